@@ -1,0 +1,51 @@
+"""1,797 real handwritten digits that come with scikit-learn: the embedded target data.
+
+8x8 grey values 0..16, enlarged to 32x32. A tenth is for validation, the same for every split.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL.Image import Image
+
+CLASSNAMES = tuple(
+    f"digit {word}"
+    for word in ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+)
+SIZE_PX = 32
+VALIDATION = 180
+
+
+def files(root: Path | None) -> list[Path]:
+    """scikit-learn's data file, found without importing scikit-learn."""
+    spec = find_spec("sklearn")
+    if spec is None or spec.origin is None:
+        raise ValueError("the digits come with scikit-learn, which is not installed")
+    return [Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz"]
+
+
+def load() -> tuple[list[Image], np.ndarray, np.ndarray]:
+    """Images (32x32 RGB), labels (N,) and parts (N,): val or free."""
+    import numpy as np
+    from PIL import Image
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    data = load_digits()
+    grey = (data.images * (255 / 16)).round().astype(np.uint8)  # (N, 8, 8)
+    images = [
+        Image.fromarray(one).resize((SIZE_PX, SIZE_PX), Image.Resampling.BICUBIC).convert("RGB")
+        for one in grey
+    ]
+    labels = data.target.astype(np.int64)
+    _, validation = train_test_split(
+        np.arange(len(labels)), test_size=VALIDATION, stratify=labels, random_state=0
+    )
+    parts = np.full(len(labels), "free")
+    parts[validation] = "val"
+    return images, labels, parts

@@ -1,0 +1,309 @@
+"""Fine-tune a diffusion model to a domain: LoRA (arXiv:2106.09685) on pseudo-labelled images.
+
+Adapters sit on the attention projections of the U-Net; all else is frozen. The loss is the noise
+prediction error with min-SNR weights (arXiv:2303.09556). AiR (arXiv:2504.11930) trains one LoRA for
+all classes, with the class in the caption.
+"""
+
+# mypy: allow-untyped-calls
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import Parameter
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from air_core.diffusion.pipeline import ADAPTER, autocast, load_pipeline
+from air_core.specs import LoraTraining, Precision
+
+# N training images, B images in a step, H height, W width, L tokens, D text width; latents are
+# (c, h, w).
+
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+CAPTION_DROPOUT = 0.1  # share of images trained without caption: guidance needs both
+GAMMA = 5.0  # min-SNR
+WARMUP = 0.1  # share of the steps
+WEIGHT_DECAY = 1e-2
+CLIP = 1.0  # largest norm of the gradient
+CHUNK = 16  # images that are encoded at once
+
+
+def train_lora(
+    images: Tensor,
+    captions: Sequence[str],
+    model: Path,
+    training: LoraTraining,
+    size: int,
+    out: Path,
+    seed: int = 0,
+    device: str = "cpu",
+    report: Callable[[int, int, float], None] | None = None,
+) -> dict[str, float]:
+    """Train adapters and write them to `out/pytorch_lora_weights.safetensors`.
+
+    Args:
+        images: (N, H, W, 3) uint8.
+        captions: N texts, class included.
+        model: diffusers folder of a Stable Diffusion pipeline, with noise or v prediction.
+        training: rank, steps and so on; its `caption` was used already.
+        size: side of the square that images are scaled and cropped to, in pixels.
+        out: folder; made if it is not there.
+        seed: of the adapters' start, the batches and the noise; the same on any device.
+        device: where to train.
+        report: called after each step with (steps done, steps, loss).
+
+    Returns:
+        `loss_first`, `loss_last`: means over the first and the last tenth of the steps; `seconds`.
+
+    Raises:
+        ValueError: no image, a caption missing, or a model of another kind.
+        FloatingPointError: the loss is not finite.
+    """
+    if not len(images) or len(images) != len(captions):
+        raise ValueError(f"LoRA needs images with a caption each: {len(images)}, {len(captions)}")
+    start = time.perf_counter()
+    pipeline = _stable_diffusion(model)
+    parameters = add_adapters(pipeline.unet, training.rank, seed)
+    pipeline.to(device)
+    latents = encode_images(pipeline.vae, images, size)
+    texts = encode_captions(pipeline, captions)
+    losses = []
+    for loss in fit(pipeline, parameters, latents, texts, training, seed):
+        losses.append(loss)
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the LoRA's loss is {loss} at step {len(losses)}; lower lora.learning_rate"
+            )
+        if report is not None:
+            report(len(losses), training.steps, loss)
+    save_adapters(pipeline, out)
+    tenth = max(1, len(losses) // 10)
+    return {
+        "loss_first": math.fsum(losses[:tenth]) / tenth,
+        "loss_last": math.fsum(losses[-tenth:]) / tenth,
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def fit(
+    pipeline: Any,
+    parameters: list[Parameter],
+    latents: Latents,
+    texts: Texts,
+    training: LoraTraining,
+    seed: int,
+) -> Iterator[float]:
+    """Optimise the adapters in place; yields the loss of each step."""
+    unet, device = pipeline.unet, latents.mean.device
+    draws = torch.Generator("cpu").manual_seed(seed)  # on the CPU: the same on any device
+    optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warmup_cosine(training.steps))
+    noise_schedule = NoiseSchedule.of(pipeline.scheduler.config, device)
+    unet.train()
+    for _ in range(training.steps):
+        batch = torch.randint(len(latents.mean), (training.batch,), generator=draws)
+        t = torch.randint(len(noise_schedule.alphas), (training.batch,), generator=draws)
+        dropped = torch.rand(training.batch, generator=draws) < CAPTION_DROPOUT
+        clean = latents.sample(batch.to(device), draws)  # (B, c, h, w)
+        noise = torch.randn(clean.shape, generator=draws).to(device)
+        t = t.to(device)
+        with _attention(device.type, training.precision):
+            with autocast(device.type, training.precision):
+                predicted = unet(
+                    noise_schedule.noisy(clean, noise, t), t, texts.states(batch, dropped)
+                ).sample
+            error = predicted.float() - noise_schedule.target(clean, noise, t)
+            loss = (error.square().mean(dim=(1, 2, 3)) * noise_schedule.weight(t)).mean()
+            optimizer.zero_grad()
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, CLIP)
+        optimizer.step()
+        schedule.step()
+        yield float(loss.detach())
+
+
+def _stable_diffusion(model: Path) -> Any:
+    pipeline = load_pipeline(model)
+    parts = pipeline.components
+    if not {"unet", "vae", "text_encoder"} <= parts.keys() or "text_encoder_2" in parts:
+        raise ValueError(
+            f"LoRA knows Stable Diffusion 1 and 2 (unet, vae, one text_encoder), but {model} is a "
+            f"{type(pipeline).__name__} of {', '.join(sorted(parts))}"
+        )
+    return pipeline
+
+
+def _warmup_cosine(steps: int) -> Callable[[int], float]:
+    warmup = max(1, round(WARMUP * steps))
+    return lambda step: min(1, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+@contextmanager
+def _attention(device: str, precision: Precision) -> Iterator[None]:
+    """On a CPU the plain kernel has the quicker backward pass, several times so in bf16."""
+    with sdpa_kernel(SDPBackend.MATH) if device == "cpu" else nullcontext():
+        yield
+
+
+# ---------------------------------------------------------------- adapters
+
+
+def add_adapters(unet: Any, rank: int, seed: int) -> list[Parameter]:
+    """Freeze a U-Net and give it adapters that change nothing yet; the parameters to train."""
+    from peft import LoraConfig
+
+    unet.requires_grad_(False)
+    # Alpha equals rank, so the adapters' scale is 1 even for a reader that knows no alpha.
+    config = LoraConfig(
+        r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(TARGETS)
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        unet.add_adapter(config, adapter_name=ADAPTER)
+    return [p for p in unet.parameters() if p.requires_grad]
+
+
+def save_adapters(pipeline: Any, out: Path) -> None:
+    """Write the adapters with their configuration; without it a file forgets its alpha."""
+    from peft import get_peft_model_state_dict
+
+    config = pipeline.unet.peft_config[ADAPTER].to_dict()
+    config["target_modules"] = sorted(config["target_modules"])  # a set: its order is not stable
+    out.mkdir(parents=True, exist_ok=True)
+    type(pipeline).save_lora_weights(
+        str(out),
+        unet_lora_layers=get_peft_model_state_dict(pipeline.unet, adapter_name=ADAPTER),
+        unet_lora_adapter_metadata=config,
+    )
+
+
+# ---------------------------------------------------------------- what a step reads
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Images as the autoencoder sees them, scaled: encoded once, drawn from at every step."""
+
+    mean: Tensor  # (N, c, h, w)
+    std: Tensor | None  # the same shape, for an autoencoder that gives a distribution
+
+    def sample(self, batch: Tensor, draws: torch.Generator) -> Tensor:
+        """(B, c, h, w) of the images at positions `batch`."""
+        mean = self.mean[batch]
+        if self.std is None:
+            return mean
+        return mean + self.std[batch] * torch.randn(mean.shape, generator=draws).to(mean.device)
+
+
+@torch.no_grad()
+def encode_images(vae: Any, images: Tensor, size: int) -> Latents:
+    """(N, H, W, 3) uint8 -> latents on the autoencoder's device.
+
+    Knows autoencoders with `latent_dist` (AutoencoderKL) and with `latents` (AutoencoderTiny).
+    """
+    means, stds = [], []
+    for chunk in images.split(CHUNK):
+        encoded = vae.encode(_square(chunk, size).to(vae.device))
+        if hasattr(encoded, "latent_dist"):
+            means.append(encoded.latent_dist.mean)
+            stds.append(encoded.latent_dist.std)
+        else:
+            means.append(encoded.latents)
+    scale = vae.config.scaling_factor
+    shift = vae.config.get("shift_factor") or 0.0
+    mean = (torch.cat(means) - shift) * scale
+    return Latents(mean, torch.cat(stds) * scale if stds else None)
+
+
+def _square(images: Tensor, size: int) -> Tensor:
+    """(B, H, W, 3) uint8 -> (B, 3, size, size) in [-1, 1]: the middle square, resized."""
+    _, height, width, _ = images.shape
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    square = images[:, top : top + side, left : left + side].permute(0, 3, 1, 2).float()
+    if side != size:
+        square = F.interpolate(square, (size, size), mode="bicubic", antialias=True)
+    return square.clamp(0, 255) / 127.5 - 1
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Captions through the frozen text encoder, each different one once."""
+
+    table: Tensor  # (captions + 1, L, D); the last row is the empty caption
+    rows: Tensor  # (N,) which row an image has
+
+    def states(self, batch: Tensor, dropped: Tensor) -> Tensor:
+        """(B, L, D) for the images at positions `batch`; empty where dropped."""
+        rows = torch.where(dropped, len(self.table) - 1, self.rows[batch])
+        return self.table[rows.to(self.table.device)]
+
+
+@torch.no_grad()
+def encode_captions(pipeline: Any, captions: Sequence[str]) -> Texts:
+    """Encode as the pipeline itself will when it draws."""
+    distinct = list(dict.fromkeys(captions))
+    table, _ = pipeline.encode_prompt(
+        [*distinct, ""],
+        device=pipeline.device,
+        num_images_per_prompt=1,
+        do_classifier_free_guidance=False,
+    )
+    where = {caption: row for row, caption in enumerate(distinct)}
+    return Texts(table, torch.tensor([where[caption] for caption in captions]))
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """How noise was mixed in when the model was trained, and what the model predicts."""
+
+    alphas: Tensor  # (T,) share of the signal's variance
+    prediction: str
+
+    @staticmethod
+    def of(config: Any, device: torch.device) -> NoiseSchedule:
+        """From the configuration of the pipeline's scheduler, whichever sampler it is.
+
+        Raises:
+            ValueError: the model predicts neither noise nor v.
+        """
+        from diffusers import DDPMScheduler
+
+        scheduler = DDPMScheduler.from_config(config)
+        prediction = scheduler.config.prediction_type
+        if prediction not in ("epsilon", "v_prediction"):
+            raise ValueError(
+                f"the model predicts {prediction!r}; LoRA knows epsilon and v_prediction"
+            )
+        return NoiseSchedule(scheduler.alphas_cumprod.to(device), prediction)
+
+    def noisy(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        signal, spread = self._mix(t)
+        return signal * clean + spread * noise
+
+    def target(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What the model should say."""
+        if self.prediction == "epsilon":
+            return noise
+        signal, spread = self._mix(t)
+        return signal * noise - spread * clean
+
+    def weight(self, t: Tensor) -> Tensor:
+        """(B,) min-SNR weights for this prediction."""
+        snr = self.alphas[t] / (1 - self.alphas[t])
+        divisor = snr if self.prediction == "epsilon" else snr + 1
+        return snr.clamp(max=GAMMA) / divisor
+
+    def _mix(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        alpha = self.alphas[t].view(-1, 1, 1, 1)
+        return alpha.sqrt(), (1 - alpha).sqrt()

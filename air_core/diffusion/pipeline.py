@@ -1,0 +1,145 @@
+"""Images from a diffusers text-to-image folder, with one LoRA or none.
+
+Sampling is DPM-Solver++ (arXiv:2211.01095) with classifier-free guidance. Nothing here reads a
+network: the folder is what there is.
+"""
+
+# mypy: allow-untyped-calls
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from air_core.diffusion import image_seed
+from air_core.specs import GenerationSettings, Precision
+
+# B images, H height, W width.
+
+ADAPTER = "air"  # the LoRA's name inside peft
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+class PipelineGenerator:
+    """An ImageGenerator over a diffusers folder."""
+
+    def __init__(
+        self,
+        model: Path,
+        settings: GenerationSettings,
+        *,
+        adapter: Path | None = None,
+        scale: float = 1.0,
+        device: str = "cpu",
+    ) -> None:
+        """
+        Args:
+            model: folder of the pipeline.
+            settings: how images are drawn. A guidance of 1 or less means none, as in diffusers.
+            adapter: folder that holds the LoRA.
+            scale: weight of the LoRA; 0 is the model alone.
+            device: where to draw.
+
+        Raises:
+            ValueError: a folder without a pipeline or without a LoRA.
+        """
+        self.settings = settings
+        self.device = device
+        self.pipeline = load_pipeline(model)
+        self.pipeline.scheduler = _sampler(self.pipeline.scheduler.config)
+        if adapter is not None:
+            load_adapter(self.pipeline, adapter, scale)
+        self.pipeline.to(device)
+
+    def generate(self, classname: str, indices: Sequence[int], attempts: Sequence[int]) -> Tensor:
+        """See ImageGenerator. Pixels depend a little on the batch, so a batch is always a block."""
+        settings = self.settings
+        # On the CPU and one for each image: neither the device nor the neighbours move the noise.
+        generators = [
+            torch.Generator("cpu").manual_seed(image_seed(settings.seed, classname, i, attempt))
+            for i, attempt in zip(indices, attempts, strict=True)
+        ]
+        with torch.inference_mode(), autocast(self.device, settings.precision):
+            drawn = self.pipeline(
+                [settings.template.format(classname)] * len(generators),
+                height=settings.size,
+                width=settings.size,
+                num_inference_steps=settings.num_inference_steps,
+                guidance_scale=settings.guidance_scale,
+                generator=generators,
+                output_type="pt",
+            ).images  # (B, 3, H, W) in [0, 1]
+        return _pixels(drawn)
+
+
+def _pixels(drawn: Tensor) -> Tensor:
+    """(B, 3, H, W) in [0, 1] -> (B, H, W, 3) uint8; an image with a NaN is black, so rejected."""
+    drawn = drawn.float().cpu()
+    finite = drawn.isfinite().flatten(1).all(dim=1)
+    drawn = torch.where(finite.view(-1, 1, 1, 1), drawn, torch.zeros(()))
+    return (drawn * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+# ---------------------------------------------------------------- shared with the training of LoRA
+
+
+def load_pipeline(model: Path) -> Any:
+    """A diffusers pipeline in float32 on the CPU, without safety checker, silent.
+
+    Raises:
+        ValueError: no pipeline there.
+    """
+    index = model / "model_index.json"
+    if not index.is_file():  # diffusers would turn to the network and fail with its message
+        raise ValueError(f"{model} is no diffusers folder: it has no model_index.json")
+    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")  # before the import
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    parts: dict[str, Any] = {}
+    if "safety_checker" in json.loads(index.read_text()):
+        parts = {"safety_checker": None, "requires_safety_checker": False}
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(
+        str(model), dtype=torch.float32, local_files_only=True, **parts
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def load_adapter(pipeline: Any, adapter: Path, scale: float) -> None:
+    """Put a LoRA on a pipeline.
+
+    Raises:
+        ValueError: no LoRA there.
+    """
+    if not (adapter / LORA_FILE).is_file():
+        raise ValueError(f"{adapter} holds no LoRA: it has no {LORA_FILE}")
+    pipeline.load_lora_weights(
+        str(adapter), weight_name=LORA_FILE, adapter_name=ADAPTER, local_files_only=True
+    )
+    pipeline.set_adapters([ADAPTER], adapter_weights=[scale])
+
+
+def autocast(device: str, precision: Precision) -> AbstractContextManager[Any]:
+    """bf16 where it is safe to, or nothing for fp32. Weights stay float32."""
+    kind = torch.device(device).type
+    return torch.autocast(kind, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def _sampler(config: Any) -> Any:
+    """DPM-Solver++ for the noise schedule that the model was trained with."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    return DPMSolverMultistepScheduler.from_config(
+        config, algorithm_type="dpmsolver++", solver_order=2
+    )

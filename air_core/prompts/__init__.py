@@ -1,0 +1,37 @@
+"""Prompts that are learned: one learner a file, all behind one protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from torch import Tensor
+from torch.nn import Parameter
+
+from air_core.backbone import Backbone
+from air_core.prompts.text import TextPrompt
+from air_core.specs import PromptSettings
+from air_core.types import Batch
+
+
+class PromptLearner(Protocol):
+    """A classifier with something to learn; the backbone stays frozen."""
+
+    def logits(self, batch: Batch) -> Tensor:
+        """(N, C), differentiable in the prompt."""
+        ...
+
+    def parameters(self) -> Iterable[Parameter]:
+        """The prompt, and nothing else."""
+        ...
+
+
+def build_learner(
+    modality: str,
+    settings: PromptSettings,
+    backbone: Backbone,
+    classnames: Sequence[str],
+    seed: int,
+) -> PromptLearner:
+    """A fresh prompt; the same seed gives the same start."""
+    return {"text": TextPrompt}[modality](settings, backbone, classnames, seed)

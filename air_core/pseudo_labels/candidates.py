@@ -1,0 +1,67 @@
+"""Candidate pseudo-labels (CPL, arXiv:2406.10502): an image keeps every class that is plausible.
+
+Vectorised; thresholds, order of steps and the rule for under-filled classes follow the paper's
+repository (vanillaer/CPL-ICML2024), its division by empty rows and its recursion do not.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from air_core.pseudo_labels.top_k import balanced_choice
+from air_core.specs import PseudoLabelSettings
+from air_core.types import PseudoLabels
+
+# P images, C classes.
+
+
+def candidates(
+    scores: Tensor,
+    settings: PseudoLabelSettings,
+    *,
+    capacity: int,
+    iteration: int,
+    previous: PseudoLabels | None,
+) -> PseudoLabels:
+    """Targets are whole candidate sets; each image takes the place of one class.
+
+    In the first growing round a target is the scores renormalised on the set, later 0/1.
+    """
+    allowed = candidate_sets(scores, settings.alpha, settings.beta)
+    labels = balanced_choice(scores, _places(capacity, scores.shape[1], previous), allowed)
+    indices = (labels >= 0).nonzero().flatten()
+    sets = allowed[indices].to(scores.dtype)
+    if iteration == 0 and settings.growth == "growing":
+        weighted = sets * scores[indices]
+        sets = weighted / weighted.sum(dim=-1, keepdim=True)
+    return PseudoLabels(indices=indices, targets=sets, labels=labels[indices])
+
+
+def candidate_sets(scores: Tensor, alpha: float, beta: float) -> Tensor:
+    """Classes that are plausible for an image *and* for which the image is plausible.
+
+    Args:
+        scores: (P, C); rows sum to 1.
+        alpha: an image keeps its best classes until their mass exceeds the alpha-quantile of
+            confidence over images; the class that crosses it is kept.
+        beta: a class keeps images at or above the beta-quantile of its column.
+
+    Returns:
+        (P, C) bool; a row may be empty.
+    """
+    enough = scores.amax(dim=-1).quantile(alpha)
+    ordered, order = scores.sort(dim=-1, descending=True, stable=True)
+    before = ordered.cumsum(dim=-1) - ordered  # mass of the classes ahead
+    within_image = torch.zeros_like(scores, dtype=torch.bool).scatter(1, order, before <= enough)
+    within_class = scores >= scores.quantile(beta, dim=0)
+    return within_image & within_class
+
+
+def _places(capacity: int, classes: int, previous: PseudoLabels | None) -> Tensor:
+    """(C,) a class that was under-filled in the round before stays limited."""
+    full = torch.full((classes,), capacity)
+    if previous is None:
+        return full
+    filled = previous.labels.bincount(minlength=classes)
+    return torch.minimum(filled + (capacity - filled.max()), full).clamp(min=0)

@@ -1,0 +1,42 @@
+"""Make the embedded world again: `python -m air_core.tiny --work DIR --out DIR`.
+
+About an hour and a half on one CPU core. Weights come out the same on the same processor and
+library versions; elsewhere rounding differs and the scores agree to a point or so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from air_core.tiny import CHECKSUMS, checksums
+from air_core.tiny.pretrain_clip import ClipTraining, pretrain
+from air_core.tiny.pretrain_diffusion import (
+    UnetTraining,
+    VaeTraining,
+    pretrain_unet,
+    pretrain_vae,
+)
+from air_core.tiny.scores import measured
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, required=True, help="images, latents, checkpoints")
+    parser.add_argument("--out", type=Path, required=True, help="gets clip/ and diffusion/")
+    parser.add_argument("--images", type=int, default=120_000, help="source images")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)  # sums, and so weights, depend on the number of threads
+    pretrain(arguments.work, arguments.out, arguments.images, ClipTraining())
+    pretrain_vae(arguments.work, arguments.images, VaeTraining())
+    pretrain_unet(arguments.work, arguments.out, arguments.images, UnetTraining())
+    listed = json.dumps(checksums(arguments.out), indent=2)
+    (arguments.out / CHECKSUMS).write_text(listed + "\n")
+    print(json.dumps(measured(arguments.out), indent=2))
+
+
+if __name__ == "__main__":
+    main()

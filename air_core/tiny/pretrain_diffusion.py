@@ -1,0 +1,403 @@
+"""Pretrain the tiny text-to-image pipeline: `python -m air_core.tiny.pretrain_diffusion`.
+
+A latent diffusion model (arXiv:2112.10752) in three steps: an autoencoder from 32x32 pixels to 8x8
+latents, the latents of all source images, and a U-Net that predicts noise given a caption, with
+min-SNR weights (arXiv:2303.09556) and classifier-free guidance (arXiv:2207.12598). The text
+encoder starts from the text tower of the fully trained CLIP (`work/clip-final.pt`), so
+`pretrain_clip` comes first.
+"""
+
+# mypy: allow-untyped-calls
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", DIFFUSERS_VERBOSITY="error")
+
+import numpy as np
+import torch
+from diffusers import (
+    AutoencoderTiny,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from numpy.typing import NDArray
+from open_clip.tokenizer import SimpleTokenizer
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from air_core.tiny import scores
+from air_core.tiny.pretrain_clip import (
+    CONTEXT,
+    TEXT,
+    exact_attention,
+    load_tokenizer,
+    write_merges,
+)
+from air_core.tiny.render import DIGITS, Source, caption, source
+
+# B images in a batch, N images, S side in pixels, L tokens, W text width.
+
+LATENT_NOISE = 0.05  # the decoder learns to bear small errors of the U-Net
+SCHEDULE: dict[str, Any] = {
+    "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class VaeTraining:
+    """The autoencoder: AdamW, one cycle."""
+
+    steps: int = 1300
+    batch: int = 64
+    learning_rate: float = 2e-3
+    seed: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnetTraining:
+    """U-Net and text encoder: AdamW, warm-up, constant, then linearly down to 5 %."""
+
+    steps: int = 2000
+    batch: int = 64
+    learning_rate: float = 1e-3
+    text_share: float = 0.3  # learning rate of the text encoder, as a share
+    warmup: int = 100
+    constant: float = 0.6  # share of the steps before the learning rate falls
+    caption_dropout: float = 0.1
+    digit_weight: int = 4  # digits are drawn this much more often
+    gamma: float = 5.0  # min-SNR
+    ema: float = 0.998
+    seed: int = 2
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, required=True, help="rendered images, checkpoints")
+    parser.add_argument("--out", type=Path, required=True, help="gets the folder diffusion/")
+    parser.add_argument("--images", type=int, default=120_000, help="source images")
+    parser.add_argument("--vae-steps", type=int, default=VaeTraining.steps)
+    parser.add_argument("--unet-steps", type=int, default=UnetTraining.steps)
+    parser.add_argument(
+        "--part", choices=["all", "vae", "unet"], default="all", help="vae may run beside CLIP"
+    )
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)  # sums, and so weights, depend on the number of threads
+    if arguments.part in ("all", "vae"):
+        pretrain_vae(arguments.work, arguments.images, VaeTraining(steps=arguments.vae_steps))
+    if arguments.part in ("all", "unet"):
+        pretrain_unet(
+            arguments.work,
+            arguments.out,
+            arguments.images,
+            UnetTraining(steps=arguments.unet_steps),
+        )
+
+
+# ---------------------------------------------------------------- autoencoder
+
+
+def pretrain_vae(work: Path, images: int, training: VaeTraining) -> None:
+    """Train the autoencoder and encode every source image; both land in `work`."""
+    everything = source(work, images)
+    seen, held_out = everything.split()
+    vae = build_vae(training.seed)
+    start = time.process_time()
+    for step, loss in fit_vae(vae, seen.images, training):
+        if step % 50 == 0 or step == training.steps:
+            print(f"vae {step} loss {loss:.4f} {time.process_time() - start:.0f} CPU-s", flush=True)
+    scale = float(1 / encode(vae, held_out.images).std())
+    vae.register_to_config(scaling_factor=scale)
+    print(
+        f"vae scaling_factor {scale:.4f} held_out_mse {vae_error(vae, held_out.images):.4f} "
+        f"handwritten_mse {vae_error(vae, scores.handwritten()[0]):.4f}",
+        flush=True,
+    )
+    vae.save_pretrained(work / "vae")
+    np.save(work / "latents.npy", (encode(vae, everything.images) * scale).half().numpy())
+
+
+def build_vae(seed: int) -> Any:
+    """Four times smaller on each side, 4 channels. AutoencoderTiny wants equal widths."""
+    torch.manual_seed(seed)
+    vae: Any = AutoencoderTiny(
+        encoder_block_out_channels=(32, 32, 32),
+        decoder_block_out_channels=(32, 32, 32),
+        num_encoder_blocks=(1, 2, 2),
+        num_decoder_blocks=(2, 2, 1),
+        latent_channels=4,
+        upsampling_scaling_factor=2,
+    )
+    return vae.to(memory_format=torch.channels_last)
+
+
+def fit_vae(
+    vae: Any, images: NDArray[np.uint8], training: VaeTraining
+) -> Iterator[tuple[int, float]]:
+    """Train in place; yields (steps done, loss)."""
+    rng = np.random.default_rng([training.seed, 1])
+    noise = torch.Generator().manual_seed(training.seed)
+    optimizer = torch.optim.AdamW(
+        vae.parameters(), lr=training.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, training.learning_rate, total_steps=training.steps, pct_start=0.05
+    )
+    vae.train()
+    for step in range(training.steps):
+        pixels = vae_input(images[rng.integers(len(images), size=training.batch)])
+        latents = vae.encode(pixels).latents
+        shaken = latents + LATENT_NOISE * torch.randn(latents.shape, generator=noise)
+        error = vae.decode(shaken).sample - pixels
+        # Latents of mean 0 and spread 1, channel by channel: what a diffusion model expects.
+        shape = (latents.mean(dim=(0, 2, 3)) ** 2 + (latents.std(dim=(0, 2, 3)) - 1) ** 2).mean()
+        loss = (error**2).mean() + 0.25 * error.abs().mean() + 0.01 * shape
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        yield step + 1, float(loss.detach())
+
+
+def vae_input(images: NDArray[np.uint8]) -> Tensor:
+    """(N, S, S, 3) uint8 -> (N, 3, S, S) in [-1, 1]."""
+    pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float()
+    return (pixels / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def encode(vae: Any, images: NDArray[np.uint8]) -> Tensor:
+    """Latents (N, 4, S/4, S/4), not scaled."""
+    vae.eval()
+    return torch.cat(
+        [vae.encode(vae_input(images[i : i + 500])).latents for i in range(0, len(images), 500)]
+    ).contiguous()
+
+
+@torch.no_grad()
+def vae_error(vae: Any, images: NDArray[np.uint8]) -> float:
+    """Mean squared error of a round trip; pixels in [-1, 1]."""
+    decoded = vae.eval().decode(encode(vae, images)).sample
+    return float((decoded - vae_input(images)).square().mean())
+
+
+# ---------------------------------------------------------------- U-Net and text encoder
+
+
+def pretrain_unet(work: Path, out: Path, images: int, training: UnetTraining) -> None:
+    """Train U-Net and text encoder on `work/latents.npy`; write the pipeline to `out/diffusion`."""
+    folder = out / "diffusion"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_merges(work / "merges.txt.gz")
+    tokenizer = load_tokenizer(work / "merges.txt.gz")
+    seen, _ = source(work, images).split()
+    latents = torch.from_numpy(np.load(work / "latents.npy")[: len(seen)])
+    unet = build_unet(training.seed)
+    text_encoder = build_text_encoder(torch.load(work / "clip-final.pt"))
+    ema = Averages(unet, text_encoder, decay=training.ema)
+    start, recent = time.process_time(), 0.0
+    for step, loss in fit_unet(unet, text_encoder, tokenizer, seen, latents, training):
+        ema.update(step)
+        recent = loss if step == 1 else 0.98 * recent + 0.02 * loss
+        if step % 50 == 0 or step == training.steps:
+            print(
+                f"unet {step} loss {recent:.4f} {time.process_time() - start:.0f} CPU-s", flush=True
+            )
+        if step % 500 == 0 and step < training.steps:
+            torch.save(ema.shadow, work / f"unet-ema-{step}.pt")
+    ema.copy_to_models()
+    vae = AutoencoderTiny.from_pretrained(work / "vae", local_files_only=True)
+    save(folder, vae, text_encoder, unet, tokenizer)
+
+
+def build_unet(seed: int) -> Any:
+    """Two levels, cross-attention at both. attention_head_dim is the number of heads here."""
+    torch.manual_seed(seed)
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(64, 96),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        mid_block_type="UNetMidBlock2DCrossAttn",
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=TEXT["width"],
+        attention_head_dim=2,
+        norm_num_groups=16,
+    )
+
+
+def build_text_encoder(clip: dict[str, Tensor]) -> CLIPTextModel:
+    """The text tower of an open_clip CLIP as transformers writes it."""
+    model = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=TEXT["vocab_size"],
+            hidden_size=TEXT["width"],
+            intermediate_size=4 * TEXT["width"],
+            num_hidden_layers=TEXT["layers"],
+            num_attention_heads=TEXT["heads"],
+            max_position_embeddings=CONTEXT,
+            hidden_act="gelu",
+            bos_token_id=TEXT["vocab_size"] - 2,
+            eos_token_id=TEXT["vocab_size"] - 1,
+            pad_token_id=0,
+        )
+    )
+    state = {
+        "embeddings.token_embedding.weight": clip["token_embedding.weight"],
+        "embeddings.position_embedding.weight": clip["positional_embedding"],
+        "final_layer_norm.weight": clip["ln_final.weight"],
+        "final_layer_norm.bias": clip["ln_final.bias"],
+    }
+    for layer in range(TEXT["layers"]):
+        theirs, ours = f"transformer.resblocks.{layer}", f"encoder.layers.{layer}"
+        for kind in ("weight", "bias"):
+            fused = clip[f"{theirs}.attn.in_proj_{kind}"].chunk(3)
+            for name, part in zip("qkv", fused, strict=True):
+                state[f"{ours}.self_attn.{name}_proj.{kind}"] = part
+            state[f"{ours}.self_attn.out_proj.{kind}"] = clip[f"{theirs}.attn.out_proj.{kind}"]
+            state[f"{ours}.layer_norm1.{kind}"] = clip[f"{theirs}.ln_1.{kind}"]
+            state[f"{ours}.layer_norm2.{kind}"] = clip[f"{theirs}.ln_2.{kind}"]
+            state[f"{ours}.mlp.fc1.{kind}"] = clip[f"{theirs}.mlp.c_fc.{kind}"]
+            state[f"{ours}.mlp.fc2.{kind}"] = clip[f"{theirs}.mlp.c_proj.{kind}"]
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert not unexpected, unexpected
+    assert all("position_ids" in name for name in missing), missing
+    return model
+
+
+class Averages:
+    """Exponential moving averages of the weights; they sample better than the last ones."""
+
+    def __init__(self, *models: torch.nn.Module, decay: float) -> None:
+        self.live = [p for model in models for p in model.parameters()]
+        self.shadow = [p.detach().clone() for p in self.live]
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        decay = min(self.decay, step / (step + 9))  # short memory at the start
+        for average, live in zip(self.shadow, self.live, strict=True):
+            average.lerp_(live, 1 - decay)
+
+    @torch.no_grad()
+    def copy_to_models(self) -> None:
+        for average, live in zip(self.shadow, self.live, strict=True):
+            live.copy_(average)
+
+
+def fit_unet(
+    unet: Any,
+    text_encoder: CLIPTextModel,
+    tokenizer: SimpleTokenizer,
+    seen: Source,
+    latents: Tensor,
+    training: UnetTraining,
+) -> Iterator[tuple[int, float]]:
+    """Train in place on scaled latents (N, 4, 8, 8); yields (steps done, loss)."""
+    rng = np.random.default_rng([training.seed, 1])
+    noises = torch.Generator().manual_seed(training.seed)
+    alphas = scheduler().alphas_cumprod  # (T,)
+    weights = np.where(seen.concepts < len(DIGITS), training.digit_weight, 1).astype(np.float64)
+    cumulative = np.cumsum(weights) / weights.sum()
+    groups = [
+        {"params": list(unet.parameters()), "share": 1.0},
+        {"params": list(text_encoder.parameters()), "share": training.text_share},
+    ]
+    optimizer = torch.optim.AdamW(
+        groups, lr=training.learning_rate, betas=(0.9, 0.99), weight_decay=0.01
+    )
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    unet.train()
+    text_encoder.train()
+    for step in range(training.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = training.learning_rate * group["share"] * _rate(step, training)
+        batch = np.searchsorted(cumulative, rng.random(training.batch), side="right")
+        texts = [
+            "" if rng.random() < training.caption_dropout else caption(seen.attributes[i], rng)
+            for i in batch
+        ]
+        clean = latents[batch].float()
+        noise = torch.randn(clean.shape, generator=noises)
+        t = torch.randint(len(alphas), (len(clean),), generator=noises)
+        alpha = alphas[t].view(-1, 1, 1, 1)
+        noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
+        with exact_attention():
+            states = text_encoder(tokenizer(texts)).last_hidden_state  # (B, L, W)
+            predicted = unet(noisy, t, states).sample
+            snr = alphas[t] / (1 - alphas[t])
+            error = (predicted - noise).square().mean(dim=(1, 2, 3))  # (B,)
+            loss = (error * snr.clamp(max=training.gamma) / snr).mean()
+            optimizer.zero_grad()
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        yield step + 1, float(loss.detach())
+
+
+def _rate(step: int, training: UnetTraining) -> float:
+    if step < training.warmup:
+        return (step + 1) / training.warmup
+    share = step / training.steps
+    if share < training.constant:
+        return 1.0
+    return 1 - 0.95 * (share - training.constant) / (1 - training.constant)
+
+
+# ---------------------------------------------------------------- the folder that ships
+
+
+def save(
+    folder: Path,
+    vae: Any,
+    text_encoder: CLIPTextModel,
+    unet: Any,
+    tokenizer: SimpleTokenizer,
+) -> None:
+    """A diffusers folder in half precision."""
+    pipeline: Any = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=diffusers_tokenizer(tokenizer),
+        unet=unet,
+        scheduler=scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.to(dtype=torch.float16)
+    pipeline.save_pretrained(folder)
+
+
+def scheduler() -> Any:
+    """The noise schedule of training, and the sampler (DPM-Solver++, arXiv:2211.01095)."""
+    return DPMSolverMultistepScheduler(
+        **SCHEDULE, algorithm_type="dpmsolver++", solver_order=2, steps_offset=1
+    )
+
+
+def diffusers_tokenizer(tokenizer: SimpleTokenizer) -> CLIPTokenizer:
+    """The same ids as transformers spells it: other names for the two specials, '!' as padding."""
+    specials = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    return CLIPTokenizer(
+        vocab={specials.get(token, token): i for token, i in tokenizer.encoder.items()},
+        merges=sorted(tokenizer.bpe_ranks, key=tokenizer.bpe_ranks.__getitem__),
+        pad_token="!",
+        model_max_length=CONTEXT,
+    )
+
+
+if __name__ == "__main__":
+    main()

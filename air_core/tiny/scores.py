@@ -1,0 +1,163 @@
+"""How well the tiny models do: on source images held out, and on real handwritten digits.
+
+The digits are scikit-learn's; no model here was trained on them, and their labels serve to
+measure only. `python -m air_core.tiny.scores --out DIR` prints the numbers of the model card.
+"""
+
+# mypy: allow-untyped-calls
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import torch
+from numpy.typing import NDArray
+from open_clip.model import CLIP
+from open_clip.tokenizer import SimpleTokenizer
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+
+from air_core.diffusion import ImageGenerator, rejected
+from air_core.tiny.render import CONCEPTS, DIGITS, SIDE, Source, chunk
+
+# N images, C classes, D feature width, S side in pixels.
+
+TEMPLATE = "a photo of a {}"
+DIGIT_NAMES = CONCEPTS[: len(DIGITS)]
+HELD_OUT = 59  # the last chunk of the 120,000 source images
+MEAN, STD = 0.15, 0.28  # of the source pixels in [0, 1], the same for the three channels
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="holds clip/ and diffusion/")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    print(json.dumps(measured(arguments.out), indent=2))
+
+
+def measured(out: Path, per_class: int = 20, held_out: Source | None = None) -> dict[str, Any]:
+    """All scores of a folder with both models."""
+    from diffusers import AutoencoderTiny
+
+    from air_core.diffusion.pipeline import PipelineGenerator
+    from air_core.specs import GenerationSettings
+    from air_core.tiny.pretrain_diffusion import vae_error
+
+    clip: CLIP = open_clip.create_model(f"local-dir:{out / 'clip'}", require_pretrained=True)
+    tokenizer = SimpleTokenizer(str(out / "clip" / "merges.txt.gz"), context_length=24)
+    vae = AutoencoderTiny.from_pretrained(out / "diffusion" / "vae", local_files_only=True)
+    unseen = held_out or chunk(HELD_OUT)
+    settings = GenerationSettings(
+        guidance_scale=4.0, num_inference_steps=10, size=SIDE, block=per_class, precision="fp32"
+    )
+    generator = PipelineGenerator(out / "diffusion", settings)
+    return {
+        **clip_scores(clip, tokenizer, unseen),
+        "linear_probe": linear_probe(clip),
+        "vae_mse_held_out": vae_error(vae, unseen.images),
+        "vae_mse_handwritten": vae_error(vae, handwritten()[0]),
+        **sample_scores(clip, tokenizer, generator, per_class),
+    }
+
+
+def clip_scores(clip: CLIP, tokenizer: SimpleTokenizer, held_out: Source) -> dict[str, float]:
+    """Zero-shot accuracies, by set."""
+    digits = held_out.concepts < len(DIGIT_NAMES)
+    return {
+        "held_out_58": zero_shot(clip, tokenizer, held_out.images, held_out.concepts, CONCEPTS),
+        "held_out_digits": zero_shot(
+            clip, tokenizer, held_out.images[digits], held_out.concepts[digits]
+        ),
+        "handwritten": zero_shot(clip, tokenizer, *handwritten()),
+    }
+
+
+def sample_scores(
+    clip: CLIP, tokenizer: SimpleTokenizer, generator: ImageGenerator, per_class: int
+) -> dict[str, float]:
+    """Does CLIP read generated digits as what was asked for? How fast do they come?"""
+    start = time.process_time()
+    batches = [generator.generate(name, range(per_class), [0] * per_class) for name in DIGIT_NAMES]
+    seconds = time.process_time() - start
+    images = torch.cat(batches)
+    labels = np.arange(len(DIGIT_NAMES)).repeat(per_class)
+    return {
+        "sample_agreement": zero_shot(clip, tokenizer, images.numpy(), labels),
+        "samples_rejected": float(rejected(images).float().mean()),
+        "images_per_cpu_second": len(images) / seconds,
+    }
+
+
+def handwritten() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """scikit-learn's 1,797 digits as (N, S, S, 3) images, and their classes (N,)."""
+    digits = load_digits()
+    images = [
+        np.asarray(Image.fromarray(small).resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+        for small in (digits.images * (255 / 16)).astype(np.uint8)
+    ]
+    return np.stack(images)[..., None].repeat(3, axis=-1), digits.target.astype(np.int64)
+
+
+def clip_input(images: NDArray[np.uint8]) -> Tensor:
+    """(N, S, S, 3) uint8 -> (N, 3, S, S), normalised as CLIP wants it."""
+    pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 255
+    return (pixels - MEAN) / STD
+
+
+@torch.no_grad()
+def image_features(clip: CLIP, images: NDArray[np.uint8]) -> Tensor:
+    """Unit features (N, D)."""
+    clip.eval()
+    parts = [
+        clip.encode_image(clip_input(images[i : i + 500]), normalize=True)
+        for i in range(0, len(images), 500)
+    ]
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def text_features(clip: CLIP, tokenizer: SimpleTokenizer, names: tuple[str, ...]) -> Tensor:
+    """Unit features (C, D) of the one template."""
+    clip.eval()
+    features: Tensor = clip.encode_text(
+        tokenizer([TEMPLATE.format(name) for name in names]), normalize=True
+    )
+    return features
+
+
+def zero_shot(
+    clip: CLIP,
+    tokenizer: SimpleTokenizer,
+    images: NDArray[np.uint8],
+    labels: NDArray[np.int64],
+    names: tuple[str, ...] = DIGIT_NAMES,
+) -> float:
+    """Share of images whose nearest class text is their own class."""
+    logits = image_features(clip, images) @ text_features(clip, tokenizer, names).T  # (N, C)
+    return float((logits.argmax(-1).numpy() == labels).mean())
+
+
+def linear_probe(clip: CLIP) -> float:
+    """Test accuracy on the digits of logistic regression on image features, all labels, one split.
+
+    How much the image side knows, whatever the texts say.
+    """
+    images, labels = handwritten()
+    features = image_features(clip, images).numpy()
+    order = np.random.default_rng(0).permutation(len(images))
+    train, test = order[:1257], order[1257:]
+    probe = LogisticRegression(C=100.0, max_iter=2000).fit(features[train], labels[train])
+    return float(probe.score(features[test], labels[test]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,354 @@
+"""The commands. Data on stdout, everything else on stderr; heavy imports inside the commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from orchestrator.driver import Place
+    from orchestrator.plan import Plan
+    from orchestrator.sweep import SweepSpec
+
+app = typer.Typer(
+    name="airsweep",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Adapt CLIP to a new image domain without labels, with diffusion, as a Ray sweep.\n\n"
+    "  airsweep run quickstart\n\n  airsweep table quickstart",
+)
+
+SpecArgument = Annotated[str, typer.Argument(metavar="SPEC", help="a sweep file, or its bare name")]
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="a sweep, or PROJECT/NAME")]
+StoreOption = Annotated[
+    Path, typer.Option("--store", envvar="AIRSWEEP_STORE", help="folder of all results")
+]
+DataOption = Annotated[
+    Path | None,
+    typer.Option("--data-root", envvar="AIRSWEEP_DATA", help="folder of real datasets"),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="replace a value of the file; may repeat"),
+]
+OnlyOption = Annotated[
+    list[str] | None,
+    typer.Option("--only", metavar="KEY=VALUE", help="keep these cells of the grid; may repeat"),
+]
+SmokeOption = Annotated[
+    bool,
+    typer.Option(
+        "--smoke", help="one point, seed and iteration a cell, 8 images, in <store>-smoke"
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="for scripts")]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="errors only")]
+TrackingOption = Annotated[
+    str | None,
+    typer.Option(
+        "--tracking-uri", help="MLflow; default: MLFLOW_TRACKING_URI, else a file in the store"
+    ),
+]
+
+STORE = Path("runs")
+SMOKE = (
+    "iterations=1",
+    "images_per_class=8",
+    "initial_labels.images_per_class=8",
+    "search.points=1",
+)
+
+
+@app.command()
+def validate(spec: SpecArgument, sets: SetOption = None, only: OnlyOption = None) -> None:
+    """Read and check a sweep file; starts nothing.
+
+    airsweep validate sweeps/quickstart.yaml
+
+    airsweep validate quickstart --set iterations=5
+    """
+    from orchestrator.sweep import cells_of, notes_of
+
+    sweep = _load(spec, sets, only)
+    for note in notes_of(sweep):
+        print(f"note: {note}", file=sys.stderr)
+    print(f"{sweep.source}: {len(cells_of(sweep))} cells, fine")
+
+
+@app.command()
+def plan(
+    spec: SpecArgument,
+    store: StoreOption = STORE,
+    data_root: DataOption = None,
+    sets: SetOption = None,
+    only: OnlyOption = None,
+    smoke: SmokeOption = False,
+    as_json: JsonOption = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="every setting and where it comes from")
+    ] = False,
+) -> None:
+    """What would run, what is there, how long it would take; starts nothing.
+
+    airsweep plan quickstart
+
+    airsweep plan sweeps/quickstart.yaml --json
+    """
+    from orchestrator import screens
+
+    sweep, place = _sweep_and_place(spec, store, data_root, sets, only, smoke)
+    planned = _plan(sweep, place)
+    if as_json:
+        print(json.dumps(planned.json(place.store), indent=1))
+    else:
+        print(screens.plan_screen(planned, place, explain))
+
+
+@app.command()
+def prepare(
+    spec: SpecArgument,
+    store: StoreOption = STORE,
+    data_root: DataOption = None,
+    sets: SetOption = None,
+    only: OnlyOption = None,
+    smoke: SmokeOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Make features, LoRA and images of a sweep, and run no trial.
+
+    airsweep prepare quickstart
+
+    airsweep prepare sweeps/quickstart.yaml --only method=air
+    """
+    _execute(spec, store, data_root, sets, only, smoke, quiet, None, prepare_only=True)
+
+
+@app.command()
+def run(
+    spec: SpecArgument,
+    store: StoreOption = STORE,
+    data_root: DataOption = None,
+    tracking_uri: TrackingOption = None,
+    sets: SetOption = None,
+    only: OnlyOption = None,
+    smoke: SmokeOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Run a sweep, or go on with one that was interrupted; what is done is skipped.
+
+    airsweep run quickstart
+
+    ray job submit --address $ADDR --working-dir . -- python -m orchestrator run
+    sweeps/quickstart.yaml --store /shared/runs
+    """
+    _execute(spec, store, data_root, sets, only, smoke, quiet, tracking_uri)
+
+
+@app.command()
+def status(name: NameArgument, store: StoreOption = STORE, as_json: JsonOption = False) -> None:
+    """How a sweep stands, from its ledger.
+
+    airsweep status quickstart
+
+    airsweep status quickstart --json
+    """
+    from orchestrator import screens
+
+    place = _place(name, store)
+    found = screens.status(place)
+    print(json.dumps(found, indent=1) if as_json else screens.status_screen(found))
+
+
+@app.command()
+def table(
+    name: NameArgument,
+    store: StoreOption = STORE,
+    data_root: DataOption = None,
+    form: Annotated[str, typer.Option("--format", help="md, csv, json or latex")] = "md",
+) -> None:
+    """Results as a table: mean, spread and interval of each row.
+
+    airsweep table quickstart
+
+    airsweep table quickstart --format json
+    """
+    from orchestrator import report
+
+    if form not in ("md", "csv", "json", "latex"):
+        _fail(f"--format {form!r} is not known; allowed: md, csv, json, latex")
+    from orchestrator.results import entries_of
+
+    sweep, place = _recorded(name, store, data_root)
+    entries = entries_of(_plan(sweep, place), place.store)
+    rows = report.rows(entries, sweep.search.objective if sweep.search else None)
+    print(report.table(rows, form, entries=entries))  # type: ignore[arg-type]
+
+
+@app.command()
+def ui(
+    store: StoreOption = STORE,
+    host: Annotated[str, typer.Option(help="where to listen")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="where to listen")] = 5000,
+) -> None:
+    """Browse the store's MLflow runs.
+
+    airsweep ui
+
+    airsweep ui --port 5001
+    """
+    from orchestrator.tracking import SERVER_ENVIRONMENT
+    from orchestrator.tracking.mlflow import serve_command
+
+    if not (store / "mlflow.db").exists():
+        _fail(f"{store / 'mlflow.db'} is not there: nothing was tracked in this store yet")
+    argv = serve_command(store.absolute(), host, port)
+    print(f"http://{host}:{port}  (Ctrl-C ends it)", file=sys.stderr)
+    os.execvpe(argv[0], argv, {**os.environ, **SERVER_ENVIRONMENT})
+
+
+# ---------------------------------------------------------------- helpers
+
+
+def _execute(
+    spec: str,
+    store: Path,
+    data_root: Path | None,
+    sets: list[str] | None,
+    only: list[str] | None,
+    smoke: bool,
+    quiet: bool,
+    tracking_uri: str | None,
+    prepare_only: bool = False,
+) -> NoReturn:
+    from orchestrator import driver, screens
+    from orchestrator.screen import make_screen
+
+    sweep, place = _sweep_and_place(spec, store, data_root, sets, only, smoke)
+    origin = {"sets": _sets(sweep, sets, smoke), "only": only or [], "source": sweep.source}
+    # Ray's daemons print to file descriptor 1 whatever they are told; stdout is for data.
+    stdout = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    code = driver.run_sweep(
+        sweep,
+        place,
+        make_screen(quiet),
+        tracking_uri=tracking_uri,
+        prepare_only=prepare_only,
+        origin=origin,
+    )
+    if not quiet and not prepare_only:
+        print(screens.summary_screen(sweep, place), file=stdout)
+    stdout.flush()
+    sys.exit(code)
+
+
+def _sweep_and_place(
+    spec: str,
+    store: Path,
+    data_root: Path | None,
+    sets: list[str] | None,
+    only: list[str] | None,
+    smoke: bool,
+) -> tuple[SweepSpec, Place]:
+    from orchestrator.driver import place_of
+
+    sweep = _load(spec, sets, only)
+    if smoke:
+        sweep = _load(spec, _sets(sweep, sets, True), only)
+        store = store.with_name(store.name + "-smoke")
+    return sweep, place_of(sweep, store, data_root)
+
+
+def _sets(sweep: SweepSpec, sets: list[str] | None, smoke: bool) -> list[str]:
+    """What replaces values of the file; smoke is nothing but such values."""
+    if not smoke:
+        return list(sets or [])
+    first = list(sweep.seeds.values[0])
+    seeds = f"seeds={{values: [{first}], vary: [{', '.join(sweep.seeds.vary)}]}}"
+    searched = [text for text in SMOKE if sweep.search or not text.startswith("search.")]
+    return [*(sets or []), *searched, seeds]
+
+
+def _load(spec: str, sets: list[str] | None, only: list[str] | None) -> SweepSpec:
+    from orchestrator.sweep_file import find_sweep, load_sweep
+
+    return load_sweep(find_sweep(spec), sets=sets or [], only=only or [])
+
+
+def _plan(sweep: SweepSpec, place: Place) -> Plan:
+    from orchestrator.plan import plan_sweep
+
+    return plan_sweep(sweep, place.store, place.resolver(), place.ledger())
+
+
+def _place(name: str, store: Path) -> Place:
+    """A sweep that was run before.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    from orchestrator.driver import Place
+    from orchestrator.store import ArtifactStore
+
+    project, _, short = name.rpartition("/")
+    project = project or os.environ.get("AIRSWEEP_PROJECT") or "default"
+    place = Place(ArtifactStore(store.absolute()), project, short, None)
+    if not (place.folder / "events.jsonl").exists():
+        there = sorted(
+            f"{p.parent.parent.name}/{p.parent.name}"
+            for p in (store / "sweeps").glob("*/*/events.jsonl")
+        )
+        raise ValueError(
+            f"no sweep {project}/{short} in {store}; there: {', '.join(there) or 'none yet'}"
+        )
+    return place
+
+
+def _recorded(name: str, store: Path, data_root: Path | None) -> tuple[SweepSpec, Place]:
+    """A sweep as it was last run, with the values that were set then."""
+    from dataclasses import replace
+
+    from orchestrator.sweep_file import load_sweep
+
+    place = _place(name, store)
+    origin: dict[str, Any] = json.loads((place.folder / "resolved.json").read_text())
+    sweep = load_sweep(
+        place.folder / "spec.yaml", sets=origin.get("sets", []), only=origin.get("only", [])
+    )
+    return sweep, replace(place, data_root=data_root)
+
+
+def _fail(message: str, code: int = 2) -> NoReturn:
+    print(f"airsweep: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def main() -> None:
+    """The console script: known problems become one message and an exit code."""
+    debug = "--debug" in sys.argv
+    if debug:
+        sys.argv.remove("--debug")
+    try:
+        app()
+    except Exception as problem:
+        if debug:
+            raise
+        from orchestrator.driver import BAD_INPUT, REFUSED, Refused
+        from orchestrator.ledger import SweepBusy
+
+        if isinstance(problem, Refused | SweepBusy):
+            _fail(str(problem), REFUSED)
+        if isinstance(problem, ValueError):
+            _fail(str(problem), BAD_INPUT)
+        _fail(f"{type(problem).__name__}: {problem} (--debug shows where)", 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""Which trial runs next, and who waits for whom. Knows no Ray and no tracker.
+
+One job is one point: the trials of its seeds that are missing. What the store has is reused; what
+another job is computing is waited for. So one computation runs once, and what runs was planned.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any, Literal
+
+from air_core.specs import TrialSpec
+from orchestrator.ledger import Ledger
+from orchestrator.plan import Slot, asked_points, finished_slots, slots_of
+from orchestrator.resolve import Resolver
+from orchestrator.space import Point
+from orchestrator.store import ArtifactStore
+from orchestrator.sweep import Cell, SweepSpec
+from orchestrator.trial import TrialRecord, read_trial
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a slot."""
+
+    slot: Slot
+    state: Literal["done", "reused", "failed"]
+    record: TrialRecord | None = None
+    failure_class: str | None = None
+    message: str = ""
+    known: bool = False  # the ledger said so already
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a trial has no record."""
+
+    failure_class: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """Trials of one point that somebody has to run."""
+
+    number: int
+    cell: str
+    point: int
+    trials: tuple[TrialSpec, ...]
+    keys: tuple[str, ...]
+
+
+@dataclass
+class _OpenPoint:
+    slots: dict[str, Slot]
+    pending: set[str]
+    values: list[float | None] = field(default_factory=list)
+
+
+class _CellQueue:
+    """One cell's rounds."""
+
+    def __init__(self, cell: Cell, search: Any) -> None:
+        self.cell, self.search = cell, search
+        self.queue: deque[Point] = deque()
+        self.open: dict[int, _OpenPoint] = {}
+        self.told: dict[int, float | None] = {}
+        self.handed = 0
+        self.ended = False
+
+    def fill(self) -> None:
+        """Tell a round that is over and ask the next one."""
+        if self.ended or self.queue or self.open:
+            return
+        if self.search is None:
+            if self.handed:
+                self.ended = True
+            else:
+                self.queue.append(Point(0, {}))
+            return
+        if self.told:
+            self.search.tell_round(dict(sorted(self.told.items())))
+            self.told = {}
+        self.queue.extend(self.search.next_round())
+        self.ended = not self.queue
+
+
+class Dispatcher:
+    """Hands out jobs and takes their results.
+
+    Args:
+        cells: in the order in which they should come.
+        searches: a CellSearch for each cell that has a space.
+        on_outcome: called once per slot, as soon as its outcome is known.
+    """
+
+    def __init__(
+        self,
+        sweep: SweepSpec,
+        cells: Sequence[Cell],
+        searches: Mapping[str, Any],
+        store: ArtifactStore,
+        resolver: Resolver,
+        ledger: Ledger,
+        on_outcome: Callable[[Outcome], None],
+    ) -> None:
+        self.sweep, self.store, self.resolver = sweep, store, resolver
+        self.ledger, self.on_outcome = ledger, on_outcome
+        self.assignments = sweep.seeds.assignments()
+        self.objective = sweep.search.objective if sweep.search else None
+        self.queues = [_CellQueue(cell, searches.get(cell.id)) for cell in cells]
+        self.by_cell = {queue.cell.id: queue for queue in self.queues}
+        self.asked = asked_points(ledger)
+        self.finished_before = finished_slots(ledger)
+        self.jobs = 0
+        self.given_back: Job | None = None
+        self.running: dict[int, Job] = {}
+        self.waiting: dict[str, list[tuple[_CellQueue, int, Slot]]] = {}
+
+    @property
+    def finished(self) -> bool:
+        return all(queue.ended for queue in self.queues)
+
+    def next(self) -> Job | None:
+        """A job, or None: nothing to hand out until a running job ends (or `finished`)."""
+        if self.given_back is not None:
+            job, self.given_back = self.given_back, None
+            return job
+        while True:
+            for queue in self.queues:
+                queue.fill()
+            ready = [queue for queue in self.queues if queue.queue]
+            if not ready:
+                # Telling a round may have ended a cell without any job.
+                return None
+            queue = min(ready, key=lambda one: one.handed)  # the furthest behind first
+            found = self._open(queue, queue.queue.popleft())
+            if found is not None:
+                return found
+
+    def give_back(self, job: Job) -> None:
+        """Hand out this job again next time: who took it was only looking."""
+        self.given_back = job
+
+    def complete(self, number: int, failures: Mapping[str, Failure]) -> None:
+        """A job ended: what is in `failures` failed, the rest has a record.
+
+        Args:
+            number: of the job.
+            failures: by trial key.
+        """
+        job = self.running.pop(number)
+        for key in job.keys:
+            failure = failures.get(key)
+            for place, (queue, point, slot) in enumerate(self.waiting.pop(key)):
+                if failure is not None:
+                    outcome = Outcome(
+                        slot,
+                        "failed",
+                        failure_class=failure.failure_class,
+                        message=failure.message,
+                    )
+                else:
+                    state: Literal["done", "reused"] = "done" if place == 0 else "reused"
+                    outcome = Outcome(slot, state, read_trial(slot.spec, self.store))
+                self._settle(queue, point, outcome)
+
+    def _open(self, queue: _CellQueue, point: Point) -> Job | None:
+        """Start a point: settle what is known, wait for what runs, hand out the rest."""
+        cell = queue.cell
+        queue.handed += 1
+        if queue.search is not None and point.number not in self.asked.get(cell.id, {}):
+            self.ledger.append(
+                "point_asked", cell=cell.id, point=point.number, params=dict(point.params)
+            )
+            self.asked.setdefault(cell.id, {})[point.number] = dict(point.params)
+        slots = slots_of(cell, point.number, point.params, self.assignments, self.resolver)
+        queue.open[point.number] = _OpenPoint(
+            {slot.id: slot for slot in slots}, {slot.id for slot in slots}
+        )
+        run: dict[str, Slot] = {}
+        for slot in slots:
+            key = slot.key.digest
+            if key in self.waiting:
+                self.waiting[key].append((queue, point.number, slot))
+            elif self.store.has(slot.spec):
+                known = self.finished_before.get(slot.id) == key
+                record = read_trial(slot.spec, self.store)
+                self._settle(
+                    queue,
+                    point.number,
+                    Outcome(slot, "done" if known else "reused", record, known=known),
+                )
+            else:
+                run[key] = slot
+                self.waiting[key] = [(queue, point.number, slot)]
+        if not run:
+            return None
+        self.jobs += 1
+        job = Job(
+            self.jobs,
+            cell.id,
+            point.number,
+            tuple(slot.spec for slot in run.values()),
+            tuple(run),
+        )
+        self.running[job.number] = job
+        self.ledger.append("trials_started", slots=[slot.id for slot in run.values()])
+        return job
+
+    def _settle(self, queue: _CellQueue, point: int, outcome: Outcome) -> None:
+        self.on_outcome(outcome)
+        opened = queue.open[point]
+        opened.pending.discard(outcome.slot.id)
+        record = outcome.record
+        if self.objective is not None:
+            opened.values.append(record.objectives[self.objective] if record else None)
+        if opened.pending:
+            return
+        values = [value for value in opened.values if value is not None]
+        whole = bool(values) and len(values) == len(opened.values)
+        queue.told[point] = fmean(values) if whole else None
+        del queue.open[point]

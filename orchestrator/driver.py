@@ -1,0 +1,441 @@
+"""Run a sweep, which is also to resume it: plan, prepare, tune, tell. The only writer.
+
+Nothing heavy is imported where nothing is left to do.
+"""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from air_core.specs import FeaturesSpec, SyntheticFeaturesSpec
+from orchestrator.dispatch import Dispatcher, Outcome
+from orchestrator.ledger import Ledger
+from orchestrator.plan import Need, Plan, needs_of, plan_sweep, possible_trials
+from orchestrator.publish import Publisher
+from orchestrator.report import rows, table
+from orchestrator.resolve import Resolver, text_digest
+from orchestrator.results import entries_of, standing
+from orchestrator.screen import Screen
+from orchestrator.store import VERSION, ArtifactStore, write_whole
+from orchestrator.sweep import Cell, SweepSpec
+from orchestrator.tracking import Status, SweepRun
+
+if TYPE_CHECKING:
+    from orchestrator.stages import Workshop
+
+DONE, FAILED, BAD_INPUT, REFUSED, BUDGET, GATE = range(6)
+INTERRUPTED, TERMINATED = 130, 143
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a sweep lives: the store, its folder in it, the datasets."""
+
+    store: ArtifactStore
+    project: str
+    name: str
+    data_root: Path | None
+
+    @property
+    def folder(self) -> Path:
+        return self.store.root / "sweeps" / self.project / self.name
+
+    def ledger(self) -> Ledger:
+        return Ledger(self.folder)
+
+    def resolver(self) -> Resolver:
+        return Resolver(self.store.root / "digests.json", self.data_root)
+
+
+class Refused(RuntimeError):
+    """Refused before anything started; exit code 3."""
+
+
+def place_of(sweep: SweepSpec, root: Path, data_root: Path | None) -> Place:
+    """Where a sweep goes.
+
+    Raises:
+        Refused: a relative store inside a Ray job.
+    """
+    if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") and not root.is_absolute():
+        raise Refused(
+            f"the store {str(root)!r} is relative, and this is a Ray job: its working directory "
+            "is thrown away at the end; give --store or AIRSWEEP_STORE an absolute folder that "
+            "every node sees"
+        )
+    project = sweep.project or os.environ.get("AIRSWEEP_PROJECT") or "default"
+    data = data_root or os.environ.get("AIRSWEEP_DATA") or sweep.data_root
+    return Place(ArtifactStore(root.absolute()), project, sweep.name, Path(data) if data else None)
+
+
+@dataclass
+class Tally:
+    """What a run did, for the last lines of its screen."""
+
+    started: float = field(default_factory=time.monotonic)
+    walls: dict[str, float] = field(default_factory=dict)  # seconds by phase
+    work: dict[str, list[float]] = field(default_factory=dict)  # seconds, units by stage
+    drawn: int = 0
+    redrawn: int = 0
+    holes: int = 0
+    states: dict[str, int] = field(default_factory=dict)
+    overheads: list[float] = field(default_factory=list)
+    memory: int = 0  # bytes
+    shares: dict[str, float] = field(default_factory=dict)  # what CLIP recognises, by group
+
+    def add_wall(self, phase: str, seconds: float) -> None:
+        self.walls[phase] = self.walls.get(phase, 0.0) + seconds
+
+    def add_work(self, stage: str, seconds: float, units: int = 1) -> None:
+        entry = self.work.setdefault(stage, [0.0, 0])
+        entry[0] += seconds
+        entry[1] += units
+
+
+@dataclass
+class Run:
+    """One run of the driver."""
+
+    sweep: SweepSpec
+    place: Place
+    screen: Screen
+    publisher: Publisher
+    ledger: Ledger
+    resolver: Resolver
+    tally: Tally = field(default_factory=Tally)
+    cluster: dict[str, float] | None = None
+
+    # Watcher, for orchestrator.prepare.
+
+    def prepared(self, need: Need, seconds: float, facts: dict[str, Any]) -> None:
+        plain = {name: value for name, value in facts.items() if isinstance(value, int | float)}
+        self.ledger.append(
+            "artifact_prepared",
+            stage=need.stage,
+            key=str(need.key),
+            seconds=round(seconds, 3),
+            facts=plain,
+        )
+        self.tally.add_work(need.stage, seconds)
+        if need.stage == "images":
+            self.tally.drawn += facts["drawn"]
+            self.tally.redrawn += facts["redrawn"]
+            self.tally.holes += facts["holes"]
+        self.screen.prepared(need)
+
+    def progress(self, need: Need, done: int, total: int) -> None:
+        self.screen.progress(need, done, total)
+
+    def phase(self, stage: str, seconds: float) -> None:
+        self.tally.add_wall(stage, seconds)
+
+    # Outcomes of slots.
+
+    def outcome(self, outcome: Outcome) -> None:
+        self.tally.states[outcome.state] = self.tally.states.get(outcome.state, 0) + 1
+        if not outcome.known:
+            fields: dict[str, Any] = {
+                "slot": outcome.slot.id,
+                "cell": outcome.slot.cell.id,
+                "key": outcome.slot.key.digest,
+            }
+            if outcome.state == "failed":
+                fields |= {"failure_class": outcome.failure_class, "message": outcome.message}
+            self.ledger.append(f"trial_{outcome.state}", **fields)
+        if outcome.state == "done" and not outcome.known and outcome.record is not None:
+            self.tally.add_work("trials", outcome.record.seconds)
+        self.publisher.trial(outcome)
+        self.screen.outcome(outcome)
+
+
+def run_sweep(
+    sweep: SweepSpec,
+    place: Place,
+    screen: Screen,
+    *,
+    tracking_uri: str | None = None,
+    prepare_only: bool = False,
+    origin: dict[str, Any] | None = None,
+) -> int:
+    """Do what is left of a sweep and say how it stands.
+
+    Args:
+        origin: how the sweep was asked for (sets, only), kept so that it can be read again.
+
+    Returns:
+        The exit code; `outcome.json` says the same.
+
+    Raises:
+        Refused, SweepBusy: before anything started.
+    """
+    ledger, resolver = place.ledger(), place.resolver()
+    plan = plan_sweep(sweep, place.store, resolver, ledger)
+    if plan.done == plan.total and standing(ledger).exit_code == DONE:
+        screen.say(f"{sweep.name}: nothing to do")
+        return DONE
+    ledger.lock()
+    publisher = Publisher(sweep, _parent(sweep, place), place.store, tracking_uri)
+    run = Run(sweep, place, screen, publisher, ledger, resolver)
+    _open_folder(place, sweep, origin or {})
+    code = DONE
+    try:
+        ledger.append(
+            "sweep_started",
+            spec=text_digest(sweep.text),
+            total=plan.total,
+            to_run=plan.to_run,
+            pid=os.getpid(),
+        )
+        screen.started(plan)
+        code = _work(run, plan, prepare_only)
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else TERMINATED
+    finally:
+        screen.close()
+        _close(run, code)
+        ledger.unlock()
+    return code
+
+
+def _open_folder(place: Place, sweep: SweepSpec, origin: dict[str, Any]) -> None:
+    place.folder.mkdir(parents=True, exist_ok=True)
+    version = place.store.root / "VERSION"
+    if not version.exists():
+        write_whole(version, VERSION + "\n")
+    write_whole(place.folder / "spec.yaml", sweep.text)
+    write_whole(place.folder / "resolved.json", json.dumps(origin, indent=1, sort_keys=True))
+
+
+def _work(run: Run, plan: Plan, prepare_only: bool) -> int:
+    """Group after group: cells without images first, then those that share a row of images."""
+    searches = _searches(run, plan)
+    with ExitStack() as stack:
+        for cells in _groups(plan, run):
+            needs = needs_of(possible_trials(cells, run.sweep.seeds.assignments(), run.resolver))
+            missing = _incomplete(run, needs)
+            dispatcher = Dispatcher(
+                run.sweep, cells, searches, run.place.store, run.resolver, run.ledger, run.outcome
+            )
+            job = None if prepare_only else dispatcher.next()
+            if job is None and not (prepare_only and missing):
+                continue  # all of it was known
+            if run.cluster is None:
+                run.cluster = _start_cluster(stack, run)
+            _prepare(run, needs)
+            if job is not None:
+                dispatcher.give_back(job)
+                _tune(run, dispatcher)
+    failed = run.tally.states.get("failed", 0)
+    return FAILED if failed else DONE
+
+
+def _incomplete(run: Run, needs: Sequence[Need]) -> bool:
+    return any(need.have(run.place.store) < need.total() for need in needs)
+
+
+def _groups(plan: Plan, run: Run) -> list[list[Cell]]:
+    """Cells by the images that they read, in the order of the cells; none first."""
+    groups: dict[tuple[str, ...], list[Cell]] = {}
+    assignments = run.sweep.seeds.assignments()
+    for cell in plan.cells:
+        needs = needs_of(possible_trials([cell], assignments, run.resolver))
+        rows = tuple(sorted(str(need.key) for need in needs if need.stage == "images"))
+        groups.setdefault(rows, []).append(cell)
+    return [groups[rows] for rows in sorted(groups, key=bool)]
+
+
+def _searches(run: Run, plan: Plan) -> dict[str, Any]:
+    searched = [cell for cell in plan.cells if cell.space]
+    search = run.sweep.search
+    if search is None or not searched:
+        return {}
+    from orchestrator.search import CellSearch, open_storage
+
+    storage = open_storage(run.place.folder / "studies.journal")
+    return {cell.id: CellSearch(cell, search, storage) for cell in searched}
+
+
+def _start_cluster(stack: ExitStack, run: Run) -> dict[str, float]:
+    from orchestrator.session import MemoryPeak, ray_session
+
+    run.screen.say("starting Ray")
+    cluster = stack.enter_context(ray_session())
+    peak = MemoryPeak()
+    stack.callback(lambda: setattr(run.tally, "memory", peak.stop()))
+    # After ray.init, which replaces handlers that were there before.
+    signal.signal(signal.SIGTERM, _terminated)
+    return cluster
+
+
+def _terminated(number: int, frame: Any) -> None:
+    raise SystemExit(TERMINATED)
+
+
+def _workshop(run: Run) -> Workshop:
+    from orchestrator.stages import Workshop
+
+    gpu = run.sweep.resources.trial.gpu and (run.cluster or {}).get("GPU", 0)
+    return Workshop(run.place.store, run.place.data_root, "cuda" if gpu else "cpu")
+
+
+def _prepare(run: Run, needs: Sequence[Need]) -> None:
+    from orchestrator.prepare import contact_sheet, prepare
+
+    prepare(needs, _workshop(run), run.sweep.resources, run)
+    rows = [need.spec for need in needs if isinstance(need.spec, SyntheticFeaturesSpec)]
+    sheet = run.place.folder / "contact_sheet.png"
+    if rows and not sheet.exists():
+        drawn, base = _shown(rows)
+        features = next(need.spec for need in needs if isinstance(need.spec, FeaturesSpec))
+        png, run.tally.shares = contact_sheet(drawn, base, features, _workshop(run))
+        write_whole(sheet, png)
+
+
+def _shown(
+    rows: Sequence[SyntheticFeaturesSpec],
+) -> tuple[SyntheticFeaturesSpec, SyntheticFeaturesSpec | None]:
+    """The row to show, and the one without LoRA to show it against.
+
+    The row that trials read comes after those that it was made from.
+    """
+    tuned = [row for row in rows if getattr(row.images, "lora", None) is not None]
+    plain = [row for row in rows if getattr(row.images, "lora", None) is None]
+    if tuned:
+        return tuned[-1], plain[-1] if plain else None
+    return plain[-1], None
+
+
+def _tune(run: Run, dispatcher: Dispatcher) -> None:
+    from orchestrator.tuning import run_points
+
+    cluster = run.cluster or {}
+    want = run.sweep.resources.trial
+    fits = int(cluster.get("CPU", 1) // want.cpu) if want.cpu else 1 << 20
+    if want.gpu:
+        fits = min(fits, int(cluster.get("GPU", 0) // want.gpu))
+    if fits < 1:
+        raise Refused(
+            f"a trial asks for {want.cpu:g} CPU and {want.gpu:g} GPU; the cluster has "
+            f"{cluster.get('CPU', 0):g} and {cluster.get('GPU', 0):g}: lower resources.trial"
+        )
+    figures = run_points(
+        dispatcher, _workshop(run), run.sweep.resources, run.place.folder / "tune", fits
+    )
+    run.tally.add_wall("trials", figures.wall)
+    if figures.jobs:
+        run.tally.overheads.append(figures.overhead)
+
+
+# ---------------------------------------------------------------- the end
+
+
+def _close(run: Run, code: int) -> None:
+    """Say how it ended, everywhere: ledger, outcome.json, tracker."""
+    tally = run.tally
+    _remember(run.place.store.root, tally.work)
+    seconds = round(time.monotonic() - tally.started, 1)
+    facts = {name: value for name, value in asdict(tally).items() if name not in HIDDEN}
+    facts["shares"] = tally.shares or read_outcome(run.place).get("run", {}).get("shares", {})
+    outcome = {
+        "exit_code": code,
+        "state": STATES.get(code, "failed"),
+        "seconds": seconds,
+        "run": facts,
+    }
+    run.ledger.append("sweep_ended", exit_code=code, seconds=seconds)
+    text = json.dumps(outcome, indent=1, sort_keys=True)
+    write_whole(run.place.folder / "outcome.json", text)
+    status: Status = "FINISHED" if code == DONE else "FAILED" if code == FAILED else "KILLED"
+    run.publisher.finish(status, lambda: note_of(run.sweep, run.place), _pictures(run.place))
+
+
+def _parent(sweep: SweepSpec, place: Place) -> SweepRun:
+    return SweepRun(
+        sweep=place.name,
+        project=place.project,
+        spec_hash=text_digest(sweep.text),
+        note=sweep.question,
+        user=whoami(),
+        commit=commit(),
+        source=f"airsweep run {sweep.source}",
+    )
+
+
+def note_of(sweep: SweepSpec, place: Place) -> str:
+    """The parent's note: the question and the table."""
+    plan = plan_sweep(sweep, place.store, place.resolver(), place.ledger())
+    entries = entries_of(plan, place.store)
+    found = rows(entries, sweep.search.objective if sweep.search else None)
+    return f"{sweep.question}\n\n{table(found, 'md', entries=entries)}"
+
+
+def _pictures(place: Place) -> dict[str, Path]:
+    sheet = place.folder / "contact_sheet.png"
+    return {sheet.name: sheet} if sheet.exists() else {}
+
+
+HIDDEN = ("started", "work")
+STATES = {
+    DONE: "done",
+    FAILED: "failed",
+    BUDGET: "budget",
+    INTERRUPTED: "interrupted",
+    TERMINATED: "terminated",
+}
+
+
+def _remember(root: Path, work: dict[str, list[float]]) -> None:
+    """Add this run's seconds by stage to the store's history, which estimates are made from."""
+    if not work:
+        return
+    path = root / "history.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    for stage, (seconds, count) in work.items():
+        entry = known.setdefault(stage, {"seconds": 0.0, "count": 0})
+        entry["seconds"] = round(entry["seconds"] + seconds, 3)
+        entry["count"] += count
+    write_whole(path, json.dumps(known, indent=1, sort_keys=True))
+
+
+def read_outcome(place: Place) -> dict[str, Any]:
+    """outcome.json of the last run; empty if there is none."""
+    try:
+        outcome: dict[str, Any] = json.loads((place.folder / "outcome.json").read_text())
+    except FileNotFoundError:
+        return {}
+    return outcome
+
+
+def whoami() -> str:
+    """Who runs this, for tags."""
+    try:
+        return os.environ.get("AIRSWEEP_USER") or getpass.getuser()
+    except (KeyError, OSError):
+        return "unknown"
+
+
+def commit() -> str:
+    """The code's git commit; a Ray job has no .git and is told by AIRSWEEP_COMMIT."""
+    known = os.environ.get("AIRSWEEP_COMMIT")
+    if known:
+        return known
+    done = subprocess.run(
+        ["git", "rev-parse", "HEAD"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.stdout.strip() or "unknown"

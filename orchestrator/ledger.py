@@ -1,0 +1,74 @@
+"""What a sweep asked for and what became of it: an append-only log, written by the driver alone.
+
+`status`, `table`, resume and the tracker are folds over it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+
+class SweepBusy(RuntimeError):
+    """Another driver runs this sweep."""
+
+
+class Ledger:
+    """`events.jsonl` of one sweep. Appending needs `lock()`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.path = folder / "events.jsonl"
+        self._lock = FileLock(folder / ".driver.lock")
+
+    def lock(self) -> None:
+        """Become the only driver.
+
+        Raises:
+            SweepBusy: there is one already.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise SweepBusy(
+                f"another driver runs this sweep ({self._lock.lock_file} is held); "
+                "wait for it, or stop it"
+            ) from None
+        mend_lines(self.path)
+
+    def unlock(self) -> None:
+        self._lock.release()
+
+    def append(self, event: str, **fields: Any) -> None:
+        """One event, on disk before this returns."""
+        line = json.dumps({"event": event, **fields}, sort_keys=True, allow_nan=False)
+        with open(self.path, "a", encoding="utf-8") as handle:
+            handle.write(line + "\n")
+            handle.flush()
+            os.fsync(handle.fileno())
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """All events in order. A last line that a kill cut off is left out."""
+        if not self.path.exists():
+            return
+        with open(self.path, encoding="utf-8") as handle:
+            for line in handle:
+                if line.endswith("\n"):
+                    yield json.loads(line)
+
+
+def mend_lines(path: Path) -> None:
+    """Cut off half a last line that a killed writer left. Only while nobody writes."""
+    if not path.exists():
+        return
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        with open(path, "r+b") as handle:
+            handle.truncate(whole)

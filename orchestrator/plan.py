@@ -1,0 +1,321 @@
+"""What a sweep needs, what is there, what is left to do. Imports no torch and starts nothing.
+
+What runs is what was planned: the driver walks the same slots and needs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from air_core.specs import (
+    FeaturesSpec,
+    GeneratedImages,
+    LabelsSpec,
+    LoraSpec,
+    SyntheticFeaturesSpec,
+    TrialSpec,
+    trial_keys,
+)
+from orchestrator.keys import ArtifactKey, artifact_key
+from orchestrator.ledger import Ledger
+from orchestrator.resolve import Resolver
+from orchestrator.space import point_count
+from orchestrator.store import ArtifactStore
+from orchestrator.sweep import Cell, Dimension, SweepSpec, cells_of
+
+BASE_PER_CLASS = 8  # images without LoRA, drawn to show what LoRA changed
+# Settings that decide whether synthetic images are read, and how many.
+READS_IMAGES = (
+    "images_per_class",
+    "fusion_weight",
+    "synthetic_weight",
+    "auxiliary.source",
+    "iterations",
+)
+# Seconds of one unit of work where nothing was measured yet: the tiny world on one core.
+GUESS = {"features": 8.0, "labels": 1.0, "lora": 40.0, "images": 0.25, "trials": 4.0}
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One trial that a sweep asks for: a cell, a point, a seed. Several slots may share a key."""
+
+    id: str
+    cell: Cell
+    point: int
+    params: Mapping[str, Any]
+    seeds: Mapping[str, int]
+    spec: TrialSpec
+    key: ArtifactKey
+
+
+@dataclass(frozen=True)
+class Need:
+    """An artifact that slots read; a row is needed up to a count of images per class."""
+
+    spec: FeaturesSpec | LabelsSpec | LoraSpec | SyntheticFeaturesSpec
+    images_per_class: int = 0
+
+    @property
+    def stage(self) -> str:
+        return "images" if isinstance(self.spec, SyntheticFeaturesSpec) else self.key.stage
+
+    @property
+    def key(self) -> ArtifactKey:
+        spec = self.spec
+        return artifact_key(spec.images if isinstance(spec, SyntheticFeaturesSpec) else spec)
+
+    def shards(self) -> list[tuple[int, int]]:
+        """(class, block) of a row, class by class."""
+        assert isinstance(self.spec, SyntheticFeaturesSpec)
+        classes = range(len(self.spec.images.classnames))
+        return list(itertools.product(classes, range(self.spec.blocks(self.images_per_class))))
+
+    def missing(self, store: ArtifactStore) -> list[tuple[int, int]]:
+        """Shards that are not whole yet: images and their features."""
+        assert isinstance(self.spec, SyntheticFeaturesSpec)
+        images = store.row(self.spec.images).present(".parquet")
+        features = store.row(self.spec).present(".safetensors")
+        return [shard for shard in self.shards() if shard not in images or shard not in features]
+
+    def have(self, store: ArtifactStore) -> int:
+        if isinstance(self.spec, SyntheticFeaturesSpec):
+            return len(self.shards()) - len(self.missing(store))
+        return int(store.has(self.spec))
+
+    def total(self) -> int:
+        return len(self.shards()) if isinstance(self.spec, SyntheticFeaturesSpec) else 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All of it. `slots` are those whose point is known; a search asks the rest later."""
+
+    sweep: SweepSpec
+    cells: tuple[Cell, ...]
+    points: int
+    slots: tuple[Slot, ...]
+    total: int
+    done: int
+    reused: int
+    needs: tuple[Need, ...]
+    seconds: float
+    calibrated: bool
+
+    @property
+    def to_run(self) -> int:
+        return self.total - self.done - self.reused
+
+    def json(self, store: ArtifactStore) -> dict[str, Any]:
+        """The contract of `plan --json`."""
+        return {
+            "cells": len(self.cells),
+            "points": self.points,
+            "trials": {
+                "total": self.total,
+                "done": self.done,
+                "reused": self.reused,
+                "to_run": self.to_run,
+            },
+            "artifacts": [_artifact(need, store) for need in self.needs],
+            "estimate": {"seconds": round(self.seconds, 1), "calibrated": self.calibrated},
+        }
+
+
+def _artifact(need: Need, store: ArtifactStore) -> dict[str, Any]:
+    have, total = need.have(store), need.total()
+    state = "present" if have == total else "partial" if have else "missing"
+    return {
+        "stage": need.stage,
+        "key": str(need.key),
+        "state": state,
+        "have": have,
+        "need": total,
+    }
+
+
+def plan_sweep(sweep: SweepSpec, store: ArtifactStore, resolver: Resolver, ledger: Ledger) -> Plan:
+    """Everything that `sweep` asks for, against what the store and the ledger say."""
+    cells = cells_of(sweep)
+    assignments = sweep.seeds.assignments()
+    asked = asked_points(ledger)
+    finished = finished_slots(ledger)
+    slots: list[Slot] = []
+    points = 0
+    for cell in cells:
+        count = point_count(cell, sweep.search)
+        points += count
+        known = asked.get(cell.id, {}) if cell.space else {0: {}}
+        for number, params in sorted(known.items())[:count]:
+            slots += slots_of(cell, number, params, assignments, resolver)
+    done = reused = 0
+    seen: set[str] = set()
+    for slot in slots:
+        there = store.has(slot.spec)
+        if there and finished.get(slot.id) == slot.key.digest:
+            done += 1
+        elif there or slot.key.digest in seen:
+            reused += 1
+        seen.add(slot.key.digest)
+    total = points * len(assignments)
+    needs = tuple(needs_of(possible_trials(cells, assignments, resolver)))
+    seconds, calibrated = estimate(needs, total - done - reused, store)
+    resolver.save()
+    return Plan(sweep, cells, points, tuple(slots), total, done, reused, needs, seconds, calibrated)
+
+
+def slots_of(
+    cell: Cell,
+    point: int,
+    params: Mapping[str, Any],
+    assignments: Sequence[Mapping[str, int]],
+    resolver: Resolver,
+) -> list[Slot]:
+    """The slots of one point: one for each assignment of seeds."""
+    slots = []
+    for seeds in assignments:
+        spec = resolver.trial({**cell.flat, **params, **seeds})
+        words = ",".join(f"{name}={value}" for name, value in seeds.items())
+        slot_id = f"{cell.id}/{point}/{words}"
+        slots.append(Slot(slot_id, cell, point, params, seeds, spec, artifact_key(spec)))
+    return slots
+
+
+# ---------------------------------------------------------------- needs
+
+
+def possible_trials(
+    cells: Iterable[Cell], assignments: Sequence[Mapping[str, int]], resolver: Resolver
+) -> Iterator[TrialSpec]:
+    """The most demanding trials that each cell may come to ask for."""
+    for cell in cells:
+        ranges = [d for d in cell.space if d.key in READS_IMAGES]
+        for ends in itertools.product(*[_ends(d) for d in ranges]):
+            params = {d.key: end for d, end in zip(ranges, ends, strict=True)}
+            for seeds in assignments:
+                yield resolver.trial({**cell.flat, **params, **seeds})
+
+
+def _ends(dimension: Dimension) -> Sequence[Any]:
+    if dimension.values is None:
+        high = dimension.max
+        assert high is not None
+        return [int(high) if trial_keys()[dimension.key].type is int else high]
+    if all(isinstance(value, int | float) for value in dimension.values):
+        return [max(dimension.values)]
+    return dimension.values
+
+
+def needs_of(trials: Iterable[TrialSpec]) -> list[Need]:
+    """Distinct artifacts that trials read, in the order in which they can be made.
+
+    A row is needed up to the largest count that any of them asks for.
+    """
+    found: dict[str, Need] = {}
+    seen: set[str] = set()
+    for trial in trials:
+        trial = replace(trial.normalised(), seed=0)
+        key = artifact_key(trial).digest
+        if key in seen:
+            continue
+        seen.add(key)
+        for need in _needs(trial):
+            identity = f"{need.key}/{artifact_key(need.spec).digest}"
+            known = found.get(identity)
+            if known is None or known.images_per_class < need.images_per_class:
+                found[identity] = need
+    return list(found.values())
+
+
+def _needs(trial: TrialSpec) -> Iterator[Need]:
+    yield Need(trial.features)
+    row = trial.synthetic_features
+    if row is not None:
+        yield from _row_needs(row, trial.images_per_class)
+    base = trial.base_images
+    if base is not None:
+        spec = SyntheticFeaturesSpec(
+            images=base, backbone=trial.backbone, precision=trial.precision
+        )
+        yield Need(spec, BASE_PER_CLASS)
+
+
+def _row_needs(row: SyntheticFeaturesSpec, images_per_class: int) -> Iterator[Need]:
+    images = row.images
+    if isinstance(images, GeneratedImages) and images.lora is not None:
+        labels = images.lora.labels
+        yield Need(labels.features)
+        if labels.images is not None:
+            yield from _row_needs(labels.images, labels.settings.images_per_class)
+        yield Need(labels)
+        yield Need(images.lora)
+    yield Need(row, images_per_class)
+
+
+def level(spec: Any) -> int:
+    """How many stages lie above: needs of one level do not wait for each other."""
+    match spec:
+        case LabelsSpec():
+            above: list[Any] = [spec.features, spec.images]
+        case LoraSpec():
+            above = [spec.labels]
+        case SyntheticFeaturesSpec():
+            images = spec.images
+            above = [images.lora] if isinstance(images, GeneratedImages) else []
+        case _:
+            above = []
+    return 1 + max((level(one) for one in above if one is not None), default=0)
+
+
+# ---------------------------------------------------------------- the ledger, folded
+
+
+def asked_points(ledger: Ledger) -> dict[str, dict[int, dict[str, Any]]]:
+    """Parameters by cell and point number."""
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for event in ledger.events():
+        if event["event"] == "point_asked":
+            found.setdefault(event["cell"], {})[event["point"]] = event["params"]
+    return found
+
+
+def finished_slots(ledger: Ledger) -> dict[str, str]:
+    """Trial key by slot, of slots whose last outcome was done or reused."""
+    found: dict[str, str] = {}
+    for event in ledger.events():
+        if event["event"] in ("trial_done", "trial_reused"):
+            found[event["slot"]] = event["key"]
+        elif event["event"] == "trial_failed":
+            found.pop(event["slot"], None)
+    return found
+
+
+# ---------------------------------------------------------------- time
+
+
+def estimate(needs: Sequence[Need], trials: int, store: ArtifactStore) -> tuple[float, bool]:
+    """Seconds of the work that is left, on one worker, and whether all of it was measured here."""
+    known = read_history(store.root)
+    work: dict[str, float] = {"trials": trials} if trials else {}
+    for need in needs:
+        left = need.total() - need.have(store)
+        if left:
+            work[need.stage] = work.get(need.stage, 0) + left
+    if not trials:
+        work = {}
+    seconds = sum(count * known.get(stage, GUESS[stage]) for stage, count in work.items())
+    return seconds, all(stage in known for stage in work)
+
+
+def read_history(root: Path) -> dict[str, float]:
+    """Mean seconds of one unit by stage, as measured in this store."""
+    try:
+        measured = json.loads((root / "history.json").read_text())
+    except FileNotFoundError:
+        return {}
+    return {stage: entry["seconds"] / entry["count"] for stage, entry in measured.items()}

@@ -1,0 +1,132 @@
+"""Run a plan's missing stages on the cluster: features, labels, LoRA, images."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any, Protocol
+
+import ray
+
+from air_core.specs import FeaturesSpec, LabelsSpec, LoraSpec, SyntheticFeaturesSpec
+from orchestrator import pictures
+from orchestrator.generation import draw
+from orchestrator.keys import artifact_key
+from orchestrator.plan import Need, level
+from orchestrator.stages import Workshop, build_features, build_labels, build_lora
+from orchestrator.sweep import Resources
+
+REPORT_EVERY = 1.0  # seconds between two looks at a LoRA
+
+
+class Watcher(Protocol):
+    """Is told what is being prepared."""
+
+    def prepared(self, need: Need, seconds: float, facts: dict[str, Any]) -> None:
+        """An artifact, or one shard of a row, is whole."""
+        ...
+
+    def progress(self, need: Need, done: int, total: int) -> None:
+        """How far a long one is."""
+        ...
+
+    def phase(self, stage: str, seconds: float) -> None:
+        """A stage is over; it took so long by the clock."""
+        ...
+
+
+def prepare(needs: Sequence[Need], shop: Workshop, resources: Resources, watcher: Watcher) -> None:
+    """Make what is missing, stage after stage; within a stage side by side.
+
+    Raises:
+        GenerationFailed, ValueError: something could not be made.
+    """
+    missing = [need for need in needs if need.have(shop.store) < need.total()]
+    missing.sort(key=lambda need: level(need.spec))
+    for _, group in groupby(missing, key=lambda need: level(need.spec)):
+        together = sorted(group, key=lambda need: need.stage)
+        for stage, alike in groupby(together, key=lambda need: need.stage):
+            started = time.monotonic()
+            if stage == "images":
+                draw(list(alike), shop, resources, watcher.prepared)
+            else:
+                _build(list(alike), shop, resources, watcher)
+            watcher.phase(stage, time.monotonic() - started)
+
+
+class Board:
+    """Where long stages write how far they are."""
+
+    def __init__(self) -> None:
+        self.state: dict[str, tuple[int, int]] = {}
+
+    def write(self, key: str, done: int, total: int) -> None:
+        self.state[key] = (done, total)
+
+    def read(self) -> dict[str, tuple[int, int]]:
+        return self.state
+
+
+def _run(spec: Any, shop: Workshop, board: Any) -> tuple[float, dict[str, Any]]:
+    import torch
+
+    torch.set_num_threads(1)
+    started = time.monotonic()
+    match spec:
+        case FeaturesSpec():
+            artifact = build_features(spec, shop)
+        case LabelsSpec():
+            artifact = build_labels(spec, shop)
+        case LoraSpec():
+            last = 0.0
+
+            def report(step: int, steps: int, loss: float) -> None:
+                nonlocal last
+                if time.monotonic() - last > REPORT_EVERY:
+                    last = time.monotonic()
+                    board.write.remote(str(artifact_key(spec)), step, steps)
+
+            artifact = build_lora(spec, shop, report)
+        case _:
+            raise TypeError(type(spec).__name__)
+    return time.monotonic() - started, artifact.record["info"]
+
+
+def _build(needs: Sequence[Need], shop: Workshop, resources: Resources, watcher: Watcher) -> None:
+    if not needs:
+        return
+    want = resources.generator
+    gpu = want.gpu if ray.cluster_resources().get("GPU", 0) else 0.0
+    there = Workshop(shop.store, shop.data_root, "cuda" if gpu else "cpu")
+    board = ray.remote(Board).options(num_cpus=0).remote()
+    stage = ray.remote(_run)
+    running = {
+        stage.options(num_cpus=want.cpu, num_gpus=gpu, max_retries=1).remote(
+            need.spec, there, board
+        ): need
+        for need in needs
+    }
+    while running:
+        ready, _ = ray.wait(list(running), timeout=REPORT_EVERY)
+        for done in ready:
+            need = running.pop(done)
+            seconds, facts = ray.get(done)
+            watcher.prepared(need, seconds, facts)
+        state = ray.get(board.read.remote())
+        for need in running.values():
+            if str(need.key) in state:
+                watcher.progress(need, *state[str(need.key)])
+
+
+def contact_sheet(
+    drawn: SyntheticFeaturesSpec,
+    base: SyntheticFeaturesSpec | None,
+    features: FeaturesSpec,
+    shop: Workshop,
+) -> tuple[bytes, dict[str, float]]:
+    """A PNG of real, base and LoRA images, and how many of each CLIP recognises."""
+    result: tuple[bytes, dict[str, float]] = ray.get(
+        ray.remote(pictures.contact_sheet).remote(drawn, base, features, shop)
+    )
+    return result

@@ -1,0 +1,134 @@
+"""Outcomes on their way to the tracker: one thread writes, so that nothing waits for it."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from air_core.specs import to_flat
+from orchestrator.dispatch import Outcome
+from orchestrator.results import flat_of, settings_of
+from orchestrator.store import ArtifactStore
+from orchestrator.sweep import SweepSpec
+from orchestrator.tracking import Status, SweepRun, Tracker, TrialRun, make_tracker
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+TAGS = ("dataset", "paradigm", "modality")
+
+
+class Publisher:
+    """Tells a tracker about one sweep, in the background.
+
+    The tracker is opened by the first thing that is told, so a run that has nothing to say
+    imports no tracker.
+    """
+
+    def __init__(
+        self,
+        sweep: SweepSpec,
+        parent: SweepRun,
+        store: ArtifactStore,
+        tracking_uri: str | None,
+    ) -> None:
+        self.sweep, self.parent, self.store = sweep, parent, store
+        self.uri = tracking_uri or sweep.tracking_uri
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="tracker")
+        self._told: list[Future[None]] = []
+        self._tracker: Tracker | None = None
+        self._varied: frozenset[str] = frozenset(
+            {*sweep.grid, *(d.key for d in sweep.space), *sweep.seeds.vary} - {"method"}
+        )
+
+    def trial(self, outcome: Outcome) -> None:
+        self._told.append(self._thread.submit(self._trial, outcome))
+
+    def finish(self, status: Status, note: Callable[[], str], artifacts: dict[str, Path]) -> None:
+        """Wait for all that was told, and close the parent.
+
+        Raises:
+            Exception: what went wrong in the background, if anything did.
+        """
+        self._told.append(
+            self._thread.submit(lambda: self._open().finish(status, note(), artifacts))
+        )
+        self._thread.shutdown(wait=True)
+        for told in self._told:
+            told.result()
+
+    def _open(self) -> Tracker:
+        if self._tracker is None:
+            self._tracker = make_tracker(
+                self.uri, store=self.store.root, project=self.parent.project
+            )
+            self._tracker.start(self.parent)
+        return self._tracker
+
+    def _trial(self, outcome: Outcome) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            self._open().trial(self._child(outcome, Path(folder)))
+
+    def _child(self, outcome: Outcome, folder: Path) -> TrialRun:
+        slot, record = outcome.slot, outcome.record
+        flat = flat_of(slot)
+        name = "-".join(
+            [slot.spec.dataset.name, slot.spec.paradigm, slot.spec.modality, slot.cell.method]
+        )
+        seed = slot.seeds.get("seed", slot.spec.seed)
+        tags = {f"air.{name}": str(getattr(slot.spec, name)) for name in TAGS[1:]}
+        tags |= {
+            "air.dataset": slot.spec.dataset.name,
+            "air.method": slot.cell.method,
+            "air.seed": str(seed),
+            "air.split_seed": str(slot.spec.split_seed),
+            "air.trial_key": slot.key.digest,
+            "air.cell": slot.cell.id,
+            "air.user": self.parent.user,
+        }
+        started = int((record.started if record else time.time()) * 1000)
+        return TrialRun(
+            slot=slot.id,
+            name=f"{name}-s{seed}-{slot.key.digest[:8]}",
+            state=outcome.state,
+            failure_class=outcome.failure_class,
+            tags=tags,
+            params={
+                key: str(value)
+                for key, value in {**settings_of(slot), **flat}.items()
+                if key in self._varied
+            },
+            metrics=record.metrics if record else {},
+            curves=record.curves if record else {},
+            started=started,
+            ended=started + int((record.seconds if record else 0.0) * 1000),
+            artifacts=self._artifacts(outcome, folder),
+        )
+
+    def _artifacts(self, outcome: Outcome, folder: Path) -> dict[str, Path]:
+        """Small files for people: the resolved spec and a confusion matrix."""
+        spec = folder / "spec.json"
+        spec.write_text(_spec_json(outcome))
+        found = {"spec.json": spec}
+        if outcome.record is not None:
+            from orchestrator.pictures import confusion_matrix
+
+            _, predictions, labels = outcome.record.predictions()
+            matrix = folder / "confusion_matrix.png"
+            names = [name.replace("_", " ") for name in outcome.slot.spec.classnames]
+            matrix.write_bytes(confusion_matrix(labels, predictions, names))
+            found["confusion_matrix.png"] = matrix
+        return found
+
+
+def _spec_json(outcome: Outcome) -> str:
+    """The trial as it was computed: every setting, and the digests behind the names."""
+    spec = outcome.slot.spec.normalised()
+    resolved: dict[str, Any] = to_flat(spec)
+    for name in ("dataset", "backbone", "generator"):
+        resolved[f"{name}.digest"] = getattr(spec, name).digest
+    return json.dumps({"key": str(outcome.slot.key), **resolved}, indent=1, sort_keys=True)

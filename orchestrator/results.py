@@ -1,0 +1,112 @@
+"""A sweep's outcomes, gathered from ledger and store for tables. Imports no torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any
+
+from orchestrator.ledger import Ledger
+from orchestrator.plan import Plan, Slot
+from orchestrator.report import Entry
+from orchestrator.store import ArtifactStore
+from orchestrator.trial import TrialRecord, read_trial
+
+NAMED = ("dataset", "paradigm", "modality", "method")  # a table's own columns
+
+
+def entries_of(plan: Plan, store: ArtifactStore) -> list[Entry]:
+    """One entry for each slot that has a record."""
+    search = plan.sweep.search
+    done = [(slot, read_trial(slot.spec, store)) for slot in plan.slots if store.has(slot.spec)]
+    objectives = _objectives(done, search.objective if search else None)
+    entries = []
+    for slot, record in done:
+        image_ids, predictions, labels = record.predictions()
+        entries.append(
+            Entry(
+                cell=slot.cell.id,
+                method=slot.cell.method,
+                flat=flat_of(slot),
+                settings=settings_of(slot),
+                point=slot.point,
+                seed=slot.spec.normalised().seed,
+                split_seed=slot.spec.split_seed,
+                objective=objectives.get((slot.cell.id, slot.point)),
+                metrics=record.metrics,
+                image_ids=image_ids,
+                predictions=predictions,
+                labels=labels,
+            )
+        )
+    return entries
+
+
+def flat_of(slot: Slot) -> dict[str, Any]:
+    """All settings of a slot, by their dotted names."""
+    return {**slot.cell.flat, **slot.params, **slot.seeds}
+
+
+def settings_of(slot: Slot) -> dict[str, Any]:
+    """What the sweep varies in a slot, beside what a table has columns for and the seeds."""
+    chosen = {name: value for name, value in slot.cell.chosen.items() if name not in NAMED}
+    return {**chosen, **slot.params}
+
+
+def _objectives(
+    done: list[tuple[Slot, TrialRecord]], objective: str | None
+) -> dict[tuple[str, int], float]:
+    """Mean objective over the seeds of each point."""
+    if objective is None:
+        return {}
+    values: dict[tuple[str, int], list[float]] = {}
+    for slot, record in done:
+        values.setdefault((slot.cell.id, slot.point), []).append(record.objectives[objective])
+    return {point: fmean(found) for point, found in values.items()}
+
+
+@dataclass
+class Standing:
+    """How a sweep stands, by its ledger alone."""
+
+    total: int = 0
+    last: dict[str, str] = field(default_factory=dict)  # slot -> done, reused, failed, running
+    failures: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    prepared: Counter[str] = field(default_factory=Counter)
+    exit_code: int | None = None
+
+    def counts(self, alive: bool) -> dict[str, int]:
+        """Trials by state; what a dead driver was running is waiting again."""
+        counts = Counter(self.last.values())
+        running = counts["running"] if alive else 0
+        ended = counts["done"] + counts["reused"] + counts["failed"]
+        return {
+            "done": counts["done"],
+            "reused": counts["reused"],
+            "failed": counts["failed"],
+            "running": running,
+            "waiting": max(0, self.total - ended - running),
+        }
+
+
+def standing(ledger: Ledger) -> Standing:
+    """Fold the ledger."""
+    found = Standing()
+    for event in ledger.events():
+        match event["event"]:
+            case "sweep_started":
+                found.total, found.exit_code = event["total"], None
+            case "trials_started":
+                found.last |= dict.fromkeys(event["slots"], "running")
+            case "trial_done" | "trial_reused" | "trial_failed" as name:
+                found.last[event["slot"]] = name.removeprefix("trial_")
+                found.failures.pop(event["slot"], None)
+                if name == "trial_failed":
+                    found.failures[event["slot"]] = event
+            case "artifact_prepared":
+                found.prepared[event["stage"]] += 1
+            case "sweep_ended":
+                found.exit_code = event["exit_code"]
+    return found

@@ -1,0 +1,261 @@
+"""Screens that are printed once: plan, status, the end of a run. Imports no torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from air_core.datasets import get_dataset
+from air_core.specs import to_flat
+from orchestrator import presets, report
+from orchestrator.driver import Place, read_outcome
+from orchestrator.plan import Need, Plan, plan_sweep
+from orchestrator.results import entries_of, standing
+from orchestrator.sweep import SweepSpec, notes_of
+
+STATES = {"present": "there", "partial": "in part", "missing": "to make"}
+
+
+# ---------------------------------------------------------------- plan
+
+
+def plan_screen(plan: Plan, place: Place, explain: bool) -> str:
+    """What would run."""
+    shown = plan.json(place.store)
+    trials = shown["trials"]
+    lines = [
+        f"{plan.sweep.name}: {len(plan.cells)} cells, {plan.points} points, "
+        f"{trials['total']} trials: {trials['done']} done, {trials['reused']} reused, "
+        f"{trials['to_run']} to run",
+        "",
+    ]
+    for artifact in shown["artifacts"]:
+        count = "" if artifact["need"] == 1 else f"  {artifact['have']}/{artifact['need']} blocks"
+        lines.append(f"  {STATES[artifact['state']]:<8} {artifact['key']}{count}")
+    lines += ["", f"  {_time_left(plan)}"]
+    lines += [f"  note: {note}" for note in notes_of(plan.sweep)]
+    varied = plan.sweep.seeds.vary
+    if "split_seed" in varied:
+        rows = sum(need.stage == "images" for need in plan.needs)
+        lines.append(f"  note: seeds vary {', '.join(varied)}: {rows} rows of images")
+    if explain:
+        lines += ["", *_explain(plan)]
+    return "\n".join(lines)
+
+
+def _time_left(plan: Plan) -> str:
+    if not plan.to_run:
+        return "nothing to do"
+    basis = "measured in this store" if plan.calibrated else "guessed: nothing measured here yet"
+    return f"about {_clock(plan.seconds)} of work on one worker ({basis})"
+
+
+def _explain(plan: Plan) -> list[str]:
+    lines = []
+    for cell in plan.cells:
+        method = presets.METHODS[cell.method]
+        slot = next((slot for slot in plan.slots if slot.cell.id == cell.id), None)
+        settings = to_flat(slot.spec) if slot else cell.flat
+        world = presets.defaults(cell.method, cell.flat)
+        lines.append(f"{cell.id}")
+        for name, value in settings.items():
+            source = (
+                "pinned by the method"
+                if name in method.pins
+                else "grid"
+                if name in cell.chosen
+                else "fixed"
+                if name in plan.sweep.fixed
+                else "default of the world"
+                if name in world
+                else "default"
+            )
+            lines.append(f"  {name:<34} {value!s:<26} {source}")
+    return lines
+
+
+# ---------------------------------------------------------------- status
+
+
+def status(place: Place) -> dict[str, Any]:
+    """The contract of `status --json`."""
+    found = standing(place.ledger())
+    alive = _alive(place.folder)
+    return {
+        "sweep": f"{place.project}/{place.name}",
+        "running": alive,
+        "exit_code": found.exit_code,
+        "trials": found.counts(alive),
+        "prepared": dict(found.prepared),
+        "failures": [
+            {"slot": slot, "class": event["failure_class"], "message": event["message"]}
+            for slot, event in found.failures.items()
+        ],
+    }
+
+
+def _alive(folder: Path) -> bool:
+    """Does a driver hold the sweep's lock?"""
+    lock = FileLock(folder / ".driver.lock")
+    try:
+        with lock.acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def status_screen(found: dict[str, Any]) -> str:
+    """The same for people."""
+    counts = ", ".join(f"{count} {state}" for state, count in found["trials"].items())
+    now = "running" if found["running"] else f"not running, last exit {found['exit_code']}"
+    lines = [f"{found['sweep']}: {now}", f"  trials    {counts}"]
+    if found["prepared"]:
+        made = ", ".join(f"{count} {stage}" for stage, count in found["prepared"].items())
+        lines.append(f"  prepared  {made}")
+    for (name, message), count in Counter(
+        (failure["class"], failure["message"]) for failure in found["failures"]
+    ).items():
+        lines.append(f"  failed    {count} x {name}: {message}")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- the end of a run
+
+
+def summary_screen(sweep: SweepSpec, place: Place) -> str:
+    """The table of a sweep and what its last run did."""
+    plan = plan_sweep(sweep, place.store, place.resolver(), place.ledger())
+    entries = entries_of(plan, place.store)
+    outcome = read_outcome(place)
+    facts = [
+        *_image_facts(plan, place, outcome),
+        *_work_facts(plan, place, outcome),
+        *_next_facts(plan, place),
+    ]
+    if not entries:
+        return "\n".join(f"{label:<9}{text}" for label, text in facts)
+    rows = report.rows(entries, sweep.search.objective if sweep.search else None)
+    return report.summary(_title(plan), entries, rows, facts)
+
+
+def _title(plan: Plan) -> str:
+    sweep = plan.sweep
+    slots = plan.slots
+    datasets = sorted({slot.spec.dataset.name for slot in slots})
+    worlds = sorted({f"{slot.spec.paradigm}/{slot.spec.modality}" for slot in slots})
+    split = len({slot.spec.split_seed for slot in slots})
+    seeds = len({slot.spec.seed for slot in slots})
+    images = get_dataset(datasets[0]).source.split(":")[0] if len(datasets) == 1 else ""
+    return (
+        f"airsweep {sweep.name}   {', '.join(datasets)} ({images})   no label trains   "
+        f"{', '.join(worlds)}   {seeds} seed{'s' * (seeds != 1)}, {split} split{'s' * (split != 1)}"
+    )
+
+
+def _image_facts(plan: Plan, place: Place, outcome: dict[str, Any]) -> list[tuple[str, str]]:
+    run = outcome.get("run", {})
+    parts = []
+    shares = run.get("shares", {})
+    if shares:
+        groups = ", ".join(f"{name} {share:.0%}" for name, share in sorted(shares.items()))
+        parts.append(f"CLIP recognises {groups}")
+    if run.get("drawn"):
+        parts.append(
+            f"{run['redrawn']} of {run['drawn'] + run['holes']} were blank and redrawn, "
+            f"{run['holes']} given up"
+        )
+    return [("images", "; ".join(parts))] if parts else []
+
+
+def _work_facts(plan: Plan, place: Place, outcome: dict[str, Any]) -> list[tuple[str, str]]:
+    found = standing(place.ledger())
+    counts = found.counts(alive=False)
+    facts = [
+        (
+            "trials",
+            f"{plan.total}: {counts['done']} run, {counts['reused']} reused, "
+            f"{counts['failed']} failed" + _read_by(plan, place),
+        )
+    ]
+    run = outcome.get("run", {})
+    walls = run.get("walls", {})
+    if walls:
+        total = outcome["seconds"]
+        named = "  ".join(
+            f"{PHASES[stage]} {_clock(walls[stage])}" for stage in PHASES if stage in walls
+        )
+        overhead = max(0.0, total - sum(walls.values()))
+        each = run.get("overheads") or [0.0]
+        facts.append(
+            (
+                "time",
+                f"{_clock(total)}: {named}  rest {_clock(overhead)}; "
+                f"{sum(each) / len(each):.2f} s overhead a point; "
+                f"peak {run.get('memory', 0) / 2**30:.1f} GiB",
+            )
+        )
+    return facts
+
+
+PHASES = {
+    "features": "features",
+    "labels": "labels",
+    "lora": "LoRA",
+    "images": "images",
+    "trials": "trials",
+}
+
+
+def _read_by(plan: Plan, place: Place) -> str:
+    rows = [need for need in plan.needs if need.stage == "images"]
+    if not rows:
+        return ""
+    loras = sum(need.stage == "lora" for need in plan.needs)
+    images = sum(_images_in(need) for need in rows)
+    readers = sum(slot.spec.normalised().images is not None for slot in plan.slots)
+    return f"; {loras} LoRA, {images} images drawn once, read by {readers} trials"
+
+
+def _images_in(need: Need) -> int:
+    return need.images_per_class * len(need.spec.images.classnames)  # type: ignore[union-attr]
+
+
+def _next_facts(plan: Plan, place: Place) -> list[tuple[str, str]]:
+    sheet = place.folder / "contact_sheet.png"
+    facts = []
+    if sheet.exists():
+        facts.append(("look", f"{_near(sheet)}"))
+    facts.append(("browse", "airsweep ui  ->  http://127.0.0.1:5000"))
+    source = plan.sweep.source
+    facts.append(
+        (
+            "cluster",
+            f"ray job submit --address $ADDR --working-dir . -- python -m orchestrator run "
+            f"{source} --store /shared/runs",
+        )
+    )
+    if not plan.to_run:
+        facts.append(("again", f"airsweep run {source}: nothing to do"))
+    return facts
+
+
+def _near(path: Path) -> str:
+    """A path as people would type it from here."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def _clock(seconds: float) -> str:
+    """Minutes and seconds, hours where there are some.
+
+    >>> _clock(67.4), _clock(3725)
+    ('1:07', '1:02:05')
+    """
+    whole = round(seconds)
+    hours, minutes = whole // 3600, whole % 3600 // 60
+    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"

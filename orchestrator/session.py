@@ -1,0 +1,87 @@
+"""Ray, started or joined: the cluster we are inside of, or a small local one."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+# Read by Ray when it is imported. A silent Tune needs the first three.
+QUIET = {
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+OBJECT_STORE_BYTES = 256 * 2**20  # artifacts travel by the store, not by Ray
+
+
+@contextmanager
+def ray_session() -> Iterator[dict[str, float]]:
+    """Join the cluster of RAY_ADDRESS, or start a local one; yields the cluster's resources.
+
+    A local cluster listens on loopback, has no dashboard and ends with the block.
+    """
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    joined = bool(os.environ.get("RAY_ADDRESS"))
+    if not joined:
+        # A local cluster of one user; a token in the home folder would change other clusters.
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    import ray
+
+    # Workers import this package from wherever it lies here, installed or not.
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if joined:
+        ray.init(**quiet)
+    else:
+        package_root = str(Path(__file__).resolve().parents[1])
+        path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            runtime_env={"env_vars": {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}},
+            **quiet,
+        )
+    for name in ("ray", "ray.tune", "ray.data"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        yield ray.cluster_resources()
+    finally:
+        ray.shutdown()
+
+
+class MemoryPeak:
+    """Largest proportional memory of this process and its children, sampled once a second."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> int:
+        self._stop.set()
+        return self.bytes
+
+    def _watch(self) -> None:
+        while not self._stop.wait(1.0):
+            family = [psutil.Process(), *psutil.Process().children(recursive=True)]
+            self.bytes = max(self.bytes, sum(map(_proportional, family)))
+
+
+def _proportional(process: psutil.Process) -> int:
+    """Bytes of a process, pages that it shares with others counted in part."""
+    try:
+        memory = process.memory_full_info()
+    except psutil.Error:
+        return 0  # it ended meanwhile
+    return int(getattr(memory, "pss", memory.uss))

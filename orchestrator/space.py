@@ -1,0 +1,69 @@
+"""The points that a cell's space holds. Knows no sampler and imports nothing heavy."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from air_core.specs import trial_keys
+from orchestrator.expressions import compile_when
+from orchestrator.sweep import Cell, Dimension, Search
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting of a cell: what the search chose, beside the cell's own settings."""
+
+    number: int
+    params: Mapping[str, Any]
+
+
+def point_count(cell: Cell, search: Search | None) -> int:
+    """Points of a cell, over all resumes."""
+    if search is None or not cell.space:
+        return 1
+    if search.sampler == "grid":
+        return min(search.points, len(grid_points(cell)))
+    return search.points
+
+
+def default_params(cell: Cell) -> dict[str, Any]:
+    """The cell's own settings as a point of its space; empty where they lie outside of it."""
+    params: dict[str, Any] = {}
+    for dimension in cell.space:
+        if not applies(dimension, cell.flat):
+            continue
+        value = cell.flat.get(dimension.key, trial_keys()[dimension.key].default)
+        if not _inside(value, dimension):
+            return {}
+        params[dimension.key] = value
+    return params
+
+
+def grid_points(cell: Cell) -> list[dict[str, Any]]:
+    """Every combination of values whose conditions hold, the default first."""
+    found: list[dict[str, Any]] = []
+    for combination in itertools.product(*[d.values or () for d in cell.space]):
+        params: dict[str, Any] = {}
+        for dimension, value in zip(cell.space, combination, strict=True):
+            if applies(dimension, cell.flat | params):
+                params[dimension.key] = value
+        if params not in found:
+            found.append(params)
+    first = default_params(cell)
+    return sorted(found, key=lambda params: params != first)
+
+
+def applies(dimension: Dimension, flat: Mapping[str, Any]) -> bool:
+    """Does the condition of a dimension hold?"""
+    return dimension.when is None or compile_when(dimension.when)(dict(flat))
+
+
+def _inside(value: Any, dimension: Dimension) -> bool:
+    if dimension.values is not None:
+        return value in dimension.values
+    assert dimension.min is not None
+    assert dimension.max is not None
+    return isinstance(value, int | float) and dimension.min <= value <= dimension.max

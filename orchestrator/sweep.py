@@ -1,0 +1,242 @@
+"""A sweep as plain data, and the cells that it spreads into. Knows neither files nor clusters.
+
+Precedence of a trial key: default < world < preset < fixed < grid < space. What a method pins
+stays pinned: the key does not apply in the cells of that method, and cells that become equal by
+that are one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any, Literal
+
+from air_core.specs import knob, trial_keys
+from orchestrator import presets
+from orchestrator.expressions import compile_when, names_of
+from orchestrator.keys import digest
+from orchestrator.marked_yaml import SpecError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dimension:
+    """One searched key: values, or a range with both ends in it."""
+
+    key: str
+    values: tuple[Any, ...] | None = None
+    min: float | None = None  # an int where the key takes whole numbers
+    max: float | None = None
+    log: bool = False
+    when: str | None = None  # drawn only where this holds (orchestrator.expressions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """What is searched in each cell, and how."""
+
+    sampler: Literal["tpe", "random", "grid"] = "tpe"
+    seed: int = knob(0, "of the sampler", ge=0)
+    objective: Literal["mutual_information", "validation_accuracy"] = "mutual_information"
+    points: int = field(metadata={"limits": {"ge": 1}})  # a total per cell, also after resumes
+    width: int = knob(4, "points asked per round", ge=1)
+    space: tuple[Dimension, ...]  # one whose `when` names another comes after it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seeds:
+    """Each point runs once per entry of `values`; an entry has a number for each varied key."""
+
+    values: tuple[tuple[int, ...], ...] = ((1,), (2,), (3,))
+    vary: tuple[str, ...] = ("seed",)
+
+    def assignments(self) -> tuple[dict[str, int], ...]:
+        """The settings of each run of a point.
+
+        >>> Seeds(values=((1, 1), (2, 2)), vary=("seed", "split_seed")).assignments()[1]
+        {'seed': 2, 'split_seed': 2}
+        """
+        return tuple(dict(zip(self.vary, value, strict=True)) for value in self.values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """Where a run stops, to go on another day."""
+
+    gpu_hours: float | None = knob(None, "of all devices together", gt=0)
+    wall: float | None = knob(None, "seconds", gt=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialResources:
+    cpu: float = knob(1.0, "cores of one trial", ge=0)
+    gpu: float = knob(0.0, "devices of one trial, or a share of one", ge=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratorResources:
+    cpu: float = knob(1.0, "cores of one actor that draws images", ge=0)
+    gpu: float = knob(0.0, "devices of one actor", ge=0)
+    actors: int | None = knob(None, "null: as many as fit", ge=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """What runs ask of the cluster. Enters no key."""
+
+    trial: TrialResources = TrialResources()
+    generator: GeneratorResources = GeneratorResources()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepSpec:
+    """A sweep file, checked."""
+
+    version: int = 1
+    name: str
+    grid: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    exclude: tuple[dict[str, Any], ...] = ()
+    fixed: dict[str, Any] = field(default_factory=dict)
+    search: Search | None = None
+    seeds: Seeds = Seeds()
+    budget: Budget = Budget()
+    resources: Resources = Resources()
+    project: str | None = None
+    tracking_uri: str | None = None
+    data_root: str | None = None
+    question: str = ""  # the comment on top of the file
+    source: str = ""  # the file, as it was named
+    text: str = ""
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        return self.grid.get("method") or (self.fixed["method"],)
+
+    @property
+    def space(self) -> tuple[Dimension, ...]:
+        return self.search.space if self.search else ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One combination of the grid. It has a study of its own."""
+
+    id: str  # safe as a file name
+    method: str
+    flat: dict[str, Any]  # every setting of the default point, without the varied seeds
+    chosen: dict[str, Any]  # what the grid chose, without what does not apply to the method
+    space: tuple[Dimension, ...]  # what is left to search
+
+
+def cells_of(spec: SweepSpec) -> tuple[Cell, ...]:
+    """The cells in the order of the grid: its first key varies slowest.
+
+    Raises:
+        SpecError: every combination is excluded.
+    """
+    cells: dict[tuple[str, frozenset[tuple[str, Any]]], Cell] = {}
+    for combination in combinations(spec):
+        cell = _cell(spec, combination)
+        cells.setdefault((cell.method, frozenset(cell.flat.items())), cell)
+    if not cells:
+        raise SpecError(f"{spec.source}: the grid is empty: every combination is excluded")
+    return tuple(_distinct_ids(cells.values()))
+
+
+def combinations(spec: SweepSpec) -> Iterator[dict[str, Any]]:
+    """What the grid says, word by word, without what `exclude` names."""
+    for values in itertools.product(*spec.grid.values()):
+        combination = dict(zip(spec.grid, values, strict=True))
+        if not any(entry.items() <= combination.items() for entry in spec.exclude):
+            yield combination
+
+
+def _cell(spec: SweepSpec, combination: dict[str, Any]) -> Cell:
+    asked = {**spec.fixed, **combination}
+    method = asked.pop("method")
+    pins = presets.METHODS[method].pins
+    flat = {**_trial_defaults(), **presets.defaults(method, asked)}
+    flat |= {key: value for key, value in asked.items() if key not in pins}
+    if flat.pop("lora", True) is None:  # off: its settings do not apply
+        flat = {key: value for key, value in flat.items() if not key.startswith("lora.")}
+        flat["lora"] = None
+    for key in spec.seeds.vary:
+        del flat[key]
+    applies = {"method", "lora", *flat}.difference(pins)
+    chosen = {key: value for key, value in combination.items() if key in applies}
+    cell = Cell(id="", method=method, flat=flat, chosen=chosen, space=_free(spec, method, flat))
+    return replace(cell, id=_id(cell))
+
+
+@cache
+def _trial_defaults() -> dict[str, Any]:
+    return {key.name: key.default for key in trial_keys().values() if key.name != "lora"}
+
+
+def _free(spec: SweepSpec, method: str, flat: dict[str, Any]) -> tuple[Dimension, ...]:
+    """The dimensions that a cell searches; a condition on nothing but its settings is settled."""
+    free: list[Dimension] = []
+    for dimension in spec.space:
+        if dimension.key in presets.METHODS[method].pins:
+            continue
+        if dimension.when:
+            open_questions = {other.key for other in free}.intersection(names_of(dimension.when))
+            if not open_questions and not compile_when(dimension.when)(flat):
+                continue
+        free.append(dimension)
+    return tuple(free)
+
+
+_NAMED_FIRST = ("dataset", "paradigm", "modality", "method")
+
+
+def _id(cell: Cell) -> str:
+    words = [{**cell.flat, "method": cell.method}[key] for key in _NAMED_FIRST]
+    words += [f"{k}={_word(v)}" for k, v in cell.chosen.items() if k not in _NAMED_FIRST]
+    name = re.sub(r"[^A-Za-z0-9._=-]+", "-", "-".join(words))
+    return name if len(name) <= 100 else f"{name[:90]}-{_mark(cell)}"
+
+
+def _word(value: Any) -> str:
+    words = {None: "off", True: "on", False: "off"}
+    return words[value] if value is None or isinstance(value, bool) else str(value)
+
+
+def _mark(cell: Cell) -> str:
+    return digest({"method": cell.method, **cell.chosen})[:8]
+
+
+def _distinct_ids(cells: Iterable[Cell]) -> Iterator[Cell]:
+    # Two values may look alike as file names (a/b, a-b). Some file systems do not tell A from a.
+    seen: set[str] = set()
+    for cell in cells:
+        named = replace(cell, id=f"{cell.id}-{_mark(cell)}") if cell.id.lower() in seen else cell
+        seen.add(named.id.lower())
+        yield named
+
+
+def notes_of(spec: SweepSpec) -> tuple[str, ...]:
+    """What is allowed but may surprise: said by `plan`, one sentence each."""
+    return tuple(_notes(spec))
+
+
+def _notes(spec: SweepSpec) -> Iterator[str]:
+    said = {"fixed": spec.fixed, "grid": spec.grid, "search.space": [d.key for d in spec.space]}
+    for where, keys in said.items():
+        for key in keys:
+            pinning = [name for name in spec.methods if key in presets.METHODS[name].pins]
+            if pinning:
+                yield f"{where}.{key} does not apply to {_listed(pinning)}: the method pins it"
+    cells, total = cells_of(spec), sum(1 for _ in combinations(spec))
+    if len(cells) < total:
+        yield f"{total} combinations of the grid are {len(cells)} different cells"
+    settled = [cell.id for cell in cells if not cell.space]
+    if spec.search and settled:
+        yield f"one point only, since nothing is left to search: {_listed(settled)}"
+
+
+def _listed(names: list[str], most: int = 8) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,0 +1,101 @@
+"""What a sweep file may say word by word and cannot mean: found before anything runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from orchestrator import presets
+from orchestrator.expressions import look_up, names_of
+from orchestrator.marked_yaml import Document, Keys, shown
+from orchestrator.sweep import Cell, Search, SweepSpec, cells_of, combinations
+
+MAX_CELLS = 10_000
+
+
+def lint(document: Document, spec: SweepSpec) -> None:
+    """Check a sweep whose values are all allowed by themselves.
+
+    Raises:
+        SpecError: the first thing that makes no sense, at its place in the document.
+    """
+    _each_key_has_one_place(document, spec)
+    _each_key_is_free_somewhere(document, spec)
+    size = math.prod(len(values) for values in spec.grid.values())
+    if size > MAX_CELLS:
+        raise document.key_error(("grid",), f"makes {size:,} cells; allowed: up to {MAX_CELLS:,}")
+    if next(combinations(spec), None) is None:
+        raise document.key_error(("exclude",), "leaves no cell of the grid")
+    cells = cells_of(spec)
+    for key in spec.grid:
+        if not any(key in cell.chosen for cell in cells):
+            raise document.key_error(("grid", key), "changes nothing: lora is off in every cell")
+    if spec.search:
+        _search_makes_sense(document, spec, spec.search, cells)
+
+
+def _places(spec: SweepSpec) -> Iterable[tuple[Keys, str]]:
+    # The order decides which of two places a message points at: the last. An option of the
+    # command line stands under fixed.
+    yield from ((("grid", key), key) for key in spec.grid)
+    yield from ((("search", "space", d.key), d.key) for d in spec.space)
+    yield from ((("fixed", key), key) for key in spec.fixed)
+
+
+def _each_key_has_one_place(document: Document, spec: SweepSpec) -> None:
+    first: dict[str, Keys] = {}
+    for place, key in _places(spec):
+        if key in spec.seeds.vary:
+            raise document.key_error(
+                place, "`seeds` varies it; allowed: its values there, such as `seeds: [1, 2, 3]`"
+            )
+        if key in first:
+            other = ".".join(map(str, first[key][:-1]))
+            raise document.key_error(place, f"stands under {other} too; allowed: one of the two")
+        first[key] = place
+
+
+def _each_key_is_free_somewhere(document: Document, spec: SweepSpec) -> None:
+    for place, key in _places(spec):
+        pins = {name: presets.METHODS[name].pins for name in spec.methods}
+        if all(key in pinned for pinned in pins.values()):
+            found = ", ".join(f"{name}: {shown(pinned[key])}" for name, pinned in pins.items())
+            free = [name for name, method in presets.METHODS.items() if key not in method.pins]
+            raise document.key_error(
+                place,
+                f"pinned by every method of this sweep ({found}); "
+                f"allowed: without it, or with a method that leaves it free: {', '.join(free)}",
+            )
+
+
+def _search_makes_sense(
+    document: Document, spec: SweepSpec, search: Search, cells: tuple[Cell, ...]
+) -> None:
+    searched = {dimension.key for dimension in search.space}
+    for dimension in search.space:
+        place: Keys = ("search", "space", dimension.key)
+        for name in names_of(dimension.when) if dimension.when else ():
+            values = {look_up(cell.flat, name) for cell in cells}
+            if name in spec.seeds.vary:
+                raise document.error(
+                    (*place, "when"), f"{name} differs between the runs of one point"
+                )
+            if name not in searched and len(values) == 1:
+                raise document.error(
+                    (*place, "when"),
+                    f"unused: {name} is {shown(values.pop())} in every cell and is not searched; "
+                    "allowed: keys of search.space, and keys that differ between cells",
+                )
+        if not any(dimension in cell.space for cell in cells):
+            raise document.key_error(place, "never searched: `when` holds in no cell")
+        if search.sampler == "grid" and dimension.values is None:
+            raise document.key_error(
+                place, "sampler: grid cannot list a range; allowed: `values`, or tpe or random"
+            )
+    for cell in cells:
+        if search.objective == "validation_accuracy" and cell.flat["pool"] != "train":
+            raise document.error(
+                ("search", "objective"),
+                f"the validation images of {cell.id} are in its pool (pool: {cell.flat['pool']}); "
+                "allowed: mutual_information, or `pool: train` under fixed",
+            )

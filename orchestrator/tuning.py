@@ -1,0 +1,183 @@
+"""Points on the cluster: one Ray Tune trial is one point, its actors are reused.
+
+Tune schedules; which point comes next and what became of it is the dispatcher's. Failures of
+trials come back as data: an exception would cost the actor and everything that it has loaded.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.tune.search import Searcher
+
+from air_core.specs import TrialSpec
+from orchestrator.dispatch import Dispatcher, Failure
+from orchestrator.keys import artifact_key
+from orchestrator.stages import Workshop
+from orchestrator.store import MissingArtifact
+from orchestrator.sweep import Resources
+from orchestrator.trial import run_trial
+
+# The first that fits names the failure class; anything else is the user's.
+FAILURE_CLASSES: tuple[tuple[type[BaseException], str], ...] = (
+    (MissingArtifact, "data"),
+    (FloatingPointError, "nan"),
+    (MemoryError, "oom"),
+    (OSError, "infra"),
+)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What running the points cost."""
+
+    wall: float  # seconds
+    overhead: float  # median seconds of a job beyond what its trials took, once actors are up
+    jobs: int
+
+
+class TrialRunner(tune.Trainable):  # type: ignore[misc]
+    """Runs the trials of one point, one after the other."""
+
+    def setup(self, config: dict[str, Any], shop: Workshop) -> None:
+        self.shop = shop
+        self.job = config
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self.job = new_config
+        return True  # anything else would throw the actor away
+
+    def step(self) -> dict[str, Any]:
+        started = time.monotonic()
+        failures = []
+        for spec in self.job["trials"]:
+            failure = attempt(spec, self.shop)
+            if failure is not None:
+                failures.append((artifact_key(spec).digest, failure))
+        return {
+            "number": self.job["number"],
+            "failures": failures,
+            "seconds": time.monotonic() - started,
+            "done": True,
+        }
+
+
+def attempt(spec: TrialSpec, shop: Workshop) -> Failure | None:
+    """Run a trial; what went wrong is returned, not raised."""
+    try:
+        run_trial(spec, shop.store, shop.device)
+    except Exception as problem:
+        name = next((c for kind, c in FAILURE_CLASSES if isinstance(problem, kind)), "user")
+        if "out of memory" in str(problem).lower():
+            name = "oom"
+        where = traceback.extract_tb(problem.__traceback__)[-1]
+        place = f"{Path(where.filename).name}:{where.lineno}"
+        return Failure(name, f"{type(problem).__name__}: {problem} ({place})")
+    return None
+
+
+class _Source(Searcher):  # type: ignore[misc]
+    """Tune asks here for its next trial."""
+
+    def __init__(self, dispatcher: Dispatcher, handed: dict[int, float]) -> None:
+        # A metric here would let one failed trial end the whole sweep.
+        super().__init__(metric=None, mode=None)
+        self.dispatcher, self.handed = dispatcher, handed
+        self.jobs: dict[str, int] = {}
+
+    def suggest(self, trial_id: str) -> Any:
+        job = self.dispatcher.next()
+        if job is not None:
+            self.jobs[trial_id] = job.number
+            self.handed[job.number] = time.monotonic()
+            return {"number": job.number, "trials": list(job.trials)}
+        if self.dispatcher.finished:
+            return Searcher.FINISHED
+        assert self.dispatcher.running, "nothing runs and nothing can be handed out"
+        return None  # not now
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        pass  # the callback has done it
+
+    def save(self, checkpoint_path: str) -> None:
+        pass  # the studies are on disk, in files of ours
+
+    def restore(self, checkpoint_path: str) -> None:
+        pass
+
+
+class _Results(tune.Callback):  # type: ignore[misc]
+    """Takes results and deaths in the driver."""
+
+    def __init__(self, dispatcher: Dispatcher, source: _Source, overheads: list[float]) -> None:
+        self.dispatcher, self.source, self.overheads = dispatcher, source, overheads
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        number = result["number"]
+        waited = time.monotonic() - self.source.handed[number]
+        self.overheads.append(waited - result["seconds"])
+        self.dispatcher.complete(number, dict(result["failures"]))
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        number = self.source.jobs[trial.trial_id]
+        job = self.dispatcher.running[number]
+        failure = Failure("infra", "the process that ran it died; see Ray's logs")
+        self.dispatcher.complete(number, dict.fromkeys(job.keys, failure))
+
+
+def run_points(
+    dispatcher: Dispatcher, shop: Workshop, resources: Resources, folder: Path, slots: int
+) -> Figures:
+    """Run all points that the dispatcher has to hand out.
+
+    Args:
+        folder: for Ray's own files, written and never read.
+        slots: trials at a time.
+    """
+    os.environ["TUNE_RESULT_DIR"] = str(folder)
+    started = time.monotonic()
+    handed: dict[int, float] = {}
+    overheads: list[float] = []
+    source = _Source(dispatcher, handed)
+    trainable = tune.with_resources(
+        tune.with_parameters(TrialRunner, shop=shop),
+        {"cpu": resources.trial.cpu, "gpu": resources.trial.gpu},
+    )
+    tuner = tune.Tuner(
+        trainable,
+        tune_config=tune.TuneConfig(
+            search_alg=source,
+            num_samples=-1,
+            max_concurrent_trials=slots,
+            reuse_actors=True,
+            trial_dirname_creator=lambda trial: trial.trial_id,
+        ),
+        run_config=tune.RunConfig(
+            name="points",
+            storage_path=str(folder.absolute()),
+            verbose=0,
+            callbacks=[_Results(dispatcher, source, overheads)],
+            log_to_file=False,
+            failure_config=tune.FailureConfig(max_failures=1),
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+        ),
+    )
+    tuner.fit()
+    # The first job of each actor pays for its start and imports.
+    warm = overheads[slots:] or overheads
+    return Figures(
+        wall=time.monotonic() - started,
+        overhead=statistics.median(warm) if warm else 0.0,
+        jobs=len(overheads),
+    )

@@ -1,0 +1,144 @@
+"""Text, auxiliary and fused classifiers on toy features."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from air_core.classifiers import (
+    LinearClassifier,
+    auxiliary_classifier,
+    fuse,
+    fused_scores,
+    high_fidelity,
+    matching_sharpness,
+    text_classifier,
+)
+from air_core.specs import AuxiliarySettings, FidelitySettings
+from air_core.types import Batch, Labelled
+
+
+def toy(seed: int, per_class: int, shift: float = 0.0) -> Labelled:
+    """Three classes around three directions in eight dimensions."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(3).repeat_interleave(per_class)
+    noise = 0.3 * torch.randn(len(labels), 8, generator=generator)
+    moved = shift * torch.eye(8)[0]
+    return Labelled(Batch(normalize(torch.eye(8)[labels] + noise + moved, dim=-1)), labels)
+
+
+def accuracy(classifier: LinearClassifier, images: Labelled) -> float:
+    guess = classifier.logits(images.batch).argmax(dim=-1)
+    return (guess == images.labels).double().mean().item()
+
+
+def test_fusion_weight_zero_is_the_text_classifier_and_one_the_auxiliary():
+    text, auxiliary = torch.randn(5, 3), torch.randn(5, 3)
+    assert torch.equal(fused_scores(text, auxiliary, 0.0), text.softmax(dim=-1))
+    assert torch.equal(fused_scores(text, auxiliary, 1.0), auxiliary.softmax(dim=-1))
+
+
+def test_fused_scores_rank_like_the_sum_of_the_paper():
+    text, auxiliary = torch.randn(50, 4), torch.randn(50, 4)
+    paper = text.softmax(dim=-1) + 2.0 * auxiliary.softmax(dim=-1)
+    ours = fused_scores(text, auxiliary, 2 / 3)
+    torch.testing.assert_close(ours, paper / 3)
+
+
+def test_fusing_other_shapes_is_an_error():
+    with pytest.raises(ValueError, match=r"\(2, 3\).*\(2, 4\)"):
+        fused_scores(torch.zeros(2, 3), torch.zeros(2, 4), 0.5)
+
+
+@pytest.mark.parametrize("kind", ["prototype", "lda"])
+@pytest.mark.parametrize("center", [True, False])
+def test_an_auxiliary_classifier_learns_from_images_of_known_class(kind, center):
+    bank, target = toy(0, 40), toy(1, 40)
+    settings = AuxiliarySettings(kind=kind, center=center)
+    found = auxiliary_classifier(settings, bank, None, target.batch, 3, 20.0)
+    assert accuracy(found, target) > 0.9
+
+
+def test_centring_removes_a_shift_between_synthetic_and_real():
+    bank, target = toy(0, 40, shift=0.8), toy(1, 40)
+    accuracies = {
+        center: accuracy(
+            auxiliary_classifier(
+                AuxiliarySettings(kind="lda", center=center), bank, None, target.batch, 3, 20.0
+            ),
+            target,
+        )
+        for center in (True, False)
+    }
+    assert accuracies[True] > accuracies[False]
+
+
+def test_lda_equals_the_one_of_scikit_learn():
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
+    bank, target = toy(0, 40), toy(1, 40)
+    ours = auxiliary_classifier(
+        AuxiliarySettings(kind="lda", center=False), bank, None, target.batch, 3, 1.0
+    )
+    theirs = LinearDiscriminantAnalysis(
+        solver="lsqr", shrinkage=0.2, priors=[1 / 3] * 3
+    ).fit(bank.batch.features.double().numpy(), bank.labels.numpy())
+    guess = ours.logits(target.batch).argmax(dim=-1).numpy()
+    assert (guess == theirs.predict(target.batch.features.double().numpy())).mean() == 1.0
+
+
+def test_both_sources_are_centred_each_on_its_own_mean():
+    real, synthetic = toy(2, 40), toy(3, 40, shift=0.8)
+    settings = AuxiliarySettings(kind="prototype", source="both")
+    both = auxiliary_classifier(settings, synthetic, real, real.batch, 3, 20.0)
+    assert accuracy(both, toy(4, 40)) > 0.9
+
+
+def test_a_class_without_any_image_is_named():
+    bank = toy(0, 5)
+    some = bank.labels < 2
+    only = Labelled(bank.batch[some], bank.labels[some])
+    with pytest.raises(ValueError, match=r"class \[2\]"):
+        auxiliary_classifier(AuxiliarySettings(), only, None, bank.batch, 3, 20.0)
+
+
+def test_high_fidelity_keeps_the_images_nearest_to_their_class_mean():
+    bank = toy(0, 20)
+    kept = high_fidelity(bank, FidelitySettings(kind="class_mean", keep=5))
+    assert kept.labels.bincount().tolist() == [5, 5, 5]
+    members = bank.batch.features[bank.labels == 1]
+    nearness = members @ normalize(members.mean(dim=0), dim=-1)
+    worst_kept = kept.batch.features[kept.labels == 1] @ normalize(members.mean(dim=0), dim=-1)
+    assert worst_kept.min() >= nearness.sort(descending=True).values[4] - 1e-6
+
+
+def test_fidelity_none_keeps_all():
+    bank = toy(0, 20)
+    assert high_fidelity(bank, FidelitySettings(kind="none")) is bank
+
+
+def test_matching_entropy_makes_the_auxiliary_as_confident_as_the_text():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(200, 5, generator=generator)
+    factor = matching_sharpness(logits, 0.6)
+    confidence = (factor * logits).softmax(dim=-1).amax(dim=-1).mean()
+    assert confidence.item() == pytest.approx(0.6, abs=1e-3)
+
+
+def test_fusing_without_an_auxiliary_is_the_text_classifier():
+    images = toy(0, 10)
+    text = LinearClassifier(torch.eye(8)[:3], torch.zeros(3), torch.zeros(8), False, 20.0)
+    alone = fuse(text, None, images.batch, 0.5, "match_entropy")
+    assert torch.equal(alone.scores(images.batch), text.logits(images.batch).softmax(dim=-1))
+
+
+def test_zero_shot_clip_knows_digits_better_than_chance(tiny_clip):
+    from air_core.datasets import get_dataset
+
+    dataset = get_dataset("digits")
+    examples = dataset.load(None)
+    features = tiny_clip.encode_images(examples.images)
+    text = text_classifier(tiny_clip, dataset.classnames, dataset.template)
+    guess = text.logits(Batch(features)).argmax(dim=-1).numpy()
+    assert 0.3 < (guess == examples.labels).mean() < 0.8

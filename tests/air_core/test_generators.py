@@ -1,0 +1,196 @@
+"""Image generators: seeds, blocks, LoRA, failures, and folders of ready images."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from air_core.diffusion import FLAT, image_seed, load_generator, rejected
+from air_core.diffusion.folder import FolderGenerator
+from air_core.diffusion.lora import add_adapters, save_adapters
+from air_core.diffusion.pipeline import PipelineGenerator, load_pipeline
+from air_core.specs import FolderImages, GeneratedImages, GenerationSettings, Ref
+from air_core.tiny import WEIGHTS
+
+MODEL = WEIGHTS / "diffusion"
+QUICK = GenerationSettings(
+    guidance_scale=4.0, num_inference_steps=4, size=32, block=4, precision="fp32"
+)
+REF = Ref(name="tiny", digest="d")
+
+
+@pytest.fixture(scope="module")
+def generator() -> PipelineGenerator:
+    return PipelineGenerator(MODEL, QUICK)
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA that does something: its weights are noise."""
+    folder = tmp_path_factory.mktemp("adapter")
+    pipeline = load_pipeline(MODEL)
+    noise = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in add_adapters(pipeline.unet, rank=2, seed=0):
+            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=noise))
+    save_adapters(pipeline, folder)
+    return folder
+
+
+def draw(generator: Any, indices: range, attempt: int = 0, name: str = "digit three") -> Any:
+    return generator.generate(name, indices, [attempt] * len(indices))
+
+
+# ---------------------------------------------------------------- a diffusion model
+
+
+def test_the_same_seed_draws_the_same_image(generator):
+    images = draw(generator, range(4))
+    assert images.shape == (4, 32, 32, 3)
+    assert images.dtype == torch.uint8
+    assert torch.equal(images, draw(generator, range(4)))
+    assert torch.equal(images, draw(PipelineGenerator(MODEL, QUICK), range(4)))
+
+
+def test_an_image_does_not_depend_on_how_many_are_drawn(generator):
+    block = draw(generator, range(4))
+    draw(generator, range(4, 8))
+    assert torch.equal(block, draw(generator, range(4)))
+    alone = draw(generator, range(2, 3))[0]  # another batch: equal but for rounding
+    assert (block[2].int() - alone.int()).abs().max() <= 1
+
+
+def test_index_attempt_class_and_seed_each_move_the_image(generator):
+    image = draw(generator, range(1))
+    others = [
+        draw(generator, range(1, 2)),
+        draw(generator, range(1), attempt=1),
+        draw(generator, range(1), name="digit eight"),
+        draw(PipelineGenerator(MODEL, replace(QUICK, seed=1)), range(1)),
+    ]
+    assert all((image.int() - other.int()).abs().float().mean() > 1 for other in others)
+
+
+def test_seeds_are_63_bits_and_differ():
+    seeds = {
+        image_seed(seed, name, index, attempt)
+        for seed in range(2)
+        for name in ("a", "b")
+        for index in range(50)
+        for attempt in range(3)
+    }
+    assert len(seeds) == 600
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert image_seed(0, "a", 11, 0) != image_seed(0, "a", 1, 10)
+
+
+def test_lora_of_scale_zero_is_the_base_model_with_the_same_noise(generator, adapter):
+    base = draw(generator, range(2))
+    off = draw(PipelineGenerator(MODEL, QUICK, adapter=adapter, scale=0.0), range(2))
+    on = draw(PipelineGenerator(MODEL, QUICK, adapter=adapter, scale=1.0), range(2))
+    half = draw(PipelineGenerator(MODEL, QUICK, adapter=adapter, scale=0.5), range(2))
+    assert torch.equal(base, off)
+    assert not torch.equal(base, on)
+    assert not torch.equal(half, on)
+
+
+def test_bf16_draws_nearly_the_same_image(generator):
+    settings = replace(QUICK, num_inference_steps=2)
+    exact = draw(PipelineGenerator(MODEL, settings), range(1))
+    rough = draw(PipelineGenerator(MODEL, replace(settings, precision="bf16")), range(1))
+    assert (exact.int() - rough.int()).abs().float().mean() < 8
+
+
+def test_a_model_that_says_nan_gives_rejected_images_and_no_exception():
+    generator = PipelineGenerator(MODEL, QUICK)
+    assert not rejected(draw(generator, range(2))).any()
+    with torch.no_grad():
+        generator.pipeline.unet.conv_out.bias.fill_(torch.nan)
+    images = draw(generator, range(2))
+    assert images.shape == (2, 32, 32, 3)
+    assert rejected(images).all()
+
+
+def test_loading_and_drawing_print_nothing(capfd):
+    draw(PipelineGenerator(MODEL, replace(QUICK, num_inference_steps=1)), range(1))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_folder_without_a_pipeline_or_a_lora_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"no diffusers folder: it has no model_index\.json"):
+        PipelineGenerator(tmp_path, QUICK)
+    with pytest.raises(ValueError, match="holds no LoRA"):
+        PipelineGenerator(MODEL, QUICK, adapter=tmp_path)
+
+
+def test_load_generator_wants_an_adapter_exactly_where_the_images_have_a_lora(adapter):
+    images = GeneratedImages(
+        model=REF, classnames=("digit three",), lora=None, lora_scale=1.0, settings=QUICK
+    )
+    assert isinstance(load_generator(images, MODEL, None), PipelineGenerator)
+    with pytest.raises(ValueError, match="ask for no LoRA"):
+        load_generator(images, MODEL, adapter)
+
+
+# ---------------------------------------------------------------- rejection
+
+
+def test_blank_and_nearly_blank_images_are_rejected_and_drawings_are_not():
+    noise = np.random.default_rng(0).normal(0, FLAT / 2, (8, 8, 3))
+    red = np.full((8, 8, 3), (250, 20, 20), dtype=np.uint8)
+    drawing = red.copy()
+    drawing[3:5, 3:5] = 0
+    images = np.stack([red, (100 + noise).astype(np.uint8), drawing])
+    assert rejected(torch.from_numpy(images)).tolist() == [True, True, False]
+
+
+# ---------------------------------------------------------------- ready images
+
+
+def paint(folder: Path, name: str, level: int, size: tuple[int, int] = (16, 16)) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(level).integers(0, 41, (size[1], size[0], 3)) + level
+    Image.fromarray(pixels.astype(np.uint8)).save(folder / name)
+
+
+@pytest.fixture
+def ready(tmp_path: Path) -> Path:
+    paint(tmp_path / "red fox", "b.png", 100)
+    paint(tmp_path / "red fox", "a.png", 50, size=(40, 20))
+    (tmp_path / "red fox" / "c.jpg").write_bytes(b"no image")
+    (tmp_path / "red fox" / "notes.txt").write_text("not an image either")
+    paint(tmp_path / "tree_frog", "x.png", 200)
+    return tmp_path
+
+
+def test_ready_images_come_by_class_folder_in_the_order_of_their_names(ready):
+    images = FolderImages(model=REF, classnames=("red fox", "tree frog"), size=16, block=2)
+    generator = load_generator(images, ready, None)
+    foxes = generator.generate("red fox", [1, 0], [0, 0])
+    assert foxes.shape == (2, 16, 16, 3)
+    assert foxes.dtype == torch.uint8
+    assert foxes.float().mean(dim=(1, 2, 3)).tolist() == pytest.approx([120, 70], abs=5)
+    frog = generator.generate("tree frog", [0], [2])  # underscores may stand for spaces
+    assert frog.float().mean() == pytest.approx(220, abs=5)
+
+
+def test_a_file_that_is_no_image_gives_a_rejected_one(ready):
+    generator = FolderGenerator(ready, ["red fox"], 16)
+    assert rejected(generator.generate("red fox", [1, 2], [0, 0])).tolist() == [False, True]
+
+
+def test_too_few_ready_images_is_an_error_with_both_numbers(ready):
+    generator = FolderGenerator(ready, ["tree frog"], 16)
+    with pytest.raises(ValueError, match=r"'tree frog' has 1 images in .*, but 4 are needed"):
+        generator.generate("tree frog", [0, 3], [0, 0])
+
+
+def test_missing_class_folders_are_all_named(ready):
+    with pytest.raises(ValueError, match=r"no folder for 'red panda', 'newt'"):
+        FolderGenerator(ready, ["red panda", "red fox", "newt"], 16)

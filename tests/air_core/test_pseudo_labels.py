@@ -1,0 +1,109 @@
+"""Strategies, alone and by contract: every one in the table is held to the same rules."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from air_core.pseudo_labels import STRATEGIES, assign, capacity
+from air_core.pseudo_labels.candidates import candidate_sets
+from air_core.pseudo_labels.top_k import balanced_choice
+from air_core.specs import PseudoLabelSettings
+
+
+def some_scores(images: int = 120, classes: int = 6, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (3 * torch.randn(images, classes, generator=generator)).softmax(dim=-1)
+
+
+@pytest.mark.parametrize("kind", sorted(STRATEGIES))
+@pytest.mark.parametrize("growth", ["fixed", "growing"])
+def test_every_strategy_keeps_the_contract(kind, growth):
+    scores = some_scores()
+    settings = PseudoLabelSettings(kind=kind, growth=growth, k=5, alpha=0.7, beta=0.5)
+    previous = None
+    for iteration in range(4):
+        arguments = {"iteration": iteration, "iterations": 4, "previous": previous}
+        labels = assign(scores.clone(), settings, **arguments)
+        again = assign(scores.clone(), settings, **arguments)
+        assert torch.equal(labels.indices, again.indices)
+        assert torch.equal(labels.targets, again.targets)
+        assert labels.indices.unique().numel() == len(labels)
+        assert labels.labels.min() >= 0
+        assert labels.labels.max() < scores.shape[1]
+        assert labels.targets.shape == (len(labels), scores.shape[1])
+        assert (labels.targets >= 0).all()
+        assert (labels.targets.sum(dim=-1) > 0).all()
+        most = labels.labels.bincount().max().item()
+        assert most <= capacity(settings, *scores.shape, iteration, 4)
+        previous = labels
+
+
+def test_growth_covers_the_pool_in_the_last_round():
+    scores = some_scores(120, 6)
+    settings = PseudoLabelSettings(kind="top_k", growth="growing")
+    last = assign(scores, settings, iteration=9, iterations=10, previous=None)
+    assert len(last) == 120
+
+
+def test_balanced_choice_is_stable():
+    """No image and class would both rather have each other."""
+    scores = some_scores(60, 5, seed=3)
+    places = torch.full((5,), 7)
+    taken = balanced_choice(scores, places)
+    weakest = [
+        scores[taken == c, c].min().item() if (taken == c).sum() == 7 else 0.0 for c in range(5)
+    ]
+    for image in range(60):
+        own = scores[image, taken[image]].item() if taken[image] >= 0 else 0.0
+        for c in range(5):
+            if scores[image, c].item() > own:
+                assert scores[image, c].item() <= weakest[c]
+
+
+def test_balanced_choice_does_not_depend_on_the_order_of_images():
+    scores = some_scores(60, 5, seed=4)
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(1))
+    places = torch.full((5,), 6)
+    assert torch.equal(balanced_choice(scores, places)[order], balanced_choice(scores[order], places))
+
+
+def test_balanced_choice_respects_what_is_allowed():
+    scores = some_scores(40, 4, seed=5)
+    allowed = scores > 0.3
+    taken = balanced_choice(scores, torch.full((4,), 40), allowed)
+    chosen = taken >= 0
+    assert allowed[chosen.nonzero().flatten(), taken[chosen]].all()
+    assert torch.equal(chosen, allowed.any(dim=-1))
+
+
+def test_candidate_sets_equal_a_plain_reading_of_the_paper():
+    scores = some_scores(50, 5, seed=6)
+    alpha, beta = 0.7, 0.6
+    enough = torch.quantile(scores.max(dim=-1).values, alpha)
+    bars = torch.quantile(scores, beta, dim=0)
+    found = candidate_sets(scores, alpha, beta)
+    for image in range(50):
+        mass, kept = 0.0, set()
+        for c in scores[image].argsort(descending=True).tolist():
+            kept.add(c)
+            mass += scores[image, c].item()
+            if mass > enough:
+                break
+        kept = {c for c in kept if scores[image, c] >= bars[c]}
+        assert set(found[image].nonzero().flatten().tolist()) == kept
+
+
+def test_first_growing_round_of_candidates_has_soft_targets_then_whole_sets():
+    scores = some_scores(200, 6, seed=7)
+    settings = PseudoLabelSettings(kind="candidates", growth="growing", alpha=0.9, beta=0.5)
+    first = assign(scores, settings, iteration=0, iterations=2, previous=None)
+    second = assign(scores, settings, iteration=1, iterations=2, previous=first)
+    torch.testing.assert_close(first.targets.sum(dim=-1), torch.ones(len(first)))
+    assert set(second.targets.unique().tolist()) == {0.0, 1.0}
+
+
+def test_nothing_chosen_is_an_error_that_names_the_settings():
+    scores = torch.full((0, 3), 1 / 3)
+    with pytest.raises(ValueError, match="no pool image was chosen"):
+        assign(scores, PseudoLabelSettings(kind="top_k"), iteration=0, iterations=1, previous=None)

@@ -1,0 +1,145 @@
+"""The embedded world: what ships is whole and as good as its card says, and can be made again."""
+
+from __future__ import annotations
+
+import json
+import string
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from open_clip.model import CLIP
+from open_clip.tokenizer import SimpleTokenizer
+
+from air_core.diffusion.pipeline import PipelineGenerator, load_pipeline
+from air_core.specs import GenerationSettings
+from air_core.tiny import CHECKSUMS, WEIGHTS, checksums, scores
+from air_core.tiny.pretrain_clip import ClipTraining, load_tokenizer, pretrain
+from air_core.tiny.pretrain_diffusion import (
+    UnetTraining,
+    VaeTraining,
+    pretrain_unet,
+    pretrain_vae,
+)
+from air_core.tiny.render import CONCEPTS, HELD_OUT, caption, chunk, render
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> SimpleTokenizer:
+    return load_tokenizer(WEIGHTS / "clip" / "merges.txt.gz")
+
+
+def clip_of(folder: Path) -> CLIP:
+    return open_clip.create_model(f"local-dir:{folder}", require_pretrained=True)
+
+
+# ---------------------------------------------------------------- what ships
+
+
+def test_shipped_files_are_those_of_the_checksum_list():
+    listed = json.loads((WEIGHTS / CHECKSUMS).read_text())
+    assert listed == checksums(WEIGHTS)
+    size = sum((WEIGHTS / name).stat().st_size for name in listed)
+    assert size < 16e6
+
+
+def test_clip_and_pipeline_read_a_text_as_the_same_tokens(tokenizer):
+    theirs = load_pipeline(WEIGHTS / "diffusion").tokenizer
+    source = chunk(7, 200)
+    rng = np.random.default_rng(0)
+    texts = [
+        "", "A photo of a Digit Zero.", "zebra crossings at 12:30, isn't it?",
+        *(caption(attributes, rng) for attributes in source.attributes),
+    ]  # fmt: skip
+    ids = theirs(
+        texts, padding="max_length", max_length=24, truncation=True, return_tensors="pt"
+    ).input_ids
+    assert torch.equal(ids, tokenizer(texts))
+    assert tokenizer.vocab_size == 2014
+
+
+def test_a_prompt_of_16_vectors_and_the_longest_digit_fit_the_context(tokenizer):
+    longest = max(int(tokenizer([name]).argmax(dim=-1)) for name in scores.DIGIT_NAMES)
+    assert 16 + longest + 1 <= 24
+
+
+def test_clip_reads_handwritten_digits_as_well_as_its_card_says(tokenizer):
+    clip = clip_of(WEIGHTS / "clip")
+    assert scores.zero_shot(clip, tokenizer, *scores.handwritten()) == pytest.approx(0.48, abs=0.03)
+    assert scores.linear_probe(clip) > 0.93
+
+
+def test_clip_knows_source_images_that_it_never_saw(tokenizer):
+    source = chunk(scores.HELD_OUT, 500)
+    clip = clip_of(WEIGHTS / "clip")
+    accuracy = scores.zero_shot(clip, tokenizer, source.images, source.concepts, CONCEPTS)
+    assert accuracy == pytest.approx(0.71, abs=0.08)
+
+
+def test_generated_digits_are_read_as_what_was_asked_for(tokenizer):
+    settings = GenerationSettings(
+        guidance_scale=4.0, num_inference_steps=10, size=32, precision="fp32"
+    )
+    generator = PipelineGenerator(WEIGHTS / "diffusion", settings)
+    found = scores.sample_scores(clip_of(WEIGHTS / "clip"), tokenizer, generator, per_class=4)
+    assert found["sample_agreement"] > 0.75
+    assert found["samples_rejected"] == 0
+
+
+# ---------------------------------------------------------------- how it is made
+
+
+def test_the_renderer_draws_the_same_images_whatever_the_workers():
+    once, twice = render(2010), render(2010, workers=2)
+    assert np.array_equal(once.images, twice.images)
+    assert np.array_equal(once.attributes, twice.attributes)
+
+
+def test_a_shorter_chunk_is_the_start_of_a_longer_one():
+    short, long = chunk(3, 5), chunk(3, 9)
+    assert np.array_equal(short.images, long.images[:5])
+    assert not np.array_equal(short.images, chunk(4, 5).images)
+
+
+def test_strokes_are_lighter_than_their_ground():
+    brightness = chunk(0, 300).images.astype(float).mean(axis=-1)
+    corners = brightness[:, [0, 0, -1, -1], [0, -1, 0, -1]]
+    assert (brightness.max(axis=(1, 2)) > np.median(corners, axis=1)).all()
+    assert brightness.mean() < 128
+
+
+def test_every_concept_is_drawn_and_named_in_its_caption():
+    source = chunk(0, 2000)
+    assert set(source.concepts) == set(range(58))
+    rng = np.random.default_rng(0)
+    for attributes in source.attributes[:200]:
+        assert CONCEPTS[attributes[0]] in caption(attributes, rng)
+    assert {f"letter {a}" for a in string.ascii_lowercase} < set(CONCEPTS)
+
+
+def test_held_out_images_are_the_last_ones():
+    source = chunk(0, 2 * HELD_OUT)
+    seen, held_out = source.split()
+    assert (len(seen), len(held_out)) == (118, 2)
+    assert np.array_equal(held_out.images, source.images[-2:])
+
+
+def test_the_whole_recipe_makes_a_world_that_loads(tmp_path, tokenizer):
+    work, out = tmp_path / "work", tmp_path / "out"
+    pretrain(work, out, 120, ClipTraining(steps=2, shipped=1, batch=8, warmup=1))
+    pretrain_vae(work, 120, VaeTraining(steps=2, batch=4))
+    pretrain_unet(work, out, 120, UnetTraining(steps=2, batch=4, warmup=1))
+    assert sorted(checksums(out)) == [
+        name for name in sorted(checksums(WEIGHTS)) if name != CHECKSUMS
+    ]
+    found = scores.measured(out, per_class=1, held_out=chunk(0, 20))
+    assert all(np.isfinite(value) for value in found.values())
+
+
+def test_pretraining_again_gives_the_same_weights(tmp_path):
+    training = ClipTraining(steps=2, shipped=2, batch=8, warmup=1)
+    for name in ("one", "two"):
+        pretrain(tmp_path / name, tmp_path / name, 60, training)
+    assert checksums(tmp_path / "one" / "clip") == checksums(tmp_path / "two" / "clip")

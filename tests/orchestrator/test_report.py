@@ -1,0 +1,410 @@
+"""Tables and the screen, from a small fixed set of trials."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from orchestrator.presets import METHODS, defaults
+from orchestrator.report import Entry, comparisons, rows, summary, table
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "main_table.md"
+
+ROW_KEYS = [
+    *("dataset", "paradigm", "modality", "method", "settings", "metric", "n", "n_test"),
+    *("mean", "std", "low", "high", "interval"),
+]
+
+# method -> (accuracy, accuracy of pseudo-labels)
+ACCURACY = {
+    "zero_shot": (0.50, None),
+    "fpl": (0.60, 0.71),
+    "cpl": (0.66, 0.74),
+    "air": (0.70, 0.79),
+    "cpl_real": (0.695, 0.78),
+}
+QUICKSTART = tuple(ACCURACY)
+
+
+def trials(
+    method: str,
+    *,
+    splits: tuple[int, ...] = (0,),
+    seeds: tuple[int, ...] = (1, 2, 3),
+    settings: dict[str, Any] | None = None,
+    dataset: str = "digits",
+    cell: str = "",
+    point: int = 0,
+    objective: float | None = None,
+    better: float = 0.0,
+) -> list[Entry]:
+    """The runs of one point: 300 of 1,000 images, each with an ease that all methods share."""
+    accuracy, pseudo = ACCURACY[method]
+    settings = settings or {}
+    number = list(METHODS).index(method)
+    ease = np.random.default_rng(0).random(1000)
+    labels = np.random.default_rng(1).integers(0, 10, 1000)
+    found = []
+    for split in splits:
+        ids = np.sort(np.random.default_rng([2, split]).choice(1000, 300, replace=False))
+        for seed in seeds:
+            drawn = 0 if method == "zero_shot" else seed
+            rng = np.random.default_rng([3, split, drawn, number])
+            right = ease[ids] + 0.1 * rng.standard_normal(300) < accuracy + better
+            predictions = np.where(right, labels[ids], (labels[ids] + 1) % 10)
+            metrics = {"test/accuracy": float(right.mean())}
+            if pseudo:
+                metrics["pseudo/accuracy"] = pseudo + 0.01 * rng.standard_normal()
+            if method in ("air", "cpl_real"):
+                metrics["test/accuracy_fused"] = metrics["test/accuracy"] + 0.08
+            flat = defaults(method, {"dataset": dataset}) | settings
+            found.append(
+                Entry(
+                    cell=cell or f"{dataset}-{method}",
+                    method=method,
+                    flat=flat
+                    | {"paradigm": "ul", "modality": "text", "seed": seed, "split_seed": split},
+                    settings=settings,
+                    point=point,
+                    seed=seed,
+                    split_seed=split,
+                    objective=objective,
+                    metrics=metrics,
+                    image_ids=ids,
+                    predictions=predictions,
+                    labels=labels[ids],
+                )
+            )
+    return found
+
+
+def quickstart() -> list[Entry]:
+    return [entry for method in QUICKSTART for entry in trials(method)]
+
+
+def searched() -> list[Entry]:
+    """A host without a free key and AiR at three points; the second has the best objective."""
+    points = [(120, 0.5, 0.2, 0.0), (60, 0.348192, 0.9, -0.01), (30, 0.1, 0.4, 0.05)]
+    return trials("cpl", splits=(0, 1), seeds=(1, 2), objective=0.7) + [
+        entry
+        for point, (images, weight, objective, better) in enumerate(points)
+        for entry in trials(
+            "air",
+            splits=(0, 1),
+            seeds=(1, 2),
+            settings={"images_per_class": images, "fusion_weight": weight},
+            point=point,
+            objective=objective,
+            better=better,
+        )
+    ]
+
+
+# ---------------------------------------------------------------- rows
+
+
+def test_a_row_has_exactly_the_keys_that_scripts_read() -> None:
+    entries = quickstart()
+    found = json.loads(table(rows(entries, None), "json", entries))
+    assert [list(row) for row in found] == [ROW_KEYS] * len(QUICKSTART)
+    assert [row["method"] for row in found] == list(QUICKSTART)
+    for row in found:
+        assert 0 <= row["low"] <= row["mean"] <= row["high"] <= 1
+        assert row["metric"] == "accuracy"
+        assert row["n_test"] == 300
+
+
+def test_the_mean_of_a_row_is_that_of_its_runs() -> None:
+    entries = trials("cpl", splits=(0, 1), seeds=(1, 2))
+    (row,) = rows(entries, None)
+    accuracies = [float((entry.predictions == entry.labels).mean()) for entry in entries]
+    assert row.n == 4
+    assert row.mean == pytest.approx(np.mean(accuracies))
+    assert row.std == pytest.approx(np.std(accuracies, ddof=1))
+
+
+def test_seeds_of_a_method_that_draws_nothing_count_once() -> None:
+    (row,) = rows(trials("zero_shot"), None)
+    assert (row.n, row.std) == (1, None)
+    assert "seed" not in row.interval
+    (row,) = rows(trials("zero_shot", splits=(0, 1)), None)
+    assert row.n == 2
+
+
+def test_with_a_search_the_row_is_the_best_point_by_objective_and_not_by_test() -> None:
+    entries = searched()
+    host, best = rows(entries, "mutual_information")
+    assert best.settings == {"images_per_class": 60, "fusion_weight": 0.348192}
+    by_test = max(rows(entries, None), key=lambda row: row.mean)
+    assert by_test.settings["images_per_class"] == 30
+    assert host.settings == {}
+
+
+def test_a_point_without_an_objective_is_chosen_last() -> None:
+    entries = trials("air", settings={"fusion_weight": 0.1}, point=0, objective=None)
+    entries += trials("air", settings={"fusion_weight": 0.2}, point=1, objective=float("nan"))
+    assert rows(entries, "mutual_information")[0].settings == {"fusion_weight": 0.1}
+    entries += trials("air", settings={"fusion_weight": 0.3}, point=2, objective=-5.0)
+    assert rows(entries, "mutual_information")[0].settings == {"fusion_weight": 0.3}
+
+
+# ---------------------------------------------------------------- comparisons
+
+
+def test_a_method_is_compared_with_its_host_and_its_control() -> None:
+    entries = quickstart()
+    found = comparisons(rows(entries, None), entries)
+    assert [(c.a, c.b, c.role) for c in found] == [
+        ("fpl", "zero_shot", "host"),
+        ("cpl", "zero_shot", "host"),
+        ("air", "cpl", "host"),
+        ("air", "cpl_real", "control"),
+        ("cpl_real", "cpl", "host"),
+    ]
+    by_method = {row.method: row.mean for row in rows(entries, None)}
+    for c in found:
+        assert c.difference.mean == pytest.approx(by_method[c.a] - by_method[c.b])
+        assert c.difference.low <= c.difference.mean <= c.difference.high
+        assert c.images_needed is None or c.images_needed > 0
+
+
+def test_pairing_by_image_is_narrower_than_two_separate_intervals() -> None:
+    entries = quickstart()
+    found = rows(entries, None)
+    gain = next(c for c in comparisons(found, entries) if (c.a, c.b) == ("air", "cpl"))
+    widths = {row.method: row.high - row.low for row in found}
+    assert gain.difference.high - gain.difference.low < 0.8 * max(widths["air"], widths["cpl"])
+
+
+def test_each_setting_is_compared_with_the_host_at_the_same_setting() -> None:
+    entries = []
+    for length in (4, 16):
+        for method in ("cpl", "air"):
+            settings = {"prompt.length": length}
+            entries += trials(
+                method, settings=settings, cell=f"{method}-{length}", better=length / 200
+            )
+    found = rows(entries, None)
+    means = {(row.method, row.settings["prompt.length"]): row.mean for row in found}
+    for c in comparisons(found, entries):
+        length = c.settings["prompt.length"]
+        assert c.difference.mean == pytest.approx(means["air", length] - means["cpl", length])
+
+
+def test_with_a_search_each_method_is_compared_at_its_own_best_point() -> None:
+    entries = []
+    for method, best in (("cpl", 4), ("air", 16)):
+        for point, length in enumerate((4, 16)):
+            entries += trials(
+                method,
+                settings={"prompt.length": length},
+                point=point,
+                objective=1.0 if length == best else 0.0,
+            )
+    found = rows(entries, "mutual_information")
+    assert [(c.a, c.b) for c in comparisons(found, entries)] == [("air", "cpl")]
+
+
+def test_datasets_are_not_compared_with_each_other() -> None:
+    entries = trials("cpl", dataset="digits") + trials("air", dataset="flowers102")
+    assert comparisons(rows(entries, None), entries) == []
+
+
+# ---------------------------------------------------------------- tables
+
+
+def test_the_main_table_is_the_golden_one() -> None:
+    entries = quickstart()
+    text = table(rows(entries, None), "md", entries) + "\n"
+    if os.environ.get("AIRSWEEP_UPDATE_GOLDEN") == "1":
+        GOLDEN.write_text(text, encoding="utf-8")
+    assert text == GOLDEN.read_text(encoding="utf-8")
+
+
+def test_the_caption_tells_the_protocol() -> None:
+    entries = searched()
+    caption = " ".join(table(rows(entries, "mutual_information"), "md", entries).split())
+    assert "over n runs (digits, ul/text). 2 splits, 2 seeds each." in caption
+    assert "95 % bootstrap over images, splits and seeds." in caption
+    assert "Settings chosen by mutual_information; no test label was used." in caption
+    assert "no test label" not in table(rows(quickstart(), None), "md", quickstart())
+
+
+def cells(markdown: str) -> list[list[str]]:
+    lines = [line for line in markdown.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_only_settings_that_vary_have_a_column() -> None:
+    entries = searched()
+    for entry in entries:
+        entry.settings["lora.rank"] = 8
+    header, _, host, best = cells(table(rows(entries, "mutual_information"), "md", entries))
+    assert header[:3] == ["method", "images_per_class", "fusion_weight"]
+    assert "lora.rank" not in header
+    assert host[:3] == ["cpl", "", ""]
+    assert best[:3] == ["air", "60", "0.3482"]
+
+
+def test_worlds_are_columns_where_they_differ_and_each_has_its_best() -> None:
+    entries = [
+        entry
+        for dataset, better in (("digits", 0.0), ("flowers102", -0.2))
+        for method in ("cpl", "air")
+        for entry in trials(method, dataset=dataset, better=better)
+    ]
+    header, _, *lines = cells(table(rows(entries, None), "md", entries))
+    assert header[:2] == ["dataset", "method"]
+    assert "paradigm" not in header
+    accuracy = header.index("accuracy")
+    assert [line[accuracy].startswith("**") for line in lines] == [False, True, False, True]
+
+
+def test_every_line_of_a_markdown_table_has_the_same_width() -> None:
+    entries = quickstart()
+    text = table(rows(entries, None), "md", entries)
+    assert len({len(line) for line in text.splitlines() if line.startswith("|")}) == 1
+
+
+def test_a_bar_in_a_setting_does_not_break_the_markdown_table() -> None:
+    entries = trials("air", settings={"lora.caption": "a | {}"}, cell="a")
+    entries += trials("air", settings={"lora.caption": "b"}, cell="b")
+    assert "a \\| {}" in table(rows(entries, None), "md", entries)
+
+
+def test_csv_is_json_flat() -> None:
+    entries = searched()
+    found = rows(entries, "mutual_information")
+    lines = list(csv.DictReader(io.StringIO(table(found, "csv", entries))))
+    assert list(lines[0]) == [
+        *("dataset", "paradigm", "modality", "method"),
+        *("settings.images_per_class", "settings.fusion_weight"),
+        *("metric", "n", "n_test", "mean", "std", "low", "high", "interval"),
+    ]
+    assert float(lines[1]["mean"]) == found[1].mean
+    assert float(lines[1]["settings.fusion_weight"]) == 0.348192
+    assert lines[0]["settings.fusion_weight"] == ""
+    assert len(lines) == len(found)
+
+
+def test_latex_is_escaped_and_the_best_is_bold() -> None:
+    entries = quickstart()
+    text = table(rows(entries, None), "latex", entries)
+    assert "zero\\_shot" in text
+    body = text.partition("\\caption")[2].replace(" & ", " ")
+    assert not re.search(r"(?<!\\)[_%&#]", body)
+    (bold,) = [line for line in text.splitlines() if "\\textbf" in line]
+    assert bold.startswith("air & \\textbf{")
+    for rule in ("\\toprule", "\\midrule", "\\bottomrule"):
+        assert rule in text
+
+
+def test_a_table_of_nothing_says_so() -> None:
+    assert table([], "json") == "[]"
+    assert table([], "csv").startswith("dataset,paradigm,modality,method,metric")
+    assert "no finished trial" in table([], "md").lower()
+    assert table([], "latex").startswith("%")
+    assert "no finished trial" in summary("airsweep quickstart", [], [], [])
+
+
+def test_rows_alone_make_a_table_without_gains() -> None:
+    header, *_ = cells(table(rows(quickstart(), None), "md"))
+    assert header == ["method", "accuracy", "95 %", "n", "n_test"]
+
+
+def test_five_hundred_trials_are_tabled_in_seconds() -> None:
+    entries = [
+        entry
+        for k in range(84)
+        for method in ("cpl", "air")
+        for entry in trials(method, settings={"generation.seed": k}, cell=f"{method}-{k}")
+    ]
+    started = time.perf_counter()
+    text = table(rows(entries, None), "md", entries)
+    assert time.perf_counter() - started < 15  # about 1.5 s on one free core
+    assert len(cells(text)) == 2 + 168
+
+
+# ---------------------------------------------------------------- the screen
+
+FACTS = [
+    ("", "17 trials, 4 reused, 0 failed.  1 LoRA, 960 images drawn once, read by 9 trials"),
+    (
+        "look",
+        "runs/sweeps/default/quickstart/sheet.png      airsweep ui  ->  http://127.0.0.1:5000",
+    ),
+    (
+        "real",
+        "ray job submit --working-dir . -- \\\n  python -m orchestrator run sweeps/paper.yaml",
+    ),
+]
+
+
+@pytest.mark.parametrize("width", [80, 100, 120])
+@pytest.mark.parametrize("case", ["quickstart", "search"])
+def test_the_screen_fits_its_width(width: int, case: str) -> None:
+    entries = quickstart() if case == "quickstart" else searched()
+    found = rows(entries, None if case == "quickstart" else "mutual_information")
+    text = summary("airsweep quickstart   1,797 real digits", entries, found, FACTS, width=width)
+    assert max(map(len, text.splitlines())) <= width
+    assert not any(line != line.rstrip() for line in text.splitlines())
+
+
+def test_the_screen_says_what_was_found() -> None:
+    entries = quickstart()
+    found = rows(entries, None)
+    text = summary("airsweep quickstart   1,797 real digits", entries, found, FACTS)
+    lines = [line.strip() for line in text.splitlines()]
+    assert lines[0] == "airsweep quickstart   1,797 real digits   ul/text   3 seeds, 1 split"
+    assert re.split(r" {3,}", lines[1]) == [
+        *("method", "test accuracy", "gain over fpl, 95 %", "pseudo-labels right")
+    ]
+    by_name = {line.split()[0]: line for line in lines[2:7]}
+    assert list(by_name) == list(QUICKSTART)
+    assert "[" not in by_name["zero_shot"] + by_name["fpl"]
+    assert re.search(r"\+- \d\.\d +\+\d+\.\d \[\+\d+\.\d, \+\d+\.\d\]", by_name["air"])
+    share = int(re.search(r"(\d+) %", by_name["cpl"])[1])  # type: ignore[index]
+    assert by_name["cpl"].count("#") == round(share / 5)
+    assert re.match(r"air - cpl .*over images and seeds; n_test 300", lines[7])
+    assert re.match(r"air - cpl_real .*control: real images, no diffusion", lines[8])
+
+
+def test_the_control_stands_below_the_methods() -> None:
+    entries = [entry for m in ("cpl", "cpl_real", "air") for entry in trials(m)]
+    text = summary("s", entries, rows(entries, None), [])
+    names = [line.split()[0] for line in text.splitlines()[2:5]]
+    assert names == ["cpl", "air", "cpl_real"]
+
+
+def test_lines_of_a_command_stay_as_they_were_given() -> None:
+    text = summary("s", quickstart(), rows(quickstart(), None), FACTS)
+    first, second = text.splitlines()[-2:]
+    assert first.endswith("ray job submit --working-dir . -- \\")
+    assert second.endswith("  python -m orchestrator run sweeps/paper.yaml")
+
+
+def test_colors_change_no_letter() -> None:
+    entries = quickstart()
+    found = rows(entries, None)
+    plain = summary("s", entries, found, FACTS)
+    colored = summary("s", entries, found, FACTS, color=True)
+    assert "\x1b[" not in plain
+    assert "\x1b[32m" in colored
+    bare = re.sub(r"\x1b\[\d+m", "", colored)
+    assert [line.rstrip() for line in bare.splitlines()] == plain.splitlines()
+
+
+def test_the_best_point_of_a_search_shows_its_settings() -> None:
+    entries = searched()
+    text = summary("s", entries, rows(entries, "mutual_information"), [])
+    assert "images_per_class 60, fusion_weight 0.3482" in text
+    assert "2 seeds, 2 splits" in text
