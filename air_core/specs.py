@@ -13,6 +13,7 @@ import types
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Annotated, Any, ClassVar, Literal
 
 
@@ -46,7 +47,9 @@ class SplitSettings(Strict):
     """Which images are the unlabelled pool, which are for validation, which for test."""
 
     paradigm: Literal["ul"] = knob("ul", "ul: no label at all")
-    split_seed: int = knob(0, "moves pool and test where a dataset has no fixed split", ge=0)
+    split_seed: int = knob(
+        0, "moves pool and test where a dataset has no fixed split", ge=0, le=2**32 - 1
+    )
     pool: Literal["train", "train+val"] = knob(
         "train+val", "parts that the unlabelled pool is taken from; train keeps val out"
     )
@@ -260,7 +263,9 @@ class TrialSpec(Strict):
     precision: Literal["fp32"] = knob("fp32", "of CLIP")
     paradigm: Literal["ul"] = knob("ul", "ul: no label at all")
     modality: Literal["text"] = knob("text", "text: CoOp context vectors")
-    split_seed: int = knob(0, "moves pool and test where a dataset has no fixed split", ge=0)
+    split_seed: int = knob(
+        0, "moves pool and test where a dataset has no fixed split", ge=0, le=2**32 - 1
+    )
     pool: Literal["train", "train+val"] = knob(
         "train+val", "parts that the unlabelled pool is taken from; train keeps val out"
     )
@@ -480,6 +485,7 @@ class Key:
     help: str
 
 
+@cache
 def trial_keys() -> dict[str, Key]:
     """Every trial key by its dotted name, in the order of TrialSpec.
 

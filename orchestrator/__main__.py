@@ -58,12 +58,6 @@ TrackingOption = Annotated[
 ]
 
 STORE = Path("runs")
-SMOKE = (
-    "iterations=1",
-    "images_per_class=8",
-    "initial_labels.images_per_class=8",
-    "search.points=1",
-)
 
 
 @app.command()
@@ -231,7 +225,7 @@ def _execute(
     from orchestrator.screen import make_screen
 
     sweep, place = _sweep_and_place(spec, store, data_root, sets, only, smoke)
-    origin = {"sets": _sets(sweep, sets, smoke), "only": only or [], "source": sweep.source}
+    origin = {"sets": sets or [], "only": only or [], "smoke": smoke, "source": sweep.source}
     # Ray's daemons print to file descriptor 1 whatever they are told; stdout is for data.
     stdout = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -258,22 +252,13 @@ def _sweep_and_place(
     smoke: bool,
 ) -> tuple[SweepSpec, Place]:
     from orchestrator.driver import place_of
+    from orchestrator.sweep import smoke as smoked
 
     sweep = _load(spec, sets, only)
     if smoke:
-        sweep = _load(spec, _sets(sweep, sets, True), only)
+        sweep = smoked(sweep)
         store = store.with_name(store.name + "-smoke")
     return sweep, place_of(sweep, store, data_root)
-
-
-def _sets(sweep: SweepSpec, sets: list[str] | None, smoke: bool) -> list[str]:
-    """What replaces values of the file; smoke is nothing but such values."""
-    if not smoke:
-        return list(sets or [])
-    first = list(sweep.seeds.values[0])
-    seeds = f"seeds={{values: [{first}], vary: [{', '.join(sweep.seeds.vary)}]}}"
-    searched = [text for text in SMOKE if sweep.search or not text.startswith("search.")]
-    return [*(sets or []), *searched, seeds]
 
 
 def _load(spec: str, sets: list[str] | None, only: list[str] | None) -> SweepSpec:
@@ -315,6 +300,7 @@ def _recorded(name: str, store: Path, data_root: Path | None) -> tuple[SweepSpec
     """A sweep as it was last run, with the values that were set then."""
     from dataclasses import replace
 
+    from orchestrator.sweep import smoke as smoked
     from orchestrator.sweep_file import load_sweep
 
     place = _place(name, store)
@@ -322,7 +308,8 @@ def _recorded(name: str, store: Path, data_root: Path | None) -> tuple[SweepSpec
     sweep = load_sweep(
         place.folder / "spec.yaml", sets=origin.get("sets", []), only=origin.get("only", [])
     )
-    return sweep, replace(place, data_root=data_root)
+    sweep = replace(sweep, source=origin.get("source", sweep.source))
+    return smoked(sweep) if origin.get("smoke") else sweep, replace(place, data_root=data_root)
 
 
 def _fail(message: str, code: int = 2) -> NoReturn:

@@ -20,11 +20,16 @@ class Method:
     control: str | None = None  # the same without diffusion
 
 
-_NO_IMAGES = {"images_per_class": 0, "auxiliary.source": "synthetic"}
+_NO_IMAGES = {
+    "images_per_class": 0,
+    "auxiliary.source": "synthetic",
+    "fusion_weight": 0.0,
+    "synthetic_weight": 0.0,
+}
 _ONE_ROUND = {"iterations": 1, "pseudo_labels.kind": "top_k", "pseudo_labels.growth": "fixed"}
 _GRIP = {"pseudo_labels.kind": "top_k", "pseudo_labels.growth": "growing"}
 _CPL = {"pseudo_labels.kind": "candidates", "pseudo_labels.growth": "growing"}
-_REAL = {"images_per_class": 0, "auxiliary.source": "real"}
+_REAL = {"images_per_class": 0, "auxiliary.source": "real", "synthetic_weight": 0.0}
 _REFRESH = {"auxiliary.refresh": True}  # real prototypes get better as labels do: a fair control
 
 METHODS: dict[str, Method] = {

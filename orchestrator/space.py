@@ -30,15 +30,17 @@ def point_count(cell: Cell, search: Search | None) -> int:
 
 
 def default_params(cell: Cell) -> dict[str, Any]:
-    """The cell's own settings as a point of its space; empty where they lie outside of it."""
+    """The cell's own settings as a point of its space; a number outside of it moves to the
+    nearest one inside. Empty where a word is not among the values."""
     params: dict[str, Any] = {}
     for dimension in cell.space:
-        if not applies(dimension, cell.flat):
+        if not applies(dimension, cell.flat | params):
             continue
         value = cell.flat.get(dimension.key, trial_keys()[dimension.key].default)
-        if not _inside(value, dimension):
+        inside = _nearest(value, dimension)
+        if inside is None:
             return {}
-        params[dimension.key] = value
+        params[dimension.key] = inside
     return params
 
 
@@ -61,9 +63,15 @@ def applies(dimension: Dimension, flat: Mapping[str, Any]) -> bool:
     return dimension.when is None or compile_when(dimension.when)(dict(flat))
 
 
-def _inside(value: Any, dimension: Dimension) -> bool:
-    if dimension.values is not None:
-        return value in dimension.values
-    assert dimension.min is not None
-    assert dimension.max is not None
-    return isinstance(value, int | float) and dimension.min <= value <= dimension.max
+def _nearest(value: Any, dimension: Dimension) -> Any:
+    """The value, or the nearest number that the dimension holds; None if there is none."""
+    numbers = isinstance(value, int | float) and not isinstance(value, bool)
+    if dimension.values is None:
+        assert dimension.min is not None
+        assert dimension.max is not None
+        return min(max(value, dimension.min), dimension.max) if numbers else None
+    if value in dimension.values:
+        return value
+    if numbers and all(isinstance(one, int | float) for one in dimension.values):
+        return min(dimension.values, key=lambda one: abs(one - value))
+    return None

@@ -240,3 +240,28 @@ def _notes(spec: SweepSpec) -> Iterator[str]:
 def _listed(names: list[str], most: int = 8) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+SMOKE: dict[str, Any] = {
+    "iterations": 1,
+    "images_per_class": 8,
+    "initial_labels.images_per_class": 8,
+    "lora.steps": 2,
+    "train.steps": 2,
+}
+
+
+def smoke(spec: SweepSpec) -> SweepSpec:
+    """The same cells at next to no cost: one point, one seed, one iteration, 8 images a class."""
+    grid = {key: values for key, values in spec.grid.items() if key not in SMOKE}
+    search = spec.search and replace(spec.search, points=1, width=1)
+    seeds = replace(spec.seeds, values=spec.seeds.values[:1])
+    exclude = tuple(entry for entry in spec.exclude if not entry.keys() & SMOKE.keys())
+    return replace(
+        spec,
+        grid=grid,
+        exclude=exclude,
+        fixed={**spec.fixed, **SMOKE},
+        search=search,
+        seeds=seeds,
+    )
