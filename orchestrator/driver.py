@@ -187,7 +187,7 @@ def run_sweep(
     publisher = Publisher(sweep, _parent(sweep, place), place.store, tracking_uri)
     run = Run(sweep, place, screen, publisher, ledger, resolver)
     _open_folder(place, sweep, origin or {})
-    code = DONE
+    code = FAILED  # what an exception leaves behind
     try:
         ledger.append(
             "sweep_started",

@@ -142,17 +142,9 @@ def summary_screen(sweep: SweepSpec, place: Place) -> str:
 
 
 def _title(plan: Plan) -> str:
-    sweep = plan.sweep
-    slots = plan.slots
-    datasets = sorted({slot.spec.dataset.name for slot in slots})
-    worlds = sorted({f"{slot.spec.paradigm}/{slot.spec.modality}" for slot in slots})
-    split = len({slot.spec.split_seed for slot in slots})
-    seeds = len({slot.spec.seed for slot in slots})
-    images = get_dataset(datasets[0]).source.split(":")[0] if len(datasets) == 1 else ""
-    return (
-        f"airsweep {sweep.name}   {', '.join(datasets)} ({images})   no label trains   "
-        f"{', '.join(worlds)}   {seeds} seed{'s' * (seeds != 1)}, {split} split{'s' * (split != 1)}"
-    )
+    datasets = sorted({slot.spec.dataset.name for slot in plan.slots})
+    about = ", ".join(get_dataset(name).about for name in datasets)
+    return f"airsweep {plan.sweep.name}   {about}, no label trains"
 
 
 def _image_facts(plan: Plan, place: Place, outcome: dict[str, Any]) -> list[tuple[str, str]]:

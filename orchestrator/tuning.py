@@ -6,7 +6,6 @@ trials come back as data: an exception would cost the actor and everything that 
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 import traceback
@@ -83,7 +82,14 @@ def attempt(spec: TrialSpec, shop: Workshop) -> Failure | None:
     return None
 
 
-class _Source(Searcher):  # type: ignore[misc]
+class _NotKept:
+    """Tune pickles searchers and callbacks into files that we never read: leave nothing there."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class _Source(_NotKept, Searcher):  # type: ignore[misc]
     """Tune asks here for its next trial."""
 
     def __init__(self, dispatcher: Dispatcher, handed: dict[int, float]) -> None:
@@ -115,7 +121,7 @@ class _Source(Searcher):  # type: ignore[misc]
         pass
 
 
-class _Results(tune.Callback):  # type: ignore[misc]
+class _Results(_NotKept, tune.Callback):  # type: ignore[misc]
     """Takes results and deaths in the driver."""
 
     def __init__(self, dispatcher: Dispatcher, source: _Source, overheads: list[float]) -> None:
@@ -145,7 +151,6 @@ def run_points(
         folder: for Ray's own files, written and never read.
         slots: trials at a time.
     """
-    os.environ["TUNE_RESULT_DIR"] = str(folder)
     started = time.monotonic()
     handed: dict[int, float] = {}
     overheads: list[float] = []

@@ -35,6 +35,7 @@ class Dataset:
     """What a dataset is: how to find, read and name it."""
 
     name: str
+    about: str  # a few words, for the head of a table
     classnames: tuple[str, ...]
     template: str  # {} is the class name
     recipe: int  # raise it when the same files give other pixels or parts
@@ -47,6 +48,7 @@ class Dataset:
 DATASETS: dict[str, Dataset] = {
     "digits": Dataset(
         name="digits",
+        about="1,797 real digits",
         classnames=digits.CLASSNAMES,
         template="a photo of a {}",
         recipe=1,

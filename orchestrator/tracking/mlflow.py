@@ -220,9 +220,10 @@ class MlflowTracker:
         if child.tags.get("air.artifacts") != told.get("air.artifacts"):
             uploaded = self._upload(opened, child.run_id, child.folder, artifacts)
             told = self._child_tags(run, uploaded)
+        changed = {key: value for key, value in told.items() if child.tags.get(key) != value}
         params = {key: value for key, value in run.params.items() if key not in child.params}
         points = run.points()
-        _log_batch(client, child.run_id, tags=told, params=params, points=points)
+        _log_batch(client, child.run_id, tags=changed, params=params, points=points)
         if run.failure_class is None and "air.failure_class" in child.tags:
             client.delete_tag(child.run_id, "air.failure_class")
             del child.tags["air.failure_class"]
