@@ -450,8 +450,22 @@ IRRELEVANT: tuple[tuple[Any, Any], ...] = (
             "generation": GenerationSettings(),
         },
     ),
-    (lambda s: is_folder(s.generator), lambda s: {"lora": None}),
+    (
+        lambda s: is_folder(s.generator),
+        lambda s: {
+            "lora": None,
+            "generation": GenerationSettings(size=s.generation.size, block=s.generation.block),
+        },
+    ),
     (lambda s: s.lora is None, lambda s: {"initial_labels": InitialLabelsSettings()}),
+    (
+        lambda s: s.lora is not None and s.lora.rounds == 1,
+        lambda s: {
+            "initial_labels": replace(
+                s.initial_labels, images_per_class=InitialLabelsSettings.images_per_class
+            )
+        },
+    ),
     (
         lambda s: s.pseudo_labels.growth == "growing",
         lambda s: {"pseudo_labels": replace(s.pseudo_labels, k=PseudoLabelSettings.k)},

@@ -332,6 +332,9 @@ def main() -> None:
 
         if isinstance(problem, Refused | SweepBusy):
             _fail(str(problem), REFUSED)
+        if type(problem).__name__ == "SpecError":  # it begins with file:line:column
+            print(problem, file=sys.stderr)
+            sys.exit(BAD_INPUT)
         if isinstance(problem, ValueError):
             _fail(str(problem), BAD_INPUT)
         _fail(f"{type(problem).__name__}: {problem} (--debug shows where)", 1)

@@ -59,3 +59,25 @@ def digits_ref(resolver) -> Ref:
 
 
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def drawn_digits(tmp_path_factory) -> Path:
+    """A folder of ready images: 16 drawn digits a class, white on black, moved and turned."""
+    import numpy as np
+    from PIL import Image, ImageDraw, ImageFont
+
+    from air_core.datasets.digits import CLASSNAMES
+
+    folder = tmp_path_factory.mktemp("drawn")
+    rng = np.random.default_rng(0)
+    for digit, name in enumerate(CLASSNAMES):
+        (folder / name).mkdir()
+        for index in range(16):
+            image = Image.new("L", (32, 32))
+            font = ImageFont.load_default(size=int(rng.integers(24, 32)))
+            place = (8 + int(rng.integers(-3, 4)), int(rng.integers(-4, 2)))
+            ImageDraw.Draw(image).text(place, str(digit), fill=255, font=font)
+            turned = image.rotate(float(rng.uniform(-12, 12))).convert("RGB")
+            turned.save(folder / name / f"{index:02}.png")
+    return folder

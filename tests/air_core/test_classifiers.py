@@ -81,9 +81,9 @@ def test_lda_equals_the_one_of_scikit_learn():
     ours = auxiliary_classifier(
         AuxiliarySettings(kind="lda", center=False), bank, None, target.batch, 3, 1.0
     )
-    theirs = LinearDiscriminantAnalysis(
-        solver="lsqr", shrinkage=0.2, priors=[1 / 3] * 3
-    ).fit(bank.batch.features.double().numpy(), bank.labels.numpy())
+    theirs = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=0.2, priors=[1 / 3] * 3).fit(
+        bank.batch.features.double().numpy(), bank.labels.numpy()
+    )
     guess = ours.logits(target.batch).argmax(dim=-1).numpy()
     assert (guess == theirs.predict(target.batch.features.double().numpy())).mean() == 1.0
 

@@ -65,7 +65,9 @@ def test_balanced_choice_does_not_depend_on_the_order_of_images():
     scores = some_scores(60, 5, seed=4)
     order = torch.randperm(60, generator=torch.Generator().manual_seed(1))
     places = torch.full((5,), 6)
-    assert torch.equal(balanced_choice(scores, places)[order], balanced_choice(scores[order], places))
+    assert torch.equal(
+        balanced_choice(scores, places)[order], balanced_choice(scores[order], places)
+    )
 
 
 def test_balanced_choice_respects_what_is_allowed():

@@ -562,23 +562,30 @@ def test_params_are_written_once(mlflow_backend: Backend, caplog: pytest.LogCapt
     assert caplog.text == ""
 
 
-def test_another_computation_in_a_slot_is_another_child(mlflow_backend: Backend) -> None:
-    edited = a_trial(
-        tags={"air.trial_key": "trials/v1/edited"},
-        params={"images_per_class": "50"},
-        curves={"test/accuracy": [0.25, 0.5]},
-        metrics={},
-        started=1_800_000_000_000,
-        ended=1_800_000_001_000,
-    )
-    for outcome in (a_trial(), edited, edited):
+LATER = {"started": 1_800_000_000_000, "ended": 1_800_000_001_000, "metrics": {}}
+EDITED = {"tags": {"air.trial_key": "trials/v1/edited"}, "params": {"images_per_class": "50"}}
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (a_trial(), a_trial(**LATER, **EDITED, curves={"test/accuracy": [0.25, 0.5]})),
+        (a_failed_trial(), a_trial(**LATER, **EDITED, curves={"test/accuracy": [0.25, 0.5]})),
+        (a_trial(), a_trial(**LATER, curves={"test/accuracy": [0.25, 0.5]})),
+    ],
+    ids=["edited", "edited after a failure", "computed again"],
+)
+def test_another_computation_in_a_slot_is_another_child(
+    mlflow_backend: Backend, before: TrialRun, after: TrialRun
+) -> None:
+    for outcome in (before, after, after):
         tracker = mlflow_backend.tracker()
         tracker.start(a_sweep())
         tracker.trial(outcome)
         tracker.finish("FINISHED", "", {})
 
     (trial,) = mlflow_backend.seen().trials.values()
-    assert trial.params == {"images_per_class": "50"}
+    assert trial.params == after.params
     assert trial.curves == {"test/accuracy": [(0, 0.25), (1, 0.5)]}
 
 

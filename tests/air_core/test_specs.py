@@ -1,0 +1,401 @@
+"""Specs: flat at the door, nested inside, and one key for one computation."""
+
+from __future__ import annotations
+
+import typing
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from air_core.specs import (
+    IRRELEVANT,
+    FolderImages,
+    GeneratedImages,
+    Ref,
+    TrialSpec,
+    from_flat,
+    to_flat,
+    trial_keys,
+    uses_auxiliary,
+    uses_images,
+)
+from orchestrator.keys import artifact_key
+
+NAMES = ("digit zero", "digit one")
+REFS = {
+    "dataset": Ref(name="digits", digest="d"),
+    "backbone": Ref(name="tiny", digest="b"),
+    "generator": Ref(name="tiny", digest="g"),
+}
+FOLDER = {**REFS, "generator": Ref(name="folder:/pictures", digest="f")}
+
+# Points at which one setting or another stops to matter.
+NO_ROUND = {"iterations": 0}
+ONE_ROUND = {"iterations": 1, "auxiliary.source": "real"}
+NO_IMAGES = {"images_per_class": 0}
+NOT_FUSED = {"fusion_weight": 0.0}
+SYNTHETIC_ONLY = {"auxiliary.source": "synthetic"}
+REAL_ONLY = {"auxiliary.source": "real", "synthetic_weight": 0.0}
+REAL_AND_SYNTHETIC_LOSS = {"auxiliary.source": "real", "synthetic_weight": 1.0}
+BOTH = {"auxiliary.source": "both", "auxiliary.refresh": True}
+BOTH_BUT_NO_IMAGES = {"auxiliary.source": "both", "images_per_class": 0}
+NO_LORA = {"lora": None}
+GROWING = {"pseudo_labels.growth": "growing"}
+
+
+def trial(refs: dict[str, Ref] = REFS, **flat: Any) -> TrialSpec:
+    return from_flat({k.replace("__", "."): v for k, v in flat.items()}, refs, NAMES)
+
+
+def at(flat: dict[str, Any], key: str, value: Any, refs: dict[str, Ref] = REFS) -> TrialSpec:
+    return from_flat({**flat, key: value}, refs, NAMES)
+
+
+def key(spec: TrialSpec) -> str:
+    return artifact_key(spec).digest
+
+
+# ---------------------------------------------------------------- flat and nested
+
+
+def test_flat_keys_make_a_nested_trial_and_come_back():
+    flat = {"lora.rank": 8, "train.steps": 100, "images_per_class": 25, "auxiliary.kind": "lda"}
+    spec = from_flat(flat, REFS, NAMES)
+    assert spec.lora is not None
+    assert (spec.lora.rank, spec.train.steps, spec.auxiliary.kind) == (8, 100, "lda")
+    assert flat.items() <= to_flat(spec).items()
+    assert rebuilt(spec) == spec
+
+
+def test_lora_off_comes_back_as_off():
+    assert to_flat(trial(lora=None))["lora"] is None
+    assert rebuilt(trial(lora=None)) == trial(lora=None)
+
+
+def test_every_key_of_a_trial_has_help_and_a_default_that_is_allowed():
+    for known in trial_keys().values():
+        assert known.help, known.name
+        for limit, holds in LIMITS.items():
+            if limit in known.limits and known.default is not None:
+                assert holds(known.default, known.limits[limit]), (known.name, limit)
+
+
+def test_the_flat_keys_are_the_ones_at_the_door():
+    assert to_flat(trial()).keys() == trial_keys().keys() - {"lora"}
+
+
+LIMITS: dict[str, Any] = {
+    "ge": lambda value, limit: value >= limit,
+    "gt": lambda value, limit: value > limit,
+    "le": lambda value, limit: value <= limit,
+    "lt": lambda value, limit: value < limit,
+}
+
+
+# ---------------------------------------------------------------- settings that cannot matter
+
+# What a person might vary in vain: (where, key, a value, another value).
+IN_VAIN = [
+    (NO_ROUND, "pseudo_labels.kind", "top_k", "candidates"),
+    (NO_ROUND, "prompt.length", 4, 16),
+    (NO_ROUND, "train.learning_rate", 0.1, 0.2),
+    (NO_ROUND, "synthetic_weight", 0.3, 1.0),
+    (NO_ROUND, "seed", 1, 2),
+    ({**NO_ROUND, **BOTH}, "auxiliary.refresh", True, False),
+    (ONE_ROUND, "auxiliary.refresh", True, False),
+    ({**ONE_ROUND, "auxiliary.refresh": True}, "auxiliary.k_step", 0, 4),
+    (BOTH_BUT_NO_IMAGES, "auxiliary.source", "both", "real"),
+    (BOTH_BUT_NO_IMAGES, "fidelity.kind", "class_mean", "none"),
+    (NOT_FUSED, "auxiliary.kind", "lda", "prototype"),
+    (NOT_FUSED, "auxiliary.source", "both", "real"),
+    (NOT_FUSED, "fidelity.keep", 4, 8),
+    (NO_IMAGES, "fusion_weight", 0.3, 0.7),
+    (NO_IMAGES, "synthetic_weight", 0.3, 1.0),
+    (SYNTHETIC_ONLY, "auxiliary.k", 8, 16),
+    (SYNTHETIC_ONLY, "auxiliary.refresh", True, False),
+    (SYNTHETIC_ONLY, "auxiliary.k_step", 0, 4),
+    (SYNTHETIC_ONLY, "auxiliary.fade", True, False),
+    (REAL_ONLY, "fidelity.keep", 4, 8),
+    (REAL_ONLY, "images_per_class", 0, 50),
+    (REAL_AND_SYNTHETIC_LOSS, "fidelity.kind", "class_mean", "none"),
+    ({**BOTH, "auxiliary.refresh": False}, "auxiliary.k_step", 0, 4),
+    ({**BOTH, "auxiliary.refresh": False}, "auxiliary.fade", True, False),
+    ({**REAL_ONLY, "auxiliary.refresh": True}, "auxiliary.fade", True, False),
+    ({"fidelity.kind": "none"}, "fidelity.keep", 4, 8),
+    ({"synthetic_weight": 0.0}, "train.synthetic_batch", 8, 64),
+    (NO_IMAGES, "train.synthetic_batch", 8, 64),
+    (NO_IMAGES, "lora.rank", 4, 8),
+    (NO_IMAGES, "generation.guidance_scale", 4.0, 7.5),
+    (NO_IMAGES, "initial_labels.k", 8, 16),
+    ({**NOT_FUSED, "synthetic_weight": 0.0}, "images_per_class", 25, 50),
+    (NO_LORA, "initial_labels.k", 8, 16),
+    ({"lora.rounds": 1}, "initial_labels.images_per_class", 8, 16),
+    (GROWING, "pseudo_labels.k", 8, 16),
+    ({"pseudo_labels.kind": "top_k"}, "pseudo_labels.alpha", 0.5, 0.9),
+    ({"pseudo_labels.kind": "top_k"}, "pseudo_labels.beta", 0.5, 0.9),
+    ({"train.steps": 100}, "train.epochs", 5, 50),
+]
+
+
+@pytest.mark.parametrize(("where", "name", "one", "other"), IN_VAIN)
+def test_a_setting_that_cannot_matter_changes_no_key(where, name, one, other):
+    assert at(where, name, one) != at(where, name, other)
+    assert key(at(where, name, one)) == key(at(where, name, other))
+
+
+@pytest.mark.parametrize(
+    ("name", "one", "other"),
+    [
+        ("lora.rank", 4, 8),
+        ("lora.scale", 0.5, 1.0),
+        ("initial_labels.k", 8, 16),
+        ("generation.guidance_scale", 4.0, 7.5),
+        ("generation.template", "a photo of a {}", "a drawing of a {}"),
+        ("generation.seed", 0, 1),
+        ("generation.num_inference_steps", 10, 25),
+        ("generation.precision", "fp32", "bf16"),
+    ],
+)
+def test_how_images_are_drawn_does_not_matter_to_a_folder_of_ready_ones(name, one, other):
+    assert key(at({}, name, one, FOLDER)) == key(at({}, name, other, FOLDER))
+    assert key(at({}, name, one)) != key(at({}, name, other))
+
+
+def test_two_generators_that_are_not_used_are_one():
+    assert key(trial(images_per_class=0)) == key(trial(FOLDER, images_per_class=0))
+    assert key(trial()) != key(trial(FOLDER))
+
+
+def test_every_rule_about_what_cannot_matter_is_needed_by_an_example_above():
+    """Each condition holds for one of the pairs and puts their two values together."""
+    pairs = [(at(w, n, a), at(w, n, b)) for w, n, a, b in IN_VAIN]
+    pairs += [(at({}, "lora.rank", 4, FOLDER), at({}, "lora.rank", 8, FOLDER))]
+    for number in range(len(IRRELEVANT)):
+        rest = IRRELEVANT[:number] + IRRELEVANT[number + 1 :]
+        assert any(reset(a, rest) != reset(b, rest) for a, b in pairs), number
+
+
+def reset(spec: TrialSpec, rules: typing.Iterable[tuple[Any, Any]]) -> TrialSpec:
+    for matters_not, changes in rules:
+        if matters_not(spec):
+            spec = replace(spec, **changes(spec))
+    return spec
+
+
+# (where, key, a value, another value): what must not be taken for irrelevant.
+MATTERS = [
+    ({}, "seed", 1, 2),
+    ({}, "images_per_class", 25, 50),
+    ({}, "fusion_weight", 0.3, 0.7),
+    ({}, "synthetic_weight", 0.3, 1.0),
+    ({}, "fidelity.keep", 4, 8),
+    ({}, "lora.rank", 4, 8),
+    ({}, "initial_labels.k", 8, 16),
+    ({"lora.rounds": 2}, "initial_labels.images_per_class", 8, 16),
+    ({}, "train.synthetic_batch", 8, 64),
+    ({}, "train.epochs", 5, 50),
+    ({}, "split_seed", 0, 1),
+    ({}, "pool", "train", "train+val"),
+    ({"pseudo_labels.growth": "fixed"}, "pseudo_labels.k", 8, 16),
+    ({}, "pseudo_labels.alpha", 0.5, 0.9),
+    ({**BOTH, "iterations": 2}, "auxiliary.refresh", True, False),
+    (BOTH, "auxiliary.k_step", 0, 4),
+    (BOTH, "auxiliary.fade", True, False),
+    (REAL_ONLY, "auxiliary.k", 8, 16),
+    (NO_ROUND, "fusion_weight", 0.3, 0.7),
+    (NO_ROUND, "images_per_class", 25, 50),
+    (NO_ROUND, "split_seed", 0, 1),
+    ({**NO_ROUND, **REAL_ONLY}, "auxiliary.k", 8, 16),
+]
+
+
+@pytest.mark.parametrize(("where", "name", "one", "other"), MATTERS)
+def test_a_setting_that_matters_changes_the_key(where, name, one, other):
+    assert key(at(where, name, one)) != key(at(where, name, other))
+
+
+# Values that keys take in random trials: few, so that combinations are rich.
+WORDS = {
+    "lora.caption": ["a photo of a {}", "{}"],
+    "generation.template": ["a photo of a {}", "{}"],
+    "train.steps": [None, 5],
+}
+
+
+def values_of(name: str) -> list[Any]:
+    known = trial_keys()[name]
+    if name in WORDS:
+        return WORDS[name]
+    if typing.get_origin(known.type) is typing.Literal:
+        return list(typing.get_args(known.type))
+    if known.type is bool:
+        return [False, True]
+    if known.type is int:
+        low = int(known.limits["ge"])
+        return [low, low + 1, known.default, known.limits.get("le", known.default + 5)]
+    low = known.limits.get("ge", 1e-3)
+    return [low, known.default, known.limits.get("le", 0.9)]
+
+
+SETTINGS = [name for name in trial_keys() if name not in (*REFS, "lora")]
+RANDOM = st.fixed_dictionaries(
+    {}, optional={name: st.sampled_from(values_of(name)) for name in SETTINGS}
+).flatmap(lambda flat: st.sampled_from([flat, without_lora(flat)]))
+REFERENCES = st.sampled_from([REFS, FOLDER])
+
+
+def without_lora(flat: dict[str, Any]) -> dict[str, Any]:
+    return {n: v for n, v in flat.items() if not n.startswith("lora.")} | {"lora": None}
+
+
+@given(RANDOM, REFERENCES)
+def test_normalising_twice_is_normalising_once(flat, refs):
+    spec = from_flat(flat, refs, NAMES)
+    once = spec.normalised()
+    assert once.normalised() == once
+    assert key(once) == key(spec)
+
+
+@given(RANDOM, REFERENCES)
+def test_normalising_keeps_what_a_trial_reads(flat, refs):
+    spec = from_flat(flat, refs, NAMES)
+    once = spec.normalised()
+    assert uses_images(once) == uses_images(spec)
+    assert uses_auxiliary(once) == uses_auxiliary(spec)
+    assert once.synthetic_features == spec.synthetic_features
+    assert once.features == spec.features
+    assert once.split == spec.split
+
+
+@given(RANDOM, REFERENCES, st.data())
+def test_what_normalising_puts_back_may_take_any_value(flat, refs, data):
+    spec = from_flat(flat, refs, NAMES)
+    said, kept = to_flat(spec), to_flat(spec.normalised())
+    put_back = [n for n in SETTINGS if n in said and said[n] != kept.get(n) and n not in SWITCHES]
+    assume(put_back)
+    name = data.draw(st.sampled_from(put_back))
+    other = at(flat, name, data.draw(st.sampled_from(values_of(name))), refs)
+    assert key(other) == key(spec)
+
+
+# Keys whose values decide about other keys.
+SWITCHES = {
+    *("iterations", "images_per_class", "fusion_weight", "synthetic_weight", "lora.rounds"),
+    *("auxiliary.source", "auxiliary.refresh", "fidelity.kind", "pseudo_labels.growth"),
+    *("pseudo_labels.kind", "train.steps"),
+}
+
+
+# ---------------------------------------------------------------- the graph
+
+
+@given(RANDOM, st.sampled_from(["images_per_class", "fusion_weight", "seed"]), st.data())
+def test_the_row_of_images_does_not_depend_on_how_it_is_used(flat, name, data):
+    spec = from_flat(flat, REFS, NAMES)
+    other = at(flat, name, data.draw(st.sampled_from(values_of(name))))
+    if spec.images is not None and other.images is not None:
+        assert spec.images == other.images
+        assert spec.synthetic_features == other.synthetic_features
+
+
+def test_the_row_follows_from_labels_lora_and_generation():
+    row = trial().images
+    for name, value in [
+        ("split_seed", 1),
+        ("pool", "train"),
+        ("initial_labels.k", 3),
+        ("lora.rank", 2),
+        ("lora.scale", 0.5),
+        ("generation.guidance_scale", 2.0),
+        ("generation.size", 64),
+    ]:
+        assert at({}, name, value).images != row, name
+
+
+def test_without_lora_the_row_does_not_depend_on_the_split():
+    assert trial(lora=None).images == trial(lora=None, split_seed=1, pool="train").images
+
+
+def test_a_second_lora_round_nests_the_images_of_the_first():
+    first, second = trial(lora__rounds=1), trial(lora__rounds=2)
+    assert first.lora_adapter is not None
+    assert second.lora_adapter is not None
+    assert first.lora_adapter.labels.images is None
+    labels = second.lora_adapter.labels
+    assert labels.images is not None
+    assert labels.images == first.synthetic_features
+    assert labels.settings.images_per_class == second.initial_labels.images_per_class
+
+
+def test_the_first_lora_round_does_not_know_how_many_images_a_second_one_would_read():
+    few, many = (trial(lora__rounds=2, initial_labels__images_per_class=n) for n in (8, 120))
+    assert few.lora_adapter != many.lora_adapter
+    assert inner(few).lora == inner(many).lora
+    assert inner(few).lora == trial(lora__rounds=1).lora_adapter
+
+
+def inner(spec: TrialSpec) -> GeneratedImages:
+    """The images of the round before the last."""
+    assert spec.lora_adapter is not None
+    assert spec.lora_adapter.labels.images is not None
+    images = spec.lora_adapter.labels.images.images
+    assert isinstance(images, GeneratedImages)
+    return images
+
+
+def test_base_images_are_the_same_row_without_lora():
+    spec = trial(lora__rank=8)
+    assert isinstance(spec.images, GeneratedImages)
+    assert spec.base_images == replace(spec.images, lora=None)
+    assert spec.base_images == trial(lora=None).images
+    assert trial(lora=None).base_images is None
+
+
+def test_a_folder_of_ready_images_has_no_lora():
+    spec = trial(FOLDER, generation__size=64)
+    assert spec.images == FolderImages(
+        model=FOLDER["generator"], classnames=NAMES, size=64, block=8
+    )
+    assert spec.lora_adapter is None
+    assert spec.base_images is None
+
+
+@pytest.mark.parametrize(
+    ("flat", "reads"),
+    [
+        ({}, True),
+        ({"images_per_class": 0}, False),
+        ({"fusion_weight": 0.0}, True),  # in the loss
+        ({"fusion_weight": 0.0, "synthetic_weight": 0.0}, False),
+        ({"fusion_weight": 0.0, "iterations": 0}, False),
+        ({"iterations": 0}, True),  # in the fused classifier
+        ({"auxiliary.source": "real", "synthetic_weight": 0.0}, False),
+        ({"auxiliary.source": "real"}, True),  # in the loss
+        ({"auxiliary.source": "both", "synthetic_weight": 0.0}, True),
+    ],
+)
+def test_a_trial_reads_images_only_where_they_are_fused_or_trained_on(flat, reads):
+    spec = from_flat(flat, REFS, NAMES)
+    assert (spec.images is not None) == reads
+    assert (spec.synthetic_features is not None) == reads
+
+
+@pytest.mark.parametrize(("count", "blocks"), [(1, 1), (8, 1), (9, 2), (120, 15)])
+def test_the_first_images_of_a_class_lie_in_so_many_blocks(count, blocks):
+    row = trial().synthetic_features
+    assert row is not None
+    assert row.blocks(count) == blocks
+
+
+def rebuilt(spec: TrialSpec) -> TrialSpec:
+    flat = {name: value for name, value in to_flat(spec).items() if name not in REFS}
+    return from_flat(flat, REFS, spec.classnames)
+
+
+@given(RANDOM)
+def test_any_trial_comes_back_from_its_flat_keys(flat):
+    spec = from_flat(flat, REFS, NAMES)
+    assert rebuilt(spec) == spec

@@ -1,0 +1,108 @@
+"""Image blocks on Ray Data, with images from a folder: small, real, and no model to wait for."""
+
+from __future__ import annotations
+
+import shutil
+
+import pyarrow.parquet as pq
+import pytest
+from safetensors.numpy import load_file
+
+from air_core.specs import SyntheticFeaturesSpec
+from orchestrator.generation import GenerationFailed, draw
+from orchestrator.plan import Need
+from orchestrator.stages import Workshop, build_image_block, open_generator, read_synthetic
+from orchestrator.store import ArtifactStore, MissingArtifact
+from orchestrator.sweep import Resources
+
+pytestmark = pytest.mark.ray
+
+
+def need_of(resolver, folder, count: int) -> Need:
+    flat = {"generator": f"folder:{folder}", "generation.size": 32, "images_per_class": count}
+    trial = resolver.trial(flat)
+    row = trial.synthetic_features
+    assert isinstance(row, SyntheticFeaturesSpec)
+    return Need(row, count)
+
+
+def run(need: Need, store: ArtifactStore) -> list[dict]:
+    told = []
+    draw([need], Workshop(store), Resources(), lambda need, seconds, facts: told.append(facts))
+    return told
+
+
+def test_only_missing_blocks_are_drawn(ray_session, resolver, drawn_digits, tmp_path):
+    store = ArtifactStore(tmp_path)
+    few, many = need_of(resolver, drawn_digits, 8), need_of(resolver, drawn_digits, 16)
+    assert len(run(few, store)) == 10
+    first = read_synthetic(few.spec, 8, store)
+    told = run(many, store)
+    assert sorted((t["class"], t["block"]) for t in told) == [(c, 1) for c in range(10)]
+    assert sum(t["drawn"] for t in told) == 80
+    assert run(many, store) == []
+    again = read_synthetic(many.spec, 8, store)
+    assert (again.batch.features == first.batch.features).all()
+    assert read_synthetic(many.spec, 16, store).labels.bincount().tolist() == [16] * 10
+
+
+def test_a_block_is_the_same_from_actors_and_in_process(
+    ray_session, resolver, drawn_digits, tmp_path
+):
+    need = need_of(resolver, drawn_digits, 8)
+    spread, alone = ArtifactStore(tmp_path / "a"), ArtifactStore(tmp_path / "b")
+    run(need, spread)
+    shop = Workshop(alone)
+    build_image_block(need.spec, 3, 0, shop, lambda: open_generator(need.spec.images, shop))
+    names = [store.row(need.spec.images).shard(3, 0, ".parquet") for store in (spread, alone)]
+    tables = [pq.read_table(name).to_pydict() for name in names]
+    assert tables[0] == tables[1]
+    features = [
+        load_file(store.row(need.spec).shard(3, 0, ".safetensors")) for store in (spread, alone)
+    ]
+    assert abs(features[0]["features"] - features[1]["features"]).max() < 1e-5
+
+
+def test_a_block_that_cannot_be_drawn_is_named_and_the_others_are_kept(
+    ray_session, resolver, drawn_digits, tmp_path
+):
+    folder = tmp_path / "few"
+    shutil.copytree(drawn_digits, folder)
+    for file in sorted((folder / "digit three").iterdir())[4:]:
+        file.unlink()
+    store = ArtifactStore(tmp_path / "store")
+    need = need_of(resolver, folder, 8)
+    with pytest.raises(GenerationFailed, match="1 of 10 image blocks.*digit three, block 0"):
+        run(need, store)
+    assert need.missing(store) == [(3, 0)]
+
+
+def test_a_blank_image_is_a_recorded_hole(ray_session, resolver, drawn_digits, tmp_path):
+    from PIL import Image
+
+    folder = tmp_path / "blank"
+    shutil.copytree(drawn_digits, folder)
+    Image.new("RGB", (32, 32)).save(folder / "digit two" / "03.png")
+    store = ArtifactStore(tmp_path / "store")
+    need = need_of(resolver, folder, 8)
+    told = run(need, store)
+    assert sum(t["holes"] for t in told) == 1
+    assert read_synthetic(need.spec, 8, store).labels.bincount().tolist() == [8, 8, 7, *[8] * 7]
+    table = pq.read_table(store.row(need.spec.images).shard(2, 0, ".parquet")).to_pydict()
+    assert table["ok"] == [True, True, True, False, True, True, True, True]
+    assert table["attempt"][3] == 2
+
+
+def test_reading_images_that_were_not_drawn_says_what_to_run(resolver, drawn_digits, tmp_path):
+    need = need_of(resolver, drawn_digits, 8)
+    with pytest.raises(MissingArtifact, match="airsweep prepare"):
+        read_synthetic(need.spec, 8, ArtifactStore(tmp_path))
+
+
+def test_a_generator_that_fits_nowhere_is_refused(ray_session, resolver, drawn_digits, tmp_path):
+    from dataclasses import replace
+
+    resources = replace(Resources(), generator=replace(Resources().generator, cpu=64))
+    need = need_of(resolver, drawn_digits, 8)
+    with pytest.raises(ValueError, match="asks for 64 CPU"):
+        draw([need], Workshop(ArtifactStore(tmp_path)), resources, lambda *_: None)

@@ -1,0 +1,243 @@
+"""What exists: whole or not at all, once, and wherever the folder is."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from air_core.specs import FeaturesSpec, FolderImages, Ref
+from orchestrator.keys import artifact_key
+from orchestrator.store import (
+    ArtifactStore,
+    MissingArtifact,
+    file_digest,
+    write_whole,
+)
+
+SPEC = FeaturesSpec(dataset=Ref(name="digits", digest="d"), backbone=Ref(name="tiny", digest="b"))
+OTHER = replace(SPEC, backbone=Ref(name="large", digest="l"))
+ROW = FolderImages(model=Ref(name="folder:x", digest="f"), classnames=("a",), size=8, block=2)
+
+# A builder that says when it has begun, and goes on when it is told to.
+SLOW = """
+import sys
+from pathlib import Path
+from air_core.specs import FeaturesSpec, Ref
+from orchestrator.store import ArtifactStore
+
+def build(folder):
+    (folder / "numbers").write_text(sys.argv[2])
+    print("begun", flush=True)
+    sys.stdin.readline()
+    return {"by": sys.argv[2]}
+
+spec = FeaturesSpec(dataset=Ref(name="digits", digest="d"), backbone=Ref(name="tiny", digest="b"))
+ArtifactStore(Path(sys.argv[1])).get_or_build(spec, build)
+"""
+
+
+@pytest.fixture
+def store(tmp_path) -> ArtifactStore:
+    return ArtifactStore(tmp_path / "runs")
+
+
+def numbers(folder: Path) -> dict[str, Any]:
+    (folder / "numbers").write_text("1 2 3")
+    return {"count": 3}
+
+
+def refuse(folder: Path) -> dict[str, Any]:
+    raise AssertionError("it is there already")
+
+
+def builder(store: ArtifactStore, name: str) -> subprocess.Popen[str]:
+    """Another process in the middle of building the same artifact."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW, str(store.root), name],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "begun\n"
+    return process
+
+
+def folders(store: ArtifactStore) -> list[str]:
+    """Artifacts that can be seen in the store."""
+    return sorted(str(p.parent.relative_to(store.artifacts)) for p in records(store))
+
+
+def records(store: ArtifactStore) -> list[Path]:
+    return list(store.artifacts.glob("*/*/*/record.json"))
+
+
+# ---------------------------------------------------------------- whole artifacts
+
+
+def test_what_was_built_is_found_and_not_built_again(store):
+    assert not store.has(SPEC)
+    built = store.get_or_build(SPEC, numbers)
+    again = store.get_or_build(SPEC, refuse)
+    assert store.has(SPEC)
+    assert again == built == store.get(SPEC)
+    assert built.key == artifact_key(SPEC)
+    assert (again.path / "numbers").read_text() == "1 2 3"
+    assert folders(store) == [str(artifact_key(SPEC))]
+
+
+def test_another_spec_is_another_artifact(store):
+    store.get_or_build(SPEC, numbers)
+    assert not store.has(OTHER)
+    store.get_or_build(OTHER, numbers)
+    assert len(folders(store)) == 2
+
+
+def test_a_record_says_what_how_and_with_which_files(store):
+    artifact = store.get_or_build(SPEC, numbers)
+    record = artifact.record
+    assert record["key"] == str(artifact_key(SPEC))
+    assert record["digest"] == artifact_key(SPEC).digest
+    assert record["spec"]["dataset"] == {"name": "digits", "digest": "d"}
+    assert record["info"] == {"count": 3}
+    assert record["files"] == {"numbers": file_digest(artifact.path / "numbers")}
+    assert record["seconds"] >= 0
+    assert "torch" in record["versions"]
+
+
+def test_the_record_is_written_last(store):
+    seen = []
+
+    def look(folder: Path) -> dict[str, Any]:
+        seen.append((folder / "record.json").exists() or store.has(SPEC))
+        return numbers(folder)
+
+    store.get_or_build(SPEC, look)
+    assert seen == [False]
+
+
+def test_a_folder_without_a_record_is_no_artifact(store):
+    artifact = store.get_or_build(SPEC, numbers)
+    (artifact.path / "record.json").unlink()
+    assert not store.has(SPEC)
+    with pytest.raises(MissingArtifact):
+        store.get(SPEC)
+
+
+def test_a_build_that_fails_leaves_nothing(store):
+    def half(folder: Path) -> dict[str, Any]:
+        (folder / "numbers").write_text("1 2")
+        raise RuntimeError("no more numbers")
+
+    with pytest.raises(RuntimeError, match="no more numbers"):
+        store.get_or_build(SPEC, half)
+    assert not store.has(SPEC)
+    assert [p for p in store.artifacts.rglob("*") if p.is_file()] == []
+    assert store.get_or_build(SPEC, numbers).record["info"] == {"count": 3}
+
+
+def test_a_read_only_store_says_what_to_run(store):
+    reader = store.read_only()
+    with pytest.raises(MissingArtifact, match=r"features/v1/.* is not in .*runs.* prepare SPEC"):
+        reader.get_or_build(SPEC, refuse)
+    with pytest.raises(MissingArtifact, match="read-only"):
+        reader.open_row(ROW)
+    store.get_or_build(SPEC, numbers)
+    assert reader.get_or_build(SPEC, refuse).record["info"] == {"count": 3}
+
+
+def test_a_store_can_be_moved(store, tmp_path):
+    store.get_or_build(SPEC, numbers)
+    shard = store.open_row(ROW).shard(0, 0, ".parquet")
+    shard.write_text("pixels")
+    store.root.rename(tmp_path / "elsewhere")
+    moved = ArtifactStore(tmp_path / "elsewhere")
+    assert (moved.get(SPEC).path / "numbers").read_text() == "1 2 3"
+    assert moved.row(ROW).present(".parquet") == {(0, 0)}
+    written = [p.read_text() for p in moved.artifacts.rglob("*.json")]
+    assert not any(str(tmp_path) in text for text in written)
+
+
+def test_an_artifact_is_found_by_content_whatever_it_was_called(store):
+    """Another name of the same weights gives another slug and the same digest."""
+    built = store.get_or_build(SPEC, numbers)
+    renamed = replace(SPEC, backbone=Ref(name="same weights", digest="b"))
+    assert artifact_key(renamed).slug != artifact_key(SPEC).slug
+    assert store.get_or_build(renamed, refuse).path == built.path
+
+
+# ---------------------------------------------------------------- several processes
+
+
+def test_two_builders_of_one_artifact_end_with_one(store):
+    first, second = builder(store, "first"), builder(store, "second")
+    for process in (second, first):
+        process.communicate("go on\n", timeout=60)
+        assert process.returncode == 0
+    assert len(folders(store)) == 1
+    artifact = store.get(SPEC)
+    assert artifact.record["info"] == {"by": "second"}
+    assert (artifact.path / "numbers").read_text() == "second"
+    assert leftovers(store) == []
+
+
+def test_a_builder_killed_in_the_middle_leaves_nothing_that_counts(store):
+    process = builder(store, "killed")
+    process.kill()
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    assert not store.has(SPEC)
+    assert records(store) == []
+    with pytest.raises(MissingArtifact):
+        store.get(SPEC)
+    assert store.get_or_build(SPEC, numbers).record["info"] == {"count": 3}
+    assert len(folders(store)) == 1
+
+
+def leftovers(store: ArtifactStore) -> list[Path]:
+    return list(store.artifacts.glob("*/*/.*"))
+
+
+# ---------------------------------------------------------------- rows and files
+
+
+def test_a_row_has_the_shards_that_are_there(store):
+    assert store.row(ROW).present(".parquet") == frozenset()
+    row = store.open_row(ROW)
+    for place in [(0, 0), (0, 2), (11, 3)]:
+        row.shard(*place, ".parquet").write_text("pixels")
+    row.shard(0, 1, ".safetensors").write_text("features")
+    (row.path / ".0000-00001.parquet-4711").write_text("half")
+    assert store.row(ROW).present(".parquet") == {(0, 0), (0, 2), (11, 3)}
+    assert store.row(ROW).present(".safetensors") == {(0, 1)}
+    assert json.loads((row.path / "spec.json").read_text())["classnames"] == ["a"]
+
+
+def test_a_row_is_never_whole(store):
+    store.open_row(ROW)
+    assert not store.has(ROW)
+
+
+def test_a_file_is_replaced_whole(tmp_path):
+    path = tmp_path / "note"
+    write_whole(path, "one")
+    write_whole(path, b"two")
+    assert path.read_text() == "two"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_digest_follows_the_content_only(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.write_text("same")
+    two.write_text("same")
+    assert file_digest(one) == file_digest(two)
+    two.write_text("other")
+    assert file_digest(one) != file_digest(two)
