@@ -173,7 +173,7 @@ def table(
 
     airsweep table quickstart --format json
     """
-    from orchestrator import report
+    from orchestrator import report, tables
 
     if form not in ("md", "csv", "json", "latex"):
         _fail(f"--format {form!r} is not known; allowed: md, csv, json, latex")
@@ -182,7 +182,7 @@ def table(
     sweep, place = _recorded(name, store, data_root)
     entries = entries_of(_plan(sweep, place), place.store)
     rows = report.rows(entries, sweep.search.objective if sweep.search else None)
-    print(report.table(rows, form, entries=entries))  # type: ignore[arg-type]
+    print(tables.table(rows, form, entries=entries))  # type: ignore[arg-type]
 
 
 @app.command()

@@ -16,7 +16,7 @@ from air_core.specs import TrialSpec
 from orchestrator.ledger import Ledger
 from orchestrator.plan import Slot, asked_points, finished_slots, slots_of
 from orchestrator.resolve import Resolver
-from orchestrator.space import Point
+from orchestrator.space import Point, study_name
 from orchestrator.store import ArtifactStore
 from orchestrator.sweep import Cell, SweepSpec
 from orchestrator.trial import TrialRecord, read_trial
@@ -172,11 +172,8 @@ class Dispatcher:
         """Start a point: settle what is known, wait for what runs, hand out the rest."""
         cell = queue.cell
         queue.handed += 1
-        if queue.search is not None and point.number not in self.asked.get(cell.id, {}):
-            self.ledger.append(
-                "point_asked", cell=cell.id, point=point.number, params=dict(point.params)
-            )
-            self.asked.setdefault(cell.id, {})[point.number] = dict(point.params)
+        if queue.search is not None:
+            self._log(cell, point)
         slots = slots_of(cell, point.number, point.params, self.assignments, self.resolver)
         queue.open[point.number] = _OpenPoint(
             {slot.id: slot for slot in slots}, {slot.id for slot in slots}
@@ -210,6 +207,20 @@ class Dispatcher:
         self.running[job.number] = job
         self.ledger.append("trials_started", slots=[slot.id for slot in run.values()])
         return job
+
+    def _log(self, cell: Cell, point: Point) -> None:
+        assert self.sweep.search is not None
+        study = study_name(cell, self.sweep.search)
+        known = self.asked.setdefault(study, {})
+        if point.number not in known:
+            known[point.number] = dict(point.params)
+            self.ledger.append(
+                "point_asked",
+                cell=cell.id,
+                study=study,
+                point=point.number,
+                params=known[point.number],
+            )
 
     def _settle(self, queue: _CellQueue, point: int, outcome: Outcome) -> None:
         self.on_outcome(outcome)

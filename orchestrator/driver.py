@@ -22,12 +22,13 @@ from orchestrator.dispatch import Dispatcher, Outcome
 from orchestrator.ledger import Ledger
 from orchestrator.plan import Need, Plan, needs_of, plan_sweep, possible_trials
 from orchestrator.publish import Publisher
-from orchestrator.report import rows, table
+from orchestrator.report import rows
 from orchestrator.resolve import Resolver, text_digest
 from orchestrator.results import entries_of, standing
 from orchestrator.screen import Screen
 from orchestrator.store import VERSION, ArtifactStore, write_whole
 from orchestrator.sweep import Cell, SweepSpec
+from orchestrator.tables import table
 from orchestrator.tracking import Status, SweepRun
 
 if TYPE_CHECKING:

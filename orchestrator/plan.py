@@ -24,9 +24,9 @@ from air_core.specs import (
 from orchestrator.keys import ArtifactKey, artifact_key
 from orchestrator.ledger import Ledger
 from orchestrator.resolve import Resolver
-from orchestrator.space import point_count
+from orchestrator.space import grid_points, point_count, study_name
 from orchestrator.store import ArtifactStore
-from orchestrator.sweep import Cell, Dimension, SweepSpec, cells_of
+from orchestrator.sweep import Cell, Dimension, Search, SweepSpec, cells_of
 
 BASE_PER_CLASS = 8  # images without LoRA, drawn to show what LoRA changed
 # Settings that decide whether synthetic images are read, and how many.
@@ -150,7 +150,7 @@ def plan_sweep(sweep: SweepSpec, store: ArtifactStore, resolver: Resolver, ledge
     for cell in cells:
         count = point_count(cell, sweep.search)
         points += count
-        known = asked.get(cell.id, {}) if cell.space else {0: {}}
+        known = known_points(cell, sweep.search, asked)
         for number, params in sorted(known.items())[:count]:
             slots += slots_of(cell, number, params, assignments, resolver)
     done = reused = 0
@@ -167,6 +167,17 @@ def plan_sweep(sweep: SweepSpec, store: ArtifactStore, resolver: Resolver, ledge
     seconds, calibrated = estimate(needs, total - done - reused, store)
     resolver.save()
     return Plan(sweep, cells, points, tuple(slots), total, done, reused, needs, seconds, calibrated)
+
+
+def known_points(
+    cell: Cell, search: Search | None, asked: Mapping[str, Mapping[int, dict[str, Any]]]
+) -> Mapping[int, dict[str, Any]]:
+    """Points of a cell whose settings are known: all of a grid, of a search what was asked."""
+    if search is None or not cell.space:
+        return {0: {}}
+    if search.sampler == "grid":
+        return dict(enumerate(grid_points(cell)))
+    return asked.get(study_name(cell, search), {})
 
 
 def slots_of(
@@ -276,11 +287,11 @@ def level(spec: Any) -> int:
 
 
 def asked_points(ledger: Ledger) -> dict[str, dict[int, dict[str, Any]]]:
-    """Parameters by cell and point number."""
+    """Parameters by study and point number."""
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for event in ledger.events():
         if event["event"] == "point_asked":
-            found.setdefault(event["cell"], {})[event["point"]] = event["params"]
+            found.setdefault(event["study"], {})[event["point"]] = event["params"]
     return found
 
 

@@ -14,6 +14,7 @@ from orchestrator import presets, report
 from orchestrator.driver import Place, read_outcome
 from orchestrator.plan import Need, Plan, plan_sweep
 from orchestrator.results import entries_of, standing
+from orchestrator.summary import summary
 from orchestrator.sweep import SweepSpec, notes_of
 
 STATES = {"present": "there", "partial": "in part", "missing": "to make"}
@@ -138,7 +139,7 @@ def summary_screen(sweep: SweepSpec, place: Place) -> str:
     if not entries:
         return "\n".join(f"{label:<9}{text}" for label, text in facts)
     rows = report.rows(entries, sweep.search.objective if sweep.search else None)
-    return report.summary(_title(plan), entries, rows, facts)
+    return summary(_title(plan), entries, rows, facts)
 
 
 def _title(plan: Plan) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import optuna
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
@@ -19,9 +19,15 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from air_core.specs import trial_keys
-from orchestrator.keys import digest
 from orchestrator.ledger import mend_lines
-from orchestrator.space import Point, applies, default_params, grid_points, point_count
+from orchestrator.space import (
+    Point,
+    applies,
+    default_params,
+    grid_points,
+    point_count,
+    study_name,
+)
 from orchestrator.sweep import Cell, Dimension, Search
 
 STARTUP_POINTS = 4  # of TPE below 30 points; its own default of 10 would leave little to model
@@ -49,31 +55,27 @@ class CellSearch:
             direction="maximize",
             load_if_exists=True,
         )
-        first = default_params(cell)
-        if search.sampler != "grid" and first and not self._trials():
-            self.study.enqueue_trial(first)
-        # Points that failed for good in an earlier run are tried again, once, before new ones.
-        self._again = [_point(t) for t in self._asked() if t.state == TrialState.FAIL]
-        mended = {t.user_attrs["mends"] for t in self._trials() if "mends" in t.user_attrs}
-        self._again = [point for point in self._again if point.number not in mended]
+        self._drop_half_points()
+        # What earlier runs have told comes first. A point that failed is tried again, once; one
+        # that lacks trials (there is a new seed) gets them; the rest is in the store.
+        told = [_point(trial) for trial in self._asked() if trial.state.is_finished()]
+        self._earlier = [point for point in told if point.number < self._total()]
 
     def next_round(self) -> list[Point]:
         """The points of the next round, those that a killed driver had asked among them; empty
         when the cell has had all its points."""
-        if self._again:
-            return list(self._again)
-        told = [t for t in self._asked() if t.state.is_finished()]
-        wanted = min(self.search.width, self._total() - len(told))
-        running = [t for t in self._trials() if t.state == TrialState.RUNNING]
-        for half in (t for t in running if "point" not in t.user_attrs):
-            self.study.tell(half.number, state=TrialState.FAIL)
-        points = [_point(t) for t in running if "point" in t.user_attrs]
-        for place in range(len(points), wanted):
-            points.append(self._ask(len(told) + place, len(told) // self.search.width, place))
-        return points
+        if self._earlier:
+            return list(self._earlier)
+        asked = self._asked()
+        points = [_point(trial) for trial in asked if trial.state == TrialState.RUNNING]
+        # A round that a killed driver has told in part is still that round.
+        first = points[0].number if points else len(asked)
+        end = min((first // self.search.width + 1) * self.search.width, self._total())
+        return points + [self._ask(number) for number in range(len(asked), end)]
 
     def tell_round(self, values: Mapping[int, float | None]) -> None:
         """Objectives by point number; None: the point failed."""
+        mended = {trial.user_attrs.get("mends") for trial in self._trials()}
         for trial in self._asked():
             number = trial.user_attrs["point"]
             if number not in values:
@@ -82,7 +84,7 @@ class CellSearch:
             if trial.state == TrialState.RUNNING:
                 state = TrialState.FAIL if value is None else TrialState.COMPLETE
                 self.study.tell(trial.number, value, state=state)
-            elif trial.state == TrialState.FAIL and value is not None:
+            elif trial.state == TrialState.FAIL and value is not None and number not in mended:
                 self.study.add_trial(
                     create_trial(
                         params=trial.params,
@@ -91,14 +93,16 @@ class CellSearch:
                         user_attrs={"mends": number},
                     )
                 )
-        self._again = []
+        self._earlier = []
 
-    def _ask(self, number: int, round_index: int, place: int) -> Point:
+    def _ask(self, number: int) -> Point:
         # A sampler's state is not stored: seed every ask by where it stands.
+        round_index, place = divmod(number, self.search.width)
         words = f"{self.search.seed}/{self.cell.id}/{round_index}/{place}"
         self.study.sampler = make_sampler(self.search, zlib.crc32(words.encode()))
-        if self.search.sampler == "grid":
-            self.study.enqueue_trial(grid_points(self.cell)[number])
+        settled = self._settled(number)
+        if settled:
+            self.study.enqueue_trial(settled)
         trial = self.study.ask()
         params: dict[str, Any] = {}
         for dimension in self.cell.space:
@@ -106,6 +110,21 @@ class CellSearch:
                 params[dimension.key] = _suggest(trial, dimension)
         trial.set_user_attr("point", number)  # from here on the point is whole
         return Point(number, params)
+
+    def _settled(self, number: int) -> dict[str, Any]:
+        """Points that no sampler chooses: all of a grid; else the default, which comes first."""
+        if self.search.sampler == "grid":
+            return grid_points(self.cell)[number]
+        return {} if number else default_params(self.cell)
+
+    def _drop_half_points(self) -> None:
+        """Fail what a killed driver was in the middle of asking."""
+        for half in self._trials():
+            if half.state == TrialState.WAITING:
+                self.study.ask()  # takes it off the queue: there is never more than one
+            elif half.state != TrialState.RUNNING or "point" in half.user_attrs:
+                continue
+            self.study.tell(half.number, state=TrialState.FAIL)
 
     def _total(self) -> int:
         return point_count(self.cell, self.search)
@@ -127,19 +146,14 @@ def make_sampler(search: Search, seed: int) -> BaseSampler:
             return RandomSampler(seed=seed)
 
 
-def study_name(cell: Cell, search: Search) -> str:
-    """Another space is another study."""
-    space = [[d.key, d.values, d.min, d.max, d.log, d.when] for d in cell.space]
-    return f"{cell.id}/{digest([space, search.sampler, search.seed, search.objective])[:8]}"
-
-
 def _suggest(trial: optuna.Trial, dimension: Dimension) -> Any:
     key, low, high = dimension.key, dimension.min, dimension.max
     if dimension.values is not None:
         return trial.suggest_categorical(key, list(dimension.values))
     assert low is not None
     assert high is not None
-    if trial_keys()[key].type is int:
+    kind = trial_keys()[key].type
+    if int in (kind, *get_args(kind)):  # also where it may be null
         return trial.suggest_int(key, int(low), int(high), log=dimension.log)
     return trial.suggest_float(key, low, high, log=dimension.log)
 

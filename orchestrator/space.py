@@ -9,6 +9,7 @@ from typing import Any
 
 from air_core.specs import trial_keys
 from orchestrator.expressions import compile_when
+from orchestrator.keys import digest
 from orchestrator.sweep import Cell, Dimension, Search
 
 
@@ -29,6 +30,13 @@ def point_count(cell: Cell, search: Search | None) -> int:
     return search.points
 
 
+def study_name(cell: Cell, search: Search) -> str:
+    """Another space, or other settings beside it, is another study."""
+    space = [[d.key, d.values, d.min, d.max, d.log, d.when] for d in cell.space]
+    asked = [space, search.sampler, search.seed, search.objective]
+    return f"{cell.id}/{digest([asked, cell.flat])[:8]}"
+
+
 def default_params(cell: Cell) -> dict[str, Any]:
     """The cell's own settings as a point of its space; a number outside of it moves to the
     nearest one inside. Empty where a word is not among the values."""
@@ -38,9 +46,9 @@ def default_params(cell: Cell) -> dict[str, Any]:
             continue
         value = cell.flat.get(dimension.key, trial_keys()[dimension.key].default)
         inside = _nearest(value, dimension)
-        if inside is None:
+        if not inside:
             return {}
-        params[dimension.key] = inside
+        params[dimension.key] = inside[0]
     return params
 
 
@@ -63,15 +71,15 @@ def applies(dimension: Dimension, flat: Mapping[str, Any]) -> bool:
     return dimension.when is None or compile_when(dimension.when)(dict(flat))
 
 
-def _nearest(value: Any, dimension: Dimension) -> Any:
-    """The value, or the nearest number that the dimension holds; None if there is none."""
+def _nearest(value: Any, dimension: Dimension) -> list[Any]:
+    """The value, or the nearest number that the dimension holds; empty if there is none."""
     numbers = isinstance(value, int | float) and not isinstance(value, bool)
     if dimension.values is None:
         assert dimension.min is not None
         assert dimension.max is not None
-        return min(max(value, dimension.min), dimension.max) if numbers else None
+        return [min(max(value, dimension.min), dimension.max)] if numbers else []
     if value in dimension.values:
-        return value
+        return [value]
     if numbers and all(isinstance(one, int | float) for one in dimension.values):
-        return min(dimension.values, key=lambda one: abs(one - value))
-    return None
+        return [min(dimension.values, key=lambda one: abs(one - value))]
+    return []

@@ -180,7 +180,7 @@ def encode(vae: Any, images: NDArray[np.uint8]) -> Tensor:
     """Latents (N, 4, S/4, S/4), not scaled."""
     vae.eval()
     return torch.cat(
-        [vae.encode(vae_input(images[i : i + 500])).latents for i in range(0, len(images), 500)]
+        [vae.encode(vae_input(images[i : i + 50])).latents for i in range(0, len(images), 50)]
     ).contiguous()
 
 

@@ -102,7 +102,7 @@ def handwritten() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     digits = load_digits()
     images = [
         np.asarray(Image.fromarray(small).resize((SIDE, SIDE), Image.Resampling.BICUBIC))
-        for small in (digits.images * (255 / 16)).astype(np.uint8)
+        for small in (digits.images * (255 / 16)).round().astype(np.uint8)
     ]
     return np.stack(images)[..., None].repeat(3, axis=-1), digits.target.astype(np.int64)
 

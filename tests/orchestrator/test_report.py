@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 
 from orchestrator.presets import METHODS, defaults
-from orchestrator.report import Entry, comparisons, rows, summary, table
+from orchestrator.report import Entry, comparisons, rows
+from orchestrator.summary import summary
+from orchestrator.tables import table
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "main_table.md"
 

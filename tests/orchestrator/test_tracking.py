@@ -766,30 +766,41 @@ def test_a_deleted_experiment_comes_back(fresh_store: Path, tmp_path: Path) -> N
     assert tracker.start(a_sweep())
 
 
-QUIET = """
-import dataclasses, sys
+DRIVER = """
+import sys
 from pathlib import Path
 from tests.orchestrator.test_tracking import a_sweep, a_trial
 from orchestrator.tracking import make_tracker
-tracker = make_tracker(sys.argv[1] or None, store=Path(sys.argv[2]), project="quiet")
-tracker.start(a_sweep())
+tracker = make_tracker(sys.argv[1] or None, store=Path(sys.argv[2]), project="drivers")
+tracker.start(a_sweep(sys.argv[3]))
 tracker.trial(a_trial())
 tracker.finish("FINISHED", "", {})
 """
 
 
 @pytest.mark.parametrize("kind", ["a new database", "http"])
-def test_nothing_is_printed(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+def test_two_drivers_start_together_and_print_nothing(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
     uri = request.getfixturevalue("server").url if kind == "http" else ""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
-    said = subprocess.run(
-        [sys.executable, "-c", QUIET, uri, str(tmp_path / "runs")],
-        cwd=ROOT,
-        env=environment | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert (said.returncode, said.stdout, said.stderr) == (0, "", "")
+    drivers = [
+        subprocess.Popen(
+            [sys.executable, "-c", DRIVER, uri, str(tmp_path / "runs"), name],
+            cwd=ROOT,
+            env=environment | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name in ("one", "other")
+    ]
+    for driver in drivers:
+        assert driver.communicate(timeout=300) == ("", "")
+        assert driver.returncode == 0
+    for name in ("one", "other"):
+        where = uri or f"sqlite:///{tmp_path}/runs/mlflow.db"
+        assert len(look_at_mlflow(where, "drivers", name).trials) == 1
 
 
 def test_two_hundred_children(mlflow_backend: Backend, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,146 @@
+"""The sweep's log: whole lines in order, one writer, and no lock that outlives its holder."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from orchestrator.ledger import Ledger, SweepBusy, mend_lines
+
+DRIVER = """
+import sys
+from pathlib import Path
+from orchestrator.ledger import Ledger
+
+ledger = Ledger(Path(sys.argv[1]))
+ledger.lock()
+ledger.append("point_asked", point=int(sys.argv[2]))
+print("driving", flush=True)
+sys.stdin.readline()
+ledger.unlock()
+"""
+
+
+def driver(folder: Path, point: int) -> subprocess.Popen[str]:
+    """Another process that drives the sweep, once it has begun."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(folder), str(point)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "driving\n"
+    return process
+
+
+def points(ledger: Ledger) -> list[int]:
+    return [event["point"] for event in ledger.events()]
+
+
+@pytest.fixture
+def ledger(tmp_path) -> Ledger:
+    """A ledger with two points, whose driver has ended."""
+    ledger = Ledger(tmp_path / "sweeps" / "x")
+    ledger.lock()
+    ledger.append("point_asked", point=0)
+    ledger.append("point_asked", point=1)
+    ledger.unlock()
+    return ledger
+
+
+def test_events_come_back_in_order(tmp_path):
+    ledger = Ledger(tmp_path)
+    assert list(ledger.events()) == []
+    ledger.lock()
+    ledger.append("sweep_started", total=3)
+    ledger.append("trial_done", slot="a/0/seed=1", key="k")
+    assert list(Ledger(tmp_path).events()) == [
+        {"event": "sweep_started", "total": 3},
+        {"event": "trial_done", "slot": "a/0/seed=1", "key": "k"},
+    ]
+
+
+def test_what_cannot_be_read_back_is_not_written(ledger):
+    with pytest.raises(ValueError, match="float values"):
+        ledger.append("round_told", value=float("nan"))
+    assert points(ledger) == [0, 1]
+
+
+def test_an_event_of_several_lines_is_one_event(ledger):
+    ledger.append("trial_failed", point=2, message="first\nsecond")
+    assert [*ledger.events()][-1]["message"] == "first\nsecond"
+    assert points(ledger) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("cut", range(1, 20, 6))
+def test_half_a_last_line_is_ignored_and_the_next_driver_cuts_it_off(ledger, cut):
+    whole = ledger.path.read_bytes()
+    ledger.append("point_asked", point=2)
+    ledger.path.write_bytes(ledger.path.read_bytes()[:-cut])
+    assert points(ledger) == [0, 1]  # also while nobody has mended it
+    following = Ledger(ledger.folder)
+    following.lock()
+    assert ledger.path.read_bytes() == whole
+    following.append("point_asked", point=3)
+    assert points(ledger) == [0, 1, 3]
+
+
+def test_looking_does_not_mend(ledger):
+    """A line may be half since its writer is at it."""
+    ledger.path.write_bytes(ledger.path.read_bytes() + b'{"event": "poi')
+    before = ledger.path.read_bytes()
+    assert points(Ledger(ledger.folder)) == [0, 1]
+    assert ledger.path.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"", b"one\n", b"one\ntwo\n"])
+def test_whole_lines_are_left_alone(tmp_path, content):
+    path = tmp_path / "lines"
+    path.write_bytes(content)
+    mend_lines(path)
+    assert path.read_bytes() == content
+
+
+def test_a_file_of_half_a_line_becomes_empty(tmp_path):
+    path = tmp_path / "lines"
+    path.write_bytes(b'{"event')
+    mend_lines(path)
+    assert path.read_bytes() == b""
+
+
+def test_a_second_driver_is_refused_while_the_first_lives(tmp_path):
+    first = driver(tmp_path, 0)
+    second = Ledger(tmp_path)
+    with pytest.raises(SweepBusy, match="another driver runs this sweep"):
+        second.lock()
+    assert points(second) == [0]  # looking is allowed
+    first.communicate("go on\n", timeout=60)
+    second.lock()
+    second.append("point_asked", point=1)
+    assert points(second) == [0, 1]
+
+
+def test_a_killed_driver_frees_the_sweep(tmp_path):
+    first = driver(tmp_path, 0)
+    first.kill()
+    first.communicate(timeout=60)
+    assert first.returncode == -signal.SIGKILL
+    second = driver(tmp_path, 1)
+    second.communicate("go on\n", timeout=60)
+    assert second.returncode == 0
+    assert points(Ledger(tmp_path)) == [0, 1]
+
+
+def test_two_drivers_of_one_process_are_two(tmp_path):
+    first, second = Ledger(tmp_path), Ledger(tmp_path)
+    first.lock()
+    with pytest.raises(SweepBusy):
+        second.lock()
+    first.unlock()
+    second.lock()

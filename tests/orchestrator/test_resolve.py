@@ -1,0 +1,201 @@
+"""Names become content: the same content is the same Ref wherever it lies."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from air_core.datasets import Dataset, get_dataset
+from air_core.specs import Ref
+from orchestrator import presets
+from orchestrator.resolve import NotThere, Resolver, folder_of, text_digest
+
+
+@pytest.fixture
+def fresh(tmp_path) -> Resolver:
+    return Resolver(tmp_path / "digests.json", None)
+
+
+def another(resolver: Resolver) -> Resolver:
+    """As after a new start of the program."""
+    return Resolver(resolver.cache, resolver.data_root)
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    """A folder of ready images; what is in the files does not matter here."""
+    folder = tmp_path / "pictures"
+    for name in ("digit zero", "digit one"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "0.png").write_bytes(name.encode())
+    return folder
+
+
+@pytest.fixture
+def clip(tmp_path) -> Path:
+    folder = tmp_path / "clip"
+    folder.mkdir()
+    (folder / "open_clip_config.json").write_text("{}")
+    (folder / "weights").write_text("1 2 3")
+    return folder
+
+
+# ---------------------------------------------------------------- folders
+
+
+def test_a_copy_of_a_folder_is_the_same_content(fresh, clip, tmp_path):
+    copy = shutil.copytree(clip, tmp_path / "elsewhere" / "copy")
+    one, two = fresh.weights("backbone", str(clip)), fresh.weights("backbone", str(copy))
+    assert one.digest == two.digest
+    assert (one.name, two.name) == (str(clip), str(copy))
+
+
+def test_another_byte_or_another_name_of_a_file_is_other_content(fresh, clip):
+    digests = [fresh.weights("backbone", str(clip)).digest]
+    (clip / "weights").write_text("1 2 4")
+    digests.append(another(fresh).weights("backbone", str(clip)).digest)
+    (clip / "weights").rename(clip / "heavier weights")
+    digests.append(another(fresh).weights("backbone", str(clip)).digest)
+    (clip / "deeper").mkdir()
+    (clip / "deeper" / "more").write_text("")
+    digests.append(another(fresh).weights("backbone", str(clip)).digest)
+    assert len(set(digests)) == 4
+
+
+def test_a_folder_of_ready_images_needs_no_model_in_it(fresh, pictures):
+    ref = fresh.weights("generator", f"folder:{pictures}")
+    assert ref.name == f"folder:{pictures}"
+    (pictures / "digit one" / "1.png").write_bytes(b"more")
+    assert another(fresh).weights("generator", f"folder:{pictures}").digest != ref.digest
+
+
+@pytest.mark.parametrize(
+    ("role", "marker"), [("backbone", "open_clip_config.json"), ("generator", "model_index.json")]
+)
+def test_a_folder_without_a_model_is_refused_with_what_it_lacks(fresh, pictures, role, marker):
+    with pytest.raises(NotThere, match=f"{role} .* holds no {marker}"):
+        fresh.weights(role, str(pictures))
+
+
+def test_weights_that_are_not_there_are_an_error_that_says_what_is_allowed(fresh, tmp_path):
+    with pytest.raises(NotThere, match=r"backbone .*nowhere.*allowed: tiny, or a folder with"):
+        fresh.weights("backbone", str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match=r"generator .*or folder:<path>"):
+        fresh.weights("generator", f"folder:{tmp_path / 'nowhere'}")
+
+
+def test_the_embedded_backbone_is_found_by_its_name(fresh):
+    ref = fresh.weights("backbone", "tiny")
+    assert ref.name == "tiny"
+    assert ref.digest == fresh.weights("backbone", str(folder_of("backbone", "tiny"))).digest
+
+
+def test_a_name_may_start_at_home_or_here(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert folder_of("backbone", "~/clip") == tmp_path / "clip"
+    assert folder_of("generator", "folder:pictures") == tmp_path / "pictures"
+
+
+# ---------------------------------------------------------------- datasets
+
+
+def some_dataset(*files: Path, **changes: object) -> Dataset:
+    return replace(get_dataset("digits"), files=lambda root: sorted(files), **changes)
+
+
+def test_a_dataset_is_its_files_names_template_and_recipe(tmp_path):
+    one, same, other = (tmp_path / name for name in ("one", "same", "other"))
+    for path, text in [(one, "images"), (same, "images"), (other, "pictures")]:
+        path.write_text(text)
+
+    def digest(*files: Path, **changes: object) -> str:
+        resolver = Resolver(tmp_path / "digests.json", None)
+        return resolver.dataset(some_dataset(*files, **changes)).digest
+
+    assert digest(one) == digest(same)
+    others = [
+        digest(other),
+        digest(one, same),
+        digest(one, classnames=("0", "1")),
+        digest(one, template="a drawing of a {}"),
+        digest(one, recipe=2),
+    ]
+    assert len({digest(one), *others}) == 6
+
+
+def test_a_dataset_whose_files_are_not_there_is_an_error(fresh, tmp_path):
+    with pytest.raises(NotThere, match=r"nowhere is not there"):
+        fresh.dataset(some_dataset(tmp_path / "nowhere"))
+
+
+def test_the_digits_are_found(fresh, digits_ref):
+    assert fresh.dataset(get_dataset("digits")) == digits_ref
+
+
+# ---------------------------------------------------------------- trials
+
+
+def flat(method: str, **changes: object) -> dict[str, object]:
+    return {**presets.defaults(method, {}), **changes}
+
+
+def test_a_trial_gets_content_for_its_names(fresh, pictures, digits_ref):
+    spec = fresh.trial(flat("air", generator=f"folder:{pictures}"))
+    assert spec.dataset == digits_ref
+    assert spec.backbone == fresh.weights("backbone", "tiny")
+    assert spec.generator == fresh.weights("generator", f"folder:{pictures}")
+    assert spec.classnames == get_dataset("digits").classnames
+
+
+def test_names_that_are_left_out_are_the_embedded_ones(fresh, digits_ref):
+    spec = fresh.trial({"iterations": 0, "images_per_class": 0})
+    assert (spec.dataset, spec.backbone.name, spec.generator.name) == (digits_ref, "tiny", "tiny")
+
+
+def test_a_generator_need_not_be_there_where_no_images_are_used(fresh):
+    spec = fresh.trial(flat("cpl", generator="/nowhere"))
+    assert spec.generator == Ref(name="/nowhere", digest="")
+    with pytest.raises(NotThere, match="/nowhere is not there"):
+        fresh.trial(flat("air", generator="/nowhere"))
+
+
+def test_an_unknown_dataset_is_an_error_that_names_the_known_ones(fresh):
+    with pytest.raises(ValueError, match=r"unknown dataset 'mnist'; known: .*digits"):
+        fresh.trial(flat("cpl", dataset="mnist"))
+
+
+# ---------------------------------------------------------------- digests are kept
+
+
+def test_a_file_is_read_again_only_if_its_size_or_time_changed(fresh, clip):
+    weights = clip / "weights"
+    first = fresh.weights("backbone", str(clip)).digest
+    fresh.save()
+    stamp = weights.stat()
+    weights.write_text("9 9 9")
+    os.utime(weights, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    assert another(fresh).weights("backbone", str(clip)).digest == first  # not looked into
+    os.utime(weights, ns=(stamp.st_atime_ns, stamp.st_mtime_ns + 1))
+    assert another(fresh).weights("backbone", str(clip)).digest != first
+
+
+def test_digests_are_kept_once_they_are_saved_and_only_then(fresh, clip):
+    fresh.weights("backbone", str(clip))
+    assert not fresh.cache.exists()
+    fresh.save()
+    written = fresh.cache.stat().st_mtime_ns
+    again = another(fresh)
+    again.weights("backbone", str(clip))
+    again.save()  # nothing new: the file is left alone
+    assert fresh.cache.stat().st_mtime_ns == written
+    assert again.cache.read_text().count("weights") == 1
+
+
+def test_a_text_has_a_short_digest():
+    assert text_digest("a: 1\n") == text_digest("a: 1\n") != text_digest("a: 2\n")
+    assert len(text_digest("")) == 12
