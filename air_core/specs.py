@@ -525,10 +525,9 @@ def from_flat(flat: dict[str, Any], refs: dict[str, Ref], classnames: tuple[str,
             nested.setdefault(head, {})[rest] = value
         else:
             plain[head] = value
-    hints = typing.get_type_hints(TrialSpec)
     for head, values in nested.items():
         if head not in plain:
-            plain[head] = _settings_class(hints[head])(**values)
+            plain[head] = _settings_classes()[head](**values)
     return TrialSpec(**{**plain, **refs, "classnames": classnames})
 
 
@@ -568,6 +567,12 @@ REFS = {
     "backbone": "CLIP: tiny, or an open_clip architecture/tag",
     "generator": "tiny, a diffusers folder, or folder:<path> of ready images",
 }
+
+
+@cache
+def _settings_classes() -> dict[str, Any]:  # evaluating annotations is slow
+    hints = typing.get_type_hints(TrialSpec)
+    return {name: _settings_class(hint) for name, hint in hints.items()}
 
 
 def _settings_class(hint: Any) -> Any:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Literal
 
-from air_core.specs import knob, trial_keys
+from air_core.specs import Ref, from_flat, knob, trial_keys
 from orchestrator import presets
 from orchestrator.expressions import compile_when, names_of
 from orchestrator.keys import digest
@@ -97,6 +97,7 @@ class SweepSpec:
     version: int = 1
     name: str
     grid: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    axes: dict[str, tuple[Any, ...]] = field(default_factory=dict)  # the grid before --only
     exclude: tuple[dict[str, Any], ...] = ()
     fixed: dict[str, Any] = field(default_factory=dict)
     search: Search | None = None
@@ -136,13 +137,19 @@ def cells_of(spec: SweepSpec) -> tuple[Cell, ...]:
     Raises:
         SpecError: every combination is excluded.
     """
-    cells: dict[tuple[str, frozenset[tuple[str, Any]]], Cell] = {}
-    for combination in combinations(spec):
-        cell = _cell(spec, combination)
-        cells.setdefault((cell.method, frozenset(cell.flat.items())), cell)
+    table = {_frozen(combination): combination for combination in combinations(spec)}
+    cells = {key: _cell(spec, combination) for key, combination in table.items()}
     if not cells:
         raise SpecError(f"{spec.source}: the grid is empty: every combination is excluded")
-    return tuple(_distinct_ids(cells.values()))
+    computed = {key: (cell.method, _computation(cell)) for key, cell in cells.items()}
+    first = {computed[key]: key for key in reversed(cells)}  # of equal cells the first stays
+    kept = [key for key in cells if first[computed[key]] == key]
+    return tuple(_distinct_ids(_named(spec, cells[key], table[key], computed) for key in kept))
+
+
+def _frozen(combination: dict[str, Any]) -> frozenset[tuple[str, Any]]:
+    # True is 1 to a dict; the type keeps an axis [true, 1] apart.
+    return frozenset((key, (type(value).__name__, value)) for key, value in combination.items())
 
 
 def combinations(spec: SweepSpec) -> Iterator[dict[str, Any]]:
@@ -166,8 +173,39 @@ def _cell(spec: SweepSpec, combination: dict[str, Any]) -> Cell:
         del flat[key]
     applies = {"method", "lora", *flat}.difference(pins)
     chosen = {key: value for key, value in combination.items() if key in applies}
-    cell = Cell(id="", method=method, flat=flat, chosen=chosen, space=_free(spec, method, flat))
-    return replace(cell, id=_id(cell))
+    return Cell(id="", method=method, flat=flat, chosen=chosen, space=_free(spec, method, flat))
+
+
+def _named(
+    spec: SweepSpec, cell: Cell, combination: dict[str, Any], computed: dict[Any, Any]
+) -> Cell:
+    """A cell with what the grid chose that makes a difference to it, and with its name."""
+
+    def computes(other: dict[str, Any]) -> Any:
+        key = _frozen(other)
+        if key not in computed:  # excluded from the sweep
+            outside = _cell(spec, other)
+            computed[key] = (outside.method, _computation(outside))
+        return computed[key]
+
+    own = computes(combination)
+    chosen = {
+        key: value
+        for key, value in cell.chosen.items()
+        if key in _NAMED_FIRST
+        or any(computes({**combination, key: one}) != own for one in (spec.axes or spec.grid)[key])
+    }
+    named = replace(cell, chosen=chosen)
+    return replace(named, id=_id(named))
+
+
+def _computation(cell: Cell) -> Any:
+    """The same for cells that compute the same, whatever their irrelevant settings are."""
+    if cell.space:  # the search may give weight to what its first point ignores
+        return frozenset(cell.flat.items())
+    rest = {key: value for key, value in cell.flat.items() if key not in presets.OUTSIDE}
+    refs = {key: Ref(name=cell.flat[key], digest=cell.flat[key]) for key in presets.OUTSIDE}
+    return from_flat(rest, refs, ()).normalised()
 
 
 @cache
@@ -194,7 +232,11 @@ _NAMED_FIRST = ("dataset", "paradigm", "modality", "method")
 
 def _id(cell: Cell) -> str:
     words = [{**cell.flat, "method": cell.method}[key] for key in _NAMED_FIRST]
-    words += [f"{k}={_word(v)}" for k, v in cell.chosen.items() if k not in _NAMED_FIRST]
+    words += [
+        f"{key.rpartition('.')[2]}={_word(value)}"
+        for key, value in cell.chosen.items()
+        if key not in _NAMED_FIRST
+    ]
     name = re.sub(r"[^A-Za-z0-9._=-]+", "-", "-".join(words))
     return name if len(name) <= 100 else f"{name[:90]}-{_mark(cell)}"
 

@@ -150,7 +150,7 @@ def _only(spec: SweepSpec, only: Sequence[str]) -> SweepSpec:
         key: tuple(value for value in values if value in kept.get(key, values))
         for key, values in spec.grid.items()
     }
-    smaller = replace(spec, grid=grid)
+    smaller = replace(spec, grid=grid, axes=spec.grid)
     if next(combinations(smaller), None) is None:
         raise SpecError(f"--only {' --only '.join(only)}: no cell is left, the rest is excluded")
     return smaller
