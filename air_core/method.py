@@ -129,7 +129,9 @@ def build_auxiliary(
             bank = faded(bank, iteration / max(1, spec.iterations - 1))
         synthetic = high_fidelity(bank, spec.fidelity)
     if settings.source != "synthetic":
-        places = torch.full((classes,), settings.k + settings.k_step * iteration)
+        # No more places than images: else a class that is nobody's first choice would get none.
+        most = max(1, len(data.pool) // classes)
+        places = torch.full((classes,), min(settings.k + settings.k_step * iteration, most))
         taken = balanced_choice(believed.scores(data.pool), places)
         chosen = (taken >= 0).nonzero().flatten()
         real = Labelled(data.pool[chosen], taken[chosen])

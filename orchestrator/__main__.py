@@ -197,8 +197,7 @@ def ui(
 
     airsweep ui --port 5001
     """
-    from orchestrator.tracking import SERVER_ENVIRONMENT
-    from orchestrator.tracking.mlflow import serve_command
+    from orchestrator.tracking import SERVER_ENVIRONMENT, serve_command
 
     if not (store / "mlflow.db").exists():
         _fail(f"{store / 'mlflow.db'} is not there: nothing was tracked in this store yet")

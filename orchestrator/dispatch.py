@@ -95,6 +95,7 @@ class Dispatcher:
         cells: in the order in which they should come.
         searches: a CellSearch for each cell that has a space.
         on_outcome: called once per slot, as soon as its outcome is known.
+        within_budget: asked before each job; once it says no, nothing more is handed out.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class Dispatcher:
         resolver: Resolver,
         ledger: Ledger,
         on_outcome: Callable[[Outcome], None],
+        within_budget: Callable[[], bool] = lambda: True,
     ) -> None:
         self.sweep, self.store, self.resolver = sweep, store, resolver
         self.ledger, self.on_outcome = ledger, on_outcome
@@ -117,18 +119,28 @@ class Dispatcher:
         self.finished_before = finished_slots(ledger)
         self.jobs = 0
         self.given_back: Job | None = None
+        self.within_budget, self.stopped = within_budget, False
         self.running: dict[int, Job] = {}
         self.waiting: dict[str, list[tuple[_CellQueue, int, Slot]]] = {}
 
     @property
     def finished(self) -> bool:
+        if self.stopped:
+            return not self.running
         return all(queue.ended for queue in self.queues)
+
+    def out_of_budget(self) -> bool:
+        """Was a point held back because the budget was spent?"""
+        return self.stopped
 
     def next(self) -> Job | None:
         """A job, or None: nothing to hand out until a running job ends (or `finished`)."""
         if self.given_back is not None:
             job, self.given_back = self.given_back, None
             return job
+        self.stopped = self.stopped or not self.within_budget()
+        if self.stopped:
+            return None
         while True:
             for queue in self.queues:
                 queue.fill()
@@ -184,13 +196,12 @@ class Dispatcher:
             if key in self.waiting:
                 self.waiting[key].append((queue, point.number, slot))
             elif self.store.has(slot.spec):
-                known = self.finished_before.get(slot.id) == key
+                before, state = self.finished_before.get(slot.id, ("", ""))
+                known = before == key
                 record = read_trial(slot.spec, self.store)
-                self._settle(
-                    queue,
-                    point.number,
-                    Outcome(slot, "done" if known else "reused", record, known=known),
-                )
+                done = known and state == "done"
+                outcome = Outcome(slot, "done" if done else "reused", record, known=known)
+                self._settle(queue, point.number, outcome)
             else:
                 run[key] = slot
                 self.waiting[key] = [(queue, point.number, slot)]

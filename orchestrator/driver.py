@@ -115,6 +115,7 @@ class Run:
     resolver: Resolver
     tally: Tally = field(default_factory=Tally)
     cluster: dict[str, float] | None = None
+    gpu_seconds: float = 0.0  # of this run
 
     # Watcher, for orchestrator.prepare.
 
@@ -128,6 +129,7 @@ class Run:
             facts=plain,
         )
         self.tally.add_work(need.stage, seconds)
+        self.gpu_seconds += seconds * self.sweep.resources.generator.gpu
         if need.stage == "images":
             self.tally.drawn += facts["drawn"]
             self.tally.redrawn += facts["redrawn"]
@@ -140,7 +142,14 @@ class Run:
     def phase(self, stage: str, seconds: float) -> None:
         self.tally.add_wall(stage, seconds)
 
-    # Outcomes of slots.
+    # Budget and outcomes, for orchestrator.dispatch.
+
+    def within_budget(self) -> bool:
+        """May another point start? One that runs is not cut off."""
+        budget = self.sweep.budget
+        if budget.wall is not None and time.monotonic() - self.tally.started > budget.wall:
+            return False
+        return budget.gpu_hours is None or self.gpu_seconds < 3600 * budget.gpu_hours
 
     def outcome(self, outcome: Outcome) -> None:
         self.tally.states[outcome.state] = self.tally.states.get(outcome.state, 0) + 1
@@ -155,6 +164,7 @@ class Run:
             self.ledger.append(f"trial_{outcome.state}", **fields)
         if outcome.state == "done" and not outcome.known and outcome.record is not None:
             self.tally.add_work("trials", outcome.record.seconds)
+            self.gpu_seconds += outcome.record.seconds * self.sweep.resources.trial.gpu
         self.publisher.trial(outcome)
         self.screen.outcome(outcome)
 
@@ -227,9 +237,18 @@ def _work(run: Run, plan: Plan, prepare_only: bool) -> int:
             needs = needs_of(possible_trials(cells, run.sweep.seeds.assignments(), run.resolver))
             missing = _incomplete(run, needs)
             dispatcher = Dispatcher(
-                run.sweep, cells, searches, run.place.store, run.resolver, run.ledger, run.outcome
+                run.sweep,
+                cells,
+                searches,
+                run.place.store,
+                run.resolver,
+                run.ledger,
+                run.outcome,
+                run.within_budget,
             )
             job = None if prepare_only else dispatcher.next()
+            if dispatcher.out_of_budget():
+                return BUDGET
             if job is None and not (prepare_only and missing):
                 continue  # all of it was known
             if run.cluster is None:
@@ -238,6 +257,8 @@ def _work(run: Run, plan: Plan, prepare_only: bool) -> int:
             if job is not None:
                 dispatcher.give_back(job)
                 _tune(run, dispatcher)
+            if dispatcher.out_of_budget():
+                return BUDGET
     failed = run.tally.states.get("failed", 0)
     return FAILED if failed else DONE
 
@@ -375,11 +396,11 @@ def _parent(sweep: SweepSpec, place: Place) -> SweepRun:
 
 
 def note_of(sweep: SweepSpec, place: Place) -> str:
-    """The parent's note: the question and the table."""
+    """The parent's note: the table first, since long notes are folded; then the question."""
     plan = plan_sweep(sweep, place.store, place.resolver(), place.ledger())
     entries = entries_of(plan, place.store)
     found = rows(entries, sweep.search.objective if sweep.search else None)
-    return f"{sweep.question}\n\n{table(found, 'md', entries=entries)}"
+    return f"{table(found, 'md', entries=entries)}\n\n{sweep.question}"
 
 
 def _pictures(place: Place) -> dict[str, Path]:

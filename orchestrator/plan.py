@@ -157,7 +157,7 @@ def plan_sweep(sweep: SweepSpec, store: ArtifactStore, resolver: Resolver, ledge
     seen: set[str] = set()
     for slot in slots:
         there = store.has(slot.spec)
-        if there and finished.get(slot.id) == slot.key.digest:
+        if there and finished.get(slot.id, ("", ""))[0] == slot.key.digest:
             done += 1
         elif there or slot.key.digest in seen:
             reused += 1
@@ -295,12 +295,12 @@ def asked_points(ledger: Ledger) -> dict[str, dict[int, dict[str, Any]]]:
     return found
 
 
-def finished_slots(ledger: Ledger) -> dict[str, str]:
-    """Trial key by slot, of slots whose last outcome was done or reused."""
-    found: dict[str, str] = {}
+def finished_slots(ledger: Ledger) -> dict[str, tuple[str, str]]:
+    """Trial key and state (done or reused) by slot, of slots whose last outcome was one of them."""
+    found: dict[str, tuple[str, str]] = {}
     for event in ledger.events():
         if event["event"] in ("trial_done", "trial_reused"):
-            found[event["slot"]] = event["key"]
+            found[event["slot"]] = (event["key"], event["event"].removeprefix("trial_"))
         elif event["event"] == "trial_failed":
             found.pop(event["slot"], None)
     return found

@@ -65,7 +65,7 @@ class Seeds:
 class Budget:
     """Where a run stops, to go on another day."""
 
-    gpu_hours: float | None = knob(None, "of all devices together", gt=0)
+    gpu_hours: float | None = knob(None, "of all devices together, in one run", gt=0)
     wall: float | None = knob(None, "seconds", gt=0)
 
 

@@ -30,7 +30,8 @@ class TextPrompt:
     def logits(self, batch: Batch) -> Tensor:
         """(N, C) cosine to each class's text, at CLIP's temperature."""
         weight = self.backbone.encode_context(self.context, self.classnames)  # (C, D)
-        return self.backbone.logit_scale * batch.features.to(weight.device) @ weight.T
+        # Features stay where they are, on the CPU; the few class texts come to them.
+        return self.backbone.logit_scale * batch.features @ weight.to(batch.features.device).T
 
     def parameters(self) -> Iterable[Parameter]:
         return [self.context]

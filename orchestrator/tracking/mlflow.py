@@ -271,8 +271,12 @@ class MlflowTracker:
             "air.spec_hash": sweep.spec_hash,
             MLFLOW_RUN_NOTE: sweep.note,
         }
-        sweeps = _search(client, experiment, "tags.`air.kind` = 'sweep'")
-        parent = next((r for r in sweeps if r.data.tags.get("air.sweep") == sweep.sweep), None)
+        sweeps = list(_search(client, experiment, "tags.`air.kind` = 'sweep'"))
+        parents = [run for run in sweeps if run.data.tags.get("air.sweep") == sweep.sweep]
+        for spare in parents[1:]:
+            if spare.info.status == "RUNNING":  # a request whose reply was lost was sent again
+                client.delete_run(spare.info.run_id)
+        parent = next(iter(parents), None)
         if parent is None:
             parent = client.create_run(experiment, None, identity, sweep.sweep)
         elif parent.info.status != "RUNNING":
@@ -389,7 +393,7 @@ def _children(client: MlflowClient, experiment: str, parent: str) -> dict[str, _
             continue  # not ours: somebody has hung a run of their own below the sweep
         child = _child(run)
         twin = children.setdefault(slot, child)
-        if twin is not child:  # a request that was answered too late is sent again
+        if twin is not child:  # here too, requests are sent again
             children[slot], spare = (child, twin) if twin.status == "RUNNING" else (twin, child)
             client.delete_run(spare.run_id)
     return children

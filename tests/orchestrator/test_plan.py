@@ -428,7 +428,10 @@ plan = plan_sweep(sweep, store, Resolver(folder / "digests.json", None), ledger)
 plan.json(store)
 print(plan.total, plan.done, *sorted(set(sys.argv[2:]) & set(sys.modules)))
 """
-HEAVY = "torch ray mlflow optuna diffusers transformers peft open_clip sklearn matplotlib".split()
+HEAVY = [
+    *("torch", "ray", "mlflow", "optuna", "diffusers", "transformers", "peft", "open_clip"),
+    *("sklearn", "matplotlib"),
+]
 
 
 def test_planning_imports_nothing_heavy_also_where_trials_are_done(world):

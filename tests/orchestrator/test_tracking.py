@@ -598,7 +598,7 @@ def test_a_long_history_arrives_whole(mlflow_backend: Backend) -> None:
 
     (trial,) = mlflow_backend.seen().trials.values()
     assert {key: len(curve) for key, curve in trial.curves.items()} == dict.fromkeys(long, 450)
-    assert mlflow_backend.seen().note.startswith("a line\na line")
+    assert mlflow_backend.seen().note.endswith("a line\n\n*(cut)*")
 
 
 def test_artifacts_are_found_after_the_store_has_moved(server: Server) -> None:
@@ -647,7 +647,7 @@ def test_artifacts_that_had_no_room_come_with_the_next_start(
 
 
 class Line:
-    """The line to a server, which can be cut."""
+    """The line to a server. It can be cut, and it can lose the server's replies."""
 
     def __init__(self, url: str) -> None:
         self._server = ("127.0.0.1", int(url.rsplit(":", 1)[1]))
@@ -655,23 +655,33 @@ class Line:
         self._open: socketserver.ThreadingTCPServer | None = None
         self._calls: list[socket.socket] = []
         self.url = f"http://127.0.0.1:{self._port}"
+        self.loses_replies = False
 
     def restore(self) -> None:
-        far_end, calls = self._server, self._calls
+        line = self
 
         class Forward(socketserver.BaseRequestHandler):
             def handle(self) -> None:
-                calls.append(self.request)
-                with socket.create_connection(far_end) as far:
-                    back = threading.Thread(target=pump, args=(far, self.request), daemon=True)
-                    back.start()
-                    pump(self.request, far)
-                    back.join()
+                line._calls.append(self.request)
+                with socket.create_connection(line._server) as server:
+                    threading.Thread(target=line._reply, args=(server, self.request)).start()
+                    with contextlib.suppress(OSError):
+                        while data := self.request.recv(65536):
+                            server.sendall(data)
+                        server.shutdown(socket.SHUT_RDWR)
 
-        socketserver.ThreadingTCPServer.allow_reuse_address = True
-        self._open = socketserver.ThreadingTCPServer(("127.0.0.1", self._port), Forward)
-        self._open.daemon_threads = True
+        class Server(socketserver.ThreadingTCPServer):
+            allow_reuse_address = True
+            daemon_threads = True
+
+        self._open = Server(("127.0.0.1", self._port), Forward)
         threading.Thread(target=self._open.serve_forever, daemon=True).start()
+
+    def _reply(self, server: socket.socket, client: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while (data := server.recv(65536)) and not self.loses_replies:
+                client.sendall(data)
+            client.shutdown(socket.SHUT_RDWR)
 
     def cut(self) -> None:
         assert self._open is not None
@@ -680,13 +690,6 @@ class Line:
         for call in self._calls:  # a client keeps its connections open
             with contextlib.suppress(OSError):
                 call.shutdown(socket.SHUT_RDWR)
-
-
-def pump(source: socket.socket, target: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        while data := source.recv(65536):
-            target.sendall(data)
-        target.shutdown(socket.SHUT_WR)
 
 
 @pytest.mark.parametrize("cut", ["before the start", "in mid-sweep"])
@@ -716,6 +719,27 @@ def test_an_outage_is_survived_and_made_good(
     assert (seen.status, seen.note) == ("FINISHED", "made good")
     assert len(seen.trials) == (6 if cut == "in mid-sweep" else 5)
     assert {trial.status for trial in seen.trials.values()} == {"FINISHED"}
+
+
+@pytest.mark.parametrize("lost", ["sweep", "trial"])
+def test_lost_replies_leave_no_second_run(server: Server, lost: str, tmp_path: Path) -> None:
+    project = f"lost {lost}"
+    line = Line(server.url)
+    line.restore()
+    tracker = make_tracker(line.url, store=tmp_path, project=project)
+    make_tracker(server.url, store=tmp_path, project=project).start(a_sweep("other"))
+    line.loses_replies = lost == "sweep"
+    tracker.start(a_sweep())
+    line.loses_replies = True
+    tracker.trial(a_trial())
+    line.loses_replies = False
+    tracker.finish("FINISHED", "", {})
+    line.cut()
+
+    (trial,) = look_at_mlflow(server.url, project, "quickstart").trials.values()
+    assert trial.status == "FINISHED"
+    running = [run for run in runs_of(server.url, project) if run.info.status == "RUNNING"]
+    assert [run.info.run_name for run in running] == ["other"]
 
 
 def test_an_outage_to_the_end_is_made_good_by_the_next_start(

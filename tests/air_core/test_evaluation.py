@@ -1,0 +1,88 @@
+"""How good a classifier is, and what a search may see of it."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import typing
+
+import numpy as np
+import pytest
+import torch
+
+from air_core.classifiers import LinearClassifier
+from air_core.evaluation import accuracy, mutual_information, objectives
+from air_core.types import Batch, Labelled
+
+
+def some_scores(images: int, classes: int, sharpness: float, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (sharpness * torch.randn(images, classes, generator=generator)).softmax(dim=-1)
+
+
+def reference(scores: np.ndarray) -> float:
+    """I(image; class) = sum_c of mean p log p, minus the same of the mean."""
+    inside = np.mean([sum(p * math.log(p) for p in row if p > 0) for row in scores])
+    return inside - sum(p * math.log(p) for p in scores.mean(axis=0) if p > 0)
+
+
+@pytest.mark.parametrize("sharpness", [0.1, 1.0, 10.0, 1000.0])
+def test_mutual_information_equals_a_plain_reference(sharpness):
+    scores = some_scores(50, 6, sharpness)
+    expected = reference(scores.double().numpy())
+    assert mutual_information(scores) == pytest.approx(expected, abs=1e-7)
+
+
+def test_mutual_information_is_zero_where_all_images_look_alike():
+    assert mutual_information(some_scores(1, 6, 1.0).expand(50, 6)) == pytest.approx(0, abs=1e-7)
+
+
+def test_mutual_information_is_largest_where_each_image_is_sure_and_classes_are_even():
+    sure = torch.eye(4).repeat(5, 1)
+    assert mutual_information(sure) == pytest.approx(math.log(4))
+    uneven = torch.cat([sure, torch.eye(4)[:1].expand(20, 4)])
+    unsure = 0.9 * sure + 0.025
+    assert mutual_information(uneven) < mutual_information(sure)
+    assert mutual_information(unsure) < mutual_information(sure)
+
+
+def test_accuracy_is_over_all_images_and_recall_per_class():
+    found = accuracy(torch.tensor([0, 0, 1, 2]), torch.tensor([0, 1, 1, 0]), 4)
+    assert found.accuracy == 0.5
+    assert found.per_class[:2] == (0.5, 0.5)
+    assert all(math.isnan(recall) for recall in found.per_class[2:])  # no image of these
+    assert found.predictions.tolist() == [0, 0, 1, 2]
+
+
+# ---------------------------------------------------------------- what a search sees
+
+
+def plain(sharpness: float = 5.0) -> LinearClassifier:
+    return LinearClassifier(torch.eye(3), torch.zeros(3), torch.zeros(3), False, sharpness)
+
+
+def some_images(count: int, seed: int) -> Batch:
+    return Batch(torch.randn(count, 3, generator=torch.Generator().manual_seed(seed)))
+
+
+def test_objectives_have_no_way_to_a_test_image():
+    """Whether a sweep looks at the test set is a question about this signature."""
+    hints = typing.get_type_hints(objectives)
+    assert [*inspect.signature(objectives).parameters] == ["classifier", "pool", "validation"]
+    assert hints["pool"] is Batch  # which has no labels
+    assert [*vars(some_images(1, 0))] == ["features"]
+
+
+def test_mutual_information_is_of_the_pool_and_needs_no_label():
+    pool = some_images(40, 0)
+    expected = mutual_information(plain().logits(pool).softmax(dim=-1))
+    assert objectives(plain(), pool, None) == {"mutual_information": expected}
+
+
+def test_validation_accuracy_is_there_where_validation_images_are():
+    pool, images = some_images(40, 0), some_images(20, 1)
+    labels = images.features.argmax(dim=-1)
+    labels[:5] = (labels[:5] + 1) % 3
+    found = objectives(plain(), pool, Labelled(images, labels))
+    assert found["validation_accuracy"] == 0.75
+    assert found["mutual_information"] == objectives(plain(), pool, None)["mutual_information"]

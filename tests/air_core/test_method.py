@@ -1,0 +1,279 @@
+"""The method on the real digits: what it may see, what is one computation, and its numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import typing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from air_core.classifiers import LinearClassifier, fuse, text_classifier
+from air_core.datasets import get_dataset
+from air_core.method import FADED, Progress, TrialData, build_auxiliary, faded, learn
+from air_core.paradigms import make_split
+from air_core.specs import SplitSettings, TrialSpec
+from air_core.types import Batch, Labelled, TrialResult
+from orchestrator.presets import METHODS
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "digits_metrics.json"
+QUICK = {"iterations": 2, "train__steps": 4, "prompt__length": 4, "seed": 1}
+
+
+@pytest.fixture(scope="module")
+def digits(tiny_clip) -> TrialData:
+    """The digits as a trial sees them, split 0, without synthetic images."""
+    dataset = get_dataset("digits")
+    examples = dataset.load(None)
+    features = tiny_clip.encode_images(examples.images)
+    labels = torch.from_numpy(examples.labels)
+    split = make_split(examples.labels, examples.parts, SplitSettings(pool="train"))
+    return TrialData(
+        backbone=tiny_clip,
+        classnames=dataset.classnames,
+        template=dataset.template,
+        pool=Batch(features[split.pool]),
+        validation=Labelled(Batch(features[split.validation]), labels[split.validation]),
+        test=Labelled(Batch(features[split.test]), labels[split.test]),
+        synthetic=None,
+    )
+
+
+@pytest.fixture(scope="module")
+def with_images(digits, tiny_clip, drawn_digits) -> TrialData:
+    """The same with 16 ready images of each class."""
+    files = [sorted((drawn_digits / name).iterdir()) for name in digits.classnames]
+    images = [Image.open(file) for of_class in files for file in of_class]
+    labels = torch.arange(10).repeat_interleave(16)
+    return replace(digits, synthetic=Labelled(Batch(tiny_clip.encode_images(images)), labels))
+
+
+@pytest.fixture
+def spec(trial, drawn_digits) -> Any:
+    """A quick trial by method; one with images reads those of `with_images`."""
+
+    def make(method: str, **changes: Any) -> TrialSpec:
+        pins = METHODS[method].pins
+        settings = {name: value for name, value in QUICK.items() if name not in pins}
+        if "images_per_class" not in pins:
+            settings |= {"generator": f"folder:{drawn_digits}", "images_per_class": 16}
+        made: TrialSpec = trial(method, **{**settings, **changes}).normalised()
+        return made
+
+    return make
+
+
+def watched(spec: TrialSpec, data: TrialData) -> tuple[TrialResult, list[Progress]]:
+    rounds: list[Progress] = []
+    return learn(spec, data, rounds.append), rounds
+
+
+def same_bits(one: tuple[TrialResult, list[Progress]], other: Any) -> bool:
+    """Same predictions, same objectives, same prompt in every round."""
+    prompts = [[r.learned.context for r in rounds] for _, rounds in (one, other)]
+    return (
+        one[0].objectives == other[0].objectives
+        and torch.equal(one[0].test.predictions, other[0].test.predictions)
+        and torch.equal(one[0].pool_predictions, other[0].pool_predictions)
+        and len(prompts[0]) == len(prompts[1])
+        and all(map(torch.equal, *prompts))
+    )
+
+
+# ---------------------------------------------------------------- zero-shot
+
+
+def test_without_any_round_it_is_zero_shot_clip(spec, digits):
+    result, rounds = watched(spec("zero_shot"), digits)
+    text = text_classifier(digits.backbone, digits.classnames, digits.template)
+    assert rounds == []
+    assert torch.equal(result.test.predictions, text.logits(digits.test.batch).argmax(dim=-1))
+    assert torch.equal(result.pool_predictions, text.logits(digits.pool).argmax(dim=-1))
+    assert result.inference == {"text": result.test.accuracy}
+    assert 0.3 < result.test.accuracy < 0.8
+
+
+def test_ready_images_make_a_classifier_far_better_than_chance(spec, with_images):
+    result, _ = watched(spec("zero_shot_aux"), with_images)
+    assert result.inference.keys() == {"text", "fused", "auxiliary"}
+    assert result.inference["text"] == result.test.accuracy
+    assert result.inference["auxiliary"] > 0.3  # chance is 0.1
+    assert result.inference["fused"] > 0.3
+
+
+# ---------------------------------------------------------------- what it may see
+
+
+def test_a_trial_is_given_no_label_of_a_pool_image():
+    kinds = typing.get_type_hints(TrialData)
+    assert {f.name for f in dataclasses.fields(TrialData)} == {
+        *("backbone", "classnames", "template", "pool", "validation", "test", "synthetic"),
+    }
+    assert kinds["pool"] is Batch
+    assert [f.name for f in dataclasses.fields(Batch)] == ["features"]
+
+
+def permuted(images: Labelled) -> Labelled:
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    return Labelled(images.batch, images.labels[order])
+
+
+@pytest.mark.parametrize("method", ["cpl", "fpl", "air", "cpl_real"])
+def test_labels_of_test_images_change_nothing_but_how_it_is_marked(spec, with_images, method):
+    one = watched(spec(method), with_images)
+    blind = replace(with_images, test=permuted(with_images.test))
+    other = watched(spec(method), blind)
+    assert same_bits(one, other)
+    assert other[0].test.accuracy < 0.3 < one[0].test.accuracy
+
+
+@pytest.mark.parametrize("method", ["cpl", "air"])
+def test_labels_of_validation_images_change_validation_accuracy_only(spec, with_images, method):
+    one, _ = watched(spec(method), with_images)
+    blind = replace(with_images, validation=permuted(with_images.validation))
+    other, _ = watched(spec(method), blind)
+    assert one.test.accuracy == other.test.accuracy
+    assert torch.equal(one.test.predictions, other.test.predictions)
+    assert one.objectives["mutual_information"] == other.objectives["mutual_information"]
+    assert one.objectives["validation_accuracy"] != other.objectives["validation_accuracy"]
+
+
+def test_test_images_themselves_change_no_objective_and_no_prompt(spec, with_images):
+    few = Labelled(Batch(with_images.test.batch.features[:7]), with_images.test.labels[:7])
+    one, other = (watched(spec("air"), d) for d in (with_images, replace(with_images, test=few)))
+    assert one[0].objectives == other[0].objectives
+    assert torch.equal(one[1][-1].learned.context, other[1][-1].learned.context)
+
+
+def test_without_validation_images_there_is_no_validation_accuracy(spec, digits):
+    result, _ = watched(spec("cpl"), replace(digits, validation=None))
+    assert result.objectives.keys() == {"mutual_information"}
+
+
+# ---------------------------------------------------------------- one computation
+
+
+@pytest.mark.parametrize("method", ["cpl", "air"])
+def test_the_same_seed_gives_the_same_bits_another_seed_does_not(spec, with_images, method):
+    first, again, other = (watched(spec(method, seed=s), with_images) for s in (1, 1, 2))
+    assert same_bits(first, again)
+    assert not same_bits(first, other)
+
+
+def test_images_that_weigh_nothing_leave_the_host_method_bit_for_bit(spec, with_images):
+    """Not normalised: the images are really there, and used with weight zero."""
+    unused = replace(spec("air", fusion_weight=0.5), fusion_weight=0.0, synthetic_weight=0.0)
+    assert unused.images_per_class == 16
+    assert same_bits(watched(unused, with_images), watched(spec("cpl"), with_images))
+
+
+def test_the_auxiliary_classifier_changes_what_is_learned(spec, with_images):
+    one, other = watched(spec("air"), with_images), watched(spec("cpl"), with_images)
+    assert not torch.equal(one[1][0].labels.labels, other[1][0].labels.labels)
+    assert one[0].inference.keys() == {"text", "fused", "auxiliary"}
+    assert other[0].inference.keys() == {"text"}
+
+
+def test_a_loss_on_synthetic_images_changes_the_prompt_and_not_the_first_labels(spec, with_images):
+    weights = [spec("air", synthetic_weight=weight) for weight in (0.0, 1.0)]
+    (_, without), (_, with_) = (watched(one, with_images) for one in weights)
+    assert torch.equal(without[0].labels.labels, with_[0].labels.labels)
+    assert not torch.equal(without[0].learned.context, with_[0].learned.context)
+
+
+# ---------------------------------------------------------------- rounds
+
+
+def test_each_round_trusts_more_images_and_starts_from_the_same_prompt(spec, digits):
+    _, rounds = watched(spec("cpl", iterations=4, train__steps=1), digits)
+    assert [r.iteration for r in rounds] == [0, 1, 2, 3]
+    sizes = [len(r.labels) for r in rounds]
+    assert sizes[0] < sizes[-1]
+    # One step at a learning rate of 0, since the warm-up begins there, leaves the start.
+    still = spec("cpl", iterations=2, train__steps=1, train__warmup=0.9)
+    _, (first, second) = watched(still, digits)
+    assert torch.equal(first.learned.context, second.learned.context)
+
+
+def test_later_rounds_learn_from_the_prompt_before(spec, digits):
+    """Else the second round would choose as if the first had not been."""
+    slow, quick = (spec("cpl", train__learning_rate=rate) for rate in (1e-6, 0.5))
+    (_, one), (_, other) = watched(slow, digits), watched(quick, digits)
+    assert torch.equal(one[0].labels.labels, other[0].labels.labels)
+    assert not torch.equal(one[1].labels.labels, other[1].labels.labels)
+
+
+def test_refreshed_real_images_are_chosen_by_what_was_learned(spec, digits):
+    """Until the second round, with and without refresh are one."""
+    kept = watched(spec("cpl_real", auxiliary__refresh=False), digits)
+    anew = watched(spec("cpl_real", auxiliary__refresh=True), digits)
+    assert torch.equal(kept[1][0].learned.context, anew[1][0].learned.context)
+    assert not torch.equal(kept[0].pool_predictions, anew[0].pool_predictions)
+    assert kept[0].inference["auxiliary"] != anew[0].inference["auxiliary"]
+
+
+def test_real_images_of_the_auxiliary_are_the_surest_of_each_class(spec, digits):
+    """With as many as there are, its classes are those that zero-shot CLIP believes."""
+    text = text_classifier(digits.backbone, digits.classnames, digits.template)
+    believed = fuse(text, None, digits.pool, 0.0, "logit_scale")
+    classifiers = [
+        build_auxiliary(spec("cpl_real", auxiliary__k=k), digits, believed, 0) for k in (4, 32)
+    ]
+    assert all(isinstance(one, LinearClassifier) for one in classifiers)
+    assert not torch.equal(classifiers[0].weight, classifiers[1].weight)
+    assert build_auxiliary(spec("cpl"), digits, believed, 0) is None
+
+
+def test_every_class_has_real_images_also_where_the_pool_is_small(spec, digits):
+    """30 images for ten classes, some of which no image is taken for at first."""
+    few = replace(digits, pool=Batch(digits.pool.features[:30]))
+    text = text_classifier(digits.backbone, digits.classnames, digits.template)
+    assert text.logits(few.pool).argmax(dim=-1).unique().numel() < 10
+    believed = fuse(text, None, few.pool, 0.0, "logit_scale")
+    assert build_auxiliary(spec("cpl_real"), few, believed, 0) is not None
+
+
+def test_real_images_join_by_steps(spec, digits):
+    text = text_classifier(digits.backbone, digits.classnames, digits.template)
+    believed = fuse(text, None, digits.pool, 0.0, "logit_scale")
+    grown = build_auxiliary(spec("cpl_real", auxiliary__k_step=8), digits, believed, 2)
+    plain = build_auxiliary(spec("cpl_real", auxiliary__k=32 + 16), digits, believed, 0)
+    assert torch.equal(grown.weight, plain.weight)
+
+
+@pytest.mark.parametrize(("progress", "kept"), [(0.0, 16), (0.25, 12), (0.9, 8), (1.0, 8)])
+def test_synthetic_images_fade_to_a_few_of_each_class(with_images, progress, kept):
+    left = faded(with_images.synthetic, progress)
+    assert left.labels.bincount().tolist() == [kept] * 10
+    first = with_images.synthetic.batch.features[:kept]
+    assert torch.equal(left.batch.features[:kept], first)
+    assert FADED == 8
+
+
+# ---------------------------------------------------------------- numbers
+
+GUARDED = {
+    "fpl": {"seed": 1, "train__steps": 30},
+    "cpl": {"seed": 1, "train__steps": 20, "iterations": 3},
+}
+
+
+def test_metrics_on_digits_equal_the_golden_ones(trial, digits):
+    """Within 0.01: a flipped pseudo-label moves more digits than that across processors."""
+    found = {}
+    for method, changes in GUARDED.items():
+        result = learn(trial(method, **changes).normalised(), digits)
+        found[method] = {"test/accuracy": result.test.accuracy, **result.objectives}
+    if os.environ.get("AIRSWEEP_UPDATE_GOLDEN") == "1":
+        rounded = {m: {k: round(v, 4) for k, v in of.items()} for m, of in found.items()}
+        GOLDEN.write_text(json.dumps(rounded, indent=1, sort_keys=True) + "\n")
+    golden = json.loads(GOLDEN.read_text())
+    assert found.keys() == golden.keys()
+    for method, metrics in found.items():
+        assert metrics == pytest.approx(golden[method], abs=0.01), method

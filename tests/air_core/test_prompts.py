@@ -1,0 +1,82 @@
+"""Prompt learners by contract: one prompt learns, all else is frozen."""
+
+from __future__ import annotations
+
+import typing
+
+import pytest
+import torch
+
+from air_core.classifiers import text_classifier
+from air_core.prompts import PromptLearner, build_learner
+from air_core.specs import PromptSettings, TrialSpec
+from air_core.types import Batch
+
+NAMES = ("digit zero", "digit seven", "ankle_boot")
+MODALITIES = typing.get_args(typing.get_type_hints(TrialSpec)["modality"])
+
+
+def learner(tiny_clip, modality: str = "text", seed: int = 0, length: int = 4) -> PromptLearner:
+    return build_learner(modality, PromptSettings(length=length), tiny_clip, NAMES, seed)
+
+
+def some_images(tiny_clip, count: int = 5) -> Batch:
+    width = tiny_clip.model.text_projection.shape[1]
+    features = torch.randn(count, width, generator=torch.Generator().manual_seed(0))
+    return Batch(torch.nn.functional.normalize(features, dim=-1))
+
+
+def start(one: PromptLearner) -> list[torch.Tensor]:
+    return [parameter.detach() for parameter in one.parameters()]
+
+
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_logits_have_one_row_an_image_and_one_column_a_class(tiny_clip, modality):
+    logits = learner(tiny_clip, modality).logits(some_images(tiny_clip, 5))
+    assert logits.shape == (5, len(NAMES))
+    assert logits.abs().max() <= tiny_clip.logit_scale + 1e-3  # a cosine at CLIP's temperature
+
+
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_only_the_prompt_receives_gradients(tiny_clip, modality):
+    one = learner(tiny_clip, modality)
+    one.logits(some_images(tiny_clip)).logsumexp(dim=-1).sum().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in one.parameters())
+    assert all(parameter.grad is None for parameter in tiny_clip.model.parameters())
+    assert not any(parameter.requires_grad for parameter in tiny_clip.model.parameters())
+
+
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_the_same_seed_starts_at_the_same_bits_and_another_seed_elsewhere(tiny_clip, modality):
+    first, again, other = (learner(tiny_clip, modality, seed) for seed in (1, 1, 2))
+    assert all(map(torch.equal, start(first), start(again)))
+    assert not any(map(torch.equal, start(first), start(other)))
+    images = some_images(tiny_clip)
+    assert torch.equal(first.logits(images), again.logits(images))
+
+
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_the_start_does_not_depend_on_what_else_drew_random_numbers(tiny_clip, modality):
+    first = start(learner(tiny_clip, modality))
+    torch.manual_seed(123)
+    torch.rand(7)
+    assert all(map(torch.equal, first, start(learner(tiny_clip, modality))))
+
+
+@pytest.mark.parametrize("length", [1, 16])
+def test_a_text_prompt_has_as_many_vectors_as_asked_near_zero(tiny_clip, length):
+    (context,) = start(learner(tiny_clip, length=length))
+    assert context.shape == (length, tiny_clip.token_width)
+    assert context.std().item() == pytest.approx(0.02, rel=0.3)
+    assert context.mean().abs().item() < 0.01
+
+
+def test_with_the_words_of_the_template_as_context_it_is_zero_shot_clip(tiny_clip):
+    one = learner(tiny_clip)
+    (context,) = one.parameters()
+    words = tiny_clip.tokenizer.encode("a photo of a")
+    with torch.no_grad():
+        context.copy_(tiny_clip.model.token_embedding(torch.tensor(words)))
+    images = some_images(tiny_clip)
+    expected = text_classifier(tiny_clip, NAMES, "a photo of a {}").logits(images)
+    torch.testing.assert_close(one.logits(images).detach(), expected, atol=1e-2, rtol=0)

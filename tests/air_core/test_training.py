@@ -1,0 +1,222 @@
+"""The loss, its schedule, and a loop that learns: on a linear model, which is quick and exact."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.nn.functional import cross_entropy, one_hot
+
+from air_core.specs import TrainSettings
+from air_core.training import candidate_loss, fit, learning_rate_factor
+from air_core.types import Batch, Labelled
+
+PLAIN = TrainSettings(
+    steps=60, batch=8, synthetic_batch=8, learning_rate=0.5, weight_decay=0.0, warmup=0.0, clip=10.0
+)
+
+
+class Linear:
+    """A learner whose prompt is a matrix."""
+
+    def __init__(self, width: int = 6, classes: int = 3) -> None:
+        self.weight = Parameter(torch.zeros(width, classes))
+
+    def logits(self, batch: Batch) -> Tensor:
+        return batch.features @ self.weight
+
+    def parameters(self) -> Iterable[Parameter]:
+        return [self.weight]
+
+
+def images(count: int = 24, seed: int = 0) -> Labelled:
+    """Three classes around three axes of six dimensions."""
+    labels = torch.arange(count) % 3
+    noise = 0.3 * torch.randn(count, 6, generator=torch.Generator().manual_seed(seed))
+    return Labelled(Batch(torch.eye(6)[labels] + noise), labels)
+
+
+def trained(
+    settings: TrainSettings = PLAIN,
+    *,
+    synthetic: Labelled | None = None,
+    weight: float = 1.0,
+    seed: int = 0,
+    real: Labelled | None = None,
+) -> tuple[Linear, float]:
+    learner, real = Linear(), real or images()
+    targets = one_hot(real.labels, 3).float()
+    loss = fit(learner, real.batch, targets, synthetic, weight, settings, seed)
+    return learner, loss
+
+
+def accuracy(learner: Linear, on: Labelled) -> float:
+    return (learner.logits(on.batch).argmax(dim=-1) == on.labels).double().mean().item()
+
+
+# ---------------------------------------------------------------- the loss
+
+
+def test_on_one_hot_targets_the_loss_is_cross_entropy():
+    logits, labels = 5 * torch.randn(40, 7), torch.arange(40) % 7
+    ours = candidate_loss(logits, one_hot(labels, 7).float())
+    torch.testing.assert_close(ours, cross_entropy(logits, labels))
+
+
+def reference(logits: Tensor, targets: Tensor) -> float:
+    """Plainly, in float64: the scores of the candidates summed, their logarithm, the mean."""
+    z = logits.double().numpy()
+    scores = np.exp(z - z.max(axis=1, keepdims=True))
+    scores /= scores.sum(axis=1, keepdims=True)
+    return float(-np.log((targets.double().numpy() * scores).sum(axis=1)).mean())
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_on_candidate_sets_the_loss_equals_a_plain_reference(soft):
+    generator = torch.Generator().manual_seed(0)
+    logits = 4 * torch.randn(40, 7, generator=generator)
+    targets = (torch.rand(40, 7, generator=generator) < 0.4).float()
+    targets[:, 2] = 1.0
+    if soft:
+        targets = targets * logits.softmax(dim=-1)
+        targets = targets / targets.sum(dim=-1, keepdim=True)
+    assert candidate_loss(logits, targets).item() == pytest.approx(reference(logits, targets), 1e-6)
+
+
+def test_a_set_of_all_classes_costs_nothing():
+    assert candidate_loss(torch.randn(4, 5), torch.ones(4, 5)).item() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("gap", [50.0, 200.0, 1e4])
+def test_scores_too_small_for_a_float_have_a_loss_and_a_gradient(gap):
+    """Summing scores first would give log 0 here."""
+    logits = torch.tensor([[gap, 0.0, -1.0]], requires_grad=True)
+    loss = candidate_loss(logits, torch.tensor([[0.0, 1.0, 1.0]]))
+    loss.backward()
+    assert loss.item() == pytest.approx(gap - math.log(1 + math.exp(-1)), rel=1e-6)
+    assert torch.isfinite(logits.grad).all()
+    assert logits.grad[0, 0].item() == pytest.approx(
+        1.0, abs=1e-3
+    )  # down with what is no candidate
+    assert (logits.grad[0, 1:] < 0).all()
+
+
+# ---------------------------------------------------------------- the schedule
+
+
+def test_the_learning_rate_rises_from_zero_and_falls_to_zero():
+    factors = [learning_rate_factor(step, 200, 0.1) for step in range(201)]
+    assert factors[0] == 0
+    assert factors[20] == 1 == max(factors)
+    assert factors[:21] == sorted(factors[:21])
+    assert factors[20:] == sorted(factors[20:], reverse=True)
+    assert factors[110] == pytest.approx(0.5)
+    assert factors[200] == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0.0), (1, 0.04), (2, 0.9), (5, 0.0)])
+def test_the_shortest_schedules_learn_something(steps, warmup):
+    factors = [learning_rate_factor(step, steps, warmup) for step in range(steps)]
+    assert all(0 <= factor <= 1 for factor in factors)
+    assert max(factors) > 0 or round(warmup * steps) >= steps
+
+
+# ---------------------------------------------------------------- the loop
+
+
+def test_fitting_lowers_the_loss_and_learns_the_classes():
+    start = candidate_loss(Linear().logits(images().batch), one_hot(images().labels, 3).float())
+    learner, loss = trained()
+    assert loss < 0.5 * start.item()
+    assert accuracy(learner, images(60, seed=1)) > 0.9
+
+
+def test_the_loss_that_is_returned_is_the_mean_of_the_last_tenth_of_the_steps():
+    """With a learning rate of next to nothing every step has the loss of the start."""
+    _, loss = trained(replace(PLAIN, learning_rate=1e-9))
+    assert loss == pytest.approx(math.log(3), abs=1e-4)
+
+
+def test_the_same_seed_gives_the_same_bits_another_seed_another_order():
+    first, again, other = (trained(seed=seed)[0].weight for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    torch.testing.assert_close(first, other, atol=0.3, rtol=0)
+
+
+def test_the_order_does_not_depend_on_what_else_drew_random_numbers():
+    first = trained()[0].weight
+    torch.manual_seed(99)
+    torch.rand(3)
+    assert torch.equal(first, trained()[0].weight)
+
+
+def marked(count: int) -> Labelled:
+    """Image i lights column i only, so that the weights show which images were seen."""
+    return Labelled(Batch(torch.eye(count)), torch.zeros(count, dtype=torch.long))
+
+
+def seen(settings: TrainSettings, count: int = 12) -> int:
+    learner = Linear(width=count)
+    targets = one_hot(torch.zeros(count, dtype=torch.long), 3).float()
+    fit(learner, marked(count).batch, targets, None, 0.0, settings, 0)
+    return int((learner.weight.detach().abs().sum(dim=1) > 0).sum())
+
+
+@pytest.mark.parametrize(("steps", "images_seen"), [(1, 4), (2, 8), (3, 12)])
+def test_a_pass_shows_every_image_once(steps, images_seen):
+    assert seen(replace(PLAIN, steps=steps, batch=4)) == images_seen
+
+
+def test_epochs_are_passes_unless_steps_are_given():
+    assert seen(replace(PLAIN, steps=None, epochs=1, batch=4)) == 12
+    assert seen(replace(PLAIN, steps=1, epochs=9, batch=4)) == 4
+
+
+def test_fewer_images_than_a_batch_are_one_batch():
+    assert seen(replace(PLAIN, steps=1, batch=64), count=5) == 5
+
+
+def test_synthetic_images_teach_what_the_real_ones_do_not():
+    two = Labelled(images().batch[images().labels < 2], images().labels[images().labels < 2])
+    third = images(60, seed=1)
+    third = Labelled(third.batch[third.labels == 2], third.labels[third.labels == 2])
+    alone, _ = trained(real=two)
+    helped, _ = trained(real=two, synthetic=images(seed=2))
+    assert accuracy(alone, third) < 0.3
+    assert accuracy(helped, third) > 0.9
+
+
+def test_with_a_weight_of_zero_synthetic_images_teach_nothing():
+    synthetic = images(seed=2)
+    wrong = Labelled(synthetic.batch, synthetic.labels.roll(1))
+    (one, _), (other, _) = (trained(synthetic=s, weight=0.0) for s in (synthetic, wrong))
+    assert torch.equal(one.weight, other.weight)
+
+
+def test_the_two_losses_are_added_with_the_weight():
+    real, synthetic = images(8), images(8, seed=2)
+    settings = replace(PLAIN, steps=1)
+    losses = [trained(settings, real=real, synthetic=synthetic, weight=w)[1] for w in (0, 1, 3)]
+    # At the start every class has the same score, in both.
+    assert losses == pytest.approx([math.log(3), 2 * math.log(3), 4 * math.log(3)])
+
+
+def test_weight_decay_keeps_the_prompt_small_and_clipping_its_steps():
+    free = trained()[0].weight.norm()
+    assert trained(replace(PLAIN, weight_decay=0.1))[0].weight.norm() < 0.8 * free
+    short = replace(PLAIN, steps=1, learning_rate=1.0, clip=0.01)
+    assert trained(short)[0].weight.norm().item() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_a_loss_that_is_no_number_ends_the_training_with_the_step():
+    broken = images()
+    broken.batch.features[0, 0] = math.nan
+    with pytest.raises(FloatingPointError, match=r"the loss became nan after \d+ steps"):
+        trained(real=broken)

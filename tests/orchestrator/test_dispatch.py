@@ -1,0 +1,395 @@
+"""Which trial runs next and who waits for whom, with small real trials and no cluster."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from air_core.datasets import get_dataset
+from orchestrator.dispatch import Dispatcher, Failure, Job, Outcome
+from orchestrator.ledger import Ledger
+from orchestrator.plan import finished_slots
+from orchestrator.resolve import Resolver
+from orchestrator.search import CellSearch, open_storage
+from orchestrator.stages import PARTS, Workshop, build_image_block, open_generator
+from orchestrator.store import ArtifactStore
+from orchestrator.sweep import Dimension, Search, Seeds, SweepSpec, cells_of
+from orchestrator.trial import read_trial, run_trial
+
+IMAGES = 240  # of the digits: enough for every class, and quick
+QUICK = {"train.steps": 2, "prompt.length": 2, "iterations": 2}
+LENGTHS = (Dimension(key="prompt.length", values=(1, 2, 3, 4)),)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory, tiny_clip, resolver) -> Path:
+    """A store with the features of some digits."""
+    spec = resolver.trial({"images_per_class": 0}).features
+
+    def build(folder: Path) -> dict[str, Any]:
+        examples = get_dataset("digits").load(None)
+        parts = [PARTS.index(part) for part in examples.parts[:IMAGES]]
+        arrays = {
+            "features": tiny_clip.encode_images(examples.images[:IMAGES]).numpy(),
+            "labels": examples.labels[:IMAGES],
+            "parts": np.array(parts, dtype=np.int8),
+        }
+        save_file(arrays, folder / "features.safetensors")
+        return {}
+
+    store = ArtifactStore(tmp_path_factory.mktemp("prepared") / "runs")
+    store.get_or_build(spec, build)
+    return store.root
+
+
+class World:
+    """One sweep's store and ledger, and drivers that come and go."""
+
+    def __init__(self, folder: Path, prepared: Path, resolver: Resolver) -> None:
+        self.store = ArtifactStore(shutil.copytree(prepared, folder / "runs"))
+        self.ledger = Ledger(folder / "sweep")
+        self.ledger.folder.mkdir()
+        self.resolver = resolver
+        self.outcomes: list[Outcome] = []
+        self.searches: dict[str, CellSearch] = {}
+
+    def driver(self, sweep: SweepSpec, *budget: Callable[[], bool]) -> Dispatcher:
+        """A new driver on what the ones before left."""
+        self.outcomes, self.searches = [], {}
+        cells = cells_of(sweep)
+        if sweep.search is not None:
+            storage = open_storage(self.ledger.folder / "j")
+            for cell in cells:
+                if cell.space:
+                    self.searches[cell.id] = CellSearch(cell, sweep.search, storage)
+        place = self.store, self.resolver, self.ledger
+        return Dispatcher(sweep, cells, self.searches, *place, self.outcome, *budget)
+
+    def outcome(self, outcome: Outcome) -> None:
+        self.outcomes.append(outcome)
+        if not outcome.known:
+            slot = {"slot": outcome.slot.id, "key": outcome.slot.key.digest}
+            self.ledger.append(f"trial_{outcome.state}", **slot)
+
+    def run(self, job: Job, failing: Callable[[Any], bool] = lambda spec: False) -> dict[str, Any]:
+        """Run a job's trials; failures by key."""
+        failures = {}
+        for spec, key in zip(job.trials, job.keys, strict=True):
+            if failing(spec):
+                failures[key] = Failure("nan", "the loss became nan")
+            else:
+                run_trial(spec, self.store)
+        return failures
+
+    def run_all(
+        self, driver: Dispatcher, failing: Callable[[Any], bool] = lambda spec: False
+    ) -> list[Job]:
+        jobs = []
+        while (job := driver.next()) is not None:
+            jobs.append(job)
+            driver.complete(job.number, self.run(job, failing))
+        assert driver.finished
+        return jobs
+
+    def states(self) -> list[str]:
+        return [outcome.state for outcome in self.outcomes]
+
+    def told(self) -> list[tuple[int, dict[str, Any], float | None]]:
+        """(number, parameters, value) of the points of the only search."""
+        asked = [trial for trial in world_study(self) if "point" in trial.user_attrs]
+        return [(t.user_attrs["point"], dict(t.params), t.value) for t in asked]
+
+
+@pytest.fixture
+def world(tmp_path, prepared, resolver) -> World:
+    return World(tmp_path, prepared, resolver)
+
+
+def sweep(*methods: str, seeds: Iterable[int] = (1, 2), **parts: Any) -> SweepSpec:
+    fixed = {**QUICK, **parts.pop("fixed", {})}
+    fixed = {k: v for k, v in fixed.items() if parts.get("search") is None or k not in SEARCHED}
+    grid = {"method": methods} if len(methods) > 1 else {}
+    if not grid:
+        fixed["method"] = methods[0]
+    values = tuple((seed,) for seed in seeds)
+    return SweepSpec(name="x", grid=grid, fixed=fixed, seeds=Seeds(values=values), **parts)
+
+
+SEARCHED = {"prompt.length"}
+
+
+def searching(points: int = 4, width: int = 2, sampler: Any = "random") -> Search:
+    return Search(sampler=sampler, points=points, width=width, space=LENGTHS)
+
+
+# ---------------------------------------------------------------- jobs and outcomes
+
+
+def test_one_job_is_one_point_with_all_its_seeds(world):
+    driver = world.driver(sweep("fpl", "cpl"))
+    jobs = world.run_all(driver)
+    assert [(job.cell, job.point) for job in jobs] == [
+        ("digits-ul-text-fpl", 0),
+        ("digits-ul-text-cpl", 0),
+    ]
+    assert [[spec.seed for spec in job.trials] for job in jobs] == [[1, 2], [1, 2]]
+    assert world.states() == ["done"] * 4
+    for outcome in world.outcomes:
+        assert outcome.record == read_trial(outcome.slot.spec, world.store)
+        assert not outcome.known
+
+
+def test_while_jobs_run_there_is_nothing_to_hand_out_and_it_is_not_over(world):
+    driver = world.driver(sweep("fpl"))
+    job = driver.next()
+    assert driver.next() is None
+    assert not driver.finished
+    driver.complete(job.number, world.run(job))
+    assert driver.next() is None
+    assert driver.finished
+
+
+def test_a_job_that_was_only_looked_at_is_handed_out_again(world):
+    driver = world.driver(sweep("fpl", "cpl"))
+    job = driver.next()
+    driver.give_back(job)
+    assert driver.next() is job
+    assert driver.next().cell != job.cell
+
+
+def test_runs_of_a_point_that_are_one_computation_are_one_trial(world):
+    jobs = world.run_all(world.driver(sweep("zero_shot", seeds=(1, 2, 3))))
+    assert [len(job.trials) for job in jobs] == [1]
+    assert world.states() == ["done", "reused", "reused"]
+    assert [outcome.slot.seeds["seed"] for outcome in world.outcomes] == [1, 2, 3]
+
+
+def test_what_another_job_computes_is_waited_for(world):
+    """`air` without images and `cpl` are one trial."""
+    driver = world.driver(sweep("cpl", "air", seeds=(1,), fixed={"images_per_class": 0}))
+    job = driver.next()
+    assert len(job.trials) == 1
+    assert driver.next() is None  # air waits for it
+    assert not driver.finished
+    assert world.outcomes == []
+    driver.complete(job.number, world.run(job))
+    assert [(o.slot.cell.method, o.state) for o in world.outcomes] == [
+        ("cpl", "done"),
+        ("air", "reused"),
+    ]
+    assert world.outcomes[0].record == world.outcomes[1].record
+    assert driver.next() is None
+    assert driver.finished
+
+
+def test_the_store_saves_what_another_sweep_has_computed(world):
+    run_trial(next(iter(world.driver(sweep("fpl")).next().trials)), world.store)
+    jobs = world.run_all(world.driver(sweep("fpl")))
+    assert [[spec.seed for spec in job.trials] for job in jobs] == [[2]]
+    assert world.states() == ["reused", "done"]
+
+
+def test_a_run_of_a_finished_sweep_hands_out_nothing_and_says_what_is_known(world):
+    world.run_all(world.driver(sweep("fpl", "zero_shot")))
+    states = {outcome.slot.id: outcome.state for outcome in world.outcomes}
+    assert sorted(states.values()) == ["done", "done", "done", "reused"]
+    assert world.run_all(world.driver(sweep("fpl", "zero_shot"))) == []
+    assert {outcome.slot.id: outcome.state for outcome in world.outcomes} == states
+    assert all(outcome.known and outcome.record is not None for outcome in world.outcomes)
+
+
+def test_cells_take_turns(world):
+    driver = world.driver(sweep("fpl", "cpl", search=searching(sampler="grid"), seeds=(1,)))
+    jobs = [driver.next() for _ in range(4)]
+    assert [job.cell.rpartition("-")[2] for job in jobs] == ["fpl", "cpl", "fpl", "cpl"]
+
+
+def test_once_the_budget_is_spent_nothing_more_starts_and_what_runs_may_end(world):
+    money = iter([True, True, False])
+    driver = world.driver(sweep("fpl", "cpl", "grip"), lambda: next(money))
+    jobs = [driver.next(), driver.next()]
+    assert driver.next() is None
+    assert driver.out_of_budget()
+    assert not driver.finished
+    for job in jobs:
+        driver.complete(job.number, world.run(job))
+    assert driver.next() is None
+    assert driver.finished
+    assert len(world.run_all(world.driver(sweep("fpl", "cpl", "grip")))) == 1  # another day
+
+
+# ---------------------------------------------------------------- failures
+
+
+def second_seed(spec: Any) -> bool:
+    return spec.seed == 2
+
+
+def test_a_trial_that_fails_does_not_hold_up_the_others(world):
+    driver = world.driver(sweep("fpl", "cpl"))
+    world.run_all(driver, second_seed)
+    assert world.states() == ["done", "failed", "done", "failed"]
+    failed = world.outcomes[1]
+    assert (failed.failure_class, failed.message) == ("nan", "the loss became nan")
+    assert failed.record is None
+
+
+def test_who_waits_for_a_trial_that_fails_fails_too(world):
+    driver = world.driver(sweep("cpl", "air", seeds=(1,), fixed={"images_per_class": 0}))
+    job = driver.next()
+    assert driver.next() is None
+    driver.complete(job.number, dict.fromkeys(job.keys, Failure("oom", "")))
+    assert world.states() == ["failed", "failed"]
+    assert driver.next() is None
+    assert driver.finished
+
+
+def test_a_failed_trial_is_tried_again_by_the_next_run(world):
+    world.run_all(world.driver(sweep("fpl")), second_seed)
+    jobs = world.run_all(world.driver(sweep("fpl")))
+    assert [[spec.seed for spec in job.trials] for job in jobs] == [[2]]
+    assert [(o.state, o.known) for o in world.outcomes] == [("done", True), ("done", False)]
+
+
+def test_a_failed_seed_makes_a_failed_point_which_the_next_run_mends(world):
+    failing = sweep("fpl", search=searching(points=2, sampler="grid"))
+    world.run_all(world.driver(failing), lambda spec: spec.seed == 2 and spec.prompt.length == 1)
+    (four, one) = world.told()
+    assert (four[1], one[1:]) == ({"prompt.length": 4}, ({"prompt.length": 1}, None))
+    assert four[2] is not None
+    (job,) = world.run_all(world.driver(failing))
+    assert [(spec.seed, spec.prompt.length) for spec in job.trials] == [(2, 1)]
+    mended = [trial for trial in world_study(world) if "mends" in trial.user_attrs]
+    assert [(trial.user_attrs["mends"], trial.params) for trial in mended] == [(1, one[1])]
+    assert mended[0].value is not None
+
+
+def world_study(world: World) -> list[Any]:
+    (search,) = world.searches.values()
+    return search.study.get_trials(deepcopy=False)
+
+
+# ---------------------------------------------------------------- rounds
+
+
+def test_a_round_is_told_when_all_of_it_is_there_in_any_order(world):
+    driver = world.driver(sweep("fpl", search=searching(points=4, width=2, sampler="grid")))
+    first, second = driver.next(), driver.next()
+    assert driver.next() is None  # the next round waits for this one
+    driver.complete(second.number, world.run(second))
+    assert driver.next() is None
+    driver.complete(first.number, world.run(first))
+    third = driver.next()
+    assert [job.point for job in (first, second, third)] == [0, 1, 2]
+    expected = [mean_objective(world, job) for job in (first, second)]
+    assert [value for _, _, value in world.told()[:2]] == expected
+
+
+def mean_objective(world: World, job: Job) -> float:
+    """The mean over seeds of what the search is after."""
+    found = [read_trial(spec, world.store).objectives["mutual_information"] for spec in job.trials]
+    return sum(found) / len(found)
+
+
+def test_a_search_ends_with_all_its_points_told(world):
+    world.run_all(world.driver(sweep("fpl", search=searching(points=5, width=2), seeds=(1,))))
+    assert [number for number, _, _ in world.told()] == [0, 1, 2, 3, 4]
+    assert all(value is not None for _, _, value in world.told())
+    assert len(world.outcomes) == 5
+
+
+def test_a_point_that_equals_an_earlier_one_costs_nothing(world):
+    """Five points of four lengths: at least one comes twice."""
+    jobs = world.run_all(world.driver(sweep("fpl", search=searching(points=5), seeds=(1,))))
+    lengths = {params["prompt.length"] for _, params, _ in world.told()}
+    assert len(jobs) == len(lengths) < 5
+    assert world.states().count("reused") == 5 - len(lengths)
+
+
+def test_the_validation_images_can_be_the_objective(world):
+    search = Search(
+        sampler="grid", objective="validation_accuracy", points=2, width=2, space=LENGTHS
+    )
+    jobs = world.run_all(world.driver(sweep("fpl", search=search, seeds=(1,))))
+    expected = [read_trial(job.trials[0], world.store).objectives for job in jobs]
+    assert [value for _, _, value in world.told()] == [
+        found["validation_accuracy"] for found in expected
+    ]
+
+
+# ---------------------------------------------------------------- resume
+
+
+@pytest.mark.parametrize("completed", [0, 1, 2, 3])
+def test_a_driver_that_dies_after_some_jobs_is_followed_by_one_that_does_the_rest(
+    world, completed, tmp_path, prepared, resolver
+):
+    spec = sweep("fpl", search=searching(points=4, width=2, sampler="tpe"), seeds=(1,))
+    calm = World(tmp_path / "calm", prepared, resolver)
+    undisturbed = calm.run_all(calm.driver(spec))
+
+    dying = world.driver(spec)
+    done = []
+    while len(done) < completed and (job := dying.next()) is not None:
+        dying.complete(job.number, world.run(job))
+        done.append(job)
+    dying.next()  # handed out, and then the driver is no more
+    rest = world.run_all(world.driver(spec))
+
+    assert world.told() == calm.told()
+    assert [job.trials for job in done + rest] == [job.trials for job in undisturbed]
+    assert {o.slot.id for o in world.outcomes} == {o.slot.id for o in calm.outcomes}
+
+
+def test_a_trial_that_was_recorded_but_not_logged_is_not_run_again(world):
+    """The driver died between the two."""
+    driver = world.driver(sweep("fpl"))
+    world.run(driver.next())
+    assert world.run_all(world.driver(sweep("fpl"))) == []
+    assert world.states() == ["reused", "reused"]
+
+
+def test_a_point_is_asked_once_in_the_ledger_whatever_happens_to_its_driver(world):
+    spec = sweep("fpl", search=searching(points=4, width=2), seeds=(1,))
+    world.driver(spec).next()
+    world.run_all(world.driver(spec))
+    world.run_all(world.driver(spec))
+    asked = [e for e in world.ledger.events() if e["event"] == "point_asked"]
+    assert sorted(event["point"] for event in asked) == [0, 1, 2, 3]
+    assert [event["params"] for event in sorted(asked, key=lambda e: e["point"])] == [
+        params for _, params, _ in world.told()
+    ]
+
+
+def test_the_ledger_says_what_was_started_and_how_it_ended(world):
+    world.run_all(world.driver(sweep("fpl", seeds=(1,))))
+    assert [event["event"] for event in world.ledger.events()] == ["trials_started", "trial_done"]
+    (slot,) = finished_slots(world.ledger)
+    assert slot == "digits-ul-text-fpl/0/seed=1"
+
+
+# ---------------------------------------------------------------- images
+
+
+def test_trials_read_images_that_were_drawn_before(world, drawn_digits):
+    fixed = {"generator": f"folder:{drawn_digits}", "images_per_class": 8, "iterations": 1}
+    driver = world.driver(sweep("zero_shot_aux", "air", seeds=(1,), fixed=fixed))
+    shop = Workshop(world.store)
+    jobs = [driver.next(), driver.next()]
+    row = jobs[0].trials[0].synthetic_features
+    assert row == jobs[1].trials[0].synthetic_features
+    generator = open_generator(row.images, shop)
+    for c in range(10):
+        build_image_block(row, c, 0, shop, lambda: generator)
+    for job in jobs:
+        driver.complete(job.number, world.run(job))
+    assert world.states() == ["done", "done"]
+    for outcome in world.outcomes:
+        assert outcome.record.metrics["synthetic/images"] == 80
+        assert outcome.record.metrics["test/accuracy_auxiliary"] > 0.3  # chance is 0.1
