@@ -29,8 +29,8 @@ format:         ## format and fix what can be fixed
 golden:         ## rewrite the golden files; review the diff
 	AIRSWEEP_UPDATE_GOLDEN=1 $(BIN)/pytest -q -k golden
 
-tiny-world: .venv/done  ## pretrain the embedded CLIP and diffusion again (about an hour on two cores)
-	$(BIN)/python -m air_core.tiny
+tiny-world: .venv/done  ## pretrain the embedded CLIP and diffusion again (1.5 hours on one core)
+	$(BIN)/python -m air_core.tiny --work build/tiny_world --out air_core/tiny/weights
 
 chaos: .venv/done       ## kill the driver everywhere and look whether anything is lost
 	$(BIN)/pytest -m "not gpu and not weights" tests/test_kill.py

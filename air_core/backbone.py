@@ -161,6 +161,8 @@ def load_backbone(folder: Path, device: str = "cpu") -> Backbone:
     text = model
     if not hasattr(text, "token_embedding") or getattr(text, "text_pool_type", "") != "argmax":
         raise ValueError(f"{folder}: this text tower is not CLIP's causal one, which prompts need")
+    if getattr(text, "attn_mask", None) is None:
+        raise ValueError(f"{folder}: this text tower has no causal mask, which prompts need")
     merges = folder / "merges.txt.gz"
     length = len(model.positional_embedding)
     tokenizer = (

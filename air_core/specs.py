@@ -14,22 +14,20 @@ import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Annotated, Any, ClassVar, Literal
-
-
-class Strict:
-    """Unknown keys are an error where these classes are read from a file."""
-
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+from typing import Annotated, Any, Literal
 
 
 def knob(default: Any, help: str, **limits: float) -> Any:
-    """A settings field with a default, one line of help and limits (ge, gt, le, lt)."""
+    """A settings field with a default, one line of help and limits (ge, gt, le, lt).
+
+    A field that is added later also says `metadata["absent_means"]`: with that value it stays out
+    of keys, so that old results stay valid (orchestrator.keys).
+    """
     return field(default=default, metadata={"help": help, "limits": limits})
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ref(Strict):
+class Ref:
     """A thing outside, by content. Only the digest enters a key, never the name or a path."""
 
     name: str
@@ -43,7 +41,7 @@ Precision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SplitSettings(Strict):
+class SplitSettings:
     """Which images are the unlabelled pool, which are for validation, which for test."""
 
     paradigm: Literal["ul"] = knob("ul", "ul: no label at all")
@@ -56,7 +54,7 @@ class SplitSettings(Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InitialLabelsSettings(Strict):
+class InitialLabelsSettings:
     """The pseudo-labelled images that the LoRA is trained on."""
 
     kind: Literal["top_k"] = knob("top_k", "top_k: the most confident images of each class")
@@ -67,7 +65,7 @@ class InitialLabelsSettings(Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraTraining(Strict):
+class LoraTraining:
     """How one LoRA is trained."""
 
     rank: int = knob(4, "rank of the adapters (alpha equals it)", ge=1)
@@ -93,7 +91,7 @@ class LoraSettings(LoraTraining):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationSettings(Strict):
+class GenerationSettings:
     """How images are drawn. All of it is in the images' key."""
 
     seed: int = knob(0, "moves every image", ge=0)
@@ -107,7 +105,7 @@ class GenerationSettings(Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FidelitySettings(Strict):
+class FidelitySettings:
     """Which synthetic images build the auxiliary classifier."""
 
     kind: Literal["class_mean", "none"] = knob(
@@ -117,7 +115,7 @@ class FidelitySettings(Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AuxiliarySettings(Strict):
+class AuxiliarySettings:
     """The image-image classifier."""
 
     kind: Literal["prototype", "lda"] = knob(
@@ -137,7 +135,7 @@ class AuxiliarySettings(Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PseudoLabelSettings(Strict):
+class PseudoLabelSettings:
     """How scores become training targets."""
 
     kind: Literal["top_k", "candidates"] = knob(
@@ -152,14 +150,14 @@ class PseudoLabelSettings(Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptSettings(Strict):
+class PromptSettings:
     """The learned prompt."""
 
     length: int = knob(16, "context vectors before the class name", ge=1, le=64)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSettings(Strict):
+class TrainSettings:
     """SGD with momentum 0.9 on the prompt."""
 
     epochs: int = knob(50, "passes over the selected images in each iteration", ge=1)
@@ -176,7 +174,7 @@ class TrainSettings(Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeaturesSpec(Strict):
+class FeaturesSpec:
     """Frozen CLIP features of every image of a dataset."""
 
     dataset: Ref
@@ -185,7 +183,7 @@ class FeaturesSpec(Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelsSpec(Strict):
+class LabelsSpec:
     """Pseudo-labelled pool images for the LoRA.
 
     images: None: zero-shot CLIP alone; else CLIP fused with an auxiliary classifier built on the
@@ -199,7 +197,7 @@ class LabelsSpec(Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraSpec(Strict):
+class LoraSpec:
     """One LoRA of a diffusion model on pseudo-labelled images."""
 
     labels: LabelsSpec
@@ -209,7 +207,7 @@ class LoraSpec(Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GeneratedImages(Strict):
+class GeneratedImages:
     """An endless seeded row of images per class. How many are drawn is not part of it."""
 
     kind: Literal["generated"] = "generated"
@@ -225,7 +223,7 @@ class GeneratedImages(Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FolderImages(Strict):
+class FolderImages:
     """Images that somebody made already, in one folder a class."""
 
     kind: Literal["folder"] = "folder"
@@ -240,7 +238,7 @@ class FolderImages(Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SyntheticFeaturesSpec(Strict):
+class SyntheticFeaturesSpec:
     """Frozen CLIP features of synthetic images, a row like the images themselves."""
 
     images: GeneratedImages | FolderImages
@@ -253,7 +251,7 @@ class SyntheticFeaturesSpec(Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrialSpec(Strict):
+class TrialSpec:
     """One trial: flat at the door (`lora.rank`), nested inside."""
 
     dataset: Ref
@@ -564,7 +562,7 @@ def _keys(owner: Any, prefix: str) -> Iterator[Key]:
 
 REFS = {
     "dataset": "target images, by name",
-    "backbone": "CLIP: tiny, or an open_clip architecture/tag",
+    "backbone": "CLIP: tiny, or an open_clip folder",
     "generator": "tiny, a diffusers folder, or folder:<path> of ready images",
 }
 

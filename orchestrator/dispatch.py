@@ -71,7 +71,7 @@ class _CellQueue:
         self.handed = 0
         self.ended = False
 
-    def fill(self) -> None:
+    def fill(self, ledger: Ledger) -> None:
         """Tell a round that is over and ask the next one."""
         if self.ended or self.queue or self.open:
             return
@@ -82,7 +82,10 @@ class _CellQueue:
                 self.queue.append(Point(0, {}))
             return
         if self.told:
-            self.search.tell_round(dict(sorted(self.told.items())))
+            told = dict(sorted(self.told.items()))
+            self.search.tell_round(told)
+            values = {str(point): value for point, value in told.items()}
+            ledger.append("round_told", cell=self.cell.id, values=values)
             self.told = {}
         self.queue.extend(self.search.next_round())
         self.ended = not self.queue
@@ -143,7 +146,7 @@ class Dispatcher:
             return None
         while True:
             for queue in self.queues:
-                queue.fill()
+                queue.fill(self.ledger)
             ready = [queue for queue in self.queues if queue.queue]
             if not ready:
                 # Telling a round may have ended a cell without any job.

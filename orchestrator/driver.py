@@ -192,12 +192,15 @@ def run_sweep(
     ledger, resolver = place.ledger(), place.resolver()
     plan = plan_sweep(sweep, place.store, resolver, ledger)
     if plan.done == plan.total and standing(ledger).exit_code == DONE:
+        if ledger.path.exists():  # a file that only lost cells asks for no work, but is the sweep
+            _open_folder(place, sweep, origin or {})
         screen.say(f"{sweep.name}: nothing to do")
         return DONE
     ledger.lock()
     publisher = Publisher(sweep, _parent(sweep, place), place.store, tracking_uri)
     run = Run(sweep, place, screen, publisher, ledger, resolver)
     _open_folder(place, sweep, origin or {})
+    os.environ["AIRSWEEP_COMMIT"] = commit()  # workers have no .git
     code = FAILED  # what an exception leaves behind
     try:
         ledger.append(
@@ -225,8 +228,11 @@ def _open_folder(place: Place, sweep: SweepSpec, origin: dict[str, Any]) -> None
     version = place.store.root / "VERSION"
     if not version.exists():
         write_whole(version, VERSION + "\n")
-    write_whole(place.folder / "spec.yaml", sweep.text)
-    write_whole(place.folder / "resolved.json", json.dumps(origin, indent=1, sort_keys=True))
+    kept = {"spec.yaml": sweep.text, "resolved.json": json.dumps(origin, indent=1, sort_keys=True)}
+    for name, text in kept.items():
+        path = place.folder / name
+        if not path.exists() or path.read_text() != text:
+            write_whole(path, text)
 
 
 def _work(run: Run, plan: Plan, prepare_only: bool) -> int:

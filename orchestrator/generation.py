@@ -73,6 +73,26 @@ class Generate:
         return self.open[1]
 
 
+def room_for(resources: Resources) -> tuple[int, float]:
+    """How many generators fit into the cluster, and the GPUs of each: none where there are none.
+
+    Raises:
+        ValueError: not even one; Ray would wait for ever without a word.
+    """
+    cluster, want = ray.cluster_resources(), resources.generator
+    gpu = want.gpu if cluster.get("GPU", 0) else 0.0
+    limits = [
+        cluster.get(name, 0) // each for name, each in (("CPU", want.cpu), ("GPU", gpu)) if each
+    ]
+    fits = int(min(limits, default=cluster.get("CPU", 1)))
+    if fits < 1:
+        raise ValueError(
+            f"a generator asks for {want.cpu:g} CPU and {gpu:g} GPU; the cluster has "
+            f"{cluster.get('CPU', 0):g} and {cluster.get('GPU', 0):g}: lower resources.generator"
+        )
+    return fits, gpu
+
+
 def draw(
     needs: Sequence[Need],
     shop: Workshop,
@@ -95,15 +115,8 @@ def draw(
     ]
     if not shards:
         return
-    cluster = ray.cluster_resources()
     want = resources.generator
-    gpu = want.gpu if cluster.get("GPU", 0) else 0.0
-    fits = int(min(cluster["CPU"] // want.cpu, cluster.get("GPU", 0) // gpu if gpu else 1 << 30))
-    if fits < 1:
-        raise ValueError(
-            f"a generator asks for {want.cpu:g} CPU and {gpu:g} GPU; the cluster has "
-            f"{cluster['CPU']:g} and {cluster.get('GPU', 0):g}: lower resources.generator"
-        )
+    fits, gpu = room_for(resources)
     actors = min(want.actors or fits, fits, len(shards))
     context = DataContext.get_current()
     context.enable_progress_bars = False

@@ -11,7 +11,7 @@ import ray
 
 from air_core.specs import FeaturesSpec, LabelsSpec, LoraSpec, SyntheticFeaturesSpec
 from orchestrator import pictures
-from orchestrator.generation import draw
+from orchestrator.generation import draw, room_for
 from orchestrator.keys import artifact_key
 from orchestrator.plan import Need, level
 from orchestrator.stages import Workshop, build_features, build_labels, build_lora
@@ -97,7 +97,7 @@ def _build(needs: Sequence[Need], shop: Workshop, resources: Resources, watcher:
     if not needs:
         return
     want = resources.generator
-    gpu = want.gpu if ray.cluster_resources().get("GPU", 0) else 0.0
+    _, gpu = room_for(resources)
     there = Workshop(shop.store, shop.data_root, "cuda" if gpu else "cpu")
     board = ray.remote(Board).options(num_cpus=0).remote()
     stage = ray.remote(_run)

@@ -70,8 +70,9 @@ class Resolver:
     def dataset(self, dataset: Dataset) -> Ref:
         known = ("dataset", dataset.name)
         if known not in self._refs:
+            found = dataset.files(self.data_root)
             content = {
-                "files": self._file_digests(dataset.files(self.data_root)),
+                "files": list(zip(map(self._named, found), self._file_digests(found), strict=True)),
                 "classnames": dataset.classnames,
                 "template": dataset.template,
                 "recipe": dataset.recipe,
@@ -112,6 +113,12 @@ class Resolver:
             self.cache.parent.mkdir(parents=True, exist_ok=True)
             write_whole(self.cache, json.dumps(self._digests, indent=1, sort_keys=True))
             self._known = dict(self._digests)
+
+    def _named(self, path: Path) -> str:
+        """A dataset's file by its place below the data root; folders may be its classes."""
+        if self.data_root is not None and path.is_relative_to(self.data_root):
+            return str(path.relative_to(self.data_root))
+        return path.name
 
     def _file_digests(self, paths: Sequence[Path]) -> list[str]:
         found = []

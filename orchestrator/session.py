@@ -39,8 +39,9 @@ def ray_session() -> Iterator[dict[str, float]]:
 
     # Workers import this package from wherever it lies here, installed or not.
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    passed = {"AIRSWEEP_COMMIT": os.environ.get("AIRSWEEP_COMMIT", "unknown")}
     if joined:
-        ray.init(**quiet)
+        ray.init(runtime_env={"env_vars": passed}, **quiet)
     else:
         package_root = str(Path(__file__).resolve().parents[1])
         path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
@@ -48,7 +49,7 @@ def ray_session() -> Iterator[dict[str, float]]:
             address="local",
             include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES,
-            runtime_env={"env_vars": {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}},
+            runtime_env={"env_vars": {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", **passed}},
             **quiet,
         )
     for name in ("ray", "ray.tune", "ray.data"):

@@ -272,6 +272,7 @@ def _draw(
         {
             "index": pa.array(indices, pa.int32()),
             "class": [classname] * size,
+            "prompt": [_prompt(images, classname)] * size,
             "seed": pa.array(seeds, pa.uint64()),
             "attempt": pa.array(attempts, pa.int8()),
             "ok": [not hopeless for hopeless in bad.tolist()],
@@ -280,6 +281,12 @@ def _draw(
     )
     holes = int(bad.sum())
     return table, {"drawn": size - holes, "redrawn": redrawn, "holes": holes}
+
+
+def _prompt(images: GeneratedImages | FolderImages, classname: str) -> str:
+    if isinstance(images, FolderImages):
+        return ""
+    return images.settings.template.format(classname.replace("_", " "))
 
 
 def _png(pixels: np.ndarray) -> bytes:

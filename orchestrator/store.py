@@ -127,6 +127,7 @@ class ArtifactStore:
                 "started": started,
                 "seconds": round(time.time() - started, 3),
                 "host": socket.gethostname(),
+                "commit": os.environ.get("AIRSWEEP_COMMIT", "unknown"),
                 "versions": versions(),
                 "files": {p.name: file_digest(p) for p in sorted(work.iterdir())},
             }

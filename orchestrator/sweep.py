@@ -296,7 +296,7 @@ SMOKE: dict[str, Any] = {
 def smoke(spec: SweepSpec) -> SweepSpec:
     """The same cells at next to no cost: one point, one seed, one iteration, 8 images a class."""
     grid = {key: values for key, values in spec.grid.items() if key not in SMOKE}
-    search = spec.search and replace(spec.search, points=1, width=1)
+    search = spec.search and replace(spec.search, points=1, space=())
     seeds = replace(spec.seeds, values=spec.seeds.values[:1])
     exclude = tuple(entry for entry in spec.exclude if not entry.keys() & SMOKE.keys())
     return replace(

@@ -128,9 +128,7 @@ def _run(spec: TrialSpec, store: ArtifactStore, device: str, folder: Path) -> di
         metrics |= {"pseudo/accuracy": believed, "pseudo/coverage": 1.0}
     metrics["pool/accuracy_fused"] = believed
     metrics["test/accuracy"] = result.test.accuracy
-    for name in ("fused", "auxiliary"):
-        if name in result.inference:
-            metrics[f"test/accuracy_{name}"] = result.inference[name]
+    metrics |= {f"test/accuracy_{name}": share for name, share in result.inference.items()}
     metrics |= {f"objective/{name}": value for name, value in result.objectives.items()}
     if data.synthetic is not None:
         metrics["synthetic/images"] = float(len(data.synthetic))

@@ -68,7 +68,7 @@ class PipelineGenerator:
         ]
         with torch.inference_mode(), autocast(self.device, settings.precision):
             drawn = self.pipeline(
-                [settings.template.format(classname)] * len(generators),
+                [settings.template.format(classname.replace("_", " "))] * len(generators),
                 height=settings.size,
                 width=settings.size,
                 num_inference_steps=settings.num_inference_steps,
