@@ -130,6 +130,8 @@ def _differences(screen: _Screen, found: Sequence[Comparison], *, many: bool) ->
             text += f"{over(c.difference)}; n_test {c.difference.n_test}"
         if c.difference.low <= 0 <= c.difference.high:
             text += "; not told from 0"
+        if c.images_needed is not None:
+            text += f"; needs {c.images_needed:,} test images"
         if many:
             text += f"; {c.row.dataset}, {c.row.paradigm}/{c.row.modality}"
         if often[c.a, c.b, c.row.world] > 1:

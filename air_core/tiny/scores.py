@@ -46,20 +46,18 @@ def main() -> None:
 
 def measured(out: Path, per_class: int = 20, held_out: Source | None = None) -> dict[str, Any]:
     """All scores of a folder with both models."""
-    from diffusers import AutoencoderTiny
-
     from air_core.diffusion.pipeline import PipelineGenerator
     from air_core.specs import GenerationSettings
     from air_core.tiny.pretrain_diffusion import vae_error
 
     clip: CLIP = open_clip.create_model(f"local-dir:{out / 'clip'}", require_pretrained=True)
     tokenizer = SimpleTokenizer(str(out / "clip" / "merges.txt.gz"), context_length=24)
-    vae = AutoencoderTiny.from_pretrained(out / "diffusion" / "vae", local_files_only=True)
     unseen = held_out or chunk(HELD_OUT)
     settings = GenerationSettings(
         guidance_scale=4.0, num_inference_steps=10, size=SIDE, block=per_class, precision="fp32"
     )
     generator = PipelineGenerator(out / "diffusion", settings)
+    vae = generator.pipeline.vae
     return {
         **clip_scores(clip, tokenizer, unseen),
         "linear_probe": linear_probe(clip),

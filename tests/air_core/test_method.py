@@ -102,9 +102,9 @@ def test_without_any_round_it_is_zero_shot_clip(spec, digits):
 def test_ready_images_make_a_classifier_far_better_than_chance(spec, with_images):
     result, _ = watched(spec("zero_shot_aux"), with_images)
     assert result.inference.keys() == {"text", "fused", "auxiliary"}
-    assert result.inference["text"] == result.test.accuracy
+    # Nothing was learned: the fused classifier is what is tested.
+    assert result.inference["fused"] == result.test.accuracy > 0.3
     assert result.inference["auxiliary"] > 0.3  # chance is 0.1
-    assert result.inference["fused"] > 0.3
 
 
 # ---------------------------------------------------------------- what it may see
@@ -177,6 +177,7 @@ def test_the_auxiliary_classifier_changes_what_is_learned(spec, with_images):
     one, other = watched(spec("air"), with_images), watched(spec("cpl"), with_images)
     assert not torch.equal(one[1][0].labels.labels, other[1][0].labels.labels)
     assert one[0].inference.keys() == {"text", "fused", "auxiliary"}
+    assert one[0].inference["text"] == one[0].test.accuracy  # the prompt is what is tested
     assert other[0].inference.keys() == {"text"}
 
 
@@ -230,13 +231,13 @@ def test_real_images_of_the_auxiliary_are_the_surest_of_each_class(spec, digits)
     assert build_auxiliary(spec("cpl"), digits, believed, 0) is None
 
 
-def test_every_class_has_real_images_also_where_the_pool_is_small(spec, digits):
-    """30 images for ten classes, some of which no image is taken for at first."""
-    few = replace(digits, pool=Batch(digits.pool.features[:30]))
+def test_a_class_that_is_nobodys_first_choice_has_real_images_too(spec, digits):
+    """Also where the pool has fewer images than the classes have places."""
     text = text_classifier(digits.backbone, digits.classnames, digits.template)
-    assert text.logits(few.pool).argmax(dim=-1).unique().numel() < 10
+    others = text.logits(digits.pool).argmax(dim=-1) != 3
+    few = replace(digits, pool=Batch(digits.pool.features[others][:50]))
     believed = fuse(text, None, few.pool, 0.0, "logit_scale")
-    assert build_auxiliary(spec("cpl_real"), few, believed, 0) is not None
+    assert isinstance(build_auxiliary(spec("cpl_real"), few, believed, 0), LinearClassifier)
 
 
 def test_real_images_join_by_steps(spec, digits):

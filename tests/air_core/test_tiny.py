@@ -25,6 +25,8 @@ from air_core.tiny.pretrain_diffusion import (
 )
 from air_core.tiny.render import CONCEPTS, HELD_OUT, caption, chunk, render
 
+SHORT = 600  # source images of a short run
+
 
 @pytest.fixture(scope="module")
 def tokenizer() -> SimpleTokenizer:
@@ -67,7 +69,9 @@ def test_a_prompt_of_16_vectors_and_the_longest_digit_fit_the_context(tokenizer)
 
 def test_clip_reads_handwritten_digits_as_well_as_its_card_says(tokenizer):
     clip = clip_of(WEIGHTS / "clip")
-    assert scores.zero_shot(clip, tokenizer, *scores.handwritten()) == pytest.approx(0.48, abs=0.03)
+    assert scores.zero_shot(clip, tokenizer, *scores.handwritten()) == pytest.approx(
+        0.476, abs=0.02
+    )
     assert scores.linear_probe(clip) > 0.93
 
 
@@ -84,7 +88,7 @@ def test_generated_digits_are_read_as_what_was_asked_for(tokenizer):
     )
     generator = PipelineGenerator(WEIGHTS / "diffusion", settings)
     found = scores.sample_scores(clip_of(WEIGHTS / "clip"), tokenizer, generator, per_class=4)
-    assert found["sample_agreement"] > 0.75
+    assert found["sample_agreement"] > 0.8
     assert found["samples_rejected"] == 0
 
 
@@ -126,20 +130,18 @@ def test_held_out_images_are_the_last_ones():
     assert np.array_equal(held_out.images, source.images[-2:])
 
 
-def test_the_whole_recipe_makes_a_world_that_loads(tmp_path, tokenizer):
+def test_the_whole_recipe_makes_a_world_that_loads(tmp_path):
     work, out = tmp_path / "work", tmp_path / "out"
-    pretrain(work, out, 120, ClipTraining(steps=2, shipped=1, batch=8, warmup=1))
-    pretrain_vae(work, 120, VaeTraining(steps=2, batch=4))
-    pretrain_unet(work, out, 120, UnetTraining(steps=2, batch=4, warmup=1))
-    assert sorted(checksums(out)) == [
-        name for name in sorted(checksums(WEIGHTS)) if name != CHECKSUMS
-    ]
-    found = scores.measured(out, per_class=1, held_out=chunk(0, 20))
+    pretrain(work, out, SHORT, ClipTraining(steps=2, shipped=1, batch=8, warmup=1))
+    pretrain_vae(work, SHORT, VaeTraining(steps=2, batch=4))
+    pretrain_unet(work, out, SHORT, UnetTraining(steps=2, batch=4, warmup=1))
+    assert sorted(checksums(out)) == sorted(checksums(WEIGHTS))
+    found = scores.measured(out, per_class=1, held_out=chunk(0, 40))
     assert all(np.isfinite(value) for value in found.values())
 
 
 def test_pretraining_again_gives_the_same_weights(tmp_path):
     training = ClipTraining(steps=2, shipped=2, batch=8, warmup=1)
     for name in ("one", "two"):
-        pretrain(tmp_path / name, tmp_path / name, 60, training)
-    assert checksums(tmp_path / "one" / "clip") == checksums(tmp_path / "two" / "clip")
+        pretrain(tmp_path / "work", tmp_path / name, SHORT, training)
+    assert checksums(tmp_path / "one") == checksums(tmp_path / "two")

@@ -302,6 +302,11 @@ def test_a_search_ends_with_all_its_points_told(world):
     assert [number for number, _, _ in world.told()] == [0, 1, 2, 3, 4]
     assert all(value is not None for _, _, value in world.told())
     assert len(world.outcomes) == 5
+    logged = [e["values"] for e in world.ledger.events() if e["event"] == "round_told"]
+    assert [len(values) for values in logged] == [2, 2, 1]
+    assert {int(n): v for values in logged for n, v in values.items()} == {
+        number: value for number, _, value in world.told()
+    }
 
 
 def test_a_point_that_equals_an_earlier_one_costs_nothing(world):

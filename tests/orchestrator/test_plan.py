@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -410,6 +411,19 @@ def test_the_json_of_a_plan_says_all_of_it(world):
     assert features["key"].startswith("features/v1/digits-tiny-")
     assert found["estimate"].keys() == {"seconds", "calibrated"}
     assert json.loads(json.dumps(found)) == found
+
+
+def test_five_hundred_trials_are_planned_while_somebody_waits(world):
+    """No bound on seconds, which depend on the machine; `pytest -s` prints them."""
+    axes = {"images_per_class": (0, 8, 16, 24), "prompt.length": (4, 8, 16)}
+    methods = ("cpl", "air", "cpl_real", "air_grip", "fpl")
+    sweep = world.sweep(*methods, grid=axes, seeds=seeds(*range(16)))
+    started = time.perf_counter()
+    plan = world.plan(sweep)
+    print(f"{plan.total} trials of {len(plan.cells)} cells: {time.perf_counter() - started:.2f} s")
+    assert plan.total == 33 * 16
+    assert plan.reused == 3 * 16  # air and cpl without images, for each length
+    assert stages(plan.needs) == ["features", "images"]
 
 
 PLANNING = """

@@ -104,33 +104,40 @@ def test_a_name_may_start_at_home_or_here(monkeypatch, tmp_path):
 # ---------------------------------------------------------------- datasets
 
 
-def some_dataset(*files: Path, **changes: object) -> Dataset:
-    return replace(get_dataset("digits"), files=lambda root: sorted(files), **changes)
+def some_dataset(*files: str, **changes: object) -> Dataset:
+    """Digits, but with these files below the data root."""
+    return replace(
+        get_dataset("digits"), files=lambda root: sorted(root / f for f in files), **changes
+    )
 
 
-def test_a_dataset_is_its_files_names_template_and_recipe(tmp_path):
-    one, same, other = (tmp_path / name for name in ("one", "same", "other"))
-    for path, text in [(one, "images"), (same, "images"), (other, "pictures")]:
-        path.write_text(text)
+def test_a_dataset_is_its_files_their_places_names_template_and_recipe(tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    for root in (here, there):
+        for folder, text in [("a", "images"), ("b", "images"), ("c", "pictures")]:
+            (root / folder).mkdir(parents=True)
+            (root / folder / "x").write_text(text)
 
-    def digest(*files: Path, **changes: object) -> str:
-        resolver = Resolver(tmp_path / "digests.json", None)
+    def digest(root: Path, *files: str, **changes: object) -> str:
+        resolver = Resolver(tmp_path / "digests.json", root)
         return resolver.dataset(some_dataset(*files, **changes)).digest
 
-    assert digest(one) == digest(same)
+    assert digest(here, "a/x") == digest(there, "a/x")
     others = [
-        digest(other),
-        digest(one, same),
-        digest(one, classnames=("0", "1")),
-        digest(one, template="a drawing of a {}"),
-        digest(one, recipe=2),
+        digest(here, "b/x"),  # the folder may be the class
+        digest(here, "c/x"),
+        digest(here, "a/x", "b/x"),
+        digest(here, "a/x", classnames=("0", "1")),
+        digest(here, "a/x", template="a drawing of a {}"),
+        digest(here, "a/x", recipe=2),
     ]
-    assert len({digest(one), *others}) == 6
+    assert len({digest(here, "a/x"), *others}) == 7
 
 
-def test_a_dataset_whose_files_are_not_there_is_an_error(fresh, tmp_path):
+def test_a_dataset_whose_files_are_not_there_is_an_error(tmp_path):
+    resolver = Resolver(tmp_path / "digests.json", tmp_path)
     with pytest.raises(NotThere, match=r"nowhere is not there"):
-        fresh.dataset(some_dataset(tmp_path / "nowhere"))
+        resolver.dataset(some_dataset("nowhere"))
 
 
 def test_the_digits_are_found(fresh, digits_ref):
