@@ -53,8 +53,8 @@ WORLDS: dict[tuple[str, str], dict[str, Any]] = {
     ("generator", "tiny"): {
         "initial_labels.k": 32,
         "lora.rank": 8,
-        "lora.steps": 200,
-        "lora.batch": 64,
+        "lora.steps": 300,
+        "lora.batch": 16,
         "lora.learning_rate": 2e-3,
         "lora.rounds": 2,
         # bf16 is emulated, and ten times slower, on processors without instructions for it.
@@ -63,6 +63,7 @@ WORLDS: dict[tuple[str, str], dict[str, Any]] = {
         "generation.guidance_scale": 4.0,
         "generation.num_inference_steps": 10,
         "generation.size": 32,
+        "generation.block": 16,
         "fidelity.kind": "none",
         "auxiliary.kind": "lda",
     },

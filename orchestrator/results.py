@@ -21,7 +21,8 @@ def entries_of(plan: Plan, store: ArtifactStore) -> list[Entry]:
     """One entry for each slot that has a record."""
     search = plan.sweep.search
     done = [(slot, read_trial(slot.spec, store)) for slot in plan.slots if store.has(slot.spec)]
-    objectives = _objectives(done, search.objective if search else None)
+    runs = len(plan.sweep.seeds.values)
+    objectives = _objectives(done, search.objective if search else None, runs)
     entries = []
     for slot, record in done:
         image_ids, predictions, labels = record.predictions()
@@ -56,15 +57,15 @@ def settings_of(slot: Slot) -> dict[str, Any]:
 
 
 def _objectives(
-    done: list[tuple[Slot, TrialRecord]], objective: str | None
+    done: list[tuple[Slot, TrialRecord]], objective: str | None, runs: int
 ) -> dict[tuple[str, int], float]:
-    """Mean objective over the seeds of each point."""
+    """Mean objective over the runs of each point; a point that lacks a run has none."""
     if objective is None:
         return {}
     values: dict[tuple[str, int], list[float]] = {}
     for slot, record in done:
         values.setdefault((slot.cell.id, slot.point), []).append(record.objectives[objective])
-    return {point: fmean(found) for point, found in values.items()}
+    return {point: fmean(found) for point, found in values.items() if len(found) == runs}
 
 
 @dataclass

@@ -135,9 +135,11 @@ class ArtifactStore:
             try:
                 os.rename(work, place)
             except OSError:
-                # Somebody else was faster; the same key is the same thing.
+                # Somebody else was faster, and the same key is the same thing; or a folder that
+                # lost its record is in the way, and what has no record is nothing.
                 if not (place / "record.json").is_file():
-                    raise
+                    shutil.rmtree(place)
+                    os.rename(work, place)
         finally:
             shutil.rmtree(work, ignore_errors=True)
         return self.get(spec)

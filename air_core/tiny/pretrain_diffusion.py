@@ -179,16 +179,25 @@ def vae_input(images: NDArray[np.uint8]) -> Tensor:
 def encode(vae: Any, images: NDArray[np.uint8]) -> Tensor:
     """Latents (N, 4, S/4, S/4), not scaled."""
     vae.eval()
-    return torch.cat(
-        [vae.encode(vae_input(images[i : i + 50])).latents for i in range(0, len(images), 50)]
-    ).contiguous()
+    parts = [vae.encode(vae_input(part)).latents for part in _parts(images)]
+    return torch.cat(parts).contiguous()
 
 
 @torch.no_grad()
 def vae_error(vae: Any, images: NDArray[np.uint8]) -> float:
     """Mean squared error of a round trip; pixels in [-1, 1]."""
-    decoded = vae.eval().decode(encode(vae, images)).sample
-    return float((decoded - vae_input(images)).square().mean())
+    vae.eval()
+    errors = [
+        (vae.decode(vae.encode(pixels).latents).sample - pixels).square().flatten(1).mean(dim=1)
+        for pixels in map(vae_input, _parts(images))
+    ]
+    return float(torch.cat(errors).mean())
+
+
+def _parts(images: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
+    """50 images at once fit the processor's cache: nearly twice as fast as 500."""
+    for i in range(0, len(images), 50):
+        yield images[i : i + 50]
 
 
 # ---------------------------------------------------------------- U-Net and text encoder

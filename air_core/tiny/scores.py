@@ -116,8 +116,8 @@ def image_features(clip: CLIP, images: NDArray[np.uint8]) -> Tensor:
     """Unit features (N, D)."""
     clip.eval()
     parts = [
-        clip.encode_image(clip_input(images[i : i + 500]), normalize=True)
-        for i in range(0, len(images), 500)
+        clip.encode_image(clip_input(images[i : i + 100]), normalize=True)
+        for i in range(0, len(images), 100)
     ]
     return torch.cat(parts)
 

@@ -44,7 +44,7 @@ def test_only_the_context_gets_gradients(tiny_clip):
 
 def test_a_name_that_does_not_fit_is_an_error(tiny_clip):
     context = torch.zeros(16, tiny_clip.token_width)
-    with pytest.raises(ValueError, match="takes .* tokens, but .* are left after a context of 16"):
+    with pytest.raises(ValueError, match=r"takes .* tokens, but .* are left after a context of 16"):
         tiny_clip.encode_context(context, ["a very long name of a thing that nobody can say"])
 
 

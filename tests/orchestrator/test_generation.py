@@ -72,7 +72,7 @@ def test_a_block_that_cannot_be_drawn_is_named_and_the_others_are_kept(
         file.unlink()
     store = ArtifactStore(tmp_path / "store")
     need = need_of(resolver, folder, 8)
-    with pytest.raises(GenerationFailed, match="1 of 10 image blocks.*digit three, block 0"):
+    with pytest.raises(GenerationFailed, match=r"1 of 10 image blocks.*digit three, block 0"):
         run(need, store)
     assert need.missing(store) == [(3, 0)]
 
