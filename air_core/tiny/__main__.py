@@ -1,6 +1,6 @@
 """Make the embedded world again: `python -m air_core.tiny --work DIR --out DIR`.
 
-About an hour and a half on one CPU core. Weights come out the same on the same processor and
+A bit more than an hour on one CPU core. Weights come out the same on the same processor and
 library versions; elsewhere rounding differs and the scores agree to a point or so.
 """
 

@@ -226,6 +226,7 @@ def pretrain_unet(work: Path, out: Path, images: int, training: UnetTraining) ->
             torch.save(ema.shadow, work / f"unet-ema-{step}.pt")
     ema.copy_to_models()
     vae = AutoencoderTiny.from_pretrained(work / "vae", local_files_only=True)
+    vae.register_to_config(_name_or_path="")  # else the file that ships would name `work`
     save(folder, vae, text_encoder, unet, tokenizer)
 
 

@@ -145,14 +145,14 @@ def zero_shot(
 
 
 def linear_probe(clip: CLIP) -> float:
-    """Test accuracy on the digits of logistic regression on image features, all labels, one split.
+    """Test accuracy on the digits of logistic regression on image features, on 70 % of the labels.
 
     How much the image side knows, whatever the texts say.
     """
     images, labels = handwritten()
     features = image_features(clip, images).numpy()
     order = np.random.default_rng(0).permutation(len(images))
-    train, test = order[:1257], order[1257:]
+    train, test = np.split(order, [int(0.7 * len(order))])
     probe = LogisticRegression(C=100.0, max_iter=2000).fit(features[train], labels[train])
     return float(probe.score(features[test], labels[test]))
 

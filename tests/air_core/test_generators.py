@@ -117,6 +117,21 @@ def test_a_model_that_says_nan_gives_rejected_images_and_no_exception():
     assert rejected(images).all()
 
 
+def test_a_few_bad_pixels_reject_their_image_and_leave_the_others_alone(generator):
+    def spoil_the_first(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        output[0, :, :4, :4] = torch.nan
+        return output
+
+    whole = draw(generator, range(2))
+    hook = generator.pipeline.vae.decoder.register_forward_hook(spoil_the_first)
+    try:
+        spoilt = draw(generator, range(2))
+    finally:
+        hook.remove()
+    assert rejected(spoilt).tolist() == [True, False]
+    assert torch.equal(spoilt[1], whole[1])
+
+
 def test_loading_and_drawing_print_nothing(capfd):
     draw(PipelineGenerator(MODEL, replace(QUICK, num_inference_steps=1)), range(1))
     assert capfd.readouterr() == ("", "")

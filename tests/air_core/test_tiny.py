@@ -130,12 +130,15 @@ def test_held_out_images_are_the_last_ones():
     assert np.array_equal(held_out.images, source.images[-2:])
 
 
-def test_the_whole_recipe_makes_a_world_that_loads(tmp_path):
+def test_the_whole_recipe_makes_a_world_that_can_be_measured(tmp_path, monkeypatch):
+    images, labels = scores.handwritten()
+    monkeypatch.setattr(scores, "handwritten", lambda: (images[:100], labels[:100]))
     work, out = tmp_path / "work", tmp_path / "out"
     pretrain(work, out, SHORT, ClipTraining(steps=2, shipped=1, batch=8, warmup=1))
     pretrain_vae(work, SHORT, VaeTraining(steps=2, batch=4))
     pretrain_unet(work, out, SHORT, UnetTraining(steps=2, batch=4, warmup=1))
     assert sorted(checksums(out)) == sorted(checksums(WEIGHTS))
+    assert not [f for f in out.rglob("*.json") if str(tmp_path) in f.read_text()]
     found = scores.measured(out, per_class=1, held_out=chunk(0, 40))
     assert all(np.isfinite(value) for value in found.values())
 
