@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from typing import Any, Protocol
 
@@ -43,16 +44,40 @@ def prepare(needs: Sequence[Need], shop: Workshop, resources: Resources, watcher
         GenerationFailed, ValueError: something could not be made.
     """
     missing = [need for need in needs if need.have(shop.store) < need.total()]
-    missing.sort(key=lambda need: level(need.spec))
-    for _, group in groupby(missing, key=lambda need: level(need.spec)):
-        together = sorted(group, key=lambda need: need.stage)
-        for stage, alike in groupby(together, key=lambda need: need.stage):
-            started = time.monotonic()
-            if stage == "images":
-                draw(list(alike), shop, resources, watcher.prepared)
-            else:
-                _build(list(alike), shop, resources, watcher)
-            watcher.phase(stage, time.monotonic() - started)
+    levels = _levels(missing)
+    missing.sort(key=lambda need: levels[need])
+    for _, group in groupby(missing, key=levels.__getitem__):
+        together = list(group)
+        images = [need for need in together if need.stage == "images"]
+        others = [need for need in together if need.stage != "images"]
+        if others:
+            with _clocked(watcher, others[-1].stage):
+                _build(others, shop, resources, watcher)
+        if images:
+            with _clocked(watcher, "images"):
+                draw(images, shop, resources, watcher.prepared)
+
+
+@contextmanager
+def _clocked(watcher: Watcher, stage: str) -> Iterator[None]:
+    started = time.monotonic()
+    yield
+    watcher.phase(stage, time.monotonic() - started)
+
+
+def _levels(missing: Sequence[Need]) -> dict[Need, int]:
+    """When each need comes, so that few processes have to start: labels are made by the process
+    that trains the LoRA on them, and rows without LoRA are drawn with the last row."""
+    levels = {need: level(need.spec) for need in missing}
+    trained = {need.spec.labels for need in missing if isinstance(need.spec, LoraSpec)}
+    rows = [need for need in missing if isinstance(need.spec, SyntheticFeaturesSpec)]
+    last = max((levels[need] for need in rows), default=0)
+    for need in missing:
+        if need.spec in trained:
+            levels[need] += 1
+        elif need in rows and levels[need] == 1:
+            levels[need] = last
+    return levels
 
 
 class Board:
@@ -87,6 +112,7 @@ def _run(spec: Any, shop: Workshop, board: Any) -> tuple[float, dict[str, Any]]:
                     last = time.monotonic()
                     board.write.remote(str(artifact_key(spec)), step, steps)
 
+            build_labels(spec.labels, shop)  # before, where they are missing
             artifact = build_lora(spec, shop, report)
         case _:
             raise TypeError(type(spec).__name__)
@@ -101,22 +127,35 @@ def _build(needs: Sequence[Need], shop: Workshop, resources: Resources, watcher:
     there = Workshop(shop.store, shop.data_root, "cuda" if gpu else "cpu")
     board = ray.remote(Board).options(num_cpus=0).remote()
     stage = ray.remote(_run)
+    follow = {need.spec.labels for need in needs if isinstance(need.spec, LoraSpec)}
     running = {
         stage.options(num_cpus=want.cpu, num_gpus=gpu, max_retries=1).remote(
             need.spec, there, board
         ): need
         for need in needs
+        if need.spec not in follow
     }
     while running:
         ready, _ = ray.wait(list(running), timeout=REPORT_EVERY)
         for done in ready:
             need = running.pop(done)
             seconds, facts = ray.get(done)
+            if isinstance(need.spec, LoraSpec):
+                _labels_are_there(need.spec.labels, needs, shop, watcher)
             watcher.prepared(need, seconds, facts)
         state = ray.get(board.read.remote())
         for need in running.values():
             if str(need.key) in state:
                 watcher.progress(need, *state[str(need.key)])
+
+
+def _labels_are_there(
+    labels: LabelsSpec, needs: Sequence[Need], shop: Workshop, watcher: Watcher
+) -> None:
+    for need in needs:
+        if need.spec == labels:
+            record = shop.store.get(labels).record
+            watcher.prepared(need, record["seconds"], record["info"])
 
 
 def contact_sheet(

@@ -19,6 +19,7 @@ QUIET = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # else its C++ part warns of actors' arguments
 }
 OBJECT_STORE_BYTES = 256 * 2**20  # artifacts travel by the store, not by Ray
 

@@ -58,6 +58,7 @@ from orchestrator.tracking import (
     without_credentials,
 )
 
+logging.getLogger("mlflow").setLevel(logging.WARNING)  # Ray may have imported it before us
 log = logging.getLogger(__name__)
 
 # Seconds between two attempts to reach a server that did not answer. One that accepts a call and
