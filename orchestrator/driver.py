@@ -362,7 +362,7 @@ def _tune(run: Run, dispatcher: Dispatcher) -> None:
         dispatcher, _workshop(run), run.sweep.resources, run.place.folder / "tune", fits
     )
     run.tally.add_wall("trials", figures.wall)
-    if figures.jobs:
+    if figures.overhead is not None:
         run.tally.overheads.append(figures.overhead)
 
 

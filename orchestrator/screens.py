@@ -181,12 +181,12 @@ def _work_facts(plan: Plan, place: Place, outcome: dict[str, Any]) -> list[tuple
             f"{PHASES[stage]} {_clock(walls[stage])}" for stage in PHASES if stage in walls
         )
         overhead = max(0.0, total - sum(walls.values()))
-        each = run.get("overheads") or [0.0]
+        each = run.get("overheads")
+        warm = f"{sum(each) / len(each):.2f} s overhead a point on warm actors; " if each else ""
         facts.append(
             (
                 "time",
-                f"{_clock(total)}: {named}  rest {_clock(overhead)}; "
-                f"{sum(each) / len(each):.2f} s overhead a point; "
+                f"{_clock(total)}: {named}  rest {_clock(overhead)}; {warm}"
                 f"peak {run.get('memory', 0) / 2**30:.1f} GiB",
             )
         )

@@ -38,7 +38,8 @@ class Figures:
     """What running the points cost."""
 
     wall: float  # seconds
-    overhead: float  # median seconds of a job beyond what its trials took, once actors are up
+    # Median seconds of a point beyond what its trials took, once actors are up; None: none was.
+    overhead: float | None
     jobs: int
 
 
@@ -179,10 +180,10 @@ def run_points(
         ),
     )
     tuner.fit()
-    # The first job of each actor pays for its start and imports.
-    warm = overheads[slots:] or overheads
+    # The first point of each actor pays for its start and imports.
+    warm = overheads[slots:]
     return Figures(
         wall=time.monotonic() - started,
-        overhead=statistics.median(warm) if warm else 0.0,
+        overhead=statistics.median(warm) if warm else None,
         jobs=len(overheads),
     )
