@@ -40,7 +40,6 @@ class Figures:
     wall: float  # seconds
     # Median seconds of a point beyond what its trials took, once actors are up; None: none was.
     overhead: float | None
-    jobs: int
 
 
 class TrialRunner(tune.Trainable):  # type: ignore[misc]
@@ -185,5 +184,4 @@ def run_points(
     return Figures(
         wall=time.monotonic() - started,
         overhead=statistics.median(warm) if warm else None,
-        jobs=len(overheads),
     )
