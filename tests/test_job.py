@@ -50,6 +50,8 @@ def head() -> Iterator[str]:
             "--node-ip-address=127.0.0.1",
             "--dashboard-host=127.0.0.1",
             f"--dashboard-port={port}",
+            # Its default port is taken where another Ray runs; jobs then find no agent.
+            f"--dashboard-agent-listen-port={free_port()}",
             "--num-cpus=2",
             f"--temp-dir={folder}",
         ],
