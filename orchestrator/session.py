@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,23 +43,40 @@ def ray_session() -> Iterator[dict[str, float]]:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     passed = {"AIRSWEEP_COMMIT": os.environ.get("AIRSWEEP_COMMIT", "unknown")}
     if joined:
-        ray.init(runtime_env={"env_vars": passed}, **quiet)
+        with _muted_errors():
+            ray.init(runtime_env={"env_vars": passed}, **quiet)
     else:
         package_root = str(Path(__file__).resolve().parents[1])
         path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            runtime_env={"env_vars": {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", **passed}},
-            **quiet,
-        )
+        with _muted_errors():
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                runtime_env={"env_vars": {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", **passed}},
+                **quiet,
+            )
     for name in ("ray", "ray.tune", "ray.data"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         yield ray.cluster_resources()
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _muted_errors() -> Iterator[None]:
+    """File descriptor 2 goes nowhere for a moment: Ray's C++ part greets there, whatever its
+    level. What goes wrong still arrives as an exception."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 class MemoryPeak:

@@ -210,7 +210,7 @@ def test_lora_is_an_axis_whose_settings_do_not_apply_where_it_is_off(tmp_path):
         "lora=off",
     ]
     assert "lora" not in eight.flat
-    assert eight.flat["lora.steps"] == 200
+    assert eight.flat["lora.steps"] == 300
     assert off.flat["lora"] is None
     assert not [key for key in off.flat if key.startswith("lora.")]
     assert from_flat(off.flat, REFS, ()).lora is None
