@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def pretrain(work: Path, out: Path, images: int, training: ClipTraining) -> None:
-    """Train; write `out/clip` (the shipped state) and `work/clip-final.pt` (the last one)."""
+    """Train; write `out/clip`, what ships, and `work/clip-final.safetensors`, the last state."""
     folder = out / "clip"
     folder.mkdir(parents=True, exist_ok=True)
     write_merges(folder / "merges.txt.gz")
@@ -90,10 +90,9 @@ def pretrain(work: Path, out: Path, images: int, training: ClipTraining) -> None
             )
         if step % 100 == 0 or step == training.steps:
             print(f"clip {step} {scores.clip_scores(clip, tokenizer, held_out)}", flush=True)
-            torch.save(clip.state_dict(), work / f"clip-{step}.pt")
         if step == training.shipped:
             save(clip, folder)
-    torch.save(clip.state_dict(), work / "clip-final.pt")
+    save_file(clip.state_dict(), work / "clip-final.safetensors")
 
 
 # ---------------------------------------------------------------- tokenizer and model

@@ -3,7 +3,7 @@
 A latent diffusion model (arXiv:2112.10752) in three steps: an autoencoder from 32x32 pixels to 8x8
 latents, the latents of all source images, and a U-Net that predicts noise given a caption, with
 min-SNR weights (arXiv:2303.09556) and classifier-free guidance (arXiv:2207.12598). The text
-encoder starts from the text tower of the fully trained CLIP (`work/clip-final.pt`), so
+encoder starts from the text tower of the fully trained CLIP (`work/clip-final.safetensors`), so
 `pretrain_clip` comes first.
 """
 
@@ -31,6 +31,7 @@ from diffusers import (
 )
 from numpy.typing import NDArray
 from open_clip.tokenizer import SimpleTokenizer
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -212,7 +213,7 @@ def pretrain_unet(work: Path, out: Path, images: int, training: UnetTraining) ->
     seen, _ = source(work, images).split()
     latents = torch.from_numpy(np.load(work / "latents.npy")[: len(seen)])
     unet = build_unet(training.seed)
-    text_encoder = build_text_encoder(torch.load(work / "clip-final.pt"))
+    text_encoder = build_text_encoder(load_file(work / "clip-final.safetensors"))
     ema = Averages(unet, text_encoder, decay=training.ema)
     start, recent = time.process_time(), 0.0
     for step, loss in fit_unet(unet, text_encoder, tokenizer, seen, latents, training):
@@ -222,8 +223,6 @@ def pretrain_unet(work: Path, out: Path, images: int, training: UnetTraining) ->
             print(
                 f"unet {step} loss {recent:.4f} {time.process_time() - start:.0f} CPU-s", flush=True
             )
-        if step % 500 == 0 and step < training.steps:
-            torch.save(ema.shadow, work / f"unet-ema-{step}.pt")
     ema.copy_to_models()
     vae = AutoencoderTiny.from_pretrained(work / "vae", local_files_only=True)
     vae.register_to_config(_name_or_path="")  # else the file that ships would name `work`
