@@ -241,7 +241,6 @@ def _work(run: Run, plan: Plan, prepare_only: bool) -> int:
     with ExitStack() as stack:
         for cells in _groups(plan, run):
             needs = needs_of(possible_trials(cells, run.sweep.seeds.assignments(), run.resolver))
-            missing = _incomplete(run, needs)
             dispatcher = Dispatcher(
                 run.sweep,
                 cells,
@@ -255,7 +254,7 @@ def _work(run: Run, plan: Plan, prepare_only: bool) -> int:
             job = None if prepare_only else dispatcher.next()
             if dispatcher.out_of_budget():
                 return BUDGET
-            if job is None and not (prepare_only and missing):
+            if job is None and not (prepare_only and _incomplete(run, needs)):
                 continue  # all of it was known
             if run.cluster is None:
                 run.cluster = _start_cluster(stack, run)

@@ -70,12 +70,11 @@ def _levels(missing: Sequence[Need]) -> dict[Need, int]:
     that trains the LoRA on them, and rows without LoRA are drawn with the last row."""
     levels = {need: level(need.spec) for need in missing}
     trained = {need.spec.labels for need in missing if isinstance(need.spec, LoraSpec)}
-    rows = [need for need in missing if isinstance(need.spec, SyntheticFeaturesSpec)]
-    last = max((levels[need] for need in rows), default=0)
+    last = max((levels[need] for need in missing if need.stage == "images"), default=0)
     for need in missing:
         if need.spec in trained:
             levels[need] += 1
-        elif need in rows and levels[need] == 1:
+        elif need.stage == "images" and levels[need] == 1:
             levels[need] = last
     return levels
 
