@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from air_core.datasets import Dataset, get_dataset
+from air_core.datasets.class_folders import class_files
 from air_core.specs import Ref, TrialSpec, from_flat, uses_images
 from orchestrator.keys import digest
 from orchestrator.presets import OUTSIDE
@@ -45,12 +46,13 @@ class Resolver:
             self._digests = json.loads(self.cache.read_text())
         self._known = dict(self._digests)
         self._refs: dict[tuple[str, str], Ref] = {}
+        self._ready: dict[str, tuple[int, str]] = {}  # fewest images, and of which class
 
     def trial(self, flat: dict[str, Any]) -> TrialSpec:
         """A TrialSpec from a flat dict that still has names.
 
         Raises:
-            NotThere: weights or images are missing.
+            ValueError: weights or images are missing, or too few.
         """
         flat = OUTSIDE | flat
         dataset = get_dataset(flat["dataset"])
@@ -65,7 +67,21 @@ class Resolver:
         if uses_images(trial):
             generator = self.weights("generator", flat["generator"])
             trial = replace(trial, generator=generator)
+            if generator.name.startswith("folder:"):
+                self._enough(generator.name, trial)
         return trial
+
+    def _enough(self, name: str, trial: TrialSpec) -> None:
+        """A folder of ready images has what the trial reads."""
+        if name not in self._ready:
+            files = class_files(folder_of("generator", name), trial.classnames)
+            self._ready[name] = min((len(of), c) for c, of in files.items())
+        fewest, classname = self._ready[name]
+        if fewest < trial.images_per_class:
+            raise NotThere(
+                f"generator {name!r}: class {classname!r} has {fewest} images there, but "
+                f"images_per_class is {trial.images_per_class}; add some or ask for fewer"
+            )
 
     def dataset(self, dataset: Dataset) -> Ref:
         known = ("dataset", dataset.name)

@@ -58,10 +58,18 @@ def ray_session() -> Iterator[dict[str, float]]:
             )
     for name in ("ray", "ray.tune", "ray.data"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    # A worker loads torch and CLIP, seconds of work, while this process still loads its own part.
+    ray.remote(_imports).options(num_cpus=0).remote()
     try:
         yield ray.cluster_resources()
     finally:
         ray.shutdown()
+
+
+def _imports() -> None:
+    import open_clip  # noqa: F401
+
+    import orchestrator.stages  # noqa: F401
 
 
 @contextmanager

@@ -39,7 +39,7 @@ class ImageGenerator(Protocol):
             (B, H, W, 3) uint8. One that could not be made is of one colour, see `rejected`.
 
         Raises:
-            ValueError: there is no such class, or not as many images.
+            ValueError: there is no such class.
         """
         ...
 

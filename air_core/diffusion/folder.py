@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+from air_core.datasets.class_folders import class_files
 
 
 class FolderGenerator:
@@ -22,46 +22,27 @@ class FolderGenerator:
     def __init__(self, folder: Path, classnames: Sequence[str], size: int) -> None:
         """
         Args:
-            folder: holds one folder for each class, named like it; underscores may stand for
-                spaces.
+            folder: see `class_files`.
             classnames: of the dataset.
             size: side of the square that images are scaled and cropped to, in pixels.
 
         Raises:
             ValueError: class folders are missing.
         """
-        self.folder = folder
         self.size = size
-        self.files = {name: _files(folder, name) for name in classnames}
-        missing = [name for name, files in self.files.items() if files is None]
-        if missing:
-            raise ValueError(
-                f"{folder} has no folder for {', '.join(map(repr, missing))}; "
-                "one folder a class, spaces may be underscores"
-            )
+        self.files = class_files(folder, classnames)
 
     def generate(self, classname: str, indices: Sequence[int], attempts: Sequence[int]) -> Tensor:
         """See ImageGenerator. A file is a file: another attempt gives the same image."""
         files = self.files.get(classname)
         if files is None:
             raise ValueError(f"unknown class {classname!r}; known: {', '.join(self.files)}")
-        need = max(indices, default=-1) + 1
-        if need > len(files):
-            raise ValueError(
-                f"class {classname!r} has {len(files)} images in {self.folder}, "
-                f"but {need} are needed; add some or ask for fewer"
-            )
-        images = [_read(files[i], self.size) for i in indices]
+        # A block may reach beyond the last file.
+        images = [
+            _read(files[i], self.size) if i < len(files) else _black(self.size) for i in indices
+        ]
         empty = torch.empty((0, self.size, self.size, 3), dtype=torch.uint8)
         return torch.stack(images) if images else empty
-
-
-def _files(folder: Path, classname: str) -> list[Path] | None:
-    for name in (classname, classname.replace(" ", "_")):
-        if (folder / name).is_dir():
-            files = (folder / name).iterdir()
-            return sorted(f for f in files if f.suffix.lower() in SUFFIXES)
-    return None
 
 
 def _read(file: Path, size: int) -> Tensor:
@@ -70,5 +51,9 @@ def _read(file: Path, size: int) -> Tensor:
         with Image.open(file) as image:
             square = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError):
-        return torch.zeros((size, size, 3), dtype=torch.uint8)
+        return _black(size)
     return torch.from_numpy(np.array(square))
+
+
+def _black(size: int) -> Tensor:
+    return torch.zeros((size, size, 3), dtype=torch.uint8)

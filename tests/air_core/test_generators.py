@@ -200,10 +200,9 @@ def test_a_file_that_is_no_image_gives_a_rejected_one(ready):
     assert rejected(generator.generate("red fox", [1, 2], [0, 0])).tolist() == [False, True]
 
 
-def test_too_few_ready_images_is_an_error_with_both_numbers(ready):
+def test_beyond_the_last_ready_image_there_are_rejected_ones(ready):
     generator = FolderGenerator(ready, ["tree frog"], 16)
-    with pytest.raises(ValueError, match=r"'tree frog' has 1 images in .*, but 4 are needed"):
-        generator.generate("tree frog", [0, 3], [0, 0])
+    assert rejected(generator.generate("tree frog", [0, 3], [0, 0])).tolist() == [False, True]
 
 
 def test_missing_class_folders_are_all_named(ready):

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from air_core.datasets import get_dataset
 from air_core.specs import (
     GeneratedImages,
     LabelsSpec,
@@ -118,9 +119,20 @@ class World:
         return handed
 
 
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    """120 ready images a class; what is in the files does not matter here."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for name in get_dataset("digits").classnames:
+        (folder / name).mkdir()
+        for index in range(120):
+            (folder / name / f"{index}.png").touch()
+    return folder
+
+
 @pytest.fixture
-def world(tmp_path, drawn_digits) -> World:
-    return World(tmp_path, drawn_digits)
+def world(tmp_path, pictures) -> World:
+    return World(tmp_path, pictures)
 
 
 def counts(plan: Plan) -> tuple[int, int, int, int]:
@@ -496,9 +508,9 @@ def sweeps(draw: Any, pictures: str) -> SweepSpec:
 
 @settings(max_examples=25, deadline=None)
 @given(st.data())
-def test_as_many_trials_run_as_were_planned(drawn_digits, data):
+def test_as_many_trials_run_as_were_planned(pictures, data):
     with tempfile.TemporaryDirectory() as folder:
-        world = World(Path(folder), drawn_digits)
+        world = World(Path(folder), pictures)
         sweep = data.draw(sweeps(world.pictures))
         for slot in world.plan(sweep).slots:  # some of it is there already, from elsewhere
             if data.draw(st.integers(0, 4)) == 0:

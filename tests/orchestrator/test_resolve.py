@@ -151,11 +151,12 @@ def flat(method: str, **changes: object) -> dict[str, object]:
     return {**presets.defaults(method, {}), **changes}
 
 
-def test_a_trial_gets_content_for_its_names(fresh, pictures, digits_ref):
-    spec = fresh.trial(flat("air", generator=f"folder:{pictures}"))
+def test_a_trial_gets_content_for_its_names(fresh, drawn_digits, digits_ref):
+    images = f"folder:{drawn_digits}"
+    spec = fresh.trial(flat("air", generator=images, images_per_class=16))
     assert spec.dataset == digits_ref
     assert spec.backbone == fresh.weights("backbone", "tiny")
-    assert spec.generator == fresh.weights("generator", f"folder:{pictures}")
+    assert spec.generator == fresh.weights("generator", images)
     assert spec.classnames == get_dataset("digits").classnames
 
 
@@ -206,3 +207,14 @@ def test_digests_are_kept_once_they_are_saved_and_only_then(fresh, clip):
 def test_a_text_has_a_short_digest():
     assert text_digest("a: 1\n") == text_digest("a: 1\n") != text_digest("a: 2\n")
     assert len(text_digest("")) == 12
+
+
+def test_too_few_ready_images_are_named_before_anything_runs(resolver, drawn_digits):
+    flat = {
+        **presets.defaults("air", {}),
+        "generator": f"folder:{drawn_digits}",
+        "images_per_class": 16,
+    }
+    assert resolver.trial(flat).images_per_class == 16
+    with pytest.raises(NotThere, match=r"has 16 images there, but images_per_class is 17; add"):
+        resolver.trial({**flat, "images_per_class": 17})
