@@ -83,7 +83,7 @@ def _methods(
         right = results.mean(row, "pseudo/accuracy")
         lines.append((row, gain, right, settings_text(row, varied)))
 
-    gains = f"gain over {baseline}, 95 %"
+    gains = f"gain over {baseline}, 95 %" if any(gain for _, gain, *_ in lines) else ""
     name_width = max(len("method"), *(len(row.method) for row, *_ in lines))
     gain_width = max(len(gains), *[len(signed_interval(gain)) for _, gain, *_ in lines if gain], 0)
     # Settings stand in place of the bars, or on a line of their own where they are too long.
