@@ -2,7 +2,8 @@
 
 Frozen features, pseudo-labels from the text classifier fused with an auxiliary classifier on
 synthetic images, a prompt learned on both, again with the better prompt. LoRA and images are made
-before (`air_core.diffusion`); here they are features. Without images it is the host method.
+before (`air_core.diffusion`); here they are features. Without images it is the host method; from
+labelled images alone it is CoOp or VPT.
 """
 
 from __future__ import annotations
@@ -15,21 +16,22 @@ import torch
 from torch import Tensor
 
 from air_core import evaluation
+from air_core.auxiliary import AuxiliaryClassifier, auxiliary_classifier, high_fidelity
 from air_core.backbone import Backbone
 from air_core.classifiers import (
     Classifier,
     FusedClassifier,
     LinearClassifier,
-    auxiliary_classifier,
+    Remembered,
     fuse,
-    high_fidelity,
     text_classifier,
 )
 from air_core.prompts import build_learner
-from air_core.pseudo_labels import assign
+from air_core.pseudo_labels import assign, spread
 from air_core.pseudo_labels.top_k import balanced_choice
-from air_core.specs import TrialSpec, trains_on_synthetic, uses_auxiliary
-from air_core.training import fit
+from air_core.specs import TrialSpec, trains_on_real, trains_on_synthetic, uses_auxiliary
+from air_core.training import Targeted, fit
+from air_core.transduction import transductive
 from air_core.types import Batch, Labelled, Metrics, PseudoLabels, TrialResult
 
 FADED = 8  # synthetic images per class that stay in the bank to the end
@@ -43,6 +45,8 @@ class TrialData:
     classnames: Sequence[str]
     template: str
     pool: Batch
+    labelled: Labelled | None  # SSL: the shots; TRZSL: images of seen classes; None in UL
+    unseen: Tensor | None  # (U,) TRZSL: the classes that pool images are from
     validation: Labelled | None
     test: Labelled
     synthetic: Labelled | None  # with the class that each image was drawn for
@@ -53,7 +57,7 @@ class Progress:
     """What a round did, for whoever watches."""
 
     iteration: int
-    labels: PseudoLabels
+    labels: PseudoLabels | None  # None: the prompt was learned from labelled images alone
     loss: float
     learned: Classifier
 
@@ -69,75 +73,171 @@ def learn(
 
     `spec.iterations = 0` is CLIP without learning. The prompt of the last round is tested: no
     round is picked afterwards.
+
+    Raises:
+        ValueError: the data do not fit the spec, such as no label for a method that wants some.
     """
     started = time.monotonic()
-    teacher: Classifier = text_classifier(data.backbone, data.classnames, data.template)
-    auxiliary = build_auxiliary(spec, data, fused(spec, data, teacher, None), 0)
-    labels = None
+    _check(spec, data)
+    text = text_classifier(data.backbone, data.classnames, data.template)
+    teacher: Classifier = Remembered(text)
+    auxiliary = build_auxiliary(spec, data, text, teacher, None, 0)
+    labels = learner = None
     for iteration in range(spec.iterations):
-        scores = fused(spec, data, teacher, auxiliary)
         if spec.auxiliary.refresh and iteration > 0:
-            auxiliary = build_auxiliary(spec, data, scores, iteration)
-            scores = fused(spec, data, teacher, auxiliary)
-        labels = assign(
-            scores.scores(data.pool).detach(),
-            spec.pseudo_labels,
-            iteration=iteration,
-            iterations=spec.iterations,
-            previous=labels,
-        )
-        learner = build_learner(
-            spec.modality, spec.prompt, data.backbone, data.classnames, spec.seed
-        )
+            auxiliary = build_auxiliary(spec, data, text, teacher, auxiliary, iteration)
+        if spec.supervision == "pseudo":
+            labels = assign(
+                fused(spec, data, teacher, auxiliary, iteration).pool_scores(data.pool),
+                spec.pseudo_labels,
+                iteration=iteration,
+                iterations=spec.iterations,
+                previous=labels,
+            )
+        if learner is None or spec.prompt.restart:
+            learner = build_learner(
+                spec.modality,
+                spec.prompt,
+                data.backbone,
+                data.classnames,
+                data.template,
+                spec.seed,
+            )
+        chosen = spread(labels, data.unseen, len(data.classnames)) if labels else None
         loss = fit(
             learner,
-            real=data.pool[labels.indices],
-            targets=labels.targets,
-            synthetic=data.synthetic if trains_on_synthetic(spec) else None,
-            synthetic_weight=spec.synthetic_weight,
+            real=_targeted(spec, data, chosen) if chosen else None,
+            labelled=data.labelled if spec.train.mix != "synthetic" else None,
+            synthetic=_drawn(spec, data),
+            synthetic_weight=spec.synthetic_weight * _left(spec, iteration),
+            loss=spec.pseudo_labels.loss,
             settings=spec.train,
             seed=spec.seed * 1009 + iteration,
         )
-        report(Progress(iteration, labels, loss, learner))
-        teacher = learner
+        teacher = Remembered(learner)
+        report(Progress(iteration, chosen, loss, learner))
     return evaluate(spec, data, teacher, auxiliary, started)
 
 
+def _check(spec: TrialSpec, data: TrialData) -> None:
+    if spec.supervision == "labelled" and data.labelled is None:
+        raise ValueError("CoOp and VPT learn from labelled images; ul has none: use ssl or trzsl")
+    if not torch.isfinite(data.pool.features).all():
+        raise ValueError("image features of the pool are not finite: are the weights damaged?")
+
+
+def _targeted(spec: TrialSpec, data: TrialData, chosen: PseudoLabels) -> Targeted | None:
+    if not trains_on_real(spec):
+        return None
+    return Targeted(data.pool[chosen.indices], chosen.targets.clone())
+
+
+def _drawn(spec: TrialSpec, data: TrialData) -> Labelled | None:
+    """Synthetic images of the loss: in TRZSL seen classes have real labels."""
+    if data.synthetic is None or not trains_on_synthetic(spec):
+        return None
+    return data.synthetic.of(data.unseen)
+
+
+def _left(spec: TrialSpec, iteration: int) -> float:
+    """Share of the synthetic loss's weight that this round still has."""
+    if spec.train.synthetic_schedule == "fixed":
+        return 1.0
+    return 1 - iteration / max(1, spec.iterations - 1)
+
+
 def fused(
-    spec: TrialSpec, data: TrialData, teacher: Classifier, auxiliary: LinearClassifier | None
+    spec: TrialSpec,
+    data: TrialData,
+    teacher: Classifier,
+    auxiliary: AuxiliaryClassifier | None,
+    iteration: int,
 ) -> FusedClassifier:
     """The teacher with the auxiliary classifier beside it."""
-    return fuse(teacher, auxiliary, data.pool, spec.fusion_weight, spec.auxiliary.temperature)
+    if spec.transduction == "gmm":
+        teacher = transductive(teacher, data.pool, data.unseen)
+    weight = spec.fusion_weight
+    if spec.fusion.schedule == "annealed":
+        weight *= 1 - iteration / max(1, spec.iterations - 1)
+    return fuse(
+        teacher,
+        auxiliary,
+        data.pool,
+        weight,
+        spec.auxiliary.temperature,
+        spec.fusion.space,
+        data.unseen,
+    )
 
 
 @torch.no_grad()
 def build_auxiliary(
-    spec: TrialSpec, data: TrialData, believed: FusedClassifier, iteration: int
-) -> LinearClassifier | None:
+    spec: TrialSpec,
+    data: TrialData,
+    text: LinearClassifier,
+    teacher: Classifier,
+    previous: AuxiliaryClassifier | None,
+    iteration: int,
+) -> AuxiliaryClassifier | None:
     """The auxiliary classifier of this round; None: nothing is fused.
 
-    Real images are those that `believed` is most sure of, k per class and `k_step` more in each
-    round, while synthetic ones may leave (`fade`).
+    Real images are those that the teacher and the `previous` one are most sure of, k per class and
+    `k_step` more in each round, while synthetic ones may leave (`fade`). Labelled images of the
+    same classes join them. Classes are those that pool images are from: in TRZSL the unseen ones,
+    counted from 0.
     """
     if not uses_auxiliary(spec):
         return None
-    settings, classes = spec.auxiliary, len(data.classnames)
+    auxiliary = previous
+    for _ in range(spec.auxiliary.rounds):
+        believed = fused(spec, data, teacher, auxiliary, iteration)
+        auxiliary = _auxiliary(spec, data, text, believed, iteration)
+    return auxiliary
+
+
+def _auxiliary(
+    spec: TrialSpec,
+    data: TrialData,
+    text: LinearClassifier,
+    believed: FusedClassifier,
+    iteration: int,
+) -> AuxiliaryClassifier:
+    settings = spec.auxiliary
+    classes = torch.arange(len(data.classnames)) if data.unseen is None else data.unseen
     synthetic = real = None
+    if settings.source != "synthetic" or spec.fidelity.kind == "real_mean":
+        # No more places than images: else a class that is nobody's first choice would get none.
+        most = max(1, len(data.pool) // len(classes))
+        places = torch.full((len(classes),), min(settings.k + settings.k_step * iteration, most))
+        taken = balanced_choice(believed.pool_scores(data.pool), places)
+        chosen = (taken >= 0).nonzero().flatten()
+        real = _with_labelled(Labelled(data.pool[chosen], taken[chosen]), data, classes)
     if settings.source != "real" and data.synthetic is not None:
-        bank = data.synthetic
+        bank = _among(data.synthetic, classes)
         if settings.fade:
             bank = faded(bank, iteration / max(1, spec.iterations - 1))
-        synthetic = high_fidelity(bank, spec.fidelity)
-    if settings.source != "synthetic":
-        # No more places than images: else a class that is nobody's first choice would get none.
-        most = max(1, len(data.pool) // classes)
-        places = torch.full((classes,), min(settings.k + settings.k_step * iteration, most))
-        taken = balanced_choice(believed.scores(data.pool), places)
-        chosen = (taken >= 0).nonzero().flatten()
-        real = Labelled(data.pool[chosen], taken[chosen])
+        synthetic = high_fidelity(bank, spec.fidelity, text.weight[classes], real)
     return auxiliary_classifier(
-        settings, synthetic, real, data.pool, classes, data.backbone.logit_scale
+        settings,
+        synthetic,
+        real if settings.source != "synthetic" else None,
+        data.pool,
+        len(classes),
+        data.backbone.logit_scale,
     )
+
+
+def _with_labelled(real: Labelled, data: TrialData, classes: Tensor) -> Labelled:
+    if data.labelled is None:
+        return real
+    known = _among(data.labelled, classes)
+    return Labelled(Batch.joined([real.batch, known.batch]), torch.cat([real.labels, known.labels]))
+
+
+def _among(images: Labelled, classes: Tensor) -> Labelled:
+    """Images of these classes, which become 0, 1, ... in ascending order."""
+    kept = images.of(classes)
+    return Labelled(kept.batch, torch.searchsorted(classes, kept.labels))
 
 
 def faded(bank: Labelled, progress: float) -> Labelled:
@@ -146,8 +246,7 @@ def faded(bank: Labelled, progress: float) -> Labelled:
     for c in sorted(set(bank.labels.tolist())):
         members = (bank.labels == c).nonzero().flatten()
         keep.append(members[: max(FADED, round(len(members) * (1 - progress)))])
-    index = torch.cat(keep)
-    return Labelled(bank.batch[index], bank.labels[index])
+    return bank[torch.cat(keep)]
 
 
 @torch.no_grad()
@@ -155,27 +254,30 @@ def evaluate(
     spec: TrialSpec,
     data: TrialData,
     teacher: Classifier,
-    auxiliary: LinearClassifier | None,
+    auxiliary: AuxiliaryClassifier | None,
     started: float,
 ) -> TrialResult:
-    """Test accuracy of the learned prompt, and of the fused and auxiliary classifiers beside it."""
+    """How the learned prompt does on test, and the fused and auxiliary classifiers beside it."""
     test = data.test.batch
-    both = fused(spec, data, teacher, auxiliary)
+    both = fused(spec, data, teacher, auxiliary, max(0, spec.iterations - 1))
 
     def tested(scores: Tensor) -> Metrics:
-        return evaluation.accuracy(scores.argmax(dim=-1), data.test.labels, len(data.classnames))
+        guess = scores.argmax(dim=-1)
+        return evaluation.measured(guess, data.test.labels, len(data.classnames), data.unseen)
 
     text = tested(teacher.logits(test))
-    # Where nothing was learned, the fused classifier is all that the images have changed.
+    # Where nothing was learned, the fused classifier is all that images have changed.
     metrics = text if spec.iterations else tested(both.scores(test))
-    inference = {"text": text.accuracy}
+    inference = {"text": text.headline}
     if auxiliary is not None:
-        inference["fused"] = tested(both.scores(test)).accuracy
-        inference["auxiliary"] = tested(auxiliary.logits(test)).accuracy
+        inference["fused"] = tested(both.scores(test)).headline
+        if data.unseen is None:
+            inference["auxiliary"] = tested(auxiliary.logits(test)).headline
+    believed = both.pool_scores(data.pool).argmax(dim=-1)
     return TrialResult(
-        objectives=evaluation.objectives(teacher, data.pool, data.validation),
+        objectives=evaluation.objectives(teacher, data.pool, data.validation, data.unseen),
         test=metrics,
         inference=inference,
-        pool_predictions=both.scores(data.pool).argmax(dim=-1),
+        pool_predictions=believed if data.unseen is None else data.unseen[believed],
         seconds=time.monotonic() - started,
     )

@@ -1,48 +1,155 @@
-"""A paradigm is a split: which images are seen without label, which with, which are for test."""
+"""A paradigm is a split: which images are seen without label, which with, which are for test.
+
+Importing this is cheap: torch is loaded by `make_split` only.
+"""
 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from air_core.specs import SplitSettings
-from air_core.types import Split
+
+if TYPE_CHECKING:
+    from air_core.types import Split
 
 TEST_SHARE = 0.3  # of all images, where the dataset has no test part of its own
+SEEN_SHARE = 0.62  # of the classes, in TRZSL
 
 
 def make_split(labels: np.ndarray, parts: np.ndarray, settings: SplitSettings) -> Split:
-    """Positions of pool, validation and test images.
+    """Positions of pool, labelled, validation and test images.
+
+    UL: the pool is all of train (and val). SSL: `shots` images of each class leave it with their
+    labels. TRZSL: images of seen classes leave it with their labels, all others stay.
 
     Args:
-        labels: (N,) classes, read only to stratify where the dataset has no split of its own.
-        parts: (N,) train, val, test or free (air_core.datasets.Examples).
+        labels: (N,) classes; read to stratify where the dataset has no split of its own, and
+            for what the paradigm calls labelled.
+        parts: (N,) train, val, test, free or bad (air_core.datasets.Examples).
 
-    The pool never holds a test image. With `pool: train` it holds no validation image either.
+    The pool never holds a test image (but for `leaky_pool`). With `pool: train` it holds no
+    validation image either.
 
     Raises:
-        ValueError: a part would be empty.
+        ValueError: a part would be empty, a class has too few images or there are too few classes.
     """
-    return {"ul": _unsupervised}[settings.paradigm](labels, parts, settings)
+    import torch
 
+    from air_core.types import Split
 
-def _unsupervised(labels: np.ndarray, parts: np.ndarray, settings: SplitSettings) -> Split:
     parts = _fixed(labels, parts, settings.split_seed)
-    pool = np.isin(parts, settings.pool.split("+"))
-    validation = (parts == "val") & ~pool
-    split = Split(
-        pool=torch.from_numpy(np.flatnonzero(pool)),
-        validation=torch.from_numpy(np.flatnonzero(validation)),
-        test=torch.from_numpy(np.flatnonzero(parts == "test")),
-    )
-    if not len(split.pool) or not len(split.test):
+    wanted = settings.pool.split("+") + (["test"] if settings.leaky_pool else [])
+    train = np.isin(parts, wanted)
+    validation = np.flatnonzero((parts == "val") & ~train)
+    test = np.flatnonzero(parts == "test")
+    labelled, unseen = PARADIGMS[settings.paradigm](labels, np.flatnonzero(train), settings)
+    pool = _shaped(labels, np.setdiff1d(np.flatnonzero(train), labelled), settings)
+    if not len(pool) or not len(test):
         raise ValueError(
-            f"the split has {len(split.pool)} pool and {len(split.test)} test images; "
-            "both need at least one"
+            f"the split has {len(pool)} pool and {len(test)} test images; both need at least one"
         )
-    return split
+    return Split(
+        pool=torch.from_numpy(pool),
+        labelled=torch.from_numpy(labelled),
+        validation=torch.from_numpy(validation),
+        test=torch.from_numpy(test),
+        unseen=None if unseen is None else torch.tensor(unseen),
+    )
+
+
+def _shaped(labels: np.ndarray, pool: np.ndarray, settings: SplitSettings) -> np.ndarray:
+    """The pool as an experiment wants it: imbalanced, without some classes, or smaller.
+
+    True labels are read here to simulate such a pool; nothing that learns sees them. Which classes
+    are rare or missing is drawn by `split_seed`.
+    """
+    generator = np.random.default_rng([settings.split_seed, len(pool)])
+    classes = generator.permutation(np.unique(labels[pool]))
+    missing = int(settings.pool_missing * len(classes))
+    pool = pool[~np.isin(labels[pool], classes[:missing])]
+    if settings.pool_ratio > 1:
+        left = classes[missing:]
+        shares = settings.pool_ratio ** -(np.arange(len(left)) / max(1, len(left) - 1))
+        members = [pool[labels[pool] == c] for c in left]
+        kept = [
+            generator.choice(of, max(1, round(share * len(of))), replace=False)
+            for of, share in zip(members, shares, strict=True)
+        ]
+        pool = np.sort(np.concatenate(kept))
+    if settings.pool_size is not None and settings.pool_size < len(pool):
+        pool = np.sort(generator.choice(pool, settings.pool_size, replace=False))
+    return pool
+
+
+def _unsupervised(
+    labels: np.ndarray, train: np.ndarray, settings: SplitSettings
+) -> tuple[np.ndarray, tuple[int, ...] | None]:
+    return np.array([], dtype=np.int64), None
+
+
+def _semi_supervised(
+    labels: np.ndarray, train: np.ndarray, settings: SplitSettings
+) -> tuple[np.ndarray, tuple[int, ...] | None]:
+    chosen = labelled_positions(labels[train], settings.shots, settings.split_seed)
+    return np.sort(train[chosen]), None
+
+
+def _transductive_zero_shot(
+    labels: np.ndarray, train: np.ndarray, settings: SplitSettings
+) -> tuple[np.ndarray, tuple[int, ...] | None]:
+    seen, unseen = seen_unseen(int(labels.max()) + 1, settings.class_seed)
+    return train[np.isin(labels[train], seen)], unseen
+
+
+PARADIGMS = {
+    "ul": _unsupervised,
+    "ssl": _semi_supervised,
+    "trzsl": _transductive_zero_shot,
+}
+
+
+def labelled_positions(labels: np.ndarray, shots: int, seed: int) -> np.ndarray:
+    """Positions of `shots` images of each class, class by class.
+
+    The generator is seeded again for every class, as in GRIP and CPL, where the seed is 0.
+
+    Raises:
+        ValueError: a class has fewer images.
+    """
+    chosen = []
+    for c in range(int(labels.max()) + 1):
+        members = np.flatnonzero(labels == c)
+        if len(members) < shots:
+            raise ValueError(
+                f"SSL wants {shots} labelled images of each class, but class {c} has "
+                f"{len(members)} training images; lower shots"
+            )
+        generator = np.random.RandomState(seed)
+        chosen.append(generator.choice(members, size=shots, replace=False))
+    return np.concatenate(chosen)
+
+
+def seen_unseen(num_classes: int, seed: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """TRZSL: 62 % of the classes have labels.
+
+    Seen classes come in the order in which they were drawn, unseen ones ascend. Seeds of the
+    published tables are 500, 0 and 200 (GRIP, arXiv:2306.01669).
+
+    Raises:
+        ValueError: fewer than four classes leave too few seen or unseen ones.
+
+    >>> seen_unseen(6, 500)
+    ((0, 3, 5), (1, 2, 4))
+    """
+    if num_classes < 4:
+        raise ValueError(f"TRZSL needs at least 4 classes, there are {num_classes}")
+    generator = np.random.RandomState(seed)
+    drawn = generator.choice(range(num_classes), size=int(SEEN_SHARE * num_classes), replace=False)
+    seen = tuple(int(c) for c in drawn)
+    return seen, tuple(c for c in range(num_classes) if c not in seen)
 
 
 def _fixed(labels: np.ndarray, parts: np.ndarray, split_seed: int) -> np.ndarray:
@@ -54,7 +161,7 @@ def _fixed(labels: np.ndarray, parts: np.ndarray, split_seed: int) -> np.ndarray
     if len(free):
         train, test = train_test_split(
             free,
-            test_size=math.ceil(TEST_SHARE * len(parts)),
+            test_size=math.ceil(TEST_SHARE * (parts != "bad").sum()),
             stratify=labels[free],
             random_state=split_seed,
         )

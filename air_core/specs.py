@@ -9,21 +9,27 @@ runs is never said here.
 from __future__ import annotations
 
 import dataclasses
-import types
-import typing
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import cache
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 
 def knob(default: Any, help: str, **limits: float) -> Any:
-    """A settings field with a default, one line of help and limits (ge, gt, le, lt).
-
-    A field that is added later also says `metadata["absent_means"]`: with that value it stays out
-    of keys, so that old results stay valid (orchestrator.keys).
-    """
+    """A settings field with a default, one line of help and limits (ge, gt, le, lt)."""
     return field(default=default, metadata={"help": help, "limits": limits})
+
+
+def later(default: Any, help: str, **limits: float) -> Any:
+    """A knob that was added when results existed: what its absence meant is its default.
+
+    With that value it stays out of keys (orchestrator.keys), so that old results stay valid.
+    """
+    metadata = {"help": help, "limits": limits, "absent_means": default}
+    return field(default=default, metadata=metadata)
+
+
+def added(default: Any) -> Any:
+    """Settings that were added when results existed: see `later`."""
+    return field(default=default, metadata={"absent_means": default})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,22 +41,36 @@ class Ref:
 
 
 Precision = Literal["fp32", "bf16"]
+Level = Literal["features", "tokens"]
+Paradigm = Literal["ul", "ssl", "trzsl"]
+PARADIGMS = "ul: no label at all; ssl: a few per class; trzsl: all of seen classes, none of others"
 
 
 # ---------------------------------------------------------------- settings
+
+SPLIT_SEED = "moves pool and test where a dataset has no fixed split, and the labelled shots"
+POOL = "parts that the pool is taken from; train keeps val out"
+SHOTS = "ssl: labelled images per class"
+CLASS_SEED = "trzsl: which classes are seen; published are 500, 0 and 200"
+POOL_SIZE = "at most so many pool images, a part that split_seed moves; null: all"
+POOL_RATIO = "simulated imbalance: the commonest class has so many times the images of the rarest"
+POOL_MISSING = "simulated: share of the classes that no pool image is from"
+LEAKY = "eurosat: test images stay in the pool, to compare with published numbers only"
 
 
 @dataclass(frozen=True, kw_only=True)
 class SplitSettings:
     """Which images are the unlabelled pool, which are for validation, which for test."""
 
-    paradigm: Literal["ul"] = knob("ul", "ul: no label at all")
-    split_seed: int = knob(
-        0, "moves pool and test where a dataset has no fixed split", ge=0, le=2**32 - 1
-    )
-    pool: Literal["train", "train+val"] = knob(
-        "train+val", "parts that the unlabelled pool is taken from; train keeps val out"
-    )
+    paradigm: Paradigm = knob("ul", PARADIGMS)
+    split_seed: int = knob(0, SPLIT_SEED, ge=0, le=2**32 - 1)
+    pool: Literal["train", "train+val"] = knob("train+val", POOL)
+    shots: int = later(2, SHOTS, ge=1)
+    class_seed: int = later(500, CLASS_SEED, ge=0, le=2**32 - 1)
+    leaky_pool: bool = later(False, LEAKY)
+    pool_size: int | None = later(None, POOL_SIZE, ge=1)
+    pool_ratio: float = later(1.0, POOL_RATIO, ge=1)
+    pool_missing: float = later(0.0, POOL_MISSING, ge=0, lt=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +82,10 @@ class InitialLabelsSettings:
     images_per_class: int = knob(
         120, "synthetic images per class of the LoRA round before, for lora.rounds > 1", ge=1
     )
+
+
+LoraSource = Literal["all", "pseudo", "labelled"]
+LORA_SOURCE = "images that it is trained on, where some have labels: all, pseudo or labelled"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +108,8 @@ class LoraSettings(LoraTraining):
     rounds: int = knob(
         1, "2: a fresh LoRA on labels that the first one's images helped to choose", ge=1, le=3
     )
+
+    source: LoraSource = later("all", LORA_SOURCE)
 
     def training(self) -> LoraTraining:
         names = [f.name for f in dataclasses.fields(LoraTraining)]
@@ -108,8 +134,9 @@ class GenerationSettings:
 class FidelitySettings:
     """Which synthetic images build the auxiliary classifier."""
 
-    kind: Literal["class_mean", "none"] = knob(
-        "class_mean", "class_mean: the nearest to their class's mean feature; none: all"
+    kind: Literal["class_mean", "text", "argmax", "real_mean", "random", "none"] = knob(
+        "class_mean",
+        "nearest to: class_mean, text or real_mean of their class; argmax: CLIP takes it for it",
     )
     keep: int = knob(16, "images per class that are kept", ge=1)
 
@@ -118,16 +145,20 @@ class FidelitySettings:
 class AuxiliarySettings:
     """The image-image classifier."""
 
-    kind: Literal["prototype", "lda"] = knob(
-        "prototype", "prototype: unit class means, cosine; lda: shrinkage linear discriminant"
+    kind: Literal["prototype", "lda", "knn", "cache", "linear_probe"] = knob(
+        "prototype",
+        "prototype: class means; lda; knn: nearest images; cache: Tip-Adapter's; linear_probe",
     )
     source: Literal["synthetic", "real", "both"] = knob(
         "synthetic", "real: pseudo-labelled pool images, the control without diffusion"
     )
     center: bool = knob(True, "subtract the mean synthetic and the mean real feature")
-    temperature: Literal["match_entropy", "logit_scale"] = knob(
+    temperature: Literal["match_entropy", "logit_scale", "kappa"] = knob(
         "match_entropy", "match_entropy: as confident on the pool as the text classifier"
     )
+    kappa: float = later(100.0, "with temperature: kappa, what cosines are multiplied by", gt=0)
+    neighbours: int = later(16, "knn: nearest images per class that are averaged", ge=1)
+    rounds: int = later(1, "real images are chosen again so often in one iteration", ge=1)
     k: int = knob(32, "real images per class that join the bank (source real or both)", ge=1)
     refresh: bool = knob(False, "real images are chosen again in each iteration")
     k_step: int = knob(0, "with refresh: more real images per class in each iteration", ge=0)
@@ -135,11 +166,21 @@ class AuxiliarySettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FusionSettings:
+    """How text and auxiliary classifier are put together, beside `fusion_weight`."""
+
+    space: Literal["probability", "logit"] = later("probability", "what is averaged")
+    schedule: Literal["fixed", "annealed"] = later(
+        "fixed", "annealed: the weight falls linearly to 0 over the iterations"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class PseudoLabelSettings:
     """How scores become training targets."""
 
-    kind: Literal["top_k", "candidates"] = knob(
-        "candidates", "top_k: K most confident per class; candidates: CPL's candidate sets"
+    kind: Literal["top_k", "threshold", "candidates"] = knob(
+        "candidates", "top_k: K most confident per class; threshold; candidates: CPL's sets"
     )
     growth: Literal["fixed", "growing"] = knob(
         "growing", "fixed: k per class; growing: until the pool is covered"
@@ -147,13 +188,20 @@ class PseudoLabelSettings:
     k: int = knob(16, "images per class with growth: fixed", ge=1)
     alpha: float = knob(0.75, "candidates: quantile of confidence over images", ge=0, le=1)
     beta: float = knob(0.95, "candidates: quantile of a class's scores over images", ge=0, le=1)
+    threshold: float = later(0.7, "threshold: least confidence of an image", ge=0, le=1)
+    loss: Literal["cc", "ce", "rc"] = later(
+        "cc", "on candidate sets: cc: mass of the set; ce: soft cross-entropy; rc: re-weighted"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptSettings:
     """The learned prompt."""
 
-    length: int = knob(16, "context vectors before the class name", ge=1, le=64)
+    length: int = knob(16, "context vectors, or tokens beside the patches", ge=1, le=64)
+    depth: Literal["shallow", "deep"] = later("shallow", "visual; deep: new tokens in every block")
+    init: Literal["normal", "uniform"] = later("normal", "visual: how tokens start")
+    restart: bool = later(True, "each iteration starts from the same prompt again")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +216,13 @@ class TrainSettings:
     weight_decay: float = knob(0.05, "on the prompt", ge=0)
     warmup: float = knob(0.04, "share of the steps; then cosine to 0", ge=0, lt=1)
     clip: float = knob(0.8, "largest norm of the prompt's gradient", gt=0)
+    mix: Literal["both", "real", "synthetic"] = later(
+        "both", "training images: real pseudo-labelled, synthetic, or both"
+    )
+    labelled_weight: float = later(1.0, "weight of the loss on labelled images", ge=0)
+    synthetic_schedule: Literal["fixed", "fade"] = later(
+        "fixed", "fade: synthetic_weight falls linearly to 0 over the iterations"
+    )
 
 
 # ---------------------------------------------------------------- specs of the stages
@@ -175,11 +230,15 @@ class TrainSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class FeaturesSpec:
-    """Frozen CLIP features of every image of a dataset."""
+    """What a frozen CLIP makes of every image of a dataset.
+
+    level: features, one vector an image; or the tokens of its patches, for visual prompts.
+    """
 
     dataset: Ref
     backbone: Ref
     precision: Literal["fp32"] = "fp32"
+    level: Level = later("features", "features or tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,6 +253,7 @@ class LabelsSpec:
     split: SplitSettings
     settings: InitialLabelsSettings
     images: SyntheticFeaturesSpec | None = None
+    source: LoraSource = later("all", LORA_SOURCE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,11 +299,12 @@ class FolderImages:
 
 @dataclass(frozen=True, kw_only=True)
 class SyntheticFeaturesSpec:
-    """Frozen CLIP features of synthetic images, a row like the images themselves."""
+    """What a frozen CLIP makes of synthetic images: a row like the images themselves."""
 
     images: GeneratedImages | FolderImages
     backbone: Ref
     precision: Literal["fp32"] = "fp32"
+    level: Level = later("features", "features or tokens")
 
     def blocks(self, images_per_class: int) -> int:
         """Blocks of one class that hold its first images."""
@@ -259,13 +320,23 @@ class TrialSpec:
     backbone: Ref
     generator: Ref
     precision: Literal["fp32"] = knob("fp32", "of CLIP")
-    paradigm: Literal["ul"] = knob("ul", "ul: no label at all")
-    modality: Literal["text"] = knob("text", "text: CoOp context vectors")
-    split_seed: int = knob(
-        0, "moves pool and test where a dataset has no fixed split", ge=0, le=2**32 - 1
+    paradigm: Paradigm = knob("ul", PARADIGMS)
+    modality: Literal["text", "visual"] = knob(
+        "text", "text: CoOp context vectors; visual: VPT tokens"
     )
-    pool: Literal["train", "train+val"] = knob(
-        "train+val", "parts that the unlabelled pool is taken from; train keeps val out"
+    split_seed: int = knob(0, SPLIT_SEED, ge=0, le=2**32 - 1)
+    pool: Literal["train", "train+val"] = knob("train+val", POOL)
+    shots: int = later(2, SHOTS, ge=1)
+    class_seed: int = later(500, CLASS_SEED, ge=0, le=2**32 - 1)
+    leaky_pool: bool = later(False, LEAKY)
+    pool_size: int | None = later(None, POOL_SIZE, ge=1)
+    pool_ratio: float = later(1.0, POOL_RATIO, ge=1)
+    pool_missing: float = later(0.0, POOL_MISSING, ge=0, lt=1)
+    supervision: Literal["pseudo", "labelled"] = later(
+        "pseudo", "labelled: the few labelled images alone, no pseudo-labels (CoOp, VPT)"
+    )
+    transduction: Literal["none", "gmm"] = later(
+        "none", "gmm: text scores are refined by a mixture model over the whole pool"
     )
     initial_labels: InitialLabelsSettings = InitialLabelsSettings()
     lora: LoraSettings | None = LoraSettings()
@@ -274,6 +345,7 @@ class TrialSpec:
     fidelity: FidelitySettings = FidelitySettings()
     auxiliary: AuxiliarySettings = AuxiliarySettings()
     fusion_weight: float = knob(0.5, "share of the auxiliary classifier; 0 = none", ge=0, le=1)
+    fusion: FusionSettings = added(FusionSettings())
     pseudo_labels: PseudoLabelSettings = PseudoLabelSettings()
     synthetic_weight: float = knob(1.0, "weight of the loss on synthetic images; 0 = none", ge=0)
     iterations: int = knob(10, "rounds of pseudo-labelling and prompt learning", ge=0)
@@ -285,11 +357,28 @@ class TrialSpec:
 
     @property
     def split(self) -> SplitSettings:
-        return SplitSettings(paradigm=self.paradigm, split_seed=self.split_seed, pool=self.pool)
+        return SplitSettings(
+            paradigm=self.paradigm,
+            split_seed=self.split_seed,
+            pool=self.pool,
+            shots=self.shots if self.paradigm == "ssl" else 2,
+            class_seed=self.class_seed if self.paradigm == "trzsl" else 500,
+            leaky_pool=self.leaky_pool,
+            pool_size=self.pool_size,
+            pool_ratio=self.pool_ratio,
+            pool_missing=self.pool_missing,
+        )
 
     @property
     def features(self) -> FeaturesSpec:
         return FeaturesSpec(dataset=self.dataset, backbone=self.backbone, precision=self.precision)
+
+    @property
+    def tokens(self) -> FeaturesSpec | None:
+        """None: no visual prompt is learned."""
+        if self.modality == "text" or self.iterations == 0:
+            return None
+        return replace(self.features, level="tokens")
 
     @property
     def lora_adapter(self) -> LoraSpec | None:
@@ -317,6 +406,14 @@ class TrialSpec:
         images = self.images
         return None if images is None else _synthetic(self, images)
 
+    @property
+    def synthetic_tokens(self) -> SyntheticFeaturesSpec | None:
+        """None: no visual prompt is trained on synthetic images."""
+        row = self.synthetic_features
+        if row is None or self.modality == "text" or not trains_on_synthetic(self):
+            return None
+        return replace(row, level="tokens")
+
     def normalised(self) -> TrialSpec:
         """The same computation with every setting that cannot matter put to its default."""
         spec = self
@@ -335,7 +432,17 @@ def uses_auxiliary(spec: TrialSpec) -> bool:
 
 def trains_on_synthetic(spec: TrialSpec) -> bool:
     """Do synthetic images enter the training loss?"""
-    return spec.iterations > 0 and spec.synthetic_weight > 0 and spec.images_per_class > 0
+    return (
+        spec.iterations > 0
+        and spec.synthetic_weight > 0
+        and spec.images_per_class > 0
+        and spec.train.mix != "real"
+    )
+
+
+def trains_on_real(spec: TrialSpec) -> bool:
+    """Do pseudo-labelled pool images enter the training loss?"""
+    return spec.iterations > 0 and spec.supervision == "pseudo" and spec.train.mix != "synthetic"
 
 
 def uses_images(spec: TrialSpec) -> bool:
@@ -374,7 +481,11 @@ def _lora(spec: TrialSpec, lora: LoraSettings, rounds: int) -> LoraSpec:
         settings = replace(settings, images_per_class=InitialLabelsSettings.images_per_class)
     return LoraSpec(
         labels=LabelsSpec(
-            features=spec.features, split=spec.split, settings=settings, images=earlier
+            features=spec.features,
+            split=spec.split,
+            settings=settings,
+            images=earlier,
+            source="all" if spec.paradigm == "ul" else lora.source,
         ),
         model=spec.generator,
         training=lora.training(),
@@ -388,20 +499,42 @@ def _synthetic(spec: TrialSpec, images: GeneratedImages | FolderImages) -> Synth
 
 # When a setting cannot matter, in order: (condition, what is reset). One computation, one key.
 IRRELEVANT: tuple[tuple[Any, Any], ...] = (
+    (lambda s: s.paradigm != "ssl", lambda s: {"shots": 2}),
+    (lambda s: s.paradigm != "trzsl", lambda s: {"class_seed": 500}),
+    (
+        lambda s: s.paradigm == "ul" and s.lora is not None,
+        lambda s: {"lora": replace(s.lora, source="all")},
+    ),
     (
         lambda s: s.iterations == 0,
         lambda s: {
+            "supervision": "pseudo",
             "pseudo_labels": PseudoLabelSettings(),
             "prompt": PromptSettings(),
             "train": TrainSettings(),
             "synthetic_weight": 0.0,
             "seed": 0,
             "auxiliary": replace(s.auxiliary, refresh=False),
+            "fusion": replace(s.fusion, schedule="fixed"),
         },
     ),
     (
+        lambda s: s.supervision == "labelled" or s.paradigm == "ul",
+        lambda s: {"train": replace(s.train, labelled_weight=1.0)},
+    ),
+    (
+        # Nothing is pseudo-labelled: what labels are made from does not matter.
+        lambda s: s.supervision == "labelled" and s.iterations > 0,
+        lambda s: {"pseudo_labels": PseudoLabelSettings(), "iterations": 1, "transduction": "none"},
+    ),
+    (
         lambda s: s.iterations == 1,
-        lambda s: {"auxiliary": replace(s.auxiliary, refresh=False)},
+        lambda s: {
+            "auxiliary": replace(s.auxiliary, refresh=False),
+            "fusion": replace(s.fusion, schedule="fixed"),
+            "prompt": replace(s.prompt, restart=True),
+            "train": replace(s.train, synthetic_schedule="fixed"),
+        },
     ),
     (
         lambda s: s.images_per_class == 0 and s.auxiliary.source == "both",
@@ -411,15 +544,24 @@ IRRELEVANT: tuple[tuple[Any, Any], ...] = (
         lambda s: not uses_auxiliary(s),
         lambda s: {
             "fusion_weight": 0.0,
+            "fusion": FusionSettings(),
             "auxiliary": AuxiliarySettings(),
             "fidelity": FidelitySettings(),
         },
     ),
     (
-        lambda s: s.auxiliary.source == "synthetic",
+        lambda s: s.auxiliary.source == "synthetic" and s.fidelity.kind != "real_mean",
         lambda s: {
-            "auxiliary": replace(s.auxiliary, k=AuxiliarySettings.k, refresh=False),
+            "auxiliary": replace(s.auxiliary, k=AuxiliarySettings.k, refresh=False, rounds=1),
         },
+    ),
+    (
+        lambda s: s.auxiliary.kind != "knn",
+        lambda s: {"auxiliary": replace(s.auxiliary, neighbours=AuxiliarySettings.neighbours)},
+    ),
+    (
+        lambda s: s.auxiliary.temperature != "kappa",
+        lambda s: {"auxiliary": replace(s.auxiliary, kappa=AuxiliarySettings.kappa)},
     ),
     (lambda s: s.auxiliary.source == "real", lambda s: {"fidelity": FidelitySettings()}),
     (
@@ -431,10 +573,16 @@ IRRELEVANT: tuple[tuple[Any, Any], ...] = (
         lambda s: {"auxiliary": replace(s.auxiliary, fade=False)},
     ),
     (
-        lambda s: s.fidelity.kind == "none",
+        lambda s: s.fidelity.kind in ("none", "argmax"),
         lambda s: {"fidelity": replace(s.fidelity, keep=FidelitySettings.keep)},
     ),
-    (lambda s: not trains_on_synthetic(s), lambda s: {"synthetic_weight": 0.0}),
+    (
+        lambda s: not trains_on_synthetic(s),
+        lambda s: {
+            "synthetic_weight": 0.0,
+            "train": replace(s.train, mix="both", synthetic_schedule="fixed"),
+        },
+    ),
     (
         lambda s: s.synthetic_weight == 0,
         lambda s: {"train": replace(s.train, synthetic_batch=TrainSettings.synthetic_batch)},
@@ -469,130 +617,34 @@ IRRELEVANT: tuple[tuple[Any, Any], ...] = (
         lambda s: {"pseudo_labels": replace(s.pseudo_labels, k=PseudoLabelSettings.k)},
     ),
     (
-        lambda s: s.pseudo_labels.kind == "top_k",
+        lambda s: s.pseudo_labels.kind != "candidates",
         lambda s: {
             "pseudo_labels": replace(
-                s.pseudo_labels, alpha=PseudoLabelSettings.alpha, beta=PseudoLabelSettings.beta
+                s.pseudo_labels,
+                alpha=PseudoLabelSettings.alpha,
+                beta=PseudoLabelSettings.beta,
+                loss="cc",
             )
         },
+    ),
+    (
+        lambda s: s.pseudo_labels.kind != "threshold",
+        lambda s: {
+            "pseudo_labels": replace(s.pseudo_labels, threshold=PseudoLabelSettings.threshold)
+        },
+    ),
+    (
+        lambda s: s.pseudo_labels.kind == "threshold",
+        lambda s: {
+            "pseudo_labels": replace(s.pseudo_labels, growth="growing", k=PseudoLabelSettings.k)
+        },
+    ),
+    (
+        lambda s: s.modality == "text",
+        lambda s: {"prompt": replace(s.prompt, depth="shallow", init="normal")},
     ),
     (
         lambda s: s.train.steps is not None,
         lambda s: {"train": replace(s.train, epochs=TrainSettings.epochs)},
     ),
 )
-
-
-# ---------------------------------------------------------------- the door
-
-
-@dataclass(frozen=True, kw_only=True)
-class Key:
-    """A trial key as people write it: `lora.rank`."""
-
-    name: str
-    type: Any  # annotation, for validation
-    default: Any
-    limits: dict[str, float]
-    help: str
-
-
-@cache
-def trial_keys() -> dict[str, Key]:
-    """Every trial key by its dotted name, in the order of TrialSpec.
-
-    >>> trial_keys()["lora.rank"].default
-    4
-    """
-    return {key.name: key for key in _keys(TrialSpec, "") if key.name != "classnames"}
-
-
-def from_flat(flat: dict[str, Any], refs: dict[str, Ref], classnames: tuple[str, ...]) -> TrialSpec:
-    """A TrialSpec from dotted keys; keys that are left out keep their defaults.
-
-    Args:
-        flat: dotted key -> validated value; `lora: None` turns LoRA off.
-        refs: `dataset`, `backbone` and `generator` resolved to content.
-        classnames: of the dataset.
-    """
-    nested: dict[str, dict[str, Any]] = {}
-    plain: dict[str, Any] = {}
-    for name, value in flat.items():
-        head, _, rest = name.partition(".")
-        if rest:
-            nested.setdefault(head, {})[rest] = value
-        else:
-            plain[head] = value
-    for head, values in nested.items():
-        if head not in plain:
-            plain[head] = _settings_classes()[head](**values)
-    return TrialSpec(**{**plain, **refs, "classnames": classnames})
-
-
-def to_flat(spec: TrialSpec) -> dict[str, Any]:
-    """Dotted keys of a trial; Refs by name.
-
-    >>> digits = Ref(name="digits", digest="d")
-    >>> to_flat(TrialSpec(dataset=digits, backbone=digits, generator=digits))["lora.rank"]
-    4
-    """
-    return dict(_flat(spec, ""))
-
-
-def _keys(owner: Any, prefix: str) -> Iterator[Key]:
-    hints = typing.get_type_hints(owner)
-    for f in dataclasses.fields(owner):
-        inner = _settings_class(hints[f.name])
-        if inner is Ref:
-            yield Key(name=prefix + f.name, type=str, default=None, limits={}, help=REFS[f.name])
-        elif inner is not None:
-            if type(None) in typing.get_args(hints[f.name]):
-                text = f"null: no {f.name}"
-                yield Key(name=f.name, type=type(None), default=f.default, limits={}, help=text)
-            yield from _keys(inner, f"{prefix}{f.name}.")
-        else:
-            yield Key(
-                name=prefix + f.name,
-                type=hints[f.name],
-                default=f.default,
-                limits=f.metadata.get("limits", {}),
-                help=f.metadata.get("help", ""),
-            )
-
-
-REFS = {
-    "dataset": "target images, by name",
-    "backbone": "CLIP: tiny, or an open_clip folder",
-    "generator": "tiny, a diffusers folder, or folder:<path> of ready images",
-}
-
-
-@cache
-def _settings_classes() -> dict[str, Any]:  # evaluating annotations is slow
-    hints = typing.get_type_hints(TrialSpec)
-    return {name: _settings_class(hint) for name, hint in hints.items()}
-
-
-def _settings_class(hint: Any) -> Any:
-    """The dataclass inside an annotation, through `| None`; None if there is none."""
-    if typing.get_origin(hint) is Annotated:
-        hint = typing.get_args(hint)[0]
-    options = (
-        typing.get_args(hint)
-        if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
-        else (hint,)
-    )
-    return next((o for o in options if dataclasses.is_dataclass(o)), None)
-
-
-def _flat(spec: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-    for f in dataclasses.fields(spec):
-        value = getattr(spec, f.name)
-        if f.name == "classnames":
-            continue
-        if isinstance(value, Ref):
-            yield prefix + f.name, value.name
-        elif dataclasses.is_dataclass(value):
-            yield from _flat(value, f"{prefix}{f.name}.")
-        else:
-            yield prefix + f.name, value

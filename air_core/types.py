@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-# N images, C classes, D feature width.
+# N images, C classes, D feature width, T image tokens, V their width.
 
 
 @dataclass(frozen=True)
@@ -14,12 +16,23 @@ class Batch:
     """Images as a frozen CLIP sees them."""
 
     features: Tensor  # (N, D), unit length
+    tokens: Tensor | None = None  # (N, T, V) before the first block, for visual prompts
 
     def __len__(self) -> int:
         return len(self.features)
 
     def __getitem__(self, index: Tensor) -> Batch:
-        return Batch(features=self.features[index])
+        tokens = None if self.tokens is None else self.tokens[index]
+        return Batch(features=self.features[index], tokens=tokens)
+
+    @staticmethod
+    def joined(parts: Sequence[Batch]) -> Batch:
+        """One after the other; tokens where all have some."""
+        tokens = [part.tokens for part in parts if part.tokens is not None]
+        return Batch(
+            features=torch.cat([part.features for part in parts]),
+            tokens=torch.cat(tokens) if len(tokens) == len(parts) else None,
+        )
 
 
 @dataclass(frozen=True)
@@ -32,14 +45,23 @@ class Labelled:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def __getitem__(self, index: Tensor) -> Labelled:
+        return Labelled(self.batch[index], self.labels[index])
+
+    def of(self, classes: Tensor | None) -> Labelled:
+        """Those of some classes; None: all."""
+        return self if classes is None else self[torch.isin(self.labels, classes)]
+
 
 @dataclass(frozen=True)
 class Split:
     """Positions in a dataset's file list, ascending and disjoint."""
 
     pool: Tensor  # (P,) unlabelled
+    labelled: Tensor  # (L,) their labels may be used; empty in UL
     validation: Tensor  # (V,), empty where the pool has taken it
     test: Tensor  # (T,)
+    unseen: Tensor | None  # (U,) TRZSL: classes that pool images are from, ascending; else None
 
 
 @dataclass(frozen=True)
@@ -64,6 +86,15 @@ class Metrics:
     accuracy: float
     per_class: tuple[float, ...]  # recall of each class; nan where a class has no image
     predictions: Tensor  # (N,) int64, per image
+    # TRZSL alone: accuracy on test images of seen and of unseen classes, and their harmonic mean.
+    seen: float | None = None
+    unseen: float | None = None
+    harmonic_mean: float | None = None
+
+    @property
+    def headline(self) -> float:
+        """What the paradigm is judged by: the harmonic mean in TRZSL, accuracy elsewhere."""
+        return self.accuracy if self.harmonic_mean is None else self.harmonic_mean
 
 
 @dataclass(frozen=True)
@@ -75,6 +106,6 @@ class TrialResult:
 
     objectives: dict[str, float]
     test: Metrics
-    inference: dict[str, float]  # test accuracy of text, fused and auxiliary
+    inference: dict[str, float]  # headline test metric of text, fused and auxiliary
     pool_predictions: Tensor  # (P,) what the fused classifier takes pool images for in the end
     seconds: float

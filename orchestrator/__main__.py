@@ -206,6 +206,53 @@ def ui(
     os.execvpe(argv[0], argv, {**os.environ, **SERVER_ENVIRONMENT})
 
 
+data_app = typer.Typer(no_args_is_help=True, help="Look at datasets on this machine.")
+app.add_typer(data_app, name="data")
+
+
+@data_app.command("check")
+def data_check(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="a dataset, or folder:PATH")],
+    root: Annotated[
+        Path | None,
+        typer.Option(
+            "--root", "--data-root", envvar="AIRSWEEP_DATA", help="folder of real datasets"
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare a dataset with the published one and open every image.
+
+    Ends with 0 when all fits, else with 2 and the first difference.
+
+    airsweep data check flowers102 --root /data
+
+    airsweep data check folder:/data/leaves --json
+    """
+    from rich.console import Console
+    from rich.progress import track
+
+    from orchestrator.datacheck import check
+
+    console = Console(stderr=True)
+    found = check(
+        name,
+        root,
+        lambda each, total: track(
+            each,
+            "opening images",
+            total,
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        ),
+    )
+    for line in [json.dumps(found.json(), indent=1)] if as_json else found.lines():
+        print(line)
+    if found.difference is not None:
+        _fail(found.difference)
+
+
 # ---------------------------------------------------------------- helpers
 
 

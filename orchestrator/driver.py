@@ -5,6 +5,7 @@ Nothing heavy is imported where nothing is left to do.
 
 from __future__ import annotations
 
+import functools
 import getpass
 import json
 import os
@@ -32,7 +33,7 @@ from orchestrator.tables import table
 from orchestrator.tracking import Status, SweepRun
 
 if TYPE_CHECKING:
-    from orchestrator.stages import Workshop
+    from orchestrator.workshop import Workshop
 
 DONE, FAILED, BAD_INPUT, REFUSED, BUDGET, GATE = range(6)
 INTERRUPTED, TERMINATED = 130, 143
@@ -116,6 +117,7 @@ class Run:
     tally: Tally = field(default_factory=Tally)
     cluster: dict[str, float] | None = None
     gpu_seconds: float = 0.0  # of this run
+    terminated: bool = False
 
     # Watcher, for orchestrator.prepare.
 
@@ -215,7 +217,7 @@ def run_sweep(
     except KeyboardInterrupt:
         code = INTERRUPTED
     except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else TERMINATED
+        code = stop.code if isinstance(stop.code, int) and not run.terminated else TERMINATED
     finally:
         screen.close()
         _close(run, code)
@@ -302,16 +304,17 @@ def _start_cluster(stack: ExitStack, run: Run) -> dict[str, float]:
     peak = MemoryPeak()
     stack.callback(lambda: setattr(run.tally, "memory", peak.stop()))
     # After ray.init, which replaces handlers that were there before.
-    signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGTERM, functools.partial(_terminated, run))
     return cluster
 
 
-def _terminated(number: int, frame: Any) -> None:
+def _terminated(run: Run, number: int, frame: Any) -> None:
+    run.terminated = True  # Ray's waits turn a SystemExit of another code into 1
     raise SystemExit(TERMINATED)
 
 
 def _workshop(run: Run) -> Workshop:
-    from orchestrator.stages import Workshop
+    from orchestrator.workshop import Workshop
 
     gpu = run.sweep.resources.trial.gpu and (run.cluster or {}).get("GPU", 0)
     return Workshop(run.place.store, run.place.data_root, "cuda" if gpu else "cpu")

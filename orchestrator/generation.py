@@ -17,9 +17,10 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext
 
 from air_core.specs import SyntheticFeaturesSpec
+from orchestrator.image_rows import build_image_block, open_generator
 from orchestrator.plan import Need
-from orchestrator.stages import Workshop, build_image_block, open_generator
 from orchestrator.sweep import Resources
+from orchestrator.workshop import Workshop
 
 DEATHS = 2  # processes that a shard may kill before it counts as failed
 

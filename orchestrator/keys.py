@@ -35,7 +35,7 @@ RECIPES: dict[type, tuple[str, int]] = {
     GeneratedImages: ("images", 1),
     FolderImages: ("images", 1),
     SyntheticFeaturesSpec: ("synthetic", 1),
-    TrialSpec: ("trials", 1),
+    TrialSpec: ("trials", 2),
 }
 
 Stage = (
@@ -151,8 +151,11 @@ def slug(spec: Stage) -> str:
     match spec:
         case FeaturesSpec():
             words = [spec.dataset.name, spec.backbone.name]
+            words += ["tokens"] if spec.level == "tokens" else []
         case LabelsSpec():
-            words = [spec.features.dataset.name, f"split{spec.split.split_seed}"]
+            split = spec.split
+            words = [spec.features.dataset.name, f"split{split.split_seed}"]
+            words += [] if split.paradigm == "ul" else [split.paradigm]
             words += ["round2"] if spec.images else []
         case LoraSpec():
             words = [slug(spec.labels), f"r{spec.training.rank}"]
@@ -162,6 +165,7 @@ def slug(spec: Stage) -> str:
             words = [spec.model.name]
         case SyntheticFeaturesSpec():
             words = [slug(spec.images), spec.backbone.name]
+            words += ["tokens"] if spec.level == "tokens" else []
         case TrialSpec():
             words = [spec.dataset.name, spec.paradigm, spec.modality, f"s{spec.seed}"]
     return re.sub(r"[^A-Za-z0-9]+", "-", "-".join(words)).strip("-")[:60]

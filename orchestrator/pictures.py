@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from air_core.specs import FeaturesSpec, SyntheticFeaturesSpec
 
 if TYPE_CHECKING:
-    from orchestrator.stages import Workshop
+    from orchestrator.workshop import Workshop
 
 ROWS = 20  # classes that a sheet shows at most
 PER_GROUP = 6
@@ -34,15 +36,12 @@ def contact_sheet(
         The PNG, and the share of each group that zero-shot CLIP takes for its class.
     """
     from air_core.datasets import get_dataset
-    from orchestrator.stages import read_images, recognised
+    from orchestrator.image_rows import read_images, recognised
 
     dataset = get_dataset(features.dataset.name)
     examples = shop.examples(features.dataset)
     shown = range(min(ROWS, len(dataset.classnames)))
-    real = [
-        [examples.images[i] for i in np.flatnonzero(examples.labels == c)[:PER_GROUP]]
-        for c in shown
-    ]
+    real = [_readable(examples.images, np.flatnonzero(examples.labels == c)) for c in shown]
     named = "LoRA" if base is not None else "synthetic"
     groups = {"real": real, named: read_images(drawn, shown, PER_GROUP, shop.store)}
     shares = {named: recognised(drawn, PER_GROUP, shop, dataset.template)}
@@ -54,6 +53,19 @@ def contact_sheet(
         }
         shares["base"] = recognised(base, PER_GROUP, shop, dataset.template)
     return tile_sheet([dataset.classnames[c] for c in shown], groups), shares
+
+
+def _readable(images: Sequence[Image.Image], positions: np.ndarray) -> list[Image.Image]:
+    """The first few of a class."""
+    from air_core.datasets.images import Unreadable
+
+    found: list[Image.Image] = []
+    for i in positions:
+        if len(found) == PER_GROUP:
+            break
+        with suppress(Unreadable):
+            found.append(images[i])
+    return found
 
 
 def tile_sheet(rows: list[str], groups: dict[str, list[list[Image.Image]]]) -> bytes:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from air_core.flat import trial_keys
+from air_core.paradigms import seen_unseen
 from air_core.specs import (
     FeaturesSpec,
     GeneratedImages,
@@ -19,7 +21,6 @@ from air_core.specs import (
     LoraSpec,
     SyntheticFeaturesSpec,
     TrialSpec,
-    trial_keys,
 )
 from orchestrator.keys import ArtifactKey, artifact_key
 from orchestrator.ledger import Ledger
@@ -60,6 +61,7 @@ class Need:
 
     spec: FeaturesSpec | LabelsSpec | LoraSpec | SyntheticFeaturesSpec
     images_per_class: int = 0
+    classes: tuple[int, ...] = ()  # of a row
 
     @property
     def stage(self) -> str:
@@ -73,8 +75,8 @@ class Need:
     def shards(self) -> list[tuple[int, int]]:
         """(class, block) of a row, class by class."""
         assert isinstance(self.spec, SyntheticFeaturesSpec)
-        classes = range(len(self.spec.images.classnames))
-        return list(itertools.product(classes, range(self.spec.blocks(self.images_per_class))))
+        blocks = range(self.spec.blocks(self.images_per_class))
+        return list(itertools.product(self.classes, blocks))
 
     def missing(self, store: ArtifactStore) -> list[tuple[int, int]]:
         """Shards that are not whole yet: images and their features."""
@@ -237,35 +239,47 @@ def needs_of(trials: Iterable[TrialSpec]) -> list[Need]:
         seen.add(key)
         for need in _needs(trial):
             identity = f"{need.key}/{artifact_key(need.spec).digest}"
-            known = found.get(identity)
-            if known is None or known.images_per_class < need.images_per_class:
-                found[identity] = need
+            known = found.get(identity, need)
+            found[identity] = replace(
+                need,
+                images_per_class=max(need.images_per_class, known.images_per_class),
+                classes=tuple(sorted({*need.classes, *known.classes})),
+            )
     return list(found.values())
 
 
 def _needs(trial: TrialSpec) -> Iterator[Need]:
     yield Need(trial.features)
+    if trial.tokens is not None:
+        yield Need(trial.tokens)
+    classes = tuple(range(len(trial.classnames)))
+    if trial.paradigm == "trzsl" and len(classes) > 1:
+        _, classes = seen_unseen(len(classes), trial.class_seed)  # all that the trial reads
     row = trial.synthetic_features
     if row is not None:
-        yield from _row_needs(row, trial.images_per_class)
+        yield from _row_needs(row, trial.images_per_class, classes)
+    if trial.synthetic_tokens is not None:
+        yield Need(trial.synthetic_tokens, trial.images_per_class, classes)
     base = trial.base_images
     if base is not None:
         spec = SyntheticFeaturesSpec(
             images=base, backbone=trial.backbone, precision=trial.precision
         )
-        yield Need(spec, BASE_PER_CLASS)
+        yield Need(spec, BASE_PER_CLASS, classes)
 
 
-def _row_needs(row: SyntheticFeaturesSpec, images_per_class: int) -> Iterator[Need]:
+def _row_needs(
+    row: SyntheticFeaturesSpec, images_per_class: int, classes: tuple[int, ...]
+) -> Iterator[Need]:
     images = row.images
     if isinstance(images, GeneratedImages) and images.lora is not None:
         labels = images.lora.labels
         yield Need(labels.features)
         if labels.images is not None:
-            yield from _row_needs(labels.images, labels.settings.images_per_class)
+            yield from _row_needs(labels.images, labels.settings.images_per_class, classes)
         yield Need(labels)
         yield Need(images.lora)
-    yield Need(row, images_per_class)
+    yield Need(row, images_per_class, classes)
 
 
 def level(spec: Any) -> int:
@@ -277,6 +291,8 @@ def level(spec: Any) -> int:
             above = [spec.labels]
         case SyntheticFeaturesSpec():
             images = spec.images
+            if spec.level == "tokens":  # after the images are there: two must not draw the same
+                return 1 + level(replace(spec, level="features"))
             above = [images.lora] if isinstance(images, GeneratedImages) else []
         case _:
             above = []

@@ -15,8 +15,9 @@ from orchestrator import pictures
 from orchestrator.generation import draw, room_for
 from orchestrator.keys import artifact_key
 from orchestrator.plan import Need, level
-from orchestrator.stages import Workshop, build_features, build_labels, build_lora
+from orchestrator.stages import build_features, build_labels, build_lora
 from orchestrator.sweep import Resources
+from orchestrator.workshop import Workshop
 
 REPORT_EVERY = 1.0  # seconds between two looks at a LoRA
 

@@ -18,15 +18,18 @@ class Method:
     sets: dict[str, Any] = field(default_factory=dict)
     host: str | None = None  # what it adds synthetic images to, and is compared with
     control: str | None = None  # the same without diffusion
+    paradigms: tuple[str, ...] = ("ul", "ssl", "trzsl")  # cells of others are left out
 
 
-_NO_IMAGES = {
+_NO_IMAGES: dict[str, Any] = {
     "images_per_class": 0,
     "auxiliary.source": "synthetic",
     "fusion_weight": 0.0,
     "synthetic_weight": 0.0,
 }
+_LABELS = ("ssl", "trzsl")
 _ONE_ROUND = {"iterations": 1, "pseudo_labels.kind": "top_k", "pseudo_labels.growth": "fixed"}
+_LABELLED = {"supervision": "labelled", "iterations": 1, **_NO_IMAGES}
 _GRIP = {"pseudo_labels.kind": "top_k", "pseudo_labels.growth": "growing"}
 _CPL = {"pseudo_labels.kind": "candidates", "pseudo_labels.growth": "growing"}
 _REAL = {"images_per_class": 0, "auxiliary.source": "real", "synthetic_weight": 0.0}
@@ -35,7 +38,21 @@ _REFRESH = {"auxiliary.refresh": True}  # real prototypes get better as labels d
 METHODS: dict[str, Method] = {
     "zero_shot": Method(pins={"iterations": 0, **_NO_IMAGES}),
     "zero_shot_aux": Method(pins={"iterations": 0}, host="zero_shot"),
+    "zero_shot_real": Method(
+        pins={"iterations": 0, **_REAL},
+        sets={"auxiliary.kind": "lda", "auxiliary.rounds": 10},
+        host="zero_shot",
+    ),
+    "transductive": Method(
+        pins={"iterations": 0, "transduction": "gmm", **_NO_IMAGES}, host="zero_shot"
+    ),
+    "coop": Method(pins={**_LABELLED, "modality": "text"}, host="zero_shot", paradigms=_LABELS),
+    "vpt": Method(pins={**_LABELLED, "modality": "visual"}, host="zero_shot", paradigms=_LABELS),
     "fpl": Method(pins={**_ONE_ROUND, **_NO_IMAGES}, host="zero_shot"),
+    "ifpl": Method(
+        pins={"pseudo_labels.kind": "top_k", "pseudo_labels.growth": "fixed", **_NO_IMAGES},
+        host="zero_shot",
+    ),
     "grip": Method(pins={**_GRIP, **_NO_IMAGES}, host="zero_shot"),
     "cpl": Method(pins={**_CPL, **_NO_IMAGES}, host="zero_shot"),
     "air": Method(pins=_CPL, host="cpl", control="cpl_real"),

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from air_core.specs import to_flat
+from air_core.flat import to_flat
 from orchestrator.dispatch import Outcome
 from orchestrator.results import flat_of, settings_of
 from orchestrator.store import ArtifactStore

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, StringConstraints, TypeAdapter, ValidationError
 
 from air_core.datasets import DATASETS
-from air_core.specs import trial_keys
+from air_core.flat import trial_keys
 from orchestrator import presets
 from orchestrator.marked_yaml import Document, Keys, choices, meant, shown
 
@@ -30,6 +30,7 @@ NAME = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,6
 LINE = Annotated[
     str, StringConstraints(pattern=r"^[^\p{C}\p{Z}]([^\p{C}\p{Zl}\p{Zp}]*[^\p{C}\p{Z}])?$")
 ]
+FOLDER = Annotated[str, StringConstraints(pattern=r"^folder:[^\p{C}\p{Zl}\p{Zp}]+$")]
 
 TRIAL_KEYS = trial_keys()
 
@@ -103,7 +104,7 @@ def _annotation(name: str) -> tuple[Any, Limits]:
     if name == "method":
         return operator.getitem(Literal, tuple(presets.METHODS)), ()
     if name == "dataset":
-        return operator.getitem(Literal, tuple(DATASETS)), ()
+        return typing.Union[operator.getitem(Literal, tuple(DATASETS)), FOLDER], ()  # noqa: UP007
     if name in ("backbone", "generator"):
         return LINE, ()
     key = TRIAL_KEYS[name]
@@ -133,7 +134,7 @@ def _adapter(annotation: Any, limits: Limits) -> TypeAdapter[Any]:
 
 
 def _options(annotation: Any) -> tuple[Any, ...]:
-    if isinstance(annotation, types.UnionType):
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
         return typing.get_args(annotation)
     return (annotation,)
 
@@ -149,6 +150,7 @@ _WORDS = {
     bool: "true or false",
     str: "text",
     type(None): "null",
+    FOLDER: "folder:<path> of your own images",
     NAME: "up to 64 letters, digits, `.`, `_` and `-`, the first a letter or a digit",
     LINE: "text on one line, not empty, all of it visible",
 }

@@ -14,7 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from air_core.specs import Ref, from_flat, trial_keys
+from air_core.flat import from_flat, trial_keys
+from air_core.specs import Ref
 from orchestrator.presets import METHODS
 from orchestrator.statistics import (
     Array,
@@ -46,6 +47,7 @@ class Entry:
     image_ids: Array  # (T,) test images, by their index in the dataset
     predictions: Array  # (T,)
     labels: Array  # (T,)
+    unseen: Array | None = None  # (T,) bool: TRZSL, images of classes without labels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +59,7 @@ class Row:
     modality: str
     method: str
     settings: dict[str, Any]
-    metric: str = "accuracy"
+    metric: str = "accuracy"  # harmonic_mean (of seen and unseen classes) in TRZSL
     n: int  # distinct computations
     n_test: int
     mean: float
@@ -131,6 +133,7 @@ def _row(group: Sequence[Entry], chosen_by: str | None) -> Row:
         modality=str(first.flat["modality"]),
         method=first.method,
         settings=dict(first.settings),
+        metric="accuracy" if first.unseen is None else "harmonic_mean",
         n=found.n,
         n_test=found.n_test,
         mean=found.mean,
@@ -152,6 +155,7 @@ def _runs(distinct: Mapping[tuple[int, int | None], Entry]) -> Runs:
                 seed=seed,
                 image_ids=entry.image_ids,
                 correct=entry.predictions == entry.labels,
+                unseen=entry.unseen,
             )
             for (split_seed, seed), entry in distinct.items()
         )

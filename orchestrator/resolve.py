@@ -7,21 +7,27 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from air_core.datasets import Dataset, get_dataset
 from air_core.datasets.class_folders import class_files
-from air_core.specs import Ref, TrialSpec, from_flat, uses_images
+from air_core.flat import from_flat
+from air_core.specs import Ref, TrialSpec, uses_images
+from air_core.weights import GENERATORS as PIPELINES
+from air_core.weights import (
+    check_lora_fits,
+    generator_files,
+    generator_folder,
+    weights_files,
+    weights_settings,
+)
 from orchestrator.keys import digest
 from orchestrator.presets import OUTSIDE
 from orchestrator.store import file_digest, write_whole
-
-EMBEDDED = {"backbone": "clip", "generator": "diffusion"}  # folders of the tiny world
-MARKER = {"backbone": "open_clip_config.json", "generator": "model_index.json"}
 
 
 class NotThere(ValueError):
@@ -69,12 +75,14 @@ class Resolver:
             trial = replace(trial, generator=generator)
             if generator.name.startswith("folder:"):
                 self._enough(generator.name, trial)
+            elif trial.lora is not None:
+                check_lora_fits(generator_folder(generator.name))
         return trial
 
     def _enough(self, name: str, trial: TrialSpec) -> None:
         """A folder of ready images has what the trial reads."""
         if name not in self._ready:
-            files = class_files(folder_of("generator", name), trial.classnames)
+            files = class_files(images_folder(name), trial.classnames)
             self._ready[name] = min((len(of), c) for c, of in files.items())
         fewest, classname = self._ready[name]
         if fewest < trial.images_per_class:
@@ -88,7 +96,7 @@ class Resolver:
         if known not in self._refs:
             found = dataset.files(self.data_root)
             content = {
-                "files": list(zip(map(self._named, found), self._file_digests(found), strict=True)),
+                "files": list(zip(_places(found), self._file_digests(found), strict=True)),
                 "classnames": dataset.classnames,
                 "template": dataset.template,
                 "recipe": dataset.recipe,
@@ -100,26 +108,18 @@ class Resolver:
         """A backbone or generator.
 
         Raises:
-            NotThere: no such folder, or not one of that kind.
+            NotThere: nothing of that name is here; says what is allowed.
         """
         if (role, name) not in self._refs:
-            folder = folder_of(role, name)
-            marker = MARKER[role]
-            if not folder.is_dir():
-                raise NotThere(
-                    f"{role} {name!r}: {folder} is not there; allowed: tiny, or a folder with "
-                    f"{marker}" + (", or folder:<path>" if role == "generator" else "")
-                )
-            if not name.startswith("folder:") and not (folder / marker).is_file():
-                raise NotThere(f"{role} {name!r}: {folder} holds no {marker}")
-            inside = sorted(p for p in folder.rglob("*") if p.is_file())
-            content = dict(
-                zip(
-                    [str(p.relative_to(folder)) for p in inside],
-                    self._file_digests(inside),
-                    strict=True,
-                )
-            )
+            try:
+                folder, found = _read_from(role, name)
+                settings = weights_settings(name) if role == "backbone" else {}
+            except ValueError as problem:
+                raise NotThere(str(problem)) from None
+            places = [str(path.relative_to(folder)) for path in found]
+            content: dict[str, Any] = dict(zip(places, self._file_digests(found), strict=True))
+            if settings:  # the same file is another model under another architecture
+                content = {"files": content, "settings": settings}
             self._refs[role, name] = Ref(name=name, digest=digest(content))
         return self._refs[role, name]
 
@@ -129,12 +129,6 @@ class Resolver:
             self.cache.parent.mkdir(parents=True, exist_ok=True)
             write_whole(self.cache, json.dumps(self._digests, indent=1, sort_keys=True))
             self._known = dict(self._digests)
-
-    def _named(self, path: Path) -> str:
-        """A dataset's file by its place below the data root; folders may be its classes."""
-        if self.data_root is not None and path.is_relative_to(self.data_root):
-            return str(path.relative_to(self.data_root))
-        return path.name
 
     def _file_digests(self, paths: Sequence[Path]) -> list[str]:
         found = []
@@ -152,11 +146,34 @@ class Resolver:
         return found
 
 
-def folder_of(role: str, name: str) -> Path:
-    """Where the weights of a name lie; the embedded ones come with the package."""
-    if name == "tiny":
-        return Path(str(files("air_core") / "tiny" / "weights" / EMBEDDED[role]))
-    return Path(name.removeprefix("folder:")).expanduser().absolute()
+def _places(files: Sequence[Path]) -> list[str]:
+    """Files by their place below what they have in common: folders may be classes, and where the
+    whole of it lies does not matter."""
+    common = os.path.commonpath([file.parent for file in files])
+    return [str(file.relative_to(common)) for file in files]
+
+
+def _read_from(role: str, name: str) -> tuple[Path, list[Path]]:
+    """All files that make up weights or ready images, and the folder that they are in."""
+    if role == "backbone":
+        found = weights_files(name)
+        return Path(os.path.commonpath([path.parent for path in found])), found
+    folder = images_folder(name)
+    if not name.startswith("folder:"):
+        return folder, generator_files(folder)
+    if not folder.is_dir():
+        raise ValueError(f"generator {name!r}: {folder} is not there; allowed: {GENERATORS}")
+    return folder, sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+GENERATORS = f"{PIPELINES}, or folder:<path> of ready images"
+
+
+def images_folder(generator: str) -> Path:
+    """Where a generator lies: a diffusers folder, or one of ready images."""
+    if generator.startswith("folder:"):
+        return Path(generator.removeprefix("folder:")).expanduser().absolute()
+    return generator_folder(generator)
 
 
 def text_digest(text: str) -> str:

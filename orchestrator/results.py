@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
+import numpy as np
+
+from air_core.paradigms import seen_unseen
 from orchestrator.ledger import Ledger
 from orchestrator.plan import Plan, Slot
 from orchestrator.report import Entry
@@ -40,9 +43,17 @@ def entries_of(plan: Plan, store: ArtifactStore) -> list[Entry]:
                 image_ids=image_ids,
                 predictions=predictions,
                 labels=labels,
+                unseen=_unseen(slot, labels),
             )
         )
     return entries
+
+
+def _unseen(slot: Slot, labels: np.ndarray) -> np.ndarray | None:
+    if slot.spec.paradigm != "trzsl":
+        return None
+    _, unseen = seen_unseen(len(slot.spec.classnames), slot.spec.class_seed)
+    return np.isin(labels, unseen)
 
 
 def flat_of(slot: Slot) -> dict[str, Any]:

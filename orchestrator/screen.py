@@ -53,7 +53,7 @@ class Rows:
             return None
         params = " ".join(f"{key}={_short(value)}" for key, value in outcome.slot.params.items())
         name = f"{outcome.slot.cell.id} {params}".strip()
-        scores = [100 * o.record.metrics["test/accuracy"] for o in together if o.record]
+        scores = [100 * o.record.headline for o in together if o.record]
         failed = [o for o in together if o.state == "failed"]
         text = f"{name:<44}"
         if scores:

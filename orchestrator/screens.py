@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shlex
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from air_core.datasets import get_dataset
-from air_core.specs import to_flat
+from air_core.flat import to_flat
 from orchestrator import presets, report
 from orchestrator.driver import Place, read_outcome
 from orchestrator.plan import Need, Plan, plan_sweep
@@ -144,8 +148,17 @@ def summary_screen(sweep: SweepSpec, place: Place) -> str:
 
 def _title(plan: Plan) -> str:
     datasets = sorted({slot.spec.dataset.name for slot in plan.slots})
-    about = ", ".join(get_dataset(name).about for name in datasets)
-    return f"airsweep {plan.sweep.name}   {about}, no label trains"
+    about = ", ".join(map(_about, datasets))
+    if all(slot.spec.paradigm == "ul" for slot in plan.slots):
+        about += ", no label trains"
+    return f"airsweep {plan.sweep.name}   {about}"
+
+
+def _about(dataset: str) -> str:
+    try:
+        return get_dataset(dataset).about
+    except ValueError:  # a folder of somebody's that is no longer there
+        return dataset
 
 
 def _image_facts(plan: Plan, place: Place, outcome: dict[str, Any]) -> list[tuple[str, str]]:
@@ -203,10 +216,11 @@ PHASES = {
 
 
 def _read_by(plan: Plan, place: Place) -> str:
-    rows = [need for need in plan.needs if need.stage == "images"]
+    there = [need for need in plan.needs if need.have(place.store) == need.total()]
+    rows = [need for need in there if need.stage == "images"]
     if not rows:
         return ""
-    loras = sum(need.stage == "lora" for need in plan.needs)
+    loras = sum(need.stage == "lora" for need in there)
     images = sum(_images_in(need) for need in rows)
     readers = sum(slot.spec.normalised().images is not None for slot in plan.slots)
     return f"; {loras} LoRA, {images} images drawn once, read by {readers} trials"
@@ -221,18 +235,35 @@ def _next_facts(plan: Plan, place: Place) -> list[tuple[str, str]]:
     facts = []
     if sheet.exists():
         facts.append(("look", f"{_near(sheet)}"))
-    facts.append(("browse", "airsweep ui  ->  http://127.0.0.1:5000"))
-    source = plan.sweep.source
+    asked, store = _asked(plan, place), _store_option(place)
+    facts.append(("browse", f"airsweep ui{store}  ->  http://127.0.0.1:5000"))
     facts.append(
         (
             "cluster",
             f"ray job submit --address $ADDR --working-dir . -- python -m orchestrator run "
-            f"{source} --store /shared/runs",
+            f"{asked} --store /shared/runs",
         )
     )
-    if not plan.to_run:
-        facts.append(("again", f"airsweep run {source}: nothing to do"))
+    left = f"{plan.to_run} trials are left" if plan.to_run else "nothing to do"
+    facts.append(("again", f"airsweep run {asked}{store}: {left}"))
     return facts
+
+
+def _asked(plan: Plan, place: Place) -> str:
+    """The file and the options that this sweep was asked for with."""
+    words = [plan.sweep.source]
+    with suppress(FileNotFoundError):
+        origin = json.loads((place.folder / "resolved.json").read_text())
+        for option, kept in (("--set", "sets"), ("--only", "only")):
+            words += [f"{option} {shlex.quote(word)}" for word in origin.get(kept, [])]
+        words += ["--smoke"] if origin.get("smoke") else []
+    return " ".join(words)
+
+
+def _store_option(place: Place) -> str:
+    root = place.store.root
+    known = Path(os.environ.get("AIRSWEEP_STORE") or "runs").absolute()
+    return "" if root in (known, Path(f"{known}-smoke")) else f" --store {_near(root)}"
 
 
 def _near(path: Path) -> str:

@@ -18,7 +18,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from air_core.specs import trial_keys
+from air_core.flat import trial_keys
 from orchestrator.ledger import mend_lines
 from orchestrator.space import (
     Point,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from air_core.specs import trial_keys
+from air_core.flat import trial_keys
 from orchestrator.expressions import compile_when
 from orchestrator.keys import digest
 from orchestrator.sweep import Cell, Dimension, Search

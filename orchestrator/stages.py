@@ -1,97 +1,76 @@
 """One function a stage: from its spec and the store to an artifact. Knows no sweep, no cluster.
 
-A stage reads what its spec nests, from the store; nothing else. `build_image_block` is the only
-maker of images: on the cluster it is mapped over actors, in a test it is called.
+A stage reads what its spec nests, from the store; nothing else. Images are in image_rows.
 """
 
 from __future__ import annotations
 
-import io
-import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
-from air_core.backbone import Backbone, load_backbone
-from air_core.classifiers import auxiliary_classifier, fuse, text_classifier
-from air_core.datasets import Examples, get_dataset
-from air_core.diffusion import ImageGenerator, image_seed, load_generator, rejected
+from air_core.auxiliary import auxiliary_classifier
+from air_core.classifiers import fuse, text_classifier
+from air_core.datasets import get_dataset
+from air_core.datasets.images import BAD_SHARE, Unreadable
 from air_core.diffusion.lora import train_lora
 from air_core.paradigms import make_split
 from air_core.pseudo_labels.top_k import balanced_choice
-from air_core.specs import (
-    AuxiliarySettings,
-    FeaturesSpec,
-    FolderImages,
-    GeneratedImages,
-    LabelsSpec,
-    LoraSpec,
-    Ref,
-    SplitSettings,
-    SyntheticFeaturesSpec,
-)
+from air_core.specs import AuxiliarySettings, FeaturesSpec, LabelsSpec, LoraSpec, SplitSettings
 from air_core.types import Batch, Labelled, Split
-from orchestrator.resolve import folder_of
-from orchestrator.store import Artifact, ArtifactStore, MissingArtifact
+from orchestrator.image_rows import read_synthetic
+from orchestrator.resolve import images_folder
+from orchestrator.store import Artifact, ArtifactStore
+from orchestrator.workshop import Workshop
 
-PARTS = ("train", "val", "test", "free")
-ATTEMPTS = 3  # draws of one slot before it is a recorded hole
+PARTS = ("train", "val", "test", "free", "bad")
+CHUNK = 512  # images that are decoded at a time
 # How a later LoRA round's labels are chosen; the same in every world.
 RELABEL = AuxiliarySettings(kind="lda")
 RELABEL_WEIGHT = 0.5
-
-
-@dataclass(frozen=True)
-class Workshop:
-    """Where a stage works: its store, its data, its device."""
-
-    store: ArtifactStore
-    data_root: Path | None = None
-    device: str = "cpu"
-
-    def examples(self, dataset: Ref) -> Examples:
-        return _examples(dataset.name, self.data_root)
-
-    def backbone(self, backbone: Ref) -> Backbone:
-        return _backbone(folder_of("backbone", backbone.name), self.device)
-
-
-@cache
-def _examples(name: str, data_root: Path | None) -> Examples:
-    return get_dataset(name).load(data_root)
-
-
-@cache
-def _backbone(folder: Path, device: str) -> Backbone:
-    return load_backbone(folder, device)
 
 
 # ---------------------------------------------------------------- features
 
 
 def build_features(spec: FeaturesSpec, shop: Workshop) -> Artifact:
-    """CLIP features of a whole dataset."""
+    """CLIP features, or patch tokens, of a whole dataset.
+
+    An image that cannot be decoded is left out of every split.
+
+    Raises:
+        ValueError: too many images cannot be decoded.
+    """
 
     def build(folder: Path) -> dict[str, Any]:
         examples = shop.examples(spec.dataset)
-        features = shop.backbone(spec.backbone).encode_images(examples.images)
-        arrays = {
-            "features": features.numpy(),
-            "labels": examples.labels,
-            "parts": np.array([PARTS.index(part) for part in examples.parts], dtype=np.int8),
-        }
+        parts = np.array([PARTS.index(part) for part in examples.parts], dtype=np.int8)
+        rows, bad = [], []
+        for start in range(0, len(examples.images), CHUNK):
+            images = []
+            for i in range(start, min(start + CHUNK, len(examples.images))):
+                try:
+                    images.append(examples.images[i])
+                except Unreadable as problem:
+                    bad.append(str(problem))
+                    parts[i] = PARTS.index("bad")
+                    images.append(Image.new("RGB", (8, 8)))
+            rows.append(shop.encoded(images, spec))
+        if len(bad) > BAD_SHARE * len(parts):
+            raise ValueError(
+                f"{len(bad)} of {len(parts)} images cannot be read; {'; '.join(bad[:3])}"
+            )
+        arrays = {"features": np.concatenate(rows), "labels": examples.labels, "parts": parts}
         save_file(arrays, folder / "features.safetensors")
-        return {"images": len(features)}
+        return {"images": len(parts) - len(bad), "unreadable": len(bad)}
 
     return shop.store.get_or_build(spec, build)
 
@@ -103,21 +82,35 @@ class Target:
     features: Tensor  # (N, D)
     labels: Tensor  # (N,)
     split: Split
+    tokens: Tensor | None = None  # (N, T, V)
 
     def batch(self, index: Tensor) -> Batch:
-        return Batch(self.features[index])
+        return Batch(self.features[index], None if self.tokens is None else self.tokens[index])
 
     def labelled(self, index: Tensor) -> Labelled:
         return Labelled(self.batch(index), self.labels[index])
 
 
-def read_target(spec: FeaturesSpec, split: SplitSettings, store: ArtifactStore) -> Target:
-    """Features and split of a dataset.
+def read_target(
+    spec: FeaturesSpec,
+    split: SplitSettings,
+    store: ArtifactStore,
+    tokens: FeaturesSpec | None = None,
+) -> Target:
+    """Features and split of a dataset, with patch tokens where they are asked for.
 
     Raises:
         MissingArtifact: the features were not made yet.
     """
-    return _target(store.get(spec).path / "features.safetensors", split)
+    target = _target(store.get(spec).path / "features.safetensors", split)
+    if tokens is None:
+        return target
+    return replace(target, tokens=_tokens(store.get(tokens).path / "features.safetensors"))
+
+
+@lru_cache(maxsize=1)  # they are large
+def _tokens(path: Path) -> Tensor:
+    return torch.from_numpy(load_file(path)["features"])
 
 
 @cache
@@ -135,30 +128,56 @@ def _target(path: Path, split: SplitSettings) -> Target:
 
 
 def build_labels(spec: LabelsSpec, shop: Workshop) -> Artifact:
-    """The pool images that a LoRA is trained on, with their pseudo-labels."""
+    """The images that a LoRA is trained on: pool images with a pseudo-label, and labelled ones."""
 
     def build(folder: Path) -> dict[str, Any]:
         target = read_target(spec.features, spec.split, shop.store)
-        dataset = get_dataset(spec.features.dataset.name)
-        pool = target.batch(target.split.pool)
-        text = text_classifier(
-            shop.backbone(spec.features.backbone), dataset.classnames, dataset.template
-        )
-        auxiliary = None
-        classes = len(dataset.classnames)
-        if spec.images is not None:
-            bank = read_synthetic(spec.images, spec.settings.images_per_class, shop.store)
-            auxiliary = auxiliary_classifier(RELABEL, bank, None, pool, classes, text.sharpness)
-        believed = fuse(text, auxiliary, pool, RELABEL_WEIGHT, RELABEL.temperature)
-        taken = balanced_choice(believed.scores(pool), torch.full((classes,), spec.settings.k))
-        chosen = (taken >= 0).nonzero().flatten()
-        index, labels = target.split.pool[chosen], taken[chosen]
+        parts = []
+        if spec.source != "labelled":
+            parts.append(_pseudo_labelled(spec, target, shop))
+        if spec.source != "pseudo" and len(target.split.labelled):
+            parts.append(_labelled(target, spec.settings.k))
+        if not parts:
+            raise ValueError("lora.source is labelled, but ul has no labels: use pseudo or all")
+        index, labels = (torch.cat(columns) for columns in zip(*parts, strict=True))
         save_file({"index": index.numpy(), "labels": labels.numpy()}, folder / "labels.safetensors")
         # The true labels are looked at here for the record only.
         right = (target.labels[index] == labels).double().mean().item()
         return {"images": len(index), "accuracy": right}
 
     return shop.store.get_or_build(spec, build)
+
+
+def _pseudo_labelled(spec: LabelsSpec, target: Target, shop: Workshop) -> tuple[Tensor, Tensor]:
+    """Positions and classes of the k pool images of each class that CLIP is most sure of."""
+    dataset = get_dataset(spec.features.dataset.name)
+    pool = target.batch(target.split.pool)
+    text = text_classifier(
+        shop.backbone(spec.features.backbone), dataset.classnames, dataset.template
+    )
+    unseen = target.split.unseen
+    classes = torch.arange(len(dataset.classnames)) if unseen is None else unseen
+    auxiliary = None
+    if spec.images is not None:
+        count = spec.settings.images_per_class
+        bank = read_synthetic(spec.images, count, shop.store, classes.tolist())
+        bank = Labelled(bank.batch, torch.searchsorted(classes, bank.labels))
+        auxiliary = auxiliary_classifier(RELABEL, bank, None, pool, len(classes), text.sharpness)
+    believed = fuse(
+        text, auxiliary, pool, RELABEL_WEIGHT, RELABEL.temperature, "probability", unseen
+    )
+    places = torch.full((len(classes),), spec.settings.k)
+    taken = balanced_choice(believed.pool_scores(pool), places)
+    chosen = (taken >= 0).nonzero().flatten()
+    return target.split.pool[chosen], classes[taken[chosen]]
+
+
+def _labelled(target: Target, k: int) -> tuple[Tensor, Tensor]:
+    """Positions and classes of labelled images, at most k of each class."""
+    index = target.split.labelled
+    labels = target.labels[index]
+    kept = torch.cat([index[labels == c][:k] for c in sorted(set(labels.tolist()))])
+    return kept, target.labels[kept]
 
 
 def build_lora(
@@ -175,7 +194,7 @@ def build_lora(
         return train_lora(
             torch.from_numpy(pixels),
             [spec.training.caption.format(name) for name in names],
-            folder_of("generator", spec.model.name),
+            images_folder(spec.model.name),
             spec.training,
             spec.size,
             folder,
@@ -193,158 +212,3 @@ def _square(image: Image.Image, size: int) -> np.ndarray:
     image = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
     return np.asarray(image.crop((left, top, left + size, top + size)))
-
-
-# ---------------------------------------------------------------- images
-
-
-def open_generator(images: GeneratedImages | FolderImages, shop: Workshop) -> ImageGenerator:
-    """The generator of a row, with its LoRA from the store."""
-    adapter = None
-    if isinstance(images, GeneratedImages) and images.lora is not None:
-        adapter = shop.store.get(images.lora).path
-    return load_generator(images, folder_of("generator", images.model.name), adapter, shop.device)
-
-
-def build_image_block(
-    spec: SyntheticFeaturesSpec,
-    class_index: int,
-    block: int,
-    shop: Workshop,
-    generator: Callable[[], ImageGenerator],
-) -> dict[str, int]:
-    """Draw one block of one class and encode it, unless it is there already.
-
-    A block is one batch, always the same one. A rejected slot (blank, not a number) is drawn
-    again within the same batch, with its next attempt, and only that slot is kept; after
-    ATTEMPTS it is a recorded hole.
-
-    Returns:
-        images drawn (kept), redrawn slots, holes; all 0 if the images were there.
-    """
-    row = shop.store.open_row(spec.images)
-    shard = row.shard(class_index, block, ".parquet")
-    drawn = {"drawn": 0, "redrawn": 0, "holes": 0}
-    if not shard.exists():
-        table, drawn = _draw(spec.images, class_index, block, generator())
-        _write_shard(table, shard)
-    features = shop.store.open_row(spec).shard(class_index, block, ".safetensors")
-    if not features.exists():
-        table = pq.read_table(shard, columns=["image", "ok"])
-        images = [Image.open(io.BytesIO(png)) for png in table["image"].to_pylist()]
-        encoded = shop.backbone(spec.backbone).encode_images(images)
-        arrays = {"features": encoded.numpy(), "ok": np.array(table["ok"].to_pylist())}
-        temporary = features.with_name(f".{features.name}-{os.getpid()}")
-        save_file(arrays, temporary)
-        os.replace(temporary, features)
-    return drawn
-
-
-def _draw(
-    images: GeneratedImages | FolderImages,
-    class_index: int,
-    block: int,
-    generator: ImageGenerator,
-) -> tuple[pa.Table, dict[str, int]]:
-    size = images.block_size
-    classname = images.classnames[class_index]
-    indices = list(range(block * size, (block + 1) * size))
-    attempts = [0] * size
-    pixels = generator.generate(classname, indices, attempts)  # (size, H, W, 3) uint8
-    bad = rejected(pixels)
-    redrawn = int(bad.sum())
-    for attempt in range(1, ATTEMPTS):
-        if not bad.any():
-            break
-        tried = [attempt if hopeless else 0 for hopeless in bad.tolist()]
-        again = generator.generate(classname, indices, tried)
-        for slot in bad.nonzero().flatten().tolist():
-            pixels[slot] = again[slot]
-            attempts[slot] = attempt
-        bad = rejected(pixels)
-    seeds = [
-        image_seed(images.settings.seed, classname, index, attempt)
-        if isinstance(images, GeneratedImages)
-        else 0
-        for index, attempt in zip(indices, attempts, strict=True)
-    ]
-    table = pa.table(
-        {
-            "index": pa.array(indices, pa.int32()),
-            "class": [classname] * size,
-            "prompt": [_prompt(images, classname)] * size,
-            "seed": pa.array(seeds, pa.uint64()),
-            "attempt": pa.array(attempts, pa.int8()),
-            "ok": [not hopeless for hopeless in bad.tolist()],
-            "image": [_png(one) for one in pixels.numpy()],
-        }
-    )
-    holes = int(bad.sum())
-    return table, {"drawn": size - holes, "redrawn": redrawn, "holes": holes}
-
-
-def _prompt(images: GeneratedImages | FolderImages, classname: str) -> str:
-    if isinstance(images, FolderImages):
-        return ""
-    return images.settings.template.format(classname.replace("_", " "))
-
-
-def _png(pixels: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def _write_shard(table: pa.Table, place: Path) -> None:
-    temporary = place.with_name(f".{place.name}-{os.getpid()}")
-    pq.write_table(table, temporary)
-    os.replace(temporary, place)
-
-
-def read_synthetic(spec: SyntheticFeaturesSpec, count: int, store: ArtifactStore) -> Labelled:
-    """The first `count` images of each class, by class; holes are left out.
-
-    Raises:
-        MissingArtifact: they were not drawn yet.
-    """
-    row = store.row(spec)
-    size = spec.images.block_size
-    features, labels = [], []
-    for c, classname in enumerate(spec.images.classnames):
-        for block in range(spec.blocks(count)):
-            shard = row.shard(c, block, ".safetensors")
-            if not shard.exists():
-                raise MissingArtifact(
-                    f"image {block * size} of {classname!r} is not in {row.key} under "
-                    f"{store.root}; run `airsweep prepare SPEC` first"
-                )
-            arrays = load_file(shard)
-            wanted = arrays["ok"][: count - block * size]
-            kept = torch.from_numpy(arrays["features"][: len(wanted)][wanted])
-            features.append(kept)
-            labels.append(torch.full((len(kept),), c))
-    return Labelled(Batch(torch.cat(features)), torch.cat(labels))
-
-
-def read_images(
-    spec: SyntheticFeaturesSpec, classes: Sequence[int], count: int, store: ArtifactStore
-) -> list[list[Image.Image]]:
-    """The first pictures of each class, for people; classes that were not drawn are empty."""
-    row = store.row(spec.images)
-    found = []
-    for c in classes:
-        pictures: list[Image.Image] = []
-        for block in range(spec.blocks(count)):
-            shard = row.shard(c, block, ".parquet")
-            if shard.exists():
-                stored = pq.read_table(shard, columns=["image"])["image"].to_pylist()
-                pictures += [Image.open(io.BytesIO(png)).convert("RGB") for png in stored]
-        found.append(pictures[:count])
-    return found
-
-
-def recognised(spec: SyntheticFeaturesSpec, count: int, shop: Workshop, template: str) -> float:
-    """Share of the first images that zero-shot CLIP takes for the class they were drawn for."""
-    bank = read_synthetic(spec, count, shop.store)
-    text = text_classifier(shop.backbone(spec.backbone), spec.images.classnames, template)
-    return float((text.logits(bank.batch).argmax(dim=-1) == bank.labels).double().mean())

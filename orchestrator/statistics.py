@@ -39,7 +39,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +65,7 @@ class Run:
     seed: int | None
     image_ids: Array  # (T,) index in the dataset, so that images can be paired
     correct: Array  # (T,) bool
+    unseen: Array | None = None  # (T,) bool: TRZSL, scored by the harmonic mean of the two parts
 
     def __post_init__(self) -> None:
         if len(self.image_ids) != len(self.correct) or len(self.correct) == 0:
@@ -106,7 +107,7 @@ def mean_interval(runs: Runs, *, samples: int = 2000, seed: int = 0) -> Interval
     error that was never seen.
     """
     scores = [
-        _Scores(run.split_seed, run.seed, run.image_ids, run.correct.astype(np.float32))
+        _Scores(run.split_seed, run.seed, run.image_ids, (run.correct,), run.unseen)
         for run in runs.runs
     ]
     return _interval(scores, lowest=0.0, samples=samples, seed=seed)
@@ -129,7 +130,7 @@ def discordance(a: Runs, b: Runs) -> float:
 
     nan: no run in common.
     """
-    shares = [float(np.abs(pair.values).mean()) for pair in _pairs(a, b)]
+    shares = [float((pair.sides[0] != pair.sides[1]).mean()) for pair in _pairs(a, b)]
     return float(np.mean(shares)) if shares else math.nan
 
 
@@ -156,12 +157,25 @@ def images_needed(difference: float, discordance: float) -> int | None:
 
 @dataclass(frozen=True, eq=False)
 class _Scores:
-    """A run, or a pair of runs, with a number per image."""
+    """A run, or a pair of runs of which the second is subtracted, image by image."""
 
     split_seed: int
     seed: int | None
     image_ids: Array  # (T,)
-    values: Array  # (T,) float32: 0 or 1; of a difference -1, 0 or 1
+    sides: tuple[Array, ...]  # one or two of (T,) bool: right or wrong
+    unseen: Array | None  # (T,) bool
+
+    def values(self, weighted_mean: Callable[[Array], Array]) -> Array:
+        """The score, from means over images: of an accuracy, or of the harmonic mean of two."""
+        found = [self._score(side.astype(np.float32), weighted_mean) for side in self.sides]
+        return found[0] - found[1] if len(found) == 2 else found[0]
+
+    def _score(self, side: Array, weighted_mean: Callable[[Array], Array]) -> Array:
+        if self.unseen is None:
+            return weighted_mean(side)
+        parts = [part.astype(np.float32) for part in (self.unseen, ~self.unseen)]
+        one, other = (weighted_mean(side * part) / weighted_mean(part) for part in parts)
+        return 2 * one * other / np.maximum(one + other, 1e-12)
 
 
 def _pairs(a: Runs, b: Runs) -> Iterator[_Scores]:
@@ -172,12 +186,13 @@ def _pairs(a: Runs, b: Runs) -> Iterator[_Scores]:
                 continue
             ids, i, j = np.intersect1d(left.image_ids, right.image_ids, return_indices=True)
             if len(ids):
-                values = left.correct[i].astype(np.float32) - right.correct[j]
-                yield _Scores(left.split_seed, next(iter(seeds), None), ids, values)
+                sides = (left.correct[i], right.correct[j])
+                unseen = None if left.unseen is None else left.unseen[i]
+                yield _Scores(left.split_seed, next(iter(seeds), None), ids, sides, unseen)
 
 
 def _interval(scores: Sequence[_Scores], *, lowest: float, samples: int, seed: int) -> Interval:
-    run_means = np.array([s.values.mean(dtype=np.float64) for s in scores])  # (R,)
+    run_means = np.array([float(s.values(_mean)) for s in scores])  # (R,)
     shifts = _resampled_means(scores, samples, seed) - run_means  # (B, R), images only
     units = _units(scores)  # (R, K)
     share = units.sum(axis=0) / len(scores)  # (K,)
@@ -199,22 +214,30 @@ def _interval(scores: Sequence[_Scores], *, lowest: float, samples: int, seed: i
         low=max(lowest, min(float(low), mean)),
         high=min(1.0, max(float(high), mean)),
         n=len(scores),
-        n_test=round(float(np.mean([len(s.values) for s in scores]))),
+        n_test=round(float(np.mean([len(s.image_ids) for s in scores]))),
         method=_method(scores),
     )
 
 
 def _resampled_means(scores: Sequence[_Scores], samples: int, seed: int) -> Array:
-    """Means of the runs under common random weights of the images, (B, R)."""
+    """Scores of the runs under common random weights of the images, (B, R)."""
     ids = np.unique(np.concatenate([s.image_ids for s in scores]))
-    values = np.zeros((len(ids), len(scores)), dtype=np.float32)
-    tested = np.zeros_like(values)
-    for r, s in enumerate(scores):
-        rows = np.searchsorted(ids, s.image_ids)
-        values[rows, r] = s.values
-        tested[rows, r] = 1
     weights = _image_weights(len(ids), samples, seed)  # (B, U)
-    return (weights @ values).astype(np.float64) / (weights @ tested)
+    found = []
+    for s in scores:
+        same = np.array_equal(ids, s.image_ids)  # a fixed test set: no copy of its weights
+        own = weights if same else weights[:, np.searchsorted(ids, s.image_ids)]  # (B, T)
+        total = own @ np.ones(len(s.image_ids), dtype=np.float32)
+        found.append(s.values(functools.partial(_weighted, own, total)))
+    return np.stack(found, axis=1).astype(np.float64)
+
+
+def _weighted(weights: Array, total: Array, values: Array) -> Array:
+    return np.asarray(weights @ values / total)
+
+
+def _mean(values: Array) -> Array:
+    return np.asarray(values.mean(dtype=np.float64))
 
 
 @functools.lru_cache(maxsize=2)  # rows of one table share their test images, so 100 rows draw once

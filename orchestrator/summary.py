@@ -93,7 +93,8 @@ def _methods(
     bar = 0 if beside else max(0, min(20, room))
 
     last = "right  settings" if beside else "pseudo-labels right" if bar > 11 else "right"
-    screen.line(f"{'method':{name_width}}   test accuracy   {gains:{gain_width}}   {last}", "dim")
+    metric = "harmonic mean" if rows[0].metric == "harmonic_mean" else "test accuracy"
+    screen.line(f"{'method':{name_width}}   {metric}   {gains:{gain_width}}   {last}", "dim")
     for row, gain, right, settings in lines:
         text = "" if right is None else f"{100 * right:3.0f} %"
         if beside:

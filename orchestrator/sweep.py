@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Literal
 
-from air_core.specs import Ref, from_flat, knob, trial_keys
+from air_core.flat import from_flat, trial_keys
+from air_core.specs import Ref, knob
 from orchestrator import presets
 from orchestrator.expressions import compile_when, names_of
 from orchestrator.keys import digest
@@ -141,10 +142,28 @@ def cells_of(spec: SweepSpec) -> tuple[Cell, ...]:
     cells = {key: _cell(spec, combination) for key, combination in table.items()}
     if not cells:
         raise SpecError(f"{spec.source}: the grid is empty: every combination is excluded")
+    cells = {key: cell for key, cell in cells.items() if _fits(cell)}
+    if not cells:
+        raise SpecError(f"{spec.source}: {unlabelled(spec.methods)}")
     computed = {key: (cell.method, _computation(cell)) for key, cell in cells.items()}
     first = {computed[key]: key for key in reversed(cells)}  # of equal cells the first stays
     kept = [key for key in cells if first[computed[key]] == key]
     return tuple(_distinct_ids(_named(spec, cells[key], table[key], computed) for key in kept))
+
+
+def unlabelled(methods: Sequence[str]) -> str:
+    """What is wrong where no method fits any paradigm of the sweep."""
+    return f"{_listed(list(methods))}: ul has no labels to learn from; allowed: ssl, trzsl"
+
+
+def fits(spec: SweepSpec) -> bool:
+    """Is there a cell whose method is defined in its paradigm?"""
+    return any(_fits(_cell(spec, combination)) for combination in combinations(spec))
+
+
+def _fits(cell: Cell) -> bool:
+    """CoOp and VPT are not defined without labels."""
+    return cell.flat["paradigm"] in presets.METHODS[cell.method].paradigms
 
 
 def _frozen(combination: dict[str, Any]) -> frozenset[tuple[str, Any]]:
@@ -271,7 +290,12 @@ def _notes(spec: SweepSpec) -> Iterator[str]:
             pinning = [name for name in spec.methods if key in presets.METHODS[name].pins]
             if pinning:
                 yield f"{where}.{key} does not apply to {_listed(pinning)}: the method pins it"
-    cells, total = cells_of(spec), sum(1 for _ in combinations(spec))
+    every = list(combinations(spec))
+    left_out = [cell for cell in (_cell(spec, one) for one in every) if not _fits(cell)]
+    if left_out:
+        names = sorted({cell.method for cell in left_out})
+        yield f"{_listed(names)}: left out of ul, which has no labels to learn from"
+    cells, total = cells_of(spec), len(every) - len(left_out)
     if len(cells) < total:
         yield f"{total} combinations of the grid are {len(cells)} different cells"
     settled = [cell.id for cell in cells if not cell.space]

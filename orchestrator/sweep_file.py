@@ -65,8 +65,9 @@ __all__ = [
 # A LoRA and its images are made from these. To search one would mean new images for every point:
 # GPU-hours. A grid has them prepared once.
 IMAGES_DEPEND_ON = (
-    *("dataset", "backbone", "precision", "paradigm", "pool", "initial_labels"),
-    *("lora", "generator", "generation"),
+    *("dataset", "backbone", "precision", "paradigm", "shots", "class_seed"),
+    *("pool", "pool_size", "pool_ratio", "pool_missing", "leaky_pool"),
+    *("initial_labels", "lora", "generator", "generation"),
 )
 
 

@@ -8,7 +8,15 @@ from collections.abc import Iterable
 from orchestrator import presets
 from orchestrator.expressions import look_up, names_of
 from orchestrator.marked_yaml import Document, Keys, shown
-from orchestrator.sweep import Cell, Search, SweepSpec, cells_of, combinations
+from orchestrator.sweep import (
+    Cell,
+    Search,
+    SweepSpec,
+    cells_of,
+    combinations,
+    fits,
+    unlabelled,
+)
 
 MAX_CELLS = 10_000
 
@@ -26,6 +34,9 @@ def lint(document: Document, spec: SweepSpec) -> None:
         raise document.key_error(("grid",), f"makes {size:,} cells; allowed: up to {MAX_CELLS:,}")
     if next(combinations(spec), None) is None:
         raise document.key_error(("exclude",), "leaves no cell of the grid")
+    if not fits(spec):
+        where = "grid" if "method" in spec.grid else "fixed"
+        raise document.error((where, "method"), unlabelled(spec.methods))
     cells = cells_of(spec)
     for key in spec.grid:
         if not any(key in cell.chosen for cell in cells):

@@ -130,6 +130,8 @@ def _layout(rows: Sequence[Row], entries: Sequence[Entry]) -> _Layout:
 def _caption(rows: Sequence[Row], results: Results, header: Sequence[str]) -> Iterator[str]:
     where = "; ".join(f"{d}, {p}/{m}" for d, p, m in worlds_of(rows)) if rows else ""
     yield f"Test accuracy in %, mean ± standard deviation over n runs ({where})."
+    if any(row.metric == "harmonic_mean" for row in rows):
+        yield "TRZSL: harmonic mean of the accuracies on seen and on unseen classes."
     seeds, splits = results.seeds_and_splits()
     if splits:
         each = " each" if splits > 1 else ""

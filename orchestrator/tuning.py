@@ -19,10 +19,10 @@ from ray.tune.search import Searcher
 from air_core.specs import TrialSpec
 from orchestrator.dispatch import Dispatcher, Failure
 from orchestrator.keys import artifact_key
-from orchestrator.stages import Workshop
 from orchestrator.store import MissingArtifact
 from orchestrator.sweep import Resources
 from orchestrator.trial import run_trial
+from orchestrator.workshop import Workshop
 
 # The first that fits names the failure class; anything else is the user's.
 FAILURE_CLASSES: tuple[tuple[type[BaseException], str], ...] = (

@@ -30,6 +30,12 @@ def class_files(folder: Path, classnames: Sequence[str]) -> dict[str, list[Path]
 def _files(folder: Path, classname: str) -> list[Path] | None:
     for name in (classname, classname.replace(" ", "_")):
         if (folder / name).is_dir():
-            files = (folder / name).iterdir()
-            return sorted(f for f in files if f.suffix.lower() in SUFFIXES)
+            return images_in(folder / name)
     return None
+
+
+def images_in(folder: Path) -> list[Path]:
+    """Image files of a folder, sorted by name."""
+    # Archives made on macOS hold a hidden ._x.jpg for x.jpg, which is no image.
+    files = (file for file in folder.iterdir() if not file.name.startswith("."))
+    return sorted(file for file in files if file.suffix.lower() in SUFFIXES)

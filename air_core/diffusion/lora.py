@@ -1,8 +1,9 @@
 """Fine-tune a diffusion model to a domain: LoRA (arXiv:2106.09685) on pseudo-labelled images.
 
-Adapters sit on the attention projections of the U-Net; all else is frozen. The loss is the noise
-prediction error with min-SNR weights (arXiv:2303.09556). AiR (arXiv:2504.11930) trains one LoRA for
-all classes, with the class in the caption.
+Knows Stable Diffusion 1, 2 and XL (arXiv:2307.01952), with noise or v prediction. Adapters sit on
+the attention projections of the U-Net; all else is frozen. The loss is the prediction error with
+min-SNR weights (arXiv:2303.09556). AiR (arXiv:2504.11930) trains one LoRA for all classes, with the
+class in the caption.
 """
 
 # mypy: allow-untyped-calls
@@ -25,9 +26,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from air_core.diffusion.pipeline import ADAPTER, autocast, load_pipeline
 from air_core.specs import LoraTraining, Precision
+from air_core.weights import check_lora_fits
 
-# N training images, B images in a step, H height, W width, L tokens, D text width; latents are
-# (c, h, w).
+# N training images, B images in a step, H height, W width, L tokens, D text width, E width of a
+# whole text; latents are (c, h, w).
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 CAPTION_DROPOUT = 0.1  # share of images trained without caption: guidance needs both
@@ -54,7 +56,7 @@ def train_lora(
     Args:
         images: (N, H, W, 3) uint8.
         captions: N texts, class included.
-        model: diffusers folder of a Stable Diffusion pipeline, with noise or v prediction.
+        model: diffusers folder of a Stable Diffusion pipeline.
         training: rank, steps and so on; its `caption` was used already.
         size: side of the square that images are scaled and cropped to, in pixels.
         out: folder; made if it is not there.
@@ -72,11 +74,12 @@ def train_lora(
     if not len(images) or len(images) != len(captions):
         raise ValueError(f"LoRA needs images with a caption each: {len(images)}, {len(captions)}")
     start = time.perf_counter()
-    pipeline = _stable_diffusion(model)
+    check_lora_fits(model)
+    pipeline = load_pipeline(model)
     parameters = add_adapters(pipeline.unet, training.rank, seed)
     pipeline.to(device)
     latents = encode_images(pipeline.vae, images, size)
-    texts = encode_captions(pipeline, captions)
+    texts = encode_captions(pipeline, captions, size)
     losses = []
     for loss in fit(pipeline, parameters, latents, texts, training, seed):
         losses.append(loss)
@@ -120,7 +123,7 @@ def fit(
         with _attention(device.type, training.precision):
             with autocast(device.type, training.precision):
                 predicted = unet(
-                    noise_schedule.noisy(clean, noise, t), t, texts.states(batch, dropped)
+                    noise_schedule.noisy(clean, noise, t), t, **texts.conditions(batch, dropped)
                 ).sample
             error = predicted.float() - noise_schedule.target(clean, noise, t)
             loss = (error.square().mean(dim=(1, 2, 3)) * noise_schedule.weight(t)).mean()
@@ -130,17 +133,6 @@ def fit(
         optimizer.step()
         schedule.step()
         yield float(loss.detach())
-
-
-def _stable_diffusion(model: Path) -> Any:
-    pipeline = load_pipeline(model)
-    parts = pipeline.components
-    if not {"unet", "vae", "text_encoder"} <= parts.keys() or "text_encoder_2" in parts:
-        raise ValueError(
-            f"LoRA knows Stable Diffusion 1 and 2 (unet, vae, one text_encoder), but {model} is a "
-            f"{type(pipeline).__name__} of {', '.join(sorted(parts))}"
-        )
-    return pipeline
 
 
 def _warmup_cosine(steps: int) -> Callable[[int], float]:
@@ -238,29 +230,44 @@ def _square(images: Tensor, size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Texts:
-    """Captions through the frozen text encoder, each different one once."""
+    """Captions through the frozen text encoders, each different one once."""
 
-    table: Tensor  # (captions + 1, L, D); the last row is the empty caption
+    table: Tensor  # (captions + 1, L, D); the last row stands for no caption
     rows: Tensor  # (N,) which row an image has
+    pooled: Tensor | None = None  # (captions + 1, E), for Stable Diffusion XL
+    sizes: Tensor | None = None  # (1, 6), the same
 
-    def states(self, batch: Tensor, dropped: Tensor) -> Tensor:
-        """(B, L, D) for the images at positions `batch`; empty where dropped."""
-        rows = torch.where(dropped, len(self.table) - 1, self.rows[batch])
-        return self.table[rows.to(self.table.device)]
+    def conditions(self, batch: Tensor, dropped: Tensor) -> dict[str, Any]:
+        """What the U-Net is told of the images at positions `batch`; no caption where dropped."""
+        rows = torch.where(dropped, len(self.table) - 1, self.rows[batch]).to(self.table.device)
+        told: dict[str, Any] = {"encoder_hidden_states": self.table[rows]}  # (B, L, D)
+        if self.pooled is not None and self.sizes is not None:
+            sizes = self.sizes.expand(len(rows), -1)
+            told["added_cond_kwargs"] = {"text_embeds": self.pooled[rows], "time_ids": sizes}
+        return told
 
 
 @torch.no_grad()
-def encode_captions(pipeline: Any, captions: Sequence[str]) -> Texts:
-    """Encode as the pipeline itself will when it draws."""
+def encode_captions(pipeline: Any, captions: Sequence[str], size: int) -> Texts:
+    """Encode as the pipeline itself will when it draws images of this size."""
     distinct = list(dict.fromkeys(captions))
-    table, _ = pipeline.encode_prompt(
-        [*distinct, ""],
+    table, _, *pooled = pipeline.encode_prompt(
+        prompt=[*distinct, ""],
         device=pipeline.device,
         num_images_per_prompt=1,
         do_classifier_free_guidance=False,
     )
     where = {caption: row for row, caption in enumerate(distinct)}
-    return Texts(table, torch.tensor([where[caption] for caption in captions]))
+    rows = torch.tensor([where[caption] for caption in captions])
+    if not pooled:
+        return Texts(table, rows)
+    if pipeline.config.force_zeros_for_empty_prompt:
+        # Guidance leads away from this and not from the empty text's own encoding.
+        table[-1], pooled[0][-1] = 0, 0
+    # Size before, corner and size after cropping: those that a drawing asks for by default, so
+    # that the adapters are trained where they are used.
+    sizes = torch.tensor([[size, size, 0, 0, size, size]], dtype=table.dtype, device=table.device)
+    return Texts(table, rows, pooled[0], sizes)
 
 
 @dataclass(frozen=True)

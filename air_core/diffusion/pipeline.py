@@ -1,13 +1,15 @@
 """Images from a diffusers text-to-image folder, with one LoRA or none.
 
-Sampling is DPM-Solver++ (arXiv:2211.01095) with classifier-free guidance. Nothing here reads a
-network: the folder is what there is.
+Any pipeline that turns a text into an image: Stable Diffusion, PixArt, Flux and so on. Sampling is
+DPM-Solver++ (arXiv:2211.01095) where the model was trained on noise levels that it knows, else the
+model's own. Nothing here reads a network: the folder is what there is.
 """
 
 # mypy: allow-untyped-calls
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from collections.abc import Sequence
@@ -20,11 +22,15 @@ from torch import Tensor
 
 from air_core.diffusion import image_seed
 from air_core.specs import GenerationSettings, Precision
+from air_core.weights import PIPELINE_CONFIG, check_lora_fits
 
 # B images, H height, W width.
 
 ADAPTER = "air"  # the LoRA's name inside peft
 LORA_FILE = "pytorch_lora_weights.safetensors"
+TEXT_TO_IMAGE = {
+    "prompt", "height", "width", "num_inference_steps", "guidance_scale", "generator", "output_type"
+}  # fmt: skip
 
 
 class PipelineGenerator:
@@ -48,18 +54,25 @@ class PipelineGenerator:
             device: where to draw.
 
         Raises:
-            ValueError: a folder without a pipeline or without a LoRA.
+            ValueError: a folder without a pipeline or without a LoRA, or of the wrong kind.
         """
+        if adapter is not None:
+            check_lora_fits(model)
         self.settings = settings
         self.device = device
         self.pipeline = load_pipeline(model)
-        self.pipeline.scheduler = _sampler(self.pipeline.scheduler.config)
+        _check_draws_from_text(self.pipeline, model)
+        self.pipeline.scheduler = _sampler(self.pipeline.scheduler)
         if adapter is not None:
             load_adapter(self.pipeline, adapter, scale)
         self.pipeline.to(device)
 
     def generate(self, classname: str, indices: Sequence[int], attempts: Sequence[int]) -> Tensor:
-        """See ImageGenerator. Pixels depend a little on the batch, so a batch is always a block."""
+        """See ImageGenerator. Pixels depend a little on the batch, so a batch is always a block.
+
+        Raises:
+            ValueError: the model cannot draw images of this size.
+        """
         settings = self.settings
         # On the CPU and one for each image: neither the device nor the neighbours move the noise.
         generators = [
@@ -76,6 +89,11 @@ class PipelineGenerator:
                 generator=generators,
                 output_type="pt",
             ).images  # (B, 3, H, W) in [0, 1]
+        if tuple(drawn.shape[-2:]) != (settings.size, settings.size):
+            raise ValueError(
+                f"generation.size is {settings.size}, but this model draws "
+                f"{drawn.shape[-1]} x {drawn.shape[-2]}; take a multiple of 16"
+            )
         return _pixels(drawn)
 
 
@@ -96,9 +114,9 @@ def load_pipeline(model: Path) -> Any:
     Raises:
         ValueError: no pipeline there.
     """
-    index = model / "model_index.json"
+    index = model / PIPELINE_CONFIG
     if not index.is_file():  # diffusers would turn to the network and fail with its message
-        raise ValueError(f"{model} is no diffusers folder: it has no model_index.json")
+        raise ValueError(f"{model} is no diffusers folder: it has no {PIPELINE_CONFIG}")
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")  # before the import
     import diffusers
     import transformers
@@ -106,13 +124,20 @@ def load_pipeline(model: Path) -> Any:
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
-    parts: dict[str, Any] = {}
-    if "safety_checker" in json.loads(index.read_text()):
-        parts = {"safety_checker": None, "requires_safety_checker": False}
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(
-        str(model), dtype=torch.float32, local_files_only=True, **parts
-    )
+    named = json.loads(index.read_text())
+    # Parts that were left out on purpose, such as the large text encoder of Stable Diffusion 3.
+    parts: dict[str, Any] = {part: None for part, kind in named.items() if kind == [None, None]}
+    if "safety_checker" in named:
+        parts |= {"safety_checker": None, "requires_safety_checker": False}
+    try:
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(
+            str(model), dtype=torch.float32, local_files_only=True, **parts
+        )
+    except OSError as error:  # a half of it was fetched, or another precision of it
+        raise ValueError(f"{model} is not whole: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
+    if getattr(pipeline, "watermark", None) is not None:
+        pipeline.watermark = None  # there only where some package is installed: pixels would differ
     return pipeline
 
 
@@ -136,10 +161,27 @@ def autocast(device: str, precision: Precision) -> AbstractContextManager[Any]:
     return torch.autocast(kind, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
-def _sampler(config: Any) -> Any:
-    """DPM-Solver++ for the noise schedule that the model was trained with."""
-    from diffusers import DPMSolverMultistepScheduler
+def _check_draws_from_text(pipeline: Any, model: Path) -> None:
+    takes = inspect.signature(type(pipeline).__call__).parameters
+    lacking = sorted(TEXT_TO_IMAGE - takes.keys())
+    if lacking or "image" in takes:
+        why = f"does not take {', '.join(lacking)}" if lacking else "starts from an image"
+        raise ValueError(
+            f"{model} is a {type(pipeline).__name__}, which {why}; a generator is a pipeline from "
+            "text to image, such as StableDiffusionPipeline"
+        )
 
+
+def _sampler(scheduler: Any) -> Any:
+    """DPM-Solver++ for the noise levels that a model was trained with.
+
+    Flow matching and distilled models have samplers of their own, which stay.
+    """
+    from diffusers import DPMSolverMultistepScheduler
+    from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
+
+    if type(scheduler).__name__ not in KarrasDiffusionSchedulers.__members__:
+        return scheduler
     return DPMSolverMultistepScheduler.from_config(
-        config, algorithm_type="dpmsolver++", solver_order=2
+        scheduler.config, algorithm_type="dpmsolver++", solver_order=2
     )

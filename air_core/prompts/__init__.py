@@ -10,6 +10,7 @@ from torch.nn import Parameter
 
 from air_core.backbone import Backbone
 from air_core.prompts.text import TextPrompt
+from air_core.prompts.visual import VisualPrompt
 from air_core.specs import PromptSettings
 from air_core.types import Batch
 
@@ -31,7 +32,10 @@ def build_learner(
     settings: PromptSettings,
     backbone: Backbone,
     classnames: Sequence[str],
+    template: str,
     seed: int,
 ) -> PromptLearner:
     """A fresh prompt; the same seed gives the same start."""
-    return {"text": TextPrompt}[modality](settings, backbone, classnames, seed)
+    if modality == "visual":
+        return VisualPrompt(settings, backbone, classnames, template, seed)
+    return TextPrompt(settings, backbone, classnames, seed)

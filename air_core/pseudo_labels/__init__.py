@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from air_core.pseudo_labels import candidates, top_k
+from air_core.pseudo_labels.threshold import threshold
 from air_core.specs import PseudoLabelSettings
 from air_core.types import PseudoLabels
 
@@ -32,6 +34,7 @@ class Strategy(Protocol):
 
 STRATEGIES: dict[str, Strategy] = {
     "top_k": top_k.top_k,
+    "threshold": threshold,
     "candidates": candidates.candidates,
 }
 
@@ -52,8 +55,10 @@ def assign(
         previous: what the round before chose.
 
     Raises:
-        ValueError: no image was chosen.
+        ValueError: no image was chosen, or a score is not a number.
     """
+    if not torch.isfinite(scores).all():
+        raise ValueError("scores of the pool are not finite: are there NaN in the features?")
     labels = STRATEGIES[settings.kind](
         scores,
         settings,
@@ -67,6 +72,15 @@ def assign(
             f"({len(scores)} images, {settings})"
         )
     return labels
+
+
+def spread(labels: PseudoLabels, classes: Tensor | None, num_classes: int) -> PseudoLabels:
+    """Labels among some classes (TRZSL) as labels among all; None: they are among all."""
+    if classes is None:
+        return labels
+    targets = labels.targets.new_zeros(len(labels), num_classes)
+    targets[:, classes] = labels.targets
+    return PseudoLabels(labels.indices, targets, classes[labels.labels])
 
 
 def capacity(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from air_core.pseudo_labels.top_k import balanced_choice
 from air_core.specs import PseudoLabelSettings
@@ -52,7 +53,8 @@ def candidate_sets(scores: Tensor, alpha: float, beta: float) -> Tensor:
     """
     enough = scores.amax(dim=-1).quantile(alpha)
     ordered, order = scores.sort(dim=-1, descending=True, stable=True)
-    before = ordered.cumsum(dim=-1) - ordered  # mass of the classes ahead
+    # Mass of the classes ahead. A difference of sums would round where it must equal `enough`.
+    before = pad(ordered.cumsum(dim=-1)[:, :-1], (1, 0))
     within_image = torch.zeros_like(scores, dtype=torch.bool).scatter(1, order, before <= enough)
     within_class = scores >= scores.quantile(beta, dim=0)
     return within_image & within_class

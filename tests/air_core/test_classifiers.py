@@ -6,12 +6,11 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
+from air_core.auxiliary import FORMS, auxiliary_classifier, high_fidelity
 from air_core.classifiers import (
     LinearClassifier,
-    auxiliary_classifier,
     fuse,
     fused_scores,
-    high_fidelity,
     matching_sharpness,
     text_classifier,
 )
@@ -26,6 +25,9 @@ def toy(seed: int, per_class: int, shift: float = 0.0) -> Labelled:
     noise = 0.3 * torch.randn(len(labels), 8, generator=generator)
     moved = shift * torch.eye(8)[0]
     return Labelled(Batch(normalize(torch.eye(8)[labels] + noise + moved, dim=-1)), labels)
+
+
+TEXT = torch.eye(8)[:3]  # what the classes' texts would be
 
 
 def accuracy(classifier: LinearClassifier, images: Labelled) -> float:
@@ -51,7 +53,7 @@ def test_fusing_other_shapes_is_an_error():
         fused_scores(torch.zeros(2, 3), torch.zeros(2, 4), 0.5)
 
 
-@pytest.mark.parametrize("kind", ["prototype", "lda"])
+@pytest.mark.parametrize("kind", FORMS)
 @pytest.mark.parametrize("center", [True, False])
 def test_an_auxiliary_classifier_learns_from_images_of_known_class(kind, center):
     bank, target = toy(0, 40), toy(1, 40)
@@ -105,7 +107,7 @@ def test_a_class_without_any_image_is_named():
 
 def test_high_fidelity_keeps_the_images_nearest_to_their_class_mean():
     bank = toy(0, 20)
-    kept = high_fidelity(bank, FidelitySettings(kind="class_mean", keep=5))
+    kept = high_fidelity(bank, FidelitySettings(kind="class_mean", keep=5), TEXT, None)
     assert kept.labels.bincount().tolist() == [5, 5, 5]
     members = bank.batch.features[bank.labels == 1]
     nearness = members @ normalize(members.mean(dim=0), dim=-1)
@@ -115,7 +117,54 @@ def test_high_fidelity_keeps_the_images_nearest_to_their_class_mean():
 
 def test_fidelity_none_keeps_all():
     bank = toy(0, 20)
-    assert high_fidelity(bank, FidelitySettings(kind="none")) is bank
+    assert high_fidelity(bank, FidelitySettings(kind="none"), TEXT, None) is bank
+
+
+@pytest.mark.parametrize("kind", ["text", "real_mean", "random", "class_mean"])
+def test_every_rule_of_fidelity_keeps_as_many_images_of_each_class(kind):
+    kept = high_fidelity(toy(0, 20), FidelitySettings(kind=kind, keep=5), TEXT, toy(5, 9))
+    assert kept.labels.bincount().tolist() == [5, 5, 5]
+
+
+def test_fidelity_by_text_keeps_what_is_nearest_to_the_text_of_its_class():
+    bank = toy(0, 20)
+    kept = high_fidelity(bank, FidelitySettings(kind="text", keep=5), TEXT, None)
+    nearness = bank.batch.features[bank.labels == 2] @ TEXT[2]
+    least = (kept.batch.features[kept.labels == 2] @ TEXT[2]).min()
+    assert least == nearness.sort(descending=True).values[4]
+
+
+def test_fidelity_by_argmax_keeps_what_clip_takes_for_its_class_and_never_loses_a_class():
+    bank = toy(0, 20)
+    wrong = Labelled(bank.batch, (bank.labels + 1) % 3)  # no image looks like its class
+    kept = high_fidelity(wrong, FidelitySettings(kind="argmax"), TEXT, None)
+    assert kept.labels.bincount(minlength=3).tolist() == [2, 1, 1]
+    right = high_fidelity(bank, FidelitySettings(kind="argmax"), TEXT, None)
+    guess = (right.batch.features @ TEXT.T).argmax(dim=-1)
+    assert torch.equal(guess, right.labels)
+
+
+def test_a_geometric_mean_is_fused_where_the_space_is_logits():
+    text, auxiliary = torch.randn(50, 4), torch.randn(50, 4)
+    product = text.softmax(-1) ** 0.25 * auxiliary.softmax(-1) ** 0.75
+    expected = product / product.sum(dim=-1, keepdim=True)
+    torch.testing.assert_close(fused_scores(text, auxiliary, 0.75, "logit"), expected)
+
+
+def test_in_trzsl_the_auxiliary_shares_out_what_the_text_gives_to_unseen_classes():
+    images = toy(0, 10)
+    text = LinearClassifier(torch.eye(8)[:5], torch.zeros(5), torch.zeros(8), False, 5.0)
+    auxiliary = LinearClassifier(torch.eye(8)[:2], torch.zeros(2), torch.zeros(8), False, 5.0)
+    unseen = torch.tensor([1, 4])
+    both = fuse(text, auxiliary, images.batch, 0.5, "logit_scale", "probability", unseen)
+    scores, alone = both.scores(images.batch), text.logits(images.batch).softmax(dim=-1)
+    seen = torch.tensor([0, 2, 3])
+    torch.testing.assert_close(scores[:, seen], alone[:, seen])
+    torch.testing.assert_close(scores.sum(dim=-1), torch.ones(30))
+    own = both.pool_scores(images.batch)
+    assert own.shape == (30, 2)
+    mass = alone[:, unseen].sum(dim=-1, keepdim=True)
+    torch.testing.assert_close(scores[:, unseen], own * mass)
 
 
 def test_matching_entropy_makes_the_auxiliary_as_confident_as_the_text():

@@ -1,44 +1,68 @@
-"""Datasets by contract: every one in the table is held to the same rules."""
+"""Datasets by contract: every one in the table is held to the same rules.
+
+The trees are small, but laid out as the archives unpack. With AIRSWEEP_DATA the few tests of real
+datasets run too, on those that are there.
+"""
 
 from __future__ import annotations
 
+import gzip
+import json
 import os
+import shutil
 import subprocess
 import sys
-from functools import cache
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from air_core.datasets import DATASETS, Examples, get_dataset
+from air_core.datasets import DATASETS, get_dataset
+from air_core.datasets.fashion_mnist import DEBIAN
+from air_core.datasets.images import ImageFiles, Unreadable
+from air_core.datasets.published import PUBLISHED
+from air_core.datasets.split_files import held_out
+from tests.air_core.dataset_trees import EACH, MAKERS, draw, make_tree, small, small_root
 
-ROOT = Path(os.environ["AIRSWEEP_DATA"]) if "AIRSWEEP_DATA" in os.environ else None
+EVERY = pytest.mark.parametrize("name", DATASETS)
+OF_FILES = [name for name, maker in MAKERS.items() if maker and name != "fashion_mnist"]
+FROM_LISTS = ["flowers102", "dtd", "fgvc_aircraft", "cub"]  # their source parts them
+FOLDERS = ["eurosat", "resisc45"]
 
 
-@cache
-def load(name: str) -> Examples:
-    dataset = get_dataset(name)
-    if not all(file.is_file() for file in dataset.files(ROOT)):
-        pytest.skip(f"{name} is not here; AIRSWEEP_DATA names the folder of real datasets")
-    return dataset.load(ROOT)
+# ---------------------------------------------------------------- every dataset
 
 
-@pytest.mark.parametrize("name", DATASETS)
+def test_every_dataset_has_a_small_tree_and_its_published_size():
+    assert MAKERS.keys() == DATASETS.keys() == PUBLISHED.keys()
+
+
+@EVERY
 def test_every_dataset_says_what_it_is(name):
     dataset = DATASETS[name]
     assert dataset.name == name
-    assert len(set(dataset.classnames)) == len(dataset.classnames) > 1
+    assert len(set(dataset.classnames)) == len(dataset.classnames) == PUBLISHED[name].classes
     assert dataset.template.count("{}") == 1
     assert dataset.template.format(dataset.classnames[0]) != dataset.template
     assert dataset.recipe >= 1
     assert dataset.source
     assert dataset.licence
+    assert dataset.split
+    assert dataset.get
 
 
-@pytest.mark.parametrize("name", DATASETS)
+@EVERY
+def test_class_names_are_plain_words_that_can_name_a_folder(name):
+    for classname in DATASETS[name].classnames:
+        assert classname == classname.strip()
+        assert not set("/\\_\t") & set(classname)
+
+
+@EVERY
 def test_every_image_has_a_class_and_a_part(name):
-    examples = load(name)
+    examples = small(name)
     assert len(examples.images) == len(examples.labels) == len(examples.parts)
     assert set(examples.parts.tolist()) <= {"train", "val", "test", "free"}
     assert examples.labels.dtype == np.int64
@@ -46,16 +70,25 @@ def test_every_image_has_a_class_and_a_part(name):
     assert np.array_equal(np.unique(examples.labels), classes)  # no class without an image
 
 
-@pytest.mark.parametrize("name", DATASETS)
-def test_there_is_something_to_learn_from_and_something_to_test_on(name):
-    parts = set(load(name).parts.tolist())
+@EVERY
+def test_there_is_something_to_learn_from_to_choose_by_and_to_test_on(name):
+    parts = set(small(name).parts.tolist())
     assert "free" in parts or {"train", "test"} <= parts
     assert not {"free", "test"} <= parts  # else the seed would move a fixed test part
+    assert "val" in parts
 
 
-@pytest.mark.parametrize("name", DATASETS)
+@EVERY
+def test_every_class_is_in_every_part(name):
+    examples = small(name)
+    for part in set(examples.parts.tolist()):
+        there = np.unique(examples.labels[examples.parts == part])
+        assert len(there) == len(DATASETS[name].classnames)
+
+
+@EVERY
 def test_loading_again_gives_the_same_images_in_the_same_order(name):
-    first, again = load(name), DATASETS[name].load(ROOT)
+    first, again = small(name), DATASETS[name].load(small_root(name))
     assert np.array_equal(first.labels, again.labels)
     assert np.array_equal(first.parts, again.parts)
     for i in range(0, len(first.labels), max(1, len(first.labels) // 50)):
@@ -63,15 +96,534 @@ def test_loading_again_gives_the_same_images_in_the_same_order(name):
         assert first.images[i].mode == "RGB"
 
 
-@pytest.mark.parametrize("name", DATASETS)
+@EVERY
+def test_a_slice_of_the_images_holds_the_same_images(name):
+    images = small(name).images
+    some = images[2:7:2]
+    assert [image.tobytes() for image in some] == [images[i].tobytes() for i in (2, 4, 6)]
+    assert images[np.int64(3)].tobytes() == images[3].tobytes()
+    assert images[-1].tobytes() == images[len(images) - 1].tobytes()
+
+
+@EVERY
 def test_files_are_named_in_a_fixed_order(name):
-    files = DATASETS[name].files(ROOT)
+    files = DATASETS[name].files(small_root(name))
     assert files == sorted(files)
-    assert files
+    assert len(set(files)) == len(files) > 0
+    assert all(file.is_file() for file in files)
+
+
+@pytest.mark.parametrize("name", [name for name, maker in MAKERS.items() if maker])
+def test_what_is_listed_is_all_that_loading_needs(name, tmp_path):
+    root = small_root(name)
+    for file in DATASETS[name].files(root):
+        (tmp_path / file.relative_to(root)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, tmp_path / file.relative_to(root))
+    moved = DATASETS[name].load(tmp_path)
+    assert np.array_equal(moved.labels, small(name).labels)
+    assert np.array_equal(moved.parts, small(name).parts)
+    assert moved.images[0].tobytes() == small(name).images[0].tobytes()
+
+
+@pytest.mark.parametrize("name", OF_FILES)
+def test_no_test_image_is_a_training_image(name):
+    examples = small(name)
+    parts: dict[Path, set[str]] = {}
+    for file, part in zip(examples.images.files, examples.parts.tolist(), strict=True):
+        parts.setdefault(file, set()).add(part)
+    assert all(len(part) == 1 for part in parts.values())
+    assert Counter(examples.parts.tolist()) == Counter(p for part in parts.values() for p in part)
+
+
+# ---------------------------------------------------------------- layouts
+
+
+@pytest.mark.parametrize("name", OF_FILES)
+def test_a_label_is_what_the_source_says(name):
+    """Read apart from the package: by folder, or by the source's own table."""
+    dataset, examples, root = DATASETS[name], small(name), small_root(name)
+    home = root / name
+    for file, label in list(zip(examples.images.files, examples.labels, strict=True))[::7]:
+        classname = dataset.classnames[label]
+        match name:
+            case "flowers102":
+                from scipy.io import loadmat
+
+                table = loadmat(home / "flowers-102/imagelabels.mat")["labels"][0]
+                assert table[int(file.stem[-5:]) - 1] == label + 1
+            case "fgvc_aircraft":
+                lists = (home / "fgvc-aircraft-2013b/data").glob("images_variant_*.txt")
+                lines = [line for path in lists for line in path.read_text().splitlines()]
+                variant = next(line[8:] for line in lines if line.startswith(file.stem))
+                assert variant.replace("/", "-") == classname
+            case "cub":
+                assert file.parent.name[4:].lower().replace("_", " ") == classname
+            case "eurosat":
+                words = {"HerbaceousVegetation": "brushland", "SeaLake": "lake"}
+                word = words.get(file.parent.name, file.parent.name[:5].lower())
+                assert word[:5] in classname
+            case _:
+                assert file.parent.name.replace("_", " ") == classname
+
+
+def test_the_parts_of_lists_are_kept():
+    for name in ("flowers102", "dtd", "fgvc_aircraft"):
+        counts = Counter(small(name).parts.tolist())
+        classes = len(DATASETS[name].classnames)
+        each = {part: count / classes for part, count in counts.items()}
+        assert (
+            each
+            == {
+                "flowers102": {"train": 1, "val": 1, "test": 2},
+                "dtd": {"train": 2, "val": 2, "test": 2},
+                "fgvc_aircraft": {"train": 1, "val": 1, "test": 1},
+            }[name]
+        )
+    birds = small("cub")
+    fourth = np.array([file.stem.endswith("3") for file in birds.images.files])
+    assert np.array_equal(birds.parts == "test", fourth)
+
+
+@pytest.mark.parametrize(
+    ("name", "inside"),
+    [
+        ("flowers102", "flowers-102"),
+        ("dtd", "dtd"),
+        ("fgvc_aircraft", "fgvc-aircraft-2013b"),
+        ("fgvc_aircraft", "fgvc-aircraft-2013b/data"),
+        ("eurosat", "2750"),
+        ("resisc45", "NWPU-RESISC45"),
+        ("cub", "CUB_200_2011"),
+    ],
+)
+def test_the_root_may_be_the_archives_own_folder_or_the_one_above(name, inside):
+    root = small_root(name)
+    for place in (root / name, root / name / inside):
+        found = DATASETS[name].load(place)
+        assert np.array_equal(found.labels, small(name).labels)
+        assert np.array_equal(found.parts, small(name).parts)
+
+
+def test_eurosat_is_found_under_its_newer_name_too(tmp_path):
+    shutil.copytree(small_root("eurosat") / "eurosat/2750", tmp_path / "EuroSAT_RGB")
+    assert len(DATASETS["eurosat"].load(tmp_path).labels) == 10 * EACH
+
+
+# ---------------------------------------------------------------- splits
+
+
+def test_images_held_out_are_a_rounded_share_and_the_same_share_of_each_class():
+    labels = np.repeat(np.arange(10), [3000] * 5 + [2500] * 4 + [2000]).tolist()
+    paths = [f"{c}/{i}" for i, c in enumerate(labels)]
+    from air_core.datasets.eurosat import TEST_SHARE
+
+    chosen = held_out(paths, labels, TEST_SHARE)
+    assert len(chosen) == 5000
+    assert chosen == held_out(paths[::-1], labels[::-1], TEST_SHARE)
+    counts = Counter(int(path.split("/")[0]) for path in chosen)
+    assert {counts[c] for c in range(5)} <= {555, 556}
+    assert counts[9] in (370, 371)
+
+
+def test_a_class_gives_one_where_it_has_two_and_never_its_last():
+    from fractions import Fraction
+
+    chosen = held_out(["a/1", "b/1", "b/2", "c/1", "c/2"], [0, 1, 1, 2, 2], Fraction(1, 10))
+    assert sorted(path[0] for path in chosen) == ["b", "c"]
+
+
+def test_the_images_held_out_stay_the_same_forever():
+    """A digest that moves means that everybody's splits move: raise recipes instead."""
+    from hashlib import sha256
+
+    parts = {}
+    for name in FOREVER:
+        examples, home = small(name), small_root(name) / name
+        rows = [
+            f"{file.relative_to(home)} {part}"
+            for file, part in zip(examples.images.files, examples.parts.tolist(), strict=True)
+        ]
+        parts[name] = sha256("\n".join(rows).encode()).hexdigest()[:12]
+    assert parts == FOREVER
+
+
+FOREVER = {"eurosat": "3f3929bbbb40", "resisc45": "d02f0003876e", "cub": "46f420eb1fa3"}
+
+
+def test_without_split_files_the_satellite_sets_are_parted_as_published():
+    for name, test in (("eurosat", 5 / 27), ("resisc45", 0.8)):
+        counts = Counter(small(name).parts.tolist())
+        assert counts["test"] == round(len(small(name).labels) * test)
+        classes = len(DATASETS[name].classnames)
+        left = len(small(name).labels) - counts["test"]
+        assert counts["val"] == max(classes, round(left / 10))
+
+
+@pytest.fixture
+def eurosat(tmp_path) -> Path:
+    make_tree("eurosat", tmp_path)
+    return tmp_path
+
+
+def parts_of(root: Path, name: str = "eurosat") -> dict[str, str]:
+    examples = DATASETS[name].load(root)
+    files = [f"{file.parent.name}/{file.name}" for file in examples.images.files]
+    return dict(zip(files, examples.parts.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("place", ["eurosat", "eurosat/2750"])
+@pytest.mark.parametrize(
+    "line",
+    ["{c}_{i}.jpg", "{c}/{c}_{i}.jpg 3", "test.zip@{c}/{c}_{i}.jpg 3"],
+    ids=["bare", "path and label", "as ELEVATER"],
+)
+def test_a_test_list_alone_makes_all_other_images_training_images(eurosat, place, line):
+    """Published code trains on every file of a folder, those of the test list included."""
+    from air_core.datasets.eurosat import FOLDERS
+
+    lines = [line.format(c=c, i=i) for c in FOLDERS for i in (2, 5)]
+    (eurosat / place / "test.txt").write_text("\n".join(lines) + "\n")
+    parts = parts_of(eurosat)
+    assert {path for path, part in parts.items() if part == "test"} == {
+        f"{c}/{c}_{i}.jpg" for c in FOLDERS for i in (2, 5)
+    }
+    assert Counter(parts.values()) == {"train": 70, "val": 10, "test": 20}
+    assert eurosat / place / "test.txt" in DATASETS["eurosat"].files(eurosat)
+
+
+def test_three_lists_are_taken_as_they_are(tmp_path):
+    make_tree("resisc45", tmp_path)
+    names = [c.replace(" ", "_") for c in DATASETS["resisc45"].classnames]
+    for part, numbers in (("train", (1, 2)), ("val", (3,)), ("test", (4, 5))):
+        lines = [f"{c}_{i:03}.jpg\n" for c in names for i in numbers]
+        (tmp_path / "resisc45" / f"resisc45-{part}.txt").write_text("".join(lines))
+    parts = parts_of(tmp_path, "resisc45")
+    assert Counter(parts.values()) == {"train": 90, "val": 45, "test": 90}
+    assert parts["tennis_court/tennis_court_003.jpg"] == "val"
+    assert "tennis_court/tennis_court_006.jpg" not in parts
+
+
+def test_lists_in_coco_form_are_read(tmp_path):
+    make_tree("resisc45", tmp_path)
+    names = [c.replace(" ", "_") for c in DATASETS["resisc45"].classnames]
+    for part, i in (("train", 1), ("val", 2), ("test", 3)):
+        images = [{"file_name": f"{part}.zip@{c}/{c}_{i:03}.jpg"} for c in names]
+        (tmp_path / "resisc45" / f"{part}.json").write_text(json.dumps({"images": images}))
+    assert Counter(parts_of(tmp_path, "resisc45").values()) == {"train": 45, "val": 45, "test": 45}
+
+
+def test_the_split_of_coop_is_read(eurosat):
+    from air_core.datasets.eurosat import FOLDERS
+
+    split = {
+        part: [[f"{c}/{c}_{i}.jpg", n, c] for n, c in enumerate(FOLDERS)]
+        for part, i in (("train", 1), ("val", 2), ("test", 3))
+    }
+    (eurosat / "eurosat/split_zhou_EuroSAT.json").write_text(json.dumps(split))
+    assert Counter(parts_of(eurosat).values()) == {"train": 10, "val": 10, "test": 10}
+    assert parts_of(eurosat)["River/River_2.jpg"] == "val"
+
+
+def test_lists_beside_somebody_elses_folder_are_not_taken(tmp_path):
+    """Class folders right below the root: what lies above it belongs to others."""
+    shutil.copytree(small_root("eurosat") / "eurosat/2750", tmp_path / "data")
+    (tmp_path / "test.txt").write_text("River_1.jpg\n")
+    assert Counter(parts_of(tmp_path / "data").values())["test"] == round(100 * 5 / 27)
+
+
+# ---------------------------------------------------------------- fashion-mnist
+
+
+def test_clothes_are_28x28_pixels_grey_in_rgb():
+    image = small("fashion_mnist").images[0]
+    assert image.size == (28, 28)
+    red, green, blue = np.asarray(image).transpose(2, 0, 1)
+    assert np.array_equal(red, green)
+    assert np.array_equal(red, blue)
+
+
+def test_clothes_are_found_unpacked_and_in_other_folders(tmp_path):
+    packed = small_root("fashion_mnist") / "fashion_mnist/FashionMNIST/raw"
+    (tmp_path / "fashion-mnist").mkdir()
+    for file in packed.iterdir():
+        plain = tmp_path / "fashion-mnist" / file.stem
+        plain.write_bytes(gzip.decompress(file.read_bytes()))
+    for root in (tmp_path, tmp_path / "fashion-mnist"):
+        found = DATASETS["fashion_mnist"].load(root)
+        assert np.array_equal(found.parts, small("fashion_mnist").parts)
+        assert found.images[9].tobytes() == small("fashion_mnist").images[9].tobytes()
+
+
+def test_files_that_may_be_plain_mnist_are_not_taken_for_clothes(tmp_path, monkeypatch):
+    monkeypatch.setattr("air_core.datasets.fashion_mnist.DEBIAN", tmp_path / "not installed")
+    root = tmp_path / "mnist"
+    shutil.copytree(small_root("fashion_mnist") / "fashion_mnist/FashionMNIST/raw", root)
+    with pytest.raises(ValueError, match=r"fashion_mnist is in none of .*apt-get install"):
+        DATASETS["fashion_mnist"].files(root)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda content: content[:-20], "is damaged"),
+        (lambda content: gzip.compress(gzip.decompress(content)[:-20]), "holds .* bytes, but its"),
+        (lambda content: gzip.compress(b"\0\0\x08\x01" + b"\0" * 12), "no IDX file of 3 dim"),
+    ],
+    ids=["cut off", "cut off before packing", "another kind"],
+)
+def test_a_damaged_file_of_clothes_is_an_error(tmp_path, damage, message):
+    shutil.copytree(small_root("fashion_mnist"), tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "fashion_mnist/FashionMNIST/raw/t10k-images-idx3-ubyte.gz"
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(ValueError, match=message):
+        DATASETS["fashion_mnist"].load(tmp_path)
+
+
+def test_a_missing_file_of_clothes_is_an_error_that_names_it(tmp_path):
+    shutil.copytree(small_root("fashion_mnist"), tmp_path, dirs_exist_ok=True)
+    (tmp_path / "fashion_mnist/FashionMNIST/raw/train-labels-idx1-ubyte.gz").unlink()
+    with pytest.raises(ValueError, match=r"has no train-labels-idx1-ubyte\.gz; apt-get install"):
+        DATASETS["fashion_mnist"].files(tmp_path)
+
+
+@pytest.mark.debian
+@pytest.mark.skipif(not DEBIAN.is_dir(), reason="apt-get install dataset-fashion-mnist")
+@pytest.mark.parametrize("root", [None, DEBIAN, DEBIAN.parent])
+def test_the_real_clothes_of_debian_have_their_published_parts(root):
+    examples = DATASETS["fashion_mnist"].load(root)
+    assert Counter(examples.parts.tolist()) == {"train": 54000, "val": 6000, "test": 10000}
+    for part, each in (("val", 600), ("test", 1000)):
+        assert set(np.bincount(examples.labels[examples.parts == part])) == {each}
+    # Trousers are dark at the sides and light in the middle.
+    shown = np.stack(
+        [np.asarray(examples.images[i]) for i in np.flatnonzero(examples.labels == 1)[:9]]
+    )
+    assert shown[:, :, 10:18].mean() > 4 * shown[:, :, :4].mean()
+    assert DATASETS["fashion_mnist"].classnames[1] == "trouser"
+
+
+# ---------------------------------------------------------------- what may be wrong
+
+
+@pytest.mark.parametrize("name", OF_FILES)
+def test_without_a_root_the_error_says_how_to_give_one_and_get_the_data(name):
+    with pytest.raises(ValueError, match=rf"{name} needs a data root: --data-root DIR.*https://"):
+        DATASETS[name].files(None)
+
+
+@pytest.mark.parametrize("name", [*OF_FILES, "fashion_mnist"])
+def test_a_root_that_is_not_there_is_an_error(name, tmp_path):
+    with pytest.raises(ValueError, match=r"the data root .*nowhere is not there"):
+        DATASETS[name].files(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", OF_FILES)
+def test_a_dataset_that_is_not_there_is_an_error_that_names_where_was_looked(name, tmp_path):
+    with pytest.raises(ValueError, match=rf"{name} is not in .*looked for .*{name}.*https://"):
+        DATASETS[name].files(tmp_path)
+
+
+def test_a_dataset_in_two_places_is_an_error(eurosat):
+    shutil.copytree(eurosat / "eurosat/2750", eurosat / "eurosat/EuroSAT_RGB")
+    with pytest.raises(ValueError, match=r"eurosat is in two places, .*2750 and .*EuroSAT_RGB"):
+        DATASETS["eurosat"].files(eurosat)
+
+
+@pytest.mark.parametrize("name", FROM_LISTS)
+def test_a_half_unpacked_dataset_is_an_error_that_counts_what_is_missing(name, tmp_path):
+    make_tree(name, tmp_path)
+    images = DATASETS[name].load(tmp_path).images.files
+    for file in images[5:8]:
+        file.unlink()
+    home = tmp_path / name
+    with pytest.raises(ValueError, match="was the archive unpacked to its end") as caught:
+        DATASETS[name].files(tmp_path)
+    assert f"3 of {len(images):,} listed images" in str(caught.value)
+    assert str(images[5].relative_to(home)).endswith(
+        str(caught.value).split("the first is ")[1].split(";")[0]
+    )
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_missing_class_folder_is_an_error_that_names_it(name, tmp_path):
+    make_tree(name, tmp_path)
+    folder = next(tmp_path.glob("*/*/[Ff]orest"))
+    shutil.rmtree(folder)
+    with pytest.raises(ValueError, match=r"has no folder for '[Ff]orest'"):
+        DATASETS[name].files(tmp_path)
+    folder.mkdir()
+    with pytest.raises(ValueError, match="has no image of 'forest'"):
+        DATASETS[name].files(tmp_path)
+
+
+def test_an_image_of_two_parts_is_an_error(eurosat):
+    (eurosat / "eurosat/train.txt").write_text("River_1.jpg\nRiver_2.jpg\n")
+    (eurosat / "eurosat/test.txt").write_text("River_2.jpg\n")
+    with pytest.raises(ValueError, match=r"River/River_2.jpg is listed twice, as \w+ and as \w+"):
+        DATASETS["eurosat"].files(eurosat)
+
+
+def test_a_list_that_names_no_class_is_an_error(eurosat):
+    (eurosat / "eurosat/test.txt").write_text("Rever/River_2.jpg\n")
+    with pytest.raises(ValueError, match=r"'Rever' is no class folder; wanted .*River"):
+        DATASETS["eurosat"].files(eurosat)
+
+
+def test_images_of_one_name_in_two_folders_are_two_images(eurosat):
+    """A join by base name would take the one for the other."""
+    draw(eurosat / "eurosat/2750/River/Forest_1.jpg")
+    (eurosat / "eurosat/test.txt").write_text("River/Forest_1.jpg\n")
+    parts = parts_of(eurosat)
+    assert parts["River/Forest_1.jpg"] == "test"
+    assert parts["Forest/Forest_1.jpg"] != "test"
+
+
+def test_birds_of_other_classes_are_an_error(tmp_path):
+    make_tree("cub", tmp_path)
+    file = tmp_path / "cub/CUB_200_2011/classes.txt"
+    file.write_text(file.read_text().replace("Cardinal", "Pope"))
+    with pytest.raises(ValueError, match="has other classes: pope"):
+        DATASETS["cub"].files(tmp_path)
+    file.unlink()
+    with pytest.raises(ValueError, match=r"classes\.txt is not in .*unpacked to its end"):
+        DATASETS["cub"].files(tmp_path)
+
+
+# ---------------------------------------------------------------- images
+
+
+def saved(image: Image.Image, file: Path, **options: object) -> Image.Image:
+    image.save(file, **options)
+    return ImageFiles((file,))[0]
+
+
+def pixel(image: Image.Image, at: tuple[int, int] = (0, 0)) -> tuple[int, ...]:
+    assert image.mode == "RGB"
+    return image.getpixel(at)
+
+
+def test_a_palette_image_has_its_colours_and_transparent_ones_are_white(tmp_path):
+    image = Image.new("P", (4, 4))
+    image.putpalette([10, 20, 30, 200, 100, 50])
+    image.putpixel((1, 0), 1)
+    assert pixel(saved(image, tmp_path / "a.png")) == (10, 20, 30)
+    assert pixel(saved(image, tmp_path / "a.gif"), (1, 0)) == (200, 100, 50)
+    shown = saved(image, tmp_path / "b.png", transparency=0)
+    assert pixel(shown) == (255, 255, 255)
+    assert pixel(shown, (1, 0)) == (200, 100, 50)
+
+
+def test_a_transparent_image_lies_over_white(tmp_path):
+    image = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
+    image.putpixel((1, 0), (100, 0, 0, 255))
+    image.putpixel((2, 0), (0, 0, 0, 51))
+    shown = saved(image, tmp_path / "a.png")
+    assert pixel(shown) == (255, 255, 255)
+    assert pixel(shown, (1, 0)) == (100, 0, 0)
+    assert pixel(shown, (2, 0)) == (204, 204, 204)
+    assert pixel(saved(Image.new("LA", (2, 2), (0, 0)), tmp_path / "b.png")) == (255, 255, 255)
+
+
+def test_one_bit_and_grey_images_keep_their_values(tmp_path):
+    image = Image.new("1", (8, 8))
+    image.putpixel((1, 0), 1)
+    shown = saved(image, tmp_path / "a.png")
+    assert pixel(shown) == (0, 0, 0)
+    assert pixel(shown, (1, 0)) == (255, 255, 255)
+    assert pixel(saved(Image.new("L", (2, 2), 77), tmp_path / "b.png")) == (77, 77, 77)
+
+
+@pytest.mark.parametrize("ending", ["jpg", "tif"])
+def test_a_cmyk_image_has_the_colour_of_its_inks(tmp_path, ending):
+    inks = Image.new("CMYK", (16, 16), (0, 255, 255, 0))  # magenta and yellow are red
+    red, green, blue = pixel(saved(inks, tmp_path / f"a.{ending}"), (8, 8))
+    assert red > 240
+    assert max(green, blue) < 15
+
+
+@pytest.mark.parametrize("ending", ["png", "tif"])
+def test_sixteen_bit_grey_is_scaled_and_not_clipped(tmp_path, ending):
+    values = np.array([[0, 257, 32896, 65535]], dtype=np.uint16)
+    shown = saved(Image.fromarray(values), tmp_path / f"a.{ending}")
+    assert np.asarray(shown)[0, :, 0].tolist() == [0, 1, 128, 255]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [np.array([[0.5]], np.float32), np.array([[70000]], np.int32)],
+    ids=["float", "32 bit"],
+)
+def test_numbers_of_unknown_range_are_unreadable(tmp_path, values):
+    with pytest.raises(Unreadable, match=r"a\.tif cannot be read: .*unknown range; save 8 or 16"):
+        saved(Image.fromarray(values), tmp_path / "a.tif")
+
+
+def test_a_photograph_is_turned_as_the_camera_was_held(tmp_path):
+    image = Image.new("RGB", (16, 8), "white")
+    image.paste("black", (0, 0, 8, 8))  # left half
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees to the right
+    shown = saved(image, tmp_path / "a.jpg", exif=exif)
+    assert shown.size == (8, 16)
+    assert pixel(shown, (4, 2))[0] < 50  # the left half is up now
+    assert pixel(shown, (4, 14))[0] > 200
+
+
+def test_damaged_notes_of_the_camera_do_not_make_an_image_unreadable(tmp_path):
+    image = Image.new("RGB", (8, 8), (50, 100, 150))
+    shown = saved(image, tmp_path / "a.jpg", exif=b"Exif\0\0 nonsense", quality=95)
+    assert shown.size == (8, 8)
+
+
+def huge_png() -> bytes:
+    """The head of a PNG of 20,000 x 20,000 pixels."""
+    import struct
+    import zlib
+
+    head = b"IHDR" + struct.pack(">IIBBBBB", 20000, 20000, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + head + struct.pack(">I", zlib.crc32(head))
+    return b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 0) + b"IDAT"
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (lambda jpeg: b"", "it is empty"),
+        (lambda jpeg: b"<html>404</html>", "not an image"),
+        (lambda jpeg: jpeg[: len(jpeg) // 2], "truncated"),
+        (lambda jpeg: b"\0" * 40 + jpeg[40:], "not an image, or one whose head is damaged"),
+        (lambda jpeg: huge_png(), "too large, over 178,956,970 pixels"),
+        (lambda jpeg: b"\x89PNG\r\n\x1a\n" + b"\1" * 100, "."),
+    ],
+    ids=["empty", "a page", "truncated", "no head", "huge", "nonsense"],
+)
+def test_a_file_that_cannot_be_decoded_is_unreadable_and_says_why(tmp_path, content, why):
+    good = tmp_path / "good.jpg"
+    draw(good, size=64)
+    bad = tmp_path / "bad.jpg"
+    bad.write_bytes(content(good.read_bytes()))
+    images = ImageFiles((good, bad))
+    assert images[0].size == (64, 64)
+    with pytest.raises(Unreadable, match=rf"bad\.jpg cannot be read: .*{why}"):
+        images[1]
+    assert isinstance(images[:], ImageFiles)  # a slice opens nothing
+
+
+def test_a_file_that_is_gone_is_the_disks_fault_and_not_the_images(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        ImageFiles((tmp_path / "gone.jpg",))[0]
+
+
+def test_hidden_files_beside_images_are_no_images(eurosat):
+    (eurosat / "eurosat/2750/River/._River_1.jpg").write_bytes(b"what macOS leaves in archives")
+    assert len(DATASETS["eurosat"].load(eurosat).images) == 10 * EACH
+
+
+# ---------------------------------------------------------------- digits
 
 
 def test_digits_are_1797_real_images_of_ten_classes():
-    examples = load("digits")
+    examples = small("digits")
     assert len(examples.images) == 1797
     assert len(np.unique(examples.labels)) == 10
     assert examples.images[0].size == (32, 32)
@@ -79,7 +631,7 @@ def test_digits_are_1797_real_images_of_ten_classes():
 
 def test_digits_are_labelled_with_the_digit_that_they_show():
     """The mean image of a class is nearer to its own images than to those of another."""
-    examples = load("digits")
+    examples = small("digits")
     pixels = np.stack([np.asarray(image, dtype=float).mean(axis=2) for image in examples.images])
     means = np.stack([pixels[examples.labels == c].mean(axis=0) for c in range(10)])
     distance = ((pixels[:, None] - means[None]) ** 2).sum(axis=(2, 3))  # (N, C)
@@ -88,7 +640,7 @@ def test_digits_are_labelled_with_the_digit_that_they_show():
 
 
 def test_a_tenth_of_the_digits_is_for_validation_and_stratified():
-    examples = load("digits")
+    examples = small("digits")
     validation = examples.parts == "val"
     assert validation.sum() == 180
     shares = np.bincount(examples.labels[validation]) / np.bincount(examples.labels)
@@ -96,25 +648,47 @@ def test_a_tenth_of_the_digits_is_for_validation_and_stratified():
     assert shares.max() < 0.11
 
 
+# ---------------------------------------------------------------- the table
+
+
 def test_an_unknown_name_is_an_error_that_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"unknown dataset 'digitz'; known: .*digits"):
+    with pytest.raises(
+        ValueError, match=r"unknown dataset 'digitz'; known: .*digits.*folder:<path>"
+    ):
         get_dataset("digitz")
 
 
 LISTING = """
 import sys
-from air_core.datasets import DATASETS
+from pathlib import Path
+from air_core.datasets import DATASETS, get_dataset
 assert DATASETS["digits"].files(None)[0].is_file()
-print(*sorted({"numpy", "PIL", "sklearn", "torch"} & set(sys.modules)))
+assert DATASETS["eurosat"].files(Path(sys.argv[1]))[0].is_file()
+assert get_dataset("folder:" + sys.argv[1] + "/eurosat/2750").files(None)[0].is_file()
+print(*sorted({"numpy", "PIL", "scipy", "sklearn", "torch"} & set(sys.modules)))
 """
 
 
-def test_knowing_what_datasets_there_are_opens_none():
+def test_listing_files_opens_no_image():
     done = subprocess.run(
-        [sys.executable, "-c", LISTING],
+        [sys.executable, "-c", LISTING, str(small_root("eurosat"))],
         capture_output=True,
         text=True,
         check=True,
         cwd=Path(__file__).parents[2],
     )
     assert done.stdout.split() == []
+
+
+REAL = Path(os.environ["AIRSWEEP_DATA"]) if "AIRSWEEP_DATA" in os.environ else None
+
+
+@pytest.mark.skipif(REAL is None, reason="AIRSWEEP_DATA names no folder of real datasets")
+@pytest.mark.parametrize("name", OF_FILES)
+def test_a_real_dataset_has_its_published_parts(name):
+    try:
+        counts = Counter(DATASETS[name].load(REAL).parts.tolist())
+    except ValueError as problem:
+        pytest.skip(str(problem))
+    for part, wanted in PUBLISHED[name].parts.items():
+        assert sum(counts[one] for one in part.split("+")) == wanted

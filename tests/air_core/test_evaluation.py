@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from air_core.classifiers import LinearClassifier
-from air_core.evaluation import accuracy, mutual_information, objectives
+from air_core.evaluation import measured, mutual_information, objectives
 from air_core.types import Batch, Labelled
 
 
@@ -47,11 +47,19 @@ def test_mutual_information_is_largest_where_each_image_is_sure_and_classes_are_
 
 
 def test_accuracy_is_over_all_images_and_recall_per_class():
-    found = accuracy(torch.tensor([0, 0, 1, 2]), torch.tensor([0, 1, 1, 0]), 4)
+    found = measured(torch.tensor([0, 0, 1, 2]), torch.tensor([0, 1, 1, 0]), 4)
     assert found.accuracy == 0.5
     assert found.per_class[:2] == (0.5, 0.5)
     assert all(math.isnan(recall) for recall in found.per_class[2:])  # no image of these
     assert found.predictions.tolist() == [0, 0, 1, 2]
+
+
+def test_trzsl_is_marked_by_the_harmonic_mean_over_images():
+    labels = torch.tensor([0, 0, 0, 0, 1, 2])
+    found = measured(torch.tensor([0, 0, 0, 3, 1, 0]), labels, 4, torch.tensor([1, 2]))
+    assert (found.seen, found.unseen) == (0.75, 0.5)
+    assert found.harmonic_mean == found.headline == pytest.approx(0.6)
+    assert measured(labels, labels, 4).headline == 1.0
 
 
 # ---------------------------------------------------------------- what a search sees
@@ -68,9 +76,14 @@ def some_images(count: int, seed: int) -> Batch:
 def test_objectives_have_no_way_to_a_test_image():
     """Whether a sweep looks at the test set is a question about this signature."""
     hints = typing.get_type_hints(objectives)
-    assert [*inspect.signature(objectives).parameters] == ["classifier", "pool", "validation"]
+    assert [*inspect.signature(objectives).parameters] == [
+        "classifier",
+        "pool",
+        "validation",
+        "unseen",
+    ]
     assert hints["pool"] is Batch  # which has no labels
-    assert [*vars(some_images(1, 0))] == ["features"]
+    assert [*vars(some_images(1, 0))] == ["features", "tokens"]
 
 
 def test_mutual_information_is_of_the_pool_and_needs_no_label():

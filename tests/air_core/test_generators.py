@@ -17,6 +17,8 @@ from air_core.diffusion.lora import add_adapters, save_adapters
 from air_core.diffusion.pipeline import PipelineGenerator, load_pipeline
 from air_core.specs import FolderImages, GeneratedImages, GenerationSettings, Ref
 from air_core.tiny import WEIGHTS
+from air_core.weights import generator_files, generator_folder
+from tests.air_core import pipelines
 
 MODEL = WEIGHTS / "diffusion"
 QUICK = GenerationSettings(
@@ -151,6 +153,73 @@ def test_load_generator_wants_an_adapter_exactly_where_the_images_have_a_lora(ad
     assert isinstance(load_generator(images, MODEL, None), PipelineGenerator)
     with pytest.raises(ValueError, match="ask for no LoRA"):
         load_generator(images, MODEL, adapter)
+
+
+# ---------------------------------------------------------------- other pipelines
+
+
+def test_a_flow_matching_model_draws_with_its_own_sampler_and_takes_no_lora(tmp_path, adapter):
+    model = pipelines.stable_diffusion_3(tmp_path)
+    settings = replace(QUICK, size=pipelines.SIZE, num_inference_steps=2)
+    generator = PipelineGenerator(model, settings)
+    assert type(generator.pipeline.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
+    images = draw(generator, range(2))
+    assert images.shape == (2, pipelines.SIZE, pipelines.SIZE, 3)
+    assert not rejected(images).any()
+    assert torch.equal(images, draw(generator, range(2)))
+    with pytest.raises(ValueError, match=r"LoRA knows .* is a StableDiffusion3Pipeline"):
+        PipelineGenerator(model, settings, adapter=adapter)
+
+
+def test_a_pipeline_that_starts_from_an_image_is_refused(tmp_path):
+    model = pipelines.image_to_image(tmp_path)
+    with pytest.raises(ValueError, match="is a StableDiffusionImg2ImgPipeline, which"):
+        PipelineGenerator(model, QUICK)
+
+
+def test_a_size_that_a_model_cannot_draw_is_an_error(tmp_path):
+    settings = replace(QUICK, size=60, num_inference_steps=1)
+    with pytest.raises(ValueError, match="60"):
+        draw(PipelineGenerator(pipelines.stable_diffusion_1(tmp_path), settings), range(1))
+
+
+# ---------------------------------------------------------------- names
+
+
+def test_a_generator_is_tiny_a_folder_or_a_snapshot_of_the_hub(tmp_path, monkeypatch):
+    assert generator_folder("tiny") == MODEL
+    assert generator_folder(str(MODEL)) == MODEL
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(
+        ValueError, match=r"lacks its model_index\.json; .* `hf download some/model`"
+    ):
+        generator_folder("some/model")
+    kept = tmp_path / "models--some--model"
+    (kept / "refs").mkdir(parents=True)
+    (kept / "refs" / "main").write_text("abc")
+    snapshot = pipelines.stable_diffusion_1(kept / "snapshots" / "abc")  # without safety checker
+    (snapshot / "model.ckpt").write_text("the same weights in another form")
+    assert generator_folder("some/model") == snapshot
+    digested = {path.relative_to(snapshot).parts[0] for path in generator_files(snapshot)}
+    assert digested == {
+        "model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae"
+    }  # fmt: skip
+    assert draw(
+        PipelineGenerator(snapshot, replace(QUICK, size=64, num_inference_steps=1)), range(1)
+    ).shape == (1, 64, 64, 3)
+    (snapshot / "unet").rename(snapshot / "elsewhere")
+    with pytest.raises(ValueError, match="lacks its unet"):
+        generator_folder("some/model")
+
+
+@pytest.mark.parametrize("name", ["nowhere", "/nowhere/at/all", "./nowhere", "a/b/c"])
+def test_a_name_that_is_no_generator_says_what_is_allowed(name):
+    with pytest.raises(ValueError, match=r"allowed: tiny, a folder with model_index\.json"):
+        generator_folder(name)
+
+
+def test_all_files_of_the_embedded_pipeline_are_digested():
+    assert generator_files(MODEL) == sorted(path for path in MODEL.rglob("*") if path.is_file())
 
 
 # ---------------------------------------------------------------- rejection

@@ -13,11 +13,12 @@ import torch
 from safetensors import safe_open
 
 from air_core.diffusion import rejected
-from air_core.diffusion.lora import add_adapters, save_adapters, train_lora
+from air_core.diffusion.lora import add_adapters, encode_captions, save_adapters, train_lora
 from air_core.diffusion.pipeline import LORA_FILE, PipelineGenerator, load_pipeline
 from air_core.specs import GenerationSettings, LoraTraining
 from air_core.tiny import WEIGHTS
 from air_core.tiny.scores import DIGIT_NAMES, handwritten
+from tests.air_core import pipelines
 
 MODEL = WEIGHTS / "diffusion"
 TRAINING = LoraTraining(rank=4, steps=3, batch=4, learning_rate=2e-3, precision="fp32")
@@ -137,58 +138,68 @@ def test_a_loss_that_is_not_finite_stops_the_training(tmp_path, digits):
     assert not (tmp_path / LORA_FILE).exists()
 
 
-# ---------------------------------------------------------------- the shape of Stable Diffusion
+# ---------------------------------------------------------------- published models, narrow
 
 
-def stable_diffusion(folder: Path, prediction: str) -> Path:
-    """A pipeline of random weights with the parts of Stable Diffusion, but small."""
-    import diffusers
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-    torch.manual_seed(0)
-    tokenizer = CLIPTokenizer.from_pretrained(MODEL / "tokenizer", local_files_only=True)
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=2014, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
-            num_attention_heads=2, max_position_embeddings=24, bos_token_id=2012,
-            eos_token_id=2013, pad_token_id=0,
-        )
-    )  # fmt: skip
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16, 32),
-        layers_per_block=1, cross_attention_dim=32, attention_head_dim=8, norm_num_groups=8,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )  # fmt: skip
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=(16, 16, 16), norm_num_groups=8, latent_channels=4, sample_size=32,
-        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-    )  # fmt: skip
-    scheduler = diffusers.PNDMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True,
-        steps_offset=1, prediction_type=prediction,
-    )  # fmt: skip
-    diffusers.StableDiffusionPipeline(
-        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    ).save_pretrained(folder)  # fmt: skip
-    return folder
+LARGER = replace(QUICK, size=pipelines.SIZE, num_inference_steps=2)
+TWO_STEPS = replace(TRAINING, rank=2, steps=2, batch=2)
+SHAPES = [
+    pipelines.stable_diffusion_1,
+    pipelines.stable_diffusion_2,
+    pipelines.stable_diffusion_xl,
+]
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_a_stable_diffusion_folder_is_trained_and_drawn_from(tmp_path, digits, prediction):
-    model = stable_diffusion(tmp_path / "model", prediction)
+@pytest.fixture(scope="module", params=SHAPES, ids=lambda shape: shape.__name__)
+def published(request, tmp_path_factory) -> Path:
+    return request.param(tmp_path_factory.mktemp("published"))
+
+
+def test_a_lora_of_a_published_model_is_trained_saved_and_drawn_from(published, tmp_path, digits):
     images, captions = digits
     wide = torch.cat([images, images], dim=2)  # not square, and not of the model's size
-    result = train_lora(wide, captions, model, replace(TRAINING, rank=2), 48, tmp_path / "lora")
+    result = train_lora(wide, captions, published, TWO_STEPS, pipelines.SIZE, tmp_path)
     assert math.isfinite(result["loss_last"])
-    base, adapted = draw(model), draw(model, adapter=tmp_path / "lora")
-    assert adapted.shape == (2, 32, 32, 3)
+
+    def draw_two(**lora: Any) -> torch.Tensor:
+        generator = PipelineGenerator(published, LARGER, **lora)
+        return generator.generate("digit four", [0, 1], [0, 0])
+
+    base, adapted = draw_two(), draw_two(adapter=tmp_path)
+    assert adapted.shape == (2, pipelines.SIZE, pipelines.SIZE, 3)
     assert not rejected(adapted).any()
     assert not torch.equal(base, adapted)
+    assert torch.equal(base, draw_two(adapter=tmp_path, scale=0.0))
+
+
+def test_a_model_is_trained_under_the_conditions_that_it_draws_under(published):
+    caption = "a photo of a heart"
+    pipeline = load_pipeline(published)
+    texts = encode_captions(pipeline, [caption], pipelines.SIZE)
+    told: list[dict[str, Any]] = []
+    pipeline.unet.register_forward_pre_hook(
+        lambda module, args, kwargs: told.append(kwargs), with_kwargs=True
+    )
+    pipeline(caption, height=pipelines.SIZE, width=pipelines.SIZE, num_inference_steps=1)
+    # Guidance: the first is drawn without caption, the second with it.
+    trained = texts.conditions(torch.tensor([0, 0]), torch.tensor([True, False]))
+    drawn = {name: told[0][name] for name in trained}
+    if "added_cond_kwargs" in trained:
+        assert trained["added_cond_kwargs"].keys() == drawn["added_cond_kwargs"].keys()
+        trained |= trained.pop("added_cond_kwargs")
+        drawn |= drawn.pop("added_cond_kwargs")
+    for name, expected in drawn.items():
+        torch.testing.assert_close(trained[name], expected)
 
 
 def test_a_model_that_predicts_something_else_is_refused(tmp_path, digits):
-    model = stable_diffusion(tmp_path / "model", "sample")
+    model = pipelines.stable_diffusion_1(tmp_path / "model", "sample")
     with pytest.raises(ValueError, match="predicts 'sample'; LoRA knows epsilon and v_prediction"):
-        train_lora(*digits, model, TRAINING, 32, tmp_path / "lora")
+        train_lora(*digits, model, TRAINING, pipelines.SIZE, tmp_path / "lora")
+
+
+def test_a_model_of_another_kind_is_refused_by_its_name(tmp_path, digits):
+    model = pipelines.stable_diffusion_3(tmp_path / "model")
+    match = r"LoRA knows StableDiffusionPipeline and .* is a StableDiffusion3Pipeline; set lora: nu"
+    with pytest.raises(ValueError, match=match):
+        train_lora(*digits, model, TRAINING, pipelines.SIZE, tmp_path / "lora")

@@ -14,10 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from air_core.classifiers import LinearClassifier, fuse, text_classifier
+from air_core.classifiers import LinearClassifier, text_classifier
 from air_core.datasets import get_dataset
 from air_core.method import FADED, Progress, TrialData, build_auxiliary, faded, learn
-from air_core.paradigms import make_split
+from air_core.paradigms import PARADIGMS, make_split
 from air_core.specs import SplitSettings, TrialSpec
 from air_core.types import Batch, Labelled, TrialResult
 from orchestrator.presets import METHODS
@@ -27,31 +27,44 @@ QUICK = {"iterations": 2, "train__steps": 4, "prompt__length": 4, "seed": 1}
 
 
 @pytest.fixture(scope="module")
-def digits(tiny_clip) -> TrialData:
-    """The digits as a trial sees them, split 0, without synthetic images."""
+def worlds(tiny_clip, drawn_digits) -> dict[str, TrialData]:
+    """The digits as a trial sees them in each paradigm, with 16 ready images of each class."""
     dataset = get_dataset("digits")
     examples = dataset.load(None)
-    features = tiny_clip.encode_images(examples.images)
-    labels = torch.from_numpy(examples.labels)
-    split = make_split(examples.labels, examples.parts, SplitSettings(pool="train"))
-    return TrialData(
-        backbone=tiny_clip,
-        classnames=dataset.classnames,
-        template=dataset.template,
-        pool=Batch(features[split.pool]),
-        validation=Labelled(Batch(features[split.validation]), labels[split.validation]),
-        test=Labelled(Batch(features[split.test]), labels[split.test]),
-        synthetic=None,
-    )
+    every = Labelled(encoded(tiny_clip, examples.images), torch.from_numpy(examples.labels))
+    files = [sorted((drawn_digits / name).iterdir()) for name in dataset.classnames]
+    images = [Image.open(file) for of_class in files for file in of_class]
+    drawn = Labelled(encoded(tiny_clip, images), torch.arange(10).repeat_interleave(16))
+    found = {}
+    for paradigm in PARADIGMS:
+        settings = SplitSettings(paradigm=paradigm, pool="train")
+        split = make_split(examples.labels, examples.parts, settings)
+        found[paradigm] = TrialData(
+            backbone=tiny_clip,
+            classnames=dataset.classnames,
+            template=dataset.template,
+            pool=every.batch[split.pool],
+            labelled=every[split.labelled] if len(split.labelled) else None,
+            unseen=split.unseen,
+            validation=every[split.validation],
+            test=every[split.test],
+            synthetic=drawn,
+        )
+    return found
+
+
+def encoded(clip: Any, images: Any) -> Batch:
+    return Batch(clip.encode_images(images), clip.image_tokens(images))
 
 
 @pytest.fixture(scope="module")
-def with_images(digits, tiny_clip, drawn_digits) -> TrialData:
-    """The same with 16 ready images of each class."""
-    files = [sorted((drawn_digits / name).iterdir()) for name in digits.classnames]
-    images = [Image.open(file) for of_class in files for file in of_class]
-    labels = torch.arange(10).repeat_interleave(16)
-    return replace(digits, synthetic=Labelled(Batch(tiny_clip.encode_images(images)), labels))
+def with_images(worlds) -> TrialData:
+    return worlds["ul"]
+
+
+@pytest.fixture(scope="module")
+def digits(with_images) -> TrialData:
+    return replace(with_images, synthetic=None)
 
 
 @pytest.fixture
@@ -76,7 +89,7 @@ def watched(spec: TrialSpec, data: TrialData) -> tuple[TrialResult, list[Progres
 
 def same_bits(one: tuple[TrialResult, list[Progress]], other: Any) -> bool:
     """Same predictions, same objectives, same prompt in every round."""
-    prompts = [[r.learned.context for r in rounds] for _, rounds in (one, other)]
+    prompts = [[next(iter(r.learned.parameters())) for r in rounds] for _, rounds in (one, other)]
     return (
         one[0].objectives == other[0].objectives
         and torch.equal(one[0].test.predictions, other[0].test.predictions)
@@ -113,10 +126,11 @@ def test_ready_images_make_a_classifier_far_better_than_chance(spec, with_images
 def test_a_trial_is_given_no_label_of_a_pool_image():
     kinds = typing.get_type_hints(TrialData)
     assert {f.name for f in dataclasses.fields(TrialData)} == {
-        *("backbone", "classnames", "template", "pool", "validation", "test", "synthetic"),
+        *("backbone", "classnames", "template", "pool", "labelled", "unseen", "validation"),
+        *("test", "synthetic"),
     }
     assert kinds["pool"] is Batch
-    assert [f.name for f in dataclasses.fields(Batch)] == ["features"]
+    assert [f.name for f in dataclasses.fields(Batch)] == ["features", "tokens"]
 
 
 def permuted(images: Labelled) -> Labelled:
@@ -188,6 +202,110 @@ def test_a_loss_on_synthetic_images_changes_the_prompt_and_not_the_first_labels(
     assert not torch.equal(without[0].learned.context, with_[0].learned.context)
 
 
+# ---------------------------------------------------------------- paradigms and modalities
+
+EVERYWHERE = [(method, paradigm) for method, of in METHODS.items() for paradigm in of.paradigms]
+
+
+@pytest.mark.parametrize(("method", "paradigm"), EVERYWHERE)
+def test_every_method_runs_in_every_paradigm_that_it_is_defined_in(spec, worlds, method, paradigm):
+    data = worlds[paradigm]
+    result, rounds = watched(spec(method, paradigm=paradigm, train__steps=2), data)
+    assert len(result.test.predictions) == len(data.test)
+    assert 0.1 < result.test.accuracy < 1.0
+    assert (result.test.harmonic_mean is not None) == (paradigm == "trzsl")
+    for done in rounds:
+        if paradigm == "trzsl" and done.labels is not None:
+            assert set(done.labels.labels.tolist()) <= set(data.unseen.tolist())
+            others = [c for c in range(10) if c not in data.unseen.tolist()]
+            assert done.labels.targets[:, others].sum() == 0
+
+
+@pytest.mark.parametrize("paradigm", PARADIGMS)
+@pytest.mark.parametrize("modality", ["text", "visual"])
+@pytest.mark.parametrize("method", ["cpl", "air", "cpl_real"])
+def test_no_test_label_reaches_what_is_learned_or_searched(
+    spec, worlds, method, modality, paradigm
+):
+    """The pool has none to begin with; here those of test images become garbage."""
+    data = worlds[paradigm]
+    settings = {"paradigm": paradigm, "modality": modality, "train__steps": 2}
+    one = watched(spec(method, **settings), data)
+    garbage = torch.randint(10, (len(data.test),), generator=torch.Generator().manual_seed(0))
+    other = watched(
+        spec(method, **settings), replace(data, test=Labelled(data.test.batch, garbage))
+    )
+    assert same_bits(one, other)
+
+
+def test_coop_learns_from_the_labelled_images_alone(spec, worlds):
+    data = worlds["ssl"]
+    one = watched(spec("coop", paradigm="ssl"), data)
+    fewer = replace(data, pool=data.pool[torch.arange(50)], synthetic=None)
+    other = watched(spec("coop", paradigm="ssl"), fewer)
+    assert torch.equal(one[1][0].learned.context, other[1][0].learned.context)
+    assert one[1][0].labels is None
+    with pytest.raises(ValueError, match="ul has none: use ssl or trzsl"):
+        learn(spec("coop"), worlds["ul"])
+
+
+def test_two_labelled_images_of_each_class_help(spec, worlds):
+    long = {"train__steps": 100, "iterations": 1}
+    with_labels = watched(spec("fpl", paradigm="ssl", **long), worlds["ssl"])[0]
+    without = watched(spec("fpl", **long), worlds["ul"])[0]
+    assert with_labels.test.accuracy > without.test.accuracy
+
+
+def test_a_prompt_that_is_not_restarted_goes_on_from_the_round_before(spec, digits):
+    still = {"iterations": 2, "train__steps": 1, "train__warmup": 0.9}  # a step of length 0
+    for restart in (True, False):
+        _, rounds = watched(spec("cpl", prompt__restart=restart, **still), digits)
+        assert (rounds[0].learned is rounds[1].learned) == (not restart)
+
+
+def test_a_mixture_over_the_pool_is_better_than_the_text_alone(spec, digits):
+    refined, plain = (watched(spec(m), digits)[0] for m in ("transductive", "zero_shot"))
+    assert refined.test.accuracy > plain.test.accuracy + 0.03
+    assert refined.inference["text"] == plain.test.accuracy
+
+
+def test_real_prototypes_that_are_chosen_again_are_better_than_the_text_alone(spec, digits):
+    real, plain = (watched(spec(m), digits)[0] for m in ("zero_shot_real", "zero_shot"))
+    assert real.test.accuracy > plain.test.accuracy + 0.03
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"fusion__space": "logit"},
+        {"fusion__schedule": "annealed"},
+        {"train__mix": "synthetic"},
+        {"train__mix": "real"},
+        {"train__synthetic_schedule": "fade"},
+        {"pseudo_labels__kind": "threshold"},
+        {"pseudo_labels__loss": "ce"},
+        {"pseudo_labels__loss": "rc"},
+        {"fidelity__kind": "real_mean"},
+        {"fidelity__kind": "argmax"},
+        {"auxiliary__kind": "knn"},
+        {"auxiliary__kind": "cache"},
+        {"auxiliary__kind": "linear_probe"},
+        {"auxiliary__temperature": "kappa", "auxiliary__kappa": 10.0},
+    ],
+)
+def test_every_open_choice_changes_what_is_learned(trial, drawn_digits, worlds, changes):
+    base = {
+        "generator": f"folder:{drawn_digits}", "images_per_class": 16, "iterations": 2,
+        "train__steps": 4, "prompt__length": 4, "synthetic_weight": 0.3, "seed": 1,
+        "fidelity__kind": "class_mean", "fidelity__keep": 4, "pseudo_labels__beta": 0.6,
+    }  # fmt: skip
+    one, other = (
+        watched(trial("air", **{**base, **more}).normalised(), worlds["ul"])
+        for more in ({}, changes)
+    )
+    assert not torch.equal(one[1][-1].learned.context, other[1][-1].learned.context)
+
+
 # ---------------------------------------------------------------- rounds
 
 
@@ -222,13 +340,13 @@ def test_refreshed_real_images_are_chosen_by_what_was_learned(spec, digits):
 def test_real_images_of_the_auxiliary_are_the_surest_of_each_class(spec, digits):
     """With as many as there are, its classes are those that zero-shot CLIP believes."""
     text = text_classifier(digits.backbone, digits.classnames, digits.template)
-    believed = fuse(text, None, digits.pool, 0.0, "logit_scale")
     classifiers = [
-        build_auxiliary(spec("cpl_real", auxiliary__k=k), digits, believed, 0) for k in (4, 32)
+        build_auxiliary(spec("cpl_real", auxiliary__k=k), digits, text, text, None, 0)
+        for k in (4, 32)
     ]
     assert all(isinstance(one, LinearClassifier) for one in classifiers)
     assert not torch.equal(classifiers[0].weight, classifiers[1].weight)
-    assert build_auxiliary(spec("cpl"), digits, believed, 0) is None
+    assert build_auxiliary(spec("cpl"), digits, text, text, None, 0) is None
 
 
 def test_a_class_that_is_nobodys_first_choice_has_real_images_too(spec, digits):
@@ -236,15 +354,13 @@ def test_a_class_that_is_nobodys_first_choice_has_real_images_too(spec, digits):
     text = text_classifier(digits.backbone, digits.classnames, digits.template)
     others = text.logits(digits.pool).argmax(dim=-1) != 3
     few = replace(digits, pool=Batch(digits.pool.features[others][:50]))
-    believed = fuse(text, None, few.pool, 0.0, "logit_scale")
-    assert isinstance(build_auxiliary(spec("cpl_real"), few, believed, 0), LinearClassifier)
+    assert isinstance(build_auxiliary(spec("cpl_real"), few, text, text, None, 0), LinearClassifier)
 
 
 def test_real_images_join_by_steps(spec, digits):
     text = text_classifier(digits.backbone, digits.classnames, digits.template)
-    believed = fuse(text, None, digits.pool, 0.0, "logit_scale")
-    grown = build_auxiliary(spec("cpl_real", auxiliary__k_step=8), digits, believed, 2)
-    plain = build_auxiliary(spec("cpl_real", auxiliary__k=32 + 16), digits, believed, 0)
+    grown = build_auxiliary(spec("cpl_real", auxiliary__k_step=8), digits, text, text, None, 2)
+    plain = build_auxiliary(spec("cpl_real", auxiliary__k=32 + 16), digits, text, text, None, 0)
     assert torch.equal(grown.weight, plain.weight)
 
 

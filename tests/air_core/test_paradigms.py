@@ -1,4 +1,4 @@
-"""Paradigms by contract: what a split may never do, for every dataset and paradigm."""
+"""Paradigms by contract: what a split may never do, on digits and where parts are fixed."""
 
 from __future__ import annotations
 
@@ -9,31 +9,39 @@ from functools import cache
 import numpy as np
 import pytest
 
-from air_core.datasets import DATASETS, Examples
-from air_core.paradigms import make_split
+from air_core.datasets import get_dataset
+from air_core.paradigms import PARADIGMS as FUNCTIONS
+from air_core.paradigms import labelled_positions, make_split, seen_unseen
 from air_core.specs import SplitSettings
 from air_core.types import Split
 
 PARADIGMS = typing.get_args(typing.get_type_hints(SplitSettings)["paradigm"])
 POOLS = typing.get_args(typing.get_type_hints(SplitSettings)["pool"])
 EVERY = pytest.mark.parametrize(
-    ("name", "paradigm", "pool"), list(itertools.product(DATASETS, PARADIGMS, POOLS))
+    ("name", "paradigm", "pool"), list(itertools.product(["digits", "fixed"], PARADIGMS, POOLS))
 )
 
 
 @cache
-def load(name: str) -> Examples:
-    return DATASETS[name].load(None)
+def load(name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Labels and parts."""
+    if name == "fixed":
+        return np.arange(120) % 6, np.repeat(["train", "val", "test"], 40)
+    examples = get_dataset(name).load(None)
+    return examples.labels, examples.parts
 
 
-def split(name: str, paradigm: str = "ul", pool: str = "train", seed: int = 0) -> Split:
-    examples = load(name)
-    settings = SplitSettings(paradigm=paradigm, pool=pool, split_seed=seed)
-    return make_split(examples.labels, examples.parts, settings)
+def split(
+    name: str, paradigm: str = "ul", pool: str = "train", seed: int = 0, **more: int
+) -> Split:
+    settings = SplitSettings(paradigm=paradigm, pool=pool, split_seed=seed, **more)
+    return make_split(*load(name), settings)
 
 
 def parts(found: Split) -> list[set[int]]:
-    return [set(part.tolist()) for part in (found.pool, found.validation, found.test)]
+    """What is seen in training, validation, test."""
+    train = set(found.pool.tolist()) | set(found.labelled.tolist())
+    return [train, set(found.validation.tolist()), set(found.test.tolist())]
 
 
 @EVERY
@@ -42,7 +50,7 @@ def test_the_parts_are_disjoint_and_cover_every_image(name, paradigm, pool):
     assert not pool_ & validation
     assert not pool_ & test
     assert not validation & test
-    assert pool_ | validation | test == set(range(len(load(name).labels)))
+    assert pool_ | validation | test == set(range(len(load(name)[0])))
 
 
 @EVERY
@@ -62,17 +70,93 @@ def test_the_same_seed_gives_the_same_split(name, paradigm, pool):
 @EVERY
 def test_positions_ascend(name, paradigm, pool):
     found = split(name, paradigm, pool)
-    for part in (found.pool, found.validation, found.test):
-        assert part.tolist() == sorted(part.tolist())
+    for part in (found.pool, found.labelled, found.validation, found.test):
+        assert part.tolist() == sorted(set(part.tolist()))
 
 
-@pytest.mark.parametrize("name", DATASETS)
+@EVERY
+def test_a_labelled_image_is_not_in_the_pool(name, paradigm, pool):
+    found = split(name, paradigm, pool)
+    assert not set(found.pool.tolist()) & set(found.labelled.tolist())
+    assert len(found.pool)
+    assert (len(found.labelled) > 0) == (paradigm != "ul")
+
+
+def test_ssl_has_so_many_labels_of_each_class_and_moves_them_with_the_split_seed():
+    labels, _ = load("digits")
+    first, other = (split("digits", "ssl", seed=seed, shots=4) for seed in (0, 1))
+    assert np.bincount(labels[first.labelled]).tolist() == [4] * 10
+    assert first.unseen is None
+    fixed = [split("fixed", "ssl", seed=seed).labelled.tolist() for seed in (0, 1, 0)]
+    assert fixed[0] == fixed[2] != fixed[1]
+    assert parts(first)[2] != parts(other)[2]
+
+
+def test_trzsl_never_shows_a_label_of_an_unseen_class():
+    labels, _ = load("digits")
+    found = split("digits", "trzsl", class_seed=500)
+    seen, unseen = seen_unseen(10, 500)
+    assert found.unseen.tolist() == list(unseen)
+    assert set(labels[found.labelled]) == set(seen)
+    assert set(labels[found.pool]) == set(unseen)  # all images of seen classes are labelled
+
+
+def test_a_leaky_pool_holds_the_test_images_and_says_so_in_its_settings_only():
+    settings = SplitSettings(leaky_pool=True)
+    found = make_split(*load("fixed"), settings)
+    assert set(found.test.tolist()) <= set(found.pool.tolist())
+    assert not SplitSettings().leaky_pool
+
+
+def test_seen_and_unseen_are_numpys_choice_of_62_percent():
+    for classes, seed in itertools.product((10, 45, 47, 100, 102, 200), (500, 0, 200)):
+        np.random.seed(seed)
+        drawn = np.random.choice(range(classes), size=int(0.62 * classes), replace=False)
+        seen, unseen = seen_unseen(classes, seed)
+        assert seen == tuple(drawn)
+        assert unseen == tuple(sorted(set(range(classes)) - set(seen)))
+    assert [len(part) for part in seen_unseen(102, 500)] == [63, 39]
+
+
+def test_too_few_classes_or_images_are_named():
+    with pytest.raises(ValueError, match="at least 4 classes, there are 3"):
+        seen_unseen(3, 0)
+    with pytest.raises(ValueError, match=r"wants 3 labelled .* class 1 has 2"):
+        labelled_positions(np.array([0, 0, 0, 1, 1]), 3, 0)
+
+
+@pytest.mark.parametrize("paradigm", PARADIGMS)
+def test_a_smaller_pool_is_a_part_that_the_split_seed_moves(paradigm):
+    whole = split("digits", paradigm)
+    for seed in (0, 1):
+        small = split("digits", paradigm, seed=seed, pool_size=50)
+        assert len(small.pool) == 50
+        assert set(small.pool.tolist()) <= set(split("digits", paradigm, seed=seed).pool.tolist())
+        assert len(small.labelled) == len(split("digits", paradigm, seed=seed).labelled)
+    assert split("digits", paradigm, pool_size=10**6).pool.tolist() == whole.pool.tolist()
+
+
+def test_an_imbalanced_pool_has_rare_and_missing_classes_and_a_whole_test_set():
+    labels, _ = load("digits")
+    found = split("digits", pool_ratio=10.0, pool_missing=0.3)
+    counts = np.bincount(labels[found.pool], minlength=10)
+    assert (counts == 0).sum() == 3
+    present = counts[counts > 0]
+    assert 8 < present.max() / present.min() < 13
+    assert found.test.tolist() == split("digits").test.tolist()
+
+
+def test_every_paradigm_has_a_function():
+    assert set(FUNCTIONS) == set(PARADIGMS)
+
+
+@pytest.mark.parametrize("name", ["digits", "fixed"])
 def test_the_validation_images_are_the_same_for_every_seed(name):
     first, *others = [parts(split(name, seed=seed))[1] for seed in range(4)]
     assert all(other == first for other in others)
 
 
-@pytest.mark.parametrize("name", DATASETS)
+@pytest.mark.parametrize("name", ["digits", "fixed"])
 def test_a_pool_that_takes_validation_in_leaves_none_and_moves_no_test_image(name):
     apart, together = split(name, pool="train"), split(name, pool="train+val")
     assert len(together.validation) == 0
@@ -94,7 +178,7 @@ def test_another_seed_moves_the_digits_between_pool_and_test():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_pool_and_test_have_the_same_share_of_every_class(seed):
-    labels, found = load("digits").labels, split("digits", seed=seed)
+    labels, found = load("digits")[0], split("digits", seed=seed)
     shares = [np.bincount(labels[part]) / len(part) for part in (found.pool, found.test)]
     assert np.abs(shares[0] - shares[1]).max() < 0.003
 

@@ -12,18 +12,22 @@ from air_core.prompts import PromptLearner, build_learner
 from air_core.specs import PromptSettings, TrialSpec
 from air_core.types import Batch
 
+TEMPLATE = "a photo of a {}"
 NAMES = ("digit zero", "digit seven", "ankle_boot")
 MODALITIES = typing.get_args(typing.get_type_hints(TrialSpec)["modality"])
 
 
 def learner(tiny_clip, modality: str = "text", seed: int = 0, length: int = 4) -> PromptLearner:
-    return build_learner(modality, PromptSettings(length=length), tiny_clip, NAMES, seed)
+    settings = PromptSettings(length=length)
+    return build_learner(modality, settings, tiny_clip, NAMES, TEMPLATE, seed)
 
 
 def some_images(tiny_clip, count: int = 5) -> Batch:
     width = tiny_clip.model.text_projection.shape[1]
-    features = torch.randn(count, width, generator=torch.Generator().manual_seed(0))
-    return Batch(torch.nn.functional.normalize(features, dim=-1))
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(count, width, generator=generator)
+    tokens = torch.randn(count, 17, tiny_clip.patch_width, generator=generator)
+    return Batch(torch.nn.functional.normalize(features, dim=-1), tokens)
 
 
 def start(one: PromptLearner) -> list[torch.Tensor]:
@@ -71,6 +75,24 @@ def test_a_text_prompt_has_as_many_vectors_as_asked_near_zero(tiny_clip, length)
     assert context.mean().abs().item() < 0.01
 
 
+@pytest.mark.parametrize("init", ["normal", "uniform"])
+def test_a_visual_prompt_is_near_zero_and_deep_ones_have_tokens_for_every_block(tiny_clip, init):
+    width, layers = tiny_clip.patch_width, tiny_clip.vision_layers
+    for depth, shape in (("shallow", (8, width)), ("deep", (layers, 8, width))):
+        settings = PromptSettings(length=8, depth=depth, init=init)
+        one = build_learner("visual", settings, tiny_clip, NAMES, TEMPLATE, 0)
+        (tokens,) = start(one)
+        assert tokens.shape == shape
+        assert 0 < tokens.std() < 1.1 * width**-0.5
+        assert one.logits(some_images(tiny_clip)).shape == (5, len(NAMES))
+
+
+def test_a_visual_prompt_says_what_it_needs(tiny_clip):
+    without = Batch(some_images(tiny_clip).features)
+    with pytest.raises(ValueError, match="needs image tokens"):
+        learner(tiny_clip, "visual").logits(without)
+
+
 def test_with_the_words_of_the_template_as_context_it_is_zero_shot_clip(tiny_clip):
     one = learner(tiny_clip)
     (context,) = one.parameters()
@@ -78,5 +100,5 @@ def test_with_the_words_of_the_template_as_context_it_is_zero_shot_clip(tiny_cli
     with torch.no_grad():
         context.copy_(tiny_clip.model.token_embedding(torch.tensor(words)))
     images = some_images(tiny_clip)
-    expected = text_classifier(tiny_clip, NAMES, "a photo of a {}").logits(images)
+    expected = text_classifier(tiny_clip, NAMES, TEMPLATE).logits(images)
     torch.testing.assert_close(one.logits(images).detach(), expected, atol=1e-2, rtol=0)

@@ -35,7 +35,8 @@ def test_every_strategy_keeps_the_contract(kind, growth):
         assert (labels.targets >= 0).all()
         assert (labels.targets.sum(dim=-1) > 0).all()
         most = labels.labels.bincount().max().item()
-        assert most <= capacity(settings, *scores.shape, iteration, 4)
+        if kind != "threshold":  # which knows no places
+            assert most <= capacity(settings, *scores.shape, iteration, 4)
         previous = labels
 
 

@@ -10,15 +10,13 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from air_core.flat import from_flat, to_flat, trial_keys
 from air_core.specs import (
     IRRELEVANT,
     FolderImages,
     GeneratedImages,
     Ref,
     TrialSpec,
-    from_flat,
-    to_flat,
-    trial_keys,
     uses_auxiliary,
     uses_images,
 )
@@ -137,6 +135,30 @@ IN_VAIN = [
     ({"pseudo_labels.kind": "top_k"}, "pseudo_labels.alpha", 0.5, 0.9),
     ({"pseudo_labels.kind": "top_k"}, "pseudo_labels.beta", 0.5, 0.9),
     ({"train.steps": 100}, "train.epochs", 5, 50),
+    ({}, "shots", 1, 2),
+    ({"paradigm": "trzsl"}, "shots", 1, 2),
+    ({"paradigm": "ssl"}, "class_seed", 0, 500),
+    ({}, "lora.source", "all", "pseudo"),
+    ({}, "train.labelled_weight", 0.5, 1.0),
+    (NO_ROUND, "supervision", "labelled", "pseudo"),
+    ({"paradigm": "ssl", "supervision": "labelled"}, "pseudo_labels.kind", "top_k", "candidates"),
+    ({"paradigm": "ssl", "supervision": "labelled"}, "iterations", 1, 5),
+    (ONE_ROUND, "fusion.schedule", "fixed", "annealed"),
+    (ONE_ROUND, "prompt.restart", True, False),
+    (ONE_ROUND, "train.synthetic_schedule", "fixed", "fade"),
+    (NO_ROUND, "fusion.schedule", "fixed", "annealed"),
+    (NOT_FUSED, "fusion.space", "probability", "logit"),
+    (SYNTHETIC_ONLY, "auxiliary.rounds", 1, 3),
+    ({}, "auxiliary.neighbours", 4, 16),
+    ({}, "auxiliary.kappa", 10.0, 100.0),
+    ({"fidelity.kind": "argmax"}, "fidelity.keep", 4, 8),
+    (NO_IMAGES, "train.mix", "both", "real"),
+    ({"train.mix": "real"}, "synthetic_weight", 0.3, 1.0),
+    ({"pseudo_labels.kind": "top_k"}, "pseudo_labels.loss", "cc", "ce"),
+    ({}, "pseudo_labels.threshold", 0.5, 0.9),
+    ({"pseudo_labels.kind": "threshold"}, "pseudo_labels.growth", "fixed", "growing"),
+    ({}, "prompt.depth", "shallow", "deep"),
+    ({}, "prompt.init", "normal", "uniform"),
 ]
 
 
@@ -209,6 +231,27 @@ MATTERS = [
     (NO_ROUND, "images_per_class", 25, 50),
     (NO_ROUND, "split_seed", 0, 1),
     ({**NO_ROUND, **REAL_ONLY}, "auxiliary.k", 8, 16),
+    ({"paradigm": "ssl"}, "shots", 1, 2),
+    ({"paradigm": "trzsl"}, "class_seed", 0, 500),
+    ({"paradigm": "ssl"}, "lora.source", "all", "pseudo"),
+    ({"paradigm": "ssl"}, "train.labelled_weight", 0.5, 1.0),
+    ({"paradigm": "ssl"}, "supervision", "labelled", "pseudo"),
+    ({}, "transduction", "none", "gmm"),
+    ({}, "modality", "text", "visual"),
+    ({"modality": "visual"}, "prompt.depth", "shallow", "deep"),
+    ({"modality": "visual"}, "prompt.init", "normal", "uniform"),
+    ({}, "prompt.restart", True, False),
+    ({}, "fusion.space", "probability", "logit"),
+    ({}, "fusion.schedule", "fixed", "annealed"),
+    ({"auxiliary.kind": "knn"}, "auxiliary.neighbours", 4, 16),
+    ({"auxiliary.temperature": "kappa"}, "auxiliary.kappa", 10.0, 100.0),
+    (REAL_ONLY, "auxiliary.rounds", 1, 3),
+    ({"fidelity.kind": "real_mean"}, "auxiliary.k", 8, 16),
+    ({}, "train.mix", "both", "synthetic"),
+    ({}, "train.synthetic_schedule", "fixed", "fade"),
+    ({}, "pseudo_labels.loss", "cc", "rc"),
+    ({"pseudo_labels.kind": "threshold"}, "pseudo_labels.threshold", 0.5, 0.9),
+    ({}, "leaky_pool", False, True),
 ]
 
 
@@ -285,7 +328,8 @@ def test_what_normalising_puts_back_may_take_any_value(flat, refs, data):
 SWITCHES = {
     *("iterations", "images_per_class", "fusion_weight", "synthetic_weight", "lora.rounds"),
     *("auxiliary.source", "auxiliary.refresh", "fidelity.kind", "pseudo_labels.growth"),
-    *("pseudo_labels.kind", "train.steps"),
+    *("pseudo_labels.kind", "train.steps", "supervision", "paradigm", "train.mix"),
+    *("auxiliary.kind", "auxiliary.temperature", "modality"),
 }
 
 

@@ -14,7 +14,14 @@ from torch.nn import Parameter
 from torch.nn.functional import cross_entropy, one_hot
 
 from air_core.specs import TrainSettings
-from air_core.training import candidate_loss, fit, learning_rate_factor
+from air_core.training import (
+    LOSSES,
+    Targeted,
+    candidate_loss,
+    confidence,
+    fit,
+    learning_rate_factor,
+)
 from air_core.types import Batch, Labelled
 
 PLAIN = TrainSettings(
@@ -49,11 +56,21 @@ def trained(
     weight: float = 1.0,
     seed: int = 0,
     real: Labelled | None = None,
+    labelled: Labelled | None = None,
+    loss: str = "cc",
 ) -> tuple[Linear, float]:
     learner, real = Linear(), real or images()
-    targets = one_hot(real.labels, 3).float()
-    loss = fit(learner, real.batch, targets, synthetic, weight, settings, seed)
-    return learner, loss
+    last = fit(
+        learner,
+        real=Targeted(real.batch, one_hot(real.labels, 3).float()),
+        labelled=labelled,
+        synthetic=synthetic,
+        synthetic_weight=weight,
+        loss=loss,
+        settings=settings,
+        seed=seed,
+    )
+    return learner, last
 
 
 def accuracy(learner: Linear, on: Labelled) -> float:
@@ -165,7 +182,16 @@ def marked(count: int) -> Labelled:
 def seen(settings: TrainSettings, count: int = 12) -> int:
     learner = Linear(width=count)
     targets = one_hot(torch.zeros(count, dtype=torch.long), 3).float()
-    fit(learner, marked(count).batch, targets, None, 0.0, settings, 0)
+    fit(
+        learner,
+        real=Targeted(marked(count).batch, targets),
+        labelled=None,
+        synthetic=None,
+        synthetic_weight=0.0,
+        loss="cc",
+        settings=settings,
+        seed=0,
+    )
     return int((learner.weight.detach().abs().sum(dim=1) > 0).sum())
 
 
@@ -191,6 +217,59 @@ def test_synthetic_images_teach_what_the_real_ones_do_not():
     helped, _ = trained(real=two, synthetic=images(seed=2))
     assert accuracy(alone, third) < 0.3
     assert accuracy(helped, third) > 0.9
+
+
+def alone(settings: TrainSettings, **sources: Labelled | None) -> Linear:
+    learner = Linear()
+    given = {"real": None, "labelled": None, "synthetic": None, **sources}
+    fit(learner, **given, synthetic_weight=1.0, loss="cc", settings=settings, seed=0)
+    return learner
+
+
+@pytest.mark.parametrize("source", ["labelled", "synthetic"])
+def test_labelled_or_synthetic_images_alone_teach_too(source):
+    assert accuracy(alone(PLAIN, **{source: images()}), images(60, seed=1)) > 0.9
+
+
+def test_nothing_to_train_on_is_an_error():
+    with pytest.raises(ValueError, match="nothing to train on"):
+        alone(PLAIN)
+
+
+def test_labelled_images_teach_what_pseudo_labelled_ones_do_not():
+    two = images()[images().labels < 2]
+    third = images(60, seed=1)
+    third = third[third.labels == 2]
+    taught, _ = trained(real=two, labelled=images(6, seed=3))
+    assert accuracy(taught, third) > 0.9
+    ignored, _ = trained(replace(PLAIN, labelled_weight=0.0), real=two, labelled=images(6, seed=3))
+    assert accuracy(ignored, third) < 0.3
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_is_cross_entropy_on_one_hot_targets(name):
+    logits, labels = torch.randn(9, 7), torch.arange(9) % 7
+    ours = LOSSES[name](logits, one_hot(labels, 7).float())
+    torch.testing.assert_close(ours, torch.nn.functional.cross_entropy(logits, labels))
+
+
+def test_rc_comes_to_believe_in_one_of_the_candidates():
+    """Half of the images also have a wrong candidate; the others tell which is wrong."""
+    data = images(60)
+    targets = one_hot(data.labels, 3).float()
+    targets[::2] = (targets[::2] + targets[::2].roll(1, dims=1)).clamp(max=1)
+    real = Targeted(data.batch, targets.clone())
+    learner = Linear()
+    given = {"labelled": None, "synthetic": None, "synthetic_weight": 0.0, "seed": 0}
+    fit(learner, real=real, loss="rc", settings=replace(PLAIN, steps=200), **given)
+    believed = real.targets[::2].gather(1, data.labels[::2, None])
+    assert (believed > 0.8).double().mean() > 0.9
+    assert ((real.targets > 0) <= (targets > 0)).all()
+
+
+def test_confidence_is_over_the_candidates_alone():
+    found = confidence(torch.tensor([[0.0, 1.0, 9.0]]), torch.tensor([[1.0, 1.0, 0.0]]))
+    torch.testing.assert_close(found, torch.tensor([[0.2689, 0.7311, 0.0]]), atol=1e-4, rtol=0)
 
 
 def test_with_a_weight_of_zero_synthetic_images_teach_nothing():

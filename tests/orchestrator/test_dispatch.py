@@ -13,14 +13,16 @@ from safetensors.numpy import save_file
 
 from air_core.datasets import get_dataset
 from orchestrator.dispatch import Dispatcher, Failure, Job, Outcome
+from orchestrator.image_rows import build_image_block, open_generator
 from orchestrator.ledger import Ledger
 from orchestrator.plan import finished_slots
 from orchestrator.resolve import Resolver
 from orchestrator.search import CellSearch, open_storage
-from orchestrator.stages import PARTS, Workshop, build_image_block, open_generator
+from orchestrator.stages import PARTS
 from orchestrator.store import ArtifactStore
 from orchestrator.sweep import Dimension, Search, Seeds, SweepSpec, cells_of
 from orchestrator.trial import read_trial, run_trial
+from orchestrator.workshop import Workshop
 
 IMAGES = 240  # of the digits: enough for every class, and quick
 QUICK = {"train.steps": 2, "prompt.length": 2, "iterations": 2}

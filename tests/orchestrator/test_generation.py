@@ -10,10 +10,11 @@ from safetensors.numpy import load_file
 
 from air_core.specs import SyntheticFeaturesSpec
 from orchestrator.generation import GenerationFailed, draw
+from orchestrator.image_rows import build_image_block, open_generator, read_synthetic
 from orchestrator.plan import Need
-from orchestrator.stages import Workshop, build_image_block, open_generator, read_synthetic
 from orchestrator.store import ArtifactStore, MissingArtifact
 from orchestrator.sweep import GeneratorResources, Resources
+from orchestrator.workshop import Workshop
 
 pytestmark = pytest.mark.ray
 

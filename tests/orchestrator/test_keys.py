@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from air_core.flat import from_flat
 from air_core.specs import (
     AuxiliarySettings,
     FeaturesSpec,
@@ -24,7 +25,6 @@ from air_core.specs import (
     Ref,
     SyntheticFeaturesSpec,
     TrialSpec,
-    from_flat,
 )
 from orchestrator import keys, presets
 from orchestrator.keys import RECIPES, artifact_key, canonical_json, digest
@@ -106,7 +106,7 @@ def test_the_name_of_a_thing_outside_never_matters_its_content_does(name):
 
 def test_a_key_says_stage_recipe_and_a_few_words():
     key = artifact_key(trial(seed=3))
-    assert str(key) == f"trials/v1/tiny-ul-text-s3-{key.digest[:12]}"
+    assert str(key) == f"trials/v2/tiny-ul-text-s3-{key.digest[:12]}"
     assert len(key.digest) == 40
 
 
@@ -215,7 +215,7 @@ def test_a_trial_without_images_does_not_follow_the_recipes_of_images(recipes):
 
 def test_a_raised_recipe_is_seen_in_the_name_of_the_folder(recipes):
     recipes(TrialSpec)
-    assert str(artifact_key(trial())).startswith("trials/v2/")
+    assert str(artifact_key(trial())).startswith("trials/v3/")
 
 
 # ---------------------------------------------------------------- settings that came later

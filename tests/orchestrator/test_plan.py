@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from air_core.datasets import get_dataset
+from air_core.flat import from_flat
 from air_core.specs import (
     GeneratedImages,
     LabelsSpec,
@@ -25,7 +26,6 @@ from air_core.specs import (
     Ref,
     SyntheticFeaturesSpec,
     TrialSpec,
-    from_flat,
 )
 from orchestrator import presets
 from orchestrator.dispatch import Dispatcher

@@ -1,6 +1,7 @@
 import pytest
 
-from air_core.specs import Ref, from_flat, to_flat, trial_keys, uses_images
+from air_core.flat import from_flat, to_flat, trial_keys
+from air_core.specs import Ref, uses_images
 from orchestrator import presets
 
 REFS = {key: Ref(name=name, digest=key) for key, name in presets.OUTSIDE.items()}

@@ -1,0 +1,248 @@
+"""The auxiliary classifier: image against image, from images whose class is known or believed.
+
+AiR (arXiv:2504.11930) builds it from synthetic images of known class; a control builds it from real
+pseudo-labelled ones. See docs/method.md for what is known of its form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, normalize, one_hot
+
+from air_core.classifiers import LinearClassifier
+from air_core.specs import AuxiliarySettings, FidelitySettings
+from air_core.types import Batch, Labelled
+
+# N images, C classes, D feature width.
+
+SHRINKAGE = 0.2  # of the within-class covariance towards a multiple of the identity
+CACHE_SHARPNESS = 5.5  # Tip-Adapter's beta (arXiv:2111.03930)
+PROBE_STEPS, PROBE_RATE, PROBE_DECAY = 200, 1e-2, 1e-2
+
+
+@dataclass(frozen=True)
+class BankClassifier:
+    """Scores an image against every image of a bank, class by class."""
+
+    bank: Tensor  # (N, D), centred, unit length
+    labels: Tensor  # (N,)
+    num_classes: int
+    center: Tensor  # (D,), subtracted from features
+    pooled: Callable[[Tensor, Tensor], Tensor]  # (B, N) cosines, (N, C) one-hot -> (B, C)
+    sharpness: float
+
+    def logits(self, batch: Batch) -> Tensor:
+        """(B, C)"""
+        cosines = normalize(batch.features - self.center, dim=-1) @ self.bank.T  # (B, N)
+        members = one_hot(self.labels, self.num_classes).to(cosines.dtype)
+        return self.sharpness * self.pooled(cosines, members)
+
+
+AuxiliaryClassifier = LinearClassifier | BankClassifier
+
+
+# ---------------------------------------------------------------- which images
+
+
+def high_fidelity(
+    bank: Labelled, settings: FidelitySettings, text: Tensor, real: Labelled | None
+) -> Labelled:
+    """The `keep` images of each class that look most like what they were drawn for.
+
+    Source: docs/method.md, step 3 (class_mean is the inferred rule; argmax is DISEF's).
+
+    Args:
+        bank: synthetic images with the class that they were drawn for.
+        text: (C, D) unit text features of the classes.
+        real: pool images with their pseudo-label, for `real_mean`.
+    """
+    if settings.kind == "none":
+        return bank
+    kept = []
+    for c in sorted(set(bank.labels.tolist())):
+        members = (bank.labels == c).nonzero().flatten()
+        features = bank.batch.features[members]
+        if settings.kind == "random":  # images of a row are alike: the first are as good as any
+            kept.append(members[: settings.keep])
+        elif settings.kind == "argmax":
+            right = (features @ text.T).argmax(dim=-1) == c
+            best = (features @ text[c]).argmax()
+            right[best] = True  # a class must not vanish
+            kept.append(members[right])
+        else:
+            nearness = features @ _target(settings.kind, c, features, text, real)
+            best = nearness.argsort(descending=True, stable=True)[: settings.keep]
+            kept.append(members[best.sort().values])
+    return bank[torch.cat(kept)]
+
+
+def _target(kind: str, c: int, features: Tensor, text: Tensor, real: Labelled | None) -> Tensor:
+    """(D,) what good images of class c are near to."""
+    if kind == "text":
+        return text[c]
+    if kind == "real_mean" and real is not None and bool((real.labels == c).any()):
+        features = real.batch.features[real.labels == c]
+    return normalize(features.mean(dim=0), dim=-1)
+
+
+# ---------------------------------------------------------------- which form
+
+
+def auxiliary_classifier(
+    settings: AuxiliarySettings,
+    synthetic: Labelled | None,
+    real: Labelled | None,
+    pool: Batch,
+    num_classes: int,
+    logit_scale: float,
+) -> AuxiliaryClassifier:
+    """An image-image classifier from images whose class is known or believed.
+
+    Synthetic and real features are centred each on their own mean (with `center`), which removes
+    the shift between them.
+
+    Args:
+        synthetic: drawn images with the class that they were drawn for.
+        real: pool images with their pseudo-label.
+        pool: the whole pool; its mean centres real images, at test too.
+        num_classes: C; labels are 0 .. C - 1.
+        logit_scale: what cosines are multiplied by where settings do not say.
+
+    Raises:
+        ValueError: a class has no image in either.
+    """
+    mean = pool.features.mean(dim=0) if settings.center else torch.zeros(pool.features.shape[1])
+    parts = []
+    if synthetic is not None and len(synthetic):
+        own = synthetic.batch.features.mean(dim=0) if settings.center else mean
+        parts.append((synthetic.batch.features - own, synthetic.labels))
+    if real is not None and len(real):
+        parts.append((real.batch.features - mean, real.labels))
+    if not parts:
+        raise ValueError("the auxiliary classifier has no image at all")
+    features = torch.cat([part[0] for part in parts])  # (N, D)
+    labels = torch.cat([part[1] for part in parts])
+    counts = labels.bincount(minlength=num_classes)
+    if not counts.all():
+        empty = (counts == 0).nonzero().flatten().tolist()
+        raise ValueError(f"the auxiliary classifier has no image of class {empty}")
+    sharpness = settings.kappa if settings.temperature == "kappa" else logit_scale
+    return FORMS[settings.kind](settings, features, labels, counts, mean, sharpness)
+
+
+def _prototypes(
+    settings: AuxiliarySettings,
+    features: Tensor,
+    labels: Tensor,
+    counts: Tensor,
+    center: Tensor,
+    sharpness: float,
+) -> LinearClassifier:
+    """Unit class means of unit features, cosine (nearest mean)."""
+    weight = normalize(_class_means(normalize(features, dim=-1), labels, counts), dim=-1)
+    bias = torch.zeros(len(weight))
+    return LinearClassifier(weight, bias, center, unit=True, sharpness=sharpness)
+
+
+def _discriminants(
+    settings: AuxiliarySettings,
+    features: Tensor,
+    labels: Tensor,
+    counts: Tensor,
+    center: Tensor,
+    sharpness: float,
+) -> LinearClassifier:
+    """Linear discriminant with a shrunk within-class covariance and equal priors.
+
+    Its logits are log-likelihood ratios already, so CLIP's temperature has no place here; in
+    float64, since few images leave the covariance close to singular.
+    """
+    x = features.double()
+    means = _class_means(x, labels, counts)  # (C, D)
+    within = x - means[labels]
+    width = x.shape[1]
+    covariance = within.T @ within / max(1, len(x) - len(means))
+    scale = covariance.trace() / width
+    identity = torch.eye(width, dtype=x.dtype)
+    covariance = (1 - SHRINKAGE) * covariance + SHRINKAGE * scale * identity
+    weight = torch.linalg.solve(covariance, means.T).T  # (C, D)
+    bias = -0.5 * (weight * means).sum(dim=-1)
+    return LinearClassifier(weight.float(), bias.float(), center, unit=False, sharpness=1.0)
+
+
+def _neighbours(
+    settings: AuxiliarySettings,
+    features: Tensor,
+    labels: Tensor,
+    counts: Tensor,
+    center: Tensor,
+    sharpness: float,
+) -> BankClassifier:
+    """Mean cosine to the nearest images of each class."""
+    nearest = min(settings.neighbours, int(counts.min()))
+
+    def pooled(cosines: Tensor, members: Tensor) -> Tensor:
+        best = [cosines[:, of].topk(nearest).values.mean(dim=-1) for of in members.bool().T]
+        return torch.stack(best, dim=-1)
+
+    bank = normalize(features, dim=-1)
+    return BankClassifier(bank, labels, len(counts), center, pooled, sharpness)
+
+
+def _cache(
+    settings: AuxiliarySettings,
+    features: Tensor,
+    labels: Tensor,
+    counts: Tensor,
+    center: Tensor,
+    sharpness: float,
+) -> BankClassifier:
+    """Tip-Adapter's cache model (arXiv:2111.03930), its affinities averaged within a class."""
+
+    def pooled(cosines: Tensor, members: Tensor) -> Tensor:
+        return (-CACHE_SHARPNESS * (1 - cosines)).exp() @ members / counts
+
+    bank = normalize(features, dim=-1)
+    return BankClassifier(bank, labels, len(counts), center, pooled, sharpness)
+
+
+def _linear_probe(
+    settings: AuxiliarySettings,
+    features: Tensor,
+    labels: Tensor,
+    counts: Tensor,
+    center: Tensor,
+    sharpness: float,
+) -> LinearClassifier:
+    """Logistic regression on unit features, by full-batch AdamW from the class means."""
+    x = normalize(features, dim=-1)
+    start = normalize(_class_means(x, labels, counts), dim=-1)
+    weight = (sharpness * start).requires_grad_()
+    bias = torch.zeros(len(counts), requires_grad=True)
+    balance = len(x) / (len(counts) * counts.to(x.dtype))  # classes count alike
+    optimiser = torch.optim.AdamW([weight, bias], lr=PROBE_RATE, weight_decay=PROBE_DECAY)
+    with torch.enable_grad():
+        for _ in range(PROBE_STEPS):
+            loss = cross_entropy(x @ weight.T + bias, labels, weight=balance)
+            optimiser.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+    return LinearClassifier(weight.detach(), bias.detach(), center, unit=True, sharpness=1.0)
+
+
+FORMS: dict[str, Callable[..., AuxiliaryClassifier]] = {
+    "prototype": _prototypes,
+    "lda": _discriminants,
+    "knn": _neighbours,
+    "cache": _cache,
+    "linear_probe": _linear_probe,
+}
+
+
+def _class_means(features: Tensor, labels: Tensor, counts: Tensor) -> Tensor:  # (C, D)
+    sums = features.new_zeros(len(counts), features.shape[1]).index_add_(0, labels, features)
+    return sums / counts[:, None]

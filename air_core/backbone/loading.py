@@ -1,0 +1,152 @@
+"""A frozen CLIP from its name. What a name may be is told in `air_core.weights`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from air_core.backbone.clip import Backbone
+from air_core.weights import (
+    CLIP_CONFIG,
+    HUB_WEIGHTS,
+    ClipFile,
+    ClipFolder,
+    check_text_tower,
+    find_backbone,
+)
+
+MERGES = "merges.txt.gz"
+
+
+def load_backbone(name: str | Path, device: str = "cpu") -> Backbone:
+    """A CLIP or SigLIP in single precision. Nothing is fetched.
+
+    A folder may hold `merges.txt.gz`, its own byte-pair merges; else it is CLIP's vocabulary.
+
+    Args:
+        name: of a backbone, or its folder.
+        device: where it runs.
+
+    Raises:
+        ValueError: it is not there, its weights do not fit, or its text tower takes no prompt.
+    """
+    match find_backbone(str(name)):
+        case ClipFolder(path):
+            return _from_folder(path, device)
+        case ClipFile() as found:
+            return _from_file(found, device)
+
+
+def _from_folder(folder: Path, device: str) -> Backbone:
+    config = json.loads((folder / CLIP_CONFIG).read_text()).get("model_cfg", {})
+    if not {"embed_dim", "vision_cfg", "text_cfg"} <= config.keys():
+        raise ValueError(f"{folder / CLIP_CONFIG}: no model_cfg with vision_cfg and text_cfg")
+    check_text_tower(config, str(folder))
+    weights = _weights_inside(folder)
+    # Without require_pretrained, missing weights are a warning and a chance-level CLIP.
+    with _explained(weights, str(folder), config):
+        model, _, preprocess = _create(
+            f"local-dir:{folder}", device=device, require_pretrained=True
+        )
+    return Backbone(model, preprocess, _tokenizer(config, folder))
+
+
+def _from_file(found: ClipFile, device: str) -> Backbone:
+    with _explained(found.weights, found.architecture, found.model):
+        model, _, preprocess = _create(
+            found.architecture,
+            pretrained=str(found.weights),
+            device=device,
+            # Of a file open_clip does not know the activation that its tag asks for.
+            force_quick_gelu=bool(found.model.get("quick_gelu")),
+            **{f"image_{name}": value for name, value in found.preprocess.items()},
+        )
+    folder = found.tokenizer[0].parent if found.tokenizer else None
+    return Backbone(model, preprocess, _tokenizer(found.model, folder))
+
+
+def _create(name: str, **how: Any) -> Any:
+    import open_clip  # seconds
+
+    return open_clip.create_model_and_transforms(name, precision="fp32", **how)
+
+
+def _weights_inside(folder: Path) -> Path:
+    """The weights that open_clip will read."""
+    found = [
+        path for suffix in ("safetensors", "bin", "pth") for path in folder.glob(f"*.{suffix}")
+    ]
+    if not found:
+        raise ValueError(
+            f"{folder} holds no weights: no .safetensors, .bin or .pth beside its JSON"
+        )
+    return next((path for path in found if path.name in HUB_WEIGHTS), found[0])
+
+
+def _tokenizer(config: dict[str, Any], folder: Path | None) -> Any:
+    """open_clip's own choice, from files that are here."""
+    from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+
+    text = config["text_cfg"]
+    options = {"context_length": text.get("context_length", 77), **text.get("tokenizer_kwargs", {})}
+    if text.get("hf_tokenizer_name"):
+        mode = text.get("tokenizer_mode")
+        try:
+            return HFTokenizer(str(folder), tokenizer_mode=mode, **options)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{folder} holds no tokenizer that can be read: {error}") from error
+    if folder is not None and (folder / MERGES).is_file():
+        options = {"bpe_path": str(folder / MERGES), **options}
+    return SimpleTokenizer(**options)
+
+
+# ---------------------------------------------------------------- weights that do not fit
+
+
+@contextmanager
+def _explained(weights: Path, architecture: str, config: dict[str, Any]) -> Iterator[None]:
+    """Turn the many ways in which open_clip fails on weights into one sentence."""
+    try:
+        yield
+    except Exception as error:
+        why = _misfit(weights, config)
+        if why is None:
+            raise
+        raise ValueError(f"{weights} does not fit {architecture}: {why}") from error
+
+
+def _misfit(weights: Path, config: dict[str, Any]) -> str | None:
+    """What is wrong with weights, by the first tensor that does not match; None: nothing."""
+    import torch
+    from open_clip.convert import convert_state_dict
+    from open_clip.factory import load_state_dict
+    from open_clip.model import CLIP, CustomTextCLIP, convert_to_custom_text_state_dict
+
+    try:
+        found = load_state_dict(str(weights))
+    except Exception as error:  # pickles, archives, safetensors: each has errors of its own
+        first = str(error).strip().partition("\n")[0]
+        return (
+            f"it cannot be read ({first}); save the state_dict, tensors and nothing else, as "
+            ".safetensors"
+        )
+    kind = CustomTextCLIP if config.get("custom_text") else CLIP
+    with torch.device("meta"):
+        model = kind(**{name: value for name, value in config.items() if name != "custom_text"})
+    found = convert_state_dict(model, found)
+    if kind is CustomTextCLIP and "positional_embedding" in found:
+        found = convert_to_custom_text_state_dict(found)
+    wanted = model.state_dict()
+    for name, tensor in wanted.items():
+        if name not in found:
+            if name == "logit_bias":  # open_clip puts 0
+                continue
+            return f"it has no tensor {name}"
+        here, there = tuple(tensor.shape), tuple(found[name].shape)
+        # Positions of another grid are interpolated.
+        if here != there and not name.endswith("positional_embedding"):
+            return f"{name} is {there} there and {here} in the architecture"
+    return next((f"its tensor {n} is unknown there" for n in found if n not in wanted), None)

@@ -1,0 +1,188 @@
+"""Prompts through a frozen text tower: learned vectors, then a class name.
+
+CLIP's text towers are causal: what comes first does not see what comes later, and padding behind
+[EOT] is never seen at all. So all classes share [SOS] and the learned vectors. Towers without
+that mask (SigLIP's) share nothing and get one whole sequence a class.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from air_core.backbone.blocks import is_plain, run_blocks
+
+# R prompts, C classes, D feature width, W token width, L context length, T tokens, N longest text.
+
+PACK = 128  # classes that share one pass of the text tower
+
+
+class ContextEncoder(Protocol):
+    """Text features of learned vectors before class names."""
+
+    def encode(self, prompts: Tensor, classnames: tuple[str, ...]) -> Tensor:
+        """(R, L, W) -> (R, C, D), not normalised, differentiable in `prompts`.
+
+        Raises:
+            ValueError: a name does not fit behind the context.
+        """
+        ...
+
+
+def context_encoder(tower: Any, tokenizer: Any) -> ContextEncoder:
+    """The leanest encoder that is exact for a text tower.
+
+    Raises:
+        ValueError: a tower that takes no embeddings.
+    """
+    if not hasattr(tower, "token_embedding") or getattr(tower, "cls_emb", None) is not None:
+        raise ValueError(
+            f"a {type(tower).__name__} takes no learned vectors: prompts need the text tower of "
+            "CLIP or SigLIP"
+        )
+    causal = getattr(tower, "attn_mask", None) is not None
+    simple = hasattr(tokenizer, "eot_token_id")  # CLIP's own, which has the two special tokens
+    if causal and simple and _pool_type(tower) == "argmax" and is_plain(tower.transformer):
+        return SharedContext(tower, tokenizer)
+    return WholeTexts(tower, tokenizer)
+
+
+class SharedContext:
+    """`[SOS] context classname [EOT]` through a causal tower, the context once for all classes.
+
+    The names' tokens lie side by side behind the context in one sequence; a mask lets each see
+    the context and the earlier tokens of its own name. The last block is computed for [EOT] only,
+    since nothing else is read. This equals one padded sequence a class up to rounding.
+    """
+
+    def __init__(self, tower: Any, tokenizer: Any) -> None:
+        self.tower = tower
+        self.tokenizer = tokenizer
+        self._fixed = lru_cache(maxsize=16)(self._fixed_parts)
+
+    def encode(self, prompts: Tensor, classnames: tuple[str, ...]) -> Tensor:
+        """See ContextEncoder."""
+        packs = [classnames[at : at + PACK] for at in range(0, len(classnames), PACK)]
+        return torch.cat([self._encode_pack(prompts, pack) for pack in packs], dim=1)
+
+    def _encode_pack(self, prompts: Tensor, classnames: tuple[str, ...]) -> Tensor:
+        start, position, names, mask, ends = self._fixed(classnames, prompts.shape[1])
+        parts = (start, prompts + position, names)  # (1, 1, W), (R, L, W), (1, T - 1 - L, W)
+        states = run_blocks(self.tower.transformer.resblocks, parts, ends, mask)  # (R, C, W)
+        return _projected(self.tower, self.tower.ln_final(states))
+
+    @torch.no_grad()
+    def _fixed_parts(self, classnames: tuple[str, ...], length: int) -> tuple[Tensor, ...]:
+        """Start and names with their positions, positions of the context, mask, each [EOT]."""
+        encoded = [
+            [*self.tokenizer.encode(_words(name)), self.tokenizer.eot_token_id]
+            for name in classnames
+        ]
+        positions = self.tower.positional_embedding
+        prefix = 1 + length
+        room = len(positions) - prefix
+        longest = max(range(len(encoded)), key=lambda c: len(encoded[c]))
+        if len(encoded[longest]) > room:
+            raise _no_room(classnames[longest], f" takes {len(encoded[longest])} tokens", room)
+        # Tokens of one owner see the prefix (owner -1) and earlier tokens of the same owner.
+        owner = torch.tensor([-1] * prefix + [c for c, ids in enumerate(encoded) for _ in ids])
+        place = torch.tensor(
+            list(range(prefix)) + [prefix + i for ids in encoded for i in range(len(ids))]
+        )
+        sees = (owner[None, :] == owner[:, None]) | (owner[None, :] == -1)
+        sees &= place[None, :] <= place[:, None]
+        mask = torch.zeros(len(owner), len(owner)).masked_fill(~sees, -math.inf)
+        ends = prefix - 1 + torch.tensor([len(ids) for ids in encoded]).cumsum(0)
+        ids = torch.tensor([self.tokenizer.sot_token_id, *(i for ids in encoded for i in ids)])
+        embedded = self.tower.token_embedding(ids.to(positions.device))
+        here = place.to(positions.device)
+        names = embedded[1:] + positions[here[prefix:]]
+        return (
+            (embedded[:1] + positions[:1])[None],
+            positions[1:prefix],
+            names[None],
+            mask.to(positions),
+            ends.to(positions.device),
+        )
+
+
+class WholeTexts:
+    """One whole sequence a class, padding included, through towers of any other build.
+
+    The context stands before the name, and behind a start token where the tokenizer sets one.
+    """
+
+    def __init__(self, tower: Any, tokenizer: Any) -> None:
+        self.tower = tower
+        self.tokenizer = tokenizer
+        self._ids = lru_cache(maxsize=16)(self._name_ids)
+
+    def encode(self, prompts: Tensor, classnames: tuple[str, ...]) -> Tensor:
+        """See ContextEncoder."""
+        from open_clip.transformer import text_global_pool
+
+        tower, (count, length, _) = self.tower, prompts.shape
+        ids, lead = self._ids(classnames, length)  # (C, N), 0 where the context goes
+        with torch.no_grad():
+            embedded = tower.token_embedding(ids)
+        texts = embedded.expand(count, -1, -1, -1)  # (R, C, N, W)
+        context = prompts[:, None].expand(-1, len(classnames), -1, -1)
+        before, behind = texts[:, :, :lead], texts[:, :, lead + length :]
+        states = torch.cat([before, context, behind], dim=2).flatten(0, 1)
+        states = states + tower.positional_embedding
+        states = tower.ln_final(tower.transformer(states, attn_mask=tower.attn_mask))
+        end = getattr(tower, "eos_id", getattr(tower, "text_eos_id", None))
+        pooled = text_global_pool(states, ids.repeat(count, 1), _pool_type(tower), end)
+        return _projected(tower, pooled).view(count, len(classnames), -1)
+
+    def _name_ids(self, classnames: tuple[str, ...], length: int) -> tuple[Tensor, int]:
+        """Token ids with a gap for the context, and where the gap starts."""
+        size = len(self.tower.positional_embedding)
+        room = size - length
+        words = [_words(name) for name in classnames]
+        ids = self.tokenizer(words, context_length=room)
+        # Where a text was cut off, its last token is another one than with more room.
+        cut = (ids != self.tokenizer(words, context_length=2 * size)[:, :room]).any(dim=1)
+        if cut.any():
+            raise _no_room(classnames[int(cut.nonzero()[0])], "", room)
+        lead = int(int(ids[0, 0]) in _start_ids(self.tokenizer))
+        gap = torch.zeros(len(ids), length, dtype=ids.dtype)
+        ids = torch.cat([ids[:, :lead], gap, ids[:, lead:]], dim=1)
+        return ids.to(self.tower.positional_embedding.device), lead
+
+
+def _no_room(classname: str, what: str, room: int) -> ValueError:
+    return ValueError(
+        f"class name {classname!r}{what or ' does not fit'}, but {room} are left after the "
+        "context; shorten the name or prompt.length"
+    )
+
+
+def _words(classname: str) -> str:
+    return classname.replace("_", " ")
+
+
+def _start_ids(tokenizer: Any) -> set[int | None]:
+    """Tokens that open a text."""
+    inner = getattr(tokenizer, "tokenizer", None)
+    if inner is None:
+        return {tokenizer.sot_token_id}
+    return {inner.bos_token_id, inner.cls_token_id} - {None}
+
+
+def _pool_type(tower: Any) -> str:
+    return str(getattr(tower, "pool_type", getattr(tower, "text_pool_type", "")))
+
+
+def _projected(tower: Any, states: Tensor) -> Tensor:  # (..., W) -> (..., D)
+    projection = tower.text_projection
+    if projection is None:
+        return states
+    projected: Tensor = (
+        projection(states) if isinstance(projection, nn.Linear) else states @ projection
+    )
+    return projected

@@ -1,0 +1,65 @@
+"""Images through a frozen vision transformer, with learned tokens beside their patches.
+
+VPT (arXiv:2203.12119) in the form that CPL (arXiv:2406.10502) has it: the learned tokens carry no
+position and enter before the first normalisation, which looks at one token at a time. So what
+images bring to the first block does not depend on the prompt, and can be stored.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from air_core.backbone.blocks import is_plain, run_block, run_blocks
+
+# B images, T tokens of an image, P learned tokens, V token width, D feature width.
+
+CLS = slice(0, 1)  # the token that is read
+
+
+def check_vision(tower: Any) -> None:
+    """A tower takes learned tokens.
+
+    Raises:
+        ValueError: it has no [CLS] token or no normalisation before the first block.
+    """
+    fits = (
+        hasattr(tower, "class_embedding")
+        and isinstance(getattr(tower, "ln_pre", None), nn.LayerNorm)
+        and getattr(tower, "pool_type", "") == "tok"
+        and getattr(tower, "attn_pool", None) is None
+        and is_plain(tower.transformer)
+    )
+    if not fits:
+        raise ValueError(
+            "visual prompts need a ViT with a [CLS] token and ln_pre, as OpenAI's and LAION's "
+            f"ViT-B-32, B-16 or L-14 are; this vision tower is a {type(tower).__name__} without: "
+            "set modality: text or take another backbone"
+        )
+
+
+def patch_tokens(tower: Any, pixels: Tensor) -> Tensor:
+    """(B, 3, H, W) -> (B, T, V): [CLS] and patches with their positions, normalised."""
+    patches = tower.conv1(pixels).flatten(2).transpose(1, 2)
+    start = tower.class_embedding.expand(len(patches), 1, -1)
+    tokens: Tensor = tower.ln_pre(torch.cat([start, patches], dim=1) + tower.positional_embedding)
+    return tokens
+
+
+def prompted_features(tower: Any, tokens: Tensor, prompt: Tensor) -> Tensor:
+    """(B, D), not normalised; see Backbone.encode_tokens."""
+    blocks = tower.transformer.resblocks
+    # Without a mask the order of tokens is nothing to attention; learned ones go last.
+    if prompt.dim() == 2:
+        states = run_blocks(blocks, (tokens, tower.ln_pre(prompt)[None]), CLS)
+    else:
+        images = slice(0, tokens.shape[1])
+        layers = [tower.ln_pre(prompt[0]), *prompt[1:]]
+        for block, layer in zip(blocks[:-1], layers[:-1], strict=True):
+            # What a block makes of learned tokens is replaced by the next ones.
+            tokens = run_block(block, (tokens, layer[None]), images)
+        states = run_block(blocks[-1], (tokens, layers[-1][None]), CLS)
+    features: Tensor = tower.ln_post(states[:, 0])
+    return features if tower.proj is None else features @ tower.proj

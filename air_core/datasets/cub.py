@@ -1,0 +1,71 @@
+"""Caltech-UCSD Birds-200-2011, 11,788 photographs of 200 kinds.
+
+Train and test are the source's own: its lists `images.txt`, `image_class_labels.txt` and
+`train_test_split.txt` are joined by the number that begins each line. A tenth of the training part
+is for validation, by a fixed rule. Class names are those of `classes.txt` in lower case, without
+number and underscores, misspellings included, as in the published experiments.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from air_core.datasets.dataset import TEMPLATE, Dataset, Listing, Row, listing
+from air_core.datasets.places import classnames_of, find_home, read_lines
+from air_core.datasets.split_files import with_validation
+
+CLASSNAMES = classnames_of("cub")
+GET = "unpack CUB_200_2011.tgz from https://data.caltech.edu/records/65de6-vp158 in cub/"
+LISTS = ("images.txt", "image_class_labels.txt", "train_test_split.txt", "classes.txt")
+PARTS = {"1": "train", "0": "test"}
+
+
+def rows(root: Path | None) -> Listing:
+    """All images with label and part; reads the four lists only.
+
+    Raises:
+        ValueError: lists do not belong together, or files are missing.
+    """
+    home = find_home("cub", root, ("CUB_200_2011", "."), ("images", "images.txt"), GET)
+    files, labels, split, classes = (_numbered(home / name) for name in LISTS)
+    names = tuple(_classname(text) for text in classes.values())
+    if names != CLASSNAMES:
+        other = next((n for n in names if n not in CLASSNAMES), "another number or order of them")
+        raise ValueError(f"cub: {home / 'classes.txt'} has other classes: {other}")
+    if not files.keys() == labels.keys() == split.keys():
+        raise ValueError(
+            f"cub: the lists in {home} number {len(files):,} images, {len(labels):,} labels and "
+            f"{len(split):,} parts; they must be the same numbers, unpack the archive again"
+        )
+    label = {number: i for i, number in enumerate(classes)}
+    found = [
+        Row(f"images/{path}", label[labels[number]], PARTS[split[number]])
+        for number, path in files.items()
+    ]
+    return listing(
+        "cub", home, with_validation(found), CLASSNAMES, beside=[home / name for name in LISTS]
+    )
+
+
+def _numbered(file: Path) -> dict[str, str]:  # lines `<number> <text>`
+    pairs = (line.partition(" ") for line in read_lines("cub", file))
+    return {number: text for number, _, text in pairs}
+
+
+def _classname(text: str) -> str:  # 001.Black_footed_Albatross -> black footed albatross
+    return text.rpartition(".")[2].replace("_", " ").lower()
+
+
+DATASET = Dataset(
+    name="cub",
+    about="11,788 birds of 200 kinds",
+    classnames=CLASSNAMES,
+    template=TEMPLATE,
+    recipe=1,
+    source="https://www.vision.caltech.edu/datasets/cub_200_2011",
+    licence="images for non-commercial research and education only",
+    files=lambda root: rows(root).files,
+    load=lambda root: rows(root).examples(),
+    split="the source's 5,994 train, of which a tenth val, and 5,794 test",
+    get=GET,
+)

@@ -1,0 +1,136 @@
+"""What a dataset is, and what its files say before an image is opened.
+
+Knows no paradigm. A dataset made of files first becomes rows (path, label, part), so that files can
+be listed and counted, for a digest or a check, without opening one image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL.Image import Image
+
+TEMPLATE = "a photo of a {}"  # GRIP and CPL use it for every dataset
+
+
+@dataclass(frozen=True)
+class Examples:
+    """A dataset's images in its fixed order.
+
+    `images` may open a file only when it is asked for one (`images.ImageFiles`). `parts` holds
+    train, val or test for each image; free where `split_seed` decides between train and test.
+    """
+
+    images: Sequence[Image]
+    labels: np.ndarray  # (N,) int64
+    parts: np.ndarray  # (N,) str
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What a dataset is: how to get, find, read and name it."""
+
+    name: str
+    about: str  # a few words, for the head of a table
+    classnames: tuple[str, ...]
+    template: str  # {} is the class name
+    recipe: int  # raise it when the same files give other pixels or parts
+    source: str
+    licence: str
+    files: Callable[[Path | None], list[Path]]  # sorted; all that `load` reads
+    load: Callable[[Path | None], Examples]
+    split: str = ""  # where its parts come from
+    get: str = ""  # what to do where it is missing
+
+
+class Row(NamedTuple):
+    """One image: its path below the dataset's home, with forward slashes, its class, its part."""
+
+    path: str
+    label: int
+    part: str
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A dataset's rows in its fixed order, and the files that say so."""
+
+    home: Path
+    rows: tuple[Row, ...]
+    beside: tuple[Path, ...]  # lists, labels, split files
+
+    @property
+    def files(self) -> list[Path]:
+        """Every file that loading reads, sorted."""
+        return sorted([*(self.home / row.path for row in self.rows), *self.beside])
+
+    def examples(self) -> Examples:
+        """The images, of which none is opened yet, with labels and parts."""
+        import numpy as np
+
+        from air_core.datasets.images import ImageFiles
+
+        return Examples(
+            ImageFiles(tuple(self.home / row.path for row in self.rows)),
+            np.array([row.label for row in self.rows], dtype=np.int64),
+            np.array([row.part for row in self.rows]),
+        )
+
+
+def listing(
+    name: str,
+    home: Path,
+    rows: Iterable[Row],
+    classnames: Sequence[str],
+    beside: Iterable[Path] = (),
+) -> Listing:
+    """Rows in the order of their paths; nothing depends on the order a disk gives.
+
+    Raises:
+        ValueError: a file is listed twice or not there, or a class has no image.
+    """
+    ordered = sorted(rows, key=lambda row: PurePosixPath(row.path).parts)
+    for one, other in pairwise(ordered):
+        if one.path == other.path:
+            raise ValueError(
+                f"{name}: {one.path} is listed twice, as {one.part} and as {other.part}; "
+                "an image belongs to one part, correct the split files"
+            )
+    _whole(name, home, [row.path for row in ordered])
+    empty = [
+        classnames[c] for c in sorted(set(range(len(classnames))) - {r.label for r in ordered})
+    ]
+    if empty:
+        raise ValueError(f"{name}: {home} has no image of {some(empty)}; every class needs one")
+    return Listing(home, tuple(ordered), tuple(beside))
+
+
+def some(names: Sequence[str], shown: int = 3) -> str:
+    """The first few of many names.
+
+    >>> some(["a", "b", "c", "d", "e"])
+    "'a', 'b', 'c' and 2 more"
+    """
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(map(repr, names[:shown])) + more
+
+
+def _whole(name: str, home: Path, paths: Sequence[str]) -> None:
+    # One listing of each folder, since a stat of each file is slow on a network disk.
+    folders = {(home / path).parent for path in paths}
+    there = {
+        folder: {file.name for file in folder.iterdir()} if folder.is_dir() else set()
+        for folder in folders
+    }
+    missing = [p for p in paths if (home / p).name not in there[(home / p).parent]]
+    if missing:
+        raise ValueError(
+            f"{name}: {len(missing):,} of {len(paths):,} listed images are not in {home}; "
+            f"the first is {missing[0]}; was the archive unpacked to its end?"
+        )

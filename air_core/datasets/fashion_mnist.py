@@ -1,0 +1,138 @@
+"""Fashion-MNIST, 70,000 grey pictures of clothes, 28x28 pixels.
+
+Four files in the format of MNIST, packed or not. Debian's package of them is found without a data
+root. Train and test are the source's own; a tenth of the training part is for validation, by a
+fixed rule. "T-shirt/top" is named "t-shirt or top", since images are kept in folders named so.
+"""
+
+from __future__ import annotations
+
+import gzip
+import struct
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from air_core.datasets.dataset import TEMPLATE, Dataset, Examples, Row
+from air_core.datasets.places import classnames_of
+from air_core.datasets.split_files import with_validation
+
+if TYPE_CHECKING:
+    import numpy as np
+
+CLASSNAMES = classnames_of("fashion_mnist")
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+GET = (
+    "apt-get install dataset-fashion-mnist, or get the four files of "
+    "https://github.com/zalandoresearch/fashion-mnist into fashion_mnist/"
+)
+BELOW = ("FashionMNIST/raw", "fashion-mnist")  # of torchvision, of Debian
+FILES = {  # images and labels of a part
+    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+    "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+}
+
+
+def files(root: Path | None) -> list[Path]:
+    """The four files.
+
+    Raises:
+        ValueError: they are nowhere, or some are missing.
+    """
+    return sorted(file for pair in _pairs(root).values() for file in pair)
+
+
+def load(root: Path | None) -> Examples:
+    """28x28 RGB images of grey, in the order of the files, train before test.
+
+    Raises:
+        ValueError: a file is damaged or of another shape.
+    """
+    import numpy as np
+
+    from air_core.datasets.images import GreyImages
+
+    pixels, labels, rows = [], [], []
+    for part, (images, classes) in _pairs(root).items():
+        pixels.append(_array(images, dimensions=3))
+        labels.append(_array(classes, dimensions=1))
+        if len(pixels[-1]) != len(labels[-1]):
+            raise ValueError(
+                f"fashion_mnist: {images} has {len(pixels[-1]):,} images, but {classes} has "
+                f"{len(labels[-1]):,} labels; get both files again"
+            )
+        rows += [Row(f"{part}/{i:05}", int(c), part) for i, c in enumerate(labels[-1])]
+    return Examples(
+        GreyImages(np.concatenate(pixels)),
+        np.concatenate(labels).astype(np.int64),
+        np.array([row.part for row in with_validation(rows)]),
+    )
+
+
+def _pairs(root: Path | None) -> dict[str, tuple[Path, Path]]:
+    home = _home(root)
+    found = {
+        part: (_packed_or_not(home, images), _packed_or_not(home, classes))
+        for part, (images, classes) in FILES.items()
+    }
+    missing = [f.name for pair in found.values() for f in pair if not f.is_file()]
+    if missing:
+        raise ValueError(f"fashion_mnist: {home} has no {' and no '.join(missing)}; {GET}")
+    return found
+
+
+def _home(root: Path | None) -> Path:
+    places = [DEBIAN]
+    if root is not None:
+        if not root.is_dir():
+            raise ValueError(f"the data root {root} is not there, or no folder")
+        named = root / "fashion_mnist"
+        places = [*(named / below for below in BELOW), named, *(root / below for below in BELOW)]
+        # MNIST has files of the same names, so a root that holds them must say which it is.
+        if "fashion" in str(root.absolute()).lower():
+            places += [root / "raw", root]
+        places.append(DEBIAN)
+    for place in places:
+        if _packed_or_not(place, FILES["test"][0]).is_file():
+            return place
+    raise ValueError(f"fashion_mnist is in none of {', '.join(map(str, places))}; {GET}")
+
+
+def _packed_or_not(folder: Path, name: str) -> Path:
+    return folder / name if (folder / name).is_file() else folder / f"{name}.gz"
+
+
+def _array(file: Path, dimensions: int) -> np.ndarray:
+    # Two zero bytes, 8 for unsigned bytes, the number of dimensions, their sizes, the values.
+    import numpy as np
+
+    try:
+        content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+    except (EOFError, gzip.BadGzipFile, zlib.error) as problem:
+        raise ValueError(f"fashion_mnist: {file} is damaged: {problem}; get it again") from problem
+    head = 4 + 4 * dimensions
+    if len(content) < head or content[:4] != bytes((0, 0, 8, dimensions)):
+        raise ValueError(f"fashion_mnist: {file} is no IDX file of {dimensions} dimensions")
+    shape = struct.unpack(f">{dimensions}I", content[4:head])
+    values = np.frombuffer(content, dtype=np.uint8, offset=head)
+    if len(values) != np.prod(shape):
+        raise ValueError(
+            f"fashion_mnist: {file} holds {len(values):,} bytes, but its head says "
+            f"{' x '.join(map(str, shape))}; get it again"
+        )
+    return values.reshape(shape)
+
+
+DATASET = Dataset(
+    name="fashion_mnist",
+    about="70,000 pictures of 10 kinds of clothes",
+    classnames=CLASSNAMES,
+    template=TEMPLATE,
+    recipe=1,
+    source="https://github.com/zalandoresearch/fashion-mnist",
+    licence="MIT",
+    files=files,
+    load=load,
+    split="the source's 60,000 train, of which a tenth val, and 10,000 test",
+    get=GET,
+)

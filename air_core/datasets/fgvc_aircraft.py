@@ -1,0 +1,57 @@
+"""FGVC-Aircraft, 10,000 photographs of 100 variants.
+
+Parts are the source's own, `images_variant_<part>.txt` with lines `<number> <variant>`. Class names
+are the variants with "/" as "-", so that F-16A/B reads "F-16A-B": the published experiments took
+names of folders for names of classes, and numbers stay comparable with theirs. Their order is
+theirs too, and not that of the archive's `variants.txt`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from air_core.datasets.dataset import TEMPLATE, Dataset, Listing, Row, listing
+from air_core.datasets.places import classnames_of, find_home, read_lines
+
+CLASSNAMES = classnames_of("fgvc_aircraft")
+GET = (
+    "unpack https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/archives/"
+    "fgvc-aircraft-2013b.tar.gz in fgvc_aircraft/"
+)
+HOMES = ("fgvc-aircraft-2013b/data", "data", ".")
+
+
+def rows(root: Path | None) -> Listing:
+    """All images with label and part; reads the three lists only.
+
+    Raises:
+        ValueError: a list names another variant, or files are missing.
+    """
+    marks = ("images", "images_variant_test.txt")
+    home = find_home("fgvc_aircraft", root, HOMES, marks, GET)
+    lists = {part: home / f"images_variant_{part}.txt" for part in ("train", "val", "test")}
+    label = {name: i for i, name in enumerate(CLASSNAMES)}
+    found = []
+    for part, file in lists.items():
+        for line in read_lines("fgvc_aircraft", file):
+            number, _, variant = line.partition(" ")
+            name = variant.replace("/", "-")
+            if name not in label:
+                raise ValueError(f"fgvc_aircraft: {file} names {variant!r}, none of 100 variants")
+            found.append(Row(f"images/{number}.jpg", label[name], part))
+    return listing("fgvc_aircraft", home, found, CLASSNAMES, beside=lists.values())
+
+
+DATASET = Dataset(
+    name="fgvc_aircraft",
+    about="10,000 aircraft of 100 variants",
+    classnames=CLASSNAMES,
+    template=TEMPLATE,
+    recipe=1,
+    source="https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft",
+    licence="non-commercial research only",
+    files=lambda root: rows(root).files,
+    load=lambda root: rows(root).examples(),
+    split="the source's: 3,334 train, 3,333 val, 3,333 test",
+    get=GET,
+)

@@ -1,0 +1,55 @@
+"""Oxford 102 Flowers, 8,189 photographs.
+
+Parts are the source's own. `setid.mat` holds 1,020 images for train, 1,020 for valid and 6,149 for
+test, as numbers from 1; `imagelabels.mat` holds a class for each, from 1 in the order of names.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from air_core.datasets.dataset import TEMPLATE, Dataset, Listing, Row, listing
+from air_core.datasets.places import classnames_of, find_home
+
+CLASSNAMES = classnames_of("flowers102")
+GET = (
+    "get 102flowers.tgz, imagelabels.mat and setid.mat from "
+    "https://www.robots.ox.ac.uk/~vgg/data/flowers/102 into flowers102/flowers-102 and unpack"
+)
+PARTS = {"trnid": "train", "valid": "val", "tstid": "test"}
+
+
+def rows(root: Path | None) -> Listing:
+    """All images with label and part; reads the two .mat files only."""
+    from scipy.io import loadmat  # type: ignore[import-untyped]
+
+    marks = ("setid.mat", "imagelabels.mat")
+    home = find_home("flowers102", root, ("flowers-102", "."), marks, GET)
+    numbers = loadmat(home / "setid.mat", squeeze_me=True)
+    labels = loadmat(home / "imagelabels.mat", squeeze_me=True)["labels"]
+    return listing(
+        "flowers102",
+        home,
+        [
+            Row(f"jpg/image_{number:05}.jpg", int(labels[number - 1]) - 1, part)
+            for key, part in PARTS.items()
+            for number in numbers[key].tolist()
+        ],
+        CLASSNAMES,
+        beside=[home / mark for mark in marks],
+    )
+
+
+DATASET = Dataset(
+    name="flowers102",
+    about="8,189 flowers of 102 kinds",
+    classnames=CLASSNAMES,
+    template=TEMPLATE,
+    recipe=1,
+    source="https://www.robots.ox.ac.uk/~vgg/data/flowers/102",
+    licence="none stated; photographs from the web, for research",
+    files=lambda root: rows(root).files,
+    load=lambda root: rows(root).examples(),
+    split="the source's: 1,020 train, 1,020 val, 6,149 test",
+    get=GET,
+)

@@ -1,0 +1,204 @@
+"""`folder:<path>`: images of one's own, in class folders.
+
+    <path>/train/<class>/*.jpg     fixed parts: train/ and test/, and val/ if there is one;
+    <path>/test/<class>/*.jpg      else a tenth of train is for validation
+
+    <path>/<class>/*.jpg           no parts: a tenth of each class is for validation, the same for
+                                   every split, and `split_seed` parts the rest
+
+    <path>/classnames.txt          optional: lines `folder = class name`; a folder that no line
+                                   names is its own class name, underscores read as spaces
+    <path>/template.txt            optional: one line such as `a satellite photo of a {}`
+
+Classes are in the order of their folders' names. Files that are no images are passed over.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from air_core.datasets.class_folders import SUFFIXES, images_in
+from air_core.datasets.dataset import TEMPLATE, Dataset, Listing, Row, listing, some
+from air_core.datasets.split_files import VAL_SHARE, held_out, with_validation
+
+PREFIX = "folder:"
+PARTS = ("train", "val", "test")
+WANTED = (
+    "wanted <class>/<image>, or train/<class>/<image> and the same in test/ (val/ may be there)"
+)
+FEWEST = 4  # images of a class that is to be parted: one for val, and train and test after it
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Folders of images: of each part the folder that holds its class folders."""
+
+    home: Path
+    parts: dict[str, Path]  # train, test and maybe val; or free alone
+    folders: tuple[str, ...]  # of the classes, sorted
+    classnames: tuple[str, ...]
+
+
+def folder_dataset(name: str) -> Dataset:
+    """A dataset from the class folders of `folder:<path>`; looks at names only.
+
+    Raises:
+        ValueError: it is no image folder, or its classes do not fit each other.
+    """
+    home = Path(name.removeprefix(PREFIX)).expanduser().absolute()
+    tree = _tree(home)
+    return Dataset(
+        name=f"{PREFIX}{home}",
+        about=f"{home.name}, {len(tree.classnames)} classes",
+        classnames=tree.classnames,
+        template=_template(home / "template.txt"),
+        recipe=1,
+        source=str(home),
+        licence="the owner's",
+        files=lambda root: _rows(tree).files,
+        load=lambda root: _rows(tree).examples(),
+        split=" and ".join(tree.parts) if "free" not in tree.parts else "split_seed",
+    )
+
+
+# ---------------------------------------------------------------- names
+
+
+def _tree(home: Path) -> Tree:
+    if not home.is_dir():
+        raise ValueError(f"{PREFIX}{home} is not there, or no folder; {WANTED}")
+    inside = _folders(home)
+    if not inside:
+        raise ValueError(f"{home} is no image folder: it has no folders in it; {WANTED}")
+    parts = {part: home / part for part in PARTS if part in inside}
+    if not {"train", "test"} <= parts.keys():
+        if parts.keys() == set(inside):
+            lacking = "train" if "train" not in parts else "test"
+            raise ValueError(
+                f"{home} has {' and '.join(parts)}, but no {lacking}; have both train and test, "
+                "or no part folders at all and let split_seed decide"
+            )
+        parts = {"free": home}  # a class may well be called "train"
+    elif others := sorted(set(inside) - parts.keys()):
+        raise ValueError(
+            f"{home} has {some(others)} beside its part folders; allowed there: {', '.join(PARTS)}"
+        )
+    folders = _classes(home, parts)
+    return Tree(home, parts, folders, _classnames(home / "classnames.txt", folders))
+
+
+def _classes(home: Path, parts: dict[str, Path]) -> tuple[str, ...]:
+    of = {part: _folders(folder) for part, folder in parts.items()}
+    every = sorted({name for names in of.values() for name in names})
+    lacking = [
+        f"{part}/ has no {some(missing)}"
+        for part, names in of.items()
+        if (missing := sorted(set(every) - set(names)))
+    ]
+    if lacking:
+        raise ValueError(
+            f"{home}: the parts have different classes: {'; '.join(lacking)}; "
+            "every class needs a folder in every part"
+        )
+    if len(every) < 2:
+        found = f"one class only, {every[0]!r}" if every else "no class folders in its parts"
+        raise ValueError(f"{home} has {found}; a classifier needs two or more; {WANTED}")
+    return tuple(every)
+
+
+def _classnames(file: Path, folders: tuple[str, ...]) -> tuple[str, ...]:
+    given: dict[str, str] = {}
+    for number, line in enumerate(_lines(file), start=1):
+        if not line or line.startswith("#"):
+            continue
+        folder, equals, name = (text.strip() for text in line.partition("="))
+        if not equals or not name or "/" in name or folder in given:
+            raise ValueError(
+                f"{file}:{number}: {line!r} is not allowed; wanted one line a folder, "
+                "`folder = class name`, without / in the name"
+            )
+        if folder not in folders:
+            raise ValueError(
+                f"{file}:{number}: there is no class folder {folder!r}; there: {some(folders, 9)}"
+            )
+        given[folder] = name
+    names = tuple(given.get(folder, folder.replace("_", " ")) for folder in folders)
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"{file.parent}: two classes are named {twice[0]!r}; rename one")
+    return names
+
+
+def _template(file: Path) -> str:
+    lines = [line for line in _lines(file) if line]
+    if not lines:
+        return TEMPLATE
+    if len(lines) > 1 or [lines[0].count(c) for c in ("{}", "{", "}")] != [1, 1, 1]:
+        raise ValueError(
+            f"{file}: wanted one line with {{}} once, where the class name goes, such as "
+            f"{TEMPLATE!r}; found {lines[0]!r}" + (" and more lines" if len(lines) > 1 else "")
+        )
+    return lines[0]
+
+
+def _lines(file: Path) -> list[str]:
+    # Editors on Windows put a mark before the first word, which utf-8-sig takes off.
+    text = file.read_text(encoding="utf-8-sig") if file.is_file() else ""
+    return [line.strip() for line in text.splitlines()]
+
+
+def _folders(folder: Path) -> list[str]:
+    # macOS leaves a __MACOSX in archives.
+    return sorted(
+        inside.name
+        for inside in folder.iterdir()
+        if inside.is_dir() and not inside.name.startswith(".") and inside.name != "__MACOSX"
+    )
+
+
+# ---------------------------------------------------------------- images
+
+
+def _rows(tree: Tree) -> Listing:
+    rows = [
+        Row(file.relative_to(tree.home).as_posix(), label, part)
+        for part, folder in tree.parts.items()
+        for label, name in enumerate(tree.folders)
+        for file in _images(tree.home, folder / name)
+    ]
+    rows = _with_free(tree, rows) if "free" in tree.parts else with_validation(rows)
+    beside = [tree.home / name for name in ("classnames.txt", "template.txt")]
+    return listing(
+        f"{PREFIX}{tree.home}",
+        tree.home,
+        rows,
+        tree.classnames,
+        beside=[file for file in beside if file.is_file()],
+    )
+
+
+def _images(home: Path, folder: Path) -> list[Path]:
+    found = images_in(folder)
+    if not found:
+        others = sorted(inside.name for inside in folder.iterdir())
+        raise ValueError(
+            f"{home}: no image in {folder.relative_to(home)}/, which holds "
+            f"{some(others) if others else 'nothing'}; images end in {', '.join(sorted(SUFFIXES))} "
+            "and lie in the class folder itself"
+        )
+    return found
+
+
+def _with_free(tree: Tree, rows: list[Row]) -> list[Row]:
+    labels = [row.label for row in rows]
+    counts = Counter(labels)
+    few = [name for label, name in enumerate(tree.folders) if counts[label] < FEWEST]
+    if few:
+        raise ValueError(
+            f"{tree.home}: fewer than {FEWEST} images of {some(few)}; without train/ and test/ "
+            f"each class needs {FEWEST}, to have some in every part"
+        )
+    chosen = held_out([row.path for row in rows], labels, VAL_SHARE)
+    return [row._replace(part="val") if row.path in chosen else row for row in rows]

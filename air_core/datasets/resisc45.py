@@ -1,0 +1,58 @@
+"""NWPU-RESISC45, 31,500 aerial images, 700 of each class, in 45 class folders.
+
+The archive defines no parts. Split files are read where they lie beside the class folders or beside
+NWPU-RESISC45 itself: `train.txt`, `val.txt` and `test.txt` with lines like `airplane_001.jpg`, or
+named as TorchGeo names them (its own files hold 18,900, 6,300 and 6,300 images, which is not the
+published protocol). Else 6,300 images are for training and 25,200 for test, by a fixed rule and
+stratified.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+
+from air_core.datasets.class_folders import class_files
+from air_core.datasets.dataset import TEMPLATE, Dataset, Listing, listing
+from air_core.datasets.places import classnames_of, find_home
+from air_core.datasets.split_files import find_split, split_rows
+
+CLASSNAMES = classnames_of("resisc45")
+FOLDERS = tuple(name.replace(" ", "_") for name in CLASSNAMES)
+GET = "unpack NWPU-RESISC45 from https://huggingface.co/datasets/torchgeo/resisc45 in resisc45/"
+ARCHIVE = "NWPU-RESISC45"
+TEST_SHARE = Fraction(4, 5)
+
+
+def rows(root: Path | None) -> Listing:
+    """All images with label and part.
+
+    Raises:
+        ValueError: class folders or listed files are missing, or an image has two parts.
+    """
+    home = find_home("resisc45", root, (ARCHIVE, "."), ("airplane", "wetland"), GET)
+    split = find_split("resisc45", [home, home.parent] if home.name == ARCHIVE else [home])
+    found = class_files(home, FOLDERS)
+    on_disk = [f"{folder}/{file.name}" for folder, of in found.items() for file in of]
+    return listing(
+        "resisc45",
+        home,
+        split_rows("resisc45", on_disk, FOLDERS, split, TEST_SHARE),
+        CLASSNAMES,
+        beside=split.files if split else (),
+    )
+
+
+DATASET = Dataset(
+    name="resisc45",
+    about="31,500 aerial images of 45 scenes",
+    classnames=CLASSNAMES,
+    template=TEMPLATE,
+    recipe=1,
+    source="https://gcheng-nwpu.github.io/#Datasets (Cheng, Han and Lu 2017)",
+    licence="for research; TorchGeo's copy states CC BY-NC 4.0",
+    files=lambda root: rows(root).files,
+    load=lambda root: rows(root).examples(),
+    split="split files if there; else fixed: 6,300 train, of which a tenth val, and 25,200 test",
+    get=GET,
+)

@@ -1,0 +1,146 @@
+"""Parts of a dataset whose archive defines none: from split files, else by a fixed rule.
+
+The rule draws nothing: within a class, images are in the order of a hash of their paths, and the
+first ones are held out. So a part depends on names alone, and on no library's random numbers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from hashlib import blake2b
+from pathlib import Path
+
+from air_core.datasets.dataset import Row
+
+VAL_SHARE = Fraction(1, 10)  # of the training part, where the source names no validation images
+SEED = "airsweep"  # another word would be another split
+
+
+@dataclass(frozen=True)
+class SplitFiles:
+    """What split files say: the part of each path they name. `rest` is the part of all others."""
+
+    parts: tuple[tuple[str, str], ...]  # (path, part)
+    files: tuple[Path, ...]
+    rest: str | None
+
+
+def find_split(name: str, folders: Sequence[Path], coop: str | None = None) -> SplitFiles | None:
+    """The split files of a dataset, from the first folder that has any.
+
+    `test.txt`, with `train.txt` and `val.txt` or without: then the rest is for training. The names
+    `<dataset>-test.txt` (TorchGeo) and `test.json` (COCO, as ELEVATER has it) are read alike.
+
+    Args:
+        coop: name of CoOp's one file for all parts.
+    """
+    for folder in folders:
+        found = {part: _split_file(name, folder, part) for part in ("train", "val", "test")}
+        if found["test"] is not None:
+            files = {part: file for part, file in found.items() if file is not None}
+            return SplitFiles(
+                tuple((path, part) for part, file in files.items() for path in _paths(file)),
+                tuple(files.values()),
+                rest=None if "train" in files else "train",
+            )
+        if coop is not None and (folder / coop).is_file():
+            listed = json.loads((folder / coop).read_text())
+            return SplitFiles(
+                tuple((row[0], part) for part in ("train", "val", "test") for row in listed[part]),
+                (folder / coop,),
+                rest=None,
+            )
+    return None
+
+
+def split_rows(
+    name: str,
+    on_disk: Iterable[str],
+    folders: Sequence[str],
+    split: SplitFiles | None,
+    test_share: Fraction,
+) -> list[Row]:
+    """Rows of a dataset of class folders. A test image is never in another part.
+
+    Args:
+        on_disk: paths, `<folder>/<file>`.
+        folders: class folders in the order of labels.
+        test_share: of each class, where there are no split files.
+
+    Raises:
+        ValueError: a split file names a folder that is no class.
+    """
+    label = {folder: i for i, folder in enumerate(folders)}
+    if split is None:
+        paths = sorted(on_disk)
+        test = held_out(paths, [label[_folder(path)] for path in paths], test_share)
+        parts = [(path, "test" if path in test else "train") for path in paths]
+    else:
+        parts = list(split.parts)
+        named = {path for path, _ in parts}
+        if split.rest is not None:
+            parts += [(path, split.rest) for path in sorted(on_disk) if path not in named]
+        for path, part in parts:
+            if _folder(path) not in label:
+                raise ValueError(
+                    f"{name}: the {part} list names {path}, but {_folder(path)!r} is no class "
+                    f"folder; wanted <class>/<file> with one of {', '.join(folders)}"
+                )
+    return with_validation(Row(path, label[_folder(path)], part) for path, part in parts)
+
+
+def with_validation(rows: Iterable[Row]) -> list[Row]:
+    """A tenth of each class's training images becomes val, where no image is val yet."""
+    rows = list(rows)
+    if any(row.part == "val" for row in rows):
+        return rows
+    train = [row for row in rows if row.part == "train"]
+    chosen = held_out([row.path for row in train], [row.label for row in train], VAL_SHARE)
+    return [row._replace(part="val") if row.path in chosen else row for row in rows]
+
+
+def held_out(paths: Sequence[str], labels: Sequence[int], share: Fraction) -> set[str]:
+    """A fixed share of the paths, the same of every class, the same each time.
+
+    The total is the share rounded; classes are rounded by largest remainder. A class gives at
+    least one where it has two, and never its last.
+    """
+    classes: dict[int, list[str]] = {}
+    for path, label in zip(paths, labels, strict=True):
+        classes.setdefault(label, []).append(path)
+    exact = {label: len(of) * share for label, of in sorted(classes.items())}
+    counts = {label: int(wanted) for label, wanted in exact.items()}
+    left = round(len(paths) * share) - sum(counts.values())
+    for label in sorted(exact, key=lambda c: (counts[c] - exact[c], c))[:left]:
+        counts[label] += 1
+    return {
+        path
+        for label, of in classes.items()
+        for path in sorted(of, key=_place)[: min(max(counts[label], 1), len(of) - 1)]
+    }
+
+
+def _place(path: str) -> tuple[bytes, str]:
+    return blake2b(f"{SEED}/{path}".encode(), digest_size=8).digest(), path
+
+
+def _folder(path: str) -> str:
+    return path.split("/")[0]
+
+
+def _split_file(name: str, folder: Path, part: str) -> Path | None:
+    names = (f"{part}.txt", f"{name}-{part}.txt", f"{part}.json")
+    return next((folder / n for n in names if (folder / n).is_file()), None)
+
+
+def _paths(file: Path) -> list[str]:
+    # A line is `[archive.zip@][<class>/]<class>_<number>.jpg [label]`.
+    if file.suffix == ".json":
+        names = [image["file_name"] for image in json.loads(file.read_text())["images"]]
+    else:
+        names = [line.split()[0] for line in file.read_text().splitlines() if line.strip()]
+    bare = [name.rpartition("@")[2] for name in names]
+    return [name if "/" in name else f"{name.rpartition('_')[0]}/{name}" for name in bare]

@@ -1,0 +1,128 @@
+"""A trial flat at the door, `lora.rank`, and nested inside: what YAML, Optuna and MLflow see.
+
+Standard library only, like the specs themselves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Annotated, Any
+
+from air_core.specs import Ref, TrialSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Key:
+    """A trial key as people write it: `lora.rank`."""
+
+    name: str
+    type: Any  # annotation, for validation
+    default: Any
+    limits: dict[str, float]
+    help: str
+
+
+@cache
+def trial_keys() -> dict[str, Key]:
+    """Every trial key by its dotted name, in the order of TrialSpec.
+
+    >>> trial_keys()["lora.rank"].default
+    4
+    """
+    return {key.name: key for key in _keys(TrialSpec, "") if key.name != "classnames"}
+
+
+def from_flat(flat: dict[str, Any], refs: dict[str, Ref], classnames: tuple[str, ...]) -> TrialSpec:
+    """A TrialSpec from dotted keys; keys that are left out keep their defaults.
+
+    Args:
+        flat: dotted key -> validated value; `lora: None` turns LoRA off.
+        refs: `dataset`, `backbone` and `generator` resolved to content.
+        classnames: of the dataset.
+    """
+    nested: dict[str, dict[str, Any]] = {}
+    plain: dict[str, Any] = {}
+    for name, value in flat.items():
+        head, _, rest = name.partition(".")
+        if rest:
+            nested.setdefault(head, {})[rest] = value
+        else:
+            plain[head] = value
+    for head, values in nested.items():
+        if head not in plain:
+            plain[head] = _settings_classes()[head](**values)
+    return TrialSpec(**{**plain, **refs, "classnames": classnames})
+
+
+def to_flat(spec: TrialSpec) -> dict[str, Any]:
+    """Dotted keys of a trial; Refs by name.
+
+    >>> digits = Ref(name="digits", digest="d")
+    >>> to_flat(TrialSpec(dataset=digits, backbone=digits, generator=digits))["lora.rank"]
+    4
+    """
+    return dict(_flat(spec, ""))
+
+
+def _keys(owner: Any, prefix: str) -> Iterator[Key]:
+    hints = typing.get_type_hints(owner)
+    for f in dataclasses.fields(owner):
+        inner = _settings_class(hints[f.name])
+        if inner is Ref:
+            yield Key(name=prefix + f.name, type=str, default=None, limits={}, help=REFS[f.name])
+        elif inner is not None:
+            if type(None) in typing.get_args(hints[f.name]):
+                text = f"null: no {f.name}"
+                yield Key(name=f.name, type=type(None), default=f.default, limits={}, help=text)
+            yield from _keys(inner, f"{prefix}{f.name}.")
+        else:
+            yield Key(
+                name=prefix + f.name,
+                type=hints[f.name],
+                default=f.default,
+                limits=f.metadata.get("limits", {}),
+                help=f.metadata.get("help", ""),
+            )
+
+
+REFS = {
+    "dataset": "target images, by name",
+    "backbone": "tiny, an open_clip folder, <architecture>/<tag> or <architecture>@<file>",
+    "generator": "tiny, a diffusers folder, owner/name of the hub, or folder:<path> of images",
+}
+
+
+@cache
+def _settings_classes() -> dict[str, Any]:  # evaluating annotations is slow
+    hints = typing.get_type_hints(TrialSpec)
+    return {name: _settings_class(hint) for name, hint in hints.items()}
+
+
+def _settings_class(hint: Any) -> Any:
+    """The dataclass inside an annotation, through `| None`; None if there is none."""
+    if typing.get_origin(hint) is Annotated:
+        hint = typing.get_args(hint)[0]
+    options = (
+        typing.get_args(hint)
+        if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+        else (hint,)
+    )
+    return next((o for o in options if dataclasses.is_dataclass(o)), None)
+
+
+def _flat(spec: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    for f in dataclasses.fields(spec):
+        value = getattr(spec, f.name)
+        if f.name == "classnames":
+            continue
+        if isinstance(value, Ref):
+            yield prefix + f.name, value.name
+        elif dataclasses.is_dataclass(value):
+            yield from _flat(value, f"{prefix}{f.name}.")
+        else:
+            yield prefix + f.name, value

@@ -1,0 +1,68 @@
+"""Learned tokens beside the image patches (VPT, arXiv:2203.12119); class texts stay as they are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from air_core.backbone import Backbone
+from air_core.specs import PromptSettings
+from air_core.types import Batch
+
+CHUNK = 256  # images of a pass without gradient
+
+
+class VisualPrompt:
+    """`[CLS] v1 ... vP patches`, v learned: before the first block, or new ones in every block."""
+
+    def __init__(
+        self,
+        settings: PromptSettings,
+        backbone: Backbone,
+        classnames: Sequence[str],
+        template: str,
+        seed: int,
+    ) -> None:
+        width = backbone.patch_width
+        shape = [settings.length, width]
+        if settings.depth == "deep":
+            shape.insert(0, backbone.vision_layers)
+        generator = torch.Generator().manual_seed(seed)
+        start = STARTS[settings.init](shape, backbone.patch_size, generator)
+        self.tokens = Parameter((width**-0.5 * start).to(backbone.device))
+        self.backbone = backbone
+        texts = [template.format(name.replace("_", " ")) for name in classnames]
+        self.weight = backbone.encode_texts(texts)  # (C, D)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """(N, C) cosine to each class's text, at CLIP's temperature."""
+        if batch.tokens is None:
+            raise ValueError("a visual prompt needs image tokens; these images have features only")
+        size = len(batch) if torch.is_grad_enabled() else CHUNK
+        parts = torch.split(batch.tokens, max(1, size))
+        features = torch.cat([self._encoded(tokens) for tokens in parts])  # (N, D)
+        return self.backbone.logit_scale * features @ self.weight.T.to("cpu")
+
+    def _encoded(self, tokens: Tensor) -> Tensor:  # (B, T, V) -> (B, D), on the CPU
+        there = tokens.to(self.tokens.device, self.tokens.dtype)
+        return self.backbone.encode_tokens(there, self.tokens).cpu()
+
+    def parameters(self) -> Iterable[Parameter]:
+        return [self.tokens]
+
+
+def _normal(shape: Sequence[int], patch: int, generator: torch.Generator) -> Tensor:
+    return torch.randn(*shape, generator=generator)
+
+
+def _uniform(shape: Sequence[int], patch: int, generator: torch.Generator) -> Tensor:
+    """Xavier's range for a patch of three channels, as VPT has it."""
+    reach = math.sqrt(6 / (3 * patch * patch + shape[-1]))
+    return reach * (2 * torch.rand(*shape, generator=generator) - 1)
+
+
+STARTS = {"normal": _normal, "uniform": _uniform}

@@ -1,0 +1,205 @@
+"""Rows of synthetic images: an endless numbered row a class, drawn block by block, read by count.
+
+`build_image_block` is the only maker of images: on the cluster it is mapped over actors, in a test
+it is called.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+from torch import Tensor
+
+from air_core.classifiers import text_classifier
+from air_core.diffusion import ImageGenerator, image_seed, load_generator, rejected
+from air_core.specs import FolderImages, GeneratedImages, SyntheticFeaturesSpec
+from air_core.types import Batch, Labelled
+from orchestrator.resolve import images_folder
+from orchestrator.store import ArtifactStore, MissingArtifact
+from orchestrator.workshop import Workshop
+
+ATTEMPTS = 3  # draws of one slot before it is a recorded hole
+
+
+def open_generator(images: GeneratedImages | FolderImages, shop: Workshop) -> ImageGenerator:
+    """The generator of a row, with its LoRA from the store."""
+    adapter = None
+    if isinstance(images, GeneratedImages) and images.lora is not None:
+        adapter = shop.store.get(images.lora).path
+    return load_generator(images, images_folder(images.model.name), adapter, shop.device)
+
+
+def build_image_block(
+    spec: SyntheticFeaturesSpec,
+    class_index: int,
+    block: int,
+    shop: Workshop,
+    generator: Callable[[], ImageGenerator],
+) -> dict[str, int]:
+    """Draw one block of one class and encode it, unless it is there already.
+
+    A block is one batch, always the same one. A rejected slot (blank, not a number) is drawn
+    again within the same batch, with its next attempt, and only that slot is kept; after
+    ATTEMPTS it is a recorded hole.
+
+    Returns:
+        images drawn (kept), redrawn slots, holes; all 0 if the images were there.
+    """
+    row = shop.store.open_row(spec.images)
+    shard = row.shard(class_index, block, ".parquet")
+    drawn = {"drawn": 0, "redrawn": 0, "holes": 0}
+    if not shard.exists():
+        table, drawn = _draw(spec.images, class_index, block, generator())
+        _write_shard(table, shard)
+    features = shop.store.open_row(spec).shard(class_index, block, ".safetensors")
+    if not features.exists():
+        table = pq.read_table(shard, columns=["image", "ok"])
+        images = [Image.open(io.BytesIO(png)) for png in table["image"].to_pylist()]
+        arrays = {"features": shop.encoded(images, spec), "ok": np.array(table["ok"].to_pylist())}
+        temporary = features.with_name(f".{features.name}-{os.getpid()}")
+        save_file(arrays, temporary)
+        os.replace(temporary, features)
+    return drawn
+
+
+def _draw(
+    images: GeneratedImages | FolderImages,
+    class_index: int,
+    block: int,
+    generator: ImageGenerator,
+) -> tuple[pa.Table, dict[str, int]]:
+    size = images.block_size
+    classname = images.classnames[class_index]
+    indices = list(range(block * size, (block + 1) * size))
+    attempts = [0] * size
+    pixels = generator.generate(classname, indices, attempts)  # (size, H, W, 3) uint8
+    bad = rejected(pixels)
+    redrawn = int(bad.sum())
+    for attempt in range(1, ATTEMPTS):
+        if not bad.any():
+            break
+        tried = [attempt if hopeless else 0 for hopeless in bad.tolist()]
+        again = generator.generate(classname, indices, tried)
+        for slot in bad.nonzero().flatten().tolist():
+            pixels[slot] = again[slot]
+            attempts[slot] = attempt
+        bad = rejected(pixels)
+    seeds = [
+        image_seed(images.settings.seed, classname, index, attempt)
+        if isinstance(images, GeneratedImages)
+        else 0
+        for index, attempt in zip(indices, attempts, strict=True)
+    ]
+    table = pa.table(
+        {
+            "index": pa.array(indices, pa.int32()),
+            "class": [classname] * size,
+            "prompt": [_prompt(images, classname)] * size,
+            "seed": pa.array(seeds, pa.uint64()),
+            "attempt": pa.array(attempts, pa.int8()),
+            "ok": [not hopeless for hopeless in bad.tolist()],
+            "image": [_png(one) for one in pixels.numpy()],
+        }
+    )
+    holes = int(bad.sum())
+    return table, {"drawn": size - holes, "redrawn": redrawn, "holes": holes}
+
+
+def _prompt(images: GeneratedImages | FolderImages, classname: str) -> str:
+    if isinstance(images, FolderImages):
+        return ""
+    return images.settings.template.format(classname.replace("_", " "))
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _write_shard(table: pa.Table, place: Path) -> None:
+    temporary = place.with_name(f".{place.name}-{os.getpid()}")
+    pq.write_table(table, temporary)
+    os.replace(temporary, place)
+
+
+def read_synthetic(
+    spec: SyntheticFeaturesSpec,
+    count: int,
+    store: ArtifactStore,
+    classes: Sequence[int] | None = None,
+    tokens: SyntheticFeaturesSpec | None = None,
+) -> Labelled:
+    """The first `count` images of each class, by class; holes are left out.
+
+    Args:
+        classes: only these; None: all.
+        tokens: the row with their patch tokens, where they are wanted too.
+
+    Raises:
+        MissingArtifact: they were not drawn yet.
+    """
+    features, labels = _read_row(spec, count, store, classes)
+    patches = None if tokens is None else _read_row(tokens, count, store, classes)[0]
+    return Labelled(Batch(features, patches), labels)
+
+
+def _read_row(
+    spec: SyntheticFeaturesSpec,
+    count: int,
+    store: ArtifactStore,
+    classes: Sequence[int] | None,
+) -> tuple[Tensor, Tensor]:
+    row = store.row(spec)
+    size = spec.images.block_size
+    features, labels = [], []
+    for c in range(len(spec.images.classnames)) if classes is None else classes:
+        classname = spec.images.classnames[c]
+        for block in range(spec.blocks(count)):
+            shard = row.shard(c, block, ".safetensors")
+            if not shard.exists():
+                raise MissingArtifact(
+                    f"image {block * size} of {classname!r} is not in {row.key} under "
+                    f"{store.root}; run `airsweep prepare SPEC` first"
+                )
+            arrays = load_file(shard)
+            wanted = arrays["ok"][: count - block * size]
+            kept = torch.from_numpy(arrays["features"][: len(wanted)][wanted])
+            features.append(kept)
+            labels.append(torch.full((len(kept),), c))
+    return torch.cat(features), torch.cat(labels)
+
+
+def read_images(
+    spec: SyntheticFeaturesSpec, classes: Sequence[int], count: int, store: ArtifactStore
+) -> list[list[Image.Image]]:
+    """The first pictures of each class, for people; classes that were not drawn are empty."""
+    row = store.row(spec.images)
+    found = []
+    for c in classes:
+        pictures: list[Image.Image] = []
+        for block in range(spec.blocks(count)):
+            shard = row.shard(c, block, ".parquet")
+            if shard.exists():
+                stored = pq.read_table(shard, columns=["image"])["image"].to_pylist()
+                pictures += [Image.open(io.BytesIO(png)).convert("RGB") for png in stored]
+        found.append(pictures[:count])
+    return found
+
+
+def recognised(spec: SyntheticFeaturesSpec, count: int, shop: Workshop, template: str) -> float:
+    """Share of the first images that zero-shot CLIP takes for the class they were drawn for."""
+    classes = range(len(spec.images.classnames))
+    drawn = [c for c, of in enumerate(read_images(spec, classes, 1, shop.store)) if of]
+    bank = read_synthetic(spec, count, shop.store, drawn)
+    text = text_classifier(shop.backbone(spec.backbone), spec.images.classnames, template)
+    return float((text.logits(bank.batch).argmax(dim=-1) == bank.labels).double().mean())

@@ -1,0 +1,51 @@
+"""Where stages and trials work: store, data, device, and the CLIP that encodes images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from air_core.backbone import Backbone, load_backbone
+from air_core.datasets import Examples, get_dataset
+from air_core.specs import FeaturesSpec, Ref, SyntheticFeaturesSpec
+from orchestrator.store import ArtifactStore
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """One place to work at."""
+
+    store: ArtifactStore
+    data_root: Path | None = None
+    device: str = "cpu"
+
+    def examples(self, dataset: Ref) -> Examples:
+        return _examples(dataset.name, self.data_root)
+
+    def backbone(self, backbone: Ref) -> Backbone:
+        return _backbone(backbone.name, self.device)
+
+    def encoded(
+        self, images: Sequence[Image.Image], spec: FeaturesSpec | SyntheticFeaturesSpec
+    ) -> np.ndarray:
+        """(N, D) features, or (N, T, V) tokens in half precision: they are many."""
+        backbone = self.backbone(spec.backbone)
+        if spec.level == "tokens":
+            return np.asarray(backbone.image_tokens(images, torch.float16))
+        return np.asarray(backbone.encode_images(images))
+
+
+@cache
+def _examples(name: str, data_root: Path | None) -> Examples:
+    return get_dataset(name).load(data_root)
+
+
+@cache
+def _backbone(name: str, device: str) -> Backbone:
+    return load_backbone(name, device)

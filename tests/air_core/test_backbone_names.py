@@ -1,0 +1,293 @@
+"""Names of backbones: what they stand for, what is loaded, and what is said where it is not."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from zipfile import ZipFile
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from air_core.backbone import load_backbone, tiny_folder
+from air_core.weights import ClipFile, find_backbone, weights_files, weights_settings
+
+NAMES = ["tree frog", "heart", "boot"]
+
+
+@pytest.fixture(scope="module")
+def random_weights(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Architecture -> a file of random weights for it."""
+    import open_clip
+
+    folder = tmp_path_factory.mktemp("weights")
+
+    def make(architecture: str) -> Path:
+        file: Path = folder / f"{architecture}.safetensors"
+        if not file.exists():
+            logging.disable(logging.WARNING)  # that weights are random is what we want
+            torch.manual_seed(0)
+            state = open_clip.create_model(architecture, pretrained=None).state_dict()
+            logging.disable(logging.NOTSET)
+            halves = {n: t.half() if t.is_floating_point() else t for n, t in state.items()}
+            save_file({name: tensor.contiguous() for name, tensor in halves.items()}, file)
+        return file
+
+    return make
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Put a file into an otherwise empty cache of the Hugging Face hub."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+
+    def put(repository: str, file: Path) -> Path:
+        kept = tmp_path / "hub" / f"models--{repository.replace('/', '--')}"
+        (kept / "refs").mkdir(parents=True, exist_ok=True)
+        (kept / "refs" / "main").write_text("abc")
+        place = kept / "snapshots" / "abc" / file.name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.symlink_to(file)
+        return place
+
+    return put
+
+
+def activation(backbone: Any) -> str:
+    blocks = backbone.model.visual.transformer.resblocks
+    return type(blocks[0].mlp.gelu).__name__
+
+
+# ---------------------------------------------------------------- names
+
+
+def test_tiny_and_a_folder_stand_for_all_their_files(tmp_path):
+    assert [path.name for path in weights_files("tiny")] == [
+        "merges.txt.gz",
+        "open_clip_config.json",
+        "open_clip_model.safetensors",
+    ]
+    for file in weights_files("tiny"):
+        (tmp_path / file.name).symlink_to(file)
+    assert [path.parent for path in weights_files(str(tmp_path))] == [tmp_path] * 3
+    assert weights_settings(str(tmp_path)) == {}
+    assert load_backbone(tmp_path).logit_scale == load_backbone("tiny").logit_scale
+
+
+def test_names_are_looked_up_without_importing_torch():
+    program = """
+import sys
+from air_core.weights import generator_folder, weights_files
+assert weights_files("tiny") and generator_folder("tiny")
+for name in ("ViT-B-32/openai", "ViT-B-32@/nowhere.pt", "ViT-B/32"):
+    try:
+        weights_files(name)
+    except ValueError:
+        continue
+    raise AssertionError(name)
+assert not {"torch", "open_clip", "diffusers"} & sys.modules.keys()
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, env={"HF_HUB_CACHE": "/nowhere"})
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nothing", "is not there; allowed: tiny, a folder with open_clip_config.json"),
+        ("a/b/c", "is not there; allowed: tiny"),
+        ("ViT-B32/openai", "no architecture 'ViT-B32'; did you mean ViT-B-32"),
+        ("ViT-B/32", "did you mean .*ViT-B-32"),
+        ("ViT-B-32/openia", "no weights 'openia' of ViT-B-32; known: openai, laion400m_e31"),
+        ("ViT-B-32@/nowhere.pt", "/nowhere.pt: that file is not there"),
+        ("roberta-ViT-B-32/laion2b_s12b_b32k", "neither CLIP's nor SigLIP's"),
+        ("coca_ViT-B-32/laion2b_s13b_b90k", "neither CLIP's nor SigLIP's"),
+    ],
+)
+def test_a_name_that_means_nothing_says_what_is_allowed(name, message):
+    with pytest.raises(ValueError, match=message):
+        weights_files(name)
+
+
+def test_weights_that_were_never_fetched_say_how_to_fetch_them(hub):
+    match = (
+        r"`hf download timm/vit_base_patch32_clip_224\.openai open_clip_model\.safetensors`, or "
+        r"write ViT-B-32-quickgelu@<file>"
+    )
+    with pytest.raises(ValueError, match=match):
+        weights_files("ViT-B-32/openai")
+
+
+def test_the_archive_that_openai_published_is_refused_with_a_way_out(tmp_path, hub):
+    archive = tmp_path / "home" / ".cache" / "clip" / "ViT-B-32.pt"
+    archive.parent.mkdir(parents=True)
+    with ZipFile(archive, "w") as scripted:
+        for entry in ("constants.pkl", "data.pkl", "code/__torch__.py"):
+            scripted.writestr(f"ViT-B-32/{entry}", "")
+    for name in ("ViT-B-32/openai", f"ViT-B-32-quickgelu@{archive}"):
+        with pytest.raises(ValueError, match=r"TorchScript archive.*ViT-B-32/openai"):
+            weights_files(name)
+
+
+# ---------------------------------------------------------------- the real architectures
+
+
+def test_a_tag_is_loaded_from_the_cache_as_it_was_trained(hub, random_weights):
+    file = random_weights("ViT-B-32")
+    repository = "timm/vit_base_patch32_clip_224.openai"
+    whole = file.with_name("open_clip_model.safetensors")
+    if not whole.exists():
+        whole.symlink_to(file)
+    kept = hub(repository, whole)
+    assert weights_files("ViT-B-32/openai") == [kept]
+    tagged = load_backbone("ViT-B-32/openai")
+    named = load_backbone(f"ViT-B-32-quickgelu@{file}")
+    plain = load_backbone(f"ViT-B-32@{file}")
+    assert [activation(one) for one in (tagged, named, plain)] == ["QuickGELU", "QuickGELU", "GELU"]
+    context = torch.zeros(2, 512)
+    assert torch.equal(tagged.encode_context(context, NAMES), named.encode_context(context, NAMES))
+    # Activation is not in the file, so it must be in the settings.
+    settings = weights_settings("ViT-B-32/openai")
+    assert settings == weights_settings(f"ViT-B-32-quickgelu@{file}")
+    assert settings != weights_settings(f"ViT-B-32@{file}")
+    image = Image.new("RGB", (300, 200))
+    assert tagged.encode_images([image]).shape == (1, 512)
+    assert tagged.image_tokens([image]).shape == (1, 50, 768)
+
+
+def test_a_checkpoint_of_tensors_is_read_and_one_with_code_is_not(tmp_path, random_weights):
+    from safetensors.torch import load_file
+
+    state = load_file(random_weights("RN50"))
+    torch.save({"epoch": 3, "state_dict": state}, tmp_path / "tensors.pt")
+    backbone = load_backbone(f"RN50@{tmp_path / 'tensors.pt'}")
+    features = backbone.encode_context(torch.zeros(2, 512), NAMES)
+    assert features.shape == (3, 1024)
+    with pytest.raises(ValueError, match="visual prompts need a ViT"):
+        _ = backbone.patch_width
+    torch.save({"state_dict": {"a path": Path("/")}}, tmp_path / "code.pt")
+    with pytest.raises(ValueError, match=r"does not fit RN50: it cannot be read"):
+        load_backbone(f"RN50@{tmp_path / 'code.pt'}")
+
+
+def test_weights_of_another_architecture_are_refused_by_their_first_tensor(random_weights):
+    file = random_weights("ViT-B-32")
+    with pytest.raises(
+        ValueError, match=r"does not fit RN50: text_projection is \(512, 512\) there"
+    ):
+        load_backbone(f"RN50@{file}")
+    # Nothing but the patches differs.
+    match = r"does not fit ViT-B-16: visual\.conv1\.weight is \(768, 3, 32, 32\) there and"
+    with pytest.raises(ValueError, match=match):
+        load_backbone(f"ViT-B-16@{file}")
+
+
+def test_pixels_are_prepared_as_all_weights_of_an_architecture_want_them(tmp_path):
+    (tmp_path / "siglip.safetensors").touch()
+    (tmp_path / "tokenizer.json").touch()
+    found = find_backbone(f"ViT-B-16-SigLIP@{tmp_path / 'siglip.safetensors'}")
+    assert isinstance(found, ClipFile)
+    assert found.preprocess["mean"] == (0.5, 0.5, 0.5)
+    assert found.preprocess["resize_mode"] == "squash"
+    assert found.tokenizer == (tmp_path / "tokenizer.json",)
+
+
+def test_a_tokenizer_that_was_never_fetched_is_an_error(tmp_path, hub):
+    (tmp_path / "siglip.safetensors").touch()
+    with pytest.raises(
+        ValueError, match=r"`hf download timm/ViT-B-16-SigLIP .* beside the weights"
+    ):
+        find_backbone(f"ViT-B-16-SigLIP@{tmp_path / 'siglip.safetensors'}")
+
+
+# ---------------------------------------------------------------- SigLIP
+
+
+@pytest.fixture(scope="module")
+def siglip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small model of SigLIP's build: no causal mask, last token, timm's ViT."""
+    import open_clip
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("siglip")
+    words = ["<pad>", "</s>", "<unk>", *" ".join(NAMES).split(), "a", "photo", "of"]
+    plain = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+    )
+    plain.pre_tokenizer = pre_tokenizers.Whitespace()
+    plain.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    # As SigLIP has it, padding is the end of text again.
+    PreTrainedTokenizerFast(
+        tokenizer_object=plain, eos_token="</s>", pad_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    text = {"context_length": 12, "vocab_size": len(words), "width": 32, "heads": 2, "layers": 2}
+    config = {
+        "embed_dim": 64,
+        "init_logit_bias": -10,
+        "custom_text": True,
+        "vision_cfg": {
+            "image_size": 160, "timm_model_name": "test_vit", "timm_pool": "map",
+            "timm_proj": "none",
+        },
+        "text_cfg": text | {
+            "hf_tokenizer_name": "someone/siglip", "tokenizer_kwargs": {"clean": "canonicalize"},
+            "no_causal_mask": True, "proj_bias": True, "pool_type": "last",
+        },
+    }  # fmt: skip
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    torch.manual_seed(0)
+    built = {name: value for name, value in config.items() if name != "custom_text"}
+    model = open_clip.CustomTextCLIP(**built)
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    return folder
+
+
+def test_siglip_encodes_its_own_words_as_context_as_it_encodes_texts(siglip):
+    backbone = load_backbone(siglip)
+    words = backbone.tokenizer(["a photo of a"])[0, :4]
+    context = backbone.model.text.token_embedding(words)
+    context = context[None].repeat(2, 1, 1).requires_grad_()
+    found = backbone.encode_context(context, NAMES)
+    expected = backbone.encode_texts([f"a photo of a {name}" for name in NAMES])
+    assert found.shape == (2, 3, 64)
+    torch.testing.assert_close(found[0].detach(), expected)
+    torch.testing.assert_close(found[1].detach(), expected)
+    found.sum().backward()
+    assert context.grad.abs().sum() > 0
+    assert backbone.encode_images([Image.new("RGB", (90, 50))]).shape == (1, 64)
+
+
+def test_siglip_says_which_name_does_not_fit_to_the_token(siglip):
+    backbone = load_backbone(siglip)
+    backbone.encode_context(torch.zeros(9, 32), ["heart", "tree frog"])  # 9 + 2 + end = 12
+    with pytest.raises(ValueError, match="'tree frog' does not fit, but 2 are left"):
+        backbone.encode_context(torch.zeros(10, 32), ["heart", "tree frog"])
+
+
+def test_siglip_takes_no_visual_prompt(siglip):
+    with pytest.raises(ValueError, match=r"visual prompts need a ViT .* is a TimmModel"):
+        load_backbone(siglip).image_tokens([Image.new("RGB", (90, 50))])
+
+
+# ---------------------------------------------------------------- folders
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="open_clip_config"):
+        load_backbone(tmp_path)
+
+
+def test_missing_weights_are_an_error_not_a_random_clip(tmp_path):
+    text = (tiny_folder() / "open_clip_config.json").read_text()
+    (tmp_path / "open_clip_config.json").write_text(text)
+    with pytest.raises(ValueError, match="holds no weights"):
+        load_backbone(tmp_path)

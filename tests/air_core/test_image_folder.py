@@ -1,0 +1,245 @@
+"""Folders of one's own images as datasets."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from air_core.datasets import Dataset, Examples, get_dataset
+from air_core.paradigms import make_split
+from air_core.specs import SplitSettings
+from tests.air_core.dataset_trees import draw
+
+
+@pytest.fixture
+def tree(tmp_path) -> Path:
+    """Class folders and no parts: 20 cats, 10 dogs, 10 sea lions."""
+    home = tmp_path / "pets"
+    for name, count in (("dog", 10), ("cat", 20), ("sea_lion", 10)):
+        for i in range(count):
+            draw(home / name / f"{i:02}.png")
+    return home
+
+
+@pytest.fixture
+def parted(tmp_path) -> Path:
+    """train/ and test/ with 10 and 3 images of each class."""
+    home = tmp_path / "parted"
+    for part, count in (("train", 10), ("test", 3)):
+        for name in ("cat", "dog"):
+            for i in range(count):
+                draw(home / part / name / f"{i}.jpg")
+    return home
+
+
+def dataset(home: Path) -> Dataset:
+    return get_dataset(f"folder:{home}")
+
+
+def load(home: Path) -> Examples:
+    return dataset(home).load(None)
+
+
+def paths(home: Path, part: str | None = None) -> list[str]:
+    examples = load(home)
+    return [
+        str(file.relative_to(home))
+        for file, of in zip(examples.images.files, examples.parts, strict=True)
+        if part in (None, of)
+    ]
+
+
+# ---------------------------------------------------------------- parts
+
+
+def test_a_tree_without_parts_keeps_a_tenth_of_each_class_for_validation(tree):
+    examples = load(tree)
+    assert dataset(tree).classnames == ("cat", "dog", "sea lion")
+    assert Counter(examples.parts.tolist()) == {"free": 36, "val": 4}
+    assert np.bincount(examples.labels[examples.parts == "val"]).tolist() == [2, 1, 1]
+    assert paths(tree) == sorted(paths(tree))
+    assert len(examples.images) == len(examples.labels) == 40
+
+
+def test_the_seed_parts_the_rest_and_leaves_validation_as_it_is(tree):
+    examples = load(tree)
+    splits = [
+        make_split(examples.labels, examples.parts, SplitSettings(pool="train", split_seed=seed))
+        for seed in range(3)
+    ]
+    assert len({tuple(split.validation.tolist()) for split in splits}) == 1
+    assert len({tuple(split.test.tolist()) for split in splits}) == 3
+    assert [len(split.test) for split in splits] == [12, 12, 12]
+
+
+def test_four_images_of_each_class_are_enough_for_every_part(tmp_path):
+    for name in "abcdefgh":
+        for i in range(4):
+            draw(tmp_path / name / f"{i}.png")
+    examples = load(tmp_path)
+    split = make_split(examples.labels, examples.parts, SplitSettings(pool="train"))
+    for part in (split.pool, split.validation, split.test):
+        assert len(np.unique(examples.labels[part])) == 8
+
+
+def test_part_folders_are_parts_and_a_tenth_of_train_is_for_validation(parted):
+    counts = Counter(load(parted).parts.tolist())
+    assert counts == {"train": 18, "val": 2, "test": 6}
+    assert all(path.startswith("train/") for path in paths(parted, "val"))
+    assert all(path.startswith("test/") for path in paths(parted, "test"))
+
+
+def test_a_folder_for_validation_is_taken_as_it_is(parted):
+    for name in ("cat", "dog"):
+        draw(parted / "val" / name / "a.jpg")
+    counts = Counter(load(parted).parts.tolist())
+    assert counts == {"train": 20, "val": 2, "test": 6}
+    assert paths(parted, "val") == ["val/cat/a.jpg", "val/dog/a.jpg"]
+
+
+def test_a_class_may_be_named_like_a_part(tmp_path):
+    for name in ("bus", "train"):
+        for i in range(5):
+            draw(tmp_path / name / f"{i}.jpg")
+    assert dataset(tmp_path).classnames == ("bus", "train")
+    assert set(load(tmp_path).parts.tolist()) == {"free", "val"}
+
+
+def test_where_the_folder_lies_does_not_matter_to_its_parts(tree, tmp_path):
+    moved = tree.rename(tmp_path / "moved")
+    before = paths(moved, "val")
+    assert before == paths(moved.rename(tmp_path / "again"), "val")
+
+
+# ---------------------------------------------------------------- names and template
+
+
+def test_class_names_and_template_come_from_files_that_are_listed(tree):
+    (tree / "classnames.txt").write_text("# ours\n\nsea_lion = eared seal\ncat=tabby cat\n")
+    (tree / "template.txt").write_text("a sketch of a {}\n")
+    found = dataset(tree)
+    assert found.classnames == ("tabby cat", "dog", "eared seal")
+    assert found.template == "a sketch of a {}"
+    files = found.files(None)
+    assert files == sorted(files)
+    assert {tree / "classnames.txt", tree / "template.txt"} < set(files)
+    assert len(files) == 42
+
+
+def test_without_files_the_template_is_the_usual_one(tree):
+    assert dataset(tree).template == "a photo of a {}"
+
+
+def test_a_file_from_windows_is_read(tree):
+    (tree / "classnames.txt").write_bytes("dog = hound\r\n".encode("utf-8-sig"))
+    assert dataset(tree).classnames == ("cat", "hound", "sea lion")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("tabby\n", r"classnames.txt:1: 'tabby' is not allowed; wanted one line a folder"),
+        ("\ncat = a/b\n", r"classnames.txt:2: .*without / in the name"),
+        ("cat = a\ncat = b\n", r"classnames.txt:2: 'cat = b' is not allowed"),
+        ("cow = a\n", r"there is no class folder 'cow'; there: 'cat', 'dog', 'sea_lion'"),
+        ("cat = dog\n", r"two classes are named 'dog'"),
+    ],
+)
+def test_names_that_cannot_be_are_errors_with_the_line(tree, text, message):
+    (tree / "classnames.txt").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        dataset(tree)
+
+
+@pytest.mark.parametrize("text", ["a photo", "a {} of {}", "a {x} of {}", "a {}\nthe {}"])
+def test_a_template_without_one_place_for_the_class_is_an_error(tree, text):
+    (tree / "template.txt").write_text(text)
+    with pytest.raises(ValueError, match=r"template.txt: wanted one line with {} once"):
+        dataset(tree)
+
+
+def test_the_name_of_the_dataset_is_its_whole_path(tree, monkeypatch):
+    """A worker has another working directory."""
+    monkeypatch.chdir(tree.parent)
+    assert get_dataset("folder:pets").name == f"folder:{tree}"
+    assert get_dataset("folder:pets").about == "pets, 3 classes"
+
+
+# ---------------------------------------------------------------- what may be wrong
+
+
+def test_a_folder_that_is_not_there_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"folder:.*nope is not there.*wanted <class>/<image>"):
+        dataset(tmp_path / "nope")
+
+
+def test_a_folder_of_loose_images_is_no_image_folder(tmp_path):
+    draw(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="is no image folder: it has no folders in it; wanted"):
+        dataset(tmp_path)
+
+
+def test_one_class_only_is_an_error(tmp_path):
+    draw(tmp_path / "cat/a.png")
+    with pytest.raises(ValueError, match="one class only, 'cat'; a classifier needs two"):
+        dataset(tmp_path)
+
+
+def test_parts_with_other_classes_are_an_error_that_names_them(parted):
+    draw(parted / "test/dgo/0.jpg")
+    for name in ("cat", "dog"):
+        draw(parted / "val" / name / "0.jpg")
+    (parted / "test/dog").rename(parted / "test/fox")
+    message = (
+        "train/ has no 'dgo', 'fox'; val/ has no 'dgo', 'fox'; test/ has no 'dog'; "
+        "every class needs a folder in every part"
+    )
+    with pytest.raises(ValueError, match=message):
+        dataset(parted)
+
+
+@pytest.mark.parametrize(("gone", "lacking"), [("test", "no test"), ("train", "no train")])
+def test_training_or_test_images_alone_are_an_error(parted, gone, lacking):
+    (parted / gone).rename(parted / "val")
+    with pytest.raises(ValueError, match=f"but {lacking}; have both train and test"):
+        dataset(parted)
+
+
+def test_a_folder_beside_the_parts_is_an_error(parted):
+    draw(parted / "valid/cat/0.jpg")
+    with pytest.raises(ValueError, match="has 'valid' beside its part folders; allowed there"):
+        dataset(parted)
+
+
+def test_an_empty_class_is_an_error_that_says_what_is_there(parted):
+    for file in (parted / "test/dog").iterdir():
+        file.rename(file.with_suffix(".heic"))
+    message = r"no image in test/dog/, which holds '0.heic', '1.heic', '2.heic'; images end in .bmp"
+    with pytest.raises(ValueError, match=message):
+        dataset(parted).files(None)
+
+
+def test_images_deeper_than_the_class_folder_are_an_error(tmp_path):
+    """Else `training` would be a class."""
+    for part in ("training", "testing"):
+        draw(tmp_path / part / "cat" / "0.jpg")
+    with pytest.raises(ValueError, match="no image in testing/, which holds 'cat'"):
+        dataset(tmp_path).files(None)
+
+
+def test_too_few_images_to_part_are_an_error(tree):
+    for file in sorted((tree / "dog").iterdir())[3:]:
+        file.unlink()
+    with pytest.raises(ValueError, match="fewer than 4 images of 'dog'; without train/ and test/"):
+        dataset(tree).files(None)
+
+
+def test_folders_that_systems_leave_behind_are_no_classes(tree):
+    for name in ("__MACOSX", ".thumbnails"):
+        draw(tree / name / "0.png")
+    (tree / "cat/Thumbs.db").write_bytes(b"windows")
+    assert dataset(tree).classnames == ("cat", "dog", "sea lion")
+    assert len(load(tree).images) == 40

@@ -1,0 +1,536 @@
+"""Our functions against what the public code of CPL and GRIP computes on the same inputs.
+
+Outputs of theirs are recorded in tests/fixtures/reference, where the README says how. What is not
+equal stands in a test of its own, which says why.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+import air_core.datasets
+from air_core.paradigms import labelled_positions, seen_unseen
+from air_core.pseudo_labels import STRATEGIES, capacity
+from air_core.pseudo_labels.candidates import candidate_sets
+from air_core.pseudo_labels.top_k import balanced_choice
+from air_core.specs import PseudoLabelSettings, TrainSettings
+from air_core.training import LOSSES, Targeted, confidence, fit
+from air_core.types import Batch, PseudoLabels
+from tests.fixtures.reference import make
+
+# N images, C classes. "Theirs" is what the fixture holds.
+
+FLOOR = 1e-7  # CPL's: a class with less of an image's mass is no candidate
+
+
+@cache
+def facts() -> dict:
+    return json.loads((make.HERE / "outputs.json").read_text())
+
+
+@cache
+def array(name: str) -> np.ndarray:
+    with np.load(make.HERE / "outputs.npz", allow_pickle=False) as outputs:
+        return outputs[name]
+
+
+@cache
+def scores(case: int, turn: int = 0) -> Tensor:
+    return make.scores(make.logits(case, turn))
+
+
+def masks(name: str, per_case: int) -> list[list[Tensor]]:
+    """By case, its (N, C) bool matrices."""
+    bits, found, at = np.unpackbits(array(name)).astype(bool), [], 0
+    for case in make.CASES:
+        images, classes = make.shape(case)
+        size = images * classes
+        found.append([])
+        for _ in range(per_case):
+            found[-1].append(torch.from_numpy(bits[at : at + size].reshape(images, classes)))
+            at += size
+    return found
+
+
+def test_the_inputs_are_the_ones_that_theirs_were_computed_on():
+    turns = range(make.ROUNDS)
+    drawn = [make.digest(*(make.logits(c, turn) for turn in turns)) for c in make.CASES]
+    assert drawn == facts()["inputs"]
+    assert [make.digest(scores(c)) for c in make.CASES] == facts()["scores"]
+
+
+# ---------------------------------------------------------------- CPL: candidate sets
+
+
+def sure(p: Tensor, alpha: float) -> Tensor:
+    """The mass that an image's candidates must exceed."""
+    return p.amax(dim=-1).quantile(alpha)
+
+
+def mass_ahead(p: Tensor) -> Tensor:
+    """(N, C) of the classes that an image likes better, as the running sum has it."""
+    ordered, order = p.sort(dim=-1, descending=True, stable=True)
+    return torch.zeros_like(p).scatter(1, order, pad(ordered.cumsum(dim=-1)[:, :-1], (1, 0)))
+
+
+def exact_sets(p: Tensor, enough: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """Classes that are plausible for an image; images that are plausible for a class."""
+    return mass_ahead(p) <= enough, p >= p.quantile(beta, dim=0)
+
+
+def floored_sets(p: Tensor, enough: Tensor, beta: float) -> Tensor:
+    """In both, without classes that hold less than the floor of either set's mass."""
+    parts = [mask * p for mask in exact_sets(p, enough, beta)]
+    return torch.stack([part > FLOOR * part.sum(dim=-1, keepdim=True) for part in parts]).all(dim=0)
+
+
+@cache
+def sets_by_pair() -> list[tuple[Tensor, float, float, Tensor]]:
+    """Scores, alpha, beta and theirs, 600 times."""
+    found = masks("cpl_candidates", len(make.PAIRS))
+    return [
+        (scores(case), alpha / 100, beta, theirs)
+        for case in make.CASES
+        for (alpha, beta), theirs in zip(make.PAIRS, found[case], strict=True)
+    ]
+
+
+def test_candidate_sets_equal_cpl_but_for_the_differences_below():
+    equal = [torch.equal(candidate_sets(p, a, b), theirs) for p, a, b, theirs in sets_by_pair()]
+    assert Counter(equal) == {True: 591, False: 9}
+
+
+def test_cpl_drops_candidates_below_a_ten_millionth_and_we_keep_them():
+    """Theirs finds a set's members again by `> 1e-7`. It matters for nearly one-hot scores only.
+
+    With the floor every set is equal.
+    """
+    floor_matters = 0
+    for p, alpha, beta, theirs in sets_by_pair():
+        within, inter = exact_sets(p, sure(p, alpha), beta)
+        both = within & inter
+        floor_matters += not torch.equal(both, theirs)
+        assert not (theirs & ~both).any()
+        assert (p[both & ~theirs] < 2 * FLOOR).all()
+        assert torch.equal(floored_sets(p, sure(p, alpha), beta), theirs)
+    assert floor_matters == 9
+
+
+def test_an_alpha_of_zero_is_the_mean_confidence_for_cpl_and_the_smallest_for_us():
+    """Theirs reads 0 as "no quantile". None of its published settings is 0."""
+    for case, (theirs,) in zip(make.CASES, masks("cpl_candidates_alpha_0", 1), strict=True):
+        p = scores(case)
+        assert torch.equal(floored_sets(p, p.amax(dim=-1).mean(), 0.5), theirs)
+        assert not torch.equal(candidate_sets(p, 0.0, 0.5), theirs)
+
+
+# ---------------------------------------------------------------- CPL: balanced choice
+
+
+@cache
+def rounds() -> list[SimpleNamespace]:
+    """Four rounds of growth in each case, 400 in all; each starts from where theirs stood."""
+    found, at = [], 0
+    targets = masks("cpl_targets", make.ROUNDS)
+    for case in make.CASES:
+        images, _ = make.shape(case)
+        alpha, beta = make.PAIRS[case % len(make.PAIRS)]
+        settings = PseudoLabelSettings(
+            kind="candidates", growth="growing", alpha=alpha / 100, beta=beta
+        )
+        previous = None
+        for turn in range(make.ROUNDS):
+            place = torch.from_numpy(array("cpl_places")[at : at + images].astype(np.int64))
+            at += images
+            chosen = (place >= 0).nonzero().flatten()
+            p, k = scores(case, turn), make.round_size(case, turn)
+            ours = STRATEGIES["candidates"](
+                p, settings, capacity=k, iteration=turn, previous=previous
+            )
+            found.append(
+                SimpleNamespace(
+                    case=case,
+                    turn=turn,
+                    scores=p,
+                    settings=settings,
+                    capacity=k,
+                    previous=previous,
+                    ours=ours,
+                    place=place,
+                    sets=targets[case][turn],
+                )
+            )
+            previous = PseudoLabels(chosen, targets[case][turn][chosen].float(), place[chosen])
+    return found
+
+
+def is_equal(r: SimpleNamespace) -> bool:
+    """The same images, in the same places, with the same sets."""
+    place, sets = torch.full_like(r.place, -1), torch.zeros_like(r.sets)
+    place[r.ours.indices] = r.ours.labels
+    sets[r.ours.indices] = r.ours.targets > 0
+    return torch.equal(place, r.place) and torch.equal(sets, r.sets)
+
+
+def limits(r: SimpleNamespace) -> Tensor:
+    """(C,) places of each class: one that was under-filled in the last round grows no faster."""
+    classes = r.scores.shape[1]
+    if r.previous is None:
+        return torch.full((classes,), r.capacity)
+    filled = r.previous.labels.bincount(minlength=classes)
+    return (filled + r.capacity - filled.max()).clamp(max=r.capacity)
+
+
+def test_balanced_choice_and_targets_equal_cpl_over_rounds_but_for_the_differences_below():
+    assert Counter(is_equal(r) for r in rounds()) == {True: 371, False: 29}
+
+
+def test_the_rounds_try_growth_and_classes_that_stay_limited():
+    """Of the 300 rounds after the first 132 have a class with fewer places than the rest."""
+    limited = [bool((limits(r) < r.capacity).any()) for r in rounds() if r.turn]
+    assert Counter(limited) == {True: 132, False: 168}
+    for r in rounds():
+        filled = r.place[r.place >= 0].bincount(minlength=r.scores.shape[1])
+        assert (filled <= limits(r)).all()
+
+
+def test_where_a_round_differs_cpl_has_other_sets_or_ranks_by_fewer_digits():
+    """Theirs ranks a class's proposers by `1 - score` in float32, where scores that differ by
+    less than 6e-8 tie; the first to come stays. Its sets are those of the tests above.
+
+    So with its sets each class takes images that are as good, to that precision.
+    """
+    reasons: Counter[str] = Counter()
+    for r in rounds():
+        if is_equal(r):
+            continue
+        p = r.scores
+        theirs = floored_sets(p, sure(p, r.settings.alpha), r.settings.beta)
+        place = balanced_choice(p, limits(r), theirs)
+        if torch.equal(place, r.place):
+            reasons["sets"] += 1
+            continue
+        reasons["ranks"] += 1
+        for c in range(p.shape[1]):
+            ours, their = (1 - p[chosen == c, c] for chosen in (place, r.place))
+            torch.testing.assert_close(ours.sort().values, their.sort().values, atol=1.2e-7, rtol=0)
+    assert reasons == {"sets": 9, "ranks": 20}
+
+
+def test_targets_of_the_first_growing_round_are_renormalised_scores_as_in_cpl():
+    at = 0
+    for r in rounds():
+        if r.turn or r.case not in make.SOFT:
+            continue
+        size = r.sets.numel()
+        theirs = torch.from_numpy(array("cpl_soft_targets")[at : at + size]).view(r.sets.shape)
+        at += size
+        if is_equal(r):
+            ours = torch.zeros_like(theirs)
+            ours[r.ours.indices] = r.ours.targets
+            torch.testing.assert_close(ours, theirs)
+    assert at == len(array("cpl_soft_targets"))
+
+
+# ---------------------------------------------------------------- CPL: losses
+
+
+def losses() -> list[tuple[Tensor, Tensor, Tensor, bool, dict[str, Tensor]]]:
+    """Logits, targets, later logits, whether targets are soft, and theirs; 40 batches."""
+    found, at = [], 0
+    names = ("cc", "ce", "rc", "rc_later")
+    for number, case in enumerate(make.LOSSES):
+        for soft in (False, True):
+            z, targets, later = make.loss_batch(case, soft)
+            theirs = {}
+            for name in names:
+                value = array(f"cpl_loss_{name}")[2 * number + soft]
+                theirs[name] = torch.tensor(value)
+            for name in (*(f"{n}_gradient" for n in names), "rc_confidence", "rc_cleaned"):
+                flat = array(f"cpl_loss_{name}")[at : at + z.numel()]
+                theirs[name] = torch.from_numpy(flat).view(z.shape)
+            at += z.numel()
+            found.append((z, targets, later, soft, theirs))
+    return found
+
+
+def value_and_gradient(kind: str, z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    z = z.clone().requires_grad_()
+    loss = LOSSES[kind](z, targets)
+    loss.backward()
+    return loss.detach(), z.grad
+
+
+@pytest.mark.parametrize("kind", ["cc", "ce"])
+def test_the_loss_and_its_gradient_equal_cpl(kind):
+    for z, targets, _, _, theirs in losses():
+        value, gradient = value_and_gradient(kind, z, targets)
+        torch.testing.assert_close(value, theirs[kind], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(gradient, theirs[f"{kind}_gradient"], rtol=1e-4, atol=1e-6)
+
+
+def test_rc_weighs_by_confidence_as_cpl_does_before_and_after_an_update():
+    for z, targets, later, soft, theirs in losses():
+        even = targets / targets.sum(dim=-1, keepdim=True)
+        value, gradient = value_and_gradient("rc", z, even)
+        torch.testing.assert_close(value, theirs["rc"], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(gradient, theirs["rc_gradient"], rtol=1e-4, atol=1e-6)
+        if soft:
+            continue
+        value, gradient = value_and_gradient("rc", later, confidence(later, targets))
+        torch.testing.assert_close(value, theirs["rc_later"], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(gradient, theirs["rc_later_gradient"], rtol=1e-4, atol=1e-5)
+
+
+def test_on_sets_the_confidence_equals_cpl():
+    for _, targets, later, soft, theirs in losses():
+        if not soft:
+            ours = confidence(later, targets)
+            torch.testing.assert_close(ours, theirs["rc_confidence"], rtol=1e-4, atol=1e-7)
+
+
+def test_cpl_cleans_confidences_below_a_millionth_and_we_do_not():
+    """They become 0 and the rest is normalised again, which moves nothing by more than that."""
+    cleaned = 0
+    for _, targets, later, soft, theirs in losses():
+        if not soft:
+            ours = confidence(later, targets)
+            cleaned += int(((theirs["rc_cleaned"] == 0) & (ours > 0)).sum())
+            torch.testing.assert_close(ours, theirs["rc_cleaned"], rtol=1e-4, atol=2e-6)
+    assert cleaned > 10
+
+
+def test_with_soft_targets_cpl_multiplies_them_into_the_confidence_and_we_do_not():
+    """Its update is softmax times target, normalised; ours asks only which classes are in the set.
+
+    Targets are soft in the first round of growth alone.
+    """
+    for _, targets, later, soft, theirs in losses():
+        if soft:
+            ours = confidence(later, targets)
+            assert (ours - theirs["rc_confidence"]).abs().max() > 1e-3
+            product = ours * targets
+            product = product / product.sum(dim=-1, keepdim=True)
+            torch.testing.assert_close(product, theirs["rc_confidence"], rtol=1e-4, atol=1e-6)
+
+
+def test_cc_is_finite_where_cpl_takes_the_logarithm_of_zero():
+    """Theirs sums scores first, which underflow, and then stops the training."""
+    assert facts()["cpl_loss_underflow"] == "inf"
+    loss = LOSSES["cc"](torch.tensor([[200.0, 0.0, -1.0]]), torch.tensor([[0.0, 1.0, 1.0]]))
+    assert loss.item() == pytest.approx(200 - math.log(1 + math.exp(-1)))
+
+
+class _Flat:
+    """A learner that finds every class equally likely."""
+
+    def __init__(self) -> None:
+        self.weight = torch.nn.Parameter(torch.zeros(2, 4))
+
+    def logits(self, batch: Batch) -> Tensor:
+        return batch.features @ self.weight
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        return [self.weight]
+
+
+def test_rc_training_starts_from_even_confidence_as_in_cpl():
+    """A set of three classes weighs as much as a set of one."""
+    real = Targeted(Batch(torch.eye(2)), torch.tensor([[1.0, 1.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0]]))
+    settings = TrainSettings(steps=1, batch=2)
+    loss = fit(
+        _Flat(),
+        real=real,
+        labelled=None,
+        synthetic=None,
+        synthetic_weight=0.0,
+        loss="rc",
+        settings=settings,
+        seed=0,
+    )
+    assert loss == pytest.approx(math.log(4))
+
+
+# ---------------------------------------------------------------- GRIP: leader boards
+
+
+@cache
+def boards() -> list[SimpleNamespace]:
+    """Three sizes of board in each case: few places, FPL's 16, and enough for every image."""
+    found = []
+    there, moved = masks("grip_boards", 3), masks("grip_boards_permuted", 3)
+    for case in make.CASES:
+        p, order = scores(case), torch.from_numpy(make.order(case))
+        for at, k in enumerate(make.board_sizes(case)):
+            permuted = torch.zeros_like(p, dtype=torch.bool)
+            permuted[order] = our_board(p[order], k)
+            ordered = p.sort(dim=0).values
+            found.append(
+                SimpleNamespace(
+                    scores=p,
+                    k=k,
+                    overflows=bool((p.argmax(dim=-1).bincount() > k).any()),
+                    ties=bool((ordered[1:] == ordered[:-1]).any()),
+                    ours=our_board(p, k),
+                    ours_permuted=permuted,
+                    theirs=there[case][at],
+                    theirs_permuted=moved[case][at],
+                )
+            )
+    return found
+
+
+def our_board(p: Tensor, k: int) -> Tensor:  # (N, C) bool
+    settings = PseudoLabelSettings(kind="top_k", growth="fixed", k=k)
+    labels = STRATEGIES["top_k"](p, settings, capacity=k, iteration=0, previous=None)
+    board = torch.zeros_like(p, dtype=torch.bool)
+    board[labels.indices] = labels.targets > 0
+    return board
+
+
+def disappointed(p: Tensor, board: Tensor, k: int) -> bool:
+    """An image would rather stand on a board than where it is, and beats one who stands there or
+    finds it with room."""
+    weakest = p.masked_fill(~board, math.inf).amin(dim=0).where(board.sum(dim=0) >= k, -math.inf)
+    own = p.masked_fill(~board, -math.inf).amax(dim=-1, keepdim=True)
+    return bool(((p > weakest) & (p > own)).any())
+
+
+def test_boards_that_never_overflow_equal_grip():
+    free = [b for b in boards() if not b.overflows]
+    assert len(free) == 110
+    for b in free:
+        assert torch.equal(b.ours, b.theirs)
+        assert torch.equal(b.theirs_permuted, b.theirs)
+
+
+def test_most_boards_that_overflow_differ_from_grip():
+    found = [torch.equal(b.ours, b.theirs) for b in boards() if b.overflows]
+    assert Counter(found) == {True: 46, False: 144}
+
+
+def test_grips_boards_depend_on_the_order_of_files_and_ours_do_not():
+    """A board is not sorted before it overflows, so that the last entry, which a newcomer must
+    beat, need not be the weakest. No two scores of a class are equal here."""
+    found = [b for b in boards() if b.overflows and not b.ties]
+    assert len(found) == 159
+    assert all(torch.equal(b.ours, b.ours_permuted) for b in found)
+    assert [torch.equal(b.theirs, b.theirs_permuted) for b in found].count(False) == 138
+
+
+def test_the_order_of_files_decides_between_equal_scores_only():
+    """In float32 many images of a sure model have the score 1; ours takes the earlier ones."""
+    moved = [b for b in boards() if not torch.equal(b.ours, b.ours_permuted)]
+    assert len(moved) == 5
+    for b in moved:
+        assert b.ties
+        for c in range(b.scores.shape[1]):
+            one, other = (b.scores[board[:, c], c] for board in (b.ours, b.ours_permuted))
+            assert torch.equal(one.sort().values, other.sort().values)
+
+
+def test_where_boards_differ_grip_passes_better_images_over():
+    """Whom a full board sends away is dropped, and whom it refuses is offered to all others, so
+    that some stand on several. The one that is left has equal scores and takes the later file."""
+    several = better = tied = 0
+    for b in boards():
+        assert (b.ours.sum(dim=-1) <= 1).all()
+        assert not disappointed(b.scores, b.ours, b.k)
+        if torch.equal(b.ours, b.theirs):
+            continue
+        several += bool((b.theirs.sum(dim=-1) > 1).any())
+        if disappointed(b.scores, b.theirs, b.k):
+            better += 1
+        else:
+            tied += b.ties
+    assert (several, better, tied) == (76, 143, 1)
+
+
+# ---------------------------------------------------------------- growth
+
+
+def test_the_places_of_a_class_grow_as_in_both_repositories_but_are_never_none():
+    """Both start from no image at all where a round has fewer images than there are classes."""
+    growth = facts()["growth"]
+    assert all(found == growth["CPL"] for found in growth.values())
+    settings = PseudoLabelSettings(growth="growing")
+    raised = 0
+    for (images, classes, turns), theirs in zip(
+        make.sizes_for_growth(), growth["CPL"], strict=True
+    ):
+        ours = [capacity(settings, images, classes, turn, turns) for turn in range(turns)]
+        assert ours == [max(1, k) for k in theirs]
+        raised += ours != theirs
+    assert raised == 13
+
+
+# ---------------------------------------------------------------- splits
+
+
+def test_seen_classes_equal_both_repositories_in_the_order_in_which_they_were_drawn():
+    for theirs in facts()["splits"].values():
+        for name, (seen, unseen) in theirs.items():
+            dataset, seed = name.split()
+            ours = seen_unseen(make.SPLIT_CLASSES[dataset], int(seed))
+            assert ours[0] == tuple(seen)
+            assert ours[1] == tuple(sorted(unseen))
+    assert len(facts()["splits"]["CPL"]) == 18
+
+
+def test_the_published_split_files_hold_the_same_classes():
+    published = facts()["published_splits"]
+    assert len(published) == 18
+    for name, (seen, unseen) in published.items():
+        classes = {**make.SPLIT_CLASSES, "MNIST": 10}[name.split()[0]]
+        ours = seen_unseen(classes, int(name.split()[1]))
+        assert ours[0] == tuple(seen)
+        assert ours[1] == tuple(sorted(unseen))
+
+
+def test_unseen_classes_ascend_with_us_and_come_in_the_order_of_a_python_set_with_them():
+    """Which is the same for 100 and for 102 classes; elsewhere columns change places."""
+    ascending = set()
+    for name, (seen, unseen) in facts()["splits"]["CPL"].items():
+        classes = make.SPLIT_CLASSES[name.split()[0]]
+        assert unseen == list(set(range(classes)).difference(set(seen)))
+        if unseen == sorted(unseen):
+            ascending.add(name)
+    large = {f"{name} {seed}" for name in ("Flowers102", "FGVCAircraft") for seed in (500, 0, 200)}
+    assert ascending == {*large, "EuroSAT 0"}
+
+
+@pytest.mark.parametrize("repository", ["CPL", "GRIP"])
+@pytest.mark.parametrize("shots", make.SSL_PER_CLASS)
+def test_labelled_images_of_ssl_equal_both_repositories(repository, shots):
+    ours = labelled_positions(make.ssl_labels(), shots, 0)
+    assert ours.tolist() == facts()["ssl"][repository][str(shots)]
+
+
+NAMES = {
+    "DTD": "dtd",
+    "EuroSAT": "eurosat",
+    "FGVCAircraft": "fgvc_aircraft",
+    "Flowers102": "flowers102",
+    "RESICS45": "resisc45",
+}
+
+
+@pytest.mark.parametrize(("theirs", "ours"), NAMES.items())
+def test_classnames_equal_those_of_the_repositories_in_their_order(theirs, ours):
+    """RESISC45 is compared with the sorted names of their splits: the order is the dataset's."""
+    file = Path(air_core.datasets.__file__).parent / "classnames" / f"{ours}.txt"
+    if not file.exists():
+        pytest.skip(f"{ours}.txt is not among the class names")
+    names = file.read_text().splitlines()
+    assert [make.name_digest(name) for name in names] == facts()["names"][theirs]

@@ -1,0 +1,81 @@
+"""A published number, where the paper's weights and data are on this machine (docs/reproduce.md).
+
+AIRSWEEP_CLIP   the backbone: ViT-B-32/openai once fetched, or ViT-B-32-quickgelu@<file>
+AIRSWEEP_SD     the generator: owner/name once fetched, or a diffusers folder
+AIRSWEEP_DATA   the data root, which holds flowers102/
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.sweeps import environment
+
+ROOT = Path(__file__).parents[1]
+SWEEP = "sweeps/paper_main.yaml"
+PUBLISHED = 63.67  # zero-shot CLIP ViT-B/32 on Flowers102, in CPL's table (arXiv:2406.10502)
+WITHIN = 1.5  # points: other code resizes images with other filters
+HOUR = 3600  # features of 8,189 images on one slow core
+
+pytestmark = pytest.mark.weights
+
+
+@pytest.fixture(scope="module")
+def here() -> dict[str, str]:
+    """What the environment names."""
+    wanted = ("AIRSWEEP_CLIP", "AIRSWEEP_SD", "AIRSWEEP_DATA")
+    missing = [name for name in wanted if not os.environ.get(name)]
+    if missing:
+        pytest.skip(f"{', '.join(missing)} not set: see docs/reproduce.md")
+    return {name: os.environ[name] for name in wanted}
+
+
+def airsweep(*arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "orchestrator", *arguments],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        cwd=ROOT,
+        timeout=HOUR,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def of_cell(here: dict[str, str], method: str) -> list[str]:
+    """Options that leave flowers102, UL, text and a method of the sweep, on this machine."""
+    cell = {"dataset": "flowers102", "paradigm": "ul", "modality": "text", "method": method}
+    sets = {"backbone": here["AIRSWEEP_CLIP"], "generator": here["AIRSWEEP_SD"]}
+    if not _has_gpu():
+        sets |= {"resources.trial.gpu": "0", "resources.generator.gpu": "0"}
+    only = [f"--only={key}={value}" for key, value in cell.items()]
+    return [*only, *(f"--set={key}={value}" for key, value in sets.items())]
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def test_zero_shot_accuracy_on_flowers102_is_the_published_one(here, tmp_path):
+    store = f"--store={tmp_path / 'runs'}"
+    airsweep("run", SWEEP, store, *of_cell(here, "zero_shot"))
+    (row,) = json.loads(airsweep("table", "paper_main", store, "--format=json"))
+    assert row["n_test"] == 6149
+    assert 100 * row["mean"] == pytest.approx(PUBLISHED, abs=WITHIN)
+
+
+def test_air_on_flowers102_would_draw_its_images_from_the_generator(here, tmp_path):
+    options = of_cell(here, "air")
+    plan = json.loads(airsweep("plan", SWEEP, f"--store={tmp_path / 'runs'}", "--json", *options))
+    blocks = [a["need"] for a in plan["artifacts"] if a["stage"] == "images"]
+    assert blocks == [102 * 120 // 8, 102]  # with LoRA, and a block a class without

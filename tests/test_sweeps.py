@@ -1,0 +1,61 @@
+"""Every sweep file that ships: it loads, says what it asks and costs, and can be planned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from air_core.datasets import get_dataset
+from air_core.weights import find_backbone, generator_folder
+from orchestrator.ledger import Ledger
+from orchestrator.plan import plan_sweep
+from orchestrator.resolve import Resolver
+from orchestrator.store import ArtifactStore
+from orchestrator.sweep import SweepSpec, cells_of, smoke
+from orchestrator.sweep_file import load_sweep
+
+FILES = sorted((Path(__file__).parents[1] / "sweeps").glob("*.yaml"))
+EACH = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+
+
+def is_here(spec: SweepSpec) -> str:
+    """What the sweep needs and this machine lacks; empty: nothing."""
+    for cell in cells_of(spec):
+        try:
+            dataset = get_dataset(cell.flat["dataset"])
+            dataset.files(None)
+            find_backbone(cell.flat["backbone"])
+            generator_folder(cell.flat["generator"])
+        except ValueError as problem:
+            return str(problem)
+    return ""
+
+
+@EACH
+def test_a_file_is_named_like_its_sweep_and_is_a_lab_note(file):
+    spec = load_sweep(file)
+    assert spec.name == file.stem
+    assert "?" in spec.question or "main table" in spec.question
+    for word in ("Cost:", "Expect:"):
+        assert word in spec.question, f"{file.name} lacks {word}"
+    assert all(len(line) <= 110 for line in file.read_text().splitlines() if line.startswith("#"))
+
+
+@EACH
+def test_a_sweep_that_has_all_it_needs_is_planned_whole_and_as_smoke(file, tmp_path):
+    spec = load_sweep(file)
+    lacks = is_here(spec)
+    if lacks:
+        pytest.skip(lacks)
+    store = ArtifactStore(tmp_path / "runs")
+    resolver = Resolver(tmp_path / "digests.json", None)
+    plan = plan_sweep(spec, store, resolver, Ledger(tmp_path / "sweep"))
+    assert plan.to_run > 0
+    quick = plan_sweep(smoke(spec), store, resolver, Ledger(tmp_path / "smoke"))
+    assert 0 < quick.total <= plan.total
+
+
+def test_the_quickstart_has_its_seeds_in_one_line_for_scripts():
+    lines = (FILES[0].parent / "quickstart.yaml").read_text().splitlines()
+    assert [line for line in lines if line.startswith("seeds: [")]
