@@ -36,7 +36,8 @@ from torch.nn.functional import normalize
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from air_core.backbone import Backbone, load_backbone
+from air_core.backbone import Backbone
+from air_core.backbone.loading import load_backbone
 
 LENGTH = 16
 SIZE = (500, 375)

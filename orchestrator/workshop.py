@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from air_core.backbone import Backbone, load_backbone
+from air_core.backbone import Backbone
+from air_core.backbone.loading import load_backbone
 from air_core.datasets import Examples, get_dataset
 from air_core.specs import FeaturesSpec, Ref, SyntheticFeaturesSpec
 from orchestrator.store import ArtifactStore

@@ -22,7 +22,8 @@ from orchestrator.resolve import Resolver
 
 @pytest.fixture(scope="session")
 def tiny_clip():
-    from air_core.backbone import load_backbone, tiny_folder
+    from air_core.backbone.loading import load_backbone
+    from air_core.weights import tiny_folder
 
     return load_backbone(tiny_folder())
 

@@ -5,7 +5,5 @@
 """
 
 from air_core.backbone.clip import Backbone
-from air_core.backbone.loading import load_backbone
-from air_core.weights import tiny_folder, weights_files
 
-__all__ = ["Backbone", "load_backbone", "tiny_folder", "weights_files"]
+__all__ = ["Backbone"]

@@ -12,7 +12,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from air_core.backbone import Backbone, load_backbone, tiny_folder
+from air_core.backbone import Backbone
+from air_core.backbone.loading import load_backbone
+from air_core.weights import tiny_folder
 
 NAMES = ["digit zero", "digit seven", "heart", "ankle_boot", "letter q"]
 # Relative to the norm of the tensor: rounding and nothing else.

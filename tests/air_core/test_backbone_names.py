@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from air_core.backbone import load_backbone, tiny_folder
-from air_core.weights import ClipFile, find_backbone, weights_files, weights_settings
+from air_core.backbone.loading import load_backbone
+from air_core.weights import ClipFile, find_backbone, tiny_folder, weights_files, weights_settings
 
 NAMES = ["tree frog", "heart", "boot"]
 
