@@ -24,7 +24,7 @@ def need_of(resolver, folder, count: int) -> Need:
     trial = resolver.trial(flat)
     row = trial.synthetic_features
     assert isinstance(row, SyntheticFeaturesSpec)
-    return Need(row, count)
+    return Need(row, count, tuple(range(len(row.images.classnames))))
 
 
 def run(need: Need, store: ArtifactStore, actors: int = 1) -> list[dict]:
