@@ -20,7 +20,8 @@ check:          ## all that CI runs, in an environment that is there
 	$(BIN)/ruff check $(RUFF_PATHS)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
-	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile -m "not gpu and not weights"
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
+	    -m "not gpu and not weights"
 
 format:         ## format and fix what can be fixed
 	$(BIN)/ruff format $(RUFF_PATHS)

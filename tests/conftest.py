@@ -62,6 +62,11 @@ def digits_ref(resolver) -> Ref:
 ROOT = Path(__file__).parents[1]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests with Ray first: they wait much, and beside them the others run."""
+    items.sort(key=lambda item: "ray" not in item.keywords)
+
+
 @pytest.fixture(scope="session")
 def drawn_digits(tmp_path_factory) -> Path:
     """A folder of ready images: 16 drawn digits a class, white on black, moved and turned."""
