@@ -131,39 +131,52 @@ def auxiliary_classifier(
         empty = (counts == 0).nonzero().flatten().tolist()
         raise ValueError(f"the auxiliary classifier has no image of class {empty}")
     sharpness = settings.kappa if settings.temperature == "kappa" else logit_scale
-    return FORMS[settings.kind](settings, features, labels, counts, mean, sharpness)
+    return FORMS[settings.kind](_Bank(settings, features, labels, counts, mean, sharpness))
 
 
-def _prototypes(
-    settings: AuxiliarySettings,
-    features: Tensor,
-    labels: Tensor,
-    counts: Tensor,
-    center: Tensor,
-    sharpness: float,
-) -> LinearClassifier:
+@dataclass(frozen=True)
+class _Bank:
+    """What every form is made from."""
+
+    settings: AuxiliarySettings
+    features: Tensor  # (N, D), centred
+    labels: Tensor  # (N,)
+    counts: Tensor  # (C,) images of each class
+    center: Tensor  # (D,)
+    sharpness: float
+
+    @property
+    def unit(self) -> Tensor:  # (N, D)
+        return normalize(self.features, dim=-1)
+
+    def means(self, of: Tensor) -> Tensor:
+        """Class means (C, D) of some version of the features (N, D)."""
+        sums = of.new_zeros(len(self.counts), of.shape[1]).index_add_(0, self.labels, of)
+        return sums / self.counts[:, None]
+
+    def compared(self, pooled: Callable[[Tensor, Tensor], Tensor]) -> BankClassifier:
+        """Image by image, in the way that `pooled` puts cosines together."""
+        return BankClassifier(
+            self.unit, self.labels, len(self.counts), self.center, pooled, self.sharpness
+        )
+
+
+def _prototypes(bank: _Bank) -> LinearClassifier:
     """Unit class means of unit features, cosine (nearest mean)."""
-    weight = normalize(_class_means(normalize(features, dim=-1), labels, counts), dim=-1)
+    weight = normalize(bank.means(bank.unit), dim=-1)
     bias = torch.zeros(len(weight))
-    return LinearClassifier(weight, bias, center, unit=True, sharpness=sharpness)
+    return LinearClassifier(weight, bias, bank.center, unit=True, sharpness=bank.sharpness)
 
 
-def _discriminants(
-    settings: AuxiliarySettings,
-    features: Tensor,
-    labels: Tensor,
-    counts: Tensor,
-    center: Tensor,
-    sharpness: float,
-) -> LinearClassifier:
+def _discriminants(bank: _Bank) -> LinearClassifier:
     """Linear discriminant with a shrunk within-class covariance and equal priors.
 
     Its logits are log-likelihood ratios already, so CLIP's temperature has no place here; in
     float64, since few images leave the covariance close to singular.
     """
-    x = features.double()
-    means = _class_means(x, labels, counts)  # (C, D)
-    within = x - means[labels]
+    x = bank.features.double()
+    means = bank.means(x)  # (C, D)
+    within = x - means[bank.labels]
     width = x.shape[1]
     covariance = within.T @ within / max(1, len(x) - len(means))
     scale = covariance.trace() / width
@@ -171,78 +184,50 @@ def _discriminants(
     covariance = (1 - SHRINKAGE) * covariance + SHRINKAGE * scale * identity
     weight = torch.linalg.solve(covariance, means.T).T  # (C, D)
     bias = -0.5 * (weight * means).sum(dim=-1)
-    return LinearClassifier(weight.float(), bias.float(), center, unit=False, sharpness=1.0)
+    return LinearClassifier(weight.float(), bias.float(), bank.center, unit=False, sharpness=1.0)
 
 
-def _neighbours(
-    settings: AuxiliarySettings,
-    features: Tensor,
-    labels: Tensor,
-    counts: Tensor,
-    center: Tensor,
-    sharpness: float,
-) -> BankClassifier:
+def _neighbours(bank: _Bank) -> BankClassifier:
     """Mean cosine to the nearest images of each class."""
-    nearest = min(settings.neighbours, int(counts.min()))
+    nearest = min(bank.settings.neighbours, int(bank.counts.min()))
 
     def pooled(cosines: Tensor, members: Tensor) -> Tensor:
         best = [cosines[:, of].topk(nearest).values.mean(dim=-1) for of in members.bool().T]
         return torch.stack(best, dim=-1)
 
-    bank = normalize(features, dim=-1)
-    return BankClassifier(bank, labels, len(counts), center, pooled, sharpness)
+    return bank.compared(pooled)
 
 
-def _cache(
-    settings: AuxiliarySettings,
-    features: Tensor,
-    labels: Tensor,
-    counts: Tensor,
-    center: Tensor,
-    sharpness: float,
-) -> BankClassifier:
+def _cache(bank: _Bank) -> BankClassifier:
     """Tip-Adapter's cache model (arXiv:2111.03930), its affinities averaged within a class."""
 
     def pooled(cosines: Tensor, members: Tensor) -> Tensor:
-        return (-CACHE_SHARPNESS * (1 - cosines)).exp() @ members / counts
+        return (-CACHE_SHARPNESS * (1 - cosines)).exp() @ members / bank.counts
 
-    bank = normalize(features, dim=-1)
-    return BankClassifier(bank, labels, len(counts), center, pooled, sharpness)
+    return bank.compared(pooled)
 
 
-def _linear_probe(
-    settings: AuxiliarySettings,
-    features: Tensor,
-    labels: Tensor,
-    counts: Tensor,
-    center: Tensor,
-    sharpness: float,
-) -> LinearClassifier:
+def _linear_probe(bank: _Bank) -> LinearClassifier:
     """Logistic regression on unit features, by full-batch AdamW from the class means."""
-    x = normalize(features, dim=-1)
-    start = normalize(_class_means(x, labels, counts), dim=-1)
-    weight = (sharpness * start).requires_grad_()
+    x, counts = bank.unit, bank.counts
+    weight = (bank.sharpness * normalize(bank.means(x), dim=-1)).requires_grad_()
     bias = torch.zeros(len(counts), requires_grad=True)
     balance = len(x) / (len(counts) * counts.to(x.dtype))  # classes count alike
     optimiser = torch.optim.AdamW([weight, bias], lr=PROBE_RATE, weight_decay=PROBE_DECAY)
     with torch.enable_grad():
         for _ in range(PROBE_STEPS):
-            loss = cross_entropy(x @ weight.T + bias, labels, weight=balance)
+            loss = cross_entropy(x @ weight.T + bias, bank.labels, weight=balance)
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
-    return LinearClassifier(weight.detach(), bias.detach(), center, unit=True, sharpness=1.0)
+    weight, bias = weight.detach(), bias.detach()
+    return LinearClassifier(weight, bias, bank.center, unit=True, sharpness=1.0)
 
 
-FORMS: dict[str, Callable[..., AuxiliaryClassifier]] = {
+FORMS: dict[str, Callable[[_Bank], AuxiliaryClassifier]] = {
     "prototype": _prototypes,
     "lda": _discriminants,
     "knn": _neighbours,
     "cache": _cache,
     "linear_probe": _linear_probe,
 }
-
-
-def _class_means(features: Tensor, labels: Tensor, counts: Tensor) -> Tensor:  # (C, D)
-    sums = features.new_zeros(len(counts), features.shape[1]).index_add_(0, labels, features)
-    return sums / counts[:, None]
