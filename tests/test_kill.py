@@ -56,7 +56,8 @@ def stores(tmp_path_factory, drawn_digits) -> tuple[Path, Path]:
     run_and_kill(spec, killed, lambda found: count(found, "artifact_prepared", stage="images") > 9)
     drawn = shards(killed)
     assert 0 < len(drawn) < SHARDS
-    run_and_kill(spec, killed, lambda found: count(found, "trials_started") > 0)
+    # Trials are handed out before their images are drawn: one that is done says that others train.
+    run_and_kill(spec, killed, lambda found: count(found, "trial_done") > 0)
     assert count(events(killed, "search"), "trial_done") < TRIALS
     run_and_kill(spec, killed, lambda found: count(found, "point_asked") > 3)
     assert len(points(killed)) < len(points(whole))
