@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -38,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from air_core.backbone import Backbone
 from air_core.backbone.loading import load_backbone
+from benchmarks.text_step import random_vit_b_32
 
 LENGTH = 16
 SIZE = (500, 375)
@@ -141,16 +141,6 @@ def measure(backbone: Backbone, files: list[Path], batch: int, steps: int) -> di
     busy = {name: cpu for name, (_, cpu) in times.items()}
     found["ratio_cpu"] = (busy["loading_s"] + busy["tower_s"]) / busy["lean_s"]
     return {name: float(f"{value:.4g}") for name, value in (found | {"apart": apart}).items()}
-
-
-def random_vit_b_32(device: str) -> Backbone:
-    import open_clip
-
-    logging.disable(logging.WARNING)  # that weights are random is what we want
-    model, _, preprocess = open_clip.create_model_and_transforms(
-        "ViT-B-32-quickgelu", pretrained=None, device=device
-    )
-    return Backbone(model, preprocess, open_clip.get_tokenizer("ViT-B-32"))
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ SWEEP = """
 grid: {{method: [zero_shot, fpl, air_fpl]}}
 fixed: {{generator: "folder:{folder}", images_per_class: 16, train.steps: 20}}
 seeds: [1, 2]
+resources: {{generator: {{actors: 1}}}}
 """
 
 

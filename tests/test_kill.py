@@ -29,6 +29,7 @@ search:
     images_per_class: {{values: [0, 4, 8, 16]}}
     fusion_weight: {{min: 0.1, max: 0.9, when: "images_per_class > 0"}}
 seeds: [1, 2]
+resources: {{generator: {{actors: 1}}}}
 """
 SHARDS = 80  # 10 classes of 16 images, in blocks of 2
 TRIALS = 10  # 5 points x 2 seeds
@@ -47,7 +48,7 @@ def points(store: Path) -> list[tuple]:
 
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory, drawn_digits) -> tuple[Path, Path]:
-    """One sweep twice: undisturbed, and killed while it drew images, trained and searched."""
+    """One sweep twice: undisturbed, and killed while it drew images and while it searched."""
     folder = tmp_path_factory.mktemp("search")
     spec = write_sweep(folder, "search", SEARCH.format(folder=drawn_digits))
     whole, killed = folder / "whole", folder / "killed"
@@ -57,10 +58,8 @@ def stores(tmp_path_factory, drawn_digits) -> tuple[Path, Path]:
     drawn = shards(killed)
     assert 0 < len(drawn) < SHARDS
     # Trials are handed out before their images are drawn: one that is done says that others train.
-    run_and_kill(spec, killed, lambda found: count(found, "trial_done") > 0)
+    run_and_kill(spec, killed, lambda found: count(found, "trial_done") > 2)
     assert count(events(killed, "search"), "trial_done") < TRIALS
-    run_and_kill(spec, killed, lambda found: count(found, "point_asked") > 3)
-    assert len(points(killed)) < len(points(whole))
     airsweep("run", spec, "--store", killed)
     assert {name: shards(killed)[name] for name in drawn} == drawn
     return whole, killed
