@@ -1,10 +1,11 @@
 # Everything that people and CI run. `make help` lists it.
 PYTHON ?= python3.11
 BIN := .venv/bin
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || sysctl -n hw.ncpu); echo $$(( n < 4 ? n + 1 : 4 )))
 RUFF_PATHS := air_core orchestrator tests benchmarks
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help quickstart test check format golden tiny-world chaos
+.PHONY: help quickstart test check pytest types format golden tiny-world chaos
 
 help:           ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -18,10 +19,14 @@ test: .venv/done        ## set up, then all that CI runs
 check:          ## all that CI runs, in an environment that is there
 	$(BIN)/ruff format --check $(RUFF_PATHS)
 	$(BIN)/ruff check $(RUFF_PATHS)
+	@$(MAKE) --no-print-directory --jobs=2 pytest types
+
+pytest:         # one process more than cores: tests with Ray wait for it now and then
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not gpu and not weights"
+
+types:
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
-	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
-	    -m "not gpu and not weights"
 
 format:         ## format and fix what can be fixed
 	$(BIN)/ruff format $(RUFF_PATHS)

@@ -42,7 +42,7 @@ def from_flat(flat: dict[str, Any], refs: dict[str, Ref], classnames: tuple[str,
 
     Args:
         flat: dotted key -> validated value; `lora: None` turns LoRA off.
-        refs: `dataset`, `backbone` and `generator` resolved to content.
+        refs: the outside names, such as `dataset`, resolved to content.
         classnames: of the dataset.
     """
     nested: dict[str, dict[str, Any]] = {}
@@ -92,6 +92,7 @@ def _keys(owner: Any, prefix: str) -> Iterator[Key]:
 
 REFS = {
     "dataset": "target images, by name",
+    "test_dataset": "another dataset to test the prompt on, with its class names; null: the same",
     "backbone": "tiny, an open_clip folder, <architecture>/<tag> or <architecture>@<file>",
     "generator": "tiny, a diffusers folder, owner/name of the hub, or folder:<path> of images",
 }

@@ -8,6 +8,7 @@ labelled images alone it is CoOp or VPT.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from air_core.classifiers import (
     fuse,
     text_classifier,
 )
-from air_core.prompts import build_learner
+from air_core.prompts import PromptLearner, build_learner
 from air_core.pseudo_labels import assign, spread
 from air_core.pseudo_labels.top_k import balanced_choice
 from air_core.specs import TrialSpec, trains_on_real, trains_on_synthetic, uses_auxiliary
@@ -62,17 +63,20 @@ class Progress:
     learned: Classifier
 
 
-def ignore(progress: Progress) -> None:
-    """Nobody watches."""
-
-
 def learn(
-    spec: TrialSpec, data: TrialData, report: Callable[[Progress], None] = ignore
+    spec: TrialSpec,
+    data: TrialData,
+    report: Callable[[Progress], None] = lambda progress: None,
+    share_done: Callable[[float], None] = lambda share: None,
 ) -> TrialResult:
     """Learn a prompt from pseudo-labelled real images and labelled synthetic ones.
 
     `spec.iterations = 0` is CLIP without learning. The prompt of the last round is tested: no
     round is picked afterwards.
+
+    Args:
+        report: told of each round.
+        share_done: told after each training step how much of all training is done, in [0, 1].
 
     Raises:
         ValueError: the data do not fit the spec, such as no label for a method that wants some.
@@ -113,10 +117,20 @@ def learn(
             loss=spec.pseudo_labels.loss,
             settings=spec.train,
             seed=spec.seed * 1009 + iteration,
+            report=functools.partial(_tell, share_done, spec, iteration),
         )
         teacher = Remembered(learner)
         report(Progress(iteration, chosen, loss, learner))
-    return evaluate(spec, data, teacher, auxiliary, started)
+    return evaluate(spec, data, learner, teacher, auxiliary, started)
+
+
+def _tell(
+    share_done: Callable[[float], None], spec: TrialSpec, iteration: int, step: int, steps: int
+) -> None:
+    """Rounds of a growing selection get longer, where epochs are counted."""
+    growing = spec.pseudo_labels.growth == "growing" and spec.train.steps is None
+    lengths = [t + 1 if growing else 1 for t in range(spec.iterations)]
+    share_done((sum(lengths[:iteration]) + lengths[iteration] * step / steps) / sum(lengths))
 
 
 def _check(spec: TrialSpec, data: TrialData) -> None:
@@ -253,6 +267,7 @@ def faded(bank: Labelled, progress: float) -> Labelled:
 def evaluate(
     spec: TrialSpec,
     data: TrialData,
+    learner: PromptLearner | None,
     teacher: Classifier,
     auxiliary: AuxiliaryClassifier | None,
     started: float,
@@ -279,5 +294,6 @@ def evaluate(
         test=metrics,
         inference=inference,
         pool_predictions=believed if data.unseen is None else data.unseen[believed],
+        prompt=None if learner is None else learner.prompt.detach().cpu(),
         seconds=time.monotonic() - started,
     )

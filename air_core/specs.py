@@ -319,6 +319,7 @@ class TrialSpec:
     classnames: tuple[str, ...] = ()  # follows from the dataset; in no key of its own
     backbone: Ref
     generator: Ref
+    test_dataset: Ref | None = added(None)  # None: `dataset` itself
     precision: Literal["fp32"] = knob("fp32", "of CLIP")
     paradigm: Paradigm = knob("ul", PARADIGMS)
     modality: Literal["text", "visual"] = knob(
@@ -376,9 +377,23 @@ class TrialSpec:
     @property
     def tokens(self) -> FeaturesSpec | None:
         """None: no visual prompt is learned."""
-        if self.modality == "text" or self.iterations == 0:
+        return self._tokens_of(self.features)
+
+    @property
+    def test_features(self) -> FeaturesSpec | None:
+        """Of the other dataset that the prompt is tested on; None: there is none."""
+        return (
+            None if self.test_dataset is None else replace(self.features, dataset=self.test_dataset)
+        )
+
+    @property
+    def test_tokens(self) -> FeaturesSpec | None:
+        return self._tokens_of(self.test_features)
+
+    def _tokens_of(self, features: FeaturesSpec | None) -> FeaturesSpec | None:
+        if features is None or self.modality == "text" or self.iterations == 0:
             return None
-        return replace(self.features, level="tokens")
+        return replace(features, level="tokens")
 
     @property
     def lora_adapter(self) -> LoraSpec | None:
@@ -413,14 +428,6 @@ class TrialSpec:
         if row is None or self.modality == "text" or not trains_on_synthetic(self):
             return None
         return replace(row, level="tokens")
-
-    def normalised(self) -> TrialSpec:
-        """The same computation with every setting that cannot matter put to its default."""
-        spec = self
-        for matters_not, reset in IRRELEVANT:
-            if matters_not(spec):
-                spec = replace(spec, **reset(spec))
-        return spec
 
 
 def uses_auxiliary(spec: TrialSpec) -> bool:
@@ -495,156 +502,3 @@ def _lora(spec: TrialSpec, lora: LoraSettings, rounds: int) -> LoraSpec:
 
 def _synthetic(spec: TrialSpec, images: GeneratedImages | FolderImages) -> SyntheticFeaturesSpec:
     return SyntheticFeaturesSpec(images=images, backbone=spec.backbone, precision=spec.precision)
-
-
-# When a setting cannot matter, in order: (condition, what is reset). One computation, one key.
-IRRELEVANT: tuple[tuple[Any, Any], ...] = (
-    (lambda s: s.paradigm != "ssl", lambda s: {"shots": 2}),
-    (lambda s: s.paradigm != "trzsl", lambda s: {"class_seed": 500}),
-    (
-        lambda s: s.paradigm == "ul" and s.lora is not None,
-        lambda s: {"lora": replace(s.lora, source="all")},
-    ),
-    (
-        lambda s: s.iterations == 0,
-        lambda s: {
-            "supervision": "pseudo",
-            "pseudo_labels": PseudoLabelSettings(),
-            "prompt": PromptSettings(),
-            "train": TrainSettings(),
-            "synthetic_weight": 0.0,
-            "seed": 0,
-            "auxiliary": replace(s.auxiliary, refresh=False),
-            "fusion": replace(s.fusion, schedule="fixed"),
-        },
-    ),
-    (
-        lambda s: s.supervision == "labelled" or s.paradigm == "ul",
-        lambda s: {"train": replace(s.train, labelled_weight=1.0)},
-    ),
-    (
-        # Nothing is pseudo-labelled: what labels are made from does not matter.
-        lambda s: s.supervision == "labelled" and s.iterations > 0,
-        lambda s: {"pseudo_labels": PseudoLabelSettings(), "iterations": 1, "transduction": "none"},
-    ),
-    (
-        lambda s: s.iterations == 1,
-        lambda s: {
-            "auxiliary": replace(s.auxiliary, refresh=False),
-            "fusion": replace(s.fusion, schedule="fixed"),
-            "prompt": replace(s.prompt, restart=True),
-            "train": replace(s.train, synthetic_schedule="fixed"),
-        },
-    ),
-    (
-        lambda s: s.images_per_class == 0 and s.auxiliary.source == "both",
-        lambda s: {"auxiliary": replace(s.auxiliary, source="real")},
-    ),
-    (
-        lambda s: not uses_auxiliary(s),
-        lambda s: {
-            "fusion_weight": 0.0,
-            "fusion": FusionSettings(),
-            "auxiliary": AuxiliarySettings(),
-            "fidelity": FidelitySettings(),
-        },
-    ),
-    (
-        lambda s: s.auxiliary.source == "synthetic" and s.fidelity.kind != "real_mean",
-        lambda s: {
-            "auxiliary": replace(s.auxiliary, k=AuxiliarySettings.k, refresh=False, rounds=1),
-        },
-    ),
-    (
-        lambda s: s.auxiliary.kind != "knn",
-        lambda s: {"auxiliary": replace(s.auxiliary, neighbours=AuxiliarySettings.neighbours)},
-    ),
-    (
-        lambda s: s.auxiliary.temperature != "kappa",
-        lambda s: {"auxiliary": replace(s.auxiliary, kappa=AuxiliarySettings.kappa)},
-    ),
-    (lambda s: s.auxiliary.source == "real", lambda s: {"fidelity": FidelitySettings()}),
-    (
-        lambda s: not s.auxiliary.refresh,
-        lambda s: {"auxiliary": replace(s.auxiliary, k_step=0)},
-    ),
-    (
-        lambda s: not s.auxiliary.refresh or s.auxiliary.source != "both",
-        lambda s: {"auxiliary": replace(s.auxiliary, fade=False)},
-    ),
-    (
-        lambda s: s.fidelity.kind in ("none", "argmax"),
-        lambda s: {"fidelity": replace(s.fidelity, keep=FidelitySettings.keep)},
-    ),
-    (
-        lambda s: not trains_on_synthetic(s),
-        lambda s: {
-            "synthetic_weight": 0.0,
-            "train": replace(s.train, mix="both", synthetic_schedule="fixed"),
-        },
-    ),
-    (
-        lambda s: s.synthetic_weight == 0,
-        lambda s: {"train": replace(s.train, synthetic_batch=TrainSettings.synthetic_batch)},
-    ),
-    (
-        lambda s: not uses_images(s),
-        lambda s: {
-            "images_per_class": 0,
-            "lora": None,
-            "generator": Ref(name="", digest=""),
-            "generation": GenerationSettings(),
-        },
-    ),
-    (
-        lambda s: is_folder(s.generator),
-        lambda s: {
-            "lora": None,
-            "generation": GenerationSettings(size=s.generation.size, block=s.generation.block),
-        },
-    ),
-    (lambda s: s.lora is None, lambda s: {"initial_labels": InitialLabelsSettings()}),
-    (
-        lambda s: s.lora is not None and s.lora.rounds == 1,
-        lambda s: {
-            "initial_labels": replace(
-                s.initial_labels, images_per_class=InitialLabelsSettings.images_per_class
-            )
-        },
-    ),
-    (
-        lambda s: s.pseudo_labels.growth == "growing",
-        lambda s: {"pseudo_labels": replace(s.pseudo_labels, k=PseudoLabelSettings.k)},
-    ),
-    (
-        lambda s: s.pseudo_labels.kind != "candidates",
-        lambda s: {
-            "pseudo_labels": replace(
-                s.pseudo_labels,
-                alpha=PseudoLabelSettings.alpha,
-                beta=PseudoLabelSettings.beta,
-                loss="cc",
-            )
-        },
-    ),
-    (
-        lambda s: s.pseudo_labels.kind != "threshold",
-        lambda s: {
-            "pseudo_labels": replace(s.pseudo_labels, threshold=PseudoLabelSettings.threshold)
-        },
-    ),
-    (
-        lambda s: s.pseudo_labels.kind == "threshold",
-        lambda s: {
-            "pseudo_labels": replace(s.pseudo_labels, growth="growing", k=PseudoLabelSettings.k)
-        },
-    ),
-    (
-        lambda s: s.modality == "text",
-        lambda s: {"prompt": replace(s.prompt, depth="shallow", init="normal")},
-    ),
-    (
-        lambda s: s.train.steps is not None,
-        lambda s: {"train": replace(s.train, epochs=TrainSettings.epochs)},
-    ),
-)

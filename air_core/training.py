@@ -41,6 +41,7 @@ def fit(
     loss: str,
     settings: TrainSettings,
     seed: int,
+    report: Callable[[int, int], None] = lambda step, steps: None,
 ) -> float:
     """Train the prompt in place.
 
@@ -53,6 +54,7 @@ def fit(
         synthetic: images with the class that they were drawn for. Any of the three may be None.
         loss: of real images, a key of LOSSES.
         seed: of the batch order.
+        report: told of each step that is over, and how many there are.
 
     Returns:
         Mean loss of the last tenth of the steps.
@@ -68,7 +70,7 @@ def fit(
     leading = sources[0]
     steps = settings.steps or settings.epochs * max(1, leading.images // leading.batch)
     optimiser = torch.optim.SGD(
-        learner.parameters(),
+        [learner.prompt],
         lr=settings.learning_rate,
         momentum=MOMENTUM,
         weight_decay=settings.weight_decay,
@@ -97,10 +99,11 @@ def fit(
             raise FloatingPointError(f"the loss became {total.item()} after {len(losses)} steps")
         optimiser.zero_grad()
         total.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(learner.parameters(), settings.clip)
+        torch.nn.utils.clip_grad_norm_(learner.prompt, settings.clip)
         optimiser.step()
         schedule.step()
         losses.append(total.item())
+        report(step + 1, steps)
     last = losses[-max(1, steps // 10) :]
     return sum(last) / len(last)
 

@@ -108,4 +108,5 @@ class TrialResult:
     test: Metrics
     inference: dict[str, float]  # headline test metric of text, fused and auxiliary
     pool_predictions: Tensor  # (P,) what the fused classifier takes pool images for in the end
+    prompt: Tensor | None  # the learned vectors; None: nothing was learned
     seconds: float

@@ -51,6 +51,7 @@ class Job:
     point: int
     trials: tuple[TrialSpec, ...]
     keys: tuple[str, ...]
+    slots: tuple[str, ...]
 
 
 @dataclass
@@ -121,7 +122,7 @@ class Dispatcher:
         self.asked = asked_points(ledger)
         self.finished_before = finished_slots(ledger)
         self.jobs = 0
-        self.given_back: Job | None = None
+        self.ahead: Job | None = None
         self.within_budget, self.stopped = within_budget, False
         self.running: dict[int, Job] = {}
         self.waiting: dict[str, list[tuple[_CellQueue, int, Slot]]] = {}
@@ -136,11 +137,20 @@ class Dispatcher:
         """Was a point held back because the budget was spent?"""
         return self.stopped
 
+    def peek(self) -> Job | None:
+        """What `next` will hand out, for who only wants to know whether there is anything."""
+        if self.ahead is None:
+            self.ahead = self._find()
+        return self.ahead
+
     def next(self) -> Job | None:
         """A job, or None: nothing to hand out until a running job ends (or `finished`)."""
-        if self.given_back is not None:
-            job, self.given_back = self.given_back, None
-            return job
+        job, self.ahead = self.peek(), None
+        if job is not None:
+            self.ledger.append("trials_started", slots=list(job.slots))
+        return job
+
+    def _find(self) -> Job | None:
         self.stopped = self.stopped or not self.within_budget()
         if self.stopped:
             return None
@@ -155,10 +165,6 @@ class Dispatcher:
             found = self._open(queue, queue.queue.popleft())
             if found is not None:
                 return found
-
-    def give_back(self, job: Job) -> None:
-        """Hand out this job again next time: who took it was only looking."""
-        self.given_back = job
 
     def complete(self, number: int, failures: Mapping[str, Failure]) -> None:
         """A job ended: what is in `failures` failed, the rest has a record.
@@ -217,9 +223,9 @@ class Dispatcher:
             point.number,
             tuple(slot.spec for slot in run.values()),
             tuple(run),
+            tuple(slot.id for slot in run.values()),
         )
         self.running[job.number] = job
-        self.ledger.append("trials_started", slots=[slot.id for slot in run.values()])
         return job
 
     def _log(self, cell: Cell, point: Point) -> None:

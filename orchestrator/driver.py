@@ -138,8 +138,8 @@ class Run:
             self.tally.holes += facts["holes"]
         self.screen.prepared(need)
 
-    def progress(self, need: Need, done: int, total: int) -> None:
-        self.screen.progress(need, done, total)
+    def progress(self, name: str, done: int, total: int) -> None:
+        self.screen.progress(name, done, total)
 
     def phase(self, stage: str, seconds: float) -> None:
         self.tally.add_wall(stage, seconds)
@@ -253,7 +253,7 @@ def _work(run: Run, plan: Plan, prepare_only: bool) -> int:
                 run.outcome,
                 run.within_budget,
             )
-            job = None if prepare_only else dispatcher.next()
+            job = None if prepare_only else dispatcher.peek()
             if dispatcher.out_of_budget():
                 return BUDGET
             if job is None and not (prepare_only and _incomplete(run, needs)):
@@ -262,7 +262,6 @@ def _work(run: Run, plan: Plan, prepare_only: bool) -> int:
                 run.cluster = _start_cluster(stack, run)
             _prepare(run, needs)
             if job is not None:
-                dispatcher.give_back(job)
                 _tune(run, dispatcher)
             if dispatcher.out_of_budget():
                 return BUDGET
@@ -361,7 +360,12 @@ def _tune(run: Run, dispatcher: Dispatcher) -> None:
             f"{cluster.get('CPU', 0):g} and {cluster.get('GPU', 0):g}: lower resources.trial"
         )
     figures = run_points(
-        dispatcher, _workshop(run), run.sweep.resources, run.place.folder / "tune", fits
+        dispatcher,
+        _workshop(run),
+        run.sweep.resources,
+        run.place.folder / "tune",
+        fits,
+        run.progress,
     )
     run.tally.add_wall("trials", figures.wall)
     if figures.overhead is not None:

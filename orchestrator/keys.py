@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from air_core.normal import normalised
 from air_core.specs import (
     FeaturesSpec,
     FolderImages,
@@ -65,7 +66,7 @@ class ArtifactKey:
 def artifact_key(spec: Stage) -> ArtifactKey:
     """The key of what a stage makes from this spec. A trial is normalised first."""
     if isinstance(spec, TrialSpec):
-        spec = spec.normalised()
+        spec = normalised(spec)
     return _key(spec)
 
 
@@ -168,4 +169,5 @@ def slug(spec: Stage) -> str:
             words += ["tokens"] if spec.level == "tokens" else []
         case TrialSpec():
             words = [spec.dataset.name, spec.paradigm, spec.modality, f"s{spec.seed}"]
+            words += ["on", spec.test_dataset.name] if spec.test_dataset else []
     return re.sub(r"[^A-Za-z0-9]+", "-", "-".join(words)).strip("-")[:60]

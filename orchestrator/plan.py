@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from air_core.flat import trial_keys
+from air_core.normal import normalised
 from air_core.paradigms import seen_unseen
 from air_core.specs import (
     FeaturesSpec,
@@ -92,6 +93,20 @@ class Need:
 
     def total(self) -> int:
         return len(self.shards()) if isinstance(self.spec, SyntheticFeaturesSpec) else 1
+
+
+# What people call the stages.
+WORDS = {
+    "features": "CLIP features",
+    "labels": "pseudo-labels",
+    "lora": "LoRA",
+    "images": "image blocks",
+}
+
+
+def name_of(key: ArtifactKey) -> str:
+    """An artifact for people, on a screen."""
+    return f"{WORDS[key.stage]} {key.slug}"
 
 
 @dataclass(frozen=True)
@@ -232,7 +247,7 @@ def needs_of(trials: Iterable[TrialSpec]) -> list[Need]:
     found: dict[str, Need] = {}
     seen: set[str] = set()
     for trial in trials:
-        trial = replace(trial.normalised(), seed=0)
+        trial = replace(normalised(trial), seed=0)
         key = artifact_key(trial).digest
         if key in seen:
             continue
@@ -249,9 +264,8 @@ def needs_of(trials: Iterable[TrialSpec]) -> list[Need]:
 
 
 def _needs(trial: TrialSpec) -> Iterator[Need]:
-    yield Need(trial.features)
-    if trial.tokens is not None:
-        yield Need(trial.tokens)
+    read = (trial.features, trial.tokens, trial.test_features, trial.test_tokens)
+    yield from (Need(spec) for spec in read if spec is not None)
     classes = tuple(range(len(trial.classnames)))
     if trial.paradigm == "trzsl" and len(classes) > 1:
         _, classes = seen_unseen(len(classes), trial.class_seed)  # all that the trial reads

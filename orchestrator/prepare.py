@@ -12,14 +12,13 @@ import ray
 
 from air_core.specs import FeaturesSpec, LabelsSpec, LoraSpec, SyntheticFeaturesSpec
 from orchestrator import pictures
+from orchestrator.board import Note, watched
 from orchestrator.generation import draw, room_for
 from orchestrator.keys import artifact_key
-from orchestrator.plan import Need, level
+from orchestrator.plan import Need, level, name_of
 from orchestrator.stages import build_features, build_labels, build_lora
 from orchestrator.sweep import Resources
 from orchestrator.workshop import Workshop
-
-REPORT_EVERY = 1.0  # seconds between two looks at a LoRA
 
 
 class Watcher(Protocol):
@@ -29,8 +28,8 @@ class Watcher(Protocol):
         """An artifact, or one shard of a row, is whole."""
         ...
 
-    def progress(self, need: Need, done: int, total: int) -> None:
-        """How far a long one is."""
+    def progress(self, name: str, done: int, total: int) -> None:
+        """How far something long is."""
         ...
 
     def phase(self, stage: str, seconds: float) -> None:
@@ -80,40 +79,20 @@ def _levels(missing: Sequence[Need]) -> dict[Need, int]:
     return levels
 
 
-class Board:
-    """Where long stages write how far they are."""
-
-    def __init__(self) -> None:
-        self.state: dict[str, tuple[int, int]] = {}
-
-    def write(self, key: str, done: int, total: int) -> None:
-        self.state[key] = (done, total)
-
-    def read(self) -> dict[str, tuple[int, int]]:
-        return self.state
-
-
 def _run(spec: Any, shop: Workshop, board: Any) -> tuple[float, dict[str, Any]]:
     import torch
 
     torch.set_num_threads(1)
     started = time.monotonic()
+    note = Note(board, name_of(artifact_key(spec)))
     match spec:
         case FeaturesSpec():
-            artifact = build_features(spec, shop)
+            artifact = build_features(spec, shop, note)
         case LabelsSpec():
             artifact = build_labels(spec, shop)
         case LoraSpec():
-            last = 0.0
-
-            def report(step: int, steps: int, loss: float) -> None:
-                nonlocal last
-                if time.monotonic() - last > REPORT_EVERY:
-                    last = time.monotonic()
-                    board.write.remote(str(artifact_key(spec)), step, steps)
-
             build_labels(spec.labels, shop)  # before, where they are missing
-            artifact = build_lora(spec, shop, report)
+            artifact = build_lora(spec, shop, lambda step, steps, loss: note(step, steps))
         case _:
             raise TypeError(type(spec).__name__)
     return time.monotonic() - started, artifact.record["info"]
@@ -125,28 +104,23 @@ def _build(needs: Sequence[Need], shop: Workshop, resources: Resources, watcher:
     want = resources.generator
     _, gpu = room_for(resources)
     there = Workshop(shop.store, shop.data_root, "cuda" if gpu else "cpu")
-    board = ray.remote(Board).options(num_cpus=0).remote()
     stage = ray.remote(_run)
     follow = {need.spec.labels for need in needs if isinstance(need.spec, LoraSpec)}
-    running = {
-        stage.options(num_cpus=want.cpu, num_gpus=gpu, max_retries=1).remote(
-            need.spec, there, board
-        ): need
-        for need in needs
-        if need.spec not in follow
-    }
-    while running:
-        ready, _ = ray.wait(list(running), timeout=REPORT_EVERY)
-        for done in ready:
+    with watched(watcher.progress) as board:
+        running = {
+            stage.options(num_cpus=want.cpu, num_gpus=gpu, max_retries=1).remote(
+                need.spec, there, board
+            ): need
+            for need in needs
+            if need.spec not in follow
+        }
+        while running:
+            (done, *_), _ = ray.wait(list(running))
             need = running.pop(done)
             seconds, facts = ray.get(done)
             if isinstance(need.spec, LoraSpec):
                 _labels_are_there(need.spec.labels, needs, shop, watcher)
             watcher.prepared(need, seconds, facts)
-        state = ray.get(board.read.remote())
-        for need in running.values():
-            if str(need.key) in state:
-                watcher.progress(need, *state[str(need.key)])
 
 
 def _labels_are_there(

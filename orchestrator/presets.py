@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from air_core.specs import Ref
+
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
@@ -103,6 +105,14 @@ METHOD_WORLDS: dict[tuple[str, str, str], dict[str, Any]] = {
 
 # Names that stand for "what is embedded".
 OUTSIDE: dict[str, str] = {"dataset": "digits", "backbone": "tiny", "generator": "tiny"}
+
+
+def named_refs(flat: dict[str, Any]) -> dict[str, Ref]:
+    """Outside names of flat settings as Refs that are equal where names are; reads no file."""
+    names = {key: flat.get(key, default) for key, default in OUTSIDE.items()}
+    if flat.get("test_dataset") is not None:
+        names["test_dataset"] = flat["test_dataset"]
+    return {key: Ref(name=str(name), digest=str(name)) for key, name in names.items()}
 
 
 def defaults(method: str, chosen: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from air_core.datasets import get_dataset
 from air_core.flat import to_flat
+from air_core.normal import normalised
+from air_core.specs import TrialSpec
 from orchestrator.dispatch import Outcome
 from orchestrator.results import flat_of, settings_of
 from orchestrator.store import ArtifactStore
@@ -17,7 +20,7 @@ from orchestrator.sweep import SweepSpec
 from orchestrator.tracking import Status, SweepRun, Tracker, TrialRun, make_tracker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 TAGS = ("dataset", "paradigm", "modality")
 
@@ -119,16 +122,24 @@ class Publisher:
 
             _, predictions, labels = outcome.record.predictions()
             matrix = folder / "confusion_matrix.png"
-            names = [name.replace("_", " ") for name in outcome.slot.spec.classnames]
+            names = [name.replace("_", " ") for name in _tested_classes(outcome.slot.spec)]
             matrix.write_bytes(confusion_matrix(labels, predictions, names))
             found["confusion_matrix.png"] = matrix
         return found
 
 
+def _tested_classes(spec: TrialSpec) -> Sequence[str]:
+    if spec.test_dataset is None:
+        return spec.classnames
+    return get_dataset(spec.test_dataset.name).classnames
+
+
 def _spec_json(outcome: Outcome) -> str:
     """The trial as it was computed: every setting, and the digests behind the names."""
-    spec = outcome.slot.spec.normalised()
+    spec = normalised(outcome.slot.spec)
     resolved: dict[str, Any] = to_flat(spec)
-    for name in ("dataset", "backbone", "generator"):
-        resolved[f"{name}.digest"] = getattr(spec, name).digest
+    for name in ("dataset", "test_dataset", "backbone", "generator"):
+        ref = getattr(spec, name)
+        if ref is not None:
+            resolved[f"{name}.digest"] = ref.digest
     return json.dumps({"key": str(outcome.slot.key), **resolved}, indent=1, sort_keys=True)

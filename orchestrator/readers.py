@@ -103,8 +103,10 @@ def trial_number(name: str) -> Reader | None:
 def _annotation(name: str) -> tuple[Any, Limits]:
     if name == "method":
         return operator.getitem(Literal, tuple(presets.METHODS)), ()
-    if name == "dataset":
-        return typing.Union[operator.getitem(Literal, tuple(DATASETS)), FOLDER], ()  # noqa: UP007
+    if name in ("dataset", "test_dataset"):
+        words = operator.getitem(Literal, tuple(DATASETS))
+        none = () if name == "dataset" else (None,)
+        return operator.getitem(typing.Union, (words, FOLDER, *none)), ()
     if name in ("backbone", "generator"):
         return LINE, ()
     key = TRIAL_KEYS[name]

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from air_core.flat import from_flat, trial_keys
-from air_core.specs import Ref
-from orchestrator.presets import METHODS
+from air_core.normal import normalised
+from orchestrator.presets import METHODS, named_refs
 from orchestrator.statistics import (
     Array,
     Interval,
@@ -128,7 +128,7 @@ def _row(group: Sequence[Entry], chosen_by: str | None) -> Row:
     first = group[0]
     found = mean_interval(_runs(_distinct(group)))
     return Row(
-        dataset=str(first.flat["dataset"]),
+        dataset=tested_on(first.flat),
         paradigm=str(first.flat["paradigm"]),
         modality=str(first.flat["modality"]),
         method=first.method,
@@ -145,6 +145,12 @@ def _row(group: Sequence[Entry], chosen_by: str | None) -> Row:
         point=first.point,
         chosen_by=chosen_by,
     )
+
+
+def tested_on(flat: Mapping[str, Any]) -> str:
+    """The dataset of a table, `a -> b` where a prompt learned on one is tested on another."""
+    names = (flat["dataset"], flat.get("test_dataset"))
+    return " -> ".join(dict.fromkeys(str(name) for name in names if name is not None))
 
 
 def _runs(distinct: Mapping[tuple[int, int | None], Entry]) -> Runs:
@@ -176,9 +182,8 @@ def _distinct(group: Iterable[Entry]) -> dict[tuple[int, int | None], Entry]:
 def _ignores_seed(flat: dict[str, Any]) -> bool:
     """Do two seeds of these settings share one key?"""
     settings = {key: value for key, value in flat.items() if key in _trial_names()}
-    names = {key: str(flat.get(key, "")) for key in ("dataset", "backbone", "generator")}
-    refs = {key: Ref(name=name, digest=name) for key, name in names.items()}
-    one, other = (from_flat(settings | {"seed": seed}, refs, ()).normalised() for seed in (0, 1))
+    refs = named_refs(settings)
+    one, other = (normalised(from_flat(settings | {"seed": seed}, refs, ())) for seed in (0, 1))
     return one == other
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from air_core.normal import normalised
 from air_core.paradigms import seen_unseen
 from orchestrator.ledger import Ledger
 from orchestrator.plan import Plan, Slot
@@ -17,7 +18,7 @@ from orchestrator.report import Entry
 from orchestrator.store import ArtifactStore
 from orchestrator.trial import TrialRecord, read_trial
 
-NAMED = ("dataset", "paradigm", "modality", "method")  # a table's own columns
+NAMED = ("dataset", "test_dataset", "paradigm", "modality", "method")  # a table's own columns
 
 
 def entries_of(plan: Plan, store: ArtifactStore) -> list[Entry]:
@@ -36,7 +37,7 @@ def entries_of(plan: Plan, store: ArtifactStore) -> list[Entry]:
                 flat=flat_of(slot),
                 settings=settings_of(slot),
                 point=slot.point,
-                seed=slot.spec.normalised().seed,
+                seed=normalised(slot.spec).seed,
                 split_seed=slot.spec.split_seed,
                 objective=objectives.get((slot.cell.id, slot.point)),
                 metrics=record.metrics,

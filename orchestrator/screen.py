@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, Protocol
 
-from orchestrator.plan import Need, Plan
+from orchestrator.plan import Need, Plan, name_of
 
 if TYPE_CHECKING:
     from orchestrator.dispatch import Outcome
 
-LINE_EVERY = 10.0  # seconds between two lines about one long thing, off a terminal
-WORDS = {
-    "features": "CLIP features",
-    "labels": "pseudo-labels",
-    "lora": "LoRA",
-    "images": "image blocks",
-}
+# Seconds between two lines about one long thing, off a terminal; and as a share of its time so far,
+# so that an hour does not print 360 of them.
+LINE_EVERY, LINE_SHARE = 10.0, 0.1
 
 
 class Screen(Protocol):
@@ -30,7 +27,7 @@ class Screen(Protocol):
 
     def prepared(self, need: Need) -> None: ...
 
-    def progress(self, need: Need, done: int, total: int) -> None: ...
+    def progress(self, name: str, done: int, total: int) -> None: ...
 
     def outcome(self, outcome: Outcome) -> None: ...
 
@@ -67,13 +64,40 @@ class Rows:
         return text
 
 
+@dataclass
+class Pace:
+    """How fast something long gets on, since it was first heard of."""
+
+    started: float
+    first: int
+    spoken: float = 0.0
+
+    def left(self, now: float, done: int, total: int) -> str:
+        """The time that is left at this pace, for the end of a line."""
+        if not self.first < done < total:
+            return ""
+        seconds = (now - self.started) / (done - self.first) * (total - done)
+        return f", about {clock(seconds)} left"
+
+
+def clock(seconds: float) -> str:
+    """Minutes and seconds, hours where there are some.
+
+    >>> clock(67.4), clock(3725)
+    ('1:07', '1:02:05')
+    """
+    whole = round(seconds)
+    hours, minutes = whole // 3600, whole % 3600 // 60
+    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
+
+
 class Lines:
     """For logs: a line when something happens, and now and then while something long goes on."""
 
     def __init__(self) -> None:
         self.rows = Rows(1)
         self.counts: dict[str, list[int]] = {}
-        self.spoken: dict[str, float] = {}
+        self.paces: dict[str, Pace] = {}
 
     def say(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
@@ -90,12 +114,17 @@ class Lines:
         count = self.counts.setdefault(str(need.key), [0, need.total()])
         count[0] += 1
         if need.stage != "images":
-            self.say(f"{WORDS[need.stage]}: {need.key.slug} ready")
+            self.say(f"{name_of(need.key)}: ready")
         else:
-            self._now_and_then(need, *count)
+            self.progress(name_of(need.key), *count)
 
-    def progress(self, need: Need, done: int, total: int) -> None:
-        self._now_and_then(need, done, total)
+    def progress(self, name: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        pace = self.paces.setdefault(name, Pace(now, done))
+        wait = max(LINE_EVERY, LINE_SHARE * (now - pace.started))
+        if done == total or now - pace.spoken > wait:
+            pace.spoken = now
+            self.say(f"{name}: {done}/{total}{pace.left(now, done, total)}")
 
     def outcome(self, outcome: Outcome) -> None:
         row = self.rows.add(outcome)
@@ -104,12 +133,6 @@ class Lines:
 
     def close(self) -> None:
         pass
-
-    def _now_and_then(self, need: Need, done: int, total: int) -> None:
-        now = time.monotonic()
-        if done == total or now - self.spoken.get(str(need.key), 0.0) > LINE_EVERY:
-            self.spoken[str(need.key)] = now
-            self.say(f"{WORDS[need.stage]}: {need.key.slug} {done}/{total}")
 
 
 class Bars(Lines):
@@ -124,6 +147,7 @@ class Bars(Lines):
             Progress,
             TextColumn,
             TimeElapsedColumn,
+            TimeRemainingColumn,
         )
 
         self.console = Console(stderr=True, highlight=False)
@@ -132,6 +156,7 @@ class Bars(Lines):
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
+            TimeRemainingColumn(),
             console=self.console,
             transient=True,
         )
@@ -156,24 +181,17 @@ class Bars(Lines):
 
     def prepared(self, need: Need) -> None:
         if need.stage != "images":
-            self._bar(need, 1, 1)
+            self.progress(name_of(need.key), 1, 1)
             return
         count = self.counts.setdefault(str(need.key), [0, need.total()])
         count[0] += 1
-        self._now_and_then(need, *count)
+        self.progress(name_of(need.key), *count)
 
-    def _now_and_then(self, need: Need, done: int, total: int) -> None:
-        self._bar(need, done, total)
-
-    def _bar(self, need: Need, done: int, total: int) -> None:
-        key = str(need.key)
-        if key not in self.tasks:
-            name = f"{WORDS[need.stage]} {need.key.slug}"
-            self.tasks[key] = self.bars.add_task(name[:44], total=total)
-        known = self.bars.tasks[self.tasks[key]]
-        if total == 1 and known.total != 1:
-            done = int(known.total or 1)  # it was counted in steps: now it is whole
-        self.bars.update(self.tasks[key], completed=done, visible=done < (known.total or 1))
+    def progress(self, name: str, done: int, total: int) -> None:
+        # An end may come in another unit than the steps before it.
+        if name not in self.tasks:
+            self.tasks[name] = self.bars.add_task(name[:44], total=total)
+        self.bars.update(self.tasks[name], completed=done, total=total, visible=done < total)
 
 
 class Silence(Lines):

@@ -14,10 +14,12 @@ from filelock import FileLock, Timeout
 
 from air_core.datasets import get_dataset
 from air_core.flat import to_flat
+from air_core.normal import normalised
 from orchestrator import presets, report
 from orchestrator.driver import Place, read_outcome
 from orchestrator.plan import Need, Plan, plan_sweep
 from orchestrator.results import entries_of, standing
+from orchestrator.screen import clock
 from orchestrator.summary import summary
 from orchestrator.sweep import SweepSpec, notes_of
 
@@ -55,7 +57,7 @@ def _time_left(plan: Plan) -> str:
     if not plan.to_run:
         return "nothing to do"
     basis = "measured in this store" if plan.calibrated else "guessed: nothing measured here yet"
-    return f"about {_clock(plan.seconds)} of work on one worker ({basis})"
+    return f"about {clock(plan.seconds)} of work on one worker ({basis})"
 
 
 def _explain(plan: Plan) -> list[str]:
@@ -191,7 +193,7 @@ def _work_facts(plan: Plan, place: Place, outcome: dict[str, Any]) -> list[tuple
     if walls:
         total = outcome["seconds"]
         named = "  ".join(
-            f"{PHASES[stage]} {_clock(walls[stage])}" for stage in PHASES if stage in walls
+            f"{PHASES[stage]} {clock(walls[stage])}" for stage in PHASES if stage in walls
         )
         overhead = max(0.0, total - sum(walls.values()))
         each = run.get("overheads")
@@ -199,7 +201,7 @@ def _work_facts(plan: Plan, place: Place, outcome: dict[str, Any]) -> list[tuple
         facts.append(
             (
                 "time",
-                f"{_clock(total)}: {named}  rest {_clock(overhead)}; {warm}"
+                f"{clock(total)}: {named}  rest {clock(overhead)}; {warm}"
                 f"peak {run.get('memory', 0) / 2**30:.1f} GiB",
             )
         )
@@ -222,7 +224,7 @@ def _read_by(plan: Plan, place: Place) -> str:
         return ""
     loras = sum(need.stage == "lora" for need in there)
     images = sum(_images_in(need) for need in rows)
-    readers = sum(slot.spec.normalised().images is not None for slot in plan.slots)
+    readers = sum(normalised(slot.spec).images is not None for slot in plan.slots)
     return f"; {loras} LoRA, {images} images drawn once, read by {readers} trials"
 
 
@@ -272,14 +274,3 @@ def _near(path: Path) -> str:
         return str(path.relative_to(Path.cwd()))
     except ValueError:
         return str(path)
-
-
-def _clock(seconds: float) -> str:
-    """Minutes and seconds, hours where there are some.
-
-    >>> _clock(67.4), _clock(3725)
-    ('1:07', '1:02:05')
-    """
-    whole = round(seconds)
-    hours, minutes = whole // 3600, whole % 3600 // 60
-    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"

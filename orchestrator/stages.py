@@ -41,10 +41,15 @@ RELABEL_WEIGHT = 0.5
 # ---------------------------------------------------------------- features
 
 
-def build_features(spec: FeaturesSpec, shop: Workshop) -> Artifact:
+def build_features(
+    spec: FeaturesSpec, shop: Workshop, report: Callable[[int, int], None] | None = None
+) -> Artifact:
     """CLIP features, or patch tokens, of a whole dataset.
 
     An image that cannot be decoded is left out of every split.
+
+    Args:
+        report: told of images that are done, and how many there are.
 
     Raises:
         ValueError: too many images cannot be decoded.
@@ -64,6 +69,8 @@ def build_features(spec: FeaturesSpec, shop: Workshop) -> Artifact:
                     parts[i] = PARTS.index("bad")
                     images.append(Image.new("RGB", (8, 8)))
             rows.append(shop.encoded(images, spec))
+            if report is not None:
+                report(start + len(images), len(examples.images))
         if len(bad) > BAD_SHARE * len(parts):
             raise ValueError(
                 f"{len(bad)} of {len(parts)} images cannot be read; {'; '.join(bad[:3])}"

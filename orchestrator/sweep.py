@@ -15,7 +15,8 @@ from functools import cache
 from typing import Any, Literal
 
 from air_core.flat import from_flat, trial_keys
-from air_core.specs import Ref, knob
+from air_core.normal import normalised
+from air_core.specs import knob
 from orchestrator import presets
 from orchestrator.expressions import compile_when, names_of
 from orchestrator.keys import digest
@@ -222,9 +223,7 @@ def _computation(cell: Cell) -> Any:
     """The same for cells that compute the same, whatever their irrelevant settings are."""
     if cell.space:  # the search may give weight to what its first point ignores
         return frozenset(cell.flat.items())
-    rest = {key: value for key, value in cell.flat.items() if key not in presets.OUTSIDE}
-    refs = {key: Ref(name=cell.flat[key], digest=cell.flat[key]) for key in presets.OUTSIDE}
-    return from_flat(rest, refs, ()).normalised()
+    return normalised(from_flat(cell.flat, presets.named_refs(cell.flat), ()))
 
 
 @cache

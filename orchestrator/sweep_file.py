@@ -283,7 +283,7 @@ def _may_be_searched(document: Document, keys: Keys, name: str) -> None:
         raise document.key_error(
             keys, f"`{name}` changes the images: put its values under `grid`, or fix it"
         )
-    if name in ("method", "modality"):
+    if name in ("method", "modality", "test_dataset"):
         raise document.key_error(
             keys, f"`{name}` names the cell: put its values under `grid`, or fix it"
         )

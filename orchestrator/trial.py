@@ -8,20 +8,28 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from filelock import FileLock
 from safetensors.numpy import load_file, save_file
 
-from air_core.specs import TrialSpec
+from air_core.normal import normalised
+from air_core.specs import SplitSettings, TrialSpec
+from orchestrator.keys import artifact_key
 from orchestrator.store import Artifact, ArtifactStore
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from air_core.types import Labelled, Metrics
+
+
+PREDICTIONS, PROMPT = "predictions.safetensors", "prompt.safetensors"
 
 
 @dataclass(frozen=True)
@@ -44,8 +52,19 @@ class TrialRecord:
 
     def predictions(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of the test images: position in the dataset, predicted class, true class; each (T,)."""
-        arrays = load_file(self.path / "predictions.safetensors")
+        arrays = load_file(self.path / PREDICTIONS)
         return arrays["index"], arrays["predictions"], arrays["labels"]
+
+    def prompt(self) -> np.ndarray:
+        """The learned vectors.
+
+        Raises:
+            ValueError: nothing was learned, or the trial ran before prompts were kept.
+        """
+        file = self.path / PROMPT
+        if not file.exists():
+            raise ValueError(f"{file} is not there; remove {self.path} to learn it again")
+        return load_file(file)["prompt"]
 
 
 def read_trial(spec: TrialSpec, store: ArtifactStore) -> TrialRecord:
@@ -57,14 +76,25 @@ def read_trial(spec: TrialSpec, store: ArtifactStore) -> TrialRecord:
     return _record(store.get(spec))
 
 
-def run_trial(spec: TrialSpec, store: ArtifactStore, device: str = "cpu") -> TrialRecord:
+def run_trial(
+    spec: TrialSpec,
+    store: ArtifactStore,
+    device: str = "cpu",
+    share_done: Callable[[float], None] = lambda share: None,
+) -> TrialRecord:
     """The trial's record; run first where it is missing.
+
+    Args:
+        share_done: told how much of the training is done, in [0, 1].
 
     Raises:
         MissingArtifact: an input was not prepared.
     """
-    spec = spec.normalised()
-    return _record(store.get_or_build(spec, lambda folder: _run(spec, store, device, folder)))
+    spec = normalised(spec)
+    run = _run if spec.test_dataset is None else _run_elsewhere
+    return _record(
+        store.get_or_build(spec, lambda folder: run(spec, store, device, share_done, folder))
+    )
 
 
 def _record(artifact: Artifact) -> TrialRecord:
@@ -81,7 +111,13 @@ def _record(artifact: Artifact) -> TrialRecord:
     )
 
 
-def _run(spec: TrialSpec, store: ArtifactStore, device: str, folder: Path) -> dict[str, Any]:
+def _run(
+    spec: TrialSpec,
+    store: ArtifactStore,
+    device: str,
+    share_done: Callable[[float], None],
+    folder: Path,
+) -> dict[str, Any]:
     # torch and CLIP are needed here only: reading a record must not cost their import.
     import torch
 
@@ -127,15 +163,10 @@ def _run(spec: TrialSpec, store: ArtifactStore, device: str, folder: Path) -> di
         for name, value in values.items():
             curves.setdefault(name, []).append(value)
 
-    result = learn(spec, data, watch)
-    save_file(
-        {
-            "index": split.test.numpy(),
-            "predictions": result.test.predictions.cpu().numpy().astype(np.int32),
-            "labels": data.test.labels.numpy().astype(np.int32),
-        },
-        folder / "predictions.safetensors",
-    )
+    result = learn(spec, data, watch, share_done)
+    _keep_predictions(split.test, result.test, data.test, folder)
+    if result.prompt is not None:
+        save_file({"prompt": result.prompt.numpy()}, folder / PROMPT)
     metrics = {name: values[-1] for name, values in curves.items()}
     believed = (result.pool_predictions.cpu() == truth).double().mean().item()
     if not curves:  # nothing was learned: every pool image keeps the label that it got at first
@@ -151,8 +182,81 @@ def _run(spec: TrialSpec, store: ArtifactStore, device: str, folder: Path) -> di
         "metrics": metrics,
         "curves": curves,
         "objectives": result.objectives,
-        "per_class": [None if math.isnan(recall) else recall for recall in result.test.per_class],
+        "per_class": _recalls(result.test),
     }
+
+
+def _run_elsewhere(
+    spec: TrialSpec,
+    store: ArtifactStore,
+    device: str,
+    share_done: Callable[[float], None],
+    folder: Path,
+) -> dict[str, Any]:
+    """The prompt of one dataset on another's test images, with the other's class names.
+
+    What is learned is the trial without `test_dataset`, once for all that it is tested on; no image
+    or class name of the other dataset is seen in it (CoCoOp's transfer, arXiv:2203.05557).
+    """
+    import torch
+
+    from air_core.classifiers import Classifier, text_classifier
+    from air_core.datasets import get_dataset
+    from air_core.evaluation import measured
+    from air_core.prompts import restored_learner
+    from orchestrator.stages import read_target
+    from orchestrator.workshop import Workshop
+
+    home = replace(spec, test_dataset=None)
+    lock = store.root / "locks" / artifact_key(home).digest
+    lock.parent.mkdir(exist_ok=True)
+    with FileLock(lock):
+        learned = run_trial(home, store, device, share_done)
+    started = time.monotonic()
+    reader = store.read_only()
+    assert spec.test_dataset is not None
+    assert spec.test_features is not None
+    split = SplitSettings(split_seed=spec.split_seed)
+    target = read_target(spec.test_features, split, reader, spec.test_tokens)
+    test = target.labelled(target.split.test)
+    there = get_dataset(spec.test_dataset.name)
+    backbone = Workshop(reader, device=device).backbone(spec.backbone)
+    classifier: Classifier
+    if spec.iterations == 0:
+        classifier = text_classifier(backbone, there.classnames, there.template)
+    else:
+        prompt = torch.from_numpy(learned.prompt())
+        classifier = restored_learner(
+            spec.modality, spec.prompt, backbone, there.classnames, there.template, prompt
+        )
+    with torch.no_grad():
+        guess = classifier.logits(test.batch).argmax(dim=-1)
+    tested = measured(guess, test.labels, len(there.classnames))
+    _keep_predictions(target.split.test, tested, test, folder)
+    of_home = ("test/", "time/")
+    kept = {name: of for name, of in learned.metrics.items() if not name.startswith(of_home)}
+    shown = {"test/accuracy_text": tested.accuracy, "time/test_s": time.monotonic() - started}
+    return {
+        "metrics": kept | _headlines(tested) | shown,
+        "curves": {name: of for name, of in learned.curves.items() if not name.startswith(of_home)},
+        "objectives": learned.objectives,
+        "per_class": _recalls(tested),
+    }
+
+
+def _keep_predictions(index: Tensor, tested: Metrics, test: Labelled, folder: Path) -> None:
+    save_file(
+        {
+            "index": index.numpy(),
+            "predictions": tested.predictions.cpu().numpy().astype(np.int32),
+            "labels": test.labels.numpy().astype(np.int32),
+        },
+        folder / PREDICTIONS,
+    )
+
+
+def _recalls(tested: Metrics) -> list[float | None]:  # NaN has no place in JSON
+    return [None if math.isnan(recall) else recall for recall in tested.per_class]
 
 
 def _headlines(tested: Metrics) -> dict[str, float]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from air_core.specs import TrialSpec
+from orchestrator.board import Note, watched
 from orchestrator.dispatch import Dispatcher, Failure
 from orchestrator.keys import artifact_key
 from orchestrator.store import MissingArtifact
@@ -45,8 +47,8 @@ class Figures:
 class TrialRunner(tune.Trainable):  # type: ignore[misc]
     """Runs the trials of one point, one after the other."""
 
-    def setup(self, config: dict[str, Any], shop: Workshop) -> None:
-        self.shop = shop
+    def setup(self, config: dict[str, Any], shop: Workshop, board: Any) -> None:
+        self.shop, self.board = shop, board
         self.job = config
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -57,7 +59,8 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]
         started = time.monotonic()
         failures = []
         for spec in self.job["trials"]:
-            failure = attempt(spec, self.shop)
+            note = Note(self.board, f"trial {self.job['cell']} s{spec.seed}")
+            failure = attempt(spec, self.shop, note.share)
             if failure is not None:
                 failures.append((artifact_key(spec).digest, failure))
         return {
@@ -68,10 +71,10 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]
         }
 
 
-def attempt(spec: TrialSpec, shop: Workshop) -> Failure | None:
+def attempt(spec: TrialSpec, shop: Workshop, share_done: Callable[[float], None]) -> Failure | None:
     """Run a trial; what went wrong is returned, not raised."""
     try:
-        run_trial(spec, shop.store, shop.device)
+        run_trial(spec, shop.store, shop.device, share_done)
     except Exception as problem:
         name = next((c for kind, c in FAILURE_CLASSES if isinstance(problem, kind)), "user")
         if "out of memory" in str(problem).lower():
@@ -103,7 +106,7 @@ class _Source(_NotKept, Searcher):  # type: ignore[misc]
         if job is not None:
             self.jobs[trial_id] = job.number
             self.handed[job.number] = time.monotonic()
-            return {"number": job.number, "trials": list(job.trials)}
+            return {"number": job.number, "cell": job.cell, "trials": list(job.trials)}
         if self.dispatcher.finished:
             return Searcher.FINISHED
         assert self.dispatcher.running, "nothing runs and nothing can be handed out"
@@ -143,22 +146,46 @@ class _Results(_NotKept, tune.Callback):  # type: ignore[misc]
 
 
 def run_points(
-    dispatcher: Dispatcher, shop: Workshop, resources: Resources, folder: Path, slots: int
+    dispatcher: Dispatcher,
+    shop: Workshop,
+    resources: Resources,
+    folder: Path,
+    slots: int,
+    progress: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> Figures:
     """Run all points that the dispatcher has to hand out.
 
     Args:
         folder: for Ray's own files, written and never read.
         slots: trials at a time.
+        progress: told how far long trials are: name, done, total.
     """
     started = time.monotonic()
     handed: dict[int, float] = {}
     overheads: list[float] = []
     source = _Source(dispatcher, handed)
-    trainable = tune.with_resources(
-        tune.with_parameters(TrialRunner, shop=shop),
-        {"cpu": resources.trial.cpu, "gpu": resources.trial.gpu},
+    with watched(progress) as board:
+        trainable = tune.with_resources(
+            tune.with_parameters(TrialRunner, shop=shop, board=board),
+            {"cpu": resources.trial.cpu, "gpu": resources.trial.gpu},
+        )
+        _fit(trainable, source, dispatcher, overheads, folder, slots)
+    # The first point of each actor pays for its start and imports.
+    warm = overheads[slots:]
+    return Figures(
+        wall=time.monotonic() - started,
+        overhead=statistics.median(warm) if warm else None,
     )
+
+
+def _fit(
+    trainable: Any,
+    source: _Source,
+    dispatcher: Dispatcher,
+    overheads: list[float],
+    folder: Path,
+    slots: int,
+) -> None:
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
@@ -179,9 +206,3 @@ def run_points(
         ),
     )
     tuner.fit()
-    # The first point of each actor pays for its start and imports.
-    warm = overheads[slots:]
-    return Figures(
-        wall=time.monotonic() - started,
-        overhead=statistics.median(warm) if warm else None,
-    )

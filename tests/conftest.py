@@ -63,8 +63,8 @@ ROOT = Path(__file__).parents[1]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests with Ray first: they wait much, and beside them the others run."""
-    items.sort(key=lambda item: "ray" not in item.keywords)
+    """Tests with Ray first: they wait much, and beside them the others run. The longest leads."""
+    items.sort(key=lambda item: (item.path.stem != "test_kill", "ray" not in item.keywords))
 
 
 @pytest.fixture(scope="session")

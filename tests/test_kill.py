@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -53,6 +54,7 @@ def stores(tmp_path_factory, drawn_digits) -> tuple[Path, Path]:
     spec = write_sweep(folder, "search", SEARCH.format(folder=drawn_digits))
     whole, killed = folder / "whole", folder / "killed"
     airsweep("run", spec, "--store", whole)
+    shutil.copytree(whole / "artifacts" / "features", killed / "artifacts" / "features")
 
     run_and_kill(spec, killed, lambda found: count(found, "artifact_prepared", stage="images") > 9)
     drawn = shards(killed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -22,8 +22,9 @@ class PromptLearner(Protocol):
         """(N, C), differentiable in the prompt."""
         ...
 
-    def parameters(self) -> Iterable[Parameter]:
-        """The prompt, and nothing else."""
+    @property
+    def prompt(self) -> Parameter:
+        """All that is learned."""
         ...
 
 
@@ -39,3 +40,17 @@ def build_learner(
     if modality == "visual":
         return VisualPrompt(settings, backbone, classnames, template, seed)
     return TextPrompt(settings, backbone, classnames, seed)
+
+
+def restored_learner(
+    modality: str,
+    settings: PromptSettings,
+    backbone: Backbone,
+    classnames: Sequence[str],
+    template: str,
+    prompt: Tensor,
+) -> PromptLearner:
+    """A prompt that was learned before, with these classes."""
+    learner = build_learner(modality, settings, backbone, classnames, template, seed=0)
+    learner.prompt.data.copy_(prompt)
+    return learner

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -33,5 +33,7 @@ class TextPrompt:
         # Features stay where they are, on the CPU; the few class texts come to them.
         return self.backbone.logit_scale * batch.features @ weight.to(batch.features.device).T
 
-    def parameters(self) -> Iterable[Parameter]:
-        return [self.context]
+    @property
+    def prompt(self) -> Parameter:
+        """(L, W)"""
+        return self.context

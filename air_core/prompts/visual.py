@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -51,8 +51,10 @@ class VisualPrompt:
         there = tokens.to(self.tokens.device, self.tokens.dtype)
         return self.backbone.encode_tokens(there, self.tokens).cpu()
 
-    def parameters(self) -> Iterable[Parameter]:
-        return [self.tokens]
+    @property
+    def prompt(self) -> Parameter:
+        """(P, V), or (vision_layers, P, V) where it is deep."""
+        return self.tokens
 
 
 def _normal(shape: Sequence[int], patch: int, generator: torch.Generator) -> Tensor:

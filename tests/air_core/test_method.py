@@ -17,6 +17,7 @@ from PIL import Image
 from air_core.classifiers import LinearClassifier, text_classifier
 from air_core.datasets import get_dataset
 from air_core.method import FADED, Progress, TrialData, build_auxiliary, faded, learn
+from air_core.normal import normalised
 from air_core.paradigms import PARADIGMS, make_split
 from air_core.specs import SplitSettings, TrialSpec
 from air_core.types import Batch, Labelled, TrialResult
@@ -76,7 +77,7 @@ def spec(trial, drawn_digits) -> Any:
         settings = {name: value for name, value in QUICK.items() if name not in pins}
         if "images_per_class" not in pins:
             settings |= {"generator": f"folder:{drawn_digits}", "images_per_class": 16}
-        made: TrialSpec = trial(method, **{**settings, **changes}).normalised()
+        made: TrialSpec = normalised(trial(method, **{**settings, **changes}))
         return made
 
     return make
@@ -89,7 +90,7 @@ def watched(spec: TrialSpec, data: TrialData) -> tuple[TrialResult, list[Progres
 
 def same_bits(one: tuple[TrialResult, list[Progress]], other: Any) -> bool:
     """Same predictions, same objectives, same prompt in every round."""
-    prompts = [[next(iter(r.learned.parameters())) for r in rounds] for _, rounds in (one, other)]
+    prompts = [[r.learned.prompt for r in rounds] for _, rounds in (one, other)]
     return (
         one[0].objectives == other[0].objectives
         and torch.equal(one[0].test.predictions, other[0].test.predictions)
@@ -302,7 +303,7 @@ def test_every_open_choice_changes_what_is_learned(trial, drawn_digits, worlds, 
         "fidelity__kind": "class_mean", "fidelity__keep": 4, "pseudo_labels__beta": 0.6,
     }  # fmt: skip
     one, other = (
-        watched(trial("air", **{**base, **more}).normalised(), worlds["ul"])
+        watched(normalised(trial("air", **{**base, **more})), worlds["ul"])
         for more in ({}, changes)
     )
     assert not torch.equal(one[1][-1].learned.context, other[1][-1].learned.context)
@@ -387,7 +388,7 @@ def test_metrics_on_digits_equal_the_golden_ones(trial, digits):
     """Within 0.01: a flipped pseudo-label moves more digits than that across processors."""
     found = {}
     for method, changes in GUARDED.items():
-        result = learn(trial(method, **changes).normalised(), digits)
+        result = learn(normalised(trial(method, **changes)), digits)
         found[method] = {"test/accuracy": result.test.accuracy, **result.objectives}
     if os.environ.get("AIRSWEEP_UPDATE_GOLDEN") == "1":
         rounded = {m: {k: round(v, 4) for k, v in of.items()} for m, of in found.items()}

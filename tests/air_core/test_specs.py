@@ -11,8 +11,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from air_core.flat import from_flat, to_flat, trial_keys
+from air_core.normal import IRRELEVANT, normalised
 from air_core.specs import (
-    IRRELEVANT,
     FolderImages,
     GeneratedImages,
     Ref,
@@ -97,6 +97,7 @@ LIMITS: dict[str, Any] = {
 
 # What a person might vary in vain: (where, key, a value, another value).
 IN_VAIN = [
+    ({}, "test_dataset", None, REFS["dataset"]),
     (NO_ROUND, "pseudo_labels.kind", "top_k", "candidates"),
     (NO_ROUND, "prompt.length", 4, 16),
     (NO_ROUND, "train.learning_rate", 0.1, 0.2),
@@ -209,6 +210,7 @@ def reset(spec: TrialSpec, rules: typing.Iterable[tuple[Any, Any]]) -> TrialSpec
 
 # (where, key, a value, another value): what must not be taken for irrelevant.
 MATTERS = [
+    ({}, "test_dataset", None, Ref(name="others", digest="o")),
     ({}, "seed", 1, 2),
     ({}, "images_per_class", 25, 50),
     ({}, "fusion_weight", 0.3, 0.7),
@@ -283,7 +285,7 @@ def values_of(name: str) -> list[Any]:
     return [low, known.default, known.limits.get("le", 0.9)]
 
 
-SETTINGS = [name for name in trial_keys() if name not in (*REFS, "lora")]
+SETTINGS = [name for name in trial_keys() if name not in (*REFS, "test_dataset", "lora")]
 RANDOM = st.fixed_dictionaries(
     {}, optional={name: st.sampled_from(values_of(name)) for name in SETTINGS}
 ).flatmap(lambda flat: st.sampled_from([flat, without_lora(flat)]))
@@ -297,15 +299,15 @@ def without_lora(flat: dict[str, Any]) -> dict[str, Any]:
 @given(RANDOM, REFERENCES)
 def test_normalising_twice_is_normalising_once(flat, refs):
     spec = from_flat(flat, refs, NAMES)
-    once = spec.normalised()
-    assert once.normalised() == once
+    once = normalised(spec)
+    assert normalised(once) == once
     assert key(once) == key(spec)
 
 
 @given(RANDOM, REFERENCES)
 def test_normalising_keeps_what_a_trial_reads(flat, refs):
     spec = from_flat(flat, refs, NAMES)
-    once = spec.normalised()
+    once = normalised(spec)
     assert uses_images(once) == uses_images(spec)
     assert uses_auxiliary(once) == uses_auxiliary(spec)
     assert once.synthetic_features == spec.synthetic_features
@@ -316,7 +318,7 @@ def test_normalising_keeps_what_a_trial_reads(flat, refs):
 @given(RANDOM, REFERENCES, st.data())
 def test_what_normalising_puts_back_may_take_any_value(flat, refs, data):
     spec = from_flat(flat, refs, NAMES)
-    said, kept = to_flat(spec), to_flat(spec.normalised())
+    said, kept = to_flat(spec), to_flat(normalised(spec))
     put_back = [n for n in SETTINGS if n in said and said[n] != kept.get(n) and n not in SWITCHES]
     assume(put_back)
     name = data.draw(st.sampled_from(put_back))

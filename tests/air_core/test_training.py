@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -38,8 +37,9 @@ class Linear:
     def logits(self, batch: Batch) -> Tensor:
         return batch.features @ self.weight
 
-    def parameters(self) -> Iterable[Parameter]:
-        return [self.weight]
+    @property
+    def prompt(self) -> Parameter:
+        return self.weight
 
 
 def images(count: int = 24, seed: int = 0) -> Labelled:

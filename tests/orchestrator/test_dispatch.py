@@ -157,11 +157,14 @@ def test_while_jobs_run_there_is_nothing_to_hand_out_and_it_is_not_over(world):
     assert driver.finished
 
 
-def test_a_job_that_was_only_looked_at_is_handed_out_again(world):
+def test_a_job_that_was_only_looked_at_has_not_started_and_comes_next(world):
     driver = world.driver(sweep("fpl", "cpl"))
-    job = driver.next()
-    driver.give_back(job)
+    job = driver.peek()
+    assert driver.peek() is job
+    assert not [event for event in world.ledger.events() if event["event"] == "trials_started"]
     assert driver.next() is job
+    (started,) = [event for event in world.ledger.events() if event["event"] == "trials_started"]
+    assert started["slots"] == list(job.slots)
     assert driver.next().cell != job.cell
 
 

@@ -6,9 +6,11 @@ import shutil
 
 import pyarrow.parquet as pq
 import pytest
+import ray
 from safetensors.numpy import load_file
 
 from air_core.specs import SyntheticFeaturesSpec
+from orchestrator.board import Note, watched
 from orchestrator.generation import GenerationFailed, draw
 from orchestrator.image_rows import build_image_block, open_generator, read_synthetic
 from orchestrator.plan import Need
@@ -118,3 +120,17 @@ def test_a_generator_that_fits_nowhere_is_refused(ray_session, resolver, drawn_d
     need = need_of(resolver, drawn_digits, 8)
     with pytest.raises(ValueError, match="asks for 64 CPU"):
         draw([need], Workshop(ArtifactStore(tmp_path)), resources, lambda *_: None)
+
+
+def test_notes_of_a_process_reach_the_driver(ray_session):
+    def work(board):
+        import time
+
+        note = Note(board, "LoRA a")
+        note.last = time.monotonic() - 10  # long enough ago
+        note(3, 10)
+
+    told = []
+    with watched(lambda *note: told.append(note)) as board:
+        ray.get(ray.remote(work).options(num_cpus=0).remote(board))
+    assert told == [("LoRA a", 3, 10)]

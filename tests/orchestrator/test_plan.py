@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from air_core.datasets import get_dataset
 from air_core.flat import from_flat
+from air_core.normal import normalised
 from air_core.specs import (
     GeneratedImages,
     LabelsSpec,
@@ -90,7 +91,7 @@ class World:
         info = {"metrics": {}, "curves": {}, "per_class": []}
         info["objectives"] = {"mutual_information": value, "validation_accuracy": value}
         for spec in trials:
-            self.store.get_or_build(spec.normalised(), lambda folder: info)
+            self.store.get_or_build(normalised(spec), lambda folder: info)
 
     def dispatcher(self, sweep: SweepSpec) -> Dispatcher:
         searches: dict[str, Any] = {}
@@ -390,7 +391,7 @@ def test_needs_of_any_trials_can_be_made_in_their_order(trials):
         made.add(artifact_key(need.spec).digest)
     assert len(made) == len(needs)  # each once
     for one in trials:
-        row = one.normalised().synthetic_features
+        row = normalised(one).synthetic_features
         if row is not None:
             (need,) = (need for need in needs if need.spec == row)
             assert need.images_per_class >= one.images_per_class

@@ -1,6 +1,7 @@
 import pytest
 
 from air_core.flat import from_flat, to_flat, trial_keys
+from air_core.normal import normalised
 from air_core.specs import Ref, uses_images
 from orchestrator import presets
 
@@ -14,7 +15,7 @@ def test_the_defaults_of_every_method_are_a_trial_that_keeps_its_pins(method, ch
     flat = presets.defaults(method, chosen)
     spec = from_flat(flat, REFS, ("a", "b"))
     assert presets.METHODS[method].pins.items() <= to_flat(spec).items()
-    assert spec.normalised().normalised() == spec.normalised()
+    assert normalised(normalised(spec)) == normalised(spec)
 
 
 @pytest.mark.parametrize("name", [*presets.METHODS])

@@ -827,27 +827,18 @@ def test_two_drivers_start_together_and_print_nothing(
         assert len(look_at_mlflow(where, "drivers", name).trials) == 1
 
 
-def test_two_hundred_children(mlflow_backend: Backend, capsys: pytest.CaptureFixture[str]) -> None:
+def test_many_children_told_twice_are_there_once(mlflow_backend: Backend) -> None:
     trials = [
         a_trial(f"digits-ul-text-air{cell}", seed, curves={f"c{i}": [0.5] * 10 for i in range(6)})
-        for cell in range(40)
+        for cell in range(12)
         for seed in range(5)
     ]
     trials = [dataclasses.replace(trial, metrics={}) for trial in trials]
-    seconds = []
     for _ in range(2):
         tracker = mlflow_backend.tracker()
-        began = time.monotonic()
         tracker.start(a_sweep())
         for trial in trials:
             tracker.trial(trial)
         tracker.finish("FINISHED", "", {})
-        seconds.append(time.monotonic() - began)
-    with capsys.disabled():
-        where = mlflow_backend.uri.partition(":")[0]
-        print(
-            f"\n{where}: {seconds[0] / 200 * 1000:.0f} ms a trial with 60 numbers, "
-            f"{seconds[1] / 200 * 1000:.1f} ms when told again"
-        )
     found = runs_of(mlflow_backend.uri, mlflow_backend.project)
-    assert len(found) == 201
+    assert len(found) == 61

@@ -1,0 +1,67 @@
+"""What a running sweep says, where nobody watches a terminal."""
+
+from __future__ import annotations
+
+import pytest
+
+from orchestrator import board, screen
+
+
+class Clock:
+    now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    found = Clock()
+    monkeypatch.setattr(screen, "time", found)
+    monkeypatch.setattr(board, "time", found)
+    return found
+
+
+def test_a_long_thing_is_told_with_the_time_that_is_left(clock, capsys):
+    lines = screen.Lines()
+    lines.progress("LoRA a", 10, 110)
+    clock.now += 20
+    lines.progress("LoRA a", 30, 110)
+    clock.now += 1
+    lines.progress("LoRA a", 31, 110)  # too soon for another line
+    clock.now += 79
+    lines.progress("LoRA a", 110, 110)
+    assert capsys.readouterr().err.splitlines() == [
+        "LoRA a: 10/110",
+        "LoRA a: 30/110, about 1:20 left",
+        "LoRA a: 110/110",
+    ]
+
+
+def test_the_longer_it_takes_the_rarer_are_the_lines(clock, capsys):
+    lines = screen.Lines()
+    for second in range(3600):
+        lines.progress("trial a", second, 3601)
+        clock.now += 1
+    assert 30 < len(capsys.readouterr().err.splitlines()) < 60
+
+
+def test_short_work_leaves_no_note_and_long_work_one_a_second(clock):
+    written = []
+
+    class Remote:
+        class write:
+            @staticmethod
+            def remote(name, done, total):
+                written.append((name, done, total))
+
+    note = board.Note(Remote(), "trial a")
+    note.share(0.5)
+    note.share(1.0)
+    assert written == []
+    note = board.Note(Remote(), "trial b")
+    for tenth in range(81):
+        note.share(tenth / 80)
+        clock.now += 0.1
+    assert 2 <= len(written) <= 5
+    assert written[-1] == ("trial b", 100, 100)
