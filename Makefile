@@ -1,7 +1,6 @@
 # Everything that people and CI run. `make help` lists it.
 PYTHON ?= python3.11
 BIN := .venv/bin
-WORKERS ?= $(shell n=$$(nproc 2>/dev/null || sysctl -n hw.ncpu); echo $$(( n < 4 ? n + 1 : 4 )))
 RUFF_PATHS := air_core orchestrator tests benchmarks
 export HF_HUB_OFFLINE := 1
 
@@ -21,8 +20,9 @@ check:          ## all that CI runs, in an environment that is there
 	$(BIN)/ruff check $(RUFF_PATHS)
 	@$(MAKE) --no-print-directory --jobs=2 pytest types
 
-pytest:         # one process more than cores: tests with Ray wait for it now and then
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not gpu and not weights"
+pytest:
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
+	    -m "not gpu and not weights"
 
 types:
 	$(BIN)/mypy

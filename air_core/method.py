@@ -155,9 +155,12 @@ def _drawn(spec: TrialSpec, data: TrialData) -> Labelled | None:
 
 def _left(spec: TrialSpec, iteration: int) -> float:
     """Share of the synthetic loss's weight that this round still has."""
-    if spec.train.synthetic_schedule == "fixed":
-        return 1.0
-    return 1 - iteration / max(1, spec.iterations - 1)
+    return 1.0 if spec.train.synthetic_schedule == "fixed" else 1 - _elapsed(spec, iteration)
+
+
+def _elapsed(spec: TrialSpec, iteration: int) -> float:
+    """0 in the first round, 1 in the last."""
+    return iteration / max(1, spec.iterations - 1)
 
 
 def fused(
@@ -172,7 +175,7 @@ def fused(
         teacher = transductive(teacher, data.pool, data.unseen)
     weight = spec.fusion_weight
     if spec.fusion.schedule == "annealed":
-        weight *= 1 - iteration / max(1, spec.iterations - 1)
+        weight *= 1 - _elapsed(spec, iteration)
     return fuse(
         teacher,
         auxiliary,
@@ -229,7 +232,7 @@ def _auxiliary(
     if settings.source != "real" and data.synthetic is not None:
         bank = _among(data.synthetic, classes)
         if settings.fade:
-            bank = faded(bank, iteration / max(1, spec.iterations - 1))
+            bank = faded(bank, _elapsed(spec, iteration))
         synthetic = high_fidelity(bank, spec.fidelity, text.weight[classes], real)
     return auxiliary_classifier(
         settings,

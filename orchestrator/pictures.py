@@ -36,11 +36,11 @@ def contact_sheet(
         The PNG, and the share of each group that zero-shot CLIP takes for its class.
     """
     from air_core.datasets import get_dataset
-    from orchestrator.image_rows import read_images, recognised
+    from orchestrator.image_rows import drawn_classes, read_images, recognised
 
     dataset = get_dataset(features.dataset.name)
     examples = shop.examples(features.dataset)
-    shown = range(min(ROWS, len(dataset.classnames)))
+    shown = drawn_classes(drawn, shop.store)[:ROWS]
     real = [_readable(examples.images, np.flatnonzero(examples.labels == c)) for c in shown]
     named = "LoRA" if base is not None else "synthetic"
     groups = {"real": real, named: read_images(drawn, shown, PER_GROUP, shop.store)}

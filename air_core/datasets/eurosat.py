@@ -12,10 +12,9 @@ from __future__ import annotations
 from fractions import Fraction
 from pathlib import Path
 
-from air_core.datasets.class_folders import class_files
-from air_core.datasets.dataset import TEMPLATE, Dataset, Listing, listing
+from air_core.datasets.dataset import TEMPLATE, Dataset, Listing
 from air_core.datasets.places import classnames_of, find_home
-from air_core.datasets.split_files import find_split, split_rows
+from air_core.datasets.split_files import find_split, split_listing
 
 CLASSNAMES = classnames_of("eurosat")
 FOLDERS = (  # in the order of the class names
@@ -45,15 +44,7 @@ def rows(root: Path | None) -> Listing:
     home = find_home("eurosat", root, (*ARCHIVE, "."), marks, GET)
     beside = [home, home.parent] if home.name in ARCHIVE else [home]
     split = find_split("eurosat", beside, coop="split_zhou_EuroSAT.json")
-    found = class_files(home, FOLDERS)
-    on_disk = [f"{folder}/{file.name}" for folder, of in found.items() for file in of]
-    return listing(
-        "eurosat",
-        home,
-        split_rows("eurosat", on_disk, FOLDERS, split, TEST_SHARE),
-        CLASSNAMES,
-        beside=split.files if split else (),
-    )
+    return split_listing("eurosat", home, FOLDERS, CLASSNAMES, split, TEST_SHARE)
 
 
 DATASET = Dataset(

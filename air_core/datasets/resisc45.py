@@ -12,10 +12,9 @@ from __future__ import annotations
 from fractions import Fraction
 from pathlib import Path
 
-from air_core.datasets.class_folders import class_files
-from air_core.datasets.dataset import TEMPLATE, Dataset, Listing, listing
+from air_core.datasets.dataset import TEMPLATE, Dataset, Listing
 from air_core.datasets.places import classnames_of, find_home
-from air_core.datasets.split_files import find_split, split_rows
+from air_core.datasets.split_files import find_split, split_listing
 
 CLASSNAMES = classnames_of("resisc45")
 FOLDERS = tuple(name.replace(" ", "_") for name in CLASSNAMES)
@@ -32,15 +31,7 @@ def rows(root: Path | None) -> Listing:
     """
     home = find_home("resisc45", root, (ARCHIVE, "."), ("airplane", "wetland"), GET)
     split = find_split("resisc45", [home, home.parent] if home.name == ARCHIVE else [home])
-    found = class_files(home, FOLDERS)
-    on_disk = [f"{folder}/{file.name}" for folder, of in found.items() for file in of]
-    return listing(
-        "resisc45",
-        home,
-        split_rows("resisc45", on_disk, FOLDERS, split, TEST_SHARE),
-        CLASSNAMES,
-        beside=split.files if split else (),
-    )
+    return split_listing("resisc45", home, FOLDERS, CLASSNAMES, split, TEST_SHARE)
 
 
 DATASET = Dataset(

@@ -13,7 +13,8 @@ from fractions import Fraction
 from hashlib import blake2b
 from pathlib import Path
 
-from air_core.datasets.dataset import Row
+from air_core.datasets.class_folders import class_files
+from air_core.datasets.dataset import Listing, Row, listing
 
 VAL_SHARE = Fraction(1, 10)  # of the training part, where the source names no validation images
 SEED = "airsweep"  # another word would be another split
@@ -56,7 +57,27 @@ def find_split(name: str, folders: Sequence[Path], coop: str | None = None) -> S
     return None
 
 
-def split_rows(
+def split_listing(
+    name: str,
+    home: Path,
+    folders: Sequence[str],
+    classnames: Sequence[str],
+    split: SplitFiles | None,
+    test_share: Fraction,
+) -> Listing:
+    """All images of a dataset of class folders, with label and part; see `_split_rows`."""
+    found = class_files(home, folders)
+    on_disk = [f"{folder}/{file.name}" for folder, of in found.items() for file in of]
+    return listing(
+        name,
+        home,
+        _split_rows(name, on_disk, folders, split, test_share),
+        classnames,
+        beside=split.files if split else (),
+    )
+
+
+def _split_rows(
     name: str,
     on_disk: Iterable[str],
     folders: Sequence[str],

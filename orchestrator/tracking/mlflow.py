@@ -27,6 +27,7 @@ import shutil
 import sqlite3
 import tempfile
 import time
+import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -322,6 +323,8 @@ class MlflowTracker:
         self._database.parent.mkdir(parents=True, exist_ok=True)
         # Of two processes that create one file at the same time, one fails half-way.
         with FileLock(f"{self._database}.lock", timeout=120):
+            if not self._database.exists():
+                _create_database(self._database)
             _check_database(self._database)
             return MlflowClient(self._uri)
 
@@ -484,6 +487,16 @@ def _slug(name: str) -> str:
 def _reason(error: Exception) -> str:
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     return text.rpartition("Caused by ")[2][:200]  # what a failed request has to say comes last
+
+
+def _create_database(path: Path) -> None:
+    """Whole or not at all: MLflow opens no file in which somebody was killed half-way."""
+    half_made = f".{path.name}-new"
+    for left in path.parent.glob(f"{half_made}*"):
+        left.unlink()
+    made = path.with_name(f"{half_made}-{uuid.uuid4().hex[:8]}")  # a client is kept by its address
+    MlflowClient(f"sqlite:///{made}")
+    made.replace(path)
 
 
 def _check_database(path: Path) -> None:

@@ -341,8 +341,9 @@ class _Flat:
     def logits(self, batch: Batch) -> Tensor:
         return batch.features @ self.weight
 
-    def parameters(self) -> list[torch.nn.Parameter]:
-        return [self.weight]
+    @property
+    def prompt(self) -> torch.nn.Parameter:
+        return self.weight
 
 
 def test_rc_training_starts_from_even_confidence_as_in_cpl():

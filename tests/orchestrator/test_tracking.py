@@ -827,6 +827,26 @@ def test_two_drivers_start_together_and_print_nothing(
         assert len(look_at_mlflow(where, "drivers", name).trials) == 1
 
 
+def test_a_driver_that_is_killed_while_mlflow_makes_its_tables_leaves_no_half_of_them(
+    tmp_path: Path,
+) -> None:
+    code = (
+        "from orchestrator.tracking import make_tracker; import pathlib, sys\n"
+        "from tests.orchestrator.test_tracking import a_sweep\n"
+        "make_tracker(None, store=pathlib.Path(sys.argv[1]), project='p').start(a_sweep())\n"
+    )
+    driver = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT)
+    while not any(path.stat().st_size for path in tmp_path.glob(".mlflow.db-*")):
+        assert driver.poll() is None, "it ended before it could be killed"
+        time.sleep(0.001)
+    driver.kill()
+    driver.wait()
+    assert not (tmp_path / "mlflow.db").exists()
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=True)
+    assert (tmp_path / "mlflow.db").exists()
+    assert not list(tmp_path.glob(".mlflow.db-*"))
+
+
 def test_many_children_told_twice_are_there_once(mlflow_backend: Backend) -> None:
     trials = [
         a_trial(f"digits-ul-text-air{cell}", seed, curves={f"c{i}": [0.5] * 10 for i in range(6)})
