@@ -62,9 +62,12 @@ def digits_ref(resolver) -> Ref:
 ROOT = Path(__file__).parents[1]
 
 
+LONG = ("test_runs", "test_generation", "test_job", "test_tracking")  # files, the longest first
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests with Ray first: they wait much, and beside them the others run. The longest leads."""
-    items.sort(key=lambda item: (item.path.stem != "test_kill", "ray" not in item.keywords))
+    """Long files first: what comes last on one core leaves the others idle."""
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
 @pytest.fixture(scope="session")

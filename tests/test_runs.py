@@ -1,0 +1,192 @@
+"""One sweep from outside: run, killed -9 anywhere, run again, looked at, moved, reused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.sweeps import (
+    airsweep,
+    all_runs,
+    children,
+    count,
+    environment,
+    events,
+    run_and_kill,
+    table,
+    write_sweep,
+)
+
+pytestmark = pytest.mark.ray
+
+SWEEP = """
+grid: {{method: [zero_shot, fpl, air_fpl]}}
+fixed: {{generator: "folder:{folder}", generation.block: 2, train.steps: 20}}
+search:
+  points: 4
+  width: 2
+  space:
+    images_per_class: {{values: [4, 8, 16]}}
+    fusion_weight: {{min: 0.1, max: 0.9}}
+seeds: [1, 2]
+resources: {{generator: {{actors: 1}}}}
+"""
+SHARDS = 80  # 10 classes of 16 images, in blocks of 2
+POINTS = 6  # zero_shot and fpl have nothing to search
+TRIALS = 2 * POINTS
+
+
+def shards(store: Path) -> dict[str, int]:
+    """When each shard was last written."""
+    row = next((store / "artifacts" / "images" / "v1").iterdir())
+    return {file.name: file.stat().st_mtime_ns for file in row.glob("*.parquet")}
+
+
+def points(store: Path) -> list[tuple]:
+    asked = [one for one in events(store, "search") if one["event"] == "point_asked"]
+    return sorted((one["point"], sorted(one["params"].items())) for one in asked)
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory, drawn_digits) -> Path:
+    return write_sweep(tmp_path_factory.mktemp("runs"), "search", SWEEP.format(folder=drawn_digits))
+
+
+@pytest.fixture(scope="module")
+def whole(spec) -> Path:
+    """The store of an undisturbed run."""
+    store = spec.parent / "whole"
+    plan = json.loads(airsweep("plan", spec, "--store", store, "--json").stdout)
+    # One zero_shot trial serves both seeds; the search's points are not known yet.
+    assert plan["trials"] == {"total": TRIALS, "done": 0, "reused": 1, "to_run": TRIALS - 1}
+    assert [a["state"] for a in plan["artifacts"]] == ["missing", "missing"]
+    assert not (store / "sweeps").exists()
+    done = airsweep("run", spec, "--store", store)
+    assert "zero_shot" in done.stdout
+    return store
+
+
+@pytest.fixture(scope="module")
+def killed(spec, whole) -> Path:
+    """The store of a run that was killed while it drew images and while it searched."""
+    store = spec.parent / "killed"
+    shutil.copytree(whole / "artifacts" / "features", store / "artifacts" / "features")
+    run_and_kill(spec, store, lambda found: count(found, "artifact_prepared", stage="images") > 9)
+    drawn = shards(store)
+    assert 0 < len(drawn) < SHARDS
+    before = count(events(store, "search"), "trial_done")
+    run_and_kill(spec, store, lambda found: count(found, "trial_done") > before + 2)
+    assert count(events(store, "search"), "trial_done") < TRIALS - 1
+    airsweep("run", spec, "--store", store)
+    assert {name: shards(store)[name] for name in drawn} == drawn
+    return store
+
+
+# ---------------------------------------------------------------- killed
+
+
+def test_a_killed_sweep_ends_with_the_table_of_an_undisturbed_one(whole, killed):
+    assert table(killed, "search") == table(whole, "search")
+
+
+def test_a_killed_search_asks_the_points_of_an_undisturbed_one(whole, killed):
+    assert points(killed) == points(whole)
+    assert len(points(whole)) == 4
+
+
+def test_no_image_is_drawn_twice_after_a_kill(killed):
+    prepared = [one for one in events(killed, "search") if one.get("stage") == "images"]
+    assert sum(one["facts"]["drawn"] for one in prepared) <= 2 * SHARDS
+    assert len(shards(killed)) == SHARDS
+
+
+def test_no_mlflow_run_stays_running_or_is_doubled_after_a_kill(killed):
+    assert {run.info.status for run in all_runs(killed)} == {"FINISHED"}
+    slots = Counter(run.data.tags["air.slot"] for run in children(killed, "search"))
+    assert len(slots) == TRIALS
+    assert set(slots.values()) == {1}
+
+
+# ---------------------------------------------------------------- looked at
+
+
+def test_plan_and_status_agree_with_what_ran(spec, whole):
+    plan = json.loads(airsweep("plan", spec, "--store", whole, "--json").stdout)
+    assert plan["cells"] == 3
+    assert plan["points"] == POINTS
+    assert plan["trials"] == {"total": TRIALS, "done": TRIALS, "reused": 0, "to_run": 0}
+    assert {a["stage"]: (a["state"], a["have"], a["need"]) for a in plan["artifacts"]} == {
+        "features": ("present", 1, 1),
+        "images": ("present", SHARDS, SHARDS),
+    }
+    assert plan["estimate"] == {"seconds": 0, "calibrated": True}
+    status = json.loads(airsweep("status", "search", "--store", whole, "--json").stdout)
+    assert status["trials"] == {"done": 11, "reused": 1, "failed": 0, "running": 0, "waiting": 0}
+    assert status["exit_code"] == 0
+
+
+def test_table_rows_have_the_agreed_keys(spec, whole):
+    rows = table(whole, "search")
+    assert [row["method"] for row in rows] == ["zero_shot", "fpl", "air_fpl"]
+    expected = (
+        "dataset paradigm modality method settings metric n n_test mean std low high interval"
+    )
+    for row in rows:
+        assert sorted(row) == sorted(expected.split())
+        assert row["low"] <= row["mean"] <= row["high"]
+        assert row["n_test"] == 540
+    assert [row["n"] for row in rows] == [1, 2, 2]
+
+
+def test_mlflow_has_a_parent_and_a_child_for_each_slot(spec, whole):
+    runs = children(whole, "search")
+    assert len(runs) == TRIALS
+    assert {run.info.status for run in all_runs(whole)} == {"FINISHED"}
+    tags = runs[0].data.tags
+    for name in ("trial_key", "sweep", "dataset", "paradigm", "modality", "method", "seed"):
+        assert f"air.{name}" in tags
+    parents = {run.data.tags["mlflow.parentRunId"] for run in runs}
+    assert len(parents) == 1
+    states = [run.data.tags["air.state"] for run in runs]
+    assert sorted(states) == ["done"] * 11 + ["reused"]
+    assert all("test/accuracy" in run.data.metrics for run in runs)
+
+
+def test_again_does_no_work_and_imports_neither_torch_nor_ray(spec, whole):
+    before = len(events(whole, "search"))
+    code = (
+        "import sys; sys.argv = ['airsweep', *sys.argv[1:]]\n"
+        "from orchestrator.__main__ import main\n"
+        "try: main()\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "bad = {'torch', 'ray', 'mlflow', 'optuna'} & set(sys.modules)\n"
+        "assert not bad, bad"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code, "run", str(spec), "--store", str(whole)],
+        env=environment(),
+        check=True,
+        capture_output=True,
+    )
+    assert len(events(whole, "search")) == before
+
+
+def test_a_moved_store_still_knows_what_is_done(spec, whole, tmp_path):
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(whole, moved)
+    plan = json.loads(airsweep("plan", spec, "--store", moved, "--json").stdout)
+    assert plan["trials"]["to_run"] == 0
+    assert table(moved, "search") == table(whole, "search")
+
+
+def test_another_sweep_reuses_what_this_one_computed(spec, whole, drawn_digits):
+    body = SWEEP.format(folder=drawn_digits).replace("[1, 2]", "[1, 2, 3]")
+    more = write_sweep(spec.parent, "more", body)
+    plan = json.loads(airsweep("plan", more, "--store", whole, "--json").stdout)
+    assert plan["trials"] == {"total": 18, "done": 0, "reused": 5, "to_run": 13}
