@@ -11,7 +11,7 @@ from typing import Any
 import ray
 
 EVERY = 1.0  # seconds between two looks, and between two notes on one piece of work
-QUIET_FOR = 5.0  # seconds: what is over by then is not worth a line
+QUIET_FOR = 15.0  # seconds: what is over by then is not worth a line
 WHOLE = 100
 
 

@@ -74,7 +74,7 @@ class Pace:
 
     def left(self, now: float, done: int, total: int) -> str:
         """The time that is left at this pace, for the end of a line."""
-        if not self.first < done < total:
+        if done <= self.first:
             return ""
         seconds = (now - self.started) / (done - self.first) * (total - done)
         return f", about {clock(seconds)} left"
@@ -113,7 +113,7 @@ class Lines:
     def prepared(self, need: Need) -> None:
         count = self.counts.setdefault(str(need.key), [0, need.total()])
         count[0] += 1
-        if need.stage != "images":
+        if need.stage != "images" or count[0] == count[1]:
             self.say(f"{name_of(need.key)}: ready")
         else:
             self.progress(name_of(need.key), *count)
@@ -122,7 +122,7 @@ class Lines:
         now = time.monotonic()
         pace = self.paces.setdefault(name, Pace(now, done))
         wait = max(LINE_EVERY, LINE_SHARE * (now - pace.started))
-        if done == total or now - pace.spoken > wait:
+        if done < total and now - pace.spoken > wait:
             pace.spoken = now
             self.say(f"{name}: {done}/{total}{pace.left(now, done, total)}")
 
@@ -190,7 +190,8 @@ class Bars(Lines):
     def progress(self, name: str, done: int, total: int) -> None:
         # An end may come in another unit than the steps before it.
         if name not in self.tasks:
-            self.tasks[name] = self.bars.add_task(name[:44], total=total)
+            shown = name if len(name) <= 44 else f"{name[:20]}...{name[-21:]}"
+            self.tasks[name] = self.bars.add_task(shown, total=total)
         self.bars.update(self.tasks[name], completed=done, total=total, visible=done < total)
 
 

@@ -58,8 +58,8 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]
     def step(self) -> dict[str, Any]:
         started = time.monotonic()
         failures = []
-        for spec in self.job["trials"]:
-            note = Note(self.board, f"trial {self.job['cell']} s{spec.seed}")
+        for slot, spec in zip(self.job["slots"], self.job["trials"], strict=True):
+            note = Note(self.board, f"trial {slot}")
             failure = attempt(spec, self.shop, note.share)
             if failure is not None:
                 failures.append((artifact_key(spec).digest, failure))
@@ -106,7 +106,11 @@ class _Source(_NotKept, Searcher):  # type: ignore[misc]
         if job is not None:
             self.jobs[trial_id] = job.number
             self.handed[job.number] = time.monotonic()
-            return {"number": job.number, "cell": job.cell, "trials": list(job.trials)}
+            return {
+                "number": job.number,
+                "slots": list(job.slots),
+                "trials": list(job.trials),
+            }
         if self.dispatcher.finished:
             return Searcher.FINISHED
         assert self.dispatcher.running, "nothing runs and nothing can be handed out"
