@@ -41,6 +41,7 @@ class Ref:
 
 
 Precision = Literal["fp32", "bf16"]
+ClipPrecision = Literal["fp32", "fp16", "bf16"]
 Level = Literal["features", "tokens"]
 Paradigm = Literal["ul", "ssl", "trzsl"]
 PARADIGMS = "ul: no label at all; ssl: a few per class; trzsl: all of seen classes, none of others"
@@ -237,7 +238,7 @@ class FeaturesSpec:
 
     dataset: Ref
     backbone: Ref
-    precision: Literal["fp32"] = "fp32"
+    precision: ClipPrecision = "fp32"
     level: Level = later("features", "features or tokens")
 
 
@@ -303,7 +304,7 @@ class SyntheticFeaturesSpec:
 
     images: GeneratedImages | FolderImages
     backbone: Ref
-    precision: Literal["fp32"] = "fp32"
+    precision: ClipPrecision = "fp32"
     level: Level = later("features", "features or tokens")
 
     def blocks(self, images_per_class: int) -> int:
@@ -320,7 +321,7 @@ class TrialSpec:
     backbone: Ref
     generator: Ref
     test_dataset: Ref | None = added(None)  # None: `dataset` itself
-    precision: Literal["fp32"] = knob("fp32", "of CLIP")
+    precision: ClipPrecision = knob("fp32", "of CLIP's weights; norms, logits and loss stay fp32")
     paradigm: Paradigm = knob("ul", PARADIGMS)
     modality: Literal["text", "visual"] = knob(
         "text", "text: CoOp context vectors; visual: VPT tokens"

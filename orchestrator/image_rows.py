@@ -203,5 +203,6 @@ def read_images(
 def recognised(spec: SyntheticFeaturesSpec, count: int, shop: Workshop, template: str) -> float:
     """Share of the first images that zero-shot CLIP takes for the class they were drawn for."""
     bank = read_synthetic(spec, count, shop.store, drawn_classes(spec, shop.store))
-    text = text_classifier(shop.backbone(spec.backbone), spec.images.classnames, template)
+    backbone = shop.backbone(spec.backbone, spec.precision)
+    text = text_classifier(backbone, spec.images.classnames, template)
     return float((text.logits(bank.batch).argmax(dim=-1) == bank.labels).double().mean())

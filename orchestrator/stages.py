@@ -160,7 +160,9 @@ def _pseudo_labelled(spec: LabelsSpec, target: Target, shop: Workshop) -> tuple[
     dataset = get_dataset(spec.features.dataset.name)
     pool = target.batch(target.split.pool)
     text = text_classifier(
-        shop.backbone(spec.features.backbone), dataset.classnames, dataset.template
+        shop.backbone(spec.features.backbone, spec.features.precision),
+        dataset.classnames,
+        dataset.template,
     )
     unseen = target.split.unseen
     classes = torch.arange(len(dataset.classnames)) if unseen is None else unseen

@@ -136,7 +136,7 @@ def _run(
     dataset = get_dataset(spec.dataset.name)
     row = spec.synthetic_features
     data = TrialData(
-        backbone=Workshop(reader, device=device).backbone(spec.backbone),
+        backbone=Workshop(reader, device=device).backbone(spec.backbone, spec.precision),
         classnames=dataset.classnames,
         template=dataset.template,
         pool=target.batch(split.pool),
@@ -220,7 +220,7 @@ def _run_elsewhere(
     target = read_target(spec.test_features, split, reader, spec.test_tokens)
     test = target.labelled(target.split.test)
     there = get_dataset(spec.test_dataset.name)
-    backbone = Workshop(reader, device=device).backbone(spec.backbone)
+    backbone = Workshop(reader, device=device).backbone(spec.backbone, spec.precision)
     classifier: Classifier
     if spec.iterations == 0:
         classifier = text_classifier(backbone, there.classnames, there.template)

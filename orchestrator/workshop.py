@@ -29,14 +29,14 @@ class Workshop:
     def examples(self, dataset: Ref) -> Examples:
         return _examples(dataset.name, self.data_root)
 
-    def backbone(self, backbone: Ref) -> Backbone:
-        return _backbone(backbone.name, self.device)
+    def backbone(self, backbone: Ref, precision: str) -> Backbone:
+        return _backbone(backbone.name, self.device, precision)
 
     def encoded(
         self, images: Sequence[Image.Image], spec: FeaturesSpec | SyntheticFeaturesSpec
     ) -> np.ndarray:
         """(N, D) features, or (N, T, V) tokens in half precision: they are many."""
-        backbone = self.backbone(spec.backbone)
+        backbone = self.backbone(spec.backbone, spec.precision)
         if spec.level == "tokens":
             return np.asarray(backbone.image_tokens(images, torch.float16))
         return np.asarray(backbone.encode_images(images))
@@ -48,5 +48,5 @@ def _examples(name: str, data_root: Path | None) -> Examples:
 
 
 @cache
-def _backbone(name: str, device: str) -> Backbone:
-    return load_backbone(name, device)
+def _backbone(name: str, device: str, precision: str) -> Backbone:
+    return load_backbone(name, device, precision)

@@ -20,6 +20,13 @@ def is_plain(transformer: Any) -> bool:
     )
 
 
+def weights_dtype(tower: Any) -> torch.dtype:
+    """The type that a tower's blocks compute in."""
+    block = tower.transformer.resblocks[0]
+    weights: Tensor = block.mlp.c_fc.weight
+    return weights.dtype
+
+
 def run_blocks(
     blocks: Sequence[Any],
     parts: Sequence[Tensor],

@@ -10,6 +10,7 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from air_core.backbone.blocks import weights_dtype
 from air_core.backbone.text import context_encoder
 from air_core.backbone.vision import check_vision, patch_tokens, prompted_features
 
@@ -20,7 +21,7 @@ ENCODE_BATCH = 256
 
 
 class Backbone:
-    """A frozen CLIP. All features have unit length.
+    """A frozen CLIP. All features have unit length, and single precision at least.
 
     Args:
         model: an open_clip model; its weights are frozen here.
@@ -51,8 +52,8 @@ class Backbone:
 
     @property
     def dtype(self) -> torch.dtype:
-        weights: Tensor = self._text.token_embedding.weight
-        return weights.dtype
+        """Of the weights of both towers; norms and embeddings may be wider."""
+        return weights_dtype(self._text)
 
     @property
     def patch_width(self) -> int:
@@ -79,14 +80,14 @@ class Backbone:
         features = []
         for start in range(0, len(images), ENCODE_BATCH):
             pixels = self._pixels(images[start : start + ENCODE_BATCH])
-            features.append(normalize(self.model.encode_image(pixels), dim=-1).cpu())
+            features.append(_unit(self.model.encode_image(pixels)).cpu())
         return torch.cat(features)
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """(C, D), one per text."""
         tokens = self.tokenizer(list(texts)).to(self.device)
-        return normalize(self.model.encode_text(tokens), dim=-1)
+        return _unit(self.model.encode_text(tokens))
 
     def encode_context(self, context: Tensor, classnames: Sequence[str]) -> Tensor:
         """Text features of learned vectors before class names.
@@ -108,7 +109,7 @@ class Backbone:
         lead, (length, width) = context.shape[:-2], context.shape[-2:]
         prompts = context.reshape(-1, length, width)
         features = self._context.encode(prompts, tuple(classnames))  # (R, C, D)
-        return normalize(features.view(*lead, len(classnames), -1), dim=-1)
+        return _unit(features.view(*lead, len(classnames), -1))
 
     @torch.no_grad()
     def image_tokens(self, images: Sequence[Image], dtype: torch.dtype | None = None) -> Tensor:
@@ -152,9 +153,15 @@ class Backbone:
             raise ValueError(
                 f"a visual prompt is {shallow} or {deep} here, but this one {tuple(prompt.shape)}"
             )
-        tokens = tokens.to(prompt.device, prompt.dtype)
-        return normalize(prompted_features(tower, tokens, prompt), dim=-1)
+        tokens = tokens.to(prompt.device, self.dtype)
+        return _unit(prompted_features(tower, tokens, prompt.to(self.dtype)))
 
     def _pixels(self, images: Sequence[Image]) -> Tensor:  # (B, 3, H, W)
         pixels = torch.stack([self.preprocess(image) for image in images])
         return pixels.to(self.device, self.dtype)
+
+
+def _unit(features: Tensor) -> Tensor:
+    """Of length 1, in single precision at least: logits near 30 have no digits in half of it."""
+    wide = torch.promote_types(features.dtype, torch.float32)
+    return normalize(features.to(wide), dim=-1)

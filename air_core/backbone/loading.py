@@ -21,26 +21,27 @@ from air_core.weights import (
 MERGES = "merges.txt.gz"
 
 
-def load_backbone(name: str | Path, device: str = "cpu") -> Backbone:
-    """A CLIP or SigLIP in single precision. Nothing is fetched.
+def load_backbone(name: str | Path, device: str = "cpu", precision: str = "fp32") -> Backbone:
+    """A frozen CLIP or SigLIP. Nothing is fetched.
 
     A folder may hold `merges.txt.gz`, its own byte-pair merges; else it is CLIP's vocabulary.
 
     Args:
         name: of a backbone, or its folder.
         device: where it runs.
+        precision: fp32, fp16 or bf16, of its weights; norms are computed in fp32 all the same.
 
     Raises:
         ValueError: it is not there, its weights do not fit, or its text tower takes no prompt.
     """
     match find_backbone(str(name)):
         case ClipFolder(path):
-            return _from_folder(path, device)
+            return _from_folder(path, device, precision)
         case ClipFile() as found:
-            return _from_file(found, device)
+            return _from_file(found, device, precision)
 
 
-def _from_folder(folder: Path, device: str) -> Backbone:
+def _from_folder(folder: Path, device: str, precision: str) -> Backbone:
     config = json.loads((folder / CLIP_CONFIG).read_text()).get("model_cfg", {})
     if not {"embed_dim", "vision_cfg", "text_cfg"} <= config.keys():
         raise ValueError(f"{folder / CLIP_CONFIG}: no model_cfg with vision_cfg and text_cfg")
@@ -49,17 +50,18 @@ def _from_folder(folder: Path, device: str) -> Backbone:
     # Without require_pretrained, missing weights are a warning and a chance-level CLIP.
     with _explained(weights, str(folder), config):
         model, _, preprocess = _create(
-            f"local-dir:{folder}", device=device, require_pretrained=True
+            f"local-dir:{folder}", device=device, precision=precision, require_pretrained=True
         )
     return Backbone(model, preprocess, _tokenizer(config, folder))
 
 
-def _from_file(found: ClipFile, device: str) -> Backbone:
+def _from_file(found: ClipFile, device: str, precision: str) -> Backbone:
     with _explained(found.weights, found.architecture, found.model):
         model, _, preprocess = _create(
             found.architecture,
             pretrained=str(found.weights),
             device=device,
+            precision=precision,
             # Of a file open_clip does not know the activation that its tag asks for.
             force_quick_gelu=bool(found.model.get("quick_gelu")),
             **{f"image_{name}": value for name, value in found.preprocess.items()},
@@ -71,7 +73,7 @@ def _from_file(found: ClipFile, device: str) -> Backbone:
 def _create(name: str, **how: Any) -> Any:
     import open_clip  # seconds
 
-    return open_clip.create_model_and_transforms(name, precision="fp32", **how)
+    return open_clip.create_model_and_transforms(name, **how)
 
 
 def _weights_inside(folder: Path) -> Path:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from air_core.backbone.blocks import is_plain, run_blocks
+from air_core.backbone.blocks import is_plain, run_blocks, weights_dtype
 
 # R prompts, C classes, D feature width, W token width, L context length, T tokens, N longest text.
 
@@ -71,7 +71,8 @@ class SharedContext:
 
     def _encode_pack(self, prompts: Tensor, classnames: tuple[str, ...]) -> Tensor:
         start, position, names, mask, ends = self._fixed(classnames, prompts.shape[1])
-        parts = (start, prompts + position, names)  # (1, 1, W), (R, L, W), (1, T - 1 - L, W)
+        context = (prompts + position).to(names.dtype)
+        parts = (start, context, names)  # (1, 1, W), (R, L, W), (1, T - 1 - L, W)
         states = run_blocks(self.tower.transformer.resblocks, parts, ends, mask)  # (R, C, W)
         return _projected(self.tower, self.tower.ln_final(states))
 
@@ -101,11 +102,12 @@ class SharedContext:
         embedded = self.tower.token_embedding(ids.to(positions.device))
         here = place.to(positions.device)
         names = embedded[1:] + positions[here[prefix:]]
+        dtype = weights_dtype(self.tower)
         return (
-            (embedded[:1] + positions[:1])[None],
+            (embedded[:1] + positions[:1])[None].to(dtype),
             positions[1:prefix],
-            names[None],
-            mask.to(positions),
+            names[None].to(dtype),
+            mask.to(positions.device, dtype),
             ends.to(positions.device),
         )
 
@@ -133,7 +135,7 @@ class WholeTexts:
         context = prompts[:, None].expand(-1, len(classnames), -1, -1)
         before, behind = texts[:, :, :lead], texts[:, :, lead + length :]
         states = torch.cat([before, context, behind], dim=2).flatten(0, 1)
-        states = states + tower.positional_embedding
+        states = (states + tower.positional_embedding).to(weights_dtype(tower))
         states = tower.ln_final(tower.transformer(states, attn_mask=tower.attn_mask))
         end = getattr(tower, "eos_id", getattr(tower, "text_eos_id", None))
         pooled = text_global_pool(states, ids.repeat(count, 1), _pool_type(tower), end)

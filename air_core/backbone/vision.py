@@ -43,8 +43,9 @@ def check_vision(tower: Any) -> None:
 def patch_tokens(tower: Any, pixels: Tensor) -> Tensor:
     """(B, 3, H, W) -> (B, T, V): [CLS] and patches with their positions, normalised."""
     patches = tower.conv1(pixels).flatten(2).transpose(1, 2)
-    start = tower.class_embedding.expand(len(patches), 1, -1)
-    tokens: Tensor = tower.ln_pre(torch.cat([start, patches], dim=1) + tower.positional_embedding)
+    start = tower.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
+    placed = torch.cat([start, patches], dim=1) + tower.positional_embedding.to(patches.dtype)
+    tokens: Tensor = tower.ln_pre(placed)
     return tokens
 
 

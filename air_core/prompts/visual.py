@@ -48,8 +48,7 @@ class VisualPrompt:
         return self.backbone.logit_scale * features @ self.weight.T.to("cpu")
 
     def _encoded(self, tokens: Tensor) -> Tensor:  # (B, T, V) -> (B, D), on the CPU
-        there = tokens.to(self.tokens.device, self.tokens.dtype)
-        return self.backbone.encode_tokens(there, self.tokens).cpu()
+        return self.backbone.encode_tokens(tokens, self.tokens).cpu()
 
     @property
     def prompt(self) -> Parameter:

@@ -53,7 +53,7 @@ def clip(request, vit_b_32) -> Any:
 
 def apart(found: Tensor, expected: Tensor) -> float:
     assert found.shape == expected.shape
-    return float((found - expected).norm() / expected.norm())
+    return float(((found - expected).norm() / expected.norm()).detach())
 
 
 def some_images(count: int, side: int = 40) -> list[Image.Image]:
@@ -236,3 +236,30 @@ def test_a_tower_without_a_class_token_takes_no_visual_prompt_but_text():
 def test_the_embedded_clip_is_tiny(tiny_clip):
     assert sum(p.numel() for p in tiny_clip.model.parameters()) < 5e6
     assert load_backbone(tiny_folder()).logit_scale == tiny_clip.logit_scale
+
+
+@pytest.mark.parametrize(("precision", "close"), [("fp16", 2e-3), ("bf16", 2e-2)])
+def test_half_precision_is_near_and_its_prompts_and_features_are_not_halved(
+    tiny_clip, precision, close
+):
+    half = load_backbone("tiny", precision=precision)
+    assert half.dtype == {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    images = some_images(3)
+    context = torch.nn.Parameter(0.02 * torch.randn(4, half.token_width))
+    prompt = torch.nn.Parameter(0.1 * torch.randn(4, half.patch_width))
+    found, expected = [], []
+    for clip, results in ((half, found), (tiny_clip, expected)):
+        learned = (
+            clip.encode_context(context, NAMES),
+            clip.encode_tokens(clip.image_tokens(images), prompt),
+        )
+        slopes = torch.autograd.grad(sum(one[:, 0].sum() for one in learned), [context, prompt])
+        results += [*learned, clip.encode_images(images), clip.encode_texts(NAMES), *slopes]
+    assert {one.dtype for one in found} == {torch.float32}
+    assert (
+        max(apart(one, other) for one, other in zip(found[:4], expected[:4], strict=True)) < close
+    )
+    # Gradients of few numbers, through all blocks.
+    assert max(apart(one, other) for one, other in zip(found[4:], expected[4:], strict=True)) < (
+        20 * close
+    )
