@@ -38,7 +38,10 @@ def normalised(spec: TrialSpec) -> TrialSpec:
 IRRELEVANT: tuple[tuple[Any, Any], ...] = (
     (lambda s: s.test_dataset == s.dataset, lambda s: {"test_dataset": None}),
     (lambda s: s.paradigm != "ssl", lambda s: {"shots": 2}),
-    (lambda s: s.paradigm != "trzsl", lambda s: {"class_seed": 500}),
+    (
+        lambda s: s.paradigm != "trzsl",
+        lambda s: {"class_seed": 500, "train": replace(s.train, labelled_among="all")},
+    ),
     (
         lambda s: s.paradigm == "ul" and s.lora is not None,
         lambda s: {"lora": replace(s.lora, source="all")},

@@ -221,6 +221,9 @@ class TrainSettings:
         "both", "training images: real pseudo-labelled, synthetic, or both"
     )
     labelled_weight: float = later(1.0, "weight of the loss on labelled images", ge=0)
+    labelled_among: Literal["all", "seen"] = later(
+        "all", "trzsl: classes in the softmax of labelled images; seen: unseen ones stay out"
+    )
     synthetic_schedule: Literal["fixed", "fade"] = later(
         "fixed", "fade: synthetic_weight falls linearly to 0 over the iterations"
     )

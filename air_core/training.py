@@ -149,7 +149,8 @@ def _sources(
             low, high = LABELLED_BATCH
             size = min(high, max(low, settings.batch * len(labelled) // len(real)))
         weight = settings.labelled_weight
-        add(labelled.batch, size, lambda z, at: cross_entropy(z, labels[at]), weight)
+        known = torch.unique(labels) if settings.labelled_among == "seen" else slice(None)
+        add(labelled.batch, size, lambda z, at: cross_entropy(only(z, known), labels[at]), weight)
     if synthetic is not None and len(synthetic):
         drawn = synthetic.labels
         weight = synthetic_weight if found else 1.0
@@ -205,6 +206,16 @@ def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     in each candidate, estimated again after every pass.
     """
     return -(targets * logits.log_softmax(dim=-1)).sum(dim=-1).mean()
+
+
+def only(logits: Tensor, classes: Tensor | slice) -> Tensor:
+    """Logits (B, C) with other classes out of the softmax.
+
+    Source: CoOp and VPT in GRIP's repository learn among seen classes (docs/method.md, step 5).
+    """
+    kept = torch.full_like(logits, -math.inf)
+    kept[:, classes] = logits[:, classes]
+    return kept
 
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

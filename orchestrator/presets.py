@@ -31,7 +31,12 @@ _NO_IMAGES: dict[str, Any] = {
 }
 _LABELS = ("ssl", "trzsl")
 _ONE_ROUND = {"iterations": 1, "pseudo_labels.kind": "top_k", "pseudo_labels.growth": "fixed"}
-_LABELLED = {"supervision": "labelled", "iterations": 1, **_NO_IMAGES}
+_LABELLED = {
+    "supervision": "labelled",
+    "iterations": 1,
+    "train.labelled_among": "seen",  # else no image is ever taken for an unseen class
+    **_NO_IMAGES,
+}
 _GRIP = {"pseudo_labels.kind": "top_k", "pseudo_labels.growth": "growing"}
 _CPL = {"pseudo_labels.kind": "candidates", "pseudo_labels.growth": "growing"}
 _REAL = {"images_per_class": 0, "auxiliary.source": "real", "synthetic_weight": 0.0}

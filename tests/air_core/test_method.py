@@ -252,6 +252,17 @@ def test_coop_learns_from_the_labelled_images_alone(spec, worlds):
         learn(spec("coop"), worlds["ul"])
 
 
+def test_coop_among_seen_classes_still_knows_unseen_ones(spec, worlds):
+    """Trained against classes that it has no image of, it would never answer with them."""
+    data = worlds["trzsl"]
+    tested = {}
+    for among in ("seen", "all"):
+        one = spec("coop", paradigm="trzsl", train__steps=100)
+        one = replace(one, train=replace(one.train, labelled_among=among))
+        tested[among] = watched(one, data)[0].test
+    assert tested["seen"].unseen > 2 * tested["all"].unseen, tested
+
+
 def test_two_labelled_images_of_each_class_help(spec, worlds):
     long = {"train__steps": 100, "iterations": 1}
     with_labels = watched(spec("fpl", paradigm="ssl", **long), worlds["ssl"])[0]

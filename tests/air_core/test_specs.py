@@ -97,6 +97,7 @@ LIMITS: dict[str, Any] = {
 
 # What a person might vary in vain: (where, key, a value, another value).
 IN_VAIN = [
+    ({}, "train.labelled_among", "all", "seen"),
     ({}, "test_dataset", None, REFS["dataset"]),
     (NO_ROUND, "pseudo_labels.kind", "top_k", "candidates"),
     (NO_ROUND, "prompt.length", 4, 16),
@@ -210,6 +211,7 @@ def reset(spec: TrialSpec, rules: typing.Iterable[tuple[Any, Any]]) -> TrialSpec
 
 # (where, key, a value, another value): what must not be taken for irrelevant.
 MATTERS = [
+    ({"paradigm": "trzsl"}, "train.labelled_among", "all", "seen"),
     ({}, "test_dataset", None, Ref(name="others", digest="o")),
     ({}, "seed", 1, 2),
     ({}, "images_per_class", 25, 50),

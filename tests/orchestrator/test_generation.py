@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 
 import pyarrow.parquet as pq
 import pytest
@@ -124,8 +125,6 @@ def test_a_generator_that_fits_nowhere_is_refused(ray_session, resolver, drawn_d
 
 def test_notes_of_a_process_reach_the_driver(ray_session):
     def work(board):
-        import time
-
         note = Note(board, "LoRA a")
         note.last = time.monotonic() - 10  # long enough ago
         note(3, 10)
@@ -133,4 +132,7 @@ def test_notes_of_a_process_reach_the_driver(ray_session):
     told = []
     with watched(lambda *note: told.append(note)) as board:
         ray.get(ray.remote(work).options(num_cpus=0).remote(board))
+        deadline = time.monotonic() + 60
+        while not told and time.monotonic() < deadline:
+            time.sleep(0.1)  # notes are sent and not waited for
     assert told == [("LoRA a", 3, 10)]
