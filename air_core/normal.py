@@ -6,6 +6,7 @@ Standard library only, like the specs themselves.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 from air_core.specs import (
@@ -26,11 +27,13 @@ from air_core.specs import (
 )
 
 
+@lru_cache(maxsize=4096)  # a plan asks thrice for each trial
 def normalised(spec: TrialSpec) -> TrialSpec:
     """The same computation with every setting that cannot matter put to its default."""
     for matters_not, reset in IRRELEVANT:
         if matters_not(spec):
-            spec = replace(spec, **reset(spec))
+            changed = {k: v for k, v in reset(spec).items() if getattr(spec, k) != v}
+            spec = replace(spec, **changed) if changed else spec
     return spec
 
 
