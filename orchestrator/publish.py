@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from orchestrator.sweep import SweepSpec
 from orchestrator.tracking import Status, SweepRun, Tracker, TrialRun, make_tracker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 TAGS = ("dataset", "paradigm", "modality")
 
@@ -44,6 +45,7 @@ class Publisher:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tracker")
         self._told: list[Future[None]] = []
         self._tracker: Tracker | None = None
+        self._folder = tempfile.TemporaryDirectory(prefix="airsweep-")
         self._varied: frozenset[str] = frozenset(
             {*sweep.grid, *(d.key for d in sweep.space), *sweep.seeds.vary} - {"method"}
         )
@@ -61,6 +63,7 @@ class Publisher:
             self._thread.submit(lambda: self._open().finish(status, note(), artifacts))
         )
         self._thread.shutdown(wait=True)
+        self._folder.cleanup()
         for told in self._told:
             told.result()
 
@@ -73,10 +76,9 @@ class Publisher:
         return self._tracker
 
     def _trial(self, outcome: Outcome) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            self._open().trial(self._child(outcome, Path(folder)))
+        self._open().trial(self._child(outcome))
 
-    def _child(self, outcome: Outcome, folder: Path) -> TrialRun:
+    def _child(self, outcome: Outcome) -> TrialRun:
         slot, record = outcome.slot, outcome.record
         flat = flat_of(slot)
         name = "-".join(
@@ -109,23 +111,49 @@ class Publisher:
             curves=record.curves if record else {},
             started=started,
             ended=started + int((record.seconds if record else 0.0) * 1000),
-            artifacts=self._artifacts(outcome, folder),
+            artifacts=self._artifacts(outcome),
         )
 
-    def _artifacts(self, outcome: Outcome, folder: Path) -> dict[str, Path]:
+    def _artifacts(self, outcome: Outcome) -> Mapping[str, Path]:
         """Small files for people: the resolved spec and a confusion matrix."""
-        spec = folder / "spec.json"
-        spec.write_text(_spec_json(outcome))
-        found = {"spec.json": spec}
+        makers = {"spec.json": lambda: _spec_json(outcome).encode()}
         if outcome.record is not None:
-            from orchestrator.pictures import confusion_matrix
+            makers["confusion_matrix.png"] = lambda: _confusion(outcome)
+        return FilesOnDemand(Path(self._folder.name) / outcome.slot.key.digest, makers)
 
-            _, predictions, labels = outcome.record.predictions()
-            matrix = folder / "confusion_matrix.png"
-            names = [name.replace("_", " ") for name in _tested_classes(outcome.slot.spec)]
-            matrix.write_bytes(confusion_matrix(labels, predictions, names))
-            found["confusion_matrix.png"] = matrix
-        return found
+
+class FilesOnDemand(Mapping[str, Path]):
+    """Files that are written when somebody wants them.
+
+    Of a sweep that is gone on with, most outcomes were told before; pictures of them would take
+    minutes and go nowhere.
+    """
+
+    def __init__(self, folder: Path, makers: Mapping[str, Callable[[], bytes]]) -> None:
+        self._folder, self._makers = folder, makers
+
+    def __getitem__(self, name: str) -> Path:
+        path = self._folder / name
+        if not path.exists():
+            content = self._makers[name]()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        return path
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
+
+
+def _confusion(outcome: Outcome) -> bytes:
+    from orchestrator.pictures import confusion_matrix
+
+    assert outcome.record is not None
+    _, predictions, labels = outcome.record.predictions()
+    names = [name.replace("_", " ") for name in _tested_classes(outcome.slot.spec)]
+    return confusion_matrix(labels, predictions, names)
 
 
 def _tested_classes(spec: TrialSpec) -> Sequence[str]:

@@ -73,7 +73,7 @@ class TrialRun:
     curves: dict[str, list[float]] = field(default_factory=dict)  # a value per iteration
     started: int  # ms since the epoch
     ended: int
-    artifacts: dict[str, Path] = field(default_factory=dict)
+    artifacts: Mapping[str, Path] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         keys = self.metrics.keys() | self.curves.keys()

@@ -27,6 +27,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator.publish import FilesOnDemand
 from orchestrator.tracking import (
     MAX_ARTIFACT,
     SERVER_ENVIRONMENT,
@@ -845,6 +846,24 @@ def test_a_driver_that_is_killed_while_mlflow_makes_its_tables_leaves_no_half_of
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=True)
     assert (tmp_path / "mlflow.db").exists()
     assert not list(tmp_path.glob(".mlflow.db-*"))
+
+
+def test_files_of_an_outcome_that_was_told_are_not_made_again(
+    mlflow_backend: Backend, tmp_path: Path
+) -> None:
+    made = []
+
+    def picture() -> bytes:
+        made.append(1)
+        return b"picture"
+
+    for attempt in ("one", "other"):
+        tracker = mlflow_backend.tracker()
+        tracker.start(a_sweep())
+        files = FilesOnDemand(tmp_path / attempt, {"a.png": picture})
+        tracker.trial(a_trial(artifacts=files))
+        tracker.finish("FINISHED", "", {})
+    assert len(made) == 1
 
 
 def test_many_children_told_twice_are_there_once(mlflow_backend: Backend) -> None:
