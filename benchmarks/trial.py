@@ -129,7 +129,7 @@ def main() -> None:
         found[f"{name}_step_s"] = times[name]["step"][0]
         found[f"{name}_labelling_s"] = times[name]["labelling"][0]
         print(name, {part: round(t[0], 4) for part, t in times[name].items()}, file=sys.stderr)
-    lean, plain = contexts["lean"], contexts["baseline"]
+    lean, plain = contexts["lean"].detach(), contexts["baseline"].detach()
     apart = float((lean - plain).norm() / plain.norm())
     assert apart < 1e-3, f"the two ways learn prompts that differ by {apart}"
     whole = {
