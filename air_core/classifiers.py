@@ -41,12 +41,16 @@ class LinearClassifier:
         return self.sharpness * (x @ self.weight.T + self.bias)
 
 
+def class_texts(backbone: Backbone, classnames: Sequence[str], template: str) -> Tensor:
+    """(C, D) features of one text per class, underscores read as spaces."""
+    return backbone.encode_texts([template.format(name.replace("_", " ")) for name in classnames])
+
+
 def text_classifier(
     backbone: Backbone, classnames: Sequence[str], template: str
 ) -> LinearClassifier:
     """Zero-shot CLIP: one text per class, cosine, CLIP's own temperature (arXiv:2103.00020)."""
-    texts = [template.format(name.replace("_", " ")) for name in classnames]
-    weight = backbone.encode_texts(texts).cpu()  # (C, D)
+    weight = class_texts(backbone, classnames, template).cpu()
     return LinearClassifier(
         weight=weight,
         bias=torch.zeros(len(weight)),

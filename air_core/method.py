@@ -230,7 +230,7 @@ def _auxiliary(
         chosen = (taken >= 0).nonzero().flatten()
         real = _with_labelled(Labelled(data.pool[chosen], taken[chosen]), data, classes)
     if settings.source != "real" and data.synthetic is not None:
-        bank = _among(data.synthetic, classes)
+        bank = data.synthetic.among(classes)
         if settings.fade:
             bank = faded(bank, _elapsed(spec, iteration))
         synthetic = high_fidelity(bank, spec.fidelity, text.weight[classes], real)
@@ -247,14 +247,8 @@ def _auxiliary(
 def _with_labelled(real: Labelled, data: TrialData, classes: Tensor) -> Labelled:
     if data.labelled is None:
         return real
-    known = _among(data.labelled, classes)
+    known = data.labelled.among(classes)
     return Labelled(Batch.joined([real.batch, known.batch]), torch.cat([real.labels, known.labels]))
-
-
-def _among(images: Labelled, classes: Tensor) -> Labelled:
-    """Images of these classes, which become 0, 1, ... in ascending order."""
-    kept = images.of(classes)
-    return Labelled(kept.batch, torch.searchsorted(classes, kept.labels))
 
 
 def faded(bank: Labelled, progress: float) -> Labelled:

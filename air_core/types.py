@@ -52,6 +52,11 @@ class Labelled:
         """Those of some classes; None: all."""
         return self if classes is None else self[torch.isin(self.labels, classes)]
 
+    def among(self, classes: Tensor) -> Labelled:
+        """Those of some classes, ascending, which become 0, 1, ..."""
+        kept = self.of(classes)
+        return Labelled(kept.batch, torch.searchsorted(classes, kept.labels))
+
 
 @dataclass(frozen=True)
 class Split:

@@ -169,8 +169,7 @@ def _pseudo_labelled(spec: LabelsSpec, target: Target, shop: Workshop) -> tuple[
     auxiliary = None
     if spec.images is not None:
         count = spec.settings.images_per_class
-        bank = read_synthetic(spec.images, count, shop.store, classes.tolist())
-        bank = Labelled(bank.batch, torch.searchsorted(classes, bank.labels))
+        bank = read_synthetic(spec.images, count, shop.store, classes.tolist()).among(classes)
         auxiliary = auxiliary_classifier(RELABEL, bank, None, pool, len(classes), text.sharpness)
     believed = fuse(
         text, auxiliary, pool, RELABEL_WEIGHT, RELABEL.temperature, "probability", unseen

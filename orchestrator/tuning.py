@@ -155,7 +155,7 @@ def run_points(
     resources: Resources,
     folder: Path,
     slots: int,
-    progress: Callable[[str, int, int], None] = lambda name, done, total: None,
+    progress: Callable[[str, int, int], None],
 ) -> Figures:
     """Run all points that the dispatcher has to hand out.
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from air_core.backbone import Backbone
+from air_core.classifiers import class_texts
 from air_core.specs import PromptSettings
 from air_core.types import Batch
 
@@ -35,8 +36,7 @@ class VisualPrompt:
         start = STARTS[settings.init](shape, backbone.patch_size, generator)
         self.tokens = Parameter((width**-0.5 * start).to(backbone.device))
         self.backbone = backbone
-        texts = [template.format(name.replace("_", " ")) for name in classnames]
-        self.weight = backbone.encode_texts(texts)  # (C, D)
+        self.weight = class_texts(backbone, classnames, template)  # (C, D)
 
     def logits(self, batch: Batch) -> Tensor:
         """(N, C) cosine to each class's text, at CLIP's temperature."""
