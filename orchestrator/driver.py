@@ -202,7 +202,8 @@ def run_sweep(
     publisher = Publisher(sweep, _parent(sweep, place), place.store, tracking_uri)
     run = Run(sweep, place, screen, publisher, ledger, resolver)
     _open_folder(place, sweep, origin or {})
-    os.environ["AIRSWEEP_COMMIT"] = commit()  # workers have no .git
+    # Workers have no .git and may run as somebody else.
+    os.environ |= {"AIRSWEEP_COMMIT": commit(), "AIRSWEEP_USER": whoami()}
     code = FAILED  # what an exception leaves behind
     try:
         ledger.append(

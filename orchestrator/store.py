@@ -24,6 +24,7 @@ from typing import Any
 from orchestrator.keys import ArtifactKey, Stage, artifact_key
 
 VERSION = "1"
+RECORD, ROW = "record.json", "row.json"  # of an artifact, and of a row
 LIBRARIES = ("torch", "open_clip_torch", "diffusers", "peft", "transformers", "numpy")
 
 
@@ -81,7 +82,7 @@ class ArtifactStore:
         return place
 
     def has(self, spec: Stage) -> bool:
-        return (self.path(artifact_key(spec)) / "record.json").is_file()
+        return (self.path(artifact_key(spec)) / RECORD).is_file()
 
     def get(self, spec: Stage) -> Artifact:
         """A whole artifact.
@@ -92,7 +93,7 @@ class ArtifactStore:
         key = artifact_key(spec)
         path = self.path(key)
         try:
-            record = json.loads((path / "record.json").read_text())
+            record = json.loads((path / RECORD).read_text())
         except FileNotFoundError:
             raise MissingArtifact(
                 f"{key} is not in {self.root}; run `airsweep prepare SPEC` first"
@@ -127,17 +128,17 @@ class ArtifactStore:
                 "started": started,
                 "seconds": round(time.time() - started, 3),
                 "host": socket.gethostname(),
-                "commit": os.environ.get("AIRSWEEP_COMMIT", "unknown"),
+                **maker(),
                 "versions": versions(),
                 "files": {p.name: file_digest(p) for p in sorted(work.iterdir())},
             }
-            write_whole(work / "record.json", json.dumps(record, indent=1, sort_keys=True))
+            write_whole(work / RECORD, json.dumps(record, indent=1, sort_keys=True))
             try:
                 os.rename(work, place)
             except OSError:
                 # Somebody else was faster, and the same key is the same thing; or a folder that
                 # lost its record is in the way, and what has no record is nothing.
-                if not (place / "record.json").is_file():
+                if not (place / RECORD).is_file():
                     shutil.rmtree(place)
                     os.rename(work, place)
         finally:
@@ -145,7 +146,7 @@ class ArtifactStore:
         return self.get(spec)
 
     def row(self, spec: Stage) -> Row:
-        """A row; its folder and spec are written when the first shard is."""
+        """A row; its folder and `row.json` are written when the first shard is."""
         key = artifact_key(spec)
         return Row(key, self.path(key))
 
@@ -155,8 +156,9 @@ class ArtifactStore:
         if not self.writable:
             raise MissingArtifact(f"{row.key}: this store is read-only")
         row.path.mkdir(parents=True, exist_ok=True)
-        if not (row.path / "spec.json").exists():
-            write_whole(row.path / "spec.json", json.dumps(asdict(spec), indent=1, sort_keys=True))
+        if not (row.path / ROW).exists():
+            known = {"digest": row.key.digest, "spec": asdict(spec), "started": time.time()}
+            write_whole(row.path / ROW, json.dumps({**known, **maker()}, indent=1, sort_keys=True))
         return row
 
 
@@ -175,6 +177,14 @@ def file_digest(path: Path) -> str:
     """blake2b of a file's content."""
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, lambda: hashlib.blake2b(digest_size=20)).hexdigest()
+
+
+def maker() -> dict[str, str]:
+    """Who makes things here, with what code; the driver tells its workers."""
+    return {
+        "user": os.environ.get("AIRSWEEP_USER", "unknown"),
+        "commit": os.environ.get("AIRSWEEP_COMMIT", "unknown"),
+    }
 
 
 def versions() -> dict[str, str]:

@@ -218,7 +218,7 @@ def test_a_row_has_the_shards_that_are_there(store):
     (row.path / ".0000-00001.parquet-4711").write_text("half")
     assert store.row(ROW).present(".parquet") == {(0, 0), (0, 2), (11, 3)}
     assert store.row(ROW).present(".safetensors") == {(0, 1)}
-    assert json.loads((row.path / "spec.json").read_text())["classnames"] == ["a"]
+    assert json.loads((row.path / "row.json").read_text())["spec"]["classnames"] == ["a"]
 
 
 def test_a_row_is_never_whole(store):
