@@ -57,6 +57,15 @@ TrackingOption = Annotated[
     ),
 ]
 
+AcceptOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--accept-code",
+        metavar="STAGE",
+        help="count what other code has made, since it would be the same; features, images, ...",
+    ),
+]
+
 STORE = Path("runs")
 
 
@@ -114,6 +123,7 @@ def prepare(
     only: OnlyOption = None,
     smoke: SmokeOption = False,
     quiet: QuietOption = False,
+    accept_code: AcceptOption = None,
 ) -> None:
     """Make features, LoRA and images of a sweep, and run no trial.
 
@@ -121,7 +131,7 @@ def prepare(
 
     airsweep prepare sweeps/quickstart.yaml --only method=air
     """
-    _execute(spec, store, data_root, sets, only, smoke, quiet, None, prepare_only=True)
+    _execute(spec, store, data_root, sets, only, smoke, quiet, None, accept_code, prepare_only=True)
 
 
 @app.command()
@@ -134,6 +144,7 @@ def run(
     only: OnlyOption = None,
     smoke: SmokeOption = False,
     quiet: QuietOption = False,
+    accept_code: AcceptOption = None,
 ) -> None:
     """Run a sweep, or go on with one that was interrupted; what is done is skipped.
 
@@ -142,7 +153,7 @@ def run(
     ray job submit --address $ADDR --working-dir . -- python -m orchestrator run
     sweeps/quickstart.yaml --store /shared/runs
     """
-    _execute(spec, store, data_root, sets, only, smoke, quiet, tracking_uri)
+    _execute(spec, store, data_root, sets, only, smoke, quiet, tracking_uri, accept_code)
 
 
 @app.command()
@@ -180,7 +191,10 @@ def table(
     from orchestrator.results import entries_of
 
     sweep, place = _recorded(name, store, data_root)
-    entries = entries_of(_plan(sweep, place), place.store)
+    planned = _plan(sweep, place)
+    for old in planned.stale:
+        print(f"note: {old}", file=sys.stderr)
+    entries = entries_of(planned, place.store)
     rows = report.rows(entries, sweep.search.objective if sweep.search else None)
     print(tables.table(rows, form, entries=entries))  # type: ignore[arg-type]
 
@@ -265,10 +279,16 @@ def _execute(
     smoke: bool,
     quiet: bool,
     tracking_uri: str | None,
+    accept_code: list[str] | None,
     prepare_only: bool = False,
 ) -> NoReturn:
     from orchestrator import driver, screens
+    from orchestrator.keys import STAGES
     from orchestrator.screen import make_screen
+
+    for stage in accept_code or []:
+        if stage not in STAGES:
+            _fail(f"--accept-code {stage!r} is no stage; allowed: {', '.join(STAGES)}")
 
     sweep, place = _sweep_and_place(spec, store, data_root, sets, only, smoke)
     origin = {"sets": sets or [], "only": only or [], "smoke": smoke, "source": sweep.source}
@@ -282,6 +302,7 @@ def _execute(
         tracking_uri=tracking_uri,
         prepare_only=prepare_only,
         origin=origin,
+        accept_code=accept_code or [],
     )
     if not quiet and not prepare_only:
         print(screens.summary_screen(sweep, place), file=stdout)

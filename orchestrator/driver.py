@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from air_core.specs import FeaturesSpec, SyntheticFeaturesSpec
 from orchestrator.dispatch import Dispatcher, Outcome
+from orchestrator.freshness import accept, remedy
 from orchestrator.ledger import Ledger
 from orchestrator.plan import Need, Plan, needs_of, plan_sweep, possible_trials
 from orchestrator.publish import Publisher
@@ -179,11 +180,13 @@ def run_sweep(
     tracking_uri: str | None = None,
     prepare_only: bool = False,
     origin: dict[str, Any] | None = None,
+    accept_code: Sequence[str] = (),
 ) -> int:
     """Do what is left of a sweep and say how it stands.
 
     Args:
         origin: how the sweep was asked for (sets, only), kept so that it can be read again.
+        accept_code: stages whose artifacts count although other code has made them.
 
     Returns:
         The exit code; `outcome.json` says the same.
@@ -193,6 +196,7 @@ def run_sweep(
     """
     ledger, resolver = place.ledger(), place.resolver()
     plan = plan_sweep(sweep, place.store, resolver, ledger)
+    _settle_code(plan, place, accept_code)
     if plan.done == plan.total and standing(ledger).exit_code == DONE:
         if ledger.path.exists():  # a file that only lost cells asks for no work, but is the sweep
             _open_folder(place, sweep, origin or {})
@@ -224,6 +228,18 @@ def run_sweep(
         _close(run, code)
         ledger.unlock()
     return code
+
+
+def _settle_code(plan: Plan, place: Place, accepted: Sequence[str]) -> None:
+    """
+    Raises:
+        Refused: something is there that other code has made, and nobody said that it counts.
+    """
+    left = [one for one in plan.stale if one.stage not in accepted]
+    if left:
+        raise Refused(f"{'; '.join(map(str, left))}: {remedy(left)}")
+    if plan.stale:
+        accept(plan.stale, f"{place.project}/{place.name}", place.store)
 
 
 def _open_folder(place: Place, sweep: SweepSpec, origin: dict[str, Any]) -> None:

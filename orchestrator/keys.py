@@ -39,6 +39,8 @@ RECIPES: dict[type, tuple[str, int]] = {
     TrialSpec: ("trials", 2),
 }
 
+STAGES = tuple(dict.fromkeys(stage for stage, _ in RECIPES.values()))
+
 Stage = (
     FeaturesSpec
     | LabelsSpec

@@ -23,6 +23,7 @@ from air_core.specs import (
     SyntheticFeaturesSpec,
     TrialSpec,
 )
+from orchestrator.freshness import Stale, stale
 from orchestrator.keys import ArtifactKey, artifact_key
 from orchestrator.ledger import Ledger
 from orchestrator.resolve import Resolver
@@ -123,6 +124,7 @@ class Plan:
     needs: tuple[Need, ...]
     seconds: float
     calibrated: bool
+    stale: tuple[Stale, ...] = ()  # there, but made by other code
 
     @property
     def to_run(self) -> int:
@@ -140,6 +142,10 @@ class Plan:
                 "to_run": self.to_run,
             },
             "artifacts": [_artifact(need, store) for need in self.needs],
+            "stale": [
+                {"stage": one.stage, "artifacts": one.artifacts, "changed": list(one.changed)}
+                for one in self.stale
+            ],
             "estimate": {"seconds": round(self.seconds, 1), "calibrated": self.calibrated},
         }
 
@@ -183,7 +189,28 @@ def plan_sweep(sweep: SweepSpec, store: ArtifactStore, resolver: Resolver, ledge
     needs = tuple(needs_of(possible_trials(cells, assignments, resolver)))
     seconds, calibrated = estimate(needs, total - done - reused, store)
     resolver.save()
-    return Plan(sweep, cells, points, tuple(slots), total, done, reused, needs, seconds, calibrated)
+    there = {slot.key.digest: slot.spec for slot in slots}.values()
+    return Plan(
+        sweep,
+        cells,
+        points,
+        tuple(slots),
+        total,
+        done,
+        reused,
+        needs,
+        seconds,
+        calibrated,
+        stale(itertools.chain(_made(needs), there), store),
+    )
+
+
+def _made(needs: Iterable[Need]) -> Iterator[Any]:
+    """Specs of all that is made for `needs`: of a row of features also the images."""
+    for need in needs:
+        if isinstance(need.spec, SyntheticFeaturesSpec):
+            yield need.spec.images
+        yield need.spec
 
 
 def known_points(

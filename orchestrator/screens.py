@@ -17,6 +17,7 @@ from air_core.flat import to_flat
 from air_core.normal import normalised
 from orchestrator import presets, report
 from orchestrator.driver import Place, read_outcome
+from orchestrator.freshness import remedy
 from orchestrator.plan import Need, Plan, plan_sweep
 from orchestrator.results import entries_of, standing
 from orchestrator.screen import clock
@@ -43,6 +44,8 @@ def plan_screen(plan: Plan, place: Place, explain: bool) -> str:
         count = "" if artifact["need"] == 1 else f"  {artifact['have']}/{artifact['need']} blocks"
         lines.append(f"  {STATES[artifact['state']]:<8} {artifact['key']}{count}")
     lines += ["", f"  {_time_left(plan)}"]
+    lines += [f"  {one}" for one in plan.stale]
+    lines += [f"  {remedy(plan.stale)}"] if plan.stale else []
     lines += [f"  note: {note}" for note in notes_of(plan.sweep)]
     varied = plan.sweep.seeds.vary
     if "split_seed" in varied:

@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.keys import ArtifactKey, Stage, artifact_key
+from orchestrator.reached import code_of
 
 VERSION = "1"
 RECORD, ROW = "record.json", "row.json"  # of an artifact, and of a row
+CODE = "code"  # folder: what each code that made something was made of
 LIBRARIES = ("torch", "open_clip_torch", "diffusers", "peft", "transformers", "numpy")
 
 
@@ -129,6 +131,7 @@ class ArtifactStore:
                 "seconds": round(time.time() - started, 3),
                 "host": socket.gethostname(),
                 **maker(),
+                "code": self._note_code(spec),
                 "versions": versions(),
                 "files": {p.name: file_digest(p) for p in sorted(work.iterdir())},
             }
@@ -145,6 +148,34 @@ class ArtifactStore:
             shutil.rmtree(work, ignore_errors=True)
         return self.get(spec)
 
+    def code(self, spec: Stage) -> str | None:
+        """Digest of the code that made an artifact or row; None: it is not there, or nobody
+        noted it."""
+        path = self.path(artifact_key(spec))
+        for name in (RECORD, ROW):
+            try:
+                code: str | None = json.loads((path / name).read_text()).get("code")
+            except FileNotFoundError:
+                continue
+            return code
+        return None
+
+    def code_parts(self, digest: str) -> dict[str, str]:
+        """What that code was made of: hashes by qualified name; empty where nobody noted it."""
+        try:
+            parts: dict[str, str] = json.loads((self.root / CODE / f"{digest}.json").read_text())
+        except FileNotFoundError:
+            return {}
+        return parts
+
+    def _note_code(self, spec: Stage) -> str:
+        code = code_of(spec)
+        place = self.root / CODE / f"{code.digest}.json"
+        if not place.exists():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(place, json.dumps(code.parts, indent=1, sort_keys=True))
+        return code.digest
+
     def row(self, spec: Stage) -> Row:
         """A row; its folder and `row.json` are written when the first shard is."""
         key = artifact_key(spec)
@@ -157,8 +188,14 @@ class ArtifactStore:
             raise MissingArtifact(f"{row.key}: this store is read-only")
         row.path.mkdir(parents=True, exist_ok=True)
         if not (row.path / ROW).exists():
-            known = {"digest": row.key.digest, "spec": asdict(spec), "started": time.time()}
-            write_whole(row.path / ROW, json.dumps({**known, **maker()}, indent=1, sort_keys=True))
+            known = {
+                "digest": row.key.digest,
+                "spec": asdict(spec),
+                "started": time.time(),
+                **maker(),
+                "code": self._note_code(spec),
+            }
+            write_whole(row.path / ROW, json.dumps(known, indent=1, sort_keys=True))
         return row
 
 
