@@ -189,7 +189,7 @@ def plan_sweep(sweep: SweepSpec, store: ArtifactStore, resolver: Resolver, ledge
     needs = tuple(needs_of(possible_trials(cells, assignments, resolver)))
     seconds, calibrated = estimate(needs, total - done - reused, store)
     resolver.save()
-    there = {slot.key.digest: slot.spec for slot in slots}.values()
+    trials = {slot.key.digest: slot.spec for slot in slots}.values()
     return Plan(
         sweep,
         cells,
@@ -201,7 +201,7 @@ def plan_sweep(sweep: SweepSpec, store: ArtifactStore, resolver: Resolver, ledge
         needs,
         seconds,
         calibrated,
-        stale(itertools.chain(_made(needs), there), store),
+        stale(itertools.chain(_made(needs), trials), store),
     )
 
 

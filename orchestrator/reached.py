@@ -148,11 +148,11 @@ def _module(name: str) -> Module | None:
     if file is None:
         return None
     tree = ast.parse(file.read_text(encoding="utf-8"))
-    definitions = {}
+    definitions: dict[str, Definition] = {}
     for node in tree.body:
         for own in _defined(node):
             definitions[own] = Definition(f"{name}.{own}", node, _table(node))
-    imported = {}
+    imported: dict[str, str] = {}
     for each in ast.walk(tree):
         if isinstance(each, ast.ImportFrom) and each.module:
             imported |= {a.asname or a.name: f"{each.module}.{a.name}" for a in each.names}
@@ -191,8 +191,8 @@ def _table(node: ast.stmt) -> dict[str, ast.expr] | None:
     value = getattr(node, "value", None)
     if not isinstance(value, ast.Dict):
         return None
-    rows = {
-        key.value: row
+    rows: dict[str, ast.expr] = {
+        str(key.value): row
         for key, row in zip(value.keys, value.values, strict=True)
         if isinstance(key, ast.Constant) and isinstance(row, ast.Name | ast.Attribute)
     }
