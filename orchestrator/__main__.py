@@ -131,7 +131,8 @@ def prepare(
 
     airsweep prepare sweeps/quickstart.yaml --only method=air
     """
-    _execute(spec, store, data_root, sets, only, smoke, quiet, None, accept_code, prepare_only=True)
+    asked = _asked(spec, store, data_root, sets, only, smoke)
+    _execute(*asked, quiet, prepare_only=True, accept_code=_stages(accept_code))
 
 
 @app.command()
@@ -153,7 +154,30 @@ def run(
     ray job submit --address $ADDR --working-dir . -- python -m orchestrator run
     sweeps/quickstart.yaml --store /shared/runs
     """
-    _execute(spec, store, data_root, sets, only, smoke, quiet, tracking_uri, accept_code)
+    asked = _asked(spec, store, data_root, sets, only, smoke)
+    _execute(*asked, quiet, tracking_uri=tracking_uri, accept_code=_stages(accept_code))
+
+
+@app.command()
+def retry(
+    name: NameArgument,
+    failure_class: Annotated[
+        str, typer.Option("--class", metavar="CLASS", help="oom, nan, timeout, infra, data, user")
+    ],
+    store: StoreOption = STORE,
+    data_root: DataOption = None,
+    tracking_uri: TrackingOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Go on with a sweep, and of what failed try one class only.
+
+    airsweep retry quickstart --class oom
+
+    airsweep retry team/paper_main --class infra --store /shared/runs
+    """
+    sweep, place = _recorded(name, store, data_root)
+    origin = json.loads((place.folder / "resolved.json").read_text())
+    _execute(sweep, place, origin, quiet, tracking_uri=tracking_uri, retry=failure_class)
 
 
 @app.command()
@@ -271,43 +295,49 @@ def data_check(
 
 
 def _execute(
+    sweep: SweepSpec,
+    place: Place,
+    origin: dict[str, Any],
+    quiet: bool,
+    prepare_only: bool = False,
+    **how: Any,
+) -> NoReturn:
+    from orchestrator import driver, screens
+    from orchestrator.screen import make_screen
+
+    # Ray's daemons print to file descriptor 1 whatever they are told; stdout is for data.
+    stdout = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    code = driver.run_sweep(
+        sweep, place, make_screen(quiet), origin=origin, prepare_only=prepare_only, **how
+    )
+    if not quiet and not prepare_only:
+        print(screens.summary_screen(sweep, place), file=stdout)
+    stdout.flush()
+    sys.exit(code)
+
+
+def _asked(
     spec: str,
     store: Path,
     data_root: Path | None,
     sets: list[str] | None,
     only: list[str] | None,
     smoke: bool,
-    quiet: bool,
-    tracking_uri: str | None,
-    accept_code: list[str] | None,
-    prepare_only: bool = False,
-) -> NoReturn:
-    from orchestrator import driver, screens
-    from orchestrator.keys import STAGES
-    from orchestrator.screen import make_screen
-
-    for stage in accept_code or []:
-        if stage not in STAGES:
-            _fail(f"--accept-code {stage!r} is no stage; allowed: {', '.join(STAGES)}")
-
+) -> tuple[SweepSpec, Place, dict[str, Any]]:
+    """A sweep from its file, and how it was asked for."""
     sweep, place = _sweep_and_place(spec, store, data_root, sets, only, smoke)
     origin = {"sets": sets or [], "only": only or [], "smoke": smoke, "source": sweep.source}
-    # Ray's daemons print to file descriptor 1 whatever they are told; stdout is for data.
-    stdout = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    code = driver.run_sweep(
-        sweep,
-        place,
-        make_screen(quiet),
-        tracking_uri=tracking_uri,
-        prepare_only=prepare_only,
-        origin=origin,
-        accept_code=accept_code or [],
-    )
-    if not quiet and not prepare_only:
-        print(screens.summary_screen(sweep, place), file=stdout)
-    stdout.flush()
-    sys.exit(code)
+    return sweep, place, origin
+
+
+def _stages(asked: list[str] | None) -> list[str]:
+    from orchestrator.keys import STAGES
+
+    for stage in asked or []:
+        if stage not in STAGES:
+            _fail(f"--accept-code {stage!r} is no stage; allowed: {', '.join(STAGES)}")
+    return asked or []
 
 
 def _sweep_and_place(

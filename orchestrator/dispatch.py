@@ -2,19 +2,22 @@
 
 One job is one point: the trials of its seeds that are missing. What the store has is reused; what
 another job is computing is waited for. So one computation runs once, and what runs was planned.
+What fails is tried again as its class allows (`failures`), as a job of its own.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
+from types import MappingProxyType
 from typing import Any, Literal
 
 from air_core.specs import TrialSpec
+from orchestrator.failures import CLASSES, EQUAL_ERRORS, Failure
 from orchestrator.ledger import Ledger
-from orchestrator.plan import Slot, asked_points, finished_slots, slots_of
+from orchestrator.plan import Slot, asked_points, finished_slots, moved_slots, slots_of
 from orchestrator.resolve import Resolver
 from orchestrator.space import Point, study_name
 from orchestrator.store import ArtifactStore
@@ -35,16 +38,11 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Failure:
-    """Why a trial has no record."""
-
-    failure_class: str
-    message: str
-
-
-@dataclass(frozen=True)
 class Job:
-    """Trials of one point that somebody has to run."""
+    """Trials of one point that somebody has to run.
+
+    `halvings`: how often fewer images than usual go through a tower at a time.
+    """
 
     number: int
     cell: str
@@ -52,6 +50,7 @@ class Job:
     trials: tuple[TrialSpec, ...]
     keys: tuple[str, ...]
     slots: tuple[str, ...]
+    halvings: int = 0
 
 
 @dataclass
@@ -100,6 +99,8 @@ class Dispatcher:
         searches: a CellSearch for each cell that has a space.
         on_outcome: called once per slot, as soon as its outcome is known.
         within_budget: asked before each job; once it says no, nothing more is handed out.
+        hopeless: why a trial cannot run, such as an input that could not be made.
+        given_up: failures by slot that are not tried again.
     """
 
     def __init__(
@@ -112,6 +113,8 @@ class Dispatcher:
         ledger: Ledger,
         on_outcome: Callable[[Outcome], None],
         within_budget: Callable[[], bool] = lambda: True,
+        hopeless: Callable[[TrialSpec], Failure | None] = lambda spec: None,
+        given_up: Mapping[str, Failure] = MappingProxyType({}),
     ) -> None:
         self.sweep, self.store, self.resolver = sweep, store, resolver
         self.ledger, self.on_outcome = ledger, on_outcome
@@ -124,6 +127,12 @@ class Dispatcher:
         self.jobs = 0
         self.ahead: Job | None = None
         self.within_budget, self.stopped = within_budget, False
+        self.hopeless, self.given_up = hopeless, given_up
+        self.moved = moved_slots(ledger)
+        self.again: deque[Job] = deque()
+        self.tries: Counter[tuple[str, str]] = Counter()  # by trial key and failure class
+        self.errors: Counter[str] = Counter()  # of the user, by message
+        self.moving: list[Slot] = []  # will go on in fp32, with inputs that are not there yet
         self.running: dict[int, Job] = {}
         self.waiting: dict[str, list[tuple[_CellQueue, int, Slot]]] = {}
 
@@ -135,7 +144,12 @@ class Dispatcher:
 
     def out_of_budget(self) -> bool:
         """Was a point held back because the budget was spent?"""
-        return self.stopped
+        return self.stopped and not self.gave_up()
+
+    def gave_up(self) -> str | None:
+        """What went wrong so often that no more was tried."""
+        message, count = max(self.errors.items(), key=lambda one: one[1], default=("", 0))
+        return message if count >= EQUAL_ERRORS else None
 
     def peek(self) -> Job | None:
         """What `next` will hand out, for who only wants to know whether there is anything."""
@@ -151,9 +165,13 @@ class Dispatcher:
         return job
 
     def _find(self) -> Job | None:
-        self.stopped = self.stopped or not self.within_budget()
+        self.stopped = self.stopped or not self.within_budget() or self.gave_up() is not None
         if self.stopped:
             return None
+        if self.again:
+            job = self.again.popleft()
+            self.running[job.number] = job
+            return job
         while True:
             for queue in self.queues:
                 queue.fill(self.ledger)
@@ -174,20 +192,58 @@ class Dispatcher:
             failures: by trial key.
         """
         job = self.running.pop(number)
-        for key in job.keys:
+        for key, spec in zip(job.keys, job.trials, strict=True):
             failure = failures.get(key)
+            if failure is not None and self._try_again(job, key, spec, failure):
+                continue
             for place, (queue, point, slot) in enumerate(self.waiting.pop(key)):
                 if failure is not None:
-                    outcome = Outcome(
-                        slot,
-                        "failed",
-                        failure_class=failure.failure_class,
-                        message=failure.message,
-                    )
-                else:
-                    state: Literal["done", "reused"] = "done" if place == 0 else "reused"
-                    outcome = Outcome(slot, state, read_trial(slot.spec, self.store))
-                self._settle(queue, point, outcome)
+                    self._fail(queue, point, slot, failure)
+                    continue
+                state: Literal["done", "reused"] = "done" if place == 0 else "reused"
+                self._settle(queue, point, Outcome(slot, state, read_trial(slot.spec, self.store)))
+
+    def _try_again(self, job: Job, key: str, spec: TrialSpec, failure: Failure) -> bool:
+        name = failure.failure_class
+        if name == "user":
+            self.errors[failure.message] += 1
+        # In fp32 a loss that is not finite would be so again, and below it is another trial.
+        allowed = 0 if name == "nan" else CLASSES[name].retries
+        slots = [slot for _, _, slot in self.waiting[key]]
+        if name == "nan" and spec.precision != "fp32":
+            for slot in slots:
+                self.ledger.append("trial_moved", slot=slot.id, key=key, precision="fp32")
+            self.moving += slots
+        if self.stopped or self.tries[key, name] >= allowed:
+            return False
+        self.tries[key, name] += 1
+        self.ledger.append(
+            "trial_retried",
+            slots=[slot.id for slot in slots],
+            key=key,
+            failure_class=name,
+            message=failure.message,
+            attempt=self.tries[key, name],
+        )
+        self.jobs += 1
+        halvings = job.halvings + (name == "oom")
+        self.again.append(
+            replace(
+                job,
+                number=self.jobs,
+                trials=(spec,),
+                keys=(key,),
+                slots=(slots[0].id,),
+                halvings=halvings,
+            )
+        )
+        return True
+
+    def _fail(self, queue: _CellQueue, point: int, slot: Slot, failure: Failure) -> None:
+        known = slot.id in self.given_up
+        name, message = failure.failure_class, failure.message
+        outcome = Outcome(slot, "failed", failure_class=name, message=message, known=known)
+        self._settle(queue, point, outcome)
 
     def _open(self, queue: _CellQueue, point: Point) -> Job | None:
         """Start a point: settle what is known, wait for what runs, hand out the rest."""
@@ -195,7 +251,9 @@ class Dispatcher:
         queue.handed += 1
         if queue.search is not None:
             self._log(cell, point)
-        slots = slots_of(cell, point.number, point.params, self.assignments, self.resolver)
+        slots = slots_of(
+            cell, point.number, point.params, self.assignments, self.resolver, self.moved
+        )
         queue.open[point.number] = _OpenPoint(
             {slot.id: slot for slot in slots}, {slot.id for slot in slots}
         )
@@ -211,6 +269,8 @@ class Dispatcher:
                 done = known and state == "done"
                 outcome = Outcome(slot, "done" if done else "reused", record, known=known)
                 self._settle(queue, point.number, outcome)
+            elif (failure := self.given_up.get(slot.id) or self.hopeless(slot.spec)) is not None:
+                self._fail(queue, point.number, slot, failure)
             else:
                 run[key] = slot
                 self.waiting[key] = [(queue, point.number, slot)]

@@ -12,17 +12,31 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from air_core.specs import FeaturesSpec, SyntheticFeaturesSpec
+from air_core.specs import FeaturesSpec, SyntheticFeaturesSpec, TrialSpec
 from orchestrator.dispatch import Dispatcher, Outcome
+from orchestrator.failures import CLASSES, EQUAL_ERRORS, Failure
 from orchestrator.freshness import accept, remedy
 from orchestrator.ledger import Ledger
-from orchestrator.plan import Need, Plan, needs_of, plan_sweep, possible_trials
+from orchestrator.plan import (
+    Need,
+    Plan,
+    asked_points,
+    holds,
+    known_points,
+    moved_slots,
+    name_of,
+    needs_of,
+    plan_sweep,
+    possible_trials,
+    slots_of,
+)
 from orchestrator.publish import Publisher
 from orchestrator.report import rows
 from orchestrator.resolve import Resolver, text_digest
@@ -119,6 +133,9 @@ class Run:
     cluster: dict[str, float] | None = None
     gpu_seconds: float = 0.0  # of this run
     terminated: bool = False
+    hopeless: list[tuple[Need, Failure]] = field(default_factory=list)
+    given_up: dict[str, Failure] = field(default_factory=dict)  # by slot: not tried again
+    last: dict[str, str] = field(default_factory=dict)  # state by slot
 
     # Watcher, for orchestrator.prepare.
 
@@ -139,13 +156,31 @@ class Run:
             self.tally.holes += facts["holes"]
         self.screen.prepared(need)
 
+    def failed(self, need: Need, failure: Failure) -> None:
+        self.hopeless.append((need, failure))
+        self.ledger.append("artifact_failed", key=str(need.key), **_said(need.stage, failure))
+        self.screen.say(f"{name_of(need.key)}: failed ({failure.failure_class}): {failure.message}")
+
+    def retried(self, need: Need, failure: Failure) -> None:
+        self.ledger.append("artifact_retried", key=str(need.key), **_said(need.stage, failure))
+        remedy = CLASSES[failure.failure_class].remedy
+        self.screen.say(f"{name_of(need.key)}: {failure.message}; {remedy}")
+
     def progress(self, name: str, done: int, total: int) -> None:
         self.screen.progress(name, done, total)
 
     def phase(self, stage: str, seconds: float) -> None:
         self.tally.add_wall(stage, seconds)
 
-    # Budget and outcomes, for orchestrator.dispatch.
+    # Budget, outcomes and lost hopes, for orchestrator.dispatch.
+
+    def no_hope(self, trial: TrialSpec) -> Failure | None:
+        """Why a trial cannot run: something that it reads could not be made."""
+        for need, failure in self.hopeless:
+            if any(holds(one.spec, need.spec) for one in needs_of([trial])):
+                message = f"{name_of(need.key)} failed: {failure.message}"
+                return Failure(failure.failure_class, message)
+        return None
 
     def within_budget(self) -> bool:
         """May another point start? One that runs is not cut off."""
@@ -155,7 +190,8 @@ class Run:
         return budget.gpu_hours is None or self.gpu_seconds < 3600 * budget.gpu_hours
 
     def outcome(self, outcome: Outcome) -> None:
-        self.tally.states[outcome.state] = self.tally.states.get(outcome.state, 0) + 1
+        self.last[outcome.slot.id] = outcome.state  # one that moved to fp32 comes twice
+        self.tally.states = dict(Counter(self.last.values()))
         if not outcome.known:
             fields: dict[str, Any] = {
                 "slot": outcome.slot.id,
@@ -172,6 +208,14 @@ class Run:
         self.screen.outcome(outcome)
 
 
+def _said(stage: str, failure: Failure) -> dict[str, str]:
+    return {
+        "stage": stage,
+        "failure_class": failure.failure_class,
+        "message": failure.message,
+    }
+
+
 def run_sweep(
     sweep: SweepSpec,
     place: Place,
@@ -181,12 +225,14 @@ def run_sweep(
     prepare_only: bool = False,
     origin: dict[str, Any] | None = None,
     accept_code: Sequence[str] = (),
+    retry: str | None = None,
 ) -> int:
     """Do what is left of a sweep and say how it stands.
 
     Args:
         origin: how the sweep was asked for (sets, only), kept so that it can be read again.
         accept_code: stages whose artifacts count although other code has made them.
+        retry: the only class of failures to try again; None: all.
 
     Returns:
         The exit code; `outcome.json` says the same.
@@ -197,6 +243,7 @@ def run_sweep(
     ledger, resolver = place.ledger(), place.resolver()
     plan = plan_sweep(sweep, place.store, resolver, ledger)
     _settle_code(plan, place, accept_code)
+    given_up = _given_up(standing(ledger).failures, retry)
     if plan.done == plan.total and standing(ledger).exit_code == DONE:
         if ledger.path.exists():  # a file that only lost cells asks for no work, but is the sweep
             _open_folder(place, sweep, origin or {})
@@ -204,7 +251,7 @@ def run_sweep(
         return DONE
     ledger.lock()
     publisher = Publisher(sweep, _parent(sweep, place), place.store, tracking_uri)
-    run = Run(sweep, place, screen, publisher, ledger, resolver)
+    run = Run(sweep, place, screen, publisher, ledger, resolver, given_up=given_up)
     _open_folder(place, sweep, origin or {})
     # Workers have no .git and may run as somebody else.
     os.environ |= {"AIRSWEEP_COMMIT": commit(), "AIRSWEEP_USER": whoami()}
@@ -242,6 +289,25 @@ def _settle_code(plan: Plan, place: Place, accepted: Sequence[str]) -> None:
         accept(plan.stale, f"{place.project}/{place.name}", place.store)
 
 
+def _given_up(failures: Mapping[str, Mapping[str, Any]], retry: str | None) -> dict[str, Failure]:
+    """By slot, failures that are not to be tried again.
+
+    Raises:
+        ValueError: there is none of the class that is.
+    """
+    if retry is None:
+        return {}
+    counts = Counter(event["failure_class"] for event in failures.values())
+    if not counts[retry]:
+        there = ", ".join(f"{count} x {name}" for name, count in counts.items()) or "nothing"
+        raise ValueError(f"no trial of class {retry!r} failed; failed: {there}")
+    return {
+        slot: Failure(event["failure_class"], event["message"])
+        for slot, event in failures.items()
+        if event["failure_class"] != retry
+    }
+
+
 def _open_folder(place: Place, sweep: SweepSpec, origin: dict[str, Any]) -> None:
     place.folder.mkdir(parents=True, exist_ok=True)
     version = place.store.root / "VERSION"
@@ -258,8 +324,10 @@ def _work(run: Run, plan: Plan, prepare_only: bool) -> int:
     """Group after group: cells without images first, then those that share a row of images."""
     searches = _searches(run, plan)
     with ExitStack() as stack:
-        for cells in _groups(plan, run):
-            needs = needs_of(possible_trials(cells, run.sweep.seeds.assignments(), run.resolver))
+        groups = deque(_groups(plan, run))
+        while groups:
+            cells = groups.popleft()
+            needs = _needs(run, cells)
             dispatcher = Dispatcher(
                 run.sweep,
                 cells,
@@ -269,6 +337,8 @@ def _work(run: Run, plan: Plan, prepare_only: bool) -> int:
                 run.ledger,
                 run.outcome,
                 run.within_budget,
+                run.no_hope,
+                run.given_up,
             )
             job = None if prepare_only else dispatcher.peek()
             if dispatcher.out_of_budget():
@@ -277,13 +347,33 @@ def _work(run: Run, plan: Plan, prepare_only: bool) -> int:
                 continue  # all of it was known
             if run.cluster is None:
                 run.cluster = _start_cluster(stack, run)
-            _prepare(run, needs)
+            _prepare(run, cells, needs)
             if job is not None:
                 _tune(run, dispatcher)
             if dispatcher.out_of_budget():
                 return BUDGET
-    failed = run.tally.states.get("failed", 0)
+            if dispatcher.gave_up():
+                run.screen.say(f"stopped after {EQUAL_ERRORS} equal errors: {dispatcher.gave_up()}")
+                return FAILED
+            if dispatcher.moving:  # the same cells again, with what they need in fp32
+                groups.appendleft(cells)
+                searches = _searches(run, plan)
+    failed = run.tally.states.get("failed", 0) or run.hopeless
     return FAILED if failed else DONE
+
+
+def _needs(run: Run, cells: Sequence[Cell]) -> list[Need]:
+    """What some cells read, also in trials that went on in fp32."""
+    assignments, moved = run.sweep.seeds.assignments(), moved_slots(run.ledger)
+    slots = [
+        slot
+        for cell in cells
+        for number, params in known_points(cell, run.sweep.search, asked_points(run.ledger)).items()
+        for slot in slots_of(cell, number, params, assignments, run.resolver, moved)
+        if slot.id in moved
+    ]
+    possible = possible_trials(cells, assignments, run.resolver)
+    return needs_of([*possible, *(slot.spec for slot in slots)])
 
 
 def _incomplete(run: Run, needs: Sequence[Need]) -> bool:
@@ -333,14 +423,24 @@ def _workshop(run: Run) -> Workshop:
     from orchestrator.workshop import Workshop
 
     gpu = run.sweep.resources.trial.gpu and (run.cluster or {}).get("GPU", 0)
-    return Workshop(run.place.store, run.place.data_root, "cuda" if gpu else "cpu")
+    batch = run.sweep.resources.encoder.batch
+    return Workshop(run.place.store, run.place.data_root, "cuda" if gpu else "cpu", batch)
 
 
-def _prepare(run: Run, needs: Sequence[Need]) -> None:
+def _prepare(run: Run, cells: Sequence[Cell], needs: Sequence[Need]) -> None:
     from orchestrator.prepare import contact_sheet, prepare
 
+    store = run.place.store
+    left = {str(need.key): need.total() - need.have(store) for need in needs}
+    left = {key: count for key, count in left.items() if count}
+    run.ledger.append("cells_waiting", cells=[cell.id for cell in cells], artifacts=left)
     prepare(needs, _workshop(run), run.sweep.resources, run)
-    rows = [need.spec for need in needs if isinstance(need.spec, SyntheticFeaturesSpec)]
+    run.ledger.append("cells_ready")
+    rows = [
+        need.spec
+        for need in needs
+        if isinstance(need.spec, SyntheticFeaturesSpec) and need.have(store) == need.total()
+    ]
     sheet = run.place.folder / "contact_sheet.png"
     if rows and not sheet.exists():
         drawn, base = _shown(rows)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,16 +18,14 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext
 
 from air_core.specs import SyntheticFeaturesSpec
+from orchestrator.failures import Failure, classify
 from orchestrator.image_rows import build_image_block, open_generator
 from orchestrator.plan import Need
 from orchestrator.sweep import Resources
 from orchestrator.workshop import Workshop
 
+THRIFT = 2  # the most that a generator can save
 DEATHS = 2  # processes that a shard may kill before it counts as failed
-
-
-class GenerationFailed(RuntimeError):
-    """Some image blocks could not be drawn."""
 
 
 class Generate:
@@ -38,11 +37,12 @@ class Generate:
         torch.set_num_threads(1)  # one actor a core; more threads would fight
         self.rows, self.shop = rows, shop
         self.open: tuple[int, Any] | None = None
+        self.thrift = 0  # how much memory is saved for time, see diffusion.pipeline
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         row, c, block = (int(batch[name][0]) for name in ("row", "class", "block"))
         started = time.monotonic()
-        error = ""
+        error = name = ""
         drawn = {"drawn": 0, "redrawn": 0, "holes": 0}
         # A shard that kills its process is tried again by Ray for ever: count on disk.
         spec = self.rows[row]
@@ -51,26 +51,41 @@ class Generate:
             deaths = tries.stat().st_size if tries.exists() else 0
             if deaths >= DEATHS:
                 tries.unlink()
+                name = "infra"
                 raise RuntimeError(f"killed its process {deaths} times")
             with open(tries, "ab") as handle:
                 handle.write(b"x")
-            drawn = build_image_block(spec, c, block, self.shop, lambda: self._generator(row))
+            drawn = self._drawn(spec, row, c, block)
             tries.unlink(missing_ok=True)
         except Exception as problem:  # told to the driver as data: an exception ends the stream
-            error = f"{type(problem).__name__}: {problem}"
+            error, name = f"{type(problem).__name__}: {problem}", name or classify(problem)
         return {
             "row": [row],
             "class": [c],
             "block": [block],
             "error": [error],
+            "failure_class": [name],
             "seconds": [time.monotonic() - started],
             **{name: [count] for name, count in drawn.items()},
         }
 
+    def _drawn(self, spec: SyntheticFeaturesSpec, row: int, c: int, block: int) -> dict[str, int]:
+        """A block; with less memory where there is too little. Its size is part of its key."""
+        for thrift in range(self.thrift, THRIFT + 1):
+            self.thrift = thrift  # of this actor from now on
+            try:
+                shop = self.shop.with_less(thrift)
+                return build_image_block(spec, c, block, shop, lambda: self._generator(row))
+            except Exception as problem:
+                if classify(problem) != "oom" or thrift == THRIFT:
+                    raise
+                self.open = None
+        raise AssertionError("unreachable")
+
     def _generator(self, row: int) -> Any:
         if self.open is None or self.open[0] != row:
             self.open = None  # one LoRA at a time: free the last before the next is loaded
-            self.open = (row, open_generator(self.rows[row].images, self.shop))
+            self.open = (row, open_generator(self.rows[row].images, self.shop, self.thrift))
         return self.open[1]
 
 
@@ -99,14 +114,13 @@ def draw(
     shop: Workshop,
     resources: Resources,
     on_shard: Callable[[Need, float, dict[str, Any]], None],
-) -> None:
-    """Draw the missing blocks of some rows.
+) -> list[tuple[Need, Failure]]:
+    """Draw the missing blocks of some rows; what could not be drawn, after all others were tried.
 
     Args:
         on_shard: told of each shard as it is done: seconds; drawn, redrawn, holes.
 
     Raises:
-        GenerationFailed: after all others were tried; says which failed and why.
         ValueError: the cluster has no room for a generator.
     """
     shards = [
@@ -115,7 +129,7 @@ def draw(
         for c, block in need.missing(shop.store)
     ]
     if not shards:
-        return
+        return []
     want = resources.generator
     fits, gpu = room_for(resources)
     actors = min(want.actors or fits, fits, len(shards))
@@ -127,23 +141,31 @@ def draw(
     device = "cuda" if gpu else "cpu"
     stream = ray.data.from_items(shards, override_num_blocks=len(shards)).map_batches(
         Generate,
-        fn_constructor_args=(specs, Workshop(shop.store, shop.data_root, device)),
+        fn_constructor_args=(specs, replace(shop, device=device)),
         batch_size=1,
         compute=ActorPoolStrategy(size=actors),
         num_cpus=want.cpu,
         num_gpus=gpu,
     )
-    errors = []
+    errors: dict[Need, list[tuple[str, str]]] = {}
     for result in stream.iter_rows():
         need = needs[result["row"]]
         if result["error"]:
             assert isinstance(need.spec, SyntheticFeaturesSpec)
             name = need.spec.images.classnames[result["class"]]
-            errors.append(f"{name}, block {result['block']}: {result['error']}")
-        on_shard(need, result["seconds"], result)
-    left = sum(len(need.missing(shop.store)) for need in needs)
-    if left:
-        raise GenerationFailed(
-            f"{left} of {len(shards)} image blocks could not be drawn; "
-            + "; ".join(errors[:3] or ["they were lost by the cluster; run again"])
-        )
+            said = f"{name}, block {result['block']}: {result['error']}"
+            errors.setdefault(need, []).append((result["failure_class"], said))
+        else:
+            on_shard(need, result["seconds"], result)
+    return [
+        (need, _failure(errors.get(need, []), left))
+        for need in needs
+        if (left := len(need.missing(shop.store)))
+    ]
+
+
+def _failure(errors: Sequence[tuple[str, str]], left: int) -> Failure:
+    said = [text for _, text in errors[:3]] or ["they were lost by the cluster; run again"]
+    names = [name for name, _ in errors] or ["infra"]
+    blocks = "1 block is" if left == 1 else f"{left} blocks are"
+    return Failure(max(set(names), key=names.count), f"{blocks} missing; {'; '.join(said)}")

@@ -30,12 +30,15 @@ from orchestrator.workshop import Workshop
 ATTEMPTS = 3  # draws of one slot before it is a recorded hole
 
 
-def open_generator(images: GeneratedImages | FolderImages, shop: Workshop) -> ImageGenerator:
+def open_generator(
+    images: GeneratedImages | FolderImages, shop: Workshop, thrift: int = 0
+) -> ImageGenerator:
     """The generator of a row, with its LoRA from the store."""
     adapter = None
     if isinstance(images, GeneratedImages) and images.lora is not None:
         adapter = shop.store.get(images.lora).path
-    return load_generator(images, images_folder(images.model.name), adapter, shop.device)
+    folder = images_folder(images.model.name)
+    return load_generator(images, folder, adapter, shop.device, thrift)
 
 
 def build_image_block(

@@ -8,8 +8,9 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from air_core.flat import trial_keys
@@ -167,7 +168,7 @@ def plan_sweep(sweep: SweepSpec, store: ArtifactStore, resolver: Resolver, ledge
     cells = cells_of(sweep)
     assignments = sweep.seeds.assignments()
     asked = asked_points(ledger)
-    finished = finished_slots(ledger)
+    finished, moved = finished_slots(ledger), moved_slots(ledger)
     slots: list[Slot] = []
     points = 0
     for cell in cells:
@@ -175,7 +176,7 @@ def plan_sweep(sweep: SweepSpec, store: ArtifactStore, resolver: Resolver, ledge
         points += count
         known = known_points(cell, sweep.search, asked)
         for number, params in sorted(known.items())[:count]:
-            slots += slots_of(cell, number, params, assignments, resolver)
+            slots += slots_of(cell, number, params, assignments, resolver, moved)
     done = reused = 0
     seen: set[str] = set()
     for slot in slots:
@@ -186,7 +187,8 @@ def plan_sweep(sweep: SweepSpec, store: ArtifactStore, resolver: Resolver, ledge
             reused += 1
         seen.add(slot.key.digest)
     total = points * len(assignments)
-    needs = tuple(needs_of(possible_trials(cells, assignments, resolver)))
+    asked_for = possible_trials(cells, assignments, resolver)
+    needs = tuple(needs_of(itertools.chain(asked_for, moved_trials(slots, moved))))
     seconds, calibrated = estimate(needs, total - done - reused, store)
     resolver.save()
     trials = {slot.key.digest: slot.spec for slot in slots}.values()
@@ -230,15 +232,29 @@ def slots_of(
     params: Mapping[str, Any],
     assignments: Sequence[Mapping[str, int]],
     resolver: Resolver,
+    moved: Mapping[str, str] = MappingProxyType({}),
 ) -> list[Slot]:
-    """The slots of one point: one for each assignment of seeds."""
+    """The slots of one point: one for each assignment of seeds.
+
+    Args:
+        moved: slots whose trial of that key became another one, in fp32.
+    """
     slots = []
     for seeds in assignments:
         spec = resolver.trial({**cell.flat, **params, **seeds})
         words = ",".join(f"{name}={value}" for name, value in seeds.items())
         slot_id = f"{cell.id}/{point}/{words}"
-        slots.append(Slot(slot_id, cell, point, params, seeds, spec, artifact_key(spec)))
+        key = artifact_key(spec)
+        if moved.get(slot_id) == key.digest:
+            spec = replace(spec, precision="fp32")
+            key = artifact_key(spec)
+        slots.append(Slot(slot_id, cell, point, params, seeds, spec, key))
     return slots
+
+
+def moved_trials(slots: Iterable[Slot], moved: Mapping[str, str]) -> list[TrialSpec]:
+    """Trials that a sweep has come to need, beside those that it asks for."""
+    return [slot.spec for slot in slots if slot.id in moved]
 
 
 # ---------------------------------------------------------------- needs
@@ -323,6 +339,15 @@ def _row_needs(
     yield Need(row, images_per_class, classes)
 
 
+def holds(spec: Any, part: Any) -> bool:
+    """Is `part` what a spec is, or anything that it is made from?"""
+    if spec == part:
+        return True
+    if not is_dataclass(spec):
+        return False
+    return any(holds(getattr(spec, f.name), part) for f in fields(spec))
+
+
 def level(spec: Any) -> int:
     """How many stages lie above: needs of one level do not wait for each other."""
     match spec:
@@ -361,6 +386,13 @@ def finished_slots(ledger: Ledger) -> dict[str, tuple[str, str]]:
         elif event["event"] == "trial_failed":
             found.pop(event["slot"], None)
     return found
+
+
+def moved_slots(ledger: Ledger) -> dict[str, str]:
+    """Slots whose trial became not a number below fp32, with the key of that trial."""
+    return {
+        event["slot"]: event["key"] for event in ledger.events() if event["event"] == "trial_moved"
+    }
 
 
 # ---------------------------------------------------------------- time

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import groupby
 from typing import Any, Protocol
 
@@ -13,9 +15,10 @@ import ray
 from air_core.specs import FeaturesSpec, LabelsSpec, LoraSpec, SyntheticFeaturesSpec
 from orchestrator import pictures
 from orchestrator.board import Note, watched
+from orchestrator.failures import CLASSES, Failure, classify, of_death
 from orchestrator.generation import draw, room_for
 from orchestrator.keys import artifact_key
-from orchestrator.plan import Need, level, name_of
+from orchestrator.plan import Need, holds, level, name_of
 from orchestrator.stages import build_features, build_labels, build_lora
 from orchestrator.sweep import Resources
 from orchestrator.workshop import Workshop
@@ -26,6 +29,14 @@ class Watcher(Protocol):
 
     def prepared(self, need: Need, seconds: float, facts: dict[str, Any]) -> None:
         """An artifact, or one shard of a row, is whole."""
+        ...
+
+    def failed(self, need: Need, failure: Failure) -> None:
+        """It could not be made."""
+        ...
+
+    def retried(self, need: Need, failure: Failure) -> None:
+        """It failed and is tried again."""
         ...
 
     def progress(self, name: str, done: int, total: int) -> None:
@@ -40,22 +51,30 @@ class Watcher(Protocol):
 def prepare(needs: Sequence[Need], shop: Workshop, resources: Resources, watcher: Watcher) -> None:
     """Make what is missing, stage after stage; within a stage side by side.
 
+    What fails is tried again as its class allows. In the end the watcher is told of it, and what
+    would be made from it is left out.
+
     Raises:
-        GenerationFailed, ValueError: something could not be made.
+        ValueError: the cluster has no room for a generator.
     """
+    failed: list[Any] = []  # specs
     missing = [need for need in needs if need.have(shop.store) < need.total()]
     levels = _levels(missing)
     missing.sort(key=lambda need: levels[need])
     for _, group in groupby(missing, key=levels.__getitem__):
-        together = list(group)
+        together = [need for need in group if not any(holds(need.spec, one) for one in failed)]
         images = [need for need in together if need.stage == "images"]
         others = [need for need in together if need.stage != "images"]
+        failures: list[tuple[Need, Failure]] = []
         if others:
             with _clocked(watcher, others[-1].stage):
-                _build(others, shop, resources, watcher)
+                failures = _build(others, shop, resources, watcher)
         if images:
             with _clocked(watcher, "images"):
-                draw(images, shop, resources, watcher.prepared)
+                failures += draw(images, shop, resources, watcher.prepared)
+        for need, failure in failures:
+            failed += [need.spec, getattr(need.spec, "images", None)]
+            watcher.failed(need, failure)
 
 
 @contextmanager
@@ -98,29 +117,48 @@ def _run(spec: Any, shop: Workshop, board: Any) -> tuple[float, dict[str, Any]]:
     return time.monotonic() - started, artifact.record["info"]
 
 
-def _build(needs: Sequence[Need], shop: Workshop, resources: Resources, watcher: Watcher) -> None:
-    if not needs:
-        return
+def _build(
+    needs: Sequence[Need], shop: Workshop, resources: Resources, watcher: Watcher
+) -> list[tuple[Need, Failure]]:
     want = resources.generator
     _, gpu = room_for(resources)
-    there = Workshop(shop.store, shop.data_root, "cuda" if gpu else "cpu")
-    stage = ray.remote(_run)
+    there = replace(shop, device="cuda" if gpu else "cpu")
+    stage = ray.remote(_run).options(num_cpus=want.cpu, num_gpus=gpu, max_retries=0)
     follow = {need.spec.labels for need in needs if isinstance(need.spec, LoraSpec)}
+    tries: Counter[tuple[Need, str]] = Counter()
+    failures = []
     with watched(watcher.progress) as board:
-        running = {
-            stage.options(num_cpus=want.cpu, num_gpus=gpu, max_retries=1).remote(
-                need.spec, there, board
-            ): need
-            for need in needs
-            if need.spec not in follow
-        }
+        first = [need for need in needs if need.spec not in follow]
+        running = {stage.remote(need.spec, there, board): need for need in first}
         while running:
             (done, *_), _ = ray.wait(list(running))
             need = running.pop(done)
-            seconds, facts = ray.get(done)
+            try:
+                seconds, facts = ray.get(done)
+            except Exception as problem:
+                failure = _failure(problem)
+                name = failure.failure_class
+                tries[need, name] += 1
+                if tries[need, name] > CLASSES[name].retries:
+                    failures.append((need, failure))
+                    continue
+                watcher.retried(need, failure)
+                less = there.with_less(tries[need, "oom"])
+                running[stage.remote(need.spec, less, board)] = need
+                continue
             if isinstance(need.spec, LoraSpec):
                 _labels_are_there(need.spec.labels, needs, shop, watcher)
             watcher.prepared(need, seconds, facts)
+    return failures
+
+
+def _failure(problem: Exception) -> Failure:
+    """What a task died of: its own exception, or what the cluster says of its process."""
+    cause = getattr(problem, "cause", None)
+    if isinstance(cause, Exception):
+        return Failure(classify(cause), f"{type(cause).__name__}: {cause}")
+    said = f"{type(problem).__name__}: {problem}"
+    return Failure(of_death(said), said.partition("\n")[0])
 
 
 def _labels_are_there(

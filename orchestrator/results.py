@@ -88,6 +88,10 @@ class Standing:
     last: dict[str, str] = field(default_factory=dict)  # slot -> done, reused, failed, running
     failures: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     prepared: Counter[str] = field(default_factory=Counter)
+    unmade: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # artifacts, by key
+    waiting_for: dict[str, int] = field(default_factory=dict)  # units of artifacts that are left
+    waiting_cells: tuple[str, ...] = ()
+    retried: Counter[str] = field(default_factory=Counter)  # by failure class, in the last run
     exit_code: int | None = None
 
     def counts(self, alive: bool) -> dict[str, int]:
@@ -111,6 +115,17 @@ def standing(ledger: Ledger) -> Standing:
         match event["event"]:
             case "sweep_started":
                 found.total, found.exit_code = event["total"], None
+                found.retried, found.unmade = Counter(), {}
+                found.waiting_for, found.waiting_cells = {}, ()
+            case "cells_waiting":
+                found.waiting_for = dict(event["artifacts"])
+                found.waiting_cells = tuple(event["cells"])
+            case "cells_ready":
+                found.waiting_for, found.waiting_cells = {}, ()
+            case "artifact_failed":
+                found.unmade[event["key"]] = event
+            case "artifact_retried" | "trial_retried":
+                found.retried[event["failure_class"]] += 1
             case "trials_started":
                 found.last |= dict.fromkeys(event["slots"], "running")
             case "trial_done" | "trial_reused" | "trial_failed" as name:
@@ -120,6 +135,8 @@ def standing(ledger: Ledger) -> Standing:
                     found.failures[event["slot"]] = event
             case "artifact_prepared":
                 found.prepared[event["stage"]] += 1
+                if event["key"] in found.waiting_for:
+                    found.waiting_for[event["key"]] -= 1
             case "sweep_ended":
                 found.exit_code = event["exit_code"]
     return found

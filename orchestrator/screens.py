@@ -17,9 +17,10 @@ from air_core.flat import to_flat
 from air_core.normal import normalised
 from orchestrator import presets, report
 from orchestrator.driver import Place, read_outcome
+from orchestrator.failures import CLASSES
 from orchestrator.freshness import remedy
 from orchestrator.plan import Need, Plan, plan_sweep
-from orchestrator.results import entries_of, standing
+from orchestrator.results import Standing, entries_of, standing
 from orchestrator.screen import clock
 from orchestrator.summary import summary
 from orchestrator.sweep import SweepSpec, notes_of
@@ -100,11 +101,23 @@ def status(place: Place) -> dict[str, Any]:
         "exit_code": found.exit_code,
         "trials": found.counts(alive),
         "prepared": dict(found.prepared),
+        "waiting": _waiting(found) if alive else None,
+        "retried": dict(found.retried),
         "failures": [
             {"slot": slot, "class": event["failure_class"], "message": event["message"]}
             for slot, event in found.failures.items()
         ],
+        "unmade": [
+            {"artifact": key, "class": event["failure_class"], "message": event["message"]}
+            for key, event in found.unmade.items()
+        ],
     }
+
+
+def _waiting(found: Standing) -> dict[str, Any] | None:
+    """Who waits for what: cells for artifacts that are made now."""
+    left = {key: count for key, count in found.waiting_for.items() if count > 0}
+    return {"cells": list(found.waiting_cells), "for": left} if left else None
 
 
 def _alive(folder: Path) -> bool:
@@ -125,11 +138,26 @@ def status_screen(found: dict[str, Any]) -> str:
     if found["prepared"]:
         made = ", ".join(f"{count} {stage}" for stage, count in found["prepared"].items())
         lines.append(f"  prepared  {made}")
+    if found["waiting"]:
+        cells, left = found["waiting"]["cells"], found["waiting"]["for"]
+        lines.append(f"  waiting   {len(cells)} cells, such as {cells[0]}, for")
+        lines += [f"              {key}" + _count(count) for key, count in left.items()]
+    if found["retried"]:
+        tried = ", ".join(f"{count} x {name}" for name, count in found["retried"].items())
+        lines.append(f"  retried   {tried}")
+    for artifact in found["unmade"]:
+        lines.append(f"  not made  {artifact['artifact']}")
+        lines.append(f"              {artifact['class']}: {artifact['message']}")
     for (name, message), count in Counter(
         (failure["class"], failure["message"]) for failure in found["failures"]
     ).items():
         lines.append(f"  failed    {count} x {name}: {message}")
+        lines.append(f"              {CLASSES[name].remedy}")
     return "\n".join(lines)
+
+
+def _count(left: int) -> str:
+    return "" if left == 1 else f": {left} blocks"
 
 
 # ---------------------------------------------------------------- the end of a run

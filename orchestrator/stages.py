@@ -77,7 +77,7 @@ def build_features(
             )
         arrays = {"features": np.concatenate(rows), "labels": examples.labels, "parts": parts}
         save_file(arrays, folder / "features.safetensors")
-        return {"images": len(parts) - len(bad), "unreadable": len(bad)}
+        return {"images": len(parts) - len(bad), "unreadable": len(bad), "batch": shop.batch}
 
     return shop.store.get_or_build(spec, build)
 

@@ -75,6 +75,7 @@ class Budget:
 class TrialResources:
     cpu: float = knob(1.0, "cores of one trial", ge=0)
     gpu: float = knob(0.0, "devices of one trial, or a share of one", ge=0)
+    timeout: float | None = knob(None, "seconds that one trial may take", gt=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,12 +85,21 @@ class GeneratorResources:
     actors: int | None = knob(None, "null: as many as fit", ge=1)
 
 
+ENCODER_BATCH = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderResources:
+    batch: int = knob(ENCODER_BATCH, "images at a time through CLIP", ge=1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Resources:
     """What runs ask of the cluster. Enters no key."""
 
     trial: TrialResources = TrialResources()
     generator: GeneratorResources = GeneratorResources()
+    encoder: EncoderResources = EncoderResources()
 
 
 @dataclass(frozen=True, kw_only=True)

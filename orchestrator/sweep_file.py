@@ -33,6 +33,7 @@ from orchestrator.sweep import (
     Budget,
     Cell,
     Dimension,
+    EncoderResources,
     GeneratorResources,
     Resources,
     Search,
@@ -351,7 +352,7 @@ def _seed_values(document: Document, keys: Keys, width: int) -> tuple[tuple[int,
     return tuple(values)
 
 
-def _wall(document: Document, keys: Keys) -> float | None:
+def _seconds(document: Document, keys: Keys) -> float | None:
     value = document.at(keys)
     units = {"s": 1, "m": 60, "h": 3600}
     if isinstance(value, str):
@@ -373,9 +374,12 @@ TOP: dict[str, Reader] = {
     "fixed": _fixed,
     "search": section(Search, space=_space),
     "seeds": _seeds,
-    "budget": section(Budget, wall=_wall),
+    "budget": section(Budget, wall=_seconds),
     "resources": section(
-        Resources, trial=section(TrialResources), generator=section(GeneratorResources)
+        Resources,
+        trial=section(TrialResources, timeout=_seconds),
+        generator=section(GeneratorResources),
+        encoder=section(EncoderResources),
     ),
     "project": leaf(NAME),
     "tracking": lambda document, keys: mapping(document, keys, {"uri": leaf(LINE)}),

@@ -19,20 +19,12 @@ from ray.tune.search import Searcher
 
 from air_core.specs import TrialSpec
 from orchestrator.board import Note, watched
-from orchestrator.dispatch import Dispatcher, Failure
+from orchestrator.dispatch import Dispatcher
+from orchestrator.failures import Failure, OutOfTime, classify, of_death
 from orchestrator.keys import artifact_key
-from orchestrator.store import MissingArtifact
 from orchestrator.sweep import Resources
 from orchestrator.trial import run_trial
 from orchestrator.workshop import Workshop
-
-# The first that fits names the failure class; anything else is the user's.
-FAILURE_CLASSES: tuple[tuple[type[BaseException], str], ...] = (
-    (MissingArtifact, "data"),
-    (FloatingPointError, "nan"),
-    (MemoryError, "oom"),
-    (OSError, "infra"),
-)
 
 
 @dataclass(frozen=True)
@@ -47,8 +39,10 @@ class Figures:
 class TrialRunner(tune.Trainable):  # type: ignore[misc]
     """Runs the trials of one point, one after the other."""
 
-    def setup(self, config: dict[str, Any], shop: Workshop, board: Any) -> None:
-        self.shop, self.board = shop, board
+    def setup(
+        self, config: dict[str, Any], shop: Workshop, board: Any, limit: float | None
+    ) -> None:
+        self.shop, self.board, self.limit = shop, board, limit
         self.job = config
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -58,9 +52,10 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]
     def step(self) -> dict[str, Any]:
         started = time.monotonic()
         failures = []
+        shop = self.shop.with_less(self.job["halvings"])
         for slot, spec in zip(self.job["slots"], self.job["trials"], strict=True):
             note = Note(self.board, f"trial {slot}")
-            failure = attempt(spec, self.shop, note.share)
+            failure = attempt(spec, shop, note.share, self.limit)
             if failure is not None:
                 failures.append((artifact_key(spec).digest, failure))
         return {
@@ -71,17 +66,30 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]
         }
 
 
-def attempt(spec: TrialSpec, shop: Workshop, share_done: Callable[[float], None]) -> Failure | None:
-    """Run a trial; what went wrong is returned, not raised."""
+def attempt(
+    spec: TrialSpec,
+    shop: Workshop,
+    share_done: Callable[[float], None],
+    limit: float | None = None,
+) -> Failure | None:
+    """Run a trial; what went wrong is returned, not raised.
+
+    Args:
+        limit: seconds that it may take.
+    """
+    started = time.monotonic()
+
+    def told(share: float) -> None:  # after each step, so that nothing has to be killed
+        share_done(share)
+        if limit is not None and time.monotonic() - started > limit:
+            raise OutOfTime(f"over {limit:g} s at {share:.0%} of its training")
+
     try:
-        run_trial(spec, shop.store, shop.device, share_done)
+        run_trial(spec, shop.store, shop.device, told)
     except Exception as problem:
-        name = next((c for kind, c in FAILURE_CLASSES if isinstance(problem, kind)), "user")
-        if "out of memory" in str(problem).lower():
-            name = "oom"
         where = traceback.extract_tb(problem.__traceback__)[-1]
         place = f"{Path(where.filename).name}:{where.lineno}"
-        return Failure(name, f"{type(problem).__name__}: {problem} ({place})")
+        return Failure(classify(problem), f"{type(problem).__name__}: {problem} ({place})")
     return None
 
 
@@ -110,6 +118,7 @@ class _Source(_NotKept, Searcher):  # type: ignore[misc]
                 "number": job.number,
                 "slots": list(job.slots),
                 "trials": list(job.trials),
+                "halvings": job.halvings,
             }
         if self.dispatcher.finished:
             return Searcher.FINISHED
@@ -145,8 +154,16 @@ class _Results(_NotKept, tune.Callback):  # type: ignore[misc]
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         number = self.source.jobs[trial.trial_id]
         job = self.dispatcher.running[number]
-        failure = Failure("infra", "the process that ran it died; see Ray's logs")
-        self.dispatcher.complete(number, dict.fromkeys(job.keys, failure))
+        said = str(trial.get_error() or "")
+        last = next((line for line in reversed(said.splitlines()) if line.strip()), "")
+        failure = Failure(of_death(said), f"the process that ran it died: {last.strip()[:200]}")
+        # What it had finished before is in the store.
+        lost = [
+            key
+            for key, spec in zip(job.keys, job.trials, strict=True)
+            if not self.dispatcher.store.has(spec)
+        ]
+        self.dispatcher.complete(number, dict.fromkeys(lost, failure))
 
 
 def run_points(
@@ -170,7 +187,9 @@ def run_points(
     source = _Source(dispatcher, handed)
     with watched(progress) as board:
         trainable = tune.with_resources(
-            tune.with_parameters(TrialRunner, shop=shop, board=board),
+            tune.with_parameters(
+                TrialRunner, shop=shop, board=board, limit=resources.trial.timeout
+            ),
             {"cpu": resources.trial.cpu, "gpu": resources.trial.gpu},
         )
         _fit(trainable, source, dispatcher, overheads, folder, slots)
@@ -205,7 +224,7 @@ def _fit(
             verbose=0,
             callbacks=[_Results(dispatcher, source, overheads)],
             log_to_file=False,
-            failure_config=tune.FailureConfig(max_failures=1),
+            failure_config=tune.FailureConfig(max_failures=0),  # the dispatcher tries again
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
         ),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from air_core.backbone.loading import load_backbone
 from air_core.datasets import Examples, get_dataset
 from air_core.specs import FeaturesSpec, Ref, SyntheticFeaturesSpec
 from orchestrator.store import ArtifactStore
+from orchestrator.sweep import ENCODER_BATCH
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,11 @@ class Workshop:
     store: ArtifactStore
     data_root: Path | None = None
     device: str = "cpu"
+    batch: int = ENCODER_BATCH
+
+    def with_less(self, halvings: int) -> Workshop:
+        """The same with fewer images at a time, for a device that ran out of memory."""
+        return replace(self, batch=max(1, self.batch >> halvings))
 
     def examples(self, dataset: Ref) -> Examples:
         return _examples(dataset.name, self.data_root)
@@ -37,9 +43,10 @@ class Workshop:
     ) -> np.ndarray:
         """(N, D) features, or (N, T, V) tokens in half precision: they are many."""
         backbone = self.backbone(spec.backbone, spec.precision)
+        parts = [images[i : i + self.batch] for i in range(0, len(images), self.batch)]
         if spec.level == "tokens":
-            return np.asarray(backbone.image_tokens(images, torch.float16))
-        return np.asarray(backbone.encode_images(images))
+            return np.concatenate([backbone.image_tokens(part, torch.float16) for part in parts])
+        return np.concatenate([backbone.encode_images(part) for part in parts])
 
 
 @cache

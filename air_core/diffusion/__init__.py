@@ -49,6 +49,7 @@ def load_generator(
     model: Path,
     adapter: Path | None,
     device: str = "cpu",
+    thrift: int = 0,
 ) -> ImageGenerator:
     """The generator of a row of images.
 
@@ -57,6 +58,8 @@ def load_generator(
         model: a diffusers folder, or the folder of ready images.
         adapter: folder with the LoRA's weights, exactly if `images` has a LoRA.
         device: where a diffusion model runs.
+        thrift: how much memory it saves for time: 1 decodes images one by one, 2 also keeps on
+            the device only the part that works.
 
     Raises:
         ValueError: the folder or the adapter does not fit `images`.
@@ -70,7 +73,12 @@ def load_generator(
             from air_core.diffusion.pipeline import PipelineGenerator  # diffusers takes seconds
 
             return PipelineGenerator(
-                model, images.settings, adapter=adapter, scale=images.lora_scale, device=device
+                model,
+                images.settings,
+                adapter=adapter,
+                scale=images.lora_scale,
+                device=device,
+                thrift=thrift,
             )
         case FolderImages():
             from air_core.diffusion.folder import FolderGenerator

@@ -44,6 +44,7 @@ class PipelineGenerator:
         adapter: Path | None = None,
         scale: float = 1.0,
         device: str = "cpu",
+        thrift: int = 0,
     ) -> None:
         """
         Args:
@@ -52,6 +53,7 @@ class PipelineGenerator:
             adapter: folder that holds the LoRA.
             scale: weight of the LoRA; 0 is the model alone.
             device: where to draw.
+            thrift: how much memory is saved for time, see `load_generator`.
 
         Raises:
             ValueError: a folder without a pipeline or without a LoRA, or of the wrong kind.
@@ -65,7 +67,12 @@ class PipelineGenerator:
         self.pipeline.scheduler = _sampler(self.pipeline.scheduler)
         if adapter is not None:
             load_adapter(self.pipeline, adapter, scale)
-        self.pipeline.to(device)
+        if thrift > 0:
+            self.pipeline.vae.enable_slicing()
+        if thrift > 1 and torch.device(device).type != "cpu":
+            self.pipeline.enable_model_cpu_offload(device=device)
+        else:
+            self.pipeline.to(device)
 
     def generate(self, classname: str, indices: Sequence[int], attempts: Sequence[int]) -> Tensor:
         """See ImageGenerator. Pixels depend a little on the batch, so a batch is always a block.

@@ -12,10 +12,11 @@ import pytest
 from safetensors.numpy import save_file
 
 from air_core.datasets import get_dataset
-from orchestrator.dispatch import Dispatcher, Failure, Job, Outcome
+from orchestrator.dispatch import Dispatcher, Job, Outcome
+from orchestrator.failures import Failure
 from orchestrator.image_rows import build_image_block, open_generator
 from orchestrator.ledger import Ledger
-from orchestrator.plan import finished_slots
+from orchestrator.plan import finished_slots, plan_sweep
 from orchestrator.resolve import Resolver
 from orchestrator.search import CellSearch, open_storage
 from orchestrator.stages import PARTS
@@ -61,7 +62,7 @@ class World:
         self.outcomes: list[Outcome] = []
         self.searches: dict[str, CellSearch] = {}
 
-    def driver(self, sweep: SweepSpec, *budget: Callable[[], bool]) -> Dispatcher:
+    def driver(self, sweep: SweepSpec, *more: Any) -> Dispatcher:
         """A new driver on what the ones before left."""
         self.outcomes, self.searches = [], {}
         cells = cells_of(sweep)
@@ -71,7 +72,7 @@ class World:
                 if cell.space:
                     self.searches[cell.id] = CellSearch(cell, sweep.search, storage)
         place = self.store, self.resolver, self.ledger
-        return Dispatcher(sweep, cells, self.searches, *place, self.outcome, *budget)
+        return Dispatcher(sweep, cells, self.searches, *place, self.outcome, *more)
 
     def outcome(self, outcome: Outcome) -> None:
         self.outcomes.append(outcome)
@@ -249,7 +250,7 @@ def test_who_waits_for_a_trial_that_fails_fails_too(world):
     driver = world.driver(sweep("cpl", "air", seeds=(1,), fixed={"images_per_class": 0}))
     job = driver.next()
     assert driver.next() is None
-    driver.complete(job.number, dict.fromkeys(job.keys, Failure("oom", "")))
+    driver.complete(job.number, dict.fromkeys(job.keys, Failure("data", "")))
     assert world.states() == ["failed", "failed"]
     assert driver.next() is None
     assert driver.finished
@@ -260,6 +261,103 @@ def test_a_failed_trial_is_tried_again_by_the_next_run(world):
     jobs = world.run_all(world.driver(sweep("fpl")))
     assert [[spec.seed for spec in job.trials] for job in jobs] == [[2]]
     assert [(o.state, o.known) for o in world.outcomes] == [("done", True), ("done", False)]
+
+
+def fail(world: World, driver: Dispatcher, *classes: str) -> list[Job]:
+    """Jobs that fail one after the other, each by the next class; what comes after succeeds."""
+    jobs = []
+    for name in classes:
+        job = driver.next()
+        assert job is not None
+        jobs.append(job)
+        driver.complete(job.number, dict.fromkeys(job.keys, Failure(name, f"a case of {name}")))
+    return jobs + world.run_all(driver)
+
+
+@pytest.mark.parametrize("name", ["oom", "infra", "preempted", "timeout"])
+def test_a_failure_that_may_pass_is_tried_again_in_the_same_run(world, name):
+    jobs = fail(world, world.driver(sweep("fpl", seeds=(1,))), name)
+    assert [job.keys for job in jobs] == [jobs[0].keys] * 2
+    assert world.states() == ["done"]
+    (retried,) = [e for e in world.ledger.events() if e["event"] == "trial_retried"]
+    assert (retried["failure_class"], retried["attempt"]) == (name, 1)
+
+
+def test_out_of_memory_is_tried_again_with_half_as_many_images_at_a_time(world):
+    jobs = fail(world, world.driver(sweep("fpl", seeds=(1,))), "oom", "infra", "oom")
+    assert [job.halvings for job in jobs] == [0, 1, 1, 2]
+    assert [Workshop(world.store, batch=10).with_less(n).batch for n in (0, 1, 4)] == [10, 5, 1]
+
+
+@pytest.mark.parametrize("name", ["user", "data"])
+def test_a_failure_that_would_come_again_is_not_tried_again(world, name):
+    assert len(fail(world, world.driver(sweep("fpl", seeds=(1,))), name)) == 1
+    assert world.states() == ["failed"]
+
+
+def test_each_class_has_its_own_limit_and_then_the_last_failure_counts(world):
+    classes = ["oom", "infra", "oom", "infra", "infra"]
+    jobs = fail(world, world.driver(sweep("fpl", seeds=(1,))), *classes)
+    assert len(jobs) == len(classes)
+    assert [(o.state, o.failure_class) for o in world.outcomes] == [("failed", "infra")]
+
+
+def test_a_loss_that_is_not_finite_goes_on_as_another_trial_in_fp32(world):
+    half = sweep("fpl", "zero_shot", seeds=(1,), fixed={"precision": "bf16"})
+    driver = world.driver(half)
+    first = driver.next()
+    driver.complete(first.number, dict.fromkeys(first.keys, Failure("nan", "the loss became nan")))
+    assert [slot.id for slot in driver.moving] == ["digits-ul-text-fpl/0/seed=1"]
+    again = world.driver(sweep("fpl", seeds=(1,), fixed={"precision": "bf16"}))
+    (job,) = world.run_all(again)  # its features are there in fp32
+    assert [spec.precision for spec in (*first.trials, *job.trials)] == ["bf16", "fp32"]
+    (outcome,) = world.outcomes
+    assert (outcome.state, outcome.slot.key.digest) == ("done", job.keys[0])
+    # The sweep knows that from now on, and plans it.
+    plan = plan_sweep(half, world.store, world.resolver, world.ledger)
+    by_slot = {slot.id: slot.spec.precision for slot in plan.slots}
+    assert by_slot == {
+        "digits-ul-text-fpl/0/seed=1": "fp32",
+        "digits-ul-text-zero_shot/0/seed=1": "bf16",
+    }
+    assert {need.spec.precision for need in plan.needs} == {"bf16", "fp32"}
+
+
+def test_in_fp32_a_loss_that_is_not_finite_is_the_end(world):
+    assert len(fail(world, world.driver(sweep("fpl", seeds=(1,))), "nan")) == 1
+    assert [(o.state, o.failure_class) for o in world.outcomes] == [("failed", "nan")]
+
+
+def test_three_equal_errors_of_the_user_stop_the_sweep_with_one_message(world):
+    driver = world.driver(sweep("fpl", "cpl", "grip", "ifpl", seeds=(1,)))
+    fail(world, driver, "user", "infra", "user", "user")
+    assert world.states() == ["failed"] * 3  # the fourth method never started
+    assert driver.gave_up() == "a case of user"
+    assert not driver.out_of_budget()
+    assert driver.finished
+
+
+def test_what_cannot_run_is_said_to_fail_and_does_not_start(world):
+    def hopeless(spec: Any) -> Failure | None:
+        return Failure("oom", "its LoRA failed") if spec.pseudo_labels.kind == "top_k" else None
+
+    driver = world.driver(sweep("fpl", "cpl", seeds=(1,)), lambda: True, hopeless)
+    assert [spec.pseudo_labels.kind for job in world.run_all(driver) for spec in job.trials] == [
+        "candidates"
+    ]
+    assert sorted((o.state, o.message) for o in world.outcomes) == [
+        ("done", ""),
+        ("failed", "its LoRA failed"),
+    ]
+
+
+def test_a_retry_of_one_class_leaves_the_other_failures_as_they_are(world):
+    spec = sweep("fpl", "cpl", seeds=(1,))
+    fail(world, world.driver(spec), "user", "data")
+    left = {"digits-ul-text-cpl/0/seed=1": Failure("data", "a case of data")}
+    again = world.driver(spec, lambda: True, lambda trial: None, left)
+    assert [job.cell for job in world.run_all(again)] == ["digits-ul-text-fpl"]
+    assert [(o.state, o.known) for o in world.outcomes] == [("done", False), ("failed", True)]
 
 
 def test_a_failed_seed_makes_a_failed_point_which_the_next_run_mends(world):

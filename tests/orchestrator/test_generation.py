@@ -5,16 +5,19 @@ from __future__ import annotations
 import shutil
 import time
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import ray
+import torch
 from safetensors.numpy import load_file
 
 from air_core.specs import SyntheticFeaturesSpec
 from orchestrator.board import Note, watched
-from orchestrator.generation import GenerationFailed, draw
+from orchestrator.generation import Generate, draw
 from orchestrator.image_rows import build_image_block, open_generator, read_synthetic
-from orchestrator.plan import Need
+from orchestrator.plan import Need, needs_of
+from orchestrator.prepare import prepare
 from orchestrator.store import ArtifactStore, MissingArtifact
 from orchestrator.sweep import GeneratorResources, Resources
 from orchestrator.workshop import Workshop
@@ -86,10 +89,62 @@ def test_a_block_that_cannot_be_drawn_is_named_and_the_others_are_kept(
         copied.row(need.spec).shard(c, 0, ".safetensors").unlink()
     deaths = copied.open_row(need.spec.images).shard(3, 0, ".tries")
     deaths.write_bytes(b"xx")  # as two processes leave it that this block has killed
-    with pytest.raises(GenerationFailed, match=r"1 of 2 image blocks.*digit three, block 0"):
-        run(need, copied)
+    ((failed, failure),) = draw([need], Workshop(copied), Resources(), lambda *_: None)
+    assert (failed, failure.failure_class) == (need, "infra")
+    assert "1 block is missing; digit three, block 0: " in failure.message
     assert need.missing(copied) == [(3, 0)]
     assert len(run(need, copied)) == 1  # the next start tries it again
+
+
+def test_a_generator_short_of_memory_saves_some_and_keeps_the_size_of_its_blocks(
+    resolver, drawn_digits, tmp_path, monkeypatch
+):
+    need, store, tried = need_of(resolver, drawn_digits, 8), ArtifactStore(tmp_path), []
+
+    def short(images, shop, thrift):
+        tried.append(thrift)
+        if thrift == 0:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return open_generator(images, shop)
+
+    monkeypatch.setattr("orchestrator.generation.open_generator", short)
+    actor = Generate([need.spec], Workshop(store))
+    for c in (0, 1):
+        batch = {name: np.array([value]) for name, value in (("row", 0), ("class", c))}
+        told = actor({**batch, "block": np.array([0])})
+        assert (told["error"], told["drawn"]) == ([""], [8])
+    assert tried == [0, 1]  # the second block starts where the first one ended
+
+
+def test_what_cannot_be_made_is_told_and_the_rest_goes_on(
+    ray_session, resolver, drawn_digits, tmp_path
+):
+    broken = tmp_path / "broken"
+    shutil.copytree(drawn_digits, broken)
+    for file in broken.rglob("*.png"):
+        file.write_bytes(file.read_bytes()[:40])
+    whole = resolver.trial({"dataset": f"folder:{drawn_digits}", "images_per_class": 0})
+    hopeless = resolver.trial({"dataset": f"folder:{broken}"})
+    needs = needs_of([hopeless, whole])
+    assert len({need.stage for need in needs}) == 4  # LoRA and images hang on broken features
+    watcher = Watcher()
+    prepare(needs, Workshop(ArtifactStore(tmp_path / "store")), Resources(), watcher)
+    ((failed, failure),) = watcher.told["failed"]
+    assert failed.spec == hopeless.features
+    assert (failure.failure_class, failure.message[:10]) == ("user", "ValueError")
+    assert "images cannot be read" in failure.message
+    assert [need.spec for need, *_ in watcher.told["prepared"]] == [whole.features]
+    assert "retried" not in watcher.told
+
+
+class Watcher:
+    """Remembers what it is told."""
+
+    def __init__(self) -> None:
+        self.told: dict[str, list] = {}
+
+    def __getattr__(self, name: str):
+        return lambda *what: self.told.setdefault(name, []).append(what)
 
 
 def test_a_blank_image_is_a_recorded_hole(ray_session, resolver, drawn_digits, tmp_path):

@@ -1,0 +1,85 @@
+"""Failures told apart: what each class means, how often it is tried again, and how.
+
+Knows no Ray: what a cluster says of a death arrives as text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from orchestrator.store import MissingArtifact
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a trial or an artifact has no record."""
+
+    failure_class: str
+    message: str
+
+
+@dataclass(frozen=True)
+class FailureClass:
+    """What is done about failures of one kind, within a run. The next run tries all again."""
+
+    retries: int
+    remedy: str  # what the retry does differently, or what a person can do
+
+
+CLASSES: dict[str, FailureClass] = {
+    "oom": FailureClass(2, "tried again with half as many images at a time"),
+    "nan": FailureClass(1, "tried again in fp32, where it was in less"),
+    "preempted": FailureClass(1000, "run again on another machine; costs nothing"),
+    "timeout": FailureClass(1, "tried again; raise resources.trial.timeout if it needs longer"),
+    "infra": FailureClass(2, "tried again; see Ray's logs"),
+    "data": FailureClass(0, "an input is missing or cannot be read: `airsweep prepare SPEC`"),
+    "user": FailureClass(0, "mend what the message says and run again"),
+}
+EQUAL_ERRORS = 3  # of the user, and the sweep stops: the fourth would say the same
+
+
+class OutOfTime(TimeoutError):
+    """A trial took longer than it may."""
+
+
+# The first that fits names the class; anything else is the user's.
+KINDS: tuple[tuple[type[BaseException], str], ...] = (
+    (MissingArtifact, "data"),
+    (OutOfTime, "timeout"),  # which is an OSError too
+    (FloatingPointError, "nan"),
+    (MemoryError, "oom"),
+    (OSError, "infra"),
+)
+# torch says it in a RuntimeError: of a GPU, of a CPU.
+ALLOCATION = ("out of memory", "can't allocate memory")
+# What a dead process leaves is text. Words of Ray, of torch and of the kernel.
+SAID = (
+    ("out of memory", "oom"),
+    ("outofmemory", "oom"),
+    ("memory monitor", "oom"),
+    ("preempted: true", "preempted"),
+    ("preemption", "preempted"),
+    ("drained", "preempted"),
+)
+
+
+def classify(problem: BaseException) -> str:
+    """The class of an exception.
+
+    >>> classify(FloatingPointError("the loss became nan")), classify(KeyError("x"))
+    ('nan', 'user')
+    """
+    text = str(problem).lower()
+    if any(words in text for words in ALLOCATION):
+        return "oom"
+    return next((name for kind, name in KINDS if isinstance(problem, kind)), "user")
+
+
+def of_death(text: str) -> str:
+    """The class of a process that ended without a word of its own, from what Ray says of it.
+
+    >>> of_death("ray.exceptions.OutOfMemoryError: Task was killed"), of_death("exit code 1")
+    ('oom', 'infra')
+    """
+    said = text.lower()
+    return next((name for words, name in SAID if words in said), "infra")
