@@ -208,9 +208,13 @@ def build_lora(
             folder,
             device=shop.device,
             report=report,
+            kept=kept,
         )
 
-    return shop.store.get_or_build(spec, build)
+    kept = shop.store.unfinished(spec)
+    made = shop.store.get_or_build(spec, build)
+    kept.unlink(missing_ok=True)
+    return made
 
 
 def _square(image: Image.Image, size: int) -> np.ndarray:

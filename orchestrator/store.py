@@ -176,6 +176,12 @@ class ArtifactStore:
             write_whole(place, json.dumps(code.parts, indent=1, sort_keys=True))
         return code.digest
 
+    def unfinished(self, spec: Stage) -> Path:
+        """A file for work that takes long, of this code; the folder is there."""
+        folder = self.root / "unfinished"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"{artifact_key(spec).digest[:12]}-{code_of(spec).digest}.safetensors"
+
     def row(self, spec: Stage) -> Row:
         """A row; its folder and `row.json` are written when the first shard is."""
         key = artifact_key(spec)

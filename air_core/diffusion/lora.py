@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -37,6 +38,7 @@ GAMMA = 5.0  # min-SNR
 WARMUP = 0.1  # share of the steps
 WEIGHT_DECAY = 1e-2
 CLIP = 1.0  # largest norm of the gradient
+KEEP_EVERY = 120.0  # seconds between two writes of an unfinished training
 CHUNK = 16  # images that are encoded at once
 
 
@@ -50,6 +52,8 @@ def train_lora(
     seed: int = 0,
     device: str = "cpu",
     report: Callable[[int, int, float], None] | None = None,
+    kept: Path | None = None,
+    keep_every: float = KEEP_EVERY,
 ) -> dict[str, float]:
     """Train adapters and write them to `out/pytorch_lora_weights.safetensors`.
 
@@ -63,6 +67,8 @@ def train_lora(
         seed: of the adapters' start, the batches and the noise; the same on any device.
         device: where to train.
         report: called after each step with (steps done, steps, loss).
+        kept: a file for unfinished training, which goes on from it if it is there.
+        keep_every: seconds between two writes of it.
 
     Returns:
         `loss_first`, `loss_last`: means over the first and the last tenth of the steps; `seconds`.
@@ -80,9 +86,8 @@ def train_lora(
     pipeline.to(device)
     latents = encode_images(pipeline.vae, images, size)
     texts = encode_captions(pipeline, captions, size)
-    losses = []
-    for loss in fit(pipeline, parameters, latents, texts, training, seed):
-        losses.append(loss)
+    losses: list[float] = []
+    for loss in fit(pipeline, parameters, latents, texts, training, seed, losses, kept, keep_every):
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"the LoRA's loss is {loss} at step {len(losses)}; lower lora.learning_rate"
@@ -105,15 +110,27 @@ def fit(
     texts: Texts,
     training: LoraTraining,
     seed: int,
+    losses: list[float],
+    kept: Path | None = None,
+    keep_every: float = KEEP_EVERY,
 ) -> Iterator[float]:
-    """Optimise the adapters in place; yields the loss of each step."""
+    """Optimise the adapters in place; yields the loss of each step.
+
+    Args:
+        losses: of all steps, those of an earlier process too; filled here.
+        kept: see `train_lora`.
+    """
     unet, device = pipeline.unet, latents.mean.device
     draws = torch.Generator("cpu").manual_seed(seed)  # on the CPU: the same on any device
     optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warmup_cosine(training.steps))
+    factor = _warmup_cosine(training.steps)
     noise_schedule = NoiseSchedule.of(pipeline.scheduler.config, device)
     unet.train()
-    for _ in range(training.steps):
+    if kept is not None and kept.exists():
+        losses += _go_on(kept, parameters, optimizer, draws)
+    written = time.monotonic()
+    for step in range(len(losses), training.steps):
+        optimizer.param_groups[0]["lr"] = training.learning_rate * factor(step)
         batch = torch.randint(len(latents.mean), (training.batch,), generator=draws)
         t = torch.randint(len(noise_schedule.alphas), (training.batch,), generator=draws)
         dropped = torch.rand(training.batch, generator=draws) < CAPTION_DROPOUT
@@ -131,8 +148,49 @@ def fit(
             loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, CLIP)
         optimizer.step()
-        schedule.step()
-        yield float(loss.detach())
+        losses.append(float(loss.detach()))
+        yield losses[-1]
+        if kept is not None and time.monotonic() - written >= keep_every:
+            _keep(kept, parameters, optimizer, draws, losses)
+            written = time.monotonic()
+
+
+def _keep(
+    file: Path,
+    parameters: list[Parameter],
+    optimizer: torch.optim.Optimizer,
+    draws: torch.Generator,
+    losses: list[float],
+) -> None:
+    """Write all that the next step depends on, whole or not at all."""
+    state = {"draws": draws.get_state(), "losses": torch.tensor(losses, dtype=torch.float64)}
+    for i, parameter in enumerate(parameters):
+        state[f"{i}"] = parameter.detach()
+        state |= {f"{i}.{name}": value for name, value in optimizer.state[parameter].items()}
+    temporary = file.with_name(f".{file.name}")
+    save_file({name: value.cpu().contiguous() for name, value in state.items()}, temporary)
+    temporary.replace(file)
+
+
+def _go_on(
+    file: Path,
+    parameters: list[Parameter],
+    optimizer: torch.optim.Optimizer,
+    draws: torch.Generator,
+) -> list[float]:
+    """Put everything back as it was kept; the losses so far."""
+    state = load_file(file)
+    draws.set_state(state.pop("draws"))
+    losses: list[float] = state.pop("losses").tolist()
+    for i, parameter in enumerate(parameters):
+        parameter.data.copy_(state[f"{i}"])
+        own = {n: v for n, v in state.items() if n.startswith(f"{i}.")}
+        # Adam counts its steps in a tensor on the CPU.
+        optimizer.state[parameter] = {
+            name.partition(".")[2]: value if value.ndim == 0 else value.to(parameter.device)
+            for name, value in own.items()
+        }
+    return losses
 
 
 def _warmup_cosine(steps: int) -> Callable[[int], float]:

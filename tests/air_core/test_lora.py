@@ -40,6 +40,11 @@ def trained(tmp_path_factory, digits) -> tuple[Path, dict[str, float]]:
     return out, train_lora(*digits, MODEL, TRAINING, 32, out)
 
 
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    with safe_open(folder / LORA_FILE, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
 def draw(model: Path, **lora: Any) -> torch.Tensor:
     return PipelineGenerator(model, QUICK, **lora).generate("digit four", [0, 1], [0, 0])
 
@@ -63,16 +68,36 @@ def test_training_lowers_the_loss_on_its_image(tmp_path, digits):
 
 
 def test_the_same_seed_trains_the_same_lora_and_another_seed_another(tmp_path, digits, trained):
-    def weights(folder: Path) -> dict[str, torch.Tensor]:
-        with safe_open(folder / LORA_FILE, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-
     train_lora(*digits, MODEL, TRAINING, 32, tmp_path / "again")
     train_lora(*digits, MODEL, TRAINING, 32, tmp_path / "other", seed=1)
     first, again = weights(trained[0]), weights(tmp_path / "again")
     other = weights(tmp_path / "other")
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_training_that_was_killed_goes_on_where_it_was_and_ends_the_same(tmp_path, digits, trained):
+    steps = []
+
+    def kill(done: int, total: int, loss: float) -> None:
+        steps.append(done)
+        if done == 2 and len(steps) == 2:
+            raise Killed
+
+    kept = tmp_path / "kept.safetensors"
+    often = {"kept": kept, "keep_every": 0.0}
+    with pytest.raises(Killed):
+        train_lora(*digits, MODEL, TRAINING, 32, tmp_path / "out", report=kill, **often)
+    assert not (tmp_path / "out").exists()
+    result = train_lora(*digits, MODEL, TRAINING, 32, tmp_path / "out", report=kill, **often)
+    assert steps == [1, 2, 2, 3]  # the second step was under way
+    whole, again = weights(trained[0]), weights(tmp_path / "out")
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert result["loss_first"] == trained[1]["loss_first"]
 
 
 def test_training_leaves_the_random_numbers_of_others_alone(tmp_path, digits):
