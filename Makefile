@@ -39,7 +39,7 @@ tiny-world: .venv/done  ## pretrain the embedded CLIP and diffusion again (1.5 h
 	$(BIN)/python -m air_core.tiny --work build/tiny_world --out air_core/tiny/weights
 
 chaos: .venv/done       ## kill the driver everywhere and look whether anything is lost
-	$(BIN)/pytest -m "not gpu and not weights" tests/test_runs.py
+	AIRSWEEP_CHAOS=1 $(BIN)/pytest -m "not gpu and not weights" tests/test_chaos.py tests/test_runs.py
 
 .venv/done: pyproject.toml
 	$(PYTHON) -m venv .venv

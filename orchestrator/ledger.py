@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+
+# For tests: `event:7` kills the driver at its seventh event, `trial_done:2` at the second of these.
+CRASH_AT = "AIRSWEEP_CRASH_AT"
 
 
 class SweepBusy(RuntimeError):
@@ -25,6 +29,7 @@ class Ledger:
         self.folder = folder
         self.path = folder / "events.jsonl"
         self._lock = FileLock(folder / ".driver.lock")
+        self._seen = 0  # events that count for CRASH_AT
 
     def lock(self) -> None:
         """Become the only driver.
@@ -52,6 +57,14 @@ class Ledger:
             handle.write(line + "\n")
             handle.flush()
             os.fsync(handle.fileno())
+        self._crash(event)
+
+    def _crash(self, event: str) -> None:
+        name, _, count = os.environ.get(CRASH_AT, "").partition(":")
+        if name in ("event", event):
+            self._seen += 1
+            if self._seen == int(count):
+                os.kill(os.getpid(), signal.SIGKILL)
 
     def events(self) -> Iterator[dict[str, Any]]:
         """All events in order. A last line that a kill cut off is left out."""

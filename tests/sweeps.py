@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 TIMEOUT = 900  # seconds; a hang must not hang the tests, a busy machine must not fail them
 
@@ -27,12 +29,15 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": root, "NO_COLOR": "1", "OMP_NUM_THREADS": "1", **more}
 
 
-def airsweep(*arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+def airsweep(
+    *arguments: str | Path, check: bool = True, **more: str
+) -> subprocess.CompletedProcess[str]:
+    """The command, with `more` in its environment."""
     done = subprocess.run(
         [sys.executable, "-m", "orchestrator", *map(str, arguments)],
         capture_output=True,
         text=True,
-        env=environment(),
+        env=environment(**more),
         timeout=TIMEOUT,
         check=False,
     )
@@ -41,23 +46,35 @@ def airsweep(*arguments: str | Path, check: bool = True) -> subprocess.Completed
     return done
 
 
-def run_and_kill(spec: Path, store: Path, when: Callable[[list[dict[str, Any]]], bool]) -> None:
-    """Start a run and kill -9 its driver as soon as the ledger satisfies `when`."""
+def run_and_kill_workers(
+    spec: Path, store: Path, victims: Mapping[str, Callable[[list[dict[str, Any]]], bool]]
+) -> int:
+    """Run a sweep and kill -9 one Ray worker of each name as soon as the ledger satisfies its
+    condition; the exit code."""
     process = subprocess.Popen(
         [sys.executable, "-m", "orchestrator", "run", str(spec), "--store", str(store)],
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
+        stderr=subprocess.DEVNULL,
         env=environment(),
     )
     deadline = time.monotonic() + TIMEOUT
-    while not when(events(store, spec.stem)):
-        if process.poll() is not None:
-            raise AssertionError(f"ended before the kill: {process.stderr.read()}")
-        assert time.monotonic() < deadline, "the moment to kill never came"
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    for name, when in victims.items():
+        while not (when(events(store, spec.stem)) and (found := _workers(process.pid, name))):
+            assert process.poll() is None, f"ended before {name} could be killed"
+            assert time.monotonic() < deadline, f"the moment to kill {name} never came"
+            time.sleep(0.02)
+        found[0].kill()
+    return process.wait(TIMEOUT)
+
+
+def _workers(driver: int, name: str) -> list[psutil.Process]:
+    """Below a driver, the Ray workers whose title begins with `name`."""
+    found = []
+    for process in psutil.Process(driver).children(recursive=True):
+        with suppress(psutil.Error, IndexError):
+            if process.cmdline()[0].startswith(name):
+                found.append(process)
+    return found
 
 
 def events(store: Path, name: str) -> list[dict[str, Any]]:

@@ -1,0 +1,118 @@
+"""A driver that is killed at any event of its ledger: the same command again ends the sweep as if
+nothing had happened. On a trainable that takes no time; `test_runs.py` does it with the real one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+
+from orchestrator.ledger import CRASH_AT
+from orchestrator.search import open_storage
+from tests.sweeps import environment, events, table, write_sweep
+
+SAMPLES = None if os.environ.get("AIRSWEEP_CHAOS") else 5  # None: every event
+SWEEP = """
+grid: {{method: [zero_shot, fpl, air_fpl]}}
+fixed: {{generator: "folder:{folder}", generation.block: 8}}
+search:
+  points: 4
+  width: 2
+  space:
+    images_per_class: {{values: [4, 8, 16]}}
+    fusion_weight: {{min: 0.1, max: 0.9}}
+seeds: [1, 2]
+"""
+
+
+def run(spec: Path, store: Path, crash_at: str = "") -> int:
+    tracking = ["--tracking-uri", f"jsonl:{store}/told.jsonl"]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.trivial", "run", str(spec), "--store", str(store), *tracking],
+        capture_output=True,
+        text=True,
+        env=environment(**{CRASH_AT: crash_at}),
+        check=False,
+    )
+    assert done.returncode in (0, -9), done.stderr
+    return done.returncode
+
+
+def told(store: Path) -> dict[str, Any]:
+    """What the tracker was told last of each slot, without what depends on the clock."""
+    lines = map(json.loads, (store / "told.jsonl").read_text().splitlines())
+    return {
+        line["slot"]: {name: line[name] for name in ("state", "params", "metrics")}
+        for line in lines
+        if "slot" in line
+    }
+
+
+def studies(store: Path) -> dict[str, list[tuple[Any, ...]]]:
+    storage = open_storage(store / "sweeps" / "default" / "chaos" / "studies.journal")
+    found = {}
+    for name in optuna.get_all_study_names(storage):
+        trials = optuna.load_study(study_name=name, storage=storage).get_trials(deepcopy=False)
+        found[name] = [(t.state.name, t.params, t.value) for t in trials if t.state.name != "FAIL"]
+    return found
+
+
+def outcomes(store: Path) -> dict[str, str]:
+    ended = ("trial_done", "trial_reused", "trial_failed")
+    return {e["slot"]: e["event"] for e in events(store, "chaos") if e["event"] in ended}
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory, drawn_digits) -> Path:
+    return write_sweep(tmp_path_factory.mktemp("chaos"), "chaos", SWEEP.format(folder=drawn_digits))
+
+
+@pytest.fixture(scope="module")
+def calm(spec) -> Path:
+    """The store of a run that nobody disturbed."""
+    store = spec.parent / "calm"
+    assert run(spec, store) == 0
+    return store
+
+
+def test_killed_at_any_event_a_sweep_ends_as_if_nothing_had_happened(spec, calm, tmp_path):
+    count = len(events(calm, "chaos"))
+    assert count > 40
+    chosen = range(1, count + 1)
+    if SAMPLES:
+        chosen = sorted(random.Random(time_seed()).sample(chosen, SAMPLES))
+    for number in chosen:
+        store = tmp_path / str(number)
+        assert run(spec, store, f"event:{number}") == -9
+        assert run(spec, store) == 0
+        assert_alike(store, calm, f"killed at event {number}")
+
+
+def time_seed() -> int:
+    """Another sample each day; the message of a failure names the event."""
+    import datetime
+
+    return datetime.date.today().toordinal()
+
+
+def assert_alike(store: Path, calm: Path, when: str) -> None:
+    assert table(store, "chaos") == table(calm, "chaos"), when
+    assert studies(store) == studies(calm), when
+    assert {state for of in studies(store).values() for state, *_ in of} == {"COMPLETE"}, when
+    assert outcomes(store).keys() == outcomes(calm).keys(), when
+    assert set(outcomes(store).values()) <= {"trial_done", "trial_reused"}, when
+    mine, theirs = told(store), told(calm)
+    assert mine.keys() == theirs.keys(), when
+    for slot, line in mine.items():
+        assert line["metrics"] == theirs[slot]["metrics"], (when, slot)
+    computed = Counter((store / "built.log").read_text().split())
+    assert computed == Counter((calm / "built.log").read_text().split()), when
