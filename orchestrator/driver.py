@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from air_core.specs import FeaturesSpec, SyntheticFeaturesSpec, TrialSpec
 from orchestrator.dispatch import Dispatcher, Outcome
 from orchestrator.failures import CLASSES, EQUAL_ERRORS, Failure
+from orchestrator.fit import Machine, misfit, room, this_machine
 from orchestrator.freshness import accept, remedy
 from orchestrator.ledger import Ledger
 from orchestrator.plan import (
@@ -130,7 +131,7 @@ class Run:
     ledger: Ledger
     resolver: Resolver
     tally: Tally = field(default_factory=Tally)
-    cluster: dict[str, float] | None = None
+    machines: tuple[Machine, ...] = ()  # none before Ray is there
     gpu_seconds: float = 0.0  # of this run
     terminated: bool = False
     hopeless: list[tuple[Need, Failure]] = field(default_factory=list)
@@ -249,6 +250,9 @@ def run_sweep(
             _open_folder(place, sweep, origin or {})
         screen.say(f"{sweep.name}: nothing to do")
         return DONE
+    problem = does_not_fit(plan, place.store)
+    if problem:
+        raise Refused(problem)
     ledger.lock()
     publisher = Publisher(sweep, _parent(sweep, place), place.store, tracking_uri)
     run = Run(sweep, place, screen, publisher, ledger, resolver, given_up=given_up)
@@ -266,6 +270,9 @@ def run_sweep(
         )
         screen.started(plan)
         code = _work(run, plan, prepare_only)
+    except Refused:
+        code = REFUSED
+        raise
     except KeyboardInterrupt:
         code = INTERRUPTED
     except SystemExit as stop:
@@ -343,10 +350,13 @@ def _work(run: Run, plan: Plan, prepare_only: bool) -> int:
             job = None if prepare_only else dispatcher.peek()
             if dispatcher.out_of_budget():
                 return BUDGET
-            if job is None and not (prepare_only and _incomplete(run, needs)):
+            if job is None and not (prepare_only and _incomplete(needs, run.place.store)):
                 continue  # all of it was known
-            if run.cluster is None:
-                run.cluster = _start_cluster(stack, run)
+            if not run.machines:
+                run.machines = _start_cluster(stack, run)
+                problem = does_not_fit(plan, run.place.store, run.machines)
+                if problem:
+                    raise Refused(problem)
             _prepare(run, cells, needs)
             if job is not None:
                 _tune(run, dispatcher)
@@ -376,8 +386,8 @@ def _needs(run: Run, cells: Sequence[Cell]) -> list[Need]:
     return needs_of([*possible, *(slot.spec for slot in slots)])
 
 
-def _incomplete(run: Run, needs: Sequence[Need]) -> bool:
-    return any(need.have(run.place.store) < need.total() for need in needs)
+def _incomplete(needs: Sequence[Need], store: ArtifactStore) -> bool:
+    return any(need.have(store) < need.total() for need in needs)
 
 
 def _groups(plan: Plan, run: Run) -> list[list[Cell]]:
@@ -402,16 +412,27 @@ def _searches(run: Run, plan: Plan) -> dict[str, Any]:
     return {cell.id: CellSearch(cell, search, storage) for cell in searched}
 
 
-def _start_cluster(stack: ExitStack, run: Run) -> dict[str, float]:
+def does_not_fit(
+    plan: Plan, store: ArtifactStore, machines: Sequence[Machine] | None = None
+) -> str | None:
+    """What would wait for ever; None: nothing, or this is told only once the cluster is joined."""
+    if machines is None:
+        if os.environ.get("RAY_ADDRESS"):
+            return None
+        machines = [this_machine()]
+    return misfit(plan.sweep.resources, machines, _incomplete(plan.needs, store))
+
+
+def _start_cluster(stack: ExitStack, run: Run) -> tuple[Machine, ...]:
     from orchestrator.session import MemoryPeak, ray_session
 
     run.screen.say("starting Ray")
-    cluster = stack.enter_context(ray_session())
+    machines = stack.enter_context(ray_session())
     peak = MemoryPeak()
     stack.callback(lambda: setattr(run.tally, "memory", peak.stop()))
     # After ray.init, which replaces handlers that were there before.
     signal.signal(signal.SIGTERM, functools.partial(_terminated, run))
-    return cluster
+    return machines
 
 
 def _terminated(run: Run, number: int, frame: Any) -> None:
@@ -422,7 +443,7 @@ def _terminated(run: Run, number: int, frame: Any) -> None:
 def _workshop(run: Run) -> Workshop:
     from orchestrator.workshop import Workshop
 
-    gpu = run.sweep.resources.trial.gpu and (run.cluster or {}).get("GPU", 0)
+    gpu = run.sweep.resources.trial.gpu
     batch = run.sweep.resources.encoder.batch
     return Workshop(run.place.store, run.place.data_root, "cuda" if gpu else "cpu", batch)
 
@@ -466,16 +487,7 @@ def _shown(
 def _tune(run: Run, dispatcher: Dispatcher) -> None:
     from orchestrator.tuning import run_points
 
-    cluster = run.cluster or {}
-    want = run.sweep.resources.trial
-    fits = int(cluster.get("CPU", 1) // want.cpu) if want.cpu else 1 << 20
-    if want.gpu:
-        fits = min(fits, int(cluster.get("GPU", 0) // want.gpu))
-    if fits < 1:
-        raise Refused(
-            f"a trial asks for {want.cpu:g} CPU and {want.gpu:g} GPU; the cluster has "
-            f"{cluster.get('CPU', 0):g} and {cluster.get('GPU', 0):g}: lower resources.trial"
-        )
+    fits = room(run.sweep.resources.trial, run.machines)
     figures = run_points(
         dispatcher,
         _workshop(run),
@@ -541,6 +553,7 @@ HIDDEN = ("started", "work")
 STATES = {
     DONE: "done",
     FAILED: "failed",
+    REFUSED: "refused",
     BUDGET: "budget",
     INTERRUPTED: "interrupted",
     TERMINATED: "terminated",

@@ -19,8 +19,10 @@ from ray.data import ActorPoolStrategy, DataContext
 
 from air_core.specs import SyntheticFeaturesSpec
 from orchestrator.failures import Failure, classify
+from orchestrator.fit import room
 from orchestrator.image_rows import build_image_block, open_generator
 from orchestrator.plan import Need
+from orchestrator.session import machines
 from orchestrator.sweep import Resources
 from orchestrator.workshop import Workshop
 
@@ -89,26 +91,6 @@ class Generate:
         return self.open[1]
 
 
-def room_for(resources: Resources) -> tuple[int, float]:
-    """How many generators fit into the cluster, and the GPUs of each: none where there are none.
-
-    Raises:
-        ValueError: not even one; Ray would wait for ever without a word.
-    """
-    cluster, want = ray.cluster_resources(), resources.generator
-    gpu = want.gpu if cluster.get("GPU", 0) else 0.0
-    limits = [
-        cluster.get(name, 0) // each for name, each in (("CPU", want.cpu), ("GPU", gpu)) if each
-    ]
-    fits = int(min(limits, default=cluster.get("CPU", 1)))
-    if fits < 1:
-        raise ValueError(
-            f"a generator asks for {want.cpu:g} CPU and {gpu:g} GPU; the cluster has "
-            f"{cluster.get('CPU', 0):g} and {cluster.get('GPU', 0):g}: lower resources.generator"
-        )
-    return fits, gpu
-
-
 def draw(
     needs: Sequence[Need],
     shop: Workshop,
@@ -119,9 +101,6 @@ def draw(
 
     Args:
         on_shard: told of each shard as it is done: seconds; drawn, redrawn, holes.
-
-    Raises:
-        ValueError: the cluster has no room for a generator.
     """
     shards = [
         {"row": row, "class": c, "block": block}
@@ -131,21 +110,21 @@ def draw(
     if not shards:
         return []
     want = resources.generator
-    fits, gpu = room_for(resources)
+    fits = room(want, machines())
     actors = min(want.actors or fits, fits, len(shards))
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     specs = [need.spec for need in needs]
-    device = "cuda" if gpu else "cpu"
+    device = "cuda" if want.gpu else "cpu"
     stream = ray.data.from_items(shards, override_num_blocks=len(shards)).map_batches(
         Generate,
         fn_constructor_args=(specs, replace(shop, device=device)),
         batch_size=1,
         compute=ActorPoolStrategy(size=actors),
         num_cpus=want.cpu,
-        num_gpus=gpu,
+        num_gpus=want.gpu,
     )
     errors: dict[Need, list[tuple[str, str]]] = {}
     for result in stream.iter_rows():

@@ -16,7 +16,7 @@ from air_core.specs import FeaturesSpec, LabelsSpec, LoraSpec, SyntheticFeatures
 from orchestrator import pictures
 from orchestrator.board import Note, watched
 from orchestrator.failures import CLASSES, Failure, classify, of_death
-from orchestrator.generation import draw, room_for
+from orchestrator.generation import draw
 from orchestrator.keys import artifact_key
 from orchestrator.plan import Need, holds, level, name_of
 from orchestrator.stages import build_features, build_labels, build_lora
@@ -53,9 +53,6 @@ def prepare(needs: Sequence[Need], shop: Workshop, resources: Resources, watcher
 
     What fails is tried again as its class allows. In the end the watcher is told of it, and what
     would be made from it is left out.
-
-    Raises:
-        ValueError: the cluster has no room for a generator.
     """
     failed: list[Any] = []  # specs
     missing = [need for need in needs if need.have(shop.store) < need.total()]
@@ -121,9 +118,8 @@ def _build(
     needs: Sequence[Need], shop: Workshop, resources: Resources, watcher: Watcher
 ) -> list[tuple[Need, Failure]]:
     want = resources.generator
-    _, gpu = room_for(resources)
-    there = replace(shop, device="cuda" if gpu else "cpu")
-    stage = ray.remote(_run).options(num_cpus=want.cpu, num_gpus=gpu, max_retries=0)
+    there = replace(shop, device="cuda" if want.gpu else "cpu")
+    stage = ray.remote(_run).options(num_cpus=want.cpu, num_gpus=want.gpu, max_retries=0)
     follow = {need.spec.labels for need in needs if isinstance(need.spec, LoraSpec)}
     tries: Counter[tuple[Need, str]] = Counter()
     failures = []

@@ -16,7 +16,7 @@ from air_core.datasets import get_dataset
 from air_core.flat import to_flat
 from air_core.normal import normalised
 from orchestrator import presets, report
-from orchestrator.driver import Place, read_outcome
+from orchestrator.driver import Place, does_not_fit, read_outcome
 from orchestrator.failures import CLASSES
 from orchestrator.freshness import remedy
 from orchestrator.plan import Need, Plan, plan_sweep
@@ -45,6 +45,8 @@ def plan_screen(plan: Plan, place: Place, explain: bool) -> str:
         count = "" if artifact["need"] == 1 else f"  {artifact['have']}/{artifact['need']} blocks"
         lines.append(f"  {STATES[artifact['state']]:<8} {artifact['key']}{count}")
     lines += ["", f"  {_time_left(plan)}"]
+    problem = does_not_fit(plan, place.store)
+    lines += [f"  it would not start: {problem}"] if problem else []
     lines += [f"  {one}" for one in plan.stale]
     lines += [f"  {remedy(plan.stale)}"] if plan.stale else []
     lines += [f"  note: {note}" for note in notes_of(plan.sweep)]

@@ -13,6 +13,8 @@ from typing import Any
 
 import psutil
 
+from orchestrator.fit import Machine
+
 # Read by Ray when it is imported. A silent Tune needs the first three.
 QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -26,8 +28,8 @@ OBJECT_STORE_BYTES = 256 * 2**20  # artifacts travel by the store, not by Ray
 
 
 @contextmanager
-def ray_session() -> Iterator[dict[str, float]]:
-    """Join the cluster of RAY_ADDRESS, or start a local one; yields the cluster's resources.
+def ray_session() -> Iterator[tuple[Machine, ...]]:
+    """Join the cluster of RAY_ADDRESS, or start a local one; yields its machines.
 
     A local cluster listens on loopback, has no dashboard and ends with the block.
     """
@@ -62,9 +64,16 @@ def ray_session() -> Iterator[dict[str, float]]:
     # A worker loads torch and CLIP, seconds of work, while this process still loads its own part.
     ray.remote(_imports).options(num_cpus=0).remote()
     try:
-        yield ray.cluster_resources()
+        yield machines()
     finally:
         ray.shutdown()
+
+
+def machines() -> tuple[Machine, ...]:
+    """What each machine of the cluster has."""
+    import ray
+
+    return tuple(node["Resources"] for node in ray.nodes() if node["Alive"])
 
 
 def _imports() -> None:

@@ -45,11 +45,11 @@ def trial(resolver):
 
 
 @pytest.fixture(scope="session")
-def ray_session() -> Iterator[dict[str, float]]:
+def ray_session() -> Iterator[None]:
     from orchestrator import session
 
-    with session.ray_session() as cluster:
-        yield cluster
+    with session.ray_session():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -84,8 +84,8 @@ def prepare(needs: Any, shop: Any, resources: Any, watcher: Any) -> None:
 
 
 @contextmanager
-def ray_session() -> Iterator[dict[str, float]]:
-    yield {"CPU": 2.0}
+def ray_session() -> Iterator[tuple[dict[str, float]]]:
+    yield ({"CPU": 2.0},)
 
 
 class MemoryPeak:

@@ -169,15 +169,6 @@ def test_reading_images_that_were_not_drawn_says_what_to_run(resolver, drawn_dig
         read_synthetic(need.spec, 8, ArtifactStore(tmp_path))
 
 
-def test_a_generator_that_fits_nowhere_is_refused(ray_session, resolver, drawn_digits, tmp_path):
-    from dataclasses import replace
-
-    resources = replace(Resources(), generator=replace(Resources().generator, cpu=64))
-    need = need_of(resolver, drawn_digits, 8)
-    with pytest.raises(ValueError, match="asks for 64 CPU"):
-        draw([need], Workshop(ArtifactStore(tmp_path)), resources, lambda *_: None)
-
-
 def test_notes_of_a_process_reach_the_driver(ray_session):
     def work(board):
         note = Note(board, "LoRA a")
