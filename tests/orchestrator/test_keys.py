@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from air_core.flat import from_flat
+from air_core.flat import from_flat, to_flat, trial_keys
 from air_core.specs import (
     AuxiliarySettings,
     FeaturesSpec,
@@ -160,6 +161,70 @@ def backwards(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: backwards(value[name]) for name in reversed(value)}
     return [backwards(item) for item in value] if isinstance(value, list) else value
+
+
+# ---------------------------------------------------------------- what a setting moves
+
+STAGES = ("features", "labels", "lora", "images", "synthetic", "trials")
+# The first stage that a setting moves; those after it follow. Everything else is the trial's own.
+MOVES = {
+    "features": ("precision",),
+    "labels": (
+        *("paradigm", "shots", "split_seed", "class_seed", "pool", "leaky_pool"),
+        *("pool_size", "pool_ratio", "pool_missing", "initial_labels.k", "lora.source"),
+    ),
+    "lora": (
+        *("lora.rank", "lora.steps", "lora.batch", "lora.learning_rate", "lora.caption"),
+        *("lora.precision", "generation.size"),  # it is trained at the size that is drawn
+    ),
+    "images": (
+        *("lora.scale", "generation.seed", "generation.template", "generation.guidance_scale"),
+        *("generation.num_inference_steps", "generation.block", "generation.precision"),
+    ),
+}
+FIRST = {name: stage for stage, names in MOVES.items() for name in names}
+WHERE: dict[str, dict[str, Any]] = {  # where a setting counts at all
+    "shots": {"paradigm": "ssl"},
+    "lora__source": {"paradigm": "ssl"},
+    "class_seed": {"paradigm": "trzsl"},
+}
+# With one kind alone; or only with a second LoRA round, as one of whose labels it counts.
+ALONE = ("initial_labels.kind", "initial_labels.images_per_class", "lora.rounds")
+
+
+def another(name: str, now: Any) -> Any:
+    kind = trial_keys()[name].type
+    if typing.get_origin(kind) is typing.Literal:
+        return next(word for word in typing.get_args(kind) if word != now)
+    match now:
+        case bool(value):
+            return not value
+        case int(value):
+            return value + 1
+        case float(value):
+            return value / 2 or 0.5
+        case str(value):
+            return f"{value}, {{}}"
+    return 3
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in trial_keys() if n not in (*presets.OUTSIDE, "test_dataset", "lora", *ALONE)]
+)
+def test_a_setting_moves_the_stages_that_it_says_and_no_other(name):
+    key = name.replace(".", "__")
+    # bf16 is what the large world trains and draws in; the tiny one is in fp32.
+    about = {"refs": LARGE, "lora__rounds": 1, **WHERE.get(key, {})}
+    base = trial(**about)
+    changed = trial(**about, **{key: another(name, to_flat(base)[name])})
+    one, other = digests(base), digests(changed)
+    moved = {stage for stage in one if one[stage] != other.get(stage)}
+    if name in FIRST:
+        assert moved == set(STAGES[STAGES.index(FIRST[name]) :])
+    elif name == "auxiliary.source":  # without synthetic images nothing is left of their stages
+        assert "features" not in moved
+    else:
+        assert moved <= {"trials"}
 
 
 # ---------------------------------------------------------------- recipes

@@ -507,7 +507,7 @@ def sweeps(draw: Any, pictures: str) -> SweepSpec:
     )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_as_many_trials_run_as_were_planned(pictures, data):
     with tempfile.TemporaryDirectory() as folder:
