@@ -197,8 +197,10 @@ def ui(
 
     airsweep ui --port 5001
     """
+    from orchestrator.store import open_store
     from orchestrator.tracking import SERVER_ENVIRONMENT, serve_command
 
+    open_store(store)
     if not (store / "mlflow.db").exists():
         _fail(f"{store / 'mlflow.db'} is not there: nothing was tracked in this store yet")
     argv = serve_command(store.absolute(), host, port)
@@ -326,11 +328,11 @@ def _place(name: str, store: Path) -> Place:
         ValueError: there is none of this name.
     """
     from orchestrator.driver import Place
-    from orchestrator.store import ArtifactStore
+    from orchestrator.store import open_store
 
     project, _, short = name.rpartition("/")
     project = project or os.environ.get("AIRSWEEP_PROJECT") or "default"
-    place = Place(ArtifactStore(store.absolute()), project, short, None)
+    place = Place(open_store(store), project, short, None)
     if not (place.folder / "events.jsonl").exists():
         there = sorted(
             f"{p.parent.parent.name}/{p.parent.name}"
@@ -375,8 +377,9 @@ def main() -> None:
             raise
         from orchestrator.driver import BAD_INPUT, REFUSED, Refused
         from orchestrator.ledger import SweepBusy
+        from orchestrator.store import OtherStore
 
-        if isinstance(problem, Refused | SweepBusy):
+        if isinstance(problem, Refused | SweepBusy | OtherStore):
             _fail(str(problem), REFUSED)
         if type(problem).__name__ == "SpecError":  # it begins with file:line:column
             print(problem, file=sys.stderr)

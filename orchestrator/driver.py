@@ -27,7 +27,7 @@ from orchestrator.report import rows
 from orchestrator.resolve import Resolver, text_digest
 from orchestrator.results import entries_of, standing
 from orchestrator.screen import Screen
-from orchestrator.store import VERSION, ArtifactStore, write_whole
+from orchestrator.store import VERSION, ArtifactStore, open_store, write_whole
 from orchestrator.sweep import Cell, SweepSpec
 from orchestrator.tables import table
 from orchestrator.tracking import Status, SweepRun
@@ -68,6 +68,7 @@ def place_of(sweep: SweepSpec, root: Path, data_root: Path | None) -> Place:
 
     Raises:
         Refused: a relative store inside a Ray job.
+        OtherStore: another version of airsweep made the store.
     """
     if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") and not root.is_absolute():
         raise Refused(
@@ -77,7 +78,7 @@ def place_of(sweep: SweepSpec, root: Path, data_root: Path | None) -> Place:
         )
     project = sweep.project or os.environ.get("AIRSWEEP_PROJECT") or "default"
     data = data_root or os.environ.get("AIRSWEEP_DATA") or sweep.data_root
-    return Place(ArtifactStore(root.absolute()), project, sweep.name, Path(data) if data else None)
+    return Place(open_store(root), project, sweep.name, Path(data) if data else None)
 
 
 @dataclass

@@ -22,8 +22,6 @@ from orchestrator.plan import Need
 from orchestrator.sweep import Resources
 from orchestrator.workshop import Workshop
 
-DEATHS = 2  # processes that a shard may kill before it counts as failed
-
 
 class GenerationFailed(RuntimeError):
     """Some image blocks could not be drawn."""
@@ -44,18 +42,9 @@ class Generate:
         started = time.monotonic()
         error = ""
         drawn = {"drawn": 0, "redrawn": 0, "holes": 0}
-        # A shard that kills its process is tried again by Ray for ever: count on disk.
         spec = self.rows[row]
-        tries = self.shop.store.open_row(spec.images).shard(c, block, ".tries")
         try:
-            deaths = tries.stat().st_size if tries.exists() else 0
-            if deaths >= DEATHS:
-                tries.unlink()
-                raise RuntimeError(f"killed its process {deaths} times")
-            with open(tries, "ab") as handle:
-                handle.write(b"x")
             drawn = build_image_block(spec, c, block, self.shop, lambda: self._generator(row))
-            tries.unlink(missing_ok=True)
         except Exception as problem:  # told to the driver as data: an exception ends the stream
             error = f"{type(problem).__name__}: {problem}"
         return {

@@ -3,11 +3,14 @@
 `runs/artifacts/<stage>/v<recipe>/<slug>-<digest12>/`. An artifact is built in a folder beside its
 place and renamed; its record is written last, so a folder with a record is whole. A row (images,
 their features) is never whole: it has shards, each renamed into place. All paths inside are
-relative: the store can be moved.
+relative: the store can be moved. A record holds the digests of its files; records and shards are
+sealed (`seal.py`), so that a changed byte can be found. Who builds something that others may want
+too holds its lock below `locks/`; a lock saves work, and what is right never hangs on it.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -15,13 +18,15 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from orchestrator.keys import ArtifactKey, Stage, artifact_key
+from orchestrator.seal import sealed_json
 
 VERSION = "1"
 RECORD, ROW = "record.json", "row.json"  # of an artifact, and of a row
@@ -30,6 +35,10 @@ LIBRARIES = ("torch", "open_clip_torch", "diffusers", "peft", "transformers", "n
 
 class MissingArtifact(LookupError):
     """Something that should have been prepared is not there."""
+
+
+class OtherStore(RuntimeError):
+    """A store that another version of airsweep made."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +122,15 @@ class ArtifactStore:
         if self.has(spec) or not self.writable:
             return self.get(spec)
         key = artifact_key(spec)
+        # Locks are taken upstream: a builder may ask for what its own spec nests.
+        with self.turn(key.digest):
+            if not self.has(spec):  # nobody has built it meanwhile
+                self._build(spec, key, build)
+        return self.get(spec)
+
+    def _build(
+        self, spec: Stage, key: ArtifactKey, build: Callable[[Path], dict[str, Any]]
+    ) -> None:
         place = self.path(key)
         place.parent.mkdir(parents=True, exist_ok=True)
         work = place.parent / f".{key.digest[:12]}-{uuid.uuid4().hex[:8]}"
@@ -132,7 +150,7 @@ class ArtifactStore:
                 "versions": versions(),
                 "files": {p.name: file_digest(p) for p in sorted(work.iterdir())},
             }
-            write_whole(work / RECORD, json.dumps(record, indent=1, sort_keys=True))
+            write_whole(work / RECORD, sealed_json(record))
             try:
                 os.rename(work, place)
             except OSError:
@@ -143,7 +161,30 @@ class ArtifactStore:
                     os.rename(work, place)
         finally:
             shutil.rmtree(work, ignore_errors=True)
-        return self.get(spec)
+
+    @contextmanager
+    def turn(self, name: str) -> Iterator[None]:
+        """Waits until nobody else makes `name`; then look again whether it is there.
+
+        The lock of a dead process is free at once. Where the file system has no locks nobody
+        waits: two then do the same work, and each part of it is still renamed into place whole.
+        """
+        place = self.root / "locks" / name
+        handle = None
+        try:
+            # flock itself: filelock would turn to files that outlive their process.
+            place.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(place, os.O_RDWR | os.O_CREAT, 0o666)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError:
+            pass
+        try:
+            yield
+            with suppress(OSError):  # who waits has the file open, and will find the work done
+                place.unlink()
+        finally:
+            if handle is not None:
+                os.close(handle)
 
     def row(self, spec: Stage) -> Row:
         """A row; its folder and `row.json` are written when the first shard is."""
@@ -158,8 +199,29 @@ class ArtifactStore:
         row.path.mkdir(parents=True, exist_ok=True)
         if not (row.path / ROW).exists():
             known = {"digest": row.key.digest, "spec": asdict(spec), "started": time.time()}
-            write_whole(row.path / ROW, json.dumps({**known, **maker()}, indent=1, sort_keys=True))
+            write_whole(row.path / ROW, sealed_json({**known, **maker()}))
         return row
+
+
+def open_store(root: Path) -> ArtifactStore:
+    """The store in a folder, as a command opens it; there may be nothing yet.
+
+    Raises:
+        OtherStore: another version made it.
+        ValueError: it is no folder.
+    """
+    if root.exists() and not root.is_dir():
+        raise ValueError(f"{root} is a file; a store is a folder: choose another with --store")
+    try:
+        found = (root / "VERSION").read_text().strip()
+    except FileNotFoundError:
+        found = VERSION  # of an empty folder: the first run writes it
+    if found != VERSION:
+        raise OtherStore(
+            f"{root} is a store of version {found[:20]!r}; this airsweep reads version {VERSION} "
+            "alone: use the airsweep that made it, or another folder with --store"
+        )
+    return ArtifactStore(root.absolute())
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from orchestrator.__main__ import main
 from tests.sweeps import airsweep, environment, write_sweep
 
 
@@ -44,6 +45,29 @@ def test_bad_input_is_one_message_and_exit_code_2(tmp_path, body, place, words):
         assert done.stderr.startswith(f"{spec}{place} ")
     assert done.stdout == ""
     assert not (tmp_path / "runs" / "sweeps").exists()
+
+
+COMMANDS = ("run", "prepare", "plan", "status", "table", "ui")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_store_of_another_version_is_refused_with_exit_code_3(
+    tmp_path, monkeypatch, capsys, command
+):
+    """In this process: six starts of Python would take longer than they tell."""
+    store = tmp_path / "runs"
+    store.mkdir()
+    (store / "VERSION").write_text("99\n")
+    asked = {"ui": [], "status": ["x"], "table": ["x"]}
+    words = asked.get(command, [str(write_sweep(tmp_path, "x", "fixed: {method: fpl}\n"))])
+    monkeypatch.setattr(sys, "argv", ["airsweep", command, *words, "--store", str(store)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    said = capsys.readouterr()
+    assert end.value.code == 3
+    assert "is a store of version '99'; this airsweep reads version 1 alone" in said.err
+    assert said.out == ""
+    assert list(store.iterdir()) == [store / "VERSION"]
 
 
 def test_an_unknown_sweep_names_those_that_are_there(tmp_path):
