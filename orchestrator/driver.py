@@ -68,7 +68,7 @@ def place_of(sweep: SweepSpec, root: Path, data_root: Path | None) -> Place:
 
     Raises:
         Refused: a relative store inside a Ray job.
-        OtherStore: another version of airsweep made the store.
+        StoreRefused: another version of airsweep made the store.
     """
     if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") and not root.is_absolute():
         raise Refused(
@@ -190,7 +190,7 @@ def run_sweep(
         The exit code; `outcome.json` says the same.
 
     Raises:
-        Refused, SweepBusy: before anything started.
+        Refused, SweepBusy, StoreRefused: before anything started.
     """
     ledger, resolver = place.ledger(), place.resolver()
     plan = plan_sweep(sweep, place.store, resolver, ledger)
@@ -199,6 +199,7 @@ def run_sweep(
             _open_folder(place, sweep, origin or {})
         screen.say(f"{sweep.name}: nothing to do")
         return DONE
+    use = place.store.use()
     ledger.lock()
     publisher = Publisher(sweep, _parent(sweep, place), place.store, tracking_uri)
     run = Run(sweep, place, screen, publisher, ledger, resolver)
@@ -224,6 +225,7 @@ def run_sweep(
         screen.close()
         _close(run, code)
         ledger.unlock()
+        use.close()
     return code
 
 

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load, save
 from torch import Tensor
 
 from air_core.classifiers import text_classifier
@@ -26,7 +26,7 @@ from air_core.diffusion import ImageGenerator, image_seed, load_generator, rejec
 from air_core.specs import FolderImages, GeneratedImages, SyntheticFeaturesSpec
 from air_core.types import Batch, Labelled
 from orchestrator.resolve import images_folder
-from orchestrator.seal import BLANK, sealed
+from orchestrator.seal import BLANK, intact, sealed
 from orchestrator.store import ArtifactStore, MissingArtifact, Row
 from orchestrator.workshop import Workshop
 
@@ -99,7 +99,7 @@ def _build_block(
         _publish(_parquet(table), shard)
     features = shop.store.open_row(spec).shard(class_index, block, ".safetensors")
     if not features.exists():
-        table = pq.read_table(shard, columns=["image", "ok"])
+        table = pq.read_table(io.BytesIO(_sound(shard)), columns=["image", "ok"])
         images = [Image.open(io.BytesIO(png)) for png in table["image"].to_pylist()]
         arrays = {"features": shop.encoded(images, spec), "ok": np.array(table["ok"].to_pylist())}
         _publish(save(arrays, {"seal": BLANK}), features)
@@ -177,6 +177,14 @@ def _publish(shard: bytes, place: Path) -> None:
     os.replace(temporary, place)
 
 
+def _sound(shard: Path) -> bytes:
+    """A shard's content. Those from before there were seals are taken as they are."""
+    data = shard.read_bytes()
+    if intact(data) is False:
+        raise MissingArtifact(f"{shard} is damaged; remove it and run `airsweep prepare SPEC`")
+    return data
+
+
 def read_synthetic(
     spec: SyntheticFeaturesSpec,
     count: int,
@@ -191,7 +199,7 @@ def read_synthetic(
         tokens: the row with their patch tokens, where they are wanted too.
 
     Raises:
-        MissingArtifact: they were not drawn yet.
+        MissingArtifact: they were not drawn yet, or a shard is damaged.
     """
     features, labels = _read_row(spec, count, store, classes)
     patches = None if tokens is None else _read_row(tokens, count, store, classes)[0]
@@ -216,7 +224,7 @@ def _read_row(
                     f"image {block * size} of {classname!r} is not in {row.key} under "
                     f"{store.root}; run `airsweep prepare SPEC` first"
                 )
-            arrays = load_file(shard)
+            arrays = load(_sound(shard))
             wanted = arrays["ok"][: count - block * size]
             kept = torch.from_numpy(arrays["features"][: len(wanted)][wanted])
             features.append(kept)

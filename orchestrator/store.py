@@ -19,7 +19,7 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -30,6 +30,8 @@ from orchestrator.seal import sealed_json
 
 VERSION = "1"
 RECORD, ROW = "record.json", "row.json"  # of an artifact, and of a row
+LOCKS = "locks"  # folder
+STORE_LOCK = f"{LOCKS}/store"  # shared by who uses the store, taken whole by who removes from it
 LIBRARIES = ("torch", "open_clip_torch", "diffusers", "peft", "transformers", "numpy")
 
 
@@ -37,8 +39,8 @@ class MissingArtifact(LookupError):
     """Something that should have been prepared is not there."""
 
 
-class OtherStore(RuntimeError):
-    """A store that another version of airsweep made."""
+class StoreRefused(RuntimeError):
+    """The store cannot be used: another version made it, or somebody has it to himself now."""
 
 
 @dataclass(frozen=True)
@@ -169,22 +171,51 @@ class ArtifactStore:
         The lock of a dead process is free at once. Where the file system has no locks nobody
         waits: two then do the same work, and each part of it is still renamed into place whole.
         """
-        place = self.root / "locks" / name
-        handle = None
-        try:
-            # flock itself: filelock would turn to files that outlive their process.
-            place.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(place, os.O_RDWR | os.O_CREAT, 0o666)
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        except OSError:
-            pass
-        try:
+        place = self.root / LOCKS / name
+        with ExitStack() as held:
+            with suppress(OSError):
+                held.enter_context(_flocked(place, fcntl.LOCK_EX))
             yield
             with suppress(OSError):  # who waits has the file open, and will find the work done
                 place.unlink()
-        finally:
-            if handle is not None:
-                os.close(handle)
+
+    def use(self) -> ExitStack:
+        """Keeps others from having the store to themselves, until it is closed.
+
+        Raises:
+            StoreRefused: somebody has, to remove what no sweep needs.
+        """
+        held = ExitStack()
+        try:
+            held.enter_context(_flocked(self.root / STORE_LOCK, fcntl.LOCK_SH | fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise StoreRefused(
+                f"`airsweep cache gc` removes artifacts from {self.root} now: wait for its end"
+            ) from None
+        except OSError:  # no locks here: then nobody can have it to himself either
+            pass
+        return held
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Nobody else uses the store meanwhile.
+
+        Raises:
+            StoreRefused: somebody does, or it cannot be told.
+        """
+        with ExitStack() as held:
+            try:
+                held.enter_context(_flocked(self.root / STORE_LOCK, fcntl.LOCK_EX | fcntl.LOCK_NB))
+            except BlockingIOError:
+                raise StoreRefused(
+                    f"a sweep runs in {self.root}; wait for it, or stop it"
+                ) from None
+            except OSError as problem:
+                raise StoreRefused(
+                    f"{self.root / STORE_LOCK} cannot be locked ({problem.strerror}), so it cannot "
+                    "be told whether a sweep runs; try on the machine that holds the folder"
+                ) from None
+            yield
 
     def row(self, spec: Stage) -> Row:
         """A row; its folder and `row.json` are written when the first shard is."""
@@ -203,11 +234,25 @@ class ArtifactStore:
         return row
 
 
+@contextmanager
+def _flocked(file: Path, how: int) -> Iterator[None]:
+    # flock itself: where it is missing, filelock turns to files that outlive their process.
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        with suppress(OSError):  # other users of the store wait for the same file
+            os.fchmod(handle, 0o666)
+        fcntl.flock(handle, how)
+        yield
+    finally:
+        os.close(handle)
+
+
 def open_store(root: Path) -> ArtifactStore:
     """The store in a folder, as a command opens it; there may be nothing yet.
 
     Raises:
-        OtherStore: another version made it.
+        StoreRefused: another version made it.
         ValueError: it is no folder.
     """
     if root.exists() and not root.is_dir():
@@ -217,7 +262,7 @@ def open_store(root: Path) -> ArtifactStore:
     except FileNotFoundError:
         found = VERSION  # of an empty folder: the first run writes it
     if found != VERSION:
-        raise OtherStore(
+        raise StoreRefused(
             f"{root} is a store of version {found[:20]!r}; this airsweep reads version {VERSION} "
             "alone: use the airsweep that made it, or another folder with --store"
         )

@@ -10,10 +10,10 @@ import pytest
 
 from air_core.diffusion import load_generator
 from air_core.specs import FolderImages, Ref, SyntheticFeaturesSpec
-from orchestrator.image_rows import DEATHS, build_image_block
+from orchestrator.image_rows import DEATHS, build_image_block, read_synthetic
 from orchestrator.resolve import images_folder
 from orchestrator.seal import intact
-from orchestrator.store import ArtifactStore
+from orchestrator.store import ArtifactStore, MissingArtifact
 from orchestrator.workshop import Workshop
 
 
@@ -62,6 +62,17 @@ def test_shards_and_the_rows_own_word_are_sealed(store, drawn_digits):
     files = [file for file in store.artifacts.rglob("*") if file.is_file()]
     assert len(files) == 4
     assert all(intact(file.read_bytes()) for file in files)
+
+
+def test_a_damaged_shard_is_not_read_and_is_named(store, drawn_digits):
+    spec = row_of(str(drawn_digits))
+    build_image_block(spec, 0, 0, Workshop(store), lambda: generator_of(spec))
+    shard = store.row(spec).shard(0, 0, ".safetensors")
+    sound = shard.read_bytes()
+    assert len(read_synthetic(spec, 2, store, [0])) == 2
+    shard.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+    with pytest.raises(MissingArtifact, match=r"0000-00000\.safetensors is damaged; remove it"):
+        read_synthetic(spec, 2, store, [0])
 
 
 def test_a_block_that_killed_its_processes_fails_and_one_that_merely_failed_does_not_count(

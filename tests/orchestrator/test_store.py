@@ -18,7 +18,7 @@ from orchestrator.keys import artifact_key
 from orchestrator.store import (
     ArtifactStore,
     MissingArtifact,
-    OtherStore,
+    StoreRefused,
     file_digest,
     open_store,
     write_whole,
@@ -185,7 +185,7 @@ def test_a_store_of_another_version_is_refused_and_a_new_one_is_not(tmp_path):
     assert open_store(tmp_path).root == tmp_path
     for other in ("0\n", "2\n", "", "one"):
         (tmp_path / "VERSION").write_text(other)
-        with pytest.raises(OtherStore, match=r"version .*reads version 1 alone.*--store"):
+        with pytest.raises(StoreRefused, match=r"version .*reads version 1 alone.*--store"):
             open_store(tmp_path)
     with pytest.raises(ValueError, match="is a file; a store is a folder"):
         open_store(tmp_path / "VERSION")
