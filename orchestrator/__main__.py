@@ -324,7 +324,13 @@ def cache_gc(
     from orchestrator.inventory import take_inventory
     from orchestrator.recorded import all_needs, refuse_running
     from orchestrator.store import open_store
-    from orchestrator.upkeep import needed_by_one, needless, refuse_unread, remove
+    from orchestrator.upkeep import (
+        NOT_REMOVED,
+        needed_by_one,
+        needless,
+        refuse_unread,
+        remove,
+    )
 
     opened = open_store(store)
     place = _place(sweep, store) if sweep else None
@@ -339,8 +345,10 @@ def cache_gc(
             of = f"{place.project}/{place.name}"
             spoils = needed_by_one(inventory, needs, of, whoami(), all_users)
         if yes:
-            remove(spoils)
+            spoils = remove(spoils)
     print(json.dumps(spoils.json(yes), indent=1) if as_json else spoils_screen(spoils, yes))
+    if any(one.why == NOT_REMOVED for one in spoils.others):
+        _fail(f"some of it {NOT_REMOVED}; --json names it", 1)
 
 
 # ---------------------------------------------------------------- helpers

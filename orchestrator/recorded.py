@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -83,7 +83,7 @@ def all_needs(store: ArtifactStore, data_root: Path | None) -> Needs:
     for place in recorded_places(store):
         name = f"{place.project}/{place.name}"
         try:
-            asked.append(Asked(name, merged(_asked(*read_sweep(place, data_root)))))
+            asked.append(Asked(name, _asked(*read_sweep(place, data_root))))
         except (ValueError, OSError) as problem:
             unread[name] = str(problem).partition("\n")[0]
     return Needs(tuple(asked), unread)
@@ -97,29 +97,33 @@ def merged(parts: Iterable[tuple[str, Shards]]) -> dict[str, Shards]:
     return found
 
 
-def _asked(sweep: SweepSpec, place: Place) -> Iterator[tuple[str, Shards]]:
-    """What its file asks for, and what its ledger says that it got.
+def _asked(sweep: SweepSpec, place: Place) -> dict[str, Shards]:
+    """What its file asks for, and the results that its ledger says it got.
 
-    A run with `--only` does not make the other cells less wanted; but their data may not be here,
-    and then only those cells count that were ever run.
+    A run with `--only` does not make the other cells less wanted. Their data may not be here; then
+    it must be sure that nothing was made for them.
     """
     resolver, ledger = place.resolver(), place.ledger()
-    run: set[str] = set()
-    for event in ledger.events():
-        if event["event"] in ("trial_done", "trial_reused"):
-            run.add(event["cell"])
-            yield event["key"][:12], frozenset()
-    asked = asked_points(ledger)
+    events = list(ledger.events())
+    done = [event for event in events if event["event"] in ("trial_done", "trial_reused")]
     last = cells_of(sweep)
-    run |= {cell.id for cell in last}
-    whole = replace(sweep, grid=sweep.axes or sweep.grid)
-    for cell in (*last, *cells_of(whole)):
+    run = {cell.id for cell in last} | {event["cell"] for event in done}
+    asked = asked_points(ledger)
+    found = [(event["key"][:12], frozenset[tuple[int, int]]()) for event in done]
+    not_here = None
+    for cell in (*last, *cells_of(replace(sweep, grid=sweep.axes or sweep.grid))):
         try:
-            yield from _asked_by_cell(cell, sweep, asked, resolver)
-        except ValueError:
+            found += _asked_by_cell(cell, sweep, asked, resolver)
+        except ValueError as problem:
             if cell.id in run:
                 raise
+            not_here = problem
     resolver.save()
+    needed = merged(found)
+    made = {e["key"].rpartition("-")[2] for e in events if e["event"] == "artifact_prepared"}
+    if not_here is not None and made - set(needed):  # by `prepare`, perhaps for that cell
+        raise not_here
+    return needed
 
 
 def _asked_by_cell(

@@ -18,6 +18,7 @@ from orchestrator.inventory import UNKNOWN, Holding, Inventory
 from orchestrator.recorded import Needs, Shards, merged
 from orchestrator.store import LOCKS, RECORD, STORE_LOCK
 
+NOT_REMOVED = "could not be removed: it is a link, or in a folder of somebody else"
 LEFT_FOR = 24 * 3600.0  # seconds: what is younger may have a maker on another machine
 
 
@@ -96,9 +97,24 @@ def needed_by_one(
     return replace(_spoils(inventory.root, found, me, all_users), sweep=sweep)
 
 
-def remove(spoils: Spoils) -> None:
-    """Remove what can go. A kill in between leaves nothing that looks whole and is not."""
+def remove(spoils: Spoils) -> Spoils:
+    """Remove what can go. A kill in between leaves nothing that looks whole and is not.
+
+    Returns:
+        What went; what could not be removed, of another user say, is among the others.
+    """
+    done: dict[bool, list[Removal]] = {True: [], False: []}
     for one in spoils.removals:
+        done[_removed(one)].append(one)
+    _remove_locks(spoils.root)
+    others = (*spoils.others, *(replace(one, why=NOT_REMOVED) for one in done[False]))
+    return replace(spoils, removals=tuple(done[True]), others=others)
+
+
+def _removed(one: Removal) -> bool:
+    if one.path.is_symlink():
+        return False
+    try:
         if one.files:
             for name in one.files:
                 (one.path / name).unlink(missing_ok=True)
@@ -107,17 +123,25 @@ def remove(spoils: Spoils) -> None:
             shutil.rmtree(one.path)
         else:
             one.path.unlink(missing_ok=True)
+    except OSError:
+        return False
+    return True
+
+
+def _remove_locks(root: Path) -> None:
+    """Of builders that failed or were killed; nobody waits for them, since nobody else is here."""
     now = time.time()
-    for lock in (spoils.root / LOCKS).iterdir():
-        if lock != spoils.root / STORE_LOCK and now - lock.stat().st_mtime > LEFT_FOR:
+    for lock in (root / LOCKS).iterdir():
+        if lock != root / STORE_LOCK and now - lock.stat().st_mtime > LEFT_FOR:
             with suppress(PermissionError):  # somebody else's
                 lock.unlink()
 
 
 def _spoils(root: Path, found: Collection[Removal], me: str, all_users: bool) -> Spoils:
-    found = sorted(found, key=lambda one: -one.bytes)
-    own = [one for one in found if all_users or (one.user == me and me != UNKNOWN)]
-    return Spoils(root, tuple(own), tuple(one for one in found if one not in own))
+    groups: dict[bool, list[Removal]] = {True: [], False: []}
+    for one in sorted(found, key=lambda one: -one.bytes):
+        groups[all_users or (one.user == me and me != UNKNOWN)].append(one)
+    return Spoils(root, tuple(groups[True]), tuple(groups[False]))
 
 
 def _beyond(holding: Holding, needed: Mapping[str, Shards]) -> Iterator[Removal]:

@@ -91,7 +91,7 @@ class World:
                     shard = row.shard(c, block, suffix)
                     shard.write_bytes(sealed(BLANK.encode() + os.urandom(BYTES)))
 
-    def keys(self) -> set[str]:
+    def held(self) -> set[str]:
         return {holding.name for holding in take_inventory(self.store).holdings}
 
     def files(self) -> set[Path]:
@@ -175,17 +175,17 @@ def test_where_nothing_was_made_there_is_nothing_to_look_after(world, cache):
 
 def test_gc_removes_nothing_without_yes_and_nothing_that_a_sweep_needs_with_it(world, cache):
     one = world.finish("one", AIR.format(count=16, rank=4))
-    kept = world.keys()
+    kept = world.held()
     world.finish("two", AIR.format(count=16, rank=8))
     (world.store.root / "sweeps/default/two").rename(world.store.root / "given up")
     everything = world.files()
     listed = gone(cache)
-    assert set(listed) == world.keys() - kept
+    assert set(listed) == world.held() - kept
     assert world.files() == everything
     code, out, _ = cache("gc", "--yes")
     assert code == 0
     assert "removed" in out.splitlines()[-1]
-    assert world.keys() == kept
+    assert world.held() == kept
     sweep = load_sweep(one.folder / "spec.yaml")
     plan = plan_sweep(sweep, world.store, one.resolver(), one.ledger())
     assert plan.to_run == 0
@@ -209,9 +209,9 @@ def test_gc_takes_images_beyond_what_any_sweep_needs(world, cache):
 
 def test_gc_of_an_edited_sweep_takes_its_old_images_and_keeps_its_old_results(world, cache):
     world.finish("one", AIR.format(count=16, rank=4))
-    before = world.keys()
+    before = world.held()
     place = world.finish("one", AIR.format(count=16, rank=8))
-    new = world.keys() - before
+    new = world.held() - before
     place.ledger().append("sweep_started", total=1)
     listed = gone(cache)
     assert {path.split("/")[0] for path in listed} == {"lora", "images", "synthetic"}
@@ -237,6 +237,36 @@ def test_cells_that_were_never_run_need_no_data_here(world, cache):
     assert "what sweep default/one needs cannot be told, so nothing is removed: flowers102" in err
 
 
+def test_what_was_prepared_for_cells_whose_data_is_not_here_stops_gc(world, cache):
+    body = "grid: {dataset: [digits, flowers102]}\nfixed: {method: zero_shot}\n"
+    place = world.finish("one", body, only=["dataset=digits"])
+    features = next(iter(world.store.artifacts.glob("features/*/*")))
+    key = f"features/v1/{features.name}"
+    place.ledger().append("artifact_prepared", stage="features", key=key)
+    assert gone(cache) == {}
+    key = "features/v1/flowers102-tiny-0123456789ab"
+    place.ledger().append("artifact_prepared", stage="features", key=key)
+    code, _, err = cache("gc", "--yes")
+    assert code == 2
+    assert "flowers102 needs a data root" in err
+
+
+def test_gc_goes_on_where_something_cannot_be_removed_and_says_so(world, cache):
+    world.finish("one", AIR.format(count=8, rank=4))
+    (world.store.root / "sweeps/default/one").rename(world.store.root / "given up")
+    (features,) = (path for path in world.held() if path.startswith("features/"))
+    elsewhere = world.store.root.parent / "another disk"
+    place = world.store.artifacts / features
+    place.rename(elsewhere)
+    place.symlink_to(elsewhere)  # whoever linked it must unlink it
+    code, out, err = cache("gc", "--yes", "--json")
+    assert code == 1
+    assert world.held() == {features}
+    assert [one["path"] for one in json.loads(out)["others"]] == [f"artifacts/{features}"]
+    assert "could not be removed" in err
+    assert (elsewhere / "record.json").exists()
+
+
 def test_gc_touches_only_ones_own_and_the_unknown_on_demand(world, cache):
     world.finish("mine", AIR.format(count=8, rank=4))
     world.finish("yours", AIR.format(count=8, rank=8), user="you")
@@ -246,11 +276,11 @@ def test_gc_touches_only_ones_own_and_the_unknown_on_demand(world, cache):
     own, everything = gone(cache), gone(cache, "--all-users")
     assert {one["user"] for one in own.values()} == {"me"}
     assert {one["user"] for one in everything.values()} == {"me", "you", "unknown"}
-    assert set(everything) == world.keys()
+    assert set(everything) == world.held()
     others = cache("gc")[1].splitlines()[-2:]
     assert all("stay" in line and "--all-users" in line for line in others)
     cache("gc", "--yes")
-    assert world.keys() == set(everything) - set(own)
+    assert world.held() == set(everything) - set(own)
 
 
 def test_nobody_owns_what_an_unknown_user_made(world, cache, monkeypatch):
@@ -307,7 +337,7 @@ def test_gc_is_refused_while_a_sweep_runs_and_a_sweep_while_gc_removes(world, ca
 
 def test_gc_of_one_sweep_drops_what_it_alone_needs(world, cache):
     world.finish("one", AIR.format(count=16, rank=4))
-    shared = world.keys()
+    shared = world.held()
     world.finish("two", AIR.format(count=32, rank=4))
     world.finish("three", AIR.format(count=16, rank=8))
     listed = gone(cache, "--sweep", "two")
@@ -319,8 +349,8 @@ def test_gc_of_one_sweep_drops_what_it_alone_needs(world, cache):
     code, out, _ = cache("gc", "--sweep", "two", "--yes")
     assert code == 0
     assert "default/two keeps its ledger" in out
-    assert shared <= world.keys()
-    assert not whole & world.keys()
+    assert shared <= world.held()
+    assert not whole & world.held()
     assert gone(cache) == {}
     assert cache("gc", "--sweep", "four")[0] == 2
 
@@ -343,12 +373,12 @@ def test_leftovers_of_killed_builders_go_when_they_are_a_day_old(world, cache):
     assert gone(cache) == {}
     for path in (*left, killed / "features.safetensors", lost / "features.safetensors"):
         os.utime(path, (time.time() - 2 * DAY,) * 2)
-    kept = world.keys()
+    kept = world.held()
     assert set(gone(cache)) == {str(path.relative_to(world.store.artifacts)) for path in left}
     assert json.loads(cache("verify", "--json")[1])["damaged"] == []
     cache("gc", "--yes")
     assert not any(path.exists() for path in left)
-    assert world.keys() == kept
+    assert world.held() == kept
     assert place.folder.is_dir()
 
 
