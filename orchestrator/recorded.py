@@ -111,7 +111,8 @@ def _asked(sweep: SweepSpec, place: Place) -> dict[str, Shards]:
     asked = asked_points(ledger)
     found = [(event["key"][:12], frozenset[tuple[int, int]]()) for event in done]
     not_here = None
-    for cell in (*last, *cells_of(replace(sweep, grid=sweep.axes or sweep.grid))):
+    whole = cells_of(replace(sweep, grid=sweep.axes)) if sweep.axes else ()
+    for cell in (*last, *(cell for cell in whole if cell not in last)):
         try:
             found += _asked_by_cell(cell, sweep, asked, resolver)
         except ValueError as problem:

@@ -41,16 +41,16 @@ def test_a_block_that_two_want_at_once_is_drawn_once(store, drawn_digits):
 
     def generator():
         draws.release()
-        assert go_on.wait(60)
+        assert go_on.wait(600)
         return generator_of(spec)
 
     with ThreadPoolExecutor(2) as pool:
         block = (spec, 3, 0, Workshop(store), generator)
         both = [pool.submit(build_image_block, *block) for _ in range(2)]
-        assert draws.acquire(timeout=60)
+        assert draws.acquire(timeout=600)
         assert not draws.acquire(timeout=0.3)  # who does not wait would have begun by now
         go_on.set()
-        assert sorted(one.result(60)["drawn"] for one in both) == [0, 2]
+        assert sorted(one.result(600)["drawn"] for one in both) == [0, 2]
     row = store.row(spec.images)
     assert sorted(p.name for p in row.path.iterdir()) == ["0003-00000.parquet", "row.json"]
     assert list((store.root / "locks").iterdir()) == []
