@@ -235,8 +235,10 @@ def ui(
 
     airsweep ui --port 5001
     """
+    from orchestrator.store import open_store
     from orchestrator.tracking import SERVER_ENVIRONMENT, serve_command
 
+    open_store(store)
     if not (store / "mlflow.db").exists():
         _fail(f"{store / 'mlflow.db'} is not there: nothing was tracked in this store yet")
     argv = serve_command(store.absolute(), host, port)
@@ -289,6 +291,102 @@ def data_check(
         print(line)
     if found.difference is not None:
         _fail(found.difference)
+
+
+cache_app = typer.Typer(no_args_is_help=True, help="Look after a store of artifacts.")
+app.add_typer(cache_app, name="cache")
+
+
+@cache_app.command("ls")
+def cache_ls(
+    store: StoreOption = STORE, data_root: DataOption = None, as_json: JsonOption = False
+) -> None:
+    """What lies in a store, whose it is, and which of it recorded sweeps need.
+
+    airsweep cache ls
+
+    airsweep cache ls --store /shared/runs --json
+    """
+    from orchestrator.cache_screen import listing, listing_screen
+    from orchestrator.inventory import take_inventory
+    from orchestrator.recorded import all_needs
+    from orchestrator.store import open_store
+
+    opened = open_store(store)
+    found = listing(take_inventory(opened), all_needs(opened, data_root))
+    print(json.dumps(found, indent=1) if as_json else listing_screen(found))
+
+
+@cache_app.command("verify")
+def cache_verify(store: StoreOption = STORE, as_json: JsonOption = False) -> None:
+    """Read every file of a store and compare it with what was written.
+
+    Ends with 0 when nothing is damaged, else with 1.
+
+    airsweep cache verify
+
+    airsweep cache verify --store /shared/runs --json
+    """
+    from orchestrator.cache_screen import verdict_screen, watched
+    from orchestrator.integrity import verify
+    from orchestrator.inventory import take_inventory
+    from orchestrator.store import open_store
+
+    verdict = verify(take_inventory(open_store(store)), watched)
+    print(json.dumps(verdict.json(), indent=1) if as_json else verdict_screen(verdict))
+    sys.exit(1 if verdict.damaged else 0)
+
+
+@cache_app.command("gc")
+def cache_gc(
+    store: StoreOption = STORE,
+    data_root: DataOption = None,
+    yes: Annotated[bool, typer.Option("--yes", help="remove; without it they are listed")] = False,
+    sweep: Annotated[
+        str | None,
+        typer.Option("--sweep", metavar="NAME", help="what this recorded sweep alone needs"),
+    ] = None,
+    all_users: Annotated[
+        bool, typer.Option("--all-users", help="also what others made, or nobody knows who")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """List what no recorded sweep needs, and with --yes remove it; only what you made yourself.
+
+    airsweep cache gc
+
+    airsweep cache gc --sweep old_question --yes
+    """
+    from orchestrator.cache_screen import spoils_screen
+    from orchestrator.driver import whoami
+    from orchestrator.inventory import take_inventory
+    from orchestrator.recorded import all_needs, refuse_running
+    from orchestrator.store import open_store
+    from orchestrator.upkeep import (
+        NOT_REMOVED,
+        needed_by_one,
+        needless,
+        refuse_unread,
+        remove,
+    )
+
+    opened = open_store(store)
+    place = _place(sweep, store) if sweep else None
+    refuse_running(opened)
+    with opened.alone():  # until all is removed no sweep may start
+        inventory = take_inventory(opened)
+        needs = all_needs(opened, data_root)
+        refuse_unread(needs, opened.root)
+        if place is None:
+            spoils = needless(inventory, needs, whoami(), all_users)
+        else:
+            of = f"{place.project}/{place.name}"
+            spoils = needed_by_one(inventory, needs, of, whoami(), all_users)
+        if yes:
+            spoils = remove(spoils)
+    print(json.dumps(spoils.json(yes), indent=1) if as_json else spoils_screen(spoils, yes))
+    if any(one.why == NOT_REMOVED for one in spoils.others):
+        _fail(f"some of it {NOT_REMOVED}; --json names it", 1)
 
 
 # ---------------------------------------------------------------- helpers
@@ -377,11 +475,11 @@ def _place(name: str, store: Path) -> Place:
         ValueError: there is none of this name.
     """
     from orchestrator.driver import Place
-    from orchestrator.store import ArtifactStore
+    from orchestrator.store import open_store
 
     project, _, short = name.rpartition("/")
     project = project or os.environ.get("AIRSWEEP_PROJECT") or "default"
-    place = Place(ArtifactStore(store.absolute()), project, short, None)
+    place = Place(open_store(store), project, short, None)
     if not (place.folder / "events.jsonl").exists():
         there = sorted(
             f"{p.parent.parent.name}/{p.parent.name}"
@@ -395,18 +493,9 @@ def _place(name: str, store: Path) -> Place:
 
 def _recorded(name: str, store: Path, data_root: Path | None) -> tuple[SweepSpec, Place]:
     """A sweep as it was last run, with the values that were set then."""
-    from dataclasses import replace
+    from orchestrator.recorded import read_sweep
 
-    from orchestrator.sweep import smoke as smoked
-    from orchestrator.sweep_file import load_sweep
-
-    place = _place(name, store)
-    origin: dict[str, Any] = json.loads((place.folder / "resolved.json").read_text())
-    sweep = load_sweep(
-        place.folder / "spec.yaml", sets=origin.get("sets", []), only=origin.get("only", [])
-    )
-    sweep = replace(sweep, source=origin.get("source", sweep.source))
-    return smoked(sweep) if origin.get("smoke") else sweep, replace(place, data_root=data_root)
+    return read_sweep(_place(name, store), data_root)
 
 
 def _fail(message: str, code: int = 2) -> NoReturn:
@@ -426,8 +515,9 @@ def main() -> None:
             raise
         from orchestrator.driver import BAD_INPUT, REFUSED, Refused
         from orchestrator.ledger import SweepBusy
+        from orchestrator.store import StoreRefused
 
-        if isinstance(problem, Refused | SweepBusy):
+        if isinstance(problem, Refused | SweepBusy | StoreRefused):
             _fail(str(problem), REFUSED)
         if type(problem).__name__ == "SpecError":  # it begins with file:line:column
             print(problem, file=sys.stderr)

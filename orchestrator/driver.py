@@ -43,7 +43,7 @@ from orchestrator.report import rows
 from orchestrator.resolve import Resolver, text_digest
 from orchestrator.results import entries_of, standing
 from orchestrator.screen import Screen
-from orchestrator.store import VERSION, ArtifactStore, write_whole
+from orchestrator.store import VERSION, ArtifactStore, open_store, write_whole
 from orchestrator.sweep import Cell, SweepSpec
 from orchestrator.tables import table
 from orchestrator.tracking import Status, SweepRun
@@ -84,6 +84,7 @@ def place_of(sweep: SweepSpec, root: Path, data_root: Path | None) -> Place:
 
     Raises:
         Refused: a relative store inside a Ray job.
+        StoreRefused: another version of airsweep made the store.
     """
     if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") and not root.is_absolute():
         raise Refused(
@@ -93,7 +94,7 @@ def place_of(sweep: SweepSpec, root: Path, data_root: Path | None) -> Place:
         )
     project = sweep.project or os.environ.get("AIRSWEEP_PROJECT") or "default"
     data = data_root or os.environ.get("AIRSWEEP_DATA") or sweep.data_root
-    return Place(ArtifactStore(root.absolute()), project, sweep.name, Path(data) if data else None)
+    return Place(open_store(root), project, sweep.name, Path(data) if data else None)
 
 
 @dataclass
@@ -239,7 +240,7 @@ def run_sweep(
         The exit code; `outcome.json` says the same.
 
     Raises:
-        Refused, SweepBusy: before anything started.
+        Refused, SweepBusy, StoreRefused: before anything started.
     """
     ledger, resolver = place.ledger(), place.resolver()
     plan = plan_sweep(sweep, place.store, resolver, ledger)
@@ -253,6 +254,7 @@ def run_sweep(
     problem = does_not_fit(plan, place.store)
     if problem:
         raise Refused(problem)
+    use = place.store.use()
     ledger.lock()
     publisher = Publisher(sweep, _parent(sweep, place), place.store, tracking_uri)
     run = Run(sweep, place, screen, publisher, ledger, resolver, given_up=given_up)
@@ -281,6 +283,7 @@ def run_sweep(
         screen.close()
         _close(run, code)
         ledger.unlock()
+        use.close()
     return code
 
 

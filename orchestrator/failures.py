@@ -50,8 +50,12 @@ KINDS: tuple[tuple[type[BaseException], str], ...] = (
     (MemoryError, "oom"),
     (OSError, "infra"),
 )
-# torch says it in a RuntimeError: of a GPU, of a CPU.
-ALLOCATION = ("out of memory", "can't allocate memory")
+# In exceptions of no special kind: torch of a GPU and of a CPU, and our own.
+WORDS = (
+    ("out of memory", "oom"),
+    ("can't allocate memory", "oom"),
+    ("killed its process", "infra"),
+)
 # What a dead process leaves is text. Words of Ray, of torch and of the kernel.
 SAID = (
     ("out of memory", "oom"),
@@ -70,9 +74,9 @@ def classify(problem: BaseException) -> str:
     ('nan', 'user')
     """
     text = str(problem).lower()
-    if any(words in text for words in ALLOCATION):
-        return "oom"
-    return next((name for kind, name in KINDS if isinstance(problem, kind)), "user")
+    said = (name for words, name in WORDS if words in text)
+    kinds = (name for kind, name in KINDS if isinstance(problem, kind))
+    return next(said, None) or next(kinds, "user")
 
 
 def of_death(text: str) -> str:

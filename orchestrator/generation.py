@@ -27,7 +27,6 @@ from orchestrator.sweep import Resources
 from orchestrator.workshop import Workshop
 
 THRIFT = 2  # the most that a generator can save
-DEATHS = 2  # processes that a shard may kill before it counts as failed
 
 
 class Generate:
@@ -46,21 +45,11 @@ class Generate:
         started = time.monotonic()
         error = name = ""
         drawn = {"drawn": 0, "redrawn": 0, "holes": 0}
-        # A shard that kills its process is tried again by Ray for ever: count on disk.
         spec = self.rows[row]
-        tries = self.shop.store.open_row(spec.images).shard(c, block, ".tries")
         try:
-            deaths = tries.stat().st_size if tries.exists() else 0
-            if deaths >= DEATHS:
-                tries.unlink()
-                name = "infra"
-                raise RuntimeError(f"killed its process {deaths} times")
-            with open(tries, "ab") as handle:
-                handle.write(b"x")
             drawn = self._drawn(spec, row, c, block)
-            tries.unlink(missing_ok=True)
         except Exception as problem:  # told to the driver as data: an exception ends the stream
-            error, name = f"{type(problem).__name__}: {problem}", name or classify(problem)
+            error, name = f"{type(problem).__name__}: {problem}", classify(problem)
         return {
             "row": [row],
             "class": [c],

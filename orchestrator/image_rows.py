@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Sequence
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load, save
 from torch import Tensor
 
 from air_core.classifiers import text_classifier
@@ -24,10 +26,12 @@ from air_core.diffusion import ImageGenerator, image_seed, load_generator, rejec
 from air_core.specs import FolderImages, GeneratedImages, SyntheticFeaturesSpec
 from air_core.types import Batch, Labelled
 from orchestrator.resolve import images_folder
-from orchestrator.store import ArtifactStore, MissingArtifact
+from orchestrator.seal import BLANK, intact, sealed
+from orchestrator.store import ArtifactStore, MissingArtifact, Row
 from orchestrator.workshop import Workshop
 
 ATTEMPTS = 3  # draws of one slot before it is a recorded hole
+DEATHS = 2  # processes that a block may kill before it counts as failed
 
 
 def open_generator(
@@ -52,25 +56,56 @@ def build_image_block(
 
     A block is one batch, always the same one. A rejected slot (blank, not a number) is drawn
     again within the same batch, with its next attempt, and only that slot is kept; after
-    ATTEMPTS it is a recorded hole.
+    ATTEMPTS it is a recorded hole. Two processes that want the same block, of two sweeps say, take
+    turns, and the second finds it there.
 
     Returns:
         images drawn (kept), redrawn slots, holes; all 0 if the images were there.
+
+    Raises:
+        RuntimeError: the block has killed the last processes that tried.
     """
     row = shop.store.open_row(spec.images)
+    with (
+        shop.store.turn(f"{row.key.digest}-{class_index}-{block}"),
+        _deaths_counted(row.shard(class_index, block, ".tries")),
+    ):
+        return _build_block(spec, row, class_index, block, shop, generator)
+
+
+@contextmanager
+def _deaths_counted(tries: Path) -> Iterator[None]:
+    """On disk, since the cluster tries a block that kills its process again for ever."""
+    deaths = tries.stat().st_size if tries.exists() else 0
+    try:
+        if deaths >= DEATHS:
+            raise RuntimeError(f"killed its process {deaths} times")
+        with open(tries, "ab") as handle:
+            handle.write(b"x")
+        yield
+    finally:  # who is killed does not come here
+        tries.unlink(missing_ok=True)
+
+
+def _build_block(
+    spec: SyntheticFeaturesSpec,
+    row: Row,
+    class_index: int,
+    block: int,
+    shop: Workshop,
+    generator: Callable[[], ImageGenerator],
+) -> dict[str, int]:
     shard = row.shard(class_index, block, ".parquet")
     drawn = {"drawn": 0, "redrawn": 0, "holes": 0}
     if not shard.exists():
         table, drawn = _draw(spec.images, class_index, block, generator())
-        _write_shard(table, shard)
+        _publish(_parquet(table), shard)
     features = shop.store.open_row(spec).shard(class_index, block, ".safetensors")
     if not features.exists():
-        table = pq.read_table(shard, columns=["image", "ok"])
+        table = pq.read_table(io.BytesIO(_sound(shard)), columns=["image", "ok"])
         images = [Image.open(io.BytesIO(png)) for png in table["image"].to_pylist()]
         arrays = {"features": shop.encoded(images, spec), "ok": np.array(table["ok"].to_pylist())}
-        temporary = features.with_name(f".{features.name}-{os.getpid()}")
-        save_file(arrays, temporary)
-        os.replace(temporary, features)
+        _publish(save(arrays, {"seal": BLANK}), features)
     return drawn
 
 
@@ -129,10 +164,28 @@ def _png(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _write_shard(table: pa.Table, place: Path) -> None:
-    temporary = place.with_name(f".{place.name}-{os.getpid()}")
-    pq.write_table(table, temporary)
+def _parquet(table: pa.Table) -> bytes:
+    buffer = pa.BufferOutputStream()
+    with pq.ParquetWriter(buffer, table.schema) as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata({"seal": BLANK})
+    return bytes(buffer.getvalue())
+
+
+def _publish(shard: bytes, place: Path) -> None:
+    # Not synced: a power cut may damage shards, which their seals tell, and what is lost is drawn
+    # again. Thousands of syncs on a shared file system would cost more.
+    temporary = place.with_name(f".{place.name}-{socket.gethostname()}-{os.getpid()}")
+    temporary.write_bytes(sealed(shard))
     os.replace(temporary, place)
+
+
+def _sound(shard: Path) -> bytes:
+    """A shard's content. Those from before there were seals are taken as they are."""
+    data = shard.read_bytes()
+    if intact(data) is False:
+        raise MissingArtifact(f"{shard} is damaged; remove it and run `airsweep prepare SPEC`")
+    return data
 
 
 def read_synthetic(
@@ -149,7 +202,7 @@ def read_synthetic(
         tokens: the row with their patch tokens, where they are wanted too.
 
     Raises:
-        MissingArtifact: they were not drawn yet.
+        MissingArtifact: they were not drawn yet, or a shard is damaged.
     """
     features, labels = _read_row(spec, count, store, classes)
     patches = None if tokens is None else _read_row(tokens, count, store, classes)[0]
@@ -174,7 +227,7 @@ def _read_row(
                     f"image {block * size} of {classname!r} is not in {row.key} under "
                     f"{store.root}; run `airsweep prepare SPEC` first"
                 )
-            arrays = load_file(shard)
+            arrays = load(_sound(shard))
             wanted = arrays["ok"][: count - block * size]
             kept = torch.from_numpy(arrays["features"][: len(wanted)][wanted])
             features.append(kept)

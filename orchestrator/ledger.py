@@ -50,6 +50,14 @@ class Ledger:
     def unlock(self) -> None:
         self._lock.release()
 
+    def busy(self) -> bool:
+        """Does a driver hold the sweep's lock?"""
+        try:
+            with FileLock(self._lock.lock_file).acquire(timeout=0):
+                return False
+        except Timeout:
+            return True
+
     def append(self, event: str, **fields: Any) -> None:
         """One event, on disk before this returns."""
         line = json.dumps({"event": event, **fields}, sort_keys=True, allow_nan=False)

@@ -10,8 +10,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from air_core.datasets import get_dataset
 from air_core.flat import to_flat
 from air_core.normal import normalised
@@ -96,7 +94,7 @@ def _explain(plan: Plan) -> list[str]:
 def status(place: Place) -> dict[str, Any]:
     """The contract of `status --json`."""
     found = standing(place.ledger())
-    alive = _alive(place.folder)
+    alive = place.ledger().busy()
     return {
         "sweep": f"{place.project}/{place.name}",
         "running": alive,
@@ -120,16 +118,6 @@ def _waiting(found: Standing) -> dict[str, Any] | None:
     """Who waits for what: cells for artifacts that are made now."""
     left = {key: count for key, count in found.waiting_for.items() if count > 0}
     return {"cells": list(found.waiting_cells), "for": left} if left else None
-
-
-def _alive(folder: Path) -> bool:
-    """Does a driver hold the sweep's lock?"""
-    lock = FileLock(folder / ".driver.lock")
-    try:
-        with lock.acquire(timeout=0):
-            return False
-    except Timeout:
-        return True
 
 
 def status_screen(found: dict[str, Any]) -> str:

@@ -3,11 +3,14 @@
 `runs/artifacts/<stage>/v<recipe>/<slug>-<digest12>/`. An artifact is built in a folder beside its
 place and renamed; its record is written last, so a folder with a record is whole. A row (images,
 their features) is never whole: it has shards, each renamed into place. All paths inside are
-relative: the store can be moved.
+relative: the store can be moved. A record holds the digests of its files; records and shards are
+sealed (`seal.py`), so that a changed byte can be found. Who builds something that others may want
+too holds its lock below `locks/`; a lock saves work, and what is right never hangs on it.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -15,7 +18,8 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,15 +27,22 @@ from typing import Any
 
 from orchestrator.keys import ArtifactKey, Stage, artifact_key
 from orchestrator.reached import code_of
+from orchestrator.seal import sealed_json
 
 VERSION = "1"
 RECORD, ROW = "record.json", "row.json"  # of an artifact, and of a row
 CODE = "code"  # folder: what each code that made something was made of
+LOCKS = "locks"  # folder
+STORE_LOCK = f"{LOCKS}/store"  # shared by who uses the store, taken whole by who removes from it
 LIBRARIES = ("torch", "open_clip_torch", "diffusers", "peft", "transformers", "numpy")
 
 
 class MissingArtifact(LookupError):
     """Something that should have been prepared is not there."""
+
+
+class StoreRefused(RuntimeError):
+    """The store cannot be used: another version made it, or somebody has it to himself now."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +126,15 @@ class ArtifactStore:
         if self.has(spec) or not self.writable:
             return self.get(spec)
         key = artifact_key(spec)
+        # Locks are taken upstream: a builder may ask for what its own spec nests.
+        with self.turn(key.digest):
+            if not self.has(spec):  # nobody has built it meanwhile
+                self._build(spec, key, build)
+        return self.get(spec)
+
+    def _build(
+        self, spec: Stage, key: ArtifactKey, build: Callable[[Path], dict[str, Any]]
+    ) -> None:
         place = self.path(key)
         place.parent.mkdir(parents=True, exist_ok=True)
         work = place.parent / f".{key.digest[:12]}-{uuid.uuid4().hex[:8]}"
@@ -135,7 +155,7 @@ class ArtifactStore:
                 "versions": versions(),
                 "files": {p.name: file_digest(p) for p in sorted(work.iterdir())},
             }
-            write_whole(work / RECORD, json.dumps(record, indent=1, sort_keys=True))
+            write_whole(work / RECORD, sealed_json(record))
             try:
                 os.rename(work, place)
             except OSError:
@@ -146,7 +166,59 @@ class ArtifactStore:
                     os.rename(work, place)
         finally:
             shutil.rmtree(work, ignore_errors=True)
-        return self.get(spec)
+
+    @contextmanager
+    def turn(self, name: str) -> Iterator[None]:
+        """Waits until nobody else makes `name`; then look again whether it is there.
+
+        The lock of a dead process is free at once. Where the file system has no locks nobody
+        waits: two then do the same work, and each part of it is still renamed into place whole.
+        """
+        place = self.root / LOCKS / name
+        with ExitStack() as held:
+            with suppress(OSError):
+                held.enter_context(_flocked(place, fcntl.LOCK_EX))
+            yield
+            with suppress(OSError):  # who waits has the file open, and will find the work done
+                place.unlink()
+
+    def use(self) -> ExitStack:
+        """Keeps others from having the store to themselves, until it is closed.
+
+        Raises:
+            StoreRefused: somebody has, to remove what no sweep needs.
+        """
+        held = ExitStack()
+        try:
+            held.enter_context(_flocked(self.root / STORE_LOCK, fcntl.LOCK_SH | fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise StoreRefused(
+                f"`airsweep cache gc` removes artifacts from {self.root} now: wait for its end"
+            ) from None
+        except OSError:  # no locks here: then nobody can have it to himself either
+            pass
+        return held
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Nobody else uses the store meanwhile.
+
+        Raises:
+            StoreRefused: somebody does, or it cannot be told.
+        """
+        with ExitStack() as held:
+            try:
+                held.enter_context(_flocked(self.root / STORE_LOCK, fcntl.LOCK_EX | fcntl.LOCK_NB))
+            except BlockingIOError:
+                raise StoreRefused(
+                    f"a sweep runs in {self.root}; wait for it, or stop it"
+                ) from None
+            except OSError as problem:
+                raise StoreRefused(
+                    f"{self.root / STORE_LOCK} cannot be locked ({problem.strerror}), so it cannot "
+                    "be told whether a sweep runs; try on the machine that holds the folder"
+                ) from None
+            yield
 
     def code(self, spec: Stage) -> str | None:
         """Digest of the code that made an artifact or row; None: it is not there, or nobody
@@ -201,8 +273,43 @@ class ArtifactStore:
                 **maker(),
                 "code": self._note_code(spec),
             }
-            write_whole(row.path / ROW, json.dumps(known, indent=1, sort_keys=True))
+            write_whole(row.path / ROW, sealed_json(known))
         return row
+
+
+@contextmanager
+def _flocked(file: Path, how: int) -> Iterator[None]:
+    # flock itself: where it is missing, filelock turns to files that outlive their process.
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        with suppress(OSError):  # other users of the store wait for the same file
+            os.fchmod(handle, 0o666)
+        fcntl.flock(handle, how)
+        yield
+    finally:
+        os.close(handle)
+
+
+def open_store(root: Path) -> ArtifactStore:
+    """The store in a folder, as a command opens it; there may be nothing yet.
+
+    Raises:
+        StoreRefused: another version made it.
+        ValueError: it is no folder.
+    """
+    if root.exists() and not root.is_dir():
+        raise ValueError(f"{root} is a file; a store is a folder: choose another with --store")
+    try:
+        found = (root / "VERSION").read_text().strip()
+    except FileNotFoundError:
+        found = VERSION  # of an empty folder: the first run writes it
+    if found != VERSION:
+        raise StoreRefused(
+            f"{root} is a store of version {found[:20]!r}; this airsweep reads version {VERSION} "
+            "alone: use the airsweep that made it, or another folder with --store"
+        )
+    return ArtifactStore(root.absolute())
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

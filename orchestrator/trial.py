@@ -13,12 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from filelock import FileLock
 from safetensors.numpy import load_file, save_file
 
 from air_core.normal import normalised
 from air_core.specs import SplitSettings, TrialSpec
-from orchestrator.keys import artifact_key
 from orchestrator.store import Artifact, ArtifactStore
 
 if TYPE_CHECKING:
@@ -208,10 +206,7 @@ def _run_elsewhere(
     from orchestrator.workshop import Workshop
 
     home = replace(spec, test_dataset=None)
-    lock = store.root / "locks" / artifact_key(home).digest
-    lock.parent.mkdir(exist_ok=True)
-    with FileLock(lock):
-        learned = run_trial(home, store, device, share_done)
+    learned = run_trial(home, store, device, share_done)
     started = time.monotonic()
     reader = store.read_only()
     assert spec.test_dataset is not None

@@ -7,12 +7,13 @@ import sys
 
 import pytest
 
+from orchestrator.__main__ import main
 from tests.sweeps import airsweep, environment, write_sweep
 
 
 def test_help_is_quick_to_import_and_lists_the_commands():
     done = airsweep("--help")
-    for command in ("validate", "plan", "prepare", "run", "status", "table", "ui"):
+    for command in ("validate", "plan", "prepare", "run", "status", "table", "ui", "cache"):
         assert command in done.stdout
     code = (
         "import sys; sys.argv = ['airsweep', '--help']\n"
@@ -44,6 +45,40 @@ def test_bad_input_is_one_message_and_exit_code_2(tmp_path, body, place, words):
         assert done.stderr.startswith(f"{spec}{place} ")
     assert done.stdout == ""
     assert not (tmp_path / "runs" / "sweeps").exists()
+
+
+COMMANDS = (
+    "run",
+    "prepare",
+    "plan",
+    "status",
+    "table",
+    "ui",
+    "cache ls",
+    "cache verify",
+    "cache gc",
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_store_of_another_version_is_refused_with_exit_code_3(
+    tmp_path, monkeypatch, capsys, command
+):
+    """In this process: nine starts of Python would take longer than they tell."""
+    store = tmp_path / "runs"
+    store.mkdir()
+    (store / "VERSION").write_text("99\n")
+    spec = str(write_sweep(tmp_path, "x", "fixed: {method: fpl}\n"))
+    named = {"run": spec, "prepare": spec, "plan": spec, "status": "x", "table": "x"}
+    words = [*command.split(), *([named[command]] if command in named else [])]
+    monkeypatch.setattr(sys, "argv", ["airsweep", *words, "--store", str(store)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    said = capsys.readouterr()
+    assert end.value.code == 3
+    assert "is a store of version '99'; this airsweep reads version 1 alone" in said.err
+    assert said.out == ""
+    assert list(store.iterdir()) == [store / "VERSION"]
 
 
 def test_an_unknown_sweep_names_those_that_are_there(tmp_path):

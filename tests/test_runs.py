@@ -204,6 +204,15 @@ def test_a_moved_store_still_knows_what_is_done(spec, whole, tmp_path):
     assert table(moved, "search") == table(whole, "search")
 
 
+def test_nothing_of_a_real_store_is_damaged_or_needless(whole, killed):
+    """Whoever made it: what the stages write is sealed, and what a sweep asks for is all of it."""
+    for store in (whole, killed):
+        found = json.loads(airsweep("cache", "verify", "--store", store, "--json").stdout)
+        assert (found["damaged"], found["unsealed"], found["leftovers"]) == ([], 0, [])
+        can_go = airsweep("cache", "gc", "--store", store, "--all-users", "--json")
+        assert json.loads(can_go.stdout)["removals"] == []
+
+
 def test_another_sweep_reuses_what_this_one_computed(spec, whole, drawn_digits):
     body = SWEEP.format(folder=drawn_digits).replace("[1, 2]", "[1, 2, 3]")
     more = write_sweep(spec.parent, "more", body)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import select
 import signal
 import subprocess
 import sys
@@ -17,7 +18,9 @@ from orchestrator.keys import artifact_key
 from orchestrator.store import (
     ArtifactStore,
     MissingArtifact,
+    StoreRefused,
     file_digest,
+    open_store,
     write_whole,
 )
 
@@ -25,7 +28,7 @@ SPEC = FeaturesSpec(dataset=Ref(name="digits", digest="d"), backbone=Ref(name="t
 OTHER = replace(SPEC, backbone=Ref(name="large", digest="l"))
 ROW = FolderImages(model=Ref(name="folder:x", digest="f"), classnames=("a",), size=8, block=2)
 
-# A builder that says when it has begun, and goes on when it is told to.
+# A builder that says when it asks and when it has begun, and goes on when it is told to.
 SLOW = """
 import sys
 from pathlib import Path
@@ -39,8 +42,10 @@ def build(folder):
     return {"by": sys.argv[2]}
 
 spec = FeaturesSpec(dataset=Ref(name="digits", digest="d"), backbone=Ref(name="tiny", digest="b"))
+print("asks", flush=True)
 ArtifactStore(Path(sys.argv[1])).get_or_build(spec, build)
 """
+A_WHILE = 0.3  # seconds in which somebody who does not wait would have begun
 
 
 @pytest.fixture
@@ -57,8 +62,8 @@ def refuse(folder: Path) -> dict[str, Any]:
     raise AssertionError("it is there already")
 
 
-def builder(store: ArtifactStore, name: str) -> subprocess.Popen[str]:
-    """Another process in the middle of building the same artifact."""
+def asking(store: ArtifactStore, name: str) -> subprocess.Popen[str]:
+    """Another process that asks for the same artifact."""
     process = subprocess.Popen(
         [sys.executable, "-c", SLOW, str(store.root), name],
         stdin=subprocess.PIPE,
@@ -66,6 +71,14 @@ def builder(store: ArtifactStore, name: str) -> subprocess.Popen[str]:
         text=True,
         cwd=Path(__file__).parents[2],
     )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "asks\n"
+    return process
+
+
+def builder(store: ArtifactStore, name: str) -> subprocess.Popen[str]:
+    """Another process in the middle of building the same artifact."""
+    process = asking(store, name)
     assert process.stdout is not None
     assert process.stdout.readline() == "begun\n"
     return process
@@ -166,6 +179,18 @@ def test_a_store_can_be_moved(store, tmp_path):
     assert not any(str(tmp_path) in text for text in written)
 
 
+def test_a_store_of_another_version_is_refused_and_a_new_one_is_not(tmp_path):
+    assert open_store(tmp_path / "new").root == tmp_path / "new"
+    (tmp_path / "VERSION").write_text("1\n")
+    assert open_store(tmp_path).root == tmp_path
+    for other in ("0\n", "2\n", "", "one"):
+        (tmp_path / "VERSION").write_text(other)
+        with pytest.raises(StoreRefused, match=r"version .*reads version 1 alone.*--store"):
+            open_store(tmp_path)
+    with pytest.raises(ValueError, match="is a file; a store is a folder"):
+        open_store(tmp_path / "VERSION")
+
+
 def test_an_artifact_is_found_by_content_whatever_it_was_called(store):
     """Another name of the same weights gives another slug and the same digest."""
     built = store.get_or_build(SPEC, numbers)
@@ -177,7 +202,37 @@ def test_an_artifact_is_found_by_content_whatever_it_was_called(store):
 # ---------------------------------------------------------------- several processes
 
 
-def test_two_builders_of_one_artifact_end_with_one(store):
+def test_who_asks_for_what_another_process_builds_waits_and_reads_it(store):
+    first = builder(store, "first")
+    second = asking(store, "second")
+    assert select.select([second.stdout], [], [], A_WHILE)[0] == []
+    first.communicate("go on\n", timeout=60)
+    said, _ = second.communicate(timeout=60)
+    assert (first.returncode, second.returncode, said) == (0, 0, "")
+    assert store.get(SPEC).record["info"] == {"by": "first"}
+    assert list((store.root / "locks").iterdir()) == []
+
+
+def test_who_waits_for_a_builder_that_is_killed_builds(store):
+    first = builder(store, "first")
+    second = asking(store, "second")
+    first.kill()
+    first.communicate(timeout=60)
+    said, _ = second.communicate("go on\n", timeout=60)
+    assert (second.returncode, said) == (0, "begun\n")
+    assert store.get(SPEC).record["info"] == {"by": "second"}
+
+
+def test_a_builder_may_ask_for_what_it_is_made_from(store):
+    def upon(folder: Path) -> dict[str, Any]:
+        return {"of": store.get_or_build(OTHER, numbers).record["info"]["count"]}
+
+    assert store.get_or_build(SPEC, upon).record["info"] == {"of": 3}
+
+
+def test_two_builders_where_locks_do_not_work_end_with_one_artifact(store):
+    store.root.mkdir()
+    (store.root / "locks").write_text("no folder, so nobody can make a lock in it")
     first, second = builder(store, "first"), builder(store, "second")
     for process in (second, first):
         process.communicate("go on\n", timeout=60)

@@ -1,0 +1,223 @@
+"""What `airsweep cache` prints: at most 80 columns, the largest first."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from orchestrator.integrity import Finding, Verdict
+from orchestrator.inventory import Holding, Inventory
+from orchestrator.keys import RECIPES
+from orchestrator.recorded import Needs, merged
+from orchestrator.upkeep import Removal, Spoils
+
+LARGEST, SHOWN = 10, 20  # lines of a list that can be long
+NAME_WIDTH = 56
+STAGES = tuple(dict.fromkeys(stage for stage, _ in RECIPES.values()))  # in the order of making
+
+
+# ---------------------------------------------------------------- ls
+
+
+def listing(inventory: Inventory, needs: Needs) -> dict[str, Any]:
+    """The contract of `cache ls --json`. Bytes; of a row that is needed in part, parts count."""
+    needed = merged(part for one in needs.asked for part in one.artifacts.items())
+    stages: dict[str, dict[str, int]] = {}
+    users: dict[str, dict[str, int]] = {}
+    artifacts = []
+    for holding in sorted(inventory.holdings, key=lambda one: -one.bytes):
+        by = needs.by(holding.digest)
+        beyond = frozenset(holding.shards) - needed[holding.digest] if by else frozenset()
+        unneeded = sum(holding.files[holding.shards[place]] for place in beyond)
+        spare = unneeded if by else holding.bytes
+        figures = {
+            "artifacts": 1,
+            "bytes": holding.bytes,
+            "images": holding.images or 0,
+            "unneeded_artifacts": int(not by),
+            "unneeded_bytes": spare,
+        }
+        _add(stages, holding.stage, figures)
+        _add(users, holding.user, {"artifacts": 1, "bytes": holding.bytes})
+        artifacts.append(_artifact(holding, by, spare))
+    return {
+        "store": str(inventory.root),
+        "bytes": sum(one["bytes"] for one in stages.values()),
+        "stages": {name: stages[name] for name in sorted(stages, key=_order)},
+        "users": users,
+        "sweeps": [one.sweep for one in needs.asked],
+        "unread": dict(needs.unread),
+        "leftovers": [
+            {"path": str(one.path.relative_to(inventory.root)), "why": one.why, "bytes": one.bytes}
+            for one in inventory.leftovers
+        ],
+        "artifacts": artifacts,
+    }
+
+
+def _artifact(holding: Holding, by: Sequence[str], spare: int) -> dict[str, Any]:
+    return {
+        "key": holding.name,
+        "bytes": holding.bytes,
+        "images": holding.images,
+        "user": holding.user,
+        "needed_by": list(by),
+        "unneeded_bytes": spare,
+    }
+
+
+def _add(groups: dict[str, dict[str, int]], name: str, figures: dict[str, int]) -> None:
+    group = groups.setdefault(name, dict.fromkeys(figures, 0))
+    for key, value in figures.items():
+        group[key] += value
+
+
+def _order(stage: str) -> tuple[int, str]:
+    return (STAGES.index(stage) if stage in STAGES else len(STAGES), stage)
+
+
+def listing_screen(found: dict[str, Any]) -> str:
+    """The same for people."""
+    sweeps = len(found["sweeps"]) + len(found["unread"])
+    lines = [
+        near(Path(found["store"])),
+        f"{len(found['artifacts']):,} artifacts, {size(found['bytes'])}; recorded sweeps: {sweeps}",
+        "",
+        f"{'stage':<10}{'artifacts':>10}{'images':>10}{'size':>12}{'no sweep needs':>26}",
+    ]
+    for stage, of in found["stages"].items():
+        images = f"{of['images']:,}" if of["images"] else "-"
+        spare = f"{of['unneeded_artifacts']:,}: {size(of['unneeded_bytes'])}"
+        lines.append(
+            f"{stage:<10}{of['artifacts']:>10,}{images:>10}{size(of['bytes']):>12}"
+            f"{spare if of['unneeded_bytes'] else '-':>26}"
+        )
+    lines += ["", "largest"]
+    for one in found["artifacts"][:LARGEST]:
+        lines.append(f"  {size(one['bytes']):>10}  {shortened(one['key'])}")
+        lines.append(f"{'':14}{one['user']}; {_needed(one['needed_by'])}")
+    lines += ["", "by owner"]
+    for user, of in sorted(found["users"].items(), key=lambda item: -item[1]["bytes"]):
+        lines.append(f"  {size(of['bytes']):>10}  {user}, {of['artifacts']:,} artifacts")
+    if found["leftovers"]:
+        total = sum(one["bytes"] for one in found["leftovers"])
+        lines += ["", f"leftovers of killed processes: {len(found['leftovers'])}, {size(total)}"]
+    for sweep, why in found["unread"].items():
+        lines += ["", f"what {sweep} needs cannot be told: {why}"]
+    return "\n".join(lines)
+
+
+def _needed(by: Sequence[str]) -> str:
+    if not by:
+        return "no sweep needs it"
+    names = [name.removeprefix("default/") for name in by]
+    more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+    return f"needed by {', '.join(names[:2])}{more}"
+
+
+# ---------------------------------------------------------------- verify
+
+
+def watched(each: Iterable[Finding], total: int) -> Iterable[Finding]:
+    """Passes on what is found, with a bar on a terminal."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    return track(
+        each,
+        "reading files",
+        total,
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
+def verdict_screen(verdict: Verdict) -> str:
+    """What is damaged, by file, and what to do."""
+    lines = []
+    for one in verdict.damaged:
+        lines += [f"damaged: {near(one.file)}", f"  {one.why}", f"  remove {near(one.remove)}"]
+    for left in verdict.inventory.leftovers[:SHOWN]:
+        lines += [f"leftover: {near(left.path)}", f"  {left.why}; `airsweep cache gc` removes it"]
+    lines += _more(len(verdict.inventory.leftovers))
+    count = len(verdict.damaged)
+    damaged = f"{count} damaged: remove what is named and run again" if count else "none is damaged"
+    lines.append(f"{verdict.files:,} files, {size(verdict.bytes)}: {damaged}")
+    if verdict.unsealed:
+        lines.append(
+            f"{verdict.unsealed:,} of them are older than checksums: whether they can be opened is "
+            "all\nthat can be told"
+        )
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- gc
+
+
+def spoils_screen(spoils: Spoils, removed: bool) -> str:
+    """What goes, or would go."""
+    lines = []
+    for one in spoils.removals[:SHOWN]:
+        lines.append(f"{size(one.bytes):>10}  {shortened(_what(one, spoils.root))}")
+        lines.append(f"{'':12}{one.why}; made by {one.user}")
+    lines += _more(len(spoils.removals))
+    total = f"{size(spoils.bytes)} at {len(spoils.removals):,} places"
+    if not spoils.removals:
+        lines.append("nothing to remove")
+    elif removed:
+        lines.append(f"removed {total}")
+    else:
+        lines.append(f"nothing was removed; --yes removes {total}")
+    if spoils.sweep and spoils.removals:
+        lines.append(f"{spoils.sweep} keeps its ledger; when it is run again it makes these again")
+    sizes: dict[str, int] = defaultdict(int)
+    for one in spoils.others:
+        sizes[one.user] += one.bytes
+    counts = Counter(one.user for one in spoils.others)
+    for user, count in counts.items():
+        lines.append(f"{count:,} made by {user} stay, {size(sizes[user])}: see --all-users")
+    return "\n".join(lines)
+
+
+def _what(one: Removal, root: Path) -> str:
+    name = str(one.path.relative_to(root)).removeprefix("artifacts/")
+    return f"{len(one.files):,} blocks of {name}" if one.files else name
+
+
+# ---------------------------------------------------------------- words
+
+
+def _more(count: int) -> list[str]:
+    return [f"... and {count - SHOWN:,} more; --json has all"] if count > SHOWN else []
+
+
+def size(count: float) -> str:
+    """Bytes for people.
+
+    >>> size(0), size(1536), size(3 * 2**30)
+    ('0 B', '1.5 KiB', '3.0 GiB')
+    """
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def shortened(name: str) -> str:
+    """A key with its digest, without the middle of a long slug."""
+    if len(name) <= NAME_WIDTH:
+        return name
+    return f"{name[: NAME_WIDTH - 16]}...{name[-13:]}"
+
+
+def near(path: Path) -> str:
+    """A path as people would type it from here."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

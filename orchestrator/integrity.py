@@ -1,0 +1,149 @@
+"""Is every file of a store as it was written? Artifacts by their records, shards by their seals.
+
+What was written before there were seals can be opened or not; more cannot be told of it.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.inventory import SHARDS, Holding, Inventory
+from orchestrator.seal import intact
+from orchestrator.store import RECORD, ROW, file_digest
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What became of one file."""
+
+    file: Path
+    remove: Path  # what must go if it is damaged, so that the next run makes it again
+    why: str = ""  # why it is damaged; empty: it is not, as far as can be told
+    unsealed: bool = False  # nothing was written down that would tell
+
+    @property
+    def sentence(self) -> str:
+        return f"{self.why}; remove {self.remove} and run again"
+
+
+Watch = Callable[[Iterable[Finding], int], Iterable[Finding]]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was looked at, and what is wrong."""
+
+    inventory: Inventory
+    files: int
+    bytes: int
+    damaged: tuple[Finding, ...]
+    unsealed: int
+
+    def json(self) -> dict[str, Any]:
+        root = self.inventory.root
+        return {
+            "store": str(root),
+            "files": self.files,
+            "bytes": self.bytes,
+            "damaged": [
+                {
+                    "file": str(one.file.relative_to(root)),
+                    "why": one.why,
+                    "remove": str(one.remove.relative_to(root)),
+                }
+                for one in self.damaged
+            ],
+            "unsealed": self.unsealed,
+            "leftovers": [
+                {"path": str(one.path.relative_to(root)), "why": one.why, "bytes": one.bytes}
+                for one in self.inventory.leftovers
+            ],
+        }
+
+
+def verify(inventory: Inventory, watch: Watch = lambda each, total: each) -> Verdict:
+    """Read every file of the store once.
+
+    Args:
+        watch: passes on what is found, file by file, and may show how far it is.
+    """
+    looks = [look for holding in inventory.holdings for look in _looks(holding)]
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        found = list(watch(threads.map(lambda look: look(), looks), len(looks)))
+    return Verdict(
+        inventory,
+        len(found),
+        sum(holding.bytes for holding in inventory.holdings),
+        tuple(one for one in found if one.why),
+        sum(one.unsealed for one in found),
+    )
+
+
+def _looks(holding: Holding) -> Iterator[Callable[[], Finding]]:
+    if holding.stage in SHARDS:
+        if ROW in holding.files:
+            yield lambda: _record(holding, holding.path / ROW, holding.path / ROW)
+        for name in holding.shards.values():
+            yield lambda name=name: _shard(holding.path / name)  # type: ignore[misc]
+        return
+    yield lambda: _record(holding, holding.path / RECORD, holding.path)
+    for name, digest in holding.record.get("files", {}).items():
+        yield lambda name=name, digest=digest: _file(holding.path / name, digest)  # type: ignore[misc]
+
+
+def _record(holding: Holding, file: Path, remove: Path) -> Finding:
+    try:
+        data = file.read_bytes()
+        known = json.loads(data)
+    except (OSError, ValueError) as problem:
+        return Finding(file, remove, f"cannot be read: {problem}")
+    state = intact(data)
+    if state is False:
+        return Finding(file, remove, "is not what was written: its checksum does not fit")
+    if not str(known.get("digest")).startswith(holding.digest):
+        return Finding(file, remove, "belongs to another folder")
+    return Finding(file, remove, unsealed=state is None)
+
+
+def _file(file: Path, digest: str) -> Finding:
+    try:
+        same = file_digest(file) == digest
+    except OSError as problem:
+        return Finding(file, file.parent, f"cannot be read: {problem.strerror}")
+    return Finding(file, file.parent, "" if same else "is not what its record says")
+
+
+def _shard(file: Path) -> Finding:
+    try:
+        data = file.read_bytes()
+    except OSError as problem:
+        return Finding(file, file, f"cannot be read: {problem.strerror}")
+    state = intact(data)
+    if state is None:
+        return Finding(file, file, _unreadable(file, data), unsealed=True)
+    return Finding(
+        file, file, "" if state else "is not what was written: its checksum does not fit"
+    )
+
+
+def _unreadable(file: Path, data: bytes) -> str:
+    """Why a shard from before there were seals cannot be opened; empty if it can."""
+    # Here, since a store of sealed shards is verified without them.
+    import pyarrow.parquet as pq
+    from safetensors.numpy import load
+
+    try:
+        if file.suffix == ".parquet":
+            pq.read_table(io.BytesIO(data))
+        else:
+            load(data)
+    except Exception as problem:  # whatever these readers raise, the file is none of theirs
+        return f"cannot be read: {' '.join(str(problem).split())}"
+    return ""

@@ -1,0 +1,153 @@
+"""Sweeps that a store remembers: read again as they were last run, and what each of them needs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from air_core.specs import SyntheticFeaturesSpec
+from orchestrator.driver import Place
+from orchestrator.keys import Stage, artifact_key
+from orchestrator.plan import asked_points, known_points, needs_of, possible_trials, slots_of
+from orchestrator.resolve import Resolver
+from orchestrator.store import ArtifactStore, StoreRefused
+from orchestrator.sweep import Cell, SweepSpec, cells_of, smoke
+from orchestrator.sweep_file import load_sweep
+
+Shards = frozenset[tuple[int, int]]  # (class, block) of a row; of an artifact none
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What one recorded sweep needs: shards by the 12 hex digits that the store finds by."""
+
+    sweep: str  # PROJECT/NAME
+    artifacts: Mapping[str, Shards]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What all recorded sweeps need, and of which that cannot be told."""
+
+    asked: tuple[Asked, ...]
+    unread: Mapping[str, str]  # why, by sweep
+
+    def by(self, digest: str) -> tuple[str, ...]:
+        """The sweeps that need an artifact or a row."""
+        return tuple(one.sweep for one in self.asked if digest in one.artifacts)
+
+
+def read_sweep(place: Place, data_root: Path | None) -> tuple[SweepSpec, Place]:
+    """A sweep as it was last run, with the values that were set then.
+
+    Raises:
+        ValueError: its file does not mean anything any more.
+        FileNotFoundError: it is not there.
+    """
+    origin: dict[str, Any] = json.loads((place.folder / "resolved.json").read_text())
+    sweep = load_sweep(
+        place.folder / "spec.yaml", sets=origin.get("sets", []), only=origin.get("only", [])
+    )
+    sweep = replace(sweep, source=origin.get("source", sweep.source))
+    data = data_root or (Path(sweep.data_root) if sweep.data_root else None)
+    return smoke(sweep) if origin.get("smoke") else sweep, replace(place, data_root=data)
+
+
+def recorded_places(store: ArtifactStore) -> list[Place]:
+    """Where the sweeps of a store are, by name."""
+    found = sorted((store.root / "sweeps").glob("*/*/events.jsonl"))
+    return [Place(store, file.parent.parent.name, file.parent.name, None) for file in found]
+
+
+def refuse_running(store: ArtifactStore) -> None:
+    """Nothing may be removed while a sweep runs.
+
+    Raises:
+        StoreRefused: names those that do.
+    """
+    busy = []
+    for place in recorded_places(store):
+        with suppress(PermissionError):  # another user's lock: the store's own lock tells then
+            busy += [f"{place.project}/{place.name}"] if place.ledger().busy() else []
+    if busy:
+        raise StoreRefused(f"{', '.join(busy)} runs in {store.root} now; wait for it, or stop it")
+
+
+def all_needs(store: ArtifactStore, data_root: Path | None) -> Needs:
+    """What the recorded sweeps of a store need."""
+    asked, unread = [], {}
+    for place in recorded_places(store):
+        name = f"{place.project}/{place.name}"
+        try:
+            asked.append(Asked(name, _asked(*read_sweep(place, data_root))))
+        except (ValueError, OSError) as problem:
+            unread[name] = str(problem).partition("\n")[0]
+    return Needs(tuple(asked), unread)
+
+
+def merged(parts: Iterable[tuple[str, Shards]]) -> dict[str, Shards]:
+    """Shards of each row together."""
+    found: dict[str, Shards] = {}
+    for digest, shards in parts:
+        found[digest] = found.get(digest, frozenset()) | shards
+    return found
+
+
+def _asked(sweep: SweepSpec, place: Place) -> dict[str, Shards]:
+    """What its file asks for, and the results that its ledger says it got.
+
+    A run with `--only` does not make the other cells less wanted. Their data may not be here; then
+    it must be sure that nothing was made for them.
+    """
+    resolver, ledger = place.resolver(), place.ledger()
+    events = list(ledger.events())
+    done = [event for event in events if event["event"] in ("trial_done", "trial_reused")]
+    last = cells_of(sweep)
+    run = {cell.id for cell in last} | {event["cell"] for event in done}
+    asked = asked_points(ledger)
+    found = [(event["key"][:12], frozenset[tuple[int, int]]()) for event in done]
+    not_here = None
+    whole = cells_of(replace(sweep, grid=sweep.axes)) if sweep.axes else ()
+    for cell in (*last, *(cell for cell in whole if cell not in last)):
+        try:
+            found += _asked_by_cell(cell, sweep, asked, resolver)
+        except ValueError as problem:
+            if cell.id in run:
+                raise
+            not_here = problem
+    resolver.save()
+    needed = merged(found)
+    made = {e["key"].rpartition("-")[2] for e in events if e["event"] == "artifact_prepared"}
+    if not_here is not None and made - set(needed):  # by `prepare`, perhaps for that cell
+        raise not_here
+    return needed
+
+
+def _asked_by_cell(
+    cell: Cell,
+    sweep: SweepSpec,
+    asked: Mapping[str, Mapping[int, dict[str, Any]]],
+    resolver: Resolver,
+) -> list[tuple[str, Shards]]:
+    assignments = sweep.seeds.assignments()
+    found: list[tuple[str, Shards]] = []
+    for number, params in known_points(cell, sweep.search, asked).items():
+        for slot in slots_of(cell, number, params, assignments, resolver):
+            home = replace(slot.spec, test_dataset=None)  # a prompt that is tested elsewhere
+            found += [(_place(slot.spec), frozenset()), (_place(home), frozenset())]
+    for need in needs_of(possible_trials([cell], assignments, resolver)):
+        spec = need.spec
+        if isinstance(spec, SyntheticFeaturesSpec):
+            shards = frozenset(need.shards())
+            found += [(_place(spec.images), shards), (_place(spec), shards)]
+        else:
+            found.append((_place(spec), frozenset()))
+    return found
+
+
+def _place(spec: Stage) -> str:
+    return artifact_key(spec).digest[:12]

@@ -1,0 +1,52 @@
+"""A seal tells every changed byte of a file, itself included, whatever the format."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from safetensors.numpy import load, save
+
+from orchestrator.image_rows import _parquet
+from orchestrator.seal import BLANK, intact, sealed, sealed_json
+
+ARRAYS = {"features": np.arange(6, dtype=np.float32).reshape(2, 3), "ok": np.array([True, False])}
+TABLE = pa.table({"index": pa.array([0, 1], pa.int32()), "image": [b"one", b"two"]})
+
+
+@pytest.fixture(params=["json", "safetensors", "parquet"])
+def file(request) -> bytes:
+    """A small sealed file."""
+    if request.param == "json":
+        return sealed_json({"user": "a", "spec": {"size": 8}})
+    if request.param == "safetensors":
+        return sealed(save(ARRAYS, {"seal": BLANK}))
+    return sealed(_parquet(TABLE))
+
+
+def test_a_file_is_intact_until_any_one_byte_changes(file):
+    assert intact(file) is True
+    for place in range(len(file)):
+        changed = bytearray(file)
+        changed[place] ^= 1 << place % 8
+        assert intact(bytes(changed)) is False, place
+
+
+def test_a_file_that_lost_or_won_bytes_is_not_intact(file):
+    assert intact(file[:-1]) is False
+    assert intact(file + b"\0") is False
+
+
+def test_a_file_that_was_never_sealed_is_neither(file):
+    assert intact(file.replace(b"blake2b-seal", b"")) is None
+
+
+def test_sealed_files_are_read_as_ever():
+    assert json.loads(sealed_json({"user": "a"}))["user"] == "a"
+    arrays = load(sealed(save(ARRAYS, {"seal": BLANK})))
+    assert all((arrays[name] == ARRAYS[name]).all() for name in ARRAYS)
+    assert pq.read_table(io.BytesIO(sealed(_parquet(TABLE)))) == TABLE
