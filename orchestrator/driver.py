@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from air_core.specs import FeaturesSpec, SyntheticFeaturesSpec
+from orchestrator.budget import Purse
 from orchestrator.dispatch import Dispatcher, Outcome
 from orchestrator.ledger import Ledger
-from orchestrator.plan import Need, Plan, needs_of, plan_sweep, possible_trials
+from orchestrator.plan import Need, Plan, needs_of, plan_sweep, possible_trials, read_history
 from orchestrator.publish import Publisher
 from orchestrator.report import rows
 from orchestrator.resolve import Resolver, text_digest
@@ -114,9 +115,9 @@ class Run:
     publisher: Publisher
     ledger: Ledger
     resolver: Resolver
+    purse: Purse
     tally: Tally = field(default_factory=Tally)
     cluster: dict[str, float] | None = None
-    gpu_seconds: float = 0.0  # of this run
     terminated: bool = False
 
     # Watcher, for orchestrator.prepare.
@@ -131,7 +132,7 @@ class Run:
             facts=plain,
         )
         self.tally.add_work(need.stage, seconds)
-        self.gpu_seconds += seconds * self.sweep.resources.generator.gpu
+        self.purse.prepared(seconds)
         if need.stage == "images":
             self.tally.drawn += facts["drawn"]
             self.tally.redrawn += facts["redrawn"]
@@ -144,14 +145,7 @@ class Run:
     def phase(self, stage: str, seconds: float) -> None:
         self.tally.add_wall(stage, seconds)
 
-    # Budget and outcomes, for orchestrator.dispatch.
-
-    def within_budget(self) -> bool:
-        """May another point start? One that runs is not cut off."""
-        budget = self.sweep.budget
-        if budget.wall is not None and time.monotonic() - self.tally.started > budget.wall:
-            return False
-        return budget.gpu_hours is None or self.gpu_seconds < 3600 * budget.gpu_hours
+    # Outcomes, for orchestrator.dispatch.
 
     def outcome(self, outcome: Outcome) -> None:
         self.tally.states[outcome.state] = self.tally.states.get(outcome.state, 0) + 1
@@ -166,7 +160,7 @@ class Run:
             self.ledger.append(f"trial_{outcome.state}", **fields)
         if outcome.state == "done" and not outcome.known and outcome.record is not None:
             self.tally.add_work("trials", outcome.record.seconds)
-            self.gpu_seconds += outcome.record.seconds * self.sweep.resources.trial.gpu
+            self.purse.trial_ended(outcome.slot.cell.id, outcome.record.seconds)
         self.publisher.trial(outcome)
         self.screen.outcome(outcome)
 
@@ -200,7 +194,8 @@ def run_sweep(
         return DONE
     ledger.lock()
     publisher = Publisher(sweep, _parent(sweep, place), place.store, tracking_uri)
-    run = Run(sweep, place, screen, publisher, ledger, resolver)
+    purse = Purse(sweep.budget, sweep.resources, read_history(place.store.root))
+    run = Run(sweep, place, screen, publisher, ledger, resolver, purse)
     _open_folder(place, sweep, origin or {})
     # Workers have no .git and may run as somebody else.
     os.environ |= {"AIRSWEEP_COMMIT": commit(), "AIRSWEEP_USER": whoami()}
@@ -211,6 +206,7 @@ def run_sweep(
             spec=text_digest(sweep.text),
             total=plan.total,
             to_run=plan.to_run,
+            asks=plan.asks,
             pid=os.getpid(),
         )
         screen.started(plan)
@@ -252,22 +248,40 @@ def _work(run: Run, plan: Plan, prepare_only: bool) -> int:
                 run.resolver,
                 run.ledger,
                 run.outcome,
-                run.within_budget,
+                run.purse.affords,
             )
             job = None if prepare_only else dispatcher.peek()
             if dispatcher.out_of_budget():
-                return BUDGET
+                return _out_of_budget(run)
             if job is None and not (prepare_only and _incomplete(run, needs)):
                 continue  # all of it was known
             if run.cluster is None:
                 run.cluster = _start_cluster(stack, run)
+            if not run.purse.affords_preparing(needs, run.place.store, _workers(run)):
+                return _out_of_budget(run)
             _prepare(run, needs)
             if job is not None:
                 _tune(run, dispatcher)
             if dispatcher.out_of_budget():
-                return BUDGET
+                return _out_of_budget(run)
     failed = run.tally.states.get("failed", 0)
     return FAILED if failed else DONE
+
+
+def _out_of_budget(run: Run) -> int:
+    run.screen.say(run.purse.refusal)
+    return BUDGET
+
+
+def _workers(run: Run) -> int:
+    """How many stages are made side by side."""
+    want, cluster = run.sweep.resources.generator, run.cluster or {}
+    fit = [
+        cluster.get(kind, 0) // each
+        for kind, each in (("CPU", want.cpu), ("GPU", want.gpu))
+        if each
+    ]
+    return want.actors or int(min(fit, default=1))
 
 
 def _incomplete(run: Run, needs: Sequence[Need]) -> bool:
@@ -286,14 +300,11 @@ def _groups(plan: Plan, run: Run) -> list[list[Cell]]:
 
 
 def _searches(run: Run, plan: Plan) -> dict[str, Any]:
-    searched = [cell for cell in plan.cells if cell.space]
-    search = run.sweep.search
-    if search is None or not searched:
+    if run.sweep.search is None or not any(cell.space for cell in plan.cells):
         return {}
-    from orchestrator.search import CellSearch, open_storage
+    from orchestrator.search import open_searches
 
-    storage = open_storage(run.place.folder / "studies.journal")
-    return {cell.id: CellSearch(cell, search, storage) for cell in searched}
+    return dict(open_searches(plan, run.ledger, run.place.folder / "studies.journal"))
 
 
 def _start_cluster(stack: ExitStack, run: Run) -> dict[str, float]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,13 @@ from air_core.specs import (
     SyntheticFeaturesSpec,
     TrialSpec,
 )
-from orchestrator.keys import ArtifactKey, artifact_key
+from orchestrator.keys import ArtifactKey, artifact_key, digest
 from orchestrator.ledger import Ledger
 from orchestrator.resolve import Resolver
-from orchestrator.space import grid_points, point_count, study_name
+from orchestrator.space import grid_points, study_name
 from orchestrator.store import ArtifactStore
-from orchestrator.sweep import Cell, Dimension, Search, SweepSpec, cells_of
+from orchestrator.studies import Opening, Searches, opening, searches
+from orchestrator.sweep import Cell, Dimension, SweepSpec, cells_of
 
 BASE_PER_CLASS = 8  # images without LoRA, drawn to show what LoRA changed
 # Settings that decide whether synthetic images are read, and how many.
@@ -110,6 +111,27 @@ def name_of(key: ArtifactKey) -> str:
 
 
 @dataclass(frozen=True)
+class Edit:
+    """What a changed file makes of what its sweep has done."""
+
+    kept: int  # trials that this sweep has and still asks for
+    reused: int  # others that are there already
+    added: int  # to run
+    dropped: int  # trials that are no longer asked for
+    carried: int  # points of a search that are points of the new space, and count
+    left_out: int  # points that are not
+
+    def __str__(self) -> str:
+        text = f"edited: keeps {self.kept} trials, reuses {self.reused}, adds {self.added}"
+        if self.dropped:
+            text += f"; {self.dropped} are no longer asked for"
+        if self.carried or self.left_out:
+            text += f"; of the points searched so far {self.carried} fit the new space and count"
+            text += f", {self.left_out} do not"
+        return text
+
+
+@dataclass(frozen=True)
 class Plan:
     """All of it. `slots` are those whose point is known; a search asks the rest later."""
 
@@ -123,6 +145,9 @@ class Plan:
     needs: tuple[Need, ...]
     seconds: float
     calibrated: bool
+    openings: Mapping[str, Opening]  # by cell: studies that start, with what they take over
+    asks: str  # digest of what is asked for
+    edit: Edit | None  # None: the file asks for what it asked for before
 
     @property
     def to_run(self) -> int:
@@ -141,6 +166,7 @@ class Plan:
             },
             "artifacts": [_artifact(need, store) for need in self.needs],
             "estimate": {"seconds": round(self.seconds, 1), "calibrated": self.calibrated},
+            "edit": self.edit and asdict(self.edit),
         }
 
 
@@ -160,41 +186,121 @@ def plan_sweep(sweep: SweepSpec, store: ArtifactStore, resolver: Resolver, ledge
     """Everything that `sweep` asks for, against what the store and the ledger say."""
     cells = cells_of(sweep)
     assignments = sweep.seeds.assignments()
-    asked = asked_points(ledger)
-    finished = finished_slots(ledger)
+    found = searches(ledger)
+    openings = _openings(sweep, cells, found, resolver, store)
     slots: list[Slot] = []
     points = 0
     for cell in cells:
-        count = point_count(cell, sweep.search)
+        count = found.points(cell, sweep.search)
         points += count
-        known = known_points(cell, sweep.search, asked)
+        known = _known_points(sweep, cell, found, openings.get(cell.id))
         for number, params in sorted(known.items())[:count]:
             slots += slots_of(cell, number, params, assignments, resolver)
+    there = [store.has(slot.spec) for slot in slots]
+    finished = finished_slots(ledger)
     done = reused = 0
     seen: set[str] = set()
-    for slot in slots:
-        there = store.has(slot.spec)
-        if there and finished.get(slot.id, ("", ""))[0] == slot.key.digest:
+    for slot, present in zip(slots, there, strict=True):
+        if present and finished.get(slot.id, ("", ""))[0] == slot.key.digest:
             done += 1
-        elif there or slot.key.digest in seen:
+        elif present or slot.key.digest in seen:
             reused += 1
         seen.add(slot.key.digest)
     total = points * len(assignments)
+    asks = _asks(sweep, cells)
+    edit = None
+    if _asked_before(ledger) not in (None, asks):
+        known_keys = [
+            slot.key.digest for slot, present in zip(slots, there, strict=True) if present
+        ]
+        edit = _edit(known_keys, done + reused, total, openings.values(), ledger)
     needs = tuple(needs_of(possible_trials(cells, assignments, resolver)))
     seconds, calibrated = estimate(needs, total - done - reused, store)
     resolver.save()
-    return Plan(sweep, cells, points, tuple(slots), total, done, reused, needs, seconds, calibrated)
+    return Plan(
+        sweep=sweep,
+        cells=cells,
+        points=points,
+        slots=tuple(slots),
+        total=total,
+        done=done,
+        reused=reused,
+        needs=needs,
+        seconds=seconds,
+        calibrated=calibrated,
+        openings=openings,
+        asks=asks,
+        edit=edit,
+    )
 
 
-def known_points(
-    cell: Cell, search: Search | None, asked: Mapping[str, Mapping[int, dict[str, Any]]]
+def _openings(
+    sweep: SweepSpec,
+    cells: Sequence[Cell],
+    found: Searches,
+    resolver: Resolver,
+    store: ArtifactStore,
+) -> dict[str, Opening]:
+    """Studies that start, by cell. A grid has its points without a study before it."""
+    search, assignments = sweep.search, sweep.seeds.assignments()
+    if search is None or search.sampler == "grid":
+        return {}
+    searched = [cell for cell in cells if cell.space]
+    current = {study_name(cell, search) for cell in searched}
+    each = {
+        cell.id: opening(cell, search, current, found, assignments, resolver, store)
+        for cell in searched
+    }
+    return {cell: starts for cell, starts in each.items() if starts is not None}
+
+
+def _known_points(
+    sweep: SweepSpec, cell: Cell, found: Searches, starts: Opening | None
 ) -> Mapping[int, dict[str, Any]]:
-    """Points of a cell whose settings are known: all of a grid, of a search what was asked."""
-    if search is None or not cell.space:
+    """Points of a cell whose settings are known: all of a grid, of a search what was asked or is
+    carried into it."""
+    if sweep.search is None or not cell.space:
         return {0: {}}
-    if search.sampler == "grid":
+    if sweep.search.sampler == "grid":
         return dict(enumerate(grid_points(cell)))
-    return asked.get(study_name(cell, search), {})
+    return found.known(cell, sweep.search, starts)
+
+
+def _asks(sweep: SweepSpec, cells: Sequence[Cell]) -> str:
+    """A digest of the trials that a sweep asks for: a comment or a budget changes nothing."""
+    search = sweep.search
+    studies = [study_name(c, search) if search and c.space else [c.id, c.flat] for c in cells]
+    points = search.points if search else 1
+    return digest([studies, points, list(sweep.seeds.assignments())])
+
+
+def _asked_before(ledger: Ledger) -> str | None:
+    """The same of the sweep's last run."""
+    starts = [event for event in ledger.events() if event["event"] == "sweep_started"]
+    return starts[-1].get("asks") if starts else None
+
+
+def _edit(
+    there: Sequence[str], ready: int, total: int, openings: Iterable[Opening], ledger: Ledger
+) -> Edit:
+    """What becomes of a sweep's trials.
+
+    Args:
+        there: keys of trials that are asked for and in the store.
+        ready: how many of all that are asked for need not be run.
+    """
+    ended = ("trial_done", "trial_reused")
+    own = {event["key"] for event in ledger.events() if event["event"] in ended}
+    kept = sum(key in own for key in there)
+    openings = list(openings)
+    return Edit(
+        kept=kept,
+        reused=ready - kept,
+        added=total - ready,
+        dropped=len(own.difference(there)),
+        carried=sum(len(one.carried) for one in openings),
+        left_out=sum(one.left_out for one in openings),
+    )
 
 
 def slots_of(
@@ -314,15 +420,6 @@ def level(spec: Any) -> int:
 
 
 # ---------------------------------------------------------------- the ledger, folded
-
-
-def asked_points(ledger: Ledger) -> dict[str, dict[int, dict[str, Any]]]:
-    """Parameters by study and point number."""
-    found: dict[str, dict[int, dict[str, Any]]] = {}
-    for event in ledger.events():
-        if event["event"] == "point_asked":
-            found.setdefault(event["study"], {})[event["point"]] = event["params"]
-    return found
 
 
 def finished_slots(ledger: Ledger) -> dict[str, tuple[str, str]]:
