@@ -81,7 +81,7 @@ def _correlations(products: Array) -> Array:
     cross, one, other = products
     scale = np.sqrt(one * other)
     # A sample of equal points ranks nothing.
-    return np.divide(cross, scale, out=np.zeros_like(cross), where=scale > 1e-12)
+    return np.asarray(np.divide(cross, scale, out=np.zeros_like(cross), where=scale > 1e-12))
 
 
 def told(objective: str, pooled: Ranking, by_cell: Mapping[str, Ranking]) -> Iterator[str]:

@@ -113,6 +113,10 @@ def sweep(
     )
 
 
+def count(world: World, event: str) -> int:
+    return sum(one["event"] == event for one in world.ledger.events())
+
+
 def steps(low: int, high: int) -> Dimension:
     return replace(STEPS, min=low, max=high)
 
@@ -181,6 +185,16 @@ def test_another_fixed_setting_another_sampler_or_seed_takes_over_nothing(world)
         assert world.carried() == []
 
 
+def test_points_of_other_settings_are_not_carried_although_somebody_has_computed_them(world):
+    world.run(sweep())
+    other = sweep(fixed={"train.batch": 8})
+    (cell,) = cells_of(other)
+    for _, params, _ in world.points():
+        world.finish([world.resolver.trial({**cell.flat, **params, "seed": 1})])
+    world.run(other)
+    assert world.carried() == []
+
+
 def test_another_objective_is_told_of_old_points_in_its_own_words(world):
     world.run(sweep())
     before = world.points()
@@ -231,6 +245,8 @@ def test_an_edited_search_that_is_killed_asks_the_points_of_an_undisturbed_one(
     killed.run(narrow)
     assert killed.points() == calm.points()
     assert killed.carried() == calm.carried()
+    killed.run(narrow)
+    assert count(killed, "study_opened") == count(calm, "study_opened") == 2
 
 
 def test_a_sampler_follows_what_was_told_before_the_edit(tmp_path, resolver):
