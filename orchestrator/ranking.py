@@ -70,7 +70,8 @@ def ranking(cells: Sequence[tuple[Array, Array]], *, samples: int = 2000, seed: 
 
 def _products(one: Array, other: Array) -> Array:
     """Of centred, scaled ranks, (B, P) each: cross products and squares, (3, B)."""
-    from scipy.stats import rankdata  # half a second, which a table without a search does without
+    # Half a second, which a table without a search does without.
+    from scipy.stats import rankdata  # type: ignore[import-untyped]
 
     x, y = (rankdata(each, axis=1) / each.shape[1] for each in (one, other))
     x, y = (each - each.mean(axis=1, keepdims=True) for each in (x, y))

@@ -158,7 +158,7 @@ class CellSearch:
         values = self._values()
         best = max(values, key=lambda number: (values[number], -number), default=-1)
         own = [t.user_attrs["point"] for t in self._asked() if "carried" not in t.user_attrs]
-        return sum(number > best for number in own) >= self.search.patience
+        return len([number for number in own if number > best]) >= self.search.patience
 
     def _values(self) -> dict[int, float]:
         """What is known, by point number; a point that failed and was mended is among it."""
