@@ -23,7 +23,8 @@ from air_core.specs import (
     SyntheticFeaturesSpec,
     TrialSpec,
 )
-from orchestrator.keys import ArtifactKey, artifact_key, digest
+from orchestrator.edits import Edit, edit_of, what_it_asks
+from orchestrator.keys import ArtifactKey, artifact_key
 from orchestrator.ledger import Ledger
 from orchestrator.resolve import Resolver
 from orchestrator.space import grid_points, study_name
@@ -111,27 +112,6 @@ def name_of(key: ArtifactKey) -> str:
 
 
 @dataclass(frozen=True)
-class Edit:
-    """What a changed file makes of what its sweep has done."""
-
-    kept: int  # trials that this sweep has and still asks for
-    reused: int  # others that are there already
-    added: int  # to run
-    dropped: int  # trials that are no longer asked for
-    carried: int  # points of a search that are points of the new space, and count
-    left_out: int  # points that are not
-
-    def __str__(self) -> str:
-        text = f"edited: keeps {self.kept} trials, reuses {self.reused}, adds {self.added}"
-        if self.dropped:
-            text += f"; {self.dropped} are no longer asked for"
-        if self.carried or self.left_out:
-            text += f"; of the points searched so far {self.carried} fit the new space and count"
-            text += f", {self.left_out} do not"
-        return text
-
-
-@dataclass(frozen=True)
 class Plan:
     """All of it. `slots` are those whose point is known; a search asks the rest later."""
 
@@ -193,8 +173,8 @@ def plan_sweep(sweep: SweepSpec, store: ArtifactStore, resolver: Resolver, ledge
     for cell in cells:
         count = found.points(cell, sweep.search)
         points += count
-        known = _known_points(sweep, cell, found, openings.get(cell.id))
-        for number, params in sorted(known.items())[:count]:
+        params_of = _known_points(sweep, cell, found, openings.get(cell.id))
+        for number, params in sorted(params_of.items())[:count]:
             slots += slots_of(cell, number, params, assignments, resolver)
     there = [store.has(slot.spec) for slot in slots]
     finished = finished_slots(ledger)
@@ -207,13 +187,9 @@ def plan_sweep(sweep: SweepSpec, store: ArtifactStore, resolver: Resolver, ledge
             reused += 1
         seen.add(slot.key.digest)
     total = points * len(assignments)
-    asks = _asks(sweep, cells)
-    edit = None
-    if _asked_before(ledger) not in (None, asks):
-        known_keys = [
-            slot.key.digest for slot, present in zip(slots, there, strict=True) if present
-        ]
-        edit = _edit(known_keys, done + reused, total, openings.values(), ledger)
+    asks = what_it_asks(sweep, cells)
+    known = [slot.key.digest for slot, present in zip(slots, there, strict=True) if present]
+    edit = edit_of(asks, known, done + reused, total, openings.values(), ledger)
     needs = tuple(needs_of(possible_trials(cells, assignments, resolver)))
     seconds, calibrated = estimate(needs, total - done - reused, store)
     resolver.save()
@@ -264,43 +240,6 @@ def _known_points(
     if sweep.search.sampler == "grid":
         return dict(enumerate(grid_points(cell)))
     return found.known(cell, sweep.search, starts)
-
-
-def _asks(sweep: SweepSpec, cells: Sequence[Cell]) -> str:
-    """A digest of the trials that a sweep asks for: a comment or a budget changes nothing."""
-    search = sweep.search
-    studies = [study_name(c, search) if search and c.space else [c.id, c.flat] for c in cells]
-    points = search.points if search else 1
-    return digest([studies, points, list(sweep.seeds.assignments())])
-
-
-def _asked_before(ledger: Ledger) -> str | None:
-    """The same of the sweep's last run."""
-    starts = [event for event in ledger.events() if event["event"] == "sweep_started"]
-    return starts[-1].get("asks") if starts else None
-
-
-def _edit(
-    there: Sequence[str], ready: int, total: int, openings: Iterable[Opening], ledger: Ledger
-) -> Edit:
-    """What becomes of a sweep's trials.
-
-    Args:
-        there: keys of trials that are asked for and in the store.
-        ready: how many of all that are asked for need not be run.
-    """
-    ended = ("trial_done", "trial_reused")
-    own = {event["key"] for event in ledger.events() if event["event"] in ended}
-    kept = sum(key in own for key in there)
-    openings = list(openings)
-    return Edit(
-        kept=kept,
-        reused=ready - kept,
-        added=total - ready,
-        dropped=len(own.difference(there)),
-        carried=sum(len(one.carried) for one in openings),
-        left_out=sum(one.left_out for one in openings),
-    )
 
 
 def slots_of(
