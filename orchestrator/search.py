@@ -40,6 +40,7 @@ from orchestrator.space import (
 from orchestrator.studies import Carried, searches
 from orchestrator.sweep import Cell, Dimension, Search
 
+TRIES = 8  # at a point that was not asked before: one that was has nothing new to tell
 STARTUP_POINTS = 4  # of TPE below 30 points; its own default of 10 would leave little to model
 
 
@@ -188,20 +189,35 @@ class CellSearch:
             )
 
     def _ask(self, number: int) -> Point:
+        """A point that was not asked before, unless the space seems to hold no other."""
+        settled = self._settled(number)
+        known = [trial.params for trial in self._asked()]
+        for attempt in range(TRIES):
+            trial, params = self._draw(number, attempt, settled)
+            if settled or params not in known or attempt == TRIES - 1:
+                break
+            self.study.tell(trial.number, state=TrialState.FAIL)
+        trial.set_user_attr("point", number)  # from here on the point is whole
+        return Point(number, params)
+
+    def _draw(
+        self, number: int, attempt: int, settled: Mapping[str, Any]
+    ) -> tuple[optuna.Trial, dict[str, Any]]:
         # A sampler's state is not stored: seed every ask by where it stands.
         round_index, place = divmod(number, self.search.width)
         words = f"{self.search.seed}/{self.cell.id}/{round_index}/{place}"
-        self.study.sampler = self._sampler(self.search, zlib.crc32(words.encode()))
-        settled = self._settled(number)
+        seed = zlib.crc32((f"{words}/{attempt}" if attempt else words).encode())
+        # One that keeps to its favourite point is helped by chance.
+        stuck = attempt >= TRIES // 2
+        self.study.sampler = RandomSampler(seed=seed) if stuck else self._sampler(self.search, seed)
         if settled:
-            self.study.enqueue_trial(settled)
+            self.study.enqueue_trial(dict(settled))
         trial = self.study.ask()
         params: dict[str, Any] = {}
         for dimension in self.cell.space:
             if applies(dimension, self.cell.flat | params):
                 params[dimension.key] = _suggest(trial, dimension)
-        trial.set_user_attr("point", number)  # from here on the point is whole
-        return Point(number, params)
+        return trial, params
 
     def _settled(self, number: int) -> dict[str, Any]:
         """Points that no sampler chooses: all of a grid; else the default, which comes first."""

@@ -186,6 +186,18 @@ def test_the_sampler_starts_to_model_early_where_points_are_few(points):
     assert make_sampler(spec, 0)._n_startup_trials == (4 if points < 30 else 10)
 
 
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_no_point_is_asked_twice_while_there_are_others(tmp_path, sampler):
+    kinds = Dimension(key="auxiliary.kind", values=("lda", "prototype", "knn"))
+    spec = sweep(sampler, (COUNTS, kinds), points=6, width=3)
+    asked = params(play(tmp_path / "j", spec))
+    assert all(asked.count(point) == 1 for point in asked)
+
+
+def test_a_space_that_holds_no_more_points_is_asked_on_to_the_end(tmp_path):
+    assert len(params(play(tmp_path / "j", sweep("tpe", (COUNTS,), points=5)))) == 5
+
+
 # ---------------------------------------------------------------- kills
 
 
@@ -222,7 +234,7 @@ def test_what_is_carried_into_a_study_is_there_once_wherever_its_driver_was_kill
         (c.params, c.value) for c in carried
     ]
     lines = (tmp_path / "whole").read_bytes().splitlines(keepends=True)
-    for count in range(0, len(lines), 2):
+    for count in range(0, len(lines), 5):
         journal = tmp_path / f"killed after {count}"
         journal.write_bytes(b"".join(lines[:count]) + lines[count][: len(lines[count]) // 2])
         resumed = play(journal, spec, carried=carried)
