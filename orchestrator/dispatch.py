@@ -17,10 +17,11 @@ from typing import Any, Literal
 from air_core.specs import TrialSpec
 from orchestrator.failures import CLASSES, EQUAL_ERRORS, Failure
 from orchestrator.ledger import Ledger
-from orchestrator.plan import Slot, asked_points, finished_slots, moved_slots, slots_of
+from orchestrator.plan import Slot, finished_slots, moved_slots, slots_of
 from orchestrator.resolve import Resolver
 from orchestrator.space import Point, study_name
 from orchestrator.store import ArtifactStore
+from orchestrator.studies import searches as fold_searches
 from orchestrator.sweep import Cell, SweepSpec
 from orchestrator.trial import TrialRecord, read_trial
 
@@ -73,7 +74,7 @@ class _CellQueue:
 
     def fill(self, ledger: Ledger) -> None:
         """Tell a round that is over and ask the next one."""
-        if self.ended or self.queue or self.open:
+        if self.queue or self.open:
             return
         if self.search is None:
             if self.handed:
@@ -98,7 +99,8 @@ class Dispatcher:
         cells: in the order in which they should come.
         searches: a CellSearch for each cell that has a space.
         on_outcome: called once per slot, as soon as its outcome is known.
-        within_budget: asked before each job; once it says no, nothing more is handed out.
+        within_budget: asked before each job, with the (cell, trials) of all jobs that would be
+            under way, the new one last; once it says no, nothing more is handed out.
         hopeless: why a trial cannot run, such as an input that could not be made.
         given_up: failures by slot that are not tried again.
     """
@@ -112,7 +114,7 @@ class Dispatcher:
         resolver: Resolver,
         ledger: Ledger,
         on_outcome: Callable[[Outcome], None],
-        within_budget: Callable[[], bool] = lambda: True,
+        within_budget: Callable[[Sequence[tuple[str, int]]], bool] = lambda under_way: True,
         hopeless: Callable[[TrialSpec], Failure | None] = lambda spec: None,
         given_up: Mapping[str, Failure] = MappingProxyType({}),
     ) -> None:
@@ -122,7 +124,7 @@ class Dispatcher:
         self.objective = sweep.search.objective if sweep.search else None
         self.queues = [_CellQueue(cell, searches.get(cell.id)) for cell in cells]
         self.by_cell = {queue.cell.id: queue for queue in self.queues}
-        self.asked = asked_points(ledger)
+        self.found = fold_searches(ledger)
         self.finished_before = finished_slots(ledger)
         self.jobs = 0
         self.ahead: Job | None = None
@@ -165,24 +167,40 @@ class Dispatcher:
         return job
 
     def _find(self) -> Job | None:
-        self.stopped = self.stopped or not self.within_budget() or self.gave_up() is not None
-        if self.stopped:
-            return None
-        if self.again:
+        if self.gave_up():
+            self.stopped = True
+        if self.again and not self.stopped:
             job = self.again.popleft()
             self.running[job.number] = job
             return job
-        while True:
+        while not self.stopped:
             for queue in self.queues:
-                queue.fill(self.ledger)
+                if not queue.ended:
+                    queue.fill(self.ledger)
+                    self._note_early_end(queue)
             ready = [queue for queue in self.queues if queue.queue]
             if not ready:
                 # Telling a round may have ended a cell without any job.
                 return None
             queue = min(ready, key=lambda one: one.handed)  # the furthest behind first
-            found = self._open(queue, queue.queue.popleft())
+            found = self._open(queue, queue.queue[0])
             if found is not None:
                 return found
+        return None
+
+    def _note_early_end(self, queue: _CellQueue) -> None:
+        """Patience ended a search: what was planned beyond it will not be asked."""
+        search = self.sweep.search
+        planned = self.found.points(queue.cell, search)
+        if search is not None and queue.ended and queue.handed < planned:
+            self.ledger.append(
+                "search_ended",
+                cell=queue.cell.id,
+                study=study_name(queue.cell, search),
+                points=queue.handed,
+                patience=search.patience,
+                trials_left=(planned - queue.handed) * len(self.assignments),
+            )
 
     def complete(self, number: int, failures: Mapping[str, Failure]) -> None:
         """A job ended: what is in `failures` failed, the rest has a record.
@@ -246,14 +264,21 @@ class Dispatcher:
         self._settle(queue, point, outcome)
 
     def _open(self, queue: _CellQueue, point: Point) -> Job | None:
-        """Start a point: settle what is known, wait for what runs, hand out the rest."""
+        """Start a point: settle what is known, wait for what runs, hand out the rest.
+
+        None: there is no job in it, or it is over the budget and was left where it is.
+        """
         cell = queue.cell
-        queue.handed += 1
-        if queue.search is not None:
-            self._log(cell, point)
         slots = slots_of(
             cell, point.number, point.params, self.assignments, self.resolver, self.moved
         )
+        if not self._affordable(cell, slots):
+            self.stopped = True
+            return None
+        queue.queue.popleft()
+        queue.handed += 1
+        if queue.search is not None:
+            self._log(cell, point)
         queue.open[point.number] = _OpenPoint(
             {slot.id: slot for slot in slots}, {slot.id for slot in slots}
         )
@@ -288,10 +313,19 @@ class Dispatcher:
         self.running[job.number] = job
         return job
 
+    def _affordable(self, cell: Cell, slots: Sequence[Slot]) -> bool:
+        """May what this point lacks be started, beside what runs?"""
+        trials = {slot.key.digest: slot.spec for slot in slots}
+        new = sum(
+            key not in self.waiting and not self.store.has(spec) for key, spec in trials.items()
+        )
+        running = [(job.cell, len(job.trials)) for job in self.running.values()]
+        return not new or self.within_budget([*running, (cell.id, new)])
+
     def _log(self, cell: Cell, point: Point) -> None:
         assert self.sweep.search is not None
         study = study_name(cell, self.sweep.search)
-        known = self.asked.setdefault(study, {})
+        known = self.found.asked.setdefault(study, {})
         if point.number not in known:
             known[point.number] = dict(point.params)
             self.ledger.append(

@@ -15,11 +15,12 @@ import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from air_core.specs import FeaturesSpec, SyntheticFeaturesSpec, TrialSpec
+from orchestrator.budget import Purse
 from orchestrator.dispatch import Dispatcher, Outcome
 from orchestrator.failures import CLASSES, EQUAL_ERRORS, Failure
 from orchestrator.fit import Machine, misfit, room, this_machine
@@ -28,15 +29,13 @@ from orchestrator.ledger import Ledger
 from orchestrator.plan import (
     Need,
     Plan,
-    asked_points,
     holds,
-    known_points,
     moved_slots,
     name_of,
     needs_of,
     plan_sweep,
     possible_trials,
-    slots_of,
+    read_history,
 )
 from orchestrator.publish import Publisher
 from orchestrator.report import rows
@@ -131,12 +130,13 @@ class Run:
     publisher: Publisher
     ledger: Ledger
     resolver: Resolver
+    purse: Purse
     tally: Tally = field(default_factory=Tally)
     machines: tuple[Machine, ...] = ()  # none before Ray is there
-    gpu_seconds: float = 0.0  # of this run
     terminated: bool = False
     hopeless: list[tuple[Need, Failure]] = field(default_factory=list)
     given_up: dict[str, Failure] = field(default_factory=dict)  # by slot: not tried again
+    moving: list[TrialSpec] = field(default_factory=list)  # go on in fp32
     last: dict[str, str] = field(default_factory=dict)  # state by slot
 
     # Watcher, for orchestrator.prepare.
@@ -151,7 +151,7 @@ class Run:
             facts=plain,
         )
         self.tally.add_work(need.stage, seconds)
-        self.gpu_seconds += seconds * self.sweep.resources.generator.gpu
+        self.purse.prepared(seconds)
         if need.stage == "images":
             self.tally.drawn += facts["drawn"]
             self.tally.redrawn += facts["redrawn"]
@@ -174,7 +174,7 @@ class Run:
     def phase(self, stage: str, seconds: float) -> None:
         self.tally.add_wall(stage, seconds)
 
-    # Budget, outcomes and lost hopes, for orchestrator.dispatch.
+    # Outcomes and lost hopes, for orchestrator.dispatch.
 
     def no_hope(self, trial: TrialSpec) -> Failure | None:
         """Why a trial cannot run: something that it reads could not be made."""
@@ -183,13 +183,6 @@ class Run:
                 message = f"{name_of(need.key)} failed: {failure.message}"
                 return Failure(failure.failure_class, message)
         return None
-
-    def within_budget(self) -> bool:
-        """May another point start? One that runs is not cut off."""
-        budget = self.sweep.budget
-        if budget.wall is not None and time.monotonic() - self.tally.started > budget.wall:
-            return False
-        return budget.gpu_hours is None or self.gpu_seconds < 3600 * budget.gpu_hours
 
     def outcome(self, outcome: Outcome) -> None:
         self.last[outcome.slot.id] = outcome.state  # one that moved to fp32 comes twice
@@ -205,7 +198,7 @@ class Run:
             self.ledger.append(f"trial_{outcome.state}", **fields)
         if outcome.state == "done" and not outcome.known and outcome.record is not None:
             self.tally.add_work("trials", outcome.record.seconds)
-            self.gpu_seconds += outcome.record.seconds * self.sweep.resources.trial.gpu
+            self.purse.trial_ended(outcome.slot.cell.id, outcome.record.seconds)
         self.publisher.trial(outcome)
         self.screen.outcome(outcome)
 
@@ -257,7 +250,8 @@ def run_sweep(
     use = place.store.use()
     ledger.lock()
     publisher = Publisher(sweep, _parent(sweep, place), place.store, tracking_uri)
-    run = Run(sweep, place, screen, publisher, ledger, resolver, given_up=given_up)
+    purse = Purse(sweep.budget, sweep.resources, read_history(place.store.root))
+    run = Run(sweep, place, screen, publisher, ledger, resolver, purse, given_up=given_up)
     _open_folder(place, sweep, origin or {})
     # Workers have no .git and may run as somebody else.
     os.environ |= {"AIRSWEEP_COMMIT": commit(), "AIRSWEEP_USER": whoami()}
@@ -268,6 +262,7 @@ def run_sweep(
             spec=text_digest(sweep.text),
             total=plan.total,
             to_run=plan.to_run,
+            asks=plan.asks,
             pid=os.getpid(),
         )
         screen.started(plan)
@@ -337,7 +332,7 @@ def _work(run: Run, plan: Plan, prepare_only: bool) -> int:
         groups = deque(_groups(plan, run))
         while groups:
             cells = groups.popleft()
-            needs = _needs(run, cells)
+            needs = _needs(run, plan, cells)
             dispatcher = Dispatcher(
                 run.sweep,
                 cells,
@@ -346,13 +341,13 @@ def _work(run: Run, plan: Plan, prepare_only: bool) -> int:
                 run.resolver,
                 run.ledger,
                 run.outcome,
-                run.within_budget,
+                run.purse.affords,
                 run.no_hope,
                 run.given_up,
             )
             job = None if prepare_only else dispatcher.peek()
             if dispatcher.out_of_budget():
-                return BUDGET
+                return _out_of_budget(run)
             if job is None and not (prepare_only and _incomplete(needs, run.place.store)):
                 continue  # all of it was known
             if not run.machines:
@@ -360,33 +355,41 @@ def _work(run: Run, plan: Plan, prepare_only: bool) -> int:
                 problem = does_not_fit(plan, run.place.store, run.machines)
                 if problem:
                     raise Refused(problem)
+            if not run.purse.affords_preparing(needs, run.place.store, _workers(run)):
+                return _out_of_budget(run)
             _prepare(run, cells, needs)
             if job is not None:
                 _tune(run, dispatcher)
             if dispatcher.out_of_budget():
-                return BUDGET
+                return _out_of_budget(run)
             if dispatcher.gave_up():
                 run.screen.say(f"stopped after {EQUAL_ERRORS} equal errors: {dispatcher.gave_up()}")
                 return FAILED
             if dispatcher.moving:  # the same cells again, with what they need in fp32
+                run.moving += [replace(slot.spec, precision="fp32") for slot in dispatcher.moving]
                 groups.appendleft(cells)
                 searches = _searches(run, plan)
     failed = run.tally.states.get("failed", 0) or run.hopeless
     return FAILED if failed else DONE
 
 
-def _needs(run: Run, cells: Sequence[Cell]) -> list[Need]:
+def _needs(run: Run, plan: Plan, cells: Sequence[Cell]) -> list[Need]:
     """What some cells read, also in trials that went on in fp32."""
-    assignments, moved = run.sweep.seeds.assignments(), moved_slots(run.ledger)
-    slots = [
-        slot
-        for cell in cells
-        for number, params in known_points(cell, run.sweep.search, asked_points(run.ledger)).items()
-        for slot in slots_of(cell, number, params, assignments, run.resolver, moved)
-        if slot.id in moved
-    ]
-    possible = possible_trials(cells, assignments, run.resolver)
-    return needs_of([*possible, *(slot.spec for slot in slots)])
+    ids, moved = {cell.id for cell in cells}, moved_slots(run.ledger)
+    earlier = [slot.spec for slot in plan.slots if slot.cell.id in ids and slot.id in moved]
+    possible = possible_trials(cells, run.sweep.seeds.assignments(), run.resolver)
+    return needs_of([*possible, *earlier, *run.moving])
+
+
+def _out_of_budget(run: Run) -> int:
+    run.screen.say(run.purse.refusal)
+    return BUDGET
+
+
+def _workers(run: Run) -> int:
+    """How many stages are made side by side."""
+    want = run.sweep.resources.generator
+    return want.actors or room(want, run.machines)
 
 
 def _incomplete(needs: Sequence[Need], store: ArtifactStore) -> bool:
@@ -405,14 +408,11 @@ def _groups(plan: Plan, run: Run) -> list[list[Cell]]:
 
 
 def _searches(run: Run, plan: Plan) -> dict[str, Any]:
-    searched = [cell for cell in plan.cells if cell.space]
-    search = run.sweep.search
-    if search is None or not searched:
+    if run.sweep.search is None or not any(cell.space for cell in plan.cells):
         return {}
-    from orchestrator.search import CellSearch, open_storage
+    from orchestrator.search import open_searches
 
-    storage = open_storage(run.place.folder / "studies.journal")
-    return {cell.id: CellSearch(cell, search, storage) for cell in searched}
+    return dict(open_searches(plan, run.ledger, run.place.folder / "studies.journal"))
 
 
 def does_not_fit(

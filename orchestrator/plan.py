@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -24,13 +24,15 @@ from air_core.specs import (
     SyntheticFeaturesSpec,
     TrialSpec,
 )
+from orchestrator.edits import Edit, edit_of, what_it_asks
 from orchestrator.freshness import Stale, stale
 from orchestrator.keys import ArtifactKey, artifact_key
 from orchestrator.ledger import Ledger
 from orchestrator.resolve import Resolver
-from orchestrator.space import grid_points, point_count, study_name
+from orchestrator.space import grid_points, study_name
 from orchestrator.store import ArtifactStore
-from orchestrator.sweep import Cell, Dimension, Search, SweepSpec, cells_of
+from orchestrator.studies import Opening, Searches, opening, searches
+from orchestrator.sweep import Cell, Dimension, SweepSpec, cells_of
 
 BASE_PER_CLASS = 8  # images without LoRA, drawn to show what LoRA changed
 # Settings that decide whether synthetic images are read, and how many.
@@ -125,7 +127,10 @@ class Plan:
     needs: tuple[Need, ...]
     seconds: float
     calibrated: bool
-    stale: tuple[Stale, ...] = ()  # there, but made by other code
+    openings: Mapping[str, Opening]  # by cell: studies that start, with what they take over
+    asks: str  # digest of what is asked for
+    edit: Edit | None  # None: the file asks for what it asked for before
+    stale: tuple[Stale, ...]  # there, but made by other code
 
     @property
     def to_run(self) -> int:
@@ -148,6 +153,7 @@ class Plan:
                 for one in self.stale
             ],
             "estimate": {"seconds": round(self.seconds, 1), "calibrated": self.calibrated},
+            "edit": self.edit and asdict(self.edit),
         }
 
 
@@ -167,43 +173,50 @@ def plan_sweep(sweep: SweepSpec, store: ArtifactStore, resolver: Resolver, ledge
     """Everything that `sweep` asks for, against what the store and the ledger say."""
     cells = cells_of(sweep)
     assignments = sweep.seeds.assignments()
-    asked = asked_points(ledger)
+    found = searches(ledger)
+    openings = _openings(sweep, cells, found, resolver, store)
     finished, moved = finished_slots(ledger), moved_slots(ledger)
     slots: list[Slot] = []
     points = 0
     for cell in cells:
-        count = point_count(cell, sweep.search)
+        count = found.points(cell, sweep.search)
         points += count
-        known = known_points(cell, sweep.search, asked)
-        for number, params in sorted(known.items())[:count]:
+        params_of = known_points(sweep, cell, found, openings.get(cell.id))
+        for number, params in sorted(params_of.items())[:count]:
             slots += slots_of(cell, number, params, assignments, resolver, moved)
+    there = [store.has(slot.spec) for slot in slots]
     done = reused = 0
     seen: set[str] = set()
-    for slot in slots:
-        there = store.has(slot.spec)
-        if there and finished.get(slot.id, ("", ""))[0] == slot.key.digest:
+    for slot, present in zip(slots, there, strict=True):
+        if present and finished.get(slot.id, ("", ""))[0] == slot.key.digest:
             done += 1
-        elif there or slot.key.digest in seen:
+        elif present or slot.key.digest in seen:
             reused += 1
         seen.add(slot.key.digest)
     total = points * len(assignments)
+    asks = what_it_asks(sweep, cells)
+    known = [slot.key.digest for slot, present in zip(slots, there, strict=True) if present]
+    edit = edit_of(asks, known, done + reused, total, openings.values(), ledger)
     asked_for = possible_trials(cells, assignments, resolver)
     needs = tuple(needs_of(itertools.chain(asked_for, moved_trials(slots, moved))))
     seconds, calibrated = estimate(needs, total - done - reused, store)
     resolver.save()
     trials = {slot.key.digest: slot.spec for slot in slots}.values()
     return Plan(
-        sweep,
-        cells,
-        points,
-        tuple(slots),
-        total,
-        done,
-        reused,
-        needs,
-        seconds,
-        calibrated,
-        stale(itertools.chain(_made(needs), trials), store),
+        sweep=sweep,
+        cells=cells,
+        points=points,
+        slots=tuple(slots),
+        total=total,
+        done=done,
+        reused=reused,
+        needs=needs,
+        seconds=seconds,
+        calibrated=calibrated,
+        openings=openings,
+        asks=asks,
+        edit=edit,
+        stale=stale(itertools.chain(_made(needs), trials), store),
     )
 
 
@@ -215,15 +228,36 @@ def _made(needs: Iterable[Need]) -> Iterator[Any]:
         yield need.spec
 
 
+def _openings(
+    sweep: SweepSpec,
+    cells: Sequence[Cell],
+    found: Searches,
+    resolver: Resolver,
+    store: ArtifactStore,
+) -> dict[str, Opening]:
+    """Studies that start, by cell. A grid has its points without a study before it."""
+    search, assignments = sweep.search, sweep.seeds.assignments()
+    if search is None or search.sampler == "grid":
+        return {}
+    searched = [cell for cell in cells if cell.space]
+    current = {study_name(cell, search) for cell in searched}
+    each = {
+        cell.id: opening(cell, search, current, found, assignments, resolver, store)
+        for cell in searched
+    }
+    return {cell: starts for cell, starts in each.items() if starts is not None}
+
+
 def known_points(
-    cell: Cell, search: Search | None, asked: Mapping[str, Mapping[int, dict[str, Any]]]
+    sweep: SweepSpec, cell: Cell, found: Searches, starts: Opening | None
 ) -> Mapping[int, dict[str, Any]]:
-    """Points of a cell whose settings are known: all of a grid, of a search what was asked."""
-    if search is None or not cell.space:
+    """Points of a cell whose settings are known: all of a grid, of a search what was asked or is
+    carried into it."""
+    if sweep.search is None or not cell.space:
         return {0: {}}
-    if search.sampler == "grid":
+    if sweep.search.sampler == "grid":
         return dict(enumerate(grid_points(cell)))
-    return asked.get(study_name(cell, search), {})
+    return found.known(cell, sweep.search, starts)
 
 
 def slots_of(
@@ -366,15 +400,6 @@ def level(spec: Any) -> int:
 
 
 # ---------------------------------------------------------------- the ledger, folded
-
-
-def asked_points(ledger: Ledger) -> dict[str, dict[int, dict[str, Any]]]:
-    """Parameters by study and point number."""
-    found: dict[str, dict[int, dict[str, Any]]] = {}
-    for event in ledger.events():
-        if event["event"] == "point_asked":
-            found.setdefault(event["study"], {})[event["point"]] = event["params"]
-    return found
 
 
 def finished_slots(ledger: Ledger) -> dict[str, tuple[str, str]]:

@@ -9,12 +9,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from air_core.specs import SyntheticFeaturesSpec
+from air_core.specs import SyntheticFeaturesSpec, TrialSpec
 from orchestrator.driver import Place
 from orchestrator.keys import Stage, artifact_key
-from orchestrator.plan import asked_points, known_points, needs_of, possible_trials, slots_of
+from orchestrator.plan import (
+    known_points,
+    moved_slots,
+    moved_trials,
+    needs_of,
+    possible_trials,
+    slots_of,
+)
 from orchestrator.resolve import Resolver
 from orchestrator.store import ArtifactStore, StoreRefused
+from orchestrator.studies import Searches, searches
 from orchestrator.sweep import Cell, SweepSpec, cells_of, smoke
 from orchestrator.sweep_file import load_sweep
 
@@ -108,13 +116,13 @@ def _asked(sweep: SweepSpec, place: Place) -> dict[str, Shards]:
     done = [event for event in events if event["event"] in ("trial_done", "trial_reused")]
     last = cells_of(sweep)
     run = {cell.id for cell in last} | {event["cell"] for event in done}
-    asked = asked_points(ledger)
+    known, moved = searches(ledger), moved_slots(ledger)
     found = [(event["key"][:12], frozenset[tuple[int, int]]()) for event in done]
     not_here = None
     whole = cells_of(replace(sweep, grid=sweep.axes)) if sweep.axes else ()
     for cell in (*last, *(cell for cell in whole if cell not in last)):
         try:
-            found += _asked_by_cell(cell, sweep, asked, resolver)
+            found += _asked_by_cell(cell, sweep, known, moved, resolver)
         except ValueError as problem:
             if cell.id in run:
                 raise
@@ -130,16 +138,20 @@ def _asked(sweep: SweepSpec, place: Place) -> dict[str, Shards]:
 def _asked_by_cell(
     cell: Cell,
     sweep: SweepSpec,
-    asked: Mapping[str, Mapping[int, dict[str, Any]]],
+    known: Searches,
+    moved: Mapping[str, str],
     resolver: Resolver,
 ) -> list[tuple[str, Shards]]:
     assignments = sweep.seeds.assignments()
     found: list[tuple[str, Shards]] = []
-    for number, params in known_points(cell, sweep.search, asked).items():
-        for slot in slots_of(cell, number, params, assignments, resolver):
+    more: list[TrialSpec] = []
+    for number, params in known_points(sweep, cell, known, None).items():
+        slots = slots_of(cell, number, params, assignments, resolver, moved)
+        more += moved_trials(slots, moved)
+        for slot in slots:
             home = replace(slot.spec, test_dataset=None)  # a prompt that is tested elsewhere
             found += [(_place(slot.spec), frozenset()), (_place(home), frozenset())]
-    for need in needs_of(possible_trials([cell], assignments, resolver)):
+    for need in needs_of([*possible_trials([cell], assignments, resolver), *more]):
         spec = need.spec
         if isinstance(spec, SyntheticFeaturesSpec):
             shards = frozenset(need.shards())

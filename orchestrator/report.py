@@ -1,7 +1,8 @@
 """Finished trials -> rows, and what one row gains over another.
 
-A row is one setting over its runs. With a search it is the best point of its cell by the search's
-objective, never by a test label. Knows predictions and metrics; neither files nor how they came.
+A row is one setting over its runs. With a search it is one point of its cell: the best one by the
+search's objective if that objective ranked the sweep's points by test accuracy, else the default.
+No point is picked by a test label. Knows predictions and metrics; neither files nor how they came.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+
 from air_core.flat import from_flat, trial_keys
 from air_core.normal import normalised
 from orchestrator.presets import METHODS, named_refs
+from orchestrator.ranking import Ranking, ranking, told
 from orchestrator.statistics import (
     Array,
     Interval,
@@ -25,6 +29,7 @@ from orchestrator.statistics import (
     discordance,
     images_needed,
     mean_interval,
+    mean_score,
     paired_difference,
 )
 
@@ -70,15 +75,37 @@ class Row:
     # Where the row comes from; not in its JSON.
     cell: str
     point: int
-    chosen_by: str | None  # the search's objective
+    choice: Choice | None = None  # None: there was nothing to choose from
 
     def as_json(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in COLUMNS}
+        chosen = {} if self.choice is None else self.choice.as_json(self.point)
+        return {name: getattr(self, name) for name in COLUMNS} | chosen
 
     @property
     def world(self) -> tuple[str, str, str]:
         """Only rows of one world are compared."""
         return self.dataset, self.paradigm, self.modality
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """Why a row of a searched cell is the point that it is."""
+
+    objective: str
+    default: bool  # the default setting, since the objective is no guide
+    ranking: Ranking  # of the cell
+    pooled: Ranking  # of all cells of the sweep, which decides
+
+    def as_json(self, point: int) -> dict[str, Any]:
+        return {
+            "point": point,
+            "chosen_by": "default" if self.default else self.objective,
+            "rank_correlation": {
+                "objective": self.objective,
+                "cell": self.ranking.as_json(),
+                "pooled": self.pooled.as_json(),
+            },
+        }
 
 
 COLUMNS = (
@@ -113,7 +140,46 @@ def rows(entries: Sequence[Entry], search_objective: str | None) -> list[Row]:
     cells: dict[str, list[list[Entry]]] = {}
     for (cell, _), group in points.items():
         cells.setdefault(cell, []).append(group)
-    return [_row(max(groups, key=_promise), search_objective) for groups in cells.values()]
+    scores = {cell: _scores(groups) for cell, groups in cells.items() if len(groups) > 1}
+    pooled = ranking(list(scores.values()))
+    found = []
+    for cell, groups in cells.items():
+        own = ranking([scores[cell]]) if cell in scores else None
+        found.append(_chosen(groups, search_objective, own, pooled))
+    return found
+
+
+def _chosen(
+    groups: Sequence[list[Entry]], objective: str, own: Ranking | None, pooled: Ranking
+) -> Row:
+    """The row of a searched cell."""
+    if own is None:
+        return _row(groups[0], None)
+    first = [group for group in groups if group[0].point == 0]  # it may have failed
+    default = bool(first) and not pooled.trusted
+    choice = Choice(objective=objective, default=default, ranking=own, pooled=pooled)
+    return _row(first[0] if default else max(groups, key=_promise), choice)
+
+
+def _scores(groups: Iterable[Sequence[Entry]]) -> tuple[Array, Array]:
+    """Objective and test accuracy of different points that have both, (P,) each."""
+    found: dict[str, tuple[float, float]] = {}
+    for group in groups:
+        objective, settings = group[0].objective, repr(sorted(group[0].settings.items()))
+        if objective is not None and not math.isnan(objective) and settings not in found:
+            found[settings] = (objective, mean_score(_runs(_distinct(group))))
+    scores = np.array(list(found.values()), dtype=float).reshape(-1, 2)
+    return scores[:, 0], scores[:, 1]
+
+
+def choice_notes(rows: Sequence[Row]) -> list[str]:
+    """Why searched rows show the settings that they show; empty without a search."""
+    chosen = {row.cell: row.choice for row in rows if row.choice is not None}
+    if not chosen:
+        return []
+    first = next(iter(chosen.values()))
+    by_cell = {cell: choice.ranking for cell, choice in chosen.items()}
+    return list(told(first.objective, first.pooled, by_cell))
 
 
 def _promise(group: Sequence[Entry]) -> tuple[float, int]:
@@ -124,7 +190,7 @@ def _promise(group: Sequence[Entry]) -> tuple[float, int]:
     return objective, -group[0].point
 
 
-def _row(group: Sequence[Entry], chosen_by: str | None) -> Row:
+def _row(group: Sequence[Entry], choice: Choice | None) -> Row:
     first = group[0]
     found = mean_interval(_runs(_distinct(group)))
     return Row(
@@ -143,7 +209,7 @@ def _row(group: Sequence[Entry], chosen_by: str | None) -> Row:
         interval=found.method,
         cell=first.cell,
         point=first.point,
-        chosen_by=chosen_by,
+        choice=choice,
     )
 
 

@@ -133,6 +133,8 @@ def standing(ledger: Ledger) -> Standing:
                 found.failures.pop(event["slot"], None)
                 if name == "trial_failed":
                     found.failures[event["slot"]] = event
+            case "search_ended":
+                found.total -= event["trials_left"]
             case "artifact_prepared":
                 found.prepared[event["stage"]] += 1
                 if event["key"] in found.waiting_for:

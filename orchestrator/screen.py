@@ -109,6 +109,8 @@ class Lines:
             f"{plan.sweep.name}: {plan.total} trials in {len(plan.cells)} cells, "
             f"{plan.to_run} to run, {plan.reused} reused, {plan.done} done"
         )
+        if plan.edit is not None:
+            self.say(str(plan.edit))
 
     def prepared(self, need: Need) -> None:
         count = self.counts.setdefault(str(need.key), [0, need.total()])

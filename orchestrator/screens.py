@@ -20,6 +20,7 @@ from orchestrator.freshness import remedy
 from orchestrator.plan import Need, Plan, plan_sweep
 from orchestrator.results import Standing, entries_of, standing
 from orchestrator.screen import clock
+from orchestrator.studies import searches
 from orchestrator.summary import summary
 from orchestrator.sweep import SweepSpec, notes_of
 
@@ -37,6 +38,7 @@ def plan_screen(plan: Plan, place: Place, explain: bool) -> str:
         f"{plan.sweep.name}: {len(plan.cells)} cells, {plan.points} points, "
         f"{trials['total']} trials: {trials['done']} done, {trials['reused']} reused, "
         f"{trials['to_run']} to run",
+        *([str(plan.edit)] if plan.edit is not None else []),
         "",
     ]
     for artifact in shown["artifacts"]:
@@ -161,6 +163,7 @@ def summary_screen(sweep: SweepSpec, place: Place) -> str:
     facts = [
         *_image_facts(plan, place, outcome),
         *_work_facts(plan, place, outcome),
+        *_search_facts(plan, place),
         *_next_facts(plan, place),
     ]
     if not entries:
@@ -227,6 +230,22 @@ def _work_facts(plan: Plan, place: Place, outcome: dict[str, Any]) -> list[tuple
             )
         )
     return facts
+
+
+def _search_facts(plan: Plan, place: Place) -> list[tuple[str, str]]:
+    """Searches that patience ended."""
+    search = plan.sweep.search
+    if search is None or search.patience is None:
+        return []
+    found = searches(place.ledger())
+    ended = {cell.id: found.points(cell, search) for cell in plan.cells if cell.space}
+    lines = [
+        f"{cell}: ended after {points} of {search.points} points, "
+        f"the last {search.patience} or more no better"
+        for cell, points in ended.items()
+        if points < search.points
+    ]
+    return [("search", "\n".join(lines))] if lines else []
 
 
 PHASES = {

@@ -2,24 +2,33 @@
 
 A round's points are asked before any of it is told, each by a sampler seeded with the search
 seed, the cell, the round and the place in it; results are told in the order of the points. So a
-sweep that was killed anywhere goes on with the points of an undisturbed one.
+sweep that was killed anywhere goes on with the points of an undisturbed one. A study of a changed
+space starts with the points that are carried into it (`orchestrator.studies`).
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
 import optuna
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
-from optuna.storages import JournalStorage
+from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from air_core.flat import trial_keys
-from orchestrator.ledger import mend_lines
+from orchestrator.ledger import Ledger, mend_lines
+from orchestrator.plan import Plan
 from orchestrator.space import (
     Point,
     applies,
@@ -28,8 +37,10 @@ from orchestrator.space import (
     point_count,
     study_name,
 )
+from orchestrator.studies import Carried, searches
 from orchestrator.sweep import Cell, Dimension, Search
 
+TRIES = 8  # at a point that was not asked before: one that was has nothing new to tell
 STARTUP_POINTS = 4  # of TPE below 30 points; its own default of 10 would leave little to model
 
 
@@ -44,11 +55,54 @@ def open_storage(path: Path) -> JournalStorage:
     return JournalStorage(JournalFileBackend(str(path)))
 
 
-class CellSearch:
-    """The points of one cell, round after round."""
+def open_searches(plan: Plan, ledger: Ledger, journal: Path) -> dict[str, CellSearch]:
+    """A search for each cell that has a space. Call it only as the sweep's one driver.
 
-    def __init__(self, cell: Cell, search: Search, storage: JournalStorage) -> None:
+    What a study takes over is in the ledger before the study is fed.
+    """
+    search = plan.sweep.search
+    assert search is not None
+    searched = [cell for cell in plan.cells if cell.space]
+    for cell in searched:
+        starts = plan.openings.get(cell.id)
+        if starts is not None:
+            ledger.append(
+                "study_opened",
+                cell=cell.id,
+                study=starts.study,
+                method=cell.method,
+                sampler=search.sampler,
+                seed=search.seed,
+                settings=cell.flat,
+                carried=[asdict(one) for one in starts.carried],
+                left_out=starts.left_out,
+            )
+    carried = searches(ledger).carried
+    storage = open_storage(journal)
+    return {
+        cell.id: CellSearch(cell, search, storage, carried.get(study_name(cell, search), ()))
+        for cell in searched
+    }
+
+
+class CellSearch:
+    """The points of one cell, round after round.
+
+    Args:
+        carried: points of earlier studies, in the order in which they were carried into this one.
+        sampler: makes the sampler of one ask from its seed.
+    """
+
+    def __init__(
+        self,
+        cell: Cell,
+        search: Search,
+        storage: BaseStorage,
+        carried: Sequence[Carried] = (),
+        sampler: Callable[[Search, int], BaseSampler] | None = None,
+    ) -> None:
         self.cell, self.search = cell, search
+        self._sampler = sampler or make_sampler
         self.study = optuna.create_study(
             study_name=study_name(cell, search),
             storage=storage,
@@ -56,6 +110,7 @@ class CellSearch:
             load_if_exists=True,
         )
         self._drop_half_points()
+        self._take_over(carried)
         # What earlier runs have told comes first. A point that failed is tried again, once; one
         # that lacks trials (there is a new seed) gets them; the rest is in the store.
         told = [_point(trial) for trial in self._asked() if trial.state.is_finished()]
@@ -63,11 +118,13 @@ class CellSearch:
 
     def next_round(self) -> list[Point]:
         """The points of the next round, those that a killed driver had asked among them; empty
-        when the cell has had all its points."""
+        when the cell has had all its points, or `patience` is at its end."""
         if self._earlier:
             return list(self._earlier)
         asked = self._asked()
         points = [_point(trial) for trial in asked if trial.state == TrialState.RUNNING]
+        if not points and self._exhausted():
+            return []
         # A round that a killed driver has told in part is still that round.
         first = points[0].number if points else len(asked)
         end = min((first // self.search.width + 1) * self.search.width, self._total())
@@ -95,21 +152,72 @@ class CellSearch:
                 )
         self._earlier = []
 
+    def _exhausted(self) -> bool:
+        """Were the last `patience` points that this study asked all no better than one before?"""
+        if self.search.patience is None:
+            return False
+        values = self._values()
+        best = max(values, key=lambda number: (values[number], -number), default=-1)
+        own = [t.user_attrs["point"] for t in self._asked() if "carried" not in t.user_attrs]
+        return len([number for number in own if number > best]) >= self.search.patience
+
+    def _values(self) -> dict[int, float]:
+        """What is known, by point number; a point that failed and was mended is among it."""
+        found = {}
+        for trial in self._trials():
+            number = trial.user_attrs.get("point", trial.user_attrs.get("mends"))
+            if number is not None and trial.value is not None and number < self._total():
+                found[number] = trial.value
+        return found
+
+    def _take_over(self, carried: Sequence[Carried]) -> None:
+        """Add what is carried and not here yet. The first point stays the default."""
+        there = {trial.user_attrs.get("carried") for trial in self._trials()}
+        for index, one in enumerate(carried):
+            if index in there:
+                continue
+            if not self._asked() and one.params != default_params(self.cell):
+                self._ask(0)
+            dimensions = [d for d in self.cell.space if d.key in one.params]
+            self.study.add_trial(
+                create_trial(
+                    params=one.params,
+                    distributions={d.key: _distribution(d) for d in dimensions},
+                    value=one.value,
+                    user_attrs={"point": len(self._asked()), "carried": index},
+                )
+            )
+
     def _ask(self, number: int) -> Point:
+        """A point that was not asked before, unless the space seems to hold no other."""
+        settled = self._settled(number)
+        known = [trial.params for trial in self._asked()]
+        for attempt in range(TRIES):
+            trial, params = self._draw(number, attempt, settled)
+            if settled or params not in known or attempt == TRIES - 1:
+                break
+            self.study.tell(trial.number, state=TrialState.FAIL)
+        trial.set_user_attr("point", number)  # from here on the point is whole
+        return Point(number, params)
+
+    def _draw(
+        self, number: int, attempt: int, settled: Mapping[str, Any]
+    ) -> tuple[optuna.Trial, dict[str, Any]]:
         # A sampler's state is not stored: seed every ask by where it stands.
         round_index, place = divmod(number, self.search.width)
         words = f"{self.search.seed}/{self.cell.id}/{round_index}/{place}"
-        self.study.sampler = make_sampler(self.search, zlib.crc32(words.encode()))
-        settled = self._settled(number)
+        seed = zlib.crc32((f"{words}/{attempt}" if attempt else words).encode())
+        # One that keeps to its favourite point is helped by chance.
+        stuck = attempt >= TRIES // 2
+        self.study.sampler = RandomSampler(seed=seed) if stuck else self._sampler(self.search, seed)
         if settled:
-            self.study.enqueue_trial(settled)
+            self.study.enqueue_trial(dict(settled))
         trial = self.study.ask()
         params: dict[str, Any] = {}
         for dimension in self.cell.space:
             if applies(dimension, self.cell.flat | params):
                 params[dimension.key] = _suggest(trial, dimension)
-        trial.set_user_attr("point", number)  # from here on the point is whole
-        return Point(number, params)
+        return trial, params
 
     def _settled(self, number: int) -> dict[str, Any]:
         """Points that no sampler chooses: all of a grid; else the default, which comes first."""
@@ -147,15 +255,26 @@ def make_sampler(search: Search, seed: int) -> BaseSampler:
 
 
 def _suggest(trial: optuna.Trial, dimension: Dimension) -> Any:
-    key, low, high = dimension.key, dimension.min, dimension.max
+    key = dimension.key
+    match _distribution(dimension):
+        case CategoricalDistribution(choices=choices):
+            return trial.suggest_categorical(key, choices)
+        case IntDistribution(low=low, high=high, log=log):
+            return trial.suggest_int(key, low, high, log=log)
+        case FloatDistribution(low=low, high=high, log=log):
+            return trial.suggest_float(key, low, high, log=log)
+
+
+def _distribution(dimension: Dimension) -> BaseDistribution:
     if dimension.values is not None:
-        return trial.suggest_categorical(key, list(dimension.values))
+        return CategoricalDistribution(dimension.values)
+    low, high = dimension.min, dimension.max
     assert low is not None
     assert high is not None
-    kind = trial_keys()[key].type
+    kind = trial_keys()[dimension.key].type
     if int in (kind, *get_args(kind)):  # also where it may be null
-        return trial.suggest_int(key, int(low), int(high), log=dimension.log)
-    return trial.suggest_float(key, low, high, log=dimension.log)
+        return IntDistribution(int(low), int(high), log=dimension.log)
+    return FloatDistribution(low, high, log=dimension.log)
 
 
 def _point(trial: FrozenTrial) -> Point:

@@ -71,6 +71,16 @@ def applies(dimension: Dimension, flat: Mapping[str, Any]) -> bool:
     return dimension.when is None or compile_when(dimension.when)(dict(flat))
 
 
+def holds(dimension: Dimension, value: Any) -> bool:
+    """Is this value one of the dimension's?"""
+    if dimension.values is not None:  # to Python, true is 1
+        return any(type(one) is type(value) and one == value for one in dimension.values)
+    assert dimension.min is not None
+    assert dimension.max is not None
+    numbers = isinstance(value, int | float) and not isinstance(value, bool)
+    return numbers and bool(dimension.min <= value <= dimension.max)
+
+
 def _nearest(value: Any, dimension: Dimension) -> list[Any]:
     """The value, or the nearest number that the dimension holds; empty if there is none."""
     numbers = isinstance(value, int | float) and not isinstance(value, bool)

@@ -106,11 +106,12 @@ def mean_interval(runs: Runs, *, samples: int = 2000, seed: int = 0) -> Interval
     An accuracy of exactly 0 or 1 gets an interval of width 0: reweighting cannot invent an
     error that was never seen.
     """
-    scores = [
-        _Scores(run.split_seed, run.seed, run.image_ids, (run.correct,), run.unseen)
-        for run in runs.runs
-    ]
-    return _interval(scores, lowest=0.0, samples=samples, seed=seed)
+    return _interval(_each(runs), lowest=0.0, samples=samples, seed=seed)
+
+
+def mean_score(runs: Runs) -> float:
+    """Mean accuracy over runs alone, for where an interval would be work for nothing."""
+    return float(np.mean([score.values(_mean) for score in _each(runs)]))
 
 
 def paired_difference(a: Runs, b: Runs, *, samples: int = 2000, seed: int = 0) -> Interval | None:
@@ -176,6 +177,13 @@ class _Scores:
         parts = [part.astype(np.float32) for part in (self.unseen, ~self.unseen)]
         one, other = (weighted_mean(side * part) / weighted_mean(part) for part in parts)
         return 2 * one * other / np.maximum(one + other, 1e-12)
+
+
+def _each(runs: Runs) -> list[_Scores]:
+    return [
+        _Scores(run.split_seed, run.seed, run.image_ids, (run.correct,), run.unseen)
+        for run in runs.runs
+    ]
 
 
 def _pairs(a: Runs, b: Runs) -> Iterator[_Scores]:

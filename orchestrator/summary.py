@@ -13,6 +13,7 @@ from orchestrator.report import (
     Entry,
     Results,
     Row,
+    choice_notes,
     comparisons,
     counted,
     mean_std,
@@ -62,6 +63,8 @@ def summary(
             screen.line(f"{world[0]}   {world[1]}/{world[2]}", "bold")
         _methods(screen, [row for row in rows if row.world == world], results, entries)
     _differences(screen, comparisons(rows, entries), many=len(worlds) > 1)
+    for note in choice_notes(rows):
+        screen.folded(note)
     screen.facts(facts)
     return "\n".join(screen.lines)
 

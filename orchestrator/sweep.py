@@ -44,6 +44,7 @@ class Search:
     objective: Literal["mutual_information", "validation_accuracy"] = "mutual_information"
     points: int = field(metadata={"limits": {"ge": 1}})  # a total per cell, also after resumes
     width: int = knob(4, "points asked per round", ge=1)
+    patience: int | None = knob(None, "points without a better one that end a cell", ge=1)
     space: tuple[Dimension, ...]  # one whose `when` names another comes after it
 
 

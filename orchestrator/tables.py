@@ -19,6 +19,7 @@ from orchestrator.report import (
     Entry,
     Results,
     Row,
+    choice_notes,
     comparisons,
     counted,
     mean_std,
@@ -59,9 +60,8 @@ def _csv(rows: Sequence[Row]) -> str:
     writer = csv.DictWriter(text, header, lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        found = row.as_json()
-        settings = {f"settings.{key}": whole(v) for key, v in found.pop("settings").items()}
-        writer.writerow({**found, **settings})
+        settings = {f"settings.{key}": whole(v) for key, v in row.settings.items()}
+        writer.writerow({**{name: getattr(row, name) for name in plain}, **settings})
     return text.getvalue().rstrip("\n")
 
 
@@ -75,6 +75,7 @@ class _Layout:
     best: list[bool]  # the line with the highest mean of its world
     accuracy: int  # the column that is in bold in the best line
     caption: list[str]  # sentences
+    notes: list[str]  # sentences below the table
 
 
 def _layout(rows: Sequence[Row], entries: Sequence[Entry]) -> _Layout:
@@ -124,6 +125,7 @@ def _layout(rows: Sequence[Row], entries: Sequence[Entry]) -> _Layout:
         best=[row.mean == tops[row.world] for row in rows],
         accuracy=accuracy,
         caption=list(_caption(rows, results, header)),
+        notes=choice_notes(rows),
     )
 
 
@@ -151,9 +153,6 @@ def _caption(rows: Sequence[Row], results: Results, header: Sequence[str]) -> It
         yield "Pseudo-labels: share of the last ones that is right."
     if any(name.startswith("gain") for name in header):
         yield "Gains in points with their 95 % interval, paired by image and run."
-    chosen_by = next((row.chosen_by for row in rows if row.chosen_by), None)
-    if chosen_by:
-        yield f"Settings chosen by {chosen_by}; no test label was used."
 
 
 def _markdown(layout: _Layout) -> str:
@@ -175,7 +174,12 @@ def _markdown(layout: _Layout) -> str:
         for width, right in zip(widths, layout.numeric, strict=True)
     ]
     body = "\n".join([padded(layout.header), padded(rule), *map(padded, lines)])
-    return f"{textwrap.fill(' '.join(layout.caption), 100, break_on_hyphens=False)}\n\n{body}"
+    texts = [_filled(layout.caption), body, *([_filled(layout.notes)] if layout.notes else [])]
+    return "\n\n".join(texts)
+
+
+def _filled(sentences: Sequence[str]) -> str:
+    return textwrap.fill(" ".join(sentences), 100, break_on_hyphens=False)
 
 
 def _latex(layout: _Layout) -> str:
@@ -190,7 +194,7 @@ def _latex(layout: _Layout) -> str:
             r"% \usepackage{booktabs}",
             r"\begin{table}",
             r"\centering",
-            f"\\caption{{{_escaped(' '.join(layout.caption))}}}",
+            f"\\caption{{{_escaped(' '.join([*layout.caption, *layout.notes]))}}}",
             f"\\begin{{tabular}}{{{''.join('r' if right else 'l' for right in layout.numeric)}}}",
             r"\toprule",
             f"{' & '.join(header)} \\\\",

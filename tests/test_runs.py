@@ -157,7 +157,8 @@ def test_table_rows_have_the_agreed_keys(spec, whole):
         "dataset paradigm modality method settings metric n n_test mean std low high interval"
     )
     for row in rows:
-        assert sorted(row) == sorted(expected.split())
+        why = "point chosen_by rank_correlation" if row["method"] == "air_fpl" else ""  # searched
+        assert sorted(row) == sorted([*expected.split(), *why.split()])
         assert row["low"] <= row["mean"] <= row["high"]
         assert row["n_test"] == 540
     assert [row["n"] for row in rows] == [1, 2, 2]
@@ -194,6 +195,21 @@ def test_again_does_no_work_and_imports_neither_torch_nor_ray(spec, whole):
         capture_output=True,
     )
     assert len(events(whole, "search")) == before
+
+
+def test_an_edited_file_says_what_it_keeps_and_stops_where_its_budget_does(spec, whole, tmp_path):
+    store = shutil.copytree(whole, tmp_path / "runs")
+    text = spec.read_text().replace("max: 0.9", "max: 0.95").replace("points: 4", "points: 6")
+    spec = tmp_path / spec.name
+    spec.write_text(text)
+    words = "4 fit the new space and count, 0 do not"
+    assert words in airsweep("plan", spec, "--store", store).stdout
+    poor = ("--set", "budget.wall=0.01")
+    done = airsweep("run", spec, "--store", store, *poor, check=False)
+    assert done.returncode == 4
+    assert words in done.stderr
+    assert "raise budget.wall" in done.stderr
+    assert json.loads(airsweep("plan", spec, "--store", store, "--json").stdout)["edit"] is None
 
 
 def test_a_moved_store_still_knows_what_is_done(spec, whole, tmp_path):

@@ -218,7 +218,7 @@ def test_cells_take_turns(world):
 
 def test_once_the_budget_is_spent_nothing_more_starts_and_what_runs_may_end(world):
     money = iter([True, True, False])
-    driver = world.driver(sweep("fpl", "cpl", "grip"), lambda: next(money))
+    driver = world.driver(sweep("fpl", "cpl", "grip"), lambda under_way: next(money))
     jobs = [driver.next(), driver.next()]
     assert driver.next() is None
     assert driver.out_of_budget()
@@ -228,6 +228,36 @@ def test_once_the_budget_is_spent_nothing_more_starts_and_what_runs_may_end(worl
     assert driver.next() is None
     assert driver.finished
     assert len(world.run_all(world.driver(sweep("fpl", "cpl", "grip")))) == 1  # another day
+
+
+def test_the_budget_is_asked_for_what_would_run_together_and_not_for_what_is_there(world):
+    run_trial(next(iter(world.driver(sweep("fpl")).next().trials)), world.store)
+    asked: list[Any] = []
+    driver = world.driver(sweep("fpl", "cpl"), lambda under_way: asked.append(under_way) or True)
+    driver.next()
+    driver.next()
+    fpl, cpl = "digits-ul-text-fpl", "digits-ul-text-cpl"
+    assert asked == [[(fpl, 1)], [(fpl, 1), (cpl, 2)]]
+
+
+def test_a_point_that_is_too_dear_is_left_and_comes_first_another_day(world):
+    spec = sweep("fpl", search=searching(points=4, sampler="grid"), seeds=(1,))
+    jobs = []
+    driver = world.driver(spec, lambda under_way: len(jobs) < 2)
+    while (job := driver.next()) is not None:
+        jobs.append(job)
+        driver.complete(job.number, world.run(job))
+    assert driver.out_of_budget()
+    assert [job.point for job in jobs] == [0, 1]
+    assert [job.point for job in world.run_all(world.driver(spec))] == [2, 3]
+
+
+def test_what_costs_nothing_needs_no_budget(world):
+    world.run_all(world.driver(sweep("fpl")))
+    driver = world.driver(sweep("fpl"), lambda under_way: False)
+    assert driver.next() is None
+    assert not driver.out_of_budget()
+    assert driver.finished
 
 
 # ---------------------------------------------------------------- failures
@@ -341,7 +371,7 @@ def test_what_cannot_run_is_said_to_fail_and_does_not_start(world):
     def hopeless(spec: Any) -> Failure | None:
         return Failure("oom", "its LoRA failed") if spec.pseudo_labels.kind == "top_k" else None
 
-    driver = world.driver(sweep("fpl", "cpl", seeds=(1,)), lambda: True, hopeless)
+    driver = world.driver(sweep("fpl", "cpl", seeds=(1,)), lambda under_way: True, hopeless)
     assert [spec.pseudo_labels.kind for job in world.run_all(driver) for spec in job.trials] == [
         "candidates"
     ]
@@ -355,7 +385,7 @@ def test_a_retry_of_one_class_leaves_the_other_failures_as_they_are(world):
     spec = sweep("fpl", "cpl", seeds=(1,))
     fail(world, world.driver(spec), "user", "data")
     left = {"digits-ul-text-cpl/0/seed=1": Failure("data", "a case of data")}
-    again = world.driver(spec, lambda: True, lambda trial: None, left)
+    again = world.driver(spec, lambda under_way: True, lambda trial: None, left)
     assert [job.cell for job in world.run_all(again)] == ["digits-ul-text-fpl"]
     assert [(o.state, o.known) for o in world.outcomes] == [("done", False), ("failed", True)]
 

@@ -36,14 +36,13 @@ from orchestrator.plan import (
     BASE_PER_CLASS,
     Need,
     Plan,
-    asked_points,
     level,
     needs_of,
     plan_sweep,
     possible_trials,
 )
 from orchestrator.resolve import Resolver
-from orchestrator.search import CellSearch, open_storage
+from orchestrator.search import open_searches
 from orchestrator.space import grid_points
 from orchestrator.store import ArtifactStore
 from orchestrator.sweep import Cell, Dimension, Search, Seeds, SweepSpec, cells_of
@@ -96,9 +95,7 @@ class World:
     def dispatcher(self, sweep: SweepSpec) -> Dispatcher:
         searches: dict[str, Any] = {}
         if sweep.search is not None:
-            storage = open_storage(self.ledger.folder / "j")
-            cells = [cell for cell in cells_of(sweep) if cell.space]
-            searches = {cell.id: CellSearch(cell, sweep.search, storage) for cell in cells}
+            searches |= open_searches(self.plan(sweep), self.ledger, self.ledger.folder / "j")
         return Dispatcher(
             sweep, cells_of(sweep), searches, self.store, self.resolver, self.ledger, self.log
         )
@@ -243,20 +240,6 @@ def test_a_seed_that_is_added_reaches_points_that_were_told(world):
     assert plan.to_run > 0
     assert world.run(sweep) == plan.to_run
     assert world.plan(sweep).to_run == 0
-
-
-def test_another_space_is_asked_anew_and_does_not_count_the_old_points(world):
-    world.run(searched(world, "random"))
-    wider = replace(COUNTS, values=(0, 8, 16, 24))
-    search = Search(sampler="random", points=6, width=2, space=(wider,))
-    sweep = world.sweep("air", search=search, seeds=seeds(1, 2))
-    assert counts(world.plan(sweep)) == (12, 0, 0, 12)
-    world.run(sweep)
-    plan = world.plan(sweep)
-    assert plan.to_run == 0
-    asked = asked_points(world.ledger)
-    assert len(asked) == 2
-    assert all(set(slot.params) == {"images_per_class"} for slot in plan.slots)
 
 
 # ---------------------------------------------------------------- artifacts

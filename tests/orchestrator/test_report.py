@@ -94,9 +94,20 @@ def quickstart() -> list[Entry]:
     return [entry for method in QUICKSTART for entry in trials(method)]
 
 
-def searched() -> list[Entry]:
-    """A host without a free key and AiR at three points; the second has the best objective."""
-    points = [(120, 0.5, 0.2, 0.0), (60, 0.348192, 0.9, -0.01), (30, 0.1, 0.4, 0.05)]
+def searched(guides: bool = True) -> list[Entry]:
+    """A host without a free key and AiR at six points; the second has the best objective, the
+    third the best test accuracy. `guides`: whether the objective follows the test."""
+    points = [
+        (120, 0.5, 0.20, -0.05),
+        (60, 0.348192, 0.90, 0.08),
+        (30, 0.1, 0.80, 0.12),
+        (30, 0.2, 0.10, -0.10),
+        (30, 0.3, 0.40, 0.01),
+        (30, 0.4, 0.30, -0.02),
+    ]
+    if not guides:
+        betters = (-0.02, -0.05, 0.12, 0.08, -0.10, 0.01)
+        points = [(*point[:3], better) for point, better in zip(points, betters, strict=True)]
     return trials("cpl", splits=(0, 1), seeds=(1, 2), objective=0.7) + [
         entry
         for point, (images, weight, objective, better) in enumerate(points)
@@ -152,12 +163,50 @@ def test_with_a_search_the_row_is_the_best_point_by_objective_and_not_by_test() 
     assert host.settings == {}
 
 
+def test_the_default_stands_where_the_objective_does_not_rank_points_by_test_accuracy() -> None:
+    entries = searched(guides=False)
+    host, kept = rows(entries, "mutual_information")
+    assert kept.settings == {"images_per_class": 120, "fusion_weight": 0.5}
+    assert kept.choice is not None
+    assert kept.choice.default
+    assert kept.choice.pooled.low <= 0
+    assert host.choice is None  # there was nothing to choose
+
+
+def test_a_default_that_failed_cannot_stand() -> None:
+    entries = [entry for entry in searched(guides=False) if entry.point > 0]
+    (best,) = rows(entries, "mutual_information")
+    assert best.settings["images_per_class"] == 60
+    assert best.choice is not None
+    assert not best.choice.default
+
+
 def test_a_point_without_an_objective_is_chosen_last() -> None:
-    entries = trials("air", settings={"fusion_weight": 0.1}, point=0, objective=None)
-    entries += trials("air", settings={"fusion_weight": 0.2}, point=1, objective=float("nan"))
-    assert rows(entries, "mutual_information")[0].settings == {"fusion_weight": 0.1}
-    entries += trials("air", settings={"fusion_weight": 0.3}, point=2, objective=-5.0)
-    assert rows(entries, "mutual_information")[0].settings == {"fusion_weight": 0.3}
+    entries = [entry for entry in searched() if entry.method == "air"]
+    for point, objective in ((6, None), (7, float("nan"))):
+        entries += trials(
+            "air", settings={"fusion_weight": point}, point=point, objective=objective, better=0.2
+        )
+    (row,) = rows(entries, "mutual_information")
+    assert row.settings["images_per_class"] == 60
+    assert row.choice is not None
+    assert row.choice.ranking.points == 6
+
+
+def test_points_that_are_the_same_settings_count_once() -> None:
+    entries = searched()
+    again = trials(
+        "air",
+        splits=(0, 1),
+        seeds=(1, 2),
+        settings={"images_per_class": 60, "fusion_weight": 0.348192},
+        point=6,
+        objective=0.9,
+        better=0.08,
+    )
+    _, row = rows(entries + again, "mutual_information")
+    assert row.choice is not None
+    assert row.choice.ranking.points == 6
 
 
 # ---------------------------------------------------------------- comparisons
@@ -205,15 +254,18 @@ def test_each_setting_is_compared_with_the_host_at_the_same_setting() -> None:
 
 def test_with_a_search_each_method_is_compared_at_its_own_best_point() -> None:
     entries = []
-    for method, best in (("cpl", 4), ("air", 16)):
-        for point, length in enumerate((4, 16)):
+    for method, best in (("cpl", 4), ("air", 8)):
+        for point, length in enumerate((1, 2, 4, 8, 16)):
+            near = -abs(np.log2(length / best))
             entries += trials(
                 method,
                 settings={"prompt.length": length},
                 point=point,
-                objective=1.0 if length == best else 0.0,
+                objective=near,
+                better=near / 20,
             )
     found = rows(entries, "mutual_information")
+    assert [row.settings["prompt.length"] for row in found] == [4, 8]
     assert [(c.a, c.b) for c in comparisons(found, entries)] == [("air", "cpl")]
 
 
@@ -238,8 +290,30 @@ def test_the_caption_tells_the_protocol() -> None:
     caption = " ".join(table(rows(entries, "mutual_information"), "md", entries).split())
     assert "over n runs (digits, ul/text). 2 splits, 2 seeds each." in caption
     assert "95 % bootstrap over images, splits and seeds." in caption
-    assert "Settings chosen by mutual_information; no test label was used." in caption
-    assert "no test label" not in table(rows(quickstart(), None), "md", quickstart())
+
+
+@pytest.mark.parametrize(("guides", "start"), [(True, "Settings chosen by "), (False, "Default ")])
+def test_below_the_table_of_a_search_stands_how_well_its_objective_ranked(guides, start) -> None:
+    entries = searched(guides)
+    found = rows(entries, "mutual_information")
+    *_, below = table(found, "md", entries).split("\n\n")
+    assert below.startswith(start)
+    figures = str(found[1].choice.pooled)  # type: ignore[union-attr]
+    for text in (below, summary("s", entries, found, [])):
+        assert figures in " ".join(text.split())
+    assert "correlation" not in table(rows(quickstart(), None), "md", quickstart())
+    latex = table(found, "latex", entries)
+    assert start in latex[latex.index("caption") : latex.index("tabular")]
+
+
+def test_json_of_a_search_says_which_point_stands_and_why() -> None:
+    entries = searched(guides=False)
+    host, kept = json.loads(table(rows(entries, "mutual_information"), "json", entries))
+    assert list(host) == ROW_KEYS
+    assert list(kept) == [*ROW_KEYS, "point", "chosen_by", "rank_correlation"]
+    assert (kept["point"], kept["chosen_by"]) == (0, "default")
+    assert kept["rank_correlation"]["pooled"] == kept["rank_correlation"]["cell"]
+    assert kept["rank_correlation"]["pooled"]["points"] == 6
 
 
 def cells(markdown: str) -> list[list[str]]:

@@ -6,7 +6,7 @@ import math
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from optuna.trial import TrialState
 
 from orchestrator.search import CellSearch, make_sampler, open_storage
 from orchestrator.space import Point, grid_points
+from orchestrator.studies import Carried
 from orchestrator.sweep import Dimension, Search, cells_of
 from orchestrator.sweep import SweepSpec as Sweep
 
@@ -42,17 +43,20 @@ def value(params: Mapping[str, Any]) -> float:
     return params.get("images_per_class", 0) / 100 - (weight - 0.3) ** 2
 
 
-def opened(journal: Path, spec: Sweep) -> CellSearch:
+def opened(journal: Path, spec: Sweep, carried: Sequence[Carried] = ()) -> CellSearch:
     (cell,) = cells_of(spec)
     assert spec.search is not None
-    return CellSearch(cell, spec.search, open_storage(journal))
+    return CellSearch(cell, spec.search, open_storage(journal), carried)
 
 
 def play(
-    journal: Path, spec: Sweep, objective: Callable[[Point], float | None] | None = None
+    journal: Path,
+    spec: Sweep,
+    objective: Callable[[Point], float | None] | None = None,
+    carried: Sequence[Carried] = (),
 ) -> CellSearch:
     """Run a search to its end."""
-    searching = opened(journal, spec)
+    searching = opened(journal, spec, carried)
     while points := searching.next_round():
         searching.tell_round(
             {p.number: objective(p) if objective else value(p.params) for p in points}
@@ -182,6 +186,18 @@ def test_the_sampler_starts_to_model_early_where_points_are_few(points):
     assert make_sampler(spec, 0)._n_startup_trials == (4 if points < 30 else 10)
 
 
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_no_point_is_asked_twice_while_there_are_others(tmp_path, sampler):
+    kinds = Dimension(key="auxiliary.kind", values=("lda", "prototype", "knn"))
+    spec = sweep(sampler, (COUNTS, kinds), points=6, width=3)
+    asked = params(play(tmp_path / "j", spec))
+    assert all(asked.count(point) == 1 for point in asked)
+
+
+def test_a_space_that_holds_no_more_points_is_asked_on_to_the_end(tmp_path):
+    assert len(params(play(tmp_path / "j", sweep("tpe", (COUNTS,), points=5)))) == 5
+
+
 # ---------------------------------------------------------------- kills
 
 
@@ -195,6 +211,33 @@ def test_a_search_killed_anywhere_goes_on_to_the_points_of_an_undisturbed_one(tm
         journal = tmp_path / f"killed after {count}"
         journal.write_bytes(b"".join(lines[:count]) + lines[count][: len(lines[count]) // 2])
         resumed = play(journal, spec)
+        assert found(resumed) == undisturbed, f"killed after line {count}"
+        assert unfinished(resumed) == []
+
+
+@pytest.mark.parametrize("default", [True, False])
+def test_what_is_carried_into_a_study_is_there_once_wherever_its_driver_was_killed(
+    tmp_path, default
+):
+    first = [{"images_per_class": 40, "fusion_weight": 0.5}] if default else []
+    carried = [
+        Carried(one, value(one))
+        for one in [*first, {"images_per_class": 20, "fusion_weight": 0.2}, {"images_per_class": 0}]
+    ]
+    spec = sweep("tpe", points=8)
+    undisturbed = found(play(tmp_path / "whole", spec, carried=carried))
+    by_number = {number: (point, told) for number, point, told in undisturbed}
+    assert sorted(by_number) == list(range(len(undisturbed))) == list(range(8))
+    assert by_number[0][0] == {"images_per_class": 40, "fusion_weight": 0.5}
+    at = 0 if default else 1
+    assert [by_number[at + i] for i in range(len(carried))] == [
+        (c.params, c.value) for c in carried
+    ]
+    lines = (tmp_path / "whole").read_bytes().splitlines(keepends=True)
+    for count in range(0, len(lines), 5):
+        journal = tmp_path / f"killed after {count}"
+        journal.write_bytes(b"".join(lines[:count]) + lines[count][: len(lines[count]) // 2])
+        resumed = play(journal, spec, carried=carried)
         assert found(resumed) == undisturbed, f"killed after line {count}"
         assert unfinished(resumed) == []
 

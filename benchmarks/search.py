@@ -1,0 +1,230 @@
+"""Which sampler finds good settings among few points?
+
+Replays a full grid of AiR on the digits, so that a search costs no training. Every sampler searches
+it in the product's own rounds (`orchestrator.search.CellSearch`): `--points` points in rounds of
+four, the default first, with `--seeds` seeds. It is told an objective, the mean over three splits,
+and takes the point with the best one. Test regret: how many points of test accuracy that point
+is below the best one of the grid. Baseline: random points.
+
+    python benchmarks/search.py [--grid benchmarks/search_grid.json] [--seeds 50] [--points 12]
+
+Where the file of `--grid` is not there, the grid is run through airsweep first and written: three
+LoRA and 288 trials, half an hour on two slow cores; `--store` is a folder to keep them in. The
+replay takes minutes. Two tables: for the objective that reads no label, which is the default, and
+for validation accuracy. The last line is JSON; `ratio` is the mean regret of random points over
+that of the best other sampler, by the default objective.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import optuna
+from optuna.samplers import BaseSampler, GPSampler, TPESampler
+from optuna.storages import InMemoryStorage
+
+from orchestrator.ledger import Ledger
+from orchestrator.plan import plan_sweep
+from orchestrator.ranking import ranking
+from orchestrator.resolve import Resolver
+from orchestrator.search import STARTUP_POINTS, CellSearch, make_sampler
+from orchestrator.store import ArtifactStore
+from orchestrator.sweep import Search, SweepSpec, cells_of
+from orchestrator.sweep_file import load_sweep
+from orchestrator.trial import read_trial
+
+SWEEP = """version: 1
+name: search_grid
+fixed: {method: air_fpl, generator: tiny, lora.rounds: 1}
+search:
+  sampler: grid
+  points: 96
+  width: 96
+  space:
+    images_per_class: {values: [16, 64]}
+    fusion_weight: {values: [0.1, 0.35, 0.65, 0.9]}
+    auxiliary.kind: {values: [lda, prototype]}
+    synthetic_weight: {values: [0.0, 0.3, 1.0]}
+    train.learning_rate: {values: [0.05, 0.2]}
+seeds: {vary: [seed, split_seed], values: [[1, 301], [2, 302], [3, 303]]}
+"""
+OBJECTIVES = ("mutual_information", "validation_accuracy")  # the default of a sweep file first
+BASELINE, DEFAULT = "random", "tpe"
+
+Make = Callable[[Search, int], BaseSampler]  # from what is searched, and the seed of one ask
+
+
+def _product(name: Any) -> Make:
+    return lambda search, seed: make_sampler(replace(search, sampler=name), seed)
+
+
+SAMPLERS: dict[str, Make] = {
+    "random": _product("random"),
+    "tpe": _product("tpe"),
+    # What Optuna has beside them for spaces of words and numbers, without another package.
+    "tpe, univariate": lambda search, seed: TPESampler(
+        seed=seed, n_startup_trials=STARTUP_POINTS, multivariate=False
+    ),
+    "gp": lambda search, seed: GPSampler(seed=seed, n_startup_trials=STARTUP_POINTS),
+}
+
+
+# ---------------------------------------------------------------- the grid
+
+
+def sweep_in(folder: Path) -> tuple[Path, SweepSpec]:
+    file = folder / "search_grid.yaml"
+    file.write_text(SWEEP)
+    return file, load_sweep(file)
+
+
+def run_grid(store: Path) -> list[dict[str, Any]]:
+    """Every point with its objectives and its test accuracy, run where the store lacks it."""
+    with tempfile.TemporaryDirectory() as folder:
+        file, sweep = sweep_in(Path(folder))
+        command = [sys.executable, "-m", "orchestrator", "run", str(file), "--store", str(store)]
+        subprocess.run(command, check=True, stdout=sys.stderr)
+        ledger = Ledger(store / "sweeps" / "default" / sweep.name)
+        resolver = Resolver(store / "digests.json", None)
+        plan = plan_sweep(sweep, ArtifactStore(store), resolver, ledger)
+    records: dict[int, list[Any]] = {}
+    params = {slot.point: dict(slot.params) for slot in plan.slots}
+    for slot in plan.slots:
+        records.setdefault(slot.point, []).append(read_trial(slot.spec, ArtifactStore(store)))
+    return [
+        {
+            "params": params[point],
+            **{name: mean(r.objectives[name] for r in of) for name in OBJECTIVES},
+            "test": mean(r.headline for r in of),
+        }
+        for point, of in sorted(records.items())
+    ]
+
+
+def mean(values: Iterable[float]) -> float:
+    return round(float(np.mean(list(values))), 6)
+
+
+# ---------------------------------------------------------------- the replay
+
+
+def regrets(
+    make: Make, grid: Sequence[dict[str, Any]], objective: str, points: int, seeds: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Test regret of the point that each search takes, and regret in the objective; (S,) each.
+
+    The former in points of accuracy, the latter as a share of what lies between the grid's best and
+    its median.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        _, sweep = sweep_in(Path(folder))
+    (cell,) = cells_of(sweep)
+    value = {_word(row["params"]): row[objective] for row in grid}
+    test = {_word(row["params"]): row["test"] for row in grid}
+    top, median = max(value.values()), float(np.median(list(value.values())))
+    found = []
+    for seed in range(seeds):
+        search = replace(sweep.search, sampler="random", seed=seed, points=points, width=4)
+        searching = CellSearch(cell, search, InMemoryStorage(), sampler=make)
+        seen: dict[str, float] = {}
+        while asked := searching.next_round():
+            told = {point.number: value[_word(point.params)] for point in asked}
+            seen |= {_word(point.params): told[point.number] for point in asked}
+            searching.tell_round(told)
+        taken = max(seen, key=lambda word: seen[word])
+        found.append(
+            (100 * (max(test.values()) - test[taken]), (top - value[taken]) / (top - median))
+        )
+    both = np.array(found)
+    return both[:, 0], both[:, 1]
+
+
+def _word(params: Mapping[str, Any]) -> str:
+    return json.dumps(dict(params), sort_keys=True)
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """95 % of the mean over searches, by the bootstrap."""
+    drawn = np.random.default_rng(0).choice(values, (4000, len(values))).mean(axis=1)
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def compare(
+    grid: Sequence[dict[str, Any]], objective: str, points: int, seeds: int
+) -> dict[str, Any]:
+    """Print a table of all samplers and return its figures."""
+    test = np.array([row["test"] for row in grid])
+    ranks = ranking([(np.array([row[objective] for row in grid]), test)])
+    print(f"\n{objective}: rank correlation with test accuracy {ranks}")
+    print(f"{'sampler':<16} {'test regret':>11}  {'95 %':<13} {'minus tpe, 95 %':<21} objective")
+    each = {name: regrets(make, grid, objective, points, seeds) for name, make in SAMPLERS.items()}
+    figures = {}
+    for name, (of_test, of_objective) in each.items():
+        low, high = interval(of_test)
+        less = of_test - each[DEFAULT][0]
+        gap = interval(less)
+        print(
+            f"{name:<16} {of_test.mean():11.2f}  [{low:.2f}, {high:.2f}]  "
+            f"{less.mean():+.2f} [{gap[0]:+.2f}, {gap[1]:+.2f}]   {of_objective.mean():.3f}"
+        )
+        figures[name] = {
+            "mean": round(float(of_test.mean()), 4),
+            "low": round(low, 4),
+            "high": round(high, 4),
+            "spread": round(float(of_test.std(ddof=1)), 4),
+            "minus_default": [round(float(less.mean()), 4), *(round(end, 4) for end in gap)],
+            "objective_regret": round(float(of_objective.mean()), 4),
+        }
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--grid", type=Path, default=Path(__file__).with_name("search_grid.json"))
+    parser.add_argument("--store", type=Path, default=Path("runs"))
+    parser.add_argument("--seeds", type=int, default=50)
+    parser.add_argument("--points", type=int, default=12)
+    options = parser.parse_args()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    if not options.grid.exists():
+        rows = run_grid(options.store)
+        options.grid.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+    grid = json.loads(options.grid.read_text())
+    test = [100 * row["test"] for row in grid]
+    print(
+        f"{len(grid)} points, test accuracy {min(test):.1f} to {max(test):.1f} %, median "
+        f"{np.median(test):.1f} %; {options.seeds} searches of {options.points} points"
+    )
+    tables = {name: compare(grid, name, options.points, options.seeds) for name in OBJECTIVES}
+    figures = tables[OBJECTIVES[0]]
+    winner = min(set(figures) - {BASELINE}, key=lambda name: figures[name]["mean"])
+    print(
+        json.dumps(
+            {
+                "name": "search",
+                "ratio": round(figures[BASELINE]["mean"] / max(figures[winner]["mean"], 1e-9), 3),
+                "baseline": BASELINE,
+                "winner": winner,
+                "points": options.points,
+                "seeds": options.seeds,
+                "regret": tables,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

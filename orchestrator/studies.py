@@ -1,0 +1,191 @@
+"""What a sweep's searches asked, and what an edited one takes over. Knows no sampler.
+
+A changed space is a new study. What earlier studies of the sweep were told, and is a point of the
+new space, is carried into it: the sampler knows it and it counts. The ledger says which points
+there were, the store what they were worth; what is carried is written to the ledger before the
+study is fed, so that a killed driver's successor feeds the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any
+
+from air_core.flat import from_flat, trial_keys
+from air_core.normal import normalised
+from air_core.specs import TrialSpec
+from orchestrator.ledger import Ledger
+from orchestrator.presets import named_refs
+from orchestrator.resolve import Resolver
+from orchestrator.space import applies, default_params, holds, point_count, study_name
+from orchestrator.store import ArtifactStore
+from orchestrator.sweep import Cell, Search
+
+
+@dataclass(frozen=True)
+class Carried:
+    """A point of an earlier study that is one of the new study too."""
+
+    params: dict[str, Any]
+    value: float  # of the new study's objective
+
+
+@dataclass(frozen=True)
+class Opening:
+    """A study that starts, or one that an earlier file had and that comes back."""
+
+    study: str
+    carried: tuple[Carried, ...]
+    left_out: int  # earlier points that are none of the new space, or were never computed
+
+
+@dataclass
+class Searches:
+    """The ledger, folded."""
+
+    opened: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # by study, last one last
+    asked: dict[str, dict[int, dict[str, Any]]] = field(default_factory=dict)
+    carried: dict[str, list[Carried]] = field(default_factory=dict)
+    ended: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # by patience
+
+    def points(self, cell: Cell, search: Search | None) -> int:
+        """Points of a cell, over all resumes: fewer than asked for where patience ended it."""
+        count = point_count(cell, search)
+        if search is None or not cell.space:
+            return count
+        end = self.ended.get(study_name(cell, search))
+        return min(count, end["points"]) if end and end["patience"] == search.patience else count
+
+    def known(self, cell: Cell, search: Search, opening: Opening | None) -> dict[int, Any]:
+        """What was asked and what is carried and was not asked yet, by number.
+
+        The numbers of the latter are settled when the study is fed.
+        """
+        study = study_name(cell, search)
+        known = dict(self.asked.get(study, {}))
+        every = [*self.carried.get(study, ()), *(opening.carried if opening else ())]
+        waiting = [one.params for one in every if one.params not in known.values()]
+        first = 0 if waiting and waiting[0] == default_params(cell) else 1  # 0 is the default
+        return known | dict(enumerate(waiting, max(known, default=first - 1) + 1))
+
+
+def searches(ledger: Ledger) -> Searches:
+    """Fold the ledger."""
+    found = Searches()
+    for event in ledger.events():
+        match event["event"]:
+            case "study_opened":
+                study = event["study"]
+                found.opened.pop(study, None)
+                found.opened[study] = event
+                carried = [Carried(one["params"], one["value"]) for one in event["carried"]]
+                found.carried.setdefault(study, []).extend(carried)
+            case "point_asked":
+                study = event["study"]
+                found.asked.setdefault(study, {})[event["point"]] = event["params"]
+                if event["point"] >= found.ended.get(study, {}).get("points", math.inf):
+                    del found.ended[study]  # a point that failed was mended: it went on
+            case "search_ended":
+                found.ended[event["study"]] = event
+    return found
+
+
+def opening(
+    cell: Cell,
+    search: Search,
+    current: Collection[str],
+    found: Searches,
+    assignments: Sequence[Mapping[str, int]],
+    resolver: Resolver,
+    store: ArtifactStore,
+) -> Opening | None:
+    """What the study of a cell starts with; None: it goes on where it stood.
+
+    Args:
+        current: the studies of all cells of the sweep; they take nothing from each other.
+    """
+    study = study_name(cell, search)
+    order = list(found.opened)
+    after = order[order.index(study) + 1 :] if study in found.opened else order
+    before = [found.opened[name] for name in after if name not in current]
+    before = [event for event in before if _same_search(event, cell, search)]
+    if study in found.opened and not before:
+        return None
+    known = [*found.asked.get(study, {}).values()]
+    known += [one.params for one in found.carried.get(study, ())]
+    carried: list[Carried] = []
+    seen: set[TrialSpec] = set()
+    left_out = 0
+    for settings in _settings(before, found):
+        computation = _computation(settings)
+        if computation in seen:
+            continue
+        seen.add(computation)
+        params = _fitted(cell, settings, computation)
+        if params is None:
+            left_out += 1
+        elif params not in known:
+            value = _value(cell, params, search.objective, assignments, resolver, store)
+            if value is None:
+                left_out += 1
+            else:
+                known.append(params)
+                carried.append(Carried(params, value))
+    default = default_params(cell)  # the first point of every study
+    carried.sort(key=lambda one: one.params != default)
+    return Opening(study, tuple(carried), left_out)
+
+
+def _same_search(event: Mapping[str, Any], cell: Cell, search: Search) -> bool:
+    # Another sampler or seed asks for points of its own: that is what it was changed for.
+    return (event["method"], event["sampler"], event["seed"]) == (
+        cell.method,
+        search.sampler,
+        search.seed,
+    )
+
+
+def _settings(before: Iterable[Mapping[str, Any]], found: Searches) -> Iterator[dict[str, Any]]:
+    """Every setting of points of earlier studies, in the order in which they were asked."""
+    for event in before:
+        study = event["study"]
+        asked = [params for _, params in sorted(found.asked.get(study, {}).items())]
+        for params in [*asked, *(one.params for one in found.carried.get(study, ()))]:
+            yield {**event["settings"], **params}
+
+
+def _fitted(cell: Cell, settings: Mapping[str, Any], computation: TrialSpec) -> Any:
+    """Settings as a point of a cell's space; None: they are none."""
+    params: dict[str, Any] = {}
+    for dimension in cell.space:
+        if not applies(dimension, cell.flat | params):
+            continue
+        value = settings.get(dimension.key, trial_keys()[dimension.key].default)
+        if not holds(dimension, value):
+            return None
+        params[dimension.key] = value
+    return params if _computation({**cell.flat, **params}) == computation else None
+
+
+def _computation(settings: dict[str, Any]) -> TrialSpec:
+    """The same for settings that compute the same, whatever cannot matter."""
+    return normalised(from_flat(settings, named_refs(settings), ()))
+
+
+def _value(
+    cell: Cell,
+    params: Mapping[str, Any],
+    objective: str,
+    assignments: Sequence[Mapping[str, int]],
+    resolver: Resolver,
+    store: ArtifactStore,
+) -> float | None:
+    """The mean objective over the runs that are there: a new seed must not make it unknown."""
+    trials = [resolver.trial({**cell.flat, **params, **seeds}) for seeds in assignments]
+    records = [store.get(spec).record for spec in trials if store.has(spec)]
+    values = [record["info"]["objectives"].get(objective) for record in records]
+    found = [value for value in values if value is not None and math.isfinite(value)]
+    return fmean(found) if found else None
