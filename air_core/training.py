@@ -146,13 +146,11 @@ class _Run:
     def total(self, together: Tensor, drawn: list[Tensor]) -> Tensor:
         """The loss of a step, which is a problem where it is not finite."""
         logits = torch.split(together, [len(at) for at in drawn])
-        total = sum(
-            (
-                s.weight * s.loss(z, at)
-                for s, z, at in zip(self.sources, logits, drawn, strict=True)
-            ),
-            start=torch.zeros(()),
-        )
+        losses = [
+            source.weight * source.loss(z, at)
+            for source, z, at in zip(self.sources, logits, drawn, strict=True)
+        ]
+        total = sum(losses, start=torch.zeros(()))
         if not torch.isfinite(total):
             self.problem = FloatingPointError(
                 f"the loss became {total.item()} after {len(self.losses)} steps"
@@ -178,12 +176,8 @@ class _Source:
 
 def _sources(asked: Training, generator: torch.Generator) -> list[_Source]:
     """The first decides how many steps there are."""
-    real, labelled, synthetic, settings = (
-        asked.real,
-        asked.labelled,
-        asked.synthetic,
-        asked.settings,
-    )
+    real, labelled, synthetic = asked.real, asked.labelled, asked.synthetic
+    settings = asked.settings
     found: list[_Source] = []
 
     def add(

@@ -15,8 +15,9 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,14 @@ class Artifact:
     key: ArtifactKey
     path: Path
     record: dict[str, Any]
+
+
+@dataclass
+class Building:
+    """An artifact in the making: its folder, and what the record should say (plain data)."""
+
+    folder: Path
+    info: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -110,23 +119,39 @@ class ArtifactStore:
         Raises:
             MissingArtifact: it is missing and this store is read-only.
         """
-        if self.has(spec) or not self.writable:
-            return self.get(spec)
+        if self.writable and not self.has(spec):
+            with self.building(spec) as made:
+                made.info = build(made.folder)
+        return self.get(spec)
+
+    @contextmanager
+    def building(self, spec: Stage, share: float = 1.0) -> Iterator[Building]:
+        """A folder to be filled, published when the block is left without an error.
+
+        Args:
+            share: of the time from here to there; the rest is of what is built beside it.
+
+        Raises:
+            MissingArtifact: this store is read-only.
+        """
         key = artifact_key(spec)
+        if not self.writable:
+            raise MissingArtifact(f"{key} is not there, and this store is read-only")
         place = self.path(key)
         place.parent.mkdir(parents=True, exist_ok=True)
         work = place.parent / f".{key.digest[:12]}-{uuid.uuid4().hex[:8]}"
         work.mkdir()
         try:
             started = time.time()
-            info = build(work)
+            made = Building(work)
+            yield made
             record = {
                 "key": str(key),
                 "digest": key.digest,
                 "spec": asdict(spec),
-                "info": info,
+                "info": made.info,
                 "started": started,
-                "seconds": round(time.time() - started, 3),
+                "seconds": round((time.time() - started) * share, 3),
                 "host": socket.gethostname(),
                 **maker(),
                 "versions": versions(),
@@ -143,7 +168,6 @@ class ArtifactStore:
                     os.rename(work, place)
         finally:
             shutil.rmtree(work, ignore_errors=True)
-        return self.get(spec)
 
     def row(self, spec: Stage) -> Row:
         """A row; its folder and `row.json` are written when the first shard is."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,9 @@ from air_core.specs import TrialSpec
 from orchestrator.board import Note, watched
 from orchestrator.dispatch import Dispatcher, Failure
 from orchestrator.keys import artifact_key
+from orchestrator.replicas import run_trials
 from orchestrator.store import MissingArtifact
 from orchestrator.sweep import Resources
-from orchestrator.trial import run_trial
 from orchestrator.workshop import Workshop
 
 # The first that fits names the failure class; anything else is the user's.
@@ -45,7 +45,7 @@ class Figures:
 
 
 class TrialRunner(tune.Trainable):  # type: ignore[misc]
-    """Runs the trials of one point, one after the other."""
+    """Runs the trials of one point."""
 
     def setup(self, config: dict[str, Any], shop: Workshop, board: Any) -> None:
         self.shop, self.board = shop, board
@@ -57,12 +57,14 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]
 
     def step(self) -> dict[str, Any]:
         started = time.monotonic()
-        failures = []
-        for slot, spec in zip(self.job["slots"], self.job["trials"], strict=True):
-            note = Note(self.board, f"trial {slot}")
-            failure = attempt(spec, self.shop, note.share)
-            if failure is not None:
-                failures.append((artifact_key(spec).digest, failure))
+        specs = self.job["trials"]
+        notes = [Note(self.board, f"trial {slot}") for slot in self.job["slots"]]
+        found = attempt(specs, self.shop, lambda place, share: notes[place].share(share))
+        failures = [
+            (artifact_key(spec).digest, failure)
+            for spec, failure in zip(specs, found, strict=True)
+            if failure is not None
+        ]
         return {
             "number": self.job["number"],
             "failures": failures,
@@ -71,18 +73,25 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]
         }
 
 
-def attempt(spec: TrialSpec, shop: Workshop, share_done: Callable[[float], None]) -> Failure | None:
-    """Run a trial; what went wrong is returned, not raised."""
+def attempt(
+    specs: Sequence[TrialSpec], shop: Workshop, share_done: Callable[[int, float], None]
+) -> list[Failure | None]:
+    """Run trials; what went wrong with each is returned, not raised."""
+    outcomes: Sequence[object]
     try:
-        run_trial(spec, shop.store, shop.device, share_done)
+        outcomes = run_trials(specs, shop.store, shop.device, share_done)
     except Exception as problem:
-        name = next((c for kind, c in FAILURE_CLASSES if isinstance(problem, kind)), "user")
-        if "out of memory" in str(problem).lower():
-            name = "oom"
-        where = traceback.extract_tb(problem.__traceback__)[-1]
-        place = f"{Path(where.filename).name}:{where.lineno}"
-        return Failure(name, f"{type(problem).__name__}: {problem} ({place})")
-    return None
+        outcomes = [problem] * len(specs)
+    return [_failure(one) if isinstance(one, Exception) else None for one in outcomes]
+
+
+def _failure(problem: Exception) -> Failure:
+    name = next((c for kind, c in FAILURE_CLASSES if isinstance(problem, kind)), "user")
+    if "out of memory" in str(problem).lower():
+        name = "oom"
+    where = traceback.extract_tb(problem.__traceback__)[-1]
+    place = f"{Path(where.filename).name}:{where.lineno}"
+    return Failure(name, f"{type(problem).__name__}: {problem} ({place})")
 
 
 class _NotKept:
