@@ -17,9 +17,9 @@ from orchestrator.store import ArtifactStore
 from orchestrator.trial import TrialRecord, read_trial, recorded
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
-# Class texts in one pass. What is kept of each for the gradient is some 2 MB with ViT-B/32, and
+# Class texts in one pass. What is kept of each for the gradient is 1 to 2 MB with ViT-B/32, and
 # where so many are under way arithmetic decides.
 AT_ONCE = {"cpu": 256, "cuda": 1024}
 
@@ -75,7 +75,7 @@ def _problems(
     group: Sequence[TrialSpec],
     store: ArtifactStore,
     device: str,
-    told: dict[TrialSpec, Callable[[float], None]],
+    told: Mapping[TrialSpec, Callable[[float], None]],
 ) -> dict[TrialSpec, Exception]:
     """Run and record some trials side by side; what went wrong, where something did."""
     # torch is needed here only: a point that has its records must not cost its import.
