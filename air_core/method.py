@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,9 +32,12 @@ from air_core.prompts import PromptLearner, build_learner
 from air_core.pseudo_labels import assign, spread
 from air_core.pseudo_labels.top_k import balanced_choice
 from air_core.specs import TrialSpec, trains_on_real, trains_on_synthetic, uses_auxiliary
-from air_core.training import Targeted, fit
+from air_core.training import Targeted, Training, fit
 from air_core.transduction import transductive
 from air_core.types import Batch, Labelled, Metrics, PseudoLabels, TrialResult
+
+T = TypeVar("T")
+Learning = Generator[Training, Any, T]  # asks for training, hears the loss (float), returns T
 
 FADED = 8  # synthetic images per class that stay in the bank to the end
 
@@ -69,10 +73,23 @@ def learn(
     report: Callable[[Progress], None] = lambda progress: None,
     share_done: Callable[[float], None] = lambda share: None,
 ) -> TrialResult:
+    """One trial by itself: see `learning`."""
+    [result] = learn_together([learning(spec, data, report, share_done)])
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def learning(
+    spec: TrialSpec,
+    data: TrialData,
+    report: Callable[[Progress], None] = lambda progress: None,
+    share_done: Callable[[float], None] = lambda share: None,
+) -> Learning[TrialResult]:
     """Learn a prompt from pseudo-labelled real images and labelled synthetic ones.
 
     `spec.iterations = 0` is CLIP without learning. The prompt of the last round is tested: no
-    round is picked afterwards.
+    round is picked afterwards. What a round trains is yielded, to be trained with other trials'.
 
     Args:
         report: told of each round.
@@ -80,6 +97,7 @@ def learn(
 
     Raises:
         ValueError: the data do not fit the spec, such as no label for a method that wants some.
+        FloatingPointError: the loss was not finite.
     """
     started = time.monotonic()
     _check(spec, data)
@@ -108,8 +126,8 @@ def learn(
                 spec.seed,
             )
         chosen = spread(labels, data.unseen, len(data.classnames)) if labels else None
-        loss = fit(
-            learner,
+        loss: float = yield Training(
+            learner=learner,
             real=_targeted(spec, data, chosen) if chosen else None,
             labelled=data.labelled if spec.train.mix != "synthetic" else None,
             synthetic=_drawn(spec, data),
@@ -122,6 +140,37 @@ def learn(
         teacher = Remembered(learner)
         report(Progress(iteration, chosen, loss, learner))
     return evaluate(spec, data, learner, teacher, auxiliary, started)
+
+
+def learn_together(trials: Sequence[Learning[T]]) -> list[T | Exception]:
+    """Trials side by side: the prompts of a round are trained in one computation.
+
+    They may differ in anything, and in how many rounds and steps they take.
+
+    Returns:
+        What each trial came to: one that fails ends alone.
+    """
+    ends: dict[int, T | Exception] = {}
+    heard: dict[int, Any] = dict.fromkeys(range(len(trials)))
+    while heard:
+        asked: dict[int, Training] = {}
+        for number, word in heard.items():
+            try:
+                tell = trials[number].throw if isinstance(word, Exception) else trials[number].send
+                asked[number] = tell(word)
+            except StopIteration as end:
+                ends[number] = end.value
+            except Exception as problem:
+                ends[number] = problem
+        heard = dict(zip(asked, _fitted(list(asked.values())), strict=True))
+    return [ends[number] for number in range(len(trials))]
+
+
+def _fitted(trainings: Sequence[Training]) -> Sequence[float | Exception]:
+    try:
+        return fit(trainings) if trainings else []
+    except Exception as problem:  # such as no memory left: nobody's in particular
+        return [problem] * len(trainings)
 
 
 def _tell(

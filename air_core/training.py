@@ -1,16 +1,17 @@
-"""Learn a prompt from labelled, pseudo-labelled and synthetic images."""
+"""Learn prompts from labelled, pseudo-labelled and synthetic images, several in one computation."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from air_core.prompts import PromptLearner
+from air_core.prompts import PromptLearner, logits_together
 from air_core.specs import TrainSettings
 from air_core.types import Batch, Labelled
 
@@ -31,81 +32,134 @@ class Targeted:
         return len(self.batch)
 
 
-def fit(
-    learner: PromptLearner,
-    *,
-    real: Targeted | None,
-    labelled: Labelled | None,
-    synthetic: Labelled | None,
-    synthetic_weight: float,
-    loss: str,
-    settings: TrainSettings,
-    seed: int,
-    report: Callable[[int, int], None] = lambda step, steps: None,
-) -> float:
-    """Train the prompt in place.
-
-    L = L_real + labelled_weight * L_labelled + synthetic_weight * L_synthetic, each a mean over
-    its own batch.
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What one prompt learns from, and how.
 
     Args:
         real: pseudo-labelled pool images; with `rc` their targets are written to.
         labelled: images whose label is known (SSL, TRZSL).
-        synthetic: images with the class that they were drawn for. Any of the three may be None.
+        synthetic: images with the class that they were drawn for. Two of the three may be None.
         loss: of real images, a key of LOSSES.
         seed: of the batch order.
         report: told of each step that is over, and how many there are.
 
-    Returns:
-        Mean loss of the last tenth of the steps.
-
     Raises:
         ValueError: there is nothing to train on.
-        FloatingPointError: the loss is not finite.
+    """
+
+    learner: PromptLearner
+    real: Targeted | None
+    labelled: Labelled | None
+    synthetic: Labelled | None
+    synthetic_weight: float
+    loss: str
+    settings: TrainSettings
+    seed: int
+    report: Callable[[int, int], None] = lambda step, steps: None
+
+    def __post_init__(self) -> None:
+        if self.real is None and not self.labelled and not self.synthetic:
+            raise ValueError(
+                "there is nothing to train on: no pseudo-labelled, labelled or drawn image"
+            )
+
+
+def fit(trainings: Sequence[Training]) -> list[float | FloatingPointError]:
+    """Train prompts in place, side by side, each as it would be trained alone.
+
+    L = L_real + labelled_weight * L_labelled + synthetic_weight * L_synthetic, each a mean over
+    its own batch. Prompts share no more than the pass of the tower, which is most of a step.
+
+    Returns:
+        Of each, the mean loss of the last tenth of its steps; or that its loss was not finite,
+        which ends this training and no other.
 
     Source: AiR, L = L_r + beta * L_s (docs/method.md, step 5); sizes of labelled batches from CPL.
     """
-    generator = torch.Generator().manual_seed(seed)
-    sources = _sources(real, labelled, synthetic, synthetic_weight, loss, settings, generator)
-    leading = sources[0]
-    steps = settings.steps or settings.epochs * max(1, leading.images // leading.batch)
-    optimiser = torch.optim.SGD(
-        [learner.prompt],
-        lr=settings.learning_rate,
-        momentum=MOMENTUM,
-        weight_decay=settings.weight_decay,
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda step: learning_rate_factor(step, steps, settings.warmup)
-    )
-    losses: list[float] = []
-    candidates = real.targets.clone() if real is not None else None
-    if loss == "rc" and real is not None:  # at first every candidate is as likely
-        real.targets.div_(real.targets.sum(dim=-1, keepdim=True))
-    per_pass = max(1, leading.images // leading.batch)
-    for step in range(steps):
-        if loss == "rc" and real is not None and step and step % per_pass == 0:
-            real.targets.copy_(_confidences(learner, real, candidates))
-        drawn = [next(source.positions) for source in sources]
-        # One pass of the tower serves all batches.
-        parts = [source.images_at(at) for source, at in zip(sources, drawn, strict=True)]
-        together = learner.logits(Batch.joined(parts))
-        logits = torch.split(together, [len(at) for at in drawn])
-        total = sum(
-            (s.weight * s.loss(z, at) for s, z, at in zip(sources, logits, drawn, strict=True)),
-            start=torch.zeros(()),
-        )
-        if not torch.isfinite(total):
-            raise FloatingPointError(f"the loss became {total.item()} after {len(losses)} steps")
-        optimiser.zero_grad()
-        total.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(learner.prompt, settings.clip)
+    runs = [_Run(training) for training in trainings]
+    optimiser = torch.optim.SGD([run.group() for run in runs], momentum=MOMENTUM)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, [run.rate for run in runs])
+    while going := [run for run in runs if run.goes_on]:
+        drawn = [run.draw() for run in going]
+        # One pass of the tower serves all batches of all prompts.
+        logits = logits_together([run.asked.learner for run in going], [b for b, _ in drawn])
+        totals = [run.total(z, at) for run, z, (_, at) in zip(going, logits, drawn, strict=True)]
+        sound = [(run, total) for run, total in zip(going, totals, strict=True) if run.goes_on]
+        if not sound:
+            continue
+        optimiser.zero_grad()  # who is over has no gradient from now on, and stays as it is
+        torch.autograd.backward([total for _, total in sound])
+        for run, _ in sound:
+            torch.nn.utils.clip_grad_norm_(run.asked.learner.prompt, run.asked.settings.clip)
         optimiser.step()
         schedule.step()
-        losses.append(total.item())
-        report(step + 1, steps)
-    last = losses[-max(1, steps // 10) :]
-    return sum(last) / len(last)
+        for run, total in sound:
+            run.losses.append(total.item())
+            run.asked.report(len(run.losses), run.steps)
+    return [run.problem or run.last_loss() for run in runs]
+
+
+class _Run:
+    """A training on its way."""
+
+    def __init__(self, asked: Training) -> None:
+        self.asked = asked
+        self.sources = _sources(asked, torch.Generator().manual_seed(asked.seed))
+        leading, settings = self.sources[0], asked.settings
+        self.per_pass = max(1, leading.images // leading.batch)
+        self.steps = settings.steps or settings.epochs * self.per_pass
+        self.losses: list[float] = []  # one a step
+        self.problem: FloatingPointError | None = None
+        self.reweighted = asked.real if asked.loss == "rc" else None
+        if self.reweighted is not None:  # at first every candidate is as likely
+            targets = self.reweighted.targets
+            self.candidates = targets.clone()
+            targets.div_(targets.sum(dim=-1, keepdim=True))
+
+    @property
+    def goes_on(self) -> bool:
+        return self.problem is None and len(self.losses) < self.steps
+
+    def group(self) -> dict[str, Any]:
+        """What the optimiser should do."""
+        settings = self.asked.settings
+        return {
+            "params": [self.asked.learner.prompt],
+            "lr": settings.learning_rate,
+            "weight_decay": settings.weight_decay,
+        }
+
+    def rate(self, step: int) -> float:
+        return learning_rate_factor(step, self.steps, self.asked.settings.warmup)
+
+    def draw(self) -> tuple[Batch, list[Tensor]]:
+        """Images of the next step, and the positions that each source drew."""
+        step = len(self.losses)
+        if self.reweighted is not None and step and step % self.per_pass == 0:
+            confidences = _confidences(self.asked.learner, self.reweighted, self.candidates)
+            self.reweighted.targets.copy_(confidences)
+        drawn = [next(source.positions) for source in self.sources]
+        parts = [source.images_at(at) for source, at in zip(self.sources, drawn, strict=True)]
+        return Batch.joined(parts), drawn
+
+    def total(self, together: Tensor, drawn: list[Tensor]) -> Tensor:
+        """The loss of a step, which is a problem where it is not finite."""
+        logits = torch.split(together, [len(at) for at in drawn])
+        losses = [
+            source.weight * source.loss(z, at)
+            for source, z, at in zip(self.sources, logits, drawn, strict=True)
+        ]
+        total = sum(losses, start=torch.zeros(()))
+        if not torch.isfinite(total):
+            self.problem = FloatingPointError(
+                f"the loss became {total.item()} after {len(self.losses)} steps"
+            )
+        return total
+
+    def last_loss(self) -> float:
+        last = self.losses[-max(1, self.steps // 10) :]
+        return sum(last) / len(last)
 
 
 @dataclass(frozen=True)
@@ -120,16 +174,10 @@ class _Source:
     positions: Iterator[Tensor]
 
 
-def _sources(
-    real: Targeted | None,
-    labelled: Labelled | None,
-    synthetic: Labelled | None,
-    synthetic_weight: float,
-    loss: str,
-    settings: TrainSettings,
-    generator: torch.Generator,
-) -> list[_Source]:
+def _sources(asked: Training, generator: torch.Generator) -> list[_Source]:
     """The first decides how many steps there are."""
+    real, labelled, synthetic = asked.real, asked.labelled, asked.synthetic
+    settings = asked.settings
     found: list[_Source] = []
 
     def add(
@@ -141,7 +189,7 @@ def _sources(
 
     if real is not None:
         targets = real.targets
-        add(real.batch, settings.batch, lambda z, at: LOSSES[loss](z, targets[at]), 1.0)
+        add(real.batch, settings.batch, lambda z, at: LOSSES[asked.loss](z, targets[at]), 1.0)
     if labelled is not None and len(labelled):
         labels = labelled.labels
         size = settings.batch
@@ -153,13 +201,9 @@ def _sources(
         add(labelled.batch, size, lambda z, at: cross_entropy(only(z, known), labels[at]), weight)
     if synthetic is not None and len(synthetic):
         drawn = synthetic.labels
-        weight = synthetic_weight if found else 1.0
+        weight = asked.synthetic_weight if found else 1.0
         size = settings.synthetic_batch
         add(synthetic.batch, size, lambda z, at: cross_entropy(z, drawn[at]), weight)
-    if not found:
-        raise ValueError(
-            "there is nothing to train on: no pseudo-labelled, labelled or drawn image"
-        )
     return found
 
 
@@ -235,6 +279,5 @@ def confidence(logits: Tensor, candidates: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _confidences(learner: PromptLearner, real: Targeted, candidates: Tensor | None) -> Tensor:
-    assert candidates is not None
+def _confidences(learner: PromptLearner, real: Targeted, candidates: Tensor) -> Tensor:
     return confidence(learner.logits(real.batch), candidates)

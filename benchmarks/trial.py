@@ -36,7 +36,7 @@ from air_core.datasets import get_dataset
 from air_core.prompts.text import TextPrompt
 from air_core.pseudo_labels import assign, capacity
 from air_core.specs import PromptSettings, PseudoLabelSettings, TrainSettings
-from air_core.training import Targeted, fit
+from air_core.training import Targeted, Training, fit
 from air_core.types import Batch
 from benchmarks.text_step import one_sequence_a_class, random_vit_b_32
 
@@ -78,18 +78,17 @@ def measure(
     names = get_dataset(DATASET).classnames
     learner = kind(PromptSettings(), backbone, names, seed=1)
     settings = TrainSettings(batch=BATCH, steps=steps, warmup=0.0)
-    trained = seconds(
-        lambda: fit(
-            learner,
-            real=real,
-            labelled=None,
-            synthetic=None,
-            synthetic_weight=0.0,
-            loss="cc",
-            settings=settings,
-            seed=0,
-        )
+    training = Training(
+        learner=learner,
+        real=real,
+        labelled=None,
+        synthetic=None,
+        synthetic_weight=0.0,
+        loss="cc",
+        settings=settings,
+        seed=0,
     )
+    trained = seconds(lambda: fit([training]))
 
     @torch.no_grad()
     def label() -> None:

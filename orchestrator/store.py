@@ -20,7 +20,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,14 @@ class Artifact:
     key: ArtifactKey
     path: Path
     record: dict[str, Any]
+
+
+@dataclass
+class Building:
+    """An artifact in the making: its folder, and what the record should say (plain data)."""
+
+    folder: Path
+    info: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -123,32 +131,44 @@ class ArtifactStore:
         Raises:
             MissingArtifact: it is missing and this store is read-only.
         """
-        if self.has(spec) or not self.writable:
-            return self.get(spec)
-        key = artifact_key(spec)
-        # Locks are taken upstream: a builder may ask for what its own spec nests.
-        with self.turn(key.digest):
-            if not self.has(spec):  # nobody has built it meanwhile
-                self._build(spec, key, build)
+        if self.writable and not self.has(spec):
+            # Locks are taken upstream: a builder may ask for what its own spec nests.
+            with self.turn(artifact_key(spec).digest):
+                if not self.has(spec):  # nobody has built it meanwhile
+                    with self.building(spec) as made:
+                        made.info = build(made.folder)
         return self.get(spec)
 
-    def _build(
-        self, spec: Stage, key: ArtifactKey, build: Callable[[Path], dict[str, Any]]
-    ) -> None:
+    @contextmanager
+    def building(self, spec: Stage, share: float = 1.0) -> Iterator[Building]:
+        """A folder to be filled, published when the block is left without an error.
+
+        Whoever calls it holds the `turn` of the spec's digest.
+
+        Args:
+            share: of the time from here to there; the rest is of what is built beside it.
+
+        Raises:
+            MissingArtifact: this store is read-only.
+        """
+        key = artifact_key(spec)
+        if not self.writable:
+            raise MissingArtifact(f"{key} is not there, and this store is read-only")
         place = self.path(key)
         place.parent.mkdir(parents=True, exist_ok=True)
         work = place.parent / f".{key.digest[:12]}-{uuid.uuid4().hex[:8]}"
         work.mkdir()
         try:
             started = time.time()
-            info = build(work)
+            made = Building(work)
+            yield made
             record = {
                 "key": str(key),
                 "digest": key.digest,
                 "spec": asdict(spec),
-                "info": info,
+                "info": made.info,
                 "started": started,
-                "seconds": round(time.time() - started, 3),
+                "seconds": round((time.time() - started) * share, 3),
                 "host": socket.gethostname(),
                 **maker(),
                 "code": self._note_code(spec),

@@ -86,7 +86,7 @@ class GeneratorResources:
     actors: int | None = knob(None, "null: as many as fit", ge=1)
 
 
-ENCODER_BATCH = 512
+ENCODER_BATCH = 256
 
 
 @dataclass(frozen=True, kw_only=True)

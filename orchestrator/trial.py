@@ -17,13 +17,16 @@ from safetensors.numpy import load_file, save_file
 
 from air_core.normal import normalised
 from air_core.specs import SplitSettings, TrialSpec
+from orchestrator.keys import artifact_key
 from orchestrator.store import Artifact, ArtifactStore
+from orchestrator.sweep import ENCODER_BATCH
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
 
+    from air_core.method import Learning
     from air_core.types import Labelled, Metrics
 
 
@@ -88,11 +91,47 @@ def run_trial(
     Raises:
         MissingArtifact: an input was not prepared.
     """
+    if store.writable and not store.has(spec):
+        from air_core.method import learn_together
+
+        [problem] = learn_together([recorded(spec, store, device, share_done)])
+        if problem is not None:
+            raise problem
+    return read_trial(spec, store)
+
+
+def recorded(
+    spec: TrialSpec,
+    store: ArtifactStore,
+    device: str = "cpu",
+    share_done: Callable[[float], None] = lambda share: None,
+    replicas: int = 1,
+    batch: int = ENCODER_BATCH,
+) -> Learning[None]:
+    """A trial from its inputs to its record, for `learn_together`.
+
+    Args:
+        replicas: how many are run side by side, this one included. Its record says so, where it is
+            more than one: its last digits may depend on that.
+        batch: images at a time through a tower, where no gradient is asked for.
+    """
+    # torch and CLIP are needed here only: reading a record must not cost their import.
+    import torch
+
+    # On one thread a CPU trial can be repeated bit for bit.
+    torch.set_num_threads(1)
     spec = normalised(spec)
-    run = _run if spec.test_dataset is None else _run_elsewhere
-    return _record(
-        store.get_or_build(spec, lambda folder: run(spec, store, device, share_done, folder))
-    )
+    with store.turn(artifact_key(spec).digest):
+        if store.has(spec):  # somebody else has run it meanwhile
+            return
+        with store.building(spec, share=1 / replicas) as made:
+            if spec.test_dataset is None:
+                made.info = yield from _run(spec, store, device, share_done, made.folder, batch)
+            else:
+                made.info = _run_elsewhere(spec, store, device, share_done, made.folder)
+            if replicas > 1:
+                made.info["replicas"] = replicas
+                made.info["metrics"]["time/train_s"] /= replicas
 
 
 def _record(artifact: Artifact) -> TrialRecord:
@@ -115,18 +154,16 @@ def _run(
     device: str,
     share_done: Callable[[float], None],
     folder: Path,
-) -> dict[str, Any]:
-    # torch and CLIP are needed here only: reading a record must not cost their import.
+    batch: int,
+) -> Learning[dict[str, Any]]:
     import torch
 
     from air_core.datasets import get_dataset
     from air_core.evaluation import measured
-    from air_core.method import Progress, TrialData, learn
+    from air_core.method import Progress, TrialData, learning
     from orchestrator.stages import read_target
     from orchestrator.workshop import Workshop
 
-    # On one thread a CPU trial can be repeated bit for bit.
-    torch.set_num_threads(1)
     started = time.monotonic()
     reader = store.read_only()
     target = read_target(spec.features, spec.split, reader, spec.tokens)
@@ -134,7 +171,9 @@ def _run(
     dataset = get_dataset(spec.dataset.name)
     row = spec.synthetic_features
     data = TrialData(
-        backbone=Workshop(reader, device=device).backbone(spec.backbone, spec.precision),
+        backbone=Workshop(reader, device=device, batch=batch).backbone(
+            spec.backbone, spec.precision
+        ),
         classnames=dataset.classnames,
         template=dataset.template,
         pool=target.batch(split.pool),
@@ -161,7 +200,7 @@ def _run(
         for name, value in values.items():
             curves.setdefault(name, []).append(value)
 
-    result = learn(spec, data, watch, share_done)
+    result = yield from learning(spec, data, watch, share_done)
     _keep_predictions(split.test, result.test, data.test, folder)
     if result.prompt is not None:
         save_file({"prompt": result.prompt.numpy()}, folder / PROMPT)

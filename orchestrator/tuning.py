@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ from orchestrator.board import Note, watched
 from orchestrator.dispatch import Dispatcher
 from orchestrator.failures import Failure, OutOfTime, classify, of_death
 from orchestrator.keys import artifact_key
+from orchestrator.replicas import run_trials
 from orchestrator.sweep import Resources
-from orchestrator.trial import run_trial
 from orchestrator.workshop import Workshop
 
 
@@ -37,7 +37,7 @@ class Figures:
 
 
 class TrialRunner(tune.Trainable):  # type: ignore[misc]
-    """Runs the trials of one point, one after the other."""
+    """Runs the trials of one point."""
 
     def setup(
         self, config: dict[str, Any], shop: Workshop, board: Any, limit: float | None
@@ -51,13 +51,15 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]
 
     def step(self) -> dict[str, Any]:
         started = time.monotonic()
-        failures = []
+        specs = self.job["trials"]
         shop = self.shop.with_less(self.job["halvings"])
-        for slot, spec in zip(self.job["slots"], self.job["trials"], strict=True):
-            note = Note(self.board, f"trial {slot}")
-            failure = attempt(spec, shop, note.share, self.limit)
-            if failure is not None:
-                failures.append((artifact_key(spec).digest, failure))
+        notes = [Note(self.board, f"trial {slot}") for slot in self.job["slots"]]
+        found = attempt(specs, shop, lambda place, share: notes[place].share(share), self.limit)
+        failures = [
+            (artifact_key(spec).digest, failure)
+            for spec, failure in zip(specs, found, strict=True)
+            if failure is not None
+        ]
         return {
             "number": self.job["number"],
             "failures": failures,
@@ -67,30 +69,35 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]
 
 
 def attempt(
-    spec: TrialSpec,
+    specs: Sequence[TrialSpec],
     shop: Workshop,
-    share_done: Callable[[float], None],
+    share_done: Callable[[int, float], None],
     limit: float | None = None,
-) -> Failure | None:
-    """Run a trial; what went wrong is returned, not raised.
+) -> list[Failure | None]:
+    """Run trials; what went wrong with each is returned, not raised.
 
     Args:
-        limit: seconds that it may take.
+        limit: seconds that each may take; side by side they have so many together.
     """
     started = time.monotonic()
 
-    def told(share: float) -> None:  # after each step, so that nothing has to be killed
-        share_done(share)
-        if limit is not None and time.monotonic() - started > limit:
-            raise OutOfTime(f"over {limit:g} s at {share:.0%} of its training")
+    def told(place: int, share: float) -> None:  # after each step, so that nothing has to be killed
+        share_done(place, share)
+        if limit is not None and time.monotonic() - started > limit * len(specs):
+            raise OutOfTime(f"over {limit:g} s a trial at {share:.0%} of its training")
 
+    outcomes: Sequence[object]
     try:
-        run_trial(spec, shop.store, shop.device, told)
+        outcomes = run_trials(specs, shop.store, shop.device, told, shop.batch)
     except Exception as problem:
-        where = traceback.extract_tb(problem.__traceback__)[-1]
-        place = f"{Path(where.filename).name}:{where.lineno}"
-        return Failure(classify(problem), f"{type(problem).__name__}: {problem} ({place})")
-    return None
+        outcomes = [problem] * len(specs)
+    return [_failure(one) if isinstance(one, Exception) else None for one in outcomes]
+
+
+def _failure(problem: Exception) -> Failure:
+    where = traceback.extract_tb(problem.__traceback__)[-1]
+    place = f"{Path(where.filename).name}:{where.lineno}"
+    return Failure(classify(problem), f"{type(problem).__name__}: {problem} ({place})")
 
 
 class _NotKept:

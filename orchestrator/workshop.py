@@ -36,17 +36,18 @@ class Workshop:
         return _examples(dataset.name, self.data_root)
 
     def backbone(self, backbone: Ref, precision: str) -> Backbone:
-        return _backbone(backbone.name, self.device, precision)
+        found = _backbone(backbone.name, self.device, precision)
+        found.at_once = self.batch
+        return found
 
     def encoded(
         self, images: Sequence[Image.Image], spec: FeaturesSpec | SyntheticFeaturesSpec
     ) -> np.ndarray:
         """(N, D) features, or (N, T, V) tokens in half precision: they are many."""
         backbone = self.backbone(spec.backbone, spec.precision)
-        parts = [images[i : i + self.batch] for i in range(0, len(images), self.batch)]
         if spec.level == "tokens":
-            return np.concatenate([backbone.image_tokens(part, torch.float16) for part in parts])
-        return np.concatenate([backbone.encode_images(part) for part in parts])
+            return np.asarray(backbone.image_tokens(images, torch.float16))
+        return np.asarray(backbone.encode_images(images))
 
 
 @cache

@@ -17,7 +17,7 @@ from air_core.backbone.vision import check_vision, patch_tokens, prompted_featur
 # B images, C classes, D feature width, W token width, L context length; T tokens of an image,
 # P learned ones, V their width.
 
-ENCODE_BATCH = 256
+AT_ONCE = 256  # images of a pass without gradient; a device short of memory takes fewer
 
 
 class Backbone:
@@ -39,6 +39,7 @@ class Backbone:
         self.preprocess = preprocess
         self.tokenizer = tokenizer
         self.logit_scale = float(model.logit_scale.exp())
+        self.at_once = AT_ONCE
         self._text = getattr(model, "text", model)  # some models keep the tower apart
         self._context = context_encoder(self._text, tokenizer)
 
@@ -78,8 +79,8 @@ class Backbone:
     def encode_images(self, images: Sequence[Image]) -> Tensor:
         """(B, D) on the CPU, in the order given."""
         features = []
-        for start in range(0, len(images), ENCODE_BATCH):
-            pixels = self._pixels(images[start : start + ENCODE_BATCH])
+        for start in range(0, len(images), self.at_once):
+            pixels = self._pixels(images[start : start + self.at_once])
             features.append(_unit(self.model.encode_image(pixels)).cpu())
         return torch.cat(features)
 
@@ -126,8 +127,8 @@ class Backbone:
             ValueError: the vision tower takes no learned tokens.
         """
         tokens = []
-        for start in range(0, len(images), ENCODE_BATCH):
-            pixels = self._pixels(images[start : start + ENCODE_BATCH])
+        for start in range(0, len(images), self.at_once):
+            pixels = self._pixels(images[start : start + self.at_once])
             tokens.append(patch_tokens(self._vision, pixels).to("cpu", dtype or self.dtype))
         return torch.cat(tokens)
 

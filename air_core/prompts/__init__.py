@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from air_core.backbone import Backbone
-from air_core.prompts.text import TextPrompt
+from air_core.prompts.text import TextPrompt, text_logits
 from air_core.prompts.visual import VisualPrompt
 from air_core.specs import PromptSettings
 from air_core.types import Batch
@@ -26,6 +26,18 @@ class PromptLearner(Protocol):
     def prompt(self) -> Parameter:
         """All that is learned."""
         ...
+
+
+def logits_together(learners: Sequence[PromptLearner], batches: Sequence[Batch]) -> list[Tensor]:
+    """(N, C) of each learner for its own batch, differentiable in all prompts.
+
+    Text prompts before the same names share one pass of the tower. Others take turns: a visual
+    prompt goes with its images, and a pass of those is bound by arithmetic anyway.
+    """
+    alike = [one for one in learners if type(one) is TextPrompt]
+    if len(alike) == len(learners) and len({one.companions for one in alike}) == 1:
+        return text_logits(alike, batches)
+    return [one.logits(batch) for one, batch in zip(learners, batches, strict=True)]
 
 
 def build_learner(

@@ -29,11 +29,31 @@ class TextPrompt:
 
     def logits(self, batch: Batch) -> Tensor:
         """(N, C) cosine to each class's text, at CLIP's temperature."""
-        weight = self.backbone.encode_context(self.context, self.classnames)  # (C, D)
-        # Features stay where they are, on the CPU; the few class texts come to them.
-        return self.backbone.logit_scale * batch.features @ weight.to(batch.features.device).T
+        [logits] = text_logits([self], [batch])
+        return logits
 
     @property
     def prompt(self) -> Parameter:
         """(L, W)"""
         return self.context
+
+    @property
+    def companions(self) -> tuple[int, int, tuple[str, ...]]:
+        """Equal for prompts that can share a pass of the tower."""
+        return id(self.backbone), len(self.context), self.classnames
+
+
+def text_logits(prompts: Sequence[TextPrompt], batches: Sequence[Batch]) -> list[Tensor]:
+    """Logits (N, C) of each prompt for its own batch, from one pass of the tower.
+
+    The prompts are `companions`; batches lie on one device.
+    """
+    backbone, names = prompts[0].backbone, prompts[0].classnames
+    contexts = torch.stack([prompt.context for prompt in prompts])  # (R, L, W)
+    weights = backbone.encode_context(contexts, names)  # (R, C, D)
+    # Features stay where they are, on the CPU; the few class texts come to them.
+    weights = weights.to(batches[0].features.device)
+    return [
+        backbone.logit_scale * batch.features @ weight.T
+        for batch, weight in zip(batches, weights, strict=True)
+    ]

@@ -14,8 +14,6 @@ from air_core.classifiers import class_texts
 from air_core.specs import PromptSettings
 from air_core.types import Batch
 
-CHUNK = 256  # images of a pass without gradient
-
 
 class VisualPrompt:
     """`[CLS] v1 ... vP patches`, v learned: before the first block, or new ones in every block."""
@@ -42,7 +40,7 @@ class VisualPrompt:
         """(N, C) cosine to each class's text, at CLIP's temperature."""
         if batch.tokens is None:
             raise ValueError("a visual prompt needs image tokens; these images have features only")
-        size = len(batch) if torch.is_grad_enabled() else CHUNK
+        size = len(batch) if torch.is_grad_enabled() else self.backbone.at_once
         parts = torch.split(batch.tokens, max(1, size))
         features = torch.cat([self._encoded(tokens) for tokens in parts])  # (N, D)
         return self.backbone.logit_scale * features @ self.weight.T.to("cpu")

@@ -25,7 +25,7 @@ from air_core.pseudo_labels import STRATEGIES, capacity
 from air_core.pseudo_labels.candidates import candidate_sets
 from air_core.pseudo_labels.top_k import balanced_choice
 from air_core.specs import PseudoLabelSettings, TrainSettings
-from air_core.training import LOSSES, Targeted, confidence, fit
+from air_core.training import LOSSES, Targeted, Training, confidence, fit
 from air_core.types import Batch, PseudoLabels
 from tests.fixtures.reference import make
 
@@ -350,8 +350,8 @@ def test_rc_training_starts_from_even_confidence_as_in_cpl():
     """A set of three classes weighs as much as a set of one."""
     real = Targeted(Batch(torch.eye(2)), torch.tensor([[1.0, 1.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0]]))
     settings = TrainSettings(steps=1, batch=2)
-    loss = fit(
-        _Flat(),
+    training = Training(
+        learner=_Flat(),
         real=real,
         labelled=None,
         synthetic=None,
@@ -360,7 +360,7 @@ def test_rc_training_starts_from_even_confidence_as_in_cpl():
         settings=settings,
         seed=0,
     )
-    assert loss == pytest.approx(math.log(4))
+    assert fit([training]) == [pytest.approx(math.log(4))]
 
 
 # ---------------------------------------------------------------- GRIP: leader boards

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from air_core.specs import TrainSettings
 from air_core.training import (
     LOSSES,
     Targeted,
+    Training,
     candidate_loss,
     confidence,
     fit,
@@ -60,8 +62,8 @@ def trained(
     loss: str = "cc",
 ) -> tuple[Linear, float]:
     learner, real = Linear(), real or images()
-    last = fit(
-        learner,
+    training = Training(
+        learner=learner,
         real=Targeted(real.batch, one_hot(real.labels, 3).float()),
         labelled=labelled,
         synthetic=synthetic,
@@ -70,6 +72,9 @@ def trained(
         settings=settings,
         seed=seed,
     )
+    [last] = fit([training])
+    if isinstance(last, FloatingPointError):
+        raise last
     return learner, last
 
 
@@ -182,8 +187,8 @@ def marked(count: int) -> Labelled:
 def seen(settings: TrainSettings, count: int = 12) -> int:
     learner = Linear(width=count)
     targets = one_hot(torch.zeros(count, dtype=torch.long), 3).float()
-    fit(
-        learner,
+    training = Training(
+        learner=learner,
         real=Targeted(marked(count).batch, targets),
         labelled=None,
         synthetic=None,
@@ -192,6 +197,7 @@ def seen(settings: TrainSettings, count: int = 12) -> int:
         settings=settings,
         seed=0,
     )
+    fit([training])
     return int((learner.weight.detach().abs().sum(dim=1) > 0).sum())
 
 
@@ -221,8 +227,9 @@ def test_synthetic_images_teach_what_the_real_ones_do_not():
 
 def alone(settings: TrainSettings, **sources: Labelled | None) -> Linear:
     learner = Linear()
-    given = {"real": None, "labelled": None, "synthetic": None, **sources}
-    fit(learner, **given, synthetic_weight=1.0, loss="cc", settings=settings, seed=0)
+    given: dict[str, Any] = {"real": None, "labelled": None, "synthetic": None, **sources}
+    given |= {"synthetic_weight": 1.0, "loss": "cc", "settings": settings, "seed": 0}
+    fit([Training(learner=learner, **given)])
     return learner
 
 
@@ -261,7 +268,8 @@ def test_rc_comes_to_believe_in_one_of_the_candidates():
     real = Targeted(data.batch, targets.clone())
     learner = Linear()
     given = {"labelled": None, "synthetic": None, "synthetic_weight": 0.0, "seed": 0}
-    fit(learner, real=real, loss="rc", settings=replace(PLAIN, steps=200), **given)
+    settings = replace(PLAIN, steps=200)
+    fit([Training(learner=learner, real=real, loss="rc", settings=settings, **given)])
     believed = real.targets[::2].gather(1, data.labels[::2, None])
     assert (believed > 0.8).double().mean() > 0.9
     assert ((real.targets > 0) <= (targets > 0)).all()

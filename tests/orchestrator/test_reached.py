@@ -84,7 +84,7 @@ EDITS = [
     # file, old, new, which of features, labels, trials change
     ("training.py", "MOMENTUM = 0.9", "MOMENTUM = 0.8", [False, False, True]),
     ("training.py", "MOMENTUM = 0.9", "MOMENTUM  =  0.9  # a comment", [False] * 3),
-    ("training.py", '"""Train the prompt in place.', '"""Train it.', [False] * 3),
+    ("classifiers.py", '"""Blend the text', '"""Mix the text', [False] * 3),
     ("classifiers.py", ".softmax(", ".mul(1.0).softmax(", [False, True, True]),
     ("datasets/digits.py", "16", "17", [True, True, False]),
     ("datasets/cub.py", '"1": "train"', '"2": "train"', [False] * 3),

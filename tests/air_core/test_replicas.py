@@ -1,0 +1,283 @@
+"""Prompts that are trained side by side: each as if it were alone, in success and in failure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize, one_hot
+
+from air_core.backbone import Backbone
+from air_core.backbone.loading import load_backbone
+from air_core.datasets import get_dataset
+from air_core.method import Progress, TrialData, learn_together, learning
+from air_core.paradigms import make_split
+from air_core.prompts import build_learner, logits_together
+from air_core.specs import PromptSettings, SplitSettings, TrainSettings, TrialSpec
+from air_core.training import Targeted, Training, fit
+from air_core.types import Batch, Labelled, TrialResult
+from air_core.weights import tiny_folder
+
+NAMES = ("tree", "annual crop land", "river", "highway or road")
+CLOSE = {torch.float32: 1e-5, torch.float64: 1e-10}  # of the norm
+
+
+def small_tower() -> Backbone:
+    """Three random layers with CLIP's own vocabulary."""
+    import open_clip
+
+    torch.manual_seed(0)
+    vision = {"layers": 1, "width": 32, "head_width": 16, "patch_size": 16, "image_size": 32}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 4, "layers": 3}
+    model = open_clip.CLIP(embed_dim=48, vision_cfg=vision, text_cfg=text)
+    return Backbone(model, None, open_clip.get_tokenizer("ViT-B-32"))
+
+
+@contextmanager
+def computing_in(dtype: torch.dtype) -> Iterator[None]:
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(
+    params=[(n, d) for n in ("tiny", "random") for d in CLOSE],
+    ids=lambda param: f"{param[0]}-{str(param[1])[-7:]}",
+)
+def tower(request) -> Iterator[tuple[Backbone, float]]:
+    """A CLIP, and how close results have to be."""
+    name, dtype = request.param
+    clip = load_backbone(tiny_folder()) if name == "tiny" else small_tower()
+    clip.model.to(dtype)
+    with computing_in(dtype):
+        yield clip, CLOSE[dtype]
+
+
+def images(clip: Backbone, count: int, seed: int) -> Labelled:
+    width = clip.model.text_projection.shape[1]
+    features = torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
+    return Labelled(Batch(normalize(features, dim=-1)), torch.arange(count) % len(NAMES))
+
+
+def apart(one: Tensor, other: Tensor) -> float:
+    return ((one - other).norm() / other.norm()).item()
+
+
+def test_logits_and_gradients_of_several_prompts_are_those_of_each_alone(tower):
+    clip, close = tower
+    learners = [
+        build_learner("text", PromptSettings(length=5), clip, NAMES, "{}", seed)
+        for seed in range(3)
+    ]
+    batches = [images(clip, count, count).batch for count in (4, 7, 5)]
+    parts = [torch.randn(len(batch), len(NAMES)) for batch in batches]  # of the gradient
+
+    def found(every: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        torch.autograd.backward([(z * part).sum() for z, part in zip(every, parts, strict=True)])
+        gradients = [learner.prompt.grad for learner in learners]
+        for learner in learners:
+            learner.prompt.grad = None
+        return list(zip(every, gradients, strict=True))
+
+    together = found(logits_together(learners, batches))
+    alone = found([one.logits(batch) for one, batch in zip(learners, batches, strict=True)])
+    for ours, theirs in zip(together, alone, strict=True):
+        assert apart(ours[0], theirs[0]) < close
+        assert apart(ours[1], theirs[1]) < close
+
+
+# ---------------------------------------------------------------- training
+
+
+def training(clip: Backbone, seed: int, **changes: Any) -> Training:
+    """Another prompt and other images for each seed."""
+    real = images(clip, 24, seed)
+    given: dict[str, Any] = {
+        "learner": build_learner("text", PromptSettings(length=3), clip, NAMES, "{}", seed),
+        "real": Targeted(real.batch, one_hot(real.labels, len(NAMES)).to(real.batch.features)),
+        "labelled": None,
+        "synthetic": None,
+        "synthetic_weight": 0.0,
+        "loss": "cc",
+        "settings": TrainSettings(steps=6, batch=8, synthetic_batch=5, learning_rate=0.1),
+        "seed": seed,
+    }
+    return Training(**(given | changes))
+
+
+def various(clip: Backbone) -> list[Training]:
+    """Trainings that differ in whatever they can."""
+    settings = training(clip, 0).settings
+    synthetic = images(clip, 16, 50)
+    return [
+        training(clip, 1),
+        training(clip, 2, settings=replace(settings, learning_rate=0.02, weight_decay=0.3)),
+        training(clip, 3, settings=replace(settings, steps=9, warmup=0.4), loss="rc"),
+        training(clip, 4, synthetic=synthetic, synthetic_weight=0.7),
+        training(clip, 5, labelled=images(clip, 8, 60), settings=replace(settings, steps=2)),
+        training(clip, 6, real=None, synthetic=synthetic, settings=replace(settings, clip=0.01)),
+    ]
+
+
+def test_trainings_side_by_side_come_to_what_each_comes_to_alone(tower):
+    clip, close = tower
+    together, alone = various(clip), various(clip)
+    losses = fit(together)
+    for ours, theirs, loss in zip(together, alone, losses, strict=True):
+        assert loss == pytest.approx(fit([theirs])[0], rel=100 * close)
+        assert apart(ours.learner.prompt, theirs.learner.prompt) < 10 * close
+
+
+def test_each_training_is_told_of_its_own_steps(tiny_clip):
+    told: list[list[tuple[int, int]]] = [[], []]
+    settings = TrainSettings(batch=8)
+    short, long = (replace(settings, steps=steps) for steps in (2, 3))
+    fit(
+        [
+            training(tiny_clip, 1, settings=short, report=lambda *now: told[0].append(now)),
+            training(tiny_clip, 2, settings=long, report=lambda *now: told[1].append(now)),
+        ]
+    )
+    assert told == [[(1, 2), (2, 2)], [(1, 3), (2, 3), (3, 3)]]
+
+
+def test_a_training_whose_loss_is_no_number_ends_alone(tiny_clip):
+    damaged = images(tiny_clip, 24, 2)
+    damaged.batch.features[3] = math.nan
+    labels = one_hot(damaged.labels, len(NAMES)).float()
+    broken = training(tiny_clip, 2, real=Targeted(damaged.batch, labels))
+    first, second, third = training(tiny_clip, 1), broken, training(tiny_clip, 3)
+    losses = fit([first, second, third])
+    assert isinstance(losses[1], FloatingPointError)
+    assert "the loss became nan after" in str(losses[1])
+    for survivor, loss, seed in ((first, losses[0], 1), (third, losses[2], 3)):
+        alone = training(tiny_clip, seed)
+        assert fit([alone])[0] == pytest.approx(loss, rel=1e-4)
+        assert apart(survivor.learner.prompt, alone.learner.prompt) < 1e-4
+
+
+def test_prompts_that_share_no_pass_take_turns(tiny_clip):
+    """Of another length, and of another kind."""
+    settings = TrainSettings(steps=2, batch=4)
+    pixels = torch.randn(8, 17, tiny_clip.patch_width, generator=torch.Generator().manual_seed(0))
+    real = images(tiny_clip, 8, 1)
+    real = Labelled(Batch(real.batch.features, pixels), real.labels)
+    targeted = Targeted(real.batch, one_hot(real.labels, len(NAMES)).float())
+
+    def mixed() -> list[Training]:
+        made = [("text", 3), ("text", 4), ("visual", 2)]
+        return [
+            training(
+                tiny_clip,
+                seed=at,
+                real=targeted,
+                settings=settings,
+                learner=build_learner(
+                    kind, PromptSettings(length=length), tiny_clip, NAMES, "{}", at
+                ),
+            )
+            for at, (kind, length) in enumerate(made)
+        ]
+
+    together, alone = mixed(), mixed()
+    fit(together)
+    for ours, theirs in zip(together, alone, strict=True):
+        fit([theirs])
+        assert apart(ours.learner.prompt, theirs.learner.prompt) < 1e-5
+
+
+# ---------------------------------------------------------------- whole trials
+
+
+@pytest.fixture(scope="module")
+def digits() -> TrialData:
+    """A third of the digits in double precision; pool images stand in for drawn ones."""
+    clip = load_backbone(tiny_folder())
+    dataset = get_dataset("digits")
+    examples = dataset.load(None)
+    some = torch.arange(0, len(examples.labels), 3)
+    labels = torch.from_numpy(examples.labels)[some]
+    features = clip.encode_images([examples.images[at] for at in some.tolist()])
+    clip.model.double()
+    every = Labelled(Batch(normalize(features.double(), dim=-1)), labels)
+    split = make_split(labels.numpy(), examples.parts[some.numpy()], SplitSettings())
+    noise = 0.05 * torch.randn(100, 128, generator=torch.Generator().manual_seed(0))
+    drawn = every[split.pool[:100]]
+    moved = normalize(drawn.batch.features + noise.double()[:, : features.shape[1]], dim=-1)
+    return TrialData(
+        backbone=clip,
+        classnames=dataset.classnames,
+        template=dataset.template,
+        pool=every.batch[split.pool],
+        labelled=None,
+        unseen=None,
+        validation=None,
+        test=every[split.test],
+        synthetic=Labelled(Batch(moved), drawn.labels),
+    )
+
+
+def outcomes(
+    specs: list[TrialSpec], data: TrialData, together: bool
+) -> list[tuple[TrialResult | Exception, list[Progress]]]:
+    seen: list[list[Progress]] = [[] for _ in specs]
+    trials = [learning(spec, data, rounds.append) for spec, rounds in zip(specs, seen, strict=True)]
+    with computing_in(torch.float64):
+        if together:
+            ends = learn_together(trials)
+        else:
+            ends = [end for one in trials for end in learn_together([one])]
+    return list(zip(ends, seen, strict=True))
+
+
+def test_whole_trials_side_by_side_choose_the_same_labels_and_test_the_same(trial, digits):
+    """Seeds of a point, and points that differ in weights, rate, and how many rounds they take."""
+    quick = {"iterations": 3, "train__steps": 8, "prompt__length": 4}
+    drawn = {**quick, "synthetic_weight": 0.3, "auxiliary__kind": "prototype"}  # LDA is in float32
+    specs = [
+        *(trial("air", seed=seed, **drawn) for seed in (1, 2, 3)),
+        trial("air", seed=1, fusion_weight=0.2, **drawn),
+        trial("air", seed=1, train__learning_rate=0.05, **{**drawn, "iterations": 2}),
+        trial("cpl", seed=1, **quick),
+    ]
+    image = 1 / len(digits.test)
+    pairs = zip(
+        outcomes(specs, digits, together=True), outcomes(specs, digits, together=False), strict=True
+    )
+    norms = set()
+    for (ours, our_rounds), (theirs, their_rounds) in pairs:
+        assert isinstance(ours, TrialResult)
+        assert isinstance(theirs, TrialResult)
+        for one, other in zip(our_rounds, their_rounds, strict=True):
+            assert one.labels is not None
+            assert other.labels is not None
+            assert torch.equal(one.labels.indices, other.labels.indices)
+            assert torch.equal(one.labels.labels, other.labels.labels)
+        assert abs(ours.test.accuracy - theirs.test.accuracy) < 1.5 * image
+        assert ours.prompt is not None
+        assert theirs.prompt is not None
+        assert apart(ours.prompt, theirs.prompt) < 1e-6
+        norms.add(round(ours.prompt.norm().item(), 9))
+    assert len(norms) == len(specs)  # they are different trials
+
+
+def test_a_trial_that_fails_leaves_the_others_as_they_are(trial, digits):
+    quick = {"iterations": 2, "train__steps": 3, "prompt__length": 4}
+    fine = trial("cpl", seed=1, **quick)
+    nan = trial("cpl", seed=2, train__learning_rate=1e308, **quick)
+    unlabelled = trial("fpl", seed=3, supervision="labelled", **quick)
+    (first, _), (second, _), (third, _) = outcomes([nan, fine, unlabelled], digits, together=True)
+    [(alone, _)] = outcomes([fine], digits, together=False)
+    assert isinstance(first, FloatingPointError)
+    assert isinstance(third, ValueError)
+    assert isinstance(second, TrialResult)
+    assert isinstance(alone, TrialResult)
+    assert torch.equal(second.test.predictions, alone.test.predictions)
