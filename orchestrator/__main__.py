@@ -206,6 +206,50 @@ def ui(
     os.execvpe(argv[0], argv, {**os.environ, **SERVER_ENVIRONMENT})
 
 
+mlflow_app = typer.Typer(no_args_is_help=True, help="Keep MLflow in step with the store.")
+app.add_typer(mlflow_app, name="mlflow")
+
+
+@mlflow_app.command("reconcile")
+def mlflow_reconcile(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="a sweep, or PROJECT/NAME; without: all")
+    ] = None,
+    store: StoreOption = STORE,
+    data_root: DataOption = None,
+    tracking_uri: TrackingOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Tell MLflow what it has missed of sweeps: it was away, or tracking was off.
+
+    airsweep mlflow reconcile quickstart
+
+    airsweep mlflow reconcile --tracking-uri http://mlflow:5000
+    """
+    from orchestrator.reconcile import reconcile, recorded
+
+    names = [name] if name else list(recorded(store))
+    if not names:
+        _fail(f"no sweep was recorded in {store}; run one first, or give --store")
+    found, problems = [], []
+    for one in names:
+        try:
+            found.append(reconcile(*_recorded(one, store, data_root), tracking_uri))
+        except Exception as problem:
+            if name:
+                raise
+            problems.append(problem)  # the others can be told all the same
+            print(f"airsweep: {one}: {problem}", file=sys.stderr)
+    if as_json:
+        print(json.dumps([one.json() for one in found], indent=1))
+    else:
+        for told in found:
+            print(told.line())
+            print(f"  {told.url}", file=sys.stderr)
+    if problems:
+        sys.exit(max(_code_of(problem) for problem in problems))
+
+
 data_app = typer.Typer(no_args_is_help=True, help="Look at datasets on this machine.")
 app.add_typer(data_app, name="data")
 
@@ -373,17 +417,24 @@ def main() -> None:
     except Exception as problem:
         if debug:
             raise
-        from orchestrator.driver import BAD_INPUT, REFUSED, Refused
-        from orchestrator.ledger import SweepBusy
-
-        if isinstance(problem, Refused | SweepBusy):
-            _fail(str(problem), REFUSED)
         if type(problem).__name__ == "SpecError":  # it begins with file:line:column
             print(problem, file=sys.stderr)
-            sys.exit(BAD_INPUT)
-        if isinstance(problem, ValueError):
-            _fail(str(problem), BAD_INPUT)
-        _fail(f"{type(problem).__name__}: {problem} (--debug shows where)", 1)
+            sys.exit(_code_of(problem))
+        code = _code_of(problem)
+        if code == 1:
+            _fail(f"{type(problem).__name__}: {problem} (--debug shows where)", code)
+        _fail(str(problem), code)
+
+
+def _code_of(problem: Exception) -> int:
+    """2 for what a user can get wrong, 3 for what was refused before it started, else 1."""
+    from orchestrator.driver import BAD_INPUT, FAILED, REFUSED, Refused
+    from orchestrator.ledger import SweepBusy
+    from orchestrator.tracking import TrackerAway
+
+    if isinstance(problem, Refused | SweepBusy | TrackerAway):
+        return REFUSED
+    return BAD_INPUT if isinstance(problem, ValueError) else FAILED
 
 
 if __name__ == "__main__":

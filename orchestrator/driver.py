@@ -10,9 +10,8 @@ import getpass
 import json
 import os
 import signal
-import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,13 +20,14 @@ from typing import TYPE_CHECKING, Any
 from air_core.specs import FeaturesSpec, SyntheticFeaturesSpec
 from orchestrator.dispatch import Dispatcher, Outcome
 from orchestrator.ledger import Ledger
+from orchestrator.lineage import commit, diff_digest, dirty, uncommitted
 from orchestrator.plan import Need, Plan, needs_of, plan_sweep, possible_trials
 from orchestrator.publish import Publisher
 from orchestrator.report import rows
 from orchestrator.resolve import Resolver, text_digest
 from orchestrator.results import entries_of, standing
 from orchestrator.screen import Screen
-from orchestrator.store import VERSION, ArtifactStore, write_whole
+from orchestrator.store import VERSION, ArtifactStore, maker, write_whole
 from orchestrator.sweep import Cell, SweepSpec
 from orchestrator.tables import table
 from orchestrator.tracking import Status, SweepRun
@@ -155,6 +155,7 @@ class Run:
 
     def outcome(self, outcome: Outcome) -> None:
         self.tally.states[outcome.state] = self.tally.states.get(outcome.state, 0) + 1
+        told = None
         if not outcome.known:
             fields: dict[str, Any] = {
                 "slot": outcome.slot.id,
@@ -163,11 +164,11 @@ class Run:
             }
             if outcome.state == "failed":
                 fields |= {"failure_class": outcome.failure_class, "message": outcome.message}
-            self.ledger.append(f"trial_{outcome.state}", **fields)
+            told = self.ledger.append(f"trial_{outcome.state}", **fields)
         if outcome.state == "done" and not outcome.known and outcome.record is not None:
             self.tally.add_work("trials", outcome.record.seconds)
             self.gpu_seconds += outcome.record.seconds * self.sweep.resources.trial.gpu
-        self.publisher.trial(outcome)
+        self.publisher.trial(outcome, told)
         self.screen.outcome(outcome)
 
 
@@ -198,12 +199,15 @@ def run_sweep(
             _open_folder(place, sweep, origin or {})
         screen.say(f"{sweep.name}: nothing to do")
         return DONE
-    ledger.lock()
-    publisher = Publisher(sweep, _parent(sweep, place), place.store, tracking_uri)
-    run = Run(sweep, place, screen, publisher, ledger, resolver)
-    _open_folder(place, sweep, origin or {})
+    diff = uncommitted()
     # Workers have no .git and may run as somebody else.
-    os.environ |= {"AIRSWEEP_COMMIT": commit(), "AIRSWEEP_USER": whoami()}
+    made = {"DIRTY": dirty(diff), "COMMIT": commit(), "USER": whoami()}
+    os.environ |= {f"AIRSWEEP_{name}": value for name, value in made.items()}
+    publisher = Publisher(sweep, parent_of(sweep, place, maker()), place.store, tracking_uri)
+    publisher.check(reach=not prepare_only)
+    ledger.lock()
+    run = Run(sweep, place, screen, publisher, ledger, resolver)
+    _open_folder(place, sweep, origin or {}, diff)
     code = FAILED  # what an exception leaves behind
     try:
         ledger.append(
@@ -212,6 +216,7 @@ def run_sweep(
             total=plan.total,
             to_run=plan.to_run,
             pid=os.getpid(),
+            **maker(),
         )
         screen.started(plan)
         code = _work(run, plan, prepare_only)
@@ -226,7 +231,7 @@ def run_sweep(
     return code
 
 
-def _open_folder(place: Place, sweep: SweepSpec, origin: dict[str, Any]) -> None:
+def _open_folder(place: Place, sweep: SweepSpec, origin: dict[str, Any], diff: bytes = b"") -> None:
     place.folder.mkdir(parents=True, exist_ok=True)
     version = place.store.root / "VERSION"
     if not version.exists():
@@ -236,6 +241,8 @@ def _open_folder(place: Place, sweep: SweepSpec, origin: dict[str, Any]) -> None
         path = place.folder / name
         if not path.exists() or path.read_text() != text:
             write_whole(path, text)
+    if diff:
+        write_whole(place.folder / f"uncommitted-{diff_digest(diff)}.diff", diff)
 
 
 def _work(run: Run, plan: Plan, prepare_only: bool) -> int:
@@ -392,18 +399,29 @@ def _close(run: Run, code: int) -> None:
     run.ledger.append("sweep_ended", exit_code=code, seconds=seconds)
     text = json.dumps(outcome, indent=1, sort_keys=True)
     write_whole(run.place.folder / "outcome.json", text)
-    status: Status = "FINISHED" if code == DONE else "FAILED" if code == FAILED else "KILLED"
-    run.publisher.finish(status, lambda: note_of(run.sweep, run.place), _pictures(run.place))
+    run.publisher.finish(
+        status_of(code), lambda: note_of(run.sweep, run.place), sweep_files(run.place)
+    )
 
 
-def _parent(sweep: SweepSpec, place: Place) -> SweepRun:
+def status_of(code: int | None) -> Status:
+    """An exit code as the state of a parent; None: the driver was killed."""
+    return "FINISHED" if code == DONE else "FAILED" if code == FAILED else "KILLED"
+
+
+def parent_of(sweep: SweepSpec, place: Place, made: Mapping[str, Any]) -> SweepRun:
+    """A sweep as a tracker's parent.
+
+    Args:
+        made: who runs it, and with which code: user, commit.
+    """
     return SweepRun(
         sweep=place.name,
         project=place.project,
         spec_hash=text_digest(sweep.text),
         note=sweep.question,
-        user=whoami(),
-        commit=commit(),
+        user=made["user"],
+        commit=made["commit"],
         source=f"airsweep run {sweep.source}",
     )
 
@@ -416,9 +434,10 @@ def note_of(sweep: SweepSpec, place: Place) -> str:
     return f"{table(found, 'md', entries=entries)}\n\n{sweep.question}"
 
 
-def _pictures(place: Place) -> dict[str, Path]:
-    sheet = place.folder / "contact_sheet.png"
-    return {sheet.name: sheet} if sheet.exists() else {}
+def sweep_files(place: Place) -> dict[str, Path]:
+    """What a tracker's parent shows: the contact sheet, and code that was not committed."""
+    found = [place.folder / "contact_sheet.png", *place.folder.glob("uncommitted-*.diff")]
+    return {file.name: file for file in sorted(found) if file.exists()}
 
 
 HIDDEN = ("started", "work")
@@ -459,18 +478,3 @@ def whoami() -> str:
         return os.environ.get("AIRSWEEP_USER") or getpass.getuser()
     except (KeyError, OSError):
         return "unknown"
-
-
-def commit() -> str:
-    """The code's git commit; a Ray job has no .git and is told by AIRSWEEP_COMMIT."""
-    known = os.environ.get("AIRSWEEP_COMMIT")
-    if known:
-        return known
-    done = subprocess.run(
-        ["git", "rev-parse", "HEAD"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.stdout.strip() or "unknown"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -45,13 +46,19 @@ class Ledger:
     def unlock(self) -> None:
         self._lock.release()
 
-    def append(self, event: str, **fields: Any) -> None:
-        """One event, on disk before this returns."""
-        line = json.dumps({"event": event, **fields}, sort_keys=True, allow_nan=False)
+    def append(self, event: str, **fields: Any) -> float:
+        """One event, on disk before this returns.
+
+        Returns:
+            When it was, in seconds since the epoch, as the event says too.
+        """
+        now = round(time.time(), 3)
+        line = json.dumps({"event": event, "time": now, **fields}, sort_keys=True, allow_nan=False)
         with open(self.path, "a", encoding="utf-8") as handle:
             handle.write(line + "\n")
             handle.flush()
             os.fsync(handle.fileno())
+        return now
 
     def events(self) -> Iterator[dict[str, Any]]:
         """All events in order. A last line that a kill cut off is left out."""
