@@ -206,6 +206,63 @@ def ui(
     os.execvpe(argv[0], argv, {**os.environ, **SERVER_ENVIRONMENT})
 
 
+@app.command()
+def repro(
+    run_id: Annotated[
+        str, typer.Argument(metavar="RUN_ID", help="a trial's run in MLflow, or the start of it")
+    ],
+    store: StoreOption = STORE,
+    data_root: DataOption = None,
+    tracking_uri: TrackingOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compute a tracked trial again and compare it, image for image.
+
+    Ends with 0 when it is the same or within tolerance, with 5 when it differs.
+
+    airsweep repro 3f2a9c1d
+
+    airsweep repro 3f2a9c1d --tracking-uri http://mlflow:5000 --json
+    """
+    from orchestrator.driver import DONE, GATE
+    from orchestrator.repro import repro as again
+    from orchestrator.resolve import Resolver
+    from orchestrator.store import ArtifactStore
+
+    found = again(
+        run_id,
+        ArtifactStore(store.absolute(), writable=False),
+        Resolver(store / "digests.json", data_root),
+        tracking_uri,
+        lambda line: print(line, file=sys.stderr),
+    )
+    print(json.dumps(found.json(), indent=1) if as_json else "\n".join(found.lines()))
+    sys.exit(DONE if found.same else GATE)
+
+
+@app.command()
+def diff(
+    a: Annotated[str, typer.Argument(metavar="A", help="a run id, a trial key, or a slot")],
+    b: Annotated[str, typer.Argument(metavar="B", help="another one")],
+    store: StoreOption = STORE,
+    tracking_uri: TrackingOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Why two trials differ: settings, inputs, code, metrics.
+
+    airsweep diff 3f2a9c1d 8b01e7aa
+
+    airsweep diff 3f2a9c1d 8b01e7aa --json
+    """
+    from orchestrator.differences import differences
+    from orchestrator.store import ArtifactStore
+    from orchestrator.tracked import remembered
+
+    there = ArtifactStore(store.absolute(), writable=False)
+    found = differences(*(remembered(one, there, tracking_uri) for one in (a, b)))
+    print(json.dumps(found.json(), indent=1) if as_json else "\n".join(found.lines()))
+
+
 mlflow_app = typer.Typer(no_args_is_help=True, help="Keep MLflow in step with the store.")
 app.add_typer(mlflow_app, name="mlflow")
 
