@@ -7,7 +7,7 @@ Tune measures. Ours: the tracker of `airsweep run`, from opening the sweep to cl
 resolved spec and a picture of each trial, which the callback does not bring. Requests are counted
 where they leave this process, at `requests.Session.send`.
 
-    python benchmarks/tracking_calls.py [--trials 20] [--iterations 10]
+    python benchmarks/tracking_calls.py [--trials 20] [--ray-trials 3] [--iterations 10]
 
 About a minute on two cores. The last line is JSON; `ratio` is requests a trial, baseline over ours;
 `seconds` is what the calls took on the clock.
@@ -164,14 +164,16 @@ def rays(url: str, folder: Path, trials: int, iterations: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=20)
+    parser.add_argument("--ray-trials", type=int, default=3, help="each starts a process")
     parser.add_argument("--iterations", type=int, default=10)
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch, server(Path(scratch)) as url:
         folder = Path(scratch)
         counter, found = Counter(), {}
-        for name, tell in {"ours": ours, "baseline": rays}.items():
-            tell(url, folder, asked.trials, asked.iterations)
-            found[name] = counter.taken()
+        ways = {"ours": (ours, asked.trials), "baseline": (rays, asked.ray_trials)}
+        for name, (tell, trials) in ways.items():
+            tell(url, folder, trials, asked.iterations)
+            found[name] = [figure / trials for figure in counter.taken()]
             print(name, *found[name], file=sys.stderr)
     requests = {name: count for name, (count, _) in found.items()}
     result = {
@@ -180,8 +182,9 @@ def main() -> None:
         "baseline": "Ray's MLflowLoggerCallback in a Tune run, one mlflow server on loopback",
         "trials": asked.trials,
         "iterations": asked.iterations,
-        **{f"{name}_requests_a_trial": count / asked.trials for name, count in requests.items()},
-        **{f"{name}_seconds": round(seconds, 3) for name, (_, seconds) in found.items()},
+        "baseline_trials": asked.ray_trials,
+        **{f"{name}_requests_a_trial": round(count, 2) for name, count in requests.items()},
+        **{f"{name}_seconds_a_trial": round(seconds, 3) for name, (_, seconds) in found.items()},
     }
     print(json.dumps(result))
 

@@ -227,7 +227,7 @@ class MlflowTracker:
         if child.says(run, told):
             return False
         if child.tags.get("air.artifacts") != told.get("air.artifacts"):
-            uploaded = self._upload(opened, child.run_id, child.folder, artifacts)
+            uploaded = self._upload(opened, child.folder, artifacts)
             told = self._child_tags(run, uploaded)
         changed = {key: value for key, value in told.items() if child.tags.get(key) != value}
         params = {key: value for key, value in run.params.items() if key not in child.params}
@@ -335,7 +335,7 @@ class MlflowTracker:
                 files = small_artifacts(artifacts, "the sweep")
                 shown = {"air.artifacts": contents(files)}
                 if opened.tags.get("air.artifacts", "") != shown["air.artifacts"]:
-                    uploaded = self._upload(opened, opened.parent, opened.folder, files)
+                    uploaded = self._upload(opened, opened.folder, files)
                     shown = {"air.artifacts": contents(uploaded)}
                 self._say_of_parent(opened, {MLFLOW_RUN_NOTE: note, **counts, **shown})
                 if opened.status != status:
@@ -377,7 +377,7 @@ class MlflowTracker:
     # Artifacts.
 
     def _upload(
-        self, opened: _Opened, run_id: str, folder: str, artifacts: Mapping[str, Path]
+        self, opened: _Opened, folder: str, artifacts: Mapping[str, Path]
     ) -> dict[str, Path]:
         """Bring artifacts to MLflow; return those that arrived.
 
@@ -389,7 +389,7 @@ class MlflowTracker:
             return arrived
         try:
             for name, path in artifacts.items():
-                put_artifact(opened.client, self._database, run_id, folder, name, path)
+                put_artifact(opened.client, self._database, folder, name, path)
                 arrived[name] = path
         except Trouble as trouble:
             self._uploads_rest_until = time.monotonic() + REST

@@ -36,6 +36,7 @@ from urllib.parse import urlsplit
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from orchestrator.tracking import ARTIFACTS, Point, SeenRun, TrackerAway, TrialRun
@@ -229,7 +230,7 @@ def quiet() -> Iterator[None]:
 
 
 def put_artifact(
-    client: MlflowClient, database: Path | None, run_id: str, folder: str, name: str, path: Path
+    client: MlflowClient, database: Path | None, folder: str, name: str, path: Path
 ) -> None:
     """Bring a file to a run.
 
@@ -250,7 +251,9 @@ def put_artifact(
         named.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, named)
         below = Path(name).parent.as_posix()
-        client.log_artifact(run_id, str(named), None if below == "." else below)
+        # `client.log_artifact` would ask the server for the folder first.
+        files = get_artifact_repository(folder, tracking_uri=client.tracking_uri)
+        files.log_artifact(str(named), None if below == "." else below)
 
 
 def _beside(database: Path | None, folder: str) -> Path | None:
