@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from orchestrator.children import Children
 from orchestrator.dispatch import Outcome
@@ -142,6 +142,8 @@ def _outcome(slot: Slot, noted: Mapping[str, Any], place: Place) -> Outcome | No
                 known=True,
             )
         case "trial_done" | "trial_reused" if place.store.has(slot.spec):
-            state = "done" if noted["event"] == "trial_done" else "reused"
-            return Outcome(slot, state, read_trial(slot.spec, place.store), known=True)  # type: ignore[arg-type]
+            state: Literal["done", "reused"] = (
+                "done" if noted["event"] == "trial_done" else "reused"
+            )
+            return Outcome(slot, state, read_trial(slot.spec, place.store), known=True)
     return None

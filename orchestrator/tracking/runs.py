@@ -253,7 +253,7 @@ def put_artifact(
         below = Path(name).parent.as_posix()
         # `client.log_artifact` would ask the server for the folder first.
         files = get_artifact_repository(folder, tracking_uri=client.tracking_uri)
-        files.log_artifact(str(named), None if below == "." else below)
+        files.log_artifact(str(named), None if below == "." else below)  # type: ignore[no-untyped-call]
 
 
 def _beside(database: Path | None, folder: str) -> Path | None:
