@@ -10,7 +10,6 @@ import getpass
 import json
 import os
 import signal
-import subprocess
 import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ from orchestrator.failures import CLASSES, EQUAL_ERRORS, Failure
 from orchestrator.fit import Machine, misfit, room, this_machine
 from orchestrator.freshness import accept, remedy
 from orchestrator.ledger import Ledger
+from orchestrator.lineage import commit, diff_digest, dirty, uncommitted
 from orchestrator.plan import (
     Need,
     Plan,
@@ -42,7 +42,7 @@ from orchestrator.report import rows
 from orchestrator.resolve import Resolver, text_digest
 from orchestrator.results import entries_of, standing
 from orchestrator.screen import Screen
-from orchestrator.store import VERSION, ArtifactStore, open_store, write_whole
+from orchestrator.store import VERSION, ArtifactStore, maker, open_store, write_whole
 from orchestrator.sweep import Cell, SweepSpec
 from orchestrator.tables import table
 from orchestrator.tracking import Status, SweepRun
@@ -187,6 +187,7 @@ class Run:
     def outcome(self, outcome: Outcome) -> None:
         self.last[outcome.slot.id] = outcome.state  # one that moved to fp32 comes twice
         self.tally.states = dict(Counter(self.last.values()))
+        told = None
         if not outcome.known:
             fields: dict[str, Any] = {
                 "slot": outcome.slot.id,
@@ -195,11 +196,11 @@ class Run:
             }
             if outcome.state == "failed":
                 fields |= {"failure_class": outcome.failure_class, "message": outcome.message}
-            self.ledger.append(f"trial_{outcome.state}", **fields)
+            told = self.ledger.append(f"trial_{outcome.state}", **fields)
         if outcome.state == "done" and not outcome.known and outcome.record is not None:
             self.tally.add_work("trials", outcome.record.seconds)
             self.purse.trial_ended(outcome.slot.cell.id, outcome.record.seconds)
-        self.publisher.trial(outcome)
+        self.publisher.trial(outcome, told)
         self.screen.outcome(outcome)
 
 
@@ -248,13 +249,16 @@ def run_sweep(
     if problem:
         raise Refused(problem)
     use = place.store.use()
+    diff = uncommitted()
+    # Workers have no .git and may run as somebody else.
+    made = {"DIRTY": dirty(diff), "COMMIT": commit(), "USER": whoami()}
+    os.environ |= {f"AIRSWEEP_{name}": value for name, value in made.items()}
+    publisher = Publisher(sweep, parent_of(sweep, place, maker()), place.store, tracking_uri)
+    publisher.check(reach=not prepare_only)
     ledger.lock()
-    publisher = Publisher(sweep, _parent(sweep, place), place.store, tracking_uri)
     purse = Purse(sweep.budget, sweep.resources, read_history(place.store.root))
     run = Run(sweep, place, screen, publisher, ledger, resolver, purse, given_up=given_up)
-    _open_folder(place, sweep, origin or {})
-    # Workers have no .git and may run as somebody else.
-    os.environ |= {"AIRSWEEP_COMMIT": commit(), "AIRSWEEP_USER": whoami()}
+    _open_folder(place, sweep, origin or {}, diff)
     code = FAILED  # what an exception leaves behind
     try:
         ledger.append(
@@ -264,6 +268,7 @@ def run_sweep(
             to_run=plan.to_run,
             asks=plan.asks,
             pid=os.getpid(),
+            **maker(),
         )
         screen.started(plan)
         code = _work(run, plan, prepare_only)
@@ -313,7 +318,7 @@ def _given_up(failures: Mapping[str, Mapping[str, Any]], retry: str | None) -> d
     }
 
 
-def _open_folder(place: Place, sweep: SweepSpec, origin: dict[str, Any]) -> None:
+def _open_folder(place: Place, sweep: SweepSpec, origin: dict[str, Any], diff: bytes = b"") -> None:
     place.folder.mkdir(parents=True, exist_ok=True)
     version = place.store.root / "VERSION"
     if not version.exists():
@@ -323,6 +328,8 @@ def _open_folder(place: Place, sweep: SweepSpec, origin: dict[str, Any]) -> None
         path = place.folder / name
         if not path.exists() or path.read_text() != text:
             write_whole(path, text)
+    if diff:
+        write_whole(place.folder / f"uncommitted-{diff_digest(diff)}.diff", diff)
 
 
 def _work(run: Run, plan: Plan, prepare_only: bool) -> int:
@@ -523,18 +530,29 @@ def _close(run: Run, code: int) -> None:
     run.ledger.append("sweep_ended", exit_code=code, seconds=seconds)
     text = json.dumps(outcome, indent=1, sort_keys=True)
     write_whole(run.place.folder / "outcome.json", text)
-    status: Status = "FINISHED" if code == DONE else "FAILED" if code == FAILED else "KILLED"
-    run.publisher.finish(status, lambda: note_of(run.sweep, run.place), _pictures(run.place))
+    run.publisher.finish(
+        status_of(code), lambda: note_of(run.sweep, run.place), sweep_files(run.place)
+    )
 
 
-def _parent(sweep: SweepSpec, place: Place) -> SweepRun:
+def status_of(code: int | None) -> Status:
+    """An exit code as the state of a parent; None: the driver was killed."""
+    return "FINISHED" if code == DONE else "FAILED" if code == FAILED else "KILLED"
+
+
+def parent_of(sweep: SweepSpec, place: Place, made: Mapping[str, Any]) -> SweepRun:
+    """A sweep as a tracker's parent.
+
+    Args:
+        made: who runs it, and with which code: user, commit.
+    """
     return SweepRun(
         sweep=place.name,
         project=place.project,
         spec_hash=text_digest(sweep.text),
         note=sweep.question,
-        user=whoami(),
-        commit=commit(),
+        user=made["user"],
+        commit=made["commit"],
         source=f"airsweep run {sweep.source}",
     )
 
@@ -547,9 +565,10 @@ def note_of(sweep: SweepSpec, place: Place) -> str:
     return f"{table(found, 'md', entries=entries)}\n\n{sweep.question}"
 
 
-def _pictures(place: Place) -> dict[str, Path]:
-    sheet = place.folder / "contact_sheet.png"
-    return {sheet.name: sheet} if sheet.exists() else {}
+def sweep_files(place: Place) -> dict[str, Path]:
+    """What a tracker's parent shows: the contact sheet, and code that was not committed."""
+    found = [place.folder / "contact_sheet.png", *place.folder.glob("uncommitted-*.diff")]
+    return {file.name: file for file in sorted(found) if file.exists()}
 
 
 HIDDEN = ("started", "work")
@@ -591,18 +610,3 @@ def whoami() -> str:
         return os.environ.get("AIRSWEEP_USER") or getpass.getuser()
     except (KeyError, OSError):
         return "unknown"
-
-
-def commit() -> str:
-    """The code's git commit; a Ray job has no .git and is told by AIRSWEEP_COMMIT."""
-    known = os.environ.get("AIRSWEEP_COMMIT")
-    if known:
-        return known
-    done = subprocess.run(
-        ["git", "rev-parse", "HEAD"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.stdout.strip() or "unknown"

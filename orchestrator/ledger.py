@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -58,14 +59,20 @@ class Ledger:
         except Timeout:
             return True
 
-    def append(self, event: str, **fields: Any) -> None:
-        """One event, on disk before this returns."""
-        line = json.dumps({"event": event, **fields}, sort_keys=True, allow_nan=False)
+    def append(self, event: str, **fields: Any) -> float:
+        """One event, on disk before this returns.
+
+        Returns:
+            When it was, in seconds since the epoch, as the event says too.
+        """
+        now = round(time.time(), 3)
+        line = json.dumps({"event": event, "time": now, **fields}, sort_keys=True, allow_nan=False)
         with open(self.path, "a", encoding="utf-8") as handle:
             handle.write(line + "\n")
             handle.flush()
             os.fsync(handle.fileno())
         self._crash(event)
+        return now
 
     def _crash(self, event: str) -> None:
         name, _, count = os.environ.get(CRASH_AT, "").partition(":")

@@ -43,7 +43,7 @@ def ray_session() -> Iterator[tuple[Machine, ...]]:
 
     # Workers import this package from wherever it lies here, installed or not.
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    told = ("AIRSWEEP_COMMIT", "AIRSWEEP_USER")
+    told = ("AIRSWEEP_COMMIT", "AIRSWEEP_DIRTY", "AIRSWEEP_USER")
     passed = {name: os.environ[name] for name in told if name in os.environ}
     if joined:
         with _muted_errors():

@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import json
 import os
+import platform
 import shutil
 import socket
 import time
@@ -354,9 +355,10 @@ def maker() -> dict[str, str]:
     return {
         "user": os.environ.get("AIRSWEEP_USER", "unknown"),
         "commit": os.environ.get("AIRSWEEP_COMMIT", "unknown"),
+        "dirty": os.environ.get("AIRSWEEP_DIRTY", ""),  # digest of what was not committed
     }
 
 
 def versions() -> dict[str, str]:
-    """Versions of the libraries that results depend on, without importing them."""
-    return {name: version(name) for name in LIBRARIES}
+    """Versions of what results depend on, without importing it."""
+    return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 
 PREDICTIONS, PROMPT = "predictions.safetensors", "prompt.safetensors"
+# What a record says of its making; `code` and `dirty` are digests, `files` has one for each file.
+MADE = ("user", "commit", "dirty", "code", "host", "versions", "files")
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class TrialRecord:
     started: float  # seconds since the epoch
     seconds: float
     path: Path
+    made: Mapping[str, Any] = field(default_factory=dict)  # by whom, with which code, on what
 
     @property
     def headline(self) -> float:
@@ -145,6 +149,10 @@ def _record(artifact: Artifact) -> TrialRecord:
         started=artifact.record["started"],
         seconds=artifact.record["seconds"],
         path=artifact.path,
+        made={
+            **{name: artifact.record[name] for name in MADE if name in artifact.record},
+            "device": info.get("device", ""),
+        },
     )
 
 
@@ -216,6 +224,7 @@ def _run(
         metrics["synthetic/images"] = float(len(data.synthetic))
     metrics["time/train_s"] = round(time.monotonic() - started, 3)
     return {
+        "device": device,
         "metrics": metrics,
         "curves": curves,
         "objectives": result.objectives,
@@ -271,6 +280,7 @@ def _run_elsewhere(
     kept = {name: of for name, of in learned.metrics.items() if not name.startswith(of_home)}
     shown = {"test/accuracy_text": tested.accuracy, "time/test_s": time.monotonic() - started}
     return {
+        "device": device,
         "metrics": kept | _headlines(tested) | shown,
         "curves": {name: of for name, of in learned.curves.items() if not name.startswith(of_home)},
         "objectives": learned.objectives,

@@ -62,7 +62,13 @@ def digits_ref(resolver) -> Ref:
 ROOT = Path(__file__).parents[1]
 
 
-LONG = ("test_runs", "test_generation", "test_job", "test_tracking")  # files, the longest first
+LONG = (
+    "test_runs",
+    "test_generation",
+    "test_job",
+    "test_tracking",
+    "test_outage",
+)  # files, the longest first
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

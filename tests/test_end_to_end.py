@@ -13,7 +13,8 @@ from tests.sweeps import airsweep, environment, write_sweep
 
 def test_help_is_quick_to_import_and_lists_the_commands():
     done = airsweep("--help")
-    for command in ("validate", "plan", "prepare", "run", "status", "table", "ui", "cache"):
+    commands = ("validate", "plan", "prepare", "run", "retry", "status", "table", "ui")
+    for command in (*commands, "cache", "mlflow", "repro", "diff"):
         assert command in done.stdout
     code = (
         "import sys; sys.argv = ['airsweep', '--help']\n"

@@ -1,7 +1,8 @@
 """What a tracker is told about a sweep: one parent, and one child for every outcome.
 
-A tracker is a view. The store and the ledger hold the truth, so whatever a tracker has missed is
-told to it again by the next start. Knows nothing of Ray, of the store or of how a trial runs.
+A tracker is a view. The store and the ledger hold the truth, so whatever a tracker has missed can
+be told to it later (`orchestrator.reconcile`). Knows nothing of Ray, of the store or of how a trial
+runs.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ log = logging.getLogger(__name__)
 
 MAX_METRICS = 30  # keys a child; the columns of a tracker's table are what makes it slow
 MAX_ARTIFACT = 1_000_000  # bytes; images go by reference
+MAX_UNTOLD = 1000  # outcomes that are kept while a tracker is away; the rest is told by reconcile
 
 DATABASE = "mlflow.db"  # both lie in the store's folder and move with it
 ARTIFACTS = "mlartifacts"
@@ -31,6 +33,25 @@ SERVER_ENVIRONMENT = {
 }
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+
+class TrackerAway(RuntimeError):
+    """The tracker does not answer. Said before anything was started; exit code 3."""
+
+
+@dataclass
+class Told:
+    """What a tracker did with what it was told."""
+
+    told: int = 0  # outcomes that it lacked, or had otherwise
+    there: int = 0  # outcomes that it had
+    missed: int = 0  # outcomes that it lacks still
+    sweep: Literal["told", "there", "missed"] = "there"  # the parent, with its end
+
+    @property
+    def nothing(self) -> bool:
+        """Whether it had all of it."""
+        return not self.told and not self.missed and self.sweep == "there"
 
 
 class Point(NamedTuple):
@@ -120,16 +141,40 @@ class TrialRun:
         return {key: points for key, points in series.items() if points}
 
 
-class Tracker(Protocol):
-    """Where people look at sweeps. One writer at a time: the driver."""
+@dataclass(frozen=True, kw_only=True)
+class SeenRun:
+    """A run as a tracker has it."""
 
-    def start(self, run: SweepRun) -> str:
-        """Open the sweep's parent, the one it had before if there is one; return its id."""
+    run_id: str
+    name: str
+    status: str
+    tags: dict[str, str]
+    metrics: dict[str, float]
+    text: str | None  # of the file that was asked for
+
+
+class Tracker(Protocol):
+    """Where people look at sweeps. One writer at a time: who holds the sweep's lock."""
+
+    def check(self) -> None:
+        """See whether it can be told anything, quickly and before any work.
+
+        Raises:
+            ValueError: it answers, and will not let us in.
+            TrackerAway: it does not answer.
+        """
+
+    def start(self, run: SweepRun, *, live: bool = True) -> str:
+        """Open the sweep's parent, the one it had before if there is one; return its id.
+
+        Args:
+            live: it runs now. Else it is only told of, and a parent that is closed stays closed.
+        """
 
     def trial(self, run: TrialRun) -> None:
         """Say what became of a trial. A slot is one child, however often it is told."""
 
-    def finish(self, status: Status, note: str, artifacts: dict[str, Path]) -> None:
+    def finish(self, status: Status, note: str, artifacts: dict[str, Path]) -> Told:
         """Close the parent, and whatever a killed driver has left open below it."""
 
     def url(self) -> str:
@@ -139,15 +184,24 @@ class Tracker(Protocol):
 class NoTracker:
     """Tracking switched off: the store, the ledger and the tables are all there is."""
 
-    def start(self, run: SweepRun) -> str:
+    def check(self) -> None: ...
+
+    def start(self, run: SweepRun, *, live: bool = True) -> str:
         return ""
 
     def trial(self, run: TrialRun) -> None: ...
 
-    def finish(self, status: Status, note: str, artifacts: dict[str, Path]) -> None: ...
+    def finish(self, status: Status, note: str, artifacts: dict[str, Path]) -> Told:
+        return Told()
 
     def url(self) -> str:
         return "nowhere: tracking is off"
+
+
+def uri_of(uri: str | None, store: Path) -> str:
+    """Where a tracker is: as asked, else as MLFLOW_TRACKING_URI says, else the store's file."""
+    asked = uri or os.environ.get("MLFLOW_TRACKING_URI")
+    return asked or f"sqlite:///{store.resolve() / DATABASE}"
 
 
 def make_tracker(uri: str | None, *, store: Path, project: str) -> Tracker:
@@ -162,24 +216,58 @@ def make_tracker(uri: str | None, *, store: Path, project: str) -> Tracker:
     Raises:
         ValueError: the uri is of another kind.
     """
-    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{store.resolve() / DATABASE}"
-    scheme, _, rest = uri.partition(":")
-    match scheme:
+    uri = uri_of(uri, store)
+    match kind_of(uri):
         case "none":
             return NoTracker()
-        case "jsonl" if rest:
+        case "jsonl":
             from orchestrator.tracking.jsonl import JsonlTracker
 
-            return JsonlTracker(Path(rest).absolute(), project=project)
-        case "http" | "https":
+            return JsonlTracker(Path(uri.partition(":")[2]).absolute(), project=project)
+        case "http":
             from orchestrator.tracking.mlflow import MlflowTracker  # seconds to import
 
             return MlflowTracker(uri, project=project, database=None)
-        case "sqlite" if rest.startswith("///") and rest != "///":
+        case "sqlite":
             from orchestrator.tracking.mlflow import MlflowTracker
 
-            database = Path(rest.removeprefix("///")).absolute()
+            database = Path(uri.removeprefix("sqlite:///")).absolute()
             return MlflowTracker(f"sqlite:///{database}", project=project, database=database)
+
+
+def read_run(uri: str | None, store: Path, run_id: str, file: str) -> SeenRun:
+    """A run of MLflow by its id, or by the beginning of one, with the text of one of its files.
+
+    Raises:
+        ValueError: there is no such run, or the uri means no MLflow.
+        TrackerAway: the server does not answer.
+    """
+    uri = uri_of(uri, store)
+    kind = kind_of(uri)
+    if kind not in ("http", "sqlite"):
+        raise ValueError(f"{kind}: has no runs that could be read; give an MLflow --tracking-uri")
+    from orchestrator.tracking.runs import read_run as read
+
+    database = Path(uri.removeprefix("sqlite:///")).absolute() if kind == "sqlite" else None
+    return read(uri, database, run_id, file)
+
+
+def kind_of(uri: str) -> Literal["none", "jsonl", "http", "sqlite"]:
+    """Which tracker a uri means; imports none.
+
+    Raises:
+        ValueError: it means none that we have.
+    """
+    scheme, _, rest = uri.partition(":")
+    match scheme:
+        case "none":
+            return "none"
+        case "jsonl" if rest:
+            return "jsonl"
+        case "http" | "https":
+            return "http"
+        case "sqlite" if rest.startswith("///") and rest != "///":
+            return "sqlite"
     raise ValueError(_unknown(scheme, uri))
 
 

@@ -1,19 +1,20 @@
 """The tracker for machines without MLflow: a line of JSON for everything that is told.
 
 Nothing is ever rewritten. What holds for a slot is its last line, so a file that was told twice, or
-whose writer was killed in mid-line, reads the same as one that was not. Artifacts are not copied:
-lines name them where they are.
+whose writer was killed in mid-line, reads the same as one that was not. Files of a trial are copied
+to a folder beside the lines, `<name>.files`; those of the sweep are named where they are.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from orchestrator.tracking import Status, SweepRun, TrialRun, small_artifacts
+from orchestrator.tracking import Status, SweepRun, Told, TrackerAway, TrialRun, small_artifacts
 
 
 @dataclass
@@ -29,41 +30,76 @@ class JsonlTracker:
         self._path = path
         self._project = project
         self._told = TrackedSweep()
+        self._sweep: dict[str, Any] = {}
+        self._counts = Told()
 
-    def start(self, run: SweepRun) -> str:
+    def check(self) -> None:
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.open("a").close()
+        except OSError as problem:
+            raise TrackerAway(f"{self._path} cannot be written to: {problem}") from problem
+
+    def start(self, run: SweepRun, *, live: bool = True) -> str:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         _end_last_line(self._path)
         name = f"{self._project}/{run.sweep}"
+        self._counts = Told()
         self._told = read(self._path).get(name, TrackedSweep())
-        self._told.sweep = {"id": name, **dataclasses.asdict(run)}
-        self._append({"kind": "sweep", **self._told.sweep, "status": "RUNNING"})
+        self._sweep = {"kind": "sweep", "id": name, **dataclasses.asdict(run)}
+        if live:
+            self._told.sweep = {**self._sweep, "status": "RUNNING"}
+            self._append(self._told.sweep)
         return name
 
     def trial(self, run: TrialRun) -> None:
         points = run.points()
         line = {
             "kind": "trial",
-            "parent": self._told.sweep["id"],
-            **dataclasses.asdict(run),
+            "parent": self._sweep["id"],
+            **dataclasses.asdict(dataclasses.replace(run, artifacts={})),
             "status": run.status,
             "metrics": {key: series[-1].value for key, series in points.items()},
             "curves": {
                 k: [(p.step, p.value) for p in points[k]] for k in run.curves if k in points
             },
-            "artifacts": _places(small_artifacts(run.artifacts, run.name)),
         }
         line = json.loads(json.dumps(line))  # as it will be read: tuples become lists
-        if self._told.trials.get(run.slot) != line:
-            self._append(line)
-            self._told.trials[run.slot] = line
+        known = self._told.trials.get(run.slot, {})
+        if known == {**line, "artifacts": known.get("artifacts")} and (
+            run.artifacts.keys() <= known["artifacts"].keys()  # to look at them may be to make them
+        ):
+            self._counts.there += 1
+            return
+        line["artifacts"] = self._kept(run)
+        if known == line:
+            self._counts.there += 1
+            return
+        self._append(line)
+        self._told.trials[run.slot] = line
+        self._counts.told += 1
 
-    def finish(self, status: Status, note: str, artifacts: dict[str, Path]) -> None:
+    def finish(self, status: Status, note: str, artifacts: dict[str, Path]) -> Told:
         end = {"status": status, "note": note}
-        places = _places(small_artifacts(artifacts, self._told.sweep["id"]))
-        self._append({"kind": "sweep", **self._told.sweep, **end, "artifacts": places})
+        places = _places(small_artifacts(artifacts, self._sweep["id"]))
+        line = {**self._sweep, **end, "artifacts": places}
+        if self._told.sweep != line:
+            self._append(line)
+            self._told.sweep = line
+            self._counts.sweep = "told"
+        return self._counts
 
     def url(self) -> str:
         return str(self._path)
+
+    def _kept(self, run: TrialRun) -> dict[str, str]:
+        """Copies of a trial's files: the originals may be gone when somebody looks."""
+        folder = self._path.with_name(f"{self._path.stem}.files") / run.name
+        places = {}
+        for name, path in small_artifacts(run.artifacts, run.name).items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            places[name] = str(shutil.copyfile(path, folder / name))
+        return places
 
     def _append(self, line: dict[str, Any]) -> None:
         with self._path.open("a", encoding="utf-8") as file:

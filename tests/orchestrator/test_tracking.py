@@ -10,14 +10,12 @@ import dataclasses
 import json
 import os
 import shutil
-import signal
 import socket
 import socketserver
 import subprocess
 import sys
 import threading
 import time
-import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -27,16 +25,15 @@ from typing import Any
 
 import pytest
 
-from orchestrator.publish import FilesOnDemand
+from orchestrator.children import FilesOnDemand
 from orchestrator.tracking import (
     MAX_ARTIFACT,
-    SERVER_ENVIRONMENT,
     SweepRun,
     Tracker,
     TrialRun,
     make_tracker,
-    serve_command,
 )
+from tests.servers import MlflowServer, free_port
 
 ROOT = Path(__file__).parents[2]
 
@@ -218,41 +215,12 @@ def server(fresh_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     tracker.finish("FINISHED", "", {"contact_sheet.png": sources["confusion.png"]})
     shutil.move(home, folder / "after" / "runs")
 
-    port = free_port()
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(
-            serve_command(folder / "after" / "runs", "127.0.0.1", port),
-            env=os.environ | SERVER_ENVIRONMENT | {"OMP_NUM_THREADS": "1"},
-            stdout=log,
-            stderr=log,
-            start_new_session=True,  # its workers go with it
-        )
+    process = MlflowServer(folder / "after" / "runs", folder / "log")
     try:
-        wait_for(f"http://127.0.0.1:{port}/health", process, folder / "log")
-        yield Server(f"http://127.0.0.1:{port}", sweep, files)
+        process.start()
+        yield Server(process.url, sweep, files)
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=20)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    for _ in range(600):
-        with contextlib.suppress(urllib.error.URLError, ConnectionError):
-            urllib.request.urlopen(url, timeout=5).close()
-            return
-        assert process.poll() is None, log.read_text()
-        time.sleep(0.2)
-    raise AssertionError(f"no server after two minutes: {log.read_text()}")
+        process.stop()
 
 
 @pytest.fixture(params=["jsonl", "sqlite", "http"])
@@ -744,13 +712,19 @@ def test_lost_replies_leave_no_second_run(server: Server, lost: str, tmp_path: P
 
 
 def test_an_outage_to_the_end_is_made_good_by_the_next_start(
-    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    server: Server,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("orchestrator.tracking.mlflow.MAX_UNTOLD", 1)  # the second is not kept
     nobody = make_tracker(f"http://127.0.0.1:{free_port()}", store=tmp_path, project="late")
     nobody.start(a_sweep())
     nobody.trial(a_trial())
-    nobody.finish("FINISHED", "", {})
-    assert "lacks the end of the sweep and 1 of its outcomes" in caplog.text
+    nobody.trial(a_trial(seed=2))
+    told = nobody.finish("FINISHED", "", {})
+    assert (told.missed, told.sweep) == (2, "missed")
+    assert len(caplog.records) == 1
 
     tracker = make_tracker(server.url, store=tmp_path, project="late")
     tracker.start(a_sweep())

@@ -1,0 +1,193 @@
+"""How many HTTP requests does a trial cost, ours against Ray's MLflowLoggerCallback?
+
+Both tell one real `mlflow server` on loopback, in one run, of the same trials: the curves of ten
+iterations, single numbers, two params. Baseline: a Ray Tune run whose trials report these numbers,
+with the callback as Ray ships it, which sends every number by a request of its own and adds what
+Tune measures. Ours: the tracker of `airsweep run`, from opening the sweep to closing it, with the
+resolved spec and a picture of each trial, which the callback does not bring. Requests are counted
+where they leave this process, at `requests.Session.send`.
+
+    python benchmarks/tracking_calls.py [--trials 20] [--ray-trials 3] [--iterations 10]
+
+About a minute on two cores. The last line is JSON; `ratio` is requests a trial, baseline over ours;
+`seconds` is what the calls took on the clock.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from orchestrator.tracking import (
+    SERVER_ENVIRONMENT,
+    SweepRun,
+    TrialRun,
+    make_tracker,
+    serve_command,
+)
+
+CURVES = ("train/loss", "test/accuracy", "pseudo/accuracy", "pseudo/coverage")
+SINGLES = ("pool/accuracy_fused", "test/accuracy_text", "test/accuracy_fused", "time/train_s")
+
+
+def numbers(trial: int, iteration: int) -> dict[str, float]:
+    return {name: (trial + 1) / (iteration + len(name)) for name in CURVES}
+
+
+@contextmanager
+def server(folder: Path) -> Iterator[str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(
+            serve_command(folder, "127.0.0.1", port),
+            env={**os.environ, **SERVER_ENVIRONMENT},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        while True:
+            try:
+                urllib.request.urlopen(f"{url}/health", timeout=5).close()
+                break
+            except (urllib.error.URLError, ConnectionError):
+                assert process.poll() is None, (folder / "log").read_text()
+                time.sleep(0.2)
+        yield url
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(timeout=60)
+
+
+class Counter:
+    """Requests that leave this process."""
+
+    def __init__(self) -> None:
+        import requests
+
+        self.count, self.seconds = 0, 0.0
+        send = requests.Session.send
+
+        def counted(session: Any, request: Any, **options: Any) -> Any:
+            started = time.perf_counter()
+            answer = send(session, request, **options)
+            self.count, self.seconds = self.count + 1, self.seconds + time.perf_counter() - started
+            return answer
+
+        requests.Session.send = counted  # type: ignore[method-assign]
+
+    def taken(self) -> tuple[int, float]:
+        found = self.count, self.seconds
+        self.count, self.seconds = 0, 0.0
+        return found
+
+
+def ours(url: str, folder: Path, trials: int, iterations: int) -> None:
+    files = {"spec.json": folder / "spec.json", "confusion_matrix.png": folder / "matrix.png"}
+    for path in files.values():
+        path.write_bytes(b"{}" * 2000)
+    tracker = make_tracker(url, store=folder, project="ours")
+    about = {"user": "ada", "commit": "0123abc", "source": "benchmark", "spec_hash": "5f3a9c"}
+    tracker.start(SweepRun(sweep="calls", project="ours", note="", **about))
+    for trial in range(trials):
+        curves = [numbers(trial, iteration) for iteration in range(iterations)]
+        tracker.trial(
+            TrialRun(
+                slot=f"cell/{trial}/seed=1",
+                name=f"trial-{trial}",
+                state="done",
+                tags={"air.trial_key": f"key-{trial}", "air.method": "air"},
+                params={"lr": "0.1", "images_per_class": str(trial)},
+                metrics=dict.fromkeys(SINGLES, 0.5),
+                curves={name: [values[name] for values in curves] for name in CURVES},
+                started=1_700_000_000_000,
+                ended=1_700_000_009_000,
+                artifacts=files,
+            )
+        )
+    tracker.finish("FINISHED", "", {})
+
+
+def report_numbers(config: dict[str, Any]) -> None:
+    from ray import tune
+
+    for iteration in range(config["iterations"]):
+        last = dict.fromkeys(SINGLES, 0.5) if iteration == config["iterations"] - 1 else {}
+        tune.report(numbers(config["images_per_class"], iteration) | last)
+
+
+def rays(url: str, folder: Path, trials: int, iterations: int) -> None:
+    import logging
+
+    import ray
+    from ray import tune
+    from ray.air.integrations.mlflow import MLflowLoggerCallback
+
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parents[1])}},
+    )
+    callback = MLflowLoggerCallback(tracking_uri=url, experiment_name="rays")
+    space = {"images_per_class": tune.grid_search(list(range(trials))), "iterations": iterations}
+    tuner = tune.Tuner(
+        report_numbers,
+        param_space=space,
+        run_config=tune.RunConfig(
+            storage_path=str(folder / "tune"), verbose=0, callbacks=[callback]
+        ),
+    )
+    assert not tuner.fit().errors
+    ray.shutdown()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--trials", type=int, default=20)
+    parser.add_argument("--ray-trials", type=int, default=3, help="each starts a process")
+    parser.add_argument("--iterations", type=int, default=10)
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch, server(Path(scratch)) as url:
+        folder = Path(scratch)
+        counter, found = Counter(), {}
+        ways = {"ours": (ours, asked.trials), "baseline": (rays, asked.ray_trials)}
+        for name, (tell, trials) in ways.items():
+            tell(url, folder, trials, asked.iterations)
+            found[name] = [figure / trials for figure in counter.taken()]
+            print(name, *found[name], file=sys.stderr)
+    requests = {name: count for name, (count, _) in found.items()}
+    result = {
+        "name": "tracking_calls",
+        "ratio": round(requests["baseline"] / requests["ours"], 2),
+        "baseline": "Ray's MLflowLoggerCallback in a Tune run, one mlflow server on loopback",
+        "trials": asked.trials,
+        "iterations": asked.iterations,
+        "baseline_trials": asked.ray_trials,
+        **{f"{name}_requests_a_trial": round(count, 2) for name, count in requests.items()},
+        **{f"{name}_seconds_a_trial": round(seconds, 3) for name, (_, seconds) in found.items()},
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""A trial as a tracker or the store remembers it: settings, inputs, code and numbers.
+
+What `repro` computes again and `diff` compares. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from air_core.datasets import get_dataset
+from air_core.flat import from_flat, trial_keys
+from air_core.specs import Ref, TrialSpec
+from orchestrator.children import REFS, SPEC, spec_json
+from orchestrator.keys import RECIPES, artifact_key
+from orchestrator.ledger import Ledger
+from orchestrator.store import RECORD, ArtifactStore
+from orchestrator.tracking import read_run
+from orchestrator.trial import MADE
+
+NO_REF = Ref(name="", digest="")
+SHORTEST = 6  # hex digits of a key or run id that are looked for
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """One trial, from wherever it was found."""
+
+    label: str
+    key: str  # as it was when the trial ran
+    flat: Mapping[str, Any]  # every setting by its dotted name; outside things by name
+    digests: Mapping[str, str]  # of outside things, by setting
+    made: Mapping[str, Any]  # user, commit, dirty, code, host, device, versions, files
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    def spec(self) -> TrialSpec:
+        """
+        Raises:
+            ValueError: it has settings that this version does not know, or its dataset.
+        """
+        unknown = sorted(set(self.flat) - set(trial_keys()))
+        if unknown:
+            raise ValueError(
+                f"{self.label} has settings that this version does not know: "
+                f"{', '.join(unknown)}; use the code of commit {self.made.get('commit')}"
+            )
+        refs = {
+            name: Ref(name=self.flat[name] or "", digest=self.digests.get(name, ""))
+            for name in REFS
+            if self.flat.get(name) is not None
+        }
+        plain = {name: value for name, value in self.flat.items() if name not in REFS}
+        classnames = get_dataset(str(self.flat["dataset"])).classnames
+        return from_flat(plain, {"generator": NO_REF, **refs}, classnames)
+
+    def same_key(self) -> bool:
+        """Whether what is computed here for these settings has the key of then."""
+        return artifact_key(self.spec()).digest.startswith(self.key)
+
+
+def remembered(name: str, store: ArtifactStore, uri: str | None) -> Remembered:
+    """A trial by its key or the beginning of it, its slot, or its run id in MLflow.
+
+    Raises:
+        ValueError: there is none, or several.
+        TrackerAway: it can only be an MLflow run, and MLflow does not answer.
+    """
+    key = _key_of_slot(name, store.root) if "/" in name else name
+    found = list(_records(key, store)) if key and len(key) >= SHORTEST else []
+    if len(found) > 1:
+        raise ValueError(
+            f"several trials in {store.root} begin with {name!r}; give more of the key"
+        )
+    if found:
+        return of_record(found[0])
+    if "/" in name:
+        raise ValueError(
+            f"no slot {name!r} was done in {store.root}; slots are CELL/POINT/SEEDS as the "
+            "ledger and the tag air.slot have them"
+        )
+    return of_run(name, store.root, uri)
+
+
+def of_run(run_id: str, root: Path, uri: str | None) -> Remembered:
+    """A done trial from tracking data alone.
+
+    Raises:
+        ValueError: there is no such run, or it is no done trial of ours.
+    """
+    if len(run_id) < SHORTEST or not set(run_id) <= set("0123456789abcdef"):
+        raise ValueError(
+            f"{run_id!r} is no run id: at least {SHORTEST} of its hex digits are needed, as the "
+            "run's page in MLflow shows them"
+        )
+    run = read_run(uri, root, run_id, SPEC)
+    kind, state = run.tags.get("air.kind"), run.tags.get("air.state")
+    if kind == "sweep":
+        raise ValueError(f"{run_id} is the sweep {run.name}; give the run of one of its trials")
+    if kind != "trial":
+        raise ValueError(f"{run_id} ({run.name}) is not a trial of airsweep")
+    if state == "failed":
+        failure = run.tags.get("air.failure_class")
+        raise ValueError(f"{run_id} ({run.name}) failed ({failure}) and has no result")
+    if run.text is None or state is None:
+        raise ValueError(
+            f"{run_id} ({run.name}) was not told whole: it has no {SPEC}; "
+            "`airsweep mlflow reconcile` tells it from the store"
+        )
+    flat, digests = _parted(json.loads(run.text))
+    made: dict[str, Any] = {
+        name: run.tags.get(f"air.{name}", "") for name in (*MADE, "device") if name not in LISTS
+    }
+    made |= {name: json.loads(run.tags.get(f"air.{name}", "{}")) for name in LISTS}
+    return Remembered(run.name, run.tags["air.trial_key"], flat, digests, made, run.metrics)
+
+
+LISTS = ("versions", "files")  # tags that hold JSON
+
+
+def of_record(path: Path) -> Remembered:
+    """A done trial from its record in a store."""
+    record = json.loads((path / RECORD).read_text())
+    flat, digests = _parted(dict(_flattened(record["spec"], "")))
+    made = {name: record.get(name, "") for name in MADE}
+    made["device"] = record["info"].get("device", "")
+    return Remembered(path.name, record["digest"], flat, digests, made, record["info"]["metrics"])
+
+
+def of_spec(spec: TrialSpec) -> tuple[dict[str, Any], dict[str, str]]:
+    """Settings and digests of a trial as they are remembered."""
+    return _parted(json.loads(spec_json(spec, "")))
+
+
+def _parted(resolved: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """`spec.json` as settings, and digests of the outside things."""
+    names = {f"{name}.digest": name for name in REFS}
+    digests = {names[key]: value for key, value in resolved.items() if key in names and value}
+    left_out = {"key", "classnames", *names}
+    return {key: value for key, value in resolved.items() if key not in left_out}, digests
+
+
+def _flattened(spec: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    """A record's nested spec by dotted names."""
+    for name, value in spec.items():
+        if isinstance(value, Mapping) and value.keys() == {"name", "digest"}:
+            yield prefix + name, value["name"]
+            yield f"{prefix}{name}.digest", value["digest"]
+        elif isinstance(value, Mapping):
+            yield from _flattened(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _records(key: str, store: ArtifactStore) -> Iterator[Path]:
+    """Done trials of the present recipe whose key begins like this."""
+    stage, recipe = RECIPES[TrialSpec]
+    for path in (store.artifacts / stage / f"v{recipe}").glob(f"*-{key[:12]}*"):
+        if (path / RECORD).is_file() and json.loads((path / RECORD).read_text())[
+            "digest"
+        ].startswith(key):
+            yield path
+
+
+def _key_of_slot(slot: str, root: Path) -> str | None:
+    """The key that a slot had last; slots of different sweeps may have one name and one key."""
+    found = None
+    for path in sorted((root / "sweeps").glob("*/*/events.jsonl")):
+        for event in Ledger(path.parent).events():
+            if event.get("slot") == slot and event["event"] in ("trial_done", "trial_reused"):
+                found = str(event["key"])
+    return found

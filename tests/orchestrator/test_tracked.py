@@ -1,0 +1,351 @@
+"""A sweep afterwards: told to a tracker that was away, computed again, compared. No cluster."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from air_core.datasets import get_dataset
+from orchestrator.differences import differences
+from orchestrator.driver import Place, parent_of
+from orchestrator.image_rows import build_image_block, open_generator
+from orchestrator.keys import ArtifactKey
+from orchestrator.ledger import Ledger
+from orchestrator.plan import needs_of, plan_sweep
+from orchestrator.publish import Publisher
+from orchestrator.reconcile import reconcile
+from orchestrator.repro import repro
+from orchestrator.stages import PARTS
+from orchestrator.store import ArtifactStore
+from orchestrator.sweep import SweepSpec
+from orchestrator.sweep_file import load_sweep
+from orchestrator.tracked import remembered
+from orchestrator.tracking import Told, TrackerAway, make_tracker
+from orchestrator.tracking.jsonl import read
+from orchestrator.trial import run_trial
+from orchestrator.workshop import Workshop
+from tests.servers import free_port
+
+IMAGES = 240  # of the digits: enough for every class, and quick
+SWEEP = """version: 1
+name: small
+grid: {{method: [zero_shot, fpl, air_fpl]}}
+fixed: {{train.steps: 2, prompt.length: 2, images_per_class: 4, generation.block: 2,
+        generator: "folder:{folder}"}}
+seeds: [1, 2]
+"""
+STATES = ("done", "reused", "done", "failed", "done", "done")
+MADE = {"user": "ada", "commit": "0123abc", "dirty": "feed"}
+
+
+@pytest.fixture(autouse=True)
+def _no_tracking_uri(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory, drawn_digits: Path) -> Path:
+    return shutil.copytree(drawn_digits, tmp_path_factory.mktemp("images") / "drawn")
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> SweepSpec:
+    file = tmp_path_factory.mktemp("spec") / "small.yaml"
+    file.write_text(SWEEP.format(folder=drawn))
+    return load_sweep(file)
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory, tiny_clip: Any, sweep: SweepSpec) -> Place:
+    """A sweep that ran without a tracker, with outcomes as in STATES."""
+    store = ArtifactStore(tmp_path_factory.mktemp("ended") / "runs")
+    place = Place(store, "default", "small", None)
+    resolver, ledger = place.resolver(), place.ledger()
+    ledger.lock()
+    slots = plan_sweep(sweep, store, resolver, ledger).slots
+
+    def build(folder: Path) -> dict[str, Any]:
+        examples = get_dataset("digits").load(None)
+        arrays = {
+            "features": tiny_clip.encode_images(examples.images[:IMAGES]).numpy(),
+            "labels": examples.labels[:IMAGES],
+            "parts": np.array([PARTS.index(p) for p in examples.parts[:IMAGES]], dtype=np.int8),
+        }
+        save_file(arrays, folder / "features.safetensors")
+        return {}
+
+    store.get_or_build(slots[0].spec.features, build)
+    (row,) = (need for need in needs_of([slots[-1].spec]) if need.stage == "images")
+    shop, generators = Workshop(store), {}
+    for c, block in row.shards():
+        opened = lambda: generators.setdefault("one", open_generator(row.spec.images, shop))  # noqa: E731
+        build_image_block(row.spec, c, block, shop, opened)
+    names = {"AIRSWEEP_USER": "ada", "AIRSWEEP_COMMIT": "0123abc", "AIRSWEEP_DIRTY": "feed"}
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(names)
+    ledger.append("sweep_started", spec="s", total=6, to_run=6, pid=1, **MADE)
+    for slot, state in zip(slots, STATES, strict=True):
+        fields = {"slot": slot.id, "cell": slot.cell.id, "key": slot.key.digest}
+        if state == "failed":
+            fields |= {"failure_class": "oom", "message": "MemoryError: no room"}
+        else:
+            run_trial(slot.spec, store)
+        ledger.append(f"trial_{state}", **fields)
+    ledger.append("sweep_ended", exit_code=1, seconds=3.0)
+    ledger.unlock()
+    for name, value in before.items():
+        if value is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = value
+    (place.folder / "spec.yaml").write_text(sweep.text)
+    (place.folder / "uncommitted-feed.diff").write_text("+ a line\n")
+    return place
+
+
+def copy_of(ended: Place, folder: Path) -> Place:
+    root = shutil.copytree(ended.store.root, folder / "runs")
+    return Place(ArtifactStore(root), ended.project, ended.name, None)
+
+
+def all_runs(uri: str) -> list[Any]:
+    from orchestrator.tracking.mlflow import MlflowClient
+
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("air/default")
+    return list(client.search_runs([experiment.experiment_id], max_results=100))
+
+
+@pytest.fixture(scope="module")
+def told(ended: Place, sweep: SweepSpec, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """MLflow's file beside the store, told of the sweep afterwards."""
+    assert os.environ.get("MLFLOW_TRACKING_URI") is None
+    first = reconcile(sweep, ended, None)
+    assert (first.told, first.gone) == (Told(told=6, sweep="told"), 0)
+    return f"sqlite:///{ended.store.root}/mlflow.db"
+
+
+def run_of(uri: str, method: str, status: str = "FINISHED") -> Any:
+    found = [run for run in all_runs(uri) if run.data.tags.get("air.method") == method]
+    return min((r for r in found if r.info.status == status), key=lambda r: r.data.tags["air.seed"])
+
+
+def test_a_sweep_that_ran_without_a_tracker_is_told_whole_and_once(ended, sweep, told):
+    uri = told
+    again = reconcile(sweep, ended, None)
+    assert again.told == Told(there=6)
+    assert "nothing to tell (6 outcomes are there)" in again.line()
+
+    runs = all_runs(uri)
+    assert len(runs) == 7
+    parent = next(run for run in runs if run.data.tags["air.kind"] == "sweep")
+    assert parent.info.status == "FAILED"
+    assert {
+        "air.done": "4",
+        "air.reused": "1",
+        "air.failed": "1",
+    }.items() <= parent.data.tags.items()
+    assert "| zero_shot" in parent.data.tags["mlflow.note.content"]
+    failed = run_of(uri, "fpl", "FAILED")
+    assert failed.data.tags["air.failure_class"] == "oom"
+    assert failed.data.tags["air.message"] == "MemoryError: no room"
+
+    # What a child says of its making is what the record says, and it can be computed from that.
+    tags = run_of(uri, "fpl").data.tags
+    assert (tags["air.user"], tags["air.commit"], tags["air.dirty"]) == ("ada", "0123abc", "feed")
+    assert tags["mlflow.source.git.commit"] == "0123abc"
+    assert json.loads(tags["air.versions"]).keys() >= {"torch", "numpy", "python"}
+    assert json.loads(tags["air.seeds"])["seed"] == 1
+    assert len(tags["air.dataset_digest"]) == len(tags["air.backbone_digest"]) == 40
+    assert "air.generator_digest" not in tags  # fpl draws no images
+    assert len(run_of(uri, "air_fpl").data.tags["air.generator_digest"]) == 40
+    files = [path.name for path in (ended.store.root / "mlartifacts").rglob("*.*")]
+    assert files.count("uncommitted-feed.diff") == 1
+    assert files.count("spec.json") == 6
+    assert files.count("confusion_matrix.png") == 5
+
+
+def test_what_a_driver_told_and_what_is_told_later_is_the_same(ended, sweep, tmp_path):
+    place = copy_of(ended, tmp_path)
+    uri = f"jsonl:{tmp_path}/tracked.jsonl"
+    reconcile(sweep, place, uri)
+    lines = (tmp_path / "tracked.jsonl").read_text()
+    assert reconcile(sweep, place, uri).told.nothing
+    assert (tmp_path / "tracked.jsonl").read_text() == lines
+
+    # Half of it: a driver was killed when it had told of one trial and begun with the sweep.
+    half = [line for line in lines.splitlines(keepends=True) if '"kind": "trial"' in line][:1]
+    (tmp_path / "tracked.jsonl").write_text(half[0])
+    assert reconcile(sweep, place, uri).told == Told(told=5, there=1, sweep="told")
+    told = read(tmp_path / "tracked.jsonl")["default/small"]
+    assert (len(told.trials), told.sweep["status"]) == (6, "FAILED")
+
+
+def test_records_that_are_gone_are_counted_and_leave_no_child(ended, sweep, tmp_path):
+    place = copy_of(ended, tmp_path)
+    slot = plan_sweep(sweep, place.store, place.resolver(), place.ledger()).slots[2]
+    shutil.rmtree(place.store.path(slot.key))
+    found = reconcile(sweep, place, f"jsonl:{tmp_path}/tracked.jsonl")
+    assert (found.told.told, found.gone) == (5, 1)
+    assert slot.id not in read(tmp_path / "tracked.jsonl")["default/small"].trials
+
+
+def test_nobody_is_told_while_a_driver_runs_or_where_tracking_is_off(ended, sweep, tmp_path):
+    from orchestrator.ledger import SweepBusy
+
+    place = copy_of(ended, tmp_path)
+    with pytest.raises(ValueError, match="--tracking-uri"):
+        reconcile(sweep, place, "none")
+    driver = Ledger(place.folder)
+    driver.lock()
+    with pytest.raises(SweepBusy):
+        reconcile(sweep, place, f"jsonl:{tmp_path}/tracked.jsonl")
+    driver.unlock()
+
+
+def test_a_dead_server_is_refused_before_any_work_and_a_folder_is_bad_input(ended, sweep, tmp_path):
+    place = copy_of(ended, tmp_path)
+    parent = parent_of(sweep, place, MADE)
+    dead = f"http://me:secret@127.0.0.1:{free_port()}"
+    with pytest.raises(TrackerAway, match="airsweep mlflow reconcile small") as caught:
+        Publisher(sweep, parent, place.store, dead).check(reach=True)
+    assert "secret" not in str(caught.value)
+    with pytest.raises(TrackerAway):
+        reconcile(sweep, place, dead)
+    Publisher(sweep, parent, place.store, dead).check(reach=False)  # it only prepares
+    with pytest.raises(ValueError, match="known: "):
+        Publisher(sweep, parent, place.store, "mlruns").check(reach=False)
+
+
+def test_a_server_that_wants_a_password_is_bad_input(tmp_path):
+    from http.server import BaseHTTPRequestHandler, HTTPServer
+    from threading import Thread
+
+    class Locked(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(401)
+
+        def log_message(self, *_: Any) -> None: ...
+
+    server = HTTPServer(("127.0.0.1", 0), Locked)
+    Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    with pytest.raises(ValueError, match="MLFLOW_TRACKING_USERNAME"):
+        make_tracker(url, store=tmp_path, project="p").check()
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_tracker_that_fails_costs_a_line_and_never_the_sweep(
+    ended, sweep, tmp_path, caplog, monkeypatch
+):
+    from orchestrator.dispatch import Outcome
+    from orchestrator.trial import read_trial
+
+    place = copy_of(ended, tmp_path)
+    slots = plan_sweep(sweep, place.store, place.resolver(), place.ledger()).slots
+    (tmp_path / "file").write_text("")
+    publisher = Publisher(
+        sweep, parent_of(sweep, place, MADE), place.store, f"jsonl:{tmp_path}/file/no.jsonl"
+    )
+    for slot in slots[:3]:
+        publisher.trial(Outcome(slot, "done", read_trial(slot.spec, place.store)), None)
+    publisher.finish("FINISHED", lambda: "", {})
+    last = caplog.records[-1].getMessage()
+    assert "lacks 3 outcomes and the end of the sweep" in last
+    assert f"airsweep mlflow reconcile small --store {place.store.root}" in last
+    assert len(caplog.records) == 2
+
+
+# ---------------------------------------------------------------- computed again, compared
+
+
+def test_a_trial_is_computed_again_bit_for_bit_from_tracking_data_alone(ended, told, tmp_path):
+    run = run_of(told, "air_fpl")
+    again = repro(run.info.run_id[:12], ended.store, ended.resolver(), told)
+    assert (again.verdict, again.metrics, again.files) == ("bit-equal", {}, {})
+    assert again.predictions is not None
+    assert again.predictions[0] == 0
+    assert again.code["commit"][0] == "0123abc"  # it was told so, and another code has computed now
+
+    # Elsewhere there is neither the trial nor its row of images, and nothing is written there.
+    other = ArtifactStore(tmp_path / "other")
+    shutil.copytree(ended.store.root / "artifacts" / "features", other.artifacts / "features")
+    before = sorted(other.root.rglob("*"))
+    again = repro(run.info.run_id, other, ended.resolver(), told)
+    assert (again.verdict, again.predictions) == ("bit-equal", None)
+    assert sorted(other.root.rglob("*")) == before
+
+
+def test_another_result_and_a_touched_input_are_named(ended, told, drawn, tmp_path):
+    run = run_of(told, "air_fpl")
+    store = copy_of(ended, tmp_path).store
+    record = store.path(ArtifactKey("trials", 2, run.data.tags["air.trial_key"], "x"))
+    (features,) = (store.artifacts / "features").glob("*/*/features.safetensors")
+    arrays = load_file(features)
+    save_file({**arrays, "features": np.roll(arrays["features"], 1, axis=1)}, features)
+    again = repro(run.info.run_id, store, ended.resolver(), told)
+    assert again.verdict == "different"
+    assert not again.same
+    assert "test/accuracy" in again.metrics
+    assert again.predictions[0] > 0
+    assert record.exists()
+
+    image = next(drawn.rglob("*.png"))
+    content = image.read_bytes()
+    image.write_bytes(content + b" ")
+    again = repro(run.info.run_id, ended.store, ended.resolver(), told)
+    image.write_bytes(content)
+    assert again.verdict == "inputs differ"
+    assert list(again.inputs) == [f"generator folder:{drawn}"]
+
+
+@pytest.mark.parametrize(
+    ("which", "words"),
+    [
+        ("sweep", "give the run of one of its trials"),
+        ("failed", "failed (oom)"),
+        ("0" * 32, "no run begins with"),
+        ("not-hex", "is no run id"),
+    ],
+)
+def test_what_cannot_be_computed_again_is_bad_input(ended, told, which, words):
+    kinds = {
+        "sweep": lambda: next(r for r in all_runs(told) if r.data.tags["air.kind"] == "sweep"),
+        "failed": lambda: run_of(told, "fpl", "FAILED"),
+    }
+    run_id = kinds[which]().info.run_id if which in kinds else which
+    with pytest.raises(ValueError, match=re.escape(words)):
+        repro(run_id, ended.store, ended.resolver(), told)
+
+
+def test_two_trials_are_compared_by_key_slot_or_run(ended, sweep, told):
+    slots = plan_sweep(sweep, ended.store, ended.resolver(), ended.ledger()).slots
+    fpl, air = slots[2], slots[4]
+    sides = {
+        "key": (fpl.key.digest[:10], air.key.digest),
+        "slot": (fpl.id, air.id),
+        "run": (run_of(told, "fpl").info.run_id, run_of(told, "air_fpl").info.run_id[:10]),
+    }
+    found = {
+        kind: differences(*(remembered(one, ended.store, told) for one in pair))
+        for kind, pair in sides.items()
+    }
+    for kind in ("slot", "run"):
+        assert found[kind].settings == found["key"].settings
+        assert found[kind].inputs == found["key"].inputs
+        assert found[kind].metrics == found["key"].metrics
+    settings = found["key"].settings
+    assert settings["images_per_class"] == (0, 4)
+    assert "train.steps" not in settings
+    assert list(found["key"].inputs) == ["generator"]
+    assert found["key"].code == {}
+    assert all(len(line) <= 100 for line in found["key"].lines()[3:])

@@ -1,0 +1,68 @@
+"""A real MLflow server on loopback, for tests that start, kill and restart one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from orchestrator.tracking import SERVER_ENVIRONMENT, serve_command
+
+
+class MlflowServer:
+    """Over one store, on one port, as `airsweep ui` starts it.
+
+    Args:
+        store: a folder whose database and artifacts are shown.
+        log: where it writes.
+    """
+
+    def __init__(self, store: Path, log: Path) -> None:
+        self.store, self.log, self.port = store, log, free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        self.store.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                serve_command(self.store, "127.0.0.1", self.port),
+                env=os.environ | SERVER_ENVIRONMENT | {"OMP_NUM_THREADS": "1"},
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # its workers go with it
+            )
+        for _ in range(600):
+            with contextlib.suppress(urllib.error.URLError, ConnectionError):
+                urllib.request.urlopen(f"{self.url}/health", timeout=5).close()
+                return
+            assert self._process.poll() is None, self.log.read_text()
+            time.sleep(0.2)
+        raise AssertionError(f"no server after two minutes: {self.log.read_text()}")
+
+    def kill(self) -> None:
+        """At once, as a power cut would."""
+        assert self._process is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def stop(self) -> None:
+        if self._process is None:
+            return
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(self._process.pid, signal.SIGTERM)
+            self._process.wait(timeout=20)
+        self.kill()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,125 @@
+"""A real MLflow server that dies in mid-sweep: the sweep ends as it would, and nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.servers import MlflowServer, free_port
+from tests.sweeps import TIMEOUT, airsweep, count, environment, events, write_sweep
+
+pytestmark = pytest.mark.ray
+
+SWEEP = """
+grid: {method: [zero_shot, fpl]}
+fixed: {train.steps: 20}
+seeds: [1, 2, 3, 4]
+"""
+TRIALS = 8
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    folder = tmp_path_factory.mktemp("server")
+    server = MlflowServer(folder / "served", folder / "log")
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_sweep(tmp_path_factory.mktemp("outage"), "outage", SWEEP)
+
+
+@pytest.fixture(scope="module")
+def survived(spec: Path, server: MlflowServer) -> subprocess.CompletedProcess[str]:
+    """A run whose server was killed after the first trial; the server is there again."""
+    store = spec.parent / "runs"
+    command = [sys.executable, "-m", "orchestrator", "run", str(spec), "--store", str(store)]
+    process = subprocess.Popen(
+        [*command, "--tracking-uri", server.url],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+    deadline = time.monotonic() + TIMEOUT
+    while not count(events(store, "outage"), "trial_done"):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "no trial was done"
+        time.sleep(0.02)
+    server.kill()
+    out, err = process.communicate(timeout=TIMEOUT)
+    server.start()
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+@pytest.fixture(scope="module")
+def told(spec: Path, server: MlflowServer, survived: object) -> dict[str, Any]:
+    """What `mlflow reconcile` says of it."""
+    asked = ("mlflow", "reconcile", "outage", "--store", spec.parent / "runs")
+    (found,) = json.loads(airsweep(*asked, "--tracking-uri", server.url, "--json").stdout)
+    return found
+
+
+def runs(server: MlflowServer) -> list[Any]:
+    from orchestrator.tracking.mlflow import MlflowClient
+
+    client = MlflowClient(server.url)
+    experiment = client.get_experiment_by_name("air/default")
+    return list(client.search_runs([experiment.experiment_id], max_results=1000))
+
+
+def test_a_sweep_outlives_its_server_and_says_what_to_type(spec, server, survived):
+    assert survived.returncode == 0, survived.stderr
+    assert "zero_shot" in survived.stdout
+    lines = [line for line in survived.stderr.splitlines() if "mlflow reconcile" in line]
+    assert len(lines) == 1
+    assert f"airsweep mlflow reconcile outage --store {spec.parent / 'runs'}" in lines[0]
+    assert f"--tracking-uri {server.url}" in lines[0]
+    assert "and the end of the sweep" in lines[0]
+
+
+def test_what_the_server_missed_is_told_once(spec, server, told):
+    assert told["told"] > 0
+    assert (told["told"] + told["already_there"], told["gone"]) == (TRIALS, 0)
+    there = ("--store", spec.parent / "runs", "--tracking-uri", server.url)
+    again = airsweep("mlflow", "reconcile", *there)
+    assert again.stdout == f"default/outage: nothing to tell ({TRIALS} outcomes are there)\n"
+
+    found = runs(server)
+    assert {run.info.status for run in found} == {"FINISHED"}
+    slots = Counter(run.data.tags.get("air.slot", "the sweep") for run in found)
+    assert len(slots) == TRIALS + 1
+    assert set(slots.values()) == {1}
+
+
+def test_a_trial_of_a_server_is_computed_again_and_compared(spec, server, told):
+    one, other = (
+        next(run for run in runs(server) if run.data.tags.get("air.method") == method)
+        for method in ("fpl", "zero_shot")
+    )
+    there = ("--store", spec.parent / "runs", "--tracking-uri", server.url)
+    again = airsweep("repro", one.info.run_id[:10], *there)
+    assert again.stdout.startswith(f"{one.info.run_name}: bit-equal\n")
+    differ = airsweep("diff", one.info.run_id, other.info.run_id, *there, "--json")
+    assert json.loads(differ.stdout)["settings"]["iterations"] == [1, 0]
+
+
+def test_a_dead_server_is_refused_before_anything_starts(spec, tmp_path):
+    uri = f"http://127.0.0.1:{free_port()}"
+    done = airsweep("run", spec, "--store", tmp_path, "--tracking-uri", uri, check=False)
+    assert done.returncode == 3
+    assert done.stderr.startswith(f"airsweep: MLflow at {uri} does not answer")
+    assert "--tracking-uri none" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "sweeps").exists()
