@@ -105,13 +105,19 @@ def plan(
     airsweep plan sweeps/quickstart.yaml --json
     """
     from orchestrator import screens
+    from orchestrator.recorded import computed_by
 
     sweep, place = _sweep_and_place(spec, store, data_root, sets, only, smoke)
     planned = _plan(sweep, place)
+    sources: dict[str, int] = {}
+    if planned.reused:
+        there = [slot.key.digest for slot in planned.slots if place.store.has(slot.spec)]
+        sources = dict(computed_by(place.store, there, place))
     if as_json:
-        print(json.dumps(planned.json(place.store), indent=1))
+        shown = {**planned.json(place.store), "reused_from": sources}
+        print(json.dumps(shown, indent=1))
     else:
-        print(screens.plan_screen(planned, place, explain))
+        print(screens.plan_screen(planned, place, explain, sources))
 
 
 @app.command()

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
+from orchestrator.estimate import stage_work
 from orchestrator.plan import Need
 from orchestrator.store import ArtifactStore
 from orchestrator.sweep import Budget, Resources
@@ -25,7 +26,7 @@ class Purse:
 
     budget: Budget
     resources: Resources
-    history: Mapping[str, float] = field(default_factory=dict)  # mean seconds of one, by stage
+    history: Mapping[str, float] = field(default_factory=dict)  # mean seconds of a unit, by stage
     started: float = field(default_factory=time.monotonic)
     gpu_seconds: float = 0.0
     trials: dict[str, list[float]] = field(default_factory=dict)  # seconds by cell
@@ -51,9 +52,10 @@ class Purse:
 
     def affords_preparing(self, needs: Sequence[Need], store: ArtifactStore, workers: int) -> bool:
         """May what is missing be made, on so many workers?"""
-        left = [(need.stage, need.total() - need.have(store)) for need in needs]
-        work = sum(count * self.history.get(stage, 0.0) for stage, count in left)
-        if not any(count for _, count in left):
+        left = [(need.spec, need.total() - need.have(store)) for need in needs]
+        works = [stage_work(spec, count) for spec, count in left if count]
+        work = sum(one.units * self.history.get(one.stage, 0.0) for one in works)
+        if not works:
             return True
         return self._fits("what has to be made first", work / max(workers, 1), work, "generator")
 

@@ -14,13 +14,21 @@ import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from air_core.specs import FeaturesSpec, SyntheticFeaturesSpec, TrialSpec
 from orchestrator.budget import Purse
 from orchestrator.dispatch import Dispatcher, Outcome
+from orchestrator.estimate import (
+    Work,
+    mean_seconds,
+    read_history,
+    remember,
+    stage_work,
+    trial_work,
+)
 from orchestrator.failures import CLASSES, EQUAL_ERRORS, Failure
 from orchestrator.fit import Machine, misfit, room, this_machine
 from orchestrator.freshness import accept, remedy
@@ -35,7 +43,6 @@ from orchestrator.plan import (
     needs_of,
     plan_sweep,
     possible_trials,
-    read_history,
 )
 from orchestrator.publish import Publisher
 from orchestrator.report import rows
@@ -102,7 +109,8 @@ class Tally:
 
     started: float = field(default_factory=time.monotonic)
     walls: dict[str, float] = field(default_factory=dict)  # seconds by phase
-    work: dict[str, list[float]] = field(default_factory=dict)  # seconds, units by stage
+    # Seconds and units by stage and kind.
+    work: dict[tuple[str, str], tuple[float, float]] = field(default_factory=dict)
     drawn: int = 0
     redrawn: int = 0
     holes: int = 0
@@ -114,10 +122,9 @@ class Tally:
     def add_wall(self, phase: str, seconds: float) -> None:
         self.walls[phase] = self.walls.get(phase, 0.0) + seconds
 
-    def add_work(self, stage: str, seconds: float, units: int = 1) -> None:
-        entry = self.work.setdefault(stage, [0.0, 0])
-        entry[0] += seconds
-        entry[1] += units
+    def add_work(self, work: Work, seconds: float) -> None:
+        before = self.work.get((work.stage, work.kind), (0.0, 0.0))
+        self.work[work.stage, work.kind] = (before[0] + seconds, before[1] + work.units)
 
 
 @dataclass
@@ -150,7 +157,7 @@ class Run:
             seconds=round(seconds, 3),
             facts=plain,
         )
-        self.tally.add_work(need.stage, seconds)
+        self.tally.add_work(stage_work(need.spec), seconds)
         self.purse.prepared(seconds)
         if need.stage == "images":
             self.tally.drawn += facts["drawn"]
@@ -198,7 +205,7 @@ class Run:
                 fields |= {"failure_class": outcome.failure_class, "message": outcome.message}
             told = self.ledger.append(f"trial_{outcome.state}", **fields)
         if outcome.state == "done" and not outcome.known and outcome.record is not None:
-            self.tally.add_work("trials", outcome.record.seconds)
+            self.tally.add_work(trial_work(outcome.slot.spec), outcome.record.seconds)
             self.purse.trial_ended(outcome.slot.cell.id, outcome.record.seconds)
         self.publisher.trial(outcome, told)
         self.screen.outcome(outcome)
@@ -256,7 +263,7 @@ def run_sweep(
     publisher = Publisher(sweep, parent_of(sweep, place, maker()), place.store, tracking_uri)
     publisher.check(reach=not prepare_only)
     ledger.lock()
-    purse = Purse(sweep.budget, sweep.resources, read_history(place.store.root))
+    purse = Purse(sweep.budget, sweep.resources, mean_seconds(read_history(place.store.root)))
     run = Run(sweep, place, screen, publisher, ledger, resolver, purse, given_up=given_up)
     _open_folder(place, sweep, origin or {}, diff)
     code = FAILED  # what an exception leaves behind
@@ -517,9 +524,9 @@ def _tune(run: Run, dispatcher: Dispatcher) -> None:
 def _close(run: Run, code: int) -> None:
     """Say how it ended, everywhere: ledger, outcome.json, tracker."""
     tally = run.tally
-    _remember(run.place.store.root, tally.work)
+    remember(run.place.store.root, tally.work)
     seconds = round(time.monotonic() - tally.started, 1)
-    facts = {name: value for name, value in asdict(tally).items() if name not in HIDDEN}
+    facts = {name: value for name, value in vars(tally).items() if name not in HIDDEN}
     facts["shares"] = tally.shares or read_outcome(run.place).get("run", {}).get("shares", {})
     outcome = {
         "exit_code": code,
@@ -580,19 +587,6 @@ STATES = {
     INTERRUPTED: "interrupted",
     TERMINATED: "terminated",
 }
-
-
-def _remember(root: Path, work: dict[str, list[float]]) -> None:
-    """Add this run's seconds by stage to the store's history, which estimates are made from."""
-    if not work:
-        return
-    path = root / "history.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
-    for stage, (seconds, count) in work.items():
-        entry = known.setdefault(stage, {"seconds": 0.0, "count": 0})
-        entry["seconds"] = round(entry["seconds"] + seconds, 3)
-        entry["count"] += count
-    write_whole(path, json.dumps(known, indent=1, sort_keys=True))
 
 
 def read_outcome(place: Place) -> dict[str, Any]:

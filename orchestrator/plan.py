@@ -6,10 +6,9 @@ What runs is what was planned: the driver walks the same slots and needs.
 from __future__ import annotations
 
 import itertools
-import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -25,6 +24,7 @@ from air_core.specs import (
     TrialSpec,
 )
 from orchestrator.edits import Edit, edit_of, what_it_asks
+from orchestrator.estimate import Estimate, Work, estimate, stage_work, trial_work
 from orchestrator.freshness import Stale, stale
 from orchestrator.keys import ArtifactKey, artifact_key
 from orchestrator.ledger import Ledger
@@ -43,8 +43,6 @@ READS_IMAGES = (
     "auxiliary.source",
     "iterations",
 )
-# Seconds of one unit of work where nothing was measured yet: the tiny world on one core.
-GUESS = {"features": 8.0, "labels": 1.0, "lora": 40.0, "images": 0.25, "trials": 4.0}
 
 
 @dataclass(frozen=True)
@@ -95,6 +93,14 @@ class Need:
             return len(self.shards()) - len(self.missing(store))
         return int(store.has(self.spec))
 
+    def bytes(self, store: ArtifactStore) -> int:
+        """On disk, of what is there: of a row with all that was ever drawn of it."""
+        specs: list[Any] = [self.spec]
+        if isinstance(self.spec, SyntheticFeaturesSpec):
+            specs.append(self.spec.images)
+        places = [store.path(artifact_key(spec)) for spec in specs]
+        return sum(file.stat().st_size for place in places for file in place.glob("*"))
+
     def total(self) -> int:
         return len(self.shards()) if isinstance(self.spec, SyntheticFeaturesSpec) else 1
 
@@ -125,8 +131,7 @@ class Plan:
     done: int
     reused: int
     needs: tuple[Need, ...]
-    seconds: float
-    calibrated: bool
+    estimate: Estimate
     openings: Mapping[str, Opening]  # by cell: studies that start, with what they take over
     asks: str  # digest of what is asked for
     edit: Edit | None  # None: the file asks for what it asked for before
@@ -152,7 +157,7 @@ class Plan:
                 {"stage": one.stage, "artifacts": one.artifacts, "changed": list(one.changed)}
                 for one in self.stale
             ],
-            "estimate": {"seconds": round(self.seconds, 1), "calibrated": self.calibrated},
+            "estimate": self.estimate.json(),
             "edit": self.edit and asdict(self.edit),
         }
 
@@ -166,6 +171,7 @@ def _artifact(need: Need, store: ArtifactStore) -> dict[str, Any]:
         "state": state,
         "have": have,
         "need": total,
+        "bytes": need.bytes(store),
     }
 
 
@@ -186,12 +192,15 @@ def plan_sweep(sweep: SweepSpec, store: ArtifactStore, resolver: Resolver, ledge
             slots += slots_of(cell, number, params, assignments, resolver, moved)
     there = [store.has(slot.spec) for slot in slots]
     done = reused = 0
+    left = Counter({cell.id: found.points(cell, sweep.search) * len(assignments) for cell in cells})
     seen: set[str] = set()
     for slot, present in zip(slots, there, strict=True):
         if present and finished.get(slot.id, ("", ""))[0] == slot.key.digest:
             done += 1
+            left[slot.cell.id] -= 1
         elif present or slot.key.digest in seen:
             reused += 1
+            left[slot.cell.id] -= 1
         seen.add(slot.key.digest)
     total = points * len(assignments)
     asks = what_it_asks(sweep, cells)
@@ -199,7 +208,6 @@ def plan_sweep(sweep: SweepSpec, store: ArtifactStore, resolver: Resolver, ledge
     edit = edit_of(asks, known, done + reused, total, openings.values(), ledger)
     asked_for = possible_trials(cells, assignments, resolver)
     needs = tuple(needs_of(itertools.chain(asked_for, moved_trials(slots, moved))))
-    seconds, calibrated = estimate(needs, total - done - reused, store)
     resolver.save()
     trials = {slot.key.digest: slot.spec for slot in slots}.values()
     return Plan(
@@ -211,13 +219,28 @@ def plan_sweep(sweep: SweepSpec, store: ArtifactStore, resolver: Resolver, ledge
         done=done,
         reused=reused,
         needs=needs,
-        seconds=seconds,
-        calibrated=calibrated,
+        estimate=estimate(_work(needs, left, slots, store), store.root, sweep.resources),
         openings=openings,
         asks=asks,
         edit=edit,
         stale=stale(itertools.chain(_made(needs), trials), store),
     )
+
+
+def _work(
+    needs: Sequence[Need], left: Mapping[str, int], slots: Sequence[Slot], store: ArtifactStore
+) -> Iterator[Work]:
+    """What is left to do: trials by cell, each like the cell's first; and what they lack."""
+    if not any(left.values()):
+        return
+    for need in needs:
+        missing = need.total() - need.have(store)
+        if missing:
+            yield stage_work(need.spec, missing)
+    first = {slot.cell.id: slot.spec for slot in reversed(slots)}
+    for cell, count in left.items():
+        if count and cell in first:
+            yield trial_work(first[cell], count)
 
 
 def _made(needs: Iterable[Need]) -> Iterator[Any]:
@@ -418,29 +441,3 @@ def moved_slots(ledger: Ledger) -> dict[str, str]:
     return {
         event["slot"]: event["key"] for event in ledger.events() if event["event"] == "trial_moved"
     }
-
-
-# ---------------------------------------------------------------- time
-
-
-def estimate(needs: Sequence[Need], trials: int, store: ArtifactStore) -> tuple[float, bool]:
-    """Seconds of the work that is left, on one worker, and whether all of it was measured here."""
-    known = read_history(store.root)
-    work: dict[str, float] = {"trials": trials} if trials else {}
-    for need in needs:
-        left = need.total() - need.have(store)
-        if left:
-            work[need.stage] = work.get(need.stage, 0) + left
-    if not trials:
-        work = {}
-    seconds = sum(count * known.get(stage, GUESS[stage]) for stage, count in work.items())
-    return seconds, all(stage in known for stage in work)
-
-
-def read_history(root: Path) -> dict[str, float]:
-    """Mean seconds of one unit by stage, as measured in this store."""
-    try:
-        measured = json.loads((root / "history.json").read_text())
-    except FileNotFoundError:
-        return {}
-    return {stage: entry["seconds"] / entry["count"] for stage, entry in measured.items()}

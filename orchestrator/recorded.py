@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -163,3 +164,15 @@ def _asked_by_cell(
 
 def _place(spec: Stage) -> str:
     return artifact_key(spec).digest[:12]
+
+
+def computed_by(store: ArtifactStore, keys: Iterable[str], but: Place) -> Counter[str]:
+    """Which other recorded sweeps computed the trials of these keys, and how many each."""
+    wanted, found = set(keys), Counter[str]()
+    for place in recorded_places(store):
+        if place.folder == but.folder:
+            continue
+        done = {e["key"] for e in place.ledger().events() if e["event"] == "trial_done"}
+        found[f"{place.project}/{place.name}"] += len(done & wanted)
+        wanted -= done
+    return +found

@@ -6,8 +6,10 @@ import json
 import os
 import shlex
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from air_core.datasets import get_dataset
@@ -30,8 +32,14 @@ STATES = {"present": "there", "partial": "in part", "missing": "to make"}
 # ---------------------------------------------------------------- plan
 
 
-def plan_screen(plan: Plan, place: Place, explain: bool) -> str:
-    """What would run."""
+def plan_screen(
+    plan: Plan, place: Place, explain: bool, sources: Mapping[str, int] = MappingProxyType({})
+) -> str:
+    """What would run.
+
+    Args:
+        sources: other sweeps whose trials are reused, and how many of each.
+    """
     shown = plan.json(place.store)
     trials = shown["trials"]
     lines = [
@@ -41,9 +49,11 @@ def plan_screen(plan: Plan, place: Place, explain: bool) -> str:
         *([str(plan.edit)] if plan.edit is not None else []),
         "",
     ]
+    lines += [f"  reused   {count} trials of {name}" for name, count in sources.items()]
     for artifact in shown["artifacts"]:
         count = "" if artifact["need"] == 1 else f"  {artifact['have']}/{artifact['need']} blocks"
-        lines.append(f"  {STATES[artifact['state']]:<8} {artifact['key']}{count}")
+        size = f"  {artifact['bytes'] / 1e6:.1f} MB" if artifact["bytes"] else ""
+        lines.append(f"  {STATES[artifact['state']]:<8} {artifact['key']}{count}{size}")
     lines += ["", f"  {_time_left(plan)}"]
     problem = does_not_fit(plan, place.store)
     lines += [f"  it would not start: {problem}"] if problem else []
@@ -62,8 +72,10 @@ def plan_screen(plan: Plan, place: Place, explain: bool) -> str:
 def _time_left(plan: Plan) -> str:
     if not plan.to_run:
         return "nothing to do"
-    basis = "measured in this store" if plan.calibrated else "guessed: nothing measured here yet"
-    return f"about {clock(plan.seconds)} of work on one worker ({basis})"
+    found = plan.estimate
+    gpu = f", {found.gpu_hours:.1f} GPU-hours" if found.gpu_hours else ""
+    basis = found.reason or "measured in this store"
+    return f"about {clock(found.seconds)} of work on one worker{gpu} ({basis})"
 
 
 def _explain(plan: Plan) -> list[str]:

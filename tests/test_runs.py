@@ -144,7 +144,8 @@ def test_plan_and_status_agree_with_what_ran(spec, whole):
         "features": ("present", 1, 1),
         "images": ("present", SHARDS, SHARDS),
     }
-    assert plan["estimate"] == {"seconds": 0, "calibrated": True}
+    assert plan["estimate"]["seconds"] == 0
+    assert plan["estimate"]["calibrated"]
     status = json.loads(airsweep("status", "search", "--store", whole, "--json").stdout)
     assert status["trials"] == {"done": 11, "reused": 1, "failed": 0, "running": 0, "waiting": 0}
     assert status["exit_code"] == 0
@@ -234,6 +235,7 @@ def test_another_sweep_reuses_what_this_one_computed(spec, whole, drawn_digits):
     more = write_sweep(spec.parent, "more", body)
     plan = json.loads(airsweep("plan", more, "--store", whole, "--json").stdout)
     assert plan["trials"] == {"total": 18, "done": 0, "reused": 5, "to_run": 13}
+    assert plan["reused_from"] == {"default/search": 3}  # zero_shot once, fpl twice
 
 
 def test_what_other_code_made_is_refused_until_somebody_accepts_it(spec, whole, tmp_path):

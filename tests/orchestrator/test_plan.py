@@ -30,6 +30,7 @@ from air_core.specs import (
 )
 from orchestrator import presets
 from orchestrator.dispatch import Dispatcher
+from orchestrator.estimate import remember, stage_work, trial_work
 from orchestrator.keys import artifact_key
 from orchestrator.ledger import Ledger
 from orchestrator.plan import (
@@ -45,7 +46,17 @@ from orchestrator.resolve import Resolver
 from orchestrator.search import open_searches
 from orchestrator.space import grid_points
 from orchestrator.store import ArtifactStore
-from orchestrator.sweep import Cell, Dimension, Search, Seeds, SweepSpec, cells_of
+from orchestrator.sweep import (
+    Cell,
+    Dimension,
+    GeneratorResources,
+    Resources,
+    Search,
+    Seeds,
+    SweepSpec,
+    TrialResources,
+    cells_of,
+)
 
 ROOT = Path(__file__).parents[2]
 REFS = {name: Ref(name="tiny", digest=name) for name in presets.OUTSIDE}
@@ -68,11 +79,11 @@ def seeds(*numbers: int) -> Seeds:
 class World:
     """A store, a ledger and ready images, all in one folder."""
 
-    def __init__(self, folder: Path, pictures: Path) -> None:
+    def __init__(self, folder: Path, pictures: Path, resolver: Resolver | None = None) -> None:
         self.store = ArtifactStore(folder / "runs")
         self.ledger = Ledger(folder / "sweep")
         self.ledger.folder.mkdir()
-        self.resolver = Resolver(folder / "digests.json", None)
+        self.resolver = resolver or Resolver(folder / "digests.json", None)
         self.pictures = f"folder:{pictures}"
 
     def sweep(self, *methods: str, **parts: Any) -> SweepSpec:
@@ -383,19 +394,36 @@ def test_needs_of_any_trials_can_be_made_in_their_order(trials):
 # ---------------------------------------------------------------- time
 
 
-def test_an_estimate_is_a_guess_until_this_store_has_measured(world):
-    sweep = world.sweep("air", "fpl", fixed={"images_per_class": 16}, seeds=seeds(1))
-    guess = world.plan(sweep)
+def test_an_estimate_is_a_guess_until_this_store_has_measured_work_of_its_kind(world):
+    gpus = Resources(trial=TrialResources(gpu=0.5), generator=GeneratorResources(gpu=1))
+    sweep = world.sweep(
+        "air", "fpl", fixed={"images_per_class": 16}, seeds=seeds(1), resources=gpus
+    )
+    guess = world.plan(sweep).estimate
     assert guess.seconds > 0
     assert not guess.calibrated
-    measured = {stage: {"seconds": 10.0, "count": 5} for stage in ("trials", "images", "features")}
+    assert "nothing was measured" in guess.reason
     world.store.root.mkdir()
-    (world.store.root / "history.json").write_text(json.dumps(measured))
-    plan = world.plan(sweep)
-    assert plan.calibrated
-    assert plan.seconds == pytest.approx(2.0 * (2 + 20 + 1))
+    specs = [need.spec for need in world.plan(sweep).needs]
+    works = [stage_work(spec) for spec in specs]
+    works += [trial_work(slot.spec) for slot in world.plan(sweep).slots]
+    assert len({(work.stage, work.kind) for work in works}) == 4  # the trials are of two kinds
+    seconds = {"features": 10.0, "images": 0.5, "trials": 3.0}
+    remember(
+        world.store.root,
+        {(work.stage, work.kind): (5 * seconds[work.stage], 5.0) for work in works[:-1]},
+    )
+    part = world.plan(sweep).estimate
+    assert not part.calibrated  # one kind of trial takes what the other took
+    assert "top_k" in part.reason
+    remember(world.store.root, {("trials", works[-1].kind): (14.0, 2.0)})
+    plan = world.plan(sweep).estimate
+    assert (plan.calibrated, plan.reason) == (True, "")
+    drawn = 0.5 * 20 * 8  # blocks of eight
+    assert plan.seconds == pytest.approx(10 + drawn + 3 + 7)
+    assert plan.gpu_hours == pytest.approx((10 + drawn + 0.5 * (3 + 7)) / 3600)
     world.run(sweep)
-    assert world.plan(sweep).seconds == 0
+    assert world.plan(sweep).estimate.seconds == 0
 
 
 def test_the_json_of_a_plan_says_all_of_it(world):
@@ -405,7 +433,7 @@ def test_the_json_of_a_plan_says_all_of_it(world):
     (features,) = found["artifacts"]
     assert features["stage"] == "features"
     assert features["key"].startswith("features/v1/digits-tiny-")
-    assert found["estimate"].keys() == {"seconds", "calibrated"}
+    assert found["estimate"].keys() >= {"seconds", "calibrated", "reason", "gpu_hours"}
     assert json.loads(json.dumps(found)) == found
 
 
@@ -492,9 +520,9 @@ def sweeps(draw: Any, pictures: str) -> SweepSpec:
 
 @settings(max_examples=200, deadline=None)
 @given(st.data())
-def test_as_many_trials_run_as_were_planned(pictures, data):
+def test_as_many_trials_run_as_were_planned(pictures, resolver, data):
     with tempfile.TemporaryDirectory() as folder:
-        world = World(Path(folder), pictures)
+        world = World(Path(folder), pictures, resolver)  # digests are computed once
         sweep = data.draw(sweeps(world.pictures))
         for slot in world.plan(sweep).slots:  # some of it is there already, from elsewhere
             if data.draw(st.integers(0, 4)) == 0:
