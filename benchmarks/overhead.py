@@ -1,0 +1,176 @@
+"""What does a trial cost beyond its own work?
+
+A hundred trials that only read (`zero_shot_aux` on ready images: no training) go through the whole
+of `airsweep run`: planner, driver, Ray Tune with reused actors, ledger, records, MLflow. Baselines
+in the same run: Ray Tune as it comes, one process a trial, which calls the same `run_trial`
+(`--ray-trials` of them); and an Optuna loop that calls it in this process, without a cluster, a
+ledger or a tracker. Each has a store of its own with the same inputs prepared.
+
+    python benchmarks/overhead.py [--trials 100] [--ray-trials 6]
+
+Some minutes on two cores. The last line is JSON. `ratio` is seconds a trial of Ray Tune over ours,
+by the clock, from the first trial to the last; `overhead_s` is ours, what lies between trials on an
+actor that is up, as the driver measures it: a trial's time from hand-out to result less its work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+SWEEP = """
+version: 1
+name: overhead
+fixed:
+  method: zero_shot_aux
+  generator: "folder:{folder}"
+  images_per_class: 16
+search:
+  sampler: random
+  points: {trials}
+  width: {trials}
+  space:
+    fusion_weight: {{min: 0.1, max: 0.9}}
+seeds: [1]
+"""
+
+
+def draw(folder: Path) -> None:
+    """Sixteen images a class; what is on them does not matter here."""
+    import numpy as np
+    from PIL import Image
+
+    from air_core.datasets.digits import CLASSNAMES
+
+    rng = np.random.default_rng(0)
+    for name in CLASSNAMES:
+        (folder / name).mkdir(parents=True)
+        for i in range(16):
+            pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{i:02}.png")
+
+
+def airsweep(*arguments: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [sys.executable, "-m", "orchestrator", *arguments],
+        check=True,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def ours(spec: Path, store: Path, trials: int) -> dict[str, float]:
+    started = time.perf_counter()
+    airsweep("run", str(spec), "--store", str(store))
+    whole = time.perf_counter() - started
+    outcome = json.loads((store / "sweeps" / "default" / "overhead" / "outcome.json").read_text())
+    run = outcome["run"]
+    assert run["states"] == {"done": trials}, run["states"]
+    return {
+        "whole_s": whole,
+        "trial_s": run["walls"]["trials"] / trials,
+        "overhead_s": run["overheads"][0],
+    }
+
+
+def specs(spec: Path, store: Path, trials: int) -> list[Any]:
+    from orchestrator.driver import place_of
+    from orchestrator.sweep import cells_of
+    from orchestrator.sweep_file import load_sweep
+
+    sweep = load_sweep(spec)
+    resolver = place_of(sweep, store, None).resolver()
+    (cell,) = cells_of(sweep)
+    weights = [0.1 + 0.8 * i / trials for i in range(trials)]
+    return [resolver.trial({**cell.flat, "fusion_weight": weight, "seed": 1}) for weight in weights]
+
+
+def optuna_loop(chosen: list[Any], store: Path) -> float:
+    """Seconds a trial of a plain loop in this process."""
+    import optuna
+
+    from orchestrator.store import ArtifactStore
+    from orchestrator.trial import run_trial
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    there = ArtifactStore(store)
+    run_trial(chosen[0], there)  # loads torch and CLIP
+    started = time.perf_counter()
+
+    def objective(trial: optuna.Trial) -> float:
+        trial.suggest_float("fusion_weight", 0.1, 0.9)
+        return run_trial(chosen[1 + trial.number], there).objectives["mutual_information"]
+
+    optuna.create_study(direction="maximize").optimize(objective, n_trials=len(chosen) - 1)
+    return (time.perf_counter() - started) / (len(chosen) - 1)
+
+
+def ray_tune(chosen: list[Any], store: Path, folder: Path) -> float:
+    """Seconds a trial of Ray Tune as it comes: a process each."""
+    from orchestrator.session import ray_session
+
+    with ray_session() as machines:
+        from ray import tune
+
+        def trainable(config: dict[str, Any]) -> dict[str, float]:
+            from orchestrator.store import ArtifactStore
+            from orchestrator.trial import run_trial
+
+            record = run_trial(chosen[config["place"]], ArtifactStore(store))
+            return {"objective": record.objectives["mutual_information"]}
+
+        started = time.perf_counter()
+        results = tune.Tuner(
+            trainable,
+            param_space={"place": tune.grid_search(list(range(len(chosen))))},
+            run_config=tune.RunConfig(storage_path=str(folder / "tune"), verbose=0),
+        ).fit()
+        assert not results.errors, results.errors
+        assert machines
+        return (time.perf_counter() - started) / len(chosen)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--trials", type=int, default=100)
+    parser.add_argument("--ray-trials", type=int, default=6)
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        draw(folder / "images")
+        spec = folder / "overhead.yaml"
+        spec.write_text(SWEEP.format(folder=folder / "images", trials=asked.trials))
+        stores = {kind: folder / kind for kind in ("ours", "optuna", "ray")}
+        for store in stores.values():
+            airsweep("prepare", str(spec), "--store", str(store))
+        found = ours(spec, stores["ours"], asked.trials)
+        loop = optuna_loop(specs(spec, stores["optuna"], asked.trials), stores["optuna"])
+        tuned = ray_tune(specs(spec, stores["ray"], asked.ray_trials), stores["ray"], folder)
+    result = {
+        "name": "overhead",
+        "ratio": tuned / found["trial_s"],
+        "baseline": f"Ray Tune, one process a trial, {asked.ray_trials} trials",
+        "trials": asked.trials,
+        "baseline_trial_s": tuned,
+        "optuna_loop_trial_s": loop,
+        **{f"ours_{name}": value for name, value in found.items()},
+    }
+    print(
+        json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in result.items()})
+    )
+
+
+if __name__ == "__main__":
+    main()
