@@ -44,14 +44,17 @@ class Differences:
 def differences(a: Remembered, b: Remembered) -> Differences:
     """Compare two trials."""
     versions = [side.made.get("versions") or {} for side in (a, b)]
-    code = [{name: side.made.get(name) or None for name in CODE} for side in (a, b)]
+    settings = dict(_pairs(a.flat, b.flat))
+    # Other settings reach other code: only of the same question does that say anything.
+    names = [name for name in CODE if name != "code" or not settings]
+    code = [{name: side.made.get(name) or None for name in names} for side in (a, b)]
     metrics = [
         {name: value for name, value in side.metrics.items() if not name.startswith("time/")}
         for side in (a, b)
     ]
     return Differences(
         *(a.label, b.label),
-        settings=dict(_pairs(a.flat, b.flat)),
+        settings=settings,
         inputs=dict(_pairs(a.digests, b.digests)),
         code=dict(_pairs(*code)) | dict(_pairs(*versions)),
         metrics={

@@ -35,9 +35,10 @@ def uncommitted() -> bytes:
     if not _tracked():
         return b""
     with tempfile.TemporaryDirectory() as folder:
-        # A copy of the index: new files are seen in it, and the user's own is left alone.
+        # A copy of the index: new files are seen in it, and the user's own is left alone. With its
+        # time, by which git knows that a file of the same second has to be read again.
         index = Path(folder, "index")
-        shutil.copyfile(ROOT / _git("rev-parse", "--git-path", "index").decode().strip(), index)
+        shutil.copy2(ROOT / _git("rev-parse", "--git-path", "index").decode().strip(), index)
         _git("add", "--intent-to-add", "--", *PACKAGES, index=index)
         diff = _git("diff", "--no-color", "--no-ext-diff", "HEAD", "--", *PACKAGES, index=index)
     if len(diff) <= MAX_DIFF:

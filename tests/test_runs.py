@@ -122,8 +122,8 @@ def test_workers_that_are_killed_cost_nothing_but_time(spec, whole, tmp_path):
     assert run_and_kill_workers(spec, store, victims) == 0
     assert table(store, "search") == table(whole, "search")
     assert len(shards(store)) == SHARDS
-    (died,) = [one for one in events(store, "search") if one["event"] == "trial_retried"]
-    assert died["failure_class"] == "infra"
+    died = [one for one in events(store, "search") if one["event"] == "trial_retried"]
+    assert {one["failure_class"] for one in died} == {"infra"}  # both seeds of its point
 
 
 def test_no_mlflow_run_stays_running_or_is_doubled_after_a_kill(killed):

@@ -180,7 +180,7 @@ def test_image_tokens_are_one_and_a_patch_each_and_do_not_depend_on_the_batch(
     images = some_images(5)
     tokens = tiny_clip.image_tokens(images)
     assert tokens.shape == (5, 1 + (32 // tiny_clip.patch_size) ** 2, tiny_clip.patch_width)
-    monkeypatch.setattr("air_core.backbone.clip.ENCODE_BATCH", 2)
+    monkeypatch.setattr(tiny_clip, "at_once", 2)
     assert apart(tiny_clip.image_tokens(images), tokens) < 1e-6
 
 
