@@ -107,7 +107,7 @@ def plan(
     from orchestrator import screens
     from orchestrator.recorded import computed_by
 
-    sweep, place = _sweep_and_place(spec, store, data_root, sets, only, smoke)
+    sweep, place, _ = _asked(spec, store, data_root, sets, only, smoke)
     planned = _plan(sweep, place)
     sources: dict[str, int] = {}
     if planned.reused:
@@ -222,7 +222,7 @@ def table(
 
     sweep, place = _recorded(name, store, data_root)
     planned = _plan(sweep, place)
-    for old in planned.stale:
+    for old in planned.stale(place.store):
         print(f"note: {old}", file=sys.stderr)
     entries = entries_of(planned, place.store)
     rows = report.rows(entries, sweep.search.objective if sweep.search else None)
@@ -530,8 +530,15 @@ def _asked(
     only: list[str] | None,
     smoke: bool,
 ) -> tuple[SweepSpec, Place, dict[str, Any]]:
-    """A sweep from its file, and how it was asked for."""
-    sweep, place = _sweep_and_place(spec, store, data_root, sets, only, smoke)
+    """A sweep from its file, where it goes, and how it was asked for."""
+    from orchestrator.driver import place_of
+    from orchestrator.sweep import smoke as smoked
+
+    sweep = _load(spec, sets, only)
+    if smoke:
+        sweep = smoked(sweep)
+        store = store.with_name(store.name + "-smoke")
+    place = place_of(sweep, store, data_root)
     origin = {"sets": sets or [], "only": only or [], "smoke": smoke, "source": sweep.source}
     return sweep, place, origin
 
@@ -543,24 +550,6 @@ def _stages(asked: list[str] | None) -> list[str]:
         if stage not in STAGES:
             _fail(f"--accept-code {stage!r} is no stage; allowed: {', '.join(STAGES)}")
     return asked or []
-
-
-def _sweep_and_place(
-    spec: str,
-    store: Path,
-    data_root: Path | None,
-    sets: list[str] | None,
-    only: list[str] | None,
-    smoke: bool,
-) -> tuple[SweepSpec, Place]:
-    from orchestrator.driver import place_of
-    from orchestrator.sweep import smoke as smoked
-
-    sweep = _load(spec, sets, only)
-    if smoke:
-        sweep = smoked(sweep)
-        store = store.with_name(store.name + "-smoke")
-    return sweep, place_of(sweep, store, data_root)
 
 
 def _load(spec: str, sets: list[str] | None, only: list[str] | None) -> SweepSpec:

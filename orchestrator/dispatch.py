@@ -150,8 +150,9 @@ class Dispatcher:
 
     def gave_up(self) -> str | None:
         """What went wrong so often that no more was tried."""
-        message, count = max(self.errors.items(), key=lambda one: one[1], default=("", 0))
-        return message if count >= EQUAL_ERRORS else None
+        for message, count in self.errors.most_common(1):
+            return message if count >= EQUAL_ERRORS else None
+        return None
 
     def peek(self) -> Job | None:
         """What `next` will hand out, for who only wants to know whether there is anything."""

@@ -185,8 +185,9 @@ class Run:
 
     def no_hope(self, trial: TrialSpec) -> Failure | None:
         """Why a trial cannot run: something that it reads could not be made."""
+        needs = needs_of([trial]) if self.hopeless else []
         for need, failure in self.hopeless:
-            if any(holds(one.spec, need.spec) for one in needs_of([trial])):
+            if any(holds(one.spec, need.spec) for one in needs):
                 message = f"{name_of(need.key)} failed: {failure.message}"
                 return Failure(failure.failure_class, message)
         return None
@@ -299,11 +300,12 @@ def _settle_code(plan: Plan, place: Place, accepted: Sequence[str]) -> None:
     Raises:
         Refused: something is there that other code has made, and nobody said that it counts.
     """
-    left = [one for one in plan.stale if one.stage not in accepted]
+    stale = plan.stale(place.store)
+    left = [one for one in stale if one.stage not in accepted]
     if left:
         raise Refused(f"{'; '.join(map(str, left))}: {remedy(left)}")
-    if plan.stale:
-        accept(plan.stale, f"{place.project}/{place.name}", place.store)
+    if stale:
+        accept(stale, f"{place.project}/{place.name}", place.store)
 
 
 def _given_up(failures: Mapping[str, Mapping[str, Any]], retry: str | None) -> dict[str, Failure]:

@@ -39,25 +39,16 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Cost:
-    """What the work of one stage would take on one worker."""
-
-    stage: str
-    seconds: float
-    measured: bool  # all of it, in this store
-
-
-@dataclass(frozen=True)
 class Estimate:
     """Of all that is left."""
 
-    costs: tuple[Cost, ...]
+    stages: Mapping[str, float]  # seconds on one worker
     gpu_hours: float
     reason: str  # why it is not calibrated; empty: it is
 
     @property
     def seconds(self) -> float:
-        return sum(cost.seconds for cost in self.costs)
+        return sum(self.stages.values())
 
     @property
     def calibrated(self) -> bool:
@@ -69,7 +60,7 @@ class Estimate:
             "calibrated": self.calibrated,
             "reason": self.reason,
             "gpu_hours": round(self.gpu_hours, 3),
-            "stages": {cost.stage: round(cost.seconds, 1) for cost in self.costs},
+            "stages": {stage: round(seconds, 1) for stage, seconds in self.stages.items()},
         }
 
 
@@ -102,17 +93,13 @@ def trial_work(spec: TrialSpec, units: float = 1) -> Work:
 def estimate(work: Iterable[Work], root: Path, resources: Resources) -> Estimate:
     """What it would take, one after the other."""
     history = read_history(root)
-    found: dict[str, Cost] = {}
+    found: dict[str, float] = {}
     unknown: list[Work] = []
     for one in work:
         seconds, measured = _seconds(one, history)
         unknown += [] if measured else [one]
-        before = found.get(one.stage, Cost(one.stage, 0.0, True))
-        found[one.stage] = Cost(
-            one.stage, before.seconds + seconds * one.units, before.measured and measured
-        )
-    costs = tuple(found.values())
-    return Estimate(costs, _gpu_hours(costs, resources), _reason(unknown, history))
+        found[one.stage] = found.get(one.stage, 0.0) + seconds * one.units
+    return Estimate(found, _gpu_hours(found, resources), _reason(unknown, history))
 
 
 def _seconds(work: Work, history: Measured) -> tuple[float, bool]:
@@ -137,11 +124,10 @@ def _reason(unknown: list[Work], history: Measured) -> str:
     return f"not measured in this store: {', '.join(names[:2])}{more}"
 
 
-def _gpu_hours(costs: Iterable[Cost], resources: Resources) -> float:
+def _gpu_hours(stages: Mapping[str, float], resources: Resources) -> float:
     share = {"trials": resources.trial.gpu}
-    return sum(cost.seconds * share.get(cost.stage, resources.generator.gpu) for cost in costs) / (
-        3600
-    )
+    gpu = resources.generator.gpu
+    return sum(seconds * share.get(stage, gpu) for stage, seconds in stages.items()) / 3600
 
 
 # ---------------------------------------------------------------- what was measured

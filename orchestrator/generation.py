@@ -62,16 +62,14 @@ class Generate:
 
     def _drawn(self, spec: SyntheticFeaturesSpec, row: int, c: int, block: int) -> dict[str, int]:
         """A block; with less memory where there is too little. Its size is part of its key."""
-        for thrift in range(self.thrift, THRIFT + 1):
-            self.thrift = thrift  # of this actor from now on
+        while True:
             try:
-                shop = self.shop.with_less(thrift)
+                shop = self.shop.with_less(self.thrift)
                 return build_image_block(spec, c, block, shop, lambda: self._generator(row))
             except Exception as problem:
-                if classify(problem) != "oom" or thrift == THRIFT:
+                if classify(problem) != "oom" or self.thrift == THRIFT:
                     raise
-                self.open = None
-        raise AssertionError("unreachable")
+                self.thrift, self.open = self.thrift + 1, None  # of this actor from now on
 
     def _generator(self, row: int) -> Any:
         if self.open is None or self.open[0] != row:

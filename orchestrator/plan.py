@@ -6,7 +6,6 @@ What runs is what was planned: the driver walks the same slots and needs.
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from types import MappingProxyType
@@ -135,7 +134,11 @@ class Plan:
     openings: Mapping[str, Opening]  # by cell: studies that start, with what they take over
     asks: str  # digest of what is asked for
     edit: Edit | None  # None: the file asks for what it asked for before
-    stale: tuple[Stale, ...]  # there, but made by other code
+
+    def stale(self, store: ArtifactStore) -> tuple[Stale, ...]:
+        """What is there, but made by other code. It opens every record, so who asks keeps it."""
+        trials = {slot.key.digest: slot.spec for slot in self.slots}.values()
+        return stale(itertools.chain(_made(self.needs), trials), store)
 
     @property
     def to_run(self) -> int:
@@ -155,7 +158,7 @@ class Plan:
             "artifacts": [_artifact(need, store) for need in self.needs],
             "stale": [
                 {"stage": one.stage, "artifacts": one.artifacts, "changed": list(one.changed)}
-                for one in self.stale
+                for one in self.stale(store)
             ],
             "estimate": self.estimate.json(),
             "edit": self.edit and asdict(self.edit),
@@ -183,16 +186,17 @@ def plan_sweep(sweep: SweepSpec, store: ArtifactStore, resolver: Resolver, ledge
     openings = _openings(sweep, cells, found, resolver, store)
     finished, moved = finished_slots(ledger), moved_slots(ledger)
     slots: list[Slot] = []
+    left: dict[str, int] = {}  # trials by cell
     points = 0
     for cell in cells:
         count = found.points(cell, sweep.search)
         points += count
+        left[cell.id] = count * len(assignments)
         params_of = known_points(sweep, cell, found, openings.get(cell.id))
         for number, params in sorted(params_of.items())[:count]:
             slots += slots_of(cell, number, params, assignments, resolver, moved)
     there = [store.has(slot.spec) for slot in slots]
     done = reused = 0
-    left = Counter({cell.id: found.points(cell, sweep.search) * len(assignments) for cell in cells})
     seen: set[str] = set()
     for slot, present in zip(slots, there, strict=True):
         if present and finished.get(slot.id, ("", ""))[0] == slot.key.digest:
@@ -209,7 +213,6 @@ def plan_sweep(sweep: SweepSpec, store: ArtifactStore, resolver: Resolver, ledge
     asked_for = possible_trials(cells, assignments, resolver)
     needs = tuple(needs_of(itertools.chain(asked_for, moved_trials(slots, moved))))
     resolver.save()
-    trials = {slot.key.digest: slot.spec for slot in slots}.values()
     return Plan(
         sweep=sweep,
         cells=cells,
@@ -223,7 +226,6 @@ def plan_sweep(sweep: SweepSpec, store: ArtifactStore, resolver: Resolver, ledge
         openings=openings,
         asks=asks,
         edit=edit,
-        stale=stale(itertools.chain(_made(needs), trials), store),
     )
 
 

@@ -57,8 +57,9 @@ def plan_screen(
     lines += ["", f"  {_time_left(plan)}"]
     problem = does_not_fit(plan, place.store)
     lines += [f"  it would not start: {problem}"] if problem else []
-    lines += [f"  {one}" for one in plan.stale]
-    lines += [f"  {remedy(plan.stale)}"] if plan.stale else []
+    stale = plan.stale(place.store)
+    lines += [f"  {one}" for one in stale]
+    lines += [f"  {remedy(stale)}"] if stale else []
     lines += [f"  note: {note}" for note in notes_of(plan.sweep)]
     varied = plan.sweep.seeds.vary
     if "split_seed" in varied:
