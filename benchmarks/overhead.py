@@ -86,7 +86,7 @@ def ours(spec: Path, store: Path, trials: int) -> dict[str, float]:
 
 
 def specs(spec: Path, store: Path, trials: int) -> list[Any]:
-    from orchestrator.driver import place_of
+    from orchestrator.place import place_of
     from orchestrator.sweep import cells_of
     from orchestrator.sweep_file import load_sweep
 

@@ -6,7 +6,6 @@ Nothing heavy is imported where nothing is left to do.
 from __future__ import annotations
 
 import functools
-import getpass
 import json
 import os
 import signal
@@ -14,210 +13,52 @@ import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from air_core.specs import FeaturesSpec, SyntheticFeaturesSpec, TrialSpec
+from air_core.specs import FeaturesSpec, SyntheticFeaturesSpec
 from orchestrator.budget import Purse
-from orchestrator.dispatch import Dispatcher, Outcome
+from orchestrator.dispatch import Dispatcher
 from orchestrator.estimate import (
-    Work,
     mean_seconds,
     read_history,
     remember,
-    stage_work,
-    trial_work,
 )
-from orchestrator.failures import CLASSES, EQUAL_ERRORS, Failure
+from orchestrator.failures import EQUAL_ERRORS, Failure
 from orchestrator.fit import Machine, misfit, room, this_machine
 from orchestrator.freshness import accept, remedy
-from orchestrator.ledger import Ledger
 from orchestrator.lineage import commit, diff_digest, dirty, uncommitted
+from orchestrator.parent import note_of, parent_of, status_of, sweep_files
+from orchestrator.place import (
+    BUDGET,
+    DONE,
+    FAILED,
+    INTERRUPTED,
+    REFUSED,
+    TERMINATED,
+    Place,
+    Refused,
+    read_outcome,
+    whoami,
+)
 from orchestrator.plan import (
     Need,
     Plan,
-    holds,
     moved_slots,
-    name_of,
     needs_of,
     plan_sweep,
     possible_trials,
 )
 from orchestrator.publish import Publisher
-from orchestrator.report import rows
-from orchestrator.resolve import Resolver, text_digest
-from orchestrator.results import entries_of, standing
+from orchestrator.resolve import text_digest
+from orchestrator.results import standing
+from orchestrator.running import Run
 from orchestrator.screen import Screen
-from orchestrator.store import VERSION, ArtifactStore, maker, open_store, write_whole
+from orchestrator.store import VERSION, ArtifactStore, maker, write_whole
 from orchestrator.sweep import Cell, SweepSpec
-from orchestrator.tables import table
-from orchestrator.tracking import Status, SweepRun
 
 if TYPE_CHECKING:
     from orchestrator.workshop import Workshop
-
-DONE, FAILED, BAD_INPUT, REFUSED, BUDGET, GATE = range(6)
-INTERRUPTED, TERMINATED = 130, 143
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a sweep lives: the store, its folder in it, the datasets."""
-
-    store: ArtifactStore
-    project: str
-    name: str
-    data_root: Path | None
-
-    @property
-    def folder(self) -> Path:
-        return self.store.root / "sweeps" / self.project / self.name
-
-    def ledger(self) -> Ledger:
-        return Ledger(self.folder)
-
-    def resolver(self) -> Resolver:
-        return Resolver(self.store.root / "digests.json", self.data_root)
-
-
-class Refused(RuntimeError):
-    """Refused before anything started; exit code 3."""
-
-
-def place_of(sweep: SweepSpec, root: Path, data_root: Path | None) -> Place:
-    """Where a sweep goes.
-
-    Raises:
-        Refused: a relative store inside a Ray job.
-        StoreRefused: another version of airsweep made the store.
-    """
-    if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") and not root.is_absolute():
-        raise Refused(
-            f"the store {str(root)!r} is relative, and this is a Ray job: its working directory "
-            "is thrown away at the end; give --store or AIRSWEEP_STORE an absolute folder that "
-            "every node sees"
-        )
-    project = sweep.project or os.environ.get("AIRSWEEP_PROJECT") or "default"
-    data = data_root or os.environ.get("AIRSWEEP_DATA") or sweep.data_root
-    return Place(open_store(root), project, sweep.name, Path(data) if data else None)
-
-
-@dataclass
-class Tally:
-    """What a run did, for the last lines of its screen."""
-
-    started: float = field(default_factory=time.monotonic)
-    walls: dict[str, float] = field(default_factory=dict)  # seconds by phase
-    # Seconds and units by stage and kind.
-    work: dict[tuple[str, str], tuple[float, float]] = field(default_factory=dict)
-    drawn: int = 0
-    redrawn: int = 0
-    holes: int = 0
-    states: dict[str, int] = field(default_factory=dict)
-    overheads: list[float] = field(default_factory=list)
-    memory: int = 0  # bytes
-    shares: dict[str, float] = field(default_factory=dict)  # what CLIP recognises, by group
-
-    def add_wall(self, phase: str, seconds: float) -> None:
-        self.walls[phase] = self.walls.get(phase, 0.0) + seconds
-
-    def add_work(self, work: Work, seconds: float) -> None:
-        before = self.work.get((work.stage, work.kind), (0.0, 0.0))
-        self.work[work.stage, work.kind] = (before[0] + seconds, before[1] + work.units)
-
-
-@dataclass
-class Run:
-    """One run of the driver."""
-
-    sweep: SweepSpec
-    place: Place
-    screen: Screen
-    publisher: Publisher
-    ledger: Ledger
-    resolver: Resolver
-    purse: Purse
-    tally: Tally = field(default_factory=Tally)
-    machines: tuple[Machine, ...] = ()  # none before Ray is there
-    terminated: bool = False
-    hopeless: list[tuple[Need, Failure]] = field(default_factory=list)
-    given_up: dict[str, Failure] = field(default_factory=dict)  # by slot: not tried again
-    moving: list[TrialSpec] = field(default_factory=list)  # go on in fp32
-    last: dict[str, str] = field(default_factory=dict)  # state by slot
-
-    # Watcher, for orchestrator.prepare.
-
-    def prepared(self, need: Need, seconds: float, facts: dict[str, Any]) -> None:
-        plain = {name: value for name, value in facts.items() if isinstance(value, int | float)}
-        self.ledger.append(
-            "artifact_prepared",
-            stage=need.stage,
-            key=str(need.key),
-            seconds=round(seconds, 3),
-            facts=plain,
-        )
-        self.tally.add_work(stage_work(need.spec), seconds)
-        self.purse.prepared(seconds)
-        if need.stage == "images":
-            self.tally.drawn += facts["drawn"]
-            self.tally.redrawn += facts["redrawn"]
-            self.tally.holes += facts["holes"]
-        self.screen.prepared(need)
-
-    def failed(self, need: Need, failure: Failure) -> None:
-        self.hopeless.append((need, failure))
-        self.ledger.append("artifact_failed", key=str(need.key), **_said(need.stage, failure))
-        self.screen.say(f"{name_of(need.key)}: failed ({failure.failure_class}): {failure.message}")
-
-    def retried(self, need: Need, failure: Failure) -> None:
-        self.ledger.append("artifact_retried", key=str(need.key), **_said(need.stage, failure))
-        remedy = CLASSES[failure.failure_class].remedy
-        self.screen.say(f"{name_of(need.key)}: {failure.message}; {remedy}")
-
-    def progress(self, name: str, done: int, total: int) -> None:
-        self.screen.progress(name, done, total)
-
-    def phase(self, stage: str, seconds: float) -> None:
-        self.tally.add_wall(stage, seconds)
-
-    # Outcomes and lost hopes, for orchestrator.dispatch.
-
-    def no_hope(self, trial: TrialSpec) -> Failure | None:
-        """Why a trial cannot run: something that it reads could not be made."""
-        needs = needs_of([trial]) if self.hopeless else []
-        for need, failure in self.hopeless:
-            if any(holds(one.spec, need.spec) for one in needs):
-                message = f"{name_of(need.key)} failed: {failure.message}"
-                return Failure(failure.failure_class, message)
-        return None
-
-    def outcome(self, outcome: Outcome) -> None:
-        self.last[outcome.slot.id] = outcome.state  # one that moved to fp32 comes twice
-        self.tally.states = dict(Counter(self.last.values()))
-        told = None
-        if not outcome.known:
-            fields: dict[str, Any] = {
-                "slot": outcome.slot.id,
-                "cell": outcome.slot.cell.id,
-                "key": outcome.slot.key.digest,
-            }
-            if outcome.state == "failed":
-                fields |= {"failure_class": outcome.failure_class, "message": outcome.message}
-            told = self.ledger.append(f"trial_{outcome.state}", **fields)
-        if outcome.state == "done" and not outcome.known and outcome.record is not None:
-            self.tally.add_work(trial_work(outcome.slot.spec), outcome.record.seconds)
-            self.purse.trial_ended(outcome.slot.cell.id, outcome.record.seconds)
-        self.publisher.trial(outcome, told)
-        self.screen.outcome(outcome)
-
-
-def _said(stage: str, failure: Failure) -> dict[str, str]:
-    return {
-        "stage": stage,
-        "failure_class": failure.failure_class,
-        "message": failure.message,
-    }
 
 
 def run_sweep(
@@ -544,42 +385,6 @@ def _close(run: Run, code: int) -> None:
     )
 
 
-def status_of(code: int | None) -> Status:
-    """An exit code as the state of a parent; None: the driver was killed."""
-    return "FINISHED" if code == DONE else "FAILED" if code == FAILED else "KILLED"
-
-
-def parent_of(sweep: SweepSpec, place: Place, made: Mapping[str, Any]) -> SweepRun:
-    """A sweep as a tracker's parent.
-
-    Args:
-        made: who runs it, and with which code: user, commit.
-    """
-    return SweepRun(
-        sweep=place.name,
-        project=place.project,
-        spec_hash=text_digest(sweep.text),
-        note=sweep.question,
-        user=made["user"],
-        commit=made["commit"],
-        source=f"airsweep run {sweep.source}",
-    )
-
-
-def note_of(sweep: SweepSpec, place: Place) -> str:
-    """The parent's note: the table first, since long notes are folded; then the question."""
-    plan = plan_sweep(sweep, place.store, place.resolver(), place.ledger())
-    entries = entries_of(plan, place.store)
-    found = rows(entries, sweep.search.objective if sweep.search else None)
-    return f"{table(found, 'md', entries=entries)}\n\n{sweep.question}"
-
-
-def sweep_files(place: Place) -> dict[str, Path]:
-    """What a tracker's parent shows: the contact sheet, and code that was not committed."""
-    found = [place.folder / "contact_sheet.png", *place.folder.glob("uncommitted-*.diff")]
-    return {file.name: file for file in sorted(found) if file.exists()}
-
-
 HIDDEN = ("started", "work")
 STATES = {
     DONE: "done",
@@ -589,20 +394,3 @@ STATES = {
     INTERRUPTED: "interrupted",
     TERMINATED: "terminated",
 }
-
-
-def read_outcome(place: Place) -> dict[str, Any]:
-    """outcome.json of the last run; empty if there is none."""
-    try:
-        outcome: dict[str, Any] = json.loads((place.folder / "outcome.json").read_text())
-    except FileNotFoundError:
-        return {}
-    return outcome
-
-
-def whoami() -> str:
-    """Who runs this, for tags."""
-    try:
-        return os.environ.get("AIRSWEEP_USER") or getpass.getuser()
-    except (KeyError, OSError):
-        return "unknown"

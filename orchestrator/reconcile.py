@@ -14,9 +14,10 @@ from typing import Any, Literal
 
 from orchestrator.children import Children
 from orchestrator.dispatch import Outcome
-from orchestrator.driver import Place, note_of, parent_of, status_of, sweep_files, whoami
 from orchestrator.ledger import Ledger
 from orchestrator.lineage import UNKNOWN
+from orchestrator.parent import note_of, parent_of, status_of, sweep_files
+from orchestrator.place import Place, whoami
 from orchestrator.plan import Slot, plan_sweep
 from orchestrator.results import standing
 from orchestrator.sweep import SweepSpec

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from air_core.specs import SyntheticFeaturesSpec, TrialSpec
-from orchestrator.driver import Place
 from orchestrator.keys import Stage, artifact_key
+from orchestrator.place import Place
 from orchestrator.plan import (
     known_points,
     moved_slots,

@@ -16,9 +16,10 @@ from air_core.datasets import get_dataset
 from air_core.flat import to_flat
 from air_core.normal import normalised
 from orchestrator import presets, report
-from orchestrator.driver import Place, does_not_fit, read_outcome
+from orchestrator.driver import does_not_fit
 from orchestrator.failures import CLASSES
 from orchestrator.freshness import remedy
+from orchestrator.place import Place, read_outcome
 from orchestrator.plan import Need, Plan, plan_sweep
 from orchestrator.results import Standing, entries_of, standing
 from orchestrator.screen import clock

@@ -15,9 +15,9 @@ import pytest
 from air_core.normal import normalised
 from air_core.specs import SyntheticFeaturesSpec
 from orchestrator.__main__ import main
-from orchestrator.driver import Place
 from orchestrator.integrity import verify
 from orchestrator.inventory import take_inventory
+from orchestrator.place import Place
 from orchestrator.plan import plan_sweep
 from orchestrator.seal import BLANK, sealed
 from orchestrator.store import ArtifactStore, StoreRefused

@@ -15,10 +15,11 @@ from safetensors.numpy import load_file, save_file
 
 from air_core.datasets import get_dataset
 from orchestrator.differences import differences
-from orchestrator.driver import Place, parent_of
 from orchestrator.image_rows import build_image_block, open_generator
 from orchestrator.keys import ArtifactKey
 from orchestrator.ledger import Ledger
+from orchestrator.parent import parent_of
+from orchestrator.place import Place
 from orchestrator.plan import needs_of, plan_sweep
 from orchestrator.publish import Publisher
 from orchestrator.reconcile import reconcile

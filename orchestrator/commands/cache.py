@@ -1,0 +1,115 @@
+"""Commands about a store of artifacts."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from orchestrator.commands.common import (
+    STORE,
+    DataOption,
+    JsonOption,
+    StoreOption,
+    fail,
+    place_named,
+)
+
+if TYPE_CHECKING:
+    pass
+
+app = typer.Typer(no_args_is_help=True, help="Look after a store of artifacts.")
+
+
+@app.command("ls")
+def cache_ls(
+    store: StoreOption = STORE, data_root: DataOption = None, as_json: JsonOption = False
+) -> None:
+    """What lies in a store, whose it is, and which of it recorded sweeps need.
+
+    airsweep cache ls
+
+    airsweep cache ls --store /shared/runs --json
+    """
+    from orchestrator.cache_screen import listing, listing_screen
+    from orchestrator.inventory import take_inventory
+    from orchestrator.recorded import all_needs
+    from orchestrator.store import open_store
+
+    opened = open_store(store)
+    found = listing(take_inventory(opened), all_needs(opened, data_root))
+    print(json.dumps(found, indent=1) if as_json else listing_screen(found))
+
+
+@app.command("verify")
+def cache_verify(store: StoreOption = STORE, as_json: JsonOption = False) -> None:
+    """Read every file of a store and compare it with what was written.
+
+    Ends with 0 when nothing is damaged, else with 1.
+
+    airsweep cache verify
+
+    airsweep cache verify --store /shared/runs --json
+    """
+    from orchestrator.cache_screen import verdict_screen, watched
+    from orchestrator.integrity import verify
+    from orchestrator.inventory import take_inventory
+    from orchestrator.store import open_store
+
+    verdict = verify(take_inventory(open_store(store)), watched)
+    print(json.dumps(verdict.json(), indent=1) if as_json else verdict_screen(verdict))
+    sys.exit(1 if verdict.damaged else 0)
+
+
+@app.command("gc")
+def cache_gc(
+    store: StoreOption = STORE,
+    data_root: DataOption = None,
+    yes: Annotated[bool, typer.Option("--yes", help="remove; without it they are listed")] = False,
+    sweep: Annotated[
+        str | None,
+        typer.Option("--sweep", metavar="NAME", help="what this recorded sweep alone needs"),
+    ] = None,
+    all_users: Annotated[
+        bool, typer.Option("--all-users", help="also what others made, or nobody knows who")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """List what no recorded sweep needs, and with --yes remove it; only what you made yourself.
+
+    airsweep cache gc
+
+    airsweep cache gc --sweep old_question --yes
+    """
+    from orchestrator.cache_screen import spoils_screen
+    from orchestrator.inventory import take_inventory
+    from orchestrator.place import whoami
+    from orchestrator.recorded import all_needs, refuse_running
+    from orchestrator.store import open_store
+    from orchestrator.upkeep import (
+        NOT_REMOVED,
+        needed_by_one,
+        needless,
+        refuse_unread,
+        remove,
+    )
+
+    opened = open_store(store)
+    place = place_named(sweep, store) if sweep else None
+    refuse_running(opened)
+    with opened.alone():  # until all is removed no sweep may start
+        inventory = take_inventory(opened)
+        needs = all_needs(opened, data_root)
+        refuse_unread(needs, opened.root)
+        if place is None:
+            spoils = needless(inventory, needs, whoami(), all_users)
+        else:
+            of = f"{place.project}/{place.name}"
+            spoils = needed_by_one(inventory, needs, of, whoami(), all_users)
+        if yes:
+            spoils = remove(spoils)
+    print(json.dumps(spoils.json(yes), indent=1) if as_json else spoils_screen(spoils, yes))
+    if any(one.why == NOT_REMOVED for one in spoils.others):
+        fail(f"some of it {NOT_REMOVED}; --json names it", 1)

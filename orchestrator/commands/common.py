@@ -1,0 +1,138 @@
+"""What commands share: options, and from names to sweeps."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from orchestrator.place import Place
+    from orchestrator.plan import Plan
+    from orchestrator.sweep import SweepSpec
+
+SpecArgument = Annotated[str, typer.Argument(metavar="SPEC", help="a sweep file, or its bare name")]
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="a sweep, or PROJECT/NAME")]
+StoreOption = Annotated[
+    Path, typer.Option("--store", envvar="AIRSWEEP_STORE", help="folder of all results")
+]
+DataOption = Annotated[
+    Path | None,
+    typer.Option("--data-root", envvar="AIRSWEEP_DATA", help="folder of real datasets"),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="replace a value of the file; may repeat"),
+]
+OnlyOption = Annotated[
+    list[str] | None,
+    typer.Option("--only", metavar="KEY=VALUE", help="keep these cells of the grid; may repeat"),
+]
+SmokeOption = Annotated[
+    bool,
+    typer.Option(
+        "--smoke", help="one point, seed and iteration a cell, 8 images, in <store>-smoke"
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="for scripts")]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="errors only")]
+TrackingOption = Annotated[
+    str | None,
+    typer.Option(
+        "--tracking-uri", help="MLflow; default: MLFLOW_TRACKING_URI, else a file in the store"
+    ),
+]
+
+AcceptOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--accept-code",
+        metavar="STAGE",
+        help="count what other code has made, since it would be the same; features, images, ...",
+    ),
+]
+
+STORE = Path("runs")
+
+
+def asked(
+    spec: str,
+    store: Path,
+    data_root: Path | None,
+    sets: list[str] | None,
+    only: list[str] | None,
+    smoke: bool,
+) -> tuple[SweepSpec, Place, dict[str, Any]]:
+    """A sweep from its file, where it goes, and how it was asked for."""
+    from orchestrator.place import place_of
+    from orchestrator.sweep import smoke as smoked
+
+    sweep = load(spec, sets, only)
+    if smoke:
+        sweep = smoked(sweep)
+        store = store.with_name(store.name + "-smoke")
+    place = place_of(sweep, store, data_root)
+    origin = {"sets": sets or [], "only": only or [], "smoke": smoke, "source": sweep.source}
+    return sweep, place, origin
+
+
+def load(spec: str, sets: list[str] | None, only: list[str] | None) -> SweepSpec:
+    from orchestrator.sweep_file import find_sweep, load_sweep
+
+    return load_sweep(find_sweep(spec), sets=sets or [], only=only or [])
+
+
+def plan_of(sweep: SweepSpec, place: Place) -> Plan:
+    from orchestrator.plan import plan_sweep
+
+    return plan_sweep(sweep, place.store, place.resolver(), place.ledger())
+
+
+def place_named(name: str, store: Path) -> Place:
+    """A sweep that was run before.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    from orchestrator.place import Place
+    from orchestrator.store import open_store
+
+    project, _, short = name.rpartition("/")
+    project = project or os.environ.get("AIRSWEEP_PROJECT") or "default"
+    place = Place(open_store(store), project, short, None)
+    if not (place.folder / "events.jsonl").exists():
+        there = sorted(
+            f"{p.parent.parent.name}/{p.parent.name}"
+            for p in (store / "sweeps").glob("*/*/events.jsonl")
+        )
+        raise ValueError(
+            f"no sweep {project}/{short} in {store}; there: {', '.join(there) or 'none yet'}"
+        )
+    return place
+
+
+def recorded_sweep(name: str, store: Path, data_root: Path | None) -> tuple[SweepSpec, Place]:
+    """A sweep as it was last run, with the values that were set then."""
+    from orchestrator.recorded import read_sweep
+
+    return read_sweep(place_named(name, store), data_root)
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
+    print(f"airsweep: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def code_of(problem: Exception) -> int:
+    """2 for what a user can get wrong, 3 for what was refused before it started, else 1."""
+    from orchestrator.ledger import SweepBusy
+    from orchestrator.place import BAD_INPUT, FAILED, REFUSED, Refused
+    from orchestrator.store import StoreRefused
+    from orchestrator.tracking import TrackerAway
+
+    if isinstance(problem, Refused | SweepBusy | StoreRefused | TrackerAway):
+        return REFUSED
+    return BAD_INPUT if isinstance(problem, ValueError) else FAILED

@@ -1,0 +1,59 @@
+"""Commands about datasets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from orchestrator.commands.common import JsonOption, fail
+
+if TYPE_CHECKING:
+    pass
+
+app = typer.Typer(no_args_is_help=True, help="Look at datasets on this machine.")
+
+
+@app.command("check")
+def data_check(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="a dataset, or folder:PATH")],
+    root: Annotated[
+        Path | None,
+        typer.Option(
+            "--root", "--data-root", envvar="AIRSWEEP_DATA", help="folder of real datasets"
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare a dataset with the published one and open every image.
+
+    Ends with 0 when all fits, else with 2 and the first difference.
+
+    airsweep data check flowers102 --root /data
+
+    airsweep data check folder:/data/leaves --json
+    """
+    from rich.console import Console
+    from rich.progress import track
+
+    from orchestrator.datacheck import check
+
+    console = Console(stderr=True)
+    found = check(
+        name,
+        root,
+        lambda each, total: track(
+            each,
+            "opening images",
+            total,
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        ),
+    )
+    for line in [json.dumps(found.json(), indent=1)] if as_json else found.lines():
+        print(line)
+    if found.difference is not None:
+        fail(found.difference)

@@ -1,0 +1,139 @@
+"""One run of the driver: what it holds, and what it does with what it is told."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from air_core.specs import TrialSpec
+from orchestrator.budget import Purse
+from orchestrator.dispatch import Outcome
+from orchestrator.estimate import Work, stage_work, trial_work
+from orchestrator.failures import CLASSES, Failure
+from orchestrator.fit import Machine
+from orchestrator.ledger import Ledger
+from orchestrator.place import Place
+from orchestrator.plan import Need, holds, name_of, needs_of
+from orchestrator.publish import Publisher
+from orchestrator.resolve import Resolver
+from orchestrator.screen import Screen
+from orchestrator.sweep import SweepSpec
+
+
+@dataclass
+class Tally:
+    """What a run did, for the last lines of its screen."""
+
+    started: float = field(default_factory=time.monotonic)
+    walls: dict[str, float] = field(default_factory=dict)  # seconds by phase
+    # Seconds and units by stage and kind.
+    work: dict[tuple[str, str], tuple[float, float]] = field(default_factory=dict)
+    drawn: int = 0
+    redrawn: int = 0
+    holes: int = 0
+    states: dict[str, int] = field(default_factory=dict)
+    overheads: list[float] = field(default_factory=list)
+    memory: int = 0  # bytes
+    shares: dict[str, float] = field(default_factory=dict)  # what CLIP recognises, by group
+
+    def add_wall(self, phase: str, seconds: float) -> None:
+        self.walls[phase] = self.walls.get(phase, 0.0) + seconds
+
+    def add_work(self, work: Work, seconds: float) -> None:
+        before = self.work.get((work.stage, work.kind), (0.0, 0.0))
+        self.work[work.stage, work.kind] = (before[0] + seconds, before[1] + work.units)
+
+
+@dataclass
+class Run:
+    """One run of the driver."""
+
+    sweep: SweepSpec
+    place: Place
+    screen: Screen
+    publisher: Publisher
+    ledger: Ledger
+    resolver: Resolver
+    purse: Purse
+    tally: Tally = field(default_factory=Tally)
+    machines: tuple[Machine, ...] = ()  # none before Ray is there
+    terminated: bool = False
+    hopeless: list[tuple[Need, Failure]] = field(default_factory=list)
+    given_up: dict[str, Failure] = field(default_factory=dict)  # by slot: not tried again
+    moving: list[TrialSpec] = field(default_factory=list)  # go on in fp32
+    last: dict[str, str] = field(default_factory=dict)  # state by slot
+
+    # Watcher, for orchestrator.prepare.
+
+    def prepared(self, need: Need, seconds: float, facts: dict[str, Any]) -> None:
+        plain = {name: value for name, value in facts.items() if isinstance(value, int | float)}
+        self.ledger.append(
+            "artifact_prepared",
+            stage=need.stage,
+            key=str(need.key),
+            seconds=round(seconds, 3),
+            facts=plain,
+        )
+        self.tally.add_work(stage_work(need.spec), seconds)
+        self.purse.prepared(seconds)
+        if need.stage == "images":
+            self.tally.drawn += facts["drawn"]
+            self.tally.redrawn += facts["redrawn"]
+            self.tally.holes += facts["holes"]
+        self.screen.prepared(need)
+
+    def failed(self, need: Need, failure: Failure) -> None:
+        self.hopeless.append((need, failure))
+        self.ledger.append("artifact_failed", key=str(need.key), **_said(need.stage, failure))
+        self.screen.say(f"{name_of(need.key)}: failed ({failure.failure_class}): {failure.message}")
+
+    def retried(self, need: Need, failure: Failure) -> None:
+        self.ledger.append("artifact_retried", key=str(need.key), **_said(need.stage, failure))
+        remedy = CLASSES[failure.failure_class].remedy
+        self.screen.say(f"{name_of(need.key)}: {failure.message}; {remedy}")
+
+    def progress(self, name: str, done: int, total: int) -> None:
+        self.screen.progress(name, done, total)
+
+    def phase(self, stage: str, seconds: float) -> None:
+        self.tally.add_wall(stage, seconds)
+
+    # Outcomes and lost hopes, for orchestrator.dispatch.
+
+    def no_hope(self, trial: TrialSpec) -> Failure | None:
+        """Why a trial cannot run: something that it reads could not be made."""
+        needs = needs_of([trial]) if self.hopeless else []
+        for need, failure in self.hopeless:
+            if any(holds(one.spec, need.spec) for one in needs):
+                message = f"{name_of(need.key)} failed: {failure.message}"
+                return Failure(failure.failure_class, message)
+        return None
+
+    def outcome(self, outcome: Outcome) -> None:
+        self.last[outcome.slot.id] = outcome.state  # one that moved to fp32 comes twice
+        self.tally.states = dict(Counter(self.last.values()))
+        told = None
+        if not outcome.known:
+            fields: dict[str, Any] = {
+                "slot": outcome.slot.id,
+                "cell": outcome.slot.cell.id,
+                "key": outcome.slot.key.digest,
+            }
+            if outcome.state == "failed":
+                fields |= {"failure_class": outcome.failure_class, "message": outcome.message}
+            told = self.ledger.append(f"trial_{outcome.state}", **fields)
+        if outcome.state == "done" and not outcome.known and outcome.record is not None:
+            self.tally.add_work(trial_work(outcome.slot.spec), outcome.record.seconds)
+            self.purse.trial_ended(outcome.slot.cell.id, outcome.record.seconds)
+        self.publisher.trial(outcome, told)
+        self.screen.outcome(outcome)
+
+
+def _said(stage: str, failure: Failure) -> dict[str, str]:
+    return {
+        "stage": stage,
+        "failure_class": failure.failure_class,
+        "message": failure.message,
+    }
