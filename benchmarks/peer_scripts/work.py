@@ -1,0 +1,103 @@
+"""What a program without an orchestrator does itself: inputs, one trial, the list of trials.
+
+The three scripts beside share it. The method comes from `air_core`, stages that make inputs from
+the product: no script is slower or longer for lack of them.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from functools import cache
+from pathlib import Path
+
+from joblib import Parallel, delayed
+
+WORKERS = 2
+
+
+@cache
+def trials(spec: str, sets: tuple[str, ...]) -> dict[str, object]:
+    """The trials of the grid by name, `air/1`."""
+    from orchestrator.place import place_of
+    from orchestrator.sweep import cells_of
+    from orchestrator.sweep_file import load_sweep
+
+    sweep = load_sweep(Path(spec), sets=list(sets))
+    resolver = place_of(sweep, Path(os.environ["PEER_FOLDER"]) / "inputs", None).resolver()
+    return {
+        f"{cell.method}/{seeds['seed']}": resolver.trial({**cell.flat, **seeds})
+        for cell in cells_of(sweep)
+        for seeds in sweep.seeds.assignments()
+    }
+
+
+def store():
+    from orchestrator.store import ArtifactStore
+
+    return ArtifactStore(Path(os.environ["PEER_FOLDER"]) / "inputs")
+
+
+def prepare(specs: list) -> None:
+    """Features, labels, LoRA, images: what all trials read, once."""
+    from orchestrator import stages
+    from orchestrator.plan import needs_of
+    from orchestrator.workshop import Workshop
+
+    shop = Workshop(store())
+    makers = {
+        "features": stages.build_features,
+        "labels": stages.build_labels,
+        "lora": stages.build_lora,
+    }
+    for need in needs_of(specs):
+        if need.stage in makers:
+            makers[need.stage](need.spec, shop)
+            continue
+        left = need.missing(shop.store)
+        parts = [left[start::WORKERS] for start in range(WORKERS)]
+        Parallel(n_jobs=WORKERS)(delayed(draw)(need.spec, part) for part in parts if part)
+
+
+def draw(row, blocks) -> None:
+    import torch
+
+    from orchestrator.image_rows import build_image_block, open_generator
+    from orchestrator.workshop import Workshop
+
+    torch.set_num_threads(1)
+    shop = Workshop(store())
+    generator = cache(lambda: open_generator(row.images, shop))
+    for class_index, block in blocks:
+        build_image_block(row, class_index, block, shop, generator)
+
+
+def one_trial(name: str, spec) -> dict[str, float]:
+    """A trial from its inputs to its test accuracy; noted in `log.txt` when it is done."""
+    import torch
+
+    from air_core.datasets import get_dataset
+    from air_core.method import TrialData, learn
+    from orchestrator.image_rows import read_synthetic
+    from orchestrator.stages import read_target
+    from orchestrator.workshop import Workshop
+
+    torch.set_num_threads(1)
+    target = read_target(spec.features, spec.split, store())
+    split, dataset = target.split, get_dataset(spec.dataset.name)
+    row = spec.synthetic_features
+    data = TrialData(
+        backbone=Workshop(store()).backbone(spec.backbone, spec.precision),
+        classnames=dataset.classnames,
+        template=dataset.template,
+        pool=target.batch(split.pool),
+        labelled=None,
+        unseen=None,
+        validation=target.labelled(split.validation) if len(split.validation) else None,
+        test=target.labelled(split.test),
+        synthetic=read_synthetic(row, spec.images_per_class, store()) if row else None,
+    )
+    found = learn(spec, data)
+    with open(Path(os.environ["PEER_FOLDER"]) / "log.txt", "a") as log:
+        log.write(f"{name} {time.time():.2f}\n")
+    return {"test/accuracy": found.test.accuracy, **found.objectives}

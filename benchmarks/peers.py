@@ -1,0 +1,204 @@
+"""What does an orchestrator cost, and what does it save, beside the loops that people write?
+
+The quickstart's grid (5 methods x 3 seeds on the digits, one LoRA, its images) four times, each in
+a folder of its own and on two workers: `airsweep run`; a joblib loop; an Optuna loop on sqlite; Ray
+Tune with its MLflow callback. The loops call the same method on the same inputs, which they make
+once, and keep, with the product's stages (`peer_scripts/`). Of each: seconds by the clock from an
+empty folder; lines of the user's own code; trials computed again after `kill -9` in mid-grid and
+the same command; and computed again after one method more in the grid.
+
+    python benchmarks/peers.py [--whole] [--only joblib]
+
+Without `--whole` fewer images, LoRA steps and rounds; a quarter of an hour on two cores. The last
+line is JSON; `ratio` is seconds of airsweep over those of the joblib loop (aim: at most 1.1).
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import tokenize
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = Path(__file__).parent / "peer_scripts"
+QUICKSTART = ROOT / "sweeps" / "quickstart.yaml"
+ADDED = "grip"  # a method more
+CUT = ("images_per_class=32", "lora.steps=60", "iterations=4", "auxiliary.k_step=24")
+PEERS = {
+    "airsweep": None,
+    "joblib": "joblib_loop.py",
+    "optuna": "optuna_loop.py",
+    "ray_tune": "ray_tune.py",
+}
+
+
+def command(peer: str, spec: Path, folder: Path, sets: Sequence[str]) -> list[str]:
+    script = PEERS[peer]
+    if script is not None:
+        return [sys.executable, str(SCRIPTS / script), str(spec), *sets]
+    given = [word for one in sets for word in ("--set", one)]
+    return [
+        *(sys.executable, "-m", "orchestrator", "run", str(spec)),
+        *("--store", str(folder / "runs"), *given),
+    ]
+
+
+def start(peer: str, spec: Path, folder: Path, sets: Sequence[str]) -> subprocess.Popen[bytes]:
+    folder.mkdir(exist_ok=True)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "PEER_FOLDER": str(folder),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "disabled",
+    }
+    with open(folder / "output.txt", "ab") as output:
+        return subprocess.Popen(
+            command(peer, spec, folder, sets),
+            env=environment,
+            cwd=folder,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+
+
+def run(peer: str, spec: Path, folder: Path, sets: Sequence[str]) -> float:
+    """Seconds by the clock.
+
+    Raises:
+        RuntimeError: it failed; says where its output is.
+    """
+    started = time.perf_counter()
+    code = start(peer, spec, folder, sets).wait()
+    if code:
+        raise RuntimeError(
+            f"{peer} ended with {code}:\n{(folder / 'output.txt').read_text()[-3000:]}"
+        )
+    return time.perf_counter() - started
+
+
+def completed(peer: str, folder: Path) -> Counter[str]:
+    """How often each trial was computed to its end."""
+    if peer != "airsweep":
+        log = folder / "log.txt"
+        lines = log.read_text().splitlines() if log.exists() else []
+        return Counter(line.split()[0] for line in lines)
+    (*ledgers,) = (folder / "runs" / "sweeps").glob("*/*/events.jsonl")
+    lines = [line for file in ledgers for line in file.read_text().splitlines(keepends=True)]
+    events = [json.loads(line) for line in lines if line.endswith("\n")]
+    return Counter(event["key"] for event in events if event["event"] == "trial_done")
+
+
+def killed_and_run_again(
+    peer: str, spec: Path, folder: Path, sets: Sequence[str], after: int
+) -> dict[str, int]:
+    process = start(peer, spec, folder, sets)
+    while sum(completed(peer, folder).values()) < after and process.poll() is None:
+        time.sleep(0.05)
+    assert process.poll() is None, (folder / "output.txt").read_text()[-3000:]
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for member in family:
+        try:
+            member.kill()
+        except psutil.NoSuchProcess:
+            continue
+    process.wait()
+    psutil.wait_procs(family, timeout=10)
+    before = completed(peer, folder)
+    run(peer, spec, folder, sets)
+    done = completed(peer, folder)
+    return {
+        "done_before": sum(before.values()),
+        "again": sum(done.values()) - len(done),
+        "distinct": len(done),
+    }
+
+
+def again_with_more(peer: str, spec: Path, folder: Path, sets: Sequence[str]) -> dict[str, int]:
+    more = folder / spec.name
+    text = spec.read_text()
+    assert ", cpl_real]" in text
+    more.write_text(text.replace(", cpl_real]", f", cpl_real, {ADDED}]"))
+    before = completed(peer, folder)
+    run(peer, more, folder, sets)
+    done = completed(peer, folder) - before
+    return {"again": sum(done[name] for name in before), "new": len(done.keys() - before.keys())}
+
+
+def code_lines(file: Path) -> int:
+    """Lines that hold code: no comments, no docstrings, no blank ones."""
+    if file.suffix != ".py":
+        lines = [line.strip() for line in file.read_text().splitlines()]
+        return sum(bool(line) and not line.startswith("#") for line in lines)
+    lines_of: set[int] = set()
+    silent = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
+    statement_starts = True
+    for token in tokenize.generate_tokens(io.StringIO(file.read_text()).readline):
+        docstring = token.type == tokenize.STRING and statement_starts
+        if token.type in silent:
+            statement_starts = token.type != tokenize.COMMENT or statement_starts
+        elif token.type != tokenize.ENDMARKER:
+            if not docstring:
+                lines_of |= set(range(token.start[0], token.end[0] + 1))
+            statement_starts = False
+    return len(lines_of)
+
+
+def measure(peer: str, folder: Path, sets: Sequence[str]) -> dict[str, Any]:
+    undisturbed, disturbed = folder / peer, folder / f"{peer}-killed"
+    wall = run(peer, QUICKSTART, undisturbed, sets)
+    trials = len(completed(peer, undisturbed))
+    kill = killed_and_run_again(peer, QUICKSTART, disturbed, sets, after=trials // 2)
+    added = again_with_more(peer, QUICKSTART, undisturbed, sets)
+    script = PEERS[peer]
+    found = {
+        "wall_s": round(wall, 1),
+        "lines": code_lines(SCRIPTS / script if script else QUICKSTART),
+        "trials": trials,
+        "done_before_kill": kill["done_before"],
+        "again_after_kill": kill["again"],
+        "missing_after_kill": trials - kill["distinct"],
+        "again_after_added_value": added["again"],
+        "new_after_added_value": added["new"],
+    }
+    print(peer, found, file=sys.stderr, flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--whole", action="store_true", help="the quickstart as it is")
+    parser.add_argument("--only", action="append", choices=[p for p in PEERS if p != "airsweep"])
+    asked = parser.parse_args()
+    sets = () if asked.whole else CUT
+    peers = [peer for peer in PEERS if not asked.only or peer in ("airsweep", *asked.only)]
+    with tempfile.TemporaryDirectory() as name:
+        found = {peer: measure(peer, Path(name), sets) for peer in peers}
+    baseline = found.get("joblib", found[peers[-1]])
+    result = {
+        "name": "peers",
+        "ratio": round(found["airsweep"]["wall_s"] / baseline["wall_s"], 3),
+        "baseline": "a joblib loop on two workers",
+        "grid": "the quickstart" if asked.whole else f"the quickstart with {', '.join(CUT)}",
+        "shared_lines": code_lines(SCRIPTS / "work.py"),
+        **found,
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
