@@ -13,11 +13,16 @@ for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "RAY_ADDRESS", "AIRSWEEP_ST
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from air_core.specs import Ref, TrialSpec
 from orchestrator import presets
 from orchestrator.resolve import Resolver
+
+# A busy machine is slow, not wrong.
+hypothesis.settings.register_profile("airsweep", deadline=None)
+hypothesis.settings.load_profile("airsweep")
 
 
 @pytest.fixture(scope="session")

@@ -518,7 +518,7 @@ def sweeps(draw: Any, pictures: str) -> SweepSpec:
     )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.data())
 def test_as_many_trials_run_as_were_planned(pictures, resolver, data):
     with tempfile.TemporaryDirectory() as folder:

@@ -287,7 +287,7 @@ def sweeps(draw):
     return file
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(file=sweeps())
 def test_a_file_is_refused_or_all_its_cells_are_trials(tmp_path_factory, file):
     path = tmp_path_factory.getbasetemp() / "any.yaml"
