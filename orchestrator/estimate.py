@@ -1,9 +1,9 @@
 """How long what is left would take, from what the store has measured of the same kind of work.
 
-`history.json`: seconds and units by stage and kind, of all that runs have made. A unit is a training
-step of a LoRA, an image, a trial, a dataset through CLIP; a kind is what its cost depends on: model,
-size, dataset, method. `probed.json`: what a probe (orchestrator.probe) has measured of kinds that
-have no history.
+`history.json`: seconds and units by stage and kind, of all that runs have made. A unit is a
+training step of a LoRA, an image, a trial, a dataset through CLIP; a kind is what its cost depends
+on: model, size, dataset, method. `probed.json`: what a probe (orchestrator.probe) has measured of
+kinds that have no history.
 """
 
 from __future__ import annotations
@@ -233,8 +233,8 @@ def _elsewhere(paces: Iterable[tuple[str, Pace]], resources: Resources) -> str:
     if not stages:
         return ""
     return (
-        f"{', '.join(dict.fromkeys(stages))} ask for GPUs and were probed on a CPU, as this machine "
-        "has no GPU: neither time nor GPU-hours are calibrated"
+        f"{', '.join(dict.fromkeys(stages))} ask for GPUs and were probed on a CPU, for want of "
+        "a GPU: neither time nor GPU-hours are calibrated"
     )
 
 

@@ -4,8 +4,8 @@ In this process, on this machine's device, without Ray: some images through CLIP
 LoRA, some blocks of images, some steps and one labelling of trials. What they make is thrown away;
 seconds are kept (`estimate.remember_probed`), until a run has measured the same kind.
 
-What a probe leaves out is what comes once: a LoRA's images through the autoencoder, a trial's inputs
-from disk.
+What a probe leaves out is what comes once: a LoRA's images through the autoencoder, a trial's
+inputs from disk.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,12 @@ from air_core.method import Progress, TrialData, learning
 from air_core.normal import normalised
 from air_core.paradigms import make_split
 from air_core.specs import (
+    ClipPrecision,
     FeaturesSpec,
     GeneratedImages,
     LabelsSpec,
     LoraSpec,
+    Ref,
     SplitSettings,
     SyntheticFeaturesSpec,
     TrialSpec,
@@ -66,13 +69,13 @@ BATCHES = 4
 LORA_IMAGES = 8
 LORA_STEPS = 12
 BLOCKS = 4
-STEPS = 40  # of a trial's training
+STEPS = 100  # of a trial's training
 UNITS = {
-    "features": "dataset",
-    "labels": "labelling",
-    "lora": "step",
-    "images": "image",
-    "trials": "trial",
+    "features": "a dataset",
+    "labels": "a labelling",
+    "lora": "a step",
+    "images": "an image",
+    "trials": "a trial",
 }
 
 
@@ -110,7 +113,7 @@ def probe_work(
         found[stage, kind] = pace = Pace(seconds, once, _device_name(device))
         loading = f" and {once:.1f} s once" if once else ""
         say(
-            f"{stage} ({kind}): {seconds:.3g} s a {UNITS[stage]}{loading} on {pace.device}, "
+            f"{stage} ({kind}): {seconds:.3g} s {UNITS[stage]}{loading} on {pace.device}, "
             f"probed in {time.monotonic() - started:.1f} s"
         )
     if found:
@@ -143,8 +146,9 @@ def _now(device: str) -> float:
 
 def _features(examples: Sequence[FeaturesSpec], shop: Workshop) -> tuple[float, float]:
     spec = examples[0]
-    data = shop.examples(spec.dataset)
+    loading = _loading(shop, spec.backbone, spec.precision)
     started = _now(shop.device)
+    data = shop.examples(spec.dataset)
     shop.encoded(_pictures(data, 1), spec)
     first = _now(shop.device)
     done = 0
@@ -154,16 +158,25 @@ def _features(examples: Sequence[FeaturesSpec], shop: Workshop) -> tuple[float, 
         if _now(shop.device) - first > LONG:
             break
     each = (_now(shop.device) - first) / done
-    return each * len(data.images), max(0.0, first - started - each)
+    return each * len(data.images), loading + max(0.0, first - started - each)
+
+
+@cache  # the second time it is there already
+def _loading(shop: Workshop, backbone: Ref, precision: ClipPrecision) -> float:
+    """Seconds until a CLIP can be used, which every stage pays in a process of its own."""
+    started = _now(shop.device)
+    shop.backbone(backbone, precision)
+    return _now(shop.device) - started
 
 
 def _labels(examples: Sequence[LabelsSpec], shop: Workshop) -> tuple[float, float]:
     spec = replace(examples[0], images=None)  # an auxiliary classifier is little beside the texts
+    loading = _loading(shop, spec.features.backbone, spec.features.precision)
     backbone = shop.backbone(spec.features.backbone, spec.features.precision)
     target = _target(spec.features, spec.split, backbone, shop)
     started = _now(shop.device)
     pseudo_labelled(spec, target, shop)
-    return _now(shop.device) - started, 0.0
+    return _now(shop.device) - started, loading
 
 
 def _lora(examples: Sequence[LoraSpec], shop: Workshop) -> tuple[float, float]:
