@@ -86,7 +86,7 @@ def _basis(found: Estimate) -> str:
     probed = [stage for stage, source in found.sources.items() if "probe" in source]
     parts = [found.reason] if found.reason else []
     parts += ["measured in this store"] if found.source.startswith("history") else []
-    if probed:
+    if probed and "probed on" not in found.reason:
         parts.append(f"{', '.join(probed)} probed on {' and '.join(found.devices)}")
     if found.source == "guess":
         parts.append("`airsweep plan --probe` measures a little of it")

@@ -22,6 +22,7 @@ from orchestrator.estimate import (
     stage_work,
     trial_work,
 )
+from orchestrator.image_rows import build_image_block, open_generator
 from orchestrator.ledger import Ledger
 from orchestrator.place import Place
 from orchestrator.plan import Plan, plan_sweep
@@ -114,36 +115,44 @@ def test_the_screen_says_what_the_time_is_known_from(copied, resolver):
     assert "--probe" in screen
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory) -> ArtifactStore:
+    """Features and images of the tests below are made once."""
+    return ArtifactStore(tmp_path_factory.mktemp("shared") / "runs")
+
+
 @pytest.mark.parametrize(
     ("method", "fixed"),
     [
         ("air", {"train.steps": 60, "iterations": 3}),
         ("air_fpl", {}),
-        ("cpl", {"train.steps": None, "train.epochs": 20, "iterations": 4}),
+        ("cpl", {"train.steps": None, "train.epochs": 10, "train.batch": 16, "iterations": 4}),
         ("air", {"modality": "visual", "train.steps": 5, "iterations": 2, "synthetic_weight": 1}),
         ("cpl", {"paradigm": "trzsl", "train.steps": 60, "iterations": 3}),
         ("coop", {"paradigm": "ssl", "train.steps": 60}),
     ],
 )
-def test_trials_take_what_their_probe_says(method, fixed, drawn_digits, tmp_path, resolver):
-    """Within a factor of four, since a test has seconds and others may be using the machine."""
-    store = ArtifactStore(tmp_path / "runs")
-    asked = sweep(method, generator=f"folder:{drawn_digits}", **fixed)
-    plan = planned(asked, store, resolver)
-    probe(replace(plan, work=plan.work[-1:]), store)
+def test_trials_take_what_their_probe_says(
+    method, fixed, drawn_digits, shared, resolver, monkeypatch
+):
+    """By the processor's time, which is this process's own on a busy machine, and within a factor
+    of two, since what is tried in a test is short."""
+    monkeypatch.setattr("orchestrator.probe._now", lambda device: time.process_time())
+    asked = sweep(method, generator=f"folder:{drawn_digits}", pool_size=200, **fixed)
+    plan = planned(asked, shared, resolver)
     [work] = [work for work in plan.work if work.stage == "trials"]
-    said = read_probed(store.root).paces["trials", work.kind].seconds * work.units
-    _prepare(plan, store)
-    started = time.monotonic()
-    records = run_trials([slot.spec for slot in plan.slots], store)
-    taken = time.monotonic() - started
+    _prepare(plan, shared)
+    probe(replace(plan, work=(work,)), shared)
+    said = read_probed(shared.root).paces["trials", work.kind].seconds * work.units
+    started = time.process_time()
+    records = run_trials([slot.spec for slot in plan.slots], shared)
+    taken = time.process_time() - started
     assert not any(isinstance(record, Exception) for record in records)
-    assert taken / 4 < said < taken * 4
+    print(f"{work.kind}: said {said:.2f} s, took {taken:.2f} s")
+    assert taken / 2 < said < taken * 2
 
 
 def _prepare(plan: Plan, store: ArtifactStore) -> None:
-    from orchestrator.image_rows import build_image_block, open_generator
-
     shop = Workshop(store)
     for need in plan.needs:
         if need.stage == "features":
