@@ -130,6 +130,7 @@ class Plan:
     done: int
     reused: int
     needs: tuple[Need, ...]
+    work: tuple[Work, ...]  # what is left to do
     estimate: Estimate
     openings: Mapping[str, Opening]  # by cell: studies that start, with what they take over
     asks: str  # digest of what is asked for
@@ -212,6 +213,7 @@ def plan_sweep(sweep: SweepSpec, store: ArtifactStore, resolver: Resolver, ledge
     edit = edit_of(asks, known, done + reused, total, openings.values(), ledger)
     asked_for = possible_trials(cells, assignments, resolver)
     needs = tuple(needs_of(itertools.chain(asked_for, moved_trials(slots, moved))))
+    work = tuple(_work(needs, left, cells, slots, assignments, resolver, store))
     resolver.save()
     return Plan(
         sweep=sweep,
@@ -222,7 +224,8 @@ def plan_sweep(sweep: SweepSpec, store: ArtifactStore, resolver: Resolver, ledge
         done=done,
         reused=reused,
         needs=needs,
-        estimate=estimate(_work(needs, left, slots, store), store.root, sweep.resources),
+        work=work,
+        estimate=estimate(work, store.root, sweep.resources),
         openings=openings,
         asks=asks,
         edit=edit,
@@ -230,7 +233,13 @@ def plan_sweep(sweep: SweepSpec, store: ArtifactStore, resolver: Resolver, ledge
 
 
 def _work(
-    needs: Sequence[Need], left: Mapping[str, int], slots: Sequence[Slot], store: ArtifactStore
+    needs: Sequence[Need],
+    left: Mapping[str, int],
+    cells: Sequence[Cell],
+    slots: Sequence[Slot],
+    assignments: Sequence[Mapping[str, int]],
+    resolver: Resolver,
+    store: ArtifactStore,
 ) -> Iterator[Work]:
     """What is left to do: trials by cell, each like the cell's first; and what they lack."""
     if not any(left.values()):
@@ -239,10 +248,16 @@ def _work(
         missing = need.total() - need.have(store)
         if missing:
             yield stage_work(need.spec, missing)
-    first = {slot.cell.id: slot.spec for slot in reversed(slots)}
-    for cell, count in left.items():
-        if count and cell in first:
-            yield trial_work(first[cell], count)
+    points: dict[str, list[Slot]] = {}  # of each cell its first
+    for slot in slots:
+        known = points.setdefault(slot.cell.id, [])
+        if not known or known[0].point == slot.point:
+            known.append(slot)
+    for cell in cells:
+        if left[cell.id]:
+            # A search that was not begun has no slot yet; its first point is the default.
+            point = points.get(cell.id) or slots_of(cell, 0, {}, assignments, resolver)
+            yield trial_work(point[0].spec, left[cell.id], [slot.spec for slot in point])
 
 
 def _made(needs: Iterable[Need]) -> Iterator[Any]:

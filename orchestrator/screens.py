@@ -17,6 +17,7 @@ from air_core.flat import to_flat
 from air_core.normal import normalised
 from orchestrator import presets, report
 from orchestrator.driver import does_not_fit
+from orchestrator.estimate import Estimate
 from orchestrator.failures import CLASSES
 from orchestrator.freshness import remedy
 from orchestrator.place import Place, read_outcome
@@ -76,8 +77,20 @@ def _time_left(plan: Plan) -> str:
         return "nothing to do"
     found = plan.estimate
     gpu = f", {found.gpu_hours:.1f} GPU-hours" if found.gpu_hours else ""
-    basis = found.reason or "measured in this store"
-    return f"about {clock(found.seconds)} of work on one worker{gpu} ({basis})"
+    wall = f", at least {clock(found.wall)} on this machine" if found.wall is not None else ""
+    return f"about {clock(found.seconds)} of work on one worker{wall}{gpu} ({_basis(found)})"
+
+
+def _basis(found: Estimate) -> str:
+    """What the time is known from."""
+    probed = [stage for stage, source in found.sources.items() if "probe" in source]
+    parts = [found.reason] if found.reason else []
+    parts += ["measured in this store"] if found.source.startswith("history") else []
+    if probed and "probed on" not in found.reason:
+        parts.append(f"{', '.join(probed)} probed on {' and '.join(found.devices)}")
+    if found.source == "guess":
+        parts.append("`airsweep plan --probe` measures a little of it")
+    return "; ".join(parts)
 
 
 def _explain(plan: Plan) -> list[str]:

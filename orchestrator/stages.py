@@ -141,7 +141,7 @@ def build_labels(spec: LabelsSpec, shop: Workshop) -> Artifact:
         target = read_target(spec.features, spec.split, shop.store)
         parts = []
         if spec.source != "labelled":
-            parts.append(_pseudo_labelled(spec, target, shop))
+            parts.append(pseudo_labelled(spec, target, shop))
         if spec.source != "pseudo" and len(target.split.labelled):
             parts.append(_labelled(target, spec.settings.k))
         if not parts:
@@ -155,7 +155,7 @@ def build_labels(spec: LabelsSpec, shop: Workshop) -> Artifact:
     return shop.store.get_or_build(spec, build)
 
 
-def _pseudo_labelled(spec: LabelsSpec, target: Target, shop: Workshop) -> tuple[Tensor, Tensor]:
+def pseudo_labelled(spec: LabelsSpec, target: Target, shop: Workshop) -> tuple[Tensor, Tensor]:
     """Positions and classes of the k pool images of each class that CLIP is most sure of."""
     dataset = get_dataset(spec.features.dataset.name)
     pool = target.batch(target.split.pool)
@@ -197,7 +197,7 @@ def build_lora(
         chosen = load_file(shop.store.get(spec.labels).path / "labels.safetensors")
         dataset = get_dataset(spec.labels.features.dataset.name)
         examples = shop.examples(spec.labels.features.dataset)
-        pixels = np.stack([_square(examples.images[i], spec.size) for i in chosen["index"]])
+        pixels = np.stack([square(examples.images[i], spec.size) for i in chosen["index"]])
         names = [dataset.classnames[c].replace("_", " ") for c in chosen["labels"]]
         return train_lora(
             torch.from_numpy(pixels),
@@ -217,7 +217,7 @@ def build_lora(
     return made
 
 
-def _square(image: Image.Image, size: int) -> np.ndarray:
+def square(image: Image.Image, size: int) -> np.ndarray:
     """(size, size, 3) uint8: the shorter side resized, the centre kept."""
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)

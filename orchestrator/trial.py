@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from air_core.method import Learning
+    from air_core.backbone import Backbone
+    from air_core.method import Learning, TrialData
     from air_core.types import Labelled, Metrics
+    from orchestrator.stages import Target
 
 
 PREDICTIONS, PROMPT = "predictions.safetensors", "prompt.safetensors"
@@ -166,9 +168,8 @@ def _run(
 ) -> Learning[dict[str, Any]]:
     import torch
 
-    from air_core.datasets import get_dataset
     from air_core.evaluation import measured
-    from air_core.method import Progress, TrialData, learning
+    from air_core.method import Progress, learning
     from orchestrator.stages import read_target
     from orchestrator.workshop import Workshop
 
@@ -176,21 +177,9 @@ def _run(
     reader = store.read_only()
     target = read_target(spec.features, spec.split, reader, spec.tokens)
     split = target.split
-    dataset = get_dataset(spec.dataset.name)
-    row = spec.synthetic_features
-    data = TrialData(
-        backbone=Workshop(reader, device=device, batch=batch).backbone(
-            spec.backbone, spec.precision
-        ),
-        classnames=dataset.classnames,
-        template=dataset.template,
-        pool=target.batch(split.pool),
-        labelled=target.labelled(split.labelled) if len(split.labelled) else None,
-        unseen=split.unseen,
-        validation=target.labelled(split.validation) if len(split.validation) else None,
-        test=target.labelled(split.test),
-        synthetic=_synthetic(spec, split.unseen, reader) if row else None,
-    )
+    backbone = Workshop(reader, device=device, batch=batch).backbone(spec.backbone, spec.precision)
+    synthetic = _synthetic(spec, target.split.unseen, reader) if spec.synthetic_features else None
+    data = data_of(spec, target, backbone, synthetic)
     truth = target.labels[split.pool]
     curves: dict[str, list[float]] = {}
 
@@ -230,6 +219,27 @@ def _run(
         "objectives": result.objectives,
         "per_class": _recalls(result.test),
     }
+
+
+def data_of(
+    spec: TrialSpec, target: Target, backbone: Backbone, synthetic: Labelled | None
+) -> TrialData:
+    """What the method sees of a dataset."""
+    from air_core.datasets import get_dataset
+    from air_core.method import TrialData
+
+    dataset, split = get_dataset(spec.dataset.name), target.split
+    return TrialData(
+        backbone=backbone,
+        classnames=dataset.classnames,
+        template=dataset.template,
+        pool=target.batch(split.pool),
+        labelled=target.labelled(split.labelled) if len(split.labelled) else None,
+        unseen=split.unseen,
+        validation=target.labelled(split.validation) if len(split.validation) else None,
+        test=target.labelled(split.test),
+        synthetic=synthetic,
+    )
 
 
 def _run_elsewhere(

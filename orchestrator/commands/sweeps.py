@@ -31,6 +31,7 @@ from orchestrator.commands.common import (
 
 if TYPE_CHECKING:
     from orchestrator.place import Place
+    from orchestrator.plan import Plan
     from orchestrator.sweep import SweepSpec
 
 app = typer.Typer()
@@ -64,18 +65,27 @@ def plan(
     explain: Annotated[
         bool, typer.Option("--explain", help="every setting and where it comes from")
     ] = False,
+    probe: Annotated[
+        bool,
+        typer.Option("--probe", help="measure a little of what was never measured in this store"),
+    ] = False,
 ) -> None:
     """What would run, what is there, how long it would take; starts nothing.
 
     airsweep plan quickstart
 
     airsweep plan sweeps/quickstart.yaml --json
+
+    airsweep plan quickstart --probe
     """
     from orchestrator import screens
     from orchestrator.recorded import computed_by
 
     sweep, place, _ = asked(spec, store, data_root, sets, only, smoke)
     planned = plan_of(sweep, place)
+    if probe:
+        _probe(planned, place)
+        planned = plan_of(sweep, place)  # with what is known now
     sources: dict[str, int] = {}
     if planned.reused:
         there = [slot.key.digest for slot in planned.slots if place.store.has(slot.spec)]
@@ -85,6 +95,15 @@ def plan(
         print(json.dumps(shown, indent=1))
     else:
         print(screens.plan_screen(planned, place, explain, sources))
+
+
+def _probe(planned: Plan, place: Place) -> None:
+    from orchestrator.probe import probe_work
+    from orchestrator.workshop import Workshop
+
+    resources = planned.sweep.resources
+    shop = Workshop(place.store, place.data_root, batch=resources.encoder.batch)
+    probe_work(planned.work, shop, resources, lambda line: print(f"probe: {line}", file=sys.stderr))
 
 
 @app.command()

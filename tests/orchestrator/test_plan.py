@@ -426,6 +426,16 @@ def test_an_estimate_is_a_guess_until_this_store_has_measured_work_of_its_kind(w
     assert world.plan(sweep).estimate.seconds == 0
 
 
+def test_trials_of_a_search_that_was_not_begun_take_time_too(world):
+    search = Search(points=5, space=(Dimension(key="fusion_weight", min=0.0, max=1.0),))
+    sweep = world.sweep("air", search=search, seeds=seeds(1, 2), fixed={"images_per_class": 16})
+    plan = world.plan(sweep)
+    assert not plan.slots
+    [trials] = [work for work in plan.work if work.stage == "trials"]
+    assert (trials.units, trials.jobs, len(trials.examples)) == (10, 5, 2)
+    assert plan.estimate.stages["trials"] > 0
+
+
 def test_the_json_of_a_plan_says_all_of_it(world):
     found = world.plan(world.sweep("zero_shot", seeds=seeds(1, 2))).json(world.store)
     assert (found["cells"], found["points"]) == (1, 1)
