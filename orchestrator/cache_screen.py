@@ -43,7 +43,7 @@ def listing(inventory: Inventory, needs: Needs) -> dict[str, Any]:
         _add(users, holding.user, {"artifacts": 1, "bytes": holding.bytes})
         artifacts.append(_artifact(holding, by, spare))
     return {
-        "store": str(inventory.root),
+        "store": inventory.name,
         "bytes": sum(one["bytes"] for one in stages.values()),
         "stages": {name: stages[name] for name in sorted(stages, key=_order)},
         "users": users,
@@ -82,7 +82,7 @@ def listing_screen(found: dict[str, Any]) -> str:
     """The same for people."""
     sweeps = len(found["sweeps"]) + len(found["unread"])
     lines = [
-        near(Path(found["store"])),
+        found["store"] if "://" in found["store"] else near(Path(found["store"])),
         f"{len(found['artifacts']):,} artifacts, {size(found['bytes'])}; recorded sweeps: {sweeps}",
         "",
         f"{'stage':<10}{'artifacts':>10}{'images':>10}{'size':>12}{'no sweep needs':>26}",
@@ -138,11 +138,17 @@ def watched(each: Iterable[Finding], total: int) -> Iterable[Finding]:
 
 def verdict_screen(verdict: Verdict) -> str:
     """What is damaged, by file, and what to do."""
-    lines = []
+    inventory, lines = verdict.inventory, []
+
+    def named(path: Path) -> str:
+        bucket = inventory.bucket
+        return f"{bucket}/{path.relative_to(inventory.root)}" if bucket else near(path)
+
     for one in verdict.damaged:
-        lines += [f"damaged: {near(one.file)}", f"  {one.why}", f"  remove {near(one.remove)}"]
-    for left in verdict.inventory.leftovers[:SHOWN]:
-        lines += [f"leftover: {near(left.path)}", f"  {left.why}; `airsweep cache gc` removes it"]
+        lines += [f"damaged: {named(one.file)}", f"  {one.why}", f"  remove {named(one.remove)}"]
+    remedy = "counts for nothing" if inventory.bucket else "`airsweep cache gc` removes it"
+    for left in inventory.leftovers[:SHOWN]:
+        lines += [f"leftover: {named(left.path)}", f"  {left.why}; {remedy}"]
     lines += _more(len(verdict.inventory.leftovers))
     count = len(verdict.damaged)
     damaged = f"{count} damaged: remove what is named and run again" if count else "none is damaged"

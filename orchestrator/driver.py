@@ -27,6 +27,7 @@ from orchestrator.estimate import (
 from orchestrator.failures import EQUAL_ERRORS, Failure
 from orchestrator.fit import Machine, misfit, room, this_machine
 from orchestrator.freshness import accept, remedy
+from orchestrator.ledger import SweepBusy
 from orchestrator.lineage import commit, diff_digest, dirty, uncommitted
 from orchestrator.parent import note_of, parent_of, status_of, sweep_files
 from orchestrator.place import (
@@ -50,15 +51,24 @@ from orchestrator.plan import (
     possible_trials,
 )
 from orchestrator.publish import Publisher
+from orchestrator.remote import RemoteAway
 from orchestrator.resolve import text_digest
 from orchestrator.results import standing
 from orchestrator.running import Run
 from orchestrator.screen import Screen
-from orchestrator.store import VERSION, ArtifactStore, maker, write_whole
+from orchestrator.store import ArtifactStore, maker
 from orchestrator.sweep import Cell, SweepSpec
 
 if TYPE_CHECKING:
     from orchestrator.workshop import Workshop
+
+
+class StoreLost(RuntimeError):
+    """A bucket could not be written to any more, or another driver took the sweep over."""
+
+
+LOST = (RemoteAway, SweepBusy)
+GO_ON = "what is done is there, and the same command goes on with the rest"
 
 
 def run_sweep(
@@ -83,7 +93,8 @@ def run_sweep(
         The exit code; `outcome.json` says the same.
 
     Raises:
-        Refused, SweepBusy, StoreRefused: before anything started.
+        Refused, SweepBusy, StoreRefused, RemoteAway: before anything started.
+        StoreLost: later.
     """
     ledger, resolver = place.ledger(), place.resolver()
     plan = plan_sweep(sweep, place.store, resolver, ledger)
@@ -104,8 +115,14 @@ def run_sweep(
     os.environ |= {f"AIRSWEEP_{name}": value for name, value in made.items()}
     publisher = Publisher(sweep, parent_of(sweep, place, maker()), place.store, tracking_uri)
     publisher.check(reach=not prepare_only)
+    if place.store.mirror is not None and publisher.in_store and not prepare_only:
+        screen.say(
+            f"tracking goes to a file in {place.store.root}, which this machine alone sees; give "
+            "--tracking-uri http://... for one that all see"
+        )
+    place.store.settle()
     ledger.lock()
-    purse = Purse(sweep.budget, sweep.resources, mean_seconds(read_history(place.store.root)))
+    purse = Purse(sweep.budget, sweep.resources, mean_seconds(read_history(place.store)))
     run = Run(sweep, place, screen, publisher, ledger, resolver, purse, given_up=given_up)
     _open_folder(place, sweep, origin or {}, diff)
     code = FAILED  # what an exception leaves behind
@@ -124,15 +141,21 @@ def run_sweep(
     except Refused:
         code = REFUSED
         raise
+    except LOST as lost:
+        raise StoreLost(f"{lost}; {GO_ON}") from lost
     except KeyboardInterrupt:
         code = INTERRUPTED
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) and not run.terminated else TERMINATED
     finally:
         screen.close()
-        _close(run, code)
-        ledger.unlock()
-        use.close()
+        try:
+            _close(run, code)
+        except LOST as lost:
+            raise StoreLost(f"{lost}; {GO_ON}") from lost
+        finally:
+            ledger.unlock()
+            use.close()
     return code
 
 
@@ -170,16 +193,13 @@ def _given_up(failures: Mapping[str, Mapping[str, Any]], retry: str | None) -> d
 
 def _open_folder(place: Place, sweep: SweepSpec, origin: dict[str, Any], diff: bytes = b"") -> None:
     place.folder.mkdir(parents=True, exist_ok=True)
-    version = place.store.root / "VERSION"
-    if not version.exists():
-        write_whole(version, VERSION + "\n")
     kept = {"spec.yaml": sweep.text, "resolved.json": json.dumps(origin, indent=1, sort_keys=True)}
     for name, text in kept.items():
         path = place.folder / name
         if not path.exists() or path.read_text() != text:
-            write_whole(path, text)
+            place.write(name, text)
     if diff:
-        write_whole(place.folder / f"uncommitted-{diff_digest(diff)}.diff", diff)
+        place.write(f"uncommitted-{diff_digest(diff)}.diff", diff)
 
 
 def _work(run: Run, plan: Plan, prepare_only: bool) -> int:
@@ -327,7 +347,7 @@ def _prepare(run: Run, cells: Sequence[Cell], needs: Sequence[Need]) -> None:
         drawn, base = _shown(rows)
         features = next(need.spec for need in needs if isinstance(need.spec, FeaturesSpec))
         png, run.tally.shares = contact_sheet(drawn, base, features, _workshop(run))
-        write_whole(sheet, png)
+        run.place.write(sheet.name, png)
 
 
 def _shown(
@@ -367,7 +387,7 @@ def _tune(run: Run, dispatcher: Dispatcher) -> None:
 def _close(run: Run, code: int) -> None:
     """Say how it ended, everywhere: ledger, outcome.json, tracker."""
     tally = run.tally
-    remember(run.place.store.root, tally.work)
+    remember(run.place.store, tally.work)
     seconds = round(time.monotonic() - tally.started, 1)
     facts = {name: value for name, value in vars(tally).items() if name not in HIDDEN}
     facts["shares"] = tally.shares or read_outcome(run.place).get("run", {}).get("shares", {})
@@ -379,7 +399,7 @@ def _close(run: Run, code: int) -> None:
     }
     run.ledger.append("sweep_ended", exit_code=code, seconds=seconds)
     text = json.dumps(outcome, indent=1, sort_keys=True)
-    write_whole(run.place.folder / "outcome.json", text)
+    run.place.write("outcome.json", text)
     run.publisher.finish(
         status_of(code), lambda: note_of(run.sweep, run.place), sweep_files(run.place)
     )

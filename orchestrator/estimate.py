@@ -13,7 +13,6 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from air_core.specs import (
@@ -27,7 +26,7 @@ from air_core.specs import (
     uses_auxiliary,
 )
 from orchestrator.fit import Machine, room, this_machine
-from orchestrator.store import write_whole
+from orchestrator.store import ArtifactStore
 from orchestrator.sweep import Resources
 
 # Seconds of one unit where nothing of a stage was measured: the tiny world on one core.
@@ -151,7 +150,7 @@ def trial_work(spec: TrialSpec, units: float = 1, together: Sequence[TrialSpec] 
 
 def estimate(
     work: Iterable[Work],
-    root: Path,
+    store: ArtifactStore,
     resources: Resources,
     machines: Sequence[Machine] | None = None,
 ) -> Estimate:
@@ -160,7 +159,7 @@ def estimate(
     Args:
         machines: that it would run on; None: this one, or not known where a cluster is joined.
     """
-    history, probed = read_history(root), read_probed(root)
+    history, probed = read_history(store), read_probed(store)
     found: dict[str, float] = {}
     sources: dict[str, list[str]] = {}
     jobs: dict[str, float] = {}
@@ -269,9 +268,9 @@ def _wall(
 # ---------------------------------------------------------------- what was measured
 
 
-def read_history(root: Path) -> Measured:
+def read_history(store: ArtifactStore) -> Measured:
     try:
-        kept = json.loads((root / "history.json").read_text())
+        kept = json.loads(store.refresh(store.root / "history.json").read_text())
     except FileNotFoundError:
         return {}
     return {
@@ -281,19 +280,19 @@ def read_history(root: Path) -> Measured:
     }
 
 
-def remember(root: Path, done: Mapping[tuple[str, str], tuple[float, float]]) -> None:
+def remember(store: ArtifactStore, done: Mapping[tuple[str, str], tuple[float, float]]) -> None:
     """Add seconds and units by stage and kind."""
     if not done:
         return
     kept: dict[str, dict[str, dict[str, float]]] = {
         stage: {kind: {"seconds": s, "units": u} for kind, (s, u) in kinds.items()}
-        for stage, kinds in read_history(root).items()
+        for stage, kinds in read_history(store).items()
     }
     for (stage, kind), (seconds, units) in done.items():
         entry = kept.setdefault(stage, {}).setdefault(kind, {"seconds": 0.0, "units": 0.0})
         entry["seconds"] = round(entry["seconds"] + seconds, 3)
         entry["units"] += units
-    write_whole(root / "history.json", json.dumps(kept, indent=1, sort_keys=True))
+    store.write(store.root / "history.json", json.dumps(kept, indent=1, sort_keys=True))
 
 
 def mean_seconds(history: Measured) -> dict[str, float]:
@@ -305,9 +304,9 @@ def mean_seconds(history: Measured) -> dict[str, float]:
     return found
 
 
-def read_probed(root: Path) -> Probed:
+def read_probed(store: ArtifactStore) -> Probed:
     try:
-        kept = json.loads((root / "probed.json").read_text())
+        kept = json.loads(store.refresh(store.root / "probed.json").read_text())
     except FileNotFoundError:
         kept = {}
     each = [((stage, kind), of) for stage, kinds in kept.items() for kind, of in kinds.items()]
@@ -317,9 +316,9 @@ def read_probed(root: Path) -> Probed:
     )
 
 
-def remember_probed(root: Path, found: Mapping[tuple[str, str], Pace | str]) -> None:
+def remember_probed(store: ArtifactStore, found: Mapping[tuple[str, str], Pace | str]) -> None:
     """Keep what a probe has found, or what it failed of; earlier probes of other kinds stay."""
-    earlier = read_probed(root)
+    earlier = read_probed(store)
     every: dict[tuple[str, str], Pace | str] = {**earlier.problems, **earlier.paces}
     # What was measured once is not lost to a failure.
     every |= {
@@ -329,5 +328,4 @@ def remember_probed(root: Path, found: Mapping[tuple[str, str], Pace | str]) -> 
     for (stage, kind), of in every.items():
         entry = {"problem": of} if isinstance(of, str) else asdict(of)
         kept.setdefault(stage, {})[kind] = entry
-    root.mkdir(parents=True, exist_ok=True)
-    write_whole(root / "probed.json", json.dumps(kept, indent=1, sort_keys=True))
+    store.write(store.root / "probed.json", json.dumps(kept, indent=1, sort_keys=True))

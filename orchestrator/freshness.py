@@ -12,7 +12,7 @@ from typing import Any
 
 from orchestrator.keys import Stage, artifact_key
 from orchestrator.reached import Code, code_of
-from orchestrator.store import ArtifactStore, maker, write_whole
+from orchestrator.store import ArtifactStore, maker
 
 ACCEPTED = "accepted_code.jsonl"  # in the store: it is the artifacts that are taken as they are
 
@@ -46,6 +46,8 @@ def remedy(stale: Iterable[Stale]) -> str:
 
 def stale(specs: Iterable[Stage], store: ArtifactStore) -> tuple[Stale, ...]:
     """What of these artifacts and rows is there, but made by other code; stage after stage."""
+    specs = list(specs)
+    store.glance(specs)
     accepted = _accepted(store)
     found: dict[str, dict[str, tuple[str, Code]]] = {}
     for spec in specs:
@@ -69,7 +71,7 @@ def _stale(stage: str, of: list[tuple[str, Code]], store: ArtifactStore) -> Stal
 
 def accept(stale: Iterable[Stale], sweep: str, store: ArtifactStore) -> None:
     """Take them as they are, from now on."""
-    path = store.root / ACCEPTED
+    path = store.refresh(store.root / ACCEPTED)
     said = path.read_text() if path.exists() else ""
     for one in stale:
         for before, now in one.codes:
@@ -83,11 +85,11 @@ def accept(stale: Iterable[Stale], sweep: str, store: ArtifactStore) -> None:
                 "user": maker()["user"],
             }
             said += json.dumps(entry, sort_keys=True) + "\n"
-    write_whole(path, said)
+    store.write(path, said)
 
 
 def _accepted(store: ArtifactStore) -> set[tuple[str, str, str]]:
-    path = store.root / ACCEPTED
+    path = store.refresh(store.root / ACCEPTED)
     if not path.exists():
         return set()
     entries = [json.loads(line) for line in path.read_text().splitlines()]

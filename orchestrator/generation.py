@@ -123,6 +123,7 @@ def draw(
             errors.setdefault(need, []).append((result["failure_class"], said))
         else:
             on_shard(need, result["seconds"], result)
+    shop.store.look_again()
     return [
         (need, _failure(errors.get(need, []), left))
         for need in needs

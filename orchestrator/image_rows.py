@@ -7,10 +7,7 @@ it is called.
 from __future__ import annotations
 
 import io
-import os
-import socket
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -68,23 +65,12 @@ def build_image_block(
     row = shop.store.open_row(spec.images)
     with (
         shop.store.turn(f"{row.key.digest}-{class_index}-{block}"),
-        _deaths_counted(row.shard(class_index, block, ".tries")),
+        # Not in memory, since the cluster tries a block that kills its process again for ever.
+        row.deaths_counted(class_index, block, DEATHS) as deaths,
     ):
-        return _build_block(spec, row, class_index, block, shop, generator)
-
-
-@contextmanager
-def _deaths_counted(tries: Path) -> Iterator[None]:
-    """On disk, since the cluster tries a block that kills its process again for ever."""
-    deaths = tries.stat().st_size if tries.exists() else 0
-    try:
         if deaths >= DEATHS:
             raise RuntimeError(f"killed its process {deaths} times")
-        with open(tries, "ab") as handle:
-            handle.write(b"x")
-        yield
-    finally:  # who is killed does not come here
-        tries.unlink(missing_ok=True)
+        return _build_block(spec, row, class_index, block, shop, generator)
 
 
 def _build_block(
@@ -95,17 +81,19 @@ def _build_block(
     shop: Workshop,
     generator: Callable[[], ImageGenerator],
 ) -> dict[str, int]:
-    shard = row.shard(class_index, block, ".parquet")
     drawn = {"drawn": 0, "redrawn": 0, "holes": 0}
-    if not shard.exists():
+    if not row.holds(class_index, block, ".parquet"):
         table, drawn = _draw(spec.images, class_index, block, generator())
-        _publish(_parquet(table), shard)
-    features = shop.store.open_row(spec).shard(class_index, block, ".safetensors")
-    if not features.exists():
-        table = pq.read_table(io.BytesIO(_sound(shard)), columns=["image", "ok"])
+        row.publish(class_index, block, ".parquet", sealed(_parquet(table)))
+    features = shop.store.open_row(spec)
+    if not features.holds(class_index, block, ".safetensors"):
+        row.pull([(class_index, block)], ".parquet")
+        shard = row.shard(class_index, block, ".parquet")
+        table = pq.read_table(io.BytesIO(_sound(row, shard)), columns=["image", "ok"])
         images = [Image.open(io.BytesIO(png)) for png in table["image"].to_pylist()]
         arrays = {"features": shop.encoded(images, spec), "ok": np.array(table["ok"].to_pylist())}
-        _publish(save(arrays, {"seal": BLANK}), features)
+        encoded = sealed(save(arrays, {"seal": BLANK}))
+        features.publish(class_index, block, ".safetensors", encoded)
     return drawn
 
 
@@ -172,19 +160,13 @@ def _parquet(table: pa.Table) -> bytes:
     return bytes(buffer.getvalue())
 
 
-def _publish(shard: bytes, place: Path) -> None:
-    # Not synced: a power cut may damage shards, which their seals tell, and what is lost is drawn
-    # again. Thousands of syncs on a shared file system would cost more.
-    temporary = place.with_name(f".{place.name}-{socket.gethostname()}-{os.getpid()}")
-    temporary.write_bytes(sealed(shard))
-    os.replace(temporary, place)
-
-
-def _sound(shard: Path) -> bytes:
+def _sound(row: Row, shard: Path) -> bytes:
     """A shard's content. Those from before there were seals are taken as they are."""
     data = shard.read_bytes()
     if intact(data) is False:
-        raise MissingArtifact(f"{shard} is damaged; remove it and run `airsweep prepare SPEC`")
+        raise MissingArtifact(
+            f"{row.called(shard)} is damaged; remove it and run `airsweep prepare SPEC`"
+        )
     return data
 
 
@@ -218,16 +200,19 @@ def _read_row(
     row = store.row(spec)
     size = spec.images.block_size
     features, labels = [], []
-    for c in range(len(spec.images.classnames)) if classes is None else classes:
+    wanted_classes = range(len(spec.images.classnames)) if classes is None else classes
+    blocks = range(spec.blocks(count))
+    row.pull([(c, block) for c in wanted_classes for block in blocks], ".safetensors")
+    for c in wanted_classes:
         classname = spec.images.classnames[c]
-        for block in range(spec.blocks(count)):
+        for block in blocks:
             shard = row.shard(c, block, ".safetensors")
             if not shard.exists():
                 raise MissingArtifact(
                     f"image {block * size} of {classname!r} is not in {row.key} under "
-                    f"{store.root}; run `airsweep prepare SPEC` first"
+                    f"{store.name}; run `airsweep prepare SPEC` first"
                 )
-            arrays = load(_sound(shard))
+            arrays = load(_sound(row, shard))
             wanted = arrays["ok"][: count - block * size]
             kept = torch.from_numpy(arrays["features"][: len(wanted)][wanted])
             features.append(kept)
@@ -245,6 +230,7 @@ def read_images(
 ) -> list[list[Image.Image]]:
     """The first pictures of each class, for people."""
     row = store.row(spec.images)
+    row.pull([(c, block) for c in classes for block in range(spec.blocks(count))], ".parquet")
     found = []
     for c in classes:
         pictures: list[Image.Image] = []

@@ -11,12 +11,15 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from orchestrator.inventory import SHARDS, Holding, Inventory
+from orchestrator.mirror import RECORD, content_digest
+from orchestrator.remote import RemoteAway
 from orchestrator.seal import intact
-from orchestrator.store import RECORD, ROW, file_digest
+from orchestrator.store import ROW
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Verdict:
     def json(self) -> dict[str, Any]:
         root = self.inventory.root
         return {
-            "store": str(root),
+            "store": self.inventory.name,
             "files": self.files,
             "bytes": self.bytes,
             "damaged": [
@@ -74,7 +77,7 @@ def verify(inventory: Inventory, watch: Watch = lambda each, total: each) -> Ver
     Args:
         watch: passes on what is found, file by file, and may show how far it is.
     """
-    looks = [look for holding in inventory.holdings for look in _looks(holding)]
+    looks = [look for holding in inventory.holdings for look in _looks(holding, inventory)]
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         found = list(watch(threads.map(lambda look: look(), looks), len(looks)))
     return Verdict(
@@ -86,22 +89,25 @@ def verify(inventory: Inventory, watch: Watch = lambda each, total: each) -> Ver
     )
 
 
-def _looks(holding: Holding) -> Iterator[Callable[[], Finding]]:
+def _looks(holding: Holding, inventory: Inventory) -> Iterator[Callable[[], Finding]]:
     if holding.stage in SHARDS:
         if ROW in holding.files:
-            yield lambda: _record(holding, holding.path / ROW, holding.path / ROW)
+            row = holding.path / ROW
+            yield lambda: _record(holding, row, row, inventory)
         for name in holding.shards.values():
-            yield lambda name=name: _shard(holding.path / name)  # type: ignore[misc]
+            yield partial(_shard, holding.path / name, inventory)
         return
-    yield lambda: _record(holding, holding.path / RECORD, holding.path)
+    yield lambda: _record(holding, holding.path / RECORD, holding.path, inventory)
     for name, digest in holding.record.get("files", {}).items():
-        yield lambda name=name, digest=digest: _file(holding.path / name, digest)  # type: ignore[misc]
+        yield partial(_file, holding.path / holding.stored(name), digest, inventory)
 
 
-def _record(holding: Holding, file: Path, remove: Path) -> Finding:
+def _record(holding: Holding, file: Path, remove: Path, inventory: Inventory) -> Finding:
     try:
-        data = file.read_bytes()
+        data = _read(file, inventory)
         known = json.loads(data)
+    except RemoteAway:
+        raise
     except (OSError, ValueError) as problem:
         return Finding(file, remove, f"cannot be read: {problem}")
     state = intact(data)
@@ -112,17 +118,22 @@ def _record(holding: Holding, file: Path, remove: Path) -> Finding:
     return Finding(file, remove, unsealed=state is None)
 
 
-def _file(file: Path, digest: str) -> Finding:
+def _file(file: Path, digest: str, inventory: Inventory) -> Finding:
     try:
-        same = file_digest(file) == digest
+        with inventory.open(file) as handle:
+            same = content_digest(handle) == digest
+    except RemoteAway:
+        raise
     except OSError as problem:
         return Finding(file, file.parent, f"cannot be read: {problem.strerror}")
     return Finding(file, file.parent, "" if same else "is not what its record says")
 
 
-def _shard(file: Path) -> Finding:
+def _shard(file: Path, inventory: Inventory) -> Finding:
     try:
-        data = file.read_bytes()
+        data = _read(file, inventory)
+    except RemoteAway:
+        raise
     except OSError as problem:
         return Finding(file, file, f"cannot be read: {problem.strerror}")
     state = intact(data)
@@ -131,6 +142,11 @@ def _shard(file: Path) -> Finding:
     return Finding(
         file, file, "" if state else "is not what was written: its checksum does not fit"
     )
+
+
+def _read(file: Path, inventory: Inventory) -> bytes:
+    with inventory.open(file) as handle:
+        return handle.read()
 
 
 def _unreadable(file: Path, data: bytes) -> str:

@@ -1,19 +1,25 @@
 """What lies in a store: artifacts, rows, and what killed processes left. Knows no sweep.
 
-Reads names, sizes and records, and opens no array; so it is quick and imports nothing heavy.
+Reads names, sizes and records, and opens no array; so it is quick and imports nothing heavy. What
+lies in a bucket is looked at there, not in this machine's mirror; paths are those that it has or
+would have in the mirror.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from orchestrator.store import RECORD, ROW, ArtifactStore
+from orchestrator.mirror import RECORD, stored_name
+from orchestrator.remote import Entry, Remote, side_by_side
+from orchestrator.store import ROW, ArtifactStore
 
 SHARDS = {"images": ".parquet", "synthetic": ".safetensors"}  # stages that are rows
 UNKNOWN = "unknown"  # an owner that nobody wrote down
@@ -43,6 +49,11 @@ class Holding:
     @property
     def user(self) -> str:
         return str(self.record.get("user", UNKNOWN))
+
+    def stored(self, name: str) -> str:
+        """Where a file that the record names lies in the folder."""
+        in_bucket = stored_name(name, str(self.record["files"][name]))
+        return in_bucket if in_bucket in self.files else name
 
     @cached_property
     def bytes(self) -> int:
@@ -89,6 +100,23 @@ class Inventory:
     root: Path
     holdings: tuple[Holding, ...]
     leftovers: tuple[Leftover, ...]
+    bucket: Remote | None = None
+
+    @property
+    def name(self) -> str:
+        return str(self.bucket or self.root)
+
+    def open(self, path: Path) -> BinaryIO:
+        """
+        Raises:
+            OSError: it is not there, or cannot be read.
+        """
+        if self.bucket is None:
+            return open(path, "rb")
+        body: BinaryIO | None = self.bucket.open(path.relative_to(self.root).as_posix())
+        if body is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+        return body
 
 
 def take_inventory(store: ArtifactStore) -> Inventory:
@@ -97,10 +125,17 @@ def take_inventory(store: ArtifactStore) -> Inventory:
     Raises:
         ValueError: there is no store.
     """
-    if not store.artifacts.is_dir():
+    found = _in_bucket(store) if store.mirror is not None else _in_folder(store)
+    if found is None:
         raise ValueError(
-            f"nothing was made in {store.root} yet: run a sweep, or choose another with --store"
+            f"nothing was made in {store.name} yet: run a sweep, or choose another with --store"
         )
+    return found
+
+
+def _in_folder(store: ArtifactStore) -> Inventory | None:
+    if not store.artifacts.is_dir():
+        return None
     holdings: list[Holding] = []
     leftovers: list[Leftover] = []
     for path in sorted(store.artifacts.glob("*/*/*")):
@@ -120,8 +155,44 @@ def take_inventory(store: ArtifactStore) -> Inventory:
     return Inventory(store.root, tuple(holdings), tuple(leftovers))
 
 
+def _in_bucket(store: ArtifactStore) -> Inventory | None:
+    assert store.mirror is not None
+    remote = store.mirror.remote
+    folders: dict[str, dict[str, Entry]] = defaultdict(dict)
+    for one in remote.listed("artifacts"):
+        folder, _, name = one.name.rpartition("/")
+        folders[folder][name] = one
+    known = {f: ROW if f.split("/")[0] in SHARDS else RECORD for f in folders}
+    records: dict[str, Any] = {}
+
+    def read(folder: str) -> None:
+        try:
+            found = json.loads(remote.get(f"artifacts/{folder}/{known[folder]}") or b"{}")
+        except ValueError:  # `verify` says which
+            found = {}
+        records[folder] = found if isinstance(found, dict) else {}
+
+    side_by_side(read, [folder for folder, files in folders.items() if known[folder] in files])
+    holdings: list[Holding] = []
+    leftovers: list[Leftover] = []
+    for folder, files in sorted(folders.items()):
+        path = store.artifacts / folder
+        sizes = {name: entry.size for name, entry in files.items()}
+        holding = Holding(path, records.get(folder, {}), sizes)
+        whole = known[folder] in files or holding.shards
+        strays = dict(_strays(holding)) if whole else dict.fromkeys(files, "it has no record")
+        holdings += [holding] if whole else []
+        leftovers += [
+            Leftover(path / name, why, files[name].size, files[name].changed, -1)
+            for name, why in strays.items()
+        ]
+    return Inventory(store.root, tuple(holdings), tuple(leftovers), remote) if folders else None
+
+
 def _strays(holding: Holding) -> Iterator[tuple[str, str]]:
     recorded = holding.record.get("files")
+    if recorded is not None:
+        recorded = {holding.stored(name) for name in recorded}
     for name in holding.files:
         if name.startswith("."):
             yield name, "half a file"

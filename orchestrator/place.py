@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.ledger import Ledger
+from orchestrator.ledger import OWN, Ledger
+from orchestrator.remote import S3, folder_of, scheme_of
 from orchestrator.resolve import Resolver
 from orchestrator.store import ArtifactStore, open_store
 from orchestrator.sweep import SweepSpec
@@ -33,7 +34,18 @@ class Place:
         return self.store.root / "sweeps" / self.project / self.name
 
     def ledger(self) -> Ledger:
-        return Ledger(self.folder)
+        return Ledger(self.folder, self.store.mirror)
+
+    def refresh(self) -> Place:
+        """Bring what a bucket says of the sweep to this machine."""
+        if self.store.mirror is not None:
+            self.ledger().refresh()
+            self.store.mirror.pull_folder(self.folder, but=OWN)
+        return self
+
+    def write(self, name: str, content: str | bytes) -> None:
+        """A file of the sweep."""
+        self.store.write(self.folder / name, content)
 
     def resolver(self) -> Resolver:
         return Resolver(self.store.root / "digests.json", self.data_root)
@@ -43,22 +55,44 @@ class Refused(RuntimeError):
     """Refused before anything started; exit code 3."""
 
 
-def place_of(sweep: SweepSpec, root: Path, data_root: Path | None) -> Place:
+def place_of(sweep: SweepSpec, store: Path | str, data_root: Path | None) -> Place:
     """Where a sweep goes.
 
     Raises:
         Refused: a relative store inside a Ray job.
         StoreRefused: another version of airsweep made the store.
+        RemoteAway: its bucket cannot be read.
     """
-    if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") and not root.is_absolute():
+    relative = scheme_of(store) != S3 and not folder_of(store).is_absolute()
+    if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") and relative:
         raise Refused(
-            f"the store {str(root)!r} is relative, and this is a Ray job: its working directory "
+            f"the store {str(store)!r} is relative, and this is a Ray job: its working directory "
             "is thrown away at the end; give --store or AIRSWEEP_STORE an absolute folder that "
-            "every node sees"
+            "every node sees, or s3://bucket/prefix"
         )
     project = sweep.project or os.environ.get("AIRSWEEP_PROJECT") or "default"
     data = data_root or os.environ.get("AIRSWEEP_DATA") or sweep.data_root
-    return Place(open_store(root), project, sweep.name, Path(data) if data else None)
+    place = Place(open_store(store), project, sweep.name, Path(data) if data else None)
+    return place.refresh()
+
+
+def place_named(store: ArtifactStore, project: str, name: str) -> Place:
+    return Place(store, project, name, None).refresh()
+
+
+def recorded_names(store: ArtifactStore) -> list[tuple[str, str]]:
+    """Project and name of the sweeps of a store, sorted."""
+    if store.mirror is not None:
+        remote = store.mirror.remote
+        projects = remote.folders("sweeps")
+        return sorted((p, name) for p in projects for name in remote.folders(f"sweeps/{p}"))
+    found = (store.root / "sweeps").glob("*/*/events.jsonl")
+    return sorted((file.parent.parent.name, file.parent.name) for file in found)
+
+
+def recorded_places(store: ArtifactStore) -> list[Place]:
+    """Where the sweeps of a store are, by name."""
+    return [place_named(store, project, name) for project, name in recorded_names(store)]
 
 
 def read_outcome(place: Place) -> dict[str, Any]:

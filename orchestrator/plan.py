@@ -97,8 +97,7 @@ class Need:
         specs: list[Any] = [self.spec]
         if isinstance(self.spec, SyntheticFeaturesSpec):
             specs.append(self.spec.images)
-        places = [store.path(artifact_key(spec)) for spec in specs]
-        return sum(file.stat().st_size for place in places for file in place.glob("*"))
+        return sum(store.bytes(spec) for spec in specs)
 
     def total(self) -> int:
         return len(self.shards()) if isinstance(self.spec, SyntheticFeaturesSpec) else 1
@@ -196,6 +195,7 @@ def plan_sweep(sweep: SweepSpec, store: ArtifactStore, resolver: Resolver, ledge
         params_of = known_points(sweep, cell, found, openings.get(cell.id))
         for number, params in sorted(params_of.items())[:count]:
             slots += slots_of(cell, number, params, assignments, resolver, moved)
+    store.survey(slot.spec for slot in slots)
     there = [store.has(slot.spec) for slot in slots]
     done = reused = 0
     seen: set[str] = set()
@@ -225,7 +225,7 @@ def plan_sweep(sweep: SweepSpec, store: ArtifactStore, resolver: Resolver, ledge
         reused=reused,
         needs=needs,
         work=work,
-        estimate=estimate(work, store.root, sweep.resources),
+        estimate=estimate(work, store, sweep.resources),
         openings=openings,
         asks=asks,
         edit=edit,

@@ -55,6 +55,7 @@ def prepare(needs: Sequence[Need], shop: Workshop, resources: Resources, watcher
     would be made from it is left out.
     """
     failed: list[Any] = []  # specs
+    shop.store.look_again()
     missing = [need for need in needs if need.have(shop.store) < need.total()]
     levels = _levels(missing)
     missing.sort(key=lambda need: levels[need])

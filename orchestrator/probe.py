@@ -96,7 +96,7 @@ def probe_work(
             there is one.
         say: told of each kind.
     """
-    history = read_history(shop.store.root)
+    history = read_history(shop.store)
     unknown: dict[tuple[str, str], Work] = {}
     for one in work:
         if one.kind not in history.get(one.stage, {}):
@@ -119,7 +119,7 @@ def probe_work(
             f"probed in {time.monotonic() - started:.1f} s"
         )
     if found:
-        remember_probed(shop.store.root, found)
+        remember_probed(shop.store, found)
 
 
 @contextmanager

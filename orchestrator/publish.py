@@ -7,6 +7,7 @@ tells it.
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -55,6 +56,15 @@ class Publisher:
         self._children = Children(sweep, parent, Path(self._folder.name))
         self._troubled = 0  # outcomes that could not even be brought to the tracker
 
+    @property
+    def in_store(self) -> bool:
+        """Nobody said where to track, so it is a file in the store's folder."""
+        return (
+            uri_of(self.uri, self.store.root)
+            == uri_of(None, self.store.root)
+            != (os.environ.get("MLFLOW_TRACKING_URI"))
+        )
+
     def check(self, reach: bool) -> None:
         """Before any work: is there such a tracker, and does it answer?
 
@@ -100,7 +110,7 @@ class Publisher:
             )
 
     def _remedy(self) -> str:
-        return reconcile_command(self.parent, self.store.root, self.asked)
+        return reconcile_command(self.parent, self.store.name, self.asked)
 
     def _open(self) -> Tracker:
         if self._tracker is None:
@@ -128,9 +138,9 @@ class Publisher:
         log.log(level, "tracking fails: %s: %s", type(problem).__name__, problem)
 
 
-def reconcile_command(parent: SweepRun, root: Path, uri: str | None) -> str:
+def reconcile_command(parent: SweepRun, store: str, uri: str | None) -> str:
     """What to type so that a tracker is told what it has missed."""
     name = parent.sweep if parent.project == "default" else f"{parent.project}/{parent.sweep}"
-    place = [] if root == Path("runs").absolute() else ["--store", str(root)]
+    place = [] if store == str(Path("runs").absolute()) else ["--store", store]
     tracker = ["--tracking-uri", without_credentials(uri)] if uri else []
     return " ".join(["airsweep mlflow reconcile", name, *place, *tracker])

@@ -7,7 +7,7 @@ up first. Needs no Ray and no torch.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,9 +17,10 @@ from orchestrator.dispatch import Outcome
 from orchestrator.ledger import Ledger
 from orchestrator.lineage import UNKNOWN
 from orchestrator.parent import note_of, parent_of, status_of, sweep_files
-from orchestrator.place import Place, whoami
+from orchestrator.place import Place, recorded_names, whoami
 from orchestrator.plan import Slot, plan_sweep
 from orchestrator.results import standing
+from orchestrator.store import ArtifactStore
 from orchestrator.sweep import SweepSpec
 from orchestrator.tracking import Told, TrackerAway, kind_of, make_tracker, uri_of
 from orchestrator.trial import read_trial
@@ -101,10 +102,9 @@ def reconcile(sweep: SweepSpec, place: Place, tracking_uri: str | None) -> Recon
     return Reconciled(f"{place.project}/{place.name}", told, gone, tracker.url())
 
 
-def recorded(root: Path) -> Iterator[str]:
+def recorded(store: ArtifactStore) -> list[str]:
     """All sweeps of a store, as PROJECT/NAME."""
-    for path in sorted((root / "sweeps").glob("*/*/events.jsonl")):
-        yield f"{path.parent.parent.name}/{path.parent.name}"
+    return ["/".join(names) for names in recorded_names(store)]
 
 
 @dataclass(frozen=True)

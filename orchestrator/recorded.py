@@ -12,7 +12,7 @@ from typing import Any
 
 from air_core.specs import SyntheticFeaturesSpec, TrialSpec
 from orchestrator.keys import Stage, artifact_key
-from orchestrator.place import Place
+from orchestrator.place import Place, recorded_places
 from orchestrator.plan import (
     known_points,
     moved_slots,
@@ -64,12 +64,6 @@ def read_sweep(place: Place, data_root: Path | None) -> tuple[SweepSpec, Place]:
     sweep = replace(sweep, source=origin.get("source", sweep.source))
     data = data_root or (Path(sweep.data_root) if sweep.data_root else None)
     return smoke(sweep) if origin.get("smoke") else sweep, replace(place, data_root=data)
-
-
-def recorded_places(store: ArtifactStore) -> list[Place]:
-    """Where the sweeps of a store are, by name."""
-    found = sorted((store.root / "sweeps").glob("*/*/events.jsonl"))
-    return [Place(store, file.parent.parent.name, file.parent.name, None) for file in found]
 
 
 def refuse_running(store: ArtifactStore) -> None:

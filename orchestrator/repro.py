@@ -183,6 +183,10 @@ def _again(
 
 
 def _link(need: Need, store: ArtifactStore, bench: ArtifactStore) -> None:
+    if isinstance(need.spec, SyntheticFeaturesSpec):
+        store.row(need.spec).pull(need.shards(), ".safetensors")
+    else:
+        store.get(need.spec)
     real = store.path(artifact_key(need.spec))
     place = bench.artifacts / real.relative_to(store.artifacts)
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -213,7 +217,7 @@ def _make(
                 build_image_block(need.spec, c, block, shop, lambda: open_generator(images, shop))
         case _:
             raise ValueError(
-                f"{name_of(need.key)} is not in {store.root}, and drawing images takes long; run "
+                f"{name_of(need.key)} is not in {store.name}, and drawing images takes long; run "
                 "`airsweep prepare SPEC` of the sweep first, or give the --store that has them"
             )
 

@@ -24,6 +24,7 @@ NAMED = ("dataset", "test_dataset", "paradigm", "modality", "method")  # a table
 def entries_of(plan: Plan, store: ArtifactStore) -> list[Entry]:
     """One entry for each slot that has a record."""
     search = plan.sweep.search
+    store.fetch(slot.spec for slot in plan.slots if store.has(slot.spec))
     done = [(slot, read_trial(slot.spec, store)) for slot in plan.slots if store.has(slot.spec)]
     runs = len(plan.sweep.seeds.values)
     objectives = _objectives(done, search.objective if search else None, runs)

@@ -22,8 +22,10 @@ from orchestrator.failures import CLASSES
 from orchestrator.freshness import remedy
 from orchestrator.place import Place, read_outcome
 from orchestrator.plan import Need, Plan, plan_sweep
+from orchestrator.remote import folder_of
 from orchestrator.results import Standing, entries_of, standing
 from orchestrator.screen import clock
+from orchestrator.store import smoke_store
 from orchestrator.studies import searches
 from orchestrator.summary import summary
 from orchestrator.sweep import SweepSpec, notes_of
@@ -310,7 +312,7 @@ def _next_facts(plan: Plan, place: Place) -> list[tuple[str, str]]:
         (
             "cluster",
             f"ray job submit --address $ADDR --working-dir . -- python -m orchestrator run "
-            f"{asked} --store /shared/runs",
+            f"{asked} --store {place.store.name if place.store.mirror else '/shared/runs'}",
         )
     )
     left = f"{plan.to_run} trials are left" if plan.to_run else "nothing to do"
@@ -330,9 +332,15 @@ def _asked(plan: Plan, place: Place) -> str:
 
 
 def _store_option(place: Place) -> str:
-    root = place.store.root
-    known = Path(os.environ.get("AIRSWEEP_STORE") or "runs").absolute()
-    return "" if root in (known, Path(f"{known}-smoke")) else f" --store {_near(root)}"
+    store = place.store
+    usual = os.environ.get("AIRSWEEP_STORE") or "runs"
+    if store.mirror is not None:
+        known = (usual, str(smoke_store(usual)))
+        return "" if store.name in known else f" --store {shlex.quote(store.name)}"
+    folder = folder_of(usual).absolute()
+    return (
+        "" if store.root in (folder, Path(f"{folder}-smoke")) else f" --store {_near(store.root)}"
+    )
 
 
 def _near(path: Path) -> str:

@@ -207,14 +207,17 @@ def build_lora(
             spec.size,
             folder,
             device=shop.device,
-            report=report,
-            kept=kept,
+            report=told,
+            kept=kept.path,
         )
 
-    kept = shop.store.unfinished(spec)
-    made = shop.store.get_or_build(spec, build)
-    kept.unlink(missing_ok=True)
-    return made
+    def told(step: int, steps: int, loss: float) -> None:
+        kept.keep()
+        if report is not None:
+            report(step, steps, loss)
+
+    with shop.store.unfinished(spec) as kept:
+        return shop.store.get_or_build(spec, build)
 
 
 def square(image: Image.Image, size: int) -> np.ndarray:

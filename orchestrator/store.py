@@ -6,12 +6,14 @@ their features) is never whole: it has shards, each renamed into place. All path
 relative: the store can be moved. A record holds the digests of its files; records and shards are
 sealed (`seal.py`), so that a changed byte can be found. Who builds something that others may want
 too holds its lock below `locks/`; a lock saves work, and what is right never hangs on it.
+
+A store may lie in a bucket: then the folder is this machine's mirror of it (`mirror.py`), and what
+is there is what the bucket has.
 """
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import platform
@@ -19,7 +21,7 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -27,15 +29,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from orchestrator.keys import ArtifactKey, Stage, artifact_key
+from orchestrator.keys import RECIPES, ArtifactKey, Stage, artifact_key
+from orchestrator.mirror import RECORD, Mirror, content_digest, mirror_root, write_beside
 from orchestrator.reached import code_of
+from orchestrator.remote import S3, Lease, folder_of, parse, scheme_of, side_by_side
 from orchestrator.seal import sealed_json
 
 VERSION = "1"
-RECORD, ROW = "record.json", "row.json"  # of an artifact, and of a row
+ROW = "row.json"  # of a row, as record.json is of an artifact
 CODE = "code"  # folder: what each code that made something was made of
 LOCKS = "locks"  # folder
 STORE_LOCK = f"{LOCKS}/store"  # shared by who uses the store, taken whole by who removes from it
+ROWS = ("images", "synthetic")  # stages that are rows
 LIBRARIES = ("torch", "open_clip_torch", "diffusers", "peft", "transformers", "numpy")
 
 
@@ -70,42 +75,178 @@ class Row:
 
     key: ArtifactKey
     path: Path
+    mirror: Mirror | None = None
 
     def shard(self, class_index: int, block: int, suffix: str) -> Path:
+        """Where a shard lies, or would lie; of a bucket, once it was pulled."""
         return self.path / f"{class_index:04d}-{block:05d}{suffix}"
 
     def present(self, suffix: str) -> frozenset[tuple[int, int]]:
         """(class, block) of the shards that are there."""
+        names: Iterable[str] = ()
+        if self.mirror is not None:
+            names = self.mirror.shards(self.key)
+        elif self.path.is_dir():
+            names = os.listdir(self.path)
         found = set()
-        if self.path.is_dir():
-            for name in os.listdir(self.path):
-                if name.endswith(suffix) and not name.startswith("."):
-                    c, _, block = name.removesuffix(suffix).partition("-")
-                    found.add((int(c), int(block)))
+        for name in names:
+            if name.endswith(suffix) and not name.startswith("."):
+                c, _, block = name.removesuffix(suffix).partition("-")
+                found.add((int(c), int(block)))
         return frozenset(found)
+
+    def holds(self, class_index: int, block: int, suffix: str) -> bool:
+        """Is a shard there, as of now?"""
+        place = self.shard(class_index, block, suffix)
+        if self.mirror is not None:
+            return self.mirror.has_shard(self.key, place.name)
+        return place.exists()
+
+    def called(self, shard: Path) -> str:
+        """A shard, for who should remove it."""
+        if self.mirror is None:
+            return str(shard)
+        return f"{self.mirror.called(self.key, shard.name)} or its copy {shard}"
+
+    def pull(self, shards: Collection[tuple[int, int]], suffix: str) -> None:
+        """Bring shards to this machine, those that are there."""
+        if self.mirror is not None:
+            names = [self.shard(c, block, suffix).name for c, block in shards]
+            self.mirror.pull_shards(self.key, self.path, names)
+
+    def publish(self, class_index: int, block: int, suffix: str, data: bytes) -> None:
+        """A shard is there, whole; the one of whoever was first."""
+        place = self.shard(class_index, block, suffix)
+        if self.mirror is not None:
+            data = self.mirror.put_shard(self.key, place.name, data)
+        # Not synced: a power cut may damage shards, which their seals tell, and what is lost is
+        # drawn again. Thousands of syncs on a shared file system would cost more.
+        write_beside(place, data)
+
+    @contextmanager
+    def deaths_counted(self, class_index: int, block: int, most: int) -> Iterator[int]:
+        """How many processes died within this block for this shard, up to `most`; counted where
+        every machine sees it."""
+        tries = self.shard(class_index, block, ".tries")
+        if self.mirror is not None:
+            deaths = self.mirror.count_up(self.key, tries.name, most)
+        else:
+            deaths = tries.stat().st_size if tries.exists() else 0
+            if deaths < most:
+                with open(tries, "ab") as handle:
+                    handle.write(b"x")
+        try:
+            yield deaths
+        finally:  # who is killed does not come here
+            if self.mirror is not None:
+                self.mirror.count_off(self.key, tries.name, min(deaths + 1, most))
+            else:
+                tries.unlink(missing_ok=True)
 
 
 class ArtifactStore:
-    """A folder of artifacts. `read_only()` gives one that cannot build."""
+    """Artifacts in a folder, or in a bucket through one. `read_only()` cannot build."""
 
-    def __init__(self, root: Path, *, writable: bool = True) -> None:
+    def __init__(self, root: Path, *, writable: bool = True, mirror: Mirror | None = None) -> None:
         self.root = root
         self.artifacts = root / "artifacts"
         self.writable = writable
+        self.mirror = mirror
+
+    def __reduce__(self) -> Any:
+        """In another process, perhaps on another machine: with the mirror of that one."""
+        if self.mirror is None:
+            return _in_folder, (self.root, self.writable)
+        return _in_bucket, (self.mirror.remote.uri, self.writable)
+
+    @property
+    def name(self) -> str:
+        """As people would give it with --store."""
+        return str(self.root) if self.mirror is None else self.mirror.remote.uri
 
     def read_only(self) -> ArtifactStore:
-        return ArtifactStore(self.root, writable=False)
+        return ArtifactStore(self.root, writable=False, mirror=self.mirror)
+
+    def survey(self, specs: Iterable[Stage]) -> None:
+        """Many will be asked for: of a bucket, learn in few requests which are there."""
+        if self.mirror is not None:
+            self.mirror.survey(artifact_key(spec) for spec in specs)
+
+    def fetch(self, specs: Iterable[Stage]) -> None:
+        """Many that are there will be read: of a bucket, bring them here side by side."""
+        if self.mirror is not None:
+            missing = [one for one in specs if not (self._place(one) / RECORD).is_file()]
+            side_by_side(self.get, missing)
+
+    def glance(self, specs: Iterable[Stage]) -> None:
+        """The records of many will be read: of a bucket, bring them here side by side."""
+        if self.mirror is not None:
+            mirror = self.mirror
+            whole = (one for one in specs if RECIPES[type(one)][0] not in ROWS)
+            there = (artifact_key(one) for one in whole if self.has(one))
+            side_by_side(mirror.record, list(there))
+
+    def look_again(self) -> None:
+        """Other processes have made something; what was not there may be there now."""
+        if self.mirror is not None:
+            self.mirror.look_again()
+
+    def settle(self) -> None:
+        """Before the first thing is written: say which version of a store this is.
+
+        Raises:
+            StoreRefused: the server does not keep what was put once.
+        """
+        place = self.root / "VERSION"
+        if place.exists():
+            return
+        self.root.mkdir(parents=True, exist_ok=True)
+        if self.mirror is None:
+            write_whole(place, VERSION + "\n")
+            return
+        remote = self.mirror.remote
+        remote.put_once("VERSION", f"{VERSION} {uuid.uuid4().hex}\n".encode())
+        if remote.put_once("VERSION", f"{VERSION} another\n".encode()):
+            remote.delete("VERSION")
+            raise StoreRefused(
+                f"the server of {remote} writes over objects that were to be put once "
+                "(If-None-Match), so two machines could spoil each other's work; allowed: one that "
+                "refuses, such as Amazon S3 or a recent MinIO; or a folder with --store"
+            )
+        self.mirror.pull_file(place)
+
+    # ---------------------------------------------------------------- small files
+
+    def write(self, path: Path, content: str | bytes) -> None:
+        """A small file of the store: there whole or not at all, for everybody."""
+        data = content.encode() if isinstance(content, str) else content
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, data)
+        if self.mirror is not None:
+            self.mirror.push_data(path, data)
+
+    def refresh(self, path: Path) -> Path:
+        """A small file of the store as it is now, where there is one."""
+        if self.mirror is not None:
+            self.mirror.pull_file(path)
+        return path
 
     def path(self, key: ArtifactKey) -> Path:
         """Where it lies, or would lie. The digest decides; the slug is for people."""
+        # Of a bucket: once it was pulled.
         place = self.artifacts / str(key)
         if not place.exists():
             others = place.parent.glob(f"*-{key.digest[:12]}") if place.parent.is_dir() else ()
             return next(iter(others), place)
         return place
 
+    def _place(self, spec: Stage) -> Path:
+        return self.path(artifact_key(spec))
+
     def has(self, spec: Stage) -> bool:
-        return (self.path(artifact_key(spec)) / RECORD).is_file()
+        if self.mirror is not None:
+            return self.mirror.has(artifact_key(spec))
+        return (self._place(spec) / RECORD).is_file()
 
     def get(self, spec: Stage) -> Artifact:
         """A whole artifact.
@@ -115,13 +256,48 @@ class ArtifactStore:
         """
         key = artifact_key(spec)
         path = self.path(key)
+        if self.mirror is not None and not (path / RECORD).is_file():
+            try:
+                self.mirror.pull(key, path)
+            except ValueError as problem:
+                raise MissingArtifact(str(problem)) from None
         try:
             record = json.loads((path / RECORD).read_text())
         except FileNotFoundError:
             raise MissingArtifact(
-                f"{key} is not in {self.root}; run `airsweep prepare SPEC` first"
+                f"{key} is not in {self.name}; run `airsweep prepare SPEC` first"
             ) from None
         return Artifact(key, path, record)
+
+    def bytes(self, spec: Stage) -> int:
+        """Of what is there of an artifact or a row."""
+        if self.mirror is not None:
+            return sum(self.mirror.shards(artifact_key(spec)).values())
+        return sum(file.stat().st_size for file in self._place(spec).glob("*"))
+
+    def named(self, kind: type, digest: str) -> list[Path]:
+        """Folders of artifacts of the present recipe whose digests begin like this."""
+        stage, recipe = RECIPES[kind]
+        if self.mirror is not None:
+            self._bring_named(stage, recipe, digest)
+        folder = self.artifacts / stage / f"v{recipe}"
+        found = [path for path in folder.glob(f"*-{digest[:12]}*") if (path / RECORD).is_file()]
+        return [
+            path
+            for path in sorted(found)
+            if json.loads((path / RECORD).read_text())["digest"].startswith(digest)
+        ]
+
+    def _bring_named(self, stage: str, recipe: int, digest: str) -> None:
+        assert self.mirror is not None
+        folder = f"artifacts/{stage}/v{recipe}"
+        for name in self.mirror.remote.folders(folder):
+            if name.startswith(digest[:12]):
+                record = json.loads(self.mirror.remote.get(f"{folder}/{name}/{RECORD}") or b"{}")
+                if record:
+                    slug = record["key"].rpartition("/")[2].rpartition("-")[0]
+                    key = ArtifactKey(stage, recipe, record["digest"], slug)
+                    self.mirror.pull(key, self.path(key))
 
     def get_or_build(self, spec: Stage, build: Callable[[Path], dict[str, Any]]) -> Artifact:
         """The artifact; built first where it is missing.
@@ -177,7 +353,12 @@ class ArtifactStore:
                 "versions": versions(),
                 "files": {p.name: file_digest(p) for p in sorted(work.iterdir())},
             }
-            write_whole(work / RECORD, sealed_json(record))
+            sealed = sealed_json(record)
+            if self.mirror is not None:
+                if not self.mirror.publish(key, work, sealed):
+                    return  # who asks gets the one that was first
+                shutil.rmtree(place, ignore_errors=True)  # of a store that was emptied by hand
+            write_whole(work / RECORD, sealed)
             try:
                 os.rename(work, place)
             except OSError:
@@ -200,6 +381,11 @@ class ArtifactStore:
         with ExitStack() as held:
             with suppress(OSError):
                 held.enter_context(_flocked(place, fcntl.LOCK_EX))
+            if self.mirror is not None:
+                lease = Lease(self.mirror.remote, f"{LOCKS}/{name}")
+                lease.wait()
+                held.callback(lease.release)
+                self.mirror.look_again()
             yield
             with suppress(OSError):  # who waits has the file open, and will find the work done
                 place.unlink()
@@ -211,6 +397,8 @@ class ArtifactStore:
             StoreRefused: somebody has, to remove what no sweep needs.
         """
         held = ExitStack()
+        if self.mirror is not None:  # nobody can have it to himself
+            return held
         try:
             held.enter_context(_flocked(self.root / STORE_LOCK, fcntl.LOCK_SH | fcntl.LOCK_NB))
         except BlockingIOError:
@@ -228,6 +416,7 @@ class ArtifactStore:
         Raises:
             StoreRefused: somebody does, or it cannot be told.
         """
+        self.refuse_bucket("nothing is removed from a bucket, since who uses it cannot be told")
         with ExitStack() as held:
             try:
                 held.enter_context(_flocked(self.root / STORE_LOCK, fcntl.LOCK_EX | fcntl.LOCK_NB))
@@ -242,10 +431,24 @@ class ArtifactStore:
                 ) from None
             yield
 
+    def refuse_bucket(self, why: str) -> None:
+        """
+        Raises:
+            StoreRefused: this store is in a bucket.
+        """
+        if self.mirror is not None:
+            raise StoreRefused(
+                f"{self.name}: {why}; `airsweep cache ls` says what no sweep needs: of an artifact "
+                f"remove {RECORD} first, then the rest, with the tools of your storage, while no "
+                "sweep runs"
+            )
+
     def code(self, spec: Stage) -> str | None:
         """Digest of the code that made an artifact or row; None: it is not there, or nobody
         noted it."""
         path = self.path(artifact_key(spec))
+        if self.mirror is not None:
+            return self._code_in_bucket(spec, path, self.mirror)
         for name in (RECORD, ROW):
             try:
                 code: str | None = json.loads((path / name).read_text()).get("code")
@@ -254,10 +457,25 @@ class ArtifactStore:
             return code
         return None
 
+    def _code_in_bucket(self, spec: Stage, path: Path, mirror: Mirror) -> str | None:
+        key = artifact_key(spec)
+        data = None
+        if RECIPES[type(spec)][0] in ROWS:
+            if ROW in mirror.shards(key):
+                mirror.pull_shards(key, path, [ROW])
+                data = (path / ROW).read_bytes()
+        elif self.has(spec):
+            data = mirror.record(key)
+        code: str | None = None if data is None else json.loads(data).get("code")
+        return code
+
     def code_parts(self, digest: str) -> dict[str, str]:
         """What that code was made of: hashes by qualified name; empty where nobody noted it."""
+        place = self.root / CODE / f"{digest}.json"
+        if not place.exists():
+            self.refresh(place)
         try:
-            parts: dict[str, str] = json.loads((self.root / CODE / f"{digest}.json").read_text())
+            parts: dict[str, str] = json.loads(place.read_text())
         except FileNotFoundError:
             return {}
         return parts
@@ -268,18 +486,27 @@ class ArtifactStore:
         if not place.exists():
             place.parent.mkdir(parents=True, exist_ok=True)
             write_whole(place, json.dumps(code.parts, indent=1, sort_keys=True))
+            if self.mirror is not None:
+                self.mirror.push_once(place)
         return code.digest
 
-    def unfinished(self, spec: Stage) -> Path:
-        """A file for work that takes long, of this code; the folder is there."""
-        folder = self.root / "unfinished"
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder / f"{artifact_key(spec).digest[:12]}-{code_of(spec).digest}.safetensors"
+    @contextmanager
+    def unfinished(self, spec: Stage) -> Iterator[Unfinished]:
+        """A file for work that takes long, of this code; gone once the work is done."""
+        name = f"{artifact_key(spec).digest[:12]}-{code_of(spec).digest}.safetensors"
+        kept = Unfinished(self.root / "unfinished" / name, self.mirror)
+        kept.path.parent.mkdir(parents=True, exist_ok=True)
+        if not kept.path.exists() and not self.has(spec):
+            self.refresh(kept.path)
+            kept.note()
+        yield kept
+        kept.path.unlink(missing_ok=True)
+        kept.forget()
 
     def row(self, spec: Stage) -> Row:
         """A row; its folder and `row.json` are written when the first shard is."""
         key = artifact_key(spec)
-        return Row(key, self.path(key))
+        return Row(key, self.path(key), self.mirror)
 
     def open_row(self, spec: Stage) -> Row:
         """A row that shards can be written to."""
@@ -287,6 +514,8 @@ class ArtifactStore:
         if not self.writable:
             raise MissingArtifact(f"{row.key}: this store is read-only")
         row.path.mkdir(parents=True, exist_ok=True)
+        if not (row.path / ROW).exists() and self.mirror is not None:
+            self.mirror.pull_shards(row.key, row.path, [ROW])
         if not (row.path / ROW).exists():
             known = {
                 "digest": row.key.digest,
@@ -295,8 +524,34 @@ class ArtifactStore:
                 **maker(),
                 "code": self._note_code(spec),
             }
-            write_whole(row.path / ROW, sealed_json(known))
+            sealed = sealed_json(known)
+            if self.mirror is not None:
+                sealed = self.mirror.put_shard(row.key, ROW, sealed)
+            write_whole(row.path / ROW, sealed)
         return row
+
+
+@dataclass
+class Unfinished:
+    """A file that somebody writes again and again while his work goes on."""
+
+    path: Path
+    mirror: Mirror | None
+    sent: int = 0  # mtime of what the bucket has, in ns
+
+    def note(self) -> None:
+        self.sent = self.path.stat().st_mtime_ns if self.path.exists() else self.sent
+
+    def keep(self) -> None:
+        """Send it where other machines find it, if it was written since."""
+        before = self.sent
+        self.note()
+        if self.mirror is not None and self.sent != before:
+            self.mirror.push(self.path)
+
+    def forget(self) -> None:
+        if self.mirror is not None and self.sent:
+            self.mirror.delete(self.path)
 
 
 @contextmanager
@@ -313,25 +568,74 @@ def _flocked(file: Path, how: int) -> Iterator[None]:
         os.close(handle)
 
 
-def open_store(root: Path) -> ArtifactStore:
-    """The store in a folder, as a command opens it; there may be nothing yet.
+def open_store(place: Path | str) -> ArtifactStore:
+    """The store in a folder or in a bucket, as a command opens it; there may be nothing yet.
+
+    Args:
+        place: a path, `file:///...` or `s3://bucket/prefix`.
 
     Raises:
-        StoreRefused: another version made it.
-        ValueError: it is no folder.
+        StoreRefused: another version made it, or this machine's mirror is of another store.
+        RemoteAway: the bucket cannot be read.
+        ValueError: it is no folder, or such a URI means no store.
     """
+    if scheme_of(place) == S3:
+        return _in_bucket(str(place))
+    root = folder_of(place)
     if root.exists() and not root.is_dir():
         raise ValueError(f"{root} is a file; a store is a folder: choose another with --store")
-    try:
-        found = (root / "VERSION").read_text().strip()
-    except FileNotFoundError:
-        found = VERSION  # of an empty folder: the first run writes it
-    if found != VERSION:
+    _refuse_version(_said(root / "VERSION"), root)
+    return ArtifactStore(root.absolute())
+
+
+def smoke_store(place: Path | str) -> Path | str:
+    """Where `--smoke` goes: beside the store.
+
+    >>> smoke_store("runs"), smoke_store("s3://bucket/team/runs?region=eu-1"), smoke_store("s3://b")
+    (PosixPath('runs-smoke'), 's3://bucket/team/runs-smoke?region=eu-1', 's3://b/smoke')
+    """
+    if scheme_of(place) == S3:
+        name, mark, query = str(place).partition("?")
+        name = name.rstrip("/")
+        beside = f"{name}-smoke" if "/" in name.removeprefix("s3://") else f"{name}/smoke"
+        return beside + mark + query
+    folder = folder_of(place)
+    return folder.with_name(folder.name + "-smoke")
+
+
+def _in_folder(root: Path, writable: bool) -> ArtifactStore:
+    return ArtifactStore(root, writable=writable)
+
+
+def _in_bucket(uri: str, writable: bool = True) -> ArtifactStore:
+    remote = parse(uri)
+    root = mirror_root(remote)
+    there = (remote.get("VERSION") or b"").decode()
+    _refuse_version(there.partition(" ")[0] or VERSION, remote)
+    here = _said(root / "VERSION")
+    if here and here != there.strip():
         raise StoreRefused(
-            f"{root} is a store of version {found[:20]!r}; this airsweep reads version {VERSION} "
+            f"{root} mirrors a store that was at {remote} before and is gone; remove that folder, "
+            "or set AIRSWEEP_CACHE to another place for mirrors"
+        )
+    if there and not here:
+        write_beside(root / "VERSION", there.encode())
+    return ArtifactStore(root, writable=writable, mirror=Mirror(remote, root))
+
+
+def _said(version: Path) -> str | None:
+    try:
+        return version.read_text().strip()
+    except FileNotFoundError:
+        return None  # an empty folder: the first run writes it
+
+
+def _refuse_version(found: str | None, place: object) -> None:
+    if found is not None and found.strip() != VERSION:
+        raise StoreRefused(
+            f"{place} is a store of version {found[:20]!r}; this airsweep reads version {VERSION} "
             "alone: use the airsweep that made it, or another folder with --store"
         )
-    return ArtifactStore(root.absolute())
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -348,7 +652,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
 def file_digest(path: Path) -> str:
     """blake2b of a file's content."""
     with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, lambda: hashlib.blake2b(digest_size=20)).hexdigest()
+        return content_digest(handle)
 
 
 def maker() -> dict[str, str]:

@@ -15,9 +15,10 @@ from air_core.datasets import get_dataset
 from air_core.flat import from_flat, trial_keys
 from air_core.specs import Ref, TrialSpec
 from orchestrator.children import REFS, SPEC, spec_json
-from orchestrator.keys import RECIPES, artifact_key
-from orchestrator.ledger import Ledger
-from orchestrator.store import RECORD, ArtifactStore
+from orchestrator.keys import artifact_key
+from orchestrator.mirror import RECORD
+from orchestrator.place import recorded_places
+from orchestrator.store import ArtifactStore
 from orchestrator.tracking import read_run
 from orchestrator.trial import MADE
 
@@ -68,17 +69,17 @@ def remembered(name: str, store: ArtifactStore, uri: str | None) -> Remembered:
         ValueError: there is none, or several.
         TrackerAway: it can only be an MLflow run, and MLflow does not answer.
     """
-    key = _key_of_slot(name, store.root) if "/" in name else name
-    found = list(_records(key, store)) if key and len(key) >= SHORTEST else []
+    key = _key_of_slot(name, store) if "/" in name else name
+    found = store.named(TrialSpec, key) if key and len(key) >= SHORTEST else []
     if len(found) > 1:
         raise ValueError(
-            f"several trials in {store.root} begin with {name!r}; give more of the key"
+            f"several trials in {store.name} begin with {name!r}; give more of the key"
         )
     if found:
         return of_record(found[0])
     if "/" in name:
         raise ValueError(
-            f"no slot {name!r} was done in {store.root}; slots are CELL/POINT/SEEDS as the "
+            f"no slot {name!r} was done in {store.name}; slots are CELL/POINT/SEEDS as the "
             "ledger and the tag air.slot have them"
         )
     return of_run(name, store.root, uri)
@@ -154,21 +155,11 @@ def _flattened(spec: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]
             yield prefix + name, value
 
 
-def _records(key: str, store: ArtifactStore) -> Iterator[Path]:
-    """Done trials of the present recipe whose key begins like this."""
-    stage, recipe = RECIPES[TrialSpec]
-    for path in (store.artifacts / stage / f"v{recipe}").glob(f"*-{key[:12]}*"):
-        if (path / RECORD).is_file() and json.loads((path / RECORD).read_text())[
-            "digest"
-        ].startswith(key):
-            yield path
-
-
-def _key_of_slot(slot: str, root: Path) -> str | None:
+def _key_of_slot(slot: str, store: ArtifactStore) -> str | None:
     """The key that a slot had last; slots of different sweeps may have one name and one key."""
     found = None
-    for path in sorted((root / "sweeps").glob("*/*/events.jsonl")):
-        for event in Ledger(path.parent).events():
+    for place in recorded_places(store):
+        for event in place.ledger().events():
             if event.get("slot") == slot and event["event"] in ("trial_done", "trial_reused"):
                 found = str(event["key"])
     return found

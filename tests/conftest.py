@@ -12,6 +12,7 @@ for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "RAY_ADDRESS", "AIRSWEEP_ST
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
@@ -19,6 +20,9 @@ import pytest
 from air_core.specs import Ref, TrialSpec
 from orchestrator import presets
 from orchestrator.resolve import Resolver
+
+if TYPE_CHECKING:
+    from tests.servers import S3Server
 
 # A busy machine is slow, not wrong.
 hypothesis.settings.register_profile("airsweep", deadline=None)
@@ -73,6 +77,7 @@ LONG = (
     "test_job",
     "test_tracking",
     "test_outage",
+    "test_bucket",
 )  # files, the longest first
 
 
@@ -101,3 +106,34 @@ def drawn_digits(tmp_path_factory) -> Path:
             turned = image.rotate(float(rng.uniform(-12, 12))).convert("RGB")
             turned.save(folder / name / f"{index:02}.png")
     return folder
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    """A real S3 server on loopback, to which the environment leads, with the bucket `air`."""
+    from tests.servers import S3Server
+
+    server = S3Server()
+    known = {
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": server.url,
+    }
+    before = {name: os.environ.get(name) for name in known}
+    os.environ.update(known)
+    server.start()
+    server.make_bucket("air")
+    yield server
+    server.stop()
+    for name, value in before.items():
+        os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@pytest.fixture
+def bucket(s3_server, tmp_path, monkeypatch) -> str:
+    """The URI of a store that nobody has used; mirrors lie in this test's folder."""
+    import uuid
+
+    monkeypatch.setenv("AIRSWEEP_CACHE", str(tmp_path / "mirrors"))
+    return f"s3://air/{uuid.uuid4().hex[:8]}"

@@ -1,8 +1,9 @@
-"""A real MLflow server on loopback, for tests that start, kill and restart one."""
+"""Real servers on loopback, for tests that start, kill and restart one: MLflow, S3."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -60,6 +61,29 @@ class MlflowServer:
             os.killpg(self._process.pid, signal.SIGTERM)
             self._process.wait(timeout=20)
         self.kill()
+
+
+class S3Server:
+    """On one port, in this process, which keeps what it holds while it is stopped."""
+
+    def __init__(self) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        from moto.server import ThreadedMotoServer
+
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)  # else one line a request
+        self._server = ThreadedMotoServer(ip_address="127.0.0.1", port=self.port, verbose=False)
+        self._server.start()
+
+    def stop(self) -> None:
+        self._server.stop()
+
+    def make_bucket(self, name: str) -> None:
+        import boto3
+
+        boto3.client("s3", endpoint_url=self.url).create_bucket(Bucket=name)
 
 
 def free_port() -> int:

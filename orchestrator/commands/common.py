@@ -17,7 +17,13 @@ if TYPE_CHECKING:
 SpecArgument = Annotated[str, typer.Argument(metavar="SPEC", help="a sweep file, or its bare name")]
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="a sweep, or PROJECT/NAME")]
 StoreOption = Annotated[
-    Path, typer.Option("--store", envvar="AIRSWEEP_STORE", help="folder of all results")
+    str,
+    typer.Option(
+        "--store",
+        envvar="AIRSWEEP_STORE",
+        metavar="PLACE",
+        help="of all results: a folder, file:///folder or s3://bucket/prefix",
+    ),
 ]
 DataOption = Annotated[
     Path | None,
@@ -55,12 +61,12 @@ AcceptOption = Annotated[
     ),
 ]
 
-STORE = Path("runs")
+STORE = "runs"
 
 
 def asked(
     spec: str,
-    store: Path,
+    store: str,
     data_root: Path | None,
     sets: list[str] | None,
     only: list[str] | None,
@@ -68,13 +74,13 @@ def asked(
 ) -> tuple[SweepSpec, Place, dict[str, Any]]:
     """A sweep from its file, where it goes, and how it was asked for."""
     from orchestrator.place import place_of
+    from orchestrator.store import smoke_store
     from orchestrator.sweep import smoke as smoked
 
     sweep = load(spec, sets, only)
     if smoke:
         sweep = smoked(sweep)
-        store = store.with_name(store.name + "-smoke")
-    place = place_of(sweep, store, data_root)
+    place = place_of(sweep, smoke_store(store) if smoke else store, data_root)
     origin = {"sets": sets or [], "only": only or [], "smoke": smoke, "source": sweep.source}
     return sweep, place, origin
 
@@ -91,30 +97,27 @@ def plan_of(sweep: SweepSpec, place: Place) -> Plan:
     return plan_sweep(sweep, place.store, place.resolver(), place.ledger())
 
 
-def place_named(name: str, store: Path) -> Place:
+def place_named(name: str, store: str) -> Place:
     """A sweep that was run before.
 
     Raises:
         ValueError: there is none of this name.
     """
-    from orchestrator.place import Place
+    from orchestrator.place import place_named as named
+    from orchestrator.place import recorded_names
     from orchestrator.store import open_store
 
     project, _, short = name.rpartition("/")
     project = project or os.environ.get("AIRSWEEP_PROJECT") or "default"
-    place = Place(open_store(store), project, short, None)
-    if not (place.folder / "events.jsonl").exists():
-        there = sorted(
-            f"{p.parent.parent.name}/{p.parent.name}"
-            for p in (store / "sweeps").glob("*/*/events.jsonl")
-        )
-        raise ValueError(
-            f"no sweep {project}/{short} in {store}; there: {', '.join(there) or 'none yet'}"
-        )
-    return place
+    opened = open_store(store)
+    names = recorded_names(opened)
+    if (project, short) not in names:
+        there = ", ".join("/".join(one) for one in names)
+        raise ValueError(f"no sweep {project}/{short} in {store}; there: {there or 'none yet'}")
+    return named(opened, project, short)
 
 
-def recorded_sweep(name: str, store: Path, data_root: Path | None) -> tuple[SweepSpec, Place]:
+def recorded_sweep(name: str, store: str, data_root: Path | None) -> tuple[SweepSpec, Place]:
     """A sweep as it was last run, with the values that were set then."""
     from orchestrator.recorded import read_sweep
 
@@ -130,9 +133,10 @@ def code_of(problem: Exception) -> int:
     """2 for what a user can get wrong, 3 for what was refused before it started, else 1."""
     from orchestrator.ledger import SweepBusy
     from orchestrator.place import BAD_INPUT, FAILED, REFUSED, Refused
+    from orchestrator.remote import RemoteAway
     from orchestrator.store import StoreRefused
     from orchestrator.tracking import TrackerAway
 
-    if isinstance(problem, Refused | SweepBusy | StoreRefused | TrackerAway):
+    if isinstance(problem, Refused | SweepBusy | StoreRefused | TrackerAway | RemoteAway):
         return REFUSED
     return BAD_INPUT if isinstance(problem, ValueError) else FAILED

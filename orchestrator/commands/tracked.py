@@ -41,10 +41,10 @@ def ui(
     from orchestrator.store import open_store
     from orchestrator.tracking import SERVER_ENVIRONMENT, serve_command
 
-    open_store(store)
-    if not (store / "mlflow.db").exists():
-        fail(f"{store / 'mlflow.db'} is not there: nothing was tracked in this store yet")
-    argv = serve_command(store.absolute(), host, port)
+    root = open_store(store).root
+    if not (root / "mlflow.db").exists():
+        fail(f"{root / 'mlflow.db'} is not there: nothing was tracked in this store yet")
+    argv = serve_command(root, host, port)
     print(f"http://{host}:{port}  (Ctrl-C ends it)", file=sys.stderr)
     os.execvpe(argv[0], argv, {**os.environ, **SERVER_ENVIRONMENT})
 
@@ -70,12 +70,13 @@ def repro(
     from orchestrator.place import DONE, GATE
     from orchestrator.repro import repro as again
     from orchestrator.resolve import Resolver
-    from orchestrator.store import ArtifactStore
+    from orchestrator.store import open_store
 
+    there = open_store(store).read_only()
     found = again(
         run_id,
-        ArtifactStore(store.absolute(), writable=False),
-        Resolver(store / "digests.json", data_root),
+        there,
+        Resolver(there.root / "digests.json", data_root),
         tracking_uri,
         lambda line: print(line, file=sys.stderr),
     )
@@ -98,10 +99,10 @@ def diff(
     airsweep diff 3f2a9c1d 8b01e7aa --json
     """
     from orchestrator.differences import differences
-    from orchestrator.store import ArtifactStore
+    from orchestrator.store import open_store
     from orchestrator.tracked import remembered
 
-    there = ArtifactStore(store.absolute(), writable=False)
+    there = open_store(store).read_only()
     found = differences(*(remembered(one, there, tracking_uri) for one in (a, b)))
     print(json.dumps(found.json(), indent=1) if as_json else "\n".join(found.lines()))
 
@@ -126,8 +127,9 @@ def mlflow_reconcile(
     airsweep mlflow reconcile --tracking-uri http://mlflow:5000
     """
     from orchestrator.reconcile import reconcile, recorded
+    from orchestrator.store import open_store
 
-    names = [name] if name else list(recorded(store))
+    names = [name] if name else recorded(open_store(store))
     if not names:
         fail(f"no sweep was recorded in {store}; run one first, or give --store")
     found, problems = [], []

@@ -410,13 +410,13 @@ def test_an_estimate_is_a_guess_until_this_store_has_measured_work_of_its_kind(w
     assert len({(work.stage, work.kind) for work in works}) == 4  # the trials are of two kinds
     seconds = {"features": 10.0, "images": 0.5, "trials": 3.0}
     remember(
-        world.store.root,
+        world.store,
         {(work.stage, work.kind): (5 * seconds[work.stage], 5.0) for work in works[:-1]},
     )
     part = world.plan(sweep).estimate
     assert not part.calibrated  # one kind of trial takes what the other took
     assert "top_k" in part.reason
-    remember(world.store.root, {("trials", works[-1].kind): (14.0, 2.0)})
+    remember(world.store, {("trials", works[-1].kind): (14.0, 2.0)})
     plan = world.plan(sweep).estimate
     assert (plan.calibrated, plan.reason) == (True, "")
     drawn = 0.5 * 20 * 8  # blocks of eight

@@ -91,16 +91,16 @@ def test_what_a_run_has_measured_counts_before_a_probe(copied, resolver):
     trials = {
         (work.stage, work.kind): (10.0, 4.0) for work in before.work if work.stage == "trials"
     }
-    remember(store.root, trials)
+    remember(store, trials)
     found = planned(asked, store, resolver).estimate
     left = sum(work.units for work in before.work if work.stage == "trials")
     assert found.stages["trials"] == pytest.approx(2.5 * left)
     assert found.stages["lora"] == before.estimate.stages["lora"]
     assert (found.sources["trials"], found.sources["lora"]) == ("history", "probe")
     assert found.source == "history and probe"
-    kept = read_probed(store.root)
+    kept = read_probed(store)
     assert all("trials" not in line for line in probe(before, store))  # measured: not tried again
-    trial_paces = {name: of for name, of in read_probed(store.root).paces.items() if name in trials}
+    trial_paces = {name: of for name, of in read_probed(store).paces.items() if name in trials}
     assert trial_paces == {name: of for name, of in kept.paces.items() if name in trials}
 
 
@@ -143,7 +143,7 @@ def test_trials_take_what_their_probe_says(
     [work] = [work for work in plan.work if work.stage == "trials"]
     _prepare(plan, shared)
     probe(replace(plan, work=(work,)), shared)
-    said = read_probed(shared.root).paces["trials", work.kind].seconds * work.units
+    said = read_probed(shared).paces["trials", work.kind].seconds * work.units
     started = time.process_time()
     records = run_trials([slot.spec for slot in plan.slots], shared)
     taken = time.process_time() - started
@@ -172,7 +172,7 @@ def test_a_kind_whose_inputs_are_missing_stays_a_guess_with_the_reason(copied, r
     lacking = stage_work(gone)
     [line] = probe(replace(plan, work=(lacking,)), store)
     assert "/nowhere/at/all" in line
-    found = estimate([lacking, *plan.work], store.root, Resources())
+    found = estimate([lacking, *plan.work], store, Resources())
     assert not found.calibrated
     assert (found.sources["lora"], found.sources["images"], found.source) == (
         "guess",
@@ -181,8 +181,8 @@ def test_a_kind_whose_inputs_are_missing_stays_a_guess_with_the_reason(copied, r
     )
     assert "whose probe failed" in found.reason
     assert "/nowhere/at/all" in found.reason
-    remember_probed(store.root, {("lora", lora.kind): "no memory left"})
-    assert ("lora", lora.kind) in read_probed(store.root).paces  # what was measured stays
+    remember_probed(store, {("lora", lora.kind): "no memory left"})
+    assert ("lora", lora.kind) in read_probed(store).paces  # what was measured stays
 
 
 @NO_GPU
@@ -207,14 +207,15 @@ def test_the_least_time_by_the_clock_is_that_of_all_workers_that_fit(tmp_path):
         Work("trials", "t", 12, 4),
     ]
     one = {"features": 8.0, "lora": 1.0, "images": 0.5, "trials": 2.0}
-    remember_probed(tmp_path, {(w.stage, w.kind): Pace(one[w.stage], 0.0, "CPU") for w in work})
+    store = ArtifactStore(tmp_path)
+    remember_probed(store, {(w.stage, w.kind): Pace(one[w.stage], 0.0, "CPU") for w in work})
     two, eight = [{"CPU": 2.0}], [{"CPU": 4.0}, {"CPU": 4.0}]
-    assert estimate(work, tmp_path, Resources(), two).wall == 8 + 100 + 40 / 2 + 24 / 2
-    assert estimate(work, tmp_path, Resources(), eight).wall == 8 + 100 + 40 / 8 + 24 / 4
+    assert estimate(work, store, Resources(), two).wall == 8 + 100 + 40 / 2 + 24 / 2
+    assert estimate(work, store, Resources(), eight).wall == 8 + 100 + 40 / 8 + 24 / 4
     three = Resources(generator=GeneratorResources(actors=3))
-    assert estimate(work, tmp_path, three, eight).wall == pytest.approx(8 + 100 + 40 / 3 + 24 / 4)
-    assert estimate(work, tmp_path, GPUS, two).wall is None
-    assert estimate(work, tmp_path, Resources(), two).seconds == 8 + 100 + 40 + 24
+    assert estimate(work, store, three, eight).wall == pytest.approx(8 + 100 + 40 / 3 + 24 / 4)
+    assert estimate(work, store, GPUS, two).wall is None
+    assert estimate(work, store, Resources(), two).seconds == 8 + 100 + 40 + 24
 
 
 def test_trials_with_more_to_do_are_a_kind_of_their_own(trial):
