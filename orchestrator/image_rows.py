@@ -176,8 +176,12 @@ def _publish(shard: bytes, place: Path) -> None:
     # Not synced: a power cut may damage shards, which their seals tell, and what is lost is drawn
     # again. Thousands of syncs on a shared file system would cost more.
     temporary = place.with_name(f".{place.name}-{socket.gethostname()}-{os.getpid()}")
-    temporary.write_bytes(sealed(shard))
-    os.replace(temporary, place)
+    try:
+        temporary.write_bytes(sealed(shard))
+        os.replace(temporary, place)
+    except OSError:  # on a full disk half a shard takes the room that others need
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _sound(shard: Path) -> bytes:

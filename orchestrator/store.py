@@ -34,8 +34,10 @@ from orchestrator.seal import sealed_json
 VERSION = "1"
 RECORD, ROW = "record.json", "row.json"  # of an artifact, and of a row
 CODE = "code"  # folder: what each code that made something was made of
+UNFINISHED = "unfinished"  # folder: what long work has so far, `<12 digits of its key>-<code>`
 LOCKS = "locks"  # folder
 STORE_LOCK = f"{LOCKS}/store"  # shared by who uses the store, taken whole by who removes from it
+LOOK_EVERY = 0.25  # seconds between two looks at a lock that somebody has
 LIBRARIES = ("torch", "open_clip_torch", "diffusers", "peft", "transformers", "numpy")
 
 
@@ -45,6 +47,10 @@ class MissingArtifact(LookupError):
 
 class StoreRefused(RuntimeError):
     """The store cannot be used: another version made it, or somebody has it to himself now."""
+
+
+class StoreFull(RuntimeError):
+    """The disk of the store has no room left. What is there is whole; run again goes on."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,8 @@ class ArtifactStore:
         self.root = root
         self.artifacts = root / "artifacts"
         self.writable = writable
+        # Told again and again while `turn` waits: its name, who has it, seconds so far.
+        self.waits: Callable[[str, str, float], None] = _silent
 
     def read_only(self) -> ArtifactStore:
         return ArtifactStore(self.root, writable=False)
@@ -199,10 +207,39 @@ class ArtifactStore:
         place = self.root / LOCKS / name
         with ExitStack() as held:
             with suppress(OSError):
-                held.enter_context(_flocked(place, fcntl.LOCK_EX))
+                self._take(place, held)
+                with suppress(OSError):  # no room, say
+                    place.write_text(_me())
             yield
             with suppress(OSError):  # who waits has the file open, and will find the work done
                 place.unlink()
+
+    def _take(self, place: Path, held: ExitStack) -> None:
+        started, pause = time.monotonic(), 0.01
+        while True:
+            try:
+                held.enter_context(_flocked(place, fcntl.LOCK_EX | fcntl.LOCK_NB))
+                return
+            except BlockingIOError:
+                self.waits(place.name, _said_by(place), time.monotonic() - started)
+                time.sleep(pause)
+                pause = min(2 * pause, LOOK_EVERY)
+
+    def holder(self, digest: str) -> str:
+        """Who makes an artifact now: sweep, host, process; empty: nobody, or it cannot be told.
+
+        Args:
+            digest: of its key; the first 12 digits will do.
+        """
+        for place in (self.root / LOCKS).glob(f"{digest}*"):
+            try:
+                with _flocked(place, fcntl.LOCK_SH | fcntl.LOCK_NB):
+                    pass  # what a killed process has left
+            except BlockingIOError:
+                return _said_by(place)
+            except OSError:
+                continue
+        return ""
 
     def use(self) -> ExitStack:
         """Keeps others from having the store to themselves, until it is closed.
@@ -272,7 +309,7 @@ class ArtifactStore:
 
     def unfinished(self, spec: Stage) -> Path:
         """A file for work that takes long, of this code; the folder is there."""
-        folder = self.root / "unfinished"
+        folder = self.root / UNFINISHED
         folder.mkdir(parents=True, exist_ok=True)
         return folder / f"{artifact_key(spec).digest[:12]}-{code_of(spec).digest}.safetensors"
 
@@ -297,6 +334,22 @@ class ArtifactStore:
             }
             write_whole(row.path / ROW, sealed_json(known))
         return row
+
+
+def _silent(name: str, holder: str, seconds: float) -> None:
+    pass
+
+
+def _me() -> str:
+    sweep = os.environ.get("AIRSWEEP_SWEEP", "somebody")
+    return f"{sweep} ({socket.gethostname()}, process {os.getpid()})"
+
+
+def _said_by(lock: Path) -> str:
+    try:
+        return lock.read_text() or "somebody"
+    except OSError:
+        return "somebody"
 
 
 @contextmanager
@@ -338,11 +391,15 @@ def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file so that it is there whole or not at all, also after a power cut."""
     data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
-    with open(temporary, "wb") as handle:
-        handle.write(data)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    except OSError:  # on a full disk half a file takes the room that others need
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def file_digest(path: Path) -> str:
