@@ -39,8 +39,10 @@ def main() -> None:
         if type(problem).__name__ == "SpecError":  # it begins with file:line:column
             print(problem, file=sys.stderr)
             sys.exit(code_of(problem))
+        from orchestrator.store import StoreFull
+
         code = code_of(problem)
-        if code == 1:
+        if code == 1 and not isinstance(problem, StoreFull):
             fail(f"{type(problem).__name__}: {problem} (--debug shows where)", code)
         fail(str(problem), code)
 

@@ -6,25 +6,35 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import ray
+from ray.exceptions import RayError
 
 EVERY = 1.0  # seconds between two looks, and between two notes on one piece of work
+WAITS_FOR = 5.0  # seconds: who waits longer says for whom
 QUIET_FOR = 15.0  # seconds: what is over by then is not worth a line
 WHOLE = 100
 
 
+class Teller(Protocol):
+    """Is told what was noted."""
+
+    def progress(self, name: str, done: int, total: int) -> None: ...
+
+    def waiting(self, name: str, holder: str, seconds: float) -> None: ...
+
+
 class Board:
-    """An actor: the latest note on each piece of work."""
+    """An actor: the latest note on each piece of work, as the name of what to tell and the rest."""
 
     def __init__(self) -> None:
-        self.state: dict[str, tuple[int, int]] = {}
+        self.state: dict[str, tuple[str, Any, Any]] = {}
 
-    def write(self, name: str, done: int, total: int) -> None:
-        self.state[name] = (done, total)
+    def write(self, name: str, kind: str, first: Any, second: Any) -> None:
+        self.state[name] = (kind, first, second)
 
-    def take(self) -> dict[str, tuple[int, int]]:
+    def take(self) -> dict[str, tuple[str, Any, Any]]:
         """Notes since the last time."""
         taken, self.state = self.state, {}
         return taken
@@ -37,27 +47,40 @@ class Note:
         self.board, self.name = board, name
         self.last = time.monotonic() + QUIET_FOR - EVERY
         self.written = False
+        self.last_wait = 0.0
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
         if now - self.last > EVERY or (self.written and done == total):
             self.last, self.written = now, True
-            self.board.write.remote(self.name, done, total)
+            self.board.write.remote(self.name, "progress", done, total)
 
     def share(self, done: float) -> None:
         """The same for a share in [0, 1]."""
         self(int(WHOLE * done), WHOLE)
 
+    def waits(self, lock: str, holder: str, seconds: float) -> None:
+        """The same where somebody else makes it, or what it is made from."""
+        if seconds > WAITS_FOR and time.monotonic() - self.last_wait > EVERY:
+            self.last_wait = time.monotonic()
+            self.board.write.remote(self.name, "waiting", holder, seconds)
+
 
 @contextmanager
-def watched(progress: Callable[[str, int, int], None]) -> Iterator[Any]:
+def watched(teller: Teller) -> Iterator[Any]:
     """A board whose notes are passed on by a thread until the block is over."""
-    board = ray.remote(Board).options(num_cpus=0).remote()
+    board = ray.remote(Board).options(num_cpus=0, max_restarts=-1).remote()
     over = threading.Event()
 
     def look() -> None:
-        for name, (done, total) in ray.get(board.take.remote()).items():
-            progress(name, done, total)
+        try:
+            notes = ray.get(board.take.remote(), timeout=QUIET_FOR)
+        except RayError:  # its machine died: what is lost is how far something was
+            return
+        tell: dict[str, Callable[..., None]]
+        tell = {"progress": teller.progress, "waiting": teller.waiting}
+        for name, (kind, *rest) in notes.items():
+            tell[kind](name, *rest)
 
     def watch() -> None:
         while not over.wait(EVERY):
@@ -67,7 +90,8 @@ def watched(progress: Callable[[str, int, int], None]) -> Iterator[Any]:
     thread.start()
     try:
         yield board
-    finally:
         over.set()
         thread.join()
         look()
+    finally:  # who is being stopped does not wait for the last notes
+        over.set()

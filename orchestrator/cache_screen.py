@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.integrity import Finding, Verdict
-from orchestrator.inventory import Holding, Inventory
+from orchestrator.inventory import Holding, Inventory, size
 from orchestrator.keys import RECIPES
 from orchestrator.recorded import Needs, merged
 from orchestrator.upkeep import Removal, Spoils
@@ -54,6 +54,15 @@ def listing(inventory: Inventory, needs: Needs) -> dict[str, Any]:
             for one in inventory.leftovers
         ],
         "artifacts": artifacts,
+        "unfinished": [
+            {
+                "path": str(one.path.relative_to(inventory.root)),
+                "bytes": one.bytes,
+                "needed_by": list(needs.by(one.digest)),
+            }
+            for one in inventory.unfinished
+        ],
+        "code": {"files": len(inventory.codes), "bytes": sum(c.bytes for c in inventory.codes)},
     }
 
 
@@ -101,6 +110,14 @@ def listing_screen(found: dict[str, Any]) -> str:
     lines += ["", "by owner"]
     for user, of in sorted(found["users"].items(), key=lambda item: -item[1]["bytes"]):
         lines.append(f"  {size(of['bytes']):>10}  {user}, {of['artifacts']:,} artifacts")
+    if found["unfinished"]:
+        total = sum(one["bytes"] for one in found["unfinished"])
+        wanted = sum(bool(one["needed_by"]) for one in found["unfinished"])
+        count = len(found["unfinished"])
+        lines += ["", f"unfinished trainings: {count}, {size(total)}; sweeps need {wanted} of them"]
+    code = found["code"]
+    if code["files"]:
+        lines += ["", f"codes that made all this: {code['files']}, {size(code['bytes'])}"]
     if found["leftovers"]:
         total = sum(one["bytes"] for one in found["leftovers"])
         lines += ["", f"leftovers of killed processes: {len(found['leftovers'])}, {size(total)}"]
@@ -155,8 +172,8 @@ def verdict_screen(verdict: Verdict) -> str:
     lines.append(f"{verdict.files:,} files, {size(verdict.bytes)}: {damaged}")
     if verdict.unsealed:
         lines.append(
-            f"{verdict.unsealed:,} of them are older than checksums: whether they can be opened is "
-            "all\nthat can be told"
+            f"{verdict.unsealed:,} of them have no checksum: whether they can be opened is all "
+            "that can\nbe told"
         )
     return "\n".join(lines)
 
@@ -199,19 +216,6 @@ def _what(one: Removal, root: Path) -> str:
 
 def _more(count: int) -> list[str]:
     return [f"... and {count - SHOWN:,} more; --json has all"] if count > SHOWN else []
-
-
-def size(count: float) -> str:
-    """Bytes for people.
-
-    >>> size(0), size(1536), size(3 * 2**30)
-    ('0 B', '1.5 KiB', '3.0 GiB')
-    """
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
 
 
 def shortened(name: str) -> str:

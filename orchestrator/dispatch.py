@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from air_core.specs import TrialSpec
-from orchestrator.failures import CLASSES, EQUAL_ERRORS, Failure
+from orchestrator.failures import CLASSES, Failure
 from orchestrator.ledger import Ledger
 from orchestrator.plan import Slot, finished_slots, moved_slots, slots_of
 from orchestrator.resolve import Resolver
@@ -133,7 +133,7 @@ class Dispatcher:
         self.moved = moved_slots(ledger)
         self.again: deque[Job] = deque()
         self.tries: Counter[tuple[str, str]] = Counter()  # by trial key and failure class
-        self.errors: Counter[str] = Counter()  # of the user, by message
+        self.errors: Counter[Failure] = Counter()  # of classes that can stop a sweep
         self.moving: list[Slot] = []  # will go on in fp32, with inputs that are not there yet
         self.running: dict[int, Job] = {}
         self.waiting: dict[str, list[tuple[_CellQueue, int, Slot]]] = {}
@@ -148,10 +148,11 @@ class Dispatcher:
         """Was a point held back because the budget was spent?"""
         return self.stopped and not self.gave_up()
 
-    def gave_up(self) -> str | None:
+    def gave_up(self) -> Failure | None:
         """What went wrong so often that no more was tried."""
-        for message, count in self.errors.most_common(1):
-            return message if count >= EQUAL_ERRORS else None
+        for failure, count in self.errors.items():
+            if count >= CLASSES[failure.failure_class].stops_after:
+                return failure
         return None
 
     def peek(self) -> Job | None:
@@ -224,8 +225,8 @@ class Dispatcher:
 
     def _try_again(self, job: Job, key: str, spec: TrialSpec, failure: Failure) -> bool:
         name = failure.failure_class
-        if name == "user":
-            self.errors[failure.message] += 1
+        if CLASSES[name].stops_after:
+            self.errors[failure] += 1
         # In fp32 a loss that is not finite would be so again, and below it is another trial.
         allowed = 0 if name == "nan" else CLASSES[name].retries
         slots = [slot for _, _, slot in self.waiting[key]]

@@ -7,24 +7,27 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 import signal
+import threading
 import time
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from air_core.specs import FeaturesSpec, SyntheticFeaturesSpec
 from orchestrator.budget import Purse
+from orchestrator.disk import full
 from orchestrator.dispatch import Dispatcher
 from orchestrator.estimate import (
     mean_seconds,
     read_history,
     remember,
 )
-from orchestrator.failures import EQUAL_ERRORS, Failure
+from orchestrator.failures import CLASSES, Failure, no_room
 from orchestrator.fit import Machine, misfit, room, this_machine
 from orchestrator.freshness import accept, remedy
 from orchestrator.ledger import SweepBusy
@@ -56,11 +59,13 @@ from orchestrator.resolve import text_digest
 from orchestrator.results import standing
 from orchestrator.running import Run
 from orchestrator.screen import Screen
-from orchestrator.store import ArtifactStore, maker
+from orchestrator.store import ArtifactStore, StoreFull, maker
 from orchestrator.sweep import Cell, SweepSpec
 
 if TYPE_CHECKING:
     from orchestrator.workshop import Workshop
+
+log = logging.getLogger(__name__)
 
 
 class StoreLost(RuntimeError):
@@ -95,6 +100,7 @@ def run_sweep(
     Raises:
         Refused, SweepBusy, StoreRefused, RemoteAway: before anything started.
         StoreLost: later.
+        StoreFull: there was no room for what was made, or for saying how it ended.
     """
     ledger, resolver = place.ledger(), place.resolver()
     plan = plan_sweep(sweep, place.store, resolver, ledger)
@@ -112,6 +118,7 @@ def run_sweep(
     diff = uncommitted()
     # Workers have no .git and may run as somebody else.
     made = {"DIRTY": dirty(diff), "COMMIT": commit(), "USER": whoami()}
+    made["SWEEP"] = f"{place.project}/{place.name}"
     os.environ |= {f"AIRSWEEP_{name}": value for name, value in made.items()}
     publisher = Publisher(sweep, parent_of(sweep, place, maker()), place.store, tracking_uri)
     publisher.check(reach=not prepare_only)
@@ -124,9 +131,11 @@ def run_sweep(
     ledger.lock()
     purse = Purse(sweep.budget, sweep.resources, mean_seconds(read_history(place.store)))
     run = Run(sweep, place, screen, publisher, ledger, resolver, purse, given_up=given_up)
-    _open_folder(place, sweep, origin or {}, diff)
     code = FAILED  # what an exception leaves behind
+    cluster = ExitStack()
     try:
+        _heed_sigterm(run)
+        _open_folder(place, sweep, origin or {}, diff)
         ledger.append(
             "sweep_started",
             spec=text_digest(sweep.text),
@@ -137,7 +146,7 @@ def run_sweep(
             **maker(),
         )
         screen.started(plan)
-        code = _work(run, plan, prepare_only)
+        code = _work(run, plan, prepare_only, cluster)
     except Refused:
         code = REFUSED
         raise
@@ -146,17 +155,30 @@ def run_sweep(
     except KeyboardInterrupt:
         code = INTERRUPTED
     except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) and not run.terminated else TERMINATED
+        # Ray's waits turn a SystemExit of another code into 1.
+        code = run.stopped or (stop.code if isinstance(stop.code, int) else FAILED)
+    except Exception as error:
+        if not no_room(error):
+            raise
+        raise StoreFull(full(plan, place.store, _first_line(error))) from error
     finally:
         screen.close()
-        try:
-            _close(run, code)
-        except LOST as lost:
-            raise StoreLost(f"{lost}; {GO_ON}") from lost
-        finally:
-            ledger.unlock()
-            use.close()
+        # Ray ends last: who is being stopped has seconds until SIGKILL, and should have told by
+        # then how it ended.
+        with cluster, use:
+            try:
+                untold = _close(run, code)
+            except LOST as lost:
+                raise StoreLost(f"{lost}; {GO_ON}") from lost
+            finally:
+                ledger.unlock()
+    if untold is not None:
+        raise StoreFull(full(plan, place.store, _first_line(untold)))
     return code
+
+
+def _first_line(problem: BaseException) -> str:
+    return f"{problem}".strip().partition("\n")[0]
 
 
 def _settle_code(plan: Plan, place: Place, accepted: Sequence[str]) -> None:
@@ -202,50 +224,57 @@ def _open_folder(place: Place, sweep: SweepSpec, origin: dict[str, Any], diff: b
         place.write(f"uncommitted-{diff_digest(diff)}.diff", diff)
 
 
-def _work(run: Run, plan: Plan, prepare_only: bool) -> int:
-    """Group after group: cells without images first, then those that share a row of images."""
+def _work(run: Run, plan: Plan, prepare_only: bool, cluster: ExitStack) -> int:
+    """Group after group: cells without images first, then those that share a row of images.
+
+    Args:
+        cluster: is given Ray's end, where Ray has to be started.
+    """
     searches = _searches(run, plan)
-    with ExitStack() as stack:
-        groups = deque(_groups(plan, run))
-        while groups:
-            cells = groups.popleft()
-            needs = _needs(run, plan, cells)
-            dispatcher = Dispatcher(
-                run.sweep,
-                cells,
-                searches,
-                run.place.store,
-                run.resolver,
-                run.ledger,
-                run.outcome,
-                run.purse.affords,
-                run.no_hope,
-                run.given_up,
-            )
-            job = None if prepare_only else dispatcher.peek()
-            if dispatcher.out_of_budget():
-                return _out_of_budget(run)
-            if job is None and not (prepare_only and _incomplete(needs, run.place.store)):
-                continue  # all of it was known
-            if not run.machines:
-                run.machines = _start_cluster(stack, run)
-                problem = does_not_fit(plan, run.place.store, run.machines)
-                if problem:
-                    raise Refused(problem)
-            if not run.purse.affords_preparing(needs, run.place.store, _workers(run)):
-                return _out_of_budget(run)
-            _prepare(run, cells, needs)
-            if job is not None:
-                _tune(run, dispatcher)
-            if dispatcher.out_of_budget():
-                return _out_of_budget(run)
-            if dispatcher.gave_up():
-                run.screen.say(f"stopped after {EQUAL_ERRORS} equal errors: {dispatcher.gave_up()}")
-                return FAILED
-            if dispatcher.moving:  # the same cells again, with what they need in fp32
-                run.moving += [replace(slot.spec, precision="fp32") for slot in dispatcher.moving]
-                groups.appendleft(cells)
-                searches = _searches(run, plan)
+    groups = deque(_groups(plan, run))
+    while groups:
+        cells = groups.popleft()
+        needs = _needs(run, plan, cells)
+        dispatcher = Dispatcher(
+            run.sweep,
+            cells,
+            searches,
+            run.place.store,
+            run.resolver,
+            run.ledger,
+            run.outcome,
+            run.purse.affords,
+            run.no_hope,
+            run.given_up,
+        )
+        job = None if prepare_only else dispatcher.peek()
+        if dispatcher.out_of_budget():
+            return _out_of_budget(run)
+        if job is None and not (prepare_only and _incomplete(needs, run.place.store)):
+            continue  # all of it was known
+        if not run.machines:
+            run.machines = _start_cluster(cluster, run)
+            problem = does_not_fit(plan, run.place.store, run.machines)
+            if problem:
+                raise Refused(problem)
+        if not run.purse.affords_preparing(needs, run.place.store, _workers(run)):
+            return _out_of_budget(run)
+        _prepare(run, cells, needs)
+        if job is not None:
+            _tune(run, dispatcher)
+        if dispatcher.out_of_budget():
+            return _out_of_budget(run)
+        lost = dispatcher.gave_up()
+        if lost is not None and lost.failure_class == "disk":
+            raise StoreFull(lost.message)
+        if lost is not None:
+            count = CLASSES[lost.failure_class].stops_after
+            run.screen.say(f"stopped after {count} equal errors: {lost.message}")
+            return FAILED
+        if dispatcher.moving:  # the same cells again, with what they need in fp32
+            run.moving += [replace(slot.spec, precision="fp32") for slot in dispatcher.moving]
+            groups.appendleft(cells)
+            searches = _searches(run, plan)
     failed = run.tally.states.get("failed", 0) or run.hopeless
     return FAILED if failed else DONE
 
@@ -303,21 +332,31 @@ def does_not_fit(
     return misfit(plan.sweep.resources, machines, _incomplete(plan.needs, store))
 
 
-def _start_cluster(stack: ExitStack, run: Run) -> tuple[Machine, ...]:
+def _start_cluster(cluster: ExitStack, run: Run) -> tuple[Machine, ...]:
     from orchestrator.session import MemoryPeak, ray_session
 
     run.screen.say("starting Ray")
-    machines = stack.enter_context(ray_session())
-    peak = MemoryPeak()
-    stack.callback(lambda: setattr(run.tally, "memory", peak.stop()))
-    # After ray.init, which replaces handlers that were there before.
-    signal.signal(signal.SIGTERM, functools.partial(_terminated, run))
+    machines = cluster.enter_context(ray_session(functools.partial(_lost, run)))
+    run.peak = MemoryPeak()
+    _heed_sigterm(run)  # ray.init replaces the handler that was there before
     return machines
 
 
+def _heed_sigterm(run: Run) -> None:
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, functools.partial(_terminated, run))
+
+
 def _terminated(run: Run, number: int, frame: Any) -> None:
-    run.terminated = True  # Ray's waits turn a SystemExit of another code into 1
-    raise SystemExit(TERMINATED)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: now it is told how it ended
+    run.stopped = run.stopped or TERMINATED
+    raise SystemExit(run.stopped)
+
+
+def _lost(run: Run) -> None:
+    run.stopped = FAILED
+    log.error("Ray died here: it was killed, or had no memory left; the same command goes on")
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 
 
 def _workshop(run: Run) -> Workshop:
@@ -374,7 +413,7 @@ def _tune(run: Run, dispatcher: Dispatcher) -> None:
         run.sweep.resources,
         run.place.folder / "tune",
         fits,
-        run.progress,
+        run,
     )
     run.tally.add_wall("trials", figures.wall)
     if figures.overhead is not None:
@@ -384,10 +423,14 @@ def _tune(run: Run, dispatcher: Dispatcher) -> None:
 # ---------------------------------------------------------------- the end
 
 
-def _close(run: Run, code: int) -> None:
-    """Say how it ended, everywhere: ledger, outcome.json, tracker."""
+def _close(run: Run, code: int) -> Exception | None:
+    """Say how it ended, everywhere: ledger, outcome.json, tracker.
+
+    Returns:
+        Why one of them could not be told, on a full disk.
+    """
     tally = run.tally
-    remember(run.place.store, tally.work)
+    tally.memory = run.peak.stop() if run.peak else 0
     seconds = round(time.monotonic() - tally.started, 1)
     facts = {name: value for name, value in vars(tally).items() if name not in HIDDEN}
     facts["shares"] = tally.shares or read_outcome(run.place).get("run", {}).get("shares", {})
@@ -397,12 +440,28 @@ def _close(run: Run, code: int) -> None:
         "seconds": seconds,
         "run": facts,
     }
-    run.ledger.append("sweep_ended", exit_code=code, seconds=seconds)
     text = json.dumps(outcome, indent=1, sort_keys=True)
-    run.place.write("outcome.json", text)
+    untold = _no_room_for(lambda: run.place.write("outcome.json", text))
+    if untold is not None and code == DONE:
+        code = FAILED  # else the same command would find nothing to do
+    ended: dict[str, Any] = {"exit_code": code, "seconds": seconds}
+    untold = _no_room_for(lambda: run.ledger.append("sweep_ended", **ended)) or untold
+    _no_room_for(lambda: remember(run.place.store, tally.work))  # estimates do without
     run.publisher.finish(
         status_of(code), lambda: note_of(run.sweep, run.place), sweep_files(run.place)
     )
+    return untold
+
+
+def _no_room_for(write: Callable[[], object]) -> OSError | None:
+    """Why it could not be written, on a full disk."""
+    try:
+        write()
+    except OSError as problem:
+        if not no_room(problem):
+            raise
+        return problem
+    return None
 
 
 HIDDEN = ("started", "work")

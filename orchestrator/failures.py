@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from orchestrator.store import MissingArtifact
+from orchestrator.store import MissingArtifact, StoreFull
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,10 @@ class FailureClass:
 
     retries: int
     remedy: str  # what the retry does differently, or what a person can do
+    stops_after: int = 0  # so many equal ones, and the sweep stops; 0: it goes on
 
+
+EQUAL_ERRORS = 3  # of the user: the fourth would say the same
 
 CLASSES: dict[str, FailureClass] = {
     "oom": FailureClass(2, "tried again with half as many images at a time"),
@@ -33,9 +36,10 @@ CLASSES: dict[str, FailureClass] = {
     "timeout": FailureClass(1, "tried again; raise resources.trial.timeout if it needs longer"),
     "infra": FailureClass(2, "tried again; see Ray's logs"),
     "data": FailureClass(0, "an input is missing or cannot be read: `airsweep prepare SPEC`"),
-    "user": FailureClass(0, "mend what the message says and run again"),
+    # The next thing would find no room either, and could cost GPU-hours before it says so.
+    "disk": FailureClass(0, "make room where the store lies and run again", stops_after=1),
+    "user": FailureClass(0, "mend what the message says and run again", EQUAL_ERRORS),
 }
-EQUAL_ERRORS = 3  # of the user, and the sweep stops: the fourth would say the same
 
 
 class OutOfTime(TimeoutError):
@@ -45,19 +49,28 @@ class OutOfTime(TimeoutError):
 # The first that fits names the class; anything else is the user's.
 KINDS: tuple[tuple[type[BaseException], str], ...] = (
     (MissingArtifact, "data"),
+    (StoreFull, "disk"),
     (OutOfTime, "timeout"),  # which is an OSError too
     (FloatingPointError, "nan"),
     (MemoryError, "oom"),
     (OSError, "infra"),
 )
+# Said by the kernel and by sqlite, whoever passes it on: safetensors has no OSError.
+NO_ROOM = (
+    ("no space left on device", "disk"),
+    ("disk quota exceeded", "disk"),
+    ("database or disk is full", "disk"),
+)
 # In exceptions of no special kind: torch of a GPU and of a CPU, and our own.
 WORDS = (
+    *NO_ROOM,
     ("out of memory", "oom"),
     ("can't allocate memory", "oom"),
     ("killed its process", "infra"),
 )
 # What a dead process leaves is text. Words of Ray, of torch and of the kernel.
 SAID = (
+    *NO_ROOM,
     ("out of memory", "oom"),
     ("outofmemory", "oom"),
     ("memory monitor", "oom"),
@@ -77,6 +90,18 @@ def classify(problem: BaseException) -> str:
     said = (name for words, name in WORDS if words in text)
     kinds = (name for kind, name in KINDS if isinstance(problem, kind))
     return next(said, None) or next(kinds, "user")
+
+
+def no_room(problem: BaseException) -> bool:
+    """Did it begin with a full disk?
+
+    >>> no_room(OSError(28, "No space left on device")), no_room(OSError(2, "not there"))
+    (True, False)
+    """
+    cause: BaseException | None = problem
+    while cause is not None and classify(cause) != "disk":
+        cause = cause.__cause__ or cause.__context__
+    return cause is not None
 
 
 def of_death(text: str) -> str:

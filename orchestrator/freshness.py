@@ -88,6 +88,11 @@ def accept(stale: Iterable[Stale], sweep: str, store: ArtifactStore) -> None:
     store.write(path, said)
 
 
+def said_of_code(entry: Any) -> bool:
+    """Does it say of what stage which code stands for which?"""
+    return isinstance(entry, dict) and {"stage", "before", "now"} <= entry.keys()
+
+
 def _accepted(store: ArtifactStore) -> set[tuple[str, str, str]]:
     path = store.refresh(store.root / ACCEPTED)
     if not path.exists():

@@ -18,7 +18,7 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext
 
 from air_core.specs import SyntheticFeaturesSpec
-from orchestrator.failures import Failure, classify
+from orchestrator.failures import CLASSES, Failure, classify
 from orchestrator.fit import room
 from orchestrator.image_rows import build_image_block, open_generator
 from orchestrator.plan import Need
@@ -121,6 +121,8 @@ def draw(
             name = need.spec.images.classnames[result["class"]]
             said = f"{name}, block {result['block']}: {result['error']}"
             errors.setdefault(need, []).append((result["failure_class"], said))
+            if CLASSES[result["failure_class"]].stops_after == 1:
+                break  # what is drawn from now on would be drawn for nothing
         else:
             on_shard(need, result["seconds"], result)
     shop.store.look_again()

@@ -15,8 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from orchestrator.freshness import ACCEPTED, said_of_code
 from orchestrator.inventory import SHARDS, Holding, Inventory
 from orchestrator.mirror import RECORD, content_digest
+from orchestrator.reached import code_digest
 from orchestrator.remote import RemoteAway
 from orchestrator.seal import intact
 from orchestrator.store import ROW
@@ -78,12 +80,18 @@ def verify(inventory: Inventory, watch: Watch = lambda each, total: each) -> Ver
         watch: passes on what is found, file by file, and may show how far it is.
     """
     looks = [look for holding in inventory.holdings for look in _looks(holding, inventory)]
+    if inventory.bucket is None:  # of a bucket the artifacts alone are looked at
+        looks += [partial(_checkpoint, one.path) for one in inventory.unfinished]
+        looks += [partial(_code, one.path) for one in inventory.codes]
+        accepted = inventory.root / ACCEPTED
+        looks += [partial(_accepted, accepted)] if accepted.exists() else []
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         found = list(watch(threads.map(lambda look: look(), looks), len(looks)))
     return Verdict(
         inventory,
         len(found),
-        sum(holding.bytes for holding in inventory.holdings),
+        sum(holding.bytes for holding in inventory.holdings)
+        + sum(one.bytes for one in (*inventory.unfinished, *inventory.codes)),
         tuple(one for one in found if one.why),
         sum(one.unsealed for one in found),
     )
@@ -147,6 +155,34 @@ def _shard(file: Path, inventory: Inventory) -> Finding:
 def _read(file: Path, inventory: Inventory) -> bytes:
     with inventory.open(file) as handle:
         return handle.read()
+
+
+def _checkpoint(file: Path) -> Finding:
+    try:
+        why = _unreadable(file, file.read_bytes())
+    except OSError as problem:
+        why = f"cannot be read: {problem.strerror}"
+    return Finding(file, file, why, unsealed=not why)
+
+
+def _code(file: Path) -> Finding:
+    """Parts of a code: their name is their digest."""
+    try:
+        same = code_digest(json.loads(file.read_bytes())) == file.stem
+    except (OSError, ValueError, TypeError) as problem:
+        return Finding(file, file, f"cannot be read: {problem}")
+    return Finding(file, file, "" if same else "is not what was written: its name does not fit")
+
+
+def _accepted(file: Path) -> Finding:
+    """What people said of other code: a line that means nothing would stop every plan."""
+    try:
+        for line in file.read_text().splitlines():
+            if not said_of_code(json.loads(line)):
+                raise ValueError(f"{line[:60]!r} names no stage and codes")
+    except (OSError, ValueError) as problem:
+        return Finding(file, file, f"cannot be read: {problem}")
+    return Finding(file, file)
 
 
 def _unreadable(file: Path, data: bytes) -> str:

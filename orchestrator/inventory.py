@@ -1,4 +1,5 @@
-"""What lies in a store: artifacts, rows, and what killed processes left. Knows no sweep.
+"""What lies in a store: artifacts, rows, unfinished work, what made them of what code, and what
+killed processes left. Knows no sweep.
 
 Reads names, sizes and records, and opens no array; so it is quick and imports nothing heavy. What
 lies in a bucket is looked at there, not in this machine's mirror; paths are those that it has or
@@ -19,7 +20,7 @@ from typing import Any, BinaryIO
 
 from orchestrator.mirror import RECORD, stored_name
 from orchestrator.remote import Entry, Remote, side_by_side
-from orchestrator.store import ROW, ArtifactStore
+from orchestrator.store import CODE, ROW, UNFINISHED, ArtifactStore
 
 SHARDS = {"images": ".parquet", "synthetic": ".safetensors"}  # stages that are rows
 UNKNOWN = "unknown"  # an owner that nobody wrote down
@@ -96,10 +97,26 @@ class Leftover:
 
 
 @dataclass(frozen=True)
+class Loose:
+    """A file outside the artifacts that counts: a training's checkpoint, or a code's parts."""
+
+    path: Path
+    bytes: int
+    uid: int
+
+    @property
+    def digest(self) -> str:
+        """Of a checkpoint 12 digits of its artifact's key, of parts that of their code."""
+        return self.path.stem.partition("-")[0]
+
+
+@dataclass(frozen=True)
 class Inventory:
     root: Path
     holdings: tuple[Holding, ...]
     leftovers: tuple[Leftover, ...]
+    unfinished: tuple[Loose, ...] = ()
+    codes: tuple[Loose, ...] = ()
     bucket: Remote | None = None
 
     @property
@@ -152,7 +169,21 @@ def _in_folder(store: ArtifactStore) -> Inventory | None:
             continue
         holdings.append(holding)
         leftovers += [_leftover(path / name, why) for name, why in _strays(holding)]
-    return Inventory(store.root, tuple(holdings), tuple(leftovers))
+    found: dict[str, list[Loose]] = {UNFINISHED: [], CODE: []}
+    for folder, loose in found.items():
+        for path in sorted((store.root / folder).glob("*")):
+            if path.name.startswith("."):
+                leftovers.append(_leftover(path, "half a file"))
+            else:
+                stat = path.stat()
+                loose.append(Loose(path, stat.st_size, stat.st_uid))
+    return Inventory(
+        store.root,
+        tuple(holdings),
+        tuple(leftovers),
+        unfinished=tuple(found[UNFINISHED]),
+        codes=tuple(found[CODE]),
+    )
 
 
 def _in_bucket(store: ArtifactStore) -> Inventory | None:
@@ -186,7 +217,9 @@ def _in_bucket(store: ArtifactStore) -> Inventory | None:
             Leftover(path / name, why, files[name].size, files[name].changed, -1)
             for name, why in strays.items()
         ]
-    return Inventory(store.root, tuple(holdings), tuple(leftovers), remote) if folders else None
+    if not folders:
+        return None
+    return Inventory(store.root, tuple(holdings), tuple(leftovers), bucket=remote)
 
 
 def _strays(holding: Holding) -> Iterator[tuple[str, str]]:
@@ -227,3 +260,16 @@ def _leftover(path: Path, why: str) -> Leftover:
         max(one.st_mtime for one in (stat, *inside)),
         stat.st_uid,
     )
+
+
+def size(count: float) -> str:
+    """Bytes for people.
+
+    >>> size(0), size(1536), size(3 * 2**30)
+    ('0 B', '1.5 KiB', '3.0 GiB')
+    """
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"

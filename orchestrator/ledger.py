@@ -97,11 +97,9 @@ class Ledger:
         """
         now = round(time.time(), 3)
         line = json.dumps({"event": event, "time": now, **fields}, sort_keys=True, allow_nan=False)
-        put = nullcontext() if self._bucket is None else self._bucket.putting(line)
-        with put, open(self.path, "a", encoding="utf-8") as handle:
-            handle.write(line + "\n")
-            handle.flush()
-            os.fsync(handle.fileno())
+        alone = nullcontext() if self._bucket is None else self._bucket.putting(line)
+        with alone:
+            append_line(self.path, line)
         self._crash(event)
         return now
 
@@ -234,6 +232,24 @@ def _stamp(path: Path) -> tuple[int, int]:
     except FileNotFoundError:
         return 0, 0
     return stat.st_size, stat.st_mtime_ns
+
+
+def append_line(path: Path, line: str) -> None:
+    """One line at the end of a file, on disk before this returns, or an error and nothing of it.
+
+    Raises:
+        OSError: there is no room for it, say.
+    """
+    data = f"{line}\n".encode()
+    with open(path, "ab", buffering=0) as handle:  # what a buffer holds would be written later
+        before = os.fstat(handle.fileno()).st_size
+        try:
+            while data:
+                data = data[handle.write(data) :]
+            os.fsync(handle.fileno())
+        except OSError:  # a full disk takes half a line; the next one would be glued to it
+            handle.truncate(before)
+            raise
 
 
 def mend_lines(path: Path) -> None:

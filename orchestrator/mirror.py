@@ -286,8 +286,12 @@ def write_beside(path: Path, data: bytes) -> None:
     """Written whole or not at all; not synced, since the bucket has it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    except OSError:  # on a full disk half a file takes the room that others need
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def content_digest(handle: BinaryIO) -> str:

@@ -43,6 +43,10 @@ class Watcher(Protocol):
         """How far something long is."""
         ...
 
+    def waiting(self, name: str, holder: str, seconds: float) -> None:
+        """Somebody else makes it, or what it is made from, and is waited for so long."""
+        ...
+
     def phase(self, stage: str, seconds: float) -> None:
         """A stage is over; it took so long by the clock."""
         ...
@@ -102,6 +106,7 @@ def _run(spec: Any, shop: Workshop, board: Any) -> tuple[float, dict[str, Any]]:
     torch.set_num_threads(1)
     started = time.monotonic()
     note = Note(board, name_of(artifact_key(spec)))
+    shop.store.waits = note.waits
     match spec:
         case FeaturesSpec():
             artifact = build_features(spec, shop, note)
@@ -124,7 +129,7 @@ def _build(
     follow = {need.spec.labels for need in needs if isinstance(need.spec, LoraSpec)}
     tries: Counter[tuple[Need, str]] = Counter()
     failures = []
-    with watched(watcher.progress) as board:
+    with watched(watcher) as board:
         first = [need for need in needs if need.spec not in follow]
         running = {stage.remote(need.spec, there, board): need for need in first}
         while running:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,6 +54,7 @@ class Publisher:
         self._tracker: Tracker | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="airsweep-")
         self._children = Children(sweep, parent, Path(self._folder.name))
+        self._waiting: list[Future[None]] = []
         self._troubled = 0  # outcomes that could not even be brought to the tracker
 
     @property
@@ -92,10 +93,16 @@ class Publisher:
         Args:
             at: when the ledger noted it; None: it did before.
         """
-        self._thread.submit(self._trial, outcome, at)
+        self._waiting = [one for one in self._waiting if not one.done()]
+        self._waiting.append(self._thread.submit(self._trial, outcome, at))
 
     def finish(self, status: Status, note: Callable[[], str], artifacts: dict[str, Path]) -> None:
-        """Wait for all that was told, close the parent, and say what is missing."""
+        """Wait for all that was told, close the parent, and say what is missing.
+
+        Who is being killed has seconds: what still waits is told by the next run.
+        """
+        if status == "KILLED":
+            self._troubled += sum(one.cancel() for one in self._waiting)
         last = self._thread.submit(self._finish, status, note, artifacts)
         self._thread.shutdown(wait=True)
         self._folder.cleanup()
@@ -127,6 +134,8 @@ class Publisher:
             self._complain(problem)
 
     def _finish(self, status: Status, note: Callable[[], str], artifacts: dict[str, Path]) -> Told:
+        if status == "KILLED" and self._tracker is None:  # to open it would take too long
+            return Told(sweep="missed")
         try:
             return self._open().finish(status, note(), artifacts)
         except Exception as problem:
@@ -135,7 +144,11 @@ class Publisher:
 
     def _complain(self, problem: Exception) -> None:
         level = logging.WARNING if self._troubled <= 1 else logging.DEBUG  # one line is enough
-        log.log(level, "tracking fails: %s: %s", type(problem).__name__, problem)
+        log.log(level, "tracking fails: %s: %s", type(problem).__name__, _line(problem))
+
+
+def _line(problem: Exception) -> str:
+    return f"{problem}".partition("\n")[0]
 
 
 def reconcile_command(parent: SweepRun, store: str, uri: str | None) -> str:

@@ -66,7 +66,12 @@ def _code(stage: str, words: frozenset[str]) -> Code:
         for found in reached(ENTRIES[stage], words)
         if not found.name.startswith(PASSED)
     }
-    return Code(parts, digest(parts)[:12])
+    return Code(parts, code_digest(parts))
+
+
+def code_digest(parts: Mapping[str, str]) -> str:
+    """Of a code, by the hashes of what it is made of."""
+    return digest(dict(parts))[:12]
 
 
 def _words(value: Any) -> Iterator[str]:

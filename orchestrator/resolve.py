@@ -25,6 +25,7 @@ from air_core.weights import (
     weights_files,
     weights_settings,
 )
+from orchestrator.failures import no_room
 from orchestrator.keys import digest
 from orchestrator.presets import OUTSIDE
 from orchestrator.store import file_digest, write_whole
@@ -137,7 +138,11 @@ class Resolver:
         """Keep the digests for the next start."""
         if self._digests != self._known:
             self.cache.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(self.cache, json.dumps(self._digests, indent=1, sort_keys=True))
+            try:
+                write_whole(self.cache, json.dumps(self._digests, indent=1, sort_keys=True))
+            except OSError as problem:
+                if not no_room(problem):  # then the next start reads the files again
+                    raise
             self._known = dict(self._digests)
 
     def _file_digests(self, paths: Sequence[Path]) -> list[str]:

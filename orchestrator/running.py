@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from air_core.specs import TrialSpec
 from orchestrator.budget import Purse
@@ -19,7 +19,11 @@ from orchestrator.plan import Need, holds, name_of, needs_of
 from orchestrator.publish import Publisher
 from orchestrator.resolve import Resolver
 from orchestrator.screen import Screen
+from orchestrator.store import StoreFull
 from orchestrator.sweep import SweepSpec
+
+if TYPE_CHECKING:
+    from orchestrator.session import MemoryPeak
 
 
 @dataclass
@@ -59,7 +63,8 @@ class Run:
     purse: Purse
     tally: Tally = field(default_factory=Tally)
     machines: tuple[Machine, ...] = ()  # none before Ray is there
-    terminated: bool = False
+    peak: MemoryPeak | None = None  # nor this
+    stopped: int | None = None  # exit code of who was stopped from outside
     hopeless: list[tuple[Need, Failure]] = field(default_factory=list)
     given_up: dict[str, Failure] = field(default_factory=dict)  # by slot: not tried again
     moving: list[TrialSpec] = field(default_factory=list)  # go on in fp32
@@ -87,6 +92,8 @@ class Run:
     def failed(self, need: Need, failure: Failure) -> None:
         self.hopeless.append((need, failure))
         self.ledger.append("artifact_failed", key=str(need.key), **_said(need.stage, failure))
+        if CLASSES[failure.failure_class].stops_after == 1:
+            raise StoreFull(f"{name_of(need.key)}: {failure.message}")
         self.screen.say(f"{name_of(need.key)}: failed ({failure.failure_class}): {failure.message}")
 
     def retried(self, need: Need, failure: Failure) -> None:
@@ -96,6 +103,9 @@ class Run:
 
     def progress(self, name: str, done: int, total: int) -> None:
         self.screen.progress(name, done, total)
+
+    def waiting(self, name: str, holder: str, seconds: float) -> None:
+        self.screen.waiting(name, holder, seconds)
 
     def phase(self, stage: str, seconds: float) -> None:
         self.tally.add_wall(stage, seconds)

@@ -29,6 +29,8 @@ class Screen(Protocol):
 
     def progress(self, name: str, done: int, total: int) -> None: ...
 
+    def waiting(self, name: str, holder: str, seconds: float) -> None: ...
+
     def outcome(self, outcome: Outcome) -> None: ...
 
     def close(self) -> None: ...
@@ -98,6 +100,7 @@ class Lines:
         self.rows = Rows(1)
         self.counts: dict[str, list[int]] = {}
         self.paces: dict[str, Pace] = {}
+        self.waits: dict[str, float] = {}  # seconds at which it was last said
 
     def say(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
@@ -127,6 +130,14 @@ class Lines:
         if done < total and now - pace.spoken > wait:
             pace.spoken = now
             self.say(f"{name}: {done}/{total}{pace.left(now, done, total)}")
+
+    def waiting(self, name: str, holder: str, seconds: float) -> None:
+        said = self.waits.get(name, 0.0)
+        if seconds < said:  # another wait
+            said = 0.0
+        if not said or seconds > 2 * said:  # an hour is ten lines
+            self.waits[name] = seconds
+            self.say(f"{name}: {holder} makes it, waiting for {clock(seconds)}")
 
     def outcome(self, outcome: Outcome) -> None:
         row = self.rows.add(outcome)

@@ -132,7 +132,7 @@ def status(place: Place) -> dict[str, Any]:
         "exit_code": found.exit_code,
         "trials": found.counts(alive),
         "prepared": dict(found.prepared),
-        "waiting": _waiting(found) if alive else None,
+        "waiting": _waiting(found, place) if alive else None,
         "retried": dict(found.retried),
         "failures": [
             {"slot": slot, "class": event["failure_class"], "message": event["message"]}
@@ -145,10 +145,15 @@ def status(place: Place) -> dict[str, Any]:
     }
 
 
-def _waiting(found: Standing) -> dict[str, Any] | None:
-    """Who waits for what: cells for artifacts that are made now."""
+def _waiting(found: Standing, place: Place) -> dict[str, Any] | None:
+    """Who waits for what: cells for artifacts that are made now, and which of these others make."""
     left = {key: count for key, count in found.waiting_for.items() if count > 0}
-    return {"cells": list(found.waiting_cells), "for": left} if left else None
+    if not left:
+        return None
+    holders = {key: place.store.holder(key.rpartition("-")[2]) for key in left}
+    mine = f"{place.project}/{place.name} "
+    others = {key: who for key, who in holders.items() if who and not who.startswith(mine)}
+    return {"cells": list(found.waiting_cells), "for": left, "others": others}
 
 
 def status_screen(found: dict[str, Any]) -> str:
@@ -162,7 +167,10 @@ def status_screen(found: dict[str, Any]) -> str:
     if found["waiting"]:
         cells, left = found["waiting"]["cells"], found["waiting"]["for"]
         lines.append(f"  waiting   {len(cells)} cells, such as {cells[0]}, for")
-        lines += [f"              {key}" + _count(count) for key, count in left.items()]
+        for key, count in left.items():
+            who = found["waiting"]["others"].get(key)
+            lines.append(f"              {key}" + _count(count))
+            lines += [f"              which {who} makes"] if who else []
     if found["retried"]:
         tried = ", ".join(f"{count} x {name}" for name, count in found["retried"].items())
         lines.append(f"  retried   {tried}")

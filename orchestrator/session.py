@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,19 @@ QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # else its C++ part warns of actors' arguments
 }
+DAEMONS = ("raylet", "gcs_server")  # of a local cluster: without them there is none
 OBJECT_STORE_BYTES = 256 * 2**20  # artifacts travel by the store, not by Ray
 
 
 @contextmanager
-def ray_session() -> Iterator[tuple[Machine, ...]]:
+def ray_session(lost: Callable[[], None] = lambda: None) -> Iterator[tuple[Machine, ...]]:
     """Join the cluster of RAY_ADDRESS, or start a local one; yields its machines.
 
     A local cluster listens on loopback, has no dashboard and ends with the block.
+
+    Args:
+        lost: called on a thread when a local cluster has died. Some ten seconds later Ray ends this
+            process, and no `finally` runs.
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
@@ -43,7 +48,7 @@ def ray_session() -> Iterator[tuple[Machine, ...]]:
 
     # Workers import this package from wherever it lies here, installed or not.
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    told = ("AIRSWEEP_COMMIT", "AIRSWEEP_DIRTY", "AIRSWEEP_USER")
+    told = ("AIRSWEEP_COMMIT", "AIRSWEEP_DIRTY", "AIRSWEEP_USER", "AIRSWEEP_SWEEP")
     passed = {name: os.environ[name] for name in told if name in os.environ}
     if joined:
         with _muted_errors():
@@ -63,10 +68,32 @@ def ray_session() -> Iterator[tuple[Machine, ...]]:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     # A worker loads torch and CLIP, seconds of work, while this process still loads its own part.
     ray.remote(_imports).options(num_cpus=0).remote()
+    over = threading.Event()
+    if not joined:
+        family = psutil.Process().children(recursive=True)
+        daemons = [process for process in family if process.name() in DAEMONS]
+        threading.Thread(target=_watch, args=(daemons, over, lost), daemon=True).start()
     try:
         yield machines()
     finally:
+        over.set()
         ray.shutdown()
+
+
+def _watch(
+    daemons: Sequence[psutil.Process], over: threading.Event, lost: Callable[[], None]
+) -> None:
+    while not over.wait(1.0):
+        if not all(map(_lives, daemons)) and not over.is_set():
+            lost()
+            return
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def machines() -> tuple[Machine, ...]:

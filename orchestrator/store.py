@@ -38,9 +38,11 @@ from orchestrator.seal import sealed_json
 VERSION = "1"
 ROW = "row.json"  # of a row, as record.json is of an artifact
 CODE = "code"  # folder: what each code that made something was made of
+UNFINISHED = "unfinished"  # folder: what long work has so far, `<12 digits of its key>-<code>`
 LOCKS = "locks"  # folder
 STORE_LOCK = f"{LOCKS}/store"  # shared by who uses the store, taken whole by who removes from it
 ROWS = ("images", "synthetic")  # stages that are rows
+LOOK_EVERY = 0.25  # seconds between two looks at a lock that somebody has
 LIBRARIES = ("torch", "open_clip_torch", "diffusers", "peft", "transformers", "numpy")
 
 
@@ -50,6 +52,10 @@ class MissingArtifact(LookupError):
 
 class StoreRefused(RuntimeError):
     """The store cannot be used: another version made it, or somebody has it to himself now."""
+
+
+class StoreFull(RuntimeError):
+    """The disk of the store has no room left. What is there is whole; run again goes on."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +158,8 @@ class ArtifactStore:
         self.artifacts = root / "artifacts"
         self.writable = writable
         self.mirror = mirror
+        # Told again and again while `turn` waits: its name, who has it, seconds so far.
+        self.waits: Callable[[str, str, float], None] = _silent
 
     def __reduce__(self) -> Any:
         """In another process, perhaps on another machine: with the mirror of that one."""
@@ -380,7 +388,9 @@ class ArtifactStore:
         place = self.root / LOCKS / name
         with ExitStack() as held:
             with suppress(OSError):
-                held.enter_context(_flocked(place, fcntl.LOCK_EX))
+                self._take(place, held)
+                with suppress(OSError):  # no room, say
+                    place.write_text(_me())
             if self.mirror is not None:
                 lease = Lease(self.mirror.remote, f"{LOCKS}/{name}")
                 lease.wait()
@@ -389,6 +399,33 @@ class ArtifactStore:
             yield
             with suppress(OSError):  # who waits has the file open, and will find the work done
                 place.unlink()
+
+    def _take(self, place: Path, held: ExitStack) -> None:
+        started, pause = time.monotonic(), 0.01
+        while True:
+            try:
+                held.enter_context(_flocked(place, fcntl.LOCK_EX | fcntl.LOCK_NB))
+                return
+            except BlockingIOError:
+                self.waits(place.name, _said_by(place), time.monotonic() - started)
+                time.sleep(pause)
+                pause = min(2 * pause, LOOK_EVERY)
+
+    def holder(self, digest: str) -> str:
+        """Who makes an artifact now: sweep, host, process; empty: nobody, or it cannot be told.
+
+        Args:
+            digest: of its key; the first 12 digits will do.
+        """
+        for place in (self.root / LOCKS).glob(f"{digest}*"):
+            try:
+                with _flocked(place, fcntl.LOCK_SH | fcntl.LOCK_NB):
+                    pass  # what a killed process has left
+            except BlockingIOError:
+                return _said_by(place)
+            except OSError:
+                continue
+        return ""
 
     def use(self) -> ExitStack:
         """Keeps others from having the store to themselves, until it is closed.
@@ -494,7 +531,7 @@ class ArtifactStore:
     def unfinished(self, spec: Stage) -> Iterator[Unfinished]:
         """A file for work that takes long, of this code; gone once the work is done."""
         name = f"{artifact_key(spec).digest[:12]}-{code_of(spec).digest}.safetensors"
-        kept = Unfinished(self.root / "unfinished" / name, self.mirror)
+        kept = Unfinished(self.root / UNFINISHED / name, self.mirror)
         kept.path.parent.mkdir(parents=True, exist_ok=True)
         if not kept.path.exists() and not self.has(spec):
             self.refresh(kept.path)
@@ -552,6 +589,22 @@ class Unfinished:
     def forget(self) -> None:
         if self.mirror is not None and self.sent:
             self.mirror.delete(self.path)
+
+
+def _silent(name: str, holder: str, seconds: float) -> None:
+    pass
+
+
+def _me() -> str:
+    sweep = os.environ.get("AIRSWEEP_SWEEP", "somebody")
+    return f"{sweep} ({socket.gethostname()}, process {os.getpid()})"
+
+
+def _said_by(lock: Path) -> str:
+    try:
+        return lock.read_text() or "somebody"
+    except OSError:
+        return "somebody"
 
 
 @contextmanager
@@ -642,11 +695,15 @@ def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file so that it is there whole or not at all, also after a power cut."""
     data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
-    with open(temporary, "wb") as handle:
-        handle.write(data)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    except OSError:  # on a full disk half a file takes the room that others need
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def file_digest(path: Path) -> str:

@@ -18,7 +18,7 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from air_core.specs import TrialSpec
-from orchestrator.board import Note, watched
+from orchestrator.board import Note, Teller, watched
 from orchestrator.dispatch import Dispatcher
 from orchestrator.failures import Failure, OutOfTime, classify, of_death
 from orchestrator.keys import artifact_key
@@ -54,6 +54,8 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]
         specs = self.job["trials"]
         shop = self.shop.with_less(self.job["halvings"])
         notes = [Note(self.board, f"trial {slot}") for slot in self.job["slots"]]
+        by_lock = dict(zip((artifact_key(s).digest for s in specs), notes, strict=True))
+        shop.store.waits = lambda lock, *of: by_lock.get(lock, notes[0]).waits(lock, *of)
         found = attempt(specs, shop, lambda place, share: notes[place].share(share), self.limit)
         failures = [
             (artifact_key(spec).digest, failure)
@@ -179,20 +181,20 @@ def run_points(
     resources: Resources,
     folder: Path,
     slots: int,
-    progress: Callable[[str, int, int], None],
+    teller: Teller,
 ) -> Figures:
     """Run all points that the dispatcher has to hand out.
 
     Args:
         folder: for Ray's own files, written and never read.
         slots: trials at a time.
-        progress: told how far long trials are: name, done, total.
+        teller: told how far long trials are, and for whom one waits.
     """
     started = time.monotonic()
     handed: dict[int, float] = {}
     overheads: list[float] = []
     source = _Source(dispatcher, handed)
-    with watched(progress) as board:
+    with watched(teller) as board:
         trainable = tune.with_resources(
             tune.with_parameters(
                 TrialRunner, shop=shop, board=board, limit=resources.trial.timeout

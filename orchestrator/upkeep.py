@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from orchestrator.inventory import UNKNOWN, Holding, Inventory
+from orchestrator.inventory import UNKNOWN, Holding, Inventory, Loose
 from orchestrator.mirror import RECORD
 from orchestrator.recorded import Needs, Shards, merged
 from orchestrator.store import LOCKS, STORE_LOCK
@@ -79,6 +79,7 @@ def needless(inventory: Inventory, needs: Needs, me: str, all_users: bool) -> Sp
     """What no recorded sweep needs, and leftovers; of `me` alone, or of all users."""
     needed = merged(part for one in needs.asked for part in one.artifacts.items())
     found = [one for holding in inventory.holdings for one in _beyond(holding, needed)]
+    found += [*_unfinished(inventory, needed, me), *_codes(inventory, me)]
     return _spoils(inventory.root, [*found, *_left(inventory, me)], me, all_users)
 
 
@@ -164,10 +165,35 @@ def _some(holding: Holding, shards: Shards, why: str) -> Iterator[Removal]:
         yield Removal(holding.path, why, size, holding.user, names)
 
 
+def _unfinished(inventory: Inventory, needed: Mapping[str, Shards], me: str) -> Iterator[Removal]:
+    """Checkpoints that no run will go on from."""
+    whole = {holding.digest for holding in inventory.holdings}
+    for one in inventory.unfinished:
+        if one.digest in whole:
+            yield _loose(one, "of an artifact that is whole", me)
+        elif one.digest not in needed:
+            yield _loose(one, "no sweep needs what it would become", me)
+
+
+def _codes(inventory: Inventory, me: str) -> Iterator[Removal]:
+    # What goes in the same run is still there: its code goes with the next.
+    named = {holding.record.get("code") for holding in inventory.holdings}
+    for one in inventory.codes:
+        if one.digest not in named:
+            yield _loose(one, "parts of a code that no record names", me)
+
+
 def _left(inventory: Inventory, me: str) -> Iterator[Removal]:
-    # Nobody wrote down whose they are; the file system knows.
-    now, uid = time.time(), os.getuid()
+    now = time.time()
     for one in inventory.leftovers:
         if now - one.changed > LEFT_FOR:
-            user = me if one.uid == uid else UNKNOWN
-            yield Removal(one.path, one.why, one.bytes, user)
+            yield Removal(one.path, one.why, one.bytes, _owner(one.uid, me))
+
+
+def _loose(one: Loose, why: str, me: str) -> Removal:
+    return Removal(one.path, why, one.bytes, _owner(one.uid, me))
+
+
+def _owner(uid: int, me: str) -> str:
+    """Whose a file is of which nobody wrote that down: the file system knows."""
+    return me if uid == os.getuid() else UNKNOWN

@@ -17,6 +17,21 @@ import psutil
 TIMEOUT = 900  # seconds; a hang must not hang the tests, a busy machine must not fail them
 
 
+# One cell with nothing to read, one that trains, and one that searches among counts of images.
+SEARCH = """
+grid: {{method: [zero_shot, fpl, air_fpl]}}
+fixed: {{generator: "folder:{folder}", generation.block: {block}, train.steps: 20}}
+search:
+  points: 4
+  width: 2
+  space:
+    images_per_class: {{values: [4, 8, 16]}}
+    fusion_weight: {{min: 0.1, max: 0.9}}
+seeds: [1, 2]
+resources: {{generator: {{actors: 1}}}}
+"""
+
+
 def write_sweep(folder: Path, name: str, body: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{name}.yaml"
@@ -47,32 +62,43 @@ def airsweep(
 
 
 def run_and_kill_workers(
-    spec: Path, store: Path, victims: Mapping[str, Callable[[list[dict[str, Any]]], bool]]
-) -> int:
-    """Run a sweep and kill -9 one Ray worker of each name as soon as the ledger satisfies its
-    condition; the exit code."""
+    spec: Path,
+    store: Path,
+    victims: Mapping[str, Callable[[list[dict[str, Any]]], bool]],
+    **more: str,
+) -> subprocess.CompletedProcess[str]:
+    """Run a sweep and kill -9 one process of Ray of each name as soon as what the ledger says
+    since the start satisfies its condition."""
+    before = len(events(store, spec.stem))
+    store.mkdir(parents=True, exist_ok=True)
+    said = (store / "stderr.txt").open("w+")
     process = subprocess.Popen(
         [sys.executable, "-m", "orchestrator", "run", str(spec), "--store", str(store)],
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=environment(),
+        stderr=said,
+        env=environment(**more),
     )
     deadline = time.monotonic() + TIMEOUT
     for name, when in victims.items():
-        while not (when(events(store, spec.stem)) and (found := _workers(process.pid, name))):
+        while not (
+            when(events(store, spec.stem)[before:]) and (found := _workers(process.pid, name))
+        ):
             assert process.poll() is None, f"ended before {name} could be killed"
             assert time.monotonic() < deadline, f"the moment to kill {name} never came"
             time.sleep(0.02)
         found[0].kill()
-    return process.wait(TIMEOUT)
+    code = process.wait(TIMEOUT)
+    with said:
+        said.seek(0)
+        return subprocess.CompletedProcess(process.args, code, stderr=said.read())
 
 
 def _workers(driver: int, name: str) -> list[psutil.Process]:
-    """Below a driver, the Ray workers whose title begins with `name`."""
+    """Below a driver, the processes of that name, or whose title begins with it."""
     found = []
     for process in psutil.Process(driver).children(recursive=True):
         with suppress(psutil.Error, IndexError):
-            if process.cmdline()[0].startswith(name):
+            if process.name() == name or process.cmdline()[0].startswith(name):
                 found.append(process)
     return found
 

@@ -7,22 +7,29 @@ import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from tests.sweeps import environment, events, table, write_sweep
+from tests.sweeps import TIMEOUT, all_runs, count, environment, events, table, write_sweep
 
 pytestmark = pytest.mark.ray
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 SWEEP = "fixed: {method: fpl, train.steps: 5}\nseeds: [1]\n"
+TRIALS = """
+grid: {train.learning_rate: [.001, .002, .003, .004, .005, .006, .007, .008, .009, .01, .011, .012]}
+fixed: {method: fpl, train.steps: 200}
+seeds: [1]
+"""
 
 
 def free_port() -> int:
@@ -114,3 +121,48 @@ def test_a_relative_store_in_a_job_is_refused_with_the_remedy(head, tmp_path):
     assert done.returncode == 1  # Ray knows 0 and 1 only
     assert "exit code 3" in done.stdout + done.stderr
     assert "--store" in done.stdout + done.stderr
+
+
+def test_a_stopped_job_says_how_it_ended_and_the_same_command_goes_on(head, tmp_path, monkeypatch):
+    """`ray job stop` sends SIGTERM and, three seconds later, SIGKILL."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    from ray.job_submission import JobSubmissionClient
+
+    store = tmp_path / "runs"
+    write_sweep(tmp_path / "job" / "sweeps", "stopped", TRIALS)
+    command = f"python -m orchestrator run sweeps/stopped.yaml --store {store}"
+    client = JobSubmissionClient(head)
+    folder = {"working_dir": str(tmp_path / "job")}
+    job = client.submit_job(entrypoint=command, runtime_env=folder)
+    deadline = time.monotonic() + TIMEOUT
+    while runs_in(store / "mlflow.db") < 2:  # the sweep and a trial
+        assert not client.get_job_status(job).is_terminal(), client.get_job_logs(job)
+        assert time.monotonic() < deadline, "no trial was told"
+        time.sleep(0.05)
+
+    asked = time.time()
+    client.stop_job(job)
+    while not client.get_job_status(job).is_terminal():
+        time.sleep(0.05)
+    found = events(store, "stopped")
+    assert count(found, "trial_done") < 12
+    assert found[-1]["time"] - asked < 3
+    assert (found[-1]["event"], found[-1]["exit_code"]) == ("sweep_ended", 143)
+    outcome = json.loads((store / "sweeps" / "default" / "stopped" / "outcome.json").read_text())
+    assert outcome["state"] == "terminated"
+    told = {(run.data.tags["air.kind"], run.info.status) for run in all_runs(store)}
+    assert told == {("sweep", "KILLED"), ("trial", "FINISHED")}
+
+    again = submit(head, tmp_path / "job", *command.split()[3:])
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert count(events(store, "stopped"), "trial_done") == 12
+    runs = all_runs(store)
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert len({run.data.tags.get("air.slot", "sweep") for run in runs}) == len(runs) == 13
+
+
+def runs_in(database: Path) -> int:
+    if not database.exists():
+        return 0
+    with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
+        return int(connection.execute("select count(*) from runs").fetchone()[0])

@@ -86,7 +86,7 @@ def prepare(needs: Any, shop: Any, resources: Any, watcher: Any) -> None:
 
 
 @contextmanager
-def ray_session() -> Iterator[tuple[dict[str, float]]]:
+def ray_session(lost: Any) -> Iterator[tuple[dict[str, float]]]:
     yield ({"CPU": 2.0},)
 
 

@@ -154,7 +154,8 @@ def run(
 def retry(
     name: NameArgument,
     failure_class: Annotated[
-        str, typer.Option("--class", metavar="CLASS", help="oom, nan, timeout, infra, data, user")
+        str,
+        typer.Option("--class", metavar="CLASS", help="oom, nan, timeout, infra, data, disk, user"),
     ],
     store: StoreOption = STORE,
     data_root: DataOption = None,

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from orchestrator.ledger import append_line
 from orchestrator.tracking import Status, SweepRun, Told, TrackerAway, TrialRun, small_artifacts
 
 
@@ -102,8 +103,7 @@ class JsonlTracker:
         return places
 
     def _append(self, line: dict[str, Any]) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        append_line(self._path, json.dumps(line))
 
 
 def read(path: Path) -> dict[str, TrackedSweep]:

@@ -21,6 +21,7 @@ for _name, _value in {
 os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
 
 import contextlib
+import errno
 import hashlib
 import logging
 import re
@@ -46,6 +47,7 @@ logging.getLogger("mlflow").setLevel(logging.WARNING)  # Ray may have imported i
 MAX_TAG = 8000  # characters
 BATCH = 1000  # metrics a call
 RUN_ID = 32  # hex digits
+ROOM = 2 * 2**20  # bytes: an empty database of MLflow, with its journal
 Trouble = (MlflowException, OSError)  # requests' exceptions are OSErrors
 
 
@@ -185,6 +187,8 @@ def create_database(path: Path) -> None:
     half_made = f".{path.name}-new"
     for left in path.parent.glob(f"{half_made}*"):
         left.unlink()
+    if shutil.disk_usage(path.parent).free < ROOM:  # it would try for two minutes
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     made = path.with_name(f"{half_made}-{uuid.uuid4().hex[:8]}")  # a client is kept by its address
     MlflowClient(f"sqlite:///{made}")
     made.replace(path)

@@ -10,15 +10,19 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from air_core.normal import normalised
 from air_core.specs import SyntheticFeaturesSpec
 from orchestrator.__main__ import main
+from orchestrator.freshness import ACCEPTED
 from orchestrator.integrity import verify
 from orchestrator.inventory import take_inventory
 from orchestrator.place import Place
 from orchestrator.plan import plan_sweep
+from orchestrator.reached import code_digest
 from orchestrator.seal import BLANK, sealed
 from orchestrator.store import ArtifactStore, StoreRefused
 from orchestrator.sweep_file import load_sweep
@@ -394,6 +398,60 @@ def flipped(file: Path, place: int) -> bytes:
     return data
 
 
+def test_unfinished_work_and_codes_are_listed_and_go_when_nothing_needs_them(world, cache):
+    world.finish("one", AIR.format(count=8, rank=4))
+    lora = next(world.store.artifacts.glob("lora/v1/*"))
+    waiting = world.record("two", AIR.format(count=8, rank=8))
+    plan = plan_sweep(
+        load_sweep(waiting.folder / "spec.yaml"), world.store, waiting.resolver(), waiting.ledger()
+    )
+    waiting.ledger().unlock()
+    (wanted,) = [n.spec for n in plan.needs if n.stage == "lora" and not n.have(world.store)]
+    kept = world.store.unfinished(wanted)
+    whole = kept.with_name(f"{lora.name.rpartition('-')[2]}-0123456789ab.safetensors")
+    nobodys = kept.with_name("0123456789ab-0123456789ab.safetensors")
+    for file in (kept, whole, nobodys):
+        save_file({"losses": np.zeros(4)}, file)
+    half = kept.with_name(f".{kept.name}")
+    half.write_bytes(b"x")
+    code = world.store.root / "code" / f"{code_digest({'air_core.method.learn': '0' * 12})}.json"
+    code.write_text(json.dumps({"air_core.method.learn": "0" * 12}))
+    codes = set(code.parent.iterdir())
+
+    found = json.loads(cache("ls", "--json")[1])
+    assert {one["path"]: one["needed_by"] for one in found["unfinished"]} == {
+        f"unfinished/{kept.name}": ["default/two"],
+        f"unfinished/{whole.name}": ["default/one"],
+        f"unfinished/{nobodys.name}": [],
+    }
+    assert found["code"]["files"] == len(codes)
+    assert "unfinished trainings: 3" in cache("ls")[1]
+    go = {str(file.relative_to(world.store.root)) for file in (whole, nobodys, code)}
+    assert set(gone(cache)) == go  # half a file is too young
+    assert cache("verify")[0] == 0
+    cache("gc", "--yes")
+    assert set(kept.parent.iterdir()) == {kept, half}
+    assert set(code.parent.iterdir()) == codes - {code}
+    assert gone(cache) == {}
+
+
+def test_verify_reads_what_lies_beside_the_artifacts(world, cache):
+    world.finish("one", AIR.format(count=8, rank=4))
+    code = next((world.store.root / "code").iterdir())
+    code.write_text(code.read_text().replace("0", "1", 1))
+    accepted = world.store.root / ACCEPTED
+    accepted.write_text('{"stage": "images", "before": "0", "now": "1"}\n')
+    checkpoint = world.store.root / "unfinished" / "0123456789ab-0123456789ab.safetensors"
+    checkpoint.parent.mkdir()
+    save_file({"losses": np.zeros(4)}, checkpoint)
+    assert {one.file for one in verify(take_inventory(world.store)).damaged} == {code}
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-1])
+    accepted.write_text("{}\n")
+    verdict = verify(take_inventory(world.store))
+    assert {one.file for one in verdict.damaged} == {code, accepted, checkpoint}
+    assert all(one.remove == one.file for one in verdict.damaged)
+
+
 KINDS = {
     "a trial's record": "trials/*/*/record.json",
     "a row's word": "images/*/*/row.json",
@@ -410,7 +468,8 @@ def test_verify_finds_a_flipped_bit_in_any_file_and_says_what_to_remove(world, c
     files = len(world.files())
     assert cache("verify")[0] == 0
     sound = verify(take_inventory(world.store))
-    assert (sound.files, sound.damaged, sound.unsealed) == (files, (), 0)
+    codes = len(list((world.store.root / "code").iterdir()))
+    assert (sound.files, sound.damaged, sound.unsealed) == (files + codes, (), 0)
     for kind, pattern in KINDS.items():
         file = sorted(world.store.artifacts.glob(pattern))[-1]
         for place in (0, file.stat().st_size // 2, -1):

@@ -362,8 +362,16 @@ def test_three_equal_errors_of_the_user_stop_the_sweep_with_one_message(world):
     driver = world.driver(sweep("fpl", "cpl", "grip", "ifpl", seeds=(1,)))
     fail(world, driver, "user", "infra", "user", "user")
     assert world.states() == ["failed"] * 3  # the fourth method never started
-    assert driver.gave_up() == "a case of user"
+    assert driver.gave_up() == Failure("user", "a case of user")
     assert not driver.out_of_budget()
+    assert driver.finished
+
+
+def test_a_full_disk_stops_the_sweep_at_once(world):
+    driver = world.driver(sweep("fpl", "cpl", seeds=(1,)))
+    fail(world, driver, "disk")
+    assert world.states() == ["failed"]  # the second method never started
+    assert driver.gave_up() == Failure("disk", "a case of disk")
     assert driver.finished
 
 

@@ -174,11 +174,16 @@ def test_notes_of_a_process_reach_the_driver(ray_session):
         note = Note(board, "LoRA a")
         note.last = time.monotonic() - 10  # long enough ago
         note(3, 10)
+        Note(board, "LoRA b").waits("its lock", "team/other", 60.0)
+        Note(board, "LoRA c").waits("its lock", "team/other", 1.0)  # not worth a word
 
-    told = []
-    with watched(lambda *note: told.append(note)) as board:
+    watcher = Watcher()
+    with watched(watcher) as board:
         ray.get(ray.remote(work).options(num_cpus=0).remote(board))
         deadline = time.monotonic() + 60
-        while not told and time.monotonic() < deadline:
+        while len(watcher.told) < 2 and time.monotonic() < deadline:
             time.sleep(0.1)  # notes are sent and not waited for
-    assert told == [("LoRA a", 3, 10)]
+    assert watcher.told == {
+        "progress": [("LoRA a", 3, 10)],
+        "waiting": [("LoRA b", "team/other", 60.0)],
+    }

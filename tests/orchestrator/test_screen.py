@@ -45,13 +45,25 @@ def test_the_longer_it_takes_the_rarer_are_the_lines(clock, capsys):
     assert 30 < len(capsys.readouterr().err.splitlines()) < 60
 
 
+def test_who_waits_for_somebody_says_so_and_the_longer_the_rarer(capsys):
+    lines = screen.Lines()
+    for second in range(5, 3600):
+        lines.waiting("LoRA a", "team/other (there, process 7)", second)
+    lines.waiting("LoRA a", "team/third (there, process 8)", 5)
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "LoRA a: team/other (there, process 7) makes it, waiting for 0:05"
+    assert said[-1] == "LoRA a: team/third (there, process 8) makes it, waiting for 0:05"
+    assert len(said) == 11
+
+
 def test_short_work_leaves_no_note_and_long_work_one_a_second(clock):
     written = []
 
     class Remote:
         class write:
             @staticmethod
-            def remote(name, done, total):
+            def remote(name, kind, done, total):
+                assert kind == "progress"
                 written.append((name, done, total))
 
     note = board.Note(Remote(), "trial a")

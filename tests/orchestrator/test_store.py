@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import select
 import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,7 @@ from orchestrator.store import (
     open_store,
     write_whole,
 )
+from tests.sweeps import environment
 
 SPEC = FeaturesSpec(dataset=Ref(name="digits", digest="d"), backbone=Ref(name="tiny", digest="b"))
 OTHER = replace(SPEC, backbone=Ref(name="large", digest="l"))
@@ -296,3 +301,37 @@ def test_a_digest_follows_the_content_only(tmp_path):
     assert file_digest(one) == file_digest(two)
     two.write_text("other")
     assert file_digest(one) != file_digest(two)
+
+
+def test_who_waits_is_told_for_whom_and_others_can_ask(tmp_path, monkeypatch):
+    monkeypatch.setenv("AIRSWEEP_SWEEP", "team/other")
+    store, told = ArtifactStore(tmp_path), []
+    store.waits = lambda *what: told.append(what)
+    name = "0123456789abcdef"
+
+    def wait() -> None:
+        with store.turn(name):
+            pass
+
+    assert store.holder(name[:12]) == ""
+    with ArtifactStore(tmp_path).turn(name):
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        while not told:
+            time.sleep(0.01)
+        assert store.holder(name[:12]).startswith("team/other (")
+    waiting.join(10)
+    assert not waiting.is_alive()
+    assert told[0][0] == name
+    assert told[0][1] == f"team/other ({socket.gethostname()}, process {os.getpid()})"
+    assert 0 <= told[-1][2] < 10
+
+
+def test_the_lock_of_a_dead_process_is_nobodys(tmp_path):
+    code = (
+        "import os, sys; from pathlib import Path; from orchestrator.store import ArtifactStore\n"
+        "with ArtifactStore(Path(sys.argv[1])).turn('0123456789ab'): os._exit(1)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environment(), check=False)
+    assert (tmp_path / "locks" / "0123456789ab").read_text()
+    assert ArtifactStore(tmp_path).holder("0123456789ab") == ""

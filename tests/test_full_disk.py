@@ -1,0 +1,69 @@
+"""What real stages do on a disk with no room left; `test_chaos.py` has the sweep around them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.disks import PAGE, small_disk
+from tests.sweeps import environment
+
+MAKE = """
+import sys
+from pathlib import Path
+
+from orchestrator import presets
+from orchestrator.failures import classify
+from orchestrator.image_rows import build_image_block, open_generator
+from orchestrator.resolve import Resolver
+from orchestrator.stages import build_features
+from orchestrator.store import ArtifactStore
+from orchestrator.workshop import Workshop
+
+root, digests, drawn = map(Path, sys.argv[1:])
+shop = Workshop(ArtifactStore(root))
+flat = {**presets.defaults("air_fpl", {}), "generator": f"folder:{drawn}", "generation.block": 8}
+flat["images_per_class"] = 16
+trial = Resolver(digests, None).trial(flat)
+row = trial.synthetic_features
+generator = open_generator(row.images, shop)
+
+def outcome(make):
+    try:
+        make()
+    except Exception as problem:
+        return classify(problem)
+    return "made"
+
+print(outcome(lambda: build_features(trial.features, shop)))
+for block in range(2):
+    print(outcome(lambda: build_image_block(row, 0, block, shop, lambda: generator)))
+"""
+
+
+def test_features_and_blocks_that_find_no_room_leave_nothing_and_say_disk(tmp_path, drawn_digits):
+    with small_disk(tmp_path / "store", 12 * PAGE) as disk:
+
+        def make() -> list[str]:
+            arguments = [str(disk.place), str(tmp_path / "digests.json"), str(drawn_digits)]
+            done = subprocess.run(
+                [*disk.inside, sys.executable, "-c", MAKE, *arguments],
+                capture_output=True,
+                text=True,
+                env=environment(),
+                check=False,
+            )
+            assert done.returncode == 0, done.stderr
+            return done.stdout.split()
+
+        def files() -> set[Path]:
+            return {file for file in disk.seen.rglob("*") if file.is_file()}
+
+        assert make() == ["disk", "made", "disk"]
+        assert not [
+            file for file in files() if file.name.startswith(".") or file.suffix == ".tries"
+        ]
+        assert len([file for file in files() if file.suffix == ".parquet"]) == 1
+        disk.resize(64 * 2**20)
+        assert make() == ["made", "made", "made"]
