@@ -62,6 +62,7 @@ class Building:
 
     folder: Path
     info: dict[str, Any] = field(default_factory=dict)
+    before: float = 0.0  # seconds that earlier processes gave to it
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ class ArtifactStore:
                 "spec": asdict(spec),
                 "info": made.info,
                 "started": started,
-                "seconds": round((time.time() - started) * share, 3),
+                "seconds": round((time.time() - started) * share + made.before, 3),
                 "host": socket.gethostname(),
                 **maker(),
                 "code": self._note_code(spec),

@@ -24,6 +24,7 @@ from orchestrator.failures import Failure, OutOfTime, classify, of_death
 from orchestrator.keys import artifact_key
 from orchestrator.replicas import run_trials
 from orchestrator.sweep import Resources
+from orchestrator.trial import WHOLE, Legs, is_over
 from orchestrator.workshop import Workshop
 
 
@@ -54,7 +55,13 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]
         specs = self.job["trials"]
         shop = self.shop.with_less(self.job["halvings"])
         notes = [Note(self.board, f"trial {slot}") for slot in self.job["slots"]]
-        found = attempt(specs, shop, lambda place, share: notes[place].share(share), self.limit)
+        found = attempt(
+            specs,
+            shop,
+            lambda place, share: notes[place].share(share),
+            self.limit,
+            self.job["legs"],
+        )
         failures = [
             (artifact_key(spec).digest, failure)
             for spec, failure in zip(specs, found, strict=True)
@@ -73,11 +80,13 @@ def attempt(
     shop: Workshop,
     share_done: Callable[[int, float], None],
     limit: float | None = None,
+    legs: Legs = WHOLE,
 ) -> list[Failure | None]:
     """Run trials; what went wrong with each is returned, not raised.
 
     Args:
         limit: seconds that each may take; side by side they have so many together.
+        legs: where they stop, if they do.
     """
     started = time.monotonic()
 
@@ -88,7 +97,7 @@ def attempt(
 
     outcomes: Sequence[object]
     try:
-        outcomes = run_trials(specs, shop.store, shop.device, told, shop.batch)
+        outcomes = run_trials(specs, shop.store, shop.device, told, shop.batch, legs)
     except Exception as problem:
         outcomes = [problem] * len(specs)
     return [_failure(one) if isinstance(one, Exception) else None for one in outcomes]
@@ -126,6 +135,7 @@ class _Source(_NotKept, Searcher):  # type: ignore[misc]
                 "slots": list(job.slots),
                 "trials": list(job.trials),
                 "halvings": job.halvings,
+                "legs": job.legs,
             }
         if self.dispatcher.finished:
             return Searcher.FINISHED
@@ -168,7 +178,7 @@ class _Results(_NotKept, tune.Callback):  # type: ignore[misc]
         lost = [
             key
             for key, spec in zip(job.keys, job.trials, strict=True)
-            if not self.dispatcher.store.has(spec)
+            if not is_over(spec, self.dispatcher.store, job.legs.until)
         ]
         self.dispatcher.complete(number, dict.fromkeys(lost, failure))
 

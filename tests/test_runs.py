@@ -71,7 +71,13 @@ def whole(spec) -> Path:
     store = spec.parent / "whole"
     plan = json.loads(airsweep("plan", spec, "--store", store, "--json").stdout)
     # One zero_shot trial serves both seeds; the search's points are not known yet.
-    assert plan["trials"] == {"total": TRIALS, "done": 0, "reused": 1, "to_run": TRIALS - 1}
+    assert plan["trials"] == {
+        "total": TRIALS,
+        "done": 0,
+        "reused": 1,
+        "pruned": 0,
+        "to_run": TRIALS - 1,
+    }
     assert [a["state"] for a in plan["artifacts"]] == ["missing", "missing"]
     assert not (store / "sweeps").exists()
     done = airsweep("run", spec, "--store", store)
@@ -140,7 +146,13 @@ def test_plan_and_status_agree_with_what_ran(spec, whole):
     plan = json.loads(airsweep("plan", spec, "--store", whole, "--json").stdout)
     assert plan["cells"] == 3
     assert plan["points"] == POINTS
-    assert plan["trials"] == {"total": TRIALS, "done": TRIALS, "reused": 0, "to_run": 0}
+    assert plan["trials"] == {
+        "total": TRIALS,
+        "done": TRIALS,
+        "reused": 0,
+        "pruned": 0,
+        "to_run": 0,
+    }
     assert {a["stage"]: (a["state"], a["have"], a["need"]) for a in plan["artifacts"]} == {
         "features": ("present", 1, 1),
         "images": ("present", SHARDS, SHARDS),
@@ -148,7 +160,14 @@ def test_plan_and_status_agree_with_what_ran(spec, whole):
     assert plan["estimate"]["seconds"] == 0
     assert plan["estimate"]["calibrated"]
     status = json.loads(airsweep("status", "search", "--store", whole, "--json").stdout)
-    assert status["trials"] == {"done": 11, "reused": 1, "failed": 0, "running": 0, "waiting": 0}
+    assert status["trials"] == {
+        "done": 11,
+        "reused": 1,
+        "pruned": 0,
+        "failed": 0,
+        "running": 0,
+        "waiting": 0,
+    }
     assert status["exit_code"] == 0
 
 
@@ -235,7 +254,7 @@ def test_another_sweep_reuses_what_this_one_computed(spec, whole, drawn_digits):
     body = SWEEP.format(folder=drawn_digits).replace("[1, 2]", "[1, 2, 3]")
     more = write_sweep(spec.parent, "more", body)
     plan = json.loads(airsweep("plan", more, "--store", whole, "--json").stdout)
-    assert plan["trials"] == {"total": 18, "done": 0, "reused": 5, "to_run": 13}
+    assert plan["trials"] == {"total": 18, "done": 0, "reused": 5, "pruned": 0, "to_run": 13}
     assert plan["reused_from"] == {"default/search": 3}  # zero_shot once, fpl twice
 
 

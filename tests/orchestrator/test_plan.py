@@ -429,7 +429,7 @@ def test_an_estimate_is_a_guess_until_this_store_has_measured_work_of_its_kind(w
 def test_the_json_of_a_plan_says_all_of_it(world):
     found = world.plan(world.sweep("zero_shot", seeds=seeds(1, 2))).json(world.store)
     assert (found["cells"], found["points"]) == (1, 1)
-    assert found["trials"] == {"total": 2, "done": 0, "reused": 1, "to_run": 1}
+    assert found["trials"] == {"total": 2, "done": 0, "reused": 1, "pruned": 0, "to_run": 1}
     (features,) = found["artifacts"]
     assert features["stage"] == "features"
     assert features["key"].startswith("features/v1/digits-tiny-")
