@@ -22,16 +22,22 @@ from tests.sweeps import environment, events, table, write_sweep
 
 SAMPLES = None if os.environ.get("AIRSWEEP_CHAOS") else 5  # None: every event
 SWEEP = """
-grid: {{method: [zero_shot, fpl, air_fpl]}}
+grid: {{method: [zero_shot, {host}, air_{host}]}}
 fixed: {{generator: "folder:{folder}", generation.block: 8}}
 search:
   points: 4
   width: 2
+  {pruning}
   space:
     images_per_class: {{values: [4, 8, 16]}}
     fusion_weight: {{min: 0.1, max: 0.9}}
 seeds: [1, 2]
 """
+PRUNING = "pruning: {rule: halving, rungs: [1, 2]}"
+KINDS = {
+    "whole": {"host": "fpl", "pruning": ""},
+    "pruned": {"host": "grip", "pruning": PRUNING},  # fpl has one iteration
+}
 
 
 def run(spec: Path, store: Path, crash_at: str = "") -> int:
@@ -67,13 +73,19 @@ def studies(store: Path) -> dict[str, list[tuple[Any, ...]]]:
 
 
 def outcomes(store: Path) -> dict[str, str]:
-    ended = ("trial_done", "trial_reused", "trial_failed")
+    ended = ("trial_done", "trial_reused", "trial_failed", "trial_pruned")
     return {e["slot"]: e["event"] for e in events(store, "chaos") if e["event"] in ended}
 
 
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def spec(tmp_path_factory, drawn_digits) -> Path:
-    return write_sweep(tmp_path_factory.mktemp("chaos"), "chaos", SWEEP.format(folder=drawn_digits))
+def spec(tmp_path_factory, drawn_digits, kind) -> Path:
+    text = SWEEP.format(folder=drawn_digits, **KINDS[kind])
+    return write_sweep(tmp_path_factory.mktemp("chaos"), "chaos", text)
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +96,9 @@ def calm(spec) -> Path:
     return store
 
 
-def test_killed_at_any_event_a_sweep_ends_as_if_nothing_had_happened(spec, calm, tmp_path):
+def test_killed_at_any_event_a_sweep_ends_as_if_nothing_had_happened(spec, calm, tmp_path, kind):
     count = len(events(calm, "chaos"))
+    assert ("trial_pruned" in outcomes(calm).values()) == (kind == "pruned")
     assert count > 40
     chosen = range(1, count + 1)
     if SAMPLES:
@@ -107,12 +120,18 @@ def time_seed() -> int:
 def assert_alike(store: Path, calm: Path, when: str) -> None:
     assert table(store, "chaos") == table(calm, "chaos"), when
     assert studies(store) == studies(calm), when
-    assert {state for of in studies(store).values() for state, *_ in of} == {"COMPLETE"}, when
-    assert outcomes(store).keys() == outcomes(calm).keys(), when
-    assert set(outcomes(store).values()) <= {"trial_done", "trial_reused"}, when
-    mine, theirs = told(store), told(calm)
+    told_states = {state for of in studies(store).values() for state, *_ in of}
+    assert told_states in ({"COMPLETE"}, {"COMPLETE", "PRUNED"}), when
+    mine, theirs = outcomes(store), outcomes(calm)
     assert mine.keys() == theirs.keys(), when
-    for slot, line in mine.items():
-        assert line["metrics"] == theirs[slot]["metrics"], (when, slot)
-    computed = Counter((store / "built.log").read_text().split())
-    assert computed == Counter((calm / "built.log").read_text().split()), when
+    assert "trial_failed" not in mine.values(), when
+    stopped = [[slot for slot, end in of.items() if end == "trial_pruned"] for of in (mine, theirs)]
+    assert sorted(stopped[0]) == sorted(stopped[1]), when
+    assert bool(stopped[0]) == ("PRUNED" in told_states), when
+    lines, calm_lines = told(store), told(calm)
+    assert lines.keys() == calm_lines.keys(), when
+    for slot, line in lines.items():
+        assert line["metrics"] == calm_lines[slot]["metrics"], (when, slot)
+    for log in ("built.log", "iterations.log"):
+        computed = Counter((store / log).read_text().splitlines())
+        assert computed == Counter((calm / log).read_text().splitlines()), (when, log)

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from optuna.trial import TrialState
 from safetensors.numpy import save_file
 
+from air_core import method
 from air_core.datasets import get_dataset
 from orchestrator.dispatch import Dispatcher, Job, Outcome
 from orchestrator.failures import Failure
 from orchestrator.image_rows import build_image_block, open_generator
 from orchestrator.ledger import Ledger
 from orchestrator.plan import finished_slots, plan_sweep
+from orchestrator.replicas import run_trials
 from orchestrator.resolve import Resolver
+from orchestrator.results import entries_of
 from orchestrator.search import CellSearch, open_storage
 from orchestrator.stages import PARTS
 from orchestrator.store import ArtifactStore
-from orchestrator.sweep import Dimension, Search, Seeds, SweepSpec, cells_of
+from orchestrator.sweep import Dimension, Pruning, Search, Seeds, SweepSpec, cells_of
 from orchestrator.trial import read_trial, run_trial
 from orchestrator.workshop import Workshop
 
@@ -77,7 +82,9 @@ class World:
     def outcome(self, outcome: Outcome) -> None:
         self.outcomes.append(outcome)
         if not outcome.known:
-            slot = {"slot": outcome.slot.id, "key": outcome.slot.key.digest}
+            slot: dict[str, Any] = {"slot": outcome.slot.id, "key": outcome.slot.key.digest}
+            if outcome.pruned is not None:
+                slot |= {"rung": outcome.pruned.rung, "value": outcome.pruned.value}
             self.ledger.append(f"trial_{outcome.state}", **slot)
 
     def run(self, job: Job, failing: Callable[[Any], bool] = lambda spec: False) -> dict[str, Any]:
@@ -87,7 +94,8 @@ class World:
             if failing(spec):
                 failures[key] = Failure("nan", "the loss became nan")
             else:
-                run_trial(spec, self.store)
+                [end] = run_trials([spec], self.store, legs=job.legs)
+                assert not isinstance(end, Exception), end
         return failures
 
     def run_all(
@@ -510,6 +518,191 @@ def test_the_ledger_says_what_was_started_and_how_it_ended(world):
     assert [event["event"] for event in world.ledger.events()] == ["trials_started", "trial_done"]
     (slot,) = finished_slots(world.ledger)
     assert slot == "digits-ul-text-fpl/0/seed=1"
+
+
+# ---------------------------------------------------------------- pruning
+
+
+def pruning(rule: Any = "halving", points: int = 8, width: int = 4, **more: Any) -> SweepSpec:
+    """Rounds of four lengths, three iterations each, compared after the first and the second."""
+    lengths = (Dimension(key="prompt.length", values=(1, 2, 3, 4, 5, 6, 7, 8)),)
+    search = Search(
+        sampler="grid",
+        points=points,
+        width=width,
+        space=lengths,
+        pruning=Pruning(rule=rule, rungs=(1, 2)),
+    )
+    return sweep("grip", search=search, fixed={"iterations": 3}, **more)
+
+
+def pruned_at(world: World) -> dict[int, int]:
+    """The rung of each point that was pruned."""
+    found = {o.slot.point: o.pruned.rung for o in world.outcomes if o.pruned is not None}
+    return dict(sorted(found.items()))
+
+
+def decisions(world: World) -> list[tuple[int, dict[str, float], list[int]]]:
+    events = [e for e in world.ledger.events() if e["event"] == "rung_decided"]
+    return [(e["rung"], e["values"], e["pruned"]) for e in events]
+
+
+def in_some_order(world: World, driver: Dispatcher, pick: Callable[[list[Job]], int]) -> list[Job]:
+    """Run all, with as many jobs at a time as there are; `pick` says which ends next."""
+    running: list[Job] = []
+    every: list[Job] = []
+    while not driver.finished:
+        while (job := driver.next()) is not None:
+            running.append(job)
+            every.append(job)
+        if running:
+            job = running.pop(pick(running))
+            driver.complete(job.number, world.run(job))
+    return every
+
+
+@pytest.fixture
+def fits(monkeypatch) -> list[int]:
+    """Grows by one with each iteration of a trial."""
+    fit, found = method.fit, []
+    monkeypatch.setattr(method, "fit", lambda asked: found.extend([1] * len(asked)) or fit(asked))
+    return found
+
+
+@pytest.mark.parametrize("rule", ["halving", "median"])
+def test_the_same_points_are_pruned_in_whatever_order_trials_end(
+    world, tmp_path, prepared, resolver, rule
+):
+    spec = pruning(rule, seeds=(1, 2))
+    in_some_order(world, world.driver(spec), lambda running: 0)
+    assert pruned_at(world)
+    other = World(tmp_path / "other", prepared, resolver)
+    in_some_order(other, other.driver(spec), lambda running: len(running) - 1)
+    assert decisions(other) == decisions(world)
+    assert pruned_at(other) == pruned_at(world)
+    assert other.told() == world.told()
+
+
+def test_half_of_a_round_stops_at_each_rung_and_the_default_goes_on(world, fits):
+    jobs = world.run_all(world.driver(pruning(seeds=(1,))))
+    (first, of_first, gone), (second, of_second, _), *_ = decisions(world)
+    assert (first, second) == (1, 2)
+    assert of_first.keys() == {"0", "1", "2", "3"}
+    best = sorted(of_first, key=lambda number: (-of_first[number], int(number)))[:2]
+    assert sorted(gone) == sorted(set(range(4)) - {0, *map(int, best)})
+    assert of_second.keys() == {str(n) for n in range(4) if n not in gone}
+    # The values are those of the trials at that iteration, and nobody computes one twice.
+    stopped = pruned_at(world)
+    assert 0 not in stopped
+    assert len(fits) == sum(stopped.get(number, 3) for number in range(8)) < 8 * 3
+    assert [job.legs.until for job in jobs if job.point == 0] == [1, 2, None]
+    assert sum(job.share for job in jobs if job.point == 0) == pytest.approx(1)
+
+
+def test_the_sampler_hears_of_a_pruned_point_and_where_it_stood(world):
+    world.run_all(world.driver(pruning(seeds=(1,))))
+    stopped = pruned_at(world)
+    values = {(rung, n): v for rung, of, _ in decisions(world) for n, v in of.items()}
+    for trial in world_study(world):
+        number = trial.user_attrs["point"]
+        if number in stopped:
+            assert trial.state == TrialState.PRUNED
+            rung = stopped[number]
+            assert trial.intermediate_values == {rung: values[rung, str(number)]}
+        else:
+            assert trial.state == TrialState.COMPLETE
+            assert trial.value == mean_of(world, number)
+    told = [e for e in world.ledger.events() if e["event"] == "round_told"]
+    assert sorted(n for event in told for n in event["pruned"]) == list(stopped)
+
+
+def mean_of(world: World, number: int) -> float:
+    records = [o.record for o in world.outcomes if o.slot.point == number]
+    return sum(record.objectives["mutual_information"] for record in records) / len(records)
+
+
+@pytest.mark.parametrize("completed", [0, 1, 3, 4, 5, 6, 8, 9, 12])
+def test_a_driver_that_dies_is_followed_by_one_that_prunes_the_same(
+    world, completed, tmp_path, prepared, resolver, fits
+):
+    spec = pruning(seeds=(1,), points=6)
+    calm = World(tmp_path / "calm", prepared, resolver)
+    calm.run_all(calm.driver(spec))
+    paid, stopped = len(fits), pruned_at(calm)
+
+    dying, done = world.driver(spec), 0
+    while done < completed and (job := dying.next()) is not None:
+        failures = world.run(job)
+        done += 1
+        if done < completed:  # the last one came to its stop, and nobody noted it
+            dying.complete(job.number, failures)
+    world.run_all(world.driver(spec))
+    assert pruned_at(world) == stopped
+    assert world.told() == calm.told()
+    assert len(fits) == 2 * paid  # not one iteration twice
+    assert world.run_all(world.driver(spec)) == []
+    assert pruned_at(world) == stopped
+    assert all(outcome.known for outcome in world.outcomes)
+
+
+def test_pruned_points_are_counted_by_the_plan_and_are_not_run_again(world):
+    spec = pruning(seeds=(1, 2))
+    world.run_all(world.driver(spec))
+    plan = plan_sweep(spec, world.store, world.resolver, world.ledger)
+    assert plan.total == 16
+    assert len(plan.pruned) == 2 * len(pruned_at(world)) > 0
+    assert plan.done + len(plan.pruned) == plan.total
+    assert plan.to_run == 0
+    points = {entry.point for entry in entries_of(plan, world.store)}
+    assert points == set(range(8)) - pruned_at(world).keys()
+    # A seed that is added goes to the points that went on.
+    more = pruning(seeds=(1, 2, 3))
+    plan = plan_sweep(more, world.store, world.resolver, world.ledger)
+    assert plan.to_run == 8 - len(pruned_at(world))
+    jobs = world.run_all(world.driver(more))
+    assert len(jobs) == plan.to_run
+    assert {job.legs.until for job in jobs} == {None}
+
+
+def test_a_point_with_a_failed_trial_is_not_compared_and_ends_with_what_it_has(world):
+    spec = pruning(seeds=(1, 2), points=4)
+    driver = world.driver(spec)
+    jobs = world.run_all(driver, lambda s: s.seed == 2 and s.prompt.length == 2)
+    (_, values, _), *_ = decisions(world)
+    lost = {j.point for j in jobs for s in j.trials if s.prompt.length == 2}
+    assert len(lost) == 1
+    assert not {str(n) for n in lost} & values.keys()
+    assert [o.state for o in world.outcomes if o.slot.point in lost] == ["failed", "done"]
+    assert [value for number, _, value in world.told() if number in lost] == [None]
+
+
+def test_what_another_sweep_ran_whole_is_pruned_like_the_rest(
+    world, tmp_path, prepared, resolver, fits
+):
+    """Or the same seed would prune other points in a store that is not empty."""
+    world.run_all(world.driver(pruning(seeds=(1,), points=4)))
+    other = World(tmp_path / "whole", prepared, resolver)
+    spec = pruning(seeds=(1,), points=4)
+    whole = replace(spec, search=replace(spec.search, pruning=None))
+    other.run_all(other.driver(whole))
+    other.ledger = Ledger(tmp_path / "another")
+    other.ledger.folder.mkdir()
+    before = len(fits)
+    other.run_all(other.driver(spec))
+    assert decisions(other) == decisions(world)
+    assert len(fits) - before == 4 + 2  # to each rung, and no further
+
+
+def test_a_search_that_no_longer_prunes_takes_over_what_was_run_whole(world, fits):
+    spec = pruning(seeds=(1,), points=4)
+    world.run_all(world.driver(spec))
+    paid = len(fits)
+    whole = replace(spec, search=replace(spec.search, pruning=None))
+    assert plan_sweep(whole, world.store, world.resolver, world.ledger).pruned == {}
+    world.run_all(world.driver(whole))
+    assert world.states().count("pruned") == 0
+    assert len(fits) == 4 * 3  # pruned trials went on from where they had stopped
+    assert paid < len(fits)
 
 
 # ---------------------------------------------------------------- images
