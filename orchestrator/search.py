@@ -148,8 +148,9 @@ class CellSearch:
             number = trial.user_attrs["point"]
             if number in stopped and trial.state == TrialState.RUNNING:
                 rung, reached = stopped[number]
-                # Optuna has no other way to a trial that an earlier process asked.
-                optuna.Trial(self.study, trial._trial_id).report(reached, rung)
+                if rung not in trial.intermediate_values:  # else a killed driver has said it
+                    # Optuna has no other way to a trial that an earlier process asked.
+                    optuna.Trial(self.study, trial._trial_id).report(reached, rung)
                 self.study.tell(trial.number, state=TrialState.PRUNED)
             if number not in values:
                 continue

@@ -18,7 +18,7 @@ import pytest
 
 from orchestrator.ledger import CRASH_AT
 from orchestrator.search import open_storage
-from tests.sweeps import environment, events, table, write_sweep
+from tests.sweeps import airsweep, children, environment, events, table, write_sweep
 
 SAMPLES = None if os.environ.get("AIRSWEEP_CHAOS") else 5  # None: every event
 SWEEP = """
@@ -108,6 +108,35 @@ def test_killed_at_any_event_a_sweep_ends_as_if_nothing_had_happened(spec, calm,
         assert run(spec, store, f"event:{number}") == -9
         assert run(spec, store) == 0
         assert_alike(store, calm, f"killed at event {number}")
+
+
+def test_who_was_pruned_is_said_by_plan_status_table_and_tracker(spec, calm, kind, tmp_path):
+    stopped = [slot for slot, end in outcomes(calm).items() if end == "trial_pruned"]
+    count = len(stopped)
+    plan = json.loads(airsweep("plan", spec, "--store", calm, "--json").stdout)["trials"]
+    assert (plan["pruned"], plan["to_run"]) == (count, 0)
+    assert plan["total"] == plan["done"] + plan["reused"] + count
+    shown = json.loads(airsweep("status", "chaos", "--store", calm, "--json").stdout)["trials"]
+    assert (shown["pruned"], shown["waiting"]) == (count, 0)
+    text = airsweep("table", "chaos", "--store", calm).stdout
+    assert (f"{count // 2} points pruned early" in text) == (count > 0)
+    states = {slot: line["state"] for slot, line in told(calm).items()}
+    assert sorted(slot for slot, state in states.items() if state == "pruned") == sorted(stopped)
+    if kind == "whole":
+        return
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    tell = ["mlflow", "reconcile", "chaos", "--store", calm, "--tracking-uri", uri]
+    airsweep(*tell)
+    assert "nothing to tell" in airsweep(*tell).stdout
+    runs = {run.data.tags["air.slot"]: run for run in children(tmp_path, "chaos")}
+    assert runs.keys() == states.keys()
+    for slot in stopped:
+        (event,) = [
+            e for e in events(calm, "chaos") if e["event"] == "trial_pruned" and e["slot"] == slot
+        ]
+        assert runs[slot].data.tags["air.state"] == "pruned"
+        assert runs[slot].data.tags["air.pruned_after"] == str(event["rung"])
+        assert runs[slot].data.metrics == {"rung/mutual_information": event["value"]}
 
 
 def time_seed() -> int:
