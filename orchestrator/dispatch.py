@@ -1,7 +1,9 @@
 """Which trial runs next, and who waits for whom. Knows no Ray and no tracker.
 
-One job is one point: the trials of its seeds that are missing. What the store has is reused; what
-another job is computing is waited for. So one computation runs once, and what runs was planned.
+One job is one point: the trials of its seeds that are missing; or some points of one round, where
+there are more than can run at a time and they share a computation (`replicas`). What the store has
+is reused; what another job is computing is waited for. So one computation runs once, and what runs
+was planned.
 What fails is tried again as its class allows (`failures`), as a job of its own.
 
 Where a search prunes, a point comes to its end in legs. Each ends at a rung; there it waits for the
@@ -10,6 +12,7 @@ other points of its round, and then the rule says who goes on (`pruning`).
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,12 +20,14 @@ from statistics import fmean
 from types import MappingProxyType
 from typing import Any, Literal
 
+from air_core.normal import normalised
 from air_core.specs import TrialSpec
 from orchestrator.checkpoints import learned_by, rungs_of
 from orchestrator.failures import CLASSES, EQUAL_ERRORS, Failure
 from orchestrator.ledger import Ledger
 from orchestrator.plan import Slot, ended_slots, moved_slots, slots_of
 from orchestrator.pruning import pruned
+from orchestrator.replicas import side_by_side
 from orchestrator.resolve import Resolver
 from orchestrator.space import Point, study_name
 from orchestrator.store import ArtifactStore
@@ -48,20 +53,21 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Job:
-    """Trials of one point that somebody has to run.
+    """Trials of one point, or of some of one round, that somebody has to run.
 
     `halvings`: how often fewer images than usual go through a tower at a time.
     """
 
     number: int
     cell: str
-    point: int
+    points: tuple[int, ...]
     trials: tuple[TrialSpec, ...]
     keys: tuple[str, ...]
     slots: tuple[str, ...]
     halvings: int = 0
     legs: Legs = WHOLE
     share: float = 1.0  # of the work of whole trials
+    again: bool = False  # it failed, perhaps by what ran beside it: it is alone now
 
 
 @dataclass
@@ -184,8 +190,21 @@ class Dispatcher:
         self.errors: Counter[str] = Counter()  # of the user, by message
         self.moving: list[Slot] = []  # will go on in fp32, with inputs that are not there yet
         self.running: dict[int, Job] = {}
+        self.actors: int | None = None
+        self.together: Callable[[Sequence[TrialSpec]], bool] = lambda trials: False
         # By trial key and the rung that it runs to.
         self.waiting: dict[tuple[str, int | None], list[tuple[_CellQueue, int, Slot]]] = {}
+
+    def spread(self, actors: int, device: str, share: float = 1.0) -> None:
+        """From now on points of a round may come in one job, once every actor has one.
+
+        Args:
+            actors: how many jobs run at a time.
+            device: of the trials.
+            share: see `replicas.side_by_side`.
+        """
+        self.actors = actors
+        self.together = lambda trials: len(side_by_side(trials, device, share)) == 1
 
     @property
     def finished(self) -> bool:
@@ -213,8 +232,49 @@ class Dispatcher:
         """A job, or None: nothing to hand out until a running job ends (or `finished`)."""
         job, self.ahead = self.peek(), None
         if job is not None:
+            job = self._with_others(job)
             self.ledger.append("trials_started", slots=list(job.slots))
         return job
+
+    def _with_others(self, job: Job) -> Job:
+        """A point's job with others of its round, where points outnumber the actors that are free.
+
+        They are shared out evenly: together they cost less, but an actor without work costs more.
+        """
+        if self.actors is None or job.halvings or job.again:
+            return job
+        queue = self.by_cell[job.cell]
+        free = max(1, self.actors - len(self.running) + 1)  # this job's actor among them
+        waiting = sum(len(one.asked) + len(one.ready) for one in self.queues)
+        for _ in range(math.ceil((waiting + 1) / free) - 1):
+            going = self._head(queue)
+            if going is None or going.until != job.legs.until or not self._joins(going, job):
+                break
+            more = self._start(queue, job)
+            if more is not None:
+                del self.running[more.number]
+                job = replace(
+                    job,
+                    points=job.points + more.points,
+                    trials=job.trials + more.trials,
+                    keys=job.keys + more.keys,
+                    slots=job.slots + more.slots,
+                )
+                self.running[job.number] = job
+            if self.stopped:
+                break
+        return job
+
+    def _joins(self, going: _Going, job: Job) -> bool:
+        """Can what a point lacks be trained in one computation with a job?"""
+        lacks = [
+            slot.spec
+            for slot in going.slots.values()
+            if slot.id not in going.ends
+            and (slot.key.digest, going.until) not in self.waiting
+            and not is_over(slot.spec, self.store, going.until)
+        ]
+        return self.together(list(dict.fromkeys(map(normalised, (*job.trials, *lacks)))))
 
     def _find(self) -> Job | None:
         if self.gave_up():
@@ -348,10 +408,12 @@ class Dispatcher:
             replace(
                 job,
                 number=self.jobs,
+                points=(self.waiting[key, job.legs.until][0][1],),
                 trials=(spec,),
                 keys=(key,),
                 slots=(slots[0].id,),
                 halvings=halvings,
+                again=True,
             )
         )
         return True
@@ -362,15 +424,23 @@ class Dispatcher:
         outcome = Outcome(slot, "failed", failure_class=name, message=message, known=known)
         self._settle(queue, point, outcome)
 
-    def _start(self, queue: _CellQueue) -> Job | None:
+    def _head(self, queue: _CellQueue) -> _Going | None:
+        """The point of a cell that comes next."""
+        if not queue.ready and queue.asked:
+            queue.ready.append(self._going(queue, queue.asked.popleft()))
+        return queue.ready[0] if queue.ready else None
+
+    def _start(self, queue: _CellQueue, beside: Job | None = None) -> Job | None:
         """Start the next leg of a cell's next point: settle what is known, wait for what runs, hand
         out the rest.
 
         None: there is no job in it, or it is over the budget and was left where it is.
+
+        Args:
+            beside: a job that it will be part of.
         """
-        if not queue.ready:
-            queue.ready.append(self._going(queue, queue.asked.popleft()))
-        going = queue.ready[0]
+        going = self._head(queue)
+        assert going is not None
         number, until = going.point.number, going.until
         if number in self.found.pruned_of(queue.cell, self.sweep.search):
             queue.ready.popleft()
@@ -378,7 +448,7 @@ class Dispatcher:
             self._prune(queue, going)
             return None
         slots = [slot for slot in going.slots.values() if slot.id not in going.ends]
-        if not self._affordable(queue.cell, slots, until, going.share):
+        if not self._affordable(queue.cell, slots, going, beside):
             self.stopped = True
             return None
         queue.ready.popleft()
@@ -406,7 +476,7 @@ class Dispatcher:
         job = Job(
             self.jobs,
             queue.cell.id,
-            number,
+            (number,),
             tuple(slot.spec for slot in run.values()),
             tuple(run),
             tuple(slot.id for slot in run.values()),
@@ -445,16 +515,18 @@ class Dispatcher:
         self._settle(queue, point, Outcome(slot, "done" if done else "reused", record, known=known))
 
     def _affordable(
-        self, cell: Cell, slots: Sequence[Slot], until: int | None, share: float
+        self, cell: Cell, slots: Sequence[Slot], going: _Going, beside: Job | None
     ) -> bool:
         """May what this leg of a point lacks be started, beside what runs?"""
         trials = {slot.key.digest: slot.spec for slot in slots}
         new = sum(
-            (key, until) not in self.waiting and not is_over(spec, self.store, until)
+            (key, going.until) not in self.waiting and not is_over(spec, self.store, going.until)
             for key, spec in trials.items()
         )
-        running = [(job.cell, len(job.trials) * job.share) for job in self.running.values()]
-        return not new or self.within_budget([*running, (cell.id, new * share)])
+        others = [job for job in self.running.values() if job is not beside]
+        running = [(job.cell, len(job.trials) * job.share) for job in others]
+        own = (len(beside.trials) * beside.share if beside else 0) + new * going.share
+        return not new or self.within_budget([*running, (cell.id, own)])
 
     def _log(self, cell: Cell, point: Point) -> None:
         assert self.sweep.search is not None

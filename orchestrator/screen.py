@@ -58,7 +58,7 @@ class Rows:
             spread = f" ± {stdev(scores):.1f}" if distinct > 1 else ""
             text += f" test {fmean(scores):5.1f} %{spread}"
         if together[0].pruned is not None:
-            text += f"  pruned after {together[0].pruned.rung} iterations"
+            text += f"  pruned after iteration {together[0].pruned.rung}"
         if failed:
             text += f"  {len(failed)} failed ({failed[0].failure_class}): {failed[0].message}"
         if all(o.state == "reused" for o in together):

@@ -1,4 +1,4 @@
-"""Points on the cluster: one Ray Tune trial is one point, its actors are reused.
+"""Points on the cluster: one Ray Tune trial is one job of the dispatcher; actors are reused.
 
 Tune schedules; which point comes next and what became of it is the dispatcher's. Failures of
 trials come back as data: an exception would cost the actor and everything that it has loaded.
@@ -21,9 +21,10 @@ from air_core.specs import TrialSpec
 from orchestrator.board import Note, watched
 from orchestrator.dispatch import Dispatcher
 from orchestrator.failures import Failure, OutOfTime, classify, of_death
+from orchestrator.fit import memory_fraction
 from orchestrator.keys import artifact_key
 from orchestrator.replicas import run_trials
-from orchestrator.sweep import Resources
+from orchestrator.sweep import ENCODER_BATCH, Resources
 from orchestrator.trial import WHOLE, Legs, is_over
 from orchestrator.workshop import Workshop
 
@@ -33,18 +34,24 @@ class Figures:
     """What running the points cost."""
 
     wall: float  # seconds
-    # Median seconds of a point beyond what its trials took, once actors are up; None: none was.
+    # Median seconds of a job beyond what its trials took, once actors are up; None: none was.
     overhead: float | None
 
 
 class TrialRunner(tune.Trainable):  # type: ignore[misc]
-    """Runs the trials of one point."""
+    """Runs the trials of one job."""
 
     def setup(
-        self, config: dict[str, Any], shop: Workshop, board: Any, limit: float | None
+        self,
+        config: dict[str, Any],
+        shop: Workshop,
+        board: Any,
+        limit: float | None,
+        gpu: float,
     ) -> None:
         self.shop, self.board, self.limit = shop, board, limit
         self.job = config
+        keep_to_share(gpu)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self.job = new_config
@@ -73,6 +80,18 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]
             "seconds": time.monotonic() - started,
             "done": True,
         }
+
+
+def keep_to_share(gpu: float) -> None:
+    """Let no trial take the memory of others on its device: it fails alone, and is told why."""
+    if not 0 < gpu < 1:
+        return
+    import torch  # a trial on a device needs it anyway
+
+    if torch.cuda.is_available():
+        fraction = memory_fraction(gpu, torch.cuda.get_device_properties(0).total_memory)
+        assert fraction is not None
+        torch.cuda.set_per_process_memory_fraction(fraction)
 
 
 def attempt(
@@ -199,13 +218,18 @@ def run_points(
         progress: told how far long trials are: name, done, total.
     """
     started = time.monotonic()
+    dispatcher.spread(slots, shop.device, shop.batch / ENCODER_BATCH)
     handed: dict[int, float] = {}
     overheads: list[float] = []
     source = _Source(dispatcher, handed)
     with watched(progress) as board:
         trainable = tune.with_resources(
             tune.with_parameters(
-                TrialRunner, shop=shop, board=board, limit=resources.trial.timeout
+                TrialRunner,
+                shop=shop,
+                board=board,
+                limit=resources.trial.timeout,
+                gpu=resources.trial.gpu,
             ),
             {"cpu": resources.trial.cpu, "gpu": resources.trial.gpu},
         )

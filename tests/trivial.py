@@ -83,6 +83,7 @@ def run_points(
 ) -> Any:
     """Some jobs at a time, in whose order a driver may die."""
     running: list[Any] = []
+    dispatcher.spread(SLOTS, "cpu")
     while not dispatcher.finished:
         while len(running) < SLOTS and (job := dispatcher.next()) is not None:
             running.append(job)
