@@ -28,7 +28,7 @@ from air_core.classifiers import (
     fuse,
     text_classifier,
 )
-from air_core.prompts import PromptLearner, build_learner
+from air_core.prompts import PromptLearner, build_learner, restored_learner
 from air_core.pseudo_labels import assign, spread
 from air_core.pseudo_labels.top_k import balanced_choice
 from air_core.specs import TrialSpec, trains_on_real, trains_on_synthetic, uses_auxiliary
@@ -58,6 +58,17 @@ class TrialData:
 
 
 @dataclass(frozen=True)
+class SoFar:
+    """A trial between two rounds: all that the next one begins with."""
+
+    prompts: tuple[Tensor, ...] = ()  # as each round has left it, on the CPU
+    labels: PseudoLabels | None = None  # of the last round
+
+
+NOTHING = SoFar()
+
+
+@dataclass(frozen=True)
 class Progress:
     """What a round did, for whoever watches."""
 
@@ -65,6 +76,8 @@ class Progress:
     labels: PseudoLabels | None  # None: the prompt was learned from labelled images alone
     loss: float
     learned: Classifier
+    teacher: Classifier  # the same, with what it has seen remembered
+    so_far: SoFar
 
 
 def learn(
@@ -77,6 +90,7 @@ def learn(
     [result] = learn_together([learning(spec, data, report, share_done)])
     if isinstance(result, Exception):
         raise result
+    assert result is not None, "it was not asked to stop"
     return result
 
 
@@ -85,7 +99,9 @@ def learning(
     data: TrialData,
     report: Callable[[Progress], None] = lambda progress: None,
     share_done: Callable[[float], None] = lambda share: None,
-) -> Learning[TrialResult]:
+    so_far: SoFar = NOTHING,
+    until: int | None = None,
+) -> Learning[TrialResult | None]:
     """Learn a prompt from pseudo-labelled real images and labelled synthetic ones.
 
     `spec.iterations = 0` is CLIP without learning. The prompt of the last round is tested: no
@@ -94,6 +110,11 @@ def learning(
     Args:
         report: told of each round.
         share_done: told after each training step how much of all training is done, in [0, 1].
+        so_far: what an earlier call came to; from there on each bit is that of one call.
+        until: stop after so many rounds, to go on from `Progress.so_far` later.
+
+    Returns:
+        None: it stopped at `until`.
 
     Raises:
         ValueError: the data do not fit the spec, such as no label for a method that wants some.
@@ -104,10 +125,14 @@ def learning(
     text = text_classifier(data.backbone, data.classnames, data.template)
     teacher: Classifier = Remembered(text)
     auxiliary = build_auxiliary(spec, data, text, teacher, None, 0)
-    labels = learner = None
+    labels, learner = so_far.labels, None
     for iteration in range(spec.iterations):
         if spec.auxiliary.refresh and iteration > 0:
             auxiliary = build_auxiliary(spec, data, text, teacher, auxiliary, iteration)
+        if iteration < len(so_far.prompts):  # learned before
+            learner = _restored(spec, data, so_far.prompts[iteration])
+            teacher = Remembered(learner)
+            continue
         if spec.supervision == "pseudo":
             labels = assign(
                 fused(spec, data, teacher, auxiliary, iteration).pool_scores(data.pool),
@@ -138,7 +163,11 @@ def learning(
             report=functools.partial(_tell, share_done, spec, iteration),
         )
         teacher = Remembered(learner)
-        report(Progress(iteration, chosen, loss, learner))
+        prompts = (*so_far.prompts, learner.prompt.detach().cpu().clone())
+        so_far = SoFar(prompts, labels)
+        report(Progress(iteration, chosen, loss, learner, teacher, so_far))
+        if iteration + 1 == until:
+            return None
     return evaluate(spec, data, learner, teacher, auxiliary, started)
 
 
@@ -187,6 +216,12 @@ def _check(spec: TrialSpec, data: TrialData) -> None:
         raise ValueError("CoOp and VPT learn from labelled images; ul has none: use ssl or trzsl")
     if not torch.isfinite(data.pool.features).all():
         raise ValueError("image features of the pool are not finite: are the weights damaged?")
+
+
+def _restored(spec: TrialSpec, data: TrialData, prompt: Tensor) -> PromptLearner:
+    return restored_learner(
+        spec.modality, spec.prompt, data.backbone, data.classnames, data.template, prompt
+    )
 
 
 def _targeted(spec: TrialSpec, data: TrialData, chosen: PseudoLabels) -> Targeted | None:

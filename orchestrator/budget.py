@@ -39,12 +39,17 @@ class Purse:
     def prepared(self, seconds: float) -> None:
         self.gpu_seconds += seconds * self.resources.generator.gpu
 
-    def affords(self, under_way: Sequence[tuple[str, int]]) -> bool:
+    def trial_pruned(self, seconds: float) -> None:
+        """It cost something, and says nothing of what a whole trial takes."""
+        self.gpu_seconds += seconds * self.resources.trial.gpu
+
+    def affords(self, under_way: Sequence[tuple[str, float]]) -> bool:
         """May another job start?
 
         Args:
             under_way: (cell, trials) of the jobs that would run, the new one last. A job runs its
-                trials one after the other, beside the others.
+                trials one after the other, beside the others. One that stops at a rung counts by
+                the share of its iterations.
         """
         *_, (cell, count) = under_way
         together = sum(self.expected(each) * trials for each, trials in under_way)

@@ -33,6 +33,7 @@ class Children:
 
     def __init__(self, sweep: SweepSpec, parent: SweepRun, folder: Path) -> None:
         self.parent, self.folder = parent, folder
+        self._objective = sweep.search.objective if sweep.search else ""
         self._varied = frozenset(
             {*sweep.grid, *(d.key for d in sweep.space), *sweep.seeds.vary} - {"method"}
         )
@@ -64,6 +65,7 @@ class Children:
                 "air.trial_key": slot.key.digest,
                 "air.cell": slot.cell.id,
                 "air.message": outcome.message,
+                "air.pruned_after": str(outcome.pruned.rung) if outcome.pruned else "",
                 **self._lineage(spec, record.made if record else maker),
             },
             params={
@@ -71,12 +73,18 @@ class Children:
                 for key, value in {**settings_of(slot), **flat}.items()
                 if key in self._varied
             },
-            metrics=record.metrics if record else {},
+            metrics=record.metrics if record else self._of_pruned(outcome),
             curves=record.curves if record else {},
             started=started,
             ended=started + int((record.seconds if record else 0.0) * 1000),
             artifacts=self._artifacts(outcome),
         )
+
+    def _of_pruned(self, outcome: Outcome) -> dict[str, float]:
+        """The mean objective by which its point was pruned."""
+        if outcome.pruned is None:
+            return {}
+        return {f"rung/{self._objective}": outcome.pruned.value}
 
     def _lineage(self, spec: TrialSpec, made: Mapping[str, Any]) -> dict[str, str]:
         """Tags that say which inputs and which code gave this result."""

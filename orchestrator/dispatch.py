@@ -1,29 +1,40 @@
 """Which trial runs next, and who waits for whom. Knows no Ray and no tracker.
 
-One job is one point: the trials of its seeds that are missing. What the store has is reused; what
-another job is computing is waited for. So one computation runs once, and what runs was planned.
+One job is one point: the trials of its seeds that are missing; or some points of one round, where
+there are more than can run at a time and they share a computation (`replicas`). What the store has
+is reused; what another job is computing is waited for. So one computation runs once, and what runs
+was planned.
 What fails is tried again as its class allows (`failures`), as a job of its own.
+
+Where a search prunes, a point comes to its end in legs. Each ends at a rung; there it waits for the
+other points of its round, and then the rule says who goes on (`pruning`).
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 from types import MappingProxyType
 from typing import Any, Literal
 
+from air_core.normal import normalised
 from air_core.specs import TrialSpec
+from orchestrator.checkpoints import learned_by, rungs_of
 from orchestrator.failures import CLASSES, Failure
 from orchestrator.ledger import Ledger
-from orchestrator.plan import Slot, finished_slots, moved_slots, slots_of
+from orchestrator.plan import Slot, ended_slots, moved_slots, slots_of
+from orchestrator.pruning import pruned
+from orchestrator.replicas import side_by_side
 from orchestrator.resolve import Resolver
 from orchestrator.space import Point, study_name
 from orchestrator.store import ArtifactStore
+from orchestrator.studies import Pruned
 from orchestrator.studies import searches as fold_searches
 from orchestrator.sweep import Cell, SweepSpec
-from orchestrator.trial import TrialRecord, read_trial
+from orchestrator.trial import WHOLE, Legs, TrialRecord, is_over, read_trial
 
 
 @dataclass(frozen=True)
@@ -31,8 +42,10 @@ class Outcome:
     """What became of a slot."""
 
     slot: Slot
-    state: Literal["done", "reused", "failed"]
+    state: Literal["done", "reused", "failed", "pruned"]
     record: TrialRecord | None = None
+    pruned: Pruned | None = None
+    seconds: float = 0.0  # that a pruned trial has taken
     failure_class: str | None = None
     message: str = ""
     known: bool = False  # the ledger said so already
@@ -40,25 +53,57 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Job:
-    """Trials of one point that somebody has to run.
+    """Trials of one point, or of some of one round, that somebody has to run.
 
     `halvings`: how often fewer images than usual go through a tower at a time.
     """
 
     number: int
     cell: str
-    point: int
+    points: tuple[int, ...]
     trials: tuple[TrialSpec, ...]
     keys: tuple[str, ...]
     slots: tuple[str, ...]
     halvings: int = 0
+    legs: Legs = WHOLE
+    share: float = 1.0  # of the work of whole trials
+    again: bool = False  # it failed, perhaps by what ran beside it: it is alone now
 
 
 @dataclass
-class _OpenPoint:
+class _Going:
+    """A point on its way."""
+
+    point: Point
     slots: dict[str, Slot]
-    pending: set[str]
-    values: list[float | None] = field(default_factory=list)
+    rungs: list[int]  # where it is still to be compared
+    passed: int = 0  # iterations that its trials have behind them
+    pending: set[str] = field(default_factory=set)  # slots that are under way to the next stop
+    here: dict[str, float] = field(default_factory=dict)  # objectives at that stop
+    ends: dict[str, float | None] = field(default_factory=dict)  # of trials that are over
+
+    @property
+    def until(self) -> int | None:
+        return self.rungs[0] if self.rungs else None
+
+    @property
+    def share(self) -> float:
+        """Of all the work, what lies before the next stop."""
+        whole = _iterations(self.slots.values())
+        return ((self.until or whole) - self.passed) / whole if whole else 1.0
+
+    def value_here(self) -> float | None:
+        """Mean objective at this rung; None: a trial failed, and the point cannot be compared."""
+        return fmean(self.here.values()) if len(self.here) == len(self.slots) else None
+
+    def value(self) -> float | None:
+        """Mean objective of its trials; None: one of them has none."""
+        values = [value for value in self.ends.values() if value is not None]
+        return fmean(values) if values and len(values) == len(self.ends) else None
+
+
+def _iterations(slots: Iterable[Slot]) -> int:
+    return min(learned_by(slot.spec).iterations for slot in slots)
 
 
 class _CellQueue:
@@ -66,30 +111,38 @@ class _CellQueue:
 
     def __init__(self, cell: Cell, search: Any) -> None:
         self.cell, self.search = cell, search
-        self.queue: deque[Point] = deque()
-        self.open: dict[int, _OpenPoint] = {}
+        self.asked: deque[Point] = deque()
+        self.ready: deque[_Going] = deque()  # with a leg that can start
+        self.open: dict[int, _Going] = {}
+        self.compared: list[_Going] = []  # came to a rung and wait for the others
         self.told: dict[int, float | None] = {}
+        self.stopped: dict[int, Pruned] = {}
         self.handed = 0
         self.ended = False
 
-    def fill(self, ledger: Ledger) -> None:
+    @property
+    def waits(self) -> bool:
+        """Is there nothing in it that runs or could start?"""
+        return not (self.asked or self.ready or self.open)
+
+    def ask(self, ledger: Ledger) -> None:
         """Tell a round that is over and ask the next one."""
-        if self.queue or self.open:
-            return
         if self.search is None:
             if self.handed:
                 self.ended = True
             else:
-                self.queue.append(Point(0, {}))
+                self.asked.append(Point(0, {}))
             return
-        if self.told:
+        if self.told or self.stopped:
             told = dict(sorted(self.told.items()))
-            self.search.tell_round(told)
+            stopped = {n: (one.rung, one.value) for n, one in sorted(self.stopped.items())}
+            self.search.tell_round(told, stopped)
             values = {str(point): value for point, value in told.items()}
-            ledger.append("round_told", cell=self.cell.id, values=values)
-            self.told = {}
-        self.queue.extend(self.search.next_round())
-        self.ended = not self.queue
+            more = {"pruned": list(stopped)} if stopped else {}
+            ledger.append("round_told", cell=self.cell.id, values=values, **more)
+            self.told, self.stopped = {}, {}
+        self.asked.extend(self.search.next_round())
+        self.ended = not self.asked
 
 
 class Dispatcher:
@@ -114,7 +167,7 @@ class Dispatcher:
         resolver: Resolver,
         ledger: Ledger,
         on_outcome: Callable[[Outcome], None],
-        within_budget: Callable[[Sequence[tuple[str, int]]], bool] = lambda under_way: True,
+        within_budget: Callable[[Sequence[tuple[str, float]]], bool] = lambda under_way: True,
         hopeless: Callable[[TrialSpec], Failure | None] = lambda spec: None,
         given_up: Mapping[str, Failure] = MappingProxyType({}),
     ) -> None:
@@ -122,10 +175,11 @@ class Dispatcher:
         self.ledger, self.on_outcome = ledger, on_outcome
         self.assignments = sweep.seeds.assignments()
         self.objective = sweep.search.objective if sweep.search else None
+        self.rungs = sweep.search.rungs if sweep.search else ()
         self.queues = [_CellQueue(cell, searches.get(cell.id)) for cell in cells]
         self.by_cell = {queue.cell.id: queue for queue in self.queues}
         self.found = fold_searches(ledger)
-        self.finished_before = finished_slots(ledger)
+        self.finished_before = ended_slots(ledger)
         self.jobs = 0
         self.ahead: Job | None = None
         self.within_budget, self.stopped = within_budget, False
@@ -136,7 +190,21 @@ class Dispatcher:
         self.errors: Counter[Failure] = Counter()  # of classes that can stop a sweep
         self.moving: list[Slot] = []  # will go on in fp32, with inputs that are not there yet
         self.running: dict[int, Job] = {}
-        self.waiting: dict[str, list[tuple[_CellQueue, int, Slot]]] = {}
+        self.actors: int | None = None
+        self.together: Callable[[Sequence[TrialSpec]], bool] = lambda trials: False
+        # By trial key and the rung that it runs to.
+        self.waiting: dict[tuple[str, int | None], list[tuple[_CellQueue, int, Slot]]] = {}
+
+    def spread(self, actors: int, device: str, share: float = 1.0) -> None:
+        """From now on points of a round may come in one job, once every actor has one.
+
+        Args:
+            actors: how many jobs run at a time.
+            device: of the trials.
+            share: see `replicas.side_by_side`.
+        """
+        self.actors = actors
+        self.together = lambda trials: len(side_by_side(trials, device, share)) == 1
 
     @property
     def finished(self) -> bool:
@@ -165,8 +233,49 @@ class Dispatcher:
         """A job, or None: nothing to hand out until a running job ends (or `finished`)."""
         job, self.ahead = self.peek(), None
         if job is not None:
+            job = self._with_others(job)
             self.ledger.append("trials_started", slots=list(job.slots))
         return job
+
+    def _with_others(self, job: Job) -> Job:
+        """A point's job with others of its round, where points outnumber the actors that are free.
+
+        They are shared out evenly: together they cost less, but an actor without work costs more.
+        """
+        if self.actors is None or job.halvings or job.again:
+            return job
+        queue = self.by_cell[job.cell]
+        free = max(1, self.actors - len(self.running) + 1)  # this job's actor among them
+        waiting = sum(len(one.asked) + len(one.ready) for one in self.queues)
+        for _ in range(math.ceil((waiting + 1) / free) - 1):
+            going = self._head(queue)
+            if going is None or going.until != job.legs.until or not self._joins(going, job):
+                break
+            more = self._start(queue, job)
+            if more is not None:
+                del self.running[more.number]
+                job = replace(
+                    job,
+                    points=job.points + more.points,
+                    trials=job.trials + more.trials,
+                    keys=job.keys + more.keys,
+                    slots=job.slots + more.slots,
+                )
+                self.running[job.number] = job
+            if self.stopped:
+                break
+        return job
+
+    def _joins(self, going: _Going, job: Job) -> bool:
+        """Can what a point lacks be trained in one computation with a job?"""
+        lacks = [
+            slot.spec
+            for slot in going.slots.values()
+            if slot.id not in going.ends
+            and (slot.key.digest, going.until) not in self.waiting
+            and not is_over(slot.spec, self.store, going.until)
+        ]
+        return self.together(list(dict.fromkeys(map(normalised, (*job.trials, *lacks)))))
 
     def _find(self) -> Job | None:
         if self.gave_up():
@@ -177,18 +286,63 @@ class Dispatcher:
             return job
         while not self.stopped:
             for queue in self.queues:
-                if not queue.ended:
-                    queue.fill(self.ledger)
-                    self._note_early_end(queue)
-            ready = [queue for queue in self.queues if queue.queue]
-            if not ready:
+                if not queue.ended and queue.waits:
+                    self._decide(queue)
+                    if queue.waits:
+                        queue.ask(self.ledger)
+                        self._note_early_end(queue)
+            able = [queue for queue in self.queues if queue.asked or queue.ready]
+            if not able:
                 # Telling a round may have ended a cell without any job.
                 return None
-            queue = min(ready, key=lambda one: one.handed)  # the furthest behind first
-            found = self._open(queue, queue.queue[0])
+            queue = min(able, key=lambda one: one.handed)  # the furthest behind first
+            found = self._start(queue)
             if found is not None:
                 return found
         return None
+
+    def _decide(self, queue: _CellQueue) -> None:
+        """All points of a round have come to a rung: who goes on?
+
+        What was decided is in the ledger before anything follows from it.
+        """
+        search = self.sweep.search
+        compared = sorted(queue.compared, key=lambda going: going.point.number)
+        queue.compared = []
+        for rung in sorted({going.rungs[0] for going in compared}):
+            assert search is not None
+            assert search.pruning is not None
+            here = [going for going in compared if going.rungs[0] == rung]
+            values = {
+                going.point.number: value
+                for going in here
+                if (value := going.value_here()) is not None
+            }
+            study = study_name(queue.cell, search)
+            earlier = self.found.rungs.get(study, {}).get(rung, {}).values()
+            stopped = pruned(search.pruning, values, earlier)
+            if values:
+                named = {str(number): value for number, value in values.items()}
+                what = {"study": study, "rung": rung, "values": named, "pruned": list(stopped)}
+                self.ledger.append("rung_decided", cell=queue.cell.id, **what)
+                self.found.decide(study, rung, named, stopped)
+            for going in here:
+                if going.point.number in stopped:
+                    self._prune(queue, going)
+                else:
+                    going.rungs.pop(0)
+                    going.passed, going.here = rung, {}
+                    queue.ready.append(going)
+
+    def _prune(self, queue: _CellQueue, going: _Going) -> None:
+        stop = self.found.pruned_of(queue.cell, self.sweep.search)[going.point.number]
+        queue.stopped[going.point.number] = stop
+        for slot in going.slots.values():
+            if slot.id not in going.ends:
+                _, seconds = rungs_of(slot.spec, self.store)
+                known = self.finished_before.get(slot.id) == (slot.key.digest, "pruned")
+                outcome = Outcome(slot, "pruned", pruned=stop, seconds=seconds, known=known)
+                self.on_outcome(outcome)
 
     def _note_early_end(self, queue: _CellQueue) -> None:
         """Patience ended a search: what was planned beyond it will not be asked."""
@@ -216,12 +370,16 @@ class Dispatcher:
             failure = failures.get(key)
             if failure is not None and self._try_again(job, key, spec, failure):
                 continue
-            for place, (queue, point, slot) in enumerate(self.waiting.pop(key)):
+            waiting = self.waiting.pop((key, job.legs.until))
+            for place, (queue, point, slot) in enumerate(waiting):
                 if failure is not None:
                     self._fail(queue, point, slot, failure)
-                    continue
-                state: Literal["done", "reused"] = "done" if place == 0 else "reused"
-                self._settle(queue, point, Outcome(slot, state, read_trial(slot.spec, self.store)))
+                elif job.legs.until is not None:
+                    self._reach(queue, point, slot)
+                else:
+                    state: Literal["done", "reused"] = "done" if place == 0 else "reused"
+                    record = read_trial(slot.spec, self.store)
+                    self._settle(queue, point, Outcome(slot, state, record))
 
     def _try_again(self, job: Job, key: str, spec: TrialSpec, failure: Failure) -> bool:
         name = failure.failure_class
@@ -229,7 +387,7 @@ class Dispatcher:
             self.errors[failure] += 1
         # In fp32 a loss that is not finite would be so again, and below it is another trial.
         allowed = 0 if name == "nan" else CLASSES[name].retries
-        slots = [slot for _, _, slot in self.waiting[key]]
+        slots = [slot for _, _, slot in self.waiting[key, job.legs.until]]
         if name == "nan" and spec.precision != "fp32":
             for slot in slots:
                 self.ledger.append("trial_moved", slot=slot.id, key=key, precision="fp32")
@@ -251,10 +409,12 @@ class Dispatcher:
             replace(
                 job,
                 number=self.jobs,
+                points=(self.waiting[key, job.legs.until][0][1],),
                 trials=(spec,),
                 keys=(key,),
                 slots=(slots[0].id,),
                 halvings=halvings,
+                again=True,
             )
         )
         return True
@@ -265,64 +425,109 @@ class Dispatcher:
         outcome = Outcome(slot, "failed", failure_class=name, message=message, known=known)
         self._settle(queue, point, outcome)
 
-    def _open(self, queue: _CellQueue, point: Point) -> Job | None:
-        """Start a point: settle what is known, wait for what runs, hand out the rest.
+    def _head(self, queue: _CellQueue) -> _Going | None:
+        """The point of a cell that comes next."""
+        if not queue.ready and queue.asked:
+            queue.ready.append(self._going(queue, queue.asked.popleft()))
+        return queue.ready[0] if queue.ready else None
+
+    def _start(self, queue: _CellQueue, beside: Job | None = None) -> Job | None:
+        """Start the next leg of a cell's next point: settle what is known, wait for what runs, hand
+        out the rest.
 
         None: there is no job in it, or it is over the budget and was left where it is.
+
+        Args:
+            beside: a job that it will be part of.
         """
-        cell = queue.cell
-        slots = slots_of(
-            cell, point.number, point.params, self.assignments, self.resolver, self.moved
-        )
-        if not self._affordable(cell, slots):
+        going = self._head(queue)
+        assert going is not None
+        number, until = going.point.number, going.until
+        if number in self.found.pruned_of(queue.cell, self.sweep.search):
+            queue.ready.popleft()
+            queue.handed += 1
+            self._prune(queue, going)
+            return None
+        slots = [slot for slot in going.slots.values() if slot.id not in going.ends]
+        if not self._affordable(queue.cell, slots, going, beside):
             self.stopped = True
             return None
-        queue.queue.popleft()
-        queue.handed += 1
-        if queue.search is not None:
-            self._log(cell, point)
-        queue.open[point.number] = _OpenPoint(
-            {slot.id: slot for slot in slots}, {slot.id for slot in slots}
-        )
+        queue.ready.popleft()
+        if not going.passed:
+            queue.handed += 1
+            if queue.search is not None:
+                self._log(queue.cell, going.point)
+        queue.open[number] = going
+        going.pending = {slot.id for slot in slots}
         run: dict[str, Slot] = {}
         for slot in slots:
             key = slot.key.digest
-            if key in self.waiting:
-                self.waiting[key].append((queue, point.number, slot))
-            elif self.store.has(slot.spec):
-                before, state = self.finished_before.get(slot.id, ("", ""))
-                known = before == key
-                record = read_trial(slot.spec, self.store)
-                done = known and state == "done"
-                outcome = Outcome(slot, "done" if done else "reused", record, known=known)
-                self._settle(queue, point.number, outcome)
+            if (key, until) in self.waiting:
+                self.waiting[key, until].append((queue, number, slot))
+            elif is_over(slot.spec, self.store, until):
+                self._know(queue, number, slot)
             elif (failure := self.given_up.get(slot.id) or self.hopeless(slot.spec)) is not None:
-                self._fail(queue, point.number, slot, failure)
+                self._fail(queue, number, slot, failure)
             else:
                 run[key] = slot
-                self.waiting[key] = [(queue, point.number, slot)]
+                self.waiting[key, until] = [(queue, number, slot)]
         if not run:
             return None
         self.jobs += 1
         job = Job(
             self.jobs,
-            cell.id,
-            point.number,
+            queue.cell.id,
+            (number,),
             tuple(slot.spec for slot in run.values()),
             tuple(run),
             tuple(slot.id for slot in run.values()),
+            legs=Legs(self.rungs, until),
+            share=going.share,
         )
         self.running[job.number] = job
         return job
 
-    def _affordable(self, cell: Cell, slots: Sequence[Slot]) -> bool:
-        """May what this point lacks be started, beside what runs?"""
+    def _going(self, queue: _CellQueue, point: Point) -> _Going:
+        """A point at its start, or where it was when an earlier driver ended."""
+        found = slots_of(
+            queue.cell, point.number, point.params, self.assignments, self.resolver, self.moved
+        )
+        going = _Going(point, {slot.id: slot for slot in found}, [])
+        if self.rungs and not point.told:
+            assert self.sweep.search is not None
+            decided = self.found.rungs.get(study_name(queue.cell, self.sweep.search), {})
+            last = _iterations(found)
+            going.rungs = [
+                rung
+                for rung in self.rungs
+                if rung < last and point.number not in decided.get(rung, {})
+            ]
+        return going
+
+    def _know(self, queue: _CellQueue, point: int, slot: Slot) -> None:
+        """A trial need not run: it is where it should come to."""
+        if queue.open[point].until is not None:
+            self._reach(queue, point, slot)
+            return
+        before, state = self.finished_before.get(slot.id, ("", ""))
+        known = before == slot.key.digest and state in ("done", "reused")
+        record = read_trial(slot.spec, self.store)
+        done = known and state == "done"
+        self._settle(queue, point, Outcome(slot, "done" if done else "reused", record, known=known))
+
+    def _affordable(
+        self, cell: Cell, slots: Sequence[Slot], going: _Going, beside: Job | None
+    ) -> bool:
+        """May what this leg of a point lacks be started, beside what runs?"""
         trials = {slot.key.digest: slot.spec for slot in slots}
         new = sum(
-            key not in self.waiting and not self.store.has(spec) for key, spec in trials.items()
+            (key, going.until) not in self.waiting and not is_over(spec, self.store, going.until)
+            for key, spec in trials.items()
         )
-        running = [(job.cell, len(job.trials)) for job in self.running.values()]
-        return not new or self.within_budget([*running, (cell.id, new)])
+        others = [job for job in self.running.values() if job is not beside]
+        running = [(job.cell, len(job.trials) * job.share) for job in others]
+        own = (len(beside.trials) * beside.share if beside else 0) + new * going.share
+        return not new or self.within_budget([*running, (cell.id, own)])
 
     def _log(self, cell: Cell, point: Point) -> None:
         assert self.sweep.search is not None
@@ -338,16 +543,31 @@ class Dispatcher:
                 params=known[point.number],
             )
 
+    def _reach(self, queue: _CellQueue, point: int, slot: Slot) -> None:
+        """A trial came to the rung where its point waits for the others."""
+        going = queue.open[point]
+        rung = going.until
+        assert rung is not None
+        assert self.objective is not None
+        rungs, _ = rungs_of(slot.spec, self.store)
+        going.here[slot.id] = rungs[rung][self.objective]
+        self.ledger.append("rung_reached", slot=slot.id, key=slot.key.digest, rung=rung)
+        self._leave(queue, going, slot)
+
     def _settle(self, queue: _CellQueue, point: int, outcome: Outcome) -> None:
         self.on_outcome(outcome)
-        opened = queue.open[point]
-        opened.pending.discard(outcome.slot.id)
-        record = outcome.record
-        if self.objective is not None:
-            opened.values.append(record.objectives[self.objective] if record else None)
-        if opened.pending:
+        going, record = queue.open[point], outcome.record
+        objective = record.objectives[self.objective] if record and self.objective else None
+        going.ends[outcome.slot.id] = objective
+        self._leave(queue, going, outcome.slot)
+
+    def _leave(self, queue: _CellQueue, going: _Going, slot: Slot) -> None:
+        """A slot is no longer under way; the last one ends the leg of its point."""
+        going.pending.discard(slot.id)
+        if going.pending:
             return
-        values = [value for value in opened.values if value is not None]
-        whole = bool(values) and len(values) == len(opened.values)
-        queue.told[point] = fmean(values) if whole else None
-        del queue.open[point]
+        del queue.open[going.point.number]
+        if len(going.ends) == len(going.slots):
+            queue.told[going.point.number] = going.value()
+        else:
+            queue.compared.append(going)

@@ -106,7 +106,7 @@ def run_sweep(
     plan = plan_sweep(sweep, place.store, resolver, ledger)
     _settle_code(plan, place, accept_code)
     given_up = _given_up(standing(ledger).failures, retry)
-    if plan.done == plan.total and standing(ledger).exit_code == DONE:
+    if plan.done + len(plan.pruned) == plan.total and standing(ledger).exit_code == DONE:
         if ledger.path.exists():  # a file that only lost cells asks for no work, but is the sweep
             _open_folder(place, sweep, origin or {})
         screen.say(f"{sweep.name}: nothing to do")

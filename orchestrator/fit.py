@@ -51,6 +51,27 @@ def room(want: TrialResources | GeneratorResources, machines: Sequence[Machine])
     return sum(_room(want, machine) for machine in machines)
 
 
+CONTEXT = 2**29  # bytes of a device that each process takes beside its tensors
+
+
+def memory_fraction(gpu: float, total: float) -> float | None:
+    """Of a device's memory, what a process may allocate that shares it; None: it shares none.
+
+    What CUDA itself takes of each process is no part of what it may allocate.
+
+    Args:
+        gpu: share of a device that a trial asks for.
+        total: bytes of the device.
+
+    >>> memory_fraction(0.25, 80 * 2**30)
+    0.24375
+    >>> memory_fraction(1, 80 * 2**30)
+    """
+    if not 0 < gpu < 1:
+        return None
+    return max(gpu / 2, gpu - CONTEXT / total)
+
+
 def _room(want: TrialResources | GeneratorResources, machine: Machine) -> int:
     asked = {"CPU": want.cpu, "GPU": want.gpu}
     limits = [int(machine.get(kind, 0) // each) for kind, each in asked.items() if each]

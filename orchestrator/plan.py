@@ -30,7 +30,7 @@ from orchestrator.ledger import Ledger
 from orchestrator.resolve import Resolver
 from orchestrator.space import grid_points, study_name
 from orchestrator.store import ArtifactStore
-from orchestrator.studies import Opening, Searches, opening, searches
+from orchestrator.studies import Opening, Pruned, Searches, opening, searches
 from orchestrator.sweep import Cell, Dimension, SweepSpec, cells_of
 
 BASE_PER_CLASS = 8  # images without LoRA, drawn to show what LoRA changed
@@ -128,6 +128,7 @@ class Plan:
     total: int
     done: int
     reused: int
+    pruned: Mapping[str, Pruned]  # by slot: those of points that a search stopped early
     needs: tuple[Need, ...]
     work: tuple[Work, ...]  # what is left to do
     estimate: Estimate
@@ -142,7 +143,7 @@ class Plan:
 
     @property
     def to_run(self) -> int:
-        return self.total - self.done - self.reused
+        return self.total - self.done - self.reused - len(self.pruned)
 
     def json(self, store: ArtifactStore) -> dict[str, Any]:
         """The contract of `plan --json`."""
@@ -153,6 +154,7 @@ class Plan:
                 "total": self.total,
                 "done": self.done,
                 "reused": self.reused,
+                "pruned": len(self.pruned),
                 "to_run": self.to_run,
             },
             "artifacts": [_artifact(need, store) for need in self.needs],
@@ -187,19 +189,27 @@ def plan_sweep(sweep: SweepSpec, store: ArtifactStore, resolver: Resolver, ledge
     finished, moved = finished_slots(ledger), moved_slots(ledger)
     slots: list[Slot] = []
     left: dict[str, int] = {}  # trials by cell
+    stopped: dict[str, Pruned] = {}
     points = 0
     for cell in cells:
         count = found.points(cell, sweep.search)
         points += count
         left[cell.id] = count * len(assignments)
         params_of = known_points(sweep, cell, found, openings.get(cell.id))
+        early = found.pruned_of(cell, sweep.search)
         for number, params in sorted(params_of.items())[:count]:
-            slots += slots_of(cell, number, params, assignments, resolver, moved)
+            of_point = slots_of(cell, number, params, assignments, resolver, moved)
+            slots += of_point
+            if number in early:
+                stopped |= {slot.id: early[number] for slot in of_point}
     store.survey(slot.spec for slot in slots)
     there = [store.has(slot.spec) for slot in slots]
     done = reused = 0
     seen: set[str] = set()
     for slot, present in zip(slots, there, strict=True):
+        if slot.id in stopped:
+            left[slot.cell.id] -= 1
+            continue
         if present and finished.get(slot.id, ("", ""))[0] == slot.key.digest:
             done += 1
             left[slot.cell.id] -= 1
@@ -210,7 +220,7 @@ def plan_sweep(sweep: SweepSpec, store: ArtifactStore, resolver: Resolver, ledge
     total = points * len(assignments)
     asks = what_it_asks(sweep, cells)
     known = [slot.key.digest for slot, present in zip(slots, there, strict=True) if present]
-    edit = edit_of(asks, known, done + reused, total, openings.values(), ledger)
+    edit = edit_of(asks, known, done + reused, total - len(stopped), openings.values(), ledger)
     asked_for = possible_trials(cells, assignments, resolver)
     needs = tuple(needs_of(itertools.chain(asked_for, moved_trials(slots, moved))))
     work = tuple(_work(needs, left, cells, slots, assignments, resolver, store))
@@ -223,6 +233,7 @@ def plan_sweep(sweep: SweepSpec, store: ArtifactStore, resolver: Resolver, ledge
         total=total,
         done=done,
         reused=reused,
+        pruned=stopped,
         needs=needs,
         work=work,
         estimate=estimate(work, store, sweep.resources),
@@ -444,9 +455,15 @@ def level(spec: Any) -> int:
 
 def finished_slots(ledger: Ledger) -> dict[str, tuple[str, str]]:
     """Trial key and state (done or reused) by slot, of slots whose last outcome was one of them."""
+    ended = ended_slots(ledger)
+    return {slot: end for slot, end in ended.items() if end[1] != "pruned"}
+
+
+def ended_slots(ledger: Ledger) -> dict[str, tuple[str, str]]:
+    """Trial key and state (done, reused or pruned) by slot; failed ones are left out."""
     found: dict[str, tuple[str, str]] = {}
     for event in ledger.events():
-        if event["event"] in ("trial_done", "trial_reused"):
+        if event["event"] in ("trial_done", "trial_reused", "trial_pruned"):
             found[event["slot"]] = (event["key"], event["event"].removeprefix("trial_"))
         elif event["event"] == "trial_failed":
             found.pop(event["slot"], None)

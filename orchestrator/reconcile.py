@@ -21,6 +21,7 @@ from orchestrator.place import Place, recorded_names, whoami
 from orchestrator.plan import Slot, plan_sweep
 from orchestrator.results import standing
 from orchestrator.store import ArtifactStore
+from orchestrator.studies import Pruned
 from orchestrator.sweep import SweepSpec
 from orchestrator.tracking import Told, TrackerAway, kind_of, make_tracker, uri_of
 from orchestrator.trial import read_trial
@@ -123,7 +124,7 @@ def _history(ledger: Ledger) -> _History:
         match event["event"]:
             case "sweep_started":
                 made = {name: event.get(name, value) for name, value in made.items()}
-            case "trial_done" | "trial_reused" | "trial_failed":
+            case "trial_done" | "trial_reused" | "trial_failed" | "trial_pruned":
                 outcomes[event["slot"]] = {**event, "maker": made}
     spec = ledger.folder / "spec.yaml"
     return _History(outcomes, made, (spec if spec.exists() else ledger.path).stat().st_mtime)
@@ -142,6 +143,9 @@ def _outcome(slot: Slot, noted: Mapping[str, Any], place: Place) -> Outcome | No
                 message=noted.get("message", ""),
                 known=True,
             )
+        case "trial_pruned":
+            stop = Pruned(noted["rung"], noted["value"])
+            return Outcome(slot, "pruned", pruned=stop, known=True)
         case "trial_done" | "trial_reused" if place.store.has(slot.spec):
             state: Literal["done", "reused"] = (
                 "done" if noted["event"] == "trial_done" else "reused"

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 
 from air_core.normal import normalised
 from air_core.specs import TrialSpec
+from orchestrator.checkpoints import learned_by
 from orchestrator.keys import artifact_key
 from orchestrator.store import ArtifactStore
 from orchestrator.sweep import ENCODER_BATCH
-from orchestrator.trial import TrialRecord, read_trial, recorded
+from orchestrator.trial import WHOLE, Legs, TrialRecord, is_over, read_trial, recorded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +33,8 @@ def run_trials(
     device: str = "cpu",
     share_done: Callable[[int, float], None] = lambda place, share: None,
     batch: int = ENCODER_BATCH,
-) -> list[TrialRecord | Exception]:
+    legs: Legs = WHOLE,
+) -> list[TrialRecord | Exception | None]:
     """The record of each trial, run first where it is missing; or what went wrong.
 
     A record is published as soon as its trial is over.
@@ -40,22 +42,25 @@ def run_trials(
     Args:
         share_done: told of each trial, by its place in `specs`, how much of the training is done.
         batch: images at a time through a tower; where they are fewer, so are trials side by side.
+        legs: where trials stop, if they do: None stands in place of a record then.
     """
-    specs = [normalised(spec) for spec in specs]
-    missing = [spec for spec in dict.fromkeys(specs) if not store.has(spec)]
+    specs = [normalised(spec) if legs.until is None else learned_by(spec) for spec in specs]
+    missing = [spec for spec in dict.fromkeys(specs) if not is_over(spec, store, legs.until)]
     told = {spec: partial(share_done, specs.index(spec)) for spec in missing}
     failed: dict[TrialSpec, Exception] = {}
     # Locks are taken in one order, or two processes could wait for each other.
     missing.sort(key=lambda spec: artifact_key(spec).digest)
     for group in side_by_side(missing, device, batch / ENCODER_BATCH):
-        problems = _problems(group, store, device, told, batch)
+        problems = _problems(group, store, device, told, batch, legs)
         times = Counter(map(id, problems.values()))
         # The same for several: nobody's in particular, such as too many for the memory.
         again = [spec for spec, problem in problems.items() if times[id(problem)] > 1]
         failed |= {spec: problem for spec, problem in problems.items() if spec not in again}
         del problems  # their tracebacks hold the tensors
         for spec in again:
-            failed |= _problems([spec], store, device, told, batch)
+            failed |= _problems([spec], store, device, told, batch, legs)
+    if legs.until is not None:
+        return [failed.get(spec) for spec in specs]
     return [failed.get(spec) or read_trial(spec, store) for spec in specs]
 
 
@@ -88,12 +93,13 @@ def _problems(
     device: str,
     told: Mapping[TrialSpec, Callable[[float], None]],
     batch: int,
+    legs: Legs,
 ) -> dict[TrialSpec, Exception]:
     """Run and record some trials side by side; what went wrong, where something did."""
     # torch is needed here only: a point that has its records must not cost its import.
     from air_core.method import learn_together
 
     ends = learn_together(
-        [recorded(spec, store, device, told[spec], len(group), batch) for spec in group]
+        [recorded(spec, store, device, told[spec], len(group), batch, legs) for spec in group]
     )
     return {spec: end for spec, end in zip(group, ends, strict=True) if end is not None}

@@ -12,7 +12,8 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -76,10 +77,12 @@ class Row:
     cell: str
     point: int
     choice: Choice | None = None  # None: there was nothing to choose from
+    pruned: int = 0  # points of the cell that were stopped early
 
     def as_json(self) -> dict[str, Any]:
         chosen = {} if self.choice is None else self.choice.as_json(self.point)
-        return {name: getattr(self, name) for name in COLUMNS} | chosen
+        stopped = {"pruned": self.pruned} if self.pruned else {}
+        return {name: getattr(self, name) for name in COLUMNS} | chosen | stopped
 
     @property
     def world(self) -> tuple[str, str, str]:
@@ -130,8 +133,16 @@ class Comparison:
 # ---------------------------------------------------------------- rows
 
 
-def rows(entries: Sequence[Entry], search_objective: str | None) -> list[Row]:
-    """One row per setting in order of first appearance; with a search, one per cell."""
+def rows(
+    entries: Sequence[Entry],
+    search_objective: str | None,
+    pruned: Mapping[str, int] = MappingProxyType({}),
+) -> list[Row]:
+    """One row per setting in order of first appearance; with a search, one per cell.
+
+    Args:
+        pruned: points without entries that the search stopped early, by cell.
+    """
     points: dict[tuple[str, int], list[Entry]] = {}
     for entry in entries:
         points.setdefault((entry.cell, entry.point), []).append(entry)
@@ -145,7 +156,8 @@ def rows(entries: Sequence[Entry], search_objective: str | None) -> list[Row]:
     found = []
     for cell, groups in cells.items():
         own = ranking([scores[cell]]) if cell in scores else None
-        found.append(_chosen(groups, search_objective, own, pooled))
+        row = _chosen(groups, search_objective, own, pooled)
+        found.append(replace(row, pruned=pruned.get(cell, 0)))
     return found
 
 
@@ -174,12 +186,15 @@ def _scores(groups: Iterable[Sequence[Entry]]) -> tuple[Array, Array]:
 
 def choice_notes(rows: Sequence[Row]) -> list[str]:
     """Why searched rows show the settings that they show; empty without a search."""
+    stopped = sum(row.pruned for row in rows)
+    notes = [f"{counted(stopped, 'point')} pruned early: no candidate, not tested."]
+    notes = notes if stopped else []
     chosen = {row.cell: row.choice for row in rows if row.choice is not None}
     if not chosen:
-        return []
+        return notes
     first = next(iter(chosen.values()))
     by_cell = {cell: choice.ranking for cell, choice in chosen.items()}
-    return list(told(first.objective, first.pooled, by_cell))
+    return [*told(first.objective, first.pooled, by_cell), *notes]
 
 
 def _promise(group: Sequence[Entry]) -> tuple[float, int]:

@@ -22,10 +22,11 @@ NAMED = ("dataset", "test_dataset", "paradigm", "modality", "method")  # a table
 
 
 def entries_of(plan: Plan, store: ArtifactStore) -> list[Entry]:
-    """One entry for each slot that has a record."""
+    """One entry for each slot that has a record and whose point went to its end."""
     search = plan.sweep.search
-    store.fetch(slot.spec for slot in plan.slots if store.has(slot.spec))
-    done = [(slot, read_trial(slot.spec, store)) for slot in plan.slots if store.has(slot.spec)]
+    whole = [slot for slot in plan.slots if slot.id not in plan.pruned and store.has(slot.spec)]
+    store.fetch(slot.spec for slot in whole)
+    done = [(slot, read_trial(slot.spec, store)) for slot in whole]
     runs = len(plan.sweep.seeds.values)
     objectives = _objectives(done, search.objective if search else None, runs)
     entries = []
@@ -49,6 +50,13 @@ def entries_of(plan: Plan, store: ArtifactStore) -> list[Entry]:
             )
         )
     return entries
+
+
+def pruned_points(plan: Plan) -> Mapping[str, int]:
+    """How many points of each cell a search has stopped early."""
+    return Counter(
+        cell for cell, _ in {(s.cell.id, s.point) for s in plan.slots if s.id in plan.pruned}
+    )
 
 
 def _unseen(slot: Slot, labels: np.ndarray) -> np.ndarray | None:
@@ -86,7 +94,7 @@ class Standing:
     """How a sweep stands, by its ledger alone."""
 
     total: int = 0
-    last: dict[str, str] = field(default_factory=dict)  # slot -> done, reused, failed, running
+    last: dict[str, str] = field(default_factory=dict)  # slot -> its state
     failures: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     prepared: Counter[str] = field(default_factory=Counter)
     unmade: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # artifacts, by key
@@ -99,13 +107,11 @@ class Standing:
         """Trials by state; what a dead driver was running is waiting again."""
         counts = Counter(self.last.values())
         running = counts["running"] if alive else 0
-        ended = counts["done"] + counts["reused"] + counts["failed"]
+        ended = {name: counts[name] for name in ("done", "reused", "pruned", "failed")}
         return {
-            "done": counts["done"],
-            "reused": counts["reused"],
-            "failed": counts["failed"],
+            **ended,
             "running": running,
-            "waiting": max(0, self.total - ended - running),
+            "waiting": max(0, self.total - sum(ended.values()) - running),
         }
 
 
@@ -129,7 +135,9 @@ def standing(ledger: Ledger) -> Standing:
                 found.retried[event["failure_class"]] += 1
             case "trials_started":
                 found.last |= dict.fromkeys(event["slots"], "running")
-            case "trial_done" | "trial_reused" | "trial_failed" as name:
+            case "rung_reached":
+                found.last[event["slot"]] = "waiting"  # for the other points of its round
+            case "trial_done" | "trial_reused" | "trial_failed" | "trial_pruned" as name:
                 found.last[event["slot"]] = name.removeprefix("trial_")
                 found.failures.pop(event["slot"], None)
                 if name == "trial_failed":

@@ -131,6 +131,9 @@ class Run:
                 "cell": outcome.slot.cell.id,
                 "key": outcome.slot.key.digest,
             }
+            if outcome.pruned is not None:
+                fields |= {"rung": outcome.pruned.rung, "value": outcome.pruned.value}
+                self.purse.trial_pruned(outcome.seconds)
             if outcome.state == "failed":
                 fields |= {"failure_class": outcome.failure_class, "message": outcome.message}
             told = self.ledger.append(f"trial_{outcome.state}", **fields)

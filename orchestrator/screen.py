@@ -59,6 +59,8 @@ class Rows:
             distinct = len({o.slot.key for o in together if o.record})
             spread = f" ± {stdev(scores):.1f}" if distinct > 1 else ""
             text += f" test {fmean(scores):5.1f} %{spread}"
+        if together[0].pruned is not None:
+            text += f"  pruned after iteration {together[0].pruned.rung}"
         if failed:
             text += f"  {len(failed)} failed ({failed[0].failure_class}): {failed[0].message}"
         if all(o.state == "reused" for o in together):
@@ -111,6 +113,7 @@ class Lines:
         self.say(
             f"{plan.sweep.name}: {plan.total} trials in {len(plan.cells)} cells, "
             f"{plan.to_run} to run, {plan.reused} reused, {plan.done} done"
+            + (f", {len(plan.pruned)} pruned" if plan.pruned else "")
         )
         if plan.edit is not None:
             self.say(str(plan.edit))
@@ -182,7 +185,9 @@ class Bars(Lines):
     def started(self, plan: Plan) -> None:
         super().started(plan)
         self.bars.start()
-        self.trials = self.bars.add_task("trials", total=plan.total, completed=plan.done)
+        self.trials = self.bars.add_task(
+            "trials", total=plan.total, completed=plan.done + len(plan.pruned)
+        )
 
     def outcome(self, outcome: Outcome) -> None:
         if not outcome.known:

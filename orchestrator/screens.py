@@ -23,7 +23,7 @@ from orchestrator.freshness import remedy
 from orchestrator.place import Place, read_outcome
 from orchestrator.plan import Need, Plan, plan_sweep
 from orchestrator.remote import folder_of
-from orchestrator.results import Standing, entries_of, standing
+from orchestrator.results import Standing, entries_of, pruned_points, standing
 from orchestrator.screen import clock
 from orchestrator.store import smoke_store
 from orchestrator.studies import searches
@@ -49,7 +49,8 @@ def plan_screen(
     lines = [
         f"{plan.sweep.name}: {len(plan.cells)} cells, {plan.points} points, "
         f"{trials['total']} trials: {trials['done']} done, {trials['reused']} reused, "
-        f"{trials['to_run']} to run",
+        + (f"{trials['pruned']} pruned, " if trials["pruned"] else "")
+        + f"{trials['to_run']} to run",
         *([str(plan.edit)] if plan.edit is not None else []),
         "",
     ]
@@ -205,7 +206,8 @@ def summary_screen(sweep: SweepSpec, place: Place) -> str:
     ]
     if not entries:
         return "\n".join(f"{label:<9}{text}" for label, text in facts)
-    rows = report.rows(entries, sweep.search.objective if sweep.search else None)
+    objective = sweep.search.objective if sweep.search else None
+    rows = report.rows(entries, objective, pruned_points(plan))
     return summary(_title(plan), entries, rows, facts)
 
 
@@ -246,7 +248,9 @@ def _work_facts(plan: Plan, place: Place, outcome: dict[str, Any]) -> list[tuple
         (
             "trials",
             f"{plan.total}: {counts['done']} run, {counts['reused']} reused, "
-            f"{counts['failed']} failed" + _read_by(plan, place),
+            + (f"{counts['pruned']} pruned, " if counts["pruned"] else "")
+            + f"{counts['failed']} failed"
+            + _read_by(plan, place),
         )
     ]
     run = outcome.get("run", {})

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, get_args
 
 import optuna
@@ -113,8 +114,9 @@ class CellSearch:
         self._take_over(carried)
         # What earlier runs have told comes first. A point that failed is tried again, once; one
         # that lacks trials (there is a new seed) gets them; the rest is in the store.
-        told = [_point(trial) for trial in self._asked() if trial.state.is_finished()]
-        self._earlier = [point for point in told if point.number < self._total()]
+        told = [trial for trial in self._asked() if trial.state.is_finished()]
+        points = [replace(_point(trial), told=True) for trial in told]
+        self._earlier = [point for point in points if point.number < self._total()]
 
     def next_round(self) -> list[Point]:
         """The points of the next round, those that a killed driver had asked among them; empty
@@ -130,11 +132,26 @@ class CellSearch:
         end = min((first // self.search.width + 1) * self.search.width, self._total())
         return points + [self._ask(number) for number in range(len(asked), end)]
 
-    def tell_round(self, values: Mapping[int, float | None]) -> None:
-        """Objectives by point number; None: the point failed."""
+    def tell_round(
+        self,
+        values: Mapping[int, float | None],
+        stopped: Mapping[int, tuple[int, float]] = MappingProxyType({}),
+    ) -> None:
+        """What became of the points of a round.
+
+        Args:
+            values: objectives by point number; None: the point failed.
+            stopped: points that were pruned: after which iteration, and their objective there.
+        """
         mended = {trial.user_attrs.get("mends") for trial in self._trials()}
         for trial in self._asked():
             number = trial.user_attrs["point"]
+            if number in stopped and trial.state == TrialState.RUNNING:
+                rung, reached = stopped[number]
+                if rung not in trial.intermediate_values:  # else a killed driver has said it
+                    # Optuna has no other way to a trial that an earlier process asked.
+                    optuna.Trial(self.study, trial._trial_id).report(reached, rung)
+                self.study.tell(trial.number, state=TrialState.PRUNED)
             if number not in values:
                 continue
             value = values[number]
@@ -166,8 +183,10 @@ class CellSearch:
         found = {}
         for trial in self._trials():
             number = trial.user_attrs.get("point", trial.user_attrs.get("mends"))
-            if number is not None and trial.value is not None and number < self._total():
-                found[number] = trial.value
+            if number is None or number >= self._total() or trial.state != TrialState.COMPLETE:
+                continue  # a pruned one has the value of its rung
+            assert trial.value is not None
+            found[number] = trial.value
         return found
 
     def _take_over(self, carried: Sequence[Carried]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 from air_core.flat import trial_keys
@@ -19,6 +19,7 @@ class Point:
 
     number: int
     params: Mapping[str, Any]
+    told: bool = False  # its round is over: it is not compared any more
 
 
 def point_count(cell: Cell, search: Search | None) -> int:
@@ -31,9 +32,11 @@ def point_count(cell: Cell, search: Search | None) -> int:
 
 
 def study_name(cell: Cell, search: Search) -> str:
-    """Another space, or other settings beside it, is another study."""
+    """Another space, other settings beside it, or another way of pruning is another study."""
     space = [[d.key, d.values, d.min, d.max, d.log, d.when] for d in cell.space]
     asked = [space, search.sampler, search.seed, search.objective]
+    if search.pruning is not None:  # a search without it keeps the name that it always had
+        asked.append(list(astuple(search.pruning)))
     return f"{cell.id}/{digest([asked, cell.flat])[:8]}"
 
 

@@ -216,8 +216,12 @@ def build_lora(
         if report is not None:
             report(step, steps, loss)
 
-    with shop.store.unfinished(spec) as kept:
-        return shop.store.get_or_build(spec, build)
+    kept = shop.store.unfinished(spec)
+    if not shop.store.has(spec):
+        kept.bring()
+    made = shop.store.get_or_build(spec, build)
+    kept.drop()
+    return made
 
 
 def square(image: Image.Image, size: int) -> np.ndarray:

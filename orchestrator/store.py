@@ -73,6 +73,7 @@ class Building:
 
     folder: Path
     info: dict[str, Any] = field(default_factory=dict)
+    before: float = 0.0  # seconds that earlier processes gave to it
 
 
 @dataclass(frozen=True)
@@ -354,7 +355,7 @@ class ArtifactStore:
                 "spec": asdict(spec),
                 "info": made.info,
                 "started": started,
-                "seconds": round((time.time() - started) * share, 3),
+                "seconds": round((time.time() - started) * share + made.before, 3),
                 "host": socket.gethostname(),
                 **maker(),
                 "code": self._note_code(spec),
@@ -527,18 +528,10 @@ class ArtifactStore:
                 self.mirror.push_once(place)
         return code.digest
 
-    @contextmanager
-    def unfinished(self, spec: Stage) -> Iterator[Unfinished]:
-        """A file for work that takes long, of this code; gone once the work is done."""
+    def unfinished(self, spec: Stage) -> Unfinished:
+        """A file for work that takes long, of this code."""
         name = f"{artifact_key(spec).digest[:12]}-{code_of(spec).digest}.safetensors"
-        kept = Unfinished(self.root / UNFINISHED / name, self.mirror)
-        kept.path.parent.mkdir(parents=True, exist_ok=True)
-        if not kept.path.exists() and not self.has(spec):
-            self.refresh(kept.path)
-            kept.note()
-        yield kept
-        kept.path.unlink(missing_ok=True)
-        kept.forget()
+        return Unfinished(self.root / UNFINISHED / name, self.mirror)
 
     def row(self, spec: Stage) -> Row:
         """A row; its folder and `row.json` are written when the first shard is."""
@@ -576,19 +569,33 @@ class Unfinished:
     mirror: Mirror | None
     sent: int = 0  # mtime of what the bucket has, in ns
 
-    def note(self) -> None:
-        self.sent = self.path.stat().st_mtime_ns if self.path.exists() else self.sent
+    def bring(self, anew: bool = False) -> None:
+        """Of a bucket: what another machine has left of it.
+
+        Args:
+            anew: over what is here, since others may have gone on with it.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.mirror is not None and (anew or not self.path.exists()):
+            self.mirror.pull_file(self.path)
+            self._note()
 
     def keep(self) -> None:
         """Send it where other machines find it, if it was written since."""
         before = self.sent
-        self.note()
+        self._note()
         if self.mirror is not None and self.sent != before:
             self.mirror.push(self.path)
 
-    def forget(self) -> None:
-        if self.mirror is not None and self.sent:
-            self.mirror.delete(self.path)
+    def drop(self) -> None:
+        """The work is done."""
+        if self.path.exists():
+            self.path.unlink(missing_ok=True)
+            if self.mirror is not None:
+                self.mirror.delete(self.path)
+
+    def _note(self) -> None:
+        self.sent = self.path.stat().st_mtime_ns if self.path.exists() else self.sent
 
 
 def _silent(name: str, holder: str, seconds: float) -> None:

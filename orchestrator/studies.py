@@ -42,6 +42,14 @@ class Opening:
     left_out: int  # earlier points that are none of the new space, or were never computed
 
 
+@dataclass(frozen=True)
+class Pruned:
+    """A point that was stopped: after which iteration, and with which objective."""
+
+    rung: int
+    value: float
+
+
 @dataclass
 class Searches:
     """The ledger, folded."""
@@ -50,6 +58,9 @@ class Searches:
     asked: dict[str, dict[int, dict[str, Any]]] = field(default_factory=dict)
     carried: dict[str, list[Carried]] = field(default_factory=dict)
     ended: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # by patience
+    # Objectives by study, rung and point, where it was settled who goes on.
+    rungs: dict[str, dict[int, dict[int, float]]] = field(default_factory=dict)
+    pruned: dict[str, dict[int, Pruned]] = field(default_factory=dict)  # by study and point
 
     def points(self, cell: Cell, search: Search | None) -> int:
         """Points of a cell, over all resumes: fewer than asked for where patience ended it."""
@@ -58,6 +69,25 @@ class Searches:
             return count
         end = self.ended.get(study_name(cell, search))
         return min(count, end["points"]) if end and end["patience"] == search.patience else count
+
+    def decide(
+        self, study: str, rung: int, values: Mapping[str, float], pruned: Iterable[int]
+    ) -> None:
+        """Note who stopped at a rung.
+
+        Args:
+            values: objectives of all points that were compared, by number, as JSON has them.
+        """
+        numbered = {int(number): value for number, value in values.items()}
+        self.rungs.setdefault(study, {}).setdefault(rung, {}).update(numbered)
+        stopped = {number: Pruned(rung, numbered[number]) for number in pruned}
+        self.pruned.setdefault(study, {}).update(stopped)
+
+    def pruned_of(self, cell: Cell, search: Search | None) -> Mapping[int, Pruned]:
+        """Points of a cell that were stopped, by number."""
+        if search is None or not cell.space:
+            return {}
+        return self.pruned.get(study_name(cell, search), {})
 
     def known(self, cell: Cell, search: Search, opening: Opening | None) -> dict[int, Any]:
         """What was asked and what is carried and was not asked yet, by number.
@@ -88,6 +118,8 @@ def searches(ledger: Ledger) -> Searches:
                 found.asked.setdefault(study, {})[event["point"]] = event["params"]
                 if event["point"] >= found.ended.get(study, {}).get("points", math.inf):
                     del found.ended[study]  # a point that failed was mended: it went on
+            case "rung_decided":
+                found.decide(event["study"], event["rung"], event["values"], event["pruned"])
             case "search_ended":
                 found.ended[event["study"]] = event
     return found

@@ -36,6 +36,15 @@ class Dimension:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Pruning:
+    """Points of a round that stop early, since others of it promise more (`pruning.py`)."""
+
+    rule: Literal["halving", "median"]
+    rungs: tuple[int, ...]  # iterations after which points are compared, rising
+    keep: float = knob(0.5, "halving: share of a round's points that go on", gt=0, lt=1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Search:
     """What is searched in each cell, and how."""
 
@@ -45,7 +54,12 @@ class Search:
     points: int = field(metadata={"limits": {"ge": 1}})  # a total per cell, also after resumes
     width: int = knob(4, "points asked per round", ge=1)
     patience: int | None = knob(None, "points without a better one that end a cell", ge=1)
+    pruning: Pruning | None = None
     space: tuple[Dimension, ...]  # one whose `when` names another comes after it
+
+    @property
+    def rungs(self) -> tuple[int, ...]:
+        return self.pruning.rungs if self.pruning else ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,7 +344,7 @@ SMOKE: dict[str, Any] = {
 def smoke(spec: SweepSpec) -> SweepSpec:
     """The same cells at next to no cost: one point, one seed, one iteration, 8 images a class."""
     grid = {key: values for key, values in spec.grid.items() if key not in SMOKE}
-    search = spec.search and replace(spec.search, points=1, space=())
+    search = spec.search and replace(spec.search, points=1, pruning=None, space=())
     seeds = replace(spec.seeds, values=spec.seeds.values[:1])
     exclude = tuple(entry for entry in spec.exclude if not entry.keys() & SMOKE.keys())
     return replace(

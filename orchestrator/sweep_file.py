@@ -6,6 +6,7 @@ resolved, and nothing is known of Ray, Optuna or a store.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Sequence
@@ -35,6 +36,7 @@ from orchestrator.sweep import (
     Dimension,
     EncoderResources,
     GeneratorResources,
+    Pruning,
     Resources,
     Search,
     Seeds,
@@ -253,6 +255,28 @@ def _space(document: Document, keys: Keys) -> tuple[Dimension, ...]:
     return tuple(ordered)
 
 
+def _pruning(document: Document, keys: Keys) -> Pruning | None:
+    if document.at(keys) is None:
+        return None
+    found: Pruning = section(Pruning, rungs=_rungs)(document, keys)
+    if found.rule != "halving" and "keep" in document.mapping(keys):
+        raise document.key_error(
+            (*keys, "keep"), f"unused: {found.rule} asks for no share; allowed: with rule: halving"
+        )
+    return found
+
+
+def _rungs(document: Document, keys: Keys) -> tuple[int, ...]:
+    whole = leaf(int, (("ge", 1),))
+    rungs = tuple(whole(document, (*keys, i)) for i in range(len(document.items(keys))))
+    if not rungs:
+        raise document.error(keys, "nothing is compared; allowed: an iteration or more")
+    for i, (before, rung) in enumerate(itertools.pairwise(rungs), 1):
+        if rung <= before:
+            raise document.error((*keys, i), f"{rung} does not come after {before}; allowed: more")
+    return rungs
+
+
 def _dimension(document: Document, keys: Keys, name: str) -> Dimension:
     _may_be_searched(document, keys, name)
     bound = trial_number(name) or _no_range
@@ -372,7 +396,7 @@ TOP: dict[str, Reader] = {
     "grid": _grid,
     "exclude": _exclude,
     "fixed": _fixed,
-    "search": section(Search, space=_space),
+    "search": section(Search, space=_space, pruning=_pruning),
     "seeds": _seeds,
     "budget": section(Budget, wall=_seconds),
     "resources": section(

@@ -103,6 +103,8 @@ def _search_makes_sense(
             raise document.key_error(
                 place, "sampler: grid cannot list a range; allowed: `values`, or tpe or random"
             )
+    if search.pruning:
+        _pruning_makes_sense(document, search, cells)
     for cell in cells:
         if search.objective == "validation_accuracy" and cell.flat["pool"] != "train":
             raise document.error(
@@ -110,3 +112,25 @@ def _search_makes_sense(
                 f"the validation images of {cell.id} are in its pool (pool: {cell.flat['pool']}); "
                 "allowed: mutual_information, or `pool: train` under fixed",
             )
+
+
+def _pruning_makes_sense(document: Document, search: Search, cells: tuple[Cell, ...]) -> None:
+    if any(dimension.key == "iterations" for dimension in search.space):
+        raise document.key_error(
+            ("search", "space", "iterations"),
+            "points that are pruned are compared at the same iteration of equally many; "
+            "allowed with search.pruning: `iterations` under grid, or fixed",
+        )
+    longest = max((cell.flat["iterations"] for cell in cells if cell.space), default=0)
+    for i, rung in enumerate(search.rungs):
+        if rung >= longest:
+            raise document.error(
+                ("search", "pruning", "rungs", i),
+                f"{rung} is never reached before the end: no searched cell has more than "
+                f"{longest} iterations; allowed: less than that",
+            )
+    if search.width == 1 and search.pruning and search.pruning.rule == "halving":
+        raise document.key_error(
+            ("search", "pruning"),
+            "a round of one point has nothing to compare it with; allowed: `width: 2` or more",
+        )

@@ -102,6 +102,8 @@ def of_run(run_id: str, root: Path, uri: str | None) -> Remembered:
         raise ValueError(f"{run_id} is the sweep {run.name}; give the run of one of its trials")
     if kind != "trial":
         raise ValueError(f"{run_id} ({run.name}) is not a trial of airsweep")
+    if state == "pruned":
+        raise ValueError(f"{run_id} ({run.name}) was pruned and has no result")
     if state == "failed":
         failure = run.tags.get("air.failure_class")
         raise ValueError(f"{run_id} ({run.name}) failed ({failure}) and has no result")

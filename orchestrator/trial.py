@@ -18,6 +18,15 @@ from safetensors.numpy import load_file, save_file
 
 from air_core.normal import normalised
 from air_core.specs import SplitSettings, TrialSpec
+from orchestrator.checkpoints import (
+    START,
+    Checkpoint,
+    drop_checkpoint,
+    keep_checkpoint,
+    learned_by,
+    read_checkpoint,
+    rungs_of,
+)
 from orchestrator.keys import artifact_key
 from orchestrator.store import Artifact, ArtifactStore
 from orchestrator.sweep import ENCODER_BATCH
@@ -28,8 +37,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from air_core.backbone import Backbone
-    from air_core.method import Learning, TrialData
-    from air_core.types import Labelled, Metrics
+    from air_core.method import Learning, Progress, SoFar, TrialData
+    from air_core.types import Labelled, Metrics, TrialResult
     from orchestrator.stages import Target
 
 
@@ -74,6 +83,17 @@ class TrialRecord:
         return load_file(file)["prompt"]
 
 
+@dataclass(frozen=True)
+class Legs:
+    """Where a trial of a search that prunes is looked at."""
+
+    rungs: tuple[int, ...] = ()  # iterations after which its objectives are noted
+    until: int | None = None  # it stops after so many; None: it runs to its end
+
+
+WHOLE = Legs()
+
+
 def read_trial(spec: TrialSpec, store: ArtifactStore) -> TrialRecord:
     """A done trial. Imports no torch.
 
@@ -113,31 +133,46 @@ def recorded(
     share_done: Callable[[float], None] = lambda share: None,
     replicas: int = 1,
     batch: int = ENCODER_BATCH,
+    legs: Legs = WHOLE,
 ) -> Learning[None]:
-    """A trial from its inputs to its record, for `learn_together`.
+    """A trial from its inputs, or from where it stopped, to its record, for `learn_together`.
 
     Args:
         replicas: how many are run side by side, this one included. Its record says so, where it is
             more than one: its last digits may depend on that.
         batch: images at a time through a tower, where no gradient is asked for.
+        legs: where it is measured, and where it stops before it has a record.
     """
     # torch and CLIP are needed here only: reading a record must not cost their import.
     import torch
 
     # On one thread a CPU trial can be repeated bit for bit.
     torch.set_num_threads(1)
-    spec = normalised(spec)
+    spec = normalised(spec) if legs.until is None else learned_by(spec)
     with store.turn(artifact_key(spec).digest):
-        if store.has(spec):  # somebody else has run it meanwhile
+        if is_over(spec, store, legs.until):  # somebody else has run it meanwhile
+            return
+        if legs.until is not None:
+            begun = read_checkpoint(spec, store)
+            run = _Run(spec, store, device, share_done, batch, begun, legs.rungs, replicas)
+            result = yield from run.learning(legs.until)
+            assert result is None, f"{legs.until} is before the end"
+            keep_checkpoint(spec, store, run.checkpoint())
             return
         with store.building(spec, share=1 / replicas) as made:
             if spec.test_dataset is None:
-                made.info = yield from _run(spec, store, device, share_done, made.folder, batch)
+                begun = read_checkpoint(spec, store)
+                run = _Run(spec, store, device, share_done, batch, begun, legs.rungs, replicas)
+                made.info = yield from run.to_the_end(made.folder)
+                made.before = begun.seconds
             else:
                 made.info = _run_elsewhere(spec, store, device, share_done, made.folder)
-            if replicas > 1:
-                made.info["replicas"] = replicas
-                made.info["metrics"]["time/train_s"] /= replicas
+        drop_checkpoint(spec, store)
+
+
+def is_over(spec: TrialSpec, store: ArtifactStore, until: int | None = None) -> bool:
+    """Has a trial got its record; or, with `until`, is it known how it stood there?"""
+    return store.has(spec) if until is None else until in rungs_of(spec, store)[0]
 
 
 def _record(artifact: Artifact) -> TrialRecord:
@@ -158,67 +193,136 @@ def _record(artifact: Artifact) -> TrialRecord:
     )
 
 
-def _run(
-    spec: TrialSpec,
-    store: ArtifactStore,
-    device: str,
-    share_done: Callable[[float], None],
-    folder: Path,
-    batch: int,
-) -> Learning[dict[str, Any]]:
-    import torch
+class _Run:
+    """A trial on its way: its inputs, and what was measured so far."""
 
-    from air_core.evaluation import measured
-    from air_core.method import Progress, learning
-    from orchestrator.stages import read_target
-    from orchestrator.workshop import Workshop
+    def __init__(
+        self,
+        spec: TrialSpec,
+        store: ArtifactStore,
+        device: str,
+        share_done: Callable[[float], None],
+        batch: int,
+        begun: Checkpoint,
+        rungs: tuple[int, ...],
+        replicas: int,
+    ) -> None:
+        from orchestrator.stages import read_target
+        from orchestrator.workshop import Workshop
 
-    started = time.monotonic()
-    reader = store.read_only()
-    target = read_target(spec.features, spec.split, reader, spec.tokens)
-    split = target.split
-    backbone = Workshop(reader, device=device, batch=batch).backbone(spec.backbone, spec.precision)
-    synthetic = _synthetic(spec, target.split.unseen, reader) if spec.synthetic_features else None
-    data = data_of(spec, target, backbone, synthetic)
-    truth = target.labels[split.pool]
-    curves: dict[str, list[float]] = {}
+        self.started = time.monotonic()
+        self.spec, self.device, self.share_done, self.begun = spec, device, share_done, begun
+        self.rungs, self.replicas = rungs, replicas
+        reader = store.read_only()
+        shop = Workshop(reader, device=device, batch=batch)
+        target = read_target(spec.features, spec.split, reader, spec.tokens)
+        unseen = target.split.unseen
+        synthetic = _synthetic(spec, unseen, reader) if spec.synthetic_features else None
+        backbone = shop.backbone(spec.backbone, spec.precision)
+        self.data = data_of(spec, target, backbone, synthetic)
+        self.truth = target.labels[target.split.pool]
+        self.tested = target.split.test
+        self.curves = {name: list(values) for name, values in begun.curves.items()}
+        self.noted: dict[int, Mapping[str, float]] = dict(begun.rungs)
+        self.so_far = _so_far(begun)
 
-    def watch(progress: Progress) -> None:
-        values = {"train/loss": progress.loss}
-        if spec.modality == "text":  # a pass of the vision tower over all test images is too dear
+    def learning(self, until: int | None = None) -> Learning[TrialResult | None]:
+        """The method, from where the trial stopped before."""
+        from air_core.method import learning
+
+        return learning(self.spec, self.data, self._watch, self.share_done, self.so_far, until)
+
+    def _watch(self, progress: Progress) -> None:
+        import torch
+
+        from air_core.evaluation import measured, objectives
+
+        data, values = self.data, {"train/loss": progress.loss}
+        if self.spec.modality == "text":  # a pass of the vision tower over all test images costs
             with torch.no_grad():
                 guess = progress.learned.logits(data.test.batch).argmax(dim=-1)
             tested = measured(guess, data.test.labels, len(data.classnames), data.unseen)
             values |= _headlines(tested)
         chosen = progress.labels
         if chosen is not None:
-            right = (truth[chosen.indices] == chosen.labels).double().mean().item()
-            values |= {"pseudo/accuracy": right, "pseudo/coverage": len(chosen) / len(truth)}
+            right = (self.truth[chosen.indices] == chosen.labels).double().mean().item()
+            values |= {"pseudo/accuracy": right, "pseudo/coverage": len(chosen) / len(self.truth)}
         for name, value in values.items():
-            curves.setdefault(name, []).append(value)
+            self.curves.setdefault(name, []).append(value)
+        if progress.iteration + 1 in self.rungs:
+            found = objectives(progress.teacher, data.pool, data.validation, data.unseen)
+            self.noted[progress.iteration + 1] = found
+        self.so_far = progress.so_far
 
-    result = yield from learning(spec, data, watch, share_done)
-    _keep_predictions(split.test, result.test, data.test, folder)
-    if result.prompt is not None:
-        save_file({"prompt": result.prompt.numpy()}, folder / PROMPT)
-    metrics = {name: values[-1] for name, values in curves.items()}
-    believed = (result.pool_predictions.cpu() == truth).double().mean().item()
-    if not curves:  # nothing was learned: every pool image keeps the label that it got at first
-        metrics |= {"pseudo/accuracy": believed, "pseudo/coverage": 1.0}
-    metrics["pool/accuracy_fused"] = believed
-    metrics |= _headlines(result.test)
-    metrics |= {f"test/accuracy_{name}": share for name, share in result.inference.items()}
-    metrics |= {f"objective/{name}": value for name, value in result.objectives.items()}
-    if data.synthetic is not None:
-        metrics["synthetic/images"] = float(len(data.synthetic))
-    metrics["time/train_s"] = round(time.monotonic() - started, 3)
-    return {
-        "device": device,
-        "metrics": metrics,
-        "curves": curves,
-        "objectives": result.objectives,
-        "per_class": _recalls(result.test),
-    }
+    def checkpoint(self) -> Checkpoint:
+        """Where it stands, to be kept."""
+        labels = self.so_far.labels
+        arrays = {"prompts": np.stack([prompt.numpy() for prompt in self.so_far.prompts])}
+        if labels is not None:
+            arrays |= {name: getattr(labels, name).numpy() for name in LABELS}
+        return Checkpoint(
+            iterations=len(self.so_far.prompts),
+            arrays=arrays,
+            curves=self.curves,
+            rungs=self.noted,
+            seconds=round(self._seconds(), 3),
+            replicas=self._replicas(),
+        )
+
+    def _seconds(self) -> float:
+        """Of this trial alone: of what ran side by side its share."""
+        return self.begun.seconds + (time.monotonic() - self.started) / self.replicas
+
+    def _replicas(self) -> int:
+        return max(self.begun.replicas, self.replicas)
+
+    def to_the_end(self, folder: Path) -> Learning[dict[str, Any]]:
+        """Learn, and write what a record has beside what it says; gives the latter."""
+        result = yield from self.learning()
+        assert result is not None, "it was not asked to stop"
+        data, curves = self.data, self.curves
+        _keep_predictions(self.tested, result.test, data.test, folder)
+        if result.prompt is not None:
+            save_file({"prompt": result.prompt.numpy()}, folder / PROMPT)
+        metrics = {name: values[-1] for name, values in curves.items()}
+        believed = (result.pool_predictions.cpu() == self.truth).double().mean().item()
+        if not curves:  # nothing was learned: every pool image keeps the label that it got at first
+            metrics |= {"pseudo/accuracy": believed, "pseudo/coverage": 1.0}
+        metrics["pool/accuracy_fused"] = believed
+        metrics |= _headlines(result.test)
+        metrics |= {f"test/accuracy_{name}": share for name, share in result.inference.items()}
+        metrics |= {f"objective/{name}": value for name, value in result.objectives.items()}
+        if data.synthetic is not None:
+            metrics["synthetic/images"] = float(len(data.synthetic))
+        metrics["time/train_s"] = round(self._seconds(), 3)
+        info: dict[str, Any] = {
+            "device": self.device,
+            "metrics": metrics,
+            "curves": curves,
+            "objectives": result.objectives,
+            "per_class": _recalls(result.test),
+        }
+        if self.noted:
+            info["rungs"] = {str(rung): found for rung, found in self.noted.items()}
+        if self._replicas() > 1:
+            info["replicas"] = self._replicas()
+        return info
+
+
+LABELS = ("indices", "targets", "labels")
+
+
+def _so_far(begun: Checkpoint) -> SoFar:
+    import torch
+
+    from air_core.method import NOTHING, SoFar
+    from air_core.types import PseudoLabels
+
+    if begun is START:
+        return NOTHING
+    arrays = {name: torch.from_numpy(array) for name, array in begun.arrays.items()}
+    labels = PseudoLabels(**{name: arrays[name] for name in LABELS}) if "labels" in arrays else None
+    return SoFar(tuple(arrays["prompts"]), labels)
 
 
 def data_of(

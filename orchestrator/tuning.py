@@ -1,4 +1,4 @@
-"""Points on the cluster: one Ray Tune trial is one point, its actors are reused.
+"""Points on the cluster: one Ray Tune trial is one job of the dispatcher; actors are reused.
 
 Tune schedules; which point comes next and what became of it is the dispatcher's. Failures of
 trials come back as data: an exception would cost the actor and everything that it has loaded.
@@ -21,9 +21,11 @@ from air_core.specs import TrialSpec
 from orchestrator.board import Note, Teller, watched
 from orchestrator.dispatch import Dispatcher
 from orchestrator.failures import Failure, OutOfTime, classify, of_death
+from orchestrator.fit import memory_fraction
 from orchestrator.keys import artifact_key
 from orchestrator.replicas import run_trials
-from orchestrator.sweep import Resources
+from orchestrator.sweep import ENCODER_BATCH, Resources
+from orchestrator.trial import WHOLE, Legs, is_over
 from orchestrator.workshop import Workshop
 
 
@@ -32,18 +34,24 @@ class Figures:
     """What running the points cost."""
 
     wall: float  # seconds
-    # Median seconds of a point beyond what its trials took, once actors are up; None: none was.
+    # Median seconds of a job beyond what its trials took, once actors are up; None: none was.
     overhead: float | None
 
 
 class TrialRunner(tune.Trainable):  # type: ignore[misc]
-    """Runs the trials of one point."""
+    """Runs the trials of one job."""
 
     def setup(
-        self, config: dict[str, Any], shop: Workshop, board: Any, limit: float | None
+        self,
+        config: dict[str, Any],
+        shop: Workshop,
+        board: Any,
+        limit: float | None,
+        gpu: float,
     ) -> None:
         self.shop, self.board, self.limit = shop, board, limit
         self.job = config
+        keep_to_share(gpu)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self.job = new_config
@@ -56,7 +64,13 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]
         notes = [Note(self.board, f"trial {slot}") for slot in self.job["slots"]]
         by_lock = dict(zip((artifact_key(s).digest for s in specs), notes, strict=True))
         shop.store.waits = lambda lock, *of: by_lock.get(lock, notes[0]).waits(lock, *of)
-        found = attempt(specs, shop, lambda place, share: notes[place].share(share), self.limit)
+        found = attempt(
+            specs,
+            shop,
+            lambda place, share: notes[place].share(share),
+            self.limit,
+            self.job["legs"],
+        )
         failures = [
             (artifact_key(spec).digest, failure)
             for spec, failure in zip(specs, found, strict=True)
@@ -70,16 +84,30 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]
         }
 
 
+def keep_to_share(gpu: float) -> None:
+    """Let no trial take the memory of others on its device: it fails alone, and is told why."""
+    if not 0 < gpu < 1:
+        return
+    import torch  # a trial on a device needs it anyway
+
+    if torch.cuda.is_available():
+        fraction = memory_fraction(gpu, torch.cuda.get_device_properties(0).total_memory)
+        assert fraction is not None
+        torch.cuda.set_per_process_memory_fraction(fraction)
+
+
 def attempt(
     specs: Sequence[TrialSpec],
     shop: Workshop,
     share_done: Callable[[int, float], None],
     limit: float | None = None,
+    legs: Legs = WHOLE,
 ) -> list[Failure | None]:
     """Run trials; what went wrong with each is returned, not raised.
 
     Args:
         limit: seconds that each may take; side by side they have so many together.
+        legs: where they stop, if they do.
     """
     started = time.monotonic()
 
@@ -90,7 +118,7 @@ def attempt(
 
     outcomes: Sequence[object]
     try:
-        outcomes = run_trials(specs, shop.store, shop.device, told, shop.batch)
+        outcomes = run_trials(specs, shop.store, shop.device, told, shop.batch, legs)
     except Exception as problem:
         outcomes = [problem] * len(specs)
     return [_failure(one) if isinstance(one, Exception) else None for one in outcomes]
@@ -128,6 +156,7 @@ class _Source(_NotKept, Searcher):  # type: ignore[misc]
                 "slots": list(job.slots),
                 "trials": list(job.trials),
                 "halvings": job.halvings,
+                "legs": job.legs,
             }
         if self.dispatcher.finished:
             return Searcher.FINISHED
@@ -170,7 +199,7 @@ class _Results(_NotKept, tune.Callback):  # type: ignore[misc]
         lost = [
             key
             for key, spec in zip(job.keys, job.trials, strict=True)
-            if not self.dispatcher.store.has(spec)
+            if not is_over(spec, self.dispatcher.store, job.legs.until)
         ]
         self.dispatcher.complete(number, dict.fromkeys(lost, failure))
 
@@ -191,13 +220,18 @@ def run_points(
         teller: told how far long trials are, and for whom one waits.
     """
     started = time.monotonic()
+    dispatcher.spread(slots, shop.device, shop.batch / ENCODER_BATCH)
     handed: dict[int, float] = {}
     overheads: list[float] = []
     source = _Source(dispatcher, handed)
     with watched(teller) as board:
         trainable = tune.with_resources(
             tune.with_parameters(
-                TrialRunner, shop=shop, board=board, limit=resources.trial.timeout
+                TrialRunner,
+                shop=shop,
+                board=board,
+                limit=resources.trial.timeout,
+                gpu=resources.trial.gpu,
             ),
             {"cpu": resources.trial.cpu, "gpu": resources.trial.gpu},
         )

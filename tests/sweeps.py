@@ -19,17 +19,30 @@ TIMEOUT = 900  # seconds; a hang must not hang the tests, a busy machine must no
 
 # One cell with nothing to read, one that trains, and one that searches among counts of images.
 SEARCH = """
-grid: {{method: [zero_shot, fpl, air_fpl]}}
+grid: {{method: [zero_shot, {host}, air_{host}]}}
 fixed: {{generator: "folder:{folder}", generation.block: {block}, train.steps: 20}}
 search:
   points: 4
   width: 2
+  pruning: {pruning}
   space:
     images_per_class: {{values: [4, 8, 16]}}
     fusion_weight: {{min: 0.1, max: 0.9}}
 seeds: [1, 2]
 resources: {{generator: {{actors: 1}}}}
 """
+
+
+def search_sweep(folder: Path, block: int = 8, host: str = "fpl", pruning: str = "") -> str:
+    """A small search over ready images.
+
+    Args:
+        folder: of the images.
+        block: images that are encoded at a time.
+        pruning: its settings; empty: every point runs to its end.
+    """
+    text = SEARCH if pruning else SEARCH.replace("  pruning: {pruning}\n", "")
+    return text.format(folder=folder, block=block, host=host, pruning=pruning)
 
 
 def write_sweep(folder: Path, name: str, body: str) -> Path:

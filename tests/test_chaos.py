@@ -22,9 +22,13 @@ import pytest
 from orchestrator.ledger import CRASH_AT
 from orchestrator.search import open_storage
 from tests.disks import PAGE, small_disk
-from tests.sweeps import SEARCH, environment, events, table, write_sweep
+from tests.sweeps import airsweep, environment, events, search_sweep, table, write_sweep
 
 SAMPLES = None if os.environ.get("AIRSWEEP_CHAOS") else 5  # None: every event
+KINDS = {
+    "whole": {"host": "fpl"},
+    "pruned": {"host": "grip", "pruning": "{rule: halving, rungs: [1, 2]}"},  # fpl has one round
+}
 
 
 def run(spec: Path, store: Path, crash_at: str = "") -> int:
@@ -67,15 +71,19 @@ def studies(store: Path) -> dict[str, list[tuple[Any, ...]]]:
 
 
 def outcomes(store: Path) -> dict[str, str]:
-    ended = ("trial_done", "trial_reused", "trial_failed")
+    ended = ("trial_done", "trial_reused", "trial_failed", "trial_pruned")
     return {e["slot"]: e["event"] for e in events(store, "chaos") if e["event"] in ended}
 
 
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def spec(tmp_path_factory, drawn_digits) -> Path:
-    return write_sweep(
-        tmp_path_factory.mktemp("chaos"), "chaos", SEARCH.format(folder=drawn_digits, block=8)
-    )
+def spec(tmp_path_factory, drawn_digits, kind) -> Path:
+    text = search_sweep(drawn_digits, **KINDS[kind])
+    return write_sweep(tmp_path_factory.mktemp("chaos"), "chaos", text)
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +94,9 @@ def calm(spec) -> Path:
     return store
 
 
-def test_killed_at_any_event_a_sweep_ends_as_if_nothing_had_happened(spec, calm, tmp_path):
+def test_killed_at_any_event_a_sweep_ends_as_if_nothing_had_happened(spec, calm, tmp_path, kind):
     count = len(events(calm, "chaos"))
+    assert ("trial_pruned" in outcomes(calm).values()) == (kind == "pruned")
     assert count > 40
     chosen = range(1, count + 1)
     if SAMPLES:
@@ -125,6 +134,31 @@ def test_out_of_room_anywhere_a_sweep_stops_and_ends_as_if_nothing_had_happened(
         assert_alike(store, calm, when, redone=1)
 
 
+def test_who_was_pruned_is_said_by_plan_status_table_and_tracker(spec, calm, kind, tmp_path):
+    stopped = [slot for slot, end in outcomes(calm).items() if end == "trial_pruned"]
+    count = len(stopped)
+    plan = json.loads(airsweep("plan", spec, "--store", calm, "--json").stdout)["trials"]
+    assert (plan["pruned"], plan["to_run"]) == (count, 0)
+    assert plan["total"] == plan["done"] + plan["reused"] + count
+    shown = json.loads(airsweep("status", "chaos", "--store", calm, "--json").stdout)["trials"]
+    assert (shown["pruned"], shown["waiting"]) == (count, 0)
+    text = airsweep("table", "chaos", "--store", calm).stdout
+    assert (f"{count // 2} points pruned early" in text) == (count > 0)
+    states = {slot: line["state"] for slot, line in told(calm).items()}
+    assert sorted(slot for slot, state in states.items() if state == "pruned") == sorted(stopped)
+    # Another tracker is told the same later, from ledger and store alone.
+    file = tmp_path / "later.jsonl"
+    airsweep("mlflow", "reconcile", "chaos", "--store", calm, "--tracking-uri", f"jsonl:{file}")
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    later = {line["slot"]: line for line in lines if "slot" in line}
+    assert later.keys() == states.keys()
+    noted = {e["slot"]: e for e in events(calm, "chaos") if e["event"] == "trial_pruned"}
+    for slot in stopped:
+        assert later[slot]["state"] == "pruned"
+        assert later[slot]["tags"]["air.pruned_after"] == str(noted[slot]["rung"])
+        assert list(later[slot]["metrics"]) == ["rung/mutual_information"]
+
+
 def time_seed() -> int:
     """Another sample each day; the message of a failure names the event."""
     import datetime
@@ -139,14 +173,20 @@ def assert_alike(store: Path, calm: Path, when: str, redone: int = 0) -> None:
     """
     assert table(store, "chaos") == table(calm, "chaos"), when
     assert studies(store) == studies(calm), when
-    assert {state for of in studies(store).values() for state, *_ in of} == {"COMPLETE"}, when
-    assert outcomes(store).keys() == outcomes(calm).keys(), when
-    assert set(outcomes(store).values()) <= {"trial_done", "trial_reused"}, when
-    mine, theirs = told(store), told(calm)
+    told_states = {state for of in studies(store).values() for state, *_ in of}
+    assert told_states in ({"COMPLETE"}, {"COMPLETE", "PRUNED"}), when
+    mine, theirs = outcomes(store), outcomes(calm)
     assert mine.keys() == theirs.keys(), when
-    for slot, line in mine.items():
-        assert line["metrics"] == theirs[slot]["metrics"], (when, slot)
-    computed = Counter((store / "built.log").read_text().split())
-    theirs = Counter((calm / "built.log").read_text().split())
-    assert computed.keys() == theirs.keys(), when
-    assert 0 <= computed.total() - theirs.total() <= redone, when
+    assert "trial_failed" not in mine.values(), when
+    stopped = [[slot for slot, end in of.items() if end == "trial_pruned"] for of in (mine, theirs)]
+    assert sorted(stopped[0]) == sorted(stopped[1]), when
+    assert bool(stopped[0]) == ("PRUNED" in told_states), when
+    lines, calm_lines = told(store), told(calm)
+    assert lines.keys() == calm_lines.keys(), when
+    for slot, line in lines.items():
+        assert line["metrics"] == calm_lines[slot]["metrics"], (when, slot)
+    for log in ("built.log", "iterations.log"):
+        computed = Counter((store / log).read_text().splitlines())
+        undisturbed = Counter((calm / log).read_text().splitlines())
+        assert computed.keys() == undisturbed.keys(), (when, log)
+        assert 0 <= computed.total() - undisturbed.total() <= redone, (when, log)

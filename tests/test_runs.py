@@ -16,7 +16,6 @@ import pytest
 from orchestrator.ledger import CRASH_AT
 from tests.clusters import two_nodes
 from tests.sweeps import (
-    SEARCH,
     TIMEOUT,
     airsweep,
     all_runs,
@@ -25,6 +24,7 @@ from tests.sweeps import (
     environment,
     events,
     run_and_kill_workers,
+    search_sweep,
     table,
     write_sweep,
 )
@@ -66,9 +66,7 @@ def points(store: Path) -> list[tuple]:
 
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory, drawn_digits) -> Path:
-    return write_sweep(
-        tmp_path_factory.mktemp("runs"), "search", SEARCH.format(folder=drawn_digits, block=BLOCK)
-    )
+    return write_sweep(tmp_path_factory.mktemp("runs"), "search", search_sweep(drawn_digits, BLOCK))
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +75,13 @@ def whole(spec) -> Path:
     store = spec.parent / "whole"
     plan = json.loads(airsweep("plan", spec, "--store", store, "--json").stdout)
     # One zero_shot trial serves both seeds; the search's points are not known yet.
-    assert plan["trials"] == {"total": TRIALS, "done": 0, "reused": 1, "to_run": TRIALS - 1}
+    assert plan["trials"] == {
+        "total": TRIALS,
+        "done": 0,
+        "reused": 1,
+        "pruned": 0,
+        "to_run": TRIALS - 1,
+    }
     assert [a["state"] for a in plan["artifacts"]] == ["missing", "missing"]
     assert not (store / "sweeps").exists()
     done = airsweep("run", spec, "--store", store)
@@ -172,7 +176,13 @@ def test_plan_and_status_agree_with_what_ran(spec, whole):
     plan = json.loads(airsweep("plan", spec, "--store", whole, "--json").stdout)
     assert plan["cells"] == 3
     assert plan["points"] == POINTS
-    assert plan["trials"] == {"total": TRIALS, "done": TRIALS, "reused": 0, "to_run": 0}
+    assert plan["trials"] == {
+        "total": TRIALS,
+        "done": TRIALS,
+        "reused": 0,
+        "pruned": 0,
+        "to_run": 0,
+    }
     assert {a["stage"]: (a["state"], a["have"], a["need"]) for a in plan["artifacts"]} == {
         "features": ("present", 1, 1),
         "images": ("present", SHARDS, SHARDS),
@@ -180,7 +190,14 @@ def test_plan_and_status_agree_with_what_ran(spec, whole):
     assert plan["estimate"]["seconds"] == 0
     assert plan["estimate"]["calibrated"]
     status = json.loads(airsweep("status", "search", "--store", whole, "--json").stdout)
-    assert status["trials"] == {"done": 11, "reused": 1, "failed": 0, "running": 0, "waiting": 0}
+    assert status["trials"] == {
+        "done": 11,
+        "reused": 1,
+        "pruned": 0,
+        "failed": 0,
+        "running": 0,
+        "waiting": 0,
+    }
     assert status["exit_code"] == 0
 
 
@@ -265,10 +282,10 @@ def test_nothing_of_a_real_store_is_damaged_or_needless(whole, killed):
 
 
 def test_another_sweep_reuses_what_this_one_computed(spec, whole, drawn_digits):
-    body = SEARCH.format(folder=drawn_digits, block=BLOCK).replace("[1, 2]", "[1, 2, 3]")
+    body = search_sweep(drawn_digits, BLOCK).replace("[1, 2]", "[1, 2, 3]")
     more = write_sweep(spec.parent, "more", body)
     plan = json.loads(airsweep("plan", more, "--store", whole, "--json").stdout)
-    assert plan["trials"] == {"total": 18, "done": 0, "reused": 5, "to_run": 13}
+    assert plan["trials"] == {"total": 18, "done": 0, "reused": 5, "pruned": 0, "to_run": 13}
     assert plan["reused_from"] == {"default/search": 3}  # zero_shot once, fpl twice
 
 

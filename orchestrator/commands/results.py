@@ -58,12 +58,13 @@ def table(
 
     if form not in ("md", "csv", "json", "latex"):
         fail(f"--format {form!r} is not known; allowed: md, csv, json, latex")
-    from orchestrator.results import entries_of
+    from orchestrator.results import entries_of, pruned_points
 
     sweep, place = recorded_sweep(name, store, data_root)
     planned = plan_of(sweep, place)
     for old in planned.stale(place.store):
         print(f"note: {old}", file=sys.stderr)
     entries = entries_of(planned, place.store)
-    rows = report.rows(entries, sweep.search.objective if sweep.search else None)
+    objective = sweep.search.objective if sweep.search else None
+    rows = report.rows(entries, objective, pruned_points(planned))
     print(tables.table(rows, form, entries=entries))  # type: ignore[arg-type]

@@ -86,7 +86,7 @@ class TrialRun:
 
     slot: str  # unique within the sweep, the same after a resume
     name: str
-    state: Literal["done", "reused", "failed"]
+    state: Literal["done", "reused", "failed", "pruned"]
     failure_class: str | None = None
     tags: dict[str, str] = field(default_factory=dict)
     params: dict[str, str] = field(default_factory=dict)

@@ -331,7 +331,8 @@ class MlflowTracker:
                         client.set_terminated(run.info.run_id, "KILLED")
                     self._counts.sweep = "told"
                 states = Counter(c.tags.get("air.state") for c in opened.children.values())
-                counts = {f"air.{s}": str(states[s]) for s in ("done", "reused", "failed")}
+                named = ["done", "reused", "failed", *(["pruned"] if states["pruned"] else [])]
+                counts = {f"air.{state}": str(states[state]) for state in named}
                 files = small_artifacts(artifacts, "the sweep")
                 shown = {"air.artifacts": contents(files)}
                 if opened.tags.get("air.artifacts", "") != shown["air.artifacts"]:

@@ -16,7 +16,17 @@ from PIL import Image
 
 from air_core.classifiers import LinearClassifier, text_classifier
 from air_core.datasets import get_dataset
-from air_core.method import FADED, Progress, TrialData, build_auxiliary, faded, learn
+from air_core.method import (
+    FADED,
+    NOTHING,
+    Progress,
+    TrialData,
+    build_auxiliary,
+    faded,
+    learn,
+    learn_together,
+    learning,
+)
 from air_core.normal import normalised
 from air_core.paradigms import PARADIGMS, make_split
 from air_core.specs import SplitSettings, TrialSpec
@@ -98,6 +108,51 @@ def same_bits(one: tuple[TrialResult, list[Progress]], other: Any) -> bool:
         and len(prompts[0]) == len(prompts[1])
         and all(map(torch.equal, *prompts))
     )
+
+
+# ---------------------------------------------------------------- stopped and gone on with
+
+CARRIES_OVER: dict[str, dict[str, Any]] = {
+    "text": {},
+    "the prompt goes on": {"prompt__restart": False},
+    "labels grow": {"method": "grip"},
+    "no synthetic image": {"method": "cpl"},
+    "real images are chosen again": {
+        **{"auxiliary__source": "both", "auxiliary__refresh": True, "auxiliary__fade": True},
+        **{"auxiliary__k": 8, "auxiliary__k_step": 4},
+    },
+    "weights fall": {"fusion__schedule": "annealed", "train__synthetic_schedule": "fade"},
+    "candidates are weighed": {"pseudo_labels__loss": "rc"},
+    "unseen classes": {"paradigm": "trzsl"},
+    "visual": {"modality": "visual", "train__steps": 1, "iterations": 2},
+}
+
+
+@pytest.mark.parametrize("how", CARRIES_OVER)
+def test_a_trial_that_stopped_between_rounds_goes_on_to_the_same_bits(spec, worlds, how):
+    changes = {"iterations": 4, "synthetic_weight": 0.3, **CARRIES_OVER[how]}
+    made = spec(changes.pop("method", "air"), **changes)
+    data = worlds[made.paradigm]
+    if how == "visual":  # each pass of its tower is dear
+        some = torch.arange(0, 240, 4)
+        data = replace(data, pool=data.pool[some], test=data.test[some], validation=None)
+    undisturbed = watched(made, data)
+    so_far, rounds = NOTHING, []
+    stops = [1, None] if made.iterations == 2 else [1, 3, None]
+    for until in stops:
+        leg: list[Progress] = []
+        [result] = learn_together([learning(made, data, leg.append, so_far=so_far, until=until)])
+        assert not isinstance(result, Exception), result
+        assert (result is None) == (until is not None)
+        assert [r.iteration for r in leg] == [
+            *range(len(rounds), until or made.iterations)  # none of them twice
+        ]
+        rounds += leg
+        so_far = rounds[-1].so_far
+    last, whole = rounds[-1], undisturbed[1][-1]
+    assert same_bits((result, [last]), (undisturbed[0], [whole]))
+    assert all(map(torch.equal, last.so_far.prompts, whole.so_far.prompts))
+    assert [r.loss for r in rounds] == [r.loss for r in undisturbed[1]]
 
 
 # ---------------------------------------------------------------- zero-shot

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from optuna.trial import TrialState
 from safetensors.numpy import save_file
 
+from air_core import method
 from air_core.datasets import get_dataset
 from orchestrator.dispatch import Dispatcher, Job, Outcome
 from orchestrator.failures import Failure
 from orchestrator.image_rows import build_image_block, open_generator
 from orchestrator.ledger import Ledger
 from orchestrator.plan import finished_slots, plan_sweep
+from orchestrator.replicas import run_trials
 from orchestrator.resolve import Resolver
+from orchestrator.results import entries_of
 from orchestrator.search import CellSearch, open_storage
 from orchestrator.stages import PARTS
 from orchestrator.store import ArtifactStore
-from orchestrator.sweep import Dimension, Search, Seeds, SweepSpec, cells_of
+from orchestrator.sweep import Dimension, Pruning, Search, Seeds, SweepSpec, cells_of
 from orchestrator.trial import read_trial, run_trial
 from orchestrator.workshop import Workshop
 
@@ -77,17 +83,21 @@ class World:
     def outcome(self, outcome: Outcome) -> None:
         self.outcomes.append(outcome)
         if not outcome.known:
-            slot = {"slot": outcome.slot.id, "key": outcome.slot.key.digest}
+            slot: dict[str, Any] = {"slot": outcome.slot.id, "key": outcome.slot.key.digest}
+            if outcome.pruned is not None:
+                slot |= {"rung": outcome.pruned.rung, "value": outcome.pruned.value}
             self.ledger.append(f"trial_{outcome.state}", **slot)
 
     def run(self, job: Job, failing: Callable[[Any], bool] = lambda spec: False) -> dict[str, Any]:
         """Run a job's trials; failures by key."""
-        failures = {}
+        failures, runs = {}, []
         for spec, key in zip(job.trials, job.keys, strict=True):
             if failing(spec):
                 failures[key] = Failure("nan", "the loss became nan")
             else:
-                run_trial(spec, self.store)
+                runs.append(spec)
+        ends = run_trials(runs, self.store, legs=job.legs)
+        assert not [end for end in ends if isinstance(end, Exception)], ends
         return failures
 
     def run_all(
@@ -116,15 +126,13 @@ def world(tmp_path, prepared, resolver) -> World:
 
 def sweep(*methods: str, seeds: Iterable[int] = (1, 2), **parts: Any) -> SweepSpec:
     fixed = {**QUICK, **parts.pop("fixed", {})}
-    fixed = {k: v for k, v in fixed.items() if parts.get("search") is None or k not in SEARCHED}
+    searched = {dimension.key for dimension in parts["search"].space} if "search" in parts else ()
+    fixed = {key: value for key, value in fixed.items() if key not in searched}
     grid = {"method": methods} if len(methods) > 1 else {}
     if not grid:
         fixed["method"] = methods[0]
     values = tuple((seed,) for seed in seeds)
     return SweepSpec(name="x", grid=grid, fixed=fixed, seeds=Seeds(values=values), **parts)
-
-
-SEARCHED = {"prompt.length"}
 
 
 def searching(points: int = 4, width: int = 2, sampler: Any = "random") -> Search:
@@ -137,7 +145,7 @@ def searching(points: int = 4, width: int = 2, sampler: Any = "random") -> Searc
 def test_one_job_is_one_point_with_all_its_seeds(world):
     driver = world.driver(sweep("fpl", "cpl"))
     jobs = world.run_all(driver)
-    assert [(job.cell, job.point) for job in jobs] == [
+    assert [(job.cell, job.points[0]) for job in jobs] == [
         ("digits-ul-text-fpl", 0),
         ("digits-ul-text-cpl", 0),
     ]
@@ -248,8 +256,8 @@ def test_a_point_that_is_too_dear_is_left_and_comes_first_another_day(world):
         jobs.append(job)
         driver.complete(job.number, world.run(job))
     assert driver.out_of_budget()
-    assert [job.point for job in jobs] == [0, 1]
-    assert [job.point for job in world.run_all(world.driver(spec))] == [2, 3]
+    assert [job.points[0] for job in jobs] == [0, 1]
+    assert [job.points[0] for job in world.run_all(world.driver(spec))] == [2, 3]
 
 
 def test_what_costs_nothing_needs_no_budget(world):
@@ -427,7 +435,7 @@ def test_a_round_is_told_when_all_of_it_is_there_in_any_order(world):
     assert driver.next() is None
     driver.complete(first.number, world.run(first))
     third = driver.next()
-    assert [job.point for job in (first, second, third)] == [0, 1, 2]
+    assert [job.points[0] for job in (first, second, third)] == [0, 1, 2]
     expected = [mean_objective(world, job) for job in (first, second)]
     assert [value for _, _, value in world.told()[:2]] == expected
 
@@ -518,6 +526,309 @@ def test_the_ledger_says_what_was_started_and_how_it_ended(world):
     assert [event["event"] for event in world.ledger.events()] == ["trials_started", "trial_done"]
     (slot,) = finished_slots(world.ledger)
     assert slot == "digits-ul-text-fpl/0/seed=1"
+
+
+# ---------------------------------------------------------------- points side by side
+
+
+def rates(points: int, seeds: Iterable[int] = (1, 2), **more: Any) -> SweepSpec:
+    """One round of points that share a pass of the tower."""
+    values = tuple(round(0.01 * n, 2) for n in range(1, points + 1))
+    space = (Dimension(key="train.learning_rate", values=values),)
+    search = Search(sampler="grid", points=points, width=points, space=space, **more)
+    return sweep("grip", seeds=seeds, search=search, fixed={"prompt.length": 2, "iterations": 3})
+
+
+def sizes(driver: Dispatcher, jobs: int) -> list[int]:
+    """Points of the next jobs, none of which ends."""
+    found = [driver.next() for _ in range(jobs)]
+    assert all(job is not None for job in found)
+    assert driver.next() is None
+    return [len(job.points) for job in found]
+
+
+@pytest.mark.parametrize(
+    ("points", "actors", "expected"),
+    [(4, 4, [1] * 4), (3, 8, [1] * 3), (5, 2, [3, 2]), (6, 4, [2, 2, 1, 1]), (8, 1, [8])],
+)
+def test_every_actor_has_a_job_before_points_go_together(world, points, actors, expected):
+    driver = world.driver(rates(points))
+    driver.peek()
+    driver.spread(actors, "cpu")
+    assert sizes(driver, len(expected)) == expected
+
+
+def test_a_job_has_no_more_texts_than_go_together(world):
+    driver = world.driver(rates(20))
+    driver.spread(1, "cpu")
+    job = driver.next()
+    assert len(job.points) == 12  # 2 seeds and 10 names each; 256 texts
+    assert len(job.trials) == 24
+    assert len(job.slots) == 24
+    (started,) = [event for event in world.ledger.events() if event["event"] == "trials_started"]
+    assert started["slots"] == list(job.slots)
+
+
+def test_points_that_share_no_pass_of_the_tower_are_jobs_of_their_own(world):
+    driver = world.driver(sweep("fpl", search=searching(points=3, width=3, sampler="grid")))
+    driver.spread(1, "cpu")
+    assert sizes(driver, 3) == [1, 1, 1]  # of other lengths
+
+
+def test_points_side_by_side_are_told_as_if_each_had_run_alone(world, tmp_path, prepared, resolver):
+    alone = World(tmp_path / "alone", prepared, resolver)
+    alone.run_all(alone.driver(rates(4)))
+    driver = world.driver(rates(4))
+    driver.spread(1, "cpu")
+    (job,) = world.run_all(driver)
+    assert job.points == (0, 1, 2, 3)
+    for ours, theirs in zip(world.told(), alone.told(), strict=True):
+        assert ours[:2] == theirs[:2]
+        assert ours[2] == pytest.approx(theirs[2], abs=1e-4)
+    assert sorted(world.states()) == ["done"] * 8
+    assert {o.slot.id for o in world.outcomes} == {o.slot.id for o in alone.outcomes}
+    replicas = {read_info(o)["replicas"] for o in world.outcomes}
+    assert replicas == {8}
+
+
+def read_info(outcome: Outcome) -> dict[str, Any]:
+    text = (outcome.record.path / "record.json").read_text()
+    return json.loads(text)["info"]
+
+
+def test_what_fails_beside_others_is_tried_again_alone(world):
+    driver = world.driver(rates(4))
+    driver.spread(1, "cpu")
+    job = driver.next()
+    lost = job.keys[2]
+    died = Failure("infra", "the process that ran it died")
+    for spec, key in zip(job.trials, job.keys, strict=True):
+        if key != lost:
+            run_trial(spec, world.store)
+    driver.complete(job.number, {lost: died})
+    assert world.states() == ["done"] * 7
+    again = driver.next()
+    assert (again.keys, again.points) == ((lost,), (job.points[1],))
+    driver.complete(again.number, world.run(again))
+    assert world.states() == ["done"] * 8
+    assert driver.next() is None
+    assert all(value is not None for _, _, value in world.told())
+
+
+def test_points_that_cannot_be_paid_for_are_not_put_into_a_job(world):
+    asked: list[Any] = []
+
+    def two(under_way: Any) -> bool:
+        asked.append([trials for _, trials in under_way])
+        return under_way[-1][1] <= 4
+
+    driver = world.driver(rates(4), two)
+    driver.spread(1, "cpu")
+    job = driver.next()
+    assert job.points == (0, 1)
+    assert asked == [[2], [4], [6]]  # trials of the job as it would be
+    assert driver.next() is None
+    driver.complete(job.number, world.run(job))
+    assert driver.out_of_budget()
+    assert driver.finished
+
+
+def test_points_side_by_side_are_pruned_like_points_alone(world, tmp_path, prepared, resolver):
+    spec = rates(4, pruning=Pruning(rule="halving", rungs=(1,)))
+    world.run_all(world.driver(spec))
+    other = World(tmp_path / "together", prepared, resolver)
+    driver = other.driver(spec)
+    driver.spread(1, "cpu")
+    first, second = other.run_all(driver)
+    assert first.points == (0, 1, 2, 3)
+    assert (first.legs.until, second.legs.until) == (1, None)
+    assert second.points == tuple(n for n in range(4) if n not in pruned_at(other))
+    assert pruned_at(other) == pruned_at(world)
+
+
+# ---------------------------------------------------------------- pruning
+
+
+def pruning(rule: Any = "halving", points: int = 8, width: int = 4, **more: Any) -> SweepSpec:
+    """Rounds of four lengths, three iterations each, compared after the first and the second."""
+    lengths = (Dimension(key="prompt.length", values=(1, 2, 3, 4, 5, 6, 7, 8)),)
+    search = Search(
+        sampler="grid",
+        points=points,
+        width=width,
+        space=lengths,
+        pruning=Pruning(rule=rule, rungs=(1, 2)),
+    )
+    return sweep("grip", search=search, fixed={"iterations": 3}, **more)
+
+
+def pruned_at(world: World) -> dict[int, int]:
+    """The rung of each point that was pruned."""
+    found = {o.slot.point: o.pruned.rung for o in world.outcomes if o.pruned is not None}
+    return dict(sorted(found.items()))
+
+
+def decisions(world: World) -> list[tuple[int, dict[str, float], list[int]]]:
+    events = [e for e in world.ledger.events() if e["event"] == "rung_decided"]
+    return [(e["rung"], e["values"], e["pruned"]) for e in events]
+
+
+def in_some_order(world: World, driver: Dispatcher, pick: Callable[[list[Job]], int]) -> list[Job]:
+    """Run all, with as many jobs at a time as there are; `pick` says which ends next."""
+    running: list[Job] = []
+    every: list[Job] = []
+    while not driver.finished:
+        while (job := driver.next()) is not None:
+            running.append(job)
+            every.append(job)
+        if running:
+            job = running.pop(pick(running))
+            driver.complete(job.number, world.run(job))
+    return every
+
+
+@pytest.fixture
+def fits(monkeypatch) -> list[int]:
+    """Grows by one with each iteration of a trial."""
+    fit, found = method.fit, []
+    monkeypatch.setattr(method, "fit", lambda asked: found.extend([1] * len(asked)) or fit(asked))
+    return found
+
+
+@pytest.mark.parametrize("rule", ["halving", "median"])
+def test_the_same_points_are_pruned_in_whatever_order_trials_end(
+    world, tmp_path, prepared, resolver, rule
+):
+    spec = pruning(rule, seeds=(1, 2))
+    in_some_order(world, world.driver(spec), lambda running: 0)
+    assert pruned_at(world)
+    other = World(tmp_path / "other", prepared, resolver)
+    in_some_order(other, other.driver(spec), lambda running: len(running) - 1)
+    assert decisions(other) == decisions(world)
+    assert pruned_at(other) == pruned_at(world)
+    assert other.told() == world.told()
+
+
+def test_half_of_a_round_stops_at_each_rung_and_the_default_goes_on(world, fits):
+    jobs = world.run_all(world.driver(pruning(seeds=(1,))))
+    (first, of_first, gone), (second, of_second, _), *_ = decisions(world)
+    assert (first, second) == (1, 2)
+    assert of_first.keys() == {"0", "1", "2", "3"}
+    best = sorted(of_first, key=lambda number: (-of_first[number], int(number)))[:2]
+    assert sorted(gone) == sorted(set(range(4)) - {0, *map(int, best)})
+    assert of_second.keys() == {str(n) for n in range(4) if n not in gone}
+    # The values are those of the trials at that iteration, and nobody computes one twice.
+    stopped = pruned_at(world)
+    assert 0 not in stopped
+    assert len(fits) == sum(stopped.get(number, 3) for number in range(8)) < 8 * 3
+    assert [job.legs.until for job in jobs if job.points[0] == 0] == [1, 2, None]
+    assert sum(job.share for job in jobs if job.points[0] == 0) == pytest.approx(1)
+
+
+def test_the_sampler_hears_of_a_pruned_point_and_where_it_stood(world):
+    world.run_all(world.driver(pruning(seeds=(1,))))
+    stopped = pruned_at(world)
+    values = {(rung, n): v for rung, of, _ in decisions(world) for n, v in of.items()}
+    for trial in world_study(world):
+        number = trial.user_attrs["point"]
+        if number in stopped:
+            assert trial.state == TrialState.PRUNED
+            rung = stopped[number]
+            assert trial.intermediate_values == {rung: values[rung, str(number)]}
+        else:
+            assert trial.state == TrialState.COMPLETE
+            assert trial.value == mean_of(world, number)
+    told = [e for e in world.ledger.events() if e["event"] == "round_told"]
+    assert sorted(n for event in told for n in event["pruned"]) == list(stopped)
+
+
+def mean_of(world: World, number: int) -> float:
+    records = [o.record for o in world.outcomes if o.slot.point == number]
+    return sum(record.objectives["mutual_information"] for record in records) / len(records)
+
+
+@pytest.mark.parametrize("completed", [0, 1, 3, 4, 5, 6, 8, 9, 12])
+def test_a_driver_that_dies_is_followed_by_one_that_prunes_the_same(
+    world, completed, tmp_path, prepared, resolver, fits
+):
+    spec = pruning(seeds=(1,), points=6)
+    calm = World(tmp_path / "calm", prepared, resolver)
+    calm.run_all(calm.driver(spec))
+    paid, stopped = len(fits), pruned_at(calm)
+
+    dying, done = world.driver(spec), 0
+    while done < completed and (job := dying.next()) is not None:
+        failures = world.run(job)
+        done += 1
+        if done < completed:  # the last one came to its stop, and nobody noted it
+            dying.complete(job.number, failures)
+    world.run_all(world.driver(spec))
+    assert pruned_at(world) == stopped
+    assert world.told() == calm.told()
+    assert len(fits) == 2 * paid  # not one iteration twice
+    assert world.run_all(world.driver(spec)) == []
+    assert pruned_at(world) == stopped
+    assert all(outcome.known for outcome in world.outcomes)
+
+
+def test_pruned_points_are_counted_by_the_plan_and_are_not_run_again(world):
+    spec = pruning(seeds=(1, 2))
+    world.run_all(world.driver(spec))
+    plan = plan_sweep(spec, world.store, world.resolver, world.ledger)
+    assert plan.total == 16
+    assert len(plan.pruned) == 2 * len(pruned_at(world)) > 0
+    assert plan.done + len(plan.pruned) == plan.total
+    assert plan.to_run == 0
+    points = {entry.point for entry in entries_of(plan, world.store)}
+    assert points == set(range(8)) - pruned_at(world).keys()
+    # A seed that is added goes to the points that went on.
+    more = pruning(seeds=(1, 2, 3))
+    plan = plan_sweep(more, world.store, world.resolver, world.ledger)
+    assert plan.to_run == 8 - len(pruned_at(world))
+    jobs = world.run_all(world.driver(more))
+    assert len(jobs) == plan.to_run
+    assert {job.legs.until for job in jobs} == {None}
+
+
+def test_a_point_with_a_failed_trial_is_not_compared_and_ends_with_what_it_has(world):
+    spec = pruning(seeds=(1, 2), points=4)
+    driver = world.driver(spec)
+    jobs = world.run_all(driver, lambda s: s.seed == 2 and s.prompt.length == 2)
+    (_, values, _), *_ = decisions(world)
+    lost = {j.points[0] for j in jobs for s in j.trials if s.prompt.length == 2}
+    assert len(lost) == 1
+    assert not {str(n) for n in lost} & values.keys()
+    assert [o.state for o in world.outcomes if o.slot.point in lost] == ["failed", "done"]
+    assert [value for number, _, value in world.told() if number in lost] == [None]
+
+
+def test_what_another_sweep_ran_whole_is_pruned_like_the_rest(
+    world, tmp_path, prepared, resolver, fits
+):
+    """Or the same seed would prune other points in a store that is not empty."""
+    world.run_all(world.driver(pruning(seeds=(1,), points=4)))
+    other = World(tmp_path / "whole", prepared, resolver)
+    spec = pruning(seeds=(1,), points=4)
+    whole = replace(spec, search=replace(spec.search, pruning=None))
+    other.run_all(other.driver(whole))
+    other.ledger = Ledger(tmp_path / "another")
+    other.ledger.folder.mkdir()
+    before = len(fits)
+    other.run_all(other.driver(spec))
+    assert decisions(other) == decisions(world)
+    assert len(fits) - before == 4 + 2  # to each rung, and no further
+
+
+def test_a_search_that_no_longer_prunes_takes_over_what_was_run_whole(world, fits):
+    spec = pruning(seeds=(1,), points=4)
+    world.run_all(world.driver(spec))
+    paid = len(fits)
+    whole = replace(spec, search=replace(spec.search, pruning=None))
+    assert plan_sweep(whole, world.store, world.resolver, world.ledger).pruned == {}
+    world.run_all(world.driver(whole))
+    assert world.states().count("pruned") == 0
+    assert len(fits) == 4 * 3  # pruned trials went on from where they had stopped
+    assert paid < len(fits)
 
 
 # ---------------------------------------------------------------- images

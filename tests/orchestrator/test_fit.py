@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.fit import misfit, room
+from orchestrator.fit import CONTEXT, memory_fraction, misfit, room
 from orchestrator.sweep import GeneratorResources, Resources, TrialResources
 from tests.sweeps import airsweep, write_sweep
 
@@ -47,6 +47,20 @@ def test_where_all_is_prepared_generators_do_not_matter():
 )
 def test_room_is_counted_machine_by_machine(want: dict[str, Any], expected):
     assert room(TrialResources(**want), [SMALL, GPUS]) == expected
+
+
+@pytest.mark.parametrize("gpu", [0.5, 0.33, 0.25, 0.1])
+def test_trials_that_share_a_device_take_no_more_than_it_has(gpu):
+    total = 16 * 2**30
+    fraction = memory_fraction(gpu, total)
+    assert fraction is not None
+    assert 0 < fraction < gpu
+    assert int(1 / gpu) * (fraction * total + CONTEXT) <= total
+
+
+@pytest.mark.parametrize("gpu", [0, 1, 2])
+def test_a_trial_that_shares_no_device_is_not_held_back(gpu):
+    assert memory_fraction(gpu, 16 * 2**30) is None
 
 
 def test_a_run_that_cannot_fit_ends_with_3_before_anything_is_written(tmp_path):

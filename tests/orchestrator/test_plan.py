@@ -439,7 +439,7 @@ def test_trials_of_a_search_that_was_not_begun_take_time_too(world):
 def test_the_json_of_a_plan_says_all_of_it(world):
     found = world.plan(world.sweep("zero_shot", seeds=seeds(1, 2))).json(world.store)
     assert (found["cells"], found["points"]) == (1, 1)
-    assert found["trials"] == {"total": 2, "done": 0, "reused": 1, "to_run": 1}
+    assert found["trials"] == {"total": 2, "done": 0, "reused": 1, "pruned": 0, "to_run": 1}
     (features,) = found["artifacts"]
     assert features["stage"] == "features"
     assert features["key"].startswith("features/v1/digits-tiny-")

@@ -272,22 +272,24 @@ def test_small_files_are_those_of_the_last_writer_everywhere(machine):
 
 
 def test_a_long_work_goes_on_on_another_machine(machine):
-    def killed_in_the_middle() -> None:
-        with machine("one").unfinished(SPEC) as kept:
-            kept.path.write_text("half")
-            kept.keep()
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        killed_in_the_middle()
+    killed = machine("one").unfinished(SPEC)
+    killed.bring()
+    killed.path.write_text("half")
+    killed.keep()
     store = machine("two")
-    with store.unfinished(SPEC) as kept:
-        assert kept.path.read_text() == "half"
-        kept.path.write_text("nearly all")
-        kept.keep()
-        store.get_or_build(SPEC, numbers("whole"))
-    with machine("three").unfinished(SPEC) as kept:
-        assert not kept.path.exists()
+    kept = store.unfinished(SPEC)
+    kept.bring()
+    assert kept.path.read_text() == "half"
+    kept.path.write_text("nearly all")
+    kept.keep()
+    killed.bring()
+    assert killed.path.read_text() == "half"  # what is here is not looked for elsewhere
+    killed.bring(anew=True)
+    assert killed.path.read_text() == "nearly all"
+    kept.drop()
+    later = machine("three").unfinished(SPEC)
+    later.bring()
+    assert not later.path.exists()
     assert names(store.mirror.remote, "unfinished") == set()
 
 

@@ -244,7 +244,7 @@ def started(ledger) -> Ledger:
 
 def test_trials_are_counted_by_what_became_of_them(started):
     found = standing(started)
-    states = {"done": 1, "reused": 1, "failed": 1}
+    states = {"done": 1, "reused": 1, "pruned": 0, "failed": 1}
     assert found.counts(alive=True) == {**states, "running": 1, "waiting": 1}
     assert found.exit_code is None
     assert dict(found.prepared) == {"features": 1}

@@ -7,11 +7,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from optuna.trial import TrialState
+from optuna.trial import Trial, TrialState
 
 from orchestrator.search import CellSearch, make_sampler, open_storage
 from orchestrator.space import Point, grid_points
@@ -196,6 +197,52 @@ def test_no_point_is_asked_twice_while_there_are_others(tmp_path, sampler):
 
 def test_a_space_that_holds_no_more_points_is_asked_on_to_the_end(tmp_path):
     assert len(params(play(tmp_path / "j", sweep("tpe", (COUNTS,), points=5)))) == 5
+
+
+# ---------------------------------------------------------------- pruned
+
+
+def test_a_pruned_point_is_never_the_best_and_uses_up_patience(tmp_path):
+    spec = sweep("tpe", points=9, width=3)
+    search = replace(spec.search, patience=4)
+    searching = opened(tmp_path / "j", replace(spec, search=search))
+    first, second, third = searching.next_round()
+    stopped = {second.number: (2, 9.0), third.number: (2, 8.0)}  # before the end all looked good
+    searching.tell_round({first.number: 1.0}, stopped)
+    states = [t.state for t in searching.study.get_trials(deepcopy=False)]
+    assert states == [TrialState.COMPLETE, TrialState.PRUNED, TrialState.PRUNED]
+    again = opened(tmp_path / "j", replace(spec, search=search))
+    assert [(p.number, p.told) for p in again.next_round()] == [(0, True), (1, True), (2, True)]
+    again.tell_round({0: 1.0}, stopped)
+    more = again.next_round()
+    assert [(p.number, p.told) for p in more] == [(3, False), (4, False), (5, False)]
+    again.tell_round({3: 0.5, 4: 0.5, 5: 0.5})
+    assert again.next_round() == []  # five points after the best, two of them pruned
+
+
+@pytest.mark.parametrize("died", ["reported", "told in part"])
+def test_a_driver_that_died_while_it_told_of_pruned_points_is_followed_by_one_that_does(
+    tmp_path, died
+):
+    def told(name: str, half: bool) -> CellSearch:
+        searching = opened(tmp_path / name, sweep("tpe", points=4))
+        one, other = searching.next_round()
+        stopped = {other.number: (1, 0.25)}
+        if half and died == "reported":
+            trial = searching.study.get_trials(deepcopy=False)[other.number]
+            Trial(searching.study, trial._trial_id).report(0.25, 1)
+        elif half:
+            searching.tell_round({}, stopped)
+        searching = opened(tmp_path / name, sweep("tpe", points=4)) if half else searching
+        while all(point.number < 2 for point in searching.next_round()):
+            searching.tell_round({one.number: 0.5}, stopped)
+        return searching
+
+    ours, theirs = told("half", True), told("whole", False)
+    assert found(ours) == found(theirs)
+    seen = [t.intermediate_values for t in ours.study.get_trials(deepcopy=False)]
+    assert seen == [{}, {1: 0.25}, {}, {}]
+    assert params(ours) == params(theirs)
 
 
 # ---------------------------------------------------------------- kills

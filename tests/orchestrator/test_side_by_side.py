@@ -15,10 +15,11 @@ import pytest
 from air_core import method
 from air_core.normal import normalised
 from air_core.specs import TrialSpec
+from orchestrator.checkpoints import START, read_checkpoint, rungs_of
 from orchestrator.replicas import run_trials, side_by_side
 from orchestrator.stages import build_features
 from orchestrator.store import ArtifactStore, MissingArtifact
-from orchestrator.trial import TrialRecord, run_trial
+from orchestrator.trial import Legs, TrialRecord, run_trial
 from orchestrator.workshop import Workshop
 
 QUICK = {"train__steps": 4, "prompt__length": 2}
@@ -123,3 +124,79 @@ def test_prompts_before_the_same_names_go_together_as_far_as_memory_allows(trial
     assert [len(group) for group in side_by_side(text, "cuda")] == [30]
     many = [replace(spec, classnames=tuple(map(str, range(1000)))) for spec in text[:3]]
     assert [len(group) for group in side_by_side(many, "cpu")] == [1, 1, 1]
+
+
+# ---------------------------------------------------------------- legs
+
+CLOCK = ("time/train_s",)
+
+
+def without_clock(of: Any) -> Any:
+    metrics = {name: value for name, value in of["metrics"].items() if name not in CLOCK}
+    return {**of, "metrics": metrics, "rungs": None}
+
+
+def test_a_trial_in_legs_leaves_the_record_of_one_that_was_never_stopped(
+    trial, store, features, tmp_path, monkeypatch
+):
+    fit, fits = method.fit, []
+    monkeypatch.setattr(method, "fit", lambda asked: fits.append(len(asked)) or fit(asked))
+    spec = trial("cpl", seed=1, **{**QUICK, "iterations": 4})
+    rungs = (1, 3)
+    assert run_trials([spec], store, legs=Legs(rungs, until=1)) == [None]
+    assert not store.has(spec)
+    assert len(fits) == 1
+    assert run_trials([spec], store, legs=Legs(rungs, until=1)) == [None]  # it is there
+    assert len(fits) == 1
+    assert run_trials([spec], store, legs=Legs(rungs, until=3)) == [None]
+    passed, seconds = rungs_of(spec, store)
+    assert passed.keys() == {1, 3}
+    assert seconds > 0
+    assert len(fits) == 3
+    [ours] = run_trials([spec], store, legs=Legs(rungs))
+    assert isinstance(ours, TrialRecord)
+    assert len(fits) == 4  # as many as iterations
+    assert ours.seconds > seconds
+    assert read_checkpoint(spec, store) is START
+    assert rungs_of(spec, store)[0] == passed
+
+    other = ArtifactStore(Path(shutil.copytree(features, tmp_path / "alone")))
+    [theirs] = run_trials([spec], other)
+    assert isinstance(theirs, TrialRecord)
+    assert "rungs" not in info(theirs)
+    assert without_clock(info(ours)) == without_clock({**info(theirs), "rungs": None})
+    for name in ("predictions.safetensors", "prompt.safetensors"):
+        assert (ours.path / name).read_bytes() == (theirs.path / name).read_bytes()
+
+
+def test_a_rung_that_a_whole_trial_has_not_noted_is_computed_and_no_more(trial, store, monkeypatch):
+    """Another sweep ran it, without pruning."""
+    spec = trial("cpl", seed=1, **{**QUICK, "iterations": 3})
+    [record] = run_trials([spec], store)
+    fit, fits = method.fit, []
+    monkeypatch.setattr(method, "fit", lambda asked: fits.append(len(asked)) or fit(asked))
+    assert rungs_of(spec, store)[0] == {}
+    run_trials([spec], store, legs=Legs((1,), until=1))
+    assert rungs_of(spec, store)[0].keys() == {1}
+    assert run_trials([spec], store, legs=Legs((1,))) == [record]
+    assert len(fits) == 1
+
+
+def test_the_objective_at_a_rung_is_that_of_a_trial_that_ends_there(trial, store):
+    """Labels of `cpl` do not hang on how many iterations follow, where they do not grow."""
+    settings = {**QUICK, "pseudo_labels__growth": "fixed"}
+    spec = trial("cpl", seed=1, **{**settings, "iterations": 3})
+    run_trials([spec], store, legs=Legs((2,), until=2))
+    short = run_trial(trial("cpl", seed=1, **{**settings, "iterations": 2}), store)
+    assert rungs_of(spec, store)[0][2] == short.objectives
+
+
+def test_seeds_go_on_side_by_side_from_where_each_stopped(seeds, store):
+    legs = [replace(spec, iterations=3) for spec in seeds]
+    run_trials(legs[:2], store, legs=Legs((2,), until=2))
+    run_trials(legs, store, legs=Legs((2,), until=2))
+    records = run_trials(legs, store, legs=Legs((2,)))
+    for record, most in zip(records, (3, 3, 3), strict=True):
+        assert isinstance(record, TrialRecord)
+        assert len(record.curves["train/loss"]) == 3
+        assert info(record)["replicas"] == most

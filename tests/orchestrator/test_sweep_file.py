@@ -54,6 +54,10 @@ data_root: /data
 HEAD = "version: 1\nname: x\n"  # two lines, so that what a test adds starts on line 3
 AIR = HEAD + "fixed: {method: air}\n"
 GRID = HEAD + "grid:\n  method: [cpl, air]\n"
+PRUNING = HEAD + (
+    "fixed: {method: air, iterations: 10}\nsearch:\n  points: 3\n"
+    "  space: {fusion_weight: {min: 0, max: 1}}\n  pruning: "
+)
 SEARCH = AIR + "search:\n  points: 3\n  space:\n"
 
 
@@ -565,6 +569,28 @@ BAD = {
         "    iterations: {min: 1, max: 3, when: fusion_weight > 0}\n",
         "7:43",
         ["waits for itself"],
+    ),
+    "pruning by nobody's rule": (PRUNING + "{rule: half, rungs: [1]}\n", "7:19", ["median"]),
+    "pruning without rungs": (PRUNING + "{rule: median}\n", "7:12", ["`rungs` is missing"]),
+    "rungs that fall": (PRUNING + "{rule: median, rungs: [2, 2]}\n", "7:38", ["not come after 2"]),
+    "rung zero": (PRUNING + "{rule: median, rungs: [0]}\n", "7:35", ["whole number >= 1"]),
+    "rung at the end": (
+        PRUNING + "{rule: median, rungs: [2, 10]}\n",
+        "7:38",
+        ["never reached", "more than 10 iterations"],
+    ),
+    "all kept": (PRUNING + "{rule: halving, rungs: [2], keep: 1}\n", "7:46", ["> 0 and < 1"]),
+    "share of a median": (PRUNING + "{rule: median, rungs: [2], keep: 0.5}\n", "7:39", ["unused"]),
+    "halving of one": (
+        PRUNING + "{rule: halving, rungs: [2]}\n  width: 1\n",
+        "7:3",
+        ["`width: 2`"],
+    ),
+    "iterations that are pruned and searched": (
+        AIR + "search:\n  pruning: {rule: median, rungs: [1]}\n  points: 3\n"
+        "  space: {iterations: {values: [2, 3]}}\n",
+        "7:11",
+        ["at the same iteration", "under grid"],
     ),
     "when that cannot change": (
         SEARCH + "    fusion_weight: {min: 0, max: 1, when: images_per_class > 0}\n",
