@@ -28,7 +28,7 @@ from orchestrator.freshness import Stale, stale
 from orchestrator.keys import ArtifactKey, artifact_key
 from orchestrator.ledger import Ledger
 from orchestrator.resolve import Resolver
-from orchestrator.space import grid_points, study_name
+from orchestrator.space import default_params, grid_points, study_name
 from orchestrator.store import ArtifactStore
 from orchestrator.studies import Opening, Pruned, Searches, opening, searches
 from orchestrator.sweep import Cell, Dimension, SweepSpec, cells_of
@@ -267,7 +267,8 @@ def _work(
     for cell in cells:
         if left[cell.id]:
             # A search that was not begun has no slot yet; its first point is the default.
-            point = points.get(cell.id) or slots_of(cell, 0, {}, assignments, resolver)
+            default = default_params(cell)
+            point = points.get(cell.id) or slots_of(cell, 0, default, assignments, resolver)
             yield trial_work(point[0].spec, left[cell.id], [slot.spec for slot in point])
 
 

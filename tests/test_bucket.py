@@ -18,8 +18,8 @@ import pytest
 
 from orchestrator.ledger import CRASH_AT
 from orchestrator.remote import parse
-from tests.sweeps import environment, write_sweep
-from tests.test_chaos import SWEEP, time_seed
+from tests.sweeps import SEARCH, environment, write_sweep
+from tests.test_chaos import time_seed
 
 KILLS = 3  # sampled events
 
@@ -67,7 +67,7 @@ def ended(process: subprocess.Popen[str], *codes: int) -> tuple[str, str]:
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory, drawn_digits) -> Path:
     folder = tmp_path_factory.mktemp("bucket")
-    return write_sweep(folder, "chaos", SWEEP.format(folder=drawn_digits))
+    return write_sweep(folder, "chaos", SEARCH.format(folder=drawn_digits, block=8))
 
 
 @pytest.fixture(scope="module")
