@@ -18,7 +18,7 @@ import pytest
 
 from orchestrator.ledger import CRASH_AT
 from orchestrator.remote import parse
-from tests.sweeps import SEARCH, environment, write_sweep
+from tests.sweeps import environment, search_sweep, write_sweep
 from tests.test_chaos import time_seed
 
 KILLS = 3  # sampled events
@@ -67,7 +67,7 @@ def ended(process: subprocess.Popen[str], *codes: int) -> tuple[str, str]:
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory, drawn_digits) -> Path:
     folder = tmp_path_factory.mktemp("bucket")
-    return write_sweep(folder, "chaos", SEARCH.format(folder=drawn_digits, block=8))
+    return write_sweep(folder, "chaos", search_sweep(drawn_digits))
 
 
 @pytest.fixture(scope="module")
