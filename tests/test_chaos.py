@@ -185,8 +185,9 @@ def assert_alike(store: Path, calm: Path, when: str, redone: int = 0) -> None:
     assert lines.keys() == calm_lines.keys(), when
     for slot, line in lines.items():
         assert line["metrics"] == calm_lines[slot]["metrics"], (when, slot)
-    for log in ("built.log", "iterations.log"):
+    # Work that is begun twice loses at most a job: here two seeds of ten iterations.
+    for log, most in {"built.log": redone, "iterations.log": 20 * redone}.items():
         computed = Counter((store / log).read_text().splitlines())
         undisturbed = Counter((calm / log).read_text().splitlines())
         assert computed.keys() == undisturbed.keys(), (when, log)
-        assert 0 <= computed.total() - undisturbed.total() <= redone, (when, log)
+        assert 0 <= computed.total() - undisturbed.total() <= most, (when, log)
