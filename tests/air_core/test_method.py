@@ -121,6 +121,10 @@ CARRIES_OVER: dict[str, dict[str, Any]] = {
         **{"auxiliary__source": "both", "auxiliary__refresh": True, "auxiliary__fade": True},
         **{"auxiliary__k": 8, "auxiliary__k_step": 4},
     },
+    "a class that was not filled stays limited": {
+        **{"pseudo_labels__growth": "fixed", "pseudo_labels__k": 63, "pseudo_labels__alpha": 0.05},
+        **{"train__learning_rate": 0.5, "train__steps": 6},
+    },
     "weights fall": {"fusion__schedule": "annealed", "train__synthetic_schedule": "fade"},
     "candidates are weighed": {"pseudo_labels__loss": "rc"},
     "unseen classes": {"paradigm": "trzsl"},
