@@ -19,7 +19,8 @@ from safetensors.numpy import save
 
 from air_core.normal import normalised
 from air_core.specs import TrialSpec
-from orchestrator.store import ArtifactStore, write_whole
+from orchestrator.files import write_whole
+from orchestrator.store import ArtifactStore
 
 ABOUT = "about"  # key of a file's metadata
 Rungs = Mapping[int, Mapping[str, float]]  # objectives after so many iterations

@@ -114,7 +114,7 @@ def run_sweep(
     problem = does_not_fit(plan, place.store)
     if problem:
         raise Refused(problem)
-    use = place.store.use()
+    use = place.store.locks.use()
     diff = uncommitted()
     # Workers have no .git and may run as somebody else.
     made = {"DIRTY": dirty(diff), "COMMIT": commit(), "USER": whoami()}

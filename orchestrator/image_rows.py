@@ -23,8 +23,9 @@ from air_core.diffusion import ImageGenerator, image_seed, load_generator, rejec
 from air_core.specs import FolderImages, GeneratedImages, SyntheticFeaturesSpec
 from air_core.types import Batch, Labelled
 from orchestrator.resolve import images_folder
+from orchestrator.rows import Row
 from orchestrator.seal import BLANK, intact, sealed
-from orchestrator.store import ArtifactStore, MissingArtifact, Row
+from orchestrator.store import ArtifactStore, MissingArtifact
 from orchestrator.workshop import Workshop
 
 ATTEMPTS = 3  # draws of one slot before it is a recorded hole
@@ -64,7 +65,7 @@ def build_image_block(
     """
     row = shop.store.open_row(spec.images)
     with (
-        shop.store.turn(f"{row.key.digest}-{class_index}-{block}"),
+        shop.store.locks.turn(f"{row.key.digest}-{class_index}-{block}"),
         # Not in memory, since the cluster tries a block that kills its process again for ever.
         row.deaths_counted(class_index, block, DEATHS) as deaths,
     ):

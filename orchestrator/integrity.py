@@ -15,9 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from orchestrator.files import content_digest
 from orchestrator.freshness import ACCEPTED, said_of_code
 from orchestrator.inventory import SHARDS, Holding, Inventory
-from orchestrator.mirror import RECORD, content_digest
+from orchestrator.mirror import RECORD
 from orchestrator.reached import code_digest
 from orchestrator.remote import RemoteAway
 from orchestrator.seal import intact

@@ -20,8 +20,9 @@ import time
 import uuid
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from orchestrator.files import file_digest, write_beside
 from orchestrator.keys import ArtifactKey
 from orchestrator.remote import Remote, side_by_side
 
@@ -137,7 +138,7 @@ class Mirror:
             names = self._names(record)
             side_by_side(lambda name: self._fetch(key, names[name], work / name), names)
             for name, digest in digests.items():
-                if _digest(work / name) != digest:
+                if file_digest(work / name) != digest:
                     raise ValueError(
                         f"{self.remote}/{_place(key)}/{names[name]} is not what was written; "
                         f"remove {RECORD} beside it and run again"
@@ -280,28 +281,3 @@ def _folder(key: ArtifactKey) -> str:
 
 def _place(key: ArtifactKey) -> str:
     return f"{_folder(key)}/{key.digest[:12]}"
-
-
-def write_beside(path: Path, data: bytes) -> None:
-    """Written whole or not at all; not synced, since the bucket has it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    except OSError:  # on a full disk half a file takes the room that others need
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def content_digest(handle: BinaryIO) -> str:
-    """blake2b of what can be read from here on."""
-    return hashlib.file_digest(
-        handle,  # type: ignore[arg-type]
-        lambda: hashlib.blake2b(digest_size=20),
-    ).hexdigest()
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as handle:
-        return content_digest(handle)

@@ -106,7 +106,7 @@ def _run(spec: Any, shop: Workshop, board: Any) -> tuple[float, dict[str, Any]]:
     torch.set_num_threads(1)
     started = time.monotonic()
     note = Note(board, name_of(artifact_key(spec)))
-    shop.store.waits = note.waits
+    shop.store.locks.waits = note.waits
     match spec:
         case FeaturesSpec():
             artifact = build_features(spec, shop, note)

@@ -12,6 +12,7 @@ from typing import Any
 
 from air_core.specs import SyntheticFeaturesSpec, TrialSpec
 from orchestrator.keys import Stage, artifact_key
+from orchestrator.locks import StoreRefused
 from orchestrator.place import Place, recorded_places
 from orchestrator.plan import (
     known_points,
@@ -22,7 +23,7 @@ from orchestrator.plan import (
     slots_of,
 )
 from orchestrator.resolve import Resolver
-from orchestrator.store import ArtifactStore, StoreRefused
+from orchestrator.store import ArtifactStore
 from orchestrator.studies import Searches, searches
 from orchestrator.sweep import Cell, SweepSpec, cells_of, smoke
 from orchestrator.sweep_file import load_sweep

@@ -26,9 +26,9 @@ from air_core.weights import (
     weights_settings,
 )
 from orchestrator.failures import no_room
+from orchestrator.files import file_digest, write_whole
 from orchestrator.keys import digest
 from orchestrator.presets import OUTSIDE
-from orchestrator.store import file_digest, write_whole
 
 
 class NotThere(ValueError):

@@ -151,7 +151,7 @@ def _waiting(found: Standing, place: Place) -> dict[str, Any] | None:
     left = {key: count for key, count in found.waiting_for.items() if count > 0}
     if not left:
         return None
-    holders = {key: place.store.holder(key.rpartition("-")[2]) for key in left}
+    holders = {key: place.store.locks.holder(key.rpartition("-")[2]) for key in left}
     mine = f"{place.project}/{place.name} "
     others = {key: who for key, who in holders.items() if who and not who.startswith(mine)}
     return {"cells": list(found.waiting_cells), "for": left, "others": others}

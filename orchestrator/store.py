@@ -13,7 +13,6 @@ is there is what the bucket has.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import platform
@@ -21,37 +20,33 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from orchestrator.files import file_digest, write_beside, write_whole
 from orchestrator.keys import RECIPES, ArtifactKey, Stage, artifact_key
-from orchestrator.mirror import RECORD, Mirror, content_digest, mirror_root, write_beside
+from orchestrator.locks import Locks, StoreRefused
+from orchestrator.mirror import RECORD, Mirror, mirror_root
 from orchestrator.reached import code_of
-from orchestrator.remote import S3, Lease, folder_of, parse, scheme_of, side_by_side
+from orchestrator.remote import S3, folder_of, parse, scheme_of, side_by_side
+from orchestrator.rows import Row
 from orchestrator.seal import sealed_json
 
 VERSION = "1"
 ROW = "row.json"  # of a row, as record.json is of an artifact
 CODE = "code"  # folder: what each code that made something was made of
 UNFINISHED = "unfinished"  # folder: what long work has so far, `<12 digits of its key>-<code>`
-LOCKS = "locks"  # folder
-STORE_LOCK = f"{LOCKS}/store"  # shared by who uses the store, taken whole by who removes from it
 ROWS = ("images", "synthetic")  # stages that are rows
-LOOK_EVERY = 0.25  # seconds between two looks at a lock that somebody has
 LIBRARIES = ("torch", "open_clip_torch", "diffusers", "peft", "transformers", "numpy")
 
 
 class MissingArtifact(LookupError):
     """Something that should have been prepared is not there."""
-
-
-class StoreRefused(RuntimeError):
-    """The store cannot be used: another version made it, or somebody has it to himself now."""
 
 
 class StoreFull(RuntimeError):
@@ -76,81 +71,6 @@ class Building:
     before: float = 0.0  # seconds that earlier processes gave to it
 
 
-@dataclass(frozen=True)
-class Row:
-    """A row of shards, one per class and block."""
-
-    key: ArtifactKey
-    path: Path
-    mirror: Mirror | None = None
-
-    def shard(self, class_index: int, block: int, suffix: str) -> Path:
-        """Where a shard lies, or would lie; of a bucket, once it was pulled."""
-        return self.path / f"{class_index:04d}-{block:05d}{suffix}"
-
-    def present(self, suffix: str) -> frozenset[tuple[int, int]]:
-        """(class, block) of the shards that are there."""
-        names: Iterable[str] = ()
-        if self.mirror is not None:
-            names = self.mirror.shards(self.key)
-        elif self.path.is_dir():
-            names = os.listdir(self.path)
-        found = set()
-        for name in names:
-            if name.endswith(suffix) and not name.startswith("."):
-                c, _, block = name.removesuffix(suffix).partition("-")
-                found.add((int(c), int(block)))
-        return frozenset(found)
-
-    def holds(self, class_index: int, block: int, suffix: str) -> bool:
-        """Is a shard there, as of now?"""
-        place = self.shard(class_index, block, suffix)
-        if self.mirror is not None:
-            return self.mirror.has_shard(self.key, place.name)
-        return place.exists()
-
-    def called(self, shard: Path) -> str:
-        """A shard, for who should remove it."""
-        if self.mirror is None:
-            return str(shard)
-        return f"{self.mirror.called(self.key, shard.name)} or its copy {shard}"
-
-    def pull(self, shards: Collection[tuple[int, int]], suffix: str) -> None:
-        """Bring shards to this machine, those that are there."""
-        if self.mirror is not None:
-            names = [self.shard(c, block, suffix).name for c, block in shards]
-            self.mirror.pull_shards(self.key, self.path, names)
-
-    def publish(self, class_index: int, block: int, suffix: str, data: bytes) -> None:
-        """A shard is there, whole; the one of whoever was first."""
-        place = self.shard(class_index, block, suffix)
-        if self.mirror is not None:
-            data = self.mirror.put_shard(self.key, place.name, data)
-        # Not synced: a power cut may damage shards, which their seals tell, and what is lost is
-        # drawn again. Thousands of syncs on a shared file system would cost more.
-        write_beside(place, data)
-
-    @contextmanager
-    def deaths_counted(self, class_index: int, block: int, most: int) -> Iterator[int]:
-        """How many processes died within this block for this shard, up to `most`; counted where
-        every machine sees it."""
-        tries = self.shard(class_index, block, ".tries")
-        if self.mirror is not None:
-            deaths = self.mirror.count_up(self.key, tries.name, most)
-        else:
-            deaths = tries.stat().st_size if tries.exists() else 0
-            if deaths < most:
-                with open(tries, "ab") as handle:
-                    handle.write(b"x")
-        try:
-            yield deaths
-        finally:  # who is killed does not come here
-            if self.mirror is not None:
-                self.mirror.count_off(self.key, tries.name, min(deaths + 1, most))
-            else:
-                tries.unlink(missing_ok=True)
-
-
 class ArtifactStore:
     """Artifacts in a folder, or in a bucket through one. `read_only()` cannot build."""
 
@@ -159,8 +79,7 @@ class ArtifactStore:
         self.artifacts = root / "artifacts"
         self.writable = writable
         self.mirror = mirror
-        # Told again and again while `turn` waits: its name, who has it, seconds so far.
-        self.waits: Callable[[str, str, float], None] = _silent
+        self.locks = Locks(root, mirror)
 
     def __reduce__(self) -> Any:
         """In another process, perhaps on another machine: with the mirror of that one."""
@@ -320,7 +239,7 @@ class ArtifactStore:
         """
         if self.writable and not self.has(spec):
             # Locks are taken upstream: a builder may ask for what its own spec nests.
-            with self.turn(artifact_key(spec).digest):
+            with self.locks.turn(artifact_key(spec).digest):
                 if not self.has(spec):  # nobody has built it meanwhile
                     with self.building(spec) as made:
                         made.info = build(made.folder)
@@ -378,96 +297,6 @@ class ArtifactStore:
                     os.rename(work, place)
         finally:
             shutil.rmtree(work, ignore_errors=True)
-
-    @contextmanager
-    def turn(self, name: str) -> Iterator[None]:
-        """Waits until nobody else makes `name`; then look again whether it is there.
-
-        The lock of a dead process is free at once. Where the file system has no locks nobody
-        waits: two then do the same work, and each part of it is still renamed into place whole.
-        """
-        place = self.root / LOCKS / name
-        with ExitStack() as held:
-            with suppress(OSError):
-                self._take(place, held)
-                with suppress(OSError):  # no room, say
-                    place.write_text(_me())
-            if self.mirror is not None:
-                lease = Lease(self.mirror.remote, f"{LOCKS}/{name}")
-                lease.wait()
-                held.callback(lease.release)
-                self.mirror.look_again()
-            yield
-            with suppress(OSError):  # who waits has the file open, and will find the work done
-                place.unlink()
-
-    def _take(self, place: Path, held: ExitStack) -> None:
-        started, pause = time.monotonic(), 0.01
-        while True:
-            try:
-                held.enter_context(_flocked(place, fcntl.LOCK_EX | fcntl.LOCK_NB))
-                return
-            except BlockingIOError:
-                self.waits(place.name, _said_by(place), time.monotonic() - started)
-                time.sleep(pause)
-                pause = min(2 * pause, LOOK_EVERY)
-
-    def holder(self, digest: str) -> str:
-        """Who makes an artifact now: sweep, host, process; empty: nobody, or it cannot be told.
-
-        Args:
-            digest: of its key; the first 12 digits will do.
-        """
-        for place in (self.root / LOCKS).glob(f"{digest}*"):
-            try:
-                with _flocked(place, fcntl.LOCK_SH | fcntl.LOCK_NB):
-                    pass  # what a killed process has left
-            except BlockingIOError:
-                return _said_by(place)
-            except OSError:
-                continue
-        return ""
-
-    def use(self) -> ExitStack:
-        """Keeps others from having the store to themselves, until it is closed.
-
-        Raises:
-            StoreRefused: somebody has, to remove what no sweep needs.
-        """
-        held = ExitStack()
-        if self.mirror is not None:  # nobody can have it to himself
-            return held
-        try:
-            held.enter_context(_flocked(self.root / STORE_LOCK, fcntl.LOCK_SH | fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise StoreRefused(
-                f"`airsweep cache gc` removes artifacts from {self.root} now: wait for its end"
-            ) from None
-        except OSError:  # no locks here: then nobody can have it to himself either
-            pass
-        return held
-
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Nobody else uses the store meanwhile.
-
-        Raises:
-            StoreRefused: somebody does, or it cannot be told.
-        """
-        self.refuse_bucket("nothing is removed from a bucket, since who uses it cannot be told")
-        with ExitStack() as held:
-            try:
-                held.enter_context(_flocked(self.root / STORE_LOCK, fcntl.LOCK_EX | fcntl.LOCK_NB))
-            except BlockingIOError:
-                raise StoreRefused(
-                    f"a sweep runs in {self.root}; wait for it, or stop it"
-                ) from None
-            except OSError as problem:
-                raise StoreRefused(
-                    f"{self.root / STORE_LOCK} cannot be locked ({problem.strerror}), so it cannot "
-                    "be told whether a sweep runs; try on the machine that holds the folder"
-                ) from None
-            yield
 
     def refuse_bucket(self, why: str) -> None:
         """
@@ -598,36 +427,6 @@ class Unfinished:
         self.sent = self.path.stat().st_mtime_ns if self.path.exists() else self.sent
 
 
-def _silent(name: str, holder: str, seconds: float) -> None:
-    pass
-
-
-def _me() -> str:
-    sweep = os.environ.get("AIRSWEEP_SWEEP", "somebody")
-    return f"{sweep} ({socket.gethostname()}, process {os.getpid()})"
-
-
-def _said_by(lock: Path) -> str:
-    try:
-        return lock.read_text() or "somebody"
-    except OSError:
-        return "somebody"
-
-
-@contextmanager
-def _flocked(file: Path, how: int) -> Iterator[None]:
-    # flock itself: where it is missing, filelock turns to files that outlive their process.
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        with suppress(OSError):  # other users of the store wait for the same file
-            os.fchmod(handle, 0o666)
-        fcntl.flock(handle, how)
-        yield
-    finally:
-        os.close(handle)
-
-
 def open_store(place: Path | str) -> ArtifactStore:
     """The store in a folder or in a bucket, as a command opens it; there may be nothing yet.
 
@@ -696,27 +495,6 @@ def _refuse_version(found: str | None, place: object) -> None:
             f"{place} is a store of version {found[:20]!r}; this airsweep reads version {VERSION} "
             "alone: use the airsweep that made it, or another folder with --store"
         )
-
-
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file so that it is there whole or not at all, also after a power cut."""
-    data = content.encode() if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
-    try:
-        with open(temporary, "wb") as handle:
-            handle.write(data)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
-    except OSError:  # on a full disk half a file takes the room that others need
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def file_digest(path: Path) -> str:
-    """blake2b of a file's content."""
-    with open(path, "rb") as handle:
-        return content_digest(handle)
 
 
 def maker() -> dict[str, str]:

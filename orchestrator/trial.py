@@ -149,7 +149,7 @@ def recorded(
     # On one thread a CPU trial can be repeated bit for bit.
     torch.set_num_threads(1)
     spec = normalised(spec) if legs.until is None else learned_by(spec)
-    with store.turn(artifact_key(spec).digest):
+    with store.locks.turn(artifact_key(spec).digest):
         if is_over(spec, store, legs.until):  # somebody else has run it meanwhile
             return
         if legs.until is not None:

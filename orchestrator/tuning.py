@@ -63,7 +63,7 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]
         shop = self.shop.with_less(self.job["halvings"])
         notes = [Note(self.board, f"trial {slot}") for slot in self.job["slots"]]
         by_lock = dict(zip((artifact_key(s).digest for s in specs), notes, strict=True))
-        shop.store.waits = lambda lock, *of: by_lock.get(lock, notes[0]).waits(lock, *of)
+        shop.store.locks.waits = lambda lock, *of: by_lock.get(lock, notes[0]).waits(lock, *of)
         found = attempt(
             specs,
             shop,

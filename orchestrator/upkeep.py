@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.inventory import UNKNOWN, Holding, Inventory, Loose
+from orchestrator.locks import LOCKS, STORE_LOCK
 from orchestrator.mirror import RECORD
 from orchestrator.recorded import Needs, Shards, merged
-from orchestrator.store import LOCKS, STORE_LOCK
 
 NOT_REMOVED = "could not be removed: it is a link, or in a folder of somebody else"
 LEFT_FOR = 24 * 3600.0  # seconds: what is younger may have a maker on another machine

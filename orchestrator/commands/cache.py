@@ -100,7 +100,7 @@ def cache_gc(
     opened.refuse_bucket("nothing is removed from a bucket, since who uses it cannot be told")
     place = place_named(sweep, store) if sweep else None
     refuse_running(opened)
-    with opened.alone():  # until all is removed no sweep may start
+    with opened.locks.alone():  # until all is removed no sweep may start
         inventory = take_inventory(opened)
         needs = all_needs(opened, data_root)
         refuse_unread(needs, opened.root)

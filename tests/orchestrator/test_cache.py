@@ -20,11 +20,12 @@ from orchestrator.__main__ import main
 from orchestrator.freshness import ACCEPTED
 from orchestrator.integrity import verify
 from orchestrator.inventory import take_inventory
+from orchestrator.locks import StoreRefused
 from orchestrator.place import Place
 from orchestrator.plan import plan_sweep
 from orchestrator.reached import code_digest
 from orchestrator.seal import BLANK, sealed
-from orchestrator.store import ArtifactStore, StoreRefused
+from orchestrator.store import ArtifactStore
 from orchestrator.sweep_file import load_sweep
 from orchestrator.trial import PREDICTIONS
 from tests.sweeps import environment
@@ -329,13 +330,16 @@ def test_gc_is_refused_while_a_sweep_runs_and_a_sweep_while_gc_removes(world, ca
     assert (code, out) == (3, "")
     assert "default/one runs in" in err
     ledger.unlock()
-    with world.store.use():  # a sweep that was never recorded yet
+    with world.store.locks.use():  # a sweep that was never recorded yet
         code, _, err = cache("gc", "--yes")
         assert code == 3
         assert "a sweep runs in" in err
-        world.store.use().close()  # another sweep may
-    with world.store.alone(), pytest.raises(StoreRefused, match="cache gc` removes artifacts"):
-        world.store.use()
+        world.store.locks.use().close()  # another sweep may
+    with (
+        world.store.locks.alone(),
+        pytest.raises(StoreRefused, match="cache gc` removes artifacts"),
+    ):
+        world.store.locks.use()
     assert cache("gc", "--yes")[0] == 0
 
 

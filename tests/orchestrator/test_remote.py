@@ -27,6 +27,7 @@ from orchestrator.integrity import verify
 from orchestrator.inventory import take_inventory
 from orchestrator.keys import artifact_key
 from orchestrator.ledger import Ledger, SweepBusy
+from orchestrator.locks import StoreRefused
 from orchestrator.mirror import stored_name
 from orchestrator.place import Refused, place_named, place_of
 from orchestrator.remote import (
@@ -38,7 +39,7 @@ from orchestrator.remote import (
     parse,
     side_by_side,
 )
-from orchestrator.store import ArtifactStore, MissingArtifact, StoreRefused, open_store
+from orchestrator.store import ArtifactStore, MissingArtifact, open_store
 from orchestrator.sweep_file import load_sweep
 from orchestrator.workshop import Workshop
 from tests.sweeps import write_sweep
@@ -537,5 +538,5 @@ def test_a_bucket_is_a_place_for_a_job_and_a_relative_folder_is_not(bucket, tmp_
 
 
 def test_nothing_is_removed_from_a_bucket(machine):
-    with pytest.raises(StoreRefused, match=r"remove record\.json first"), machine("one").alone():
-        pass
+    with pytest.raises(StoreRefused, match=r"remove record\.json first"):
+        machine("one").refuse_bucket("nothing is removed")

@@ -18,15 +18,10 @@ from typing import Any
 import pytest
 
 from air_core.specs import FeaturesSpec, FolderImages, Ref
+from orchestrator.files import file_digest, write_whole
 from orchestrator.keys import artifact_key
-from orchestrator.store import (
-    ArtifactStore,
-    MissingArtifact,
-    StoreRefused,
-    file_digest,
-    open_store,
-    write_whole,
-)
+from orchestrator.locks import StoreRefused
+from orchestrator.store import ArtifactStore, MissingArtifact, open_store
 from tests.sweeps import environment
 
 SPEC = FeaturesSpec(dataset=Ref(name="digits", digest="d"), backbone=Ref(name="tiny", digest="b"))
@@ -306,20 +301,20 @@ def test_a_digest_follows_the_content_only(tmp_path):
 def test_who_waits_is_told_for_whom_and_others_can_ask(tmp_path, monkeypatch):
     monkeypatch.setenv("AIRSWEEP_SWEEP", "team/other")
     store, told = ArtifactStore(tmp_path), []
-    store.waits = lambda *what: told.append(what)
+    store.locks.waits = lambda *what: told.append(what)
     name = "0123456789abcdef"
 
     def wait() -> None:
-        with store.turn(name):
+        with store.locks.turn(name):
             pass
 
-    assert store.holder(name[:12]) == ""
-    with ArtifactStore(tmp_path).turn(name):
+    assert store.locks.holder(name[:12]) == ""
+    with ArtifactStore(tmp_path).locks.turn(name):
         waiting = threading.Thread(target=wait)
         waiting.start()
         while not told:
             time.sleep(0.01)
-        assert store.holder(name[:12]).startswith("team/other (")
+        assert store.locks.holder(name[:12]).startswith("team/other (")
     waiting.join(10)
     assert not waiting.is_alive()
     assert told[0][0] == name
@@ -330,8 +325,8 @@ def test_who_waits_is_told_for_whom_and_others_can_ask(tmp_path, monkeypatch):
 def test_the_lock_of_a_dead_process_is_nobodys(tmp_path):
     code = (
         "import os, sys; from pathlib import Path; from orchestrator.store import ArtifactStore\n"
-        "with ArtifactStore(Path(sys.argv[1])).turn('0123456789ab'): os._exit(1)"
+        "with ArtifactStore(Path(sys.argv[1])).locks.turn('0123456789ab'): os._exit(1)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environment(), check=False)
     assert (tmp_path / "locks" / "0123456789ab").read_text()
-    assert ArtifactStore(tmp_path).holder("0123456789ab") == ""
+    assert ArtifactStore(tmp_path).locks.holder("0123456789ab") == ""

@@ -1,0 +1,67 @@
+"""Files that are there whole or not at all; digests; locks of files."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file so that it is there whole or not at all, also after a power cut."""
+    data = content.encode() if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
+    try:
+        with open(temporary, "wb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    except OSError:  # on a full disk half a file takes the room that others need
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def file_digest(path: Path) -> str:
+    """blake2b of a file's content."""
+    with open(path, "rb") as handle:
+        return content_digest(handle)
+
+
+def write_beside(path: Path, data: bytes) -> None:
+    """Written whole or not at all; not synced, since the bucket has it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    except OSError:  # on a full disk half a file takes the room that others need
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def content_digest(handle: BinaryIO) -> str:
+    """blake2b of what can be read from here on."""
+    return hashlib.file_digest(
+        handle,  # type: ignore[arg-type]
+        lambda: hashlib.blake2b(digest_size=20),
+    ).hexdigest()
+
+
+@contextmanager
+def flocked(file: Path, how: int) -> Iterator[None]:
+    # flock itself: where it is missing, filelock turns to files that outlive their process.
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        with suppress(OSError):  # other users of the store wait for the same file
+            os.fchmod(handle, 0o666)
+        fcntl.flock(handle, how)
+        yield
+    finally:
+        os.close(handle)
