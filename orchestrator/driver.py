@@ -448,7 +448,10 @@ def _close(run: Run, code: int) -> Exception | None:
     untold = _no_room_for(lambda: run.ledger.append("sweep_ended", **ended)) or untold
     _no_room_for(lambda: remember(run.place.store, tally.work))  # estimates do without
     run.publisher.finish(
-        status_of(code), lambda: note_of(run.sweep, run.place), sweep_files(run.place)
+        status_of(code),
+        lambda: note_of(run.sweep, run.place),
+        sweep_files(run.place),
+        hasty=code == TERMINATED,
     )
     return untold
 

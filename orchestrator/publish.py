@@ -96,14 +96,22 @@ class Publisher:
         self._waiting = [one for one in self._waiting if not one.done()]
         self._waiting.append(self._thread.submit(self._trial, outcome, at))
 
-    def finish(self, status: Status, note: Callable[[], str], artifacts: dict[str, Path]) -> None:
+    def finish(
+        self,
+        status: Status,
+        note: Callable[[], str],
+        artifacts: dict[str, Path],
+        hasty: bool = False,
+    ) -> None:
         """Wait for all that was told, close the parent, and say what is missing.
 
-        Who is being killed has seconds: what still waits is told by the next run.
+        Args:
+            hasty: who is being killed has seconds: the parent is closed without note and files, and
+                what still waits is told by the next run.
         """
-        if status == "KILLED":
+        if hasty:
             self._troubled += sum(one.cancel() for one in self._waiting)
-        last = self._thread.submit(self._finish, status, note, artifacts)
+        last = self._thread.submit(self._finish, status, note, artifacts, hasty)
         self._thread.shutdown(wait=True)
         self._folder.cleanup()
         told = last.result()
@@ -133,11 +141,13 @@ class Publisher:
             self._troubled += 1
             self._complain(problem)
 
-    def _finish(self, status: Status, note: Callable[[], str], artifacts: dict[str, Path]) -> Told:
-        if status == "KILLED" and self._tracker is None:  # to open it would take too long
+    def _finish(
+        self, status: Status, note: Callable[[], str], artifacts: dict[str, Path], hasty: bool
+    ) -> Told:
+        if hasty and self._tracker is None:  # to open it would take too long
             return Told(sweep="missed")
         try:
-            return self._open().finish(status, note(), artifacts)
+            return self._open().finish(status, None if hasty else note(), artifacts)
         except Exception as problem:
             self._complain(problem)
             return Told(sweep="missed")

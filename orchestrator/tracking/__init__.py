@@ -174,8 +174,12 @@ class Tracker(Protocol):
     def trial(self, run: TrialRun) -> None:
         """Say what became of a trial. A slot is one child, however often it is told."""
 
-    def finish(self, status: Status, note: str, artifacts: dict[str, Path]) -> Told:
-        """Close the parent, and whatever a killed driver has left open below it."""
+    def finish(self, status: Status, note: str | None, artifacts: dict[str, Path]) -> Told:
+        """Close the parent, and whatever a killed driver has left open below it.
+
+        Args:
+            note: Markdown; None: there is no time for note and artifacts.
+        """
 
     def url(self) -> str:
         """Where to look, for people."""
@@ -191,7 +195,7 @@ class NoTracker:
 
     def trial(self, run: TrialRun) -> None: ...
 
-    def finish(self, status: Status, note: str, artifacts: dict[str, Path]) -> Told:
+    def finish(self, status: Status, note: str | None, artifacts: dict[str, Path]) -> Told:
         return Told()
 
     def url(self) -> str:

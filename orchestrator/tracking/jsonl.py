@@ -80,7 +80,7 @@ class JsonlTracker:
         self._told.trials[run.slot] = line
         self._counts.told += 1
 
-    def finish(self, status: Status, note: str, artifacts: dict[str, Path]) -> Told:
+    def finish(self, status: Status, note: str | None, artifacts: dict[str, Path]) -> Told:
         end = {"status": status, "note": note}
         places = _places(small_artifacts(artifacts, self._sweep["id"]))
         line = {**self._sweep, **end, "artifacts": places}

@@ -149,7 +149,7 @@ class MlflowTracker:
             self._counts.missed += 1
         self._catch_up()
 
-    def finish(self, status: Status, note: str, artifacts: dict[str, Path]) -> Told:
+    def finish(self, status: Status, note: str | None, artifacts: dict[str, Path]) -> Told:
         if status != "KILLED":  # who is being killed has no time to wait for a server that is away
             self._rest_until = self._uploads_rest_until = 0.0
         if not (self._catch_up() and self._close(status, note, artifacts)):
@@ -315,7 +315,7 @@ class MlflowTracker:
             opened.tags |= tags
             self._counts.sweep = "told"
 
-    def _close(self, status: Status, note: str, artifacts: dict[str, Path]) -> bool:
+    def _close(self, status: Status, note: str | None, artifacts: dict[str, Path]) -> bool:
         assert self._opened is not None
         opened, client = self._opened, self._opened.client
         with quiet():
@@ -333,12 +333,14 @@ class MlflowTracker:
                 states = Counter(c.tags.get("air.state") for c in opened.children.values())
                 named = ["done", "reused", "failed", *(["pruned"] if states["pruned"] else [])]
                 counts = {f"air.{state}": str(states[state]) for state in named}
-                files = small_artifacts(artifacts, "the sweep")
-                shown = {"air.artifacts": contents(files)}
-                if opened.tags.get("air.artifacts", "") != shown["air.artifacts"]:
-                    uploaded = self._upload(opened, opened.folder, files)
-                    shown = {"air.artifacts": contents(uploaded)}
-                self._say_of_parent(opened, {MLFLOW_RUN_NOTE: note, **counts, **shown})
+                if note is not None:
+                    files = small_artifacts(artifacts, "the sweep")
+                    shown = {"air.artifacts": contents(files)}
+                    if opened.tags.get("air.artifacts", "") != shown["air.artifacts"]:
+                        uploaded = self._upload(opened, opened.folder, files)
+                        shown = {"air.artifacts": contents(uploaded)}
+                    counts |= {MLFLOW_RUN_NOTE: note, **shown}
+                self._say_of_parent(opened, counts)
                 if opened.status != status:
                     client.set_terminated(opened.parent, status)
                     opened.status, self._counts.sweep = status, "told"
