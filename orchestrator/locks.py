@@ -50,7 +50,7 @@ class Locks:
                     place.write_text(_me())
             if self.mirror is not None:
                 lease = Lease(self.mirror.remote, f"{LOCKS}/{name}")
-                lease.wait()
+                lease.wait(lambda seconds: self.waits(name, "another machine", seconds))
                 held.callback(lease.release)
                 self.mirror.look_again()
             yield

@@ -420,9 +420,15 @@ class Lease:
         threading.Thread(target=self._renew, args=(self._over,), daemon=True).start()
         return True
 
-    def wait(self) -> None:
-        """Take it as soon as it can be had."""
+    def wait(self, told: Callable[[float], None] = lambda seconds: None) -> None:
+        """Take it as soon as it can be had.
+
+        Args:
+            told: seconds so far, again and again.
+        """
+        started = time.monotonic()
         while not self.take():
+            told(time.monotonic() - started)
             time.sleep(POLL)
 
     def take_from_the_dead(self) -> bool:

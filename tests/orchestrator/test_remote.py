@@ -376,6 +376,20 @@ def test_the_lock_of_a_dead_process_of_this_machine_is_free_at_once(remote):
     assert Lease(remote, "locks/x").take()
 
 
+def test_who_waits_for_another_machine_says_so(machine):
+    holder, waiting = Lease(machine("one").mirror.remote, "locks/x"), machine("two")
+    told: list[tuple[str, str, float]] = []
+
+    def let_go_when_told(*what: Any) -> None:
+        told.append(what)
+        holder.release()
+
+    waiting.locks.waits = let_go_when_told
+    assert holder.take()
+    with waiting.locks.turn("x"):
+        assert told[0][:2] == ("x", "another machine")
+
+
 def ledger_of(store: ArtifactStore) -> Ledger:
     return place_named(store, "default", "x").ledger()
 
