@@ -48,6 +48,7 @@ from orchestrator.place import (
 from orchestrator.plan import (
     Need,
     Plan,
+    holds,
     moved_slots,
     needs_of,
     plan_sweep,
@@ -60,9 +61,10 @@ from orchestrator.results import standing
 from orchestrator.running import Run
 from orchestrator.screen import Screen
 from orchestrator.store import ArtifactStore, StoreFull, maker
-from orchestrator.sweep import Cell, SweepSpec
+from orchestrator.sweep import Budget, Cell, SweepSpec
 
 if TYPE_CHECKING:
+    from orchestrator.ahead import Ahead
     from orchestrator.workshop import Workshop
 
 log = logging.getLogger(__name__)
@@ -261,7 +263,9 @@ def _work(run: Run, plan: Plan, prepare_only: bool, cluster: ExitStack) -> int:
             return _out_of_budget(run)
         _prepare(run, cells, needs)
         if job is not None:
+            ahead = _ahead(run, plan, groups[0]) if groups else None
             _tune(run, dispatcher)
+            _wait_for(ahead, run)
         if dispatcher.out_of_budget():
             return _out_of_budget(run)
         lost = dispatcher.gave_up()
@@ -374,7 +378,9 @@ def _prepare(run: Run, cells: Sequence[Cell], needs: Sequence[Need]) -> None:
     left = {str(need.key): need.total() - need.have(store) for need in needs}
     left = {key: count for key, count in left.items() if count}
     run.ledger.append("cells_waiting", cells=[cell.id for cell in cells], artifacts=left)
-    prepare(needs, _workshop(run), run.sweep.resources, run)
+    lost = [need.spec for need, _ in run.hopeless]  # tried often enough, maybe ahead of time
+    hopeful = [need for need in needs if not any(holds(need.spec, one) for one in lost)]
+    prepare(hopeful, _workshop(run), run.sweep.resources, run)
     run.ledger.append("cells_ready")
     rows = [
         need.spec
@@ -387,6 +393,25 @@ def _prepare(run: Run, cells: Sequence[Cell], needs: Sequence[Need]) -> None:
         features = next(need.spec for need in needs if isinstance(need.spec, FeaturesSpec))
         png, run.tally.shares = contact_sheet(drawn, base, features, _workshop(run))
         run.place.write(sheet.name, png)
+
+
+def _ahead(run: Run, plan: Plan, cells: Sequence[Cell]) -> Ahead | None:
+    """Begin what the next cells read. Not on a budget, which trials might spend meanwhile."""
+    from orchestrator.ahead import Ahead, can_come_ahead
+    from orchestrator.prepare import prepare
+
+    needs = can_come_ahead(_needs(run, plan, cells), run.place.store)
+    if not needs or run.sweep.budget != Budget():
+        return None
+    shop, resources = _workshop(run), run.sweep.resources
+    return Ahead(lambda watcher: prepare(needs, shop, resources, watcher), run)
+
+
+def _wait_for(ahead: Ahead | None, run: Run) -> None:
+    if ahead is not None:
+        started = time.monotonic()
+        ahead.tell()
+        run.tally.add_wall("lora", time.monotonic() - started)
 
 
 def _shown(
