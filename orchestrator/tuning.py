@@ -34,7 +34,7 @@ class Figures:
     """What running the points cost."""
 
     wall: float  # seconds
-    # Median seconds of a job beyond what its trials took, once actors are up; None: none was.
+    # Median seconds of a job beyond what its trials took, on an actor that is up; None: none was.
     overhead: float | None
 
 
@@ -180,13 +180,17 @@ class _Results(_NotKept, tune.Callback):  # type: ignore[misc]
 
     def __init__(self, dispatcher: Dispatcher, source: _Source, overheads: list[float]) -> None:
         self.dispatcher, self.source, self.overheads = dispatcher, source, overheads
+        self.free: dict[tuple[str, int], float] = {}  # since when, by actor
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        number = result["number"]
-        waited = time.monotonic() - self.source.handed[number]
-        self.overheads.append(waited - result["seconds"])
+        number, now = result["number"], time.monotonic()
+        actor = (result["node_ip"], result["pid"])
+        if actor in self.free:  # it is up, and may have been waited for
+            waited = now - max(self.source.handed[number], self.free[actor])
+            self.overheads.append(waited - result["seconds"])
+        self.free[actor] = now
         self.dispatcher.complete(number, dict(result["failures"]))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -236,11 +240,9 @@ def run_points(
             {"cpu": resources.trial.cpu, "gpu": resources.trial.gpu},
         )
         _fit(trainable, source, dispatcher, overheads, folder, slots)
-    # The first point of each actor pays for its start and imports.
-    warm = overheads[slots:]
     return Figures(
         wall=time.monotonic() - started,
-        overhead=statistics.median(warm) if warm else None,
+        overhead=statistics.median(overheads) if overheads else None,
     )
 
 
