@@ -9,13 +9,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from air_core.specs import FeaturesSpec, LabelsSpec, LoraSpec
 from orchestrator.failures import Failure
 from orchestrator.plan import Need
-from orchestrator.prepare import Watcher
 from orchestrator.store import ArtifactStore
+
+if TYPE_CHECKING:
+    from orchestrator.prepare import Watcher
 
 LOOK_EVERY = 0.2  # seconds
 
