@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from air_core.specs import FeaturesSpec, LabelsSpec, LoraSpec
@@ -70,11 +70,8 @@ class Ahead:
             raise self._problem
 
     def _tell(self) -> None:
-        while True:
-            try:
-                self._told.get_nowait()()
-            except Empty:
-                return
+        while not self._told.empty():  # nobody else takes from it
+            self._told.get()()
 
     # Watcher
 

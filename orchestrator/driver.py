@@ -378,9 +378,7 @@ def _prepare(run: Run, cells: Sequence[Cell], needs: Sequence[Need]) -> None:
     left = {str(need.key): need.total() - need.have(store) for need in needs}
     left = {key: count for key, count in left.items() if count}
     run.ledger.append("cells_waiting", cells=[cell.id for cell in cells], artifacts=left)
-    lost = [need.spec for need, _ in run.hopeless]  # tried often enough, maybe ahead of time
-    hopeful = [need for need in needs if not any(holds(need.spec, one) for one in lost)]
-    prepare(hopeful, _workshop(run), run.sweep.resources, run)
+    prepare(_hopeful(run, needs), _workshop(run), run.sweep.resources, run)
     run.ledger.append("cells_ready")
     rows = [
         need.spec
@@ -395,13 +393,21 @@ def _prepare(run: Run, cells: Sequence[Cell], needs: Sequence[Need]) -> None:
         run.place.write(sheet.name, png)
 
 
+def _hopeful(run: Run, needs: Sequence[Need]) -> list[Need]:
+    """Without what this run has tried often enough, and what would be made from it."""
+    lost = [need.spec for need, _ in run.hopeless]
+    return [need for need in needs if not any(holds(need.spec, one) for one in lost)]
+
+
 def _ahead(run: Run, plan: Plan, cells: Sequence[Cell]) -> Ahead | None:
     """Begin what the next cells read. Not on a budget, which trials might spend meanwhile."""
+    if run.sweep.budget != Budget():
+        return None
     from orchestrator.ahead import Ahead, can_come_ahead
     from orchestrator.prepare import prepare
 
-    needs = can_come_ahead(_needs(run, plan, cells), run.place.store)
-    if not needs or run.sweep.budget != Budget():
+    needs = can_come_ahead(_hopeful(run, _needs(run, plan, cells)), run.place.store)
+    if not needs:
         return None
     shop, resources = _workshop(run), run.sweep.resources
     return Ahead(lambda watcher: prepare(needs, shop, resources, watcher), run)

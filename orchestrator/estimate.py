@@ -196,10 +196,7 @@ def _seconds(
         return work.units * seconds / units, "history"
     if pace := paces.get((work.stage, work.kind)):
         return pace.once + work.units * pace.seconds, "probe"
-    if kinds:
-        seconds, units = (sum(column) for column in zip(*kinds.values(), strict=True))
-        return work.units * seconds / units, "guess"
-    return work.units * GUESS[work.stage], "guess"
+    return work.units * mean_seconds(history).get(work.stage, GUESS[work.stage]), "guess"
 
 
 def _together(sources: Iterable[str]) -> str:

@@ -15,16 +15,10 @@ from typing import BinaryIO
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file so that it is there whole or not at all, also after a power cut."""
     data = content.encode() if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
-    try:
-        with open(temporary, "wb") as handle:
-            handle.write(data)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
-    except OSError:  # on a full disk half a file takes the room that others need
-        temporary.unlink(missing_ok=True)
-        raise
+    with _beside(path) as temporary, open(temporary, "wb") as handle:
+        handle.write(data)
+        handle.flush()
+        os.fsync(handle.fileno())
 
 
 def file_digest(path: Path) -> str:
@@ -36,9 +30,16 @@ def file_digest(path: Path) -> str:
 def write_beside(path: Path, data: bytes) -> None:
     """Written whole or not at all; not synced, since the bucket has it."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    with _beside(path) as temporary:
+        temporary.write_bytes(data)
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A name to write under; what is written there takes the path's place."""
     temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
     try:
-        temporary.write_bytes(data)
+        yield temporary
         os.replace(temporary, path)
     except OSError:  # on a full disk half a file takes the room that others need
         temporary.unlink(missing_ok=True)

@@ -140,7 +140,7 @@ class Mirror:
             for name, digest in digests.items():
                 if file_digest(work / name) != digest:
                     raise ValueError(
-                        f"{self.remote}/{_place(key)}/{names[name]} is not what was written; "
+                        f"{self.called(key, names[name])} is not what was written; "
                         f"remove {RECORD} beside it and run again"
                     )
             (work / RECORD).write_bytes(record)
@@ -156,8 +156,7 @@ class Mirror:
     def _fetch(self, key: ArtifactKey, name: str, file: Path) -> None:
         if not self.remote.download(f"{_place(key)}/{name}", file):
             raise ValueError(
-                f"{self.remote}/{_place(key)}/{name} is gone; remove {RECORD} beside it and run "
-                "again"
+                f"{self.called(key, name)} is gone; remove {RECORD} beside it and run again"
             )
 
     def _names(self, record: bytes) -> dict[str, str]:
@@ -181,6 +180,7 @@ class Mirror:
         return files
 
     def called(self, key: ArtifactKey, name: str) -> str:
+        """A file of an artifact or row, for people."""
         return f"{self.remote}/{_place(key)}/{name}"
 
     def has_shard(self, key: ArtifactKey, name: str) -> bool:
