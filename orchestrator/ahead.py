@@ -1,4 +1,4 @@
-"""What the next cells read is begun while trials run that do not need it.
+"""What the next cells read is begun while trials run that do not need it; so is what none needs.
 
 Features, labels and LoRA alone, which take a worker each; rows of images take all of them. A thread
 works and notes what became of it; the driver tells, so ledger and budget keep their one writer.
@@ -39,7 +39,7 @@ def _without_images(spec: Any) -> bool:
 
 
 class Ahead:
-    """A Watcher for `prepare` in a thread of its own.
+    """Work in a thread of its own, and a Watcher for `prepare` there.
 
     Args:
         make: prepares, and tells the watcher that it is given.

@@ -262,10 +262,13 @@ def _work(run: Run, plan: Plan, prepare_only: bool, cluster: ExitStack) -> int:
         if not run.purse.affords_preparing(needs, run.place.store, _workers(run)):
             return _out_of_budget(run)
         _prepare(run, cells, needs)
+        sheet = _sheet(run, needs)
         if job is not None:
             ahead = _ahead(run, plan, groups[0]) if groups else None
             _tune(run, dispatcher)
             _wait_for(ahead, run)
+        if sheet is not None:
+            sheet.tell()
         if dispatcher.out_of_budget():
             return _out_of_budget(run)
         lost = dispatcher.gave_up()
@@ -372,7 +375,7 @@ def _workshop(run: Run) -> Workshop:
 
 
 def _prepare(run: Run, cells: Sequence[Cell], needs: Sequence[Need]) -> None:
-    from orchestrator.prepare import contact_sheet, prepare
+    from orchestrator.prepare import prepare
 
     store = run.place.store
     left = {str(need.key): need.total() - need.have(store) for need in needs}
@@ -380,17 +383,30 @@ def _prepare(run: Run, cells: Sequence[Cell], needs: Sequence[Need]) -> None:
     run.ledger.append("cells_waiting", cells=[cell.id for cell in cells], artifacts=left)
     prepare(_hopeful(run, needs), _workshop(run), run.sweep.resources, run)
     run.ledger.append("cells_ready")
+
+
+def _sheet(run: Run, needs: Sequence[Need]) -> Ahead | None:
+    """Begin the contact sheet, which no trial waits for."""
+    store = run.place.store
     rows = [
         need.spec
         for need in needs
         if isinstance(need.spec, SyntheticFeaturesSpec) and need.have(store) == need.total()
     ]
     sheet = run.place.folder / "contact_sheet.png"
-    if rows and not sheet.exists():
-        drawn, base = _shown(rows)
-        features = next(need.spec for need in needs if isinstance(need.spec, FeaturesSpec))
+    if not rows or sheet.exists():
+        return None
+    from orchestrator.ahead import Ahead
+    from orchestrator.prepare import contact_sheet
+
+    drawn, base = _shown(rows)
+    features = next(need.spec for need in needs if isinstance(need.spec, FeaturesSpec))
+
+    def draw(watcher: object) -> None:
         png, run.tally.shares = contact_sheet(drawn, base, features, _workshop(run))
         run.place.write(sheet.name, png)
+
+    return Ahead(draw, run)
 
 
 def _hopeful(run: Run, needs: Sequence[Need]) -> list[Need]:

@@ -19,7 +19,7 @@ import pytest
 from orchestrator.ledger import CRASH_AT
 from orchestrator.remote import parse
 from tests.sweeps import environment, search_sweep, write_sweep
-from tests.test_chaos import time_seed
+from tests.test_chaos import KINDS, time_seed
 
 KILLS = 3  # sampled events
 
@@ -64,10 +64,10 @@ def ended(process: subprocess.Popen[str], *codes: int) -> tuple[str, str]:
     return out, err
 
 
-@pytest.fixture(scope="module")
-def spec(tmp_path_factory, drawn_digits) -> Path:
+@pytest.fixture(scope="module", params=KINDS)
+def spec(request, tmp_path_factory, drawn_digits) -> Path:
     folder = tmp_path_factory.mktemp("bucket")
-    return write_sweep(folder, "chaos", search_sweep(drawn_digits))
+    return write_sweep(folder, "chaos", search_sweep(drawn_digits, **KINDS[request.param]))
 
 
 @pytest.fixture(scope="module")
