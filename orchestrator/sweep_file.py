@@ -135,7 +135,12 @@ def _set(document: Document, option: str) -> None:
     document.put(keys, value, place)
 
 
-def _only(spec: SweepSpec, only: Sequence[str]) -> SweepSpec:
+def only_values(spec: SweepSpec, only: Sequence[str]) -> dict[str, list[Any]]:
+    """Which values of the grid `key=value[,value]` options keep, by key.
+
+    Raises:
+        SpecError: no key of the grid, or none of its values.
+    """
     kept: dict[str, list[Any]] = {}
     for option in only:
         place = f"--only {option}"
@@ -150,6 +155,11 @@ def _only(spec: SweepSpec, only: Sequence[str]) -> SweepSpec:
             kept.setdefault(key, []).append(value)
         if not kept.get(key):
             raise SpecError(f"{place}: allowed: {key}=VALUE, or several with commas")
+    return kept
+
+
+def _only(spec: SweepSpec, only: Sequence[str]) -> SweepSpec:
+    kept = only_values(spec, only)
     grid = {
         key: tuple(value for value in values if value in kept.get(key, values))
         for key, values in spec.grid.items()

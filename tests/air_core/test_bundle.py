@@ -1,0 +1,334 @@
+"""Bundles: checked to the byte, bound to their weights, and the same numbers as plain open_clip."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from air_core.bundle import image_files, load_bundle, read_bundle
+from air_core.bundle.manifest import (
+    FILES,
+    MANIFEST,
+    PROMPT,
+    TEST,
+    TEXT,
+    weights_said,
+    write_bundle,
+)
+from air_core.classifiers import class_texts
+from air_core.datasets import get_dataset
+from air_core.datasets.dataset import TEMPLATE
+from air_core.datasets.digits import CLASSNAMES
+from air_core.datasets.images import Unreadable
+from air_core.prompts import restored_learner
+from air_core.specs import PromptSettings
+from air_core.types import Batch
+from air_core.weights import tiny_folder
+
+DOC = Path(__file__).parents[2] / "docs" / "bundle.md"
+
+
+@pytest.fixture(scope="module")
+def digits() -> list[Image.Image]:
+    return list(get_dataset("digits").load(None).images[:24])
+
+
+@pytest.fixture(scope="module")
+def contents(tiny_clip) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What write_bundle is given: zero-shot CLIP on the digits."""
+    said = {
+        "classnames": list(CLASSNAMES),
+        "template": TEMPLATE,
+        "modality": "text",
+        "prompt": None,
+        "backbone": {**weights_said("tiny"), "precision": "fp32"},
+        "metrics": {"test/accuracy": 0.5},
+        "test": {"dataset": "digits", "digest": "d", "images": 2, "unseen": None},
+        "lineage": {},
+    }
+    texts = class_texts(tiny_clip, CLASSNAMES, TEMPLATE).numpy()
+    scale = np.array(tiny_clip.logit_scale, dtype=np.float32)
+    arrays = {
+        TEXT: {"text_features": texts, "logit_scale": scale},
+        TEST: {name: np.zeros(2, dtype=np.int32) for name in ("index", "predictions", "labels")},
+    }
+    return said, arrays
+
+
+@pytest.fixture
+def folder(tmp_path, contents) -> Path:
+    write_bundle(tmp_path / "bundle", *contents, replace=False)
+    return tmp_path / "bundle"
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory, contents):
+    folder = tmp_path_factory.mktemp("one") / "bundle"
+    write_bundle(folder, *contents, replace=False)
+    return load_bundle(folder)
+
+
+def saved(images: list[Image.Image], folder: Path) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"{i:03}.png" for i in range(len(images))]
+    for image, file in zip(images, files, strict=True):
+        image.save(file)
+    return files
+
+
+# ---------------------------------------------------------------- what it computes
+
+
+def test_logits_are_those_of_zero_shot_clip(bundle, tiny_clip, digits):
+    texts = class_texts(tiny_clip, CLASSNAMES, TEMPLATE)
+    expected = tiny_clip.logit_scale * tiny_clip.encode_images(digits) @ texts.T
+    assert torch.allclose(bundle.logits(digits), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("depth", ["shallow", "deep"])
+def test_a_visual_prompt_goes_between_the_patches(depth, contents, tmp_path, tiny_clip, digits):
+    settings = PromptSettings(length=3, depth=depth)
+    shape = (3, tiny_clip.patch_width)
+    shape = (tiny_clip.vision_layers, *shape) if depth == "deep" else shape
+    prompt = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    said, arrays = contents
+    said = {**said, "modality": "visual", "prompt": asdict(settings)}
+    arrays = {**arrays, PROMPT: {"prompt": prompt.numpy()}}
+    write_bundle(tmp_path / "b", said, arrays, replace=False)
+
+    learner = restored_learner("visual", settings, tiny_clip, CLASSNAMES, TEMPLATE, prompt)
+    tokens = tiny_clip.image_tokens(digits, torch.float16)
+    with torch.no_grad():
+        expected = learner.logits(Batch(torch.zeros(len(digits), 1), tokens))
+    found = load_bundle(tmp_path / "b").logits(digits)
+    assert torch.allclose(found, expected, rtol=0, atol=1e-5)
+    assert not torch.allclose(found, load_text(contents, tmp_path).logits(digits), atol=0.1)
+
+
+def load_text(contents, tmp_path):
+    write_bundle(tmp_path / "plain", *contents, replace=False)
+    return load_bundle(tmp_path / "plain")
+
+
+def test_images_are_classified_in_their_order_whatever_the_batch(bundle, digits, tmp_path):
+    files = saved(digits, tmp_path / "new")
+    found = bundle.classify([tmp_path / "new"], topk=10)
+    assert [one.image for one in found] == [str(file) for file in files]
+    shares = bundle.logits(digits).softmax(dim=-1)
+    for one, row in zip(found, shares, strict=True):
+        assert one.classname == CLASSNAMES[int(row.argmax())]
+        assert one.probability == pytest.approx(float(row.max()), abs=1e-5)
+        assert {name for name, _ in one.top} == set(CLASSNAMES)
+        assert [share for _, share in one.top] == sorted((s for _, s in one.top), reverse=True)
+        assert sum(share for _, share in one.top) == pytest.approx(1, abs=1e-5)
+    before, bundle.backbone.at_once = bundle.backbone.at_once, 7
+    batches = bundle.classify([tmp_path / "new"], topk=1)
+    bundle.backbone.at_once = before
+    assert [one.classname for one in batches] == [one.classname for one in found]
+    assert all(len(one.top) == 1 for one in batches)
+
+
+def test_what_cannot_be_read_is_told_and_the_rest_is_classified(bundle, digits, tmp_path):
+    files = saved(digits[:5], tmp_path)
+    files[1].write_bytes(b"no image")
+    files[3].write_bytes(files[3].read_bytes()[:60])
+    gone = tmp_path / "gone.png"
+    told: dict[Path, str] = {}
+    found = list(bundle.stream([*files, gone], unreadable=lambda f, why: told.update({f: why})))
+    assert [one.image for one in found] == [str(files[i]) for i in (0, 2, 4)]
+    assert list(told) == [files[1], files[3], gone]
+    assert all(str(file) in why for file, why in told.items())
+    with pytest.raises(Unreadable, match=r"001\.png"):
+        bundle.classify([tmp_path])
+
+
+# ---------------------------------------------------------------- which images
+
+
+def test_folders_are_gone_through_and_patterns_spread(tmp_path, digits, monkeypatch):
+    saved(digits[:2], tmp_path / "new" / "deep" / "er")
+    saved(digits[:1], tmp_path / "new")
+    for name in ("notes.txt", ".hidden.png", "._000.png"):
+        (tmp_path / "new" / name).write_text("x")
+    saved(digits[:1], tmp_path / "new" / ".cache")
+    (tmp_path / "new" / "a[1].png").write_bytes((tmp_path / "new" / "000.png").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    deep = ["new/deep/er/000.png", "new/deep/er/001.png"]
+
+    def found(*places: str) -> list[str]:
+        return [str(file) for file in image_files(places)]
+
+    assert found("new") == ["new/000.png", "new/a[1].png", *deep]
+    assert found("new/**/*.png") == ["new/000.png", "new/a[1].png", *deep]
+    assert found("new/a[1].png") == ["new/a[1].png"]
+    assert found("new/deep/er/001.png", "new/deep") == deep[::-1]
+    assert found("new/*") == ["new/000.png", "new/a[1].png", *deep, "new/notes.txt"]
+    (tmp_path / "empty").mkdir()
+    for place, words in (
+        ("empty", "empty holds no image, nor do the folders in it; images end in .bmp"),
+        ("new/*.jpg", "no file fits 'new/*.jpg'"),
+        ("no.png", "no.png is not there"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            image_files([place])
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize("name", [MANIFEST, TEXT, TEST])
+def test_a_changed_byte_is_found_wherever_it_is(folder, name):
+    file = folder / name
+    data = file.read_bytes()
+    for at in {*range(0, len(data), max(1, len(data) // 40)), len(data) - 1}:
+        file.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+        with pytest.raises(ValueError, match=re.escape(f"{file} is not as it was exported")):
+            read_bundle(folder)
+    file.write_bytes(data + b" ")
+    with pytest.raises(ValueError, match=re.escape(f"{file} is not as it was exported")):
+        read_bundle(folder)
+    file.unlink()
+    with pytest.raises(ValueError, match=re.escape(name)):
+        read_bundle(folder)
+
+
+def rewritten(folder: Path, **changes: Any) -> None:
+    """bundle.json with other content and the digest that fits it."""
+    import hashlib
+
+    said = json.loads((folder / MANIFEST).read_text()) | changes
+    said.pop("digest")
+    bare = json.dumps(said, indent=1, sort_keys=True).encode()
+    said["digest"] = hashlib.sha256(bare).hexdigest()
+    (folder / MANIFEST).write_text(json.dumps(said, indent=1, sort_keys=True) + "\n")
+
+
+def test_no_file_outside_the_folder_is_opened_and_no_later_format_is_guessed(folder):
+    rewritten(folder)
+    read_bundle(folder)
+    for changes, words in (
+        ({"files": {"../secret.safetensors": "0" * 64}}, "names the file '../secret.safetensors'"),
+        ({"files": {"/etc/passwd": "0" * 64}}, f"allowed: {', '.join(FILES)}"),
+        ({"files": {}}, f"without {TEXT}"),
+        ({"classnames": ["one"]}, "names 1 classes"),
+        ({"classnames": "digits"}, "has no classnames that is a list"),
+        ({"format": 2}, "has format 2, and this version reads 1"),
+    ):
+        before = (folder / MANIFEST).read_bytes()
+        rewritten(folder, **changes)
+        with pytest.raises(ValueError, match=re.escape(words)):
+            read_bundle(folder)
+        (folder / MANIFEST).write_bytes(before)
+
+
+def test_what_is_no_bundle_says_how_to_make_one(tmp_path):
+    for place, words in ((tmp_path, "has no bundle.json"), (tmp_path / "no", "is not there")):
+        with pytest.raises(ValueError, match=f"{words}.*airsweep export"):
+            read_bundle(place)
+
+
+def test_another_backbone_is_refused_and_the_same_elsewhere_is_taken(folder, tmp_path, digits):
+    copy = Path(shutil.copytree(tiny_folder(), tmp_path / "clip"))
+    same = load_bundle(folder, weights=str(copy))
+    assert torch.equal(same.logits(digits), load_bundle(folder).logits(digits))
+    file = copy / "open_clip_model.safetensors"
+    tensors = load_file(file)
+    tensors["visual.proj"][0, 0] += 1e-3
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=r"another backbone .* open_clip_model.safetensors is sha"):
+        load_bundle(folder, weights=str(copy))
+    with pytest.raises(ValueError, match=r"is not there; allowed: .*--weights says where it lies"):
+        load_bundle(folder, weights=str(tmp_path / "nowhere"))
+
+
+def test_the_same_file_under_another_architecture_is_another_backbone(contents, tmp_path):
+    said, arrays = contents
+    file = tmp_path / "w.safetensors"
+    file.write_bytes(b"weights")
+    of = {**weights_said(f"ViT-B-32@{file}"), "precision": "fp32"}
+    assert of["open_clip"] == {
+        "model_name": "ViT-B-32",
+        "pretrained": "w.safetensors",
+        "force_quick_gelu": False,
+    }
+    write_bundle(tmp_path / "b", {**said, "backbone": of}, arrays, replace=False)
+    read_bundle(tmp_path / "b").check_weights()
+    with pytest.raises(ValueError, match="the same file, but another architecture"):
+        read_bundle(tmp_path / "b").check_weights(f"ViT-B-32-quickgelu@{file}")
+
+
+# ---------------------------------------------------------------- writing
+
+
+def test_a_bundle_is_there_whole_or_not_at_all_and_replaces_nothing_else(tmp_path, contents):
+    said, arrays = contents
+    place = tmp_path / "bundle"
+    place.mkdir()  # an empty folder is free
+    write_bundle(place, said, arrays, replace=False)
+    bytes_of = {file.name: file.read_bytes() for file in place.iterdir()}
+    with pytest.raises(ValueError, match="is a bundle already.*--force"):
+        write_bundle(place, said, arrays, replace=False)
+
+    def refused(manifest: Any) -> None:
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError):
+        write_bundle(place, {**said, "template": "{}"}, arrays, True, refused)
+    assert {file.name: file.read_bytes() for file in place.iterdir()} == bytes_of
+    write_bundle(place, {**said, "template": "{}"}, arrays, replace=True)
+    assert read_bundle(place).said["template"] == "{}"
+    write_bundle(place, said, arrays, replace=True)
+    assert {file.name: file.read_bytes() for file in place.iterdir()} == bytes_of
+
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years")
+    with pytest.raises(ValueError, match="is no bundle; give another folder"):
+        write_bundle(tmp_path / "mine", said, arrays, replace=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "mine"]
+
+
+# ---------------------------------------------------------------- the guide, as it stands
+
+
+def code_of_the_guide() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", DOC.read_text(), flags=re.DOTALL)
+
+
+@pytest.fixture
+def as_in_the_guide(folder, digits, monkeypatch) -> Path:
+    saved(digits[:3], folder.parent / "new")
+    (folder.parent / "new" / "000.png").rename(folder.parent / "new" / "1.png")
+    (folder.parent / "clip").symlink_to(tiny_folder())
+    monkeypatch.chdir(folder.parent)
+    return folder.parent
+
+
+def test_the_three_lines_of_the_guide(as_in_the_guide):
+    three, _ = code_of_the_guide()
+    assert len(three.splitlines()) == 3
+    names: dict[str, Any] = {}
+    exec(three, names)
+    assert [one.image for one in names["results"]] == ["new/001.png", "new/002.png", "new/1.png"]
+    assert all(one.classname in CLASSNAMES for one in names["results"])
+
+
+def test_the_lines_for_plain_open_clip_in_the_guide_give_the_same_logits(
+    as_in_the_guide, bundle, digits, capsys
+):
+    _, plain = code_of_the_guide()
+    assert "air_core" not in plain
+    names: dict[str, Any] = {}
+    exec(plain, names)
+    expected = bundle.logits(digits[:1])
+    assert torch.allclose(names["logits"].detach(), expected, rtol=0, atol=1e-5)
+    assert capsys.readouterr().out.strip() == CLASSNAMES[int(expected.argmax())]
