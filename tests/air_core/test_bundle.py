@@ -276,7 +276,7 @@ def test_a_bundle_is_there_whole_or_not_at_all_and_replaces_nothing_else(tmp_pat
     place.mkdir()  # an empty folder is free
     write_bundle(place, said, arrays, replace=False)
     bytes_of = {file.name: file.read_bytes() for file in place.iterdir()}
-    with pytest.raises(ValueError, match="is a bundle already.*--force"):
+    with pytest.raises(ValueError, match=r"is a bundle already.*--force"):
         write_bundle(place, said, arrays, replace=False)
 
     def refused(manifest: Any) -> None:

@@ -1,0 +1,152 @@
+"""How fast does a bundle classify a folder of images?
+
+Baseline: what one writes with open_clip by hand, one image at a time: open, preprocess, encode,
+multiply with the same class vectors. Both in one process on the same files with the same number of
+threads, and both must name the same classes. `command_s` is a whole `airsweep classify` of these
+files, its start and the loading of CLIP included.
+
+    python benchmarks/classify.py [--images 1000] [--threads 2] [--repeats 3] [--photo]
+
+The tiny CLIP and scikit-learn's digits as PNG of 32 px, or with --photo as JPEG of 640 x 480 px,
+where opening them takes most of the time. Times are the least disturbed of the repeats, by the
+clock. The last line is JSON; `ratio` is the baseline's time over ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from air_core.backbone.loading import load_backbone
+from air_core.bundle import load_bundle
+from air_core.bundle.manifest import TEST, TEXT, weights_said, write_bundle
+from air_core.classifiers import class_texts
+from air_core.datasets import get_dataset
+from air_core.weights import tiny_folder
+
+
+def zero_shot_bundle(folder: Path) -> None:
+    """The tiny CLIP's own classifier of the digits."""
+    digits, backbone = get_dataset("digits"), load_backbone("tiny")
+    none = np.zeros(0, dtype=np.int32)
+    said = {
+        "classnames": list(digits.classnames),
+        "template": digits.template,
+        "modality": "text",
+        "backbone": {**weights_said("tiny"), "precision": "fp32"},
+        "metrics": {},
+        "test": {},
+        "lineage": {},
+    }
+    texts = class_texts(backbone, digits.classnames, digits.template).numpy()
+    arrays = {
+        TEXT: {"text_features": texts, "logit_scale": np.float32(backbone.logit_scale).reshape(())},
+        TEST: {"index": none, "predictions": none, "labels": none},
+    }
+    write_bundle(folder, said, arrays, replace=False)
+
+
+def images_in(folder: Path, count: int, photo: bool) -> list[Path]:
+    every = get_dataset("digits").load(None).images
+    folder.mkdir()
+    files = []
+    for number in range(count):
+        image, file = every[number % len(every)], folder / f"{number:05}"
+        if photo:
+            file = file.with_suffix(".jpg")
+            image.resize((640, 480), Image.Resampling.BICUBIC).save(file, quality=90)
+        else:
+            file = file.with_suffix(".png")
+            image.save(file)
+        files.append(file)
+    return files
+
+
+def one_at_a_time(bundle: Path, files: list[Path]) -> tuple[float, list[str]]:
+    """As docs/bundle.md has it for plain open_clip, in a loop: seconds and classes."""
+    import open_clip
+    from safetensors.torch import load_file
+
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tiny_folder()}")
+    model.eval()
+    texts = load_file(bundle / TEXT)
+    names = json.loads((bundle / "bundle.json").read_text())["classnames"]
+    started, found = time.perf_counter(), []
+    with torch.no_grad():
+        for file in files:
+            pixels = preprocess(Image.open(file).convert("RGB"))[None]
+            features = model.encode_image(pixels, normalize=True)
+            shares = (texts["logit_scale"] * features @ texts["text_features"].T).softmax(dim=-1)
+            found.append(names[int(shares.argmax())])
+    return time.perf_counter() - started, found
+
+
+def by_bundle(bundle: Path, files: list[Path]) -> tuple[float, list[str]]:
+    loaded = load_bundle(bundle)
+    started = time.perf_counter()
+    found = [one.classname for one in loaded.stream(files)]
+    return time.perf_counter() - started, found
+
+
+def by_command(bundle: Path, files: list[Path]) -> tuple[float, list[str]]:
+    command = [sys.executable, "-m", "orchestrator", "classify", bundle, files[0].parent, "--json"]
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": sys.path[0]}
+    started = time.perf_counter()
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, check=True, env={**os.environ, **threads}
+    )
+    return time.perf_counter() - started, [one["class"] for one in json.loads(done.stdout)]
+
+
+WAYS = {"baseline_s": one_at_a_time, "bundle_s": by_bundle, "command_s": by_command}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--photo", action="store_true", help="JPEG of 640 x 480 px")
+    asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
+    times: dict[str, list[float]] = {name: [] for name in WAYS}
+    with tempfile.TemporaryDirectory() as place:
+        bundle = Path(place) / "bundle"
+        zero_shot_bundle(bundle)
+        files = images_in(Path(place) / "new", asked.images, asked.photo)
+        for _ in range(asked.repeats):
+            said = []
+            for name, way in WAYS.items():
+                seconds, classes = way(bundle, files)
+                times[name].append(seconds)
+                said.append(classes)
+            assert said[0] == said[1] == said[2], "the ways name different classes"
+    found = {name: round(min(values), 3) for name, values in times.items()}
+    kind = "JPEG of 640 x 480 px" if asked.photo else "PNG of 32 px"
+    result = {
+        "name": "classify",
+        "ratio": round(found["baseline_s"] / found["bundle_s"], 2),
+        "baseline": f"an open_clip loop, one image at a time, tiny CLIP, {kind}, "
+        f"{asked.threads} threads",
+        "images": asked.images,
+        "images_per_s": round(asked.images / found["bundle_s"]),
+        "images_per_s_of_command": round(asked.images / found["command_s"]),
+        **found,
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
