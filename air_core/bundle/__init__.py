@@ -31,12 +31,13 @@ def load_bundle(folder: str | Path, weights: str | None = None, device: str = "c
         device: where CLIP runs, such as cuda.
 
     Raises:
-        ValueError: no bundle, a file of it that was changed, or another backbone.
+        ValueError: no bundle, a file of it that was changed, another backbone, or no such device.
     """
     manifest = read_bundle(folder)
     manifest.check_weights(weights)
     from air_core.backbone.loading import load_backbone  # seconds
-    from air_core.bundle.classifier import Bundle
+    from air_core.bundle.classifier import Bundle, check_device
 
+    check_device(device)
     name = manifest.backbone_name(weights)
     return Bundle(manifest, load_backbone(name, device, manifest.precision))

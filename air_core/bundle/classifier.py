@@ -108,6 +108,18 @@ class Bundle:
         return self.manifest.logit_scale * encoded @ self._texts.T
 
 
+def check_device(device: str) -> None:
+    """
+    Raises:
+        ValueError: there is no such device here.
+    """
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as problem:
+        first = str(problem).strip().partition("\n")[0]
+        raise ValueError(f"device {device!r} cannot be used here ({first}); cpu can") from None
+
+
 @dataclass
 class _Opened(Sequence[Image.Image]):
     """Image files as a sequence that opens one at a time; a blank stands for what cannot be."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,8 @@ from air_core.specs import PromptSettings
 from air_core.types import Batch
 from air_core.weights import tiny_folder
 
-DOC = Path(__file__).parents[2] / "docs" / "bundle.md"
+ROOT = Path(__file__).parents[2]
+DOC = ROOT / "docs" / "bundle.md"
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +186,20 @@ def test_folders_are_gone_through_and_patterns_spread(tmp_path, digits, monkeypa
             image_files([place])
 
 
+def test_a_bundle_is_checked_before_torch_is_imported():
+    code = "import sys, air_core.bundle; print({'torch', 'PIL', 'open_clip'} & {*sys.modules})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert done.stdout.strip() == "set()"
+
+
 # ---------------------------------------------------------------- what is refused
+
+
+def test_a_device_that_is_not_here_is_bad_input(folder):
+    with pytest.raises(ValueError, match="device 'npu' cannot be used here .*; cpu can"):
+        load_bundle(folder, device="npu")
 
 
 @pytest.mark.parametrize("name", [MANIFEST, TEXT, TEST])
