@@ -47,6 +47,7 @@ BEST = "best"
 RUN_BY = "mutual_information"  # the objective that reads no label at all
 # What a record says of its making that another reader of a bundle has a use for.
 MADE = ("commit", "dirty", "code", "device", "versions")
+ALLOWED = "best, a trial key or 6 digits of it, a slot CELL/POINT/SEEDS, or a run id of MLflow"
 CHUNK = 64  # images that are decoded at a time
 
 Say = Callable[[str], None]
@@ -81,7 +82,10 @@ def named_trial(name: str, store: ArtifactStore, place: Place | None, uri: str |
         TrackerAway: it can only be an MLflow run, and MLflow does not answer.
     """
     slots = {} if place is None else _done_slots(place)
-    found = remembered(slots.get(name, name), store, uri)
+    try:
+        found = remembered(slots.get(name, name), store, uri)
+    except ValueError as problem:
+        raise ValueError(f"{problem}; allowed: {ALLOWED}") from None
     if not found.same_key():
         raise ValueError(
             f"{found.label}: this version computes these settings in another way, so its prompt "
@@ -137,7 +141,7 @@ def best_trial(sweep: SweepSpec, place: Place, only: Sequence[str], say: Say) ->
     worlds = worlds_of(kept)
     if len(worlds) > 1:
         there = "; ".join("/".join(world) for world in worlds)
-        keys = [key for key in NAMED if key in sweep.grid]
+        keys = [key for key in NAMED if key in sweep.grid and key != "method"] or ["method"]
         raise ValueError(
             f"best of {sweep.name} is not one row, since these cannot be compared: {there}; "
             f"give --only KEY=VALUE with {', '.join(keys)}"

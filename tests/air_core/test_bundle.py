@@ -198,7 +198,7 @@ def test_a_bundle_is_checked_before_torch_is_imported():
 
 
 def test_a_device_that_is_not_here_is_bad_input(folder):
-    with pytest.raises(ValueError, match="device 'npu' cannot be used here .*; cpu can"):
+    with pytest.raises(ValueError, match=r"device 'npu' cannot be used here .*; cpu can"):
         load_bundle(folder, device="npu")
 
 
