@@ -116,13 +116,14 @@ def weights_said(name: str) -> dict[str, Any]:
         ValueError: it is not here.
     """
     found, files = find_backbone(name), weights_files(name)
+    settings = weights_settings(name) if isinstance(found, ClipFile) else {}
     top = os.path.commonpath([path.parent for path in files])
     return {
         "name": name,
         "open_clip": _arguments(name),
         "architecture": _architecture(name),
         "files": {path.relative_to(top).as_posix(): _file_digest(path) for path in files},
-        "settings": weights_settings(name) if isinstance(found, ClipFile) else {},
+        "settings": json.loads(json.dumps(settings)),  # lists, as they are read again
     }
 
 
@@ -193,7 +194,9 @@ def write_bundle(
     try:
         for name, of in arrays.items():
             assert name in FILES
-            (work / name).write_bytes(save({key: np.ascontiguousarray(a) for key, a in of.items()}))
+            (work / name).write_bytes(
+                save({key: np.asarray(a, order="C") for key, a in of.items()})
+            )
         digests = {name: _file_digest(work / name) for name in sorted(arrays)}
         (work / MANIFEST).write_bytes(_sealed({**said, "format": FORMAT, "files": digests}))
         check(read_bundle(work))

@@ -138,7 +138,7 @@ def pictures_of(index: np.ndarray, folder: Path) -> Path:
 
 BLOCKED = """
 import json, sys
-for name in ("ray", "mlflow", "optuna", "pydantic", "yaml"):
+for name in ("ray", "mlflow", "optuna", "pydantic"):
     sys.modules[name] = None  # importing it is an error
 from air_core.bundle import image_files, load_bundle
 from air_core.datasets.images import ImageFiles
