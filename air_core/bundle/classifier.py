@@ -102,7 +102,7 @@ class Bundle:
     def logits_of(self, encoded: Tensor) -> Tensor:
         """(N, C) of features (N, D), or of image tokens (N, T, V) where the prompt is visual."""
         if self._prompt is not None:
-            parts = encoded.split(self.backbone.at_once)
+            parts = torch.split(encoded, self.backbone.at_once)
             features = [self.backbone.encode_tokens(part, self._prompt).cpu() for part in parts]
             encoded = torch.cat(features)
         return self.manifest.logit_scale * encoded @ self._texts.T
