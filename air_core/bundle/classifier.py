@@ -19,6 +19,7 @@ from air_core.datasets.images import Unreadable, open_image
 # N images, C classes, D feature width.
 
 TOP = 3  # classes that are told of an image
+STEP = 64  # images of a batch; with more, a large model is silent for long
 BLANK_PX = 8
 
 
@@ -78,8 +79,9 @@ class Bundle:
             topk: classes that are told of each image, at most all.
             unreadable: told of a file that cannot be read, and why; None: it is raised.
         """
-        for start in range(0, len(files), self.backbone.at_once):
-            opened = _Opened(files[start : start + self.backbone.at_once])
+        step = min(STEP, self.backbone.at_once)
+        for start in range(0, len(files), step):
+            opened = _Opened(files[start : start + step])
             shares = self.logits(opened).softmax(dim=-1)
             found = shares.topk(min(topk, len(self.classnames)), dim=-1)
             for file, values, classes in zip(opened.files, *map(Tensor.tolist, found), strict=True):
