@@ -33,6 +33,18 @@ standard deviation of a method's accuracy over seeds / over splits, in points.
 Two splits are too few where splits matter: the interval is wide and still covers too little.
 An interval says nothing of what was the same in every run: the pretrained models and, with one
 split, its LoRA and its images.
+
+A **p value** is read from the interval: that of level 1 - p just touches 0. A table of many
+differences is **corrected** in two ways, and a difference needs both to be marked:
+
+- Holm's procedure over all of them (Holm 1979).
+- Three seeds often agree by luck, and then the runs part is 0 though seeds matter: one time in
+  five where seeds vary by three times what images do. One interval can live with that, the small
+  levels that Holm asks for cannot: of such tables of twelve null differences every third had a
+  mark. So in a table the runs part of a difference is at least the mean runs part of all, and has
+  the freedom of half of all (methods share a host, so differences are not independent).
+
+`benchmarks/calibration.py` measures how often either is wrong.
 """
 
 from __future__ import annotations
@@ -41,6 +53,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -52,6 +65,12 @@ Array = npt.NDArray[Any]
 
 Z_95 = 1.959964  # two-sided 95 %
 Z_POWER_80 = 0.841621  # one-sided 80 %
+ALPHA = 0.05  # of a mark, after correction
+
+# What a mark needs, found by simulation (benchmarks/calibration.py, decision 37).
+FEWEST_SEEDS = 3  # with one split, unless neither method has a seed
+FEWEST_SPLITS = 4  # with more than one
+FEWEST_IMAGES = 20  # on which the two differ
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -100,13 +119,28 @@ class Interval:
     method: str  # "95 % bootstrap over images and seeds (1 split)"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Difference(Interval):
+    """One method minus another, with what a test of it needs."""
+
+    p: float  # two-sided, that it is 0; below 0.05 where the interval leaves 0 out
+    skew: float  # the interval's side towards 0, over what a symmetric one would have
+    image_variance: float  # of the mean, from images
+    run_variance: float  # of the mean, between top units beyond images; chance puts it below 0
+    run_noise: float  # what images alone put between top units, of which that is free
+    units: int  # splits; seeds where there is one split
+    differing: int  # images that the two did not score alike in every run
+    untold: str  # why there is too little to tell it from 0; empty: there is enough
+
+
 def mean_interval(runs: Runs, *, samples: int = 2000, seed: int = 0) -> Interval:
     """Mean accuracy over runs with its 95 % interval.
 
     An accuracy of exactly 0 or 1 gets an interval of width 0: reweighting cannot invent an
     error that was never seen.
     """
-    return _interval(_each(runs), lowest=0.0, samples=samples, seed=seed)
+    scores = _each(runs)
+    return _interval(scores, _parts(scores, samples, seed), lowest=0.0)
 
 
 def mean_score(runs: Runs) -> float:
@@ -114,7 +148,9 @@ def mean_score(runs: Runs) -> float:
     return float(np.mean([score.values(_mean) for score in _each(runs)]))
 
 
-def paired_difference(a: Runs, b: Runs, *, samples: int = 2000, seed: int = 0) -> Interval | None:
+def paired_difference(
+    a: Runs, b: Runs, *, samples: int = 2000, seed: int = 0
+) -> Difference | None:
     """Accuracy of `a` minus that of `b`, on common runs and images.
 
     Runs pair by split and seed; one without a seed pairs with every seed of its split.
@@ -123,7 +159,97 @@ def paired_difference(a: Runs, b: Runs, *, samples: int = 2000, seed: int = 0) -
         The interval of the difference; n counts pairs. None: no run in common.
     """
     scores = list(_pairs(a, b))
-    return _interval(scores, lowest=-1.0, samples=samples, seed=seed) if scores else None
+    if not scores:
+        return None
+    parts = _parts(scores, samples, seed)
+    found = _interval(scores, parts, lowest=-1.0)
+    towards_zero = found.mean - found.low if found.mean > 0 else found.high - found.mean
+    symmetric = _half(ALPHA, parts.image_variance, parts.run_variance, parts.units - 1)
+    skew = towards_zero / symmetric if symmetric > 0 else 1.0
+    differing = _differing(scores)
+    return Difference(
+        **vars(found),
+        p=_p(
+            abs(found.mean) / skew if skew > 0 else math.inf,
+            parts.image_variance,
+            parts.run_variance,
+            parts.units - 1,
+        ),
+        skew=skew,
+        image_variance=parts.image_variance,
+        run_variance=parts.run_variance,
+        run_noise=parts.run_noise,
+        units=parts.units,
+        differing=differing,
+        untold=_untold(scores, differing),
+    )
+
+
+def corrected(differences: Sequence[Difference]) -> list[float]:
+    """p values of differences that stand in one table, in their order.
+
+    Holm's, with a runs part that the differences know together; never below `p` itself. A table of
+    one has nobody to know it from, so half of what image noise puts between seeds stays in.
+    """
+    units = [d for d in differences if d.units > 1]
+    kept = 0.5 if len(units) == 1 else 0.0
+    runs = [d.run_variance + kept * d.run_noise for d in units]
+    common = max(0.0, float(np.mean(runs))) if runs else 0.0
+    freedom = sum(d.units - 1 for d in units) / 2
+    together = []
+    for d in differences:
+        own = d.run_variance + kept * d.run_noise
+        part = max(own, common) if d.units > 1 else 0.0
+        distance = abs(d.mean) / d.skew if d.skew > 0 else math.inf
+        together.append(_p(distance, d.image_variance, part, max(d.units - 1, freedom)))
+    return [max(d.p, p) for d, p in zip(differences, holm(together), strict=True)]
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down adjustment.
+
+    >>> [round(p, 3) for p in holm([0.01, 0.04, 0.03])]
+    [0.03, 0.06, 0.06]
+    """
+    adjusted, highest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = highest
+    return adjusted
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collapse:
+    """A run far below the others of its setting."""
+
+    split_seed: int
+    seed: int | None
+    score: float
+    others: float  # their median
+
+
+def collapsed(runs: Runs) -> list[Collapse]:
+    """Runs that fell: training diverged, or a prompt went to one class.
+
+    Such a run lies below the median of the others by more than 10 points or a quarter of that
+    median, whichever is less; by more than 5 of their robust standard deviations (1.48 times the
+    median distance from the median); and by more than 4 standard errors of an accuracy on its test
+    images. Fewer than three runs say nothing, nor do as many that fell as did not.
+    """
+    scores = [float(score.values(_mean)) for score in _each(runs)]
+    found = []
+    for i, (run, score) in enumerate(zip(runs.runs, scores, strict=True)):
+        others = np.array(scores[:i] + scores[i + 1 :])
+        if len(others) < 2:
+            break
+        median = float(np.median(others))
+        spread = 1.4826 * float(np.median(np.abs(others - median)))
+        noise = math.sqrt(median * (1 - median) / len(run.correct))
+        if median - score > max(min(0.10, median / 4), 5 * spread, 4 * noise):
+            found.append(
+                Collapse(split_seed=run.split_seed, seed=run.seed, score=score, others=median)
+            )
+    return found
 
 
 def discordance(a: Runs, b: Runs) -> float:
@@ -199,7 +325,19 @@ def _pairs(a: Runs, b: Runs) -> Iterator[_Scores]:
                 yield _Scores(left.split_seed, next(iter(seeds), None), ids, sides, unseen)
 
 
-def _interval(scores: Sequence[_Scores], *, lowest: float, samples: int, seed: int) -> Interval:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Parts:
+    """What varies in a mean over runs."""
+
+    run_means: Array  # (R,)
+    draws: Array  # (B,) of the mean, around 0
+    image_variance: float
+    run_variance: float  # not floored; 0 for one unit
+    run_noise: float
+    units: int  # K
+
+
+def _parts(scores: Sequence[_Scores], samples: int, seed: int) -> _Parts:
     run_means = np.array([float(s.values(_mean)) for s in scores])  # (R,)
     shifts = _resampled_means(scores, samples, seed) - run_means  # (B, R), images only
     units = _units(scores)  # (R, K)
@@ -207,24 +345,78 @@ def _interval(scores: Sequence[_Scores], *, lowest: float, samples: int, seed: i
     per_unit = units / units.sum(axis=0)  # (R, K): run means -> unit means
 
     draws = shifts.mean(axis=1)  # (B,)
+    image_variance = float(draws.var())
+    between = by_images = 0.0
     if len(share) > 1:
-        between = _variance_of_mean(run_means @ per_unit, share)
-        by_images = _variance_of_mean(shifts @ per_unit, share).mean()
-        deviation = math.sqrt(max(0.0, float(between - by_images)))
+        between = float(_variance_of_mean(run_means @ per_unit, share))
+        by_images = float(_variance_of_mean(shifts @ per_unit, share).mean())
+        deviation = math.sqrt(max(0.0, between - by_images))
         widen = _student_975(len(share) - 1) / Z_95
         draws = draws + widen * deviation * _generator(seed, "runs").standard_normal(samples)
+    return _Parts(
+        run_means=run_means,
+        draws=draws,
+        image_variance=image_variance,
+        run_variance=between - by_images,
+        run_noise=by_images,
+        units=len(share),
+    )
 
-    mean = float(run_means.mean())
-    low, high = mean + np.quantile(draws, [0.025, 0.975])
+
+def _interval(scores: Sequence[_Scores], parts: _Parts, *, lowest: float) -> Interval:
+    mean = float(parts.run_means.mean())
+    low, high = mean + np.quantile(parts.draws, [0.025, 0.975])
     return Interval(
         mean=mean,
-        std=float(run_means.std(ddof=1)) if len(scores) > 1 else math.nan,
+        std=float(parts.run_means.std(ddof=1)) if len(scores) > 1 else math.nan,
         low=max(lowest, min(float(low), mean)),
         high=min(1.0, max(float(high), mean)),
         n=len(scores),
         n_test=round(float(np.mean([len(s.image_ids) for s in scores]))),
         method=_method(scores),
     )
+
+
+def _half(alpha: float, images: float, runs: float, freedom: float) -> float:
+    """Half the width of a symmetric interval of level 1 - alpha, of two variances."""
+    t = _student(alpha, freedom) if runs > 0 else 0.0
+    return math.sqrt(_normal(alpha) ** 2 * images + t**2 * max(0.0, runs))
+
+
+def _p(distance: float, images: float, runs: float, freedom: float) -> float:
+    """The level at which the half width is the distance from 0."""
+    if distance == 0:
+        return 1.0
+    if runs <= 0:
+        return math.erfc(distance / math.sqrt(2 * images)) if images > 0 else 0.0
+    low, high = 0.0, distance / math.sqrt(runs)  # t of the level lies between
+    for _ in range(60):
+        t = (low + high) / 2
+        alpha = _student_tails(t, freedom)
+        if _normal(alpha) ** 2 * images + t**2 * runs < distance**2:
+            low = t
+        else:
+            high = t
+    return _student_tails(low, freedom)
+
+
+def _differing(scores: Sequence[_Scores]) -> int:
+    found = [s.image_ids[s.sides[0] != s.sides[1]] for s in scores]
+    return len(np.unique(np.concatenate(found)))
+
+
+def _untold(scores: Sequence[_Scores], differing: int) -> str:
+    """Why a difference cannot be told from 0, whatever it is."""
+    splits = len({s.split_seed for s in scores})
+    seeds = {s.seed for s in scores}
+    if 1 < splits < FEWEST_SPLITS:
+        return f"{splits} splits, which are too few to tell (one, or {FEWEST_SPLITS} and more)"
+    if splits == 1 and seeds != {None} and len(seeds) < FEWEST_SEEDS:
+        plural = "" if len(seeds) == 1 else "s"
+        return f"{len(seeds)} seed{plural}, too few to tell ({FEWEST_SEEDS} and more)"
+    if differing < FEWEST_IMAGES:
+        return f"they differ on {differing} images, too few to tell ({FEWEST_IMAGES} and more)"
+    return ""
 
 
 def _resampled_means(scores: Sequence[_Scores], samples: int, seed: int) -> Array:
@@ -284,6 +476,62 @@ def _student_975(freedom: int) -> float:
         return _STUDENT_975[freedom - 1]
     z = Z_95  # Abramowitz and Stegun 26.7.5, two terms: 0.003 off at 10 degrees of freedom
     return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+
+
+def _normal(alpha: float) -> float:
+    """z of a two-sided level."""
+    return -NormalDist().inv_cdf(max(alpha, 1e-300) / 2) if alpha < 1 else 0.0
+
+
+@functools.lru_cache(maxsize=256)
+def _student(alpha: float, freedom: float) -> float:
+    """Student's t of a two-sided level."""
+    low, high = 0.0, 1.0
+    while _student_tails(high, freedom) > alpha:
+        high *= 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        if _student_tails(middle, freedom) > alpha:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def _student_tails(t: float, freedom: float) -> float:
+    """Share of Student's distribution beyond -t and t; scipy would take half a second to import.
+
+    >>> round(_student_tails(12.706, 1), 4), round(_student_tails(2.228, 10), 4)
+    (0.05, 0.05)
+    """
+    return _incomplete_beta(freedom / 2, 0.5, freedom / (freedom + t * t))
+
+
+def _incomplete_beta(a: float, b: float, x: float) -> float:
+    """Regularised, by its continued fraction (Lentz; DLMF 8.17.22)."""
+    if x <= 0 or x >= 1:
+        return min(max(x, 0.0), 1.0)
+    if x > (a + 1) / (a + b + 2):
+        return 1 - _incomplete_beta(b, a, 1 - x)
+    log = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
+    front = math.exp(log + a * math.log(x) + b * math.log1p(-x)) / a
+    tiny = 1e-300
+    f = c = 1.0
+    d = 0.0
+    for i in range(300):
+        m = i // 2
+        if i == 0:
+            term = 1.0
+        elif i % 2 == 0:
+            term = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+        else:
+            term = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
+        d = 1 / (1 + term * d or tiny)
+        c = 1 + term / c or tiny
+        f *= c * d
+        if abs(1 - c * d) < 1e-13:
+            break
+    return front * (f - 1)
 
 
 def _method(scores: Sequence[_Scores]) -> str:

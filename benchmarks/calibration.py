@@ -1,0 +1,255 @@
+"""How often a table marks a difference that is not there, and how often one that is.
+
+    python benchmarks/calibration.py [--simulations 500] [--tables 6]
+
+Simulated tables: equally good methods on the test images of one dataset, by the code that tables
+use (`orchestrator.statistics`). An image is right when its ease, the method's taste for it, and
+effects of split, seed and noise add up to more than 0. A taste comes back in every seed: the same
+two methods disagree on the same images again and again. Noise is drawn anew in each run.
+
+The baseline is what is often done: McNemar's test over all images of all seeds together, each
+counted as an observation of its own. The ratio is its rate of false positives over ours, where
+methods disagree on the same images in every seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+from scipy.stats import binomtest
+
+from orchestrator.statistics import ALPHA, Difference, Run, Runs, corrected, paired_difference
+
+IMAGES, TEST = 1797, 540  # the digits
+ACCURACY = 0.74
+BASELINE = "McNemar over all images of all seeds"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenario:
+    """A world in which methods are equally good. Standard deviations in units of an image's ease."""
+
+    splits: int = 1
+    seeds: int = 3
+    taste: float = 0.0  # of a method for an image: the same in every run
+    noise: float = 0.0  # of a run for an image
+    seed: float = 0.0  # 0.03 is about a point of accuracy
+    split: float = 0.0
+    test: int = TEST
+    trzsl: bool = False
+    gain: float = 0.0  # in accuracy, of all methods but the host
+
+    @property
+    def spread(self) -> float:
+        """Of all that differs between images, in one run."""
+        return math.sqrt(1 + self.taste**2 + self.noise**2)
+
+
+NULL = {
+    "one split, persistent": Scenario(taste=0.6),
+    "one split, independent": Scenario(noise=0.6),
+    "one split, both": Scenario(taste=0.4, noise=0.4),
+    "one split, both, 5 seeds": Scenario(taste=0.4, noise=0.4, seeds=5),
+    "one split, independent, 10 seeds": Scenario(noise=0.6, seeds=10),
+    "one split, no seeds": Scenario(taste=0.6, seeds=0),
+    "one split, both, TRZSL": Scenario(taste=0.4, noise=0.4, trzsl=True),
+    "one split, persistent, 5,000 images": Scenario(taste=0.6, test=5000),
+    "one split, seeds differ by 1 point": Scenario(taste=0.4, noise=0.4, seed=0.035),
+    "one split, seeds differ by 2 points": Scenario(taste=0.4, noise=0.4, seed=0.07),
+    "one split, independent, seeds 2 points": Scenario(noise=0.6, seed=0.07),
+    "5 splits x 2": Scenario(splits=5, seeds=2, taste=0.4, noise=0.4, seed=0.035),
+    "5 splits x 2, splits 2 points": Scenario(
+        splits=5, seeds=2, taste=0.4, noise=0.4, seed=0.035, split=0.07
+    ),
+    "4 splits x 1, splits 2 points": Scenario(
+        splits=4, seeds=1, taste=0.4, noise=0.4, seed=0.035, split=0.07
+    ),
+}
+# Where no table may carry a mark: how wrong it would be.
+REFUSED = {
+    "2 splits x 2, splits 2 points": Scenario(
+        splits=2, seeds=2, taste=0.4, noise=0.4, seed=0.035, split=0.07
+    ),
+    "3 splits x 1, splits 2 points": Scenario(
+        splits=3, seeds=1, taste=0.4, noise=0.4, seed=0.035, split=0.07
+    ),
+    "one split, 2 seeds, independent, 2 points": Scenario(noise=0.6, seeds=2, seed=0.07),
+    "one split, differ on few images": Scenario(taste=0.025),
+}
+PLANTED = {
+    "one split x 3, 540 images": Scenario(taste=0.4, noise=0.4, gain=0.05),
+    "one split x 3, 1,880 images": Scenario(taste=0.4, noise=0.4, gain=0.05, test=1880),
+    "one split x 3, 1,880 images, seeds 1 point": Scenario(
+        taste=0.4, noise=0.4, gain=0.05, test=1880, seed=0.035
+    ),
+    "one split x 5, 1,880 images, seeds 1 point": Scenario(
+        taste=0.4, noise=0.4, gain=0.05, test=1880, seed=0.035, seeds=5
+    ),
+    "5 splits x 2, 540 images, seeds 1 point": Scenario(
+        splits=5, seeds=2, taste=0.4, noise=0.4, seed=0.035, gain=0.05
+    ),
+}
+
+
+def simulated(rng: np.random.Generator, world: Scenario, methods: int) -> list[Runs]:
+    """The runs of so many methods; the first one is the host."""
+    population = max(IMAGES, world.test)
+    ease = rng.standard_normal(population)
+    tastes = world.taste * rng.standard_normal((methods, population))
+    middle = NormalDist().inv_cdf(ACCURACY)
+    above = NormalDist().inv_cdf(ACCURACY + world.gain) - middle
+    runs: list[list[Run]] = [[] for _ in range(methods)]
+    for split in range(world.splits):
+        ids = np.sort(rng.choice(population, world.test, replace=False))
+        unseen = ids % 10 < 4 if world.trzsl else None
+        by_split = world.split * rng.standard_normal(methods)
+        for seed in range(max(1, world.seeds)):
+            by_seed = world.seed * rng.standard_normal(methods)
+            for k in range(methods):
+                score = ease[ids] + tastes[k, ids] + by_split[k] + by_seed[k]
+                if world.noise:
+                    score = score + world.noise * rng.standard_normal(len(ids))
+                line = -world.spread * (middle + (above if k else 0.0))
+                runs[k].append(
+                    Run(
+                        split_seed=split,
+                        seed=seed if world.seeds else None,
+                        image_ids=ids,
+                        correct=score > line,
+                        unseen=unseen,
+                    )
+                )
+    return [Runs(tuple(of)) for of in runs]
+
+
+def compared(runs: Sequence[Runs], samples: int = 500) -> list[Difference]:
+    """Every method minus the host, and the second minus the third, as a control would be."""
+    host, *others = runs
+    pairs = [(one, host) for one in others]
+    if len(others) > 1:
+        pairs.append((others[0], others[1]))
+    found = [paired_difference(a, b, samples=samples) for a, b in pairs]
+    return [one for one in found if one is not None]
+
+
+def mcnemar_pooled(a: Runs, b: Runs) -> float:
+    """The p value of McNemar's test where every image of every run counts as a new one."""
+    ours = np.concatenate([run.correct for run in a.runs])
+    theirs = np.concatenate([run.correct for run in b.runs])
+    first, second = int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
+    if first + second == 0:
+        return 1.0
+    return math.erfc(abs(first - second) / math.sqrt(2 * (first + second)))
+
+
+@dataclass
+class Counts:
+    """Tables of a scenario, and in how many of them something was found."""
+
+    tables: int = 0
+    single: int = 0  # the first comparison, uncorrected: its interval leaves 0 out
+    any_single: int = 0  # some comparison, uncorrected
+    any_corrected: int = 0  # some comparison, corrected, were nothing refused
+    any_mark: int = 0  # as tables mark
+    first_mark: int = 0
+    baseline: int = 0
+    inconsistent: int = 0  # p value and interval that disagree
+
+
+def counted(world: Scenario, simulations: int, methods: int, seed: int = 0) -> Counts:
+    rng = np.random.default_rng(seed)
+    counts = Counts()
+    for _ in range(simulations):
+        runs = simulated(rng, world, methods)
+        found = compared(runs)
+        p = corrected(found)
+        left_out = [not one.low <= 0 <= one.high for one in found]
+        below = [one.p < ALPHA for one in found]
+        marks = [value < ALPHA and not one.untold for one, value in zip(found, p, strict=True)]
+        counts.tables += 1
+        counts.single += left_out[0]
+        counts.any_single += any(left_out)
+        counts.any_corrected += min(p) < ALPHA
+        counts.any_mark += any(marks)
+        counts.first_mark += marks[0]
+        counts.inconsistent += left_out != below
+        counts.baseline += mcnemar_pooled(runs[1], runs[0]) < ALPHA
+    return counts
+
+
+def rate(found: int, of: int) -> dict[str, float]:
+    """A share in % with its 95 % interval (Clopper and Pearson)."""
+    ends = binomtest(found, of).proportion_ci()
+    return {
+        "rate": round(100 * found / of, 2),
+        "low": round(100 * ends.low, 2),
+        "high": round(100 * ends.high, 2),
+    }
+
+
+def shown(found: dict[str, float]) -> str:
+    return f"{found['rate']:5.1f} [{found['low']:4.1f}, {found['high']:4.1f}]"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--simulations", type=int, default=500)
+    parser.add_argument("--methods", type=int, default=6, help="of a table, the host included")
+    parser.add_argument("--only", help="scenarios whose name holds this")
+    options = parser.parse_args()
+    groups: dict[str, dict[str, Any]] = {}
+    columns = "one comparison         some, uncorrected     some mark             pooled McNemar"
+    for title, worlds in (("null", NULL), ("refused", REFUSED), ("planted", PLANTED)):
+        print(f"\n{title:<44} {columns}" if title != "planted" else f"\n{title}")
+        for name, world in worlds.items():
+            if options.only and options.only not in name:
+                continue
+            started = time.perf_counter()
+            found = counted(world, options.simulations, options.methods)
+            of = found.tables
+            figures: dict[str, Any] = {
+                "one_comparison": rate(found.single, of),
+                "some_uncorrected": rate(found.any_single, of),
+                "some_corrected": rate(found.any_corrected, of),
+                "some_mark": rate(found.any_mark, of),
+                "baseline": rate(found.baseline, of),
+                "p_and_interval_disagree": found.inconsistent,
+            }
+            if title == "planted":
+                figures["found_after_correction"] = rate(found.first_mark, of)
+                text = f"alone {shown(figures['one_comparison'])}   in a table "
+                text += shown(figures["found_after_correction"])
+            else:
+                keys = ("one_comparison", "some_uncorrected", "some_mark", "baseline")
+                text = "   ".join(shown(figures[key]) for key in keys)
+                if title == "refused":
+                    text += f"   unrefused: {shown(figures['some_corrected'])}"
+            print(f"{name:<44} {text}   {time.perf_counter() - started:.0f} s", flush=True)
+            groups.setdefault(title, {})[name] = figures
+    first = groups.get("null", {}).get("one split, persistent")
+    ratio = first and first["baseline"]["rate"] / max(first["one_comparison"]["rate"], 1e-9)
+    print(
+        json.dumps(
+            {
+                "name": "calibration",
+                "ratio": ratio and round(ratio, 2),
+                "baseline": BASELINE,
+                "simulations": options.simulations,
+                "methods": options.methods,
+                "comparisons": options.methods if options.methods > 2 else 1,
+                **groups,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
