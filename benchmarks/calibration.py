@@ -35,7 +35,7 @@ BASELINE = "McNemar over all images of all seeds"
 
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
-    """A world in which methods are equally good. Standard deviations in units of an image's ease."""
+    """A world in which methods are equally good; standard deviations in units of ease."""
 
     splits: int = 1
     seeds: int = 3

@@ -12,7 +12,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -23,10 +23,15 @@ from air_core.normal import normalised
 from orchestrator.presets import METHODS, named_refs
 from orchestrator.ranking import Ranking, ranking, told
 from orchestrator.statistics import (
+    ALPHA,
     Array,
+    Collapse,
+    Difference,
     Interval,
     Run,
     Runs,
+    collapsed,
+    corrected,
     discordance,
     images_needed,
     mean_interval,
@@ -54,6 +59,7 @@ class Entry:
     predictions: Array  # (T,)
     labels: Array  # (T,)
     unseen: Array | None = None  # (T,) bool: TRZSL, images of classes without labels
+    digests: Mapping[str, str] = field(default_factory=dict)  # of dataset and backbone: content
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,18 +82,37 @@ class Row:
     # Where the row comes from; not in its JSON.
     cell: str
     point: int
+    protocol: Protocol
     choice: Choice | None = None  # None: there was nothing to choose from
     pruned: int = 0  # points of the cell that were stopped early
 
     def as_json(self) -> dict[str, Any]:
         chosen = {} if self.choice is None else self.choice.as_json(self.point)
         stopped = {"pruned": self.pruned} if self.pruned else {}
-        return {name: getattr(self, name) for name in COLUMNS} | chosen | stopped
+        shown = {name: getattr(self, name) for name in COLUMNS}
+        return shown | {"protocol": self.protocol.as_json()} | chosen | stopped
 
     @property
     def world(self) -> tuple[str, str, str]:
         """Only rows of one world are compared."""
         return self.dataset, self.paradigm, self.modality
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """What must be equal before two numbers of different tables are compared."""
+
+    backbone: str
+    splits: int
+    seeds: int  # in a split, at most; 0: the method draws nothing
+    shots: int | None  # ssl
+    class_seed: int | None  # trzsl
+    leaky_pool: bool
+    whole_pool: bool  # not made smaller or imbalanced on purpose
+    digests: Mapping[str, str] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +136,11 @@ class Choice:
         }
 
 
+Role = Literal["host", "control"]
+MARKS: dict[Role, str] = {"host": "†", "control": "‡"}
+WORSE = "↓"
+SUPERSCRIPTS = "".join(MARKS.values()) + WORSE
+
 COLUMNS = (
     *("dataset", "paradigm", "modality", "method", "settings", "metric", "n", "n_test"),
     *("mean", "std", "low", "high", "interval"),
@@ -123,11 +153,58 @@ class Comparison:
 
     a: str
     b: str
-    role: Literal["host", "control"]  # what b is to a
+    role: Role  # what b is to a
     settings: dict[str, Any]  # of a
-    difference: Interval  # paired by image and run
+    difference: Difference  # paired by image and run
     images_needed: int | None  # to tell such a difference from 0; None: it is 0
     row: Row  # of a
+    p_corrected: float  # over all comparisons of the table
+    other: Row  # of b
+
+    @property
+    def p(self) -> float:
+        """Of this comparison alone, as its interval has it."""
+        return self.difference.p
+
+    @property
+    def untold(self) -> str:
+        """Why too little was run to tell; empty: it was enough."""
+        return self.difference.untold
+
+    @property
+    def marked(self) -> bool:
+        """Told from 0 after correction, and enough was run to say so."""
+        return self.p_corrected < ALPHA and not self.untold
+
+    @property
+    def mark(self) -> str:
+        """† for the host, ‡ for the control; with an arrow where `a` is worse; else nothing."""
+        if not self.marked:
+            return ""
+        return MARKS[self.role] + (WORSE if self.difference.mean < 0 else "")
+
+    @property
+    def word(self) -> str:
+        """`host+` where a mark would say better, `host-` where worse: for spreadsheets."""
+        return f"{self.role}{'-' if self.difference.mean < 0 else '+'}"
+
+    def as_json(self) -> dict[str, Any]:
+        found = self.difference
+        return {
+            "role": self.role,
+            "method": self.b,
+            "settings": self.other.settings,
+            "difference": found.mean,
+            "low": found.low,
+            "high": found.high,
+            "n": found.n,
+            "interval": found.method,
+            "p": self.p,
+            "p_corrected": self.p_corrected,
+            "marked": self.marked,
+            "untold": self.untold,
+            "images_needed": self.images_needed,
+        }
 
 
 # ---------------------------------------------------------------- rows
@@ -224,7 +301,24 @@ def _row(group: Sequence[Entry], choice: Choice | None) -> Row:
         interval=found.method,
         cell=first.cell,
         point=first.point,
+        protocol=_protocol(group),
         choice=choice,
+    )
+
+
+def _protocol(group: Sequence[Entry]) -> Protocol:
+    flat = group[0].flat
+    seeds = Counter(split for split, seed in _distinct(group) if seed is not None)
+    pool = {"pool_size": None, "pool_ratio": 1.0, "pool_missing": 0.0}
+    return Protocol(
+        backbone=str(flat.get("backbone", "")),
+        splits=len({entry.split_seed for entry in group}),
+        seeds=max(seeds.values(), default=0),
+        shots=flat.get("shots", 2) if flat["paradigm"] == "ssl" else None,
+        class_seed=flat.get("class_seed", 500) if flat["paradigm"] == "trzsl" else None,
+        leaky_pool=bool(flat.get("leaky_pool", False)),
+        whole_pool=all(flat.get(key, value) == value for key, value in pool.items()),
+        digests=dict(group[0].digests),
     )
 
 
@@ -277,33 +371,43 @@ def _trial_names() -> frozenset[str]:
 
 
 def comparisons(rows: Sequence[Row], entries: Sequence[Entry]) -> list[Comparison]:
-    """Each row minus its method's host and minus its control, where they were run too."""
+    """Each row minus its method's host and minus its control, where they were run too.
+
+    p values are corrected over all that is returned: over what one table shows.
+    """
     results = Results(rows, entries)
     found = []
     for row in rows:
-        method = METHODS.get(row.method)
-        partners: tuple[tuple[Literal["host", "control"], str | None], ...] = (
-            ("host", method.host if method else None),
-            ("control", method.control if method else None),
-        )
-        for role, name in partners:
-            other = results.partner(row, name) if name else None
+        for role, name in partners(row.method):
+            other = results.partner(row, name)
             difference = results.difference(row, other) if other else None
-            if other is None or difference is None:
-                continue
-            needed = images_needed(difference.mean, results.discordance(row, other))
-            found.append(
-                Comparison(
-                    a=row.method,
-                    b=other.method,
-                    role=role,
-                    settings=row.settings,
-                    difference=difference,
-                    images_needed=needed,
-                    row=row,
-                )
-            )
-    return found
+            if other is not None and difference is not None:
+                found.append((role, row, other, difference))
+    p_values = corrected([difference for *_, difference in found])
+    return [
+        Comparison(
+            a=row.method,
+            b=other.method,
+            role=role,
+            settings=row.settings,
+            difference=difference,
+            images_needed=images_needed(difference.mean, results.discordance(row, other)),
+            row=row,
+            other=other,
+            p_corrected=p,
+        )
+        for (role, row, other, difference), p in zip(found, p_values, strict=True)
+    ]
+
+
+def partners(method: str) -> list[tuple[Role, str]]:
+    """What presets compare a method with."""
+    known = METHODS.get(method)
+    pairs: tuple[tuple[Role, str | None], ...] = (
+        ("host", known.host if known else None),
+        ("control", known.control if known else None),
+    )
+    return [(role, name) for role, name in pairs if name is not None]
 
 
 class Results:
@@ -329,9 +433,13 @@ class Results:
 
     def mean(self, row: Row, metric: str) -> float | None:
         """Mean of a metric over the runs of a row; None where no run has it."""
-        found = [entry.metrics.get(metric, math.nan) for entry in self._of(row)[0]]
-        found = [value for value in found if not math.isnan(value)]
+        found = self.values(row, metric)
         return sum(found) / len(found) if found else None
+
+    def values(self, row: Row, metric: str) -> list[float]:
+        """A metric of each run of a row that has it."""
+        found = [entry.metrics.get(metric, math.nan) for entry in self._of(row)[0]]
+        return [value for value in found if not math.isnan(value)]
 
     def _of(self, row: Row) -> tuple[list[Entry], Runs | None]:
         """The computations behind a row, once each; None: the entries of this row are not here."""
@@ -356,9 +464,14 @@ class Results:
                 best = (len(shared), other)
         return best[1] if best else None
 
-    def difference(self, row: Row, other: Row) -> Interval | None:
+    def difference(self, row: Row, other: Row) -> Difference | None:
         a, b = self.runs(row), self.runs(other)
         return paired_difference(a, b) if a and b else None
+
+    def collapsed(self, row: Row) -> list[Collapse]:
+        """Its runs that are far below the others."""
+        runs = self.runs(row)
+        return collapsed(runs) if runs else []
 
     def discordance(self, row: Row, other: Row) -> float:
         a, b = self.runs(row), self.runs(other)
@@ -385,6 +498,77 @@ def varied_settings(rows: Sequence[Row], entries: Sequence[Entry]) -> list[str]:
         for key, value in settings.items():
             seen.setdefault(key, set()).add(repr(value))
     return [key for key, values in seen.items() if len(values) > 1]
+
+
+def protocol_notes(rows: Sequence[Row], results: Results) -> list[str]:
+    """Measure, splits and seeds, interval: sentences for a caption."""
+    notes = []
+    if any(row.metric == "harmonic_mean" for row in rows):
+        notes.append("TRZSL: harmonic mean of the accuracies on seen and on unseen classes.")
+    if splits := splits_and_seeds(results):
+        notes.append(splits)
+    kinds = Counter(row.interval for row in rows)
+    usual = kinds.most_common(1)[0][0]
+    text = f"Interval: {usual}"
+    for kind in kinds:
+        if kind != usual:
+            methods = dict.fromkeys(row.method for row in rows if row.interval == kind)
+            text += f"; {', '.join(methods)}: {kind.removeprefix('95 % bootstrap ')}"
+    return [*notes, text + "."]
+
+
+def splits_and_seeds(results: Results) -> str:
+    seeds, splits = results.seeds_and_splits()
+    if not splits:
+        return ""
+    each = " each" if splits > 1 else ""
+    return f"{counted(splits, 'split')}, {counted(seeds, 'seed')}{each}."
+
+
+def collapse_notes(rows: Sequence[Row], results: Results, most: int = 4) -> list[str]:
+    """Runs that fell far below their siblings: sentences for readers."""
+    fallen = [(row, one) for row in rows for one in results.collapsed(row)]
+    worlds = worlds_of(rows)
+    notes = []
+    for row, one in fallen[:most]:
+        world = f"{row.dataset}, {row.paradigm}/{row.modality}: " if len(worlds) > 1 else ""
+        seed = "" if one.seed is None else f", seed {one.seed}"
+        text = settings_text(row, list(row.settings))
+        notes.append(
+            f"Collapsed: {world}{row.method}{f' ({text})' if text else ''}, split "
+            f"{one.split_seed}{seed} has {percent(one.score)} where the others have "
+            f"{percent(one.others)}; it counts like every run."
+        )
+    if len(fallen) > most:
+        notes.append(f"{counted(len(fallen) - most, 'more run')} collapsed.")
+    return notes
+
+
+def mark_notes(found: Sequence[Comparison]) -> list[str]:
+    """What marks mean, and where none could be given: sentences for a caption."""
+    if not found:
+        return []
+    roles = {c.role for c in found}
+    words = {"host": "the host", "control": "the control without diffusion"}
+    signs = [f"{MARKS[role]} from {words[role]}" for role in MARKS if role in roles]
+    worse = any(c.mark.endswith(WORSE) for c in found)
+    below = f"; {WORSE} where below it" if worse else ""
+    over = "the comparison" if len(found) == 1 else f"the {len(found)} comparisons"
+    notes = [
+        f"Told apart: {', '.join(signs)}{below}; {100 * ALPHA:.0f} %, by Holm's correction over "
+        f"{over} of this table."
+    ]
+    reasons = Counter(c.untold for c in found if c.untold)
+    for reason, times in reasons.items():
+        every = "No marks" if times == len(found) else f"No mark in {times} of them"
+        notes.append(f"{every}: {reason}.")
+    if any(not c.untold for c in found) and all(one_split(c.difference) for c in found):
+        notes.append("One split: what is told apart holds for that split and its images alone.")
+    return notes
+
+
+def one_split(found: Interval) -> bool:
+    return "1 split" in found.method
 
 
 def settings_text(row: Row, keys: Iterable[str]) -> str:

@@ -47,6 +47,7 @@ def entries_of(plan: Plan, store: ArtifactStore) -> list[Entry]:
                 predictions=predictions,
                 labels=labels,
                 unseen=_unseen(slot, labels),
+                digests=_digests(slot),
             )
         )
     return entries
@@ -57,6 +58,13 @@ def pruned_points(plan: Plan) -> Mapping[str, int]:
     return Counter(
         cell for cell, _ in {(s.cell.id, s.point) for s in plan.slots if s.id in plan.pruned}
     )
+
+
+def _digests(slot: Slot) -> dict[str, str]:
+    spec = slot.spec
+    tested = spec.test_dataset
+    found = {"dataset": spec.dataset.digest, "backbone": spec.backbone.digest}
+    return found if tested is None else {**found, "test_dataset": tested.digest}
 
 
 def _unseen(slot: Slot, labels: np.ndarray) -> np.ndarray | None:

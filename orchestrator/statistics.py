@@ -148,9 +148,7 @@ def mean_score(runs: Runs) -> float:
     return float(np.mean([score.values(_mean) for score in _each(runs)]))
 
 
-def paired_difference(
-    a: Runs, b: Runs, *, samples: int = 2000, seed: int = 0
-) -> Difference | None:
+def paired_difference(a: Runs, b: Runs, *, samples: int = 2000, seed: int = 0) -> Difference | None:
     """Accuracy of `a` minus that of `b`, on common runs and images.
 
     Runs pair by split and seed; one without a seed pairs with every seed of its split.

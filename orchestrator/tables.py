@@ -6,24 +6,26 @@ import csv
 import io
 import json
 import operator
-import re
-import textwrap
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal
 
+from orchestrator.layouts import Layout, latex, markdown
 from orchestrator.report import (
     COLUMNS,
     EMPTY,
+    SUPERSCRIPTS,
+    Comparison,
     Entry,
     Results,
+    Role,
     Row,
     choice_notes,
+    collapse_notes,
     comparisons,
-    counted,
+    mark_notes,
     mean_std,
     percent,
+    protocol_notes,
     shown,
     signed_interval,
     varied_settings,
@@ -37,50 +39,68 @@ Format = Literal["md", "csv", "json", "latex"]
 def table(rows: Sequence[Row], format: Format, entries: Sequence[Entry] = ()) -> str:
     """The rows as text, without a newline at the end.
 
-    entries: what the rows were made from; md and latex take the other inferences, the
-    pseudo-labels and the gains from them.
+    entries: what the rows were made from; the other inferences, the pseudo-labels, the gains and
+    the runs that collapsed come from them.
     """
     match format:
         case "json":
-            return json.dumps([row.as_json() for row in rows], indent=2, allow_nan=False)
+            return json.dumps(as_json(rows, entries), indent=2, allow_nan=False)
         case "csv":
-            return _csv(rows)
+            return _csv(rows, entries)
         case "md":
-            return _markdown(_layout(rows, entries)) if rows else f"{EMPTY.capitalize()}."
+            return markdown(_layout(rows, entries)) if rows else f"{EMPTY.capitalize()}."
         case "latex":
-            return _latex(_layout(rows, entries)) if rows else f"% {EMPTY}"
+            return latex(_layout(rows, entries)) if rows else f"% {EMPTY}"
 
 
-def _csv(rows: Sequence[Row]) -> str:
+def as_json(rows: Sequence[Row], entries: Sequence[Entry] = ()) -> list[dict[str, object]]:
+    """The contract of `table --format json`: keys are added, none is removed."""
+    results, gains = Results(rows, entries), _by_row(comparisons(rows, entries))
+    return [
+        row.as_json()
+        | {
+            "comparisons": [c.as_json() for c in gains.get(id(row), {}).values()],
+            "collapsed": [vars(one) for one in results.collapsed(row)],
+        }
+        for row in rows
+    ]
+
+
+def _by_row(found: Sequence[Comparison]) -> Mapping[int, Mapping[Role, Comparison]]:
+    by_row: dict[int, dict[Role, Comparison]] = {}
+    for one in found:
+        by_row.setdefault(id(one.row), {})[one.role] = one
+    return by_row
+
+
+def _told_from(found: Mapping[Role, Comparison]) -> str:
+    return " ".join(one.word for one in found.values() if one.marked)
+
+
+def _csv(rows: Sequence[Row], entries: Sequence[Entry]) -> str:
     keys = list(dict.fromkeys(key for row in rows for key in row.settings))
     plain = [name for name in COLUMNS if name != "settings"]
     at = COLUMNS.index("settings")
-    header = [*plain[:at], *(f"settings.{key}" for key in keys), *plain[at:]]
+    settings_keys = [f"settings.{key}" for key in keys]
+    header = [*plain[:at], *settings_keys, *plain[at:], "told_from", "collapsed"]
+    results, gains = Results(rows, entries), _by_row(comparisons(rows, entries))
     text = io.StringIO()
     writer = csv.DictWriter(text, header, lineterminator="\n")
     writer.writeheader()
     for row in rows:
         settings = {f"settings.{key}": whole(v) for key, v in row.settings.items()}
-        writer.writerow({**{name: getattr(row, name) for name in plain}, **settings})
+        found = {
+            "told_from": _told_from(gains.get(id(row), {})),
+            "collapsed": len(results.collapsed(row)),
+        }
+        writer.writerow({**{name: getattr(row, name) for name in plain}, **settings, **found})
     return text.getvalue().rstrip("\n")
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Layout:
-    """A table for readers, before it has a syntax."""
-
-    header: list[str]
-    numeric: list[bool]  # columns that are right-aligned
-    lines: list[list[str]]
-    best: list[bool]  # the line with the highest mean of its world
-    accuracy: int  # the column that is in bold in the best line
-    caption: list[str]  # sentences
-    notes: list[str]  # sentences below the table
-
-
-def _layout(rows: Sequence[Row], entries: Sequence[Entry]) -> _Layout:
+def _layout(rows: Sequence[Row], entries: Sequence[Entry]) -> Layout:
     results = Results(rows, entries)
-    gains = {(id(c.row), c.role): c for c in comparisons(rows, entries)}
+    found = comparisons(rows, entries)
+    gains = _by_row(found)
 
     def setting(key: str) -> Callable[[Row], str]:
         return lambda row: shown(row.settings.get(key, ""))
@@ -88,10 +108,10 @@ def _layout(rows: Sequence[Row], entries: Sequence[Entry]) -> _Layout:
     def metric(name: str) -> Callable[[Row], str]:
         return lambda row: percent(results.mean(row, name))
 
-    def gain(role: Literal["host", "control"]) -> Callable[[Row], str]:
+    def gain(role: Role) -> Callable[[Row], str]:
         def cell(row: Row) -> str:
-            found = gains.get((id(row), role))
-            return f"{signed_interval(found.difference)} {found.b}" if found else ""
+            one = gains.get(id(row), {}).get(role)
+            return f"{signed_interval(one.difference)} {one.b}{one.mark}" if one else ""
 
         return cell
 
@@ -118,34 +138,21 @@ def _layout(rows: Sequence[Row], entries: Sequence[Entry]) -> _Layout:
     columns += [column for column in optional if any(column[2](row) for row in rows)]
     header = [name for name, _, _ in columns]
     tops = {world: max(r.mean for r in rows if r.world == world) for world in worlds_of(rows)}
-    return _Layout(
+    return Layout(
         header=header,
         numeric=[numeric for _, numeric, _ in columns],
         lines=[[cell(row) for _, _, cell in columns] for row in rows],
-        best=[row.mean == tops[row.world] for row in rows],
-        accuracy=accuracy,
-        caption=list(_caption(rows, results, header)),
-        notes=choice_notes(rows),
+        bold={(i, accuracy) for i, row in enumerate(rows) if row.mean == tops[row.world]},
+        caption=[*_caption(rows, results, header), *mark_notes(found)],
+        notes=[*choice_notes(rows), *collapse_notes(rows, results)],
+        superscripts=SUPERSCRIPTS,
     )
 
 
 def _caption(rows: Sequence[Row], results: Results, header: Sequence[str]) -> Iterator[str]:
-    where = "; ".join(f"{d}, {p}/{m}" for d, p, m in worlds_of(rows)) if rows else ""
+    where = "; ".join(f"{d}, {p}/{m}" for d, p, m in worlds_of(rows))
     yield f"Test accuracy in %, mean ± standard deviation over n runs ({where})."
-    if any(row.metric == "harmonic_mean" for row in rows):
-        yield "TRZSL: harmonic mean of the accuracies on seen and on unseen classes."
-    seeds, splits = results.seeds_and_splits()
-    if splits:
-        each = " each" if splits > 1 else ""
-        yield f"{counted(splits, 'split')}, {counted(seeds, 'seed')}{each}."
-    kinds = Counter(row.interval for row in rows)
-    usual = kinds.most_common(1)[0][0]
-    text = f"Interval: {usual}"
-    for kind in kinds:
-        if kind != usual:
-            methods = dict.fromkeys(row.method for row in rows if row.interval == kind)
-            text += f"; {', '.join(methods)}: {kind.removeprefix('95 % bootstrap ')}"
-    yield text + "."
+    yield from protocol_notes(rows, results)
     yield "n_test: test images of one run."
     if "fused" in header:
         yield "Fused: text and auxiliary classifier together."
@@ -153,75 +160,3 @@ def _caption(rows: Sequence[Row], results: Results, header: Sequence[str]) -> It
         yield "Pseudo-labels: share of the last ones that is right."
     if any(name.startswith("gain") for name in header):
         yield "Gains in points with their 95 % interval, paired by image and run."
-
-
-def _markdown(layout: _Layout) -> str:
-    lines = [[cell.replace("|", "\\|") for cell in line] for line in layout.lines]
-    for line, best in zip(lines, layout.best, strict=True):
-        if best:
-            line[layout.accuracy] = f"**{line[layout.accuracy]}**"
-    widths = [max(3, *map(len, column)) for column in zip(layout.header, *lines, strict=True)]
-
-    def padded(line: Sequence[str]) -> str:
-        cells = [
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(line, widths, layout.numeric, strict=True)
-        ]
-        return f"| {' | '.join(cells)} |"
-
-    rule = [
-        "-" * (width - 1) + ":" if right else "-" * width
-        for width, right in zip(widths, layout.numeric, strict=True)
-    ]
-    body = "\n".join([padded(layout.header), padded(rule), *map(padded, lines)])
-    texts = [_filled(layout.caption), body, *([_filled(layout.notes)] if layout.notes else [])]
-    return "\n\n".join(texts)
-
-
-def _filled(sentences: Sequence[str]) -> str:
-    return textwrap.fill(" ".join(sentences), 100, break_on_hyphens=False)
-
-
-def _latex(layout: _Layout) -> str:
-    """A booktabs table."""
-    lines = [[_escaped(cell) for cell in line] for line in layout.lines]
-    for line, best in zip(lines, layout.best, strict=True):
-        if best:
-            line[layout.accuracy] = f"\\textbf{{{line[layout.accuracy]}}}"
-    header = [_escaped(name) for name in layout.header]
-    return "\n".join(
-        [
-            r"% \usepackage{booktabs}",
-            r"\begin{table}",
-            r"\centering",
-            f"\\caption{{{_escaped(' '.join([*layout.caption, *layout.notes]))}}}",
-            f"\\begin{{tabular}}{{{''.join('r' if right else 'l' for right in layout.numeric)}}}",
-            r"\toprule",
-            f"{' & '.join(header)} \\\\",
-            r"\midrule",
-            *(f"{' & '.join(line)} \\\\" for line in lines),
-            r"\bottomrule",
-            r"\end{tabular}",
-            r"\end{table}",
-        ]
-    )
-
-
-_LATEX = {
-    **{character: f"\\{character}" for character in "&%$#_{}"},
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "±": r"$\pm$",
-    "<": "$<$",
-    ">": "$>$",
-}
-
-
-def _escaped(text: str) -> str:
-    """
-    >>> print(_escaped("zero_shot: -2.1 ± 0.3 %"))
-    zero\\_shot: $-$2.1 $\\pm$ 0.3 \\%
-    """
-    plain = "".join(_LATEX.get(character, character) for character in text)
-    return re.sub(r"(?<![\w.\]-])-(?=\d)", "$-$", plain)  # a minus sign; 1e-3 keeps its hyphen

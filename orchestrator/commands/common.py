@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -12,6 +13,7 @@ import typer
 if TYPE_CHECKING:
     from orchestrator.place import Place
     from orchestrator.plan import Plan
+    from orchestrator.report import Entry, Row
     from orchestrator.sweep import SweepSpec
 
 SpecArgument = Annotated[str, typer.Argument(metavar="SPEC", help="a sweep file, or its bare name")]
@@ -122,6 +124,43 @@ def recorded_sweep(name: str, store: str, data_root: Path | None) -> tuple[Sweep
     from orchestrator.recorded import read_sweep
 
     return read_sweep(place_named(name, store), data_root)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A recorded sweep, and what came out so far."""
+
+    sweep: SweepSpec
+    place: Place
+    plan: Plan
+    entries: list[Entry]
+    rows: list[Row]
+
+
+def results_of(name: str, store: str, data_root: Path | None) -> Outcome:
+    """A sweep's rows, with a note on stderr where other code made them.
+
+    Raises:
+        ValueError: there is no such sweep.
+    """
+    from orchestrator import report
+    from orchestrator.results import entries_of, pruned_points
+
+    sweep, place = recorded_sweep(name, store, data_root)
+    plan = plan_of(sweep, place)
+    for old in plan.stale(place.store):
+        print(f"note: {old}", file=sys.stderr)
+    entries = entries_of(plan, place.store)
+    objective = sweep.search.objective if sweep.search else None
+    rows = report.rows(entries, objective, pruned_points(plan))
+    return Outcome(sweep, place, plan, entries, rows)
+
+
+def no_trial(name: str, found: Outcome) -> str:
+    return (
+        f"{name} has no finished trial yet, of {found.plan.total}; "
+        f"`airsweep run {found.sweep.source or name}` goes on"
+    )
 
 
 def fail(message: str, code: int = 2) -> NoReturn:

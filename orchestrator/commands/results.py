@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,9 +14,9 @@ from orchestrator.commands.common import (
     NameArgument,
     StoreOption,
     fail,
+    no_trial,
     place_named,
-    plan_of,
-    recorded_sweep,
+    results_of,
 )
 
 if TYPE_CHECKING:
@@ -47,24 +46,52 @@ def table(
     store: StoreOption = STORE,
     data_root: DataOption = None,
     form: Annotated[str, typer.Option("--format", help="md, csv, json or latex")] = "md",
+    down: Annotated[
+        str | None,
+        typer.Option(
+            "--rows",
+            metavar="KEY[,KEY]",
+            help="lines of a table with one number a cell: dataset, paradigm, modality, method, or "
+            "a setting that the sweep varies",
+        ),
+    ] = None,
+    across: Annotated[
+        str | None, typer.Option("--cols", metavar="KEY[,KEY]", help="its columns; the same keys")
+    ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="its number: accuracy, fused, pseudo-labels, seen, unseen, ..."
+        ),
+    ] = None,
 ) -> None:
-    """Results as a table: mean, spread and interval of each row.
+    """Results as a table: mean, spread and interval of each row, and what is told apart.
 
     airsweep table quickstart
 
     airsweep table quickstart --format json
+
+    airsweep table quickstart --format latex --rows method --cols dataset
     """
-    from orchestrator import report, tables
+    from orchestrator import pivot, tables
 
     if form not in ("md", "csv", "json", "latex"):
         fail(f"--format {form!r} is not known; allowed: md, csv, json, latex")
-    from orchestrator.results import entries_of, pruned_points
+    found = results_of(name, store, data_root)
+    if down is None and across is None and metric is None:
+        print(tables.table(found.rows, form, entries=found.entries))  # type: ignore[arg-type]
+        return
+    if not found.rows:
+        raise ValueError(no_trial(name, found))
+    arranged = pivot.pivot(
+        found.rows,
+        found.entries,
+        down=listed(down),
+        across=listed(across),
+        metric=metric or pivot.ACCURACY,
+    )
+    print(pivot.text(arranged, form))
 
-    sweep, place = recorded_sweep(name, store, data_root)
-    planned = plan_of(sweep, place)
-    for old in planned.stale(place.store):
-        print(f"note: {old}", file=sys.stderr)
-    entries = entries_of(planned, place.store)
-    objective = sweep.search.objective if sweep.search else None
-    rows = report.rows(entries, objective, pruned_points(planned))
-    print(tables.table(rows, form, entries=entries))  # type: ignore[arg-type]
+
+def listed(option: str | None) -> list[str] | None:
+    return None if option is None else [word.strip() for word in option.split(",") if word.strip()]
