@@ -1,0 +1,130 @@
+"""The command that holds results beside others."""
+
+from __future__ import annotations
+
+import json
+import sys
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from orchestrator.commands.common import (
+    STORE,
+    DataOption,
+    JsonOption,
+    NameArgument,
+    Outcome,
+    StoreOption,
+    fail,
+    no_trial,
+    results_of,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from orchestrator.published import Judgement
+
+app = typer.Typer()
+
+
+@app.command()
+def compare(
+    name: NameArgument,
+    paper: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE", help="published numbers: air-cvpr2025, grip, cpl, or a file"
+        ),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="OTHER", help="another recorded sweep, or a table that was printed as JSON"
+        ),
+    ] = None,
+    fail_on: Annotated[
+        str | None,
+        typer.Option(
+            metavar="regress", help="exit code 5 where a comparable, verified number is missed"
+        ),
+    ] = None,
+    store: StoreOption = STORE,
+    data_root: DataOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Results beside published numbers or another sweep: reproduced, lower, or why not comparable.
+
+    airsweep compare quickstart --paper grip
+
+    airsweep compare quickstart --against old/quickstart --fail-on regress
+    """
+    from orchestrator.place import DONE, GATE
+    from orchestrator.published import beside_paper, beside_sweep, beside_table, find_paper
+    from orchestrator.report import Results
+
+    if (paper is None) == (against is None):
+        fail("give one of --paper NAME and --against OTHER")
+    if fail_on not in (None, "regress"):
+        fail(f"--fail-on {fail_on!r} is not known; allowed: regress")
+    published = None if paper is None else find_paper(paper)
+    ours = _finished(name, store, data_root)
+    results = Results(ours.rows, ours.entries)
+    if published is not None:
+        found = beside_paper(ours.rows, results, published)
+    elif against is not None and Path(against).is_file():
+        found = beside_table(ours.rows, Path(against))
+    else:
+        assert against is not None
+        theirs = _finished(against, store, data_root)
+        there = Results(theirs.rows, theirs.entries)
+        found = beside_sweep(ours.rows, results, theirs.rows, there, against)
+    done = {"done": len(ours.entries), "total": ours.plan.total}
+    if as_json:
+        print(json.dumps({"sweep": name, "trials": done, **found.as_json()}, indent=1))
+    else:
+        print("\n".join(_screen(name, ours, found)))
+    sys.exit(GATE if fail_on and found.regressed else DONE)
+
+
+def _finished(name: str, store: str, data_root: Path | None) -> Outcome:
+    """A sweep with a result at least; half-finished ones are said to be so."""
+    found = results_of(name, store, data_root)
+    if not found.rows:
+        raise ValueError(no_trial(name, found))
+    if len(found.entries) < found.plan.total:
+        print(
+            f"note: {len(found.entries)} of {found.plan.total} trials of {name} are done; compared "
+            "is what is there",
+            file=sys.stderr,
+        )
+    return found
+
+
+WIDTH = 80
+
+
+def _screen(name: str, ours: Outcome, found: Judgement) -> Iterator[str]:
+    from orchestrator.published import lines
+
+    yield f"{name} beside {found.what}: test accuracy in %, 95 % intervals"
+    worlds = {row.world for row in ours.rows}
+    if len(worlds) == 1:
+        dataset, paradigm, modality = worlds.pop()
+        yield f"{dataset}, {paradigm}/{modality}; {len(ours.entries)} of {ours.plan.total} trials"
+    else:
+        yield f"{len(ours.entries)} of {ours.plan.total} trials"
+    yield ""
+    for line in lines(found, WIDTH):
+        yield from textwrap.wrap(line, WIDTH, subsequent_indent="    ", drop_whitespace=False) or [
+            ""
+        ]
+    yield ""
+    counts = ", ".join(f"{count} {verdict}" for verdict, count in found.counts().items())
+    yield f"{counts}." if counts else "nothing to compare."
+    if found.missing:
+        shown = "; ".join(found.missing[:3]) + ("; ..." if len(found.missing) > 3 else "")
+        yield from textwrap.wrap(f"Not here, but there: {len(found.missing)} ({shown}).", WIDTH)
+    yield from textwrap.wrap(f"Source: {found.source}.", WIDTH)
