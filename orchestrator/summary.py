@@ -14,6 +14,7 @@ from orchestrator.report import (
     Results,
     Row,
     choice_notes,
+    collapse_notes,
     comparisons,
     counted,
     mean_std,
@@ -63,7 +64,7 @@ def summary(
             screen.line(f"{world[0]}   {world[1]}/{world[2]}", "bold")
         _methods(screen, [row for row in rows if row.world == world], results, entries)
     _differences(screen, comparisons(rows, entries), many=len(worlds) > 1)
-    for note in choice_notes(rows):
+    for note in [*choice_notes(rows), *collapse_notes(rows, results)]:
         screen.folded(note)
     screen.facts(facts)
     return "\n".join(screen.lines)
@@ -132,7 +133,9 @@ def _differences(screen: _Screen, found: Sequence[Comparison], *, many: bool) ->
             text += "control: real images, no diffusion"
         else:
             text += f"{over(c.difference)}; n_test {c.difference.n_test}"
-        if c.difference.low <= 0 <= c.difference.high:
+        if c.untold:
+            text += f"; {c.untold}"
+        elif not c.marked:
             text += "; not told from 0"
         if c.images_needed is not None:
             text += f"; needs {c.images_needed:,} test images"

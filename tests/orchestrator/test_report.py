@@ -8,6 +8,7 @@ import json
 import os
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "main_table.md"
 
 ROW_KEYS = [
     *("dataset", "paradigm", "modality", "method", "settings", "metric", "n", "n_test"),
-    *("mean", "std", "low", "high", "interval"),
+    *("mean", "std", "low", "high", "interval", "protocol"),
 ]
+ADDED_KEYS = ["comparisons", "collapsed"]
 
 # method -> (accuracy, accuracy of pseudo-labels)
 ACCURACY = {
@@ -129,7 +131,7 @@ def searched(guides: bool = True) -> list[Entry]:
 def test_a_row_has_exactly_the_keys_that_scripts_read() -> None:
     entries = quickstart()
     found = json.loads(table(rows(entries, None), "json", entries))
-    assert [list(row) for row in found] == [ROW_KEYS] * len(QUICKSTART)
+    assert [list(row) for row in found] == [[*ROW_KEYS, *ADDED_KEYS]] * len(QUICKSTART)
     assert [row["method"] for row in found] == list(QUICKSTART)
     for row in found:
         assert 0 <= row["low"] <= row["mean"] <= row["high"] <= 1
@@ -274,6 +276,84 @@ def test_datasets_are_not_compared_with_each_other() -> None:
     assert comparisons(rows(entries, None), entries) == []
 
 
+def test_a_gain_is_marked_where_the_table_tells_it_apart() -> None:
+    entries = quickstart()
+    found = {(c.a, c.role): c for c in comparisons(rows(entries, None), entries)}
+    for c in found.values():
+        assert c.p <= c.p_corrected <= 1
+        assert (c.p < 0.05) == (not c.difference.low <= 0 <= c.difference.high)
+        assert not c.untold
+    assert found["cpl", "host"].mark == "†"
+    assert found["air", "control"].mark == ""  # its interval holds 0
+    # Alone it is told from 0; among five, with seeds that vary, it is not.
+    one = found["cpl_real", "host"]
+    assert one.p < 0.05 < one.p_corrected
+    assert not one.marked
+
+
+def test_a_method_that_is_worse_than_its_host_has_an_arrow() -> None:
+    entries = trials("cpl", seeds=(1, 2, 3)) + trials("air", better=-0.4)
+    found = rows(entries, None)
+    (c,) = comparisons(found, entries)
+    assert c.mark == "†↓"
+    text = " ".join(table(found, "md", entries).split())
+    assert "cpl†↓" in text
+    assert "↓ where below it" in text
+    (row,) = list(csv.DictReader(io.StringIO(table(found, "csv", entries))))[1:]
+    assert row["told_from"] == "host-"
+
+
+@pytest.mark.parametrize(
+    ("splits", "seeds", "words"),
+    [
+        ((0, 1), (1, 2), "No marks: 2 splits, which are too few to tell (one, or 4 and more)."),
+        ((0,), (1, 2), "No marks: 2 seeds, too few to tell (3 and more)."),
+    ],
+)
+def test_a_table_with_too_few_runs_carries_no_mark_and_says_why(splits, seeds, words) -> None:
+    entries = [
+        entry
+        for method, better in (("cpl", 0.0), ("air", 0.2))
+        for entry in trials(method, splits=splits, seeds=seeds, better=better)
+    ]
+    found = rows(entries, None)
+    (c,) = comparisons(found, entries)
+    assert c.difference.low > 0  # however clear it looks
+    assert not c.marked
+    text = " ".join(table(found, "md", entries).split())
+    assert words in text
+    assert "cpl†" not in text
+    (_, row) = json.loads(table(found, "json", entries))
+    assert row["comparisons"][0]["untold"] == c.untold
+    assert row["comparisons"][0]["marked"] is False
+
+
+def test_a_table_of_one_split_says_that_it_speaks_for_it() -> None:
+    one, five = quickstart(), []
+    for method in QUICKSTART:
+        five += trials(method, splits=(0, 1, 2, 3, 4), seeds=(1, 2))
+    said = "One split: what is told apart holds for that split"
+    assert said in " ".join(table(rows(one, None), "md", one).split())
+    assert said not in " ".join(table(rows(five, None), "md", five).split())
+
+
+def test_a_collapsed_run_is_named_below_the_table_in_json_and_on_the_screen() -> None:
+    entries = quickstart()
+    fallen = next(e for e in entries if e.method == "air" and e.seed == 2)
+    entries[entries.index(fallen)] = replace(fallen, predictions=(fallen.labels + 1) % 10)
+    found = rows(entries, None)
+    told = "Collapsed: air, split 0, seed 2 has 0.0 where the others have 68."
+    *_, below = table(found, "md", entries).split("\n\n")
+    for text in (below, summary("s", entries, found, []), table(found, "latex", entries)):
+        assert told in " ".join(text.split())
+    by_method = {
+        row["method"]: row["collapsed"] for row in json.loads(table(found, "json", entries))
+    }
+    assert [one["seed"] for one in by_method.pop("air")] == [2]
+    assert not any(by_method.values())
+    assert "Collapsed" not in table(rows(quickstart(), None), "md", quickstart())
+
+
 # ---------------------------------------------------------------- tables
 
 
@@ -309,8 +389,8 @@ def test_below_the_table_of_a_search_stands_how_well_its_objective_ranked(guides
 def test_json_of_a_search_says_which_point_stands_and_why() -> None:
     entries = searched(guides=False)
     host, kept = json.loads(table(rows(entries, "mutual_information"), "json", entries))
-    assert list(host) == ROW_KEYS
-    assert list(kept) == [*ROW_KEYS, "point", "chosen_by", "rank_correlation"]
+    assert list(host) == [*ROW_KEYS, *ADDED_KEYS]
+    assert list(kept) == [*ROW_KEYS, "point", "chosen_by", "rank_correlation", *ADDED_KEYS]
     assert (kept["point"], kept["chosen_by"]) == (0, "default")
     assert kept["rank_correlation"]["pooled"] == kept["rank_correlation"]["cell"]
     assert kept["rank_correlation"]["pooled"]["points"] == 6
@@ -366,6 +446,7 @@ def test_csv_is_json_flat() -> None:
         *("dataset", "paradigm", "modality", "method"),
         *("settings.images_per_class", "settings.fusion_weight"),
         *("metric", "n", "n_test", "mean", "std", "low", "high", "interval"),
+        *("told_from", "collapsed"),
     ]
     assert float(lines[1]["mean"]) == found[1].mean
     assert float(lines[1]["settings.fusion_weight"]) == 0.348192
@@ -381,6 +462,7 @@ def test_latex_is_escaped_and_the_best_is_bold() -> None:
     assert not re.search(r"(?<!\\)[_%&#]", body)
     (bold,) = [line for line in text.splitlines() if "\\textbf" in line]
     assert bold.startswith("air & \\textbf{")
+    assert "cpl\\rlap{$^\\dagger$}" in bold
     for rule in ("\\toprule", "\\midrule", "\\bottomrule"):
         assert rule in text
 

@@ -8,10 +8,16 @@ import time
 import numpy as np
 import pytest
 
+from benchmarks.calibration import NULL, PLANTED, Scenario, compared, counted
+from benchmarks.calibration import simulated as simulated_table
 from orchestrator.statistics import (
+    ALPHA,
     Run,
     Runs,
+    collapsed,
+    corrected,
     discordance,
+    holm,
     images_needed,
     mean_interval,
     paired_difference,
@@ -253,3 +259,166 @@ def test_a_run_has_one_outcome_per_image(correct: list[bool]) -> None:
 def test_a_run_is_counted_once() -> None:
     with pytest.raises(ValueError, match="each once"):
         Runs((one_run([1]), one_run([1])))
+
+
+# ---------------------------------------------------------------- p values and marks
+
+
+def test_p_is_below_5_percent_exactly_where_the_interval_leaves_zero_out() -> None:
+    rng = np.random.default_rng(9)
+    clear = 0
+    for splits, seeds in ((1, 3), (1, 1), (5, 2)) * 20:
+        a, b = simulated(rng, splits=splits, seeds=seeds, seed_spread=0.05, gain=0.1)
+        found = paired_difference(a, b, samples=500)
+        assert found is not None
+        assert (found.p < ALPHA) == (not found.low <= 0 <= found.high)
+        clear += found.p < ALPHA
+    assert 10 < clear < 50
+
+
+def test_p_of_one_pair_of_runs_is_that_of_mcnemar() -> None:
+    a = one_run([1] * 60 + [0] * 40 + [1] * 400, seed=None)
+    b = one_run([0] * 60 + [1] * 40 + [1] * 400, seed=None)
+    found = paired_difference(Runs((a,)), Runs((b,)), samples=20_000)
+    assert found is not None
+    z = 20 / math.sqrt(100 - 20**2 / 500)
+    assert found.p == pytest.approx(math.erfc(z / math.sqrt(2)), rel=0.1)
+    turned = paired_difference(Runs((b,)), Runs((a,)), samples=20_000)
+    assert turned is not None
+    assert turned.p == pytest.approx(found.p, rel=0.1)
+
+
+def test_holm_is_what_it_is_in_books() -> None:
+    rng = np.random.default_rng(10)
+    for size in (1, 2, 7):
+        p = rng.random(size) ** 3
+        order = np.argsort(p)
+        plain = np.minimum(1, np.maximum.accumulate(p[order] * (size - np.arange(size))))
+        assert np.array(holm(list(p)))[order] == pytest.approx(plain)
+    assert holm([]) == []
+
+
+def test_a_table_never_makes_a_difference_clearer() -> None:
+    rng = np.random.default_rng(11)
+    for _ in range(10):
+        found = compared(simulated_table(rng, Scenario(taste=0.4, noise=0.4, seed=0.1), 6))
+        for one, p in zip(found, corrected(found), strict=True):
+            assert one.p <= p <= 1
+    assert corrected([]) == []
+
+
+def seeds_that_agree_by_luck(count: int) -> Runs:
+    """3 seeds with the same score, on other images each."""
+    correct = np.arange(600) < 60
+    runs = [np.roll(correct, 7 * seed) for seed in range(count)]
+    return Runs(tuple(one_run(list(map(int, run)), seed=k) for k, run in enumerate(runs)))
+
+
+def test_seeds_that_agree_by_luck_borrow_the_spread_of_the_others() -> None:
+    nothing = Runs(tuple(one_run([0] * 600, seed=k) for k in range(3)))
+    lucky = paired_difference(seeds_that_agree_by_luck(3), nothing)
+    spread = Runs(
+        tuple(one_run([1] * n + [0] * (600 - n), seed=k) for k, n in enumerate((0, 90, 180)))
+    )
+    wild = paired_difference(spread, nothing)
+    assert lucky is not None
+    assert wild is not None
+    alone, together = corrected([lucky])[0], corrected([lucky, wild])[0]
+    assert alone < 0.001 < together
+
+
+@pytest.mark.parametrize(
+    ("places", "words"),
+    [
+        ([(0, 1), (0, 2), (0, 3)], ""),
+        ([(0, None)], ""),
+        ([(0, 1)], "1 seed, too few"),
+        ([(0, 1), (0, 2)], "2 seeds, too few"),
+        ([(0, 1), (1, 1), (2, 1)], "3 splits, which are too few"),
+        ([(0, 1), (0, 2), (1, 1), (1, 2)], "2 splits, which are too few"),
+        ([(k, 1) for k in range(4)], ""),
+    ],
+)
+def test_too_few_splits_or_seeds_are_not_told_from_anything(places, words) -> None:
+    runs = [
+        [one_run(right, split=split, seed=seed) for split, seed in places]
+        for right in ([1] * 80 + [0] * 20, [0] * 80 + [1] * 20)
+    ]
+    found = paired_difference(*(Runs(tuple(of)) for of in runs))
+    assert found is not None
+    assert found.untold.startswith(words)
+    assert bool(found.untold) == bool(words)
+
+
+def test_too_few_images_that_differ_tell_nothing() -> None:
+    runs = [
+        Runs(tuple(one_run([1] * n + [0] * (500 - n), seed=k) for k in range(3)))
+        for n in (200, 190, 150)
+    ]
+    few, enough = paired_difference(*runs[:2]), paired_difference(runs[0], runs[2])
+    assert few is not None
+    assert enough is not None
+    assert few.untold.startswith("they differ on 10 images")
+    assert not enough.untold
+
+
+# 500 tables each, seeds fixed. A true 5 % shows as 3 to 7 % in 96 of 100 such tests.
+@pytest.mark.parametrize("name", ["one split, persistent", "one split, independent"])
+def test_a_null_difference_is_found_in_3_to_7_percent_and_a_null_table_marked_in_7(name) -> None:
+    found = counted(NULL[name], 500, methods=4)
+    assert 0.03 <= found.single / 500 <= 0.07
+    assert found.any_mark / 500 <= 0.07
+    assert found.any_single / 500 > 0.08  # uncorrected, four comparisons are too many
+    assert found.inconsistent == 0
+
+
+def test_seeds_that_matter_do_not_break_the_correction() -> None:
+    found = counted(Scenario(noise=0.6, seed=0.15), 150, methods=6)
+    assert found.any_mark / 150 <= 0.08
+    assert found.any_single / 150 > 0.12
+
+
+def test_a_planted_gain_of_five_points_is_marked_in_a_table() -> None:
+    found = counted(PLANTED["one split x 3, 1,880 images"], 60, methods=4)
+    assert found.first_mark >= 54
+
+
+# ---------------------------------------------------------------- collapsed runs
+
+
+def scored(*accuracies: float, images: int = 500) -> Runs:
+    return Runs(
+        tuple(
+            one_run([1] * round(a * images) + [0] * (images - round(a * images)), seed=k)
+            for k, a in enumerate(accuracies)
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "fallen"),
+    [
+        ((0.70, 0.69, 0.21), [2]),
+        ((0.21, 0.70, 0.69, 0.71, 0.68), [0]),
+        ((0.95, 0.96, 0.94, 0.80), [3]),  # 15 points: few images in 20 are lost, but far below
+        ((0.70, 0.68, 0.66), []),
+        ((0.70, 0.60, 0.50), []),  # they spread, nobody is odd
+        ((0.70, 0.21), []),  # which one is odd?
+        ((0.70, 0.21, 0.20), []),  # most fell: these are the siblings
+        ((0.20, 0.21, 0.70), []),  # above is no collapse
+        ((0.5,), []),
+    ],
+)
+def test_a_run_far_below_its_siblings_has_collapsed(accuracies, fallen) -> None:
+    assert [one.seed for one in collapsed(scored(*accuracies))] == fallen
+
+
+def test_where_accuracies_are_low_a_quarter_of_them_is_far() -> None:
+    assert [c.seed for c in collapsed(scored(0.17, 0.175, 0.11, images=3000))] == [2]
+    assert collapsed(scored(0.17, 0.175, 0.11, images=100)) == []  # images alone may do that
+
+
+def test_ordinary_seeds_do_not_collapse() -> None:
+    rng = np.random.default_rng(12)
+    world = Scenario(taste=0.4, noise=0.4, seed=0.07, seeds=5)
+    assert not any(collapsed(runs) for _ in range(50) for runs in simulated_table(rng, world, 4))

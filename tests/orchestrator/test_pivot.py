@@ -1,0 +1,294 @@
+"""Tables with keys down and across, and that their LaTeX compiles."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.layouts import Layout, escaped, latex, markdown
+from orchestrator.pivot import pivot, text
+from orchestrator.report import Entry, Row, rows
+from orchestrator.tables import table
+from tests.orchestrator.test_report import cells, quickstart, trials
+from tests.outcomes import by_method, command, recorded
+
+
+def worlds() -> list[Entry]:
+    """Two datasets; AiR gains on the first only."""
+    return [
+        entry
+        for dataset, better in (("digits", 0.0), ("flowers102", -0.1))
+        for method in ("zero_shot", "cpl", "air")
+        for entry in trials(method, dataset=dataset, better=better if method == "air" else 0.0)
+    ]
+
+
+def counts() -> list[Entry]:
+    """A host, and AiR at three counts of images."""
+    return trials("cpl") + [
+        entry
+        for images, better in ((10, -0.03), (40, 0.02), (120, 0.1))
+        for entry in trials(
+            "air", settings={"images_per_class": images}, cell=f"air-{images}", better=better
+        )
+    ]
+
+
+def arranged(entries: list[Entry], **how: Any):
+    return pivot(rows(entries, None), entries, **how)
+
+
+def test_methods_stand_down_and_datasets_across() -> None:
+    header, _, *lines = cells(text(arranged(worlds(), down=["method"], across=["dataset"]), "md"))
+    assert header == ["method", "digits", "flowers102"]
+    assert [line[0] for line in lines] == ["zero_shot", "cpl", "air"]
+    by_place = {(row.method, row.dataset): row for row in rows(worlds(), None)}
+    for line in lines:
+        for column, cell in zip(header[1:], line[1:], strict=True):
+            row = by_place[line[0], column]
+            assert f"{100 * row.mean:.1f}" in cell
+            assert row.std is None or f"± {100 * row.std:.1f}" in cell
+
+
+def test_each_column_has_its_best_in_bold_and_marks_stay_outside() -> None:
+    _, _, zero_shot, cpl, air = cells(text(arranged(worlds()), "md"))
+    assert [c.startswith("**") for c in air] == [False, True, False]
+    assert [c.startswith("**") for c in cpl] == [False, False, True]
+    assert re.fullmatch(r"\*\*68\.0 ± 0\.6\*\*†", air[1])
+    assert air[2].endswith("†↓")
+    assert not any("†" in c for c in zero_shot)
+
+
+def test_worlds_that_share_a_column_have_a_best_each() -> None:
+    found = arranged(worlds(), down=["dataset", "method"], across=["paradigm"])
+    assert [cell.best for cell in found.cells.values()] == [False, False, True, False, True, False]
+
+
+def test_the_caption_tells_protocol_and_correction() -> None:
+    caption = " ".join(arranged(worlds()).caption)
+    for words in (
+        "mean ± standard deviation over runs; n = 1 to 3, 300 test images in each.",
+        "1 split, 3 seeds.",
+        "Interval: 95 % bootstrap over images and seeds (1 split)",
+        "5 %, by Holm's correction over the 4 comparisons of this table.",
+        "One split: what is told apart holds for that split",
+    ):
+        assert words in caption
+
+
+def test_a_setting_that_varies_can_stand_across() -> None:
+    found = arranged(counts(), down=["method"], across=["images_per_class"])
+    header, _, cpl, air = cells(text(found, "md"))
+    assert header == ["method", *(f"images_per_class {n}" for n in ("–", 10, 40, 120))]  # noqa: RUF001
+    assert cpl[2:] == ["", "", ""]
+    assert air[1] == ""
+    assert air[4].startswith("**")
+    tex = text(found, "latex")
+    assert "\\multicolumn{4}{c}{images\\_per\\_class} \\\\" in tex
+    assert "\\cmidrule(lr){2-5}" in tex
+
+
+def test_without_keys_what_differs_goes_down() -> None:
+    found = arranged(counts())
+    assert (found.down, found.across) == (("method", "images_per_class"), ("dataset",))
+    assert len(found.cells) == 4
+
+
+def test_two_keys_across_have_two_lines_of_heads() -> None:
+    entries = [
+        entry
+        for length in (4, 16)
+        for dataset in ("digits", "flowers102")
+        for entry in trials(
+            "cpl", dataset=dataset, settings={"prompt.length": length}, cell=f"{dataset}-{length}"
+        )
+    ]
+    found = arranged(entries, across=["dataset", "prompt.length"])
+    assert cells(text(found, "md"))[0] == [
+        *("method", "digits 4", "digits 16", "flowers102 4", "flowers102 16")
+    ]
+    assert "\\multicolumn{2}{c}{digits} & \\multicolumn{2}{c}{flowers102}" in text(found, "latex")
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ({"down": ["metod"]}, "--rows metod: the sweep varies no such key; allowed: dataset, "),
+        ({"down": ["metod"]}, "did you mean method?"),
+        ({"across": []}, "--cols names nothing; allowed: dataset,"),
+        ({"down": ["method"], "across": ["method"]}, "both have method"),
+        ({"down": ["method", "method"]}, "--rows has method twice"),
+        (
+            {"down": ["method"], "across": ["dataset"]},
+            "3 settings share the cell of air, digits: they differ in images_per_class; add that",
+        ),
+        (
+            {"metric": "fusd"},
+            "--metric fusd: no trial of this sweep has it; there: accuracy, fused",
+        ),
+        ({"metric": "unseen"}, "no trial of this sweep has it"),
+    ],
+)
+def test_what_cannot_be_arranged_is_one_sentence(how: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)):
+        arranged(counts(), **how)
+
+
+def test_another_metric_has_no_marks_and_says_so() -> None:
+    found = arranged(quickstart(), metric="fused")
+    _, _, *lines = cells(text(found, "md"))
+    assert [line[0] for line in lines] == ["air", "cpl_real"]  # others have no auxiliary
+    assert lines[0][1].startswith("**76.0 ± ")
+    assert "†" not in text(found, "md")
+    assert "Nothing is told apart" in " ".join(found.caption)
+    assert "text and auxiliary classifier together" in found.caption[0]
+    assert arranged(quickstart(), metric="test/accuracy_fused").cells.keys() == found.cells.keys()
+
+
+def test_json_has_every_number_and_csv_a_column_each() -> None:
+    found = arranged(worlds())
+    told = json.loads(text(found, "json"))
+    assert (told["rows"], told["cols"], told["metric"]) == (["method"], ["dataset"], "accuracy")
+    assert len(told["cells"]) == 6
+    air = told["cells"][-1]
+    assert (air["method"], air["dataset"], air["told_from"]) == ("air", "flowers102", ["host-"])
+    assert air["low"] <= air["mean"] <= air["high"]
+    lines = list(csv.DictReader(io.StringIO(text(found, "csv"))))
+    assert list(lines[0]) == [
+        *("method", "digits", "digits std", "digits told_from"),
+        *("flowers102", "flowers102 std", "flowers102 told_from"),
+    ]
+    assert float(lines[2]["flowers102"]) == air["mean"]
+    assert lines[2]["flowers102 told_from"] == "host-"
+    assert lines[0]["digits std"] == ""  # one run
+
+
+# ---------------------------------------------------------------- LaTeX
+
+NASTY = r"""50% of #1 & $2_3^4 {a} ~ \n <b> "q" |x| [y] *z* a--b -3 naïve ŁĘ 花 → × − – ± 1e-3"""  # noqa: RUF001
+
+
+def test_no_letter_of_a_name_is_read_as_latex() -> None:
+    found = escaped(NASTY)
+    bare = re.sub(r"\$[^$]*\$|\\[a-z]+\{\}|\{\[\}|\{\]\}|\{\*\}|\\.", "", found)
+    assert not re.search(r"[%#&$_^{}~\\\[\]*|\"<>]", bare)
+    assert "U+82B1" in found
+    assert "1e-3" in found
+    assert "$-$3" in found
+
+
+def layout_of(lines: list[list[str]]) -> Layout:
+    return Layout(
+        header=["a", "b"],
+        numeric=[False, True],
+        lines=lines,
+        bold={(0, 1)},
+        caption=["Said."],
+        notes=[],
+        superscripts="†‡↓",
+    )
+
+
+def test_a_wide_table_is_shrunk_to_the_page() -> None:
+    assert "resizebox" not in latex(layout_of([["short", "1"]]))
+    wide = latex(layout_of([["x" * 80, "y" * 30]]))
+    assert "\\resizebox{\\textwidth}{!}" in wide
+    assert "graphicx" in wide
+
+
+def test_bold_ends_before_the_marks() -> None:
+    assert "**1.0**†↓" in markdown(layout_of([["x", "1.0†↓"]]))
+    assert "\\textbf{1.0}\\rlap{$^\\dagger$$^\\downarrow$}" in latex(layout_of([["x", "1.0†↓"]]))
+
+
+def document(*tables: str) -> str:
+    packages = (
+        "\\usepackage{booktabs}\n\\usepackage{graphicx}\n\\usepackage[margin=2.5cm]{geometry}"
+    )
+    body = "\n\n".join(tables)
+    return (
+        f"\\documentclass{{article}}\n{packages}\n\\begin{{document}}\n{body}\n\\end{{document}}\n"
+    )
+
+
+@pytest.mark.debian
+def test_the_latex_of_every_kind_of_table_compiles(tmp_path: Path) -> None:
+    engine = shutil.which("tectonic") or shutil.which("pdflatex")
+    if engine is None:
+        pytest.skip("no pdflatex and no tectonic: apt-get install texlive-latex-recommended")
+    nasty = trials("cpl", settings={"lora.caption": NASTY}, cell="a")
+    nasty += trials("cpl", settings={"lora.caption": "[y] first in its row"}, cell="b")
+    tables = [
+        table(rows(quickstart(), None), "latex", quickstart()),
+        text(arranged(worlds()), "latex"),
+        text(arranged(counts(), down=["method"], across=["images_per_class"]), "latex"),
+        text(arranged(quickstart(), metric="pseudo-labels"), "latex"),
+        table(rows(nasty, None), "latex", nasty),
+        text(arranged(nasty, down=["lora.caption"], across=["method"]), "latex"),
+    ]
+    (tmp_path / "tables.tex").write_text(document(*tables), encoding="utf-8")
+    flags = [] if "tectonic" in engine else ["-interaction=nonstopmode", "-halt-on-error"]
+    made = subprocess.run(
+        [engine, *flags, "tables.tex"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        errors="replace",
+    )
+    assert made.returncode == 0, made.stdout[-2000:]
+    assert (tmp_path / "tables.pdf").stat().st_size > 10_000
+    overfull = re.findall(r"Overfull \\hbox \((\d+)\.", made.stdout)
+    assert all(int(points) < 20 for points in overfull), made.stdout[-2000:]
+
+
+# ---------------------------------------------------------------- the command
+
+SWEEP = """
+grid: {method: [zero_shot, fpl, cpl]}
+fixed: {dataset: digits, train.steps: 2}
+seeds: [1, 2, 3]
+"""
+ACCURACIES = {"zero_shot": 0.5, "fpl": 0.62, "cpl": 0.7}
+
+
+def test_the_command_arranges_a_recorded_sweep(tmp_path, monkeypatch, capsys) -> None:
+    recorded(tmp_path, "small", SWEEP, by_method(ACCURACIES))
+
+    def said(*words: str) -> tuple[int, str, str]:
+        return command(monkeypatch, capsys, "table", "small", "--store", str(tmp_path), *words)
+
+    code, out, _ = said("--rows", "method", "--cols", "dataset", "--format", "md")
+    assert code == 0
+    header, _, *lines = cells(out)
+    assert (header, [line[0] for line in lines]) == (["method", "digits"], list(ACCURACIES))
+    assert re.fullmatch(r"\*\*7\d\.\d ± \d\.\d\*\*†", lines[2][1])
+    code, out, err = said("--rows", "nothing")
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    code, out, err = said("--metric", "nothing")
+    assert (code, out) == (2, "")
+    assert "there: accuracy, pseudo-labels" in err
+    code, out, err = said()
+    assert code == 0
+    assert "zero_shot†" in out
+
+
+def test_a_sweep_without_a_result_has_no_table_to_arrange(tmp_path, monkeypatch, capsys) -> None:
+    recorded(tmp_path, "small", SWEEP, by_method(ACCURACIES), done=lambda index: False)
+    words = ("table", "small", "--store", str(tmp_path), "--cols", "dataset")
+    code, out, err = command(monkeypatch, capsys, *words)
+    assert (code, out) == (2, "")
+    assert "small has no finished trial yet, of 9; `airsweep run " in err
+
+
+def test_rows_alone_can_be_arranged() -> None:
+    found: list[Row] = rows(quickstart(), None)
+    assert len(pivot(found, []).cells) == len(found)

@@ -1,0 +1,498 @@
+"""Published numbers as data, and verdicts that never compare what differs."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from air_core.datasets import DATASETS
+from air_core.datasets.published import PUBLISHED
+from orchestrator.marked_yaml import SpecError
+from orchestrator.presets import METHODS
+from orchestrator.published import (
+    PAPERS,
+    Judged,
+    Judgement,
+    beside_paper,
+    beside_sweep,
+    beside_table,
+    find_paper,
+    lines,
+    read_paper,
+)
+from orchestrator.report import Entry, Results, rows
+from orchestrator.tables import table
+from tests.orchestrator.test_report import quickstart, trials
+from tests.outcomes import by_method, command, recorded
+from tests.sweeps import environment
+
+SHIPPED = sorted(file.stem for file in PAPERS.glob("*.yaml"))
+
+PAPER = """\
+version: 1
+name: mine
+source: a note of mine
+protocol: {backbone: ViT-B-32/openai, seeds: 3, test_images: {flowers102: 300}, class_seed: 500}
+accuracy:
+  text:
+    ul:
+      cpl: {flowers102: 63.0, digits: {value: 63, verified: false, note: from a talk}}
+      air: {flowers102: 80}
+"""
+
+
+def paper_of(folder: Path, text: str = PAPER) -> Path:
+    file = folder / "mine.yaml"
+    file.write_text(text)
+    return file
+
+
+def runs_of(method: str, dataset: str = "flowers102", **more: Any) -> list[Entry]:
+    """Runs as a paper has them: ViT-B/32, the published test images."""
+    found = trials(method, dataset=dataset, **more)
+    for entry in found:
+        entry.flat["backbone"] = "ViT-B-32/openai"
+    return found
+
+
+def judged(entries: list[Entry], paper: Path | str) -> Judgement:
+    found = rows(entries, None)
+    return beside_paper(found, Results(found, entries), find_paper(str(paper)))
+
+
+# ---------------------------------------------------------------- the data
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_paper_that_ships_is_whole(name: str) -> None:
+    paper = find_paper(name)
+    assert paper.name == name
+    assert re.search(r"arXiv:\d{4}\.\d{5}", paper.source)
+    assert len({cell.place for cell in paper.cells}) == len(paper.cells)
+    assert "ViT-B-32/openai" in paper.protocol.backbone
+    for cell in paper.cells:
+        assert cell.dataset in paper.protocol.test_images
+        assert cell.dataset in DATASETS or cell.dataset == "mnist"
+        assert cell.method in METHODS or cell.method == "upt"
+    for dataset, images in paper.protocol.test_images.items():
+        if dataset in PUBLISHED:
+            assert PUBLISHED[dataset].parts["test"] == images
+    for gain in paper.gains:
+        assert {gain.method, gain.over} <= METHODS.keys()
+        assert set(gain.datasets) <= DATASETS.keys()
+
+
+def test_the_papers_agree_where_they_print_the_same_runs() -> None:
+    """CPL's table repeats GRIP's, with one digit more."""
+    grip = {cell.place: cell for cell in find_paper("grip").cells}
+    both = 0
+    for cell in find_paper("cpl").cells:
+        other = grip.get(cell.place)
+        if other is not None and cell.method in ("grip", "zero_shot"):
+            assert cell.value == pytest.approx(other.value, abs=0.00051)
+            both += 1
+    assert both == 30
+
+
+def test_unverified_numbers_are_marked() -> None:
+    by_name = {name: find_paper(name) for name in SHIPPED}
+    assert all(cell.verified for cell in by_name["grip"].cells)
+    assert not any(cell.verified for cell in by_name["air-cvpr2025"].cells)
+    assert {cell.verified for cell in by_name["cpl"].cells} == {True, False}
+
+
+def test_an_unknown_paper_names_those_that_are_there() -> None:
+    with pytest.raises(SpecError, match=r"grap: no such paper; allowed: air-cvpr2025, cpl, grip"):
+        find_paper("grap")
+    with pytest.raises(SpecError, match="no such file"):
+        find_paper("papers/none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "place", "words"),
+    [
+        (re.search("protocol:.*\n", PAPER)[0], "", "1:1", "`protocol` is missing"),  # type: ignore[index]
+        (", seeds: 3", "", "4:11", "protocol: `seeds` is missing"),
+        ("63.0,", "163,", "8:25", "163 is not allowed; allowed: 0 to 100, in %"),
+        ("63.0,", "yes,", "8:25", "true is not allowed; allowed: 0 to 100"),
+        ("value: 63, ", "", "8:40", "`value` is missing"),
+        (
+            "    ul:",
+            "    uls:",
+            "7:5",
+            "unknown paradigm; allowed: ul, ssl, trzsl; did you mean ul?",
+        ),
+        ("source:", "sources:", "3:1", "unknown key"),
+        ("version: 1", "version: 2", "1:10", "allowed: 1"),
+        (PAPER[PAPER.index("accuracy") :], "", "1:1", "no number"),
+        (PAPER, "", "", "empty; a file of published numbers starts with"),
+        ("seeds: 3", "seeds: three", "4:46", "allowed: a whole number >= 1"),
+    ],
+)
+def test_a_wrong_paper_file_says_where(tmp_path, old, new, place, words) -> None:
+    file = paper_of(tmp_path, PAPER.replace(old, new))
+    with pytest.raises(SpecError) as problem:
+        read_paper(file)
+    message = str(problem.value)
+    assert message.startswith(f"{file}:{place}" if place else str(file))
+    assert words in message
+    assert "\n" not in message
+
+
+# ---------------------------------------------------------------- beside a paper
+
+
+def only(found: Judgement) -> Judged:
+    (cell,) = found.cells
+    return cell
+
+
+def test_a_number_in_the_interval_is_reproduced_where_that_is_narrow(tmp_path) -> None:
+    cell = only(judged(runs_of("cpl"), paper_of(tmp_path)))
+    assert cell.ours is not None
+    mean, low, high = cell.ours
+    assert low < 0.63 < high
+    assert high - low > 0.05
+    assert cell.verdict == "within interval"
+    (row,) = rows(runs_of("cpl"), None)
+    narrow = replace(row, low=0.62, high=0.64)
+    found = beside_paper([narrow], Results([], []), find_paper(str(paper_of(tmp_path))))
+    assert only(found).verdict == "reproduced"
+    assert cell.difference == pytest.approx((mean - 0.63, low - 0.63, high - 0.63))
+
+
+@pytest.mark.parametrize(("low", "high", "verdict"), [(0.5, 0.6, "lower"), (0.7, 0.8, "higher")])
+def test_a_number_beside_the_interval_is_missed_and_lower_gates(
+    tmp_path, low: float, high: float, verdict: str
+) -> None:
+    (row,) = rows(runs_of("cpl"), None)
+    row = replace(row, low=low, high=high, mean=(low + high) / 2)
+    found = beside_paper([row], Results([], []), find_paper(str(paper_of(tmp_path))))
+    assert only(found).verdict == verdict
+    assert found.regressed == (verdict == "lower")
+    unverified = paper_of(tmp_path, PAPER.replace("name: mine", "name: mine\nverified: false"))
+    found = beside_paper([row], Results([], []), find_paper(str(unverified)))
+    assert only(found).verdict == verdict
+    assert not found.regressed
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"backbone": "tiny"}, "backbone tiny, published with ViT-B-32/openai"),
+        ({"seeds": 2}, "2 of 3 seeds"),
+        ({"splits": 0}, "0 of 1 splits"),
+        ({"leaky_pool": True}, "published without test images in the pool"),
+        ({"whole_pool": False}, "the pool was made smaller or imbalanced"),
+        ({"class_seed": 7}, "class_seed 7, published with 500"),
+    ],
+)
+def test_another_protocol_is_never_compared(tmp_path, change: dict[str, Any], words: str) -> None:
+    (row,) = rows(runs_of("air"), None)  # far below 80, would be lower
+    paper = find_paper(str(paper_of(tmp_path)))
+    assert beside_paper([row], Results([], []), paper).regressed
+    other = replace(row, protocol=replace(row.protocol, **change))
+    found = beside_paper([other], Results([], []), paper)
+    cell = only(found)
+    assert (cell.verdict, cell.reasons) == ("not comparable", (words,))
+    assert cell.difference is None
+    assert not found.regressed
+
+
+def test_other_test_images_are_never_compared(tmp_path) -> None:
+    (row,) = rows(runs_of("air"), None)
+    found = beside_paper(
+        [replace(row, n_test=540)], Results([], []), find_paper(str(paper_of(tmp_path)))
+    )
+    assert only(found).reasons == ("540 test images, published on 300",)
+
+
+def test_a_method_without_a_seed_needs_no_seeds(tmp_path) -> None:
+    text = PAPER.replace("cpl:", "zero_shot:")
+    found = judged(runs_of("zero_shot", seeds=(1,)), paper_of(tmp_path, text))
+    assert only(found).verdict == "lower"  # 45 instead of 63
+
+
+def test_the_tiny_world_is_beside_no_paper() -> None:
+    for name in SHIPPED:
+        found = judged(quickstart(), name)
+        assert {cell.verdict for cell in found.cells} == {"not comparable"}
+        assert all(any("backbone tiny" in r for r in cell.reasons) for cell in found.cells)
+        assert len(found.missing) == len(find_paper(name).cells)
+        assert not found.regressed
+
+
+GAIN = """
+gains:
+  - method: air
+    over: cpl
+    modality: text
+    paradigm: ul
+    datasets: [flowers102, dtd]
+    points: [4, 6]
+"""
+
+
+def test_a_gain_is_the_mean_over_all_of_its_datasets(tmp_path) -> None:
+    file = paper_of(tmp_path, PAPER[: PAPER.index("accuracy")] + GAIN.lstrip())
+    entries = [e for d in ("flowers102", "dtd") for m in ("cpl", "air") for e in runs_of(m, d)]
+    (gain,) = judged(entries, file).gains
+    found = rows(entries, None)
+    means = {(row.dataset, row.method): row.mean for row in found}
+    ours = np.mean([means[d, "air"] - means[d, "cpl"] for d in ("flowers102", "dtd")])
+    assert gain.ours is not None
+    assert gain.ours[0] == pytest.approx(ours)
+    assert gain.verdict == "reproduced"  # 4.9 of 4 to 6
+    (alone,) = judged(entries[: len(entries) // 2], file).gains
+    assert (alone.verdict, alone.reasons) == ("not comparable", ("no air on dtd",))
+    missed = paper_of(tmp_path, file.read_text().replace("[4, 6]", "12"))
+    assert judged(entries, missed).regressed
+
+
+# ---------------------------------------------------------------- beside a sweep or a table
+
+
+def beside(a: list[Entry], b: list[Entry]) -> Judgement:
+    ours, theirs = rows(a, None), rows(b, None)
+    return beside_sweep(ours, Results(ours, a), theirs, Results(theirs, b), "other")
+
+
+def test_a_sweep_is_reproduced_by_itself() -> None:
+    found = beside(quickstart(), quickstart())
+    assert {cell.verdict for cell in found.cells} == {"reproduced"}
+    assert found.missing == ()
+    assert not found.regressed
+
+
+def test_a_method_that_got_worse_gates_and_one_that_got_better_does_not() -> None:
+    before = [e for m in ("fpl", "cpl", "air") for e in trials(m)]
+    after = trials("fpl") + trials("cpl", better=-0.15) + trials("air", better=0.15)
+    found = beside(after, before)
+    assert [cell.verdict for cell in found.cells] == ["reproduced", "lower", "higher"]
+    assert [cell.gates for cell in found.cells] == [False, True, False]
+    assert found.regressed
+    for cell in found.cells:
+        assert cell.p_corrected is not None
+    assert not beside(before, trials("fpl")).regressed
+
+
+def test_what_differs_between_sweeps_is_never_compared() -> None:
+    def with_backbone(name: str, digest: str) -> list[Entry]:
+        return [
+            replace(e, flat={**e.flat, "backbone": name}, digests={"backbone": digest})
+            for e in trials("cpl", better=-0.3 if name != "a" else 0.0)
+        ]
+
+    for name, digest, words in (
+        ("b", "2", "backbone b, there a"),
+        ("a", "2", "backbone a is other content there"),
+    ):
+        found = beside(with_backbone(name, digest), with_backbone("a", "1"))
+        assert (only(found).verdict, only(found).reasons) == ("not comparable", (words,))
+        assert not found.regressed
+    moved = beside(with_backbone("b", "1"), with_backbone("a", "1"))  # the same under another name
+    assert only(moved).verdict == "lower"
+
+
+def test_runs_that_share_no_split_and_seed_are_not_compared() -> None:
+    found = beside(trials("cpl", seeds=(1, 2, 3)), trials("cpl", seeds=(4, 5, 6)))
+    assert only(found).reasons == ("no split and seed in common",)
+
+
+def test_settings_are_never_averaged() -> None:
+    def at(length: int) -> list[Entry]:
+        return trials("cpl", settings={"prompt.length": length}, cell=str(length))
+
+    found = beside(trials("cpl"), at(4) + at(16))
+    assert only(found).reasons == ("2 rows there, which differ in prompt.length",)
+    found = beside(at(4), at(4) + at(16))
+    assert only(found).verdict == "reproduced"
+    assert found.missing == ("digits ul text cpl prompt.length 16",)
+
+
+def test_too_few_runs_regress_nothing() -> None:
+    found = beside(trials("cpl", seeds=(1, 2), better=-0.3), trials("cpl", seeds=(1, 2)))
+    assert only(found).verdict == "within interval"
+    assert "2 seeds, too few" in only(found).reasons[0]
+    assert not found.regressed
+
+
+def printed(folder: Path, entries: list[Entry], **change: Any) -> Path:
+    found = json.loads(table(rows(entries, None), "json", entries))
+    file = folder / "table.json"
+    file.write_text(json.dumps([{**row, **change} for row in found]))
+    return file
+
+
+def test_a_printed_table_is_compared_without_pairs(tmp_path) -> None:
+    file = printed(tmp_path, quickstart())
+    found = beside_table(rows(quickstart(), None), file)
+    assert {cell.verdict for cell in found.cells} == {"within interval"}  # wider than if paired
+    worse = [e for m in ("fpl", "cpl") for e in trials(m, better=-0.3)]
+    assert beside_table(rows(worse, None), file).regressed
+    old = json.loads(file.read_text())
+    for row in old:
+        del row["protocol"]
+    file.write_text(json.dumps(old))
+    found = beside_table(rows(worse, None), file)
+    assert only_reason(found) == "backbone tiny, there not said"
+
+
+def only_reason(found: Judgement) -> str:
+    (reason,) = {reason for cell in found.cells for reason in cell.reasons}
+    return reason
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "not JSON"),
+        ("[]", "not a list of rows, as `airsweep table NAME --format json` prints them"),
+        ('{"cells": []}', "not a list of rows"),
+        ("[3]", "row 1 is 3; allowed: an object with dataset"),
+        ('[{"dataset": "digits"}]', "row 1 has no `paradigm`"),
+    ],
+)
+def test_a_wrong_table_is_one_sentence(tmp_path, text: str, words: str) -> None:
+    file = tmp_path / "table.json"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(words)) as problem:
+        beside_table([], file)
+    assert str(problem.value).startswith(str(file))
+
+
+def test_a_number_that_is_none_is_named(tmp_path) -> None:
+    file = printed(tmp_path, quickstart(), mean="high")
+    with pytest.raises(ValueError, match=r"row 1: `mean` is 'high'; allowed: a number, 0 or more"):
+        beside_table([], file)
+
+
+# ---------------------------------------------------------------- the screen and the command
+
+
+def test_the_screen_fits_80_columns_and_says_each_reason_once() -> None:
+    entries = [
+        entry
+        for images in (10, 120)
+        for entry in runs_of("air", settings={"images_per_class": images}, cell=f"{images}")
+    ]
+    for found in (judged(quickstart(), "air-cvpr2025"), judged(entries, "air-cvpr2025")):
+        shown = list(lines(found))
+        assert max(map(len, shown)) <= 80
+        body = "\n".join(shown)
+        for reason in {reason for cell in found.cells for reason in cell.reasons}:
+            assert len(re.findall(rf"^\[\d+\] {re.escape(reason)}$", body, re.M)) == 1
+
+
+SWEEP = """
+grid: {method: [zero_shot, fpl, cpl]}
+fixed: {dataset: digits, train.steps: 2}
+seeds: [1, 2, 3]
+"""
+ACCURACIES = {"zero_shot": 0.5, "fpl": 0.62, "cpl": 0.7}
+
+
+@pytest.fixture
+def said(tmp_path, monkeypatch, capsys):
+    """`airsweep compare ...` on a store with the sweeps `old` and `new`, where cpl got worse."""
+    recorded(tmp_path, "old", SWEEP, by_method(ACCURACIES))
+    changed = SWEEP.replace("train.steps: 2", "train.steps: 3")
+    recorded(tmp_path, "new", changed, by_method({**ACCURACIES, "cpl": 0.5}))
+    recorded(tmp_path, "half", SWEEP.replace(": 2", ": 4"), by_method(ACCURACIES), lambda i: i < 4)
+    recorded(tmp_path, "none", SWEEP.replace(": 2", ": 5"), by_method(ACCURACIES), lambda i: False)
+
+    def run(*words: str) -> tuple[int, str, str]:
+        return command(monkeypatch, capsys, "compare", *words, "--store", str(tmp_path))
+
+    return run
+
+
+def test_a_regression_against_an_older_sweep_ends_with_5(said, tmp_path) -> None:
+    code, out, _err = said("new", "--against", "old", "--fail-on", "regress")
+    assert code == 5
+    assert max(map(len, out.splitlines())) <= 80
+    assert re.search(r"^cpl .*lower$", out, re.M)
+    assert said("new", "--against", "default/old")[0] == 0  # nobody asked for a gate
+    assert said("old", "--against", "new", "--fail-on", "regress")[0] == 0  # higher
+    code, out, _ = said("new", "--against", "old", "--json")
+    found = json.loads(out)
+    assert (found["sweep"], found["trials"], found["regressed"]) == (
+        "new",
+        {"done": 9, "total": 9},
+        True,
+    )
+    assert [cell["verdict"] for cell in found["cells"]] == ["reproduced", "reproduced", "lower"]
+
+
+def test_a_paper_is_named_and_nothing_of_the_digits_is_in_it(said) -> None:
+    code, out, err = said("old", "--paper", "grip", "--fail-on", "regress")
+    assert (code, err) == (0, "")
+    assert "GRIP, NeurIPS 2023" in out
+    assert "3 not comparable." in out
+
+
+def test_a_paper_file_of_ones_own_gates(said, tmp_path) -> None:
+    text = PAPER.replace("ViT-B-32/openai", "tiny").replace("flowers102: 300", "digits: 400")
+    file = paper_of(tmp_path, text.replace("{value: 63, verified: false, note: from a talk}", "95"))
+    assert said("old", "--paper", str(file), "--fail-on", "regress")[0] == 5
+    file.write_text(file.read_text().replace("digits: 95", "digits: {value: 95, verified: false}"))
+    code, out, _ = said("old", "--paper", str(file), "--fail-on", "regress")
+    assert code == 0
+    assert "lower, unverified" in out
+
+
+def test_a_half_finished_sweep_is_compared_as_far_as_it_is(said) -> None:
+    code, out, err = said("half", "--against", "old")
+    assert code == 0
+    assert "4 of 9 trials of half are done" in err
+    assert "4 of 9 trials" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("old",), "give one of --paper NAME and --against OTHER"),
+        (("old", "--paper", "grip", "--against", "new"), "give one of --paper NAME and --against"),
+        (("old", "--paper", "nope"), "--paper nope: no such paper; allowed: air-cvpr2025, cpl, "),
+        (("old", "--paper", "grip", "--fail-on", "red"), "--fail-on 'red' is not known"),
+        (("gone", "--paper", "grip"), "no sweep default/gone in"),
+        (("old", "--against", "gone"), "no sweep default/gone in"),
+        (("none", "--paper", "grip"), "none has no finished trial yet, of 9"),
+        (("old", "--against", "none"), "none has no finished trial yet, of 9"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_2(said, words, message) -> None:
+    code, out, err = said(*words)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_nothing_heavy_is_imported_to_compare(tmp_path) -> None:
+    recorded(tmp_path, "old", SWEEP, by_method(ACCURACIES))
+    code = (
+        "import sys\n"
+        "from orchestrator.__main__ import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'ray', 'mlflow', 'optuna', 'sklearn', 'pandas'} & set(sys.modules)\n"
+        "print(*sorted(heavy), file=sys.stderr)"
+    )
+    for words in (("compare", "old", "--paper", "cpl"), ("table", "old", "--cols", "dataset")):
+        told = subprocess.run(
+            [sys.executable, "-c", code, *words, "--store", str(tmp_path)],
+            capture_output=True,
+            text=True,
+            env=environment(),
+            check=True,
+        )
+        assert "cpl" in told.stdout
+        assert told.stderr.strip() == ""
