@@ -61,8 +61,9 @@ def compare(
 
     airsweep compare quickstart --against old/quickstart --fail-on regress
     """
+    from orchestrator.paper_file import find_paper
     from orchestrator.place import DONE, GATE
-    from orchestrator.published import beside_paper, beside_sweep, beside_table, find_paper
+    from orchestrator.published import beside_paper, beside_sweep, beside_table
     from orchestrator.report import Results
 
     if (paper is None) == (against is None):

@@ -16,17 +16,15 @@ import pytest
 from air_core.datasets import DATASETS
 from air_core.datasets.published import PUBLISHED
 from orchestrator.marked_yaml import SpecError
+from orchestrator.paper_file import PAPERS, find_paper, read_paper
 from orchestrator.presets import METHODS
 from orchestrator.published import (
-    PAPERS,
     Judged,
     Judgement,
     beside_paper,
     beside_sweep,
     beside_table,
-    find_paper,
     lines,
-    read_paper,
 )
 from orchestrator.report import Entry, Results, rows
 from orchestrator.tables import table
