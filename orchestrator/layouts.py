@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -133,7 +134,7 @@ _LATEX = {
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
     "|": r"\textbar{}",
-    '"': r"\textquotedbl{}",
+    '"': "''",
     "[": "{[}",  # else an option of the line break before it
     "]": "{]}",
     "*": "{*}",
@@ -165,8 +166,18 @@ def escaped(text: str) -> str:
     return "".join(known.get(c) or (c if _latin(c) else _code_point(c)) for c in text)
 
 
+_ACCENTS = {
+    f"{mark:c}" for mark in (*range(0x300, 0x305), 0x306, 0x307, 0x308, 0x30A, 0x30B, 0x30C)
+}
+_ACCENTS |= {"\u0327"}  # cedilla; an ogonek is in no font that LaTeX takes by itself
+
+
 def _latin(character: str) -> bool:
-    return " " <= character <= "~" or "\u00c0" <= character <= "\u017e"
+    """Has LaTeX a letter for it in every document, without a package?"""
+    if " " <= character <= "~" or character in "ßæøåłœÆØÅŁŒ":
+        return True
+    letter, *accent = unicodedata.normalize("NFD", character)
+    return character <= "\u017e" and letter.isascii() and len(accent) == 1 and accent[0] in _ACCENTS
 
 
 def _code_point(character: str) -> str:

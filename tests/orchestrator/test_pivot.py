@@ -269,7 +269,7 @@ def test_the_command_arranges_a_recorded_sweep(tmp_path, monkeypatch, capsys) ->
     assert code == 0
     header, _, *lines = cells(out)
     assert (header, [line[0] for line in lines]) == (["method", "digits"], list(ACCURACIES))
-    assert re.fullmatch(r"\*\*7\d\.\d ± \d\.\d\*\*†", lines[2][1])
+    assert re.fullmatch(r"\*\*6\d\.\d ± \d\.\d\*\*†", lines[2][1])
     code, out, err = said("--rows", "nothing")
     assert (code, out) == (2, "")
     assert err.count("\n") == 1
