@@ -101,13 +101,14 @@ def latex(layout: Layout) -> str:
     ]
     wide = max(sum(len(cell) + 3 for cell in line) for line in [layout.header, *layout.lines])
     if wide > WIDE:
-        body = [r"\resizebox{\textwidth}{!}{%", *body[:-1], r"\end{tabular}}"]
+        body = [r"\resizebox{\textwidth}{!}{" + body[0], *body[1:-1], body[-1] + "}"]
     return "\n".join(
         [
             r"% \usepackage{booktabs}" + (r" \usepackage{graphicx}" if wide > WIDE else ""),
             r"\begin{table}",
             r"\centering",
             f"\\caption{{{escaped(' '.join([*layout.caption, *layout.notes]))}}}",
+            r"\smallskip",
             *body,
             r"\end{table}",
         ]

@@ -9,8 +9,8 @@ import csv
 import io
 import json
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from orchestrator.layouts import Layout, latex, markdown
@@ -143,12 +143,22 @@ def pivot(
         metric=name,
         down=tuple(lines),
         across=tuple(columns),
-        lines=tuple(dict.fromkeys(line for line, _ in cells)),
-        columns=tuple(dict.fromkeys(column for _, column in cells)),
+        lines=_ordered(line for line, _ in cells),
+        columns=_ordered(column for _, column in cells),
         cells=cells,
         caption=tuple(_caption(rows, name, results, found)),
         notes=(*choice_notes(rows), *collapse_notes(rows, results)),
     )
+
+
+def _ordered(places: Iterable[tuple[str, ...]]) -> tuple[tuple[str, ...], ...]:
+    """Each once, key by key in the order in which its values came."""
+    found = list(dict.fromkeys(places))
+    ranks: list[dict[str, int]] = [{} for _ in (found[0] if found else ())]
+    for place in found:
+        for rank, value in zip(ranks, place, strict=True):
+            rank.setdefault(value, len(rank))
+    return tuple(sorted(found, key=lambda p: [r[v] for r, v in zip(ranks, p, strict=True)]))
 
 
 def _keys(option: str, keys: Sequence[str], known: Sequence[str]) -> list[str]:
@@ -215,17 +225,19 @@ def _cell(row: Row, results: Results, metric: str, told: Mapping[Role, Compariso
 def _with_best(
     cells: Mapping[tuple[tuple[str, ...], tuple[str, ...]], Cell],
 ) -> dict[tuple[tuple[str, ...], tuple[str, ...]], Cell]:
-    """The best of each column; of each world in it, since worlds are not compared."""
-    tops: dict[Any, float] = {}
+    """The best of each column; of each world in it, since worlds are not compared.
+
+    A cell without another to be better than is not the best.
+    """
+    groups: dict[Any, list[float]] = {}
     for (_, column), cell in cells.items():
-        at = (column, cell.row.world)
-        tops[at] = max(tops.get(at, cell.mean), cell.mean)
-    return {
-        (line, column): Cell(
-            **{**vars(cell), "best": cell.mean == tops[column, cell.row.world]},
-        )
-        for (line, column), cell in cells.items()
-    }
+        groups.setdefault((column, cell.row.world), []).append(cell.mean)
+    found = {}
+    for (line, column), cell in cells.items():
+        means = groups[column, cell.row.world]
+        best = len(means) > 1 and cell.mean == max(means)
+        found[line, column] = replace(cell, best=best)
+    return found
 
 
 def _share(metric: str) -> bool:

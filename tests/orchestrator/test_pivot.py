@@ -90,7 +90,7 @@ def test_a_setting_that_varies_can_stand_across() -> None:
     assert header == ["method", *(f"images_per_class {n}" for n in ("–", 10, 40, 120))]  # noqa: RUF001
     assert cpl[2:] == ["", "", ""]
     assert air[1] == ""
-    assert air[4].startswith("**")
+    assert "**" not in cpl[1]  # nothing to be better than
     tex = text(found, "latex")
     assert "\\multicolumn{4}{c}{images\\_per\\_class} \\\\" in tex
     assert "\\cmidrule(lr){2-5}" in tex
