@@ -177,7 +177,7 @@ def _latin(character: str) -> bool:
     """Has LaTeX a letter for it in every document, without a package?"""
     if " " <= character <= "~" or character in "ßæøåłœÆØÅŁŒ":
         return True
-    letter, *accent = unicodedata.normalize("NFD", character)
+    letter, *accent = list(unicodedata.normalize("NFD", character))
     return character <= "\u017e" and letter.isascii() and len(accent) == 1 and accent[0] in _ACCENTS
 
 

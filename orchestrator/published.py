@@ -168,13 +168,13 @@ def _beside(row: Row, cell: Published | None, reasons: Sequence[str]) -> Judged:
     )
 
 
-def _verdict(low: float, high: float) -> Verdict:
+def _verdict(low: float, high: float, wide: float = WIDE) -> Verdict:
     """From the interval of a difference, ours minus the other."""
     if high < 0:
         return "lower"
     if low > 0:
         return "higher"
-    return "reproduced" if high - low <= WIDE else "within interval"
+    return "reproduced" if high - low <= wide else "within interval"
 
 
 def _beside_gain(
@@ -184,7 +184,7 @@ def _beside_gain(
 
     They are independent of each other, so half widths add in squares.
     """
-    place = {
+    place: dict[str, Any] = {
         "dataset": f"mean of {len(gain.datasets)} datasets",
         "paradigm": gain.paradigm,
         "modality": gain.modality,
@@ -219,7 +219,7 @@ def _beside_gain(
     mean = sum(d.mean for d in found) / count
     low = mean - math.hypot(*(d.mean - d.low for d in found)) / count
     high = mean + math.hypot(*(d.high - d.mean for d in found)) / count
-    verdict = _verdict(low - gain.high, high - gain.low)
+    verdict = _verdict(low - gain.high, high - gain.low, WIDE + gain.high - gain.low)
     return Judged(
         **place,
         verdict=verdict,
@@ -254,7 +254,7 @@ def beside_sweep(
     cells = []
     for row, other, reasons, found in pairs:
         if other is None or found is None:
-            cells.append(_not_comparable(row, other and (other.mean, other.mean), reasons))
+            cells.append(_not_comparable(row, other, reasons))
             continue
         p = next(p_values)
         told = p < ALPHA and not found.untold
@@ -280,13 +280,13 @@ def beside_sweep(
     )
 
 
-def _not_comparable(row: Row, other: tuple[float, float] | None, reasons: Sequence[str]) -> Judged:
+def _not_comparable(row: Row, other: Row | None, reasons: Sequence[str]) -> Judged:
     return Judged(
         **_place(row),
         verdict="not comparable",
         reasons=tuple(reasons),
         ours=(row.mean, row.low, row.high),
-        other=other,
+        other=None if other is None else (other.mean, other.mean),
     )
 
 
@@ -370,7 +370,7 @@ def beside_table(rows: Sequence[Row], path: Path) -> Judgement:
     cells = []
     for row, other, reasons in found:
         if other is None or reasons:
-            cells.append(_not_comparable(row, other and (other.mean, other.mean), reasons))
+            cells.append(_not_comparable(row, other, reasons))
             continue
         mean, low, high, _ = _unpaired(row, other)
         p = next(p_values)
@@ -438,18 +438,26 @@ def _row_of(path: Path, number: int, found: Any) -> Row:
         value = found[key]
         if not isinstance(value, int | float) or isinstance(value, bool) or not value >= 0:
             raise ValueError(f"{where}: `{key}` is {said(value)}; allowed: a number, 0 or more")
-    known = found.get("protocol")
-    known = known if isinstance(known, dict) else {}
-    names = ("splits", "seeds", "shots", "class_seed", "leaky_pool", "whole_pool", "digests")
-    usual = {"splits": 1, "seeds": 0, "leaky_pool": False, "whole_pool": True, "digests": {}}
+    if not isinstance(found["settings"], dict):
+        raise ValueError(f"{where}: `settings` is {said(found['settings'])}; allowed: an object")
+    said_of_it = found.get("protocol")
+    known: dict[str, Any] = said_of_it if isinstance(said_of_it, dict) else {}
+    digests = known.get("digests")
     protocol = Protocol(
         backbone=str(known.get("backbone", "")),
-        **{name: known.get(name, usual.get(name)) for name in names},
+        splits=known.get("splits", 1),
+        seeds=known.get("seeds", 0),
+        shots=known.get("shots"),
+        class_seed=known.get("class_seed"),
+        leaky_pool=known.get("leaky_pool", False),
+        whole_pool=known.get("whole_pool", True),
+        digests=digests if isinstance(digests, dict) else {},
     )
+    values: dict[str, Any] = {key: str(found[key]) for key in _TEXTS}
+    values |= {key: float(found[key]) for key in _NUMBERS}
     return Row(
-        **{key: str(found[key]) for key in _TEXTS},
-        **{key: float(found[key]) for key in _NUMBERS},
-        settings=dict(found["settings"]),
+        **values,
+        settings=found["settings"],
         n=int(found["n"]),
         n_test=int(found["n_test"]),
         std=None,

@@ -75,7 +75,7 @@ def compare(
     results = Results(ours.rows, ours.entries)
     if published is not None:
         found = beside_paper(ours.rows, results, published)
-    elif against is not None and Path(against).is_file():
+    elif against is not None and (against.endswith(".json") or Path(against).is_file()):
         found = beside_table(ours.rows, Path(against))
     else:
         assert against is not None

@@ -466,6 +466,7 @@ def test_a_half_finished_sweep_is_compared_as_far_as_it_is(said) -> None:
         (("old", "--against", "gone"), "no sweep default/gone in"),
         (("none", "--paper", "grip"), "none has no finished trial yet, of 9"),
         (("old", "--against", "none"), "none has no finished trial yet, of 9"),
+        (("old", "--against", "gone.json"), "gone.json: cannot be read: No such file"),
     ],
 )
 def test_bad_input_is_one_sentence_and_2(said, words, message) -> None:
