@@ -161,9 +161,10 @@ def escaped(text: str) -> str:
     >>> print(escaped("digits -> 花"))
     digits $\\rightarrow$ {[}U+82B1{]}
     """
-    arrow, minus = "\ue000", "\ue001"
-    text = re.sub(r"(?<![\w.\]-])-(?=\d)", minus, text.replace("->", arrow))  # 1e-3 keeps its
-    known = {arrow: r"$\rightarrow$", minus: "$-$", **_LATEX}
+    arrow, minus, apart = "\ue000", "\ue001", "\ue002"
+    text = re.sub(r"-(?=-)", "-" + apart, text.replace("->", arrow))  # two hyphens stay two
+    text = re.sub(r"(?<![\w.\]-])-(?=\d)", minus, text)  # a minus sign; 1e-3 keeps its hyphen
+    known = {arrow: r"$\rightarrow$", minus: "$-$", apart: "{}", **_LATEX}
     return "".join(known.get(c) or (c if _latin(c) else _code_point(c)) for c in text)
 
 
