@@ -546,8 +546,9 @@ def collapse_notes(rows: Sequence[Row], results: Results, most: int = 4) -> list
 
 def mark_notes(found: Sequence[Comparison]) -> list[str]:
     """What marks mean, and where none could be given: sentences for a caption."""
-    if not found:
-        return []
+    reasons = Counter(c.untold for c in found if c.untold)
+    if sum(reasons.values()) == len(found):
+        return [f"Nothing is told apart: {reason}." for reason in reasons]
     roles = {c.role for c in found}
     words = {"host": "the host", "control": "the control without diffusion"}
     signs = [f"{MARKS[role]} from {words[role]}" for role in MARKS if role in roles]
@@ -558,11 +559,8 @@ def mark_notes(found: Sequence[Comparison]) -> list[str]:
         f"Told apart: {', '.join(signs)}{below}; {100 * ALPHA:.0f} %, by Holm's correction over "
         f"{over} of this table."
     ]
-    reasons = Counter(c.untold for c in found if c.untold)
-    for reason, times in reasons.items():
-        every = "No marks" if times == len(found) else f"No mark in {times} of them"
-        notes.append(f"{every}: {reason}.")
-    if any(not c.untold for c in found) and all(one_split(c.difference) for c in found):
+    notes += [f"No mark in {times} of them: {reason}." for reason, times in reasons.items()]
+    if all(one_split(c.difference) for c in found):
         notes.append("One split: what is told apart holds for that split and its images alone.")
     return notes
 

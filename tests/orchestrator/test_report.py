@@ -304,8 +304,12 @@ def test_a_method_that_is_worse_than_its_host_has_an_arrow() -> None:
 @pytest.mark.parametrize(
     ("splits", "seeds", "words"),
     [
-        ((0, 1), (1, 2), "No marks: 2 splits, which are too few to tell (one, or 4 and more)."),
-        ((0,), (1, 2), "No marks: 2 seeds, too few to tell (3 and more)."),
+        (
+            (0, 1),
+            (1, 2),
+            "Nothing is told apart: 2 splits, which are too few to tell (one, or 4 and more).",
+        ),
+        ((0,), (1, 2), "Nothing is told apart: 2 seeds, too few to tell (3 and more)."),
     ],
 )
 def test_a_table_with_too_few_runs_carries_no_mark_and_says_why(splits, seeds, words) -> None:
