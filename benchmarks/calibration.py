@@ -156,6 +156,8 @@ class Counts:
 
     tables: int = 0
     single: int = 0  # the first comparison, uncorrected: its interval leaves 0 out
+    compared: int = 0  # comparisons of all tables
+    each_single: int = 0  # of which intervals leave 0 out
     any_single: int = 0  # some comparison, uncorrected
     any_corrected: int = 0  # some comparison, corrected, were nothing refused
     any_mark: int = 0  # as tables mark
@@ -176,6 +178,8 @@ def counted(world: Scenario, simulations: int, methods: int, seed: int = 0) -> C
         marks = [value < ALPHA and not one.untold for one, value in zip(found, p, strict=True)]
         counts.tables += 1
         counts.single += left_out[0]
+        counts.compared += len(found)
+        counts.each_single += sum(left_out)
         counts.any_single += any(left_out)
         counts.any_corrected += min(p) < ALPHA
         counts.any_mark += any(marks)
@@ -206,7 +210,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="scenarios whose name holds one of A|B|...")
     options = parser.parse_args()
     groups: dict[str, dict[str, Any]] = {}
-    columns = "one comparison         some, uncorrected     some mark             pooled McNemar"
+    columns = "one comparison      every   some, uncorrected   some mark           pooled McNemar"
     for title, worlds in (("null", NULL), ("refused", REFUSED), ("planted", PLANTED)):
         print(f"\n{title:<44} {columns}" if title != "planted" else f"\n{title}")
         for name, world in worlds.items():
@@ -217,6 +221,8 @@ def main() -> None:
             of = found.tables
             figures: dict[str, Any] = {
                 "one_comparison": rate(found.single, of),
+                # Comparisons of one table share a host, so there is no simple interval of this.
+                "all_comparisons": round(100 * found.each_single / found.compared, 2),
                 "some_uncorrected": rate(found.any_single, of),
                 "some_corrected": rate(found.any_corrected, of),
                 "some_mark": rate(found.any_mark, of),
@@ -229,7 +235,8 @@ def main() -> None:
                 text += shown(figures["found_after_correction"])
             else:
                 keys = ("one_comparison", "some_uncorrected", "some_mark", "baseline")
-                text = "   ".join(shown(figures[key]) for key in keys)
+                first, *others = (shown(figures[key]) for key in keys)
+                text = "   ".join([f"{first} {figures['all_comparisons']:5.1f}", *others])
                 if title == "refused":
                     text += f"   unrefused: {shown(figures['some_corrected'])}"
             print(f"{name:<44} {text}   {time.perf_counter() - started:.0f} s", flush=True)
