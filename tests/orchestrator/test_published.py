@@ -248,7 +248,7 @@ def test_a_gain_is_the_mean_over_all_of_its_datasets(tmp_path) -> None:
     ours = np.mean([means[d, "air"] - means[d, "cpl"] for d in ("flowers102", "dtd")])
     assert gain.ours is not None
     assert gain.ours[0] == pytest.approx(ours)
-    assert gain.verdict == "within interval"  # 4.9 of 4 to 6
+    assert gain.verdict == "reproduced"  # 4.9 of 4 to 6
     (alone,) = judged(entries[: len(entries) // 2], file).gains
     assert (alone.verdict, alone.reasons) == ("not comparable", ("no air on dtd",))
     missed = paper_of(tmp_path, file.read_text().replace("[4, 6]", "12"))
