@@ -60,6 +60,11 @@ class Entry:
     labels: Array  # (T,)
     unseen: Array | None = None  # (T,) bool: TRZSL, images of classes without labels
     digests: Mapping[str, str] = field(default_factory=dict)  # of dataset and backbone: content
+    # Where it comes from, for reports.
+    key: str = ""
+    curves: Mapping[str, Sequence[float]] = field(default_factory=dict)  # a value per iteration
+    seconds: float = 0.0
+    made: Mapping[str, Any] = field(default_factory=dict)  # commit, versions, device, ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -430,6 +435,10 @@ class Results:
 
     def runs(self, row: Row) -> Runs | None:
         return self._of(row)[1]
+
+    def entries(self, row: Row) -> list[Entry]:
+        """The runs of a row, each computation once."""
+        return self._of(row)[0]
 
     def mean(self, row: Row, metric: str) -> float | None:
         """Mean of a metric over the runs of a row; None where no run has it."""

@@ -273,6 +273,31 @@ def make_sampler(search: Search, seed: int) -> BaseSampler:
             return RandomSampler(seed=seed)
 
 
+def importances(
+    space: Sequence[Dimension], points: Sequence[tuple[Mapping[str, Any], float]]
+) -> dict[str, float]:
+    """Which dimensions the objective depends on, by functional ANOVA (Hutter et al. 2014).
+
+    Args:
+        points: settings and objective of each point.
+
+    Returns:
+        Shares that sum to 1, the largest first; empty where they cannot be told: fewer than four
+        points, all of one value, or no dimension that all points have.
+    """
+    values = {value for _, value in points}
+    shared = [d for d in space if all(d.key in settings for settings, _ in points)]
+    if len(points) < 4 or len(values) < 2 or not shared:
+        return {}
+    study = optuna.create_study(direction="maximize")
+    for settings, value in points:
+        params = {d.key: settings[d.key] for d in shared}
+        distributions = {d.key: _distribution(d) for d in shared}
+        study.add_trial(create_trial(params=params, distributions=distributions, value=value))
+    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+    return dict(optuna.importance.get_param_importances(study, evaluator=evaluator))
+
+
 def _suggest(trial: optuna.Trial, dimension: Dimension) -> Any:
     key = dimension.key
     match _distribution(dimension):

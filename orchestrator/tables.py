@@ -48,9 +48,9 @@ def table(rows: Sequence[Row], format: Format, entries: Sequence[Entry] = ()) ->
         case "csv":
             return _csv(rows, entries)
         case "md":
-            return markdown(_layout(rows, entries)) if rows else f"{EMPTY.capitalize()}."
+            return markdown(laid_out(rows, entries)) if rows else f"{EMPTY.capitalize()}."
         case "latex":
-            return latex(_layout(rows, entries)) if rows else f"% {EMPTY}"
+            return latex(laid_out(rows, entries)) if rows else f"% {EMPTY}"
 
 
 def as_json(rows: Sequence[Row], entries: Sequence[Entry] = ()) -> list[dict[str, object]]:
@@ -97,7 +97,7 @@ def _csv(rows: Sequence[Row], entries: Sequence[Entry]) -> str:
     return text.getvalue().rstrip("\n")
 
 
-def _layout(rows: Sequence[Row], entries: Sequence[Entry]) -> Layout:
+def laid_out(rows: Sequence[Row], entries: Sequence[Entry]) -> Layout:
     results = Results(rows, entries)
     found = comparisons(rows, entries)
     gains = _by_row(found)

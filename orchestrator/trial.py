@@ -247,6 +247,7 @@ class _Run:
         if chosen is not None:
             right = (self.truth[chosen.indices] == chosen.labels).double().mean().item()
             values |= {"pseudo/accuracy": right, "pseudo/coverage": len(chosen) / len(self.truth)}
+            values["pseudo/balance"] = balance(chosen.labels, data)
         for name, value in values.items():
             self.curves.setdefault(name, []).append(value)
         if progress.iteration + 1 in self.rungs:
@@ -307,6 +308,15 @@ class _Run:
         if self._replicas() > 1:
             info["replicas"] = self._replicas()
         return info
+
+
+def balance(labels: Tensor, data: TrialData) -> float:
+    """How evenly labels (M,) spread over the classes of the pool: their entropy over its largest
+    value, 1 where all classes have as many."""
+    classes = len(data.classnames) if data.unseen is None else len(data.unseen)
+    counts = labels.bincount(minlength=classes).double()
+    shares = counts[counts > 0] / counts.sum()
+    return abs(-(shares * shares.log()).sum().item()) / math.log(max(2, classes))
 
 
 LABELS = ("indices", "targets", "labels")

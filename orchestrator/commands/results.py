@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated
+import sys
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -16,11 +18,9 @@ from orchestrator.commands.common import (
     fail,
     no_trial,
     place_named,
+    recorded_sweep,
     results_of,
 )
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer()
 
@@ -95,3 +95,31 @@ def table(
 
 def listed(option: str | None) -> list[str] | None:
     return None if option is None else [word.strip() for word in option.split(",") if word.strip()]
+
+
+@app.command()
+def report(
+    name: NameArgument,
+    output: Annotated[Path, typer.Option("-o", "--output", help="the file to write")],
+    store: StoreOption = STORE,
+    data_root: DataOption = None,
+) -> None:
+    """What came out of a sweep, as one HTML file that needs nothing else.
+
+    airsweep report quickstart -o report.html
+
+    airsweep report vision/digits_main -o digits.html --store /shared/runs
+    """
+    from orchestrator.evidence import evidence_of
+    from orchestrator.files import write_whole
+    from orchestrator.page import page
+
+    if output.is_dir() or not output.absolute().parent.is_dir():
+        fail(f"-o {output}: give a file in a folder that is there, such as report.html")
+    sweep, place = recorded_sweep(name, store, data_root)
+    found = evidence_of(sweep, place)
+    for old in found.plan.stale(place.store):
+        print(f"note: {old}", file=sys.stderr)
+    text = page(found)
+    write_whole(output, text)
+    print(f"{output}  {len(text.encode()) / 1e6:.1f} MB", file=sys.stderr)

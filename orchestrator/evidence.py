@@ -1,0 +1,151 @@
+"""What a finished or half-finished sweep shows, gathered for a report. Imports no torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from orchestrator.children import refs_of
+from orchestrator.place import Place, read_outcome
+from orchestrator.plan import Plan, plan_sweep
+from orchestrator.report import Comparison, Entry, Results, Row, comparisons, rows
+from orchestrator.results import Standing, entries_of, pruned_points, standing
+from orchestrator.sweep import SweepSpec
+
+# R runs of a row, I iterations, C classes.
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One sweep with all that its trials left behind."""
+
+    sweep: SweepSpec
+    place: Place
+    plan: Plan
+    entries: Sequence[Entry]
+    rows: Sequence[Row]  # one a setting; of a search the point that a table shows
+
+    @cached_property
+    def results(self) -> Results:
+        return Results(self.rows, self.entries)
+
+    @cached_property
+    def gains(self) -> list[Comparison]:
+        return comparisons(self.rows, self.entries)
+
+    @cached_property
+    def points(self) -> list[Row]:
+        """One row a point, also of a search."""
+        return rows(self.entries, None)
+
+    @cached_property
+    def standing(self) -> Standing:
+        return standing(self.place.ledger())
+
+    @cached_property
+    def outcome(self) -> dict[str, Any]:
+        return read_outcome(self.place)
+
+    def of_row(self, row: Row) -> list[Entry]:
+        """The runs of a row, each computation once."""
+        return self.results.entries(row)
+
+    def curve(self, row: Row, metric: str) -> Array:
+        """A metric over iterations, (R, I); a run that is shorter ends in nan."""
+        found = [entry.curves.get(metric, ()) for entry in self.of_row(row)]
+        longest = max(map(len, found), default=0)
+        return np.array([[*run, *[np.nan] * (longest - len(run))] for run in found]).reshape(
+            len(found), longest
+        )
+
+    def confusion(self, row: Row, classes: int) -> Array:
+        """(C, C) test images of all runs by true and predicted class."""
+        matrix = np.zeros((classes, classes), dtype=np.int64)
+        for entry in self.of_row(row):
+            np.add.at(matrix, (entry.labels, entry.predictions), 1)
+        return matrix
+
+    def costs(self) -> dict[str, tuple[int, float]]:
+        """Times made and seconds of one worker, by stage; of what this sweep made itself."""
+        counts: Counter[str] = Counter()
+        seconds: Counter[str] = Counter()
+        for event in self.place.ledger().events():
+            if event["event"] == "artifact_prepared":
+                counts[event["stage"]] += 1
+                seconds[event["stage"]] += event["seconds"]
+        states = self.standing.last
+        own = {s.key.digest for s in self.plan.slots if states.get(s.id) == "done"}
+        trials = {entry.key: entry.seconds for entry in self.entries if entry.key in own}
+        counts["trials"], seconds["trials"] = len(trials), sum(trials.values())
+        return {stage: (counts[stage], float(seconds[stage])) for stage in counts}
+
+    def inputs(self) -> dict[str, str]:
+        """Digests of all that was read, by what and name."""
+        found = {}
+        for slot in self.plan.slots:
+            for what, ref in refs_of(slot.spec).items():
+                found[f"{what.replace('_', ' ')} {ref.name}"] = ref.digest
+        return dict(sorted(found.items()))
+
+    def made(self, name: str) -> list[Any]:
+        """What the records say of their making, each once, in order of appearance."""
+        found: list[Any] = []
+        for entry in self.entries:
+            value = entry.made.get(name)
+            if value and value not in found:
+                found.append(value)
+        return found
+
+
+def evidence_of(sweep: SweepSpec, place: Place) -> Evidence:
+    """
+    Raises:
+        ValueError: no trial of it has finished.
+    """
+    plan = plan_sweep(sweep, place.store, place.resolver(), place.ledger())
+    entries = entries_of(plan, place.store)
+    if not entries:
+        raise ValueError(
+            f"sweep {place.project}/{place.name} has no finished trial to report "
+            f"({plan.total} are planned); run `airsweep run {sweep.source}`, and see "
+            f"`airsweep status {place.name}`"
+        )
+    objective = sweep.search.objective if sweep.search else None
+    return Evidence(sweep, place, plan, entries, rows(entries, objective, pruned_points(plan)))
+
+
+def confused(
+    matrix: Array, names: Sequence[str], most: int = 5
+) -> Iterator[tuple[str, str, float]]:
+    """The pairs that are confused most: true class, what it was taken for, and how often.
+
+    Args:
+        matrix: (C, C) counts by true (rows) and predicted class.
+
+    Returns:
+        Shares of the true class in [0, 1], the largest first.
+    """
+    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    np.fill_diagonal(shares, 0)
+    for flat in np.argsort(-shares, axis=None, kind="stable")[:most]:
+        true, taken = np.unravel_index(flat, shares.shape)
+        if shares[true, taken] > 0:
+            yield names[true], names[taken], float(shares[true, taken])
+
+
+def numeric_settings(rows: Sequence[Row]) -> Mapping[str, list[float]]:
+    """Settings with at least two numbers as values, and these, sorted."""
+    values: dict[str, set[float]] = {}
+    for row in rows:
+        for key, value in row.settings.items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                values.setdefault(key, set()).add(float(value))
+    return {key: sorted(found) for key, found in values.items() if len(found) > 1}

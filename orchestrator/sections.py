@@ -1,0 +1,748 @@
+"""The sections of a report, each a function from evidence to texts, charts and tables.
+
+A section says what it shows in its first sentence; one that has nothing to show is left out.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from air_core.datasets import get_dataset
+from orchestrator import charts
+from orchestrator.estimate import gpu_share
+from orchestrator.evidence import Evidence, confused, numeric_settings
+from orchestrator.failures import CLASSES
+from orchestrator.plan import WORDS
+from orchestrator.presets import METHODS
+from orchestrator.report import (
+    Comparison,
+    Row,
+    choice_notes,
+    counted,
+    mean_std,
+    percent,
+    settings_text,
+    shown,
+    signed_interval,
+    varied_settings,
+    worlds_of,
+)
+from orchestrator.screen import clock
+from orchestrator.tables import laid_out
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MOST_WORLDS = 12  # of which charts are drawn that are large
+MOST_CURVES = 7  # in one chart: as many as there are colours
+IMAGES = "synthetic images"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """An image of the page, whole in its address."""
+
+    src: str
+    alt: str
+    caption: str = ""
+    wide: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """A table of the page."""
+
+    header: Sequence[str]
+    lines: Sequence[Sequence[str]]
+    numeric: Sequence[bool]  # columns that are right-aligned
+    strong: frozenset[int] = frozenset()  # lines in bold
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gain:
+    text: str
+    figures: str
+    verdict: str  # yes, no or open
+    tail: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What came out of one dataset, paradigm and modality."""
+
+    where: str
+    best: str
+    accuracy: str
+    gains: Sequence[Gain]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    heading: str = ""
+    figures: Sequence[Picture] = ()
+    grids: Sequence[Grid] = ()
+    details: Sequence[tuple[str, str]] = ()  # folded texts with their names
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    id: str
+    title: str
+    texts: Sequence[str] = ()
+    answers: Sequence[Answer] = ()
+    groups: Sequence[Group] = field(default_factory=tuple)
+
+
+# ---------------------------------------------------------------- the answer
+
+
+def answer(found: Evidence) -> Section:
+    """Best method of each world, and what it gains over host and control."""
+    best = {world: _best(found, world) for world in worlds_of(found.rows)}
+    texts = [_verdict(found), _state(found)]
+    answers = [
+        Answer(
+            where=_place(world),
+            best=row.method + _with(found, row),
+            accuracy=f"{mean_std(row, '±')} % {_metric(row)}, [{percent(row.low)}, "
+            f"{percent(row.high)}]; highest mean of {_rows_of(found, world)}",
+            gains=[*map(_gain, _told_gains(found, row))],
+        )
+        for world, row in best.items()
+    ]
+    return Section(
+        id="answer", title="Answer", texts=[text for text in texts if text], answers=answers
+    )
+
+
+def _best(found: Evidence, world: tuple[str, str, str]) -> Row:
+    """The highest mean; of equal ones the first."""
+    return max((row for row in found.rows if row.world == world), key=lambda row: row.mean)
+
+
+def _told_gains(found: Evidence, row: Row) -> list[Comparison]:
+    """Of the best row; and of what uses synthetic images, where that is another."""
+    own = [gain for gain in found.gains if gain.row is row]
+    if any(gain.role == "control" for gain in own):
+        return own
+    others = [g for g in found.gains if g.row.world == row.world and g.role == "control"]
+    if not others:
+        return own
+    top = max(others, key=lambda gain: gain.row.mean).row
+    return own + [gain for gain in found.gains if gain.row is top]
+
+
+def _gain(found: Comparison) -> Gain:
+    what = "the control, real images and no diffusion" if found.role == "control" else "its host"
+    difference = found.difference
+    clear = "yes" if difference.low > 0 else "no" if difference.high < 0 else "open"
+    tail = "" if clear != "open" else ", not told from 0"
+    if found.images_needed is not None and clear == "open":
+        tail += f" ({found.images_needed:,} test images would tell)"
+    return Gain(
+        text=f"{found.a} over {found.b} ({what})",
+        figures=f"{signed_interval(difference)} points",
+        verdict=clear,
+        tail=tail,
+    )
+
+
+def _verdict(found: Evidence) -> str:
+    """Do synthetic images help, in one sentence."""
+    parts = []
+    for role, what in (
+        ("host", "over the host"),
+        ("control", "over the control without diffusion"),
+    ):
+        gains = [
+            gain
+            for gain in found.gains
+            if gain.role == role and METHODS.get(gain.a) and METHODS[gain.a].control is not None
+        ]
+        if gains:
+            above = sum(gain.difference.low > 0 for gain in gains)
+            below = sum(gain.difference.high < 0 for gain in gains)
+            lower = f", lower in {below}" if below else ""
+            parts.append(f"{above} of {len(gains)} {what}{lower}")
+    if not parts:
+        return ""
+    return (
+        f"With {IMAGES}, accuracy is higher, by intervals that leave 0 out, in "
+        f"{' and in '.join(parts)}."
+    )
+
+
+def _state(found: Evidence) -> str:
+    counts = found.standing.counts(alive=False)
+    left = {state: counts[state] for state in ("waiting", "failed", "pruned") if counts[state]}
+    done = counts["done"] + counts["reused"]
+    text = f"{counted(done, 'trial')} of {found.standing.total} have a result"
+    if left:
+        text += "; " + ", ".join(f"{count} {state}" for state, count in left.items())
+    picked = "The best row is the one with the highest mean on the test images, seen afterwards."
+    return f"{text}. {picked}"
+
+
+def _rows_of(found: Evidence, world: tuple[str, str, str]) -> str:
+    return counted(sum(row.world == world for row in found.rows), "row")
+
+
+# ---------------------------------------------------------------- the table
+
+
+def table(found: Evidence) -> Section:
+    """All rows, as `airsweep table` prints them."""
+    layout = laid_out(found.rows, found.entries)
+    grid = Grid(
+        header=layout.header,
+        lines=layout.lines,
+        numeric=layout.numeric,
+        strong=frozenset(line for line, _ in layout.bold),
+        note=" ".join(layout.notes),
+    )
+    worlds = worlds_of(found.rows)
+    figures = []
+    for world in worlds[:MOST_WORLDS]:
+        rows = [row for row in found.rows if row.world == world]
+        for part in _parts(rows, 16):
+            dots = [
+                charts.Dot(
+                    label=_short(row.method + _with(found, row)),
+                    value=row.mean,
+                    low=row.low,
+                    high=row.high,
+                    strong=row is _best(found, world),
+                )
+                for row in part
+            ]
+            figure = charts.dots(dots, f"{_metric(rows[0])}, %", title=_place(world))
+            figures.append(_chart(figure, f"Accuracy of {len(part)} rows with intervals"))
+    return Section(
+        id="table",
+        title="Accuracy",
+        texts=[" ".join(layout.caption)],
+        groups=[Group(grids=[grid]), Group(figures=figures)],
+    )
+
+
+# ---------------------------------------------------------------- count and weight
+
+
+def responses(found: Evidence) -> Section | None:
+    """Accuracy against each number that the sweep varies."""
+    rows = found.rows if found.sweep.search is None else found.points
+    groups = []
+    for key, values in numeric_settings(rows).items():
+        draw = _curves_of if found.sweep.search is None else _clouds_of
+        figures = list(draw(found, rows, key))
+        if figures:
+            heading = f"{key}: {', '.join(map(shown, values[:12]))}"
+            groups.append(Group(heading=heading, figures=figures))
+    if not groups:
+        return None
+    text = (
+        "Mean over runs against what was varied; the band is the 95 % interval. Dashed lines are "
+        "methods that the setting does not touch."
+    )
+    if found.sweep.search is not None:
+        text = "Every point of the search, one dot each; other settings vary along with it."
+    return Section(id="settings", title="Accuracy by setting", texts=[text], groups=groups)
+
+
+def _curves_of(found: Evidence, rows: Sequence[Row], key: str) -> Iterator[Picture]:
+    """One curve for each dataset, paradigm, modality and whatever else differs, by method."""
+    by_method: dict[str, dict[str, list[Row]]] = {}
+    several = len(worlds_of(rows)) > 1
+    varied = [name for name in varied_settings(rows, found.entries) if name != key]
+    for row in rows:
+        if key in row.settings:
+            label = " ".join(
+                filter(None, [_place(row.world) if several else "", settings_text(row, varied)])
+            )
+            by_method.setdefault(row.method, {}).setdefault(label, []).append(row)
+    for method, groups in by_method.items():
+        lines = {k: sorted(v, key=lambda row: row.settings[key]) for k, v in groups.items()}
+        lines = {label: line for label, line in lines.items() if len(line) > 1}
+        for part in _parts(list(lines.items()), MOST_CURVES):
+            series = [
+                charts.Series(
+                    label=_short(label, 40),
+                    x=[row.settings[key] for row in line],
+                    y=[row.mean for row in line],
+                    low=[row.low for row in line],
+                    high=[row.high for row in line],
+                )
+                for label, line in part
+            ]
+            level = {} if several else _levels(rows, method, key)
+            figure = charts.curves(series, key, "accuracy, %", title=method, level=level)
+            yield _chart(figure, f"Accuracy of {method} against {key}")
+
+
+def _levels(rows: Sequence[Row], method: str, key: str) -> dict[str, float]:
+    """Host and control of a method, where the setting does not touch them."""
+    known = METHODS.get(method)
+    names = (known.host, known.control) if known else ()
+    found = {}
+    for name in filter(None, names):
+        of = [row for row in rows if row.method == name]
+        if len({row.mean for row in of}) == 1:
+            found[str(name)] = of[0].mean
+    return found
+
+
+def _clouds_of(found: Evidence, rows: Sequence[Row], key: str) -> Iterator[Picture]:
+    for cell in dict.fromkeys(row.cell for row in rows):
+        of = [row for row in rows if row.cell == cell and key in row.settings]
+        if len({row.settings[key] for row in of}) > 1:
+            figure = charts.scatter(
+                [float(row.settings[key]) for row in of],
+                [100 * row.mean for row in of],
+                key,
+                "test accuracy, %",
+                title=_short(cell, 44),
+            )
+            yield _chart(figure, f"Test accuracy of the points of {cell} against {key}")
+
+
+# ---------------------------------------------------------------- what the parts bring
+
+
+def components(found: Evidence) -> Section | None:
+    """Each row minus its host and its control."""
+    if not found.gains:
+        return None
+    figures = []
+    for world in worlds_of(found.rows)[:MOST_WORLDS]:
+        of = [gain for gain in found.gains if gain.row.world == world]
+        for part in _parts(of, 16):
+            dots = [
+                charts.Dot(
+                    label=_short(f"{gain.a} \N{MINUS SIGN} {gain.b}" + _with(found, gain.row)),
+                    value=gain.difference.mean,
+                    low=gain.difference.low,
+                    high=gain.difference.high,
+                    strong=gain.role == "control",
+                )
+                for gain in part
+            ]
+            figure = charts.dots(dots, "difference, points", title=_place(world), zero=True)
+            figures.append(_chart(figure, "Differences with intervals and a line at 0"))
+    lines = [
+        [
+            _place(gain.row.world),
+            f"{gain.a} \N{MINUS SIGN} {gain.b}",
+            settings_text(gain.row, varied_settings(found.rows, found.entries)),
+            "control" if gain.role == "control" else "host",
+            signed_interval(gain.difference),
+            str(gain.difference.n),
+            str(gain.difference.n_test),
+            "" if gain.images_needed is None else f"{gain.images_needed:,}",
+        ]
+        for gain in found.gains
+    ]
+    names = ["where", "difference", "settings", "b is the", "points, 95 %", "runs", "n_test"]
+    numeric = [False, False, False, False, True, True, True, True]
+    grid = _without_empty(Grid(header=[*names, "images needed"], lines=lines, numeric=numeric))
+    return Section(
+        id="components",
+        title="What each part brings",
+        texts=[
+            "A method with synthetic images minus its host, and minus its control, which builds "
+            "the same auxiliary classifier from real pseudo-labelled images (diamonds). Paired by "
+            "image and run; grey: not told from 0. Images needed: test images that would tell a "
+            "difference of this size in one pair of runs (80 % power).",
+        ],
+        groups=[Group(figures=figures), Group(grids=[grid])],
+    )
+
+
+# ---------------------------------------------------------------- pseudo-labels
+
+
+PSEUDO = (
+    ("pseudo/accuracy", "right, %", "share of the pseudo-labels that is right"),
+    ("pseudo/coverage", "covered, %", "share of the pool that has a pseudo-label"),
+    ("pseudo/balance", "balance, %", "evenness over classes: entropy over its largest value"),
+)
+
+
+def pseudo_labels(found: Evidence) -> Section | None:
+    """How good pseudo-labels are, iteration by iteration."""
+    groups = []
+    for world in worlds_of(found.rows)[:MOST_WORLDS]:
+        rows = _with_curves(found, world)
+        if not rows:
+            continue
+        figures = []
+        for metric, ylabel, what in PSEUDO:
+            series = [s for row in rows if (s := _over_iterations(found, row, metric))]
+            if series:
+                figure = charts.curves(series, "iteration", ylabel, title=what)
+                figures.append(_chart(figure, f"Pseudo-labels over iterations: {what}"))
+        groups.append(Group(heading=_place(world), figures=figures))
+    if not groups:
+        return None
+    return Section(
+        id="pseudo-labels",
+        title="Pseudo-labels",
+        texts=[
+            "Means over runs, with the band from the lowest to the highest run. Hosts (such as "
+            "cpl) label with the text classifier alone, others with an auxiliary classifier beside "
+            "it: of synthetic images (air), or of real ones (the control). The labels are compared "
+            "with the truth after the fact; nothing in training sees it."
+        ],
+        groups=groups,
+    )
+
+
+def _with_curves(found: Evidence, world: tuple[str, str, str]) -> list[Row]:
+    """Rows with more than one iteration, best first, hosts and controls of these beside them."""
+    rows = [row for row in found.rows if row.world == world]
+    rows = [row for row in rows if found.curve(row, "pseudo/accuracy").shape[1] > 1]
+    best: dict[str, Row] = {}
+    for row in sorted(rows, key=lambda row: -row.mean):
+        best.setdefault(row.method, row)
+    return list(best.values())[:MOST_CURVES]
+
+
+def _over_iterations(found: Evidence, row: Row, metric: str) -> charts.Series | None:
+    runs = found.curve(row, metric)
+    if runs.shape[1] < 2:
+        return None
+    return charts.Series(
+        label=row.method,
+        x=range(1, runs.shape[1] + 1),
+        y=np.nanmean(runs, axis=0).tolist(),
+        low=np.nanmin(runs, axis=0).tolist(),
+        high=np.nanmax(runs, axis=0).tolist(),
+    )
+
+
+# ---------------------------------------------------------------- confusion
+
+
+def confusions(found: Evidence) -> Section | None:
+    """Which classes are taken for which, by the best row and by its host."""
+    groups = []
+    for world in worlds_of(found.rows)[:MOST_WORLDS]:
+        best = _best(found, world)
+        known = METHODS.get(best.method)
+        host = found.results.partner(best, known.host) if known and known.host else None
+        names = [name.replace("_", " ") for name in _classnames(found, best)]
+        figures, lines = [], []
+        for row in filter(None, (best, host)):
+            matrix = found.confusion(row, len(names))
+            shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+            figure = charts.heat(shares, matrix, names, title=row.method)
+            figures.append(_chart(figure, f"Confusion matrix of {row.method}"))
+            lines += [
+                [row.method, true, taken, f"{100 * share:.0f} %"]
+                for true, taken, share in confused(matrix, names)
+            ]
+        grid = Grid(
+            header=["method", "class", "taken for", "share"],
+            lines=lines,
+            numeric=[False, False, False, True],
+        )
+        groups.append(Group(heading=_place(world), figures=figures, grids=[grid]))
+    return Section(
+        id="confusion",
+        title="Confusion",
+        texts=[
+            "Test images of all runs by true class (rows) and predicted class (columns): the best "
+            "row of each and its host. Shades are shares of the true class, from 0 (dark) to 1 "
+            "(bright)."
+        ],
+        groups=groups,
+    )
+
+
+def _classnames(found: Evidence, row: Row) -> Sequence[str]:
+    spec = next(slot.spec for slot in found.plan.slots if slot.cell.id == row.cell)
+    tested = spec.test_dataset
+    return spec.classnames if tested is None else get_dataset(tested.name).classnames
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def contact_sheet(found: Evidence) -> Section | None:
+    """Real images beside what the diffusion model draws."""
+    sheet = found.place.folder / "contact_sheet.png"
+    if not sheet.exists():
+        return None
+    shares = found.outcome.get("run", {}).get("shares", {})
+    said = ", ".join(f"{name} {share:.0%}" for name, share in sorted(shares.items()))
+    picture = Picture(
+        src=_data("image/png", sheet.read_bytes()),
+        alt="Real images, images of the base model, images after LoRA, a class a row",
+        caption=f"Zero-shot CLIP takes for their class: {said}." if said else "",
+        wide=True,
+    )
+    return Section(
+        id="images",
+        title="Images",
+        texts=["Real images, images without LoRA and with it; same noise in the same place."],
+        groups=[Group(figures=[picture])],
+    )
+
+
+# ---------------------------------------------------------------- search
+
+
+def search(found: Evidence) -> Section | None:
+    """What a search tried, which settings mattered, and whether its objective was a guide."""
+    asked = found.sweep.search
+    if asked is None:
+        return None
+    groups = []
+    objectives = {(e.cell, e.point): e.objective for e in found.entries}
+    chosen = {row.cell: row.point for row in found.rows}
+    for cell in found.plan.cells:
+        points = sorted(
+            (row for row in found.points if row.cell == cell.id), key=lambda row: row.point
+        )
+        told = [(row, objectives.get((cell.id, row.point))) for row in points]
+        pairs = [(row, value) for row, value in told if value is not None]
+        if len(pairs) < 2:
+            continue
+        values = [value for _, value in pairs]
+        numbers = [row.point for row, _ in pairs]
+        best = np.maximum.accumulate(values).tolist()
+        history = charts.curves(
+            [
+                charts.Series(label="point", x=numbers, y=values),
+                charts.Series(label="best so far", x=numbers, y=best),
+            ],
+            "point",
+            asked.objective,
+            percent=False,
+            title="History",
+        )
+        which = numbers.index(chosen[cell.id]) if chosen.get(cell.id) in numbers else None
+        first = numbers.index(0) if 0 in numbers else None
+        guide = charts.scatter(
+            values,
+            [100 * row.mean for row, _ in pairs],
+            asked.objective,
+            "test accuracy, %",
+            title="Objective against test",
+            chosen=which,
+            default=first if first != which else None,
+        )
+        figures = [_chart(history, "Objective by point"), _chart(guide, "Objective against test")]
+        weights = _importances(found, cell.id, [(row.settings, value) for row, value in pairs])
+        if weights:
+            bars = charts.bars(weights, "share of the objective's variance", title="Importance")
+            figures.append(_chart(bars, "Importance of each setting for the objective"))
+        groups.append(Group(heading=cell.id, figures=figures))
+    if not groups:
+        return None
+    return Section(id="search", title="Search", texts=choice_notes(found.rows), groups=groups)
+
+
+def _importances(
+    found: Evidence, cell: str, points: Sequence[tuple[Mapping[str, Any], float]]
+) -> dict[str, float]:
+    from orchestrator.search import importances  # Optuna: half a second
+
+    space = next(one.space for one in found.plan.cells if one.id == cell)
+    return importances(space, points)
+
+
+# ---------------------------------------------------------------- time, failures, lineage
+
+
+def costs(found: Evidence) -> Section:
+    """Where the time went."""
+    spent = found.costs()
+    words = {**WORDS, "trials": "trials"}
+    hours = {
+        stage: seconds * gpu_share(stage, found.sweep.resources) / 3600
+        for stage, (_, seconds) in spent.items()
+    }
+    lines = [
+        [
+            words.get(stage, stage),
+            f"{count:,}",
+            clock(seconds),
+            f"{seconds / count:.2f}" if count else "",
+            f"{hours[stage]:.2f}" if hours[stage] else "",
+        ]
+        for stage, (count, seconds) in spent.items()
+    ]
+    grid = Grid(
+        header=["stage", "made", "time of one worker", "seconds each", "GPU-hours"],
+        lines=lines,
+        numeric=[False, True, True, True, True],
+    )
+    minutes = {words.get(stage, stage): seconds / 60 for stage, (_, seconds) in spent.items()}
+    figure = charts.bars(minutes, "minutes of one worker", title="Time by stage")
+    reused = found.standing.counts(alive=False)["reused"]
+    wall = found.outcome.get("seconds")
+    texts = [
+        "Work that this sweep did itself, added up over workers and runs"
+        + (f"; the last run took {clock(wall)}" if wall else "")
+        + (
+            f". {counted(reused, 'trial')} had a result already and cost nothing."
+            if reused
+            else "."
+        )
+    ]
+    return Section(
+        id="cost",
+        title="Time and cost",
+        texts=texts,
+        groups=[Group(figures=[_chart(figure, "Minutes by stage")], grids=[_without_empty(grid)])],
+    )
+
+
+def failures(found: Evidence) -> Section | None:
+    """What failed, and what was done about it."""
+    told = Counter(
+        (event["failure_class"], event["message"], what)
+        for what, events in (
+            ("trial", found.standing.failures),
+            ("artifact", found.standing.unmade),
+        )
+        for event in events.values()
+    )
+    lines = [
+        [name, f"{count} {what}{'s' if count > 1 else ''}", message, CLASSES[name].remedy]
+        for (name, message, what), count in sorted(told.items())
+    ]
+    lines += [
+        [name, f"{count} tried again", "", CLASSES[name].remedy]
+        for name, count in sorted(found.standing.retried.items())
+    ]
+    if not lines:
+        return None
+    grid = Grid(
+        header=["class", "how many", "message", "what is done"],
+        lines=lines,
+        numeric=[False] * 4,
+    )
+    return Section(
+        id="failures",
+        title="Failures",
+        texts=["What has no result. The next run tries all of it again."],
+        groups=[Group(grids=[grid])],
+    )
+
+
+def lineage(found: Evidence) -> Section:
+    """From which inputs, with which code, and how to get it again."""
+    made = {name: found.made(name) for name in ("commit", "dirty", "user", "host", "device")}
+    lines = [[name, ", ".join(map(str, values))] for name, values in made.items() if values]
+    for versions in found.made("versions"):
+        lines.append(["versions", ", ".join(f"{k} {v}" for k, v in sorted(versions.items()))])
+    lines += [[what, digest] for what, digest in found.inputs().items()]
+    seeds = [
+        ", ".join(f"{k} {v}" for k, v in one.items()) for one in found.sweep.seeds.assignments()
+    ]
+    lines.append(["seeds", "; ".join(seeds)])
+    name = f"{found.place.project}/{found.place.name}"
+    again = f"airsweep run {found.sweep.source}"
+    return Section(
+        id="lineage",
+        title="Lineage",
+        texts=[
+            f"Sweep {name}. The same again: {again}. One trial again, from its record: airsweep "
+            "repro KEY. What two trials differ in: airsweep diff A B."
+        ],
+        groups=[
+            Group(
+                grids=[Grid(header=["what", "which"], lines=lines, numeric=[False, False])],
+                details=[("The sweep file", found.sweep.text), ("Trial keys", _keys(found))],
+            )
+        ],
+    )
+
+
+def _keys(found: Evidence) -> str:
+    lines = [
+        f"{slot.key.digest[:12]}  {found.standing.last.get(slot.id, 'waiting'):<8}  {slot.id}"
+        for slot in found.plan.slots
+    ]
+    return "\n".join(lines)
+
+
+SECTIONS: tuple[Callable[[Evidence], Section | None], ...] = (
+    answer,
+    table,
+    responses,
+    components,
+    pseudo_labels,
+    confusions,
+    contact_sheet,
+    search,
+    costs,
+    failures,
+    lineage,
+)
+
+
+# ---------------------------------------------------------------- words and pictures
+
+
+def _chart(figure: Figure, alt: str) -> Picture:
+    return Picture(src=_data("image/svg+xml", charts.svg(figure).encode()), alt=alt)
+
+
+def _data(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _place(world: tuple[str, str, str]) -> str:
+    """
+    >>> _place(("digits", "ul", "text"))
+    'digits, UL, text'
+    """
+    dataset, paradigm, modality = world
+    return f"{dataset}, {paradigm.upper()}, {modality}"
+
+
+def _metric(row: Row) -> str:
+    return "harmonic mean" if row.metric == "harmonic_mean" else "accuracy"
+
+
+def _with(found: Evidence, row: Row) -> str:
+    """The settings that tell a row from others of its method."""
+    keys = _telling(found, row)
+    text = settings_text(row, keys)
+    return f", {text}" if text else ""
+
+
+def _telling(found: Evidence, row: Row) -> list[str]:
+    of = [other for other in found.rows if (other.world, other.method) == (row.world, row.method)]
+    return [key for key in row.settings if len({repr(o.settings.get(key, ())) for o in of}) > 1]
+
+
+def _short(text: str, most: int = 34) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def _parts(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
+    """Equal parts of at most `size`."""
+    count = -(-len(items) // size)
+    return [items[len(items) * i // count : len(items) * (i + 1) // count] for i in range(count)]
+
+
+def _without_empty(grid: Grid) -> Grid:
+    """The table without columns that say nothing."""
+    keep = [i for i in range(len(grid.header)) if any(line[i] for line in grid.lines)]
+    return Grid(
+        header=[grid.header[i] for i in keep],
+        lines=[[line[i] for i in keep] for line in grid.lines],
+        numeric=[grid.numeric[i] for i in keep],
+        strong=grid.strong,
+        note=grid.note,
+    )
