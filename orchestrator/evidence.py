@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -141,11 +141,11 @@ def confused(
             yield names[true], names[taken], float(shares[true, taken])
 
 
-def numeric_settings(rows: Sequence[Row]) -> Mapping[str, list[float]]:
-    """Settings with at least two numbers as values, and these, sorted."""
+def numeric_settings(rows: Sequence[Row]) -> list[str]:
+    """Settings with at least two numbers as values."""
     values: dict[str, set[float]] = {}
     for row in rows:
         for key, value in row.settings.items():
             if isinstance(value, int | float) and not isinstance(value, bool):
                 values.setdefault(key, set()).add(float(value))
-    return {key: sorted(found) for key, found in values.items() if len(found) > 1}
+    return [key for key, found in values.items() if len(found) > 1]

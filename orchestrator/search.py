@@ -289,6 +289,7 @@ def importances(
     shared = [d for d in space if all(d.key in settings for settings, _ in points)]
     if len(points) < 4 or len(values) < 2 or not shared:
         return {}
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(direction="maximize")
     for settings, value in points:
         params = {d.key: settings[d.key] for d in shared}

@@ -28,7 +28,6 @@ from orchestrator.report import (
     mean_std,
     percent,
     settings_text,
-    shown,
     signed_interval,
     varied_settings,
     worlds_of,
@@ -41,7 +40,6 @@ if TYPE_CHECKING:
 
 MOST_WORLDS = 12  # of which charts are drawn that are large
 MOST_CURVES = 7  # in one chart: as many as there are colours
-IMAGES = "synthetic images"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,26 +155,24 @@ def _gain(found: Comparison) -> Gain:
 def _verdict(found: Evidence) -> str:
     """Do synthetic images help, in one sentence."""
     parts = []
-    for role, what in (
-        ("host", "over the host"),
-        ("control", "over the control without diffusion"),
-    ):
-        gains = [
-            gain
-            for gain in found.gains
-            if gain.role == role and METHODS.get(gain.a) and METHODS[gain.a].control is not None
-        ]
+    for role, what in (("host", "the host"), ("control", "the control without diffusion")):
+        gains = [gain for gain in found.gains if gain.role == role and _draws(gain.a)]
         if gains:
             above = sum(gain.difference.low > 0 for gain in gains)
             below = sum(gain.difference.high < 0 for gain in gains)
             lower = f", lower in {below}" if below else ""
-            parts.append(f"{above} of {len(gains)} {what}{lower}")
+            parts.append(f"than {what} in {above} of {counted(len(gains), 'comparison')}{lower}")
     if not parts:
         return ""
     return (
-        f"With {IMAGES}, accuracy is higher, by intervals that leave 0 out, in "
-        f"{' and in '.join(parts)}."
+        f"With synthetic images accuracy is higher {' and '.join(parts)} "
+        "(intervals that leave 0 out)."
     )
+
+
+def _draws(method: str) -> bool:
+    """Does a method have synthetic images?"""
+    return method in METHODS and "images_per_class" not in METHODS[method].pins
 
 
 def _state(found: Evidence) -> str:
@@ -228,7 +224,7 @@ def table(found: Evidence) -> Section:
         id="table",
         title="Accuracy",
         texts=[" ".join(layout.caption)],
-        groups=[Group(grids=[grid]), Group(figures=figures)],
+        groups=[Group(figures=figures, grids=[grid])],
     )
 
 
@@ -238,14 +234,9 @@ def table(found: Evidence) -> Section:
 def responses(found: Evidence) -> Section | None:
     """Accuracy against each number that the sweep varies."""
     rows = found.rows if found.sweep.search is None else found.points
-    groups = []
-    for key, values in numeric_settings(rows).items():
-        draw = _curves_of if found.sweep.search is None else _clouds_of
-        figures = list(draw(found, rows, key))
-        if figures:
-            heading = f"{key}: {', '.join(map(shown, values[:12]))}"
-            groups.append(Group(heading=heading, figures=figures))
-    if not groups:
+    draw = _curves_of if found.sweep.search is None else _clouds_of
+    figures = [figure for key in numeric_settings(rows) for figure in draw(found, rows, key)]
+    if not figures:
         return None
     text = (
         "Mean over runs against what was varied; the band is the 95 % interval. Dashed lines are "
@@ -253,7 +244,9 @@ def responses(found: Evidence) -> Section | None:
     )
     if found.sweep.search is not None:
         text = "Every point of the search, one dot each; other settings vary along with it."
-    return Section(id="settings", title="Accuracy by setting", texts=[text], groups=groups)
+    return Section(
+        id="settings", title="Accuracy by setting", texts=[text], groups=[Group(figures=figures)]
+    )
 
 
 def _curves_of(found: Evidence, rows: Sequence[Row], key: str) -> Iterator[Picture]:
@@ -360,7 +353,7 @@ def components(found: Evidence) -> Section | None:
             "image and run; grey: not told from 0. Images needed: test images that would tell a "
             "difference of this size in one pair of runs (80 % power).",
         ],
-        groups=[Group(figures=figures), Group(grids=[grid])],
+        groups=[Group(figures=figures, grids=[grid])],
     )
 
 
@@ -477,7 +470,7 @@ def _classnames(found: Evidence, row: Row) -> Sequence[str]:
 def contact_sheet(found: Evidence) -> Section | None:
     """Real images beside what the diffusion model draws."""
     sheet = found.place.folder / "contact_sheet.png"
-    if not sheet.exists():
+    if not sheet.exists() or not sheet.stat().st_size:
         return None
     shares = found.outcome.get("run", {}).get("shares", {})
     said = ", ".join(f"{name} {share:.0%}" for name, share in sorted(shares.items()))

@@ -70,7 +70,7 @@ def run_trial(spec: TrialSpec, store: ArtifactStore, legs: Legs = WHOLE) -> None
         accuracy = float((predictions == labels).mean())
         return {
             "metrics": {"test/accuracy": accuracy, "pseudo/accuracy": 0.5, "time/train_s": 0.0},
-            "curves": {"train/loss": [2.0, 1.0]},
+            "curves": {"train/loss": [2.0, 1.0], "pseudo/accuracy": [0.4, 0.5]},
             "objectives": {"mutual_information": float(rng.random())},
             "per_class": [1.0] * 10,
             "rungs": {str(rung): found for rung, found in passed.items()},

@@ -1,0 +1,237 @@
+"""The report of a sweep: what it says, that it is whole and that it is the same each time. On a
+trainable that takes no time; `test_runs.py` reports a real sweep.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as xml
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from orchestrator import charts
+from orchestrator.evidence import confused, evidence_of
+from orchestrator.page import page
+from orchestrator.place import place_named
+from orchestrator.recorded import read_sweep
+from orchestrator.search import importances
+from orchestrator.store import open_store
+from orchestrator.sweep import Dimension
+from tests.sweeps import airsweep, environment, search_sweep, write_sweep
+
+GRID = """
+grid:
+  method: [cpl, air, cpl_real]
+  paradigm: [ul, ssl]
+  images_per_class: [4, 8, 16]
+fixed: {{generator: "folder:{folder}", generation.block: 8}}
+seeds: [1, 2]
+"""
+
+
+def ran(folder: Path, name: str, text: str) -> Path:
+    """The store of a sweep that has run."""
+    spec = write_sweep(folder, name, text)
+    store = folder / "runs"
+    words = ["run", str(spec), "--store", str(store), "--tracking-uri", "none"]
+    subprocess.run(
+        [sys.executable, "-m", "tests.trivial", *words],
+        check=True,
+        capture_output=True,
+        env=environment(),
+    )
+    return store
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory, drawn_digits) -> Path:
+    return ran(tmp_path_factory.mktemp("grid"), "grid", GRID.format(folder=drawn_digits))
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory, drawn_digits) -> Path:
+    text = search_sweep(drawn_digits).replace("points: 4", "points: 6")
+    return ran(tmp_path_factory.mktemp("searched"), "searched", text)
+
+
+def reported(store: Path, name: str) -> str:
+    sweep, place = read_sweep(place_named(open_store(store), "default", name), None)
+    return page(evidence_of(sweep, place))
+
+
+class Outline(HTMLParser):
+    """Sections, pictures and cells of a page; fails where a tag is not closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.sections: list[str] = []
+        self.pictures: list[dict[str, str | None]] = []
+        self.cells: list[str] = []
+        self._open: list[str] = []
+        self.feed(text)
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "img":
+            self.pictures.append(dict(attrs))
+        if tag == "section":
+            self.sections.append(dict(attrs)["id"] or "")
+        if tag not in ("img", "meta"):
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self._open and self._open[-1] in ("td", "th"):
+            self.cells.append(data)
+
+
+def drawn(outline: Outline) -> Iterator[str]:
+    """The charts, as text."""
+    for picture in outline.pictures:
+        kind, _, content = (picture["src"] or "").partition(";base64,")
+        if kind == "data:image/svg+xml":
+            yield base64.b64decode(content).decode()
+
+
+def test_a_grid_is_told_from_the_answer_to_its_lineage(grid):
+    outline = Outline(reported(grid, "grid"))
+    assert outline.sections == [
+        *("answer", "table", "settings", "components", "pseudo-labels", "confusion"),
+        *("cost", "lineage"),
+    ]
+    assert all(picture["alt"] for picture in outline.pictures)
+    titles = [text for chart in drawn(outline) for text in words(chart)]
+    assert "images_per_class" in titles  # the axis of a curve
+    assert {"digits, UL, text", "digits, SSL, text"} <= set(titles)
+
+
+def words(chart: str) -> list[str]:
+    root = xml.fromstring(chart)
+    return ["".join(e.itertext()) for e in root.iter("{http://www.w3.org/2000/svg}text")]
+
+
+def test_numbers_are_those_of_the_table(grid):
+    text = airsweep("table", "grid", "--store", grid, "--format", "csv").stdout
+    means = [f"{100 * float(line.split(',')[8]):.1f}" for line in text.splitlines()[1:]]
+    assert len(means) > 6
+    cells = Outline(reported(grid, "grid")).cells
+    for mean in means:
+        assert any(cell.startswith(mean) for cell in cells), mean
+
+
+def test_a_report_needs_nothing_else_and_is_the_same_each_time(grid):
+    text = reported(grid, "grid")
+    assert reported(grid, "grid") == text
+    assert len(text) < 5_000_000
+    assert not re.findall(r'(?:src|href)="(?!data:|#)', text)
+    assert "<script" not in text
+
+
+def test_a_search_shows_history_importance_and_its_objective_against_test(searched):
+    outline = Outline(reported(searched, "searched"))
+    assert "search" in outline.sections
+    alts = [picture["alt"] for picture in outline.pictures]
+    assert "Objective by point" in alts
+    assert "Objective against test" in alts
+    assert "Importance of each setting for the objective" in alts
+
+
+def test_what_a_user_wrote_cannot_become_markup(tmp_path, drawn_digits):
+    text = "# <script>alert(1)</script> & more\nversion: 1\nname: odd\n"
+    (tmp_path / "odd.yaml").write_text(text + "fixed: {method: zero_shot}\nseeds: [1]\n")
+    words = ["run", str(tmp_path / "odd.yaml"), "--store", str(tmp_path / "runs")]
+    subprocess.run(
+        [sys.executable, "-m", "tests.trivial", *words, "--tracking-uri", "none"],
+        check=True,
+        capture_output=True,
+        env=environment(),
+    )
+    shown = reported(tmp_path / "runs", "odd")
+    assert "<script" not in shown
+    assert "&lt;script&gt;" in shown
+
+
+def test_what_cannot_be_reported_is_said_in_a_sentence(grid, tmp_path):
+    cases = [
+        (["nothing", "-o", tmp_path / "x.html"], "no sweep default/nothing"),
+        (["grid", "-o", tmp_path / "no" / "x.html"], "give a file in a folder that is there"),
+        (["grid", "-o", tmp_path], "give a file in a folder that is there"),
+    ]
+    for arguments, reason in cases:
+        done = airsweep("report", *arguments, "--store", grid, check=False)
+        assert done.returncode == 2
+        assert reason in done.stderr
+        assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sweep_without_a_result_says_what_to_do(grid, tmp_path):
+    spec = write_sweep(tmp_path, "empty", "fixed: {method: fpl}\nseeds: [1]\n")
+    store = tmp_path / "runs"
+    run = ["run", str(spec), "--store", str(store), "--tracking-uri", "none"]
+    subprocess.run(
+        [sys.executable, "-m", "tests.trivial", *run],
+        env=environment(AIRSWEEP_CRASH_AT="event:1"),
+        check=False,
+        capture_output=True,
+    )
+    done = airsweep("report", "empty", "-o", tmp_path / "x.html", "--store", store, check=False)
+    assert done.returncode == 2
+    assert "has no finished trial to report (1 are planned)" in done.stderr
+    assert not (tmp_path / "x.html").exists()
+
+
+# ---------------------------------------------------------------- parts
+
+
+def test_pairs_that_are_confused_most_come_first():
+    matrix = np.array([[5, 5, 0], [1, 9, 0], [0, 8, 2]])
+    assert list(confused(matrix, ["a", "b", "c"], 3)) == [
+        ("c", "b", 0.8),
+        ("a", "b", 0.5),
+        ("b", "a", 0.1),
+    ]
+    assert list(confused(np.diag([3, 3]), ["a", "b"])) == []
+
+
+def test_importance_finds_the_dimension_that_matters():
+    space = (
+        Dimension(key="fusion_weight", min=0.0, max=1.0),
+        Dimension(key="images_per_class", values=(4, 8, 16)),
+    )
+    rng = np.random.default_rng(0)
+    points = [
+        ({"fusion_weight": float(w), "images_per_class": int(c)}, float(w**2))
+        for w, c in zip(rng.random(30), rng.choice([4, 8, 16], 30), strict=True)
+    ]
+    found = importances(space, points)
+    assert next(iter(found)) == "fusion_weight"
+    assert found["fusion_weight"] > 0.9
+    assert sum(found.values()) == pytest.approx(1)
+    assert importances(space, points) == found
+    assert importances(space, points[:3]) == {}
+
+
+def test_charts_are_the_same_each_time_and_hold_their_labels():
+    series = [charts.Series(label="air & <b>", x=[1, 2], y=[0.5, 0.6], low=[0.4, 0.5], high=[1, 1])]
+    for make in (
+        lambda: charts.curves(series, "count", "accuracy, %"),
+        lambda: charts.dots(
+            [charts.Dot(label="air", value=0.5, low=0.4, high=0.6)], "x", zero=True
+        ),
+        lambda: charts.heat(np.eye(3), np.eye(3, dtype=int), ["a", "b", "c"]),
+        lambda: charts.scatter([1, 2], [3, 4], "x", "y", chosen=1, default=0),
+        lambda: charts.bars({"LoRA": 2.0}, "minutes"),
+    ):
+        assert charts.svg(make()) == charts.svg(make())
+        assert charts.png(make()) == charts.png(make())
+    assert "air & <b>" in words(charts.svg(charts.curves(series, "count", "accuracy, %")))
