@@ -76,16 +76,17 @@ class Evidence:
     def costs(self) -> dict[str, tuple[int, float]]:
         """Times made and seconds of one worker, by stage; of what this sweep made itself."""
         counts: Counter[str] = Counter()
-        seconds: Counter[str] = Counter()
+        seconds: dict[str, float] = {}
         for event in self.place.ledger().events():
             if event["event"] == "artifact_prepared":
                 counts[event["stage"]] += 1
-                seconds[event["stage"]] += event["seconds"]
+                before = seconds.get(event["stage"], 0.0)
+                seconds[event["stage"]] = before + event["seconds"]
         states = self.standing.last
         own = {s.key.digest for s in self.plan.slots if states.get(s.id) == "done"}
         trials = {entry.key: entry.seconds for entry in self.entries if entry.key in own}
         counts["trials"], seconds["trials"] = len(trials), sum(trials.values())
-        return {stage: (counts[stage], float(seconds[stage])) for stage in counts}
+        return {stage: (counts[stage], seconds[stage]) for stage in counts}
 
     def inputs(self) -> dict[str, str]:
         """Digests of all that was read, by what and name."""
