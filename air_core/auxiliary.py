@@ -74,8 +74,8 @@ def credible(synthetic: Labelled, settings: FidelitySettings, logits: Tensor) ->
 def margins(logits: Tensor, labels: Tensor) -> Tensor:
     """(N,) score of an image's own class minus the best other's: 1 sure of it, -1 sure of another.
 
-    >>> margins(torch.tensor([[0.0, 0.0], [9.0, 0.0]]), torch.tensor([0, 1])).round(decimals=3)
-    tensor([ 0.0000, -1.0000], dtype=torch.float64)
+    >>> margins(torch.tensor([[0.0, 0.0], [1.0, 0.0]]), torch.tensor([0, 1]))
+    tensor([ 0.0000, -0.4621], dtype=torch.float64)
     """
     scores = logits.double().softmax(dim=-1)
     own = scores.gather(1, labels[:, None]).squeeze(1)

@@ -369,7 +369,7 @@ def _best_of(c: int, looked: _Looked) -> list[int]:
     """The position of a class's image of the largest margin; empty where it has none."""
     members = (looked.images.labels == c).nonzero().flatten()
     best, _ = best_and_worst(looked.found.margins[members].tolist(), 1)
-    return members[best].tolist()  # type: ignore[no-any-return]
+    return members[best].tolist()
 
 
 def _pairs(
