@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from orchestrator.audit_card import AuditCard, Audited, audited, card_files, card_of
+from orchestrator.audit_card import AuditCard, Audited, audited, card_files, card_json, card_of
 from orchestrator.place import Place
 from orchestrator.plan import possible_trials
 from orchestrator.store import ArtifactStore
@@ -111,5 +111,5 @@ def _cards(
             card, png = made(row, shop, report(row.name) if report else None)
             for name, content in card_files(card, png).items():
                 place.write(name, content)
-        found.append((row, card))
+        found.append((row, card_of(card_json(card))))  # the same, made or kept
     return found
