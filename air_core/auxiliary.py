@@ -19,6 +19,8 @@ from air_core.types import Batch, Labelled
 
 # N images, C classes, D feature width.
 
+# Least CLIP cosine of two images of a class that are copies: measured, see docs/audit.md.
+COPY = 0.997
 SHRINKAGE = 0.2  # of the within-class covariance towards a multiple of the identity
 CACHE_SHARPNESS = 5.5  # Tip-Adapter's beta (arXiv:2111.03930)
 PROBE_STEPS, PROBE_RATE, PROBE_DECAY = 200, 1e-2, 1e-2
@@ -46,6 +48,55 @@ AuxiliaryClassifier = LinearClassifier | BankClassifier
 
 
 # ---------------------------------------------------------------- which images
+
+
+def credible(synthetic: Labelled, settings: FidelitySettings, logits: Tensor) -> Labelled:
+    """Images that are used at all: no copies, and of their class for the text classifier.
+
+    A class never vanishes: its image of the largest margin stays.
+
+    Args:
+        synthetic: images with the class that they were drawn for.
+        logits: (N, C) of the text classifier, for the same images and their classes.
+    """
+    labels, kept = synthetic.labels, torch.ones(len(synthetic), dtype=torch.bool)
+    margin = margins(logits, labels)
+    if settings.duplicates == "drop":
+        kept &= ~copies(synthetic.batch.features, labels)
+    if settings.min_margin is not None:
+        kept &= margin >= settings.min_margin
+    for c in sorted(set(labels.tolist()) - set(labels[kept].tolist())):
+        members = (labels == c).nonzero().flatten()
+        kept[members[margin[members].argmax()]] = True
+    return synthetic[kept.nonzero().flatten()]
+
+
+def margins(logits: Tensor, labels: Tensor) -> Tensor:
+    """(N,) score of an image's own class minus the best other's: 1 sure of it, -1 sure of another.
+
+    >>> margins(torch.tensor([[0.0, 0.0], [1.0, 0.0]]), torch.tensor([0, 1]))
+    tensor([ 0.0000, -0.4621], dtype=torch.float64)
+    """
+    scores = logits.double().softmax(dim=-1)
+    own = scores.gather(1, labels[:, None]).squeeze(1)
+    return own - scores.scatter(1, labels[:, None], -1.0).amax(dim=-1)
+
+
+def copies(features: Tensor, labels: Tensor, cosine: float = COPY) -> Tensor:
+    """(N,) bool: images that are as near to an earlier one of their class as a copy is.
+
+    Args:
+        features: (N, D) of unit length.
+    """
+    found = torch.zeros(len(labels), dtype=torch.bool)
+    for c in sorted(set(labels.tolist())):
+        members = (labels == c).nonzero().flatten()
+        near = features[members] @ features[members].T >= cosine
+        first = torch.ones(len(members), dtype=torch.bool)
+        for i in near.tril(-1).any(dim=1).nonzero().flatten().tolist():
+            first[i] = not bool((near[i, :i] & first[:i]).any())
+        found[members] = ~first
+    return found
 
 
 def high_fidelity(

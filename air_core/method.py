@@ -11,14 +11,19 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from air_core import evaluation
-from air_core.auxiliary import AuxiliaryClassifier, auxiliary_classifier, high_fidelity
+from air_core.auxiliary import (
+    AuxiliaryClassifier,
+    auxiliary_classifier,
+    credible,
+    high_fidelity,
+)
 from air_core.backbone import Backbone
 from air_core.classifiers import (
     Classifier,
@@ -123,6 +128,7 @@ def learning(
     started = time.monotonic()
     _check(spec, data)
     text = text_classifier(data.backbone, data.classnames, data.template)
+    data = replace(data, synthetic=_credible(spec, data, text))
     teacher: Classifier = Remembered(text)
     auxiliary = build_auxiliary(spec, data, text, teacher, None, 0)
     labels, learner = so_far.labels, None
@@ -216,6 +222,21 @@ def _check(spec: TrialSpec, data: TrialData) -> None:
         raise ValueError("CoOp and VPT learn from labelled images; ul has none: use ssl or trzsl")
     if not torch.isfinite(data.pool.features).all():
         raise ValueError("image features of the pool are not finite: are the weights damaged?")
+
+
+@torch.no_grad()
+def _credible(spec: TrialSpec, data: TrialData, text: LinearClassifier) -> Labelled | None:
+    """The synthetic images that bank and loss may read; no test image decides."""
+    asked = spec.fidelity
+    if data.synthetic is None or (asked.min_margin is None and asked.duplicates == "keep"):
+        return data.synthetic
+    images = data.synthetic.of(data.unseen)
+    logits = text.logits(images.batch)
+    if data.unseen is not None:  # no image of a seen class was asked for
+        seen = torch.ones(logits.shape[1], dtype=torch.bool)
+        seen[data.unseen] = False
+        logits = logits.masked_fill(seen, -torch.inf)
+    return credible(images, asked, logits)
 
 
 def _restored(spec: TrialSpec, data: TrialData, prompt: Tensor) -> PromptLearner:
@@ -375,6 +396,7 @@ def evaluate(
         test=metrics,
         inference=inference,
         pool_predictions=believed if data.unseen is None else data.unseen[believed],
+        synthetic=0 if data.synthetic is None else len(data.synthetic),
         prompt=None if learner is None else learner.prompt.detach().cpu(),
         seconds=time.monotonic() - started,
     )

@@ -37,6 +37,11 @@ def normalised(spec: TrialSpec) -> TrialSpec:
     return spec
 
 
+def _selecting_nothing(spec: TrialSpec) -> FidelitySettings:
+    """Where no synthetic image builds an auxiliary; the loss may still read those that pass."""
+    return replace(spec.fidelity, kind=FidelitySettings.kind, keep=FidelitySettings.keep)
+
+
 # When a setting cannot matter, in order: (condition, what is reset). One computation, one key.
 IRRELEVANT: tuple[tuple[Any, Any], ...] = (
     (lambda s: s.test_dataset == s.dataset, lambda s: {"test_dataset": None}),
@@ -90,7 +95,7 @@ IRRELEVANT: tuple[tuple[Any, Any], ...] = (
             "fusion_weight": 0.0,
             "fusion": FusionSettings(),
             "auxiliary": AuxiliarySettings(),
-            "fidelity": FidelitySettings(),
+            "fidelity": _selecting_nothing(s),
         },
     ),
     (
@@ -107,7 +112,7 @@ IRRELEVANT: tuple[tuple[Any, Any], ...] = (
         lambda s: s.auxiliary.temperature != "kappa",
         lambda s: {"auxiliary": replace(s.auxiliary, kappa=AuxiliarySettings.kappa)},
     ),
-    (lambda s: s.auxiliary.source == "real", lambda s: {"fidelity": FidelitySettings()}),
+    (lambda s: s.auxiliary.source == "real", lambda s: {"fidelity": _selecting_nothing(s)}),
     (
         lambda s: not s.auxiliary.refresh,
         lambda s: {"auxiliary": replace(s.auxiliary, k_step=0)},
@@ -138,6 +143,7 @@ IRRELEVANT: tuple[tuple[Any, Any], ...] = (
             "lora": None,
             "generator": Ref(name="", digest=""),
             "generation": GenerationSettings(),
+            "fidelity": FidelitySettings(),
         },
     ),
     (

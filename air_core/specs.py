@@ -133,13 +133,20 @@ class GenerationSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class FidelitySettings:
-    """Which synthetic images build the auxiliary classifier."""
+    """Which synthetic images are used (min_margin, duplicates), and which of them build the
+    auxiliary classifier (kind, keep)."""
 
     kind: Literal["class_mean", "text", "argmax", "real_mean", "random", "none"] = knob(
         "class_mean",
         "nearest to: class_mean, text or real_mean of their class; argmax: CLIP takes it for it",
     )
     keep: int = knob(16, "images per class that are kept", ge=1)
+    min_margin: float | None = later(
+        None, "least zero-shot score of its class minus the best other's; null: all", ge=-1, le=1
+    )
+    duplicates: Literal["keep", "drop"] = later(
+        "keep", "drop: an image that CLIP cannot tell from an earlier one of its class"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -113,5 +113,6 @@ class TrialResult:
     test: Metrics
     inference: dict[str, float]  # headline test metric of text, fused and auxiliary
     pool_predictions: Tensor  # (P,) what the fused classifier takes pool images for in the end
+    synthetic: int  # images that were used
     prompt: Tensor | None  # the learned vectors; None: nothing was learned
     seconds: float

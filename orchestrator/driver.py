@@ -19,6 +19,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from air_core.specs import FeaturesSpec, SyntheticFeaturesSpec
+from orchestrator.audit_card import Audited, audited
+from orchestrator.audits import known_card
 from orchestrator.budget import Purse
 from orchestrator.disk import full
 from orchestrator.dispatch import Dispatcher
@@ -65,6 +67,7 @@ from orchestrator.sweep import Budget, Cell, SweepSpec
 
 if TYPE_CHECKING:
     from orchestrator.ahead import Ahead
+    from orchestrator.prepare import Watcher
     from orchestrator.workshop import Workshop
 
 log = logging.getLogger(__name__)
@@ -234,6 +237,8 @@ def _work(run: Run, plan: Plan, prepare_only: bool, cluster: ExitStack) -> int:
     """
     searches = _searches(run, plan)
     groups = deque(_groups(plan, run))
+    assignments = run.sweep.seeds.assignments()
+    rows = functools.cache(lambda: audited(possible_trials(plan.cells, assignments, run.resolver)))
     while groups:
         cells = groups.popleft()
         needs = _needs(run, plan, cells)
@@ -262,13 +267,14 @@ def _work(run: Run, plan: Plan, prepare_only: bool, cluster: ExitStack) -> int:
         if not run.purse.affords_preparing(needs, run.place.store, _workers(run)):
             return _out_of_budget(run)
         _prepare(run, cells, needs)
-        sheet = _sheet(run, needs)
+        beside = [_sheet(run, needs), _cards(run, rows())]
         if job is not None:
             ahead = _ahead(run, plan, groups[0]) if groups else None
             _tune(run, dispatcher)
             _wait_for(ahead, run)
-        if sheet is not None:
-            sheet.tell()
+        for work in beside:
+            if work is not None:
+                work.tell()
         if dispatcher.out_of_budget():
             return _out_of_budget(run)
         lost = dispatcher.gave_up()
@@ -407,6 +413,29 @@ def _sheet(run: Run, needs: Sequence[Need]) -> Ahead | None:
         run.place.write(sheet.name, png)
 
     return Ahead(draw, run)
+
+
+def _cards(run: Run, rows: Sequence[Audited]) -> Ahead | None:
+    """Begin the audit cards of rows that are whole by now; no trial waits for them."""
+    store = run.place.store
+    whole = [row for row in rows if row.need.have(store) == row.need.total()]
+    new = [row for row in whole if known_card(row, run.place) is None]
+    if not new:
+        return None
+    from orchestrator.ahead import Ahead
+    from orchestrator.prepare import audit
+
+    def look(watcher: Watcher) -> None:
+        for row in new:
+            try:
+                files = audit(row, _workshop(run), watcher)
+            except Exception as problem:  # a sweep is not about its audit
+                log.warning("%s: no card: %s", row.name, _first_line(problem))
+                continue
+            for name, content in files.items():
+                run.place.write(name, content)
+
+    return Ahead(look, run)
 
 
 def _hopeful(run: Run, needs: Sequence[Need]) -> list[Need]:

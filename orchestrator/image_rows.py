@@ -7,7 +7,8 @@ it is called.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -249,3 +250,57 @@ def recognised(spec: SyntheticFeaturesSpec, count: int, shop: Workshop, template
     backbone = shop.backbone(spec.backbone, spec.precision)
     text = text_classifier(backbone, spec.images.classnames, template)
     return float((text.logits(bank.batch).argmax(dim=-1) == bank.labels).double().mean())
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One slot of a row, with all that is known of it."""
+
+    class_index: int
+    index: int
+    attempt: int  # the draw that was kept, from 0
+    ok: bool  # False: a hole, which nobody reads
+    png: bytes
+    features: np.ndarray  # (D,)
+
+
+def read_drawn(
+    spec: SyntheticFeaturesSpec, classes: Sequence[int], count: int, store: ArtifactStore
+) -> Iterator[Drawn]:
+    """The first `count` slots of each class, holes among them, one after the other.
+
+    Raises:
+        MissingArtifact: a shard is damaged.
+    """
+    pictures, features = store.row(spec.images), store.row(spec)
+    shards = [(c, block) for c in classes for block in range(spec.blocks(count))]
+    pictures.pull(shards, ".parquet")
+    features.pull(shards, ".safetensors")
+    size = spec.images.block_size
+    for c, block in shards:
+        data = _sound(pictures, pictures.shard(c, block, ".parquet"))
+        table = pq.read_table(io.BytesIO(data), columns=["index", "attempt", "ok", "image"])
+        arrays = load(_sound(features, features.shard(c, block, ".safetensors")))
+        for slot, row in enumerate(table.to_pylist()[: count - block * size]):
+            yield Drawn(
+                c, row["index"], row["attempt"], row["ok"], row["image"], arrays["features"][slot]
+            )
+
+
+def read_pictures(
+    spec: SyntheticFeaturesSpec, wanted: Iterable[tuple[int, int]], store: ArtifactStore
+) -> dict[tuple[int, int], Image.Image]:
+    """Pictures by class and index."""
+    row, size = store.row(spec.images), spec.images.block_size
+    by_shard: dict[tuple[int, int], list[int]] = {}
+    for c, index in sorted(set(wanted)):
+        by_shard.setdefault((c, index // size), []).append(index)
+    row.pull(by_shard, ".parquet")
+    found = {}
+    for (c, block), indices in by_shard.items():
+        data = _sound(row, row.shard(c, block, ".parquet"))
+        stored = pq.read_table(io.BytesIO(data), columns=["image"])["image"]
+        for index in indices:
+            png = stored[index % size].as_py()
+            found[c, index] = Image.open(io.BytesIO(png)).convert("RGB")
+    return found

@@ -47,6 +47,9 @@ def note_of(sweep: SweepSpec, place: Place) -> str:
 
 
 def sweep_files(place: Place) -> dict[str, Path]:
-    """What a tracker's parent shows: the contact sheet, and code that was not committed."""
-    found = [place.folder / "contact_sheet.png", *place.folder.glob("uncommitted-*.diff")]
+    """What a tracker's parent shows: contact sheet, audit cards, code that was not committed."""
+    found = [place.folder / "contact_sheet.png"]
+    found += [
+        file for like in ("audit-*", "uncommitted-*.diff") for file in place.folder.glob(like)
+    ]
     return {file.name: file for file in sorted(found) if file.exists()}

@@ -13,7 +13,8 @@ from typing import Any, Protocol
 import ray
 
 from air_core.specs import FeaturesSpec, LabelsSpec, LoraSpec, SyntheticFeaturesSpec
-from orchestrator import pictures
+from orchestrator import auditor, pictures
+from orchestrator.audit_card import Audited, card_files
 from orchestrator.board import Note, watched
 from orchestrator.failures import CLASSES, Failure, classify, of_death
 from orchestrator.generation import draw
@@ -183,3 +184,15 @@ def contact_sheet(
         ray.remote(pictures.contact_sheet).remote(drawn, base, features, shop)
     )
     return result
+
+
+LONG_LOOK = 5_000  # images: a look at fewer takes seconds, a board to report on takes one
+
+
+def audit(row: Audited, shop: Workshop, watcher: Watcher) -> dict[str, bytes]:
+    """The audit card of a row, as files to keep beside the sweep."""
+    look = ray.remote(auditor.made).options(num_cpus=0)  # trials that run hold all of them
+    if row.images_per_class * len(row.classes) < LONG_LOOK:
+        return card_files(*ray.get(look.remote(row, shop)))
+    with watched(watcher) as board:
+        return card_files(*ray.get(look.remote(row, shop, Note(board, "audit"))))

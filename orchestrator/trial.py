@@ -294,7 +294,7 @@ class _Run:
         metrics |= {f"test/accuracy_{name}": share for name, share in result.inference.items()}
         metrics |= {f"objective/{name}": value for name, value in result.objectives.items()}
         if data.synthetic is not None:
-            metrics["synthetic/images"] = float(len(data.synthetic))
+            metrics["synthetic/images"] = float(result.synthetic)
         metrics["time/train_s"] = round(self._seconds(), 3)
         info: dict[str, Any] = {
             "device": self.device,

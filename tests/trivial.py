@@ -126,7 +126,11 @@ class MemoryPeak:
 
 MODULES = {
     "orchestrator.tuning": {"run_points": run_points},
-    "orchestrator.prepare": {"prepare": prepare, "contact_sheet": lambda *of: (b"", {})},
+    "orchestrator.prepare": {
+        "prepare": prepare,
+        "contact_sheet": lambda *of: (b"", {}),
+        "audit": lambda *of: {},
+    },
     "orchestrator.session": {"ray_session": ray_session, "MemoryPeak": MemoryPeak},
     "orchestrator.pictures": {"confusion_matrix": lambda *of: b""},  # 0.15 s for each trial
     # Importing the real one costs a second for torch.

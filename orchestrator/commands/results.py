@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,6 +22,9 @@ from orchestrator.commands.common import (
     recorded_sweep,
     results_of,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 app = typer.Typer()
 
@@ -123,3 +127,41 @@ def report(
     text = page(found)
     write_whole(output, text)
     print(f"{output}  {len(text.encode()) / 1e6:.1f} MB", file=sys.stderr)
+
+
+@app.command()
+def audit(
+    name: NameArgument,
+    store: StoreOption = STORE,
+    data_root: DataOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Are the synthetic images any good? Blank, doubled, of the wrong class, copies of test images.
+
+    airsweep audit quickstart
+
+    airsweep audit quickstart --json
+    """
+    from orchestrator.audit_screen import audit_screen, card_for_scripts
+    from orchestrator.audits import audit_cards
+
+    sweep, place = recorded_sweep(name, store, data_root)
+    cards = audit_cards(sweep, place, _looking)
+    if as_json:
+        print(json.dumps([card_for_scripts(card) for card in cards], indent=1))
+        return
+    print("\n\n".join(audit_screen(card, name, place.folder) for card in cards))
+
+
+def _looking(row: str) -> Callable[[int, int], None]:
+    """Says how far a long look at a row of images is."""
+    started = last = time.monotonic()
+
+    def report(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - started > 3 and (now - last > 5 or done == total):
+            last = now
+            print(f"{row}: {done:,} of {total:,} images looked at", file=sys.stderr)
+
+    return report

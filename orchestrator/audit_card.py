@@ -1,0 +1,247 @@
+"""An audit as data: which row of synthetic images is looked at, and the card that comes out.
+
+A card is numbers, a list of flagged images, and a few small pictures that JSON leaves out. Imports
+no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from air_core.normal import normalised
+from air_core.specs import (
+    FeaturesSpec,
+    FolderImages,
+    SplitSettings,
+    SyntheticFeaturesSpec,
+    TrialSpec,
+)
+from orchestrator.keys import artifact_key, digest, slug
+from orchestrator.plan import Need, needs_of
+
+EDITION = 1  # raise it when the same images get other numbers
+THUMB_PX = 64
+REASONS = ("blank", "near-constant", "not a number", "duplicate", "wrong class", "test copy")
+
+
+@dataclass(frozen=True)
+class Audited:
+    """A row that trials read, as far as they read it, and what it is compared with."""
+
+    row: SyntheticFeaturesSpec
+    base: SyntheticFeaturesSpec | None  # the same without LoRA
+    features: FeaturesSpec  # of the dataset
+    splits: tuple[SplitSettings, ...]  # of the trials; their test images count together
+    images_per_class: int
+    classes: tuple[int, ...]
+
+    @property
+    def need(self) -> Need:
+        return Need(self.row, self.images_per_class, self.classes)
+
+    @property
+    def name(self) -> str:
+        """Of the card's files, without what they end in."""
+        identity = digest([artifact_key(self.row).digest, artifact_key(self.features).digest])
+        return f"audit-{slug(self.row)}-{identity[:12]}"
+
+    @property
+    def asked(self) -> str:
+        """A digest of all that the card depends on."""
+        base = None if self.base is None else artifact_key(self.base).digest
+        splits = [asdict(split) for split in self.splits]
+        return digest([EDITION, self.name, base, splits, self.images_per_class, [*self.classes]])
+
+
+@dataclass(frozen=True)
+class Flagged:
+    """One image that somebody should look at."""
+
+    classname: str
+    index: int  # position in the row of its class, from 0
+    file: str | None  # of a folder of ready images
+    reason: str  # one of REASONS
+    value: float | None  # spread in levels, cosine or margin; None: not a number
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One image of a card, maybe with the image that it is compared with."""
+
+    classname: str
+    index: int
+    value: float
+    flagged: bool
+    other: int | None = None  # index in the same class, or position of a test image
+    png: bytes = field(default=b"", repr=False)  # THUMB_PX high and wide
+    other_png: bytes = field(default=b"", repr=False)
+
+
+@dataclass(frozen=True)
+class ClassLine:
+    """One class of a card."""
+
+    classname: str
+    images: int
+    recognised: float | None  # share that CLIP takes for the class
+    margin: float | None  # median
+    best: int | None  # index of the image of the largest margin
+    worst: int | None
+    flagged: int
+
+
+@dataclass(frozen=True)
+class AuditCard:
+    """What is known about one row. Shares are in [0, 1], margins in [-1, 1]."""
+
+    asked: str
+    name: str
+    title: str  # who made the images
+    clip: str
+    dataset: str
+    row: str  # key of the images
+    images_per_class: int
+    images: int
+    redrawn: int  # kept by a later draw than the first
+    counts: Mapping[str, int]  # images by reason
+    recognised: float | None
+    base_recognised: float | None
+    margins: tuple[float, float, float] | None  # 5 %, median, 95 %
+    kid: tuple[float, float] | None  # to the pool: mean and std over subsets
+    base_kid: tuple[float, float] | None  # before LoRA
+    base_images: int
+    pool_images: int
+    test_images: int
+    test_cosine: float | None  # of the image that is nearest to a test image
+    kept: Mapping[str, int]  # images that a filter would leave, by the setting
+    classes: tuple[ClassLine, ...]
+    flagged: tuple[Flagged, ...]
+    best: tuple[Shown, ...]  # largest margins, one image a class
+    worst: tuple[Shown, ...]  # smallest
+    doubted: tuple[Shown, ...]  # of the wrong class, beyond the worst
+    alike: tuple[Shown, ...]  # nearest pairs within a class
+    tests: tuple[Shown, ...]  # nearest pairs of an image and a test image
+    dull: tuple[Shown, ...]  # blank, near-constant or not a number
+
+    @property
+    def flagged_images(self) -> int:
+        return len({(one.classname, one.index) for one in self.flagged})
+
+
+PICTURED = ("best", "worst", "doubted", "alike", "tests", "dull")
+
+
+def audited(trials: Iterable[TrialSpec]) -> list[Audited]:
+    """The rows that trials read, each as far as any of them reads it, in their order."""
+    found: dict[str, Audited] = {}
+    for trial in dict.fromkeys(replace(normalised(trial), seed=0) for trial in trials):
+        row = trial.synthetic_features
+        if row is None:
+            continue
+        need = next(need for need in needs_of([trial]) if need.spec == row)
+        images = trial.base_images
+        base = None if images is None else replace(row, images=images)
+        one = Audited(
+            row, base, trial.features, (trial.split,), need.images_per_class, need.classes
+        )
+        known = found.get(one.name, one)
+        found[one.name] = replace(
+            one,
+            base=known.base or base,
+            splits=tuple(dict.fromkeys([*known.splits, trial.split])),
+            images_per_class=max(known.images_per_class, one.images_per_class),
+            classes=tuple(sorted({*known.classes, *one.classes})),
+        )
+    return list(found.values())
+
+
+def title_of(row: Audited) -> str:
+    """Who made a row of images, in a few words."""
+    images = row.row.images
+    if isinstance(images, FolderImages):
+        return images.model.name
+    if images.lora is None:
+        return f"{images.model.name}, no LoRA"
+    split = images.lora.labels.split
+    tuned = "a second LoRA" if images.lora.labels.images is not None else "LoRA"
+    seed = f", split {split.split_seed}" if split.split_seed else ""
+    return f"{images.model.name} after {tuned} of rank {images.lora.training.rank}{seed}"
+
+
+def card_files(card: AuditCard, png: bytes) -> dict[str, bytes]:
+    """What is kept of a card, by file name; the JSON last, since by it a card is known."""
+    return {f"{card.name}.png": png, f"{card.name}.json": card_json(card).encode()}
+
+
+def card_json(card: AuditCard) -> str:
+    """A card as JSON, without its pictures."""
+    plain = asdict(card)
+    for line in PICTURED:
+        for shown in plain[line]:
+            del shown["png"], shown["other_png"]
+    return json.dumps(plain, indent=1, sort_keys=True, allow_nan=False)
+
+
+def card_of(text: str) -> AuditCard:
+    """The same back."""
+    plain = json.loads(text)
+    lines: dict[str, Any] = {
+        line: tuple(Shown(**shown) for shown in plain[line]) for line in PICTURED
+    }
+    pairs = {name: plain[name] and tuple(plain[name]) for name in ("margins", "kid", "base_kid")}
+    lines["classes"] = tuple(ClassLine(**one) for one in plain["classes"])
+    lines["flagged"] = tuple(Flagged(**one) for one in plain["flagged"])
+    return AuditCard(**{**plain, **pairs, **lines})
+
+
+def facts_of(card: AuditCard) -> list[tuple[str, str]]:
+    """A card in a few lines for people: a label and what is known."""
+    classes, before = len(card.classes), ""
+    images = f"{card.images:,} of {counted(classes, 'class', 'es')}"
+    images += f", {card.redrawn} of them drawn again" if card.redrawn else ""
+    if card.base_recognised is not None:
+        before = f"; {card.base_recognised:.0%} before LoRA"
+    facts = [
+        ("images", images),
+        ("recognised", f"{_share(card.recognised)} by CLIP {card.clip}{before}"),
+    ]
+    if card.margins is not None:
+        low, middle, high = (f"{value:+.2f}" for value in card.margins)
+        facts.append(("margin", f"median {middle}, 5 % below {low}, 5 % above {high}"))
+    if card.kid is not None:
+        before = f"; {_plus_minus(card.base_kid)} before LoRA" if card.base_kid else ""
+        facts.append(
+            ("KID", f"{_plus_minus(card.kid)} to {card.pool_images:,} images of the pool{before}")
+        )
+    if card.test_cosine is not None:
+        near = f"{card.test_images:,} test images; the nearest has cosine {card.test_cosine:.3f}"
+        facts.append(("test", f"{near}, {counted(card.counts['test copy'], 'copy', 'ies')}"))
+    found = [f"{card.counts[reason]} {reason}" for reason in REASONS if card.counts[reason]]
+    facts.append(
+        ("flagged", f"{card.flagged_images} of {card.images:,}: {', '.join(found)}")
+        if found
+        else ("flagged", "none")
+    )
+    return facts
+
+
+def counted(count: int, word: str, many: str) -> str:
+    """
+    >>> counted(1, "copy", "ies"), counted(2, "copy", "ies"), counted(0, "class", "es")
+    ('1 copy', '2 copies', '0 classes')
+    """
+    if count == 1:
+        return f"1 {word}"
+    return f"{count:,} {word.removesuffix('y') if many == 'ies' else word}{many}"
+
+
+def _share(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.0%}"
+
+
+def _plus_minus(pair: tuple[float, float]) -> str:
+    return f"{pair[0]:.3f} +- {pair[1]:.3f}"
