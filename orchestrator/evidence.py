@@ -6,11 +6,14 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from orchestrator.audit_card import AuditCard
+from orchestrator.audits import audited_by, known_card, ready
 from orchestrator.children import refs_of
 from orchestrator.place import Place, read_outcome
 from orchestrator.plan import Plan, plan_sweep
@@ -53,6 +56,19 @@ class Evidence:
     @cached_property
     def outcome(self) -> dict[str, Any]:
         return read_outcome(self.place)
+
+    @cached_property
+    def cards(self) -> list[tuple[AuditCard, Path]]:
+        """The audit cards that were made, and their pictures."""
+        try:
+            rows = ready(audited_by(self.sweep, self.place), self.place)
+        except ValueError:  # no images, or not all of them yet
+            return []
+        known = [(known_card(row, self.place), row) for row in rows]
+        found = [
+            (card, self.place.folder / f"{row.name}.png") for card, row in known if card is not None
+        ]
+        return [(card, picture) for card, picture in found if picture.exists()]
 
     def of_row(self, row: Row) -> list[Entry]:
         """The runs of a row, each computation once."""

@@ -15,6 +15,7 @@ import numpy as np
 
 from air_core.datasets import get_dataset
 from orchestrator import charts
+from orchestrator.audit_card import AuditCard, facts_of
 from orchestrator.estimate import gpu_share
 from orchestrator.evidence import Evidence, confused, numeric_settings
 from orchestrator.failures import CLASSES
@@ -25,6 +26,7 @@ from orchestrator.report import (
     Row,
     choice_notes,
     counted,
+    mark_notes,
     mean_std,
     percent,
     settings_text,
@@ -36,9 +38,12 @@ from orchestrator.screen import clock
 from orchestrator.tables import laid_out
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from matplotlib.figure import Figure
 
 MOST_WORLDS = 12  # of which charts are drawn that are large
+MOST_CARDS = 6
 MOST_CURVES = 7  # in one chart: as many as there are colours
 
 
@@ -140,10 +145,16 @@ def _told_gains(found: Evidence, row: Row) -> list[Comparison]:
 def _gain(found: Comparison) -> Gain:
     what = "the control, real images and no diffusion" if found.role == "control" else "its host"
     difference = found.difference
-    clear = "yes" if difference.low > 0 else "no" if difference.high < 0 else "open"
-    tail = "" if clear != "open" else ", not told from 0"
-    if found.images_needed is not None and clear == "open":
-        tail += f" ({found.images_needed:,} test images would tell)"
+    clear = ("yes" if difference.mean > 0 else "no") if found.marked else "open"
+    tail = ""
+    if difference.low <= 0 <= difference.high:
+        tail = ", not told from 0"
+        if found.images_needed is not None:
+            tail += f" ({found.images_needed:,} test images would tell)"
+    elif found.untold:
+        tail = f", not told apart: {found.untold}"
+    elif not found.marked:
+        tail = ", not told apart once all comparisons here are corrected for"
     return Gain(
         text=f"{found.a} over {found.b} ({what})",
         figures=f"{signed_interval(difference)} points",
@@ -158,15 +169,15 @@ def _verdict(found: Evidence) -> str:
     for role, what in (("host", "the host"), ("control", "the control without diffusion")):
         gains = [gain for gain in found.gains if gain.role == role and _draws(gain.a)]
         if gains:
-            above = sum(gain.difference.low > 0 for gain in gains)
-            below = sum(gain.difference.high < 0 for gain in gains)
+            above = sum(gain.marked and gain.difference.mean > 0 for gain in gains)
+            below = sum(gain.marked and gain.difference.mean < 0 for gain in gains)
             lower = f", lower in {below}" if below else ""
             parts.append(f"than {what} in {above} of {counted(len(gains), 'comparison')}{lower}")
     if not parts:
         return ""
     return (
-        f"With synthetic images accuracy is higher {' and '.join(parts)} "
-        "(intervals that leave 0 out)."
+        f"With synthetic images accuracy is higher {' and '.join(parts)} (5 %, corrected for all "
+        f"{len(found.gains)} comparisons of this sweep)."
     )
 
 
@@ -338,12 +349,16 @@ def components(found: Evidence) -> Section | None:
             str(gain.difference.n),
             str(gain.difference.n_test),
             "" if gain.images_needed is None else f"{gain.images_needed:,}",
+            f"{gain.p:.3f}",
+            f"{gain.p_corrected:.3f}",
+            gain.mark,
         ]
         for gain in found.gains
     ]
-    names = ["where", "difference", "settings", "b is the", "points, 95 %", "runs", "n_test"]
-    numeric = [False, False, False, False, True, True, True, True]
-    grid = _without_empty(Grid(header=[*names, "images needed"], lines=lines, numeric=numeric))
+    header = ["where", "difference", "settings", "b is the", "points, 95 %", "runs", "n_test"]
+    header += ["images needed", "p", "p corrected", "told apart"]
+    numeric = [False] * 4 + [True] * 6 + [False]
+    grid = _without_empty(Grid(header=header, lines=lines, numeric=numeric))
     return Section(
         id="components",
         title="What each part brings",
@@ -352,6 +367,7 @@ def components(found: Evidence) -> Section | None:
             "the same auxiliary classifier from real pseudo-labelled images (diamonds). Paired by "
             "image and run; grey: not told from 0. Images needed: test images that would tell a "
             "difference of this size in one pair of runs (80 % power).",
+            " ".join(mark_notes(found.gains)),
         ],
         groups=[Group(figures=figures, grids=[grid])],
     )
@@ -467,24 +483,45 @@ def _classnames(found: Evidence, row: Row) -> Sequence[str]:
 # ---------------------------------------------------------------- pictures
 
 
-def contact_sheet(found: Evidence) -> Section | None:
-    """Real images beside what the diffusion model draws."""
+def images(found: Evidence) -> Section | None:
+    """Real images beside what the diffusion model draws, and how good the latter are."""
+    groups = [*_contact_sheet(found), *map(_audit, found.cards[:MOST_CARDS])]
+    if not groups:
+        return None
+    return Section(id="images", title="Images", groups=groups)
+
+
+def _contact_sheet(found: Evidence) -> Iterator[Group]:
     sheet = found.place.folder / "contact_sheet.png"
     if not sheet.exists() or not sheet.stat().st_size:
-        return None
+        return
     shares = found.outcome.get("run", {}).get("shares", {})
     said = ", ".join(f"{name} {share:.0%}" for name, share in sorted(shares.items()))
+    caption = "Real images, images without LoRA and with it; same noise in the same place."
     picture = Picture(
         src=_data("image/png", sheet.read_bytes()),
         alt="Real images, images of the base model, images after LoRA, a class a row",
-        caption=f"Zero-shot CLIP takes for their class: {said}." if said else "",
+        caption=f"{caption} Zero-shot CLIP takes for their class: {said}." if said else caption,
         wide=True,
     )
-    return Section(
-        id="images",
-        title="Images",
-        texts=["Real images, images without LoRA and with it; same noise in the same place."],
-        groups=[Group(figures=[picture])],
+    yield Group(figures=[picture])
+
+
+def _audit(card: tuple[AuditCard, Path]) -> Group:
+    """What `airsweep audit` says of one row of images."""
+    told, picture = card
+    return Group(
+        heading=f"Audit of {told.title}",
+        grids=[
+            Grid(header=["what", "found"], lines=list(facts_of(told)), numeric=[False, False]),
+        ],
+        figures=[
+            Picture(
+                src=_data("image/png", picture.read_bytes()),
+                alt="The best, worst and flagged synthetic images",
+                wide=True,
+            )
+        ],
     )
 
 
@@ -675,7 +712,7 @@ SECTIONS: tuple[Callable[[Evidence], Section | None], ...] = (
     components,
     pseudo_labels,
     confusions,
-    contact_sheet,
+    images,
     search,
     costs,
     failures,
