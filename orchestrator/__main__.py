@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from orchestrator.commands import bundle, cache, compare, data, results, sweeps, tracked
+from orchestrator.commands import bundle, cache, compare, data, files, results, sweeps, tracked
 from orchestrator.commands.common import code_of, fail
 
 app = typer.Typer(
@@ -19,7 +19,7 @@ app = typer.Typer(
     "  airsweep run quickstart\n\n  airsweep table quickstart",
 )
 
-for commands in (sweeps, results, compare, tracked, bundle):
+for commands in (files, sweeps, results, compare, tracked, bundle):
     app.add_typer(commands.app)
 app.add_typer(tracked.mlflow_app, name="mlflow")
 app.add_typer(data.app, name="data")

@@ -21,6 +21,34 @@ def write_whole(path: Path, content: str | bytes) -> None:
         os.fsync(handle.fileno())
 
 
+def write_new(path: Path, content: str) -> None:
+    """The same, but never in the place of a file that is there.
+
+    Raises:
+        FileExistsError: one is.
+    """
+    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
+    try:
+        with open(temporary, "x", encoding="utf-8") as handle:
+            handle.write(content)
+            handle.flush()
+            os.fsync(handle.fileno())
+        _linked(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _linked(temporary: Path, path: Path) -> None:
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # some file systems have no second name for a file
+        if path.exists():
+            raise FileExistsError(path) from None
+        os.rename(temporary, path)
+
+
 def file_digest(path: Path) -> str:
     """blake2b of a file's content."""
     with open(path, "rb") as handle:

@@ -39,8 +39,12 @@ class Dimension:
 class Pruning:
     """Points of a round that stop early, since others of it promise more (`pruning.py`)."""
 
-    rule: Literal["halving", "median"]
-    rungs: tuple[int, ...]  # iterations after which points are compared, rising
+    rule: Literal["halving", "median"] = field(
+        metadata={"help": "halving: the better part of a round; median: those above it so far"}
+    )
+    rungs: tuple[int, ...] = field(
+        metadata={"help": "iterations after which points are compared, rising"}
+    )
     keep: float = knob(0.5, "halving: share of a round's points that go on", gt=0, lt=1)
 
 
@@ -48,14 +52,21 @@ class Pruning:
 class Search:
     """What is searched in each cell, and how."""
 
-    sampler: Literal["tpe", "random", "grid"] = "tpe"
+    sampler: Literal["tpe", "random", "grid"] = knob(
+        "tpe", "tpe: Optuna's; random; grid: every combination of values"
+    )
     seed: int = knob(0, "of the sampler", ge=0)
-    objective: Literal["mutual_information", "validation_accuracy"] = "mutual_information"
-    points: int = field(metadata={"limits": {"ge": 1}})  # a total per cell, also after resumes
+    objective: Literal["mutual_information", "validation_accuracy"] = knob(
+        "mutual_information", "what is maximised; mutual_information needs no label"
+    )
+    points: int = field(
+        metadata={"help": "a total per cell, also after resumes", "limits": {"ge": 1}}
+    )
     width: int = knob(4, "points asked per round", ge=1)
     patience: int | None = knob(None, "points without a better one that end a cell", ge=1)
-    pruning: Pruning | None = None
-    space: tuple[Dimension, ...]  # one whose `when` names another comes after it
+    pruning: Pruning | None = knob(None, "points that stop early; null: none")
+    # One whose `when` names another comes after it.
+    space: tuple[Dimension, ...] = field(metadata={"help": "keys that are searched"})
 
     @property
     def rungs(self) -> tuple[int, ...]:
@@ -83,14 +94,14 @@ class Budget:
     """Where a run stops, to go on another day."""
 
     gpu_hours: float | None = knob(None, "of all devices together, in one run", gt=0)
-    wall: float | None = knob(None, "seconds", gt=0)
+    wall: float | None = knob(None, "by the clock, in one run: 90s, 30m, 12h, or seconds", gt=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrialResources:
     cpu: float = knob(1.0, "cores of one trial", ge=0)
     gpu: float = knob(0.0, "devices of one trial, or a share of one", ge=0)
-    timeout: float | None = knob(None, "seconds that one trial may take", gt=0)
+    timeout: float | None = knob(None, "that one trial may take: 90s, 30m, 12h, or seconds", gt=0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -86,9 +86,13 @@ def load_sweep(path: Path, *, sets: Sequence[str] = (), only: Sequence[str] = ()
     Raises:
         SpecError: the first thing that is wrong.
     """
-    document = read(path)
+    return checked(read(path), sets, only)
+
+
+def checked(document: Document, sets: Sequence[str] = (), only: Sequence[str] = ()) -> SweepSpec:
+    """The same of a file that was read already."""
     if document.value is None:
-        raise SpecError(f"{path}: empty; a sweep file starts with `version: 1`")
+        raise SpecError(f"{document.source}: empty; a sweep file starts with `version: 1`")
     document.mapping(())
     for option in sets:
         _set(document, option)
@@ -194,11 +198,16 @@ def _version(document: Document, keys: Keys) -> int:
     return 1
 
 
+MODELINE = re.compile(r"#\s*yaml-language-server:")  # for editors, no part of the question
+
+
 def _header(text: str) -> str:
     lines = []
     for line in text.lstrip("\n").splitlines():
         if not line.startswith("#"):
             break
+        if MODELINE.match(line):
+            continue
         lines.append(line[1:].removeprefix(" ").rstrip())
     return "\n".join(lines).strip()
 
@@ -312,16 +321,20 @@ def _dimension(document: Document, keys: Keys, name: str) -> Dimension:
 
 
 def _may_be_searched(document: Document, keys: Keys, name: str) -> None:
+    problem = may_be_searched(name)
+    if problem is not None:
+        raise document.key_error(keys, problem)
+
+
+def may_be_searched(name: str) -> str | None:
+    """Why a trial key cannot be searched, with what to do instead; None: it can."""
     if name in ("seed", "split_seed"):
-        raise document.key_error(keys, "a seed is not searched; allowed: its values under `seeds`")
+        return "a seed is not searched; allowed: its values under `seeds`"
     if name.partition(".")[0] in IMAGES_DEPEND_ON:
-        raise document.key_error(
-            keys, f"`{name}` changes the images: put its values under `grid`, or fix it"
-        )
+        return f"`{name}` changes the images: put its values under `grid`, or fix it"
     if name in ("method", "modality", "test_dataset"):
-        raise document.key_error(
-            keys, f"`{name}` names the cell: put its values under `grid`, or fix it"
-        )
+        return f"`{name}` names the cell: put its values under `grid`, or fix it"
+    return None
 
 
 def _no_range(document: Document, keys: Keys) -> Any:

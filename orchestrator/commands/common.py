@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from orchestrator.door import STORE as STORE  # typer reads defaults at import
+
 if TYPE_CHECKING:
+    from orchestrator.asked import Asked
     from orchestrator.place import Place
     from orchestrator.plan import Plan
     from orchestrator.report import Entry, Row
@@ -63,40 +65,25 @@ AcceptOption = Annotated[
     ),
 ]
 
-STORE = "runs"
+
+def load(spec: str, sets: list[str] | None, only: list[str] | None, smoke: bool = False) -> Asked:
+    """A sweep from its file, and how it was asked for."""
+    from orchestrator.asked import asked
+
+    return asked(spec, sets or (), only or (), smoke)
 
 
-def asked(
-    spec: str,
-    store: str,
-    data_root: Path | None,
-    sets: list[str] | None,
-    only: list[str] | None,
-    smoke: bool,
-) -> tuple[SweepSpec, Place, dict[str, Any]]:
-    """A sweep from its file, where it goes, and how it was asked for."""
-    from orchestrator.place import place_of
-    from orchestrator.store import smoke_store
-    from orchestrator.sweep import smoke as smoked
+def place_for(sweep: Asked, store: str, data_root: Path | None) -> Place:
+    """Where it goes; a smoke run into a store of its own."""
+    from orchestrator import asked
 
-    sweep = load(spec, sets, only)
-    if smoke:
-        sweep = smoked(sweep)
-    place = place_of(sweep, smoke_store(store) if smoke else store, data_root)
-    origin = {"sets": sets or [], "only": only or [], "smoke": smoke, "source": sweep.source}
-    return sweep, place, origin
-
-
-def load(spec: str, sets: list[str] | None, only: list[str] | None) -> SweepSpec:
-    from orchestrator.sweep_file import find_sweep, load_sweep
-
-    return load_sweep(find_sweep(spec), sets=sets or [], only=only or [])
+    return asked.place_for(sweep, store, data_root)
 
 
 def plan_of(sweep: SweepSpec, place: Place) -> Plan:
-    from orchestrator.plan import plan_sweep
+    from orchestrator import asked
 
-    return plan_sweep(sweep, place.store, place.resolver(), place.ledger())
+    return asked.plan_of(sweep, place)
 
 
 def place_named(name: str, store: str) -> Place:
@@ -105,25 +92,16 @@ def place_named(name: str, store: str) -> Place:
     Raises:
         ValueError: there is none of this name.
     """
-    from orchestrator.place import place_named as named
-    from orchestrator.place import recorded_names
-    from orchestrator.store import open_store
+    from orchestrator import asked
 
-    project, _, short = name.rpartition("/")
-    project = project or os.environ.get("AIRSWEEP_PROJECT") or "default"
-    opened = open_store(store)
-    names = recorded_names(opened)
-    if (project, short) not in names:
-        there = ", ".join("/".join(one) for one in names)
-        raise ValueError(f"no sweep {project}/{short} in {store}; there: {there or 'none yet'}")
-    return named(opened, project, short)
+    return asked.place_named(name, store)
 
 
 def recorded_sweep(name: str, store: str, data_root: Path | None) -> tuple[SweepSpec, Place]:
     """A sweep as it was last run, with the values that were set then."""
-    from orchestrator.recorded import read_sweep
+    from orchestrator import asked
 
-    return read_sweep(place_named(name, store), data_root)
+    return asked.recorded_sweep(name, store, data_root)
 
 
 @dataclass(frozen=True)

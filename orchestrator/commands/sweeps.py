@@ -22,16 +22,13 @@ from orchestrator.commands.common import (
     SpecArgument,
     StoreOption,
     TrackingOption,
-    asked,
-    fail,
     load,
-    plan_of,
+    place_for,
     recorded_sweep,
 )
 
 if TYPE_CHECKING:
     from orchestrator.place import Place
-    from orchestrator.plan import Plan
     from orchestrator.sweep import SweepSpec
 
 app = typer.Typer()
@@ -45,12 +42,13 @@ def validate(spec: SpecArgument, sets: SetOption = None, only: OnlyOption = None
 
     airsweep validate quickstart --set iterations=5
     """
-    from orchestrator.sweep import cells_of, notes_of
+    from orchestrator import door
+    from orchestrator.sweep import cells_of
 
-    sweep = load(spec, sets, only)
-    for note in notes_of(sweep):
+    asked = load(spec, sets, only)
+    for note in door.validate(asked):
         print(f"note: {note}", file=sys.stderr)
-    print(f"{sweep.source}: {len(cells_of(sweep))} cells, fine")
+    print(f"{asked.spec.source}: {len(cells_of(asked.spec))} cells, fine")
 
 
 @app.command()
@@ -78,32 +76,11 @@ def plan(
 
     airsweep plan quickstart --probe
     """
-    from orchestrator import screens
-    from orchestrator.recorded import computed_by
+    from orchestrator import door
 
-    sweep, place, _ = asked(spec, store, data_root, sets, only, smoke)
-    planned = plan_of(sweep, place)
-    if probe:
-        _probe(planned, place)
-        planned = plan_of(sweep, place)  # with what is known now
-    sources: dict[str, int] = {}
-    if planned.reused:
-        there = [slot.key.digest for slot in planned.slots if place.store.has(slot.spec)]
-        sources = dict(computed_by(place.store, there, place))
-    if as_json:
-        shown = {**planned.json(place.store), "reused_from": sources}
-        print(json.dumps(shown, indent=1))
-    else:
-        print(screens.plan_screen(planned, place, explain, sources))
-
-
-def _probe(planned: Plan, place: Place) -> None:
-    from orchestrator.probe import probe_work
-    from orchestrator.workshop import Workshop
-
-    resources = planned.sweep.resources
-    shop = Workshop(place.store, place.data_root, batch=resources.encoder.batch)
-    probe_work(planned.work, shop, resources, lambda line: print(f"probe: {line}", file=sys.stderr))
+    asked = load(spec, sets, only, smoke)
+    found = door.plan(asked, store=store, data_root=data_root, probe=probe)
+    print(json.dumps(found.json(), indent=1) if as_json else found.screen(explain))
 
 
 @app.command()
@@ -123,8 +100,10 @@ def prepare(
 
     airsweep prepare sweeps/quickstart.yaml --only method=air
     """
-    found = asked(spec, store, data_root, sets, only, smoke)
-    _execute(*found, quiet, prepare_only=True, accept_code=_stages(accept_code))
+    asked = load(spec, sets, only, smoke)
+    place = place_for(asked, store, data_root)
+    how: dict[str, Any] = {"prepare_only": True, "accept_code": accept_code or ()}
+    _execute(asked.spec, place, asked.origin, quiet, **how)
 
 
 @app.command()
@@ -146,8 +125,10 @@ def run(
     ray job submit --address $ADDR --working-dir . -- python -m orchestrator run
     sweeps/quickstart.yaml --store /shared/runs
     """
-    found = asked(spec, store, data_root, sets, only, smoke)
-    _execute(*found, quiet, tracking_uri=tracking_uri, accept_code=_stages(accept_code))
+    asked = load(spec, sets, only, smoke)
+    place = place_for(asked, store, data_root)
+    how: dict[str, Any] = {"tracking_uri": tracking_uri, "accept_code": accept_code or ()}
+    _execute(asked.spec, place, asked.origin, quiet, **how)
 
 
 @app.command()
@@ -168,9 +149,11 @@ def retry(
 
     airsweep retry team/paper_main --class infra --store /shared/runs
     """
+    from orchestrator.asked import asked_before
+
     sweep, place = recorded_sweep(name, store, data_root)
-    origin = json.loads((place.folder / "resolved.json").read_text())
-    _execute(sweep, place, origin, quiet, tracking_uri=tracking_uri, retry=failure_class)
+    how: dict[str, Any] = {"tracking_uri": tracking_uri, "retry": failure_class}
+    _execute(sweep, place, asked_before(place), quiet, **how)
 
 
 def _execute(
@@ -181,25 +164,13 @@ def _execute(
     prepare_only: bool = False,
     **how: Any,
 ) -> NoReturn:
-    from orchestrator import driver, screens
-    from orchestrator.screen import make_screen
+    from orchestrator import door
 
     # Ray's daemons print to file descriptor 1 whatever they are told; stdout is for data.
     stdout = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    code = driver.run_sweep(
-        sweep, place, make_screen(quiet), origin=origin, prepare_only=prepare_only, **how
-    )
+    outcome = door.execute(sweep, place, origin, quiet, prepare_only, **how)
     if not quiet and not prepare_only:
-        print(screens.summary_screen(sweep, place), file=stdout)
+        print(outcome, file=stdout)
     stdout.flush()
-    sys.exit(code)
-
-
-def _stages(asked: list[str] | None) -> list[str]:
-    from orchestrator.keys import STAGES
-
-    for stage in asked or []:
-        if stage not in STAGES:
-            fail(f"--accept-code {stage!r} is no stage; allowed: {', '.join(STAGES)}")
-    return asked or []
+    sys.exit(outcome.exit_code)

@@ -1,0 +1,135 @@
+"""Sweeps as people ask for them: by a file and options, or by the name of one that was run."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.marked_yaml import SpecError, parse
+from orchestrator.place import Place, place_of, recorded_names
+from orchestrator.place import place_named as named
+from orchestrator.plan import Plan, plan_sweep
+from orchestrator.recorded import read_sweep
+from orchestrator.store import open_store, smoke_store
+from orchestrator.sweep import SweepSpec, cells_of
+from orchestrator.sweep import smoke as smoked
+from orchestrator.sweep_file import find_sweep, load_sweep
+
+
+@dataclass(frozen=True, repr=False)
+class Asked:
+    """A sweep, checked, and how it was asked for."""
+
+    spec: SweepSpec
+    sets: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
+    smoke: bool = False
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What is kept with a sweep, so that it can be read again as it was asked for."""
+        return {
+            "sets": list(self.sets),
+            "only": list(self.only),
+            "smoke": self.smoke,
+            "source": self.spec.source,
+        }
+
+    def __repr__(self) -> str:
+        cells = len(cells_of(self.spec))
+        return f"{self.spec.source}: sweep {self.spec.name}, {cells} cells"
+
+
+def asked(
+    spec: str | Path, sets: Sequence[str] = (), only: Sequence[str] = (), smoke: bool = False
+) -> Asked:
+    """A sweep from a file, or from the bare name of one.
+
+    Raises:
+        SpecError: the first thing that is wrong.
+    """
+    sweep = load_sweep(find_sweep(str(spec)), sets=sets, only=only)
+    return Asked(smoked(sweep) if smoke else sweep, tuple(sets), tuple(only), smoke)
+
+
+def place_for(sweep: Asked, store: str | Path, data_root: Path | None) -> Place:
+    """Where it goes; a smoke run into a store of its own. Raises as `place_of`."""
+    return place_of(sweep.spec, smoke_store(store) if sweep.smoke else store, data_root)
+
+
+def plan_of(sweep: SweepSpec, place: Place) -> Plan:
+    return plan_sweep(sweep, place.store, place.resolver(), place.ledger())
+
+
+def place_named(name: str, store: str | Path) -> Place:
+    """A sweep that was run before.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    project, _, short = name.rpartition("/")
+    project = project or os.environ.get("AIRSWEEP_PROJECT") or "default"
+    opened = open_store(store)
+    names = recorded_names(opened)
+    if (project, short) not in names:
+        there = ", ".join("/".join(one) for one in names)
+        raise ValueError(f"no sweep {project}/{short} in {store}; there: {there or 'none yet'}")
+    return named(opened, project, short)
+
+
+def recorded_sweep(name: str, store: str | Path, data_root: Path | None) -> tuple[SweepSpec, Place]:
+    """A sweep as it was last run, with the values that were set then."""
+    return read_sweep(place_named(name, store), data_root)
+
+
+def asked_before(place: Place) -> dict[str, Any]:
+    """How a recorded sweep was asked for."""
+    origin: dict[str, Any] = json.loads((place.folder / "resolved.json").read_text())
+    return origin
+
+
+# ---------------------------------------------------------------- options from Python values
+
+
+def options(values: Mapping[str, Any] | Iterable[str]) -> list[str]:
+    """`KEY=VALUE` as the command line has it; texts that are options already stay.
+
+    >>> options({"iterations": 3, "lora": None, "dataset": "folder:my_images", "seeds": [1, 2]})
+    ['iterations=3', 'lora=null', 'dataset=folder:my_images', 'seeds=[1, 2]']
+    """
+    if isinstance(values, str):
+        return [values]
+    if not isinstance(values, Mapping):
+        return list(values)
+    return [f"{key}={_written(value)}" for key, value in values.items()]
+
+
+def choices_of(values: Mapping[str, Any] | Iterable[str]) -> list[str]:
+    """The same where an option lists values of an axis.
+
+    >>> choices_of({"method": ["air", "cpl"], "lora.rank": 4})
+    ['method=air,cpl', 'lora.rank=4']
+    """
+    if not isinstance(values, Mapping):
+        return options(values)
+    listed = {
+        key: value if isinstance(value, list | tuple) else [value] for key, value in values.items()
+    }
+    return [f"{key}={','.join(map(_written, value))}" for key, value in listed.items()]
+
+
+def _written(value: Any) -> str:
+    """A value as YAML on one line: text bare where it reads as itself."""
+    if isinstance(value, Path):
+        value = str(value)
+    if isinstance(value, str) and "," not in value:
+        try:
+            if parse(value, "").value == value:
+                return value
+        except SpecError:
+            pass  # a bracket, say
+    return json.dumps(value, ensure_ascii=False)

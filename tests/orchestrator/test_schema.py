@@ -1,0 +1,172 @@
+"""The schema for editors: it takes what the reader takes, and not what people get wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestrator.marked_yaml import Document, SpecError, parse, read
+from orchestrator.readers import trial_names, trial_number, trial_value
+from orchestrator.reference import reference
+from orchestrator.schema import PARTS, sweep_schema
+from orchestrator.sweep_file import TOP, checked
+from tests.orchestrator.test_sweep_file import FULL
+
+ROOT = Path(__file__).parents[2]
+SCHEMA = sweep_schema()
+VALIDATOR = jsonschema.Draft7Validator(SCHEMA)
+AIR = "version: 1\nname: x\nfixed: {method: air}\n"
+
+
+def complaints(text: str) -> list[str]:
+    value = parse(text, "x.yaml").value
+    return [error.message for error in VALIDATOR.iter_errors(value)]
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "sweeps").glob("*.yaml")), ids=lambda f: f.stem)
+def test_every_sweep_that_ships_is_allowed(file):
+    assert list(VALIDATOR.iter_errors(read(file).value)) == []
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        "",
+        "search: {points: 1, space: {fusion_weight: {min: 0, max: 1}}, pruning: null}\n",
+        "search: {points: 3, space: {iterations: {values: [1, 2]}}}\n",
+        "budget: {wall: 90s}\n",
+        "budget: {wall: 5400}\n",
+        "seeds: {values: [[1, 301], 2], vary: [seed, split_seed]}\n",
+        "resources: {generator: {actors: null}}\n",
+        "project: team\ntracking: {uri: none}\ndata_root: /data\n",
+    ],
+)
+def test_what_the_reader_takes_the_schema_takes(more):
+    for text in (FULL, AIR + more):
+        checked(parse(text, "x.yaml"))
+        assert complaints(text) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "name: x\nfixed: {method: air}\n",  # no version
+        "version: 2\nname: x\nfixed: {method: air}\n",
+        "version: 1\nname: x y\nfixed: {method: air}\n",
+        "version: 1\nname: x\nfixed: {images_per_class: 3}\n",  # no method
+        "version: 1\nname: x\nfixed: {method: airr}\n",
+        AIR + "seed: [1, 2]\n",  # unknown part
+        AIR + "seeds: []\n",
+        AIR + "seeds: [1, 1]\n",
+        AIR + "seeds: {vary: [seed]}\n",
+        AIR + "grid: {lora.rank: [4]}\n",  # one value is no axis
+        AIR + "grid: {lora_rank: [4, 8]}\n",
+        AIR + "grid: {lora.rank: 4}\n",
+        AIR + "exclude: [{}]\n",
+        AIR + "search: {space: {fusion_weight: {min: 0, max: 1}}}\n",  # no points
+        AIR + "search: {points: 3, space: {}}\n",
+        AIR + "search: {points: 3, space: {fusion_weight: {min: 0}}}\n",
+        AIR + "search: {points: 3, space: {fusion_weight: {min: 0, max: 1, values: [0, 1]}}}\n",
+        AIR + "search: {points: 3, space: {fusion_weight: {min: 0, max: 2}}}\n",
+        AIR + "search: {points: 3, space: {lora.rank: {values: [4, 8]}}}\n",  # changes the images
+        AIR + "search: {points: 3, space: {modality: {values: [text, visual]}}}\n",
+        AIR + "search: {points: 3, space: {train.mix: {min: 0, max: 1}}}\n",  # no number
+        AIR + "budget: {wall: 2 days}\n",
+        AIR + "budget: {gpu_hours: 0}\n",
+        AIR + "resources: {trial: {gpus: 1}}\n",
+    ],
+)
+def test_what_people_get_wrong_neither_takes(text):
+    with pytest.raises(SpecError):
+        checked(parse(text, "x.yaml"))
+    assert complaints(text)
+
+
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-2, 3),
+    st.sampled_from([0.5, -0.5, 1.5, 2**33, "", "text", "digits", "folder:x", "folder:", "fp32"]),
+    st.lists(st.integers(), max_size=1),
+)
+
+
+@given(name=st.sampled_from(trial_names()), value=VALUES)
+def test_of_a_setting_schema_and_reader_take_the_same_values(name, value):
+    one = jsonschema.Draft7Validator({**SCHEMA["definitions"][name]})
+    assert one.is_valid(value) == _reads(trial_value(name), value)
+
+
+@given(name=st.sampled_from(trial_names()), value=VALUES)
+def test_of_an_end_of_a_range_schema_and_reader_take_the_same_values(name, value):
+    space = SCHEMA["properties"]["search"]["properties"]["space"]["properties"]
+    reader = trial_number(name)
+    if name in space:
+        ends = space[name]["properties"].get("min")
+        assert (ends is None) == (reader is None)
+        if ends is not None:
+            assert jsonschema.Draft7Validator(ends).is_valid(value) == _reads(reader, value)
+
+
+def _reads(reader: Any, value: Any) -> bool:
+    try:
+        reader(Document(source="", value=value), ())
+    except SpecError:
+        return False
+    return True
+
+
+def test_the_schema_is_one_has_every_part_and_says_what_each_key_is():
+    jsonschema.Draft7Validator.check_schema(SCHEMA)
+    assert PARTS.keys() == TOP.keys()
+    assert list(SCHEMA["definitions"]) == trial_names()
+    assert [path for path, found in _properties(SCHEMA, "") if not found.get("description")] == []
+
+
+# Their names say it.
+SILENT = ("resources.trial", "resources.generator", "resources.encoder", "seeds.values")
+
+
+def _properties(schema: dict[str, Any], path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    for name, found in schema.get("definitions", {}).items():
+        yield name, found
+    for inner in (schema, *(one for one in schema.get("anyOf", ()) if "type" in one)):
+        for name, found in inner.get("properties", {}).items():
+            here = f"{path}.{name}".strip(".")
+            if "$ref" not in found and not _axis(found) and here not in SILENT:
+                yield here, found
+            yield from _properties(found, here)
+
+
+def _axis(found: dict[str, Any]) -> bool:
+    return "$ref" in found.get("items", {})
+
+
+def test_golden_the_page_of_every_key_is_that_of_the_schema():
+    page = ROOT / "docs" / "spec_reference.md"
+    found = reference()
+    if os.environ.get("AIRSWEEP_UPDATE_GOLDEN") == "1":
+        page.write_text(found)
+    assert page.read_text() == found
+    for name in trial_names():
+        assert f"| `{name}` |" in found
+
+
+def test_the_schema_is_printed_and_nothing_else(capsys, monkeypatch):
+    from orchestrator.__main__ import app
+
+    app(["schema"], standalone_mode=False)
+    assert json.loads(capsys.readouterr().out) == SCHEMA
+
+
+def test_the_line_that_names_a_schema_is_no_part_of_the_question():
+    line = "# yaml-language-server: $schema=airsweep.schema.json\n"
+    assert checked(parse(line + FULL, "x")).question == checked(parse(FULL, "x")).question
