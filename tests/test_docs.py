@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -45,6 +46,11 @@ PARSED = {
     "airsweep ui": "serves until Ctrl-C",
     "airsweep repro": "ten seconds of torch (test_tracked)",
     "airsweep retry": "nothing has failed here",
+    "airsweep audit": "no synthetic images here (test_audits)",
+    "airsweep classify": "needs images of the reader's (test_bundles)",
+    "airsweep compare": "needs another sweep or the paper's datasets (test_published)",
+    "airsweep export": "ten seconds of torch (test_bundles)",
+    "airsweep verify": "ten seconds of torch (test_bundles)",
     "--probe": "half a minute of work (test_probe)",
     "s3://": "needs a bucket",
     "http://": "needs a server",
@@ -196,6 +202,7 @@ def redirected(words: list[str]) -> tuple[list[str], str | None]:
 
 
 def words_of(command: str) -> list[str]:
+    command = re.sub(r"\$\([^)]*\)", "DIR", command)  # what another command prints
     return [STANDS_FOR.get(word, word) for word in shlex.split(command)]
 
 
