@@ -78,6 +78,7 @@ LONG = (
     "test_tracking",
     "test_outage",
     "test_bucket",
+    "test_browsing",
 )  # files, the longest first
 
 
