@@ -4,10 +4,11 @@ Both tell one real `mlflow server` on loopback, in one run, of the same trials: 
 iterations, single numbers, two params. Baseline: a Ray Tune run whose trials report these numbers,
 with the callback as Ray ships it, which sends every number by a request of its own and adds what
 Tune measures. Ours: the tracker of `airsweep run`, from opening the sweep to closing it, with the
-resolved spec and a picture of each trial, which the callback does not bring. Requests are counted
-where they leave this process, at `requests.Session.send`.
+resolved spec and a picture of each trial and a run for each setting over its seeds, which the
+callback does not bring. Requests are counted where they leave this process, at
+`requests.Session.send`.
 
-    python benchmarks/tracking_calls.py [--trials 20] [--ray-trials 3] [--iterations 10]
+    python benchmarks/tracking_calls.py [--trials 21] [--seeds 3] [--ray-trials 3] [--iterations 10]
 
 About a minute on two cores. The last line is JSON; `ratio` is requests a trial, baseline over ours;
 `seconds` is what the calls took on the clock.
@@ -28,6 +29,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +37,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from orchestrator.tracking import (
     SERVER_ENVIRONMENT,
+    Numbers,
+    PointRun,
     SweepRun,
     TrialRun,
+    link,
     make_tracker,
     serve_command,
 )
@@ -100,18 +105,38 @@ class Counter:
         return found
 
 
-def ours(url: str, folder: Path, trials: int, iterations: int) -> None:
+def setting(number: int, slots: list[str], iterations: int) -> PointRun:
+    """One setting over its seeds."""
+    curves = {name: [0.5] * iterations for name in CURVES}
+    spread = dict.fromkeys(("test/accuracy_std", "test/accuracy_low", "test/accuracy_high"), 0.1)
+    metrics = {**dict.fromkeys((*SINGLES, *CURVES), 0.5), **spread, "n": float(len(slots))}
+    return PointRun(
+        point=f"cell/{number}",
+        name=f"setting-{number}",
+        content=f"{number}",
+        tags={"air.method": "air"},
+        params={"lr": "0.1", "images_per_class": str(number)},
+        note=" ".join(link("seed", "trial", slot) for slot in slots),
+        numbers=lambda: Numbers(metrics=metrics, curves=curves, interval="95 %"),
+        started=1_700_000_000_000,
+        ended=1_700_000_009_000,
+    )
+
+
+def ours(url: str, folder: Path, trials: int, iterations: int, seeds: int) -> None:
     files = {"spec.json": folder / "spec.json", "confusion_matrix.png": folder / "matrix.png"}
     for path in files.values():
         path.write_bytes(b"{}" * 2000)
     tracker = make_tracker(url, store=folder, project="ours")
     about = {"user": "ada", "commit": "0123abc", "source": "benchmark", "spec_hash": "5f3a9c"}
     tracker.start(SweepRun(sweep="calls", project="ours", note="", **about))
+    slots: list[str] = []
     for trial in range(trials):
         curves = [numbers(trial, iteration) for iteration in range(iterations)]
+        slots.append(f"cell/{trial // seeds}/seed={trial % seeds}")
         tracker.trial(
             TrialRun(
-                slot=f"cell/{trial}/seed=1",
+                slot=slots[-1],
                 name=f"trial-{trial}",
                 state="done",
                 tags={"air.trial_key": f"key-{trial}", "air.method": "air"},
@@ -123,6 +148,9 @@ def ours(url: str, folder: Path, trials: int, iterations: int) -> None:
                 artifacts=files,
             )
         )
+        if len(slots) == seeds:
+            tracker.point(setting(trial // seeds, slots, iterations))
+            slots = []
     tracker.finish("FINISHED", "", {})
 
 
@@ -163,14 +191,16 @@ def rays(url: str, folder: Path, trials: int, iterations: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--trials", type=int, default=20)
+    parser.add_argument("--trials", type=int, default=21)
+    parser.add_argument("--seeds", type=int, default=3, help="trials of a setting")
     parser.add_argument("--ray-trials", type=int, default=3, help="each starts a process")
     parser.add_argument("--iterations", type=int, default=10)
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch, server(Path(scratch)) as url:
         folder = Path(scratch)
         counter, found = Counter(), {}
-        ways = {"ours": (ours, asked.trials), "baseline": (rays, asked.ray_trials)}
+        tell_ours = partial(ours, seeds=asked.seeds)
+        ways = {"ours": (tell_ours, asked.trials), "baseline": (rays, asked.ray_trials)}
         for name, (tell, trials) in ways.items():
             tell(url, folder, trials, asked.iterations)
             found[name] = [figure / trials for figure in counter.taken()]
@@ -181,6 +211,7 @@ def main() -> None:
         "ratio": round(requests["baseline"] / requests["ours"], 2),
         "baseline": "Ray's MLflowLoggerCallback in a Tune run, one mlflow server on loopback",
         "trials": asked.trials,
+        "seeds": asked.seeds,
         "iterations": asked.iterations,
         "baseline_trials": asked.ray_trials,
         **{f"{name}_requests_a_trial": round(count, 2) for name, count in requests.items()},

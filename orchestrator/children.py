@@ -16,6 +16,7 @@ from air_core.normal import normalised
 from air_core.specs import Ref, TrialSpec
 from orchestrator.dispatch import Outcome
 from orchestrator.lineage import UNKNOWN
+from orchestrator.points import point_id, times_of, varied_keys
 from orchestrator.results import flat_of, settings_of
 from orchestrator.sweep import SweepSpec
 from orchestrator.tracking import SweepRun, TrialRun
@@ -34,9 +35,7 @@ class Children:
     def __init__(self, sweep: SweepSpec, parent: SweepRun, folder: Path) -> None:
         self.parent, self.folder = parent, folder
         self._objective = sweep.search.objective if sweep.search else ""
-        self._varied = frozenset(
-            {*sweep.grid, *(d.key for d in sweep.space), *sweep.seeds.vary} - {"method"}
-        )
+        self._varied = varied_keys(sweep)
 
     def child(self, outcome: Outcome, at: float | None, maker: Mapping[str, Any]) -> TrialRun:
         """
@@ -48,8 +47,9 @@ class Children:
         spec = normalised(slot.spec)
         name = "-".join([slot.spec.dataset.name, spec.paradigm, spec.modality, slot.cell.method])
         seed = slot.seeds.get("seed", slot.spec.seed)
-        started = int((record.started if record else at or 0.0) * 1000)
-        flat = flat_of(slot)
+        noted = int((at or 0.0) * 1000)
+        started, ended = times_of(record) if record else (noted, noted)
+        values = {**settings_of(slot), **flat_of(slot), "method": slot.cell.method}
         return TrialRun(
             slot=slot.id,
             name=f"{name}-s{seed}-{slot.key.digest[:8]}",
@@ -64,19 +64,16 @@ class Children:
                 "air.split_seed": str(slot.spec.split_seed),
                 "air.trial_key": slot.key.digest,
                 "air.cell": slot.cell.id,
+                "air.point": point_id(slot),
                 "air.message": outcome.message,
                 "air.pruned_after": str(outcome.pruned.rung) if outcome.pruned else "",
                 **self._lineage(spec, record.made if record else maker),
             },
-            params={
-                key: str(value)
-                for key, value in {**settings_of(slot), **flat}.items()
-                if key in self._varied
-            },
+            params={key: str(value) for key, value in values.items() if key in self._varied},
             metrics=record.metrics if record else self._of_pruned(outcome),
             curves=record.curves if record else {},
             started=started,
-            ended=started + int((record.seconds if record else 0.0) * 1000),
+            ended=ended,
             artifacts=self._artifacts(outcome),
         )
 

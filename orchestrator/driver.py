@@ -34,7 +34,7 @@ from orchestrator.fit import Machine, misfit, room, this_machine
 from orchestrator.freshness import accept, remedy
 from orchestrator.ledger import SweepBusy
 from orchestrator.lineage import commit, diff_digest, dirty, uncommitted
-from orchestrator.parent import note_of, parent_of, status_of, sweep_files
+from orchestrator.parent import ending_of, parent_of, status_of
 from orchestrator.place import (
     BUDGET,
     DONE,
@@ -525,8 +525,7 @@ def _close(run: Run, code: int) -> Exception | None:
     _no_room_for(lambda: remember(run.place.store, tally.work))  # estimates do without
     run.publisher.finish(
         status_of(code),
-        lambda: note_of(run.sweep, run.place),
-        sweep_files(run.place),
+        lambda folder: ending_of(run.sweep, run.place, folder),
         hasty=code == TERMINATED,
     )
     return untold

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -165,6 +166,16 @@ def _cut(text: str, room: int, font: Any) -> str:
     while text and font.getlength(text + "..") > room:
         text = text[:-1]
     return text + ".."
+
+
+def smaller(picture: Path, width: int) -> bytes:
+    """A picture at most `width` pixels wide, as PNG."""
+    with Image.open(picture) as whole:
+        image = whole.convert("RGB")
+    if image.width > width:
+        size = (width, round(image.height * width / image.width))
+        image = image.resize(size, Image.Resampling.LANCZOS)
+    return _png(image)
 
 
 def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, names: list[str]) -> bytes:

@@ -1,5 +1,7 @@
 """Outcomes on their way to the tracker: one thread writes, so that nothing waits for it.
 
+A setting is told with the last of its trials; what is left of settings, with the end.
+
 A tracker that fails never fails a sweep: what it lacks is said at the end, with the command that
 tells it.
 """
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from orchestrator.children import Children
 from orchestrator.dispatch import Outcome
+from orchestrator.points import Points
 from orchestrator.store import ArtifactStore, maker
 from orchestrator.sweep import SweepSpec
 from orchestrator.tracking import (
@@ -31,6 +34,8 @@ from orchestrator.tracking import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from orchestrator.parent import Ending
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +59,7 @@ class Publisher:
         self._tracker: Tracker | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="airsweep-")
         self._children = Children(sweep, parent, Path(self._folder.name))
+        self._points = Points(sweep)
         self._waiting: list[Future[None]] = []
         self._troubled = 0  # outcomes that could not even be brought to the tracker
 
@@ -99,19 +105,20 @@ class Publisher:
     def finish(
         self,
         status: Status,
-        note: Callable[[], str],
-        artifacts: dict[str, Path],
+        ending: Callable[[Path], Ending],
         hasty: bool = False,
     ) -> None:
         """Wait for all that was told, close the parent, and say what is missing.
 
         Args:
+            ending: what there is to say of the whole sweep; is given a folder for its files, which
+                is gone afterwards.
             hasty: who is being killed has seconds: the parent is closed without note and files, and
                 what still waits is told by the next run.
         """
         if hasty:
             self._troubled += sum(one.cancel() for one in self._waiting)
-        last = self._thread.submit(self._finish, status, note, artifacts, hasty)
+        last = self._thread.submit(self._finish, status, ending, hasty)
         self._thread.shutdown(wait=True)
         self._folder.cleanup()
         told = last.result()
@@ -136,18 +143,26 @@ class Publisher:
 
     def _trial(self, outcome: Outcome, at: float | None) -> None:
         try:
-            self._open().trial(self._children.child(outcome, at, maker()))
+            tracker = self._open()
+            tracker.trial(self._children.child(outcome, at, maker()))
+            point = self._points.ended(outcome)
+            if point is not None:
+                tracker.point(point)
         except Exception as problem:  # whatever it is, the sweep's results are worth more
             self._troubled += 1
             self._complain(problem)
 
-    def _finish(
-        self, status: Status, note: Callable[[], str], artifacts: dict[str, Path], hasty: bool
-    ) -> Told:
+    def _finish(self, status: Status, ending: Callable[[Path], Ending], hasty: bool) -> Told:
         if hasty and self._tracker is None:  # to open it would take too long
             return Told(sweep="missed")
         try:
-            return self._open().finish(status, None if hasty else note(), artifacts)
+            tracker = self._open()
+            if hasty:
+                return tracker.finish(status, None, {})
+            end = ending(Path(self._folder.name))
+            for point in end.points:
+                tracker.point(point)
+            return tracker.finish(status, end.note, end.files)
         except Exception as problem:
             self._complain(problem)
             return Told(sweep="missed")

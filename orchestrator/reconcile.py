@@ -16,9 +16,10 @@ from orchestrator.children import Children
 from orchestrator.dispatch import Outcome
 from orchestrator.ledger import Ledger
 from orchestrator.lineage import UNKNOWN
-from orchestrator.parent import note_of, parent_of, status_of, sweep_files
+from orchestrator.parent import ending_of, parent_of, status_of
 from orchestrator.place import Place, recorded_names, whoami
 from orchestrator.plan import Slot, plan_sweep
+from orchestrator.report import counted
 from orchestrator.results import standing
 from orchestrator.store import ArtifactStore
 from orchestrator.studies import Pruned
@@ -41,6 +42,7 @@ class Reconciled:
             "sweep": self.name,
             "told": self.told.told,
             "already_there": self.told.there,
+            "points": self.told.points,
             "gone": self.gone,
             "parent": self.told.sweep,
             "url": self.url,
@@ -52,8 +54,9 @@ class Reconciled:
         gone = f", {self.gone} no longer in the store" if self.gone else ""
         if self.told.nothing:
             return f"{self.name}: nothing to tell ({there} outcomes are there{gone})"
-        end = "" if told else "; its parent is brought up to date"
-        return f"{self.name}: told {told}, already there {there}{gone}{end}"
+        settings = f", {counted(self.told.points, 'setting')}" if self.told.points else ""
+        end = "" if told or settings else "; its parent is brought up to date"
+        return f"{self.name}: told {told}{settings}, already there {there}{gone}{end}"
 
 
 def reconcile(sweep: SweepSpec, place: Place, tracking_uri: str | None) -> Reconciled:
@@ -90,9 +93,10 @@ def reconcile(sweep: SweepSpec, place: Place, tracking_uri: str | None) -> Recon
                     continue
                 at = noted.get("time", history.since)
                 tracker.trial(children.child(outcome, at, noted["maker"]))
-            told = tracker.finish(
-                status_of(known.exit_code), note_of(sweep, place), sweep_files(place)
-            )
+            end = ending_of(sweep, place, Path(folder))
+            for point in end.points:
+                tracker.point(point)
+            told = tracker.finish(status_of(known.exit_code), end.note, end.files)
     finally:
         ledger.unlock()
     if told.missed or told.sweep == "missed":

@@ -450,6 +450,14 @@ class Results:
         found = [entry.metrics.get(metric, math.nan) for entry in self._of(row)[0]]
         return [value for value in found if not math.isnan(value)]
 
+    def curve(self, row: Row, metric: str) -> Array | None:
+        """A metric by iteration of each run of a row, (R, I); None where the runs have none."""
+        found = [entry.curves.get(metric, ()) for entry in self._of(row)[0]]
+        lengths = {len(curve) for curve in found}
+        if len(lengths) != 1 or lengths == {0}:
+            return None
+        return np.array(found, dtype=float)
+
     def _of(self, row: Row) -> tuple[list[Entry], Runs | None]:
         """The computations behind a row, once each; None: the entries of this row are not here."""
         at = (row.cell, row.point)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
@@ -21,40 +21,59 @@ from orchestrator.trial import TrialRecord, read_trial
 NAMED = ("dataset", "test_dataset", "paradigm", "modality", "method")  # a table's own columns
 
 
-def entries_of(plan: Plan, store: ArtifactStore) -> list[Entry]:
-    """One entry for each slot that has a record and whose point went to its end."""
-    search = plan.sweep.search
+def finished(plan: Plan, store: ArtifactStore) -> list[tuple[Slot, TrialRecord]]:
+    """Each slot that has a record and whose point went to its end."""
     whole = [slot for slot in plan.slots if slot.id not in plan.pruned and store.has(slot.spec)]
     store.fetch(slot.spec for slot in whole)
-    done = [(slot, read_trial(slot.spec, store)) for slot in whole]
+    return [(slot, read_trial(slot.spec, store)) for slot in whole]
+
+
+def entries_of(
+    plan: Plan,
+    store: ArtifactStore,
+    done: Sequence[tuple[Slot, TrialRecord]] | None = None,
+) -> list[Entry]:
+    """One entry for each slot that is finished.
+
+    Args:
+        done: what `finished` says, where it is known already.
+    """
+    search = plan.sweep.search
+    done = finished(plan, store) if done is None else done
     runs = len(plan.sweep.seeds.values)
     objectives = _objectives(done, search.objective if search else None, runs)
-    entries = []
-    for slot, record in done:
-        image_ids, predictions, labels = record.predictions()
-        entries.append(
-            Entry(
-                cell=slot.cell.id,
-                method=slot.cell.method,
-                flat=flat_of(slot),
-                settings=settings_of(slot),
-                point=slot.point,
-                seed=normalised(slot.spec).seed,
-                split_seed=slot.spec.split_seed,
-                objective=objectives.get((slot.cell.id, slot.point)),
-                metrics=record.metrics,
-                image_ids=image_ids,
-                predictions=predictions,
-                labels=labels,
-                unseen=_unseen(slot, labels),
-                digests=_digests(slot),
-                key=record.key,
-                curves=record.curves,
-                seconds=record.seconds,
-                made=record.made,
-            )
-        )
-    return entries
+    return [
+        entry_of(slot, record, objectives.get((slot.cell.id, slot.point))) for slot, record in done
+    ]
+
+
+def entry_of(slot: Slot, record: TrialRecord, objective: float | None = None) -> Entry:
+    """A trial for tables.
+
+    Args:
+        objective: of its point.
+    """
+    image_ids, predictions, labels = record.predictions()
+    return Entry(
+        cell=slot.cell.id,
+        method=slot.cell.method,
+        flat=flat_of(slot),
+        settings=settings_of(slot),
+        point=slot.point,
+        seed=normalised(slot.spec).seed,
+        split_seed=slot.spec.split_seed,
+        objective=objective,
+        metrics=record.metrics,
+        image_ids=image_ids,
+        predictions=predictions,
+        labels=labels,
+        unseen=_unseen(slot, labels),
+        digests=_digests(slot),
+        key=record.key,
+        curves=record.curves,
+        seconds=record.seconds,
+        made=record.made,
+    )
 
 
 def pruned_points(plan: Plan) -> Mapping[str, int]:
@@ -90,7 +109,7 @@ def settings_of(slot: Slot) -> dict[str, Any]:
 
 
 def _objectives(
-    done: list[tuple[Slot, TrialRecord]], objective: str | None, runs: int
+    done: Sequence[tuple[Slot, TrialRecord]], objective: str | None, runs: int
 ) -> dict[tuple[str, int], float]:
     """Mean objective over the runs of each point; a point that lacks a run has none."""
     if objective is None:

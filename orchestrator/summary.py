@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from orchestrator.presets import METHODS
 from orchestrator.report import (
@@ -24,6 +25,7 @@ from orchestrator.report import (
     varied_settings,
     worlds_of,
 )
+from orchestrator.statistics import Interval
 
 BASELINES = ("fpl", "grip", "cpl")  # the screen shows gains over the first of these that is there
 
@@ -63,17 +65,27 @@ def summary(
             screen.line("")
             screen.line(f"{world[0]}   {world[1]}/{world[2]}", "bold")
         _methods(screen, [row for row in rows if row.world == world], results, entries)
-    _differences(screen, comparisons(rows, entries), many=len(worlds) > 1)
+    _differences(screen, difference_lines(comparisons(rows, entries), many=len(worlds) > 1))
     for note in [*choice_notes(rows), *collapse_notes(rows, results)]:
         screen.folded(note)
     screen.facts(facts)
     return "\n".join(screen.lines)
 
 
-def _methods(
-    screen: _Screen, rows: Sequence[Row], results: Results, entries: Sequence[Entry]
-) -> None:
-    """One line per row: accuracy, gain over the baseline, pseudo-labels."""
+@dataclass(frozen=True)
+class MethodLine:
+    """A row as the screen has it."""
+
+    row: Row
+    gain: Interval | None  # over the baseline
+    right: float | None  # share of the last pseudo-labels
+    settings: str  # those that the sweep varies; empty: none
+
+
+def method_lines(
+    rows: Sequence[Row], results: Results, entries: Sequence[Entry]
+) -> tuple[str, list[MethodLine]]:
+    """The rows of one world, controls last, and the baseline that gains are over."""
     present = {row.method for row in rows}
     baseline = next((name for name in BASELINES if name in present), rows[0].method)
     below = METHODS[baseline].host if baseline in METHODS else None  # what the baseline starts from
@@ -85,7 +97,20 @@ def _methods(
         partner = None if row.method in (baseline, below) else results.partner(row, baseline)
         gain = results.difference(row, partner) if partner else None
         right = results.mean(row, "pseudo/accuracy")
-        lines.append((row, gain, right, settings_text(row, varied)))
+        lines.append(MethodLine(row, gain, right, settings_text(row, varied)))
+    return baseline, lines
+
+
+def headline_of(row: Row) -> str:
+    return "harmonic mean" if row.metric == "harmonic_mean" else "test accuracy"
+
+
+def _methods(
+    screen: _Screen, rows: Sequence[Row], results: Results, entries: Sequence[Entry]
+) -> None:
+    """One line per row: accuracy, gain over the baseline, pseudo-labels."""
+    baseline, found = method_lines(rows, results, entries)
+    lines = [(line.row, line.gain, line.right, line.settings) for line in found]
 
     gains = f"gain over {baseline}, 95 %" if any(gain for _, gain, *_ in lines) else ""
     name_width = max(len("method"), *(len(row.method) for row, *_ in lines))
@@ -97,7 +122,7 @@ def _methods(
     bar = 0 if beside else max(0, min(20, room))
 
     last = "right  settings" if beside else "pseudo-labels right" if bar > 11 else "right"
-    metric = "harmonic mean" if rows[0].metric == "harmonic_mean" else "test accuracy"
+    metric = headline_of(rows[0])
     screen.line(f"{'method':{name_width}}   {metric}   {gains:{gain_width}}   {last}", "dim")
     for row, gain, right, settings in lines:
         text = "" if right is None else f"{100 * right:3.0f} %"
@@ -115,8 +140,15 @@ def _methods(
             screen.folded("  " + settings, "dim")
 
 
-def _differences(screen: _Screen, found: Sequence[Comparison], *, many: bool) -> None:
-    """What synthetic images add to a host, and what they add to the control without diffusion."""
+MOST = 12  # differences that are shown
+
+
+def difference_lines(found: Sequence[Comparison], *, many: bool) -> list[tuple[str, str]]:
+    """What synthetic images add to a host, and to the control without diffusion: label and text.
+
+    Args:
+        many: there are several worlds.
+    """
     controls = {method.control for method in METHODS.values()}
     shown = [
         c
@@ -124,11 +156,9 @@ def _differences(screen: _Screen, found: Sequence[Comparison], *, many: bool) ->
         if c.role == "control" or (METHODS[c.b].host is not None and c.a not in controls)
     ]
     often = Counter((c.a, c.b, c.row.world) for c in shown)
-    limit = 12
-    width = max((len(f"{c.a} - {c.b}") for c in shown[:limit]), default=0)
-    for c in shown[:limit]:
-        label = f"{c.a} - {c.b}"
-        text = f"{label:<{width}}   {signed_interval(c.difference)}   "
+    lines = []
+    for c in shown:
+        text = f"{signed_interval(c.difference)}   "
         if c.role == "control":
             text += "control: real images, no diffusion"
         else:
@@ -143,9 +173,16 @@ def _differences(screen: _Screen, found: Sequence[Comparison], *, many: bool) ->
             text += f"; {c.row.dataset}, {c.row.paradigm}/{c.row.modality}"
         if often[c.a, c.b, c.row.world] > 1:
             text += f"; {settings_text(c.row, list(c.settings))}"
-        screen.folded(text)
-    if len(shown) > limit:
-        screen.line(f"{len(shown) - limit} more differences stand in the table")
+        lines.append((f"{c.a} - {c.b}", text))
+    return lines
+
+
+def _differences(screen: _Screen, lines: Sequence[tuple[str, str]]) -> None:
+    width = max((len(label) for label, _ in lines[:MOST]), default=0)
+    for label, text in lines[:MOST]:
+        screen.folded(f"{label:<{width}}   {text}")
+    if len(lines) > MOST:
+        screen.line(f"{len(lines) - MOST} more differences stand in the table")
 
 
 class _Screen:

@@ -100,6 +100,11 @@ def of_run(run_id: str, root: Path, uri: str | None) -> Remembered:
     kind, state = run.tags.get("air.kind"), run.tags.get("air.state")
     if kind == "sweep":
         raise ValueError(f"{run_id} is the sweep {run.name}; give the run of one of its trials")
+    if kind == "point":
+        raise ValueError(
+            f"{run_id} ({run.name}) is a setting over {run.tags.get('air.runs')} runs; give one of "
+            "the trials that its page lists"
+        )
     if kind != "trial":
         raise ValueError(f"{run_id} ({run.name}) is not a trial of airsweep")
     if state == "pruned":

@@ -79,6 +79,7 @@ LONG = (
     "test_outage",
     "test_bucket",
     "test_docs",
+    "test_browsing",
 )  # files, the longest first
 
 

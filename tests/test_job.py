@@ -156,7 +156,7 @@ def test_a_stopped_job_says_how_it_ended_and_the_same_command_goes_on(head, tmp_
     outcome = json.loads((store / "sweeps" / "default" / "stopped" / "outcome.json").read_text())
     assert outcome["state"] == "terminated"
     told = {(run.data.tags["air.kind"], run.info.status) for run in all_runs(store)}
-    assert told == {("sweep", "KILLED"), ("trial", "FINISHED")}
+    assert told - {("point", "FINISHED")} == {("sweep", "KILLED"), ("trial", "FINISHED")}
 
     again = submit(head, tmp_path / "job", *command.split()[3:])
     assert again.returncode == 0, again.stdout + again.stderr
@@ -164,7 +164,9 @@ def test_a_stopped_job_says_how_it_ended_and_the_same_command_goes_on(head, tmp_
     assert count(found, "trial_done") + count(found, "trial_reused") == COUNT
     runs = all_runs(store)
     assert {run.info.status for run in runs} == {"FINISHED"}
-    assert len({run.data.tags.get("air.slot", "sweep") for run in runs}) == len(runs) == COUNT + 1
+    named = {run.data.tags.get("air.slot") or run.data.tags.get("air.point") for run in runs}
+    points = [run for run in runs if run.data.tags["air.kind"] == "point"]
+    assert len(named) == len(runs) == COUNT + len(points) + 1
 
 
 def finished_in(database: Path) -> int:

@@ -98,14 +98,18 @@ def test_what_the_server_missed_is_told_once(spec, server, told):
 
     found = runs(server)
     assert {run.info.status for run in found} == {"FINISHED"}
-    slots = Counter(run.data.tags.get("air.slot", "the sweep") for run in found)
+    tags = [run.data.tags for run in found]
+    slots = Counter(of.get("air.slot", "the sweep") for of in tags if of["air.kind"] != "point")
     assert len(slots) == TRIALS + 1
-    assert set(slots.values()) == {1}
+    points = Counter(of["air.point"] for of in tags if of["air.kind"] == "point")
+    assert points.keys() == {of["air.point"] for of in tags if of["air.kind"] == "trial"}
+    assert {*slots.values(), *points.values()} == {1}
 
 
 def test_a_trial_of_a_server_is_computed_again_and_compared(spec, server, told):
+    trials = [run for run in runs(server) if run.data.tags["air.kind"] == "trial"]
     one, other = (
-        next(run for run in runs(server) if run.data.tags.get("air.method") == method)
+        next(run for run in trials if run.data.tags["air.method"] == method)
         for method in ("fpl", "zero_shot")
     )
     there = ("--store", spec.parent / "runs", "--tracking-uri", server.url)

@@ -1,4 +1,4 @@
-"""What a tracker is told about a sweep: one parent, and one child for every outcome.
+"""What a tracker is told about a sweep: one parent, one child for every outcome and every setting.
 
 A tracker is a view. The store and the ledger hold the truth, so whatever a tracker has missed can
 be told to it later (`orchestrator.reconcile`). Knows nothing of Ray, of the store or of how a trial
@@ -10,12 +10,13 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
-from urllib.parse import urlsplit
+from typing import Literal, NamedTuple, Protocol, get_args
+from urllib.parse import quote, unquote, urlsplit
 
 log = logging.getLogger(__name__)
 
@@ -46,12 +47,13 @@ class Told:
     told: int = 0  # outcomes that it lacked, or had otherwise
     there: int = 0  # outcomes that it had
     missed: int = 0  # outcomes that it lacks still
+    points: int = 0  # settings that it lacked, or had otherwise
     sweep: Literal["told", "there", "missed"] = "there"  # the parent, with its end
 
     @property
     def nothing(self) -> bool:
         """Whether it had all of it."""
-        return not self.told and not self.missed and self.sweep == "there"
+        return not (self.told or self.missed or self.points) and self.sweep == "there"
 
 
 class Point(NamedTuple):
@@ -97,11 +99,7 @@ class TrialRun:
     artifacts: Mapping[str, Path] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        keys = self.metrics.keys() | self.curves.keys()
-        assert len(keys) <= MAX_METRICS, (
-            f"{len(keys)} metric keys for {self.slot}, at most {MAX_METRICS}: "
-            "numbers per class belong in an artifact"
-        )
+        _check_count(self.metrics.keys() | self.curves.keys(), self.slot)
         assert self.state == "failed" or not self.failure_class, (
             f"{self.slot} is {self.state} and has the failure class {self.failure_class}"
         )
@@ -126,19 +124,107 @@ class TrialRun:
         >>> run.points()["s"]
         [Point(step=0, time=90, value=3.0)]
         """
-        curves = {key: [value] for key, value in self.metrics.items()}
-        curves |= {key: curve for key, curve in self.curves.items() if curve}
-        series = {
-            key: [
-                Point(
-                    step, self.started + (self.ended - self.started) * (step + 1) // len(curve), v
-                )
-                for step, v in enumerate(curve)
-                if math.isfinite(v)
-            ]
-            for key, curve in curves.items()
-        }
-        return {key: points for key, points in series.items() if points}
+        return series(self.metrics, self.curves, self.started, self.ended)
+
+
+def series(
+    metrics: Mapping[str, float], curves: Mapping[str, list[float]], started: int, ended: int
+) -> dict[str, list[Point]]:
+    """Numbers and curves with step and time; what is not finite is left out."""
+    all_curves = {key: [value] for key, value in metrics.items()}
+    all_curves |= {key: curve for key, curve in curves.items() if curve}
+    found = {
+        key: [
+            Point(step, started + (ended - started) * (step + 1) // len(curve), value)
+            for step, value in enumerate(curve)
+            if math.isfinite(value)
+        ]
+        for key, curve in all_curves.items()
+    }
+    return {key: points for key, points in found.items() if points}
+
+
+def _check_count(keys: set[str], whose: str) -> None:
+    assert len(keys) <= MAX_METRICS, (
+        f"{len(keys)} metric keys for {whose}, at most {MAX_METRICS}: "
+        "numbers per class belong in an artifact"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Numbers:
+    """What a setting has over its runs; fractions, not percent."""
+
+    metrics: dict[str, float]  # means, and of the headline also _std, _low, _high; n
+    curves: dict[str, list[float]]  # mean over runs, per iteration
+    interval: str  # what _low and _high are
+
+    def __post_init__(self) -> None:
+        _check_count(self.metrics.keys() | self.curves.keys(), "a setting")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PointRun:
+    """A child that is no trial: one setting (cell and point) over its seeds and splits.
+
+    Args:
+        content: digest of what the numbers are computed from. While it stays, they stay, and
+            nobody computes them again to see that a tracker has them.
+        note: Markdown, with links to trials (`link`).
+    """
+
+    point: str  # unique within the sweep; trials name it in their tag air.point
+    name: str
+    content: str
+    tags: dict[str, str] = field(default_factory=dict)
+    params: dict[str, str] = field(default_factory=dict)
+    note: str = ""
+    numbers: Callable[[], Numbers]
+    started: int  # ms since the epoch: its first trial
+    ended: int  # its last one
+
+
+# What a note may point at: a trial by its slot, a setting by its point, a file of the sweep by its
+# name, a list of runs by their kind, charts of them. Only a tracker knows where they are.
+Target = Literal["trial", "point", "file", "runs", "charts"]
+TARGETS = get_args(Target)
+_LINK = re.compile(rf"(!?)\[([^\]]*)\]\(({'|'.join(TARGETS)}):([^)\s]*)\)")
+
+
+def link(text: str, target: Target, name: str) -> str:
+    """A link of a note to something that a tracker shows.
+
+    >>> link("seed 1", "trial", "digits-air/0/seed=1")
+    '[seed 1](trial:digits-air/0/seed=1)'
+    """
+    return f"[{text}]({target}:{quote(name, safe='/=')})"
+
+
+def image(text: str, name: str) -> str:
+    """A picture of a note: a file of the sweep."""
+    return f"!{link(text, 'file', name)}"
+
+
+def linked(note: str, find: Callable[[str, str], str | None]) -> str:
+    """A note with addresses in place of targets.
+
+    Args:
+        find: target and name to an address; None: a link becomes its text, a picture goes.
+
+    >>> linked("[a](trial:x) ![b](file:y.png) [c](http://z)", lambda target, name: f"/{name}")
+    '[a](/x) ![b](/y.png) [c](http://z)'
+    >>> linked("[a](trial:x) ![b](file:y.png)", lambda target, name: None)
+    'a '
+    """
+
+    def resolved(match: re.Match[str]) -> str:
+        bang, text, target, name = match.groups()
+        address = find(target, unquote(name))
+        if address is None:
+            return "" if bang else text
+        return f"{bang}[{text}]({address})"
+
+    return _LINK.sub(resolved, note)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,11 +260,14 @@ class Tracker(Protocol):
     def trial(self, run: TrialRun) -> None:
         """Say what became of a trial. A slot is one child, however often it is told."""
 
-    def finish(self, status: Status, note: str | None, artifacts: dict[str, Path]) -> Told:
+    def point(self, run: PointRun) -> None:
+        """Say how a setting did, after its trials were told. A point is one child."""
+
+    def finish(self, status: Status, note: str | None, artifacts: Mapping[str, Path]) -> Told:
         """Close the parent, and whatever a killed driver has left open below it.
 
         Args:
-            note: Markdown; None: there is no time for note and artifacts.
+            note: Markdown with links (`link`); None: there is no time for note and artifacts.
         """
 
     def url(self) -> str:
@@ -195,7 +284,9 @@ class NoTracker:
 
     def trial(self, run: TrialRun) -> None: ...
 
-    def finish(self, status: Status, note: str | None, artifacts: dict[str, Path]) -> Told:
+    def point(self, run: PointRun) -> None: ...
+
+    def finish(self, status: Status, note: str | None, artifacts: Mapping[str, Path]) -> Told:
         return Told()
 
     def url(self) -> str:

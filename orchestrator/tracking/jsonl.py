@@ -1,8 +1,8 @@
 """The tracker for machines without MLflow: a line of JSON for everything that is told.
 
 Nothing is ever rewritten. What holds for a slot is its last line, so a file that was told twice, or
-whose writer was killed in mid-line, reads the same as one that was not. Files of a trial are copied
-to a folder beside the lines, `<name>.files`; those of the sweep are named where they are.
+whose writer was killed in mid-line, reads the same as one that was not. Files of trials and of the
+sweep are copied to a folder beside the lines, `<name>.files`. Links of notes stay names.
 """
 
 from __future__ import annotations
@@ -10,12 +10,22 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from orchestrator.ledger import append_line
-from orchestrator.tracking import Status, SweepRun, Told, TrackerAway, TrialRun, small_artifacts
+from orchestrator.tracking import (
+    PointRun,
+    Status,
+    SweepRun,
+    Told,
+    TrackerAway,
+    TrialRun,
+    series,
+    small_artifacts,
+)
 
 
 @dataclass
@@ -24,6 +34,7 @@ class TrackedSweep:
 
     sweep: dict[str, Any] = field(default_factory=dict)
     trials: dict[str, dict[str, Any]] = field(default_factory=dict)  # by slot
+    points: dict[str, dict[str, Any]] = field(default_factory=dict)  # by point
 
 
 class JsonlTracker:
@@ -72,7 +83,7 @@ class JsonlTracker:
         ):
             self._counts.there += 1
             return
-        line["artifacts"] = self._kept(run)
+        line["artifacts"] = self._kept(run.name, run.artifacts)
         if known == line:
             self._counts.there += 1
             return
@@ -80,9 +91,29 @@ class JsonlTracker:
         self._told.trials[run.slot] = line
         self._counts.told += 1
 
-    def finish(self, status: Status, note: str | None, artifacts: dict[str, Path]) -> Told:
+    def point(self, run: PointRun) -> None:
+        about = {"kind": "point", "parent": self._sweep["id"], **vars(run)}
+        del about["numbers"]  # to look at them is to compute them
+        known = self._told.points.get(run.point, {})
+        if about.items() <= known.items():
+            return
+        numbers = run.numbers()
+        points = series(numbers.metrics, numbers.curves, run.started, run.ended)
+        line = {
+            **about,
+            "metrics": {key: found[-1].value for key, found in points.items()},
+            "curves": {
+                k: [[p.step, p.value] for p in points[k]] for k in numbers.curves if k in points
+            },
+            "interval": numbers.interval,
+        }
+        self._append(line)
+        self._told.points[run.point] = line
+        self._counts.points += 1
+
+    def finish(self, status: Status, note: str | None, artifacts: Mapping[str, Path]) -> Told:
         end = {"status": status, "note": note}
-        places = _places(small_artifacts(artifacts, self._sweep["id"]))
+        places = self._kept(self._sweep["sweep"], artifacts)
         line = {**self._sweep, **end, "artifacts": places}
         if self._told.sweep != line:
             self._append(line)
@@ -93,11 +124,11 @@ class JsonlTracker:
     def url(self) -> str:
         return str(self._path)
 
-    def _kept(self, run: TrialRun) -> dict[str, str]:
-        """Copies of a trial's files: the originals may be gone when somebody looks."""
-        folder = self._path.with_name(f"{self._path.stem}.files") / run.name
+    def _kept(self, owner: str, artifacts: Mapping[str, Path]) -> dict[str, str]:
+        """Copies of files: the originals may be gone when somebody looks."""
+        folder = self._path.with_name(f"{self._path.stem}.files") / owner
         places = {}
-        for name, path in small_artifacts(run.artifacts, run.name).items():
+        for name, path in small_artifacts(artifacts, owner).items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             places[name] = str(shutil.copyfile(path, folder / name))
         return places
@@ -116,15 +147,14 @@ def read(path: Path) -> dict[str, TrackedSweep]:
             line = json.loads(text)
         except json.JSONDecodeError:
             continue  # the writer was killed here; the outcome was told again further down
-        if line["kind"] == "sweep":
-            sweeps.setdefault(line["id"], TrackedSweep()).sweep = line
-        else:
-            sweeps.setdefault(line["parent"], TrackedSweep()).trials[line["slot"]] = line
+        match line["kind"]:
+            case "sweep":
+                sweeps.setdefault(line["id"], TrackedSweep()).sweep = line
+            case "point":
+                sweeps.setdefault(line["parent"], TrackedSweep()).points[line["point"]] = line
+            case _:
+                sweeps.setdefault(line["parent"], TrackedSweep()).trials[line["slot"]] = line
     return sweeps
-
-
-def _places(artifacts: dict[str, Path]) -> dict[str, str]:
-    return {name: str(path) for name, path in artifacts.items()}
 
 
 def _end_last_line(path: Path) -> None:

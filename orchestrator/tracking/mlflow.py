@@ -7,16 +7,20 @@ and told later, or by `orchestrator.reconcile`, which tells everything anyway.
 
 from __future__ import annotations
 
+import json
 import logging
+import re
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 from filelock import FileLock
 
 from orchestrator.tracking.runs import (  # first: it has the settings of MLflow
+    Below,
     Child,
     Trouble,
     check_database,
@@ -52,11 +56,14 @@ from orchestrator.tracking import (
     ARTIFACTS,
     DATABASE,
     MAX_UNTOLD,
+    PointRun,
     Status,
     SweepRun,
     Told,
     TrackerAway,
     TrialRun,
+    linked,
+    series,
     small_artifacts,
     without_credentials,
 )
@@ -67,6 +74,11 @@ log = logging.getLogger(__name__)
 # never replies holds the driver for 35 seconds each time.
 REST = 300.0
 VIEW = "?workflowType=machine_learning"  # without it the pages of a run are those for prompts
+
+SHARED, PARAMS = "mlflow.sharedViewState.", 6  # so many columns of params fit
+LISTS = {"runs": "", "charts": "&compareRunsMode=CHART"}  # how a list of runs is shown
+# MLflow draws tables without a gap between columns. The line below the header has none to fill.
+_ROW, GAP = re.compile(r"^\| .*[^-:| \n].*\|$", re.MULTILINE), "&emsp;"
 
 # For a first look: who has no server should know at once.
 QUICK = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
@@ -84,11 +96,22 @@ class _Opened:
     folder: str
     status: str
     tags: dict[str, str]  # of the parent
-    children: dict[str, Child]  # by slot
+    below: Below
+    lists: dict[str, str]  # tags of the experiment
+
+    @property
+    def children(self) -> dict[str, Child]:
+        """Trials by slot."""
+        return self.below.trials
+
+    @property
+    def points(self) -> dict[str, Child]:
+        """Settings by point."""
+        return self.below.points
 
 
 class MlflowTracker:
-    """Sweeps as parents, outcomes as children, in the experiment `air/<project>`.
+    """Sweeps as parents, outcomes and settings as children, in the experiment `air/<project>`.
 
     Args:
         uri: of a server, or of a sqlite file.
@@ -105,7 +128,7 @@ class MlflowTracker:
         self._sweep: SweepRun | None = None
         self._live = True
         self._opened: _Opened | None = None  # None: not reached yet, or not since an outage
-        self._untold: dict[str, TrialRun] = {}
+        self._untold: dict[tuple[str, str], TrialRun | PointRun] = {}
         self._rest_until = self._uploads_rest_until = 0.0
         self._complained = False
         self._counts = Told()
@@ -144,16 +167,20 @@ class MlflowTracker:
 
     def trial(self, run: TrialRun) -> None:
         if len(self._untold) < MAX_UNTOLD:
-            self._untold[run.slot] = run
+            self._untold["trial", run.slot] = run
         else:
             self._counts.missed += 1
         self._catch_up()
 
-    def finish(self, status: Status, note: str | None, artifacts: dict[str, Path]) -> Told:
+    def point(self, run: PointRun) -> None:
+        self._untold["point", run.point] = run  # hardly more than its trials are held for it
+        self._catch_up()
+
+    def finish(self, status: Status, note: str | None, artifacts: Mapping[str, Path]) -> Told:
         if status != "KILLED":  # who is being killed has no time to wait for a server that is away
             self._rest_until = self._uploads_rest_until = 0.0
         if not (self._catch_up() and self._close(status, note, artifacts)):
-            self._counts.missed += len(self._untold)
+            self._counts.missed += sum(kind == "trial" for kind, _ in self._untold)
             self._counts.sweep = "missed"
         return self._counts
 
@@ -175,12 +202,15 @@ class MlflowTracker:
         with quiet():
             try:
                 self._opened = self._opened or self._open()
-                for slot, run in list(self._untold.items()):
-                    if self._tell_unless_refused(self._opened, run):
+                for name, run in list(self._untold.items()):
+                    told = self._tell_unless_refused(self._opened, run)
+                    if isinstance(run, PointRun):
+                        self._counts.points += told
+                    elif told:
                         self._counts.told += 1
                     else:
                         self._counts.there += 1
-                    del self._untold[slot]
+                    del self._untold[name]
             except Trouble as trouble:
                 self._no_answer(trouble)
                 return False
@@ -198,8 +228,10 @@ class MlflowTracker:
             )
         self._complained = True
 
-    def _tell_unless_refused(self, opened: _Opened, run: TrialRun) -> bool:
+    def _tell_unless_refused(self, opened: _Opened, run: TrialRun | PointRun) -> bool:
         try:
+            if isinstance(run, PointRun):
+                return self._tell_point(opened, run)
             return self._tell(opened, run)
         except MlflowException as error:
             if error.error_code not in REFUSED:
@@ -219,7 +251,10 @@ class MlflowTracker:
             del opened.children[run.slot]
             child = None
         if child is None:
-            child = self._create(opened, run)
+            # A killed driver leaves this much behind; the slot is how the next one finds it.
+            identity = {"air.slot": run.slot, "air.trial_key": run.tags.get("air.trial_key", "")}
+            child = self._create(opened, "trial", identity, run)
+            opened.children[run.slot] = child
         if child.says(run, self._child_tags(run, run.artifacts)):
             return False  # by the names of the files: to look at them may be to make them
         artifacts = small_artifacts(run.artifacts, run.name)
@@ -243,19 +278,72 @@ class MlflowTracker:
         child.status, child.ended = run.status, run.ended
         return True
 
-    def _create(self, opened: _Opened, run: TrialRun) -> Child:
-        # A killed driver leaves this much behind; the slot is how the next one finds it.
-        identity = {
-            "air.kind": "trial",
-            "air.slot": run.slot,
-            "air.trial_key": run.tags.get("air.trial_key", ""),
-            MLFLOW_PARENT_RUN_ID: opened.parent,
+    def _tell_point(self, opened: _Opened, run: PointRun) -> bool:
+        """Whether there was anything to tell. Three requests, or one where only words changed."""
+        client = opened.client
+        child = opened.points.get(run.point)
+        if child is not None and child.tags.get("air.content") != run.content:
+            # Other runs, other numbers: a seed was added, say. A history would hold both.
+            client.delete_run(child.run_id)
+            del opened.points[run.point]
+            child = None
+        if child is None:
+            identity = {"air.point": run.point, "air.content": run.content}
+            child = self._create(opened, "point", identity, run)
+            opened.points[run.point] = child
+        tags = self._point_tags(opened, run)
+        changed = {key: value for key, value in tags.items() if child.tags.get(key) != value}
+        params = {key: value for key, value in run.params.items() if key not in child.params}
+        if child.computed(run):
+            if not (changed or params):
+                return False
+            log_batch(client, child.run_id, tags=changed, params=params)
+        else:
+            numbers = run.numbers()
+            changed |= filled({"air.interval": numbers.interval})
+            points = series(numbers.metrics, numbers.curves, run.started, run.ended)
+            log_batch(client, child.run_id, tags=changed, params=params, points=points)
+            client.set_terminated(child.run_id, "FINISHED", run.ended)
+            child.metrics.update(points)
+            child.status, child.ended = "FINISHED", run.ended
+        child.tags.update(changed)
+        child.params.update(params)
+        return True
+
+    def _create(
+        self, opened: _Opened, kind: str, identity: dict[str, str], run: TrialRun | PointRun
+    ) -> Child:
+        tags = {"air.kind": kind, **identity, MLFLOW_PARENT_RUN_ID: opened.parent}
+        created = opened.client.create_run(opened.experiment, run.started, filled(tags), run.name)
+        return child_of(created)
+
+    def _point_tags(self, opened: _Opened, run: PointRun) -> dict[str, str]:
+        assert self._sweep is not None
+        ours = {
+            "air.sweep": self._sweep.sweep,
+            MLFLOW_RUN_NAME: run.name,
+            MLFLOW_RUN_NOTE: self._resolved(opened, run.note),
         }
-        created = opened.client.create_run(
-            opened.experiment, run.started, filled(identity), run.name
-        )
-        child = opened.children[run.slot] = child_of(created)
-        return child
+        return filled(run.tags | ours | system_tags(self._sweep))
+
+    def _resolved(self, opened: _Opened, note: str, files: Container[str] = ()) -> str:
+        """A note with addresses that a server's pages resolve, wherever it is reached.
+
+        Args:
+            files: of the sweep, that have arrived.
+        """
+        runs = f"#/experiments/{opened.experiment}/runs"
+
+        def find(target: str, name: str) -> str | None:
+            if target == "file":
+                where = f"get-artifact?path={quote(name)}&run_uuid={opened.parent}"
+                return where if name in files else None
+            if target in LISTS:
+                return f"{runs}{VIEW}&viewStateShareKey={self._list_key(name)}{LISTS[target]}"
+            child = opened.below.find(target, name)
+            return f"{runs}/{child.run_id}{VIEW}" if child is not None else None
+
+        return _ROW.sub(lambda row: row[0].replace(" |", f"{GAP}|"), linked(note, find))
 
     def _child_tags(self, run: TrialRun, artifacts: Mapping[str, Path]) -> dict[str, str]:
         assert self._sweep is not None
@@ -273,13 +361,45 @@ class MlflowTracker:
         }
         return filled(run.tags | ours | system_tags(self._sweep) | filled(made))
 
+    def _list_key(self, kind: str) -> str:
+        assert self._sweep is not None
+        return f"air-{self._sweep.sweep}-{kind}"
+
+    def _keep_lists(self, opened: _Opened) -> None:
+        """Tags of the experiment by which a link opens a list of runs with its columns.
+
+        MLflow keeps its columns in each browser, at first without any metric. What it shares by
+        "copy link" is such a tag.
+        """
+        assert self._sweep is not None
+        for kind, children in (("point", opened.points), ("trial", opened.children)):
+            metrics = {name for child in children.values() for name in child.metrics}
+            params = sorted({name for child in children.values() for name in child.params})
+            headline = "test/harmonic_mean" if "test/harmonic_mean" in metrics else "test/accuracy"
+            shown = [headline, f"{headline}_low", f"{headline}_high", "n"]
+            shown = [name for name in shown if name in metrics]
+            view = {
+                "searchFilter": f"tags.`air.sweep` = '{self._sweep.sweep}' "
+                f"and tags.`air.kind` = '{kind}'",
+                "orderByKey": f"metrics.`{headline}`",
+                "orderByAsc": False,
+                "selectedColumns": [
+                    *(f"params.`{name}`" for name in params[:PARAMS]),
+                    *(f"metrics.`{name}`" for name in shown),
+                ],
+            }
+            name, value = f"{SHARED}{self._list_key(kind)}", json.dumps(view)
+            if children and opened.lists.get(name) != value:
+                opened.client.set_experiment_tag(opened.experiment, name, value)
+                opened.lists[name] = value
+
     # Opening and closing the parent.
 
     def _open(self) -> _Opened:
         assert self._sweep is not None, "start() comes first"
         sweep = self._sweep
         client = self._connect()
-        experiment = self._experiment(client)
+        experiment, lists = self._experiment(client)
         identity = {"air.kind": "sweep", "air.sweep": sweep.sweep}
         about = {"air.project": sweep.project, "air.spec_hash": sweep.spec_hash}
         if self._live:
@@ -299,7 +419,7 @@ class MlflowTracker:
         new = {key: value for key, value in sweep.params.items() if key not in parent.data.params}
         opened = _Opened(
             *(client, experiment, parent_id, parent.info.artifact_uri, status),
-            *(dict(parent.data.tags), children_below(client, experiment, parent_id)),
+            *(dict(parent.data.tags), children_below(client, experiment, parent_id), lists),
         )
         self._say_of_parent(opened, about | system_tags(sweep), new)
         self._page = f"#/experiments/{experiment}/runs/{parent_id}{VIEW}"
@@ -315,17 +435,15 @@ class MlflowTracker:
             opened.tags |= tags
             self._counts.sweep = "told"
 
-    def _close(self, status: Status, note: str | None, artifacts: dict[str, Path]) -> bool:
+    def _close(self, status: Status, note: str | None, artifacts: Mapping[str, Path]) -> bool:
         assert self._opened is not None
         opened, client = self._opened, self._opened.client
         with quiet():
             try:
-                known = {child.run_id for child in opened.children.values()}
                 below = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{opened.parent}'"
                 running = f"{below} and attributes.status = 'RUNNING'"  # of killed drivers
                 for run in list(search(client, opened.experiment, running)):
-                    twin = opened.children.get(run.data.tags.get("air.slot", ""))
-                    if twin is not None and run.info.run_id not in known:
+                    if opened.below.twin(run) is not None:
                         client.delete_run(run.info.run_id)  # made twice by a retried request
                     else:
                         client.set_terminated(run.info.run_id, "KILLED")
@@ -337,9 +455,10 @@ class MlflowTracker:
                     files = small_artifacts(artifacts, "the sweep")
                     shown = {"air.artifacts": contents(files)}
                     if opened.tags.get("air.artifacts", "") != shown["air.artifacts"]:
-                        uploaded = self._upload(opened, opened.folder, files)
-                        shown = {"air.artifacts": contents(uploaded)}
-                    counts |= {MLFLOW_RUN_NOTE: note, **shown}
+                        files = self._upload(opened, opened.folder, files)
+                        shown = {"air.artifacts": contents(files)}
+                    counts |= {MLFLOW_RUN_NOTE: self._resolved(opened, note, files), **shown}
+                    self._keep_lists(opened)
                 self._say_of_parent(opened, counts)
                 if opened.status != status:
                     client.set_terminated(opened.parent, status)
@@ -360,14 +479,15 @@ class MlflowTracker:
             check_database(self._database)
             return MlflowClient(self._uri)
 
-    def _experiment(self, client: MlflowClient) -> str:
+    def _experiment(self, client: MlflowClient) -> tuple[str, dict[str, str]]:
+        """Its id, and its tags."""
         name = f"air/{self._project}"
         found: Experiment | None = client.get_experiment_by_name(name)
         if found is None:
             location = None if self._database is None else f"mlflow-artifacts:/{slug(name)}"
             kind = {"mlflow.experimentKind": "custom_model_development"}
             try:
-                return str(client.create_experiment(name, location, kind))
+                return str(client.create_experiment(name, location, kind)), kind
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
@@ -375,7 +495,7 @@ class MlflowTracker:
         if found.lifecycle_stage == "deleted":
             log.warning("the experiment %s was deleted in MLflow; it is restored", name)
             client.restore_experiment(found.experiment_id)
-        return str(found.experiment_id)
+        return str(found.experiment_id), dict(found.tags)
 
     # Artifacts.
 

@@ -40,7 +40,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
-from orchestrator.tracking import ARTIFACTS, Point, SeenRun, TrackerAway, TrialRun
+from orchestrator.tracking import ARTIFACTS, Point, PointRun, SeenRun, TrackerAway, TrialRun
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)  # Ray may have imported it before us
 
@@ -53,7 +53,7 @@ Trouble = (MlflowException, OSError)  # requests' exceptions are OSErrors
 
 @dataclass
 class Child:
-    """What MLflow holds of one outcome."""
+    """What MLflow holds of one outcome, or of one setting."""
 
     run_id: str
     folder: str  # the uri of its artifacts
@@ -81,20 +81,49 @@ class Child:
             and run.points().keys() <= self.metrics
         )
 
+    def computed(self, run: PointRun) -> bool:
+        """Whether these are the numbers of `run`. The status is set last."""
+        return self.status == "FINISHED" and self.tags.get("air.content") == run.content
 
-def children_below(client: MlflowClient, experiment: str, parent: str) -> dict[str, Child]:
-    children: dict[str, Child] = {}
+
+@dataclass
+class Below:
+    """The children of a sweep."""
+
+    trials: dict[str, Child]  # by slot
+    points: dict[str, Child]  # settings, by their point
+
+    def find(self, kind: str, name: str) -> Child | None:
+        return {"trial": self.trials, "point": self.points}.get(kind, {}).get(name)
+
+    def twin(self, run: Run) -> Child | None:
+        """The child that is told where a run was made twice."""
+        kind, name = _identity(run)
+        child = self.find(kind, name)
+        return child if child is not None and child.run_id != run.info.run_id else None
+
+
+def _identity(run: Run) -> tuple[str, str]:
+    """Kind and name of a child; runs that are not ours have no name."""
+    tags = run.data.tags
+    kind = tags.get("air.kind", "")
+    return kind, tags.get("air.point" if kind == "point" else "air.slot", "")
+
+
+def children_below(client: MlflowClient, experiment: str, parent: str) -> Below:
+    found = Below({}, {})
     below = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{parent}'"
     for run in list(search(client, experiment, below)):
-        slot = run.data.tags.get("air.slot")
-        if slot is None:
+        kind, name = _identity(run)
+        if not name:
             continue  # not ours: somebody has hung a run of their own below the sweep
         child = child_of(run)
-        twin = children.setdefault(slot, child)
+        named = found.points if kind == "point" else found.trials
+        twin = named.setdefault(name, child)
         if twin is not child:  # here too, requests are sent again
-            children[slot], spare = (child, twin) if twin.status == "RUNNING" else (twin, child)
+            named[name], spare = (child, twin) if twin.status == "RUNNING" else (twin, child)
             client.delete_run(spare.run_id)
-    return children
+    return found
 
 
 def child_of(run: Run) -> Child:

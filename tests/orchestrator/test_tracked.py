@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ from orchestrator.differences import differences
 from orchestrator.image_rows import build_image_block, open_generator
 from orchestrator.keys import ArtifactKey
 from orchestrator.ledger import Ledger
-from orchestrator.parent import parent_of
+from orchestrator.parent import Ending, parent_of
 from orchestrator.place import Place
 from orchestrator.plan import needs_of, plan_sweep
 from orchestrator.publish import Publisher
 from orchestrator.reconcile import reconcile
+from orchestrator.report import rows
 from orchestrator.repro import repro
+from orchestrator.results import entries_of
 from orchestrator.stages import PARTS
 from orchestrator.store import ArtifactStore
 from orchestrator.sweep import SweepSpec
@@ -130,13 +133,61 @@ def told(ended: Place, sweep: SweepSpec, tmp_path_factory: pytest.TempPathFactor
     """MLflow's file beside the store, told of the sweep afterwards."""
     assert os.environ.get("MLFLOW_TRACKING_URI") is None
     first = reconcile(sweep, ended, None)
-    assert (first.told, first.gone) == (Told(told=6, sweep="told"), 0)
+    assert (first.told, first.gone) == (Told(told=6, points=3, sweep="told"), 0)
     return f"sqlite:///{ended.store.root}/mlflow.db"
 
 
 def run_of(uri: str, method: str, status: str = "FINISHED") -> Any:
-    found = [run for run in all_runs(uri) if run.data.tags.get("air.method") == method]
+    found = [run for run in all_runs(uri) if run.data.tags["air.kind"] == "trial"]
+    found = [run for run in found if run.data.tags["air.method"] == method]
     return min((r for r in found if r.info.status == status), key=lambda r: r.data.tags["air.seed"])
+
+
+def point_of(uri: str, method: str) -> Any:
+    found = [run for run in all_runs(uri) if run.data.tags["air.kind"] == "point"]
+    return next(run for run in found if run.data.tags["air.method"] == method)
+
+
+def test_settings_are_told_with_the_numbers_of_the_table(ended, sweep, told):
+    plan = plan_sweep(sweep, ended.store, ended.resolver(), ended.ledger())
+    expected = {row.method: row for row in rows(entries_of(plan, ended.store), None)}
+    for method, row in expected.items():
+        metrics, tags = point_of(told, method).data.metrics, point_of(told, method).data.tags
+        assert metrics["test/accuracy"] == row.mean
+        assert metrics["test/accuracy_low"] == row.low
+        assert metrics["test/accuracy_high"] == row.high
+        assert metrics.get("test/accuracy_std") == row.std
+        assert metrics["n"] == row.n
+        assert tags["air.interval"] == row.interval
+    # One seed of fpl has failed, and zero_shot has one trial for both.
+    assert {method: row.n for method, row in expected.items()} == {
+        "zero_shot": 1,
+        "fpl": 1,
+        "air_fpl": 2,
+    }
+    fpl, air = point_of(told, "fpl").data, point_of(told, "air_fpl").data
+    assert (fpl.tags["air.runs"], air.tags["air.runs"]) == ("1 of 2", "2 of 2")
+    assert air.params == {"method": "air_fpl"}
+    trials = [r for r in all_runs(told) if r.data.tags.get("air.method") == "air_fpl"]
+    trials = [run for run in trials if run.data.tags["air.kind"] == "trial"]
+    assert {run.data.tags["air.point"] for run in trials} == {air.tags["air.point"]}
+    assert all(run.info.run_id in air.tags["mlflow.note.content"] for run in trials)
+    right = [run.data.metrics["pseudo/accuracy"] for run in trials]
+    assert air.metrics["pseudo/accuracy"] == pytest.approx(sum(right) / 2)
+
+
+def test_a_sweep_has_a_note_with_its_closing_screen_and_its_charts(ended, sweep, told):
+    parent = next(run for run in all_runs(told) if run.data.tags["air.kind"] == "sweep")
+    note = parent.data.tags["mlflow.note.content"]
+    point = point_of(told, "air_fpl").info
+    place = f"#/experiments/{point.experiment_id}/runs/{point.run_id}"
+    assert f"[2 runs]({place}" in note
+    assert "air_fpl - fpl" in note
+    assert "6: 4 run, 1 reused, 1 failed" in note
+    folder = ended.store.root / "mlartifacts" / "air" / "default" / parent.info.run_id
+    picture = folder / "artifacts" / "accuracy.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert f"get-artifact?path=accuracy.png&run_uuid={parent.info.run_id}" in note
 
 
 def test_a_sweep_that_ran_without_a_tracker_is_told_whole_and_once(ended, sweep, told):
@@ -146,7 +197,8 @@ def test_a_sweep_that_ran_without_a_tracker_is_told_whole_and_once(ended, sweep,
     assert "nothing to tell (6 outcomes are there)" in again.line()
 
     runs = all_runs(uri)
-    assert len(runs) == 7
+    kinds = Counter(run.data.tags["air.kind"] for run in runs)
+    assert kinds == {"sweep": 1, "trial": 6, "point": 3}
     parent = next(run for run in runs if run.data.tags["air.kind"] == "sweep")
     assert parent.info.status == "FAILED"
     assert {
@@ -185,9 +237,12 @@ def test_what_a_driver_told_and_what_is_told_later_is_the_same(ended, sweep, tmp
     # Half of it: a driver was killed when it had told of one trial and begun with the sweep.
     half = [line for line in lines.splitlines(keepends=True) if '"kind": "trial"' in line][:1]
     (tmp_path / "tracked.jsonl").write_text(half[0])
-    assert reconcile(sweep, place, uri).told == Told(told=5, there=1, sweep="told")
+    assert reconcile(sweep, place, uri).told == Told(told=5, there=1, points=3, sweep="told")
     told = read(tmp_path / "tracked.jsonl")["default/small"]
     assert (len(told.trials), told.sweep["status"]) == (6, "FAILED")
+    whole = tmp_path / "whole.jsonl"
+    whole.write_text(lines)
+    assert told.points == read(whole)["default/small"].points
 
 
 def test_records_that_are_gone_are_counted_and_leave_no_child(ended, sweep, tmp_path):
@@ -259,7 +314,7 @@ def test_a_tracker_that_fails_costs_a_line_and_never_the_sweep(
     )
     for slot in slots[:3]:
         publisher.trial(Outcome(slot, "done", read_trial(slot.spec, place.store)), None)
-    publisher.finish("FINISHED", lambda: "", {})
+    publisher.finish("FINISHED", lambda folder: Ending("", {}, ()))
     last = caplog.records[-1].getMessage()
     assert "lacks 3 outcomes and the end of the sweep" in last
     assert f"airsweep mlflow reconcile small --store {place.store.root}" in last
@@ -312,6 +367,7 @@ def test_another_result_and_a_touched_input_are_named(ended, told, drawn, tmp_pa
 @pytest.mark.parametrize(
     ("which", "words"),
     [
+        ("setting", "is a setting over 1 of 2 runs"),
         ("sweep", "give the run of one of its trials"),
         ("failed", "failed (oom)"),
         ("0" * 32, "no run begins with"),
@@ -320,6 +376,7 @@ def test_another_result_and_a_touched_input_are_named(ended, told, drawn, tmp_pa
 )
 def test_what_cannot_be_computed_again_is_bad_input(ended, told, which, words):
     kinds = {
+        "setting": lambda: point_of(told, "fpl"),
         "sweep": lambda: next(r for r in all_runs(told) if r.data.tags["air.kind"] == "sweep"),
         "failed": lambda: run_of(told, "fpl", "FAILED"),
     }

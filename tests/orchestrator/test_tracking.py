@@ -28,9 +28,13 @@ import pytest
 from orchestrator.children import FilesOnDemand
 from orchestrator.tracking import (
     MAX_ARTIFACT,
+    Numbers,
+    PointRun,
     SweepRun,
     Tracker,
     TrialRun,
+    image,
+    link,
     make_tracker,
 )
 from tests.servers import MlflowServer, free_port
@@ -84,17 +88,53 @@ def a_failed_trial(**changes: Any) -> TrialRun:
     return a_trial(**values | changes)
 
 
+def a_point(
+    seeds: tuple[int, ...] = (1, 2), asked: list[int] | None = None, **changes: Any
+) -> PointRun:
+    """A setting over seeds; `asked` counts how often its numbers were computed."""
+
+    def numbers() -> Numbers:
+        if asked is not None:
+            asked.append(len(seeds))
+        mean = 0.75 + len(seeds) / 100
+        spread = {"test/accuracy_std": 0.02} if len(seeds) > 1 else {}
+        bounds = {"test/accuracy_low": 0.7, "test/accuracy_high": 0.8, "n": float(len(seeds))}
+        return Numbers(
+            metrics={"test/accuracy": mean, **bounds, **spread},
+            curves={"test/accuracy": [0.5, 0.7, mean]},
+            interval="95 % bootstrap over images and seeds",
+        )
+
+    links = ", ".join(link(f"seed {seed}", "trial", a_trial(seed=seed).slot) for seed in seeds)
+    values: dict[str, Any] = {
+        "point": "digits-ul-text-air/0",
+        "name": "digits-ul-text-air",
+        "content": f"of {seeds}",
+        "tags": {"air.dataset": "digits", "air.method": "air", "air.runs": f"{len(seeds)} of 3"},
+        "params": {"images_per_class": "25"},
+        "note": f"The seeds: {links}.",
+        "numbers": numbers,
+        "started": 1_700_000_000_001,
+        "ended": 1_700_000_009_000 + max(seeds),
+    }
+    return PointRun(**values | changes)
+
+
 # What a tracker shows, in one form for all of them.
 
 
 @dataclass
 class SeenTrial:
+    """Or a setting."""
+
     name: str
     status: str
     tags: dict[str, str]
     params: dict[str, str]
     metrics: dict[str, float]
     curves: dict[str, list[tuple[int, float]]]  # (step, value), the whole history
+    id: str
+    note: str
 
 
 @dataclass
@@ -103,6 +143,7 @@ class Seen:
     status: str
     note: str
     trials: dict[str, SeenTrial]  # by slot
+    points: dict[str, SeenTrial]  # settings
 
 
 @dataclass
@@ -123,17 +164,24 @@ def look_at_jsonl(uri: str, project: str, sweep: str) -> Seen:
     from orchestrator.tracking.jsonl import read
 
     told = read(Path(uri.removeprefix("jsonl:")))[f"{project}/{sweep}"]
-    trials = {}
-    for slot, line in told.trials.items():
+
+    def seen(line: dict[str, Any], tags: dict[str, str]) -> SeenTrial:
         single = {k: [(0, v)] for k, v in line["metrics"].items() if k not in line["curves"]}
         curves = {k: [(step, v) for step, v in c] for k, c in line["curves"].items()}
-        tags = line["tags"] | {"air.state": line["state"]}
-        if line["failure_class"]:
-            tags["air.failure_class"] = line["failure_class"]
-        trials[slot] = SeenTrial(
-            *(line["name"], line["status"], tags, line["params"], line["metrics"]), single | curves
+        return SeenTrial(
+            *(line["name"], line.get("status", "FINISHED"), line["tags"] | tags, line["params"]),
+            *(line["metrics"], single | curves, line.get("slot", ""), line.get("note", "")),
         )
-    return Seen(told.sweep["id"], told.sweep["status"], told.sweep["note"], trials)
+
+    trials = {}
+    for slot, line in told.trials.items():
+        failed = {"air.failure_class": line["failure_class"]} if line["failure_class"] else {}
+        trials[slot] = seen(line, {"air.state": line["state"], **failed})
+    points = {
+        name: seen(line, {"air.interval": line["interval"], "air.point": line["point"]})
+        for name, line in told.points.items()
+    }
+    return Seen(told.sweep["id"], told.sweep["status"], told.sweep["note"], trials, points)
 
 
 def look_at_mlflow(uri: str, project: str, sweep: str) -> Seen:
@@ -141,18 +189,20 @@ def look_at_mlflow(uri: str, project: str, sweep: str) -> Seen:
     runs = runs_of(uri, project)
     (parent,) = [r for r in runs if is_sweep(r) and r.data.tags["air.sweep"] == sweep]
     children = [r for r in runs if r.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
-    trials = {}
+    found: dict[str, dict[str, SeenTrial]] = {"trial": {}, "point": {}}
     for run in children:
         history = {k: client.get_metric_history(run.info.run_id, k) for k in run.data.metrics}
         curves = {k: sorted((m.step, m.value) for m in h) for k, h in history.items()}
-        slot = run.data.tags["air.slot"]
-        assert slot not in trials, f"two children for {slot}"
-        trials[slot] = SeenTrial(
+        of_kind = found[run.data.tags["air.kind"]]
+        name = run.data.tags["air.point" if of_kind is found["point"] else "air.slot"]
+        assert name not in of_kind, f"two children for {name}"
+        of_kind[name] = SeenTrial(
             *(run.info.run_name, run.info.status),
             *(run.data.tags, run.data.params, run.data.metrics, curves),
+            *(run.info.run_id, run.data.tags.get("mlflow.note.content", "")),
         )
     note = parent.data.tags["mlflow.note.content"]
-    return Seen(parent.info.run_id, parent.info.status, note, trials)
+    return Seen(parent.info.run_id, parent.info.status, note, found["trial"], found["point"])
 
 
 def mlflow_client(uri: str) -> Any:
@@ -343,6 +393,93 @@ def test_sweeps_of_one_project_do_not_mix(backend: Backend) -> None:
         assert (len(backend.seen(name).trials), backend.seen(name).note) == (1, name)
 
 
+def test_a_setting_is_a_child_beside_its_trials(backend: Backend) -> None:
+    tracker = backend.tracker()
+    tracker.start(a_sweep())
+    for seed in (1, 2):
+        tracker.trial(a_trial(seed=seed))
+    tracker.point(a_point())
+    told = tracker.finish("FINISHED", "", {})
+
+    seen = backend.seen()
+    assert len(seen.trials) == 2
+    (point,) = seen.points.values()
+    assert (point.name, point.status) == ("digits-ul-text-air", "FINISHED")
+    assert point.metrics == a_point().numbers().metrics
+    assert point.curves["test/accuracy"] == [(0, 0.5), (1, 0.7), (2, 0.77)]
+    assert point.params == {"images_per_class": "25"}
+    expected = {"air.point": "digits-ul-text-air/0", **a_point().tags}
+    assert {**expected, "air.interval": a_point().numbers().interval}.items() <= point.tags.items()
+    assert (told.told, told.points) == (2, 1)
+
+
+def test_a_setting_names_its_seeds(backend: Backend) -> None:
+    tracker = backend.tracker()
+    parent = tracker.start(a_sweep())
+    tracker.trial(a_trial())
+    tracker.point(a_point())  # the other seed has failed to arrive
+    tracker.finish("FINISHED", f"Best: {link('air', 'point', a_point().point)}", {})
+
+    seen = backend.seen()
+    (trial,), (point,) = seen.trials.values(), seen.points.values()
+    if backend.uri.startswith("jsonl"):
+        assert point.note == a_point().note
+        return
+    experiment = mlflow_client(backend.uri).get_run(parent).info.experiment_id
+    place = f"#/experiments/{experiment}/runs/{{}}?workflowType=machine_learning"
+    assert point.note == f"The seeds: [seed 1]({place.format(trial.id)}), seed 2."
+    assert seen.note == f"Best: [air]({place.format(point.id)})"
+
+
+def test_a_setting_is_computed_once_and_told_once(backend: Backend) -> None:
+    asked: list[int] = []
+    for _ in range(2):
+        tracker = backend.tracker()
+        tracker.start(a_sweep())
+        tracker.trial(a_trial())
+        tracker.point(a_point((1,), asked))
+        tracker.point(a_point((1,), asked))
+        told = tracker.finish("FINISHED", "done", {})
+
+    assert asked == [1]
+    assert told.points == 0
+    (point,) = backend.seen().points.values()
+    assert point.curves["n"] == [(0, 1.0)]
+
+
+def test_a_setting_with_another_seed_has_the_new_numbers_alone(backend: Backend) -> None:
+    for seeds in ((1, 2, 3), (1,), (1, 2)):
+        tracker = backend.tracker()
+        tracker.start(a_sweep())
+        for seed in seeds:
+            tracker.trial(a_trial(seed=seed))
+        tracker.point(a_point(seeds))
+        tracker.finish("FINISHED", "", {})
+
+    seen = backend.seen()
+    (point,) = seen.points.values()
+    assert len(seen.trials) == 3
+    assert point.curves == {
+        **{key: [(0, value)] for key, value in a_point().numbers().metrics.items()},
+        "test/accuracy": [(0, 0.5), (1, 0.7), (2, 0.77)],
+    }
+
+
+def test_words_of_a_setting_change_without_its_numbers(backend: Backend) -> None:
+    asked: list[int] = []
+    for note in ("one word", "another"):
+        tracker = backend.tracker()
+        tracker.start(a_sweep())
+        tracker.point(a_point(asked=asked, note=note))
+        tracker.finish("FINISHED", "", {})
+
+    (point,) = backend.seen().points.values()
+    assert point.note == "another"
+    assert point.metrics["n"] == 2
+    if not backend.uri.startswith("jsonl"):  # a line of JSON holds all of it
+        assert asked == [2]
+
+
 def test_an_artifact_of_a_megabyte_is_refused_with_a_word(
     backend: Backend, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -502,6 +639,73 @@ def test_a_request_that_arrived_twice_leaves_one_child(mlflow_backend: Backend) 
     mlflow_backend.tracker().start(a_sweep())
     (trial,) = mlflow_backend.seen().trials.values()
     assert trial.status == "FINISHED"
+
+
+@pytest.mark.parametrize("numbers", ["none", "some", "of other seeds"])
+def test_a_setting_that_a_killed_driver_began_is_completed(
+    mlflow_backend: Backend, numbers: str
+) -> None:
+    from mlflow.entities import Metric
+
+    parent = mlflow_backend.tracker().start(a_sweep())
+    content = "of other seeds" if numbers == "of other seeds" else a_point().content
+    begun = begun_point(mlflow_backend, parent, content)
+    if numbers != "none":
+        mean = a_point().numbers().metrics["test/accuracy"] if numbers == "some" else 0.1
+        metrics = [Metric("test/accuracy", mean, a_point().ended, 2)]
+        mlflow_client(mlflow_backend.uri).log_batch(begun, metrics=metrics)
+
+    tracker = mlflow_backend.tracker()
+    tracker.start(a_sweep())
+    tracker.point(a_point())
+    tracker.finish("FINISHED", "", {})
+
+    (point,) = mlflow_backend.seen().points.values()
+    assert (point.id == begun) == (numbers != "of other seeds")
+    assert point.status == "FINISHED"
+    assert point.curves["test/accuracy"] == [(0, 0.5), (1, 0.7), (2, 0.77)]
+
+
+def begun_point(backend: Backend, parent: str, content: str) -> str:
+    client = mlflow_client(backend.uri)
+    experiment = client.get_run(parent).info.experiment_id
+    tags = {
+        "air.kind": "point",
+        "air.point": a_point().point,
+        "air.content": content,
+        "mlflow.parentRunId": parent,
+    }
+    begun = client.create_run(experiment, a_point().started, tags, a_point().name)
+    return str(begun.info.run_id)
+
+
+def test_a_setting_made_twice_or_left_behind_does_not_run_on(mlflow_backend: Backend) -> None:
+    tracker = mlflow_backend.tracker()
+    parent = tracker.start(a_sweep())
+    tracker.point(a_point())
+    begun_point(mlflow_backend, parent, a_point().content)  # a request that arrived twice
+    tracker.finish("FINISHED", "", {})
+    (point,) = mlflow_backend.seen().points.values()
+    assert point.status == "FINISHED"
+
+    client = mlflow_client(mlflow_backend.uri)
+    client.set_tag(begun_point(mlflow_backend, parent, "x"), "air.point", "gone/0")
+    tracker = mlflow_backend.tracker()
+    tracker.start(a_sweep())
+    tracker.finish("FINISHED", "", {})
+    assert mlflow_backend.seen().points["gone/0"].status == "KILLED"
+
+
+def test_pictures_of_a_note_are_files_of_the_sweep(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "a b.png").write_bytes(b"picture")
+    tracker = make_tracker(server.url, store=tmp_path, project="pictures")
+    parent = tracker.start(a_sweep())
+    note = f"{image('there', 'a b.png')}{image('not there', 'c.png')}"
+    tracker.finish("FINISHED", note, {"a b.png": tmp_path / "a b.png"})
+
+    shown = look_at_mlflow(server.url, "pictures", "quickstart").note
+    assert shown == f"![there](get-artifact?path=a%20b.png&run_uuid={parent})"
+    assert server.get("/" + shown.partition("(")[2].rstrip(")")) == b"picture"
 
 
 def test_a_run_id_in_the_environment_captures_nothing(
@@ -681,12 +885,14 @@ def test_an_outage_is_survived_and_made_good(
     assert time.monotonic() - began < 60  # MLflow's defaults would wait for 20 minutes
     assert [r.name for r in caplog.records] == ["orchestrator.tracking.mlflow"]  # one line
 
+    tracker.point(a_point())
     line.restore()
     tracker.finish("FINISHED", "made good", {})
     line.cut()
     seen = look_at_mlflow(server.url, project, "quickstart")
     assert (seen.status, seen.note) == ("FINISHED", "made good")
     assert len(seen.trials) == (6 if cut == "in mid-sweep" else 5)
+    assert len(seen.points) == 1
     assert {trial.status for trial in seen.trials.values()} == {"FINISHED"}
 
 

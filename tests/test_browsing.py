@@ -1,0 +1,157 @@
+"""MLflow as people browse it: a real server over a real sweep, looked at in headless chromium."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from orchestrator.pictures import tile_sheet
+from tests.browser import CHROMIUM, MISSING, Browser
+from tests.servers import MlflowServer
+from tests.sweeps import airsweep, all_runs, environment, write_sweep
+
+pytestmark = [pytest.mark.debian, pytest.mark.skipif(CHROMIUM is None, reason=MISSING)]
+
+SWEEP = """
+grid: {{method: [zero_shot, cpl, air], images_per_class: [4, 8]}}
+fixed: {{generator: "folder:{folder}", generation.block: 4}}
+seeds: [1, 2, 3]
+"""
+SETTINGS = ["zero_shot", "cpl", "air images_per_class=4", "air images_per_class=8"]
+VIEW = "?workflowType=machine_learning"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, drawn_digits) -> Iterator[MlflowServer]:
+    """Over a sweep whose trials take no time, told with the real tracker, charts and pictures."""
+    folder = tmp_path_factory.mktemp("browsing")
+    spec = write_sweep(folder, "browsed", SWEEP.format(folder=drawn_digits))
+    spec.write_text(f"# How many images are enough?\n{spec.read_text()}")
+    store = folder / "runs"
+    command = [sys.executable, "-m", "tests.trivial", "run", str(spec), "--store", str(store)]
+    subprocess.run(
+        [*command, "--tracking-uri", "none"], env=environment(), check=True, capture_output=True
+    )
+    images = [Image.fromarray(np.full((8, 8, 3), 40 * n, dtype=np.uint8)) for n in range(6)]
+    sheet = store / "sweeps" / "default" / "browsed" / "contact_sheet.png"
+    sheet.write_bytes(tile_sheet(["one", "two"], {"real": [images] * 2, "LoRA": [images] * 2}))
+    airsweep("mlflow", "reconcile", "browsed", "--store", store)
+    server = MlflowServer(store, folder / "log")
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory) -> Iterator[Browser]:
+    browser = Browser(tmp_path_factory.mktemp("profile"), width=1920, height=1200)
+    yield browser
+    browser.close()
+
+
+@pytest.fixture(scope="module")
+def runs(server: MlflowServer) -> dict[str, list[Any]]:
+    """By kind."""
+    found: dict[str, list[Any]] = {}
+    for run in all_runs(server.store):
+        found.setdefault(run.data.tags["air.kind"], []).append(run)
+    return found
+
+
+def page(server: MlflowServer, run: Any, tab: str = "") -> str:
+    return f"{server.url}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}{tab}{VIEW}"
+
+
+def shown(text: str) -> str:
+    return f"document.body.innerText.includes({text!r})"
+
+
+def link(text: str) -> str:
+    return f"[...document.links].find(a => a.innerText === {text!r})"
+
+
+def settings_page(server: MlflowServer, browser: Browser, runs: Any, words: str) -> str:
+    """Where a link of the parent's note leads."""
+    browser.open(page(server, runs["sweep"][0]), link(words))
+    return str(browser.evaluate(f"{link(words)}.href"))
+
+
+def test_the_experiment_shows_the_sweep_with_its_runs_folded(server, browser, runs):
+    experiment = runs["sweep"][0].info.experiment_id
+    browser.open(f"{server.url}/#/experiments/{experiment}/runs{VIEW}", link("browsed"))
+    text = browser.text()
+    assert f"{1 + len(runs['trial']) + len(SETTINGS)}\xa0matching" in text.replace(" ", "\xa0")
+    assert "digits-ul-text" not in text
+
+
+def test_the_parent_opens_with_the_answer_and_its_pictures(server, browser, runs):
+    browser.open(page(server, runs["sweep"][0]), shown("has the highest mean test accuracy"))
+    browser.wait(shown("Child runs"))
+    text = browser.text()
+    assert "method\ttest accuracy, %" in text.replace("\u2003", "")
+    assert "How many images are enough?" in text
+    pictures = "[...document.images].filter(i => i.src.includes('get-artifact'))"
+    browser.wait(f"{pictures}.every(i => i.complete)")
+    sizes = browser.evaluate(f"{pictures}.map(i => [i.src.split('path=')[1], i.naturalWidth])")
+    found = {address.partition("&")[0]: width for address, width in sizes}
+    assert found.keys() == {
+        "accuracy.png",
+        "accuracy_by_images_per_class.png",
+        "contact_sheet_small.png",
+    }
+    assert all(0 < width <= 700 for width in found.values())
+
+
+def test_all_settings_are_one_click_away_with_columns_that_tell_them_apart(server, browser, runs):
+    browser.open(settings_page(server, browser, runs, "settings"), shown("digits-ul-text-air"))
+    names = {f"digits-ul-text-{name}" for name in SETTINGS}
+    assert {run.info.run_name for run in runs["point"]} == names
+    browser.wait(shown("images_per_class"))
+    text = browser.text()
+    assert all(name in text for name in names)
+    assert "4\xa0matching" in text.replace(" ", "\xa0")
+    for column in ("method", "images_per_class", "test/accuracy", "test/accuracy_low", "n"):
+        assert column in text.splitlines(), f"no column {column}"
+
+
+def test_settings_are_compared_in_charts(server, browser, runs):
+    browser.open(settings_page(server, browser, runs, "in charts"), shown("digits-ul-text-air"))
+    browser.wait(shown("pseudo"))
+    sections = browser.text().splitlines()
+    assert {"pseudo", "test", "train"} <= {line.strip() for line in sections}
+
+
+def test_a_setting_lists_its_seeds_and_these_lead_back(server, browser, runs):
+    point = next(run for run in runs["point"] if run.info.run_name.endswith("=8"))
+    trials = [r for r in runs["trial"] if r.data.tags["air.point"] == point.data.tags["air.point"]]
+    assert len(trials) == 3
+    browser.open(page(server, point), shown("Mean over 3 of 3 runs"))
+    browser.wait(shown("Parent run"))
+    text = browser.text()
+    assert f"test/accuracy\n{point.data.metrics['test/accuracy']}" in text
+    assert "test/accuracy_low" in text
+    addresses = browser.evaluate("[...document.links].map(a => a.href)")
+    for trial in trials:
+        assert any(trial.info.run_id in address for address in addresses)
+
+    seed = next(run for run in trials if run.data.tags["air.seed"] == "2")
+    browser.open(browser.evaluate(f"{link('2')}.href"), shown(seed.info.run_name))
+    browser.wait(shown("Parent run"))
+    browser.wait(link("browsed"))
+    assert point.data.tags["air.point"] in browser.text()
+
+
+def test_a_trial_has_curves_and_pictures(server, browser, runs):
+    trial = next(run for run in runs["trial"] if run.data.tags["air.method"] == "air")
+    browser.open(page(server, trial, "/model-metrics"), shown("train"))
+    browser.wait("document.querySelector('.js-plotly-plot')")
+    assert {"pseudo", "test", "train"} <= {line.strip() for line in browser.text().splitlines()}
+    browser.open(page(server, trial, "/artifacts/confusion_matrix.png"), shown("spec.json"))
+    assert "confusion_matrix.png" in browser.text()
+    browser.wait("[...document.images].some(i => i.naturalWidth > 300)")
