@@ -16,7 +16,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from air_core.specs import FeaturesSpec, SyntheticFeaturesSpec
 from orchestrator.audit_card import Audited, audited
@@ -139,7 +139,7 @@ def run_sweep(
     code = FAILED  # what an exception leaves behind
     cluster = ExitStack()
     try:
-        _heed_sigterm(run)
+        _heed_signals(run)
         _open_folder(place, sweep, origin or {}, diff)
         ledger.append(
             "sweep_started",
@@ -167,6 +167,7 @@ def run_sweep(
             raise
         raise StoreFull(full(plan, place.store, _first_line(error))) from error
     finally:
+        _heard()
         screen.close()
         # Ray ends last: who is being stopped has seconds until SIGKILL, and should have told by
         # then how it ended.
@@ -351,19 +352,53 @@ def _start_cluster(cluster: ExitStack, run: Run) -> tuple[Machine, ...]:
     run.screen.say("starting Ray")
     machines = cluster.enter_context(ray_session(functools.partial(_lost, run)))
     run.peak = MemoryPeak()
-    _heed_sigterm(run)  # ray.init replaces the handler that was there before
+    _heed_signals(run)  # ray.init replaces the handlers that were there before
     return machines
 
 
-def _heed_sigterm(run: Run) -> None:
+def _heed_signals(run: Run) -> None:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, functools.partial(_terminated, run))
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as of a shell's background job
+            signal.signal(signal.SIGINT, functools.partial(_interrupted, run))
 
 
 def _terminated(run: Run, number: int, frame: Any) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: now it is told how it ended
     run.stopped = run.stopped or TERMINATED
-    raise SystemExit(run.stopped)
+    _insist(SystemExit(run.stopped))
+
+
+def _interrupted(run: Run, number: int, frame: Any) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # who asks twice does not wait
+    run.stopped = run.stopped or INTERRUPTED
+    _insist(KeyboardInterrupt())
+
+
+INSIST_EVERY = 1.0  # seconds
+
+
+def _insist(stop: BaseException) -> NoReturn:
+    """Raise, and raise again until `_heard`.
+
+    A signal may come while other code runs that drops whatever is raised there: a callback of Ray,
+    a finalizer. The run would go on as if nobody had asked.
+    """
+
+    def again(number: int, frame: Any) -> None:
+        raise stop
+
+    signal.signal(signal.SIGALRM, again)
+    signal.setitimer(signal.ITIMER_REAL, INSIST_EVERY, INSIST_EVERY)
+    raise stop
+
+
+def _heard() -> None:
+    """It ends, for whatever reason."""
+    if threading.current_thread() is threading.main_thread():
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _lost(run: Run) -> None:
