@@ -7,6 +7,7 @@ another, and no label has to shrink. The same data give the same bytes.
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -93,13 +94,16 @@ def curves(
     title: str = "",
     level: Mapping[str, float] | None = None,
     percent: bool = True,
+    joined: bool = True,
+    width: float = WIDTH,
 ) -> Figure:
     """One line a series, over a band where it has one.
 
     Args:
         level: horizontal lines to compare with, by name.
+        joined: by a line; else dots.
     """
-    figure, axes = _figure(2.6)
+    figure, axes = _figure(width, 2.6 if width == WIDTH else 3.6)
     with _style():
         factor = 100 if percent else 1
         for number, one in enumerate(series):
@@ -109,7 +113,7 @@ def curves(
                 x,
                 factor * np.asarray(one.y),
                 color=color,
-                linestyle=DASHES[number % len(DASHES)],
+                linestyle=DASHES[number % len(DASHES)] if joined else "none",
                 marker=MARKS[number % len(MARKS)],
                 markersize=3.5,
                 linewidth=1.4,
@@ -134,15 +138,24 @@ def curves(
             axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         _named(axes, xlabel, ylabel, title)
         if len(series) > 1 or series[0].label:
-            _legend(figure, axes, len(series))
+            _legend(figure, axes, width)
     return figure
 
 
 def dots(
-    values: Sequence[Dot], xlabel: str, *, title: str = "", zero: bool = False, percent: bool = True
+    values: Sequence[Dot],
+    xlabel: str,
+    *,
+    title: str = "",
+    zero: bool = False,
+    percent: bool = True,
+    width: float = WIDTH,
 ) -> Figure:
-    """Values with their intervals, one a line; with `zero` a line at 0 to compare with."""
-    figure, axes = _figure(0.75 + 0.21 * len(values))
+    """Values with their intervals, one a line; with `zero` a line at 0 to compare with.
+
+    A value that is nan is a heading.
+    """
+    figure, axes = _figure(width, 0.75 + 0.21 * len(values))
     with _style():
         factor = 100 if percent else 1
         if zero:
@@ -161,6 +174,8 @@ def dots(
                 markersize=5.5 if one.strong else 4.5,
             )
         axes.set_yticks(range(len(values)), [one.label for one in values])
+        for tick, one in zip(axes.get_yticklabels(), values, strict=True):
+            tick.set_fontweight("bold" if math.isnan(one.value) else "normal")
         axes.set_ylim(len(values) - 0.5, -0.5)
         axes.grid(axis="y", visible=False)
         _named(axes, xlabel, "", title)
@@ -182,7 +197,7 @@ def heat(
         names: C class names.
     """
     few = len(names) <= 12
-    figure, axes = _figure(3.4 if few else 3.2)
+    figure, axes = _figure(WIDTH, 3.4 if few else 3.2)
     with _style():
         axes.imshow(shares, vmin=0, vmax=1, cmap="cividis")
         axes.grid(visible=False)
@@ -213,7 +228,7 @@ def scatter(
     default: int | None = None,
 ) -> Figure:
     """Points of a search; two of them may be marked."""
-    figure, axes = _figure(2.6)
+    figure, axes = _figure(WIDTH, 2.6)
     with _style():
         axes.plot(x, y, "o", color=COLORS[0], markersize=4.5, alpha=0.8)
         marked = (("chosen", chosen, COLORS[1], "D"), ("default", default, COLORS[2], "s"))
@@ -222,13 +237,13 @@ def scatter(
                 axes.plot([x[which]], [y[which]], mark, color=color, markersize=6.5, label=name)
         _named(axes, xlabel, ylabel, title)
         if axes.get_legend_handles_labels()[1]:
-            _legend(figure, axes, 2)
+            _legend(figure, axes, WIDTH)
     return figure
 
 
 def bars(values: Mapping[str, float], xlabel: str, *, title: str = "") -> Figure:
     """A horizontal bar for each name, its number at the end."""
-    figure, axes = _figure(0.75 + 0.22 * len(values))
+    figure, axes = _figure(WIDTH, 0.75 + 0.22 * len(values))
     with _style():
         most = max(values.values(), default=0.0) or 1.0
         axes.barh(range(len(values)), list(values.values()), color=COLORS[0], height=0.65)
@@ -252,11 +267,11 @@ def _short(value: float) -> str:
     return f"{value:,.0f}" if value >= 9.95 else f"{value:.2g}"
 
 
-def _figure(height: float) -> tuple[Figure, Axes]:
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure  # heavy, and without pyplot there is no global state
 
     with _style():
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        figure = Figure(figsize=(width, height), layout="constrained")
         return figure, figure.add_subplot()
 
 
@@ -273,8 +288,14 @@ def _named(axes: Axes, xlabel: str, ylabel: str, title: str) -> None:
         axes.set_title(title)
 
 
-def _legend(figure: Figure, axes: Axes, entries: int) -> None:
+def _legend(figure: Figure, axes: Axes, width: float) -> None:
     """Below the axes, where it hides no data."""
     handles, labels = axes.get_legend_handles_labels()
-    columns = 1 if max(map(len, labels)) > 22 else min(3, entries)
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=2.4)
+    columns = max(1, int(13 * width / (7 + max(map(len, labels)))))
+    figure.legend(
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=min(columns, len(labels)),
+        handlelength=2.4,
+    )

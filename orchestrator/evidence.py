@@ -21,7 +21,7 @@ from orchestrator.report import Comparison, Entry, Results, Row, comparisons, ro
 from orchestrator.results import Standing, entries_of, pruned_points, standing
 from orchestrator.sweep import SweepSpec
 
-# R runs of a row, I iterations, C classes.
+# C classes.
 
 Array = npt.NDArray[Any]
 
@@ -73,14 +73,6 @@ class Evidence:
     def of_row(self, row: Row) -> list[Entry]:
         """The runs of a row, each computation once."""
         return self.results.entries(row)
-
-    def curve(self, row: Row, metric: str) -> Array:
-        """A metric over iterations, (R, I); a run that is shorter ends in nan."""
-        found = [entry.curves.get(metric, ()) for entry in self.of_row(row)]
-        longest = max(map(len, found), default=0)
-        return np.array([[*run, *[np.nan] * (longest - len(run))] for run in found]).reshape(
-            len(found), longest
-        )
 
     def confusion(self, row: Row, classes: int) -> Array:
         """(C, C) test images of all runs by true and predicted class."""
@@ -156,13 +148,3 @@ def confused(
         true, taken = np.unravel_index(flat, shares.shape)
         if shares[true, taken] > 0:
             yield names[true], names[taken], float(shares[true, taken])
-
-
-def numeric_settings(rows: Sequence[Row]) -> list[str]:
-    """Settings with at least two numbers as values."""
-    values: dict[str, set[float]] = {}
-    for row in rows:
-        for key, value in row.settings.items():
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                values.setdefault(key, set()).add(float(value))
-    return [key for key, found in values.items() if len(found) > 1]

@@ -10,7 +10,7 @@ from typing import Any
 
 from orchestrator.children import FilesOnDemand
 from orchestrator.closing import facts_of, title_of
-from orchestrator.figures import charts
+from orchestrator.figures import pictures
 from orchestrator.place import DONE, FAILED, Place
 from orchestrator.plan import plan_sweep
 from orchestrator.points import point_runs
@@ -80,7 +80,7 @@ def ending_of(sweep: SweepSpec, place: Place, folder: Path) -> Ending:
     entries = entries_of(plan, place.store, done)
     found = rows(entries, sweep.search.objective if sweep.search else None, pruned_points(plan))
     kept = sweep_files(place)
-    makers = charts(found, entries)
+    makers = pictures(found, entries)
     if SHEET in kept:
         makers[SMALL] = lambda: _small(kept[SHEET])
     drawn = FilesOnDemand(folder / "charts", makers)

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from air_core.datasets import get_dataset
-from orchestrator import charts
+from orchestrator import charts, figures
 from orchestrator.audit_card import AuditCard, facts_of
 from orchestrator.estimate import gpu_share
-from orchestrator.evidence import Evidence, confused, numeric_settings
+from orchestrator.evidence import Evidence, confused
 from orchestrator.failures import CLASSES
+from orchestrator.figures import place, short
 from orchestrator.plan import WORDS
 from orchestrator.presets import METHODS
 from orchestrator.report import (
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
 
 MOST_WORLDS = 12  # of which charts are drawn that are large
 MOST_CARDS = 6
-MOST_CURVES = 7  # in one chart: as many as there are colours
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +112,7 @@ def answer(found: Evidence) -> Section:
     texts = [_verdict(found), _state(found)]
     answers = [
         Answer(
-            where=_place(world),
+            where=place(world),
             best=row.method + _with(found, row),
             accuracy=f"{mean_std(row, '±')} % {_metric(row)}, [{percent(row.low)}, "
             f"{percent(row.high)}]; highest mean of {_rows_of(found, world)}",
@@ -215,27 +215,21 @@ def table(found: Evidence) -> Section:
         note=" ".join(layout.notes),
     )
     worlds = worlds_of(found.rows)
-    figures = []
+    drawn = []
     for world in worlds[:MOST_WORLDS]:
         rows = [row for row in found.rows if row.world == world]
         for part in _parts(rows, 16):
             dots = [
-                charts.Dot(
-                    label=_short(row.method + _with(found, row)),
-                    value=row.mean,
-                    low=row.low,
-                    high=row.high,
-                    strong=row is _best(found, world),
-                )
+                figures.dot(row, short(row.method + _with(found, row)), row is _best(found, world))
                 for row in part
             ]
-            figure = charts.dots(dots, f"{_metric(rows[0])}, %", title=_place(world))
-            figures.append(_chart(figure, f"Accuracy of {len(part)} rows with intervals"))
+            figure = charts.dots(dots, f"{_metric(rows[0])}, %", title=place(world))
+            drawn.append(_chart(figure, f"Accuracy of {len(part)} rows with intervals"))
     return Section(
         id="table",
         title="Accuracy",
         texts=[" ".join(layout.caption)],
-        groups=[Group(figures=figures, grids=[grid])],
+        groups=[Group(figures=drawn, grids=[grid])],
     )
 
 
@@ -244,49 +238,31 @@ def table(found: Evidence) -> Section:
 
 def responses(found: Evidence) -> Section | None:
     """Accuracy against each number that the sweep varies."""
-    rows = found.rows if found.sweep.search is None else found.points
-    draw = _curves_of if found.sweep.search is None else _clouds_of
-    figures = [figure for key in numeric_settings(rows) for figure in draw(found, rows, key)]
-    if not figures:
+    searched = found.sweep.search is not None
+    rows = found.points if searched else found.rows
+    draw = _clouds_of if searched else _curves_of
+    shown = [figure for key in figures.numeric_settings(rows) for figure in draw(found, rows, key)]
+    if not shown:
         return None
     text = (
         "Mean over runs against what was varied; the band is the 95 % interval. Dashed lines are "
         "methods that the setting does not touch."
     )
-    if found.sweep.search is not None:
+    if searched:
         text = "Every point of the search, one dot each; other settings vary along with it."
     return Section(
-        id="settings", title="Accuracy by setting", texts=[text], groups=[Group(figures=figures)]
+        id="settings", title="Accuracy by setting", texts=[text], groups=[Group(figures=shown)]
     )
 
 
 def _curves_of(found: Evidence, rows: Sequence[Row], key: str) -> Iterator[Picture]:
-    """One curve for each dataset, paradigm, modality and whatever else differs, by method."""
-    by_method: dict[str, dict[str, list[Row]]] = {}
+    """By method, one curve for each dataset, paradigm, modality and whatever else differs."""
     several = len(worlds_of(rows)) > 1
-    varied = [name for name in varied_settings(rows, found.entries) if name != key]
-    for row in rows:
-        if key in row.settings:
-            label = " ".join(
-                filter(None, [_place(row.world) if several else "", settings_text(row, varied)])
-            )
-            by_method.setdefault(row.method, {}).setdefault(label, []).append(row)
-    for method, groups in by_method.items():
-        lines = {k: sorted(v, key=lambda row: row.settings[key]) for k, v in groups.items()}
-        lines = {label: line for label, line in lines.items() if len(line) > 1}
-        for part in _parts(list(lines.items()), MOST_CURVES):
-            series = [
-                charts.Series(
-                    label=_short(label, 40),
-                    x=[row.settings[key] for row in line],
-                    y=[row.mean for row in line],
-                    low=[row.low for row in line],
-                    high=[row.high for row in line],
-                )
-                for label, line in part
-            ]
+    for method in dict.fromkeys(row.method for row in rows):
+        of = [row for row in rows if row.method == method]
+        for part in _parts(figures.responses(of, found.entries, key), figures.MOST_CURVES):
             level = {} if several else _levels(rows, method, key)
-            figure = charts.curves(series, key, "accuracy, %", title=method, level=level)
+            figure = charts.curves(part, key, figures.headline(of), title=method, level=level)
             yield _chart(figure, f"Accuracy of {method} against {key}")
 
 
@@ -303,17 +279,9 @@ def _levels(rows: Sequence[Row], method: str, key: str) -> dict[str, float]:
 
 
 def _clouds_of(found: Evidence, rows: Sequence[Row], key: str) -> Iterator[Picture]:
-    for cell in dict.fromkeys(row.cell for row in rows):
-        of = [row for row in rows if row.cell == cell and key in row.settings]
-        if len({row.settings[key] for row in of}) > 1:
-            figure = charts.scatter(
-                [float(row.settings[key]) for row in of],
-                [100 * row.mean for row in of],
-                key,
-                "test accuracy, %",
-                title=_short(cell, 44),
-            )
-            yield _chart(figure, f"Test accuracy of the points of {cell} against {key}")
+    for cloud in figures.clouds(rows, key):
+        figure = charts.curves([cloud], key, "test accuracy, %", joined=False)
+        yield _chart(figure, f"Test accuracy of the points of {cloud.label} against {key}")
 
 
 # ---------------------------------------------------------------- what the parts bring
@@ -323,13 +291,13 @@ def components(found: Evidence) -> Section | None:
     """Each row minus its host and its control."""
     if not found.gains:
         return None
-    figures = []
+    drawn = []
     for world in worlds_of(found.rows)[:MOST_WORLDS]:
         of = [gain for gain in found.gains if gain.row.world == world]
         for part in _parts(of, 16):
             dots = [
                 charts.Dot(
-                    label=_short(f"{gain.a} \N{MINUS SIGN} {gain.b}" + _with(found, gain.row)),
+                    label=short(f"{gain.a} \N{MINUS SIGN} {gain.b}" + _with(found, gain.row)),
                     value=gain.difference.mean,
                     low=gain.difference.low,
                     high=gain.difference.high,
@@ -337,11 +305,11 @@ def components(found: Evidence) -> Section | None:
                 )
                 for gain in part
             ]
-            figure = charts.dots(dots, "difference, points", title=_place(world), zero=True)
-            figures.append(_chart(figure, "Differences with intervals and a line at 0"))
+            figure = charts.dots(dots, "difference, points", title=place(world), zero=True)
+            drawn.append(_chart(figure, "Differences with intervals and a line at 0"))
     lines = [
         [
-            _place(gain.row.world),
+            place(gain.row.world),
             f"{gain.a} \N{MINUS SIGN} {gain.b}",
             settings_text(gain.row, varied_settings(found.rows, found.entries)),
             "control" if gain.role == "control" else "host",
@@ -369,7 +337,7 @@ def components(found: Evidence) -> Section | None:
             "difference of this size in one pair of runs (80 % power).",
             " ".join(mark_notes(found.gains)),
         ],
-        groups=[Group(figures=figures, grids=[grid])],
+        groups=[Group(figures=drawn, grids=[grid])],
     )
 
 
@@ -390,13 +358,13 @@ def pseudo_labels(found: Evidence) -> Section | None:
         rows = _with_curves(found, world)
         if not rows:
             continue
-        figures = []
+        drawn = []
         for metric, ylabel, what in PSEUDO:
-            series = [s for row in rows if (s := _over_iterations(found, row, metric))]
+            series = [s for row in rows if (s := _over(found, row, metric))]
             if series:
                 figure = charts.curves(series, "iteration", ylabel, title=what)
-                figures.append(_chart(figure, f"Pseudo-labels over iterations: {what}"))
-        groups.append(Group(heading=_place(world), figures=figures))
+                drawn.append(_chart(figure, f"Pseudo-labels over iterations: {what}"))
+        groups.append(Group(heading=place(world), figures=drawn))
     if not groups:
         return None
     return Section(
@@ -413,26 +381,16 @@ def pseudo_labels(found: Evidence) -> Section | None:
 
 
 def _with_curves(found: Evidence, world: tuple[str, str, str]) -> list[Row]:
-    """Rows with more than one iteration, best first, hosts and controls of these beside them."""
-    rows = [row for row in found.rows if row.world == world]
-    rows = [row for row in rows if found.curve(row, "pseudo/accuracy").shape[1] > 1]
+    """The best row of each method that has more than one iteration, best first."""
     best: dict[str, Row] = {}
-    for row in sorted(rows, key=lambda row: -row.mean):
-        best.setdefault(row.method, row)
-    return list(best.values())[:MOST_CURVES]
+    for row in sorted(found.rows, key=lambda row: -row.mean):
+        if row.world == world and _over(found, row, "pseudo/accuracy"):
+            best.setdefault(row.method, row)
+    return list(best.values())[: figures.MOST_CURVES]
 
 
-def _over_iterations(found: Evidence, row: Row, metric: str) -> charts.Series | None:
-    runs = found.curve(row, metric)
-    if runs.shape[1] < 2:
-        return None
-    return charts.Series(
-        label=row.method,
-        x=range(1, runs.shape[1] + 1),
-        y=np.nanmean(runs, axis=0).tolist(),
-        low=np.nanmin(runs, axis=0).tolist(),
-        high=np.nanmax(runs, axis=0).tolist(),
-    )
+def _over(found: Evidence, row: Row, metric: str) -> charts.Series | None:
+    return figures.over_iterations(found.results, row, metric, row.method)
 
 
 # ---------------------------------------------------------------- confusion
@@ -446,12 +404,12 @@ def confusions(found: Evidence) -> Section | None:
         known = METHODS.get(best.method)
         host = found.results.partner(best, known.host) if known and known.host else None
         names = [name.replace("_", " ") for name in _classnames(found, best)]
-        figures, lines = [], []
+        drawn, lines = [], []
         for row in filter(None, (best, host)):
             matrix = found.confusion(row, len(names))
             shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
             figure = charts.heat(shares, matrix, names, title=row.method)
-            figures.append(_chart(figure, f"Confusion matrix of {row.method}"))
+            drawn.append(_chart(figure, f"Confusion matrix of {row.method}"))
             lines += [
                 [row.method, true, taken, f"{100 * share:.0f} %"]
                 for true, taken, share in confused(matrix, names)
@@ -461,7 +419,7 @@ def confusions(found: Evidence) -> Section | None:
             lines=lines,
             numeric=[False, False, False, True],
         )
-        groups.append(Group(heading=_place(world), figures=figures, grids=[grid]))
+        groups.append(Group(heading=place(world), figures=drawn, grids=[grid]))
     return Section(
         id="confusion",
         title="Confusion",
@@ -568,12 +526,12 @@ def search(found: Evidence) -> Section | None:
             chosen=which,
             default=first if first != which else None,
         )
-        figures = [_chart(history, "Objective by point"), _chart(guide, "Objective against test")]
+        drawn = [_chart(history, "Objective by point"), _chart(guide, "Objective against test")]
         weights = _importances(found, cell.id, [(row.settings, value) for row, value in pairs])
         if weights:
             bars = charts.bars(weights, "share of the objective's variance", title="Importance")
-            figures.append(_chart(bars, "Importance of each setting for the objective"))
-        groups.append(Group(heading=cell.id, figures=figures))
+            drawn.append(_chart(bars, "Importance of each setting for the objective"))
+        groups.append(Group(heading=cell.id, figures=drawn))
     if not groups:
         return None
     return Section(id="search", title="Search", texts=choice_notes(found.rows), groups=groups)
@@ -731,15 +689,6 @@ def _data(kind: str, content: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def _place(world: tuple[str, str, str]) -> str:
-    """
-    >>> _place(("digits", "ul", "text"))
-    'digits, UL, text'
-    """
-    dataset, paradigm, modality = world
-    return f"{dataset}, {paradigm.upper()}, {modality}"
-
-
 def _metric(row: Row) -> str:
     return "harmonic mean" if row.metric == "harmonic_mean" else "accuracy"
 
@@ -754,10 +703,6 @@ def _with(found: Evidence, row: Row) -> str:
 def _telling(found: Evidence, row: Row) -> list[str]:
     of = [other for other in found.rows if (other.world, other.method) == (row.world, row.method)]
     return [key for key in row.settings if len({repr(o.settings.get(key, ())) for o in of}) > 1]
-
-
-def _short(text: str, most: int = 34) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def _parts(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:

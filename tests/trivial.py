@@ -142,7 +142,7 @@ MODULES = {
     "orchestrator.session": {"ray_session": ray_session, "MemoryPeak": MemoryPeak},
     # 0.15 s for each trial
     "orchestrator.pictures": {"confusion_matrix": lambda *of: b"", "smaller": lambda *of: b""},
-    "orchestrator.figures": {"charts": lambda *of: {}},  # and 1.5 s for each run
+    "orchestrator.figures": {"pictures": lambda *of: {}},  # and 1.5 s for each run
     # Importing the real one costs a second for torch.
     "orchestrator.workshop": {
         "Workshop": lambda store, *more: types.SimpleNamespace(store=store),

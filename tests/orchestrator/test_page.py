@@ -106,7 +106,7 @@ def test_a_grid_is_told_from_the_answer_to_its_lineage(grid):
     outline = Outline(reported(grid, "grid"))
     assert outline.sections == [
         *("answer", "table", "settings", "components", "pseudo-labels", "confusion"),
-        *("cost", "lineage"),
+        *("images", "cost", "lineage"),
     ]
     assert all(picture["alt"] for picture in outline.pictures)
     titles = [text for chart in drawn(outline) for text in words(chart)]
