@@ -59,7 +59,7 @@ def export(
     tracking_uri: TrackingOption = None,
     force: Annotated[bool, typer.Option("--force", help="replace a bundle in DIR")] = False,
 ) -> None:
-    """Put what a trial learned into a folder that needs no sweep: a bundle.
+    """Put what a trial learned into a folder of its own: a bundle.
 
     The prompt must predict what the trial predicted; else this ends with 5. Prints DIR.
 
@@ -109,7 +109,7 @@ def classify(
     weights: WeightsOption = None,
     device: DeviceOption = "cpu",
 ) -> None:
-    """Classify images with a bundle. Needs no store, no Ray and no MLflow.
+    """Classify images with a bundle; needs no store and no Ray.
 
     Ends with 1 if some files could not be read, with 2 if none could.
 
@@ -203,7 +203,7 @@ def verify(
     device: DeviceOption = "cpu",
     as_json: JsonOption = False,
 ) -> None:
-    """Score a bundle again on the images that its trial was tested on.
+    """Score a bundle again on its trial's test images.
 
     Ends with 0 if accuracy and every prediction are the recorded ones, with 5 if not.
 

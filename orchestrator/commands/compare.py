@@ -55,7 +55,9 @@ def compare(
     data_root: DataOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Results beside published numbers or another sweep: reproduced, lower, or why not comparable.
+    """Results beside published numbers or another sweep.
+
+    Reproduced, within interval, lower, higher, or not comparable and why.
 
     airsweep compare quickstart --paper grip
 

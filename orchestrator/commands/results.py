@@ -69,7 +69,7 @@ def table(
         ),
     ] = None,
 ) -> None:
-    """Results as a table: mean, spread and interval of each row, and what is told apart.
+    """Results as a table: mean, spread, interval, what is told apart.
 
     airsweep table quickstart
 
@@ -108,7 +108,7 @@ def report(
     store: StoreOption = STORE,
     data_root: DataOption = None,
 ) -> None:
-    """What came out of a sweep, as one HTML file that needs nothing else.
+    """What came out of a sweep, as one HTML file.
 
     airsweep report quickstart -o report.html
 
@@ -136,7 +136,9 @@ def audit(
     data_root: DataOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Are the synthetic images any good? Blank, doubled, of the wrong class, copies of test images.
+    """Are the synthetic images any good?
+
+    Blank, doubled, of the wrong class, copies of test images; how near they are to real ones.
 
     airsweep audit quickstart
 

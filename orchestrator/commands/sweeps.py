@@ -68,7 +68,7 @@ def plan(
         typer.Option("--probe", help="measure a little of what was never measured in this store"),
     ] = False,
 ) -> None:
-    """What would run, what is there, how long it would take; starts nothing.
+    """What would run, what is there, how long; starts nothing.
 
     airsweep plan quickstart
 
@@ -118,7 +118,7 @@ def run(
     quiet: QuietOption = False,
     accept_code: AcceptOption = None,
 ) -> None:
-    """Run a sweep, or go on with one that was interrupted; what is done is skipped.
+    """Run a sweep, or go on with it; what is done is skipped.
 
     airsweep run quickstart
 
