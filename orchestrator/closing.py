@@ -66,7 +66,7 @@ def _image_facts(plan: Plan, place: Place, outcome: dict[str, Any]) -> list[tupl
 
 def _work_facts(plan: Plan, place: Place, outcome: dict[str, Any]) -> list[tuple[str, str]]:
     found = standing(place.ledger())
-    counts = found.counts(alive=False)
+    counts = found.counts(alive=False, among={slot.id for slot in plan.slots})
     facts = [
         (
             "trials",

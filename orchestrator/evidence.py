@@ -54,6 +54,11 @@ class Evidence:
         return standing(self.place.ledger())
 
     @cached_property
+    def counts(self) -> dict[str, int]:
+        """Trials that the sweep asks for, by state."""
+        return self.standing.counts(alive=False, among={slot.id for slot in self.plan.slots})
+
+    @cached_property
     def outcome(self) -> dict[str, Any]:
         return read_outcome(self.place)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
@@ -134,9 +134,15 @@ class Standing:
     retried: Counter[str] = field(default_factory=Counter)  # by failure class, in the last run
     exit_code: int | None = None
 
-    def counts(self, alive: bool) -> dict[str, int]:
-        """Trials by state; what a dead driver was running is waiting again."""
-        counts = Counter(self.last.values())
+    def counts(self, alive: bool, among: Collection[str] | None = None) -> dict[str, int]:
+        """Trials by state; what a dead driver was running is waiting again.
+
+        Args:
+            among: slots that are asked for now; None: all that ever were.
+        """
+        counts = Counter(
+            state for slot, state in self.last.items() if among is None or slot in among
+        )
         running = counts["running"] if alive else 0
         ended = {name: counts[name] for name in ("done", "reused", "pruned", "failed")}
         return {

@@ -187,10 +187,10 @@ def _draws(method: str) -> bool:
 
 
 def _state(found: Evidence) -> str:
-    counts = found.standing.counts(alive=False)
+    counts = found.counts
     left = {state: counts[state] for state in ("waiting", "failed", "pruned") if counts[state]}
     done = counts["done"] + counts["reused"]
-    text = f"{counted(done, 'trial')} of {found.standing.total} have a result"
+    text = f"{counted(done, 'trial')} of {found.plan.total} have a result"
     if left:
         text += "; " + ", ".join(f"{count} {state}" for state, count in left.items())
     picked = "The best row is the one with the highest mean on the test images, seen afterwards."
@@ -574,7 +574,7 @@ def costs(found: Evidence) -> Section:
     )
     minutes = {words.get(stage, stage): seconds / 60 for stage, (_, seconds) in spent.items()}
     figure = charts.bars(minutes, "minutes of one worker", title="Time by stage")
-    reused = found.standing.counts(alive=False)["reused"]
+    reused = found.counts["reused"]
     wall = found.outcome.get("seconds")
     texts = [
         "Work that this sweep did itself, added up over workers and runs"

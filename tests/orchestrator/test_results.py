@@ -256,6 +256,11 @@ def test_what_a_dead_driver_was_running_waits_again(started):
     assert standing(started).counts(alive=False)["waiting"] == 2
 
 
+def test_what_an_edited_file_no_longer_asks_for_is_not_counted(started):
+    found = standing(started).counts(alive=False, among=set(slots(2, 3)))
+    assert (found["done"], found["reused"], found["failed"]) == (0, 1, 1)
+
+
 def test_a_trial_that_failed_and_then_went_well_is_no_failure(started):
     started.append("trials_started", slots=slots(3))
     started.append("trial_done", slot=slots(3)[0], cell="cell", key="b")
