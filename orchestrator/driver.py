@@ -268,14 +268,13 @@ def _work(run: Run, plan: Plan, prepare_only: bool, cluster: ExitStack) -> int:
         if not run.purse.affords_preparing(needs, run.place.store, _workers(run)):
             return _out_of_budget(run)
         _prepare(run, cells, needs)
-        beside = [_sheet(run, needs), _cards(run, rows())]
+        beside = _begun(run, [_sheet(run, needs), _cards(run, rows())])
         if job is not None:
             ahead = _ahead(run, plan, groups[0]) if groups else None
             _tune(run, dispatcher)
             _wait_for(ahead, run)
-        for work in beside:
-            if work is not None:
-                work.tell()
+        if beside is not None:
+            beside.tell()
         if dispatcher.out_of_budget():
             return _out_of_budget(run)
         lost = dispatcher.gave_up()
@@ -426,8 +425,22 @@ def _prepare(run: Run, cells: Sequence[Cell], needs: Sequence[Need]) -> None:
     run.ledger.append("cells_ready")
 
 
-def _sheet(run: Run, needs: Sequence[Need]) -> Ahead | None:
-    """Begin the contact sheet, which no trial waits for."""
+def _begun(run: Run, works: Sequence[Callable[[Watcher], None] | None]) -> Ahead | None:
+    """What no trial waits for, one after the other: so one worker imports torch for all of it."""
+    wanted = [work for work in works if work is not None]
+    if not wanted:
+        return None
+    from orchestrator.ahead import Ahead
+
+    def make(watcher: Watcher) -> None:
+        for work in wanted:
+            work(watcher)
+
+    return Ahead(make, run)
+
+
+def _sheet(run: Run, needs: Sequence[Need]) -> Callable[[Watcher], None] | None:
+    """Draws the contact sheet, where it is missing."""
     store = run.place.store
     rows = [
         need.spec
@@ -437,27 +450,25 @@ def _sheet(run: Run, needs: Sequence[Need]) -> Ahead | None:
     sheet = run.place.folder / "contact_sheet.png"
     if not rows or sheet.exists():
         return None
-    from orchestrator.ahead import Ahead
     from orchestrator.prepare import contact_sheet
 
     drawn, base = _shown(rows)
     features = next(need.spec for need in needs if isinstance(need.spec, FeaturesSpec))
 
-    def draw(watcher: object) -> None:
+    def draw(watcher: Watcher) -> None:
         png, run.tally.shares = contact_sheet(drawn, base, features, _workshop(run))
         run.place.write(sheet.name, png)
 
-    return Ahead(draw, run)
+    return draw
 
 
-def _cards(run: Run, rows: Sequence[Audited]) -> Ahead | None:
-    """Begin the audit cards of rows that are whole by now; no trial waits for them."""
+def _cards(run: Run, rows: Sequence[Audited]) -> Callable[[Watcher], None] | None:
+    """Makes the audit cards of rows that are whole by now, where they are missing."""
     store = run.place.store
     whole = [row for row in rows if row.need.have(store) == row.need.total()]
     new = [row for row in whole if known_card(row, run.place) is None]
     if not new:
         return None
-    from orchestrator.ahead import Ahead
     from orchestrator.prepare import audit
 
     def look(watcher: Watcher) -> None:
@@ -470,7 +481,7 @@ def _cards(run: Run, rows: Sequence[Audited]) -> Ahead | None:
             for name, content in files.items():
                 run.place.write(name, content)
 
-    return Ahead(look, run)
+    return look
 
 
 def _hopeful(run: Run, needs: Sequence[Need]) -> list[Need]:

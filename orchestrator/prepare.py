@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import groupby
@@ -181,7 +181,7 @@ def contact_sheet(
 ) -> tuple[bytes, dict[str, float]]:
     """A PNG of real, base and LoRA images, and how many of each CLIP recognises."""
     result: tuple[bytes, dict[str, float]] = ray.get(
-        ray.remote(pictures.contact_sheet).remote(drawn, base, features, shop)
+        _beside(pictures.contact_sheet).remote(drawn, base, features, shop)
     )
     return result
 
@@ -191,8 +191,13 @@ LONG_LOOK = 5_000  # images: a look at fewer takes seconds, a board to report on
 
 def audit(row: Audited, shop: Workshop, watcher: Watcher) -> dict[str, bytes]:
     """The audit card of a row, as files to keep beside the sweep."""
-    look = ray.remote(auditor.made).options(num_cpus=0)  # trials that run hold all of them
+    look = _beside(auditor.made)
     if row.images_per_class * len(row.classes) < LONG_LOOK:
         return card_files(*ray.get(look.remote(row, shop)))
     with watched(watcher) as board:
         return card_files(*ray.get(look.remote(row, shop, Note(board, "audit"))))
+
+
+def _beside(work: Callable[..., Any]) -> Any:
+    """As a task beside trials, which hold all the cores while they run."""
+    return ray.remote(work).options(num_cpus=0)
