@@ -104,6 +104,7 @@ def test_the_parent_opens_with_the_answer_and_its_pictures(server, browser, runs
         "accuracy.png",
         "accuracy_by_images_per_class.png",
         "contact_sheet_small.png",
+        "pseudo_labels.png",
     }
     assert all(0 < width <= 700 for width in found.values())
 

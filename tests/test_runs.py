@@ -208,7 +208,8 @@ def test_table_rows_have_the_agreed_keys(spec, whole):
     rows = table(whole, "search")
     assert [row["method"] for row in rows] == ["zero_shot", "fpl", "air_fpl"]
     expected = (
-        "dataset paradigm modality method settings metric n n_test mean std low high interval"
+        "dataset paradigm modality method settings metric n n_test mean std low high interval "
+        "protocol comparisons collapsed"
     )
     for row in rows:
         why = "point chosen_by rank_correlation" if row["method"] == "air_fpl" else ""  # searched

@@ -202,7 +202,7 @@ def test_the_screen_fits_and_says_the_same(world, faulty, monkeypatch, capsys):
     code, out, _ = airsweep(monkeypatch, capsys, "audit", "faulty", "--store", world.store.root)
     assert code == 0
     lines = out.splitlines()
-    assert all(len(line) <= 80 for line in lines if ".png" not in line)
+    assert all(len(line) <= 80 for line in lines if "/" not in line)  # a path is not broken
     flat = " ".join(out.split())
     assert "3 blank, 2 duplicate, 4 wrong class" in flat
     assert "1 copy" in flat

@@ -183,7 +183,9 @@ def test_stdout_is_the_callers(spec, tmp_path):
 def test_who_is_stopped_in_a_run_stops_when_all_is_closed(tmp_path, number, code):
     spec = write_sweep(tmp_path, "long", "fixed: {method: fpl, train.steps: 100000}\nseeds: [1]\n")
     script = (
+        "import signal\n"
         "from orchestrator import door\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job ignores it
         f"door.run({str(spec)!r}, store={str(tmp_path / 'runs')!r})\n"
         "print('went on')\n"
     )

@@ -14,6 +14,7 @@ DEAF = """
 import os, signal, sys, time
 from types import SimpleNamespace
 from orchestrator import driver
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 run = SimpleNamespace(stopped=None)
 driver._heed_signals(run)
 try:
