@@ -26,6 +26,9 @@ QUIET = {
 }
 DAEMONS = ("raylet", "gcs_server")  # of a local cluster: without them there is none
 OBJECT_STORE_BYTES = 256 * 2**20  # artifacts travel by the store, not by Ray
+# Of a local cluster: an idle worker is kept for the next task, which need not load torch again. Ray
+# would end it after a second.
+KEEP_WORKERS = {"idle_worker_killing_time_threshold_ms": 60_000, "num_workers_soft_limit": 4}
 
 
 @contextmanager
@@ -62,6 +65,7 @@ def ray_session(lost: Callable[[], None] = lambda: None) -> Iterator[tuple[Machi
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_BYTES,
                 runtime_env={"env_vars": {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", **passed}},
+                _system_config=KEEP_WORKERS,
                 **quiet,
             )
     for name in ("ray", "ray.tune", "ray.data"):
