@@ -347,7 +347,7 @@ def components(found: Evidence) -> Section | None:
 PSEUDO = (
     ("pseudo/accuracy", "right, %", "share of the pseudo-labels that is right"),
     ("pseudo/coverage", "covered, %", "share of the pool that has a pseudo-label"),
-    ("pseudo/balance", "balance, %", "evenness over classes: entropy over its largest value"),
+    ("pseudo/balance", "balance, %", "evenness over classes (entropy)"),
 )
 
 

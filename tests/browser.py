@@ -50,11 +50,11 @@ class Browser:
             CHROMIUM,
             arguments,
             {**os.environ, "HOME": str(folder)},
-            file_actions=[
-                (os.POSIX_SPAWN_DUP2, to_it, 3),
-                (os.POSIX_SPAWN_DUP2, from_it, 4),
+            file_actions=[  # in this order: `quiet` may itself be 3 or 4
                 (os.POSIX_SPAWN_DUP2, quiet, 1),
                 (os.POSIX_SPAWN_DUP2, quiet, 2),
+                (os.POSIX_SPAWN_DUP2, to_it, 3),
+                (os.POSIX_SPAWN_DUP2, from_it, 4),
             ],
             setsid=True,  # its helpers go with it
         )

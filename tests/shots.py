@@ -31,7 +31,7 @@ def main(store: Path, sweep: str, folder: Path) -> None:
     parent = next(run for run in runs if run.data.tags["air.kind"] == "sweep")
     settings = [run for run in runs if run.data.tags["air.kind"] == "point"]
     best = max(settings, key=lambda run: run.data.metrics["test/accuracy"])
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         server, browser = MlflowServer(store, Path(scratch, "log")), Browser(Path(scratch, "home"))
         server.start()
         runs_page = f"{server.url}/#/experiments/{parent.info.experiment_id}/runs"
@@ -51,7 +51,7 @@ def main(store: Path, sweep: str, folder: Path) -> None:
             file = folder / f"mlflow_{name}.png"
             browser.screenshot(file, 1280, height)
             with Image.open(file) as whole:
-                few = whole.convert("RGB").quantize(64)
+                few = whole.convert("RGB").quantize(256, dither=Image.Dither.NONE)
             few.save(file, optimize=True)
 
         try:
