@@ -10,8 +10,8 @@ from __future__ import annotations
 import io
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ from orchestrator.plan import BASE_PER_CLASS
 from orchestrator.resolve import images_folder
 from orchestrator.stages import read_target
 from orchestrator.store import ArtifactStore, MissingArtifact
-from orchestrator.workshop import Workshop
+from orchestrator.workshop import Workshop, one_thread
 
 SHOWN = 10  # pictures in a line of a card; half as many pairs
 DIGITS = 4  # of numbers that are kept: what differs beyond is rounding
@@ -73,24 +73,13 @@ def made(row: Audited, shop: Workshop, report: Report | None = None) -> tuple[Au
     Raises:
         MissingArtifact: images or features are not there.
     """
-    with _one_thread():
+    with one_thread():
         card = with_pictures(_made(row, shop, report or _silent), row, shop)
     return card, audit_sheet(card)
 
 
 def _silent(done: int, total: int) -> None:
     pass
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Sums in one order, so that the same images give the same bytes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)

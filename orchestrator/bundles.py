@@ -34,9 +34,9 @@ from orchestrator.children import refs_of, spec_json
 from orchestrator.keys import artifact_key
 from orchestrator.place import Place
 from orchestrator.plan import plan_sweep
-from orchestrator.report import Row, counted, percent, rows, settings_text, worlds_of
+from orchestrator.report import Row, counted, percent, settings_text, worlds_of
 from orchestrator.resolve import Resolver
-from orchestrator.results import NAMED, entries_of, pruned_points
+from orchestrator.results import NAMED, entries_of, rows_of
 from orchestrator.store import ArtifactStore, MissingArtifact
 from orchestrator.sweep import Cell, SweepSpec
 from orchestrator.sweep_file import only_values
@@ -132,8 +132,7 @@ def best_trial(sweep: SweepSpec, place: Place, only: Sequence[str], say: Say) ->
     plan = plan_sweep(sweep, store, place.resolver(), place.ledger())
     for old in plan.stale(store):
         say(f"note: {old}")
-    objective = sweep.search.objective if sweep.search else None
-    every = rows(entries_of(plan, store), objective, pruned_points(plan))
+    every = rows_of(plan, entries_of(plan, store))
     cells = _cells(plan.cells, only_values(sweep, only))
     kept = [row for row in every if row.cell in cells]
     if not kept:

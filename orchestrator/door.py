@@ -371,16 +371,13 @@ def table(
     name: str | Outcome, *, store: str | Path | None = None, data_root: str | Path | None = None
 ) -> DataFrame:
     """The rows of `airsweep table`: mean, std and interval of each setting over its runs."""
-    from orchestrator import report
     from orchestrator.asked import plan_of
     from orchestrator.frames import rows_frame
-    from orchestrator.results import entries_of, pruned_points
+    from orchestrator.results import entries_of, rows_of
 
     sweep, place = _recorded(name, store, data_root)
     planned = plan_of(sweep, place)
-    objective = sweep.search.objective if sweep.search else None
-    entries = entries_of(planned, place.store)
-    return rows_frame(report.rows(entries, objective, pruned_points(planned)))
+    return rows_frame(rows_of(planned, entries_of(planned, place.store)))
 
 
 def _recorded(

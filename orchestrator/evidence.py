@@ -18,7 +18,7 @@ from orchestrator.children import refs_of
 from orchestrator.place import Place, read_outcome
 from orchestrator.plan import Plan, plan_sweep
 from orchestrator.report import Comparison, Entry, Results, Row, comparisons, rows
-from orchestrator.results import Standing, entries_of, pruned_points, standing
+from orchestrator.results import Standing, entries_of, rows_of, standing
 from orchestrator.sweep import SweepSpec
 
 # C classes.
@@ -75,14 +75,10 @@ class Evidence:
         ]
         return [(card, picture) for card, picture in found if picture.exists()]
 
-    def of_row(self, row: Row) -> list[Entry]:
-        """The runs of a row, each computation once."""
-        return self.results.entries(row)
-
     def confusion(self, row: Row, classes: int) -> Array:
         """(C, C) test images of all runs by true and predicted class."""
         matrix = np.zeros((classes, classes), dtype=np.int64)
-        for entry in self.of_row(row):
+        for entry in self.results.entries(row):
             np.add.at(matrix, (entry.labels, entry.predictions), 1)
         return matrix
 
@@ -132,8 +128,7 @@ def evidence_of(sweep: SweepSpec, place: Place) -> Evidence:
             f"({plan.total} are planned); run `airsweep run {sweep.source}`, and see "
             f"`airsweep status {place.name}`"
         )
-    objective = sweep.search.objective if sweep.search else None
-    return Evidence(sweep, place, plan, entries, rows(entries, objective, pruned_points(plan)))
+    return Evidence(sweep, place, plan, entries, rows_of(plan, entries))
 
 
 def confused(

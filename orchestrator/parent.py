@@ -23,12 +23,11 @@ from orchestrator.report import (
     comparisons,
     counted,
     mean_std,
-    rows,
     signed_interval,
     worlds_of,
 )
 from orchestrator.resolve import text_digest
-from orchestrator.results import entries_of, finished, pruned_points
+from orchestrator.results import entries_of, finished, rows_of
 from orchestrator.summary import MOST, MethodLine, difference_lines, headline_of, method_lines
 from orchestrator.sweep import SweepSpec
 from orchestrator.tracking import PointRun, Status, SweepRun, image, link
@@ -78,7 +77,7 @@ def ending_of(sweep: SweepSpec, place: Place, folder: Path) -> Ending:
     plan = plan_sweep(sweep, place.store, place.resolver(), place.ledger())
     done = finished(plan, place.store)
     entries = entries_of(plan, place.store, done)
-    found = rows(entries, sweep.search.objective if sweep.search else None, pruned_points(plan))
+    found = rows_of(plan, entries)
     kept = sweep_files(place)
     makers = pictures(found, entries)
     if SHEET in kept:

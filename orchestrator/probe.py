@@ -13,7 +13,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -62,7 +62,7 @@ from orchestrator.stages import Target, pseudo_labelled, square
 from orchestrator.store import ArtifactStore
 from orchestrator.sweep import Resources
 from orchestrator.trial import data_of
-from orchestrator.workshop import Workshop
+from orchestrator.workshop import Workshop, one_thread
 
 LONG = 10.0  # seconds after which nothing more of a kind is measured
 IMAGES = 64  # that go through CLIP at a time
@@ -106,7 +106,7 @@ def probe_work(
         device = "cuda" if gpu_share(stage, resources) and torch.cuda.is_available() else "cpu"
         started = time.monotonic()
         try:
-            with _one_thread():
+            with one_thread():
                 seconds, once = PROBES[stage](one.examples, replace(shop, device=device))
         except Exception as problem:  # of one kind; the others can be tried
             found[stage, kind] = f"{type(problem).__name__}: {problem}"
@@ -120,17 +120,6 @@ def probe_work(
         )
     if found:
         remember_probed(shop.store, found)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """As workers compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _device_name(device: str) -> str:

@@ -14,7 +14,7 @@ from air_core.normal import normalised
 from air_core.paradigms import seen_unseen
 from orchestrator.ledger import Ledger
 from orchestrator.plan import Plan, Slot
-from orchestrator.report import Entry
+from orchestrator.report import Entry, Row, rows
 from orchestrator.store import ArtifactStore
 from orchestrator.trial import TrialRecord, read_trial
 
@@ -74,6 +74,12 @@ def entry_of(slot: Slot, record: TrialRecord, objective: float | None = None) ->
         seconds=record.seconds,
         made=record.made,
     )
+
+
+def rows_of(plan: Plan, entries: Sequence[Entry]) -> list[Row]:
+    """The rows of a sweep's table: its search says by which objective points are chosen."""
+    search = plan.sweep.search
+    return rows(entries, search.objective if search else None, pruned_points(plan))
 
 
 def pruned_points(plan: Plan) -> Mapping[str, int]:

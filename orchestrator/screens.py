@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from air_core.flat import to_flat
-from orchestrator import presets, report
+from orchestrator import presets
 from orchestrator.closing import facts_of, next_facts, title_of
 from orchestrator.driver import does_not_fit
 from orchestrator.estimate import Estimate
@@ -16,7 +16,7 @@ from orchestrator.failures import CLASSES
 from orchestrator.freshness import remedy
 from orchestrator.place import Place
 from orchestrator.plan import Plan, plan_sweep
-from orchestrator.results import Standing, entries_of, pruned_points, standing
+from orchestrator.results import Standing, entries_of, rows_of, standing
 from orchestrator.screen import clock
 from orchestrator.summary import summary
 from orchestrator.sweep import SweepSpec, notes_of
@@ -191,6 +191,4 @@ def summary_screen(sweep: SweepSpec, place: Place) -> str:
     facts = [*facts_of(plan, place), *next_facts(plan, place)]
     if not entries:
         return "\n".join(f"{label:<9}{text}" for label, text in facts)
-    objective = sweep.search.objective if sweep.search else None
-    rows = report.rows(entries, objective, pruned_points(plan))
-    return summary(title_of(plan), entries, rows, facts)
+    return summary(title_of(plan), entries, rows_of(plan, entries), facts)

@@ -206,7 +206,7 @@ def _rows_of(found: Evidence, world: tuple[str, str, str]) -> str:
 
 def table(found: Evidence) -> Section:
     """All rows, as `airsweep table` prints them."""
-    layout = laid_out(found.rows, found.entries)
+    layout = laid_out(found.rows, found.entries, found.gains)
     grid = Grid(
         header=layout.header,
         lines=layout.lines,

@@ -97,9 +97,12 @@ def _csv(rows: Sequence[Row], entries: Sequence[Entry]) -> str:
     return text.getvalue().rstrip("\n")
 
 
-def laid_out(rows: Sequence[Row], entries: Sequence[Entry]) -> Layout:
+def laid_out(
+    rows: Sequence[Row], entries: Sequence[Entry], found: Sequence[Comparison] | None = None
+) -> Layout:
+    """found: the rows' comparisons, where somebody has them: they take most of the time."""
     results = Results(rows, entries)
-    found = comparisons(rows, entries)
+    found = comparisons(rows, entries) if found is None else found
     gains = _by_row(found)
 
     def setting(key: str) -> Callable[[Row], str]:

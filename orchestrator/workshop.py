@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -48,6 +49,17 @@ class Workshop:
         if spec.level == "tokens":
             return np.asarray(backbone.image_tokens(images, torch.float16))
         return np.asarray(backbone.encode_images(images))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """As trials compute: sums in one order, so that the same input gives the same bytes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @cache

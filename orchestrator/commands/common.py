@@ -121,17 +121,14 @@ def results_of(name: str, store: str, data_root: Path | None) -> Outcome:
     Raises:
         ValueError: there is no such sweep.
     """
-    from orchestrator import report
-    from orchestrator.results import entries_of, pruned_points
+    from orchestrator.results import entries_of, rows_of
 
     sweep, place = recorded_sweep(name, store, data_root)
     plan = plan_of(sweep, place)
     for old in plan.stale(place.store):
         print(f"note: {old}", file=sys.stderr)
     entries = entries_of(plan, place.store)
-    objective = sweep.search.objective if sweep.search else None
-    rows = report.rows(entries, objective, pruned_points(plan))
-    return Outcome(sweep, place, plan, entries, rows)
+    return Outcome(sweep, place, plan, entries, rows_of(plan, entries))
 
 
 def no_trial(name: str, found: Outcome) -> str:
