@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import ray
 
+from air_core.backbone.loading import import_open_clip_alone
 from air_core.specs import FeaturesSpec, LabelsSpec, LoraSpec, SyntheticFeaturesSpec
 from orchestrator import auditor, pictures
 from orchestrator.audit_card import Audited, card_files
@@ -104,6 +105,7 @@ def _levels(missing: Sequence[Need]) -> dict[Need, int]:
 def _run(spec: Any, shop: Workshop, board: Any) -> tuple[float, dict[str, Any]]:
     import torch
 
+    import_open_clip_alone()
     torch.set_num_threads(1)
     started = time.monotonic()
     note = Note(board, name_of(artifact_key(spec)))

@@ -108,8 +108,9 @@ def machines() -> tuple[Machine, ...]:
 
 
 def _imports() -> None:
-    import open_clip  # noqa: F401
+    from air_core.backbone.loading import import_open_clip_alone
 
+    import_open_clip_alone()
     import orchestrator.stages  # noqa: F401
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from ray import tune
 from ray.tune.search import Searcher
 
+from air_core.backbone.loading import import_open_clip_alone
 from air_core.specs import TrialSpec
 from orchestrator.board import Note, Teller, watched
 from orchestrator.dispatch import Dispatcher
@@ -51,6 +52,7 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]
     ) -> None:
         self.shop, self.board, self.limit = shop, board, limit
         self.job = config
+        import_open_clip_alone()
         keep_to_share(gpu)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:

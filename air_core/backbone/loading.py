@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from air_core.backbone.clip import Backbone
@@ -49,7 +52,7 @@ def _from_folder(folder: Path, device: str, precision: str) -> Backbone:
     weights = _weights_inside(folder)
     # Without require_pretrained, missing weights are a warning and a chance-level CLIP.
     with _explained(weights, str(folder), config):
-        model, _, preprocess = _create(
+        model, _, preprocess = _open_clip(config).create_model_and_transforms(
             f"local-dir:{folder}", device=device, precision=precision, require_pretrained=True
         )
     return Backbone(model, preprocess, _tokenizer(config, folder))
@@ -57,7 +60,7 @@ def _from_folder(folder: Path, device: str, precision: str) -> Backbone:
 
 def _from_file(found: ClipFile, device: str, precision: str) -> Backbone:
     with _explained(found.weights, found.architecture, found.model):
-        model, _, preprocess = _create(
+        model, _, preprocess = _open_clip(found.model).create_model_and_transforms(
             found.architecture,
             pretrained=str(found.weights),
             device=device,
@@ -70,10 +73,34 @@ def _from_file(found: ClipFile, device: str, precision: str) -> Backbone:
     return Backbone(model, preprocess, _tokenizer(found.model, folder))
 
 
-def _create(name: str, **how: Any) -> Any:
-    import open_clip  # seconds
+OPTIONAL = ("timm", "transformers")  # of open_clip; it does without where they are not installed
 
-    return open_clip.create_model_and_transforms(name, **how)
+
+def import_open_clip_alone() -> None:
+    """Import open_clip as if its optional libraries were not there, in two thirds of the time.
+
+    For processes of our own, whose start is waited for. `load_backbone` makes up for it, but who
+    calls open_clip himself may need them.
+    """
+    if "open_clip" in sys.modules:
+        return
+    hidden = [name for name in OPTIONAL if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None: not to be imported
+    try:
+        import open_clip  # noqa: F401
+    finally:
+        for name in hidden:
+            del sys.modules[name]
+
+
+def _open_clip(model: dict[str, Any]) -> ModuleType:
+    """open_clip, with timm where an image tower is one of its. A text tower of transformers takes
+    no prompt."""
+    open_clip = importlib.import_module("open_clip")  # seconds
+    towers = importlib.import_module("open_clip.timm_model")
+    if model["vision_cfg"].get("timm_model_name") and towers.timm is None:
+        importlib.reload(towers)  # into the namespace that its classes look into
+    return open_clip
 
 
 def _weights_inside(folder: Path) -> Path:

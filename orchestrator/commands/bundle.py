@@ -119,8 +119,10 @@ def classify(
     """
     if as_json and as_csv:
         fail("--json and --csv: give one of them")
+    from air_core.backbone.loading import import_open_clip_alone
     from air_core.bundle import image_files, load_bundle
 
+    import_open_clip_alone()
     files = image_files(images)
     bundle = load_bundle(folder, weights, device)
     unreadable: list[str] = []

@@ -278,6 +278,24 @@ def test_siglip_takes_no_visual_prompt(siglip):
         load_backbone(siglip).image_tokens([Image.new("RGB", (90, 50))])
 
 
+NEEDED = """
+import json, sys
+from air_core.backbone.loading import import_open_clip_alone, load_backbone
+import_open_clip_alone()
+load_backbone("tiny")
+print(json.dumps(sorted({"timm", "transformers"} & sys.modules.keys())))
+load_backbone(sys.argv[1])
+print(json.dumps(sorted({"timm"} & sys.modules.keys())))
+"""
+
+
+def test_a_model_is_loaded_without_libraries_that_it_does_not_need(siglip):
+    """What a worker waits for when it starts."""
+    words = [sys.executable, "-c", NEEDED, str(siglip)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert [json.loads(line) for line in done.stdout.splitlines()] == [[], ["timm"]]
+
+
 # ---------------------------------------------------------------- folders
 
 
