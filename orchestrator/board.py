@@ -66,10 +66,23 @@ class Note:
             self.board.write.remote(self.name, "waiting", holder, seconds)
 
 
+_boards: dict[tuple[str, str], Any] = {}  # one for each job that this process was
+
+
+def _board() -> Any:
+    """The job's one board: a process less to start for each stage. Whoever looks tells for all."""
+    context = ray.get_runtime_context()
+    job = (context.get_node_id(), context.get_job_id())
+    if job not in _boards:
+        _boards.clear()
+        _boards[job] = ray.remote(Board).options(num_cpus=0, max_restarts=-1).remote()
+    return _boards[job]
+
+
 @contextmanager
 def watched(teller: Teller) -> Iterator[Any]:
     """A board whose notes are passed on by a thread until the block is over."""
-    board = ray.remote(Board).options(num_cpus=0, max_restarts=-1).remote()
+    board = _board()
     over = threading.Event()
 
     def look() -> None:

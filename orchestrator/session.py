@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -51,27 +51,25 @@ def ray_session(lost: Callable[[], None] = lambda: None) -> Iterator[tuple[Machi
 
     # Workers import this package from wherever it lies here, installed or not.
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    told = ("AIRSWEEP_COMMIT", "AIRSWEEP_DIRTY", "AIRSWEEP_USER", "AIRSWEEP_SWEEP")
-    passed = {name: os.environ[name] for name in told if name in os.environ}
     if joined:
+        told = ("AIRSWEEP_COMMIT", "AIRSWEEP_DIRTY", "AIRSWEEP_USER", "AIRSWEEP_SWEEP")
+        passed = {name: os.environ[name] for name in told if name in os.environ}
         with _muted_errors():
             ray.init(runtime_env={"env_vars": passed}, **quiet)
     else:
         package_root = str(Path(__file__).resolve().parents[1])
         path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
-        with _muted_errors():
+        # Not as a runtime_env: the workers that Ray starts at once would not fit it, and be idle.
+        with _muted_errors(), _environment({"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}):
             ray.init(
                 address="local",
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_BYTES,
-                runtime_env={"env_vars": {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", **passed}},
                 _system_config=KEEP_WORKERS,
                 **quiet,
             )
     for name in ("ray", "ray.tune", "ray.data"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    # A worker loads torch and CLIP, seconds of work, while this process still loads its own part.
-    ray.remote(_imports).options(num_cpus=0).remote()
     over = threading.Event()
     if not joined:
         family = psutil.Process().children(recursive=True)
@@ -107,11 +105,19 @@ def machines() -> tuple[Machine, ...]:
     return tuple(node["Resources"] for node in ray.nodes() if node["Alive"])
 
 
-def _imports() -> None:
-    from air_core.backbone.loading import import_open_clip_alone
-
-    import_open_clip_alone()
-    import orchestrator.stages  # noqa: F401
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set in this process for a moment, and in what is started meanwhile for good."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 @contextmanager
@@ -130,7 +136,10 @@ def _muted_errors() -> Iterator[None]:
 
 
 class MemoryPeak:
-    """Largest proportional memory of this process and its children, sampled once a second."""
+    """Largest proportional memory of this process and its children, looked at once a second.
+
+    The kernel counts proportional memory page by page, so only where resident memory has grown.
+    """
 
     def __init__(self) -> None:
         self.bytes = 0
@@ -143,9 +152,20 @@ class MemoryPeak:
         return self.bytes
 
     def _watch(self) -> None:
+        most = 0
         while not self._stop.wait(1.0):
             family = [psutil.Process(), *psutil.Process().children(recursive=True)]
-            self.bytes = max(self.bytes, sum(map(_proportional, family)))
+            resident = sum(map(_resident, family))
+            if resident > most * 1.01:
+                most = resident
+                self.bytes = max(self.bytes, sum(map(_proportional, family)))
+
+
+def _resident(process: psutil.Process) -> int:
+    try:
+        return int(process.memory_info().rss)
+    except psutil.Error:
+        return 0  # it ended meanwhile
 
 
 def _proportional(process: psutil.Process) -> int:
