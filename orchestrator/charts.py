@@ -183,27 +183,29 @@ def dots(
 
 
 def heat(
-    shares: npt.NDArray[np.floating[Any]],
     counts: npt.NDArray[np.integer[Any]],
     names: Sequence[str],
     *,
     title: str = "",
+    width: float = WIDTH,
 ) -> Figure:
-    """A confusion matrix.
+    """A confusion matrix, shaded by share of the true class.
 
     Args:
-        shares: (C, C) of each true class (rows), what was taken for each class (columns).
-        counts: (C, C) images, written into the fields where there is room.
+        counts: (C, C) images of each true class (rows) that were taken for each class (columns).
+            They are written into the fields where there is room.
         names: C class names.
     """
-    few = len(names) <= 12
-    figure, axes = _figure(WIDTH, 3.4 if few else 3.2)
+    roomy = width > WIDTH
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    few = len(names) <= (30 if roomy else 12)
+    figure, axes = _figure(width, width if roomy else 3.4 if few else 3.2)
     with _style():
         axes.imshow(shares, vmin=0, vmax=1, cmap="cividis")
         axes.grid(visible=False)
-        if len(names) <= 25:
-            places = range(len(names))
-            short = [name if len(name) <= 12 else name[:11] + "…" for name in names]
+        if len(names) <= (110 if roomy else 25):
+            places, most = range(len(names)), 24 if roomy else 12
+            short = [name if len(name) <= most else name[: most - 1] + "…" for name in names]
             axes.set_xticks(places, short, rotation=55, ha="right", rotation_mode="anchor")
             axes.set_yticks(places, short)
             axes.tick_params(labelsize=7 if few else 5.5)

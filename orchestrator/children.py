@@ -151,12 +151,12 @@ def spec_json(spec: TrialSpec, key: str) -> str:
 
 
 def _confusion(outcome: Outcome) -> bytes:
-    from orchestrator.pictures import confusion_matrix
+    from orchestrator.figures import confusion
 
     assert outcome.record is not None
     _, predictions, labels = outcome.record.predictions()
     names = [name.replace("_", " ") for name in _tested_classes(outcome.slot.spec)]
-    return confusion_matrix(labels, predictions, names)
+    return confusion(labels, predictions, names)
 
 
 def _tested_classes(spec: TrialSpec) -> Sequence[str]:

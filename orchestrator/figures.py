@@ -9,6 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from orchestrator import charts
 from orchestrator.report import (
@@ -132,6 +136,23 @@ def pictures(found: Sequence[Row], entries: Sequence[Entry]) -> dict[str, Callab
     if learned:
         makers["pseudo_labels.png"] = partial(_pseudo_labels, learned)
     return makers
+
+
+def confusion(
+    labels: npt.NDArray[np.integer[Any]],
+    predictions: npt.NDArray[np.integer[Any]],
+    names: Sequence[str],
+) -> bytes:
+    """Test images of one trial by true and predicted class.
+
+    Args:
+        labels: (T,) true classes.
+        predictions: (T,) predicted classes.
+        names: C class names.
+    """
+    counts = np.zeros((len(names), len(names)), dtype=np.int64)
+    np.add.at(counts, (labels, predictions), 1)
+    return charts.png(charts.heat(counts, names, width=min(12.0, 2.4 + 0.42 * len(names))), DPI)
 
 
 def _accuracy(found: Sequence[Row], entries: Sequence[Entry]) -> bytes:

@@ -1,4 +1,4 @@
-"""Pictures for people: contact sheets, audit cards and confusion matrices, as PNG bytes."""
+"""Pictures for people: contact sheets and audit cards, as PNG bytes."""
 
 from __future__ import annotations
 
@@ -176,47 +176,6 @@ def smaller(picture: Path, width: int) -> bytes:
         size = (width, round(image.height * width / image.width))
         image = image.resize(size, Image.Resampling.LANCZOS)
     return _png(image)
-
-
-def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, names: list[str]) -> bytes:
-    """Share of each true class (rows) that was taken for each class (columns).
-
-    Args:
-        labels: (T,) true classes.
-        predictions: (T,) predicted classes.
-        names: C class names.
-    """
-    from matplotlib.figure import Figure  # heavy, and without pyplot there is no global state
-
-    count = len(names)
-    matrix = np.zeros((count, count))
-    np.add.at(matrix, (labels, predictions), 1)
-    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    side = min(12.0, 2.4 + 0.42 * count)
-    figure = Figure(figsize=(side + 0.6, side), layout="constrained")
-    axes = figure.add_subplot()
-    shades = axes.imshow(shares, vmin=0, vmax=1, cmap="cividis")
-    figure.colorbar(shades, ax=axes, label="share of the true class", shrink=0.8)
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("true")
-    if count <= 30:
-        axes.set_xticks(range(count), names, rotation=60, ha="right", fontsize=8)
-        axes.set_yticks(range(count), names, fontsize=8)
-        for row, column in np.ndindex(count, count):
-            if matrix[row, column]:
-                color = "black" if shares[row, column] > 0.55 else "white"
-                axes.text(
-                    column,
-                    row,
-                    f"{matrix[row, column]:.0f}",
-                    ha="center",
-                    va="center",
-                    fontsize=7,
-                    color=color,
-                )
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
 
 
 def _png(image: Image.Image) -> bytes:

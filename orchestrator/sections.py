@@ -407,8 +407,7 @@ def confusions(found: Evidence) -> Section | None:
         drawn, lines = [], []
         for row in filter(None, (best, host)):
             matrix = found.confusion(row, len(names))
-            shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-            figure = charts.heat(shares, matrix, names, title=row.method)
+            figure = charts.heat(matrix, names, title=row.method)
             drawn.append(_chart(figure, f"Confusion matrix of {row.method}"))
             lines += [
                 [row.method, true, taken, f"{100 * share:.0f} %"]

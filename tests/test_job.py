@@ -25,7 +25,7 @@ pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 SWEEP = "fixed: {method: fpl, train.steps: 5}\nseeds: [1]\n"
-COUNT = 30
+COUNT = 16
 TRIALS = f"""
 grid: {{train.learning_rate: {[round(0.001 * n, 3) for n in range(1, COUNT + 1)]}}}
 fixed: {{method: fpl, train.steps: 200}}

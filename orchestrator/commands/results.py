@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -157,13 +156,7 @@ def audit(
 
 def _looking(row: str) -> Callable[[int, int], None]:
     """Says how far a long look at a row of images is."""
-    started = last = time.monotonic()
+    from orchestrator.screen import Lines
 
-    def report(done: int, total: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - started > 3 and (now - last > 5 or done == total):
-            last = now
-            print(f"{row}: {done:,} of {total:,} images looked at", file=sys.stderr)
-
-    return report
+    lines = Lines()
+    return lambda done, total: lines.progress(f"looking at {row}", done, total)

@@ -228,7 +228,7 @@ def test_charts_are_the_same_each_time_and_hold_their_labels():
         lambda: charts.dots(
             [charts.Dot(label="air", value=0.5, low=0.4, high=0.6)], "x", zero=True
         ),
-        lambda: charts.heat(np.eye(3), np.eye(3, dtype=int), ["a", "b", "c"]),
+        lambda: charts.heat(np.eye(3, dtype=int), ["a", "b", "c"]),
         lambda: charts.scatter([1, 2], [3, 4], "x", "y", chosen=1, default=0),
         lambda: charts.bars({"LoRA": 2.0}, "minutes"),
     ):
