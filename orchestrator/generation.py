@@ -9,22 +9,31 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 
 from air_core.specs import SyntheticFeaturesSpec
+from orchestrator.board import Note, Teller, watched
 from orchestrator.failures import CLASSES, Failure, classify
 from orchestrator.fit import room
 from orchestrator.image_rows import build_image_block, open_generator
-from orchestrator.plan import Need
+from orchestrator.keys import artifact_key
+from orchestrator.plan import Need, name_of
 from orchestrator.session import machines
-from orchestrator.sweep import Resources
+from orchestrator.sweep import GeneratorResources, Resources
 from orchestrator.workshop import Workshop
+
+
+class Drawn(Teller, Protocol):
+    """Is told what is drawn."""
+
+    def prepared(self, need: Need, seconds: float, facts: dict[str, Any]) -> None: ...
+
 
 THRIFT = 2  # the most that a generator can save
 
@@ -32,11 +41,12 @@ THRIFT = 2  # the most that a generator can save
 class Generate:
     """One actor: one generator at a time, switched when the row changes."""
 
-    def __init__(self, rows: Sequence[SyntheticFeaturesSpec], shop: Workshop) -> None:
+    def __init__(self, rows: Sequence[SyntheticFeaturesSpec], shop: Workshop, board: Any) -> None:
         import torch
 
         torch.set_num_threads(1)  # one actor a core; more threads would fight
         self.rows, self.shop = rows, shop
+        self.notes = [Note(board, name_of(artifact_key(spec.images))) for spec in rows]
         self.open: tuple[int, Any] | None = None
         self.thrift = 0  # how much memory is saved for time, see diffusion.pipeline
 
@@ -46,6 +56,7 @@ class Generate:
         error = name = ""
         drawn = {"drawn": 0, "redrawn": 0, "holes": 0}
         spec = self.rows[row]
+        self.shop.store.locks.waits = self.notes[row].waits
         try:
             drawn = self._drawn(spec, row, c, block)
         except Exception as problem:  # told to the driver as data: an exception ends the stream
@@ -82,12 +93,13 @@ def draw(
     needs: Sequence[Need],
     shop: Workshop,
     resources: Resources,
-    on_shard: Callable[[Need, float, dict[str, Any]], None],
+    watcher: Drawn,
 ) -> list[tuple[Need, Failure]]:
     """Draw the missing blocks of some rows; what could not be drawn, after all others were tried.
 
     Args:
-        on_shard: told of each shard as it is done: seconds; drawn, redrawn, holes.
+        watcher: told of each shard as it is done (seconds; drawn, redrawn, holes), and of who else
+            draws one that is waited for.
     """
     shards = [
         {"row": row, "class": c, "block": block}
@@ -96,41 +108,50 @@ def draw(
     ]
     if not shards:
         return []
-    want = resources.generator
-    fits = room(want, machines())
-    actors = min(want.actors or fits, fits, len(shards))
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-    specs = [need.spec for need in needs]
-    device = "cuda" if want.gpu else "cpu"
-    stream = ray.data.from_items(shards, override_num_blocks=len(shards)).map_batches(
-        Generate,
-        fn_constructor_args=(specs, replace(shop, device=device)),
-        batch_size=1,
-        compute=ActorPoolStrategy(size=actors),
-        num_cpus=want.cpu,
-        num_gpus=want.gpu,
-    )
     errors: dict[Need, list[tuple[str, str]]] = {}
-    for result in stream.iter_rows():
-        need = needs[result["row"]]
-        if result["error"]:
+    with watched(watcher) as board:
+        stream = _stream(shards, [need.spec for need in needs], shop, resources.generator, board)
+        for result in stream.iter_rows():
+            need = needs[result["row"]]
+            if not result["error"]:
+                watcher.prepared(need, result["seconds"], result)
+                continue
             assert isinstance(need.spec, SyntheticFeaturesSpec)
             name = need.spec.images.classnames[result["class"]]
             said = f"{name}, block {result['block']}: {result['error']}"
             errors.setdefault(need, []).append((result["failure_class"], said))
             if CLASSES[result["failure_class"]].stops_after == 1:
                 break  # what is drawn from now on would be drawn for nothing
-        else:
-            on_shard(need, result["seconds"], result)
     shop.store.look_again()
     return [
         (need, _failure(errors.get(need, []), left))
         for need in needs
         if (left := len(need.missing(shop.store)))
     ]
+
+
+def _stream(
+    shards: list[dict[str, int]],
+    rows: Sequence[Any],
+    shop: Workshop,
+    want: GeneratorResources,
+    board: Any,
+) -> ray.data.Dataset:
+    fits = room(want, machines())
+    actors = min(want.actors or fits, fits, len(shards))
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    device = "cuda" if want.gpu else "cpu"
+    return ray.data.from_items(shards, override_num_blocks=len(shards)).map_batches(
+        Generate,
+        fn_constructor_args=(rows, replace(shop, device=device), board),
+        batch_size=1,
+        compute=ActorPoolStrategy(size=actors),
+        num_cpus=want.cpu,
+        num_gpus=want.gpu,
+    )
 
 
 def _failure(errors: Sequence[tuple[str, str]], left: int) -> Failure:

@@ -75,7 +75,7 @@ def prepare(needs: Sequence[Need], shop: Workshop, resources: Resources, watcher
                 failures = _build(others, shop, resources, watcher)
         if images:
             with _clocked(watcher, "images"):
-                failures += draw(images, shop, resources, watcher.prepared)
+                failures += draw(images, shop, resources, watcher)
         for need, failure in failures:
             failed += [need.spec, getattr(need.spec, "images", None)]
             watcher.failed(need, failure)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -16,6 +18,7 @@ from air_core.specs import SyntheticFeaturesSpec
 from orchestrator.board import Note, watched
 from orchestrator.generation import Generate, draw
 from orchestrator.image_rows import build_image_block, open_generator, read_synthetic
+from orchestrator.keys import artifact_key
 from orchestrator.plan import Need, needs_of
 from orchestrator.prepare import prepare
 from orchestrator.store import ArtifactStore, MissingArtifact
@@ -34,10 +37,10 @@ def need_of(resolver, folder, count: int) -> Need:
 
 
 def run(need: Need, store: ArtifactStore, actors: int = 1) -> list[dict]:
-    told = []
+    watcher = Watcher()
     resources = Resources(generator=GeneratorResources(actors=actors))
-    draw([need], Workshop(store), resources, lambda need, seconds, facts: told.append(facts))
-    return told
+    draw([need], Workshop(store), resources, watcher)
+    return [facts for _, _, facts in watcher.told.get("prepared", [])]
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +92,7 @@ def test_a_block_that_cannot_be_drawn_is_named_and_the_others_are_kept(
         copied.row(need.spec).shard(c, 0, ".safetensors").unlink()
     deaths = copied.open_row(need.spec.images).shard(3, 0, ".tries")
     deaths.write_bytes(b"xx")  # as two processes leave it that this block has killed
-    ((failed, failure),) = draw([need], Workshop(copied), Resources(), lambda *_: None)
+    ((failed, failure),) = draw([need], Workshop(copied), Resources(), Watcher())
     assert (failed, failure.failure_class) == (need, "infra")
     assert "1 block is missing; digit three, block 0: " in failure.message
     assert need.missing(copied) == [(3, 0)]
@@ -108,12 +111,33 @@ def test_a_generator_short_of_memory_saves_some_and_keeps_the_size_of_its_blocks
         return open_generator(images, shop)
 
     monkeypatch.setattr("orchestrator.generation.open_generator", short)
-    actor = Generate([need.spec], Workshop(store))
+    actor = Generate([need.spec], Workshop(store), board=None)
     for c in (0, 1):
         batch = {name: np.array([value]) for name, value in (("row", 0), ("class", c))}
         told = actor({**batch, "block": np.array([0])})
         assert (told["error"], told["drawn"]) == ([""], [8])
     assert tried == [0, 1]  # the second block starts where the first one ended
+
+
+def test_who_waits_for_a_block_that_another_draws_says_for_whom(
+    ray_session, resolver, drawn_digits, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("orchestrator.board.WAITS_FOR", 0.1)
+    need, watcher = need_of(resolver, drawn_digits, 8), Watcher()
+    shop = Workshop(ArtifactStore(tmp_path))
+    block = {"row": np.array([0]), "class": np.array([3]), "block": np.array([0])}
+    key = artifact_key(need.spec.images)
+    with watched(watcher) as board, ThreadPoolExecutor() as pool:
+        with ArtifactStore(tmp_path).locks.turn(f"{key.digest}-3-0"):
+            waits = pool.submit(Generate([need.spec], shop, board), block)
+            deadline = time.monotonic() + 60
+            while "waiting" not in watcher.told and time.monotonic() < deadline:
+                time.sleep(0.1)
+        assert waits.result()["drawn"] == [8]
+    name, holder, seconds = watcher.told["waiting"][0]
+    assert name == f"image blocks {key.slug}"
+    assert str(os.getpid()) in holder
+    assert seconds > 0.1
 
 
 def test_what_cannot_be_made_is_told_and_the_rest_goes_on(
