@@ -24,6 +24,7 @@ WIDTH = 3.7  # inches of 96 px
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 MARKS = "osD^vPX"
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
+LEAST_SPREAD = 5.0  # points between the ends of an axis of percent
 INK, FAINT = "#1b1f24", "#6a737d"
 
 STYLE: Any = {
@@ -57,6 +58,7 @@ class Series:
     y: Sequence[float]
     low: Sequence[float] | None = None  # of the band
     high: Sequence[float] | None = None
+    look: int | None = None  # which colour, mark and dash; None: by its place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +108,8 @@ def curves(
     figure, axes = _figure(width, 2.6 if width == WIDTH else 3.6)
     with _style():
         factor = 100 if percent else 1
-        for number, one in enumerate(series):
+        for position, one in enumerate(series):
+            number = position if one.look is None else one.look
             color = COLORS[number % len(COLORS)]
             x = np.asarray(one.x, dtype=float)
             axes.plot(
@@ -136,10 +139,20 @@ def curves(
         ticks = sorted({float(x) for one in series for x in one.x})
         if 1 < len(ticks) <= 7:
             axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        if percent:
+            _spread(axes)
         _named(axes, xlabel, ylabel, title)
         if len(series) > 1 or series[0].label:
             _legend(figure, axes, width)
     return figure
+
+
+def _spread(axes: Axes) -> None:
+    """What differs by next to nothing should look like it, and nothing is beyond 100 %."""
+    low, high = axes.get_ylim()
+    middle, half = (low + high) / 2, max(high - low, LEAST_SPREAD) / 2
+    top = min(middle + half, 100 + half / 10)
+    axes.set_ylim(min(middle - half, top - LEAST_SPREAD), top)
 
 
 def dots(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -354,13 +354,19 @@ PSEUDO = (
 def pseudo_labels(found: Evidence) -> Section | None:
     """How good pseudo-labels are, iteration by iteration."""
     groups = []
-    for world in worlds_of(found.rows)[:MOST_WORLDS]:
-        rows = _with_curves(found, world)
+    by_world = {world: _with_curves(found, world) for world in worlds_of(found.rows)[:MOST_WORLDS]}
+    shown = {row.method for rows in by_world.values() for row in rows}
+    looks = {method: look for look, method in enumerate(m for m in METHODS if m in shown)}
+    for world, rows in by_world.items():
         if not rows:
             continue
         drawn = []
         for metric, ylabel, what in PSEUDO:
-            series = [s for row in rows if (s := _over(found, row, metric))]
+            series = [
+                replace(one, look=looks.get(row.method))
+                for row in rows
+                if (one := _over(found, row, metric))
+            ]
             if series:
                 figure = charts.curves(series, "iteration", ylabel, title=what)
                 drawn.append(_chart(figure, f"Pseudo-labels over iterations: {what}"))
