@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 from types import MappingProxyType
@@ -22,10 +22,10 @@ from typing import Any, Literal
 
 from air_core.normal import normalised
 from air_core.specs import TrialSpec
-from orchestrator.checkpoints import learned_by, rungs_of
+from orchestrator.checkpoints import rungs_of
 from orchestrator.failures import CLASSES, Failure
 from orchestrator.ledger import Ledger
-from orchestrator.plan import Slot, ended_slots, moved_slots, slots_of
+from orchestrator.plan import Slot, ended_slots, iterations_of, moved_slots, slots_of
 from orchestrator.pruning import pruned
 from orchestrator.replicas import side_by_side
 from orchestrator.resolve import Resolver
@@ -89,7 +89,7 @@ class _Going:
     @property
     def share(self) -> float:
         """Of all the work, what lies before the next stop."""
-        whole = _iterations(self.slots.values())
+        whole = iterations_of(self.slots.values())
         return ((self.until or whole) - self.passed) / whole if whole else 1.0
 
     def value_here(self) -> float | None:
@@ -100,10 +100,6 @@ class _Going:
         """Mean objective of its trials; None: one of them has none."""
         values = [value for value in self.ends.values() if value is not None]
         return fmean(values) if values and len(values) == len(self.ends) else None
-
-
-def _iterations(slots: Iterable[Slot]) -> int:
-    return min(learned_by(slot.spec).iterations for slot in slots)
 
 
 class _CellQueue:
@@ -494,14 +490,9 @@ class Dispatcher:
         )
         going = _Going(point, {slot.id: slot for slot in found}, [])
         if self.rungs and not point.told:
-            assert self.sweep.search is not None
-            decided = self.found.rungs.get(study_name(queue.cell, self.sweep.search), {})
-            last = _iterations(found)
-            going.rungs = [
-                rung
-                for rung in self.rungs
-                if rung < last and point.number not in decided.get(rung, {})
-            ]
+            last = iterations_of(found)
+            search, number = self.sweep.search, point.number
+            going.rungs = self.found.rungs_left(queue.cell, search, number, last)
         return going
 
     def _know(self, queue: _CellQueue, point: int, slot: Slot) -> None:

@@ -22,6 +22,7 @@ from air_core.specs import (
     SyntheticFeaturesSpec,
     TrialSpec,
 )
+from orchestrator.checkpoints import learned_by, rungs_of
 from orchestrator.edits import Edit, edit_of, what_it_asks
 from orchestrator.estimate import Estimate, Work, estimate, stage_work, trial_work
 from orchestrator.freshness import Stale, stale
@@ -191,19 +192,25 @@ def plan_sweep(sweep: SweepSpec, store: ArtifactStore, resolver: Resolver, ledge
     left: dict[str, int] = {}  # trials by cell
     stopped: dict[str, Pruned] = {}
     points = 0
+    uncompared: dict[str, list[int]] = {}  # by slot: rungs at which its point is still compared
     for cell in cells:
         count = found.points(cell, sweep.search)
         points += count
         left[cell.id] = count * len(assignments)
         params_of = known_points(sweep, cell, found, openings.get(cell.id))
         early = found.pruned_of(cell, sweep.search)
+        carried = found.carried_into(cell, sweep.search, openings.get(cell.id))
         for number, params in sorted(params_of.items())[:count]:
             of_point = slots_of(cell, number, params, assignments, resolver, moved)
             slots += of_point
             if number in early:
                 stopped |= {slot.id: early[number] for slot in of_point}
+            elif sweep.search is not None and sweep.search.rungs and params not in carried:
+                last = iterations_of(of_point)
+                rungs = found.rungs_left(cell, sweep.search, number, last)
+                uncompared |= {slot.id: rungs for slot in of_point}
     store.survey(slot.spec for slot in slots)
-    there = [store.has(slot.spec) for slot in slots]
+    there = [_is_there(slot.spec, uncompared.get(slot.id, ()), store) for slot in slots]
     done = reused = 0
     seen: set[str] = set()
     for slot, present in zip(slots, there, strict=True):
@@ -241,6 +248,15 @@ def plan_sweep(sweep: SweepSpec, store: ArtifactStore, resolver: Resolver, ledge
         asks=asks,
         edit=edit,
     )
+
+
+def _is_there(spec: TrialSpec, rungs: Iterable[int], store: ArtifactStore) -> bool:
+    """Whether a trial need not run: not even to the rungs at which it is compared, which another
+    sweep may have passed without looking."""
+    if not store.has(spec):
+        return False
+    passed = rungs_of(spec, store)[0] if rungs else {}
+    return all(rung in passed for rung in rungs)
 
 
 def _work(
@@ -336,6 +352,11 @@ def slots_of(
             key = artifact_key(spec)
         slots.append(Slot(slot_id, cell, point, params, seeds, spec, key))
     return slots
+
+
+def iterations_of(slots: Iterable[Slot]) -> int:
+    """Of the trials of one point."""
+    return min(learned_by(slot.spec).iterations for slot in slots)
 
 
 def moved_trials(slots: Iterable[Slot], moved: Mapping[str, str]) -> list[TrialSpec]:

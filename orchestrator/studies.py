@@ -89,6 +89,33 @@ class Searches:
             return {}
         return self.pruned.get(study_name(cell, search), {})
 
+    def rungs_left(
+        self, cell: Cell, search: Search | None, number: int, iterations: int
+    ) -> list[int]:
+        """The rungs at which a point is still to be compared.
+
+        Args:
+            iterations: of its trials; after the last one they have their results.
+        """
+        if search is None or not cell.space:
+            return []
+        decided = self.rungs.get(study_name(cell, search), {})
+        return [
+            rung
+            for rung in search.rungs
+            if rung < iterations and number not in decided.get(rung, {})
+        ]
+
+    def carried_into(self, cell: Cell, search: Search | None, opening: Opening | None) -> list[Any]:
+        """Settings of the points that a study took, or will take, from earlier ones."""
+        if search is None or not cell.space:
+            return []
+        every = [
+            *self.carried.get(study_name(cell, search), ()),
+            *(opening.carried if opening else ()),
+        ]
+        return [one.params for one in every]
+
     def known(self, cell: Cell, search: Search, opening: Opening | None) -> dict[int, Any]:
         """What was asked and what is carried and was not asked yet, by number.
 
@@ -96,8 +123,8 @@ class Searches:
         """
         study = study_name(cell, search)
         known = dict(self.asked.get(study, {}))
-        every = [*self.carried.get(study, ()), *(opening.carried if opening else ())]
-        waiting = [one.params for one in every if one.params not in known.values()]
+        carried = self.carried_into(cell, search, opening)
+        waiting = [params for params in carried if params not in known.values()]
         first = 0 if waiting and waiting[0] == default_params(cell) else 1  # 0 is the default
         return known | dict(enumerate(waiting, max(known, default=first - 1) + 1))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import subprocess
@@ -29,6 +30,7 @@ from air_core.specs import (
     TrialSpec,
 )
 from orchestrator import presets
+from orchestrator.checkpoints import Checkpoint, keep_checkpoint
 from orchestrator.dispatch import Dispatcher
 from orchestrator.estimate import remember, stage_work, trial_work
 from orchestrator.keys import artifact_key
@@ -50,6 +52,7 @@ from orchestrator.sweep import (
     Cell,
     Dimension,
     GeneratorResources,
+    Pruning,
     Resources,
     Search,
     Seeds,
@@ -57,8 +60,10 @@ from orchestrator.sweep import (
     TrialResources,
     cells_of,
 )
+from orchestrator.trial import WHOLE, Legs
 
 ROOT = Path(__file__).parents[2]
+OBJECTIVES = ("mutual_information", "validation_accuracy")
 REFS = {name: Ref(name="tiny", digest=name) for name in presets.OUTSIDE}
 CLASSES = ("zero", "one")
 COUNTS = Dimension(key="images_per_class", values=(0, 8, 16))
@@ -96,12 +101,22 @@ class World:
     def plan(self, sweep: SweepSpec) -> Plan:
         return plan_sweep(sweep, self.store, self.resolver, self.ledger)
 
-    def finish(self, trials: Iterable[TrialSpec], value: float = 1.0) -> None:
-        """Give trials a record, as running them would."""
-        info = {"metrics": {}, "curves": {}, "per_class": []}
-        info["objectives"] = {"mutual_information": value, "validation_accuracy": value}
-        for spec in trials:
-            self.store.get_or_build(normalised(spec), lambda folder: info)
+    def finish(self, trials: Iterable[TrialSpec], legs: Legs = WHOLE) -> None:
+        """Give trials a record, as running them would; or what they leave where they stop."""
+        for spec in map(normalised, trials):
+            rungs = {rung: self.objectives(spec, rung) for rung in legs.rungs}
+            if legs.until is not None:
+                passed = {rung: found for rung, found in rungs.items() if rung <= legs.until}
+                keep_checkpoint(spec, self.store, Checkpoint(legs.until, rungs=passed))
+                continue
+            info = {"metrics": {}, "curves": {}, "per_class": [], "rungs": rungs}
+            info["objectives"] = dict.fromkeys(OBJECTIVES, 1.0)
+            self.store.get_or_build(spec, lambda folder, info=info: info)
+
+    def objectives(self, spec: TrialSpec, rung: int) -> dict[str, float]:
+        """Made up, and the same whenever they are asked for."""
+        digest = hashlib.sha256(f"{artifact_key(spec).digest} {rung}".encode()).digest()
+        return dict.fromkeys(OBJECTIVES, digest[0] / 256)
 
     def dispatcher(self, sweep: SweepSpec) -> Dispatcher:
         searches: dict[str, Any] = {}
@@ -113,19 +128,21 @@ class World:
 
     def log(self, outcome: Any) -> None:
         if not outcome.known:
-            event = {"slot": outcome.slot.id, "key": outcome.slot.key.digest}
+            event: dict[str, Any] = {"slot": outcome.slot.id, "key": outcome.slot.key.digest}
+            if outcome.pruned is not None:
+                event |= {"rung": outcome.pruned.rung, "value": outcome.pruned.value}
             self.ledger.append(f"trial_{outcome.state}", cell=outcome.slot.cell.id, **event)
 
     def run(self, sweep: SweepSpec) -> int:
-        """Run a sweep to its end; the trials that were handed out."""
+        """Run a sweep to its end; how many trials were handed out, be it in legs."""
         dispatcher = self.dispatcher(sweep)
-        handed = 0
+        handed: set[str] = set()
         while (job := dispatcher.next()) is not None:
-            handed += len(job.trials)
-            self.finish(job.trials)
+            handed |= set(job.keys)
+            self.finish(job.trials, job.legs)
             dispatcher.complete(job.number, {})
         assert dispatcher.finished
-        return handed
+        return len(handed)
 
 
 @pytest.fixture(scope="module")
@@ -518,7 +535,9 @@ def sweeps(draw: Any, pictures: str) -> SweepSpec:
     if searched_:
         space = tuple(Dimension(key=key, values=AXES[key]) for key in searched_)
         points, width = draw(st.integers(1, 6)), draw(st.integers(1, 3))
-        search = Search(sampler="grid", points=points, width=width, space=space)
+        rules = st.sampled_from(("halving", "median"))
+        pruning = draw(st.none() | rules.map(lambda rule: Pruning(rule=rule, rungs=(1,))))
+        search = Search(sampler="grid", points=points, width=width, space=space, pruning=pruning)
     return SweepSpec(
         name="x",
         grid={"method": methods, **{key: AXES[key] for key in gridded}},
@@ -541,7 +560,8 @@ def test_as_many_trials_run_as_were_planned(pictures, resolver, data):
         assert plan.total == plan.done + plan.reused + plan.to_run
         assert world.run(sweep) == plan.to_run
         after = world.plan(sweep)
-        assert (after.total, after.done, after.to_run) == (plan.total, plan.total, 0)
+        assert (after.total, after.to_run) == (plan.total, 0)
+        assert after.done + len(after.pruned) == plan.total
         assert world.run(sweep) == 0
 
 
