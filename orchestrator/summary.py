@@ -167,6 +167,8 @@ def difference_lines(found: Sequence[Comparison], *, many: bool) -> list[tuple[s
             text += f"; {c.untold}"
         elif not c.marked:
             text += "; not told from 0"
+            if not c.difference.low <= 0 <= c.difference.high:
+                text += " after correction for all comparisons"
         if c.images_needed is not None:
             text += f"; needs {c.images_needed:,} test images"
         if many:
