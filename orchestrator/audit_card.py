@@ -168,8 +168,9 @@ def title_of(row: Audited) -> str:
         return f"{images.model.name}, no LoRA"
     split = images.lora.labels.split
     tuned = "a second LoRA" if images.lora.labels.images is not None else "LoRA"
+    labels = "" if split.paradigm == "ul" else f", {split.paradigm.upper()}"
     seed = f", split {split.split_seed}" if split.split_seed else ""
-    return f"{images.model.name} after {tuned} of rank {images.lora.training.rank}{seed}"
+    return f"{images.model.name} after {tuned} of rank {images.lora.training.rank}{labels}{seed}"
 
 
 def card_files(card: AuditCard, png: bytes) -> dict[str, bytes]:

@@ -15,7 +15,6 @@ import numpy as np
 
 from air_core.datasets import get_dataset
 from orchestrator import charts, figures
-from orchestrator.audit_card import AuditCard, facts_of
 from orchestrator.estimate import gpu_share
 from orchestrator.evidence import Evidence, confused
 from orchestrator.failures import CLASSES
@@ -39,12 +38,10 @@ from orchestrator.screen import clock
 from orchestrator.tables import laid_out
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from matplotlib.figure import Figure
 
 MOST_WORLDS = 12  # of which charts are drawn that are large
-MOST_CARDS = 6
+MOST_CARDS = 2  # of which there are pictures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -448,7 +445,7 @@ def _classnames(found: Evidence, row: Row) -> Sequence[str]:
 
 def images(found: Evidence) -> Section | None:
     """Real images beside what the diffusion model draws, and how good the latter are."""
-    groups = [*_contact_sheet(found), *map(_audit, found.cards[:MOST_CARDS])]
+    groups = [*_contact_sheet(found), *_audits(found)]
     if not groups:
         return None
     return Section(id="images", title="Images", groups=groups)
@@ -470,22 +467,48 @@ def _contact_sheet(found: Evidence) -> Iterator[Group]:
     yield Group(figures=[picture])
 
 
-def _audit(card: tuple[AuditCard, Path]) -> Group:
-    """What `airsweep audit` says of one row of images."""
-    told, picture = card
-    return Group(
-        heading=f"Audit of {told.title}",
-        grids=[
-            Grid(header=["what", "found"], lines=list(facts_of(told)), numeric=[False, False]),
-        ],
-        figures=[
-            Picture(
-                src=_data("image/png", picture.read_bytes()),
-                alt="The best, worst and flagged synthetic images",
-                wide=True,
-            )
-        ],
-    )
+def _audits(found: Evidence) -> Iterator[Group]:
+    """What `airsweep audit` says of all rows of images, and pictures of the most doubtful ones."""
+    if not found.cards:
+        return
+    lines = [
+        [
+            card.title,
+            f"{card.images:,}",
+            *map(_percent, (card.recognised, card.base_recognised)),
+            *map(_plus_minus, (card.kid, card.base_kid)),
+            "" if card.test_cosine is None else f"{card.test_cosine:.3f}",
+            f"{card.counts['test copy']}",
+            f"{card.flagged_images}",
+        ]
+        for card, _ in found.cards
+    ]
+    header = ["images of", "images", "recognised", "before LoRA", "KID to the pool", "before LoRA"]
+    header += ["nearest test image", "copies", "flagged"]
+    most = sorted(found.cards, key=lambda told: -told[0].flagged_images / told[0].images)
+    drawn = [
+        Picture(
+            src=_data("image/png", picture.read_bytes()),
+            alt=f"The best, worst and flagged images of {card.title}",
+            wide=True,
+        )
+        for card, picture in most[:MOST_CARDS]
+    ]
+    rest = len(found.cards) - len(drawn)
+    note = "Recognised: zero-shot CLIP takes it for its class. Nearest test image: largest cosine."
+    if rest:
+        note += f" Pictured: the {len(drawn)} of {len(found.cards)} with most flagged images."
+    grid = _without_empty(Grid(header=header, lines=lines, numeric=[False] + [True] * 8, note=note))
+    yield Group(heading="Audit", grids=[grid])
+    yield Group(figures=drawn)
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.0f} %"
+
+
+def _plus_minus(pair: tuple[float, float] | None) -> str:
+    return "" if pair is None else f"{pair[0]:.3f} ± {pair[1]:.3f}"
 
 
 # ---------------------------------------------------------------- search

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -158,5 +159,10 @@ def _looking(row: str) -> Callable[[int, int], None]:
     """Says how far a long look at a row of images is."""
     from orchestrator.screen import Lines
 
-    lines = Lines()
-    return lambda done, total: lines.progress(f"looking at {row}", done, total)
+    lines, started = Lines(), time.monotonic()
+
+    def report(done: int, total: int) -> None:
+        if time.monotonic() - started > 3:  # most take less
+            lines.progress(f"looking at {row}", done, total)
+
+    return report
