@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 
@@ -24,6 +26,20 @@ for commands in (files, sweeps, results, compare, tracked, bundle):
 app.add_typer(tracked.mlflow_app, name="mlflow")
 app.add_typer(data.app, name="data")
 app.add_typer(cache.app, name="cache")
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        print(f"airsweep {version('airsweep')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_say_version, help="Say which.")
+    ] = False,
+) -> None: ...
 
 
 def main() -> None:

@@ -55,11 +55,11 @@ def _image_facts(plan: Plan, place: Place, outcome: dict[str, Any]) -> list[tupl
     shares = run.get("shares", {})
     if shares:
         groups = ", ".join(f"{name} {share:.0%}" for name, share in sorted(shares.items()))
-        parts.append(f"CLIP recognises {groups}")
+        parts.append(f"CLIP recognises {groups} of the sheet")
     if run.get("drawn"):
         parts.append(
-            f"{run['redrawn']} of {run['drawn'] + run['holes']} were blank and redrawn, "
-            f"{run['holes']} given up"
+            f"{run['redrawn']} of {run['drawn'] + run['holes']} in whole blocks were blank "
+            f"and redrawn, {run['holes']} given up"
         )
     return [("images", "; ".join(parts))] if parts else []
 
@@ -142,8 +142,9 @@ def next_facts(plan: Plan, place: Place) -> list[tuple[str, str]]:
     facts = []
     if sheet.exists():
         facts.append(("look", f"{_near(sheet)}"))
-    asked, store = _asked(plan, place), _store_option(place)
-    facts.append(("browse", f"airsweep ui{store}  ->  http://127.0.0.1:5000"))
+    asked, store = _asked(plan, place), _store_option(place, smoke=True)
+    browsed = _store_option(place, smoke=False)
+    facts.append(("browse", f"airsweep ui{browsed}  ->  http://127.0.0.1:5000"))
     facts.append(
         (
             "cluster",
@@ -167,16 +168,19 @@ def _asked(plan: Plan, place: Place) -> str:
     return " ".join(words)
 
 
-def _store_option(place: Place) -> str:
+def _store_option(place: Place, *, smoke: bool) -> str:
+    """
+    Args:
+        smoke: the command has an option that leads to the store of trial runs.
+    """
     store = place.store
     usual = os.environ.get("AIRSWEEP_STORE") or "runs"
     if store.mirror is not None:
-        known = (usual, str(smoke_store(usual)))
+        known = [usual, *([str(smoke_store(usual))] if smoke else [])]
         return "" if store.name in known else f" --store {shlex.quote(store.name)}"
     folder = folder_of(usual).absolute()
-    return (
-        "" if store.root in (folder, Path(f"{folder}-smoke")) else f" --store {_near(store.root)}"
-    )
+    folders = [folder, *([Path(f"{folder}-smoke")] if smoke else [])]
+    return "" if store.root in folders else f" --store {_near(store.root)}"
 
 
 def _near(path: Path) -> str:

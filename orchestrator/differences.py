@@ -36,7 +36,7 @@ class Differences:
             lines += [_line(name, pair) for name, pair in pairs.items()]
         lines.append("metrics")
         for name, (a, b) in self.metrics.items():
-            gap = "" if a is None or b is None else f"  {b - a:+.4f}"
+            gap = "" if a is None or b is None else f"  {round(b - a, 4) + 0.0:+.4f}"
             lines.append(_line(name, (_number(a), _number(b))) + gap)
         return lines
 
@@ -71,7 +71,7 @@ def _pairs(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[tuple[str, tu
 
 
 def _line(name: str, pair: tuple[Any, Any]) -> str:
-    a, b = (NOTHING if value is None else str(value)[:WIDTH] for value in pair)
+    a, b = (NOTHING if value in (None, "") else str(value)[:WIDTH] for value in pair)
     return f"  {name:<32} {a:<{WIDTH}} {b}"
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from statistics import fmean
 
 from air_core.normal import normalised
@@ -24,6 +25,15 @@ from orchestrator.trial import TrialRecord
 RECIPE = 1
 
 Done = tuple[Slot, TrialRecord]
+
+
+def called(dataset: str) -> str:
+    """A dataset in the name of a run: of a folder its last part.
+
+    >>> called("digits"), called("folder:/data/my_images")
+    ('digits', 'my_images')
+    """
+    return Path(dataset.removeprefix("folder:")).name
 
 
 def point_id(slot: Slot) -> str:
@@ -77,7 +87,7 @@ def point_run(sweep: SweepSpec, done: Sequence[Done]) -> PointRun:
     varied = varied_keys(sweep) - {*sweep.seeds.vary}
     values = {**settings_of(slot), **flat_of(slot), "method": slot.cell.method}
     params = {key: str(value) for key, value in values.items() if key in varied}
-    world = [slot.spec.dataset.name, spec.paradigm, spec.modality, slot.cell.method]
+    world = [called(slot.spec.dataset.name), spec.paradigm, spec.modality, slot.cell.method]
     settings = {key: value for key, value in settings_of(slot).items() if key in varied}
     named = [f"{key}={shown(value)}" for key, value in settings.items()]
     return PointRun(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -16,9 +17,10 @@ from orchestrator.failures import CLASSES
 from orchestrator.freshness import remedy
 from orchestrator.place import Place
 from orchestrator.plan import Plan, plan_sweep
+from orchestrator.report import counted
 from orchestrator.results import Standing, entries_of, rows_of, standing
 from orchestrator.screen import clock
-from orchestrator.summary import summary
+from orchestrator.summary import facts_screen, summary
 from orchestrator.sweep import SweepSpec, notes_of
 
 STATES = {"present": "there", "partial": "in part", "missing": "to make"}
@@ -38,14 +40,15 @@ def plan_screen(
     shown = plan.json(place.store)
     trials = shown["trials"]
     lines = [
-        f"{plan.sweep.name}: {len(plan.cells)} cells, {plan.points} points, "
-        f"{trials['total']} trials: {trials['done']} done, {trials['reused']} reused, "
+        f"{plan.sweep.name}: {counted(len(plan.cells), 'cell')}, "
+        f"{counted(plan.points, 'point')}, "
+        f"{counted(trials['total'], 'trial')}: {trials['done']} done, {trials['reused']} reused, "
         + (f"{trials['pruned']} pruned, " if trials["pruned"] else "")
         + f"{trials['to_run']} to run",
         *([str(plan.edit)] if plan.edit is not None else []),
         "",
     ]
-    lines += [f"  reused   {count} trials of {name}" for name, count in sources.items()]
+    lines += [f"  reused   {counted(count, 'trial')} of {name}" for name, count in sources.items()]
     for artifact in shown["artifacts"]:
         count = "" if artifact["need"] == 1 else f"  {artifact['have']}/{artifact['need']} blocks"
         size = f"  {artifact['bytes'] / 1e6:.1f} MB" if artifact["bytes"] else ""
@@ -151,14 +154,16 @@ def _waiting(found: Standing, place: Place) -> dict[str, Any] | None:
 def status_screen(found: dict[str, Any]) -> str:
     """The same for people."""
     counts = ", ".join(f"{count} {state}" for state, count in found["trials"].items())
-    now = "running" if found["running"] else f"not running, last exit {found['exit_code']}"
+    code = found["exit_code"]
+    last = "its last run was killed" if code is None else f"last exit {code}"
+    now = "running" if found["running"] else f"not running, {last}"
     lines = [f"{found['sweep']}: {now}", f"  trials    {counts}"]
     if found["prepared"]:
         made = ", ".join(f"{count} {stage}" for stage, count in found["prepared"].items())
         lines.append(f"  prepared  {made}")
     if found["waiting"]:
         cells, left = found["waiting"]["cells"], found["waiting"]["for"]
-        lines.append(f"  waiting   {len(cells)} cells, such as {cells[0]}, for")
+        lines.append(f"  waiting   {counted(len(cells), 'cell')}, such as {cells[0]}, for")
         for key, count in left.items():
             who = found["waiting"]["others"].get(key)
             lines.append(f"              {key}" + _count(count))
@@ -184,11 +189,15 @@ def _count(left: int) -> str:
 # ---------------------------------------------------------------- the end of a run
 
 
+WIDEST, NARROWEST = 100, 60  # columns
+
+
 def summary_screen(sweep: SweepSpec, place: Place) -> str:
     """The table of a sweep and what its last run did."""
     plan = plan_sweep(sweep, place.store, place.resolver(), place.ledger())
     entries = entries_of(plan, place.store)
     facts = [*facts_of(plan, place), *next_facts(plan, place)]
+    width = min(WIDEST, max(NARROWEST, shutil.get_terminal_size((WIDEST, 24)).columns))
     if not entries:
-        return "\n".join(f"{label:<9}{text}" for label, text in facts)
-    return summary(title_of(plan), entries, rows_of(plan, entries), facts)
+        return facts_screen(facts, width=width)
+    return summary(title_of(plan), entries, rows_of(plan, entries), facts, width=width)

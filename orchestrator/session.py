@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -24,6 +25,7 @@ QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # else its C++ part warns of actors' arguments
 }
+RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # what Ray tells the driver of a job
 DAEMONS = ("raylet", "gcs_server")  # of a local cluster: without them there is none
 OBJECT_STORE_BYTES = 256 * 2**20  # artifacts travel by the store, not by Ray
 # Of a local cluster: an idle worker is kept for the next task, which need not load torch again. Ray
@@ -52,8 +54,8 @@ def ray_session(lost: Callable[[], None] = lambda: None) -> Iterator[tuple[Machi
     # Workers import this package from wherever it lies here, installed or not.
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if joined:
-        told = ("AIRSWEEP_COMMIT", "AIRSWEEP_DIRTY", "AIRSWEEP_USER", "AIRSWEEP_SWEEP")
-        passed = {name: os.environ[name] for name in told if name in os.environ}
+        told = {"AIRSWEEP_COMMIT", "AIRSWEEP_DIRTY", "AIRSWEEP_USER", "AIRSWEEP_SWEEP"}
+        passed = {name: os.environ[name] for name in (told & os.environ.keys()) - _of_job()}
         with _muted_errors():
             ray.init(runtime_env={"env_vars": passed}, **quiet)
     else:
@@ -80,6 +82,12 @@ def ray_session(lost: Callable[[], None] = lambda: None) -> Iterator[tuple[Machi
     finally:
         over.set()
         ray.shutdown()
+
+
+def _of_job() -> set[str]:
+    """Variables that the job gives to its workers, if this is one: Ray takes none twice."""
+    job = json.loads(os.environ.get(RAY_JOB) or "{}")
+    return set((job.get("runtime_env") or {}).get("env_vars") or ())
 
 
 def _watch(

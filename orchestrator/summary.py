@@ -143,6 +143,13 @@ def _methods(
 MOST = 12  # differences that are shown
 
 
+def facts_screen(facts: Sequence[tuple[str, str]], *, width: int = 100) -> str:
+    """Facts alone, for a run that has no result yet."""
+    screen = _Screen(width=width, color=False)
+    screen.facts(facts)
+    return "\n".join(screen.lines)
+
+
 def difference_lines(found: Sequence[Comparison], *, many: bool) -> list[tuple[str, str]]:
     """What synthetic images add to a host, and to the control without diffusion: label and text.
 

@@ -368,6 +368,9 @@ def _when(document: Document, keys: Keys) -> str:
 def _seeds(document: Document, keys: Keys) -> Seeds:
     if isinstance(document.at(keys), list):
         return Seeds(values=_seed_values(document, keys, 1))
+    if not isinstance(document.at(keys), dict):
+        said = f"{shown(document.at(keys))} is not allowed; allowed: a list such as [1, 2, 3]"
+        raise document.error(keys, f"{said}, or vary and values")
     found = mapping(document, keys, {"vary": _vary, "values": lambda *_: None}, needed=("values",))
     vary = found.get("vary", Seeds.vary)
     return Seeds(values=_seed_values(document, (*keys, "values"), len(vary)), vary=vary)

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 SWEEP = "fixed: {method: fpl, train.steps: 5}\nseeds: [1]\n"
+COMMIT = "0123abc"  # of a working directory without its .git
 COUNT = 16
 TRIALS = f"""
 grid: {{train.learning_rate: {[round(0.001 * n, 3) for n in range(1, COUNT + 1)]}}}
@@ -90,6 +91,8 @@ def submit(address: str, folder: Path, *arguments: str) -> subprocess.CompletedP
             address,
             "--working-dir",
             str(folder),
+            "--runtime-env-json",
+            json.dumps({"env_vars": {"AIRSWEEP_COMMIT": COMMIT}}),
             "--",
             "python",
             "-m",
@@ -113,7 +116,8 @@ def test_a_submitted_sweep_runs_and_leaves_its_results_in_the_store(head, tmp_pa
     assert [row["method"] for row in table(store, "job")] == ["fpl"]
     outcome = json.loads((store / "sweeps" / "default" / "job" / "outcome.json").read_text())
     assert outcome["exit_code"] == 0
-    assert events(store, "job")[-1]["event"] == "sweep_ended"
+    first, *_, last = events(store, "job")
+    assert (first["commit"], last["event"]) == (COMMIT, "sweep_ended")
 
 
 def test_a_relative_store_in_a_job_is_refused_with_the_remedy(head, tmp_path):

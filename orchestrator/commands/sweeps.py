@@ -43,12 +43,13 @@ def validate(spec: SpecArgument, sets: SetOption = None, only: OnlyOption = None
     airsweep validate quickstart --set iterations=5
     """
     from orchestrator import door
+    from orchestrator.report import counted
     from orchestrator.sweep import cells_of
 
     asked = load(spec, sets, only)
     for note in door.validate(asked):
         print(f"note: {note}", file=sys.stderr)
-    print(f"{asked.spec.source}: {len(cells_of(asked.spec))} cells, fine")
+    print(f"{asked.spec.source}: {counted(len(cells_of(asked.spec)), 'cell')}, fine")
 
 
 @app.command()

@@ -609,7 +609,11 @@ BAD = {
         ["never searched"],
     ),
     # the rest
-    "seeds of no list": (AIR + "seeds: 3\n", "4:8", ["`key: value` lines"]),
+    "seeds of no list": (
+        AIR + "seeds: 3\n",
+        "4:8",
+        ["a list such as [1, 2, 3]", "vary and values"],
+    ),
     "no seeds": (AIR + "seeds: []\n", "4:8", ["a list, not empty"]),
     "seed below zero": (AIR + "seeds: [1, -1]\n", "4:12", ["whole number >= 0"]),
     "seed twice": (AIR + "seeds: [1, 1]\n", "4:12", ["twice"]),
