@@ -314,8 +314,8 @@ def components(found: Evidence) -> Section | None:
             str(gain.difference.n),
             str(gain.difference.n_test),
             "" if gain.images_needed is None else f"{gain.images_needed:,}",
-            f"{gain.p:.3f}",
-            f"{gain.p_corrected:.3f}",
+            _p_value(gain.p),
+            _p_value(gain.p_corrected),
             gain.mark,
         ]
         for gain in found.gains
@@ -336,6 +336,10 @@ def components(found: Evidence) -> Section | None:
         ],
         groups=[Group(figures=drawn, grids=[grid])],
     )
+
+
+def _p_value(p: float) -> str:
+    return "< 0.001" if p < 0.0005 else f"{p:.3f}"
 
 
 # ---------------------------------------------------------------- pseudo-labels
