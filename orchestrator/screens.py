@@ -17,7 +17,7 @@ from orchestrator.failures import CLASSES
 from orchestrator.freshness import remedy
 from orchestrator.place import Place
 from orchestrator.plan import Plan, plan_sweep
-from orchestrator.report import counted
+from orchestrator.report import counted, shown
 from orchestrator.results import Standing, entries_of, rows_of, standing
 from orchestrator.screen import clock
 from orchestrator.summary import facts_screen, summary
@@ -110,7 +110,7 @@ def _explain(plan: Plan) -> list[str]:
                 if name in world
                 else "default"
             )
-            lines.append(f"  {name:<34} {value!s:<26} {source}")
+            lines.append(f"  {name:<34} {shown(value):<26} {source}")
     return lines
 
 

@@ -208,7 +208,8 @@ def slug(name: str) -> str:
 
 def reason(error: Exception) -> str:
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return text.rpartition("Caused by ")[2][:200]  # what a failed request has to say comes last
+    _, caused, cause = text.rpartition("(Caused by ")  # what a failed request has to say comes last
+    return (cause.removesuffix(")") if caused else cause)[:200]
 
 
 def create_database(path: Path) -> None:
