@@ -109,9 +109,13 @@ def flat_of(slot: Slot) -> dict[str, Any]:
 
 
 def settings_of(slot: Slot) -> dict[str, Any]:
-    """What the sweep varies in a slot, beside what a table has columns for and the seeds."""
+    """What the sweep varies in a slot, beside what a table has columns for and the seeds.
+
+    In the order of the file, which a ledger that was read back does not keep.
+    """
     chosen = {name: value for name, value in slot.cell.chosen.items() if name not in NAMED}
-    return {**chosen, **slot.params}
+    searched = {one.key: None for one in slot.cell.space if one.key in slot.params}
+    return {**chosen, **searched, **slot.params}
 
 
 def _objectives(
