@@ -13,8 +13,8 @@ import signal
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -132,26 +132,28 @@ def run_sweep(
             f"tracking goes to a file in {place.store.root}, which this machine alone sees; give "
             "--tracking-uri http://... for one that all see"
         )
-    place.store.settle()
-    ledger.lock()
+    with _told_where_full(plan, place):
+        place.store.settle()
+        ledger.lock()
     purse = Purse(sweep.budget, sweep.resources, mean_seconds(read_history(place.store)))
     run = Run(sweep, place, screen, publisher, ledger, resolver, purse, given_up=given_up)
     code = FAILED  # what an exception leaves behind
     cluster = ExitStack()
     try:
-        _heed_signals(run)
-        _open_folder(place, sweep, origin or {}, diff)
-        ledger.append(
-            "sweep_started",
-            spec=text_digest(sweep.text),
-            total=plan.total,
-            to_run=plan.to_run,
-            asks=plan.asks,
-            pid=os.getpid(),
-            **maker(),
-        )
-        screen.started(plan)
-        code = _work(run, plan, prepare_only, cluster)
+        with _told_where_full(plan, place):
+            _heed_signals(run)
+            _open_folder(place, sweep, origin or {}, diff)
+            ledger.append(
+                "sweep_started",
+                spec=text_digest(sweep.text),
+                total=plan.total,
+                to_run=plan.to_run,
+                asks=plan.asks,
+                pid=os.getpid(),
+                **maker(),
+            )
+            screen.started(plan)
+            code = _work(run, plan, prepare_only, cluster)
     except Refused:
         code = REFUSED
         raise
@@ -162,10 +164,6 @@ def run_sweep(
     except SystemExit as stop:
         # Ray's waits turn a SystemExit of another code into 1.
         code = run.stopped or (stop.code if isinstance(stop.code, int) else FAILED)
-    except Exception as error:
-        if not no_room(error):
-            raise
-        raise StoreFull(full(plan, place.store, _first_line(error))) from error
     finally:
         _heard()
         screen.close()
@@ -181,6 +179,20 @@ def run_sweep(
     if untold is not None:
         raise StoreFull(full(plan, place.store, _first_line(untold)))
     return code
+
+
+@contextmanager
+def _told_where_full(plan: Plan, place: Place) -> Iterator[None]:
+    """
+    Raises:
+        StoreFull: there was no room for something.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not no_room(error):
+            raise
+        raise StoreFull(full(plan, place.store, _first_line(error))) from error
 
 
 def _first_line(problem: BaseException) -> str:

@@ -323,7 +323,7 @@ def code_of_the_guide() -> list[str]:
 @pytest.fixture
 def as_in_the_guide(folder, digits, monkeypatch) -> Path:
     saved(digits[:3], folder.parent / "new")
-    (folder.parent / "new" / "000.png").rename(folder.parent / "new" / "1.png")
+    (folder.parent / "new" / "000.png").rename(folder.parent / "new" / "0001.png")
     (folder.parent / "clip").symlink_to(tiny_folder())
     monkeypatch.chdir(folder.parent)
     return folder.parent
@@ -334,7 +334,7 @@ def test_the_three_lines_of_the_guide(as_in_the_guide):
     assert len([line for line in three.splitlines() if line]) == 3
     names: dict[str, Any] = {}
     exec(three, names)
-    assert [one.image for one in names["results"]] == ["new/001.png", "new/002.png", "new/1.png"]
+    assert [one.image for one in names["results"]] == ["new/0001.png", "new/001.png", "new/002.png"]
     assert all(one.classname in CLASSNAMES for one in names["results"])
 
 
