@@ -37,7 +37,8 @@ KEEP_WORKERS = {"idle_worker_killing_time_threshold_ms": 60_000, "num_workers_so
 def ray_session(lost: Callable[[], None] = lambda: None) -> Iterator[tuple[Machine, ...]]:
     """Join the cluster of RAY_ADDRESS, or start a local one; yields its machines.
 
-    A local cluster listens on loopback, has no dashboard and ends with the block.
+    A local cluster listens on loopback, has no dashboard and ends with the block. Where this
+    process is in a cluster already, that is used, and left as it is.
 
     Args:
         lost: called on a thread when a local cluster has died. Some ten seconds later Ray ends this
@@ -51,6 +52,9 @@ def ray_session(lost: Callable[[], None] = lambda: None) -> Iterator[tuple[Machi
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     import ray
 
+    if ray.is_initialized():  # by whoever called from Python, and it stays his
+        yield machines()
+        return
     # Workers import this package from wherever it lies here, installed or not.
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if joined:

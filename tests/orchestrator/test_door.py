@@ -177,6 +177,22 @@ def test_stdout_is_the_callers(spec, tmp_path):
 
 
 @pytest.mark.ray
+def test_who_has_started_ray_keeps_it(spec, tmp_path):
+    code = (
+        "import ray\n"
+        "from orchestrator import door\n"
+        "ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)\n"
+        f"done = door.prepare({str(spec)!r}, store={str(tmp_path / 'runs')!r})\n"
+        "print(done.exit_code, ray.is_initialized())\n"
+    )
+    more = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    words = [sys.executable, "-c", code]
+    ended = subprocess.run(words, env=environment(**more), capture_output=True, text=True)
+    assert ended.stdout == "0 True\n", ended.stderr
+    assert list((tmp_path / "runs" / "artifacts" / "features").iterdir())
+
+
+@pytest.mark.ray
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, "KeyboardInterrupt"), (signal.SIGTERM, 143)]
 )
