@@ -212,7 +212,7 @@ def plan_sweep(sweep: SweepSpec, store: ArtifactStore, resolver: Resolver, ledge
     store.survey(slot.spec for slot in slots)
     there = [_is_there(slot.spec, uncompared.get(slot.id, ()), store) for slot in slots]
     done = reused = 0
-    seen: set[str] = set()
+    to_run: set[str] = set()
     for slot, present in zip(slots, there, strict=True):
         if slot.id in stopped:
             left[slot.cell.id] -= 1
@@ -220,10 +220,11 @@ def plan_sweep(sweep: SweepSpec, store: ArtifactStore, resolver: Resolver, ledge
         if present and finished.get(slot.id, ("", ""))[0] == slot.key.digest:
             done += 1
             left[slot.cell.id] -= 1
-        elif present or slot.key.digest in seen:
+        elif present or slot.key.digest in to_run:
             reused += 1
             left[slot.cell.id] -= 1
-        seen.add(slot.key.digest)
+        else:  # although it may be there for another cell, which compares it at no rung
+            to_run.add(slot.key.digest)
     total = points * len(assignments)
     asks = what_it_asks(sweep, cells)
     known = [slot.key.digest for slot, present in zip(slots, there, strict=True) if present]
