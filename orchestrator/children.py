@@ -16,7 +16,7 @@ from air_core.normal import normalised
 from air_core.specs import Ref, TrialSpec
 from orchestrator.dispatch import Outcome
 from orchestrator.lineage import UNKNOWN
-from orchestrator.points import called, point_id, times_of, varied_keys
+from orchestrator.points import name_of_world, point_id, times_of, varied_keys
 from orchestrator.results import flat_of, settings_of
 from orchestrator.sweep import SweepSpec
 from orchestrator.tracking import SweepRun, TrialRun
@@ -45,16 +45,13 @@ class Children:
         """
         slot, record = outcome.slot, outcome.record
         spec = normalised(slot.spec)
-        name = "-".join(
-            [called(slot.spec.dataset.name), spec.paradigm, spec.modality, slot.cell.method]
-        )
         seed = slot.seeds.get("seed", slot.spec.seed)
         noted = int((at or 0.0) * 1000)
         started, ended = times_of(record) if record else (noted, noted)
         values = {**settings_of(slot), **flat_of(slot), "method": slot.cell.method}
         return TrialRun(
             slot=slot.id,
-            name=f"{name}-s{seed}-{slot.key.digest[:8]}",
+            name=f"{name_of_world(slot)}-s{seed}-{slot.key.digest[:8]}",
             state=outcome.state,
             failure_class=outcome.failure_class,
             tags={

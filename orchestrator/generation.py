@@ -28,14 +28,13 @@ from orchestrator.session import machines
 from orchestrator.sweep import GeneratorResources, Resources
 from orchestrator.workshop import Workshop
 
+THRIFT = 2  # the most that a generator can save
+
 
 class Drawn(Teller, Protocol):
     """Is told what is drawn."""
 
     def prepared(self, need: Need, seconds: float, facts: dict[str, Any]) -> None: ...
-
-
-THRIFT = 2  # the most that a generator can save
 
 
 class Generate:

@@ -14,6 +14,7 @@ from orchestrator.remote import S3, folder_of, scheme_of
 from orchestrator.resolve import Resolver
 from orchestrator.store import ArtifactStore, open_store
 from orchestrator.sweep import SweepSpec
+from orchestrator.variables import in_ray_job
 
 # Exit codes.
 DONE, FAILED, BAD_INPUT, REFUSED, BUDGET, GATE = range(6)
@@ -64,7 +65,7 @@ def place_of(sweep: SweepSpec, store: Path | str, data_root: Path | None) -> Pla
         RemoteAway: its bucket cannot be read.
     """
     relative = scheme_of(store) != S3 and not folder_of(store).is_absolute()
-    if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") and relative:
+    if relative and in_ray_job():
         raise Refused(
             f"the store {str(store)!r} is relative, and this is a Ray job: its working directory "
             "is thrown away at the end; give --store or AIRSWEEP_STORE an absolute folder that "

@@ -36,6 +36,14 @@ def called(dataset: str) -> str:
     return Path(dataset.removeprefix("folder:")).name
 
 
+def name_of_world(slot: Slot) -> str:
+    """How the names of its runs begin."""
+    spec = normalised(slot.spec)
+    return "-".join(
+        [called(slot.spec.dataset.name), spec.paradigm, spec.modality, slot.cell.method]
+    )
+
+
 def point_id(slot: Slot) -> str:
     """A setting within its sweep, as trials name it."""
     return f"{slot.cell.id}/{slot.point}"
@@ -87,12 +95,11 @@ def point_run(sweep: SweepSpec, done: Sequence[Done]) -> PointRun:
     varied = varied_keys(sweep) - {*sweep.seeds.vary}
     values = {**settings_of(slot), **flat_of(slot), "method": slot.cell.method}
     params = {key: str(value) for key, value in values.items() if key in varied}
-    world = [called(slot.spec.dataset.name), spec.paradigm, spec.modality, slot.cell.method]
     settings = {key: value for key, value in settings_of(slot).items() if key in varied}
     named = [f"{key}={shown(value)}" for key, value in settings.items()]
     return PointRun(
         point=point_id(slot),
-        name=" ".join(["-".join(world), *named]),
+        name=" ".join([name_of_world(slot), *named]),
         content=_content(done, params),
         tags={
             "air.dataset": slot.spec.dataset.name,

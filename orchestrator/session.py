@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import psutil
 
 from orchestrator.fit import Machine
+from orchestrator.variables import environment, of_ray_job
 
 # Read by Ray when it is imported. A silent Tune needs the first three.
 QUIET = {
@@ -25,7 +25,6 @@ QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # else its C++ part warns of actors' arguments
 }
-RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # what Ray tells the driver of a job
 DAEMONS = ("raylet", "gcs_server")  # of a local cluster: without them there is none
 OBJECT_STORE_BYTES = 256 * 2**20  # artifacts travel by the store, not by Ray
 # Of a local cluster: an idle worker is kept for the next task, which need not load torch again. Ray
@@ -59,14 +58,14 @@ def ray_session(lost: Callable[[], None] = lambda: None) -> Iterator[tuple[Machi
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if joined:
         told = {"AIRSWEEP_COMMIT", "AIRSWEEP_DIRTY", "AIRSWEEP_USER", "AIRSWEEP_SWEEP"}
-        passed = {name: os.environ[name] for name in (told & os.environ.keys()) - _of_job()}
+        passed = {name: os.environ[name] for name in (told & os.environ.keys()) - of_ray_job()}
         with _muted_errors():
             ray.init(runtime_env={"env_vars": passed}, **quiet)
     else:
         package_root = str(Path(__file__).resolve().parents[1])
         path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
         # Not as a runtime_env: the workers that Ray starts at once would not fit it, and be idle.
-        with _muted_errors(), _environment({"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}):
+        with _muted_errors(), environment({"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}):
             ray.init(
                 address="local",
                 include_dashboard=False,
@@ -86,12 +85,6 @@ def ray_session(lost: Callable[[], None] = lambda: None) -> Iterator[tuple[Machi
     finally:
         over.set()
         ray.shutdown()
-
-
-def _of_job() -> set[str]:
-    """Variables that the job gives to its workers, if this is one: Ray takes none twice."""
-    job = json.loads(os.environ.get(RAY_JOB) or "{}")
-    return set((job.get("runtime_env") or {}).get("env_vars") or ())
 
 
 def _watch(
@@ -115,21 +108,6 @@ def machines() -> tuple[Machine, ...]:
     import ray
 
     return tuple(node["Resources"] for node in ray.nodes() if node["Alive"])
-
-
-@contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Set in this process for a moment, and in what is started meanwhile for good."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 @contextmanager

@@ -28,7 +28,6 @@ from orchestrator.tracking.runs import (  # first: it has the settings of MLflow
     children_below,
     contents,
     create_database,
-    environment,
     filled,
     log_batch,
     put_artifact,
@@ -67,6 +66,7 @@ from orchestrator.tracking import (
     small_artifacts,
     without_credentials,
 )
+from orchestrator.variables import environment
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +143,7 @@ class MlflowTracker:
             except OSError as problem:
                 raise TrackerAway(f"MLflow's file cannot be used: {problem}") from problem
             return
-        with quiet(), environment(QUICK):
+        with quiet(), environment(QUICK):  # MLflow asks for them at each call
             try:
                 MlflowClient(self._uri).get_experiment_by_name(f"air/{self._project}")
             except MlflowException as trouble:

@@ -234,21 +234,6 @@ def check_database(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def environment(values: Mapping[str, str]) -> Iterator[None]:
-    """MLflow asks its settings of the environment, at each call."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-@contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """It warns of every retry; we say once that there is an outage."""
     logger = logging.getLogger("urllib3.connectionpool")

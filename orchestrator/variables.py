@@ -1,0 +1,36 @@
+"""Environment variables: set for a moment, and the one by which Ray tells a driver of its job."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+
+
+@contextmanager
+def environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set in this process for a moment, and in processes that are started meanwhile for good."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def in_ray_job() -> bool:
+    """Was this process started by `ray job submit`?"""
+    return bool(os.environ.get(RAY_JOB))
+
+
+def of_ray_job() -> set[str]:
+    """Variables that the job gives to its workers, if this is one: Ray takes none twice."""
+    job = json.loads(os.environ.get(RAY_JOB) or "{}")
+    return set((job.get("runtime_env") or {}).get("env_vars") or ())
