@@ -8,7 +8,17 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.commands import bundle, cache, compare, data, files, results, sweeps, tracked
+from orchestrator.commands import (
+    bundle,
+    cache,
+    cluster,
+    compare,
+    data,
+    files,
+    results,
+    sweeps,
+    tracked,
+)
 from orchestrator.commands.common import code_of, fail
 
 app = typer.Typer(
@@ -26,6 +36,7 @@ for commands in (files, sweeps, results, compare, tracked, bundle):
 app.add_typer(tracked.mlflow_app, name="mlflow")
 app.add_typer(data.app, name="data")
 app.add_typer(cache.app, name="cache")
+app.add_typer(cluster.app, name="cluster")
 
 
 def _say_version(asked: bool) -> None:

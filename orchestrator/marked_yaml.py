@@ -1,7 +1,8 @@
 """Plain YAML that remembers where everything stood, so that a message can point at it.
 
 Knows nothing of sweeps. It reads the data part of YAML only: mappings with text keys, lists, text,
-numbers, true/false, null. No tags, no merge keys, one document, and aliases that stay small.
+numbers, true/false, null. No tags, no merge keys, one document, and aliases that stay small. At its
+end, our own cluster files are read and written.
 """
 
 from __future__ import annotations
@@ -285,3 +286,37 @@ def meant(word: str, options: Iterable[str]) -> str:
 
 def _plain(value: Any) -> str:
     return value if isinstance(value, str) and value.isprintable() else shown(value)
+
+
+# ---------------------------------------------------------------- cluster files
+
+
+def all_documents(text: str) -> list[Any]:
+    """The documents of a file of ours: no limits, and nothing is remembered of places."""
+    return list(yaml.safe_load_all(text))
+
+
+def written(documents: Iterable[Any]) -> str:
+    """Documents as YAML that all readers take for the same: no aliases, keys in their order."""
+    text: str = yaml.dump_all(
+        documents, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000
+    )
+    return text
+
+
+class _Dumper(yaml.SafeDumper):
+    """Text with line breaks as a block; text that YAML 1.2 takes for a number in quotes."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
+    style = "|" if "\n" in value else None
+    return dumper.represent_scalar(_TAG + "str", value, style=style)
+
+
+_Dumper.add_representer(str, _text)
+_Dumper.add_implicit_resolver(
+    _TAG + "float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
