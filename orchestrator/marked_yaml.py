@@ -312,7 +312,8 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
-    style = "|" if "\n" in value else None
+    odd = not value.replace("\n", "").isprintable()  # PyYAML takes U+0085 for a line break
+    style = '"' if odd else "|" if "\n" in value else None
     return dumper.represent_scalar(_TAG + "str", value, style=style)
 
 
