@@ -86,7 +86,7 @@ def test_all_files_name_the_versions_that_stand_in_one_place():
         text = file.read_text() if file.is_file() else ""
         for base in re.findall(r"rayproject/ray:\d[\w.-]*\w", text):
             assert base.replace("-cpu", "-gpu") == known["BASE"], file
-        for found in re.findall(r"(?:RAY_VERSION=|rayVersion: )(\d[\d.]*)", text):
+        for found in re.findall(r"(?:\bRAY_VERSION=|rayVersion: )(\d[\d.]*)", text):
             assert found == known["RAY_VERSION"], file
         for image in re.findall(r"\bairsweep:\d[\w.-]*\w", text):
             assert image == known["IMAGE"], file
@@ -468,7 +468,7 @@ def test_a_variable_that_would_not_arrive_as_written_is_refused(option):
 
 
 @pytest.mark.parametrize(
-    "text", ["1e3", "yes", "0x1F", "12:30", "null", "~", "2.60", "", " a\n b "]
+    "text", ["1e3", "yes", "0x1F", "12:30", "null", "~", "2.60", "", " a\n b ", "a\x85b"]
 )
 def test_text_stays_text_for_every_reader_of_yaml(text):
     out = written([{"value": text}])

@@ -1,0 +1,125 @@
+"""The Slurm script, run by a real Slurm: over two nodes, stopped, and submitted again."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.slurm import MISSING, WHY, Slurm
+from tests.sweeps import TIMEOUT, all_runs, count, events, table, write_sweep
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.debian,
+    pytest.mark.skipif(bool(MISSING), reason=WHY),
+]
+
+SCRIPT = Path(__file__).parents[1] / "cluster" / "slurm" / "airsweep.sbatch"
+COUNT = 8
+TRIALS = f"""
+grid: {{train.learning_rate: {[round(0.001 * n, 3) for n in range(1, COUNT + 1)]}}}
+fixed: {{method: fpl, train.steps: 200}}
+seeds: [1]
+"""
+
+
+@pytest.fixture(scope="module")
+def slurm() -> Iterator[Slurm]:
+    started = Slurm()
+    try:
+        started.start()
+        yield started
+    finally:
+        started.stop()
+
+
+def outcome(store: Path, name: str) -> dict[str, object]:
+    found: dict[str, object] = json.loads(
+        (store / "sweeps" / "default" / name / "outcome.json").read_text()
+    )
+    return found
+
+
+def left_by(job: str, folder: Path) -> list[object]:
+    """Ray's processes and files, and the token, of a job that is over."""
+    temp = f"/tmp/ray-{job}"
+    found: list[object] = [
+        path for path in (Path(temp), folder / f".airsweep-{job}") if path.exists()
+    ]
+    for process in psutil.process_iter(["cmdline"]):
+        if any(temp in word for word in process.info["cmdline"] or []):
+            found.append(process)
+    return found
+
+
+def test_a_sweep_over_two_nodes_leaves_its_table_and_nothing_of_ray(slurm, tmp_path):
+    write_sweep(tmp_path, "small", "fixed: {method: fpl, train.steps: 5}\nseeds: [1, 2]\n")
+    store = tmp_path / "runs"
+    arguments = ("--nodes=2", "--cpus-per-task=1", SCRIPT, "small.yaml", "runs")
+    job = slurm.submit(tmp_path, *arguments, "--set", "seeds=[1]")
+    ended = slurm.ended(job)
+    log = (tmp_path / f"airsweep-{job}.log").read_text()
+    assert ended == ("COMPLETED", "0:0"), log
+    assert [row["method"] for row in table(store, "small")] == ["fpl"], log
+    assert outcome(store, "small")["exit_code"] == 0
+    assert not left_by(job, tmp_path)
+
+
+def test_a_job_that_is_told_to_stop_closes_its_sweep_and_submitted_again_goes_on(slurm, tmp_path):
+    """As two minutes before its time is up: `--signal=B:TERM@120`."""
+    write_sweep(tmp_path, "long", TRIALS)
+    store = tmp_path / "runs"
+    arguments = ("--cpus-per-task=2", SCRIPT, "long.yaml", store)
+    job = slurm.submit(tmp_path, *arguments)
+    deadline = time.monotonic() + TIMEOUT
+    while count(events(store, "long"), "trial_done") < 2:
+        assert time.monotonic() < deadline, (tmp_path / f"airsweep-{job}.log").read_text()
+        time.sleep(0.1)
+    slurm.ask("scancel", "--batch", "--signal=TERM", job)
+    assert slurm.ended(job) == ("FAILED", "143:0")
+    assert outcome(store, "long")["state"] == "terminated"
+    found = events(store, "long")
+    assert found[-1]["event"] == "sweep_ended"
+    assert count(found, "trial_done") < COUNT
+    assert not left_by(job, tmp_path)
+
+    again = slurm.submit(tmp_path, *arguments)
+    assert slurm.ended(again) == ("COMPLETED", "0:0")
+    assert len(table(store, "long")) == COUNT
+    found = events(store, "long")
+    assert count(found, "trial_done") + count(found, "trial_reused") == COUNT
+    assert {run.info.status for run in all_runs(store)} == {"FINISHED"}
+
+
+def test_scancel_in_mid_run_loses_nothing(slurm, tmp_path):
+    """It tells all processes at once, those of Ray as well."""
+    write_sweep(tmp_path, "long", TRIALS)
+    store = tmp_path / "runs"
+    arguments = ("--nodes=2", "--cpus-per-task=1", SCRIPT, "long.yaml", "runs")
+    job = slurm.submit(tmp_path, *arguments)
+    deadline = time.monotonic() + TIMEOUT
+    while count(events(store, "long"), "trial_done") < 2:
+        assert time.monotonic() < deadline, (tmp_path / f"airsweep-{job}.log").read_text()
+        time.sleep(0.1)
+    slurm.ask("scancel", job)
+    assert slurm.ended(job)[0] == "CANCELLED"
+
+    again = slurm.submit(tmp_path, *arguments)
+    assert slurm.ended(again) == ("COMPLETED", "0:0")
+    assert len(table(store, "long")) == COUNT
+    found = events(store, "long")
+    assert count(found, "trial_done") + count(found, "trial_reused") == COUNT
+    assert {run.info.status for run in all_runs(store)} == {"FINISHED"}
+    assert not left_by(again, tmp_path)
+
+
+def test_the_jobs_exit_code_is_that_of_airsweep(slurm, tmp_path):
+    (tmp_path / "wrong.yaml").write_text("version: 1\nname: wrong\nfixed: {method: fp}\n")
+    job = slurm.submit(tmp_path, "--cpus-per-task=1", SCRIPT, "wrong.yaml", "runs")
+    assert slurm.ended(job) == ("FAILED", "2:0")
+    assert "did you mean fpl?" in (tmp_path / f"airsweep-{job}.log").read_text()
