@@ -10,7 +10,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # The first two make what the others look at.
 FIRST = (ROOT / "README.md", ROOT / "docs" / "tutorial.md")
-PAGES = (*FIRST, *sorted({*(ROOT / "docs").glob("*.md")} - {*FIRST}))
+GUIDES = sorted({*(ROOT / "docs").glob("*.md")} - {*FIRST})
+PAGES = (*FIRST, *GUIDES, ROOT / "cluster" / "README.md")
 
 FENCE = re.compile(r" *```(\w*) *$")
 # A comment above a block says what a reader does with it, or why nobody can run it here.

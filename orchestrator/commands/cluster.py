@@ -64,8 +64,7 @@ def render_rayjob(
 
     airsweep cluster render rayjob quickstart > job.yaml
 
-    airsweep cluster render rayjob quickstart --image registry.example.org/airsweep:1 --queue team |
-    kubectl create -f -
+    airsweep cluster render rayjob mine.yaml --image registry.example.org/airsweep:1 --queue team
     """
     from orchestrator.place import whoami
     from orchestrator.render import Wishes, environment_of, rayjob
