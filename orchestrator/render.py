@@ -60,7 +60,8 @@ def rayjob(sweep: SweepSpec, wishes: Wishes) -> str:
     spec = job["spec"]
     command = ("python", "-m", "orchestrator", "run", f"{SWEEP_FOLDER}/{file}")
     spec["entrypoint"] = shlex.join([*command, "--store", _place(wishes.store), *wishes.options])
-    spec["runtimeEnvYAML"] = json.dumps({"env_vars": dict(wishes.env)}) + "\n"
+    env = {"AIRSWEEP_DATA": sweep.data_root} if sweep.data_root else {}  # else that of the pods
+    spec["runtimeEnvYAML"] = json.dumps({"env_vars": env | dict(wishes.env)}) + "\n"
     if sweep.budget.wall:
         spec["activeDeadlineSeconds"] = math.ceil(sweep.budget.wall) + SLACK
     cluster = spec["rayClusterSpec"]
@@ -171,7 +172,7 @@ def refuse_secrets(sweep: SweepSpec, wishes: Wishes) -> None:
 
 
 def _place(store: str) -> str:
-    if not store.startswith(("/", "s3://")):
+    if not store.startswith(("/", "file:///", "s3://")):
         raise ValueError(
             f"--store {shown(store)} is not allowed; allowed: an absolute folder on the disk that "
             "all pods see, such as /shared/runs, or s3://bucket/prefix"

@@ -393,6 +393,11 @@ def test_labels_of_kueue_are_there_when_asked_for():
     assert "labels" not in the_job(rayjob(a_sweep(), Wishes()))["metadata"]
 
 
+def test_the_data_root_of_the_file_outweighs_that_of_the_pods():
+    spec = the_job(rayjob(a_sweep(SPEC + "data_root: /shared/more\n"), Wishes()))["spec"]
+    assert yaml.safe_load(spec["runtimeEnvYAML"])["env_vars"] == {"AIRSWEEP_DATA": "/shared/more"}
+
+
 NASTY = ["--set", "a='$HOME'", "--only", "x=a>b", "--set", 'q=`id` \\ "!" ; & *']
 
 
