@@ -73,6 +73,7 @@ ROOT = Path(__file__).parents[1]
 
 LONG = (
     "test_runs",
+    "test_slurm",
     "test_chaos",
     "test_generation",
     "test_job",
