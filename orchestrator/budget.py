@@ -36,8 +36,8 @@ class Purse:
         self.trials.setdefault(cell, []).append(seconds)
         self.gpu_seconds += seconds * self.resources.trial.gpu
 
-    def prepared(self, seconds: float) -> None:
-        self.gpu_seconds += seconds * self.resources.generator.gpu
+    def prepared(self, stage: str, seconds: float) -> None:
+        self.gpu_seconds += seconds * self.resources.want(stage).gpu
 
     def trial_pruned(self, seconds: float) -> None:
         """It cost something, and says nothing of what a whole trial takes."""

@@ -61,7 +61,7 @@ from orchestrator.remote import RemoteAway
 from orchestrator.resolve import text_digest
 from orchestrator.results import standing
 from orchestrator.running import Run
-from orchestrator.screen import Screen
+from orchestrator.screen import Screen, clock
 from orchestrator.store import ArtifactStore, StoreFull, maker
 from orchestrator.sweep import Budget, Cell, SweepSpec
 
@@ -274,19 +274,17 @@ def _work(run: Run, plan: Plan, prepare_only: bool, cluster: ExitStack) -> int:
             continue  # all of it was known
         if not run.machines:
             run.machines = _start_cluster(cluster, run)
-            problem = does_not_fit(plan, run.place.store, run.machines)
-            if problem:
-                raise Refused(problem)
+            _wait_for_machines(run, plan)
         if not run.purse.affords_preparing(needs, run.place.store, _workers(run)):
             return _out_of_budget(run)
+        if run.ahead is None:
+            run.ahead = _ahead(run, plan, [cells, *groups], prepare_only)
         _prepare(run, cells, needs)
         beside = _begun(run, [_sheet(run, needs), _cards(run, rows())])
         if job is not None:
-            ahead = _ahead(run, plan, groups[0]) if groups else None
             _tune(run, dispatcher)
-            _wait_for(ahead, run)
         if beside is not None:
-            beside.tell()
+            beside.wait()
         if dispatcher.out_of_budget():
             return _out_of_budget(run)
         lost = dispatcher.gave_up()
@@ -300,6 +298,8 @@ def _work(run: Run, plan: Plan, prepare_only: bool, cluster: ExitStack) -> int:
             run.moving += [replace(slot.spec, precision="fp32") for slot in dispatcher.moving]
             groups.appendleft(cells)
             searches = _searches(run, plan)
+    if run.ahead is not None:
+        run.ahead.wait()
     failed = run.tally.states.get("failed", 0) or run.hopeless
     return FAILED if failed else DONE
 
@@ -358,13 +358,35 @@ def does_not_fit(
 
 
 def _start_cluster(cluster: ExitStack, run: Run) -> tuple[Machine, ...]:
-    from orchestrator.session import MemoryPeak, ray_session
+    from orchestrator.session import Cluster, MemoryPeak, ray_session
+    from orchestrator.shares import Shares
 
     run.screen.say("starting Ray")
     machines = cluster.enter_context(ray_session(functools.partial(_lost, run)))
+    run.shares = Shares(run.sweep.resources, Cluster())
     run.peak = MemoryPeak()
     _heed_signals(run)  # ray.init replaces the handlers that were there before
     return machines
+
+
+def _wait_for_machines(run: Run, plan: Plan) -> None:
+    """
+    Raises:
+        Refused: there is no room for what a process asks for, and no more machine came.
+    """
+    assert run.shares is not None
+    wait, started = run.sweep.resources.wait or 0.0, time.monotonic()
+    asked = False
+    while problem := does_not_fit(plan, run.place.store, run.shares.machines()):
+        if time.monotonic() - started >= wait:
+            waited = f" (waited {clock(wait)} for one)" if wait else ""
+            raise Refused(f"{problem}{waited}")
+        if not asked:
+            run.screen.say(f"waiting for machines, at most {clock(wait)}: {problem}")
+            run.shares.ask_for_more()
+            asked = True
+        time.sleep(min(wait, 1.0))
+    run.machines = tuple(run.shares.machines())
 
 
 def _heed_signals(run: Run) -> None:
@@ -429,12 +451,46 @@ def _workshop(run: Run) -> Workshop:
 def _prepare(run: Run, cells: Sequence[Cell], needs: Sequence[Need]) -> None:
     from orchestrator.prepare import prepare
 
+    assert run.shares is not None
     store = run.place.store
     left = {str(need.key): need.total() - need.have(store) for need in needs}
     left = {key: count for key, count in left.items() if count}
     run.ledger.append("cells_waiting", cells=[cell.id for cell in cells], artifacts=left)
-    prepare(_hopeful(run, needs), _workshop(run), run.sweep.resources, run)
+    if run.ahead is not None:
+        run.ahead.wait(cells[0].id)
+        store.look_again()
+    prepare(_hopeful(run, needs), _workshop(run), run.sweep.resources, run, run.shares)
     run.ledger.append("cells_ready")
+
+
+def _ahead(
+    run: Run, plan: Plan, groups: Sequence[Sequence[Cell]], prepare_only: bool
+) -> Ahead | None:
+    """Begin what cells read, while trials of earlier ones run.
+
+    Not on a budget: trials might spend meanwhile what it was to cost.
+    """
+    if run.sweep.budget != Budget():
+        return None
+    from orchestrator.ahead import Ahead, waves
+    from orchestrator.prepare import prepare
+
+    shares = run.shares
+    assert shares is not None
+    wanted = [cells for cells in groups if prepare_only or any(plan.left[c.id] for c in cells)]
+    needs = [_hopeful(run, _needs(run, plan, cells)) for cells in wanted]
+    shop, resources = _workshop(run), run.sweep.resources
+
+    def make(ahead: Ahead) -> None:
+        for number, wave in waves(needs, shop.store, shares.generators):
+            prepare(ahead.hopeful(wave), shop, resources, ahead, shares)
+            if number is not None:
+                shares.preparing = number + 1 < len(needs)
+                if ahead.reached([cell.id for cell in wanted[number]]) and not prepare_only:
+                    shares.give_way()
+
+    shares.preparing = bool(needs)
+    return Ahead(make, run, [cell.id for cells in wanted for cell in cells])
 
 
 def _begun(run: Run, works: Sequence[Callable[[Watcher], None] | None]) -> Ahead | None:
@@ -444,9 +500,9 @@ def _begun(run: Run, works: Sequence[Callable[[Watcher], None] | None]) -> Ahead
         return None
     from orchestrator.ahead import Ahead
 
-    def make(watcher: Watcher) -> None:
+    def make(ahead: Ahead) -> None:
         for work in wanted:
-            work(watcher)
+            work(ahead)
 
     return Ahead(make, run)
 
@@ -502,27 +558,6 @@ def _hopeful(run: Run, needs: Sequence[Need]) -> list[Need]:
     return [need for need in needs if not any(holds(need.spec, one) for one in lost)]
 
 
-def _ahead(run: Run, plan: Plan, cells: Sequence[Cell]) -> Ahead | None:
-    """Begin what the next cells read. Not on a budget, which trials might spend meanwhile."""
-    if run.sweep.budget != Budget():
-        return None
-    from orchestrator.ahead import Ahead, can_come_ahead
-    from orchestrator.prepare import prepare
-
-    needs = can_come_ahead(_hopeful(run, _needs(run, plan, cells)), run.place.store)
-    if not needs:
-        return None
-    shop, resources = _workshop(run), run.sweep.resources
-    return Ahead(lambda watcher: prepare(needs, shop, resources, watcher), run)
-
-
-def _wait_for(ahead: Ahead | None, run: Run) -> None:
-    if ahead is not None:
-        started = time.monotonic()
-        ahead.tell()
-        run.tally.add_wall("lora", time.monotonic() - started)
-
-
 def _shown(
     rows: Sequence[SyntheticFeaturesSpec],
 ) -> tuple[SyntheticFeaturesSpec, SyntheticFeaturesSpec | None]:
@@ -540,15 +575,16 @@ def _shown(
 def _tune(run: Run, dispatcher: Dispatcher) -> None:
     from orchestrator.tuning import run_points
 
-    fits = room(run.sweep.resources.trial, run.machines)
-    figures = run_points(
-        dispatcher,
-        _workshop(run),
-        run.sweep.resources,
-        run.place.folder / "tune",
-        fits,
-        run,
-    )
+    assert run.shares is not None
+    with run.shares.tuning():
+        figures = run_points(
+            dispatcher,
+            _workshop(run),
+            run.sweep.resources,
+            run.place.folder / "tune",
+            run.shares.trials,
+            run,
+        )
     run.tally.add_wall("trials", figures.wall)
     if figures.overhead is not None:
         run.tally.overheads.append(figures.overhead)

@@ -236,7 +236,7 @@ def _elsewhere(paces: Iterable[tuple[str, Pace]], resources: Resources) -> str:
 
 def gpu_share(stage: str, resources: Resources) -> float:
     """Devices that work of a stage asks for."""
-    return resources.trial.gpu if stage == "trials" else resources.generator.gpu
+    return resources.want(stage).gpu
 
 
 def _gpu_hours(stages: Mapping[str, float], resources: Resources) -> float:
@@ -252,8 +252,7 @@ def _wall(
     """Stages one after the other, each on all workers that fit: nobody is faster than that."""
     total = 0.0
     for stage, seconds in stages.items():
-        want = resources.trial if stage == "trials" else resources.generator
-        workers = room(want, machines)
+        workers = room(resources.want(stage), machines)
         if not workers:
             return None
         if stage == "images":

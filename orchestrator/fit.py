@@ -9,14 +9,19 @@ import glob
 import os
 from collections.abc import Mapping, Sequence
 
-from orchestrator.sweep import GeneratorResources, Resources, TrialResources
+from orchestrator.sweep import Resources, Want
 
-Machine = Mapping[str, float]  # "CPU", "GPU", as Ray counts them
+Machine = Mapping[str, float]  # "CPU", "GPU" and custom ones, as Ray counts them
 
 
 def this_machine() -> Machine:
     """What Ray will find here. Imports no torch."""
     return {"CPU": float(os.cpu_count() or 1), "GPU": float(len(glob.glob("/dev/nvidia[0-9]*")))}
+
+
+def asked_of(want: Want) -> dict[str, float]:
+    """By Ray's name, what a process asks for."""
+    return {"CPU": want.cpu, "GPU": want.gpu, **want.custom}
 
 
 def misfit(resources: Resources, machines: Sequence[Machine], prepares: bool) -> str | None:
@@ -27,28 +32,56 @@ def misfit(resources: Resources, machines: Sequence[Machine], prepares: bool) ->
     Args:
         prepares: is anything left to make before trials can run?
     """
-    asked: dict[str, TrialResources | GeneratorResources] = {"trial": resources.trial}
+    asked: dict[str, Want] = {"trial": resources.trial}
     if prepares:
-        asked["generator"] = resources.generator
+        asked |= {"generator": resources.generator, "encoder": resources.encoding}
     for name, want in asked.items():
         if not room(want, machines):
-            largest = ", ".join(
-                f"{max((machine.get(kind, 0.0) for machine in machines), default=0):g} {kind}"
-                for kind in ("CPU", "GPU")
-            )
-            advice = f"lower resources.{name}.cpu or .gpu"
-            if want.gpu and not any(machine.get("GPU") for machine in machines):
-                advice = f"without a GPU, give --set resources.{name}.gpu=0"
-            return (
-                f"a {name} asks for {want.cpu:g} CPU and {want.gpu:g} GPU, and no machine has "
-                f"both; the largest have {largest}: {advice}"
-            )
+            return _no_room(name, want, machines)
     return None
 
 
-def room(want: TrialResources | GeneratorResources, machines: Sequence[Machine]) -> int:
+def _no_room(name: str, want: Want, machines: Sequence[Machine]) -> str:
+    most = {
+        kind: max((machine.get(kind, 0.0) for machine in machines), default=0.0)
+        for kind in asked_of(want)
+    }
+    missing = [kind for kind in want.custom if not most[kind]]
+    advice = f"lower resources.{name}.cpu or .gpu"
+    if missing:
+        advice = (
+            f"start the nodes that have it with `ray start --resources`, or leave {missing[0]} "
+            f"out of resources.{name}.custom"
+        )
+    elif want.gpu and not most["GPU"]:
+        advice = f"without a GPU, give --set resources.{name}.gpu=0"
+    more = "".join(f" and {amount:g} {kind}" for kind, amount in want.custom.items())
+    return (
+        f"a{'n' if name == 'encoder' else ''} {name} asks for {want.cpu:g} CPU and {want.gpu:g} "
+        f"GPU{more}, and no machine has {'all' if more else 'both'}; the largest have "
+        f"{', '.join(f'{amount:g} {kind}' for kind, amount in most.items())}: {advice}"
+    )
+
+
+def room(want: Want, machines: Sequence[Machine]) -> int:
     """How many of them run at a time."""
     return sum(_room(want, machine) for machine in machines)
+
+
+def without(machines: Sequence[Machine], want: Want, count: int) -> list[Machine]:
+    """What is left where so many run; as many as there is room for.
+
+    >>> from orchestrator.sweep import GeneratorResources
+    >>> without([{"CPU": 8, "GPU": 2}, {"CPU": 8, "GPU": 1}], GeneratorResources(gpu=1), 2)
+    [{'CPU': 6.0, 'GPU': 0}, {'CPU': 8, 'GPU': 1}]
+    """
+    left: list[Machine] = []
+    for machine in machines:
+        here = min(count, _room(want, machine))
+        count -= here
+        taken = {kind: each * here for kind, each in asked_of(want).items() if here}
+        left.append({kind: has - taken.get(kind, 0) for kind, has in machine.items()})
+    return left
 
 
 CONTEXT = 2**29  # bytes of a device that each process takes beside its tensors
@@ -72,7 +105,6 @@ def memory_fraction(gpu: float, total: float) -> float | None:
     return max(gpu / 2, gpu - CONTEXT / total)
 
 
-def _room(want: TrialResources | GeneratorResources, machine: Machine) -> int:
-    asked = {"CPU": want.cpu, "GPU": want.gpu}
-    limits = [int(machine.get(kind, 0) // each) for kind, each in asked.items() if each]
+def _room(want: Want, machine: Machine) -> int:
+    limits = [int(machine.get(kind, 0) // each) for kind, each in asked_of(want).items() if each]
     return min(limits, default=int(machine.get("CPU", 1)))

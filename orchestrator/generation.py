@@ -20,11 +20,10 @@ from ray.data import ActorPoolStrategy, DataContext
 from air_core.specs import SyntheticFeaturesSpec
 from orchestrator.board import Note, Teller, watched
 from orchestrator.failures import CLASSES, Failure, classify
-from orchestrator.fit import room
 from orchestrator.image_rows import build_image_block, open_generator
 from orchestrator.keys import artifact_key
 from orchestrator.plan import Need, name_of
-from orchestrator.session import machines
+from orchestrator.shares import Part, Pool, Shares
 from orchestrator.sweep import GeneratorResources, Resources
 from orchestrator.workshop import Workshop
 
@@ -35,6 +34,10 @@ class Drawn(Teller, Protocol):
     """Is told what is drawn."""
 
     def prepared(self, need: Need, seconds: float, facts: dict[str, Any]) -> None: ...
+
+    def drew(self, pool: Pool) -> None:
+        """A pool of generators is closed."""
+        ...
 
 
 class Generate:
@@ -53,7 +56,7 @@ class Generate:
         row, c, block = (int(batch[name][0]) for name in ("row", "class", "block"))
         started = time.monotonic()
         error = name = ""
-        drawn = {"drawn": 0, "redrawn": 0, "holes": 0}
+        drawn: dict[str, float] = {"drawn": 0, "redrawn": 0, "holes": 0, "on_device": 0.0}
         spec = self.rows[row]
         self.shop.store.locks.waits = self.notes[row].waits
         try:
@@ -70,7 +73,7 @@ class Generate:
             **{name: [count] for name, count in drawn.items()},
         }
 
-    def _drawn(self, spec: SyntheticFeaturesSpec, row: int, c: int, block: int) -> dict[str, int]:
+    def _drawn(self, spec: SyntheticFeaturesSpec, row: int, c: int, block: int) -> dict[str, float]:
         """A block; with less memory where there is too little. Its size is part of its key."""
         while True:
             try:
@@ -88,69 +91,127 @@ class Generate:
         return self.open[1]
 
 
+# Seconds that another pool has to save to be opened: until its actors draw, a minute may pass.
+PAYS = 60.0
+
+
 def draw(
-    needs: Sequence[Need],
-    shop: Workshop,
-    resources: Resources,
-    watcher: Drawn,
+    needs: Sequence[Need], shop: Workshop, resources: Resources, watcher: Drawn, shares: Shares
 ) -> list[tuple[Need, Failure]]:
     """Draw the missing blocks of some rows; what could not be drawn, after all others were tried.
+
+    The pool is opened anew where trials come that need room, or go and leave some: a block that is
+    whole stays, so that costs what the actors have in hand.
 
     Args:
         watcher: told of each shard as it is done (seconds; drawn, redrawn, holes), and of who else
             draws one that is waited for.
     """
-    shards = [
-        {"row": row, "class": c, "block": block}
-        for row, need in enumerate(needs)
-        for c, block in need.missing(shop.store)
-    ]
-    if not shards:
-        return []
-    errors: dict[Need, list[tuple[str, str]]] = {}
+    pour = _Pour(needs, shop, resources, watcher, shares)
     with watched(watcher) as board:
-        stream = _stream(shards, [need.spec for need in needs], shop, resources.generator, board)
-        for result in stream.iter_rows():
-            need = needs[result["row"]]
-            if not result["error"]:
-                watcher.prepared(need, result["seconds"], result)
-                continue
-            assert isinstance(need.spec, SyntheticFeaturesSpec)
-            name = need.spec.images.classnames[result["class"]]
-            said = f"{name}, block {result['block']}: {result['error']}"
-            errors.setdefault(need, []).append((result["failure_class"], said))
-            if CLASSES[result["failure_class"]].stops_after == 1:
-                break  # what is drawn from now on would be drawn for nothing
+        while left := pour.left():
+            with shares.drawing() as part:
+                pour.through(part, left, board)
     shop.store.look_again()
     return [
-        (need, _failure(errors.get(need, []), left))
+        (need, _failure(pour.errors.get(need, []), lacks))
         for need in needs
-        if (left := len(need.missing(shop.store)))
+        if (lacks := len(need.missing(shop.store)))
     ]
+
+
+class _Pour:
+    """Shards of some rows, until each is drawn or was tried."""
+
+    def __init__(
+        self,
+        needs: Sequence[Need],
+        shop: Workshop,
+        resources: Resources,
+        watcher: Drawn,
+        shares: Shares,
+    ) -> None:
+        self.needs, self.shop, self.watcher, self.shares = needs, shop, watcher, shares
+        self.want = resources.generator
+        self.errors: dict[Need, list[tuple[str, str]]] = {}
+        self.tried: set[tuple[int, int, int]] = set()  # row, class, block
+        self.over = False
+
+    def left(self) -> list[dict[str, int]]:
+        if self.over:
+            return []
+        self.shop.store.look_again()
+        return [
+            {"row": row, "class": c, "block": block}
+            for row, need in enumerate(self.needs)
+            for c, block in need.missing(self.shop.store)
+            if (row, c, block) not in self.tried
+        ]
+
+    def through(self, part: Part, shards: Sequence[dict[str, int]], board: Any) -> None:
+        """Draw until there is nothing left, or another pool is worth its start."""
+        rows = [need.spec for need in self.needs]
+        stream = _stream(shards, rows, self.shop, self.want, part, board)
+        began, count, spent = time.monotonic(), 0, 0.0
+        pool = Pool(actors=min(part.count, len(shards)), gpu=bool(self.want.gpu))
+        for result in stream.iter_rows():
+            self._note(result)
+            count, spent = count + 1, spent + result["seconds"]
+            pool.images += result["drawn"]
+            pool.busy += result["on_device"]
+            if self.over or self._elsewhere(part, pool.actors, len(shards) - count, spent / count):
+                break
+        else:  # what is missing now was lost, or has failed
+            self.tried.update((s["row"], s["class"], s["block"]) for s in shards)
+        pool.seconds = time.monotonic() - began
+        self.watcher.drew(pool)
+
+    def _note(self, result: dict[str, Any]) -> None:
+        need = self.needs[result["row"]]
+        if not result["error"]:
+            self.watcher.prepared(need, result["seconds"], result)
+            return
+        self.tried.add((result["row"], result["class"], result["block"]))
+        assert isinstance(need.spec, SyntheticFeaturesSpec)
+        name = need.spec.images.classnames[result["class"]]
+        said = f"{name}, block {result['block']}: {result['error']}"
+        self.errors.setdefault(need, []).append((result["failure_class"], said))
+        # What would be drawn from now on would be drawn for nothing.
+        self.over = CLASSES[result["failure_class"]].stops_after == 1
+
+    def _elsewhere(self, part: Part, actors: int, left: int, each: float) -> bool:
+        """Is another pool worth it? One that is in the way of trials goes in any case."""
+        now = self.shares.moved(part)
+        if now is None or not left or (not part.reserved and now >= actors):
+            return False
+        return not part.reserved or left * each * (1 / actors - 1 / max(now, 1)) > PAYS
 
 
 def _stream(
-    shards: list[dict[str, int]],
+    shards: Sequence[dict[str, int]],
     rows: Sequence[Any],
     shop: Workshop,
     want: GeneratorResources,
+    part: Part,
     board: Any,
 ) -> ray.data.Dataset:
-    fits = room(want, machines())
-    actors = min(want.actors or fits, fits, len(shards))
-    context = DataContext.get_current()
+    context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    if part.held is not None:
+        context.scheduling_strategy = context.scheduling_strategy_large_args = part.held
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     device = "cuda" if want.gpu else "cpu"
-    return ray.data.from_items(shards, override_num_blocks=len(shards)).map_batches(
-        Generate,
-        fn_constructor_args=(rows, replace(shop, device=device), board),
-        batch_size=1,
-        compute=ActorPoolStrategy(size=actors),
-        num_cpus=want.cpu,
-        num_gpus=want.gpu,
-    )
+    with DataContext.current(context):
+        return ray.data.from_items(list(shards), override_num_blocks=len(shards)).map_batches(
+            Generate,
+            fn_constructor_args=(rows, replace(shop, device=device), board),
+            batch_size=1,
+            compute=ActorPoolStrategy(size=min(part.count, len(shards))),
+            num_cpus=want.cpu,
+            num_gpus=want.gpu,
+            resources=dict(want.custom) or None,
+        )
 
 
 def _failure(errors: Sequence[tuple[str, str]], left: int) -> Failure:

@@ -7,6 +7,7 @@ it is called.
 from __future__ import annotations
 
 import io
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +51,7 @@ def build_image_block(
     block: int,
     shop: Workshop,
     generator: Callable[[], ImageGenerator],
-) -> dict[str, int]:
+) -> dict[str, float]:
     """Draw one block of one class and encode it, unless it is there already.
 
     A block is one batch, always the same one. A rejected slot (blank, not a number) is drawn
@@ -59,7 +60,8 @@ def build_image_block(
     turns, and the second finds it there.
 
     Returns:
-        images drawn (kept), redrawn slots, holes; all 0 if the images were there.
+        images drawn (kept), redrawn slots, holes; all 0 if the images were there. And the seconds
+        that drawing and encoding took, on the device.
 
     Raises:
         RuntimeError: the block has killed the last processes that tried.
@@ -82,8 +84,8 @@ def _build_block(
     block: int,
     shop: Workshop,
     generator: Callable[[], ImageGenerator],
-) -> dict[str, int]:
-    drawn = {"drawn": 0, "redrawn": 0, "holes": 0}
+) -> dict[str, float]:
+    drawn: dict[str, float] = {"drawn": 0, "redrawn": 0, "holes": 0, "on_device": 0.0}
     if not row.holds(class_index, block, ".parquet"):
         table, drawn = _draw(spec.images, class_index, block, generator())
         row.publish(class_index, block, ".parquet", sealed(_parquet(table)))
@@ -93,7 +95,10 @@ def _build_block(
         shard = row.shard(class_index, block, ".parquet")
         table = pq.read_table(io.BytesIO(_sound(row, shard)), columns=["image", "ok"])
         images = [Image.open(io.BytesIO(png)) for png in table["image"].to_pylist()]
-        arrays = {"features": shop.encoded(images, spec), "ok": np.array(table["ok"].to_pylist())}
+        started = time.monotonic()
+        encoded_images = shop.encoded(images, spec)
+        drawn["on_device"] += time.monotonic() - started
+        arrays = {"features": encoded_images, "ok": np.array(table["ok"].to_pylist())}
         encoded = sealed(save(arrays, {"seal": BLANK}))
         features.publish(class_index, block, ".safetensors", encoded)
     return drawn
@@ -104,11 +109,12 @@ def _draw(
     class_index: int,
     block: int,
     generator: ImageGenerator,
-) -> tuple[pa.Table, dict[str, int]]:
+) -> tuple[pa.Table, dict[str, float]]:
     size = images.block_size
     classname = images.classnames[class_index]
     indices = list(range(block * size, (block + 1) * size))
     attempts = [0] * size
+    started = time.monotonic()
     pixels = generator.generate(classname, indices, attempts)  # (size, H, W, 3) uint8
     bad = rejected(pixels)
     redrawn = int(bad.sum())
@@ -121,6 +127,7 @@ def _draw(
             pixels[slot] = again[slot]
             attempts[slot] = attempt
         bad = rejected(pixels)
+    on_device = time.monotonic() - started
     seeds = [
         image_seed(images.settings.seed, classname, index, attempt)
         if isinstance(images, GeneratedImages)
@@ -139,7 +146,8 @@ def _draw(
         }
     )
     holes = int(bad.sum())
-    return table, {"drawn": size - holes, "redrawn": redrawn, "holes": holes}
+    counts = {"drawn": size - holes, "redrawn": redrawn, "holes": holes}
+    return table, {**counts, "on_device": on_device}
 
 
 def _prompt(images: GeneratedImages | FolderImages, classname: str) -> str:

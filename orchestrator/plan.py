@@ -127,6 +127,7 @@ class Plan:
     points: int
     slots: tuple[Slot, ...]
     total: int
+    left: Mapping[str, int]  # by cell: trials that are not there yet
     done: int
     reused: int
     pruned: Mapping[str, Pruned]  # by slot: those of points that a search stopped early
@@ -239,6 +240,7 @@ def plan_sweep(sweep: SweepSpec, store: ArtifactStore, resolver: Resolver, ledge
         points=points,
         slots=tuple(slots),
         total=total,
+        left=left,
         done=done,
         reused=reused,
         pruned=stopped,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, Protocol
 
@@ -21,9 +21,10 @@ from orchestrator.failures import CLASSES, Failure, classify, of_death
 from orchestrator.generation import draw
 from orchestrator.keys import artifact_key
 from orchestrator.plan import Need, holds, level, name_of
+from orchestrator.shares import LOOK_EVERY, Pool, Shares
 from orchestrator.stages import build_features, build_labels, build_lora
 from orchestrator.sweep import Resources
-from orchestrator.workshop import Workshop
+from orchestrator.workshop import Workshop, keep_to_share
 
 
 class Watcher(Protocol):
@@ -53,8 +54,14 @@ class Watcher(Protocol):
         """A stage is over; it took so long by the clock."""
         ...
 
+    def drew(self, pool: Pool) -> None:
+        """A pool of generators is closed."""
+        ...
 
-def prepare(needs: Sequence[Need], shop: Workshop, resources: Resources, watcher: Watcher) -> None:
+
+def prepare(
+    needs: Sequence[Need], shop: Workshop, resources: Resources, watcher: Watcher, shares: Shares
+) -> None:
     """Make what is missing, stage after stage; within a stage side by side.
 
     What fails is tried again as its class allows. In the end the watcher is told of it, and what
@@ -72,10 +79,10 @@ def prepare(needs: Sequence[Need], shop: Workshop, resources: Resources, watcher
         failures: list[tuple[Need, Failure]] = []
         if others:
             with _clocked(watcher, others[-1].stage):
-                failures = _build(others, shop, resources, watcher)
+                failures = _build(others, shop, resources, watcher, shares)
         if images:
             with _clocked(watcher, "images"):
-                failures += draw(images, shop, resources, watcher)
+                failures += draw(images, shop, resources, watcher, shares)
         for need, failure in failures:
             failed += [need.spec, getattr(need.spec, "images", None)]
             watcher.failed(need, failure)
@@ -102,11 +109,12 @@ def _levels(missing: Sequence[Need]) -> dict[Need, int]:
     return levels
 
 
-def _run(spec: Any, shop: Workshop, board: Any) -> tuple[float, dict[str, Any]]:
+def _run(spec: Any, shop: Workshop, gpu: float, board: Any) -> tuple[float, dict[str, Any]]:
     import torch
 
     import_open_clip_alone()
     torch.set_num_threads(1)
+    keep_to_share(gpu)
     started = time.monotonic()
     note = Note(board, name_of(artifact_key(spec)))
     shop.store.locks.waits = note.waits
@@ -123,37 +131,63 @@ def _run(spec: Any, shop: Workshop, board: Any) -> tuple[float, dict[str, Any]]:
     return time.monotonic() - started, artifact.record["info"]
 
 
+@dataclass(frozen=True)
+class _Task:
+    """One piece of work, and how much less memory it may take."""
+
+    need: Need
+    shop: Workshop
+    place: ExitStack  # is closed when it is over
+
+
 def _build(
-    needs: Sequence[Need], shop: Workshop, resources: Resources, watcher: Watcher
+    needs: Sequence[Need], shop: Workshop, resources: Resources, watcher: Watcher, shares: Shares
 ) -> list[tuple[Need, Failure]]:
-    want = resources.generator
-    there = replace(shop, device="cuda" if want.gpu else "cpu")
-    stage = ray.remote(_run).options(num_cpus=want.cpu, num_gpus=want.gpu, max_retries=0)
     follow = {need.spec.labels for need in needs if isinstance(need.spec, LoraSpec)}
+    waiting = deque((need, shop) for need in needs if need.spec not in follow)
+    running: dict[Any, _Task] = {}
     tries: Counter[tuple[Need, str]] = Counter()
     failures = []
+
+    def start(need: Need, shop: Workshop, board: Any) -> None:
+        want = resources.want(need.stage)
+        there = replace(shop, device="cuda" if want.gpu else "cpu")
+        with ExitStack() as stack:
+            place = stack.enter_context(shares.beside())
+            stage = ray.remote(_run).options(
+                num_cpus=want.cpu,
+                num_gpus=want.gpu,
+                resources=dict(want.custom) or None,
+                scheduling_strategy=place or "DEFAULT",
+                max_retries=0,
+            )
+            task = stage.remote(need.spec, there, want.gpu, board)
+            running[task] = _Task(need, shop, stack.pop_all())
+
     with watched(watcher) as board:
-        first = [need for need in needs if need.spec not in follow]
-        running = {stage.remote(need.spec, there, board): need for need in first}
-        while running:
-            (done, *_), _ = ray.wait(list(running))
-            need = running.pop(done)
-            try:
-                seconds, facts = ray.get(done)
-            except Exception as problem:
-                failure = _failure(problem)
-                name = failure.failure_class
-                tries[need, name] += 1
-                if tries[need, name] > CLASSES[name].retries:
-                    failures.append((need, failure))
+        while waiting or running:
+            while waiting and len(running) < shares.places(resources.want(waiting[0][0].stage)):
+                start(*waiting.popleft(), board)
+            over, _ = ray.wait(list(running), timeout=LOOK_EVERY)
+            for one in over:
+                task = running.pop(one)
+                task.place.close()
+                need = task.need
+                try:
+                    seconds, facts = ray.get(one)
+                except Exception as problem:
+                    failure = _failure(problem)
+                    name = failure.failure_class
+                    tries[need, name] += 1
+                    if tries[need, name] > CLASSES[name].retries:
+                        failures.append((need, failure))
+                        continue
+                    watcher.retried(need, failure)
+                    waiting.append((need, shop.with_less(tries[need, "oom"])))
                     continue
-                watcher.retried(need, failure)
-                less = there.with_less(tries[need, "oom"])
-                running[stage.remote(need.spec, less, board)] = need
-                continue
-            if isinstance(need.spec, LoraSpec):
-                _labels_are_there(need.spec.labels, needs, shop, watcher)
-            watcher.prepared(need, seconds, facts)
+                if isinstance(need.spec, LoraSpec):
+                    _labels_are_there(need.spec.labels, needs, shop, watcher)
+                watcher.prepared(need, seconds, facts)
     return failures
 
 

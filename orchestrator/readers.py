@@ -58,7 +58,11 @@ def section(cls: Any, **special: Reader) -> Reader:
         or leaf(hints[f.name], tuple(f.metadata.get("limits", {}).items()))
         for f in fields
     }
-    needed = [f.name for f in fields if f.default is dataclasses.MISSING]
+    needed = [
+        f.name
+        for f in fields
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
     return lambda document, keys: cls(**mapping(document, keys, readers, needed))
 
 

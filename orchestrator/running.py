@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from air_core.specs import TrialSpec
@@ -23,7 +23,9 @@ from orchestrator.store import StoreFull
 from orchestrator.sweep import SweepSpec
 
 if TYPE_CHECKING:
+    from orchestrator.ahead import Ahead
     from orchestrator.session import MemoryPeak
+    from orchestrator.shares import Pool, Shares
 
 
 @dataclass
@@ -39,6 +41,7 @@ class Tally:
     holes: int = 0
     states: dict[str, int] = field(default_factory=dict)
     overheads: list[float] = field(default_factory=list)
+    pools: list[dict[str, float]] = field(default_factory=list)  # of generators, see shares.Pool
     memory: int = 0  # bytes
     shares: dict[str, float] = field(default_factory=dict)  # what CLIP recognises, by group
 
@@ -64,11 +67,13 @@ class Run:
     tally: Tally = field(default_factory=Tally)
     machines: tuple[Machine, ...] = ()  # none before Ray is there
     peak: MemoryPeak | None = None  # nor this
+    shares: Shares | None = None  # nor this
     stopped: int | None = None  # exit code of who was stopped from outside
     hopeless: list[tuple[Need, Failure]] = field(default_factory=list)
     given_up: dict[str, Failure] = field(default_factory=dict)  # by slot: not tried again
     moving: list[TrialSpec] = field(default_factory=list)  # go on in fp32
     last: dict[str, str] = field(default_factory=dict)  # state by slot
+    ahead: Ahead | None = None  # what the next cells read
 
     # Watcher, for orchestrator.prepare.
 
@@ -82,7 +87,7 @@ class Run:
             facts=plain,
         )
         self.tally.add_work(stage_work(need.spec), seconds)
-        self.purse.prepared(seconds)
+        self.purse.prepared(need.stage, seconds)
         if need.stage == "images":
             self.tally.drawn += facts["drawn"]
             self.tally.redrawn += facts["redrawn"]
@@ -110,6 +115,10 @@ class Run:
     def phase(self, stage: str, seconds: float) -> None:
         self.tally.add_wall(stage, seconds)
 
+    def drew(self, pool: Pool) -> None:
+        self.tally.pools.append(asdict(pool))
+        self.screen.say(f"drew {pool}")
+
     # Outcomes and lost hopes, for orchestrator.dispatch.
 
     def no_hope(self, trial: TrialSpec) -> Failure | None:
@@ -122,6 +131,8 @@ class Run:
         return None
 
     def outcome(self, outcome: Outcome) -> None:
+        if self.ahead is not None:
+            self.ahead.tell()
         self.last[outcome.slot.id] = outcome.state  # one that moved to fp32 comes twice
         self.tally.states = dict(Counter(self.last.values()))
         told = None

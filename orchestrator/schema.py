@@ -155,11 +155,16 @@ def _budget() -> Schema:
 def _resources() -> Schema:
     about = "what runs ask of the machines; changes no result"
     parts = {
-        "trial": lambda: _section(TrialResources, timeout=_seconds),
-        "generator": lambda: _section(GeneratorResources),
+        "trial": lambda: _section(TrialResources, timeout=_seconds, custom=_custom),
+        "generator": lambda: _section(GeneratorResources, custom=_custom),
         "encoder": lambda: _section(EncoderResources),
+        "wait": _seconds,
     }
     return {"description": about, **_section(Resources, **parts)}
+
+
+def _custom() -> Schema:
+    return {"type": "object", "additionalProperties": {"type": "number", "exclusiveMinimum": 0}}
 
 
 def _seconds() -> Schema:

@@ -13,7 +13,8 @@ from typing import Any
 
 import psutil
 
-from orchestrator.fit import Machine
+from orchestrator.fit import Machine, asked_of
+from orchestrator.sweep import GeneratorResources, Want
 from orchestrator.variables import environment, of_ray_job
 
 # Read by Ray when it is imported. A silent Tune needs the first three.
@@ -108,6 +109,41 @@ def machines() -> tuple[Machine, ...]:
     import ray
 
     return tuple(node["Resources"] for node in ray.nodes() if node["Alive"])
+
+
+HOLD_WAIT = 60.0  # seconds until a reserve has to be free; then its work takes what comes
+
+
+class Cluster:
+    """The one that was joined or started, for `shares.Shares`."""
+
+    def machines(self) -> tuple[Machine, ...]:
+        return machines()
+
+    def hold(self, want: GeneratorResources, count: int) -> Any:
+        """A placement group of so many places, as a scheduling strategy."""
+        from ray.util import placement_group, remove_placement_group
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        bundle = {kind: amount for kind, amount in asked_of(want).items() if amount}
+        if not bundle or not count:
+            return None
+        group = placement_group([bundle] * count, strategy="PACK")
+        if not group.wait(HOLD_WAIT):
+            remove_placement_group(group)
+            return None
+        return PlacementGroupSchedulingStrategy(group)
+
+    def release(self, held: Any) -> None:
+        from ray.util import remove_placement_group
+
+        remove_placement_group(held.placement_group)
+
+    def ask_for(self, wants: Sequence[Want]) -> None:
+        from ray.autoscaler.sdk import request_resources
+
+        bundles = [{k: amount for k, amount in asked_of(want).items() if amount} for want in wants]
+        request_resources(bundles=bundles)
 
 
 @contextmanager

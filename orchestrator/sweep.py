@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from air_core.flat import from_flat, trial_keys
 from air_core.normal import normalised
@@ -97,10 +97,28 @@ class Budget:
     wall: float | None = knob(None, "by the clock, in one run: 90s, 30m, 12h, or seconds", gt=0)
 
 
+Custom = Mapping[str, float]  # what machines have beside cores and devices, by name
+CUSTOM = "of each, beside them: what nodes were given by `ray start --resources`"
+
+
+class Want(Protocol):
+    """What one process asks of the machine that it runs on."""
+
+    @property
+    def cpu(self) -> float: ...
+
+    @property
+    def gpu(self) -> float: ...
+
+    @property
+    def custom(self) -> Custom: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrialResources:
     cpu: float = knob(1.0, "cores of one trial", ge=0)
     gpu: float = knob(0.0, "devices of one trial, or a share of one", ge=0)
+    custom: Custom = field(default_factory=dict, metadata={"help": CUSTOM})
     timeout: float | None = knob(None, "that one trial may take: 90s, 30m, 12h, or seconds", gt=0)
 
 
@@ -108,7 +126,11 @@ class TrialResources:
 class GeneratorResources:
     cpu: float = knob(1.0, "cores of one actor that draws images", ge=0)
     gpu: float = knob(0.0, "devices of one actor", ge=0)
+    custom: Custom = field(default_factory=dict, metadata={"help": CUSTOM})
     actors: int | None = knob(None, "null: as many as fit", ge=1)
+    reserve: int | None = knob(
+        None, "actors that draw for later cells while trials run; null: half of them", ge=0
+    )
 
 
 ENCODER_BATCH = 256
@@ -116,6 +138,10 @@ ENCODER_BATCH = 256
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderResources:
+    """CLIP over a dataset, and first pseudo-labels. Asks for what a trial does, unless told."""
+
+    cpu: float | None = knob(None, "cores of one encoder; null: as a trial", ge=0)
+    gpu: float | None = knob(None, "devices, or a share of one; null: as a trial", ge=0)
     batch: int = knob(ENCODER_BATCH, "images at a time through CLIP", ge=1)
 
 
@@ -126,6 +152,28 @@ class Resources:
     trial: TrialResources = TrialResources()
     generator: GeneratorResources = GeneratorResources()
     encoder: EncoderResources = EncoderResources()
+    wait: float | None = knob(
+        None, "for machines that an autoscaler brings: 90s, 30m, 12h, or seconds; null: none", gt=0
+    )
+
+    @property
+    def encoding(self) -> TrialResources:
+        """What an encoder asks for."""
+        cpu, gpu = self.encoder.cpu, self.encoder.gpu
+        return replace(
+            self.trial,
+            cpu=self.trial.cpu if cpu is None else cpu,
+            gpu=self.trial.gpu if gpu is None else gpu,
+        )
+
+    def want(self, stage: str) -> Want:
+        """What a process asks for that works on a stage."""
+        match stage:
+            case "trials":
+                return self.trial
+            case "lora" | "images":
+                return self.generator
+        return self.encoding
 
 
 @dataclass(frozen=True, kw_only=True)

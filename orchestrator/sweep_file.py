@@ -416,6 +416,17 @@ def _seconds(document: Document, keys: Keys) -> float | None:
     return seconds
 
 
+def _custom(document: Document, keys: Keys) -> dict[str, float]:
+    """Resources that machines have beside cores and devices, by name."""
+    for name in document.mapping(keys):
+        if name in ("CPU", "GPU", "cpu", "gpu", "memory", "object_store_memory"):
+            raise document.key_error(
+                (*keys, name), f"{name} is no custom resource; allowed: `cpu` and `gpu` beside it"
+            )
+    amount = leaf(float, (("gt", 0),))
+    return {name: amount(document, (*keys, name)) for name in document.mapping(keys)}
+
+
 TOP: dict[str, Reader] = {
     "version": _version,
     "name": leaf(NAME),
@@ -427,9 +438,10 @@ TOP: dict[str, Reader] = {
     "budget": section(Budget, wall=_seconds),
     "resources": section(
         Resources,
-        trial=section(TrialResources, timeout=_seconds),
-        generator=section(GeneratorResources),
+        trial=section(TrialResources, timeout=_seconds, custom=_custom),
+        generator=section(GeneratorResources, custom=_custom),
         encoder=section(EncoderResources),
+        wait=_seconds,
     ),
     "project": leaf(NAME),
     "tracking": lambda document, keys: mapping(document, keys, {"uri": leaf(LINE)}),

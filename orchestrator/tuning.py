@@ -22,12 +22,13 @@ from air_core.specs import TrialSpec
 from orchestrator.board import Note, Teller, watched
 from orchestrator.dispatch import Dispatcher
 from orchestrator.failures import Failure, OutOfTime, classify, of_death
-from orchestrator.fit import memory_fraction
 from orchestrator.keys import artifact_key
 from orchestrator.replicas import run_trials
 from orchestrator.sweep import ENCODER_BATCH, Resources
 from orchestrator.trial import WHOLE, Legs, is_over
-from orchestrator.workshop import Workshop
+from orchestrator.workshop import Workshop, keep_to_share
+
+MOST = 10_000  # jobs at a time, for Tune; the source hands out as many as there is room for
 
 
 @dataclass(frozen=True)
@@ -86,18 +87,6 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]
         }
 
 
-def keep_to_share(gpu: float) -> None:
-    """Let no trial take the memory of others on its device: it fails alone, and is told why."""
-    if not 0 < gpu < 1:
-        return
-    import torch  # a trial on a device needs it anyway
-
-    if torch.cuda.is_available():
-        fraction = memory_fraction(gpu, torch.cuda.get_device_properties(0).total_memory)
-        assert fraction is not None
-        torch.cuda.set_per_process_memory_fraction(fraction)
-
-
 def attempt(
     specs: Sequence[TrialSpec],
     shop: Workshop,
@@ -142,13 +131,24 @@ class _NotKept:
 class _Source(_NotKept, Searcher):  # type: ignore[misc]
     """Tune asks here for its next trial."""
 
-    def __init__(self, dispatcher: Dispatcher, handed: dict[int, float]) -> None:
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        handed: dict[int, float],
+        slots: Callable[[], int],
+        spread: Callable[[int], None],
+    ) -> None:
         # A metric here would let one failed trial end the whole sweep.
         super().__init__(metric=None, mode=None)
         self.dispatcher, self.handed = dispatcher, handed
+        self.slots, self.spread = slots, spread
         self.jobs: dict[str, int] = {}
 
     def suggest(self, trial_id: str) -> Any:
+        slots = self.slots()
+        if len(self.dispatcher.running) >= slots:
+            return None  # not now
+        self.spread(slots)
         job = self.dispatcher.next()
         if job is not None:
             self.jobs[trial_id] = job.number
@@ -215,21 +215,23 @@ def run_points(
     shop: Workshop,
     resources: Resources,
     folder: Path,
-    slots: int,
+    slots: Callable[[], int],
     teller: Teller,
 ) -> Figures:
     """Run all points that the dispatcher has to hand out.
 
     Args:
         folder: for Ray's own files, written and never read.
-        slots: trials at a time.
+        slots: how many jobs may run at a time, asked before each.
         teller: told how far long trials are, and for whom one waits.
     """
     started = time.monotonic()
-    dispatcher.spread(slots, shop.device, shop.batch / ENCODER_BATCH)
     handed: dict[int, float] = {}
     overheads: list[float] = []
-    source = _Source(dispatcher, handed)
+    share = shop.batch / ENCODER_BATCH
+    source = _Source(
+        dispatcher, handed, slots, lambda now: dispatcher.spread(now, shop.device, share)
+    )
     with watched(teller) as board:
         trainable = tune.with_resources(
             tune.with_parameters(
@@ -239,9 +241,9 @@ def run_points(
                 limit=resources.trial.timeout,
                 gpu=resources.trial.gpu,
             ),
-            {"cpu": resources.trial.cpu, "gpu": resources.trial.gpu},
+            {"cpu": resources.trial.cpu, "gpu": resources.trial.gpu, **resources.trial.custom},
         )
-        _fit(trainable, source, dispatcher, overheads, folder, slots)
+        _fit(trainable, source, dispatcher, overheads, folder)
     return Figures(
         wall=time.monotonic() - started,
         overhead=statistics.median(overheads) if overheads else None,
@@ -254,14 +256,13 @@ def _fit(
     dispatcher: Dispatcher,
     overheads: list[float],
     folder: Path,
-    slots: int,
 ) -> None:
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
             search_alg=source,
             num_samples=-1,
-            max_concurrent_trials=slots,
+            max_concurrent_trials=MOST,
             reuse_actors=True,
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),

@@ -16,6 +16,7 @@ from air_core.backbone import Backbone
 from air_core.backbone.loading import load_backbone
 from air_core.datasets import Examples, get_dataset
 from air_core.specs import FeaturesSpec, Ref, SyntheticFeaturesSpec
+from orchestrator.fit import memory_fraction
 from orchestrator.store import ArtifactStore
 from orchestrator.sweep import ENCODER_BATCH
 
@@ -49,6 +50,14 @@ class Workshop:
         if spec.level == "tokens":
             return np.asarray(backbone.image_tokens(images, torch.float16))
         return np.asarray(backbone.encode_images(images))
+
+
+def keep_to_share(gpu: float) -> None:
+    """Let nobody take the memory of others on its device: it fails alone, and is told why."""
+    if not gpu or not torch.cuda.is_available():
+        return
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(memory_fraction(gpu, total) or 1.0)
 
 
 @contextmanager

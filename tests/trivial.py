@@ -83,7 +83,7 @@ def run_trial(spec: TrialSpec, store: ArtifactStore, legs: Legs = WHOLE) -> None
 
 
 def run_points(
-    dispatcher: Any, shop: Any, resources: Any, folder: Path, slots: int, progress: Any
+    dispatcher: Any, shop: Any, resources: Any, folder: Path, slots: Any, progress: Any
 ) -> Any:
     """Some jobs at a time, in whose order a driver may die."""
     running: list[Any] = []
@@ -100,7 +100,7 @@ def run_points(
     return types.SimpleNamespace(wall=0.0, overhead=None)
 
 
-def prepare(needs: Any, shop: Any, resources: Any, watcher: Any) -> None:
+def prepare(needs: Any, shop: Any, resources: Any, watcher: Any, shares: Any) -> None:
     store = shop.store
     for need in needs:
         if not isinstance(need.spec, SyntheticFeaturesSpec):
@@ -127,6 +127,11 @@ def ray_session(lost: Any) -> Iterator[tuple[dict[str, float]]]:
     yield ({"CPU": 2.0},)
 
 
+class Cluster:
+    def machines(self) -> tuple[dict[str, float]]:
+        return ({"CPU": 2.0},)
+
+
 class MemoryPeak:
     def stop(self) -> int:
         return 0
@@ -139,7 +144,11 @@ MODULES = {
         "contact_sheet": lambda *of: (a_pixel(), {}),
         "audit": lambda *of: {},
     },
-    "orchestrator.session": {"ray_session": ray_session, "MemoryPeak": MemoryPeak},
+    "orchestrator.session": {
+        "ray_session": ray_session,
+        "Cluster": Cluster,
+        "MemoryPeak": MemoryPeak,
+    },
     "orchestrator.pictures": {"smaller": lambda *of: b""},
     # 0.15 s for each trial, and 1.5 s for each run
     "orchestrator.figures": {"confusion": lambda *of: b"", "pictures": lambda *of: {}},

@@ -21,6 +21,8 @@ from orchestrator.image_rows import build_image_block, open_generator, read_synt
 from orchestrator.keys import artifact_key
 from orchestrator.plan import Need, needs_of
 from orchestrator.prepare import prepare
+from orchestrator.session import Cluster
+from orchestrator.shares import Shares
 from orchestrator.store import ArtifactStore, MissingArtifact
 from orchestrator.sweep import GeneratorResources, Resources
 from orchestrator.workshop import Workshop
@@ -36,10 +38,14 @@ def need_of(resolver, folder, count: int) -> Need:
     return Need(row, count, tuple(range(len(row.images.classnames))))
 
 
+def shares(resources: Resources | None = None) -> Shares:
+    return Shares(resources or Resources(), Cluster())
+
+
 def run(need: Need, store: ArtifactStore, actors: int = 1) -> list[dict]:
     watcher = Watcher()
     resources = Resources(generator=GeneratorResources(actors=actors))
-    draw([need], Workshop(store), resources, watcher)
+    draw([need], Workshop(store), resources, watcher, shares(resources))
     return [facts for _, _, facts in watcher.told.get("prepared", [])]
 
 
@@ -92,7 +98,7 @@ def test_a_block_that_cannot_be_drawn_is_named_and_the_others_are_kept(
         copied.row(need.spec).shard(c, 0, ".safetensors").unlink()
     deaths = copied.open_row(need.spec.images).shard(3, 0, ".tries")
     deaths.write_bytes(b"xx")  # as two processes leave it that this block has killed
-    ((failed, failure),) = draw([need], Workshop(copied), Resources(), Watcher())
+    ((failed, failure),) = draw([need], Workshop(copied), Resources(), Watcher(), shares())
     assert (failed, failure.failure_class) == (need, "infra")
     assert "1 block is missing; digit three, block 0: " in failure.message
     assert need.missing(copied) == [(3, 0)]
@@ -152,7 +158,7 @@ def test_what_cannot_be_made_is_told_and_the_rest_goes_on(
     needs = needs_of([hopeless, whole])
     assert len({need.stage for need in needs}) == 4  # LoRA and images hang on broken features
     watcher = Watcher()
-    prepare(needs, Workshop(ArtifactStore(tmp_path / "store")), Resources(), watcher)
+    prepare(needs, Workshop(ArtifactStore(tmp_path / "store")), Resources(), watcher, shares())
     ((failed, failure),) = watcher.told["failed"]
     assert failed.spec == hopeless.features
     assert (failure.failure_class, failure.message[:10]) == ("user", "ValueError")

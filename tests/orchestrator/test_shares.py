@@ -1,0 +1,161 @@
+"""Who has which part of the cluster: decided here, over machines as Ray counts them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from orchestrator.fit import Machine, room
+from orchestrator.shares import Shares
+from orchestrator.sweep import EncoderResources, GeneratorResources, Resources, TrialResources
+
+GPU = Resources(trial=TrialResources(gpu=0.25), generator=GeneratorResources(gpu=1))
+BIG = {"CPU": 32.0, "GPU": 8.0}
+
+
+class Machines:
+    """Some machines, and what is held of them."""
+
+    def __init__(self, *machines: Machine) -> None:
+        self.found: Sequence[Machine] = machines
+        self.held: list[int] = []
+
+    def machines(self) -> Sequence[Machine]:
+        return self.found
+
+    def hold(self, want: GeneratorResources, count: int) -> Any:
+        self.held.append(count)
+        return count
+
+    def release(self, held: Any) -> None:
+        self.held.remove(held)
+
+    def ask_for(self, wants: Any) -> None: ...
+
+
+def drawn_by(shares: Shares) -> tuple[int, Any]:
+    with shares.drawing() as part:
+        return part.count, part.held
+
+
+@pytest.mark.parametrize(
+    ("resources", "machines", "generators", "reserve", "beside", "alone"),
+    [
+        (GPU, [BIG], 8, 4, 16, 32),
+        (GPU, [BIG, BIG], 16, 8, 32, 64),
+        (GPU, [{"CPU": 8.0, "GPU": 1.0}], 1, 0, 4, 4),  # too small for both
+        (Resources(), [{"CPU": 2.0}], 2, 1, 1, 2),
+        (Resources(), [{"CPU": 1.0}], 1, 0, 1, 1),
+        (Resources(generator=GeneratorResources(reserve=3)), [{"CPU": 8.0}], 8, 3, 5, 8),
+        (Resources(generator=GeneratorResources(reserve=8)), [{"CPU": 8.0}], 8, 7, 1, 8),
+        (Resources(generator=GeneratorResources(reserve=0)), [{"CPU": 8.0}], 8, 0, 8, 8),
+        (Resources(generator=GeneratorResources(actors=2)), [{"CPU": 8.0}], 2, 1, 7, 8),
+    ],
+)
+def test_a_reserve_is_kept_from_trials_while_something_is_left_to_prepare(
+    resources, machines, generators, reserve, beside, alone
+):
+    shares = Shares(resources, Machines(*machines))
+    assert (shares.generators(), shares.reserve()) == (generators, reserve)
+    shares.preparing = True
+    assert shares.trials() == beside
+    shares.preparing = False
+    assert shares.trials() == alone
+
+
+def test_generators_have_everything_until_trials_run_and_a_held_reserve_then():
+    cluster = Machines(BIG)
+    shares = Shares(GPU, cluster)
+    assert drawn_by(shares) == (8, None)
+    with shares.tuning():
+        assert drawn_by(shares) == (4, 4)
+        assert cluster.held == [4]  # so that no trial takes it between two rows
+        with shares.beside() as place:
+            assert place == 4
+    assert cluster.held == []
+    assert drawn_by(shares) == (8, None)
+
+
+def test_a_pool_hears_when_trials_come_and_when_they_go():
+    shares = Shares(GPU, Machines(BIG))
+    with shares.drawing() as wide:
+        assert shares.moved(wide) is None
+        trials = threading.Thread(target=lambda: enter(shares, go_on), daemon=True)
+        go_on = threading.Event()
+        trials.start()
+        while shares.moved(wide) is None:
+            time.sleep(0.01)
+        assert shares.moved(wide) == 4
+    with shares.drawing() as narrow:  # trials have begun, since the wide pool is closed
+        assert (narrow.count, shares.moved(narrow)) == (4, None)
+        go_on.set()
+        trials.join()
+        assert shares.moved(narrow) == 8
+
+
+def enter(shares: Shares, go_on: threading.Event) -> None:
+    with shares.tuning():
+        go_on.wait()
+
+
+def test_trials_begin_when_generators_have_given_room():
+    shares = Shares(GPU, Machines(BIG))
+    begun = threading.Event()
+
+    def trials() -> None:
+        with shares.tuning():
+            begun.set()
+
+    with shares.drawing():
+        thread = threading.Thread(target=trials, daemon=True)
+        thread.start()
+        assert not begun.wait(0.2)
+    thread.join(10)
+    assert begun.is_set()
+
+
+def test_on_a_small_cluster_a_pool_waits_until_the_trials_are_over():
+    shares = Shares(GPU, Machines({"CPU": 8.0, "GPU": 1.0}))
+    found = []
+    with shares.tuning():
+        thread = threading.Thread(target=lambda: found.append(drawn_by(shares)), daemon=True)
+        thread.start()
+        thread.join(0.2)
+        assert found == []
+        with shares.beside() as place:
+            assert place is None  # a LoRA takes a device where one is free
+    thread.join(10)
+    assert found == [(1, None)]
+
+
+def test_a_machine_that_comes_is_used(monkeypatch):
+    monkeypatch.setattr("orchestrator.shares.LOOK_EVERY", 0.0)
+    cluster = Machines(BIG)
+    shares = Shares(GPU, cluster)
+    cluster.found = [BIG, BIG]
+    assert (shares.generators(), shares.trials()) == (16, 64)
+
+
+def test_encoders_share_devices_and_ask_for_what_a_trial_does_unless_told():
+    assert GPU.want("features") == GPU.trial
+    half = Resources(trial=GPU.trial, encoder=EncoderResources(gpu=0.5))
+    assert (half.want("labels").gpu, half.want("labels").cpu) == (0.5, 1.0)
+    assert half.want("lora") == half.generator == half.want("images")
+    shares = Shares(GPU, Machines(BIG))
+    assert shares.places(GPU.want("features")) == 32
+    with shares.tuning():
+        assert shares.places(GPU.want("features")) == 4  # one core each, in the reserve
+        assert shares.places(GPU.want("lora")) == 4
+
+
+def test_what_machines_have_beside_cores_and_devices_counts():
+    tagged = Resources(generator=GeneratorResources(custom={"sd": 1}))
+    machines = [{"CPU": 8.0}, {"CPU": 8.0, "sd": 2.0}]
+    assert room(tagged.generator, machines) == 2
+    shares = Shares(tagged, Machines(*machines))
+    shares.preparing = True
+    assert shares.trials() == 15
