@@ -96,6 +96,10 @@ class Ahead:
         self._coming -= set(cells)
         return self._awaited in cells
 
+    def has(self, cell: str) -> bool:
+        """Is what a cell reads made, or was it tried?"""
+        return cell not in self._coming
+
     def hopeful(self, needs: Sequence[Need]) -> list[Need]:
         """Without what was tried, and what would be made from it."""
         return [need for need in needs if not any(holds(need.spec, one) for one in self.lost)]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 from types import MappingProxyType
@@ -67,7 +67,7 @@ class Job:
     halvings: int = 0
     legs: Legs = WHOLE
     share: float = 1.0  # of the work of whole trials
-    again: bool = False  # it failed, perhaps by what ran beside it: it is alone now
+    again: bool = False  # it failed, perhaps by what ran beside it, or was cut: nothing joins it
 
 
 @dataclass
@@ -152,6 +152,8 @@ class Dispatcher:
             under way, the new one last; once it says no, nothing more is handed out.
         hopeless: why a trial cannot run, such as an input that could not be made.
         given_up: failures by slot that are not tried again.
+        ready: is what a cell reads there by now?
+        rank: of cells, by id; a lower one comes first.
     """
 
     def __init__(
@@ -166,6 +168,8 @@ class Dispatcher:
         within_budget: Callable[[Sequence[tuple[str, float]]], bool] = lambda under_way: True,
         hopeless: Callable[[TrialSpec], Failure | None] = lambda spec: None,
         given_up: Mapping[str, Failure] = MappingProxyType({}),
+        ready: Callable[[Cell], bool] = lambda cell: True,
+        rank: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         self.sweep, self.store, self.resolver = sweep, store, resolver
         self.ledger, self.on_outcome = ledger, on_outcome
@@ -180,6 +184,7 @@ class Dispatcher:
         self.ahead: Job | None = None
         self.within_budget, self.stopped = within_budget, False
         self.hopeless, self.given_up = hopeless, given_up
+        self.ready, self.rank = ready, rank
         self.moved = moved_slots(ledger)
         self.again: deque[Job] = deque()
         self.tries: Counter[tuple[str, str]] = Counter()  # by trial key and failure class
@@ -187,12 +192,15 @@ class Dispatcher:
         self.moving: list[Slot] = []  # will go on in fp32, with inputs that are not there yet
         self.running: dict[int, Job] = {}
         self.actors: int | None = None
-        self.together: Callable[[Sequence[TrialSpec]], bool] = lambda trials: False
+        # Trials by the computation that they would share.
+        self.parts: Callable[[Sequence[TrialSpec]], list[list[TrialSpec]]]
+        self.parts = lambda trials: [[trial] for trial in trials]
         # By trial key and the rung that it runs to.
         self.waiting: dict[tuple[str, int | None], list[tuple[_CellQueue, int, Slot]]] = {}
 
     def spread(self, actors: int, device: str, share: float = 1.0) -> None:
-        """From now on points of a round may come in one job, once every actor has one.
+        """From now on points of a round may come in one job, once every actor has one, and seeds of
+        a point that share no computation in jobs of their own, while actors have none.
 
         Args:
             actors: how many jobs run at a time.
@@ -200,7 +208,7 @@ class Dispatcher:
             share: see `replicas.side_by_side`.
         """
         self.actors = actors
-        self.together = lambda trials: len(side_by_side(trials, device, share)) == 1
+        self.parts = lambda trials: side_by_side(trials, device, share)
 
     @property
     def finished(self) -> bool:
@@ -219,6 +227,11 @@ class Dispatcher:
                 return failure
         return None
 
+    @property
+    def under_way(self) -> int:
+        """Jobs that were handed out and have not ended."""
+        return len(self.running) - (self.ahead is not None)
+
     def peek(self) -> Job | None:
         """What `next` will hand out, for who only wants to know whether there is anything."""
         if self.ahead is None:
@@ -229,7 +242,7 @@ class Dispatcher:
         """A job, or None: nothing to hand out until a running job ends (or `finished`)."""
         job, self.ahead = self.peek(), None
         if job is not None:
-            job = self._with_others(job)
+            job = self._apart(self._with_others(job))
             self.ledger.append("trials_started", slots=list(job.slots))
         return job
 
@@ -242,7 +255,8 @@ class Dispatcher:
             return job
         queue = self.by_cell[job.cell]
         free = max(1, self.actors - len(self.running) + 1)  # this job's actor among them
-        waiting = sum(len(one.asked) + len(one.ready) for one in self.queues)
+        open_now = [one for one in self.queues if self.ready(one.cell)]
+        waiting = sum(len(one.asked) + len(one.ready) for one in open_now)
         for _ in range(math.ceil((waiting + 1) / free) - 1):
             going = self._head(queue)
             if going is None or going.until != job.legs.until or not self._joins(going, job):
@@ -262,6 +276,35 @@ class Dispatcher:
                 break
         return job
 
+    def _apart(self, job: Job) -> Job:
+        """A part of a job, where actors would stay without one and its trials would be computed one
+        after the other; the rest comes next."""
+        if self.actors is None or job.again:
+            return job
+        open_now = [one for one in self.queues if self.ready(one.cell)]
+        waiting = sum(len(one.asked) + len(one.ready) for one in open_now) + len(self.again)
+        parts = self.parts(job.trials)
+        count = min(len(parts), self.actors - len(self.running) - waiting + 1)
+        if count < 2:
+            return job
+        shares = [{id(trial) for part in parts[at::count] for trial in part} for at in range(count)]
+        first, *rest = (self._cut(job, share) for share in shares)
+        for one in rest:
+            self.jobs += 1
+            self.again.append(replace(one, number=self.jobs))
+        self.running[job.number] = first
+        return first
+
+    def _cut(self, job: Job, trials: Set[int]) -> Job:
+        kept = [at for at, trial in enumerate(job.trials) if id(trial) in trials]
+        return replace(
+            job,
+            trials=tuple(job.trials[at] for at in kept),
+            keys=tuple(job.keys[at] for at in kept),
+            slots=tuple(job.slots[at] for at in kept),
+            again=True,
+        )
+
     def _joins(self, going: _Going, job: Job) -> bool:
         """Can what a point lacks be trained in one computation with a job?"""
         lacks = [
@@ -271,7 +314,7 @@ class Dispatcher:
             and (slot.key.digest, going.until) not in self.waiting
             and not is_over(slot.spec, self.store, going.until)
         ]
-        return self.together(list(dict.fromkeys(map(normalised, (*job.trials, *lacks)))))
+        return len(self.parts(list(dict.fromkeys(map(normalised, (*job.trials, *lacks)))))) == 1
 
     def _find(self) -> Job | None:
         if self.gave_up():
@@ -281,17 +324,19 @@ class Dispatcher:
             self.running[job.number] = job
             return job
         while not self.stopped:
-            for queue in self.queues:
+            open_now = [queue for queue in self.queues if self.ready(queue.cell)]
+            for queue in open_now:
                 if not queue.ended and queue.waits:
                     self._decide(queue)
                     if queue.waits:
                         queue.ask(self.ledger)
                         self._note_early_end(queue)
-            able = [queue for queue in self.queues if queue.asked or queue.ready]
+            able = [queue for queue in open_now if queue.asked or queue.ready]
             if not able:
                 # Telling a round may have ended a cell without any job.
                 return None
-            queue = min(able, key=lambda one: one.handed)  # the furthest behind first
+            # Of those that come first, the furthest behind.
+            queue = min(able, key=lambda one: (self.rank.get(one.cell.id, 0), one.handed))
             found = self._start(queue)
             if found is not None:
                 return found

@@ -18,9 +18,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from air_core.specs import FeaturesSpec, SyntheticFeaturesSpec
-from orchestrator.audit_card import Audited, audited
-from orchestrator.audits import known_card
 from orchestrator.budget import Purse
 from orchestrator.disk import full
 from orchestrator.dispatch import Dispatcher
@@ -30,8 +27,9 @@ from orchestrator.estimate import (
     remember,
 )
 from orchestrator.failures import CLASSES, Failure, no_room
-from orchestrator.fit import Machine, misfit, room, this_machine
+from orchestrator.fit import Machine, misfit, this_machine
 from orchestrator.freshness import accept, remedy
+from orchestrator.inputs import Inputs, workshop
 from orchestrator.ledger import SweepBusy
 from orchestrator.lineage import commit, diff_digest, dirty, uncommitted
 from orchestrator.parent import ending_of, parent_of, status_of
@@ -48,10 +46,7 @@ from orchestrator.place import (
     whoami,
 )
 from orchestrator.plan import (
-    Need,
     Plan,
-    holds,
-    moved_slots,
     needs_of,
     plan_sweep,
     possible_trials,
@@ -66,9 +61,7 @@ from orchestrator.store import ArtifactStore, StoreFull, maker
 from orchestrator.sweep import Budget, Cell, SweepSpec
 
 if TYPE_CHECKING:
-    from orchestrator.ahead import Ahead
-    from orchestrator.prepare import Watcher
-    from orchestrator.workshop import Workshop
+    from orchestrator.shares import Shares
 
 log = logging.getLogger(__name__)
 
@@ -243,21 +236,23 @@ def _open_folder(place: Place, sweep: SweepSpec, origin: dict[str, Any], diff: b
 
 
 def _work(run: Run, plan: Plan, prepare_only: bool, cluster: ExitStack) -> int:
-    """Group after group: cells without images first, then those that share a row of images.
+    """All groups of cells together: those without images first, then those that share a row of
+    images. Trials of a group start when what they read is there. On a budget, which trials might
+    spend while images are drawn, group after group.
 
     Args:
         cluster: is given Ray's end, where Ray has to be started.
     """
     searches = _searches(run, plan)
-    groups = deque(_groups(plan, run))
-    assignments = run.sweep.seeds.assignments()
-    rows = functools.cache(lambda: audited(possible_trials(plan.cells, assignments, run.resolver)))
-    while groups:
-        cells = groups.popleft()
-        needs = _needs(run, plan, cells)
+    groups = _groups(plan, run)
+    batches = deque([groups] if run.sweep.budget == Budget() else [[cells] for cells in groups])
+    while batches:
+        groups = batches.popleft()
+        inputs = Inputs(run, plan, groups, prepare_only)
+        rank = {cell.id: place for place, cells in enumerate(groups) for cell in cells}
         dispatcher = Dispatcher(
             run.sweep,
-            cells,
+            [cell for cells in groups for cell in cells],
             searches,
             run.place.store,
             run.resolver,
@@ -266,50 +261,51 @@ def _work(run: Run, plan: Plan, prepare_only: bool, cluster: ExitStack) -> int:
             run.purse.affords,
             run.no_hope,
             run.given_up,
+            inputs.has,
+            rank,
         )
-        job = None if prepare_only else dispatcher.peek()
-        if dispatcher.out_of_budget():
-            return _out_of_budget(run)
-        if job is None and not (prepare_only and _incomplete(needs, run.place.store)):
-            continue  # all of it was known
-        if not run.machines:
-            run.machines = _start_cluster(cluster, run)
-            _wait_for_machines(run, plan)
-        if not run.purse.affords_preparing(needs, run.place.store, _workers(run)):
-            return _out_of_budget(run)
-        if run.ahead is None:
-            run.ahead = _ahead(run, plan, [cells, *groups], prepare_only)
-        _prepare(run, cells, needs)
-        beside = _begun(run, [_sheet(run, needs), _cards(run, rows())])
-        if job is not None:
-            _tune(run, dispatcher)
-        if beside is not None:
-            beside.wait()
-        if dispatcher.out_of_budget():
-            return _out_of_budget(run)
-        lost = dispatcher.gave_up()
-        if lost is not None and lost.failure_class == "disk":
-            raise StoreFull(lost.message)
-        if lost is not None:
-            count = CLASSES[lost.failure_class].stops_after
-            run.screen.say(f"stopped after {count} equal errors: {lost.message}")
-            return FAILED
+        while not (prepare_only and not inputs.waiting):
+            job = None if prepare_only else dispatcher.peek()
+            if dispatcher.out_of_budget():
+                return _out_of_budget(run)
+            if job is None and not inputs.waiting:
+                break
+            if run.shares is None:
+                run.shares = _start_cluster(cluster, run)
+                _wait_for_machines(run, plan)
+            inputs.begin()
+            if job is not None:
+                _tune(run, dispatcher, inputs)
+            elif not inputs.afforded():
+                return _out_of_budget(run)
+            else:
+                inputs.wait_for_next()
+            code = _given_up_on(run, dispatcher)
+            if code is not None:
+                return code
+        inputs.finish()
         if dispatcher.moving:  # the same cells again, with what they need in fp32
             run.moving += [replace(slot.spec, precision="fp32") for slot in dispatcher.moving]
-            groups.appendleft(cells)
+            moved = {slot.cell.id for slot in dispatcher.moving}
+            batches.appendleft([cells for cells in groups if any(c.id in moved for c in cells)])
             searches = _searches(run, plan)
-    if run.ahead is not None:
-        run.ahead.wait()
     failed = run.tally.states.get("failed", 0) or run.hopeless
     return FAILED if failed else DONE
 
 
-def _needs(run: Run, plan: Plan, cells: Sequence[Cell]) -> list[Need]:
-    """What some cells read, also in trials that went on in fp32."""
-    ids, moved = {cell.id for cell in cells}, moved_slots(run.ledger)
-    earlier = [slot.spec for slot in plan.slots if slot.cell.id in ids and slot.id in moved]
-    possible = possible_trials(cells, run.sweep.seeds.assignments(), run.resolver)
-    return needs_of([*possible, *earlier, *run.moving])
+def _given_up_on(run: Run, dispatcher: Dispatcher) -> int | None:
+    """
+    Raises:
+        StoreFull: a trial found no room.
+    """
+    lost = dispatcher.gave_up()
+    if lost is None:
+        return None
+    if lost.failure_class == "disk":
+        raise StoreFull(lost.message)
+    count = CLASSES[lost.failure_class].stops_after
+    run.screen.say(f"stopped after {count} equal errors: {lost.message}")
+    return FAILED
 
 
 def _out_of_budget(run: Run) -> int:
@@ -317,25 +313,19 @@ def _out_of_budget(run: Run) -> int:
     return BUDGET
 
 
-def _workers(run: Run) -> int:
-    """How many stages are made side by side."""
-    want = run.sweep.resources.generator
-    return want.actors or room(want, run.machines)
-
-
-def _incomplete(needs: Sequence[Need], store: ArtifactStore) -> bool:
-    return any(need.have(store) < need.total() for need in needs)
-
-
 def _groups(plan: Plan, run: Run) -> list[list[Cell]]:
-    """Cells by the images that they read, in the order of the cells; none first."""
+    """Cells by the images that they read; none first, then those that lack the fewest."""
     groups: dict[tuple[str, ...], list[Cell]] = {}
+    missing: dict[tuple[str, ...], int] = {}
     assignments = run.sweep.seeds.assignments()
+    store = run.place.store
     for cell in plan.cells:
         needs = needs_of(possible_trials([cell], assignments, run.resolver))
-        rows = tuple(sorted(str(need.key) for need in needs if need.stage == "images"))
+        images = [need for need in needs if need.stage == "images"]
+        rows = tuple(sorted(str(need.key) for need in images))
         groups.setdefault(rows, []).append(cell)
-    return [groups[rows] for rows in sorted(groups, key=bool)]
+        missing[rows] = sum(need.total() - need.have(store) for need in images)
+    return [groups[rows] for rows in sorted(groups, key=lambda rows: (bool(rows), missing[rows]))]
 
 
 def _searches(run: Run, plan: Plan) -> dict[str, Any]:
@@ -354,19 +344,19 @@ def does_not_fit(
         if os.environ.get("RAY_ADDRESS"):
             return None
         machines = [this_machine()]
-    return misfit(plan.sweep.resources, machines, _incomplete(plan.needs, store))
+    prepares = any(need.have(store) < need.total() for need in plan.needs)
+    return misfit(plan.sweep.resources, machines, prepares)
 
 
-def _start_cluster(cluster: ExitStack, run: Run) -> tuple[Machine, ...]:
+def _start_cluster(cluster: ExitStack, run: Run) -> Shares:
     from orchestrator.session import Cluster, MemoryPeak, ray_session
     from orchestrator.shares import Shares
 
     run.screen.say("starting Ray")
-    machines = cluster.enter_context(ray_session(functools.partial(_lost, run)))
-    run.shares = Shares(run.sweep.resources, Cluster())
+    cluster.enter_context(ray_session(functools.partial(_lost, run)))
     run.peak = MemoryPeak()
     _heed_signals(run)  # ray.init replaces the handlers that were there before
-    return machines
+    return Shares(run.sweep.resources, Cluster())
 
 
 def _wait_for_machines(run: Run, plan: Plan) -> None:
@@ -386,7 +376,6 @@ def _wait_for_machines(run: Run, plan: Plan) -> None:
             run.shares.ask_for_more()
             asked = True
         time.sleep(min(wait, 1.0))
-    run.machines = tuple(run.shares.machines())
 
 
 def _heed_signals(run: Run) -> None:
@@ -440,149 +429,19 @@ def _lost(run: Run) -> None:
     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 
 
-def _workshop(run: Run) -> Workshop:
-    from orchestrator.workshop import Workshop
-
-    gpu = run.sweep.resources.trial.gpu
-    batch = run.sweep.resources.encoder.batch
-    return Workshop(run.place.store, run.place.data_root, "cuda" if gpu else "cpu", batch)
-
-
-def _prepare(run: Run, cells: Sequence[Cell], needs: Sequence[Need]) -> None:
-    from orchestrator.prepare import prepare
-
-    assert run.shares is not None
-    store = run.place.store
-    left = {str(need.key): need.total() - need.have(store) for need in needs}
-    left = {key: count for key, count in left.items() if count}
-    run.ledger.append("cells_waiting", cells=[cell.id for cell in cells], artifacts=left)
-    if run.ahead is not None:
-        run.ahead.wait(cells[0].id)
-        store.look_again()
-    prepare(_hopeful(run, needs), _workshop(run), run.sweep.resources, run, run.shares)
-    run.ledger.append("cells_ready")
-
-
-def _ahead(
-    run: Run, plan: Plan, groups: Sequence[Sequence[Cell]], prepare_only: bool
-) -> Ahead | None:
-    """Begin what cells read, while trials of earlier ones run.
-
-    Not on a budget: trials might spend meanwhile what it was to cost.
-    """
-    if run.sweep.budget != Budget():
-        return None
-    from orchestrator.ahead import Ahead, waves
-    from orchestrator.prepare import prepare
-
-    shares = run.shares
-    assert shares is not None
-    wanted = [cells for cells in groups if prepare_only or any(plan.left[c.id] for c in cells)]
-    needs = [_hopeful(run, _needs(run, plan, cells)) for cells in wanted]
-    shop, resources = _workshop(run), run.sweep.resources
-
-    def make(ahead: Ahead) -> None:
-        for number, wave in waves(needs, shop.store, shares.generators):
-            prepare(ahead.hopeful(wave), shop, resources, ahead, shares)
-            if number is not None:
-                shares.preparing = number + 1 < len(needs)
-                if ahead.reached([cell.id for cell in wanted[number]]) and not prepare_only:
-                    shares.give_way()
-
-    shares.preparing = bool(needs)
-    return Ahead(make, run, [cell.id for cells in wanted for cell in cells])
-
-
-def _begun(run: Run, works: Sequence[Callable[[Watcher], None] | None]) -> Ahead | None:
-    """What no trial waits for, one after the other: so one worker imports torch for all of it."""
-    wanted = [work for work in works if work is not None]
-    if not wanted:
-        return None
-    from orchestrator.ahead import Ahead
-
-    def make(ahead: Ahead) -> None:
-        for work in wanted:
-            work(ahead)
-
-    return Ahead(make, run)
-
-
-def _sheet(run: Run, needs: Sequence[Need]) -> Callable[[Watcher], None] | None:
-    """Draws the contact sheet, where it is missing."""
-    store = run.place.store
-    rows = [
-        need.spec
-        for need in needs
-        if isinstance(need.spec, SyntheticFeaturesSpec) and need.have(store) == need.total()
-    ]
-    sheet = run.place.folder / "contact_sheet.png"
-    if not rows or sheet.exists():
-        return None
-    from orchestrator.prepare import contact_sheet
-
-    drawn, base = _shown(rows)
-    features = next(need.spec for need in needs if isinstance(need.spec, FeaturesSpec))
-
-    def draw(watcher: Watcher) -> None:
-        png, run.tally.shares = contact_sheet(drawn, base, features, _workshop(run))
-        run.place.write(sheet.name, png)
-
-    return draw
-
-
-def _cards(run: Run, rows: Sequence[Audited]) -> Callable[[Watcher], None] | None:
-    """Makes the audit cards of rows that are whole by now, where they are missing."""
-    store = run.place.store
-    whole = [row for row in rows if row.need.have(store) == row.need.total()]
-    new = [row for row in whole if known_card(row, run.place) is None]
-    if not new:
-        return None
-    from orchestrator.prepare import audit
-
-    def look(watcher: Watcher) -> None:
-        for row in new:
-            try:
-                files = audit(row, _workshop(run), watcher)
-            except Exception as problem:  # a sweep is not about its audit
-                log.warning("%s: no card: %s", row.name, _first_line(problem))
-                continue
-            for name, content in files.items():
-                run.place.write(name, content)
-
-    return look
-
-
-def _hopeful(run: Run, needs: Sequence[Need]) -> list[Need]:
-    """Without what this run has tried often enough, and what would be made from it."""
-    lost = [need.spec for need, _ in run.hopeless]
-    return [need for need in needs if not any(holds(need.spec, one) for one in lost)]
-
-
-def _shown(
-    rows: Sequence[SyntheticFeaturesSpec],
-) -> tuple[SyntheticFeaturesSpec, SyntheticFeaturesSpec | None]:
-    """The row to show, and the one without LoRA to show it against.
-
-    The row that trials read comes after those that it was made from.
-    """
-    tuned = [row for row in rows if getattr(row.images, "lora", None) is not None]
-    plain = [row for row in rows if getattr(row.images, "lora", None) is None]
-    if tuned:
-        return tuned[-1], plain[-1] if plain else None
-    return plain[-1], None
-
-
-def _tune(run: Run, dispatcher: Dispatcher) -> None:
+def _tune(run: Run, dispatcher: Dispatcher, inputs: Inputs) -> None:
+    """Run trials until none is left, or the next one reads what is not there yet."""
     from orchestrator.tuning import run_points
 
     assert run.shares is not None
     with run.shares.tuning():
         figures = run_points(
             dispatcher,
-            _workshop(run),
+            workshop(run),
             run.sweep.resources,
             run.place.folder / "tune",
             run.shares.trials,
+            inputs.look,
             run,
         )
     run.tally.add_wall("trials", figures.wall)

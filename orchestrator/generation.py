@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -26,6 +27,9 @@ from orchestrator.plan import Need, name_of
 from orchestrator.shares import Part, Pool, Shares
 from orchestrator.sweep import GeneratorResources, Resources
 from orchestrator.workshop import Workshop
+
+# How a pool is put into a reserve; Ray 2.60 knows no other way that it does not warn of.
+warnings.filterwarnings("ignore", message=r"`DataContext\.scheduling_strategy")
 
 THRIFT = 2  # the most that a generator can save
 

@@ -12,7 +12,6 @@ from orchestrator.budget import Purse
 from orchestrator.dispatch import Outcome
 from orchestrator.estimate import Work, stage_work, trial_work
 from orchestrator.failures import CLASSES, Failure
-from orchestrator.fit import Machine
 from orchestrator.ledger import Ledger
 from orchestrator.place import Place
 from orchestrator.plan import Need, holds, name_of, needs_of
@@ -65,9 +64,8 @@ class Run:
     resolver: Resolver
     purse: Purse
     tally: Tally = field(default_factory=Tally)
-    machines: tuple[Machine, ...] = ()  # none before Ray is there
+    shares: Shares | None = None  # none before Ray is there
     peak: MemoryPeak | None = None  # nor this
-    shares: Shares | None = None  # nor this
     stopped: int | None = None  # exit code of who was stopped from outside
     hopeless: list[tuple[Need, Failure]] = field(default_factory=list)
     given_up: dict[str, Failure] = field(default_factory=dict)  # by slot: not tried again

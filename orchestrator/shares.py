@@ -18,6 +18,9 @@ from typing import Any, Protocol
 from orchestrator.fit import Machine, asked_of, room, without
 from orchestrator.sweep import GeneratorResources, Resources, Want
 
+# Generators that stay beside trials are one of so many. A simulation of 64 devices finds the same
+# time for any share between a quarter and a sixteenth (docs/scale.md).
+SHARE = 8
 LOOK_EVERY = 5.0  # seconds between two looks at the machines
 TAKING_UP = 3.0  # seconds that the driver has to begin trials
 NARROWING = 120.0  # seconds that trials wait for generators to give room: a block's time is less
@@ -76,7 +79,7 @@ class Shares:
     def __init__(self, resources: Resources, ground: Ground) -> None:
         self._resources, self._ground = resources, ground
         self._changed = threading.Condition()
-        self._tuning = False
+        self._tuning, self._since = False, 0.0  # do trials run, and since when
         self._wide = 0  # parts in use that are larger than the reserve
         self._used = 0  # parts in use that lie in the reserve
         self._held: Any = None
@@ -87,7 +90,7 @@ class Shares:
         """Generators that work while trials run; 0: the cluster is too small for both."""
         want = self._resources.generator
         fit = self.generators()
-        most = fit // 2 if want.reserve is None else min(want.reserve, fit)
+        most = max(1, fit // SHARE) if want.reserve is None else min(want.reserve, fit)
         while most and not room(self._resources.trial, without(self.machines(), want, most)):
             most -= 1
         return most
@@ -114,7 +117,11 @@ class Shares:
     # The side of trials.
 
     def trials(self) -> int:
-        """How many run at a time, now."""
+        """How many run at a time, now; 0: generators have to give room first."""
+        with self._changed:
+            waited = time.monotonic() - self._since
+            if self._wide and waited < NARROWING:
+                return 0
         machines = self.machines()
         if self.preparing:
             machines = without(machines, self._resources.generator, self.reserve())
@@ -122,11 +129,10 @@ class Shares:
 
     @contextmanager
     def tuning(self) -> Iterator[None]:
-        """Trials run meanwhile. Waits until generators have given them room."""
+        """Trials run meanwhile."""
         with self._changed:
-            self._tuning = True
+            self._tuning, self._since = True, time.monotonic()
             self._changed.notify_all()
-            self._changed.wait_for(lambda: not self._wide, NARROWING)
         try:
             yield
         finally:

@@ -129,7 +129,7 @@ class GeneratorResources:
     custom: Custom = field(default_factory=dict, metadata={"help": CUSTOM})
     actors: int | None = knob(None, "null: as many as fit", ge=1)
     reserve: int | None = knob(
-        None, "actors that draw for later cells while trials run; null: half of them", ge=0
+        None, "actors that draw for later cells while trials run; null: one of eight", ge=0
     )
 
 

@@ -137,33 +137,34 @@ class _Source(_NotKept, Searcher):  # type: ignore[misc]
         handed: dict[int, float],
         slots: Callable[[], int],
         spread: Callable[[int], None],
+        look: Callable[[], None],
     ) -> None:
         # A metric here would let one failed trial end the whole sweep.
         super().__init__(metric=None, mode=None)
         self.dispatcher, self.handed = dispatcher, handed
-        self.slots, self.spread = slots, spread
+        self.slots, self.spread, self.look = slots, spread, look
         self.jobs: dict[str, int] = {}
 
     def suggest(self, trial_id: str) -> Any:
+        self.look()
+        if self.dispatcher.peek() is None:
+            # An idle actor would hold what could prepare the next cells: so this run of Tune ends.
+            return None if self.dispatcher.under_way else Searcher.FINISHED
         slots = self.slots()
-        if len(self.dispatcher.running) >= slots:
+        if self.dispatcher.under_way >= slots:
             return None  # not now
         self.spread(slots)
         job = self.dispatcher.next()
-        if job is not None:
-            self.jobs[trial_id] = job.number
-            self.handed[job.number] = time.monotonic()
-            return {
-                "number": job.number,
-                "slots": list(job.slots),
-                "trials": list(job.trials),
-                "halvings": job.halvings,
-                "legs": job.legs,
-            }
-        if self.dispatcher.finished:
-            return Searcher.FINISHED
-        assert self.dispatcher.running, "nothing runs and nothing can be handed out"
-        return None  # not now
+        assert job is not None
+        self.jobs[trial_id] = job.number
+        self.handed[job.number] = time.monotonic()
+        return {
+            "number": job.number,
+            "slots": list(job.slots),
+            "trials": list(job.trials),
+            "halvings": job.halvings,
+            "legs": job.legs,
+        }
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
@@ -216,13 +217,15 @@ def run_points(
     resources: Resources,
     folder: Path,
     slots: Callable[[], int],
+    look: Callable[[], None],
     teller: Teller,
 ) -> Figures:
-    """Run all points that the dispatcher has to hand out.
+    """Run all points that the dispatcher has to hand out, now or while others run.
 
     Args:
         folder: for Ray's own files, written and never read.
         slots: how many jobs may run at a time, asked before each.
+        look: called before each, and about once a second: more may be ready by now.
         teller: told how far long trials are, and for whom one waits.
     """
     started = time.monotonic()
@@ -230,7 +233,7 @@ def run_points(
     overheads: list[float] = []
     share = shop.batch / ENCODER_BATCH
     source = _Source(
-        dispatcher, handed, slots, lambda now: dispatcher.spread(now, shop.device, share)
+        dispatcher, handed, slots, lambda now: dispatcher.spread(now, shop.device, share), look
     )
     with watched(teller) as board:
         trainable = tune.with_resources(

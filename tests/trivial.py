@@ -83,12 +83,13 @@ def run_trial(spec: TrialSpec, store: ArtifactStore, legs: Legs = WHOLE) -> None
 
 
 def run_points(
-    dispatcher: Any, shop: Any, resources: Any, folder: Path, slots: Any, progress: Any
+    dispatcher: Any, shop: Any, resources: Any, folder: Path, slots: Any, look: Any, progress: Any
 ) -> Any:
     """Some jobs at a time, in whose order a driver may die."""
     running: list[Any] = []
     dispatcher.spread(SLOTS, "cpu")
     while not dispatcher.finished:
+        look()
         while len(running) < SLOTS and (job := dispatcher.next()) is not None:
             running.append(job)
         if not running:

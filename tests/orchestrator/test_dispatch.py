@@ -558,6 +558,63 @@ def test_every_actor_has_a_job_before_points_go_together(world, points, actors, 
     assert sizes(driver, len(expected)) == expected
 
 
+@pytest.mark.parametrize(("actors", "sizes"), [(1, [4]), (2, [2, 2]), (3, [2, 1, 1]), (9, [1] * 4)])
+def test_seeds_that_share_no_computation_are_handed_out_apart_while_actors_have_nothing(
+    world, actors, sizes
+):
+    visual = sweep("fpl", seeds=(1, 2, 3, 4), fixed={"modality": "visual"})
+    driver = world.driver(visual)
+    driver.spread(actors, "cpu")
+    jobs = []
+    while len(jobs) < actors and (job := driver.next()) is not None:
+        jobs.append(job)
+    assert [len(job.trials) for job in jobs] == sizes
+    assert sorted(slot for job in jobs for slot in job.slots) == sorted(
+        f"digits-ul-visual-fpl/0/seed={seed}" for seed in (1, 2, 3, 4)
+    )
+    assert driver.next() is None
+    assert not driver.finished
+    for job in jobs:
+        failures = dict.fromkeys(job.keys, Failure("data", "lost"))
+        driver.complete(job.number, failures)
+    assert world.states() == ["failed"] * 4
+    assert driver.peek() is None
+    assert driver.finished
+
+
+def test_seeds_that_are_trained_in_one_computation_stay_together(world):
+    driver = world.driver(sweep("fpl", seeds=(1, 2, 3)))
+    driver.spread(9, "cpu")
+    assert len(driver.next().trials) == 3
+
+
+def test_a_cell_whose_images_are_not_there_waits_and_the_others_go_on(world):
+    cells, there = cells_of(sweep("cpl", "fpl", seeds=(1,))), {"digits-ul-text-fpl"}
+    rank = {cell.id: place for place, cell in enumerate(cells)}
+    more = (lambda under_way: True, lambda spec: None, {}, lambda cell: cell.id in there, rank)
+    driver = world.driver(sweep("cpl", "fpl", seeds=(1,)), *more)
+    first = driver.next()
+    assert first.cell == "digits-ul-text-fpl"
+    assert driver.next() is None
+    driver.complete(first.number, dict.fromkeys(first.keys, Failure("data", "lost")))
+    assert driver.next() is None
+    assert not driver.finished
+    there.add("digits-ul-text-cpl")
+    second = driver.next()
+    assert second.cell == "digits-ul-text-cpl"
+    driver.complete(second.number, dict.fromkeys(second.keys, Failure("data", "lost")))
+    assert driver.peek() is None
+    assert driver.finished
+
+
+def test_of_cells_that_are_ready_the_first_in_rank_comes_first(world):
+    cells = cells_of(sweep("cpl", "fpl", seeds=(1,)))
+    rank = {cell.id: -place for place, cell in enumerate(cells)}
+    more = (lambda under_way: True, lambda spec: None, {}, lambda cell: True, rank)
+    driver = world.driver(sweep("cpl", "fpl", seeds=(1,)), *more)
+    assert [driver.next().cell for _ in cells] == [cell.id for cell in reversed(cells)]
+
+
 def test_a_job_has_no_more_texts_than_go_together(world):
     driver = world.driver(rates(20))
     driver.spread(1, "cpu")

@@ -438,7 +438,7 @@ def test_an_estimate_is_a_guess_until_this_store_has_measured_work_of_its_kind(w
     assert (plan.calibrated, plan.reason) == (True, "")
     drawn = 0.5 * 20 * 8  # blocks of eight
     assert plan.seconds == pytest.approx(10 + drawn + 3 + 7)
-    assert plan.gpu_hours == pytest.approx((10 + drawn + 0.5 * (3 + 7)) / 3600)
+    assert plan.gpu_hours == pytest.approx((drawn + 0.5 * (10 + 3 + 7)) / 3600)
     world.run(sweep)
     assert world.plan(sweep).estimate.seconds == 0
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -45,8 +45,8 @@ def drawn_by(shares: Shares) -> tuple[int, Any]:
 @pytest.mark.parametrize(
     ("resources", "machines", "generators", "reserve", "beside", "alone"),
     [
-        (GPU, [BIG], 8, 4, 16, 32),
-        (GPU, [BIG, BIG], 16, 8, 32, 64),
+        (GPU, [BIG], 8, 1, 28, 32),
+        (GPU, [BIG, BIG], 16, 2, 56, 64),
         (GPU, [{"CPU": 8.0, "GPU": 1.0}], 1, 0, 4, 4),  # too small for both
         (Resources(), [{"CPU": 2.0}], 2, 1, 1, 2),
         (Resources(), [{"CPU": 1.0}], 1, 0, 1, 1),
@@ -67,9 +67,12 @@ def test_a_reserve_is_kept_from_trials_while_something_is_left_to_prepare(
     assert shares.trials() == alone
 
 
+HALF = Resources(trial=GPU.trial, generator=GeneratorResources(gpu=1, reserve=4))
+
+
 def test_generators_have_everything_until_trials_run_and_a_held_reserve_then():
     cluster = Machines(BIG)
-    shares = Shares(GPU, cluster)
+    shares = Shares(HALF, cluster)
     assert drawn_by(shares) == (8, None)
     with shares.tuning():
         assert drawn_by(shares) == (4, 4)
@@ -81,41 +84,41 @@ def test_generators_have_everything_until_trials_run_and_a_held_reserve_then():
 
 
 def test_a_pool_hears_when_trials_come_and_when_they_go():
-    shares = Shares(GPU, Machines(BIG))
+    shares = Shares(HALF, Machines(BIG))
     with shares.drawing() as wide:
         assert shares.moved(wide) is None
-        trials = threading.Thread(target=lambda: enter(shares, go_on), daemon=True)
-        go_on = threading.Event()
-        trials.start()
-        while shares.moved(wide) is None:
-            time.sleep(0.01)
-        assert shares.moved(wide) == 4
-    with shares.drawing() as narrow:  # trials have begun, since the wide pool is closed
+        with shares.tuning():
+            assert shares.moved(wide) == 4
+        assert shares.moved(wide) is None
+    with shares.tuning(), shares.drawing() as narrow:
         assert (narrow.count, shares.moved(narrow)) == (4, None)
-        go_on.set()
-        trials.join()
-        assert shares.moved(narrow) == 8
-
-
-def enter(shares: Shares, go_on: threading.Event) -> None:
-    with shares.tuning():
-        go_on.wait()
+    assert shares.moved(narrow) == 8
 
 
 def test_trials_begin_when_generators_have_given_room():
-    shares = Shares(GPU, Machines(BIG))
-    begun = threading.Event()
-
-    def trials() -> None:
+    shares = Shares(HALF, Machines(BIG))
+    shares.preparing = True
+    with ExitStack() as pool:
+        pool.enter_context(shares.drawing())
         with shares.tuning():
-            begun.set()
+            assert shares.trials() == 0
+            pool.close()
+            assert shares.trials() == 16
 
-    with shares.drawing():
-        thread = threading.Thread(target=trials, daemon=True)
-        thread.start()
-        assert not begun.wait(0.2)
-    thread.join(10)
-    assert begun.is_set()
+
+def test_whoever_made_something_ready_waits_a_moment_for_trials_to_begin():
+    shares, order = Shares(HALF, Machines(BIG)), []
+
+    def prepare() -> None:
+        shares.give_way()
+        order.append("next pool")
+
+    thread = threading.Thread(target=prepare, daemon=True)
+    thread.start()
+    order.append("trials")
+    with shares.tuning():
+        thread.join(10)
+    assert order == ["trials", "next pool"]
 
 
 def test_on_a_small_cluster_a_pool_waits_until_the_trials_are_over():
@@ -145,7 +148,7 @@ def test_encoders_share_devices_and_ask_for_what_a_trial_does_unless_told():
     half = Resources(trial=GPU.trial, encoder=EncoderResources(gpu=0.5))
     assert (half.want("labels").gpu, half.want("labels").cpu) == (0.5, 1.0)
     assert half.want("lora") == half.generator == half.want("images")
-    shares = Shares(GPU, Machines(BIG))
+    shares = Shares(HALF, Machines(BIG))
     assert shares.places(GPU.want("features")) == 32
     with shares.tuning():
         assert shares.places(GPU.want("features")) == 4  # one core each, in the reserve

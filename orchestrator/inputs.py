@@ -1,0 +1,243 @@
+"""What the cells of a run read: made ahead of their trials, group after group, and shown."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from air_core.specs import FeaturesSpec, SyntheticFeaturesSpec
+from orchestrator.ahead import Ahead, waves
+from orchestrator.audit_card import Audited, audited
+from orchestrator.audits import known_card
+from orchestrator.fit import room
+from orchestrator.plan import Need, Plan, holds, moved_slots, needs_of, possible_trials
+from orchestrator.running import Run
+from orchestrator.sweep import Budget, Cell
+
+if TYPE_CHECKING:
+    from orchestrator.prepare import Watcher
+    from orchestrator.workshop import Workshop
+
+log = logging.getLogger(__name__)
+
+
+class Inputs:
+    """Groups of cells, and which of them have what they read.
+
+    Args:
+        groups: cells that read the same images together, in the order in which they should come.
+        prepare_only: no trial runs; what is missing is made, whoever reads it.
+    """
+
+    def __init__(
+        self, run: Run, plan: Plan, groups: Sequence[Sequence[Cell]], prepare_only: bool
+    ) -> None:
+        self.run, self.plan, self.prepare_only = run, plan, prepare_only
+        self.needs = {group[0].id: needs_of_cells(run, plan, group) for group in groups}
+        self.waiting = deque(group for group in groups if self._waits(group))
+        waits = {cell.id for group in self.waiting for cell in group}
+        self.ready = {cell.id for group in groups for cell in group} - waits  # cells
+        self.ahead: Ahead | None = None
+        self.beside: list[Ahead] = []
+        self.shown: set[str] = set()  # the sheet, and rows that have a card or will have one
+        self.begun = False
+
+    def _waits(self, group: Sequence[Cell]) -> bool:
+        """Has it trials to run that read what is not there?"""
+        cells = {cell.id for cell in group}
+        left = sum(self.plan.left[cell] for cell in cells)
+        left -= sum(s.id in self.run.given_up for s in self.plan.slots if s.cell.id in cells)
+        store = self.run.place.store
+        missing = any(need.have(store) < need.total() for need in self.needs[group[0].id])
+        return missing and (left > 0 or self.prepare_only)
+
+    def has(self, cell: Cell) -> bool:
+        """Is what a cell reads there, or known not to come?"""
+        return cell.id in self.ready
+
+    def begin(self) -> None:
+        """Let a thread make what is missing. Not on a budget: trials might spend meanwhile what
+        it was to cost."""
+        if self.begun:
+            return
+        self.begun = True
+        ready = [
+            need for first, needs in self.needs.items() if first in self.ready for need in needs
+        ]
+        self._show(ready)
+        if not self.waiting or self.run.sweep.budget != Budget():
+            return
+        from orchestrator.prepare import prepare
+
+        shares, groups = self.run.shares, list(self.waiting)
+        assert shares is not None
+        needs = [hopeful(self.run, self.needs[group[0].id]) for group in groups]
+        shop, resources = workshop(self.run), self.run.sweep.resources
+
+        def make(ahead: Ahead) -> None:
+            loras = functools.partial(shares.places, resources.generator)
+            for number, wave in waves(needs, shop.store, loras):
+                prepare(ahead.hopeful(wave), shop, resources, ahead, shares)
+                if number is not None:
+                    shares.preparing = number + 1 < len(needs)
+                    awaited = ahead.reached([cell.id for cell in groups[number]])
+                    if awaited and not self.prepare_only:
+                        shares.give_way()
+
+        shares.preparing = True
+        self.ahead = Ahead(make, self.run, [cell.id for group in groups for cell in group])
+        self.run.ahead = self.ahead
+
+    def afforded(self) -> bool:
+        """May what comes next be made?"""
+        needs = self.needs[self.waiting[0][0].id]
+        want, shares = self.run.sweep.resources.generator, self.run.shares
+        assert shares is not None
+        workers = want.actors or room(want, shares.machines())
+        return self.run.purse.affords_preparing(needs, self.run.place.store, workers)
+
+    def look(self) -> None:
+        """Take what has come meanwhile."""
+        if self.ahead is not None:
+            self.ahead.tell()
+            while self.waiting and self.ahead.has(self.waiting[0][0].id):
+                self.wait_for_next()
+
+    def wait_for_next(self) -> None:
+        """Until the next group has what it reads, or it is known that some cannot be made."""
+        from orchestrator.prepare import prepare
+
+        run, store = self.run, self.run.place.store
+        assert run.shares is not None
+        group = self.waiting[0]
+        needs = self.needs[group[0].id]
+        left = {str(need.key): need.total() - need.have(store) for need in needs}
+        left = {key: count for key, count in left.items() if count}
+        run.ledger.append("cells_waiting", cells=[cell.id for cell in group], artifacts=left)
+        if self.ahead is not None:
+            self.ahead.wait(group[0].id)
+            store.look_again()
+        prepare(hopeful(run, needs), workshop(run), run.sweep.resources, run, run.shares)
+        run.ledger.append("cells_ready")
+        self.waiting.popleft()
+        self.ready |= {cell.id for cell in group}
+        self._show(needs)
+
+    def _show(self, needs: Sequence[Need]) -> None:
+        """Begin what people look at and no trial reads: contact sheet, audit cards."""
+        run, assignments = self.run, self.run.sweep.seeds.assignments()
+        rows = audited(possible_trials(self.plan.cells, assignments, run.resolver))
+        works = [] if "sheet" in self.shown else [_sheet(run, needs)]
+        if works and works[0] is not None:
+            self.shown.add("sheet")
+        new = [row for row in rows if row.name not in self.shown and _lacks_card(row, run)]
+        self.shown |= {row.name for row in new}
+        begun = _begun(run, [*works, _cards(run, new)])
+        self.beside += [begun] if begun is not None else []
+
+    def finish(self) -> None:
+        """Wait for what no trial reads."""
+        for one in [*self.beside, *([self.ahead] if self.ahead is not None else [])]:
+            one.wait()
+        self.run.ahead = None
+
+
+def needs_of_cells(run: Run, plan: Plan, cells: Sequence[Cell]) -> list[Need]:
+    """What some cells read, also in trials that went on in fp32."""
+    ids, moved = {cell.id for cell in cells}, moved_slots(run.ledger)
+    earlier = [slot.spec for slot in plan.slots if slot.cell.id in ids and slot.id in moved]
+    possible = possible_trials(cells, run.sweep.seeds.assignments(), run.resolver)
+    return needs_of([*possible, *earlier, *run.moving])
+
+
+def workshop(run: Run) -> Workshop:
+    from orchestrator.workshop import Workshop
+
+    gpu = run.sweep.resources.trial.gpu
+    batch = run.sweep.resources.encoder.batch
+    return Workshop(run.place.store, run.place.data_root, "cuda" if gpu else "cpu", batch)
+
+
+def _begun(run: Run, works: Sequence[Callable[[Watcher], None] | None]) -> Ahead | None:
+    """What no trial waits for, one after the other: so one worker imports torch for all of it."""
+    wanted = [work for work in works if work is not None]
+    if not wanted:
+        return None
+    from orchestrator.ahead import Ahead
+
+    def make(ahead: Ahead) -> None:
+        for work in wanted:
+            work(ahead)
+
+    return Ahead(make, run)
+
+
+def _sheet(run: Run, needs: Sequence[Need]) -> Callable[[Watcher], None] | None:
+    """Draws the contact sheet, where it is missing."""
+    store = run.place.store
+    rows = [
+        need.spec
+        for need in needs
+        if isinstance(need.spec, SyntheticFeaturesSpec) and need.have(store) == need.total()
+    ]
+    sheet = run.place.folder / "contact_sheet.png"
+    if not rows or sheet.exists():
+        return None
+    from orchestrator.prepare import contact_sheet
+
+    drawn, base = _shown(rows)
+    features = next(need.spec for need in needs if isinstance(need.spec, FeaturesSpec))
+
+    def draw(watcher: Watcher) -> None:
+        png, run.tally.shares = contact_sheet(drawn, base, features, workshop(run))
+        run.place.write(sheet.name, png)
+
+    return draw
+
+
+def _lacks_card(row: Audited, run: Run) -> bool:
+    """Is a row whole by now, and without its audit card?"""
+    whole = row.need.have(run.place.store) == row.need.total()
+    return whole and known_card(row, run.place) is None
+
+
+def _cards(run: Run, rows: Sequence[Audited]) -> Callable[[Watcher], None] | None:
+    """Makes the audit cards of rows."""
+    if not rows:
+        return None
+    from orchestrator.prepare import audit
+
+    def look(watcher: Watcher) -> None:
+        for row in rows:
+            try:
+                files = audit(row, workshop(run), watcher)
+            except Exception as problem:  # a sweep is not about its audit
+                log.warning("%s: no card: %s", row.name, f"{problem}".strip().partition("\n")[0])
+                continue
+            for name, content in files.items():
+                run.place.write(name, content)
+
+    return look
+
+
+def hopeful(run: Run, needs: Sequence[Need]) -> list[Need]:
+    """Without what this run has tried often enough, and what would be made from it."""
+    lost = [need.spec for need, _ in run.hopeless]
+    return [need for need in needs if not any(holds(need.spec, one) for one in lost)]
+
+
+def _shown(
+    rows: Sequence[SyntheticFeaturesSpec],
+) -> tuple[SyntheticFeaturesSpec, SyntheticFeaturesSpec | None]:
+    """The row to show, and the one without LoRA to show it against.
+
+    The row that trials read comes after those that it was made from.
+    """
+    tuned = [row for row in rows if getattr(row.images, "lora", None) is not None]
+    plain = [row for row in rows if getattr(row.images, "lora", None) is None]
+    if tuned:
+        return tuned[-1], plain[-1] if plain else None
+    return plain[-1], None
