@@ -1,14 +1,22 @@
-"""A Ray cluster of two machines on this one, of which the second can be lost."""
+"""Ray clusters of several machines on this one, which can be lost and added."""
 
 from __future__ import annotations
 
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
-from tests.sweeps import environment
+from tests.sweeps import TIMEOUT, environment
 
 NODE = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
 # A machine that says nothing is given up after seconds, where Ray's own defaults wait for 20.
@@ -42,6 +50,100 @@ def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[TwoNodes]:
     for name, value in environment(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0").items():
         monkeypatch.setenv(name, value)  # workers inherit it from their raylet
     cluster = TwoNodes()
+    try:
+        yield cluster
+    finally:
+        cluster.shutdown()
+
+
+class Nodes:
+    """A head without cores, and machines of one core each: raylets of their own."""
+
+    def __init__(self, machines: int = 2) -> None:
+        from ray.cluster_utils import Cluster
+        from ray.job_submission import JobSubmissionClient
+
+        from tests.servers import free_port
+
+        self._cluster: Any = Cluster(
+            initialize_head=True,
+            head_node_args={
+                **NODE,
+                "num_cpus": 0,
+                "include_dashboard": True,
+                "dashboard_port": free_port(),
+                "dashboard_agent_listen_port": free_port(),
+                "_system_config": QUICK,
+            },
+        )
+        self._machines: list[Any] = []
+        for _ in range(machines):
+            self.add()
+        self.client = JobSubmissionClient(f"http://{self._cluster.head_node.webui_url}")
+
+    def add(self) -> None:
+        from tests.servers import free_port
+
+        self._machines.append(
+            self._cluster.add_node(**NODE, dashboard_agent_listen_port=free_port())
+        )
+
+    def kill(self, number: int) -> None:
+        """kill -9 of a machine's raylet; its workers go with it."""
+        _kill(self._machines[number], ("raylet",))
+
+    def lose_everything(self) -> None:
+        """All of it at once, the driver of a job too."""
+        for node in (*self._machines, self._cluster.head_node):
+            _kill(node, tuple(node.all_processes))
+
+    def submit(self, spec: Path, *arguments: str) -> str:
+        """A job in the folder of a sweep file; its id."""
+        return str(
+            self.client.submit_job(
+                entrypoint=shlex.join([sys.executable, "-m", "orchestrator", *arguments]),
+                runtime_env={"working_dir": str(self._only(spec))},
+            )
+        )
+
+    def _only(self, spec: Path) -> Path:
+        folder = Path(tempfile.mkdtemp(dir=spec.parent))
+        shutil.copy(spec, folder)
+        return folder
+
+    def wait(self, job: str) -> None:
+        deadline = time.monotonic() + TIMEOUT
+        while not self.client.get_job_status(job).is_terminal():
+            assert time.monotonic() < deadline, self.logs(job)
+            time.sleep(0.2)
+
+    def exit_code(self, job: str) -> int | None:
+        return self.client.get_job_info(job).driver_exit_code
+
+    def logs(self, job: str) -> str:
+        return str(self.client.get_job_logs(job))
+
+    def shutdown(self) -> None:
+        self._cluster.shutdown()
+
+
+def _kill(node: Any, names: tuple[str, ...]) -> None:
+    for name in names:
+        for one in node.all_processes.get(name, []):
+            family = psutil.Process(one.process.pid).children(recursive=True)
+            one.process.kill()
+            for child in family:
+                with suppress(psutil.NoSuchProcess):
+                    child.kill()
+
+
+@contextmanager
+def nodes(monkeypatch: pytest.MonkeyPatch, machines: int = 2) -> Iterator[Nodes]:
+    known = environment(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0")
+    known |= {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    for name, value in known.items():
+        monkeypatch.setenv(name, value)  # workers inherit it from their raylet
+    cluster = Nodes(machines)
     try:
         yield cluster
     finally:

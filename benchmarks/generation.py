@@ -1,0 +1,214 @@
+"""Images a second: two generator actors against the same pipeline with nothing around it.
+
+Baselines, one thread a process, the tiny pipeline without LoRA:
+- *bare*: two processes that each draw half of the blocks by `PipelineGenerator` and keep nothing;
+- *loop*: what one writes first: a diffusers pipeline, an image a call, in one process and in two.
+
+Ours is `orchestrator.generation.draw` on a local Ray with two actors: Ray Data hands out blocks,
+each is drawn, checked for blanks, encoded by CLIP and written as parquet and safetensors. Rates
+count from the first whole block of each process to its last, so that loading is in none of them;
+what the start costs is printed beside.
+
+    python benchmarks/generation.py [--images 64] [--repeats 3] [--device cpu]
+
+Some minutes on two cores; let nothing else run. The last line is JSON; `ratio` is ours over bare,
+`loop_ratio` ours over two processes of the loop: medians over the repeats, taken in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from air_core.specs import SyntheticFeaturesSpec
+from orchestrator.plan import Need
+from orchestrator.resolve import Resolver
+
+PROCESSES = 2
+Shard = tuple[int, int]
+
+
+def the_row(images: int, folder: Path) -> Need:
+    """So many images of each digit, drawn by the tiny pipeline."""
+    flat = {"dataset": "digits", "generator": "tiny", "lora": None, "images_per_class": images}
+    trial = Resolver(folder / "digests.json", None).trial(flat)
+    row = trial.synthetic_features
+    assert isinstance(row, SyntheticFeaturesSpec)
+    return Need(row, images, tuple(range(len(row.images.classnames))))
+
+
+# ---------------------------------------------------------------- baselines
+
+
+def bare(need: Need, shards: Sequence[Shard], device: str, told: Any) -> None:
+    """A process: blocks by the product's pipeline, and nothing else."""
+    generator, names, size = _opened(need, device)
+    for c, block in shards:
+        indices = list(range(block * size, (block + 1) * size))
+        generator.generate(names[c], indices, [0] * size)
+        told.put((time.time(), size))
+    told.put(None)
+
+
+def loop(need: Need, shards: Sequence[Shard], device: str, told: Any) -> None:
+    """A process: the pipeline of diffusers, an image at a time."""
+    import torch
+
+    generator, names, size = _opened(need, device)
+    settings = need.spec.images.settings  # type: ignore[union-attr]
+    pipeline = generator.pipeline
+    for c, block in shards:
+        for index in range(block * size, (block + 1) * size):
+            pipeline(
+                settings.template.format(names[c]),
+                height=settings.size,
+                width=settings.size,
+                num_inference_steps=settings.num_inference_steps,
+                guidance_scale=settings.guidance_scale,
+                generator=torch.Generator("cpu").manual_seed(index),
+                output_type="np",
+            )
+        told.put((time.time(), size))
+    told.put(None)
+
+
+def _opened(need: Need, device: str) -> tuple[Any, Sequence[str], int]:
+    import torch
+
+    from air_core.diffusion import load_generator
+    from orchestrator.resolve import images_folder
+
+    torch.set_num_threads(1)
+    images = need.spec.images  # type: ignore[union-attr]
+    folder = images_folder(images.model.name)
+    return load_generator(images, folder, None, device), images.classnames, images.block_size
+
+
+def processes(
+    work: Callable[..., None], need: Need, device: str, count: int
+) -> tuple[float, float]:
+    """Images a second of some processes side by side, and seconds until all had a block."""
+    spawn = multiprocessing.get_context("spawn")
+    shards = need.shards()
+    queues = [spawn.Queue() for _ in range(count)]
+    began = time.time()
+    running = [
+        spawn.Process(target=work, args=(need, shards[at::count], device, queue))
+        for at, queue in enumerate(queues)
+    ]
+    for one in running:
+        one.start()
+    told = [list(iter(queue.get, None)) for queue in queues]
+    for one in running:
+        one.join()
+    return _rate(told), max(times[0][0] for times in told) - began
+
+
+def _rate(told: Sequence[Sequence[tuple[float, int]]]) -> float:
+    """Of processes together: each from its first block to its last."""
+    return sum(sum(size for _, size in times[1:]) / (times[-1][0] - times[0][0]) for times in told)
+
+
+# ---------------------------------------------------------------- ours
+
+
+class Watcher:
+    """Notes when each block was whole."""
+
+    def __init__(self) -> None:
+        self.blocks: list[tuple[float, int]] = []
+        self.pool: Any = None
+
+    def prepared(self, need: Need, seconds: float, facts: dict[str, Any]) -> None:
+        self.blocks.append((time.time(), int(facts["drawn"] + facts["holes"])))
+
+    def drew(self, pool: Any) -> None:
+        self.pool = pool
+
+    def progress(self, name: str, done: int, total: int) -> None: ...
+
+    def waiting(self, name: str, holder: str, seconds: float) -> None: ...
+
+
+def ours(need: Need, device: str) -> tuple[float, float, float]:
+    """Images a second of two actors, seconds until the first block, and their busy share."""
+    from orchestrator.generation import draw
+    from orchestrator.session import Cluster
+    from orchestrator.shares import Shares
+    from orchestrator.store import ArtifactStore
+    from orchestrator.sweep import GeneratorResources, Resources
+    from orchestrator.workshop import Workshop
+
+    gpu = 1 / PROCESSES if device != "cpu" else 0
+    resources = Resources(generator=GeneratorResources(actors=PROCESSES, gpu=gpu))
+    watcher = Watcher()
+    with tempfile.TemporaryDirectory() as folder:
+        shop = Workshop(ArtifactStore(Path(folder)), device=device)
+        began = time.time()
+        failed = draw([need], shop, resources, watcher, Shares(resources, Cluster()))
+        assert not failed, failed
+    # Actors are not told apart: together, from when the second one had its first block.
+    times = watcher.blocks[1:]
+    rate = sum(size for _, size in times[1:]) / (times[-1][0] - times[0][0])
+    busy = watcher.pool.busy / (watcher.pool.actors * (times[-1][0] - began))
+    return rate, watcher.blocks[0][0] - began, busy
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=int, default=64, help="of each of ten classes")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    asked = parser.parse_args()
+
+    from orchestrator.session import ray_session
+
+    found: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as folder, ray_session():
+        need = the_row(asked.images, Path(folder))
+        few = Need(need.spec, max(16, asked.images // 4), need.classes)  # the loop is slow
+        for repeat in range(asked.repeats):
+            figures = {}
+            figures["bare"], figures["bare_start"] = processes(bare, need, asked.device, PROCESSES)
+            figures["ours"], figures["ours_start"], figures["busy"] = ours(need, asked.device)
+            figures["loop"], _ = processes(loop, few, asked.device, PROCESSES)
+            figures["loop_alone"], _ = processes(loop, few, asked.device, 1)
+            for name, value in figures.items():
+                found.setdefault(name, []).append(round(value, 3))
+            print(f"{repeat}: " + "  ".join(f"{k} {v:.2f}" for k, v in figures.items()))
+    each = found["ours"]
+    ratios = {
+        name: [round(a / b, 3) for a, b in zip(each, found[name], strict=True)]
+        for name in ("bare", "loop", "loop_alone")
+    }
+    print(
+        json.dumps(
+            {
+                "name": "generation",
+                "ratio": statistics.median(ratios["bare"]),
+                "baseline": "two bare processes of the same pipeline, images a second",
+                "loop_ratio": statistics.median(ratios["loop"]),
+                "loop_alone_ratio": statistics.median(ratios["loop_alone"]),
+                "ratios": ratios,
+                "images_per_second": found,
+                "images": asked.images * 10,
+                "device": asked.device,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
