@@ -71,9 +71,10 @@ def submitted(cluster: Nodes, spec: Path, store: Path) -> str:
     return cluster.submit(spec, "run", spec.name, "--store", str(store))
 
 
-def until(
-    met: Callable[[list[dict[str, Any]]], bool], cluster: Nodes, job: str, store: Path
-) -> None:
+Met = Callable[[list[dict[str, Any]]], bool]  # what a ledger says so far
+
+
+def until(met: Met, cluster: Nodes, job: str, store: Path) -> None:
     deadline = time.monotonic() + TIMEOUT
     while not met(events(store, NAME)):
         assert not cluster.client.get_job_status(job).is_terminal(), cluster.logs(job)
