@@ -57,6 +57,7 @@ from orchestrator.resolve import text_digest
 from orchestrator.results import standing
 from orchestrator.running import Run
 from orchestrator.screen import Screen, clock
+from orchestrator.stall import Stall
 from orchestrator.store import ArtifactStore, StoreFull, maker
 from orchestrator.sweep import Budget, Cell, SweepSpec
 
@@ -356,7 +357,10 @@ def _start_cluster(cluster: ExitStack, run: Run) -> Shares:
     cluster.enter_context(ray_session(functools.partial(_lost, run)))
     run.peak = MemoryPeak()
     _heed_signals(run)  # ray.init replaces the handlers that were there before
-    return Shares(run.sweep.resources, Cluster())
+    ground = Cluster()
+    run.stall = Stall(run.sweep.resources, ground.free, run.screen.say)
+    cluster.callback(run.stall.close)
+    return Shares(run.sweep.resources, ground)
 
 
 def _wait_for_machines(run: Run, plan: Plan) -> None:

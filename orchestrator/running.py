@@ -18,6 +18,7 @@ from orchestrator.plan import Need, holds, name_of, needs_of
 from orchestrator.publish import Publisher
 from orchestrator.resolve import Resolver
 from orchestrator.screen import Screen
+from orchestrator.stall import Stall
 from orchestrator.store import StoreFull
 from orchestrator.sweep import SweepSpec
 
@@ -66,6 +67,7 @@ class Run:
     tally: Tally = field(default_factory=Tally)
     shares: Shares | None = None  # none before Ray is there
     peak: MemoryPeak | None = None  # nor this
+    stall: Stall | None = None  # nor this
     stopped: int | None = None  # exit code of who was stopped from outside
     hopeless: list[tuple[Need, Failure]] = field(default_factory=list)
     given_up: dict[str, Failure] = field(default_factory=dict)  # by slot: not tried again
@@ -73,9 +75,15 @@ class Run:
     last: dict[str, str] = field(default_factory=dict)  # state by slot
     ahead: Ahead | None = None  # what the next cells read
 
+    def news(self) -> None:
+        """Something has happened."""
+        if self.stall is not None:
+            self.stall.news()
+
     # Watcher, for orchestrator.prepare.
 
     def prepared(self, need: Need, seconds: float, facts: dict[str, Any]) -> None:
+        self.news()
         plain = {name: value for name, value in facts.items() if isinstance(value, int | float)}
         self.ledger.append(
             "artifact_prepared",
@@ -105,9 +113,11 @@ class Run:
         self.screen.say(f"{name_of(need.key)}: {failure.message}; {remedy}")
 
     def progress(self, name: str, done: int, total: int) -> None:
+        self.news()
         self.screen.progress(name, done, total)
 
     def waiting(self, name: str, holder: str, seconds: float) -> None:
+        self.news()
         self.screen.waiting(name, holder, seconds)
 
     def phase(self, stage: str, seconds: float) -> None:
@@ -129,6 +139,7 @@ class Run:
         return None
 
     def outcome(self, outcome: Outcome) -> None:
+        self.news()
         if self.ahead is not None:
             self.ahead.tell()
         self.last[outcome.slot.id] = outcome.state  # one that moved to fp32 comes twice

@@ -120,6 +120,13 @@ class Cluster:
     def machines(self) -> tuple[Machine, ...]:
         return machines()
 
+    def free(self) -> dict[str, tuple[float, float]]:
+        """Of each kind, what nobody has and what there is."""
+        import ray
+
+        free = ray.available_resources()
+        return {kind: (free.get(kind, 0.0), has) for kind, has in ray.cluster_resources().items()}
+
     def hold(self, want: GeneratorResources, count: int) -> Any:
         """A placement group of so many places, as a scheduling strategy."""
         from ray.util import placement_group, remove_placement_group

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -148,3 +150,71 @@ def nodes(monkeypatch: pytest.MonkeyPatch, machines: int = 2) -> Iterator[Nodes]
         yield cluster
     finally:
         cluster.shutdown()
+
+
+@contextmanager
+def scaling(monkeypatch: pytest.MonkeyPatch, most: int = 2) -> Iterator[str]:
+    """The address of a head without cores, whose autoscaler starts machines of one core on this
+    one: Ray's own, over its provider for tests."""
+    from tests.servers import free_port
+
+    port, folder = free_port(), Path(tempfile.mkdtemp(prefix="scale", dir="/tmp"))
+    empty: dict[str, Any] = {"node_config": {}, "min_workers": 0}
+    config = {
+        "cluster_name": "scaling",
+        "max_workers": most,
+        "idle_timeout_minutes": 5,
+        "provider": {
+            "type": "fake_multinode",
+            "gcs_address": f"127.0.0.1:{port}",
+            "head_node_id": "f" * 51 + "00000",
+            "disable_node_updaters": True,
+            "disable_launch_config_check": True,
+        },
+        "auth": {},
+        "docker": {},
+        "file_mounts": {},
+        "head_node_type": "head",
+        "available_node_types": {
+            "head": {**empty, "resources": {"CPU": 0}, "max_workers": 0},
+            "machine": {
+                **empty,
+                "resources": {"CPU": 1, "object_store_memory": NODE["object_store_memory"]},
+                "max_workers": most,
+            },
+        },
+        **{
+            f"{name}_commands": []
+            for name in (
+                *("initialization", "setup", "head_setup", "worker_setup"),
+                *("head_start_ray", "worker_start_ray"),
+            )
+        },
+    }
+    (folder / "config.yaml").write_text(json.dumps(config))
+    known = environment(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0")
+    for name, value in known.items():
+        monkeypatch.setenv(name, value)
+    subprocess.run(
+        [
+            *(Path(sys.executable).parent / "ray", "start", "--head", "--num-cpus=0"),
+            f"--port={port}",
+            f"--dashboard-port={free_port()}",
+            f"--dashboard-agent-listen-port={free_port()}",
+            "--object-store-memory=100000000",
+            f"--temp-dir={folder}/ray",
+            f"--autoscaling-config={folder}/config.yaml",
+        ],
+        env={**os.environ, "RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"},
+        check=True,
+        capture_output=True,
+        timeout=300,
+    )
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if any(str(folder) in word for word in process.cmdline()):
+                    process.kill()
+        shutil.rmtree(folder, ignore_errors=True)

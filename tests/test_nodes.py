@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.clusters import Nodes, nodes
+from tests.clusters import Nodes, nodes, scaling
 from tests.sweeps import (
     TIMEOUT,
     airsweep,
@@ -32,7 +32,7 @@ NAME, BLOCK, CLASSES = "nodes", 4, 10
 # Two rows of images, so that the second can be drawn beside trials of the first.
 SWEEP = """
 grid: {{method: [fpl, air_fpl], generator: ["folder:{folder}", "folder:{other}"]}}
-fixed: {{generation.block: {block}, images_per_class: 16, train.steps: 60, iterations: 2}}
+fixed: {{generation.block: {block}, images_per_class: 16, train.steps: 120}}
 seeds: [1, 2]
 resources: {{generator: {{reserve: 1}}}}
 """
@@ -136,6 +136,17 @@ def test_a_cluster_that_is_lost_whole_is_followed_by_another(spec, alone, tmp_pa
         assert second.exit_code(job) == 0, second.logs(job)
     assert {name: drawn(store)[name] for name in kept} == kept
     assert_as_alone(store, alone)
+
+
+def test_a_cluster_without_machines_gets_some_where_the_sweep_waits_for_them(tmp_path, monkeypatch):
+    small = write_sweep(tmp_path, NAME, "fixed: {method: fpl, train.steps: 5}\nseeds: [1]\n")
+    command = ("run", small, "--store", tmp_path / "runs")
+    with scaling(monkeypatch) as address:
+        refused = airsweep(*command, check=False, RAY_ADDRESS=address)
+        assert refused.returncode == 3
+        assert "a trial asks for 1 CPU" in refused.stderr
+        waited = ("--set", "resources.wait=10m")
+        assert "fpl" in airsweep(*command, *waited, RAY_ADDRESS=address).stdout
 
 
 def test_images_of_the_next_cells_are_drawn_while_trials_run(alone):

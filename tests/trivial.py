@@ -132,6 +132,9 @@ class Cluster:
     def machines(self) -> tuple[dict[str, float]]:
         return ({"CPU": 2.0},)
 
+    def free(self) -> dict[str, tuple[float, float]]:
+        return {"CPU": (2.0, 2.0)}
+
 
 class MemoryPeak:
     def stop(self) -> int:
