@@ -99,19 +99,11 @@ class Nodes:
         for node in (*self._machines, self._cluster.head_node):
             _kill(node, tuple(node.all_processes))
 
-    def submit(self, spec: Path, *arguments: str) -> str:
-        """A job in the folder of a sweep file; its id."""
-        return str(
-            self.client.submit_job(
-                entrypoint=shlex.join([sys.executable, "-m", "orchestrator", *arguments]),
-                runtime_env={"working_dir": str(self._only(spec))},
-            )
-        )
-
-    def _only(self, spec: Path) -> Path:
-        folder = Path(tempfile.mkdtemp(dir=spec.parent))
-        shutil.copy(spec, folder)
-        return folder
+    def submit(self, *arguments: str) -> str:
+        """A job without a working directory, which raylets of one machine would remove from under
+        each other; its id."""
+        words = [sys.executable, "-m", "orchestrator", *arguments]
+        return str(self.client.submit_job(entrypoint=shlex.join(words)))
 
     def wait(self, job: str) -> None:
         deadline = time.monotonic() + TIMEOUT

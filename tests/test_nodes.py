@@ -68,7 +68,7 @@ def cluster(monkeypatch) -> Iterator[Nodes]:
 
 
 def submitted(cluster: Nodes, spec: Path, store: Path) -> str:
-    return cluster.submit(spec, "run", spec.name, "--store", str(store))
+    return cluster.submit("run", str(spec), "--store", str(store))
 
 
 Met = Callable[[list[dict[str, Any]]], bool]  # what a ledger says so far
