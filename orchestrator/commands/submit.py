@@ -1,0 +1,219 @@
+"""Commands about sweeps as jobs of a Ray cluster."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from orchestrator.commands.common import (
+    STORE,
+    AcceptOption,
+    DataOption,
+    JsonOption,
+    OnlyOption,
+    SetOption,
+    SmokeOption,
+    SpecArgument,
+    StoreOption,
+    TrackingOption,
+    load,
+)
+
+if TYPE_CHECKING:
+    from orchestrator.submit import Cluster, Job
+
+app = typer.Typer()
+
+AddressOption = Annotated[
+    str,
+    typer.Option(
+        "--address",
+        envvar=["RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"],
+        metavar="URL",
+        help="of the cluster's dashboard, http://<head>:8265",
+    ),
+]
+
+
+@app.command()
+def submit(
+    spec: SpecArgument,
+    address: AddressOption,
+    store: StoreOption = STORE,
+    data_root: DataOption = None,
+    tracking_uri: TrackingOption = None,
+    sets: SetOption = None,
+    only: OnlyOption = None,
+    smoke: SmokeOption = False,
+    accept_code: AcceptOption = None,
+    env: Annotated[
+        list[str] | None,
+        typer.Option("--env", metavar="NAME[=VALUE]", help="a variable for the job; may repeat"),
+    ] = None,
+    code: Annotated[
+        str | None,
+        typer.Option(
+            "--code", help="checkout: send this one (default where there is one); installed"
+        ),
+    ] = None,
+    python: Annotated[
+        str, typer.Option("--python", metavar="PATH", help="the cluster's, if not the first there")
+    ] = "python",
+    detach: Annotated[bool, typer.Option("--detach", help="do not follow the log")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a sweep on a Ray cluster, or go on with it, and follow its log; Ctrl-C lets it run.
+
+    airsweep submit quickstart --address http://head:8265 --store /shared/runs
+
+    airsweep submit sweeps/paper_main.yaml --address http://head:8265 --store s3://bucket/runs
+    --detach
+    """
+    from orchestrator import parcel
+    from orchestrator.door import check_stages
+    from orchestrator.submit import Cluster, entrypoint
+
+    asked = load(spec, sets, only, smoke)
+    if as_json and not detach:
+        raise ValueError("--json: what is followed is a log; allowed with --detach")
+    check_stages(accept_code or ())
+    to = parcel.destination(asked, store, data_root, tracking_uri)
+    with_code = parcel.code_named(code)
+    variables = parcel.variables(asked, with_code, env or [])
+    with TemporaryDirectory(prefix="airsweep-job-") as folder:
+        packed = parcel.pack(asked, Path(folder), with_code)
+        cluster = Cluster(address)
+        _say(f"{packed} go to {cluster.address}")
+        what = entrypoint(asked, to, packed.spec, accept_code or [], python)
+        job = cluster.submit(asked, to, packed, variables, what)
+    if detach:
+        _tell_started(cluster, job, as_json)
+    else:
+        _say(f"{job.id}: submitted; Ctrl-C leaves it running")
+        sys.exit(_followed(cluster, job))
+
+
+@app.command()
+def jobs(address: AddressOption, as_json: JsonOption = False) -> None:
+    """Sweeps on a cluster that were submitted as jobs, the newest last.
+
+    airsweep jobs --address http://head:8265
+
+    airsweep jobs --address http://head:8265 --json
+    """
+    from orchestrator.submit import Cluster, clock_time
+
+    found = Cluster(address).jobs()
+    if as_json:
+        print(json.dumps([job.json() for job in found], indent=1))
+        return
+    rows = [
+        (job.id, job.sweep, job.user, job.state, _code(job), clock_time(job.started), job.store)
+        for job in found
+    ]
+    if not rows:
+        _say("no sweep was submitted there")
+    for row in [("job", "sweep", "user", "state", "exit", "since", "store"), *rows] if rows else ():
+        widths = [max(len(r[i]) for r in [row, *rows]) for i in range(len(row))]
+        print("  ".join(map(str.ljust, row, widths)).rstrip())
+
+
+@app.command()
+def stop(
+    job: Annotated[str, typer.Argument(metavar="JOB", help="a job, or the sweep that it runs")],
+    address: AddressOption,
+) -> None:
+    """Stop a sweep on a cluster, and wait until it has closed; to submit it again goes on.
+
+    airsweep stop default-quickstart-1 --address http://head:8265
+
+    airsweep stop quickstart --address http://head:8265
+    """
+    from orchestrator.submit import Cluster, ending
+
+    cluster = Cluster(address)
+    found = _named(cluster, job)
+    if found.over:
+        _say(f"{ending(found)}: it had ended before")
+        return
+    _say(f"{found.id}: asked to stop")
+    _say(ending(cluster.stop(found.id)))
+
+
+# ---------------------------------------------------------------- what is said
+
+
+def _say(text: str) -> None:
+    print(f"airsweep: {text}", file=sys.stderr, flush=True)
+
+
+def _code(job: Job) -> str:
+    return "" if job.exit_code is None else str(job.exit_code)
+
+
+def _followed(cluster: Cluster, job: Job) -> int:
+    """The exit code of a job, or of having left it alone."""
+    from orchestrator.place import FAILED, INTERRUPTED
+    from orchestrator.submit import ClusterLost, ending
+
+    def write(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    try:
+        job = cluster.follow(job.id, write, _say)
+    except KeyboardInterrupt:
+        _say(f"{job.id} goes on without being followed")
+        code = INTERRUPTED
+    except ClusterLost as lost:
+        _say(f"{lost}; if {job.id} is there it goes on")
+        code = FAILED
+    else:
+        _say(ending(job))
+        code = FAILED if job.exit_code is None else job.exit_code
+    _say_next(cluster, job)
+    return code
+
+
+def _tell_started(cluster: Cluster, job: Job, as_json: bool) -> None:
+    if as_json:
+        facts = {"id": job.id, "address": cluster.address, "sweep": job.sweep, "store": job.store}
+        print(json.dumps({**facts, "commands": _next(cluster, job)}, indent=1))
+    else:
+        print(job.id)
+        _say_next(cluster, job)
+
+
+def _next(cluster: Cluster, job: Job) -> dict[str, str]:
+    from orchestrator.submit import next_commands
+
+    return next_commands(cluster, job, ["airsweep", *sys.argv[1:]])
+
+
+def _say_next(cluster: Cluster, job: Job) -> None:
+    for what, command in _next(cluster, job).items():
+        if not job.over or what in ("table", "go on"):
+            print(f"  {what:<8} {command}", file=sys.stderr)
+
+
+def _named(cluster: Cluster, name: str) -> Job:
+    """A job by its id, or the one that runs a sweep.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = cluster.jobs()
+    for job in found:
+        if job.id == name:
+            return job
+    sweep = name if "/" in name else f"default/{name}"
+    for job in reversed(found):
+        if job.sweep == sweep and not job.over:
+            return job
+    running = ", ".join(job.id for job in found if not job.over) or "none"
+    raise ValueError(f"no job {name!r} at {cluster.address}; running: {running}")
