@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from orchestrator.asked import Asked
-from orchestrator.lineage import PACKAGES, ROOT, UNKNOWN, commit, dirty, uncommitted
+from orchestrator.lineage import PACKAGES, ROOT, SENT_DIFF, UNKNOWN, commit, dirty, uncommitted
 from orchestrator.place import Refused, lost_store, project_of, whoami
 from orchestrator.remote import S3, folder_of, parse, scheme_of
 from orchestrator.store import smoke_store
@@ -96,9 +96,13 @@ def pack(asked: Asked, folder: Path, code: Code) -> Parcel:
         place = folder / path.relative_to(ROOT)
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, place)
-    (folder / spec).parent.mkdir(exist_ok=True)
-    (folder / spec).write_bytes(text)
-    return Parcel(folder, spec, code, len(found) + 1, size)
+    written = {spec: text}
+    if code == "checkout" and (diff := uncommitted()):
+        written[SENT_DIFF] = diff
+    for name, content in written.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return Parcel(folder, spec, code, len(found) + len(written), size)
 
 
 def _code_files() -> Iterator[Path]:

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
+# Rows of the screen that a driver leaves, also where it was stopped.
+CLOSING = (" trials ", " again ")
+
 AddressOption = Annotated[
     str,
     typer.Option(
@@ -143,6 +146,9 @@ def stop(
         return
     _say(f"{found.id}: asked to stop")
     _say(ending(cluster.stop(found.id)))
+    said = [line for line in cluster.log_of(found.id).splitlines() if line.startswith(CLOSING)]
+    for line in said or ["  its driver was killed before it had closed; what is done is there"]:
+        print(line, file=sys.stderr)
 
 
 # ---------------------------------------------------------------- what is said
