@@ -28,8 +28,9 @@ LIMIT_MB = 100  # that the head of a cluster takes, MiB to be exact; Ray's own l
 NAMED = 3  # largest files, where it is too much
 NOT_CODE = "__pycache__"
 
-# From SIGTERM to SIGKILL, where the cluster has no other. The driver needs three to close.
-STOP_WAIT = {"RAY_JOB_STOP_WAIT_TIME_S": "30"}
+# Seconds from SIGTERM to SIGKILL, 3 otherwise. It goes before what the head was started with, and
+# nobody waits longer than a driver needs.
+STOP_WAIT = {"RAY_JOB_STOP_WAIT_TIME_S": "60"}
 SECRET = re.compile(
     r"PASSW|PASSPHRASE|SECRET|TOKEN|CREDENTIAL|PRIVATE|APIKEY|_PWD$|(^|_)KEY$", re.IGNORECASE
 )
@@ -48,9 +49,9 @@ class Parcel:
     size: int  # bytes
 
     def __str__(self) -> str:
-        what = "the code of this checkout" if self.code == "checkout" else "without code"
-        count = f"{self.files} file{'s' * (self.files != 1)}"
-        return f"{count}, {self.size / 2**20:.1f} MB, {what}"
+        what = "and the code of this checkout" if self.code == "checkout" else "without code"
+        count = f"{self.files} file{'s' * (self.files != 1)}, {self.size / 2**20:.1f} MB"
+        return f"{count}: the sweep file {what}"
 
 
 # ---------------------------------------------------------------- the folder

@@ -22,7 +22,8 @@ from orchestrator.parcel import Destination, Parcel, store_of
 from orchestrator.place import FAILED, REFUSED, TERMINATED, Refused
 from orchestrator.variables import environment
 
-ANSWER = 60.0  # seconds for a request; Ray's client would wait for ever
+# Seconds for a connection, and for an answer at first and later; Ray's client would wait for ever.
+CONNECTED, FIRST_ANSWER, ANSWER = 10.0, 20.0, 60.0
 POLL = 0.5  # seconds between two looks at a job
 LOOK_EVERY = 20.0  # seconds of silence, after which it is looked whether the job is still there
 LOST_AFTER = 300.0  # seconds without the cluster, after which nobody follows any more
@@ -164,15 +165,25 @@ class Cluster:
             ClusterLost: no answer for so long; the job goes on.
         """
         log = _Log(self._client, name, write)
+        pending = ""
+
+        def over() -> bool:
+            nonlocal pending
+            job = self.job(name)
+            if job.state == "PENDING" and job.message != pending:
+                pending = job.message
+                say(f"{name} is PENDING: {pending}")
+            return job.over
+
         answered = time.monotonic()
         told = False
         while True:
             try:
                 with _quiet(), self._told():
-                    asyncio.run(log.follow(lambda: self.job(name).over))
+                    asyncio.run(log.follow(over))
                 job = self.job(name)
             except ClusterLost as problem:
-                if time.monotonic() - answered > lost_after or "404" in str(problem):
+                if time.monotonic() - answered > lost_after or "status code 404" in str(problem):
                     raise
                 if not told:
                     say(f"{problem}; trying again for {lost_after:.0f} s")
@@ -200,16 +211,17 @@ class Cluster:
 
     @contextmanager
     def _told(self) -> Iterator[None]:
-        """Ray's client says all with RuntimeError, and its HTTP library with OSError.
-
-        Raises:
-            ClusterLost: what it was.
         """
+        Raises:
+            ClusterLost: what Ray's client or one of its HTTP libraries has raised.
+        """
+        from aiohttp import ClientError
+
         try:
             yield
         except ClusterLost:
             raise
-        except (RuntimeError, OSError) as problem:
+        except (RuntimeError, OSError, ClientError) as problem:
             raise ClusterLost(f"{self.address}: {_reason(problem)}") from problem
 
     def follow_command(self, name: str) -> str:
@@ -282,14 +294,17 @@ def _client(address: str) -> Any:
     from ray.job_submission import JobSubmissionClient
 
     class Client(JobSubmissionClient):  # type: ignore[misc]
+        answer = FIRST_ANSWER
+
         def _do_request(self, *what: Any, **how: Any) -> Any:
-            return super()._do_request(*what, **{"timeout": ANSWER, **how})
+            return super()._do_request(*what, **{"timeout": (CONNECTED, self.answer), **how})
 
     try:
         # Ray prefers this variable, and then RAY_ADDRESS, to what it is given.
         with _quiet(), environment({"RAY_API_SERVER_ADDRESS": address}):
             client = Client(address)
             there = str(client._server_ray_version)
+        client.answer = ANSWER
     except AuthenticationError as problem:
         raise Refused(f"{address} {_unknown_token(str(problem))}") from None
     except ConnectionError as problem:
@@ -302,9 +317,8 @@ def _client(address: str) -> Any:
         ) from None
     if _minor(there) != _minor(ray.__version__):
         raise Refused(
-            f"the cluster at {address} has Ray {there}, and this machine {ray.__version__}; they "
-            f"must agree: `pip install 'ray[default,tune,data]=={there}'` here, if airsweep takes "
-            "it, or a cluster of this version"
+            f"the cluster at {address} has Ray {there}, and airsweep here runs on Ray "
+            f"{ray.__version__}; take a cluster of this version, or the airsweep for the other"
         )
     return client
 

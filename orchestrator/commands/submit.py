@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -61,7 +62,7 @@ def submit(
     code: Annotated[
         str | None,
         typer.Option(
-            "--code", help="checkout: send this one (default where there is one); installed"
+            "--code", metavar="WHERE", help="installed: send none (default: this checkout, if any)"
         ),
     ] = None,
     python: Annotated[
@@ -91,7 +92,7 @@ def submit(
     with TemporaryDirectory(prefix="airsweep-job-") as folder:
         packed = parcel.pack(asked, Path(folder), with_code)
         cluster = Cluster(address)
-        _say(f"{packed} go to {cluster.address}")
+        _say(f"to {cluster.address} go {packed}")
         what = entrypoint(asked, to, packed.spec, accept_code or [], python)
         job = cluster.submit(asked, to, packed, variables, what)
     if detach:
@@ -208,18 +209,23 @@ def _say_next(cluster: Cluster, job: Job) -> None:
 
 
 def _named(cluster: Cluster, name: str) -> Job:
-    """A job by its id, or the one that runs a sweep.
+    """A job by its id, or the one that runs a sweep of one's own.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or more than one.
     """
+    from orchestrator.place import whoami
+
     found = cluster.jobs()
     for job in found:
         if job.id == name:
             return job
-    sweep = name if "/" in name else f"default/{name}"
-    for job in reversed(found):
-        if job.sweep == sweep and not job.over:
-            return job
-    running = ", ".join(job.id for job in found if not job.over) or "none"
-    raise ValueError(f"no job {name!r} at {cluster.address}; running: {running}")
+    project = os.environ.get("AIRSWEEP_PROJECT") or "default"
+    sweep = name if "/" in name else f"{project}/{name}"
+    running = [job for job in found if not job.over]
+    mine = [job for job in running if (job.sweep, job.user) == (sweep, whoami())]
+    if len(mine) == 1:
+        return mine[0]
+    known = ", ".join(f"{job.id} of {job.user}" for job in mine or running) or "none"
+    count = "more than one job runs" if mine else "no job of yours runs"
+    raise ValueError(f"{count} {sweep} at {cluster.address}; give the id of one: {known}")

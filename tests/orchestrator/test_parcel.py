@@ -107,7 +107,7 @@ def test_an_installed_airsweep_sends_the_sweep_alone(tmp_path, spec):
     (checkout / "pyproject.toml").unlink()
     files, said = sent(checkout, spec, tmp_path / "sent")
     assert files == {"sweeps/small.yaml"}
-    assert said == "1 file, 0.0 MB, without code\n"
+    assert said == "1 file, 0.0 MB: the sweep file without code\n"
 
 
 def test_more_than_a_cluster_takes_is_refused_and_what_is_largest_is_named(tmp_path, spec):
