@@ -308,9 +308,7 @@ def _client(address: str) -> Any:
     except AuthenticationError as problem:
         raise Refused(f"{address} {_unknown_token(str(problem))}") from None
     except ConnectionError as problem:
-        raise Refused(
-            f"nothing answers at {address}: {_reason(problem)}; allowed: {FORM}"
-        ) from None
+        raise Refused(f"no Ray answers at {address}: {_reason(problem)}; allowed: {FORM}") from None
     except (RuntimeError, OSError, ValueError, KeyError, TypeError) as problem:
         raise Refused(
             f"{address} is no Ray cluster ({_reason(problem)}); allowed: {FORM}"
@@ -339,7 +337,10 @@ def _reason(problem: BaseException) -> str:
     while (cause := problem.__cause__ or problem.__context__) is not None:
         problem = cause
     lines = str(problem).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(problem).__name__
+    if not lines:
+        return type(problem).__name__
+    # A status line of HTTP that is none.
+    return lines[0].rstrip(".") if lines[0].isprintable() else "no HTTP is spoken there"
 
 
 @contextmanager

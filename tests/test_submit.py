@@ -324,6 +324,19 @@ def test_a_server_that_is_no_ray_is_told():
             assert f"{address} is no Ray cluster" in refused(address)
 
 
+def test_a_port_where_no_http_is_spoken_is_told():
+    def answer() -> None:
+        near, _ = listener.accept()
+        near.recv(65536)
+        near.sendall(b"\x00\x00\x18\x04\x00\x00\x00\x00\x00\x00\x04\x00@\r\n")
+        near.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=answer, daemon=True).start()
+        said = refused(f"http://127.0.0.1:{listener.getsockname()[1]}")
+    assert "no HTTP is spoken there" in said
+
+
 def test_a_cluster_of_another_version_is_told_with_both():
     with server(200, json.dumps({"version": "4", "ray_version": "2.9.3"})) as address:
         said = refused(address)
