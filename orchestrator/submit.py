@@ -175,24 +175,21 @@ class Cluster:
                 say(f"{name} is PENDING: {pending}")
             return job.over
 
-        answered = time.monotonic()
-        told = False
+        lost, heard = 0.0, -1  # since when, and how much of the log had come by then
         while True:
             try:
                 with _quiet(), self._told():
                     asyncio.run(log.follow(over))
                 job = self.job(name)
             except ClusterLost as problem:
-                if time.monotonic() - answered > lost_after or "status code 404" in str(problem):
-                    raise
-                if not told:
+                now = time.monotonic()
+                if log.shown > heard:
                     say(f"{problem}; trying again for {lost_after:.0f} s")
-                    told = True
+                    lost, heard = now, log.shown
+                if now - lost > lost_after or "status code 404" in str(problem):
+                    raise
                 time.sleep(2 * POLL)
                 continue
-            if told:
-                say("connected again")
-            told, answered = False, time.monotonic()
             if job.over:
                 return job
             time.sleep(POLL)  # its log has ended, and its end is told at once
@@ -359,7 +356,7 @@ class _Log:
 
     def __init__(self, client: Any, job: str, write: Callable[[str], None]) -> None:
         self._client, self._job, self._write = client, job, write
-        self._shown = 0  # characters
+        self.shown = 0  # characters
 
     async def follow(self, over: Callable[[], bool]) -> None:
         """Until it ends, or the connection does."""
@@ -374,9 +371,9 @@ class _Log:
             text = step.result()
             if text is None:
                 return
-            new = text[max(0, self._shown - passed) :]
+            new = text[max(0, self.shown - passed) :]
             passed += len(text)
-            self._shown = max(self._shown, passed)
+            self.shown = max(self.shown, passed)
             if new:
                 self._write(new)
 
