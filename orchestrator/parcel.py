@@ -32,7 +32,7 @@ NOT_CODE = "__pycache__"
 # nobody waits longer than a driver needs.
 STOP_WAIT = {"RAY_JOB_STOP_WAIT_TIME_S": "60"}
 SECRET = re.compile(
-    r"PASSW|PASSPHRASE|SECRET|TOKEN|CREDENTIAL|PRIVATE|APIKEY|_PWD$|(^|_)KEY$", re.IGNORECASE
+    r"PASSW|PASSPHRASE|SECRET|TOKEN(?!IZ)|CREDENTIAL|PRIVATE|APIKEY|_PWD$|(^|_)KEY$", re.IGNORECASE
 )
 PLACE = re.compile(r"_(FILE|PATH|DIR)$", re.IGNORECASE)  # where a secret lies is none
 WITH_PASSWORD = re.compile(r"://[^/\s@]*@")
@@ -256,7 +256,8 @@ def looks_secret(name: str) -> bool:
 
     >>> [looks_secret(name) for name in ("AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "MY_API_KEY")]
     [True, True, True]
-    >>> [looks_secret(name) for name in ("AWS_ACCESS_KEY_ID", "RAY_AUTH_TOKEN_PATH", "KEYS")]
+    >>> harmless = ("AWS_ACCESS_KEY_ID", "RAY_AUTH_TOKEN_PATH", "TOKENIZERS_PARALLELISM")
+    >>> [looks_secret(name) for name in harmless]
     [False, False, False]
     """
     return bool(SECRET.search(name)) and not PLACE.search(name)

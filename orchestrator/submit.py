@@ -12,7 +12,7 @@ import re
 import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -164,7 +164,7 @@ class Cluster:
         Raises:
             ClusterLost: no answer for so long; the job goes on.
         """
-        log = _Log(self._client, name, write)
+        log = _Log(self._client, name, write, self._told)
         pending = ""
 
         def over() -> bool:
@@ -178,7 +178,7 @@ class Cluster:
         lost, heard = 0.0, -1  # since when, and how much of the log had come by then
         while True:
             try:
-                with _quiet(), self._told():
+                with _quiet():
                     asyncio.run(log.follow(over))
                 job = self.job(name)
             except ClusterLost as problem:
@@ -206,26 +206,30 @@ class Cluster:
         with self._told():
             return str(self._client.get_job_logs(name))
 
-    @contextmanager
-    def _told(self) -> Iterator[None]:
-        """
-        Raises:
-            ClusterLost: what Ray's client or one of its HTTP libraries has raised.
-        """
-        from aiohttp import ClientError
-
-        try:
-            yield
-        except ClusterLost:
-            raise
-        except (RuntimeError, OSError, ClientError) as problem:
-            raise ClusterLost(f"{self.address}: {_reason(problem)}") from problem
+    def _told(self) -> AbstractContextManager[None]:
+        return _told(self.address)
 
     def follow_command(self, name: str) -> str:
         return shlex.join(["ray", "job", "logs", "--address", self.address, "--follow", name])
 
     def stop_command(self, name: str) -> str:
         return shlex.join(["airsweep", "stop", name, "--address", self.address])
+
+
+@contextmanager
+def _told(address: str) -> Iterator[None]:
+    """
+    Raises:
+        ClusterLost: what Ray's client or one of its HTTP libraries has raised.
+    """
+    from aiohttp import ClientError
+
+    try:
+        yield
+    except ClusterLost:
+        raise
+    except (RuntimeError, OSError, ClientError) as problem:
+        raise ClusterLost(f"{address}: {_reason(problem)}") from problem
 
 
 def clock_time(seconds: float) -> str:
@@ -354,28 +358,39 @@ def _quiet() -> Iterator[None]:
 class _Log:
     """A log that is read on where it was left."""
 
-    def __init__(self, client: Any, job: str, write: Callable[[str], None]) -> None:
-        self._client, self._job, self._write = client, job, write
+    def __init__(
+        self,
+        client: Any,
+        job: str,
+        write: Callable[[str], None],
+        told: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        self._client, self._job, self._write, self._told = client, job, write, told
         self.shown = 0  # characters
 
     async def follow(self, over: Callable[[], bool]) -> None:
-        """Until it ends, or the connection does."""
+        """Until it ends.
+
+        Raises:
+            ClusterLost: the connection did.
+        """
         lines = self._client.tail_job_logs(self._job)
         passed = 0  # it begins at the beginning
-        while True:
-            step = asyncio.ensure_future(anext(lines, None))
-            while not (await asyncio.wait({step}, timeout=LOOK_EVERY))[0]:
-                if over():  # its node is gone, and nobody will say more
-                    step.cancel()
-                    return
-            text = step.result()
-            if text is None:
-                return
+        while (text := await self._next(lines, over)) is not None:
             new = text[max(0, self.shown - passed) :]
             passed += len(text)
             self.shown = max(self.shown, passed)
             if new:
                 self._write(new)
+
+    async def _next(self, lines: Any, over: Callable[[], bool]) -> str | None:
+        step = asyncio.ensure_future(anext(lines, None))
+        with self._told():
+            while not (await asyncio.wait({step}, timeout=LOOK_EVERY))[0]:
+                if over():  # its node is gone, and nobody will say more
+                    step.cancel()
+                    return None
+            return step.result()
 
 
 # ---------------------------------------------------------------- commands
@@ -406,7 +421,7 @@ def next_commands(cluster: Cluster, job: Job, again: Sequence[str]) -> dict[str,
         "stop": cluster.stop_command(job.id),
         "status": shlex.join(["airsweep", "status", name, "--store", job.store]),
         "table": shlex.join(["airsweep", "table", name, "--store", job.store]),
-        "go on": shlex.join(again),
+        "again": shlex.join(again),
     }
 
 

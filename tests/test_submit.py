@@ -290,6 +290,17 @@ def test_a_connection_that_stays_away_is_told_and_the_job_goes_on(head, monkeypa
     wait_for(lambda: asked_jobs(head)["counting-2"]["exit_code"] == 4)
 
 
+def test_who_closes_the_output_ends_the_following_and_not_the_job(head, monkeypatch):
+    other_job(head, "counting-3", monkeypatch)
+
+    def closed(text: str) -> None:
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        Cluster(head).follow("counting-3", closed, lambda text: None)
+    wait_for(lambda: asked_jobs(head)["counting-3"]["exit_code"] == 4)
+
+
 # ---------------------------------------------------------------- what is no such cluster
 
 

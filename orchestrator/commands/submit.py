@@ -116,14 +116,16 @@ def jobs(address: AddressOption, as_json: JsonOption = False) -> None:
     if as_json:
         print(json.dumps([job.json() for job in found], indent=1))
         return
-    rows = [
-        (job.id, job.sweep, job.user, job.state, _code(job), clock_time(job.started), job.store)
-        for job in found
-    ]
-    if not rows:
+    if not found:
         _say("no sweep was submitted there")
-    for row in [("job", "sweep", "user", "state", "exit", "since", "store"), *rows] if rows else ():
-        widths = [max(len(r[i]) for r in [row, *rows]) for i in range(len(row))]
+        return
+    rows = [("job", "sweep", "user", "state", "exit", "since", "store")]
+    for job in found:
+        code = "" if job.exit_code is None else str(job.exit_code)
+        since = clock_time(job.started)
+        rows.append((job.id, job.sweep, job.user, job.state, code, since, job.store))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
         print("  ".join(map(str.ljust, row, widths)).rstrip())
 
 
@@ -157,10 +159,6 @@ def stop(
 
 def _say(text: str) -> None:
     print(f"airsweep: {text}", file=sys.stderr, flush=True)
-
-
-def _code(job: Job) -> str:
-    return "" if job.exit_code is None else str(job.exit_code)
 
 
 def _followed(cluster: Cluster, job: Job) -> int:
@@ -203,9 +201,10 @@ def _next(cluster: Cluster, job: Job) -> dict[str, str]:
 
 
 def _say_next(cluster: Cluster, job: Job) -> None:
+    ended = {"table"} if job.exit_code == 0 else {"table", "again"}
     for what, command in _next(cluster, job).items():
-        if not job.over or what in ("table", "go on"):
-            print(f"  {what:<8} {command}", file=sys.stderr)
+        if not job.over or what in ended:
+            print(f"  {what:<7} {command}", file=sys.stderr)
 
 
 def _named(cluster: Cluster, name: str) -> Job:
