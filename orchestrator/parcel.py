@@ -21,6 +21,7 @@ from orchestrator.remote import S3, folder_of, parse, scheme_of
 from orchestrator.store import smoke_store
 from orchestrator.sweep import cells_of
 from orchestrator.tracking import kind_of, without_credentials
+from orchestrator.variables import looks_secret
 
 Code = Literal["checkout", "installed"]
 
@@ -31,10 +32,6 @@ NOT_CODE = "__pycache__"
 # Seconds from SIGTERM to SIGKILL, 3 otherwise. It goes before what the head was started with, and
 # nobody waits longer than a driver needs.
 STOP_WAIT = {"RAY_JOB_STOP_WAIT_TIME_S": "60"}
-SECRET = re.compile(
-    r"PASSW|PASSPHRASE|SECRET|TOKEN(?!IZ)|CREDENTIAL|PRIVATE|APIKEY|_PWD$|(^|_)KEY$", re.IGNORECASE
-)
-PLACE = re.compile(r"_(FILE|PATH|DIR)$", re.IGNORECASE)  # where a secret lies is none
 WITH_PASSWORD = re.compile(r"://[^/\s@]*@")
 
 
@@ -147,6 +144,11 @@ def destination(
     data = data_root or asked.spec.data_root
     if data is not None:
         _check(str(data), "data_root", str(data), "data")
+    if any(map(WITH_PASSWORD.search, (asked.spec.text, *asked.sets, *asked.only))):
+        raise ValueError(
+            f"{asked.spec.source}: an address in it, or in an option, holds a password, and what "
+            "is sent to a cluster can be read there; leave it out"
+        )
     for key, name, path in _named_paths(asked):
         _check(path, key, name, "data" if key.endswith("dataset") else "models")
     return Destination(store, str(data_root) if data_root else None, tracking_uri)
@@ -249,15 +251,3 @@ def _asked_for(env: Iterable[str], here: Mapping[str, str]) -> Iterator[tuple[st
                 "give the path of a file that they mount"
             )
         yield name, value
-
-
-def looks_secret(name: str) -> bool:
-    """Is a variable of this name likely to hold one?
-
-    >>> [looks_secret(name) for name in ("AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "MY_API_KEY")]
-    [True, True, True]
-    >>> harmless = ("AWS_ACCESS_KEY_ID", "RAY_AUTH_TOKEN_PATH", "TOKENIZERS_PARALLELISM")
-    >>> [looks_secret(name) for name in harmless]
-    [False, False, False]
-    """
-    return bool(SECRET.search(name)) and not PLACE.search(name)

@@ -188,6 +188,10 @@ def test_passwords_are_refused_and_not_repeated(spec, monkeypatch):
         with pytest.raises(ValueError, match=r"password|credentials") as caught:
             parcel.destination(sweep, data_root=None, **to)
         assert "hunter2" not in str(caught.value)
+    spec.write_text(f"# see http://me:hunter2@host\n{spec.read_text()}")
+    with pytest.raises(ValueError, match="holds a password") as caught:
+        parcel.destination(asked(spec), SHARED, None, None)
+    assert "hunter2" not in str(caught.value)
 
 
 def test_variables_travel_by_name_or_with_a_value(spec, monkeypatch):
