@@ -273,8 +273,11 @@ def _exit_code(state: str, found: Any) -> int | None:
 def _checked(address: str) -> str:
     """
     Raises:
+        ValueError: there is none.
         Refused: of another form than Ray's jobs need.
     """
+    if not address:
+        raise ValueError(f"which cluster? --address or RAY_API_SERVER_ADDRESS; allowed: {FORM}")
     found = urlsplit(address)
     if "@" in address:  # not shown
         raise Refused("the address holds a password; Ray takes a token from RAY_AUTH_TOKEN_PATH")

@@ -47,7 +47,7 @@ AddressOption = Annotated[
 @app.command()
 def submit(
     spec: SpecArgument,
-    address: AddressOption,
+    address: AddressOption = "",
     store: StoreOption = STORE,
     data_root: DataOption = None,
     tracking_uri: TrackingOption = None,
@@ -103,7 +103,7 @@ def submit(
 
 
 @app.command()
-def jobs(address: AddressOption, as_json: JsonOption = False) -> None:
+def jobs(address: AddressOption = "", as_json: JsonOption = False) -> None:
     """Sweeps on a cluster that were submitted as jobs, the newest last.
 
     airsweep jobs --address http://head:8265
@@ -132,7 +132,7 @@ def jobs(address: AddressOption, as_json: JsonOption = False) -> None:
 @app.command()
 def stop(
     job: Annotated[str, typer.Argument(metavar="JOB", help="a job, or the sweep that it runs")],
-    address: AddressOption,
+    address: AddressOption = "",
 ) -> None:
     """Stop a sweep on a cluster, and wait until it has closed; to submit it again goes on.
 

@@ -221,6 +221,13 @@ def test_what_is_wrong_here_is_said_before_the_cluster_is_asked(spec, arguments,
     assert "127.0.0.1" not in done.stderr
 
 
+def test_without_an_address_it_is_asked_which_cluster(spec):
+    for words in (["submit", spec, "--store", SHARED], ["jobs"], ["stop", "small"]):
+        done = airsweep(*words, check=False, RAY_API_SERVER_ADDRESS="", RAY_ADDRESS="")
+        assert done.returncode == 2
+        assert "which cluster? --address or RAY_API_SERVER_ADDRESS" in done.stderr
+
+
 def test_a_mistake_in_the_file_is_said_with_its_place(tmp_path):
     bad = write_sweep(tmp_path, "bad", "grid: {method: [fpl, cpll]}\n")
     done = airsweep("submit", bad, "--address", "http://127.0.0.1:1", check=False)
