@@ -16,6 +16,7 @@ from orchestrator.commands import (
     data,
     files,
     results,
+    submit,
     sweeps,
     tracked,
 )
@@ -31,7 +32,7 @@ app = typer.Typer(
     "  airsweep run quickstart\n\n  airsweep table quickstart",
 )
 
-for commands in (files, sweeps, results, compare, tracked, bundle):
+for commands in (files, sweeps, submit, results, compare, tracked, bundle):
     app.add_typer(commands.app)
 app.add_typer(tracked.mlflow_app, name="mlflow")
 app.add_typer(data.app, name="data")

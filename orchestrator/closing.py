@@ -21,6 +21,7 @@ from orchestrator.results import standing
 from orchestrator.screen import clock
 from orchestrator.store import smoke_store
 from orchestrator.studies import searches
+from orchestrator.variables import in_ray_job
 
 
 def title_of(plan: Plan) -> str:
@@ -145,14 +146,12 @@ def next_facts(plan: Plan, place: Place) -> list[tuple[str, str]]:
     asked, store = _asked(plan, place), _store_option(place, smoke=True)
     browsed = _store_option(place, smoke=False)
     facts.append(("browse", f"airsweep ui{browsed}  ->  http://127.0.0.1:5000"))
-    facts.append(
-        (
-            "cluster",
-            f"ray job submit --address $ADDR --working-dir . -- python -m orchestrator run "
-            f"{asked} --store {place.store.name if place.store.mirror else '/shared/runs'}",
-        )
-    )
     left = f"{plan.to_run} trials are left" if plan.to_run else "nothing to do"
+    if in_ray_job():
+        facts.append(("again", f"submit it again, with the same options: {left}"))
+        return facts
+    shared = place.store.name if place.store.mirror else "/shared/runs"
+    facts.append(("cluster", f"airsweep submit {asked} --address $ADDR --store {shared}"))
     facts.append(("again", f"airsweep run {asked}{store}: {left}"))
     return facts
 

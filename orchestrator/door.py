@@ -273,12 +273,9 @@ def execute(
 ) -> Outcome:
     """`driver.run_sweep` with the screen that fits, for commands too."""
     from orchestrator import driver
-    from orchestrator.keys import STAGES
     from orchestrator.screen import make_screen
 
-    for stage in accept_code:
-        if stage not in STAGES:
-            raise ValueError(f"accept-code: {stage!r} is no stage; allowed: {', '.join(STAGES)}")
+    check_stages(accept_code)
     code = driver.run_sweep(
         sweep,
         place,
@@ -289,6 +286,18 @@ def execute(
         **how,
     )
     return Outcome(code, sweep, place)
+
+
+def check_stages(names: Iterable[str]) -> None:
+    """
+    Raises:
+        ValueError: what `accept_code` names is no stage.
+    """
+    from orchestrator.keys import STAGES
+
+    for stage in names:
+        if stage not in STAGES:
+            raise ValueError(f"accept-code: {stage!r} is no stage; allowed: {', '.join(STAGES)}")
 
 
 def _whole(outcome: Outcome) -> Outcome:

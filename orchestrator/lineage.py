@@ -16,6 +16,7 @@ from pathlib import Path
 UNKNOWN = "unknown"
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("air_core", "orchestrator")
+SENT_DIFF = "uncommitted.diff"  # beside the packages, in a Ray job's working directory
 MAX_DIFF = 500_000  # bytes that are kept; a tracker takes a megabyte
 
 
@@ -30,8 +31,11 @@ def commit() -> str:
 def uncommitted() -> bytes:
     """What the code of both packages has beyond its commit, new files included, as a diff.
 
-    Empty where all is committed or there is no git; cut, with a word, where it is long.
+    Empty where all is committed or there is no git; cut, with a word, where it is long. A Ray job
+    has it in a file.
     """
+    if os.environ.get("AIRSWEEP_COMMIT") and (ROOT / SENT_DIFF).is_file():
+        return (ROOT / SENT_DIFF).read_bytes()
     if not _tracked():
         return b""
     with tempfile.TemporaryDirectory() as folder:

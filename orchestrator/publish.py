@@ -124,10 +124,12 @@ class Publisher:
         told = last.result()
         missed = told.missed + self._troubled
         if missed or told.sweep == "missed":
-            end = " and the end of the sweep" if told.sweep == "missed" else ""
+            lacks = [f"{missed} outcomes"] if missed else []
+            lacks += ["the end of the sweep"] if told.sweep == "missed" else []
             log.warning(
-                "%s lacks %d outcomes%s; nothing is lost: run `%s` when it answers",
-                *(without_credentials(uri_of(self.uri, self.store.root)), missed, end),
+                "%s lacks %s; nothing is lost: run `%s` when it answers",
+                without_credentials(uri_of(self.uri, self.store.root)),
+                " and ".join(lacks),
                 self._remedy(),
             )
 

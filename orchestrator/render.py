@@ -17,6 +17,7 @@ from typing import Any
 from orchestrator.fit import misfit
 from orchestrator.marked_yaml import all_documents, shown, written
 from orchestrator.sweep import Resources, SweepSpec
+from orchestrator.variables import looks_secret
 
 SWEEP_FOLDER = "/home/ray/sweep"  # where the ConfigMap is mounted on the head
 SLACK = 3600  # seconds beside `budget.wall`: pods that come, and trials that end
@@ -25,7 +26,6 @@ QUEUE, PRIORITY = "kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/priority-class"
 LONGEST = 47  # KubeRay's: names of pods begin with it
 _NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 _LABEL = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
-_SECRET = re.compile(r"SECRET|PASSW|TOKEN|CREDENTIAL|ACCESS_?KEY|API_?KEY|PRIVATE_?KEY", re.I)
 _LOGIN = re.compile(r"://[^\s/@:]*:[^\s/@]+@")  # scheme://user:password@host
 
 
@@ -139,7 +139,7 @@ def environment_of(options: Sequence[str]) -> dict[str, str]:
         name, equals, value = option.partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             raise ValueError(f"--env {shown(option)} is not allowed; allowed: NAME=VALUE")
-        if _SECRET.search(name) or _LOGIN.search(value):
+        if looks_secret(name) or _LOGIN.search(value):
             raise ValueError(
                 f"--env {name}: this looks like a secret, and the file would show it to all who "
                 "can read the job; put it into the Secret `airsweep`, of which every pod gets all "

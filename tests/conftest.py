@@ -77,6 +77,7 @@ LONG = (
     "test_chaos",
     "test_generation",
     "test_job",
+    "test_submit",
     "test_tracking",
     "test_outage",
     "test_bucket",

@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import signal
-import socket
 import sqlite3
 import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -18,12 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.clusters import BIN, ray_head
 from tests.sweeps import TIMEOUT, all_runs, count, environment, events, table, write_sweep
 
 pytestmark = pytest.mark.ray
 
-ROOT = Path(__file__).parents[1]
-BIN = Path(sys.executable).parent
 SWEEP = "fixed: {method: fpl, train.steps: 5}\nseeds: [1]\n"
 COMMIT = "0123abc"  # of a working directory without its .git
 COUNT = 16
@@ -34,51 +27,10 @@ seeds: [1]
 """
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def head() -> Iterator[str]:
-    """A one-node cluster on loopback; only its own processes are ended afterwards."""
-    folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # Ray's sockets need a short path
-    port = free_port()
-    env = environment(
-        RAY_AUTH_MODE="disabled",
-        PATH=f"{BIN}{os.pathsep}{os.environ['PATH']}",
-        RAY_USAGE_STATS_ENABLED="0",
-    )
-    subprocess.run(
-        [
-            BIN / "ray",
-            "start",
-            "--head",
-            f"--port={free_port()}",
-            "--node-ip-address=127.0.0.1",
-            "--dashboard-host=127.0.0.1",
-            f"--dashboard-port={port}",
-            # Its default port is taken where another Ray runs; jobs then find no agent.
-            f"--dashboard-agent-listen-port={free_port()}",
-            "--num-cpus=2",
-            f"--temp-dir={folder}",
-        ],
-        env=env,
-        check=True,
-        capture_output=True,
-        timeout=120,
-    )
-    yield f"http://127.0.0.1:{port}"
-    for process in Path("/proc").iterdir():
-        try:
-            line = (process / "cmdline").read_bytes().decode()
-        except (OSError, UnicodeDecodeError):
-            continue
-        if folder in line:
-            os.kill(int(process.name), signal.SIGKILL)
-    time.sleep(0.5)
-    shutil.rmtree(folder, ignore_errors=True)
+    with ray_head() as address:
+        yield address
 
 
 def submit(address: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.clusters import Nodes, nodes, scaling
+from tests.nodes import Nodes, nodes, scaling
 from tests.sweeps import (
     TIMEOUT,
     airsweep,

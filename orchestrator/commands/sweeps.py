@@ -123,8 +123,7 @@ def run(
 
     airsweep run quickstart
 
-    ray job submit --address $ADDR --working-dir . -- python -m orchestrator run
-    sweeps/quickstart.yaml --store /shared/runs
+    airsweep run sweeps/quickstart.yaml --only method=air --set seeds=[1]
     """
     asked = load(spec, sets, only, smoke)
     place = place_for(asked, store, data_root)

@@ -1,0 +1,373 @@
+"""`airsweep submit`, `jobs` and `stop` against clusters that `ray start --head` made."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from orchestrator.lineage import commit
+from orchestrator.submit import Cluster, ClusterLost
+from tests.clusters import free_port, ray_head
+from tests.sweeps import TIMEOUT, airsweep, count, environment, events, table, write_sweep
+
+pytestmark = pytest.mark.ray
+
+OPEN = {"RAY_AUTH_MODE": "disabled"}
+COUNT = 12
+TRIALS = f"""
+grid: {{train.learning_rate: {[round(0.001 * n, 3) for n in range(1, COUNT + 1)]}}}
+fixed: {{method: fpl, train.steps: 200}}
+seeds: [1]
+"""
+# Sixty lines in six seconds, as a job of ours is known.
+COUNTING = "for n in $(seq 60); do echo line $n; sleep 0.1; done; exit 4"
+METADATA = {"airsweep.sweep": "default/counting", "airsweep.user": "me", "airsweep.store": "/none"}
+
+
+def asked_jobs(address: str, **env: str) -> dict[str, Any]:
+    """What `airsweep jobs --json` says, by id."""
+    done = airsweep("jobs", "--address", address, "--json", **{**OPEN, **env})
+    return {job["id"]: job for job in json.loads(done.stdout)}
+
+
+# ---------------------------------------------------------------- a token; its own cluster
+
+
+def test_the_token_of_a_cluster_lets_in_and_is_never_shown(tmp_path):
+    token, wrong = tmp_path / "token", tmp_path / "wrong"
+    token.write_text("a1" * 32)
+    wrong.write_text("b2" * 32)
+    for file in (token, wrong):
+        file.chmod(0o600)
+    right = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    sweep = write_sweep(tmp_path, "small", "fixed: {method: zero_shot}\nseeds: [1]\n")
+    with ray_head(**right) as address:
+        called = ("submit", sweep, "--address", address, "--store", tmp_path / "runs")
+        none = airsweep(*called, check=False, **OPEN)
+        assert none.returncode == 3
+        assert "wants a token, and none was sent; export RAY_AUTH_MODE=token" in none.stderr
+        other = airsweep(*called, check=False, **{**right, "RAY_AUTH_TOKEN_PATH": str(wrong)})
+        assert other.returncode == 3
+        assert "refuses the token that was sent; export RAY_AUTH_MODE=token" in other.stderr
+        gone = {**right, "RAY_AUTH_TOKEN_PATH": str(tmp_path / "gone")}
+        missing = airsweep(*called, check=False, **gone)
+        assert missing.returncode == 3
+        assert "RAY_AUTH_TOKEN_PATH" in missing.stderr
+
+        done = airsweep(*called, **right)
+        assert [row["method"] for row in table(tmp_path / "runs", "small")] == ["zero_shot"]
+        said = [none.stderr, other.stderr, missing.stderr, done.stdout, done.stderr]
+        assert not any("Traceback" in text for text in said)
+        kept = [path.read_bytes() for path in (tmp_path / "runs").rglob("*") if path.is_file()]
+        for secret in ("a1" * 8, "b2" * 8):
+            assert not any(secret in text for text in said)
+            assert not any(secret.encode() in content for content in kept)
+
+
+# ---------------------------------------------------------------- without one
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[str]:
+    with ray_head() as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("shared") / "runs"
+
+
+def test_a_sweep_from_anywhere_runs_there_and_its_log_is_followed(head, store, tmp_path):
+    sweep = write_sweep(tmp_path / "a folder", "far", "fixed: {method: zero_shot}\nseeds: [1]\n")
+    done = airsweep("submit", sweep, "--address", f"{head}/", "--store", store, **OPEN)
+    assert "zero_shot" in done.stdout  # the row, and the closing screen
+    assert " again    submit it again" in done.stdout
+    assert "default-far-1: SUCCEEDED, exit code 0" in done.stderr
+    assert f"airsweep table far --store {store}" in done.stderr
+    assert "INFO" not in done.stderr
+    assert [row["method"] for row in table(store, "far")] == ["zero_shot"]
+    first = events(store, "far")[0]
+    assert (first["event"], first["commit"]) == ("sweep_started", commit())
+    job = asked_jobs(head)["default-far-1"]
+    assert (job["state"], job["exit_code"], job["store"]) == ("SUCCEEDED", 0, str(store))
+
+
+def test_a_job_that_airsweep_refuses_ends_with_its_code(head, store, tmp_path):
+    sweep = write_sweep(tmp_path, "wide", "fixed: {method: fpl}\nseeds: [1]\n")
+    called = ("submit", sweep, "--address", head, "--store", store)
+    done = airsweep(*called, "--set", "resources.trial.cpu=99", check=False, **OPEN)
+    assert done.returncode == 3
+    assert "a trial asks for 99 CPU" in done.stdout  # the log of a job is one
+    assert "default-wide-1: FAILED, exit code 3" in done.stderr
+
+
+def test_a_python_that_is_not_there_is_told_with_the_remedy(head, store, tmp_path):
+    sweep = write_sweep(tmp_path, "snake", "fixed: {method: zero_shot}\nseeds: [1]\n")
+    called = ("submit", sweep, "--address", head, "--store", store, "--python", "/gone/python")
+    done = airsweep(*called, check=False, **OPEN)
+    assert done.returncode == 127
+    assert "give --python PATH" in done.stderr
+
+
+def test_detached_left_stopped_and_submitted_again_a_sweep_is_whole(head, store, tmp_path):
+    sweep = write_sweep(tmp_path, "long", TRIALS)
+    called = ("submit", sweep, "--address", head, "--store", store)
+    first = airsweep(*called, "--detach", "--json", **OPEN)
+    said = json.loads(first.stdout)
+    assert (said["id"], said["sweep"], said["store"]) == (
+        "default-long-1",
+        "default/long",
+        str(store),
+    )
+    assert said["commands"]["stop"] == f"airsweep stop default-long-1 --address {head}"
+
+    second = airsweep(*called, check=False, **OPEN)
+    assert second.returncode == 3
+    assert "ING already as default-long-1" in second.stderr
+    assert said["commands"]["stop"] in second.stderr
+
+    wait_for(lambda: count(events(store, "long"), "trial_done"))
+    stopped = airsweep("stop", "long", "--address", head, **OPEN)
+    assert "default-long-1: STOPPED, exit code 143" in stopped.stderr
+    assert "trials are left" in stopped.stderr  # its driver had time to close
+    found = events(store, "long")
+    assert count(found, "trial_done") < COUNT
+    assert (found[-1]["event"], found[-1]["exit_code"]) == ("sweep_ended", 143)
+    again = airsweep("stop", "default-long-1", "--address", head, **OPEN)
+    assert "it had ended before" in again.stderr
+    nothing = airsweep("stop", "long", "--address", head, check=False, **OPEN)
+    assert (nothing.returncode, "give the id of one: none" in nothing.stderr) == (2, True)
+
+    code, told = interrupted(called, "test ", head)
+    assert code == 130
+    assert "default-long-2 goes on without being followed" in told
+    assert f"ray job logs --address {head} --follow default-long-2" in told
+    wait_for(lambda: asked_jobs(head)["default-long-2"]["exit_code"] == 0)
+    found = events(store, "long")
+    done = [event["key"] for event in found if event["event"] == "trial_done"]
+    assert len(done) == len(set(done)) <= COUNT  # what ended as the driver did is reused
+    assert len(done) + count(found, "trial_reused") == COUNT
+    assert len(table(store, "long")) == COUNT
+
+
+def interrupted(called: tuple[Any, ...], word: str, address: str) -> tuple[int, str]:
+    """A submit that gets Ctrl-C once its log says `word`; its code and stderr."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "orchestrator", *map(str, called)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(**OPEN),
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if word in line:
+            break
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=TIMEOUT)
+    assert any(job["state"] == "RUNNING" for job in asked_jobs(address).values())
+    return process.returncode, told
+
+
+def wait_for(happened: Any) -> None:
+    deadline = time.monotonic() + TIMEOUT
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+
+
+def test_by_the_name_of_a_sweep_only_ones_own_job_is_stopped(head, monkeypatch):
+    other_job(head, "counting-0", monkeypatch, "sleep 600")
+    theirs = airsweep("stop", "counting", "--address", head, check=False, **OPEN)
+    assert theirs.returncode == 2
+    assert "no job of yours runs default/counting" in theirs.stderr
+    assert "counting-0 of me" in theirs.stderr
+    by_id = airsweep("stop", "counting-0", "--address", head, **OPEN)
+    assert "counting-0: STOPPED, exit code 143" in by_id.stderr
+    assert "its driver was killed before it had closed" in by_id.stderr
+
+
+# ---------------------------------------------------------------- a bad connection
+
+
+def other_job(
+    address: str, name: str, monkeypatch: pytest.MonkeyPatch, entrypoint: str = COUNTING
+) -> None:
+    from ray.job_submission import JobSubmissionClient
+
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    JobSubmissionClient(address).submit_job(
+        entrypoint=entrypoint, submission_id=name, metadata=METADATA
+    )
+
+
+@contextmanager
+def relay(port: int, to: str) -> Iterator[str]:
+    """A way to a server that is cut when the block ends."""
+    there = int(to.rpartition(":")[2])
+    listener = socket.create_server(("127.0.0.1", port))
+    open_ones: list[socket.socket] = [listener]
+
+    def pump(source: socket.socket, sink: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                sink.sendall(data)
+        with suppress(OSError):
+            sink.shutdown(socket.SHUT_WR)
+
+    def accept() -> None:
+        with suppress(OSError):
+            while True:
+                near, _ = listener.accept()
+                far = socket.create_connection(("127.0.0.1", there))
+                open_ones.extend((near, far))
+                for pair in ((near, far), (far, near)):
+                    threading.Thread(target=pump, args=pair, daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        for one in open_ones:
+            with suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+            one.close()
+
+
+def test_a_connection_that_breaks_is_taken_up_where_it_broke(head, monkeypatch):
+    other_job(head, "counting-1", monkeypatch)
+    port, log, said = free_port(), [], []
+    ended: list[Any] = []
+    with relay(port, head) as address:
+        cluster = Cluster(address)
+        follow = threading.Thread(
+            target=lambda: ended.append(cluster.follow("counting-1", log.append, said.append))
+        )
+        follow.start()
+        wait_for(lambda: "line 5\n" in "".join(log))
+    with socket.socket():
+        time.sleep(1.0)
+    with relay(port, head):
+        follow.join(TIMEOUT)
+    lines = [line for line in "".join(log).splitlines() if line.startswith("line ")]
+    assert lines == [f"line {n}" for n in range(1, 61)]
+    assert ended[0].exit_code == 4
+    assert any("trying again" in text for text in said)
+
+
+def test_a_connection_that_stays_away_is_told_and_the_job_goes_on(head, monkeypatch):
+    other_job(head, "counting-2", monkeypatch)
+    log: list[str] = []
+    caught: list[BaseException] = []
+
+    def follow() -> None:
+        try:
+            cluster.follow("counting-2", log.append, lambda text: None, lost_after=1.0)
+        except ClusterLost as lost:
+            caught.append(lost)
+
+    with relay(0, head) as address:
+        cluster = Cluster(address)
+        thread = threading.Thread(target=follow)
+        thread.start()
+        wait_for(lambda: "line 5\n" in "".join(log))
+    thread.join(TIMEOUT)
+    assert "[Errno 111] Connect" in str(caught[0])
+    wait_for(lambda: asked_jobs(head)["counting-2"]["exit_code"] == 4)
+
+
+def test_who_closes_the_output_ends_the_following_and_not_the_job(head, monkeypatch):
+    other_job(head, "counting-3", monkeypatch)
+
+    def closed(text: str) -> None:
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        Cluster(head).follow("counting-3", closed, lambda text: None)
+    wait_for(lambda: asked_jobs(head)["counting-3"]["exit_code"] == 4)
+
+
+# ---------------------------------------------------------------- what is no such cluster
+
+
+@contextmanager
+def server(status: int, body: str) -> Iterator[str]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *what: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as served:
+        threading.Thread(target=served.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{served.server_port}"
+        served.shutdown()
+
+
+def refused(address: str, **env: str) -> str:
+    """What is said of an address; each in a line, and nothing else happens."""
+    done = airsweep("jobs", "--address", address, check=False, **{**OPEN, **env})
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (3, "", 1)
+    return done.stderr
+
+
+def test_a_server_that_is_no_ray_is_told():
+    for status, body in ((404, "not found"), (200, "<html>"), (200, "{}"), (200, "[]"), (500, "")):
+        with server(status, body) as address:
+            assert f"{address} is no Ray cluster" in refused(address)
+
+
+def test_a_port_where_no_http_is_spoken_is_told():
+    def answer() -> None:
+        near, _ = listener.accept()
+        near.recv(65536)
+        near.sendall(b"\x00\x00\x18\x04\x00\x00\x00\x00\x00\x00\x04\x00@\r\n")
+        near.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=answer, daemon=True).start()
+        said = refused(f"http://127.0.0.1:{listener.getsockname()[1]}")
+    assert "no HTTP is spoken there" in said
+
+
+def test_a_cluster_of_another_version_is_told_with_both():
+    with server(200, json.dumps({"version": "4", "ray_version": "2.9.3"})) as address:
+        said = refused(address)
+    assert f"has Ray 2.9.3, and airsweep here runs on Ray {ray.__version__}" in said
+
+
+def test_an_address_where_nobody_answers_is_told():
+    assert "Connection refused" in refused(f"http://127.0.0.1:{free_port()}")
+    assert "Name or service not known" in refused("http://no-such-host.invalid:8265")
+
+
+@pytest.mark.parametrize("address", ["ray://head:10001", "head:6379", "auto", "https://"])
+def test_an_address_of_another_form_is_told_which_form(address):
+    assert "allowed: http://<head>:8265" in refused(address)
+
+
+def test_an_address_with_a_password_is_not_repeated():
+    assert "hunter2" not in refused("http://me:hunter2@head:8265")
+
+
+def test_the_option_wins_over_the_environment(head):
+    elsewhere = {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:1", "RAY_ADDRESS": "127.0.0.1:2"}
+    assert asked_jobs(head, **elsewhere) == asked_jobs(head)
