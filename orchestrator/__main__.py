@@ -15,6 +15,7 @@ from orchestrator.commands import (
     compare,
     data,
     files,
+    models,
     results,
     sweeps,
     tracked,
@@ -35,6 +36,7 @@ for commands in (files, sweeps, results, compare, tracked, bundle):
     app.add_typer(commands.app)
 app.add_typer(tracked.mlflow_app, name="mlflow")
 app.add_typer(data.app, name="data")
+app.add_typer(models.app, name="models")
 app.add_typer(cache.app, name="cache")
 app.add_typer(cluster.app, name="cluster")
 
