@@ -19,6 +19,7 @@ from orchestrator.commands import (
     results,
     sweeps,
     tracked,
+    usage,
 )
 from orchestrator.commands.common import code_of, fail
 
@@ -32,7 +33,7 @@ app = typer.Typer(
     "  airsweep run quickstart\n\n  airsweep table quickstart",
 )
 
-for commands in (files, sweeps, results, compare, tracked, bundle):
+for commands in (files, sweeps, results, compare, tracked, bundle, usage):
     app.add_typer(commands.app)
 app.add_typer(tracked.mlflow_app, name="mlflow")
 app.add_typer(data.app, name="data")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 import psutil
 
 from orchestrator.fit import Machine
+from orchestrator.store import DEVICES
 from orchestrator.variables import environment, of_ray_job
 
 # Read by Ray when it is imported. A silent Tune needs the first three.
@@ -101,6 +103,15 @@ def _lives(process: psutil.Process) -> bool:
         return process.is_running() and bool(process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
+
+
+def note_devices() -> None:
+    """Note what Ray has given to this worker, for the records of what it makes."""
+    import ray
+
+    given = ray.get_runtime_context().get_assigned_resources()
+    known = {"cpu": given.get("CPU", 0.0), "gpu": given.get("GPU", 0.0)}
+    os.environ[DEVICES] = json.dumps(known)
 
 
 def machines() -> tuple[Machine, ...]:
