@@ -206,11 +206,12 @@ def _filled(
         # Before the rename: what lies at its place has a manifest.
         write_whole(staging.manifest, sealed_json(known))
         staging.manifest.chmod(0o644)
-        os.rename(content, staging.place)
-    except OSError as problem:
-        if problem.errno in (errno.ENOTEMPTY, errno.EEXIST):  # nobody could lock, and he was faster
-            return _there(staging, False, watch)
-        raise
+        try:
+            os.rename(content, staging.place)
+        except OSError as problem:
+            if problem.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            return _there(staging, False, watch)  # nobody could lock, and he was faster
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return Staged(staging.place, known, found=False)
@@ -295,7 +296,13 @@ def _room(root: Path, needed: int, say: Callable[[str], None]) -> None:
 
 def _unpacked(sources: Sequence[Source], content: Path) -> Iterator[str]:
     for source in sources:
-        yield from source.unpack(content)
+        try:
+            yield from source.unpack(content)
+        except (FileExistsError, NotADirectoryError, IsADirectoryError) as problem:
+            place = Path(problem.filename).relative_to(content)
+            raise ValueError(
+                f"{source.path}: {place} cannot be written, since one name is a file and a folder"
+            ) from problem
 
 
 def _settled(content: Path) -> list[str]:

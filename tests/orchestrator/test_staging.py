@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from air_core.backbone.loading import load_backbone
 from air_core.datasets import DATASETS
 from air_core.datasets.published import ARCHIVES, PUBLISHED
 from air_core.diffusion.pipeline import PipelineGenerator
@@ -343,6 +344,20 @@ def test_links_in_a_zip_are_refused(tmp_path):
         open_source(tmp_path / "a.zip").members()
 
 
+@pytest.mark.parametrize("ending", [".zip", ".tar"])
+def test_a_name_that_is_a_file_and_a_folder_is_told(ending, tmp_path, command):
+    if ending == ".zip":
+        with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+            archive.writestr("cub", "x")
+            archive.writestr("cub/images", "x")
+    else:
+        tar_with(tmp_path / "a.tar", ("cub", FILE, ""), ("cub/images", FILE, ""))
+    words = ("data", "stage", "cub", "--from", tmp_path / f"a{ending}", "--to", tmp_path / "data")
+    code, _, err = command(*words)
+    assert code == 2
+    assert "one name is a file and a folder" in err
+
+
 def test_links_within_a_tar_are_unpacked(tmp_path):
     leaves(tmp_path / "leaves")
     (tmp_path / "leaves/oak/again.png").symlink_to("0001.png")
@@ -477,6 +492,36 @@ def test_a_trial_reads_a_staged_backbone(tmp_path):
     trial = Resolver(tmp_path / "digests.json", None).trial(flat)
     build_features(trial.features, Workshop(store))
     assert run_trial(trial, store).metrics["test/accuracy"] > 0.4  # 0.1 is chance
+
+
+def test_a_weights_file_becomes_a_folder_that_says_how_it_is_built(tmp_path):
+    import open_clip
+    import torch
+    from safetensors.torch import save_file
+
+    file = tmp_path / "vit_base_patch32.safetensors"
+    torch.manual_seed(0)
+    state = open_clip.create_model("ViT-B-32", pretrained=None).state_dict()
+    save_file({n: t.half() if t.is_floating_point() else t for n, t in state.items()}, file)
+    place = stage_model("ViT-B-32/openai", file, tmp_path / "models").place
+    assert below(place) == {"open_clip_config.json", "open_clip_model.safetensors"}
+    staged, named = load_backbone(place), load_backbone(f"ViT-B-32-quickgelu@{file}")
+    kinds = {type(module).__name__ for module in staged.model.modules()}
+    assert "QuickGELU" in kinds  # as those weights were trained; the architecture alone has none
+    pixels = [repr(one.preprocess).translate(str.maketrans("[]", "()")) for one in (staged, named)]
+    assert pixels[0] == pixels[1]
+    # Another name of the same file is another model.
+    plain = stage_model("ViT-B-32", file, tmp_path / "models/other").place
+    assert "quick_gelu" not in (plain / "open_clip_config.json").read_text()
+
+
+def test_weights_that_would_run_code_are_refused(tmp_path):
+    import torch
+
+    torch.save({"weights": Path("x")}, tmp_path / "code.pt")
+    with pytest.raises(ValueError, match="cannot be read"):
+        stage_model("RN50", tmp_path / "code.pt", tmp_path / "models")
+    assert below(tmp_path / "models") == set()
 
 
 def test_a_staged_generator_draws_what_the_one_draws_that_it_came_from(tmp_path):
