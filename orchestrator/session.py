@@ -106,9 +106,11 @@ def _lives(process: psutil.Process) -> bool:
 
 
 def note_devices() -> None:
-    """Note what Ray has given to this worker, for the records of what it makes."""
+    """Note what Ray has given to this process, if it is a worker, for records of what it makes."""
     import ray
 
+    if not ray.is_initialized() or ray.get_runtime_context().worker.mode != ray.WORKER_MODE:
+        return
     given = ray.get_runtime_context().get_assigned_resources()
     known = {"cpu": given.get("CPU", 0.0), "gpu": given.get("GPU", 0.0)}
     os.environ[DEVICES] = json.dumps(known)
