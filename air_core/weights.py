@@ -99,6 +99,34 @@ def find_backbone(name: str) -> ClipFolder | ClipFile:
     raise ValueError(f"backbone {name!r}: {folder} is not there; allowed: {BACKBONES}")
 
 
+def named_model(name: str) -> dict[str, Any] | None:
+    """open_clip's configuration of `<architecture>` or `<architecture>/<tag>`; None: no such
+    architecture.
+
+    Raises:
+        ValueError: it knows the architecture, and no such tag of it.
+    """
+    architecture, _, tag = name.partition("/")
+    if not (_open_clip() / "model_configs" / f"{architecture}.json").is_file():
+        return None
+    return _tagged(architecture, tag)[0] if tag else _architecture(architecture, name)
+
+
+def weights_as(name: str, file: Path) -> ClipFile:
+    """A weights file of one's own, as `<architecture>` or `<architecture>/<tag>` is built.
+
+    Raises:
+        ValueError: open_clip knows none of that name, or the file is of a kind that is not read.
+    """
+    architecture, _, tag = name.partition("/")
+    if not tag:
+        return _own_weights(architecture, file)
+    model, known = _tagged(architecture, tag)
+    _check_readable(file, architecture)
+    tokenizer = _tokenizer_files(architecture, model, beside=file.parent)
+    return ClipFile(architecture, file, model, _pixels(known), tokenizer)
+
+
 def tiny_folder() -> Path:
     """The embedded CLIP, an open_clip folder."""
     return Path(str(files("air_core") / "tiny" / "weights" / "clip"))
@@ -134,6 +162,14 @@ def _own_weights(architecture: str, file: Path) -> ClipFile:
 
 def _known_weights(architecture: str, tag: str) -> ClipFile:
     """`<architecture>/<tag>`."""
+    model, known = _tagged(architecture, tag)
+    weights = _fetched(architecture, tag, known)
+    tokenizer = _tokenizer_files(architecture, model, beside=None)
+    return ClipFile(architecture, weights, model, _pixels(known), tokenizer)
+
+
+def _tagged(architecture: str, tag: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What open_clip builds for `<architecture>/<tag>`, and what it knows of those weights."""
     name = f"{architecture}/{tag}"
     model = _architecture(architecture, name)
     known = _tag(architecture, tag)
@@ -146,9 +182,7 @@ def _known_weights(architecture: str, tag: str) -> ClipFile:
     # open_clip merely warns where a tag was trained with another activation than it builds.
     if known.get("quick_gelu"):
         model = model | {"quick_gelu": True}
-    weights = _fetched(architecture, tag, known)
-    tokenizer = _tokenizer_files(architecture, model, beside=None)
-    return ClipFile(architecture, weights, model, _pixels(known), tokenizer)
+    return model, known
 
 
 def _architecture(name: str, backbone: str) -> dict[str, Any]:
@@ -277,7 +311,7 @@ def generator_folder(name: str) -> Path:
 def generator_files(folder: Path) -> list[Path]:
     """Files of a diffusers folder that a pipeline is read from: what a digest is made of."""
     found = [folder / PIPELINE_CONFIG]
-    for part in _parts(folder):
+    for part in generator_parts(folder):
         found += [path for path in (folder / part).rglob("*") if path.is_file()]
     return sorted(found)
 
@@ -296,18 +330,19 @@ def check_lora_fits(folder: Path) -> None:
         )
 
 
-def _parts(folder: Path) -> list[str]:
-    """Subfolders of a pipeline. The safety checker is never loaded."""
+def generator_parts(folder: Path) -> dict[str, tuple[str, str]]:
+    """Subfolders of a pipeline, and of which library and class each is. The safety checker is never
+    loaded."""
     index = json.loads((folder / PIPELINE_CONFIG).read_text())
-    return [
-        name
+    return {
+        name: (value[0], value[1])
         for name, value in index.items()
         if isinstance(value, list) and value[0] is not None and name != "safety_checker"
-    ]
+    }
 
 
 def _missing_parts(folder: Path) -> list[str]:
-    return [part for part in _parts(folder) if not (folder / part).is_dir()]
+    return [part for part in generator_parts(folder) if not (folder / part).is_dir()]
 
 
 # ---------------------------------------------------------------- what others know

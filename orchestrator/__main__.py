@@ -15,10 +15,12 @@ from orchestrator.commands import (
     compare,
     data,
     files,
+    models,
     results,
     submit,
     sweeps,
     tracked,
+    usage,
 )
 from orchestrator.commands.common import code_of, fail
 
@@ -32,10 +34,11 @@ app = typer.Typer(
     "  airsweep run quickstart\n\n  airsweep table quickstart",
 )
 
-for commands in (files, sweeps, submit, results, compare, tracked, bundle):
+for commands in (files, sweeps, submit, results, compare, tracked, bundle, usage):
     app.add_typer(commands.app)
 app.add_typer(tracked.mlflow_app, name="mlflow")
 app.add_typer(data.app, name="data")
+app.add_typer(models.app, name="models")
 app.add_typer(cache.app, name="cache")
 app.add_typer(cluster.app, name="cluster")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from orchestrator.keys import RECIPES
 from orchestrator.recorded import Needs, merged
 from orchestrator.upkeep import Removal, Spoils
 
-LARGEST, SHOWN = 10, 20  # lines of a list that can be long
+LARGEST, SHOWN, OWNERS = 10, 20, 3  # of a list that can be long
 NAME_WIDTH = 56
 STAGES = tuple(dict.fromkeys(stage for stage, _ in RECIPES.values()))  # in the order of making
 
@@ -197,12 +197,14 @@ def spoils_screen(spoils: Spoils, removed: bool) -> str:
         lines.append(f"nothing was removed; --yes removes {total}")
     if spoils.sweep and spoils.removals:
         lines.append(f"{spoils.sweep} keeps its ledger; when it is run again it makes these again")
-    sizes: dict[str, int] = defaultdict(int)
-    for one in spoils.others:
-        sizes[one.user] += one.bytes
-    counts = Counter(one.user for one in spoils.others)
-    for user, count in counts.items():
-        lines.append(f"{count:,} made by {user} stay, {size(sizes[user])}: see --all-users")
+    if spoils.others:
+        users = [user for user, _ in Counter(one.user for one in spoils.others).most_common()]
+        more = f" and {len(users) - OWNERS} more" if len(users) > OWNERS else ""
+        total = size(sum(one.bytes for one in spoils.others))
+        lines += [
+            f"{len(spoils.others):,} of others ({', '.join(users[:OWNERS])}{more}) stay, {total}:",
+            "  --all-users lists them too, and with --yes removes them",
+        ]
     return "\n".join(lines)
 
 

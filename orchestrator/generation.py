@@ -24,7 +24,9 @@ from orchestrator.failures import CLASSES, Failure, classify
 from orchestrator.image_rows import build_image_block, open_generator
 from orchestrator.keys import artifact_key
 from orchestrator.plan import Need, name_of
+from orchestrator.session import note_devices
 from orchestrator.shares import Part, Pool, Shares
+from orchestrator.store import devices
 from orchestrator.sweep import GeneratorResources, Resources
 from orchestrator.workshop import Workshop
 
@@ -51,6 +53,7 @@ class Generate:
         import torch
 
         torch.set_num_threads(1)  # one actor a core; more threads would fight
+        note_devices()
         self.rows, self.shop = rows, shop
         self.notes = [Note(board, name_of(artifact_key(spec.images))) for spec in rows]
         self.open: tuple[int, Any] | None = None
@@ -74,7 +77,7 @@ class Generate:
             "error": [error],
             "failure_class": [name],
             "seconds": [time.monotonic() - started],
-            **{name: [count] for name, count in drawn.items()},
+            **{name: [count] for name, count in (drawn | devices()).items()},
         }
 
     def _drawn(self, spec: SyntheticFeaturesSpec, row: int, c: int, block: int) -> dict[str, float]:

@@ -14,6 +14,7 @@ from statistics import fmean
 from air_core.normal import normalised
 from orchestrator.dispatch import Outcome
 from orchestrator.keys import canonical_json
+from orchestrator.lineage import UNKNOWN
 from orchestrator.plan import Slot
 from orchestrator.report import percent, rows, shown
 from orchestrator.results import entry_of, flat_of, settings_of
@@ -110,6 +111,7 @@ def point_run(sweep: SweepSpec, done: Sequence[Done]) -> PointRun:
             "air.seed": _listed(one.seeds.get("seed", one.spec.seed) for one, _ in done),
             "air.split_seed": _listed(one.spec.split_seed for one, _ in done),
             "air.runs": f"{len(done)} of {len(sweep.seeds.values)}",
+            "air.user": ", ".join(sorted(_users(done))),
         },
         params=params,
         note=_note(done, len(sweep.seeds.values)),
@@ -117,6 +119,11 @@ def point_run(sweep: SweepSpec, done: Sequence[Done]) -> PointRun:
         started=min(started for started, _ in times),
         ended=max(ended for _, ended in times),
     )
+
+
+def _users(done: Sequence[Done]) -> set[str]:
+    """Who computed its trials, where that is known."""
+    return {str(record.made.get("user", UNKNOWN)) for _, record in done} - {UNKNOWN}
 
 
 def _listed(values: Iterable[int]) -> str:

@@ -21,6 +21,7 @@ from orchestrator.failures import CLASSES, Failure, classify, of_death
 from orchestrator.generation import draw
 from orchestrator.keys import artifact_key
 from orchestrator.plan import Need, holds, level, name_of
+from orchestrator.session import note_devices
 from orchestrator.shares import LOOK_EVERY, Pool, Shares
 from orchestrator.stages import build_features, build_labels, build_lora
 from orchestrator.sweep import Resources
@@ -115,6 +116,7 @@ def _run(spec: Any, shop: Workshop, gpu: float, board: Any) -> tuple[float, dict
     import_open_clip_alone()
     torch.set_num_threads(1)
     keep_to_share(gpu)
+    note_devices()
     started = time.monotonic()
     note = Note(board, name_of(artifact_key(spec)))
     shop.store.locks.waits = note.waits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 import psutil
 
 from orchestrator.fit import Machine, asked_of
+from orchestrator.store import DEVICES
 from orchestrator.sweep import GeneratorResources, Want
 from orchestrator.variables import environment, of_ray_job
 
@@ -102,6 +104,17 @@ def _lives(process: psutil.Process) -> bool:
         return process.is_running() and bool(process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
+
+
+def note_devices() -> None:
+    """Note what Ray has given to this process, if it is a worker, for records of what it makes."""
+    import ray
+
+    if not ray.is_initialized() or ray.get_runtime_context().worker.mode != ray.WORKER_MODE:
+        return
+    given = ray.get_runtime_context().get_assigned_resources()
+    known = {"cpu": given.get("CPU", 0.0), "gpu": given.get("GPU", 0.0)}
+    os.environ[DEVICES] = json.dumps(known)
 
 
 def machines() -> tuple[Machine, ...]:

@@ -42,6 +42,7 @@ ROW = "row.json"  # of a row, as record.json is of an artifact
 CODE = "code"  # folder: what each code that made something was made of
 UNFINISHED = "unfinished"  # folder: what long work has so far, `<12 digits of its key>-<code>`
 ROWS = ("images", "synthetic")  # stages that are rows
+DEVICES = "AIRSWEEP_DEVICES"  # what the cluster has given to this process, as JSON
 LIBRARIES = ("torch", "open_clip_torch", "diffusers", "peft", "transformers", "numpy")
 
 
@@ -277,6 +278,7 @@ class ArtifactStore:
                 "seconds": round((time.time() - started) * share + made.before, 3),
                 "host": socket.gethostname(),
                 **maker(),
+                **devices(),
                 "code": self._note_code(spec),
                 "versions": versions(),
                 "files": {p.name: file_digest(p) for p in sorted(work.iterdir())},
@@ -504,6 +506,12 @@ def maker() -> dict[str, str]:
         "commit": os.environ.get("AIRSWEEP_COMMIT", "unknown"),
         "dirty": os.environ.get("AIRSWEEP_DIRTY", ""),  # digest of what was not committed
     }
+
+
+def devices() -> dict[str, float]:
+    """Cores and GPUs, or shares of them, that this process holds; empty where nobody said."""
+    found: dict[str, float] = json.loads(os.environ.get(DEVICES) or "{}")
+    return {name: found[name] for name in ("cpu", "gpu") if name in found}
 
 
 @cache

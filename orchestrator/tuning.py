@@ -24,6 +24,7 @@ from orchestrator.dispatch import Dispatcher
 from orchestrator.failures import Failure, OutOfTime, classify, of_death
 from orchestrator.keys import artifact_key
 from orchestrator.replicas import run_trials
+from orchestrator.session import note_devices
 from orchestrator.sweep import ENCODER_BATCH, Resources
 from orchestrator.trial import WHOLE, Legs, is_over
 from orchestrator.workshop import Workshop, keep_to_share
@@ -55,6 +56,7 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]
         self.job = config
         import_open_clip_alone()
         keep_to_share(gpu)
+        note_devices()
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self.job = new_config

@@ -1,4 +1,4 @@
-"""Ray clusters of several machines on this one, which are lost and added, or come when asked for."""
+"""Ray clusters of several machines on this one: lost and added, or come when asked for."""
 
 from __future__ import annotations
 

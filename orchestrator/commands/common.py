@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
 
 import typer
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from orchestrator.plan import Plan
     from orchestrator.report import Entry, Row
     from orchestrator.sweep import SweepSpec
+
+T = TypeVar("T")
 
 SpecArgument = Annotated[str, typer.Argument(metavar="SPEC", help="a sweep file, or its bare name")]
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="a sweep, or PROJECT/NAME")]
@@ -63,6 +66,15 @@ AcceptOption = Annotated[
         metavar="STAGE",
         help="count what other code has made, since it would be the same; features, images, ...",
     ),
+]
+ChecksumOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--checksum", metavar="sha256:HEX", help="of what --from names, in its order; may repeat"
+    ),
+]
+VerifyOption = Annotated[
+    bool, typer.Option("--verify", help="read all of what is there, not its sizes alone")
 ]
 
 
@@ -154,3 +166,13 @@ def code_of(problem: Exception) -> int:
     if isinstance(problem, Refused | SweepBusy | StoreRefused | TrackerAway | RemoteAway):
         return REFUSED
     return BAD_INPUT if isinstance(problem, ValueError) else FAILED
+
+
+def watched(words: str, each: Iterable[T], total: int) -> Iterable[T]:
+    """Passes on what is done, with a bar on a terminal."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    quiet = not console.is_terminal
+    return track(each, words, total, console=console, transient=True, disable=quiet)

@@ -402,6 +402,7 @@ class MlflowTracker:
         experiment, lists = self._experiment(client)
         identity = {"air.kind": "sweep", "air.sweep": sweep.sweep}
         about = {"air.project": sweep.project, "air.spec_hash": sweep.spec_hash}
+        about["air.user"] = sweep.user
         if self._live:
             about[MLFLOW_RUN_NOTE] = sweep.note
         sweeps = list(search(client, experiment, "tags.`air.kind` = 'sweep'"))

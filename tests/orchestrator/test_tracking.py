@@ -564,6 +564,7 @@ def test_children_can_be_found_by_their_tags(mlflow_backend: Backend) -> None:
     assert expected.items() <= tags.items()
     (sweep,) = [r for r in runs_of(mlflow_backend.uri, mlflow_backend.project) if is_sweep(r)]
     expected = {"air.sweep": "quickstart", "air.project": "default", "air.spec_hash": "5f3a9c"}
+    expected["air.user"] = "ada"
     assert expected.items() <= sweep.data.tags.items()
     assert sweep.data.params == {"points": "12"}
 
