@@ -14,6 +14,7 @@ from orchestrator.commands import (
     cluster,
     compare,
     data,
+    doctor,
     files,
     results,
     sweeps,
@@ -31,7 +32,7 @@ app = typer.Typer(
     "  airsweep run quickstart\n\n  airsweep table quickstart",
 )
 
-for commands in (files, sweeps, results, compare, tracked, bundle):
+for commands in (files, sweeps, results, compare, tracked, bundle, doctor):
     app.add_typer(commands.app)
 app.add_typer(tracked.mlflow_app, name="mlflow")
 app.add_typer(data.app, name="data")

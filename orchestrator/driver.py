@@ -64,6 +64,7 @@ from orchestrator.running import Run
 from orchestrator.screen import Screen
 from orchestrator.store import ArtifactStore, StoreFull, maker
 from orchestrator.sweep import Budget, Cell, SweepSpec
+from orchestrator.variables import joins_a_cluster
 
 if TYPE_CHECKING:
     from orchestrator.ahead import Ahead
@@ -277,6 +278,7 @@ def _work(run: Run, plan: Plan, prepare_only: bool, cluster: ExitStack) -> int:
             problem = does_not_fit(plan, run.place.store, run.machines)
             if problem:
                 raise Refused(problem)
+            _look(run, plan)
         if not run.purse.affords_preparing(needs, run.place.store, _workers(run)):
             return _out_of_budget(run)
         _prepare(run, cells, needs)
@@ -360,11 +362,20 @@ def does_not_fit(
 def _start_cluster(cluster: ExitStack, run: Run) -> tuple[Machine, ...]:
     from orchestrator.session import MemoryPeak, ray_session
 
-    run.screen.say("starting Ray")
+    run.joined = joins_a_cluster()
+    run.screen.say("joining Ray" if run.joined else "starting Ray")
     machines = cluster.enter_context(ray_session(functools.partial(_lost, run)))
     run.peak = MemoryPeak()
     _heed_signals(run)  # ray.init replaces the handlers that were there before
     return machines
+
+
+def _look(run: Run, plan: Plan) -> None:
+    """Before any work: are the machines of a cluster that was joined fit for it?"""
+    if run.joined:
+        from orchestrator.preflight import check_machines
+
+        check_machines(plan, run.place, run.screen.say)
 
 
 def _heed_signals(run: Run) -> None:

@@ -66,15 +66,25 @@ def place_of(sweep: SweepSpec, store: Path | str, data_root: Path | None) -> Pla
     """
     relative = scheme_of(store) != S3 and not folder_of(store).is_absolute()
     if relative and in_ray_job():
-        raise Refused(
-            f"the store {str(store)!r} is relative, and this is a Ray job: its working directory "
-            "is thrown away at the end; give --store or AIRSWEEP_STORE an absolute folder that "
-            "every node sees, or s3://bucket/prefix"
-        )
-    project = sweep.project or os.environ.get("AIRSWEEP_PROJECT") or "default"
+        raise lost_store(store)
+    project = project_of(sweep)
     data = data_root or os.environ.get("AIRSWEEP_DATA") or sweep.data_root
     place = Place(open_store(store), project, sweep.name, Path(data) if data else None)
     return place.refresh()
+
+
+def lost_store(store: Path | str) -> Refused:
+    """What is wrong with a relative store of a job."""
+    return Refused(
+        f"the store {str(store)!r} is relative, and this is a Ray job: its working directory "
+        "is thrown away at the end; give --store or AIRSWEEP_STORE an absolute folder that "
+        "every node sees, or s3://bucket/prefix"
+    )
+
+
+def project_of(sweep: SweepSpec) -> str:
+    """Whose sweep this is."""
+    return sweep.project or os.environ.get("AIRSWEEP_PROJECT") or "default"
 
 
 def place_named(store: ArtifactStore, project: str, name: str) -> Place:

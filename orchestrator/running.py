@@ -63,6 +63,7 @@ class Run:
     purse: Purse
     tally: Tally = field(default_factory=Tally)
     machines: tuple[Machine, ...] = ()  # none before Ray is there
+    joined: bool = False  # a cluster that was there, of perhaps many machines
     peak: MemoryPeak | None = None  # nor this
     stopped: int | None = None  # exit code of who was stopped from outside
     hopeless: list[tuple[Need, Failure]] = field(default_factory=list)
