@@ -12,9 +12,9 @@ import shutil
 import tempfile
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +159,7 @@ def cluster(asking: Asking) -> Report:
     from orchestrator.session import ray_session
 
     report = Report()
+    _libraries(report)
     place = _place(report, asking)
     plan = _plan(report, asking, place)
     _tracker(report, asking, place)
@@ -179,7 +180,11 @@ HUBS = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HOME", "HF_HUB_CACHE")
 
 def _libraries(report: Report) -> None:
     """Against the ranges that airsweep was tested with."""
-    python, wanted = _ranges()
+    ranges = _ranges()
+    if ranges is None:
+        report.left_out("versions", "a copy of the code alone, which does not say what it needs")
+        return
+    python, wanted = ranges
     here = platform.python_version()
     if here not in SpecifierSet(python):
         remedy = f"make an environment with Python {python}"
@@ -207,15 +212,15 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _ranges() -> tuple[str, list[str]]:
+def _ranges() -> tuple[str, list[str]] | None:
     """Of Python and of libraries: of a checkout as its file says, else as it was installed."""
     file = ROOT / "pyproject.toml"
     if file.is_file():
         project = tomllib.loads(file.read_text())["project"]
         return project["requires-python"], project["dependencies"]
-    from importlib.metadata import metadata
-
-    return metadata("airsweep")["Requires-Python"], requires("airsweep") or []
+    with suppress(PackageNotFoundError):
+        return metadata("airsweep")["Requires-Python"], requires("airsweep") or []
+    return None
 
 
 def _ray_here(report: Report) -> None:

@@ -42,6 +42,7 @@ def looked_by_job(
             for package in PACKAGES:
                 leave = shutil.ignore_patterns("__pycache__", ".*")
                 shutil.copytree(ROOT / package, Path(folder, package), ignore=leave)
+            shutil.copyfile(ROOT / "pyproject.toml", Path(folder, "pyproject.toml"))
         if sweep is not None:
             Path(folder, "sweeps").mkdir()
             file = Path("sweeps", Path(sweep.spec.source).name)

@@ -330,6 +330,7 @@ def test_by_the_address_of_a_dashboard_a_cluster_looks_at_itself_as_a_job(spec, 
         done = run_at(address, spec, tmp_path / "runs", "--cluster", do="doctor", **to)
         assert done.returncode == 0, done.stdout + done.stderr
         assert "cluster    ok  1 machine, 1 CPU, 0 GPU" in done.stdout
+        assert "versions   ok  Python" in done.stdout  # the cluster's, in the ranges of this code
         assert not (tmp_path / "runs" / "sweeps").exists()
         words = ("--cluster", "--json", "--set", "backbone=/nowhere")
         done = run_at(address, spec, "runs", *words, do="doctor", **to)
