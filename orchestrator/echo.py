@@ -44,9 +44,10 @@ def _in_folder(root: Path, word: str) -> Iterator[Echoed]:
     made = [one for one in (root, *root.parents) if not one.exists()]
     try:
         for left in (root / PROBES).glob("*"):
-            if time.time() - left.stat().st_mtime > STALE:
-                shutil.rmtree(left, ignore_errors=True)
-        folder.mkdir(parents=True)
+            with suppress(OSError):  # its own driver has removed it
+                if time.time() - left.stat().st_mtime > STALE:
+                    shutil.rmtree(left, ignore_errors=True)
+        _make(folder)
         (folder / DRIVER).write_text(word)
         yield lambda name: _comes(folder / name, word)
     finally:
@@ -54,6 +55,15 @@ def _in_folder(root: Path, word: str) -> Iterator[Echoed]:
         with suppress(OSError):  # somebody else is at it
             for place in (folder.parent, *made):
                 place.rmdir()
+
+
+def _make(folder: Path) -> None:
+    """Drivers that end remove the folder above, where they find it empty."""
+    for _ in range(100):
+        with suppress(FileNotFoundError):
+            folder.mkdir(parents=True)
+            return
+    folder.mkdir(parents=True)
 
 
 @contextmanager
