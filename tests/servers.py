@@ -96,7 +96,9 @@ def full_bucket(server: S3Server) -> Iterator[str]:
 
     class Full(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            asked = urllib.request.Request(server.url + self.path, method=self.command)
+            headers = {name: value for name, value in self.headers.items() if name != "Host"}
+            url = server.url + self.path
+            asked = urllib.request.Request(url, headers=headers, method=self.command)
             try:
                 answer = urllib.request.urlopen(asked)
             except urllib.error.HTTPError as refusal:
