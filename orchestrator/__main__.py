@@ -14,6 +14,7 @@ from orchestrator.commands import (
     cluster,
     compare,
     data,
+    doctor,
     files,
     models,
     results,
@@ -34,7 +35,7 @@ app = typer.Typer(
     "  airsweep run quickstart\n\n  airsweep table quickstart",
 )
 
-for commands in (files, sweeps, submit, results, compare, tracked, bundle, usage):
+for commands in (files, sweeps, submit, doctor, results, compare, tracked, bundle, usage):
     app.add_typer(commands.app)
 app.add_typer(tracked.mlflow_app, name="mlflow")
 app.add_typer(data.app, name="data")

@@ -60,6 +60,7 @@ from orchestrator.screen import Screen, clock
 from orchestrator.stall import Stall
 from orchestrator.store import ArtifactStore, StoreFull, maker
 from orchestrator.sweep import Budget, Cell, SweepSpec
+from orchestrator.variables import joins_a_cluster
 
 if TYPE_CHECKING:
     from orchestrator.shares import Shares
@@ -274,6 +275,7 @@ def _work(run: Run, plan: Plan, prepare_only: bool, cluster: ExitStack) -> int:
             if run.shares is None:
                 run.shares = _start_cluster(cluster, run)
                 _wait_for_machines(run, plan)
+                _look(run, plan)
             inputs.begin()
             if job is not None:
                 _tune(run, dispatcher, inputs)
@@ -353,7 +355,8 @@ def _start_cluster(cluster: ExitStack, run: Run) -> Shares:
     from orchestrator.session import Cluster, MemoryPeak, ray_session
     from orchestrator.shares import Shares
 
-    run.screen.say("starting Ray")
+    run.joined = joins_a_cluster()
+    run.screen.say("joining Ray" if run.joined else "starting Ray")
     cluster.enter_context(ray_session(functools.partial(_lost, run)))
     run.peak = MemoryPeak()
     _heed_signals(run)  # ray.init replaces the handlers that were there before
@@ -380,6 +383,14 @@ def _wait_for_machines(run: Run, plan: Plan) -> None:
             run.shares.ask_for_more()
             asked = True
         time.sleep(min(wait, 1.0))
+
+
+def _look(run: Run, plan: Plan) -> None:
+    """Before any work: are the machines of a cluster that was joined fit for it?"""
+    if run.joined:
+        from orchestrator.preflight import check_machines
+
+        check_machines(plan, run.place, run.screen.say)
 
 
 def _heed_signals(run: Run) -> None:

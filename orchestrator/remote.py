@@ -313,11 +313,17 @@ class Remote:
             return f"{self}: there is no bucket {self.bucket!r}; make it, or mind the name"
         if code in DENIED:
             return f"{self}: no permission ({code}): {said}; {CREDENTIALS}"
+        if code in NO_ROOM:
+            return f"{self} is full ({code}: {said}); make room there, or give another --store"
         return f"{self}: {code}: {said}"
 
 
 CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, on every machine"
 ABSENT = ("NoSuchKey", "404", "412", "PreconditionFailed", "409", "ConditionalRequestConflict")
+NO_ROOM = (
+    *("507", "InsufficientStorage", "QuotaExceeded"),
+    *("XMinioStorageFull", "XMinioAdminBucketQuotaExceeded"),
+)
 DENIED = ("AccessDenied", "403", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken")
 
 

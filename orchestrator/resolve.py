@@ -123,7 +123,7 @@ class Resolver:
         """
         if (role, name) not in self._refs:
             try:
-                folder, found = _read_from(role, name)
+                folder, found = read_from(role, name)
                 settings = weights_settings(name) if role == "backbone" else {}
             except ValueError as problem:
                 raise NotThere(str(problem)) from None
@@ -168,7 +168,7 @@ def _places(files: Sequence[Path]) -> list[str]:
     return [str(file.relative_to(common)) for file in files]
 
 
-def _read_from(role: str, name: str) -> tuple[Path, list[Path]]:
+def read_from(role: str, name: str) -> tuple[Path, list[Path]]:
     """All files that make up weights or ready images, and the folder that they are in."""
     if role == "backbone":
         found = weights_files(name)

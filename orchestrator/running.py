@@ -66,6 +66,7 @@ class Run:
     purse: Purse
     tally: Tally = field(default_factory=Tally)
     shares: Shares | None = None  # none before Ray is there
+    joined: bool = False  # a cluster that was there, of perhaps many machines
     peak: MemoryPeak | None = None  # nor this
     stall: Stall | None = None  # nor this
     stopped: int | None = None  # exit code of who was stopped from outside

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
+import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +18,7 @@ from typing import Any
 import psutil
 
 from orchestrator.fit import Machine, asked_of
+from orchestrator.place import Refused
 from orchestrator.store import DEVICES
 from orchestrator.sweep import GeneratorResources, Want
 from orchestrator.variables import environment, of_ray_job
@@ -29,6 +33,7 @@ QUIET = {
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # else its C++ part warns of actors' arguments
 }
 DAEMONS = ("raylet", "gcs_server")  # of a local cluster: without them there is none
+REACHED = 10.0  # seconds that a cluster has to take a connection: its head may just start anew
 OBJECT_STORE_BYTES = 256 * 2**20  # artifacts travel by the store, not by Ray
 # Of a local cluster: an idle worker is kept for the next task, which need not load torch again. Ray
 # would end it after a second.
@@ -45,6 +50,9 @@ def ray_session(lost: Callable[[], None] = lambda: None) -> Iterator[tuple[Machi
     Args:
         lost: called on a thread when a local cluster has died. Some ten seconds later Ray ends this
             process, and no `finally` runs.
+
+    Raises:
+        Refused: there is no cluster to be joined at RAY_ADDRESS, or it lets us not in.
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
@@ -62,8 +70,7 @@ def ray_session(lost: Callable[[], None] = lambda: None) -> Iterator[tuple[Machi
     if joined:
         told = {"AIRSWEEP_COMMIT", "AIRSWEEP_DIRTY", "AIRSWEEP_USER", "AIRSWEEP_SWEEP"}
         passed = {name: os.environ[name] for name in (told & os.environ.keys()) - of_ray_job()}
-        with _muted_errors():
-            ray.init(runtime_env={"env_vars": passed}, **quiet)
+        _join(os.environ["RAY_ADDRESS"], runtime_env={"env_vars": passed}, **quiet)
     else:
         package_root = str(Path(__file__).resolve().parents[1])
         path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
@@ -88,6 +95,72 @@ def ray_session(lost: Callable[[], None] = lambda: None) -> Iterator[tuple[Machi
     finally:
         over.set()
         ray.shutdown()
+
+
+def _join(address: str, **how: Any) -> None:
+    """
+    Raises:
+        Refused: it cannot be joined; says why, and what to do.
+    """
+    import ray
+    from ray.exceptions import AuthenticationError
+
+    _reach(address)
+    try:
+        with _muted_errors():
+            ray.init(**how)
+    except (ConnectionError, AuthenticationError) as problem:
+        raise Refused(
+            f"the Ray at {address} lets us not in ({_line(problem)}); if it demands a token, "
+            "export RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE with the one of that "
+            "cluster; if it was just started, try again"
+        ) from problem
+    except (RuntimeError, ValueError) as problem:
+        if "Version mismatch" not in str(problem):
+            raise Refused(f"{address} cannot be joined: {_line(problem)}") from problem
+        theirs, ours = (" and ".join(each) for each in _versions_in(str(problem)))
+        raise Refused(
+            f"the cluster at {address} has {theirs}, and here is {ours}; install the same here, or "
+            "let the cluster's own Python run it: `ray job submit ... -- python -m orchestrator`"
+        ) from problem
+
+
+def _reach(address: str) -> None:
+    """Ray itself would wait for minutes where nobody listens.
+
+    Raises:
+        Refused: nobody does.
+    """
+    host, _, port = address.rpartition(":")
+    if not port.isdigit() or "//" in host:
+        return
+    give_up = time.monotonic() + REACHED
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=REACHED).close()
+            return
+        except OSError as problem:
+            if time.monotonic() > give_up:
+                raise Refused(
+                    f"no Ray answers at {address}, the RAY_ADDRESS ({problem}); is the cluster up, "
+                    "and is this its head and port, such as 10.0.0.1:6379?"
+                ) from problem
+        time.sleep(0.5)
+
+
+def _versions_in(problem: str) -> list[list[str]]:
+    """Of the cluster and of this process, as Ray says it.
+
+    >>> _versions_in("there: Ray: 2.9.0 Python: 3.11.2; here: Ray: 2.8.0 Python: 3.11.1")
+    [['Ray 2.9.0', 'Python 3.11.2'], ['Ray 2.8.0', 'Python 3.11.1']]
+    """
+    found = re.findall(r"(Ray|Python): ([\w.+]+)", problem)
+    said = [f"{name} {version}" for name, version in found]
+    return [said[:2], said[2:]]
+
+
+def _line(problem: Exception) -> str:
+    return f"{problem}".strip().partition("\n")[0]
 
 
 def _watch(

@@ -10,23 +10,26 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.servers import free_port
 from tests.sweeps import environment
 
 BIN = Path(sys.executable).parent
+RAY = str(Path(sys.executable).parent / "ray")
+
 NODE = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
 # A machine that says nothing is given up after seconds, where Ray's own defaults wait for 20.
 QUICK = {"health_check_period_ms": 1000, "health_check_timeout_ms": 2000}
 
 
-class TwoNodes:
-    """`address` for RAY_ADDRESS; the first node has the driver."""
+class OneNode:
+    """`address` for RAY_ADDRESS; others join it for a while."""
 
     def __init__(self) -> None:
         from ray.cluster_utils import Cluster
@@ -35,16 +38,64 @@ class TwoNodes:
             initialize_head=True,
             head_node_args={**NODE, "include_dashboard": False, "_system_config": QUICK},
         )
-        self._second = self._cluster.add_node(**NODE)
         self.address: str = self._cluster.address
+
+    @contextmanager
+    def joined(
+        self, *options: str, inside: Sequence[str] = (), **more: str
+    ) -> Iterator[subprocess.Popen[bytes]]:
+        """A machine for as long as the block lasts; its raylet's process group is yielded.
+
+        Args:
+            options: of `ray start`.
+            inside: what the command begins with, such as `nsenter` into other mounts.
+            more: of its environment.
+        """
+        words = ["start", f"--address={self.address}", "--num-cpus=1", "--block", *options]
+        store = f"--object-store-memory={NODE['object_store_memory']}"
+        before = self.alive()
+        process = subprocess.Popen(
+            [*inside, RAY, *words, store, "--include-log-monitor=false"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=environment(**more),
+            start_new_session=True,
+        )
+        try:
+            self._until(before + 1, process)
+            yield process
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            self._until(before, None)
+
+    def alive(self) -> int:
+        """How many machines the head counts."""
+        return sum(node["Alive"] for node in self._cluster.global_state.node_table())
+
+    def _until(self, count: int, process: subprocess.Popen[bytes] | None) -> None:
+        give_up = time.monotonic() + 120
+        while self.alive() != count:
+            assert process is None or process.poll() is None, process.communicate()[0].decode()
+            assert time.monotonic() < give_up, f"{self.alive()} machines, not {count}"
+            time.sleep(0.1)
+
+    def shutdown(self) -> None:
+        self._cluster.shutdown()
+
+
+class TwoNodes(OneNode):
+    """`address` for RAY_ADDRESS; the first node has the driver."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._second = self._cluster.add_node(**NODE)
 
     def kill_second(self) -> None:
         """kill -9 of its raylet; its workers go with it."""
         for raylet in self._second.all_processes["raylet"]:
             raylet.process.kill()
-
-    def shutdown(self) -> None:
-        self._cluster.shutdown()
 
 
 @contextmanager
@@ -56,12 +107,6 @@ def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[TwoNodes]:
         yield cluster
     finally:
         cluster.shutdown()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager
@@ -112,3 +157,69 @@ def ray_head(**more: str) -> Iterator[str]:
                 os.kill(int(process.name), signal.SIGKILL)
         time.sleep(0.5)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def one_node(monkeypatch: pytest.MonkeyPatch) -> Iterator[OneNode]:
+    for name, value in environment(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0").items():
+        monkeypatch.setenv(name, value)
+    cluster = OneNode()
+    try:
+        yield cluster
+    finally:
+        cluster.shutdown()
+
+
+@contextmanager
+def head(jobs: bool = False, **more: str) -> Iterator[str]:
+    """A cluster of one machine, by `ray start --head`; its address.
+
+    Args:
+        jobs: it takes jobs, and its address is that for them.
+        more: of its environment.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))  # Ray's sockets need a short path
+    address = f"127.0.0.1:{free_port()}"
+    known = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", **more}
+    words = (
+        f"--port={address.partition(':')[2]}",
+        "--node-ip-address=127.0.0.1",
+        f"--ray-client-server-port={free_port()}",
+        f"--include-dashboard={jobs}",
+        "--num-cpus=1",
+        f"--object-store-memory={NODE['object_store_memory']}",
+        f"--temp-dir={folder}",
+    )
+    if jobs:
+        address = f"127.0.0.1:{free_port()}"
+        words += ("--dashboard-host=127.0.0.1", f"--dashboard-port={address.partition(':')[2]}")
+        # Its default port is taken where another Ray runs; jobs then find no agent.
+        words += (f"--dashboard-agent-listen-port={free_port()}",)
+        known["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=environment(**known),
+        start_new_session=True,
+    )
+    try:
+        _listens(address, process)
+        yield f"http://{address}" if jobs else address
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _listens(address: str, process: subprocess.Popen[bytes]) -> None:
+    host, _, port = address.partition(":")
+    give_up = time.monotonic() + 120
+    while True:
+        with suppress(OSError):
+            socket.create_connection((host, int(port)), timeout=5).close()
+            return
+        assert process.poll() is None, process.communicate()[0].decode()
+        assert time.monotonic() < give_up, "no head after two minutes"
+        time.sleep(0.2)

@@ -75,6 +75,7 @@ LONG = (
     "test_runs",
     "test_slurm",
     "test_chaos",
+    "test_preflight",
     "test_generation",
     "test_job",
     "test_submit",

@@ -8,9 +8,12 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from orchestrator.tracking import SERVER_ENVIRONMENT, serve_command
@@ -84,6 +87,51 @@ class S3Server:
         import boto3
 
         boto3.client("s3", endpoint_url=self.url).create_bucket(Bucket=name)
+
+
+@contextlib.contextmanager
+def full_bucket(server: S3Server) -> Iterator[str]:
+    """The address of the same server when its disk has no room: what is there can be read, and
+    each write gets MinIO's answer."""
+
+    class Full(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            headers = {name: value for name, value in self.headers.items() if name != "Host"}
+            url = server.url + self.path
+            asked = urllib.request.Request(url, headers=headers, method=self.command)
+            try:
+                answer = urllib.request.urlopen(asked)
+            except urllib.error.HTTPError as refusal:
+                answer = refusal
+            with answer:
+                self._answer(answer.status, answer.read(), dict(answer.headers))
+
+        do_HEAD = do_GET
+
+        def do_PUT(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            said = "Storage backend has reached its minimum free drive threshold."
+            body = f"<Error><Code>XMinioStorageFull</Code><Message>{said}</Message></Error>"
+            self._answer(507, body.encode(), {"Content-Type": "application/xml"})
+
+        do_DELETE = do_PUT
+
+        def _answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+            self.send_response(status)
+            for name, value in headers.items():
+                if name.lower() not in ("content-length", "connection", "transfer-encoding"):
+                    self.send_header(name, value)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *of: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Full) as full:
+        threading.Thread(target=full.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{full.server_port}"
+        full.shutdown()
 
 
 def free_port() -> int:

@@ -1,0 +1,99 @@
+"""The command that looks at this machine, or at a cluster, and starts nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+
+from orchestrator.commands.common import (
+    STORE,
+    DataOption,
+    JsonOption,
+    OnlyOption,
+    SetOption,
+    StoreOption,
+    TrackingOption,
+    load,
+)
+
+app = typer.Typer()
+
+
+@app.command()
+def doctor(
+    spec: Annotated[
+        str | None,
+        typer.Argument(metavar="SPEC", help="a sweep file, or its bare name", show_default=False),
+    ] = None,
+    store: StoreOption = STORE,
+    data_root: DataOption = None,
+    tracking_uri: TrackingOption = None,
+    sets: SetOption = None,
+    only: OnlyOption = None,
+    cluster: Annotated[
+        bool, typer.Option("--cluster", help="look at each machine of a cluster")
+    ] = False,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            "--address",
+            metavar="ADDRESS",
+            help="http://head:8265, to which a job is sent, or head:6379; default: RAY_ADDRESS",
+        ),
+    ] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="open no connection")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Look whether this machine or a cluster is fit for sweeps; runs none.
+
+    Ends with 0 when all is well, else with 3 and what to do.
+
+    airsweep doctor quickstart
+
+    airsweep doctor quickstart --cluster --address http://head:8265 --store /shared/runs
+    """
+    from orchestrator import doctor
+    from orchestrator.place import REFUSED
+    from orchestrator.variables import environment
+
+    at = address or os.environ.get("RAY_ADDRESS")
+    if cluster and not at:
+        raise ValueError("which cluster? give --address http://<head>:8265, or set RAY_ADDRESS")
+    if address and not cluster:
+        raise ValueError("--address: allowed with --cluster")
+    if cluster and offline:
+        raise ValueError("--offline: a cluster cannot be looked at without a connection")
+    sweep = load(spec, sets, only) if spec else None
+    asking = doctor.Asking(sweep, store, data_root, tracking_uri, offline)
+    if not cluster:
+        found = doctor.this_machines(asking).json()
+    elif "://" in str(at):
+        from orchestrator.doctor_job import looked_by_job
+
+        known = {"--store": store, "--data-root": data_root, "--tracking-uri": tracking_uri}
+        options = [word for name, value in known.items() if value for word in (name, str(value))]
+        found = looked_by_job(str(at), sweep, options)
+    else:
+        with environment({"RAY_ADDRESS": str(at)}), _stdout_kept():
+            found = doctor.cluster(asking).json()
+    print(json.dumps(found, indent=1) if as_json else doctor.screen(found))
+    sys.exit(0 if found["ok"] else REFUSED)
+
+
+@contextmanager
+def _stdout_kept() -> Iterator[None]:
+    """Ray prints to file descriptor 1 whatever it is told; stdout is for data."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
