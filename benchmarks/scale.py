@@ -19,12 +19,13 @@ import heapq
 import itertools
 import json
 import math
+import os
 import statistics
 import sys
 import tempfile
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -56,8 +57,8 @@ class Costs:
     """Of the machinery, in seconds."""
 
     block: float
-    start: float = 0.0  # of the first actor of a pool, until it draws
-    actor: float = 0.0  # more for each further one: here they share two cores
+    start: float = 0.0  # of an actor, until it draws
+    starts: tuple[float, ...] = ()  # the same of each of the first pool, where they differ
     gap: float = 0.0  # of an actor, between two blocks
     driver: float = 0.0  # of the driver, which does one thing at a time, for each block
     job: float = 0.0  # between two jobs of a slot
@@ -235,7 +236,7 @@ class Simulation:
             device = self.free.index(1.0)
             self.free[device] = 0.0
             self.pool[device] = False
-            after = self.costs.start + self.costs.actor * place
+            after = self.costs.starts[place] if self.costs.starts else self.costs.start
             self._later(after, lambda d=device, g=self.generation: self._draw(d, g))
 
     def _close_pool(self) -> None:
@@ -404,7 +405,7 @@ class Watch:
     told: list[tuple[float, dict[str, Any]]] = field(default_factory=list)
 
     def prepared(self, need: Any, seconds: float, facts: dict[str, Any]) -> None:
-        self.told.append((time.monotonic(), facts))
+        self.told.append((time.time(), facts))
 
     def progress(self, name: str, done: int, total: int) -> None:
         pass
@@ -422,23 +423,39 @@ class Sleeping:
         pass
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        began = time.monotonic()
+        began = time.time()
         time.sleep(self.seconds)
         facts = {name: [int(batch[name][0])] for name in ("row", "class", "block")}
         facts |= {name: [0] for name in ("drawn", "redrawn", "holes")}
-        taken = [time.monotonic() - began]
-        return {**facts, "error": [""], "failure_class": [""], "seconds": taken}
+        facts |= {"began": [began], "pid": [os.getpid()], "seconds": [time.time() - began]}
+        return {**facts, "error": [""], "failure_class": [""]}
+
+
+def noting() -> type:
+    """`generation.Generate`, which also says when it began and who it is."""
+    from orchestrator.generation import Generate
+
+    class Noting(Generate):
+        def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+            began = time.time()
+            return {**super().__call__(batch), "began": [began], "pid": [os.getpid()]}
+
+    return Noting
 
 
 @dataclass(frozen=True)
 class Run:
     """What drawing some blocks took."""
 
-    actors: int
     blocks: int
     block: float  # mean seconds of one
-    start: float  # until the first began
+    starts: tuple[float, ...]  # of each actor, until it first began
     whole: float
+
+    @property
+    def gap(self) -> float:
+        """Seconds of an actor between two blocks, where there is one actor."""
+        return max(0.0, (self.whole - self.starts[0]) / self.blocks - self.block)
 
 
 def real(folder: Path, actors: int, blocks: int, seconds: float | None) -> Run:
@@ -450,67 +467,81 @@ def real(folder: Path, actors: int, blocks: int, seconds: float | None) -> Run:
     from orchestrator.sweep import GeneratorResources, Resources
     from orchestrator.workshop import Workshop
 
-    own = generation.Generate
-    if seconds is not None:
-        # Of its own for each run: workers are sent the class by value.
-        generation.Generate = type("Sleeping", (Sleeping,), {"seconds": seconds})
+    own, watch = generation.Generate, Watch()
+    # A class of its own for each run: workers are sent it by value.
+    put: Any = noting() if seconds is None else type("Sleeping", (Sleeping,), {"seconds": seconds})
     flat = {"dataset": "digits", "backbone": "tiny", "generator": "tiny", "lora": None}
     row = Resolver(folder / "digests.json", None).trial(flat).synthetic_features
+    assert row is not None
     need = Need(row, math.ceil(blocks / 10) * row.images.block_size, tuple(range(10)))
     store = ArtifactStore(Path(tempfile.mkdtemp(dir=folder)))
     resources = Resources(generator=GeneratorResources(actors=actors, cpu=0.1))
-    watch = Watch()
-    started = time.monotonic()
-    generation.draw([need], Workshop(store), resources, watch)
-    generation.Generate = own
-    whole = watch.told[-1][0] - started
-    took = [facts["seconds"] for _, facts in watch.told]
-    assert len(took) == len(need.shards()), "a block was not drawn"
+    started = time.time()
+    generation.Generate = put  # type: ignore[misc]
+    try:
+        generation.draw([need], Workshop(store), resources, watch)
+    finally:
+        generation.Generate = own  # type: ignore[misc]
+    began: dict[int, float] = {}
+    for _, facts in watch.told:
+        began[facts["pid"]] = min(facts["began"], began.get(facts["pid"], math.inf))
+    assert len(watch.told) == len(need.shards()), "a block was not drawn"
     return Run(
-        actors, len(took), statistics.mean(took), watch.told[0][0] - started - took[0], whole
+        len(watch.told),
+        statistics.mean(facts["seconds"] for _, facts in watch.told),
+        tuple(sorted(at - started for at in began.values())),
+        watch.told[-1][0] - started,
     )
 
 
 def foretold(run: Run, costs: Costs) -> float:
-    """Seconds that the simulation says of a run."""
-    group = Group((), run.blocks, ())
-    return Simulation([group], run.actors, costs, Policy()).run().end
+    """Seconds that the simulation says of a run, told how long a block takes and when each actor
+    was up."""
+    told = replace(costs, block=run.block, starts=run.starts)
+    return Simulation([Group((), run.blocks, ())], len(run.starts), told, Policy()).run().end
 
 
 def measured(folder: Path, say: Callable[[str], None]) -> tuple[Costs, dict[str, Any]]:
     """Costs of this machine's machinery, and how well they foretell other runs."""
     from orchestrator.session import ray_session
 
-    ours: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, float]] = {}
 
-    def held(name: str, run: Run, costs: Costs) -> None:
-        said = foretold(run, costs)
-        ours[name] = {"said_s": said, "took_s": run.whole, "ratio": said / run.whole}
-        say(
-            f"{name}: {run.blocks} blocks of {run.block:.2f} s on {run.actors} actors: "
-            f"said {said:.1f} s, took {run.whole:.1f} s"
-        )
+    def hold(name: str, run: Run, costs: Costs) -> None:
+        said, ideal = foretold(run, costs), foretold(run, Costs(0.0))
+        found[name] = {
+            "actors": len(run.starts),
+            "blocks": run.blocks,
+            "block_s": run.block,
+            "last_start_s": run.starts[-1],
+            "said_s": said,
+            "took_s": run.whole,
+            "ratio": said / run.whole,
+            "busy": run.blocks * run.block / sum(run.whole - start for start in run.starts),
+            "overhead_ms": 1000 * (run.whole - ideal) * len(run.starts) / run.blocks,
+        }
+        say(f"{name}: {json.dumps(_rounded(found[name]))}")
 
     with ray_session():
         one = real(folder, 1, 40, SLEEP)
-        many = real(folder, 16, 320, 0.0)
-        gap = max(0.0, (one.whole - one.start) / one.blocks - one.block)
-        driver = (many.whole - many.start) / many.blocks
-        costs = Costs(0.0, one.start, max(0.0, many.start - one.start) / 15, gap - driver, driver)
-        say(f"calibrated: {costs}")
+        many = real(folder, 16, 480, 0.0)
+        driver = (many.whole - many.starts[-1]) / many.blocks
+        costs = Costs(0.0, gap=max(0.0, one.gap - driver), driver=driver)
+        say(f"calibrated: {costs}, an actor is up after {one.starts[0]:.1f} s")
         for actors in (2, 4, 8, 16):
-            run = real(folder, actors, 20 * actors, SLEEP)
-            held(f"{actors} sleep", run, replace(costs, block=SLEEP))
-        drawn = real(folder, 1, 40, None)
-        loads = replace(costs, block=drawn.block, start=drawn.start)
-        run = real(folder, 2, 80, None)
-        held("1 draws", drawn, loads)
-        held("2 draw", run, replace(loads, block=run.block))
-    facts = {"driver_s": driver, "gap_s": gap, "start_s": one.start, "actor_s": costs.actor}
-    return costs, {**facts, "load_s": drawn.start, "block_s": drawn.block, "runs": ours}
+            hold(f"{actors} sleep", real(folder, actors, 20 * actors, SLEEP), costs)
+        for actors in (1, 2):
+            hold(f"{actors} draw", real(folder, actors, 40 * actors, None), costs)
+    facts = {
+        "driver_s": driver,
+        "gap_s": one.gap,
+        "start_s": one.starts[0],
+        "load": os.getloadavg(),
+    }
+    return costs, {**facts, "runs": found}
 
 
-SLEEP = 0.5  # seconds: nearly what a block of the tiny generator takes here
+SLEEP = 1.0  # seconds: what a block of the tiny generator takes on a busy core
 
 # ---------------------------------------------------------------- what is said
 
@@ -594,7 +625,7 @@ def main() -> None:
     if not asked.simulate_only:
         with tempfile.TemporaryDirectory() as folder:
             machinery, facts = measured(Path(folder), say)
-    costs = replace(machinery, block=BLOCK * IMAGE, start=LOAD, actor=0.0, job=JOB)
+    costs = replace(machinery, block=BLOCK * IMAGE, start=LOAD, job=JOB)
     found = simulated(asked.gpus, costs, say)
     jobs = next(reversed(JOBS))
     before, *_, after = (found[f"{jobs}: {name}"] for name in POLICIES)

@@ -16,6 +16,7 @@ from pathlib import Path
 UNKNOWN = "unknown"
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("air_core", "orchestrator")
+SECRETS = ":(exclude,glob)**/.env*"  # files that hold them by custom
 MAX_DIFF = 500_000  # bytes that are kept; a tracker takes a megabyte
 
 
@@ -28,7 +29,8 @@ def commit() -> str:
 
 
 def uncommitted() -> bytes:
-    """What the code of both packages has beyond its commit, new files included, as a diff.
+    """What the code of both packages has beyond its commit, new files included but `.env*`, as a
+    diff.
 
     Empty where all is committed or there is no git; cut, with a word, where it is long.
     """
@@ -39,8 +41,9 @@ def uncommitted() -> bytes:
         # time, by which git knows that a file of the same second has to be read again.
         index = Path(folder, "index")
         shutil.copy2(ROOT / _git("rev-parse", "--git-path", "index").decode().strip(), index)
-        _git("add", "--intent-to-add", "--", *PACKAGES, index=index)
-        diff = _git("diff", "--no-color", "--no-ext-diff", "HEAD", "--", *PACKAGES, index=index)
+        kept = (*PACKAGES, SECRETS)
+        _git("add", "--intent-to-add", "--", *kept, index=index)
+        diff = _git("diff", "--no-color", "--no-ext-diff", "HEAD", "--", *kept, index=index)
     if len(diff) <= MAX_DIFF:
         return diff
     return diff[:MAX_DIFF] + f"\n... cut: {len(diff):,} bytes in all\n".encode()
