@@ -407,6 +407,9 @@ class Watch:
     def prepared(self, need: Any, seconds: float, facts: dict[str, Any]) -> None:
         self.told.append((time.time(), facts))
 
+    def drew(self, pool: Any) -> None:
+        pass
+
     def progress(self, name: str, done: int, total: int) -> None:
         pass
 
@@ -426,7 +429,7 @@ class Sleeping:
         began = time.time()
         time.sleep(self.seconds)
         facts = {name: [int(batch[name][0])] for name in ("row", "class", "block")}
-        facts |= {name: [0] for name in ("drawn", "redrawn", "holes")}
+        facts |= {name: [0] for name in ("drawn", "redrawn", "holes", "on_device")}
         facts |= {"began": [began], "pid": [os.getpid()], "seconds": [time.time() - began]}
         return {**facts, "error": [""], "failure_class": [""]}
 
@@ -460,9 +463,11 @@ class Run:
 
 def real(folder: Path, actors: int, blocks: int, seconds: float | None) -> Run:
     """Draw, by sleeping (seconds) or by the tiny generator (None)."""
-    from orchestrator import generation
+    from orchestrator import generation, presets
     from orchestrator.plan import Need
     from orchestrator.resolve import Resolver
+    from orchestrator.session import Cluster
+    from orchestrator.shares import Shares
     from orchestrator.store import ArtifactStore
     from orchestrator.sweep import GeneratorResources, Resources
     from orchestrator.workshop import Workshop
@@ -471,6 +476,8 @@ def real(folder: Path, actors: int, blocks: int, seconds: float | None) -> Run:
     # A class of its own for each run: workers are sent it by value.
     put: Any = noting() if seconds is None else type("Sleeping", (Sleeping,), {"seconds": seconds})
     flat = {"dataset": "digits", "backbone": "tiny", "generator": "tiny", "lora": None}
+    world = presets.WORLDS["generator", "tiny"].items()
+    flat |= {key: value for key, value in world if not key.startswith("lora.")}
     row = Resolver(folder / "digests.json", None).trial(flat).synthetic_features
     assert row is not None
     need = Need(row, math.ceil(blocks / 10) * row.images.block_size, tuple(range(10)))
@@ -479,7 +486,7 @@ def real(folder: Path, actors: int, blocks: int, seconds: float | None) -> Run:
     started = time.time()
     generation.Generate = put  # type: ignore[misc]
     try:
-        generation.draw([need], Workshop(store), resources, watch)
+        generation.draw([need], Workshop(store), resources, watch, Shares(resources, Cluster()))
     finally:
         generation.Generate = own  # type: ignore[misc]
     began: dict[int, float] = {}

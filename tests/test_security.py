@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from air_core.diffusion.pipeline import load_pipeline
 from orchestrator.place import Place, Refused
 from orchestrator.redact import HIDDEN, redacted
 from orchestrator.store import ArtifactStore
@@ -168,6 +170,30 @@ def test_the_search_for_such_readers_finds_them(tmp_path):
     assert sorted(_dangers(file)) == [
         *("cloudpickle", "eval", "joblib", "np.load", "pd.read_pickle", "pickle", "torch.load")
     ]
+
+
+EVIL = "open({place!r}, 'w').close()\nclass Evil: pass\n"
+
+
+@pytest.mark.parametrize("part", ["the pipeline", "unet"])
+def test_a_model_that_brings_code_is_not_run(part, tmp_path):
+    """As diffusers would with trust_remote_code, which is never given."""
+    model = Path(
+        shutil.copytree(ROOT / "air_core" / "tiny" / "weights" / "diffusion", tmp_path / "m")
+    )
+    index = json.loads((model / "model_index.json").read_text())
+    ran = tmp_path / "ran"
+    if part == "unet":
+        index[part] = ["evil", "Evil"]
+        (model / part / "evil.py").write_text(EVIL.format(place=str(ran)))
+    else:
+        index["_class_name"] = ["evil", "Evil"]
+        (model / "evil.py").write_text(EVIL.format(place=str(ran)))
+    (model / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(Exception) as told:  # noqa: PT011  (each version has its own)
+        load_pipeline(model)
+    assert "evil" in str(told.value).lower() or "trust_remote_code" in str(told.value)
+    assert not ran.exists()
 
 
 # ---------------------------------------------------------------- ways out of a folder

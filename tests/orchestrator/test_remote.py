@@ -183,7 +183,7 @@ def test_no_record_in_a_bucket_writes_outside_of_its_folder(machine, remote, tmp
         remote.put(f"{place}/{stored_name(name, digest)}", b"fine")
         record = {**built.record, "files": {name: digest}}
         remote.put(f"{place}/record.json", json.dumps(record).encode())
-        with pytest.raises(ValueError, match="no file name"):
+        with pytest.raises(MissingArtifact, match="no file name"):
             machine(f"reader of {len(name)}").get(SPEC)
     assert not list(tmp_path.rglob("out"))
 
