@@ -330,19 +330,18 @@ HOURS = {
 }
 
 
-def paper(
-    share_visual: float = 0.25, split: bool = False, sweep: str = "paper_main"
-) -> list[Group]:
+def paper(share_visual: float = 0.25, split: bool = False, points: int = 1) -> list[Group]:
     """Groups of the paper's main table: `docs/reproduce.md` has where the figures come from.
 
     Args:
         share_visual: of a device, that a visual trial holds.
         split: a job for each seed, and not one for all seeds of a point.
+        points: of each cell that trains, as a search would have.
     """
     from orchestrator.sweep import cells_of
     from orchestrator.sweep_file import find_sweep, load_sweep
 
-    asked = load_sweep(find_sweep(sweep))
+    asked = load_sweep(find_sweep("paper_main"))
     cells, seeds = cells_of(asked), len(asked.seeds.assignments())
     steps = {cell.id: _steps(cell.flat) for cell in cells}
     every: Counter[tuple[str, bool]] = Counter()  # steps of all trials of a dataset
@@ -357,7 +356,7 @@ def paper(
         one = LOOK + (one / share if visual else one)
         each = seeds if steps[cell.id] else 1
         new = [Job(share, one)] * each if split else [Job(share, one * each)]
-        jobs.setdefault(row, []).extend(new)
+        jobs.setdefault(row, []).extend(new * (points if steps[cell.id] else 1))
     found = [Group((FEATURES,) * 2 * len(HOURS), 0, tuple(jobs.pop(())))]
     for (dataset, paradigm), of_row in jobs.items():
         classes = _classes(dataset, paradigm)
@@ -524,6 +523,7 @@ def measured(folder: Path, say: Callable[[str], None]) -> tuple[Costs, dict[str,
             "said_s": said,
             "took_s": run.whole,
             "ratio": said / run.whole,
+            "ratio_once_up": (said - run.starts[-1]) / (run.whole - run.starts[-1]),
             "busy": run.blocks * run.block / sum(run.whole - start for start in run.starts),
             "overhead_ms": 1000 * (run.whole - ideal) * len(run.starts) / run.blocks,
         }
@@ -561,7 +561,7 @@ def played(groups: Sequence[Group], gpus: int, costs: Costs, policy: Policy) -> 
     return {
         "hours": found.end / 3600,
         "busy": (drawn + found.trials) / all_day,
-        "producer_busy": drawn / found.held,
+        "producer_busy": drawn / (found.held + found.barrier),
         "busy_beside_trials": 1 - (found.idle - found.barrier) / while_trials,
         "barrier_gpu_hours": found.barrier / 3600,
         "tail_gpu_hours": found.tail / 3600,
@@ -571,11 +571,12 @@ def played(groups: Sequence[Group], gpus: int, costs: Costs, policy: Policy) -> 
     }
 
 
+RESERVE = 8  # one device of so many stays with those who prepare
 POLICIES = {
     "prepare, then trials": Policy(overlap=False, stream=False),
-    "the next beside": Policy(reserve=8, stream=False),
-    "one stream of trials": Policy(reserve=8),
-    "longest first": Policy(reserve=8, longest=True),
+    "the next beside": Policy(stream=False),
+    "one stream of trials": Policy(),
+    "longest first": Policy(longest=True),
 }
 
 COLUMNS = {
@@ -593,11 +594,12 @@ def simulated(gpus: int, costs: Costs, say: Callable[[str], None]) -> dict[str, 
     found: dict[str, Any] = {}
     say("| jobs | policy | " + " | ".join(title for title, _ in COLUMNS.values()) + " |")
     say("| --- " * 2 + "| ---: " * len(COLUMNS) + "|")
-    for jobs, (share, split) in JOBS.items():
-        groups = paper(share, split)
+    for jobs, of in JOBS.items():
+        groups = paper(*of)
         first, *others = groups
         by_blocks = [first, *sorted(others, key=lambda group: group.blocks)]
         for name, policy in POLICIES.items():
+            policy = replace(policy, reserve=max(1, gpus // RESERVE))
             one = played(by_blocks if policy.stream else groups, gpus, costs, policy)
             found[f"{jobs}: {name}"] = one
             cells = [format(one[key], form) for key, (_, form) in COLUMNS.items()]
@@ -612,10 +614,11 @@ def simulated(gpus: int, costs: Costs, say: Callable[[str], None]) -> dict[str, 
     return found
 
 
-JOBS = {
-    "a quarter, seeds together": (0.25, False),
-    "a quarter, a job a seed": (0.25, True),
-    "a whole GPU, a job a seed": (1.0, True),
+JOBS: dict[str, tuple[float, bool, int]] = {
+    "a quarter, seeds together": (0.25, False, 1),
+    "a quarter, a job a seed": (0.25, True, 1),
+    "a whole GPU, a job a seed": (1.0, True, 1),
+    "the same, 12 points a cell": (1.0, True, 12),
 }
 
 
@@ -634,8 +637,8 @@ def main() -> None:
             machinery, facts = measured(Path(folder), say)
     costs = replace(machinery, block=BLOCK * IMAGE, start=LOAD, job=JOB)
     found = simulated(asked.gpus, costs, say)
-    jobs = next(reversed(JOBS))
-    before, *_, after = (found[f"{jobs}: {name}"] for name in POLICIES)
+    jobs = "a whole GPU, a job a seed"
+    before, _, after, _ = (found[f"{jobs}: {name}"] for name in POLICIES)
     result = {
         "name": "scale",
         "ratio": before["hours"] / after["hours"],
