@@ -67,7 +67,7 @@ class Costs:
 @dataclass(frozen=True)
 class Policy:
     overlap: bool = True  # the next groups are prepared while trials run
-    reserve: int = 1  # devices that stay with them then
+    share: int = 8  # one device of so many stays with them then
     stream: bool = True  # trials of a ready group start before the last of an earlier one ended
     longest: bool = False  # jobs by their length, the longest first
     fit: bool = False  # reserve: as much as has to be prepared, of all that is left to do
@@ -78,17 +78,12 @@ class Found:
     """Device-seconds by what they went into; seconds for the rest."""
 
     end: float = 0.0
-    drawing: float = 0.0
-    tasks: float = 0.0
     trials: float = 0.0  # shares that trials held
-    loading: float = 0.0
     held: float = 0.0  # by the producer
     barrier: float = 0.0  # idle while no trial could run
     tail: float = 0.0  # idle while trials ran and nothing was left to start
     idle: float = 0.0
-    alone: float = 0.0  # seconds without a trial
-    beside: float = 0.0  # seconds with one
-    lost: int = 0  # blocks, by a pool that was started again
+    beside: float = 0.0  # seconds with a trial
     starts: int = 0
     first: float = math.inf  # end of the first trial
     events: int = 0
@@ -105,18 +100,16 @@ class Simulation:
         self.free = [1.0] * gpus  # share of each device that nobody holds
         self.found = Found()
         self.ready = [not group.tasks and not group.blocks for group in groups]
-        self.waiting: list[tuple[int, Job]] = []  # ready to run, with their group
-        self.running: Counter[int] = Counter()  # jobs by group
+        self.waiting: list[Job] = []  # ready to run
         self.opened = 0  # groups whose jobs are waiting, running or over
-        self.next = 0  # group that is prepared
         self.tasks: deque[tuple[int, float]] = deque()
         self.tasks_left = Counter({i: len(group.tasks) for i, group in enumerate(groups)})
         self.blocks_left = [group.blocks for group in groups]  # not drawn
         self.asked = list(self.blocks_left)  # not handed out
-        self.pool: dict[int, bool] = {}  # devices of actors: does it draw
+        self.pool: set[int] = set()  # devices of actors
         self.task_devices: set[int] = set()
         self.generation = 0  # of the pool: what an earlier one had in hand is lost
-        self.jobs = 0
+        self.jobs = 0  # that run
         for i, group in enumerate(groups):
             self.tasks += [(i, seconds) for seconds in group.tasks]
 
@@ -139,16 +132,11 @@ class Simulation:
 
     def _account(self, seconds: float) -> None:
         found, idle = self.found, sum(self.free)
-        drawing = sum(self.pool.values())
         held = len(self.pool) + len(self.task_devices)
-        found.drawing += drawing * seconds
-        found.loading += (len(self.pool) - drawing) * seconds
-        found.tasks += len(self.task_devices) * seconds
         found.held += held * seconds
         found.trials += (self.gpus - idle - held) * seconds
         found.idle += idle * seconds
         if not self.jobs:
-            found.alone += seconds
             found.barrier += idle * seconds
         else:
             found.beside += seconds
@@ -167,10 +155,9 @@ class Simulation:
         while self.opened < len(self.groups) and self.ready[self.opened]:
             if not self.policy.stream and (self.jobs or self.waiting):
                 return
-            jobs = [(self.opened, job) for job in self.groups[self.opened].jobs]
-            self.waiting += jobs
+            self.waiting += self.groups[self.opened].jobs
             if self.policy.longest:
-                self.waiting.sort(key=lambda one: -one[1].seconds)
+                self.waiting.sort(key=lambda job: -job.seconds)
             self.opened += 1
 
     def _allotted(self) -> int:
@@ -182,13 +169,11 @@ class Simulation:
         if not self.policy.overlap:
             return 0
         if not self.policy.fit:
-            return self.policy.reserve
+            return max(1, self.gpus // self.policy.share)
         left = sum(seconds for _, seconds in self.tasks)
         left += sum(self.blocks_left) * self.costs.block
-        every = left + sum(job.gpu * job.seconds for _, job in self.waiting)
-        every += sum(
-            job.gpu * job.seconds for group in self.groups[self.opened :] for job in group.jobs
-        )
+        later = [job for group in self.groups[self.opened :] for job in group.jobs]
+        every = left + sum(job.gpu * job.seconds for job in (*self.waiting, *later))
         return max(1, min(self.gpus - 1, round(self.gpus * left / every)))
 
     def _prepare(self) -> None:
@@ -235,17 +220,16 @@ class Simulation:
         for place in range(size):
             device = self.free.index(1.0)
             self.free[device] = 0.0
-            self.pool[device] = False
+            self.pool.add(device)
             after = self.costs.starts[place] if self.costs.starts else self.costs.start
             self._later(after, lambda d=device, g=self.generation: self._draw(d, g))
 
     def _close_pool(self) -> None:
         self.generation += 1
-        for device, drawing in self.pool.items():
-            self.found.lost += drawing
+        for device in self.pool:
             self.free[device] = 1.0
         self.asked = list(self.blocks_left)
-        self.pool = {}
+        self.pool = set()
 
     def _draw(self, device: int, generation: int) -> None:
         """An actor asks the driver for its next block."""
@@ -253,12 +237,11 @@ class Simulation:
             return
         groups = self._to_draw()
         if not groups:
-            del self.pool[device]
+            self.pool.discard(device)
             self.free[device] = 1.0
             return
         group = groups[0]
         self.asked[group] -= 1
-        self.pool[device] = True
         self.driver = max(self.driver, self.now) + self.costs.driver
         wait = self.driver - self.now + self.costs.gap
         self._later(wait + self.costs.block, lambda: self._block_over(device, generation, group))
@@ -282,16 +265,15 @@ class Simulation:
     def _start_jobs(self) -> None:
         reserved = max(0, self._allotted() - len(self.pool) - len(self.task_devices))
         while self.waiting:
-            group, job = self.waiting[0]
+            job = self.waiting[0]
             device = self._device(job.gpu, reserved)
             if device is None:
                 return
             self.waiting.pop(0)
             self.jobs += 1
-            self.running[group] += 1
             self.free[device] -= job.gpu
             took = self.costs.job + job.seconds
-            self._later(took, lambda g=group, d=device, j=job: self._job_over(g, d, j))
+            self._later(took, lambda d=device, j=job: self._job_over(d, j))
 
     def _device(self, share: float, reserved: int) -> int | None:
         """As Ray packs: the fullest device with room, and none that the producer waits for."""
@@ -303,9 +285,8 @@ class Simulation:
             return None
         return best
 
-    def _job_over(self, group: int, device: int, job: Job) -> None:
+    def _job_over(self, device: int, job: Job) -> None:
         self.jobs -= 1
-        self.running[group] -= 1
         self.free[device] += job.gpu
         self.found.first = min(self.found.first, self.now)
 
@@ -555,7 +536,7 @@ SLEEP = 1.0  # seconds: what a block of the tiny generator takes on a busy core
 
 def played(groups: Sequence[Group], gpus: int, costs: Costs, policy: Policy) -> dict[str, float]:
     found = Simulation(groups, gpus, costs, policy).run()
-    drawn = found.drawing + found.tasks
+    drawn = sum(sum(group.tasks) + group.blocks * costs.block for group in groups)
     all_day = gpus * found.end
     while_trials = gpus * found.beside
     return {
@@ -571,11 +552,12 @@ def played(groups: Sequence[Group], gpus: int, costs: Costs, policy: Policy) -> 
     }
 
 
-RESERVE = 8  # one device of so many stays with those who prepare
 POLICIES = {
     "prepare, then trials": Policy(overlap=False, stream=False),
     "the next beside": Policy(stream=False),
     "one stream of trials": Policy(),
+    "a single GPU prepares": Policy(share=10**6),
+    "as many as is left to do": Policy(fit=True),
     "longest first": Policy(longest=True),
 }
 
@@ -599,7 +581,6 @@ def simulated(gpus: int, costs: Costs, say: Callable[[str], None]) -> dict[str, 
         first, *others = groups
         by_blocks = [first, *sorted(others, key=lambda group: group.blocks)]
         for name, policy in POLICIES.items():
-            policy = replace(policy, reserve=max(1, gpus // RESERVE))
             one = played(by_blocks if policy.stream else groups, gpus, costs, policy)
             found[f"{jobs}: {name}"] = one
             cells = [format(one[key], form) for key, (_, form) in COLUMNS.items()]
@@ -638,7 +619,9 @@ def main() -> None:
     costs = replace(machinery, block=BLOCK * IMAGE, start=LOAD, job=JOB)
     found = simulated(asked.gpus, costs, say)
     jobs = "a whole GPU, a job a seed"
-    before, _, after, _ = (found[f"{jobs}: {name}"] for name in POLICIES)
+    before, after = (
+        found[f"{jobs}: {name}"] for name in ("prepare, then trials", "one stream of trials")
+    )
     result = {
         "name": "scale",
         "ratio": before["hours"] / after["hours"],
