@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from importlib.metadata import version
 from typing import Annotated
@@ -24,6 +25,7 @@ from orchestrator.commands import (
     usage,
 )
 from orchestrator.commands.common import code_of, fail
+from orchestrator.redact import Redacting, redacted
 
 app = typer.Typer(
     name="airsweep",
@@ -63,13 +65,15 @@ def main() -> None:
     debug = "--debug" in sys.argv
     if debug:
         sys.argv.remove("--debug")
+    assert logging.lastResort is not None
+    logging.lastResort.addFilter(Redacting())  # it prints what nobody else handles, as here
     try:
         app()
     except Exception as problem:
         if debug:
             raise
         if type(problem).__name__ == "SpecError":  # it begins with file:line:column
-            print(problem, file=sys.stderr)
+            print(redacted(str(problem)), file=sys.stderr)
             sys.exit(code_of(problem))
         from orchestrator.store import StoreFull
 

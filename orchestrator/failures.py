@@ -7,15 +7,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from orchestrator.redact import redacted
 from orchestrator.store import MissingArtifact, StoreFull
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a trial or an artifact has no record."""
+    """Why a trial or an artifact has no record. Its message goes to ledger, tracker and screen, so
+    secrets that the process knows in which it is made are taken out."""
 
     failure_class: str
     message: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "message", redacted(self.message))
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from orchestrator.failures import CLASSES, Failure, classify
 from orchestrator.image_rows import build_image_block, open_generator
 from orchestrator.keys import artifact_key
 from orchestrator.plan import Need, name_of
+from orchestrator.redact import redacted
 from orchestrator.session import note_devices
 from orchestrator.shares import Part, Pool, Shares
 from orchestrator.store import devices
@@ -69,7 +70,8 @@ class Generate:
         try:
             drawn = self._drawn(spec, row, c, block)
         except Exception as problem:  # told to the driver as data: an exception ends the stream
-            error, name = f"{type(problem).__name__}: {problem}", classify(problem)
+            error = redacted(f"{type(problem).__name__}: {problem}")  # here, where its secrets are
+            name = classify(problem)
         return {
             "row": [row],
             "class": [c],

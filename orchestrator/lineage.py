@@ -17,6 +17,7 @@ UNKNOWN = "unknown"
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("air_core", "orchestrator")
 SENT_DIFF = "uncommitted.diff"  # beside the packages, in a Ray job's working directory
+SECRETS = ":(exclude,glob)**/.env*"  # files that hold them by custom
 MAX_DIFF = 500_000  # bytes that are kept; a tracker takes a megabyte
 
 
@@ -29,7 +30,8 @@ def commit() -> str:
 
 
 def uncommitted() -> bytes:
-    """What the code of both packages has beyond its commit, new files included, as a diff.
+    """What the code of both packages has beyond its commit, new files included but `.env*`, as a
+    diff.
 
     Empty where all is committed or there is no git; cut, with a word, where it is long. A Ray job
     has it in a file.
@@ -43,8 +45,9 @@ def uncommitted() -> bytes:
         # time, by which git knows that a file of the same second has to be read again.
         index = Path(folder, "index")
         shutil.copy2(ROOT / _git("rev-parse", "--git-path", "index").decode().strip(), index)
-        _git("add", "--intent-to-add", "--", *PACKAGES, index=index)
-        diff = _git("diff", "--no-color", "--no-ext-diff", "HEAD", "--", *PACKAGES, index=index)
+        kept = (*PACKAGES, SECRETS)
+        _git("add", "--intent-to-add", "--", *kept, index=index)
+        diff = _git("diff", "--no-color", "--no-ext-diff", "HEAD", "--", *kept, index=index)
     if len(diff) <= MAX_DIFF:
         return diff
     return diff[:MAX_DIFF] + f"\n... cut: {len(diff):,} bytes in all\n".encode()

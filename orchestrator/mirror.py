@@ -162,6 +162,10 @@ class Mirror:
     def _names(self, record: bytes) -> dict[str, str]:
         """Names in the bucket by names in the folder."""
         files: Mapping[str, str] = json.loads(record).get("files", {})
+        for name in files:
+            # It becomes a file of this machine, and whoever writes to the bucket may have put it.
+            if Path(name).name != name or name in ("", ".."):
+                raise ValueError(f"a record in {self.remote} names {name!r}, which is no file name")
         return {name: stored_name(name, digest) for name, digest in files.items()}
 
     def _young(self, when: float | None) -> bool:

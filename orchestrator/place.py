@@ -30,6 +30,14 @@ class Place:
     name: str
     data_root: Path | None
 
+    def __post_init__(self) -> None:
+        for name in (self.project, self.name):
+            if Path(name).name != name or name in ("", ".."):
+                raise ValueError(
+                    f"{name!r} is no name of a project or a sweep, but a way to another folder; "
+                    "allowed: letters, digits, `.`, `_` and `-`, the first a letter or a digit"
+                )
+
     @property
     def folder(self) -> Path:
         return self.store.root / "sweeps" / self.project / self.name

@@ -6,12 +6,14 @@ import json
 import logging
 import os
 import re
+import secrets
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # else its C++ part warns of actors' arguments
 }
+AUTH_MODE = "RAY_AUTH_MODE"
 DAEMONS = ("raylet", "gcs_server")  # of a local cluster: without them there is none
 REACHED = 10.0  # seconds that a cluster has to take a connection: its head may just start anew
 OBJECT_STORE_BYTES = 256 * 2**20  # artifacts travel by the store, not by Ray
@@ -57,9 +60,6 @@ def ray_session(lost: Callable[[], None] = lambda: None) -> Iterator[tuple[Machi
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     joined = bool(os.environ.get("RAY_ADDRESS"))
-    if not joined:
-        # A local cluster of one user; a token in the home folder would change other clusters.
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     import ray
 
     if ray.is_initialized():  # by whoever called from Python, and it stays his
@@ -75,7 +75,8 @@ def ray_session(lost: Callable[[], None] = lambda: None) -> Iterator[tuple[Machi
         package_root = str(Path(__file__).resolve().parents[1])
         path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
         # Not as a runtime_env: the workers that Ray starts at once would not fit it, and be idle.
-        with _muted_errors(), environment({"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}):
+        given = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        with _muted_errors(), _on_loopback(), _own_token(), environment(given):
             ray.init(
                 address="local",
                 include_dashboard=False,
@@ -161,6 +162,41 @@ def _versions_in(problem: str) -> list[list[str]]:
 
 def _line(problem: Exception) -> str:
     return f"{problem}".strip().partition("\n")[0]
+
+
+@contextmanager
+def _own_token() -> Iterator[None]:
+    """Who lacks the token runs nothing on a cluster that is started meanwhile: others may be logged
+    in on this machine. A token in the home folder, as Ray makes one, would change the user's other
+    clusters. Where RAY_AUTH_MODE is set, it is as it says.
+    """
+    if os.environ.get(AUTH_MODE):
+        yield
+        return
+    try:
+        with environment({"RAY_AUTH_TOKEN": _token()}):
+            yield
+    finally:
+        os.environ.pop(AUTH_MODE, None)  # Ray has set it
+
+
+@cache
+def _token() -> str:
+    return secrets.token_hex(32)  # one a process, since Ray reads it once
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Ray listens on all addresses, but where it takes 127.0.0.1 for this machine's own. It has no
+    option for that: this is what it does on macOS and Windows."""
+    from ray._private import ray_constants
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def _watch(

@@ -30,6 +30,7 @@ from orchestrator.readers import (
     trial_number,
     trial_value,
 )
+from orchestrator.redact import password_at
 from orchestrator.sweep import (
     Budget,
     Cell,
@@ -93,6 +94,7 @@ def checked(document: Document, sets: Sequence[str] = (), only: Sequence[str] = 
     """The same of a file that was read already."""
     if document.value is None:
         raise SpecError(f"{document.source}: empty; a sweep file starts with `version: 1`")
+    _holds_no_password(document, sets)
     document.mapping(())
     for option in sets:
         _set(document, option)
@@ -114,6 +116,23 @@ def find_sweep(name_or_path: str) -> Path:
             return file
     known = sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
     raise SpecError(f"{name_or_path}: no such file or sweep; {choices(path.stem, known)}")
+
+
+def _holds_no_password(document: Document, sets: Sequence[str]) -> None:
+    """A file and its options are kept beside the results and shown by trackers, comments too."""
+    why = (
+        "an address with a password in it, which would be kept and shown with the results; leave "
+        "both out, and give them by the environment: MLFLOW_TRACKING_USERNAME and "
+        "MLFLOW_TRACKING_PASSWORD, AWS_*"
+    )
+    at = password_at(document.text)
+    if at is not None:
+        before = document.text[:at]
+        line, column = before.count("\n") + 1, at - before.rfind("\n")
+        raise SpecError(f"{document.source}:{line}:{column}: {why}")
+    for option in sets:
+        if password_at(option) is not None:
+            raise SpecError(f"--set {option.partition('=')[0]}: {why}")
 
 
 # ---------------------------------------------------------------- options

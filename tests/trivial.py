@@ -29,6 +29,7 @@ from orchestrator.checkpoints import (
     learned_by,
     read_checkpoint,
 )
+from orchestrator.failures import Failure
 from orchestrator.keys import artifact_key
 from orchestrator.store import ArtifactStore
 from orchestrator.trial import PREDICTIONS, WHOLE, Legs, is_over
@@ -95,9 +96,12 @@ def run_points(
         if not running:
             break
         job = running.pop(0)
-        for spec in job.trials:
+        said = os.environ.get("AIRSWEEP_SAID")  # of what all trials fail
+        for spec in () if said else job.trials:
             run_trial(spec, shop.store, job.legs)
-        dispatcher.complete(job.number, {})
+        dispatcher.complete(
+            job.number, dict.fromkeys(job.keys, Failure("data", said)) if said else {}
+        )
     return types.SimpleNamespace(wall=0.0, overhead=None)
 
 

@@ -31,20 +31,29 @@ def ui(
     store: StoreOption = STORE,
     host: Annotated[str, typer.Option(help="where to listen")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="where to listen")] = 5000,
+    auth: Annotated[
+        bool,
+        typer.Option("--auth", help="users with passwords; settings: MLFLOW_AUTH_CONFIG_PATH"),
+    ] = False,
+    allowed_hosts: Annotated[
+        str | None, typer.Option(help="names by which it may be reached, with commas")
+    ] = None,
 ) -> None:
-    """Browse the store's MLflow runs.
+    """Browse the store's MLflow runs, from this machine alone unless --auth is given.
 
     airsweep ui
 
     airsweep ui --port 5001
     """
+    from orchestrator.exposure import check_exposure
     from orchestrator.store import open_store
     from orchestrator.tracking import SERVER_ENVIRONMENT, serve_command
 
+    check_exposure(host, auth, allowed_hosts)
     root = open_store(store).root
     if not (root / "mlflow.db").exists():
         fail(f"{root / 'mlflow.db'} is not there: nothing was tracked in this store yet")
-    argv = serve_command(root, host, port)
+    argv = serve_command(root, host, port, auth, allowed_hosts)
     print(f"http://{host}:{port}  (Ctrl-C ends it)", file=sys.stderr)
     os.execvpe(argv[0], argv, {**os.environ, **SERVER_ENVIRONMENT})
 

@@ -382,11 +382,17 @@ def _unknown(scheme: str, uri: str) -> str:
     return f"unknown tracking uri {scheme}:...; {known}"
 
 
-def serve_command(store: Path, host: str = "127.0.0.1", port: int = 5000) -> list[str]:
+def serve_command(
+    store: Path,
+    host: str = "127.0.0.1",
+    port: int = 5000,
+    auth: bool = False,
+    allowed_hosts: str | None = None,
+) -> list[str]:
     """The command that shows a store's runs: a real MLflow server over its database and artifacts.
 
     Run it with SERVER_ENVIRONMENT and in its own process group: killed alone, it leaves its worker
-    on the port. Away from the loopback, MLflow also wants `--allowed-hosts`.
+    on the port. Away from the loopback, `exposure` has a word to say.
     """
     folder = store.resolve()
     return [
@@ -394,6 +400,8 @@ def serve_command(store: Path, host: str = "127.0.0.1", port: int = 5000) -> lis
         *("--host", host, "--port", str(port), "--workers", "1"),
         *("--backend-store-uri", f"sqlite:///{folder / DATABASE}"),
         *("--serve-artifacts", "--artifacts-destination", str(folder / ARTIFACTS)),
+        *(("--app-name", "basic-auth") if auth else ()),
+        *(("--allowed-hosts", allowed_hosts) if allowed_hosts else ()),
     ]
 
 

@@ -64,12 +64,15 @@ def test_what_is_not_committed_is_a_diff_and_the_index_is_left_alone(checkout):
 
     (checkout / "air_core" / "specs.py").write_text("RANK = 8\n")
     (checkout / "air_core" / "new.py").write_text("NEW = 1\n")
+    (checkout / "air_core" / ".env.local").write_text("PASSWORD=geheim\n")
     (checkout / "notes.txt").write_text("no code")
     commit, digest, diff = said(checkout)
     assert (commit, len(digest)) == (head, 12)
     for line in ("-RANK = 4", "+RANK = 8", "+NEW = 1"):
         assert line in diff.splitlines()
     assert "no code" not in diff
+    assert "geheim" not in diff  # files of secrets are no code
+    (checkout / "air_core" / ".env.local").unlink()
     assert git(checkout, "status", "--short").splitlines() == [
         *("M air_core/specs.py", "?? air_core/new.py", "?? notes.txt")
     ]

@@ -175,6 +175,19 @@ def test_without_its_record_an_artifact_is_not_there(machine, remote):
     assert (machine("three").get(SPEC).path / "numbers").read_text() == "made again"
 
 
+def test_no_record_in_a_bucket_writes_outside_of_its_folder(machine, remote, tmp_path):
+    built = machine("one").get_or_build(SPEC, numbers("fine"))
+    place = f"artifacts/features/v1/{artifact_key(SPEC).digest[:12]}"
+    for name in ("../../../../out", "/tmp/out", "..", ""):
+        digest = built.record["files"]["numbers"]
+        remote.put(f"{place}/{stored_name(name, digest)}", b"fine")
+        record = {**built.record, "files": {name: digest}}
+        remote.put(f"{place}/record.json", json.dumps(record).encode())
+        with pytest.raises(MissingArtifact, match="no file name"):
+            machine(f"reader of {len(name)}").get(SPEC)
+    assert not list(tmp_path.rglob("out"))
+
+
 def test_two_builders_of_one_key_end_with_the_one_that_was_first(machine, remote):
     """As if their locks had not held."""
     one, two = machine("one"), machine("two")

@@ -1,0 +1,293 @@
+"""What docs/security.md promises: secrets that do not stay, files that run no code, addresses."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from ipaddress import IPv6Address, ip_address
+from pathlib import Path
+
+import psutil
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from air_core.diffusion.pipeline import load_pipeline
+from orchestrator.place import Place, Refused
+from orchestrator.redact import HIDDEN, redacted
+from orchestrator.store import ArtifactStore
+from orchestrator.sweep_file import SpecError, load_sweep
+from tests.servers import MlflowServer
+from tests.sweeps import TIMEOUT, environment, write_sweep
+
+ROOT = Path(__file__).parents[1]
+WORD = st.text("abcdefgh0123456789_-~!$%", min_size=1, max_size=20)
+
+# ---------------------------------------------------------------- secrets
+
+
+@given(user=WORD, password=WORD, before=st.text(max_size=20), after=st.text(max_size=20))
+def test_a_password_in_an_address_is_nowhere_in_what_is_left(user, password, before, after):
+    secret = f"{password}-geheim"
+    said = redacted(f"{before} postgresql+psycopg2://{user}:{secret}@db:5432/x {after}")
+    assert secret not in said
+    assert f"{HIDDEN}@db:5432/x" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "hidden"),
+    [
+        ("AWS_SECRET_ACCESS_KEY", True),
+        ("MLFLOW_TRACKING_PASSWORD", True),
+        ("PGPASSWORD", True),
+        ("RAY_AUTH_TOKEN", True),
+        ("HF_TOKEN", True),
+        ("WANDB_API_KEY", True),
+        ("RAY_AUTH_TOKEN_PATH", False),
+        ("AWS_ACCESS_KEY_ID", False),
+        ("TOKENIZERS_PARALLELISM", False),
+        ("HOSTNAME_OF_THIS", False),
+    ],
+)
+def test_a_variable_is_a_secret_by_its_name(name, hidden, monkeypatch):
+    monkeypatch.setenv(name, "wJalrXUtnFEMI")
+    assert (redacted("it said wJalrXUtnFEMI.") == f"it said {HIDDEN}.") == hidden
+
+
+def test_a_short_secret_blots_out_no_plain_words(monkeypatch):
+    monkeypatch.setenv("MY_PASSWORD", "test")
+    assert redacted("test/accuracy") == "test/accuracy"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'tracking: {uri: "http://me:geheim@mlflow:5000"}',
+        "# as in http://me:geheim@mlflow:5000",
+    ],
+)
+def test_a_sweep_file_with_a_password_is_refused_where_it_stands(line, tmp_path):
+    spec = write_sweep(tmp_path, "leaky", f"fixed: {{method: fpl}}\nseeds: [1]\n{line}\n")
+    with pytest.raises(SpecError) as told:
+        load_sweep(spec)
+    column = line.index("http") + 1
+    assert str(told.value).startswith(f"{spec}:5:{column}: ")
+    assert "MLFLOW_TRACKING_PASSWORD" in str(told.value)
+    assert "geheim" not in str(told.value)
+
+
+def test_an_option_with_a_password_is_refused_without_it(tmp_path):
+    spec = write_sweep(tmp_path, "leaky", "fixed: {method: fpl}\nseeds: [1]\n")
+    with pytest.raises(SpecError) as told:
+        load_sweep(spec, sets=["tracking.uri=http://me:geheim@mlflow:5000"])
+    assert str(told.value).startswith("--set tracking.uri: ")
+    assert "geheim" not in str(told.value)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[MlflowServer]:
+    server = MlflowServer(tmp_path / "served", tmp_path / "server.log")
+    server.start()
+    yield server
+    server.stop()
+
+
+def test_nothing_that_a_run_leaves_or_says_holds_a_secret(server, tmp_path):
+    """All its trials fail of something that has both kinds of secret in its words."""
+    spec = write_sweep(tmp_path, "leaky", "grid: {method: [zero_shot, fpl]}\nseeds: [1, 2]\n")
+    secrets = {"TEAM_DB_PASSWORD": "wJalrXUtnFEMI", "HF_TOKEN": "hf_abcdefghijkl"}
+    said = "no entry for postgresql://air:pw-of-url@db/x with wJalrXUtnFEMI and hf_abcdefghijkl"
+    uri = server.url.replace("http://", "http://me:pw-of-mlflow@")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "tests.trivial", "run", str(spec)),
+            *("--store", str(tmp_path / "runs"), "--tracking-uri", uri),
+        ],
+        capture_output=True,
+        text=True,
+        env=environment(**secrets, AIRSWEEP_SAID=said),
+        cwd=ROOT,
+        timeout=TIMEOUT,
+        check=False,
+    )
+    server.stop()
+    assert done.returncode == 1, done.stderr
+    ledger = (tmp_path / "runs" / "sweeps" / "default" / "leaky" / "events.jsonl").read_text()
+    failed = [event for event in map(json.loads, ledger.splitlines()) if "message" in event]
+    assert failed[-1]["message"] == f"no entry for postgresql://{HIDDEN}@db/x with *** and ***"
+    left = {str(file): file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    assert any("mlflow.db" in name and b"no entry for" in data for name, data in left.items())
+    left["output"] = (done.stdout + done.stderr).encode()
+    for secret in (*secrets.values(), "pw-of-url", "pw-of-mlflow"):
+        assert [name for name, data in left.items() if secret.encode() in data] == []
+
+
+# ---------------------------------------------------------------- files that run no code
+
+PICKLES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+RUNS_CODE = {"eval", "exec", "compile", "__import__"}
+READS_CODE = {"read_pickle", "unsafe_load", "full_load"}
+
+
+def _dangers(file: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(file.read_text())):
+        match node:
+            case ast.Import(names=names):
+                yield from (one.name for one in names if one.name.split(".")[0] in PICKLES)
+            case ast.ImportFrom(module=str(module)) if module.split(".")[0] in PICKLES:
+                yield module
+            case ast.Call(func=ast.Name(id=name)) if name in RUNS_CODE:
+                yield name
+            case ast.Call(func=ast.Attribute(value=owner, attr=name), keywords=given):
+                whole, said = f"{ast.unparse(owner)}.{name}", [ast.unparse(one) for one in given]
+                careless = whole == "torch.load" and "weights_only=True" not in said
+                if name in READS_CODE or careless or "allow_pickle=True" in said:
+                    yield whole
+
+
+def test_no_file_is_read_that_could_run_code():
+    found = {
+        f"{file.relative_to(ROOT)}: {danger}"
+        for package in ("air_core", "orchestrator")
+        for file in (ROOT / package).rglob("*.py")
+        for danger in _dangers(file)
+    }
+    assert found == set()
+
+
+def test_the_search_for_such_readers_finds_them(tmp_path):
+    file = tmp_path / "bad.py"
+    file.write_text(
+        "import pickle, joblib\nfrom cloudpickle import loads\ntorch.load('x')\n"
+        "torch.load('x', weights_only=True)\nnp.load('x')\nnp.load('x', allow_pickle=True)\n"
+        "eval('1')\npd.read_pickle('x')\nre.compile('x')\n"
+    )
+    assert sorted(_dangers(file)) == [
+        *("cloudpickle", "eval", "joblib", "np.load", "pd.read_pickle", "pickle", "torch.load")
+    ]
+
+
+EVIL = "open({place!r}, 'w').close()\nclass Evil: pass\n"
+
+
+@pytest.mark.parametrize("part", ["the pipeline", "unet"])
+def test_a_model_that_brings_code_is_not_run(part, tmp_path):
+    """As diffusers would with trust_remote_code, which is never given."""
+    model = Path(
+        shutil.copytree(ROOT / "air_core" / "tiny" / "weights" / "diffusion", tmp_path / "m")
+    )
+    index = json.loads((model / "model_index.json").read_text())
+    ran = tmp_path / "ran"
+    if part == "unet":
+        index[part] = ["evil", "Evil"]
+        (model / part / "evil.py").write_text(EVIL.format(place=str(ran)))
+    else:
+        index["_class_name"] = ["evil", "Evil"]
+        (model / "evil.py").write_text(EVIL.format(place=str(ran)))
+    (model / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(Exception) as told:  # noqa: PT011  (each version has its own)
+        load_pipeline(model)
+    assert "evil" in str(told.value).lower() or "trust_remote_code" in str(told.value)
+    assert not ran.exists()
+
+
+# ---------------------------------------------------------------- ways out of a folder
+
+
+@pytest.mark.parametrize("name", ["..", "../x", "a/b", "/etc", "", "."])
+def test_no_name_of_a_project_or_a_sweep_leads_out_of_the_store(name, tmp_path, monkeypatch):
+    store = ArtifactStore(tmp_path / "runs")
+    with pytest.raises(ValueError, match="way to another folder"):
+        Place(store, name, "sweep", None)
+    with pytest.raises(ValueError, match="way to another folder"):
+        Place(store, "default", name, None)
+
+
+@pytest.mark.parametrize("key", ["name", "project"])
+@pytest.mark.parametrize("value", ["..", "../x", "a/b", "/etc", ".hidden"])
+def test_nor_does_one_in_a_sweep_file(key, value, tmp_path):
+    text = f"version: 1\nname: fine\nfixed: {{method: fpl}}\nseeds: [1]\n{key}: {value!r}\n"
+    file = tmp_path / "fine.yaml"
+    file.write_text(text.replace("name: fine\n", "") if key == "name" else text)
+    with pytest.raises(SpecError, match=f":.*{key}"):
+        load_sweep(file)
+
+
+# ---------------------------------------------------------------- who listens where
+
+
+def _loopback(address: str) -> bool:
+    found = ip_address(address)
+    mapped = found.ipv4_mapped if isinstance(found, IPv6Address) else None
+    return (mapped or found).is_loopback
+
+
+@pytest.mark.ray
+def test_a_local_cluster_listens_on_loopback_alone_and_wants_a_token(ray_session):
+    import ray
+
+    family = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    listening = {
+        one.laddr.ip
+        for process in family
+        for one in process.net_connections("inet")
+        if one.status == psutil.CONN_LISTEN
+    }
+    assert listening
+    assert all(map(_loopback, listening)), listening
+    ask = (
+        "import sys; from ray._raylet import GcsClient; "
+        "print(len(GcsClient(address=sys.argv[1]).get_all_node_info(timeout=20)))"
+    )
+    for token in ({"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_TOKEN": "0" * 64}):
+        stranger = {**os.environ, "RAY_AUTH_MODE": "token", **token}
+        done = subprocess.run(
+            [sys.executable, "-c", ask, ray.get_runtime_context().gcs_address],
+            capture_output=True,
+            text=True,
+            env=stranger,
+            timeout=TIMEOUT,
+            check=False,
+        )
+        assert done.returncode != 0, done.stdout
+
+
+def ui(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "orchestrator", "ui", *arguments, "--store", "nowhere"],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=TIMEOUT,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "remedy"),
+    [
+        (["--host", "0.0.0.0"], "ssh -L 5000:127.0.0.1:5000"),
+        (["--host", "::"], "--auth"),
+        (["--host", "box.example.org"], "--auth"),
+        (["--host", "0.0.0.0", "--auth"], "--allowed-hosts NAME:PORT"),
+    ],
+)
+def test_runs_are_not_shown_to_everybody(arguments, remedy):
+    done = ui(*arguments)
+    assert done.returncode == 3
+    assert remedy in done.stderr
+
+
+def test_users_need_what_mlflow_needs_for_them(monkeypatch, tmp_path):
+    from orchestrator import exposure
+
+    monkeypatch.delenv(exposure.AUTH_SECRET, raising=False)
+    monkeypatch.delenv(exposure.AUTH_CONFIG, raising=False)
+    exposure.check_exposure("127.0.0.1", auth=False, allowed_hosts=None)
+    with pytest.raises((ValueError, Refused), match="--auth needs"):
+        exposure.check_exposure("0.0.0.0", auth=True, allowed_hosts="box:5000")
