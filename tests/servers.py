@@ -83,7 +83,10 @@ class S3Server:
     def make_bucket(self, name: str) -> None:
         import boto3
 
-        boto3.client("s3", endpoint_url=self.url).create_bucket(Bucket=name)
+        # Any key will do for moto; without one, boto3 would look for the role of a machine.
+        keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test"}
+        client = boto3.client("s3", endpoint_url=self.url, region_name="us-east-1", **keys)
+        client.create_bucket(Bucket=name)
 
 
 def free_port() -> int:
