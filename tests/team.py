@@ -133,10 +133,22 @@ class PostgresServer:
         """Without a password, which libpq finds in the environment."""
         return f"postgresql://{database}@127.0.0.1:{self.port}/{database}"
 
-    def connections(self) -> int:
-        """Of clients, now."""
-        query = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'"
-        return int(self.ask(query)[0][0]) - 1  # not ours
+    def connections(self) -> dict[str, int]:
+        """Of clients, now, by user."""
+        query = (
+            "SELECT usename, count(*) FROM pg_stat_activity "
+            "WHERE backend_type = 'client backend' AND usename <> 'postgres' GROUP BY usename"
+        )
+        return {str(user): int(number) for user, number in self.ask(query)}
+
+    def connections_of(self, user: str) -> int:
+        return self.connections().get(user, 0)
+
+    def dump(self, database: str) -> dict[str, str]:
+        """All rows as text, by table."""
+        query = "SELECT tablename FROM pg_tables WHERE schemaname = 'public'"
+        names = [str(name) for (name,) in self.ask(query, database)]
+        return {name: repr(self.ask(f'SELECT * FROM "{name}"', database)) for name in names}
 
     def kill(self) -> None:
         """At once, as a power cut would; what was committed stays."""
