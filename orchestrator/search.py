@@ -74,7 +74,7 @@ MISTAKES = ("authentication failed", "no password supplied", "does not exist", "
 def open_database(uri: str) -> RDBStorage:
     """The studies of a team.
 
-    No connection is held while trials run, so that many idle drivers cost the server nothing.
+    A driver holds one connection while it asks or tells a round, and none while trials run.
 
     Args:
         uri: `postgresql://...` without a password; libpq looks for one in PGPASSWORD, PGPASSFILE
@@ -85,15 +85,16 @@ def open_database(uri: str) -> RDBStorage:
         StudiesAway: it does not answer.
     """
     from sqlalchemy.exc import DBAPIError
-    from sqlalchemy.pool import NullPool
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     # With the driver named: which one is meant without depends on the version of SQLAlchemy.
     address = uri.replace("postgresql://", "postgresql+psycopg://", 1)
-    options = {"poolclass": NullPool, "connect_args": {"connect_timeout": 10}}
+    options = {"pool_size": 1, "max_overflow": 1, "connect_args": {"connect_timeout": 10}}
     for attempt in range(TRIES):
         try:
-            return RDBStorage(address, engine_kwargs=options)
+            storage = RDBStorage(address, engine_kwargs=options)
+            storage.engine.dispose()
+            return storage
         except ImportError as missing:
             raise ValueError(
                 "search.storage needs psycopg, which is not here: pip install 'airsweep[postgres]'"
@@ -218,8 +219,10 @@ def _patiently(
         while True:
             try:
                 if wait:
-                    search._drop_half_points()
-                return work(search, *args, **options)
+                    search._open_study()
+                result = work(search, *args, **options)
+                search._rest()
+                return result
             except (StorageInternalError, DBAPIError) as error:
                 wait = min(max(1.0, 2 * wait), 15.0)
                 if time.monotonic() + wait > deadline:
@@ -258,8 +261,7 @@ class CellSearch:
         self._name = prefix + study_name(cell, search)
         self._open()
 
-    @_patiently
-    def _open(self) -> None:
+    def _open_study(self) -> None:
         self.study = optuna.create_study(
             study_name=self._name,
             storage=self._storage,
@@ -267,12 +269,21 @@ class CellSearch:
             load_if_exists=True,
         )
         self._drop_half_points()
+
+    @_patiently
+    def _open(self) -> None:
+        self._open_study()
         self._take_over(self._carried)
         # What earlier runs have told comes first. A point that failed is tried again, once; one
         # that lacks trials (there is a new seed) gets them; the rest is in the store.
         told = [trial for trial in self._asked() if trial.state.is_finished()]
         points = [replace(_point(trial), told=True) for trial in told]
         self._earlier = [point for point in points if point.number < self._total()]
+
+    def _rest(self) -> None:
+        """Let the connection go, of which trials have no need."""
+        if isinstance(self._storage, RDBStorage):
+            self._storage.engine.dispose()
 
     @_patiently
     def next_round(self) -> list[Point]:

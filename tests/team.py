@@ -21,7 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from orchestrator.tracking import SERVER_ENVIRONMENT
+from tests.documents import ROOT, blocks
 from tests.servers import S3Server, free_port
 
 ADMIN = "admin"
@@ -181,70 +181,49 @@ def _as_owner() -> list[str]:
 
 
 class TeamServer:
-    """MLflow over Postgres and S3 as docs/team.md starts it: users, artifacts by the server alone.
+    """MLflow over Postgres and S3, as docs/team.md starts it: users, files by the server alone.
 
     Args:
-        postgres: running, with the databases `mlflow` and `mlflow_auth`.
-        passwords: of their owners.
+        postgres: running, with the databases of that page.
         s3: running, with the bucket `mlflow`.
-        folder: for its log and settings.
-        environment: settings more.
+        folder: with the files of that page, for its log.
+        more: settings in its environment.
     """
 
     def __init__(
-        self,
-        postgres: PostgresServer,
-        passwords: Mapping[str, str],
-        s3: S3Server,
-        folder: Path,
-        *,
-        workers: int = 1,
-        **environment: str,
+        self, postgres: PostgresServer, s3: S3Server, folder: Path, workers: int = 1, **more: str
     ) -> None:
-        self.log, self.port, self.workers = folder / "mlflow.log", free_port(), workers
+        self.folder, self.log, self.port = folder, folder / "mlflow.log", free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.admin = secrets.token_hex(12)
-        self.backend = sqlalchemy_uri(postgres.uri("mlflow"))
-        pgpass, ini = folder / "pgpass", folder / "basic_auth.ini"
-        lines = [f"127.0.0.1:{postgres.port}:*:{name}:{word}" for name, word in passwords.items()]
-        pgpass.write_text("\n".join(lines) + "\n")
-        pgpass.chmod(0o600)
-        ini.write_text(
-            "[mlflow]\n"
-            "default_permission = READ\n"
-            f"database_uri = {sqlalchemy_uri(postgres.uri('mlflow_auth'))}\n"
-            f"admin_username = {ADMIN}\n"
-            "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
-            "auth_cache_ttl_seconds = 60\n"
-        )
         self.environment = {
-            **os.environ,
-            **SERVER_ENVIRONMENT,
+            **reader(),
             "OMP_NUM_THREADS": "1",
-            "PGPASSFILE": str(pgpass),
-            "MLFLOW_AUTH_CONFIG_PATH": str(ini),
+            "PGHOST": "127.0.0.1",
+            "PGPORT": f"{postgres.port}",
+            "PORT": f"{self.port}",
+            "WORKERS": f"{workers}",
+            "BUCKET": "s3://mlflow/team",
+            "NAMES": f"{HOST},127.0.0.1:{self.port}",
             "MLFLOW_AUTH_ADMIN_PASSWORD": self.admin,
             "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(16),
             "MLFLOW_S3_ENDPOINT_URL": s3.url,
             "AWS_ACCESS_KEY_ID": "server",
             "AWS_SECRET_ACCESS_KEY": secrets.token_hex(12),
             "AWS_DEFAULT_REGION": "us-east-1",
-            **environment,
+            **more,
         }
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        command = [
-            *(sys.executable, "-m", "mlflow", "server"),
-            *("--host", "127.0.0.1", "--port", str(self.port), "--workers", str(self.workers)),
-            *("--backend-store-uri", self.backend),
-            *("--serve-artifacts", "--artifacts-destination", "s3://mlflow"),
-            *("--app-name", "basic-auth"),
-            *("--allowed-hosts", f"{HOST},127.0.0.1:{self.port}"),
-        ]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                command, env=self.environment, stdout=log, stderr=log, start_new_session=True
+                ["bash", "serve.sh"],
+                cwd=self.folder,
+                env=self.environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
         for _ in range(600):
             with contextlib.suppress(urllib.error.URLError, ConnectionError):
@@ -302,9 +281,19 @@ class TeamServer:
         )
 
 
-def sqlalchemy_uri(uri: str) -> str:
-    """With the driver named: which one is meant without depends on the version of SQLAlchemy."""
-    return uri.replace("postgresql://", "postgresql+psycopg://")
+def reader() -> dict[str, str]:
+    """The environment of who follows docs/team.md: `python` and Postgres' programs are found."""
+    assert PROGRAMS is not None
+    path = [str(Path(sys.executable).parent), str(PROGRAMS), os.environ["PATH"]]
+    root = str(Path(__file__).parents[1])
+    return {**os.environ, "PATH": os.pathsep.join(path), "PYTHONPATH": root}
+
+
+def write_files(folder: Path) -> None:
+    """Those that docs/team.md shows."""
+    for block in blocks(ROOT / "docs" / "team.md"):
+        if block.file:
+            (folder / block.file).write_text(block.text)
 
 
 def basic(user: str, password: str) -> str:
@@ -318,13 +307,21 @@ def team(folder: Path, *, careful: bool = False, workers: int = 1, **more: str) 
         postgres = PostgresServer(careful=careful)
         stack.callback(postgres.close)
         postgres.start()
-        names = ("mlflow", "mlflow_auth", "airsweep_studies")
-        passwords = {name: postgres.make_database(name) for name in names}
+        write_files(folder)
+        whose = {"PGHOST": "127.0.0.1", "PGPORT": f"{postgres.port}", "PGUSER": "postgres"}
+        subprocess.run(
+            ["bash", "databases.sh"],
+            cwd=folder,
+            env={**reader(), **whose, "PGPASSWORD": postgres.password},
+            check=True,
+        )
+        lines = (folder / "pgpass").read_text().split()
+        passwords = {line.split(":")[3]: line.split(":")[4] for line in lines}
         s3 = S3Server()
         s3.start()
         stack.callback(s3.stop)
         s3.make_bucket("mlflow")
-        mlflow = TeamServer(postgres, passwords, s3, folder, workers=workers, **more)
+        mlflow = TeamServer(postgres, s3, folder, workers=workers, **more)
         stack.callback(mlflow.stop)
         mlflow.start()
         yield Team(postgres, mlflow, s3, passwords)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,13 +21,15 @@ import pytest
 
 from tests.browser import CHROMIUM, Browser
 from tests.browser import MISSING as NO_CHROMIUM
+from tests.drivers import drive
 from tests.servers import free_port
 from tests.sweeps import TIMEOUT, count, environment, events, search_sweep, write_sweep
-from tests.team import HERE, HOST, MISSING, Team, basic, team
+from tests.team import HERE, HOST, MISSING, Team, basic, reader, team
 
 pytestmark = [pytest.mark.debian, pytest.mark.skipif(not HERE, reason=MISSING)]
 
 NAME = "shared"
+SHORT = ("--set", "search.points=2")
 ENDED = ("trial_done", "trial_reused", "trial_failed", "trial_pruned")
 
 
@@ -118,10 +122,10 @@ def test_a_search_in_postgres_asks_and_tells_what_one_in_the_journal_does(
     assert services.postgres.ask(query, "airsweep_studies") == [(1,)]
 
 
-@pytest.mark.parametrize("event", [12, 30])
 def test_a_search_in_postgres_that_was_killed_asks_the_points_of_an_undisturbed_one(
-    spec, calm, services, tmp_path, event
+    spec, calm, services, tmp_path
 ):
+    event = 20
     crash = {"AIRSWEEP_CRASH_AT": f"event:{event}"}
     killed = run(spec, tmp_path, *on_postgres(services), **password(services), **crash)
     assert killed.returncode == -signal.SIGKILL
@@ -253,7 +257,7 @@ def ada(services) -> dict[str, str]:
 def recorded(spec, services, ada) -> Path:
     """The store of a sweep of ada's, told to the team's server with files, as she would."""
     store = spec.parent / "recorded"
-    options = (*on_postgres(services), "--set", "project=digits")
+    options = (*on_postgres(services), "--set", "project=digits", *SHORT)
     said = ran(spec, store, *options, **password(services), **ada)
     (spec.parent / "said.txt").write_text(said)
     return store
@@ -335,7 +339,7 @@ def test_a_file_of_mlflows_own_holds_the_password_too(spec, services, ada, tmp_p
         f"mlflow_tracking_password = {ada['MLFLOW_TRACKING_PASSWORD']}\n"
     )
     place = ("--set", "project=from-a-file", "--tracking-uri", services.mlflow.url)
-    ran(spec, tmp_path / "runs", *place, HOME=str(tmp_path))
+    ran(spec, tmp_path / "runs", *place, *SHORT, HOME=str(tmp_path))
     assert runs(services, "from-a-file")
 
 
@@ -343,17 +347,40 @@ def test_who_may_only_read_a_project_is_told_and_who_is_granted_may_write(
     spec, services, recorded, tmp_path
 ):
     bob = services.mlflow.make_user("bob")
-    mine = ("--set", "project=digits", "--set", "name=of_bob")
+    mine = ("--set", "project=digits", "--set", "name=of_bob", *SHORT)
     refused = run(spec, tmp_path, *mine, **bob)
     assert refused.returncode == 2
     assert "does not let bob use the experiment air/digits" in refused.stderr
     assert "EDIT" in refused.stderr
     assert not (tmp_path / "sweeps").exists()
-    ran(spec, tmp_path, "--set", "project=bobs", **bob)  # what one makes is one's own
+    ran(spec, tmp_path, "--set", "project=bobs", *SHORT, **bob)  # what one makes is one's own
     services.mlflow.grant("bob", runs(services, "digits")[0]["info"]["experiment_id"], "EDIT")
     ran(spec, tmp_path, *mine, **bob)
     sweeps = [tags(run) for run in runs(services, "digits") if tags(run)["air.kind"] == "sweep"]
     assert {of["air.sweep"] for of in sweeps} == {NAME, "of_bob"}
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not here")
+def test_an_administrator_makes_users_and_changes_the_first_password_as_the_page_says(
+    spec, services, tmp_path
+):
+    mlflow = services.mlflow
+    first, grace = mlflow.admin, secrets.token_hex(12)
+    mlflow.admin = secrets.token_hex(12)
+    netrc = mlflow.folder / "netrc"
+    netrc.write_text(f"machine 127.0.0.1 login admin password {first}\n")
+    words = {"NAME": "grace", "PASSWORD": grace, "PROJECT": "flowers"}
+    words |= {"FIRST": first, "NEXT": mlflow.admin, "MLFLOW_TRACKING_URI": mlflow.url}
+    made = subprocess.run(
+        ["bash", "users.sh"], cwd=mlflow.folder, env={**reader(), **words}, check=False
+    )
+    assert made.returncode == 0
+    hers = {"MLFLOW_TRACKING_USERNAME": "grace", "MLFLOW_TRACKING_PASSWORD": grace}
+    where = {"MLFLOW_TRACKING_URI": mlflow.url, "AIRSWEEP_PROJECT": "flowers"}
+    ran(spec, tmp_path, *SHORT, **hers, **where)
+    assert runs(services, "flowers")
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        mlflow.post("api/2.0/mlflow/experiments/search", {"max_results": 1}, "admin", first)
 
 
 def test_a_server_without_its_database_is_refused_before_anything_starts(
@@ -416,3 +443,19 @@ def test_after_login_a_browser_shows_the_sweep_and_before_it_nothing(
         browser.open(page, there)
     finally:
         browser.close()
+
+
+# ---------------------------------------------------------------- many at once
+
+
+def test_six_drivers_at_once_lose_nothing_and_hold_few_connections(
+    services, drawn_digits, tmp_path
+):
+    found = drive(services, 6, tmp_path, drawn_digits, points=3, trial_seconds=0.1, looks=3)
+    assert found.alive == 6
+    assert found.codes == {0: 6}
+    assert found.expected == 6 * (1 + 1 + 3)
+    assert (found.lost, found.doubled, found.open_runs) == (0, 0, 0)
+    assert found.http <= 1
+    assert found.connections["airsweep_studies"] <= 2 * 6  # one may be closing still
+    assert found.connections["mlflow"] + found.connections["mlflow_auth"] <= 2 * (4 + 2)

@@ -2,6 +2,10 @@
 tracker over a trainable that writes numbers from its key. Run like the command.
 
     python -m tests.trivial run sweep.yaml --store runs --tracking-uri jsonl:runs/told.jsonl
+
+With RAY_ADDRESS it joins that cluster, though its trials need none. AIRSWEEP_GATE is a folder in
+which every driver says that it could begin, and waits until `open` is there; a trial takes
+AIRSWEEP_TRIAL_SECONDS.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ import io
 import os
 import random
 import sys
+import time
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,6 +56,7 @@ def objective(spec: TrialSpec, iterations: int) -> dict[str, float]:
 
 
 def run_trial(spec: TrialSpec, store: ArtifactStore, legs: Legs = WHOLE) -> None:
+    time.sleep(float(os.environ.get("AIRSWEEP_TRIAL_SECONDS", "0")))
     begun = read_checkpoint(spec, store)
     end = normalised(spec).iterations if legs.until is None else legs.until
     with open(store.root / "iterations.log", "a") as handle:
@@ -86,6 +92,7 @@ def run_points(
     dispatcher: Any, shop: Any, resources: Any, folder: Path, slots: int, progress: Any
 ) -> Any:
     """Some jobs at a time, in whose order a driver may die."""
+    pass_gate()
     running: list[Any] = []
     dispatcher.spread(SLOTS, "cpu")
     while not dispatcher.finished:
@@ -98,6 +105,13 @@ def run_points(
             run_trial(spec, shop.store, job.legs)
         dispatcher.complete(job.number, {})
     return types.SimpleNamespace(wall=0.0, overhead=None)
+
+
+def pass_gate() -> None:
+    if gate := os.environ.get("AIRSWEEP_GATE"):
+        Path(gate, f"{os.getpid()}").touch()
+        while not Path(gate, "open").exists():
+            time.sleep(0.1)
 
 
 def prepare(needs: Any, shop: Any, resources: Any, watcher: Any) -> None:
@@ -150,6 +164,8 @@ MODULES = {
 }
 
 if __name__ == "__main__":
+    if os.environ.get("RAY_ADDRESS"):
+        del MODULES["orchestrator.session"]  # the real one
     for name, content in MODULES.items():
         module = types.ModuleType(name)
         module.__dict__.update(content)

@@ -157,8 +157,14 @@ class MlflowTracker:
     def _try_to_write(self, client: MlflowClient) -> None:
         """Who may read an experiment may not always write to it. To make one is anybody's right."""
         found = client.get_experiment_by_name(self._name)
-        if found is not None and found.lifecycle_stage != "deleted":
+        if found is None or found.lifecycle_stage == "deleted":
+            return
+        try:
             client.set_experiment_tag(found.experiment_id, "air.project", self._project)
+        except MlflowException as error:
+            # Two drivers that write a tag for the first time: one is told that it is there.
+            if error.error_code not in REFUSED:
+                raise
 
     def start(self, run: SweepRun, *, live: bool = True) -> str:
         self._sweep, self._live, self._opened, self._untold = run, live, None, {}
