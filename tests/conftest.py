@@ -77,6 +77,7 @@ LONG = (
     "test_generation",
     "test_job",
     "test_tracking",
+    "test_team",
     "test_outage",
     "test_bucket",
     "test_docs",
