@@ -398,20 +398,22 @@ def test_a_server_without_its_database_is_refused_before_anything_starts(
 
 
 @pytest.mark.parametrize(
-    ("host", "user", "code"),
+    ("host", "word", "code"),
     [
-        (None, "ada", 200),
-        (HOST, "ada", 200),
-        ("elsewhere.example", "ada", 403),
+        (None, "hers", 200),
+        (HOST, "hers", 200),
+        ("elsewhere.example", "hers", 403),
+        (None, "another", 401),
         (None, None, 401),
     ],
 )
 def test_pages_are_for_users_and_under_the_names_of_the_server_alone(
-    services, recorded, ada, host, user, code
+    services, recorded, ada, host, word, code
 ):
     headers = {"Host": host} if host else {}
-    if user:
-        headers["Authorization"] = basic(user, ada["MLFLOW_TRACKING_PASSWORD"])
+    if word is not None:
+        known = {"hers": ada["MLFLOW_TRACKING_PASSWORD"]}
+        headers["Authorization"] = basic("ada", known.get(word, word))
     request = urllib.request.Request(
         f"{services.mlflow.url}/api/2.0/mlflow/experiments/get-by-name?experiment_name=air/digits",
         headers=headers,
