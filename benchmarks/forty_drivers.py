@@ -35,7 +35,7 @@ from tests.browser import CHROMIUM, Browser
 from tests.drivers import PROJECTS, Figures, drive, percentile
 from tests.team import HERE, MISSING, Team, team
 
-POOL = 4 + 2  # connections of a store, as docs/team.md sets it
+POOL = 10 + 10  # connections of a store, as docs/team.md sets it
 STORES = 2  # of a server's process: runs, users
 
 
@@ -93,10 +93,12 @@ def shown(found: Figures) -> dict[str, Any]:
         "alive_at_once": found.alive,
         "exit_codes": {str(code): count for code, count in found.codes.items()},
         "runs_expected": found.expected,
+        "runs_late": found.late,
         "runs_lost": found.lost,
         "runs_doubled": found.doubled,
         "runs_not_finished": found.open_runs,
         **seconds,
+        "pages_refused": found.refused,
         "looks": {phase: len(values) for phase, values in found.pages.items()},
         "postgres_connections_most": found.connections,
         "http_connections_a_driver": found.http,
@@ -152,6 +154,7 @@ def main() -> None:
         "postgres_connections_bound": bound,
         "chromium_s": {phase: round(seconds, 1) for phase, seconds in pages.items()},
         "load_before": round(load, 1),
+        "load_after": round(os.getloadavg()[0], 1),
     }
     print(json.dumps(result))
 

@@ -69,7 +69,13 @@ class PostgresServer:
             self._make()
         assert PROGRAMS is not None
         where = ["-D", str(self.folder / "data"), "-p", str(self.port), "-k", str(self.folder)]
-        settings = ["-c", "listen_addresses=127.0.0.1", *([] if self.careful else ["-F"])]
+        settings = [
+            "-c",
+            "listen_addresses=127.0.0.1",
+            "-c",
+            "max_connections=200",
+            *([] if self.careful else ["-F"]),
+        ]
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
                 [*_as_owner(), str(PROGRAMS / "postgres"), *where, *settings],

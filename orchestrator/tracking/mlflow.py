@@ -84,6 +84,8 @@ _ROW, GAP = re.compile(r"^\| .*[^-:| \n].*\|$", re.MULTILINE), "&emsp;"
 # For a first look: who has no server should know at once.
 QUICK = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
 REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
+# What a server says in the same words when its database is busy or a moment away.
+WEATHER = ("QueuePool limit", "deadlock detected", "terminating connection", "closed unexpectedly")
 
 
 @dataclass
@@ -242,7 +244,7 @@ class MlflowTracker:
                 return self._tell_point(opened, run)
             return self._tell(opened, run)
         except MlflowException as error:
-            if error.error_code not in REFUSED:
+            if error.error_code not in REFUSED or any(words in str(error) for words in WEATHER):
                 raise
             # Bad data, not bad weather: trying again is no use, and others may pass.
             log.warning("MLflow refuses %s: %s", run.name, reason(error))
