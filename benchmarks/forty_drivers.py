@@ -3,9 +3,9 @@ are pages, how many connections?
 
 Starts Postgres (fsync on), an S3 server and `mlflow server --app-name basic-auth` on loopback, one
 Ray cluster that all drivers join, and then the drivers: `airsweep run` with a search of its own
-each, studies in Postgres, two projects, a user each, one store. Trials take half a second and
+each, studies in Postgres, two projects, a user each, one store. Trials take ten seconds and
 compute nothing (`tests/trivial.py`), in their driver, so that what is measured is what drivers do
-to shared services; all drivers begin together, when the last one is there. Meanwhile somebody opens
+to shared services; they begin when the last driver is there, half a second apart. Meanwhile somebody opens
 the list of runs again and again: the two requests of that page (`experiments/get`, `runs/search`,
 100 a page) and once in headless chromium. Baseline: the same requests when all drivers have ended.
 
@@ -105,6 +105,7 @@ def shown(found: Figures) -> dict[str, Any]:
         "driver_rss_mb": round(statistics.median(found.rss)),
         "driver_private_mb": round(statistics.median(found.private)),
         "wall_s": round(found.wall, 1),
+        "load": round(found.load, 1),
     }
 
 
@@ -112,6 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--drivers", type=int, default=40)
     parser.add_argument("--points", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=10, help="that a trial takes")
     parser.add_argument("--workers", type=int, default=2, help="processes of the server")
     parser.add_argument("--no-ray", action="store_true", help="200 MB less a driver")
     asked = parser.parse_args()
@@ -135,6 +137,8 @@ def main() -> None:
             folder / "team",
             folder_of_images(folder / "images"),
             points=asked.points,
+            trial_seconds=asked.seconds,
+            apart=0.5,
             address=address,
             say=lambda line: print(line, file=sys.stderr),
             meanwhile=look,

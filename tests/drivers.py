@@ -50,6 +50,7 @@ class Figures:
     lost: int = 0  # the same, after `mlflow reconcile` where a driver says so
     doubled: int = 0
     open_runs: int = 0  # that are not FINISHED
+    load: float = 0.0  # the machine's highest
     wall: float = 0.0  # seconds from the moment when all could begin
     connections: dict[str, int] = field(default_factory=dict)  # most at once, by user
     http: int = 0  # most connections that one driver had to the server
@@ -114,6 +115,7 @@ def drive(
     *,
     points: int = 5,
     trial_seconds: float = 0.5,
+    apart: float = 0.0,
     address: str | None = None,
     looks: int = 20,
     say: Callable[[str], None] = lambda line: None,
@@ -123,6 +125,7 @@ def drive(
 
     Args:
         images: ready ones, that no trial looks at.
+        apart: seconds between the first trials of two drivers.
         address: of the Ray cluster that all join; None: none.
         looks: how often the page's data is asked for afterwards, to compare.
         meanwhile: done once while the drivers run.
@@ -163,7 +166,11 @@ def drive(
                 running.append(
                     subprocess.Popen(
                         [*command, "--store", str(store)],
-                        env=environment(**more, **users[number]),
+                        env=environment(
+                            **more,
+                            **users[number],
+                            AIRSWEEP_GATE_SECONDS=str(apart * number),
+                        ),
                         stdout=log,
                         stderr=log,
                     )
@@ -190,6 +197,7 @@ def drive(
             except OSError as problem:  # of HTTP, too
                 found.refused += 1
                 say(f"no page: {problem}")
+            found.load = max(found.load, os.getloadavg()[0])
             found.http = max(found.http, *(_to(services, one) for one in running))
             time.sleep(0.2)
         found.wall = time.monotonic() - began
