@@ -59,7 +59,8 @@ from orchestrator.running import Run
 from orchestrator.screen import Screen, clock
 from orchestrator.stall import Stall
 from orchestrator.store import ArtifactStore, StoreFull, maker
-from orchestrator.sweep import Budget, Cell, SweepSpec
+from orchestrator.studies import StudiesAway
+from orchestrator.sweep import JOURNAL, Budget, Cell, SweepSpec
 from orchestrator.variables import joins_a_cluster
 
 if TYPE_CHECKING:
@@ -69,10 +70,10 @@ log = logging.getLogger(__name__)
 
 
 class StoreLost(RuntimeError):
-    """A bucket could not be written to any more, or another driver took the sweep over."""
+    """Bucket or studies do not answer any more, or another driver took the sweep over."""
 
 
-LOST = (RemoteAway, SweepBusy)
+LOST = (RemoteAway, SweepBusy, StudiesAway)
 GO_ON = "what is done is there, and the same command goes on with the rest"
 
 
@@ -98,7 +99,7 @@ def run_sweep(
         The exit code; `outcome.json` says the same.
 
     Raises:
-        Refused, SweepBusy, StoreRefused, RemoteAway: before anything started.
+        Refused, SweepBusy, StoreRefused, RemoteAway, StudiesAway: before anything started.
         StoreLost: later.
         StoreFull: there was no room for what was made, or for saying how it ended.
     """
@@ -122,6 +123,7 @@ def run_sweep(
     os.environ |= {f"AIRSWEEP_{name}": value for name, value in made.items()}
     publisher = Publisher(sweep, parent_of(sweep, place, maker()), place.store, tracking_uri)
     publisher.check(reach=not prepare_only)
+    _check_studies(plan)
     if place.store.mirror is not None and publisher.in_store and not prepare_only:
         screen.say(
             f"tracking goes to a file in {place.store.root}, which this machine alone sees; give "
@@ -336,7 +338,24 @@ def _searches(run: Run, plan: Plan) -> dict[str, Any]:
         return {}
     from orchestrator.search import open_searches
 
-    return dict(open_searches(plan, run.ledger, run.place.folder / "studies.journal"))
+    place = run.place
+    owner = (place.store.name, place.project, place.name)
+    return dict(open_searches(plan, run.ledger, place.folder / "studies.journal", owner))
+
+
+def _check_studies(plan: Plan) -> None:
+    """Where studies are in a database: does it answer, before any work?
+
+    Raises:
+        ValueError: it lets us not in.
+        StudiesAway: it does not answer.
+    """
+    search = plan.sweep.search
+    if search is None or search.storage == JOURNAL or not any(cell.space for cell in plan.cells):
+        return
+    from orchestrator.search import open_database
+
+    open_database(search.storage)
 
 
 def does_not_fit(

@@ -22,6 +22,7 @@ from orchestrator.readers import (
     trial_schema,
 )
 from orchestrator.sweep import (
+    JOURNAL,
     Budget,
     EncoderResources,
     GeneratorResources,
@@ -30,7 +31,7 @@ from orchestrator.sweep import (
     Search,
     TrialResources,
 )
-from orchestrator.sweep_file import may_be_searched
+from orchestrator.sweep_file import POSTGRES, may_be_searched
 
 Schema = dict[str, Any]
 
@@ -96,7 +97,12 @@ def _fixed() -> Schema:
 
 def _search() -> Schema:
     about = "an Optuna study in each cell; without it a cell is one point"
-    return {"description": about, **_section(Search, space=_space, pruning=_pruning)}
+    parts = {"space": _space, "pruning": _pruning, "storage": _storage}
+    return {"description": about, **_section(Search, **parts)}
+
+
+def _storage() -> Schema:
+    return {"type": "string", "pattern": f"^({JOURNAL}|{POSTGRES}.+)$"}
 
 
 def _space() -> Schema:

@@ -4,16 +4,24 @@ A round's points are asked before any of it is told, each by a sampler seeded wi
 seed, the cell, the round and the place in it; results are told in the order of the points. So a
 sweep that was killed anywhere goes on with the points of an undisturbed one. A study of a changed
 space starts with the points that are carried into it (`orchestrator.studies`).
+
+Studies are in a file of the sweep or in a team's Postgres. Either may lack what the other was
+told: points that the ledger knows are asked again as they were, and their results are in the store.
 """
 
 from __future__ import annotations
 
+import os
+import time
+import uuid
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import wraps
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, get_args
+from typing import Any, Concatenate, ParamSpec, TypeVar, get_args
+from urllib.parse import urlsplit
 
 import optuna
 from optuna.distributions import (
@@ -22,8 +30,9 @@ from optuna.distributions import (
     FloatDistribution,
     IntDistribution,
 )
+from optuna.exceptions import StorageInternalError
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
-from optuna.storages import BaseStorage, JournalStorage
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
@@ -38,8 +47,8 @@ from orchestrator.space import (
     point_count,
     study_name,
 )
-from orchestrator.studies import Carried, searches
-from orchestrator.sweep import Cell, Dimension, Search
+from orchestrator.studies import Carried, StudiesAway, searches
+from orchestrator.sweep import JOURNAL, Cell, Dimension, Search
 
 TRIES = 8  # at a point that was not asked before: one that was has nothing new to tell
 STARTUP_POINTS = 4  # of TPE below 30 points; its own default of 10 would leave little to model
@@ -56,10 +65,88 @@ def open_storage(path: Path) -> JournalStorage:
     return JournalStorage(JournalFileBackend(str(path)))
 
 
-def open_searches(plan: Plan, ledger: Ledger, journal: Path) -> dict[str, CellSearch]:
+# Seconds for which a database that does not answer in mid-run is asked again and again.
+PATIENCE = ("AIRSWEEP_STUDIES_SECONDS", 30.0)
+# What people get wrong; all else may pass by itself.
+MISTAKES = ("authentication failed", "no password supplied", "does not exist", "permission denied")
+
+
+def open_database(uri: str) -> RDBStorage:
+    """The studies of a team.
+
+    A driver holds one connection while it asks or tells a round, and none while trials run.
+
+    Args:
+        uri: `postgresql://...` without a password; libpq looks for one in PGPASSWORD, PGPASSFILE
+            and ~/.pgpass.
+
+    Raises:
+        ValueError: it lets us not in, or there is no such database.
+        StudiesAway: it does not answer.
+    """
+    from sqlalchemy.exc import DBAPIError
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    # With the driver named: which one is meant without depends on the version of SQLAlchemy.
+    address = uri.replace("postgresql://", "postgresql+psycopg://", 1)
+    options = {"pool_size": 1, "max_overflow": 1, "connect_args": {"connect_timeout": 10}}
+    for attempt in range(TRIES):
+        try:
+            storage = RDBStorage(address, engine_kwargs=options)
+            storage.engine.dispose()
+            return storage
+        except ImportError as missing:
+            raise ValueError(
+                "search.storage needs psycopg, which is not here: pip install 'airsweep[postgres]'"
+            ) from missing
+        except (StorageInternalError, DBAPIError) as error:
+            said = _last_line(error)
+            # Two drivers that make the tables at the same time: one of them finds them made.
+            if "already exists" in f"{error}" or "duplicate key" in f"{error}":
+                time.sleep(0.2 * (attempt + 1))
+                continue
+            if any(words in f"{error}" for words in MISTAKES):
+                raise ValueError(
+                    f"the studies' database {place_of_database(uri)} lets us not in ({said}); set "
+                    "PGPASSWORD or write ~/.pgpass, and see that the database is there and yours"
+                ) from error
+            raise StudiesAway(_away(uri, said)) from error
+    raise StudiesAway(_away(uri, "others are making its tables"))
+
+
+def place_of_database(uri: str) -> str:
+    """Server and database of a URI, for messages.
+
+    >>> place_of_database("postgresql://ada@db.example:5432/studies?sslmode=require")
+    'db.example:5432/studies'
+    """
+    parts = urlsplit(uri)
+    return f"{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+def _away(uri: str, said: str) -> str:
+    return f"the studies' database {place_of_database(uri)} does not answer ({said})"
+
+
+def _last_line(error: BaseException) -> str:
+    """What libpq says; what is around it is SQLAlchemy's."""
+    cause = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    lines = [line.strip() for line in f"{cause}".strip().splitlines() if line.strip()]
+    return (lines[0] if lines else type(cause).__name__)[:200]
+
+
+def open_searches(
+    plan: Plan, ledger: Ledger, journal: Path, owner: tuple[str, ...] = ()
+) -> dict[str, CellSearch]:
     """A search for each cell that has a space. Call it only as the sweep's one driver.
 
     What a study takes over is in the ledger before the study is fed.
+
+    Args:
+        journal: where studies are that are in no database.
+        owner: store, project and sweep; tells apart the studies of a database.
     """
     search = plan.sweep.search
     assert search is not None
@@ -78,12 +165,71 @@ def open_searches(plan: Plan, ledger: Ledger, journal: Path) -> dict[str, CellSe
                 carried=[asdict(one) for one in starts.carried],
                 left_out=starts.left_out,
             )
-    carried = searches(ledger).carried
-    storage = open_storage(journal)
+    found = searches(ledger)
+    if search.storage == JOURNAL:
+        storage: BaseStorage = open_storage(journal)
+        prefix = ""
+    else:
+        storage = open_database(search.storage)
+        prefix = f"{_own_name(ledger, owner)}/"
     return {
-        cell.id: CellSearch(cell, search, storage, carried.get(study_name(cell, search), ()))
+        cell.id: CellSearch(
+            cell,
+            search,
+            storage,
+            found.carried.get(study_name(cell, search), ()),
+            asked=found.asked.get(study_name(cell, search), {}),
+            prefix=prefix,
+        )
         for cell in searched
     }
+
+
+def _own_name(ledger: Ledger, owner: tuple[str, ...]) -> str:
+    """What the studies of this sweep begin with in a database that many share.
+
+    A sweep that was removed and starts again, and a copy of a store, have a name of their own:
+    what their ledger knows is asked again under it.
+    """
+    for event in ledger.events():
+        if event["event"] == "studies_named" and event["owner"] == list(owner):
+            return str(event["name"])
+    name = "/".join([*owner[1:], uuid.uuid4().hex[:8]])
+    ledger.append("studies_named", owner=list(owner), name=name)
+    return name
+
+
+Args = ParamSpec("Args")
+Result = TypeVar("Result")
+
+
+def _patiently(
+    work: Callable[Concatenate[CellSearch, Args], Result],
+) -> Callable[Concatenate[CellSearch, Args], Result]:
+    """Again, where a database has not answered: what was half asked is dropped first."""
+
+    @wraps(work)
+    def tried(search: CellSearch, /, *args: Args.args, **options: Args.kwargs) -> Result:
+        if search.search.storage == JOURNAL:
+            return work(search, *args, **options)
+        from sqlalchemy.exc import DBAPIError
+
+        deadline = time.monotonic() + float(os.environ.get(*map(str, PATIENCE)))
+        wait = 0.0
+        while True:
+            try:
+                if wait:
+                    search._open_study()
+                result = work(search, *args, **options)
+                search._rest()
+                return result
+            except (StorageInternalError, DBAPIError) as error:
+                wait = min(max(1.0, 2 * wait), 15.0)
+                if time.monotonic() + wait > deadline:
+                    raise StudiesAway(_away(search.search.storage, _last_line(error))) from error
+            time.sleep(wait)
+
+    return tried
 
 
 class CellSearch:
@@ -92,6 +238,9 @@ class CellSearch:
     Args:
         carried: points of earlier studies, in the order in which they were carried into this one.
         sampler: makes the sampler of one ask from its seed.
+        asked: points that the ledger knows, by number. Those that the study lacks are asked as
+            they were.
+        prefix: of the study's name in a storage that sweeps share.
     """
 
     def __init__(
@@ -101,23 +250,42 @@ class CellSearch:
         storage: BaseStorage,
         carried: Sequence[Carried] = (),
         sampler: Callable[[Search, int], BaseSampler] | None = None,
+        *,
+        asked: Mapping[int, Mapping[str, Any]] = MappingProxyType({}),
+        prefix: str = "",
     ) -> None:
         self.cell, self.search = cell, search
         self._sampler = sampler or make_sampler
+        self._known = {number: dict(params) for number, params in asked.items()}
+        self._carried, self._storage = carried, storage
+        self._name = prefix + study_name(cell, search)
+        self._open()
+
+    def _open_study(self) -> None:
         self.study = optuna.create_study(
-            study_name=study_name(cell, search),
-            storage=storage,
+            study_name=self._name,
+            storage=self._storage,
             direction="maximize",
             load_if_exists=True,
         )
         self._drop_half_points()
-        self._take_over(carried)
+
+    @_patiently
+    def _open(self) -> None:
+        self._open_study()
+        self._take_over(self._carried)
         # What earlier runs have told comes first. A point that failed is tried again, once; one
         # that lacks trials (there is a new seed) gets them; the rest is in the store.
         told = [trial for trial in self._asked() if trial.state.is_finished()]
         points = [replace(_point(trial), told=True) for trial in told]
         self._earlier = [point for point in points if point.number < self._total()]
 
+    def _rest(self) -> None:
+        """Let the connection go, of which trials have no need."""
+        if isinstance(self._storage, RDBStorage):
+            self._storage.engine.dispose()
+
+    @_patiently
     def next_round(self) -> list[Point]:
         """The points of the next round, those that a killed driver had asked among them; empty
         when the cell has had all its points, or `patience` is at its end."""
@@ -132,6 +300,7 @@ class CellSearch:
         end = min((first // self.search.width + 1) * self.search.width, self._total())
         return points + [self._ask(number) for number in range(len(asked), end)]
 
+    @_patiently
     def tell_round(
         self,
         values: Mapping[int, float | None],
@@ -195,8 +364,11 @@ class CellSearch:
         for index, one in enumerate(carried):
             if index in there:
                 continue
-            if not self._asked() and one.params != default_params(self.cell):
-                self._ask(0)
+            first = 0 if one.params == default_params(self.cell) else 1
+            own = [number for number, params in self._known.items() if params == one.params]
+            number = own[0] if own else max(self._known, default=first - 1) + 1
+            while len(self._asked()) < number:
+                self._ask(len(self._asked()))
             dimensions = [d for d in self.cell.space if d.key in one.params]
             self.study.add_trial(
                 create_trial(
@@ -239,9 +411,12 @@ class CellSearch:
         return trial, params
 
     def _settled(self, number: int) -> dict[str, Any]:
-        """Points that no sampler chooses: all of a grid; else the default, which comes first."""
+        """Points that no sampler chooses: all of a grid; what the ledger knows; the default, which
+        comes first."""
         if self.search.sampler == "grid":
             return grid_points(self.cell)[number]
+        if number in self._known:
+            return self._known[number]
         return {} if number else default_params(self.cell)
 
     def _drop_half_points(self) -> None:

@@ -48,6 +48,9 @@ class Pruning:
     keep: float = knob(0.5, "halving: share of a round's points that go on", gt=0, lt=1)
 
 
+JOURNAL = "journal"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Search:
     """What is searched in each cell, and how."""
@@ -65,6 +68,10 @@ class Search:
     width: int = knob(4, "points asked per round", ge=1)
     patience: int | None = knob(None, "points without a better one that end a cell", ge=1)
     pruning: Pruning | None = knob(None, "points that stop early; null: none")
+    storage: str = knob(
+        JOURNAL,
+        "of the studies: a file of the sweep, or postgresql://user@host/database (docs/team.md)",
+    )
     # One whose `when` names another comes after it.
     space: tuple[Dimension, ...] = field(metadata={"help": "keys that are searched"})
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import parse_qs, urlsplit
 
 from orchestrator import presets
 from orchestrator.expressions import compile_when, constants_of, names_of
@@ -32,6 +33,7 @@ from orchestrator.readers import (
 )
 from orchestrator.redact import password_at
 from orchestrator.sweep import (
+    JOURNAL,
     Budget,
     Cell,
     Dimension,
@@ -65,6 +67,8 @@ __all__ = [
     "load_sweep",
     "notes_of",
 ]
+
+POSTGRES = "postgresql://"
 
 # A LoRA and its images are made from these. To search one would mean new images for every point:
 # GPU-hours. A grid has them prepared once.
@@ -304,6 +308,38 @@ def _pruning(document: Document, keys: Keys) -> Pruning | None:
     return found
 
 
+def _storage(document: Document, keys: Keys) -> str:
+    where: str = leaf(LINE)(document, keys)
+    if where == JOURNAL:
+        return where
+    if not where.startswith(POSTGRES):
+        raise document.error(
+            keys, f"no storage of studies; allowed: {JOURNAL}, {POSTGRES}user@host/database"
+        )
+    _no_password(document, keys, where, "set PGPASSWORD, or write ~/.pgpass")
+    return where
+
+
+def _tracking_uri(document: Document, keys: Keys) -> str:
+    uri: str = leaf(LINE)(document, keys)
+    remedy = "set MLFLOW_TRACKING_PASSWORD, or write ~/.mlflow/credentials"
+    _no_password(document, keys, uri, remedy)
+    return uri
+
+
+def _no_password(document: Document, keys: Keys, uri: str, remedy: str) -> None:
+    """Refuse a URI with a password, without repeating it."""
+    try:
+        parts = urlsplit(uri)
+        secret = parts.password is not None or "password" in parse_qs(parts.query)
+    except ValueError:
+        raise document.error(keys, "no address; allowed: scheme://user@host/...") from None
+    if secret:
+        raise document.error(
+            keys, f"has a password, and a sweep file is kept and shown; allowed: none: {remedy}"
+        )
+
+
 def _rungs(document: Document, keys: Keys) -> tuple[int, ...]:
     whole = leaf(int, (("ge", 1),))
     rungs = tuple(whole(document, (*keys, i)) for i in range(len(document.items(keys))))
@@ -452,7 +488,7 @@ TOP: dict[str, Reader] = {
     "grid": _grid,
     "exclude": _exclude,
     "fixed": _fixed,
-    "search": section(Search, space=_space, pruning=_pruning),
+    "search": section(Search, space=_space, pruning=_pruning, storage=_storage),
     "seeds": _seeds,
     "budget": section(Budget, wall=_seconds),
     "resources": section(
@@ -463,6 +499,6 @@ TOP: dict[str, Reader] = {
         wait=_seconds,
     ),
     "project": leaf(NAME),
-    "tracking": lambda document, keys: mapping(document, keys, {"uri": leaf(LINE)}),
+    "tracking": lambda document, keys: mapping(document, keys, {"uri": _tracking_uri}),
     "data_root": leaf(LINE),
 }

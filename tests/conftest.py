@@ -80,6 +80,7 @@ LONG = (
     "test_job",
     "test_submit",
     "test_tracking",
+    "test_team",
     "test_outage",
     "test_bucket",
     "test_docs",

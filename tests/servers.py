@@ -15,6 +15,7 @@ import urllib.request
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 from orchestrator.tracking import SERVER_ENVIRONMENT, serve_command
 
@@ -84,9 +85,21 @@ class S3Server:
         self._server.stop()
 
     def make_bucket(self, name: str) -> None:
+        self._client().create_bucket(Bucket=name)
+
+    def objects(self, bucket: str) -> dict[str, bytes]:
+        """All that is in a bucket."""
+        client = self._client()
+        pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket)
+        keys = [found["Key"] for page in pages for found in page.get("Contents", [])]
+        return {key: client.get_object(Bucket=bucket, Key=key)["Body"].read() for key in keys}
+
+    def _client(self) -> Any:
         import boto3
 
-        boto3.client("s3", endpoint_url=self.url).create_bucket(Bucket=name)
+        # Any key will do for moto; without one, boto3 would look for the role of a machine.
+        keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test"}
+        return boto3.client("s3", endpoint_url=self.url, region_name="us-east-1", **keys)
 
 
 @contextlib.contextmanager

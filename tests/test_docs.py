@@ -55,6 +55,7 @@ PARSED = {
     "--probe": "half a minute of work (test_probe)",
     "s3://": "needs a bucket",
     "http://": "needs a server",
+    "postgresql://": "needs a server (test_team)",
     ".gpu=": "needs a GPU",
     "paper_": "needs the paper's images and weights",
     "fashion_": "needs Fashion-MNIST",

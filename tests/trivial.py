@@ -2,6 +2,10 @@
 tracker over a trainable that writes numbers from its key. Run like the command.
 
     python -m tests.trivial run sweep.yaml --store runs --tracking-uri jsonl:runs/told.jsonl
+
+With RAY_ADDRESS it joins that cluster, though its trials need none. AIRSWEEP_GATE is a folder in
+which every driver says that it could begin, and waits until `open` is there and for
+AIRSWEEP_GATE_SECONDS more; a trial takes AIRSWEEP_TRIAL_SECONDS.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ import io
 import os
 import random
 import sys
+import time
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,6 +57,7 @@ def objective(spec: TrialSpec, iterations: int) -> dict[str, float]:
 
 
 def run_trial(spec: TrialSpec, store: ArtifactStore, legs: Legs = WHOLE) -> None:
+    time.sleep(float(os.environ.get("AIRSWEEP_TRIAL_SECONDS", "0")))
     begun = read_checkpoint(spec, store)
     end = normalised(spec).iterations if legs.until is None else legs.until
     with open(store.root / "iterations.log", "a") as handle:
@@ -87,6 +93,7 @@ def run_points(
     dispatcher: Any, shop: Any, resources: Any, folder: Path, slots: Any, look: Any, progress: Any
 ) -> Any:
     """Some jobs at a time, in whose order a driver may die."""
+    pass_gate()
     running: list[Any] = []
     dispatcher.spread(SLOTS, "cpu")
     while not dispatcher.finished:
@@ -103,6 +110,14 @@ def run_points(
             job.number, dict.fromkeys(job.keys, Failure("data", said)) if said else {}
         )
     return types.SimpleNamespace(wall=0.0, overhead=None)
+
+
+def pass_gate() -> None:
+    if gate := os.environ.get("AIRSWEEP_GATE"):
+        Path(gate, f"{os.getpid()}").touch()
+        while not Path(gate, "open").exists():
+            time.sleep(0.1)
+        time.sleep(float(os.environ.get("AIRSWEEP_GATE_SECONDS", "0")))
 
 
 def prepare(needs: Any, shop: Any, resources: Any, watcher: Any, shares: Any) -> None:
@@ -167,6 +182,8 @@ MODULES = {
 }
 
 if __name__ == "__main__":
+    if os.environ.get("RAY_ADDRESS"):
+        del MODULES["orchestrator.session"]  # the real one
     for name, content in MODULES.items():
         module = types.ModuleType(name)
         module.__dict__.update(content)

@@ -161,9 +161,11 @@ def code_of(problem: Exception) -> int:
     from orchestrator.locks import StoreRefused
     from orchestrator.place import BAD_INPUT, FAILED, REFUSED, Refused
     from orchestrator.remote import RemoteAway
+    from orchestrator.studies import StudiesAway
     from orchestrator.tracking import TrackerAway
 
-    if isinstance(problem, Refused | SweepBusy | StoreRefused | TrackerAway | RemoteAway):
+    refused = Refused | SweepBusy | StoreRefused | TrackerAway | RemoteAway | StudiesAway
+    if isinstance(problem, refused):
         return REFUSED
     return BAD_INPUT if isinstance(problem, ValueError) else FAILED
 

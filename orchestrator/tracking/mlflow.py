@@ -35,6 +35,7 @@ from orchestrator.tracking.runs import (  # first: it has the settings of MLflow
     reason,
     search,
     slug,
+    why_barred,
 )
 
 # isort: split
@@ -82,8 +83,9 @@ _ROW, GAP = re.compile(r"^\| .*[^-:| \n].*\|$", re.MULTILINE), "&emsp;"
 
 # For a first look: who has no server should know at once.
 QUICK = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
-NO_ENTRY = (401, 403)  # of HTTP
 REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
+# What a server says in the same words when its database is busy or a moment away.
+WEATHER = ("QueuePool limit", "deadlock detected", "terminating connection", "closed unexpectedly")
 
 
 @dataclass
@@ -123,7 +125,7 @@ class MlflowTracker:
     def __init__(self, uri: str, *, project: str, database: Path | None) -> None:
         self._uri = uri
         self._place = without_credentials(uri)
-        self._project = project
+        self._project, self._name = project, f"air/{project}"
         self._database = database
         self._sweep: SweepRun | None = None
         self._live = True
@@ -145,18 +147,26 @@ class MlflowTracker:
             return
         with quiet(), environment(QUICK):  # MLflow asks for them at each call
             try:
-                MlflowClient(self._uri).get_experiment_by_name(f"air/{self._project}")
+                self._try_to_write(MlflowClient(self._uri))
             except MlflowException as trouble:
-                if trouble.get_http_status_code() in NO_ENTRY:  # type: ignore[no-untyped-call]
-                    raise ValueError(
-                        f"MLflow at {self._place} lets us not in ({reason(trouble)}); set "
-                        "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
-                        "MLFLOW_TRACKING_TOKEN, and start the server with --allowed-hosts where "
-                        "it is reached by a name"
-                    ) from trouble
+                barred = why_barred(trouble, self._place, f"the experiment {self._name}")
+                if barred is not None:
+                    raise ValueError(barred) from trouble
                 raise TrackerAway(
                     f"MLflow at {self._place} does not answer ({reason(trouble)})"
                 ) from trouble
+
+    def _try_to_write(self, client: MlflowClient) -> None:
+        """Who may read an experiment may not always write to it. To make one is anybody's right."""
+        found = client.get_experiment_by_name(self._name)
+        if found is None or found.lifecycle_stage == "deleted":
+            return
+        try:
+            client.set_experiment_tag(found.experiment_id, "air.project", self._project)
+        except MlflowException as error:
+            # Two drivers that write a tag for the first time: one is told that it is there.
+            if error.error_code not in REFUSED:
+                raise
 
     def start(self, run: SweepRun, *, live: bool = True) -> str:
         self._sweep, self._live, self._opened, self._untold = run, live, None, {}
@@ -234,7 +244,7 @@ class MlflowTracker:
                 return self._tell_point(opened, run)
             return self._tell(opened, run)
         except MlflowException as error:
-            if error.error_code not in REFUSED:
+            if error.error_code not in REFUSED or any(words in str(error) for words in WEATHER):
                 raise
             # Bad data, not bad weather: trying again is no use, and others may pass.
             log.warning("MLflow refuses %s: %s", run.name, reason(error))
@@ -482,7 +492,7 @@ class MlflowTracker:
 
     def _experiment(self, client: MlflowClient) -> tuple[str, dict[str, str]]:
         """Its id, and its tags."""
-        name = f"air/{self._project}"
+        name = self._name
         found: Experiment | None = client.get_experiment_by_name(name)
         if found is None:
             location = None if self._database is None else f"mlflow-artifacts:/{slug(name)}"

@@ -38,15 +38,25 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+from mlflow.utils.credentials import read_mlflow_creds
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
-from orchestrator.tracking import ARTIFACTS, Point, PointRun, SeenRun, TrackerAway, TrialRun
+from orchestrator.tracking import (
+    ARTIFACTS,
+    Point,
+    PointRun,
+    SeenRun,
+    TrackerAway,
+    TrialRun,
+    without_credentials,
+)
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)  # Ray may have imported it before us
 
 MAX_TAG = 8000  # characters
 BATCH = 1000  # metrics a call
 RUN_ID = 32  # hex digits
+UNKNOWN_USER, FORBIDDEN = 401, 403  # of HTTP
 ROOM = 2 * 2**20  # bytes: an empty database of MLflow, with its journal
 Trouble = (MlflowException, OSError)  # requests' exceptions are OSErrors
 
@@ -212,6 +222,36 @@ def reason(error: Exception) -> str:
     return (cause.removesuffix(")") if caused else cause)[:200]
 
 
+def why_barred(trouble: Exception, place: str, what: str) -> str | None:
+    """Why a server that answers lets us not in, and what to do; None: it is another trouble.
+
+    Args:
+        place: the server, without credentials.
+        what: was to be read or written.
+    """
+    if not isinstance(trouble, MlflowException):
+        return None
+    status = trouble.get_http_status_code()  # type: ignore[no-untyped-call]
+    if status == UNKNOWN_USER:
+        return (
+            f"MLflow at {place} lets us not in ({reason(trouble)}); set MLFLOW_TRACKING_USERNAME "
+            "and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, or write "
+            "~/.mlflow/credentials"
+        )
+    if status != FORBIDDEN:
+        return None
+    if "Host header" in str(trouble):
+        return (
+            f"MLflow at {place} refuses the name by which it is reached; start it with "
+            f"--allowed-hosts {urlsplit(place).netloc}"
+        )
+    user = read_mlflow_creds().username or "an unnamed user"
+    return (
+        f"MLflow at {place} does not let {user} use {what} ({reason(trouble)}); who made it, "
+        "or an administrator, grants EDIT (docs/team.md)"
+    )
+
+
 def create_database(path: Path) -> None:
     """Whole or not at all: MLflow opens no file in which somebody was killed half-way."""
     half_made = f".{path.name}-new"
@@ -312,6 +352,9 @@ def read_run(uri: str, database: Path | None, run_id: str, file: str) -> SeenRun
                 text=_text(client, database, run, file),
             )
         except Trouble as trouble:
+            barred = why_barred(trouble, without_credentials(uri), f"the run {run_id}")
+            if barred is not None:
+                raise ValueError(barred) from trouble
             raise TrackerAway(f"MLflow does not answer ({reason(trouble)})") from trouble
 
 

@@ -415,3 +415,51 @@ def test_values_by_which_points_were_told_are_what_the_next_points_follow(tmp_pa
     downward = params(play(tmp_path / "b", sweep(points=10), lambda p: -value(p.params)))
     assert upward[:4] == downward[:4]  # at random, up to here
     assert upward != downward
+
+
+# ---------------------------------------------------------------- studies that were lost
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("known", [0, 1, 3, 5])
+def test_a_study_that_was_lost_is_asked_again_as_the_ledger_knows_it(tmp_path, sampler, known):
+    spec = SWEEPS[sampler]
+    whole = found(play(tmp_path / "whole", spec))
+    (cell,) = cells_of(spec)
+    assert spec.search is not None
+    asked = {number: params for number, params, _ in whole[:known]}
+    again = CellSearch(cell, spec.search, open_storage(tmp_path / "again"), asked=asked)
+    while points := again.next_round():
+        again.tell_round({p.number: value(p.params) for p in points})
+    assert found(again) == whole
+
+
+def test_points_that_no_sampler_would_ask_again_are_asked_as_they_were(tmp_path):
+    spec = sweep("random", (COUNTS, STEPS))
+    (cell,) = cells_of(spec)
+    assert spec.search is not None
+    asked = {n: {"images_per_class": 20, "train.steps": 7 + n} for n in (1, 2)}
+    searching = CellSearch(cell, spec.search, open_storage(tmp_path / "j"), asked=asked)
+    while points := searching.next_round():
+        searching.tell_round({p.number: value(p.params) for p in points})
+    assert params(searching)[1:3] == [asked[1], asked[2]]
+    assert len(params(searching)) == 5
+
+
+def test_what_was_carried_into_a_lost_study_keeps_its_numbers(tmp_path):
+    spec = sweep("tpe", points=8)
+    (cell,) = cells_of(spec)
+    assert spec.search is not None
+    carried = [
+        Carried({"images_per_class": 20, "fusion_weight": weight}, weight) for weight in (0.1, 0.9)
+    ]
+    first = opened(tmp_path / "j", spec)
+    points = first.next_round()
+    first.tell_round({p.number: value(p.params) for p in points})
+    whole = found(play(tmp_path / "j", spec, carried=carried))
+    assert [number for number, p, _ in whole if p == carried[0].params] == [2]
+    asked = {number: params for number, params, _ in whole}
+    again = CellSearch(cell, spec.search, open_storage(tmp_path / "k"), carried, asked=asked)
+    while points := again.next_round():
+        again.tell_round({p.number: value(p.params) for p in points})
+    assert sorted(found(again), key=lambda point: point[0]) == whole

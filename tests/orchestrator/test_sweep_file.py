@@ -631,6 +631,28 @@ BAD = {
     "unknown resource": (AIR + "resources: {trial: {gpus: 1}}\n", "4:21", ["mean gpu?"]),
     "negative resource": (AIR + "resources: {trial: {gpu: -1}}\n", "4:26", ["number >= 0"]),
     "tracking without words": (AIR + "tracking: {uri: ''}\n", "4:17", ["text on one line"]),
+    "a password of the tracker": (
+        AIR + "tracking: {uri: 'http://ada:word@mlflow:5000'}\n",
+        "4:17",
+        ["MLFLOW_TRACKING_PASSWORD", "~/.mlflow/credentials"],
+    ),
+    "a password of the studies": (
+        SEARCH + "    fusion_weight: {min: 0, max: 1}\n"
+        "  storage: postgresql://ada:word@db/studies\n",
+        "8:12",
+        ["has a password", "PGPASSWORD", "~/.pgpass"],
+    ),
+    "a password behind the studies": (
+        SEARCH + "    fusion_weight: {min: 0, max: 1}\n"
+        "  storage: postgresql://db/studies?password=word\n",
+        "8:12",
+        ["has a password"],
+    ),
+    "another storage of studies": (
+        SEARCH + "    fusion_weight: {min: 0, max: 1}\n  storage: sqlite:///s.db\n",
+        "8:12",
+        ["allowed: journal, postgresql://user@host/database"],
+    ),
     "unknown tracking": (AIR + "tracking: {url: x}\n", "4:12", ["did you mean uri?"]),
 }
 
@@ -641,6 +663,21 @@ def test_a_mistake_is_shown_at_its_place_with_what_is_allowed(tmp_path, text, pl
     assert message.startswith(f"{place}: ") if place else not message[0].isdigit()
     for fragment in fragments:
         assert fragment in message
+
+
+@pytest.mark.parametrize("case", [name for name in BAD if "password" in name])
+def test_a_message_about_a_password_does_not_repeat_it(tmp_path, case):
+    assert "ada:word" not in complaint(tmp_path, BAD[case][0])
+
+
+def test_studies_may_be_in_a_database_and_are_in_the_sweeps_file_unless_asked(tmp_path):
+    body = SEARCH + "    fusion_weight: {min: 0, max: 1}\n"
+    where = "postgresql://ada@db.example:5432/studies?sslmode=require"
+    for text, storage in ((body, "journal"), (f"{body}  storage: {where}\n", where)):
+        (tmp_path / "s.yaml").write_text(text)
+        search = load_sweep(tmp_path / "s.yaml").search
+        assert search is not None
+        assert search.storage == storage
 
 
 def test_a_message_reads_like_this(tmp_path):

@@ -820,8 +820,14 @@ def test_artifacts_that_had_no_room_come_with_the_next_start(
     assert [path.name for path in blocked.rglob("*.txt")] == ["a.txt"]
 
 
+# What a server answers whose pool of connections to its database is used up.
+BUSY = json.dumps(
+    {"error_code": "BAD_REQUEST", "message": "QueuePool limit of size 1 overflow 0 reached"}
+)
+
+
 class Line:
-    """The line to a server. It can be cut, and it can lose the server's replies."""
+    """The line to a server. It can be cut, lose the server's replies, and say that it is busy."""
 
     def __init__(self, url: str) -> None:
         self._server = ("127.0.0.1", int(url.rsplit(":", 1)[1]))
@@ -829,7 +835,7 @@ class Line:
         self._open: socketserver.ThreadingTCPServer | None = None
         self._calls: list[socket.socket] = []
         self.url = f"http://127.0.0.1:{self._port}"
-        self.loses_replies = False
+        self.loses_replies = self.busy = False
 
     def restore(self) -> None:
         line = self
@@ -854,6 +860,9 @@ class Line:
     def _reply(self, server: socket.socket, client: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while (data := server.recv(65536)) and not self.loses_replies:
+                if self.busy:
+                    head = "HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\n"
+                    data = f"{head}Content-Length: {len(BUSY)}\r\n\r\n{BUSY}".encode()
                 client.sendall(data)
             client.shutdown(socket.SHUT_RDWR)
 
@@ -916,6 +925,22 @@ def test_lost_replies_leave_no_second_run(server: Server, lost: str, tmp_path: P
     assert trial.status == "FINISHED"
     running = [run for run in runs_of(server.url, project) if run.info.status == "RUNNING"]
     assert [run.info.run_name for run in running] == ["other"]
+
+
+def test_what_a_busy_server_did_not_take_is_told_again(server: Server, tmp_path: Path) -> None:
+    line = Line(server.url)
+    line.restore()
+    tracker = make_tracker(line.url, store=tmp_path, project="busy")
+    tracker.start(a_sweep())
+    line.busy = True
+    tracker.trial(a_trial())
+    line.busy = False
+    told = tracker.finish("FINISHED", "", {})
+    line.cut()
+
+    assert (told.told, told.missed) == (1, 0)
+    (trial,) = look_at_mlflow(server.url, "busy", "quickstart").trials.values()
+    assert trial.status == "FINISHED"
 
 
 def test_an_outage_to_the_end_is_made_good_by_the_next_start(

@@ -1,0 +1,463 @@
+"""What a team shares: studies in Postgres, an MLflow with users, files that the server keeps."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.browser import CHROMIUM, Browser
+from tests.browser import MISSING as NO_CHROMIUM
+from tests.drivers import drive
+from tests.servers import free_port
+from tests.sweeps import TIMEOUT, count, environment, events, search_sweep, write_sweep
+from tests.team import HERE, HOST, MISSING, Team, basic, reader, team
+
+pytestmark = [pytest.mark.debian, pytest.mark.skipif(not HERE, reason=MISSING)]
+
+NAME = "shared"
+SHORT = ("--set", "search.points=2")
+ENDED = ("trial_done", "trial_reused", "trial_failed", "trial_pruned")
+
+
+@pytest.fixture(scope="module")
+def services(tmp_path_factory) -> Iterator[Team]:
+    with team(tmp_path_factory.mktemp("team")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory, drawn_digits) -> Path:
+    """A search of twelve points in six rounds."""
+    body = search_sweep(drawn_digits).replace("points: 4", "points: 12")
+    return write_sweep(tmp_path_factory.mktemp("spec"), NAME, body)
+
+
+def command(spec: Path, store: Path | str, *options: str) -> list[str]:
+    start = [sys.executable, "-m", "tests.trivial", "run", str(spec), "--store", str(store)]
+    return [*start, *options]
+
+
+def run(
+    spec: Path, store: Path | str, *options: str, **more: str
+) -> subprocess.CompletedProcess[str]:
+    """A sweep whose trials take no time, untracked unless asked for."""
+    tracked = {"--tracking-uri", "reconcile"} & {*options} or "MLFLOW_TRACKING_URI" in more
+    return subprocess.run(
+        command(spec, store, *options, *([] if tracked else ["--tracking-uri", "none"])),
+        capture_output=True,
+        text=True,
+        env=environment(**more),
+        timeout=TIMEOUT,
+        check=False,
+    )
+
+
+def ran(spec: Path, store: Path | str, *options: str, **more: str) -> str:
+    """The same, where it must end well; what it printed."""
+    done = run(spec, store, *options, **more)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def on_postgres(services: Team, uri: str | None = None) -> tuple[str, str]:
+    return "--set", f"search.storage={uri or services.studies}"
+
+
+def password(services: Team) -> dict[str, str]:
+    return {"PGPASSWORD": services.passwords["airsweep_studies"]}
+
+
+def outcomes(store: Path) -> dict[str, tuple[str, str]]:
+    """State and key by slot: what was asked for at each point."""
+    return {e["slot"]: (e["event"], e["key"]) for e in events(store, NAME) if e["event"] in ENDED}
+
+
+def told(store: Path) -> list[Any]:
+    """Rounds with their objectives."""
+    found = [e for e in events(store, NAME) if e["event"] == "round_told"]
+    return [(event["cell"], event["values"]) for event in found]
+
+
+def asked(store: Path) -> list[Any]:
+    found = [e for e in events(store, NAME) if e["event"] == "point_asked"]
+    return [(event["study"], event["point"], event["params"]) for event in found]
+
+
+@pytest.fixture(scope="module")
+def calm(spec) -> Path:
+    """The store of an undisturbed run with studies in the journal."""
+    store = spec.parent / "calm"
+    ran(spec, store)
+    assert len(asked(store)) == 12
+    return store
+
+
+# ---------------------------------------------------------------- studies
+
+
+def test_a_search_in_postgres_asks_and_tells_what_one_in_the_journal_does(
+    spec, calm, services, tmp_path
+):
+    ran(spec, tmp_path, *on_postgres(services), **password(services))
+    assert asked(tmp_path) == asked(calm)
+    assert told(tmp_path) == told(calm)
+    assert outcomes(tmp_path) == outcomes(calm)
+    assert not (tmp_path / "sweeps" / "default" / NAME / "studies.journal").exists()
+    assert services.postgres.connections_of("airsweep_studies") == 0
+    query = "SELECT count(*) FROM studies WHERE study_name LIKE 'default/shared/%'"
+    assert services.postgres.ask(query, "airsweep_studies") == [(1,)]
+
+
+def test_a_search_in_postgres_that_was_killed_asks_the_points_of_an_undisturbed_one(
+    spec, calm, services, tmp_path
+):
+    event = 20
+    crash = {"AIRSWEEP_CRASH_AT": f"event:{event}"}
+    killed = run(spec, tmp_path, *on_postgres(services), **password(services), **crash)
+    assert killed.returncode == -signal.SIGKILL
+    assert len(events(tmp_path, NAME)) == event
+    ran(spec, tmp_path, *on_postgres(services), **password(services))
+    assert asked(tmp_path) == asked(calm)
+    assert outcomes(tmp_path).keys() == outcomes(calm).keys()
+    assert {k: key for k, (_, key) in outcomes(tmp_path).items()} == {
+        k: key for k, (_, key) in outcomes(calm).items()
+    }
+
+
+def test_studies_move_between_journal_and_postgres_in_mid_search(spec, calm, services, tmp_path):
+    killed = run(spec, tmp_path, AIRSWEEP_CRASH_AT="round_told:2")
+    assert killed.returncode == -signal.SIGKILL
+    crash = {"AIRSWEEP_CRASH_AT": "round_told:2"}
+    killed = run(spec, tmp_path, *on_postgres(services), **password(services), **crash)
+    assert killed.returncode == -signal.SIGKILL
+    between = len(asked(tmp_path))
+    assert 4 <= between < 12
+    ran(spec, tmp_path)
+    assert asked(tmp_path) == asked(calm)
+    assert {k: key for k, (_, key) in outcomes(tmp_path).items()} == {
+        k: key for k, (_, key) in outcomes(calm).items()
+    }
+
+
+def test_sweeps_of_the_same_name_do_not_meet_in_one_database(spec, services, tmp_path):
+    for store in ("ours", "theirs"):
+        ran(spec, tmp_path / store, *on_postgres(services), **password(services))
+    assert asked(tmp_path / "ours") == asked(tmp_path / "theirs")
+    names = {e["name"] for s in ("ours", "theirs") for e in named(tmp_path / s)}
+    assert len(names) == 2
+
+
+def named(store: Path) -> list[dict[str, Any]]:
+    return [e for e in events(store, NAME) if e["event"] == "studies_named"]
+
+
+def test_a_store_in_a_bucket_keeps_its_studies_in_postgres(spec, calm, services, bucket):
+    crash = {"AIRSWEEP_CRASH_AT": "round_told:3", "AIRSWEEP_LOCK_SECONDS": "2"}
+    killed = run(spec, bucket, *on_postgres(services), **password(services), **crash)
+    assert killed.returncode == -signal.SIGKILL
+    options = (*on_postgres(services), "--tracking-uri", "none")
+    crash.pop("AIRSWEEP_CRASH_AT")
+    ran(spec, bucket, *options, **password(services), **crash)
+    (mirror,) = Path(os.environ["AIRSWEEP_CACHE"]).rglob("events.jsonl")
+    store = mirror.parents[3]
+    assert asked(store) == asked(calm)
+
+
+def test_drivers_that_start_together_in_an_empty_database_all_find_its_tables(
+    services, monkeypatch
+):
+    from orchestrator.search import open_database
+
+    monkeypatch.setenv("PGPASSWORD", services.postgres.make_database("fresh_studies"))
+    uri = services.postgres.uri("fresh_studies")
+    with ThreadPoolExecutor(8) as pool:
+        opened = list(pool.map(open_database, [uri] * 8))
+    assert len(opened) == 8
+
+
+def test_a_wrong_password_for_the_studies_is_bad_input_and_a_dead_server_is_refused(
+    spec, services, tmp_path
+):
+    wrong = run(spec, tmp_path, *on_postgres(services), PGPASSWORD="not-this-one")
+    assert wrong.returncode == 2
+    assert "lets us not in" in wrong.stderr
+    assert "PGPASSWORD" in wrong.stderr
+    assert "not-this-one" not in wrong.stderr
+    dead = f"postgresql://ada@127.0.0.1:{free_port()}/studies"
+    away = run(spec, tmp_path, *on_postgres(services, dead))
+    assert away.returncode == 3
+    assert "does not answer" in away.stderr
+    assert {len(done.stderr.splitlines()) for done in (wrong, away)} == {1}
+    assert not (tmp_path / "sweeps").exists()
+
+
+@pytest.mark.parametrize("back", [True, False])
+def test_a_search_whose_database_goes_away_waits_for_it_and_else_says_that_it_goes_on(
+    spec, calm, services, tmp_path, back
+):
+    options = (*on_postgres(services), "--tracking-uri", "none")
+    patience = {"AIRSWEEP_STUDIES_SECONDS": "600" if back else "4"}
+    process = subprocess.Popen(
+        command(spec, tmp_path, *options),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        env=environment(**password(services), **patience),
+    )
+    deadline = time.monotonic() + TIMEOUT
+    while not count(events(tmp_path, NAME), "round_told"):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGSTOP)
+    services.postgres.kill()
+    process.send_signal(signal.SIGCONT)
+    try:
+        if not back:
+            _, said = process.communicate(timeout=TIMEOUT)
+            assert process.returncode == 1
+            assert "does not answer" in said.splitlines()[-1]
+            assert "the same command goes on" in said.splitlines()[-1]
+            assert count(events(tmp_path, NAME), "sweep_ended", exit_code=1) == 1
+        else:
+            time.sleep(1.5)
+    finally:
+        services.postgres.start()
+    if back:
+        _, said = process.communicate(timeout=TIMEOUT)
+        assert process.returncode == 0, said
+    else:
+        ran(spec, tmp_path, *options, **password(services))
+    assert asked(tmp_path) == asked(calm)
+
+
+# ---------------------------------------------------------------- MLflow with users
+
+
+@pytest.fixture(scope="module")
+def ada(services) -> dict[str, str]:
+    return services.mlflow.make_user("ada")
+
+
+@pytest.fixture(scope="module")
+def recorded(spec, services, ada) -> Path:
+    """The store of a sweep of ada's, told to the team's server with files, as she would."""
+    store = spec.parent / "recorded"
+    options = (*on_postgres(services), "--set", "project=digits", *SHORT)
+    said = ran(spec, store, *options, **password(services), **ada)
+    (spec.parent / "said.txt").write_text(said)
+    return store
+
+
+def runs(services: Team, project: str) -> list[Any]:
+    found = services.mlflow.post("api/2.0/mlflow/experiments/search", {"max_results": 100})
+    experiment = next(e for e in found["experiments"] if e["name"] == f"air/{project}")
+    asked = {"experiment_ids": [experiment["experiment_id"]], "max_results": 1000}
+    return list(services.mlflow.post("api/2.0/mlflow/runs/search", asked)["runs"])
+
+
+def tags(run: Any) -> dict[str, str]:
+    return {tag["key"]: tag["value"] for tag in run["data"]["tags"]}
+
+
+def test_a_sweep_is_recorded_through_login_with_files_that_the_server_keeps(
+    recorded, services, ada
+):
+    found = runs(services, "digits")
+    kinds = [tags(run)["air.kind"] for run in found]
+    assert kinds.count("sweep") == 1
+    slots = [tags(run)["air.slot"] for run in found if tags(run)["air.kind"] == "trial"]
+    ledger = [
+        json.loads(line) for line in (recorded / "sweeps" / "digits" / NAME / "events.jsonl").open()
+    ]
+    assert sorted(slots) == sorted({e["slot"] for e in ledger if e["event"] in ENDED})
+    assert {run["info"]["status"] for run in found} == {"FINISHED"}
+    trial = next(run for run in found if tags(run)["air.kind"] == "trial")
+    assert trial["info"]["artifact_uri"].startswith("mlflow-artifacts:/")
+    request = urllib.request.Request(
+        f"{services.mlflow.url}/get-artifact?path=spec.json&run_uuid={trial['info']['run_id']}",
+        headers={"Authorization": basic("ada", ada["MLFLOW_TRACKING_PASSWORD"])},
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        assert json.loads(answer.read())["dataset"]
+
+
+def test_no_password_is_left_anywhere(recorded, spec, services, ada):
+    words = [*services.secrets, ada["MLFLOW_TRACKING_PASSWORD"]]
+    left = [path for path in [*recorded.rglob("*"), spec.parent / "said.txt"] if path.is_file()]
+    assert len(left) > 20
+    for path in [*left, services.mlflow.log]:
+        content = path.read_bytes()
+        assert not [word for word in words if word.encode() in content], path
+    for database in ("mlflow", "airsweep_studies"):
+        for table, text in services.postgres.dump(database).items():
+            assert not [word for word in words if word in text], (database, table)
+    for name, content in services.s3.objects("mlflow").items():
+        assert not [word for word in words if word.encode() in content], name
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"MLFLOW_TRACKING_PASSWORD": "not-this-one"}, "~/.mlflow/credentials"),
+        ({"MLFLOW_TRACKING_USERNAME": "nobody"}, "MLFLOW_TRACKING_USERNAME"),
+        ({"MLFLOW_TRACKING_URI": "http://localhost:{port}"}, "--allowed-hosts localhost:{port}"),
+    ],
+)
+def test_who_is_not_let_in_is_told_before_anything_starts(
+    spec, services, ada, tmp_path, change, says
+):
+    port = services.mlflow.port
+    changed = {name: value.format(port=port) for name, value in change.items()}
+    done = run(spec, tmp_path, **{**ada, **changed})
+    assert done.returncode == 2
+    assert says.format(port=port) in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert "not-this-one" not in done.stderr
+    assert not (tmp_path / "sweeps").exists()
+
+
+def test_a_file_of_mlflows_own_holds_the_password_too(spec, services, ada, tmp_path):
+    (tmp_path / ".mlflow").mkdir()
+    (tmp_path / ".mlflow" / "credentials").write_text(
+        "[mlflow]\n"
+        "mlflow_tracking_username = ada\n"
+        f"mlflow_tracking_password = {ada['MLFLOW_TRACKING_PASSWORD']}\n"
+    )
+    place = ("--set", "project=from-a-file", "--tracking-uri", services.mlflow.url)
+    ran(spec, tmp_path / "runs", *place, *SHORT, HOME=str(tmp_path))
+    assert runs(services, "from-a-file")
+
+
+def test_who_may_only_read_a_project_is_told_and_who_is_granted_may_write(
+    spec, services, recorded, tmp_path
+):
+    bob = services.mlflow.make_user("bob")
+    mine = ("--set", "project=digits", "--set", "name=of_bob", *SHORT)
+    refused = run(spec, tmp_path, *mine, **bob)
+    assert refused.returncode == 2
+    assert "does not let bob use the experiment air/digits" in refused.stderr
+    assert "EDIT" in refused.stderr
+    assert not (tmp_path / "sweeps").exists()
+    ran(spec, tmp_path, "--set", "project=bobs", *SHORT, **bob)  # what one makes is one's own
+    services.mlflow.grant("bob", runs(services, "digits")[0]["info"]["experiment_id"], "EDIT")
+    ran(spec, tmp_path, *mine, **bob)
+    sweeps = [tags(run) for run in runs(services, "digits") if tags(run)["air.kind"] == "sweep"]
+    assert {of["air.sweep"] for of in sweeps} == {NAME, "of_bob"}
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not here")
+def test_an_administrator_makes_users_and_changes_the_first_password_as_the_page_says(
+    spec, services, tmp_path
+):
+    mlflow = services.mlflow
+    first, grace = mlflow.admin, secrets.token_hex(12)
+    mlflow.admin = secrets.token_hex(12)
+    netrc = mlflow.folder / "netrc"
+    netrc.write_text(f"machine 127.0.0.1 login admin password {first}\n")
+    words = {"NAME": "grace", "PASSWORD": grace, "PROJECT": "flowers"}
+    words |= {"FIRST": first, "NEXT": mlflow.admin, "MLFLOW_TRACKING_URI": mlflow.url}
+    made = subprocess.run(
+        ["bash", "users.sh"], cwd=mlflow.folder, env={**reader(), **words}, check=False
+    )
+    assert made.returncode == 0
+    hers = {"MLFLOW_TRACKING_USERNAME": "grace", "MLFLOW_TRACKING_PASSWORD": grace}
+    where = {"MLFLOW_TRACKING_URI": mlflow.url, "AIRSWEEP_PROJECT": "flowers"}
+    ran(spec, tmp_path, *SHORT, **hers, **where)
+    assert runs(services, "flowers")
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        mlflow.post("api/2.0/mlflow/experiments/search", {"max_results": 1}, "admin", first)
+
+
+def test_a_server_without_its_database_is_refused_before_anything_starts(
+    spec, services, ada, tmp_path
+):
+    services.postgres.stop()
+    try:
+        done = run(spec, tmp_path, **ada)
+    finally:
+        services.postgres.start()
+    assert done.returncode == 3
+    assert "does not answer" in done.stderr
+    assert "503" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("host", "word", "code"),
+    [
+        (None, "hers", 200),
+        (HOST, "hers", 200),
+        ("elsewhere.example", "hers", 403),
+        (None, "another", 401),
+        (None, None, 401),
+    ],
+)
+def test_pages_are_for_users_and_under_the_names_of_the_server_alone(
+    services, recorded, ada, host, word, code
+):
+    headers = {"Host": host} if host else {}
+    if word is not None:
+        known = {"hers": ada["MLFLOW_TRACKING_PASSWORD"]}
+        headers["Authorization"] = basic("ada", known.get(word, word))
+    request = urllib.request.Request(
+        f"{services.mlflow.url}/api/2.0/mlflow/experiments/get-by-name?experiment_name=air/digits",
+        headers=headers,
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            found = answer.status
+    except urllib.error.HTTPError as refused:
+        found = refused.code
+    assert found == code
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
+def test_after_login_a_browser_shows_the_sweep_and_before_it_nothing(
+    services, recorded, ada, tmp_path
+):
+    parent = next(run for run in runs(services, "digits") if tags(run)["air.kind"] == "sweep")
+    experiment = parent["info"]["experiment_id"]
+    page = f"{services.mlflow.url}/#/experiments/{experiment}/runs?workflowType=machine_learning"
+    there = f"[...document.links].some(a => a.innerText === {NAME!r})"
+    browser = Browser(tmp_path / "profile")
+    try:
+        browser.open(page, "document.readyState === 'complete'")
+        assert not browser.evaluate(there)
+        assert "mlflow" not in browser.text().lower() or "authenticated" in browser.text()
+        login = services.mlflow.url.replace("//", f"//ada:{ada['MLFLOW_TRACKING_PASSWORD']}@")
+        browser.open(f"{login}/health", "document.body.innerText.includes('OK')")
+        browser.open(f"{login}/version", "document.body.innerText.includes('3.')")
+        browser.open(page, there)
+    finally:
+        browser.close()
+
+
+# ---------------------------------------------------------------- many at once
+
+
+def test_six_drivers_at_once_lose_nothing_and_hold_few_connections(
+    services, drawn_digits, tmp_path
+):
+    found = drive(services, 6, tmp_path, drawn_digits, points=3, trial_seconds=0.1, looks=3)
+    assert found.alive == 6
+    assert found.codes == {0: 6}
+    assert found.expected == 6 * (1 + 1 + 3)
+    assert (found.late, found.lost, found.doubled, found.open_runs) == (0, 0, 0, 0)
+    assert found.http <= 1
+    assert found.connections["airsweep_studies"] <= 2 * 6  # one may be closing still
+    assert found.connections["mlflow"] + found.connections["mlflow_auth"] <= 2 * (10 + 10)
