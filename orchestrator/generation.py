@@ -7,6 +7,7 @@ so that a killed generation goes on where it stopped.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 import warnings
@@ -102,6 +103,8 @@ class Generate:
 
 # Seconds that another pool has to save to be opened: until its actors draw, a minute may pass.
 PAYS = 60.0
+# Blocks that one pool draws: Ray Data takes 8 kB of the driver for each before it begins.
+POOL = 20_000
 
 
 def draw(
@@ -150,12 +153,13 @@ class _Pour:
         if self.over:
             return []
         self.shop.store.look_again()
-        return [
+        missing = (
             {"row": row, "class": c, "block": block}
             for row, need in enumerate(self.needs)
             for c, block in need.missing(self.shop.store)
             if (row, c, block) not in self.tried
-        ]
+        )
+        return list(itertools.islice(missing, POOL))
 
     def through(self, part: Part, shards: Sequence[dict[str, int]], board: Any) -> None:
         """Draw until there is nothing left, or another pool is worth its start."""

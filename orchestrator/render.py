@@ -16,7 +16,7 @@ from typing import Any
 
 from orchestrator.fit import misfit
 from orchestrator.marked_yaml import all_documents, shown, written
-from orchestrator.sweep import Resources, SweepSpec
+from orchestrator.sweep import Resources, SweepSpec, Want
 from orchestrator.variables import looks_secret
 
 SWEEP_FOLDER = "/home/ray/sweep"  # where the ConfigMap is mounted on the head
@@ -206,7 +206,7 @@ def worker_groups(
     Args:
         gpu: a group of pods with GPUs, whose shape is kept.
     """
-    asked = (resources.trial, resources.generator)
+    asked = (resources.trial, resources.generator, resources.encoding)
     with_gpu = [want for want in asked if want.gpu]
     if not with_gpu and wishes.gpu_workers:
         raise ValueError(
@@ -235,13 +235,23 @@ def worker_groups(
         groups.append(_sized(gpu, "gpu", gpu_workers, max(most, sharing), devices))
     if cpu_workers:
         groups.append(_sized(gpu, "cpu", cpu_workers, most, 0))
+    custom = _custom(asked)
+    for group in groups:
+        if custom:  # as a shell takes it from KubeRay
+            group["rayStartParams"]["resources"] = json.dumps(json.dumps(custom))
     machines = [
-        {"CPU": float(limits["cpu"]), "GPU": float(limits.get(GPU, 0))}
+        {"CPU": float(limits["cpu"]), "GPU": float(limits.get(GPU, 0)), **custom}
         for limits in (_limits(group) for group in groups)
     ]
     if not machines or (why := misfit(resources, machines, prepares=True)):
         raise ValueError(why if machines else "no worker is left; give --cpu-workers 1 or more")
     return groups
+
+
+def _custom(asked: Sequence[Want]) -> dict[str, float]:
+    """What each pod has beside cores and GPUs: enough of it for what asks for the most."""
+    names = {name for want in asked for name in want.custom}
+    return {name: max(want.custom.get(name, 0) for want in asked) for name in sorted(names)}
 
 
 def _sized(

@@ -110,56 +110,6 @@ def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[TwoNodes]:
 
 
 @contextmanager
-def ray_head(**more: str) -> Iterator[str]:
-    """A one-node cluster on loopback that takes jobs; only its own processes are ended afterwards.
-
-    Args:
-        more: for its environment.
-
-    Yields:
-        The address for jobs.
-    """
-    folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # Ray's sockets need a short path
-    port = free_port()
-    known = {
-        "RAY_AUTH_MODE": "disabled",
-        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-        "RAY_USAGE_STATS_ENABLED": "0",
-    }
-    try:
-        subprocess.run(
-            [
-                BIN / "ray",
-                "start",
-                "--head",
-                f"--port={free_port()}",
-                "--node-ip-address=127.0.0.1",
-                "--dashboard-host=127.0.0.1",
-                f"--dashboard-port={port}",
-                # Its default port is taken where another Ray runs; jobs then find no agent.
-                f"--dashboard-agent-listen-port={free_port()}",
-                "--num-cpus=2",
-                f"--temp-dir={folder}",
-            ],
-            env=environment(**{**known, **more}),
-            check=True,
-            capture_output=True,
-            timeout=120,
-        )
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        for process in Path("/proc").iterdir():
-            try:
-                line = (process / "cmdline").read_bytes().decode()
-            except (OSError, UnicodeDecodeError):
-                continue
-            if folder in line:
-                os.kill(int(process.name), signal.SIGKILL)
-        time.sleep(0.5)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
 def one_node(monkeypatch: pytest.MonkeyPatch) -> Iterator[OneNode]:
     for name, value in environment(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0").items():
         monkeypatch.setenv(name, value)
@@ -171,11 +121,12 @@ def one_node(monkeypatch: pytest.MonkeyPatch) -> Iterator[OneNode]:
 
 
 @contextmanager
-def head(jobs: bool = False, **more: str) -> Iterator[str]:
+def head(jobs: bool = False, cpus: int = 1, **more: str) -> Iterator[str]:
     """A cluster of one machine, by `ray start --head`; its address.
 
     Args:
         jobs: it takes jobs, and its address is that for them.
+        cpus: that it has.
         more: of its environment.
     """
     folder = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))  # Ray's sockets need a short path
@@ -186,7 +137,7 @@ def head(jobs: bool = False, **more: str) -> Iterator[str]:
         "--node-ip-address=127.0.0.1",
         f"--ray-client-server-port={free_port()}",
         f"--include-dashboard={jobs}",
-        "--num-cpus=1",
+        f"--num-cpus={cpus}",
         f"--object-store-memory={NODE['object_store_memory']}",
         f"--temp-dir={folder}",
     )

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.clusters import BIN, ray_head
+from tests.clusters import BIN
+from tests.clusters import head as ray_head
 from tests.sweeps import TIMEOUT, all_runs, count, environment, events, table, write_sweep
 
 pytestmark = pytest.mark.ray
@@ -29,7 +30,7 @@ seeds: [1]
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[str]:
-    with ray_head() as address:
+    with ray_head(jobs=True, cpus=2) as address:
         yield address
 
 

@@ -20,7 +20,8 @@ import ray
 
 from orchestrator.lineage import commit
 from orchestrator.submit import Cluster, ClusterLost
-from tests.clusters import free_port, ray_head
+from tests.clusters import head as ray_head
+from tests.servers import free_port
 from tests.sweeps import TIMEOUT, airsweep, count, environment, events, table, write_sweep
 
 pytestmark = pytest.mark.ray
@@ -54,7 +55,7 @@ def test_the_token_of_a_cluster_lets_in_and_is_never_shown(tmp_path):
         file.chmod(0o600)
     right = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
     sweep = write_sweep(tmp_path, "small", "fixed: {method: zero_shot}\nseeds: [1]\n")
-    with ray_head(**right) as address:
+    with ray_head(jobs=True, cpus=2, **right) as address:
         called = ("submit", sweep, "--address", address, "--store", tmp_path / "runs")
         none = airsweep(*called, check=False, **OPEN)
         assert none.returncode == 3
@@ -82,7 +83,7 @@ def test_the_token_of_a_cluster_lets_in_and_is_never_shown(tmp_path):
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[str]:
-    with ray_head() as address:
+    with ray_head(jobs=True, cpus=2) as address:
         yield address
 
 

@@ -138,7 +138,11 @@ def load_pipeline(model: Path) -> Any:
         parts |= {"safety_checker": None, "requires_safety_checker": False}
     try:
         pipeline = diffusers.DiffusionPipeline.from_pretrained(
-            str(model), dtype=torch.float32, local_files_only=True, **parts
+            str(model),
+            dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=True,  # what else there is, is pickle
+            **parts,
         )
     except OSError as error:  # a half of it was fetched, or another precision of it
         raise ValueError(f"{model} is not whole: {error}") from error
