@@ -445,7 +445,7 @@ def test_what_cannot_be_is_refused_with_what_is_allowed(wishes, sets, words):
 
 def test_a_login_in_the_sweep_file_is_refused():
     text = SPEC + "tracking: {uri: 'http://me:word@mlflow'}\n"
-    with pytest.raises(ValueError, match="a login") as problem:
+    with pytest.raises(ValueError, match="password") as problem:
         rayjob(a_sweep(text), Wishes())
     assert "word" not in str(problem.value)
 
