@@ -40,7 +40,7 @@ class Parcel:
     """A job's working directory, staged on this machine."""
 
     folder: Path
-    spec: str  # the sweep file, as the job names it
+    spec: str  # the sweep file, as the job names it; empty: there is none
     code: Code
     files: int
     size: int  # bytes
@@ -72,16 +72,19 @@ def code_named(name: str | None) -> Code:
     return "installed" if name == "installed" else code_here()
 
 
-def pack(asked: Asked, folder: Path, code: Code) -> Parcel:
+def pack(asked: Asked | None, folder: Path, code: Code) -> Parcel:
     """Put what the job needs into an empty folder.
+
+    Args:
+        asked: its sweep, if it has one.
 
     Raises:
         Refused: it is more than a cluster takes.
     """
     found = sorted(_code_files()) if code == "checkout" else []
-    spec = f"sweeps/{Path(asked.spec.source).name}"
-    text = asked.spec.text.encode()
-    size = sum(path.stat().st_size for path in found) + len(text)
+    spec = "" if asked is None else f"sweeps/{Path(asked.spec.source).name}"
+    written = {} if asked is None else {spec: asked.spec.text.encode()}
+    size = sum(path.stat().st_size for path in found) + sum(map(len, written.values()))
     if size > LIMIT_MB << 20:
         largest = sorted(found, key=lambda path: path.stat().st_size)[: -NAMED - 1 : -1]
         named = ", ".join(f"{path} {path.stat().st_size / 2**20:.0f} MB" for path in largest)
@@ -94,7 +97,6 @@ def pack(asked: Asked, folder: Path, code: Code) -> Parcel:
         place = folder / path.relative_to(ROOT)
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, place)
-    written = {spec: text}
     if code == "checkout" and (diff := uncommitted()):
         written[SENT_DIFF] = diff
     for name, content in written.items():
@@ -104,6 +106,8 @@ def pack(asked: Asked, folder: Path, code: Code) -> Parcel:
 
 
 def _code_files() -> Iterator[Path]:
+    """With the ranges of what the code needs, by which `doctor` looks."""
+    yield ROOT / "pyproject.toml"
     for package in PACKAGES:
         for path in (ROOT / package).rglob("*"):
             parts = path.relative_to(ROOT).parts

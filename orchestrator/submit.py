@@ -129,6 +129,30 @@ class Cluster:
             return self.job(name)
         raise Refused(f"{self.address}: others take every number of {sweep}; try again")
 
+    def run(
+        self, entry: str, parcel: Parcel, env: Mapping[str, str], seconds: float
+    ) -> tuple[str, Job]:
+        """A job that is no sweep, from beginning to end: its log, and how it ended.
+
+        Args:
+            seconds: that it may take.
+
+        Raises:
+            ClusterLost: the cluster does not answer, or not in time.
+        """
+        runtime_env = {"working_dir": str(parcel.folder), "env_vars": dict(env)}
+        with _quiet(), self._told():
+            name = self._client.submit_job(entrypoint=entry, runtime_env=runtime_env)
+        give_up = time.monotonic() + seconds
+        while not (job := self.job(name)).over:
+            if time.monotonic() > give_up:
+                self.stop(name)
+                raise ClusterLost(
+                    f"{self.address}: {name} did not end within {seconds:.0f} s; is it full?"
+                )
+            time.sleep(POLL)
+        return self.log_of(name), job
+
     def _free_id(self, sweep: str, store: str) -> str:
         """PROJECT-NAME-N: Ray takes an id once."""
         with self._told():

@@ -76,7 +76,7 @@ def test_a_checkout_sends_its_code_and_the_sweep_and_nothing_that_lies_beside(tm
         text=True,
         check=True,
     )
-    assert files == {*tracked.stdout.split(), "sweeps/small.yaml"}
+    assert files == {*tracked.stdout.split(), "pyproject.toml", "sweeps/small.yaml"}
     assert said.startswith(f"{len(files)} files, 1")
     assert (tmp_path / "sent" / "sweeps" / "small.yaml").read_text() == spec.read_text()
 
