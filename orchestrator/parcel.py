@@ -17,11 +17,11 @@ from typing import Literal
 from orchestrator.asked import Asked
 from orchestrator.lineage import PACKAGES, ROOT, SENT_DIFF, UNKNOWN, commit, dirty, uncommitted
 from orchestrator.place import Refused, lost_store, project_of, whoami
+from orchestrator.redact import looks_secret
 from orchestrator.remote import S3, folder_of, parse, scheme_of
 from orchestrator.store import smoke_store
 from orchestrator.sweep import cells_of
 from orchestrator.tracking import kind_of, without_credentials
-from orchestrator.variables import looks_secret
 
 Code = Literal["checkout", "installed"]
 
@@ -148,11 +148,6 @@ def destination(
     data = data_root or asked.spec.data_root
     if data is not None:
         _check(str(data), "data_root", str(data), "data")
-    if any(map(WITH_PASSWORD.search, (asked.spec.text, *asked.sets, *asked.only))):
-        raise ValueError(
-            f"{asked.spec.source}: an address in it, or in an option, holds a password, and what "
-            "is sent to a cluster can be read there; leave it out"
-        )
     for key, name, path in _named_paths(asked):
         _check(path, key, name, "data" if key.endswith("dataset") else "models")
     return Destination(store, str(data_root) if data_root else None, tracking_uri)

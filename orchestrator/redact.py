@@ -14,7 +14,9 @@ from collections.abc import Iterator
 HIDDEN = "***"
 # The user ends at the first colon, the password at the last @ of the address.
 PASSWORD = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)(?P<user>[^\s/:@'\"]*):[^\s/'\"]+@")
-SECRET = re.compile(r"PASSW(OR)?D|SECRET|CREDENTIAL|TOKEN(?!IZ)|APIKEY|_KEY(_|$)")
+SECRET = re.compile(
+    r"PASSW|PASSPHRASE|SECRET|TOKEN(?!IZ)|CREDENTIAL|PRIVATE|APIKEY|_PWD$|(^|_)KEY(_|$)"
+)
 NO_SECRET = re.compile(r"_(PATH|FILE|DIR|ID|NAME|MODE|URL|URI)$")  # where one is, and not what
 SHORTEST = 8  # characters: a shorter value would blot out plain words
 
@@ -39,14 +41,22 @@ def password_at(text: str) -> int | None:
     return None if found is None else found.start()
 
 
+def looks_secret(name: str) -> bool:
+    """Is a variable of this name likely to hold one?
+
+    >>> [looks_secret(name) for name in ("AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "my_api_key")]
+    [True, True, True]
+    >>> harmless = ("AWS_ACCESS_KEY_ID", "RAY_AUTH_TOKEN_PATH", "TOKENIZERS_PARALLELISM")
+    >>> [looks_secret(name) for name in harmless]
+    [False, False, False]
+    """
+    return bool(SECRET.search(name.upper())) and not NO_SECRET.search(name.upper())
+
+
 def _secrets() -> Iterator[str]:
     """Values of this process's environment, the longest first: one may be part of another."""
     found = {
-        value
-        for name, value in os.environ.items()
-        if len(value) >= SHORTEST
-        and SECRET.search(name.upper())
-        and not NO_SECRET.search(name.upper())
+        value for name, value in os.environ.items() if len(value) >= SHORTEST and looks_secret(name)
     }
     yield from sorted(found, key=len, reverse=True)
 

@@ -16,8 +16,8 @@ from typing import Any
 
 from orchestrator.fit import misfit
 from orchestrator.marked_yaml import all_documents, shown, written
+from orchestrator.redact import looks_secret
 from orchestrator.sweep import Resources, SweepSpec, Want
-from orchestrator.variables import looks_secret
 
 SWEEP_FOLDER = "/home/ray/sweep"  # where the ConfigMap is mounted on the head
 SLACK = 3600  # seconds beside `budget.wall`: pods that come, and trials that end

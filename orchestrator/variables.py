@@ -1,19 +1,14 @@
-"""Environment variables: set for a moment, told by Ray to a driver, or likely to be secret."""
+"""Environment variables: set for a moment, and those by which Ray tells a driver where it is."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-SECRET = re.compile(
-    r"PASSW|PASSPHRASE|SECRET|TOKEN(?!IZ)|CREDENTIAL|PRIVATE|APIKEY|_PWD$|(^|_)KEY$", re.IGNORECASE
-)
-PLACE = re.compile(r"_(FILE|PATH|DIR)$", re.IGNORECASE)  # where a secret lies is none
 
 
 @contextmanager
@@ -46,15 +41,3 @@ def of_ray_job() -> set[str]:
     """Variables that the job gives to its workers, if this is one: Ray takes none twice."""
     job = json.loads(os.environ.get(RAY_JOB) or "{}")
     return set((job.get("runtime_env") or {}).get("env_vars") or ())
-
-
-def looks_secret(name: str) -> bool:
-    """Is a variable of this name likely to hold one?
-
-    >>> [looks_secret(name) for name in ("AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "MY_API_KEY")]
-    [True, True, True]
-    >>> harmless = ("AWS_ACCESS_KEY_ID", "RAY_AUTH_TOKEN_PATH", "TOKENIZERS_PARALLELISM")
-    >>> [looks_secret(name) for name in harmless]
-    [False, False, False]
-    """
-    return bool(SECRET.search(name)) and not PLACE.search(name)
