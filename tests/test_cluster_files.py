@@ -444,10 +444,10 @@ def test_what_cannot_be_is_refused_with_what_is_allowed(wishes, sets, words):
 
 
 def test_a_login_in_the_sweep_file_is_refused():
-    text = SPEC + "tracking: {uri: 'http://me:word@mlflow'}\n"
+    text = SPEC + "tracking: {uri: 'http://me:hunter2@mlflow'}\n"
     with pytest.raises(ValueError, match="password") as problem:
         rayjob(a_sweep(text), Wishes())
-    assert "word" not in str(problem.value)
+    assert "hunter2" not in str(problem.value)
 
 
 @pytest.mark.parametrize(
