@@ -22,7 +22,7 @@ from ray.data import ActorPoolStrategy, DataContext
 from air_core.specs import SyntheticFeaturesSpec
 from orchestrator.board import Note, Teller, watched
 from orchestrator.failures import CLASSES, Failure, classify
-from orchestrator.image_rows import build_image_block, open_generator
+from orchestrator.image_rows import DEATHS, build_image_block, open_generator
 from orchestrator.keys import artifact_key
 from orchestrator.plan import Need, name_of
 from orchestrator.redact import redacted
@@ -31,9 +31,6 @@ from orchestrator.shares import Part, Pool, Shares
 from orchestrator.store import devices
 from orchestrator.sweep import GeneratorResources, Resources
 from orchestrator.workshop import Workshop
-
-# How a pool is put into a reserve; Ray 2.60 knows no other way that it does not warn of.
-warnings.filterwarnings("ignore", message=r"`DataContext\.scheduling_strategy")
 
 THRIFT = 2  # the most that a generator can save
 
@@ -167,17 +164,31 @@ class _Pour:
         stream = _stream(shards, rows, self.shop, self.want, part, board)
         began, count, spent = time.monotonic(), 0, 0.0
         pool = Pool(actors=min(part.count, len(shards)), gpu=bool(self.want.gpu))
-        for result in stream.iter_rows():
+        results = iter(stream.iter_rows())
+        for result in results:
             self._note(result)
             count, spent = count + 1, spent + result["seconds"]
             pool.images += result["drawn"]
             pool.busy += result["on_device"]
             if self.over or self._elsewhere(part, pool.actors, len(shards) - count, spent / count):
+                results.close()
+                self._forgive(shards, 4 * pool.actors)
                 break
         else:  # what is missing now was lost, or has failed
             self.tried.update((s["row"], s["class"], s["block"]) for s in shards)
         pool.seconds = time.monotonic() - began
         self.watcher.drew(pool)
+
+    def _forgive(self, shards: Sequence[dict[str, int]], most: int) -> None:
+        """Actors are ended with a block in hand: no block has killed them."""
+        self.shop.store.look_again()
+        missing = {row: set(need.missing(self.shop.store)) for row, need in enumerate(self.needs)}
+        left = (s for s in shards if (s["class"], s["block"]) in missing[s["row"]])
+        for shard in itertools.islice(left, most):  # they are handed out in order
+            spec = self.needs[shard["row"]].spec
+            assert isinstance(spec, SyntheticFeaturesSpec)
+            row = self.shop.store.open_row(spec.images)
+            row.forget_deaths(shard["class"], shard["block"], DEATHS)
 
     def _note(self, result: dict[str, Any]) -> None:
         need = self.needs[result["row"]]
@@ -212,7 +223,9 @@ def _stream(
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     if part.held is not None:
-        context.scheduling_strategy = context.scheduling_strategy_large_args = part.held
+        with warnings.catch_warnings():  # Ray 2.60 knows no other way that it does not warn of
+            warnings.simplefilter("ignore")
+            context.scheduling_strategy = context.scheduling_strategy_large_args = part.held
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     device = "cuda" if want.gpu else "cpu"
     with DataContext.current(context):

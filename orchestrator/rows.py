@@ -86,3 +86,11 @@ class Row:
                 self.mirror.count_off(self.key, tries.name, min(deaths + 1, most))
             else:
                 tries.unlink(missing_ok=True)
+
+    def forget_deaths(self, class_index: int, block: int, most: int) -> None:
+        """Its last process was ended by us, and not by the shard: count anew."""
+        tries = self.shard(class_index, block, ".tries")
+        if self.mirror is not None:
+            self.mirror.count_off(self.key, tries.name, most)
+        else:
+            tries.unlink(missing_ok=True)

@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -88,6 +89,29 @@ def test_a_block_is_the_same_from_actors_and_in_process(eight, resolver, drawn_d
         load_file(store.row(need.spec).shard(3, 0, ".safetensors")) for store in (spread, alone)
     ]
     assert abs(features[0]["features"] - features[1]["features"]).max() < 1e-5
+
+
+def test_a_pool_gives_room_to_trials_and_no_block_pays_for_it(
+    ray_session, resolver, drawn_digits, tmp_path
+):
+    need, store = need_of(resolver, drawn_digits, 16), ArtifactStore(tmp_path)
+    resources = Resources(generator=GeneratorResources(actors=2, reserve=1))
+    parts, trials = shares(resources), ExitStack()
+
+    class Begins(Watcher):
+        def prepared(self, *what):
+            super().__getattr__("prepared")(*what)
+            if len(self.told["prepared"]) == 1:
+                trials.enter_context(parts.tuning())
+
+    watcher = Begins()
+    with trials:
+        assert draw([need], Workshop(store), resources, watcher, parts) == []
+    pools = [pool for (pool,) in watcher.told["drew"]]
+    assert [pool.actors for pool in pools] == [2, 1]  # the second in its reserve
+    assert sum(pool.images for pool in pools) <= 160 == len(need.classes) * 16
+    assert need.missing(store) == []
+    assert list(tmp_path.rglob("*.tries")) == []
 
 
 def test_a_block_that_cannot_be_drawn_is_named_and_the_others_are_kept(
