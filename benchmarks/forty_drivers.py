@@ -129,7 +129,7 @@ def main() -> None:
 
         def look(services: Team, user: dict[str, str], project: str) -> None:
             if CHROMIUM:
-                time.sleep(3)  # till the first runs are there
+                time.sleep(30)  # till all sweeps are there
                 pages["with"] = opened(services, user, project, folder / f"p{len(pages)}")
 
         found = drive(
