@@ -6,13 +6,13 @@ Ray cluster that all drivers join, and then the drivers: `airsweep run` with a s
 each, studies in Postgres, two projects, a user each, one store. Trials take ten seconds and
 compute nothing (`tests/trivial.py`), in their driver, so that what is measured is what drivers do
 to shared services; they begin when the last driver is there, half a second apart. Meanwhile
-somebody opens the list of runs again and again: the two requests of that page
-(`experiments/get`, `runs/search`, 100 a page) and once in headless chromium. Baseline: the same
-requests when all drivers have ended.
+somebody opens the list of runs again and again: the two requests of that page (`experiments/get`,
+`runs/search`, 100 a page), and once in headless chromium. Baseline: the same requests when all
+drivers have ended.
 
     python benchmarks/forty_drivers.py [--drivers 40] [--points 5] [--workers 2] [--no-ray]
 
-Ten minutes on two cores, most of them for starting Python forty times; 330 MB of memory a driver.
+Ten minutes on two cores, most of them for starting Python forty times; 190 MB of memory a driver.
 Needs Debian's postgresql. The last line is JSON; `ratio` is the 95th percentile of the page's data
 with drivers over the one without.
 """
@@ -129,7 +129,7 @@ def main() -> None:
 
         def look(services: Team, user: dict[str, str], project: str) -> None:
             if CHROMIUM:
-                time.sleep(3)  # till the first runs are there
+                time.sleep(30)  # till all sweeps are there
                 pages["with"] = opened(services, user, project, folder / f"p{len(pages)}")
 
         found = drive(

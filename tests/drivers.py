@@ -142,6 +142,7 @@ def drive(
     ask = page_data(services, users[0], PROJECTS[0])
     more = {
         "PGPASSWORD": services.passwords["airsweep_studies"],
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",  # as docs/team.md says
         "AIRSWEEP_GATE": str(gate),
         "AIRSWEEP_TRIAL_SECONDS": str(trial_seconds),
         **({"RAY_ADDRESS": address, "RAY_AUTH_MODE": "disabled"} if address else {}),

@@ -458,6 +458,6 @@ def test_six_drivers_at_once_lose_nothing_and_hold_few_connections(
     assert found.codes == {0: 6}
     assert found.expected == 6 * (1 + 1 + 3)
     assert (found.late, found.lost, found.doubled, found.open_runs) == (0, 0, 0, 0)
-    assert found.http <= 1
+    assert found.http <= 2  # one for calls, one for files
     assert found.connections["airsweep_studies"] <= 2 * 6  # one may be closing still
     assert found.connections["mlflow"] + found.connections["mlflow_auth"] <= 2 * (10 + 10)
