@@ -260,7 +260,7 @@ def _place(report: Report, asking: Asking) -> Place | None:
             relative = scheme_of(asking.store) != S3 and not folder_of(asking.store).is_absolute()
             if relative and in_ray_job():
                 raise lost_store(asking.store)
-            place = Place(open_store(asking.store), "default", "", asking.data_root)
+            place = Place(open_store(asking.store), "default", "none", asking.data_root)
         else:
             place = place_for(asking.sweep, asking.store, asking.data_root)
     return place

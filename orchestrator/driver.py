@@ -507,6 +507,8 @@ def _close(run: Run, code: int) -> Exception | None:
     untold = _no_room_for(lambda: run.place.write("outcome.json", text))
     if untold is not None and code == DONE:
         code = FAILED  # else the same command would find nothing to do
+    if code == DONE:
+        run.publisher.catch_up()
     ended: dict[str, Any] = {"exit_code": code, "seconds": seconds}
     untold = _no_room_for(lambda: run.ledger.append("sweep_ended", **ended)) or untold
     _no_room_for(lambda: remember(run.place.store, tally.work))  # estimates do without

@@ -36,6 +36,7 @@ class Inputs:
         self, run: Run, plan: Plan, groups: Sequence[Sequence[Cell]], prepare_only: bool
     ) -> None:
         self.run, self.plan, self.prepare_only = run, plan, prepare_only
+        run.place.store.look_again()  # another driver may have ended since it was planned
         self.needs = {group[0].id: needs_of_cells(run, plan, group) for group in groups}
         self.waiting = deque(group for group in groups if self._waits(group))
         waits = {cell.id for group in self.waiting for cell in group}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -101,6 +101,11 @@ class Publisher:
         """
         self._waiting = [one for one in self._waiting if not one.done()]
         self._waiting.append(self._thread.submit(self._trial, outcome, at))
+
+    def catch_up(self) -> None:
+        """Wait until all outcomes were told: who is killed once the ledger says that the sweep
+        has ended is followed by nobody who would tell them."""
+        wait(self._waiting)
 
     def finish(
         self,

@@ -127,7 +127,7 @@ def _holds_no_password(document: Document, sets: Sequence[str]) -> None:
     why = (
         "an address with a password in it, which would be kept and shown with the results; leave "
         "both out, and give them by the environment: MLFLOW_TRACKING_USERNAME and "
-        "MLFLOW_TRACKING_PASSWORD, AWS_*"
+        "MLFLOW_TRACKING_PASSWORD, PGPASSWORD, AWS_*"
     )
     at = password_at(document.text)
     if at is not None:

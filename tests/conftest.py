@@ -17,12 +17,15 @@ from typing import TYPE_CHECKING
 import hypothesis
 import pytest
 
+from air_core.arithmetic import sums_in_one_order
 from air_core.specs import Ref, TrialSpec
 from orchestrator import presets
 from orchestrator.resolve import Resolver
 
 if TYPE_CHECKING:
     from tests.servers import S3Server
+
+sums_in_one_order()  # before any test computes
 
 # A busy machine is slow, not wrong.
 hypothesis.settings.register_profile("airsweep", deadline=None)
@@ -77,6 +80,7 @@ LONG = (
     "test_chaos",
     "test_preflight",
     "test_generation",
+    "test_nodes",
     "test_job",
     "test_submit",
     "test_tracking",

@@ -125,6 +125,11 @@ def scaling(monkeypatch: pytest.MonkeyPatch, most: int = 2) -> Iterator[str]:
         "auth": {},
         "docker": {},
         "file_mounts": {},
+        "file_mounts_sync_continuously": False,
+        "cluster_synced_files": [],
+        "rsync_exclude": [],
+        "rsync_filter": [],
+        "upscaling_speed": 1.0,
         "head_node_type": "head",
         "available_node_types": {
             "head": {**empty, "resources": {"CPU": 0}, "max_workers": 0},

@@ -340,4 +340,4 @@ def test_by_the_address_of_a_dashboard_a_cluster_looks_at_itself_as_a_job(spec, 
     assert problem["remedy"].startswith("give --store")
     done = run_at(address, spec, tmp_path / "runs", "--cluster", do="doctor", **to)
     assert done.returncode == 3
-    assert f"no cluster takes jobs at {address}" in done.stderr
+    assert f"no Ray answers at {address}" in done.stderr

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from air_core.arithmetic import sums_in_one_order
 from air_core.backbone.clip import Backbone
 from air_core.weights import (
     CLIP_CONFIG,
@@ -37,6 +38,7 @@ def load_backbone(name: str | Path, device: str = "cpu", precision: str = "fp32"
     Raises:
         ValueError: it is not there, its weights do not fit, or its text tower takes no prompt.
     """
+    sums_in_one_order()
     match find_backbone(str(name)):
         case ClipFolder(path):
             return _from_folder(path, device, precision)
@@ -82,6 +84,7 @@ def import_open_clip_alone() -> None:
     For processes of our own, whose start is waited for. `load_backbone` makes up for it, but who
     calls open_clip himself may need them.
     """
+    sums_in_one_order()
     if "open_clip" in sys.modules:
         return
     hidden = [name for name in OPTIONAL if name not in sys.modules]

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from air_core.arithmetic import sums_in_one_order
 from air_core.diffusion import image_seed
 from air_core.specs import GenerationSettings, Precision
 from air_core.weights import PIPELINE_CONFIG, check_lora_fits
@@ -121,6 +122,7 @@ def load_pipeline(model: Path) -> Any:
     Raises:
         ValueError: no pipeline there.
     """
+    sums_in_one_order()
     index = model / PIPELINE_CONFIG
     if not index.is_file():  # diffusers would turn to the network and fail with its message
         raise ValueError(f"{model} is no diffusers folder: it has no {PIPELINE_CONFIG}")

@@ -634,13 +634,13 @@ BAD = {
     "a password of the tracker": (
         AIR + "tracking: {uri: 'http://ada:word@mlflow:5000'}\n",
         "4:17",
-        ["MLFLOW_TRACKING_PASSWORD", "~/.mlflow/credentials"],
+        ["MLFLOW_TRACKING_PASSWORD"],
     ),
     "a password of the studies": (
         SEARCH + "    fusion_weight: {min: 0, max: 1}\n"
         "  storage: postgresql://ada:word@db/studies\n",
         "8:12",
-        ["has a password", "PGPASSWORD", "~/.pgpass"],
+        ["a password", "PGPASSWORD"],
     ),
     "a password behind the studies": (
         SEARCH + "    fusion_weight: {min: 0, max: 1}\n"
