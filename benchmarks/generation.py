@@ -187,7 +187,8 @@ def main() -> None:
             figures["loop_alone"], _ = processes(loop, few, asked.device, 1)
             for name, value in figures.items():
                 found.setdefault(name, []).append(round(value, 3))
-            print(f"{repeat}: " + "  ".join(f"{k} {v:.2f}" for k, v in figures.items()))
+            said = "  ".join(f"{name} {value:.2f}" for name, value in figures.items())
+            print(f"{repeat}: {said}", flush=True)
     each = found["ours"]
     ratios = {
         name: [round(a / b, 3) for a, b in zip(each, found[name], strict=True)]

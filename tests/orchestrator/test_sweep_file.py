@@ -633,7 +633,7 @@ BAD = {
     "tracking without words": (AIR + "tracking: {uri: ''}\n", "4:17", ["text on one line"]),
     "a password of the tracker": (
         AIR + "tracking: {uri: 'http://ada:word@mlflow:5000'}\n",
-        "4:17",
+        "4:18",
         ["MLFLOW_TRACKING_PASSWORD"],
     ),
     "a password of the studies": (
