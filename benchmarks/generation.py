@@ -33,6 +33,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from air_core.specs import SyntheticFeaturesSpec
+from orchestrator import presets
 from orchestrator.plan import Need
 from orchestrator.resolve import Resolver
 
@@ -42,8 +43,10 @@ Shard = tuple[int, int]
 
 def the_row(images: int, folder: Path) -> Need:
     """So many images of each digit, drawn by the tiny pipeline."""
-    flat = {"dataset": "digits", "generator": "tiny", "lora": None, "images_per_class": images}
-    trial = Resolver(folder / "digests.json", None).trial(flat)
+    asked = {"dataset": "digits", "generator": "tiny", "images_per_class": images}
+    flat = {**presets.defaults("air", asked), **asked}
+    flat = {key: value for key, value in flat.items() if not key.startswith("lora.")}
+    trial = Resolver(folder / "digests.json", None).trial({**flat, "lora": None})
     row = trial.synthetic_features
     assert isinstance(row, SyntheticFeaturesSpec)
     return Need(row, images, tuple(range(len(row.images.classnames))))
