@@ -154,7 +154,8 @@ def _skew(clock: float | None, began: float, now: float) -> float:
 def _silent(name: str, silence: Silence) -> Finding:
     problem = f"it could not be looked at ({silence.why})"
     remedy = "start Ray there anew, or take the machine out of the cluster, and try again"
-    return Finding(name, "answers", problem, remedy)
+    gone = "NodeDiedError" in silence.why  # such as one that an autoscaler takes back
+    return Finding(name, "answers", problem, remedy, fatal=not gone)
 
 
 def _used(gpu: Answer | Silence | None) -> Mapping[str, Any] | None:
