@@ -63,6 +63,11 @@ def waves(
         yield number, list(needs)
 
 
+def hopeful(needs: Sequence[Need], lost: Sequence[Any]) -> list[Need]:
+    """Without specs that were tried in vain, and what would be made from them."""
+    return [need for need in needs if not any(holds(need.spec, one) for one in lost)]
+
+
 class Ahead:
     """Work in a thread of its own, and a Watcher for `prepare` there.
 
@@ -99,10 +104,6 @@ class Ahead:
     def has(self, cell: str) -> bool:
         """Is what a cell reads made, or was it tried?"""
         return cell not in self._coming
-
-    def hopeful(self, needs: Sequence[Need]) -> list[Need]:
-        """Without what was tried, and what would be made from it."""
-        return [need for need in needs if not any(holds(need.spec, one) for one in self.lost)]
 
     def wait(self, cell: str | None = None) -> None:
         """Until it has come to a cell, or to its end; and tell the driver what became of it."""

@@ -15,7 +15,7 @@ from orchestrator.place import place_named as named
 from orchestrator.plan import Plan, plan_sweep
 from orchestrator.recorded import read_sweep
 from orchestrator.store import open_store, smoke_store
-from orchestrator.sweep import SweepSpec, cells_of
+from orchestrator.sweep import SweepSpec, cells_of, option_words
 from orchestrator.sweep import smoke as smoked
 from orchestrator.sweep_file import find_sweep, load_sweep
 
@@ -38,6 +38,11 @@ class Asked:
             "smoke": self.smoke,
             "source": self.spec.source,
         }
+
+    @property
+    def options(self) -> list[str]:
+        """The same as words of a command, behind the file."""
+        return option_words(self.sets, self.only, self.smoke)
 
     def __repr__(self) -> str:
         cells = len(cells_of(self.spec))

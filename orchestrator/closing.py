@@ -21,6 +21,7 @@ from orchestrator.results import standing
 from orchestrator.screen import clock
 from orchestrator.store import smoke_store
 from orchestrator.studies import searches
+from orchestrator.sweep import option_words
 from orchestrator.variables import in_ray_job
 
 
@@ -161,9 +162,8 @@ def _asked(plan: Plan, place: Place) -> str:
     words = [plan.sweep.source]
     with suppress(FileNotFoundError):
         origin = json.loads((place.folder / "resolved.json").read_text())
-        for option, kept in (("--set", "sets"), ("--only", "only")):
-            words += [f"{option} {shlex.quote(word)}" for word in origin.get(kept, [])]
-        words += ["--smoke"] if origin.get("smoke") else []
+        kept = (origin.get("sets", []), origin.get("only", []), bool(origin.get("smoke")))
+        words += map(shlex.quote, option_words(*kept))
     return " ".join(words)
 
 

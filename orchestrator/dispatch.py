@@ -246,6 +246,14 @@ class Dispatcher:
             self.ledger.append("trials_started", slots=list(job.slots))
         return job
 
+    def _open(self) -> list[_CellQueue]:
+        """Cells with what they read."""
+        return [queue for queue in self.queues if self.ready(queue.cell)]
+
+    def _startable(self) -> int:
+        """Points that could start now."""
+        return sum(len(queue.asked) + len(queue.ready) for queue in self._open())
+
     def _with_others(self, job: Job) -> Job:
         """A point's job with others of its round, where points outnumber the actors that are free.
 
@@ -255,9 +263,7 @@ class Dispatcher:
             return job
         queue = self.by_cell[job.cell]
         free = max(1, self.actors - len(self.running) + 1)  # this job's actor among them
-        open_now = [one for one in self.queues if self.ready(one.cell)]
-        waiting = sum(len(one.asked) + len(one.ready) for one in open_now)
-        for _ in range(math.ceil((waiting + 1) / free) - 1):
+        for _ in range(math.ceil((self._startable() + 1) / free) - 1):
             going = self._head(queue)
             if going is None or going.until != job.legs.until or not self._joins(going, job):
                 break
@@ -281,10 +287,9 @@ class Dispatcher:
         after the other; the rest comes next."""
         if self.actors is None or job.again:
             return job
-        open_now = [one for one in self.queues if self.ready(one.cell)]
-        waiting = sum(len(one.asked) + len(one.ready) for one in open_now) + len(self.again)
         parts = self.parts(job.trials)
-        count = min(len(parts), self.actors - len(self.running) - waiting + 1)
+        others = len(self.running) - 1 + self._startable() + len(self.again)
+        count = min(len(parts), self.actors - others)
         if count < 2:
             return job
         shares = [{id(trial) for part in parts[at::count] for trial in part} for at in range(count)]
@@ -324,14 +329,13 @@ class Dispatcher:
             self.running[job.number] = job
             return job
         while not self.stopped:
-            open_now = [queue for queue in self.queues if self.ready(queue.cell)]
-            for queue in open_now:
+            for queue in self._open():
                 if not queue.ended and queue.waits:
                     self._decide(queue)
                     if queue.waits:
                         queue.ask(self.ledger)
                         self._note_early_end(queue)
-            able = [queue for queue in open_now if queue.asked or queue.ready]
+            able = [queue for queue in self._open() if queue.asked or queue.ready]
             if not able:
                 # Telling a round may have ended a cell without any job.
                 return None

@@ -37,6 +37,7 @@ from orchestrator.findings import (
 )
 from orchestrator.fit import Machine, this_machine
 from orchestrator.inventory import size
+from orchestrator.layouts import columns
 from orchestrator.lineage import ROOT, commit
 from orchestrator.locks import StoreRefused
 from orchestrator.place import Place, Refused, lost_store
@@ -120,18 +121,13 @@ class Report:
 def screen(found: Mapping[str, Any]) -> str:
     """A report, as JSON has it, for people: the driver, the table of machines, what is wrong."""
     rows = [(name, check["state"], check["said"]) for name, check in found["checks"].items()]
-    parts = ["\n".join(_columns(rows))]
+    parts = ["\n".join(columns(rows))]
     if found["machines"]:
         states = [(name, *checks.values()) for name, checks in found["machines"].items()]
-        parts.append("\n".join(_columns([("machine", *CHECKS), *states])))
+        parts.append("\n".join(columns([("machine", *CHECKS), *states])))
     if found["findings"]:
         parts.append("\n".join(lines(Finding(**one) for one in found["findings"])))
     return "\n\n".join(parts)
-
-
-def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
 # ---------------------------------------------------------------- this machine, or a cluster

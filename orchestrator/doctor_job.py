@@ -14,6 +14,7 @@ from orchestrator.asked import Asked
 from orchestrator.parcel import code_here, pack
 from orchestrator.place import Refused
 from orchestrator.submit import Cluster, ClusterLost, Job
+from orchestrator.sweep import option_words
 
 STARTED = 300.0  # seconds that a cluster has to run the job
 PASSED = ("AIRSWEEP_PROJECT", "AIRSWEEP_USER")
@@ -36,9 +37,7 @@ def looked_by_job(
     with TemporaryDirectory(prefix="airsweep-doctor-") as folder:
         parcel = pack(sweep, Path(folder), code_here())
         if sweep is not None:
-            words.append(parcel.spec)
-            words += [word for value in sweep.sets for word in ("--set", value)]
-            words += [word for value in sweep.only for word in ("--only", value)]
+            words += [parcel.spec, *option_words(sweep.sets, sweep.only, smoke=False)]
         command = shlex.join([*words, "--cluster", "--json", *options])
         env = {name: os.environ[name] for name in PASSED if name in os.environ}
         try:

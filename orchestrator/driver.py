@@ -26,7 +26,7 @@ from orchestrator.estimate import (
     read_history,
     remember,
 )
-from orchestrator.failures import CLASSES, Failure, no_room
+from orchestrator.failures import CLASSES, Failure, first_line, no_room
 from orchestrator.fit import Machine, misfit, this_machine
 from orchestrator.freshness import accept, remedy
 from orchestrator.inputs import Inputs, workshop
@@ -174,7 +174,7 @@ def run_sweep(
             finally:
                 ledger.unlock()
     if untold is not None:
-        raise StoreFull(full(plan, place.store, _first_line(untold)))
+        raise StoreFull(full(plan, place.store, first_line(untold)))
     return code
 
 
@@ -189,11 +189,7 @@ def _told_where_full(plan: Plan, place: Place) -> Iterator[None]:
     except Exception as error:
         if not no_room(error):
             raise
-        raise StoreFull(full(plan, place.store, _first_line(error))) from error
-
-
-def _first_line(problem: BaseException) -> str:
-    return f"{problem}".strip().partition("\n")[0]
+        raise StoreFull(full(plan, place.store, first_line(error))) from error
 
 
 def _settle_code(plan: Plan, place: Place, accepted: Sequence[str]) -> None:

@@ -85,6 +85,15 @@ SAID = (
 )
 
 
+def first_line(problem: BaseException) -> str:
+    """What an exception says, for a sentence.
+
+    >>> first_line(OSError("no room\\n  at /x"))
+    'no room'
+    """
+    return f"{problem}".strip().partition("\n")[0]
+
+
 def classify(problem: BaseException) -> str:
     """The class of an exception.
 

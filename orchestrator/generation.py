@@ -121,7 +121,7 @@ def draw(
         while left := pour.left():
             with shares.drawing() as part:
                 pour.through(part, left, board)
-    shop.store.look_again()
+            shop.store.look_again()
     return [
         (need, _failure(pour.errors.get(need, []), lacks))
         for need in needs
@@ -149,7 +149,6 @@ class _Pour:
     def left(self) -> list[dict[str, int]]:
         if self.over:
             return []
-        self.shop.store.look_again()
         missing = (
             {"row": row, "class": c, "block": block}
             for row, need in enumerate(self.needs)

@@ -9,11 +9,12 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from air_core.specs import FeaturesSpec, SyntheticFeaturesSpec
-from orchestrator.ahead import Ahead, waves
+from orchestrator.ahead import Ahead, hopeful, waves
 from orchestrator.audit_card import Audited, audited
 from orchestrator.audits import known_card
+from orchestrator.failures import first_line
 from orchestrator.fit import room
-from orchestrator.plan import Need, Plan, holds, moved_slots, needs_of, possible_trials
+from orchestrator.plan import Need, Plan, moved_slots, needs_of, possible_trials
 from orchestrator.running import Run
 from orchestrator.sweep import Budget, Cell
 
@@ -43,7 +44,8 @@ class Inputs:
         self.ready = {cell.id for group in groups for cell in group} - waits  # cells
         self.ahead: Ahead | None = None
         self.beside: list[Ahead] = []
-        self.shown: set[str] = set()  # the sheet, and rows that have a card or will have one
+        self.sheet_begun = False
+        self.shown: set[str] = set()  # rows that have a card or will have one
         self.begun = False
 
     def _waits(self, group: Sequence[Cell]) -> bool:
@@ -75,13 +77,13 @@ class Inputs:
 
         shares, groups = self.run.shares, list(self.waiting)
         assert shares is not None
-        needs = [hopeful(self.run, self.needs[group[0].id]) for group in groups]
+        needs = [self._hopeful(group) for group in groups]
         shop, resources = workshop(self.run), self.run.sweep.resources
 
         def make(ahead: Ahead) -> None:
             loras = functools.partial(shares.places, resources.generator)
             for number, wave in waves(needs, shop.store, loras):
-                prepare(ahead.hopeful(wave), shop, resources, ahead, shares)
+                prepare(hopeful(wave, ahead.lost), shop, resources, ahead, shares)
                 if number is not None:
                     shares.preparing = number + 1 < len(needs)
                     awaited = ahead.reached([cell.id for cell in groups[number]])
@@ -90,7 +92,10 @@ class Inputs:
 
         shares.preparing = True
         self.ahead = Ahead(make, self.run, [cell.id for group in groups for cell in group])
-        self.run.ahead = self.ahead
+
+    def _hopeful(self, group: Sequence[Cell]) -> list[Need]:
+        """What a group reads, without what this run has tried often enough."""
+        return hopeful(self.needs[group[0].id], [need.spec for need, _ in self.run.hopeless])
 
     def afforded(self) -> bool:
         """May what comes next be made?"""
@@ -120,30 +125,43 @@ class Inputs:
         run.ledger.append("cells_waiting", cells=[cell.id for cell in group], artifacts=left)
         if self.ahead is not None:
             self.ahead.wait(group[0].id)
-            store.look_again()
-        prepare(hopeful(run, needs), workshop(run), run.sweep.resources, run, run.shares)
+        prepare(self._hopeful(group), workshop(run), run.sweep.resources, run, run.shares)
         run.ledger.append("cells_ready")
         self.waiting.popleft()
         self.ready |= {cell.id for cell in group}
         self._show(needs)
 
+    @functools.cached_property
+    def _rows(self) -> Sequence[Audited]:
+        assignments = self.run.sweep.seeds.assignments()
+        return audited(possible_trials(self.plan.cells, assignments, self.run.resolver))
+
     def _show(self, needs: Sequence[Need]) -> None:
-        """Begin what people look at and no trial reads: contact sheet, audit cards."""
-        run, assignments = self.run, self.run.sweep.seeds.assignments()
-        rows = audited(possible_trials(self.plan.cells, assignments, run.resolver))
-        works = [] if "sheet" in self.shown else [_sheet(run, needs)]
-        if works and works[0] is not None:
-            self.shown.add("sheet")
-        new = [row for row in rows if row.name not in self.shown and _lacks_card(row, run)]
-        self.shown |= {row.name for row in new}
-        begun = _begun(run, [*works, _cards(run, new)])
-        self.beside += [begun] if begun is not None else []
+        """Begin what people look at and no trial reads: contact sheet, audit cards. One after the
+        other, so that one worker imports torch for all of it."""
+        works = []
+        sheet = None if self.sheet_begun else _sheet(self.run, needs)
+        if sheet is not None:
+            self.sheet_begun = True
+            works.append(sheet)
+        new = [r for r in self._rows if r.name not in self.shown and _lacks_card(r, self.run)]
+        if new:
+            self.shown |= {row.name for row in new}
+            works.append(_cards(self.run, new))
+
+        def make(ahead: Ahead) -> None:
+            for work in works:
+                work(ahead)
+
+        if works:
+            self.beside.append(Ahead(make, self.run))
 
     def finish(self) -> None:
         """Wait for what no trial reads."""
-        for one in [*self.beside, *([self.ahead] if self.ahead is not None else [])]:
+        for one in self.beside:
             one.wait()
-        self.run.ahead = None
+        if self.ahead is not None:
+            self.ahead.wait()
 
 
 def needs_of_cells(run: Run, plan: Plan, cells: Sequence[Cell]) -> list[Need]:
@@ -160,20 +178,6 @@ def workshop(run: Run) -> Workshop:
     gpu = run.sweep.resources.trial.gpu
     batch = run.sweep.resources.encoder.batch
     return Workshop(run.place.store, run.place.data_root, "cuda" if gpu else "cpu", batch)
-
-
-def _begun(run: Run, works: Sequence[Callable[[Watcher], None] | None]) -> Ahead | None:
-    """What no trial waits for, one after the other: so one worker imports torch for all of it."""
-    wanted = [work for work in works if work is not None]
-    if not wanted:
-        return None
-    from orchestrator.ahead import Ahead
-
-    def make(ahead: Ahead) -> None:
-        for work in wanted:
-            work(ahead)
-
-    return Ahead(make, run)
 
 
 def _sheet(run: Run, needs: Sequence[Need]) -> Callable[[Watcher], None] | None:
@@ -205,10 +209,8 @@ def _lacks_card(row: Audited, run: Run) -> bool:
     return whole and known_card(row, run.place) is None
 
 
-def _cards(run: Run, rows: Sequence[Audited]) -> Callable[[Watcher], None] | None:
+def _cards(run: Run, rows: Sequence[Audited]) -> Callable[[Watcher], None]:
     """Makes the audit cards of rows."""
-    if not rows:
-        return None
     from orchestrator.prepare import audit
 
     def look(watcher: Watcher) -> None:
@@ -216,18 +218,12 @@ def _cards(run: Run, rows: Sequence[Audited]) -> Callable[[Watcher], None] | Non
             try:
                 files = audit(row, workshop(run), watcher)
             except Exception as problem:  # a sweep is not about its audit
-                log.warning("%s: no card: %s", row.name, f"{problem}".strip().partition("\n")[0])
+                log.warning("%s: no card: %s", row.name, first_line(problem))
                 continue
             for name, content in files.items():
                 run.place.write(name, content)
 
     return look
-
-
-def hopeful(run: Run, needs: Sequence[Need]) -> list[Need]:
-    """Without what this run has tried often enough, and what would be made from it."""
-    lost = [need.spec for need, _ in run.hopeless]
-    return [need for need in needs if not any(holds(need.spec, one) for one in lost)]
 
 
 def _shown(

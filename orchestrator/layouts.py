@@ -1,4 +1,4 @@
-"""A table for readers as Markdown and as LaTeX (booktabs). Knows cells, not what they mean."""
+"""Tables for readers: Markdown, LaTeX (booktabs), a terminal. Knows cells, not what they mean."""
 
 from __future__ import annotations
 
@@ -25,6 +25,16 @@ class Layout:
 
 def filled(sentences: Sequence[str]) -> str:
     return textwrap.fill(" ".join(sentences), 100, break_on_hyphens=False)
+
+
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines for a terminal, each column as wide as its widest cell.
+
+    >>> columns([("a", "state"), ("longer", "ok")])
+    ['a       state', 'longer  ok']
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
 # ---------------------------------------------------------------- Markdown

@@ -23,7 +23,6 @@ from orchestrator.store import StoreFull
 from orchestrator.sweep import SweepSpec
 
 if TYPE_CHECKING:
-    from orchestrator.ahead import Ahead
     from orchestrator.session import MemoryPeak
     from orchestrator.shares import Pool, Shares
 
@@ -74,7 +73,6 @@ class Run:
     given_up: dict[str, Failure] = field(default_factory=dict)  # by slot: not tried again
     moving: list[TrialSpec] = field(default_factory=list)  # go on in fp32
     last: dict[str, str] = field(default_factory=dict)  # state by slot
-    ahead: Ahead | None = None  # what the next cells read
 
     def news(self) -> None:
         """Something has happened."""
@@ -141,8 +139,6 @@ class Run:
 
     def outcome(self, outcome: Outcome) -> None:
         self.news()
-        if self.ahead is not None:
-            self.ahead.tell()
         self.last[outcome.slot.id] = outcome.state  # one that moved to fp32 comes twice
         self.tally.states = dict(Counter(self.last.values()))
         told = None

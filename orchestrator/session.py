@@ -19,6 +19,7 @@ from typing import Any
 
 import psutil
 
+from orchestrator.failures import first_line
 from orchestrator.fit import Machine, asked_of
 from orchestrator.place import Refused
 from orchestrator.store import DEVICES
@@ -112,13 +113,13 @@ def _join(address: str, **how: Any) -> None:
             ray.init(**how)
     except (ConnectionError, AuthenticationError) as problem:
         raise Refused(
-            f"the Ray at {address} lets us not in ({_line(problem)}); if it demands a token, "
+            f"the Ray at {address} lets us not in ({first_line(problem)}); if it demands a token, "
             "export RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE with the one of that "
             "cluster; if it was just started, try again"
         ) from problem
     except (RuntimeError, ValueError) as problem:
         if "Version mismatch" not in str(problem):
-            raise Refused(f"{address} cannot be joined: {_line(problem)}") from problem
+            raise Refused(f"{address} cannot be joined: {first_line(problem)}") from problem
         theirs, ours = (" and ".join(each) for each in _versions_in(str(problem)))
         raise Refused(
             f"the cluster at {address} has {theirs}, and here is {ours}; install the same here, or "
@@ -158,10 +159,6 @@ def _versions_in(problem: str) -> list[list[str]]:
     found = re.findall(r"(Ray|Python): ([\w.+]+)", problem)
     said = [f"{name} {version}" for name, version in found]
     return [said[:2], said[2:]]
-
-
-def _line(problem: Exception) -> str:
-    return f"{problem}".strip().partition("\n")[0]
 
 
 @contextmanager
@@ -254,7 +251,7 @@ class Cluster:
         from ray.util import placement_group, remove_placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        bundle = {kind: amount for kind, amount in asked_of(want).items() if amount}
+        bundle = _bundle(want)
         if not bundle or not count:
             return None
         group = placement_group([bundle] * count, strategy="PACK")
@@ -271,8 +268,12 @@ class Cluster:
     def ask_for(self, wants: Sequence[Want]) -> None:
         from ray.autoscaler.sdk import request_resources
 
-        bundles = [{k: amount for k, amount in asked_of(want).items() if amount} for want in wants]
-        request_resources(bundles=bundles)
+        request_resources(bundles=[_bundle(want) for want in wants])
+
+
+def _bundle(want: Want) -> dict[str, float]:
+    """As Ray takes it: what is not asked for is left out."""
+    return {kind: amount for kind, amount in asked_of(want).items() if amount}
 
 
 @contextmanager

@@ -430,13 +430,8 @@ def entrypoint(
     words = [python, "-m", "orchestrator", "run", spec, "--store", to.store]
     for option, value in (("--data-root", to.data_root), ("--tracking-uri", to.tracking_uri)):
         words += [option, value] if value else []
-    for option, values in (
-        ("--set", asked.sets),
-        ("--only", asked.only),
-        ("--accept-code", accept_code),
-    ):
-        words += [word for value in values for word in (option, value)]
-    return shlex.join([*words, "--smoke"] if asked.smoke else words)
+    words += [word for stage in accept_code for word in ("--accept-code", stage)]
+    return shlex.join([*words, *asked.options])
 
 
 def next_commands(cluster: Cluster, job: Job, again: Sequence[str]) -> dict[str, str]:

@@ -368,6 +368,16 @@ def _distinct_ids(cells: Iterable[Cell]) -> Iterator[Cell]:
         yield named
 
 
+def option_words(sets: Iterable[str], only: Iterable[str], smoke: bool) -> list[str]:
+    """How a sweep was asked for, as words of a command.
+
+    >>> option_words(["seeds=[1]"], ["method=air"], smoke=True)
+    ['--set', 'seeds=[1]', '--only', 'method=air', '--smoke']
+    """
+    pairs = [("--set", each) for each in sets] + [("--only", each) for each in only]
+    return [word for pair in pairs for word in pair] + (["--smoke"] if smoke else [])
+
+
 def notes_of(spec: SweepSpec) -> tuple[str, ...]:
     """What is allowed but may surprise: said by `plan`, one sentence each."""
     return tuple(_notes(spec))

@@ -11,9 +11,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
@@ -21,11 +21,14 @@ from tests.servers import free_port
 from tests.sweeps import environment
 
 BIN = Path(sys.executable).parent
-RAY = str(Path(sys.executable).parent / "ray")
+RAY = str(BIN / "ray")
 
 NODE = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
 # A machine that says nothing is given up after seconds, where Ray's own defaults wait for 20.
 QUICK = {"health_check_period_ms": 1000, "health_check_timeout_ms": 2000}
+
+
+Nodes = TypeVar("Nodes", bound="OneNode")
 
 
 class OneNode:
@@ -99,25 +102,22 @@ class TwoNodes(OneNode):
 
 
 @contextmanager
-def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[TwoNodes]:
+def _started(monkeypatch: pytest.MonkeyPatch, kind: type[Nodes]) -> Iterator[Nodes]:
     for name, value in environment(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0").items():
         monkeypatch.setenv(name, value)  # workers inherit it from their raylet
-    cluster = TwoNodes()
+    cluster = kind()
     try:
         yield cluster
     finally:
         cluster.shutdown()
 
 
-@contextmanager
-def one_node(monkeypatch: pytest.MonkeyPatch) -> Iterator[OneNode]:
-    for name, value in environment(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0").items():
-        monkeypatch.setenv(name, value)
-    cluster = OneNode()
-    try:
-        yield cluster
-    finally:
-        cluster.shutdown()
+def one_node(monkeypatch: pytest.MonkeyPatch) -> AbstractContextManager[OneNode]:
+    return _started(monkeypatch, OneNode)
+
+
+def two_nodes(monkeypatch: pytest.MonkeyPatch) -> AbstractContextManager[TwoNodes]:
+    return _started(monkeypatch, TwoNodes)
 
 
 @contextmanager
@@ -146,7 +146,7 @@ def head(jobs: bool = False, cpus: int = 1, **more: str) -> Iterator[str]:
         words += ("--dashboard-host=127.0.0.1", f"--dashboard-port={address.partition(':')[2]}")
         # Its default port is taken where another Ray runs; jobs then find no agent.
         words += (f"--dashboard-agent-listen-port={free_port()}",)
-        known["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        known["PATH"] = f"{BIN}{os.pathsep}{os.environ['PATH']}"
     process = subprocess.Popen(
         [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", *words],
         stdout=subprocess.PIPE,

@@ -12,7 +12,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -20,25 +20,25 @@ from typing import Any
 from orchestrator.tracking import SERVER_ENVIRONMENT, serve_command
 
 
-class MlflowServer:
-    """Over one store, on one port, as `airsweep ui` starts it.
+class MlflowProcess:
+    """A server of MLflow on one port.
 
     Args:
-        store: a folder whose database and artifacts are shown.
         log: where it writes.
     """
 
-    def __init__(self, store: Path, log: Path) -> None:
-        self.store, self.log, self.port = store, log, free_port()
+    def __init__(self, log: Path) -> None:
+        self.log, self.port = log, free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> None:
-        self.store.mkdir(parents=True, exist_ok=True)
+    def _launch(self, command: Sequence[str], env: Mapping[str, str], folder: Path | None) -> None:
+        """Start it, and wait until it answers."""
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                serve_command(self.store, "127.0.0.1", self.port),
-                env=os.environ | SERVER_ENVIRONMENT | {"OMP_NUM_THREADS": "1"},
+                command,
+                env=env,
+                cwd=folder,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,  # its workers go with it
@@ -65,6 +65,24 @@ class MlflowServer:
             os.killpg(self._process.pid, signal.SIGTERM)
             self._process.wait(timeout=20)
         self.kill()
+
+
+class MlflowServer(MlflowProcess):
+    """Over one store, as `airsweep ui` starts it.
+
+    Args:
+        store: a folder whose database and artifacts are shown.
+        log: where it writes.
+    """
+
+    def __init__(self, store: Path, log: Path) -> None:
+        super().__init__(log)
+        self.store = store
+
+    def start(self) -> None:
+        self.store.mkdir(parents=True, exist_ok=True)
+        command = serve_command(self.store, "127.0.0.1", self.port)
+        self._launch(command, os.environ | SERVER_ENVIRONMENT | {"OMP_NUM_THREADS": "1"}, None)
 
 
 class S3Server:
@@ -141,10 +159,17 @@ def full_bucket(server: S3Server) -> Iterator[str]:
         def log_message(self, *of: object) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Full) as full:
-        threading.Thread(target=full.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{full.server_port}"
-        full.shutdown()
+    with served(Full) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def served(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """A small HTTP server on loopback; its address."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
 
 
 def free_port() -> int:

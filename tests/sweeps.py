@@ -45,6 +45,16 @@ def search_sweep(folder: Path, block: int = 8, host: str = "fpl", pruning: str =
     return text.format(folder=folder, block=block, host=host, pruning=pruning)
 
 
+def many_trials(count: int) -> str:
+    """A sweep of so many trials, each of which takes a moment."""
+    rates = [round(0.001 * n, 3) for n in range(1, count + 1)]
+    return f"""
+grid: {{train.learning_rate: {rates}}}
+fixed: {{method: fpl, train.steps: 200}}
+seeds: [1]
+"""
+
+
 def write_sweep(folder: Path, name: str, body: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{name}.yaml"

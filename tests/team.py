@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.documents import ROOT, blocks
-from tests.servers import S3Server, free_port
+from tests.servers import MlflowProcess, S3Server, free_port
 
 ADMIN = "admin"
 HOST = "mlflow.team.example"  # the name that a proxy in front of the server would have
@@ -186,7 +186,7 @@ def _as_owner() -> list[str]:
     return ["setpriv", *who, "--"]
 
 
-class TeamServer:
+class TeamServer(MlflowProcess):
     """MLflow over Postgres and S3, as docs/team.md starts it: users, files by the server alone.
 
     Args:
@@ -199,8 +199,8 @@ class TeamServer:
     def __init__(
         self, postgres: PostgresServer, s3: S3Server, folder: Path, workers: int = 1, **more: str
     ) -> None:
-        self.folder, self.log, self.port = folder, folder / "mlflow.log", free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+        super().__init__(folder / "mlflow.log")
+        self.folder = folder
         self.admin = secrets.token_hex(12)
         self.environment = {
             **reader(),
@@ -219,33 +219,9 @@ class TeamServer:
             "AWS_DEFAULT_REGION": "us-east-1",
             **more,
         }
-        self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        with self.log.open("ab") as log:
-            self._process = subprocess.Popen(
-                ["bash", "serve.sh"],
-                cwd=self.folder,
-                env=self.environment,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-        for _ in range(600):
-            with contextlib.suppress(urllib.error.URLError, ConnectionError):
-                urllib.request.urlopen(f"{self.url}/health", timeout=5).close()
-                return
-            assert self._process.poll() is None, self.log.read_text()
-            time.sleep(0.2)
-        raise AssertionError(f"no server after two minutes: {self.log.read_text()}")
-
-    def stop(self) -> None:
-        if self._process is None:
-            return
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-                os.killpg(self._process.pid, number)
-                self._process.wait(timeout=20)
+        self._launch(["bash", "serve.sh"], self.environment, self.folder)
 
     def post(self, path: str, body: Any, user: str = ADMIN, password: str | None = None) -> Any:
         """What the server answers to JSON."""

@@ -14,18 +14,23 @@ import pytest
 
 from tests.clusters import BIN
 from tests.clusters import head as ray_head
-from tests.sweeps import TIMEOUT, all_runs, count, environment, events, table, write_sweep
+from tests.sweeps import (
+    TIMEOUT,
+    all_runs,
+    count,
+    environment,
+    events,
+    many_trials,
+    table,
+    write_sweep,
+)
 
 pytestmark = pytest.mark.ray
 
 SWEEP = "fixed: {method: fpl, train.steps: 5}\nseeds: [1]\n"
 COMMIT = "0123abc"  # of a working directory without its .git
 COUNT = 16
-TRIALS = f"""
-grid: {{train.learning_rate: {[round(0.001 * n, 3) for n in range(1, COUNT + 1)]}}}
-fixed: {{method: fpl, train.steps: 200}}
-seeds: [1]
-"""
+TRIALS = many_trials(COUNT)
 
 
 @pytest.fixture(scope="module")

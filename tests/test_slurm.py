@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
 import pytest
 
 from tests.slurm import MISSING, WHY, Slurm
-from tests.sweeps import TIMEOUT, all_runs, count, events, table, write_sweep
+from tests.sweeps import TIMEOUT, all_runs, count, events, many_trials, table, write_sweep
 
 pytestmark = [
     pytest.mark.ray,
@@ -21,11 +21,7 @@ pytestmark = [
 
 SCRIPT = Path(__file__).parents[1] / "cluster" / "slurm" / "airsweep.sbatch"
 COUNT = 8
-TRIALS = f"""
-grid: {{train.learning_rate: {[round(0.001 * n, 3) for n in range(1, COUNT + 1)]}}}
-fixed: {{method: fpl, train.steps: 200}}
-seeds: [1]
-"""
+TRIALS = many_trials(COUNT)
 
 
 @pytest.fixture(scope="module")
@@ -70,16 +66,33 @@ def test_a_sweep_over_two_nodes_leaves_its_table_and_nothing_of_ray(slurm, tmp_p
     assert not left_by(job, tmp_path)
 
 
+def in_mid_run(slurm: Slurm, folder: Path, store: Path, arguments: Sequence[str | Path]) -> str:
+    """A job of the long sweep that has done some of its trials."""
+    job = slurm.submit(folder, *arguments)
+    deadline = time.monotonic() + TIMEOUT
+    while count(events(store, "long"), "trial_done") < 2:
+        assert time.monotonic() < deadline, (folder / f"airsweep-{job}.log").read_text()
+        time.sleep(0.1)
+    return job
+
+
+def whole_again(slurm: Slurm, folder: Path, store: Path, arguments: Sequence[str | Path]) -> str:
+    """The job that was submitted again, and has done the rest."""
+    again = slurm.submit(folder, *arguments)
+    assert slurm.ended(again) == ("COMPLETED", "0:0")
+    assert len(table(store, "long")) == COUNT
+    found = events(store, "long")
+    assert count(found, "trial_done") + count(found, "trial_reused") == COUNT
+    assert {run.info.status for run in all_runs(store)} == {"FINISHED"}
+    return again
+
+
 def test_a_job_that_is_told_to_stop_closes_its_sweep_and_submitted_again_goes_on(slurm, tmp_path):
     """As two minutes before its time is up: `--signal=B:TERM@120`."""
     write_sweep(tmp_path, "long", TRIALS)
     store = tmp_path / "runs"
     arguments = ("--cpus-per-task=2", SCRIPT, "long.yaml", store)
-    job = slurm.submit(tmp_path, *arguments)
-    deadline = time.monotonic() + TIMEOUT
-    while count(events(store, "long"), "trial_done") < 2:
-        assert time.monotonic() < deadline, (tmp_path / f"airsweep-{job}.log").read_text()
-        time.sleep(0.1)
+    job = in_mid_run(slurm, tmp_path, store, arguments)
     slurm.ask("scancel", "--batch", "--signal=TERM", job)
     assert slurm.ended(job) == ("FAILED", "143:0")
     assert outcome(store, "long")["state"] == "terminated"
@@ -88,12 +101,7 @@ def test_a_job_that_is_told_to_stop_closes_its_sweep_and_submitted_again_goes_on
     assert count(found, "trial_done") < COUNT
     assert not left_by(job, tmp_path)
 
-    again = slurm.submit(tmp_path, *arguments)
-    assert slurm.ended(again) == ("COMPLETED", "0:0")
-    assert len(table(store, "long")) == COUNT
-    found = events(store, "long")
-    assert count(found, "trial_done") + count(found, "trial_reused") == COUNT
-    assert {run.info.status for run in all_runs(store)} == {"FINISHED"}
+    whole_again(slurm, tmp_path, store, arguments)
 
 
 def test_scancel_in_mid_run_loses_nothing(slurm, tmp_path):
@@ -101,20 +109,11 @@ def test_scancel_in_mid_run_loses_nothing(slurm, tmp_path):
     write_sweep(tmp_path, "long", TRIALS)
     store = tmp_path / "runs"
     arguments = ("--nodes=2", "--cpus-per-task=1", SCRIPT, "long.yaml", "runs")
-    job = slurm.submit(tmp_path, *arguments)
-    deadline = time.monotonic() + TIMEOUT
-    while count(events(store, "long"), "trial_done") < 2:
-        assert time.monotonic() < deadline, (tmp_path / f"airsweep-{job}.log").read_text()
-        time.sleep(0.1)
+    job = in_mid_run(slurm, tmp_path, store, arguments)
     slurm.ask("scancel", job)
     assert slurm.ended(job)[0] == "CANCELLED"
 
-    again = slurm.submit(tmp_path, *arguments)
-    assert slurm.ended(again) == ("COMPLETED", "0:0")
-    assert len(table(store, "long")) == COUNT
-    found = events(store, "long")
-    assert count(found, "trial_done") + count(found, "trial_reused") == COUNT
-    assert {run.info.status for run in all_runs(store)} == {"FINISHED"}
+    again = whole_again(slurm, tmp_path, store, arguments)
     assert not left_by(again, tmp_path)
 
 

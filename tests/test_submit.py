@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import ray
 from orchestrator.lineage import commit
 from orchestrator.submit import Cluster, ClusterLost
 from tests.clusters import head as ray_head
-from tests.servers import free_port
+from tests.servers import free_port, served
 from tests.sweeps import TIMEOUT, airsweep, count, environment, events, table, write_sweep
 
 pytestmark = pytest.mark.ray
@@ -317,10 +317,8 @@ def server(status: int, body: str) -> Iterator[str]:
         def log_message(self, *what: Any) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as served:
-        threading.Thread(target=served.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{served.server_port}"
-        served.shutdown()
+    with served(Handler) as url:
+        yield url
 
 
 def refused(address: str, **env: str) -> str:

@@ -121,18 +121,20 @@ def pass_gate() -> None:
 
 
 def prepare(needs: Any, shop: Any, resources: Any, watcher: Any, shares: Any) -> None:
+    """In a thread of the driver, which may die with one piece in hand: what is whole counts."""
     store = shop.store
+    store.look_again()
     for need in needs:
         if not isinstance(need.spec, SyntheticFeaturesSpec):
             if need.have(store) < need.total():
-                built(store, need.spec)
                 store.get_or_build(need.spec, lambda folder: {})
+                built(store, need.spec)
                 watcher.prepared(need, 0.0, {})
             continue
         for c, block in need.missing(store):
-            built(store, need.spec)
             for spec, suffix in ((need.spec.images, ".parquet"), (need.spec, ".safetensors")):
                 store.open_row(spec).publish(c, block, suffix, b"")
+            built(store, need.spec)
             watcher.prepared(need, 0.0, {"drawn": 1, "redrawn": 0, "holes": 0})
 
 

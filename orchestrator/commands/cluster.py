@@ -11,7 +11,7 @@ import typer
 from orchestrator.commands.common import OnlyOption, SetOption, SmokeOption, SpecArgument, load
 
 if TYPE_CHECKING:
-    from orchestrator.asked import Asked
+    pass
 
 app = typer.Typer(no_args_is_help=True, help="Files for a cluster.")
 render_app = typer.Typer(no_args_is_help=True, help="Print a cluster file, filled in for a sweep.")
@@ -82,7 +82,7 @@ def render_rayjob(
         queue=queue,
         priority=priority,
         env=given | environment_of(env or ()),
-        options=_options(asked),
+        options=asked.options,
     )
     text = rayjob(asked.spec, wishes)
     if asked.spec.budget.wall is None:
@@ -111,9 +111,3 @@ def render_raycluster(
     asked = load(spec, sets, None)
     wishes = Wishes(name=name, image=image, gpu_workers=gpu_workers, cpu_workers=cpu_workers)
     print(raycluster(asked.spec, wishes), end="")
-
-
-def _options(asked: Asked) -> list[str]:
-    """Of `airsweep run`, as they were given here."""
-    pairs = [("--set", each) for each in asked.sets] + [("--only", each) for each in asked.only]
-    return [word for pair in pairs for word in pair] + (["--smoke"] if asked.smoke else [])

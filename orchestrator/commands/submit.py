@@ -110,6 +110,7 @@ def jobs(address: AddressOption = "", as_json: JsonOption = False) -> None:
 
     airsweep jobs --address http://head:8265 --json
     """
+    from orchestrator.layouts import columns
     from orchestrator.submit import Cluster, clock_time
 
     found = Cluster(address).jobs()
@@ -124,9 +125,7 @@ def jobs(address: AddressOption = "", as_json: JsonOption = False) -> None:
         code = "" if job.exit_code is None else str(job.exit_code)
         since = clock_time(job.started)
         rows.append((job.id, job.sweep, job.user, job.state, code, since, job.store))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(map(str.ljust, row, widths)).rstrip())
+    print("\n".join(columns(rows)))
 
 
 @app.command()

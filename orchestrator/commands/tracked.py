@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -19,9 +19,6 @@ from orchestrator.commands.common import (
     fail,
     recorded_sweep,
 )
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer()
 

@@ -23,7 +23,6 @@ from air_core.diffusion.pipeline import PipelineGenerator
 from air_core.specs import GenerationSettings
 from air_core.weights import generator_folder, tiny_folder
 from orchestrator import presets
-from orchestrator.__main__ import main
 from orchestrator.datacheck import check
 from orchestrator.resolve import Resolver
 from orchestrator.stages import build_features
@@ -47,23 +46,6 @@ def as_small(monkeypatch):
     for name in TREES:
         monkeypatch.setitem(PUBLISHED, name, as_published(name))
         monkeypatch.setitem(ARCHIVES, name, {})
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """Run airsweep here; its exit code, what it printed, what it said."""
-
-    def run(*words: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["airsweep", *map(str, words)])
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return run
 
 
 def packed(folder: Path, file: Path) -> Path:

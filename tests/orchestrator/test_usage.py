@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from air_core.specs import SyntheticFeaturesSpec, TrialSpec
-from orchestrator.__main__ import main
 from orchestrator.inventory import take_inventory
 from orchestrator.keys import artifact_key
 from orchestrator.place import Place
@@ -28,19 +27,12 @@ def store(tmp_path) -> ArtifactStore:
 
 
 @pytest.fixture
-def usage(store, monkeypatch, capsys):
+def usage(store, command):
     """Run `airsweep usage` here; its exit code, what it printed, what it said."""
 
     def run(*words: str) -> tuple[int, str, str]:
-        where = () if "--store" in words else ("--store", str(store.root))
-        monkeypatch.setattr(sys, "argv", ["airsweep", "usage", *words, *where])
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        said = capsys.readouterr()
-        return code, said.out, said.err
+        where = () if "--store" in words else ("--store", store.root)
+        return command("usage", *words, *where)
 
     return run
 
