@@ -30,7 +30,7 @@ from orchestrator.session import note_devices
 from orchestrator.shares import Part, Pool, Shares
 from orchestrator.store import devices
 from orchestrator.sweep import GeneratorResources, Resources
-from orchestrator.workshop import Workshop
+from orchestrator.workshop import Workshop, keep_to_share
 
 THRIFT = 2  # the most that a generator can save
 
@@ -53,6 +53,7 @@ class Generate:
 
         torch.set_num_threads(1)  # one actor a core; more threads would fight
         note_devices()
+        keep_to_share(devices().get("gpu", 0.0))
         self.rows, self.shop = rows, shop
         self.notes = [Note(board, name_of(artifact_key(spec.images))) for spec in rows]
         self.open: tuple[int, Any] | None = None

@@ -13,7 +13,6 @@ from orchestrator.ahead import Ahead, hopeful, waves
 from orchestrator.audit_card import Audited, audited
 from orchestrator.audits import known_card
 from orchestrator.failures import first_line
-from orchestrator.fit import room
 from orchestrator.plan import Need, Plan, moved_slots, needs_of, possible_trials
 from orchestrator.running import Run
 from orchestrator.sweep import Budget, Cell
@@ -100,9 +99,8 @@ class Inputs:
     def afforded(self) -> bool:
         """May what comes next be made?"""
         needs = self.needs[self.waiting[0][0].id]
-        want, shares = self.run.sweep.resources.generator, self.run.shares
-        assert shares is not None
-        workers = want.actors or room(want, shares.machines())
+        assert self.run.shares is not None
+        workers = max(1, self.run.shares.generators())
         return self.run.purse.affords_preparing(needs, self.run.place.store, workers)
 
     def look(self) -> None:

@@ -7,7 +7,6 @@ lie beside the file cannot be sent by accident. Knows no Ray.
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Literal
 from orchestrator.asked import Asked
 from orchestrator.lineage import PACKAGES, ROOT, SENT_DIFF, UNKNOWN, commit, dirty, uncommitted
 from orchestrator.place import Refused, lost_store, project_of, whoami
-from orchestrator.redact import looks_secret
+from orchestrator.redact import shows_secret
 from orchestrator.remote import S3, folder_of, parse, scheme_of
 from orchestrator.store import smoke_store
 from orchestrator.sweep import cells_of
@@ -32,7 +31,6 @@ NOT_CODE = "__pycache__"
 # Seconds from SIGTERM to SIGKILL, 3 otherwise. It goes before what the head was started with, and
 # nobody waits longer than a driver needs.
 STOP_WAIT = {"RAY_JOB_STOP_WAIT_TIME_S": "60"}
-WITH_PASSWORD = re.compile(r"://[^/\s@]*@")
 
 
 @dataclass(frozen=True)
@@ -243,7 +241,7 @@ def _asked_for(env: Iterable[str], here: Mapping[str, str]) -> Iterator[tuple[st
         if not given and name not in here:
             raise ValueError(f"--env {name}: it is not set here; set it, or write {name}=VALUE")
         value = value if given else here[name]
-        if looks_secret(name) or WITH_PASSWORD.search(value):
+        if shows_secret(name, value):
             raise ValueError(  # without the value
                 f"--env {name}: it looks like a secret, and Ray shows the variables of a job to "
                 "all who reach the cluster; set it in the environment of the cluster's nodes, or "

@@ -53,6 +53,15 @@ def looks_secret(name: str) -> bool:
     return bool(SECRET.search(name.upper())) and not NO_SECRET.search(name.upper())
 
 
+def shows_secret(name: str, value: str) -> bool:
+    """Should a variable stay out of what others can read? By its name, or a password in it.
+
+    >>> shows_secret("MIRROR", "https://me:geheim@example.org"), shows_secret("MIRROR", "s3://air")
+    (True, False)
+    """
+    return looks_secret(name) or password_at(value) is not None
+
+
 def _secrets() -> Iterator[str]:
     """Values of this process's environment, the longest first: one may be part of another."""
     found = {

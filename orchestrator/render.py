@@ -16,7 +16,7 @@ from typing import Any
 
 from orchestrator.fit import misfit
 from orchestrator.marked_yaml import all_documents, shown, written
-from orchestrator.redact import looks_secret
+from orchestrator.redact import password_at, redacted, shows_secret
 from orchestrator.sweep import Resources, SweepSpec, Want
 
 SWEEP_FOLDER = "/home/ray/sweep"  # where the ConfigMap is mounted on the head
@@ -26,7 +26,6 @@ QUEUE, PRIORITY = "kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/priority-class"
 LONGEST = 47  # KubeRay's: names of pods begin with it
 _NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 _LABEL = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
-_LOGIN = re.compile(r"://[^\s/@:]*:[^\s/@]+@")  # scheme://user:password@host
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +138,7 @@ def environment_of(options: Sequence[str]) -> dict[str, str]:
         name, equals, value = option.partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             raise ValueError(f"--env {shown(option)} is not allowed; allowed: NAME=VALUE")
-        if looks_secret(name) or _LOGIN.search(value):
+        if shows_secret(name, value):
             raise ValueError(
                 f"--env {name}: this looks like a secret, and the file would show it to all who "
                 "can read the job; put it into the Secret `airsweep`, of which every pod gets all "
@@ -163,9 +162,9 @@ def refuse_secrets(sweep: SweepSpec, wishes: Wishes) -> None:
     texts = {sweep.source: sweep.text, "--store": wishes.store}
     texts |= {option: option for option in wishes.options}
     for where, text in texts.items():
-        if _LOGIN.search(text):
+        if password_at(text) is not None:
             raise ValueError(
-                f"{_LOGIN.sub('://...@', where)}: a login in an address would stand in the job for "
+                f"{redacted(where)}: a login in an address would stand in the job for "
                 "all to read; put MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or the "
                 "keys of the bucket, into the Secret `airsweep` (cluster/README.md)"
             )
