@@ -14,6 +14,7 @@ from typing import Any
 
 import ray
 from ray import cloudpickle
+from ray.exceptions import TaskUnschedulableError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator import look
@@ -25,6 +26,7 @@ from orchestrator.report import counted
 from orchestrator.store import ArtifactStore
 
 ANSWER = 60.0  # seconds that a machine has: a slow disk starts a process in ten
+ANEW = 1.0  # seconds
 FREE = 45.0  # seconds that are waited for a GPU which somebody may have, and for torch to start
 
 
@@ -46,41 +48,47 @@ def check_machines(plan: Plan, place: Place, say: Callable[[str], None]) -> None
     for line in lines(problems):
         say(line)
     seconds = time.monotonic() - started
-    say(f"looked at {counted(len(found), 'machine')} of the cluster: fit, {seconds:.1f} s")
+    seen = len(found) - sum(one.check == "answers" for one in problems)  # the others are gone
+    say(f"looked at {counted(seen, 'machine')} of the cluster: fit, {seconds:.1f} s")
 
 
-def looked_at(store: ArtifactStore, wanted: Wanted, seconds: float = ANSWER) -> list[Examined]:
+def looked_at(store: ArtifactStore, wanted: Wanted) -> list[Examined]:
     """Every machine of the cluster, with what is wrong there; sorted by name."""
-    nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
+    nodes = _alive()
     with_gpu = [key for key, node in nodes.items() if wanted.gpus and _gpus(node)]
     cloudpickle.register_pickle_by_value(look)  # a machine may have another airsweep, or none
     try:
         with word_in(store) as (word, echoed):
             asked = (store.name, word, wanted.files, str(wanted.data_root or ""))
             began = time.time()
-            tasks = {key: _task(look.look, key).remote(*asked, key) for key in nodes}
-            lent = {
-                key: _task(look.look_at_gpu, key, num_gpus=min(1.0, _gpus(nodes[key]))).remote()
+            looks = {key: _task(look.look, key, *asked, key) for key in nodes}
+            uses = {
+                key: _task(look.look_at_gpu, key, num_gpus=min(1.0, _gpus(nodes[key])))
                 for key in with_gpu
             }
+            tasks, lent = _begun(looks), _begun(uses)
             here = look.look(*asked, "here")
-            answers = _gathered(tasks, began, seconds)
-            gpus = _gathered(lent, began, FREE)
+            answers = _gathered(tasks, looks, began, ANSWER)
+            gpus = _gathered(lent, uses, began, FREE)
             came = {key: isinstance(one, Answer) and echoed(key) for key, one in answers.items()}
     finally:
         cloudpickle.unregister_pickle_by_value(look)
     left_out = set() if wanted.files else {"files"}
-    found = []
+    alive, found = set(_alive()), []
     for name, (key, node) in zip(_names(list(nodes.values())), nodes.items(), strict=True):
         answer, gpu = answers[key], gpus.get(key)
         if isinstance(answer, Silence):
-            problems = [_silent(name, answer)]
+            problems = [_silent(name, answer, gone=key not in alive)]
         else:
             seen = Seen(name, answer.facts, _gpus(node), _used(gpu), came[key], answer.skew)
             problems = judged(seen, here, store.name, wanted.left)
         also = frozenset(left_out if gpu else {*left_out, "gpu"})
         found.append(Examined(name, tuple(problems), also))
     return sorted(found, key=lambda machine: machine.name)
+
+
+def _alive() -> dict[str, Mapping[str, Any]]:
+    return {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
 
 
 def _names(nodes: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -112,18 +120,28 @@ class Silence:
     late: bool  # else it failed
 
 
-def _task(work: Callable[..., Any], node: str, **more: Any) -> Any:
+Task = Callable[[], Any]  # begins it
+
+
+def _task(work: Callable[..., Any], node: str, *asked: Any, **more: Any) -> Task:
     there = NodeAffinitySchedulingStrategy(node, soft=False)
     how = {"scheduling_strategy": there, "num_cpus": 0, "max_retries": 0}
-    return ray.remote(work).options(**how, **more)
+    remote = ray.remote(work).options(**how, **more)
+    return lambda: remote.remote(*asked)
+
+
+def _begun(tasks: Mapping[str, Task]) -> dict[Any, str]:
+    return {begin(): key for key, begin in tasks.items()}
 
 
 def _gathered(
-    asked: Mapping[str, Any], began: float, seconds: float
+    waiting: dict[Any, str], tasks: Mapping[str, Task], began: float, seconds: float
 ) -> dict[str, Answer | Silence]:
-    """By machine what it answered, or why it did not."""
+    """By machine what it answered, or why it did not.
+
+    A machine that has come just now may be unknown yet where tasks are scheduled: it is asked anew.
+    """
     give_up = time.monotonic() + seconds
-    waiting = {task: key for key, task in asked.items()}
     found: dict[str, Answer | Silence] = {}
     while waiting:
         left = max(0.0, give_up - time.monotonic())
@@ -133,15 +151,24 @@ def _gathered(
         key = waiting.pop(done[0])
         try:
             facts = ray.get(done[0])
+        except TaskUnschedulableError as problem:
+            if key in _alive() and time.monotonic() + ANEW < give_up:
+                time.sleep(ANEW)
+                waiting[tasks[key]()] = key
+                continue
+            found[key] = _failed(problem)
         except Exception as problem:
-            said = f"{type(problem).__name__}: {problem}".strip().partition("\n")[0]
-            found[key] = Silence(said, late=False)
-            continue
-        found[key] = Answer(facts, _skew(facts.get("clock"), began, time.time()))
+            found[key] = _failed(problem)
+        else:
+            found[key] = Answer(facts, _skew(facts.get("clock"), began, time.time()))
     for task, key in waiting.items():
         ray.cancel(task, force=True)
         found[key] = Silence(f"no answer within {seconds:.0f} s", late=True)
     return found
+
+
+def _failed(problem: Exception) -> Silence:
+    return Silence(f"{type(problem).__name__}: {problem}".strip().partition("\n")[0], late=False)
 
 
 def _skew(clock: float | None, began: float, now: float) -> float:
@@ -151,10 +178,13 @@ def _skew(clock: float | None, began: float, now: float) -> float:
     return clock - (now if clock > now else began)
 
 
-def _silent(name: str, silence: Silence) -> Finding:
+def _silent(name: str, silence: Silence, gone: bool) -> Finding:
+    """
+    Args:
+        gone: it is no longer one of the cluster's, such as one that an autoscaler took back.
+    """
     problem = f"it could not be looked at ({silence.why})"
     remedy = "start Ray there anew, or take the machine out of the cluster, and try again"
-    gone = "NodeDiedError" in silence.why  # such as one that an autoscaler takes back
     return Finding(name, "answers", problem, remedy, fatal=not gone)
 
 
