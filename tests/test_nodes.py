@@ -117,7 +117,9 @@ def test_machines_that_are_lost_and_added_change_nothing(spec, alone, cluster, t
     assert cluster.exit_code(job) == 0, cluster.logs(job)
     assert {name: drawn(store)[name] for name in kept} == kept
     assert_as_alone(store, alone)
-    assert "Traceback" not in cluster.logs(job)
+    log = cluster.logs(job)
+    assert "Traceback" not in log
+    assert "\x1b" not in log
 
 
 def test_a_cluster_that_is_lost_whole_is_followed_by_another(spec, alone, tmp_path, monkeypatch):

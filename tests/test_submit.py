@@ -153,7 +153,7 @@ def test_detached_left_stopped_and_submitted_again_a_sweep_is_whole(head, store,
     nothing = airsweep("stop", "long", "--address", head, check=False, **OPEN)
     assert (nothing.returncode, "give the id of one: none" in nothing.stderr) == (2, True)
 
-    code, told = interrupted(called, "test ", head)
+    code, told = interrupted(called, "to run", head)
     assert code == 130
     assert "default-long-2 goes on without being followed" in told
     assert f"ray job logs --address {head} --follow default-long-2" in told
