@@ -46,8 +46,8 @@ KILLS = [
     ("", TRAINING),
 ]
 if os.environ.get("AIRSWEEP_CHAOS"):
-    early = [("event:1", {}), ("event:2", {}), KILLS[0], ("trials_started:1", {})]
-    early += [("artifact_prepared:5", TRAINING), KILLS[1], ("trials_started:1", {})]
+    early = [("event:1", {}), ("event:2", {}), KILLS[0], ("artifact_prepared:5", {}), KILLS[1]]
+    early += [("trials_started:1", {}), ("trials_started:1", {}), ("trial_retried:1", TRAINING)]
     KILLS = [*early, *KILLS[2:-1], ("trial_done:1", {}), ("", {})]
 POINTS = 6  # zero_shot and fpl have nothing to search
 TRIALS = 2 * POINTS
