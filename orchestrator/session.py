@@ -33,7 +33,10 @@ QUIET = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_COLOR_PREFIX": "0",  # of what it says of a machine that is lost: logs are read as files
+    # What it says of a machine that is lost stands in a file: no colours, which its counting of
+    # lines that come again has, too.
+    "RAY_COLOR_PREFIX": "0",
+    "RAY_DEDUP_LOGS": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # else its C++ part warns of actors' arguments
 }
 AUTH_MODE = "RAY_AUTH_MODE"

@@ -153,8 +153,8 @@ def test_detached_left_stopped_and_submitted_again_a_sweep_is_whole(head, store,
     nothing = airsweep("stop", "long", "--address", head, check=False, **OPEN)
     assert (nothing.returncode, "give the id of one: none" in nothing.stderr) == (2, True)
 
-    code, told = interrupted(called, "to run", head)
-    assert code == 130
+    code, told = interrupted(called, "to run")
+    assert code == 130, told
     assert "default-long-2 goes on without being followed" in told
     assert f"ray job logs --address {head} --follow default-long-2" in told
     wait_for(lambda: asked_jobs(head)["default-long-2"]["exit_code"] == 0)
@@ -165,7 +165,7 @@ def test_detached_left_stopped_and_submitted_again_a_sweep_is_whole(head, store,
     assert len(table(store, "long")) == COUNT
 
 
-def interrupted(called: tuple[Any, ...], word: str, address: str) -> tuple[int, str]:
+def interrupted(called: tuple[Any, ...], word: str) -> tuple[int, str]:
     """A submit that gets Ctrl-C once its log says `word`; its code and stderr."""
     process = subprocess.Popen(
         [sys.executable, "-m", "orchestrator", *map(str, called)],
@@ -180,7 +180,6 @@ def interrupted(called: tuple[Any, ...], word: str, address: str) -> tuple[int, 
             break
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=TIMEOUT)
-    assert any(job["state"] == "RUNNING" for job in asked_jobs(address).values())
     return process.returncode, told
 
 
