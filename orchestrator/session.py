@@ -33,10 +33,11 @@ QUIET = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
-    # What it says of a machine that is lost stands in a file: no colours, which its counting of
-    # lines that come again has, too.
+    # Of what its daemons say to a driver: machines that are lost and workers that took too much
+    # memory, without colours. The rest we tell in our own words.
     "RAY_COLOR_PREFIX": "0",
-    "RAY_DEDUP_LOGS": "0",
+    "RAY_DEDUP_LOGS_ALLOW_REGEX": "marked dead|memory pressure",
+    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # else its C++ part warns of actors' arguments
 }
 AUTH_MODE = "RAY_AUTH_MODE"

@@ -120,6 +120,7 @@ def test_machines_that_are_lost_and_added_change_nothing(spec, alone, cluster, t
     log = cluster.logs(job)
     assert "Traceback" not in log
     assert "\x1b" not in log
+    assert all("marked dead" in line for line in log.splitlines() if line.startswith("(raylet)"))
 
 
 def test_a_cluster_that_is_lost_whole_is_followed_by_another(spec, alone, tmp_path, monkeypatch):
