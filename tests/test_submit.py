@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import signal
 import socket
@@ -173,6 +174,8 @@ def interrupted(called: tuple[Any, ...], word: str) -> tuple[int, str]:
         stderr=subprocess.PIPE,
         text=True,
         env=environment(**OPEN),
+        # Ignored where the tests run in the background of a shell, and that is inherited.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
     for line in process.stdout:
