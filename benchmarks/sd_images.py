@@ -2,7 +2,7 @@
 might help.
 
 The pipeline has the size of Stable Diffusion 1.5 (860 million parameters in the U-Net, 512 pixels)
-and random weights: its time does not depend on them. `--small` has a hundredth of the channels.
+and random weights: its time does not depend on them. `--small` has a tenth of the channels.
 
 - *plain*: the diffusers pipeline in half precision, a block a call, same sampler and steps;
 - *ours*: `PipelineGenerator`, float32 weights under bf16 autocast;
@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from air_core.diffusion.pipeline import PipelineGenerator, load_pipeline
 from air_core.specs import GenerationSettings
-from air_core.weights import tiny_folder
+from air_core.weights import generator_folder
 
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # bf16
 NAME = "a photo of a bird"
@@ -46,8 +46,8 @@ NOISE = {
 }
 
 
-def random_pipeline(folder: Path, small: bool) -> tuple[Path, int]:
-    """A pipeline of the size of Stable Diffusion 1.5 with random weights; and pixels of a side."""
+def random_pipeline(folder: Path, small: bool) -> int:
+    """A pipeline of the size of Stable Diffusion 1.5 with random weights; pixels of a side."""
     from diffusers import (
         AutoencoderKL,
         DDIMScheduler,
@@ -56,7 +56,7 @@ def random_pipeline(folder: Path, small: bool) -> tuple[Path, int]:
     )
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    tokenizer = load_pipeline(tiny_folder().parent / "diffusion").tokenizer
+    tokenizer = load_pipeline(generator_folder("tiny")).tokenizer
     part = 10 if small else 1
     width, size = (64, 64) if small else (768, 512)
     text = CLIPTextConfig(
@@ -92,7 +92,7 @@ def random_pipeline(folder: Path, small: bool) -> tuple[Path, int]:
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(folder)
-    return folder, size
+    return size
 
 
 # ---------------------------------------------------------------- what is timed
@@ -152,14 +152,12 @@ CHANGES: dict[str, Callable[[Any], None]] = {
 }
 
 
-def rate(draw: Draw, block: int, blocks: int, device: str) -> float:
-    """Images a second, after one block that warms up."""
+def rate(draw: Draw, block: int, blocks: int) -> float:
+    """Images a second, after one block that warms up; a block is over when it is on the CPU."""
     draw(block)
     begun = time.perf_counter()
     for _ in range(blocks):
         draw(block)
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()
     return block * blocks / (time.perf_counter() - begun)
 
 
@@ -182,7 +180,8 @@ def main() -> None:
     asked = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as name:
-        folder, size = random_pipeline(Path(name), asked.small)
+        folder = Path(name)
+        size = random_pipeline(folder, asked.small)
         settings = GenerationSettings(
             size=size, num_inference_steps=asked.steps, block=asked.block, precision="bf16"
         )
@@ -190,7 +189,7 @@ def main() -> None:
         found: dict[str, float] = {}
 
         def timed(what: str, make: Callable[[], Draw], images: int = block) -> float:
-            found[what] = round(rate(make(), images, blocks, device), 3)
+            found[what] = round(rate(make(), images, blocks), 3)
             print(f"{what:24} {found[what]:8.2f} images/s", flush=True)
             if torch.device(device).type == "cuda":
                 torch.cuda.empty_cache()

@@ -329,13 +329,14 @@ class Dispatcher:
             self.running[job.number] = job
             return job
         while not self.stopped:
-            for queue in self._open():
+            open_now = self._open()
+            for queue in open_now:
                 if not queue.ended and queue.waits:
                     self._decide(queue)
                     if queue.waits:
                         queue.ask(self.ledger)
                         self._note_early_end(queue)
-            able = [queue for queue in self._open() if queue.asked or queue.ready]
+            able = [queue for queue in open_now if queue.asked or queue.ready]
             if not able:
                 # Telling a round may have ended a cell without any job.
                 return None

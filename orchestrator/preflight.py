@@ -19,6 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator import look
 from orchestrator.echo import word_in
+from orchestrator.failures import first_line
 from orchestrator.findings import Examined, Finding, Seen, Wanted, judged, lines, wanted_by
 from orchestrator.place import Place, Refused
 from orchestrator.plan import Plan
@@ -151,24 +152,20 @@ def _gathered(
         key = waiting.pop(done[0])
         try:
             facts = ray.get(done[0])
-        except TaskUnschedulableError as problem:
-            if key in _alive() and time.monotonic() + ANEW < give_up:
+        except Exception as problem:
+            unknown = isinstance(problem, TaskUnschedulableError) and key in _alive()
+            if unknown and time.monotonic() + ANEW < give_up:
                 time.sleep(ANEW)
                 waiting[tasks[key]()] = key
                 continue
-            found[key] = _failed(problem)
-        except Exception as problem:
-            found[key] = _failed(problem)
-        else:
-            found[key] = Answer(facts, _skew(facts.get("clock"), began, time.time()))
+            said = f"{type(problem).__name__}: {first_line(problem)}"
+            found[key] = Silence(said, late=False)
+            continue
+        found[key] = Answer(facts, _skew(facts.get("clock"), began, time.time()))
     for task, key in waiting.items():
         ray.cancel(task, force=True)
         found[key] = Silence(f"no answer within {seconds:.0f} s", late=True)
     return found
-
-
-def _failed(problem: Exception) -> Silence:
-    return Silence(f"{type(problem).__name__}: {problem}".strip().partition("\n")[0], late=False)
 
 
 def _skew(clock: float | None, began: float, now: float) -> float:

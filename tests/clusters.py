@@ -101,10 +101,16 @@ class TwoNodes(OneNode):
             raylet.process.kill()
 
 
+def without_token(monkeypatch: pytest.MonkeyPatch, **more: str) -> None:
+    """The environment of a cluster that is started here: workers inherit it from their raylet."""
+    known = environment(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", **more)
+    for name, value in known.items():
+        monkeypatch.setenv(name, value)
+
+
 @contextmanager
 def _started(monkeypatch: pytest.MonkeyPatch, kind: type[Nodes]) -> Iterator[Nodes]:
-    for name, value in environment(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0").items():
-        monkeypatch.setenv(name, value)  # workers inherit it from their raylet
+    without_token(monkeypatch)
     cluster = kind()
     try:
         yield cluster

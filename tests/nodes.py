@@ -18,9 +18,9 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.clusters import NODE, QUICK
+from tests.clusters import BIN, NODE, QUICK, RAY, without_token
 from tests.servers import free_port
-from tests.sweeps import TIMEOUT, environment
+from tests.sweeps import TIMEOUT
 
 
 class Nodes:
@@ -94,10 +94,7 @@ def _kill(node: Any, names: tuple[str, ...]) -> None:
 
 @contextmanager
 def nodes(monkeypatch: pytest.MonkeyPatch, machines: int = 2) -> Iterator[Nodes]:
-    known = environment(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0")
-    known |= {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    for name, value in known.items():
-        monkeypatch.setenv(name, value)  # workers inherit it from their raylet
+    without_token(monkeypatch, PATH=f"{BIN}{os.pathsep}{os.environ['PATH']}")
     cluster = Nodes(machines)
     try:
         yield cluster
@@ -148,12 +145,10 @@ def scaling(monkeypatch: pytest.MonkeyPatch, most: int = 2) -> Iterator[str]:
         },
     }
     (folder / "config.yaml").write_text(json.dumps(config))
-    known = environment(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0")
-    for name, value in known.items():
-        monkeypatch.setenv(name, value)
+    without_token(monkeypatch)
     subprocess.run(
         [
-            *(Path(sys.executable).parent / "ray", "start", "--head", "--num-cpus=0"),
+            *(RAY, "start", "--head", "--num-cpus=0"),
             f"--port={port}",
             f"--dashboard-port={free_port()}",
             f"--dashboard-agent-listen-port={free_port()}",

@@ -23,17 +23,22 @@ from orchestrator.lineage import commit
 from orchestrator.submit import Cluster, ClusterLost
 from tests.clusters import head as ray_head
 from tests.servers import free_port, served
-from tests.sweeps import TIMEOUT, airsweep, count, environment, events, table, write_sweep
+from tests.sweeps import (
+    TIMEOUT,
+    airsweep,
+    count,
+    environment,
+    events,
+    many_trials,
+    table,
+    write_sweep,
+)
 
 pytestmark = pytest.mark.ray
 
 OPEN = {"RAY_AUTH_MODE": "disabled"}
 COUNT = 12
-TRIALS = f"""
-grid: {{train.learning_rate: {[round(0.001 * n, 3) for n in range(1, COUNT + 1)]}}}
-fixed: {{method: fpl, train.steps: 200}}
-seeds: [1]
-"""
+TRIALS = many_trials(COUNT)
 # Sixty lines in six seconds, as a job of ours is known.
 COUNTING = "for n in $(seq 60); do echo line $n; sleep 0.1; done; exit 4"
 METADATA = {"airsweep.sweep": "default/counting", "airsweep.user": "me", "airsweep.store": "/none"}
@@ -154,7 +159,7 @@ def test_detached_left_stopped_and_submitted_again_a_sweep_is_whole(head, store,
     nothing = airsweep("stop", "long", "--address", head, check=False, **OPEN)
     assert (nothing.returncode, "give the id of one: none" in nothing.stderr) == (2, True)
 
-    code, told = interrupted(called, "to run")
+    code, told = interrupted(called, "to run", head)
     assert code == 130, told
     assert "default-long-2 goes on without being followed" in told
     assert f"ray job logs --address {head} --follow default-long-2" in told
@@ -166,7 +171,7 @@ def test_detached_left_stopped_and_submitted_again_a_sweep_is_whole(head, store,
     assert len(table(store, "long")) == COUNT
 
 
-def interrupted(called: tuple[Any, ...], word: str) -> tuple[int, str]:
+def interrupted(called: tuple[Any, ...], word: str, address: str) -> tuple[int, str]:
     """A submit that gets Ctrl-C once its log says `word`; its code and stderr."""
     process = subprocess.Popen(
         [sys.executable, "-m", "orchestrator", *map(str, called)],
@@ -183,6 +188,7 @@ def interrupted(called: tuple[Any, ...], word: str) -> tuple[int, str]:
             break
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=TIMEOUT)
+    assert any(job["state"] == "RUNNING" for job in asked_jobs(address).values())
     return process.returncode, told
 
 

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from orchestrator.commands.common import OnlyOption, SetOption, SmokeOption, SpecArgument, load
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer(no_args_is_help=True, help="Files for a cluster.")
 render_app = typer.Typer(no_args_is_help=True, help="Print a cluster file, filled in for a sweep.")
