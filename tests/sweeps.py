@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -137,6 +138,20 @@ def count(found: list[dict[str, Any]], event: str, **fields: Any) -> int:
     return sum(
         one["event"] == event and all(one.get(k) == v for k, v in fields.items()) for one in found
     )
+
+
+def begun_twice(log: Path, calm_log: Path) -> tuple[Counter[str], Counter[str]]:
+    """What one sweep began more often than its undisturbed twin: trials, and what it prepares.
+    Each counts what it begins by a line, and neither has a line that the other lacks.
+    """
+    began, calm = (Counter(file.read_text().splitlines()) for file in (log, calm_log))
+    assert began.keys() == calm.keys(), log
+    assert began >= calm, log
+    trials: Counter[str] = Counter()
+    prepared: Counter[str] = Counter()
+    for line, times in (began - calm).items():
+        (trials if line.startswith("trials/") else prepared)[line] = times
+    return trials, prepared
 
 
 def table(store: Path, name: str) -> list[dict[str, Any]]:

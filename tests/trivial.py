@@ -43,11 +43,11 @@ TESTED = 40  # images
 SLOTS = 3  # trials at a time
 
 
-def built(store: ArtifactStore, spec: Any) -> None:
-    """Count how often something was computed."""
+def built(store: ArtifactStore, spec: Any, *block: int) -> None:
+    """Count how often something was computed, of images each block."""
     place = os.environ.get("AIRSWEEP_BUILT") or store.root / "built.log"
     with open(place, "a") as handle:
-        handle.write(f"{artifact_key(spec)}\n")
+        handle.write(f"{'/'.join(map(str, (artifact_key(spec), *block)))}\n")
 
 
 def objective(spec: TrialSpec, iterations: int) -> dict[str, float]:
@@ -121,20 +121,20 @@ def pass_gate() -> None:
 
 
 def prepare(needs: Any, shop: Any, resources: Any, watcher: Any, shares: Any) -> None:
-    """In a thread of the driver, which may die with one piece in hand: what is whole counts."""
+    """In a thread of the driver, which may die between any two lines here: what is begun counts."""
     store = shop.store
     store.look_again()
     for need in needs:
         if not isinstance(need.spec, SyntheticFeaturesSpec):
             if need.have(store) < need.total():
-                store.get_or_build(need.spec, lambda folder: {})
                 built(store, need.spec)
+                store.get_or_build(need.spec, lambda folder: {})
                 watcher.prepared(need, 0.0, {})
             continue
         for c, block in need.missing(store):
+            built(store, need.spec, c, block)
             for spec, suffix in ((need.spec.images, ".parquet"), (need.spec, ".safetensors")):
                 store.open_row(spec).publish(c, block, suffix, b"")
-            built(store, need.spec)
             watcher.prepared(need, 0.0, {"drawn": 1, "redrawn": 0, "holes": 0})
 
 
