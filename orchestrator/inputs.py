@@ -13,7 +13,7 @@ from orchestrator.ahead import Ahead, hopeful, waves
 from orchestrator.audit_card import Audited, audited
 from orchestrator.audits import known_card
 from orchestrator.failures import first_line
-from orchestrator.plan import Need, Plan, moved_slots, needs_of, possible_trials
+from orchestrator.plan import Need, Plan, Slot, moved_slots, needs_of, possible_trials
 from orchestrator.running import Run
 from orchestrator.sweep import Budget, Cell
 
@@ -49,12 +49,20 @@ class Inputs:
 
     def _waits(self, group: Sequence[Cell]) -> bool:
         """Has it trials to run that read what is not there?"""
-        cells = {cell.id for cell in group}
-        left = sum(self.plan.left[cell] for cell in cells)
-        left -= sum(s.id in self.run.given_up for s in self.plan.slots if s.cell.id in cells)
         store = self.run.place.store
-        missing = any(need.have(store) < need.total() for need in self.needs[group[0].id])
-        return missing and (left > 0 or self.prepare_only)
+        if not any(need.have(store) < need.total() for need in self.needs[group[0].id]):
+            return False
+        cells = {cell.id for cell in group}
+        slots = [slot for slot in self.plan.slots if slot.cell.id in cells]
+        left = sum(self.plan.left[cell] for cell in cells)
+        left -= sum(slot.id in self.run.given_up for slot in slots)
+        return left > 0 or self.prepare_only or any(map(self._is_awaited, slots))
+
+    def _is_awaited(self, slot: Slot) -> bool:
+        """Is its trial that of another cell, as where two folders hold the same images, and not
+        there yet? Whose turn comes first computes it."""
+        away = slot.id in self.plan.pruned or slot.id in self.run.given_up
+        return not away and not self.run.place.store.has(slot.spec)
 
     def has(self, cell: Cell) -> bool:
         """Is what a cell reads there, or known not to come?"""

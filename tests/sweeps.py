@@ -69,11 +69,11 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def airsweep(
-    *arguments: str | Path, check: bool = True, **more: str
+    *arguments: str | Path, check: bool = True, module: str = "orchestrator", **more: str
 ) -> subprocess.CompletedProcess[str]:
-    """The command, with `more` in its environment."""
+    """The command, or a module that takes its words, with `more` in its environment."""
     done = subprocess.run(
-        [sys.executable, "-m", "orchestrator", *map(str, arguments)],
+        [sys.executable, "-m", module, *map(str, arguments)],
         capture_output=True,
         text=True,
         env=environment(**more),

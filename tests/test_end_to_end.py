@@ -1,14 +1,16 @@
-"""Commands from outside that need no cluster: help, and what bad input gets."""
+"""Commands from outside that need no cluster: help, what bad input gets, rows that are the same."""
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 
 from orchestrator.__main__ import main
-from tests.sweeps import airsweep, environment, write_sweep
+from tests.sweeps import airsweep, count, environment, events, write_sweep
 
 
 def test_help_is_quick_to_import_and_lists_the_commands():
@@ -86,3 +88,20 @@ def test_an_unknown_sweep_names_those_that_are_there(tmp_path):
     done = airsweep("status", "nothing", "--store", tmp_path, check=False)
     assert done.returncode == 2
     assert "no sweep default/nothing" in done.stderr
+
+
+def test_cells_of_the_same_images_wait_for_them_together_and_run_once(tmp_path, drawn_digits):
+    other = shutil.copytree(drawn_digits, tmp_path / "copied")
+    body = f"""
+grid: {{generator: ["folder:{drawn_digits}", "folder:{other}"]}}
+fixed: {{method: air_fpl, generation.block: 8, images_per_class: 8}}
+seeds: [1, 2]
+"""
+    spec, store = write_sweep(tmp_path, "twins", body), tmp_path / "runs"
+    command = ("run", spec, "--store", store, "--tracking-uri", "none")
+    airsweep(*command, module="tests.trivial")
+    found = events(store, "twins")
+    assert count(found, "trial_done") == count(found, "trial_reused") == 2
+    assert count(found, "trial_failed") == 0
+    rows = json.loads(airsweep("table", "twins", "--store", store, "--format", "json").stdout)
+    assert [row["n"] for row in rows] == [2, 2]

@@ -36,6 +36,7 @@ from orchestrator.checkpoints import (
 )
 from orchestrator.failures import Failure
 from orchestrator.keys import artifact_key
+from orchestrator.plan import needs_of
 from orchestrator.store import ArtifactStore
 from orchestrator.trial import PREDICTIONS, WHOLE, Legs, is_over
 
@@ -57,6 +58,8 @@ def objective(spec: TrialSpec, iterations: int) -> dict[str, float]:
 
 
 def run_trial(spec: TrialSpec, store: ArtifactStore, legs: Legs = WHOLE) -> None:
+    lacking = [str(need.key) for need in needs_of([spec]) if need.have(store) < need.total()]
+    assert not lacking, f"{artifact_key(spec)} was started without {lacking}"
     time.sleep(float(os.environ.get("AIRSWEEP_TRIAL_SECONDS", "0")))
     begun = read_checkpoint(spec, store)
     end = normalised(spec).iterations if legs.until is None else legs.until
