@@ -24,6 +24,7 @@ from orchestrator import presets
 from orchestrator.resolve import Resolver
 
 if TYPE_CHECKING:
+    from tests.machines import Network
     from tests.servers import S3Server
 
 sums_in_one_order()  # before any test computes
@@ -118,6 +119,15 @@ def drawn_digits(tmp_path_factory) -> Path:
             turned = image.rotate(float(rng.uniform(-12, 12))).convert("RGB")
             turned.save(folder / name / f"{index:02}.png")
     return folder
+
+
+@pytest.fixture(scope="module")
+def wires() -> Iterator[Network]:
+    """A network to which a test plugs machines of its own, with a disk that all of them see."""
+    from tests.machines import network
+
+    with network() as found:
+        yield found
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,12 @@
-"""Ray clusters of several machines on this one: lost and added, or come when asked for."""
+"""Ray clusters of several machines: lost and added, or come when asked for."""
 
 from __future__ import annotations
 
 import json
 import os
-import shlex
+import secrets
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -18,88 +17,88 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.clusters import BIN, NODE, QUICK, RAY, without_token
+from tests.clusters import NODE, QUICK, RAY, without_token
+from tests.machines import Machine, Network
 from tests.servers import free_port
 from tests.sweeps import TIMEOUT
 
 
-class Nodes:
-    """A head without cores, and machines of one core each: raylets of their own."""
+class Job:
+    """A command on the laptop that submits a sweep and follows it to its end."""
 
-    def __init__(self, machines: int = 2) -> None:
-        from ray.cluster_utils import Cluster
-        from ray.job_submission import JobSubmissionClient
+    def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
+        self._process, self._log = process, log
 
-        self._cluster: Any = Cluster(
-            initialize_head=True,
-            head_node_args={
-                **NODE,
-                "num_cpus": 0,
-                "include_dashboard": True,
-                "dashboard_port": free_port(),
-                "dashboard_agent_listen_port": free_port(),
-                "_system_config": QUICK,
-            },
-        )
-        self._machines: list[Any] = []
-        for _ in range(machines):
-            self.add()
-        self.client = JobSubmissionClient(f"http://{self._cluster.head_node.webui_url}")
+    def over(self) -> bool:
+        return self._process.poll() is not None
 
-    def add(self) -> None:
-        self._machines.append(
-            self._cluster.add_node(**NODE, dashboard_agent_listen_port=free_port())
-        )
+    def wait(self) -> int:
+        return self._process.wait(TIMEOUT)
 
-    def kill(self, number: int) -> None:
-        """kill -9 of a machine's raylet; its workers go with it."""
-        _kill(self._machines[number], ("raylet",))
-
-    def lose_everything(self) -> None:
-        """All of it at once, the driver of a job too."""
-        for node in (*self._machines, self._cluster.head_node):
-            _kill(node, tuple(node.all_processes))
-
-    def submit(self, *arguments: str) -> str:
-        """A job without a working directory, which raylets of one machine would remove from under
-        each other; its id."""
-        words = [sys.executable, "-m", "orchestrator", *arguments]
-        return str(self.client.submit_job(entrypoint=shlex.join(words)))
-
-    def wait(self, job: str) -> None:
+    def until_said(self, said: str) -> None:
         deadline = time.monotonic() + TIMEOUT
-        while not self.client.get_job_status(job).is_terminal():
-            assert time.monotonic() < deadline, self.logs(job)
+        while said not in self.log():
+            assert not self.over(), self.log()
+            assert time.monotonic() < deadline, self.log()
             time.sleep(0.2)
 
-    def exit_code(self, job: str) -> int | None:
-        return self.client.get_job_info(job).driver_exit_code
+    def leave(self) -> None:
+        """Follow it no longer."""
+        self._process.kill()
+        self._process.wait()
 
-    def logs(self, job: str) -> str:
-        return str(self.client.get_job_logs(job))
-
-    def shutdown(self) -> None:
-        self._cluster.shutdown()
-
-
-def _kill(node: Any, names: tuple[str, ...]) -> None:
-    for name in names:
-        for one in node.all_processes.get(name, []):
-            family = psutil.Process(one.process.pid).children(recursive=True)
-            one.process.kill()
-            for child in family:
-                with suppress(psutil.NoSuchProcess):
-                    child.kill()
+    def log(self) -> str:
+        return self._log.read_text()
 
 
-@contextmanager
-def nodes(monkeypatch: pytest.MonkeyPatch, machines: int = 2) -> Iterator[Nodes]:
-    without_token(monkeypatch, PATH=f"{BIN}{os.pathsep}{os.environ['PATH']}")
-    cluster = Nodes(machines)
-    try:
-        yield cluster
-    finally:
-        cluster.shutdown()
+class Nodes:
+    """A head without cores, machines of one core each, and a laptop, with Ray's token."""
+
+    def __init__(self, network: Network, machines: int = 2) -> None:
+        self._network = network
+        token = network.shared / "token"
+        token.write_text(secrets.token_hex(32))
+        token.chmod(0o600)
+        self.variables = {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            "RAY_USAGE_STATS_ENABLED": "0",
+        }
+        self.head, self.laptop = self._machine("head"), self._machine("laptop")
+        self._start(
+            self.head,
+            *("--head", "--num-cpus=0", "--dashboard-host=0.0.0.0"),
+            f"--system-config={json.dumps(QUICK)}",
+        )
+        self.machines: list[Machine] = []
+        for _ in range(machines):
+            self.add()
+
+    def _machine(self, kind: str) -> Machine:
+        return self._network.machine(f"{kind}{len(self._network.machines)}")
+
+    def _start(self, machine: Machine, *options: str) -> None:
+        memory = f"--object-store-memory={NODE['object_store_memory']}"
+        machine.run("ray", "start", memory, *options, **self.variables)
+
+    def add(self) -> None:
+        machine = self._machine("worker")
+        self._start(machine, f"--address={self.head.name}:6379", "--num-cpus=1")
+        self.machines.append(machine)
+
+    def lose_everything(self) -> None:
+        """The power of all but the laptop, the driver of a job with it."""
+        for machine in (*self.machines, self.head):
+            machine.lose()
+
+    @property
+    def address(self) -> str:
+        return f"http://{self.head.name}:8265"
+
+    def follow(self, *words: object) -> Job:
+        """A command of the laptop's, in a folder of its own."""
+        log = self._network.folder / f"{self.laptop.name}.log"
+        return Job(self.laptop.start(log, *words, **self.variables), log)
 
 
 @contextmanager

@@ -1,104 +1,89 @@
-"""A real Slurm of two nodes on this machine, from Debian's packages, started without systemd."""
+"""A real Slurm of two nodes, from Debian's packages, started without systemd."""
 
 from __future__ import annotations
 
-import getpass
 import os
 import secrets
 import shutil
-import socket
-import subprocess
 import sys
-import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Callable
 from pathlib import Path
 
-from tests.servers import free_port
-from tests.sweeps import TIMEOUT, environment
+from tests.machines import AS_ROOT, Machine, Network
+from tests.sweeps import TIMEOUT
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 PATH = os.pathsep.join([os.environ["PATH"], "/usr/sbin"])
 MISSING = [name for name in PROGRAMS if not shutil.which(name, path=PATH)]
-WHY = f"needs Debian's packages munge, slurmctld, slurmd, slurm-client (no {', '.join(MISSING)})"
+MISSING += ["root"] * (not AS_ROOT)
+WHY = f"needs root, and Debian's munge, slurmctld, slurmd, slurm-client (no {', '.join(MISSING)})"
 NODES = ("a", "b")
 CONFIG = """
 ClusterName=tests
-SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={ports[0]}
-SlurmUser={user}
-SlurmdUser={user}
+SlurmctldHost=control
+SlurmUser=root
+SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge/socket
+AuthInfo=socket=/tmp/munge
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool-%n
-SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmdSpoolDir=/tmp/spool
+SlurmctldPidFile=/tmp/slurmctld.pid
+SlurmdPidFile=/tmp/slurmd.pid
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 MailProg=/bin/true
-NodeName=a NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs={cores}
-NodeName=b NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs={cores}
+SlurmdTimeout=10
+NodeName=a,b CPUs={cores}
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
 
 class Slurm:
-    """Munge, a controller and two daemons in a folder of their own. Jobs run as whoever runs it."""
+    """Machines of their own: one with the controller, from which jobs are submitted, and two that
+    compute."""
 
-    def __init__(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="slurm", dir="/tmp"))  # sockets: a short path
-        self._processes: list[subprocess.Popen[bytes]] = []
-        self.environment = environment(
-            SLURM_CONF=str(self.folder / "slurm.conf"),
-            PATH=PATH,
-            AIRSWEEP_PYTHON=sys.executable,
+    def __init__(self, network: Network) -> None:
+        self.shared = network.shared
+        self._folder = network.folder / "slurm"
+        (self._folder / "state").mkdir(parents=True)
+        (self._folder / "slurm.conf").write_text(
+            CONFIG.format(folder=self._folder, cores=os.cpu_count())
         )
-
-    def start(self) -> None:
-        munge = self.folder / "munge"
-        munge.mkdir(mode=0o700)
-        (self.folder / "state").mkdir()
-        (munge / "key").write_bytes(secrets.token_bytes(128))
-        (munge / "key").chmod(0o600)
-        (self.folder / "slurm.conf").write_text(
-            CONFIG.format(
-                host=socket.gethostname().partition(".")[0],
-                user=getpass.getuser(),
-                folder=self.folder,
-                ports=[free_port() for _ in range(3)],
-                cores=os.cpu_count(),
-            )
-        )
-        (self.folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
-        words = {"key-file": "key", "socket": "socket", "pid-file": "pid", "seed-file": "seed"}
-        options = [f"--{option}={munge / name}" for option, name in words.items()]
-        self._spawn("munged", "--foreground", "--force", *options)
-        self._spawn("slurmctld", "-D", "-c")
-        for node in NODES:
-            self._spawn("slurmd", "-D", "-N", node)
+        (self._folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
+        self._key = self._folder / "munge.key"
+        self._key.write_bytes(secrets.token_bytes(128))
+        self._key.chmod(0o600)
+        self.variables = {
+            "SLURM_CONF": str(self._folder / "slurm.conf"),
+            "AIRSWEEP_PYTHON": sys.executable,
+        }
+        self.control = self._machine(network, "control", "slurmctld", "-D", "-c")
+        self.nodes = {name: self._machine(network, name, "slurmd", "-D") for name in NODES}
         deadline = time.monotonic() + 120
         while self.ask("sinfo", "--noheader", "--states=idle", "--format=%D", check=False) != "2":
             assert time.monotonic() < deadline, self.log()
             time.sleep(0.2)
 
-    def _spawn(self, *command: str) -> None:
-        with (self.folder / "log").open("ab") as log:
-            self._processes.append(
-                subprocess.Popen(command, env=self.environment, stdout=log, stderr=log)
-            )
+    def _machine(self, network: Network, name: str, *daemon: str) -> Machine:
+        machine, log = network.machine(name), self._folder / "log"
+        (machine.disk / "munge").mkdir(mode=0o700)
+        files = {"pid-file": "pid", "seed-file": "seed"}
+        options = [f"--{option}={machine.disk}/munge/{file}" for option, file in files.items()]
+        options += [f"--key-file={self._key}", "--socket=/tmp/munge", "--force", "--foreground"]
+        machine.start(log, "munged", *options)
+        machine.start(log, *daemon, **self.variables)
+        return machine
 
     def log(self) -> str:
-        return (self.folder / "log").read_text()
+        return (self._folder / "log").read_text()
 
     def ask(self, *command: str, cwd: Path | None = None, check: bool = True) -> str:
         """What a command of Slurm's prints."""
-        done = subprocess.run(
-            command, env=self.environment, cwd=cwd, capture_output=True, text=True, timeout=60
-        )
+        done = self.control.run(*command, check=False, folder=cwd, **self.variables)
         assert not check or done.returncode == 0, done.stderr + self.log()
         return done.stdout.strip()
 
@@ -106,26 +91,23 @@ class Slurm:
         """The number of a job whose log is <folder>/airsweep-<number>.log."""
         return self.ask("sbatch", "--parsable", *map(str, arguments), cwd=folder)
 
+    def queued_again(self, job: str) -> None:
+        """Wait until Slurm has put a job back into its queue; it starts now, where Slurm lets two
+        minutes pass."""
+        self._until(job, lambda state: state == "PENDING")
+        self.ask("scontrol", "update", f"JobId={job}", "StartTime=now")
+
+    def _until(self, job: str, met: Callable[[str], bool]) -> None:
+        asked = ("squeue", "--noheader", f"--jobs={job}", "--states=all", "--format=%T")
+        deadline = time.monotonic() + TIMEOUT
+        while not met(state := self.ask(*asked)):
+            assert time.monotonic() < deadline, f"job {job} stays {state}"
+            time.sleep(0.3)
+
     def ended(self, job: str) -> tuple[str, str]:
         """Its last state and its exit code, as Slurm writes it, when all of it is over."""
-        deadline = time.monotonic() + TIMEOUT
-        while self.ask("squeue", "--noheader", f"--jobs={job}", "--states=all", "--format=%T") in (
-            *("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED"),
-        ):
-            assert time.monotonic() < deadline, f"job {job} does not end"
-            time.sleep(0.3)
+        going = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED")
+        self._until(job, lambda state: state not in going)
         said = self.ask("scontrol", "show", "job", job)
         found = dict(word.split("=", 1) for word in said.split() if "=" in word)
         return found["JobState"], found["ExitCode"]
-
-    def stop(self) -> None:
-        if (self.folder / "slurm.conf").exists():
-            self.ask("scancel", "--me", check=False)
-        for process in reversed(self._processes):
-            process.terminate()
-        for process in self._processes:
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=20)
-            process.kill()
-            process.wait()
-        shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,20 +1,22 @@
-"""A sweep on several machines: each a raylet of its own, lost, added, and lost all together.
+"""A sweep on several machines: lost, cut off, added, and lost all together.
 
-Submitted as a job, as people do. The table is that of one machine, whatever happens.
+Submitted from a laptop, as people do. The table is that of one machine, whatever happens.
 """
 
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.nodes import Nodes, nodes, scaling
+from tests.nodes import Job, Nodes, scaling
 from tests.sweeps import (
     TIMEOUT,
     airsweep,
@@ -38,18 +40,20 @@ resources: {{generator: {{reserve: 1}}}}
 """
 SHARDS = 2 * CLASSES * 16 // BLOCK
 TRIALS = 6  # fpl reads no image: one cell
+OF_RAY = re.compile(r" (cli|sdk|dashboard_sdk|packaging|job_manager)\.py:\d+ -- ")  # its own talk
 
 
 @pytest.fixture(scope="module")
-def spec(tmp_path_factory, drawn_digits) -> Path:
+def spec(wires, drawn_digits) -> Path:
+    """On the disk that all machines see, with what it reads."""
     from PIL import Image, ImageOps
 
-    folder = tmp_path_factory.mktemp("nodes")
+    folder = Path(shutil.copytree(drawn_digits, wires.shared / "drawn")).parent
     for file in drawn_digits.rglob("*.png"):
         mirrored = folder / "thin" / file.relative_to(drawn_digits)
         mirrored.parent.mkdir(parents=True, exist_ok=True)
         ImageOps.autocontrast(Image.open(file).resize((28, 28))).save(mirrored)
-    body = SWEEP.format(folder=drawn_digits, other=folder / "thin", block=BLOCK)
+    body = SWEEP.format(folder=folder / "drawn", other=folder / "thin", block=BLOCK)
     return write_sweep(folder, NAME, body)
 
 
@@ -61,24 +65,14 @@ def alone(spec) -> Path:
     return store
 
 
-@pytest.fixture
-def cluster(monkeypatch) -> Iterator[Nodes]:
-    with nodes(monkeypatch) as found:
-        yield found
-
-
-def submitted(cluster: Nodes, spec: Path, store: Path) -> str:
-    return cluster.submit("run", str(spec), "--store", str(store))
-
-
 Met = Callable[[list[dict[str, Any]]], bool]  # what a ledger says so far
 
 
-def until(met: Met, cluster: Nodes, job: str, store: Path) -> None:
+def until(met: Met, job: Job, store: Path) -> None:
     deadline = time.monotonic() + TIMEOUT
     while not met(events(store, NAME)):
-        assert not cluster.client.get_job_status(job).is_terminal(), cluster.logs(job)
-        assert time.monotonic() < deadline, cluster.logs(job)
+        assert not job.over(), job.log()
+        assert time.monotonic() < deadline, job.log()
         time.sleep(0.02)
 
 
@@ -104,37 +98,57 @@ def assert_as_alone(store: Path, alone: Path) -> None:
     assert verified["damaged"] == []
 
 
-def test_machines_that_are_lost_and_added_change_nothing(spec, alone, cluster, tmp_path):
-    store = tmp_path / "runs"
-    job = submitted(cluster, spec, store)
-    until(drawing(store), cluster, job, store)
-    cluster.kill(0)
+def test_machines_that_are_cut_off_lost_and_added_change_nothing(spec, alone, wires):
+    """By `ray job submit`, whose working directory goes from the laptop to each machine."""
+    cluster, store = Nodes(wires), wires.shared / "changing"
+    (cluster.laptop.home / "sweep.yaml").write_text(spec.read_text())
+
+    def submitted(to: Path) -> Job:
+        words = ("ray", "job", "submit", f"--address={cluster.address}", "--working-dir=.", "--")
+        run = ("python", "-m", "orchestrator", "run", "sweep.yaml", "--store", to)
+        return cluster.follow(*words, *run)
+
+    refused = submitted(Path("/tmp/runs"))  # which each machine has for itself
+    assert refused.wait() == 1
+    assert "/tmp/runs is not there; give --store" in refused.log()
+    job = submitted(store)
+    until(drawing(store), job, store)
+    cluster.machines[0].unplug()
     kept = drawn(store)
     cluster.add()
-    until(lambda found: count(found, "trial_done") > 0, cluster, job, store)
-    cluster.kill(1)  # whatever it does, which may be a trial
-    cluster.wait(job)
-    assert cluster.exit_code(job) == 0, cluster.logs(job)
+    job.until_said("marked dead")
+    cluster.machines[0].plug()  # Ray has given it up, and it is to notice
+    until(lambda found: count(found, "trial_done") > 0, job, store)
+    cluster.machines[1].lose()  # whatever it does, which may be a trial
+    assert job.wait() == 0, job.log()
     assert {name: drawn(store)[name] for name in kept} == kept
     assert_as_alone(store, alone)
-    log = cluster.logs(job)
-    assert "Traceback" not in log
-    assert "\x1b" not in log
-    assert all("marked dead" in line for line in log.splitlines() if line.startswith("(raylet)"))
+    log = [line for line in job.log().splitlines() if not OF_RAY.search(line)]
+    assert not [line for line in log if "Traceback" in line or "\x1b" in line]
+    of_raylets = [line for line in log if line.startswith("(raylet)")]
+    assert len(of_raylets) == 2
+    assert all("marked dead" in line for line in of_raylets)
 
 
-def test_a_cluster_that_is_lost_whole_is_followed_by_another(spec, alone, tmp_path, monkeypatch):
-    store = tmp_path / "runs"
-    with nodes(monkeypatch) as first:
-        job = submitted(first, spec, store)
-        until(lambda found: count(found, "trial_done") > 0, first, job, store)
-        first.lose_everything()
+def test_a_cluster_that_is_lost_whole_is_followed_by_another(spec, alone, wires):
+    """By `airsweep submit`: the same command again goes on."""
+    store = wires.shared / "lost"
+
+    def submitted(cluster: Nodes) -> Job:
+        to = ("--address", cluster.address, "--store", store)
+        return cluster.follow("airsweep", "submit", spec, *to)
+
+    first = Nodes(wires)
+    job = submitted(first)
+    until(lambda found: count(found, "trial_done") > 0, job, store)
+    first.lose_everything()
     before, kept = events(store, NAME), drawn(store)
     assert before[-1]["event"] != "sweep_ended"
-    with nodes(monkeypatch) as second:
-        job = submitted(second, spec, store)
-        second.wait(job)
-        assert second.exit_code(job) == 0, second.logs(job)
+    job.until_said("trying again for 300 s")
+    job.leave()
+    second = Nodes(wires)
+    job = submitted(second)
+    assert job.wait() == 0, job.log()
     assert {name: drawn(store)[name] for name in kept} == kept
     assert_as_alone(store, alone)
 

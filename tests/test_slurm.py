@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -25,13 +25,16 @@ TRIALS = many_trials(COUNT)
 
 
 @pytest.fixture(scope="module")
-def slurm() -> Iterator[Slurm]:
-    started = Slurm()
-    try:
-        started.start()
-        yield started
-    finally:
-        started.stop()
+def slurm(wires) -> Slurm:
+    return Slurm(wires)
+
+
+@pytest.fixture
+def folder(slurm, request) -> Path:
+    """On the disk that all nodes see."""
+    found: Path = slurm.shared / request.node.name
+    found.mkdir()
+    return found
 
 
 def outcome(store: Path, name: str) -> dict[str, object]:
@@ -41,29 +44,29 @@ def outcome(store: Path, name: str) -> dict[str, object]:
     return found
 
 
-def left_by(job: str, folder: Path) -> list[object]:
+def left_by(slurm: Slurm, job: str, folder: Path) -> list[object]:
     """Ray's processes and files, and the token, of a job that is over."""
-    temp = f"/tmp/ray-{job}"
-    found: list[object] = [
-        path for path in (Path(temp), folder / f".airsweep-{job}") if path.exists()
-    ]
+    name = f"ray-{job}"
+    places = [folder / f".airsweep-{job}"]
+    places += [machine.disk / "tmp" / name for machine in slurm.nodes.values()]
+    found: list[object] = [place for place in places if place.exists()]
     for process in psutil.process_iter(["cmdline"]):
-        if any(temp in word for word in process.info["cmdline"] or []):
+        if any(f"/tmp/{name}" in word for word in process.info["cmdline"] or []):
             found.append(process)
     return found
 
 
-def test_a_sweep_over_two_nodes_leaves_its_table_and_nothing_of_ray(slurm, tmp_path):
-    write_sweep(tmp_path, "small", "fixed: {method: fpl, train.steps: 5}\nseeds: [1, 2]\n")
-    store = tmp_path / "runs"
+def test_a_sweep_over_two_nodes_leaves_its_table_and_nothing_of_ray(slurm, folder):
+    write_sweep(folder, "small", "fixed: {method: fpl, train.steps: 5}\nseeds: [1, 2]\n")
+    store = folder / "runs"
     arguments = ("--nodes=2", "--cpus-per-task=1", SCRIPT, "small.yaml", "runs")
-    job = slurm.submit(tmp_path, *arguments, "--set", "seeds=[1]")
+    job = slurm.submit(folder, *arguments, "--set", "seeds=[1]")
     ended = slurm.ended(job)
-    log = (tmp_path / f"airsweep-{job}.log").read_text()
+    log = (folder / f"airsweep-{job}.log").read_text()
     assert ended == ("COMPLETED", "0:0"), log
     assert [row["method"] for row in table(store, "small")] == ["fpl"], log
     assert outcome(store, "small")["exit_code"] == 0
-    assert not left_by(job, tmp_path)
+    assert not left_by(slurm, job, folder)
 
 
 def in_mid_run(slurm: Slurm, folder: Path, store: Path, arguments: Sequence[str | Path]) -> str:
@@ -87,38 +90,54 @@ def whole_again(slurm: Slurm, folder: Path, store: Path, arguments: Sequence[str
     return again
 
 
-def test_a_job_that_is_told_to_stop_closes_its_sweep_and_submitted_again_goes_on(slurm, tmp_path):
+def test_a_job_that_is_told_to_stop_closes_its_sweep_and_submitted_again_goes_on(slurm, folder):
     """As two minutes before its time is up: `--signal=B:TERM@120`."""
-    write_sweep(tmp_path, "long", TRIALS)
-    store = tmp_path / "runs"
+    write_sweep(folder, "long", TRIALS)
+    store = folder / "runs"
     arguments = ("--cpus-per-task=2", SCRIPT, "long.yaml", store)
-    job = in_mid_run(slurm, tmp_path, store, arguments)
+    job = in_mid_run(slurm, folder, store, arguments)
     slurm.ask("scancel", "--batch", "--signal=TERM", job)
     assert slurm.ended(job) == ("FAILED", "143:0")
     assert outcome(store, "long")["state"] == "terminated"
     found = events(store, "long")
     assert found[-1]["event"] == "sweep_ended"
     assert count(found, "trial_done") < COUNT
-    assert not left_by(job, tmp_path)
+    assert not left_by(slurm, job, folder)
 
-    whole_again(slurm, tmp_path, store, arguments)
+    whole_again(slurm, folder, store, arguments)
 
 
-def test_scancel_in_mid_run_loses_nothing(slurm, tmp_path):
+def test_scancel_in_mid_run_loses_nothing(slurm, folder):
     """It tells all processes at once, those of Ray as well."""
-    write_sweep(tmp_path, "long", TRIALS)
-    store = tmp_path / "runs"
+    write_sweep(folder, "long", TRIALS)
+    store = folder / "runs"
     arguments = ("--nodes=2", "--cpus-per-task=1", SCRIPT, "long.yaml", "runs")
-    job = in_mid_run(slurm, tmp_path, store, arguments)
+    job = in_mid_run(slurm, folder, store, arguments)
     slurm.ask("scancel", job)
     assert slurm.ended(job)[0] == "CANCELLED"
 
-    again = whole_again(slurm, tmp_path, store, arguments)
-    assert not left_by(again, tmp_path)
+    again = whole_again(slurm, folder, store, arguments)
+    assert not left_by(slurm, again, folder)
 
 
-def test_the_jobs_exit_code_is_that_of_airsweep(slurm, tmp_path):
-    (tmp_path / "wrong.yaml").write_text("version: 1\nname: wrong\nfixed: {method: fp}\n")
-    job = slurm.submit(tmp_path, "--cpus-per-task=1", SCRIPT, "wrong.yaml", "runs")
+def test_the_jobs_exit_code_is_that_of_airsweep(slurm, folder):
+    (folder / "wrong.yaml").write_text("version: 1\nname: wrong\nfixed: {method: fp}\n")
+    job = slurm.submit(folder, "--cpus-per-task=1", SCRIPT, "wrong.yaml", "runs")
     assert slurm.ended(job) == ("FAILED", "2:0")
-    assert "did you mean fpl?" in (tmp_path / f"airsweep-{job}.log").read_text()
+    assert "did you mean fpl?" in (folder / f"airsweep-{job}.log").read_text()
+
+
+def test_a_node_that_is_lost_is_followed_by_the_other(slurm, folder):
+    """Slurm puts the job back into its queue by itself, and what the lost one did is kept."""
+    write_sweep(folder, "long", TRIALS)
+    store = folder / "runs"
+    job = in_mid_run(slurm, folder, store, ("--cpus-per-task=2", SCRIPT, "long.yaml", store))
+    node = slurm.ask("squeue", "--noheader", f"--jobs={job}", "--format=%N")
+    slurm.nodes[node].lose()
+    done = count(events(store, "long"), "trial_done")
+    slurm.queued_again(job)
+    assert slurm.ended(job) == ("COMPLETED", "0:0")
+    assert len(table(store, "long")) == COUNT
+    found = events(store, "long")
+    assert count(found, "trial_done") == COUNT > done >= 2
+    assert {run.info.status for run in all_runs(store)} == {"FINISHED"}
