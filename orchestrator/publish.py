@@ -129,13 +129,13 @@ class Publisher:
         told = last.result()
         missed = told.missed + self._troubled
         if missed or told.sweep == "missed":
-            lacks = [f"{missed} outcomes"] if missed else []
+            lacks = [f"{missed} outcome{'s' * (missed > 1)}"] if missed else []
             lacks += ["the end of the sweep"] if told.sweep == "missed" else []
             log.warning(
-                "%s lacks %s; nothing is lost: run `%s` when it answers",
+                "%s lacks %s; nothing is lost: %s",
                 without_credentials(uri_of(self.uri, self.store.root)),
                 " and ".join(lacks),
-                self._remedy(),
+                "the next run tells it" if hasty else f"run `{self._remedy()}` when it answers",
             )
 
     def _remedy(self) -> str:
