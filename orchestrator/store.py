@@ -269,6 +269,9 @@ class ArtifactStore:
             started = time.time()
             made = Building(work)
             yield made
+            # safetensors writes files for its user alone; the folder has what the umask says.
+            for file in work.iterdir():
+                file.chmod(work.stat().st_mode & 0o666)
             record = {
                 "key": str(key),
                 "digest": key.digest,

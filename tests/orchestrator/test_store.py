@@ -15,7 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from air_core.specs import FeaturesSpec, FolderImages, Ref
 from orchestrator.files import file_digest, write_whole
@@ -124,6 +126,18 @@ def test_a_record_says_what_how_and_with_which_files(store):
     assert record["files"] == {"numbers": file_digest(artifact.path / "numbers")}
     assert record["seconds"] >= 0
     assert "torch" in record["versions"]
+
+
+def test_who_may_list_an_artifact_may_read_it(store):
+    """safetensors makes files for its user alone, and images run under another than people."""
+
+    def arrays(folder: Path) -> dict[str, Any]:
+        save_file({"numbers": np.arange(3)}, folder / "numbers.safetensors")
+        return numbers(folder)
+
+    artifact = store.get_or_build(SPEC, arrays)
+    allowed = artifact.path.stat().st_mode & 0o666
+    assert {path.stat().st_mode & 0o777 for path in artifact.path.iterdir()} == {allowed}
 
 
 def test_the_record_is_written_last(store):
