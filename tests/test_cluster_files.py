@@ -119,7 +119,8 @@ def test_the_image_runs_as_somebody_who_is_not_root_and_asks_no_network():
     assert flags["MLFLOW_DISABLE_TELEMETRY"] == flags["DO_NOT_TRACK"] == "true"
     assert flags["RAY_USAGE_STATS_ENABLED"] == "0"
     assert [rest for word, rest in lines if word in ("COPY", "ADD")] == [
-        "--chown=1000:100 . /tmp/airsweep"
+        "--chown=1000:100 pyproject.toml /tmp/pyproject.toml",
+        "--chown=1000:100 . /tmp/airsweep",
     ]
 
 
@@ -181,7 +182,9 @@ def test_who_reaches_the_head_needs_a_token_from_a_secret(name):
     )
     assert cluster["authOptions"] == {"mode": "token", "secretName": "airsweep-ray"}
     head = cluster["headGroupSpec"]
-    assert head["rayStartParams"] == {"dashboard-host": "0.0.0.0", "num-cpus": "0"}
+    few = {"object-store-memory": "1000000000"}
+    assert head["rayStartParams"] == {"dashboard-host": "0.0.0.0", "num-cpus": "0", **few}
+    assert all(group["rayStartParams"] == few for group in cluster["workerGroupSpecs"])
     assert "serviceType" not in head  # ClusterIP: nothing outside sees the dashboard
 
 
@@ -253,7 +256,9 @@ def test_rays_own_schema_takes_the_machines_of_ones_own():
     [machines] = prepared["available_node_types"].values()
     assert machines["max_workers"] == len(config["provider"]["worker_ips"])
     for command in (*config["head_start_ray_commands"], *config["worker_start_ray_commands"]):
-        assert command == "ray stop" or "RAY_AUTH_MODE=token" in command
+        if command != "ray stop":
+            assert "RAY_AUTH_MODE=token" in command
+            assert "--object-store-memory=1000000000" in command
 
 
 # ---------------------------------------------------------------- Slurm, without Slurm
