@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -168,7 +168,8 @@ def _keep(
         state[f"{i}"] = parameter.detach()
         state |= {f"{i}.{name}": value for name, value in optimizer.state[parameter].items()}
     temporary = file.with_name(f".{file.name}")
-    save_file({name: value.cpu().contiguous() for name, value in state.items()}, temporary)
+    # Not save_file, whose files its user alone may read: another may go on.
+    temporary.write_bytes(save({name: value.cpu().contiguous() for name, value in state.items()}))
     temporary.replace(file)
 
 

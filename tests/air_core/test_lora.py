@@ -93,6 +93,8 @@ def test_training_that_was_killed_goes_on_where_it_was_and_ends_the_same(tmp_pat
     with pytest.raises(Killed):
         train_lora(*digits, MODEL, TRAINING, 32, tmp_path / "out", report=kill, **often)
     assert not (tmp_path / "out").exists()
+    (beside := tmp_path / "beside").touch()
+    assert kept.stat().st_mode == beside.stat().st_mode  # another user may go on
     result = train_lora(*digits, MODEL, TRAINING, 32, tmp_path / "out", report=kill, **often)
     assert steps == [1, 2, 2, 3]  # the second step was under way
     whole, again = weights(trained[0]), weights(tmp_path / "out")
