@@ -86,12 +86,12 @@ SAID = (
 
 
 def first_line(problem: BaseException) -> str:
-    """What an exception says, for a sentence.
+    """What an exception says, for a sentence; of one that Ray passes on, what it began with.
 
     >>> first_line(OSError("no room\\n  at /x"))
     'no room'
     """
-    return f"{problem}".strip().partition("\n")[0]
+    return f"{getattr(problem, 'cause', None) or problem}".strip().partition("\n")[0]
 
 
 def classify(problem: BaseException) -> str:

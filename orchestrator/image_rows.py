@@ -235,6 +235,16 @@ def drawn_classes(spec: SyntheticFeaturesSpec, store: ArtifactStore) -> list[int
     return sorted({c for c, _ in store.row(spec.images).present(".parquet")})
 
 
+def drawn_of_each(
+    spec: SyntheticFeaturesSpec, classes: Sequence[int], most: int, store: ArtifactStore
+) -> int:
+    """How many first images there are of each class, at most `most`."""
+    present = store.row(spec.images).present(".parquet")
+    blocks = range(spec.blocks(most))
+    whole = min(sum((c, block) in present for block in blocks) for c in classes)
+    return min(most, whole * spec.images.block_size)
+
+
 def read_images(
     spec: SyntheticFeaturesSpec, classes: Sequence[int], count: int, store: ArtifactStore
 ) -> list[list[Image.Image]]:

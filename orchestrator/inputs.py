@@ -203,8 +203,12 @@ def _sheet(run: Run, needs: Sequence[Need]) -> Callable[[Watcher], None] | None:
     features = next(need.spec for need in needs if isinstance(need.spec, FeaturesSpec))
 
     def draw(watcher: Watcher) -> None:
-        png, run.tally.shares = contact_sheet(drawn, base, features, workshop(run))
-        run.place.write(sheet.name, png)
+        try:
+            png, run.tally.shares = contact_sheet(drawn, base, features, workshop(run))
+        except Exception as problem:  # a sweep is not about its picture
+            log.warning("no contact sheet: %s", first_line(problem))
+        else:
+            run.place.write(sheet.name, png)
 
     return draw
 

@@ -51,23 +51,21 @@ def contact_sheet(
         The PNG, and the share of each group that zero-shot CLIP takes for its class.
     """
     from air_core.datasets import get_dataset
-    from orchestrator.image_rows import drawn_classes, read_images, recognised
+    from orchestrator.image_rows import drawn_classes, drawn_of_each, read_images, recognised
 
     dataset = get_dataset(features.dataset.name)
     examples = shop.examples(features.dataset)
     shown = drawn_classes(drawn, shop.store)[:ROWS]
     real = [_readable(examples.images, np.flatnonzero(examples.labels == c)) for c in shown]
-    named = "LoRA" if base is not None else "synthetic"
-    groups = {"real": real, named: read_images(drawn, shown, PER_GROUP, shop.store)}
-    shares = {named: recognised(drawn, PER_GROUP, shop, dataset.template)}
-    if base is not None:
-        groups = {
-            "real": real,
-            "base": read_images(base, shown, PER_GROUP, shop.store),
-            named: groups[named],
-        }
-        shares["base"] = recognised(base, PER_GROUP, shop, dataset.template)
-    return tile_sheet([dataset.classnames[c] for c in shown], groups), shares
+    rows = {"synthetic": drawn} if base is None else {"base": base, "LoRA": drawn}
+    groups, shares = {"real": real}, {}
+    for named, row in rows.items():
+        count = drawn_of_each(row, drawn_classes(row, shop.store), PER_GROUP, shop.store)
+        groups[named] = read_images(row, shown, count, shop.store)
+        shares[named] = recognised(row, count, shop, dataset.template)
+    return tile_sheet([dataset.classnames[c] for c in shown], groups), dict(
+        reversed(shares.items())
+    )
 
 
 def _readable(images: Sequence[Image.Image], positions: np.ndarray) -> list[Image.Image]:

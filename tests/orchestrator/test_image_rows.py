@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import io
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event, Semaphore
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from air_core.diffusion import load_generator
 from air_core.specs import FolderImages, Ref, SyntheticFeaturesSpec
 from orchestrator.image_rows import DEATHS, build_image_block, read_synthetic
+from orchestrator.pictures import (
+    GAP_PX,
+    HEAD_PX,
+    LABEL_PX,
+    PER_GROUP,
+    TILE_PX,
+    contact_sheet,
+)
 from orchestrator.resolve import images_folder
 from orchestrator.seal import intact
 from orchestrator.store import ArtifactStore, MissingArtifact
@@ -73,6 +84,23 @@ def test_a_damaged_shard_is_not_read_and_is_named(store, drawn_digits):
     shard.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
     with pytest.raises(MissingArtifact, match=r"0000-00000\.safetensors is damaged; remove it"):
         read_synthetic(spec, 2, store, [0])
+
+
+def test_a_sheet_shows_what_there_is_where_few_images_are_drawn(store, drawn_digits, trial):
+    spec, shop = row_of(str(drawn_digits)), Workshop(store)
+    for place in ((0, 0), (1, 0), (1, 1)):
+        build_image_block(spec, *place, shop, lambda: generator_of(spec))
+    png, shares = contact_sheet(spec, None, trial("fpl").features, shop)
+    sheet = Image.open(io.BytesIO(png)).convert("L")
+    drawn = LABEL_PX + PER_GROUP * (TILE_PX + GAP_PX) + 10  # right of the real ones
+    for line in range(2):
+        top = HEAD_PX + line * (TILE_PX + GAP_PX)
+        tiles = [
+            np.asarray(sheet.crop((left, top, left + TILE_PX, top + TILE_PX))).min()
+            for left in range(drawn, drawn + 3 * (TILE_PX + GAP_PX), TILE_PX + GAP_PX)
+        ]
+        assert [bool(darkest < 128) for darkest in tiles] == [True, True, False]
+    assert 0 <= shares["synthetic"] <= 1
 
 
 def test_a_block_that_killed_its_processes_fails_and_one_that_merely_failed_does_not_count(
