@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -75,9 +76,13 @@ def main() -> None:
         if type(problem).__name__ == "SpecError":  # it begins with file:line:column
             print(redacted(str(problem)), file=sys.stderr)
             sys.exit(code_of(problem))
+        from orchestrator.files import barred
+        from orchestrator.place import REFUSED
         from orchestrator.store import StoreFull
 
         code = code_of(problem)
+        if isinstance(problem, PermissionError) and problem.filename:
+            fail(barred(Path(problem.filename)), REFUSED)
         if code == 1 and not isinstance(problem, StoreFull):
             fail(f"{type(problem).__name__}: {problem} (--debug shows where)", code)
         fail(str(problem), code)

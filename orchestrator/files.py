@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import fcntl
+import grp
 import hashlib
 import os
+import pwd
+import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -80,6 +83,43 @@ def content_digest(handle: BinaryIO) -> str:
         handle,  # type: ignore[arg-type]
         lambda: hashlib.blake2b(digest_size=20),
     ).hexdigest()
+
+
+def barred(place: Path) -> str:
+    """A sentence for who may not read or write there: whose it is, and what to do."""
+    there = next(one for one in (place, *place.parents) if os.path.exists(one))
+    status = there.stat()
+    me = _named(pwd.getpwuid, os.geteuid())
+    owner, group = _named(pwd.getpwuid, status.st_uid), _named(grp.getgrgid, status.st_gid)
+    verb = "write" if os.access(there, os.R_OK, effective_ids=True) else "read"
+    which = ", which" if there == place else f": {there}"
+    return (
+        f"{me} may not {verb} {place}{which} belongs to {owner}, group {group}, "
+        f"{stat.filemode(status.st_mode)}; ask for the right (docs/stores.md tells how several "
+        "share a store), or take another place"
+    )
+
+
+def _named(look: Callable[[int], Sequence[Any]], number: int) -> str:
+    try:
+        return str(look(number)[0])
+    except KeyError:  # as in containers
+        return str(number)
+
+
+def is_flocked(file: Path) -> bool:
+    """Does a process hold this lock? Asked without the right to write."""
+    try:
+        handle = os.open(file, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
 
 
 @contextmanager

@@ -17,11 +17,13 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from orchestrator.files import is_flocked
 from orchestrator.mirror import Mirror
 from orchestrator.remote import Lease, RemoteAway, side_by_side
 
 # For tests: `event:7` kills the driver at its seventh event, `trial_done:2` at the second of these.
 CRASH_AT = "AIRSWEEP_CRASH_AT"
+LOOKED_AT = 0.5  # seconds: who asks whether a lock is held has it for a moment
 
 
 class SweepBusy(RuntimeError):
@@ -57,7 +59,7 @@ class Ledger:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
-            self._lock.acquire(timeout=0)
+            self._lock.acquire(timeout=LOOKED_AT)
         except Timeout:
             raise SweepBusy(
                 f"another driver runs this sweep ({self._lock.lock_file} is held); "
@@ -83,11 +85,9 @@ class Ledger:
 
     def busy(self) -> bool:
         """Does a driver hold the sweep's lock?"""
-        try:
-            with FileLock(self._lock.lock_file).acquire(timeout=0):
-                return self._bucket is not None and self._bucket.lease.held()
-        except Timeout:
+        if is_flocked(Path(self._lock.lock_file)):
             return True
+        return self._bucket is not None and self._bucket.lease.held()
 
     def append(self, event: str, **fields: Any) -> float:
         """One event, on disk before this returns.

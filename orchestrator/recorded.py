@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -75,8 +74,7 @@ def refuse_running(store: ArtifactStore) -> None:
     """
     busy = []
     for place in recorded_places(store):
-        with suppress(PermissionError):  # another user's lock: the store's own lock tells then
-            busy += [f"{place.project}/{place.name}"] if place.ledger().busy() else []
+        busy += [f"{place.project}/{place.name}"] if place.ledger().busy() else []
     if busy:
         raise StoreRefused(f"{', '.join(busy)} runs in {store.root} now; wait for it, or stop it")
 

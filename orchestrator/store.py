@@ -13,6 +13,7 @@ is there is what the bucket has.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -28,7 +29,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from orchestrator.files import file_digest, write_beside, write_whole
+from orchestrator.files import barred, file_digest, write_beside, write_whole
 from orchestrator.keys import RECIPES, ArtifactKey, Stage, artifact_key
 from orchestrator.locks import Locks, StoreRefused
 from orchestrator.mirror import RECORD, Mirror, mirror_root
@@ -42,6 +43,7 @@ ROW = "row.json"  # of a row, as record.json is of an artifact
 CODE = "code"  # folder: what each code that made something was made of
 UNFINISHED = "unfinished"  # folder: what long work has so far, `<12 digits of its key>-<code>`
 ROWS = ("images", "synthetic")  # stages that are rows
+WRITTEN = ("*", "artifacts/*", "artifacts/*/*", "sweeps/*", "mlartifacts/*/*")  # folders, by a run
 DEVICES = "AIRSWEEP_DEVICES"  # what the cluster has given to this process, as JSON
 LIBRARIES = ("torch", "open_clip_torch", "diffusers", "peft", "transformers", "numpy")
 
@@ -124,8 +126,11 @@ class ArtifactStore:
         """Before the first thing is written: say which version of a store this is.
 
         Raises:
-            StoreRefused: the server does not keep what was put once.
+            StoreRefused: a folder of somebody else's, or a server that does not keep what was put.
         """
+        for place in itertools.chain([self.root], *map(self.root.glob, WRITTEN)):
+            if place.is_dir() and not os.access(place, os.W_OK, effective_ids=True):
+                raise StoreRefused(barred(place))
         place = self.root / "VERSION"
         if place.exists():
             return

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -105,3 +109,51 @@ seeds: [1, 2]
     assert count(found, "trial_failed") == 0
     rows = json.loads(airsweep("table", "twins", "--store", store, "--format", "json").stdout)
     assert [row["n"] for row in rows] == [2, 2]
+
+
+@pytest.fixture
+def others_store() -> Iterator[Path]:
+    """A store that belongs to root and that others may read."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root, who can become somebody else")
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))  # that of pytest is closed to others
+    folder.chmod(0o755)
+    yield folder / "runs"
+    shutil.rmtree(folder)
+
+
+def test_who_may_only_read_looks_at_all_and_is_refused_before_a_run(
+    others_store, monkeypatch, capsys
+):
+    folder = others_store.parent
+    mine = write_sweep(folder, "mine", "fixed: {method: fpl}\nseeds: [1]\n")
+    other = write_sweep(folder, "other", "fixed: {method: zero_shot}\nseeds: [1]\n")
+    airsweep("run", mine, "--store", others_store, module="tests.trivial")
+
+    def said(*words: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["airsweep", *map(str, words)])
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return code, "".join(capsys.readouterr())
+
+    store = ("--store", others_store)
+    looks = [(*words, *store) for words in (("status", "mine"), ("table", "mine"), ("plan", other))]
+    seen = [said(*words) for words in (*looks, ("run", mine, *store))]  # all is imported then
+    os.seteuid(65534)
+    try:
+        assert [said(*words) for words in (*looks, ("run", mine, *store))] == seen
+        refused = said("run", other, *store)
+        os.seteuid(0)
+        others_store.chmod(0o700)
+        os.seteuid(65534)
+        closed = said("status", "mine", *store)
+    finally:
+        os.seteuid(0)
+    assert [code for code, _ in seen] == [0, 0, 0, 0]
+    assert refused[0] == closed[0] == 3
+    assert f"may not write {others_store}, which belongs to root" in refused[1]
+    assert f"may not read {others_store}" in closed[1]
+    assert not (others_store / "sweeps" / "default" / "other").exists()

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -124,6 +129,28 @@ def test_a_second_driver_is_refused_while_the_first_lives(tmp_path):
     second.lock()
     second.append("point_asked", point=1)
     assert points(second) == [0, 1]
+
+
+def test_who_looks_whether_a_driver_lives_is_not_in_the_way_of_one(ledger):
+    assert not ledger.busy()
+    lock = ledger.folder / ".driver.lock"
+    lock.chmod(0o444)
+    with flocked_by_who_looks(lock):
+        ledger.lock()
+    assert ledger.busy()
+    ledger.unlock()
+    assert not ledger.busy()
+
+
+@contextmanager
+def flocked_by_who_looks(lock: Path) -> Iterator[None]:
+    """For a moment that begins before and ends a little later."""
+    handle = os.open(lock, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_SH)
+    ends = threading.Timer(0.1, os.close, [handle])
+    ends.start()
+    yield
+    ends.join()
 
 
 def test_a_killed_driver_frees_the_sweep(tmp_path):
