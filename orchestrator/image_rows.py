@@ -241,8 +241,8 @@ def drawn_of_each(
     """How many first images there are of each class, at most `most`."""
     present = store.row(spec.images).present(".parquet")
     blocks = range(spec.blocks(most))
-    whole = min(sum((c, block) in present for block in blocks) for c in classes)
-    return min(most, whole * spec.images.block_size)
+    first_gaps = (next((b for b in blocks if (c, b) not in present), len(blocks)) for c in classes)
+    return min(most, min(first_gaps) * spec.images.block_size)
 
 
 def read_images(
