@@ -1,4 +1,4 @@
-"""Ray clusters on this machine: one that takes jobs, one of two nodes of which one can be lost."""
+"""Ray clusters on this machine: one that takes jobs, one that others join for a while."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 
@@ -26,9 +26,6 @@ RAY = str(BIN / "ray")
 NODE = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
 # A machine that says nothing is given up after seconds, where Ray's own defaults wait for 20.
 QUICK = {"health_check_period_ms": 1000, "health_check_timeout_ms": 2000}
-
-
-Nodes = TypeVar("Nodes", bound="OneNode")
 
 
 class OneNode:
@@ -88,19 +85,6 @@ class OneNode:
         self._cluster.shutdown()
 
 
-class TwoNodes(OneNode):
-    """`address` for RAY_ADDRESS; the first node has the driver."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._second = self._cluster.add_node(**NODE)
-
-    def kill_second(self) -> None:
-        """kill -9 of its raylet; its workers go with it."""
-        for raylet in self._second.all_processes["raylet"]:
-            raylet.process.kill()
-
-
 def without_token(monkeypatch: pytest.MonkeyPatch, **more: str) -> None:
     """The environment of a cluster that is started here: workers inherit it from their raylet."""
     known = environment(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", **more)
@@ -109,21 +93,13 @@ def without_token(monkeypatch: pytest.MonkeyPatch, **more: str) -> None:
 
 
 @contextmanager
-def _started(monkeypatch: pytest.MonkeyPatch, kind: type[Nodes]) -> Iterator[Nodes]:
+def one_node(monkeypatch: pytest.MonkeyPatch) -> Iterator[OneNode]:
     without_token(monkeypatch)
-    cluster = kind()
+    cluster = OneNode()
     try:
         yield cluster
     finally:
         cluster.shutdown()
-
-
-def one_node(monkeypatch: pytest.MonkeyPatch) -> AbstractContextManager[OneNode]:
-    return _started(monkeypatch, OneNode)
-
-
-def two_nodes(monkeypatch: pytest.MonkeyPatch) -> AbstractContextManager[TwoNodes]:
-    return _started(monkeypatch, TwoNodes)
 
 
 @contextmanager

