@@ -41,6 +41,7 @@ def lint(document: Document, spec: SweepSpec) -> None:
     for key in spec.grid:
         if not any(key in cell.chosen for cell in cells):
             raise document.key_error(("grid", key), "changes nothing: lora is off in every cell")
+    _discriminants_have_a_spread(document, spec, cells)
     if spec.search:
         _search_makes_sense(document, spec, spec.search, cells)
 
@@ -77,6 +78,28 @@ def _each_key_is_free_somewhere(document: Document, spec: SweepSpec) -> None:
                 f"pinned by every method of this sweep ({found}); "
                 f"allowed: without it, or with a method that leaves it free: {', '.join(free)}",
             )
+
+
+def _discriminants_have_a_spread(
+    document: Document, spec: SweepSpec, cells: tuple[Cell, ...]
+) -> None:
+    """Of one image of each class nobody knows how images of a class differ."""
+    for cell in cells:
+        flat = cell.flat
+        if (
+            flat["auxiliary.kind"] != "lda"
+            or flat["auxiliary.source"] != "synthetic"
+            or not flat["fusion_weight"]
+        ):
+            continue
+        for key in ("images_per_class", "fidelity.keep"):
+            searched = [d.values or (d.min,) for d in cell.space if d.key == key]
+            if 1 in (flat[key], *(value for values in searched for value in values)):
+                raise document.key_error(
+                    next(place for place, name in _places(spec) if name == key),
+                    f"1 in {cell.id}: auxiliary.kind lda has to see how images of a class differ; "
+                    "allowed: from 2 on, or prototype, knn, cache, linear_probe as auxiliary.kind",
+                )
 
 
 def _search_makes_sense(

@@ -124,7 +124,7 @@ def test_a_dimension_comes_after_the_ones_that_its_condition_names(tmp_path):
 
 
 def test_whole_numbers_stay_whole_and_numbers_become_floats(tmp_path):
-    space = "    images_per_class: {min: 1, max: 9, log: true}\n    fusion_weight: {values: [0, 1]}"
+    space = "    images_per_class: {min: 2, max: 9, log: true}\n    fusion_weight: {values: [0, 1]}"
     count, weight = load(tmp_path, SEARCH + space).space
     assert (type(count.min), type(count.max)) == (int, int)
     assert [type(value) for value in weight.values] == [float, float]
@@ -227,6 +227,12 @@ def test_lora_that_is_off_may_keep_its_settings_in_the_file(tmp_path, off):
     text = f"{HEAD}fixed: {{method: air, lora: {off}, lora.rank: 4}}"
     (cell,) = cells_of(load(tmp_path, text))
     assert from_flat(cell.flat, REFS, ()).lora is None
+
+
+def test_one_image_a_class_is_enough_where_nothing_is_known_of_their_spread(tmp_path):
+    fixed = "images_per_class: 1, auxiliary.kind: prototype"
+    assert cells_of(load(tmp_path, f"{HEAD}fixed: {{method: air, {fixed}}}"))
+    assert cells_of(load(tmp_path, f"{HEAD}fixed: {{method: fpl}}"))
 
 
 def test_a_cell_holds_every_setting_but_the_varied_seeds(tmp_path):
@@ -607,6 +613,22 @@ BAD = {
         "    fusion_weight: {min: 0, max: 1, when: iterations > 99}\n",
         "7:5",
         ["never searched"],
+    ),
+    # a discriminant of one image a class
+    "one image a class in the grid": (
+        HEAD + "grid:\n  images_per_class: [1, 4]\nfixed: {method: air}\n",
+        "4:3",
+        ["auxiliary.kind lda", "from 2 on", "prototype"],
+    ),
+    "one image a class is kept": (
+        HEAD + "fixed: {method: air, fidelity.keep: 1}\n",
+        "3:22",
+        ["auxiliary.kind lda", "from 2 on"],
+    ),
+    "one image a class may be asked": (
+        SEARCH + "    images_per_class: {min: 1, max: 9}\n",
+        "7:5",
+        ["auxiliary.kind lda", "from 2 on"],
     ),
     # the rest
     "seeds of no list": (
