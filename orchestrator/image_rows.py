@@ -235,13 +235,14 @@ def drawn_classes(spec: SyntheticFeaturesSpec, store: ArtifactStore) -> list[int
     return sorted({c for c, _ in store.row(spec.images).present(".parquet")})
 
 
-def drawn_of_each(
-    spec: SyntheticFeaturesSpec, classes: Sequence[int], most: int, store: ArtifactStore
-) -> int:
-    """How many first images there are of each class, at most `most`."""
+def drawn_of_each(spec: SyntheticFeaturesSpec, most: int, store: ArtifactStore) -> int:
+    """How many first images there are of each class that was drawn, at most `most`."""
     present = store.row(spec.images).present(".parquet")
     blocks = range(spec.blocks(most))
-    first_gaps = (next((b for b in blocks if (c, b) not in present), len(blocks)) for c in classes)
+    first_gaps = (
+        next((block for block in blocks if (c, block) not in present), len(blocks))
+        for c in {c for c, _ in present}
+    )
     return min(most, min(first_gaps) * spec.images.block_size)
 
 

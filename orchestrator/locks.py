@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from orchestrator.files import flocked
+from orchestrator.files import flocked, is_flocked
 from orchestrator.mirror import Mirror
 from orchestrator.remote import Lease
 
@@ -75,13 +75,9 @@ class Locks:
             digest: of its key; the first 12 digits will do.
         """
         for place in (self.root / LOCKS).glob(f"{digest}*"):
-            try:
-                with flocked(place, fcntl.LOCK_SH | fcntl.LOCK_NB):
-                    pass  # what a killed process has left
-            except BlockingIOError:
-                return _said_by(place)
-            except OSError:
-                continue
+            with suppress(OSError):
+                if is_flocked(place):  # else what a killed process has left
+                    return _said_by(place)
         return ""
 
     def use(self) -> ExitStack:

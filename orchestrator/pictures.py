@@ -60,12 +60,11 @@ def contact_sheet(
     rows = {"synthetic": drawn} if base is None else {"base": base, "LoRA": drawn}
     groups, shares = {"real": real}, {}
     for named, row in rows.items():
-        count = drawn_of_each(row, drawn_classes(row, shop.store), PER_GROUP, shop.store)
+        count = drawn_of_each(row, PER_GROUP, shop.store)
         groups[named] = read_images(row, shown, count, shop.store)
         shares[named] = recognised(row, count, shop, dataset.template)
-    return tile_sheet([dataset.classnames[c] for c in shown], groups), dict(
-        reversed(shares.items())
-    )
+    sheet = tile_sheet([dataset.classnames[c] for c in shown], groups)
+    return sheet, dict(reversed(shares.items()))  # what trials read is told first
 
 
 def _readable(images: Sequence[Image.Image], positions: np.ndarray) -> list[Image.Image]:

@@ -275,8 +275,9 @@ class ArtifactStore:
             made = Building(work)
             yield made
             # safetensors writes files for its user alone; the folder has what the umask says.
+            allowed = work.stat().st_mode & 0o666
             for file in work.iterdir():
-                file.chmod(work.stat().st_mode & 0o666)
+                file.chmod(allowed)
             record = {
                 "key": str(key),
                 "digest": key.digest,

@@ -93,8 +93,8 @@ def _discriminants_have_a_spread(
         ):
             continue
         for key in ("images_per_class", "fidelity.keep"):
-            searched = [d.values or (d.min,) for d in cell.space if d.key == key]
-            if 1 in (flat[key], *(value for values in searched for value in values)):
+            searched = {v for d in cell.space if d.key == key for v in d.values or (d.min,)}
+            if 1 in {flat[key]} | searched:
                 raise document.key_error(
                     next(place for place, name in _places(spec) if name == key),
                     f"1 in {cell.id}: auxiliary.kind lda has to see how images of a class differ; "
