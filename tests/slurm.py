@@ -19,6 +19,7 @@ MISSING = [name for name in PROGRAMS if not shutil.which(name, path=PATH)]
 MISSING += ["root"] * (not AS_ROOT)
 WHY = f"needs root, and Debian's munge, slurmctld, slurmd, slurm-client (no {', '.join(MISSING)})"
 NODES = ("a", "b")
+GOING = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED")
 CONFIG = """
 ClusterName=tests
 SlurmctldHost=control
@@ -97,17 +98,21 @@ class Slurm:
         self._until(job, lambda state: state == "PENDING")
         self.ask("scontrol", "update", f"JobId={job}", "StartTime=now")
 
+    def is_over(self, job: str) -> bool:
+        return self._state(job) not in GOING
+
+    def _state(self, job: str) -> str:
+        return self.ask("squeue", "--noheader", f"--jobs={job}", "--states=all", "--format=%T")
+
     def _until(self, job: str, met: Callable[[str], bool]) -> None:
-        asked = ("squeue", "--noheader", f"--jobs={job}", "--states=all", "--format=%T")
         deadline = time.monotonic() + TIMEOUT
-        while not met(state := self.ask(*asked)):
+        while not met(state := self._state(job)):
             assert time.monotonic() < deadline, f"job {job} stays {state}"
             time.sleep(0.3)
 
     def ended(self, job: str) -> tuple[str, str]:
         """Its last state and its exit code, as Slurm writes it, when all of it is over."""
-        going = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED")
-        self._until(job, lambda state: state not in going)
+        self._until(job, lambda state: state not in GOING)
         said = self.ask("scontrol", "show", "job", job)
         found = dict(word.split("=", 1) for word in said.split() if "=" in word)
         return found["JobState"], found["ExitCode"]

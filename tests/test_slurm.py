@@ -72,10 +72,11 @@ def test_a_sweep_over_two_nodes_leaves_its_table_and_nothing_of_ray(slurm, folde
 def in_mid_run(slurm: Slurm, folder: Path, store: Path, arguments: Sequence[str | Path]) -> str:
     """A job of the long sweep that has done some of its trials."""
     job = slurm.submit(folder, *arguments)
-    deadline = time.monotonic() + TIMEOUT
+    log, deadline = folder / f"airsweep-{job}.log", time.monotonic() + TIMEOUT
     while count(events(store, "long"), "trial_done") < 2:
-        assert time.monotonic() < deadline, (folder / f"airsweep-{job}.log").read_text()
-        time.sleep(0.1)
+        assert not slurm.is_over(job), log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.3)
     return job
 
 
@@ -125,6 +126,54 @@ def test_the_jobs_exit_code_is_that_of_airsweep(slurm, folder):
     job = slurm.submit(folder, "--cpus-per-task=1", SCRIPT, "wrong.yaml", "runs")
     assert slurm.ended(job) == ("FAILED", "2:0")
     assert "did you mean fpl?" in (folder / f"airsweep-{job}.log").read_text()
+
+
+def ray_wants(slurm: Slurm) -> dict[Path, str]:
+    """The folder that Ray makes on each node for the job that is submitted next, and its number."""
+    said = slurm.ask("scontrol", "show", "config")
+    coming = next(line.split()[-1] for line in said.splitlines() if "NEXT_JOB_ID" in line)
+    return {m.disk / "tmp" / f"ray-{coming}": coming for m in slurm.nodes.values()}
+
+
+def test_a_ray_that_does_not_come_up_is_started_again(slurm, folder):
+    write_sweep(folder, "small", "fixed: {method: fpl, train.steps: 5}\nseeds: [1]\n")
+    taken = ray_wants(slurm)
+    for place in taken:
+        place.write_text("no folder; the script removes it with what Ray leaves")
+    job = slurm.submit(folder, "--cpus-per-task=1", SCRIPT, "small.yaml", "runs")
+    assert {job} == set(taken.values())
+    ended = slurm.ended(job)
+    log = (folder / f"airsweep-{job}.log").read_text()
+    assert ended == ("COMPLETED", "0:0"), log
+    assert "FileExistsError" in log
+    assert log.count("Ray ended by itself; the sweep goes on with another") == 1
+    assert len(table(folder / "runs", "small")) == 1
+    for place in taken:
+        place.unlink(missing_ok=True)
+    assert not left_by(slurm, job, folder)
+
+
+def test_a_ray_that_dies_in_mid_run_is_followed_by_another(slurm, folder):
+    write_sweep(folder, "long", TRIALS)
+    store = folder / "runs"
+    soon = "--export=ALL,RAY_gcs_rpc_server_reconnect_timeout_s=5"  # a minute by default
+    arguments = (soon, "--nodes=2", "--cpus-per-task=1", SCRIPT, "long.yaml", store)
+    job = in_mid_run(slurm, folder, store, arguments)
+    [gcs] = [
+        process
+        for process in psutil.process_iter(["name", "cmdline"])
+        if process.info["name"] == "gcs_server"
+        and any(f"ray-{job}" in word for word in process.info["cmdline"])
+    ]
+    gcs.kill()
+    ended = slurm.ended(job)
+    log = (folder / f"airsweep-{job}.log").read_text()
+    assert ended == ("COMPLETED", "0:0"), log
+    assert "gcs_server [exit code=-9]" in log
+    found = events(store, "long")
+    assert count(found, "trial_done") + count(found, "trial_reused") == COUNT
+    assert {run.info.status for run in all_runs(store)} == {"FINISHED"}
+    assert not left_by(slurm, job, folder)
 
 
 def test_a_node_that_is_lost_is_followed_by_the_other(slurm, folder):
