@@ -224,6 +224,9 @@ def _discriminants(bank: _Bank) -> LinearClassifier:
 
     Its logits are log-likelihood ratios already, so CLIP's temperature has no place here; in
     float64, since few images leave the covariance close to singular.
+
+    Raises:
+        ValueError: no two images of a class differ.
     """
     x = bank.features.double()
     means = bank.means(x)  # (C, D)
@@ -231,6 +234,11 @@ def _discriminants(bank: _Bank) -> LinearClassifier:
     width = x.shape[1]
     covariance = within.T @ within / max(1, len(x) - len(means))
     scale = covariance.trace() / width
+    if scale < 1e-12:  # of unit features
+        raise ValueError(
+            "linear discriminants (auxiliary.kind: lda) cannot tell how images of a class differ: "
+            "the bank holds one of each class, or the same one again"
+        )
     identity = torch.eye(width, dtype=x.dtype)
     covariance = (1 - SHRINKAGE) * covariance + SHRINKAGE * scale * identity
     weight = torch.linalg.solve(covariance, means.T).T  # (C, D)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 from orchestrator import presets
 from orchestrator.expressions import look_up, names_of
@@ -41,6 +42,7 @@ def lint(document: Document, spec: SweepSpec) -> None:
     for key in spec.grid:
         if not any(key in cell.chosen for cell in cells):
             raise document.key_error(("grid", key), "changes nothing: lora is off in every cell")
+    _labels_are_there(document, spec, cells)
     _discriminants_have_a_spread(document, spec, cells)
     if spec.search:
         _search_makes_sense(document, spec, spec.search, cells)
@@ -80,23 +82,48 @@ def _each_key_is_free_somewhere(document: Document, spec: SweepSpec) -> None:
             )
 
 
+def _met(cell: Cell, key: str) -> set[Any]:
+    """The values that a key takes in a cell, or the least of them."""
+    searched = {v for d in cell.space if d.key == key for v in d.values or (d.min,)}
+    return {cell.flat[key]} | searched
+
+
+def _written(spec: SweepSpec, key: str) -> Keys:
+    return next(place for place, name in _places(spec) if name == key)
+
+
+def _labels_are_there(document: Document, spec: SweepSpec, cells: tuple[Cell, ...]) -> None:
+    for cell in cells:
+        if cell.flat["paradigm"] == "ul" and "labelled" in _met(cell, "supervision"):
+            raise document.key_error(
+                _written(spec, "supervision"),
+                f"labelled in {cell.id}: ul has no labelled image; "
+                "allowed: paradigm ssl or trzsl, or supervision pseudo",
+            )
+
+
+SPREAD = {  # what of a class each source of the auxiliary classifier sees
+    "synthetic": ("images_per_class", "fidelity.keep"),
+    "real": ("auxiliary.k",),
+    "both": (),  # one of each are two
+}
+
+
 def _discriminants_have_a_spread(
     document: Document, spec: SweepSpec, cells: tuple[Cell, ...]
 ) -> None:
     """Of one image of each class nobody knows how images of a class differ."""
     for cell in cells:
         flat = cell.flat
-        if (
-            flat["auxiliary.kind"] != "lda"
-            or flat["auxiliary.source"] != "synthetic"
-            or not flat["fusion_weight"]
-        ):
+        source = flat["auxiliary.source"]
+        if flat["auxiliary.kind"] != "lda" or not flat["fusion_weight"]:
             continue
-        for key in ("images_per_class", "fidelity.keep"):
-            searched = {v for d in cell.space if d.key == key for v in d.values or (d.min,)}
-            if 1 in {flat[key]} | searched:
+        if source == "real" and flat["paradigm"] == "ssl":  # the labelled images join them
+            continue
+        for key in SPREAD[source]:
+            if 1 in _met(cell, key):
                 raise document.key_error(
-                    next(place for place, name in _places(spec) if name == key),
+                    _written(spec, key),
                     f"1 in {cell.id}: auxiliary.kind lda has to see how images of a class differ; "
                     "allowed: from 2 on, or prototype, knn, cache, linear_probe as auxiliary.kind",
                 )

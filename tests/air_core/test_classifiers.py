@@ -76,6 +76,14 @@ def test_centring_removes_a_shift_between_synthetic_and_real():
     assert accuracies[True] > accuracies[False]
 
 
+@pytest.mark.parametrize("copies", [1, 3])
+def test_lda_of_images_that_do_not_differ_says_what_it_lacks(copies):
+    bank, target = toy(0, 1), toy(1, 40)
+    same = bank[torch.arange(len(bank)).repeat(copies)]
+    with pytest.raises(ValueError, match=r"auxiliary\.kind: lda.*one of each class"):
+        auxiliary_classifier(AuxiliarySettings(kind="lda"), same, None, target.batch, 3, 20.0)
+
+
 def test_lda_equals_the_one_of_scikit_learn():
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 

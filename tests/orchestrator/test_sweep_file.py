@@ -233,6 +233,8 @@ def test_one_image_a_class_is_enough_where_nothing_is_known_of_their_spread(tmp_
     fixed = "images_per_class: 1, auxiliary.kind: prototype"
     assert cells_of(load(tmp_path, f"{HEAD}fixed: {{method: air, {fixed}}}"))
     assert cells_of(load(tmp_path, f"{HEAD}fixed: {{method: fpl}}"))
+    few = "paradigm: ssl, auxiliary.k: 1"  # the labelled images join them
+    assert cells_of(load(tmp_path, f"{HEAD}fixed: {{method: cpl_real, {few}}}"))
 
 
 def test_a_cell_holds_every_setting_but_the_varied_seeds(tmp_path):
@@ -629,6 +631,16 @@ BAD = {
         SEARCH + "    images_per_class: {min: 1, max: 9}\n",
         "7:5",
         ["auxiliary.kind lda", "from 2 on"],
+    ),
+    "one real image a class": (
+        HEAD + "grid: {paradigm: [ul, ssl]}\nfixed: {method: cpl_real, auxiliary.k: 1}\n",
+        "4:27",
+        ["auxiliary.kind lda", "from 2 on"],
+    ),
+    "labelled images that ul has not": (
+        HEAD + "grid: {paradigm: [ssl, ul]}\nfixed: {method: air, supervision: labelled}\n",
+        "4:22",
+        ["no labelled image", "ssl or trzsl"],
     ),
     # the rest
     "seeds of no list": (
