@@ -69,7 +69,7 @@ class Resolver:
             "generator": Ref(name=flat["generator"], digest=""),
         }
         if flat.get("test_dataset") is not None:
-            refs["test_dataset"] = self._other(flat)
+            refs["test_dataset"] = self.dataset(get_dataset(flat["test_dataset"]))
         trial = from_flat(flat, refs, dataset.classnames)
         # Where no images are used, the generator need not be there.
         if uses_images(trial):
@@ -80,15 +80,6 @@ class Resolver:
             elif trial.lora is not None:
                 check_lora_fits(generator_folder(generator.name))
         return trial
-
-    def _other(self, flat: dict[str, Any]) -> Ref:
-        """The dataset that a prompt is tested on instead."""
-        if flat.get("paradigm") == "trzsl" and flat["test_dataset"] != flat["dataset"]:
-            raise ValueError(
-                f"test_dataset: {flat['test_dataset']} has no seen and unseen classes; "
-                "allowed with paradigm ul and ssl"
-            )
-        return self.dataset(get_dataset(flat["test_dataset"]))
 
     def _enough(self, name: str, trial: TrialSpec) -> None:
         """A folder of ready images has what the trial reads."""

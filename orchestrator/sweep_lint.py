@@ -43,6 +43,7 @@ def lint(document: Document, spec: SweepSpec) -> None:
         if not any(key in cell.chosen for cell in cells):
             raise document.key_error(("grid", key), "changes nothing: lora is off in every cell")
     _labels_are_there(document, spec, cells)
+    _classes_elsewhere_are_of_one_kind(document, spec, cells)
     _discriminants_have_a_spread(document, spec, cells)
     if spec.search:
         _search_makes_sense(document, spec, spec.search, cells)
@@ -99,6 +100,19 @@ def _labels_are_there(document: Document, spec: SweepSpec, cells: tuple[Cell, ..
                 _written(spec, "supervision"),
                 f"labelled in {cell.id}: ul has no labelled image; "
                 "allowed: paradigm ssl or trzsl, or supervision pseudo",
+            )
+
+
+def _classes_elsewhere_are_of_one_kind(
+    document: Document, spec: SweepSpec, cells: tuple[Cell, ...]
+) -> None:
+    for cell in cells:
+        other = cell.flat["test_dataset"]
+        if cell.flat["paradigm"] == "trzsl" and other not in (None, cell.flat["dataset"]):
+            raise document.key_error(
+                _written(spec, "test_dataset"),
+                f"{other} in {cell.id} has no seen and unseen classes; "
+                "allowed with paradigm ul and ssl",
             )
 
 

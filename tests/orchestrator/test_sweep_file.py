@@ -642,6 +642,11 @@ BAD = {
         "4:22",
         ["no labelled image", "ssl or trzsl"],
     ),
+    "a dataset to test on that has no unseen classes": (
+        HEAD + "fixed: {method: fpl, paradigm: trzsl, test_dataset: fashion_mnist}\n",
+        "3:39",
+        ["fashion_mnist", "no seen and unseen classes", "ul and ssl"],
+    ),
     # the rest
     "seeds of no list": (
         AIR + "seeds: 3\n",

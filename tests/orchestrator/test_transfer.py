@@ -98,11 +98,6 @@ def test_a_dataset_tested_on_itself_is_the_plain_trial(spec):
     assert normalised(spec(test_dataset="digits")) == normalised(spec(test_dataset=None))
 
 
-def test_classes_of_another_dataset_are_neither_seen_nor_unseen(spec):
-    with pytest.raises(ValueError, match="allowed with paradigm ul and ssl"):
-        spec(paradigm="trzsl")
-
-
 def test_a_table_names_both_and_compares_within_each(store, resolver, drawn, tmp_path):
     sweep = SweepSpec(
         name="x",
