@@ -19,6 +19,17 @@ TEST_SHARE = 0.3  # of all images, where the dataset has no test part of its own
 SEEN_SHARE = 0.62  # of the classes, in TRZSL
 
 
+class TooFewImages(ValueError):
+    """A class has fewer training images than are to be labelled."""
+
+    def __init__(self, shots: int, class_index: int, found: int) -> None:
+        super().__init__(
+            f"SSL wants {shots} labelled images of each class, but class {class_index} has "
+            f"{found} training images; lower shots"
+        )
+        self.class_index = class_index
+
+
 def make_split(labels: np.ndarray, parts: np.ndarray, settings: SplitSettings) -> Split:
     """Positions of pool, labelled, validation and test images.
 
@@ -40,6 +51,17 @@ def make_split(labels: np.ndarray, parts: np.ndarray, settings: SplitSettings) -
 
     from air_core.types import Split
 
+    positions, unseen = split_positions(labels, parts, settings)
+    return Split(
+        **{name: torch.from_numpy(of) for name, of in positions.items()},
+        unseen=None if unseen is None else torch.tensor(unseen),
+    )
+
+
+def split_positions(
+    labels: np.ndarray, parts: np.ndarray, settings: SplitSettings
+) -> tuple[dict[str, np.ndarray], tuple[int, ...] | None]:
+    """The same without torch: positions by the name of their part, and the unseen classes."""
     parts = _fixed(labels, parts, settings.split_seed)
     wanted = settings.pool.split("+") + (["test"] if settings.leaky_pool else [])
     train = np.isin(parts, wanted)
@@ -51,13 +73,8 @@ def make_split(labels: np.ndarray, parts: np.ndarray, settings: SplitSettings) -
         raise ValueError(
             f"the split has {len(pool)} pool and {len(test)} test images; both need at least one"
         )
-    return Split(
-        pool=torch.from_numpy(pool),
-        labelled=torch.from_numpy(labelled),
-        validation=torch.from_numpy(validation),
-        test=torch.from_numpy(test),
-        unseen=None if unseen is None else torch.tensor(unseen),
-    )
+    found = {"pool": pool, "labelled": labelled, "validation": validation, "test": test}
+    return found, unseen
 
 
 def _shaped(labels: np.ndarray, pool: np.ndarray, settings: SplitSettings) -> np.ndarray:
@@ -117,16 +134,13 @@ def labelled_positions(labels: np.ndarray, shots: int, seed: int) -> np.ndarray:
     The generator is seeded again for every class, as in GRIP and CPL, where the seed is 0.
 
     Raises:
-        ValueError: a class has fewer images.
+        TooFewImages: of a class.
     """
     chosen = []
     for c in range(int(labels.max()) + 1):
         members = np.flatnonzero(labels == c)
         if len(members) < shots:
-            raise ValueError(
-                f"SSL wants {shots} labelled images of each class, but class {c} has "
-                f"{len(members)} training images; lower shots"
-            )
+            raise TooFewImages(shots, c, len(members))
         generator = np.random.RandomState(seed)
         chosen.append(generator.choice(members, size=shots, replace=False))
     return np.concatenate(chosen)

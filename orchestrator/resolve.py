@@ -13,10 +13,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from air_core.datasets import Dataset, get_dataset
 from air_core.datasets.class_folders import class_files
 from air_core.flat import from_flat
-from air_core.specs import Ref, TrialSpec, uses_images
+from air_core.paradigms import TooFewImages, split_positions
+from air_core.specs import Ref, SplitSettings, TrialSpec, uses_images
 from air_core.weights import GENERATORS as PIPELINES
 from air_core.weights import (
     check_lora_fits,
@@ -53,6 +56,8 @@ class Resolver:
             self._digests = json.loads(self.cache.read_text())
         self._known = dict(self._digests)
         self._refs: dict[tuple[str, str], Ref] = {}
+        self._labels: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # and parts, of a dataset
+        self._split: set[tuple[str, SplitSettings]] = set()  # those that can be made
         self._ready: dict[str, tuple[int, str]] = {}  # fewest images, and of which class
 
     def trial(self, flat: dict[str, Any]) -> TrialSpec:
@@ -71,6 +76,8 @@ class Resolver:
         if flat.get("test_dataset") is not None:
             refs["test_dataset"] = self.dataset(get_dataset(flat["test_dataset"]))
         trial = from_flat(flat, refs, dataset.classnames)
+        if trial.paradigm == "ssl":
+            self._labels_enough(dataset, trial.split)
         # Where no images are used, the generator need not be there.
         if uses_images(trial):
             generator = self.weights("generator", flat["generator"])
@@ -80,6 +87,21 @@ class Resolver:
             elif trial.lora is not None:
                 check_lora_fits(generator_folder(generator.name))
         return trial
+
+    def _labels_enough(self, dataset: Dataset, split: SplitSettings) -> None:
+        """Before images are drawn for a split that cannot be made."""
+        known = (dataset.name, split)
+        if known in self._split:
+            return
+        if dataset.name not in self._labels:
+            examples = dataset.load(self.data_root)
+            self._labels[dataset.name] = (examples.labels, examples.parts)
+        try:
+            split_positions(*self._labels[dataset.name], split)
+        except TooFewImages as problem:
+            name = dataset.classnames[problem.class_index]
+            raise ValueError(f"{dataset.name}: {problem}; it is {name!r}") from problem
+        self._split.add(known)
 
     def _enough(self, name: str, trial: TrialSpec) -> None:
         """A folder of ready images has what the trial reads."""

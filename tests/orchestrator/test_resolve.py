@@ -219,3 +219,10 @@ def test_too_few_ready_images_are_named_before_anything_runs(resolver, drawn_dig
     assert resolver.trial(flat).images_per_class == 16
     with pytest.raises(NotThere, match=r"has 16 images there, but images_per_class is 17; add"):
         resolver.trial({**flat, "images_per_class": 17})
+
+
+def test_too_few_images_to_label_are_named_before_anything_runs(resolver):
+    flat = presets.defaults("air", {"paradigm": "ssl"})
+    assert resolver.trial({**flat, "paradigm": "ssl", "shots": 100, "seed": 1}).shots == 100
+    with pytest.raises(ValueError, match=r"digits: SSL wants 200 .* 107 .*it is 'digit zero'"):
+        resolver.trial({**flat, "paradigm": "ssl", "shots": 200, "seed": 1})
