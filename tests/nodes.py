@@ -33,7 +33,9 @@ class Job:
         return self._process.poll() is not None
 
     def wait(self) -> int:
-        return self._process.wait(TIMEOUT)
+        with suppress(subprocess.TimeoutExpired):
+            return self._process.wait(TIMEOUT)
+        raise AssertionError(f"it does not end; so far:\n{self.log()}")
 
     def until_said(self, said: str) -> None:
         deadline = time.monotonic() + TIMEOUT

@@ -860,9 +860,11 @@ class Line:
     def _reply(self, server: socket.socket, client: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while (data := server.recv(65536)) and not self.loses_replies:
-                if self.busy:
+                if self.busy:  # one answer, in however many pieces the server's comes
                     head = "HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\n"
-                    data = f"{head}Content-Length: {len(BUSY)}\r\n\r\n{BUSY}".encode()
+                    head += f"Connection: close\r\nContent-Length: {len(BUSY)}\r\n\r\n"
+                    client.sendall(f"{head}{BUSY}".encode())
+                    break
                 client.sendall(data)
             client.shutdown(socket.SHUT_RDWR)
 
