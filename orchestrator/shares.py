@@ -84,7 +84,18 @@ class Shares:
         self._used = 0  # parts in use that lie in the reserve
         self._held: Any = None
         self._machines: tuple[float, Sequence[Machine]] = (0.0, ())
-        self.preparing = False  # is there anything left to prepare beside trials?
+        self._preparing = False
+
+    @property
+    def preparing(self) -> bool:
+        """Is there anything left to prepare beside trials?"""
+        return self._preparing
+
+    @preparing.setter
+    def preparing(self, now: bool) -> None:
+        with self._changed:
+            self._preparing = now
+            self._tidy()
 
     def reserve(self) -> int:
         """Generators that work while trials run; 0: the cluster is too small for both."""
@@ -208,7 +219,12 @@ class Shares:
         return self._held
 
     def _tidy(self) -> None:
-        """Give the reserve back where nobody works in it and nobody has to be kept out of it."""
-        if self._held is not None and not self._used and not self._tuning:
+        """Give the reserve back where nobody works in it and nobody has to be kept out of it.
+
+        Trials that cannot start ask for nothing: where machines were lost, the reserve may be the
+        last place that there is, and they wait for it.
+        """
+        kept = self._tuning and self._preparing and self.reserve() > 0
+        if self._held is not None and not self._used and not kept:
             self._ground.release(self._held)
             self._held = None

@@ -73,6 +73,7 @@ HALF = Resources(trial=GPU.trial, generator=GeneratorResources(gpu=1, reserve=4)
 def test_generators_have_everything_until_trials_run_and_a_held_reserve_then():
     cluster = Machines(BIG)
     shares = Shares(HALF, cluster)
+    shares.preparing = True
     assert drawn_by(shares) == (8, None)
     with shares.tuning():
         assert drawn_by(shares) == (4, 4)
@@ -133,6 +134,25 @@ def test_on_a_small_cluster_a_pool_waits_until_the_trials_are_over():
             assert place is None  # a LoRA takes a device where one is free
     thread.join(10)
     assert found == [(1, None)]
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_trials_get_the_reserve_when_it_is_the_last_place_or_nobody_works_in_it(monkeypatch, lost):
+    monkeypatch.setattr("orchestrator.shares.LOOK_EVERY", 0.0)
+    core: Machine = {"CPU": 1.0}
+    cluster = Machines(core, core)
+    shares = Shares(Resources(), cluster)
+    shares.preparing = True
+    with shares.tuning():
+        with shares.drawing() as part:
+            assert part.reserved
+            if lost:
+                cluster.found = (core,)
+            assert cluster.held == [1]  # somebody works in it
+        assert cluster.held == ([] if lost else [1])  # else the next draw in it
+        shares.preparing = False
+        assert cluster.held == []
+        assert shares.trials() == len(cluster.found)
 
 
 def test_a_machine_that_comes_is_used(monkeypatch):
