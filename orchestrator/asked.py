@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.marked_yaml import SpecError, parse
-from orchestrator.place import Place, place_of, recorded_names
+from orchestrator.place import Place, place_of, read_resolved, recorded_names
 from orchestrator.place import place_named as named
 from orchestrator.plan import Plan, plan_sweep
 from orchestrator.recorded import read_sweep
@@ -93,8 +93,7 @@ def recorded_sweep(name: str, store: str | Path, data_root: Path | None) -> tupl
 
 def asked_before(place: Place) -> dict[str, Any]:
     """How a recorded sweep was asked for."""
-    origin: dict[str, Any] = json.loads((place.folder / "resolved.json").read_text())
-    return origin
+    return read_resolved(place)
 
 
 # ---------------------------------------------------------------- options from Python values

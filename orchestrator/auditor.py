@@ -8,6 +8,7 @@ The numbers are `air_core.audit`'s; here they get names, files and pictures.
 from __future__ import annotations
 
 import io
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +34,6 @@ from air_core.audit import (
 )
 from air_core.auxiliary import credible
 from air_core.classifiers import LinearClassifier, text_classifier
-from air_core.datasets import get_dataset
 from air_core.datasets.class_folders import class_files
 from air_core.datasets.images import Unreadable
 from air_core.specs import FidelitySettings, FolderImages
@@ -49,6 +49,7 @@ from orchestrator.audit_card import (
     Shown,
     title_of,
 )
+from orchestrator.dataset_text import about, text_of
 from orchestrator.image_rows import read_drawn, read_pictures, read_synthetic
 from orchestrator.keys import artifact_key
 from orchestrator.pictures import audit_sheet
@@ -56,7 +57,9 @@ from orchestrator.plan import BASE_PER_CLASS
 from orchestrator.resolve import images_folder
 from orchestrator.stages import read_target
 from orchestrator.store import ArtifactStore, MissingArtifact
-from orchestrator.workshop import Workshop, one_thread
+from orchestrator.workshop import ChangedInput, Workshop, one_thread
+
+log = logging.getLogger(__name__)
 
 SHOWN = 10  # pictures in a line of a card; half as many pairs
 DIGITS = 4  # of numbers that are kept: what differs beyond is rounding
@@ -105,13 +108,17 @@ class _Looked:
 
 def _made(row: Audited, shop: Workshop, report: Report) -> AuditCard:
     images, places, redrawn = _read(row, shop.store, report)
-    dataset = get_dataset(row.features.dataset.name)
     backbone = shop.backbone(row.row.backbone, row.row.precision)
-    text = text_classifier(backbone, row.row.images.classnames, dataset.template)
+    template = text_of(row.features, shop.store).template
+    text = text_classifier(backbone, row.row.images.classnames, template)
     targets = [read_target(row.features, split, shop.store) for split in row.splits]
     pool = targets[0].features[targets[0].split.pool]
     test = torch.cat([target.split.test for target in targets]).unique()
     base = _base(row, shop.store)
+    try:
+        shop.examples(row.features.dataset)
+    except ChangedInput as problem:
+        log.warning("%s; copies of test images are not looked for", problem)
     logits = _logits(text, images.features, row.classes)
     around = Surroundings(
         pool=pool,
@@ -127,7 +134,7 @@ def _made(row: Audited, shop: Workshop, report: Report) -> AuditCard:
         name=row.name,
         title=title_of(row),
         clip=row.row.backbone.name,
-        dataset=dataset.about,
+        dataset=about(row.features.dataset.name),
         row=str(artifact_key(row.row.images)),
         images_per_class=row.images_per_class,
         images=len(images),
@@ -199,7 +206,7 @@ def _test_hash(row: Audited, shop: Workshop, position: int) -> Tensor | None:
 
 
 def _test_picture(row: Audited, shop: Workshop, position: int) -> Image.Image | None:
-    with suppress(Unreadable):
+    with suppress(Unreadable, ChangedInput, FileNotFoundError):
         return shop.examples(row.features.dataset).images[position]
     return None
 

@@ -162,13 +162,14 @@ def verdict_screen(verdict: Verdict) -> str:
         return f"{bucket}/{path.relative_to(inventory.root)}" if bucket else near(path)
 
     for one in verdict.damaged:
-        lines += [f"damaged: {named(one.file)}", f"  {one.why}", f"  remove {named(one.remove)}"]
+        remedy = one.remedy or f"remove {named(one.remove)}"
+        lines += [f"damaged: {named(one.file)}", f"  {one.why}", f"  {remedy}"]
     remedy = "counts for nothing" if inventory.bucket else "`airsweep cache gc` removes it"
     for left in inventory.leftovers[:SHOWN]:
         lines += [f"leftover: {named(left.path)}", f"  {left.why}; {remedy}"]
     lines += _more(len(verdict.inventory.leftovers))
     count = len(verdict.damaged)
-    damaged = f"{count} damaged: remove what is named and run again" if count else "none is damaged"
+    damaged = f"{count} damaged: do what is named and run again" if count else "none is damaged"
     lines.append(f"{verdict.files:,} files, {size(verdict.bytes)}: {damaged}")
     if verdict.unsealed:
         lines.append(

@@ -8,6 +8,7 @@ and the objectives at each rung. Imports no torch.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,9 +19,12 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from air_core.normal import normalised
+from air_core.seal import BLANK, intact, sealed
 from air_core.specs import TrialSpec
 from orchestrator.files import write_whole
 from orchestrator.store import ArtifactStore
+
+log = logging.getLogger(__name__)
 
 ABOUT = "about"  # key of a file's metadata
 Rungs = Mapping[int, Mapping[str, float]]  # objectives after so many iterations
@@ -49,7 +53,7 @@ def learned_by(spec: TrialSpec) -> TrialSpec:
 def read_checkpoint(spec: TrialSpec, store: ArtifactStore) -> Checkpoint:
     """Where a trial stands; `START` where nothing was kept."""
     file = _brought(spec, store)
-    if not file.exists():
+    if file is None:
         return START
     with safe_open(file, framework="np") as opened:
         arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
@@ -58,7 +62,7 @@ def read_checkpoint(spec: TrialSpec, store: ArtifactStore) -> Checkpoint:
 
 def keep_checkpoint(spec: TrialSpec, store: ArtifactStore, kept: Checkpoint) -> None:
     about = asdict(replace(kept, arrays={}))
-    content = save(dict(kept.arrays), metadata={ABOUT: json.dumps(about)})
+    content = sealed(save(dict(kept.arrays), metadata={ABOUT: json.dumps(about), "seal": BLANK}))
     place = store.unfinished(learned_by(spec))
     place.path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(place.path, content)
@@ -79,21 +83,28 @@ def rungs_of(spec: TrialSpec, store: ArtifactStore) -> tuple[Rungs, float]:
     found: dict[int, Mapping[str, float]] = {}
     seconds = 0.0
     file = _brought(spec, store)
-    if file.exists():
+    if file is not None:
         kept = _about(file)
         found |= kept.rungs
         seconds = kept.seconds
     if store.has(spec):
-        record = store.get(spec).record
+        record = store.record(spec)
         found |= numbered(record["info"].get("rungs", {}))
         seconds = record["seconds"]
     return found, seconds
 
 
-def _brought(spec: TrialSpec, store: ArtifactStore) -> Path:
+def _brought(spec: TrialSpec, store: ArtifactStore) -> Path | None:
+    """The checkpoint of a trial; None where there is none, or a damaged one."""
     kept = store.unfinished(learned_by(spec))
     kept.bring(anew=True)
-    return kept.path
+    try:
+        if intact(kept.path.read_bytes()) is not False:
+            return kept.path
+    except FileNotFoundError:
+        return None
+    log.warning("%s is damaged: the trial is run from its start", kept.path)
+    return None
 
 
 def numbered(rungs: Mapping[str, Mapping[str, float]]) -> dict[int, Mapping[str, float]]:

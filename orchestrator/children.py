@@ -6,18 +6,19 @@ What a child says of its making is what the record says: who really computed it,
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from air_core.datasets import get_dataset
 from air_core.flat import to_flat
 from air_core.normal import normalised
 from air_core.specs import Ref, TrialSpec
+from orchestrator.dataset_text import tested_classes
 from orchestrator.dispatch import Outcome
 from orchestrator.lineage import UNKNOWN
 from orchestrator.points import name_of_world, point_id, times_of, varied_keys
 from orchestrator.results import flat_of, settings_of
+from orchestrator.store import ArtifactStore
 from orchestrator.sweep import SweepSpec
 from orchestrator.tracking import SweepRun, TrialRun
 
@@ -32,8 +33,10 @@ class Children:
         folder: for files that are made on demand.
     """
 
-    def __init__(self, sweep: SweepSpec, parent: SweepRun, folder: Path) -> None:
-        self.parent, self.folder = parent, folder
+    def __init__(
+        self, sweep: SweepSpec, parent: SweepRun, folder: Path, store: ArtifactStore
+    ) -> None:
+        self.parent, self.folder, self._store = parent, folder, store
         self._objective = sweep.search.objective if sweep.search else ""
         self._varied = varied_keys(sweep)
 
@@ -100,7 +103,7 @@ class Children:
         """Small files for people: the resolved spec and a confusion matrix."""
         makers = {SPEC: lambda: spec_json(outcome.slot.spec, str(outcome.slot.key)).encode()}
         if outcome.record is not None:
-            makers["confusion_matrix.png"] = lambda: _confusion(outcome)
+            makers["confusion_matrix.png"] = lambda: _confusion(outcome, self._store)
         return FilesOnDemand(self.folder / outcome.slot.key.digest, makers)
 
 
@@ -149,16 +152,10 @@ def spec_json(spec: TrialSpec, key: str) -> str:
     return json.dumps({"key": key, **resolved}, indent=1, sort_keys=True)
 
 
-def _confusion(outcome: Outcome) -> bytes:
+def _confusion(outcome: Outcome, store: ArtifactStore) -> bytes:
     from orchestrator.figures import confusion
 
     assert outcome.record is not None
     _, predictions, labels = outcome.record.predictions()
-    names = [name.replace("_", " ") for name in _tested_classes(outcome.slot.spec)]
+    names = [name.replace("_", " ") for name in tested_classes(outcome.slot.spec, store)]
     return confusion(labels, predictions, names)
-
-
-def _tested_classes(spec: TrialSpec) -> Sequence[str]:
-    if spec.test_dataset is None:
-        return spec.classnames
-    return get_dataset(spec.test_dataset.name).classnames

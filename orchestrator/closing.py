@@ -5,16 +5,15 @@ Imports no torch.
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from air_core.datasets import get_dataset
 from air_core.normal import normalised
-from orchestrator.place import Place, read_outcome
+from orchestrator.dataset_text import about
+from orchestrator.place import Place, read_outcome, read_resolved
 from orchestrator.plan import Need, Plan
 from orchestrator.remote import folder_of
 from orchestrator.results import standing
@@ -28,17 +27,10 @@ from orchestrator.variables import in_ray_job
 def title_of(plan: Plan) -> str:
     """A sweep's name, and what stands behind it."""
     datasets = sorted({slot.spec.dataset.name for slot in plan.slots})
-    about = ", ".join(map(_about, datasets))
+    words = ", ".join(map(about, datasets))
     if all(slot.spec.paradigm == "ul" for slot in plan.slots):
-        about += ", no label trains"
-    return f"airsweep {plan.sweep.name}   {about}"
-
-
-def _about(dataset: str) -> str:
-    try:
-        return get_dataset(dataset).about
-    except ValueError:  # a folder of somebody's that is no longer there
-        return dataset
+        words += ", no label trains"
+    return f"airsweep {plan.sweep.name}   {words}"
 
 
 def facts_of(plan: Plan, place: Place) -> list[tuple[str, str]]:
@@ -161,7 +153,7 @@ def _asked(plan: Plan, place: Place) -> str:
     """The file and the options that this sweep was asked for with."""
     words = [plan.sweep.source]
     with suppress(FileNotFoundError):
-        origin = json.loads((place.folder / "resolved.json").read_text())
+        origin = read_resolved(place)
         kept = (origin.get("sets", []), origin.get("only", []), bool(origin.get("smoke")))
         words += map(shlex.quote, option_words(*kept))
     return " ".join(words)

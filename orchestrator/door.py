@@ -96,7 +96,11 @@ class Planned:
 
     def json(self) -> dict[str, Any]:
         """What `airsweep plan --json` prints."""
-        return {**self.plan.json(self.place.store), "reused_from": self._sources()}
+        from orchestrator.plan import changed_inputs
+
+        plan, place = self.plan, self.place
+        found = {**plan.json(place.store), "reused_from": self._sources()}
+        return found | {"changed_inputs": changed_inputs(plan, place)}
 
     def screen(self, explain: bool = False) -> str:
         """explain: with every setting and where it comes from."""

@@ -18,6 +18,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from air_core.seal import sealed_json
 from orchestrator.budget import Purse
 from orchestrator.disk import full
 from orchestrator.dispatch import Dispatcher
@@ -39,21 +40,25 @@ from orchestrator.place import (
     FAILED,
     INTERRUPTED,
     REFUSED,
+    RESOLVED,
     TERMINATED,
     Place,
     Refused,
     read_outcome,
+    read_resolved,
     whoami,
 )
 from orchestrator.plan import (
     Plan,
+    changed_inputs,
     needs_of,
     plan_sweep,
     possible_trials,
 )
 from orchestrator.publish import Publisher
 from orchestrator.remote import RemoteAway
-from orchestrator.resolve import text_digest
+from orchestrator.repair import set_damaged_aside
+from orchestrator.resolve import Resolver, text_digest
 from orchestrator.results import standing
 from orchestrator.running import Run
 from orchestrator.screen import Screen, clock
@@ -62,6 +67,7 @@ from orchestrator.store import ArtifactStore, StoreFull, maker
 from orchestrator.studies import StudiesAway
 from orchestrator.sweep import JOURNAL, Budget, Cell, SweepSpec
 from orchestrator.variables import joins_a_cluster
+from orchestrator.verification import DamagedArtifact
 
 if TYPE_CHECKING:
     from orchestrator.shares import Shares
@@ -103,13 +109,16 @@ def run_sweep(
         StoreLost: later.
         StoreFull: there was no room for what was made, or for saying how it ended.
     """
+    place = replace(place, recorded=False)  # a run reads its inputs as they are now
     ledger, resolver = place.ledger(), place.resolver()
-    plan = plan_sweep(sweep, place.store, resolver, ledger)
+    plan = _sound_plan(sweep, place, resolver, screen)
+    for line in changed_inputs(plan, place):
+        screen.say(line)
     _settle_code(plan, place, accept_code)
     given_up = _given_up(standing(ledger).failures, retry)
     if plan.done + len(plan.pruned) == plan.total and standing(ledger).exit_code == DONE:
         if ledger.path.exists():  # a file that only lost cells asks for no work, but is the sweep
-            _open_folder(place, sweep, origin or {})
+            _open_folder(place, sweep, origin or {}, resolver)
         screen.say(f"{sweep.name}: nothing to do")
         return DONE
     problem = does_not_fit(plan, place.store)
@@ -139,7 +148,7 @@ def run_sweep(
     try:
         with _told_where_full(plan, place):
             _heed_signals(run)
-            _open_folder(place, sweep, origin or {}, diff)
+            _open_folder(place, sweep, origin or {}, resolver, diff)
             ledger.append(
                 "sweep_started",
                 spec=text_digest(sweep.text),
@@ -176,6 +185,21 @@ def run_sweep(
     if untold is not None:
         raise StoreFull(full(plan, place.store, first_line(untold)))
     return code
+
+
+def _sound_plan(sweep: SweepSpec, place: Place, resolver: Resolver, screen: Screen) -> Plan:
+    """The plan of a sweep, after what is damaged was set aside; it is made again by this run."""
+    while True:
+        try:
+            plan = plan_sweep(sweep, place.store, resolver, place.ledger())
+            damaged = set_damaged_aside(plan, place.store, resolver)
+        except DamagedArtifact as problem:  # of a record that the plan itself reads
+            place.store.set_aside(problem)
+            damaged = [problem]
+        for one in damaged:
+            screen.say(f"{one.name} was damaged ({one.why}) and is made again")
+        if not damaged:
+            return plan
 
 
 @contextmanager
@@ -224,15 +248,31 @@ def _given_up(failures: Mapping[str, Mapping[str, Any]], retry: str | None) -> d
     }
 
 
-def _open_folder(place: Place, sweep: SweepSpec, origin: dict[str, Any], diff: bytes = b"") -> None:
+def _open_folder(
+    place: Place, sweep: SweepSpec, origin: dict[str, Any], resolver: Resolver, diff: bytes = b""
+) -> None:
     place.folder.mkdir(parents=True, exist_ok=True)
-    kept = {"spec.yaml": sweep.text, "resolved.json": json.dumps(origin, indent=1, sort_keys=True)}
-    for name, text in kept.items():
+    resolved = sealed_json({**origin, "inputs": _merged_inputs(place, resolver)})
+    for name, data in {"spec.yaml": sweep.text.encode(), RESOLVED: resolved}.items():
         path = place.folder / name
-        if not path.exists() or path.read_text() != text:
-            place.write(name, text)
+        if not path.exists() or path.read_bytes() != data:
+            place.write(name, data)
     if diff:
         place.write(f"uncommitted-{diff_digest(diff)}.diff", diff)
+
+
+def _merged_inputs(place: Place, resolver: Resolver) -> dict[str, Any]:
+    """The inputs of this run, and of earlier runs those that this one does not use: with `--only`
+    a run has fewer cells."""
+    now: dict[str, Any] = resolver.inputs()
+    before: dict[str, Any] = {}
+    try:
+        before = read_resolved(place).get("inputs") or {}
+    except FileNotFoundError:
+        pass
+    except ValueError as problem:
+        log.warning("%s", problem)
+    return {kind: {**before.get(kind, {}), **of} for kind, of in now.items()}
 
 
 def _work(run: Run, plan: Plan, prepare_only: bool, cluster: ExitStack) -> int:

@@ -8,13 +8,13 @@ kinds that have no history.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from air_core.seal import sealed_json
 from air_core.specs import (
     FeaturesSpec,
     GeneratedImages,
@@ -28,6 +28,7 @@ from air_core.specs import (
 from orchestrator.fit import Machine, room, this_machine
 from orchestrator.store import ArtifactStore
 from orchestrator.sweep import Resources
+from orchestrator.verification import read_cache
 
 # Seconds of one unit where nothing of a stage was measured: the tiny world on one core.
 GUESS = {"features": 8.0, "labels": 1.0, "lora": 0.15, "images": 0.03, "trials": 4.0}
@@ -265,12 +266,12 @@ def _wall(
 
 
 def read_history(store: ArtifactStore) -> Measured:
-    try:
-        kept = json.loads(store.refresh(store.root / "history.json").read_text())
-    except FileNotFoundError:
-        return {}
+    return read_cache(store.refresh(store.root / "history.json"), _history, {})
+
+
+def _history(kept: dict[str, Any]) -> Measured:
     return {
-        stage: {kind: (of["seconds"], of["units"]) for kind, of in kinds.items()}
+        stage: {kind: (float(of["seconds"]), float(of["units"])) for kind, of in kinds.items()}
         for stage, kinds in kept.items()
         if "seconds" not in kinds  # as it was kept before there were kinds
     }
@@ -288,7 +289,7 @@ def remember(store: ArtifactStore, done: Mapping[tuple[str, str], tuple[float, f
         entry = kept.setdefault(stage, {}).setdefault(kind, {"seconds": 0.0, "units": 0.0})
         entry["seconds"] = round(entry["seconds"] + seconds, 3)
         entry["units"] += units
-    store.write(store.root / "history.json", json.dumps(kept, indent=1, sort_keys=True))
+    store.write(store.root / "history.json", sealed_json(kept))
 
 
 def mean_seconds(history: Measured) -> dict[str, float]:
@@ -301,10 +302,10 @@ def mean_seconds(history: Measured) -> dict[str, float]:
 
 
 def read_probed(store: ArtifactStore) -> Probed:
-    try:
-        kept = json.loads(store.refresh(store.root / "probed.json").read_text())
-    except FileNotFoundError:
-        kept = {}
+    return read_cache(store.refresh(store.root / "probed.json"), _probed, Probed({}, {}))
+
+
+def _probed(kept: dict[str, Any]) -> Probed:
     each = [((stage, kind), of) for stage, kinds in kept.items() for kind, of in kinds.items()]
     return Probed(
         {name: Pace(**of) for name, of in each if "problem" not in of},
@@ -324,4 +325,4 @@ def remember_probed(store: ArtifactStore, found: Mapping[tuple[str, str], Pace |
     for (stage, kind), of in every.items():
         entry = {"problem": of} if isinstance(of, str) else asdict(of)
         kept.setdefault(stage, {})[kind] = entry
-    store.write(store.root / "probed.json", json.dumps(kept, indent=1, sort_keys=True))
+    store.write(store.root / "probed.json", sealed_json(kept))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from orchestrator.redact import redacted
 from orchestrator.store import MissingArtifact, StoreFull
+from orchestrator.verification import DamagedArtifact
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class OutOfTime(TimeoutError):
 # The first that fits names the class; anything else is the user's.
 KINDS: tuple[tuple[type[BaseException], str], ...] = (
     (MissingArtifact, "data"),
+    (DamagedArtifact, "data"),
     (StoreFull, "disk"),
     (OutOfTime, "timeout"),  # which is an OSError too
     (FloatingPointError, "nan"),

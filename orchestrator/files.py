@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import grp
 import hashlib
@@ -14,6 +15,35 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+Stamp = tuple[int, int, int]  # size, modification time in ns, inode
+
+
+def file_stamp(path: Path) -> Stamp:
+    """What changes when the content of a file does."""
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk. Some file systems cannot sync folders;
+    they keep names in order themselves."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as problem:
+        if problem.errno != errno.EINVAL:
+            raise
+    finally:
+        os.close(handle)
+
+
+def make_folders(path: Path) -> None:
+    """Create a folder and its parents where they are missing, and bring their names to the disk."""
+    missing = [one for one in (path, *path.parents) if not one.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for one in missing:
+        sync(one.parent)
+
 
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file so that it is there whole or not at all, also after a power cut."""
@@ -22,6 +52,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
         handle.write(data)
         handle.flush()
         os.fsync(handle.fileno())
+    sync(path.parent)
 
 
 def write_new(path: Path, content: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from orchestrator.keys import Stage, artifact_key
 from orchestrator.reached import Code, code_of
 from orchestrator.store import ArtifactStore, maker
+from orchestrator.verification import DamagedArtifact
 
 ACCEPTED = "accepted_code.jsonl"  # in the store: it is the artifacts that are taken as they are
 
@@ -52,7 +53,10 @@ def stale(specs: Iterable[Stage], store: ArtifactStore) -> tuple[Stale, ...]:
     found: dict[str, dict[str, tuple[str, Code]]] = {}
     for spec in specs:
         key = artifact_key(spec)
-        before = store.code(spec)
+        try:
+            before = store.code(spec)
+        except DamagedArtifact:  # whatever reads it refuses it, and a run makes it again
+            continue
         if before is None:  # it is not there, or is older than this record
             continue
         now = code_of(spec)

@@ -10,7 +10,6 @@ import io
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -22,12 +21,13 @@ from torch import Tensor
 
 from air_core.classifiers import text_classifier
 from air_core.diffusion import ImageGenerator, image_seed, load_generator, rejected
+from air_core.seal import BLANK, sealed
 from air_core.specs import FolderImages, GeneratedImages, SyntheticFeaturesSpec
 from air_core.types import Batch, Labelled
 from orchestrator.resolve import images_folder
 from orchestrator.rows import Row
-from orchestrator.seal import BLANK, intact, sealed
 from orchestrator.store import ArtifactStore, MissingArtifact
+from orchestrator.verification import DamagedArtifact
 from orchestrator.workshop import Workshop
 
 ATTEMPTS = 3  # draws of one slot before it is a recorded hole
@@ -86,14 +86,19 @@ def _build_block(
     generator: Callable[[], ImageGenerator],
 ) -> dict[str, float]:
     drawn: dict[str, float] = {"drawn": 0, "redrawn": 0, "holes": 0, "on_device": 0.0}
+    features = shop.store.open_row(spec)
+    encoded_before = features.holds(class_index, block, ".safetensors")
+    if not encoded_before and row.holds(class_index, block, ".parquet"):
+        try:
+            row.read(class_index, block, ".parquet")
+        except DamagedArtifact as damaged:
+            shop.store.set_aside(damaged)
     if not row.holds(class_index, block, ".parquet"):
         table, drawn = _draw(spec.images, class_index, block, generator())
         row.publish(class_index, block, ".parquet", sealed(_parquet(table)))
-    features = shop.store.open_row(spec)
-    if not features.holds(class_index, block, ".safetensors"):
-        row.pull([(class_index, block)], ".parquet")
-        shard = row.shard(class_index, block, ".parquet")
-        table = pq.read_table(io.BytesIO(_sound(row, shard)), columns=["image", "ok"])
+    if not encoded_before:
+        data = row.read(class_index, block, ".parquet")
+        table = pq.read_table(io.BytesIO(data), columns=["image", "ok"])
         images = [Image.open(io.BytesIO(png)) for png in table["image"].to_pylist()]
         started = time.monotonic()
         encoded_images = shop.encoded(images, spec)
@@ -170,16 +175,6 @@ def _parquet(table: pa.Table) -> bytes:
     return bytes(buffer.getvalue())
 
 
-def _sound(row: Row, shard: Path) -> bytes:
-    """A shard's content. Those from before there were seals are taken as they are."""
-    data = shard.read_bytes()
-    if intact(data) is False:
-        raise MissingArtifact(
-            f"{row.called(shard)} is damaged; remove it and run `airsweep prepare SPEC`"
-        )
-    return data
-
-
 def read_synthetic(
     spec: SyntheticFeaturesSpec,
     count: int,
@@ -194,7 +189,8 @@ def read_synthetic(
         tokens: the row with their patch tokens, where they are wanted too.
 
     Raises:
-        MissingArtifact: they were not drawn yet, or a shard is damaged.
+        MissingArtifact: they were not drawn yet.
+        DamagedArtifact: a shard is damaged.
     """
     features, labels = _read_row(spec, count, store, classes)
     patches = None if tokens is None else _read_row(tokens, count, store, classes)[0]
@@ -216,13 +212,13 @@ def _read_row(
     for c in wanted_classes:
         classname = spec.images.classnames[c]
         for block in blocks:
-            shard = row.shard(c, block, ".safetensors")
-            if not shard.exists():
+            try:
+                arrays = load(row.read(c, block, ".safetensors"))
+            except FileNotFoundError:
                 raise MissingArtifact(
                     f"image {block * size} of {classname!r} is not in {row.key} under "
                     f"{store.name}; run `airsweep prepare SPEC` first"
-                )
-            arrays = load(_sound(row, shard))
+                ) from None
             wanted = arrays["ok"][: count - block * size]
             kept = torch.from_numpy(arrays["features"][: len(wanted)][wanted])
             features.append(kept)
@@ -256,8 +252,8 @@ def read_images(
     for c in classes:
         pictures: list[Image.Image] = []
         for block in range(spec.blocks(count)):
-            shard = row.shard(c, block, ".parquet")
-            stored = pq.read_table(shard, columns=["image"])["image"].to_pylist()
+            data = row.read(c, block, ".parquet")
+            stored = pq.read_table(io.BytesIO(data), columns=["image"])["image"].to_pylist()
             pictures += [Image.open(io.BytesIO(png)).convert("RGB") for png in stored]
         found.append(pictures[:count])
     return found
@@ -289,7 +285,7 @@ def read_drawn(
     """The first `count` slots of each class, holes among them, one after the other.
 
     Raises:
-        MissingArtifact: a shard is damaged.
+        DamagedArtifact: a shard is damaged.
     """
     pictures, features = store.row(spec.images), store.row(spec)
     shards = [(c, block) for c in classes for block in range(spec.blocks(count))]
@@ -297,9 +293,9 @@ def read_drawn(
     features.pull(shards, ".safetensors")
     size = spec.images.block_size
     for c, block in shards:
-        data = _sound(pictures, pictures.shard(c, block, ".parquet"))
+        data = pictures.read(c, block, ".parquet")
         table = pq.read_table(io.BytesIO(data), columns=["index", "attempt", "ok", "image"])
-        arrays = load(_sound(features, features.shard(c, block, ".safetensors")))
+        arrays = load(features.read(c, block, ".safetensors"))
         for slot, row in enumerate(table.to_pylist()[: count - block * size]):
             yield Drawn(
                 c, row["index"], row["attempt"], row["ok"], row["image"], arrays["features"][slot]
@@ -317,7 +313,7 @@ def read_pictures(
     row.pull(by_shard, ".parquet")
     found = {}
     for (c, block), indices in by_shard.items():
-        data = _sound(row, row.shard(c, block, ".parquet"))
+        data = row.read(c, block, ".parquet")
         stored = pq.read_table(io.BytesIO(data), columns=["image"])["image"]
         for index in indices:
             png = stored[index % size].as_py()

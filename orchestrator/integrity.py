@@ -15,14 +15,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from air_core.seal import intact
 from orchestrator.files import content_digest
 from orchestrator.freshness import ACCEPTED, said_of_code
 from orchestrator.inventory import SHARDS, Holding, Inventory
+from orchestrator.ledger import EVENTS, JOURNAL_REMEDY, REMEDY, parse_event
 from orchestrator.mirror import RECORD
+from orchestrator.place import RESOLVED
 from orchestrator.reached import code_digest
 from orchestrator.remote import RemoteAway
-from orchestrator.seal import intact
-from orchestrator.store import ROW
+from orchestrator.store import ROW, VERSION
+from orchestrator.verification import DamagedArtifact, parse_record, read_sealed
 
 
 @dataclass(frozen=True)
@@ -33,10 +36,7 @@ class Finding:
     remove: Path  # what must go if it is damaged, so that the next run makes it again
     why: str = ""  # why it is damaged; empty: it is not, as far as can be told
     unsealed: bool = False  # nothing was written down that would tell
-
-    @property
-    def sentence(self) -> str:
-        return f"{self.why}; remove {self.remove} and run again"
+    remedy: str = ""  # what to do instead of removing it and running again
 
 
 Watch = Callable[[Iterable[Finding], int], Iterable[Finding]]
@@ -63,6 +63,7 @@ class Verdict:
                     "file": str(one.file.relative_to(root)),
                     "why": one.why,
                     "remove": str(one.remove.relative_to(root)),
+                    "remedy": one.remedy,
                 }
                 for one in self.damaged
             ],
@@ -84,8 +85,7 @@ def verify(inventory: Inventory, watch: Watch = lambda each, total: each) -> Ver
     if inventory.bucket is None:  # of a bucket the artifacts alone are looked at
         looks += [partial(_checkpoint, one.path) for one in inventory.unfinished]
         looks += [partial(_code, one.path) for one in inventory.codes]
-        accepted = inventory.root / ACCEPTED
-        looks += [partial(_accepted, accepted)] if accepted.exists() else []
+        looks += _beside(inventory.root)
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         found = list(watch(threads.map(lambda look: look(), looks), len(looks)))
     return Verdict(
@@ -107,24 +107,35 @@ def _looks(holding: Holding, inventory: Inventory) -> Iterator[Callable[[], Find
             yield partial(_shard, holding.path / name, inventory)
         return
     yield lambda: _record(holding, holding.path / RECORD, holding.path, inventory)
-    for name, digest in holding.record.get("files", {}).items():
+    files = holding.record.get("files")
+    for name, digest in files.items() if isinstance(files, dict) else ():
         yield partial(_file, holding.path / holding.stored(name), digest, inventory)
+
+
+def _beside(root: Path) -> Iterator[Callable[[], Finding]]:
+    """The files of a store beside its artifacts, and those of its sweeps."""
+    for name, look in BESIDE.items():
+        if os.path.lexists(root / name):
+            yield partial(look, root / name)
+    for folder in sorted((root / "sweeps").glob("*/*")):
+        for name, look in OF_A_SWEEP.items():
+            if os.path.lexists(folder / name):
+                yield partial(look, folder / name)
 
 
 def _record(holding: Holding, file: Path, remove: Path, inventory: Inventory) -> Finding:
     try:
         data = _read(file, inventory)
-        known = json.loads(data)
+        known = parse_record(data, file)
     except RemoteAway:
         raise
-    except (OSError, ValueError) as problem:
-        return Finding(file, remove, f"cannot be read: {problem}")
-    state = intact(data)
-    if state is False:
-        return Finding(file, remove, "is not what was written: its checksum does not fit")
+    except DamagedArtifact as damaged:
+        return Finding(file, remove, damaged.why)
+    except OSError as problem:
+        return Finding(file, remove, f"cannot be read: {problem.strerror}")
     if not str(known.get("digest")).startswith(holding.digest):
         return Finding(file, remove, "belongs to another folder")
-    return Finding(file, remove, unsealed=state is None)
+    return Finding(file, remove, unsealed=intact(data) is None)
 
 
 def _file(file: Path, digest: str, inventory: Inventory) -> Finding:
@@ -175,15 +186,60 @@ def _code(file: Path) -> Finding:
     return Finding(file, file, "" if same else "is not what was written: its name does not fit")
 
 
-def _accepted(file: Path) -> Finding:
-    """What people said of other code: a line that means nothing would stop every plan."""
+def _lines(check: Callable[[bytes], object], remedy: str, file: Path) -> Finding:
+    """A file of one JSON text a line; a half line at the end is what a killed writer left."""
     try:
-        for line in file.read_text().splitlines():
-            if not said_of_code(json.loads(line)):
-                raise ValueError(f"{line[:60]!r} names no stage and codes")
-    except (OSError, ValueError) as problem:
-        return Finding(file, file, f"cannot be read: {problem}")
+        whole, _, _ = file.read_bytes().rpartition(b"\n")
+    except OSError as problem:
+        return Finding(file, file, f"cannot be read: {problem.strerror}")
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            check(line)
+        except (ValueError, TypeError) as problem:
+            return Finding(file, file, f"line {number} is damaged: {problem}", remedy=remedy)
     return Finding(file, file)
+
+
+def _accepted(line: bytes) -> None:
+    if not said_of_code(json.loads(line)):
+        raise ValueError("no stage and codes")
+
+
+def _sealed(remedy: str, file: Path) -> Finding:
+    try:
+        read_sealed(file)
+        unsealed = intact(file.read_bytes()) is None
+    except OSError as problem:
+        return Finding(file, file, f"cannot be read: {problem.strerror}", remedy=remedy)
+    except ValueError as problem:
+        return Finding(file, file, str(problem), remedy=remedy)
+    return Finding(file, file, unsealed=unsealed)
+
+
+def _version(file: Path) -> Finding:
+    try:
+        found = file.read_text(errors="replace").strip()
+    except OSError as problem:
+        found = str(problem.strerror)
+    why = "" if found == VERSION else f"holds {found[:20]!r}"
+    return Finding(file, file, why, remedy=f"replace it by a file that holds {VERSION}")
+
+
+CACHE_REMEDY = "remove it; it is built anew"
+RUN_REMEDY = "run `airsweep run` with the sweep file and its options, which writes it anew"
+BESIDE: dict[str, Callable[[Path], Finding]] = {
+    "VERSION": _version,
+    "digests.json": partial(_sealed, CACHE_REMEDY),
+    "history.json": partial(_sealed, CACHE_REMEDY),
+    "probed.json": partial(_sealed, CACHE_REMEDY),
+    ACCEPTED: partial(_lines, _accepted, "remove that line"),
+}
+OF_A_SWEEP: dict[str, Callable[[Path], Finding]] = {
+    RESOLVED: partial(_sealed, RUN_REMEDY),
+    "outcome.json": partial(_sealed, RUN_REMEDY),
+    EVENTS: partial(_lines, parse_event, REMEDY),
+    "studies.journal": partial(_lines, json.loads, JOURNAL_REMEDY),
+}
 
 
 def _unreadable(file: Path, data: bytes) -> str:

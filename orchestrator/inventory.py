@@ -9,7 +9,6 @@ would have in the mirror.
 from __future__ import annotations
 
 import errno
-import json
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -20,9 +19,11 @@ from typing import Any, BinaryIO
 
 from orchestrator.mirror import RECORD, stored_name
 from orchestrator.remote import Entry, Remote, side_by_side
-from orchestrator.store import CODE, ROW, UNFINISHED, ArtifactStore
+from orchestrator.store import CODE, DAMAGED, ROW, UNFINISHED, ArtifactStore
+from orchestrator.verification import DamagedArtifact, parse_record, read_record
 
 SHARDS = {"images": ".parquet", "synthetic": ".safetensors"}  # stages that are rows
+ASIDE = "it was damaged and set aside"
 UNKNOWN = "unknown"  # an owner that nobody wrote down
 
 
@@ -159,7 +160,8 @@ def _in_folder(store: ArtifactStore) -> Inventory | None:
         if not path.is_dir():
             continue
         if path.name.startswith("."):
-            leftovers.append(_leftover(path, "a builder's folder"))
+            why = ASIDE if path.name.startswith(DAMAGED) else "a builder's folder"
+            leftovers.append(_leftover(path, why))
             continue
         files = dict(_sizes(path))
         known = ROW if path.parent.parent.name in SHARDS else RECORD
@@ -175,7 +177,7 @@ def _in_folder(store: ArtifactStore) -> Inventory | None:
             if path.name.startswith("."):
                 leftovers.append(_leftover(path, "half a file"))
             else:
-                stat = path.stat()
+                stat = path.lstat()
                 loose.append(Loose(path, stat.st_size, stat.st_uid))
     return Inventory(
         store.root,
@@ -197,11 +199,11 @@ def _in_bucket(store: ArtifactStore) -> Inventory | None:
     records: dict[str, Any] = {}
 
     def read(folder: str) -> None:
+        data = remote.get(f"artifacts/{folder}/{known[folder]}") or b"{}"
         try:
-            found = json.loads(remote.get(f"artifacts/{folder}/{known[folder]}") or b"{}")
-        except ValueError:  # `verify` says which
-            found = {}
-        records[folder] = found if isinstance(found, dict) else {}
+            records[folder] = parse_record(data, store.artifacts / folder / known[folder])
+        except DamagedArtifact:  # `verify` says which
+            records[folder] = {}
 
     side_by_side(read, [folder for folder, files in folders.items() if known[folder] in files])
     holdings: list[Holding] = []
@@ -228,17 +230,16 @@ def _strays(holding: Holding) -> Iterator[tuple[str, str]]:
         recorded = {holding.stored(name) for name in recorded}
     for name in holding.files:
         if name.startswith("."):
-            yield name, "half a file"
+            yield name, ASIDE if name.startswith(DAMAGED) else "half a file"
         elif recorded is not None and name not in recorded and name != RECORD:
             yield name, "a file that the record does not know"
 
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_bytes())
-    except (FileNotFoundError, ValueError):  # `verify` says which
+        return read_record(file)
+    except (OSError, DamagedArtifact):  # `verify` says which
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _sizes(folder: Path) -> Iterator[tuple[str, int]]:
@@ -251,8 +252,8 @@ def _sizes(folder: Path) -> Iterator[tuple[str, int]]:
 
 
 def _leftover(path: Path, why: str) -> Leftover:
-    stat = path.stat()
-    inside = [one.stat() for one in path.rglob("*")] if path.is_dir() else []
+    stat = path.lstat()  # a link may lead nowhere, or to itself
+    inside = [one.lstat() for one in path.rglob("*")] if path.is_dir() else []
     return Leftover(
         path,
         why,

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from orchestrator.files import is_flocked
+from orchestrator.files import is_flocked, make_folders, sync
 from orchestrator.mirror import Mirror
 from orchestrator.remote import Lease, RemoteAway, side_by_side
 
@@ -57,7 +59,7 @@ class Ledger:
         Raises:
             SweepBusy: there is one already.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folders(self.folder)
         try:
             self._lock.acquire(timeout=LOOKED_AT)
         except Timeout:
@@ -96,7 +98,7 @@ class Ledger:
             When it was, in seconds since the epoch, as the event says too.
         """
         now = round(time.time(), 3)
-        line = json.dumps({"event": event, "time": now, **fields}, sort_keys=True, allow_nan=False)
+        line = _line({"event": event, "time": now, **fields})
         alone = nullcontext() if self._bucket is None else self._bucket.putting(line)
         with alone:
             append_line(self.path, line)
@@ -111,13 +113,56 @@ class Ledger:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     def events(self) -> Iterator[dict[str, Any]]:
-        """All events in order. A last line that a kill cut off is left out."""
+        """All events in order. A last line that a kill cut off is left out.
+
+        Raises:
+            ValueError: a line is damaged.
+        """
         if not self.path.exists():
             return
-        with open(self.path, encoding="utf-8") as handle:
-            for line in handle:
-                if line.endswith("\n"):
-                    yield json.loads(line)
+        with open(self.path, "rb") as handle:
+            for number, line in enumerate(handle, 1):
+                if line.endswith(b"\n"):
+                    try:
+                        yield parse_event(line)
+                    except ValueError as problem:
+                        raise ValueError(f"{self.path}:{number}: {problem}; {REMEDY}") from None
+
+
+# Where the store is in a bucket the file is a copy.
+REMEDY = (
+    "remove this line: results are in the store and are found there by the next run; of a store in "
+    "a bucket remove the file instead, which is a copy"
+)
+JOURNAL_REMEDY = "remove the file: the next run makes it again from the event log"
+CHECKSUM = re.compile(rb', "crc": "(.{8})"}$')
+
+
+def _line(event: dict[str, Any]) -> str:
+    """An event as one line of JSON whose last field is the checksum of the rest."""
+    bare = json.dumps(event, sort_keys=True, allow_nan=False)
+    return f'{bare[:-1]}, "crc": "{zlib.crc32(bare.encode()):08x}"}}'
+
+
+def parse_event(line: bytes) -> dict[str, Any]:
+    """The event of a line. Lines without a checksum are of an earlier version.
+
+    Raises:
+        ValueError: the line is damaged.
+    """
+    line = line.strip()
+    found = CHECKSUM.search(line)
+    if found is not None:
+        line = line[: found.start()] + b"}"
+        if found[1] != b"%08x" % zlib.crc32(line):
+            raise ValueError("its checksum does not fit")
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):
+        raise ValueError("not JSON") from None
+    if not isinstance(event, dict) or not isinstance(event.get("event"), str):
+        raise ValueError("not an event")
+    return event
 
 
 class _Bucket:
@@ -247,6 +292,8 @@ def append_line(path: Path, line: str) -> None:
             while data:
                 data = data[handle.write(data) :]
             os.fsync(handle.fileno())
+            if before == 0:
+                sync(path.parent)
         except OSError:  # a full disk takes half a line; the next one would be glued to it
             handle.truncate(before)
             raise

@@ -19,9 +19,11 @@ import shutil
 import time
 import uuid
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from air_core.seal import intact
 from orchestrator.files import file_digest, write_beside
 from orchestrator.keys import ArtifactKey
 from orchestrator.remote import Remote, side_by_side
@@ -81,10 +83,10 @@ class Mirror:
     def record(self, key: ArtifactKey) -> bytes | None:
         """The record of an artifact, without its files; None: it is not there."""
         place, kept = _place(key), self._kept(key)
-        try:
-            return kept.read_bytes()
-        except FileNotFoundError:
-            pass
+        with suppress(FileNotFoundError):
+            here = kept.read_bytes()
+            if intact(here) is not False:  # a damaged copy is fetched again
+                return here
         data = self.remote.get(f"{place}/{RECORD}")
         if data is not None:
             self._whole.add(place)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,7 @@ def ending_of(sweep: SweepSpec, place: Place, folder: Path) -> Ending:
     Args:
         folder: for charts.
     """
+    place = replace(place, recorded=True)
     plan = plan_sweep(sweep, place.store, place.resolver(), place.ledger())
     done = finished(plan, place.store)
     entries = entries_of(plan, place.store, done)

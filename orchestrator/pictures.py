@@ -50,10 +50,10 @@ def contact_sheet(
     Returns:
         The PNG, and the share of each group that zero-shot CLIP takes for its class.
     """
-    from air_core.datasets import get_dataset
+    from orchestrator.dataset_text import text_of
     from orchestrator.image_rows import drawn_classes, drawn_of_each, read_images, recognised
 
-    dataset = get_dataset(features.dataset.name)
+    dataset = text_of(features, shop.store)
     examples = shop.examples(features.dataset)
     shown = drawn_classes(drawn, shop.store)[:ROWS]
     real = [_readable(examples.images, np.flatnonzero(examples.labels == c)) for c in shown]

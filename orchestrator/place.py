@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import getpass
-import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from orchestrator.ledger import OWN, Ledger
 from orchestrator.remote import S3, folder_of, scheme_of
-from orchestrator.resolve import Resolver
+from orchestrator.resolve import RecordedResolver, Resolver
 from orchestrator.store import ArtifactStore, open_store
 from orchestrator.sweep import SweepSpec
 from orchestrator.variables import in_ray_job
+from orchestrator.verification import read_cache, read_sealed
 
 # Exit codes.
 DONE, FAILED, BAD_INPUT, REFUSED, BUDGET, GATE = range(6)
@@ -23,12 +24,18 @@ INTERRUPTED, TERMINATED = 130, 143
 
 @dataclass(frozen=True)
 class Place:
-    """Where a sweep lives: the store, its folder in it, the datasets."""
+    """Where a sweep lives: the store, its folder in it, the datasets.
+
+    Args:
+        recorded: results are read by the digests and class names that the last run recorded, and
+            no image or weights need to be there.
+    """
 
     store: ArtifactStore
     project: str
     name: str
     data_root: Path | None
+    recorded: bool = False
 
     def __post_init__(self) -> None:
         for name in (self.project, self.name):
@@ -57,6 +64,11 @@ class Place:
         self.store.write(self.folder / name, content)
 
     def resolver(self) -> Resolver:
+        if self.recorded:
+            with suppress(FileNotFoundError):
+                inputs = read_resolved(self).get("inputs")
+                if inputs:  # earlier versions recorded none
+                    return RecordedResolver(inputs)
         return Resolver(self.store.root / "digests.json", self.data_root)
 
 
@@ -114,13 +126,29 @@ def recorded_places(store: ArtifactStore) -> list[Place]:
     return [place_named(store, project, name) for project, name in recorded_names(store)]
 
 
+RESOLVED = "resolved.json"
+
+
+def read_resolved(place: Place) -> dict[str, Any]:
+    """How a sweep was last run: its options, and the digests of its inputs.
+
+    Raises:
+        ValueError: the file is damaged.
+        FileNotFoundError: the sweep was not run.
+    """
+    file = place.folder / RESOLVED
+    try:
+        return read_sealed(file)
+    except ValueError as problem:
+        raise ValueError(
+            f"{file} is damaged: {problem}; `airsweep run` with the sweep file and its options "
+            "writes it anew"
+        ) from None
+
+
 def read_outcome(place: Place) -> dict[str, Any]:
     """outcome.json of the last run; empty if there is none."""
-    try:
-        outcome: dict[str, Any] = json.loads((place.folder / "outcome.json").read_text())
-    except FileNotFoundError:
-        return {}
-    return outcome
+    return read_cache(place.folder / "outcome.json", lambda outcome: outcome, {})
 
 
 def whoami() -> str:

@@ -28,6 +28,7 @@ from orchestrator.estimate import Estimate, Work, estimate, stage_work, trial_wo
 from orchestrator.freshness import Stale, stale
 from orchestrator.keys import ArtifactKey, artifact_key
 from orchestrator.ledger import Ledger
+from orchestrator.place import Place, read_resolved
 from orchestrator.resolve import Resolver
 from orchestrator.space import default_params, grid_points, study_name
 from orchestrator.store import ArtifactStore
@@ -500,3 +501,39 @@ def moved_slots(ledger: Ledger) -> dict[str, str]:
     return {
         event["slot"]: event["key"] for event in ledger.events() if event["event"] == "trial_moved"
     }
+
+
+def changed_inputs(plan: Plan, place: Place) -> list[str]:
+    """Datasets and weights that are other ones now than in the last run, and how many finished
+    results of these slots are of the earlier content; one sentence each."""
+    try:
+        inputs = read_resolved(place).get("inputs")
+    except (FileNotFoundError, ValueError):  # it was not run, or this run writes the file anew
+        return []
+    if not inputs:
+        return []
+    before = {name: of["ref"]["digest"] for name, of in inputs["datasets"].items()}
+    before |= inputs["weights"]
+    finished = finished_slots(place.ledger())
+    earlier: dict[str, int] = {}
+    for slot in plan.slots:
+        had = finished.get(slot.id, (slot.key.digest, ""))[0] != slot.key.digest
+        for name, now in _inputs_of(slot):
+            if now and before.get(name, now) != now:
+                earlier[name] = earlier.get(name, 0) + had
+    return [
+        f"{name}: the {'folder' if 'folder:' in name else 'content'} changed since: "
+        f"{count} {'result is' if count == 1 else 'results are'} of the earlier content"
+        for name, count in earlier.items()
+    ]
+
+
+def _inputs_of(slot: Slot) -> Iterator[tuple[str, str]]:
+    """Names as `Resolver.inputs` has them, and digests."""
+    spec = slot.spec
+    yield slot.cell.flat["dataset"], spec.dataset.digest
+    if spec.test_dataset is not None:
+        yield slot.cell.flat["test_dataset"], spec.test_dataset.digest
+    for role in ("backbone", "generator"):
+        ref = getattr(spec, role)
+        yield f"{role} {ref.name}", ref.digest

@@ -207,7 +207,7 @@ def _labels_are_there(
 ) -> None:
     for need in needs:
         if need.spec == labels:
-            record = shop.store.get(labels).record
+            record = shop.store.record(labels)
             watcher.prepared(need, record["seconds"], record["info"])
 
 

@@ -47,6 +47,7 @@ from air_core.specs import (
 )
 from air_core.training import fit
 from air_core.types import Batch, Labelled
+from orchestrator.dataset_text import text_of
 from orchestrator.estimate import (
     CPU,
     Pace,
@@ -372,6 +373,7 @@ def _target(
         features=_drawn(spec, labels, backbone),
         labels=labels,
         split=make_split(data.labels, data.parts, split),
+        text=text_of(spec, shop.store),
         tokens=patches,
     )
 

@@ -58,7 +58,7 @@ class Publisher:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tracker")
         self._tracker: Tracker | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="airsweep-")
-        self._children = Children(sweep, parent, Path(self._folder.name))
+        self._children = Children(sweep, parent, Path(self._folder.name), store)
         self._points = Points(sweep)
         self._waiting: list[Future[None]] = []
         self._troubled = 0  # outcomes that could not even be brought to the tracker

@@ -81,7 +81,7 @@ def reconcile(sweep: SweepSpec, place: Place, tracking_uri: str | None) -> Recon
         parent = parent_of(sweep, place, history.last)
         gone = 0
         with tempfile.TemporaryDirectory(prefix="airsweep-") as folder:
-            children = Children(sweep, parent, Path(folder))
+            children = Children(sweep, parent, Path(folder), place.store)
             tracker.start(parent, live=False)
             for slot in plan.slots:
                 noted = history.outcomes.get(slot.id)

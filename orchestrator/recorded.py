@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from air_core.specs import SyntheticFeaturesSpec, TrialSpec
 from orchestrator.keys import Stage, artifact_key
 from orchestrator.locks import StoreRefused
-from orchestrator.place import Place, recorded_places
+from orchestrator.place import Place, read_resolved, recorded_places
 from orchestrator.plan import (
     known_points,
     moved_slots,
@@ -21,7 +19,7 @@ from orchestrator.plan import (
     possible_trials,
     slots_of,
 )
-from orchestrator.resolve import Resolver
+from orchestrator.resolve import NotRecorded, Resolver
 from orchestrator.store import ArtifactStore
 from orchestrator.studies import Searches, searches
 from orchestrator.sweep import Cell, SweepSpec, cells_of, smoke
@@ -51,19 +49,20 @@ class Needs:
 
 
 def read_sweep(place: Place, data_root: Path | None) -> tuple[SweepSpec, Place]:
-    """A sweep as it was last run, with the values that were set then.
+    """A sweep as it was last run: its options then, and its inputs as they were found then.
 
     Raises:
         ValueError: its file does not mean anything any more.
         FileNotFoundError: it is not there.
     """
-    origin: dict[str, Any] = json.loads((place.folder / "resolved.json").read_text())
+    origin = read_resolved(place)
     sweep = load_sweep(
         place.folder / "spec.yaml", sets=origin.get("sets", []), only=origin.get("only", [])
     )
     sweep = replace(sweep, source=origin.get("source", sweep.source))
     data = data_root or (Path(sweep.data_root) if sweep.data_root else None)
-    return smoke(sweep) if origin.get("smoke") else sweep, replace(place, data_root=data)
+    place = replace(place, data_root=data, recorded=True)
+    return smoke(sweep) if origin.get("smoke") else sweep, place
 
 
 def refuse_running(store: ArtifactStore) -> None:
@@ -117,6 +116,8 @@ def _asked(sweep: SweepSpec, place: Place) -> dict[str, Shards]:
     for cell in (*last, *(cell for cell in whole if cell not in last)):
         try:
             found += _asked_by_cell(cell, sweep, known, moved, resolver)
+        except NotRecorded:  # no run had this cell, so nothing was made for it
+            continue
         except ValueError as problem:
             if cell.id in run:
                 raise

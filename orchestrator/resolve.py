@@ -6,10 +6,9 @@ Digests of files are cached by (path, size, mtime), so planning reads no weights
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from air_core.datasets import Dataset, get_dataset
 from air_core.datasets.class_folders import class_files
 from air_core.flat import from_flat
 from air_core.paradigms import TooFewImages, split_positions
+from air_core.seal import sealed_json
 from air_core.specs import Ref, SplitSettings, TrialSpec, uses_images
 from air_core.weights import GENERATORS as PIPELINES
 from air_core.weights import (
@@ -29,13 +29,22 @@ from air_core.weights import (
     weights_settings,
 )
 from orchestrator.failures import no_room
-from orchestrator.files import file_digest, write_whole
+from orchestrator.files import file_digest, file_stamp, write_whole
 from orchestrator.keys import digest
 from orchestrator.presets import OUTSIDE
+from orchestrator.verification import read_cache
 
 
 class NotThere(ValueError):
     """Weights or images that a spec names are not there."""
+
+
+@dataclass(frozen=True)
+class DatasetInput:
+    """A dataset: the digest of its content, and its classes."""
+
+    ref: Ref
+    classnames: tuple[str, ...]
 
 
 @dataclass
@@ -51,11 +60,11 @@ class Resolver:
     data_root: Path | None
 
     def __post_init__(self) -> None:
-        self._digests: dict[str, list[Any]] = {}
-        if self.cache.exists():
-            self._digests = json.loads(self.cache.read_text())
+        # Stamp and digest by path; an entry of another shape is one of an earlier version.
+        self._digests: dict[str, list[Any]] = read_cache(self.cache, _entries, {})
         self._known = dict(self._digests)
         self._refs: dict[tuple[str, str], Ref] = {}
+        self._datasets: dict[str, DatasetInput] = {}
         self._labels: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # and parts, of a dataset
         self._split: set[tuple[str, SplitSettings]] = set()  # those that can be made
         self._ready: dict[str, tuple[int, str]] = {}  # fewest images, and of which class
@@ -67,26 +76,33 @@ class Resolver:
             ValueError: weights or images are missing, or too few.
         """
         flat = OUTSIDE | flat
-        dataset = get_dataset(flat["dataset"])
+        dataset = self.named(flat["dataset"])
         refs = {
-            "dataset": self.dataset(dataset),
+            "dataset": dataset.ref,
             "backbone": self.weights("backbone", flat["backbone"]),
             "generator": Ref(name=flat["generator"], digest=""),
         }
         if flat.get("test_dataset") is not None:
-            refs["test_dataset"] = self.dataset(get_dataset(flat["test_dataset"]))
+            refs["test_dataset"] = self.named(flat["test_dataset"]).ref
         trial = from_flat(flat, refs, dataset.classnames)
-        if trial.paradigm == "ssl":
-            self._labels_enough(dataset, trial.split)
         # Where no images are used, the generator need not be there.
         if uses_images(trial):
-            generator = self.weights("generator", flat["generator"])
-            trial = replace(trial, generator=generator)
-            if generator.name.startswith("folder:"):
-                self._enough(generator.name, trial)
-            elif trial.lora is not None:
-                check_lora_fits(generator_folder(generator.name))
+            trial = replace(trial, generator=self.weights("generator", flat["generator"]))
+        self.check(trial)
         return trial
+
+    def check(self, trial: TrialSpec) -> None:
+        """
+        Raises:
+            ValueError: images are too few, or a LoRA does not fit the generator.
+        """
+        if trial.paradigm == "ssl":
+            self._labels_enough(get_dataset(trial.dataset.name), trial.split)
+        if uses_images(trial):
+            if trial.generator.name.startswith("folder:"):
+                self._enough(trial.generator.name, trial)
+            elif trial.lora is not None:
+                check_lora_fits(generator_folder(trial.generator.name))
 
     def _labels_enough(self, dataset: Dataset, split: SplitSettings) -> None:
         """Before images are drawn for a split that cannot be made."""
@@ -115,18 +131,37 @@ class Resolver:
                 f"images_per_class is {trial.images_per_class}; add some or ask for fewer"
             )
 
+    def named(self, name: str) -> DatasetInput:
+        """A dataset by name. Raises as `get_dataset`, and where its files are missing."""
+        if name not in self._datasets:
+            dataset = get_dataset(name)
+            self._datasets[name] = DatasetInput(self.dataset(dataset), dataset.classnames)
+        return self._datasets[name]
+
     def dataset(self, dataset: Dataset) -> Ref:
         known = ("dataset", dataset.name)
         if known not in self._refs:
-            found = dataset.files(self.data_root)
-            content = {
-                "files": list(zip(_places(found), self._file_digests(found), strict=True)),
-                "classnames": dataset.classnames,
-                "template": dataset.template,
-                "recipe": dataset.recipe,
-            }
-            self._refs[known] = Ref(name=dataset.name, digest=digest(content))
+            self._refs[known] = self.content(dataset)
         return self._refs[known]
+
+    def content(self, dataset: Dataset) -> Ref:
+        """A dataset as its files are now, whatever was found before."""
+        found = dataset.files(self.data_root)
+        content = {
+            "files": list(zip(_places(found), self._file_digests(found), strict=True)),
+            "classnames": dataset.classnames,
+            "template": dataset.template,
+            "recipe": dataset.recipe,
+        }
+        return Ref(name=dataset.name, digest=digest(content))
+
+    def inputs(self) -> dict[str, Any]:
+        """All that was resolved so far, as plain data for `RecordedResolver`."""
+        weights = ((role, ref) for (role, _), ref in self._refs.items() if role != "dataset")
+        return {
+            "datasets": {name: asdict(target) for name, target in self._datasets.items()},
+            "weights": {f"{role} {ref.name}": ref.digest for role, ref in weights},
+        }
 
     def weights(self, role: str, name: str) -> Ref:
         """A backbone or generator.
@@ -152,7 +187,7 @@ class Resolver:
         if self._digests != self._known:
             self.cache.parent.mkdir(parents=True, exist_ok=True)
             try:
-                write_whole(self.cache, json.dumps(self._digests, indent=1, sort_keys=True))
+                write_whole(self.cache, sealed_json(self._digests))
             except OSError as problem:
                 if not no_room(problem):  # then the next start reads the files again
                     raise
@@ -163,15 +198,62 @@ class Resolver:
         for path in paths:
             if not path.is_file():
                 raise NotThere(f"{path} is not there")
-            stat = path.stat()
             name = str(path.resolve())
-            stamp = [stat.st_size, stat.st_mtime_ns]
+            stamp = [*file_stamp(path)]
             known = self._digests.get(name)
-            if known is None or known[:2] != stamp:
+            if known is None or known[:-1] != stamp:
                 known = [*stamp, file_digest(path)]
                 self._digests[name] = known
-            found.append(str(known[2]))
+            found.append(str(known[-1]))
         return found
+
+
+class RecordedResolver(Resolver):
+    """Gives the digests and class names that a sweep's last run found, and looks at no file.
+
+    Args:
+        inputs: what `Resolver.inputs` gave then.
+    """
+
+    def __init__(self, inputs: Mapping[str, Any]) -> None:
+        self._recorded = {
+            name: DatasetInput(Ref(**of["ref"]), tuple(of["classnames"]))
+            for name, of in inputs["datasets"].items()
+        }
+        self._weights: Mapping[str, str] = inputs["weights"]
+
+    def named(self, name: str) -> DatasetInput:
+        """
+        Raises:
+            NotRecorded: no run has used it.
+        """
+        if name not in self._recorded:
+            raise NotRecorded(f"no run of this sweep has used the dataset {name}")
+        return self._recorded[name]
+
+    def weights(self, role: str, name: str) -> Ref:
+        """
+        Raises:
+            NotRecorded: no run has used them.
+        """
+        digest = self._weights.get(f"{role} {name}")
+        if digest is None:
+            raise NotRecorded(f"no run of this sweep has used the {role} {name}")
+        return Ref(name=name, digest=digest)
+
+    def check(self, trial: TrialSpec) -> None:
+        """What was run fits."""
+
+    def save(self) -> None:
+        """Nothing was digested."""
+
+
+class NotRecorded(ValueError):
+    """A dataset or weights that no run of a sweep has used."""
+
+
+def _entries(kept: dict[str, Any]) -> dict[str, list[Any]]:
+    return {path: [*entry] for path, entry in kept.items()}
 
 
 def _places(files: Sequence[Path]) -> list[str]:

@@ -8,9 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from air_core.seal import intact
 from orchestrator.files import write_beside
 from orchestrator.keys import ArtifactKey
 from orchestrator.mirror import Mirror
+from orchestrator.verification import DamagedArtifact
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,30 @@ class Row:
         if self.mirror is not None:
             names = [self.shard(c, block, suffix).name for c, block in shards]
             self.mirror.pull_shards(self.key, self.path, names)
+
+    def read(self, class_index: int, block: int, suffix: str) -> bytes:
+        """The content of a shard, of a bucket brought here first. Shards from before there were
+        checksums are taken as they are.
+
+        Raises:
+            DamagedArtifact: its checksum does not fit.
+            FileNotFoundError: it does not exist.
+        """
+        self.pull([(class_index, block)], suffix)
+        shard = self.shard(class_index, block, suffix)
+        data = shard.read_bytes()
+        if intact(data) is False:
+            raise DamagedArtifact(shard, "its checksum does not fit", self.called(shard))
+        return data
+
+    def damaged(self, shards: Iterable[tuple[int, int]], suffix: str) -> Iterator[DamagedArtifact]:
+        """Shards that are on this machine and damaged."""
+        for c, block in shards:
+            if self.shard(c, block, suffix).exists():
+                try:
+                    self.read(c, block, suffix)
+                except DamagedArtifact as damaged:
+                    yield damaged
 
     def publish(self, class_index: int, block: int, suffix: str, data: bytes) -> None:
         """A shard is there, whole; the one of whoever was first."""

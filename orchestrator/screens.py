@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -16,7 +17,7 @@ from orchestrator.estimate import Estimate
 from orchestrator.failures import CLASSES
 from orchestrator.freshness import remedy
 from orchestrator.place import Place
-from orchestrator.plan import Plan, plan_sweep
+from orchestrator.plan import Plan, changed_inputs, plan_sweep
 from orchestrator.report import counted, shown
 from orchestrator.results import Standing, entries_of, rows_of, standing
 from orchestrator.screen import clock
@@ -46,6 +47,7 @@ def plan_screen(
         + (f"{trials['pruned']} pruned, " if trials["pruned"] else "")
         + f"{trials['to_run']} to run",
         *([str(plan.edit)] if plan.edit is not None else []),
+        *changed_inputs(plan, place),
         "",
     ]
     lines += [f"  reused   {counted(count, 'trial')} of {name}" for name, count in sources.items()]
@@ -194,6 +196,7 @@ WIDEST, NARROWEST = 100, 60  # columns
 
 def summary_screen(sweep: SweepSpec, place: Place) -> str:
     """The table of a sweep and what its last run did."""
+    place = replace(place, recorded=True)
     plan = plan_sweep(sweep, place.store, place.resolver(), place.ledger())
     entries = entries_of(plan, place.store)
     facts = [*facts_of(plan, place), *next_facts(plan, place)]

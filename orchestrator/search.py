@@ -37,7 +37,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from air_core.flat import trial_keys
-from orchestrator.ledger import Ledger, mend_lines
+from orchestrator.ledger import JOURNAL_REMEDY, Ledger, mend_lines
 from orchestrator.plan import Plan
 from orchestrator.space import (
     Point,
@@ -58,11 +58,17 @@ def open_storage(path: Path) -> JournalStorage:
     """The studies of one sweep. Call it only as the sweep's one driver.
 
     A killed driver may have left half a line or the lock of the journal; both are removed.
+
+    Raises:
+        ValueError: the journal is damaged.
     """
     mend_lines(path)
     Path(f"{path}.lock").unlink(missing_ok=True)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    return JournalStorage(JournalFileBackend(str(path)))
+    try:
+        return JournalStorage(JournalFileBackend(str(path)))
+    except (ValueError, LookupError, TypeError) as problem:
+        raise ValueError(f"{path} is damaged ({problem}); {JOURNAL_REMEDY}") from problem
 
 
 # Seconds for which a database that does not answer in mid-run is asked again and again.

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from air_core.datasets import get_dataset
 from orchestrator import charts, figures
+from orchestrator.dataset_text import tested_classes
 from orchestrator.estimate import gpu_share
 from orchestrator.evidence import Evidence, confused
 from orchestrator.failures import CLASSES
@@ -440,8 +440,7 @@ def confusions(found: Evidence) -> Section | None:
 
 def _classnames(found: Evidence, row: Row) -> Sequence[str]:
     spec = next(slot.spec for slot in found.plan.slots if slot.cell.id == row.cell)
-    tested = spec.test_dataset
-    return spec.classnames if tested is None else get_dataset(tested.name).classnames
+    return tested_classes(spec, found.place.store)
 
 
 # ---------------------------------------------------------------- pictures

@@ -6,7 +6,7 @@ A stage reads what its spec nests, from the store; nothing else. Images are in i
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,14 @@ from torch import Tensor
 
 from air_core.auxiliary import auxiliary_classifier
 from air_core.classifiers import fuse, text_classifier
-from air_core.datasets import get_dataset
+from air_core.datasets import Examples
 from air_core.datasets.images import BAD_SHARE, Unreadable
 from air_core.diffusion.lora import train_lora
 from air_core.paradigms import make_split
 from air_core.pseudo_labels.top_k import balanced_choice
 from air_core.specs import AuxiliarySettings, FeaturesSpec, LabelsSpec, LoraSpec, SplitSettings
 from air_core.types import Batch, Labelled, Split
+from orchestrator.dataset_text import DatasetText, text_of
 from orchestrator.image_rows import read_synthetic
 from orchestrator.resolve import images_folder
 from orchestrator.store import Artifact, ArtifactStore
@@ -56,7 +57,10 @@ def build_features(
     """
 
     def build(folder: Path) -> dict[str, Any]:
-        examples = shop.examples(spec.dataset)
+        with shop.reading(spec.dataset) as examples:
+            return encode(examples, folder)
+
+    def encode(examples: Examples, folder: Path) -> dict[str, Any]:
         parts = np.array([PARTS.index(part) for part in examples.parts], dtype=np.int8)
         rows, bad = [], []
         for start in range(0, len(examples.images), CHUNK):
@@ -77,7 +81,8 @@ def build_features(
             )
         arrays = {"features": np.concatenate(rows), "labels": examples.labels, "parts": parts}
         save_file(arrays, folder / "features.safetensors")
-        return {"images": len(parts) - len(bad), "unreadable": len(bad), "batch": shop.batch}
+        counts = {"images": len(parts) - len(bad), "unreadable": len(bad), "batch": shop.batch}
+        return counts | asdict(text_of(spec, shop.store))
 
     return shop.store.get_or_build(spec, build)
 
@@ -89,6 +94,7 @@ class Target:
     features: Tensor  # (N, D)
     labels: Tensor  # (N,)
     split: Split
+    text: DatasetText
     tokens: Tensor | None = None  # (N, T, V)
 
     def batch(self, index: Tensor) -> Batch:
@@ -109,7 +115,8 @@ def read_target(
     Raises:
         MissingArtifact: the features were not made yet.
     """
-    target = _target(store.get(spec).path / "features.safetensors", split)
+    text = text_of(spec, store)
+    target = _target(store.get(spec).path / "features.safetensors", split, text)
     if tokens is None:
         return target
     return replace(target, tokens=_tokens(store.get(tokens).path / "features.safetensors"))
@@ -121,13 +128,14 @@ def _tokens(path: Path) -> Tensor:
 
 
 @cache
-def _target(path: Path, split: SplitSettings) -> Target:
+def _target(path: Path, split: SplitSettings, text: DatasetText) -> Target:
     arrays = load_file(path)
     parts = np.array(PARTS)[arrays["parts"]]
     return Target(
         features=torch.from_numpy(arrays["features"]),
         labels=torch.from_numpy(arrays["labels"]),
         split=make_split(arrays["labels"], parts, split),
+        text=text,
     )
 
 
@@ -157,7 +165,7 @@ def build_labels(spec: LabelsSpec, shop: Workshop) -> Artifact:
 
 def pseudo_labelled(spec: LabelsSpec, target: Target, shop: Workshop) -> tuple[Tensor, Tensor]:
     """Positions and classes of the k pool images of each class that CLIP is most sure of."""
-    dataset = get_dataset(spec.features.dataset.name)
+    dataset = target.text
     pool = target.batch(target.split.pool)
     text = text_classifier(
         shop.backbone(spec.features.backbone, spec.features.precision),
@@ -195,10 +203,10 @@ def build_lora(
 
     def build(folder: Path) -> dict[str, Any]:
         chosen = load_file(shop.store.get(spec.labels).path / "labels.safetensors")
-        dataset = get_dataset(spec.labels.features.dataset.name)
-        examples = shop.examples(spec.labels.features.dataset)
-        pixels = np.stack([square(examples.images[i], spec.size) for i in chosen["index"]])
-        names = [dataset.classnames[c].replace("_", " ") for c in chosen["labels"]]
+        with shop.reading(spec.labels.features.dataset) as examples:
+            pixels = np.stack([square(examples.images[i], spec.size) for i in chosen["index"]])
+        classnames = text_of(spec.labels.features, shop.store).classnames
+        names = [classnames[c].replace("_", " ") for c in chosen["labels"]]
         return train_lora(
             torch.from_numpy(pixels),
             [spec.training.caption.format(name) for name in names],

@@ -26,10 +26,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from air_core.seal import intact, sealed_json
 from orchestrator.files import file_digest, flocked, write_whole
 from orchestrator.inventory import size
 from orchestrator.place import Refused, whoami
-from orchestrator.seal import intact, sealed_json
 from orchestrator.unpacking import FolderSource, Source, checksum, open_source, parse_checksum
 
 if TYPE_CHECKING:

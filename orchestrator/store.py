@@ -22,27 +22,29 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from orchestrator.files import barred, file_digest, write_beside, write_whole
+from air_core.seal import sealed_json
+from orchestrator.files import barred, file_digest, make_folders, sync, write_beside, write_whole
 from orchestrator.keys import RECIPES, ArtifactKey, Stage, artifact_key
 from orchestrator.locks import Locks, StoreRefused
 from orchestrator.mirror import RECORD, Mirror, mirror_root
 from orchestrator.reached import code_of
 from orchestrator.remote import S3, folder_of, parse, scheme_of, side_by_side
 from orchestrator.rows import Row
-from orchestrator.seal import sealed_json
+from orchestrator.verification import DamagedArtifact, parse_record, read_record, verify_files
 
 VERSION = "1"
 ROW = "row.json"  # of a row, as record.json is of an artifact
 CODE = "code"  # folder: what each code that made something was made of
 UNFINISHED = "unfinished"  # folder: what long work has so far, `<12 digits of its key>-<code>`
 ROWS = ("images", "synthetic")  # stages that are rows
+DAMAGED = ".damaged-"  # how names of damaged artifacts and shards begin that were set aside
 WRITTEN = ("*", "artifacts/*", "artifacts/*/*", "sweeps/*", "mlartifacts/*/*")  # folders, by a run
 DEVICES = "AIRSWEEP_DEVICES"  # what the cluster has given to this process, as JSON
 LIBRARIES = ("torch", "open_clip_torch", "diffusers", "peft", "transformers", "numpy")
@@ -183,25 +185,56 @@ class ArtifactStore:
         return (self._place(spec) / RECORD).is_file()
 
     def get(self, spec: Stage) -> Artifact:
-        """A whole artifact.
+        """A whole artifact, its content compared with its record (see `verification`).
 
         Raises:
             MissingArtifact: it is not there.
+            DamagedArtifact: a file of it was changed.
         """
-        key = artifact_key(spec)
+        key, record = artifact_key(spec), self.record(spec)
         path = self.path(key)
         if self.mirror is not None and not (path / RECORD).is_file():
             try:
                 self.mirror.pull(key, path)
             except ValueError as problem:
                 raise MissingArtifact(str(problem)) from None
-        try:
-            record = json.loads((path / RECORD).read_text())
-        except FileNotFoundError:
-            raise MissingArtifact(
-                f"{key} is not in {self.name}; run `airsweep prepare SPEC` first"
-            ) from None
+        verify_files(path, record)
         return Artifact(key, path, record)
+
+    def record(self, spec: Stage) -> dict[str, Any]:
+        """The record of an artifact, whose other files are not looked at. Raises as `get`."""
+        key = artifact_key(spec)
+        file = self.path(key) / RECORD
+        if self.mirror is None or file.is_file():
+            with suppress(FileNotFoundError):
+                return read_record(file)
+        elif (data := self.mirror.record(key)) is not None:
+            return parse_record(data, file, self.mirror.called(key, RECORD))
+        raise MissingArtifact(f"{key} is not in {self.name}; run `airsweep prepare SPEC` first")
+
+    def check(self, spec: Stage) -> None:
+        """Compare an artifact with its record, where it is on this machine. Raises as `get`."""
+        if (self._place(spec) / RECORD).exists():
+            self.get(spec)
+
+    def set_aside(self, damaged: DamagedArtifact) -> None:
+        """Rename what is damaged, so that it counts as missing and `cache gc` removes it later.
+
+        Of a store in a bucket the copy of this machine is removed, and the next reader brings it
+        again.
+
+        Raises:
+            OSError: this user may not rename it.
+            DamagedArtifact: there is no copy here, so the damage is in the bucket.
+        """
+        path = damaged.path
+        if self.mirror is not None and not path.exists():
+            raise damaged
+        hidden = path.with_name(f"{DAMAGED}{path.name}-{uuid.uuid4().hex[:8]}")
+        with suppress(FileNotFoundError):  # another driver was faster
+            os.rename(path, hidden)
+            if self.mirror is not None:
+                shutil.rmtree(hidden) if hidden.is_dir() else hidden.unlink()
 
     def bytes(self, spec: Stage) -> int:
         """Of what is there of an artifact or a row."""
@@ -219,7 +252,7 @@ class ArtifactStore:
         return [
             path
             for path in sorted(found)
-            if json.loads((path / RECORD).read_text())["digest"].startswith(digest)
+            if str(read_record(path / RECORD).get("digest")).startswith(digest)
         ]
 
     def _bring_named(self, stage: str, recipe: int, digest: str) -> None:
@@ -267,7 +300,7 @@ class ArtifactStore:
         if not self.writable:
             raise MissingArtifact(f"{key} is not there, and this store is read-only")
         place = self.path(key)
-        place.parent.mkdir(parents=True, exist_ok=True)
+        make_folders(place.parent)
         work = place.parent / f".{key.digest[:12]}-{uuid.uuid4().hex[:8]}"
         work.mkdir()
         try:
@@ -278,6 +311,8 @@ class ArtifactStore:
             allowed = work.stat().st_mode & 0o666
             for file in work.iterdir():
                 file.chmod(allowed)
+                sync(file)
+            sync(work)  # before the record says that all of it is there
             record = {
                 "key": str(key),
                 "digest": key.digest,
@@ -306,6 +341,7 @@ class ArtifactStore:
                 if not (place / RECORD).is_file():
                     shutil.rmtree(place)
                     os.rename(work, place)
+            sync(place.parent)
         finally:
             shutil.rmtree(work, ignore_errors=True)
 
@@ -328,11 +364,9 @@ class ArtifactStore:
         if self.mirror is not None:
             return self._code_in_bucket(spec, path, self.mirror)
         for name in (RECORD, ROW):
-            try:
-                code: str | None = json.loads((path / name).read_text()).get("code")
-            except FileNotFoundError:
-                continue
-            return code
+            with suppress(FileNotFoundError):
+                code: str | None = read_record(path / name).get("code")
+                return code
         return None
 
     def _code_in_bucket(self, spec: Stage, path: Path, mirror: Mirror) -> str | None:
@@ -344,7 +378,7 @@ class ArtifactStore:
                 data = (path / ROW).read_bytes()
         elif self.has(spec):
             data = mirror.record(key)
-        code: str | None = None if data is None else json.loads(data).get("code")
+        code: str | None = None if data is None else parse_record(data, path / RECORD).get("code")
         return code
 
     def code_parts(self, digest: str) -> dict[str, str]:
@@ -495,16 +529,19 @@ def _in_bucket(uri: str, writable: bool = True) -> ArtifactStore:
 
 def _said(version: Path) -> str | None:
     try:
-        return version.read_text().strip()
+        return version.read_text(errors="replace").strip()
     except FileNotFoundError:
         return None  # an empty folder: the first run writes it
+    except IsADirectoryError:
+        return "a folder"
 
 
 def _refuse_version(found: str | None, place: object) -> None:
     if found is not None and found.strip() != VERSION:
         raise StoreRefused(
             f"{place} is a store of version {found[:20]!r}; this airsweep reads version {VERSION} "
-            "alone: use the airsweep that made it, or another folder with --store"
+            "alone: use the airsweep that made it, or another folder with --store; if VERSION "
+            f"there was damaged, replace it by a file that holds {VERSION}"
         )
 
 

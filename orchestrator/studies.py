@@ -248,7 +248,7 @@ def _value(
 ) -> float | None:
     """The mean objective over the runs that are there: a new seed must not make it unknown."""
     trials = [resolver.trial({**cell.flat, **params, **seeds}) for seeds in assignments]
-    records = [store.get(spec).record for spec in trials if store.has(spec)]
+    records = [store.record(spec) for spec in trials if store.has(spec)]
     values = [record["info"]["objectives"].get(objective) for record in records]
     found = [value for value in values if value is not None and math.isfinite(value)]
     return fmean(found) if found else None

@@ -21,6 +21,7 @@ from orchestrator.place import recorded_places
 from orchestrator.store import ArtifactStore
 from orchestrator.tracking import read_run
 from orchestrator.trial import MADE
+from orchestrator.verification import read_record
 
 NO_REF = Ref(name="", digest="")
 SHORTEST = 6  # hex digits of a key or run id that are looked for
@@ -36,6 +37,7 @@ class Remembered:
     digests: Mapping[str, str]  # of outside things, by setting
     made: Mapping[str, Any]  # user, commit, dirty, code, host, device, versions, files
     metrics: Mapping[str, float] = field(default_factory=dict)
+    classnames: tuple[str, ...] = ()  # an MLflow run does not list them
 
     def spec(self) -> TrialSpec:
         """
@@ -54,7 +56,7 @@ class Remembered:
             if self.flat.get(name) is not None
         }
         plain = {name: value for name, value in self.flat.items() if name not in REFS}
-        classnames = get_dataset(str(self.flat["dataset"])).classnames
+        classnames = self.classnames or get_dataset(str(self.flat["dataset"])).classnames
         return from_flat(plain, {"generator": NO_REF, **refs}, classnames)
 
     def same_key(self) -> bool:
@@ -130,11 +132,13 @@ LISTS = ("versions", "files")  # tags that hold JSON
 
 def of_record(path: Path) -> Remembered:
     """A done trial from its record in a store."""
-    record = json.loads((path / RECORD).read_text())
+    record = read_record(path / RECORD)
     flat, digests = _parted(dict(_flattened(record["spec"], "")))
     made = {name: record.get(name, "") for name in MADE}
     made["device"] = record["info"].get("device", "")
-    return Remembered(path.name, record["digest"], flat, digests, made, record["info"]["metrics"])
+    classnames = tuple(record["spec"]["classnames"])
+    metrics = record["info"]["metrics"]
+    return Remembered(path.name, record["digest"], flat, digests, made, metrics, classnames)
 
 
 def of_spec(spec: TrialSpec) -> tuple[dict[str, Any], dict[str, str]]:

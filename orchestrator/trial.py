@@ -339,14 +339,13 @@ def data_of(
     spec: TrialSpec, target: Target, backbone: Backbone, synthetic: Labelled | None
 ) -> TrialData:
     """What the method sees of a dataset."""
-    from air_core.datasets import get_dataset
     from air_core.method import TrialData
 
-    dataset, split = get_dataset(spec.dataset.name), target.split
+    split = target.split
     return TrialData(
         backbone=backbone,
-        classnames=dataset.classnames,
-        template=dataset.template,
+        classnames=target.text.classnames,
+        template=target.text.template,
         pool=target.batch(split.pool),
         labelled=target.labelled(split.labelled) if len(split.labelled) else None,
         unseen=split.unseen,
@@ -371,7 +370,6 @@ def _run_elsewhere(
     import torch
 
     from air_core.classifiers import Classifier, text_classifier
-    from air_core.datasets import get_dataset
     from air_core.evaluation import measured
     from air_core.prompts import restored_learner
     from orchestrator.stages import read_target
@@ -381,12 +379,11 @@ def _run_elsewhere(
     learned = run_trial(home, store, device, share_done)
     started = time.monotonic()
     reader = store.read_only()
-    assert spec.test_dataset is not None
     assert spec.test_features is not None
     split = SplitSettings(split_seed=spec.split_seed)
     target = read_target(spec.test_features, split, reader, spec.test_tokens)
     test = target.labelled(target.split.test)
-    there = get_dataset(spec.test_dataset.name)
+    there = target.text
     backbone = Workshop(reader, device=device).backbone(spec.backbone, spec.precision)
     classifier: Classifier
     if spec.iterations == 0:

@@ -17,8 +17,18 @@ from air_core.backbone.loading import load_backbone
 from air_core.datasets import Examples, get_dataset
 from air_core.specs import FeaturesSpec, Ref, SyntheticFeaturesSpec
 from orchestrator.fit import memory_fraction
+from orchestrator.resolve import Resolver
 from orchestrator.store import ArtifactStore
 from orchestrator.sweep import ENCODER_BATCH
+
+CHANGED = (
+    "has changed since the run was planned: its files are not those of the planned digest; wait "
+    "until nothing writes there and run again, which takes the content that is there then"
+)
+
+
+class ChangedInput(ValueError):
+    """The files of a dataset are not those that its digest was taken of."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +45,24 @@ class Workshop:
         return replace(self, batch=max(1, self.batch >> halvings))
 
     def examples(self, dataset: Ref) -> Examples:
-        return _examples(dataset.name, self.data_root)
+        """
+        Raises:
+            ChangedInput: the dataset's files are not those that its digest was taken of.
+        """
+        return _examples(dataset, self._digests, self.data_root)
+
+    @contextmanager
+    def reading(self, dataset: Ref) -> Iterator[Examples]:
+        """Examples whose images were the same before and after the block. Raises as `examples`."""
+        examples = self.examples(dataset)
+        try:
+            yield examples
+        finally:  # a file that was removed meanwhile is an error of its own inside the block
+            _check_content(dataset, self._digests, self.data_root)
+
+    @property
+    def _digests(self) -> Path:
+        return self.store.root / "digests.json"
 
     def backbone(self, backbone: Ref, precision: str) -> Backbone:
         found = _backbone(backbone.name, self.device, precision)
@@ -72,8 +99,23 @@ def one_thread() -> Iterator[None]:
 
 
 @cache
-def _examples(name: str, data_root: Path | None) -> Examples:
-    return get_dataset(name).load(data_root)
+def _examples(dataset: Ref, digests: Path, data_root: Path | None) -> Examples:
+    _check_content(dataset, digests, data_root)
+    return get_dataset(dataset.name).load(data_root)
+
+
+def _check_content(dataset: Ref, digests: Path, data_root: Path | None) -> None:
+    try:
+        here = _resolver(digests, data_root).content(get_dataset(dataset.name))
+    except ValueError as problem:  # a folder has no images any more, say
+        raise ChangedInput(f"{dataset.name} {CHANGED} ({problem})") from None
+    if here.digest != dataset.digest:
+        raise ChangedInput(f"{dataset.name} {CHANGED}")
+
+
+@cache
+def _resolver(digests: Path, data_root: Path | None) -> Resolver:
+    return Resolver(digests, data_root)
 
 
 @cache

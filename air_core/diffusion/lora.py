@@ -10,6 +10,7 @@ class in the caption.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,11 +27,14 @@ from torch.nn import Parameter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from air_core.diffusion.pipeline import ADAPTER, autocast, load_pipeline
+from air_core.seal import BLANK, intact, sealed
 from air_core.specs import LoraTraining, Precision
 from air_core.weights import check_lora_fits
 
 # N training images, B images in a step, H height, W width, L tokens, D text width, E width of a
 # whole text; latents are (c, h, w).
+
+log = logging.getLogger(__name__)
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 CAPTION_DROPOUT = 0.1  # share of images trained without caption: guidance needs both
@@ -127,7 +131,10 @@ def fit(
     noise_schedule = NoiseSchedule.of(pipeline.scheduler.config, device)
     unet.train()
     if kept is not None and kept.exists():
-        losses += _go_on(kept, parameters, optimizer, draws)
+        if intact(kept.read_bytes()) is False:
+            log.warning("%s is damaged: the LoRA is trained from its first step", kept)
+        else:
+            losses += _go_on(kept, parameters, optimizer, draws)
     written = time.monotonic()
     for step in range(len(losses), training.steps):
         optimizer.param_groups[0]["lr"] = training.learning_rate * factor(step)
@@ -169,7 +176,8 @@ def _keep(
         state |= {f"{i}.{name}": value for name, value in optimizer.state[parameter].items()}
     temporary = file.with_name(f".{file.name}")
     # Not save_file, whose files its user alone may read: another may go on.
-    temporary.write_bytes(save({name: value.cpu().contiguous() for name, value in state.items()}))
+    plain = {name: value.cpu().contiguous() for name, value in state.items()}
+    temporary.write_bytes(sealed(save(plain, {"seal": BLANK})))
     temporary.replace(file)
 
 

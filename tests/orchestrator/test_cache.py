@@ -15,8 +15,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from air_core.normal import normalised
+from air_core.seal import BLANK, sealed, sealed_json
 from air_core.specs import SyntheticFeaturesSpec
 from orchestrator.__main__ import main
+from orchestrator.estimate import remember
 from orchestrator.freshness import ACCEPTED
 from orchestrator.integrity import verify
 from orchestrator.inventory import take_inventory
@@ -24,7 +26,6 @@ from orchestrator.locks import StoreRefused
 from orchestrator.place import Place
 from orchestrator.plan import plan_sweep
 from orchestrator.reached import code_digest
-from orchestrator.seal import BLANK, sealed
 from orchestrator.store import ArtifactStore
 from orchestrator.sweep_file import load_sweep
 from orchestrator.trial import PREDICTIONS
@@ -61,7 +62,7 @@ class World:
         place = Place(self.store, "default", name, None)
         place.ledger().lock()
         (place.folder / "spec.yaml").write_text(f"version: 1\nname: {name}\n{body}")
-        (place.folder / "resolved.json").write_text(json.dumps(origin))
+        (place.folder / "resolved.json").write_bytes(sealed_json(origin))
         place.ledger().append("sweep_started", total=1)
         return place
 
@@ -504,15 +505,33 @@ KINDS = {
     "images": "images/*/*/*.parquet",
     "features of images": "synthetic/*/*/*.safetensors",
 }
+BESIDE = ("digests.json", "history.json", "VERSION", "sweeps/*/*/resolved.json")
+BESIDE += ("sweeps/*/*/events.jsonl", "sweeps/*/*/studies.journal")
 
 
 def test_verify_finds_a_flipped_bit_in_any_file_and_says_what_to_remove(world, cache):
-    world.finish("one", AIR.format(count=8, rank=4))
-    files = len(world.files())
+    place = world.finish("one", AIR.format(count=8, rank=4))
+    world.store.settle()
+    remember(world.store, {("trials", "x"): (1.0, 1.0)})
+    (place.folder / "studies.journal").write_text('{"op_code": 0}\n')
+    files = len(world.files()) + len(BESIDE)
     assert cache("verify")[0] == 0
     sound = verify(take_inventory(world.store))
     codes = len(list((world.store.root / "code").iterdir()))
     assert (sound.files, sound.damaged, sound.unsealed) == (files + codes, (), 0)
+    for pattern in BESIDE:
+        (file,) = world.store.root.glob(pattern)
+        # Optuna's journal has no checksums: only a line that is no JSON is found.
+        for at in (0,) if file.suffix == ".journal" else (0, file.stat().st_size // 2):
+            was = flipped(file, at)
+            (found,) = verify(take_inventory(world.store)).damaged
+            assert (found.file, bool(found.why), bool(found.remedy)) == (file, True, True)
+            code, out, err = cache("verify")
+            if pattern == "VERSION":  # no command opens such a store
+                assert (code, "replace it by a file that holds 1" in err) == (3, True)
+            else:
+                assert (code, out.count(f"damaged: {file}")) == (1, 1)
+            file.write_bytes(was)
     for kind, pattern in KINDS.items():
         file = sorted(world.store.artifacts.glob(pattern))[-1]
         for place in (0, file.stat().st_size // 2, -1):
@@ -532,12 +551,45 @@ def test_verify_finds_a_flipped_bit_in_any_file_and_says_what_to_remove(world, c
             "file": str(file.relative_to(world.store.root)),
             "remove": str(file.relative_to(world.store.root)),
             "why": "is not what was written: its checksum does not fit",
+            "remedy": "",
         }
     ]
     code, out, _ = cache("verify")
     assert code == 1
     assert f"damaged: {file}" in out
-    assert "1 damaged: remove what is named and run again" in out
+    assert "1 damaged: do what is named and run again" in out
+
+
+def test_verify_goes_on_past_links_folders_and_json_of_another_shape(world, cache):
+    place = world.finish("one", AIR.format(count=8, rank=4))
+    root = world.store.root
+    features = next(world.store.artifacts.glob("features/*/*"))
+    lora = next(world.store.artifacts.glob("lora/*/*"))
+    labels = next(world.store.artifacts.glob("labels/*/*"))
+    (features / "record.json").write_text("[]")
+    (lora / "record.json").unlink()
+    (lora / "record.json").mkdir()
+    (labels / "record.json").write_text("[" * 100_000)
+    (features.parent / "loop").symlink_to(features.parent / "loop")
+    (features / "up").symlink_to(features.parent)
+    (root / "code" / "loop.json").symlink_to(root / "code" / "loop.json")
+    (root / "history.json").mkdir()
+    (root / "digests.json").write_text("[]")
+    (place.folder / "resolved.json").write_text('"text"')
+    (place.folder / "events.jsonl").write_text("[]\n")
+    for words in ("ls", "verify", "gc"):
+        code, _, err = cache(words)
+        assert code in (0, 1, 2), err
+        assert "Traceback" not in err
+    found = {
+        str(one.file.relative_to(root)): one for one in verify(take_inventory(world.store)).damaged
+    }
+    record = {f"{one.relative_to(root)}/record.json" for one in (features, lora, labels)}
+    beside = {"history.json", "digests.json", "code/loop.json"}
+    sweep = {
+        f"{place.folder.relative_to(root)}/{name}" for name in ("resolved.json", "events.jsonl")
+    }
+    assert set(found) == record | beside | sweep
 
 
 def test_verify_finds_a_file_that_is_gone_and_a_record_of_another_folder(world):

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from air_core.diffusion import load_generator
+from air_core.seal import intact
 from air_core.specs import FolderImages, Ref, SyntheticFeaturesSpec
 from orchestrator.image_rows import DEATHS, build_image_block, read_synthetic
 from orchestrator.pictures import (
@@ -23,8 +24,8 @@ from orchestrator.pictures import (
     contact_sheet,
 )
 from orchestrator.resolve import images_folder
-from orchestrator.seal import intact
-from orchestrator.store import ArtifactStore, MissingArtifact
+from orchestrator.store import ArtifactStore
+from orchestrator.verification import DamagedArtifact
 from orchestrator.workshop import Workshop
 
 
@@ -82,7 +83,7 @@ def test_a_damaged_shard_is_not_read_and_is_named(store, drawn_digits):
     sound = shard.read_bytes()
     assert len(read_synthetic(spec, 2, store, [0])) == 2
     shard.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
-    with pytest.raises(MissingArtifact, match=r"0000-00000\.safetensors is damaged; remove it"):
+    with pytest.raises(DamagedArtifact, match=r"0000-00000\.safetensors is damaged"):
         read_synthetic(spec, 2, store, [0])
 
 

@@ -171,3 +171,22 @@ def test_two_drivers_of_one_process_are_two(tmp_path):
         second.lock()
     first.unlock()
     second.lock()
+
+
+def test_a_damaged_line_is_named_by_file_and_number(ledger):
+    sound = ledger.path.read_bytes()
+    second = sound.index(b"\n") + 1
+    event = range(second, sound.rindex(b', "crc": "'))
+    checksum = range(len(sound) - 11, len(sound) - 3)
+    for at in (*event, *checksum):
+        data = bytearray(sound)
+        data[at] ^= 4
+        ledger.path.write_bytes(data)
+        with pytest.raises(ValueError, match="remove this line") as damaged:
+            points(ledger)
+        assert f"{ledger.path}:2: " in str(damaged.value)
+
+
+def test_lines_of_earlier_versions_have_no_checksum_and_are_read(ledger):
+    ledger.path.write_text('{"event": "point_asked", "point": 7, "time": 1.5}\n')
+    assert points(ledger) == [7]

@@ -205,6 +205,31 @@ def test_digests_are_kept_once_they_are_saved_and_only_then(fresh, clip):
     assert again.cache.read_text().count("weights") == 1
 
 
+@pytest.mark.parametrize(
+    "content", ["[]", "", '{"a": 1', '{"/x": 3}', '{"seal": "blake2b-seal(0)blake2b-seal"}', "\x00"]
+)
+def test_a_damaged_cache_of_digests_is_built_anew_with_a_warning(fresh, clip, caplog, content):
+    digest = fresh.weights("backbone", str(clip)).digest
+    fresh.save()
+    fresh.cache.write_text(content)
+    again = another(fresh)
+    assert again.weights("backbone", str(clip)).digest == digest
+    assert "digests.json is damaged and is built anew" in caplog.text
+    again.save()
+    assert another(fresh).weights("backbone", str(clip)).digest == digest
+
+
+def test_a_digest_that_was_changed_in_the_cache_is_not_believed(fresh, clip, caplog):
+    digest = fresh.weights("backbone", str(clip)).digest
+    fresh.save()
+    kept = fresh.cache.read_text()
+    entry = next(line for line in kept.splitlines() if len(line.strip()) == 42)
+    changed = entry.replace(entry.strip()[1], "0" if entry.strip()[1] != "0" else "1", 1)
+    fresh.cache.write_text(kept.replace(entry, changed))
+    assert another(fresh).weights("backbone", str(clip)).digest == digest
+    assert "checksum" in caplog.text
+
+
 def test_a_text_has_a_short_digest():
     assert text_digest("a: 1\n") == text_digest("a: 1\n") != text_digest("a: 2\n")
     assert len(text_digest("")) == 12

@@ -24,6 +24,7 @@ from orchestrator.files import file_digest, write_whole
 from orchestrator.keys import artifact_key
 from orchestrator.locks import StoreRefused
 from orchestrator.store import ArtifactStore, MissingArtifact, open_store
+from orchestrator.verification import DamagedArtifact
 from tests.sweeps import environment
 
 SPEC = FeaturesSpec(dataset=Ref(name="digits", digest="d"), backbone=Ref(name="tiny", digest="b"))
@@ -151,6 +152,68 @@ def test_the_record_is_written_last(store):
     assert seen == [False]
 
 
+def test_files_reach_the_disk_before_their_record_and_it_before_the_name(store, monkeypatch):
+    """After a power cut a record stands for files that are there."""
+    synced: list[str] = []
+    fsync, rename, replace_file = os.fsync, os.rename, os.replace
+
+    def noted(handle: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+        fsync(handle)
+
+    def renamed(old: Path, new: Path) -> None:
+        synced.append(f"rename to {Path(new).name}")
+        rename(old, new)
+
+    def replaced(old: Path, new: Path) -> None:
+        synced.append(f"replace {Path(new).name}")
+        replace_file(old, new)
+
+    made = ArtifactStore(store.root)
+    made.get_or_build(OTHER, numbers)  # folders are there
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(os, "rename", renamed)
+    monkeypatch.setattr(os, "replace", replaced)
+    path = made.get_or_build(SPEC, numbers).path
+    work = next(name for name in synced if name.startswith(f".{path.name[-12:]}"))
+    record = next(name for name in synced if name.startswith(".record.json"))
+    assert synced == [
+        "numbers",
+        work,
+        record,
+        "replace record.json",
+        work,
+        f"rename to {path.name}",
+        path.parent.name,
+    ]
+
+
+def test_a_damaged_artifact_is_not_served_and_can_be_set_aside(store):
+    file = store.get_or_build(SPEC, numbers).path / "numbers"
+    was = file.stat()
+    file.write_text("1 2 4")
+    os.utime(file, ns=(was.st_atime_ns, was.st_mtime_ns + 1))  # a clock that is coarse
+    with pytest.raises(DamagedArtifact, match="numbers does not fit the digest") as damaged:
+        store.get(SPEC)
+    store.set_aside(damaged.value)
+    assert not store.has(SPEC)
+    assert store.get_or_build(SPEC, numbers).record["info"] == {"count": 3}
+
+
+@pytest.mark.parametrize(
+    "content", [b"[]", b"", b"{", b"\xff\xfe", b"[" * 100_000, None], ids=lambda c: repr(c)[:8]
+)
+def test_a_record_that_is_none_is_damage_and_no_crash(store, content):
+    record = store.get_or_build(SPEC, numbers).path / "record.json"
+    record.unlink()
+    record.mkdir() if content is None else record.write_bytes(content)
+    if content is None:  # a folder is no record, so nothing is there
+        assert not store.has(SPEC)
+        return
+    with pytest.raises(DamagedArtifact, match=r"record\.json"):
+        store.get(SPEC)
+
+
 def test_a_folder_without_a_record_is_no_artifact(store):
     artifact = store.get_or_build(SPEC, numbers)
     (artifact.path / "record.json").unlink()
@@ -203,6 +266,14 @@ def test_a_store_of_another_version_is_refused_and_a_new_one_is_not(tmp_path):
             open_store(tmp_path)
     with pytest.raises(ValueError, match="is a file; a store is a folder"):
         open_store(tmp_path / "VERSION")
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe1", None])
+def test_a_damaged_version_is_refused_with_what_to_do(tmp_path, content):
+    version = tmp_path / "VERSION"
+    version.mkdir() if content is None else version.write_bytes(content)
+    with pytest.raises(StoreRefused, match="replace it by a file that holds 1"):
+        open_store(tmp_path)
 
 
 def test_an_artifact_is_found_by_content_whatever_it_was_called(store):

@@ -15,7 +15,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from air_core.datasets import get_dataset
+from air_core.seal import sealed_json
 from orchestrator.differences import differences
+from orchestrator.files import file_digest
 from orchestrator.image_rows import build_image_block, open_generator
 from orchestrator.keys import ArtifactKey
 from orchestrator.ledger import Ledger
@@ -348,6 +350,9 @@ def test_another_result_and_a_touched_input_are_named(ended, told, drawn, tmp_pa
     (features,) = (store.artifacts / "features").glob("*/*/features.safetensors")
     arrays = load_file(features)
     save_file({**arrays, "features": np.roll(arrays["features"], 1, axis=1)}, features)
+    made = features.with_name("record.json")  # as another encoder would have written it
+    known = {**json.loads(made.read_text()), "files": {features.name: file_digest(features)}}
+    made.write_bytes(sealed_json(known))
     again = repro(run.info.run_id, store, ended.resolver(), told)
     assert again.verdict == "different"
     assert not again.same

@@ -1,0 +1,122 @@
+"""The content of stored files against what was recorded of it.
+
+A record carries its own checksum (`seal.py`) and the digests of the other files of its artifact.
+Each file is read once in a process: a file that passed is remembered by size, modification time
+and inode, and read again when one of these has changed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from air_core.seal import intact
+from orchestrator.files import Stamp, file_digest, file_stamp
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+_verified: dict[tuple[Path, str], Stamp] = {}  # by file and digest
+
+
+class DamagedArtifact(ValueError):
+    """A stored file is not what was written.
+
+    Args:
+        path: the artifact's folder or the shard, which has to be made again.
+        why: which file is damaged, and how.
+        name: what it is called, where it lies in a bucket.
+    """
+
+    def __init__(self, path: Path, why: str, name: str = "") -> None:
+        super().__init__(path, why, name)  # all arguments, so that it can be pickled
+        self.path, self.why, self.name = path, why, name or str(path)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name} is damaged: {self.why}; run the sweep again to make it anew, or remove it"
+        )
+
+
+def read_record(file: Path) -> dict[str, Any]:
+    """`record.json` or `row.json`, checked against its checksum.
+
+    Raises:
+        DamagedArtifact: it cannot be parsed or was changed.
+        FileNotFoundError: it does not exist.
+    """
+    try:
+        data = file.read_bytes()
+    except IsADirectoryError:
+        raise DamagedArtifact(file.parent, f"{file.name} is a folder") from None
+    return parse_record(data, file)
+
+
+def parse_record(data: bytes, file: Path, name: str = "") -> dict[str, Any]:
+    """The same of the bytes of a record; `name` is what it is called in a bucket."""
+    try:
+        record = json.loads(data)
+    except (ValueError, RecursionError) as problem:
+        raise DamagedArtifact(file.parent, f"{file.name} is not JSON ({problem})", name) from None
+    if not isinstance(record, dict):
+        raise DamagedArtifact(file.parent, f"{file.name} does not hold a JSON object", name)
+    if intact(data) is False:
+        raise DamagedArtifact(file.parent, f"the checksum of {file.name} does not fit", name)
+    return record
+
+
+def verify_files(folder: Path, record: dict[str, Any]) -> None:
+    """Compare the files of an artifact with the digests of its record.
+
+    Raises:
+        DamagedArtifact: a file was changed or is missing.
+    """
+    for name, digest in record.get("files", {}).items():
+        file = folder / name
+        try:
+            stamp = file_stamp(file)
+            if _verified.get((file, digest)) == stamp:
+                continue
+            found = file_digest(file)
+        except FileNotFoundError:
+            raise DamagedArtifact(folder, f"{name} is missing") from None
+        except IsADirectoryError:
+            raise DamagedArtifact(folder, f"{name} is a folder") from None
+        if found != digest:
+            raise DamagedArtifact(folder, f"{name} does not fit the digest of its record")
+        _verified[file, digest] = stamp
+
+
+# ---------------------------------------------------------------- files beside the artifacts
+
+
+def read_sealed(file: Path) -> dict[str, Any]:
+    """A JSON object that `sealed_json` wrote; files without a checksum are older and are accepted.
+
+    Raises:
+        ValueError: it is damaged.
+        FileNotFoundError: it does not exist.
+    """
+    try:
+        content = read_record(file)
+    except DamagedArtifact as damaged:
+        raise ValueError(damaged.why) from None
+    content.pop("seal", None)
+    return content
+
+
+def read_cache(file: Path, parse: Callable[[dict[str, Any]], T], empty: T) -> T:
+    """The content of a file that can be computed again; `empty` where it is missing or damaged.
+
+    Args:
+        parse: turns the JSON object into what is wanted.
+    """
+    try:
+        return parse(read_sealed(file))
+    except FileNotFoundError:
+        return empty
+    except (ValueError, TypeError, KeyError, AttributeError) as problem:
+        log.warning("%s is damaged and is built anew: %s", file, problem)
+        return empty
