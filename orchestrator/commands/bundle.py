@@ -38,7 +38,7 @@ WeightsOption = Annotated[
     typer.Option(
         "--weights",
         metavar="BACKBONE",
-        help="name or place of the same weights, where they lie elsewhere on this machine",
+        help="name or path of the same weights, where they are not published ones",
     ),
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, ...")]
@@ -205,6 +205,10 @@ def verify(
     folder: FolderArgument,
     data_root: DataOption = None,
     weights: WeightsOption = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(metavar="folder:PATH", help="the images that it was tested on, if your own"),
+    ] = None,
     device: DeviceOption = "cpu",
     as_json: JsonOption = False,
 ) -> None:
@@ -239,6 +243,6 @@ def verify(
 
     with tempfile.TemporaryDirectory(prefix="airsweep-") as cache:
         resolver = Resolver(Path(cache) / "digests.json", data_root)
-        found = verified(folder, resolver, weights, device, watch)
+        found = verified(folder, resolver, weights, device, watch, dataset)
     show(json.dumps(found.json(), indent=1) if as_json else "\n".join(found.lines()))
     sys.exit(DONE if found.same else GATE)
