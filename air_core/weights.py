@@ -54,7 +54,7 @@ class ClipFile:
 # ---------------------------------------------------------------- backbones
 
 
-def weights_files(name: str) -> list[Path]:
+def weights_files(name: str | ClipFolder | ClipFile) -> list[Path]:
     """All files that a backbone is read from, in a stable order: what a digest is made of.
 
     Raises:
@@ -66,7 +66,7 @@ def weights_files(name: str) -> list[Path]:
     return [found.weights, *found.tokenizer]
 
 
-def weights_settings(name: str) -> dict[str, Any]:
+def weights_settings(name: str | ClipFolder | ClipFile) -> dict[str, Any]:
     """What settles a backbone's results beside its files; empty for a folder, which holds it all.
 
     The same file is another model under another architecture: activation, preprocessing.
@@ -77,12 +77,14 @@ def weights_settings(name: str) -> dict[str, Any]:
     return {"model_cfg": found.model, "preprocess_cfg": found.preprocess}
 
 
-def find_backbone(name: str) -> ClipFolder | ClipFile:
-    """Where the weights of a backbone lie.
+def find_backbone(name: str | ClipFolder | ClipFile) -> ClipFolder | ClipFile:
+    """Where the weights of a backbone lie; what was found already is given back.
 
     Raises:
         ValueError: unknown, or not on this machine; says what to do.
     """
+    if not isinstance(name, str):
+        return name
     if name == "tiny":
         return ClipFolder(tiny_folder())
     folder = Path(name).expanduser().absolute()
@@ -276,6 +278,20 @@ def _tokenizer_files(
 def _pixels(tag: dict[str, Any]) -> dict[str, Any]:
     names = ("mean", "std", "interpolation", "resize_mode")
     return {name: tag[name] for name in names if name in tag}
+
+
+def public_backbone(name: str) -> ClipFolder | ClipFile | None:
+    """Where the weights of `tiny` or `<architecture>/<tag>` lie; None: the name is another one.
+
+    Unlike `find_backbone` it takes no folder or file of that name: for names from strangers.
+
+    Raises:
+        ValueError: open_clip knows the name, but its weights are not on this machine.
+    """
+    if name == "tiny":
+        return ClipFolder(tiny_folder())
+    architecture, _, tag = name.partition("/")
+    return _known_weights(architecture, tag) if _tag(architecture, tag) else None
 
 
 # ---------------------------------------------------------------- generators

@@ -32,7 +32,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from air_core.backbone.loading import load_backbone
 from air_core.bundle import load_bundle
-from air_core.bundle.manifest import TEST, TEXT, weights_said, write_bundle
+from air_core.bundle.checks import TEST, TEXT
+from air_core.bundle.manifest import weights_said, write_bundle
 from air_core.classifiers import class_texts
 from air_core.datasets import get_dataset
 from air_core.weights import tiny_folder
@@ -41,20 +42,20 @@ from air_core.weights import tiny_folder
 def zero_shot_bundle(folder: Path) -> None:
     """The tiny CLIP's own classifier of the digits."""
     digits, backbone = get_dataset("digits"), load_backbone("tiny")
-    none = np.zeros(0, dtype=np.int32)
+    first = np.zeros(1, dtype=np.int32)
     said = {
         "classnames": list(digits.classnames),
         "template": digits.template,
         "modality": "text",
         "backbone": {**weights_said("tiny"), "precision": "fp32"},
-        "metrics": {},
-        "test": {},
+        "metrics": {"test/accuracy": 1.0},
+        "test": {"dataset": digits.name, "digest": "", "images": 1, "unseen": None},
         "lineage": {},
     }
     texts = class_texts(backbone, digits.classnames, digits.template).numpy()
     arrays = {
         TEXT: {"text_features": texts, "logit_scale": np.float32(backbone.logit_scale).reshape(())},
-        TEST: {"index": none, "predictions": none, "labels": none},
+        TEST: {"index": first, "predictions": first, "labels": first},
     }
     write_bundle(folder, said, arrays, replace=False)
 

@@ -26,6 +26,7 @@ from orchestrator.commands import (
     usage,
 )
 from orchestrator.commands.common import code_of, fail
+from orchestrator.output import Printable, show
 from orchestrator.redact import Redacting, redacted
 
 app = typer.Typer(
@@ -49,7 +50,7 @@ app.add_typer(cluster.app, name="cluster")
 
 def _say_version(asked: bool) -> None:
     if asked:
-        print(f"airsweep {version('airsweep')}")
+        show(f"airsweep {version('airsweep')}")
         raise typer.Exit
 
 
@@ -68,13 +69,14 @@ def main() -> None:
         sys.argv.remove("--debug")
     assert logging.lastResort is not None
     logging.lastResort.addFilter(Redacting())  # it prints what nobody else handles, as here
+    logging.lastResort.addFilter(Printable())
     try:
         app()
     except Exception as problem:
         if debug:
             raise
         if type(problem).__name__ == "SpecError":  # it begins with file:line:column
-            print(redacted(str(problem)), file=sys.stderr)
+            show(redacted(str(problem)), file=sys.stderr)
             sys.exit(code_of(problem))
         from orchestrator.files import barred
         from orchestrator.place import REFUSED

@@ -7,6 +7,7 @@ checked on the stored features before it is published.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -16,17 +17,15 @@ from typing import Any
 import numpy as np
 
 from air_core.bundle import load_bundle
+from air_core.bundle.checks import PROMPT, TEST, TEXT, tested_by
 from air_core.bundle.manifest import (
     LICENCE,
-    PROMPT,
-    TEST,
-    TEXT,
     Manifest,
     check_free,
     weights_said,
     write_bundle,
 )
-from air_core.datasets import Dataset, get_dataset
+from air_core.datasets import DATASETS, Dataset, get_dataset
 from air_core.normal import normalised
 from air_core.paradigms import seen_unseen
 from air_core.specs import TrialSpec, uses_auxiliary
@@ -238,8 +237,12 @@ def export(
     tested = get_dataset((spec.test_dataset or spec.dataset).name)
     _check_inputs(spec, tested, resolver, say)
     backbone, arrays = _classifier(spec, record, store, tested)
+    described = weights_said(spec.backbone.name)
     index, predictions, labels = record.predictions()
     arrays[TEST] = {"index": index, "predictions": predictions, "labels": labels}
+    model = described["open_clip"]["model_name"]
+    # Where the backbone lies on this machine concerns no reader of a bundle.
+    named = replace(spec, backbone=replace(spec.backbone, name=described["name"] or model))
     said = {
         "made_by": f"airsweep {version('airsweep')}",
         "classnames": list(tested.classnames),
@@ -247,19 +250,20 @@ def export(
         "modality": spec.modality,
         "prompt": asdict(spec.prompt) if spec.iterations else None,
         "backbone": {
-            **weights_said(spec.backbone.name),
+            **described,
             "digest": spec.backbone.digest,
             "precision": spec.precision,
             "preprocess": dict(backbone.model.visual.preprocess_cfg),
         },
-        "metrics": record.metrics,
+        # JSON has no NaN, which an accuracy over no image is.
+        "metrics": {name: v for name, v in record.metrics.items() if math.isfinite(v)},
         "test": _test(spec, tested, len(index)),
         "lineage": {
             "trial_key": record.key,
             "sweep": chosen.sweep,
             "slot": chosen.slot,
-            "inputs": {name: asdict(ref) for name, ref in refs_of(spec).items()},
-            "spec": json.loads(spec_json(spec, str(artifact_key(spec)))),
+            "inputs": {name: asdict(ref) for name, ref in refs_of(named).items()},
+            "spec": json.loads(spec_json(named, str(artifact_key(spec)))),
             **{name: record.made.get(name) for name in MADE},
         },
         "chosen": chosen.how,
@@ -421,11 +425,14 @@ def verify(
     weights: str | None = None,
     device: str = "cpu",
     watch: Watch = lambda starts, batches: starts,
+    dataset_name: str | None = None,
 ) -> Verified:
     """Score a bundle on the images, not the stored features, that its trial was tested on.
 
     Args:
         watch: passes the batches on.
+        dataset_name: of the dataset on this machine; None: as the bundle names it, which may then
+            be no folder.
 
     Raises:
         ValueError: no bundle, another backbone, or the dataset is not here or another one.
@@ -437,7 +444,13 @@ def verify(
     bundle = load_bundle(folder, weights, device)
     manifest = bundle.manifest
     test = manifest.said["test"]
-    dataset = get_dataset(test["dataset"])
+    name = dataset_name or test["dataset"]
+    if dataset_name is None and name not in DATASETS:
+        raise ValueError(
+            f"{folder} was tested on {name!r}, and no folder that a bundle names is opened; give "
+            "--dataset folder:PATH, the folder that has these images here"
+        )
+    dataset = get_dataset(name)
     here = resolver.dataset(dataset).digest
     if here != test["digest"]:
         raise ValueError(
@@ -446,6 +459,11 @@ def verify(
         )
     examples = dataset.load(resolver.data_root)
     index = manifest.arrays[TEST]["index"]
+    if index.max() >= len(examples.images) or examples.labels.max() >= len(manifest.classnames):
+        raise ValueError(
+            f"{folder} is not a bundle: it was tested on other images or classes than "
+            f"{dataset.name} has; export it again"
+        )
     starts = range(0, len(index), CHUNK)
     parts = []
     for start in watch(starts, len(starts)):
@@ -460,13 +478,13 @@ def verify(
     found = measured(
         guess, torch.from_numpy(examples.labels[index]), len(manifest.classnames), unseen
     )
-    metric = "accuracy" if unseen is None else "harmonic_mean"
+    metric = tested_by(test)
     return Verified(
         folder=str(folder),
         dataset=dataset.name,
-        metric=metric.replace("_", " "),
+        metric=metric.removeprefix("test/").replace("_", " "),
         images=len(index),
-        then=manifest.said["metrics"][f"test/{metric}"],
+        then=manifest.said["metrics"][metric],
         now=found.headline,
         told_otherwise=int(other.sum()),
         margin=float(margins.max()) if len(margins) else 0.0,

@@ -18,6 +18,7 @@ import numpy as np
 from air_core.datasets import Dataset, Examples, get_dataset
 from air_core.datasets.images import BAD_SHARE, Unreadable
 from air_core.datasets.published import PUBLISHED, Counts
+from air_core.printable import printable
 
 SHOWN = 3  # unreadable files that are named
 Watch = Callable[[Iterable[str | None], int], Iterable[str | None]]
@@ -56,7 +57,7 @@ class Report:
             f"{self.name}: {self.images:,} images of {len(self.classnames)} classes",
             f"parts       {parts}",
             f"unreadable  {len(self.unreadable):,}",
-            *(f"            {why}" for why in self.unreadable[:SHOWN]),
+            *(f"            {printable(why)}" for why in self.unreadable[:SHOWN]),
         ]
 
 
@@ -123,7 +124,7 @@ def _too_many(dataset: Dataset, unreadable: tuple[str, ...], images: int) -> str
     if len(unreadable) > allowed:
         return (
             f"{dataset.name}: {len(unreadable):,} of {images:,} images cannot be read, "
-            f"{allowed:,} may; the first: {unreadable[0]}"
+            f"{allowed:,} may; the first: {printable(unreadable[0])}"
         )
     return None
 

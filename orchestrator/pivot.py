@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from air_core.printable import printable
 from orchestrator.layouts import Layout, latex, markdown
 from orchestrator.marked_yaml import choices, meant
 from orchestrator.report import (
@@ -331,7 +332,7 @@ def _layout(table: Pivot) -> Layout:
 def _csv(table: Pivot) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    names = [" ".join(column) for column in table.columns]
+    names = [printable(" ".join(column)) for column in table.columns]
     marked = table.metric == ACCURACY
     writer.writerow(
         [
@@ -344,7 +345,7 @@ def _csv(table: Pivot) -> str:
         ]
     )
     for line in table.lines:
-        found: list[Any] = list(line)
+        found: list[Any] = [printable(name) for name in line]
         for column in table.columns:
             cell = table.cells.get((line, column))
             found += ["", ""] if cell is None else [cell.mean, cell.std]

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, Protocol
 
+from air_core.printable import printable
+from orchestrator.output import printable_lines, show
 from orchestrator.plan import Need, Plan, name_of
 
 if TYPE_CHECKING:
@@ -105,7 +107,7 @@ class Lines:
         self.waits: dict[str, float] = {}  # seconds at which it was last said
 
     def say(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        show(text, file=sys.stderr, flush=True)
 
     def started(self, plan: Plan) -> None:
         self.rows = Rows(len(plan.sweep.seeds.values))
@@ -180,7 +182,7 @@ class Bars(Lines):
         self.trials: Any = None
 
     def say(self, text: str) -> None:
-        self.console.print(text, markup=False, soft_wrap=True)
+        self.console.print(printable_lines(text), markup=False, soft_wrap=True)
 
     def started(self, plan: Plan) -> None:
         super().started(plan)
@@ -208,7 +210,7 @@ class Bars(Lines):
     def progress(self, name: str, done: int, total: int) -> None:
         # An end may come in another unit than the steps before it.
         if name not in self.tasks:
-            shown = name if len(name) <= 44 else f"{name[:20]}...{name[-21:]}"
+            shown = printable(name if len(name) <= 44 else f"{name[:20]}...{name[-21:]}")
             self.tasks[name] = self.bars.add_task(shown, total=total)
         self.bars.update(self.tasks[name], completed=done, total=total, visible=done < total)
 

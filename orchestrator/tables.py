@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal
 
 from orchestrator.layouts import Layout, latex, markdown
+from orchestrator.output import csv_cell
 from orchestrator.report import (
     COLUMNS,
     EMPTY,
@@ -88,12 +89,14 @@ def _csv(rows: Sequence[Row], entries: Sequence[Entry]) -> str:
     writer = csv.DictWriter(text, header, lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        settings = {f"settings.{key}": whole(v) for key, v in row.settings.items()}
+        settings = {f"settings.{key}": csv_cell(whole(v)) for key, v in row.settings.items()}
         found = {
             "told_from": _told_from(gains.get(id(row), {})),
             "collapsed": len(results.collapsed(row)),
         }
-        writer.writerow({**{name: getattr(row, name) for name in plain}, **settings, **found})
+        writer.writerow(
+            {**{name: csv_cell(getattr(row, name)) for name in plain}, **settings, **found}
+        )
     return text.getvalue().rstrip("\n")
 
 

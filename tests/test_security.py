@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import io
 import json
+import logging
 import os
 import shutil
 import subprocess
 import sys
+import unicodedata
 from collections.abc import Iterator
 from ipaddress import IPv6Address, ip_address
 from pathlib import Path
@@ -18,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from air_core.diffusion.pipeline import load_pipeline
+from orchestrator.output import show
 from orchestrator.place import Place, Refused
 from orchestrator.redact import HIDDEN, redacted
 from orchestrator.store import ArtifactStore
@@ -194,6 +198,47 @@ def test_a_model_that_brings_code_is_not_run(part, tmp_path):
         load_pipeline(model)
     assert "evil" in str(told.value).lower() or "trust_remote_code" in str(told.value)
     assert not ran.exists()
+
+
+# ---------------------------------------------------------------- names from outside
+
+PRINTS = {"print", "sys.stdout.write", "sys.stderr.write"}
+MAY_PRINT = {
+    "orchestrator/output.py",  # which escapes control characters
+    "orchestrator/commands/submit.py",  # the log of a job, which airsweep has written over there
+}
+
+
+def test_all_that_is_printed_goes_through_what_escapes_control_characters():
+    found = {
+        str(file.relative_to(ROOT))
+        for file in (ROOT / "orchestrator").rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in PRINTS
+    }
+    assert found == MAY_PRINT
+
+
+@given(st.text() | st.text("\x00\x07\x1b\x7f\x9b\r\u2028\u202e\u2066\ud800\n\tü花 "))
+def test_what_is_printed_does_not_steer_a_terminal(text):
+    out = io.StringIO()
+    show(text, file=out)
+    steering = {c for c in out.getvalue() if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")}
+    assert steering == {"\n"}
+    assert not {c for c in out.getvalue() if "\u202a" <= c <= "\u202e" or "\u2066" <= c <= "\u2069"}
+
+
+def test_a_warning_does_not_steer_the_terminal_either(capsys, monkeypatch):
+    from orchestrator.__main__ import main
+
+    monkeypatch.setattr(sys, "argv", ["airsweep", "--version"])
+    with pytest.raises(SystemExit):
+        main()
+    handler = logging.lastResort
+    assert handler is not None
+    record = logging.makeLogRecord({"msg": "%s is new", "args": ("a\x1b[2J.png",)})
+    assert handler.filter(record)
+    assert record.getMessage() == r"a\u001b[2J.png is new"
 
 
 # ---------------------------------------------------------------- ways out of a folder

@@ -25,13 +25,15 @@ from air_core.weights import (
 MERGES = "merges.txt.gz"
 
 
-def load_backbone(name: str | Path, device: str = "cpu", precision: str = "fp32") -> Backbone:
+def load_backbone(
+    name: str | Path | ClipFolder | ClipFile, device: str = "cpu", precision: str = "fp32"
+) -> Backbone:
     """A frozen CLIP or SigLIP. Nothing is fetched.
 
     A folder may hold `merges.txt.gz`, its own byte-pair merges; else it is CLIP's vocabulary.
 
     Args:
-        name: of a backbone, or its folder.
+        name: of a backbone, its folder, or what `find_backbone` found.
         device: where it runs.
         precision: fp32, fp16 or bf16, of its weights; norms are computed in fp32 all the same.
 
@@ -39,7 +41,7 @@ def load_backbone(name: str | Path, device: str = "cpu", precision: str = "fp32"
         ValueError: it is not there, its weights do not fit, or its text tower takes no prompt.
     """
     sums_in_one_order()
-    match find_backbone(str(name)):
+    match find_backbone(str(name) if isinstance(name, Path) else name):
         case ClipFolder(path):
             return _from_folder(path, device, precision)
         case ClipFile() as found:

@@ -4,8 +4,8 @@
     bundle = load_bundle("bundle")
     results = bundle.classify(["new/*.png"])
 
-`manifest` is the folder, `files` the images that are asked for, `classifier` the rest. Importing
-this is cheap: torch is loaded with the bundle.
+`manifest` is the folder, `checks` what must be in it, `files` the images that are asked for,
+`classifier` the rest. Importing this is cheap: torch is loaded with the bundle.
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ def load_bundle(folder: str | Path, weights: str | None = None, device: str = "c
 
     Args:
         folder: what `airsweep export` has written.
-        weights: name of the backbone or where it lies, as a sweep file has it; None: as there.
+        weights: name of the backbone or where it lies, as a sweep file has it; None: the published
+            weights that the bundle names. A bundle's own paths are never followed.
         device: where CLIP runs, such as cuda.
 
     Raises:
-        ValueError: no bundle, a file of it that was changed, another backbone, or no such device.
+        ValueError: no bundle, a file of it that was changed, another backbone, no published one
+            and no `weights`, or no such device.
     """
     manifest = read_bundle(folder)
-    manifest.check_weights(weights)
+    found = manifest.backbone(weights)  # before torch is imported or a weight is read
     from air_core.backbone.loading import load_backbone  # seconds
     from air_core.bundle.classifier import Bundle, check_device
 
     check_device(device)
-    name = manifest.backbone_name(weights)
-    return Bundle(manifest, load_backbone(name, device, manifest.precision))
+    return Bundle(manifest, load_backbone(found, device, manifest.precision))

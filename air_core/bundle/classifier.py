@@ -102,11 +102,20 @@ class Bundle:
 
     @torch.no_grad()
     def logits_of(self, encoded: Tensor) -> Tensor:
-        """(N, C) of features (N, D), or of image tokens (N, T, V) where the prompt is visual."""
+        """(N, C) of features (N, D), or of image tokens (N, T, V) where the prompt is visual.
+
+        Raises:
+            ValueError: class vectors or prompt are of other widths than the backbone's.
+        """
         if self._prompt is not None:
             parts = torch.split(encoded, self.backbone.at_once)
             features = [self.backbone.encode_tokens(part, self._prompt).cpu() for part in parts]
             encoded = torch.cat(features)
+        if encoded.shape[-1] != self._texts.shape[1]:
+            raise ValueError(
+                f"{self.manifest.folder} is not a bundle of this backbone: its class vectors are "
+                f"{self._texts.shape[1]} wide, and image features {encoded.shape[-1]}"
+            )
         return self.manifest.logit_scale * encoded @ self._texts.T
 
 

@@ -6,7 +6,8 @@
     test.safetensors             index, predictions, labels (T,) of the images that it was tested on
 
 Digests are SHA-256, by which weights are published too. `bundle.json` has its own, over itself
-without it. Imports no torch and opens no image.
+without it. Whoever writes a bundle can write digests that fit, so its contents are checked as well.
+No path in it is ever followed. Imports no torch and opens no image.
 """
 
 from __future__ import annotations
@@ -22,31 +23,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from air_core.weights import ClipFile, find_backbone, weights_files, weights_settings
+from air_core.bundle.checks import PROMPT, TEST, TEXT, Arrays, check_contents, check_digests
+from air_core.weights import (
+    ClipFile,
+    ClipFolder,
+    find_backbone,
+    public_backbone,
+    weights_files,
+    weights_settings,
+)
 
 FORMAT = 1
 MANIFEST = "bundle.json"
-TEXT, PROMPT, TEST = "text_features.safetensors", "prompt.safetensors", "test.safetensors"
 FILES = (TEXT, PROMPT, TEST)  # no other name is ever opened
 LICENCE = (
     "The backbone's weights are not in this folder and keep their own licence; what was learned "
     "here comes from images under the licences below."
 )
-WANTED = {
-    "classnames": list,
-    "template": str,
-    "modality": str,
-    "backbone": dict,
-    "metrics": dict,
-    "test": dict,
-    "lineage": dict,
-    "files": dict,
-}
 MAKE = "make one by `airsweep export TRIAL -o DIR`"
-
-Arrays = Mapping[str, Mapping[str, np.ndarray]]  # by file, then by name
+SHOWN = 3  # files of weights in a message
 
 
 @dataclass(frozen=True)
@@ -81,29 +79,35 @@ class Manifest:
             return None
         return self.arrays[PROMPT]["prompt"]
 
-    def backbone_name(self, weights: str | None) -> str:
-        return weights or str(self.said["backbone"]["name"])
+    def backbone(self, weights: str | None = None) -> ClipFolder | ClipFile:
+        """Where the backbone lies on this machine; its digests are the recorded ones.
 
-    def check_weights(self, weights: str | None = None) -> None:
-        """The backbone of that name is on this machine, and is the one that was learned on.
+        Args:
+            weights: the user's name or path of it; None: the published weights that the bundle
+                names. A path in a bundle is never followed.
 
         Raises:
-            ValueError: it is another one, or is not here.
+            ValueError: it is another one, is not here, or the bundle names no published weights.
         """
-        wanted, name = self.said["backbone"], self.backbone_name(weights)
+        wanted = self.said["backbone"]
+        learned = f"{self.folder} was learned on {_in_words(wanted)}"
         try:
-            here = weights_said(name)
+            found = find_backbone(weights) if weights else public_backbone(wanted.get("name") or "")
         except ValueError as problem:
+            raise ValueError(f"{problem}; {learned}: --weights says where it lies here") from None
+        if found is None:
             raise ValueError(
-                f"{problem}; {self.folder} was learned on {wanted['name']!r}: --weights says where "
-                "it lies here"
-            ) from None
-        difference = _difference(wanted, here)
+                f"{learned}; these are no published weights, so give --weights PATH: the folder, "
+                "or <architecture>@<file>, with these bytes"
+            )
+        difference = _difference(wanted, found)
         if difference:
             raise ValueError(
-                f"{self.folder} was learned on another backbone than {name!r} here: {difference}; "
-                "with these weights its prompt means nothing; --weights says where the others lie"
+                f"{self.folder} was learned on another backbone than "
+                f"{weights or wanted['name']!r} here: {difference}; with these weights its prompt "
+                "means nothing; --weights says where the others lie"
             )
+        return found
 
 
 # ---------------------------------------------------------------- backbones
@@ -112,35 +116,46 @@ class Manifest:
 def weights_said(name: str) -> dict[str, Any]:
     """What tells a backbone from all others, and how open_clip is asked for it.
 
+    No path of this machine is in it: `name` is that of published weights, else None.
+
     Raises:
         ValueError: it is not here.
     """
-    found, files = find_backbone(name), weights_files(name)
-    settings = weights_settings(name) if isinstance(found, ClipFile) else {}
-    top = os.path.commonpath([path.parent for path in files])
+    found = find_backbone(name)
+    public = name == "tiny" or (isinstance(found, ClipFile) and "@" not in name)
     return {
-        "name": name,
-        "open_clip": _arguments(name),
-        "architecture": _architecture(name),
-        "files": {path.relative_to(top).as_posix(): _file_digest(path) for path in files},
-        "settings": json.loads(json.dumps(settings)),  # lists, as they are read again
+        "name": name if public else None,
+        "open_clip": _arguments(name, found),
+        "architecture": _architecture(found),
+        "files": _digests(found),
+        "settings": _settings(found),
     }
 
 
-def _architecture(name: str) -> dict[str, Any]:
+def _digests(found: ClipFolder | ClipFile) -> dict[str, str]:
+    """SHA-256 of each file, by its place below what they have in common."""
+    files = weights_files(found)
+    top = os.path.commonpath([path.parent for path in files])
+    return {path.relative_to(top).as_posix(): _file_digest(path) for path in files}
+
+
+def _settings(found: ClipFolder | ClipFile) -> dict[str, Any]:
+    settings = weights_settings(found)
+    return dict(json.loads(json.dumps(settings)))  # lists, as they are read again
+
+
+def _architecture(found: ClipFolder | ClipFile) -> dict[str, Any]:
     """open_clip's configuration of both towers."""
-    found = find_backbone(name)
     if isinstance(found, ClipFile):
         return found.model
     config = json.loads((found.path / "open_clip_config.json").read_text())
     return dict(config.get("model_cfg", {}))
 
 
-def _arguments(name: str) -> dict[str, Any]:
-    """Of open_clip.create_model_and_transforms; paths without the folders of this machine."""
-    found = find_backbone(name)
+def _arguments(name: str, found: ClipFolder | ClipFile) -> dict[str, Any]:
+    """Of open_clip.create_model_and_transforms, without the folders of this machine."""
     if not isinstance(found, ClipFile):
-        return {"model_name": f"local-dir:{found.path.name}"}
+        return {"model_name": "local-dir:FOLDER"}
     _, slash, tag = name.partition("/")
     known = slash and "@" not in name
     return {
@@ -150,14 +165,24 @@ def _arguments(name: str) -> dict[str, Any]:
     }
 
 
-def _difference(wanted: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+def _in_words(backbone: Mapping[str, Any]) -> str:
+    """A backbone of bundle.json for a message: architecture and digests."""
+    architecture = str(backbone["open_clip"].get("model_name", ""))
+    if not architecture or architecture.startswith("local-dir:"):
+        architecture = "an open_clip folder"
+    files = [f"{name} {_short(digest)}" for name, digest in sorted(backbone["files"].items())]
+    more = f" and {len(files) - SHOWN} more" if len(files) > SHOWN else ""
+    return f"{architecture} ({', '.join(files[:SHOWN])}{more})"
+
+
+def _difference(wanted: Mapping[str, Any], found: ClipFolder | ClipFile) -> str:
     """The first thing by which two backbones differ; empty: none."""
-    then, now = wanted["files"], here["files"]
+    then, now = wanted["files"], _digests(found)
     for name in sorted({*then, *now}):
         one, other = then.get(name), now.get(name)
         if one != other:
             return f"{name} is {_short(other)} here and {_short(one)} there"
-    if wanted["settings"] != here["settings"]:
+    if wanted["settings"] != _settings(found):
         return "the same file, but another architecture or preprocessing"
     return ""
 
@@ -180,13 +205,18 @@ def write_bundle(
 
     Args:
         said: all of bundle.json but format and digests.
+        arrays: as `checks.check_contents` wants them.
         replace: put it in the place of another bundle.
         check: sees it before it is published, and raises where it must not be.
 
     Raises:
-        ValueError: something else is there.
+        ValueError: something else is there, or a bundle must not have such contents.
     """
     check_free(folder, replace)
+    try:
+        check_contents(said, arrays)
+    except ValueError as problem:
+        raise ValueError(f"{folder} would be no bundle: {problem}") from None
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
@@ -227,7 +257,7 @@ def check_free(folder: Path, replace: bool) -> None:
 
 def _sealed(said: Mapping[str, Any]) -> bytes:
     """JSON for people, the digest of its own bytes without it among it."""
-    bare = json.dumps(said, indent=1, sort_keys=True).encode()
+    bare = json.dumps(said, indent=1, sort_keys=True, allow_nan=False).encode()
     digest = hashlib.sha256(bare).hexdigest()
     return json.dumps({**said, "digest": digest}, indent=1, sort_keys=True).encode() + b"\n"
 
@@ -236,69 +266,72 @@ def _sealed(said: Mapping[str, Any]) -> bytes:
 
 
 def read_bundle(folder: str | Path) -> Manifest:
-    """A bundle, every byte of it checked.
+    """A bundle, every byte and every value of it checked.
 
     Raises:
-        ValueError: there is none, another version made it, or a file of it was changed.
+        ValueError: there is none, another version made it, a file of it was changed, or its
+            contents are not those of a bundle.
     """
     folder = Path(folder)
     if not (folder / MANIFEST).is_file():
         what = f"has no {MANIFEST}" if folder.is_dir() else "is not there, or no folder"
         raise ValueError(f"{folder} {what}: not a bundle; {MAKE}")
     said = _read_manifest(folder / MANIFEST)
-    arrays = {name: _read_arrays(folder / name, said["files"][name]) for name in said["files"]}
-    found = Manifest(folder, said, arrays)
-    _check_shapes(found)
-    return found
+    try:
+        _check_files(said.get("files"))
+        arrays = {name: _read_arrays(folder / name, said["files"][name]) for name in said["files"]}
+        check_contents(said, arrays)
+    except _Changed:
+        raise
+    except ValueError as problem:
+        raise ValueError(f"{folder} is not a bundle: {problem}; export it again") from None
+    return Manifest(folder, said, arrays)
+
+
+class _Changed(ValueError):
+    """Bytes are not those that were exported."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__(
+            f"{file} is not as it was exported, so {file.parent} is not a bundle: bytes were "
+            "changed; export it again"
+        )
 
 
 def _read_manifest(file: Path) -> dict[str, Any]:
     data = file.read_bytes()
     try:
         said = json.loads(data)
-    except ValueError:
-        raise _changed(file) from None
-    if (
-        not isinstance(said, dict)
-        or _sealed({k: v for k, v in said.items() if k != "digest"}) != data
-    ):
-        raise _changed(file)
+        known = isinstance(said, dict) and _sealed({k: said[k] for k in said if k != "digest"})
+    except (ValueError, RecursionError):  # no JSON, or nested too deeply
+        raise _Changed(file) from None
+    if known != data:
+        raise _Changed(file)
     if said.get("format") != FORMAT:
         raise ValueError(
             f"{file} has format {said.get('format')!r}, and this version reads {FORMAT}; use the "
             "airsweep that made it, or export it again"
         )
-    for name, kind in WANTED.items():
-        if not isinstance(said.get(name), kind):
-            raise ValueError(f"{file} has no {name} that is a {kind.__name__}; export it again")
-    for name in said["files"]:
+    return dict(said)
+
+
+def _check_files(files: Any) -> None:
+    check_digests(files, "files")
+    for name in files:
         if name not in FILES:
-            raise ValueError(f"{file} names the file {name!r}; allowed: {', '.join(FILES)}")
-    return said
+            raise ValueError(f"it names the file {name!r}; allowed: {', '.join(FILES)}")
 
 
 def _read_arrays(file: Path, digest: str) -> dict[str, np.ndarray]:
     if not file.is_file():
-        raise ValueError(f"{file} is missing; export the bundle again")
+        raise ValueError(f"{file.name} is missing")
     data = file.read_bytes()
     if hashlib.sha256(data).hexdigest() != digest:
-        raise _changed(file)
-    return dict(load(data))
-
-
-def _changed(file: Path) -> ValueError:
-    return ValueError(f"{file} is not as it was exported: bytes were changed; export it again")
-
-
-def _check_shapes(found: Manifest) -> None:
-    """The arrays are those of as many classes as there are names."""
-    missing = [name for name in (TEXT, TEST) if name not in found.arrays]
-    if missing or found.text_features.shape[0] != len(found.classnames):
-        what = f"without {missing[0]}" if missing else f"of {len(found.text_features)} classes"
-        raise ValueError(
-            f"{found.folder} is a bundle {what}, and {MANIFEST} names {len(found.classnames)} "
-            "classes; export it again"
-        )
+        raise _Changed(file)
+    try:
+        return dict(load(data))
+    except (SafetensorError, KeyError, TypeError, ValueError):  # KeyError: of a type numpy lacks
+        raise ValueError(f"{file.name} is no safetensors file that can be read") from None
 
 
 def _file_digest(path: Path) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from air_core.printable import printable
 from orchestrator.commands.common import (
     STORE,
     DataOption,
@@ -22,6 +23,7 @@ from orchestrator.commands.common import (
     place_named,
     recorded_sweep,
 )
+from orchestrator.output import csv_cell, show
 
 if TYPE_CHECKING:
     from air_core.bundle.classifier import Classified
@@ -36,7 +38,7 @@ WeightsOption = Annotated[
     typer.Option(
         "--weights",
         metavar="BACKBONE",
-        help="name or place of the same weights, where they lie elsewhere on this machine",
+        help="name or path of the same weights, where they are not published ones",
     ),
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, ...")]
@@ -74,7 +76,7 @@ def export(
     from orchestrator.store import open_store
 
     def say(line: str) -> None:
-        print(line, file=sys.stderr)
+        show(line, file=sys.stderr)
 
     if trial == BEST:
         if sweep is None:
@@ -93,7 +95,7 @@ def export(
         written(chosen, there, resolver, out, force, say)
     except Differs as problem:
         fail(str(problem), GATE)
-    print(out)
+    show(out)
 
 
 @app.command()
@@ -131,8 +133,8 @@ def classify(
     write(_watched(found, len(files), unreadable))
     if unreadable:
         several = f"{len(unreadable):,} of {len(files):,} files could not be read"
-        for line in (f"{several}:", *(f"  {why}" for why in unreadable)):
-            print(line, file=sys.stderr)
+        for line in (f"{several}:", *(f"  {printable(why)}" for why in unreadable)):
+            show(line, file=sys.stderr)
         if len(unreadable) == len(files):
             fail("no file could be read, so nothing was classified")
         sys.exit(1)
@@ -142,10 +144,10 @@ def _json(found: Iterable[Classified]) -> None:
     """One list, an image a line, written as it comes."""
     before = "[\n "
     for one in found:
-        print(before, json.dumps(one.json()), sep="", end="")
+        show(before + json.dumps(one.json()), end="")
         before = ",\n "
     if before != "[\n ":
-        print("\n]")
+        show("\n]")
 
 
 PAIR = ("class", "probability")
@@ -158,18 +160,19 @@ def _csv(found: Iterable[Classified]) -> None:
         if number == 0:
             more = [f"{what}_{n}" for n in range(2, len(one.top) + 1) for what in PAIR]
             writer.writerow(["image", *PAIR, *more])
-        writer.writerow([one.image, *(value for pair in one.top for value in pair)])
+        pairs = ((csv_cell(name), share) for name, share in one.top)
+        writer.writerow([csv_cell(one.image), *(value for pair in pairs for value in pair)])
 
 
 def _table(files: Iterable[Path], classnames: Iterable[str]) -> Writer:
-    width = min(PATH_WIDTH, max(len(str(file)) for file in files))
+    width = min(PATH_WIDTH, max(len(printable(str(file))) for file in files))
     name_width = max(len(name) for name in classnames)
 
     def write(found: Iterable[Classified]) -> None:
         for one in found:
             best, *others = (f"{name:<{name_width}} {share:>6.1%}" for name, share in one.top)
             rest = "   ".join(" ".join(other.split()) for other in others)
-            print(f"{one.image:<{width}}  {best}   {rest}".rstrip())
+            show(f"{printable(one.image):<{width}}  {best}   {rest}".rstrip())
 
     return write
 
@@ -202,6 +205,10 @@ def verify(
     folder: FolderArgument,
     data_root: DataOption = None,
     weights: WeightsOption = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(metavar="folder:PATH", help="the images that it was tested on, if your own"),
+    ] = None,
     device: DeviceOption = "cpu",
     as_json: JsonOption = False,
 ) -> None:
@@ -236,6 +243,6 @@ def verify(
 
     with tempfile.TemporaryDirectory(prefix="airsweep-") as cache:
         resolver = Resolver(Path(cache) / "digests.json", data_root)
-        found = verified(folder, resolver, weights, device, watch)
-    print(json.dumps(found.json(), indent=1) if as_json else "\n".join(found.lines()))
+        found = verified(folder, resolver, weights, device, watch, dataset)
+    show(json.dumps(found.json(), indent=1) if as_json else "\n".join(found.lines()))
     sys.exit(DONE if found.same else GATE)

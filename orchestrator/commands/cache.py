@@ -16,6 +16,7 @@ from orchestrator.commands.common import (
     fail,
     place_named,
 )
+from orchestrator.output import show
 
 app = typer.Typer(no_args_is_help=True, help="Look after a store of artifacts.")
 
@@ -37,7 +38,7 @@ def cache_ls(
 
     opened = open_store(store)
     found = listing(take_inventory(opened), all_needs(opened, data_root))
-    print(json.dumps(found, indent=1) if as_json else listing_screen(found))
+    show(json.dumps(found, indent=1) if as_json else listing_screen(found))
 
 
 @app.command("verify")
@@ -56,7 +57,7 @@ def cache_verify(store: StoreOption = STORE, as_json: JsonOption = False) -> Non
     from orchestrator.store import open_store
 
     verdict = verify(take_inventory(open_store(store)), watched)
-    print(json.dumps(verdict.json(), indent=1) if as_json else verdict_screen(verdict))
+    show(json.dumps(verdict.json(), indent=1) if as_json else verdict_screen(verdict))
     sys.exit(1 if verdict.damaged else 0)
 
 
@@ -110,6 +111,6 @@ def cache_gc(
             spoils = needed_by_one(inventory, needs, of, whoami(), all_users, whose)
         if yes:
             spoils = remove(spoils)
-    print(json.dumps(spoils.json(yes), indent=1) if as_json else spoils_screen(spoils, yes))
+    show(json.dumps(spoils.json(yes), indent=1) if as_json else spoils_screen(spoils, yes))
     if any(one.why == NOT_REMOVED for one in spoils.others):
         fail(f"some of it {NOT_REMOVED}; --json names it", 1)

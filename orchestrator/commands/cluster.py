@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from orchestrator.commands.common import OnlyOption, SetOption, SmokeOption, SpecArgument, load
+from orchestrator.output import show
 
 app = typer.Typer(no_args_is_help=True, help="Files for a cluster.")
 render_app = typer.Typer(no_args_is_help=True, help="Print a cluster file, filled in for a sweep.")
@@ -84,8 +85,8 @@ def render_rayjob(
     text = rayjob(asked.spec, wishes)
     if asked.spec.budget.wall is None:
         note = "no budget.wall: the job may take three days (activeDeadlineSeconds)"
-        print(f"note: {note}", file=sys.stderr)
-    print(text, end="")
+        show(f"note: {note}", file=sys.stderr)
+    show(text, end="")
 
 
 @render_app.command("raycluster")
@@ -107,4 +108,4 @@ def render_raycluster(
 
     asked = load(spec, sets, None)
     wishes = Wishes(name=name, image=image, gpu_workers=gpu_workers, cpu_workers=cpu_workers)
-    print(raycluster(asked.spec, wishes), end="")
+    show(raycluster(asked.spec, wishes), end="")

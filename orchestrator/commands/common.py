@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
 import typer
 
 from orchestrator.door import STORE as STORE  # typer reads defaults at import
+from orchestrator.output import show
 
 if TYPE_CHECKING:
     from orchestrator.asked import Asked
@@ -138,7 +139,7 @@ def results_of(name: str, store: str, data_root: Path | None) -> Outcome:
     sweep, place = recorded_sweep(name, store, data_root)
     plan = plan_of(sweep, place)
     for old in plan.stale(place.store):
-        print(f"note: {old}", file=sys.stderr)
+        show(f"note: {old}", file=sys.stderr)
     entries = entries_of(plan, place.store)
     return Outcome(sweep, place, plan, entries, rows_of(plan, entries))
 
@@ -151,7 +152,7 @@ def no_trial(name: str, found: Outcome) -> str:
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
-    print(f"airsweep: {message}", file=sys.stderr)
+    show(f"airsweep: {message}", file=sys.stderr)
     sys.exit(code)
 
 

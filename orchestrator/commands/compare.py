@@ -21,6 +21,7 @@ from orchestrator.commands.common import (
     no_trial,
     results_of,
 )
+from orchestrator.output import show
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -86,9 +87,9 @@ def compare(
         found = beside_sweep(ours.rows, results, theirs.rows, there, against)
     done = {"done": len(ours.entries), "total": ours.plan.total}
     if as_json:
-        print(json.dumps({"sweep": name, "trials": done, **found.as_json()}, indent=1))
+        show(json.dumps({"sweep": name, "trials": done, **found.as_json()}, indent=1))
     else:
-        print("\n".join(_screen(name, ours, found)))
+        show("\n".join(_screen(name, ours, found)))
     sys.exit(GATE if fail_on and found.regressed else DONE)
 
 
@@ -98,7 +99,7 @@ def _finished(name: str, store: str, data_root: Path | None) -> Outcome:
     if not found.rows:
         raise ValueError(no_trial(name, found))
     if len(found.entries) < found.plan.total:
-        print(
+        show(
             f"note: {len(found.entries)} of {found.plan.total} trials of {name} are done; compared "
             "is what is there",
             file=sys.stderr,

@@ -17,6 +17,7 @@ from orchestrator.commands.common import (
     fail,
     watched,
 )
+from orchestrator.output import show
 
 app = typer.Typer(no_args_is_help=True, help="Look at datasets, and put them where all read them.")
 
@@ -44,7 +45,7 @@ def data_check(
 
     found = check(name, root, lambda each, total: watched("opening images", each, total))
     for line in [json.dumps(found.json(), indent=1)] if as_json else found.lines():
-        print(line)
+        show(line)
     if found.difference is not None:
         fail(found.difference)
 
@@ -76,17 +77,17 @@ def data_stage(
 
     root = to.absolute()
     found = stage_dataset(
-        name, given or (), root, checksum or (), verify, watched, partial(print, file=sys.stderr)
+        name, given or (), root, checksum or (), verify, watched, partial(show, file=sys.stderr)
     )
     own = name.startswith("folder:")
     use = {"dataset": f"folder:{found.place}"} if own else {"data_root": str(root)}
     if as_json:
-        print(json.dumps({**found.json(), "use": use}, indent=1))
+        show(json.dumps({**found.json(), "use": use}, indent=1))
         return
     checked = found.manifest["checked"]
-    print(found.line())
-    print(f"{checked['images']:,} images of {checked['classes']} classes")
-    print(
+    show(found.line())
+    show(f"{checked['images']:,} images of {checked['classes']} classes")
+    show(
         f"in the sweep file, below fixed:  dataset: folder:{found.place}"
         if own
         else f"use it with --data-root {root}, or AIRSWEEP_DATA={root}"

@@ -21,6 +21,7 @@ from orchestrator.commands.common import (
     TrackingOption,
     load,
 )
+from orchestrator.output import show
 
 app = typer.Typer()
 
@@ -82,7 +83,7 @@ def doctor(
     else:
         with environment({"RAY_ADDRESS": str(at)}), _stdout_kept():
             found = doctor.cluster(asking).json()
-    print(json.dumps(found, indent=1) if as_json else doctor.screen(found))
+    show(json.dumps(found, indent=1) if as_json else doctor.screen(found))
     sys.exit(0 if found["ok"] else REFUSED)
 
 

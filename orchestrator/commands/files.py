@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from orchestrator.output import show
+
 app = typer.Typer()
 
 
@@ -28,8 +30,8 @@ def init(
     from orchestrator.starter import write_starter
 
     starter = write_starter(name, images, Path())
-    print(starter.found)
-    print(f"{starter.file}: written; next: airsweep plan {starter.file}")
+    show(starter.found)
+    show(f"{starter.file}: written; next: airsweep plan {starter.file}")
 
 
 @app.command()
@@ -40,4 +42,4 @@ def schema() -> None:
     """
     from orchestrator.schema import sweep_schema
 
-    print(json.dumps(sweep_schema(), indent=1))
+    show(json.dumps(sweep_schema(), indent=1))

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from orchestrator.commands.common import ChecksumOption, JsonOption, VerifyOption, watched
+from orchestrator.output import show
 
 app = typer.Typer(no_args_is_help=True, help="Put models where all machines read them.")
 
@@ -47,12 +48,12 @@ def models_stage(
     from orchestrator.staging import stage_model
 
     found = stage_model(
-        name, given, to.absolute(), checksum or (), verify, watched, partial(print, file=sys.stderr)
+        name, given, to.absolute(), checksum or (), verify, watched, partial(show, file=sys.stderr)
     )
     use = {found.manifest["checked"]["is"]: str(found.place)}
     if as_json:
-        print(json.dumps({**found.json(), "use": use}, indent=1))
+        show(json.dumps({**found.json(), "use": use}, indent=1))
         return
-    print(found.line())
+    show(found.line())
     for key, place in use.items():
-        print(f"in the sweep file, below fixed:  {key}: {place}")
+        show(f"in the sweep file, below fixed:  {key}: {place}")

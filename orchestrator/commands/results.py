@@ -22,6 +22,7 @@ from orchestrator.commands.common import (
     recorded_sweep,
     results_of,
 )
+from orchestrator.output import show
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,7 +42,7 @@ def status(name: NameArgument, store: StoreOption = STORE, as_json: JsonOption =
 
     place = place_named(name, store)
     found = screens.status(place)
-    print(json.dumps(found, indent=1) if as_json else screens.status_screen(found))
+    show(json.dumps(found, indent=1) if as_json else screens.status_screen(found))
 
 
 @app.command()
@@ -83,7 +84,7 @@ def table(
         fail(f"--format {form!r} is not known; allowed: md, csv, json, latex")
     found = results_of(name, store, data_root)
     if down is None and across is None and metric is None:
-        print(tables.table(found.rows, form, entries=found.entries))  # type: ignore[arg-type]
+        show(tables.table(found.rows, form, entries=found.entries))  # type: ignore[arg-type]
         return
     if not found.rows:
         raise ValueError(no_trial(name, found))
@@ -94,7 +95,7 @@ def table(
         across=listed(across),
         metric=metric or pivot.ACCURACY,
     )
-    print(pivot.text(arranged, form))
+    show(pivot.text(arranged, form))
 
 
 def listed(option: str | None) -> list[str] | None:
@@ -123,10 +124,10 @@ def report(
     sweep, place = recorded_sweep(name, store, data_root)
     found = evidence_of(sweep, place)
     for old in found.plan.stale(place.store):
-        print(f"note: {old}", file=sys.stderr)
+        show(f"note: {old}", file=sys.stderr)
     text = page(found)
     write_whole(output, text)
-    print(f"{output}  {len(text.encode()) / 1e6:.1f} MB", file=sys.stderr)
+    show(f"{output}  {len(text.encode()) / 1e6:.1f} MB", file=sys.stderr)
 
 
 @app.command()
@@ -150,9 +151,9 @@ def audit(
     sweep, place = recorded_sweep(name, store, data_root)
     cards = audit_cards(sweep, place, _looking)
     if as_json:
-        print(json.dumps([card_for_scripts(card) for card in cards], indent=1))
+        show(json.dumps([card_for_scripts(card) for card in cards], indent=1))
         return
-    print("\n\n".join(audit_screen(card, name, place.folder) for card in cards))
+    show("\n\n".join(audit_screen(card, name, place.folder) for card in cards))
 
 
 def _looking(row: str) -> Callable[[int, int], None]:

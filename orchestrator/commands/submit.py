@@ -24,6 +24,7 @@ from orchestrator.commands.common import (
     TrackingOption,
     load,
 )
+from orchestrator.output import show
 
 if TYPE_CHECKING:
     from orchestrator.submit import Cluster, Job
@@ -115,7 +116,7 @@ def jobs(address: AddressOption = "", as_json: JsonOption = False) -> None:
 
     found = Cluster(address).jobs()
     if as_json:
-        print(json.dumps([job.json() for job in found], indent=1))
+        show(json.dumps([job.json() for job in found], indent=1))
         return
     if not found:
         _say("no sweep was submitted there")
@@ -125,7 +126,7 @@ def jobs(address: AddressOption = "", as_json: JsonOption = False) -> None:
         code = "" if job.exit_code is None else str(job.exit_code)
         since = clock_time(job.started)
         rows.append((job.id, job.sweep, job.user, job.state, code, since, job.store))
-    print("\n".join(columns(rows)))
+    show("\n".join(columns(rows)))
 
 
 @app.command()
@@ -150,14 +151,14 @@ def stop(
     _say(ending(cluster.stop(found.id)))
     said = [line for line in cluster.log_of(found.id).splitlines() if line.startswith(CLOSING)]
     for line in said or ["  its driver was killed before it had closed; what is done is there"]:
-        print(line, file=sys.stderr)
+        show(line, file=sys.stderr)
 
 
 # ---------------------------------------------------------------- what is said
 
 
 def _say(text: str) -> None:
-    print(f"airsweep: {text}", file=sys.stderr, flush=True)
+    show(f"airsweep: {text}", file=sys.stderr, flush=True)
 
 
 def _followed(cluster: Cluster, job: Job) -> int:
@@ -187,9 +188,9 @@ def _followed(cluster: Cluster, job: Job) -> int:
 def _tell_started(cluster: Cluster, job: Job, as_json: bool) -> None:
     if as_json:
         facts = {"id": job.id, "address": cluster.address, "sweep": job.sweep, "store": job.store}
-        print(json.dumps({**facts, "commands": _next(cluster, job)}, indent=1))
+        show(json.dumps({**facts, "commands": _next(cluster, job)}, indent=1))
     else:
-        print(job.id)
+        show(job.id)
         _say_next(cluster, job)
 
 
@@ -203,7 +204,7 @@ def _say_next(cluster: Cluster, job: Job) -> None:
     ended = {"table"} if job.exit_code == 0 else {"table", "again"}
     for what, command in _next(cluster, job).items():
         if not job.over or what in ended:
-            print(f"  {what:<7} {command}", file=sys.stderr)
+            show(f"  {what:<7} {command}", file=sys.stderr)
 
 
 def _named(cluster: Cluster, name: str) -> Job:

@@ -26,6 +26,7 @@ from orchestrator.commands.common import (
     place_for,
     recorded_sweep,
 )
+from orchestrator.output import show
 
 if TYPE_CHECKING:
     from orchestrator.place import Place
@@ -48,8 +49,8 @@ def validate(spec: SpecArgument, sets: SetOption = None, only: OnlyOption = None
 
     asked = load(spec, sets, only)
     for note in door.validate(asked):
-        print(f"note: {note}", file=sys.stderr)
-    print(f"{asked.spec.source}: {counted(len(cells_of(asked.spec)), 'cell')}, fine")
+        show(f"note: {note}", file=sys.stderr)
+    show(f"{asked.spec.source}: {counted(len(cells_of(asked.spec)), 'cell')}, fine")
 
 
 @app.command()
@@ -81,7 +82,7 @@ def plan(
 
     asked = load(spec, sets, only, smoke)
     found = door.plan(asked, store=store, data_root=data_root, probe=probe)
-    print(json.dumps(found.json(), indent=1) if as_json else found.screen(explain))
+    show(json.dumps(found.json(), indent=1) if as_json else found.screen(explain))
 
 
 @app.command()
@@ -171,6 +172,6 @@ def _execute(
     os.dup2(2, 1)
     outcome = door.execute(sweep, place, origin, quiet, prepare_only, **how)
     if not quiet and not prepare_only:
-        print(outcome, file=stdout)
+        show(outcome, file=stdout)
     stdout.flush()
     sys.exit(outcome.exit_code)

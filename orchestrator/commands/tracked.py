@@ -19,6 +19,7 @@ from orchestrator.commands.common import (
     fail,
     recorded_sweep,
 )
+from orchestrator.output import show
 
 app = typer.Typer()
 
@@ -51,7 +52,7 @@ def ui(
     if not (root / "mlflow.db").exists():
         fail(f"{root / 'mlflow.db'} is not there: nothing was tracked in this store yet")
     argv = serve_command(root, host, port, auth, allowed_hosts)
-    print(f"http://{host}:{port}  (Ctrl-C ends it)", file=sys.stderr)
+    show(f"http://{host}:{port}  (Ctrl-C ends it)", file=sys.stderr)
     os.execvpe(argv[0], argv, {**os.environ, **SERVER_ENVIRONMENT})
 
 
@@ -84,9 +85,9 @@ def repro(
         there,
         Resolver(there.root / "digests.json", data_root),
         tracking_uri,
-        lambda line: print(line, file=sys.stderr),
+        lambda line: show(line, file=sys.stderr),
     )
-    print(json.dumps(found.json(), indent=1) if as_json else "\n".join(found.lines()))
+    show(json.dumps(found.json(), indent=1) if as_json else "\n".join(found.lines()))
     sys.exit(DONE if found.same else GATE)
 
 
@@ -110,7 +111,7 @@ def diff(
 
     there = open_store(store).read_only()
     found = differences(*(remembered(one, there, tracking_uri) for one in (a, b)))
-    print(json.dumps(found.json(), indent=1) if as_json else "\n".join(found.lines()))
+    show(json.dumps(found.json(), indent=1) if as_json else "\n".join(found.lines()))
 
 
 mlflow_app = typer.Typer(no_args_is_help=True, help="Keep MLflow in step with the store.")
@@ -146,12 +147,12 @@ def mlflow_reconcile(
             if name:
                 raise
             problems.append(problem)  # the others can be told all the same
-            print(f"airsweep: {one}: {problem}", file=sys.stderr)
+            show(f"airsweep: {one}: {problem}", file=sys.stderr)
     if as_json:
-        print(json.dumps([one.json() for one in found], indent=1))
+        show(json.dumps([one.json() for one in found], indent=1))
     else:
         for told in found:
-            print(told.line())
-            print(f"  {told.url}", file=sys.stderr)
+            show(told.line())
+            show(f"  {told.url}", file=sys.stderr)
     if problems:
         sys.exit(max(code_of(problem) for problem in problems))

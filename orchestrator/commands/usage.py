@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from orchestrator.commands.common import STORE, JsonOption, StoreOption
+from orchestrator.output import show
 
 app = typer.Typer()
 
@@ -38,4 +39,4 @@ def usage(
     asked, start = check_by(by), since_of(since)
     opened = open_store(store)
     found = used(take_inventory(opened), makers_of(opened), asked, start)
-    print(json.dumps(found, indent=1) if as_json else usage_screen(found))
+    show(json.dumps(found, indent=1) if as_json else usage_screen(found))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import json
 import re
 import shutil
@@ -13,20 +15,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from air_core.bundle import image_files, load_bundle, read_bundle
-from air_core.bundle.manifest import (
-    FILES,
-    MANIFEST,
-    PROMPT,
-    TEST,
-    TEXT,
-    weights_said,
-    write_bundle,
-)
+from air_core.bundle.checks import PROMPT, TEST, TEXT
+from air_core.bundle.manifest import FILES, MANIFEST, weights_said, write_bundle
 from air_core.classifiers import class_texts
 from air_core.datasets import get_dataset
 from air_core.datasets.dataset import TEMPLATE
@@ -220,10 +218,8 @@ def test_a_changed_byte_is_found_wherever_it_is(folder, name):
 
 def rewritten(folder: Path, **changes: Any) -> None:
     """bundle.json with other content and the digest that fits it."""
-    import hashlib
-
     said = json.loads((folder / MANIFEST).read_text()) | changes
-    said.pop("digest")
+    said.pop("digest", None)
     bare = json.dumps(said, indent=1, sort_keys=True).encode()
     said["digest"] = hashlib.sha256(bare).hexdigest()
     (folder / MANIFEST).write_text(json.dumps(said, indent=1, sort_keys=True) + "\n")
@@ -245,6 +241,258 @@ def test_no_file_outside_the_folder_is_opened_and_no_later_format_is_guessed(fol
         with pytest.raises(ValueError, match=re.escape(words)):
             read_bundle(folder)
         (folder / MANIFEST).write_bytes(before)
+
+
+def test_a_bundle_names_no_folder_that_is_then_read(folder, monkeypatch, digits):
+    """As a bundle from a stranger could, with digests that fit the weights beside it."""
+    clip = Path(shutil.copytree(tiny_folder(), folder / "clip"))
+    backbone = json.loads((folder / MANIFEST).read_text())["backbone"]
+    monkeypatch.chdir(folder)
+    for name in ("clip", str(clip), "./clip", "../bundle/clip", None):
+        rewritten(folder, backbone={**backbone, "name": name})
+        with pytest.raises(ValueError, match=r"learned on an open_clip folder .* give --weights"):
+            load_bundle(folder)
+        assert load_bundle(folder, weights=str(clip)).logits(digits[:1]).shape == (1, 10)
+    without = {key: value for key, value in backbone.items() if key != "name"}
+    rewritten(folder, backbone=without)
+    with pytest.raises(ValueError, match=r"open_clip_model.safetensors sha256 [0-9a-f]{12}"):
+        load_bundle(folder)
+
+
+def test_a_folder_does_not_pass_for_published_weights(folder, tmp_path, monkeypatch):
+    shutil.copytree(tiny_folder(), tmp_path / "ViT-B-32" / "openai")
+    backbone = json.loads((folder / MANIFEST).read_text())["backbone"]
+    rewritten(folder, backbone={**backbone, "name": "ViT-B-32/openai"})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))  # where no weights were fetched to
+    with pytest.raises(ValueError, match=r"backbone ViT-B-32/openai: its weights are not on this"):
+        load_bundle(folder)
+
+
+def test_a_bundle_says_nothing_of_where_its_weights_lay(tmp_path):
+    place = Path(shutil.copytree(tiny_folder(), tmp_path / "secret" / "project-x"))
+    file = tmp_path / "secret" / "w.safetensors"
+    file.write_bytes(b"weights")
+    for name in (str(place), f"ViT-B-32@{file}"):
+        said = weights_said(name)
+        assert said["name"] is None
+        assert said["files"]
+        assert "secret" not in json.dumps(said)
+        assert "project-x" not in json.dumps(said)
+    assert weights_said("tiny")["name"] == "tiny"
+
+
+# ---------------------------------------------------------------- digests that fit, and nonsense
+
+
+def sealed(folder: Path, said: dict[str, Any], files: dict[str, bytes]) -> None:
+    """A bundle as a stranger could write it: all digests are right."""
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    (folder / MANIFEST).write_text(json.dumps(said))
+    rewritten(folder, format=1, files=digests)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, contents) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """A folder to write bundles into, and what a good one with a prompt has in it."""
+    said, arrays = contents
+    said = {**said, "prompt": {"length": 2}}
+    arrays = {**arrays, PROMPT: {"prompt": np.ones((2, 8), np.float32)}}
+    folder = tmp_path_factory.mktemp("made") / "b"
+    write_bundle(folder, said, arrays, replace=False)
+    return folder, said, arrays
+
+
+def spoilt(values: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """A deep copy with another value at `a.b`, or at a list's first place as `a.0`."""
+    values = copy.deepcopy(values)
+    *way, last = path.split(".")
+    at: Any = values
+    for name in way:
+        at = at[name]
+    at[int(last) if isinstance(at, list) else last] = value
+    return values
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("classnames.0", 7, "class name is 7"),
+        ("classnames.0", " ", "class name is ' '"),
+        ("classnames.0", "a\x1b[2Jb", r"the class name 'a\\u001b[2Jb' has control characters"),
+        ("classnames.0", "cat\u202egpj", "control characters"),
+        ("classnames.0", "\ud800", "control characters"),
+        ("classnames.0", CLASSNAMES[1], "the same name"),
+        ("classnames", [], "classnames are empty"),
+        ("template", "a photo", "template is 'a photo'"),
+        ("template", "{} {0.__class__}", "with {} once"),
+        ("modality", "smell", "modality is 'smell'; allowed: text, visual"),
+        ("prompt", [1], "prompt that is no dict"),
+        ("prompt", None, f"of no prompt, but has {PROMPT}"),
+        ("backbone", [], "no backbone that is a dict"),
+        ("backbone.name", 3, "backbone.name that is no str"),
+        ("backbone.files", [], "no backbone.files that is a dict"),
+        ("backbone.files", {"a": 3}, "SHA-256 digests"),
+        ("backbone.settings", None, "no backbone.settings that is a dict"),
+        ("backbone.open_clip", "x", "no backbone.open_clip that is a dict"),
+        ("backbone.precision", "int3", "allowed: fp32, fp16, bf16"),
+        ("metrics", {}, "metrics have no test/accuracy"),
+        ("metrics.test/accuracy", "0.5", "is no number"),
+        ("metrics.test/accuracy", True, "is no number"),
+        ("test.dataset", 3, "no test.dataset that is a str"),
+        ("test.images", True, "no test.images that is a int"),
+        ("test.images", 3, "has 2 images, and test.images 3"),
+        ("test.unseen", [10], "test.unseen is neither"),
+        ("test.unseen", [1, 1], "test.unseen is neither"),
+        ("test.unseen", [1], "metrics have no test/harmonic_mean"),
+        ("lineage", None, "no lineage that is a dict"),
+    ],
+)
+def test_a_setting_that_no_bundle_has_is_refused_where_it_stands(path, value, words, whole):
+    folder, said, arrays = whole
+    files = {name: safetensors.numpy.save(of) for name, of in arrays.items()}
+    sealed(folder, said, files)
+    read_bundle(folder)
+    sealed(folder, spoilt(said, path, value), files)
+    with pytest.raises(ValueError, match=re.escape(words)) as told:
+        read_bundle(folder)
+    assert str(told.value).startswith(f"{folder} is not a bundle: ")
+
+
+UNIT = np.eye(10, 64, dtype=np.float32)
+SHORT = np.where(np.arange(10)[:, None] == 3, 0.5 * UNIT, UNIT)
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "value", "words"),
+    [
+        (TEXT, "text_features", UNIT[:9], "of 9 classes"),
+        (TEXT, "text_features", UNIT.astype(np.float64), "wanted: float32"),
+        (TEXT, "text_features", UNIT[0], "wanted: float32"),
+        (TEXT, "text_features", UNIT[:, :0], "wanted: float32"),
+        (TEXT, "text_features", SHORT, "length is not 1"),
+        (TEXT, "text_features", UNIT * np.nan, "length is not 1"),
+        (TEXT, "logit_scale", np.float32([1, 2]), "wanted: one positive float32"),
+        (TEXT, "logit_scale", np.array(np.inf, np.float32), "one positive float32"),
+        (TEXT, "logit_scale", np.array(-1, np.float32), "one positive float32"),
+        (TEXT, "logit_scale", np.array(1, np.int64), "one positive float32"),
+        (TEXT, "more", UNIT, "and nothing else"),
+        (PROMPT, "prompt", np.ones((2, 8), np.int32), "wanted: floats"),
+        (PROMPT, "prompt", np.ones(8, np.float32), "of 2 or 3 dimensions"),
+        (PROMPT, "prompt", np.full((2, 8), np.inf, np.float32), "no finite numbers"),
+        (TEST, "index", np.int32([0, -1]), "no index has"),
+        (TEST, "labels", np.int32([0, 10]), "no labels has"),
+        (TEST, "predictions", np.int32([0]), "has 1 images"),
+        (TEST, "predictions", np.float32([0, 1]), "wanted: integers"),
+        (TEST, "labels", np.zeros((2, 1), np.int32), "wanted: integers"),
+    ],
+)
+def test_an_array_that_no_bundle_has_is_refused(file, name, value, words, whole):
+    folder, said, arrays = whole
+    arrays = {**arrays, file: {**arrays[file], name: np.ascontiguousarray(value)}}
+    sealed(folder, said, {one: safetensors.numpy.save(of) for one, of in arrays.items()})
+    with pytest.raises(ValueError, match=re.escape(words)) as told:
+        read_bundle(folder)
+    assert str(told.value).startswith(f"{folder} is not a bundle: ")
+
+
+def headed(of: dict[str, Any], data: bytes = b"") -> bytes:
+    """A safetensors file with a header of one's own."""
+    head = json.dumps(of).encode()
+    return len(head).to_bytes(8, "little") + head + data
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"no tensors",
+        headed({})[:-1],
+        headed({"prompt": {"dtype": "BF16", "shape": [1, 1], "data_offsets": [0, 2]}}, b"12"),
+        headed({"prompt": {"dtype": "F8_E8M0", "shape": [1, 1], "data_offsets": [0, 1]}}, b"1"),
+        headed({"prompt": {"dtype": "F4", "shape": [1, 2], "data_offsets": [0, 1]}}, b"1"),
+        headed({"prompt": {"dtype": "F32", "shape": [9, 9], "data_offsets": [0, 4]}}, b"1234"),
+        headed({"prompt": {"dtype": "X", "shape": [1], "data_offsets": [0, 4]}}, b"1234"),
+    ],
+)
+def test_a_damaged_tensor_file_with_the_right_digest_is_no_bundle(data, whole):
+    folder, said, arrays = whole
+    files = {name: safetensors.numpy.save(of) for name, of in arrays.items()} | {PROMPT: data}
+    sealed(folder, said, files)
+    with pytest.raises(ValueError, match="is not a bundle: "):
+        read_bundle(folder)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        '{"metrics": NaN}',
+        "[" * 100_000,
+        '{"a":' * 100_000,
+        "\xff",
+        "9" * 5000,
+    ],
+)
+def test_what_is_no_json_object_is_no_bundle(text, whole):
+    folder, _, _ = whole
+    (folder / MANIFEST).write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match="is not a bundle"):
+        read_bundle(folder)
+
+
+def places_in(values: Any, before: str = "") -> list[str]:
+    """The way to every value of a dict, those in dicts and lists too."""
+    pairs = values.items() if isinstance(values, dict) else enumerate(values)
+    found = []
+    for name, value in pairs:
+        found.append(f"{before}{name}")
+        if isinstance(value, dict | list):
+            found += places_in(value, f"{before}{name}.")
+    return [place for place in found if place.count(".") < 3]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=5,
+)
+DTYPES = ("float32", "float64", "float16", "int32", "int64", "uint8", "bool")
+
+
+@given(data=st.data())
+def test_whatever_a_stranger_writes_is_read_or_refused_in_a_sentence(data, whole):
+    folder, said, arrays = whole
+    files = {name: safetensors.numpy.save(of) for name, of in arrays.items()}
+    if data.draw(st.booleans()):
+        places = [p for p in places_in(said) if not p.startswith("backbone.files.")]
+        said = spoilt(said, data.draw(st.sampled_from(places)), data.draw(JSON))
+    else:
+        file = data.draw(st.sampled_from(FILES))
+        name = data.draw(st.sampled_from([*arrays[file], "other"]))
+        shape = data.draw(st.lists(st.integers(0, 11), max_size=3))
+        dtype = data.draw(st.sampled_from(DTYPES))
+        bits = data.draw(st.sampled_from([0, 1, 127, 255]))
+        array = np.frombuffer(
+            bytes([bits]) * (np.dtype(dtype).itemsize * int(np.prod(shape))), dtype
+        )
+        of = {**arrays[file], name: array.reshape(shape)}
+        good = safetensors.numpy.save(of)
+        at = data.draw(st.integers(0, len(good) - 1)) if data.draw(st.booleans()) else None
+        files[file] = good if at is None else good[:at] + bytes([bits]) + good[at + 1 :]
+    sealed(folder, said, files)
+    try:
+        found = read_bundle(folder)
+        found.backbone()
+    except ValueError:
+        return
+    assert np.isfinite(found.text_features).all()
+    assert len(set(found.classnames)) == len(found.text_features)
 
 
 def test_what_is_no_bundle_says_how_to_make_one(tmp_path):
@@ -278,9 +526,9 @@ def test_the_same_file_under_another_architecture_is_another_backbone(contents, 
         "force_quick_gelu": False,
     }
     write_bundle(tmp_path / "b", {**said, "backbone": of}, arrays, replace=False)
-    read_bundle(tmp_path / "b").check_weights()
+    read_bundle(tmp_path / "b").backbone(f"ViT-B-32@{file}")
     with pytest.raises(ValueError, match="the same file, but another architecture"):
-        read_bundle(tmp_path / "b").check_weights(f"ViT-B-32-quickgelu@{file}")
+        read_bundle(tmp_path / "b").backbone(f"ViT-B-32-quickgelu@{file}")
 
 
 # ---------------------------------------------------------------- writing

@@ -16,10 +16,12 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from air_core.bundle import load_bundle, read_bundle
-from air_core.bundle.manifest import MANIFEST, PROMPT, TEST, write_bundle
+from air_core.bundle.checks import PROMPT, TEST, TEXT
+from air_core.bundle.manifest import MANIFEST, write_bundle
 from air_core.datasets import get_dataset
 from air_core.method import learn
 from air_core.specs import FeaturesSpec
+from air_core.weights import tiny_folder
 from orchestrator.ledger import Ledger
 from orchestrator.place import Place
 from orchestrator.plan import plan_sweep
@@ -255,10 +257,38 @@ def test_every_kind_of_prompt_predicts_what_was_recorded_and_verifies(
     guess = bundle.logits([images[int(i)] for i in index]).argmax(dim=-1)
     assert np.array_equal(guess, predictions)
     assert (folder / PROMPT).exists() == ("zero_shot" not in what)
-    code, said, told = cli("verify", folder)
+    where = ()
+    if "elsewhere" in what:
+        code, said, told = cli("verify", folder)
+        assert (code, said) == (2, "")
+        assert "no folder that a bundle names is opened; give --dataset folder:PATH" in told
+        where = ("--dataset", f"folder:{drawn_digits}")
+    code, said, told = cli("verify", folder, *where)
     assert code == 0, said + told
     kind = "harmonic mean" if what == "trzsl" else "accuracy"
     assert f"equal, image for image; {kind} {100 * record.headline:.1f} %" in said
+
+
+def test_a_bundle_of_a_folders_weights_has_no_path_and_asks_for_one(
+    place, resolver, export, cli, tmp_path
+):
+    clip = Path(shutil.copytree(tiny_folder(), tmp_path / "secret" / "clip"))
+    file = clip / "open_clip_model.safetensors"
+    tensors = load_file(file)
+    tensors["visual.proj"] *= 0.5  # other weights than those of the trials before
+    save_file(tensors, file)
+    flat = {"images_per_class": 0, "iterations": 0, "pool": "train", "backbone": str(clip)}
+    spec = resolver.trial({**flat, "seed": 1})
+    encode(spec.features, place.store)
+    folder = export(run_trial(spec, place.store).key)
+    assert all(b"secret" not in file.read_bytes() for file in folder.iterdir())
+    assert read_bundle(folder).said["backbone"]["digest"] == spec.backbone.digest
+    image = next(pictures_of(np.arange(1), tmp_path / "new").iterdir())
+    code, said, told = cli("classify", folder, image)
+    assert (code, said) == (2, "")
+    assert "give --weights PATH" in told
+    assert cli("classify", folder, image, "--weights", clip)[0] == 0
+    assert cli("verify", folder, "--weights", clip)[0] == 0
 
 
 def test_what_is_no_prompt_is_refused(place, sweep, cli, tmp_path):
@@ -378,6 +408,48 @@ def test_results_go_to_stdout_in_three_forms_and_troubles_to_stderr(bundle, cli,
     assert f"{found[0]['probability']:.1%}" in said
 
 
+# A title for the terminal, a line of its own, text from right to left, and a byte that is no UTF-8.
+NASTY = "a\x1b]0;pwned\x07\nb\u202egpj\udcff"
+ESCAPED = r"a\u001b]0;pwned\u0007\u000ab\u202egpj\udcff"
+
+
+def steering(text: str) -> set[str]:
+    """Characters of an output that are neither printable nor line breaks."""
+    return {c for c in text if not c.isprintable() and c != "\n"}
+
+
+def test_a_file_name_does_not_steer_the_terminal(bundle, cli, tmp_path):
+    new = pictures_of(np.arange(2), tmp_path / "new")
+    (new / "0000.png").rename(new / f"{NASTY}.png")
+    bad = new / f"{NASTY}-bad.png"
+    bad.write_bytes(b"no image")
+    for form, names in (
+        ((), ESCAPED),
+        (("--csv",), ESCAPED),
+        (("--json",), json.dumps(NASTY)[1:-1]),
+    ):
+        code, said, told = cli("classify", bundle, new, *form)
+        assert code == 1
+        assert steering(said + told) == set()
+        assert f"{names}.png" in said
+        assert f"{ESCAPED}-bad.png cannot be read" in told
+        assert len(told.splitlines()) == 2
+        said.encode("utf-8")
+    table, rows = cli("classify", bundle, new)[1], cli("classify", bundle, new, "--csv")[1]
+    assert (len(table.splitlines()), len(rows.splitlines())) == (2, 3)
+    code, said, told = cli("classify", bundle, tmp_path / f"{NASTY}.gone")
+    assert code == 2
+    assert steering(said + told) == set()
+
+
+def test_a_file_name_is_no_formula_in_a_spreadsheet(bundle, cli, tmp_path, monkeypatch):
+    new = pictures_of(np.arange(2), tmp_path / "new")
+    (new / "0000.png").rename(new / "=1+1.png")
+    monkeypatch.chdir(new)
+    _, said, _ = cli("classify", bundle, "=1+1.png", "0001.png", "--csv")
+    assert [line.split(",")[0] for line in said.splitlines()] == ["image", "'=1+1.png", "0001.png"]
+
+
 def test_what_cannot_be_classified_is_bad_input(bundle, cli, tmp_path):
     new = pictures_of(np.arange(1), tmp_path / "new")
     (tmp_path / "empty").mkdir()
@@ -425,3 +497,20 @@ def test_verify_says_by_how_much_and_refuses_other_images(bundle, cli, tmp_path)
     code, out, told = cli("verify", bundle)
     assert (code, out) == (2, "")
     assert "digits is another one here" in told
+
+    arrays[TEST]["index"] = arrays[TEST]["index"] + 1_000_000
+    write_bundle(bundle, said, arrays, True)
+    code, out, told = cli("verify", bundle)
+    assert (code, out) == (2, "")
+    assert "other images or classes than digits has" in told
+
+
+def test_class_vectors_of_another_width_are_no_bundle_of_the_backbone(bundle, cli, tmp_path):
+    manifest = read_bundle(bundle)
+    arrays = {file: dict(of) for file, of in manifest.arrays.items()}
+    arrays[TEXT]["text_features"] = np.eye(10, 30, dtype=np.float32)
+    said = {key: value for key, value in manifest.said.items() if key != "digest"}
+    write_bundle(bundle, said, arrays, replace=True)
+    code, out, told = cli("classify", bundle, pictures_of(np.arange(1), tmp_path / "new"))
+    assert (code, out) == (2, "")
+    assert "is not a bundle of this backbone: its class vectors are 30 wide" in told

@@ -119,6 +119,20 @@ def test_the_command_ends_with_2_and_the_difference_on_stderr():
     assert "eurosat: train+val has 81 images, published 22,000" in found["difference"]
 
 
+def test_a_broken_file_does_not_steer_the_terminal_by_its_name(tmp_path):
+    for name in ("cat", "dog"):
+        for i in range(4):
+            draw(tmp_path / name / f"{i}.png", size=4)
+    (tmp_path / "cat" / "a\x1b]0;pwned\x07\nb\u202egpj.png").write_bytes(b"no image")
+    told = data_check(f"folder:{tmp_path}")
+    assert told.returncode == 2
+    assert "cannot be read" in told.stdout
+    assert "cannot be read" in told.stderr
+    for text in (told.stdout, told.stderr):
+        assert r"a\u001b]0;pwned\u0007\u000ab\u202egpj.png cannot be read" in text
+        assert {c for c in text if not c.isprintable()} == {"\n"}
+
+
 def test_the_command_says_on_stderr_alone_what_is_not_there(tmp_path):
     done = data_check("cub", "--root", str(tmp_path))
     assert (done.returncode, done.stdout) == (2, "")

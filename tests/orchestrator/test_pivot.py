@@ -171,6 +171,14 @@ def test_json_has_every_number_and_csv_a_column_each() -> None:
     assert lines[0]["digits std"] == ""  # one run
 
 
+def test_a_name_with_control_characters_is_escaped_in_csv() -> None:
+    entries = trials("cpl", dataset="folder:/a\x1b[2J\nb")
+    for down, across in (("dataset", "method"), ("method", "dataset")):
+        said = text(arranged(entries, down=[down], across=[across]), "csv")
+        assert r"folder:/a\u001b[2J\u000ab" in said
+        assert "\x1b" not in said
+
+
 # ---------------------------------------------------------------- LaTeX
 
 NASTY = r"""50% of #1 & $2_3^4 {a} ~ \n <b> "q" |x| [y] *z* a--b -3 naïve ŁĘ 花 → × − – ± 1e-3"""  # noqa: RUF001

@@ -456,6 +456,13 @@ def test_csv_is_json_flat() -> None:
     assert len(lines) == len(found)
 
 
+def test_a_name_with_control_characters_is_escaped_in_csv() -> None:
+    entries = trials("cpl", dataset="folder:/a\x1b[2J\nb", settings={"lora.caption": "=1+1"})
+    (line,) = csv.DictReader(io.StringIO(table(rows(entries, None), "csv", entries)))
+    assert line["dataset"] == r"folder:/a\u001b[2J\u000ab"
+    assert line["settings.lora.caption"] == "'=1+1"
+
+
 def test_latex_is_escaped_and_the_best_is_bold() -> None:
     entries = quickstart()
     text = table(rows(entries, None), "latex", entries)

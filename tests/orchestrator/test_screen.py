@@ -56,6 +56,12 @@ def test_who_waits_for_somebody_says_so_and_the_longer_the_rarer(capsys):
     assert len(said) == 11
 
 
+@pytest.mark.parametrize("kind", [screen.Lines, screen.Bars])
+def test_a_message_does_not_steer_the_terminal(kind, capsys):
+    kind().say("a\x1b]0;pwned\x07.png cannot be read")
+    assert capsys.readouterr().err == "a\\u001b]0;pwned\\u0007.png cannot be read\n"
+
+
 def test_short_work_leaves_no_note_and_long_work_one_a_second(clock):
     written = []
 

@@ -1,0 +1,191 @@
+"""What `bundle.json` and the arrays of a bundle must be. A bundle may come from a stranger.
+
+Each check raises a ValueError that says what is wrong; `manifest` adds which bundle it is.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
+
+import numpy as np
+
+from air_core.printable import UNPRINTABLE, printable
+from air_core.specs import ClipPrecision
+
+# C classes, D feature width, T test images.
+
+TEXT, PROMPT, TEST = "text_features.safetensors", "prompt.safetensors", "test.safetensors"
+NAMES = {
+    TEXT: ("logit_scale", "text_features"),
+    PROMPT: ("prompt",),
+    TEST: ("index", "labels", "predictions"),
+}
+TOP = {
+    "classnames": list,
+    "template": str,
+    "modality": str,
+    "backbone": dict,
+    "metrics": dict,
+    "test": dict,
+    "lineage": dict,
+}
+BACKBONE = {"files": dict, "settings": dict, "open_clip": dict, "precision": str}
+TESTED = {"dataset": str, "digest": str, "images": int}
+MODALITIES = ("text", "visual")
+PRECISIONS = get_args(ClipPrecision)
+SHA256 = re.compile("[0-9a-f]{64}")
+UNIT = 1e-3  # how far the length of a class vector may be from 1
+
+Arrays = Mapping[str, Mapping[str, np.ndarray]]  # by file, then by name
+
+
+def check_contents(said: Mapping[str, Any], arrays: Arrays) -> None:
+    """Settings and arrays are complete, of their types, and fit each other.
+
+    Args:
+        said: bundle.json; format and digests are not looked at.
+        arrays: of the safetensors files.
+
+    Raises:
+        ValueError: the first thing that is wrong.
+    """
+    _check_types(said, TOP, "")
+    _check_classnames(said["classnames"])
+    _check_template(said["template"])
+    _check_one_of(said["modality"], MODALITIES, "modality")
+    if not isinstance(said.get("prompt"), dict | None):
+        raise ValueError("it has a prompt that is no dict")
+    _check_backbone(said["backbone"])
+    _check_test(said["test"], len(said["classnames"]))
+    _check_metrics(said["metrics"], tested_by(said["test"]))
+    if PROMPT in arrays and said.get("prompt") is None:
+        raise ValueError(f"it is of no prompt, but has {PROMPT}")
+    for name in (TEXT, TEST, *([PROMPT] if said.get("prompt") is not None else [])):
+        if name not in arrays:
+            raise ValueError(f"it is without {name}")
+    for name, of in arrays.items():
+        if tuple(sorted(of)) != NAMES[name]:
+            raise ValueError(f"{name} does not hold {', '.join(NAMES[name])} and nothing else")
+    _check_texts(arrays[TEXT], len(said["classnames"]))
+    if PROMPT in arrays:
+        _check_prompt(arrays[PROMPT]["prompt"])
+    _check_predictions(arrays[TEST], said["test"]["images"], len(said["classnames"]))
+
+
+def tested_by(test: Mapping[str, Any]) -> str:
+    """The metric that a bundle is judged by: of TRZSL the harmonic mean."""
+    return "test/accuracy" if test["unseen"] is None else "test/harmonic_mean"
+
+
+def check_digests(digests: Any, where: str) -> None:
+    """Names of files with their SHA-256.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    fits = isinstance(digests, dict) and all(
+        isinstance(digest, str) and SHA256.fullmatch(digest) for digest in digests.values()
+    )
+    if not fits:
+        raise ValueError(f"it has no {where} that is a dict of file names and SHA-256 digests")
+
+
+# ---------------------------------------------------------------- bundle.json
+
+
+def _check_types(found: Mapping[str, Any], wanted: Mapping[str, type], where: str) -> None:
+    for name, kind in wanted.items():
+        value = found.get(name)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(f"it has no {where}{name} that is a {kind.__name__}")
+
+
+def _check_one_of(value: str, allowed: Sequence[str], where: str) -> None:
+    if value not in allowed:
+        raise ValueError(f"its {where} is {printable(value)!r}; allowed: {', '.join(allowed)}")
+
+
+def _check_classnames(classnames: Sequence[Any]) -> None:
+    if not classnames:
+        raise ValueError("its classnames are empty")
+    for name in classnames:
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(f"a class name is {name!r}; allowed: a text that is not empty")
+        if UNPRINTABLE.search(name):
+            raise ValueError(f"the class name {printable(name)!r} has control characters")
+    if len(set(classnames)) < len(classnames):
+        raise ValueError("two of its classes have the same name")
+
+
+def _check_template(template: str) -> None:
+    if [template.count(c) for c in ("{}", "{", "}")] != [1, 1, 1] or UNPRINTABLE.search(template):
+        raise ValueError(
+            f"its template is {printable(template)!r}; allowed: a text with {{}} once, where the "
+            "class name goes"
+        )
+
+
+def _check_backbone(backbone: Mapping[str, Any]) -> None:
+    _check_types(backbone, BACKBONE, "backbone.")
+    check_digests(backbone["files"], "backbone.files")
+    _check_one_of(backbone["precision"], PRECISIONS, "backbone.precision")
+    if not isinstance(backbone.get("name"), str | None):
+        raise ValueError("it has a backbone.name that is no str")
+
+
+def _check_test(test: Mapping[str, Any], classes: int) -> None:
+    _check_types(test, TESTED, "test.")
+    unseen = test.get("unseen", "")
+    if unseen is None:
+        return
+    fits = isinstance(unseen, list) and all(type(c) is int and 0 <= c < classes for c in unseen)
+    if not fits or not 0 < len(set(unseen)) == len(unseen) < classes:
+        raise ValueError("its test.unseen is neither null nor a list of some of its classes")
+
+
+def _check_metrics(metrics: Mapping[str, Any], wanted: str) -> None:
+    for name, value in metrics.items():
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise ValueError(f"its metric {printable(name)} is no number")
+    if wanted not in metrics:
+        raise ValueError(f"its metrics have no {wanted}")
+
+
+# ---------------------------------------------------------------- arrays
+
+
+def _check_texts(of: Mapping[str, np.ndarray], classes: int) -> None:
+    texts, scale = of["text_features"], of["logit_scale"]
+    if texts.dtype != np.float32 or texts.ndim != 2 or not texts.shape[1]:
+        raise ValueError(f"text_features are {_shown(texts)}; wanted: float32 (classes, width)")
+    if len(texts) != classes:
+        raise ValueError(f"{TEXT} is of {len(texts)} classes, and it names {classes} classes")
+    lengths = np.linalg.norm(texts.astype(np.float64), axis=1)  # (C,)
+    if not (np.abs(lengths - 1) <= UNIT).all():  # not a number is not within it either
+        raise ValueError("text_features have vectors whose length is not 1")
+    if scale.dtype != np.float32 or scale.shape or not np.isfinite(scale) or scale <= 0:
+        raise ValueError(f"logit_scale is {_shown(scale)}; wanted: one positive float32")
+
+
+def _check_prompt(prompt: np.ndarray) -> None:
+    if not np.issubdtype(prompt.dtype, np.floating) or prompt.ndim not in (2, 3) or not prompt.size:
+        raise ValueError(f"the prompt is {_shown(prompt)}; wanted: floats of 2 or 3 dimensions")
+    if not np.isfinite(prompt).all():
+        raise ValueError("the prompt has values that are no finite numbers")
+
+
+def _check_predictions(of: Mapping[str, np.ndarray], images: int, classes: int) -> None:
+    for name, values in of.items():
+        if not np.issubdtype(values.dtype, np.signedinteger) or values.ndim != 1:
+            raise ValueError(f"{name} of {TEST} is {_shown(values)}; wanted: integers (images,)")
+        if len(values) != images or not images:
+            raise ValueError(f"{name} of {TEST} has {len(values)} images, and test.images {images}")
+        if values.min() < 0 or (name != "index" and values.max() >= classes):
+            raise ValueError(f"{name} of {TEST} has values that no {name} has")
+
+
+def _shown(array: np.ndarray) -> str:
+    return f"{array.dtype} {array.shape}"

@@ -1,0 +1,48 @@
+"""Text for terminals and CSV files: all that commands print goes through `show`. No libraries."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, TextIO
+
+from air_core.printable import printable
+
+
+def show(text: object, file: TextIO | None = None, end: str = "\n", flush: bool = False) -> None:
+    """Print a text, with control characters other than line breaks escaped.
+
+    A file name may hold the sequence that changes a terminal's title or colours.
+
+    Args:
+        file: sys.stdout by default.
+        end, flush: as `print` has them.
+    """
+    print(printable_lines(str(text)), file=file, end=end, flush=flush)
+
+
+def printable_lines(text: str) -> str:
+    """`printable`, with its line breaks kept."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
+FORMULA = ("=", "+", "-", "@")  # a spreadsheet computes a text that begins so
+
+
+def csv_cell(value: Any) -> Any:
+    r"""A value for a CSV file: a text stays on one line, and is no formula to a spreadsheet.
+
+    >>> csv_cell("=1+1.jpg"), csv_cell("a\n.jpg"), csv_cell(-0.5)
+    ("'=1+1.jpg", 'a\\u000a.jpg', -0.5)
+    """
+    if not isinstance(value, str):
+        return value
+    text = printable(value)
+    return f"'{text}" if text.startswith(FORMULA) else text
+
+
+class Printable(logging.Filter):
+    """Escapes control characters in what a handler is about to write."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = printable_lines(record.getMessage()), ()
+        return True
