@@ -25,11 +25,12 @@ from air_core.bundle.manifest import (
     weights_said,
     write_bundle,
 )
-from air_core.datasets import DATASETS, Dataset, get_dataset
+from air_core.datasets import DATASETS, get_dataset
 from air_core.normal import normalised
 from air_core.paradigms import seen_unseen
-from air_core.specs import TrialSpec, uses_auxiliary
+from air_core.specs import Ref, TrialSpec, uses_auxiliary
 from orchestrator.children import refs_of, spec_json
+from orchestrator.dataset_text import DatasetText, licence, recorded_text
 from orchestrator.keys import artifact_key
 from orchestrator.place import Place
 from orchestrator.plan import plan_sweep
@@ -234,8 +235,8 @@ def export(
     spec, record = chosen.spec, chosen.record
     if spec.iterations == 0 and spec.test_dataset is None:
         _refuse_fused(chosen)
-    tested = get_dataset((spec.test_dataset or spec.dataset).name)
-    _check_inputs(spec, tested, resolver, say)
+    tested = _tested_text(spec, store, resolver, say)
+    _check_same(spec.backbone, resolver.weights("backbone", spec.backbone.name))
     backbone, arrays = _classifier(spec, record, store, tested)
     described = weights_said(spec.backbone.name)
     index, predictions, labels = record.predictions()
@@ -268,7 +269,9 @@ def export(
         },
         "chosen": chosen.how,
         "licence": LICENCE,
-        "licences": {one.name: one.licence for one in (get_dataset(spec.dataset.name), tested)},
+        "licences": {
+            ref.name: licence(ref.name) for ref in (spec.dataset, spec.test_dataset or spec.dataset)
+        },
     }
 
     def check(manifest: Manifest) -> None:
@@ -293,23 +296,36 @@ def _refuse_fused(chosen: Chosen) -> None:
     )
 
 
-def _check_inputs(spec: TrialSpec, tested: Dataset, resolver: Resolver, say: Say) -> None:
-    """With other weights or other class names it would be another classifier."""
-    pairs = [(spec.backbone, resolver.weights("backbone", spec.backbone.name))]
+def _tested_text(
+    spec: TrialSpec, store: ArtifactStore, resolver: Resolver, say: Say
+) -> DatasetText:
+    """Class names and template that the trial was tested with: as recorded with the features, or
+    of the dataset, if that is still the same."""
+    recorded = recorded_text(spec.test_features or spec.features, store)
+    if recorded is not None:
+        return recorded
+    then = spec.test_dataset or spec.dataset
+    dataset = get_dataset(then.name)
     try:
-        pairs.append((spec.test_dataset or spec.dataset, resolver.dataset(tested)))
+        now = resolver.dataset(dataset)
     except ValueError:
-        say(f"note:     {tested.name} is not here; its class names are those that airsweep knows")
-    for then, now in pairs:
-        if then.digest != now.digest:
-            raise ValueError(
-                f"{then.name} is another one now ({now.digest[:12]}) than in the trial "
-                f"({then.digest[:12]}); put the former back, or run the sweep again"
-            )
+        say(f"note:     {then.name} is not here; its class names are those that airsweep knows")
+    else:
+        _check_same(then, now)
+    return DatasetText(dataset.classnames, dataset.template)
+
+
+def _check_same(then: Ref, now: Ref) -> None:
+    """With other weights or other class names it would be another classifier."""
+    if then.digest != now.digest:
+        raise ValueError(
+            f"{then.name} is another one now ({now.digest[:12]}) than in the trial "
+            f"({then.digest[:12]}); put the former back, or run the sweep again"
+        )
 
 
 def _classifier(
-    spec: TrialSpec, record: TrialRecord, store: ArtifactStore, tested: Dataset
+    spec: TrialSpec, record: TrialRecord, store: ArtifactStore, tested: DatasetText
 ) -> tuple[Any, dict[str, dict[str, np.ndarray]]]:
     """The backbone, and the arrays of a bundle but those of the test."""
     import torch
@@ -337,7 +353,7 @@ def _classifier(
     return backbone, arrays
 
 
-def _test(spec: TrialSpec, tested: Dataset, images: int) -> dict[str, Any]:
+def _test(spec: TrialSpec, tested: DatasetText, images: int) -> dict[str, Any]:
     ref = spec.test_dataset or spec.dataset
     unseen = None
     if spec.paradigm == "trzsl":

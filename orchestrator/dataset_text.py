@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from air_core.datasets import get_dataset
+from air_core.datasets.image_folder import OWNERS
 from air_core.specs import FeaturesSpec, TrialSpec
 from orchestrator.store import ArtifactStore, MissingArtifact
 
@@ -22,18 +23,26 @@ class DatasetText:
 
 
 def text_of(features: FeaturesSpec, store: ArtifactStore) -> DatasetText:
-    """Read from the record of the features; before there is one, or if it is of an earlier
-    version, from the dataset itself.
+    """Of the record of the features; before there is one, or if it is of an earlier version, of
+    the dataset itself.
 
     Raises:
         ValueError: neither is there.
     """
+    recorded = recorded_text(features, store)
+    if recorded is not None:
+        return recorded
+    dataset = get_dataset(features.dataset.name)
+    return DatasetText(dataset.classnames, dataset.template)
+
+
+def recorded_text(features: FeaturesSpec, store: ArtifactStore) -> DatasetText | None:
+    """Of the record of the features alone."""
     with suppress(MissingArtifact):
         info = store.record(features)["info"]
         if "template" in info:
             return DatasetText(tuple(info["classnames"]), info["template"])
-    dataset = get_dataset(features.dataset.name)
-    return DatasetText(dataset.classnames, dataset.template)
+    return None
 
 
 def tested_classes(trial: TrialSpec, store: ArtifactStore) -> tuple[str, ...]:
@@ -49,3 +58,11 @@ def about(dataset: str) -> str:
         return get_dataset(dataset).about
     except ValueError:
         return dataset
+
+
+def licence(dataset: str) -> str:
+    """Of its images; those of a folder that is gone are its owner's too."""
+    try:
+        return get_dataset(dataset).licence
+    except ValueError:
+        return OWNERS

@@ -24,6 +24,7 @@ from air_core.datasets.dataset import TEMPLATE, Dataset, Listing, Row, listing, 
 from air_core.datasets.split_files import VAL_SHARE, held_out, with_validation
 
 PREFIX = "folder:"
+OWNERS = "the owner's"  # licence
 PARTS = ("train", "val", "test")
 WANTED = (
     "wanted <class>/<image>, or train/<class>/<image> and the same in test/ (val/ may be there)"
@@ -56,7 +57,7 @@ def folder_dataset(name: str) -> Dataset:
         template=_template(home / "template.txt"),
         recipe=1,
         source=str(home),
-        licence="the owner's",
+        licence=OWNERS,
         files=lambda root: _rows(tree).files,
         load=lambda root: _rows(tree).examples(),
         split=" and ".join(tree.parts) if "free" not in tree.parts else "split_seed",
