@@ -533,7 +533,7 @@ def connections(program: str, *arguments: str, home: Path) -> str:
     return done.stdout.strip()
 
 
-@pytest.mark.parametrize("loads", [LOADS_A_BACKBONE])
+@pytest.mark.parametrize("loads", [LOADS_A_BACKBONE, LOADS_A_GENERATOR])
 def test_a_process_that_has_loaded_a_model_opens_no_connection(loads, siglip, tmp_path):
     assert connections(loads + DOWNLOADS, str(siglip), home=tmp_path) == "none"
 
