@@ -8,6 +8,7 @@ a diffusers folder, or `owner/name` of the Hugging Face hub, fetched before.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -19,6 +20,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 from zipfile import ZipFile, is_zipfile
+
+from air_core.model_configs import (
+    check_clip_config,
+    json_object,
+    pipeline_index,
+    pipeline_parts,
+)
 
 CLIP_CONFIG = "open_clip_config.json"
 PIPELINE_CONFIG = "model_index.json"
@@ -38,6 +46,7 @@ class ClipFolder:
     """An open_clip folder, which says itself how its model is built."""
 
     path: Path
+    model: dict[str, Any]  # its configuration, checked
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,18 @@ class ClipFile:
     model: dict[str, Any]  # open_clip's configuration of the architecture
     preprocess: dict[str, Any]  # mean, std, interpolation, resize_mode; empty: OpenAI's
     tokenizer: tuple[Path, ...] = field(default=())  # of Hugging Face, where it has one
+
+
+def stay_offline() -> None:
+    """Forbid downloads of models in this process, and in those that it starts, from now on.
+
+    huggingface_hub reads its environment once, when it is imported; so what it has read is changed
+    too. `huggingface_hub.constants.HF_HUB_OFFLINE = False` allows downloads again.
+    """
+    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
+    constants: Any = sys.modules.get("huggingface_hub.constants")
+    if constants is not None:
+        constants.HF_HUB_OFFLINE = True
 
 
 # ---------------------------------------------------------------- backbones
@@ -81,17 +102,18 @@ def find_backbone(name: str | ClipFolder | ClipFile) -> ClipFolder | ClipFile:
     """Where the weights of a backbone lie; what was found already is given back.
 
     Raises:
-        ValueError: unknown, or not on this machine; says what to do.
+        ValueError: unknown, or not on this machine, says what to do; or a folder whose
+            configuration is damaged or has settings that a folder may not have.
     """
     if not isinstance(name, str):
         return name
     if name == "tiny":
-        return ClipFolder(tiny_folder())
+        return _clip_folder(tiny_folder())
     folder = Path(name).expanduser().absolute()
     if folder.is_dir():
         if not (folder / CLIP_CONFIG).is_file():
             raise ValueError(f"{folder} has no {CLIP_CONFIG}: not an open_clip folder")
-        return ClipFolder(folder)
+        return _clip_folder(folder)
     architecture, at, file = name.partition("@")
     if at and "/" not in architecture:
         return _own_weights(architecture, Path(file).expanduser().absolute())
@@ -145,6 +167,20 @@ def check_text_tower(model: dict[str, Any], name: str) -> None:
             f"{name}: its text tower is neither CLIP's nor SigLIP's, so it takes no learned "
             "vectors; take a ViT, RN50 or SigLIP"
         )
+
+
+def _clip_folder(folder: Path) -> ClipFolder:
+    file = folder / CLIP_CONFIG
+    config = json_object(file)
+    model = config.get("model_cfg")
+    if not isinstance(model, dict) or not all(
+        isinstance(model.get(key), kind)
+        for key, kind in (("embed_dim", int), ("vision_cfg", dict), ("text_cfg", dict))
+    ):
+        raise ValueError(f"{file}: no model_cfg with embed_dim, vision_cfg and text_cfg")
+    check_text_tower(model, str(folder))
+    check_clip_config(file, config)
+    return ClipFolder(folder, model)
 
 
 def _own_weights(architecture: str, file: Path) -> ClipFile:
@@ -289,7 +325,7 @@ def public_backbone(name: str) -> ClipFolder | ClipFile | None:
         ValueError: open_clip knows the name, but its weights are not on this machine.
     """
     if name == "tiny":
-        return ClipFolder(tiny_folder())
+        return _clip_folder(tiny_folder())
     architecture, _, tag = name.partition("/")
     return _known_weights(architecture, tag) if _tag(architecture, tag) else None
 
@@ -336,9 +372,9 @@ def check_lora_fits(folder: Path) -> None:
     """A LoRA can be trained for the pipeline in a diffusers folder.
 
     Raises:
-        ValueError: it is of another kind; says which are known.
+        ValueError: it is of another kind, says which are known; or its index cannot be read.
     """
-    kind = json.loads((folder / PIPELINE_CONFIG).read_text())["_class_name"]
+    kind = pipeline_index(folder / PIPELINE_CONFIG)["_class_name"]
     if kind not in LORA_PIPELINES:
         raise ValueError(
             f"LoRA knows {' and '.join(LORA_PIPELINES)} (Stable Diffusion 1, 2 and XL), but "
@@ -348,13 +384,12 @@ def check_lora_fits(folder: Path) -> None:
 
 def generator_parts(folder: Path) -> dict[str, tuple[str, str]]:
     """Subfolders of a pipeline, and of which library and class each is. The safety checker is never
-    loaded."""
-    index = json.loads((folder / PIPELINE_CONFIG).read_text())
-    return {
-        name: (value[0], value[1])
-        for name, value in index.items()
-        if isinstance(value, list) and value[0] is not None and name != "safety_checker"
-    }
+    loaded.
+
+    Raises:
+        ValueError: the index cannot be read, or names code of the folder or of another package.
+    """
+    return pipeline_parts(pipeline_index(folder / PIPELINE_CONFIG))
 
 
 def _missing_parts(folder: Path) -> list[str]:

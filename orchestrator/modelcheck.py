@@ -7,13 +7,13 @@ looked at part by part: configuration, and the head of each file of weights.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from air_core.model_configs import check_part_configs, json_object
 from air_core.weights import (
     CLIP_CONFIG,
     HUB_WEIGHTS,
@@ -21,6 +21,8 @@ from air_core.weights import (
     PIPELINE_CONFIG,
     SUFFIXES,
     ClipFile,
+    ClipFolder,
+    find_backbone,
     generator_files,
     generator_parts,
     named_model,
@@ -29,7 +31,6 @@ from air_core.weights import (
 )
 from orchestrator.unpacking import Member
 
-LIBRARIES = ("diffusers", "transformers")  # others would be code that comes with the weights
 CONFIGS = tuple(
     f"{of}config.json" for of in ("", "scheduler_", "tokenizer_", "preprocessor_", "processor_")
 )
@@ -145,7 +146,9 @@ def _config(found: ClipFile) -> bytes:
 
 
 def _check_backbone(name: str, folder: Path) -> dict[str, Any]:
-    config = _json(folder / CLIP_CONFIG).get("model_cfg", {})
+    found = find_backbone(str(folder))
+    assert isinstance(found, ClipFolder)
+    config = found.model
     wanted = named_model(name) or {}
     for key in ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu"):
         difference = _difference(wanted.get(key), config.get(key), key) if wanted else None
@@ -153,7 +156,6 @@ def _check_backbone(name: str, folder: Path) -> dict[str, Any]:
             raise ValueError(f"{folder} is not {name}: {difference}")
     for file in sorted(folder.glob("*.safetensors")):
         _check_head(file)
-    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
     from air_core.backbone.loading import load_backbone  # torch
 
     load_backbone(folder)
@@ -178,15 +180,9 @@ def _difference(wanted: Any, found: Any, key: str) -> str | None:
 def _check_parts(folder: Path) -> None:
     """
     Raises:
-        ValueError: a part is missing, or none that is read.
+        ValueError: a part is missing, cannot be read, or names code that comes with it.
     """
-    _json(folder / PIPELINE_CONFIG)
     for part, (library, kind) in generator_parts(folder).items():
-        if library not in LIBRARIES:
-            raise ValueError(
-                f"{folder}: its {part} is of {library}; allowed: {' and '.join(LIBRARIES)}, since "
-                "anything else is code that comes with the weights"
-            )
         place = folder / part
         if not place.is_dir():
             raise ValueError(
@@ -195,6 +191,7 @@ def _check_parts(folder: Path) -> None:
             )
         if not any((place / one).is_file() for one in CONFIGS):
             raise ValueError(f"{place} is not whole: it has none of {', '.join(CONFIGS)}")
+        check_part_configs(place)
         if not kind.endswith(WEIGHTLESS):
             stem = "model" if library == "transformers" else "diffusion_pytorch_model"
             for file in _weights(place, stem):
@@ -210,7 +207,7 @@ def _weights(part: Path, stem: str) -> list[Path]:
     if (whole := part / f"{stem}.safetensors").is_file():
         return [whole]
     if (index := part / f"{stem}.safetensors.index.json").is_file():
-        names = sorted(set(_json(index).get("weight_map", {}).values()))
+        names = sorted(set(json_object(index).get("weight_map", {}).values()))
         missing = [name for name in names if not (part / name).is_file()]
         if missing or not names:
             raise ValueError(f"{part} is not whole: {index.name} names {missing or 'no file'}")
@@ -233,11 +230,14 @@ def _weights(part: Path, stem: str) -> list[Path]:
 
 
 def _check_generator(name: str, folder: Path) -> dict[str, Any]:
+    from air_core.diffusion.pipeline import check_classes  # diffusers takes seconds
+
     _check_parts(folder)
-    kind = _json(folder / PIPELINE_CONFIG).get("_class_name")
+    check_classes(folder)
+    kind = json_object(folder / PIPELINE_CONFIG).get("_class_name")
     wanted = U_NETS.get(name)
     if wanted is not None:
-        unet = _json(folder / "unet" / "config.json") if (folder / "unet").is_dir() else {}
+        unet = json_object(folder / "unet" / "config.json") if (folder / "unet").is_dir() else {}
         for key, value in wanted.items():
             if unet.get(key) != value:
                 raise ValueError(
@@ -271,17 +271,3 @@ def _check_head(file: Path) -> None:
             f"{file} cannot be read: "
             + (why if pointer else f"{problem}; was it fetched to its end?")
         ) from problem
-
-
-def _json(file: Path) -> dict[str, Any]:
-    """
-    Raises:
-        ValueError: it is no JSON object.
-    """
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as problem:
-        raise ValueError(f"{file} cannot be read: {problem}") from problem
-    if not isinstance(found, dict):
-        raise ValueError(f"{file} holds no JSON object")
-    return found

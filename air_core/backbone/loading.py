@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,14 +12,8 @@ from typing import Any
 
 from air_core.arithmetic import sums_in_one_order
 from air_core.backbone.clip import Backbone
-from air_core.weights import (
-    CLIP_CONFIG,
-    HUB_WEIGHTS,
-    ClipFile,
-    ClipFolder,
-    check_text_tower,
-    find_backbone,
-)
+from air_core.model_configs import check_tokenizer_config
+from air_core.weights import HUB_WEIGHTS, ClipFile, ClipFolder, find_backbone, stay_offline
 
 MERGES = "merges.txt.gz"
 
@@ -28,9 +21,10 @@ MERGES = "merges.txt.gz"
 def load_backbone(
     name: str | Path | ClipFolder | ClipFile, device: str = "cpu", precision: str = "fp32"
 ) -> Backbone:
-    """A frozen CLIP or SigLIP. Nothing is fetched.
+    """A frozen CLIP or SigLIP. Nothing is fetched, and no code of a folder is run.
 
-    A folder may hold `merges.txt.gz`, its own byte-pair merges; else it is CLIP's vocabulary.
+    Downloads from the Hugging Face hub are off in this process afterwards, see `stay_offline`. A
+    folder may hold `merges.txt.gz`, its own byte-pair merges; else it is CLIP's vocabulary.
 
     Args:
         name: of a backbone, its folder, or what `find_backbone` found.
@@ -38,26 +32,28 @@ def load_backbone(
         precision: fp32, fp16 or bf16, of its weights; norms are computed in fp32 all the same.
 
     Raises:
-        ValueError: it is not there, its weights do not fit, or its text tower takes no prompt.
+        ValueError: it is not there, its configuration has settings that a folder may not have, its
+            weights do not fit, or its text tower takes no prompt.
     """
     sums_in_one_order()
+    stay_offline()
     match find_backbone(str(name) if isinstance(name, Path) else name):
-        case ClipFolder(path):
-            return _from_folder(path, device, precision)
+        case ClipFolder(path, model):
+            return _from_folder(path, model, device, precision)
         case ClipFile() as found:
             return _from_file(found, device, precision)
 
 
-def _from_folder(folder: Path, device: str, precision: str) -> Backbone:
-    config = json.loads((folder / CLIP_CONFIG).read_text()).get("model_cfg", {})
-    if not {"embed_dim", "vision_cfg", "text_cfg"} <= config.keys():
-        raise ValueError(f"{folder / CLIP_CONFIG}: no model_cfg with vision_cfg and text_cfg")
-    check_text_tower(config, str(folder))
+def _from_folder(folder: Path, config: dict[str, Any], device: str, precision: str) -> Backbone:
     weights = _weights_inside(folder)
     # Without require_pretrained, missing weights are a warning and a chance-level CLIP.
     with _explained(weights, str(folder), config):
         model, _, preprocess = _open_clip(config).create_model_and_transforms(
-            f"local-dir:{folder}", device=device, precision=precision, require_pretrained=True
+            f"local-dir:{folder}",
+            device=device,
+            precision=precision,
+            require_pretrained=True,
+            weights_only=True,
         )
     return Backbone(model, preprocess, _tokenizer(config, folder))
 
@@ -69,6 +65,7 @@ def _from_file(found: ClipFile, device: str, precision: str) -> Backbone:
             pretrained=str(found.weights),
             device=device,
             precision=precision,
+            weights_only=True,
             # Of a file open_clip does not know the activation that its tag asks for.
             force_quick_gelu=bool(found.model.get("quick_gelu")),
             **{f"image_{name}": value for name, value in found.preprocess.items()},
@@ -125,12 +122,20 @@ def _tokenizer(config: dict[str, Any], folder: Path | None) -> Any:
     from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
     text = config["text_cfg"]
-    options = {"context_length": text.get("context_length", 77), **text.get("tokenizer_kwargs", {})}
+    options = {"context_length": text.get("context_length", 77)}
+    options |= text.get("tokenizer_kwargs") or {}  # checked by `find_backbone`
     if text.get("hf_tokenizer_name"):
-        mode = text.get("tokenizer_mode")
+        assert folder is not None
+        check_tokenizer_config(folder)
         try:
-            return HFTokenizer(str(folder), tokenizer_mode=mode, **options)
-        except (OSError, ValueError) as error:
+            return HFTokenizer(
+                str(folder),
+                tokenizer_mode=text.get("tokenizer_mode"),
+                trust_remote_code=False,
+                local_files_only=True,
+                **options,
+            )
+        except Exception as error:  # files of a stranger: transformers fails in many ways
             raise ValueError(f"{folder} holds no tokenizer that can be read: {error}") from error
     if folder is not None and (folder / MERGES).is_file():
         options = {"bpe_path": str(folder / MERGES), **options}
@@ -168,8 +173,15 @@ def _misfit(weights: Path, config: dict[str, Any]) -> str | None:
             ".safetensors"
         )
     kind = CustomTextCLIP if config.get("custom_text") else CLIP
-    with torch.device("meta"):
-        model = kind(**{name: value for name, value in config.items() if name != "custom_text"})
+    built = {name: value for name, value in config.items() if name != "custom_text"}
+    # As open_clip does where a file has all weights.
+    built["vision_cfg"] = {**config["vision_cfg"], "timm_model_pretrained": False}
+    try:
+        with torch.device("meta"):
+            model = kind(**built)
+    except Exception as error:  # sizes that do not go together, an unknown architecture of timm
+        first = str(error).strip().partition("\n")[0]
+        return f"open_clip cannot build its configuration ({type(error).__name__}: {first})"
     found = convert_state_dict(model, found)
     if kind is CustomTextCLIP and "positional_embedding" in found:
         found = convert_to_custom_text_state_dict(found)

@@ -10,20 +10,20 @@ model's own. Nothing here reads a network: the folder is what there is.
 from __future__ import annotations
 
 import inspect
-import json
-import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from air_core.arithmetic import sums_in_one_order
 from air_core.diffusion import image_seed
+from air_core.model_configs import check_part_configs, pipeline_index, pipeline_parts
 from air_core.specs import GenerationSettings, Precision
-from air_core.weights import PIPELINE_CONFIG, check_lora_fits
+from air_core.weights import PIPELINE_CONFIG, check_lora_fits, generator_parts, stay_offline
 
 # B images, H height, W width.
 
@@ -119,21 +119,27 @@ def _pixels(drawn: Tensor) -> Tensor:
 def load_pipeline(model: Path) -> Any:
     """A diffusers pipeline in float32 on the CPU, without safety checker, silent.
 
+    No code of the folder is run. Downloads from the Hugging Face hub are off in this process
+    afterwards, see `stay_offline`.
+
     Raises:
-        ValueError: no pipeline there.
+        ValueError: no pipeline there, or one that names code or another model.
     """
     sums_in_one_order()
+    stay_offline()
     index = model / PIPELINE_CONFIG
     if not index.is_file():  # diffusers would turn to the network and fail with its message
         raise ValueError(f"{model} is no diffusers folder: it has no {PIPELINE_CONFIG}")
-    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")  # before the import
+    named = pipeline_index(index)
+    for part in pipeline_parts(named):
+        check_part_configs(model / part)
+    check_classes(model)
     import diffusers
     import transformers
 
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
-    named = json.loads(index.read_text())
     # Parts that were left out on purpose, such as the large text encoder of Stable Diffusion 3.
     parts: dict[str, Any] = {part: None for part, kind in named.items() if kind == [None, None]}
     if "safety_checker" in named:
@@ -144,27 +150,73 @@ def load_pipeline(model: Path) -> Any:
             dtype=torch.float32,
             local_files_only=True,
             use_safetensors=True,  # what else there is, is pickle
+            trust_remote_code=False,
             **parts,
         )
     except OSError as error:  # a half of it was fetched, or another precision of it
         raise ValueError(f"{model} is not whole: {error}") from error
+    except (MemoryError, RuntimeError):  # of this machine
+        raise
+    except Exception as error:  # odd values in its files: both libraries fail in many ways
+        raise ValueError(f"{model} cannot be read: {type(error).__name__}: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
     if getattr(pipeline, "watermark", None) is not None:
         pipeline.watermark = None  # there only where some package is installed: pixels would differ
     return pipeline
 
 
+def check_classes(model: Path) -> None:
+    """A pipeline and its own parts are of those kinds that hold settings and tensors alone.
+
+    diffusers also loads pipelines inside pipelines, by settings that nobody has checked.
+
+    Raises:
+        ValueError: the folder names another class.
+    """
+    stay_offline()
+    import diffusers
+
+    index = model / PIPELINE_CONFIG
+    name = pipeline_index(index)["_class_name"]
+    kind = getattr(diffusers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)):
+        raise ValueError(
+            f"{index}: _class_name is {name}, which is no pipeline of diffusers "
+            f"{diffusers.__version__}; a generator is one such as StableDiffusionPipeline"
+        )
+    if getattr(kind, "_load_connected_pipes", False):
+        raise ValueError(
+            f"{index}: a {name} loads a second model that its README names; give a folder that "
+            "holds all parts of its pipeline"
+        )
+    for part, (library, name) in generator_parts(model).items():
+        kind = getattr(diffusers, name, None)
+        plain = (diffusers.ModelMixin, diffusers.SchedulerMixin)
+        if library == "diffusers" and not (isinstance(kind, type) and issubclass(kind, plain)):
+            raise ValueError(
+                f"{index}: its {part} is a {name}, which is no model or scheduler of diffusers "
+                f"{diffusers.__version__}"
+            )
+
+
 def load_adapter(pipeline: Any, adapter: Path, scale: float) -> None:
     """Put a LoRA on a pipeline.
 
     Raises:
-        ValueError: no LoRA there.
+        ValueError: no LoRA there, or one that is no safetensors file.
     """
     if not (adapter / LORA_FILE).is_file():
         raise ValueError(f"{adapter} holds no LoRA: it has no {LORA_FILE}")
-    pipeline.load_lora_weights(
-        str(adapter), weight_name=LORA_FILE, adapter_name=ADAPTER, local_files_only=True
-    )
+    try:
+        pipeline.load_lora_weights(
+            str(adapter),
+            weight_name=LORA_FILE,
+            adapter_name=ADAPTER,
+            local_files_only=True,
+            use_safetensors=True,  # else a file that cannot be read is tried as a pickle
+        )
+    except SafetensorError as error:
+        raise ValueError(f"{adapter / LORA_FILE} cannot be read: {error}") from error
     pipeline.set_adapters([ADAPTER], adapter_weights=[scale])
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +19,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from air_core.backbone.loading import load_backbone
+from air_core.model_configs import check_clip_config
 from air_core.weights import ClipFile, find_backbone, tiny_folder, weights_files, weights_settings
 
 NAMES = ["tree frog", "heart", "boot"]
@@ -309,3 +313,250 @@ def test_missing_weights_are_an_error_not_a_random_clip(tmp_path):
     (tmp_path / "open_clip_config.json").write_text(text)
     with pytest.raises(ValueError, match="holds no weights"):
         load_backbone(tmp_path)
+
+
+# ---------------------------------------------------------------- folders of strangers
+
+CONFIG = "open_clip_config.json"
+EVIL = """
+open({marker!r}, "w").close()
+from transformers import PreTrainedTokenizerFast
+class Evil(PreTrainedTokenizerFast): pass
+"""
+
+
+def with_setting(source: Path, folder: Path, where: str, value: object) -> Path:
+    """A copy of an open_clip folder with one setting of its configuration replaced."""
+    shutil.copytree(source, folder)
+    config = json.loads((folder / CONFIG).read_text())
+    *sections, key = where.split(".")
+    section = config
+    for name in sections:
+        section = section[name]
+    section[key] = value
+    (folder / CONFIG).write_text(json.dumps(config))
+    return folder
+
+
+def with_code(source: Path, folder: Path, settings: dict[str, object]) -> Path:
+    """A copy of an open_clip folder whose tokenizer is code; running it leaves the file `ran`."""
+    with_setting(source, folder, "model_cfg.text_cfg.tokenizer_kwargs", settings)
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    config |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": [None, "evil.Evil"]}}
+    file.write_text(json.dumps(config))
+    (folder / "evil.py").write_text(EVIL.format(marker=str(folder / "ran")))
+    return folder
+
+
+@pytest.fixture
+def somebody_says_yes(monkeypatch, tmp_path):
+    """Whoever sits at the terminal agrees to all; modules of the test stay in its folder."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    modules = str(tmp_path / "modules")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules)
+    monkeypatch.setattr("sys.path", [*sys.path])
+
+
+@pytest.mark.parametrize("settings", [{}, {"trust_remote_code": True}])
+def test_a_tokenizer_that_is_code_of_its_folder_is_not_run(
+    settings, siglip, tmp_path, somebody_says_yes
+):
+    folder = with_code(siglip, tmp_path / "folder", settings)
+    with pytest.raises(ValueError, match=str(folder)):
+        load_backbone(folder)
+    assert not (folder / "ran").exists()
+
+
+@pytest.mark.parametrize("kind", ["AutoTokenizer", "AutoModel", "RagTokenizer", 5])
+def test_a_tokenizer_that_loads_something_else_is_refused(kind, siglip, tmp_path):
+    folder = Path(shutil.copytree(siglip, tmp_path / "folder"))
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "tokenizer_class": kind}))
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: .* is no tokenizer of its own"):
+        load_backbone(folder)
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "message"),
+    [
+        (
+            "text_cfg.tokenizer_kwargs",
+            {"bpe_path": "/etc/motd"},
+            "bpe_path is no setting that a model",
+        ),
+        ("text_cfg.tokenizer_kwargs", {"strip_sep_token": True}, "CLIP's own tokenizer does not"),
+        ("text_cfg.tokenizer_kwargs", {"clean": "all"}, "clean is 'all'; allowed: one of canon"),
+        ("text_cfg.tokenizer_kwargs", ["x"], r"tokenizer_kwargs is \['x'\]; allowed: an object"),
+        ("text_cfg.hf_proj_type", "mlp", "hf_proj_type is no .*; allowed: .*context_length"),
+        ("text_cfg.width", None, "width is None; allowed: a whole number"),
+        ("vision_cfg.timm_model_name", "hf-hub:timm/vit_tiny", "plain name of an architecture"),
+        ("vision_cfg.timm_model_name", "hf_hub:timm/vit_tiny", "plain name of an architecture"),
+        ("vision_cfg.timm_model_name", "local-dir:/models/x", "plain name of an architecture"),
+        ("vision_cfg.timm_model_name", "timm/vit_tiny", "plain name of an architecture"),
+        ("vision_cfg.pretrained", "/weights.pt", r"vision_cfg\.pretrained is no setting"),
+        ("vision_cfg.layers", [1, True], r"layers is \[1, True\]; allowed: a whole number or a"),
+        ("vision_cfg.act_kwargs", {"approximate": {}}, "approximate is {}; allowed: one of none"),
+        ("vision_cfg.mlp_ratio", float("nan"), "mlp_ratio is nan; allowed: a number"),
+        ("vision_cfg", [], "no model_cfg with embed_dim, vision_cfg and text_cfg"),
+        ("text_cfg", "ViT", "no model_cfg with embed_dim, vision_cfg and text_cfg"),
+        ("embed_dim", "128", "no model_cfg with embed_dim, vision_cfg and text_cfg"),
+        ("cast_dtype", "fp16", r"model_cfg\.cast_dtype is no setting"),
+    ],
+)
+def test_a_setting_that_a_folder_may_not_have_is_refused_by_its_name(
+    where, value, message, tmp_path
+):
+    folder = with_setting(tiny_folder(), tmp_path / "folder", f"model_cfg.{where}", value)
+    for read in (weights_files, load_backbone):  # when it is planned, and when it is loaded
+        with pytest.raises(ValueError, match=rf"{folder}/{CONFIG}: .*{message}"):
+            read(str(folder))
+
+
+def test_pixels_of_a_folder_are_prepared_by_plain_settings(tmp_path):
+    folder = with_setting(tiny_folder(), tmp_path / "folder", "preprocess_cfg.mean", "grey")
+    with pytest.raises(ValueError, match=r"preprocess_cfg\.mean is 'grey'; allowed: a number or"):
+        load_backbone(folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "3", '{"model_cfg": 1}', "\xff", "[" * 100_000])
+def test_a_damaged_configuration_is_refused_by_its_file(text, tmp_path):
+    folder = Path(shutil.copytree(tiny_folder(), tmp_path / "folder"))
+    (folder / CONFIG).write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=rf"{folder}/{CONFIG}"):
+        load_backbone(folder)
+
+
+@pytest.mark.parametrize(
+    ("where", "value"), [("text_cfg.heads", 3), ("vision_cfg.timm_model_name", "nothing_224")]
+)
+def test_a_configuration_that_cannot_be_built_is_refused(where, value, tmp_path):
+    folder = with_setting(tiny_folder(), tmp_path / "folder", f"model_cfg.{where}", value)
+    with pytest.raises(ValueError, match=rf"{folder}: open_clip cannot build its configuration"):
+        load_backbone(folder)
+
+
+def test_every_configuration_of_open_clip_with_a_text_tower_that_is_read_passes():
+    import open_clip
+
+    passed = set()
+    for file in (Path(open_clip.__file__).parent / "model_configs").glob("*.json"):
+        model = json.loads(file.read_text())
+        if model["text_cfg"].get("hf_model_name") or "multimodal_cfg" in model:
+            continue
+        for tag in [None, *open_clip.list_pretrained_tags_by_model(file.stem)]:
+            known = open_clip.get_pretrained_cfg(file.stem, tag) if tag else {}
+            names = ("mean", "std", "interpolation", "resize_mode")
+            pixels = {name: known[name] for name in names if name in known}
+            written = json.loads(json.dumps({"model_cfg": model, "preprocess_cfg": pixels}))
+            check_clip_config(file, written)
+        passed.add(file.stem)
+    assert {"ViT-B-32", "RN50", "ViT-B-16-SigLIP2", "convnext_base", "ViT-L-14-CLIPA"} <= passed
+
+
+@pytest.mark.parametrize("name", ["tiny", "siglip"])
+def test_a_folder_that_open_clip_has_written_is_read(name, siglip, tmp_path):
+    from open_clip.push_to_hf_hub import save_config_for_hf
+
+    source = tiny_folder() if name == "tiny" else siglip
+    folder = Path(shutil.copytree(source, tmp_path / "folder"))
+    model = json.loads((folder / CONFIG).read_text())["model_cfg"]
+    save_config_for_hf(load_backbone(source).model, folder / CONFIG, model)
+    assert load_backbone(folder).logit_scale == load_backbone(source).logit_scale
+
+
+class Pickled:
+    """Unpickling leaves a file."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return open, (str(self.marker), "w")
+
+
+@pytest.mark.parametrize("name", ["open_clip_pytorch_model.bin", "model.pth"])
+def test_unpickling_the_weights_of_a_folder_runs_nothing(name, tmp_path):
+    folder = Path(shutil.copytree(tiny_folder(), tmp_path / "folder"))
+    (folder / "open_clip_model.safetensors").unlink()
+    torch.save({"state_dict": Pickled(tmp_path / "ran")}, folder / name)
+    with pytest.raises(ValueError, match=f"{name} does not fit .*: it cannot be read"):
+        load_backbone(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+# ---------------------------------------------------------------- no network
+
+CONNECTIONS = """
+import os, sys
+def watch(event, arguments):
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname"):
+        print(event, *arguments, flush=True)
+        os._exit(0)
+sys.addaudithook(watch)
+import huggingface_hub.constants  # read from the environment now
+"""
+DOWNLOADS = """
+import timm
+from transformers import AutoTokenizer
+for download in (
+    lambda: huggingface_hub.hf_hub_download("timm/vit_tiny", "config.json"),
+    lambda: timm.create_model("hf-hub:timm/vit_tiny"),
+    lambda: AutoTokenizer.from_pretrained("timm/vit_tiny"),
+):
+    try:
+        download()
+    except Exception:
+        continue
+    raise AssertionError("there is no such model here")
+print("none")
+"""
+LOADS_A_BACKBONE = "from air_core.backbone.loading import load_backbone; load_backbone(sys.argv[1])"
+LOADS_A_GENERATOR = """
+from air_core.diffusion.pipeline import load_pipeline
+from air_core.weights import generator_folder
+load_pipeline(generator_folder("tiny"))
+"""
+
+
+def connections(program: str, *arguments: str, home: Path) -> str:
+    """The first connection that a process tries whose user has set nothing; or `none`."""
+    environment = {key: value for key, value in os.environ.items() if not key.endswith("_OFFLINE")}
+    done = subprocess.run(
+        [sys.executable, "-c", CONNECTIONS + program, *arguments],
+        env=environment | {"HF_HOME": str(home), "HF_ENDPOINT": "http://127.0.0.1:9"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("loads", [LOADS_A_BACKBONE, LOADS_A_GENERATOR])
+def test_a_process_that_has_loaded_a_model_opens_no_connection(loads, siglip, tmp_path):
+    assert connections(loads + DOWNLOADS, str(siglip), home=tmp_path) == "none"
+
+
+def test_such_a_process_would_open_connections_otherwise(tmp_path):
+    assert connections(DOWNLOADS, home=tmp_path).startswith("socket.")
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        ("vision_cfg.timm_model_name", "hf-hub:timm/vit_base_patch16_clip_224.openai"),
+        ("text_cfg.hf_tokenizer_name", "someone/elsewhere"),
+    ],
+)
+def test_a_folder_that_names_a_model_of_the_hub_opens_no_connection(where, value, siglip, tmp_path):
+    folder = with_setting(siglip, tmp_path / "folder", f"model_cfg.{where}", value)
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    program = f"""
+try:
+    {LOADS_A_BACKBONE}
+except ValueError:
+    print("none")
+"""
+    assert connections(program, str(folder), home=tmp_path) == "none"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -220,6 +223,97 @@ def test_a_name_that_is_no_generator_says_what_is_allowed(name):
 
 def test_all_files_of_the_embedded_pipeline_are_digested():
     assert generator_files(MODEL) == sorted(path for path in MODEL.rglob("*") if path.is_file())
+
+
+# ---------------------------------------------------------------- folders of strangers
+
+EVIL = """
+open({marker!r}, "w").close()
+class Evil: pass
+"""
+INDEX = "model_index.json"
+
+
+def changed(folder: Path, file: str, **values: object) -> Path:
+    """A copy of the embedded pipeline with keys of one of its files replaced."""
+    shutil.copytree(MODEL, folder)
+    held = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**held, **values}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "message"),
+    [
+        (INDEX, {"_class_name": ["evil", "Evil"]}, "_class_name is .*name of a pipeline"),
+        (INDEX, {"_class_name": None}, "_class_name is None; allowed: the name of a pipeline"),
+        (INDEX, {"_class_name": "AutoModel"}, "AutoModel, which is no pipeline of diffusers"),
+        (INDEX, {"_class_name": "KandinskyV22CombinedPipeline"}, "second model that its README"),
+        (INDEX, {"unet": ["evil", "Evil"]}, "its unet is of evil; allowed: diffusers and transf"),
+        (INDEX, {"unet": ["os", "system"]}, "its unet is of os; allowed: diffusers and transf"),
+        (INDEX, {"unet": ["stable_diffusion", "StableDiffusionPipeline"]}, "of stable_diffusion"),
+        (INDEX, {"unet": ["diffusers", "StableDiffusionPipeline"]}, "no model or scheduler"),
+        (INDEX, {"unet": ["diffusers", "OnnxRuntimeModel"]}, "no model or scheduler"),
+        (INDEX, {"unet": ["diffusers"]}, r"'unet' is \['diffusers'\]; allowed: a library and a"),
+        (INDEX, {"unet": ["diffusers", {}]}, "'unet' is .*; allowed: a library and a class"),
+        (INDEX, {"../up": ["diffusers", "UNet2DModel"]}, "'../up' is .*; allowed: a library and"),
+        ("text_encoder/config.json", {"auto_map": {"AutoModel": "evil.Evil"}}, "has auto_map"),
+        ("tokenizer/tokenizer_config.json", {"x": [{"auto_map": "evil.Evil"}]}, "has auto_map"),
+        (
+            "text_encoder/config.json",
+            {"_attn_implementation": "someone/kernel"},
+            "_attn_implementation is 'someone/kernel'; allowed: eager, sdpa or null",
+        ),
+        ("text_encoder/config.json", {"hidden_size": "wide"}, "cannot be read"),
+    ],
+)
+def test_a_pipeline_that_names_code_or_another_model_is_refused(file, values, message, tmp_path):
+    model, marker = changed(tmp_path / "model", file, **values), tmp_path / "ran"
+    for place in ("", "unet", "text_encoder", "tokenizer"):
+        (model / place / "evil.py").write_text(EVIL.format(marker=str(marker)))
+    with pytest.raises(ValueError, match=rf"{model}.*{message}"):
+        load_pipeline(model)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("name", ["None.py", "pipeline.py", "unet/diffusers.py", "unet/unet.py"])
+def test_python_files_beside_the_parts_are_not_run(name, tmp_path):
+    model, marker = Path(shutil.copytree(MODEL, tmp_path / "model")), tmp_path / "ran"
+    (model / name).write_text(EVIL.format(marker=str(marker)))
+    with suppress(ValueError):  # diffusers takes some of them for code of the model
+        load_pipeline(model)
+    assert not marker.exists()
+
+
+def test_a_part_that_is_an_adapter_of_another_model_is_refused(tmp_path):
+    elsewhere = Path(shutil.copytree(MODEL / "text_encoder", tmp_path / "elsewhere"))
+    model = Path(shutil.copytree(MODEL, tmp_path / "model"))
+    (model / "text_encoder" / "config.json").unlink()
+    names = {"base_model_name_or_path": str(elsewhere), "peft_type": "LORA"}
+    (model / "text_encoder" / "adapter_config.json").write_text(json.dumps(names))
+    with pytest.raises(ValueError, match=r"adapter_config\.json names another model"):
+        load_pipeline(model)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "3"])
+def test_an_index_that_is_damaged_is_named(text, tmp_path):
+    model = Path(shutil.copytree(MODEL, tmp_path / "model"))
+    (model / INDEX).write_text(text)
+    for read in (load_pipeline, generator_files):  # the latter when it is planned
+        with pytest.raises(ValueError, match=rf"{model}/{INDEX}"):
+            read(model)
+
+
+def test_a_lora_that_is_a_pickle_is_refused_and_not_unpickled(tmp_path):
+    class Evil:
+        def __reduce__(self) -> Any:
+            return open, (str(tmp_path / "ran"), "w")
+
+    torch.save({"weights": Evil()}, tmp_path / "pytorch_lora_weights.safetensors")
+    torch.save({"weights": Evil()}, tmp_path / "pytorch_lora_weights.bin")
+    with pytest.raises(ValueError, match=r"pytorch_lora_weights\.safetensors cannot be read"):
+        PipelineGenerator(MODEL, QUICK, adapter=tmp_path)
+    assert not (tmp_path / "ran").exists()
 
 
 # ---------------------------------------------------------------- rejection

@@ -40,7 +40,8 @@ def pictures(tmp_path) -> Path:
 def clip(tmp_path) -> Path:
     folder = tmp_path / "clip"
     folder.mkdir()
-    (folder / "open_clip_config.json").write_text("{}")
+    model = '{"model_cfg": {"embed_dim": 1, "vision_cfg": {}, "text_cfg": {}}}'
+    (folder / "open_clip_config.json").write_text(model)
     (folder / "weights").write_text("1 2 3")
     return folder
 

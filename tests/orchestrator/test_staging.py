@@ -595,6 +595,100 @@ def test_a_diffusers_folder_that_is_not_whole_is_refused(harm, arguments, why, t
     assert not list((tmp_path / "models").glob("sd*"))
 
 
+EVIL = """
+open({marker!r}, "w").close()
+from transformers import PreTrainedTokenizerFast
+class Evil(PreTrainedTokenizerFast): pass
+"""
+
+
+def with_code(source: Path, folder: Path, marker: Path, changes: dict[str, dict]) -> Path:
+    """A copy of a model's folder with keys of its JSON files replaced, and `evil.py` beside them.
+
+    Running that file leaves the file `marker`."""
+    shutil.copytree(source, folder)
+    for name, values in changes.items():
+        file = folder / name
+        held = json.loads(file.read_text()) if file.exists() else {}
+        for key, value in values.items():
+            *sections, last = key.split(".")
+            section = held
+            for one in sections:
+                section = section[one]
+            section[last] = value
+        file.write_text(json.dumps(held))
+        (file.parent / "evil.py").write_text(EVIL.format(marker=str(marker)))
+    return folder
+
+
+TRUST = {"trust_remote_code": True}
+AUTO_MAP = {"tokenizer_config.json": {"auto_map": {"AutoTokenizer": [None, "evil.Evil"]}}}
+HF_TOKENIZER = {"model_cfg.text_cfg.hf_tokenizer_name": "someone/elsewhere"}
+
+
+@pytest.mark.parametrize(
+    ("source", "changes", "why"),
+    [
+        (
+            tiny_folder(),
+            {
+                "open_clip_config.json": {
+                    **HF_TOKENIZER,
+                    "model_cfg.text_cfg.tokenizer_kwargs": TRUST,
+                },
+                **AUTO_MAP,
+            },
+            "trust_remote_code is no setting",
+        ),
+        (
+            tiny_folder(),
+            {"open_clip_config.json": HF_TOKENIZER, **AUTO_MAP},
+            "holds no tokenizer that can be read",
+        ),
+        (
+            generator_folder("tiny"),
+            {"model_index.json": {"_class_name": ["evil", "Evil"]}},
+            "allowed: the name of a pipeline",
+        ),
+        (
+            generator_folder("tiny"),
+            {"model_index.json": {"unet": ["diffusers", "AutoModel"]}, "unet/config.json": {}},
+            "its unet is a AutoModel, which is no model",
+        ),
+        (
+            generator_folder("tiny"),
+            {"text_encoder/config.json": {"auto_map": {"AutoModel": "evil.Evil"}}},
+            "has auto_map",
+        ),
+    ],
+)
+def test_a_folder_with_code_is_refused_and_the_code_is_not_run(
+    source, changes, why, tmp_path, command, monkeypatch
+):
+    marker = tmp_path / "ran"
+    folder = with_code(source, tmp_path / "given", marker, changes)
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))  # whoever is asked agrees
+    modules = str(tmp_path / "modules")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    code, out, err = command("models", "stage", "m", "--from", folder, "--to", tmp_path / "models")
+    assert (code, out) == (2, "")
+    assert why in err
+    assert not marker.exists()
+    assert below(tmp_path / "models") == set()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"model_cfg": []}'])
+def test_a_plan_with_a_backbone_whose_configuration_is_damaged_is_refused(text, tmp_path, command):
+    folder = Path(shutil.copytree(tiny_folder(), tmp_path / "clip"))
+    (folder / "open_clip_config.json").write_text(text)
+    sweep = write_sweep(tmp_path, "bad", f"fixed: {{method: zero_shot, backbone: {folder}}}\n")
+    code, _, err = command("plan", sweep, "--store", tmp_path / "runs")
+    assert code == 2
+    assert f"{folder}/open_clip_config.json" in err
+    assert "Traceback" not in err
+
+
 def test_weights_in_the_hubs_cache_are_staged_as_files(tmp_path):
     cache = tmp_path / "models--team--sd"
     shutil.copytree(generator_folder("tiny"), cache / "blobs")
