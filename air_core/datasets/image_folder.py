@@ -20,7 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from air_core.datasets.class_folders import SUFFIXES, images_in
-from air_core.datasets.dataset import TEMPLATE, Dataset, Listing, Row, listing, some
+from air_core.datasets.dataset import (
+    TEMPLATE,
+    Dataset,
+    Listing,
+    Row,
+    is_template,
+    listing,
+    some,
+)
 from air_core.datasets.split_files import VAL_SHARE, held_out, with_validation
 
 PREFIX = "folder:"
@@ -135,10 +143,11 @@ def _template(file: Path) -> str:
     lines = [line for line in _lines(file) if line]
     if not lines:
         return TEMPLATE
-    if len(lines) > 1 or [lines[0].count(c) for c in ("{}", "{", "}")] != [1, 1, 1]:
+    if len(lines) > 1 or not is_template(lines[0]):
         raise ValueError(
-            f"{file}: wanted one line with {{}} once, where the class name goes, such as "
-            f"{TEMPLATE!r}; found {lines[0]!r}" + (" and more lines" if len(lines) > 1 else "")
+            f"{file}: wanted one line with {{}} once, where the class name goes, and no "
+            f"other brace or invisible character, such as {TEMPLATE!r}; found {lines[0]!r}"
+            + (" and more lines" if len(lines) > 1 else "")
         )
     return lines[0]
 

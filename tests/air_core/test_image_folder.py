@@ -154,7 +154,18 @@ def test_names_that_cannot_be_are_errors_with_the_line(tree, text, message):
         dataset(tree)
 
 
-@pytest.mark.parametrize("text", ["a photo", "a {} of {}", "a {x} of {}", "a {}\nthe {}"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a photo",
+        "a {} of {}",
+        "a {x} of {}",
+        "a {}\nthe {}",
+        "a {0.__class__}",
+        "{!r}",
+        "a {}\u202e",
+    ],
+)
 def test_a_template_without_one_place_for_the_class_is_an_error(tree, text):
     (tree / "template.txt").write_text(text)
     with pytest.raises(ValueError, match=r"template.txt: wanted one line with {} once"):
