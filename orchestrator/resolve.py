@@ -20,6 +20,7 @@ from air_core.datasets.class_folders import class_files
 from air_core.flat import from_flat
 from air_core.paradigms import TooFewImages, split_positions
 from air_core.specs import Ref, SplitSettings, TrialSpec, uses_images
+from air_core.tokens import check_room
 from air_core.weights import GENERATORS as PIPELINES
 from air_core.weights import (
     check_lora_fits,
@@ -73,9 +74,14 @@ class Resolver:
             "backbone": self.weights("backbone", flat["backbone"]),
             "generator": Ref(name=flat["generator"], digest=""),
         }
+        datasets = [dataset]
         if flat.get("test_dataset") is not None:
-            refs["test_dataset"] = self.dataset(get_dataset(flat["test_dataset"]))
+            datasets.append(get_dataset(flat["test_dataset"]))
+            refs["test_dataset"] = self.dataset(datasets[-1])
         trial = from_flat(flat, refs, dataset.classnames)
+        learned = trial.prompt.length if trial.modality == "text" and trial.iterations else 0
+        for one in datasets:
+            check_room(flat["backbone"], one.classnames, one.template, learned)
         if trial.paradigm == "ssl":
             self._labels_enough(dataset, trial.split)
         # Where no images are used, the generator need not be there.

@@ -25,11 +25,13 @@ from air_core.datasets.dataset import (
     Dataset,
     Listing,
     Row,
+    first_hidden,
     is_template,
     listing,
     some,
 )
 from air_core.datasets.split_files import VAL_SHARE, held_out, with_validation
+from air_core.tokens import as_read
 
 PREFIX = "folder:"
 PARTS = ("train", "val", "test")
@@ -133,10 +135,32 @@ def _classnames(file: Path, folders: tuple[str, ...]) -> tuple[str, ...]:
             )
         given[folder] = name
     names = tuple(given.get(folder, folder.replace("_", " ")) for folder in folders)
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"{file.parent}: two classes are named {twice[0]!r}; rename one")
+    _check_readable(file, names)
     return names
+
+
+def _check_readable(file: Path, names: tuple[str, ...]) -> None:
+    """People and CLIP can read every class name, and tell it from every other."""
+    known: dict[str, str] = {}
+    for name in names:
+        hidden = first_hidden(name)
+        if hidden is not None:
+            raise ValueError(
+                f"{file.parent}: the class name {name!r} has a character that nobody sees, "
+                f"{hidden!r}; rename its folder, or give it another name in {file.name}"
+            )
+        read = as_read(name)
+        if not read:
+            raise ValueError(
+                f"{file.parent}: the class name {name!r} is empty to CLIP; give it another name "
+                f"in {file.name}"
+            )
+        if read in known:
+            both = "" if known[read] == name else f" and {known[read]!r}, which CLIP reads alike"
+            raise ValueError(
+                f"{file.parent}: two classes are named {name!r}{both}; rename one in {file.name}"
+            )
+        known[read] = name
 
 
 def _template(file: Path) -> str:

@@ -145,13 +145,42 @@ def test_a_file_from_windows_is_read(tree):
         ("\ncat = a/b\n", r"classnames.txt:2: .*without / in the name"),
         ("cat = a\ncat = b\n", r"classnames.txt:2: 'cat = b' is not allowed"),
         ("cow = a\n", r"there is no class folder 'cow'; there: 'cat', 'dog', 'sea_lion'"),
-        ("cat = dog\n", r"two classes are named 'dog'"),
+        ("cat = dog\n", r"two classes are named 'dog'; rename one in classnames.txt"),
+        ("cat = DOG\n", r"two classes are named 'dog' and 'DOG', which CLIP reads alike"),
+        ("cat = sea&nbsp;  lion\n", r"two classes are named 'sea lion' and 'sea&nbsp;  lion'"),
+        ("cat = _\n", r"the class name '_' is empty to CLIP"),
+        ("cat = c\u202eat\n", r"the class name 'c\\u202eat' has a character that nobody sees"),
+        ("cat = c\x1b[31mat\n", r"has a character that nobody sees, '\\x1b'"),
     ],
 )
 def test_names_that_cannot_be_are_errors_with_the_line(tree, text, message):
     (tree / "classnames.txt").write_text(text)
     with pytest.raises(ValueError, match=message):
         dataset(tree)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("Cat", "cat"), ("big_cat", "big  cat"), ("ok", "\uff4f\uff4b")]
+)
+def test_folders_that_clip_reads_alike_are_an_error(tmp_path, one, other):
+    for name in (one, other):
+        draw(tmp_path / name / "0.png")
+    with pytest.raises(
+        ValueError, match=r"two classes are named .* which CLIP reads alike; rename"
+    ):
+        dataset(tmp_path)
+
+
+def test_a_folder_with_a_control_character_in_its_name_is_an_error(tmp_path):
+    for name in ("cat", "do\ng"):
+        draw(tmp_path / name / "0.png")
+    with pytest.raises(ValueError, match=r"'do\\ng' has a character that nobody sees, '\\n'"):
+        dataset(tmp_path)
+
+
+def test_a_word_may_need_a_joiner_that_is_not_seen(tree):
+    (tree / "classnames.txt").write_text("cat = \u06af\u0631\u0628\u0647\u200c\u0647\u0627\n")
+    assert "\u200c" in dataset(tree).classnames[0]
 
 
 @pytest.mark.parametrize(
