@@ -178,7 +178,10 @@ def _template(file: Path) -> str:
 
 def _lines(file: Path) -> list[str]:
     # Editors on Windows put a mark before the first word, which utf-8-sig takes off.
-    text = file.read_text(encoding="utf-8-sig") if file.is_file() else ""
+    try:
+        text = file.read_text(encoding="utf-8-sig") if file.is_file() else ""
+    except UnicodeDecodeError as problem:
+        raise ValueError(f"{file} is no text in UTF-8; save it as UTF-8") from problem
     return [line.strip() for line in text.splitlines()]
 
 

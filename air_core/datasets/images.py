@@ -81,6 +81,8 @@ def open_image(file: Path) -> Image:
         Unreadable: it is of no format in FORMATS, has more than MAX_PIXELS, or cannot be decoded.
         OSError: the file is not there, or the disk fails.
     """
+    if not file.is_file() and file.exists():  # a pipe would be waited for
+        raise Unreadable(f"{file} cannot be read: it is no file, but a folder or a device")
     return _opened(file, FORMATS, str(file))
 
 

@@ -677,6 +677,12 @@ def test_a_large_image_below_the_limit_prints_no_warning(tmp_path):
     assert done.stderr == ""
 
 
+def test_a_pipe_that_is_named_like_an_image_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.jpg")
+    with pytest.raises(Unreadable, match=r"a\.jpg cannot be read: it is no file"):
+        ImageFiles((tmp_path / "a.jpg",))[0]
+
+
 def test_a_file_that_is_gone_is_the_disks_fault_and_not_the_images(tmp_path):
     with pytest.raises(FileNotFoundError):
         ImageFiles((tmp_path / "gone.jpg",))[0]

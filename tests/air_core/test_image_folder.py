@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -283,3 +284,38 @@ def test_folders_that_systems_leave_behind_are_no_classes(tree):
     (tree / "cat/Thumbs.db").write_bytes(b"windows")
     assert dataset(tree).classnames == ("cat", "dog", "sea lion")
     assert len(load(tree).images) == 40
+
+
+@pytest.mark.parametrize("kind", ["folder", "link to nothing", "link to itself", "pipe"])
+def test_what_is_named_like_an_image_and_is_no_file_is_an_error(tree, kind):
+    odd = tree / "cat" / "odd.jpg"
+    match kind:
+        case "folder":
+            odd.mkdir()
+        case "link to nothing":
+            odd.symlink_to(tree / "nowhere.jpg")
+        case "link to itself":
+            odd.symlink_to(odd)
+        case "pipe":  # to open it would wait for ever
+            os.mkfifo(odd)
+    with pytest.raises(ValueError, match=r"cat/odd\.jpg is named like an image, but it is no file"):
+        load(tree)
+
+
+def test_links_to_images_and_to_folders_are_followed(tree, tmp_path):
+    (tree / "cat" / "link.png").symlink_to(tree / "dog" / "00.png")
+    (tree / "fox").symlink_to(tree / "dog")
+    assert np.bincount(load(tree).labels).tolist() == [21, 10, 10, 10]
+
+
+def test_a_link_to_the_folder_around_it_is_no_class(tree):
+    (tree / "loop").symlink_to(tree)
+    with pytest.raises(ValueError, match="no image in loop/, which holds 'cat', 'dog', 'loop'"):
+        load(tree)
+
+
+@pytest.mark.parametrize("name", ["classnames.txt", "template.txt"])
+def test_a_text_file_of_other_letters_is_named(tree, name):
+    (tree / name).write_bytes("a photo of a Größe {}".encode("utf-16"))
+    with pytest.raises(ValueError, match=rf"{name} is no text in UTF-8; save it as UTF-8"):
+        dataset(tree)
