@@ -97,7 +97,7 @@ class LoraTraining:
     steps: int = knob(2000, "optimiser steps", ge=1)
     batch: int = knob(8, "images per step", ge=1)
     learning_rate: float = knob(1e-4, "AdamW, 10 % warm-up, cosine to 0", gt=0)
-    caption: str = knob("a photo of a {}", "caption of a training image, with {} once for its class")
+    caption: str = knob("a photo of a {}", "of a training image, with {} once for its class")
     precision: Precision = knob("bf16", "autocast of the U-Net")
 
 

@@ -81,8 +81,9 @@ def check_room(backbone: str, classnames: tuple[str, ...], template: str, length
                 f"{as_read(name, clean)!r}; rename one"
             )
         words = name.replace("_", " ")
-        alone = _count(words, context - length, clean, hugging_face, folder)
-        if length and alone > context - length:
+        room = context - length
+        alone = _count(words, room, clean, hugging_face, folder) if length else 0
+        if alone > room:
             raise ValueError(
                 f"class name {_shown(name)} takes {alone} tokens with start and end, but "
                 f"{backbone} reads {context}, of which prompt.length takes {length}; shorten the "
@@ -108,7 +109,10 @@ def _count(text: str, room: int, clean: str, hugging_face: bool, folder: Path | 
         return len(text) + SPECIAL
     if hugging_face:
         assert folder is not None
-        return len(_of_hugging_face(folder / "tokenizer.json").encode(_cleaned(text, clean)).ids)
+        file = folder / "tokenizer.json"
+        if not file.is_file():  # a form that transformers alone reads: the trial will count
+            return 0
+        return len(_of_hugging_face(file).encode(_cleaned(text, clean)).ids)
     own = folder / MERGES if folder is not None else None
     tokenizer = _of_clip(own if own is not None and own.is_file() else _clip_merges())
     return len(tokenizer.encode(_cleaned(text, clean)).ids) + 2
