@@ -97,7 +97,7 @@ class LoraTraining:
     steps: int = knob(2000, "optimiser steps", ge=1)
     batch: int = knob(8, "images per step", ge=1)
     learning_rate: float = knob(1e-4, "AdamW, 10 % warm-up, cosine to 0", gt=0)
-    caption: str = knob("a photo of a {}", "caption of a training image; {} is its class")
+    caption: str = knob("a photo of a {}", "of a training image, with {} once for its class")
     precision: Precision = knob("bf16", "autocast of the U-Net")
 
 
@@ -122,7 +122,7 @@ class GenerationSettings:
     """How images are drawn. All of it is in the images' key."""
 
     seed: int = knob(0, "moves every image", ge=0)
-    template: str = knob("a photo of a {}", "prompt; {} is the class name")
+    template: str = knob("a photo of a {}", "prompt, with {} once for the class name")
     guidance_scale: float = knob(7.5, "classifier-free guidance", ge=0)
     num_inference_steps: int = knob(25, "denoising steps", ge=1)
     size: int = knob(512, "side of the square image, in pixels", ge=8)

@@ -35,7 +35,7 @@ from air_core.audit import (
 from air_core.auxiliary import credible
 from air_core.classifiers import LinearClassifier, text_classifier
 from air_core.datasets.class_folders import class_files
-from air_core.datasets.images import Unreadable
+from air_core.datasets.images import Unreadable, open_png
 from air_core.specs import FidelitySettings, FolderImages
 from air_core.types import Batch, Labelled
 from orchestrator.audit_card import (
@@ -165,7 +165,7 @@ def _read(
     places, features, hashes, spreads, held = [], [], [], [], []
     redrawn = 0
     for drawn in read_drawn(row.row, row.classes, row.images_per_class, store):
-        picture = Image.open(io.BytesIO(drawn.png)).convert("RGB")
+        picture = open_png(drawn.png)
         places.append((drawn.class_index, drawn.index))
         features.append(drawn.features)
         hashes.append(difference_hash(picture))

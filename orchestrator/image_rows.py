@@ -20,6 +20,7 @@ from safetensors.numpy import load, save
 from torch import Tensor
 
 from air_core.classifiers import text_classifier
+from air_core.datasets.images import open_png
 from air_core.diffusion import ImageGenerator, image_seed, load_generator, rejected
 from air_core.seal import BLANK, sealed
 from air_core.specs import FolderImages, GeneratedImages, SyntheticFeaturesSpec
@@ -99,7 +100,7 @@ def _build_block(
     if not encoded_before:
         data = row.read(class_index, block, ".parquet")
         table = pq.read_table(io.BytesIO(data), columns=["image", "ok"])
-        images = [Image.open(io.BytesIO(png)) for png in table["image"].to_pylist()]
+        images = [open_png(png) for png in table["image"].to_pylist()]
         started = time.monotonic()
         encoded_images = shop.encoded(images, spec)
         drawn["on_device"] += time.monotonic() - started
@@ -254,7 +255,7 @@ def read_images(
         for block in range(spec.blocks(count)):
             data = row.read(c, block, ".parquet")
             stored = pq.read_table(io.BytesIO(data), columns=["image"])["image"].to_pylist()
-            pictures += [Image.open(io.BytesIO(png)).convert("RGB") for png in stored]
+            pictures += [open_png(png) for png in stored]
         found.append(pictures[:count])
     return found
 
@@ -317,5 +318,5 @@ def read_pictures(
         stored = pq.read_table(io.BytesIO(data), columns=["image"])["image"]
         for index in indices:
             png = stored[index % size].as_py()
-            found[c, index] = Image.open(io.BytesIO(png)).convert("RGB")
+            found[c, index] = open_png(png)
     return found

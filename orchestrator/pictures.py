@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from air_core.datasets.images import open_png
 from air_core.specs import FeaturesSpec, SyntheticFeaturesSpec
 from orchestrator.audit_card import THUMB_PX, AuditCard, Shown, facts_of
 
@@ -143,7 +144,7 @@ def audit_sheet(card: AuditCard) -> bytes:
 def _paste(sheet: Image.Image, pen: ImageDraw.ImageDraw, one: Shown, x: int, y: int) -> None:
     for k, png in enumerate((one.png, one.other_png)):
         if png:
-            sheet.paste(Image.open(io.BytesIO(png)), (x + k * (THUMB_PX + 4), y))
+            sheet.paste(open_png(png), (x + k * (THUMB_PX + 4), y))
     if one.flagged:
         right = x + THUMB_PX + (THUMB_PX + 4 if one.other_png else 0)
         pen.rectangle((x - 3, y - 3, right + 2, y + THUMB_PX + 2), outline=ALARM, width=2)
@@ -167,8 +168,7 @@ def _cut(text: str, room: int, font: Any) -> str:
 
 def smaller(picture: Path, width: int) -> bytes:
     """A picture at most `width` pixels wide, as PNG."""
-    with Image.open(picture) as whole:
-        image = whole.convert("RGB")
+    image = open_png(picture.read_bytes())
     if image.width > width:
         size = (width, round(image.height * width / image.width))
         image = image.resize(size, Image.Resampling.LANCZOS)

@@ -376,7 +376,7 @@ def possible_trials(
 ) -> Iterator[TrialSpec]:
     """The most demanding trials that each cell may come to ask for."""
     for cell in cells:
-        ranges = [d for d in cell.space if d.key in READS_IMAGES]
+        ranges = [d for d in cell.space if d.key in (*READS_IMAGES, "prompt.length")]
         for ends in itertools.product(*[_ends(d) for d in ranges]):
             params = {d.key: end for d, end in zip(ranges, ends, strict=True)}
             for seeds in assignments:

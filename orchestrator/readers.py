@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints, TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field, StringConstraints, TypeAdapter, ValidationError
 
 from air_core.datasets import DATASETS
+from air_core.datasets.dataset import is_template
 from air_core.flat import trial_keys
 from orchestrator import presets
 from orchestrator.marked_yaml import Document, Keys, choices, meant, shown
@@ -31,6 +32,15 @@ LINE = Annotated[
     str, StringConstraints(pattern=r"^[^\p{C}\p{Z}]([^\p{C}\p{Zl}\p{Zp}]*[^\p{C}\p{Z}])?$")
 ]
 FOLDER = Annotated[str, StringConstraints(pattern=r"^folder:[^\p{C}\p{Zl}\p{Zp}]+$")]
+
+
+def _one_slot(text: str) -> str:
+    if not is_template(text):
+        raise ValueError
+    return text
+
+
+TEMPLATE = Annotated[str, AfterValidator(_one_slot)]
 
 TRIAL_KEYS = trial_keys()
 
@@ -118,6 +128,8 @@ def annotation_of(name: str) -> tuple[Any, Limits]:
         return operator.getitem(typing.Union, (words, FOLDER, *none)), ()
     if name in ("backbone", "generator"):
         return LINE, ()
+    if name in ("generation.template", "lora.caption"):
+        return TEMPLATE, ()
     key = TRIAL_KEYS[name]
     return key.type, tuple(key.limits.items())
 
@@ -164,6 +176,7 @@ _WORDS = {
     FOLDER: "folder:<path> of your own images",
     NAME: "up to 64 letters, digits, `.`, `_` and `-`, the first a letter or a digit",
     LINE: "text on one line, not empty, all of it visible",
+    TEMPLATE: "text on one line with {} once, where the class name goes, and no other brace",
 }
 
 
@@ -172,6 +185,7 @@ _PATTERNS = {
     NAME: r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
     LINE: r"^\S(.*\S)?$",
     FOLDER: r"^folder:.+$",
+    TEMPLATE: r"^[^{}]*\{\}[^{}]*$",
 }
 _TYPES = {int: "integer", float: "number", bool: "boolean", str: "string", type(None): "null"}
 _BOUNDS = {

@@ -20,6 +20,7 @@ from air_core.flat import from_flat
 from air_core.paradigms import TooFewImages, split_positions
 from air_core.seal import sealed_json
 from air_core.specs import Ref, SplitSettings, TrialSpec, uses_images
+from air_core.tokens import check_room
 from air_core.weights import GENERATORS as PIPELINES
 from air_core.weights import (
     check_lora_fits,
@@ -41,10 +42,11 @@ class NotThere(ValueError):
 
 @dataclass(frozen=True)
 class DatasetInput:
-    """A dataset: the digest of its content, and its classes."""
+    """A dataset: the digest of its content, its classes and its template."""
 
     ref: Ref
     classnames: tuple[str, ...]
+    template: str
 
 
 @dataclass
@@ -82,20 +84,26 @@ class Resolver:
             "backbone": self.weights("backbone", flat["backbone"]),
             "generator": Ref(name=flat["generator"], digest=""),
         }
+        datasets = [dataset]
         if flat.get("test_dataset") is not None:
-            refs["test_dataset"] = self.named(flat["test_dataset"]).ref
+            datasets.append(self.named(flat["test_dataset"]))
+            refs["test_dataset"] = datasets[-1].ref
         trial = from_flat(flat, refs, dataset.classnames)
         # Where no images are used, the generator need not be there.
         if uses_images(trial):
             trial = replace(trial, generator=self.weights("generator", flat["generator"]))
-        self.check(trial)
+        self.check(trial, datasets)
         return trial
 
-    def check(self, trial: TrialSpec) -> None:
+    def check(self, trial: TrialSpec, datasets: Sequence[DatasetInput]) -> None:
         """
         Raises:
-            ValueError: images are too few, or a LoRA does not fit the generator.
+            ValueError: a class name is too long, images are too few, or a LoRA does not fit the
+                generator.
         """
+        learned = trial.prompt.length if trial.modality == "text" and trial.iterations else 0
+        for one in datasets:
+            check_room(trial.backbone.name, one.classnames, one.template, learned)
         if trial.paradigm == "ssl":
             self._labels_enough(get_dataset(trial.dataset.name), trial.split)
         if uses_images(trial):
@@ -135,7 +143,8 @@ class Resolver:
         """A dataset by name. Raises as `get_dataset`, and where its files are missing."""
         if name not in self._datasets:
             dataset = get_dataset(name)
-            self._datasets[name] = DatasetInput(self.dataset(dataset), dataset.classnames)
+            ref = self.dataset(dataset)
+            self._datasets[name] = DatasetInput(ref, dataset.classnames, dataset.template)
         return self._datasets[name]
 
     def dataset(self, dataset: Dataset) -> Ref:
@@ -217,7 +226,7 @@ class RecordedResolver(Resolver):
 
     def __init__(self, inputs: Mapping[str, Any]) -> None:
         self._recorded = {
-            name: DatasetInput(Ref(**of["ref"]), tuple(of["classnames"]))
+            name: DatasetInput(Ref(**of["ref"]), tuple(of["classnames"]), of["template"])
             for name, of in inputs["datasets"].items()
         }
         self._weights: Mapping[str, str] = inputs["weights"]
@@ -241,7 +250,7 @@ class RecordedResolver(Resolver):
             raise NotRecorded(f"no run of this sweep has used the {role} {name}")
         return Ref(name=name, digest=digest)
 
-    def check(self, trial: TrialSpec) -> None:
+    def check(self, trial: TrialSpec, datasets: Sequence[DatasetInput]) -> None:
         """What was run fits."""
 
     def save(self) -> None:

@@ -121,6 +121,21 @@ def drawn_digits(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture
+def ghostscript(tmp_path, monkeypatch) -> Path:
+    """A `gs` that writes this file when it is started, as Pillow does for PostScript."""
+    import PIL.EpsImagePlugin
+
+    folder = tmp_path / "programs"
+    folder.mkdir()
+    started = folder / "started"
+    (folder / "gs").write_text(f"#!/bin/sh\necho $* >> {started}\necho 10.0\n")
+    (folder / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+    monkeypatch.setattr(PIL.EpsImagePlugin, "gs_binary", None)  # where it was looked for before
+    return started
+
+
 @pytest.fixture(scope="module")
 def wires() -> Iterator[Network]:
     """A network to which a test plugs machines of its own, with a disk that all of them see."""

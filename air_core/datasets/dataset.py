@@ -6,6 +6,7 @@ be listed and counted, for a digest or a check, without opening one image.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 TEMPLATE = "a photo of a {}"  # GRIP and CPL use it for every dataset
+HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # categories of Unicode: what readers do not see
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,26 @@ def listing(
     if empty:
         raise ValueError(f"{name}: {home} has no image of {some(empty)}; every class needs one")
     return Listing(home, tuple(ordered), tuple(beside))
+
+
+def is_template(text: str) -> bool:
+    """Has a text exactly one `{}` for a class name, no other brace, and no invisible character?
+
+    >>> [is_template(text) for text in ("a photo of a {}", "a photo", "{} {}", "{0.__class__}")]
+    [True, False, False, False]
+    """
+    return [text.count(c) for c in ("{}", "{", "}")] == [1, 1, 1] and first_hidden(text) is None
+
+
+def first_hidden(text: str) -> str | None:
+    """The first control character, line end or mark of text direction; None: there is none.
+
+    >>> first_hidden("cat\u202etac")
+    '\\u202e'
+    """
+    # Persian and Indic words need the two joiners, which are of the same category.
+    seen = (c for c in text if c not in "\u200c\u200d")
+    return next((c for c in seen if unicodedata.category(c) in HIDDEN), None)
 
 
 def some(names: Sequence[str], shown: int = 3) -> str:

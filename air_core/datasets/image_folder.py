@@ -20,8 +20,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from air_core.datasets.class_folders import SUFFIXES, images_in
-from air_core.datasets.dataset import TEMPLATE, Dataset, Listing, Row, listing, some
+from air_core.datasets.dataset import (
+    TEMPLATE,
+    Dataset,
+    Listing,
+    Row,
+    first_hidden,
+    is_template,
+    listing,
+    some,
+)
 from air_core.datasets.split_files import VAL_SHARE, held_out, with_validation
+from air_core.tokens import as_read
 
 PREFIX = "folder:"
 OWNERS = "the owner's"  # licence
@@ -126,27 +136,53 @@ def _classnames(file: Path, folders: tuple[str, ...]) -> tuple[str, ...]:
             )
         given[folder] = name
     names = tuple(given.get(folder, folder.replace("_", " ")) for folder in folders)
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"{file.parent}: two classes are named {twice[0]!r}; rename one")
+    _check_readable(file, names)
     return names
+
+
+def _check_readable(file: Path, names: tuple[str, ...]) -> None:
+    """People and CLIP can read every class name, and tell it from every other."""
+    known: dict[str, str] = {}
+    for name in names:
+        hidden = first_hidden(name)
+        if hidden is not None:
+            raise ValueError(
+                f"{file.parent}: the class name {name!r} has a character that nobody sees, "
+                f"{hidden!r}; rename its folder, or give it another name in {file.name}"
+            )
+        read = as_read(name)
+        if not read:
+            raise ValueError(
+                f"{file.parent}: the class name {name!r} is empty to CLIP; give it another name "
+                f"in {file.name}"
+            )
+        if read in known:
+            both = "" if known[read] == name else f" and {known[read]!r}, which CLIP reads alike"
+            raise ValueError(
+                f"{file.parent}: two classes are named {name!r}{both}; rename one in {file.name}"
+            )
+        known[read] = name
 
 
 def _template(file: Path) -> str:
     lines = [line for line in _lines(file) if line]
     if not lines:
         return TEMPLATE
-    if len(lines) > 1 or [lines[0].count(c) for c in ("{}", "{", "}")] != [1, 1, 1]:
+    if len(lines) > 1 or not is_template(lines[0]):
         raise ValueError(
-            f"{file}: wanted one line with {{}} once, where the class name goes, such as "
-            f"{TEMPLATE!r}; found {lines[0]!r}" + (" and more lines" if len(lines) > 1 else "")
+            f"{file}: wanted one line with {{}} once, where the class name goes, and no "
+            f"other brace or invisible character, such as {TEMPLATE!r}; found {lines[0]!r}"
+            + (" and more lines" if len(lines) > 1 else "")
         )
     return lines[0]
 
 
 def _lines(file: Path) -> list[str]:
     # Editors on Windows put a mark before the first word, which utf-8-sig takes off.
-    text = file.read_text(encoding="utf-8-sig") if file.is_file() else ""
+    try:
+        text = file.read_text(encoding="utf-8-sig") if file.is_file() else ""
+    except UnicodeDecodeError as problem:
+        raise ValueError(f"{file} is no text in UTF-8; save it as UTF-8") from problem
     return [line.strip() for line in text.splitlines()]
 
 

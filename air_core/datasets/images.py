@@ -1,12 +1,16 @@
 """Images that are opened one at a time, as RGB. Knows no dataset.
 
 A dataset of 30,000 photographs does not fit in memory: what is held here are paths or small arrays.
+Every image file is opened by `open_image`, every stored PNG by `open_png`, and by nothing else.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
@@ -16,6 +20,10 @@ if TYPE_CHECKING:
 
 BAD_SHARE = 0.01  # of a dataset's images may be unreadable; beyond that something else is wrong
 WHITE = (255, 255, 255)
+# Pillow knows forty formats more. For EPS it starts Ghostscript, whatever the file is named.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+MAX_PIXELS = 178_956_970  # 0.5 GB as RGB; a small file can claim any size
+TOO_LARGE = f"it is too large, over {MAX_PIXELS:,} pixels; make it smaller"
 
 
 class Unreadable(ValueError):
@@ -66,22 +74,43 @@ class GreyImages(Sequence["Image"]):
 def open_image(file: Path) -> Image:
     """One image as RGB, upright: 16-bit grey is scaled, transparency lies over white.
 
+    Its content decides what it is, not its name. Of an animation or a TIFF with several pages only
+    the first image is read.
+
     Raises:
-        Unreadable: it cannot be decoded, or is larger than Pillow opens (178,956,970 pixels).
+        Unreadable: it is of no format in FORMATS, has more than MAX_PIXELS, or cannot be decoded.
         OSError: the file is not there, or the disk fails.
     """
+    if not file.is_file() and file.exists():  # a pipe would be waited for
+        raise Unreadable(f"{file} cannot be read: it is no file, but a folder or a device")
+    return _opened(file, FORMATS, str(file))
+
+
+def open_png(content: bytes) -> Image:
+    """A PNG that airsweep has stored, as RGB.
+
+    Raises:
+        Unreadable: it is no PNG, has more than MAX_PIXELS, or cannot be decoded.
+    """
+    return _opened(BytesIO(content), ("PNG",), "a stored image")
+
+
+def _opened(source: Path | BytesIO, formats: tuple[str, ...], name: str) -> Image:
     from PIL import Image, UnidentifiedImageError
 
+    _silence_pillow()
     try:
-        with Image.open(file) as image:
+        with Image.open(source, formats=formats) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(TOO_LARGE)
             image.load()
             return _rgb(_upright(image))
     except UnidentifiedImageError:
-        empty = file.stat().st_size == 0
-        why = "it is empty" if empty else "not an image, or one whose head is damaged"
+        empty = isinstance(source, Path) and source.stat().st_size == 0
+        allowed = f"not an image of an allowed format ({', '.join(formats)})"
+        why = "it is empty" if empty else f"{allowed}, or its head is damaged"
     except Image.DecompressionBombError:
-        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
-        why = f"it is too large, over {limit:,} pixels; make it smaller"
+        why = TOO_LARGE
     except OSError as problem:
         # With an error number it is the system's: a disk that fails says nothing about the image.
         if problem.errno is not None:
@@ -91,7 +120,16 @@ def open_image(file: Path) -> Image:
         raise
     except Exception as problem:  # decoders raise what they like on damaged bytes
         why = str(problem) or type(problem).__name__
-    raise Unreadable(f"{file} cannot be read: {why}")
+    raise Unreadable(f"{name} cannot be read: {why}")
+
+
+@cache
+def _silence_pillow() -> None:
+    # Pillow warns from half of MAX_PIXELS on, which is allowed here. A filter of one call would not
+    # be safe in threads.
+    from PIL.Image import DecompressionBombWarning
+
+    warnings.filterwarnings("ignore", category=DecompressionBombWarning, append=True)
 
 
 def _upright(image: Image) -> Image:

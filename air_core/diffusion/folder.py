@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from air_core.datasets.class_folders import class_files
+from air_core.datasets.images import Unreadable, open_image
 
 
 class FolderGenerator:
@@ -48,10 +49,10 @@ class FolderGenerator:
 def _read(file: Path, size: int) -> Tensor:
     """(size, size, 3) uint8; black where the file is no readable image."""
     try:
-        with Image.open(file) as image:
-            square = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError):
+        image = open_image(file)
+    except Unreadable:
         return _black(size)
+    square = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(square))
 
 

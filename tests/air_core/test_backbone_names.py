@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from air_core.backbone.loading import load_backbone
 from air_core.model_configs import check_clip_config
+from air_core.tokens import check_room
 from air_core.weights import ClipFile, find_backbone, tiny_folder, weights_files, weights_settings
 
 NAMES = ["tree frog", "heart", "boot"]
@@ -275,6 +276,15 @@ def test_siglip_says_which_name_does_not_fit_to_the_token(siglip):
     backbone.encode_context(torch.zeros(9, 32), ["heart", "tree frog"])  # 9 + 2 + end = 12
     with pytest.raises(ValueError, match="'tree frog' does not fit, but 2 are left"):
         backbone.encode_context(torch.zeros(10, 32), ["heart", "tree frog"])
+
+
+def test_siglip_names_are_counted_without_it(siglip):
+    names = ("heart", "tree frog")
+    check_room(str(siglip), names, "a photo of a {}", 9)
+    with pytest.raises(ValueError, match="'tree frog' takes 3 tokens with start and end, but"):
+        check_room(str(siglip), names, "a photo of a {}", 10)
+    with pytest.raises(ValueError, match="'tshirt' and 'T-shirt' are the same"):
+        check_room(str(siglip), ("tshirt", "T-shirt"), "a photo of a {}", 2)
 
 
 def test_siglip_takes_no_visual_prompt(siglip):

@@ -17,14 +17,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from air_core.datasets import DATASETS, get_dataset
+from air_core.datasets.class_folders import SUFFIXES
 from air_core.datasets.fashion_mnist import DEBIAN
 from air_core.datasets.images import ImageFiles, Unreadable
 from air_core.datasets.published import PUBLISHED
 from air_core.datasets.split_files import held_out
-from tests.air_core.dataset_trees import EACH, MAKERS, draw, make_tree, small, small_root
+from tests.air_core.dataset_trees import EACH, EPS, MAKERS, draw, make_tree, small, small_root
 
 EVERY = pytest.mark.parametrize("name", DATASETS)
 OF_FILES = [name for name, maker in MAKERS.items() if maker and name != "fashion_mnist"]
@@ -575,12 +576,12 @@ def test_damaged_notes_of_the_camera_do_not_make_an_image_unreadable(tmp_path):
     assert shown.size == (8, 8)
 
 
-def huge_png() -> bytes:
+def huge_png(side: int = 20000) -> bytes:
     """The head of a PNG of 20,000 x 20,000 pixels."""
     import struct
     import zlib
 
-    head = b"IHDR" + struct.pack(">IIBBBBB", 20000, 20000, 8, 2, 0, 0, 0)
+    head = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     chunk = struct.pack(">I", 13) + head + struct.pack(">I", zlib.crc32(head))
     return b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 0) + b"IDAT"
 
@@ -591,7 +592,10 @@ def huge_png() -> bytes:
         (lambda jpeg: b"", "it is empty"),
         (lambda jpeg: b"<html>404</html>", "not an image"),
         (lambda jpeg: jpeg[: len(jpeg) // 2], "truncated"),
-        (lambda jpeg: b"\0" * 40 + jpeg[40:], "not an image, or one whose head is damaged"),
+        (
+            lambda jpeg: b"\0" * 40 + jpeg[40:],
+            "not an image of an allowed format .* head is damaged",
+        ),
         (lambda jpeg: huge_png(), "too large, over 178,956,970 pixels"),
         (lambda jpeg: b"\x89PNG\r\n\x1a\n" + b"\1" * 100, "."),
     ],
@@ -607,6 +611,76 @@ def test_a_file_that_cannot_be_decoded_is_unreadable_and_says_why(tmp_path, cont
     with pytest.raises(Unreadable, match=rf"bad\.jpg cannot be read: .*{why}"):
         images[1]
     assert isinstance(images[:], ImageFiles)  # a slice opens nothing
+
+
+def test_postscript_named_like_a_photograph_is_unreadable_and_starts_no_program(
+    tmp_path, ghostscript
+):
+    file = tmp_path / "harmless.jpg"
+    file.write_bytes(EPS)
+    with pytest.raises(
+        Unreadable, match=r"harmless\.jpg .*not an image of an allowed format \(BMP,"
+    ):
+        ImageFiles((file,))[0]
+    assert not ghostscript.exists()
+    with pytest.raises(UnidentifiedImageError), Image.open(file) as image:  # of the fake's nothing
+        image.load()
+    assert ghostscript.exists()  # as it would have been without a list of formats
+
+
+@pytest.mark.parametrize("suffix", sorted(SUFFIXES))
+def test_every_suffix_that_is_looked_for_has_a_format_that_is_opened(tmp_path, suffix):
+    assert saved(Image.new("RGB", (8, 8), "red"), tmp_path / f"a{suffix}").size == (8, 8)
+
+
+def test_a_photograph_of_a_camera_that_keeps_several_in_one_file_is_its_first(tmp_path):
+    first, second = Image.new("RGB", (16, 16), "red"), Image.new("RGB", (16, 16), "blue")
+    file = tmp_path / "a.jpg"
+    first.save(file, "MPO", save_all=True, append_images=[second])
+    red, _, blue = pixel(ImageFiles((file,))[0])
+    assert red > 240
+    assert blue < 15
+
+
+@pytest.mark.parametrize("ending", ["gif", "png", "tif", "webp"])
+def test_of_many_images_in_a_file_the_first_is_read(tmp_path, ending):
+    first, second = Image.new("RGB", (16, 16), "red"), Image.new("RGB", (16, 16), "blue")
+    shown = saved(first, tmp_path / f"a.{ending}", save_all=True, append_images=[second])
+    assert shown.size == (16, 16)
+    red, _, blue = pixel(shown)
+    assert red > 240
+    assert blue < 15
+
+
+def test_the_limit_of_pixels_holds_where_pillows_own_is_off(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    file = tmp_path / "huge.png"
+    file.write_bytes(huge_png())
+    with pytest.raises(Unreadable, match="too large, over 178,956,970 pixels"):
+        ImageFiles((file,))[0]
+
+
+def test_a_large_image_below_the_limit_prints_no_warning(tmp_path):
+    file = tmp_path / "large.png"
+    file.write_bytes(huge_png(10000))
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from air_core.datasets.images import Unreadable, open_image\n"
+        "try: open_image(Path(sys.argv[1]))\n"
+        "except Unreadable as problem: print(problem)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(file)], capture_output=True, text=True, check=True
+    )
+    assert "truncated" in done.stdout  # its head alone was written
+    assert done.stderr == ""
+
+
+def test_a_pipe_that_is_named_like_an_image_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.jpg")
+    with pytest.raises(Unreadable, match=r"a\.jpg cannot be read: it is no file"):
+        ImageFiles((tmp_path / "a.jpg",))[0]
 
 
 def test_a_file_that_is_gone_is_the_disks_fault_and_not_the_images(tmp_path):

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
+from air_core.datasets.images import ImageFiles
 from air_core.diffusion import FLAT, image_seed, load_generator, rejected
 from air_core.diffusion.folder import FolderGenerator
 from air_core.diffusion.lora import add_adapters, save_adapters
@@ -22,6 +23,7 @@ from air_core.specs import FolderImages, GeneratedImages, GenerationSettings, Re
 from air_core.tiny import WEIGHTS
 from air_core.weights import generator_files, generator_folder
 from tests.air_core import pipelines
+from tests.air_core.dataset_trees import EPS
 
 MODEL = WEIGHTS / "diffusion"
 QUICK = GenerationSettings(
@@ -361,6 +363,51 @@ def test_ready_images_come_by_class_folder_in_the_order_of_their_names(ready):
 def test_a_file_that_is_no_image_gives_a_rejected_one(ready):
     generator = FolderGenerator(ready, ["red fox"], 16)
     assert rejected(generator.generate("red fox", [1, 2], [0, 0])).tolist() == [False, True]
+
+
+def test_postscript_among_ready_images_is_rejected_and_starts_no_program(ready, ghostscript):
+    (ready / "tree_frog" / "harmless.jpg").write_bytes(EPS)
+    generator = FolderGenerator(ready, ["tree frog"], 16)
+    assert rejected(generator.generate("tree frog", [0, 1], [0, 0])).tolist() == [True, False]
+    assert not ghostscript.exists()
+
+
+def unusual(kind: str, file: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (16, 8, 4), dtype=np.uint8)
+    exif = Image.Exif()
+    match kind:
+        case "turned":
+            exif[0x0112] = 6
+            Image.fromarray(noise[..., :3]).save(file, exif=exif)
+        case "16 bit":
+            Image.fromarray(noise[..., 0].astype(np.uint16) * 257).save(file)
+        case "transparent":
+            Image.fromarray(noise).save(file)
+        case "palette":
+            Image.fromarray(noise[..., :3]).quantize(16).save(file, transparency=0)
+        case "plain":
+            Image.fromarray(noise[..., :3]).save(file)
+
+
+@pytest.mark.parametrize("kind", ["plain", "turned", "16 bit", "transparent", "palette"])
+def test_a_ready_image_has_the_pixels_that_it_has_in_a_dataset(tmp_path, kind):
+    (tmp_path / "cat").mkdir()
+    unusual(kind, tmp_path / "cat" / "a.png")
+    [drawn] = FolderGenerator(tmp_path, ["cat"], 8).generate("cat", [0], [0])
+    image = ImageFiles((tmp_path / "cat" / "a.png",))[0]
+    fitted = ImageOps.fit(image, (8, 8), Image.Resampling.BICUBIC)
+    assert np.array_equal(drawn.numpy(), np.asarray(fitted))
+    if kind == "plain":
+        with Image.open(tmp_path / "cat" / "a.png") as untouched:
+            assert np.array_equal(np.asarray(image), np.asarray(untouched))
+
+
+def test_ready_images_that_a_disk_does_not_give_are_an_error(ready):
+    """As holes they would go missing without a word."""
+    generator = FolderGenerator(ready, ["red fox"], 16)
+    (ready / "red fox" / "a.png").unlink()
+    with pytest.raises(FileNotFoundError):
+        generator.generate("red fox", [0], [0])
 
 
 def test_beyond_the_last_ready_image_there_are_rejected_ones(ready):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -145,7 +146,12 @@ def test_a_file_from_windows_is_read(tree):
         ("\ncat = a/b\n", r"classnames.txt:2: .*without / in the name"),
         ("cat = a\ncat = b\n", r"classnames.txt:2: 'cat = b' is not allowed"),
         ("cow = a\n", r"there is no class folder 'cow'; there: 'cat', 'dog', 'sea_lion'"),
-        ("cat = dog\n", r"two classes are named 'dog'"),
+        ("cat = dog\n", r"two classes are named 'dog'; rename one in classnames.txt"),
+        ("cat = DOG\n", r"two classes are named 'dog' and 'DOG', which CLIP reads alike"),
+        ("cat = sea&nbsp;  lion\n", r"two classes are named 'sea lion' and 'sea&nbsp;  lion'"),
+        ("cat = _\n", r"the class name '_' is empty to CLIP"),
+        ("cat = c\u202eat\n", r"the class name 'c\\u202eat' has a character that nobody sees"),
+        ("cat = c\x1b[31mat\n", r"has a character that nobody sees, '\\x1b'"),
     ],
 )
 def test_names_that_cannot_be_are_errors_with_the_line(tree, text, message):
@@ -154,7 +160,42 @@ def test_names_that_cannot_be_are_errors_with_the_line(tree, text, message):
         dataset(tree)
 
 
-@pytest.mark.parametrize("text", ["a photo", "a {} of {}", "a {x} of {}", "a {}\nthe {}"])
+@pytest.mark.parametrize(
+    ("one", "other"), [("Cat", "cat"), ("big_cat", "big  cat"), ("ok", "\uff4f\uff4b")]
+)
+def test_folders_that_clip_reads_alike_are_an_error(tmp_path, one, other):
+    for name in (one, other):
+        draw(tmp_path / name / "0.png")
+    with pytest.raises(
+        ValueError, match=r"two classes are named .* which CLIP reads alike; rename"
+    ):
+        dataset(tmp_path)
+
+
+def test_a_folder_with_a_control_character_in_its_name_is_an_error(tmp_path):
+    for name in ("cat", "do\ng"):
+        draw(tmp_path / name / "0.png")
+    with pytest.raises(ValueError, match=r"'do\\ng' has a character that nobody sees, '\\n'"):
+        dataset(tmp_path)
+
+
+def test_a_word_may_need_a_joiner_that_is_not_seen(tree):
+    (tree / "classnames.txt").write_text("cat = \u06af\u0631\u0628\u0647\u200c\u0647\u0627\n")
+    assert "\u200c" in dataset(tree).classnames[0]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a photo",
+        "a {} of {}",
+        "a {x} of {}",
+        "a {}\nthe {}",
+        "a {0.__class__}",
+        "{!r}",
+        "a {}\u202e",
+    ],
+)
 def test_a_template_without_one_place_for_the_class_is_an_error(tree, text):
     (tree / "template.txt").write_text(text)
     with pytest.raises(ValueError, match=r"template.txt: wanted one line with {} once"):
@@ -243,3 +284,38 @@ def test_folders_that_systems_leave_behind_are_no_classes(tree):
     (tree / "cat/Thumbs.db").write_bytes(b"windows")
     assert dataset(tree).classnames == ("cat", "dog", "sea lion")
     assert len(load(tree).images) == 40
+
+
+@pytest.mark.parametrize("kind", ["folder", "link to nothing", "link to itself", "pipe"])
+def test_what_is_named_like_an_image_and_is_no_file_is_an_error(tree, kind):
+    odd = tree / "cat" / "odd.jpg"
+    match kind:
+        case "folder":
+            odd.mkdir()
+        case "link to nothing":
+            odd.symlink_to(tree / "nowhere.jpg")
+        case "link to itself":
+            odd.symlink_to(odd)
+        case "pipe":  # to open it would wait for ever
+            os.mkfifo(odd)
+    with pytest.raises(ValueError, match=r"cat/odd\.jpg is named like an image, but it is no file"):
+        load(tree)
+
+
+def test_links_to_images_and_to_folders_are_followed(tree, tmp_path):
+    (tree / "cat" / "link.png").symlink_to(tree / "dog" / "00.png")
+    (tree / "fox").symlink_to(tree / "dog")
+    assert np.bincount(load(tree).labels).tolist() == [21, 10, 10, 10]
+
+
+def test_a_link_to_the_folder_around_it_is_no_class(tree):
+    (tree / "loop").symlink_to(tree)
+    with pytest.raises(ValueError, match="no image in loop/, which holds 'cat', 'dog', 'loop'"):
+        load(tree)
+
+
+@pytest.mark.parametrize("name", ["classnames.txt", "template.txt"])
+def test_a_text_file_of_other_letters_is_named(tree, name):
+    (tree / name).write_bytes("a photo of a Größe {}".encode("utf-16"))
+    with pytest.raises(ValueError, match=rf"{name} is no text in UTF-8; save it as UTF-8"):
+        dataset(tree)

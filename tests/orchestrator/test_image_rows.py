@@ -24,9 +24,11 @@ from orchestrator.pictures import (
     contact_sheet,
 )
 from orchestrator.resolve import images_folder
+from orchestrator.stages import build_features
 from orchestrator.store import ArtifactStore
 from orchestrator.verification import DamagedArtifact
 from orchestrator.workshop import Workshop
+from tests.air_core.dataset_trees import EPS, draw
 
 
 def row_of(folder: str) -> SyntheticFeaturesSpec:
@@ -121,3 +123,17 @@ def test_a_block_that_killed_its_processes_fails_and_one_that_merely_failed_does
         build_image_block(spec, 0, 0, Workshop(store), lambda: generator_of(spec))
     build_image_block(spec, 0, 0, Workshop(store), lambda: generator_of(spec))  # the next start
     assert not tries.exists()
+
+
+def test_features_of_a_dataset_start_no_program_for_postscript(
+    store, resolver, tmp_path, ghostscript
+):
+    home = tmp_path / "pets"
+    for name in ("cat", "dog"):
+        for i in range(60):
+            draw(home / name / f"{i:02}.png")
+    (home / "dog" / "harmless.jpg").write_bytes(EPS)
+    trial = resolver.trial({"dataset": f"folder:{home}", "iterations": 0, "images_per_class": 0})
+    made = build_features(trial.features, Workshop(store))
+    assert made.record["info"]["unreadable"] == 1
+    assert not ghostscript.exists()

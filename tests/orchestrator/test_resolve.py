@@ -14,6 +14,7 @@ from air_core.specs import Ref
 from air_core.weights import tiny_folder
 from orchestrator import presets
 from orchestrator.resolve import NotThere, Resolver, images_folder, text_digest
+from tests.air_core.dataset_trees import draw
 
 
 @pytest.fixture
@@ -252,3 +253,51 @@ def test_too_few_images_to_label_are_named_before_anything_runs(resolver):
     assert resolver.trial({**flat, "paradigm": "ssl", "shots": 100, "seed": 1}).shots == 100
     with pytest.raises(ValueError, match=r"digits: SSL wants 200 .* 107 .*it is 'digit zero'"):
         resolver.trial({**flat, "paradigm": "ssl", "shots": 200, "seed": 1})
+
+
+# ---------------------------------------------------------------- class names that have no room
+
+
+@pytest.fixture
+def pets(tmp_path) -> Path:
+    """A dataset whose second class has a name of 100 words."""
+    home = tmp_path / "pets"
+    for name in ("cat", "dog"):
+        for i in range(6):
+            draw(home / name / f"{i}.png")
+    (home / "classnames.txt").write_text(f"dog = {' '.join(['dog'] * 100)}\n")
+    return home
+
+
+@pytest.mark.parametrize("doing", ["plan", "run"])
+def test_a_name_of_100_words_is_refused_before_anything_is_drawn(tmp_path, command, pets, doing):
+    file = tmp_path / "long.yaml"
+    fixed = f"{{method: air, dataset: 'folder:{pets}', prompt.length: 4}}"
+    file.write_text(f"version: 1\nname: long\nfixed: {fixed}\nseeds: [1]\n")
+    code, _, err = command(doing, file, "--store", tmp_path / "runs")
+    assert code == 2
+    assert "class name 'dog dog" in err
+    assert "tokens with start and end, but tiny reads 24, of which prompt.length takes 4" in err
+    assert not (tmp_path / "runs" / "artifacts").exists()
+
+
+def test_the_longest_prompt_that_a_search_may_try_counts(tmp_path, command):
+    """The names of the digits have room behind 4 learned vectors, and none behind 22."""
+    file = tmp_path / "long.yaml"
+    text = "version: 1\nname: long\nfixed: {method: cpl}\nsearch:\n  points: 2\n"
+    for most, code in ((8, 0), (22, 2)):
+        file.write_text(text + f"  space: {{prompt.length: {{min: 4, max: {most}}}}}\n")
+        found, _, err = command("plan", file, "--store", tmp_path / "runs")
+        assert (found, "of which prompt.length takes 22" in err) == (code, code == 2)
+
+
+def test_names_of_the_dataset_that_a_prompt_is_tested_on_count_too(resolver, pets):
+    with pytest.raises(ValueError, match="class name 'dog dog"):
+        resolver.trial({"test_dataset": f"folder:{pets}", "prompt.length": 4})
+
+
+def test_learned_image_tokens_take_no_room_from_class_names(resolver):
+    visual = {"modality": "visual", "prompt.length": 64, "generator": "tiny"}
+    assert resolver.trial(visual).prompt.length == 64
+    with pytest.raises(ValueError, match=r"of which prompt\.length takes 64"):
+        resolver.trial({**visual, "modality": "text"})

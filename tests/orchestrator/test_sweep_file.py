@@ -13,6 +13,8 @@ from air_core.datasets import DATASETS
 from air_core.flat import from_flat, to_flat, trial_keys
 from air_core.specs import Ref
 from orchestrator import presets
+from orchestrator.marked_yaml import Document
+from orchestrator.readers import trial_value
 from orchestrator.sweep_file import (
     Budget,
     Dimension,
@@ -448,10 +450,10 @@ BAD = {
         "5:20",
         ["allowed: cpl, air"],
     ),
-    "exclude of a line end": (
-        AIR + 'grid: {lora.caption: ["a\\nb", c]}\nexclude: [{lora.caption: d}]\n',
-        "5:26",
-        ["allowed: 'a\\nb', c"],
+    "a line end": (
+        AIR + 'grid: {lora.caption: ["a {}\\nb", "c {}"]}\n',
+        "4:23",
+        ["'a {}\\nb' is not allowed"],
     ),
     "exclude of nothing": (GRID + "exclude: [{}]\n", "5:11", ["excludes everything"]),
     "all excluded": (GRID + "exclude: [{method: cpl}, {method: air}]\n", "5:1", ["no cell"]),
@@ -702,6 +704,31 @@ def test_a_mistake_is_shown_at_its_place_with_what_is_allowed(tmp_path, text, pl
     assert message.startswith(f"{place}: ") if place else not message[0].isdigit()
     for fragment in fragments:
         assert fragment in message
+
+
+@pytest.mark.parametrize("key", ["generation.template", "lora.caption"])
+@pytest.mark.parametrize(
+    "text",
+    ["a photo of a {0.__class__}", "{!r}", "{} {}", "no slot", "{:>10}", "{} {{}}", "{name}"],
+)
+def test_a_template_without_one_plain_place_for_the_class_is_refused(tmp_path, command, key, text):
+    file = tmp_path / "x.yaml"
+    file.write_text(HEAD + f"fixed:\n  method: air\n  {key}: '{text}'\n")
+    code, out, err = command("validate", file)
+    assert (code, out) == (2, "")
+    assert err.startswith(
+        f"{file}:5:{len(key) + 5}: fixed.{key}: {text!r} is not allowed; allowed: "
+    )
+    assert "text on one line with {} once, where the class name goes, and no other brace" in err
+
+
+def test_every_text_with_a_place_for_the_class_name_is_a_template():
+    """So that no key is added that is formatted and never checked."""
+    slots = [name for name, key in trial_keys().items() if "{}" in str(key.default)]
+    assert slots
+    for name in slots:
+        with pytest.raises(SpecError):
+            trial_value(name)(Document(source="x", value="{0}"), ())
 
 
 @pytest.mark.parametrize("case", [name for name in BAD if "password" in name])

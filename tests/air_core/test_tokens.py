@@ -1,0 +1,97 @@
+"""Class names are counted in tokens without torch, and as the text towers count them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from open_clip import tokenizer as open_clip
+
+from air_core.datasets import DATASETS
+from air_core.datasets.dataset import TEMPLATE
+from air_core.tokens import _clip_merges, _count, as_read, check_room
+from air_core.weights import tiny_folder
+
+NAMES = [name for dataset in DATASETS.values() for name in dataset.classnames]
+STRANGE = [
+    *(
+        "Größe &amp; ﬁsh",
+        "don't I'LL",
+        "日本語 テキスト",
+        "مرحبا بالعالم",
+        "🦜🏳️‍🌈 parrot",
+        "x" * 300,
+    ),
+    *(
+        "a_b__c",
+        "1234-567",
+        "\uff41\uff42",
+        "schÃ¶n",
+        "İstanbul",
+        "“quoted”",
+        "&nGt; &bne;",
+        "abab!!??",
+        "",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("clean", "theirs"),
+    [
+        ("lower", open_clip._clean_lower),
+        ("whitespace", open_clip._clean_whitespace),
+        ("canonicalize", open_clip._clean_canonicalize),
+    ],
+)
+def test_names_are_cleaned_as_open_clip_does(clean, theirs):
+    for name in [*NAMES, *STRANGE]:
+        assert as_read(name, clean) == theirs(name.replace("_", " "))
+
+
+@pytest.mark.parametrize("folder", [None, tiny_folder()], ids=["CLIP", "tiny"])
+def test_tokens_are_counted_as_open_clip_does(folder):
+    merges = _clip_merges() if folder is None else folder / "merges.txt.gz"
+    tokenizer = open_clip.SimpleTokenizer(str(merges))
+    for name in [*NAMES, *STRANGE]:
+        exact = len(tokenizer.encode(name)) + 2
+        assert _count(name, 0, "lower", False, folder) == exact
+        assert exact <= _count(name, 400, "lower", False, folder)  # a bound, where there is room
+
+
+def test_a_name_is_refused_exactly_where_the_text_tower_refuses_it(tiny_clip):
+    names = ("zero", "zero one two")
+    fits = {}
+    for length in range(14, 20):
+        try:
+            tiny_clip.encode_context(torch.zeros(length, tiny_clip.token_width), names)
+            fits[length] = True
+        except ValueError:
+            fits[length] = False
+        if fits[length]:
+            check_room("tiny", names, TEMPLATE, length)
+        else:
+            with pytest.raises(
+                ValueError, match=f"'zero one two' .* prompt.length takes {length};"
+            ):
+                check_room("tiny", names, TEMPLATE, length)
+    assert set(fits.values()) == {True, False}
+
+
+def test_a_name_that_the_template_pushes_out_of_the_context_is_refused():
+    check_room("tiny", ("zero", " ".join(["one"] * 18)), TEMPLATE, 0)
+    with pytest.raises(
+        ValueError, match=r"'one one .*\.\.\.' in 'a photo of a {}' takes 25 tokens"
+    ):
+        check_room("tiny", ("zero", " ".join(["one"] * 19)), TEMPLATE, 0)
+
+
+@pytest.mark.parametrize(("backbone", "length"), [("tiny", 4), ("ViT-B-32", 16)])
+def test_the_names_of_published_datasets_have_room_and_differ(tmp_path: Path, backbone, length):
+    if backbone != "tiny":
+        (tmp_path / "weights.safetensors").touch()  # which are not looked at
+        backbone = f"{backbone}@{tmp_path / 'weights.safetensors'}"
+    for dataset in DATASETS.values():
+        check_room(backbone, dataset.classnames, dataset.template, length)
+        assert len({as_read(name) for name in dataset.classnames}) == len(dataset.classnames)
