@@ -32,7 +32,7 @@ from orchestrator.store import ArtifactStore
 from orchestrator.sweep_file import load_sweep
 from orchestrator.trial import data_of, read_trial, run_trial
 from orchestrator.workshop import Workshop
-from tests.sweeps import environment
+from tests.sweeps import environment, record_again
 
 IMAGES = 240  # of the digits: enough for every class, and quick
 SWEEP = """version: 1
@@ -305,6 +305,7 @@ def test_a_prompt_that_predicts_something_else_is_not_written(place, sweep, cli,
     slot = slots_of(place, sweep, "fpl")[0]
     file = store.get(slot.spec).path / PROMPT
     save_file({"prompt": -load_file(file)["prompt"]}, file)
+    record_again(file.parent)
     code, said, told = cli(
         "export", slot.key.digest, "-o", tmp_path / "b", "--store", str(store.root)
     )

@@ -15,9 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from air_core.datasets import get_dataset
-from air_core.seal import sealed_json
 from orchestrator.differences import differences
-from orchestrator.files import file_digest
 from orchestrator.image_rows import build_image_block, open_generator
 from orchestrator.keys import ArtifactKey
 from orchestrator.ledger import Ledger
@@ -39,6 +37,7 @@ from orchestrator.tracking.jsonl import read
 from orchestrator.trial import run_trial
 from orchestrator.workshop import Workshop
 from tests.servers import free_port
+from tests.sweeps import record_again
 
 IMAGES = 240  # of the digits: enough for every class, and quick
 SWEEP = """version: 1
@@ -350,9 +349,7 @@ def test_another_result_and_a_touched_input_are_named(ended, told, drawn, tmp_pa
     (features,) = (store.artifacts / "features").glob("*/*/features.safetensors")
     arrays = load_file(features)
     save_file({**arrays, "features": np.roll(arrays["features"], 1, axis=1)}, features)
-    made = features.with_name("record.json")  # as another encoder would have written it
-    known = {**json.loads(made.read_text()), "files": {features.name: file_digest(features)}}
-    made.write_bytes(sealed_json(known))
+    record_again(features.parent)
     again = repro(run.info.run_id, store, ended.resolver(), told)
     assert again.verdict == "different"
     assert not again.same
