@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import hashlib
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -22,6 +23,8 @@ from air_core.specs import TrialSpec
 from orchestrator.keys import RECIPES, Stage, digest
 
 ROOT = Path(__file__).resolve().parents[1]
+# Python 3.11 fails with "AST constructor recursion depth mismatch" where two threads parse at once.
+_parsing = threading.Lock()
 
 # Where each stage begins. Trials begin in the method: what surrounds it only reads and records.
 ENTRIES: dict[str, tuple[str, ...]] = {
@@ -152,7 +155,8 @@ def _module(name: str) -> Module | None:
     file = _source(name)
     if file is None:
         return None
-    tree = ast.parse(file.read_text(encoding="utf-8"))
+    with _parsing:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
     definitions: dict[str, Definition] = {}
     for node in tree.body:
         for own in _defined(node):
