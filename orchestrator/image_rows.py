@@ -38,12 +38,19 @@ DEATHS = 2  # processes that a block may kill before it counts as failed
 def open_generator(
     images: GeneratedImages | FolderImages, shop: Workshop, thrift: int = 0
 ) -> ImageGenerator:
-    """The generator of a row, with its LoRA from the store."""
+    """The generator of a row, with its LoRA from the store.
+
+    Raises:
+        ChangedInput: ready images are not those that the row's digest was taken of.
+    """
     adapter = None
     if isinstance(images, GeneratedImages) and images.lora is not None:
         adapter = shop.store.get(images.lora).path
     folder = images_folder(images.model.name)
-    return load_generator(images, folder, adapter, shop.device, thrift)
+    generator = load_generator(images, folder, adapter, shop.device, thrift)
+    if isinstance(images, FolderImages):  # after it has listed them: it notices later changes
+        shop.check_ready_images(images.model)
+    return generator
 
 
 def build_image_block(

@@ -179,17 +179,21 @@ class Resolver:
             NotThere: nothing of that name is here; says what is allowed.
         """
         if (role, name) not in self._refs:
-            try:
-                folder, found = read_from(role, name)
-                settings = weights_settings(name) if role == "backbone" else {}
-            except ValueError as problem:
-                raise NotThere(str(problem)) from None
-            places = [str(path.relative_to(folder)) for path in found]
-            content: dict[str, Any] = dict(zip(places, self._file_digests(found), strict=True))
-            if settings:  # the same file is another model under another architecture
-                content = {"files": content, "settings": settings}
-            self._refs[role, name] = Ref(name=name, digest=digest(content))
+            self._refs[role, name] = self.weights_content(role, name)
         return self._refs[role, name]
+
+    def weights_content(self, role: str, name: str) -> Ref:
+        """The same as the files are now, whatever was found before."""
+        try:
+            folder, found = read_from(role, name)
+            settings = weights_settings(name) if role == "backbone" else {}
+        except ValueError as problem:
+            raise NotThere(str(problem)) from None
+        places = [str(path.relative_to(folder)) for path in found]
+        content: dict[str, Any] = dict(zip(places, self._file_digests(found), strict=True))
+        if settings:  # the same file is another model under another architecture
+            content = {"files": content, "settings": settings}
+        return Ref(name=name, digest=digest(content))
 
     def save(self) -> None:
         """Keep the digests for the next start."""

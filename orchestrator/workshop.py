@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -60,6 +60,14 @@ class Workshop:
         finally:  # a file that was removed meanwhile is an error of its own inside the block
             _check_content(dataset, self._digests, self.data_root)
 
+    def check_ready_images(self, folder: Ref) -> None:
+        """
+        Raises:
+            ChangedInput: the images of a `folder:` generator are not those of its digest.
+        """
+        resolver = _resolver(self._digests, self.data_root)
+        _check_same(folder, lambda: resolver.weights_content("generator", folder.name))
+
     @property
     def _digests(self) -> Path:
         return self.store.root / "digests.json"
@@ -105,12 +113,17 @@ def _examples(dataset: Ref, digests: Path, data_root: Path | None) -> Examples:
 
 
 def _check_content(dataset: Ref, digests: Path, data_root: Path | None) -> None:
+    resolver = _resolver(digests, data_root)
+    _check_same(dataset, lambda: resolver.content(get_dataset(dataset.name)))
+
+
+def _check_same(planned: Ref, look: Callable[[], Ref]) -> None:
     try:
-        here = _resolver(digests, data_root).content(get_dataset(dataset.name))
+        here = look()
     except ValueError as problem:  # a folder has no images any more, say
-        raise ChangedInput(f"{dataset.name} {CHANGED} ({problem})") from None
-    if here.digest != dataset.digest:
-        raise ChangedInput(f"{dataset.name} {CHANGED}")
+        raise ChangedInput(f"{planned.name} {CHANGED} ({problem})") from None
+    if here.digest != planned.digest:
+        raise ChangedInput(f"{planned.name} {CHANGED}")
 
 
 @cache

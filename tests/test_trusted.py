@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from air_core.specs import FeaturesSpec
+from air_core.specs import FeaturesSpec, FolderImages
+from orchestrator.image_rows import open_generator
 from orchestrator.resolve import Resolver
 from orchestrator.stages import build_features
 from orchestrator.store import ArtifactStore
@@ -45,6 +46,7 @@ seeds: [1]
 tracking: {{uri: none}}
 """
 
+CLASSES = ("digit 0", "digit 1")
 Command = Callable[..., tuple[int, str, str]]
 
 
@@ -225,3 +227,22 @@ def test_what_is_encoded_is_what_was_digested_or_it_is_an_error(folder, tmp_path
     assert not list(left())
     build_features(features(), Workshop(store))
     assert len(list(left())) == 1
+
+
+def test_ready_images_that_change_after_the_plan_are_an_error(folder, tmp_path):
+    def row() -> FolderImages:
+        resolver = Resolver(tmp_path / "digests.json", None)
+        model = resolver.weights("generator", f"folder:{folder}")
+        return FolderImages(model=model, classnames=CLASSES, size=8, block=2)
+
+    shop = Workshop(ArtifactStore(tmp_path / "runs"))
+    planned = row()
+    first, second = sorted((folder / CLASSES[0]).iterdir())[:2]
+    first.rename(first.with_name("zzz.png"))
+    with pytest.raises(ChangedInput, match="has changed since the run was planned"):
+        open_generator(planned, shop)
+    generator = open_generator(row(), shop)
+    assert generator.generate(CLASSES[0], [0, 1], [0, 0]).shape == (2, 8, 8, 3)
+    second.write_bytes(second.read_bytes() + b" ")
+    with pytest.raises(ValueError, match="was changed while its folder was read"):
+        generator.generate(CLASSES[0], [0, 1], [0, 0])

@@ -32,12 +32,20 @@ class FolderGenerator:
         """
         self.size = size
         self.files = class_files(folder, classnames)
+        self._stamps = {file: _stamp(file) for files in self.files.values() for file in files}
 
     def generate(self, classname: str, indices: Sequence[int], attempts: Sequence[int]) -> Tensor:
-        """See ImageGenerator. A file is a file: another attempt gives the same image."""
+        """See ImageGenerator. A file is a file: another attempt gives the same image.
+
+        Raises:
+            ValueError: there is no such class, or a file was changed since the folder was listed.
+        """
         files = self.files.get(classname)
         if files is None:
             raise ValueError(f"unknown class {classname!r}; known: {', '.join(self.files)}")
+        for i in indices:
+            if i < len(files) and _stamp(files[i]) != self._stamps[files[i]]:
+                raise ValueError(f"{files[i]} was changed while its folder was read; run again")
         # A block may reach beyond the last file.
         images = [
             _read(files[i], self.size) if i < len(files) else _black(self.size) for i in indices
@@ -54,6 +62,12 @@ def _read(file: Path, size: int) -> Tensor:
         return _black(size)
     square = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(square))
+
+
+def _stamp(file: Path) -> tuple[int, int, int]:
+    """What changes when the content of a file does."""
+    stat = file.stat()
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino
 
 
 def _black(size: int) -> Tensor:
