@@ -257,6 +257,69 @@ def test_a_local_cluster_listens_on_loopback_alone_and_wants_a_token(ray_session
         assert done.returncode != 0, done.stdout
 
 
+def others_may_enter(path: Path) -> bool:
+    return all(one.stat().st_mode & 0o011 for one in path.resolve().parents)
+
+
+@pytest.mark.ray
+def test_no_file_or_socket_of_a_local_cluster_can_be_reached_by_another_user(ray_session):
+    import ray
+
+    family = psutil.Process().children(recursive=True)
+    sockets = {one.laddr for process in family for one in process.net_connections("unix")}
+    opened = {file.path for process in family for file in process.open_files()}
+    session = Path(ray._private.worker._global_node.get_session_dir_path())
+    written = set(map(str, session.rglob("*")))
+    assert any(path.endswith("sockets/plasma_store") for path in sockets)
+    assert any("/logs/" in path for path in opened)
+    paths = map(Path, (sockets | opened | written) - {""})
+    assert [str(path) for path in paths if path.exists() and others_may_enter(path)] == []
+    if os.geteuid() == 0:
+        look = subprocess.run(["ls", session], user=65534, group=65534, capture_output=True)
+        assert look.returncode != 0, look.stdout
+
+
+STARTED = """
+import ray
+from orchestrator import session
+
+with session.ray_session(keep=lambda: {keep}):
+    print(ray._private.worker._global_node.get_session_dir_path())
+"""
+
+
+def started(keep: bool = False, **known: object) -> tuple[Path, str]:
+    """A local Ray that has ended: the folder of its session, and what was on stderr."""
+    done = subprocess.run(
+        [sys.executable, "-c", STARTED.format(keep=keep)],
+        capture_output=True,
+        text=True,
+        env=environment(**known),
+        cwd=ROOT,
+        timeout=TIMEOUT,
+        check=True,
+    )
+    return Path(done.stdout.strip()), done.stderr
+
+
+@pytest.mark.ray
+def test_a_local_cluster_leaves_no_files_behind(tmp_path):
+    """Also where the folder for temporary files has a name too long for Ray's sockets."""
+    (tmp_path / ("x" * 100)).mkdir()
+    session, said = started(TMPDIR=tmp_path / ("x" * 100))
+    assert not session.parents[1].exists()
+    assert said == ""
+
+
+@pytest.mark.ray
+def test_logs_of_a_local_cluster_are_kept_where_a_process_died():
+    session, said = started(keep=True)
+    logs = session.parent / "session_latest" / "logs"
+    assert f"Ray's logs are kept in {logs}" in said
+    assert any(logs.iterdir())
+    shutil.rmtree(session.parents[1])
+
+
 def ui(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "orchestrator", "ui", *arguments, "--store", "nowhere"],

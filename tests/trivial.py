@@ -148,7 +148,7 @@ def a_pixel() -> bytes:
 
 
 @contextmanager
-def ray_session(lost: Any) -> Iterator[tuple[dict[str, float]]]:
+def ray_session(*of: Any) -> Iterator[tuple[dict[str, float]]]:
     yield ({"CPU": 2.0},)
 
 
