@@ -39,6 +39,19 @@ def test_a_password_in_an_address_is_nowhere_in_what_is_left(user, password, bef
     assert f"{HIDDEN}@db:5432/x" in said
 
 
+SECRET_NAMES = """
+    DB_PASS DBPASS SMTP_PASS2 MYSQL_PWD REDIS_PASSWD GITHUB_PAT PAT SENTRY_DSN BASIC_AUTH
+    REDISCLI_AUTH HTTP_AUTHORIZATION AWS_CREDS BEARER SESSION_COOKIE DJANGO_SECRET FLASK_SESSION_KEY AGE_KEYS
+    PASSWORD_SALT SAS_SIGNATURE OPENAI_APIKEY MINIO_ACCESSKEY SLACK_WEBHOOK_URL DISCORD_WEBHOOK
+    AZURE_STORAGE_CONNECTION_STRING SUPABASE_JWT
+"""
+PLAIN_NAMES = """
+    PATH PYTHONPATH OLDPWD PASSTHROUGH_MODE COMPASS_ADDRESS NO_PROXY_BYPASS FILE_PATTERN AUTHOR
+    GIT_AUTHOR_EMAIL XAUTHORITY SSH_AUTH_SOCK RAY_AUTH_MODE KEYBOARD MONKEY_ISLAND OAUTHLIB_RELAXED
+    DATABASE_URL MLFLOW_TRACKING_URI AUTH_TYPE PATIENCE_EPOCHS COMPATIBILITY
+"""
+
+
 @pytest.mark.parametrize(
     ("name", "hidden"),
     [
@@ -48,15 +61,43 @@ def test_a_password_in_an_address_is_nowhere_in_what_is_left(user, password, bef
         ("RAY_AUTH_TOKEN", True),
         ("HF_TOKEN", True),
         ("WANDB_API_KEY", True),
+        *((name, True) for name in SECRET_NAMES.split()),
         ("RAY_AUTH_TOKEN_PATH", False),
         ("AWS_ACCESS_KEY_ID", False),
         ("TOKENIZERS_PARALLELISM", False),
         ("HOSTNAME_OF_THIS", False),
+        *((name, False) for name in PLAIN_NAMES.split()),
     ],
 )
 def test_a_variable_is_a_secret_by_its_name(name, hidden, monkeypatch):
     monkeypatch.setenv(name, "wJalrXUtnFEMI")
     assert (redacted("it said wJalrXUtnFEMI.") == f"it said {HIDDEN}.") == hidden
+
+
+LONG = 1_000_000
+HOSTILE = {
+    "a word": "a" * LONG,
+    "schemes": "a://" * LONG,
+    "users": "a://b" * LONG,
+    "passwords": "a://b:c" * LONG,
+    "colons": "a://" + "b:" * LONG,
+    "signs": "a://b:" + "@" * LONG + "/",
+    "a user": "a://" + "b" * LONG,
+}
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+def test_a_long_text_is_redacted_in_time_that_grows_with_its_length(text):
+    """Of quadratic time a million characters take hours."""
+    read = "import sys; from orchestrator.redact import *; text = sys.stdin.read(); "
+    subprocess.run(
+        [sys.executable, "-c", read + "redacted(text); password_at(text)"],
+        input=text,
+        text=True,
+        cwd=ROOT,
+        timeout=60,
+        check=True,
+    )
 
 
 def test_a_short_secret_blots_out_no_plain_words(monkeypatch):
