@@ -17,7 +17,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from orchestrator.files import is_flocked
+from orchestrator.files import is_flocked, lock_mode
 from orchestrator.mirror import Mirror
 from orchestrator.remote import Lease, RemoteAway, side_by_side
 
@@ -58,6 +58,7 @@ class Ledger:
             SweepBusy: there is one already.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(self._lock.lock_file, mode=lock_mode(self.folder))
         try:
             self._lock.acquire(timeout=LOOKED_AT)
         except Timeout:
@@ -181,7 +182,7 @@ class _Bucket:
     def _alone(self) -> FileLock:
         """Readers of this machine bring events while a driver of it appends."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        return FileLock(self.folder / ".copy.lock")
+        return FileLock(self.folder / ".copy.lock", mode=lock_mode(self.folder))
 
     def _bring(self) -> int:
         count = _lines(self.path)
