@@ -69,7 +69,7 @@ def ray_session(
     Args:
         lost: called with the folder of Ray's logs, on a thread, when a local cluster has died. Some
             ten seconds later Ray ends this process, and no `finally` runs.
-        keep: whether the logs of a local cluster that did not die stay at the end.
+        keep: called at the end: are the logs of a local cluster kept, although it did not die?
 
     Raises:
         Refused: there is no cluster to be joined at RAY_ADDRESS, or it lets us not in.
@@ -106,7 +106,7 @@ def _joined(address: str) -> Iterator[None]:
 
 @contextmanager
 def _started(lost: Callable[[Path], None], keep: Callable[[], bool]) -> Iterator[None]:
-    """A local cluster. Its logs stay where it did not start, where it died, and where `keep`."""
+    """A local cluster. Its logs are kept if it did not start, if it died, and if `keep()`."""
     import ray
 
     # Workers import this package from wherever it lies here, installed or not.

@@ -23,7 +23,7 @@ from orchestrator.redact import HIDDEN, redacted
 from orchestrator.store import ArtifactStore
 from orchestrator.sweep_file import SpecError, load_sweep
 from tests.servers import MlflowServer
-from tests.sweeps import TIMEOUT, environment, write_sweep
+from tests.sweeps import TIMEOUT, airsweep, environment, write_sweep
 
 ROOT = Path(__file__).parents[1]
 WORD = st.text("abcdefgh0123456789_-~!$%", min_size=1, max_size=20)
@@ -308,7 +308,8 @@ def test_no_file_or_socket_of_a_local_cluster_can_be_reached_by_another_user(ray
 
     family = psutil.Process().children(recursive=True)
     sockets = {one.laddr for process in family for one in process.net_connections("unix")}
-    opened = {file.path for process in family for file in process.open_files()}
+    files = [file for process in family for file in process.open_files()]
+    opened = {file.path for file in files if file.mode != "r"}
     session = Path(ray._private.worker._global_node.get_session_dir_path())
     written = set(map(str, session.rglob("*")))
     assert any(path.endswith("sockets/plasma_store") for path in sockets)
@@ -359,6 +360,16 @@ def test_logs_of_a_local_cluster_are_kept_where_a_process_died():
     assert f"Ray's logs are kept in {logs}" in said
     assert any(logs.iterdir())
     shutil.rmtree(session.parents[1])
+
+
+@pytest.mark.parametrize(("failure_class", "kept"), [("infra", True), ("data", False)])
+def test_logs_of_ray_are_kept_by_a_run_with_a_process_that_died(failure_class, kept, tmp_path):
+    spec = write_sweep(tmp_path, "fails", "fixed: {method: fpl}\nseeds: [1]\n")
+    words = ("run", spec, "--store", tmp_path / "runs", "--tracking-uri", "none")
+    known = {"AIRSWEEP_SAID": "no word of its own", "AIRSWEEP_FAILS_AS": failure_class}
+    done = airsweep(*words, module="tests.trivial", check=False, **known)
+    assert done.returncode == 1, done.stderr
+    assert ("Ray's logs are kept" in done.stderr) == kept
 
 
 def ui(*arguments: str) -> subprocess.CompletedProcess[str]:
