@@ -16,6 +16,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from air_core.seal import sealed_json
@@ -412,7 +413,7 @@ def _start_cluster(cluster: ExitStack, run: Run) -> Shares:
 
     run.joined = joins_a_cluster()
     run.screen.say("joining Ray" if run.joined else "starting Ray")
-    cluster.enter_context(ray_session(functools.partial(_lost, run)))
+    cluster.enter_context(ray_session(functools.partial(_lost, run), lambda: run.died))
     run.peak = MemoryPeak()
     _heed_signals(run)  # ray.init replaces the handlers that were there before
     ground = Cluster()
@@ -493,9 +494,12 @@ def _heard() -> None:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _lost(run: Run) -> None:
+def _lost(run: Run, logs: Path) -> None:
     run.stopped = FAILED
-    log.error("Ray died here: it was killed, or had no memory left; the same command goes on")
+    log.error(
+        "Ray died here: it was killed, or had no memory left; the same command goes on "
+        f"(Ray's logs: {logs})"
+    )
     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 
 

@@ -153,14 +153,25 @@ def is_flocked(file: Path) -> bool:
     return False
 
 
+def lock_mode(folder: Path) -> int:
+    """Permissions of a lock file: who may write the folder may write it, and nobody else."""
+    return 0o666 & stat.S_IMODE(folder.stat().st_mode)
+
+
 @contextmanager
 def flocked(file: Path, how: int) -> Iterator[None]:
     # flock itself: where it is missing, filelock turns to files that outlive their process.
     file.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    mode = lock_mode(file.parent)
     try:
-        with suppress(OSError):  # other users of the store wait for the same file
-            os.fchmod(handle, 0o666)
+        handle = os.open(file, os.O_RDWR | os.O_CREAT, mode)
+    except PermissionError:
+        if not file.exists():
+            raise
+        handle = os.open(file, os.O_RDONLY)  # another user's: local file systems lock that too
+    try:
+        with suppress(OSError):  # it is not ours
+            os.fchmod(handle, mode)  # whatever the umask: who shares the folder waits for it
         fcntl.flock(handle, how)
         yield
     finally:

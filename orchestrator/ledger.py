@@ -19,7 +19,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from orchestrator.files import is_flocked, make_folders, sync
+from orchestrator.files import is_flocked, lock_mode, make_folders, sync
 from orchestrator.mirror import Mirror
 from orchestrator.remote import Lease, RemoteAway, side_by_side
 
@@ -60,6 +60,7 @@ class Ledger:
             SweepBusy: there is one already.
         """
         make_folders(self.folder)
+        self._lock = FileLock(self._lock.lock_file, mode=lock_mode(self.folder))
         try:
             self._lock.acquire(timeout=LOOKED_AT)
         except Timeout:
@@ -226,7 +227,7 @@ class _Bucket:
     def _alone(self) -> FileLock:
         """Readers of this machine bring events while a driver of it appends."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        return FileLock(self.folder / ".copy.lock")
+        return FileLock(self.folder / ".copy.lock", mode=lock_mode(self.folder))
 
     def _bring(self) -> int:
         count = _lines(self.path)

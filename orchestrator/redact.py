@@ -9,15 +9,23 @@ from __future__ import annotations
 import logging
 import os
 import re
+import string
 from collections.abc import Iterator
 
 HIDDEN = "***"
-# The user ends at the first colon, the password at the last @ of the address.
-PASSWORD = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)(?P<user>[^\s/:@'\"]*):[^\s/'\"]+@")
-SECRET = re.compile(
-    r"PASSW|PASSPHRASE|SECRET|TOKEN(?!IZ)|CREDENTIAL|PRIVATE|APIKEY|_PWD$|(^|_)KEY(_|$)"
+# The user ends at the first colon, the password at the last @ of the address. The scheme is not
+# searched for: a long word would be read again from each of its letters.
+SCHEME = string.ascii_letters + string.digits + "+.-"
+PASSWORD = re.compile(rf"(?<=[{SCHEME}])://[^\s/:@'\"]*:[^\s/'\"]+@")
+SECRET = re.compile(  # anywhere in a name, then whole words of it
+    "PASSW|PASSPHRASE|SECRET|TOKEN(?!IZ)|CREDENTIAL|PRIVATE|APIKEY|ACCESSKEY|WEBHOOK"
+    "|CONNECTION_STRING|_PWD$|(?<!COM)(?<!BY)(?<!SUR)PASS[0-9]*(_|$)"
+    "|(^|_)(KEYS?|PAT|DSN|AUTH|AUTHORIZATION|CREDS?|BEARER|JWT|COOKIES?|SALT|SIGNATURE)[0-9]*(_|$)"
 )
-NO_SECRET = re.compile(r"_(PATH|FILE|DIR|ID|NAME|MODE|URL|URI)$")  # where one is, and not what
+# Where one is, and not what. The address of a webhook is the secret itself.
+NO_SECRET = re.compile(
+    r"_(PATH|FILE|DIR|ID|NAME|MODE|TYPE|SOCK|HOST|PORT)$|(?<!WEBHOOK)_(URL|URI)$"
+)
 SHORTEST = 8  # characters: a shorter value would blot out plain words
 
 
@@ -29,7 +37,7 @@ def redacted(text: str) -> str:
     >>> redacted("postgresql+psycopg2://air:p@ss:word@db:5432/mlflow")
     'postgresql+psycopg2://***@db:5432/mlflow'
     """
-    text = PASSWORD.sub(rf"\g<scheme>{HIDDEN}@", text)
+    text = PASSWORD.sub(f"://{HIDDEN}@", text)
     for secret in _secrets():
         text = text.replace(secret, HIDDEN)
     return text
@@ -38,13 +46,13 @@ def redacted(text: str) -> str:
 def password_at(text: str) -> int | None:
     """Where the first address with a password in it starts; None: there is none."""
     found = PASSWORD.search(text)
-    return None if found is None else found.start()
+    return None if found is None else len(text[: found.start()].rstrip(SCHEME))
 
 
 def looks_secret(name: str) -> bool:
     """Is a variable of this name likely to hold one?
 
-    >>> [looks_secret(name) for name in ("AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "my_api_key")]
+    >>> [looks_secret(name) for name in ("AWS_SECRET_ACCESS_KEY", "DB_PASS", "my_api_key")]
     [True, True, True]
     >>> harmless = ("AWS_ACCESS_KEY_ID", "RAY_AUTH_TOKEN_PATH", "TOKENIZERS_PARALLELISM")
     >>> [looks_secret(name) for name in harmless]

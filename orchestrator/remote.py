@@ -417,9 +417,11 @@ class Lease:
         if tag is None:
             found = self.remote.tagged(self.name)
             if found is None:
-                tag = self._put_new()
+                tag = self._put_new() or self._own_tag()
+            elif self._is_own(found[0]):
+                tag = found[1]
             elif self._dead(*found):
-                tag = self.remote.put_over(self.name, self._content(), found[1])
+                tag = self._put_over(found[1])
         if tag is None:
             return False
         self._tag = tag
@@ -465,6 +467,25 @@ class Lease:
     def _put_new(self) -> str | None:
         return self.remote._put_if(self.name, self._content(), IfNoneMatch="*")
 
+    def _put_over(self, tag: str) -> str | None:
+        """Renew it, or take it from the dead; its new tag. None: another has it."""
+        return self.remote.put_over(self.name, self._content(), tag) or self._own_tag()
+
+    def _own_tag(self) -> str | None:
+        """The tag of what is there, if we wrote it.
+
+        A write may succeed although its answer is lost. boto3 then sends it again, and the server
+        refuses it because of our own version.
+        """
+        found = self.remote.tagged(self.name)
+        return found[1] if found is not None and self._is_own(found[0]) else None
+
+    def _is_own(self, content: bytes) -> bool:
+        try:
+            return bool(json.loads(content)["by"] == self._me)
+        except (ValueError, KeyError, TypeError):
+            return False
+
     def _content(self) -> bytes:
         self._renewals += 1  # each version has a tag of its own
         said = {"by": self._me, "renewed": self._renewals, "pid": os.getpid()}
@@ -485,7 +506,7 @@ class Lease:
                 if self._tag is None:
                     return  # released in this moment, or somebody took us for dead
                 with suppress(RemoteAway):  # the next time, perhaps
-                    self._tag = self.remote.put_over(self.name, self._content(), self._tag)
+                    self._tag = self._put_over(self._tag)
 
 
 @cache

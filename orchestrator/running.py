@@ -73,6 +73,7 @@ class Run:
     given_up: dict[str, Failure] = field(default_factory=dict)  # by slot: not tried again
     moving: list[TrialSpec] = field(default_factory=list)  # go on in fp32
     last: dict[str, str] = field(default_factory=dict)  # state by slot
+    died: bool = False  # something failed since its process died: Ray's logs may tell why
 
     def news(self) -> None:
         """Something has happened."""
@@ -101,6 +102,7 @@ class Run:
 
     def failed(self, need: Need, failure: Failure) -> None:
         self.hopeless.append((need, failure))
+        self.died |= failure.failure_class == "infra"
         self.ledger.append("artifact_failed", key=str(need.key), **_said(need.stage, failure))
         if CLASSES[failure.failure_class].stops_after == 1:
             raise StoreFull(f"{name_of(need.key)}: {failure.message}")
@@ -142,6 +144,7 @@ class Run:
         self.last[outcome.slot.id] = outcome.state  # one that moved to fp32 comes twice
         self.tally.states = dict(Counter(self.last.values()))
         told = None
+        self.died |= outcome.failure_class == "infra" and not outcome.known
         if not outcome.known:
             fields: dict[str, Any] = {
                 "slot": outcome.slot.id,

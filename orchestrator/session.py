@@ -7,8 +7,10 @@ import logging
 import os
 import re
 import secrets
+import shutil
 import socket
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +27,8 @@ from orchestrator.place import Refused
 from orchestrator.store import DEVICES
 from orchestrator.sweep import GeneratorResources, Want
 from orchestrator.variables import environment, of_ray_job
+
+log = logging.getLogger(__name__)
 
 # Read by Ray when it is imported. A silent Tune needs the first three.
 QUIET = {
@@ -44,64 +48,115 @@ AUTH_MODE = "RAY_AUTH_MODE"
 DAEMONS = ("raylet", "gcs_server")  # of a local cluster: without them there is none
 REACHED = 10.0  # seconds that a cluster has to take a connection: its head may just start anew
 OBJECT_STORE_BYTES = 256 * 2**20  # artifacts travel by the store, not by Ray
+# Linux allows 107 bytes for the path of a socket. The longest one of Ray, below its folder, is
+# /session_2026-01-31_23-59-59_123456_4194304/sockets/plasma_store: 64 bytes.
+LONGEST_PARENT = 107 - 64 - len("/air-12345678/ray")
 # Of a local cluster: an idle worker is kept for the next task, which need not load torch again. Ray
 # would end it after a second.
 KEEP_WORKERS = {"idle_worker_killing_time_threshold_ms": 60_000, "num_workers_soft_limit": 4}
 
 
 @contextmanager
-def ray_session(lost: Callable[[], None] = lambda: None) -> Iterator[tuple[Machine, ...]]:
+def ray_session(
+    lost: Callable[[Path], None] = lambda logs: None, keep: Callable[[], bool] = lambda: False
+) -> Iterator[tuple[Machine, ...]]:
     """Join the cluster of RAY_ADDRESS, or start a local one; yields its machines.
 
-    A local cluster listens on loopback, has no dashboard and ends with the block. Where this
-    process is in a cluster already, that is used, and left as it is.
+    A local cluster listens on loopback, has no dashboard and ends with the block, and its files lie
+    in a folder that this user alone can enter. Where this process is in a cluster already, that is
+    used, and left as it is.
 
     Args:
-        lost: called on a thread when a local cluster has died. Some ten seconds later Ray ends this
-            process, and no `finally` runs.
+        lost: called with the folder of Ray's logs, on a thread, when a local cluster has died. Some
+            ten seconds later Ray ends this process, and no `finally` runs.
+        keep: called at the end: are the logs of a local cluster kept, although it did not die?
 
     Raises:
         Refused: there is no cluster to be joined at RAY_ADDRESS, or it lets us not in.
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    joined = bool(os.environ.get("RAY_ADDRESS"))
     import ray
 
     if ray.is_initialized():  # by whoever called from Python, and it stays his
         yield machines()
         return
+    address = os.environ.get("RAY_ADDRESS")
+    with _joined(address) if address else _started(lost, keep):
+        for name in ("ray", "ray.tune", "ray.data"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        yield machines()
+
+
+SILENT: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+
+
+@contextmanager
+def _joined(address: str) -> Iterator[None]:
+    import ray
+
+    told = {"AIRSWEEP_COMMIT", "AIRSWEEP_DIRTY", "AIRSWEEP_USER", "AIRSWEEP_SWEEP"}
+    passed = {name: os.environ[name] for name in (told & os.environ.keys()) - of_ray_job()}
+    _join(address, runtime_env={"env_vars": passed}, **SILENT)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _started(lost: Callable[[Path], None], keep: Callable[[], bool]) -> Iterator[None]:
+    """A local cluster. Its logs are kept if it did not start, if it died, and if `keep()`."""
+    import ray
+
     # Workers import this package from wherever it lies here, installed or not.
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if joined:
-        told = {"AIRSWEEP_COMMIT", "AIRSWEEP_DIRTY", "AIRSWEEP_USER", "AIRSWEEP_SWEEP"}
-        passed = {name: os.environ[name] for name in (told & os.environ.keys()) - of_ray_job()}
-        _join(os.environ["RAY_ADDRESS"], runtime_env={"env_vars": passed}, **quiet)
-    else:
-        package_root = str(Path(__file__).resolve().parents[1])
-        path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
-        # Not as a runtime_env: the workers that Ray starts at once would not fit it, and be idle.
-        given = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    package_root = str(Path(__file__).resolve().parents[1])
+    path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
+    # Not as a runtime_env: the workers that Ray starts at once would not fit it, and be idle.
+    given = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    folder = _private_folder()
+    ray_folder = folder / "ray"  # which Ray opens to all users, so the one around it is closed
+    logs = ray_folder / "session_latest" / "logs"
+    try:
         with _muted_errors(), _on_loopback(), _own_token(), environment(given):
             ray.init(
                 address="local",
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_BYTES,
+                _temp_dir=str(ray_folder),
                 _system_config=KEEP_WORKERS,
-                **quiet,
+                **SILENT,
             )
-    for name in ("ray", "ray.tune", "ray.data"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    over = threading.Event()
-    if not joined:
-        family = psutil.Process().children(recursive=True)
-        daemons = [process for process in family if process.name() in DAEMONS]
-        threading.Thread(target=_watch, args=(daemons, over, lost), daemon=True).start()
+    except Exception:
+        log.error(f"Ray did not start; its logs are in {logs}")
+        raise
+    over, died = threading.Event(), threading.Event()
+
+    def report_death() -> None:
+        died.set()
+        lost(logs)
+
+    family = psutil.Process().children(recursive=True)
+    daemons = [process for process in family if process.name() in DAEMONS]
+    threading.Thread(target=_watch, args=(daemons, over, report_death), daemon=True).start()
     try:
-        yield machines()
+        yield
     finally:
         over.set()
         ray.shutdown()
+        if not died.is_set() and not keep():
+            shutil.rmtree(folder, ignore_errors=True)  # a last worker may write into it
+        elif not died.is_set():
+            log.error(f"a process died; Ray's logs are kept in {logs}")
+
+
+def _private_folder() -> Path:
+    """An empty folder that this user alone can enter, with a path that is short enough for Ray."""
+    parent = os.path.abspath(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
+    if len(os.fsencode(parent)) > LONGEST_PARENT:
+        parent = "/tmp"
+    os.makedirs(parent, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix="air-", dir=parent))
 
 
 def _join(address: str, **how: Any) -> None:

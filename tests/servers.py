@@ -121,34 +121,36 @@ class S3Server:
         return boto3.client("s3", endpoint_url=self.url, region_name="us-east-1", **keys)
 
 
-@contextlib.contextmanager
-def full_bucket(server: S3Server) -> Iterator[str]:
-    """The address of the same server when its disk has no room: what is there can be read, and
-    each write gets MinIO's answer."""
+def forwarding(server: S3Server) -> type[BaseHTTPRequestHandler]:
+    """What passes each request on to the server, and its answer back."""
 
-    class Full(BaseHTTPRequestHandler):
+    class Forwarding(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"  # else boto3 waits a second before it sends a body
+
         def do_GET(self) -> None:
-            headers = {name: value for name, value in self.headers.items() if name != "Host"}
+            self.answer(*self.forward())
+
+        do_HEAD = do_PUT = do_DELETE = do_POST = do_GET
+
+        def forward(self) -> tuple[int, bytes, dict[str, str]]:
+            own = ("host", "expect", "connection")
+            headers = {
+                name: value for name, value in self.headers.items() if name.lower() not in own
+            }
+            headers.setdefault(
+                "Content-Type", "binary/octet-stream"
+            )  # of a form, by urllib's default
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             url = server.url + self.path
-            asked = urllib.request.Request(url, headers=headers, method=self.command)
+            asked = urllib.request.Request(url, body or None, headers, method=self.command)
             try:
                 answer = urllib.request.urlopen(asked)
             except urllib.error.HTTPError as refusal:
                 answer = refusal
             with answer:
-                self._answer(answer.status, answer.read(), dict(answer.headers))
+                return answer.status, answer.read(), dict(answer.headers)
 
-        do_HEAD = do_GET
-
-        def do_PUT(self) -> None:
-            self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            said = "Storage backend has reached its minimum free drive threshold."
-            body = f"<Error><Code>XMinioStorageFull</Code><Message>{said}</Message></Error>"
-            self._answer(507, body.encode(), {"Content-Type": "application/xml"})
-
-        do_DELETE = do_PUT
-
-        def _answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        def answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
             self.send_response(status)
             for name, value in headers.items():
                 if name.lower() not in ("content-length", "connection", "transfer-encoding"):
@@ -160,7 +162,47 @@ def full_bucket(server: S3Server) -> Iterator[str]:
         def log_message(self, *of: object) -> None:
             pass
 
+    return Forwarding
+
+
+@contextlib.contextmanager
+def full_bucket(server: S3Server) -> Iterator[str]:
+    """The address of the same server when its disk has no room: what is there can be read, and
+    each write gets MinIO's answer."""
+
+    class Full(forwarding(server)):  # type: ignore[misc]
+        def do_PUT(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            said = "Storage backend has reached its minimum free drive threshold."
+            body = f"<Error><Code>XMinioStorageFull</Code><Message>{said}</Message></Error>"
+            self.answer(507, body.encode(), {"Content-Type": "application/xml"})
+
+        do_DELETE = do_PUT
+
     with served(Full) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def losing_answers(server: S3Server, to_lose: list[str]) -> Iterator[str]:
+    """The address of the same server behind a line that breaks.
+
+    Args:
+        to_lose: ends of names. A write to one takes effect, but its answer is lost; then the end is
+            removed from the list.
+    """
+
+    class Losing(forwarding(server)):  # type: ignore[misc]
+        def do_PUT(self) -> None:
+            found = self.forward()
+            lost = next((end for end in to_lose if self.path.endswith(end)), None)
+            if lost is None or found[0] != 200:
+                self.answer(*found)
+            else:
+                to_lose.remove(lost)
+                self.close_connection = True
+
+    with served(Losing) as url:
         yield url
 
 

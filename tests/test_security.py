@@ -27,7 +27,7 @@ from orchestrator.redact import HIDDEN, redacted
 from orchestrator.store import ArtifactStore
 from orchestrator.sweep_file import SpecError, load_sweep
 from tests.servers import MlflowServer
-from tests.sweeps import TIMEOUT, environment, write_sweep
+from tests.sweeps import TIMEOUT, airsweep, environment, write_sweep
 
 ROOT = Path(__file__).parents[1]
 WORD = st.text("abcdefgh0123456789_-~!$%", min_size=1, max_size=20)
@@ -43,6 +43,19 @@ def test_a_password_in_an_address_is_nowhere_in_what_is_left(user, password, bef
     assert f"{HIDDEN}@db:5432/x" in said
 
 
+SECRET_NAMES = """
+    DB_PASS DBPASS SMTP_PASS2 MYSQL_PWD REDIS_PASSWD GITHUB_PAT PAT SENTRY_DSN BASIC_AUTH
+    REDISCLI_AUTH HTTP_AUTHORIZATION AWS_CREDS BEARER SESSION_COOKIE DJANGO_SECRET FLASK_SESSION_KEY
+    PASSWORD_SALT SAS_SIGNATURE OPENAI_APIKEY MINIO_ACCESSKEY SLACK_WEBHOOK_URL DISCORD_WEBHOOK
+    AZURE_STORAGE_CONNECTION_STRING SUPABASE_JWT AGE_KEYS
+"""
+PLAIN_NAMES = """
+    PATH PYTHONPATH OLDPWD PASSTHROUGH_MODE COMPASS_ADDRESS NO_PROXY_BYPASS FILE_PATTERN AUTHOR
+    GIT_AUTHOR_EMAIL XAUTHORITY SSH_AUTH_SOCK RAY_AUTH_MODE KEYBOARD MONKEY_ISLAND OAUTHLIB_RELAXED
+    DATABASE_URL MLFLOW_TRACKING_URI AUTH_TYPE PATIENCE_EPOCHS COMPATIBILITY
+"""
+
+
 @pytest.mark.parametrize(
     ("name", "hidden"),
     [
@@ -52,15 +65,43 @@ def test_a_password_in_an_address_is_nowhere_in_what_is_left(user, password, bef
         ("RAY_AUTH_TOKEN", True),
         ("HF_TOKEN", True),
         ("WANDB_API_KEY", True),
+        *((name, True) for name in SECRET_NAMES.split()),
         ("RAY_AUTH_TOKEN_PATH", False),
         ("AWS_ACCESS_KEY_ID", False),
         ("TOKENIZERS_PARALLELISM", False),
         ("HOSTNAME_OF_THIS", False),
+        *((name, False) for name in PLAIN_NAMES.split()),
     ],
 )
 def test_a_variable_is_a_secret_by_its_name(name, hidden, monkeypatch):
     monkeypatch.setenv(name, "wJalrXUtnFEMI")
     assert (redacted("it said wJalrXUtnFEMI.") == f"it said {HIDDEN}.") == hidden
+
+
+LONG = 1_000_000
+HOSTILE = {
+    "a word": "a" * LONG,
+    "schemes": "a://" * LONG,
+    "users": "a://b" * LONG,
+    "passwords": "a://b:c" * LONG,
+    "colons": "a://" + "b:" * LONG,
+    "signs": "a://b:" + "@" * LONG + "/",
+    "a user": "a://" + "b" * LONG,
+}
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+def test_a_long_text_is_redacted_in_time_that_grows_with_its_length(text):
+    """Of quadratic time a million characters take hours."""
+    read = "import sys; from orchestrator.redact import *; text = sys.stdin.read(); "
+    subprocess.run(
+        [sys.executable, "-c", read + "redacted(text); password_at(text)"],
+        input=text,
+        text=True,
+        cwd=ROOT,
+        timeout=60,
+        check=True,
+    )
 
 
 def test_a_short_secret_blots_out_no_plain_words(monkeypatch):
@@ -300,6 +341,80 @@ def test_a_local_cluster_listens_on_loopback_alone_and_wants_a_token(ray_session
             check=False,
         )
         assert done.returncode != 0, done.stdout
+
+
+def others_may_enter(path: Path) -> bool:
+    return all(one.stat().st_mode & 0o011 for one in path.resolve().parents)
+
+
+@pytest.mark.ray
+def test_no_file_or_socket_of_a_local_cluster_can_be_reached_by_another_user(ray_session):
+    import ray
+
+    family = psutil.Process().children(recursive=True)
+    sockets = {one.laddr for process in family for one in process.net_connections("unix")}
+    files = [file for process in family for file in process.open_files()]
+    opened = {file.path for file in files if file.mode != "r"}
+    session = Path(ray._private.worker._global_node.get_session_dir_path())
+    written = set(map(str, session.rglob("*")))
+    assert any(path.endswith("sockets/plasma_store") for path in sockets)
+    assert any("/logs/" in path for path in opened)
+    paths = map(Path, (sockets | opened | written) - {""})
+    assert [str(path) for path in paths if path.exists() and others_may_enter(path)] == []
+    if os.geteuid() == 0:
+        look = subprocess.run(["ls", session], user=65534, group=65534, capture_output=True)
+        assert look.returncode != 0, look.stdout
+
+
+STARTED = """
+import ray
+from orchestrator import session
+
+with session.ray_session(keep=lambda: {keep}):
+    print(ray._private.worker._global_node.get_session_dir_path())
+"""
+
+
+def started(keep: bool = False, **known: object) -> tuple[Path, str]:
+    """A local Ray that has ended: the folder of its session, and what was on stderr."""
+    done = subprocess.run(
+        [sys.executable, "-c", STARTED.format(keep=keep)],
+        capture_output=True,
+        text=True,
+        env=environment(**known),
+        cwd=ROOT,
+        timeout=TIMEOUT,
+        check=True,
+    )
+    return Path(done.stdout.strip()), done.stderr
+
+
+@pytest.mark.ray
+def test_a_local_cluster_leaves_no_files_behind(tmp_path):
+    """Also where the folder for temporary files has a name too long for Ray's sockets."""
+    (tmp_path / ("x" * 100)).mkdir()
+    session, said = started(TMPDIR=tmp_path / ("x" * 100))
+    assert not session.parents[1].exists()
+    assert said == ""
+
+
+@pytest.mark.ray
+def test_logs_of_a_local_cluster_are_kept_where_a_process_died():
+    session, said = started(keep=True)
+    logs = session.parent / "session_latest" / "logs"
+    assert f"Ray's logs are kept in {logs}" in said
+    assert any(logs.iterdir())
+    shutil.rmtree(session.parents[1])
+
+
+@pytest.mark.parametrize(("failure_class", "kept"), [("infra", True), ("data", False)])
+def test_logs_of_ray_are_kept_by_a_run_with_a_process_that_died(failure_class, kept, tmp_path):
+    spec = write_sweep(tmp_path, "fails", "fixed: {method: fpl}\nseeds: [1]\n")
+    words = ("run", spec, "--store", tmp_path / "runs", "--tracking-uri", "none")
+    known = {"AIRSWEEP_SAID": "no word of its own", "AIRSWEEP_FAILS_AS": failure_class}
+    done = airsweep(*words, module="tests.trivial", check=False, **known)
+    assert done.returncode == 1, done.stderr
+    assert ("Ray's logs are kept" in done.stderr) == kept
 
 
 def ui(*arguments: str) -> subprocess.CompletedProcess[str]:

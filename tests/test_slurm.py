@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,12 +47,10 @@ def outcome(store: Path, name: str) -> dict[str, object]:
 
 def left_by(slurm: Slurm, job: str, folder: Path) -> list[object]:
     """Ray's processes and files, and the token, of a job that is over."""
-    name = f"ray-{job}"
-    places = [folder / f".airsweep-{job}"]
-    places += [machine.disk / "tmp" / name for machine in slurm.nodes.values()]
+    places = [folder / f".airsweep-{job}", *folders_of_ray(slurm, job)]
     found: list[object] = [place for place in places if place.exists()]
     for process in psutil.process_iter(["cmdline"]):
-        if any(f"/tmp/{name}" in word for word in process.info["cmdline"] or []):
+        if any(f"/tmp/ray-{job}-" in word for word in process.info["cmdline"] or []):
             found.append(process)
     return found
 
@@ -108,12 +107,23 @@ def test_a_job_that_is_told_to_stop_closes_its_sweep_and_submitted_again_goes_on
     whole_again(slurm, folder, store, arguments)
 
 
+def folders_of_ray(slurm: Slurm, job: str) -> list[Path]:
+    return [
+        place
+        for machine in slurm.nodes.values()
+        for place in (machine.disk / "tmp").glob(f"ray-{job}*")
+    ]
+
+
 def test_scancel_in_mid_run_loses_nothing(slurm, folder):
-    """It tells all processes at once, those of Ray as well."""
+    """It tells all processes at once, those of Ray as well. Until then, their files are closed to
+    other users of the nodes."""
     write_sweep(folder, "long", TRIALS)
     store = folder / "runs"
     arguments = ("--nodes=2", "--cpus-per-task=1", SCRIPT, "long.yaml", "runs")
     job = in_mid_run(slurm, folder, store, arguments)
+    modes = [oct(place.stat().st_mode & 0o777) for place in folders_of_ray(slurm, job)]
+    assert modes == ["0o700", "0o700"]
     slurm.ask("scancel", job)
     assert slurm.ended(job)[0] == "CANCELLED"
 
@@ -128,28 +138,29 @@ def test_the_jobs_exit_code_is_that_of_airsweep(slurm, folder):
     assert "did you mean fpl?" in (folder / f"airsweep-{job}.log").read_text()
 
 
-def ray_wants(slurm: Slurm) -> dict[Path, str]:
-    """The folder that Ray makes on each node for the job that is submitted next, and its number."""
-    said = slurm.ask("scontrol", "show", "config")
-    coming = next(line.split()[-1] for line in said.splitlines() if "NEXT_JOB_ID" in line)
-    return {m.disk / "tmp" / f"ray-{coming}": coming for m in slurm.nodes.values()}
+def python_whose_ray_fails_once(folder: Path) -> Path:
+    """An interpreter beside a `ray` that ends at once when it is first called."""
+    here, tried = Path(sys.executable).parent, folder / "tried"
+    fails = f"[ -e {tried} ] || {{ touch {tried}; echo no port for Ray; exit 1; }}"
+    programs = {"python": f"exec {sys.executable}", "ray": f"{fails}\nexec {here / 'ray'}"}
+    (folder / "bin").mkdir()
+    for name, body in programs.items():
+        file = folder / "bin" / name
+        file.write_text(f'#!/bin/sh\n{body} "$@"\n')
+        file.chmod(0o755)
+    return folder / "bin" / "python"
 
 
 def test_a_ray_that_does_not_come_up_is_started_again(slurm, folder):
     write_sweep(folder, "small", "fixed: {method: fpl, train.steps: 5}\nseeds: [1]\n")
-    taken = ray_wants(slurm)
-    for place in taken:
-        place.write_text("no folder; the script removes it with what Ray leaves")
-    job = slurm.submit(folder, "--cpus-per-task=1", SCRIPT, "small.yaml", "runs")
-    assert {job} == set(taken.values())
+    python = f"--export=ALL,AIRSWEEP_PYTHON={python_whose_ray_fails_once(folder)}"
+    job = slurm.submit(folder, python, "--cpus-per-task=1", SCRIPT, "small.yaml", "runs")
     ended = slurm.ended(job)
     log = (folder / f"airsweep-{job}.log").read_text()
     assert ended == ("COMPLETED", "0:0"), log
-    assert "FileExistsError" in log
+    assert "no port for Ray" in log
     assert log.count("Ray ended by itself; the sweep goes on with another") == 1
     assert len(table(folder / "runs", "small")) == 1
-    for place in taken:
-        place.unlink(missing_ok=True)
     assert not left_by(slurm, job, folder)
 
 

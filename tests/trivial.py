@@ -16,7 +16,7 @@ import random
 import sys
 import time
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -107,10 +107,11 @@ def run_points(
             break
         job = running.pop(0)
         said = os.environ.get("AIRSWEEP_SAID")  # of what all trials fail
+        name = os.environ.get("AIRSWEEP_FAILS_AS", "data")
         for spec in () if said else job.trials:
             run_trial(spec, shop.store, job.legs)
         dispatcher.complete(
-            job.number, dict.fromkeys(job.keys, Failure("data", said)) if said else {}
+            job.number, dict.fromkeys(job.keys, Failure(name, said)) if said else {}
         )
     return types.SimpleNamespace(wall=0.0, overhead=None)
 
@@ -148,8 +149,12 @@ def a_pixel() -> bytes:
 
 
 @contextmanager
-def ray_session(lost: Any) -> Iterator[tuple[dict[str, float]]]:
+def ray_session(
+    lost: Any = None, keep: Callable[[], bool] = lambda: False
+) -> Iterator[tuple[dict[str, float]]]:
     yield ({"CPU": 2.0},)
+    if keep():
+        print("Ray's logs are kept", file=sys.stderr)
 
 
 class Cluster:

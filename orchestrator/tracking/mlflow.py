@@ -52,6 +52,7 @@ from mlflow.utils.mlflow_tags import (
     MLFLOW_USER,
 )
 
+from orchestrator.files import lock_mode
 from orchestrator.tracking import (
     ARTIFACTS,
     DATABASE,
@@ -484,7 +485,8 @@ class MlflowTracker:
             return MlflowClient(self._uri)
         self._database.parent.mkdir(parents=True, exist_ok=True)
         # Of two processes that create one file at the same time, one fails half-way.
-        with FileLock(f"{self._database}.lock", timeout=120):
+        mode = lock_mode(self._database.parent)
+        with FileLock(f"{self._database}.lock", timeout=120, mode=mode):
             if not self._database.exists():
                 create_database(self._database)
             check_database(self._database)

@@ -10,7 +10,9 @@ import subprocess
 import sys
 import xml.etree.ElementTree as xml
 from collections.abc import Iterator
+from contextlib import contextmanager
 from html.parser import HTMLParser
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,8 @@ from orchestrator.recorded import read_sweep
 from orchestrator.search import importances
 from orchestrator.store import open_store
 from orchestrator.sweep import Dimension
+from tests.browser import CHROMIUM, MISSING, Browser
+from tests.servers import served
 from tests.sweeps import airsweep, environment, search_sweep, write_sweep
 
 GRID = """
@@ -158,6 +162,83 @@ def test_what_a_user_wrote_cannot_become_markup(tmp_path, drawn_digits):
     shown = reported(tmp_path / "runs", "odd")
     assert "<script" not in shown
     assert "&lt;script&gt;" in shown
+
+
+POLICY = re.compile(r'<meta http-equiv="Content-Security-Policy" content="[^"]*">\n')
+LOADED = "document.readyState === 'complete' && document.images.length > 0"
+COUNT_VIOLATIONS = """
+window.refused = [];
+document.addEventListener("securitypolicyviolation", event => refused.push(event.blockedURI));
+"""
+MARKUP = """
+<base href="/base/">
+<link rel="stylesheet" href="/link"><style>@import "/import";
+body { background: url(/background) } @font-face { font-family: x; src: url(/font) }
+h1 { font-family: x }</style>
+<img src="/image"><iframe src="/frame"></iframe><object data="/object"></object>
+<script src="/script"></script><script>document.title = "ran"; fetch("/fetch")</script>
+<img src="data:," onerror="document.title = 'ran'">
+"""
+
+
+@pytest.fixture
+def browser(tmp_path) -> Iterator[Browser]:
+    browser = Browser(tmp_path / "profile")
+    yield browser
+    browser.close()
+
+
+@contextmanager
+def pages(texts: dict[str, str], reached: set[str]) -> Iterator[str]:
+    """A server of pages, which notes what else is requested from it; its address."""
+
+    class Pages(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path not in (*texts, "/favicon.ico"):
+                reached.add(self.path)
+            body = texts.get(self.path, "").encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html; charset=utf-8")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *of: object) -> None:
+            pass
+
+    with served(Pages) as url:
+        yield url
+
+
+@pytest.mark.debian
+@pytest.mark.skipif(CHROMIUM is None, reason=MISSING)
+def test_a_report_is_shown_whole_under_its_own_policy(grid, browser):
+    browser._ask("Page.enable")
+    browser._ask("Page.addScriptToEvaluateOnNewDocument", source=COUNT_VIOLATIONS)
+    with pages({"/report": reported(grid, "grid")}, set()) as url:
+        browser.open(f"{url}/report", LOADED)
+        images = browser.evaluate("[...document.images].map(one => one.naturalWidth)")
+        assert len(images) > 5
+        assert all(images)
+        assert browser.evaluate("getComputedStyle(document.body).margin") == "0px"
+        assert browser.evaluate("refused") == []
+
+
+@pytest.mark.debian
+@pytest.mark.skipif(CHROMIUM is None, reason=MISSING)
+def test_markup_in_a_report_runs_nothing_and_loads_nothing(grid, browser):
+    """As if a name had not been escaped. Without its policy the page would do both."""
+    text = reported(grid, "grid").replace("<nav", f"{MARKUP}<nav", 1)
+    texts = {"/closed": text, "/open": POLICY.sub("", text)}
+    assert texts["/open"] != text
+    reached: set[str] = set()
+    with pages(texts, reached) as url:
+        browser.open(f"{url}/open", f"{LOADED} && document.title === 'ran'")
+        assert {"/link", "/image", "/frame", "/script", "/fetch"} <= reached
+        reached.clear()
+        browser.open(f"{url}/closed", LOADED)
+        assert browser.evaluate("document.title") == "grid · airsweep"
+        assert reached == set()
 
 
 def test_what_cannot_be_reported_is_said_in_a_sentence(grid, tmp_path):

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from orchestrator.mirror import stored_name
 from orchestrator.place import Refused, place_named, place_of
 from orchestrator.remote import (
     LOCK_SECONDS,
+    MAX_ATTEMPTS,
     Lease,
     Remote,
     RemoteAway,
@@ -42,6 +43,7 @@ from orchestrator.remote import (
 from orchestrator.store import ArtifactStore, MissingArtifact, open_store
 from orchestrator.sweep_file import load_sweep
 from orchestrator.workshop import Workshop
+from tests.servers import losing_answers
 from tests.sweeps import write_sweep
 
 SPEC = FeaturesSpec(dataset=Ref(name="digits", digest="d"), backbone=Ref(name="tiny", digest="b"))
@@ -378,6 +380,55 @@ def test_a_lock_is_held_by_one_until_he_is_silent_for_too_long(remote, monkeypat
     dead.release()  # of one who was only slow: it is not his any more
     assert not dead.take()
     other.release()
+
+
+@pytest.fixture
+def losing(bucket, s3_server) -> Iterator[tuple[Remote, list[str]]]:
+    """The bucket behind a line that loses answers, and what it loses next."""
+    to_lose: list[str] = []
+    with losing_answers(s3_server, to_lose) as url:
+        yield parse(f"{bucket}?endpoint_override={url}"), to_lose
+
+
+@pytest.mark.parametrize("attempts", ["1", "5"])  # the next renewal finds out, or boto3's own
+def test_a_lock_whose_renewal_lost_its_answer_is_still_held(attempts, losing, remote, monkeypatch):
+    monkeypatch.setenv(LOCK_SECONDS, "4")
+    monkeypatch.setenv(MAX_ATTEMPTS, attempts)
+    behind, to_lose = losing
+    holder, other = Lease(behind, "locks/x"), Lease(remote, "locks/x")
+    assert holder.take()
+    to_lose.append("locks/x")
+    time.sleep(7)  # renewed for the last time with its answer, it would be dead by now
+    assert to_lose == []
+    assert not other.take()
+    holder.release()
+    assert other.take()
+    other.release()
+
+
+def test_who_took_a_lock_and_heard_no_answer_has_it(losing, remote):
+    behind, to_lose = losing
+    holder, other = Lease(behind, "locks/x"), Lease(remote, "locks/x")
+    to_lose.append("locks/x")
+    assert holder.take()
+    assert to_lose == []
+    assert not other.take()
+    holder.release()
+    assert other.take()
+    other.release()
+
+
+def test_who_took_a_lock_from_the_dead_and_heard_no_answer_has_it(losing, remote):
+    behind, to_lose = losing
+    dead, holder = Lease(remote, "locks/x"), Lease(behind, "locks/x")
+    assert dead.take()
+    dead._over.set()
+    content = json.loads(remote.get("locks/x"))
+    remote.put("locks/x", json.dumps({**content, "pid": 2**22 + 1}).encode())
+    to_lose.append("locks/x")
+    assert holder.take_from_the_dead()
+    assert to_lose == []
+    holder.release()
 
 
 def test_the_lock_of_a_dead_process_of_this_machine_is_free_at_once(remote):

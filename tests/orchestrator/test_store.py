@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +26,7 @@ from safetensors.numpy import save_file
 from air_core.specs import FeaturesSpec, FolderImages, Ref
 from orchestrator.files import file_digest, write_whole
 from orchestrator.keys import artifact_key
+from orchestrator.ledger import Ledger, SweepBusy
 from orchestrator.locks import StoreRefused
 from orchestrator.store import ArtifactStore, MissingArtifact, open_store
 from orchestrator.verification import DamagedArtifact
@@ -405,6 +410,93 @@ def test_who_waits_is_told_for_whom_and_others_can_ask(tmp_path, monkeypatch):
     assert told[0][0] == name
     assert told[0][1] == f"team/other ({socket.gethostname()}, process {os.getpid()})"
     assert 0 <= told[-1][2] < 10
+
+
+@contextmanager
+def becoming(user: int, group: int, umask: int = 0o022) -> Iterator[None]:
+    """Another user of this machine, for a moment."""
+    before = os.geteuid(), os.getegid(), os.getgroups(), os.umask(umask)
+    _become(user, group, [])
+    try:
+        yield
+    finally:
+        _become(*before[:3])
+        os.umask(before[3])
+
+
+def _become(user: int, group: int, groups: list[int]) -> None:
+    os.seteuid(0)
+    os.setgroups(groups)
+    os.setegid(group)
+    os.seteuid(user)
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
+@pytest.mark.parametrize(("folder", "lock"), [(0o700, 0o600), (0o2755, 0o644), (0o2775, 0o664)])
+def test_who_may_not_write_a_store_may_not_write_its_locks(folder, lock, umask, tmp_path):
+    for place in (tmp_path, tmp_path / "locks", tmp_path / "sweep"):
+        place.mkdir(exist_ok=True)
+        place.chmod(folder)
+    before = os.umask(umask)
+    try:
+        ledger = Ledger(tmp_path / "sweep")
+        ledger.lock()
+        with ArtifactStore(tmp_path).locks.turn("x"), ArtifactStore(tmp_path).locks.use():
+            files = [*(tmp_path / "locks").iterdir(), tmp_path / "sweep" / ".driver.lock"]
+            modes = {file.name: oct(file.stat().st_mode & 0o777) for file in files}
+        ledger.unlock()
+    finally:
+        os.umask(before)
+    assert modes == dict.fromkeys(("x", "store", ".driver.lock"), oct(lock))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, who can become somebody else")
+@pytest.mark.parametrize("umask", [0o002, 0o022])
+def test_two_users_of_a_group_wait_for_each_others_locks(umask):
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))  # that of pytest is closed to others
+    for place in (folder, folder / "locks", folder / "sweep"):
+        place.mkdir(exist_ok=True)
+        os.chown(place, 0, 2000)
+        place.chmod(0o2775)
+    store, ledger = ArtifactStore(folder), Ledger(folder / "sweep")
+    told: list[str] = []
+    store.locks.waits = lambda name, holder, seconds: told.append(name) or held.close()
+    try:
+        with becoming(1001, 2000, umask), ExitStack() as held:
+            ledger.lock()
+            held.enter_context(ArtifactStore(folder).locks.turn("x"))
+            held.enter_context(ArtifactStore(folder).locks.use())
+            with becoming(1002, 2000):
+                with pytest.raises(StoreRefused, match="a sweep runs"), store.locks.alone():
+                    pass
+                with pytest.raises(SweepBusy):
+                    Ledger(folder / "sweep").lock()
+                with store.locks.turn("x"):
+                    assert told[0] == "x"
+            ledger.unlock()
+            with becoming(1002, 2000):
+                ledger.lock()
+                ledger.unlock()
+    finally:
+        shutil.rmtree(folder)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, who can become somebody else")
+def test_who_may_only_read_a_store_keeps_it_from_being_removed_while_he_reads():
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))
+    folder.chmod(0o755)
+    store = ArtifactStore(folder / "runs")
+    try:
+        with store.locks.use():
+            pass
+        with becoming(65534, 65534):
+            reader = store.locks.use()
+        with reader, pytest.raises(StoreRefused, match="a sweep runs"), store.locks.alone():
+            pass
+        with store.locks.alone():
+            pass
+    finally:
+        shutil.rmtree(folder)
 
 
 def test_the_lock_of_a_dead_process_is_nobodys(tmp_path):
