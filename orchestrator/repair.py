@@ -11,11 +11,8 @@ from air_core.specs import FeaturesSpec, SyntheticFeaturesSpec
 from orchestrator.keys import Stage
 from orchestrator.plan import Need, Plan, holds, needs_of, possible_trials
 from orchestrator.resolve import Resolver
-from orchestrator.rows import Row
 from orchestrator.store import ArtifactStore
 from orchestrator.verification import DamagedArtifact
-
-Check = Callable[[], Sequence[DamagedArtifact]]
 
 
 def set_damaged_aside(
@@ -32,41 +29,50 @@ def set_damaged_aside(
         PermissionError: something is damaged that this user may not rename.
     """
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        found = list(threads.map(lambda check: check(), _checks(plan, store, resolver)))
-    damaged = [one for each in found for one in each]
-    for one in damaged:
-        store.set_aside(one)
-    return damaged
+        checks = list(_checks(plan, store, resolver))
+        found = threads.map(lambda one: _set_aside(one[0], one[1], store), checks)
+        return [damaged for damaged in found if damaged is not None]
 
 
-def _checks(plan: Plan, store: ArtifactStore, resolver: Resolver) -> Iterator[Check]:
+def _set_aside(
+    check: Callable[[], object], lock: str, store: ArtifactStore
+) -> DamagedArtifact | None:
+    try:
+        check()
+        return None
+    except DamagedArtifact:
+        # Another driver may have found the same, and made it again by now.
+        with store.locks.turn(lock):
+            try:
+                check()
+                return None
+            except DamagedArtifact as damaged:
+                store.set_aside(damaged)
+                return damaged
+
+
+def _checks(
+    plan: Plan, store: ArtifactStore, resolver: Resolver
+) -> Iterator[tuple[Callable[[], object], str]]:
+    """Checks that raise DamagedArtifact, each with the lock of those who make what it reads."""
     trials = {slot.key.digest: slot.spec for slot in plan.slots}
-    for trial in trials.values():
-        yield partial(_artifact, trial, store)
+    for digest, trial in trials.items():
+        yield partial(store.check, trial), digest
     left = [cell for cell in plan.cells if plan.left[cell.id]]
     needs = needs_of(possible_trials(left, plan.sweep.seeds.assignments(), resolver))
     for need in needs:
         if isinstance(need.spec, SyntheticFeaturesSpec):
-            yield partial(_shards, store.row(need.spec), need)
+            row = store.row(need.spec)
+            for c, block in need.shards():
+                lock = f"{need.key.digest}-{c}-{block}"
+                yield partial(row.check, c, block, ".safetensors"), lock
         # Labels and LoRA are read only while images are drawn; a LoRA is not trained anew for
         # images that are there.
         elif isinstance(need.spec, FeaturesSpec) or _draws_from(need.spec, needs, store):
-            yield partial(_artifact, need.spec, store)
+            yield partial(store.check, need.spec), need.key.digest
 
 
 def _draws_from(spec: Stage, needs: Sequence[Need], store: ArtifactStore) -> bool:
     """Are images missing that are drawn with this LoRA, or with one trained on these labels?"""
     rows = (need for need in needs if isinstance(need.spec, SyntheticFeaturesSpec))
     return any(holds(row.spec, spec) and row.have(store) < row.total() for row in rows)
-
-
-def _artifact(spec: Stage, store: ArtifactStore) -> Sequence[DamagedArtifact]:
-    try:
-        store.check(spec)
-    except DamagedArtifact as damaged:
-        return [damaged]
-    return []
-
-
-def _shards(row: Row, need: Need) -> Sequence[DamagedArtifact]:
-    return list(row.damaged(need.shards(), ".safetensors"))

@@ -75,14 +75,10 @@ class Row:
             raise DamagedArtifact(shard, "its checksum does not fit", self.called(shard))
         return data
 
-    def damaged(self, shards: Iterable[tuple[int, int]], suffix: str) -> Iterator[DamagedArtifact]:
-        """Shards that are on this machine and damaged."""
-        for c, block in shards:
-            if self.shard(c, block, suffix).exists():
-                try:
-                    self.read(c, block, suffix)
-                except DamagedArtifact as damaged:
-                    yield damaged
+    def check(self, class_index: int, block: int, suffix: str) -> None:
+        """Read a shard, where it is on this machine. Raises DamagedArtifact as `read`."""
+        if self.shard(class_index, block, suffix).exists():
+            self.read(class_index, block, suffix)
 
     def publish(self, class_index: int, block: int, suffix: str, data: bytes) -> None:
         """A shard is there, whole; the one of whoever was first."""

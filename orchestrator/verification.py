@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -73,7 +74,10 @@ def verify_files(folder: Path, record: dict[str, Any]) -> None:
     Raises:
         DamagedArtifact: a file was changed or is missing.
     """
-    for name, digest in record.get("files", {}).items():
+    files = record.get("files", {})
+    if not isinstance(files, dict):
+        raise DamagedArtifact(folder, "its record does not list files")
+    for name, digest in files.items():
         file = folder / name
         try:
             stamp = file_stamp(file)
@@ -118,5 +122,10 @@ def read_cache(file: Path, parse: Callable[[dict[str, Any]], T], empty: T) -> T:
     except FileNotFoundError:
         return empty
     except (ValueError, TypeError, KeyError, AttributeError) as problem:
-        log.warning("%s is damaged and is built anew: %s", file, problem)
+        _warn_once(f"{file} is damaged and is built anew: {problem}")
         return empty
+
+
+@cache
+def _warn_once(message: str) -> None:
+    log.warning(message)
