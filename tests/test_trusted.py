@@ -22,8 +22,9 @@ from tests.sweeps import write_sweep
 pytestmark = pytest.mark.ray
 
 AIR = """
-grid: {method: [zero_shot, air_fpl]}
+grid: {{method: [zero_shot, air_fpl]}}
 fixed:
+  dataset: "folder:{folder}"
   images_per_class: 4
   generation.block: 4
   train.steps: 5
@@ -31,7 +32,7 @@ fixed:
   lora.rounds: 1
   generation.num_inference_steps: 2
 seeds: [1]
-tracking: {uri: none}
+tracking: {{uri: none}}
 """
 OWN = """
 grid: {{method: [zero_shot, fpl, air_fpl]}}
@@ -70,16 +71,25 @@ def numbers(command: Command, tmp_path) -> Callable[..., str]:
 
 
 def test_a_flipped_byte_in_any_artifact_is_named_and_the_same_run_makes_it_again(
-    command, numbers, tmp_path
+    command, numbers, folder, tmp_path
 ):
     store = tmp_path / "runs"
-    sweep = write_sweep(tmp_path, "flipped", AIR)
+    sweep = write_sweep(tmp_path, "flipped", AIR.format(folder=folder))
     assert command("run", sweep, "--store", store, "--quiet")[0] == 0
     before = numbers("flipped")
     artifacts = store / "artifacts"
 
     def one(pattern: str) -> Path:
         return sorted(artifacts.glob(pattern))[-1]
+
+    def rows(stage: str, *within: str) -> Iterator[Path]:
+        """Folders of rows that were drawn with a LoRA."""
+        for file in artifacts.glob(f"{stage}/*/*/row.json"):
+            spec = json.loads(file.read_text())["spec"]
+            for name in within:
+                spec = spec[name]
+            if spec is not None:
+                yield file.parent
 
     # Features and LoRA are read again only where something is missing: the trial of air_fpl, and
     # one block of images; of another block the images are read to be encoded again.
@@ -89,8 +99,8 @@ def test_a_flipped_byte_in_any_artifact_is_named_and_the_same_run_makes_it_again
         if json.loads(path.read_text())["spec"]["iterations"]
     )
     shutil.rmtree(trial)
-    features = one("synthetic/*/tiny-digits-split0-r8-tiny-*")
-    images = one("images/*/tiny-digits-split0-r8-*")
+    (images,) = rows("images", "lora")
+    (features,) = rows("synthetic", "images", "lora")
     (images / "0000-00000.parquet").unlink()
     (features / "0000-00000.safetensors").unlink()
     (features / "0001-00000.safetensors").unlink()
@@ -155,7 +165,9 @@ def move_away(folder: Path) -> None:
     folder.rename(folder.with_name("elsewhere"))
 
 
-def test_finished_results_stay_when_the_folder_changes_or_moves(command, numbers, folder, tmp_path):
+def test_finished_results_stay_when_the_folder_changes_or_moves(
+    command, numbers, folder, tmp_path, caplog
+):
     store, copy = tmp_path / "runs", tmp_path / "copied"
     sweep = write_sweep(tmp_path, "own", OWN.format(folder=folder))
     assert command("run", sweep, "--store", store, "--quiet")[0] == 0
@@ -187,6 +199,15 @@ def test_finished_results_stay_when_the_folder_changes_or_moves(command, numbers
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(whole_folder, folder)
     assert "0 to run" in command("plan", sweep, "--store", store)[1]
+
+    resolved = flip(store / "sweeps/default/own/resolved.json", at=40)
+    code, _, err = command("table", "own", "--store", store)
+    assert code == 2
+    assert f"{resolved} is damaged" in err
+    caches = [flip(store / name, at=40) for name in ("history.json", "digests.json")]
+    assert command("run", sweep, "--store", store)[0] == 0  # there is nothing to do
+    assert all(f"{file} is damaged and is built anew" in caplog.text for file in caches)
+    assert numbers("own") == before
 
 
 def test_a_run_after_a_change_says_so_and_computes_the_new_content(
