@@ -6,7 +6,6 @@ Nothing heavy is imported where nothing is left to do.
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import os
 import signal
@@ -543,8 +542,7 @@ def _close(run: Run, code: int) -> Exception | None:
         "seconds": seconds,
         "run": facts,
     }
-    text = json.dumps(outcome, indent=1, sort_keys=True)
-    untold = _no_room_for(lambda: run.place.write("outcome.json", text))
+    untold = _no_room_for(lambda: run.place.write("outcome.json", sealed_json(outcome)))
     if untold is not None and code == DONE:
         code = FAILED  # else the same command would find nothing to do
     if code == DONE:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from air_core.seal import sealed_json
 from orchestrator.ledger import CRASH_AT
 from tests.sweeps import (
     airsweep,
@@ -270,7 +271,7 @@ def test_what_other_code_made_is_refused_until_somebody_accepts_it(spec, whole, 
     parts = json.loads((store / "code" / f"{made['code']}.json").read_text())
     parts["air_core.datasets.digits.DATASET"] = "0" * 12  # as if a constant of it was another
     (store / "code" / "earlier.json").write_text(json.dumps(parts))
-    record.write_text(json.dumps({**made, "code": "earlier"}))
+    record.write_bytes(sealed_json({**made, "code": "earlier"}))
 
     refused = airsweep("run", spec, "--store", store, check=False)
     assert refused.returncode == 3
