@@ -198,6 +198,7 @@ class ArtifactStore:
                 self.mirror.pull(key, path)
             except ValueError as problem:
                 raise MissingArtifact(str(problem)) from None
+            record = self.record(spec)  # it may have been made again
         verify_files(path, record)
         return Artifact(key, path, record)
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from air_core.seal import sealed_json
 from air_core.specs import FeaturesSpec, FolderImages, Ref, SyntheticFeaturesSpec
 from orchestrator import remote as remote_module
 from orchestrator.image_rows import build_image_block, open_generator, read_synthetic
@@ -184,7 +185,7 @@ def test_no_record_in_a_bucket_writes_outside_of_its_folder(machine, remote, tmp
         digest = built.record["files"]["numbers"]
         remote.put(f"{place}/{stored_name(name, digest)}", b"fine")
         record = {**built.record, "files": {name: digest}}
-        remote.put(f"{place}/record.json", json.dumps(record).encode())
+        remote.put(f"{place}/record.json", sealed_json(record))
         with pytest.raises(MissingArtifact, match="no file name"):
             machine(f"reader of {len(name)}").get(SPEC)
     assert not list(tmp_path.rglob("out"))
