@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -162,8 +163,8 @@ def verdict_screen(verdict: Verdict) -> str:
         return f"{bucket}/{path.relative_to(inventory.root)}" if bucket else near(path)
 
     for one in verdict.damaged:
-        remedy = one.remedy or f"remove {named(one.remove)}"
-        lines += [f"damaged: {named(one.file)}", f"  {one.why}", f"  {remedy}"]
+        remedy = _indented(one.remedy) if one.remedy else f"  remove {named(one.remove)}"
+        lines += [f"damaged: {named(one.file)}", f"  {one.why}", remedy]
     remedy = "counts for nothing" if inventory.bucket else "`airsweep cache gc` removes it"
     for left in inventory.leftovers[:SHOWN]:
         lines += [f"leftover: {named(left.path)}", f"  {left.why}; {remedy}"]
@@ -215,6 +216,17 @@ def _what(one: Removal, root: Path) -> str:
 
 
 # ---------------------------------------------------------------- words
+
+
+def _indented(text: str) -> str:
+    return textwrap.fill(
+        text,
+        80,
+        initial_indent="  ",
+        subsequent_indent="  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _more(count: int) -> list[str]:
