@@ -81,6 +81,7 @@ LONG = (
     "test_slurm",
     "test_chaos",
     "test_preflight",
+    "test_trusted",
     "test_generation",
     "test_nodes",
     "test_job",
