@@ -42,9 +42,10 @@ def as_read(name: str, clean: str = "lower") -> str:
 
 @lru_cache(maxsize=1 << 16)
 def _cleaned(text: str, clean: str) -> str:
-    import ftfy  # a twentieth of a second
+    if not (text.isascii() and text.isprintable() and "&" not in text):  # else it stays as it is
+        import ftfy  # a twentieth of a second
 
-    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
     if clean == "canonicalize":
         text = text.replace("_", " ").translate(str.maketrans("", "", string.punctuation))
     if clean != "whitespace":
