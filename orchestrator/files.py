@@ -154,7 +154,7 @@ def is_flocked(file: Path) -> bool:
 
 
 def lock_mode(folder: Path) -> int:
-    """Permissions of a lock file: who may write the folder may write it, and nobody else."""
+    """Permissions of a lock file: those users may write it who may write its folder."""
     return 0o666 & stat.S_IMODE(folder.stat().st_mode)
 
 

@@ -147,7 +147,7 @@ def _check_readable(file: Path, names: tuple[str, ...]) -> None:
         hidden = first_hidden(name)
         if hidden is not None:
             raise ValueError(
-                f"{file.parent}: the class name {name!r} has a character that nobody sees, "
+                f"{file.parent}: the class name {name!r} has an invisible character, "
                 f"{hidden!r}; rename its folder, or give it another name in {file.name}"
             )
         read = as_read(name)

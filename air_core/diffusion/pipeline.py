@@ -168,7 +168,7 @@ def load_pipeline(model: Path) -> Any:
 def check_classes(model: Path) -> None:
     """A pipeline and its own parts are of those kinds that hold settings and tensors alone.
 
-    diffusers also loads pipelines inside pipelines, by settings that nobody has checked.
+    diffusers also loads pipelines inside pipelines, whose settings are not checked here.
 
     Raises:
         ValueError: the folder names another class.

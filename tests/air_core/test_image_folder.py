@@ -150,8 +150,8 @@ def test_a_file_from_windows_is_read(tree):
         ("cat = DOG\n", r"two classes are named 'dog' and 'DOG', which CLIP reads alike"),
         ("cat = sea&nbsp;  lion\n", r"two classes are named 'sea lion' and 'sea&nbsp;  lion'"),
         ("cat = _\n", r"the class name '_' is empty to CLIP"),
-        ("cat = c\u202eat\n", r"the class name 'c\\u202eat' has a character that nobody sees"),
-        ("cat = c\x1b[31mat\n", r"has a character that nobody sees, '\\x1b'"),
+        ("cat = c\u202eat\n", r"the class name 'c\\u202eat' has an invisible character"),
+        ("cat = c\x1b[31mat\n", r"has an invisible character, '\\x1b'"),
     ],
 )
 def test_names_that_cannot_be_are_errors_with_the_line(tree, text, message):
@@ -175,7 +175,7 @@ def test_folders_that_clip_reads_alike_are_an_error(tmp_path, one, other):
 def test_a_folder_with_a_control_character_in_its_name_is_an_error(tmp_path):
     for name in ("cat", "do\ng"):
         draw(tmp_path / name / "0.png")
-    with pytest.raises(ValueError, match=r"'do\\ng' has a character that nobody sees, '\\n'"):
+    with pytest.raises(ValueError, match=r"'do\\ng' has an invisible character, '\\n'"):
         dataset(tmp_path)
 
 
