@@ -25,7 +25,7 @@ from orchestrator.place import RESOLVED
 from orchestrator.reached import code_digest
 from orchestrator.remote import RemoteAway
 from orchestrator.store import ROW, VERSION
-from orchestrator.verification import DamagedArtifact, parse_record, read_sealed
+from orchestrator.verification import DamagedArtifact, parse_record
 
 
 @dataclass(frozen=True)
@@ -207,13 +207,13 @@ def _accepted(line: bytes) -> None:
 
 def _sealed(remedy: str, file: Path) -> Finding:
     try:
-        read_sealed(file)
-        unsealed = intact(file.read_bytes()) is None
+        data = file.read_bytes()
+        parse_record(data, file)
     except OSError as problem:
         return Finding(file, file, f"cannot be read: {problem.strerror}", remedy=remedy)
-    except ValueError as problem:
-        return Finding(file, file, str(problem), remedy=remedy)
-    return Finding(file, file, unsealed=unsealed)
+    except DamagedArtifact as damaged:
+        return Finding(file, file, damaged.why, remedy=remedy)
+    return Finding(file, file, unsealed=intact(data) is None)
 
 
 def _version(file: Path) -> Finding:

@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 import numpy as np
 
+from air_core.datasets.dataset import is_template
 from air_core.printable import UNPRINTABLE, printable
 from air_core.specs import ClipPrecision
 
@@ -121,7 +122,7 @@ def _check_classnames(classnames: Sequence[Any]) -> None:
 
 
 def _check_template(template: str) -> None:
-    if [template.count(c) for c in ("{}", "{", "}")] != [1, 1, 1] or UNPRINTABLE.search(template):
+    if not is_template(template):
         raise ValueError(
             f"its template is {printable(template)!r}; allowed: a text with {{}} once, where the "
             "class name goes"
