@@ -27,6 +27,9 @@ class Key:
     help: str
 
 
+DERIVED = ("classnames", "code")  # nobody sets them
+
+
 @cache
 def trial_keys() -> dict[str, Key]:
     """Every trial key by its dotted name, in the order of TrialSpec.
@@ -34,7 +37,7 @@ def trial_keys() -> dict[str, Key]:
     >>> trial_keys()["lora.rank"].default
     4
     """
-    return {key.name: key for key in _keys(TrialSpec, "") if key.name != "classnames"}
+    return {key.name: key for key in _keys(TrialSpec, "") if key.name not in DERIVED}
 
 
 def from_flat(flat: dict[str, Any], refs: dict[str, Ref], classnames: tuple[str, ...]) -> TrialSpec:
@@ -119,7 +122,7 @@ def _settings_class(hint: Any) -> Any:
 def _flat(spec: Any, prefix: str) -> Iterator[tuple[str, Any]]:
     for f in dataclasses.fields(spec):
         value = getattr(spec, f.name)
-        if f.name == "classnames":
+        if f.name in DERIVED:
             continue
         if isinstance(value, Ref):
             yield prefix + f.name, value.name

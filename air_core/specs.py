@@ -32,6 +32,11 @@ def added(default: Any) -> Any:
     return field(default=default, metadata={"absent_means": default})
 
 
+# Parts of the code and their versions, where no recipe number covers them: see
+# orchestrator.code_version. A spec of one stage has the versions alone.
+CodeVersions = tuple[tuple[str, str], ...]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Ref:
     """A thing outside, by content. Only the digest enters a key, never the name or a path."""
@@ -250,6 +255,7 @@ class FeaturesSpec:
     backbone: Ref
     precision: ClipPrecision = "fp32"
     level: Level = later("features", "features or tokens")
+    code: str = added("")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,6 +271,7 @@ class LabelsSpec:
     settings: InitialLabelsSettings
     images: SyntheticFeaturesSpec | None = None
     source: LoraSource = later("all", LORA_SOURCE)
+    code: str = added("")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,6 +282,7 @@ class LoraSpec:
     model: Ref
     training: LoraTraining
     size: int
+    code: str = added("")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,6 +295,7 @@ class GeneratedImages:
     lora: LoraSpec | None
     lora_scale: float
     settings: GenerationSettings
+    code: str = added("")
 
     @property
     def block_size(self) -> int:
@@ -302,6 +311,7 @@ class FolderImages:
     classnames: tuple[str, ...]
     size: int
     block: int
+    code: str = added("")
 
     @property
     def block_size(self) -> int:
@@ -316,6 +326,7 @@ class SyntheticFeaturesSpec:
     backbone: Ref
     precision: ClipPrecision = "fp32"
     level: Level = later("features", "features or tokens")
+    code: str = added("")
 
     def blocks(self, images_per_class: int) -> int:
         """Blocks of one class that hold its first images."""
@@ -328,6 +339,7 @@ class TrialSpec:
 
     dataset: Ref
     classnames: tuple[str, ...] = ()  # follows from the dataset; in no key of its own
+    code: CodeVersions = ()  # in its key: the version of the trials' part
     backbone: Ref
     generator: Ref
     test_dataset: Ref | None = added(None)  # None: `dataset` itself
@@ -383,7 +395,20 @@ class TrialSpec:
 
     @property
     def features(self) -> FeaturesSpec:
-        return FeaturesSpec(dataset=self.dataset, backbone=self.backbone, precision=self.precision)
+        return self._features_of(self.dataset)
+
+    def _features_of(self, dataset: Ref) -> FeaturesSpec:
+        return FeaturesSpec(
+            dataset=dataset,
+            backbone=self.backbone,
+            precision=self.precision,
+            code=self.code_of("features", reader_of(dataset.name)),
+        )
+
+    def code_of(self, *parts: str) -> str:
+        """Versions of these parts of the code; empty where recipe numbers cover them."""
+        known = dict(self.code)
+        return "+".join(known[part] for part in parts if part in known)
 
     @property
     def tokens(self) -> FeaturesSpec | None:
@@ -393,9 +418,7 @@ class TrialSpec:
     @property
     def test_features(self) -> FeaturesSpec | None:
         """Of the other dataset that the prompt is tested on; None: there is none."""
-        return (
-            None if self.test_dataset is None else replace(self.features, dataset=self.test_dataset)
-        )
+        return None if self.test_dataset is None else self._features_of(self.test_dataset)
 
     @property
     def test_tokens(self) -> FeaturesSpec | None:
@@ -474,6 +497,15 @@ def is_folder(generator: Ref) -> bool:
     return generator.name.startswith("folder:")
 
 
+def reader_of(dataset: str) -> str:
+    """The part of the code that reads a dataset: the module of its name in `air_core.datasets`.
+
+    >>> reader_of("cub"), reader_of("folder:/data/birds")
+    ('datasets.cub', 'datasets.image_folder')
+    """
+    return "datasets.image_folder" if ":" in dataset else f"datasets.{dataset}"
+
+
 def _images(spec: TrialSpec, rounds: int) -> GeneratedImages | FolderImages:
     """The row of images after this many LoRA rounds."""
     if is_folder(spec.generator):
@@ -482,6 +514,7 @@ def _images(spec: TrialSpec, rounds: int) -> GeneratedImages | FolderImages:
             classnames=spec.classnames,
             size=spec.generation.size,
             block=spec.generation.block,
+            code=spec.code_of("images"),
         )
     return GeneratedImages(
         model=spec.generator,
@@ -489,6 +522,7 @@ def _images(spec: TrialSpec, rounds: int) -> GeneratedImages | FolderImages:
         lora=_lora(spec, spec.lora, rounds) if spec.lora and rounds else None,
         lora_scale=spec.lora.scale if spec.lora and rounds else 1.0,
         settings=spec.generation,
+        code=spec.code_of("images"),
     )
 
 
@@ -504,12 +538,19 @@ def _lora(spec: TrialSpec, lora: LoraSettings, rounds: int) -> LoraSpec:
             settings=settings,
             images=earlier,
             source="all" if spec.paradigm == "ul" else lora.source,
+            code=spec.code_of("labels"),
         ),
         model=spec.generator,
         training=lora.training(),
         size=spec.generation.size,
+        code=spec.code_of("lora"),
     )
 
 
 def _synthetic(spec: TrialSpec, images: GeneratedImages | FolderImages) -> SyntheticFeaturesSpec:
-    return SyntheticFeaturesSpec(images=images, backbone=spec.backbone, precision=spec.precision)
+    return SyntheticFeaturesSpec(
+        images=images,
+        backbone=spec.backbone,
+        precision=spec.precision,
+        code=spec.code_of("synthetic"),
+    )

@@ -130,8 +130,6 @@ def best_trial(sweep: SweepSpec, place: Place, only: Sequence[str], say: Say) ->
     """
     store = place.store
     plan = plan_sweep(sweep, store, place.resolver(), place.ledger())
-    for old in plan.stale(store):
-        say(f"note: {old}")
     every = rows_of(plan, entries_of(plan, store))
     cells = _cells(plan.cells, only_values(sweep, only))
     kept = [row for row in every if row.cell in cells]

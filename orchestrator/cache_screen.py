@@ -63,7 +63,6 @@ def listing(inventory: Inventory, needs: Needs) -> dict[str, Any]:
             }
             for one in inventory.unfinished
         ],
-        "code": {"files": len(inventory.codes), "bytes": sum(c.bytes for c in inventory.codes)},
     }
 
 
@@ -116,9 +115,6 @@ def listing_screen(found: dict[str, Any]) -> str:
         wanted = sum(bool(one["needed_by"]) for one in found["unfinished"])
         count = len(found["unfinished"])
         lines += ["", f"unfinished trainings: {count}, {size(total)}; sweeps need {wanted} of them"]
-    code = found["code"]
-    if code["files"]:
-        lines += ["", f"codes that made all this: {code['files']}, {size(code['bytes'])}"]
     if found["leftovers"]:
         total = sum(one["bytes"] for one in found["leftovers"])
         lines += ["", f"leftovers of killed processes: {len(found['leftovers'])}, {size(total)}"]

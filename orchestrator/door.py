@@ -96,11 +96,16 @@ class Planned:
 
     def json(self) -> dict[str, Any]:
         """What `airsweep plan --json` prints."""
-        from orchestrator.plan import changed_inputs
+        from orchestrator.plan import changed_inputs, earlier_results
 
         plan, place = self.plan, self.place
-        found = {**plan.json(place.store), "reused_from": self._sources()}
-        return found | {"changed_inputs": changed_inputs(plan, place)}
+        earlier = earlier_results(plan, place).items()
+        return {
+            **plan.json(place.store),
+            "reused_from": self._sources(),
+            "changed_inputs": changed_inputs(plan, place),
+            "stale": [{"stage": n, "artifacts": c} for (n, what), c in earlier if what == "code"],
+        }
 
     def screen(self, explain: bool = False) -> str:
         """explain: with every setting and where it comes from."""
@@ -198,11 +203,10 @@ def prepare(
     only: Options = (),
     smoke: bool = False,
     quiet: bool = False,
-    accept_code: Iterable[str] = (),
 ) -> Outcome:
     """Make features, LoRA and images of a sweep, and run no trial. As `run`."""
     asked = load(spec, sets=sets, only=only, smoke=smoke)
-    return _run(asked, store, data_root, quiet, prepare_only=True, accept_code=accept_code)
+    return _run(asked, store, data_root, quiet, prepare_only=True)
 
 
 def run(
@@ -215,7 +219,6 @@ def run(
     only: Options = (),
     smoke: bool = False,
     quiet: bool = False,
-    accept_code: Iterable[str] = (),
 ) -> Outcome:
     """Run a sweep, or go on with one that was interrupted; what is done is skipped.
 
@@ -224,14 +227,13 @@ def run(
 
     Args:
         tracking_uri: MLflow; default: MLFLOW_TRACKING_URI, else a file in the store.
-        accept_code: stages whose artifacts count although other code has made them.
 
     Raises:
         ValueError: what is wrong with the file, an option or what it names.
         RuntimeError: refused before it started, or there was no room to go on.
     """
     asked = load(spec, sets=sets, only=only, smoke=smoke)
-    return _run(asked, store, data_root, quiet, tracking_uri=tracking_uri, accept_code=accept_code)
+    return _run(asked, store, data_root, quiet, tracking_uri=tracking_uri)
 
 
 def retry(
@@ -272,36 +274,21 @@ def execute(
     origin: dict[str, Any],
     quiet: bool,
     prepare_only: bool = False,
-    accept_code: Iterable[str] = (),
     **how: Any,
 ) -> Outcome:
     """`driver.run_sweep` with the screen that fits, for commands too."""
     from orchestrator import driver
     from orchestrator.screen import make_screen
 
-    check_stages(accept_code)
     code = driver.run_sweep(
         sweep,
         place,
         make_screen(quiet),
         origin=origin,
         prepare_only=prepare_only,
-        accept_code=list(accept_code),
         **how,
     )
     return Outcome(code, sweep, place)
-
-
-def check_stages(names: Iterable[str]) -> None:
-    """
-    Raises:
-        ValueError: what `accept_code` names is no stage.
-    """
-    from orchestrator.keys import STAGES
-
-    for stage in names:
-        if stage not in STAGES:
-            raise ValueError(f"accept-code: {stage!r} is no stage; allowed: {', '.join(STAGES)}")
 
 
 def _whole(outcome: Outcome) -> Outcome:

@@ -29,7 +29,6 @@ from orchestrator.estimate import (
 )
 from orchestrator.failures import CLASSES, Failure, first_line, no_room
 from orchestrator.fit import Machine, misfit, this_machine
-from orchestrator.freshness import accept, remedy
 from orchestrator.inputs import Inputs, workshop
 from orchestrator.ledger import SweepBusy
 from orchestrator.lineage import commit, diff_digest, dirty, uncommitted
@@ -91,14 +90,12 @@ def run_sweep(
     tracking_uri: str | None = None,
     prepare_only: bool = False,
     origin: dict[str, Any] | None = None,
-    accept_code: Sequence[str] = (),
     retry: str | None = None,
 ) -> int:
     """Do what is left of a sweep and say how it stands.
 
     Args:
         origin: how the sweep was asked for (sets, only), kept so that it can be read again.
-        accept_code: stages whose artifacts count although other code has made them.
         retry: the only class of failures to try again; None: all.
 
     Returns:
@@ -114,7 +111,6 @@ def run_sweep(
     plan = _sound_plan(sweep, place, resolver, screen)
     for line in changed_inputs(plan, place):
         screen.say(line)
-    _settle_code(plan, place, accept_code)
     given_up = _given_up(standing(ledger).failures, retry)
     if plan.done + len(plan.pruned) == plan.total and standing(ledger).exit_code == DONE:
         if ledger.path.exists():  # a file that only lost cells asks for no work, but is the sweep
@@ -216,19 +212,6 @@ def _told_where_full(plan: Plan, place: Place) -> Iterator[None]:
         raise StoreFull(full(plan, place.store, first_line(error))) from error
 
 
-def _settle_code(plan: Plan, place: Place, accepted: Sequence[str]) -> None:
-    """
-    Raises:
-        Refused: something is there that other code has made, and nobody said that it counts.
-    """
-    stale = plan.stale(place.store)
-    left = [one for one in stale if one.stage not in accepted]
-    if left:
-        raise Refused(f"{'; '.join(map(str, left))}: {remedy(left)}")
-    if stale:
-        accept(stale, f"{place.project}/{place.name}", place.store)
-
-
 def _given_up(failures: Mapping[str, Mapping[str, Any]], retry: str | None) -> dict[str, Failure]:
     """By slot, failures that are not to be tried again.
 
@@ -272,7 +255,8 @@ def _merged_inputs(place: Place, resolver: Resolver) -> dict[str, Any]:
         pass
     except ValueError as problem:
         log.warning("%s", problem)
-    return {kind: {**before.get(kind, {}), **of} for kind, of in now.items()}
+    merged = {kind: {**before.get(kind, {}), **of} for kind, of in now.items()}
+    return merged | {"code": now["code"]}  # of this run alone
 
 
 def _work(run: Run, plan: Plan, prepare_only: bool, cluster: ExitStack) -> int:

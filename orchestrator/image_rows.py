@@ -21,7 +21,7 @@ from torch import Tensor
 
 from air_core.classifiers import text_classifier
 from air_core.datasets.images import open_png
-from air_core.diffusion import ImageGenerator, image_seed, load_generator, rejected
+from air_core.diffusion import ImageGenerator, draw, image_seed, load_generator
 from air_core.seal import BLANK, sealed
 from air_core.specs import FolderImages, GeneratedImages, SyntheticFeaturesSpec
 from air_core.types import Batch, Labelled
@@ -31,7 +31,6 @@ from orchestrator.store import ArtifactStore, MissingArtifact
 from orchestrator.verification import DamagedArtifact
 from orchestrator.workshop import Workshop
 
-ATTEMPTS = 3  # draws of one slot before it is a recorded hole
 DEATHS = 2  # processes that a block may kill before it counts as failed
 
 
@@ -62,9 +61,8 @@ def build_image_block(
 ) -> dict[str, float]:
     """Draw one block of one class and encode it, unless it is there already.
 
-    A block is one batch, always the same one. A rejected slot (blank, not a number) is drawn
-    again within the same batch, with its next attempt, and only that slot is kept; after
-    ATTEMPTS it is a recorded hole. Two processes that want the same block, of two sweeps say, take
+    A block is one batch, always the same one. A slot that `draw` gives up is a recorded hole. Two
+    processes that want the same block, of two sweeps say, take
     turns, and the second finds it there.
 
     Returns:
@@ -126,20 +124,8 @@ def _draw(
     size = images.block_size
     classname = images.classnames[class_index]
     indices = list(range(block * size, (block + 1) * size))
-    attempts = [0] * size
     started = time.monotonic()
-    pixels = generator.generate(classname, indices, attempts)  # (size, H, W, 3) uint8
-    bad = rejected(pixels)
-    redrawn = int(bad.sum())
-    for attempt in range(1, ATTEMPTS):
-        if not bad.any():
-            break
-        tried = [attempt if hopeless else 0 for hopeless in bad.tolist()]
-        again = generator.generate(classname, indices, tried)
-        for slot in bad.nonzero().flatten().tolist():
-            pixels[slot] = again[slot]
-            attempts[slot] = attempt
-        bad = rejected(pixels)
+    pixels, attempts, ok = draw(generator, classname, indices)
     on_device = time.monotonic() - started
     seeds = [
         image_seed(images.settings.seed, classname, index, attempt)
@@ -154,12 +140,15 @@ def _draw(
             "prompt": [_prompt(images, classname)] * size,
             "seed": pa.array(seeds, pa.uint64()),
             "attempt": pa.array(attempts, pa.int8()),
-            "ok": [not hopeless for hopeless in bad.tolist()],
+            "ok": ok,
             "image": [_png(one) for one in pixels.numpy()],
         }
     )
-    holes = int(bad.sum())
-    counts = {"drawn": size - holes, "redrawn": redrawn, "holes": holes}
+    counts = {
+        "drawn": sum(ok),
+        "redrawn": sum(attempt > 0 for attempt in attempts),
+        "holes": size - sum(ok),
+    }
     return table, {**counts, "on_device": on_device}
 
 

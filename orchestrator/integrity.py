@@ -17,12 +17,10 @@ from typing import Any
 
 from air_core.seal import intact
 from orchestrator.files import content_digest
-from orchestrator.freshness import ACCEPTED, said_of_code
 from orchestrator.inventory import SHARDS, Holding, Inventory
 from orchestrator.ledger import EVENTS, JOURNAL_REMEDY, REMEDY, parse_event
 from orchestrator.mirror import RECORD
 from orchestrator.place import RESOLVED
-from orchestrator.reached import code_digest
 from orchestrator.remote import RemoteAway
 from orchestrator.store import ROW, VERSION
 from orchestrator.verification import DamagedArtifact, parse_record
@@ -84,7 +82,6 @@ def verify(inventory: Inventory, watch: Watch = lambda each, total: each) -> Ver
     looks = [look for holding in inventory.holdings for look in _looks(holding, inventory)]
     if inventory.bucket is None:  # of a bucket the artifacts alone are looked at
         looks += [partial(_checkpoint, one.path) for one in inventory.unfinished]
-        looks += [partial(_code, one.path) for one in inventory.codes]
         looks += _beside(inventory.root)
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         found = list(watch(threads.map(lambda look: look(), looks), len(looks)))
@@ -92,7 +89,7 @@ def verify(inventory: Inventory, watch: Watch = lambda each, total: each) -> Ver
         inventory,
         len(found),
         sum(holding.bytes for holding in inventory.holdings)
-        + sum(one.bytes for one in (*inventory.unfinished, *inventory.codes)),
+        + sum(one.bytes for one in inventory.unfinished),
         tuple(one for one in found if one.why),
         sum(one.unsealed for one in found),
     )
@@ -177,15 +174,6 @@ def _checkpoint(file: Path) -> Finding:
     return Finding(file, file, why, unsealed=not why)
 
 
-def _code(file: Path) -> Finding:
-    """Parts of a code: their name is their digest."""
-    try:
-        same = code_digest(json.loads(file.read_bytes())) == file.stem
-    except (OSError, ValueError, TypeError) as problem:
-        return Finding(file, file, f"cannot be read: {problem}")
-    return Finding(file, file, "" if same else "is not what was written: its name does not fit")
-
-
 def _lines(check: Callable[[bytes], object], remedy: str, file: Path) -> Finding:
     """A file of one JSON text a line; a half line at the end is what a killed writer left."""
     try:
@@ -198,11 +186,6 @@ def _lines(check: Callable[[bytes], object], remedy: str, file: Path) -> Finding
         except (ValueError, TypeError) as problem:
             return Finding(file, file, f"line {number} is damaged: {problem}", remedy=remedy)
     return Finding(file, file)
-
-
-def _accepted(line: bytes) -> None:
-    if not said_of_code(json.loads(line)):
-        raise ValueError("no stage and codes")
 
 
 def _sealed(remedy: str, file: Path) -> Finding:
@@ -232,7 +215,6 @@ BESIDE: dict[str, Callable[[Path], Finding]] = {
     "digests.json": partial(_sealed, CACHE_REMEDY),
     "history.json": partial(_sealed, CACHE_REMEDY),
     "probed.json": partial(_sealed, CACHE_REMEDY),
-    ACCEPTED: partial(_lines, _accepted, "remove that line"),
 }
 OF_A_SWEEP: dict[str, Callable[[Path], Finding]] = {
     RESOLVED: partial(_sealed, RUN_REMEDY),

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 from orchestrator.mirror import RECORD, stored_name
 from orchestrator.remote import Entry, Remote, side_by_side
-from orchestrator.store import CODE, DAMAGED, ROW, UNFINISHED, ArtifactStore
+from orchestrator.store import DAMAGED, ROW, UNFINISHED, ArtifactStore
 from orchestrator.verification import DamagedArtifact, parse_record, read_record
 
 SHARDS = {"images": ".parquet", "synthetic": ".safetensors"}  # stages that are rows
@@ -99,7 +99,7 @@ class Leftover:
 
 @dataclass(frozen=True)
 class Loose:
-    """A file outside the artifacts that counts: a training's checkpoint, or a code's parts."""
+    """A training's checkpoint."""
 
     path: Path
     bytes: int
@@ -107,7 +107,7 @@ class Loose:
 
     @property
     def digest(self) -> str:
-        """Of a checkpoint 12 digits of its artifact's key, of parts that of their code."""
+        """12 digits of its artifact's key."""
         return self.path.stem.partition("-")[0]
 
 
@@ -117,7 +117,6 @@ class Inventory:
     holdings: tuple[Holding, ...]
     leftovers: tuple[Leftover, ...]
     unfinished: tuple[Loose, ...] = ()
-    codes: tuple[Loose, ...] = ()
     bucket: Remote | None = None
 
     @property
@@ -171,20 +170,18 @@ def _in_folder(store: ArtifactStore) -> Inventory | None:
             continue
         holdings.append(holding)
         leftovers += [_leftover(path / name, why) for name, why in _strays(holding)]
-    found: dict[str, list[Loose]] = {UNFINISHED: [], CODE: []}
-    for folder, loose in found.items():
-        for path in sorted((store.root / folder).glob("*")):
-            if path.name.startswith("."):
-                leftovers.append(_leftover(path, "half a file"))
-            else:
-                stat = path.lstat()
-                loose.append(Loose(path, stat.st_size, stat.st_uid))
+    unfinished: list[Loose] = []
+    for path in sorted((store.root / UNFINISHED).glob("*")):
+        if path.name.startswith("."):
+            leftovers.append(_leftover(path, "half a file"))
+        else:
+            stat = path.lstat()
+            unfinished.append(Loose(path, stat.st_size, stat.st_uid))
     return Inventory(
         store.root,
         tuple(holdings),
         tuple(leftovers),
-        unfinished=tuple(found[UNFINISHED]),
-        codes=tuple(found[CODE]),
+        unfinished=tuple(unfinished),
     )
 
 

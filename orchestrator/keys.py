@@ -1,5 +1,7 @@
 """Identity: stage + recipe number + hash of the resolved, normalised spec.
 
+A spec has the version of code that no recipe number covers: see `code_version`.
+
 Where something runs, on what and on how many machines is never in a key.
 """
 
@@ -27,8 +29,8 @@ from air_core.specs import (
     TrialSpec,
 )
 
-# Raise a number when the stage's code gives another result for the same spec. Stages below
-# follow by themselves, since their keys hold this one.
+# Raise a number when the stage's code gives another result for the same spec, and run
+# `make golden`. Later stages follow by themselves, since their keys hold this one.
 RECIPES: dict[type, tuple[str, int]] = {
     FeaturesSpec: ("features", 1),
     LabelsSpec: ("labels", 1),
@@ -85,6 +87,9 @@ def _identity(spec: Stage) -> Any:
     inputs = [_plain(spec.features), _plain(spec.synthetic_features)]
     own = {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec) if _counts(spec, f)}
     own.pop("classnames")  # follows from the dataset
+    own.pop("code")
+    if code := spec.code_of("trials"):
+        own["code"] = code
     return {"recipe": f"trials/{RECIPES[TrialSpec][1]}", "inputs": inputs, **_plain(own)}
 
 

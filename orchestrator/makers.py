@@ -82,14 +82,3 @@ def rows_of_images(inventory: Inventory) -> dict[str, str]:
             spec = json.dumps(holding.record.get("spec", {}).get("images"), sort_keys=True)
             found[holding.digest] = rows.get(spec, holding.digest)
     return found
-
-
-def owners(inventory: Inventory, makers: Makers) -> dict[Block, str]:
-    """Whose the blocks of all rows are, features among them, where somebody said so."""
-    of = rows_of_images(inventory)
-    return {
-        (holding.digest, c, block): makers.blocks[of[holding.digest], c, block].user
-        for holding in inventory.holdings
-        for c, block in holding.shards
-        if (of.get(holding.digest, ""), c, block) in makers.blocks
-    }

@@ -64,12 +64,13 @@ class Place:
         self.store.write(self.folder / name, content)
 
     def resolver(self) -> Resolver:
+        cache = self.store.root / "digests.json"
         if self.recorded:
             with suppress(FileNotFoundError):
                 inputs = read_resolved(self).get("inputs")
-                if inputs:  # earlier versions recorded none
-                    return RecordedResolver(inputs)
-        return Resolver(self.store.root / "digests.json", self.data_root)
+                # Earlier versions of airsweep recorded none.
+                return RecordedResolver(inputs) if inputs else Resolver(cache, self.data_root, {})
+        return Resolver(cache, self.data_root)
 
 
 class Refused(RuntimeError):

@@ -15,6 +15,7 @@ from air_core.flat import trial_keys
 from air_core.normal import normalised
 from air_core.paradigms import seen_unseen
 from air_core.specs import (
+    CodeVersions,
     FeaturesSpec,
     GeneratedImages,
     LabelsSpec,
@@ -25,7 +26,6 @@ from air_core.specs import (
 from orchestrator.checkpoints import learned_by, rungs_of
 from orchestrator.edits import Edit, edit_of, what_it_asks
 from orchestrator.estimate import Estimate, Work, estimate, stage_work, trial_work
-from orchestrator.freshness import Stale, stale
 from orchestrator.keys import ArtifactKey, artifact_key
 from orchestrator.ledger import Ledger
 from orchestrator.place import Place, read_resolved
@@ -139,11 +139,6 @@ class Plan:
     asks: str  # digest of what is asked for
     edit: Edit | None  # None: the file asks for what it asked for before
 
-    def stale(self, store: ArtifactStore) -> tuple[Stale, ...]:
-        """What is there, but made by other code. It opens every record, so who asks keeps it."""
-        trials = {slot.key.digest: slot.spec for slot in self.slots}.values()
-        return stale(itertools.chain(_made(self.needs), trials), store)
-
     @property
     def to_run(self) -> int:
         return self.total - self.done - self.reused - len(self.pruned)
@@ -161,10 +156,6 @@ class Plan:
                 "to_run": self.to_run,
             },
             "artifacts": [_artifact(need, store) for need in self.needs],
-            "stale": [
-                {"stage": one.stage, "artifacts": one.artifacts, "changed": list(one.changed)}
-                for one in self.stale(store)
-            ],
             "estimate": self.estimate.json(),
             "edit": self.edit and asdict(self.edit),
         }
@@ -290,14 +281,6 @@ def _work(
             default = default_params(cell)
             point = points.get(cell.id) or slots_of(cell, 0, default, assignments, resolver)
             yield trial_work(point[0].spec, left[cell.id], [slot.spec for slot in point])
-
-
-def _made(needs: Iterable[Need]) -> Iterator[Any]:
-    """Specs of all that is made for `needs`: of a row of features also the images."""
-    for need in needs:
-        if isinstance(need.spec, SyntheticFeaturesSpec):
-            yield need.spec.images
-        yield need.spec
 
 
 def _openings(
@@ -504,28 +487,45 @@ def moved_slots(ledger: Ledger) -> dict[str, str]:
 
 
 def changed_inputs(plan: Plan, place: Place) -> list[str]:
-    """Datasets and weights that are other ones now than in the last run, and how many finished
-    results of these slots are of the earlier content; one sentence each."""
+    """Datasets, weights and code that changed since the last run, and how many finished results of
+    these slots are of the earlier ones; one sentence each."""
+    return [
+        f"{name}: the {what} changed since: {count} "
+        f"{'result is' if count == 1 else 'results are'} of the earlier "
+        f"{'code' if what == 'code' else 'content'}"
+        for (name, what), count in earlier_results(plan, place).items()
+    ]
+
+
+def earlier_results(plan: Plan, place: Place) -> dict[tuple[str, str], int]:
+    """What changed since the last run, as name and kind (folder, content or code), with the number
+    of finished results of these slots that are of the earlier one."""
     try:
-        inputs = read_resolved(place).get("inputs")
+        inputs = read_resolved(place).get("inputs") or {"datasets": {}, "weights": {}}
     except (FileNotFoundError, ValueError):  # it was not run, or this run writes the file anew
-        return []
-    if not inputs:
-        return []
+        return {}
     before = {name: of["ref"]["digest"] for name, of in inputs["datasets"].items()}
     before |= inputs["weights"]
+    versions = inputs.get("code", {})
     finished = finished_slots(place.ledger())
-    earlier: dict[str, int] = {}
+    earlier: dict[tuple[str, str], int] = {}
     for slot in plan.slots:
         had = finished.get(slot.id, (slot.key.digest, ""))[0] != slot.key.digest
-        for name, now in _inputs_of(slot):
-            if now and before.get(name, now) != now:
-                earlier[name] = earlier.get(name, 0) + had
-    return [
-        f"{name}: the {'folder' if 'folder:' in name else 'content'} changed since: "
-        f"{count} {'result is' if count == 1 else 'results are'} of the earlier content"
-        for name, count in earlier.items()
-    ]
+        changed = [
+            (name, "folder" if "folder:" in name else "content")
+            for name, now in _inputs_of(slot)
+            if now and before.get(name, now) != now
+        ]
+        if had:
+            changed += [(part, "code") for part in _changed_parts(slot.spec.code, versions)]
+        for one in changed:
+            earlier[one] = earlier.get(one, 0) + had
+    return earlier
+
+
+def _changed_parts(now: CodeVersions, before: Mapping[str, str]) -> list[str]:
+    versions = dict(now)
+    return sorted(p for p in {*versions, *before} if versions.get(p) != before.get(p))
 
 
 def _inputs_of(slot: Slot) -> Iterator[tuple[str, str]]:

@@ -29,7 +29,7 @@ from air_core.backbone import Backbone
 from air_core.classifiers import class_texts
 from air_core.datasets import Examples, get_dataset
 from air_core.datasets.images import Unreadable
-from air_core.diffusion.lora import add_adapters, train_lora
+from air_core.diffusion.lora import add_adapters, square, train_lora
 from air_core.diffusion.pipeline import PipelineGenerator
 from air_core.method import Progress, TrialData, learning
 from air_core.normal import normalised
@@ -59,7 +59,7 @@ from orchestrator.estimate import (
 from orchestrator.image_rows import build_image_block, open_generator
 from orchestrator.replicas import side_by_side
 from orchestrator.resolve import images_folder
-from orchestrator.stages import Target, pseudo_labelled, square
+from orchestrator.stages import Target, pseudo_labelled
 from orchestrator.store import ArtifactStore
 from orchestrator.sweep import Resources
 from orchestrator.trial import data_of

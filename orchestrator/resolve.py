@@ -19,7 +19,7 @@ from air_core.datasets.class_folders import class_files
 from air_core.flat import from_flat
 from air_core.paradigms import TooFewImages, split_positions
 from air_core.seal import sealed_json
-from air_core.specs import Ref, SplitSettings, TrialSpec, uses_images
+from air_core.specs import CodeVersions, Ref, SplitSettings, TrialSpec, reader_of, uses_images
 from air_core.tokens import check_room
 from air_core.weights import GENERATORS as PIPELINES
 from air_core.weights import (
@@ -29,6 +29,7 @@ from air_core.weights import (
     weights_files,
     weights_settings,
 )
+from orchestrator.code_version import uncovered
 from orchestrator.failures import no_room
 from orchestrator.files import file_digest, file_stamp, write_whole
 from orchestrator.keys import digest
@@ -56,10 +57,12 @@ class Resolver:
     Args:
         cache: a JSON file for digests.
         data_root: folder of real datasets.
+        versions: of the code of an earlier run, by part; None: of the code here.
     """
 
     cache: Path
     data_root: Path | None
+    versions: Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
         # Stamp and digest by path; an entry of another shape is one of an earlier version.
@@ -69,6 +72,7 @@ class Resolver:
         self._datasets: dict[str, DatasetInput] = {}
         self._labels: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # and parts, of a dataset
         self._split: set[tuple[str, SplitSettings]] = set()  # those that can be made
+        self._code: dict[str, str] = {}
         self._ready: dict[str, tuple[int, str]] = {}  # fewest images, and of which class
 
     def trial(self, flat: dict[str, Any]) -> TrialSpec:
@@ -89,6 +93,7 @@ class Resolver:
             datasets.append(self.named(flat["test_dataset"]))
             refs["test_dataset"] = datasets[-1].ref
         trial = from_flat(flat, refs, dataset.classnames)
+        trial = replace(trial, code=self.code([one.ref.name for one in datasets]))
         # Where no images are used, the generator need not be there.
         if uses_images(trial):
             trial = replace(trial, generator=self.weights("generator", flat["generator"]))
@@ -139,6 +144,14 @@ class Resolver:
                 f"images_per_class is {trial.images_per_class}; add some or ask for fewer"
             )
 
+    def code(self, datasets: Sequence[str]) -> CodeVersions:
+        """The versions of the code that no recipe number covers."""
+        if self.versions is not None:
+            return tuple(self.versions.items())
+        found = uncovered(*map(reader_of, datasets))
+        self._code |= found
+        return found
+
     def named(self, name: str) -> DatasetInput:
         """A dataset by name. Raises as `get_dataset`, and where its files are missing."""
         if name not in self._datasets:
@@ -170,6 +183,7 @@ class Resolver:
         return {
             "datasets": {name: asdict(target) for name, target in self._datasets.items()},
             "weights": {f"{role} {ref.name}": ref.digest for role, ref in weights},
+            "code": self._code,
         }
 
     def weights(self, role: str, name: str) -> Ref:
@@ -234,6 +248,7 @@ class RecordedResolver(Resolver):
             for name, of in inputs["datasets"].items()
         }
         self._weights: Mapping[str, str] = inputs["weights"]
+        self.versions = inputs.get("code", {})
 
     def named(self, name: str) -> DatasetInput:
         """

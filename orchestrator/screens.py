@@ -15,7 +15,6 @@ from orchestrator.closing import facts_of, next_facts, title_of
 from orchestrator.driver import does_not_fit
 from orchestrator.estimate import Estimate
 from orchestrator.failures import CLASSES
-from orchestrator.freshness import remedy
 from orchestrator.place import Place
 from orchestrator.plan import Plan, changed_inputs, plan_sweep
 from orchestrator.report import counted, shown
@@ -58,9 +57,6 @@ def plan_screen(
     lines += ["", f"  {_time_left(plan)}"]
     problem = does_not_fit(plan, place.store)
     lines += [f"  it would not start: {problem}"] if problem else []
-    stale = plan.stale(place.store)
-    lines += [f"  {one}" for one in stale]
-    lines += [f"  {remedy(stale)}"] if stale else []
     lines += [f"  note: {note}" for note in notes_of(plan.sweep)]
     varied = plan.sweep.seeds.vary
     if "split_seed" in varied:

@@ -17,14 +17,13 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
-from air_core.auxiliary import auxiliary_classifier
-from air_core.classifiers import fuse, text_classifier
+from air_core.classifiers import text_classifier
 from air_core.datasets import Examples
 from air_core.datasets.images import BAD_SHARE, Unreadable
-from air_core.diffusion.lora import train_lora
+from air_core.diffusion.lora import square, train_lora
+from air_core.lora_labels import first_of_each_class, most_confident
 from air_core.paradigms import make_split
-from air_core.pseudo_labels.top_k import balanced_choice
-from air_core.specs import AuxiliarySettings, FeaturesSpec, LabelsSpec, LoraSpec, SplitSettings
+from air_core.specs import FeaturesSpec, LabelsSpec, LoraSpec, SplitSettings
 from air_core.types import Batch, Labelled, Split
 from orchestrator.dataset_text import DatasetText, text_of
 from orchestrator.image_rows import read_synthetic
@@ -34,9 +33,6 @@ from orchestrator.workshop import Workshop
 
 PARTS = ("train", "val", "test", "free", "bad")
 CHUNK = 512  # images that are decoded at a time
-# How a later LoRA round's labels are chosen; the same in every world.
-RELABEL = AuxiliarySettings(kind="lda")
-RELABEL_WEIGHT = 0.5
 
 
 # ---------------------------------------------------------------- features
@@ -147,11 +143,12 @@ def build_labels(spec: LabelsSpec, shop: Workshop) -> Artifact:
 
     def build(folder: Path) -> dict[str, Any]:
         target = read_target(spec.features, spec.split, shop.store)
+        split, k = target.split, spec.settings.k
         parts = []
         if spec.source != "labelled":
             parts.append(pseudo_labelled(spec, target, shop))
-        if spec.source != "pseudo" and len(target.split.labelled):
-            parts.append(_labelled(target, spec.settings.k))
+        if spec.source != "pseudo" and len(split.labelled):
+            parts.append(first_of_each_class(split.labelled, target.labels[split.labelled], k))
         if not parts:
             raise ValueError("lora.source is labelled, but ul has no labels: use pseudo or all")
         index, labels = (torch.cat(columns) for columns in zip(*parts, strict=True))
@@ -164,36 +161,21 @@ def build_labels(spec: LabelsSpec, shop: Workshop) -> Artifact:
 
 
 def pseudo_labelled(spec: LabelsSpec, target: Target, shop: Workshop) -> tuple[Tensor, Tensor]:
-    """Positions and classes of the k pool images of each class that CLIP is most sure of."""
-    dataset = target.text
-    pool = target.batch(target.split.pool)
+    """Positions in the dataset, and classes, of the pool images that a LoRA is trained on."""
+    dataset, split = target.text, target.split
     text = text_classifier(
         shop.backbone(spec.features.backbone, spec.features.precision),
         dataset.classnames,
         dataset.template,
     )
-    unseen = target.split.unseen
-    classes = torch.arange(len(dataset.classnames)) if unseen is None else unseen
-    auxiliary = None
+    bank = None
     if spec.images is not None:
+        classes = None if split.unseen is None else split.unseen.tolist()
         count = spec.settings.images_per_class
-        bank = read_synthetic(spec.images, count, shop.store, classes.tolist()).among(classes)
-        auxiliary = auxiliary_classifier(RELABEL, bank, None, pool, len(classes), text.sharpness)
-    believed = fuse(
-        text, auxiliary, pool, RELABEL_WEIGHT, RELABEL.temperature, "probability", unseen
-    )
-    places = torch.full((len(classes),), spec.settings.k)
-    taken = balanced_choice(believed.pool_scores(pool), places)
-    chosen = (taken >= 0).nonzero().flatten()
-    return target.split.pool[chosen], classes[taken[chosen]]
-
-
-def _labelled(target: Target, k: int) -> tuple[Tensor, Tensor]:
-    """Positions and classes of labelled images, at most k of each class."""
-    index = target.split.labelled
-    labels = target.labels[index]
-    kept = torch.cat([index[labels == c][:k] for c in sorted(set(labels.tolist()))])
-    return kept, target.labels[kept]
+        bank = read_synthetic(spec.images, count, shop.store, classes)
+    pool = target.batch(split.pool)
+    chosen, labels = most_confident(text, pool, spec.settings.k, split.unseen, bank)
+    return split.pool[chosen], labels
 
 
 def build_lora(
@@ -230,12 +212,3 @@ def build_lora(
     made = shop.store.get_or_build(spec, build)
     kept.drop()
     return made
-
-
-def square(image: Image.Image, size: int) -> np.ndarray:
-    """(size, size, 3) uint8: the shorter side resized, the centre kept."""
-    scale = size / min(image.size)
-    width, height = (max(size, round(side * scale)) for side in image.size)
-    image = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
-    return np.asarray(image.crop((left, top, left + size, top + size)))

@@ -30,19 +30,18 @@ from pathlib import Path
 from typing import Any
 
 from air_core.seal import sealed_json
+from orchestrator import code_version
 from orchestrator.files import barred, file_digest, make_folders, sync, write_beside, write_whole
 from orchestrator.keys import RECIPES, ArtifactKey, Stage, artifact_key
 from orchestrator.locks import Locks, StoreRefused
 from orchestrator.mirror import RECORD, Mirror, mirror_root
-from orchestrator.reached import code_of
 from orchestrator.remote import S3, folder_of, parse, scheme_of, side_by_side
 from orchestrator.rows import Row
 from orchestrator.verification import DamagedArtifact, parse_record, read_record, verify_files
 
 VERSION = "1"
 ROW = "row.json"  # of a row, as record.json is of an artifact
-CODE = "code"  # folder: what each code that made something was made of
-UNFINISHED = "unfinished"  # folder: what long work has so far, `<12 digits of its key>-<code>`
+UNFINISHED = "unfinished"  # folder: what long work has so far, `<12 digits of its key>`
 ROWS = ("images", "synthetic")  # stages that are rows
 DAMAGED = ".damaged-"  # how names of damaged artifacts and shards begin that were set aside
 WRITTEN = ("*", "artifacts/*", "artifacts/*/*", "sweeps/*", "mlartifacts/*/*")  # folders, by a run
@@ -324,7 +323,7 @@ class ArtifactStore:
                 "host": socket.gethostname(),
                 **maker(),
                 **devices(),
-                "code": self._note_code(spec),
+                "code": code_version.version(key.stage),
                 "versions": versions(),
                 "files": {p.name: file_digest(p) for p in sorted(work.iterdir())},
             }
@@ -358,54 +357,9 @@ class ArtifactStore:
                 "sweep runs"
             )
 
-    def code(self, spec: Stage) -> str | None:
-        """Digest of the code that made an artifact or row; None: it is not there, or nobody
-        noted it."""
-        path = self.path(artifact_key(spec))
-        if self.mirror is not None:
-            return self._code_in_bucket(spec, path, self.mirror)
-        for name in (RECORD, ROW):
-            with suppress(FileNotFoundError):
-                code: str | None = read_record(path / name).get("code")
-                return code
-        return None
-
-    def _code_in_bucket(self, spec: Stage, path: Path, mirror: Mirror) -> str | None:
-        key = artifact_key(spec)
-        data = None
-        if RECIPES[type(spec)][0] in ROWS:
-            if ROW in mirror.shards(key):
-                mirror.pull_shards(key, path, [ROW])
-                data = (path / ROW).read_bytes()
-        elif self.has(spec):
-            data = mirror.record(key)
-        code: str | None = None if data is None else parse_record(data, path / RECORD).get("code")
-        return code
-
-    def code_parts(self, digest: str) -> dict[str, str]:
-        """What that code was made of: hashes by qualified name; empty where nobody noted it."""
-        place = self.root / CODE / f"{digest}.json"
-        if not place.exists():
-            self.refresh(place)
-        try:
-            parts: dict[str, str] = json.loads(place.read_text())
-        except FileNotFoundError:
-            return {}
-        return parts
-
-    def _note_code(self, spec: Stage) -> str:
-        code = code_of(spec)
-        place = self.root / CODE / f"{code.digest}.json"
-        if not place.exists():
-            place.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(place, json.dumps(code.parts, indent=1, sort_keys=True))
-            if self.mirror is not None:
-                self.mirror.push_once(place)
-        return code.digest
-
     def unfinished(self, spec: Stage) -> Unfinished:
-        """A file for work that takes long, of this code."""
-        name = f"{artifact_key(spec).digest[:12]}-{code_of(spec).digest}.safetensors"
+        """A file for work that takes long."""
+        name = f"{artifact_key(spec).digest[:12]}.safetensors"
         return Unfinished(self.root / UNFINISHED / name, self.mirror)
 
     def row(self, spec: Stage) -> Row:
@@ -427,7 +381,7 @@ class ArtifactStore:
                 "spec": asdict(spec),
                 "started": time.time(),
                 **maker(),
-                "code": self._note_code(spec),
+                "code": code_version.version(row.key.stage),
             }
             sealed = sealed_json(known)
             if self.mirror is not None:

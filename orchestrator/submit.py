@@ -423,14 +423,11 @@ class _Log:
 # ---------------------------------------------------------------- commands
 
 
-def entrypoint(
-    asked: Asked, to: Destination, spec: str, accept_code: Sequence[str], python: str
-) -> str:
+def entrypoint(asked: Asked, to: Destination, spec: str, python: str) -> str:
     """What the job runs."""
     words = [python, "-m", "orchestrator", "run", spec, "--store", to.store]
     for option, value in (("--data-root", to.data_root), ("--tracking-uri", to.tracking_uri)):
         words += [option, value] if value else []
-    words += [word for stage in accept_code for word in ("--accept-code", stage)]
     return shlex.join([*words, *asked.options])
 
 

@@ -16,12 +16,10 @@ from typing import Any
 
 from orchestrator.inventory import UNKNOWN, Holding, Inventory, Loose
 from orchestrator.locks import LOCKS, STORE_LOCK
-from orchestrator.makers import Block
 from orchestrator.mirror import RECORD
 from orchestrator.recorded import Needs, Shards, merged
 
 NOT_REMOVED = "could not be removed: it is a link, or in a folder of somebody else"
-NO_OWNERS: Mapping[Block, str] = {}
 LEFT_FOR = 24 * 3600.0  # seconds: what is younger may have a maker on another machine
 
 
@@ -82,17 +80,13 @@ def needless(
     needs: Needs,
     me: str,
     all_users: bool,
-    owners: Mapping[Block, str] = NO_OWNERS,
 ) -> Spoils:
-    """What no recorded sweep needs, and leftovers; of `me` alone, or of all users.
-
-    Args:
-        owners: of blocks that others have added to a row.
+    """What no recorded sweep needs, and leftovers; of `me` alone, or of all users. A row of images
+    belongs to the user who began it.
     """
     needed = merged(part for one in needs.asked for part in one.artifacts.items())
-    owners = NO_OWNERS if all_users else owners
-    found = [one for holding in inventory.holdings for one in _beyond(holding, needed, owners)]
-    found += [*_unfinished(inventory, needed, me), *_codes(inventory, me)]
+    found = [one for holding in inventory.holdings for one in _beyond(holding, needed)]
+    found += _unfinished(inventory, needed, me)
     return _spoils(inventory.root, [*found, *_left(inventory, me)], me, all_users)
 
 
@@ -102,19 +96,17 @@ def needed_by_one(
     sweep: str,
     me: str,
     all_users: bool,
-    owners: Mapping[Block, str] = NO_OWNERS,
 ) -> Spoils:
     """What this recorded sweep needs and no other."""
-    owners = NO_OWNERS if all_users else owners
     of = merged(p for one in needs.asked if one.sweep == sweep for p in one.artifacts.items())
     rest = merged(p for one in needs.asked if one.sweep != sweep for p in one.artifacts.items())
     found: list[Removal] = []
     for holding in inventory.holdings:
         digest = holding.digest
         if digest in of and digest not in rest:
-            found += _whole(holding, f"only {sweep} needs it", owners)
+            found.append(_whole(holding, f"only {sweep} needs it"))
         elif digest in of:
-            found += _some(holding, of[digest] - rest[digest], f"only {sweep} needs these", owners)
+            found += _some(holding, of[digest] - rest[digest], f"only {sweep} needs these")
     return replace(_spoils(inventory.root, found, me, all_users), sweep=sweep)
 
 
@@ -165,35 +157,22 @@ def _spoils(root: Path, found: Collection[Removal], me: str, all_users: bool) ->
     return Spoils(root, tuple(groups[True]), tuple(groups[False]))
 
 
-def _beyond(
-    holding: Holding, needed: Mapping[str, Shards], owners: Mapping[Block, str]
-) -> Iterator[Removal]:
+def _beyond(holding: Holding, needed: Mapping[str, Shards]) -> Iterator[Removal]:
     if holding.digest not in needed:
-        yield from _whole(holding, "no sweep needs it", owners)
+        yield _whole(holding, "no sweep needs it")
     else:
         beyond = frozenset(holding.shards) - needed[holding.digest]
-        yield from _some(holding, beyond, "beyond what any sweep needs", owners)
+        yield from _some(holding, beyond, "beyond what any sweep needs")
 
 
-def _whole(holding: Holding, why: str, owners: Mapping[Block, str]) -> Iterator[Removal]:
-    if {_owner_of(holding, place, owners) for place in holding.shards} <= {holding.user}:
-        yield Removal(holding.path, why, holding.bytes, holding.user)
-    else:  # a row that several have drawn goes block by block, and what is left of it with the next
-        yield from _some(holding, frozenset(holding.shards), why, owners)
+def _whole(holding: Holding, why: str) -> Removal:
+    return Removal(holding.path, why, holding.bytes, holding.user)
 
 
-def _some(
-    holding: Holding, shards: Shards, why: str, owners: Mapping[Block, str]
-) -> Iterator[Removal]:
-    names: dict[str, list[str]] = {}
-    for place in sorted(shards & holding.shards.keys()):
-        names.setdefault(_owner_of(holding, place, owners), []).append(holding.shards[place])
-    for user, of in names.items():
-        yield Removal(holding.path, why, sum(holding.files[n] for n in of), user, tuple(of))
-
-
-def _owner_of(holding: Holding, place: tuple[int, int], owners: Mapping[Block, str]) -> str:
-    return owners.get((holding.digest, *place), holding.user)
+def _some(holding: Holding, shards: Shards, why: str) -> Iterator[Removal]:
+    names = tuple(holding.shards[place] for place in sorted(shards & holding.shards.keys()))
+    if names:
+        yield Removal(holding.path, why, sum(holding.files[n] for n in names), holding.user, names)
 
 
 def _unfinished(inventory: Inventory, needed: Mapping[str, Shards], me: str) -> Iterator[Removal]:
@@ -204,14 +183,6 @@ def _unfinished(inventory: Inventory, needed: Mapping[str, Shards], me: str) -> 
             yield _loose(one, "of an artifact that is whole", me)
         elif one.digest not in needed:
             yield _loose(one, "no sweep needs what it would become", me)
-
-
-def _codes(inventory: Inventory, me: str) -> Iterator[Removal]:
-    # What goes in the same run is still there: its code goes with the next.
-    named = {holding.record.get("code") for holding in inventory.holdings}
-    for one in inventory.codes:
-        if one.digest not in named:
-            yield _loose(one, "parts of a code that no record names", me)
 
 
 def _left(inventory: Inventory, me: str) -> Iterator[Removal]:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from air_core.seal import sealed_json
 from orchestrator.ledger import CRASH_AT
 from tests.sweeps import (
     airsweep,
@@ -261,29 +260,3 @@ def test_another_sweep_reuses_what_this_one_computed(spec, whole, drawn_digits):
     plan = json.loads(airsweep("plan", more, "--store", whole, "--json").stdout)
     assert plan["trials"] == {"total": 18, "done": 0, "reused": 5, "pruned": 0, "to_run": 13}
     assert plan["reused_from"] == {"default/search": 3}  # zero_shot once, fpl twice
-
-
-def test_what_other_code_made_is_refused_until_somebody_accepts_it(spec, whole, tmp_path):
-    store = tmp_path / "stale"
-    shutil.copytree(whole, store)
-    (record,) = (store / "artifacts" / "features").glob("*/*/record.json")
-    made = json.loads(record.read_text())
-    parts = json.loads((store / "code" / f"{made['code']}.json").read_text())
-    parts["air_core.datasets.digits.DATASET"] = "0" * 12  # as if a constant of it was another
-    (store / "code" / "earlier.json").write_text(json.dumps(parts))
-    record.write_bytes(sealed_json({**made, "code": "earlier"}))
-
-    refused = airsweep("run", spec, "--store", store, check=False)
-    assert refused.returncode == 3
-    assert "features: code changed since 1 was made (air_core/datasets/digits.py: DATASET)" in (
-        refused.stderr
-    )
-    plan = json.loads(airsweep("plan", spec, "--store", store, "--json").stdout)
-    assert plan["stale"] == [
-        {"stage": "features", "artifacts": 1, "changed": ["air_core/datasets/digits.py: DATASET"]}
-    ]
-    wrong = airsweep("run", spec, "--store", store, "--accept-code", "images", check=False)
-    assert wrong.returncode == 3
-    airsweep("run", spec, "--store", store, "--accept-code", "features")
-    airsweep("run", spec, "--store", store)
-    assert json.loads((store / "accepted_code.jsonl").read_text())["stage"] == "features"

@@ -22,6 +22,7 @@ from air_core.specs import FolderImages, GeneratedImages
 # Largest spread of a rejected image, in the 256 levels of a channel: below what noise on an empty
 # ground leaves, and far below any drawing or photograph.
 FLAT = 4.0
+ATTEMPTS = 3  # draws of one image before it is given up
 
 
 class ImageGenerator(Protocol):
@@ -84,6 +85,29 @@ def load_generator(
             from air_core.diffusion.folder import FolderGenerator
 
             return FolderGenerator(model, images.classnames, images.size)
+
+
+def draw(
+    generator: ImageGenerator, classname: str, indices: Sequence[int]
+) -> tuple[Tensor, list[int], list[bool]]:
+    """Images of one class as one batch. A rejected one is drawn again within the same batch, with
+    its next attempt, and only that one is replaced; after ATTEMPTS it is given up.
+
+    Returns:
+        (B, H, W, 3) uint8; by image the attempt that was kept; by image whether it is usable.
+    """
+    attempts = [0] * len(indices)
+    pixels = generator.generate(classname, indices, attempts)
+    bad = rejected(pixels)
+    for attempt in range(1, ATTEMPTS):
+        if not bad.any():
+            break
+        again = generator.generate(classname, indices, [attempt * one for one in bad.tolist()])
+        for slot in bad.nonzero().flatten().tolist():
+            pixels[slot] = again[slot]
+            attempts[slot] = attempt
+        bad = rejected(pixels)
+    return pixels, attempts, (~bad).tolist()
 
 
 def image_seed(generation_seed: int, classname: str, index: int, attempt: int) -> int:

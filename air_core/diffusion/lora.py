@@ -19,8 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.nn import Parameter
@@ -44,6 +46,15 @@ WEIGHT_DECAY = 1e-2
 CLIP = 1.0  # largest norm of the gradient
 KEEP_EVERY = 120.0  # seconds between two writes of an unfinished training
 CHUNK = 16  # images that are encoded at once
+
+
+def square(image: Image.Image, size: int) -> np.ndarray:
+    """(size, size, 3) uint8: the shorter side resized, the centre kept."""
+    scale = size / min(image.size)
+    width, height = (max(size, round(side * scale)) for side in image.size)
+    image = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
 def train_lora(

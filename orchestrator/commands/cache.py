@@ -83,7 +83,6 @@ def cache_gc(
     """
     from orchestrator.cache_screen import spoils_screen
     from orchestrator.inventory import take_inventory
-    from orchestrator.makers import makers_of, owners
     from orchestrator.place import whoami
     from orchestrator.recorded import all_needs, refuse_running
     from orchestrator.store import open_store
@@ -103,12 +102,11 @@ def cache_gc(
         inventory = take_inventory(opened)
         needs = all_needs(opened, data_root)
         refuse_unread(needs, opened.root)
-        whose = owners(inventory, makers_of(opened))
         if place is None:
-            spoils = needless(inventory, needs, whoami(), all_users, whose)
+            spoils = needless(inventory, needs, whoami(), all_users)
         else:
             of = f"{place.project}/{place.name}"
-            spoils = needed_by_one(inventory, needs, of, whoami(), all_users, whose)
+            spoils = needed_by_one(inventory, needs, of, whoami(), all_users)
         if yes:
             spoils = remove(spoils)
     show(json.dumps(spoils.json(yes), indent=1) if as_json else spoils_screen(spoils, yes))

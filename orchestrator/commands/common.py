@@ -60,14 +60,6 @@ TrackingOption = Annotated[
     ),
 ]
 
-AcceptOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--accept-code",
-        metavar="STAGE",
-        help="count what other code has made, since it would be the same; features, images, ...",
-    ),
-]
 ChecksumOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -129,7 +121,7 @@ class Outcome:
 
 
 def results_of(name: str, store: str, data_root: Path | None) -> Outcome:
-    """A sweep's rows, with a note on stderr where other code made them.
+    """A sweep's rows.
 
     Raises:
         ValueError: there is no such sweep.
@@ -138,8 +130,6 @@ def results_of(name: str, store: str, data_root: Path | None) -> Outcome:
 
     sweep, place = recorded_sweep(name, store, data_root)
     plan = plan_of(sweep, place)
-    for old in plan.stale(place.store):
-        show(f"note: {old}", file=sys.stderr)
     entries = entries_of(plan, place.store)
     return Outcome(sweep, place, plan, entries, rows_of(plan, entries))
 

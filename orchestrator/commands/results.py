@@ -123,8 +123,6 @@ def report(
         fail(f"-o {output}: give a file in a folder that is there, such as report.html")
     sweep, place = recorded_sweep(name, store, data_root)
     found = evidence_of(sweep, place)
-    for old in found.plan.stale(place.store):
-        show(f"note: {old}", file=sys.stderr)
     text = page(found)
     write_whole(output, text)
     show(f"{output}  {len(text.encode()) / 1e6:.1f} MB", file=sys.stderr)

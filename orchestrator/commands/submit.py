@@ -13,7 +13,6 @@ import typer
 
 from orchestrator.commands.common import (
     STORE,
-    AcceptOption,
     DataOption,
     JsonOption,
     OnlyOption,
@@ -55,7 +54,6 @@ def submit(
     sets: SetOption = None,
     only: OnlyOption = None,
     smoke: SmokeOption = False,
-    accept_code: AcceptOption = None,
     env: Annotated[
         list[str] | None,
         typer.Option("--env", metavar="NAME[=VALUE]", help="a variable for the job; may repeat"),
@@ -80,13 +78,11 @@ def submit(
     --detach
     """
     from orchestrator import parcel
-    from orchestrator.door import check_stages
     from orchestrator.submit import Cluster, entrypoint
 
     asked = load(spec, sets, only, smoke)
     if as_json and not detach:
         raise ValueError("--json: what is followed is a log; allowed with --detach")
-    check_stages(accept_code or ())
     to = parcel.destination(asked, store, data_root, tracking_uri)
     with_code = parcel.code_named(code)
     variables = parcel.variables(asked, with_code, env or [])
@@ -94,7 +90,7 @@ def submit(
         packed = parcel.pack(asked, Path(folder), with_code)
         cluster = Cluster(address)
         _say(f"to {cluster.address} go {packed}")
-        what = entrypoint(asked, to, packed.spec, accept_code or [], python)
+        what = entrypoint(asked, to, packed.spec, python)
         job = cluster.submit(asked, to, packed, variables, what)
     if detach:
         _tell_started(cluster, job, as_json)

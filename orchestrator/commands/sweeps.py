@@ -11,7 +11,6 @@ import typer
 
 from orchestrator.commands.common import (
     STORE,
-    AcceptOption,
     DataOption,
     JsonOption,
     NameArgument,
@@ -94,7 +93,6 @@ def prepare(
     only: OnlyOption = None,
     smoke: SmokeOption = False,
     quiet: QuietOption = False,
-    accept_code: AcceptOption = None,
 ) -> None:
     """Make features, LoRA and images of a sweep, and run no trial.
 
@@ -104,8 +102,7 @@ def prepare(
     """
     asked = load(spec, sets, only, smoke)
     place = place_for(asked, store, data_root)
-    how: dict[str, Any] = {"prepare_only": True, "accept_code": accept_code or ()}
-    _execute(asked.spec, place, asked.origin, quiet, **how)
+    _execute(asked.spec, place, asked.origin, quiet, prepare_only=True)
 
 
 @app.command()
@@ -118,7 +115,6 @@ def run(
     only: OnlyOption = None,
     smoke: SmokeOption = False,
     quiet: QuietOption = False,
-    accept_code: AcceptOption = None,
 ) -> None:
     """Run a sweep, or go on with it; what is done is skipped.
 
@@ -128,8 +124,7 @@ def run(
     """
     asked = load(spec, sets, only, smoke)
     place = place_for(asked, store, data_root)
-    how: dict[str, Any] = {"tracking_uri": tracking_uri, "accept_code": accept_code or ()}
-    _execute(asked.spec, place, asked.origin, quiet, **how)
+    _execute(asked.spec, place, asked.origin, quiet, tracking_uri=tracking_uri)
 
 
 @app.command()

@@ -19,13 +19,11 @@ from air_core.seal import BLANK, sealed, sealed_json
 from air_core.specs import SyntheticFeaturesSpec
 from orchestrator.__main__ import main
 from orchestrator.estimate import remember
-from orchestrator.freshness import ACCEPTED
 from orchestrator.integrity import verify
 from orchestrator.inventory import take_inventory
 from orchestrator.locks import StoreRefused
 from orchestrator.place import Place
 from orchestrator.plan import plan_sweep
-from orchestrator.reached import code_digest
 from orchestrator.store import ArtifactStore
 from orchestrator.sweep_file import load_sweep
 from orchestrator.trial import PREDICTIONS
@@ -441,7 +439,7 @@ def flipped(file: Path, place: int) -> bytes:
     return data
 
 
-def test_unfinished_work_and_codes_are_listed_and_go_when_nothing_needs_them(world, cache):
+def test_unfinished_work_is_listed_and_goes_when_nothing_needs_it(world, cache):
     world.finish("one", AIR.format(count=8, rank=4))
     lora = next(world.store.artifacts.glob("lora/v1/*"))
     waiting = world.record("two", AIR.format(count=8, rank=8))
@@ -458,9 +456,6 @@ def test_unfinished_work_and_codes_are_listed_and_go_when_nothing_needs_them(wor
         save_file({"losses": np.zeros(4)}, file)
     half = kept.with_name(f".{kept.name}")
     half.write_bytes(b"x")
-    code = world.store.root / "code" / f"{code_digest({'air_core.method.learn': '0' * 12})}.json"
-    code.write_text(json.dumps({"air_core.method.learn": "0" * 12}))
-    codes = set(code.parent.iterdir())
 
     found = json.loads(cache("ls", "--json")[1])
     assert {one["path"]: one["needed_by"] for one in found["unfinished"]} == {
@@ -468,31 +463,24 @@ def test_unfinished_work_and_codes_are_listed_and_go_when_nothing_needs_them(wor
         f"unfinished/{whole.name}": ["default/one"],
         f"unfinished/{nobodys.name}": [],
     }
-    assert found["code"]["files"] == len(codes)
     assert "unfinished trainings: 3" in cache("ls")[1]
-    go = {str(file.relative_to(world.store.root)) for file in (whole, nobodys, code)}
+    go = {str(file.relative_to(world.store.root)) for file in (whole, nobodys)}
     assert set(gone(cache)) == go  # half a file is too young
     assert cache("verify")[0] == 0
     cache("gc", "--yes")
     assert set(kept.parent.iterdir()) == {kept, half}
-    assert set(code.parent.iterdir()) == codes - {code}
     assert gone(cache) == {}
 
 
 def test_verify_reads_what_lies_beside_the_artifacts(world, cache):
     world.finish("one", AIR.format(count=8, rank=4))
-    code = next((world.store.root / "code").iterdir())
-    code.write_text(code.read_text().replace("0", "1", 1))
-    accepted = world.store.root / ACCEPTED
-    accepted.write_text('{"stage": "images", "before": "0", "now": "1"}\n')
     checkpoint = world.store.root / "unfinished" / "0123456789ab-0123456789ab.safetensors"
     checkpoint.parent.mkdir()
     save_file({"losses": np.zeros(4)}, checkpoint)
-    assert {one.file for one in verify(take_inventory(world.store)).damaged} == {code}
+    assert verify(take_inventory(world.store)).damaged == ()
     checkpoint.write_bytes(checkpoint.read_bytes()[:-1])
-    accepted.write_text("{}\n")
     verdict = verify(take_inventory(world.store))
-    assert {one.file for one in verdict.damaged} == {code, accepted, checkpoint}
+    assert {one.file for one in verdict.damaged} == {checkpoint}
     assert all(one.remove == one.file for one in verdict.damaged)
 
 
@@ -517,8 +505,7 @@ def test_verify_finds_a_flipped_bit_in_any_file_and_says_what_to_remove(world, c
     files = len(world.files()) + len(BESIDE)
     assert cache("verify")[0] == 0
     sound = verify(take_inventory(world.store))
-    codes = len(list((world.store.root / "code").iterdir()))
-    assert (sound.files, sound.damaged, sound.unsealed) == (files + codes, (), 0)
+    assert (sound.files, sound.damaged, sound.unsealed) == (files, (), 0)
     for pattern in BESIDE:
         (file,) = world.store.root.glob(pattern)
         # Optuna's journal has no checksums: only a line that is no JSON is found.
@@ -572,7 +559,6 @@ def test_verify_goes_on_past_links_folders_and_json_of_another_shape(world, cach
     (labels / "record.json").write_text("[" * 100_000)
     (features.parent / "loop").symlink_to(features.parent / "loop")
     (features / "up").symlink_to(features.parent)
-    (root / "code" / "loop.json").symlink_to(root / "code" / "loop.json")
     (root / "history.json").mkdir()
     (root / "digests.json").write_text("[]")
     (place.folder / "resolved.json").write_text('"text"')

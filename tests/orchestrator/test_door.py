@@ -111,8 +111,6 @@ def test_bad_input_is_the_sentence_of_the_command(spec, tmp_path):
     assert str(caught.value) == airsweep("run", bad, check=False).stderr.strip()
     with pytest.raises(ValueError, match="no sweep default/nothing"):
         door.results("nothing", store=tmp_path)
-    with pytest.raises(ValueError, match="'imags' is no stage; allowed: features"):
-        door.run(spec, store=tmp_path / "runs", accept_code=["imags"])
     with pytest.raises(Refused, match="asks for 99 CPU"):
         door.run(spec, store=tmp_path / "runs", sets={"resources.trial.cpu": 99})
 
