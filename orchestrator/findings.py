@@ -17,9 +17,8 @@ from orchestrator.place import Place
 from orchestrator.plan import Plan
 from orchestrator.sweep import Resources
 
-CHECKS = ("answers", "versions", "code", "store", "room", "files", "gpu", "clock")
+CHECKS = ("answers", "versions", "code", "store", "room", "files", "gpu")
 FLOOR = 100 * 2**20  # bytes: with less no sweep starts
-SKEW = 30.0  # seconds by which clocks may differ
 SHARED = "a folder that every machine mounts at the same path, or s3://bucket/prefix"
 
 
@@ -97,7 +96,6 @@ class Seen:
     gpus: float = 0.0  # as Ray counts them
     gpu: Mapping[str, Any] | None = None  # of look.look_at_gpu; None: none was looked at
     echoed: bool = True  # the driver has read what it wrote
-    skew: float = 0.0  # seconds by which its clock is at least ahead of the driver's
 
 
 def judged(seen: Seen, here: Mapping[str, Any], store: str, left: int = 0) -> list[Finding]:
@@ -108,7 +106,7 @@ def judged(seen: Seen, here: Mapping[str, Any], store: str, left: int = 0) -> li
         left: bytes that are still to be made.
     """
     node, facts = seen.node, seen.facts
-    found = [
+    return [
         *_versions(node, facts["versions"], here["versions"]),
         *_code(node, facts["code"], here["code"]),
         *_store(node, facts["store"], store, seen.echoed),
@@ -116,11 +114,6 @@ def judged(seen: Seen, here: Mapping[str, Any], store: str, left: int = 0) -> li
         *_files(node, facts["files"], here["files"]),
         *_gpu(seen),
     ]
-    if abs(seen.skew) > SKEW:
-        way = "ahead of" if seen.skew > 0 else "behind"
-        problem = f"its clock is {abs(seen.skew):.0f} s {way} the driver's"
-        found.append(Finding(node, "clock", problem, "start a time service there", fatal=False))
-    return found
 
 
 def _versions(node: str, there: Mapping[str, str], here: Mapping[str, str]) -> list[Finding]:
@@ -230,8 +223,6 @@ def _gpu(seen: Seen) -> list[Finding]:
     problem = f"Ray counts {seen.gpus:g} GPU there; {problem}"
     if seen.gpu.get("busy"):
         return [Finding(seen.node, "gpu", problem, "look again later", fatal=False)]
-    driver = seen.facts["nvidia"]
-    problem += ", and NVIDIA's driver " + ("is not there" if driver is None else f"has {driver}")
     remedy = "mend what `nvidia-smi` and torch say there, or start its Ray with --num-gpus=0"
     return [Finding(seen.node, "gpu", problem, remedy)]
 

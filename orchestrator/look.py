@@ -7,7 +7,6 @@ nothing (`findings.py`), and loads torch only to look at a GPU.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import hashlib
 import importlib.util
@@ -50,8 +49,6 @@ def look(store: str, word: str, files: Sequence[tuple[str, str]], root: str, nam
         "code": code(),
         "store": in_bucket(store, word, name) if "://" in store else _folder(store, word, name),
         "files": [_files(role, what, root) for role, what in files],
-        "nvidia": devices(),
-        "clock": time.time(),
     }
 
 
@@ -179,18 +176,6 @@ def _print(files: Sequence[Path]) -> str:
 
 
 # ---------------------------------------------------------------- GPUs
-
-
-def devices() -> int | None:
-    """What NVIDIA's driver counts, without torch; None: there is no driver."""
-    try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
-        count = ctypes.c_uint()
-        if nvml.nvmlInit_v2() or nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)):
-            return None
-        return count.value
-    except (OSError, AttributeError):
-        return None
 
 
 def look_at_gpu() -> dict[str, Any]:

@@ -61,7 +61,6 @@ def looked_at(store: ArtifactStore, wanted: Wanted) -> list[Examined]:
     try:
         with word_in(store) as (word, echoed):
             asked = (store.name, word, wanted.files, str(wanted.data_root or ""))
-            began = time.time()
             looks = {key: _task(look.look, key, *asked, key) for key in nodes}
             uses = {
                 key: _task(look.look_at_gpu, key, num_gpus=min(1.0, _gpus(nodes[key])))
@@ -69,9 +68,11 @@ def looked_at(store: ArtifactStore, wanted: Wanted) -> list[Examined]:
             }
             tasks, lent = _begun(looks), _begun(uses)
             here = look.look(*asked, "here")
-            answers = _gathered(tasks, looks, began, ANSWER)
-            gpus = _gathered(lent, uses, began, FREE)
-            came = {key: isinstance(one, Answer) and echoed(key) for key, one in answers.items()}
+            answers = _gathered(tasks, looks, ANSWER)
+            gpus = _gathered(lent, uses, FREE)
+            came = {
+                key: not isinstance(one, Silence) and echoed(key) for key, one in answers.items()
+            }
     finally:
         cloudpickle.unregister_pickle_by_value(look)
     left_out = set() if wanted.files else {"files"}
@@ -81,7 +82,7 @@ def looked_at(store: ArtifactStore, wanted: Wanted) -> list[Examined]:
         if isinstance(answer, Silence):
             problems = [_silent(name, answer, gone=key not in alive)]
         else:
-            seen = Seen(name, answer.facts, _gpus(node), _used(gpu), came[key], answer.skew)
+            seen = Seen(name, answer, _gpus(node), _used(gpu), came[key])
             problems = judged(seen, here, store.name, wanted.left)
         also = frozenset(left_out if gpu else {*left_out, "gpu"})
         found.append(Examined(name, tuple(problems), also))
@@ -110,17 +111,12 @@ def _gpus(node: Mapping[str, Any]) -> float:
 
 
 @dataclass(frozen=True)
-class Answer:
-    facts: Mapping[str, Any]
-    skew: float
-
-
-@dataclass(frozen=True)
 class Silence:
     why: str
     late: bool  # else it failed
 
 
+Facts = Mapping[str, Any]  # what `look` gave on a machine
 Task = Callable[[], Any]  # begins it
 
 
@@ -136,14 +132,14 @@ def _begun(tasks: Mapping[str, Task]) -> dict[Any, str]:
 
 
 def _gathered(
-    waiting: dict[Any, str], tasks: Mapping[str, Task], began: float, seconds: float
-) -> dict[str, Answer | Silence]:
+    waiting: dict[Any, str], tasks: Mapping[str, Task], seconds: float
+) -> dict[str, Facts | Silence]:
     """By machine what it answered, or why it did not.
 
     A machine that has come just now may be unknown yet where tasks are scheduled: it is asked anew.
     """
     give_up = time.monotonic() + seconds
-    found: dict[str, Answer | Silence] = {}
+    found: dict[str, Facts | Silence] = {}
     while waiting:
         left = max(0.0, give_up - time.monotonic())
         done, _ = ray.wait(list(waiting), num_returns=1, timeout=left)
@@ -151,7 +147,7 @@ def _gathered(
             break
         key = waiting.pop(done[0])
         try:
-            facts = ray.get(done[0])
+            found[key] = ray.get(done[0])
         except Exception as problem:
             unknown = isinstance(problem, TaskUnschedulableError) and key in _alive()
             if unknown and time.monotonic() + ANEW < give_up:
@@ -160,19 +156,10 @@ def _gathered(
                 continue
             said = f"{type(problem).__name__}: {first_line(problem)}"
             found[key] = Silence(said, late=False)
-            continue
-        found[key] = Answer(facts, _skew(facts.get("clock"), began, time.time()))
     for task, key in waiting.items():
         ray.cancel(task, force=True)
         found[key] = Silence(f"no answer within {seconds:.0f} s", late=True)
     return found
-
-
-def _skew(clock: float | None, began: float, now: float) -> float:
-    """By how much a clock is off at least, that was read between two moments of ours."""
-    if clock is None or began <= clock <= now:
-        return 0.0
-    return clock - (now if clock > now else began)
 
 
 def _silent(name: str, silence: Silence, gone: bool) -> Finding:
@@ -185,9 +172,9 @@ def _silent(name: str, silence: Silence, gone: bool) -> Finding:
     return Finding(name, "answers", problem, remedy, fatal=not gone)
 
 
-def _used(gpu: Answer | Silence | None) -> Mapping[str, Any] | None:
+def _used(gpu: Facts | Silence | None) -> Mapping[str, Any] | None:
     """What came of a machine's GPU; None: it was not looked at."""
     if isinstance(gpu, Silence):
         why = "none of them was free, or torch is slow to start" if gpu.late else gpu.why
         return {"problem": why, "busy": gpu.late}
-    return None if gpu is None else gpu.facts
+    return gpu
