@@ -478,7 +478,7 @@ def _heard() -> None:
 
 
 def _lost(run: Run, logs: Path) -> None:
-    run.stopped = FAILED
+    run.stopped = run.stopped or FAILED
     log.error(
         "Ray died here: it was killed, or had no memory left; the same command goes on "
         f"(Ray's logs: {logs})"
