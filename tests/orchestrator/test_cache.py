@@ -291,40 +291,6 @@ def test_gc_touches_only_ones_own_and_the_unknown_on_demand(world, cache):
     assert world.held() == set(everything) - set(own)
 
 
-def test_gc_leaves_blocks_that_others_have_added_to_ones_own_row(world, cache):
-    world.finish("mine", AIR.format(count=8, rank=4))
-    place = world.finish("yours", AIR.format(count=16, rank=4), user="you")
-    ledger = place.ledger()
-    ledger.append("sweep_started", total=1, user="you")
-    plan = plan_sweep(load_sweep(place.folder / "spec.yaml"), world.store, place.resolver(), ledger)
-    row = max((n for n in plan.needs if n.stage == "images"), key=lambda n: n.images_per_class)
-    for c, block in row.shards():
-        if block == 1:
-            facts = {"class": c, "block": block, "drawn": 8, "holes": 0}
-            ledger.append(
-                "artifact_prepared", stage="images", key=str(row.key), seconds=1, facts=facts
-            )
-    folder = str(world.store.path(row.key).relative_to(world.store.artifacts))
-    # Her sweep is given up, and both are asked for its blocks: hers are beyond what mine needs.
-    (place.folder / "spec.yaml").write_text(
-        f"version: 1\nname: yours\n{AIR.format(count=8, rank=4)}"
-    )
-    code, out, _ = cache("gc", "--json")
-    found = json.loads(out)
-    assert (code, found["removals"]) == (0, [])
-    left = [one for one in found["others"] if one["path"] == f"artifacts/{folder}"]
-    assert [(one["user"], len(one["files"])) for one in left] == [("you", 10)]
-    assert folder in gone(cache, "--all-users")
-    # No sweep needs any of it: mine go, hers stay, and with --all-users the whole of it goes.
-    (world.store.root / "sweeps/default/mine").rename(world.store.root / "mine")
-    (place.folder / "spec.yaml").write_text("version: 1\nname: yours\nfixed: {method: zero_shot}\n")
-    assert len(gone(cache)[folder]["files"]) == 10
-    assert "files" not in gone(cache, "--all-users")[folder]
-    cache("gc", "--yes")
-    kept = world.store.row(row.spec.images).present(".parquet")
-    assert {block for _, block in kept} == {1}
-
-
 def test_nobody_owns_what_an_unknown_user_made(world, cache, monkeypatch):
     world.finish("one", AIR.format(count=8, rank=4), user="unknown")
     (world.store.root / "sweeps/default/one").rename(world.store.root / "given up")
@@ -571,7 +537,7 @@ def test_verify_goes_on_past_links_folders_and_json_of_another_shape(world, cach
         str(one.file.relative_to(root)): one for one in verify(take_inventory(world.store)).damaged
     }
     record = {f"{one.relative_to(root)}/record.json" for one in (features, lora, labels)}
-    beside = {"history.json", "digests.json", "code/loop.json"}
+    beside = {"history.json", "digests.json"}
     sweep = {
         f"{place.folder.relative_to(root)}/{name}" for name in ("resolved.json", "events.jsonl")
     }
