@@ -67,7 +67,7 @@ Z_95 = 1.959964  # two-sided 95 %
 Z_POWER_80 = 0.841621  # one-sided 80 %
 ALPHA = 0.05  # of a mark, after correction
 
-# What a mark needs, found by simulation (benchmarks/calibration.py, decision 37).
+# What a mark needs, found by simulation (benchmarks/calibration.py, docs/decisions.md).
 FEWEST_SEEDS = 3  # with one split, unless neither method has a seed
 FEWEST_SPLITS = 4  # with more than one
 FEWEST_IMAGES = 20  # on which the two differ

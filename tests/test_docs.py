@@ -135,13 +135,6 @@ def test_links_lead_to_files_that_are_there(page):
     assert not missing
 
 
-def test_each_decision_has_a_number_of_its_own():
-    files = sorted((ROOT / "docs" / "decisions").glob("*.md"))
-    heads = [file.read_text().partition(".")[0] for file in files]
-    assert heads == [f"# {number}" for number in range(1, len(files) + 1)]
-    assert [file.name[:4] for file in files] == [f"{n:04}" for n in range(1, len(files) + 1)]
-
-
 @EACH
 def test_whole_files_on_a_page_are_allowed(page, tmp_path):
     for block in blocks(page):
