@@ -25,7 +25,7 @@ from tests.sweeps import (
     write_sweep,
 )
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.integration, pytest.mark.ray]
 
 SWEEP = "fixed: {method: fpl, train.steps: 5}\nseeds: [1]\n"
 COMMIT = "0123abc"  # of a working directory without its .git

@@ -29,7 +29,7 @@ from tests.sweeps import (
     write_sweep,
 )
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.integration, pytest.mark.ray]
 
 NAME, BLOCK, CLASSES = "nodes", 4, 10
 # Two rows of images, so that the second can be drawn beside trials of the first.

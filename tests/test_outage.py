@@ -16,7 +16,7 @@ import pytest
 from tests.servers import MlflowServer, free_port
 from tests.sweeps import TIMEOUT, airsweep, count, environment, events, write_sweep
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.integration, pytest.mark.ray]
 
 SWEEP = """
 grid: {method: [zero_shot, fpl]}

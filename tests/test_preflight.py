@@ -27,7 +27,7 @@ from tests.disks import SmallDisk, small_disk
 from tests.servers import free_port, full_bucket
 from tests.sweeps import TIMEOUT, environment, table, write_sweep
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.integration, pytest.mark.ray]
 
 ROOT = Path(__file__).parents[1]
 SWEEP = "fixed: {method: fpl, train.steps: 3, prompt.length: 2}\nseeds: [1]\n"

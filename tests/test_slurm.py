@@ -15,8 +15,8 @@ from tests.slurm import MISSING, WHY, Slurm
 from tests.sweeps import TIMEOUT, all_runs, count, events, many_trials, table, write_sweep
 
 pytestmark = [
+    pytest.mark.integration,
     pytest.mark.ray,
-    pytest.mark.debian,
     pytest.mark.skipif(bool(MISSING), reason=WHY),
 ]
 

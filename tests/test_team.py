@@ -26,7 +26,7 @@ from tests.servers import free_port
 from tests.sweeps import TIMEOUT, count, environment, events, search_sweep, write_sweep
 from tests.team import HERE, HOST, MISSING, Team, basic, reader, team
 
-pytestmark = [pytest.mark.debian, pytest.mark.skipif(not HERE, reason=MISSING)]
+pytestmark = [pytest.mark.integration, pytest.mark.skipif(not HERE, reason=MISSING)]
 
 NAME = "shared"
 SHORT = ("--set", "search.points=2")
