@@ -11,7 +11,6 @@ for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "RAY_ADDRESS", "AIRSWEEP_ST
     os.environ.pop(name, None)
 
 import signal
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ from air_core.arithmetic import sums_in_one_order
 from air_core.specs import Ref, TrialSpec
 from orchestrator import presets
 from orchestrator.resolve import Resolver
+from tests.sweeps import in_this_process
 
 if TYPE_CHECKING:
     from tests.machines import Network
@@ -119,21 +119,23 @@ ROOT = Path(__file__).parents[1]
 
 
 LONG = (
-    "test_runs",
     "test_slurm",
-    "test_chaos",
     "test_preflight",
+    "test_chaos",
+    "test_runs",
+    "test_docs",
+    "test_team",
+    "test_submit",
+    "test_nodes",
+    "test_bucket",
     "test_trusted",
     "test_generation",
-    "test_nodes",
-    "test_job",
-    "test_submit",
     "test_tracking",
-    "test_team",
+    "test_job",
     "test_outage",
-    "test_bucket",
-    "test_docs",
     "test_browsing",
+    "test_any_trial",
+    "test_bundles",
 )  # files, the longest first
 
 
@@ -218,18 +220,11 @@ def bucket(s3_server, tmp_path, monkeypatch) -> str:
 
 
 @pytest.fixture
-def command(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
+def command() -> Callable[..., tuple[int, str, str]]:
     """Run airsweep here; its exit code, what it printed, what it said."""
-    from orchestrator.__main__ import main
 
     def run(*words: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["airsweep", *map(str, words)])
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        said = capsys.readouterr()
-        return code, said.out, said.err
+        done = in_this_process([*map(str, words)])
+        return done.returncode, done.stdout, done.stderr
 
     return run
