@@ -85,7 +85,7 @@ def environment(**more: str) -> dict[str, str]:
 
 
 # Commands that start nothing. They run in this process: to start Python takes seconds.
-LOOKS = ("cache", "plan", "status", "table")
+LOOKS = ("cache", "init", "plan", "report", "status", "table", "usage", "validate")
 
 
 def airsweep(

@@ -4,9 +4,8 @@ tracker over a trainable that writes numbers from its key. Run like the command.
     python -m tests.trivial run sweep.yaml --store runs
 
 Without words it runs the commands that it reads, each in a fork of itself; `Trivial` asks it to.
-With RAY_ADDRESS it joins that cluster, though its trials need none. AIRSWEEP_GATE is a folder in
-which every driver says that it could begin, and waits until `open` is there and for
-AIRSWEEP_GATE_SECONDS more; a trial takes AIRSWEEP_TRIAL_SECONDS.
+AIRSWEEP_GATE is a folder in which every driver says that it could begin, and waits until `open` is
+there; a trial takes AIRSWEEP_TRIAL_SECONDS.
 """
 
 from __future__ import annotations
@@ -128,7 +127,6 @@ def pass_gate() -> None:
         Path(gate, f"{os.getpid()}").touch()
         while not Path(gate, "open").exists():
             time.sleep(0.1)
-        time.sleep(float(os.environ.get("AIRSWEEP_GATE_SECONDS", "0")))
 
 
 def prepare(needs: Any, shop: Any, resources: Any, watcher: Any, shares: Any) -> None:
@@ -258,8 +256,6 @@ def run_forked() -> None:
 
 
 if __name__ == "__main__":
-    if os.environ.get("RAY_ADDRESS"):
-        del MODULES["orchestrator.session"]  # the real one
     for name, content in MODULES.items():
         module = types.ModuleType(name)
         module.__dict__.update(content)
