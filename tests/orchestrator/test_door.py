@@ -180,7 +180,7 @@ def test_who_has_started_ray_keeps_it(spec, tmp_path):
     code = (
         "import ray\n"
         "from orchestrator import door\n"
-        "ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)\n"
+        "ray.init('local', num_cpus=2, include_dashboard=False, log_to_driver=False)\n"
         f"done = door.prepare({str(spec)!r}, store={str(tmp_path / 'runs')!r})\n"
         "print(done.exit_code, ray.is_initialized())\n"
     )

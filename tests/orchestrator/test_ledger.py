@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 from orchestrator.ledger import Ledger, SweepBusy, mend_lines
-from tests.sweeps import TIMEOUT
 
 DRIVER = """
 import sys
@@ -126,7 +125,7 @@ def test_a_second_driver_is_refused_while_the_first_lives(tmp_path):
     with pytest.raises(SweepBusy, match="another driver runs this sweep"):
         second.lock()
     assert points(second) == [0]  # looking is allowed
-    first.communicate("go on\n", timeout=TIMEOUT)
+    first.communicate("go on\n", timeout=60)
     second.lock()
     second.append("point_asked", point=1)
     assert points(second) == [0, 1]
@@ -157,10 +156,10 @@ def flocked_by_who_looks(lock: Path) -> Iterator[None]:
 def test_a_killed_driver_frees_the_sweep(tmp_path):
     first = driver(tmp_path, 0)
     first.kill()
-    first.communicate(timeout=TIMEOUT)
+    first.communicate(timeout=60)
     assert first.returncode == -signal.SIGKILL
     second = driver(tmp_path, 1)
-    second.communicate("go on\n", timeout=TIMEOUT)
+    second.communicate("go on\n", timeout=60)
     assert second.returncode == 0
     assert points(Ledger(tmp_path)) == [0, 1]
 

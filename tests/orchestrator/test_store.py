@@ -30,7 +30,7 @@ from orchestrator.ledger import Ledger, SweepBusy
 from orchestrator.locks import StoreRefused
 from orchestrator.store import ArtifactStore, MissingArtifact, open_store
 from orchestrator.verification import DamagedArtifact
-from tests.sweeps import TIMEOUT, environment
+from tests.sweeps import environment
 
 SPEC = FeaturesSpec(dataset=Ref(name="digits", digest="d"), backbone=Ref(name="tiny", digest="b"))
 OTHER = replace(SPEC, backbone=Ref(name="large", digest="l"))
@@ -296,8 +296,8 @@ def test_who_asks_for_what_another_process_builds_waits_and_reads_it(store):
     first = builder(store, "first")
     second = asking(store, "second")
     assert select.select([second.stdout], [], [], A_WHILE)[0] == []
-    first.communicate("go on\n", timeout=TIMEOUT)
-    said, _ = second.communicate(timeout=TIMEOUT)
+    first.communicate("go on\n", timeout=60)
+    said, _ = second.communicate(timeout=60)
     assert (first.returncode, second.returncode, said) == (0, 0, "")
     assert store.get(SPEC).record["info"] == {"by": "first"}
     assert list((store.root / "locks").iterdir()) == []
@@ -307,8 +307,8 @@ def test_who_waits_for_a_builder_that_is_killed_builds(store):
     first = builder(store, "first")
     second = asking(store, "second")
     first.kill()
-    first.communicate(timeout=TIMEOUT)
-    said, _ = second.communicate("go on\n", timeout=TIMEOUT)
+    first.communicate(timeout=60)
+    said, _ = second.communicate("go on\n", timeout=60)
     assert (second.returncode, said) == (0, "begun\n")
     assert store.get(SPEC).record["info"] == {"by": "second"}
 
@@ -325,7 +325,7 @@ def test_two_builders_where_locks_do_not_work_end_with_one_artifact(store):
     (store.root / "locks").write_text("no folder, so nobody can make a lock in it")
     first, second = builder(store, "first"), builder(store, "second")
     for process in (second, first):
-        process.communicate("go on\n", timeout=TIMEOUT)
+        process.communicate("go on\n", timeout=60)
         assert process.returncode == 0
     assert len(folders(store)) == 1
     artifact = store.get(SPEC)
@@ -337,7 +337,7 @@ def test_two_builders_where_locks_do_not_work_end_with_one_artifact(store):
 def test_a_builder_killed_in_the_middle_leaves_nothing_that_counts(store):
     process = builder(store, "killed")
     process.kill()
-    process.communicate(timeout=TIMEOUT)
+    process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
     assert not store.has(SPEC)
     assert records(store) == []

@@ -894,7 +894,7 @@ def test_an_outage_is_survived_and_made_good(
         assert tracker.start(a_sweep()) == ""
     for seed in range(1, 6):
         tracker.trial(a_trial(seed=seed))
-    assert time.monotonic() - began < 600  # MLflow's defaults would wait for 20 minutes
+    assert time.monotonic() - began < 60  # MLflow's defaults would wait for 20 minutes
     assert [r.name for r in caplog.records] == ["orchestrator.tracking.mlflow"]  # one line
 
     tracker.point(a_point())
