@@ -2,9 +2,11 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 RUFF_PATHS := air_core orchestrator tests benchmarks
+PYTEST := $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+NOT_HERE := not gpu and not weights
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help quickstart test check pytest types format golden tiny-world chaos
+.PHONY: help quickstart test integration check pytest types format golden tiny-world
 
 help:           ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -12,17 +14,19 @@ help:           ## this list
 quickstart: .venv/done  ## set up, run sweeps/quickstart.yaml, print the table
 	@$(BIN)/airsweep run sweeps/quickstart.yaml
 
-test: .venv/done        ## set up, then all that CI runs
+test: .venv/done        ## set up, then check all that one machine can show, in ten minutes
 	@$(MAKE) --no-print-directory check
 
-check:          ## all that CI runs, in an environment that is there
+integration: .venv/done ## set up, then test on several machines, real servers and browsers
+	$(PYTEST) -m "integration and $(NOT_HERE)"
+
+check:          ## `make test` in an environment that exists: format, lint, types, imports, tests
 	$(BIN)/ruff format --check $(RUFF_PATHS)
 	$(BIN)/ruff check $(RUFF_PATHS)
 	@$(MAKE) --no-print-directory --jobs=2 pytest types
 
 pytest:
-	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
-	    -m "not gpu and not weights"
+	$(PYTEST) -m "not integration and $(NOT_HERE)"
 
 types:
 	$(BIN)/mypy
@@ -37,9 +41,6 @@ golden:         ## rewrite the golden files; review the diff
 
 tiny-world: .venv/done  ## pretrain the embedded CLIP and diffusion again (1.5 hours on one core)
 	$(BIN)/python -m air_core.tiny --work build/tiny_world --out air_core/tiny/weights
-
-chaos: .venv/done       ## kill the driver everywhere and look whether anything is lost
-	AIRSWEEP_CHAOS=1 $(BIN)/pytest -m "not gpu and not weights" tests/test_chaos.py tests/test_runs.py
 
 .venv/done: pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -17,6 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tests.sweeps import TIMEOUT
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 MISSING = "chromium is not here: apt-get install -y --no-install-recommends chromium"
 
@@ -67,7 +69,7 @@ class Browser:
         self._session = attached["sessionId"]
         self._resize(width, height)
 
-    def open(self, url: str, until: str, timeout: float = 60.0) -> float:
+    def open(self, url: str, until: str, timeout: float = TIMEOUT) -> float:
         """Go to a page and wait until an expression of JavaScript is true; return the seconds."""
         began = time.monotonic()
         self._ask("Page.navigate", url="about:blank")  # a new fragment alone would load nothing
@@ -75,7 +77,7 @@ class Browser:
         self.wait(until, timeout)
         return time.monotonic() - began
 
-    def wait(self, until: str, timeout: float = 60.0) -> None:
+    def wait(self, until: str, timeout: float = TIMEOUT) -> None:
         deadline = time.monotonic() + timeout
         tried = f"(() => {{ try {{ return Boolean({until}) }} catch {{ return false }} }})()"
         while not self.evaluate(tried):  # between two pages there is no document to ask
@@ -116,7 +118,7 @@ class Browser:
         if self._session:
             message["sessionId"] = self._session
         os.write(self._out, json.dumps(message).encode() + b"\0")
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + TIMEOUT
         while True:
             for answer in self._received(deadline):
                 if answer.get("id") == self._number:

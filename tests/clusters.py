@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 import pytest
 
 from tests.servers import free_port
-from tests.sweeps import environment
+from tests.sweeps import environment, wait_until
 
 BIN = Path(sys.executable).parent
 RAY = str(BIN / "ray")
@@ -75,11 +74,11 @@ class OneNode:
         return sum(node["Alive"] for node in self._cluster.global_state.node_table())
 
     def _until(self, count: int, process: subprocess.Popen[bytes] | None) -> None:
-        give_up = time.monotonic() + 120
-        while self.alive() != count:
+        def is_met() -> bool:
             assert process is None or process.poll() is None, process.communicate()[0].decode()
-            assert time.monotonic() < give_up, f"{self.alive()} machines, not {count}"
-            time.sleep(0.1)
+            return self.alive() == count
+
+        wait_until(is_met, lambda: f"{self.alive()} machines, not {count}")
 
     def shutdown(self) -> None:
         self._cluster.shutdown()
@@ -148,11 +147,12 @@ def head(jobs: bool = False, cpus: int = 1, **more: str) -> Iterator[str]:
 
 def _listens(address: str, process: subprocess.Popen[bytes]) -> None:
     host, _, port = address.partition(":")
-    give_up = time.monotonic() + 120
-    while True:
+
+    def is_there() -> bool:
+        assert process.poll() is None, process.communicate()[0].decode()
         with suppress(OSError):
             socket.create_connection((host, int(port)), timeout=5).close()
-            return
-        assert process.poll() is None, process.communicate()[0].decode()
-        assert time.monotonic() < give_up, "no head after two minutes"
-        time.sleep(0.2)
+            return True
+        return False
+
+    wait_until(is_there, lambda: f"no head at {address}")

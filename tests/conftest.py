@@ -10,18 +10,23 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "RAY_ADDRESS", "AIRSWEEP_STORE"):
     os.environ.pop(name, None)
 
-import sys
+import signal
+import time
+import uuid
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import hypothesis
+import psutil
 import pytest
 
 from air_core.arithmetic import sums_in_one_order
 from air_core.specs import Ref, TrialSpec
 from orchestrator import presets
 from orchestrator.resolve import Resolver
+from tests.sweeps import in_this_process
 
 if TYPE_CHECKING:
     from tests.machines import Network
@@ -29,9 +34,46 @@ if TYPE_CHECKING:
 
 sums_in_one_order()  # before any test computes
 
+# Every process that a test starts inherits this variable, and no process with it outlives the run.
+RUN = "AIRSWEEP_TEST_RUN"
+IS_FIRST = RUN not in os.environ  # the workers of pytest-xdist inherit it as well
+RUN_ID = os.environ.setdefault(RUN, uuid.uuid4().hex)
+os.environ["SPT_NOENV"] = "1"  # otherwise Ray's agents overwrite their environment with their title
+
 # A busy machine is slow, not wrong.
 hypothesis.settings.register_profile("airsweep", deadline=None)
 hypothesis.settings.load_profile("airsweep")
+
+
+def pytest_configure() -> None:
+    if IS_FIRST:
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.default_int_handler)  # as after Ctrl-C
+
+
+def pytest_unconfigure() -> None:
+    if IS_FIRST:
+        end_processes_of_this_run()
+
+
+def end_processes_of_this_run() -> None:
+    """Kill every process that the tests have started and that still runs."""
+    deadline = time.monotonic() + 60
+    while found := processes_of_this_run():
+        for process in found:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        assert time.monotonic() < deadline, f"these processes do not end: {found}"
+        time.sleep(0.1)
+
+
+def processes_of_this_run() -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.pid != os.getpid() and process.environ().get(RUN) == RUN_ID:
+                found.append(process)
+    return found
 
 
 @pytest.fixture(scope="session")
@@ -77,21 +119,23 @@ ROOT = Path(__file__).parents[1]
 
 
 LONG = (
-    "test_runs",
     "test_slurm",
-    "test_chaos",
     "test_preflight",
+    "test_chaos",
+    "test_runs",
+    "test_docs",
+    "test_team",
+    "test_submit",
+    "test_nodes",
+    "test_bucket",
     "test_trusted",
     "test_generation",
-    "test_nodes",
-    "test_job",
-    "test_submit",
     "test_tracking",
-    "test_team",
+    "test_job",
     "test_outage",
-    "test_bucket",
-    "test_docs",
     "test_browsing",
+    "test_any_trial",
+    "test_bundles",
 )  # files, the longest first
 
 
@@ -171,25 +215,16 @@ def s3_server() -> Iterator[S3Server]:
 @pytest.fixture
 def bucket(s3_server, tmp_path, monkeypatch) -> str:
     """The URI of a store that nobody has used; mirrors lie in this test's folder."""
-    import uuid
-
     monkeypatch.setenv("AIRSWEEP_CACHE", str(tmp_path / "mirrors"))
     return f"s3://air/{uuid.uuid4().hex[:8]}"
 
 
 @pytest.fixture
-def command(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
+def command() -> Callable[..., tuple[int, str, str]]:
     """Run airsweep here; its exit code, what it printed, what it said."""
-    from orchestrator.__main__ import main
 
     def run(*words: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["airsweep", *map(str, words)])
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        said = capsys.readouterr()
-        return code, said.out, said.err
+        done = in_this_process([*map(str, words)])
+        return done.returncode, done.stdout, done.stderr
 
     return run

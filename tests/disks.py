@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,6 +45,10 @@ class SmallDisk:
     def resize(self, size: int) -> None:
         remount = ["mount", "-o", f"remount,size={size}", str(self.place)]
         subprocess.run([*self.inside, *remount], check=True)
+
+    def clear(self) -> None:
+        for left in self.seen.iterdir():
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
 
     def close(self) -> None:
         self._keeper.communicate()

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.clusters import BIN
-from tests.sweeps import environment
+from tests.sweeps import TIMEOUT, environment
 
 ROOT = Path(__file__).parents[1]
 NETWORK = "10.213.7"
@@ -82,7 +82,7 @@ class Machine:
             env=self.environment(**more),
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=TIMEOUT,
         )
         assert not check or done.returncode == 0, done.stdout + done.stderr
         return done

@@ -8,7 +8,6 @@ import secrets
 import shutil
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,7 +19,7 @@ import pytest
 from tests.clusters import NODE, QUICK, RAY, without_token
 from tests.machines import Machine, Network
 from tests.servers import free_port
-from tests.sweeps import TIMEOUT
+from tests.sweeps import TIMEOUT, wait_until
 
 
 class Job:
@@ -38,16 +37,11 @@ class Job:
         raise AssertionError(f"it does not end; so far:\n{self.log()}")
 
     def until_said(self, said: str) -> None:
-        deadline = time.monotonic() + TIMEOUT
-        while said not in self.log():
+        def is_said() -> bool:
             assert not self.over(), self.log()
-            assert time.monotonic() < deadline, self.log()
-            time.sleep(0.2)
+            return said in self.log()
 
-    def leave(self) -> None:
-        """Follow it no longer."""
-        self._process.kill()
-        self._process.wait()
+        wait_until(is_said, self.log)
 
     def log(self) -> str:
         return self._log.read_text()
@@ -88,14 +82,9 @@ class Nodes:
         self._start(machine, f"--address={self.head.name}:6379", "--num-cpus=1")
         self.machines.append(machine)
 
-    def lose_everything(self) -> None:
-        """The power of all but the laptop, the driver of a job with it."""
-        for machine in (*self.machines, self.head):
-            machine.lose()
-
     def close(self) -> None:
-        self.lose_everything()
-        self.laptop.lose()
+        for machine in (*self.machines, self.head, self.laptop):
+            machine.lose()
 
     @property
     def address(self) -> str:
@@ -164,7 +153,7 @@ def scaling(monkeypatch: pytest.MonkeyPatch, most: int = 2) -> Iterator[str]:
         env={**os.environ, "RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"},
         check=True,
         capture_output=True,
-        timeout=300,
+        timeout=TIMEOUT,
     )
     try:
         yield f"127.0.0.1:{port}"

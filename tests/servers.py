@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.tracking import SERVER_ENVIRONMENT, serve_command
+from tests.sweeps import wait_until
 
 
 class MlflowProcess:
@@ -44,13 +44,15 @@ class MlflowProcess:
                 stderr=log,
                 start_new_session=True,  # its workers go with it
             )
-        for _ in range(600):
-            with contextlib.suppress(urllib.error.URLError, ConnectionError):
-                urllib.request.urlopen(f"{self.url}/health", timeout=5).close()
-                return
-            assert self._process.poll() is None, self.log.read_text()
-            time.sleep(0.2)
-        raise AssertionError(f"no server after two minutes: {self.log.read_text()}")
+        wait_until(self._answers, self.log.read_text)
+
+    def _answers(self) -> bool:
+        assert self._process is not None
+        assert self._process.poll() is None, self.log.read_text()
+        with contextlib.suppress(OSError):  # of HTTP, too
+            urllib.request.urlopen(f"{self.url}/health", timeout=5).close()
+            return True
+        return False
 
     def kill(self) -> None:
         """At once, as a power cut would."""

@@ -6,12 +6,11 @@ import os
 import secrets
 import shutil
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 from tests.machines import AS_ROOT, Machine, Network
-from tests.sweeps import TIMEOUT
+from tests.sweeps import wait_until
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 PATH = os.pathsep.join([os.environ["PATH"], "/usr/sbin"])
@@ -64,10 +63,8 @@ class Slurm:
         }
         self.control = self._machine(network, "control", "slurmctld", "-D", "-c")
         self.nodes = {name: self._machine(network, name, "slurmd", "-D") for name in NODES}
-        deadline = time.monotonic() + 120
-        while self.ask("sinfo", "--noheader", "--states=idle", "--format=%D", check=False) != "2":
-            assert time.monotonic() < deadline, self.log()
-            time.sleep(0.2)
+        idle = ("sinfo", "--noheader", "--states=idle", "--format=%D")
+        wait_until(lambda: self.ask(*idle, check=False) == "2", self.log, every=0.3)
 
     def _machine(self, network: Network, name: str, *daemon: str) -> Machine:
         machine, log = network.machine(name), self._folder / "log"
@@ -105,10 +102,9 @@ class Slurm:
         return self.ask("squeue", "--noheader", f"--jobs={job}", "--states=all", "--format=%T")
 
     def _until(self, job: str, met: Callable[[str], bool]) -> None:
-        deadline = time.monotonic() + TIMEOUT
-        while not met(state := self._state(job)):
-            assert time.monotonic() < deadline, f"job {job} stays {state}"
-            time.sleep(0.3)
+        wait_until(
+            lambda: met(self._state(job)), lambda: f"job {job} stays {self._state(job)}", 0.3
+        )
 
     def ended(self, job: str) -> tuple[str, str]:
         """Its last state and its exit code, as Slurm writes it, when all of it is over."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -9,11 +10,12 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 from air_core.seal import sealed_json
 from orchestrator.files import file_digest
@@ -59,6 +61,17 @@ seeds: [1]
 """
 
 
+def wait_until(
+    met: Callable[[], object], why: Callable[[], object] = lambda: "", every: float = 0.05
+) -> None:
+    """Wait for a condition, which is looked at `every` so many seconds; `why` explains afterwards
+    what was there instead."""
+    deadline = time.monotonic() + TIMEOUT
+    while not met():
+        assert time.monotonic() < deadline, why()
+        time.sleep(every)
+
+
 def write_sweep(folder: Path, name: str, body: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{name}.yaml"
@@ -71,21 +84,43 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": root, "NO_COLOR": "1", "OMP_NUM_THREADS": "1", **more}
 
 
+# Commands that start nothing. They run in this process: to start Python takes seconds.
+LOOKS = ("cache", "init", "plan", "report", "status", "table", "usage", "validate")
+
+
 def airsweep(
     *arguments: str | Path, check: bool = True, module: str = "orchestrator", **more: str
 ) -> subprocess.CompletedProcess[str]:
     """The command, or a module that takes its words, with `more` in its environment."""
-    done = subprocess.run(
-        [sys.executable, "-m", module, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=environment(**more),
-        timeout=TIMEOUT,
-        check=False,
-    )
+    words = [*map(str, arguments)]
+    if words[0] in LOOKS and module == "orchestrator" and not more:
+        done = in_this_process(words)
+    else:
+        done = subprocess.run(
+            [sys.executable, "-m", module, *words],
+            capture_output=True,
+            text=True,
+            env=environment(**more),
+            timeout=TIMEOUT,
+            check=False,
+        )
     if check:
         assert done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+def in_this_process(words: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run airsweep here."""
+    from orchestrator.__main__ import main
+
+    said, complained, code = io.StringIO(), io.StringIO(), 0
+    with redirect_stdout(said), redirect_stderr(complained), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["airsweep", *words])
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+    return subprocess.CompletedProcess(words, code, said.getvalue(), complained.getvalue())
 
 
 def run_and_kill_workers(

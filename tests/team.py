@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
@@ -23,6 +22,7 @@ from typing import Any
 
 from tests.documents import ROOT, blocks
 from tests.servers import MlflowProcess, S3Server, free_port
+from tests.sweeps import wait_until
 
 ADMIN = "admin"
 HOST = "mlflow.team.example"  # the name that a proxy in front of the server would have
@@ -84,12 +84,14 @@ class PostgresServer:
                 start_new_session=True,
                 cwd=self.folder,
             )
-        for _ in range(600):
-            with contextlib.suppress(Exception), contextlib.closing(self.connect("postgres")):
-                return
-            assert self._process.poll() is None, (self.folder / "log").read_text()
-            time.sleep(0.1)
-        raise AssertionError("no postgres after a minute")
+        wait_until(self._answers, (self.folder / "log").read_text)
+
+    def _answers(self) -> bool:
+        assert self._process is not None
+        assert self._process.poll() is None, (self.folder / "log").read_text()
+        with contextlib.suppress(Exception), contextlib.closing(self.connect("postgres")):
+            return True
+        return False
 
     def _make(self) -> None:
         assert PROGRAMS is not None

@@ -16,7 +16,10 @@ from tests.browser import CHROMIUM, MISSING, Browser
 from tests.servers import MlflowServer
 from tests.sweeps import airsweep, all_runs, environment, write_sweep
 
-pytestmark = [pytest.mark.debian, pytest.mark.skipif(CHROMIUM is None, reason=MISSING)]
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.skipif(CHROMIUM is None, reason=MISSING),
+]
 
 SWEEP = """
 grid: {{method: [zero_shot, cpl, air], images_per_class: [4, 8]}}

@@ -6,12 +6,9 @@ same command again ends the sweep as if nothing had happened. On a trainable tha
 from __future__ import annotations
 
 import json
-import os
-import random
 import shutil
-import subprocess
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -20,63 +17,145 @@ import pytest
 
 from orchestrator.ledger import CRASH_AT
 from orchestrator.search import open_storage
+from orchestrator.tracking.runs import create_database
 from tests.disks import PAGE, small_disk
 from tests.sweeps import (
     airsweep,
+    all_runs,
     begun_twice,
-    environment,
     events,
     search_sweep,
     table,
     write_sweep,
 )
+from tests.trivial import Trivial
 
-SAMPLES = None if os.environ.get("AIRSWEEP_CHAOS") else 5  # None: every event
-KINDS = {
-    "whole": {"host": "fpl"},
-    "pruned": {"host": "grip", "pruning": "{rule: halving, rungs: [1, 2]}"},  # fpl has one round
-}
+UNTRACKED = ("--tracking-uri", "none")
 
 
-def run(spec: Path, store: Path, crash_at: str = "") -> int:
-    done = said(spec, store, crash_at)
-    assert done.returncode in (0, -9), done.stderr
-    return done.returncode
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory, drawn_digits) -> Path:
+    pruning = "{rule: halving, rungs: [1, 2]}"
+    text = search_sweep(drawn_digits, host="grip", pruning=pruning)  # fpl has one round
+    return write_sweep(tmp_path_factory.mktemp("chaos"), "chaos", text)
 
 
-def said(
-    spec: Path, store: Path, crash_at: str = "", inside: Sequence[str] = ()
-) -> subprocess.CompletedProcess[str]:
-    tracking = ["--tracking-uri", f"jsonl:{store}/told.jsonl"]
-    command = [sys.executable, "-m", "tests.trivial", "run", str(spec), "--store", str(store)]
-    return subprocess.run(
-        [*inside, *command, *tracking],
-        capture_output=True,
-        text=True,
-        env=environment(**{CRASH_AT: crash_at}),
-        check=False,
+@pytest.fixture(scope="module")
+def trivial() -> Iterator[Trivial]:
+    with closing(Trivial()) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def database(spec) -> Path:
+    """An empty one of MLflow's, which takes seconds to make."""
+    file = spec.parent / "empty.db"
+    create_database(file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def calm(spec, trivial, database) -> Path:
+    """The store of a run that nobody disturbed."""
+    store = new_store(spec.parent / "calm", database)
+    done = trivial.run("run", spec, "--store", store)
+    assert done.returncode == 0, done.stderr
+    return store
+
+
+def new_store(folder: Path, database: Path) -> Path:
+    folder.mkdir()
+    shutil.copy(database, folder / "mlflow.db")
+    return folder
+
+
+FEW = 4
+
+
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.integration)])
+def test_killed_at_any_event_a_sweep_ends_as_if_nothing_had_happened(
+    spec, calm, trivial, database, tmp_path, every
+):
+    count = len(events(calm, "chaos"))
+    assert count > 40
+    expected, expected_runs = results(calm), in_mlflow(calm)
+    assert {"trial_done", "trial_reused", "trial_pruned"} == {*outcomes(calm).values()}
+    for number in range(1, count + 1, 1 if every else count // FEW):
+        store = new_store(tmp_path / str(number), database)
+        when = f"killed at event {number}"
+        done = trivial.run("run", spec, "--store", store, **{CRASH_AT: f"event:{number}"})
+        assert done.returncode == -9, (when, done.stderr)
+        done = trivial.run("run", spec, "--store", store, **{CRASH_AT: ""})
+        assert done.returncode == 0, (when, done.stderr)
+        assert results(store) == expected, when
+        assert in_mlflow(store) == expected_runs, when
+        assert_worked_once(store, calm, when)
+        shutil.rmtree(store)
+
+
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.integration)])
+def test_out_of_room_anywhere_a_sweep_stops_and_ends_as_if_nothing_had_happened(
+    spec, calm, trivial, tmp_path, every
+):
+    alone = tmp_path / "untracked"
+    done = trivial.run("run", spec, "--store", alone, *UNTRACKED)
+    assert done.returncode == 0, done.stderr
+    expected = results(calm)
+    files = [file for file in alone.rglob("*") if file.is_file()]
+    whole = sum(-(-file.stat().st_size // PAGE) for file in files)
+    sizes = range(2, whole - 8, whole // (30 if every else 3))
+    with small_disk(tmp_path / "small", whole * PAGE) as disk, closing(Trivial(disk.inside)) as run:
+        for pages in sizes:
+            when, store = f"no room beyond {pages} pages", disk.place
+            disk.resize(pages * PAGE)
+            done = run.run("run", spec, "--store", store, *UNTRACKED)
+            assert done.returncode == 1, (when, done.stderr)
+            last = done.stderr.splitlines()[-1]
+            assert last.startswith(f"airsweep: no room where the store lies, {store} "), when
+            assert "the same command goes on" in last
+            assert not [file for file in disk.seen.rglob(".*") if file.name != ".driver.lock"]
+            ends = [e for e in events(disk.seen, "chaos") if e["event"] == "sweep_ended"]
+            assert [end["exit_code"] for end in ends] in ([], [1]), when  # no room for it
+
+            disk.resize(64 * 2**20)
+            done = run.run("run", spec, "--store", store, *UNTRACKED)
+            assert done.returncode == 0, (when, done.stderr)
+            assert results(disk.seen) == expected, when
+            assert_worked_once(disk.seen, calm, when, redone=1)
+            disk.clear()
+
+
+def test_who_was_pruned_is_said_by_plan_status_table_and_tracker(spec, calm):
+    stopped = [slot for slot, end in outcomes(calm).items() if end == "trial_pruned"]
+    count = len(stopped)
+    plan = json.loads(airsweep("plan", spec, "--store", calm, "--json").stdout)["trials"]
+    assert (plan["pruned"], plan["to_run"]) == (count, 0)
+    assert plan["total"] == plan["done"] + plan["reused"] + count
+    shown = json.loads(airsweep("status", "chaos", "--store", calm, "--json").stdout)["trials"]
+    assert (shown["pruned"], shown["waiting"]) == (count, 0)
+    text = airsweep("table", "chaos", "--store", calm).stdout
+    assert f"{count // 2} points pruned early" in text
+    noted = {e["slot"]: e for e in events(calm, "chaos") if e["event"] == "trial_pruned"}
+    runs = [run for run in all_runs(calm) if run.data.tags.get("air.state") == "pruned"]
+    assert sorted(run.data.tags["air.slot"] for run in runs) == sorted(stopped)
+    for run in runs:
+        rung = noted[run.data.tags["air.slot"]]["rung"]
+        assert run.data.tags["air.pruned_after"] == str(rung)
+        assert list(run.data.metrics) == ["rung/mutual_information"]
+
+
+def in_mlflow(store: Path) -> list[Any]:
+    """Its runs, without what depends on the clock: none is lost, doubled or left open."""
+    return sorted(
+        (
+            run.data.tags["air.kind"],
+            run.data.tags.get("air.slot") or run.data.tags.get("air.point", ""),
+            run.info.status,
+            sorted(run.data.params.items()),
+            sorted(run.data.metrics.items()),
+        )
+        for run in all_runs(store)
     )
-
-
-def told(store: Path) -> dict[str, Any]:
-    """What the tracker was told last of each slot, without what depends on the clock."""
-    lines = map(json.loads, (store / "told.jsonl").read_text().splitlines())
-    return {
-        line["slot"]: {name: line[name] for name in ("state", "params", "metrics")}
-        for line in lines
-        if "slot" in line
-    }
-
-
-def told_points(store: Path) -> dict[str, Any]:
-    """The same of each setting; the note has seconds in it."""
-    lines = map(json.loads, (store / "told.jsonl").read_text().splitlines())
-    kept = ("name", "tags", "params", "metrics", "curves", "interval")
-    return {
-        line["point"]: {name: line[name] for name in kept}
-        for line in lines
-        if line["kind"] == "point"
-    }
 
 
 def studies(store: Path) -> dict[str, list[tuple[Any, ...]]]:
@@ -93,123 +172,21 @@ def outcomes(store: Path) -> dict[str, str]:
     return {e["slot"]: e["event"] for e in events(store, "chaos") if e["event"] in ended}
 
 
-@pytest.fixture(scope="module", params=KINDS)
-def kind(request) -> str:
-    return request.param
+def results(store: Path) -> tuple[Any, ...]:
+    """What a sweep came to, however often it was begun."""
+    ended = outcomes(store)
+    pruned = sorted(slot for slot, end in ended.items() if end == "trial_pruned")
+    failed = sorted(slot for slot, end in ended.items() if end == "trial_failed")
+    return table(store, "chaos"), studies(store), sorted(ended), pruned, failed
 
 
-@pytest.fixture(scope="module")
-def spec(tmp_path_factory, drawn_digits, kind) -> Path:
-    text = search_sweep(drawn_digits, **KINDS[kind])
-    return write_sweep(tmp_path_factory.mktemp("chaos"), "chaos", text)
+def assert_worked_once(store: Path, calm: Path, when: str, redone: int = 0) -> None:
+    """Work that is begun twice loses at most a job, here two seeds of ten iterations, and what the
+    driver prepares beside them at that moment.
 
-
-@pytest.fixture(scope="module")
-def calm(spec) -> Path:
-    """The store of a run that nobody disturbed."""
-    store = spec.parent / "calm"
-    assert run(spec, store) == 0
-    return store
-
-
-def test_killed_at_any_event_a_sweep_ends_as_if_nothing_had_happened(spec, calm, tmp_path, kind):
-    count = len(events(calm, "chaos"))
-    assert ("trial_pruned" in outcomes(calm).values()) == (kind == "pruned")
-    assert count > 40
-    chosen = range(1, count + 1)
-    if SAMPLES:
-        chosen = sorted(random.Random(time_seed()).sample(chosen, SAMPLES))
-    for number in chosen:
-        store = tmp_path / str(number)
-        assert run(spec, store, f"event:{number}") == -9
-        assert run(spec, store) == 0
-        assert_alike(store, calm, f"killed at event {number}")
-
-
-def test_out_of_room_anywhere_a_sweep_stops_and_ends_as_if_nothing_had_happened(
-    spec, calm, tmp_path
-):
-    files = [file for file in calm.rglob("*") if file.is_file()]
-    told_last = calm / "told.files"  # copies for people, after all else
-    files = [file for file in files if told_last not in file.parents]
-    whole = sum(-(-file.stat().st_size // PAGE) for file in files)
-    chosen = range(2, whole - 8)  # in the last few nothing but the tracker's files is written
-    some = min(SAMPLES - 3 if SAMPLES else 20, len(chosen))
-    sizes = {*random.Random(time_seed()).sample(chosen, some), *(() if SAMPLES else range(2, 12))}
-    for pages in sorted(sizes):
-        when = f"no room beyond {pages} pages"
-        with small_disk(tmp_path / str(pages), pages * PAGE) as disk:
-            stopped = said(spec, disk.place, inside=disk.inside)
-            assert stopped.returncode == 1, (when, stopped.stderr)
-            last = stopped.stderr.splitlines()[-1]
-            assert last.startswith(f"airsweep: no room where the store lies, {disk.place} "), when
-            assert "the same command goes on" in last
-            assert not [file for file in disk.seen.rglob(".*") if file.name != ".driver.lock"]
-            ends = [e for e in events(disk.seen, "chaos") if e["event"] == "sweep_ended"]
-            assert [end["exit_code"] for end in ends] in ([], [1]), when  # no room for it
-
-            disk.resize(64 * 2**20)
-            again = said(spec, disk.place, inside=disk.inside)
-            assert again.returncode == 0, (when, again.stderr)
-            store = shutil.copytree(disk.seen, tmp_path / "seen" / str(pages))
-        assert_alike(store, calm, when, redone=1)
-
-
-def test_who_was_pruned_is_said_by_plan_status_table_and_tracker(spec, calm, kind, tmp_path):
-    stopped = [slot for slot, end in outcomes(calm).items() if end == "trial_pruned"]
-    count = len(stopped)
-    plan = json.loads(airsweep("plan", spec, "--store", calm, "--json").stdout)["trials"]
-    assert (plan["pruned"], plan["to_run"]) == (count, 0)
-    assert plan["total"] == plan["done"] + plan["reused"] + count
-    shown = json.loads(airsweep("status", "chaos", "--store", calm, "--json").stdout)["trials"]
-    assert (shown["pruned"], shown["waiting"]) == (count, 0)
-    text = airsweep("table", "chaos", "--store", calm).stdout
-    assert (f"{count // 2} points pruned early" in text) == (count > 0)
-    states = {slot: line["state"] for slot, line in told(calm).items()}
-    assert sorted(slot for slot, state in states.items() if state == "pruned") == sorted(stopped)
-    # Another tracker is told the same later, from ledger and store alone.
-    file = tmp_path / "told.jsonl"
-    airsweep("mlflow", "reconcile", "chaos", "--store", calm, "--tracking-uri", f"jsonl:{file}")
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
-    assert told_points(tmp_path) == told_points(calm)
-    later = {line["slot"]: line for line in lines if "slot" in line}
-    assert later.keys() == states.keys()
-    noted = {e["slot"]: e for e in events(calm, "chaos") if e["event"] == "trial_pruned"}
-    for slot in stopped:
-        assert later[slot]["state"] == "pruned"
-        assert later[slot]["tags"]["air.pruned_after"] == str(noted[slot]["rung"])
-        assert list(later[slot]["metrics"]) == ["rung/mutual_information"]
-
-
-def time_seed() -> int:
-    """Another sample each day; the message of a failure names the event."""
-    import datetime
-
-    return datetime.date.today().toordinal()
-
-
-def assert_alike(store: Path, calm: Path, when: str, redone: int = 0) -> None:
-    """
     Args:
         redone: so many pieces of work may have been begun twice.
     """
-    assert table(store, "chaos") == table(calm, "chaos"), when
-    assert studies(store) == studies(calm), when
-    told_states = {state for of in studies(store).values() for state, *_ in of}
-    assert told_states in ({"COMPLETE"}, {"COMPLETE", "PRUNED"}), when
-    mine, theirs = outcomes(store), outcomes(calm)
-    assert mine.keys() == theirs.keys(), when
-    assert "trial_failed" not in mine.values(), when
-    stopped = [[slot for slot, end in of.items() if end == "trial_pruned"] for of in (mine, theirs)]
-    assert sorted(stopped[0]) == sorted(stopped[1]), when
-    assert bool(stopped[0]) == ("PRUNED" in told_states), when
-    lines, calm_lines = told(store), told(calm)
-    assert lines.keys() == calm_lines.keys(), when
-    for slot, line in lines.items():
-        assert line["metrics"] == calm_lines[slot]["metrics"], (when, slot)
-    assert told_points(store) == told_points(calm), when
-    # Work that is begun twice loses at most a job, here two seeds of ten iterations, and what the
-    # driver prepares beside them at that moment.
     trials, prepared = begun_twice(store / "built.log", calm / "built.log")
     assert trials.total() <= redone, (when, trials)
     assert prepared.total() <= 1, (when, prepared)

@@ -268,7 +268,7 @@ def test_the_slurm_script_is_bash():
     subprocess.run(["bash", "-n", SBATCH], check=True)
 
 
-@pytest.mark.debian
+@pytest.mark.integration
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="needs Debian's package shellcheck")
 def test_shellcheck_finds_nothing_in_the_slurm_script():
     done = subprocess.run(["shellcheck", SBATCH], capture_output=True, text=True, check=False)

@@ -15,7 +15,6 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,12 +23,12 @@ from typing import Any
 import pytest
 import typer
 
-from orchestrator.__main__ import app, main
+from orchestrator.__main__ import app
 from orchestrator.marked_yaml import parse
 from orchestrator.paper_file import read_paper
 from orchestrator.sweep_file import checked
 from tests.documents import PAGES, ROOT, blocks, inline_commands, links
-from tests.sweeps import airsweep, events
+from tests.sweeps import airsweep, events, in_this_process
 
 pytestmark = pytest.mark.ray
 
@@ -254,7 +253,10 @@ def execute(words: list[str]) -> str:
         words[0] in ("status", "table") and name not in RUN and Path(f"sweeps/{name}.yaml").exists()
     ):
         words[1] = "quickstart"  # one that was run
-    return in_this_process(words)
+    done = in_this_process(words)
+    if done.returncode:
+        raise Wrong(f"exit code {done.returncode}: {done.stderr}")
+    return done.stdout
 
 
 def run_sweep(words: list[str]) -> str:
@@ -263,23 +265,6 @@ def run_sweep(words: list[str]) -> str:
     if done.returncode:
         raise Wrong(done.stderr)
     return done.stdout
-
-
-def in_this_process(words: list[str]) -> str:
-    said, complained = io.StringIO(), io.StringIO()
-    before = sys.argv
-    sys.argv = ["airsweep", *words]
-    code: Any = 0
-    try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(complained):
-            main()
-    except SystemExit as end:
-        code = end.code
-    finally:
-        sys.argv = before
-    if code:
-        raise Wrong(f"exit code {code}: {complained.getvalue()}")
-    return said.getvalue()
 
 
 def _known(word: str) -> str:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.__main__ import main
 from tests.sweeps import airsweep, count, environment, events, write_sweep
 
 
@@ -41,16 +40,15 @@ def test_help_is_quick_to_import_and_lists_the_commands():
         ("fixed: {method: fpl}\nfusion: 1\n", ":4:1:", "fusion"),
     ],
 )
-def test_bad_input_is_one_message_and_exit_code_2(tmp_path, body, place, words):
+def test_bad_input_is_one_message_and_exit_code_2(command, tmp_path, body, place, words):
     spec = write_sweep(tmp_path, "bad", body)
-    done = airsweep("run", spec, "--store", tmp_path / "runs", check=False)
-    assert done.returncode == 2
-    assert place in done.stderr
-    assert words in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+    code, out, err = command("run", spec, "--store", tmp_path / "runs")
+    assert (code, out) == (2, "")
+    assert place in err
+    assert words in err
+    assert len(err.strip().splitlines()) == 1
     if place:
-        assert done.stderr.startswith(f"{spec}{place} ")
-    assert done.stdout == ""
+        assert err.startswith(f"{spec}{place} ")
     assert not (tmp_path / "runs" / "sweeps").exists()
 
 
@@ -67,24 +65,17 @@ COMMANDS = (
 )
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_store_of_another_version_is_refused_with_exit_code_3(
-    tmp_path, monkeypatch, capsys, command
-):
-    """In this process: nine starts of Python would take longer than they tell."""
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_store_of_another_version_is_refused_with_exit_code_3(tmp_path, command, name):
     store = tmp_path / "runs"
     store.mkdir()
     (store / "VERSION").write_text("99\n")
     spec = str(write_sweep(tmp_path, "x", "fixed: {method: fpl}\n"))
     named = {"run": spec, "prepare": spec, "plan": spec, "status": "x", "table": "x"}
-    words = [*command.split(), *([named[command]] if command in named else [])]
-    monkeypatch.setattr(sys, "argv", ["airsweep", *words, "--store", str(store)])
-    with pytest.raises(SystemExit) as end:
-        main()
-    said = capsys.readouterr()
-    assert end.value.code == 3
-    assert "is a store of version '99'; this airsweep reads version 1 alone" in said.err
-    assert said.out == ""
+    words = [*name.split(), *([named[name]] if name in named else [])]
+    code, out, err = command(*words, "--store", store)
+    assert (code, out) == (3, "")
+    assert "is a store of version '99'; this airsweep reads version 1 alone" in err
     assert list(store.iterdir()) == [store / "VERSION"]
 
 
@@ -122,22 +113,15 @@ def others_store() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def test_who_may_only_read_looks_at_all_and_is_refused_before_a_run(
-    others_store, monkeypatch, capsys
-):
+def test_who_may_only_read_looks_at_all_and_is_refused_before_a_run(others_store, command):
     folder = others_store.parent
     mine = write_sweep(folder, "mine", "fixed: {method: fpl}\nseeds: [1]\n")
     other = write_sweep(folder, "other", "fixed: {method: zero_shot}\nseeds: [1]\n")
     airsweep("run", mine, "--store", others_store, module="tests.trivial")
 
-    def said(*words: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["airsweep", *map(str, words)])
-        try:
-            main()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return code, "".join(capsys.readouterr())
+    def said(*words: str | Path) -> tuple[int, str]:
+        code, out, err = command(*words)
+        return code, out + err
 
     store = ("--store", others_store)
     looks = [(*words, *store) for words in (("status", "mine"), ("table", "mine"), ("plan", other))]

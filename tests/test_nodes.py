@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -19,17 +18,17 @@ import pytest
 
 from tests.nodes import Job, Nodes, scaling
 from tests.sweeps import (
-    TIMEOUT,
     airsweep,
     all_runs,
     children,
     count,
     events,
     table,
+    wait_until,
     write_sweep,
 )
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.integration, pytest.mark.ray]
 
 NAME, BLOCK, CLASSES = "nodes", 4, 10
 # Two rows of images, so that the second can be drawn beside trials of the first.
@@ -70,11 +69,11 @@ Met = Callable[[list[dict[str, Any]]], bool]  # what a ledger says so far
 
 
 def until(met: Met, job: Job, store: Path) -> None:
-    deadline = time.monotonic() + TIMEOUT
-    while not met(events(store, NAME)):
+    def is_met() -> bool:
         assert not job.over(), job.log()
-        assert time.monotonic() < deadline, job.log()
-        time.sleep(0.02)
+        return met(events(store, NAME))
+
+    wait_until(is_met, job.log)
 
 
 def drawn(store: Path) -> dict[str, int]:
@@ -133,28 +132,6 @@ def test_machines_that_are_cut_off_lost_and_added_change_nothing(spec, alone, wi
     log = [line for line in job.log().splitlines() if not OF_RAY.search(line)]
     assert not [line for line in log if "Traceback" in line or "\x1b" in line]
     assert all("marked dead" in line for line in log if line.startswith("(raylet)"))
-
-
-def test_a_cluster_that_is_lost_whole_is_followed_by_another(spec, alone, wires, cluster):
-    """By `airsweep submit`: the same command again goes on."""
-    store = wires.shared / "lost"
-
-    def submitted(cluster: Nodes) -> Job:
-        to = ("--address", cluster.address, "--store", store)
-        return cluster.follow("airsweep", "submit", spec, *to)
-
-    job = submitted(cluster)
-    until(lambda found: count(found, "trial_done") > 0, job, store)
-    cluster.lose_everything()
-    before, kept = events(store, NAME), drawn(store)
-    assert before[-1]["event"] != "sweep_ended"
-    job.until_said("trying again for 300 s")
-    job.leave()
-    with closing(Nodes(wires)) as second:
-        job = submitted(second)
-        assert job.wait() == 0, job.log()
-    assert {name: drawn(store)[name] for name in kept} == kept
-    assert_as_alone(store, alone)
 
 
 def test_a_cluster_without_machines_gets_some_where_the_sweep_waits_for_them(tmp_path, monkeypatch):

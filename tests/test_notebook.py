@@ -10,7 +10,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from tests.sweeps import environment
+from tests.sweeps import TIMEOUT, environment
 
 FILE = Path(__file__).parents[1] / "docs" / "notebook.ipynb"
 
@@ -25,6 +25,7 @@ def test_it_is_kept_without_what_a_run_has_left():
         assert cell.get("execution_count") is None
 
 
+@pytest.mark.integration
 @pytest.mark.ray
 def test_every_cell_runs_and_the_last_has_the_table_of_three_seeds(tmp_path, monkeypatch):
     for name, value in environment(IPYTHONDIR=str(tmp_path / "ipython")).items():
@@ -33,7 +34,7 @@ def test_every_cell_runs_and_the_last_has_the_table_of_three_seeds(tmp_path, mon
         monkeypatch.setenv(name, str(tmp_path / name.lower()))
     notebook = nbformat.read(FILE, as_version=4)
     client = NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
+        notebook, timeout=TIMEOUT, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
     )
     client.execute()
     shown = {cell["id"]: _shown(cell) for cell in notebook.cells if cell.cell_type == "code"}

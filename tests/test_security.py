@@ -99,7 +99,7 @@ def test_a_long_text_is_redacted_in_time_that_grows_with_its_length(text):
         input=text,
         text=True,
         cwd=ROOT,
-        timeout=60,
+        timeout=TIMEOUT,
         check=True,
     )
 
@@ -142,6 +142,7 @@ def server(tmp_path: Path) -> Iterator[MlflowServer]:
     server.stop()
 
 
+@pytest.mark.integration
 def test_nothing_that_a_run_leaves_or_says_holds_a_secret(server, tmp_path):
     """All its trials fail of something that has both kinds of secret in its words."""
     spec = write_sweep(tmp_path, "leaky", "grid: {method: [zero_shot, fpl]}\nseeds: [1, 2]\n")

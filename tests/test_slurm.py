@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,11 +11,11 @@ import psutil
 import pytest
 
 from tests.slurm import MISSING, WHY, Slurm
-from tests.sweeps import TIMEOUT, all_runs, count, events, many_trials, table, write_sweep
+from tests.sweeps import all_runs, count, events, many_trials, table, wait_until, write_sweep
 
 pytestmark = [
+    pytest.mark.integration,
     pytest.mark.ray,
-    pytest.mark.debian,
     pytest.mark.skipif(bool(MISSING), reason=WHY),
 ]
 
@@ -71,26 +70,17 @@ def test_a_sweep_over_two_nodes_leaves_its_table_and_nothing_of_ray(slurm, folde
 def in_mid_run(slurm: Slurm, folder: Path, store: Path, arguments: Sequence[str | Path]) -> str:
     """A job of the long sweep that has done some of its trials."""
     job = slurm.submit(folder, *arguments)
-    log, deadline = folder / f"airsweep-{job}.log", time.monotonic() + TIMEOUT
-    while count(events(store, "long"), "trial_done") < 2:
+    log = folder / f"airsweep-{job}.log"
+
+    def is_met() -> bool:
         assert not slurm.is_over(job), log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.3)
+        return count(events(store, "long"), "trial_done") >= 2
+
+    wait_until(is_met, log.read_text, every=0.3)
     return job
 
 
-def whole_again(slurm: Slurm, folder: Path, store: Path, arguments: Sequence[str | Path]) -> str:
-    """The job that was submitted again, and has done the rest."""
-    again = slurm.submit(folder, *arguments)
-    assert slurm.ended(again) == ("COMPLETED", "0:0")
-    assert len(table(store, "long")) == COUNT
-    found = events(store, "long")
-    assert count(found, "trial_done") + count(found, "trial_reused") == COUNT
-    assert {run.info.status for run in all_runs(store)} == {"FINISHED"}
-    return again
-
-
-def test_a_job_that_is_told_to_stop_closes_its_sweep_and_submitted_again_goes_on(slurm, folder):
+def test_a_job_that_is_told_to_stop_closes_its_sweep(slurm, folder):
     """As two minutes before its time is up: `--signal=B:TERM@120`."""
     write_sweep(folder, "long", TRIALS)
     store = folder / "runs"
@@ -104,8 +94,6 @@ def test_a_job_that_is_told_to_stop_closes_its_sweep_and_submitted_again_goes_on
     assert count(found, "trial_done") < COUNT
     assert not left_by(slurm, job, folder)
 
-    whole_again(slurm, folder, store, arguments)
-
 
 def folders_of_ray(slurm: Slurm, job: str) -> list[Path]:
     return [
@@ -115,7 +103,7 @@ def folders_of_ray(slurm: Slurm, job: str) -> list[Path]:
     ]
 
 
-def test_scancel_in_mid_run_loses_nothing(slurm, folder):
+def test_after_scancel_in_mid_run_the_job_submitted_again_does_the_rest(slurm, folder):
     """It tells all processes at once, those of Ray as well. Until then, their files are closed to
     other users of the nodes."""
     write_sweep(folder, "long", TRIALS)
@@ -127,7 +115,12 @@ def test_scancel_in_mid_run_loses_nothing(slurm, folder):
     slurm.ask("scancel", job)
     assert slurm.ended(job)[0] == "CANCELLED"
 
-    again = whole_again(slurm, folder, store, arguments)
+    again = slurm.submit(folder, *arguments)
+    assert slurm.ended(again) == ("COMPLETED", "0:0")
+    assert len(table(store, "long")) == COUNT
+    found = events(store, "long")
+    assert count(found, "trial_done") + count(found, "trial_reused") == COUNT
+    assert {run.info.status for run in all_runs(store)} == {"FINISHED"}
     assert not left_by(slurm, again, folder)
 
 

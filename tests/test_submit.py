@@ -34,7 +34,7 @@ from tests.sweeps import (
     write_sweep,
 )
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.integration, pytest.mark.ray]
 
 OPEN = {"RAY_AUTH_MODE": "disabled"}
 COUNT = 12

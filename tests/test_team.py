@@ -12,21 +12,24 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.browser import CHROMIUM, Browser
 from tests.browser import MISSING as NO_CHROMIUM
-from tests.drivers import drive
 from tests.servers import free_port
-from tests.sweeps import TIMEOUT, count, environment, events, search_sweep, write_sweep
+from tests.sweeps import TIMEOUT, count, environment, events, search_sweep, wait_until, write_sweep
 from tests.team import HERE, HOST, MISSING, Team, basic, reader, team
+from tests.trivial import Trivial
 
-pytestmark = [pytest.mark.debian, pytest.mark.skipif(not HERE, reason=MISSING)]
+pytestmark = [pytest.mark.integration, pytest.mark.skipif(not HERE, reason=MISSING)]
 
 NAME = "shared"
 SHORT = ("--set", "search.points=2")
@@ -51,19 +54,21 @@ def command(spec: Path, store: Path | str, *options: str) -> list[str]:
     return [*start, *options]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def trivial() -> Iterator[None]:
+    """What `run` starts."""
+    global _trivial
+    with closing(Trivial()) as _trivial:
+        yield
+
+
 def run(
     spec: Path, store: Path | str, *options: str, **more: str
 ) -> subprocess.CompletedProcess[str]:
     """A sweep whose trials take no time, untracked unless asked for."""
     tracked = {"--tracking-uri", "reconcile"} & {*options} or "MLFLOW_TRACKING_URI" in more
-    return subprocess.run(
-        command(spec, store, *options, *([] if tracked else ["--tracking-uri", "none"])),
-        capture_output=True,
-        text=True,
-        env=environment(**more),
-        timeout=TIMEOUT,
-        check=False,
-    )
+    untracked = () if tracked else ("--tracking-uri", "none")
+    return _trivial.run("run", spec, "--store", store, *options, *untracked, **more)
 
 
 def ran(spec: Path, store: Path | str, *options: str, **more: str) -> str:
@@ -122,22 +127,6 @@ def test_a_search_in_postgres_asks_and_tells_what_one_in_the_journal_does(
     assert services.postgres.ask(query, "airsweep_studies") == [(1,)]
 
 
-def test_a_search_in_postgres_that_was_killed_asks_the_points_of_an_undisturbed_one(
-    spec, calm, services, tmp_path
-):
-    event = 20
-    crash = {"AIRSWEEP_CRASH_AT": f"event:{event}"}
-    killed = run(spec, tmp_path, *on_postgres(services), **password(services), **crash)
-    assert killed.returncode == -signal.SIGKILL
-    assert len(events(tmp_path, NAME)) == event
-    ran(spec, tmp_path, *on_postgres(services), **password(services))
-    assert asked(tmp_path) == asked(calm)
-    assert outcomes(tmp_path).keys() == outcomes(calm).keys()
-    assert {k: key for k, (_, key) in outcomes(tmp_path).items()} == {
-        k: key for k, (_, key) in outcomes(calm).items()
-    }
-
-
 def test_studies_move_between_journal_and_postgres_in_mid_search(spec, calm, services, tmp_path):
     killed = run(spec, tmp_path, AIRSWEEP_CRASH_AT="round_told:2")
     assert killed.returncode == -signal.SIGKILL
@@ -166,12 +155,8 @@ def named(store: Path) -> list[dict[str, Any]]:
 
 
 def test_a_store_in_a_bucket_keeps_its_studies_in_postgres(spec, calm, services, bucket):
-    crash = {"AIRSWEEP_CRASH_AT": "round_told:3", "AIRSWEEP_LOCK_SECONDS": "2"}
-    killed = run(spec, bucket, *on_postgres(services), **password(services), **crash)
-    assert killed.returncode == -signal.SIGKILL
-    options = (*on_postgres(services), "--tracking-uri", "none")
-    crash.pop("AIRSWEEP_CRASH_AT")
-    ran(spec, bucket, *options, **password(services), **crash)
+    cache = {"AIRSWEEP_CACHE": os.environ["AIRSWEEP_CACHE"]}
+    ran(spec, bucket, *on_postgres(services), **password(services), **cache)
     (mirror,) = Path(os.environ["AIRSWEEP_CACHE"]).rglob("events.jsonl")
     store = mirror.parents[3]
     assert asked(store) == asked(calm)
@@ -218,11 +203,12 @@ def test_a_search_whose_database_goes_away_waits_for_it_and_else_says_that_it_go
         text=True,
         env=environment(**password(services), **patience),
     )
-    deadline = time.monotonic() + TIMEOUT
-    while not count(events(tmp_path, NAME), "round_told"):
+
+    def has_told() -> bool:
         assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+        return count(events(tmp_path, NAME), "round_told") > 0
+
+    wait_until(has_told, every=0.01)
     process.send_signal(signal.SIGSTOP)
     services.postgres.kill()
     process.send_signal(signal.SIGCONT)
@@ -292,7 +278,7 @@ def test_a_sweep_is_recorded_through_login_with_files_that_the_server_keeps(
         f"{services.mlflow.url}/get-artifact?path=spec.json&run_uuid={trial['info']['run_id']}",
         headers={"Authorization": basic("ada", ada["MLFLOW_TRACKING_PASSWORD"])},
     )
-    with urllib.request.urlopen(request, timeout=60) as answer:
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
         assert json.loads(answer.read())["dataset"]
 
 
@@ -419,7 +405,7 @@ def test_pages_are_for_users_and_under_the_names_of_the_server_alone(
         headers=headers,
     )
     try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
             found = answer.status
     except urllib.error.HTTPError as refused:
         found = refused.code
@@ -450,14 +436,92 @@ def test_after_login_a_browser_shows_the_sweep_and_before_it_nothing(
 # ---------------------------------------------------------------- many at once
 
 
+MANY = """
+grid: {{method: [zero_shot, air_fpl]}}
+fixed: {{generator: "folder:{folder}", generation.block: 8, train.steps: 20}}
+search:
+  points: 3
+  width: 2
+  storage: {studies}
+  space:
+    images_per_class: {{values: [4, 8, 16]}}
+    fusion_weight: {{min: 0.1, max: 0.9}}
+seeds: [{seed}]
+"""
+DRIVERS, PROJECTS = 6, ("north", "south")
+
+
+def connections_of(process: subprocess.Popen[bytes], port: int) -> int:
+    """How many a driver has to the server."""
+    try:
+        found = psutil.Process(process.pid).net_connections("tcp")
+    except psutil.Error:
+        return 0
+    there = [c for c in found if c.raddr and c.raddr.port == port]
+    return len([c for c in there if c.status == psutil.CONN_ESTABLISHED])
+
+
 def test_six_drivers_at_once_lose_nothing_and_hold_few_connections(
     services, drawn_digits, tmp_path
 ):
-    found = drive(services, 6, tmp_path, drawn_digits, points=3, trial_seconds=0.1, looks=3)
-    assert found.alive == 6
-    assert found.codes == {0: 6}
-    assert found.expected == 6 * (1 + 1 + 3)
-    assert (found.late, found.lost, found.doubled, found.open_runs) == (0, 0, 0, 0)
-    assert found.http <= 2  # one for calls, one for files
-    assert found.connections["airsweep_studies"] <= 2 * 6  # one may be closing still
-    assert found.connections["mlflow"] + found.connections["mlflow_auth"] <= 2 * (10 + 10)
+    """Each with a sweep of its own, all on one store and the team's services."""
+    gate, store = tmp_path / "gate", tmp_path / "runs"
+    gate.mkdir()
+    experiments = {name: services.mlflow.make_experiment(f"air/{name}") for name in PROJECTS}
+    variables = {
+        **password(services),
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",  # as docs/team.md says
+        "AIRSWEEP_GATE": str(gate),
+        "AIRSWEEP_TRIAL_SECONDS": "0.1",
+    }
+    running: list[subprocess.Popen[bytes]] = []
+    with ExitStack() as stack:
+        for number in range(DRIVERS):
+            project = PROJECTS[number % 2]
+            user = services.mlflow.make_user(f"user{number}")
+            services.mlflow.grant(f"user{number}", experiments[project], "EDIT")
+            body = MANY.format(folder=drawn_digits, studies=services.studies, seed=number + 1)
+            spec = write_sweep(tmp_path, f"sweep{number}", f"project: {project}\n{body}")
+            log = stack.enter_context((tmp_path / f"driver{number}.log").open("wb"))
+            process = subprocess.Popen(
+                command(spec, store), env=environment(**variables, **user), stdout=log, stderr=log
+            )
+            stack.callback(process.kill)
+            running.append(process)
+
+        def logs() -> list[str]:
+            return [file.read_text() for file in sorted(tmp_path.glob("driver*.log"))]
+
+        def could_begin() -> bool:
+            assert all(process.poll() is None for process in running), logs()
+            return len(list(gate.iterdir())) == DRIVERS
+
+        wait_until(could_begin, logs)
+        (gate / "open").touch()
+        most: Counter[str] = Counter()
+
+        def have_ended() -> bool:
+            for user, number in services.postgres.connections().items():
+                most[user] = max(most[user], number)
+            http = max(connections_of(process, services.mlflow.port) for process in running)
+            most["http"] = max(most["http"], http)
+            return all(process.poll() is not None for process in running)
+
+        wait_until(have_ended, logs, every=0.2)
+    assert [process.returncode for process in running] == [0] * DRIVERS, logs()
+
+    told: Counter[tuple[str, str]] = Counter()
+    for run_of_a_project in (run for project in PROJECTS for run in runs(services, project)):
+        found = tags(run_of_a_project)
+        assert run_of_a_project["info"]["status"] == "FINISHED"
+        if found["air.kind"] in ("sweep", "trial"):
+            told[found["air.sweep"], found.get("air.slot", "")] += 1
+    expected: set[tuple[str, str]] = set()
+    for file in (store / "sweeps").glob("*/*/events.jsonl"):
+        ended = [e for e in map(json.loads, file.open()) if e["event"] in ENDED]
+        expected |= {(file.parent.name, slot) for slot in ("", *(e["slot"] for e in ended))}
+    assert told == Counter(expected)
+    assert len(expected) == DRIVERS * (1 + 1 + 3)
+    assert most["http"] <= 2  # one for calls, one for files
+    assert most["airsweep_studies"] <= 2 * DRIVERS  # one may be closing still
+    assert most["mlflow"] + most["mlflow_auth"] <= 2 * (10 + 10)

@@ -19,7 +19,7 @@ from orchestrator.store import ArtifactStore
 from orchestrator.workshop import ChangedInput, Workshop
 from tests.sweeps import write_sweep
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
 AIR = """
 grid: {{method: [zero_shot, air_fpl]}}

@@ -1,23 +1,29 @@
 """airsweep with work that takes no time: the real planner, driver, ledger, search, store and
 tracker over a trainable that writes numbers from its key. Run like the command.
 
-    python -m tests.trivial run sweep.yaml --store runs --tracking-uri jsonl:runs/told.jsonl
+    python -m tests.trivial run sweep.yaml --store runs
 
-With RAY_ADDRESS it joins that cluster, though its trials need none. AIRSWEEP_GATE is a folder in
-which every driver says that it could begin, and waits until `open` is there and for
-AIRSWEEP_GATE_SECONDS more; a trial takes AIRSWEEP_TRIAL_SECONDS.
+Without words it runs the commands that it reads, each in a fork of itself; `Trivial` asks it to.
+AIRSWEEP_GATE is a folder in which every driver says that it could begin, and waits until `open` is
+there; a trial takes AIRSWEEP_TRIAL_SECONDS.
 """
 
 from __future__ import annotations
 
+import importlib
 import io
+import json
 import os
+import pkgutil
 import random
+import subprocess
 import sys
+import tempfile
+import threading
 import time
 import types
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -121,7 +127,6 @@ def pass_gate() -> None:
         Path(gate, f"{os.getpid()}").touch()
         while not Path(gate, "open").exists():
             time.sleep(0.1)
-        time.sleep(float(os.environ.get("AIRSWEEP_GATE_SECONDS", "0")))
 
 
 def prepare(needs: Any, shop: Any, resources: Any, watcher: Any, shares: Any) -> None:
@@ -191,9 +196,66 @@ MODULES = {
     },
 }
 
+
+class Trivial:
+    """Runs commands, each in a fork of one process that has imported all: 0.3 s instead of 4 s.
+
+    Args:
+        inside: what the process begins with, such as `nsenter` into other mounts.
+    """
+
+    def __init__(self, inside: Sequence[str] = ()) -> None:
+        from tests.sweeps import environment
+
+        self._process = subprocess.Popen(
+            [*inside, sys.executable, "-m", "tests.trivial"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment(),
+        )
+        self._folder = tempfile.TemporaryDirectory(prefix="trivial")
+
+    def run(self, *words: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        files = [Path(self._folder.name, name) for name in ("stdout", "stderr")]
+        asked = {
+            "words": [*map(str, words)],
+            "environment": environment,
+            "files": [*map(str, files)],
+        }
+        print(json.dumps(asked), file=self._process.stdin, flush=True)
+        code = int(self._process.stdout.readline())
+        return subprocess.CompletedProcess(words, code, *(file.read_text() for file in files))
+
+    def close(self) -> None:
+        self._process.communicate()
+        self._folder.cleanup()
+
+
+def run_forked() -> None:
+    """Run what is asked for on stdin, and say the exit code of each command on stdout."""
+    import orchestrator
+
+    for module in pkgutil.walk_packages(orchestrator.__path__, "orchestrator."):
+        if module.name != "orchestrator.__main__" and module.name not in MODULES:
+            with suppress(ImportError):  # of what MODULES leave out, and no command here needs
+                importlib.import_module(module.name)
+    assert threading.active_count() == 1  # a fork has one thread, and would wait for the others
+    for line in sys.stdin:
+        asked = json.loads(line)
+        if (pid := os.fork()) == 0:
+            os.environ.update(asked["environment"])
+            for number, file in enumerate(asked["files"], 1):
+                os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+            sys.argv[1:] = asked["words"]
+            main()
+            sys.exit()
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+
+
 if __name__ == "__main__":
-    if os.environ.get("RAY_ADDRESS"):
-        del MODULES["orchestrator.session"]  # the real one
     for name, content in MODULES.items():
         module = types.ModuleType(name)
         module.__dict__.update(content)
@@ -201,4 +263,4 @@ if __name__ == "__main__":
     from orchestrator.__main__ import main
 
     sys.argv[0] = "airsweep"
-    main()
+    main() if sys.argv[1:] else run_forked()

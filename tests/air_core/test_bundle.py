@@ -34,7 +34,6 @@ from air_core.prompts import restored_learner
 from air_core.specs import PromptSettings
 from air_core.types import Batch
 from air_core.weights import tiny_folder
-from tests.air_core.dataset_trees import EPS
 
 ROOT = Path(__file__).parents[2]
 DOC = ROOT / "docs" / "bundle.md"
@@ -152,13 +151,6 @@ def test_what_cannot_be_read_is_told_and_the_rest_is_classified(bundle, digits, 
     assert all(str(file) in why for file, why in told.items())
     with pytest.raises(Unreadable, match=r"001\.png"):
         bundle.classify([tmp_path])
-
-
-def test_postscript_named_like_a_photograph_starts_no_program(bundle, tmp_path, ghostscript):
-    (tmp_path / "harmless.jpg").write_bytes(EPS)
-    with pytest.raises(Unreadable, match=r"harmless\.jpg .*not an image of an allowed format"):
-        bundle.classify([tmp_path / "harmless.jpg"])
-    assert not ghostscript.exists()
 
 
 # ---------------------------------------------------------------- which images

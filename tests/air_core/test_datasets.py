@@ -387,7 +387,7 @@ def test_a_missing_file_of_clothes_is_an_error_that_names_it(tmp_path):
         DATASETS["fashion_mnist"].files(tmp_path)
 
 
-@pytest.mark.debian
+@pytest.mark.integration
 @pytest.mark.skipif(not DEBIAN.is_dir(), reason="apt-get install dataset-fashion-mnist")
 @pytest.mark.parametrize("root", [None, DEBIAN, DEBIAN.parent])
 def test_the_real_clothes_of_debian_have_their_published_parts(root):

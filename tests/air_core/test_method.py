@@ -281,10 +281,10 @@ def test_every_method_runs_in_every_paradigm_that_it_is_defined_in(spec, worlds,
             assert done.labels.targets[:, others].sum() == 0
 
 
-@pytest.mark.parametrize("paradigm", PARADIGMS)
 @pytest.mark.parametrize(
-    ("method", "modality"),
-    [("cpl", "text"), ("air", "text"), ("cpl_real", "text"), ("air", "visual")],
+    ("method", "modality", "paradigm"),
+    [(m, "text", p) for m in ("cpl", "air", "cpl_real") for p in PARADIGMS]
+    + [("air", "visual", "trzsl")],
 )
 def test_no_test_label_reaches_what_is_learned_or_searched(
     spec, worlds, method, modality, paradigm

@@ -23,7 +23,7 @@ from orchestrator.sweep_file import load_sweep
 from orchestrator.trial import run_trial
 from orchestrator.workshop import Workshop
 
-TRIALS = 60
+TRIALS = 30
 ALWAYS = {"lora": None, "train.steps": 2, "images_per_class": 3, "iterations": 2}
 VALUES: dict[str, list[Any]] = {
     "paradigm": ["ul", "ssl", "trzsl"],

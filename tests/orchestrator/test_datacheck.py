@@ -13,7 +13,7 @@ import pytest
 from air_core.datasets import DATASETS
 from air_core.datasets.published import PUBLISHED, Counts
 from orchestrator.datacheck import check
-from tests.air_core.dataset_trees import EPS, draw, small, small_root
+from tests.air_core.dataset_trees import draw, small, small_root
 
 
 def data_check(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -117,33 +117,6 @@ def test_the_command_ends_with_2_and_the_difference_on_stderr():
     assert found["unreadable"] == {"count": 0, "first": []}
     assert done.stderr == f"airsweep: {found['difference']}\n"
     assert "eurosat: train+val has 81 images, published 22,000" in found["difference"]
-
-
-def test_a_broken_file_does_not_steer_the_terminal_by_its_name(tmp_path):
-    for name in ("cat", "dog"):
-        for i in range(4):
-            draw(tmp_path / name / f"{i}.png", size=4)
-    (tmp_path / "cat" / "a\x1b]0;pwned\x07\nb\u202egpj.png").write_bytes(b"no image")
-    told = data_check(f"folder:{tmp_path}")
-    assert told.returncode == 2
-    assert "cannot be read" in told.stdout
-    assert "cannot be read" in told.stderr
-    for text in (told.stdout, told.stderr):
-        assert r"a\u001b]0;pwned\u0007\u000ab\u202egpj.png cannot be read" in text
-        assert {c for c in text if not c.isprintable()} == {"\n"}
-
-
-def test_the_command_starts_no_program_for_postscript_named_like_a_photograph(
-    tmp_path, ghostscript
-):
-    for name in ("cat", "dog"):
-        for i in range(4):
-            draw(tmp_path / "pets" / name / f"{i}.png")
-    (tmp_path / "pets/dog/harmless.jpg").write_bytes(EPS)
-    done = data_check(f"folder:{tmp_path / 'pets'}")
-    assert "unreadable  1\n" in done.stdout
-    assert "harmless.jpg cannot be read: not an image of an allowed format" in done.stdout
-    assert not ghostscript.exists()
 
 
 def test_the_command_says_on_stderr_alone_what_is_not_there(tmp_path):

@@ -480,27 +480,6 @@ def test_the_validation_images_can_be_the_objective(world):
 # ---------------------------------------------------------------- resume
 
 
-@pytest.mark.parametrize("completed", [0, 1, 2, 3])
-def test_a_driver_that_dies_after_some_jobs_is_followed_by_one_that_does_the_rest(
-    world, completed, tmp_path, prepared, resolver
-):
-    spec = sweep("fpl", search=searching(points=4, width=2, sampler="tpe"), seeds=(1,))
-    calm = World(tmp_path / "calm", prepared, resolver)
-    undisturbed = calm.run_all(calm.driver(spec))
-
-    dying = world.driver(spec)
-    done = []
-    while len(done) < completed and (job := dying.next()) is not None:
-        dying.complete(job.number, world.run(job))
-        done.append(job)
-    dying.next()  # handed out, and then the driver is no more
-    rest = world.run_all(world.driver(spec))
-
-    assert world.told() == calm.told()
-    assert [job.trials for job in done + rest] == [job.trials for job in undisturbed]
-    assert {o.slot.id for o in world.outcomes} == {o.slot.id for o in calm.outcomes}
-
-
 def test_a_trial_that_was_recorded_but_not_logged_is_not_run_again(world):
     """The driver died between the two."""
     driver = world.driver(sweep("fpl"))
@@ -802,30 +781,6 @@ def test_the_sampler_hears_of_a_pruned_point_and_where_it_stood(world):
 def mean_of(world: World, number: int) -> float:
     records = [o.record for o in world.outcomes if o.slot.point == number]
     return sum(record.objectives["mutual_information"] for record in records) / len(records)
-
-
-@pytest.mark.parametrize("completed", [0, 1, 3, 4, 5, 6, 8, 9, 12])
-def test_a_driver_that_dies_is_followed_by_one_that_prunes_the_same(
-    world, completed, tmp_path, prepared, resolver, fits
-):
-    spec = pruning(seeds=(1,), points=6)
-    calm = World(tmp_path / "calm", prepared, resolver)
-    calm.run_all(calm.driver(spec))
-    paid, stopped = len(fits), pruned_at(calm)
-
-    dying, done = world.driver(spec), 0
-    while done < completed and (job := dying.next()) is not None:
-        failures = world.run(job)
-        done += 1
-        if done < completed:  # the last one came to its stop, and nobody noted it
-            dying.complete(job.number, failures)
-    world.run_all(world.driver(spec))
-    assert pruned_at(world) == stopped
-    assert world.told() == calm.told()
-    assert len(fits) == 2 * paid  # not one iteration twice
-    assert world.run_all(world.driver(spec)) == []
-    assert pruned_at(world) == stopped
-    assert all(outcome.known for outcome in world.outcomes)
 
 
 def test_pruned_points_are_counted_by_the_plan_and_are_not_run_again(world):

@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ import typer
 from orchestrator import door
 from orchestrator.__main__ import app
 from orchestrator.place import Refused
-from tests.sweeps import airsweep, environment, table, write_sweep
+from tests.sweeps import TIMEOUT, airsweep, environment, table, wait_until, write_sweep
 
 ROOT = Path(__file__).parents[2]
 SWEEP = """
@@ -179,7 +178,7 @@ def test_who_has_started_ray_keeps_it(spec, tmp_path):
     code = (
         "import ray\n"
         "from orchestrator import door\n"
-        "ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)\n"
+        "ray.init('local', num_cpus=2, include_dashboard=False, log_to_driver=False)\n"
         f"done = door.prepare({str(spec)!r}, store={str(tmp_path / 'runs')!r})\n"
         "print(done.exit_code, ray.is_initialized())\n"
     )
@@ -211,23 +210,20 @@ def test_who_is_stopped_in_a_run_stops_when_all_is_closed(tmp_path, number, code
         text=True,
     )
     ledger = tmp_path / "runs" / "sweeps" / "default" / "long" / "events.jsonl"
-    _until(lambda: ledger.exists() and "trials_started" in ledger.read_text(), process)
+
+    def has_begun() -> bool:
+        assert process.poll() is None, process.communicate()
+        return ledger.exists() and "trials_started" in ledger.read_text()
+
     try:
+        wait_until(has_begun)
         process.send_signal(number)
-        said, complained = process.communicate(timeout=60)
+        said, complained = process.communicate(timeout=TIMEOUT)
     finally:
         process.kill()
-    assert said == ""
+    assert said == "", complained
     if code == 143:
-        assert process.returncode == 143
+        assert process.returncode == 143, complained
     else:
         assert code in complained
-    assert '"sweep_ended"' in ledger.read_text()
-
-
-def _until(condition, process, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    assert '"sweep_ended"' in ledger.read_text(), complained

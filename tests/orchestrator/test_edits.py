@@ -310,16 +310,6 @@ def test_a_search_ends_after_so_many_points_without_a_better_one(world):
     ]
 
 
-@pytest.mark.parametrize("jobs", [1, 5, 6])
-def test_patience_ends_a_killed_search_where_it_ends_an_undisturbed_one(tmp_path, resolver, jobs):
-    impatient = sweep(points=40, patience=4)
-    calm, killed = (World(tmp_path / name, resolver) for name in ("calm", "killed"))
-    calm.run(impatient)
-    killed.run(impatient, jobs=jobs)
-    killed.run(impatient)
-    assert killed.points() == calm.points()
-
-
 def test_more_patience_goes_on_where_the_search_ended(world):
     world.run(sweep(points=40, patience=2))
     few = world.points()

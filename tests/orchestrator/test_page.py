@@ -210,7 +210,7 @@ def pages(texts: dict[str, str], reached: set[str]) -> Iterator[str]:
         yield url
 
 
-@pytest.mark.debian
+@pytest.mark.integration
 @pytest.mark.skipif(CHROMIUM is None, reason=MISSING)
 def test_a_report_is_shown_whole_under_its_own_policy(grid, browser):
     browser._ask("Page.enable")
@@ -224,7 +224,7 @@ def test_a_report_is_shown_whole_under_its_own_policy(grid, browser):
         assert browser.evaluate("refused") == []
 
 
-@pytest.mark.debian
+@pytest.mark.integration
 @pytest.mark.skipif(CHROMIUM is None, reason=MISSING)
 def test_markup_in_a_report_runs_nothing_and_loads_nothing(grid, browser):
     """As if a name had not been escaped. Without its policy the page would do both."""

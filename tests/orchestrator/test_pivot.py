@@ -228,7 +228,7 @@ def document(*tables: str) -> str:
     )
 
 
-@pytest.mark.debian
+@pytest.mark.integration
 def test_the_latex_of_every_kind_of_table_compiles(tmp_path: Path) -> None:
     engine = shutil.which("tectonic") or shutil.which("pdflatex")
     if engine is None:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from optuna.trial import Trial, TrialState
+from optuna.trial import TrialState
 
 from orchestrator.search import CellSearch, make_sampler, open_storage
 from orchestrator.space import Point, grid_points
@@ -220,31 +217,6 @@ def test_a_pruned_point_is_never_the_best_and_uses_up_patience(tmp_path):
     assert again.next_round() == []  # five points after the best, two of them pruned
 
 
-@pytest.mark.parametrize("died", ["reported", "told in part"])
-def test_a_driver_that_died_while_it_told_of_pruned_points_is_followed_by_one_that_does(
-    tmp_path, died
-):
-    def told(name: str, half: bool) -> CellSearch:
-        searching = opened(tmp_path / name, sweep("tpe", points=4))
-        one, other = searching.next_round()
-        stopped = {other.number: (1, 0.25)}
-        if half and died == "reported":
-            trial = searching.study.get_trials(deepcopy=False)[other.number]
-            Trial(searching.study, trial._trial_id).report(0.25, 1)
-        elif half:
-            searching.tell_round({}, stopped)
-        searching = opened(tmp_path / name, sweep("tpe", points=4)) if half else searching
-        while all(point.number < 2 for point in searching.next_round()):
-            searching.tell_round({one.number: 0.5}, stopped)
-        return searching
-
-    ours, theirs = told("half", True), told("whole", False)
-    assert found(ours) == found(theirs)
-    seen = [t.intermediate_values for t in ours.study.get_trials(deepcopy=False)]
-    assert seen == [{}, {1: 0.25}, {}, {}]
-    assert params(ours) == params(theirs)
-
-
 # ---------------------------------------------------------------- kills
 
 
@@ -260,67 +232,6 @@ def test_a_search_killed_anywhere_goes_on_to_the_points_of_an_undisturbed_one(tm
         resumed = play(journal, spec)
         assert found(resumed) == undisturbed, f"killed after line {count}"
         assert unfinished(resumed) == []
-
-
-@pytest.mark.parametrize("default", [True, False])
-def test_what_is_carried_into_a_study_is_there_once_wherever_its_driver_was_killed(
-    tmp_path, default
-):
-    first = [{"images_per_class": 40, "fusion_weight": 0.5}] if default else []
-    carried = [
-        Carried(one, value(one))
-        for one in [*first, {"images_per_class": 20, "fusion_weight": 0.2}, {"images_per_class": 0}]
-    ]
-    spec = sweep("tpe", points=8)
-    undisturbed = found(play(tmp_path / "whole", spec, carried=carried))
-    by_number = {number: (point, told) for number, point, told in undisturbed}
-    assert sorted(by_number) == list(range(len(undisturbed))) == list(range(8))
-    assert by_number[0][0] == {"images_per_class": 40, "fusion_weight": 0.5}
-    at = 0 if default else 1
-    assert [by_number[at + i] for i in range(len(carried))] == [
-        (c.params, c.value) for c in carried
-    ]
-    lines = (tmp_path / "whole").read_bytes().splitlines(keepends=True)
-    for count in range(0, len(lines), 5):
-        journal = tmp_path / f"killed after {count}"
-        journal.write_bytes(b"".join(lines[:count]) + lines[count][: len(lines[count]) // 2])
-        resumed = play(journal, spec, carried=carried)
-        assert found(resumed) == undisturbed, f"killed after line {count}"
-        assert unfinished(resumed) == []
-
-
-KILLED = """
-import sys
-from pathlib import Path
-sys.path.insert(0, str(Path(sys.argv[1])))
-import test_search as t
-
-searching = t.opened(Path(sys.argv[2]), t.sweep("tpe"))
-points = searching.next_round()
-searching.tell_round({p.number: t.value(p.params) for p in points})
-searching.next_round()
-print("asked", flush=True)
-sys.stdin.readline()
-"""
-
-
-def test_a_driver_killed_in_the_middle_of_a_round_loses_nothing(tmp_path):
-    here = Path(__file__)
-    process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(here.parent), str(tmp_path / "j")],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=here.parents[2],
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "asked\n"
-    process.kill()
-    process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL
-    resumed = play(tmp_path / "j", sweep("tpe"))
-    assert found(resumed) == found(play(tmp_path / "undisturbed", sweep("tpe")))
-    assert unfinished(resumed) == []
 
 
 def test_what_a_killed_driver_left_beside_the_journal_does_not_stop_the_next(tmp_path):

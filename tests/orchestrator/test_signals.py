@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.sweeps import environment
+from tests.sweeps import TIMEOUT, environment
 
 DEAF = """
 import os, signal, sys, time
@@ -45,7 +45,7 @@ def test_a_signal_that_is_dropped_is_raised_again(number, said):
         capture_output=True,
         text=True,
         env=environment(),
-        timeout=60,
+        timeout=TIMEOUT,
         check=True,
     )
     assert done.stdout.splitlines() == [said, "closed True"]

@@ -9,6 +9,7 @@ import pytest
 from orchestrator import stall
 from orchestrator.stall import Stall, wanting
 from orchestrator.sweep import GeneratorResources, Resources, TrialResources
+from tests.sweeps import TIMEOUT
 
 GPU = Resources(
     trial=TrialResources(gpu=0.25), generator=GeneratorResources(gpu=1, custom={"sd": 1})
@@ -30,7 +31,7 @@ def test_what_is_taken_is_named_with_who_asks_for_it(free, said):
 
 
 def test_it_is_said_once_nothing_has_happened_for_a_while_and_not_while_something_does(monkeypatch):
-    monkeypatch.setattr(stall, "QUIET", 0.2)
+    monkeypatch.setattr(stall, "QUIET", 2.0)
     said, heard = [], threading.Event()
 
     def say(text: str) -> None:
@@ -38,9 +39,9 @@ def test_it_is_said_once_nothing_has_happened_for_a_while_and_not_while_somethin
         heard.set()
 
     watch = Stall(Resources(), lambda: {"CPU": (0, 2)}, say, every=0.01)
-    for _ in range(40):
+    for _ in range(60):
         watch.news()
-        assert not heard.wait(0.02)
-    assert heard.wait(30)
+        assert not heard.wait(0.05)
+    assert heard.wait(TIMEOUT)
     watch.close()
     assert "a trial asks for 1 CPU and 0 of 2 are free" in said[0]

@@ -142,6 +142,7 @@ def test_where_there_is_no_room_no_half_file_stays(here):
     assert list(here.iterdir()) == []
 
 
+@pytest.mark.integration
 @pytest.mark.ray
 def test_the_smallest_folder_there_may_be_runs_as_smoke(here):
     draw(here / "x", {"a": 4, "b": 4})

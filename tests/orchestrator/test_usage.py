@@ -240,6 +240,7 @@ def test_a_bucket_says_the_same_as_a_folder(bucket, store, usage, tmp_path, tria
     assert set(found) == {"mina", "tom"}
 
 
+@pytest.mark.integration
 @pytest.mark.ray
 def test_a_real_run_notes_what_each_worker_held(tmp_path, drawn_digits):
     text = "grid: {{method: [fpl, air_fpl]}}\nfixed: {{generator: 'folder:{folder}', "
