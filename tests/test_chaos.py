@@ -24,6 +24,7 @@ from tests.disks import PAGE, small_disk
 from tests.sweeps import (
     airsweep,
     begun_twice,
+    children,
     environment,
     events,
     search_sweep,
@@ -47,36 +48,14 @@ def run(spec: Path, store: Path, crash_at: str = "") -> int:
 def said(
     spec: Path, store: Path, crash_at: str = "", inside: Sequence[str] = ()
 ) -> subprocess.CompletedProcess[str]:
-    tracking = ["--tracking-uri", f"jsonl:{store}/told.jsonl"]
     command = [sys.executable, "-m", "tests.trivial", "run", str(spec), "--store", str(store)]
     return subprocess.run(
-        [*inside, *command, *tracking],
+        [*inside, *command, "--tracking-uri", "none"],
         capture_output=True,
         text=True,
         env=environment(**{CRASH_AT: crash_at}),
         check=False,
     )
-
-
-def told(store: Path) -> dict[str, Any]:
-    """What the tracker was told last of each slot, without what depends on the clock."""
-    lines = map(json.loads, (store / "told.jsonl").read_text().splitlines())
-    return {
-        line["slot"]: {name: line[name] for name in ("state", "params", "metrics")}
-        for line in lines
-        if "slot" in line
-    }
-
-
-def told_points(store: Path) -> dict[str, Any]:
-    """The same of each setting; the note has seconds in it."""
-    lines = map(json.loads, (store / "told.jsonl").read_text().splitlines())
-    kept = ("name", "tags", "params", "metrics", "curves", "interval")
-    return {
-        line["point"]: {name: line[name] for name in kept}
-        for line in lines
-        if line["kind"] == "point"
-    }
 
 
 def studies(store: Path) -> dict[str, list[tuple[Any, ...]]]:
@@ -130,10 +109,8 @@ def test_out_of_room_anywhere_a_sweep_stops_and_ends_as_if_nothing_had_happened(
     spec, calm, tmp_path
 ):
     files = [file for file in calm.rglob("*") if file.is_file()]
-    told_last = calm / "told.files"  # copies for people, after all else
-    files = [file for file in files if told_last not in file.parents]
     whole = sum(-(-file.stat().st_size // PAGE) for file in files)
-    chosen = range(2, whole - 8)  # in the last few nothing but the tracker's files is written
+    chosen = range(2, whole - 8)
     some = min(SAMPLES - 3 if SAMPLES else 20, len(chosen))
     sizes = {*random.Random(time_seed()).sample(chosen, some), *(() if SAMPLES else range(2, 12))}
     for pages in sorted(sizes):
@@ -165,20 +142,15 @@ def test_who_was_pruned_is_said_by_plan_status_table_and_tracker(spec, calm, kin
     assert (shown["pruned"], shown["waiting"]) == (count, 0)
     text = airsweep("table", "chaos", "--store", calm).stdout
     assert (f"{count // 2} points pruned early" in text) == (count > 0)
-    states = {slot: line["state"] for slot, line in told(calm).items()}
-    assert sorted(slot for slot, state in states.items() if state == "pruned") == sorted(stopped)
-    # Another tracker is told the same later, from ledger and store alone.
-    file = tmp_path / "told.jsonl"
-    airsweep("mlflow", "reconcile", "chaos", "--store", calm, "--tracking-uri", f"jsonl:{file}")
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
-    assert told_points(tmp_path) == told_points(calm)
-    later = {line["slot"]: line for line in lines if "slot" in line}
-    assert later.keys() == states.keys()
+    store = shutil.copytree(calm, tmp_path / "runs")
+    airsweep("mlflow", "reconcile", "chaos", "--store", store)
+    states = {run.data.tags["air.slot"]: run.data for run in children(store, "chaos")}
+    assert states.keys() == outcomes(calm).keys()
     noted = {e["slot"]: e for e in events(calm, "chaos") if e["event"] == "trial_pruned"}
+    assert {s for s, run in states.items() if run.tags["air.state"] == "pruned"} == {*stopped}
     for slot in stopped:
-        assert later[slot]["state"] == "pruned"
-        assert later[slot]["tags"]["air.pruned_after"] == str(noted[slot]["rung"])
-        assert list(later[slot]["metrics"]) == ["rung/mutual_information"]
+        assert states[slot].tags["air.pruned_after"] == str(noted[slot]["rung"])
+        assert list(states[slot].metrics) == ["rung/mutual_information"]
 
 
 def time_seed() -> int:
@@ -203,11 +175,6 @@ def assert_alike(store: Path, calm: Path, when: str, redone: int = 0) -> None:
     stopped = [[slot for slot, end in of.items() if end == "trial_pruned"] for of in (mine, theirs)]
     assert sorted(stopped[0]) == sorted(stopped[1]), when
     assert bool(stopped[0]) == ("PRUNED" in told_states), when
-    lines, calm_lines = told(store), told(calm)
-    assert lines.keys() == calm_lines.keys(), when
-    for slot, line in lines.items():
-        assert line["metrics"] == calm_lines[slot]["metrics"], (when, slot)
-    assert told_points(store) == told_points(calm), when
     # Work that is begun twice loses at most a job, here two seeds of ten iterations, and what the
     # driver prepares beside them at that moment.
     trials, prepared = begun_twice(store / "built.log", calm / "built.log")

@@ -1,7 +1,7 @@
 """airsweep with work that takes no time: the real planner, driver, ledger, search, store and
 tracker over a trainable that writes numbers from its key. Run like the command.
 
-    python -m tests.trivial run sweep.yaml --store runs --tracking-uri jsonl:runs/told.jsonl
+    python -m tests.trivial run sweep.yaml --store runs --tracking-uri none
 
 With RAY_ADDRESS it joins that cluster, though its trials need none. AIRSWEEP_GATE is a folder in
 which every driver says that it could begin, and waits until `open` is there and for
@@ -182,7 +182,6 @@ MODULES = {
         "Cluster": Cluster,
         "MemoryPeak": MemoryPeak,
     },
-    "orchestrator.pictures": {"smaller": lambda *of: b""},
     # 0.15 s for each trial, and 1.5 s for each run
     "orchestrator.figures": {"confusion": lambda *of: b"", "pictures": lambda *of: {}},
     # Importing the real one costs a second for torch.
