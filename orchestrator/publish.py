@@ -160,7 +160,8 @@ class Publisher:
             self._tracker = None
             self._paused_until = time.monotonic() + PAUSE
             if not self._warned:
-                log.warning("%s; the sweep goes on without it", first_line(problem))
+                kind = "" if isinstance(problem, TrackerAway) else f"{type(problem).__name__}: "
+                log.warning("%s%s; the sweep goes on without it", kind, first_line(problem))
             self._warned = True
             return False
         return True

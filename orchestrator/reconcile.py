@@ -23,7 +23,7 @@ from orchestrator.store import ArtifactStore
 from orchestrator.studies import Pruned
 from orchestrator.sweep import SweepSpec
 from orchestrator.tracking import Counts, Status, TrackerAway, make_tracker
-from orchestrator.trial import read_trial
+from orchestrator.trial import TrialRecord, read_trial
 
 if TYPE_CHECKING:
     from orchestrator.tracking.mlflow import SweepTracker
@@ -101,13 +101,14 @@ def sync(sweep: SweepSpec, place: Place, tracker: SweepTracker, status: Status) 
     history = _history(ledger)
     plan = plan_sweep(sweep, place.store, place.resolver(), ledger)
     done = finished(plan, place.store)
+    records = {slot.id: record for slot, record in done}
     gone = 0
     children = Children(sweep, tracker.sweep, place.store)
     for slot in plan.slots:
         noted = history.outcomes.get(slot.id)
         if noted is None:
             continue
-        outcome = _outcome(slot, noted, place.store)
+        outcome = _outcome(slot, noted, place.store, records.get(slot.id))
         if outcome is None:
             gone += 1
             continue
@@ -147,7 +148,9 @@ def _history(ledger: Ledger) -> _History:
     return _History(outcomes, made, (spec if spec.exists() else ledger.path).stat().st_mtime)
 
 
-def _outcome(slot: Slot, noted: Mapping[str, Any], store: ArtifactStore) -> Outcome | None:
+def _outcome(
+    slot: Slot, noted: Mapping[str, Any], store: ArtifactStore, record: TrialRecord | None
+) -> Outcome | None:
     """The outcome of a slot; None: it is about another spec, or its record was removed."""
     if noted["key"] != slot.key.digest:
         return None
@@ -167,5 +170,5 @@ def _outcome(slot: Slot, noted: Mapping[str, Any], store: ArtifactStore) -> Outc
             state: Literal["done", "reused"] = (
                 "done" if noted["event"] == "trial_done" else "reused"
             )
-            return Outcome(slot, state, read_trial(slot.spec, store), known=True)
+            return Outcome(slot, state, record or read_trial(slot.spec, store), known=True)
     return None

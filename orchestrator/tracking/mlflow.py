@@ -26,6 +26,7 @@ from orchestrator.tracking.runs import (  # first: it has the settings of MLflow
     create_database,
     files_of,
     filled,
+    is_ours,
     log_batch,
     metrics_of,
     reason,
@@ -56,7 +57,6 @@ from orchestrator.tracking import (
     Counts,
     Status,
     SweepRun,
-    TrackerAway,
     without_credentials,
 )
 from orchestrator.variables import environment
@@ -87,19 +87,13 @@ class Mlflow:
         self._uri, self._project, self._name = uri, project, f"air/{project}"
 
     def check(self) -> None:
-        """Try to write, quickly and before any work.
+        """Try to write to a server, quickly and before any work.
 
         Raises:
             ValueError: MLflow answers and refuses us.
             TrackerAway: it does not answer.
         """
         if self.database is not None:
-            try:
-                self.database.parent.mkdir(parents=True, exist_ok=True)
-                if self.database.exists():
-                    check_database(self.database)
-            except OSError as problem:
-                raise TrackerAway(f"MLflow's file cannot be used: {problem}") from problem
             return
         with environment(QUICK), calls(self.place, f"the experiment {self._name}"):
             client = MlflowClient(self._uri)
@@ -202,9 +196,7 @@ class SweepTracker:
             MLFLOW_RUN_NOTE: self.sweep.note if live else "",
         }
         self._tag_sweep(about | self._system_tags())
-        for child in search(self.client, self.experiment, self._below()):
-            if not child.name[1]:
-                continue  # not ours: a user has put a run of their own below the sweep
+        for child in filter(is_ours, search(self.client, self.experiment, self._below())):
             twin = self.children.setdefault(child.name, child)
             if twin is not child:  # here too, requests are sent again
                 kept, spare = (child, twin) if twin.status == "RUNNING" else (twin, child)
@@ -246,7 +238,7 @@ class SweepTracker:
         """
         with calls(self.mlflow.place, f"the run {self.sweep.sweep}"):
             running = f"{self._below()} and attributes.status = 'RUNNING'"
-            for run in search(self.client, self.experiment, running):
+            for run in filter(is_ours, search(self.client, self.experiment, running)):
                 known = self.children.get(run.name)
                 if known is not None and known.run_id != run.run_id:
                     self.client.delete_run(run.run_id)  # a request that was sent twice

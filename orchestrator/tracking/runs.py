@@ -77,7 +77,7 @@ class StoredRun:
 
     @property
     def name(self) -> tuple[str, str]:
-        """Kind and id of a child; a run that is not ours has no id."""
+        """Kind and id of a run below a sweep's."""
         kind = self.tags.get("air.kind", "")
         return kind, self.tags.get(IDENTITY[kind][0], "") if kind in IDENTITY else ""
 
@@ -87,6 +87,11 @@ class StoredRun:
             return False
         # A failed first attempt has no numbers, and its times are not those of the second.
         return not self.numbered or self.started == run.started or self.ended == run.ended
+
+
+def is_ours(run: StoredRun) -> bool:
+    """Whether a run below a sweep's is of airsweep. Users may put their own there."""
+    return bool(run.name[1])
 
 
 def stored(run: Run) -> StoredRun:
