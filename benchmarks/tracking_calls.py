@@ -37,11 +37,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from orchestrator.tracking import (
     SERVER_ENVIRONMENT,
+    ChildRun,
     Numbers,
-    PointRun,
     SweepRun,
-    TrialRun,
-    link,
     make_tracker,
     serve_command,
 )
@@ -105,52 +103,53 @@ class Counter:
         return found
 
 
-def setting(number: int, slots: list[str], iterations: int) -> PointRun:
+def setting(number: int, seeds: int, iterations: int) -> ChildRun:
     """One setting over its seeds."""
     curves = {name: [0.5] * iterations for name in CURVES}
     spread = dict.fromkeys(("test/accuracy_std", "test/accuracy_low", "test/accuracy_high"), 0.1)
-    metrics = {**dict.fromkeys((*SINGLES, *CURVES), 0.5), **spread, "n": float(len(slots))}
-    return PointRun(
-        point=f"cell/{number}",
+    metrics = {**dict.fromkeys((*SINGLES, *CURVES), 0.5), **spread, "n": float(seeds)}
+    return ChildRun(
+        kind="point",
+        id=f"cell/{number}",
         name=f"setting-{number}",
         content=f"{number}",
         tags={"air.method": "air"},
         params={"lr": "0.1", "images_per_class": str(number)},
-        note=" ".join(link("seed", "trial", slot) for slot in slots),
+        note=f"Mean over {seeds} of {seeds} runs.",
         numbers=lambda: Numbers(metrics=metrics, curves=curves, interval="95 %"),
         started=1_700_000_000_000,
         ended=1_700_000_009_000,
     )
 
 
+def trial(number: int, seeds: int, iterations: int) -> ChildRun:
+    rounds = [numbers(number, iteration) for iteration in range(iterations)]
+    found = Numbers(
+        metrics=dict.fromkeys(SINGLES, 0.5),
+        curves={name: [values[name] for values in rounds] for name in CURVES},
+    )
+    return ChildRun(
+        kind="trial",
+        id=f"cell/{number // seeds}/seed={number % seeds}",
+        name=f"trial-{number}",
+        content=f"key-{number}",
+        tags={"air.state": "done", "air.method": "air"},
+        params={"lr": "0.1", "images_per_class": str(number)},
+        numbers=lambda: found,
+        started=1_700_000_000_000,
+        ended=1_700_000_009_000,
+        files=dict.fromkeys(("spec.json", "confusion_matrix.png"), lambda: b"{}" * 2000),
+    )
+
+
 def ours(url: str, folder: Path, trials: int, iterations: int, seeds: int) -> None:
-    files = {"spec.json": folder / "spec.json", "confusion_matrix.png": folder / "matrix.png"}
-    for path in files.values():
-        path.write_bytes(b"{}" * 2000)
-    tracker = make_tracker(url, store=folder, project="ours")
     about = {"user": "ada", "commit": "0123abc", "source": "benchmark", "spec_hash": "5f3a9c"}
-    tracker.start(SweepRun(sweep="calls", project="ours", note="", **about))
-    slots: list[str] = []
-    for trial in range(trials):
-        curves = [numbers(trial, iteration) for iteration in range(iterations)]
-        slots.append(f"cell/{trial // seeds}/seed={trial % seeds}")
-        tracker.trial(
-            TrialRun(
-                slot=slots[-1],
-                name=f"trial-{trial}",
-                state="done",
-                tags={"air.trial_key": f"key-{trial}", "air.method": "air"},
-                params={"lr": "0.1", "images_per_class": str(trial)},
-                metrics=dict.fromkeys(SINGLES, 0.5),
-                curves={name: [values[name] for values in curves] for name in CURVES},
-                started=1_700_000_000_000,
-                ended=1_700_000_009_000,
-                artifacts=files,
-            )
-        )
-        if len(slots) == seeds:
-            tracker.point(setting(trial // seeds, slots, iterations))
-            slots = []
+    sweep = SweepRun(sweep="calls", project="ours", note="", **about)
+    tracker = make_tracker(url, store=folder, project="ours").open(sweep)
+    for number in range(trials):
+        tracker.send(trial(number, seeds, iterations))
+        if number % seeds == seeds - 1:
+            tracker.send(setting(number // seeds, seeds, iterations))
     tracker.finish("FINISHED", "", {})
 
 

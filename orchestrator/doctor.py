@@ -329,7 +329,7 @@ def _tracker(report: Report, asking: Asking, place: Place | None) -> None:
         uri = uri_of(asked, root)
         kind = kind_of(uri)
         if kind != "http":
-            where = "a file" if kind in ("sqlite", "jsonl") else "off"
+            where = "a file" if kind == "sqlite" else "off"
             report.passed("tracker", f"{where}, so no server is needed")
         elif asking.offline:
             report.left_out("tracker", OFFLINE)

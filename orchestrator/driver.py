@@ -32,7 +32,7 @@ from orchestrator.fit import Machine, misfit, this_machine
 from orchestrator.inputs import Inputs, workshop
 from orchestrator.ledger import SweepBusy
 from orchestrator.lineage import commit, diff_digest, dirty, uncommitted
-from orchestrator.parent import ending_of, parent_of, status_of
+from orchestrator.parent import parent_of, status_of
 from orchestrator.place import (
     BUDGET,
     DONE,
@@ -55,6 +55,7 @@ from orchestrator.plan import (
     possible_trials,
 )
 from orchestrator.publish import Publisher
+from orchestrator.reconcile import sync
 from orchestrator.remote import RemoteAway
 from orchestrator.repair import set_damaged_aside
 from orchestrator.resolve import Resolver, text_digest
@@ -536,7 +537,7 @@ def _close(run: Run, code: int) -> Exception | None:
     _no_room_for(lambda: remember(run.place.store, tally.work))  # estimates do without
     run.publisher.finish(
         status_of(code),
-        lambda folder: ending_of(run.sweep, run.place, folder),
+        lambda tracker: sync(run.sweep, run.place, tracker, status_of(code)),
         hasty=code == TERMINATED,
     )
     return untold

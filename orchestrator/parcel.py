@@ -163,9 +163,7 @@ def _check_tracking(uri: str) -> None:
             "dashboard; leave it out, and set MLFLOW_TRACKING_USERNAME and "
             "MLFLOW_TRACKING_PASSWORD in the environment of the cluster"
         )
-    kind = kind_of(uri)
-    file = uri.removeprefix("sqlite:///") if kind == "sqlite" else uri.partition(":")[2]
-    if kind in ("sqlite", "jsonl") and not Path(file).is_absolute():
+    if kind_of(uri) == "sqlite" and not Path(uri.removeprefix("sqlite:///")).is_absolute():
         raise Refused(
             f"the tracking uri {uri!r} is relative, and the working directory of a Ray job is "
             f"thrown away at the end; give http://<server>, or an absolute path"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -164,15 +163,6 @@ def _cut(text: str, room: int, font: Any) -> str:
     while text and font.getlength(text + "..") > room:
         text = text[:-1]
     return text + ".."
-
-
-def smaller(picture: Path, width: int) -> bytes:
-    """A picture at most `width` pixels wide, as PNG."""
-    image = open_png(picture.read_bytes())
-    if image.width > width:
-        size = (width, round(image.height * width / image.width))
-        image = image.resize(size, Image.Resampling.LANCZOS)
-    return _png(image)
 
 
 def _png(image: Image.Image) -> bytes:

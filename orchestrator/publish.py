@@ -1,30 +1,27 @@
-"""Outcomes on their way to the tracker: one thread writes, so that nothing waits for it.
+"""Sends outcomes to MLflow while a sweep runs. One thread writes, so that no training waits.
 
-A setting is told with the last of its trials; what is left of settings, with the end.
-
-A tracker that fails never fails a sweep: what it lacks is said at the end, with the command that
-tells it.
+An MLflow that fails never fails a sweep. It is warned of once; at the end of the sweep all that
+MLflow lacks is sent from the event log, and if it fails then, by `airsweep mlflow reconcile`.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import tempfile
+import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.children import Children
 from orchestrator.dispatch import Outcome
-from orchestrator.points import Points
+from orchestrator.failures import first_line
 from orchestrator.store import ArtifactStore, maker
 from orchestrator.sweep import SweepSpec
 from orchestrator.tracking import (
     Status,
     SweepRun,
-    Told,
-    Tracker,
     TrackerAway,
     kind_of,
     make_tracker,
@@ -33,18 +30,19 @@ from orchestrator.tracking import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from orchestrator.parent import Ending
+    from orchestrator.tracking.mlflow import SweepTracker
 
 log = logging.getLogger(__name__)
 
+# Seconds before an MLflow that failed is called again. One that accepts a call and never replies
+# holds the thread for half a minute each time.
+PAUSE = 300.0
+
 
 class Publisher:
-    """Tells a tracker about one sweep, in the background.
+    """Sends one sweep to MLflow, in the background.
 
-    The tracker is opened by the first thing that is told, so a run that has nothing to say
-    imports no tracker.
+    MLflow is imported for the first outcome, so a run that has none does not import it.
 
     Args:
         asked: a tracking uri of the command line, which the sweep file does not know.
@@ -54,137 +52,123 @@ class Publisher:
         self, sweep: SweepSpec, parent: SweepRun, store: ArtifactStore, asked: str | None
     ) -> None:
         self.parent, self.store, self.asked = parent, store, asked
-        self.uri = asked or sweep.tracking_uri
+        self.uri = uri_of(asked or sweep.tracking_uri, store.root)
+        self.kind = kind_of(self.uri)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tracker")
-        self._tracker: Tracker | None = None
-        self._folder = tempfile.TemporaryDirectory(prefix="airsweep-")
-        self._children = Children(sweep, parent, Path(self._folder.name), store)
-        self._points = Points(sweep)
-        self._waiting: list[Future[None]] = []
-        self._troubled = 0  # outcomes that could not even be brought to the tracker
+        self._tracker: SweepTracker | None = None
+        self._children = Children(sweep, parent, store)
+        self._waiting: list[Future[bool]] = []
+        self._paused_until = 0.0
+        self._warned = False
 
     @property
     def in_store(self) -> bool:
-        """Nobody said where to track, so it is a file in the store's folder."""
-        return (
-            uri_of(self.uri, self.store.root)
-            == uri_of(None, self.store.root)
-            != (os.environ.get("MLFLOW_TRACKING_URI"))
-        )
+        """Whether runs go to a file in the store's folder because nothing else was given."""
+        given = os.environ.get("MLFLOW_TRACKING_URI")
+        return not given and self.uri == uri_of(None, self.store.root)
 
     def check(self, reach: bool) -> None:
-        """Before any work: is there such a tracker, and does it answer?
+        """Before any work: does MLflow answer, and let us write?
 
         Args:
             reach: a server has to answer now.
 
         Raises:
-            ValueError: no tracker is meant by this uri, or it lets us not in.
+            ValueError: it answers and refuses us.
             TrackerAway: it does not answer.
         """
-        if kind_of(uri_of(self.uri, self.store.root)) != "http" or not reach:
+        if self.kind != "http" or not reach:
             return
-        tracker = make_tracker(self.uri, store=self.store.root, project=self.parent.project)
         try:
-            tracker.check()
+            make_tracker(self.uri, store=self.store.root, project=self.parent.project).check()
         except TrackerAway as away:
             raise TrackerAway(
                 f"{away}; start it, give another --tracking-uri, or run with --tracking-uri none "
-                f"and tell it all later by `{self._remedy()}`"
+                f"and fill it later with `{self._remedy()}`"
             ) from away
 
     def trial(self, outcome: Outcome, at: float | None) -> None:
-        """Tell an outcome.
+        """Send an outcome.
 
         Args:
-            at: when the ledger noted it; None: it did before.
+            at: when the event log noted it; None: before this run, so it is sent with the end.
         """
-        self._waiting = [one for one in self._waiting if not one.done()]
-        self._waiting.append(self._thread.submit(self._trial, outcome, at))
+        if self.kind != "none":
+            self._waiting = [one for one in self._waiting if not one.done()]
+            self._waiting.append(self._thread.submit(self._trial, outcome, at))
 
     def catch_up(self) -> None:
-        """Wait until all outcomes were told: who is killed once the ledger says that the sweep
-        has ended is followed by nobody who would tell them."""
+        """Wait until all outcomes were sent. Once the event log says that the sweep has ended, no
+        later run sends what is left."""
         wait(self._waiting)
 
     def finish(
-        self,
-        status: Status,
-        ending: Callable[[Path], Ending],
-        hasty: bool = False,
+        self, status: Status, sync: Callable[[SweepTracker], object], hasty: bool = False
     ) -> None:
-        """Wait for all that was told, close the parent, and say what is missing.
+        """Send the end of the sweep, with all that MLflow lacks.
 
         Args:
-            ending: what there is to say of the whole sweep; is given a folder for its files, which
-                is gone afterwards.
-            hasty: who is being killed has seconds: the parent is closed without note and files, and
-                what still waits is told by the next run.
+            sync: sends what the event log has and MLflow lacks, and ends the sweep's run.
+            hasty: a driver that is being killed has seconds: the sweep's run is ended without a
+                note, and the next run sends the rest.
         """
-        if hasty:
-            self._troubled += sum(one.cancel() for one in self._waiting)
-        last = self._thread.submit(self._finish, status, ending, hasty)
-        self._thread.shutdown(wait=True)
-        self._folder.cleanup()
-        told = last.result()
-        missed = told.missed + self._troubled
-        if missed or told.sweep == "missed":
-            lacks = [f"{missed} outcome{'s' * (missed > 1)}"] if missed else []
-            lacks += ["the end of the sweep"] if told.sweep == "missed" else []
+        if self.kind == "none":
+            complete = True
+        elif hasty:
+            cancelled = sum(one.cancel() for one in self._waiting)
+            last = self._thread.submit(self._close, status)
+            complete = last.result() and not cancelled
+        else:
+            complete = self._thread.submit(self._sync, sync).result()
+        self._thread.shutdown()
+        if not complete:
             log.warning(
-                "%s lacks %s; nothing is lost: %s",
-                without_credentials(uri_of(self.uri, self.store.root)),
-                " and ".join(lacks),
-                "the next run tells it" if hasty else f"run `{self._remedy()}` when it answers",
+                "%s lacks a part of this sweep; nothing is lost: %s",
+                without_credentials(self.uri),
+                "the next run sends it" if hasty else f"run `{self._remedy()}` when it answers",
             )
 
     def _remedy(self) -> str:
         return reconcile_command(self.parent, self.store.name, self.asked)
 
-    def _open(self) -> Tracker:
-        if self._tracker is None:
-            tracker = make_tracker(self.uri, store=self.store.root, project=self.parent.project)
-            tracker.start(self.parent)
-            self._tracker = tracker
-        return self._tracker
+    def _trial(self, outcome: Outcome, at: float | None) -> bool:
+        setting = self._children.completed_setting(outcome)
+        if at is None:
+            return True
+        runs = [self._children.trial(outcome, at, maker()), *([setting] if setting else [])]
+        return self._call(lambda tracker: [tracker.send(run) for run in runs])
 
-    def _trial(self, outcome: Outcome, at: float | None) -> None:
+    def _close(self, status: Status) -> bool:
+        # To open MLflow would take too long.
+        return self._tracker is not None and self._call(lambda tracker: tracker.finish(status))
+
+    def _sync(self, sync: Callable[[SweepTracker], object]) -> bool:
+        self._paused_until = 0.0
+        return self._call(sync)
+
+    def _call(self, work: Callable[[SweepTracker], object]) -> bool:
+        """Do something with MLflow; return whether it was done."""
+        if time.monotonic() < self._paused_until:
+            return False
         try:
-            tracker = self._open()
-            tracker.trial(self._children.child(outcome, at, maker()))
-            point = self._points.ended(outcome)
-            if point is not None:
-                tracker.point(point)
+            if self._tracker is None:
+                place = make_tracker(self.uri, store=self.store.root, project=self.parent.project)
+                self._tracker = place.open(self.parent)
+            work(self._tracker)
         except Exception as problem:  # whatever it is, the sweep's results are worth more
-            self._troubled += 1
-            self._complain(problem)
-
-    def _finish(self, status: Status, ending: Callable[[Path], Ending], hasty: bool) -> Told:
-        if hasty and self._tracker is None:  # to open it would take too long
-            return Told(sweep="missed")
-        try:
-            tracker = self._open()
-            if hasty:
-                return tracker.finish(status, None, {})
-            end = ending(Path(self._folder.name))
-            for point in end.points:
-                tracker.point(point)
-            return tracker.finish(status, end.note, end.files)
-        except Exception as problem:
-            self._complain(problem)
-            return Told(sweep="missed")
-
-    def _complain(self, problem: Exception) -> None:
-        level = logging.WARNING if self._troubled <= 1 else logging.DEBUG  # one line is enough
-        log.log(level, "tracking fails: %s: %s", type(problem).__name__, _line(problem))
-
-
-def _line(problem: Exception) -> str:
-    return f"{problem}".partition("\n")[0]
+            # A call that failed may have done its work: what is there is looked up again.
+            self._tracker = None
+            self._paused_until = time.monotonic() + PAUSE
+            if not self._warned:
+                kind = "" if isinstance(problem, TrackerAway) else f"{type(problem).__name__}: "
+                log.warning("%s%s; the sweep goes on without it", kind, first_line(problem))
+            self._warned = True
+            return False
+        return True
 
 
 def reconcile_command(parent: SweepRun, store: str, uri: str | None) -> str:
-    """What to type so that a tracker is told what it has missed."""
+    """The command that sends MLflow what it lacks of a sweep."""
     name = parent.sweep if parent.project == "default" else f"{parent.project}/{parent.sweep}"
     place = [] if store == str(Path("runs").absolute()) else ["--store", store]
     tracker = ["--tracking-uri", without_credentials(uri)] if uri else []

@@ -1,110 +1,124 @@
-"""Tell a tracker all that it has missed of a sweep, from ledger and store alone.
+"""Send MLflow all that it lacks of a sweep, from event log and store alone.
 
-Starts nothing and computes nothing. Said twice it changes nothing: what the tracker has is looked
-up first. Needs no Ray and no torch.
+Starts nothing and computes nothing. A second time it changes nothing: runs are looked up first.
+Needs no Ray and no torch.
 """
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
-from orchestrator.children import Children
+from orchestrator.children import Children, by_point
 from orchestrator.dispatch import Outcome
 from orchestrator.ledger import Ledger
 from orchestrator.lineage import UNKNOWN
-from orchestrator.parent import ending_of, parent_of, status_of
+from orchestrator.parent import note_and_files, parent_of, status_of
 from orchestrator.place import Place, recorded_names, whoami
 from orchestrator.plan import Slot, plan_sweep
 from orchestrator.report import counted
-from orchestrator.results import standing
+from orchestrator.results import entries_of, finished, standing
 from orchestrator.store import ArtifactStore
 from orchestrator.studies import Pruned
 from orchestrator.sweep import SweepSpec
-from orchestrator.tracking import Told, TrackerAway, kind_of, make_tracker, uri_of
-from orchestrator.trial import read_trial
+from orchestrator.tracking import Counts, Status, TrackerAway, make_tracker
+from orchestrator.trial import TrialRecord, read_trial
+
+if TYPE_CHECKING:
+    from orchestrator.tracking.mlflow import SweepTracker
 
 
 @dataclass(frozen=True)
 class Reconciled:
-    """What was told of one sweep, and where to look."""
+    """What was sent of one sweep, and where to look."""
 
     name: str
-    told: Told
-    gone: int  # outcomes in the ledger whose records are no longer in the store
+    counts: Counts
+    gone: int  # outcomes in the event log whose records are no longer in the store
     url: str
 
     def json(self) -> dict[str, Any]:
         return {
             "sweep": self.name,
-            "told": self.told.told,
-            "already_there": self.told.there,
-            "points": self.told.points,
+            "told": self.counts.sent,
+            "already_there": self.counts.present,
+            "points": self.counts.settings,
             "gone": self.gone,
-            "parent": self.told.sweep,
+            "parent": "told" if self.counts.sweep else "there",
             "url": self.url,
         }
 
     def line(self) -> str:
         """For people."""
-        told, there = self.told.told, self.told.there
+        sent, there, settings = self.counts.sent, self.counts.present, self.counts.settings
         gone = f", {self.gone} no longer in the store" if self.gone else ""
-        if self.told.nothing:
-            return f"{self.name}: nothing to tell ({there} outcomes are there{gone})"
-        settings = f", {counted(self.told.points, 'setting')}" if self.told.points else ""
-        end = "" if told or settings else "; its parent is brought up to date"
-        return f"{self.name}: told {told}{settings}, already there {there}{gone}{end}"
+        if self.counts.nothing_sent:
+            return f"{self.name}: nothing to send ({there} outcomes are there{gone})"
+        more = f", {counted(settings, 'setting')}" if settings else ""
+        return f"{self.name}: sent {counted(sent, 'outcome')}{more}; already there {there}{gone}"
 
 
 def reconcile(sweep: SweepSpec, place: Place, tracking_uri: str | None) -> Reconciled:
-    """Bring a tracker up to date with one recorded sweep.
+    """Bring MLflow up to date with one recorded sweep.
 
     Raises:
-        ValueError: there is no tracker to tell.
-        TrackerAway: it does not answer, or stops answering; what was told by then is told.
-        SweepBusy: the sweep runs, and its driver tells.
+        ValueError: tracking is off, or MLflow refuses us.
+        TrackerAway: it does not answer, or stops answering; what was sent by then is sent.
+        SweepBusy: the sweep runs, and its driver sends.
     """
     uri = tracking_uri or sweep.tracking_uri
-    if kind_of(uri_of(uri, place.store.root)) == "none":
-        raise ValueError("tracking is off here: say which tracker to tell by --tracking-uri")
-    tracker = make_tracker(uri, store=place.store.root, project=place.project)
-    tracker.check()
+    mlflow = make_tracker(uri, store=place.store.root, project=place.project)
+    mlflow.check()
     ledger = place.ledger()
     ledger.lock()
     try:
-        history = _history(ledger)
-        plan = plan_sweep(sweep, place.store, place.resolver(), ledger)
-        known = standing(ledger)
-        parent = parent_of(sweep, place, history.last)
-        gone = 0
-        with tempfile.TemporaryDirectory(prefix="airsweep-") as folder:
-            children = Children(sweep, parent, Path(folder), place.store)
-            tracker.start(parent, live=False)
-            for slot in plan.slots:
-                noted = history.outcomes.get(slot.id)
-                if noted is None:
-                    continue
-                outcome = _outcome(slot, noted, place)
-                if outcome is None:
-                    gone += 1
-                    continue
-                at = noted.get("time", history.since)
-                tracker.trial(children.child(outcome, at, noted["maker"]))
-            end = ending_of(sweep, place, Path(folder))
-            for point in end.points:
-                tracker.point(point)
-            told = tracker.finish(status_of(known.exit_code), end.note, end.files)
+        parent = parent_of(sweep, place, _history(ledger).last)
+        tracker = mlflow.open(parent, live=False)
+        try:
+            gone = sync(sweep, place, tracker, status_of(standing(ledger).exit_code))
+        except TrackerAway as away:
+            raise TrackerAway(
+                f"{away}; {counted(tracker.counts.sent, 'outcome')} of {place.name} were sent "
+                "before; run this again when it answers"
+            ) from away
     finally:
         ledger.unlock()
-    if told.missed or told.sweep == "missed":
-        raise TrackerAway(
-            f"the tracker stopped answering: {told.told} outcomes of {place.name} are told, "
-            f"{told.missed} and the end are not; run this again when it answers"
-        )
-    return Reconciled(f"{place.project}/{place.name}", told, gone, tracker.url())
+    return Reconciled(f"{place.project}/{place.name}", tracker.counts, gone, tracker.url())
+
+
+def sync(sweep: SweepSpec, place: Place, tracker: SweepTracker, status: Status) -> int:
+    """Send what MLflow lacks of a sweep, and its end. The caller holds the sweep's lock.
+
+    Returns:
+        How many outcomes of the event log are no longer in the store.
+
+    Raises:
+        ValueError, TrackerAway: as of `Mlflow.check`.
+    """
+    place = replace(place, recorded=True)
+    ledger = place.ledger()
+    history = _history(ledger)
+    plan = plan_sweep(sweep, place.store, place.resolver(), ledger)
+    done = finished(plan, place.store)
+    records = {slot.id: record for slot, record in done}
+    gone = 0
+    children = Children(sweep, tracker.sweep, place.store)
+    for slot in plan.slots:
+        noted = history.outcomes.get(slot.id)
+        if noted is None:
+            continue
+        outcome = _outcome(slot, noted, place.store, records.get(slot.id))
+        if outcome is None:
+            gone += 1
+            continue
+        at = noted.get("time", history.since)
+        tracker.send(children.trial(outcome, at, noted["maker"]))
+    for group in by_point(done):
+        tracker.send(children.setting(group))
+    entries = entries_of(plan, place.store, done)
+    tracker.finish(status, *note_and_files(plan, place, entries, tracker.run.run_id))
+    return gone
 
 
 def recorded(store: ArtifactStore) -> list[str]:
@@ -114,7 +128,7 @@ def recorded(store: ArtifactStore) -> list[str]:
 
 @dataclass(frozen=True)
 class _History:
-    """The ledger, folded for telling."""
+    """What the event log says of outcomes."""
 
     outcomes: Mapping[str, Mapping[str, Any]]  # by slot: the last event, with who ran then
     last: Mapping[str, Any]  # who ran last: user, commit
@@ -134,8 +148,10 @@ def _history(ledger: Ledger) -> _History:
     return _History(outcomes, made, (spec if spec.exists() else ledger.path).stat().st_mtime)
 
 
-def _outcome(slot: Slot, noted: Mapping[str, Any], place: Place) -> Outcome | None:
-    """What became of a slot; None: it is about another spec, or its record was removed."""
+def _outcome(
+    slot: Slot, noted: Mapping[str, Any], store: ArtifactStore, record: TrialRecord | None
+) -> Outcome | None:
+    """The outcome of a slot; None: it is about another spec, or its record was removed."""
     if noted["key"] != slot.key.digest:
         return None
     match noted["event"]:
@@ -150,9 +166,9 @@ def _outcome(slot: Slot, noted: Mapping[str, Any], place: Place) -> Outcome | No
         case "trial_pruned":
             stop = Pruned(noted["rung"], noted["value"])
             return Outcome(slot, "pruned", pruned=stop, known=True)
-        case "trial_done" | "trial_reused" if place.store.has(slot.spec):
+        case "trial_done" | "trial_reused" if store.has(slot.spec):
             state: Literal["done", "reused"] = (
                 "done" if noted["event"] == "trial_done" else "reused"
             )
-            return Outcome(slot, state, read_trial(slot.spec, place.store), known=True)
+            return Outcome(slot, state, record or read_trial(slot.spec, store), known=True)
     return None

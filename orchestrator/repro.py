@@ -1,7 +1,7 @@
-"""Compute a tracked trial again, from tracking data alone, and say whether it is the same.
+"""Compare trials: one with another, and one with itself computed again. Imports no torch at first.
 
-The trial goes to a store of its own that is thrown away; prepared artifacts of the store are read
-by key. Nothing of the store is written.
+A trial is computed again from tracking data alone, in a store of its own that is thrown away;
+prepared artifacts of the store are read by key. Nothing of the store is written.
 """
 
 from __future__ import annotations
@@ -27,14 +27,87 @@ from orchestrator.tracked import Remembered, of_run
 from orchestrator.trial import TrialRecord, read_trial, run_trial
 
 TOLERANCE = 0.01  # of a metric, absolute and relative: rounding differs between processors
-TOLERATED = 0.02  # share of test images that are told otherwise
+TOLERATED = 0.02  # share of test images with another prediction
 NOT_HERE = "not here"
+CODE = ("commit", "dirty", "code", "device", "host", "user")
+WIDTH = 22  # characters of a value
 Verdict = Literal["bit-equal", "within tolerance", "different", "inputs differ"]
+
+
+def _pairs(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What differs."""
+    return {name: (a.get(name), b.get(name)) for name in {**a, **b} if a.get(name) != b.get(name)}
+
+
+def _timeless(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if not name.startswith("time/")}
+
+
+# ---------------------------------------------------------------- one trial and another
+
+
+@dataclass(frozen=True)
+class Differences:
+    """What differs between two trials, as pairs; of metrics all that either has, but for times."""
+
+    a: str
+    b: str
+    settings: dict[str, tuple[Any, Any]]
+    inputs: dict[str, tuple[Any, Any]]  # digests
+    code: dict[str, tuple[Any, Any]]
+    metrics: dict[str, tuple[float | None, float | None]]
+
+    def json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """For people, in three columns."""
+        lines = [f"{'':<34} {'a':<{WIDTH}} b", f"{'a':<4} {self.a}", f"{'b':<4} {self.b}"]
+        parts = {"settings": self.settings, "inputs": self.inputs, "code": self.code}
+        for word, pairs in parts.items():
+            lines.append(word if pairs else f"{word}: the same")
+            lines += [_line(name, *pair) for name, pair in pairs.items()]
+        lines.append("metrics")
+        for name, (a, b) in self.metrics.items():
+            gap = "" if a is None or b is None else f"  {round(b - a, 4) + 0.0:+.4f}"
+            numbers = (None if value is None else f"{value:.4f}" for value in (a, b))
+            lines.append(_line(name, *numbers) + gap)
+        return lines
+
+
+def differences(a: Remembered, b: Remembered) -> Differences:
+    """Compare two trials."""
+    settings = _pairs(a.flat, b.flat)
+    # Other settings reach other code: only of the same question does that say anything.
+    names = [name for name in CODE if name != "code" or not settings]
+    code = [
+        {name: side.made.get(name) or None for name in names} | (side.made.get("versions") or {})
+        for side in (a, b)
+    ]
+    metrics = [_timeless(side.metrics) for side in (a, b)]
+    return Differences(
+        *(a.label, b.label),
+        settings=settings,
+        inputs=_pairs(a.digests, b.digests),
+        code=_pairs(*code),
+        metrics={
+            name: (metrics[0].get(name), metrics[1].get(name))
+            for name in sorted(metrics[0].keys() | metrics[1].keys())
+        },
+    )
+
+
+def _line(name: str, *pair: object) -> str:
+    a, b = ("-" if value in (None, "") else str(value)[:WIDTH] for value in pair)
+    return f"  {name:<32} {a:<{WIDTH}} {b}"
+
+
+# ---------------------------------------------------------------- a trial computed again
 
 
 @dataclass
 class Repro:
-    """What came out. Pairs are then and now."""
+    """How a trial compares with itself computed again. Pairs are then and now."""
 
     run: str
     key: str
@@ -43,7 +116,7 @@ class Repro:
     code: dict[str, tuple[str, str]] = field(default_factory=dict)
     metrics: dict[str, tuple[float, float]] = field(default_factory=dict)
     files: dict[str, tuple[str, str]] = field(default_factory=dict)  # bytes by digest
-    predictions: tuple[int, int] | None = None  # images told otherwise, of how many
+    predictions: tuple[int, int] | None = None  # images with another prediction, of how many
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -66,7 +139,7 @@ class Repro:
             for name, (then, now) in self.metrics.items()
         ]
         if self.predictions is not None and self.predictions[0]:
-            found.append("  {} of {} test images are told otherwise".format(*self.predictions))
+            found.append("  {} of {} test images have another prediction".format(*self.predictions))
         return found + [f"  note: {note}" for note in self.notes]
 
 
@@ -80,7 +153,7 @@ def repro(
     """Compute the trial of a run again.
 
     Args:
-        say: told what takes long.
+        say: gets a line before each step that takes long.
 
     Raises:
         ValueError: no such run, no done trial, or an input that must be prepared first.
@@ -102,7 +175,14 @@ def repro(
             )
         elif here != ref.digest:
             found.inputs[f"{name} {ref.name}"] = (ref.digest, here)
-    found.code = dict(_code(then))
+    # What else may explain a difference: code and libraries.
+    here_now = {"commit": commit(), "dirty": diff_digest(uncommitted()), **versions()}
+    before = {
+        **{name: then.made.get(name, "") for name in ("commit", "dirty")},
+        **(then.made.get("versions") or {}),
+    }
+    code = _pairs(before, {name: here_now.get(name) for name in before})
+    found.code = {name: (a or "none", b or "none") for name, (a, b) in code.items()}
     if not found.inputs:
         with _again(spec, then, wanted, store, resolver, say) as record:
             _compare(found, then, spec, store, record)
@@ -133,18 +213,6 @@ def _digest_here(name: str, of: str, resolver: Resolver) -> str:
         return resolver.weights(name, of).digest
     except ValueError:
         return NOT_HERE
-
-
-def _code(then: Remembered) -> Iterator[tuple[str, tuple[str, str]]]:
-    """What else may explain a difference: code, libraries, machine."""
-    now: dict[str, Any] = {"commit": commit(), "dirty": diff_digest(uncommitted())}
-    for name, value in now.items():
-        if then.made.get(name, "") != value:
-            yield name, (then.made.get(name, "") or "none", value or "none")
-    here = versions()
-    for name, version in (then.made.get("versions") or {}).items():
-        if here.get(name) != version:
-            yield name, (version, here.get(name, "none"))
 
 
 # ---------------------------------------------------------------- computing
@@ -228,19 +296,10 @@ def _make(
 def _compare(
     found: Repro, then: Remembered, spec: TrialSpec, store: ArtifactStore, now: TrialRecord
 ) -> None:
-    timeless = {name: v for name, v in then.metrics.items() if not name.startswith("time/")}
-    found.metrics = {
-        name: (value, now.metrics.get(name, math.nan))
-        for name, value in timeless.items()
-        if now.metrics.get(name) != value
-    }
-    files: Mapping[str, str] = then.made.get("files") or {}
-    new: Mapping[str, str] = now.made["files"]
-    found.files = {
-        name: (value, new.get(name, "none"))
-        for name, value in files.items()
-        if new.get(name) != value
-    }
+    metrics = _timeless(then.metrics)
+    found.metrics = _pairs(metrics, {name: now.metrics.get(name, math.nan) for name in metrics})
+    files = then.made.get("files") or {}
+    found.files = _pairs(files, {name: now.made["files"].get(name, "none") for name in files})
     if not files:
         found.notes.append("the tracker has no digests of predictions; metrics alone are compared")
     if store.has(spec):  # then image for image

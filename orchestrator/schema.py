@@ -184,7 +184,7 @@ def _project() -> Schema:
 
 
 def _tracking() -> Schema:
-    uri = {"description": "http(s)://..., sqlite:///..., jsonl:..., none", **leaf_schema(LINE)}
+    uri = {"description": "http(s)://..., sqlite:///..., none", **leaf_schema(LINE)}
     return {"description": "where MLflow's runs go (docs/tracking.md)", **_object({"uri": uri})}
 
 

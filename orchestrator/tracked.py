@@ -14,7 +14,7 @@ from typing import Any
 from air_core.datasets import get_dataset
 from air_core.flat import from_flat, trial_keys
 from air_core.specs import Ref, TrialSpec
-from orchestrator.children import REFS, SPEC, spec_json
+from orchestrator.children import REFS, SPEC
 from orchestrator.keys import artifact_key
 from orchestrator.mirror import RECORD
 from orchestrator.place import recorded_places
@@ -99,35 +99,26 @@ def of_run(run_id: str, root: Path, uri: str | None) -> Remembered:
             "run's page in MLflow shows them"
         )
     run = read_run(uri, root, run_id, SPEC)
-    kind, state = run.tags.get("air.kind"), run.tags.get("air.state")
-    if kind == "sweep":
-        raise ValueError(f"{run_id} is the sweep {run.name}; give the run of one of its trials")
-    if kind == "point":
-        raise ValueError(
-            f"{run_id} ({run.name}) is a setting over {run.tags.get('air.runs')} runs; give one of "
-            "the trials that its page lists"
-        )
-    if kind != "trial":
-        raise ValueError(f"{run_id} ({run.name}) is not a trial of airsweep")
-    if state == "pruned":
-        raise ValueError(f"{run_id} ({run.name}) was pruned and has no result")
-    if state == "failed":
-        failure = run.tags.get("air.failure_class")
-        raise ValueError(f"{run_id} ({run.name}) failed ({failure}) and has no result")
-    if run.text is None or state is None:
-        raise ValueError(
-            f"{run_id} ({run.name}) was not told whole: it has no {SPEC}; "
-            "`airsweep mlflow reconcile` tells it from the store"
-        )
+    tags = run.tags
+    problem = {
+        "sweep": "is a sweep; give the run of one of its trials",
+        "point": f"is a setting over {tags.get('air.runs')} runs; give the run of one of its "
+        "trials, which the query on its page finds",
+        "trial": "",
+    }.get(tags.get("air.kind", ""), "is not a trial of airsweep")
+    state = tags.get("air.state")
+    if state in ("failed", "pruned"):
+        why = f" ({tags.get('air.failure_class')})" if state == "failed" else ""
+        problem = f"{state}{why} and has no result"
+    if not problem and (run.text is None or state is None):
+        problem = f"has no {SPEC} yet: run `airsweep mlflow reconcile`"
+    if problem or run.text is None:
+        raise ValueError(f"{run_id} ({run.name}) {problem}")
     flat, digests = _parted(json.loads(run.text))
-    made: dict[str, Any] = {
-        name: run.tags.get(f"air.{name}", "") for name in (*MADE, "device") if name not in LISTS
-    }
-    made |= {name: json.loads(run.tags.get(f"air.{name}", "{}")) for name in LISTS}
-    return Remembered(run.name, run.tags["air.trial_key"], flat, digests, made, run.metrics)
-
-
-LISTS = ("versions", "files")  # tags that hold JSON
+    lists = ("versions", "files")  # tags that hold JSON
+    made: dict[str, Any] = {name: tags.get(f"air.{name}", "") for name in (*MADE, "device")}
+    made |= {name: json.loads(made[name] or "{}") for name in lists}
+    return Remembered(run.name, tags["air.trial_key"], flat, digests, made, run.metrics)
 
 
 def of_record(path: Path) -> Remembered:
@@ -139,11 +130,6 @@ def of_record(path: Path) -> Remembered:
     classnames = tuple(record["spec"]["classnames"])
     metrics = record["info"]["metrics"]
     return Remembered(path.name, record["digest"], flat, digests, made, metrics, classnames)
-
-
-def of_spec(spec: TrialSpec) -> tuple[dict[str, Any], dict[str, str]]:
-    """Settings and digests of a trial as they are remembered."""
-    return _parted(json.loads(spec_json(spec, "")))
 
 
 def _parted(resolved: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:

@@ -1,13 +1,15 @@
-"""Real servers on loopback, for tests that start, kill and restart one: MLflow, S3."""
+"""Real servers on loopback, for tests that start, kill and restart one, or cut the line to it."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import random
 import signal
 import socket
+import socketserver
 import subprocess
 import threading
 import urllib.error
@@ -225,3 +227,60 @@ def free_port() -> int:
             probe.bind(("127.0.0.1", port))
             return port
     raise AssertionError("no free port")
+
+
+# What a server answers whose pool of connections to its database is used up.
+BUSY = json.dumps(
+    {"error_code": "BAD_REQUEST", "message": "QueuePool limit of size 1 overflow 0 reached"}
+)
+
+
+class Line:
+    """The line to a server. It can be cut, lose the server's replies, and say that it is busy."""
+
+    def __init__(self, url: str) -> None:
+        self._server = ("127.0.0.1", int(url.rsplit(":", 1)[1]))
+        self._port = free_port()
+        self._open: socketserver.ThreadingTCPServer | None = None
+        self._calls: list[socket.socket] = []
+        self.url = f"http://127.0.0.1:{self._port}"
+        self.loses_replies = self.busy = False
+
+    def restore(self) -> None:
+        line = self
+
+        class Forward(socketserver.BaseRequestHandler):
+            def handle(self) -> None:
+                line._calls.append(self.request)
+                with socket.create_connection(line._server) as server:
+                    threading.Thread(target=line._reply, args=(server, self.request)).start()
+                    with contextlib.suppress(OSError):
+                        while data := self.request.recv(65536):
+                            server.sendall(data)
+                        server.shutdown(socket.SHUT_RDWR)
+
+        class Server(socketserver.ThreadingTCPServer):
+            allow_reuse_address = True
+            daemon_threads = True
+
+        self._open = Server(("127.0.0.1", self._port), Forward)
+        threading.Thread(target=self._open.serve_forever, daemon=True).start()
+
+    def _reply(self, server: socket.socket, client: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while (data := server.recv(65536)) and not self.loses_replies:
+                if self.busy:  # one answer, in however many pieces the server's comes
+                    head = "HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\n"
+                    head += f"Connection: close\r\nContent-Length: {len(BUSY)}\r\n\r\n"
+                    client.sendall(f"{head}{BUSY}".encode())
+                    break
+                client.sendall(data)
+            client.shutdown(socket.SHUT_RDWR)
+
+    def cut(self) -> None:
+        assert self._open is not None
+        self._open.shutdown()
+        self._open.server_close()
+        for call in self._calls:  # a client keeps its connections open
+            with contextlib.suppress(OSError):
+                call.shutdown(socket.SHUT_RDWR)

@@ -199,21 +199,16 @@ def table(store: Path, name: str) -> list[dict[str, Any]]:
 
 
 def children(store: Path, name: str) -> list[Any]:
-    """The child runs of a sweep, from MLflow's own file."""
+    """The trials of a sweep, from MLflow's own file."""
+    return all_runs(store, f"tags.`air.sweep` = '{name}' and tags.`air.kind` = 'trial'")
+
+
+def all_runs(store: Path, query: str = "") -> list[Any]:
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{store / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("air/default")
-    wanted = f"tags.`air.sweep` = '{name}' and tags.`air.kind` = 'trial'"
-    return list(client.search_runs([experiment.experiment_id], wanted, max_results=1000))
-
-
-def all_runs(store: Path) -> list[Any]:
-    from mlflow import MlflowClient
-
-    client = MlflowClient(f"sqlite:///{store / 'mlflow.db'}")
-    experiment = client.get_experiment_by_name("air/default")
-    return list(client.search_runs([experiment.experiment_id], max_results=1000))
+    return list(client.search_runs([experiment.experiment_id], query, max_results=1000))
 
 
 def record_again(folder: Path) -> None:

@@ -7,11 +7,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from orchestrator.pictures import tile_sheet
 from tests.browser import CHROMIUM, MISSING, Browser
 from tests.servers import MlflowServer
 from tests.sweeps import airsweep, all_runs, environment, write_sweep
@@ -41,9 +38,6 @@ def server(tmp_path_factory, drawn_digits) -> Iterator[MlflowServer]:
     subprocess.run(
         [*command, "--tracking-uri", "none"], env=environment(), check=True, capture_output=True
     )
-    images = [Image.fromarray(np.full((8, 8, 3), 40 * n, dtype=np.uint8)) for n in range(6)]
-    sheet = store / "sweeps" / "default" / "browsed" / "contact_sheet.png"
-    sheet.write_bytes(tile_sheet(["one", "two"], {"real": [images] * 2, "LoRA": [images] * 2}))
     airsweep("mlflow", "reconcile", "browsed", "--store", store)
     server = MlflowServer(store, folder / "log")
     server.start()
@@ -79,12 +73,6 @@ def link(text: str) -> str:
     return f"[...document.links].find(a => a.innerText === {text!r})"
 
 
-def settings_page(server: MlflowServer, browser: Browser, runs: Any, words: str) -> str:
-    """Where a link of the parent's note leads."""
-    browser.open(page(server, runs["sweep"][0]), link(words))
-    return str(browser.evaluate(f"{link(words)}.href"))
-
-
 def test_the_experiment_shows_the_sweep_with_its_runs_folded(server, browser, runs):
     experiment = runs["sweep"][0].info.experiment_id
     browser.open(f"{server.url}/#/experiments/{experiment}/runs{VIEW}", link("browsed"))
@@ -96,9 +84,7 @@ def test_the_experiment_shows_the_sweep_with_its_runs_folded(server, browser, ru
 def test_the_parent_opens_with_the_answer_and_its_pictures(server, browser, runs):
     browser.open(page(server, runs["sweep"][0]), shown("has the highest mean test accuracy"))
     browser.wait(shown("Child runs"))
-    text = browser.text()
-    assert "method\ttest accuracy, %" in text.replace("\u2003", "")
-    assert "How many images are enough?" in text
+    assert "How many images are enough?" in browser.text()
     pictures = "[...document.images].filter(i => i.src.includes('get-artifact'))"
     browser.wait(f"{pictures}.every(i => i.complete)")
     sizes = browser.evaluate(f"{pictures}.map(i => [i.src.split('path=')[1], i.naturalWidth])")
@@ -106,49 +92,21 @@ def test_the_parent_opens_with_the_answer_and_its_pictures(server, browser, runs
     assert found.keys() == {
         "accuracy.png",
         "accuracy_by_images_per_class.png",
-        "contact_sheet_small.png",
         "pseudo_labels.png",
     }
     assert all(0 < width <= 700 for width in found.values())
 
 
-def test_all_settings_are_one_click_away_with_columns_that_tell_them_apart(server, browser, runs):
-    browser.open(settings_page(server, browser, runs, "settings"), shown("digits-ul-text-air"))
-    names = {f"digits-ul-text-{name}" for name in SETTINGS}
-    assert {run.info.run_name for run in runs["point"]} == names
-    browser.wait(shown("images_per_class"))
-    text = browser.text()
-    assert all(name in text for name in names)
-    assert "4\xa0matching" in text.replace(" ", "\xa0")
-    for column in ("method", "images_per_class", "test/accuracy", "test/accuracy_low", "n"):
-        assert column in text.splitlines(), f"no column {column}"
-
-
-def test_settings_are_compared_in_charts(server, browser, runs):
-    browser.open(settings_page(server, browser, runs, "in charts"), shown("digits-ul-text-air"))
-    browser.wait(shown("pseudo"))
-    sections = browser.text().splitlines()
-    assert {"pseudo", "test", "train"} <= {line.strip() for line in sections}
-
-
-def test_a_setting_lists_its_seeds_and_these_lead_back(server, browser, runs):
+def test_a_setting_says_how_to_find_its_trials(server, browser, runs):
     point = next(run for run in runs["point"] if run.info.run_name.endswith("=8"))
-    trials = [r for r in runs["trial"] if r.data.tags["air.point"] == point.data.tags["air.point"]]
-    assert len(trials) == 3
     browser.open(page(server, point), shown("Mean over 3 of 3 runs"))
     browser.wait(shown("Parent run"))
     text = browser.text()
+    query = next(line for line in text.splitlines() if line.startswith("tags."))
     assert f"test/accuracy\n{point.data.metrics['test/accuracy']}" in text
     assert "test/accuracy_low" in text
-    addresses = browser.evaluate("[...document.links].map(a => a.href)")
-    for trial in trials:
-        assert any(trial.info.run_id in address for address in addresses)
-
-    seed = next(run for run in trials if run.data.tags["air.seed"] == "2")
-    browser.open(browser.evaluate(f"{link('2')}.href"), shown(seed.info.run_name))
-    browser.wait(shown("Parent run"))
-    browser.wait(link("browsed"))
-    assert point.data.tags["air.point"] in browser.text()
+    found = [run.data.tags["air.seed"] for run in all_runs(server.store, query)]
+    assert sorted(found) == ["1", "2", "3"]
 
 
 def test_a_trial_has_curves_and_pictures(server, browser, runs):

@@ -187,7 +187,6 @@ MODULES = {
         "Cluster": Cluster,
         "MemoryPeak": MemoryPeak,
     },
-    "orchestrator.pictures": {"smaller": lambda *of: b""},
     # 0.15 s for each trial, and 1.5 s for each run
     "orchestrator.figures": {"confusion": lambda *of: b"", "pictures": lambda *of: {}},
     # Importing the real one costs a second for torch.

@@ -105,7 +105,7 @@ def diff(
 
     airsweep diff 3f2a9c1d 8b01e7aa --json
     """
-    from orchestrator.differences import differences
+    from orchestrator.repro import differences
     from orchestrator.store import open_store
     from orchestrator.tracked import remembered
 

@@ -1,7 +1,6 @@
-"""Runs as MLflow has them: searched, written in batches, with files and a database of their own.
+"""Runs as MLflow has them: searched, written in batches, read, with their files and database.
 
-What `mlflow` (the tracker) and readers of runs share. The settings that MLflow is used with are
-here, so this comes before any other import of MLflow.
+Sets how MLflow is used, so this is imported before any other module of MLflow.
 """
 
 # ruff: noqa: E402  (MLflow reads these settings when it is imported)
@@ -24,6 +23,7 @@ import contextlib
 import errno
 import hashlib
 import logging
+import math
 import re
 import shutil
 import sqlite3
@@ -37,17 +37,16 @@ from urllib.parse import urlsplit
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repo import ArtifactRepository
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.utils.credentials import read_mlflow_creds
-from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from orchestrator.tracking import (
     ARTIFACTS,
-    Point,
-    PointRun,
+    ChildRun,
+    Numbers,
     SeenRun,
     TrackerAway,
-    TrialRun,
     without_credentials,
 )
 
@@ -59,11 +58,13 @@ RUN_ID = 32  # hex digits
 UNKNOWN_USER, FORBIDDEN = 401, 403  # of HTTP
 ROOM = 2 * 2**20  # bytes: an empty database of MLflow, with its journal
 Trouble = (MlflowException, OSError)  # requests' exceptions are OSErrors
+# The tags that say which run this is, and which computation its numbers come from.
+IDENTITY = {"trial": ("air.slot", "air.trial_key"), "point": ("air.point", "air.content")}
 
 
 @dataclass
-class Child:
-    """What MLflow holds of one outcome, or of one setting."""
+class StoredRun:
+    """What MLflow holds of a run."""
 
     run_id: str
     folder: str  # the uri of its artifacts
@@ -72,72 +73,29 @@ class Child:
     ended: int | None
     tags: dict[str, str]
     params: set[str]
-    metrics: set[str]
+    numbered: bool  # has metrics
 
-    def is_about(self, run: TrialRun) -> bool:
+    @property
+    def name(self) -> tuple[str, str]:
+        """Kind and id of a run below a sweep's."""
+        kind = self.tags.get("air.kind", "")
+        return kind, self.tags.get(IDENTITY[kind][0], "") if kind in IDENTITY else ""
+
+    def is_about(self, run: ChildRun) -> bool:
         """Whether these numbers and params may be completed with those of `run`."""
-        if self.tags.get("air.trial_key") != run.tags.get("air.trial_key"):
+        if self.tags.get(IDENTITY[run.kind][1], "") != run.content:
             return False
         # A failed first attempt has no numbers, and its times are not those of the second.
-        return not self.metrics or self.started == run.started or self.ended == run.ended
-
-    def says(self, run: TrialRun, told: Mapping[str, str]) -> bool:
-        """Whether there is nothing left to tell. The status is set last: with it, all is there."""
-        return (
-            (self.status, self.ended) == (run.status, run.ended)
-            and all(self.tags.get(key) == value for key, value in told.items())
-            and ("air.failure_class" in self.tags) == (run.failure_class is not None)
-            and run.params.keys() <= self.params
-            and run.points().keys() <= self.metrics
-        )
-
-    def computed(self, run: PointRun) -> bool:
-        """Whether these are the numbers of `run`. The status is set last."""
-        return self.status == "FINISHED" and self.tags.get("air.content") == run.content
+        return not self.numbered or self.started == run.started or self.ended == run.ended
 
 
-@dataclass
-class Below:
-    """The children of a sweep."""
-
-    trials: dict[str, Child]  # by slot
-    points: dict[str, Child]  # settings, by their point
-
-    def find(self, kind: str, name: str) -> Child | None:
-        return {"trial": self.trials, "point": self.points}.get(kind, {}).get(name)
-
-    def twin(self, run: Run) -> Child | None:
-        """The child that is told where a run was made twice."""
-        kind, name = _identity(run)
-        child = self.find(kind, name)
-        return child if child is not None and child.run_id != run.info.run_id else None
+def is_ours(run: StoredRun) -> bool:
+    """Whether a run below a sweep's is of airsweep. Users may put their own there."""
+    return bool(run.name[1])
 
 
-def _identity(run: Run) -> tuple[str, str]:
-    """Kind and name of a child; runs that are not ours have no name."""
-    tags = run.data.tags
-    kind = tags.get("air.kind", "")
-    return kind, tags.get("air.point" if kind == "point" else "air.slot", "")
-
-
-def children_below(client: MlflowClient, experiment: str, parent: str) -> Below:
-    found = Below({}, {})
-    below = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{parent}'"
-    for run in list(search(client, experiment, below)):
-        kind, name = _identity(run)
-        if not name:
-            continue  # not ours: somebody has hung a run of their own below the sweep
-        child = child_of(run)
-        named = found.points if kind == "point" else found.trials
-        twin = named.setdefault(name, child)
-        if twin is not child:  # here too, requests are sent again
-            named[name], spare = (child, twin) if twin.status == "RUNNING" else (twin, child)
-            client.delete_run(spare.run_id)
-    return found
-
-
-def child_of(run: Run) -> Child:
-    return Child(
+def stored(run: Run) -> StoredRun:
+    return StoredRun(
         run_id=run.info.run_id,
         folder=run.info.artifact_uri,
         status=run.info.status,
@@ -145,11 +103,13 @@ def child_of(run: Run) -> Child:
         ended=run.info.end_time,
         tags=dict(run.data.tags),
         params=set(run.data.params),
-        metrics=set(run.data.metrics),
+        numbered=bool(run.data.metrics),
     )
 
 
-def search(client: MlflowClient, experiment: str, query: str) -> Iterator[Run]:
+def search(client: MlflowClient, experiment: str, query: str) -> list[StoredRun]:
+    """All runs that a query finds, the oldest first."""
+    found: list[StoredRun] = []
     token = None
     while True:
         page = client.search_runs(
@@ -159,10 +119,10 @@ def search(client: MlflowClient, experiment: str, query: str) -> Iterator[Run]:
             order_by=["attributes.start_time ASC"],
             page_token=token,
         )
-        yield from page
+        found += map(stored, page)
         token = page.token
         if not token:
-            return
+            return found
 
 
 def log_batch(
@@ -171,23 +131,32 @@ def log_batch(
     *,
     tags: Mapping[str, str],
     params: Mapping[str, str] | None = None,
-    points: Mapping[str, Sequence[Point]] | None = None,
+    metrics: Sequence[Metric] = (),
 ) -> None:
-    metrics = [
-        Metric(key, point.value, point.time, point.step)
-        for key, series in (points or {}).items()
-        for point in series
-    ]
-    first, rest = metrics[:BATCH], metrics[BATCH:]
     client.log_batch(
         run_id,
-        metrics=first,
+        metrics=metrics[:BATCH],
         params=[Param(key, value) for key, value in (params or {}).items()],
         tags=[RunTag(key, value) for key, value in tags.items()],
         synchronous=True,  # an environment variable could make it a queue
     )
-    for start in range(0, len(rest), BATCH):
-        client.log_batch(run_id, metrics=rest[start : start + BATCH], synchronous=True)
+    for start in range(BATCH, len(metrics), BATCH):
+        client.log_batch(run_id, metrics=metrics[start : start + BATCH], synchronous=True)
+
+
+def metrics_of(numbers: Numbers, started: int, ended: int) -> list[Metric]:
+    """All numbers with step and time, without those that are not finite.
+
+    >>> [(m.step, m.timestamp) for m in metrics_of(Numbers(curves={"loss": [2.0, 1.0]}), 0, 90)]
+    [(0, 45), (1, 90)]
+    """
+    curves = {key: [value] for key, value in numbers.metrics.items()} | dict(numbers.curves)
+    return [
+        Metric(key, value, started + (ended - started) * (step + 1) // len(curve), step)
+        for key, curve in curves.items()
+        for step, value in enumerate(curve)
+        if math.isfinite(value)
+    ]
 
 
 def filled(values: Mapping[str, str]) -> dict[str, str]:
@@ -203,13 +172,10 @@ def _cut(text: str) -> str:
     return (head.rpartition("\n")[0] or head) + end
 
 
-def contents(files: Mapping[str, Path]) -> str:
-    """Names of files with digests of what is in them."""
-    digests = {
-        name: hashlib.blake2b(path.read_bytes(), digest_size=6).hexdigest()
-        for name, path in sorted(files.items())
-    }
-    return ", ".join(f"{name} {digest}" for name, digest in digests.items())
+def contents(files: Mapping[str, bytes]) -> str:
+    """Names of files with digests of their contents."""
+    digests = {name: hashlib.blake2b(data, digest_size=6) for name, data in sorted(files.items())}
+    return ", ".join(f"{name} {digest.hexdigest()}" for name, digest in digests.items())
 
 
 def slug(name: str) -> str:
@@ -222,21 +188,42 @@ def reason(error: Exception) -> str:
     return (cause.removesuffix(")") if caused else cause)[:200]
 
 
-def why_barred(trouble: Exception, place: str, what: str) -> str | None:
-    """Why a server that answers lets us not in, and what to do; None: it is another trouble.
+@contextlib.contextmanager
+def calls(place: str, what: str) -> Iterator[None]:
+    """Explain what calls of MLflow raise.
 
     Args:
-        place: the server, without credentials.
-        what: was to be read or written.
+        place: MLflow, without credentials.
+        what: is read or written.
+
+    Raises:
+        ValueError: MLflow answers and refuses us.
+        TrackerAway: it does not answer, or fails.
     """
+    retries = logging.getLogger("urllib3.connectionpool")  # warns of each; one warning is enough
+    level = retries.level
+    retries.setLevel(logging.ERROR)
+    try:
+        yield
+    except Trouble as trouble:
+        refusal = _refusal(trouble, place, what)
+        if refusal is not None:
+            raise ValueError(refusal) from trouble
+        raise TrackerAway(f"MLflow at {place} does not answer ({reason(trouble)})") from trouble
+    finally:
+        retries.setLevel(level)
+
+
+def _refusal(trouble: Exception, place: str, what: str) -> str | None:
+    """Why a server that answers refuses us, and what to do; None: it is another trouble."""
     if not isinstance(trouble, MlflowException):
         return None
     status = trouble.get_http_status_code()  # type: ignore[no-untyped-call]
     if status == UNKNOWN_USER:
         return (
-            f"MLflow at {place} lets us not in ({reason(trouble)}); set MLFLOW_TRACKING_USERNAME "
-            "and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, or write "
-            "~/.mlflow/credentials"
+            f"MLflow at {place} rejected the credentials ({reason(trouble)}); set "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, or "
+            "write ~/.mlflow/credentials"
         )
     if status != FORBIDDEN:
         return None
@@ -247,8 +234,8 @@ def why_barred(trouble: Exception, place: str, what: str) -> str | None:
         )
     user = read_mlflow_creds().username or "an unnamed user"
     return (
-        f"MLflow at {place} does not let {user} use {what} ({reason(trouble)}); who made it, "
-        "or an administrator, grants EDIT (docs/team.md)"
+        f"MLflow at {place} does not let {user} use {what} ({reason(trouble)}); its owner or an "
+        "administrator grants EDIT (docs/team.md)"
     )
 
 
@@ -273,58 +260,21 @@ def check_database(path: Path) -> None:
         raise OSError(f"{path}: {error}") from error
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """It warns of every retry; we say once that there is an outage."""
-    logger = logging.getLogger("urllib3.connectionpool")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
 # ---------------------------------------------------------------- files of a run
 
 
-def put_artifact(
-    client: MlflowClient, database: Path | None, folder: str, name: str, path: Path
-) -> None:
-    """Bring a file to a run.
+def files_of(database: Path | None, folder: str, tracking_uri: str) -> ArtifactRepository:
+    """The files of a run.
 
     Args:
-        database: the sqlite file where no server stands between; artifacts are beside it.
-        folder: the uri of the run's artifacts.
-    """
-    beside = _beside(database, folder)
-    if beside is not None:
-        target = beside / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.partial")
-        shutil.copyfile(path, partial)
-        partial.replace(target)
-        return
-    with tempfile.TemporaryDirectory() as scratch:  # a file is uploaded under its own name
-        named = Path(scratch, name)
-        named.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, named)
-        below = Path(name).parent.as_posix()
-        # `client.log_artifact` would ask the server for the folder first.
-        files = get_artifact_repository(folder, tracking_uri=client.tracking_uri)
-        files.log_artifact(str(named), None if below == "." else below)  # type: ignore[no-untyped-call]
-
-
-def _beside(database: Path | None, folder: str) -> Path | None:
-    """Where a run's files lie beside a database; None: the client knows.
-
-    The address is relative to the folder that a server is started with. The client resolves it
-    through a server only; there is none, so a file is put where one looks.
+        database: the sqlite file where no server stands between; files lie beside it.
+        folder: their address, which is relative to the folder that a server is started with. MLflow
+            resolves it through a server only.
     """
     parts = urlsplit(folder)
-    if database is None or parts.scheme != "mlflow-artifacts":
-        return None
-    return database.parent / ARTIFACTS / parts.path.lstrip("/")
+    if database is not None and parts.scheme == "mlflow-artifacts":
+        folder = (database.parent / ARTIFACTS / parts.path.lstrip("/")).as_uri()
+    return get_artifact_repository(folder, tracking_uri=tracking_uri)
 
 
 # ---------------------------------------------------------------- reading
@@ -339,23 +289,17 @@ def read_run(uri: str, database: Path | None, run_id: str, file: str) -> SeenRun
     """
     if database is not None and not database.exists():
         raise ValueError(f"{database} is not there: nothing was tracked in this store yet")
-    client = MlflowClient(uri)
-    with quiet():
-        try:
-            run = _find(client, run_id)
-            return SeenRun(
-                run_id=run.info.run_id,
-                name=run.info.run_name,
-                status=run.info.status,
-                tags=dict(run.data.tags),
-                metrics=dict(run.data.metrics),
-                text=_text(client, database, run, file),
-            )
-        except Trouble as trouble:
-            barred = why_barred(trouble, without_credentials(uri), f"the run {run_id}")
-            if barred is not None:
-                raise ValueError(barred) from trouble
-            raise TrackerAway(f"MLflow does not answer ({reason(trouble)})") from trouble
+    with calls(without_credentials(uri), f"the run {run_id}"):
+        client = MlflowClient(uri)
+        run = _find(client, run_id)
+        return SeenRun(
+            run_id=run.info.run_id,
+            name=run.info.run_name,
+            status=run.info.status,
+            tags=dict(run.data.tags),
+            metrics=dict(run.data.metrics),
+            text=_text(client, database, run, file),
+        )
 
 
 def _find(client: MlflowClient, run_id: str) -> Run:
@@ -379,11 +323,10 @@ def _find(client: MlflowClient, run_id: str) -> Run:
 
 
 def _text(client: MlflowClient, database: Path | None, run: Run, name: str) -> str | None:
-    """What a small file of a run says; None: the run has no such file."""
-    beside = _beside(database, run.info.artifact_uri)
-    if beside is not None:
-        return (beside / name).read_text() if (beside / name).is_file() else None
-    if name not in {file.path for file in client.list_artifacts(run.info.run_id)}:
+    """The text of a small file of a run; None: the run has no such file."""
+    files = files_of(database, run.info.artifact_uri, client.tracking_uri)
+    if name not in {file.path for file in files.list_artifacts()}:
         return None
     with tempfile.TemporaryDirectory() as scratch:
-        return Path(client.download_artifacts(run.info.run_id, name, scratch)).read_text()
+        path = files.download_artifacts(name, scratch)  # type: ignore[no-untyped-call]
+        return Path(path).read_text()

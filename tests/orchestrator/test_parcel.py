@@ -136,7 +136,6 @@ def test_code_of_another_place_has_no_commit_of_this_one(spec):
         ("generator=folder:drawn", "airsweep models stage"),
         ("data_root=data", "airsweep data stage"),
         ("tracking.uri=sqlite:///mlflow.db", "http://<server>"),
-        ("tracking.uri=jsonl:told.jsonl", "http://<server>"),
     ],
 )
 def test_a_relative_path_is_refused_with_the_remedy(spec, option, remedy):

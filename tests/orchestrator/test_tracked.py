@@ -6,7 +6,11 @@ import json
 import os
 import re
 import shutil
+import socket
+import time
 from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +19,27 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from air_core.datasets import get_dataset
-from orchestrator.differences import differences
+from orchestrator.dispatch import Outcome
 from orchestrator.image_rows import build_image_block, open_generator
 from orchestrator.keys import ArtifactKey
-from orchestrator.ledger import Ledger
-from orchestrator.parent import Ending, parent_of
+from orchestrator.ledger import Ledger, SweepBusy
+from orchestrator.parent import parent_of
 from orchestrator.place import Place
 from orchestrator.plan import needs_of, plan_sweep
 from orchestrator.publish import Publisher
-from orchestrator.reconcile import reconcile
+from orchestrator.reconcile import reconcile, sync
 from orchestrator.report import rows
-from orchestrator.repro import repro
+from orchestrator.repro import differences, repro
 from orchestrator.results import entries_of
 from orchestrator.stages import PARTS
 from orchestrator.store import ArtifactStore
 from orchestrator.sweep import SweepSpec
 from orchestrator.sweep_file import load_sweep
 from orchestrator.tracked import remembered
-from orchestrator.tracking import Told, TrackerAway, make_tracker
-from orchestrator.tracking.jsonl import read
-from orchestrator.trial import run_trial
+from orchestrator.tracking import Counts, TrackerAway, make_tracker
+from orchestrator.trial import read_trial, run_trial
 from orchestrator.workshop import Workshop
-from tests.servers import free_port
+from tests.servers import Line, MlflowServer, free_port
 from tests.sweeps import record_again
 
 IMAGES = 240  # of the digits: enough for every class, and quick
@@ -49,6 +52,14 @@ seeds: [1, 2]
 """
 STATES = ("done", "reused", "done", "failed", "done", "done")
 MADE = {"user": "ada", "commit": "0123abc", "dirty": "feed"}
+TAGS = {  # air.*, of which other tools know the names
+    "sweep": "artifacts done failed kind project reused spec_hash sweep user",
+    "point": "cell content dataset interval kind method modality paradigm point runs seed "
+    "split_seed sweep user",
+    "trial": "artifacts backbone_digest cell code commit dataset dataset_digest device dirty files "
+    "host kind method modality paradigm point seed seeds slot spec_hash split_seed state sweep "
+    "trial_key user versions",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -121,11 +132,15 @@ def copy_of(ended: Place, folder: Path) -> Place:
     return Place(ArtifactStore(root), ended.project, ended.name, None)
 
 
-def all_runs(uri: str) -> list[Any]:
+def mlflow_client(uri: str) -> Any:
     from orchestrator.tracking.mlflow import MlflowClient
 
-    client = MlflowClient(uri)
-    experiment = client.get_experiment_by_name("air/default")
+    return MlflowClient(uri)
+
+
+def all_runs(uri: str, project: str = "default") -> list[Any]:
+    client = mlflow_client(uri)
+    experiment = client.get_experiment_by_name(f"air/{project}")
     return list(client.search_runs([experiment.experiment_id], max_results=100))
 
 
@@ -134,7 +149,7 @@ def told(ended: Place, sweep: SweepSpec, tmp_path_factory: pytest.TempPathFactor
     """MLflow's file beside the store, told of the sweep afterwards."""
     assert os.environ.get("MLFLOW_TRACKING_URI") is None
     first = reconcile(sweep, ended, None)
-    assert (first.told, first.gone) == (Told(told=6, points=3, sweep="told"), 0)
+    assert (first.counts, first.gone) == (Counts(sent=6, settings=3, sweep=True), 0)
     return f"sqlite:///{ended.store.root}/mlflow.db"
 
 
@@ -172,17 +187,15 @@ def test_settings_are_told_with_the_numbers_of_the_table(ended, sweep, told):
     trials = [r for r in all_runs(told) if r.data.tags.get("air.method") == "air_fpl"]
     trials = [run for run in trials if run.data.tags["air.kind"] == "trial"]
     assert {run.data.tags["air.point"] for run in trials} == {air.tags["air.point"]}
-    assert all(run.info.run_id in air.tags["mlflow.note.content"] for run in trials)
+    assert air.tags["air.point"] in air.tags["mlflow.note.content"]  # what to search for
     right = [run.data.metrics["pseudo/accuracy"] for run in trials]
     assert air.metrics["pseudo/accuracy"] == pytest.approx(sum(right) / 2)
 
 
-def test_a_sweep_has_a_note_with_its_closing_screen_and_its_charts(ended, sweep, told):
+def test_a_sweep_has_a_note_with_the_answer_its_closing_screen_and_its_charts(ended, told):
     parent = next(run for run in all_runs(told) if run.data.tags["air.kind"] == "sweep")
     note = parent.data.tags["mlflow.note.content"]
-    point = point_of(told, "air_fpl").info
-    place = f"#/experiments/{point.experiment_id}/runs/{point.run_id}"
-    assert f"[2 runs]({place}" in note
+    assert "has the highest mean test accuracy" in note.splitlines()[0]
     assert "air_fpl - fpl" in note
     assert "6: 4 run, 1 reused, 1 failed" in note
     folder = ended.store.root / "mlartifacts" / "air" / "default" / parent.info.run_id
@@ -194,8 +207,8 @@ def test_a_sweep_has_a_note_with_its_closing_screen_and_its_charts(ended, sweep,
 def test_a_sweep_that_ran_without_a_tracker_is_told_whole_and_once(ended, sweep, told):
     uri = told
     again = reconcile(sweep, ended, None)
-    assert again.told == Told(there=6)
-    assert "nothing to tell (6 outcomes are there)" in again.line()
+    assert again.counts == Counts(present=6)
+    assert "nothing to send (6 outcomes are there)" in again.line()
 
     runs = all_runs(uri)
     kinds = Counter(run.data.tags["air.kind"] for run in runs)
@@ -207,10 +220,17 @@ def test_a_sweep_that_ran_without_a_tracker_is_told_whole_and_once(ended, sweep,
         "air.reused": "1",
         "air.failed": "1",
     }.items() <= parent.data.tags.items()
-    assert "| zero_shot" in parent.data.tags["mlflow.note.content"]
     failed = run_of(uri, "fpl", "FAILED")
     assert failed.data.tags["air.failure_class"] == "oom"
     assert failed.data.tags["air.message"] == "MemoryError: no room"
+
+    shown = {run.data.tags["air.kind"]: run.data.tags for run in runs}
+    shown["trial"] = run_of(uri, "fpl").data.tags
+    for kind, names in TAGS.items():
+        assert {f"air.{name}" for name in names.split()} <= shown[kind].keys()
+    assert {run.data.tags["mlflow.parentRunId"] for run in runs if run is not parent} == {
+        parent.info.run_id
+    }
 
     # What a child says of its making is what the record says, and it can be computed from that.
     tags = run_of(uri, "fpl").data.tags
@@ -227,44 +247,62 @@ def test_a_sweep_that_ran_without_a_tracker_is_told_whole_and_once(ended, sweep,
     assert files.count("confusion_matrix.png") == 5
 
 
-def test_what_a_driver_told_and_what_is_told_later_is_the_same(ended, sweep, tmp_path):
+def outcomes(sweep: SweepSpec, place: Place) -> list[Outcome]:
+    """Three that are in the store."""
+    slots = plan_sweep(sweep, place.store, place.resolver(), place.ledger()).slots[:3]
+    return [Outcome(slot, "done", read_trial(slot.spec, place.store)) for slot in slots]
+
+
+def synced(sweep: SweepSpec, place: Place) -> Callable[[Any], object]:
+    return lambda tracker: sync(sweep, place, tracker, "FAILED")
+
+
+def test_what_a_driver_sent_and_what_is_sent_later_is_the_same(ended, sweep, told, tmp_path):
     place = copy_of(ended, tmp_path)
-    uri = f"jsonl:{tmp_path}/tracked.jsonl"
-    reconcile(sweep, place, uri)
-    lines = (tmp_path / "tracked.jsonl").read_text()
-    assert reconcile(sweep, place, uri).told.nothing
-    assert (tmp_path / "tracked.jsonl").read_text() == lines
+    parent = next(run for run in all_runs(told) if run.data.tags["air.kind"] == "sweep")
+    client = mlflow_client(f"sqlite:///{place.store.root}/mlflow.db")
+    client.delete_run(parent.info.run_id)  # of the copy, so that all is sent anew
+    driver = Publisher(sweep, parent_of(sweep, place, MADE), place.store, None)
+    driver.trial(outcomes(sweep, place)[0], time.time())
+    driver.finish("KILLED", synced(sweep, place), hasty=True)
+    again = reconcile(sweep, place, None)
+    assert again.counts == Counts(sent=5, present=1, settings=3, sweep=True)
+    assert reconcile(sweep, place, None).counts == Counts(present=6)
 
-    # Half of it: a driver was killed when it had told of one trial and begun with the sweep.
-    half = [line for line in lines.splitlines(keepends=True) if '"kind": "trial"' in line][:1]
-    (tmp_path / "tracked.jsonl").write_text(half[0])
-    assert reconcile(sweep, place, uri).told == Told(told=5, there=1, points=3, sweep="told")
-    told = read(tmp_path / "tracked.jsonl")["default/small"]
-    assert (len(told.trials), told.sweep["status"]) == (6, "FAILED")
-    whole = tmp_path / "whole.jsonl"
-    whole.write_text(lines)
-    assert told.points == read(whole)["default/small"].points
+    def shown(uri: str) -> dict[str, Any]:
+        kept = [run for run in all_runs(uri) if run.data.tags["air.kind"] != "sweep"]
+        return {
+            run.info.run_name: (
+                *(run.info.status, run.info.end_time, run.data.metrics, run.data.params),
+                {k: v for k, v in run.data.tags.items() if k != "mlflow.parentRunId"},
+            )
+            for run in kept
+            if run.data.tags["mlflow.parentRunId"] != parent.info.run_id or uri == told
+        }
+
+    assert shown(f"sqlite:///{place.store.root}/mlflow.db") == shown(told)
 
 
-def test_records_that_are_gone_are_counted_and_leave_no_child(ended, sweep, tmp_path):
+def test_records_that_are_gone_are_counted_and_leave_no_run(ended, sweep, told, tmp_path):
     place = copy_of(ended, tmp_path)
     slot = plan_sweep(sweep, place.store, place.resolver(), place.ledger()).slots[2]
     shutil.rmtree(place.store.path(slot.key))
-    found = reconcile(sweep, place, f"jsonl:{tmp_path}/tracked.jsonl")
-    assert (found.told.told, found.gone) == (5, 1)
-    assert slot.id not in read(tmp_path / "tracked.jsonl")["default/small"].trials
+    project = replace(place, project="other")  # into which nothing was sent
+    shutil.copytree(place.folder, project.folder)
+    found = reconcile(sweep, project, None)
+    assert (found.counts.sent, found.gone) == (5, 1)
+    runs = all_runs(f"sqlite:///{place.store.root}/mlflow.db", "other")
+    assert slot.id not in {run.data.tags.get("air.slot") for run in runs}
 
 
-def test_nobody_is_told_while_a_driver_runs_or_where_tracking_is_off(ended, sweep, tmp_path):
-    from orchestrator.ledger import SweepBusy
-
+def test_nothing_is_sent_while_a_driver_runs_or_where_tracking_is_off(ended, sweep, told, tmp_path):
     place = copy_of(ended, tmp_path)
     with pytest.raises(ValueError, match="--tracking-uri"):
         reconcile(sweep, place, "none")
     driver = Ledger(place.folder)
     driver.lock()
     with pytest.raises(SweepBusy):
-        reconcile(sweep, place, f"jsonl:{tmp_path}/tracked.jsonl")
+        reconcile(sweep, place, None)
     driver.unlock()
 
 
@@ -301,25 +339,55 @@ def test_a_server_that_wants_a_password_is_bad_input(tmp_path):
     server.server_close()
 
 
-def test_a_tracker_that_fails_costs_a_line_and_never_the_sweep(
-    ended, sweep, tmp_path, caplog, monkeypatch
-):
-    from orchestrator.dispatch import Outcome
-    from orchestrator.trial import read_trial
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    folder = tmp_path_factory.mktemp("server")
+    server = MlflowServer(folder / "served", folder / "log")
+    server.start()
+    yield server
+    server.stop()
 
+
+def test_an_mlflow_that_goes_away_is_warned_of_once_and_gets_the_rest_at_the_end(
+    ended, sweep, server, tmp_path, caplog
+):
     place = copy_of(ended, tmp_path)
-    slots = plan_sweep(sweep, place.store, place.resolver(), place.ledger()).slots
-    (tmp_path / "file").write_text("")
-    publisher = Publisher(
-        sweep, parent_of(sweep, place, MADE), place.store, f"jsonl:{tmp_path}/file/no.jsonl"
-    )
-    for slot in slots[:3]:
-        publisher.trial(Outcome(slot, "done", read_trial(slot.spec, place.store)), None)
-    publisher.finish("FINISHED", lambda folder: Ending("", {}, ()))
-    last = caplog.records[-1].getMessage()
-    assert "lacks 3 outcomes and the end of the sweep" in last
-    assert f"airsweep mlflow reconcile small --store {place.store.root}" in last
-    assert len(caplog.records) == 2
+    line = Line(server.url)
+    line.restore()
+    driver = Publisher(sweep, parent_of(sweep, place, MADE), place.store, line.url)
+    done = outcomes(sweep, place)
+    driver.trial(done[0], time.time())
+    driver.catch_up()
+    line.cut()
+    for outcome in done[1:]:
+        driver.trial(outcome, time.time())
+    driver.catch_up()
+    line.restore()
+    driver.finish("FAILED", synced(sweep, place))
+    line.cut()
+    assert ["does not answer" in one.getMessage() for one in caplog.records] == [True]
+    assert reconcile(sweep, place, server.url).counts == Counts(present=6)
+    slots = Counter(run.data.tags.get("air.slot") for run in all_runs(server.url))
+    assert {slots[slot] for slot in slots if slot} == {1}
+
+
+def test_no_training_waits_for_a_server_that_does_not_reply(
+    ended, sweep, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    place = copy_of(ended, tmp_path)
+    done = outcomes(sweep, place)
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes calls and never answers
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        driver = Publisher(sweep, parent_of(sweep, place, MADE), place.store, url)
+        for outcome in done:
+            driver.trial(outcome, time.time())
+        assert not caplog.records  # the first call is not over, and all three are taken
+        driver.catch_up()
+        assert len(caplog.records) == 1
+        driver.finish("KILLED", synced(sweep, place), hasty=True)
+    assert "the next run sends it" in caplog.records[-1].getMessage()
 
 
 # ---------------------------------------------------------------- computed again, compared
