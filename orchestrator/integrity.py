@@ -231,7 +231,6 @@ BESIDE: dict[str, Callable[[Path], Finding]] = {
     "VERSION": _version,
     "digests.json": partial(_sealed, CACHE_REMEDY),
     "history.json": partial(_sealed, CACHE_REMEDY),
-    "probed.json": partial(_sealed, CACHE_REMEDY),
     ACCEPTED: partial(_lines, _accepted, "remove that line"),
 }
 OF_A_SWEEP: dict[str, Callable[[Path], Finding]] = {

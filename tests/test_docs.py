@@ -52,7 +52,6 @@ PARSED = {
     "airsweep compare": "needs another sweep or the paper's datasets (test_published)",
     "airsweep export": "ten seconds of torch (test_bundles)",
     "airsweep verify": "ten seconds of torch (test_bundles)",
-    "--probe": "half a minute of work (test_probe)",
     "s3://": "needs a bucket",
     "http://": "needs a server",
     "postgresql://": "needs a server (test_team)",
