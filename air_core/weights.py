@@ -38,6 +38,7 @@ BACKBONES = (
     "<architecture>@<weights file>"
 )
 GENERATORS = f"tiny, a folder with {PIPELINE_CONFIG}, or owner/name of the Hugging Face hub"
+LFS = b"version https://git-lfs"  # how a pointer of Git LFS begins
 LORA_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 
 
@@ -134,21 +135,6 @@ def named_model(name: str) -> dict[str, Any] | None:
     if not (_open_clip() / "model_configs" / f"{architecture}.json").is_file():
         return None
     return _tagged(architecture, tag)[0] if tag else _architecture(architecture, name)
-
-
-def weights_as(name: str, file: Path) -> ClipFile:
-    """A weights file of one's own, as `<architecture>` or `<architecture>/<tag>` is built.
-
-    Raises:
-        ValueError: open_clip knows none of that name, or the file is of a kind that is not read.
-    """
-    architecture, _, tag = name.partition("/")
-    if not tag:
-        return _own_weights(architecture, file)
-    model, known = _tagged(architecture, tag)
-    _check_readable(file, architecture)
-    tokenizer = _tokenizer_files(architecture, model, beside=file.parent)
-    return ClipFile(architecture, file, model, _pixels(known), tokenizer)
 
 
 def tiny_folder() -> Path:
@@ -394,6 +380,33 @@ def generator_parts(folder: Path) -> dict[str, tuple[str, str]]:
 
 def _missing_parts(folder: Path) -> list[str]:
     return [part for part in generator_parts(folder) if not (folder / part).is_dir()]
+
+
+# ---------------------------------------------------------------- files
+
+
+def check_whole(file: Path) -> None:
+    """A safetensors file has all the bytes that its head promises; other files are not looked at.
+
+    Raises:
+        ValueError: it has not, such as one that was copied in part.
+    """
+    if file.suffix != ".safetensors":
+        return
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="np") as tensors:
+            if not tensors.keys():
+                raise ValueError(f"{file} holds no tensors")
+    except SafetensorError as problem:
+        with open(file, "rb") as handle:
+            pointer = handle.read(len(LFS)) == LFS
+        why = "it is a pointer of Git LFS; `git lfs pull` fetches what it stands for"
+        raise ValueError(
+            f"{file} cannot be read: "
+            + (why if pointer else f"{problem}; was it fetched to its end?")
+        ) from problem
 
 
 # ---------------------------------------------------------------- what others know

@@ -1,14 +1,14 @@
-"""An audit as data: which row of synthetic images is looked at, and the card that comes out.
-
-A card is numbers, a list of flagged images, and a few small pictures that JSON leaves out. Imports
-no torch.
+"""An audit as data: which row of synthetic images is looked at, the card that comes out, and how
+it reads on a screen. Imports no torch.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 from air_core.normal import normalised
@@ -23,7 +23,9 @@ from orchestrator.keys import artifact_key, digest, slug
 from orchestrator.plan import Need, needs_of
 
 EDITION = 1  # raise it when the same images get other numbers
-THUMB_PX = 64
+WIDTH = 80  # columns of the screen
+LISTED = 12  # flagged images on the screen; --json has all
+WEAK = 3  # classes that are named
 REASONS = ("blank", "near-constant", "not a number", "duplicate", "wrong class", "test copy")
 
 
@@ -57,44 +59,6 @@ class Audited:
 
 
 @dataclass(frozen=True)
-class Flagged:
-    """One image that somebody should look at."""
-
-    classname: str
-    index: int  # position in the row of its class, from 0
-    file: str | None  # of a folder of ready images
-    reason: str  # one of REASONS
-    value: float | None  # spread in levels, cosine or margin; None: not a number
-    sentence: str
-
-
-@dataclass(frozen=True)
-class Shown:
-    """One image of a card, maybe with the image that it is compared with."""
-
-    classname: str
-    index: int
-    value: float
-    flagged: bool
-    other: int | None = None  # index in the same class, or position of a test image
-    png: bytes = field(default=b"", repr=False)  # THUMB_PX high and wide
-    other_png: bytes = field(default=b"", repr=False)
-
-
-@dataclass(frozen=True)
-class ClassLine:
-    """One class of a card."""
-
-    classname: str
-    images: int
-    recognised: float | None  # share that CLIP takes for the class
-    margin: float | None  # median
-    best: int | None  # index of the image of the largest margin
-    worst: int | None
-    flagged: int
-
-
-@dataclass(frozen=True)
 class AuditCard:
     """What is known about one row. Shares are in [0, 1], margins in [-1, 1]."""
 
@@ -110,29 +74,24 @@ class AuditCard:
     counts: Mapping[str, int]  # images by reason
     recognised: float | None
     base_recognised: float | None
-    margins: tuple[float, float, float] | None  # 5 %, median, 95 %
-    kid: tuple[float, float] | None  # to the pool: mean and std over subsets
-    base_kid: tuple[float, float] | None  # before LoRA
+    margins: Sequence[float] | None  # 5 %, median, 95 %
+    kid: Sequence[float] | None  # to the pool: mean and std over subsets
+    base_kid: Sequence[float] | None  # before LoRA
     base_images: int
     pool_images: int
     test_images: int
     test_cosine: float | None  # of the image that is nearest to a test image
     kept: Mapping[str, int]  # images that a filter would leave, by the setting
-    classes: tuple[ClassLine, ...]
-    flagged: tuple[Flagged, ...]
-    best: tuple[Shown, ...]  # largest margins, one image a class
-    worst: tuple[Shown, ...]  # smallest
-    doubted: tuple[Shown, ...]  # of the wrong class, beyond the worst
-    alike: tuple[Shown, ...]  # nearest pairs within a class
-    tests: tuple[Shown, ...]  # nearest pairs of an image and a test image
-    dull: tuple[Shown, ...]  # blank, near-constant or not a number
+    # One a class: classname, images, recognised, margin (median), flagged, and the indices of the
+    # images with the largest and the smallest margin, best and worst.
+    classes: Sequence[Mapping[str, Any]]
+    # One a fault: classname, index in the class, file of a folder of ready images, reason (one of
+    # REASONS), value (spread in levels, cosine or margin) and a sentence for people.
+    flagged: Sequence[Mapping[str, Any]]
 
     @property
     def flagged_images(self) -> int:
-        return len({(one.classname, one.index) for one in self.flagged})
-
-
-PICTURED = ("best", "worst", "doubted", "alike", "tests", "dull")
+        return len({(one["classname"], one["index"]) for one in self.flagged})
 
 
 def audited(trials: Iterable[TrialSpec]) -> list[Audited]:
@@ -179,24 +138,22 @@ def card_files(card: AuditCard, png: bytes) -> dict[str, bytes]:
 
 
 def card_json(card: AuditCard) -> str:
-    """A card as JSON, without its pictures."""
-    plain = asdict(card)
-    for line in PICTURED:
-        for shown in plain[line]:
-            del shown["png"], shown["other_png"]
-    return json.dumps(plain, indent=1, sort_keys=True, allow_nan=False)
+    return json.dumps(asdict(card), indent=1, sort_keys=True, allow_nan=False)
 
 
 def card_of(text: str) -> AuditCard:
-    """The same back."""
+    """A card from its JSON; earlier versions kept more in it."""
     plain = json.loads(text)
-    lines: dict[str, Any] = {
-        line: tuple(Shown(**shown) for shown in plain[line]) for line in PICTURED
-    }
-    pairs = {name: plain[name] and tuple(plain[name]) for name in ("margins", "kid", "base_kid")}
-    lines["classes"] = tuple(ClassLine(**one) for one in plain["classes"])
-    lines["flagged"] = tuple(Flagged(**one) for one in plain["flagged"])
-    return AuditCard(**{**plain, **pairs, **lines})
+    return AuditCard(**{field.name: plain[field.name] for field in fields(AuditCard)})
+
+
+def card_for_scripts(card: AuditCard) -> dict[str, Any]:
+    """The contract of `audit --json`."""
+    plain = asdict(card)
+    del plain["asked"]
+    for name in ("classes", "flagged"):
+        plain[name] = [{"class": one.pop("classname"), **one} for one in plain[name]]
+    return plain
 
 
 def facts_of(card: AuditCard) -> list[tuple[str, str]]:
@@ -244,5 +201,49 @@ def _share(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.0%}"
 
 
-def _plus_minus(pair: tuple[float, float]) -> str:
+def _plus_minus(pair: Sequence[float]) -> str:
     return f"{pair[0]:.3f} +- {pair[1]:.3f}"
+
+
+def audit_screen(card: AuditCard, sweep: str, folder: Path) -> str:
+    """A card on at most WIDTH columns.
+
+    Args:
+        sweep: its name, for what to type.
+        folder: where the card's picture lies.
+    """
+    lines = [f" {card.title}   {card.dataset}"]
+    facts = [*facts_of(card), *_weak_classes(card)]
+    labels = max(len(label) for label, _ in facts)
+    for label, text in facts:
+        lines += _folded(text, f" {label:<{labels}}   ")
+    for one in card.flagged[:LISTED]:
+        lines += _folded(one["sentence"], f"   {one['reason']:<13}   ")
+    if len(card.flagged) > LISTED:
+        more = len(card.flagged) - LISTED
+        lines.append(f"   and {more:,} more: airsweep audit {sweep} --json")
+    left = [f"`{name}` leaves {count:,}" for name, count in card.kept.items()]
+    lines += _folded(f"{'; '.join(left)} of {card.images:,}", f" {'filter':<{labels}}   ")
+    lines.append(f" {'look':<{labels}}   {folder / card.name}.png")
+    return "\n".join(lines)
+
+
+def _weak_classes(card: AuditCard) -> Iterator[tuple[str, str]]:
+    def share(line: Mapping[str, Any]) -> float:
+        return 1.0 if line["recognised"] is None else float(line["recognised"])
+
+    weak = [line for line in sorted(card.classes, key=share) if share(line) < 1][:WEAK]
+    if weak:
+        named = ", ".join(f"{line['classname']!r} {share(line):.0%}" for line in weak)
+        yield "weakest", f"{named}: how many CLIP takes for their class"
+
+
+def _folded(text: str, lead: str) -> list[str]:
+    return textwrap.wrap(
+        text,
+        WIDTH,
+        initial_indent=lead,
+        subsequent_indent=" " * len(lead),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

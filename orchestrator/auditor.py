@@ -1,25 +1,24 @@
-"""An audit card of one row of synthetic images, from what the store has of it.
+"""An audit of one row of synthetic images, from what the store has of it: a card and a sheet.
 
-The numbers are `air_core.audit`'s; here they get names, files and pictures.
+The numbers are `air_core.audit`'s. Here they become a table with a line for each image, which gets
+names, files and pictures.
 """
 
 # mypy: allow-untyped-calls
 
 from __future__ import annotations
 
-import io
 import logging
 import math
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from pandas import DataFrame, Series
+from PIL import Image
 from torch import Tensor
 
 from air_core.audit import (
@@ -28,7 +27,6 @@ from air_core.audit import (
     ImageSet,
     Surroundings,
     audit,
-    best_and_worst,
     difference_hash,
     spread,
 )
@@ -38,21 +36,11 @@ from air_core.datasets.class_folders import class_files
 from air_core.datasets.images import Unreadable, open_png
 from air_core.specs import FidelitySettings, FolderImages
 from air_core.types import Batch, Labelled
-from orchestrator.audit_card import (
-    PICTURED,
-    REASONS,
-    THUMB_PX,
-    AuditCard,
-    Audited,
-    ClassLine,
-    Flagged,
-    Shown,
-    title_of,
-)
+from orchestrator.audit_card import REASONS, AuditCard, Audited, facts_of, title_of
 from orchestrator.dataset_text import about, text_of
 from orchestrator.image_rows import read_drawn, read_pictures, read_synthetic
 from orchestrator.keys import artifact_key
-from orchestrator.pictures import audit_sheet
+from orchestrator.pictures import Tile, captioned_sheet
 from orchestrator.plan import BASE_PER_CLASS
 from orchestrator.resolve import images_folder
 from orchestrator.stages import read_target
@@ -61,14 +49,14 @@ from orchestrator.workshop import ChangedInput, Workshop, one_thread
 
 log = logging.getLogger(__name__)
 
-SHOWN = 10  # pictures in a line of a card; half as many pairs
+SHOWN = 10  # pictures in a line of the sheet; half as many pairs
 DIGITS = 4  # of numbers that are kept: what differs beyond is rounding
 
 Report = Callable[[int, int], None]
 
 
 def made(row: Audited, shop: Workshop, report: Report | None = None) -> tuple[AuditCard, bytes]:
-    """A card with its pictures, and the picture of it.
+    """A card and its sheet, a PNG.
 
     Args:
         report: told of images that were looked at, and how many there are.
@@ -77,37 +65,15 @@ def made(row: Audited, shop: Workshop, report: Report | None = None) -> tuple[Au
         MissingArtifact: images or features are not there.
     """
     with one_thread():
-        card = with_pictures(_made(row, shop, report or _silent), row, shop)
-    return card, audit_sheet(card)
+        return _made(row, shop, report or _silent)
 
 
 def _silent(done: int, total: int) -> None:
     pass
 
 
-@dataclass(frozen=True)
-class _Looked:
-    """A row that was looked at: its images in order, and what was found about each."""
-
-    row: Audited
-    images: ImageSet
-    places: Sequence[tuple[int, int]]  # class and index of each image
-    logits: Tensor  # (N, C)
-    found: Audit
-    test: Tensor  # (T,) positions in the dataset
-    files: Mapping[str, Sequence[Path]]  # by class, of a folder of ready images
-
-    @property
-    def classnames(self) -> Sequence[str]:
-        return self.row.row.images.classnames
-
-    def file(self, c: int, index: int) -> str | None:
-        files = self.files.get(self.classnames[c], ())
-        return f"{files[index].parent.name}/{files[index].name}" if index < len(files) else None
-
-
-def _made(row: Audited, shop: Workshop, report: Report) -> AuditCard:
-    images, places, redrawn = _read(row, shop.store, report)
+def _made(row: Audited, shop: Workshop, report: Report) -> tuple[AuditCard, bytes]:
+    images, table = _read(row, shop.store, report)
     backbone = shop.backbone(row.row.backbone, row.row.precision)
     template = text_of(row.features, shop.store).template
     text = text_classifier(backbone, row.row.images.classnames, template)
@@ -126,10 +92,20 @@ def _made(row: Audited, shop: Workshop, report: Report) -> AuditCard:
         test=targets[0].features[test],
         test_hash=lambda position: _test_hash(row, shop, int(test[position])),
     )
-    looked = _Looked(row, images, places, logits, audit(images, logits, around), test, _files(row))
-    found = looked.found
-    flagged = [_flagged(finding, looked) for finding in found.findings]
-    return AuditCard(
+    found = audit(images, logits, around)
+    table = table.assign(
+        sound=found.sound.numpy(),
+        right=(found.guesses == images.labels).numpy(),
+        margin=found.margins.numpy(),
+        twin=found.like.numpy(),
+        twin_cosine=found.like_cosine.numpy(),
+        test=[int(test[i]) if i >= 0 else -1 for i in found.test_like.tolist()],
+        test_cosine=found.test_cosine.numpy(),
+    )
+    flagged = [_flagged(one, table, row.row.images.classnames, test) for one in found.findings]
+    faulty = {one.image for one in found.findings}
+    table["flagged"] = table.index.isin(faulty)
+    card = AuditCard(
         asked=row.asked,
         name=row.name,
         title=title_of(row),
@@ -138,49 +114,69 @@ def _made(row: Audited, shop: Workshop, report: Report) -> AuditCard:
         row=str(artifact_key(row.row.images)),
         images_per_class=row.images_per_class,
         images=len(images),
-        redrawn=redrawn,
-        counts={reason: sum(f.reason == reason for f in flagged) for reason in REASONS},
-        recognised=_share(found.guesses == images.labels, found.sound),
+        redrawn=int(table.redrawn.sum()),
+        counts={reason: sum(one["reason"] == reason for one in flagged) for reason in REASONS},
+        recognised=_rounded(table.right[table.sound].mean()),
         base_recognised=None if base is None else _recognised(base, text, row.classes),
-        margins=_quantiles(found.margins),
+        margins=_quantiles(table.margin, 0.05, 0.5, 0.95),
         kid=_pair(found.distance),
         base_kid=None if found.base_distance is None else _pair(found.base_distance),
         base_images=0 if base is None else len(base),
         pool_images=len(pool),
         test_images=len(test),
-        test_cosine=_rounded(_largest(found.test_cosine)),
-        kept=_kept(looked),
-        classes=_lines(looked, flagged),
-        flagged=tuple(flagged),
-        **_shown(looked),
+        test_cosine=_rounded(table.test_cosine.max()),
+        kept=_kept(images, logits),
+        classes=[_class_line(str(name), of) for name, of in _by_class(table)],
+        flagged=flagged,
     )
+    return card, _sheet(card, table, found, row, shop)
 
 
-def _read(
-    row: Audited, store: ArtifactStore, report: Report
-) -> tuple[ImageSet, list[tuple[int, int]], int]:
-    """The images with (class, index) of each, and how many were drawn more than once."""
-
+def _read(row: Audited, store: ArtifactStore, report: Report) -> tuple[ImageSet, DataFrame]:
+    """The images, and a line of names for each."""
     count = row.images_per_class * len(row.classes)
-    places, features, hashes, spreads, held = [], [], [], [], []
-    redrawn = 0
+    classnames, files = row.row.images.classnames, _files(row)
+    lines, features, hashes = [], [], []
     for drawn in read_drawn(row.row, row.classes, row.images_per_class, store):
         picture = open_png(drawn.png)
-        places.append((drawn.class_index, drawn.index))
+        name = classnames[drawn.class_index]
+        lines.append(
+            {
+                "label": drawn.class_index,
+                "classname": name,
+                "index": drawn.index,
+                "file": _file(files.get(name, ()), drawn.index),
+                "held": drawn.ok,
+                "redrawn": drawn.ok and drawn.attempt > 0,
+                "spread": spread(picture),
+            }
+        )
         features.append(drawn.features)
         hashes.append(difference_hash(picture))
-        spreads.append(spread(picture))
-        held.append(drawn.ok)
-        redrawn += drawn.ok and drawn.attempt > 0
-        report(len(places), count)
+        report(len(lines), count)
+    table = DataFrame(lines)
     images = ImageSet(
         features=torch.from_numpy(np.stack(features)).float(),
-        labels=torch.tensor([c for c, _ in places]),
+        labels=torch.tensor(table.label.to_numpy()),
         hashes=torch.stack(hashes),
-        spread=torch.tensor(spreads),
-        held=torch.tensor(held),
+        spread=torch.tensor(table.spread.tolist()),
+        held=torch.tensor(table.held.to_numpy()),
     )
-    return images, places, redrawn
+    return images, table
+
+
+def _files(row: Audited) -> Mapping[str, Sequence[Path]]:
+    """By class, of a folder of ready images, as it is now."""
+    images = row.row.images
+    if not isinstance(images, FolderImages):
+        return {}
+    with suppress(OSError, ValueError):
+        return class_files(images_folder(images.model.name), images.classnames)
+    return {}
+
+
+def _file(files: Sequence[Path], index: int) -> str | None:
+    return f"{files[index].parent.name}/{files[index].name}" if index < len(files) else None
 
 
 def _base(row: Audited, store: ArtifactStore) -> Labelled | None:
@@ -214,53 +210,45 @@ def _test_picture(row: Audited, shop: Workshop, position: int) -> Image.Image | 
 # ---------------------------------------------------------------- numbers for people
 
 
-def _flagged(finding: Finding, looked: _Looked) -> Flagged:
-    classnames = looked.classnames
-    c, index = looked.places[finding.image]
-    file = looked.file(c, index)
+def _flagged(
+    finding: Finding, table: DataFrame, classnames: Sequence[str], test: Tensor
+) -> dict[str, Any]:
+    """A fault as the card has it."""
+    image = table.loc[finding.image]
     value = None if math.isnan(finding.value) else round(finding.value, DIGITS)
     match finding.reason:
         case "blank":
             said = f"is blank: no channel varies by more than {value:.1f} of 256 levels"
-            said += "" if looked.images.held[finding.image] else ", so no trial reads it"
+            said += "" if image.held else ", so no trial reads it"
         case "near-constant":
             said = f"shows next to nothing: no channel varies by more than {value:.1f} levels"
         case "not a number":
             said = "has CLIP features that are not finite"
         case "duplicate":
-            twin = looked.places[finding.other][1]
-            said = f"is {_called(twin, looked.file(c, twin))} again: {_like(finding)}"
+            said = f"is {_called(table.loc[finding.other])} again: {_like(finding)}"
         case "wrong class":
             said = (
                 f"looks like {classnames[finding.other]!r}: {finding.beside:.0%} of the images "
                 f"nearest to it were made for that class, and CLIP's margin is {value:+.2f}"
             )
         case "test copy":
-            said = f"is test image {int(looked.test[finding.other])}: {_like(finding)}"
-    called = f"{classnames[c]!r}: {_called(index, file)}"
-    return Flagged(classnames[c], index, file, finding.reason, value, f"{called} {said}")
+            said = f"is test image {int(test[finding.other])}: {_like(finding)}"
+    return {
+        "classname": image.classname,
+        "index": int(image["index"]),
+        "file": image.file,
+        "reason": finding.reason,
+        "value": value,
+        "sentence": f"{image.classname!r}: {_called(image)} {said}",
+    }
 
 
-def _called(index: int, file: str | None) -> str:
-    return f"image {index}" + (f" ({file})" if file else "")
+def _called(image: Series) -> str:
+    return f"image {image['index']}" + (f" ({image.file})" if image.file else "")
 
 
 def _like(finding: Finding) -> str:
     return f"cosine {finding.value:.3f}, {finding.beside:.0f} of 256 bits of the hash differ"
-
-
-def _files(row: Audited) -> Mapping[str, Sequence[Path]]:
-    """Of a folder of ready images, as it is now."""
-    images = row.row.images
-    if not isinstance(images, FolderImages):
-        return {}
-    with suppress(OSError, ValueError):
-        return class_files(images_folder(images.model.name), images.classnames)
-    return {}
-
-
-def _share(right: Tensor, among: Tensor) -> float | None:
-    return _rounded(float(right[among].double().mean()))
 
 
 def _recognised(images: Labelled, text: LinearClassifier, classes: Sequence[int]) -> float | None:
@@ -269,154 +257,110 @@ def _recognised(images: Labelled, text: LinearClassifier, classes: Sequence[int]
 
 
 def _rounded(value: float) -> float | None:
-    return None if math.isnan(value) else round(value, DIGITS)
+    return None if math.isnan(value) else round(float(value), DIGITS)
 
 
-def _largest(values: Tensor) -> float:
-    known = values[~values.isnan()]
-    return float(known.max()) if len(known) else math.nan
-
-
-def _pair(distance: Any) -> tuple[float, float] | None:
+def _pair(distance: Any) -> list[float] | None:
     if math.isnan(distance.mean):
         return None
-    return round(distance.mean, DIGITS), round(distance.std, DIGITS)
+    return [round(distance.mean, DIGITS), round(distance.std, DIGITS)]
 
 
-def _quantiles(margins: Tensor) -> tuple[float, float, float] | None:
-    known = margins[~margins.isnan()]
-    if not len(known):
-        return None
-    low, middle, high = known.quantile(torch.tensor([0.05, 0.5, 0.95]).double()).tolist()
-    return round(low, DIGITS), round(middle, DIGITS), round(high, DIGITS)
+def _quantiles(values: Series, *shares: float) -> list[float] | None:
+    known = values.dropna()
+    return [round(float(one), DIGITS) for one in known.quantile(shares)] if len(known) else None
 
 
-def _kept(looked: _Looked) -> dict[str, int]:
+def _kept(images: ImageSet, logits: Tensor) -> dict[str, int]:
     """How many images each filter would leave to a trial that reads all of them."""
-    images = looked.images
     read = images.held & images.features.isfinite().all(dim=1)
     bank = Labelled(Batch(images.features[read]), images.labels[read])
     filters = {
         "fidelity.min_margin: 0": FidelitySettings(min_margin=0.0),
         "fidelity.duplicates: drop": FidelitySettings(duplicates="drop"),
     }
-    logits = looked.logits[read]
-    return {name: len(credible(bank, how, logits)) for name, how in filters.items()}
+    return {name: len(credible(bank, how, logits[read])) for name, how in filters.items()}
 
 
-def _lines(looked: _Looked, flagged: Sequence[Flagged]) -> tuple[ClassLine, ...]:
-    found, images, places = looked.found, looked.images, looked.places
-    faults = Counter(name for name, _ in {(one.classname, one.index) for one in flagged})
-    lines = []
-    for c in looked.row.classes:
-        members = (images.labels == c).nonzero().flatten()
-        margins = found.margins[members]
-        best, worst = best_and_worst(margins.tolist(), 1)
-        middle = _quantiles(margins)
-        lines.append(
-            ClassLine(
-                classname=looked.classnames[c],
-                images=len(members),
-                recognised=_share(found.guesses[members] == c, found.sound[members]),
-                margin=None if middle is None else middle[1],
-                best=places[int(members[best[0]])][1] if best else None,
-                worst=places[int(members[worst[0]])][1] if worst else None,
-                flagged=faults[looked.classnames[c]],
-            )
-        )
-    return tuple(lines)
+def _by_class(table: DataFrame) -> Iterable[tuple[Any, DataFrame]]:
+    return table.groupby("classname", sort=False)  # type: ignore[no-any-return]
 
 
-# ---------------------------------------------------------------- pictures
-
-
-def _shown(looked: _Looked) -> dict[str, tuple[Shown, ...]]:
-    """Which images stand on a card: the best and the worst, and what is nearest to what."""
-    found, places = looked.found, looked.places
-    flags: dict[str, dict[int, Finding]] = {reason: {} for reason in REASONS}
-    for one in found.findings:
-        flags[one.reason][one.image] = one
-    bad = {one.image for one in found.findings}
-
-    def shown(i: int, value: float, flagged: bool, other: int | None = None) -> Shown:
-        c, index = places[i]
-        return Shown(looked.classnames[c], index, round(value, DIGITS), flagged, other)
-
-    margins = found.margins.tolist()
-    _, worst = best_and_worst(margins, SHOWN)
-    # The surest images of all tend to be of one class.
-    best = [i for c in looked.row.classes for i in _best_of(c, looked)]
-    best = sorted(best, key=lambda i: (-margins[i], i))[:SHOWN]
-    wrong = sorted(set(flags["wrong class"]) - set(worst), key=lambda i: (margins[i], i))
-    alike = _pairs(found.like_cosine, found.like, flags["duplicate"], once=True)
-    tests = _pairs(found.test_cosine, found.test_like, flags["test copy"], once=False)
-    dull = [f for reason in REASONS[:3] for f in flags[reason].values()]
+def _class_line(classname: str, images: DataFrame) -> dict[str, Any]:
+    rising = images.dropna(subset="margin").sort_values(["margin", "index"])["index"].tolist()
+    middle = _quantiles(images.margin, 0.5)
     return {
-        "best": tuple(shown(i, margins[i], i in bad) for i in best),
-        "worst": tuple(shown(i, margins[i], i in bad) for i in worst),
-        "doubted": tuple(shown(i, margins[i], True) for i in wrong[:SHOWN]),
-        "alike": tuple(shown(i, value, yes, places[j][1]) for i, j, value, yes in alike),
-        "tests": tuple(shown(i, value, yes, int(looked.test[j])) for i, j, value, yes in tests),
-        "dull": tuple(shown(f.image, np.nan_to_num(f.value), True) for f in dull[:SHOWN]),
+        "classname": classname,
+        "images": len(images),
+        "recognised": _rounded(images.right[images.sound].mean()),
+        "margin": middle and middle[0],
+        "best": rising[-1] if rising else None,
+        "worst": rising[0] if rising else None,
+        "flagged": int(images.flagged.sum()),
     }
 
 
-def _best_of(c: int, looked: _Looked) -> list[int]:
-    """The position of a class's image of the largest margin; empty where it has none."""
-    members = (looked.images.labels == c).nonzero().flatten()
-    best, _ = best_and_worst(looked.found.margins[members].tolist(), 1)
-    return members[best].tolist()
+# ---------------------------------------------------------------- the sheet
 
 
-def _pairs(
-    cosines: Tensor, others: Tensor, flagged: Mapping[int, Finding], once: bool
-) -> list[tuple[int, int, float, bool]]:
-    """The nearest pairs, flagged ones first.
-
-    Args:
-        once: a pair is the same the other way round.
-    """
-    pairs = [(i, one.other, one.value, True) for i, one in flagged.items()]
-    for i, (j, value) in enumerate(zip(others.tolist(), cosines.tolist(), strict=True)):
-        if j >= 0 and i not in flagged:
-            pairs.append((i, j, value, False))
-    kept: dict[tuple[int, int], tuple[int, int, float, bool]] = {}
-    for pair in sorted(pairs, key=lambda pair: (not pair[3], -pair[2], pair[0])):
-        i, j = pair[:2]
-        kept.setdefault((min(i, j), max(i, j)) if once else (i, j), pair)
-    return list(kept.values())[: SHOWN // 2]
-
-
-def with_pictures(card: AuditCard, row: Audited, shop: Workshop) -> AuditCard:
-    """The same card with its images as PNG bytes."""
-    numbers = {name: c for c, name in enumerate(row.row.images.classnames)}
-    wanted = set()
-    for line in PICTURED:
-        for one in getattr(card, line):
-            wanted.add((numbers[one.classname], one.index))
-            if one.other is not None and line != "tests":
-                wanted.add((numbers[one.classname], one.other))
-    pictures = read_pictures(row.row, wanted, shop.store)
-
-    def pictured(one: Shown, line: str) -> Shown:
-        c, other = numbers[one.classname], None
-        if one.other is not None:
-            of_test = line == "tests"
-            other = _test_picture(row, shop, one.other) if of_test else pictures[c, one.other]
-        png = thumbnail(pictures[c, one.index])
-        return replace(one, png=png, other_png=b"" if other is None else thumbnail(other))
-
-    lines: dict[str, Any] = {
-        line: tuple(pictured(one, line) for one in getattr(card, line)) for line in PICTURED
+def _sheet(card: AuditCard, table: DataFrame, found: Audit, row: Audited, shop: Workshop) -> bytes:
+    """The facts, and under them the best, worst and flagged images, and what is nearest to what."""
+    falling = table.dropna(subset="margin").sort_values("margin", ascending=False, kind="stable")
+    copies = {one.image for one in found.findings if one.reason == "test copy"}
+    doubles = {one.image: one.other for one in found.findings if one.reason == "duplicate"}
+    twins = table.assign(twin=[doubles.get(i, j) for i, j in table.twin.items()])
+    lines = {
+        "best\none of a class": _margins(falling.groupby("classname").head(1)[:SHOWN]),
+        "worst\nsmallest margin": _margins(falling[::-1][:SHOWN]),
+        "flagged\nbeyond the worst": _margins(_beyond(table, falling[::-1][:SHOWN])),
+        "most alike\npairs of a class": _pairs(twins, "twin", "twin_cosine", {*doubles}),
+        "nearest test\ndrawn, test image": _pairs(table, "test", "test_cosine", copies),
     }
-    return replace(card, **lines)
+    wanted = [place for line in lines.values() for one, _, _ in line for place in one]
+    drawn = [tuple(table.loc[i, ["label", "index"]]) for kind, i in wanted if kind != "test"]
+    pictures = read_pictures(row.row, drawn, shop.store)
+
+    def tile(place: tuple[str, int], words: str, flagged: bool) -> Tile:
+        kind, i = place
+        if kind == "test":
+            return Tile(_test_picture(row, shop, i), "test image", str(i), flagged)
+        image = table.loc[i]
+        picture = pictures[image.label, image["index"]]
+        return Tile(picture, image.classname, f"{image['index']}   {words}", flagged)
+
+    return captioned_sheet(
+        f"{card.title}   {card.dataset}",
+        facts_of(card),
+        {
+            name: [tile(place, words, flagged) for one, words, flagged in line for place in one]
+            for name, line in lines.items()
+        },
+        "framed: flagged; airsweep audit says why",
+    )
 
 
-def thumbnail(picture: Image.Image) -> bytes:
-    """THUMB_PX high and wide, the middle square of it, as PNG bytes."""
-    small = min(picture.size) < THUMB_PX
-    how = Image.Resampling.NEAREST if small else Image.Resampling.BICUBIC
-    tile = ImageOps.fit(picture.convert("RGB"), (THUMB_PX, THUMB_PX), how)
-    buffer = io.BytesIO()
-    tile.save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
+# Images that stand together, what is written under them, and whether they are flagged.
+Shown = tuple[Sequence[tuple[str, int]], str, bool]
+
+
+def _margins(images: DataFrame) -> list[Shown]:
+    return [
+        ([("drawn", int(i))], "" if math.isnan(one.margin) else f"{one.margin:+.2f}", one.flagged)
+        for i, one in images.iterrows()
+    ]
+
+
+def _beyond(table: DataFrame, worst: DataFrame) -> DataFrame:
+    return table[table.flagged & ~table.index.isin(worst.index)].sort_values("margin")[:SHOWN]
+
+
+def _pairs(table: DataFrame, other: str, cosine: str, flagged: set[int]) -> list[Shown]:
+    """The nearest pairs, flagged ones first; images of one class pair but once."""
+    near = table[table[other] >= 0].assign(first=lambda of: of.index.isin(flagged))
+    near = near.sort_values(["first", cosine], ascending=False, kind="stable")
+    found: dict[Any, Shown] = {}
+    for i, one in near.iterrows():
+        there = ("test" if other == "test" else "drawn", int(one[other]))
+        pair = (("drawn", int(i)), there)
+        found.setdefault(frozenset(pair), (pair, f"{one[cosine]:.3f}", bool(one["first"])))
+    return list(found.values())[: SHOWN // 2]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from orchestrator.audit_card import AuditCard, Audited, audited, card_files, card_json, card_of
+from orchestrator.audit_card import AuditCard, Audited, audited, card_files, card_of
 from orchestrator.place import Place
 from orchestrator.plan import possible_trials
 from orchestrator.store import ArtifactStore
@@ -60,7 +60,7 @@ def _drawn(store: ArtifactStore) -> Callable[[Audited], tuple[int, int]]:
 
 
 def known_card(row: Audited, place: Place) -> AuditCard | None:
-    """The card that was kept, without pictures; None: there is none, or of something else."""
+    """The card that was kept; None: there is none, or of something else."""
     with suppress(OSError, ValueError, TypeError, KeyError):
         card = card_of((place.folder / f"{row.name}.json").read_text())
         if card.asked == row.asked:
@@ -77,29 +77,11 @@ def audit_cards(
         report: gives, for the name of a row, what is told of images that were looked at.
 
     Returns:
-        Cards in the order of the cells, without pictures.
+        Cards in the order of the cells.
 
     Raises:
         ValueError: the sweep reads no images, or none is drawn yet.
     """
-    return [card for _, card in _cards(sweep, place, report)]
-
-
-def pictured_cards(
-    sweep: SweepSpec, place: Place, report: Callable[[str], Report] | None = None
-) -> list[AuditCard]:
-    """The same with pictures: `Shown.png` and `other_png` of `best`, `worst` and so on."""
-    found = _cards(sweep, place, report)
-    from orchestrator.auditor import with_pictures
-    from orchestrator.workshop import Workshop
-
-    shop = Workshop(place.store, place.data_root)
-    return [with_pictures(card, row, shop) for row, card in found]
-
-
-def _cards(
-    sweep: SweepSpec, place: Place, report: Callable[[str], Report] | None
-) -> list[tuple[Audited, AuditCard]]:
     found = []
     for row in ready(audited_by(sweep, place), place):
         card = known_card(row, place)
@@ -111,5 +93,5 @@ def _cards(
             card, png = made(row, shop, report(row.name) if report else None)
             for name, content in card_files(card, png).items():
                 place.write(name, content)
-        found.append((row, card_of(card_json(card))))  # the same, made or kept
+        found.append(card)
     return found

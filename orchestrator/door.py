@@ -134,35 +134,18 @@ def plan(
     sets: Options = (),
     only: Options = (),
     smoke: bool = False,
-    probe: bool = False,
 ) -> Planned:
     """What would run, what is there, how long it would take; starts nothing.
 
     Args:
         store: of all results; default: AIRSWEEP_STORE, else `runs`.
         data_root: folder of real datasets; default: AIRSWEEP_DATA.
-        probe: measure a little of what was never measured in this store.
     """
     from orchestrator.asked import place_for, plan_of
 
     asked = load(spec, sets=sets, only=only, smoke=smoke)
     place = place_for(asked, _store(store), _folder(data_root))
-    planned = plan_of(asked.spec, place)
-    if probe:
-        _probe(planned, place)
-        planned = plan_of(asked.spec, place)  # with what is known now
-    return Planned(planned, place)
-
-
-def _probe(planned: Plan, place: Place) -> None:
-    from orchestrator.probe import probe_work
-    from orchestrator.screen import Lines
-    from orchestrator.workshop import Workshop
-
-    resources = planned.sweep.resources
-    shop = Workshop(place.store, place.data_root, batch=resources.encoder.batch)
-    say = Lines().say
-    probe_work(planned.work, shop, resources, lambda line: say(f"probe: {line}"))
+    return Planned(plan_of(asked.spec, place), place)
 
 
 # ---------------------------------------------------------------- what is done

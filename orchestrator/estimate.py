@@ -1,9 +1,9 @@
-"""How long what is left would take, from what the store has measured of the same kind of work.
+"""How long what is left would take, from what runs have measured of the same kind of work.
 
 `history.json`: seconds and units by stage and kind, of all that runs have made. A unit is a
 training step of a LoRA, an image, a trial, a dataset through CLIP; a kind is what its cost depends
-on: model, size, dataset, method. `probed.json`: what a probe (orchestrator.probe) has measured of
-kinds that have no history.
+on: model, size, dataset, method. Seconds of starting, such as loading a model, are kept apart: two
+steps of a smoke run say what a step takes, not that each loads the model.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from air_core.seal import sealed_json
@@ -26,16 +27,13 @@ from air_core.specs import (
     uses_auxiliary,
 )
 from orchestrator.fit import Machine, room, this_machine
-from orchestrator.store import ArtifactStore
+from orchestrator.store import ArtifactStore, smoke_store
 from orchestrator.sweep import Resources
 from orchestrator.verification import read_cache
 
+HISTORY = "history.json"
 # Seconds of one unit where nothing of a stage was measured: the tiny world on one core.
 GUESS = {"features": 8.0, "labels": 1.0, "lora": 0.15, "images": 0.03, "trials": 4.0}
-
-CPU = "CPU"  # the device of a probe that ran on no GPU
-
-Measured = Mapping[str, Mapping[str, tuple[float, float]]]  # seconds, units by stage and kind
 
 
 @dataclass(frozen=True)
@@ -44,31 +42,38 @@ class Work:
 
     Args:
         jobs: parts that may run side by side.
-        examples: a spec of this kind; of trials those of one point, which run together.
     """
 
     stage: str
     kind: str
     units: float
     jobs: float = 1
-    examples: tuple[Any, ...] = field(default=(), compare=False, repr=False)
 
 
 @dataclass(frozen=True)
 class Pace:
-    """What a probe has found of one kind of work."""
+    """What runs have measured of one kind of work."""
 
-    seconds: float  # of a unit
-    once: float  # more seconds each time that it starts: loading
-    device: str
+    seconds: float  # of all units together, without starting
+    units: float
+    startup: float = 0.0  # seconds of all starts together
+    starts: float = 0.0
+
+    def __add__(self, more: Pace) -> Pace:
+        return Pace(
+            round(self.seconds + more.seconds, 3),
+            self.units + more.units,
+            round(self.startup + more.startup, 3),
+            self.starts + more.starts,
+        )
+
+    def of(self, units: float) -> float:
+        """Seconds of so many units, started once."""
+        started = self.startup / self.starts if self.starts else 0.0
+        return started + units * self.seconds / self.units
 
 
-@dataclass(frozen=True)
-class Probed:
-    """What probes have found, by stage and kind, and why there is nothing of some kinds."""
-
-    paces: Mapping[tuple[str, str], Pace]
-    problems: Mapping[tuple[str, str], str]
+Measured = Mapping[str, Mapping[str, Pace]]  # by stage and kind
 
 
 @dataclass(frozen=True)
@@ -78,8 +83,7 @@ class Estimate:
     stages: Mapping[str, float]  # seconds on one worker
     gpu_hours: float
     reason: str  # why it is not calibrated; empty: it is
-    sources: Mapping[str, str]  # what the seconds of each stage are known from
-    devices: tuple[str, ...]  # that probes ran on
+    sources: Mapping[str, str]  # history or guess, by stage
     wall: float | None  # seconds at least, with all workers that fit; None: not known before
 
     @property
@@ -104,14 +108,13 @@ class Estimate:
             "gpu_hours": round(self.gpu_hours, 3),
             "stages": {stage: round(seconds, 1) for stage, seconds in self.stages.items()},
             "sources": dict(self.sources),
-            "probed_on": list(self.devices),
         }
 
 
 def stage_work(spec: Any, units: float = 1) -> Work:
     """The work of a stage, or of so many shards of a row."""
     stage, kind, each = _kind(spec)
-    return Work(stage, kind, units * each, units, (spec,))
+    return Work(stage, kind, units * each, units)
 
 
 def _kind(spec: Any) -> tuple[str, str, float]:
@@ -133,20 +136,18 @@ def _kind(spec: Any) -> tuple[str, str, float]:
     raise TypeError(type(spec).__name__)
 
 
-def trial_work(spec: TrialSpec, units: float = 1, together: Sequence[TrialSpec] = ()) -> Work:
+def trial_work(spec: TrialSpec, units: float = 1, together: int = 1) -> Work:
     """The work of some trials.
 
     Args:
-        together: those of one point, this one among them.
+        together: trials of one point, which run in one job.
     """
     rounds = f"{spec.iterations} rounds of {spec.train.steps or spec.train.epochs}"
     labels = spec.pseudo_labels.kind if spec.supervision == "pseudo" else spec.supervision
     words = [spec.dataset.name, spec.backbone.name, spec.modality, labels, rounds]
     words += ["with auxiliary"] if uses_auxiliary(spec) else []
     words += ["on synthetic images"] if trains_on_synthetic(spec) else []
-    examples = tuple(together) or (spec,)
-    jobs = math.ceil(units / len(examples))
-    return Work("trials", " ".join(words), units, jobs, examples)
+    return Work("trials", " ".join(words), units, math.ceil(units / together))
 
 
 def estimate(
@@ -160,79 +161,46 @@ def estimate(
     Args:
         machines: that it would run on; None: this one, or not known where a cluster is joined.
     """
-    history, probed = read_history(store), read_probed(store)
+    history = read_history(store)
+    nothing: Measured = {}
+    smoke = read_cache(Path(smoke_store(store.root)) / HISTORY, _smoke_history, nothing)
     found: dict[str, float] = {}
     sources: dict[str, list[str]] = {}
     jobs: dict[str, float] = {}
-    unknown: list[Work] = []
-    paces: list[tuple[str, Pace]] = []
+    unknown: list[str] = []
     for one in work:
-        seconds, source = _seconds(one, history, probed.paces)
-        if source == "guess":
-            unknown.append(one)
-        if source == "probe":
-            paces.append((one.stage, probed.paces[one.stage, one.kind]))
+        pace = history.get(one.stage, {}).get(one.kind) or smoke.get(one.stage, {}).get(one.kind)
+        if pace is None:  # what other kinds take
+            unknown.append(f"{one.stage} ({one.kind})")
+            seconds = one.units * mean_seconds(history).get(one.stage, GUESS[one.stage])
+        else:
+            seconds = pace.of(one.units)
         found[one.stage] = found.get(one.stage, 0.0) + seconds
         jobs[one.stage] = jobs.get(one.stage, 0) + one.jobs
-        sources.setdefault(one.stage, []).append(source)
+        sources.setdefault(one.stage, []).append("guess" if pace is None else "history")
     if machines is None:
         machines = () if os.environ.get("RAY_ADDRESS") else (this_machine(),)
     return Estimate(
         stages=found,
         gpu_hours=_gpu_hours(found, resources),
-        reason=_reason(unknown, history, probed) or _elsewhere(paces, resources),
+        reason=_reason(unknown, measured=bool(history or smoke)),
         sources={stage: _together(each) for stage, each in sources.items()},
-        devices=tuple(sorted({pace.device for _, pace in paces})),
         wall=_wall(found, jobs, resources, machines),
     )
 
 
-def _seconds(
-    work: Work, history: Measured, paces: Mapping[tuple[str, str], Pace]
-) -> tuple[float, str]:
-    """Of all its units, and what from; a guess is the mean of other kinds, or a number above."""
-    kinds = history.get(work.stage, {})
-    if work.kind in kinds:
-        seconds, units = kinds[work.kind]
-        return work.units * seconds / units, "history"
-    if pace := paces.get((work.stage, work.kind)):
-        return pace.once + work.units * pace.seconds, "probe"
-    return work.units * mean_seconds(history).get(work.stage, GUESS[work.stage]), "guess"
-
-
 def _together(sources: Iterable[str]) -> str:
-    """
-    >>> _together(["probe", "history"]), _together(["history", "guess"]), _together([])
-    ('history and probe', 'guess', 'history')
-    """
-    found = set(sources)
-    return "guess" if "guess" in found else " and ".join(sorted(found)) or "history"
+    return "guess" if "guess" in sources else "history"
 
 
-def _reason(unknown: list[Work], history: Measured, probed: Probed) -> str:
+def _reason(unknown: Sequence[str], measured: bool) -> str:
     if not unknown:
         return ""
-    if not history and not probed.paces and not probed.problems:
+    if not measured:
         return "nothing was measured in this store yet: a guess from the tiny world on one core"
-    names = list(dict.fromkeys(_named(work, probed) for work in unknown))
+    names = list(dict.fromkeys(unknown))
     more = f" and {len(names) - 2} more" if len(names) > 2 else ""
     return f"not measured in this store: {', '.join(names[:2])}{more}"
-
-
-def _named(work: Work, probed: Probed) -> str:
-    problem = probed.problems.get((work.stage, work.kind))
-    return f"{work.stage} ({work.kind})" + (f", whose probe failed: {problem}" if problem else "")
-
-
-def _elsewhere(paces: Iterable[tuple[str, Pace]], resources: Resources) -> str:
-    """Work that asks for a GPU and was probed on none."""
-    stages = [stage for stage, pace in paces if pace.device == CPU and gpu_share(stage, resources)]
-    if not stages:
-        return ""
-    return (
-        f"{', '.join(dict.fromkeys(stages))} ask for GPUs and were probed on a CPU, for want of "
-        "a GPU: neither time nor GPU-hours are calibrated"
-    )
 
 
 def gpu_share(stage: str, resources: Resources) -> float:
@@ -266,63 +234,43 @@ def _wall(
 
 
 def read_history(store: ArtifactStore) -> Measured:
-    return read_cache(store.refresh(store.root / "history.json"), _history, {})
+    return read_cache(store.refresh(store.root / HISTORY), _history, {})
 
 
 def _history(kept: dict[str, Any]) -> Measured:
     return {
-        stage: {kind: (float(of["seconds"]), float(of["units"])) for kind, of in kinds.items()}
+        stage: {kind: Pace(**of) for kind, of in kinds.items()}
         for stage, kinds in kept.items()
         if "seconds" not in kinds  # as it was kept before there were kinds
     }
 
 
-def remember(store: ArtifactStore, done: Mapping[tuple[str, str], tuple[float, float]]) -> None:
-    """Add seconds and units by stage and kind."""
+def _smoke_history(kept: dict[str, Any]) -> Measured:
+    """Without what earlier versions measured: loading was part of the pace of a few steps."""
+    return {
+        stage: {kind: Pace(**of) for kind, of in kinds.items() if "startup" in of}
+        for stage, kinds in kept.items()
+    }
+
+
+def remember(store: ArtifactStore, done: Mapping[tuple[str, str], Pace]) -> None:
+    """Add what was measured, by stage and kind."""
     if not done:
         return
-    kept: dict[str, dict[str, dict[str, float]]] = {
-        stage: {kind: {"seconds": s, "units": u} for kind, (s, u) in kinds.items()}
-        for stage, kinds in read_history(store).items()
+    kept = {stage: dict(kinds) for stage, kinds in read_history(store).items()}
+    for (stage, kind), pace in done.items():
+        kinds = kept.setdefault(stage, {})
+        kinds[kind] = kinds.get(kind, Pace(0.0, 0.0)) + pace
+    plain = {
+        stage: {kind: asdict(pace) for kind, pace in kinds.items()} for stage, kinds in kept.items()
     }
-    for (stage, kind), (seconds, units) in done.items():
-        entry = kept.setdefault(stage, {}).setdefault(kind, {"seconds": 0.0, "units": 0.0})
-        entry["seconds"] = round(entry["seconds"] + seconds, 3)
-        entry["units"] += units
-    store.write(store.root / "history.json", sealed_json(kept))
+    store.write(store.root / HISTORY, sealed_json(plain))
 
 
 def mean_seconds(history: Measured) -> dict[str, float]:
     """Of one unit of each stage, whatever its kind."""
-    found = {}
-    for stage, kinds in history.items():
-        seconds, units = (sum(column) for column in zip(*kinds.values(), strict=True))
-        found[stage] = seconds / units
-    return found
-
-
-def read_probed(store: ArtifactStore) -> Probed:
-    return read_cache(store.refresh(store.root / "probed.json"), _probed, Probed({}, {}))
-
-
-def _probed(kept: dict[str, Any]) -> Probed:
-    each = [((stage, kind), of) for stage, kinds in kept.items() for kind, of in kinds.items()]
-    return Probed(
-        {name: Pace(**of) for name, of in each if "problem" not in of},
-        {name: of["problem"] for name, of in each if "problem" in of},
-    )
-
-
-def remember_probed(store: ArtifactStore, found: Mapping[tuple[str, str], Pace | str]) -> None:
-    """Keep what a probe has found, or what it failed of; earlier probes of other kinds stay."""
-    earlier = read_probed(store)
-    every: dict[tuple[str, str], Pace | str] = {**earlier.problems, **earlier.paces}
-    # What was measured once is not lost to a failure.
-    every |= {
-        name: of for name, of in found.items() if isinstance(of, Pace) or name not in earlier.paces
+    return {
+        stage: sum(pace.seconds for pace in kinds.values())
+        / sum(pace.units for pace in kinds.values())
+        for stage, kinds in history.items()
     }
-    kept: dict[str, dict[str, Any]] = {}
-    for (stage, kind), of in every.items():
-        entry = {"problem": of} if isinstance(of, str) else asdict(of)
-        kept.setdefault(stage, {})[kind] = entry
-    store.write(store.root / "probed.json", sealed_json(kept))

@@ -58,10 +58,11 @@ class Generate:
         self.notes = [Note(board, name_of(artifact_key(spec.images))) for spec in rows]
         self.open: tuple[int, Any] | None = None
         self.thrift = 0  # how much memory is saved for time, see diffusion.pipeline
+        self.startup = 0.0  # seconds in which models were loaded for the block in hand
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         row, c, block = (int(batch[name][0]) for name in ("row", "class", "block"))
-        started = time.monotonic()
+        started, self.startup = time.monotonic(), 0.0
         error = name = ""
         drawn: dict[str, float] = {"drawn": 0, "redrawn": 0, "holes": 0, "on_device": 0.0}
         spec = self.rows[row]
@@ -78,6 +79,7 @@ class Generate:
             "error": [error],
             "failure_class": [name],
             "seconds": [time.monotonic() - started],
+            "startup": [self.startup],
             **{name: [count] for name, count in (drawn | devices()).items()},
         }
 
@@ -94,8 +96,11 @@ class Generate:
 
     def _generator(self, row: int) -> Any:
         if self.open is None or self.open[0] != row:
+            started, spec = time.monotonic(), self.rows[row]
             self.open = None  # one LoRA at a time: free the last before the next is loaded
-            self.open = (row, open_generator(self.rows[row].images, self.shop, self.thrift))
+            self.open = (row, open_generator(spec.images, self.shop, self.thrift))
+            self.shop.backbone(spec.backbone, spec.precision)  # encodes the block
+            self.startup += time.monotonic() - started
         return self.open[1]
 
 

@@ -214,7 +214,6 @@ BESIDE: dict[str, Callable[[Path], Finding]] = {
     "VERSION": _version,
     "digests.json": partial(_sealed, CACHE_REMEDY),
     "history.json": partial(_sealed, CACHE_REMEDY),
-    "probed.json": partial(_sealed, CACHE_REMEDY),
 }
 OF_A_SWEEP: dict[str, Callable[[Path], Finding]] = {
     RESOLVED: partial(_sealed, RUN_REMEDY),

@@ -1,4 +1,4 @@
-"""Weights that somebody has downloaded: what they are, and whether a job could read them.
+"""Weights on this machine: what they are, and whether a job could read them.
 
 CLIP weights are loaded, as a trial would load them. A diffusers folder, which may be gigabytes, is
 looked at part by part: configuration, and the head of each file of weights.
@@ -6,37 +6,28 @@ looked at part by part: configuration, and the head of each file of weights.
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from air_core.model_configs import check_part_configs, json_object
 from air_core.weights import (
     CLIP_CONFIG,
-    HUB_WEIGHTS,
     LORA_PIPELINES,
     PIPELINE_CONFIG,
     SUFFIXES,
-    ClipFile,
-    ClipFolder,
+    check_whole,
     find_backbone,
-    generator_files,
+    generator_folder,
     generator_parts,
     named_model,
-    weights_as,
     weights_files,
 )
-from orchestrator.unpacking import Member
 
 CONFIGS = tuple(
     f"{of}config.json" for of in ("", "scheduler_", "tokenizer_", "preprocessor_", "processor_")
 )
 WEIGHTLESS = ("Scheduler", "Tokenizer", "TokenizerFast", "Processor", "Extractor")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-LFS = b"version https://git-lfs"
 # What tells models of a name from others: of Stable Diffusion 1.5 the sizes of its U-Net.
 STABLE_DIFFUSION_1: dict[str, Any] = {
     "cross_attention_dim": 768,
@@ -48,117 +39,55 @@ U_NETS = {
 }
 
 
-@dataclass
-class ModelSource:
-    """The files of a model, wherever they lie, and what is written beside them."""
-
-    path: Path
-    files: Mapping[str, Path]  # by their name in the model's folder
-    written: Mapping[str, bytes] = field(default_factory=dict)
-
-    def members(self) -> list[Member]:
-        sizes = {name: file.stat().st_size for name, file in self.files.items()}
-        sizes |= {name: len(data) for name, data in self.written.items()}
-        return [Member(name, size) for name, size in sizes.items()]
-
-    def unpack(self, folder: Path) -> Iterator[str]:
-        for name, file in self.files.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, folder / name)
-            yield name
-        for name, data in self.written.items():
-            (folder / name).write_bytes(data)
-            yield name
-
-
-def model_source(name: str, given: Path) -> ModelSource:
-    """What of a file or folder is the model.
+def check_model(place: str, name: str = "") -> dict[str, Any]:
+    """What a model is, after a check that a job can read it.
 
     Args:
-        name: of a backbone or generator, as sweep files have it, or one of one's own.
-
-    Raises:
-        ValueError: it is no model, or not what the name says.
-    """
-    if given.is_file():
-        return _weights_file(name, given)
-    if not given.is_dir():
-        raise ValueError(f"{given} is not there")
-    given = _snapshot(given)
-    if (given / PIPELINE_CONFIG).is_file():
-        if named_model(name):
-            raise ValueError(f"{name} is a CLIP of open_clip, but {given} is a diffusers folder")
-        _check_parts(given)
-        return ModelSource(given, _below(given, generator_files(given)))
-    if (given / CLIP_CONFIG).is_file():
-        return ModelSource(given, _below(given, weights_files(str(given))))
-    inside = [one for one in sorted(given.iterdir()) if one.suffix in SUFFIXES]
-    hint = f"; for CLIP weights of one file, give {inside[0]}" if inside else ""
-    raise ValueError(
-        f"{given} is no model: it has neither {PIPELINE_CONFIG} (a diffusers folder) nor "
-        f"{CLIP_CONFIG} (an open_clip folder){hint}"
-    )
-
-
-def check_model(name: str, folder: Path) -> dict[str, Any]:
-    """What a model's folder holds, and what to write into a sweep file.
+        place: of a backbone or generator, as a sweep file names it.
+        name: the model that it should be, of open_clip or Stable Diffusion 1.5; empty: any.
 
     Raises:
         ValueError: it is not whole, cannot be read, or is another model.
     """
+    folder = Path(place).expanduser().absolute()
+    if not folder.exists():
+        backbone = "@" in place or named_model(place) is not None or place == "tiny"
+        return (
+            _check_backbone(name, place)
+            if backbone
+            else _check_generator(name, generator_folder(place))
+        )
     if (folder / PIPELINE_CONFIG).is_file():
+        if name and named_model(name):
+            raise ValueError(f"{name} is a CLIP of open_clip, but {folder} is a diffusers folder")
         return _check_generator(name, folder)
-    return _check_backbone(name, folder)
-
-
-def _below(folder: Path, files: list[Path]) -> dict[str, Path]:
-    return {file.relative_to(folder).as_posix(): file for file in files}
-
-
-def _snapshot(folder: Path) -> Path:
-    """The files of the newest version in a folder of the Hugging Face hub's cache."""
-    main = folder / "refs" / "main"
-    if not main.is_file():
-        return folder
-    return folder / "snapshots" / main.read_text().strip()
+    if (folder / CLIP_CONFIG).is_file():
+        return _check_backbone(name, str(folder))
+    files = [folder] if folder.is_file() else sorted(folder.iterdir())
+    inside = [one for one in files if one.suffix in SUFFIXES]
+    hint = f"; for CLIP weights of one file, write <architecture>@{inside[0]}" if inside else ""
+    raise ValueError(
+        f"{folder} is no model: it has neither {PIPELINE_CONFIG} (a diffusers folder) nor "
+        f"{CLIP_CONFIG} (an open_clip folder){hint}"
+    )
 
 
 # ---------------------------------------------------------------- backbones
 
 
-def _weights_file(name: str, file: Path) -> ModelSource:
-    """A file of weights becomes an open_clip folder, which says itself how it is built."""
-    if named_model(name) is None:
-        raise ValueError(
-            f"{name!r} says not what {file} is: for a file, the name is <architecture>/<tag> or "
-            "<architecture> of open_clip, such as ViT-B-32/openai; a generator is a folder"
-        )
-    found = weights_as(name, file.absolute())
-    safe = file.suffix == ".safetensors"
-    files = {HUB_WEIGHTS[0] if safe else HUB_WEIGHTS[1]: file}
-    files |= {one.name: one for one in found.tokenizer}
-    return ModelSource(file, files, {CLIP_CONFIG: _config(found)})
-
-
-def _config(found: ClipFile) -> bytes:
-    said = {"model_cfg": found.model, "preprocess_cfg": found.preprocess}
-    return json.dumps(said, indent=1, sort_keys=True).encode()
-
-
-def _check_backbone(name: str, folder: Path) -> dict[str, Any]:
-    found = find_backbone(str(folder))
-    assert isinstance(found, ClipFolder)
+def _check_backbone(name: str, place: str) -> dict[str, Any]:
+    found = find_backbone(place)
     config = found.model
-    wanted = named_model(name) or {}
+    wanted = (named_model(name) if name else None) or {}
     for key in ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu"):
         difference = _difference(wanted.get(key), config.get(key), key) if wanted else None
         if difference:
-            raise ValueError(f"{folder} is not {name}: {difference}")
-    for file in sorted(folder.glob("*.safetensors")):
-        _check_head(file)
+            raise ValueError(f"{place} is not {name}: {difference}")
+    for file in weights_files(found):
+        check_whole(file)
     from air_core.backbone.loading import load_backbone  # torch
 
-    load_backbone(folder)
+    load_backbone(found)
     return {"is": "backbone", "width": config.get("embed_dim")}
 
 
@@ -195,7 +124,7 @@ def _check_parts(folder: Path) -> None:
         if not kind.endswith(WEIGHTLESS):
             stem = "model" if library == "transformers" else "diffusion_pytorch_model"
             for file in _weights(place, stem):
-                _check_head(file)
+                check_whole(file)
 
 
 def _weights(part: Path, stem: str) -> list[Path]:
@@ -242,32 +171,7 @@ def _check_generator(name: str, folder: Path) -> dict[str, Any]:
             if unet.get(key) != value:
                 raise ValueError(
                     f"{folder} is not {name}: the {key} of its U-Net is {unet.get(key)}, of "
-                    f"that model {value}; give another one, or stage this one under its own name"
+                    f"that model {value}"
                 )
     parts = sorted(generator_parts(folder))
     return {"is": "generator", "pipeline": kind, "parts": parts, "lora": kind in LORA_PIPELINES}
-
-
-# ---------------------------------------------------------------- files
-
-
-def _check_head(file: Path) -> None:
-    """A file of tensors has all the bytes that its head promises.
-
-    Raises:
-        ValueError: it has not.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="np") as tensors:
-            if not tensors.keys():
-                raise ValueError(f"{file} holds no tensors")
-    except SafetensorError as problem:
-        with open(file, "rb") as handle:
-            pointer = handle.read(len(LFS)) == LFS
-        why = "it is a pointer of Git LFS; `git lfs pull` fetches what it stands for"
-        raise ValueError(
-            f"{file} cannot be read: "
-            + (why if pointer else f"{problem}; was it fetched to its end?")
-        ) from problem

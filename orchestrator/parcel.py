@@ -145,9 +145,9 @@ def destination(
         _check_tracking(uri)
     data = data_root or asked.spec.data_root
     if data is not None:
-        _check(str(data), "data_root", str(data), "data")
+        _check(str(data), "data_root", str(data))
     for key, name, path in _named_paths(asked):
-        _check(path, key, name, "data" if key.endswith("dataset") else "models")
+        _check(path, key, name)
     return Destination(store, str(data_root) if data_root else None, tracking_uri)
 
 
@@ -170,12 +170,12 @@ def _check_tracking(uri: str) -> None:
         )
 
 
-def _check(path: str, key: str, name: str, kind: Literal["data", "models"]) -> None:
+def _check(path: str, key: str, name: str) -> None:
     if not Path(path).is_absolute():
         raise Refused(
             f"{key}: {name!r} is relative to a folder of this machine, and a Ray job has another "
-            f"one, without data; give an absolute path that every node sees (`airsweep {kind} "
-            "stage` puts it there once)"
+            f"one, without data; give an absolute path that every node sees (docs/data.md shows "
+            "how to put data and models there)"
         )
 
 

@@ -1,18 +1,17 @@
-"""Pictures for people: contact sheets and audit cards, as PNG bytes."""
+"""Pictures for people: contact sheets and sheets of audits, as PNG bytes."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from air_core.datasets.images import open_png
 from air_core.specs import FeaturesSpec, SyntheticFeaturesSpec
-from orchestrator.audit_card import THUMB_PX, AuditCard, Shown, facts_of
 
 if TYPE_CHECKING:
     from orchestrator.workshop import Workshop
@@ -23,17 +22,9 @@ TILE_PX, GAP_PX, LABEL_PX, HEAD_PX = 56, 2, 112, 26
 INK, PAPER, FAINT = "#1b1f24", "#ffffff", "#6a737d"
 ALARM = "#d55e00"  # told from the rest by the colour-blind too
 
-# An audit card: its lines of pictures, what stands beside them, and whether they are pairs.
-CARD_LINES = {
-    "best": ("best", "one of a class"),
-    "worst": ("worst", "smallest margin"),
-    "doubted": ("wrong class", "beyond the worst"),
-    "alike": ("most alike", "pairs of a class"),
-    "tests": ("nearest test", "drawn | test image"),
-    "dull": ("no picture", "levels"),
-}
-CARD_LABEL_PX, CARD_STEP_PX, CAPTION_PX, CARD_MARGIN_PX = 118, 76, 30, 14
-CARD_BYTES = 300_000  # a larger card is brought to 256 colours
+# A sheet of captioned tiles.
+THUMB_PX, NAME_PX, STEP_PX, CAPTION_PX, MARGIN_PX = 64, 118, 76, 30, 14
+SHEET_BYTES = 300_000  # a larger sheet is brought to 256 colours
 
 
 def contact_sheet(
@@ -105,55 +96,60 @@ def tile_sheet(rows: list[str], groups: dict[str, list[list[Image.Image]]]) -> b
     return _png(sheet)
 
 
-def audit_sheet(card: AuditCard) -> bytes:
-    """An audit card as a picture: what was counted, then the images that it is about."""
-    lines = {name: getattr(card, name) for name in CARD_LINES if getattr(card, name)}
-    facts = facts_of(card)
-    left, step = CARD_MARGIN_PX, THUMB_PX + CAPTION_PX + 10
-    top = 2 * CARD_MARGIN_PX + 22 + 18 * len(facts)
-    width = 2 * left + CARD_LABEL_PX + 10 * CARD_STEP_PX
+@dataclass(frozen=True)
+class Tile:
+    """A picture with two lines under it."""
+
+    picture: Image.Image | None
+    name: str
+    words: str
+    framed: bool = False
+
+
+def captioned_sheet(
+    title: str,
+    facts: Sequence[tuple[str, str]],
+    lines: Mapping[str, Sequence[Tile]],
+    foot: str,
+) -> bytes:
+    """Labelled facts, then lines of captioned pictures; a line without any is left out."""
+    lines = {name: tiles for name, tiles in lines.items() if tiles}
+    step = THUMB_PX + CAPTION_PX + 10
+    top = 2 * MARGIN_PX + 22 + 18 * len(facts)
+    width = 2 * MARGIN_PX + NAME_PX + 10 * STEP_PX
     sheet = Image.new("RGB", (width, top + step * len(lines) + 24), PAPER)
     pen = ImageDraw.Draw(sheet)
     small, middle, large = (ImageFont.load_default(size=size) for size in (11, 13, 16))
-    pen.text((left, left), f"{card.title}   {card.dataset}", fill=INK, font=large)
+    pen.text((MARGIN_PX, MARGIN_PX), title, fill=INK, font=large)
     for row, (label, text) in enumerate(facts):
-        y = left + 28 + 18 * row
-        pen.text((left, y), label, fill=FAINT, font=middle)
-        pen.text((left + CARD_LABEL_PX, y), text, fill=INK, font=middle)
-    for row, (name, shown) in enumerate(lines.items()):
+        y = MARGIN_PX + 28 + 18 * row
+        pen.text((MARGIN_PX, y), label, fill=FAINT, font=middle)
+        pen.text((MARGIN_PX + NAME_PX, y), text, fill=INK, font=middle)
+    for row, (name, tiles) in enumerate(lines.items()):
         y = top + step * row
-        for k, words in enumerate(CARD_LINES[name]):
-            font, ink = (middle, INK) if k == 0 else (small, FAINT)
-            pen.text((left, y + 18 + 16 * k), words, fill=ink, font=font)
-        for k, one in enumerate(shown):
-            wide = 1 if one.other is None else 2
-            x = left + CARD_LABEL_PX + k * wide * CARD_STEP_PX
-            _paste(sheet, pen, one, x, y)
-            ink = ALARM if one.flagged else INK
-            room = wide * CARD_STEP_PX - 6
-            pen.text((x, y + THUMB_PX + 3), _cut(one.classname, room, small), fill=ink, font=small)
-            said = _cut(_caption(one, name), room, small)
-            pen.text((x, y + THUMB_PX + 15), said, fill=ink if one.flagged else FAINT, font=small)
-    y = top + step * len(lines)
-    pen.text((left, y), "framed: flagged; airsweep audit says why", fill=FAINT, font=small)
+        label, _, words = name.partition("\n")
+        pen.text((MARGIN_PX, y + 18), label, fill=INK, font=middle)
+        pen.text((MARGIN_PX, y + 34), words, fill=FAINT, font=small)
+        for k, tile in enumerate(tiles):
+            x, ink = MARGIN_PX + NAME_PX + k * STEP_PX, ALARM if tile.framed else INK
+            if tile.picture is not None:
+                sheet.paste(_thumbnail(tile.picture), (x, y))
+            if tile.framed:
+                corners = (x - 3, y - 3, x + THUMB_PX + 2, y + THUMB_PX + 2)
+                pen.rectangle(corners, outline=ALARM, width=2)
+            for down, text in ((3, tile.name), (15, tile.words)):
+                said = _cut(text, STEP_PX - 6, small)
+                pen.text((x, y + THUMB_PX + down), said, fill=ink, font=small)
+    pen.text((MARGIN_PX, top + step * len(lines)), foot, fill=FAINT, font=small)
     png = _png(sheet)
-    return png if len(png) < CARD_BYTES else _png(sheet.quantize(256))
+    return png if len(png) < SHEET_BYTES else _png(sheet.quantize(256))
 
 
-def _paste(sheet: Image.Image, pen: ImageDraw.ImageDraw, one: Shown, x: int, y: int) -> None:
-    for k, png in enumerate((one.png, one.other_png)):
-        if png:
-            sheet.paste(open_png(png), (x + k * (THUMB_PX + 4), y))
-    if one.flagged:
-        right = x + THUMB_PX + (THUMB_PX + 4 if one.other_png else 0)
-        pen.rectangle((x - 3, y - 3, right + 2, y + THUMB_PX + 2), outline=ALARM, width=2)
-
-
-def _caption(one: Shown, line: str) -> str:
-    value = f"{one.value:+.2f}" if line in ("best", "worst", "doubted") else f"{one.value:.3f}"
-    if one.other is None:
-        return f"{one.index}   {value}"
-    return f"{one.index} | {'test ' if line == 'tests' else ''}{one.other}   {value}"
+def _thumbnail(picture: Image.Image) -> Image.Image:
+    """THUMB_PX high and wide, the middle square of it."""
+    small = min(picture.size) < THUMB_PX
+    how = Image.Resampling.NEAREST if small else Image.Resampling.BICUBIC
+    return ImageOps.fit(picture.convert("RGB"), (THUMB_PX, THUMB_PX), how)
 
 
 def _cut(text: str, room: int, font: Any) -> str:

@@ -280,7 +280,7 @@ def _work(
             # A search that was not begun has no slot yet; its first point is the default.
             default = default_params(cell)
             point = points.get(cell.id) or slots_of(cell, 0, default, assignments, resolver)
-            yield trial_work(point[0].spec, left[cell.id], [slot.spec for slot in point])
+            yield trial_work(point[0].spec, left[cell.id], len(point))
 
 
 def _openings(

@@ -120,6 +120,7 @@ def _run(spec: Any, shop: Workshop, gpu: float, board: Any) -> tuple[float, dict
     started = time.monotonic()
     note = Note(board, name_of(artifact_key(spec)))
     shop.store.locks.waits = note.waits
+    startup: float | None = 0.0
     match spec:
         case FeaturesSpec():
             artifact = build_features(spec, shop, note)
@@ -127,10 +128,28 @@ def _run(spec: Any, shop: Workshop, gpu: float, board: Any) -> tuple[float, dict
             artifact = build_labels(spec, shop)
         case LoraSpec():
             build_labels(spec.labels, shop)  # before, where they are missing
-            artifact = build_lora(spec, shop, lambda step, steps, loss: note(step, steps))
+            steps: list[tuple[int, float]] = []  # that are done, and when
+
+            def report(step: int, total: int, loss: float) -> None:
+                steps.append((step, time.monotonic()))
+                note(step, total)
+
+            artifact = build_lora(spec, shop, report)
+            startup = _startup(steps, spec.training.steps, time.monotonic() - started)
         case _:
             raise TypeError(type(spec).__name__)
-    return time.monotonic() - started, artifact.record["info"]
+    return time.monotonic() - started, {**artifact.record["info"], "startup": startup}
+
+
+def _startup(done: Sequence[tuple[int, float]], steps: int, seconds: float) -> float | None:
+    """Seconds beyond what all steps take at the pace of those after the first; None: not known.
+
+    Below 0 where a training went on from steps of another process.
+    """
+    if len(done) < 2:
+        return None
+    (first, since), (last, until) = done[0], done[-1]
+    return seconds - steps * (until - since) / (last - first)
 
 
 @dataclass(frozen=True)

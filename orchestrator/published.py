@@ -6,18 +6,16 @@ the same; else the verdict says what differs. Nothing is averaged over what diff
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from orchestrator.marked_yaml import shown as said
 from orchestrator.paper_file import Paper, Published, PublishedGain
-from orchestrator.report import Protocol, Results, Row, percent, settings_text, signed
-from orchestrator.statistics import ALPHA, Difference, corrected, holm, paired_difference
+from orchestrator.report import Results, Row, percent, settings_text, signed
+from orchestrator.statistics import ALPHA, Difference, corrected, paired_difference
 
 Verdict = Literal["reproduced", "within interval", "lower", "higher", "not comparable"]
 WIDE = 0.05  # an interval wider than 5 points holds a number without having reproduced it
@@ -326,7 +324,7 @@ def _differ(row: Row, other: Row) -> list[str]:
         reasons.append(f"{row.metric} here, {other.metric} there")
     names = {"backbone": (a.backbone, b.backbone), "dataset": (row.dataset, other.dataset)}
     for name, (ours, theirs) in names.items():
-        # Content decides; a table of long ago may know names alone, or nothing.
+        # Content decides; trials of long ago may know names alone.
         digests = [one.digests.get(name) for one in (a, b)]
         if all(digests) and digests[0] != digests[1] and ours == theirs:
             reasons.append(f"{name} {ours} is other content there")
@@ -342,129 +340,6 @@ def _differ(row: Row, other: Row) -> list[str]:
     if not (a.whole_pool and b.whole_pool) and a != b:
         reasons.append("a pool was made smaller or imbalanced")
     return reasons
-
-
-# ---------------------------------------------------------------- a table in a file
-
-
-def beside_table(rows: Sequence[Row], path: Path) -> Judgement:
-    """Each row beside a row that `airsweep table --format json` has printed somewhere.
-
-    A table has no images, so nothing is paired: half widths add in squares, and p values are those
-    of a normal distribution. Differences must be larger to be told.
-
-    Raises:
-        ValueError: the file is no such table.
-    """
-    others = _read_table(path)
-    found: list[tuple[Row, Row | None, list[str]]] = []
-    for row in rows:
-        other, reasons = _counterpart(row, others)
-        if other is not None:
-            reasons += _differ(row, other)
-            if row.n_test != other.n_test:
-                reasons.append(f"{row.n_test:,} test images, there {other.n_test:,}")
-        found.append((row, other, reasons))
-    kept = [(row, other) for row, other, reasons in found if other is not None and not reasons]
-    p_values = iter(holm([_unpaired(row, other)[3] for row, other in kept]))
-    cells = []
-    for row, other, reasons in found:
-        if other is None or reasons:
-            cells.append(_not_comparable(row, other, reasons))
-            continue
-        mean, low, high, _ = _unpaired(row, other)
-        p = next(p_values)
-        verdict: Verdict = "lower" if mean < 0 else "higher"
-        if p >= ALPHA:
-            verdict = "reproduced" if high - low <= WIDE else "within interval"
-        cells.append(
-            Judged(
-                **_place(row),
-                verdict=verdict,
-                ours=(row.mean, row.low, row.high),
-                other=(other.mean, other.mean),
-                difference=(mean, low, high),
-                p_corrected=p,
-                gates=verdict == "lower",
-            )
-        )
-    return Judgement(
-        what=str(path),
-        source="a table; not paired",
-        cells=tuple(cells),
-        missing=_left(rows, others),
-    )
-
-
-def _unpaired(row: Row, other: Row) -> tuple[float, float, float, float]:
-    """Difference, its interval, and p of its being 0."""
-    mean = row.mean - other.mean
-    down = math.hypot(row.mean - row.low, other.high - other.mean)
-    up = math.hypot(row.high - row.mean, other.mean - other.low)
-    towards_zero = down if mean > 0 else up
-    if mean == 0:
-        p = 1.0
-    else:
-        p = math.erfc(abs(mean) / towards_zero * 1.959964 / math.sqrt(2)) if towards_zero else 0.0
-    return mean, mean - down, mean + up, p
-
-
-_NUMBERS = ("mean", "low", "high")
-_TEXTS = ("dataset", "paradigm", "modality", "method", "metric", "interval")
-
-
-def _read_table(path: Path) -> list[Row]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as problem:
-        raise ValueError(f"{path}: cannot be read: {problem.strerror}") from None
-    except ValueError as problem:
-        raise ValueError(f"{path}: not JSON: {problem}") from None
-    if not isinstance(found, list) or not found:
-        raise ValueError(
-            f"{path}: not a list of rows, as `airsweep table NAME --format json` prints them"
-        )
-    return [_row_of(path, i, one) for i, one in enumerate(found, 1)]
-
-
-def _row_of(path: Path, number: int, found: Any) -> Row:
-    where = f"{path}: row {number}"
-    if not isinstance(found, dict):
-        raise ValueError(f"{where} is {said(found)}; allowed: an object with {', '.join(_TEXTS)}")
-    for key in (*_TEXTS, *_NUMBERS, "n", "n_test", "settings"):
-        if key not in found:
-            raise ValueError(f"{where} has no `{key}`, as `airsweep table --format json` prints it")
-    for key in (*_NUMBERS, "n", "n_test"):
-        value = found[key]
-        if not isinstance(value, int | float) or isinstance(value, bool) or not value >= 0:
-            raise ValueError(f"{where}: `{key}` is {said(value)}; allowed: a number, 0 or more")
-    if not isinstance(found["settings"], dict):
-        raise ValueError(f"{where}: `settings` is {said(found['settings'])}; allowed: an object")
-    said_of_it = found.get("protocol")
-    known: dict[str, Any] = said_of_it if isinstance(said_of_it, dict) else {}
-    digests = known.get("digests")
-    protocol = Protocol(
-        backbone=str(known.get("backbone", "")),
-        splits=known.get("splits", 1),
-        seeds=known.get("seeds", 0),
-        shots=known.get("shots"),
-        class_seed=known.get("class_seed"),
-        leaky_pool=known.get("leaky_pool", False),
-        whole_pool=known.get("whole_pool", True),
-        digests=digests if isinstance(digests, dict) else {},
-    )
-    values: dict[str, Any] = {key: str(found[key]) for key in _TEXTS}
-    values |= {key: float(found[key]) for key in _NUMBERS}
-    return Row(
-        **values,
-        settings=found["settings"],
-        n=int(found["n"]),
-        n_test=int(found["n_test"]),
-        std=None,
-        cell=f"{path}:{number}",
-        point=0,
-        protocol=protocol,
-    )
 
 
 # ---------------------------------------------------------------- words

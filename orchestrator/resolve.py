@@ -24,6 +24,7 @@ from air_core.tokens import check_room
 from air_core.weights import GENERATORS as PIPELINES
 from air_core.weights import (
     check_lora_fits,
+    check_whole,
     generator_files,
     generator_folder,
     weights_files,
@@ -191,6 +192,7 @@ class Resolver:
 
         Raises:
             NotThere: nothing of that name is here; says what is allowed.
+            ValueError: a file is cut off, as one that was copied in part.
         """
         if (role, name) not in self._refs:
             self._refs[role, name] = self.weights_content(role, name)
@@ -229,6 +231,7 @@ class Resolver:
             stamp = [*file_stamp(path)]
             known = self._digests.get(name)
             if known is None or known[:-1] != stamp:
+                check_whole(path)
                 known = [*stamp, file_digest(path)]
                 self._digests[name] = known
             found.append(str(known[-1]))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from air_core.specs import TrialSpec
 from orchestrator.budget import Purse
 from orchestrator.dispatch import Outcome
-from orchestrator.estimate import Work, stage_work, trial_work
+from orchestrator.estimate import Pace, Work, stage_work, trial_work
 from orchestrator.failures import CLASSES, Failure
 from orchestrator.ledger import Ledger
 from orchestrator.place import Place
@@ -34,7 +34,7 @@ class Tally:
     started: float = field(default_factory=time.monotonic)
     walls: dict[str, float] = field(default_factory=dict)  # seconds by phase
     # Seconds and units by stage and kind.
-    work: dict[tuple[str, str], tuple[float, float]] = field(default_factory=dict)
+    work: dict[tuple[str, str], Pace] = field(default_factory=dict)
     drawn: int = 0
     redrawn: int = 0
     holes: int = 0
@@ -47,9 +47,10 @@ class Tally:
     def add_wall(self, phase: str, seconds: float) -> None:
         self.walls[phase] = self.walls.get(phase, 0.0) + seconds
 
-    def add_work(self, work: Work, seconds: float) -> None:
-        before = self.work.get((work.stage, work.kind), (0.0, 0.0))
-        self.work[work.stage, work.kind] = (before[0] + seconds, before[1] + work.units)
+    def add_work(self, work: Work, seconds: float, startup: float = 0.0) -> None:
+        pace = Pace(seconds, work.units, max(startup, 0.0), float(startup > 0))
+        before = self.work.get((work.stage, work.kind), Pace(0.0, 0.0))
+        self.work[work.stage, work.kind] = before + pace
 
 
 @dataclass
@@ -92,7 +93,9 @@ class Run:
             seconds=round(seconds, 3),
             facts=plain,
         )
-        self.tally.add_work(stage_work(need.spec), seconds)
+        startup = facts.get("startup", 0.0)
+        if startup is not None:
+            self.tally.add_work(stage_work(need.spec), seconds - startup, startup)
         self.purse.prepared(need.stage, seconds)
         if need.stage == "images":
             self.tally.drawn += facts["drawn"]

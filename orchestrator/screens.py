@@ -78,13 +78,9 @@ def _time_left(plan: Plan) -> str:
 
 def _basis(found: Estimate) -> str:
     """What the time is known from."""
-    probed = [stage for stage, source in found.sources.items() if "probe" in source]
-    parts = [found.reason] if found.reason else []
-    parts += ["measured in this store"] if found.source.startswith("history") else []
-    if probed and "probed on" not in found.reason:
-        parts.append(f"{', '.join(probed)} probed on {' and '.join(found.devices)}")
+    parts = [found.reason] if found.reason else ["measured in this store"]
     if found.source == "guess":
-        parts.append("`airsweep plan --probe` measures a little of it")
+        parts.append("`airsweep run --smoke` measures a little of it")
     return "; ".join(parts)
 
 

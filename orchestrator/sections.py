@@ -510,7 +510,7 @@ def _percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.0f} %"
 
 
-def _plus_minus(pair: tuple[float, float] | None) -> str:
+def _plus_minus(pair: Sequence[float] | None) -> str:
     return "" if pair is None else f"{pair[0]:.3f} ± {pair[1]:.3f}"
 
 

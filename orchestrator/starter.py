@@ -61,7 +61,9 @@ METHODS = """\
 Plain CLIP; two methods that learn from pseudo-labels alone; AiR, which adds synthetic images;
 and its control, the same with real images and no diffusion."""
 QUESTION = "Is it worth it for {whose}: pseudo-labels, a LoRA, synthetic images, or plain CLIP?"
-COST = "Cost: `airsweep plan {name}.yaml` says it, with --probe from a little of the real work."
+COST = (
+    "Cost: `airsweep plan {name}.yaml` says it; a run with --smoke first measures a little of it."
+)
 EXPECT = "Expect: read air beside cpl_real; an interval that holds 0 tells nothing."
 FEW = (
     "Expect: about {tests} test images tell little below 10 points; read air beside cpl_real, and "

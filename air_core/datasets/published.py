@@ -38,21 +38,3 @@ PUBLISHED = {
         10, {"train+val": 60000, "test": 10000}, each=7000, source="Xiao et al. 2017"
     ),
 }
-
-# Checksums of files as they are published, by file name: what torchvision 0.28 compares its own
-# downloads with. Of the other archives we know none.
-ARCHIVES: dict[str, dict[str, str]] = {
-    "flowers102": {
-        "102flowers.tgz": "md5:52808999861908f626f3c1f4e79d11fa",
-        "imagelabels.mat": "md5:e0620be6f572b9609742df49c70aed4d",
-        "setid.mat": "md5:a5357ecc9cb78c4bef273ce3793fc85c",
-    },
-    "dtd": {"dtd-r1.0.1.tar.gz": "md5:fff73e5086ae6bdbea199a49dfb8a4c1"},
-    "eurosat": {"EuroSAT.zip": "md5:c8fa014336c82ac7804f0398fcb19387"},
-    "fashion_mnist": {
-        "train-images-idx3-ubyte.gz": "md5:8d4fb7e6c68d591d4c3dfef9ec88bf0d",
-        "train-labels-idx1-ubyte.gz": "md5:25c81989df183df01b3e8a0aad5dffbe",
-        "t10k-images-idx3-ubyte.gz": "md5:bef4ecab320f06d8554ea6380940ec79",
-        "t10k-labels-idx1-ubyte.gz": "md5:bb300cfdad3c16e7a12a480ee83cd310",
-    },
-}

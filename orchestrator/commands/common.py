@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from orchestrator.sweep import SweepSpec
 
 T = TypeVar("T")
+UNPARSED = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 SpecArgument = Annotated[str, typer.Argument(metavar="SPEC", help="a sweep file, or its bare name")]
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="a sweep, or PROJECT/NAME")]
@@ -58,16 +59,6 @@ TrackingOption = Annotated[
     typer.Option(
         "--tracking-uri", help="MLflow; default: MLFLOW_TRACKING_URI, else a file in the store"
     ),
-]
-
-ChecksumOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--checksum", metavar="sha256:HEX", help="of what --from names, in its order; may repeat"
-    ),
-]
-VerifyOption = Annotated[
-    bool, typer.Option("--verify", help="read all of what is there, not its sizes alone")
 ]
 
 
@@ -144,6 +135,15 @@ def no_trial(name: str, found: Outcome) -> str:
 def fail(message: str, code: int = 2) -> NoReturn:
     show(f"airsweep: {message}", file=sys.stderr)
     sys.exit(code)
+
+
+def removed(app: typer.Typer, command: str, instead: str) -> None:
+    """Let a command that was removed end with 2 and what to use instead, whatever follows it."""
+    message = f"`{command}` was removed: {instead}"
+
+    @app.command(command.split()[-1], hidden=True, help=message, context_settings=UNPARSED)
+    def _removed() -> None:
+        fail(message)
 
 
 def code_of(problem: Exception) -> int:

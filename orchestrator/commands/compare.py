@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import textwrap
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -25,6 +24,7 @@ from orchestrator.output import show
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from orchestrator.published import Judgement
 
@@ -42,9 +42,7 @@ def compare(
     ] = None,
     against: Annotated[
         str | None,
-        typer.Option(
-            metavar="OTHER", help="another recorded sweep, or a table that was printed as JSON"
-        ),
+        typer.Option(metavar="OTHER", help="another recorded sweep of the store"),
     ] = None,
     fail_on: Annotated[
         str | None,
@@ -66,20 +64,23 @@ def compare(
     """
     from orchestrator.paper_file import find_paper
     from orchestrator.place import DONE, GATE
-    from orchestrator.published import beside_paper, beside_sweep, beside_table
+    from orchestrator.published import beside_paper, beside_sweep
     from orchestrator.report import Results
 
     if (paper is None) == (against is None):
         fail("give one of --paper NAME and --against OTHER")
     if fail_on not in (None, "regress"):
         fail(f"--fail-on {fail_on!r} is not known; allowed: regress")
+    if against is not None and against.endswith(".json"):
+        fail(
+            f"--against {against}: a printed table can no longer be compared; give a sweep of this "
+            "store, or its numbers as --paper FILE (docs/compare.md)"
+        )
     published = None if paper is None else find_paper(paper)
     ours = _finished(name, store, data_root)
     results = Results(ours.rows, ours.entries)
     if published is not None:
         found = beside_paper(ours.rows, results, published)
-    elif against is not None and (against.endswith(".json") or Path(against).is_file()):
-        found = beside_table(ours.rows, Path(against))
     else:
         assert against is not None
         theirs = _finished(against, store, data_root)

@@ -1,59 +1,49 @@
-"""Commands about models on shared storage."""
+"""Commands about models."""
 
 from __future__ import annotations
 
 import json
-import sys
-from functools import partial
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from orchestrator.commands.common import ChecksumOption, JsonOption, VerifyOption, watched
+from orchestrator.commands.common import JsonOption, removed
 from orchestrator.output import show
 
-app = typer.Typer(no_args_is_help=True, help="Put models where all machines read them.")
+app = typer.Typer(no_args_is_help=True, help="Check the weights of backbones and generators.")
 
 
-@app.callback()
-def _group() -> None: ...  # with one command alone typer would leave its name out
-
-
-@app.command("stage")
-def models_stage(
+@app.command("check")
+def models_check(
+    place: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="a backbone or generator, as in the sweep file"),
+    ],
     name: Annotated[
         str,
-        typer.Argument(
-            metavar="NAME", help="of a backbone or generator, as in sweep files, or one's own"
-        ),
-    ],
-    to: Annotated[Path, typer.Option("--to", metavar="FOLDER", help="of all models")],
-    given: Annotated[
-        Path | None,
-        typer.Option("--from", metavar="PATH", help="a diffusers or open_clip folder, or weights"),
-    ] = None,
-    checksum: ChecksumOption = None,
-    verify: VerifyOption = False,
+        typer.Option("--name", metavar="NAME", help="the model that it should be"),
+    ] = "",
     as_json: JsonOption = False,
 ) -> None:
-    """Check weights and put them on shared storage, once; opens no network.
+    """Check that a job could read a backbone or generator; runs no code of it, opens no network.
 
-    airsweep models stage ViT-B-32/openai --from open_clip_model.safetensors --to /shared/models
+    CLIP weights are loaded; of a diffusers folder every part is looked at. Ends with 0 and the line
+    for the sweep file, or with 2 and what is wrong.
 
-    airsweep models stage stable-diffusion-v1-5 --from sd15 --to /shared/models
+    airsweep models check /shared/models/stable-diffusion-v1-5 --name stable-diffusion-v1-5
 
-    Prints the line for the sweep file. Called again it looks whether all is there still.
+    airsweep models check ViT-B-32-quickgelu@/shared/models/open_clip_model.safetensors
     """
-    from orchestrator.staging import stage_model
+    from orchestrator.modelcheck import check_model
 
-    found = stage_model(
-        name, given, to.absolute(), checksum or (), verify, watched, partial(show, file=sys.stderr)
-    )
-    use = {found.manifest["checked"]["is"]: str(found.place)}
+    found = check_model(place, name)
     if as_json:
-        show(json.dumps({**found.json(), "use": use}, indent=1))
+        show(json.dumps({"place": place, **found, "use": {found["is"]: place}}, indent=1))
         return
-    show(found.line())
-    for key, place in use.items():
-        show(f"in the sweep file, below fixed:  {key}: {place}")
+    show(f"{place}: a {found['is']}, whole")
+    show(f"in the sweep file, below fixed:  {found['is']}: {place}")
+
+
+removed(
+    app, "models stage", "fetch or copy the model with hf or cp, then run `airsweep models check`"
+)

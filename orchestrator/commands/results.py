@@ -143,7 +143,7 @@ def audit(
 
     airsweep audit quickstart --json
     """
-    from orchestrator.audit_screen import audit_screen, card_for_scripts
+    from orchestrator.audit_card import audit_screen, card_for_scripts
     from orchestrator.audits import audit_cards
 
     sweep, place = recorded_sweep(name, store, data_root)

@@ -21,6 +21,7 @@ from orchestrator.commands.common import (
     SpecArgument,
     StoreOption,
     TrackingOption,
+    fail,
     load,
     place_for,
     recorded_sweep,
@@ -66,7 +67,7 @@ def plan(
     ] = False,
     probe: Annotated[
         bool,
-        typer.Option("--probe", help="measure a little of what was never measured in this store"),
+        typer.Option("--probe", hidden=True, help="removed"),
     ] = False,
 ) -> None:
     """What would run, what is there, how long; starts nothing.
@@ -74,13 +75,15 @@ def plan(
     airsweep plan quickstart
 
     airsweep plan sweeps/quickstart.yaml --json
-
-    airsweep plan quickstart --probe
     """
     from orchestrator import door
 
+    if probe:
+        fail(
+            "`plan --probe` was removed: `airsweep run SPEC --smoke` measures a little of the work"
+        )
     asked = load(spec, sets, only, smoke)
-    found = door.plan(asked, store=store, data_root=data_root, probe=probe)
+    found = door.plan(asked, store=store, data_root=data_root)
     show(json.dumps(found.json(), indent=1) if as_json else found.screen(explain))
 
 

@@ -18,7 +18,7 @@ from air_core.normal import normalised
 from air_core.seal import BLANK, sealed, sealed_json
 from air_core.specs import SyntheticFeaturesSpec
 from orchestrator.__main__ import main
-from orchestrator.estimate import remember
+from orchestrator.estimate import Pace, remember
 from orchestrator.integrity import verify
 from orchestrator.inventory import take_inventory
 from orchestrator.locks import StoreRefused
@@ -466,7 +466,7 @@ BESIDE += ("sweeps/*/*/events.jsonl", "sweeps/*/*/studies.journal")
 def test_verify_finds_a_flipped_bit_in_any_file_and_says_what_to_remove(world, cache):
     place = world.finish("one", AIR.format(count=8, rank=4))
     world.store.settle()
-    remember(world.store, {("trials", "x"): (1.0, 1.0)})
+    remember(world.store, {("trials", "x"): Pace(1.0, 1.0)})
     (place.folder / "studies.journal").write_text('{"op_code": 0}\n')
     files = len(world.files()) + len(BESIDE)
     assert cache("verify")[0] == 0

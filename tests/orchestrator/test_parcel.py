@@ -128,13 +128,13 @@ def test_code_of_another_place_has_no_commit_of_this_one(spec):
 @pytest.mark.parametrize(
     ("option", "remedy"),
     [
-        ("dataset=folder:my_images", "airsweep data stage"),
-        ("dataset=folder:~/my_images", "airsweep data stage"),
-        ("test_dataset=folder:other", "airsweep data stage"),
-        ("backbone=ViT-B-32@clip.safetensors", "airsweep models stage"),
-        ("generator=./sd15", "airsweep models stage"),
-        ("generator=folder:drawn", "airsweep models stage"),
-        ("data_root=data", "airsweep data stage"),
+        ("dataset=folder:my_images", "docs/data.md"),
+        ("dataset=folder:~/my_images", "docs/data.md"),
+        ("test_dataset=folder:other", "docs/data.md"),
+        ("backbone=ViT-B-32@clip.safetensors", "docs/data.md"),
+        ("generator=./sd15", "docs/data.md"),
+        ("generator=folder:drawn", "docs/data.md"),
+        ("data_root=data", "docs/data.md"),
         ("tracking.uri=sqlite:///mlflow.db", "http://<server>"),
     ],
 )

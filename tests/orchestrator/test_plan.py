@@ -32,7 +32,7 @@ from air_core.specs import (
 from orchestrator import presets
 from orchestrator.checkpoints import Checkpoint, keep_checkpoint
 from orchestrator.dispatch import Dispatcher
-from orchestrator.estimate import remember, stage_work, trial_work
+from orchestrator.estimate import Pace, remember, stage_work, trial_work
 from orchestrator.keys import artifact_key
 from orchestrator.ledger import Ledger
 from orchestrator.plan import (
@@ -428,12 +428,12 @@ def test_an_estimate_is_a_guess_until_this_store_has_measured_work_of_its_kind(w
     seconds = {"features": 10.0, "images": 0.5, "trials": 3.0}
     remember(
         world.store,
-        {(work.stage, work.kind): (5 * seconds[work.stage], 5.0) for work in works[:-1]},
+        {(work.stage, work.kind): Pace(5 * seconds[work.stage], 5.0) for work in works[:-1]},
     )
     part = world.plan(sweep).estimate
     assert not part.calibrated  # one kind of trial takes what the other took
     assert "top_k" in part.reason
-    remember(world.store, {("trials", works[-1].kind): (14.0, 2.0)})
+    remember(world.store, {("trials", works[-1].kind): Pace(14.0, 2.0)})
     plan = world.plan(sweep).estimate
     assert (plan.calibrated, plan.reason) == (True, "")
     drawn = 0.5 * 20 * 8  # blocks of eight
@@ -443,14 +443,36 @@ def test_an_estimate_is_a_guess_until_this_store_has_measured_work_of_its_kind(w
     assert world.plan(sweep).estimate.seconds == 0
 
 
+def test_what_a_smoke_run_has_measured_is_scaled_without_its_start(world):
+    sweep = world.sweep("air", fixed={"images_per_class": 16})
+    [images] = [work for work in world.plan(sweep).work if work.stage == "images"]
+    beside = world.store.root.with_name(world.store.root.name + "-smoke")
+    smoke = ArtifactStore(beside)
+    beside.mkdir()
+    key = ("images", images.kind)
+    remember(smoke, {key: Pace(8.0, 16.0, startup=60.0, starts=2.0)})  # two actors
+    found = world.plan(sweep).estimate
+    assert found.sources["images"] == "history"
+    assert found.stages["images"] == pytest.approx(30 + 0.5 * images.units)
+    world.store.root.mkdir(exist_ok=True)
+    remember(world.store, {key: Pace(images.units, images.units)})  # the store itself comes first
+    assert world.plan(sweep).estimate.stages["images"] == pytest.approx(images.units)
+
+
 def test_trials_of_a_search_that_was_not_begun_take_time_too(world):
     search = Search(points=5, space=(Dimension(key="fusion_weight", min=0.0, max=1.0),))
     sweep = world.sweep("air", search=search, seeds=seeds(1, 2), fixed={"images_per_class": 16})
     plan = world.plan(sweep)
     assert not plan.slots
     [trials] = [work for work in plan.work if work.stage == "trials"]
-    assert (trials.units, trials.jobs, len(trials.examples)) == (10, 5, 2)
+    assert (trials.units, trials.jobs) == (10, 5)
     assert plan.estimate.stages["trials"] > 0
+
+
+def test_probing_was_removed_for_a_smoke_run(command):
+    code, out, err = command("plan", "quickstart", "--probe")
+    assert (code, out) == (2, "")
+    assert "run SPEC --smoke" in err
 
 
 def test_the_json_of_a_plan_says_all_of_it(world):

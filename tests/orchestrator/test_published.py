@@ -23,11 +23,9 @@ from orchestrator.published import (
     Judgement,
     beside_paper,
     beside_sweep,
-    beside_table,
     lines,
 )
 from orchestrator.report import Entry, Results, rows
-from orchestrator.tables import table
 from tests.orchestrator.test_report import quickstart, trials
 from tests.outcomes import by_method, command, recorded
 from tests.sweeps import environment
@@ -255,7 +253,7 @@ def test_a_gain_is_the_mean_over_all_of_its_datasets(tmp_path) -> None:
     assert judged(entries, missed).regressed
 
 
-# ---------------------------------------------------------------- beside a sweep or a table
+# ---------------------------------------------------------------- beside a sweep
 
 
 def beside(a: list[Entry], b: list[Entry]) -> Judgement:
@@ -321,56 +319,6 @@ def test_too_few_runs_regress_nothing() -> None:
     assert only(found).verdict == "within interval"
     assert "2 seeds, too few" in only(found).reasons[0]
     assert not found.regressed
-
-
-def printed(folder: Path, entries: list[Entry], **change: Any) -> Path:
-    found = json.loads(table(rows(entries, None), "json", entries))
-    file = folder / "table.json"
-    file.write_text(json.dumps([{**row, **change} for row in found]))
-    return file
-
-
-def test_a_printed_table_is_compared_without_pairs(tmp_path) -> None:
-    file = printed(tmp_path, quickstart())
-    found = beside_table(rows(quickstart(), None), file)
-    assert {cell.verdict for cell in found.cells} == {"within interval"}  # wider than if paired
-    worse = [e for m in ("fpl", "cpl") for e in trials(m, better=-0.3)]
-    assert beside_table(rows(worse, None), file).regressed
-    old = json.loads(file.read_text())
-    for row in old:
-        del row["protocol"]
-    file.write_text(json.dumps(old))
-    found = beside_table(rows(worse, None), file)
-    assert only_reason(found) == "backbone tiny, there not said"
-
-
-def only_reason(found: Judgement) -> str:
-    (reason,) = {reason for cell in found.cells for reason in cell.reasons}
-    return reason
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("{", "not JSON"),
-        ("[]", "not a list of rows, as `airsweep table NAME --format json` prints them"),
-        ('{"cells": []}', "not a list of rows"),
-        ("[3]", "row 1 is 3; allowed: an object with dataset"),
-        ('[{"dataset": "digits"}]', "row 1 has no `paradigm`"),
-    ],
-)
-def test_a_wrong_table_is_one_sentence(tmp_path, text: str, words: str) -> None:
-    file = tmp_path / "table.json"
-    file.write_text(text)
-    with pytest.raises(ValueError, match=re.escape(words)) as problem:
-        beside_table([], file)
-    assert str(problem.value).startswith(str(file))
-
-
-def test_a_number_that_is_none_is_named(tmp_path) -> None:
-    file = printed(tmp_path, quickstart(), mean="high")
-    with pytest.raises(ValueError, match=r"row 1: `mean` is 'high'; allowed: a number, 0 or more"):
-        beside_table([], file)
 
 
 # ---------------------------------------------------------------- the screen and the command
@@ -466,7 +414,7 @@ def test_a_half_finished_sweep_is_compared_as_far_as_it_is(said) -> None:
         (("old", "--against", "gone"), "no sweep default/gone in"),
         (("none", "--paper", "grip"), "none has no finished trial yet, of 9"),
         (("old", "--against", "none"), "none has no finished trial yet, of 9"),
-        (("old", "--against", "gone.json"), "gone.json: cannot be read: No such file"),
+        (("old", "--against", "table.json"), "a printed table can no longer be compared; give"),
     ],
 )
 def test_bad_input_is_one_sentence_and_2(said, words, message) -> None:

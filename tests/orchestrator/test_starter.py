@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -150,3 +151,10 @@ def test_the_smallest_folder_there_may_be_runs_as_smoke(here):
     # One method that needs all of it: the five take three times as long.
     airsweep("run", "mine.yaml", "--smoke", "--quiet", "--only", "method=air")
     assert [row["method"] for row in table(here / "runs-smoke", "mine")] == ["air"]
+    # Of two steps and one block it knows the pace; what loading took is apart.
+    history = json.loads((here / "runs-smoke/history.json").read_text())
+    for stage in ("lora", "images"):
+        [pace] = history[stage].values()
+        assert pace["starts"] >= 1
+        assert pace["startup"] > 0
+        assert 0 < pace["seconds"] / pace["units"] < pace["startup"]
