@@ -256,32 +256,6 @@ def scatter(
     return figure
 
 
-def bars(values: Mapping[str, float], xlabel: str, *, title: str = "") -> Figure:
-    """A horizontal bar for each name, its number at the end."""
-    figure, axes = _figure(WIDTH, 0.75 + 0.22 * len(values))
-    with _style():
-        most = max(values.values(), default=0.0) or 1.0
-        axes.barh(range(len(values)), list(values.values()), color=COLORS[0], height=0.65)
-        for line, value in enumerate(values.values()):
-            axes.text(value + 0.015 * most, line, _short(value), va="center", fontsize=7.5)
-        axes.set_yticks(range(len(values)), list(values))
-        axes.set_ylim(len(values) - 0.5, -0.5)
-        axes.set_xlim(0, 1.18 * most)
-        axes.grid(axis="y", visible=False)
-        _named(axes, xlabel, "", title)
-    return figure
-
-
-def _short(value: float) -> str:
-    """
-    >>> [_short(value) for value in (0.0, 0.123, 9.96, 1234.5)]
-    ['0', '0.12', '10', '1,234']
-    """
-    if value == 0:
-        return "0"
-    return f"{value:,.0f}" if value >= 9.95 else f"{value:.2g}"
-
-
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure  # heavy, and without pyplot there is no global state
 

@@ -17,7 +17,7 @@ from orchestrator.audits import audited_by, known_card, ready
 from orchestrator.children import refs_of
 from orchestrator.place import Place, read_outcome
 from orchestrator.plan import Plan, plan_sweep
-from orchestrator.report import Comparison, Entry, Results, Row, comparisons, rows
+from orchestrator.report import Comparison, Entry, Results, Row, comparisons, rows, varied_settings
 from orchestrator.results import Standing, entries_of, rows_of, standing
 from orchestrator.sweep import SweepSpec
 
@@ -43,6 +43,11 @@ class Evidence:
     @cached_property
     def gains(self) -> list[Comparison]:
         return comparisons(self.rows, self.entries)
+
+    @cached_property
+    def varied(self) -> list[str]:
+        """Settings with more than one value."""
+        return varied_settings(self.rows, self.entries)
 
     @cached_property
     def points(self) -> list[Row]:

@@ -7,7 +7,7 @@ wide, as PNG (`pictures`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,9 +19,12 @@ from orchestrator.report import (
     Entry,
     Results,
     Row,
+    headline,
+    named,
     rows,
     settings_text,
     varied_settings,
+    world_text,
     worlds_of,
 )
 
@@ -48,7 +51,10 @@ def responses(rows: Sequence[Row], entries: Sequence[Entry], key: str) -> list[c
     methods = {row.method for row in rows if key in row.settings}
     for row in rows:
         if key in row.settings:
-            named = [place(row.world) if several else "", row.method if len(methods) > 1 else ""]
+            named = [
+                world_text(row.world) if several else "",
+                row.method if len(methods) > 1 else "",
+            ]
             label = " ".join(filter(None, [*named, settings_text(row, varied)]))
             groups.setdefault(label, []).append(row)
     return [
@@ -163,7 +169,9 @@ def _accuracy(found: Sequence[Row], entries: Sequence[Entry]) -> bytes:
         of_world = sorted((r for r in found if r.world == world), key=lambda row: -row.mean)
         if len(worlds) > 1:
             nothing = math.nan
-            shown.append(charts.Dot(label=place(world), value=nothing, low=nothing, high=nothing))
+            shown.append(
+                charts.Dot(label=world_text(world), value=nothing, low=nothing, high=nothing)
+            )
         shown += [dot(row, short(named(row, varied), 60)) for row in of_world]
     left = len(shown) - MOST_DOTS
     figure = charts.dots(
@@ -203,34 +211,10 @@ def _learned(found: Sequence[Row], entries: Sequence[Entry]) -> Iterator[charts.
     results, varied = Results(found, entries), varied_settings(found, entries)
     several = len(worlds_of(found)) > 1
     for row in found:
-        label = named(row, varied) + (f", {place(row.world)}" if several else "")
+        label = named(row, varied) + (f", {world_text(row.world)}" if several else "")
         series = over_iterations(results, row, "pseudo/accuracy", short(label, 60))
         if series is not None:
             yield series
-
-
-# ---------------------------------------------------------------- words
-
-
-def named(row: Row, keys: Sequence[str]) -> str:
-    """A row by its method and these of its settings."""
-    text = settings_text(row, keys)
-    return f"{row.method}, {text}" if text else row.method
-
-
-def place(world: tuple[str, str, str]) -> str:
-    """
-    >>> place(("digits", "ul", "text"))
-    'digits, UL, text'
-    """
-    dataset, paradigm, modality = world
-    return f"{dataset}, {paradigm.upper()}, {modality}"
-
-
-def headline(found: Sequence[Row]) -> str:
-    """What the rows are judged by, with its unit."""
-    words: Mapping[str, str] = {"accuracy": "accuracy", "harmonic_mean": "harmonic mean"}
-    return f"{' or '.join(dict.fromkeys(words[row.metric] for row in found))}, %"
 
 
 def short(text: str, most: int = 34) -> str:

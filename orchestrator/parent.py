@@ -11,25 +11,28 @@ from typing import Any
 from orchestrator.children import FilesOnDemand
 from orchestrator.closing import facts_of, title_of
 from orchestrator.figures import pictures
+from orchestrator.layouts import Layout, markdown
 from orchestrator.place import DONE, FAILED, Place
 from orchestrator.plan import plan_sweep
 from orchestrator.points import point_runs
 from orchestrator.report import (
     EMPTY,
     Entry,
-    Results,
     Row,
     choice_notes,
     comparisons,
     counted,
+    headline,
     mean_std,
-    signed_interval,
+    settings_text,
+    world_text,
     worlds_of,
 )
 from orchestrator.resolve import text_digest
 from orchestrator.results import entries_of, finished, rows_of
-from orchestrator.summary import MOST, MethodLine, difference_lines, headline_of, method_lines
+from orchestrator.summary import MOST, difference_lines
 from orchestrator.sweep import SweepSpec
+from orchestrator.tables import laid_out
 from orchestrator.tracking import PointRun, Status, SweepRun, image, link
 
 SHEET, SMALL = "contact_sheet.png", "contact_sheet_small.png"
@@ -118,27 +121,19 @@ def _about(
     if not found:
         yield f"{bold}\n{EMPTY.capitalize()}."
         return
-    results = Results(found, entries)
-    worlds = worlds_of(found)
-    tables = {
-        world: method_lines([row for row in found if row.world == world], results, entries)
-        for world in worlds
-    }
-    yield "\n".join([bold, *(_best(*tables[world], many=len(worlds) > 1) for world in worlds[:3])])
-    left = SHOWN
-    for (dataset, paradigm, modality), (baseline, lines) in tables.items():
-        if left:
-            yield f"{dataset}, {paradigm}/{modality}" if len(worlds) > 1 else ""
-            yield _table(lines[:left], baseline)
-        left = max(0, left - len(lines))
+    worlds, gains = worlds_of(found), comparisons(found, entries)
+    yield "\n".join([bold, *(_best(found, world) for world in worlds[:3])])
+    layout = laid_out(found, entries, gains)
+    frame = layout.frame.assign(n=[_runs(row) for row in found]).head(SHOWN)
+    bold_cells = frozenset((line, column) for line, column in layout.bold if line < SHOWN)
+    yield markdown(Layout(frame=frame, bold=bold_cells))
     if len(found) > SHOWN:
         yield f"{len(found) - SHOWN} more rows: `airsweep table`."
     all_of = f"All {link('settings', 'runs', 'point')} ({link('in charts', 'charts', 'point')})"
     yield f"{all_of}, all {link('trials', 'runs', 'trial')}."
     yield "\n\n".join(_picture(name) for name in pictures)
-    differences = difference_lines(comparisons(found, entries), many=len(worlds) > 1)[:MOST]
     yield "\n".join(
-        f"- {_plain(label)}: {_plain(' '.join(text.split()))}" for label, text in differences
+        f"- {_plain(label)}: {_plain(text)}" for label, text in difference_lines(gains)[:MOST]
     )
     yield _plain(" ".join(choice_notes(found)))
 
@@ -149,54 +144,17 @@ def _picture(name: str) -> str:
     return image(name.partition(".")[0].replace("_", " "), name)
 
 
-def _best(baseline: str, lines: Sequence[MethodLine], *, many: bool) -> str:
+def _best(found: Sequence[Row], world: tuple[str, str, str]) -> str:
     """The row with the highest mean, in a sentence."""
-    best = max(lines, key=lambda line: line.row.mean)
-    row = best.row
-    where = f"{row.dataset}, {row.paradigm}/{row.modality}: " if many else ""
-    with_settings = f" ({best.settings})" if best.settings else ""
-    gain = f", {signed_interval(best.gain)} over {baseline}" if best.gain else ""
-    return _plain(
-        f"{where}{row.method}{with_settings} has the highest mean {headline_of(row)}: "
-        f"{mean_std(row, '±')} %{gain}"
-    )
-
-
-def _table(lines: Sequence[MethodLine], baseline: str) -> str:
-    """Each method with a link to its runs; the best in bold."""
-    best = max(line.row.mean for line in lines)
-    columns = [
-        ("method", "---", [line.row.method for line in lines]),
-        (
-            f"{headline_of(lines[0].row)}, %",
-            "---:",
-            [_bold(mean_std(line.row, "±"), line.row.mean == best) for line in lines],
-        ),
-        ("runs", "---:", [_runs(line.row) for line in lines]),
-        (
-            f"gain over {baseline}, 95 %",
-            "---",
-            [signed_interval(line.gain) if line.gain else "" for line in lines],
-        ),
-        (
-            "pseudo-labels right, %",
-            "---:",
-            ["" if line.right is None else f"{100 * line.right:.0f}" for line in lines],
-        ),
-        ("settings", "---", [_plain(line.settings) for line in lines]),
-    ]
-    kept = [column for column in columns if any(column[2])]
-    body = zip(*(cells for *_, cells in kept), strict=True)
-    table = [[name for name, *_ in kept], [rule for _, rule, _ in kept], *body]
-    return "\n".join(f"| {' | '.join(line)} |" for line in table)
+    row = max((row for row in found if row.world == world), key=lambda row: row.mean)
+    settings = settings_text(row, row.settings)
+    name = f"{row.method} ({settings})" if settings else row.method
+    accuracy = f"{headline([row])}: {mean_std(row)}"
+    return _plain(f"{world_text(world)}: {name} has the highest mean {accuracy}")
 
 
 def _runs(row: Row) -> str:
     return link(counted(row.n, "run"), "point", f"{row.cell}/{row.point}")
-
-
-def _bold(text: str, bold: bool) -> str:
-    return f"**{text}**" if bold else text
 
 
 def _plain(text: str) -> str:

@@ -257,12 +257,12 @@ def beside_sweep(
             cells.append(_not_comparable(row, other, reasons))
             continue
         p = next(p_values)
-        told = p < ALPHA and not found.untold
+        told = p < ALPHA and not found.reason_not_tested
         verdict: Verdict = "lower" if found.mean < 0 else "higher"
         if not told:
             narrow = found.high - found.low <= WIDE
             verdict = "reproduced" if narrow or not found.differing else "within interval"
-        note = found.untold if found.differing else ""
+        note = found.reason_not_tested if found.differing else ""
         cells.append(
             Judged(
                 **_place(row),

@@ -18,7 +18,8 @@ from orchestrator.dataset_text import tested_classes
 from orchestrator.estimate import gpu_share
 from orchestrator.evidence import Evidence, confused
 from orchestrator.failures import CLASSES
-from orchestrator.figures import place, short
+from orchestrator.figures import short
+from orchestrator.layouts import Layout
 from orchestrator.plan import WORDS
 from orchestrator.presets import METHODS
 from orchestrator.report import (
@@ -26,16 +27,16 @@ from orchestrator.report import (
     Row,
     choice_notes,
     counted,
+    headline,
     mark_notes,
-    mean_std,
-    percent,
+    named,
     settings_text,
     signed_interval,
-    varied_settings,
+    world_text,
     worlds_of,
 )
 from orchestrator.screen import clock
-from orchestrator.tables import laid_out
+from orchestrator.tables import WORLD, laid_out, records
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,39 +56,10 @@ class Picture:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Grid:
-    """A table of the page."""
-
-    header: Sequence[str]
-    lines: Sequence[Sequence[str]]
-    numeric: Sequence[bool]  # columns that are right-aligned
-    strong: frozenset[int] = frozenset()  # lines in bold
-    note: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gain:
-    text: str
-    figures: str
-    verdict: str  # yes, no or open
-    tail: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """What came out of one dataset, paradigm and modality."""
-
-    where: str
-    best: str
-    accuracy: str
-    gains: Sequence[Gain]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Group:
     heading: str = ""
     figures: Sequence[Picture] = ()
-    grids: Sequence[Grid] = ()
+    tables: Sequence[Layout] = ()
     details: Sequence[tuple[str, str]] = ()  # folded texts with their names
 
 
@@ -96,7 +68,7 @@ class Section:
     id: str
     title: str
     texts: Sequence[str] = ()
-    answers: Sequence[Answer] = ()
+    answers: Sequence[Mapping[str, str]] = ()  # a card each: its heading, then names and texts
     groups: Sequence[Group] = field(default_factory=tuple)
 
 
@@ -104,60 +76,28 @@ class Section:
 
 
 def answer(found: Evidence) -> Section:
-    """Best method of each world, and what it gains over host and control."""
-    best = {world: _best(found, world) for world in worlds_of(found.rows)}
+    """The best row of each world, and the best with synthetic images where that is another."""
     texts = [_verdict(found), _state(found)]
-    answers = [
-        Answer(
-            where=place(world),
-            best=row.method + _with(found, row),
-            accuracy=f"{mean_std(row, '±')} % {_metric(row)}, [{percent(row.low)}, "
-            f"{percent(row.high)}]; highest mean of {_rows_of(found, world)}",
-            gains=[*map(_gain, _told_gains(found, row))],
-        )
-        for world, row in best.items()
-    ]
+    lines = records(found.rows, found.entries, found.gains)
+    answers = []
+    for world in worlds_of(found.rows):
+        best = _best(found.rows, world)
+        drawn = [row for row in found.rows if row.world == world and _draws(row.method)]
+        cards = {"highest mean": best}
+        if drawn and not _draws(best.method):
+            cards["highest mean with synthetic images"] = _best(drawn, world)
+        for what, row in cards.items():
+            line = next(line for line, of in zip(lines, found.rows, strict=True) if of is row)
+            about = {key: text for key, text in line.items() if text and key not in WORLD}
+            answers.append({"": f"{world_text(world)}: {what}", **about})
     return Section(
         id="answer", title="Answer", texts=[text for text in texts if text], answers=answers
     )
 
 
-def _best(found: Evidence, world: tuple[str, str, str]) -> Row:
+def _best(rows: Sequence[Row], world: tuple[str, str, str]) -> Row:
     """The highest mean; of equal ones the first."""
-    return max((row for row in found.rows if row.world == world), key=lambda row: row.mean)
-
-
-def _told_gains(found: Evidence, row: Row) -> list[Comparison]:
-    """Of the best row; and of what uses synthetic images, where that is another."""
-    own = [gain for gain in found.gains if gain.row is row]
-    if any(gain.role == "control" for gain in own):
-        return own
-    others = [g for g in found.gains if g.row.world == row.world and g.role == "control"]
-    if not others:
-        return own
-    top = max(others, key=lambda gain: gain.row.mean).row
-    return own + [gain for gain in found.gains if gain.row is top]
-
-
-def _gain(found: Comparison) -> Gain:
-    what = "the control, real images and no diffusion" if found.role == "control" else "its host"
-    difference = found.difference
-    clear = ("yes" if difference.mean > 0 else "no") if found.marked else "open"
-    tail = ""
-    if difference.low <= 0 <= difference.high:
-        tail = ", not told from 0"
-        if found.images_needed is not None:
-            tail += f" ({found.images_needed:,} test images would tell)"
-    elif found.untold:
-        tail = f", not told apart: {found.untold}"
-    elif not found.marked:
-        tail = ", not told apart once all comparisons here are corrected for"
-    return Gain(
-        text=f"{found.a} over {found.b} ({what})",
-        figures=f"{signed_interval(difference)} points",
-        verdict=clear,
-        tail=tail,
-    )
+    return max((row for row in rows if row.world == world), key=lambda row: row.mean)
 
 
 def _verdict(found: Evidence) -> str:
@@ -166,15 +106,15 @@ def _verdict(found: Evidence) -> str:
     for role, what in (("host", "the host"), ("control", "the control without diffusion")):
         gains = [gain for gain in found.gains if gain.role == role and _draws(gain.a)]
         if gains:
-            above = sum(gain.marked and gain.difference.mean > 0 for gain in gains)
-            below = sum(gain.marked and gain.difference.mean < 0 for gain in gains)
+            above = sum(gain.significant and gain.difference.mean > 0 for gain in gains)
+            below = sum(gain.significant and gain.difference.mean < 0 for gain in gains)
             lower = f", lower in {below}" if below else ""
             parts.append(f"than {what} in {above} of {counted(len(gains), 'comparison')}{lower}")
     if not parts:
         return ""
     return (
-        f"With synthetic images accuracy is higher {' and '.join(parts)} (5 %, corrected for all "
-        f"{len(found.gains)} comparisons of this sweep)."
+        f"With synthetic images accuracy is significantly higher {' and '.join(parts)} "
+        f"(p < 0.05, Holm-corrected over {counted(len(found.gains), 'comparison')})."
     )
 
 
@@ -190,12 +130,8 @@ def _state(found: Evidence) -> str:
     text = f"{counted(done, 'trial')} of {found.plan.total} have a result"
     if left:
         text += "; " + ", ".join(f"{count} {state}" for state, count in left.items())
-    picked = "The best row is the one with the highest mean on the test images, seen afterwards."
+    picked = "The best row has the highest mean on the test images, which was seen afterwards."
     return f"{text}. {picked}"
-
-
-def _rows_of(found: Evidence, world: tuple[str, str, str]) -> str:
-    return counted(sum(row.world == world for row in found.rows), "row")
 
 
 # ---------------------------------------------------------------- the table
@@ -204,29 +140,20 @@ def _rows_of(found: Evidence, world: tuple[str, str, str]) -> str:
 def table(found: Evidence) -> Section:
     """All rows, as `airsweep table` prints them."""
     layout = laid_out(found.rows, found.entries, found.gains)
-    grid = Grid(
-        header=layout.header,
-        lines=layout.lines,
-        numeric=layout.numeric,
-        strong=frozenset(line for line, _ in layout.bold),
-        note=" ".join(layout.notes),
-    )
     worlds = worlds_of(found.rows)
     drawn = []
     for world in worlds[:MOST_WORLDS]:
         rows = [row for row in found.rows if row.world == world]
+        best = _best(rows, world)
         for part in _parts(rows, 16):
-            dots = [
-                figures.dot(row, short(row.method + _with(found, row)), row is _best(found, world))
-                for row in part
-            ]
-            figure = charts.dots(dots, f"{_metric(rows[0])}, %", title=place(world))
+            dots = [figures.dot(row, short(named(row, found.varied)), row is best) for row in part]
+            figure = charts.dots(dots, headline(rows), title=world_text(world))
             drawn.append(_chart(figure, f"Accuracy of {len(part)} rows with intervals"))
     return Section(
         id="table",
         title="Accuracy",
         texts=[" ".join(layout.caption)],
-        groups=[Group(figures=drawn, grids=[grid])],
+        groups=[Group(figures=drawn, tables=[layout])],
     )
 
 
@@ -259,7 +186,7 @@ def _curves_of(found: Evidence, rows: Sequence[Row], key: str) -> Iterator[Pictu
         of = [row for row in rows if row.method == method]
         for part in _parts(figures.responses(of, found.entries, key), figures.MOST_CURVES):
             level = {} if several else _levels(rows, method, key)
-            figure = charts.curves(part, key, figures.headline(of), title=method, level=level)
+            figure = charts.curves(part, key, headline(of), title=method, level=level)
             yield _chart(figure, f"Accuracy of {method} against {key}")
 
 
@@ -294,7 +221,7 @@ def components(found: Evidence) -> Section | None:
         for part in _parts(of, 16):
             dots = [
                 charts.Dot(
-                    label=short(f"{gain.a} \N{MINUS SIGN} {gain.b}" + _with(found, gain.row)),
+                    label=short(_pair(gain, found.varied)),
                     value=gain.difference.mean,
                     low=gain.difference.low,
                     high=gain.difference.high,
@@ -302,40 +229,40 @@ def components(found: Evidence) -> Section | None:
                 )
                 for gain in part
             ]
-            figure = charts.dots(dots, "difference, points", title=place(world), zero=True)
+            figure = charts.dots(dots, "difference, points", title=world_text(world), zero=True)
             drawn.append(_chart(figure, "Differences with intervals and a line at 0"))
     lines = [
-        [
-            place(gain.row.world),
-            f"{gain.a} \N{MINUS SIGN} {gain.b}",
-            settings_text(gain.row, varied_settings(found.rows, found.entries)),
-            "control" if gain.role == "control" else "host",
-            signed_interval(gain.difference),
-            str(gain.difference.n),
-            str(gain.difference.n_test),
-            "" if gain.images_needed is None else f"{gain.images_needed:,}",
-            _p_value(gain.p),
-            _p_value(gain.p_corrected),
-            gain.mark,
-        ]
+        {
+            "where": world_text(gain.row.world),
+            "difference": f"{gain.a} \N{MINUS SIGN} {gain.b}",
+            "settings": settings_text(gain.row, found.varied),
+            "b is the": gain.role,
+            "points, 95 %": signed_interval(gain.difference) + gain.mark,
+            "n": str(gain.difference.n),
+            "n_test": str(gain.difference.n_test),
+            "p": _p_value(gain.p),
+            "p corrected": _p_value(gain.p_corrected),
+            "images needed": "" if gain.images_needed is None else f"{gain.images_needed:,}",
+        }
         for gain in found.gains
     ]
-    header = ["where", "difference", "settings", "b is the", "points, 95 %", "runs", "n_test"]
-    header += ["images needed", "p", "p corrected", "told apart"]
-    numeric = [False] * 4 + [True] * 6 + [False]
-    grid = _without_empty(Grid(header=header, lines=lines, numeric=numeric))
     return Section(
         id="components",
         title="What each part brings",
         texts=[
             "A method with synthetic images minus its host, and minus its control, which builds "
             "the same auxiliary classifier from real pseudo-labelled images (diamonds). Paired by "
-            "image and run; grey: not told from 0. Images needed: test images that would tell a "
-            "difference of this size in one pair of runs (80 % power).",
+            "image and run; grey: the 95 % interval contains 0. Images needed: test images that "
+            "detect a difference of this size in one pair of runs (80 % power).",
             " ".join(mark_notes(found.gains)),
         ],
-        groups=[Group(figures=drawn, grids=[grid])],
+        groups=[Group(figures=drawn, tables=[_table(lines)])],
     )
+
+
+def _pair(gain: Comparison, keys: Sequence[str]) -> str:
+    text = settings_text(gain.row, keys)
+    return f"{gain.a} \N{MINUS SIGN} {gain.b}" + (f", {text}" if text else "")
 
 
 def _p_value(p: float) -> str:
@@ -371,7 +298,7 @@ def pseudo_labels(found: Evidence) -> Section | None:
             if series:
                 figure = charts.curves(series, "iteration", ylabel, title=what)
                 drawn.append(_chart(figure, f"Pseudo-labels over iterations: {what}"))
-        groups.append(Group(heading=place(world), figures=drawn))
+        groups.append(Group(heading=world_text(world), figures=drawn))
     if not groups:
         return None
     return Section(
@@ -407,7 +334,7 @@ def confusions(found: Evidence) -> Section | None:
     """Which classes are taken for which, by the best row and by its host."""
     groups = []
     for world in worlds_of(found.rows)[:MOST_WORLDS]:
-        best = _best(found, world)
+        best = _best(found.rows, world)
         known = METHODS.get(best.method)
         host = found.results.partner(best, known.host) if known and known.host else None
         names = [name.replace("_", " ") for name in _classnames(found, best)]
@@ -417,15 +344,11 @@ def confusions(found: Evidence) -> Section | None:
             figure = charts.heat(matrix, names, title=row.method)
             drawn.append(_chart(figure, f"Confusion matrix of {row.method}"))
             lines += [
-                [row.method, true, taken, f"{100 * share:.0f} %"]
+                {"method": row.method, "class": true, "taken for": taken, "share": f"{share:.0%}"}
                 for true, taken, share in confused(matrix, names)
             ]
-        grid = Grid(
-            header=["method", "class", "taken for", "share"],
-            lines=lines,
-            numeric=[False, False, False, True],
-        )
-        groups.append(Group(heading=place(world), figures=drawn, grids=[grid]))
+        tables = [_table(lines)] if lines else []
+        groups.append(Group(heading=world_text(world), figures=drawn, tables=tables))
     return Section(
         id="confusion",
         title="Confusion",
@@ -459,12 +382,12 @@ def _contact_sheet(found: Evidence) -> Iterator[Group]:
     if not sheet.exists() or not sheet.stat().st_size:
         return
     shares = found.outcome.get("run", {}).get("shares", {})
-    said = ", ".join(f"{name} {share:.0%}" for name, share in sorted(shares.items()))
+    by_group = ", ".join(f"{name} {share:.0%}" for name, share in sorted(shares.items()))
     caption = "Real images, images without LoRA and with it; same noise in the same place."
     picture = Picture(
         src=_data("image/png", sheet.read_bytes()),
         alt="Real images, images of the base model, images after LoRA, a class a row",
-        caption=f"{caption} Zero-shot CLIP takes for their class: {said}." if said else caption,
+        caption=f"{caption} Zero-shot CLIP recognises {by_group}." if by_group else caption,
         wide=True,
     )
     yield Group(figures=[picture])
@@ -475,20 +398,20 @@ def _audits(found: Evidence) -> Iterator[Group]:
     if not found.cards:
         return
     lines = [
-        [
-            card.title,
-            f"{card.images:,}",
-            *map(_percent, (card.recognised, card.base_recognised)),
-            *map(_plus_minus, (card.kid, card.base_kid)),
-            "" if card.test_cosine is None else f"{card.test_cosine:.3f}",
-            f"{card.counts['test copy']}",
-            f"{card.flagged_images}",
-        ]
+        {
+            "images of": card.title,
+            "images": f"{card.images:,}",
+            "recognised": _percent(card.recognised),
+            "recognised before LoRA": _percent(card.base_recognised),
+            "KID to the pool": _plus_minus(card.kid),
+            "KID before LoRA": _plus_minus(card.base_kid),
+            "nearest test image": "" if card.test_cosine is None else f"{card.test_cosine:.3f}",
+            "copies": f"{card.counts['test copy']}",
+            "flagged": f"{card.flagged_images}",
+        }
         for card, _ in found.cards
     ]
-    header = ["images of", "images", "recognised", "before LoRA", "KID to the pool", "before LoRA"]
-    header += ["nearest test image", "copies", "flagged"]
-    most = sorted(found.cards, key=lambda told: -told[0].flagged_images / told[0].images)
+    most = sorted(found.cards, key=lambda one: -one[0].flagged_images / one[0].images)
     drawn = [
         Picture(
             src=_data("image/png", picture.read_bytes()),
@@ -498,11 +421,10 @@ def _audits(found: Evidence) -> Iterator[Group]:
         for card, picture in most[:MOST_CARDS]
     ]
     rest = len(found.cards) - len(drawn)
-    note = "Recognised: zero-shot CLIP takes it for its class. Nearest test image: largest cosine."
+    note = "Recognised: zero-shot CLIP predicts its class. Nearest test image: largest cosine."
     if rest:
         note += f" Pictured: the {len(drawn)} of {len(found.cards)} with most flagged images."
-    grid = _without_empty(Grid(header=header, lines=lines, numeric=[False] + [True] * 8, note=note))
-    yield Group(heading="Audit", grids=[grid])
+    yield Group(heading="Audit", tables=[_table(lines, note)])
     yield Group(figures=drawn)
 
 
@@ -517,10 +439,10 @@ def _plus_minus(pair: tuple[float, float] | None) -> str:
 # ---------------------------------------------------------------- search
 
 
-def search(found: Evidence) -> Section | None:
+def searched(found: Evidence) -> Section | None:
     """What a search tried, which settings mattered, and whether its objective was a guide."""
-    asked = found.sweep.search
-    if asked is None:
+    search = found.sweep.search
+    if search is None:
         return None
     groups = []
     objectives = {(e.cell, e.point): e.objective for e in found.entries}
@@ -529,8 +451,8 @@ def search(found: Evidence) -> Section | None:
         points = sorted(
             (row for row in found.points if row.cell == cell.id), key=lambda row: row.point
         )
-        told = [(row, objectives.get((cell.id, row.point))) for row in points]
-        pairs = [(row, value) for row, value in told if value is not None]
+        valued = [(row, objectives.get((cell.id, row.point))) for row in points]
+        pairs = [(row, value) for row, value in valued if value is not None]
         if len(pairs) < 2:
             continue
         values = [value for _, value in pairs]
@@ -542,7 +464,7 @@ def search(found: Evidence) -> Section | None:
                 charts.Series(label="best so far", x=numbers, y=best),
             ],
             "point",
-            asked.objective,
+            search.objective,
             percent=False,
             title="History",
         )
@@ -551,7 +473,7 @@ def search(found: Evidence) -> Section | None:
         guide = charts.scatter(
             values,
             [100 * row.mean for row, _ in pairs],
-            asked.objective,
+            search.objective,
             "test accuracy, %",
             title="Objective against test",
             chosen=which,
@@ -559,10 +481,10 @@ def search(found: Evidence) -> Section | None:
         )
         drawn = [_chart(history, "Objective by point"), _chart(guide, "Objective against test")]
         weights = _importances(found, cell.id, [(row.settings, value) for row, value in pairs])
-        if weights:
-            bars = charts.bars(weights, "share of the objective's variance", title="Importance")
-            drawn.append(_chart(bars, "Importance of each setting for the objective"))
-        groups.append(Group(heading=cell.id, figures=drawn))
+        lines = [{"setting": key, "importance": f"{share:.0%}"} for key, share in weights.items()]
+        note = "Importance: share of the variance of the objective (functional ANOVA)."
+        tables = [_table(lines, note)] if lines else []
+        groups.append(Group(heading=cell.id, figures=drawn, tables=tables))
     if not groups:
         return None
     return Section(id="search", title="Search", texts=choice_notes(found.rows), groups=groups)
@@ -582,51 +504,31 @@ def _importances(
 
 def costs(found: Evidence) -> Section:
     """Where the time went."""
-    spent = found.costs()
     words = {**WORDS, "trials": "trials"}
-    hours = {
-        stage: seconds * gpu_share(stage, found.sweep.resources) / 3600
-        for stage, (_, seconds) in spent.items()
-    }
-    lines = [
-        [
-            words.get(stage, stage),
-            f"{count:,}",
-            clock(seconds),
-            f"{seconds / count:.2f}" if count else "",
-            f"{hours[stage]:.2f}" if hours[stage] else "",
-        ]
-        for stage, (count, seconds) in spent.items()
-    ]
-    grid = Grid(
-        header=["stage", "made", "time of one worker", "seconds each", "GPU-hours"],
-        lines=lines,
-        numeric=[False, True, True, True, True],
-    )
-    minutes = {words.get(stage, stage): seconds / 60 for stage, (_, seconds) in spent.items()}
-    figure = charts.bars(minutes, "minutes of one worker", title="Time by stage")
-    reused = found.counts["reused"]
-    wall = found.outcome.get("seconds")
-    texts = [
-        "Work that this sweep did itself, added up over workers and runs"
-        + (f"; the last run took {clock(wall)}" if wall else "")
-        + (
-            f". {counted(reused, 'trial')} had a result already and cost nothing."
-            if reused
-            else "."
+    lines = []
+    for stage, (count, seconds) in found.costs().items():
+        hours = seconds * gpu_share(stage, found.sweep.resources) / 3600
+        lines.append(
+            {
+                "stage": words.get(stage, stage),
+                "made": f"{count:,}",
+                "time of one worker": clock(seconds),
+                "seconds each": f"{seconds / count:.2f}" if count else "",
+                "GPU-hours": f"{hours:.2f}" if hours else "",
+            }
         )
-    ]
+    wall, reused = found.outcome.get("seconds"), found.counts["reused"]
+    text = "Work that this sweep did itself, added up over workers and runs."
+    text += f" The last run took {clock(wall)}." if wall else ""
+    text += f" {counted(reused, 'trial')} had a result already and cost nothing." if reused else ""
     return Section(
-        id="cost",
-        title="Time and cost",
-        texts=texts,
-        groups=[Group(figures=[_chart(figure, "Minutes by stage")], grids=[_without_empty(grid)])],
+        id="cost", title="Time and cost", texts=[text], groups=[Group(tables=[_table(lines)])]
     )
 
 
 def failures(found: Evidence) -> Section | None:
     """What failed, and what was done about it."""
-    told = Counter(
+    failed = Counter(
         (event["failure_class"], event["message"], what)
         for what, events in (
             ("trial", found.standing.failures),
@@ -634,40 +536,40 @@ def failures(found: Evidence) -> Section | None:
         )
         for event in events.values()
     )
-    lines = [
-        [name, f"{count} {what}{'s' if count > 1 else ''}", message, CLASSES[name].remedy]
-        for (name, message, what), count in sorted(told.items())
+    rows = [
+        (name, counted(count, what), message)
+        for (name, message, what), count in sorted(failed.items())
     ]
-    lines += [
-        [name, f"{count} tried again", "", CLASSES[name].remedy]
-        for name, count in sorted(found.standing.retried.items())
+    rows += [
+        (name, f"{count} tried again", "") for name, count in sorted(found.standing.retried.items())
     ]
-    if not lines:
+    if not rows:
         return None
-    grid = Grid(
-        header=["class", "how many", "message", "what is done"],
-        lines=lines,
-        numeric=[False] * 4,
-    )
+    lines = [
+        {"class": name, "how many": many, "message": message, "remedy": CLASSES[name].remedy}
+        for name, many, message in rows
+    ]
     return Section(
         id="failures",
         title="Failures",
         texts=["What has no result. The next run tries all of it again."],
-        groups=[Group(grids=[grid])],
+        groups=[Group(tables=[_table(lines)])],
     )
 
 
 def lineage(found: Evidence) -> Section:
     """From which inputs, with which code, and how to get it again."""
-    made = {name: found.made(name) for name in ("commit", "dirty", "user", "host", "device")}
-    lines = [[name, ", ".join(map(str, values))] for name, values in made.items() if values]
+    facts = [
+        (name, ", ".join(map(str, found.made(name))))
+        for name in ("commit", "dirty", "user", "host", "device")
+    ]
     for versions in found.made("versions"):
-        lines.append(["versions", ", ".join(f"{k} {v}" for k, v in sorted(versions.items()))])
-    lines += [[what, digest] for what, digest in found.inputs().items()]
+        facts.append(("versions", ", ".join(f"{k} {v}" for k, v in sorted(versions.items()))))
     seeds = [
         ", ".join(f"{k} {v}" for k, v in one.items()) for one in found.sweep.seeds.assignments()
     ]
-    lines.append(["seeds", "; ".join(seeds)])
+    facts += [*found.inputs().items(), ("seeds", "; ".join(seeds))]
+    lines = [{"name": name, "value": value} for name, value in facts if value]
     name = f"{found.place.project}/{found.place.name}"
     again = f"airsweep run {found.sweep.source}"
     return Section(
@@ -675,11 +577,11 @@ def lineage(found: Evidence) -> Section:
         title="Lineage",
         texts=[
             f"Sweep {name}. The same again: {again}. One trial again, from its record: airsweep "
-            "repro KEY. What two trials differ in: airsweep diff A B."
+            "repro KEY. The differences between two trials: airsweep diff A B."
         ],
         groups=[
             Group(
-                grids=[Grid(header=["what", "which"], lines=lines, numeric=[False, False])],
+                tables=[_table(lines)],
                 details=[("The sweep file", found.sweep.text), ("Trial keys", _keys(found))],
             )
         ],
@@ -702,7 +604,7 @@ SECTIONS: tuple[Callable[[Evidence], Section | None], ...] = (
     pseudo_labels,
     confusions,
     images,
-    search,
+    searched,
     costs,
     failures,
     lineage,
@@ -720,35 +622,15 @@ def _data(kind: str, content: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def _metric(row: Row) -> str:
-    return "harmonic mean" if row.metric == "harmonic_mean" else "accuracy"
-
-
-def _with(found: Evidence, row: Row) -> str:
-    """The settings that tell a row from others of its method."""
-    keys = _telling(found, row)
-    text = settings_text(row, keys)
-    return f", {text}" if text else ""
-
-
-def _telling(found: Evidence, row: Row) -> list[str]:
-    of = [other for other in found.rows if (other.world, other.method) == (row.world, row.method)]
-    return [key for key in row.settings if len({repr(o.settings.get(key, ())) for o in of}) > 1]
-
-
 def _parts(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
     """Equal parts of at most `size`."""
     count = -(-len(items) // size)
     return [items[len(items) * i // count : len(items) * (i + 1) // count] for i in range(count)]
 
 
-def _without_empty(grid: Grid) -> Grid:
-    """The table without columns that say nothing."""
-    keep = [i for i in range(len(grid.header)) if any(line[i] for line in grid.lines)]
-    return Grid(
-        header=[grid.header[i] for i in keep],
-        lines=[[line[i] for i in keep] for line in grid.lines],
-        numeric=[grid.numeric[i] for i in keep],
-        strong=grid.strong,
-        note=grid.note,
-    )
+def _table(lines: Sequence[Mapping[str, str]], note: str = "") -> Layout:
+    """Lines as a table without columns that say nothing."""
+    from pandas import DataFrame
+
+    frame = DataFrame(lines)
+    return Layout(frame=frame.loc[:, (frame != "").any()], notes=[note] if note else [])

@@ -332,10 +332,10 @@ def test_seeds_that_agree_by_luck_borrow_the_spread_of_the_others() -> None:
     [
         ([(0, 1), (0, 2), (0, 3)], ""),
         ([(0, None)], ""),
-        ([(0, 1)], "1 seed, too few"),
-        ([(0, 1), (0, 2)], "2 seeds, too few"),
-        ([(0, 1), (1, 1), (2, 1)], "3 splits, which are too few"),
-        ([(0, 1), (0, 2), (1, 1), (1, 2)], "2 splits, which are too few"),
+        ([(0, 1)], "1 seed is too few"),
+        ([(0, 1), (0, 2)], "2 seeds are too few"),
+        ([(0, 1), (1, 1), (2, 1)], "3 splits are too few"),
+        ([(0, 1), (0, 2), (1, 1), (1, 2)], "2 splits are too few"),
         ([(k, 1) for k in range(4)], ""),
     ],
 )
@@ -346,8 +346,8 @@ def test_too_few_splits_or_seeds_are_not_told_from_anything(places, words) -> No
     ]
     found = paired_difference(*(Runs(tuple(of)) for of in runs))
     assert found is not None
-    assert found.untold.startswith(words)
-    assert bool(found.untold) == bool(words)
+    assert found.reason_not_tested.startswith(words)
+    assert bool(found.reason_not_tested) == bool(words)
 
 
 def test_too_few_images_that_differ_tell_nothing() -> None:
@@ -358,8 +358,8 @@ def test_too_few_images_that_differ_tell_nothing() -> None:
     few, enough = paired_difference(*runs[:2]), paired_difference(runs[0], runs[2])
     assert few is not None
     assert enough is not None
-    assert few.untold.startswith("they differ on 10 images")
-    assert not enough.untold
+    assert few.reason_not_tested.startswith("they differ on 10 images")
+    assert not enough.reason_not_tested
 
 
 # 500 tables each, seeds fixed. A true 5 % shows as 3 to 7 % in 96 of 100 such tests.
