@@ -58,7 +58,6 @@ class Series:
     y: Sequence[float]
     low: Sequence[float] | None = None  # of the band
     high: Sequence[float] | None = None
-    look: int | None = None  # which colour, mark and dash; None: by its place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,8 +107,7 @@ def curves(
     figure, axes = _figure(width, 2.6 if width == WIDTH else 3.6)
     with _style():
         factor = 100 if percent else 1
-        for position, one in enumerate(series):
-            number = position if one.look is None else one.look
+        for number, one in enumerate(series):
             color = COLORS[number % len(COLORS)]
             x = np.asarray(one.x, dtype=float)
             axes.plot(

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import base64
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,18 +18,14 @@ from orchestrator.dataset_text import tested_classes
 from orchestrator.estimate import gpu_share
 from orchestrator.evidence import Evidence, confused
 from orchestrator.failures import CLASSES
-from orchestrator.figures import short
 from orchestrator.layouts import Layout
 from orchestrator.plan import WORDS
 from orchestrator.presets import METHODS
 from orchestrator.report import (
-    Comparison,
     Row,
     choice_notes,
     counted,
-    headline,
     mark_notes,
-    named,
     settings_text,
     signed_interval,
     world_text,
@@ -140,15 +136,8 @@ def _state(found: Evidence) -> str:
 def table(found: Evidence) -> Section:
     """All rows, as `airsweep table` prints them."""
     layout = laid_out(found.rows, found.entries, found.gains)
-    worlds = worlds_of(found.rows)
-    drawn = []
-    for world in worlds[:MOST_WORLDS]:
-        rows = [row for row in found.rows if row.world == world]
-        best = _best(rows, world)
-        for part in _parts(rows, 16):
-            dots = [figures.dot(row, short(named(row, found.varied)), row is best) for row in part]
-            figure = charts.dots(dots, headline(rows), title=world_text(world))
-            drawn.append(_chart(figure, f"Accuracy of {len(part)} rows with intervals"))
+    figure = figures.accuracy(found.rows, found.entries)
+    drawn = [_chart(figure, f"Accuracy of {len(found.rows)} rows with intervals")]
     return Section(
         id="table",
         title="Accuracy",
@@ -160,52 +149,26 @@ def table(found: Evidence) -> Section:
 # ---------------------------------------------------------------- count and weight
 
 
-def responses(found: Evidence) -> Section | None:
+def by_setting(found: Evidence) -> Section | None:
     """Accuracy against each number that the sweep varies."""
-    searched = found.sweep.search is not None
-    rows = found.points if searched else found.rows
-    draw = _clouds_of if searched else _curves_of
-    shown = [figure for key in figures.numeric_settings(rows) for figure in draw(found, rows, key)]
-    if not shown:
+    drawn = []
+    for key in figures.numeric_settings(found.points):
+        parts = figures.by_setting(found.rows, found.points, found.entries, key)
+        for number, part in enumerate(parts, 1):
+            title = f"{number} of {len(parts)}" if len(parts) > 1 else ""
+            figure = figures.setting_chart(part, found.rows, key, title)
+            drawn.append(_chart(figure, f"Accuracy against {key}"))
+    if not drawn:
         return None
     text = (
-        "Mean over runs against what was varied; the band is the 95 % interval. Dashed lines are "
-        "methods that the setting does not touch."
+        "Mean over runs against the setting; the band is the 95 % interval. Dashed lines are "
+        "methods without this setting."
     )
-    if searched:
+    if found.sweep.search is not None:
         text = "Every point of the search, one dot each; other settings vary along with it."
     return Section(
-        id="settings", title="Accuracy by setting", texts=[text], groups=[Group(figures=shown)]
+        id="settings", title="Accuracy by setting", texts=[text], groups=[Group(figures=drawn)]
     )
-
-
-def _curves_of(found: Evidence, rows: Sequence[Row], key: str) -> Iterator[Picture]:
-    """By method, one curve for each dataset, paradigm, modality and whatever else differs."""
-    several = len(worlds_of(rows)) > 1
-    for method in dict.fromkeys(row.method for row in rows):
-        of = [row for row in rows if row.method == method]
-        for part in _parts(figures.responses(of, found.entries, key), figures.MOST_CURVES):
-            level = {} if several else _levels(rows, method, key)
-            figure = charts.curves(part, key, headline(of), title=method, level=level)
-            yield _chart(figure, f"Accuracy of {method} against {key}")
-
-
-def _levels(rows: Sequence[Row], method: str, key: str) -> dict[str, float]:
-    """Host and control of a method, where the setting does not touch them."""
-    known = METHODS.get(method)
-    names = (known.host, known.control) if known else ()
-    found = {}
-    for name in filter(None, names):
-        of = [row for row in rows if row.method == name]
-        if len({row.mean for row in of}) == 1:
-            found[str(name)] = of[0].mean
-    return found
-
-
-def _clouds_of(found: Evidence, rows: Sequence[Row], key: str) -> Iterator[Picture]:
-    for cloud in figures.clouds(rows, key):
-        figure = charts.curves([cloud], key, "test accuracy, %", joined=False)
-        yield _chart(figure, f"Test accuracy of the points of {cloud.label} against {key}")
 
 
 # ---------------------------------------------------------------- what the parts bring
@@ -215,22 +178,8 @@ def components(found: Evidence) -> Section | None:
     """Each row minus its host and its control."""
     if not found.gains:
         return None
-    drawn = []
-    for world in worlds_of(found.rows)[:MOST_WORLDS]:
-        of = [gain for gain in found.gains if gain.row.world == world]
-        for part in _parts(of, 16):
-            dots = [
-                charts.Dot(
-                    label=short(_pair(gain, found.varied)),
-                    value=gain.difference.mean,
-                    low=gain.difference.low,
-                    high=gain.difference.high,
-                    strong=gain.role == "control",
-                )
-                for gain in part
-            ]
-            figure = charts.dots(dots, "difference, points", title=world_text(world), zero=True)
-            drawn.append(_chart(figure, "Differences with intervals and a line at 0"))
+    figure = figures.differences(found.gains, found.varied)
+    drawn = [_chart(figure, "Differences with intervals and a line at 0")]
     lines = [
         {
             "where": world_text(gain.row.world),
@@ -260,11 +209,6 @@ def components(found: Evidence) -> Section | None:
     )
 
 
-def _pair(gain: Comparison, keys: Sequence[str]) -> str:
-    text = settings_text(gain.row, keys)
-    return f"{gain.a} \N{MINUS SIGN} {gain.b}" + (f", {text}" if text else "")
-
-
 def _p_value(p: float) -> str:
     return "< 0.001" if p < 0.0005 else f"{p:.3f}"
 
@@ -282,23 +226,21 @@ PSEUDO = (
 def pseudo_labels(found: Evidence) -> Section | None:
     """How good pseudo-labels are, iteration by iteration."""
     groups = []
-    by_world = {world: _with_curves(found, world) for world in worlds_of(found.rows)[:MOST_WORLDS]}
-    shown = {row.method for rows in by_world.values() for row in rows}
-    looks = {method: look for look, method in enumerate(m for m in METHODS if m in shown)}
-    for world, rows in by_world.items():
-        if not rows:
-            continue
+    for world in worlds_of(found.rows)[:MOST_WORLDS]:
+        best: dict[str, Row] = {}  # the best row of each method
+        for row in sorted(found.rows, key=lambda row: -row.mean):
+            if row.world == world:
+                best.setdefault(row.method, row)
         drawn = []
         for metric, ylabel, what in PSEUDO:
-            series = [
-                replace(one, look=looks.get(row.method))
-                for row in rows
-                if (one := _over(found, row, metric))
-            ]
+            series = figures.over_iterations([*best.items()], found.results, metric)
             if series:
-                figure = charts.curves(series, "iteration", ylabel, title=what)
+                figure = charts.curves(
+                    series[: figures.MOST_CURVES], "iteration", ylabel, title=what
+                )
                 drawn.append(_chart(figure, f"Pseudo-labels over iterations: {what}"))
-        groups.append(Group(heading=world_text(world), figures=drawn))
+        if drawn:
+            groups.append(Group(heading=world_text(world), figures=drawn))
     if not groups:
         return None
     return Section(
@@ -312,19 +254,6 @@ def pseudo_labels(found: Evidence) -> Section | None:
         ],
         groups=groups,
     )
-
-
-def _with_curves(found: Evidence, world: tuple[str, str, str]) -> list[Row]:
-    """The best row of each method that has more than one iteration, best first."""
-    best: dict[str, Row] = {}
-    for row in sorted(found.rows, key=lambda row: -row.mean):
-        if row.world == world and _over(found, row, "pseudo/accuracy"):
-            best.setdefault(row.method, row)
-    return list(best.values())[: figures.MOST_CURVES]
-
-
-def _over(found: Evidence, row: Row, metric: str) -> charts.Series | None:
-    return figures.over_iterations(found.results, row, metric, row.method)
 
 
 # ---------------------------------------------------------------- confusion
@@ -599,7 +528,7 @@ def _keys(found: Evidence) -> str:
 SECTIONS: tuple[Callable[[Evidence], Section | None], ...] = (
     answer,
     table,
-    responses,
+    by_setting,
     components,
     pseudo_labels,
     confusions,
@@ -620,12 +549,6 @@ def _chart(figure: Figure, alt: str) -> Picture:
 
 def _data(kind: str, content: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def _parts(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
-    """Equal parts of at most `size`."""
-    count = -(-len(items) // size)
-    return [items[len(items) * i // count : len(items) * (i + 1) // count] for i in range(count)]
 
 
 def _table(lines: Sequence[Mapping[str, str]], note: str = "") -> Layout:
