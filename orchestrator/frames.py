@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.ledger import Ledger
 from orchestrator.plan import Plan, Slot
 from orchestrator.report import Row
-from orchestrator.results import NAMED, settings_of, standing
+from orchestrator.results import NAMED, finished, settings_of, standing
 from orchestrator.store import ArtifactStore
-from orchestrator.trial import TrialRecord, read_trial
+from orchestrator.trial import TrialRecord
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -90,9 +90,7 @@ def rows_frame(rows: Sequence[Row]) -> DataFrame:
 
 def _records(plan: Plan, store: ArtifactStore) -> dict[str, TrialRecord]:
     """By slot; a trial that was pruned ran for another count of iterations and is no candidate."""
-    whole = [slot for slot in plan.slots if slot.id not in plan.pruned and store.has(slot.spec)]
-    store.fetch(slot.spec for slot in whole)
-    return {slot.id: read_trial(slot.spec, store) for slot in whole}
+    return {slot.id: record for slot, record in finished(plan, store)}
 
 
 def _settings(slot: Slot) -> dict[str, Any]:

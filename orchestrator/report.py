@@ -32,8 +32,6 @@ from orchestrator.statistics import (
     Runs,
     collapsed,
     corrected,
-    discordance,
-    images_needed,
     mean_interval,
     mean_score,
     paired_difference,
@@ -160,7 +158,6 @@ class Comparison:
     role: Role  # what b is to a
     settings: dict[str, Any]  # of a
     difference: Difference  # paired by image and run
-    images_needed: int | None  # to detect such a difference; None: it is 0
     row: Row  # of a
     p_corrected: float  # over all comparisons of the table
     other: Row  # of b
@@ -207,7 +204,7 @@ class Comparison:
             "p_corrected": self.p_corrected,
             "marked": self.significant,
             "untold": self.reason_not_tested,
-            "images_needed": self.images_needed,
+            "images_needed": found.images_needed,
         }
 
 
@@ -395,7 +392,6 @@ def comparisons(rows: Sequence[Row], entries: Sequence[Entry]) -> list[Compariso
             role=role,
             settings=row.settings,
             difference=difference,
-            images_needed=images_needed(difference.mean, results.discordance(row, other)),
             row=row,
             other=other,
             p_corrected=p,
@@ -495,10 +491,6 @@ class Results:
         """Its runs that are far below the others."""
         runs = self.runs(row)
         return collapsed(runs) if runs else []
-
-    def discordance(self, row: Row, other: Row) -> float:
-        a, b = self.runs(row), self.runs(other)
-        return discordance(a, b) if a and b else math.nan
 
     def seeds_and_splits(self) -> tuple[int, int]:
         """The number of splits, and of seeds in a split, that the rows have at most."""

@@ -191,7 +191,7 @@ def components(found: Evidence) -> Section | None:
             "n_test": str(gain.difference.n_test),
             "p": _p_value(gain.p),
             "p corrected": _p_value(gain.p_corrected),
-            "images needed": "" if gain.images_needed is None else f"{gain.images_needed:,}",
+            "images needed": _count(gain.difference.images_needed),
         }
         for gain in found.gains
     ]
@@ -207,6 +207,10 @@ def components(found: Evidence) -> Section | None:
         ],
         groups=[Group(figures=drawn, tables=[_table(lines)])],
     )
+
+
+def _count(number: int | None) -> str:
+    return "" if number is None else f"{number:,}"
 
 
 def _p_value(p: float) -> str:

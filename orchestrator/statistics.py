@@ -129,6 +129,7 @@ class Difference(Interval):
     run_noise: float  # what images alone put between top units, of which that is free
     units: int  # splits; seeds where there is one split
     differing: int  # images that the two did not score alike in every run
+    images_needed: int | None  # to detect such a difference; None: it is 0
     reason_not_tested: str  # why too little was run for a test; empty: enough was
 
 
@@ -163,7 +164,11 @@ def paired_difference(a: Runs, b: Runs, *, samples: int = 2000, seed: int = 0) -
     towards_zero = found.mean - found.low if found.mean > 0 else found.high - found.mean
     symmetric = _half_width(ALPHA, parts.image_variance, parts.run_variance, parts.units - 1)
     skew = towards_zero / symmetric if symmetric > 0 else 1.0
-    differing = _differing(scores)
+    differing = [score.sides[0] != score.sides[1] for score in scores]
+    images = len(
+        np.unique(np.concatenate([s.image_ids[d] for s, d in zip(scores, differing, strict=True)]))
+    )
+    discordance = float(np.mean([d.mean() for d in differing]))
     return Difference(
         **vars(found),
         p=_p_value(
@@ -177,8 +182,9 @@ def paired_difference(a: Runs, b: Runs, *, samples: int = 2000, seed: int = 0) -
         run_variance=parts.run_variance,
         run_noise=parts.run_noise,
         units=parts.units,
-        differing=differing,
-        reason_not_tested=_reason_not_tested(scores, differing),
+        differing=images,
+        images_needed=images_needed(found.mean, discordance),
+        reason_not_tested=_reason_not_tested(scores, images),
     )
 
 
@@ -249,15 +255,6 @@ def collapsed(runs: Runs) -> list[Collapse]:
     return found
 
 
-def discordance(a: Runs, b: Runs) -> float:
-    """Share of test images on which one of the two is right and the other wrong, mean over pairs.
-
-    nan: no run in common.
-    """
-    shares = [float((pair.sides[0] != pair.sides[1]).mean()) for pair in _pairs(a, b)]
-    return float(np.mean(shares)) if shares else math.nan
-
-
 def images_needed(difference: float, discordance: float) -> int | None:
     """Test images on which one pair of runs would show such a difference.
 
@@ -266,13 +263,16 @@ def images_needed(difference: float, discordance: float) -> int | None:
     It takes the observed difference for the true one and leaves the variation over splits and
     seeds out; averaging over several runs needs fewer images.
 
+    Args:
+        discordance: share of the test images on which one of the two is right and the other wrong.
+
     Returns:
-        None: no number of images is enough, the difference is 0 or unknown.
+        None: no number of images is enough, the difference is 0.
 
     >>> images_needed(0.02, 0.20)
     3923
     """
-    if difference == 0 or math.isnan(difference) or math.isnan(discordance):
+    if difference == 0:
         return None
     p = max(discordance, abs(difference))  # a difference needs at least that many discordant images
     root = Z_95 * math.sqrt(p) + Z_POWER_80 * math.sqrt(p - difference**2)
@@ -430,11 +430,6 @@ def _student(alpha: float, freedom: float) -> float:
     from scipy.special import stdtrit
 
     return -float(stdtrit(freedom, alpha / 2))
-
-
-def _differing(scores: Sequence[_Scores]) -> int:
-    found = [s.image_ids[s.sides[0] != s.sides[1]] for s in scores]
-    return len(np.unique(np.concatenate(found)))
 
 
 def _reason_not_tested(scores: Sequence[_Scores], differing: int) -> str:

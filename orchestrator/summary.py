@@ -100,8 +100,8 @@ def _parts(c: Comparison, many: bool, settings: bool) -> list[str]:
     else:
         parts.append("significant" if c.significant else "not significant")
     parts.append(f"n {c.difference.n}, n_test {c.difference.n_test}")
-    if c.images_needed is not None and not c.significant:
-        parts.append(f"a difference of this size needs {c.images_needed:,} test images")
+    if c.difference.images_needed is not None and not c.significant:
+        parts.append(f"a difference of this size needs {c.difference.images_needed:,} test images")
     if many:
         parts.append(f"{c.row.dataset}, {c.row.paradigm}/{c.row.modality}")
     if settings:

@@ -228,7 +228,7 @@ def test_a_method_is_compared_with_its_host_and_its_control() -> None:
     for c in found:
         assert c.difference.mean == pytest.approx(by_method[c.a] - by_method[c.b])
         assert c.difference.low <= c.difference.mean <= c.difference.high
-        assert c.images_needed is None or c.images_needed > 0
+        assert c.difference.images_needed is None or c.difference.images_needed > 0
 
 
 def test_pairing_by_image_is_narrower_than_two_separate_intervals() -> None:
