@@ -29,6 +29,7 @@ from orchestrator.report import (
     shown,
     splits_and_seeds,
     varied_settings,
+    world_text,
     worlds_of,
 )
 
@@ -125,7 +126,7 @@ def pivot(
         down=tuple(lines),
         across=tuple(columns),
         cells=cells.assign(best=_best(cells, columns) & (name == ACCURACY or _share(name))),
-        caption=tuple(_caption(rows, name, results, found)),
+        caption=tuple(_caption(rows, name, found)),
         notes=(*choice_notes(rows), *collapse_notes(rows, results)),
     )
 
@@ -198,12 +199,10 @@ def _share(metric: str) -> bool:
     return metric.startswith(SHARES)
 
 
-def _caption(
-    rows: Sequence[Row], metric: str, results: Results, found: Sequence[Comparison]
-) -> list[str]:
+def _caption(rows: Sequence[Row], metric: str, found: Sequence[Comparison]) -> list[str]:
     words = WORDS.get(metric, f"{metric}{' in %' if _share(metric) else ''}")
     worlds = worlds_of(rows)
-    where = f" ({worlds[0][0]}, {worlds[0][1]}/{worlds[0][2]})" if len(worlds) == 1 else ""
+    where = f" ({world_text(worlds[0])})" if len(worlds) == 1 else ""
     ns = sorted({row.n for row in rows})
     n = f"n = {ns[0]}" if len(ns) == 1 else f"n = {ns[0]} to {ns[-1]}"
     tests = sorted({row.n_test for row in rows})
@@ -214,10 +213,10 @@ def _caption(
     if metric == ACCURACY or _share(metric):
         text.append("Bold: the best of its column in one dataset, paradigm and modality.")
     if metric == ACCURACY:
-        return [*text, *protocol_notes(rows, results), *mark_notes(found)]
+        return [*text, *protocol_notes(rows), *mark_notes(found)]
     return [
         *text,
-        splits_and_seeds(results),
+        splits_and_seeds(rows),
         "No difference is tested: only the accuracy is kept image by image.",
     ]
 

@@ -492,16 +492,6 @@ class Results:
         runs = self.runs(row)
         return collapsed(runs) if runs else []
 
-    def seeds_and_splits(self) -> tuple[int, int]:
-        """The number of splits, and of seeds in a split, that the rows have at most."""
-        per_row = [
-            Counter(run.split_seed for run in runs.runs)
-            for runs in map(self.runs, self._rows)
-            if runs
-        ]
-        seeds = max((n for counts in per_row for n in counts.values()), default=0)
-        return seeds, len({split for counts in per_row for split in counts})
-
 
 # ---------------------------------------------------------------- words and numbers
 
@@ -515,13 +505,11 @@ def varied_settings(rows: Sequence[Row], entries: Sequence[Entry]) -> list[str]:
     return [key for key, values in seen.items() if len(values) > 1]
 
 
-def protocol_notes(rows: Sequence[Row], results: Results) -> list[str]:
+def protocol_notes(rows: Sequence[Row]) -> list[str]:
     """Measure, splits and seeds, interval: sentences for a caption."""
     notes = []
     if any(row.metric == "harmonic_mean" for row in rows):
         notes.append("TRZSL: harmonic mean of the accuracies on seen and on unseen classes.")
-    if splits := splits_and_seeds(results):
-        notes.append(splits)
     kinds = Counter(row.interval for row in rows)
     usual = kinds.most_common(1)[0][0]
     text = f"Interval: {usual}"
@@ -529,13 +517,13 @@ def protocol_notes(rows: Sequence[Row], results: Results) -> list[str]:
         if kind != usual:
             methods = dict.fromkeys(row.method for row in rows if row.interval == kind)
             text += f"; {', '.join(methods)}: {kind.removeprefix('95 % bootstrap ')}"
-    return [*notes, text + "."]
+    return [*notes, splits_and_seeds(rows), text + "."]
 
 
-def splits_and_seeds(results: Results) -> str:
-    seeds, splits = results.seeds_and_splits()
-    if not splits:
-        return ""
+def splits_and_seeds(rows: Sequence[Row]) -> str:
+    """The number of splits, and of seeds in a split, that the rows have at most."""
+    splits = max(row.protocol.splits for row in rows)
+    seeds = max(1, *(row.protocol.seeds for row in rows))
     each = " each" if splits > 1 else ""
     return f"{counted(splits, 'split')}, {counted(seeds, 'seed')}{each}."
 
@@ -546,13 +534,12 @@ def collapse_notes(rows: Sequence[Row], results: Results, most: int = 4) -> list
     worlds = worlds_of(rows)
     notes = []
     for row, one in fallen[:most]:
-        world = f"{row.dataset}, {row.paradigm}/{row.modality}: " if len(worlds) > 1 else ""
+        world = f"{world_text(row.world)}, " if len(worlds) > 1 else ""
         seed = "" if one.seed is None else f", seed {one.seed}"
-        text = settings_text(row, list(row.settings))
         notes.append(
-            f"Collapsed: {world}{row.method}{f' ({text})' if text else ''}, split "
-            f"{one.split_seed}{seed} has {percent(one.score)} where the others have "
-            f"{percent(one.others)}; it counts like every run."
+            f"Collapsed: {world}{named(row, list(row.settings))}, split {one.split_seed}{seed} has "
+            f"{percent(one.score)} where the others have {percent(one.others)}; it counts like "
+            "every run."
         )
     if len(fallen) > most:
         notes.append(f"{counted(len(fallen) - most, 'more run')} collapsed.")
@@ -598,8 +585,7 @@ def world_text(world: tuple[str, str, str]) -> str:
 
 def headline(found: Sequence[Row]) -> str:
     """What the rows are judged by, with its unit."""
-    words: Mapping[str, str] = {"accuracy": "accuracy", "harmonic_mean": "harmonic mean"}
-    return f"{' or '.join(dict.fromkeys(words[row.metric] for row in found))}, %"
+    return f"{' or '.join(dict.fromkeys(row.metric for row in found)).replace('_', ' ')}, %"
 
 
 def worlds_of(rows: Iterable[Row]) -> list[tuple[str, str, str]]:

@@ -61,7 +61,7 @@ def summary(
     if len(differences) > MOST:
         lines.append(f" {len(differences) - MOST} more differences stand in the table")
     for note in [
-        *protocol_notes(rows, results),
+        *protocol_notes(rows),
         *choice_notes(rows),
         *collapse_notes(rows, results),
     ]:

@@ -101,7 +101,7 @@ def laid_out(
     return Layout(
         frame=frame,
         bold=frozenset((i, accuracy) for i, row in enumerate(rows) if row.mean == tops[row.world]),
-        caption=[*_caption(rows, results, list(frame.columns)), *mark_notes(found)],
+        caption=[*_caption(rows, list(frame.columns)), *mark_notes(found)],
         notes=[*choice_notes(rows), *collapse_notes(rows, results)],
     )
 
@@ -141,10 +141,10 @@ def records(
     return [{name: line[name] for name in kept} for line in lines]
 
 
-def _caption(rows: Sequence[Row], results: Results, header: Sequence[str]) -> Iterator[str]:
+def _caption(rows: Sequence[Row], header: Sequence[str]) -> Iterator[str]:
     where = "; ".join(f"{d}, {p}/{m}" for d, p, m in worlds_of(rows))
     yield f"Test accuracy in %, mean ± standard deviation over n runs ({where})."
-    yield from protocol_notes(rows, results)
+    yield from protocol_notes(rows)
     yield "n_test: test images of one run."
     if "fused" in header:
         yield "Fused: text and auxiliary classifier together."

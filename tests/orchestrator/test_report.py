@@ -7,7 +7,6 @@ import io
 import json
 import os
 import re
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -487,19 +486,6 @@ def test_a_table_of_nothing_says_so() -> None:
 def test_rows_alone_make_a_table_without_gains() -> None:
     header, *_ = cells(table(rows(quickstart(), None), "md"))
     assert header == ["method", "accuracy", "95 %", "n", "n_test"]
-
-
-def test_five_hundred_trials_are_tabled_in_seconds() -> None:
-    entries = [
-        entry
-        for k in range(84)
-        for method in ("cpl", "air")
-        for entry in trials(method, settings={"generation.seed": k}, cell=f"{method}-{k}")
-    ]
-    started = time.perf_counter()
-    text = table(rows(entries, None), "md", entries)
-    assert time.perf_counter() - started < 15  # about 1.5 s on one free core
-    assert len(cells(text)) == 2 + 168
 
 
 # ---------------------------------------------------------------- the screen
