@@ -1,6 +1,6 @@
-"""The sections of a report, each a function from evidence to texts, charts and tables.
+"""The sections of a report, each a function from evidence to groups of charts and tables.
 
-A section says what it shows in its first sentence; one that has nothing to show is left out.
+A section without a group is left out.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -53,42 +53,34 @@ class Picture:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
+    """What stands together in a section."""
+
     heading: str = ""
+    texts: Sequence[str] = ()
+    cards: Sequence[Mapping[str, str]] = ()  # names and texts; of the heading the name is empty
     figures: Sequence[Picture] = ()
     tables: Sequence[Layout] = ()
     details: Sequence[tuple[str, str]] = ()  # folded texts with their names
 
 
-@dataclass(frozen=True, kw_only=True)
-class Section:
-    id: str
-    title: str
-    texts: Sequence[str] = ()
-    answers: Sequence[Mapping[str, str]] = ()  # a card each: its heading, then names and texts
-    groups: Sequence[Group] = field(default_factory=tuple)
-
-
 # ---------------------------------------------------------------- the answer
 
 
-def answer(found: Evidence) -> Section:
+def answer(found: Evidence) -> Iterator[Group]:
     """The best row of each world, and the best with synthetic images where that is another."""
-    texts = [_verdict(found), _state(found)]
     lines = records(found.rows, found.entries, found.gains)
-    answers = []
+    cards = []
     for world in worlds_of(found.rows):
         best = _best(found.rows, world)
         drawn = [row for row in found.rows if row.world == world and _draws(row.method)]
-        cards = {"highest mean": best}
+        chosen = {"highest mean": best}
         if drawn and not _draws(best.method):
-            cards["highest mean with synthetic images"] = _best(drawn, world)
-        for what, row in cards.items():
+            chosen["highest mean with synthetic images"] = _best(drawn, world)
+        for what, row in chosen.items():
             line = next(line for line, of in zip(lines, found.rows, strict=True) if of is row)
             about = {key: text for key, text in line.items() if text and key not in WORLD}
-            answers.append({"": f"{world_text(world)}: {what}", **about})
-    return Section(
-        id="answer", title="Answer", texts=[text for text in texts if text], answers=answers
-    )
+            cards.append({"": f"{world_text(world)}: {what}", **about})
+    yield Group(texts=[*filter(None, [_verdict(found), _state(found)])], cards=cards)
 
 
 def _best(rows: Sequence[Row], world: tuple[str, str, str]) -> Row:
@@ -133,23 +125,18 @@ def _state(found: Evidence) -> str:
 # ---------------------------------------------------------------- the table
 
 
-def table(found: Evidence) -> Section:
+def table(found: Evidence) -> Iterator[Group]:
     """All rows, as `airsweep table` prints them."""
     layout = laid_out(found.rows, found.entries, found.gains)
     figure = figures.accuracy(found.rows, found.entries)
     drawn = [_chart(figure, f"Accuracy of {len(found.rows)} rows with intervals")]
-    return Section(
-        id="table",
-        title="Accuracy",
-        texts=[" ".join(layout.caption)],
-        groups=[Group(figures=drawn, tables=[layout])],
-    )
+    yield Group(texts=[" ".join(layout.caption)], figures=drawn, tables=[layout])
 
 
 # ---------------------------------------------------------------- count and weight
 
 
-def by_setting(found: Evidence) -> Section | None:
+def by_setting(found: Evidence) -> Iterator[Group]:
     """Accuracy against each number that the sweep varies."""
     drawn = []
     for key in figures.numeric_settings(found.points):
@@ -158,26 +145,23 @@ def by_setting(found: Evidence) -> Section | None:
             title = f"{number} of {len(parts)}" if len(parts) > 1 else ""
             figure = figures.setting_chart(part, found.rows, key, title)
             drawn.append(_chart(figure, f"Accuracy against {key}"))
-    if not drawn:
-        return None
     text = (
         "Mean over runs against the setting; the band is the 95 % interval. Dashed lines are "
         "methods without this setting."
     )
     if found.sweep.search is not None:
         text = "Every point of the search, one dot each; other settings vary along with it."
-    return Section(
-        id="settings", title="Accuracy by setting", texts=[text], groups=[Group(figures=drawn)]
-    )
+    if drawn:
+        yield Group(texts=[text], figures=drawn)
 
 
 # ---------------------------------------------------------------- what the parts bring
 
 
-def components(found: Evidence) -> Section | None:
+def components(found: Evidence) -> Iterator[Group]:
     """Each row minus its host and its control."""
     if not found.gains:
-        return None
+        return
     figure = figures.differences(found.gains, found.varied)
     drawn = [_chart(figure, "Differences with intervals and a line at 0")]
     lines = [
@@ -195,18 +179,8 @@ def components(found: Evidence) -> Section | None:
         }
         for gain in found.gains
     ]
-    return Section(
-        id="components",
-        title="What each part brings",
-        texts=[
-            "A method with synthetic images minus its host, and minus its control, which builds "
-            "the same auxiliary classifier from real pseudo-labelled images (diamonds). Paired by "
-            "image and run; grey: the 95 % interval contains 0. Images needed: test images that "
-            "detect a difference of this size in one pair of runs (80 % power).",
-            " ".join(mark_notes(found.gains)),
-        ],
-        groups=[Group(figures=drawn, tables=[_table(lines)])],
-    )
+    notes = [" ".join(mark_notes(found.gains))]
+    yield Group(texts=notes, figures=drawn, tables=[_table(lines)])
 
 
 def _count(number: int | None) -> str:
@@ -227,9 +201,8 @@ PSEUDO = (
 )
 
 
-def pseudo_labels(found: Evidence) -> Section | None:
+def pseudo_labels(found: Evidence) -> Iterator[Group]:
     """How good pseudo-labels are, iteration by iteration."""
-    groups = []
     for world in worlds_of(found.rows)[:MOST_WORLDS]:
         best: dict[str, Row] = {}  # the best row of each method
         for row in sorted(found.rows, key=lambda row: -row.mean):
@@ -244,28 +217,14 @@ def pseudo_labels(found: Evidence) -> Section | None:
                 )
                 drawn.append(_chart(figure, f"Pseudo-labels over iterations: {what}"))
         if drawn:
-            groups.append(Group(heading=world_text(world), figures=drawn))
-    if not groups:
-        return None
-    return Section(
-        id="pseudo-labels",
-        title="Pseudo-labels",
-        texts=[
-            "Means over runs, with the band from the lowest to the highest run. Hosts (such as "
-            "cpl) label with the text classifier alone, others with an auxiliary classifier beside "
-            "it: of synthetic images (air), or of real ones (the control). The labels are compared "
-            "with the truth after the fact; nothing in training sees it."
-        ],
-        groups=groups,
-    )
+            yield Group(heading=world_text(world), figures=drawn)
 
 
 # ---------------------------------------------------------------- confusion
 
 
-def confusions(found: Evidence) -> Section | None:
+def confusions(found: Evidence) -> Iterator[Group]:
     """Which classes are taken for which, by the best row and by its host."""
-    groups = []
     for world in worlds_of(found.rows)[:MOST_WORLDS]:
         best = _best(found.rows, world)
         known = METHODS.get(best.method)
@@ -281,17 +240,7 @@ def confusions(found: Evidence) -> Section | None:
                 for true, taken, share in confused(matrix, names)
             ]
         tables = [_table(lines)] if lines else []
-        groups.append(Group(heading=world_text(world), figures=drawn, tables=tables))
-    return Section(
-        id="confusion",
-        title="Confusion",
-        texts=[
-            "Test images of all runs by true class (rows) and predicted class (columns): the best "
-            "row of each and its host. Shades are shares of the true class, from 0 (dark) to 1 "
-            "(bright)."
-        ],
-        groups=groups,
-    )
+        yield Group(heading=world_text(world), figures=drawn, tables=tables)
 
 
 def _classnames(found: Evidence, row: Row) -> Sequence[str]:
@@ -302,12 +251,10 @@ def _classnames(found: Evidence, row: Row) -> Sequence[str]:
 # ---------------------------------------------------------------- pictures
 
 
-def images(found: Evidence) -> Section | None:
-    """Real images beside what the diffusion model draws, and how good the latter are."""
-    groups = [*_contact_sheet(found), *_audits(found)]
-    if not groups:
-        return None
-    return Section(id="images", title="Images", groups=groups)
+def images(found: Evidence) -> Iterator[Group]:
+    """Real images beside those of the diffusion model, and how good the latter are."""
+    yield from _contact_sheet(found)
+    yield from _audits(found)
 
 
 def _contact_sheet(found: Evidence) -> Iterator[Group]:
@@ -372,12 +319,13 @@ def _plus_minus(pair: tuple[float, float] | None) -> str:
 # ---------------------------------------------------------------- search
 
 
-def searched(found: Evidence) -> Section | None:
+def searched(found: Evidence) -> Iterator[Group]:
     """What a search tried, which settings mattered, and whether its objective was a guide."""
     search = found.sweep.search
     if search is None:
-        return None
-    groups = []
+        return
+    if notes := choice_notes(found.rows):
+        yield Group(texts=notes)
     objectives = {(e.cell, e.point): e.objective for e in found.entries}
     chosen = {row.cell: row.point for row in found.rows}
     for cell in found.plan.cells:
@@ -417,10 +365,7 @@ def searched(found: Evidence) -> Section | None:
         lines = [{"setting": key, "importance": f"{share:.0%}"} for key, share in weights.items()]
         note = "Importance: share of the variance of the objective (functional ANOVA)."
         tables = [_table(lines, note)] if lines else []
-        groups.append(Group(heading=cell.id, figures=drawn, tables=tables))
-    if not groups:
-        return None
-    return Section(id="search", title="Search", texts=choice_notes(found.rows), groups=groups)
+        yield Group(heading=cell.id, figures=drawn, tables=tables)
 
 
 def _importances(
@@ -435,7 +380,7 @@ def _importances(
 # ---------------------------------------------------------------- time, failures, lineage
 
 
-def costs(found: Evidence) -> Section:
+def costs(found: Evidence) -> Iterator[Group]:
     """Where the time went."""
     words = {**WORDS, "trials": "trials"}
     lines = []
@@ -454,12 +399,10 @@ def costs(found: Evidence) -> Section:
     text = "Work that this sweep did itself, added up over workers and runs."
     text += f" The last run took {clock(wall)}." if wall else ""
     text += f" {counted(reused, 'trial')} had a result already and cost nothing." if reused else ""
-    return Section(
-        id="cost", title="Time and cost", texts=[text], groups=[Group(tables=[_table(lines)])]
-    )
+    yield Group(texts=[text], tables=[_table(lines)])
 
 
-def failures(found: Evidence) -> Section | None:
+def failures(found: Evidence) -> Iterator[Group]:
     """What failed, and what was done about it."""
     failed = Counter(
         (event["failure_class"], event["message"], what)
@@ -476,21 +419,15 @@ def failures(found: Evidence) -> Section | None:
     rows += [
         (name, f"{count} tried again", "") for name, count in sorted(found.standing.retried.items())
     ]
-    if not rows:
-        return None
     lines = [
         {"class": name, "how many": many, "message": message, "remedy": CLASSES[name].remedy}
         for name, many, message in rows
     ]
-    return Section(
-        id="failures",
-        title="Failures",
-        texts=["What has no result. The next run tries all of it again."],
-        groups=[Group(tables=[_table(lines)])],
-    )
+    if lines:
+        yield Group(tables=[_table(lines)])
 
 
-def lineage(found: Evidence) -> Section:
+def lineage(found: Evidence) -> Iterator[Group]:
     """From which inputs, with which code, and how to get it again."""
     facts = [
         (name, ", ".join(map(str, found.made(name))))
@@ -505,19 +442,13 @@ def lineage(found: Evidence) -> Section:
     lines = [{"name": name, "value": value} for name, value in facts if value]
     name = f"{found.place.project}/{found.place.name}"
     again = f"airsweep run {found.sweep.source}"
-    return Section(
-        id="lineage",
-        title="Lineage",
+    yield Group(
         texts=[
             f"Sweep {name}. The same again: {again}. One trial again, from its record: airsweep "
             "repro KEY. The differences between two trials: airsweep diff A B."
         ],
-        groups=[
-            Group(
-                tables=[_table(lines)],
-                details=[("The sweep file", found.sweep.text), ("Trial keys", _keys(found))],
-            )
-        ],
+        tables=[_table(lines)],
+        details=[("The sweep file", found.sweep.text), ("Trial keys", _keys(found))],
     )
 
 
@@ -529,18 +460,46 @@ def _keys(found: Evidence) -> str:
     return "\n".join(lines)
 
 
-SECTIONS: tuple[Callable[[Evidence], Section | None], ...] = (
-    answer,
-    table,
-    by_setting,
-    components,
-    pseudo_labels,
-    confusions,
-    images,
-    searched,
-    costs,
-    failures,
-    lineage,
+# Address, title, first paragraph, and what follows.
+SECTIONS: tuple[tuple[str, str, str, Callable[[Evidence], Iterator[Group]]], ...] = (
+    ("answer", "Answer", "", answer),
+    ("table", "Accuracy", "", table),
+    ("settings", "Accuracy by setting", "", by_setting),
+    (
+        "components",
+        "What each part brings",
+        "A method with synthetic images minus its host, and minus its control, which builds the "
+        "same auxiliary classifier from real pseudo-labelled images (diamonds). Paired by image "
+        "and run; grey: the 95 % interval contains 0. Images needed: test images that detect a "
+        "difference of this size in one pair of runs (80 % power).",
+        components,
+    ),
+    (
+        "pseudo-labels",
+        "Pseudo-labels",
+        "Means over runs, with the band from the lowest to the highest run. Hosts (such as cpl) "
+        "label with the text classifier alone, others with an auxiliary classifier beside it: of "
+        "synthetic images (air), or of real ones (the control). The labels are compared with the "
+        "truth after the fact; nothing in training sees it.",
+        pseudo_labels,
+    ),
+    (
+        "confusion",
+        "Confusion",
+        "Test images of all runs by true class (rows) and predicted class (columns): the best row "
+        "of each and its host. Shades are shares of the true class, from 0 (dark) to 1 (bright).",
+        confusions,
+    ),
+    ("images", "Images", "", images),
+    ("search", "Search", "", searched),
+    ("cost", "Time and cost", "", costs),
+    (
+        "failures",
+        "Failures",
+        "Work without a result. The next run tries all of it again.",
+        failures,
+    ),
+    ("lineage", "Lineage", "", lineage),
 )
 
 
