@@ -230,30 +230,6 @@ def heat(
     return figure
 
 
-def scatter(
-    x: Sequence[float],
-    y: Sequence[float],
-    xlabel: str,
-    ylabel: str,
-    *,
-    title: str = "",
-    chosen: int | None = None,
-    default: int | None = None,
-) -> Figure:
-    """Points of a search; two of them may be marked."""
-    figure, axes = _figure(WIDTH, 2.6)
-    with _style():
-        axes.plot(x, y, "o", color=COLORS[0], markersize=4.5, alpha=0.8)
-        marked = (("chosen", chosen, COLORS[1], "D"), ("default", default, COLORS[2], "s"))
-        for name, which, color, mark in marked:
-            if which is not None:
-                axes.plot([x[which]], [y[which]], mark, color=color, markersize=6.5, label=name)
-        _named(axes, xlabel, ylabel, title)
-        if axes.get_legend_handles_labels()[1]:
-            _legend(figure, axes, WIDTH)
-    return figure
-
-
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure  # heavy, and without pyplot there is no global state
 

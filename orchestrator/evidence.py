@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -89,18 +88,20 @@ class Evidence:
 
     def costs(self) -> dict[str, tuple[int, float]]:
         """Times made and seconds of one worker, by stage; of what this sweep made itself."""
-        counts: Counter[str] = Counter()
-        seconds: dict[str, float] = {}
-        for event in self.place.ledger().events():
-            if event["event"] == "artifact_prepared":
-                counts[event["stage"]] += 1
-                before = seconds.get(event["stage"], 0.0)
-                seconds[event["stage"]] = before + event["seconds"]
+        from pandas import DataFrame
+
+        events = self.place.ledger().events()
+        seconds = [
+            (event["stage"], event["seconds"])
+            for event in events
+            if event["event"] == "artifact_prepared"
+        ]
         states = self.standing.last
         own = {s.key.digest for s in self.plan.slots if states.get(s.id) == "done"}
         trials = {entry.key: entry.seconds for entry in self.entries if entry.key in own}
-        counts["trials"], seconds["trials"] = len(trials), sum(trials.values())
-        return {stage: (counts[stage], seconds[stage]) for stage in counts}
+        seconds += [("trials", value) for value in trials.values()]
+        groups = DataFrame(seconds, columns=["stage", "seconds"]).groupby("stage", sort=False)
+        return {stage: (len(of), of["seconds"].sum()) for stage, of in groups}
 
     def inputs(self) -> dict[str, str]:
         """Digests of all that was read, by what and name."""

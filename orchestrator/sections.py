@@ -349,16 +349,20 @@ def searched(found: Evidence) -> Iterator[Group]:
             percent=False,
             title="History",
         )
-        which = numbers.index(chosen[cell.id]) if chosen.get(cell.id) in numbers else None
-        first = numbers.index(0) if 0 in numbers else None
-        guide = charts.scatter(
-            values,
-            [100 * row.mean for row, _ in pairs],
+        shown = {"chosen": chosen.get(cell.id), "default": 0}
+        marked = [
+            charts.Series(label=name, x=[value], y=[row.mean])
+            for name, point in shown.items()
+            for row, value in pairs
+            if row.point == point
+        ]
+        every = charts.Series(label="point", x=values, y=[row.mean for row, _ in pairs])
+        guide = charts.curves(
+            [every, *marked],
             search.objective,
             "test accuracy, %",
             title="Objective against test",
-            chosen=which,
-            default=first if first != which else None,
+            joined=False,
         )
         drawn = [_chart(history, "Objective by point"), _chart(guide, "Objective against test")]
         weights = _importances(found, cell.id, [(row.settings, value) for row, value in pairs])

@@ -310,7 +310,6 @@ def test_charts_are_the_same_each_time_and_hold_their_labels():
             [charts.Dot(label="air", value=0.5, low=0.4, high=0.6)], "x", zero=True
         ),
         lambda: charts.heat(np.eye(3, dtype=int), ["a", "b", "c"]),
-        lambda: charts.scatter([1, 2], [3, 4], "x", "y", chosen=1, default=0),
     ):
         assert charts.svg(make()) == charts.svg(make())
         assert charts.png(make()) == charts.png(make())
