@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from orchestrator.marked_yaml import shown as said
+from orchestrator.output import aligned
 from orchestrator.paper_file import Paper, Published, PublishedGain
 from orchestrator.report import Protocol, Results, Row, percent, settings_text, signed
 from orchestrator.statistics import ALPHA, Difference, corrected, holm, paired_difference
@@ -487,16 +488,8 @@ def _block(judged: Sequence[Judged], reasons: dict[str, int], width: int) -> Ite
     header = ("", "here", "there", "difference", "verdict")
     body = [_line(one, judged, reasons) for one in judged]
     kept = [i for i in range(len(header)) if i in (0, 4) or any(line[i] for line in body)]
-    widths = [max(len(line[i]) for line in (header, *body)) for i in kept]
-    room = width - sum(widths[1:]) - 3 * (len(kept) - 1)
-    widths[0] = min(widths[0], max(room, 12))
-    for line in (header, *body) if body else ():
-        first, *others = (line[i] for i in kept)
-        if len(first) > widths[0]:  # a line of its own
-            yield first
-            first = ""
-        cells = [cell.rjust(w) for cell, w in zip(others[:-1], widths[1:], strict=False)]
-        yield "   ".join([first.ljust(widths[0]), *cells, others[-1]]).rstrip()
+    if body:
+        yield from aligned([[line[i] for i in kept] for line in (header, *body)], width)
 
 
 def _line(one: Judged, judged: Sequence[Judged], reasons: dict[str, int]) -> tuple[str, ...]:
