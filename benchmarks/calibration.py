@@ -175,7 +175,9 @@ def counted(world: Scenario, simulations: int, methods: int, seed: int = 0) -> C
         p = corrected(found)
         left_out = [not one.low <= 0 <= one.high for one in found]
         below = [one.p < ALPHA for one in found]
-        marks = [value < ALPHA and not one.untold for one, value in zip(found, p, strict=True)]
+        marks = [
+            value < ALPHA and not one.reason_not_tested for one, value in zip(found, p, strict=True)
+        ]
         counts.tables += 1
         counts.single += left_out[0]
         counts.compared += len(found)

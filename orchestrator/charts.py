@@ -58,7 +58,6 @@ class Series:
     y: Sequence[float]
     low: Sequence[float] | None = None  # of the band
     high: Sequence[float] | None = None
-    look: int | None = None  # which colour, mark and dash; None: by its place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,8 +107,7 @@ def curves(
     figure, axes = _figure(width, 2.6 if width == WIDTH else 3.6)
     with _style():
         factor = 100 if percent else 1
-        for position, one in enumerate(series):
-            number = position if one.look is None else one.look
+        for number, one in enumerate(series):
             color = COLORS[number % len(COLORS)]
             x = np.asarray(one.x, dtype=float)
             axes.plot(
@@ -230,56 +228,6 @@ def heat(
                     axes.text(column, row, text, ha="center", va="center", fontsize=6, color=color)
         _named(axes, "predicted", "true", title)
     return figure
-
-
-def scatter(
-    x: Sequence[float],
-    y: Sequence[float],
-    xlabel: str,
-    ylabel: str,
-    *,
-    title: str = "",
-    chosen: int | None = None,
-    default: int | None = None,
-) -> Figure:
-    """Points of a search; two of them may be marked."""
-    figure, axes = _figure(WIDTH, 2.6)
-    with _style():
-        axes.plot(x, y, "o", color=COLORS[0], markersize=4.5, alpha=0.8)
-        marked = (("chosen", chosen, COLORS[1], "D"), ("default", default, COLORS[2], "s"))
-        for name, which, color, mark in marked:
-            if which is not None:
-                axes.plot([x[which]], [y[which]], mark, color=color, markersize=6.5, label=name)
-        _named(axes, xlabel, ylabel, title)
-        if axes.get_legend_handles_labels()[1]:
-            _legend(figure, axes, WIDTH)
-    return figure
-
-
-def bars(values: Mapping[str, float], xlabel: str, *, title: str = "") -> Figure:
-    """A horizontal bar for each name, its number at the end."""
-    figure, axes = _figure(WIDTH, 0.75 + 0.22 * len(values))
-    with _style():
-        most = max(values.values(), default=0.0) or 1.0
-        axes.barh(range(len(values)), list(values.values()), color=COLORS[0], height=0.65)
-        for line, value in enumerate(values.values()):
-            axes.text(value + 0.015 * most, line, _short(value), va="center", fontsize=7.5)
-        axes.set_yticks(range(len(values)), list(values))
-        axes.set_ylim(len(values) - 0.5, -0.5)
-        axes.set_xlim(0, 1.18 * most)
-        axes.grid(axis="y", visible=False)
-        _named(axes, xlabel, "", title)
-    return figure
-
-
-def _short(value: float) -> str:
-    """
-    >>> [_short(value) for value in (0.0, 0.123, 9.96, 1234.5)]
-    ['0', '0.12', '10', '1,234']
-    """
-    if value == 0:
-        return "0"
-    return f"{value:,.0f}" if value >= 9.95 else f"{value:.2g}"
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:

@@ -37,9 +37,9 @@ from orchestrator.findings import (
 )
 from orchestrator.fit import Machine, this_machine
 from orchestrator.inventory import size
-from orchestrator.layouts import columns
 from orchestrator.lineage import ROOT, commit
 from orchestrator.locks import StoreRefused
+from orchestrator.output import aligned
 from orchestrator.place import Place, Refused, lost_store
 from orchestrator.plan import Plan
 from orchestrator.remote import S3, folder_of, scheme_of
@@ -121,10 +121,10 @@ class Report:
 def screen(found: Mapping[str, Any]) -> str:
     """A report, as JSON has it, for people: the driver, the table of machines, what is wrong."""
     rows = [(name, check["state"], check["said"]) for name, check in found["checks"].items()]
-    parts = ["\n".join(columns(rows))]
+    parts = ["\n".join(aligned(rows))]
     if found["machines"]:
         states = [(name, *checks.values()) for name, checks in found["machines"].items()]
-        parts.append("\n".join(columns([("machine", *CHECKS), *states])))
+        parts.append("\n".join(aligned([("machine", *CHECKS), *states])))
     if found["findings"]:
         parts.append("\n".join(lines(Finding(**one) for one in found["findings"])))
     return "\n\n".join(parts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +16,7 @@ from orchestrator.audits import audited_by, known_card, ready
 from orchestrator.children import refs_of
 from orchestrator.place import Place, read_outcome
 from orchestrator.plan import Plan, plan_sweep
-from orchestrator.report import Comparison, Entry, Results, Row, comparisons, rows
+from orchestrator.report import Comparison, Entry, Results, Row, comparisons, rows, varied_settings
 from orchestrator.results import Standing, entries_of, rows_of, standing
 from orchestrator.sweep import SweepSpec
 
@@ -43,6 +42,11 @@ class Evidence:
     @cached_property
     def gains(self) -> list[Comparison]:
         return comparisons(self.rows, self.entries)
+
+    @cached_property
+    def varied(self) -> list[str]:
+        """Settings with more than one value."""
+        return varied_settings(self.rows, self.entries)
 
     @cached_property
     def points(self) -> list[Row]:
@@ -84,18 +88,20 @@ class Evidence:
 
     def costs(self) -> dict[str, tuple[int, float]]:
         """Times made and seconds of one worker, by stage; of what this sweep made itself."""
-        counts: Counter[str] = Counter()
-        seconds: dict[str, float] = {}
-        for event in self.place.ledger().events():
-            if event["event"] == "artifact_prepared":
-                counts[event["stage"]] += 1
-                before = seconds.get(event["stage"], 0.0)
-                seconds[event["stage"]] = before + event["seconds"]
+        from pandas import DataFrame
+
+        events = self.place.ledger().events()
+        seconds = [
+            (event["stage"], event["seconds"])
+            for event in events
+            if event["event"] == "artifact_prepared"
+        ]
         states = self.standing.last
         own = {s.key.digest for s in self.plan.slots if states.get(s.id) == "done"}
         trials = {entry.key: entry.seconds for entry in self.entries if entry.key in own}
-        counts["trials"], seconds["trials"] = len(trials), sum(trials.values())
-        return {stage: (counts[stage], seconds[stage]) for stage in counts}
+        seconds += [("trials", value) for value in trials.values()]
+        groups = DataFrame(seconds, columns=["stage", "seconds"]).groupby("stage", sort=False)
+        return {stage: (len(of), of["seconds"].sum()) for stage, of in groups}
 
     def inputs(self) -> dict[str, str]:
         """Digests of all that was read, by what and name."""

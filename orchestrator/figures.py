@@ -1,100 +1,150 @@
 """The results of a sweep as charts: what a report and a tracker's note both show.
 
-A report draws them narrow, as SVG, many of them (`sections.py`); a note in a tracker draws a few,
-wide, as PNG (`pictures`).
+A report draws them narrow, as SVG (`sections.py`); a note in a tracker wide, as PNG (`pictures`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from orchestrator import charts
+from orchestrator.charts import WIDTH, Dot, Series
 from orchestrator.report import (
+    Comparison,
     Entry,
     Results,
     Row,
+    headline,
+    named,
     rows,
     settings_text,
     varied_settings,
+    world_text,
     worlds_of,
 )
 
-WIDE = 7.0  # inches of 96 px: as wide as MLflow shows a picture whole
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+WIDE = 7.0  # inches of 96 px: the widest picture that MLflow shows in full
 DPI = 100
-MOST_DOTS = 24  # in one chart
-MOST_CURVES = len(charts.COLORS)  # more cannot be told apart
-MOST_SETTINGS = 4  # that get a picture
+MOST_DOTS = 24  # of a chart in a note; a report has more room
+MOST_CURVES = len(charts.COLORS)  # of a chart; readers cannot distinguish more
+MOST_SETTINGS = 4  # that get a picture in a note
 
 
-# ---------------------------------------------------------------- results as marks and lines
+# ---------------------------------------------------------------- rows and differences
 
 
-def dot(row: Row, label: str, strong: bool = False) -> charts.Dot:
-    """A row's mean with its interval."""
-    return charts.Dot(label=label, value=row.mean, low=row.low, high=row.high, strong=strong)
+def accuracy(
+    found: Sequence[Row], entries: Sequence[Entry], *, most: int = 150, width: float = WIDTH
+) -> Figure:
+    """Each row with its interval, the best above; the rows of one world together."""
+    varied = varied_settings(found, entries)
+    dots = {}
+    for world in worlds_of(found):
+        of_world = sorted((row for row in found if row.world == world), key=lambda row: -row.mean)
+        dots[world_text(world)] = [
+            Dot(
+                label=short(named(row, varied), 34 if width == WIDTH else 60),
+                value=row.mean,
+                low=row.low,
+                high=row.high,
+                strong=row is of_world[0],
+            )
+            for row in of_world
+        ]
+    return _dots(dots, f"{headline(found)}, mean and 95 % interval", most, width)
 
 
-def responses(rows: Sequence[Row], entries: Sequence[Entry], key: str) -> list[charts.Series]:
-    """A line for all rows that differ in this setting alone, over the band of their intervals."""
-    groups: dict[str, list[Row]] = {}
-    several = len(worlds_of(rows)) > 1
-    varied = [name for name in varied_settings(rows, entries) if name != key]
-    methods = {row.method for row in rows if key in row.settings}
-    for row in rows:
+def differences(found: Sequence[Comparison], keys: Sequence[str], *, most: int = 150) -> Figure:
+    """Each comparison with its interval and a line at 0; those with the control stand out."""
+    dots: dict[str, list[Dot]] = {}
+    for one in found:
+        settings = settings_text(one.row, keys)
+        dots.setdefault(world_text(one.row.world), []).append(
+            Dot(
+                label=short(f"{one.a} \N{MINUS SIGN} {one.b}" + f", {settings}" * bool(settings)),
+                value=one.difference.mean,
+                low=one.difference.low,
+                high=one.difference.high,
+                strong=one.role == "control",
+            )
+        )
+    return _dots(dots, "difference, points", most, WIDTH, zero=True)
+
+
+def _dots(
+    by_world: dict[str, list[Dot]], xlabel: str, most: int, width: float, *, zero: bool = False
+) -> Figure:
+    """Dots under the heading of their world; a heading has no value."""
+    shown: list[Dot] = []
+    for world, dots in by_world.items():
+        shown += [Dot(label=world, value=math.nan, low=math.nan, high=math.nan), *dots]
+    title = f"the first {most} of {len(shown)}" if len(shown) > most else ""
+    return charts.dots(shown[:most], xlabel, title=title, zero=zero, width=width)
+
+
+# ---------------------------------------------------------------- accuracy by setting
+
+
+def by_setting(
+    found: Sequence[Row], points: Sequence[Row], entries: Sequence[Entry], key: str
+) -> list[list[Series]]:
+    """Accuracy against a setting, for as many charts as it takes.
+
+    A line for all rows that differ in this setting alone, over the band of their intervals; of a
+    search a dot for the mean of each point, by cell, since hardly two points share all else.
+
+    Args:
+        found: the rows of the table.
+        points: one row a point, also of a search.
+    """
+    searched = len(points) > len(found)
+    several = len(worlds_of(points)) > 1
+    varied = [name for name in varied_settings(found, entries) if name != key]
+    lines: dict[str, list[Row]] = {}
+    for row in points:
         if key in row.settings:
-            named = [place(row.world) if several else "", row.method if len(methods) > 1 else ""]
-            label = " ".join(filter(None, [*named, settings_text(row, varied)]))
-            groups.setdefault(label, []).append(row)
-    return [
-        _response(label, sorted(line, key=lambda row: float(row.settings[key])), key)
-        for label, line in groups.items()
-        if len(line) > 1
+            world = f", {world_text(row.world)}" if several else ""
+            lines.setdefault(row.cell if searched else named(row, varied) + world, []).append(row)
+    series = [
+        _series(label, sorted(of, key=lambda row: float(row.settings[key])), key, band=not searched)
+        for label, of in lines.items()
+        if searched or len(of) > 1
     ]
+    return [series[i : i + MOST_CURVES] for i in range(0, len(series), MOST_CURVES)]
 
 
-def _response(label: str, line: Sequence[Row], key: str) -> charts.Series:
-    return charts.Series(
+def _series(label: str, line: Sequence[Row], key: str, *, band: bool) -> Series:
+    return Series(
         label=short(label, 40),
         x=[float(row.settings[key]) for row in line],
         y=[row.mean for row in line],
-        low=[row.low for row in line],
-        high=[row.high for row in line],
+        low=[row.low for row in line] if band else None,
+        high=[row.high for row in line] if band else None,
     )
 
 
-def clouds(points: Sequence[Row], key: str) -> list[charts.Series]:
-    """A dot for the mean of each point of a search, by cell: hardly two share all else."""
-    by_cell: dict[str, list[Row]] = {}
-    for row in points:
-        if key in row.settings:
-            by_cell.setdefault(row.cell, []).append(row)
-    return [
-        charts.Series(
-            label=short(cell, 40),
-            x=[float(row.settings[key]) for row in of],
-            y=[row.mean for row in of],
-        )
-        for cell, of in by_cell.items()
-    ]
-
-
-def over_iterations(results: Results, row: Row, metric: str, label: str) -> charts.Series | None:
-    """A metric over iterations, with the band from the lowest to the highest run."""
-    runs = results.curve(row, metric)
-    if runs is None or runs.shape[1] < 2:
-        return None
-    return charts.Series(
-        label=label,
-        x=range(1, runs.shape[1] + 1),
-        y=runs.mean(axis=0).tolist(),
-        low=runs.min(axis=0).tolist(),
-        high=runs.max(axis=0).tolist(),
+def setting_chart(
+    series: Sequence[Series], found: Sequence[Row], key: str, title: str = "", width: float = WIDTH
+) -> Figure:
+    """One chart of `by_setting`, with a dashed line for each method without this setting."""
+    fixed = {row.method: row.mean for row in found if key not in row.settings}
+    return charts.curves(
+        series,
+        key,
+        headline(found),
+        title=title,
+        level=fixed if len(worlds_of(found)) == 1 else {},
+        joined=series[0].low is not None,
+        width=width,
     )
 
 
@@ -112,30 +162,25 @@ def numeric_settings(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-# ---------------------------------------------------------------- pictures of a note
+# ---------------------------------------------------------------- iterations and classes
 
 
-def pictures(found: Sequence[Row], entries: Sequence[Entry]) -> dict[str, Callable[[], bytes]]:
-    """Those that the results have something for, by file name: PNG, the same for the same data.
-
-    Args:
-        found: the rows of the table.
-        entries: all trials behind it; of a search also those of points that the table leaves out.
-    """
-    makers: dict[str, Callable[[], bytes]] = {}
-    if len(found) > 1:
-        makers["accuracy.png"] = partial(_accuracy, found, entries)
-    points = rows(entries, None)
-    searched = len(points) > len(found)
-    for key in numeric_settings(points)[:MOST_SETTINGS]:
-        series = clouds(points, key) if searched else responses(found, entries, key)
-        if series:
-            name = f"accuracy_by_{key}.png"
-            makers[name] = partial(_by_setting, series, key, headline(found), searched)
-    learned = list(_learned(found, entries))
-    if learned:
-        makers["pseudo_labels.png"] = partial(_pseudo_labels, learned)
-    return makers
+def over_iterations(
+    labelled: Sequence[tuple[str, Row]], results: Results, metric: str
+) -> list[Series]:
+    """A metric of rows over iterations, with the band from the lowest to the highest run."""
+    found = [(label, results.curve(row, metric)) for label, row in labelled]
+    return [
+        Series(
+            label=short(label, 60),
+            x=range(1, runs.shape[1] + 1),
+            y=runs.mean(axis=0).tolist(),
+            low=runs.min(axis=0).tolist(),
+            high=runs.max(axis=0).tolist(),
+        )
+        for label, runs in found
+        if runs is not None and runs.shape[1] > 1
+    ]
 
 
 def confusion(
@@ -155,82 +200,43 @@ def confusion(
     return charts.png(charts.heat(counts, names, width=min(12.0, 2.4 + 0.42 * len(names))), DPI)
 
 
-def _accuracy(found: Sequence[Row], entries: Sequence[Entry]) -> bytes:
-    """Each row, the best above; the rows of one world together."""
-    worlds, varied = worlds_of(found), varied_settings(found, entries)
-    shown: list[charts.Dot] = []
-    for world in worlds:
-        of_world = sorted((r for r in found if r.world == world), key=lambda row: -row.mean)
-        if len(worlds) > 1:
-            nothing = math.nan
-            shown.append(charts.Dot(label=place(world), value=nothing, low=nothing, high=nothing))
-        shown += [dot(row, short(named(row, varied), 60)) for row in of_world]
-    left = len(shown) - MOST_DOTS
-    figure = charts.dots(
-        shown[:MOST_DOTS],
-        f"{headline(found)}, mean and 95 % interval",
-        title=f"the first {MOST_DOTS} of {len(shown)}" if left > 0 else "",
-        width=WIDE,
-    )
-    return charts.png(figure, DPI)
+# ---------------------------------------------------------------- pictures of a note
 
 
-def _by_setting(series: Sequence[charts.Series], key: str, ylabel: str, searched: bool) -> bytes:
-    title = _cut(series)
-    shown = series[:MOST_CURVES]
-    figure = charts.curves(shown, key, ylabel, title=title, joined=not searched, width=WIDE)
-    return charts.png(figure, DPI)
+def pictures(found: Sequence[Row], entries: Sequence[Entry]) -> dict[str, Callable[[], bytes]]:
+    """Those that the results have something for, by file name: PNG, the same for the same data.
 
-
-def _pseudo_labels(series: Sequence[charts.Series]) -> bytes:
-    figure = charts.curves(
-        series[:MOST_CURVES],
-        "iteration",
-        "pseudo-labels that are right, %",
-        title=_cut(series),
-        width=WIDE,
-    )
-    return charts.png(figure, DPI)
-
-
-def _cut(series: Sequence[charts.Series]) -> str:
-    if len(series) <= MOST_CURVES:
-        return ""
-    return f"the first {MOST_CURVES} of {len(series)}"
-
-
-def _learned(found: Sequence[Row], entries: Sequence[Entry]) -> Iterator[charts.Series]:
-    results, varied = Results(found, entries), varied_settings(found, entries)
-    several = len(worlds_of(found)) > 1
-    for row in found:
-        label = named(row, varied) + (f", {place(row.world)}" if several else "")
-        series = over_iterations(results, row, "pseudo/accuracy", short(label, 60))
-        if series is not None:
-            yield series
-
-
-# ---------------------------------------------------------------- words
-
-
-def named(row: Row, keys: Sequence[str]) -> str:
-    """A row by its method and these of its settings."""
-    text = settings_text(row, keys)
-    return f"{row.method}, {text}" if text else row.method
-
-
-def place(world: tuple[str, str, str]) -> str:
+    Args:
+        found: the rows of the table.
+        entries: all trials behind it; of a search also those of points that the table leaves out.
     """
-    >>> place(("digits", "ul", "text"))
-    'digits, UL, text'
-    """
-    dataset, paradigm, modality = world
-    return f"{dataset}, {paradigm.upper()}, {modality}"
+    makers: dict[str, Callable[[], Figure]] = {}
+    if len(found) > 1:
+        makers["accuracy.png"] = partial(accuracy, found, entries, most=MOST_DOTS, width=WIDE)
+    points = rows(entries, None)
+    for key in numeric_settings(points)[:MOST_SETTINGS]:
+        parts = by_setting(found, points, entries, key)
+        if parts:
+            title = f"the first of {len(parts)} charts" if len(parts) > 1 else ""
+            draw = partial(setting_chart, parts[0], found, key, title, WIDE)
+            makers[f"accuracy_by_{key}.png"] = draw
+    varied = varied_settings(found, entries)
+    labelled = [(f"{named(row, varied)}, {world_text(row.world)}", row) for row in found]
+    learned = over_iterations(labelled, Results(found, entries), "pseudo/accuracy")
+    if learned:
+        makers["pseudo_labels.png"] = partial(
+            charts.curves,
+            learned[:MOST_CURVES],
+            "iteration",
+            "pseudo-labels that are right, %",
+            title=f"the first {MOST_CURVES} of {len(learned)}" * (len(learned) > MOST_CURVES),
+            width=WIDE,
+        )
+    return {name: partial(_png, draw) for name, draw in makers.items()}
 
 
-def headline(found: Sequence[Row]) -> str:
-    """What the rows are judged by, with its unit."""
-    words: Mapping[str, str] = {"accuracy": "accuracy", "harmonic_mean": "harmonic mean"}
-    return f"{' or '.join(dict.fromkeys(words[row.metric] for row in found))}, %"
+def _png(draw: Callable[[], Figure]) -> bytes:
+    return charts.png(draw(), DPI)
 
 
 def short(text: str, most: int = 34) -> str:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.ledger import Ledger
 from orchestrator.plan import Plan, Slot
 from orchestrator.report import Row
-from orchestrator.results import NAMED, settings_of, standing
+from orchestrator.results import NAMED, finished, settings_of, standing
 from orchestrator.store import ArtifactStore
-from orchestrator.trial import TrialRecord, read_trial
+from orchestrator.trial import TrialRecord
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -32,6 +32,7 @@ def trials_frame(plan: Plan, store: ArtifactStore, ledger: Ledger) -> DataFrame:
     found = standing(ledger)
     alive = "running" in found.last.values() and ledger.busy()
     records = _records(plan, store)
+    settings = _keys(map(_settings, plan.slots))
     lines = []
     for slot in plan.slots:
         record = records.get(slot.id)
@@ -45,6 +46,7 @@ def trials_frame(plan: Plan, store: ArtifactStore, ledger: Ledger) -> DataFrame:
             "key": slot.key.digest[:12],
             "cell": slot.cell.id,
             "point": slot.point,
+            **settings,
             **_settings(slot),
             "seed": slot.spec.seed,
             **slot.seeds,
@@ -76,12 +78,13 @@ def curves_frame(plan: Plan, store: ArtifactStore) -> DataFrame:
 def rows_frame(rows: Sequence[Row]) -> DataFrame:
     """The rows of a table, fractions in [0, 1]: settings as columns, then n, n_test, mean, std,
     low, high and what the interval is."""
+    settings = _keys(row.settings for row in rows)
     lines = []
     for row in rows:
         line: dict[str, Any] = {}
         for name, value in row.as_json().items():
             if name == "settings":
-                line |= value
+                line |= settings | value
             elif not isinstance(value, dict | list):  # no value of one cell
                 line[name] = value
         lines.append(line)
@@ -90,9 +93,7 @@ def rows_frame(rows: Sequence[Row]) -> DataFrame:
 
 def _records(plan: Plan, store: ArtifactStore) -> dict[str, TrialRecord]:
     """By slot; a trial that was pruned ran for another count of iterations and is no candidate."""
-    whole = [slot for slot in plan.slots if slot.id not in plan.pruned and store.has(slot.spec)]
-    store.fetch(slot.spec for slot in whole)
-    return {slot.id: read_trial(slot.spec, store) for slot in whole}
+    return {slot.id: record for slot, record in finished(plan, store)}
 
 
 def _settings(slot: Slot) -> dict[str, Any]:
@@ -102,27 +103,13 @@ def _settings(slot: Slot) -> dict[str, Any]:
 
 
 def _frame(lines: Sequence[dict[str, Any]], always: Sequence[str]) -> DataFrame:
-    """Columns in the order of their first appearance, each line's between its neighbours."""
+    """Columns in the order of their first appearance; `always` where there is no line."""
     # A second of imports, for those alone who ask for a frame.
     from pandas import DataFrame
 
-    columns = merged([list(line) for line in lines]) if lines else list(always)
-    return DataFrame(lines, columns=columns)
+    return DataFrame(lines) if lines else DataFrame(columns=list(always))
 
 
-def merged(orders: Sequence[Sequence[str]]) -> list[str]:
-    """The names of several lists, each after those that stand before it.
-
-    >>> merged([["a", "d"], ["a", "b", "d"], ["a", "c", "d"]])
-    ['a', 'c', 'b', 'd']
-    """
-    names: list[str] = []
-    for order in dict.fromkeys(map(tuple, orders)):
-        at = 0
-        for name in order:
-            if name in names:
-                at = names.index(name) + 1
-            else:
-                names.insert(at, name)
-                at += 1
-    return names
+def _keys(of: Iterable[Mapping[str, Any]]) -> dict[str, None]:
+    """All keys once, so that every line has a value for each."""
+    return dict.fromkeys(key for one in of for key in one)

@@ -1,86 +1,64 @@
-"""Tables for readers: Markdown, LaTeX (booktabs), a terminal. Knows cells, not what they mean."""
+"""Tables of texts as Markdown, CSV and LaTeX (booktabs). Knows cells, not what they mean."""
 
 from __future__ import annotations
 
 import re
 import textwrap
-import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from air_core.printable import printable
+from orchestrator.output import csv_cell
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+_NUMBER = re.compile(r"[-+<\[ ]*\d[\d .,:±%\[\]+†‡↓e-]*")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """A table before it has a syntax."""
 
-    header: list[str]
-    numeric: list[bool]  # columns that are right-aligned
-    lines: list[list[str]]
-    bold: set[tuple[int, int]]  # (line, column)
-    caption: list[str]  # sentences
-    notes: list[str]  # sentences below the table
-    groups: list[tuple[str, int]] = field(default_factory=list)  # (words, columns) above the header
-    superscripts: str = ""  # characters that are small and high where there is a way
+    frame: DataFrame  # of texts; a MultiIndex of columns puts groups above the names
+    bold: frozenset[tuple[int, int]] = frozenset()  # (line, column)
+    caption: Sequence[str] = ()  # sentences
+    notes: Sequence[str] = ()  # sentences below the table
+
+    @property
+    def numeric(self) -> list[bool]:
+        """Which columns hold numbers alone and are right-aligned."""
+        columns = (self.frame.iloc[:, i] for i in range(self.frame.shape[1]))
+        return [all(_NUMBER.fullmatch(cell) for cell in column if cell) for column in columns]
+
+
+def csv_text(frame: DataFrame) -> str:
+    """A frame without its index; no cell is a formula to a spreadsheet."""
+    safe = frame.map(csv_cell).rename(columns=printable)
+    text: str = safe.to_csv(index=False, lineterminator="\n")
+    return text.rstrip("\n")
+
+
+def markdown(layout: Layout) -> str:
+    """Caption, table and notes."""
+    frame = layout.frame.map(_in_markdown)
+    for line, column in layout.bold:
+        frame.iat[line, column] = f"**{frame.iat[line, column]}**"
+    names = [" ".join(name).strip() if isinstance(name, tuple) else name for name in frame.columns]
+    frame.columns = [_in_markdown(name) for name in names]
+    align = ["right" if right else "left" for right in layout.numeric]
+    body = frame.to_markdown(index=False, disable_numparse=True, colalign=align)
+    texts = [filled(layout.caption), body, filled(layout.notes)]
+    return "\n\n".join(filter(None, texts))
 
 
 def filled(sentences: Sequence[str]) -> str:
     return textwrap.fill(" ".join(sentences), 100, break_on_hyphens=False)
 
 
-def columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines for a terminal, each column as wide as its widest cell.
-
-    >>> columns([("a", "state"), ("longer", "ok")])
-    ['a       state', 'longer  ok']
-    """
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-
-
-# ---------------------------------------------------------------- Markdown
-
-
-def markdown(layout: Layout) -> str:
-    """Caption, table and notes, each column as wide as its widest cell."""
-    header, lines = _joined(layout), [list(line) for line in layout.lines]
-    for line, column in layout.bold:
-        text, marks = _parted(lines[line][column], layout.superscripts)
-        lines[line][column] = f"**{text}**{marks}"
-    header, *lines = ([_in_markdown(cell) for cell in line] for line in [header, *lines])
-    widths = [max(3, *map(len, column)) for column in zip(header, *lines, strict=True)]
-
-    def padded(line: Sequence[str]) -> str:
-        cells = [
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(line, widths, layout.numeric, strict=True)
-        ]
-        return f"| {' | '.join(cells)} |"
-
-    rule = [
-        "-" * (width - 1) + ":" if right else "-" * width
-        for width, right in zip(widths, layout.numeric, strict=True)
-    ]
-    body = "\n".join([padded(header), padded(rule), *map(padded, lines)])
-    texts = [filled(layout.caption), body, *([filled(layout.notes)] if layout.notes else [])]
-    return "\n\n".join(texts)
-
-
-def _joined(layout: Layout) -> list[str]:
-    """One header line, where there are two."""
-    above = [words for words, columns in layout.groups for _ in range(columns)]
-    if not above:
-        return layout.header
-    return [f"{up} {down}".strip() for up, down in zip(above, layout.header, strict=True)]
-
-
 def _in_markdown(cell: str) -> str:
     return cell.replace("|", "\\|").replace("\n", " ")
-
-
-def _parted(cell: str, superscripts: str) -> tuple[str, str]:
-    """A cell without the marks at its end, and those."""
-    text = cell.rstrip(superscripts) if superscripts else cell
-    return text, cell[len(text) :]
 
 
 # ---------------------------------------------------------------- LaTeX
@@ -89,78 +67,49 @@ WIDE = 92  # characters of a line that fill the page at normal size
 
 
 def latex(layout: Layout) -> str:
-    """A booktabs table, in smaller letters or shrunk where it is wider than the page."""
-    lines = []
-    for i, line in enumerate(layout.lines):
-        cells = []
-        for j, cell in enumerate(line):
-            text, marks = _parted(cell, layout.superscripts)
-            shown = f"\\textbf{{{escaped(text)}}}" if (i, j) in layout.bold else escaped(text)
-            cells.append(shown + (f"\\rlap{{{escaped(marks)}}}" if marks else ""))
-        lines.append(f"{' & '.join(cells)} \\\\")
-    columns = "".join("r" if right else "l" for right in layout.numeric)
-    body = [
-        f"\\begin{{tabular}}{{@{{}}{columns}@{{\\hspace{{0.6em}}}}}}",
-        r"\toprule",
-        *_above(layout),
-        f"{' & '.join(escaped(name) for name in layout.header)} \\\\",
-        r"\midrule",
-        *lines,
-        r"\bottomrule",
-        r"\end{tabular}",
-    ]
-    wide = max(sum(len(cell) + 3 for cell in line) for line in [layout.header, *layout.lines])
-    if wide > WIDE:
-        body = [r"\resizebox{\textwidth}{!}{" + body[0], *body[1:-1], body[-1] + "}"]
-    return "\n".join(
-        [
-            r"% \usepackage{booktabs}" + (r" \usepackage{graphicx}" if wide > WIDE else ""),
-            r"\begin{table}",
-            r"\centering",
-            f"\\caption{{{escaped(' '.join([*layout.caption, *layout.notes]))}}}",
-            r"\smallskip",
-            *body,
-            r"\end{table}",
-        ]
+    """A booktabs table, shrunk where it is wider than the page."""
+    frame = layout.frame
+    styles = frame.map(lambda cell: "")
+    for line, column in layout.bold:
+        styles.iat[line, column] = "textbf:--rwrap;"
+    style = frame.style.hide(axis="index").format(escaped).format_index(escaped, axis="columns")
+    text: str = style.apply(lambda _: styles, axis=None).to_latex(
+        hrules=True,
+        position_float="centering",
+        multicol_align="c",
+        column_format="".join("r" if right else "l" for right in layout.numeric),
+        caption=escaped(" ".join([*layout.caption, *layout.notes])),
     )
+    packages = r"% \usepackage[T1]{fontenc} \usepackage{booktabs}"
+    lines = [[str(name) for name in frame.columns], *frame.to_numpy().tolist()]
+    if max(sum(len(cell) + 3 for cell in line) for line in lines) > WIDE:
+        packages += r" \usepackage{graphicx}"
+        text = text.replace(r"\begin{tabular}", r"\resizebox{\textwidth}{!}{\begin{tabular}", 1)
+        text = text.replace(r"\end{tabular}", r"\end{tabular}}", 1)
+    return f"{packages}\n{text.rstrip()}"
 
 
-def _above(layout: Layout) -> list[str]:
-    if not layout.groups:
-        return []
-    cells, rules, at = [], [], 1
-    for words, columns in layout.groups:
-        cells.append(f"\\multicolumn{{{columns}}}{{c}}{{{escaped(words)}}}" if words else "")
-        if words:
-            rules.append(f"\\cmidrule(lr){{{at}-{at + columns - 1}}}")
-        elif columns > 1:
-            cells[-1] = " & " * (columns - 1)
-        at += columns
-    return [f"{' & '.join(cells)} \\\\", " ".join(rules)]
-
-
-_LATEX = {
-    **{character: f"\\{character}" for character in "&%$#_{}"},
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "|": r"\textbar{}",
-    '"': "''",
-    "[": "{[}",  # else an option of the line break before it
-    "]": "{]}",
-    "*": "{*}",
-    "±": r"$\pm$",
-    "\u00d7": r"$\times$",
-    "\u2212": "$-$",  # minus
-    "\u2013": "--",
-    "†": r"$^\dagger$",
-    "‡": r"$^\ddagger$",
-    "↓": r"$^\downarrow$",
-    "<": "$<$",
-    ">": "$>$",
-    "\n": " ",
-    "\t": " ",
-}
+_LATEX = str.maketrans(
+    {
+        **{character: f"\\{character}" for character in "&%$#_{}"},
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "[": "{[}",  # else an option of the line break before it
+        "]": "{]}",
+        "*": "{*}",
+        "±": r"$\pm$",
+        "\N{MULTIPLICATION SIGN}": r"$\times$",
+        "\N{MINUS SIGN}": "$-$",
+        "\N{EN DASH}": "--",
+        "→": r"$\rightarrow$",
+        "†": r"$^\dagger$",
+        "‡": r"$^\ddagger$",
+        "↓": r"$^\downarrow$",
+        "\n": " ",
+        "\t": " ",
+    }
+)
 
 
 def escaped(text: str) -> str:
@@ -171,26 +120,7 @@ def escaped(text: str) -> str:
     >>> print(escaped("digits -> 花"))
     digits $\\rightarrow$ {[}U+82B1{]}
     """
-    arrow, minus, apart = "\ue000", "\ue001", "\ue002"
-    text = re.sub(r"-(?=-)", "-" + apart, text.replace("->", arrow))  # two hyphens stay two
-    text = re.sub(r"(?<![\w.\]-])-(?=\d)", minus, text)  # a minus sign; 1e-3 keeps its hyphen
-    known = {arrow: r"$\rightarrow$", minus: "$-$", apart: "{}", **_LATEX}
-    return "".join(known.get(c) or (c if _latin(c) else _code_point(c)) for c in text)
-
-
-_ACCENTS = {
-    f"{mark:c}" for mark in (*range(0x300, 0x305), 0x306, 0x307, 0x308, 0x30A, 0x30B, 0x30C)
-}
-_ACCENTS |= {"\u0327"}  # cedilla; an ogonek is in no font that LaTeX takes by itself
-
-
-def _latin(character: str) -> bool:
-    """Has LaTeX a letter for it in every document, without a package?"""
-    if " " <= character <= "~" or character in "ßæøåłœÆØÅŁŒ":
-        return True
-    letter, *accent = list(unicodedata.normalize("NFD", character))
-    return character <= "\u017e" and letter.isascii() and len(accent) == 1 and accent[0] in _ACCENTS
-
-
-def _code_point(character: str) -> str:
-    return f"{{[}}U+{ord(character):04X}{{]}}"
+    text = text.replace("->", "→")
+    text = re.sub(r"(?<![\w.\]-])-(?=\d)", "\N{MINUS SIGN}", text)  # 1e-3 keeps its hyphen
+    text = re.sub(r"[^\0-\u017f±×−–→†‡↓]", lambda found: f"[U+{ord(found[0]):04X}]", text)  # noqa: RUF001
+    return text.replace("--", "-\u200b-").translate({**_LATEX, 0x200B: "{}"})

@@ -1,8 +1,9 @@
-"""Text for terminals and CSV files: all that commands print goes through `show`. No libraries."""
+"""Text for terminals and CSV files: all that commands print goes through `show`."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any, TextIO
 
 from air_core.printable import printable
@@ -23,6 +24,27 @@ def show(text: object, file: TextIO | None = None, end: str = "\n", flush: bool 
 def printable_lines(text: str) -> str:
     """`printable`, with its line breaks kept."""
     return "\n".join(map(printable, text.split("\n")))
+
+
+def aligned(lines: Sequence[Sequence[str]], width: int | None = None) -> list[str]:
+    """Lines for a terminal, in columns.
+
+    Args:
+        width: at most; cells are folded where a line would be longer. None: as wide as they are.
+
+    >>> aligned([("a", "state"), ("longer", "ok")])
+    ['a       state', 'longer  ok']
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    for line in lines:
+        table.add_row(*line)
+    console = Console(width=width or 10_000, color_system=None, markup=False, emoji=False)
+    with console.capture() as text:
+        console.print(table, highlight=False)
+    return [line.rstrip() for line in text.get().splitlines()]
 
 
 FORMULA = ("=", "+", "-", "@")  # a spreadsheet computes a text that begins so

@@ -23,7 +23,11 @@ def page(found: Evidence) -> str:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    sections = [section for make in SECTIONS if (section := make(found)) is not None]
+    sections = [
+        {"id": name, "title": title, "text": text, "groups": groups}
+        for name, title, text, make in SECTIONS
+        if (groups := list(make(found)))
+    ]
     text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=found.sweep.name,
         question=paragraphs(found.sweep.question),

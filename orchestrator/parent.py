@@ -10,10 +10,10 @@ from orchestrator.closing import facts_of, title_of
 from orchestrator.figures import pictures
 from orchestrator.place import DONE, FAILED, Place
 from orchestrator.plan import Plan
-from orchestrator.report import Entry, Row, mean_std, settings_text, varied_settings, worlds_of
+from orchestrator.report import Entry, Row, headline, mean_std, settings_text, worlds_of
 from orchestrator.resolve import text_digest
 from orchestrator.results import rows_of
-from orchestrator.summary import headline_of, summary
+from orchestrator.summary import summary
 from orchestrator.sweep import SweepSpec
 from orchestrator.tracking import Status, SweepRun
 
@@ -55,7 +55,7 @@ def note_and_files(
     charts = {name: draw() for name, draw in pictures(found, entries).items()}
     screen = summary(title_of(plan), entries, found, facts_of(plan, place))
     note = [
-        "\n".join(_best(found, entries)),  # first, since long notes are folded
+        "\n".join(_best(found)),  # first, since long notes are folded
         *(_picture(name, run_id) for name in charts),
         plan.sweep.question,
         f"```\n{screen}\n```",
@@ -67,16 +67,15 @@ def note_and_files(
     return "\n\n".join(filter(None, note)), files
 
 
-def _best(found: Sequence[Row], entries: Sequence[Entry]) -> Iterator[str]:
+def _best(found: Sequence[Row]) -> Iterator[str]:
     """The row with the highest mean of each world, in a sentence."""
-    varied = varied_settings(found, entries)
     for world in worlds_of(found)[:WORLDS]:
         row = max((row for row in found if row.world == world), key=lambda row: row.mean)
-        settings = settings_text(row, varied)
+        settings = settings_text(row, row.settings)
         with_settings = f" ({settings})" if settings else ""
         yield (
             f"{row.dataset}, {row.paradigm}/{row.modality}: **{row.method}**{with_settings} has "
-            f"the highest mean {headline_of(row)}: {mean_std(row, '±')} %\n"
+            f"the highest mean {headline([row])}: {mean_std(row)} %\n"
         )
 
 

@@ -5,24 +5,21 @@ Two settings never share a cell: nothing is averaged that was not asked for.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
+import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from air_core.printable import printable
-from orchestrator.layouts import Layout, latex, markdown
+from orchestrator.layouts import Layout, csv_text, latex, markdown
 from orchestrator.marked_yaml import choices, meant
 from orchestrator.report import (
-    SUPERSCRIPTS,
     Comparison,
     Entry,
     Results,
-    Role,
     Row,
+    by_row,
     choice_notes,
     collapse_notes,
     comparisons,
@@ -32,8 +29,12 @@ from orchestrator.report import (
     shown,
     splits_and_seeds,
     varied_settings,
+    world_text,
     worlds_of,
 )
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 WORLD = ("dataset", "paradigm", "modality", "method")
 NOTHING = "\u2013"  # of a setting that does not apply to a method
@@ -65,31 +66,13 @@ SHARES = ("test/", "pseudo/", "pool/", "objective/validation_accuracy")  # shown
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cell:
-    """One setting in a pivoted table; fractions, not percent."""
-
-    row: Row
-    mean: float
-    std: float | None
-    n: int
-    best: bool = False
-    told: Mapping[Role, Comparison]
-
-    @property
-    def marks(self) -> str:
-        return "".join(one.mark for one in self.told.values())
-
-
-@dataclass(frozen=True, kw_only=True)
 class Pivot:
     """A table with keys down and across."""
 
     metric: str
     down: tuple[str, ...]  # keys
     across: tuple[str, ...]
-    lines: tuple[tuple[str, ...], ...]  # values of the keys down, as they are shown
-    columns: tuple[tuple[str, ...], ...]
-    cells: Mapping[tuple[tuple[str, ...], tuple[str, ...]], Cell]
+    cells: DataFrame  # one line a cell: all keys, mean, std, n (fractions), best, row, gains
     caption: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -109,57 +92,43 @@ def pivot(
         across: keys of the columns; None: dataset.
 
     Raises:
-        ValueError: a key or a metric that is not there, or two settings for one cell.
+        ValueError: a key or a metric that does not exist, or two settings for one cell.
     """
-    known = [*WORLD, *varied_settings(rows, entries)]
-    columns = _keys("--cols", across if across is not None else ["dataset"], known)
-    if down is None:
-        rest = [key for key in known if key not in (*columns, "method") and _differs(rows, key)]
-        down = [key for key in ("method", *rest) if key not in columns]
-    lines = _keys("--rows", down, known)
-    twice = [key for key in lines if key in columns]
-    if twice:
-        raise ValueError(f"--rows and --cols both have {twice[0]}; allowed: once")
+    from pandas import Categorical, DataFrame
 
     results, found = Results(rows, entries), comparisons(rows, entries)
     name = _metric(metric, entries)
-    told: dict[int, dict[Role, Comparison]] = {}
-    if name == ACCURACY:
-        for one in found:
-            told.setdefault(id(one.row), {})[one.role] = one
-    placed: dict[tuple[tuple[str, ...], tuple[str, ...]], list[Row]] = {}
-    for row in rows:
-        at = (tuple(_value(row, k) for k in lines), tuple(_value(row, k) for k in columns))
-        placed.setdefault(at, []).append(row)
-    for at, group in placed.items():
-        _refuse_two(at, group, [*lines, *columns], known)
-    cells = {
-        at: cell
-        for at, (row,) in placed.items()
-        if (cell := _cell(row, results, name, told.get(id(row), {})))
-    }
-    if name == ACCURACY or _share(name):
-        cells = _with_best(cells)
+    known = [*WORLD, *varied_settings(rows, entries)]
+    cells = DataFrame([{key: _value(row, key) for key in known} for row in rows])
+    columns = _keys("--cols", across if across is not None else ["dataset"], known)
+    if down is None:
+        rest = [key for key in known if key not in (*columns, "method") and _differs(cells, key)]
+        down = [key for key in ("method", *rest) if key not in columns]
+    lines = _keys("--rows", down, known)
+    if twice := [key for key in lines if key in columns]:
+        raise ValueError(f"--rows and --cols both have {twice[0]}; allowed: once")
+    _refuse_two(cells, [*lines, *columns], known)
+
+    for key in known:  # sorted by first appearance
+        cells[key] = Categorical(cells[key], cells[key].unique())
+    gains = by_row(found) if name == ACCURACY else {}
+    numbers = [_numbers(row, results, name) for row in rows]
+    cells = cells.assign(
+        mean=[mean for mean, _, _ in numbers],
+        std=[std for _, std, _ in numbers],
+        n=[n for _, _, n in numbers],
+        row=rows,
+        gains=[list(gains.get(id(row), {}).values()) for row in rows],
+    )
+    cells = cells[cells["n"] > 0]
     return Pivot(
         metric=name,
         down=tuple(lines),
         across=tuple(columns),
-        lines=_ordered(line for line, _ in cells),
-        columns=_ordered(column for _, column in cells),
-        cells=cells,
-        caption=tuple(_caption(rows, name, results, found)),
+        cells=cells.assign(best=_best(cells, columns) & (name == ACCURACY or _share(name))),
+        caption=tuple(_caption(rows, name, found)),
         notes=(*choice_notes(rows), *collapse_notes(rows, results)),
     )
-
-
-def _ordered(places: Iterable[tuple[str, ...]]) -> tuple[tuple[str, ...], ...]:
-    """Each once, key by key in the order in which its values came."""
-    found = list(dict.fromkeys(places))
-    ranks: list[dict[str, int]] = [{} for _ in (found[0] if found else ())]
-    for place in found:
-        for rank, value in zip(ranks, place, strict=True):
-            rank.setdefault(value, len(rank))
-    return tuple(sorted(found, key=lambda p: [r[v] for r, v in zip(ranks, p, strict=True)]))
 
 
 def _keys(option: str, keys: Sequence[str], known: Sequence[str]) -> list[str]:
@@ -193,64 +162,47 @@ def _value(row: Row, key: str) -> str:
     return shown(row.settings[key]) if key in row.settings else NOTHING
 
 
-def _differs(rows: Sequence[Row], key: str) -> bool:
-    return len({_value(row, key) for row in rows}) > 1
+def _differs(cells: DataFrame, key: str) -> bool:
+    return bool(cells[key].nunique() > 1)
 
 
-def _refuse_two(
-    at: tuple[tuple[str, ...], tuple[str, ...]],
-    group: Sequence[Row],
-    used: Sequence[str],
-    known: Sequence[str],
-) -> None:
-    if len(group) == 1:
-        return
-    differ = [key for key in known if key not in used and _differs(group, key)]
-    where = ", ".join(value for part in at for value in part)
-    raise ValueError(
-        f"{len(group)} settings share the cell of {where}: they differ in "
-        f"{', '.join(differ) or 'nothing that is shown'}; add that to --rows or --cols"
-    )
+def _refuse_two(cells: DataFrame, used: Sequence[str], known: Sequence[str]) -> None:
+    for at, group in cells.groupby(list(used), sort=False):
+        if len(group) > 1:
+            differ = [key for key in known if key not in used and _differs(group, key)]
+            raise ValueError(
+                f"{len(group)} settings share the cell of {', '.join(at)}: they differ in "
+                f"{', '.join(differ) or 'nothing that is shown'}; add that to --rows or --cols"
+            )
 
 
-def _cell(row: Row, results: Results, metric: str, told: Mapping[Role, Comparison]) -> Cell | None:
+def _numbers(row: Row, results: Results, metric: str) -> tuple[float, float, int]:
+    """Mean, deviation and count of a metric; nan where a row has none."""
     if metric == ACCURACY:
-        return Cell(row=row, mean=row.mean, std=row.std, n=row.n, told=told)
+        return row.mean, math.nan if row.std is None else row.std, row.n
     values = results.values(row, metric)
-    if not values:
-        return None
-    std = statistics.stdev(values) if len(values) > 1 else None
-    return Cell(row=row, mean=statistics.fmean(values), std=std, n=len(values), told=told)
+    mean = statistics.fmean(values) if values else math.nan
+    return mean, statistics.stdev(values) if len(values) > 1 else math.nan, len(values)
 
 
-def _with_best(
-    cells: Mapping[tuple[tuple[str, ...], tuple[str, ...]], Cell],
-) -> dict[tuple[tuple[str, ...], tuple[str, ...]], Cell]:
+def _best(cells: DataFrame, columns: Sequence[str]) -> Any:
     """The best of each column; of each world in it, since worlds are not compared.
 
     A cell without another to be better than is not the best.
     """
-    groups: dict[Any, list[float]] = {}
-    for (_, column), cell in cells.items():
-        groups.setdefault((column, cell.row.world), []).append(cell.mean)
-    found = {}
-    for (line, column), cell in cells.items():
-        means = groups[column, cell.row.world]
-        best = len(means) > 1 and cell.mean == max(means)
-        found[line, column] = replace(cell, best=best)
-    return found
+    worlds = ("dataset", "paradigm", "modality")
+    means = cells.groupby([*dict.fromkeys([*columns, *worlds])], observed=True)["mean"]
+    return (means.transform("size") > 1) & (cells["mean"] == means.transform("max"))
 
 
 def _share(metric: str) -> bool:
     return metric.startswith(SHARES)
 
 
-def _caption(
-    rows: Sequence[Row], metric: str, results: Results, found: Sequence[Comparison]
-) -> list[str]:
+def _caption(rows: Sequence[Row], metric: str, found: Sequence[Comparison]) -> list[str]:
     words = WORDS.get(metric, f"{metric}{' in %' if _share(metric) else ''}")
     worlds = worlds_of(rows)
-    where = f" ({worlds[0][0]}, {worlds[0][1]}/{worlds[0][2]})" if len(worlds) == 1 else ""
+    where = f" ({world_text(worlds[0])})" if len(worlds) == 1 else ""
     ns = sorted({row.n for row in rows})
     n = f"n = {ns[0]}" if len(ns) == 1 else f"n = {ns[0]} to {ns[-1]}"
     tests = sorted({row.n_test for row in rows})
@@ -261,11 +213,11 @@ def _caption(
     if metric == ACCURACY or _share(metric):
         text.append("Bold: the best of its column in one dataset, paradigm and modality.")
     if metric == ACCURACY:
-        return [*text, *protocol_notes(rows, results), *mark_notes(found)]
+        return [*text, *protocol_notes(rows), *mark_notes(found)]
     return [
         *text,
-        splits_and_seeds(results),
-        "Nothing is told apart: image by image only the accuracy is kept.",
+        splits_and_seeds(rows),
+        "No difference is tested: only the accuracy is kept image by image.",
     ]
 
 
@@ -285,95 +237,85 @@ def text(table: Pivot, format: str) -> str:
             return markdown(_layout(table))
 
 
-def _shown(table: Pivot, cell: Cell | None) -> str:
-    if cell is None:
-        return ""
-    if table.metric == ACCURACY or _share(table.metric):
-        spread = "" if cell.std is None else f" ± {percent(cell.std)}"
-        return f"{percent(cell.mean)}{spread}{cell.marks}"
-    return f"{cell.mean:.4g}" + ("" if cell.std is None else f" ± {cell.std:.2g}")
+def _shown(cell: Any, metric: str) -> str:
+    spread = not math.isnan(cell["std"])
+    if metric != ACCURACY and not _share(metric):
+        return f"{cell['mean']:.4g}" + (f" ± {cell['std']:.2g}" if spread else "")
+    marks = "".join(one.mark for one in cell["gains"])
+    return percent(cell["mean"]) + (f" ± {percent(cell['std'])}" if spread else "") + marks
+
+
+def _wide(table: Pivot, values: Any) -> DataFrame:
+    """A value of each cell, with the keys down as index and the keys across as columns."""
+    keyed = table.cells.assign(value=values)
+    wide = keyed.pivot(index=list(table.down), columns=list(table.across), values="value")
+    return wide.sort_index(axis=0).sort_index(axis=1)
+
+
+def _names(keys: Any) -> list[list[str]]:
+    """The values of the keys of an index, a list for each line or column."""
+    names: list[list[str]] = keys.to_frame().astype(str).to_numpy().tolist()
+    return names
 
 
 def _layout(table: Pivot) -> Layout:
-    at = [(line, column) for line in table.lines for column in table.columns]
-    width = len(table.down)
-    bold = set()
-    for i, (line, column) in enumerate(at):
-        cell = table.cells.get((line, column))
-        if cell is not None and cell.best:
-            bold.add((i // len(table.columns), width + i % len(table.columns)))
-    one = len(table.across) == 1
-    groups: list[tuple[str, int]] = []
-    if not one:
-        groups.append(("", width))
-        for column in table.columns:
-            words = " ".join(column[:-1])
-            if groups[-1][0] == words:
-                groups[-1] = (words, groups[-1][1] + 1)
-            else:
-                groups.append((words, 1))
-    elif table.across[0] not in WORLD:
-        groups = [("", width), (table.across[0], len(table.columns))]
+    from pandas import DataFrame, MultiIndex
+
+    wide = _wide(table, [_shown(cell, table.metric) for _, cell in table.cells.iterrows()])
+    heads, width = _names(wide.columns), len(table.down)
+    if len(table.across) == 1 and table.across[0] not in WORLD:
+        heads = [[table.across[0], *head] for head in heads]
+    heads = [*([""] * (len(heads[0]) - 1) + [key] for key in table.down), *heads]
+    lines = zip(_names(wide.index), wide.fillna("").to_numpy().tolist(), strict=True)
+    best = _wide(table, table.cells["best"]).eq(True).to_numpy()
     return Layout(
-        header=[*table.down, *(column[-1] for column in table.columns)],
-        numeric=[False] * width + [True] * len(table.columns),
-        lines=[
-            [*line, *(_shown(table, table.cells.get((line, c))) for c in table.columns)]
-            for line in table.lines
-        ],
-        bold=bold,
-        caption=list(table.caption),
-        notes=list(table.notes),
-        groups=groups,
-        superscripts=SUPERSCRIPTS,
+        frame=DataFrame(
+            [[*keys, *cells] for keys, cells in lines],
+            columns=MultiIndex.from_tuples(heads) if len(heads[0]) > 1 else [n for [n] in heads],
+        ),
+        bold=frozenset((i, width + j) for i, j in zip(*best.nonzero(), strict=True)),
+        caption=table.caption,
+        notes=table.notes,
     )
 
 
 def _csv(table: Pivot) -> str:
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    names = [printable(" ".join(column)) for column in table.columns]
-    marked = table.metric == ACCURACY
-    writer.writerow(
-        [
-            *table.down,
-            *(
-                word
-                for name in names
-                for word in (name, f"{name} std", *([f"{name} told_from"] if marked else []))
-            ),
-        ]
-    )
-    for line in table.lines:
-        found: list[Any] = [printable(name) for name in line]
-        for column in table.columns:
-            cell = table.cells.get((line, column))
-            found += ["", ""] if cell is None else [cell.mean, cell.std]
-            if marked:
-                found.append("" if cell is None else " ".join(_told(cell)))
-        writer.writerow(found)
-    return out.getvalue().rstrip("\n")
+    from pandas import DataFrame
+
+    words = [" ".join(_told_from(gains)) for gains in table.cells["gains"]]
+    of = {"": table.cells["mean"], " std": table.cells["std"], " told_from": words}
+    if table.metric != ACCURACY:
+        del of[" told_from"]
+    wide = {value: _wide(table, found) for value, found in of.items()}
+    names = [" ".join(name) for name in _names(wide[""].columns)]
+    columns = {
+        f"{name}{value}": found.iloc[:, i]
+        for i, name in enumerate(names)
+        for value, found in wide.items()
+    }
+    return csv_text(DataFrame(columns).reset_index())
 
 
-def _told(cell: Cell) -> list[str]:
-    return [one.word for one in cell.told.values() if one.marked]
+def _told_from(gains: Sequence[Comparison]) -> list[str]:
+    return [one.word for one in gains if one.significant]
 
 
 def _json(table: Pivot) -> dict[str, Any]:
     cells = []
-    for (line, column), cell in table.cells.items():
-        found: dict[str, Any] = dict(zip(table.down, line, strict=True))
-        found |= dict(zip(table.across, column, strict=True))
-        found |= {"mean": cell.mean, "std": cell.std, "n": cell.n, "n_test": cell.row.n_test}
+    for cell in table.cells.to_dict("records"):
+        row: Row = cell["row"]
+        std = None if math.isnan(cell["std"]) else cell["std"]
+        found = {key: cell[key] for key in (*table.down, *table.across)}
+        found |= {"mean": cell["mean"], "std": std, "n": cell["n"], "n_test": row.n_test}
         if table.metric == ACCURACY:
             found |= {
-                "low": cell.row.low,
-                "high": cell.row.high,
-                "interval": cell.row.interval,
-                "told_from": _told(cell),
-                "comparisons": [one.as_json() for one in cell.told.values()],
+                "low": row.low,
+                "high": row.high,
+                "interval": row.interval,
+                "told_from": _told_from(cell["gains"]),
+                "comparisons": [one.as_json() for one in cell["gains"]],
             }
-        cells.append({**found, "best": cell.best})
+        cells.append({**found, "best": cell["best"]})
     return {
         "metric": table.metric,
         "rows": list(table.down),

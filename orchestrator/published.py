@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from orchestrator.marked_yaml import shown as said
+from orchestrator.output import aligned
 from orchestrator.paper_file import Paper, Published, PublishedGain
 from orchestrator.report import Results, Row, percent, settings_text, signed
 from orchestrator.statistics import ALPHA, Difference, corrected, paired_difference
@@ -255,12 +256,12 @@ def beside_sweep(
             cells.append(_not_comparable(row, other, reasons))
             continue
         p = next(p_values)
-        told = p < ALPHA and not found.untold
+        told = p < ALPHA and not found.reason_not_tested
         verdict: Verdict = "lower" if found.mean < 0 else "higher"
         if not told:
             narrow = found.high - found.low <= WIDE
             verdict = "reproduced" if narrow or not found.differing else "within interval"
-        note = found.untold if found.differing else ""
+        note = found.reason_not_tested if found.differing else ""
         cells.append(
             Judged(
                 **_place(row),
@@ -362,16 +363,8 @@ def _block(judged: Sequence[Judged], reasons: dict[str, int], width: int) -> Ite
     header = ("", "here", "there", "difference", "verdict")
     body = [_line(one, judged, reasons) for one in judged]
     kept = [i for i in range(len(header)) if i in (0, 4) or any(line[i] for line in body)]
-    widths = [max(len(line[i]) for line in (header, *body)) for i in kept]
-    room = width - sum(widths[1:]) - 3 * (len(kept) - 1)
-    widths[0] = min(widths[0], max(room, 12))
-    for line in (header, *body) if body else ():
-        first, *others = (line[i] for i in kept)
-        if len(first) > widths[0]:  # a line of its own
-            yield first
-            first = ""
-        cells = [cell.rjust(w) for cell, w in zip(others[:-1], widths[1:], strict=False)]
-        yield "   ".join([first.ljust(widths[0]), *cells, others[-1]]).rstrip()
+    if body:
+        yield from aligned([[line[i] for i in kept] for line in (header, *body)], width)
 
 
 def _line(one: Judged, judged: Sequence[Judged], reasons: dict[str, int]) -> tuple[str, ...]:

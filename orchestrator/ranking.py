@@ -71,7 +71,7 @@ def ranking(cells: Sequence[tuple[Array, Array]], *, samples: int = 2000, seed: 
 def _products(one: Array, other: Array) -> Array:
     """Of centred, scaled ranks, (B, P) each: cross products and squares, (3, B)."""
     # Half a second, which a table without a search does without.
-    from scipy.stats import rankdata  # type: ignore[import-untyped]
+    from scipy.stats import rankdata
 
     x, y = (rankdata(each, axis=1) / each.shape[1] for each in (one, other))
     x, y = (each - each.mean(axis=1, keepdims=True) for each in (x, y))
@@ -85,8 +85,8 @@ def _correlations(products: Array) -> Array:
     return np.asarray(np.divide(cross, scale, out=np.zeros_like(cross), where=scale > 1e-12))
 
 
-def told(objective: str, pooled: Ranking, by_cell: Mapping[str, Ranking]) -> Iterator[str]:
-    """Whose settings a table shows, and why: sentences for readers."""
+def sentences(objective: str, pooled: Ranking, by_cell: Mapping[str, Ranking]) -> Iterator[str]:
+    """Which settings of a search a table shows, and why."""
     figures = f"a rank correlation with test accuracy of {pooled}"
     if pooled.trusted:
         yield (
@@ -95,7 +95,7 @@ def told(objective: str, pooled: Ranking, by_cell: Mapping[str, Ranking]) -> Ite
         )
     elif pooled.rho is None:
         yield (
-            f"Default settings: {pooled.points} points are too few, or too equal, to tell whether "
+            f"Default settings: {pooled.points} points are too few, or too equal, to show whether "
             f"{objective} ranks them by test accuracy."
         )
     else:

@@ -21,7 +21,7 @@ import numpy as np
 from air_core.flat import from_flat, trial_keys
 from air_core.normal import normalised
 from orchestrator.presets import METHODS, named_refs
-from orchestrator.ranking import Ranking, ranking, told
+from orchestrator.ranking import Ranking, ranking, sentences
 from orchestrator.statistics import (
     ALPHA,
     Array,
@@ -32,8 +32,6 @@ from orchestrator.statistics import (
     Runs,
     collapsed,
     corrected,
-    discordance,
-    images_needed,
     mean_interval,
     mean_score,
     paired_difference,
@@ -144,7 +142,6 @@ class Choice:
 Role = Literal["host", "control"]
 MARKS: dict[Role, str] = {"host": "†", "control": "‡"}
 WORSE = "↓"
-SUPERSCRIPTS = "".join(MARKS.values()) + WORSE
 
 COLUMNS = (
     *("dataset", "paradigm", "modality", "method", "settings", "metric", "n", "n_test"),
@@ -161,7 +158,6 @@ class Comparison:
     role: Role  # what b is to a
     settings: dict[str, Any]  # of a
     difference: Difference  # paired by image and run
-    images_needed: int | None  # to tell such a difference from 0; None: it is 0
     row: Row  # of a
     p_corrected: float  # over all comparisons of the table
     other: Row  # of b
@@ -172,26 +168,26 @@ class Comparison:
         return self.difference.p
 
     @property
-    def untold(self) -> str:
-        """Why too little was run to tell; empty: it was enough."""
-        return self.difference.untold
+    def reason_not_tested(self) -> str:
+        """Why too little was run for a test; empty: enough was."""
+        return self.difference.reason_not_tested
 
     @property
-    def marked(self) -> bool:
-        """Told from 0 after correction, and enough was run to say so."""
-        return self.p_corrected < ALPHA and not self.untold
+    def significant(self) -> bool:
+        """Different from 0 after correction, with enough runs for a test."""
+        return self.p_corrected < ALPHA and not self.reason_not_tested
 
     @property
     def mark(self) -> str:
         """† for the host, ‡ for the control; with an arrow where `a` is worse; else nothing."""
-        if not self.marked:
+        if not self.significant:
             return ""
         return MARKS[self.role] + (WORSE if self.difference.mean < 0 else "")
 
     @property
     def word(self) -> str:
-        """`host+` where a mark would say better, `host-` where worse: for spreadsheets."""
-        return f"{self.role}{'-' if self.difference.mean < 0 else '+'}"
+        """The mark in letters, for spreadsheets: `host+` is better than the host, `host-` worse."""
+        return f"{self.role}{'-' if self.difference.mean < 0 else '+'}" if self.significant else ""
 
     def as_json(self) -> dict[str, Any]:
         found = self.difference
@@ -206,9 +202,9 @@ class Comparison:
             "interval": found.method,
             "p": self.p,
             "p_corrected": self.p_corrected,
-            "marked": self.marked,
-            "untold": self.untold,
-            "images_needed": self.images_needed,
+            "marked": self.significant,
+            "untold": self.reason_not_tested,
+            "images_needed": found.images_needed,
         }
 
 
@@ -276,7 +272,7 @@ def choice_notes(rows: Sequence[Row]) -> list[str]:
         return notes
     first = next(iter(chosen.values()))
     by_cell = {cell: choice.ranking for cell, choice in chosen.items()}
-    return [*told(first.objective, first.pooled, by_cell), *notes]
+    return [*sentences(first.objective, first.pooled, by_cell), *notes]
 
 
 def _promise(group: Sequence[Entry]) -> tuple[float, int]:
@@ -396,7 +392,6 @@ def comparisons(rows: Sequence[Row], entries: Sequence[Entry]) -> list[Compariso
             role=role,
             settings=row.settings,
             difference=difference,
-            images_needed=images_needed(difference.mean, results.discordance(row, other)),
             row=row,
             other=other,
             p_corrected=p,
@@ -405,13 +400,20 @@ def comparisons(rows: Sequence[Row], entries: Sequence[Entry]) -> list[Compariso
     ]
 
 
+def by_row(found: Iterable[Comparison]) -> dict[int, dict[Role, Comparison]]:
+    """The comparisons of each row, by the id of the row."""
+    gains: dict[int, dict[Role, Comparison]] = {}
+    for one in found:
+        gains.setdefault(id(one.row), {})[one.role] = one
+    return gains
+
+
 def partners(method: str) -> list[tuple[Role, str]]:
     """What presets compare a method with."""
-    known = METHODS.get(method)
-    pairs: tuple[tuple[Role, str | None], ...] = (
-        ("host", known.host if known else None),
-        ("control", known.control if known else None),
-    )
+    if method not in METHODS:
+        return []
+    known = METHODS[method]
+    pairs: list[tuple[Role, str | None]] = [("host", known.host), ("control", known.control)]
     return [(role, name) for role, name in pairs if name is not None]
 
 
@@ -490,20 +492,6 @@ class Results:
         runs = self.runs(row)
         return collapsed(runs) if runs else []
 
-    def discordance(self, row: Row, other: Row) -> float:
-        a, b = self.runs(row), self.runs(other)
-        return discordance(a, b) if a and b else math.nan
-
-    def seeds_and_splits(self) -> tuple[int, int]:
-        """The number of splits, and of seeds in a split, that the rows have at most."""
-        per_row = [
-            Counter(run.split_seed for run in runs.runs)
-            for runs in map(self.runs, self._rows)
-            if runs
-        ]
-        seeds = max((n for counts in per_row for n in counts.values()), default=0)
-        return seeds, len({split for counts in per_row for split in counts})
-
 
 # ---------------------------------------------------------------- words and numbers
 
@@ -517,13 +505,11 @@ def varied_settings(rows: Sequence[Row], entries: Sequence[Entry]) -> list[str]:
     return [key for key, values in seen.items() if len(values) > 1]
 
 
-def protocol_notes(rows: Sequence[Row], results: Results) -> list[str]:
+def protocol_notes(rows: Sequence[Row]) -> list[str]:
     """Measure, splits and seeds, interval: sentences for a caption."""
     notes = []
     if any(row.metric == "harmonic_mean" for row in rows):
         notes.append("TRZSL: harmonic mean of the accuracies on seen and on unseen classes.")
-    if splits := splits_and_seeds(results):
-        notes.append(splits)
     kinds = Counter(row.interval for row in rows)
     usual = kinds.most_common(1)[0][0]
     text = f"Interval: {usual}"
@@ -531,13 +517,13 @@ def protocol_notes(rows: Sequence[Row], results: Results) -> list[str]:
         if kind != usual:
             methods = dict.fromkeys(row.method for row in rows if row.interval == kind)
             text += f"; {', '.join(methods)}: {kind.removeprefix('95 % bootstrap ')}"
-    return [*notes, text + "."]
+    return [*notes, splits_and_seeds(rows), text + "."]
 
 
-def splits_and_seeds(results: Results) -> str:
-    seeds, splits = results.seeds_and_splits()
-    if not splits:
-        return ""
+def splits_and_seeds(rows: Sequence[Row]) -> str:
+    """The number of splits, and of seeds in a split, that the rows have at most."""
+    splits = max(row.protocol.splits for row in rows)
+    seeds = max(1, *(row.protocol.seeds for row in rows))
     each = " each" if splits > 1 else ""
     return f"{counted(splits, 'split')}, {counted(seeds, 'seed')}{each}."
 
@@ -548,13 +534,12 @@ def collapse_notes(rows: Sequence[Row], results: Results, most: int = 4) -> list
     worlds = worlds_of(rows)
     notes = []
     for row, one in fallen[:most]:
-        world = f"{row.dataset}, {row.paradigm}/{row.modality}: " if len(worlds) > 1 else ""
+        world = f"{world_text(row.world)}, " if len(worlds) > 1 else ""
         seed = "" if one.seed is None else f", seed {one.seed}"
-        text = settings_text(row, list(row.settings))
         notes.append(
-            f"Collapsed: {world}{row.method}{f' ({text})' if text else ''}, split "
-            f"{one.split_seed}{seed} has {percent(one.score)} where the others have "
-            f"{percent(one.others)}; it counts like every run."
+            f"Collapsed: {world}{named(row, list(row.settings))}, split {one.split_seed}{seed} has "
+            f"{percent(one.score)} where the others have {percent(one.others)}; it counts like "
+            "every run."
         )
     if len(fallen) > most:
         notes.append(f"{counted(len(fallen) - most, 'more run')} collapsed.")
@@ -562,40 +547,53 @@ def collapse_notes(rows: Sequence[Row], results: Results, most: int = 4) -> list
 
 
 def mark_notes(found: Sequence[Comparison]) -> list[str]:
-    """What marks mean, and where none could be given: sentences for a caption."""
-    reasons = Counter(c.untold for c in found if c.untold)
+    """What marks mean, and which differences were not tested: sentences for a caption."""
+    reasons = Counter(c.reason_not_tested for c in found if c.reason_not_tested)
     if sum(reasons.values()) == len(found):
-        return [f"Nothing is told apart: {reason}." for reason in reasons]
-    roles = {c.role for c in found}
+        return [f"No difference is tested: {reason}." for reason in reasons]
     words = {"host": "the host", "control": "the control without diffusion"}
-    signs = [f"{MARKS[role]} from {words[role]}" for role in MARKS if role in roles]
-    worse = any(c.mark.endswith(WORSE) for c in found)
-    below = f"; {WORSE} where below it" if worse else ""
-    over = "the comparison" if len(found) == 1 else f"the {len(found)} comparisons"
-    notes = [
-        f"Told apart: {', '.join(signs)}{below}; {100 * ALPHA:.0f} %, by Holm's correction over "
-        f"{over} of this table."
+    signs = [
+        f"{MARKS[role]} from {words[role]}" for role in MARKS if role in {c.role for c in found}
     ]
-    notes += [f"No mark in {times} of them: {reason}." for reason, times in reasons.items()]
-    if all(one_split(c.difference) for c in found):
-        notes.append("One split: what is told apart holds for that split and its images alone.")
+    worse = f" ({WORSE} below it)" if any(c.mark.endswith(WORSE) for c in found) else ""
+    over = "" if len(found) == 1 else f", Holm-corrected over {len(found)} comparisons"
+    notes = [f"Significantly different: {', '.join(signs)}{worse} (p < {ALPHA:g}{over})."]
+    notes += [f"{times} of them not tested: {reason}." for reason, times in reasons.items()]
+    if all("1 split" in c.difference.method for c in found):
+        notes.append("One split: the marks hold for that split and its images alone.")
     return notes
-
-
-def one_split(found: Interval) -> bool:
-    return "1 split" in found.method
 
 
 def settings_text(row: Row, keys: Iterable[str]) -> str:
     return ", ".join(f"{key} {shown(row.settings[key])}" for key in keys if key in row.settings)
 
 
+def named(row: Row, keys: Sequence[str]) -> str:
+    """A row by its method and these of its settings."""
+    text = settings_text(row, keys)
+    return f"{row.method}, {text}" if text else row.method
+
+
+def world_text(world: tuple[str, str, str]) -> str:
+    """
+    >>> world_text(("digits", "ul", "text"))
+    'digits, UL, text'
+    """
+    dataset, paradigm, modality = world
+    return f"{dataset}, {paradigm.upper()}, {modality}"
+
+
+def headline(found: Sequence[Row]) -> str:
+    """What the rows are judged by, with its unit."""
+    return f"{' or '.join(dict.fromkeys(row.metric for row in found)).replace('_', ' ')}, %"
+
+
 def worlds_of(rows: Iterable[Row]) -> list[tuple[str, str, str]]:
     return list(dict.fromkeys(row.world for row in rows))
 
 
-def mean_std(row: Row, sign: str) -> str:
-    return percent(row.mean) + ("" if row.std is None else f" {sign} {percent(row.std)}")
+def mean_std(row: Row) -> str:
+    return percent(row.mean) + ("" if row.std is None else f" ± {percent(row.std)}")
 
 
 def percent(value: float | None) -> str:
@@ -614,15 +612,6 @@ def signed(value: float) -> str:
     return f"{round(100 * value, 1) + 0.0:+.1f}"
 
 
-def over(found: Interval) -> str:
-    """
-    >>> over(Interval(mean=0, std=0, low=0, high=0, n=3, n_test=9,
-    ...                method="95 % bootstrap over images and seeds (1 split)"))
-    'over images and seeds'
-    """
-    return found.method.removeprefix("95 % bootstrap ").partition(" (")[0]
-
-
 def shown(value: Any) -> str:
     """A setting as a reader of the sweep file would write it.
 
@@ -632,10 +621,6 @@ def shown(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def whole(value: Any) -> Any:
-    return shown(value) if value is None or isinstance(value, bool) else value
 
 
 def counted(number: int, what: str) -> str:

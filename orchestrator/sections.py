@@ -1,14 +1,14 @@
-"""The sections of a report, each a function from evidence to texts, charts and tables.
+"""The sections of a report, each a function from evidence to groups of charts and tables.
 
-A section says what it shows in its first sentence; one that has nothing to show is left out.
+A section without a group is left out.
 """
 
 from __future__ import annotations
 
 import base64
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,24 +18,21 @@ from orchestrator.dataset_text import tested_classes
 from orchestrator.estimate import gpu_share
 from orchestrator.evidence import Evidence, confused
 from orchestrator.failures import CLASSES
-from orchestrator.figures import place, short
+from orchestrator.layouts import Layout
 from orchestrator.plan import WORDS
 from orchestrator.presets import METHODS
 from orchestrator.report import (
-    Comparison,
     Row,
     choice_notes,
     counted,
     mark_notes,
-    mean_std,
-    percent,
     settings_text,
     signed_interval,
-    varied_settings,
+    world_text,
     worlds_of,
 )
 from orchestrator.screen import clock
-from orchestrator.tables import laid_out
+from orchestrator.tables import WORLD, laid_out, records
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,109 +52,40 @@ class Picture:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Grid:
-    """A table of the page."""
-
-    header: Sequence[str]
-    lines: Sequence[Sequence[str]]
-    numeric: Sequence[bool]  # columns that are right-aligned
-    strong: frozenset[int] = frozenset()  # lines in bold
-    note: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gain:
-    text: str
-    figures: str
-    verdict: str  # yes, no or open
-    tail: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """What came out of one dataset, paradigm and modality."""
-
-    where: str
-    best: str
-    accuracy: str
-    gains: Sequence[Gain]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Group:
+    """What stands together in a section."""
+
     heading: str = ""
-    figures: Sequence[Picture] = ()
-    grids: Sequence[Grid] = ()
-    details: Sequence[tuple[str, str]] = ()  # folded texts with their names
-
-
-@dataclass(frozen=True, kw_only=True)
-class Section:
-    id: str
-    title: str
     texts: Sequence[str] = ()
-    answers: Sequence[Answer] = ()
-    groups: Sequence[Group] = field(default_factory=tuple)
+    cards: Sequence[Mapping[str, str]] = ()  # names and texts; of the heading the name is empty
+    figures: Sequence[Picture] = ()
+    tables: Sequence[Layout] = ()
+    details: Sequence[tuple[str, str]] = ()  # folded texts with their names
 
 
 # ---------------------------------------------------------------- the answer
 
 
-def answer(found: Evidence) -> Section:
-    """Best method of each world, and what it gains over host and control."""
-    best = {world: _best(found, world) for world in worlds_of(found.rows)}
-    texts = [_verdict(found), _state(found)]
-    answers = [
-        Answer(
-            where=place(world),
-            best=row.method + _with(found, row),
-            accuracy=f"{mean_std(row, '±')} % {_metric(row)}, [{percent(row.low)}, "
-            f"{percent(row.high)}]; highest mean of {_rows_of(found, world)}",
-            gains=[*map(_gain, _told_gains(found, row))],
-        )
-        for world, row in best.items()
-    ]
-    return Section(
-        id="answer", title="Answer", texts=[text for text in texts if text], answers=answers
-    )
+def answer(found: Evidence) -> Iterator[Group]:
+    """The best row of each world, and the best with synthetic images where that is another."""
+    lines = records(found.rows, found.entries, found.gains)
+    cards = []
+    for world in worlds_of(found.rows):
+        best = _best(found.rows, world)
+        drawn = [row for row in found.rows if row.world == world and _draws(row.method)]
+        chosen = {"highest mean": best}
+        if drawn and not _draws(best.method):
+            chosen["highest mean with synthetic images"] = _best(drawn, world)
+        for what, row in chosen.items():
+            line = next(line for line, of in zip(lines, found.rows, strict=True) if of is row)
+            about = {key: text for key, text in line.items() if text and key not in WORLD}
+            cards.append({"": f"{world_text(world)}: {what}", **about})
+    yield Group(texts=[*filter(None, [_verdict(found), _state(found)])], cards=cards)
 
 
-def _best(found: Evidence, world: tuple[str, str, str]) -> Row:
+def _best(rows: Sequence[Row], world: tuple[str, str, str]) -> Row:
     """The highest mean; of equal ones the first."""
-    return max((row for row in found.rows if row.world == world), key=lambda row: row.mean)
-
-
-def _told_gains(found: Evidence, row: Row) -> list[Comparison]:
-    """Of the best row; and of what uses synthetic images, where that is another."""
-    own = [gain for gain in found.gains if gain.row is row]
-    if any(gain.role == "control" for gain in own):
-        return own
-    others = [g for g in found.gains if g.row.world == row.world and g.role == "control"]
-    if not others:
-        return own
-    top = max(others, key=lambda gain: gain.row.mean).row
-    return own + [gain for gain in found.gains if gain.row is top]
-
-
-def _gain(found: Comparison) -> Gain:
-    what = "the control, real images and no diffusion" if found.role == "control" else "its host"
-    difference = found.difference
-    clear = ("yes" if difference.mean > 0 else "no") if found.marked else "open"
-    tail = ""
-    if difference.low <= 0 <= difference.high:
-        tail = ", not told from 0"
-        if found.images_needed is not None:
-            tail += f" ({found.images_needed:,} test images would tell)"
-    elif found.untold:
-        tail = f", not told apart: {found.untold}"
-    elif not found.marked:
-        tail = ", not told apart once all comparisons here are corrected for"
-    return Gain(
-        text=f"{found.a} over {found.b} ({what})",
-        figures=f"{signed_interval(difference)} points",
-        verdict=clear,
-        tail=tail,
-    )
+    return max((row for row in rows if row.world == world), key=lambda row: row.mean)
 
 
 def _verdict(found: Evidence) -> str:
@@ -166,15 +94,15 @@ def _verdict(found: Evidence) -> str:
     for role, what in (("host", "the host"), ("control", "the control without diffusion")):
         gains = [gain for gain in found.gains if gain.role == role and _draws(gain.a)]
         if gains:
-            above = sum(gain.marked and gain.difference.mean > 0 for gain in gains)
-            below = sum(gain.marked and gain.difference.mean < 0 for gain in gains)
+            above = sum(gain.significant and gain.difference.mean > 0 for gain in gains)
+            below = sum(gain.significant and gain.difference.mean < 0 for gain in gains)
             lower = f", lower in {below}" if below else ""
             parts.append(f"than {what} in {above} of {counted(len(gains), 'comparison')}{lower}")
     if not parts:
         return ""
     return (
-        f"With synthetic images accuracy is higher {' and '.join(parts)} (5 %, corrected for all "
-        f"{len(found.gains)} comparisons of this sweep)."
+        f"With synthetic images accuracy is significantly higher {' and '.join(parts)} "
+        f"(p < 0.05, Holm-corrected over {counted(len(found.gains), 'comparison')})."
     )
 
 
@@ -190,152 +118,73 @@ def _state(found: Evidence) -> str:
     text = f"{counted(done, 'trial')} of {found.plan.total} have a result"
     if left:
         text += "; " + ", ".join(f"{count} {state}" for state, count in left.items())
-    picked = "The best row is the one with the highest mean on the test images, seen afterwards."
+    picked = "The best row has the highest mean on the test images, which was seen afterwards."
     return f"{text}. {picked}"
-
-
-def _rows_of(found: Evidence, world: tuple[str, str, str]) -> str:
-    return counted(sum(row.world == world for row in found.rows), "row")
 
 
 # ---------------------------------------------------------------- the table
 
 
-def table(found: Evidence) -> Section:
+def table(found: Evidence) -> Iterator[Group]:
     """All rows, as `airsweep table` prints them."""
     layout = laid_out(found.rows, found.entries, found.gains)
-    grid = Grid(
-        header=layout.header,
-        lines=layout.lines,
-        numeric=layout.numeric,
-        strong=frozenset(line for line, _ in layout.bold),
-        note=" ".join(layout.notes),
-    )
-    worlds = worlds_of(found.rows)
-    drawn = []
-    for world in worlds[:MOST_WORLDS]:
-        rows = [row for row in found.rows if row.world == world]
-        for part in _parts(rows, 16):
-            dots = [
-                figures.dot(row, short(row.method + _with(found, row)), row is _best(found, world))
-                for row in part
-            ]
-            figure = charts.dots(dots, f"{_metric(rows[0])}, %", title=place(world))
-            drawn.append(_chart(figure, f"Accuracy of {len(part)} rows with intervals"))
-    return Section(
-        id="table",
-        title="Accuracy",
-        texts=[" ".join(layout.caption)],
-        groups=[Group(figures=drawn, grids=[grid])],
-    )
+    figure = figures.accuracy(found.rows, found.entries)
+    drawn = [_chart(figure, f"Accuracy of {len(found.rows)} rows with intervals")]
+    yield Group(texts=[" ".join(layout.caption)], figures=drawn, tables=[layout])
 
 
 # ---------------------------------------------------------------- count and weight
 
 
-def responses(found: Evidence) -> Section | None:
+def by_setting(found: Evidence) -> Iterator[Group]:
     """Accuracy against each number that the sweep varies."""
-    searched = found.sweep.search is not None
-    rows = found.points if searched else found.rows
-    draw = _clouds_of if searched else _curves_of
-    shown = [figure for key in figures.numeric_settings(rows) for figure in draw(found, rows, key)]
-    if not shown:
-        return None
+    drawn = []
+    for key in figures.numeric_settings(found.points):
+        parts = figures.by_setting(found.rows, found.points, found.entries, key)
+        for number, part in enumerate(parts, 1):
+            title = f"{number} of {len(parts)}" if len(parts) > 1 else ""
+            figure = figures.setting_chart(part, found.rows, key, title)
+            drawn.append(_chart(figure, f"Accuracy against {key}"))
     text = (
-        "Mean over runs against what was varied; the band is the 95 % interval. Dashed lines are "
-        "methods that the setting does not touch."
+        "Mean over runs against the setting; the band is the 95 % interval. Dashed lines are "
+        "methods without this setting."
     )
-    if searched:
+    if found.sweep.search is not None:
         text = "Every point of the search, one dot each; other settings vary along with it."
-    return Section(
-        id="settings", title="Accuracy by setting", texts=[text], groups=[Group(figures=shown)]
-    )
-
-
-def _curves_of(found: Evidence, rows: Sequence[Row], key: str) -> Iterator[Picture]:
-    """By method, one curve for each dataset, paradigm, modality and whatever else differs."""
-    several = len(worlds_of(rows)) > 1
-    for method in dict.fromkeys(row.method for row in rows):
-        of = [row for row in rows if row.method == method]
-        for part in _parts(figures.responses(of, found.entries, key), figures.MOST_CURVES):
-            level = {} if several else _levels(rows, method, key)
-            figure = charts.curves(part, key, figures.headline(of), title=method, level=level)
-            yield _chart(figure, f"Accuracy of {method} against {key}")
-
-
-def _levels(rows: Sequence[Row], method: str, key: str) -> dict[str, float]:
-    """Host and control of a method, where the setting does not touch them."""
-    known = METHODS.get(method)
-    names = (known.host, known.control) if known else ()
-    found = {}
-    for name in filter(None, names):
-        of = [row for row in rows if row.method == name]
-        if len({row.mean for row in of}) == 1:
-            found[str(name)] = of[0].mean
-    return found
-
-
-def _clouds_of(found: Evidence, rows: Sequence[Row], key: str) -> Iterator[Picture]:
-    for cloud in figures.clouds(rows, key):
-        figure = charts.curves([cloud], key, "test accuracy, %", joined=False)
-        yield _chart(figure, f"Test accuracy of the points of {cloud.label} against {key}")
+    if drawn:
+        yield Group(texts=[text], figures=drawn)
 
 
 # ---------------------------------------------------------------- what the parts bring
 
 
-def components(found: Evidence) -> Section | None:
+def components(found: Evidence) -> Iterator[Group]:
     """Each row minus its host and its control."""
     if not found.gains:
-        return None
-    drawn = []
-    for world in worlds_of(found.rows)[:MOST_WORLDS]:
-        of = [gain for gain in found.gains if gain.row.world == world]
-        for part in _parts(of, 16):
-            dots = [
-                charts.Dot(
-                    label=short(f"{gain.a} \N{MINUS SIGN} {gain.b}" + _with(found, gain.row)),
-                    value=gain.difference.mean,
-                    low=gain.difference.low,
-                    high=gain.difference.high,
-                    strong=gain.role == "control",
-                )
-                for gain in part
-            ]
-            figure = charts.dots(dots, "difference, points", title=place(world), zero=True)
-            drawn.append(_chart(figure, "Differences with intervals and a line at 0"))
+        return
+    figure = figures.differences(found.gains, found.varied)
+    drawn = [_chart(figure, "Differences with intervals and a line at 0")]
     lines = [
-        [
-            place(gain.row.world),
-            f"{gain.a} \N{MINUS SIGN} {gain.b}",
-            settings_text(gain.row, varied_settings(found.rows, found.entries)),
-            "control" if gain.role == "control" else "host",
-            signed_interval(gain.difference),
-            str(gain.difference.n),
-            str(gain.difference.n_test),
-            "" if gain.images_needed is None else f"{gain.images_needed:,}",
-            _p_value(gain.p),
-            _p_value(gain.p_corrected),
-            gain.mark,
-        ]
+        {
+            "where": world_text(gain.row.world),
+            "difference": f"{gain.a} \N{MINUS SIGN} {gain.b}",
+            "settings": settings_text(gain.row, found.varied),
+            "b is the": gain.role,
+            "points, 95 %": signed_interval(gain.difference) + gain.mark,
+            "n": str(gain.difference.n),
+            "n_test": str(gain.difference.n_test),
+            "p": _p_value(gain.p),
+            "p corrected": _p_value(gain.p_corrected),
+            "images needed": _count(gain.difference.images_needed),
+        }
         for gain in found.gains
     ]
-    header = ["where", "difference", "settings", "b is the", "points, 95 %", "runs", "n_test"]
-    header += ["images needed", "p", "p corrected", "told apart"]
-    numeric = [False] * 4 + [True] * 6 + [False]
-    grid = _without_empty(Grid(header=header, lines=lines, numeric=numeric))
-    return Section(
-        id="components",
-        title="What each part brings",
-        texts=[
-            "A method with synthetic images minus its host, and minus its control, which builds "
-            "the same auxiliary classifier from real pseudo-labelled images (diamonds). Paired by "
-            "image and run; grey: not told from 0. Images needed: test images that would tell a "
-            "difference of this size in one pair of runs (80 % power).",
-            " ".join(mark_notes(found.gains)),
-        ],
-        groups=[Group(figures=drawn, grids=[grid])],
-    )
+    notes = [" ".join(mark_notes(found.gains))]
+    yield Group(texts=notes, figures=drawn, tables=[_table(lines)])
+
+
+def _count(number: int | None) -> str:
+    return "" if number is None else f"{number:,}"
 
 
 def _p_value(p: float) -> str:
@@ -352,62 +201,32 @@ PSEUDO = (
 )
 
 
-def pseudo_labels(found: Evidence) -> Section | None:
+def pseudo_labels(found: Evidence) -> Iterator[Group]:
     """How good pseudo-labels are, iteration by iteration."""
-    groups = []
-    by_world = {world: _with_curves(found, world) for world in worlds_of(found.rows)[:MOST_WORLDS]}
-    shown = {row.method for rows in by_world.values() for row in rows}
-    looks = {method: look for look, method in enumerate(m for m in METHODS if m in shown)}
-    for world, rows in by_world.items():
-        if not rows:
-            continue
+    for world in worlds_of(found.rows)[:MOST_WORLDS]:
+        best: dict[str, Row] = {}  # the best row of each method
+        for row in sorted(found.rows, key=lambda row: -row.mean):
+            if row.world == world:
+                best.setdefault(row.method, row)
         drawn = []
         for metric, ylabel, what in PSEUDO:
-            series = [
-                replace(one, look=looks.get(row.method))
-                for row in rows
-                if (one := _over(found, row, metric))
-            ]
+            series = figures.over_iterations([*best.items()], found.results, metric)
             if series:
-                figure = charts.curves(series, "iteration", ylabel, title=what)
+                figure = charts.curves(
+                    series[: figures.MOST_CURVES], "iteration", ylabel, title=what
+                )
                 drawn.append(_chart(figure, f"Pseudo-labels over iterations: {what}"))
-        groups.append(Group(heading=place(world), figures=drawn))
-    if not groups:
-        return None
-    return Section(
-        id="pseudo-labels",
-        title="Pseudo-labels",
-        texts=[
-            "Means over runs, with the band from the lowest to the highest run. Hosts (such as "
-            "cpl) label with the text classifier alone, others with an auxiliary classifier beside "
-            "it: of synthetic images (air), or of real ones (the control). The labels are compared "
-            "with the truth after the fact; nothing in training sees it."
-        ],
-        groups=groups,
-    )
-
-
-def _with_curves(found: Evidence, world: tuple[str, str, str]) -> list[Row]:
-    """The best row of each method that has more than one iteration, best first."""
-    best: dict[str, Row] = {}
-    for row in sorted(found.rows, key=lambda row: -row.mean):
-        if row.world == world and _over(found, row, "pseudo/accuracy"):
-            best.setdefault(row.method, row)
-    return list(best.values())[: figures.MOST_CURVES]
-
-
-def _over(found: Evidence, row: Row, metric: str) -> charts.Series | None:
-    return figures.over_iterations(found.results, row, metric, row.method)
+        if drawn:
+            yield Group(heading=world_text(world), figures=drawn)
 
 
 # ---------------------------------------------------------------- confusion
 
 
-def confusions(found: Evidence) -> Section | None:
+def confusions(found: Evidence) -> Iterator[Group]:
     """Which classes are taken for which, by the best row and by its host."""
-    groups = []
     for world in worlds_of(found.rows)[:MOST_WORLDS]:
-        best = _best(found, world)
+        best = _best(found.rows, world)
         known = METHODS.get(best.method)
         host = found.results.partner(best, known.host) if known and known.host else None
         names = [name.replace("_", " ") for name in _classnames(found, best)]
@@ -417,25 +236,11 @@ def confusions(found: Evidence) -> Section | None:
             figure = charts.heat(matrix, names, title=row.method)
             drawn.append(_chart(figure, f"Confusion matrix of {row.method}"))
             lines += [
-                [row.method, true, taken, f"{100 * share:.0f} %"]
+                {"method": row.method, "class": true, "taken for": taken, "share": f"{share:.0%}"}
                 for true, taken, share in confused(matrix, names)
             ]
-        grid = Grid(
-            header=["method", "class", "taken for", "share"],
-            lines=lines,
-            numeric=[False, False, False, True],
-        )
-        groups.append(Group(heading=place(world), figures=drawn, grids=[grid]))
-    return Section(
-        id="confusion",
-        title="Confusion",
-        texts=[
-            "Test images of all runs by true class (rows) and predicted class (columns): the best "
-            "row of each and its host. Shades are shares of the true class, from 0 (dark) to 1 "
-            "(bright)."
-        ],
-        groups=groups,
-    )
+        tables = [_table(lines)] if lines else []
+        yield Group(heading=world_text(world), figures=drawn, tables=tables)
 
 
 def _classnames(found: Evidence, row: Row) -> Sequence[str]:
@@ -446,12 +251,10 @@ def _classnames(found: Evidence, row: Row) -> Sequence[str]:
 # ---------------------------------------------------------------- pictures
 
 
-def images(found: Evidence) -> Section | None:
-    """Real images beside what the diffusion model draws, and how good the latter are."""
-    groups = [*_contact_sheet(found), *_audits(found)]
-    if not groups:
-        return None
-    return Section(id="images", title="Images", groups=groups)
+def images(found: Evidence) -> Iterator[Group]:
+    """Real images beside those of the diffusion model, and how good the latter are."""
+    yield from _contact_sheet(found)
+    yield from _audits(found)
 
 
 def _contact_sheet(found: Evidence) -> Iterator[Group]:
@@ -459,12 +262,12 @@ def _contact_sheet(found: Evidence) -> Iterator[Group]:
     if not sheet.exists() or not sheet.stat().st_size:
         return
     shares = found.outcome.get("run", {}).get("shares", {})
-    said = ", ".join(f"{name} {share:.0%}" for name, share in sorted(shares.items()))
+    by_group = ", ".join(f"{name} {share:.0%}" for name, share in sorted(shares.items()))
     caption = "Real images, images without LoRA and with it; same noise in the same place."
     picture = Picture(
         src=_data("image/png", sheet.read_bytes()),
         alt="Real images, images of the base model, images after LoRA, a class a row",
-        caption=f"{caption} Zero-shot CLIP takes for their class: {said}." if said else caption,
+        caption=f"{caption} Zero-shot CLIP recognises {by_group}." if by_group else caption,
         wide=True,
     )
     yield Group(figures=[picture])
@@ -475,20 +278,20 @@ def _audits(found: Evidence) -> Iterator[Group]:
     if not found.cards:
         return
     lines = [
-        [
-            card.title,
-            f"{card.images:,}",
-            *map(_percent, (card.recognised, card.base_recognised)),
-            *map(_plus_minus, (card.kid, card.base_kid)),
-            "" if card.test_cosine is None else f"{card.test_cosine:.3f}",
-            f"{card.counts['test copy']}",
-            f"{card.flagged_images}",
-        ]
+        {
+            "images of": card.title,
+            "images": f"{card.images:,}",
+            "recognised": _percent(card.recognised),
+            "recognised before LoRA": _percent(card.base_recognised),
+            "KID to the pool": _plus_minus(card.kid),
+            "KID before LoRA": _plus_minus(card.base_kid),
+            "nearest test image": "" if card.test_cosine is None else f"{card.test_cosine:.3f}",
+            "copies": f"{card.counts['test copy']}",
+            "flagged": f"{card.flagged_images}",
+        }
         for card, _ in found.cards
     ]
-    header = ["images of", "images", "recognised", "before LoRA", "KID to the pool", "before LoRA"]
-    header += ["nearest test image", "copies", "flagged"]
-    most = sorted(found.cards, key=lambda told: -told[0].flagged_images / told[0].images)
+    most = sorted(found.cards, key=lambda one: -one[0].flagged_images / one[0].images)
     drawn = [
         Picture(
             src=_data("image/png", picture.read_bytes()),
@@ -498,11 +301,10 @@ def _audits(found: Evidence) -> Iterator[Group]:
         for card, picture in most[:MOST_CARDS]
     ]
     rest = len(found.cards) - len(drawn)
-    note = "Recognised: zero-shot CLIP takes it for its class. Nearest test image: largest cosine."
+    note = "Recognised: zero-shot CLIP predicts its class. Nearest test image: largest cosine."
     if rest:
         note += f" Pictured: the {len(drawn)} of {len(found.cards)} with most flagged images."
-    grid = _without_empty(Grid(header=header, lines=lines, numeric=[False] + [True] * 8, note=note))
-    yield Group(heading="Audit", grids=[grid])
+    yield Group(heading="Audit", tables=[_table(lines, note)])
     yield Group(figures=drawn)
 
 
@@ -517,20 +319,21 @@ def _plus_minus(pair: Sequence[float] | None) -> str:
 # ---------------------------------------------------------------- search
 
 
-def search(found: Evidence) -> Section | None:
+def searched(found: Evidence) -> Iterator[Group]:
     """What a search tried, which settings mattered, and whether its objective was a guide."""
-    asked = found.sweep.search
-    if asked is None:
-        return None
-    groups = []
+    search = found.sweep.search
+    if search is None:
+        return
+    if notes := choice_notes(found.rows):
+        yield Group(texts=notes)
     objectives = {(e.cell, e.point): e.objective for e in found.entries}
     chosen = {row.cell: row.point for row in found.rows}
     for cell in found.plan.cells:
         points = sorted(
             (row for row in found.points if row.cell == cell.id), key=lambda row: row.point
         )
-        told = [(row, objectives.get((cell.id, row.point))) for row in points]
-        pairs = [(row, value) for row, value in told if value is not None]
+        valued = [(row, objectives.get((cell.id, row.point))) for row in points]
+        pairs = [(row, value) for row, value in valued if value is not None]
         if len(pairs) < 2:
             continue
         values = [value for _, value in pairs]
@@ -542,30 +345,31 @@ def search(found: Evidence) -> Section | None:
                 charts.Series(label="best so far", x=numbers, y=best),
             ],
             "point",
-            asked.objective,
+            search.objective,
             percent=False,
             title="History",
         )
-        which = numbers.index(chosen[cell.id]) if chosen.get(cell.id) in numbers else None
-        first = numbers.index(0) if 0 in numbers else None
-        guide = charts.scatter(
-            values,
-            [100 * row.mean for row, _ in pairs],
-            asked.objective,
+        shown = {"chosen": chosen.get(cell.id), "default": 0}
+        marked = [
+            charts.Series(label=name, x=[value], y=[row.mean])
+            for name, point in shown.items()
+            for row, value in pairs
+            if row.point == point
+        ]
+        every = charts.Series(label="point", x=values, y=[row.mean for row, _ in pairs])
+        guide = charts.curves(
+            [every, *marked],
+            search.objective,
             "test accuracy, %",
             title="Objective against test",
-            chosen=which,
-            default=first if first != which else None,
+            joined=False,
         )
         drawn = [_chart(history, "Objective by point"), _chart(guide, "Objective against test")]
         weights = _importances(found, cell.id, [(row.settings, value) for row, value in pairs])
-        if weights:
-            bars = charts.bars(weights, "share of the objective's variance", title="Importance")
-            drawn.append(_chart(bars, "Importance of each setting for the objective"))
-        groups.append(Group(heading=cell.id, figures=drawn))
-    if not groups:
-        return None
-    return Section(id="search", title="Search", texts=choice_notes(found.rows), groups=groups)
+        lines = [{"setting": key, "importance": f"{share:.0%}"} for key, share in weights.items()]
+        note = "Importance: share of the variance of the objective (functional ANOVA)."
+        tables = [_table(lines, note)] if lines else []
+        yield Group(heading=cell.id, figures=drawn, tables=tables)
 
 
 def _importances(
@@ -580,53 +384,31 @@ def _importances(
 # ---------------------------------------------------------------- time, failures, lineage
 
 
-def costs(found: Evidence) -> Section:
+def costs(found: Evidence) -> Iterator[Group]:
     """Where the time went."""
-    spent = found.costs()
     words = {**WORDS, "trials": "trials"}
-    hours = {
-        stage: seconds * gpu_share(stage, found.sweep.resources) / 3600
-        for stage, (_, seconds) in spent.items()
-    }
-    lines = [
-        [
-            words.get(stage, stage),
-            f"{count:,}",
-            clock(seconds),
-            f"{seconds / count:.2f}" if count else "",
-            f"{hours[stage]:.2f}" if hours[stage] else "",
-        ]
-        for stage, (count, seconds) in spent.items()
-    ]
-    grid = Grid(
-        header=["stage", "made", "time of one worker", "seconds each", "GPU-hours"],
-        lines=lines,
-        numeric=[False, True, True, True, True],
-    )
-    minutes = {words.get(stage, stage): seconds / 60 for stage, (_, seconds) in spent.items()}
-    figure = charts.bars(minutes, "minutes of one worker", title="Time by stage")
-    reused = found.counts["reused"]
-    wall = found.outcome.get("seconds")
-    texts = [
-        "Work that this sweep did itself, added up over workers and runs"
-        + (f"; the last run took {clock(wall)}" if wall else "")
-        + (
-            f". {counted(reused, 'trial')} had a result already and cost nothing."
-            if reused
-            else "."
+    lines = []
+    for stage, (count, seconds) in found.costs().items():
+        hours = seconds * gpu_share(stage, found.sweep.resources) / 3600
+        lines.append(
+            {
+                "stage": words.get(stage, stage),
+                "made": f"{count:,}",
+                "time of one worker": clock(seconds),
+                "seconds each": f"{seconds / count:.2f}" if count else "",
+                "GPU-hours": f"{hours:.2f}" if hours else "",
+            }
         )
-    ]
-    return Section(
-        id="cost",
-        title="Time and cost",
-        texts=texts,
-        groups=[Group(figures=[_chart(figure, "Minutes by stage")], grids=[_without_empty(grid)])],
-    )
+    wall, reused = found.outcome.get("seconds"), found.counts["reused"]
+    text = "Work that this sweep did itself, added up over workers and runs."
+    text += f" The last run took {clock(wall)}." if wall else ""
+    text += f" {counted(reused, 'trial')} had a result already and cost nothing." if reused else ""
+    yield Group(texts=[text], tables=[_table(lines)])
 
 
-def failures(found: Evidence) -> Section | None:
+def failures(found: Evidence) -> Iterator[Group]:
     """What failed, and what was done about it."""
-    told = Counter(
+    failed = Counter(
         (event["failure_class"], event["message"], what)
         for what, events in (
             ("trial", found.standing.failures),
@@ -634,55 +416,43 @@ def failures(found: Evidence) -> Section | None:
         )
         for event in events.values()
     )
+    rows = [
+        (name, counted(count, what), message)
+        for (name, message, what), count in sorted(failed.items())
+    ]
+    rows += [
+        (name, f"{count} tried again", "") for name, count in sorted(found.standing.retried.items())
+    ]
     lines = [
-        [name, f"{count} {what}{'s' if count > 1 else ''}", message, CLASSES[name].remedy]
-        for (name, message, what), count in sorted(told.items())
+        {"class": name, "how many": many, "message": message, "remedy": CLASSES[name].remedy}
+        for name, many, message in rows
     ]
-    lines += [
-        [name, f"{count} tried again", "", CLASSES[name].remedy]
-        for name, count in sorted(found.standing.retried.items())
-    ]
-    if not lines:
-        return None
-    grid = Grid(
-        header=["class", "how many", "message", "what is done"],
-        lines=lines,
-        numeric=[False] * 4,
-    )
-    return Section(
-        id="failures",
-        title="Failures",
-        texts=["What has no result. The next run tries all of it again."],
-        groups=[Group(grids=[grid])],
-    )
+    if lines:
+        yield Group(tables=[_table(lines)])
 
 
-def lineage(found: Evidence) -> Section:
+def lineage(found: Evidence) -> Iterator[Group]:
     """From which inputs, with which code, and how to get it again."""
-    made = {name: found.made(name) for name in ("commit", "dirty", "user", "host", "device")}
-    lines = [[name, ", ".join(map(str, values))] for name, values in made.items() if values]
+    facts = [
+        (name, ", ".join(map(str, found.made(name))))
+        for name in ("commit", "dirty", "user", "host", "device")
+    ]
     for versions in found.made("versions"):
-        lines.append(["versions", ", ".join(f"{k} {v}" for k, v in sorted(versions.items()))])
-    lines += [[what, digest] for what, digest in found.inputs().items()]
+        facts.append(("versions", ", ".join(f"{k} {v}" for k, v in sorted(versions.items()))))
     seeds = [
         ", ".join(f"{k} {v}" for k, v in one.items()) for one in found.sweep.seeds.assignments()
     ]
-    lines.append(["seeds", "; ".join(seeds)])
+    facts += [*found.inputs().items(), ("seeds", "; ".join(seeds))]
+    lines = [{"name": name, "value": value} for name, value in facts if value]
     name = f"{found.place.project}/{found.place.name}"
     again = f"airsweep run {found.sweep.source}"
-    return Section(
-        id="lineage",
-        title="Lineage",
+    yield Group(
         texts=[
             f"Sweep {name}. The same again: {again}. One trial again, from its record: airsweep "
-            "repro KEY. What two trials differ in: airsweep diff A B."
+            "repro KEY. The differences between two trials: airsweep diff A B."
         ],
-        groups=[
-            Group(
-                grids=[Grid(header=["what", "which"], lines=lines, numeric=[False, False])],
-                details=[("The sweep file", found.sweep.text), ("Trial keys", _keys(found))],
-            )
-        ],
+        tables=[_table(lines)],
+        details=[("The sweep file", found.sweep.text), ("Trial keys", _keys(found))],
     )
 
 
@@ -694,18 +464,46 @@ def _keys(found: Evidence) -> str:
     return "\n".join(lines)
 
 
-SECTIONS: tuple[Callable[[Evidence], Section | None], ...] = (
-    answer,
-    table,
-    responses,
-    components,
-    pseudo_labels,
-    confusions,
-    images,
-    search,
-    costs,
-    failures,
-    lineage,
+# Address, title, first paragraph, and what follows.
+SECTIONS: tuple[tuple[str, str, str, Callable[[Evidence], Iterator[Group]]], ...] = (
+    ("answer", "Answer", "", answer),
+    ("table", "Accuracy", "", table),
+    ("settings", "Accuracy by setting", "", by_setting),
+    (
+        "components",
+        "What each part brings",
+        "A method with synthetic images minus its host, and minus its control, which builds the "
+        "same auxiliary classifier from real pseudo-labelled images (diamonds). Paired by image "
+        "and run; grey: the 95 % interval contains 0. Images needed: test images that detect a "
+        "difference of this size in one pair of runs (80 % power).",
+        components,
+    ),
+    (
+        "pseudo-labels",
+        "Pseudo-labels",
+        "Means over runs, with the band from the lowest to the highest run. Hosts (such as cpl) "
+        "label with the text classifier alone, others with an auxiliary classifier beside it: of "
+        "synthetic images (air), or of real ones (the control). The labels are compared with the "
+        "truth after the fact; nothing in training sees it.",
+        pseudo_labels,
+    ),
+    (
+        "confusion",
+        "Confusion",
+        "Test images of all runs by true class (rows) and predicted class (columns): the best row "
+        "of each and its host. Shades are shares of the true class, from 0 (dark) to 1 (bright).",
+        confusions,
+    ),
+    ("images", "Images", "", images),
+    ("search", "Search", "", searched),
+    ("cost", "Time and cost", "", costs),
+    (
+        "failures",
+        "Failures",
+        "Work without a result. The next run tries all of it again.",
+        failures,
+    ),
+    ("lineage", "Lineage", "", lineage),
 )
 
 
@@ -720,35 +518,9 @@ def _data(kind: str, content: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def _metric(row: Row) -> str:
-    return "harmonic mean" if row.metric == "harmonic_mean" else "accuracy"
+def _table(lines: Sequence[Mapping[str, str]], note: str = "") -> Layout:
+    """Lines as a table without columns that say nothing."""
+    from pandas import DataFrame
 
-
-def _with(found: Evidence, row: Row) -> str:
-    """The settings that tell a row from others of its method."""
-    keys = _telling(found, row)
-    text = settings_text(row, keys)
-    return f", {text}" if text else ""
-
-
-def _telling(found: Evidence, row: Row) -> list[str]:
-    of = [other for other in found.rows if (other.world, other.method) == (row.world, row.method)]
-    return [key for key in row.settings if len({repr(o.settings.get(key, ())) for o in of}) > 1]
-
-
-def _parts(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
-    """Equal parts of at most `size`."""
-    count = -(-len(items) // size)
-    return [items[len(items) * i // count : len(items) * (i + 1) // count] for i in range(count)]
-
-
-def _without_empty(grid: Grid) -> Grid:
-    """The table without columns that say nothing."""
-    keep = [i for i in range(len(grid.header)) if any(line[i] for line in grid.lines)]
-    return Grid(
-        header=[grid.header[i] for i in keep],
-        lines=[[line[i] for i in keep] for line in grid.lines],
-        numeric=[grid.numeric[i] for i in keep],
-        strong=grid.strong,
-        note=grid.note,
-    )
+    frame = DataFrame(lines)
+    return Layout(frame=frame.loc[:, (frame != "").any()], notes=[note] if note else [])

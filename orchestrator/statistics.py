@@ -53,7 +53,6 @@ import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -130,7 +129,8 @@ class Difference(Interval):
     run_noise: float  # what images alone put between top units, of which that is free
     units: int  # splits; seeds where there is one split
     differing: int  # images that the two did not score alike in every run
-    untold: str  # why there is too little to tell it from 0; empty: there is enough
+    images_needed: int | None  # to detect such a difference; None: it is 0
+    reason_not_tested: str  # why too little was run for a test; empty: enough was
 
 
 def mean_interval(runs: Runs, *, samples: int = 2000, seed: int = 0) -> Interval:
@@ -162,12 +162,16 @@ def paired_difference(a: Runs, b: Runs, *, samples: int = 2000, seed: int = 0) -
     parts = _parts(scores, samples, seed)
     found = _interval(scores, parts, lowest=-1.0)
     towards_zero = found.mean - found.low if found.mean > 0 else found.high - found.mean
-    symmetric = _half(ALPHA, parts.image_variance, parts.run_variance, parts.units - 1)
+    symmetric = _half_width(ALPHA, parts.image_variance, parts.run_variance, parts.units - 1)
     skew = towards_zero / symmetric if symmetric > 0 else 1.0
-    differing = _differing(scores)
+    differing = [score.sides[0] != score.sides[1] for score in scores]
+    images = len(
+        np.unique(np.concatenate([s.image_ids[d] for s, d in zip(scores, differing, strict=True)]))
+    )
+    discordance = float(np.mean([d.mean() for d in differing]))
     return Difference(
         **vars(found),
-        p=_p(
+        p=_p_value(
             abs(found.mean) / skew if skew > 0 else math.inf,
             parts.image_variance,
             parts.run_variance,
@@ -178,8 +182,9 @@ def paired_difference(a: Runs, b: Runs, *, samples: int = 2000, seed: int = 0) -
         run_variance=parts.run_variance,
         run_noise=parts.run_noise,
         units=parts.units,
-        differing=differing,
-        untold=_untold(scores, differing),
+        differing=images,
+        images_needed=images_needed(found.mean, discordance),
+        reason_not_tested=_reason_not_tested(scores, images),
     )
 
 
@@ -199,7 +204,7 @@ def corrected(differences: Sequence[Difference]) -> list[float]:
         own = d.run_variance + kept * d.run_noise
         part = max(own, common) if d.units > 1 else 0.0
         distance = abs(d.mean) / d.skew if d.skew > 0 else math.inf
-        together.append(_p(distance, d.image_variance, part, max(d.units - 1, freedom)))
+        together.append(_p_value(distance, d.image_variance, part, max(d.units - 1, freedom)))
     return [max(d.p, p) for d, p in zip(differences, holm(together), strict=True)]
 
 
@@ -250,15 +255,6 @@ def collapsed(runs: Runs) -> list[Collapse]:
     return found
 
 
-def discordance(a: Runs, b: Runs) -> float:
-    """Share of test images on which one of the two is right and the other wrong, mean over pairs.
-
-    nan: no run in common.
-    """
-    shares = [float((pair.sides[0] != pair.sides[1]).mean()) for pair in _pairs(a, b)]
-    return float(np.mean(shares)) if shares else math.nan
-
-
 def images_needed(difference: float, discordance: float) -> int | None:
     """Test images on which one pair of runs would show such a difference.
 
@@ -267,13 +263,16 @@ def images_needed(difference: float, discordance: float) -> int | None:
     It takes the observed difference for the true one and leaves the variation over splits and
     seeds out; averaging over several runs needs fewer images.
 
+    Args:
+        discordance: share of the test images on which one of the two is right and the other wrong.
+
     Returns:
-        None: no number of images is enough, the difference is 0 or unknown.
+        None: no number of images is enough, the difference is 0.
 
     >>> images_needed(0.02, 0.20)
     3923
     """
-    if difference == 0 or math.isnan(difference) or math.isnan(discordance):
+    if difference == 0:
         return None
     p = max(discordance, abs(difference))  # a difference needs at least that many discordant images
     root = Z_95 * math.sqrt(p) + Z_POWER_80 * math.sqrt(p - difference**2)
@@ -365,7 +364,7 @@ def _parts(scores: Sequence[_Scores], samples: int, seed: int) -> _Parts:
         between = float(_variance_of_mean(run_means @ per_unit, share))
         by_images = float(_variance_of_mean(shifts @ per_unit, share).mean())
         deviation = math.sqrt(max(0.0, between - by_images))
-        widen = _student_975(len(share) - 1) / Z_95
+        widen = _student(ALPHA, len(share) - 1) / Z_95
         draws = draws + widen * deviation * _generator(seed, "runs").standard_normal(samples)
     return _Parts(
         run_means=run_means,
@@ -391,45 +390,59 @@ def _interval(scores: Sequence[_Scores], parts: _Parts, *, lowest: float) -> Int
     )
 
 
-def _half(alpha: float, images: float, runs: float, freedom: float) -> float:
+def _half_width(alpha: float, images: float, runs: float, freedom: float) -> float:
     """Half the width of a symmetric interval of level 1 - alpha, of two variances."""
     t = _student(alpha, freedom) if runs > 0 else 0.0
     return math.sqrt(_normal(alpha) ** 2 * images + t**2 * max(0.0, runs))
 
 
-def _p(distance: float, images: float, runs: float, freedom: float) -> float:
+def _p_value(distance: float, images: float, runs: float, freedom: float) -> float:
     """The level at which the half width is the distance from 0."""
     if distance == 0:
         return 1.0
     if runs <= 0:
         return math.erfc(distance / math.sqrt(2 * images)) if images > 0 else 0.0
+    from scipy.special import stdtr
+
     low, high = 0.0, distance / math.sqrt(runs)  # t of the level lies between
     for _ in range(60):
         t = (low + high) / 2
-        alpha = _student_tails(t, freedom)
+        alpha = 2 * float(stdtr(freedom, -t))
         if _normal(alpha) ** 2 * images + t**2 * runs < distance**2:
             low = t
         else:
             high = t
-    return _student_tails(low, freedom)
+    return 2 * float(stdtr(freedom, -low))
 
 
-def _differing(scores: Sequence[_Scores]) -> int:
-    found = [s.image_ids[s.sides[0] != s.sides[1]] for s in scores]
-    return len(np.unique(np.concatenate(found)))
+# scipy.special takes a tenth of a second to import, which only a table needs.
 
 
-def _untold(scores: Sequence[_Scores], differing: int) -> str:
-    """Why a difference cannot be told from 0, whatever it is."""
+def _normal(alpha: float) -> float:
+    """z of a two-sided level."""
+    from scipy.special import ndtri
+
+    return -float(ndtri(max(alpha, 1e-300) / 2))
+
+
+def _student(alpha: float, freedom: float) -> float:
+    """Student's t of a two-sided level."""
+    from scipy.special import stdtrit
+
+    return -float(stdtrit(freedom, alpha / 2))
+
+
+def _reason_not_tested(scores: Sequence[_Scores], differing: int) -> str:
+    """Why a difference is not tested, however large it is; empty: it is."""
     splits = len({s.split_seed for s in scores})
     seeds = {s.seed for s in scores}
     if 1 < splits < FEWEST_SPLITS:
-        return f"{splits} splits, which are too few to tell (one, or {FEWEST_SPLITS} and more)"
+        return f"{splits} splits are too few for a test, which needs one, or {FEWEST_SPLITS}"
     if splits == 1 and seeds != {None} and len(seeds) < FEWEST_SEEDS:
-        plural = "" if len(seeds) == 1 else "s"
-        return f"{len(seeds)} seed{plural}, too few to tell ({FEWEST_SEEDS} and more)"
+        few = "1 seed is" if len(seeds) == 1 else f"{len(seeds)} seeds are"
+        return f"{few} too few for a test, which needs {FEWEST_SEEDS}"
     if differing < FEWEST_IMAGES:
-        return f"they differ on {differing} images, too few to tell ({FEWEST_IMAGES} and more)"
+        return f"they differ on {differing} images, too few for a test, which needs {FEWEST_IMAGES}"
     return ""
 
 
@@ -474,73 +487,6 @@ def _variance_of_mean(values: Array, share: Array) -> Array:
     k = len(share)
     deviations = values - (values @ share)[..., None]
     return np.asarray(k / (k - 1) * (deviations**2 @ share**2))
-
-
-_STUDENT_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-
-
-def _student_975(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t."""
-    if freedom <= len(_STUDENT_975):
-        return _STUDENT_975[freedom - 1]
-    z = Z_95  # Abramowitz and Stegun 26.7.5, two terms: 0.003 off at 10 degrees of freedom
-    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
-
-
-def _normal(alpha: float) -> float:
-    """z of a two-sided level."""
-    return -NormalDist().inv_cdf(max(alpha, 1e-300) / 2) if alpha < 1 else 0.0
-
-
-@functools.lru_cache(maxsize=256)
-def _student(alpha: float, freedom: float) -> float:
-    """Student's t of a two-sided level."""
-    low, high = 0.0, 1.0
-    while _student_tails(high, freedom) > alpha:
-        high *= 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        if _student_tails(middle, freedom) > alpha:
-            low = middle
-        else:
-            high = middle
-    return high
-
-
-def _student_tails(t: float, freedom: float) -> float:
-    """Share of Student's distribution beyond -t and t; scipy would take half a second to import.
-
-    >>> round(_student_tails(12.706, 1), 4), round(_student_tails(2.228, 10), 4)
-    (0.05, 0.05)
-    """
-    return _incomplete_beta(freedom / 2, 0.5, freedom / (freedom + t * t))
-
-
-def _incomplete_beta(a: float, b: float, x: float) -> float:
-    """Regularised, by its continued fraction (Lentz; DLMF 8.17.22)."""
-    if x <= 0 or x >= 1:
-        return min(max(x, 0.0), 1.0)
-    if x > (a + 1) / (a + b + 2):
-        return 1 - _incomplete_beta(b, a, 1 - x)
-    log = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
-    front = math.exp(log + a * math.log(x) + b * math.log1p(-x)) / a
-    tiny = 1e-300
-    f = c = 1.0
-    d = 0.0
-    for i in range(300):
-        m = i // 2
-        if i == 0:
-            term = 1.0
-        elif i % 2 == 0:
-            term = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-        else:
-            term = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
-        d = 1 / (1 + term * d or tiny)
-        c = 1 + term / c or tiny
-        f *= c * d
-        if abs(1 - c * d) < 1e-13:
-            break
-    return front * (f - 1)
 
 
 def _method(scores: Sequence[_Scores]) -> str:

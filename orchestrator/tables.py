@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
-from orchestrator.layouts import Layout, latex, markdown
-from orchestrator.output import csv_cell
+from orchestrator.layouts import Layout, csv_text, latex, markdown
 from orchestrator.report import (
     COLUMNS,
     EMPTY,
-    SUPERSCRIPTS,
     Comparison,
     Entry,
     Results,
     Role,
     Row,
+    by_row,
     choice_notes,
     collapse_notes,
     comparisons,
@@ -30,11 +26,11 @@ from orchestrator.report import (
     shown,
     signed_interval,
     varied_settings,
-    whole,
     worlds_of,
 )
 
 Format = Literal["md", "csv", "json", "latex"]
+WORLD = ("dataset", "paradigm", "modality")  # columns that are left out where all rows share them
 
 
 def table(rows: Sequence[Row], format: Format, entries: Sequence[Entry] = ()) -> str:
@@ -56,7 +52,7 @@ def table(rows: Sequence[Row], format: Format, entries: Sequence[Entry] = ()) ->
 
 def as_json(rows: Sequence[Row], entries: Sequence[Entry] = ()) -> list[dict[str, object]]:
     """The contract of `table --format json`: keys are added, none is removed."""
-    results, gains = Results(rows, entries), _by_row(comparisons(rows, entries))
+    results, gains = Results(rows, entries), by_row(comparisons(rows, entries))
     return [
         row.as_json()
         | {
@@ -67,102 +63,92 @@ def as_json(rows: Sequence[Row], entries: Sequence[Entry] = ()) -> list[dict[str
     ]
 
 
-def _by_row(found: Sequence[Comparison]) -> Mapping[int, Mapping[Role, Comparison]]:
-    by_row: dict[int, dict[Role, Comparison]] = {}
-    for one in found:
-        by_row.setdefault(id(one.row), {})[one.role] = one
-    return by_row
-
-
-def _told_from(found: Mapping[Role, Comparison]) -> str:
-    return " ".join(one.word for one in found.values() if one.marked)
-
-
 def _csv(rows: Sequence[Row], entries: Sequence[Entry]) -> str:
-    keys = list(dict.fromkeys(key for row in rows for key in row.settings))
-    plain = [name for name in COLUMNS if name != "settings"]
+    from pandas import DataFrame
+
+    keys = dict.fromkeys(f"settings.{key}" for row in rows for key in row.settings)
     at = COLUMNS.index("settings")
-    settings_keys = [f"settings.{key}" for key in keys]
-    header = [*plain[:at], *settings_keys, *plain[at:], "told_from", "collapsed"]
-    results, gains = Results(rows, entries), _by_row(comparisons(rows, entries))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, header, lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        settings = {f"settings.{key}": csv_cell(whole(v)) for key, v in row.settings.items()}
-        found = {
-            "told_from": _told_from(gains.get(id(row), {})),
+    header = [*COLUMNS[:at], *keys, *COLUMNS[at + 1 :], "told_from", "collapsed"]
+    results, gains = Results(rows, entries), by_row(comparisons(rows, entries))
+    lines = [
+        {
+            **{name: getattr(row, name) for name in COLUMNS},
+            **{f"settings.{key}": _in_full(value) for key, value in row.settings.items()},
+            "told_from": " ".join(filter(None, (c.word for c in gains.get(id(row), {}).values()))),
             "collapsed": len(results.collapsed(row)),
         }
-        writer.writerow(
-            {**{name: csv_cell(getattr(row, name)) for name in plain}, **settings, **found}
-        )
-    return text.getvalue().rstrip("\n")
+        for row in rows
+    ]
+    return csv_text(DataFrame(lines, columns=header, dtype=object))
+
+
+def _in_full(value: Any) -> Any:
+    """A setting with all its digits; true and null as the sweep file writes them."""
+    return shown(value) if value is None or isinstance(value, bool) else value
 
 
 def laid_out(
     rows: Sequence[Row], entries: Sequence[Entry], found: Sequence[Comparison] | None = None
 ) -> Layout:
-    """found: the rows' comparisons, where somebody has them: they take most of the time."""
+    """found: the comparisons of the rows, where they are known already: they take most time."""
+    from pandas import DataFrame
+
     results = Results(rows, entries)
     found = comparisons(rows, entries) if found is None else found
-    gains = _by_row(found)
-
-    def setting(key: str) -> Callable[[Row], str]:
-        return lambda row: shown(row.settings.get(key, ""))
-
-    def metric(name: str) -> Callable[[Row], str]:
-        return lambda row: percent(results.mean(row, name))
-
-    def gain(role: Role) -> Callable[[Row], str]:
-        def cell(row: Row) -> str:
-            one = gains.get(id(row), {}).get(role)
-            return f"{signed_interval(one.difference)} {one.b}{one.mark}" if one else ""
-
-        return cell
-
-    columns: list[tuple[str, bool, Callable[[Row], str]]] = []
-    for name in ("dataset", "paradigm", "modality"):
-        if len({getattr(row, name) for row in rows}) > 1:
-            columns.append((name, False, operator.attrgetter(name)))
-    columns.append(("method", False, lambda row: row.method))
-    for key in varied_settings(rows, entries):
-        columns.append((key, True, setting(key)))
-    accuracy = len(columns)
-    columns += [
-        ("accuracy", True, lambda row: mean_std(row, "±")),
-        ("95 %", True, lambda row: f"[{percent(row.low)}, {percent(row.high)}]"),
-        ("n", True, lambda row: str(row.n)),
-        ("n_test", True, lambda row: str(row.n_test)),
-    ]
-    optional: list[tuple[str, bool, Callable[[Row], str]]] = [
-        ("fused", True, metric("test/accuracy_fused")),
-        ("pseudo-labels", True, metric("pseudo/accuracy")),
-        ("gain over host", False, gain("host")),
-        ("gain over control", False, gain("control")),
-    ]
-    columns += [column for column in optional if any(column[2](row) for row in rows)]
-    header = [name for name, _, _ in columns]
+    frame = DataFrame(records(rows, entries, found))
     tops = {world: max(r.mean for r in rows if r.world == world) for world in worlds_of(rows)}
+    accuracy = frame.columns.get_loc("accuracy")
     return Layout(
-        header=header,
-        numeric=[numeric for _, numeric, _ in columns],
-        lines=[[cell(row) for _, _, cell in columns] for row in rows],
-        bold={(i, accuracy) for i, row in enumerate(rows) if row.mean == tops[row.world]},
-        caption=[*_caption(rows, results, header), *mark_notes(found)],
+        frame=frame,
+        bold=frozenset((i, accuracy) for i, row in enumerate(rows) if row.mean == tops[row.world]),
+        caption=[*_caption(rows, list(frame.columns)), *mark_notes(found)],
         notes=[*choice_notes(rows), *collapse_notes(rows, results)],
-        superscripts=SUPERSCRIPTS,
     )
 
 
-def _caption(rows: Sequence[Row], results: Results, header: Sequence[str]) -> Iterator[str]:
+def records(
+    rows: Sequence[Row], entries: Sequence[Entry], found: Sequence[Comparison]
+) -> list[dict[str, str]]:
+    """A line for each row: its column names and texts, without columns that say nothing."""
+    results, gains = Results(rows, entries), by_row(found)
+    varied = varied_settings(rows, entries)
+
+    def gain(row: Row, role: Role) -> str:
+        one = gains.get(id(row), {}).get(role)
+        return f"{signed_interval(one.difference)} {one.b}{one.mark}" if one else ""
+
+    lines = [
+        {
+            "dataset": row.dataset,
+            "paradigm": row.paradigm,
+            "modality": row.modality,
+            "method": row.method,
+            **{key: shown(row.settings.get(key, "")) for key in varied},
+            "accuracy": mean_std(row),
+            "95 %": f"[{percent(row.low)}, {percent(row.high)}]",
+            "n": str(row.n),
+            "n_test": str(row.n_test),
+            "fused": percent(results.mean(row, "test/accuracy_fused")),
+            "pseudo-labels": percent(results.mean(row, "pseudo/accuracy")),
+            "gain over host": gain(row, "host"),
+            "gain over control": gain(row, "control"),
+        }
+        for row in rows
+    ]
+    values = {name: {line[name] for line in lines} for name in (lines[0] if lines else ())}
+    same = {name for name in WORLD if lines and len(values[name]) == 1}
+    kept = [name for name, found in values.items() if name not in same and found != {""}]
+    return [{name: line[name] for name in kept} for line in lines]
+
+
+def _caption(rows: Sequence[Row], header: Sequence[str]) -> Iterator[str]:
     where = "; ".join(f"{d}, {p}/{m}" for d, p, m in worlds_of(rows))
     yield f"Test accuracy in %, mean ± standard deviation over n runs ({where})."
-    yield from protocol_notes(rows, results)
+    yield from protocol_notes(rows)
     yield "n_test: test images of one run."
     if "fused" in header:
         yield "Fused: text and auxiliary classifier together."
     if "pseudo-labels" in header:
-        yield "Pseudo-labels: share of the last ones that is right."
+        yield "Pseudo-labels: share of the last pseudo-labels that is right."
     if any(name.startswith("gain") for name in header):
         yield "Gains in points with their 95 % interval, paired by image and run."

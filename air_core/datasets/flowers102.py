@@ -21,7 +21,7 @@ PARTS = {"trnid": "train", "valid": "val", "tstid": "test"}
 
 def rows(root: Path | None) -> Listing:
     """All images with label and part; reads the two .mat files only."""
-    from scipy.io import loadmat  # type: ignore[import-untyped]
+    from scipy.io import loadmat
 
     marks = ("setid.mat", "imagelabels.mat")
     home = find_home("flowers102", root, ("flowers-102", "."), marks, GET)

@@ -70,7 +70,7 @@ def table(
         ),
     ] = None,
 ) -> None:
-    """Results as a table: mean, spread, interval, what is told apart.
+    """Results as a table: mean, spread, interval, significance.
 
     airsweep table quickstart
 

