@@ -125,7 +125,7 @@ def forwarding(server: S3Server) -> type[BaseHTTPRequestHandler]:
     """What passes each request on to the server, and its answer back."""
 
     class Forwarding(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"  # else boto3 waits a second before it sends a body
+        protocol_version = "HTTP/1.1"  # connections are kept
 
         def do_GET(self) -> None:
             self.answer(*self.forward())
@@ -163,6 +163,19 @@ def forwarding(server: S3Server) -> type[BaseHTTPRequestHandler]:
             pass
 
     return Forwarding
+
+
+@contextlib.contextmanager
+def counting_requests(server: S3Server, requests: list[str]) -> Iterator[str]:
+    """The address of the same server, which notes each request: method and path."""
+
+    class Counting(forwarding(server)):  # type: ignore[misc]
+        def forward(self) -> tuple[int, bytes, dict[str, str]]:
+            requests.append(f"{self.command} {self.path}")
+            return super().forward()
+
+    with served(Counting) as url:
+        yield url
 
 
 @contextlib.contextmanager

@@ -280,7 +280,7 @@ def test_a_full_bucket_is_told_before_the_cluster_is_joined(cluster, spec, bucke
     with full_bucket(s3_server) as address:
         done = run(cluster, spec, bucket, do="prepare", AWS_ENDPOINT_URL=address)
     assert done.returncode == 3, done.stderr
-    assert f"airsweep: {bucket}/sweeps/default/small is full (XMinioStorageFull" in done.stderr
+    assert f"airsweep: {bucket} is full (XMinioStorageFull" in done.stderr
     assert "give another --store" in done.stderr
     assert "joining" not in done.stderr
 

@@ -158,8 +158,8 @@ def fail(message: str, code: int = 2) -> NoReturn:
 
 def code_of(problem: Exception) -> int:
     """2 for what a user can get wrong, 3 for what was refused before it started, else 1."""
+    from orchestrator.backends import StoreRefused
     from orchestrator.ledger import SweepBusy
-    from orchestrator.locks import StoreRefused
     from orchestrator.place import BAD_INPUT, FAILED, REFUSED, Refused
     from orchestrator.remote import RemoteAway
     from orchestrator.studies import StudiesAway

@@ -18,11 +18,11 @@ from air_core.normal import normalised
 from air_core.seal import BLANK, sealed, sealed_json
 from air_core.specs import SyntheticFeaturesSpec
 from orchestrator.__main__ import main
+from orchestrator.backends import StoreRefused
 from orchestrator.estimate import remember
 from orchestrator.freshness import ACCEPTED
 from orchestrator.integrity import verify
 from orchestrator.inventory import take_inventory
-from orchestrator.locks import StoreRefused
 from orchestrator.place import Place
 from orchestrator.plan import plan_sweep
 from orchestrator.reached import code_digest
