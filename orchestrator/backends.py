@@ -193,8 +193,8 @@ class BucketBackend(FolderBackend):
         super().__init__(copy_folder(remote))
         self.remote = remote
         self._whole: set[str] = set()  # artifacts that exist; they never go
-        self._surveyed: dict[str, float] = {}  # when a folder of artifacts was listed
-        self._sizes: dict[str, tuple[float, dict[str, int]]] = {}  # when a folder was listed, bytes
+        # When a folder was listed, and bytes by the names below it.
+        self._listings: dict[str, tuple[float, dict[str, int]]] = {}
         self._sent: dict[Path, Stamp] = {}  # files as the bucket has them
 
     def __reduce__(self) -> Any:
@@ -235,8 +235,8 @@ class BucketBackend(FolderBackend):
         )
 
     def sweeps(self) -> list[tuple[str, str]]:
-        projects = self.remote.folders("sweeps")
-        return [(p, name) for p in projects for name in self.remote.folders(f"sweeps/{p}")]
+        projects, _ = self.remote.folder("sweeps")
+        return [(p, name) for p in projects for name in self.remote.folder(f"sweeps/{p}")[0]]
 
     @contextmanager
     def turn(self, name: str, waits: Waits) -> Iterator[None]:
@@ -249,25 +249,22 @@ class BucketBackend(FolderBackend):
             lease.release()
 
     def look_again(self) -> None:
-        self._surveyed.clear()
-        self._sizes.clear()
+        self._listings.clear()
 
     # ---------------------------------------------------------------- artifacts
 
     def survey(self, folders: Iterable[Path]) -> None:
-        for parent in dict.fromkeys(self.object(folder.parent) for folder in folders):
-            if not _is_fresh(self._surveyed.get(parent)):
-                started = time.monotonic()
-                for one in self.remote.listed(parent):
-                    if one.name.endswith(f"/{RECORD}"):
-                        self._whole.add(f"{parent}/{one.name.removesuffix(f'/{RECORD}')}")
-                self._surveyed[parent] = started
+        for parent in dict.fromkeys(folder.parent for folder in folders):
+            self._listing(parent)
 
     def has(self, folder: Path) -> bool:
         name = self.object(folder)
-        surveyed = _is_fresh(self._surveyed.get(self.object(folder.parent)))
-        if name not in self._whole and not surveyed and self.remote.has(f"{name}/{RECORD}"):
-            self._whole.add(name)
+        parent, _, digest = name.rpartition("/")
+        if name not in self._whole:
+            when, listed = self._listings.get(parent, (None, {}))
+            record = f"{digest}/{RECORD}"
+            if record in listed or (not _is_fresh(when) and self.remote.has(f"{parent}/{record}")):
+                self._whole.add(name)
         return name in self._whole
 
     def record(self, folder: Path) -> dict[str, Any] | None:
@@ -302,7 +299,7 @@ class BucketBackend(FolderBackend):
         return bool(missing)
 
     def bring_named(self, stage: Path, digest: str) -> None:
-        for name in self.remote.folders(self.object(stage)):
+        for name in self.remote.folder(self.object(stage))[0]:
             if name.startswith(digest) and (record := self.record(stage / name)) is not None:
                 words = str(record["key"]).rpartition("/")[2].removesuffix(f"-{name}")
                 self.bring([stage / f"{words}-{name}"])
@@ -383,12 +380,12 @@ class BucketBackend(FolderBackend):
 
     def _listing(self, folder: Path) -> dict[str, int]:
         name = self.object(folder)
-        when, sizes = self._sizes.get(name, (None, {}))
+        when, listed = self._listings.get(name, (None, {}))
         if not _is_fresh(when):
             started = time.monotonic()
-            sizes = {one.name: one.size for one in self.remote.listed(name)}
-            self._sizes[name] = started, sizes
-        return sizes
+            listed = {one.name: one.size for one in self.remote.listed(name)}
+            self._listings[name] = started, listed
+        return listed
 
     def exists(self, file: Path) -> bool:
         return self.remote.has(self.object(file))
@@ -415,7 +412,7 @@ class BucketBackend(FolderBackend):
     def pull_folder(self, folder: Path, but: Collection[str] = ()) -> None:
         tags = folder / ".tags.json"
         known: dict[str, Any] = json.loads(tags.read_text()) if tags.exists() else {}
-        listed = self.remote.listed(self.object(folder), deep=False)
+        _, listed = self.remote.folder(self.object(folder))
         there = {one.name: one.etag for one in listed if one.name not in but}
         changed = [
             folder / name
@@ -440,8 +437,8 @@ class BucketBackend(FolderBackend):
     def put_once(self, file: Path, data: bytes) -> bytes:
         name, folder = self.object(file), self.object(file.parent)
         won = self.remote.put_once(name, data)
-        if folder in self._sizes:
-            self._sizes[folder][1][file.name] = len(data)
+        if folder in self._listings:
+            self._listings[folder][1][file.name] = len(data)
         return data if won else self.remote.get(name) or data
 
     def mark(self, file: Path) -> bool:

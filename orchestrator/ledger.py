@@ -36,7 +36,6 @@ class SweepBusy(RuntimeError):
 EVENTS = "events.jsonl"
 BESIDE = ("studies.journal",)  # what an event may rest on: in the bucket before the event is
 OWN = (EVENTS, *BESIDE)  # files that the driver alone brings from a bucket
-COPY_AFTER = 256  # events: then the whole log is put as one object, for machines that have none
 
 
 class Ledger:
@@ -155,7 +154,6 @@ class BucketLedger(Ledger):
         self.place = backend.object(folder)
         self.lease = Lease(backend.remote, f"{self.place}/driver.lock")
         self._count: int | None = None  # events in the copy, while we are the driver
-        self._sent = 0  # events in the copy that the bucket has as one object
 
     def lock(self) -> None:
         super().lock()
@@ -167,16 +165,15 @@ class BucketLedger(Ledger):
                 )
             self.backend.pull(self.folder / name for name in BESIDE)
             with self._alone():
-                self._count = self._sent = self._bring()
+                self._count = self._bring()
         except BaseException:
             super().unlock()
             raise
 
     def unlock(self) -> None:
-        with suppress(RemoteAway):  # the copy saves requests, and the lock dies with us
+        with suppress(RemoteAway):  # the lock dies with us
             if self._count is not None:
                 self._send_beside()
-                self._send_copy()
             self._count = None
             self.lease.release()
         super().unlock()
@@ -206,8 +203,6 @@ class BucketLedger(Ledger):
                 )
             super()._write(line)
             self._count += 1
-            if self._count - self._sent >= COPY_AFTER:
-                self._send_copy()
 
     def _alone(self) -> FileLock:
         """Readers of this machine bring events while a driver of it appends."""
@@ -217,8 +212,7 @@ class BucketLedger(Ledger):
     def _bring(self) -> int:
         """Append to the copy the events that it lacks; how many it has then."""
         remote, events = self.backend.remote, f"{self.place}/events"
-        self.backend.pull([self.path], anew=False)
-        count = _lines(self.path)
+        count = self.path.read_bytes().count(b"\n") if self.path.exists() else 0
         later = [one.name for one in remote.listed(events, after=_name(count))]
         found: dict[str, bytes | None] = {}
         side_by_side(lambda name: found.update({name: remote.get(f"{events}/{name}")}), later)
@@ -237,11 +231,6 @@ class BucketLedger(Ledger):
         for name in BESIDE:
             self.backend.push(self.folder / name)
 
-    def _send_copy(self) -> None:
-        if self._count and self._count > self._sent:
-            self.backend.push(self.path)
-            self._sent = self._count
-
 
 def open_ledger(folder: Path, backend: FolderBackend) -> Ledger:
     """The ledger of the sweep that has this folder of a store."""
@@ -254,10 +243,6 @@ def _name(number: int) -> str:
 
 def _event(number: int) -> str:
     return f"events/{_name(number)}"
-
-
-def _lines(path: Path) -> int:
-    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def append_line(path: Path, line: str) -> None:

@@ -7,13 +7,14 @@ them, or region and endpoint from the URI; no secret is ever in a URI.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import threading
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -24,7 +25,7 @@ from urllib.parse import parse_qsl, urlsplit
 from orchestrator.redact import redacted
 
 if TYPE_CHECKING:
-    from obstore import ObjectMeta, PutResult, UpdateVersion
+    from obstore import UpdateVersion
 
 T = TypeVar("T")
 
@@ -37,7 +38,7 @@ CREDENTIALS = {
     "az": "set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY on every machine",
 }
 OPTIONS = {"region", "endpoint_override", "scheme"}  # of an s3:// URI, as pyarrow.fs names them
-AT_ONCE = 16  # requests
+AT_ONCE = 32  # requests
 PART = 16 << 20  # bytes: larger files are sent in parts of this size
 POLL = 0.5  # seconds before a refused request is sent again
 RETRIES = {"max_retries": 4, "retry_timeout": timedelta(minutes=2)}
@@ -161,72 +162,60 @@ class Remote:
 
     def versioned(self, name: str) -> Content | None:
         """An object and its version; None: it does not exist."""
-        import obstore
 
-        with suppress(FileNotFoundError), self._errors():
-            found = obstore.get(self._objects, name)
+        def read(bucket: Any) -> Content:
+            found = bucket.get(name)
             changed = found.meta["last_modified"].timestamp()
             return Content(bytes(found.bytes()), _version(found.meta), changed)
-        return None
+
+        return self._ask(read)
 
     def has(self, name: str) -> bool:
-        import obstore
-
-        with suppress(FileNotFoundError), self._errors():
-            obstore.head(self._objects, name)
-            return True
-        return False
+        return self._ask(lambda bucket: bucket.head(name)) is not None
 
     def download(self, name: str, file: BinaryIO) -> bool:
         """Write an object into a file; False: it does not exist."""
-        import obstore
 
-        with suppress(FileNotFoundError), self._errors():
-            for piece in obstore.get(self._objects, name):
+        def read(bucket: Any) -> bool:
+            for piece in bucket.get(name):
                 file.write(piece)
             return True
-        return False
 
-    def listed(self, under: str, after: str = "", deep: bool = True) -> list[Entry]:
-        """The objects below a folder, sorted by name.
+        return self._ask(read) is not None
+
+    def listed(self, under: str, after: str = "") -> list[Entry]:
+        """The objects below a folder, by name.
 
         Args:
             after: only names that come after this one.
-            deep: also in folders of the folder.
         """
-        import obstore
+        offset = f"{under}/{after}" if after else None
+        found = self._ask(lambda bucket: bucket.list(under, offset=offset).collect())
+        return self._entries(found or [], under)
 
-        offset = f"{under}/{after}".lstrip("/") if after else None
-        with self._errors():
-            if deep:
-                found = obstore.list(self._objects, under, offset=offset).collect()
-            else:
-                found = obstore.list_with_delimiter(self._objects, under)["objects"]
+    def folder(self, under: str) -> tuple[list[str], list[Entry]]:
+        """Names of the folders in a folder, and the objects in it."""
+        found = self._ask(lambda bucket: bucket.list_with_delimiter(under))
+        if found is None:
+            return [], []
+        folders = [one.rpartition("/")[2] for one in found["common_prefixes"]]
+        return sorted(folders), self._entries(found["objects"], under)
+
+    def _entries(self, found: Iterable[Any], under: str) -> list[Entry]:
         above = len(under) + 1 if under else 0
         entries = [
             Entry(one["path"][above:], one["size"], one["e_tag"], one["last_modified"].timestamp())
             for one in found
         ]
-        # Some tools leave an empty object `folder/`, which obstore calls `folder`.
-        folders = {"", *(folder for one in entries for folder in _folders(one.name))}
-        return sorted((one for one in entries if one.name not in folders), key=lambda e: e.name)
-
-    def folders(self, under: str) -> list[str]:
-        """Names of the folders in a folder."""
-        import obstore
-
-        with self._errors():
-            found = obstore.list_with_delimiter(self._objects, under)["common_prefixes"]
-        return sorted(one.rpartition("/")[2] for one in found)
+        # Without the empty object of the folder's own name that some tools leave.
+        return sorted((one for one in entries if one.name), key=lambda one: one.name)
 
     # ---------------------------------------------------------------- writing
 
     def put(self, name: str, data: bytes | Path) -> None:
         """Write an object, or a file as one, over what is there."""
-        import obstore
-
-        with self._errors():
-            obstore.put(self._objects, name, data, chunk_size=PART)
+        if self._ask(lambda bucket: bucket.put(name, data, chunk_size=PART)) is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(data))
 
     def put_if(
         self, name: str, data: bytes, condition: UpdateVersion | Literal["create"]
@@ -236,12 +225,8 @@ class Remote:
         Returns:
             None: the object is another. After a lost answer it may be what this call has written.
         """
-        import obstore
-        from obstore.exceptions import AlreadyExistsError, PreconditionError
-
-        with suppress(AlreadyExistsError, PreconditionError), self._errors():
-            return _version(obstore.put(self._objects, name, data, mode=condition))
-        return None
+        done = self._ask(lambda bucket: bucket.put(name, data, mode=condition))
+        return None if done is None else _version(done)
 
     def put_once(self, name: str, data: bytes) -> bool:
         """Write an object if there is none of its name. False: there is, and it is another."""
@@ -253,46 +238,34 @@ class Remote:
         return True
 
     def delete(self, name: str) -> None:
-        import obstore
-
-        with suppress(FileNotFoundError), self._errors():
-            obstore.delete(self._objects, name)
+        self._ask(lambda bucket: bucket.delete(name))
 
     def clock(self) -> float:
         """Seconds since the epoch by the server's clock, which dates its objects."""
-        import obstore
-
         name = f"probes/clock-{uuid.uuid4().hex}"
         self.put(name, b"")
-        with self._errors():
-            now = obstore.head(self._objects, name)["last_modified"].timestamp()
+        now = self.versioned(name)
         self.delete(name)
-        return float(now)
+        return time.time() if now is None else now.changed
 
     # ---------------------------------------------------------------- requests
 
-    @property
-    def _objects(self) -> Any:
-        return _client(self)
-
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
-        """Errors of obstore as sentences that say what to do.
+    def _ask(self, do: Callable[[Any], T]) -> T | None:
+        """What obstore answers; None: the object does not exist, or a condition does not hold.
 
         Raises:
-            FileNotFoundError, AlreadyExistsError, PreconditionError: as obstore raises them.
-            RemoteAway: for every other error.
+            RemoteAway: every other error, as a sentence that says what to do.
         """
         from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 
         try:
-            yield
+            return _interruptible(lambda: do(_client(self)))
         except (AlreadyExistsError, PreconditionError):
-            raise
+            return None
         except (BaseError, FileNotFoundError) as problem:
             no_bucket = any(f"<Code>{code}<" in str(problem) for code in NO_BUCKET)
             if isinstance(problem, FileNotFoundError) and not no_bucket:
-                raise
+                return None
             raise RemoteAway(self._sentence(str(problem))) from None
 
     def _sentence(self, problem: str) -> str:
@@ -335,21 +308,11 @@ NO_CREDENTIALS = (  # where none are set, the machine's cloud is asked for them 
 )
 
 
-def _version(said: ObjectMeta | PutResult) -> UpdateVersion:
-    """What tells this object from what is later written over it; S3 has tags, Google numbers."""
-    version: UpdateVersion = {}
-    if said["e_tag"] is not None:
-        version["e_tag"] = said["e_tag"]
-    if said["version"] is not None:
-        version["version"] = said["version"]
-    return version
-
-
-def _folders(name: str) -> Iterator[str]:
-    """All folders that a name lies in."""
-    while "/" in name:
-        name = name.rpartition("/")[0]
-        yield name
+def _version(said: Any) -> UpdateVersion:
+    """What tells an object from what is later written over it; S3 has tags, Google numbers."""
+    version: Any = {name: said[name] for name in ("e_tag", "version") if said[name] is not None}
+    found: UpdateVersion = version
+    return found
 
 
 def _environment_endpoint() -> str | None:
@@ -358,7 +321,7 @@ def _environment_endpoint() -> str | None:
 
 @cache
 def _client(remote: Remote) -> Any:
-    # Imported here, and in the methods: a store in a folder needs none of it.
+    # Imported here: a store in a folder needs none of it.
     from obstore.store import from_url
 
     config: dict[str, Any] = {}
@@ -372,6 +335,22 @@ def _client(remote: Remote) -> Any:
             client["allow_http"] = endpoint.startswith("http://")
     opened: Any = from_url  # typed for each scheme apart
     return opened(str(remote), config=config, client_options=client, retry_config=RETRIES)
+
+
+def _interruptible(do: Callable[[], T]) -> T:
+    """Run a request so that Ctrl-C ends the wait for it: obstore hears no signal meanwhile."""
+    if threading.current_thread() is not threading.main_thread():
+        return do()  # signals go to the main thread
+    done: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(do())
+        except BaseException as problem:
+            done.set_exception(problem)
+
+    threading.Thread(target=run, daemon=True).start()
+    return done.result()
 
 
 def side_by_side(do: Callable[[T], object], each: Collection[T]) -> None:

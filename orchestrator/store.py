@@ -320,10 +320,10 @@ class ArtifactStore:
             write_whole(place, self.backend.put_once(place, parts))
         return code.digest
 
-    def unfinished(self, spec: Stage) -> Unfinished:
-        """A file for work that takes long, of this code."""
+    def unfinished(self, spec: Stage) -> Path:
+        """A file for work that takes long, of this code. The backend pulls, pushes and removes."""
         name = f"{artifact_key(spec).digest[:12]}-{code_of(spec).digest}.safetensors"
-        return Unfinished(self.root / UNFINISHED / name, self.backend)
+        return self.root / UNFINISHED / name
 
     def row(self, spec: Stage) -> Row:
         """A row; its folder and `row.json` are written when the first shard is."""
@@ -348,32 +348,6 @@ class ArtifactStore:
             place = row.path / ROW
             write_whole(place, self.backend.put_once(place, sealed_json(known)))
         return row
-
-
-@dataclass(frozen=True)
-class Unfinished:
-    """A file that somebody writes again and again while his work goes on."""
-
-    path: Path
-    backend: FolderBackend
-
-    def bring(self, anew: bool = False) -> None:
-        """Of a bucket: what another machine has left of it.
-
-        Args:
-            anew: over what is here, since others may have gone on with it.
-        """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.backend.pull([self.path], anew=anew)
-
-    def keep(self) -> None:
-        """Send it where other machines find it, if it was written since."""
-        self.backend.push(self.path)
-
-    def drop(self) -> None:
-        """The work is done."""
-        if self.path.exists():
-            self.backend.remove(self.path)
 
 
 def open_store(place: Path | str) -> ArtifactStore:

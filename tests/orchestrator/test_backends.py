@@ -192,21 +192,19 @@ def test_small_files_are_those_of_the_last_writer_everywhere(machine):
 
 
 def test_a_long_work_goes_on_on_another_machine(machine):
-    killed = machine("one").unfinished(SPEC)
-    killed.bring()
-    killed.path.write_text("half")
-    killed.keep()
-    kept = machine("two").unfinished(SPEC)
-    kept.bring()
-    assert kept.path.read_text() == "half"
-    kept.path.write_text("nearly all")
-    kept.keep()
-    killed.bring(anew=True)
-    assert killed.path.read_text() == "nearly all"
-    kept.drop()
-    later = machine("three").unfinished(SPEC)
-    later.bring()
-    assert not later.path.exists()
+    one, two, three = (machine(name) for name in ("one", "two", "three"))
+    file = one.unfinished(SPEC)
+    file.parent.mkdir(parents=True)
+    file.write_text("half")
+    one.backend.push(file)
+    kept = two.unfinished(SPEC)
+    two.backend.pull([kept])
+    assert kept.read_text() == "half"
+    kept.write_text("nearly all")
+    two.backend.push(kept)
+    assert one.refresh(file).read_text() == "nearly all"
+    two.backend.remove(kept)
+    assert not three.refresh(three.unfinished(SPEC)).exists()
 
 
 def test_a_row_has_the_shards_that_were_published(machine):

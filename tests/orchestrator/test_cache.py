@@ -450,7 +450,7 @@ def test_unfinished_work_and_codes_are_listed_and_go_when_nothing_needs_them(wor
     )
     waiting.ledger().unlock()
     (wanted,) = [n.spec for n in plan.needs if n.stage == "lora" and not n.have(world.store)]
-    kept = world.store.unfinished(wanted).path
+    kept = world.store.unfinished(wanted)
     kept.parent.mkdir()
     whole = kept.with_name(f"{lora.name.rpartition('-')[2]}-0123456789ab.safetensors")
     nobodys = kept.with_name("0123456789ab-0123456789ab.safetensors")
