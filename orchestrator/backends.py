@@ -43,7 +43,7 @@ class StoreRefused(RuntimeError):
 
 
 class FolderBackend:
-    """A store in a folder that every machine mounts."""
+    """A store in a folder that every machine mounts, and what a store asks of every backend."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -376,7 +376,7 @@ class BucketBackend(FolderBackend):
     # ---------------------------------------------------------------- files
 
     def names(self, folder: Path) -> Collection[str]:
-        return self._listing(folder)
+        return tuple(self._listing(folder))
 
     def _listing(self, folder: Path) -> dict[str, int]:
         name = self.object(folder)
@@ -435,10 +435,10 @@ class BucketBackend(FolderBackend):
         self.remote.put(self.object(file), data)
 
     def put_once(self, file: Path, data: bytes) -> bytes:
-        name, folder = self.object(file), self.object(file.parent)
+        name = self.object(file)
         won = self.remote.put_once(name, data)
-        if folder in self._listings:
-            self._listings[folder][1][file.name] = len(data)
+        _, listed = self._listings.get(self.object(file.parent), (None, {}))
+        listed[file.name] = len(data)
         return data if won else self.remote.get(name) or data
 
     def mark(self, file: Path) -> bool:
