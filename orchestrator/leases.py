@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from orchestrator.remote import POLL, Content, Remote, RemoteAway
 
@@ -41,11 +41,12 @@ class Lease:
 
     def take(self) -> bool:
         """Take it if it is free, or its holder dead."""
-        version = self._put("create")
-        if version is None:
-            found = self.remote.versioned(self.name)
-            if found is not None and self._is_dead(found, self._now()):
-                version = self._put(found.version)
+        version = self.remote.put_if(self.name, self._content(), "create")
+        if version is None and (found := self.remote.versioned(self.name)) is not None:
+            if self._is_own(found):
+                version = found.version
+            elif self._is_dead(found, self._now()):
+                version = self._put_over(found.version)
         if version is None:
             return False
         self._version = version
@@ -89,23 +90,24 @@ class Lease:
             version, self._version = self._version, None
             # Buckets cannot delete one version. Nobody takes a lease that was just renewed, so
             # what is deleted is ours.
-            if version is not None and self._put(version) is not None:
+            if version is not None and self._put_over(version) is not None:
                 self.remote.delete(self.name)
         self._over = threading.Event()
 
-    def _put(self, condition: UpdateVersion | Literal["create"]) -> UpdateVersion | None:
-        """Write it; the version that is ours now. None: another has it.
-
-        A write may succeed although its answer is lost. obstore then sends it again, and the
-        server refuses it because of our own version: so a refusal is compared with what is there.
-        """
-        version = self.remote.put_if(self.name, self._content(), condition)
-        if version is None:
+    def _put_over(self, version: UpdateVersion) -> UpdateVersion | None:
+        """Renew it, or take it from the dead; its new version. None: another has it."""
+        new = self.remote.put_if(self.name, self._content(), version)
+        if new is None:
             found = self.remote.versioned(self.name)
-            version = found.version if found is not None and self._is_own(found) else None
-        return version
+            new = found.version if found is not None and self._is_own(found) else None
+        return new
 
     def _is_own(self, found: Content) -> bool:
+        """Did we write it?
+
+        A write may succeed although its answer is lost. obstore then sends it again, and the
+        server refuses it because of our own version.
+        """
         with suppress(ValueError, KeyError, TypeError):
             return bool(json.loads(found.data)["by"] == self._me)
         return False
@@ -136,7 +138,7 @@ class Lease:
                 if self._version is None:
                     return  # released in this moment, or somebody took us for dead
                 with suppress(RemoteAway):  # the next time, perhaps
-                    self._version = self._put(self._version)
+                    self._version = self._put_over(self._version)
 
 
 @cache

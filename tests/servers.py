@@ -106,6 +106,10 @@ class S3Server:
     def make_bucket(self, name: str) -> None:
         self._client().create_bucket(Bucket=name)
 
+    def make_folder(self, bucket: str, name: str) -> None:
+        """The empty object by which some tools show a folder."""
+        self._client().put_object(Bucket=bucket, Key=name)
+
     def objects(self, bucket: str) -> dict[str, bytes]:
         """All that is in a bucket."""
         client = self._client()
