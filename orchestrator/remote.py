@@ -333,6 +333,8 @@ def _client(remote: Remote) -> Any:
         if endpoint:
             config["endpoint"] = endpoint
             client["allow_http"] = endpoint.startswith("http://")
+    if bundle := os.environ.get("AWS_CA_BUNDLE"):  # as the AWS CLI reads it
+        client["root_certificate"] = Path(bundle).read_bytes()
     opened: Any = from_url  # typed for each scheme apart
     return opened(str(remote), config=config, client_options=client, retry_config=RETRIES)
 
