@@ -21,7 +21,6 @@ from safetensors.numpy import save
 from air_core.normal import normalised
 from air_core.seal import BLANK, intact, sealed
 from air_core.specs import TrialSpec
-from orchestrator.files import write_whole
 from orchestrator.store import ArtifactStore
 
 log = logging.getLogger(__name__)
@@ -63,15 +62,14 @@ def read_checkpoint(spec: TrialSpec, store: ArtifactStore) -> Checkpoint:
 def keep_checkpoint(spec: TrialSpec, store: ArtifactStore, kept: Checkpoint) -> None:
     about = asdict(replace(kept, arrays={}))
     content = sealed(save(dict(kept.arrays), metadata={ABOUT: json.dumps(about), "seal": BLANK}))
-    place = store.unfinished(learned_by(spec))
-    place.path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(place.path, content)
-    place.keep()
+    store.write(store.unfinished(learned_by(spec)), content)
 
 
 def drop_checkpoint(spec: TrialSpec, store: ArtifactStore) -> None:
     """The trial has its record, and what was kept of it is no longer needed."""
-    store.unfinished(learned_by(spec)).drop()
+    file = store.unfinished(learned_by(spec))
+    if file.exists():
+        store.backend.remove(file)
 
 
 def rungs_of(spec: TrialSpec, store: ArtifactStore) -> tuple[Rungs, float]:
@@ -96,14 +94,13 @@ def rungs_of(spec: TrialSpec, store: ArtifactStore) -> tuple[Rungs, float]:
 
 def _brought(spec: TrialSpec, store: ArtifactStore) -> Path | None:
     """The checkpoint of a trial; None where there is none, or a damaged one."""
-    kept = store.unfinished(learned_by(spec))
-    kept.bring(anew=True)
+    file = store.refresh(store.unfinished(learned_by(spec)))
     try:
-        if intact(kept.path.read_bytes()) is not False:
-            return kept.path
+        if intact(file.read_bytes()) is not False:
+            return file
     except FileNotFoundError:
         return None
-    log.warning("%s is damaged: the trial is run from its start", kept.path)
+    log.warning("%s is damaged: the trial is run from its start", file)
     return None
 
 

@@ -15,7 +15,7 @@ from air_core.normal import normalised
 from orchestrator.dataset_text import about
 from orchestrator.place import Place, read_outcome, read_resolved
 from orchestrator.plan import Need, Plan
-from orchestrator.remote import folder_of
+from orchestrator.remote import folder_of, is_bucket
 from orchestrator.results import standing
 from orchestrator.screen import clock
 from orchestrator.store import smoke_store
@@ -143,7 +143,7 @@ def next_facts(plan: Plan, place: Place) -> list[tuple[str, str]]:
     if in_ray_job():
         facts.append(("again", f"submit it again, with the same options: {left}"))
         return facts
-    shared = place.store.name if place.store.mirror else "/shared/runs"
+    shared = place.store.name if is_bucket(place.store.name) else "/shared/runs"
     facts.append(("cluster", f"airsweep submit {asked} --address $ADDR --store {shared}"))
     facts.append(("again", f"airsweep run {asked}{store}: {left}"))
     return facts
@@ -166,7 +166,7 @@ def _store_option(place: Place, *, smoke: bool) -> str:
     """
     store = place.store
     usual = os.environ.get("AIRSWEEP_STORE") or "runs"
-    if store.mirror is not None:
+    if is_bucket(store.name):
         known = [usual, *([str(smoke_store(usual))] if smoke else [])]
         return "" if store.name in known else f" --store {shlex.quote(store.name)}"
     folder = folder_of(usual).absolute()

@@ -23,6 +23,7 @@ from packaging.specifiers import SpecifierSet
 
 from orchestrator import look
 from orchestrator.asked import Asked, place_for, plan_of
+from orchestrator.backends import StoreRefused
 from orchestrator.driver import does_not_fit
 from orchestrator.echo import word_in
 from orchestrator.findings import (
@@ -38,11 +39,10 @@ from orchestrator.findings import (
 from orchestrator.fit import Machine, this_machine
 from orchestrator.inventory import size
 from orchestrator.lineage import ROOT, commit
-from orchestrator.locks import StoreRefused
 from orchestrator.output import aligned
 from orchestrator.place import Place, Refused, lost_store
 from orchestrator.plan import Plan
-from orchestrator.remote import S3, folder_of, scheme_of
+from orchestrator.remote import folder_of, is_bucket
 from orchestrator.report import counted
 from orchestrator.session import OBJECT_STORE_BYTES
 from orchestrator.store import open_store
@@ -247,13 +247,13 @@ def _ray_here(report: Report) -> None:
 
 def _place(report: Report, asking: Asking) -> Place | None:
     """Where the sweep would go; None: it can or should not be opened."""
-    if asking.offline and scheme_of(asking.store) == S3:
+    if asking.offline and is_bucket(asking.store):
         report.left_out("store", OFFLINE)
         return None
     place = None
     with report.told("store"):
         if asking.sweep is None:
-            relative = scheme_of(asking.store) != S3 and not folder_of(asking.store).is_absolute()
+            relative = not is_bucket(asking.store) and not folder_of(asking.store).is_absolute()
             if relative and in_ray_job():
                 raise lost_store(asking.store)
             place = Place(open_store(asking.store), "default", "none", asking.data_root)

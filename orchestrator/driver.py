@@ -56,7 +56,7 @@ from orchestrator.plan import (
 )
 from orchestrator.publish import Publisher
 from orchestrator.reconcile import sync
-from orchestrator.remote import RemoteAway
+from orchestrator.remote import RemoteAway, is_bucket
 from orchestrator.repair import set_damaged_aside
 from orchestrator.resolve import Resolver, text_digest
 from orchestrator.results import standing
@@ -130,7 +130,7 @@ def run_sweep(
     publisher = Publisher(sweep, parent_of(sweep, place, maker()), place.store, tracking_uri)
     publisher.check(reach=not prepare_only)
     _check_studies(plan)
-    if place.store.mirror is not None and publisher.in_store and not prepare_only:
+    if is_bucket(place.store.name) and publisher.in_store and not prepare_only:
         screen.say(
             f"tracking goes to a file in {place.store.root}, which this machine alone sees; give "
             "--tracking-uri http://... for one that all see"

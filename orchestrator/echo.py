@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from orchestrator.backends import BucketBackend
 from orchestrator.look import DRIVER, PROBES, SOON
 from orchestrator.remote import Remote
 from orchestrator.store import ArtifactStore
@@ -31,9 +32,9 @@ def word_in(store: ArtifactStore) -> Iterator[tuple[str, Echoed]]:
     """
     word = uuid.uuid4().hex
     with (
-        _in_folder(store.root, word)
-        if store.mirror is None
-        else _in_bucket(store.mirror.remote, word)
+        _in_bucket(store.backend.remote, word)
+        if isinstance(store.backend, BucketBackend)
+        else _in_folder(store.root, word)
     ) as echoed:
         yield word, echoed
 

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from air_core.seal import intact
+from orchestrator.backends import RECORD, VERSION
 from orchestrator.files import content_digest
 from orchestrator.inventory import SHARDS, Holding, Inventory
 from orchestrator.ledger import EVENTS, JOURNAL_REMEDY, REMEDY, parse_event
-from orchestrator.mirror import RECORD
 from orchestrator.place import RESOLVED
 from orchestrator.remote import RemoteAway
-from orchestrator.store import ROW, VERSION
+from orchestrator.store import ROW
 from orchestrator.verification import DamagedArtifact, parse_record
 
 

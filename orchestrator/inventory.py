@@ -15,9 +15,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, BinaryIO
 
-from orchestrator.mirror import RECORD, stored_name
+from orchestrator.backends import RECORD, BucketBackend, stored_name
 from orchestrator.remote import Entry, Remote, side_by_side
 from orchestrator.store import DAMAGED, ROW, UNFINISHED, ArtifactStore
 from orchestrator.verification import DamagedArtifact, parse_record, read_record
@@ -130,10 +131,11 @@ class Inventory:
         """
         if self.bucket is None:
             return open(path, "rb")
-        body: BinaryIO | None = self.bucket.open(path.relative_to(self.root).as_posix())
-        if body is None:
+        file = TemporaryFile()  # noqa: SIM115
+        if not self.bucket.download(path.relative_to(self.root).as_posix(), file):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
-        return body
+        file.seek(0)
+        return file
 
 
 def take_inventory(store: ArtifactStore) -> Inventory:
@@ -142,7 +144,11 @@ def take_inventory(store: ArtifactStore) -> Inventory:
     Raises:
         ValueError: there is no store.
     """
-    found = _in_bucket(store) if store.mirror is not None else _in_folder(store)
+    backend = store.backend
+    if isinstance(backend, BucketBackend):
+        found = _in_bucket(store, backend.remote)
+    else:
+        found = _in_folder(store)
     if found is None:
         raise ValueError(
             f"nothing was made in {store.name} yet: run a sweep, or choose another with --store"
@@ -185,9 +191,7 @@ def _in_folder(store: ArtifactStore) -> Inventory | None:
     )
 
 
-def _in_bucket(store: ArtifactStore) -> Inventory | None:
-    assert store.mirror is not None
-    remote = store.mirror.remote
+def _in_bucket(store: ArtifactStore, remote: Remote) -> Inventory | None:
     folders: dict[str, dict[str, Entry]] = defaultdict(dict)
     for one in remote.listed("artifacts"):
         folder, _, name = one.name.rpartition("/")

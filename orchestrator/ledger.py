@@ -1,7 +1,7 @@
 """What a sweep asked for and what became of it: an append-only log, written by the driver alone.
 
-`status`, `table`, resume and the tracker are folds over it. Of a store in a bucket each event is an
-object that is put once under its number, and `events.jsonl` this machine's copy.
+`status`, `table`, resume and the tracker are folds over it. In a bucket each event is an object
+that is put once under its number, and `events.jsonl` this machine's copy (`BucketLedger`).
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ import signal
 import time
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from orchestrator.backends import BucketBackend, FolderBackend
 from orchestrator.files import is_flocked, lock_mode, make_folders, sync
-from orchestrator.mirror import Mirror
-from orchestrator.remote import Lease, RemoteAway, side_by_side
+from orchestrator.leases import Lease
+from orchestrator.remote import RemoteAway, side_by_side
 
 # For tests: `event:7` kills the driver at its seventh event, `trial_done:2` at the second of these.
 CRASH_AT = "AIRSWEEP_CRASH_AT"
@@ -35,23 +36,16 @@ class SweepBusy(RuntimeError):
 EVENTS = "events.jsonl"
 BESIDE = ("studies.journal",)  # what an event may rest on: in the bucket before the event is
 OWN = (EVENTS, *BESIDE)  # files that the driver alone brings from a bucket
-COPY_AFTER = 256  # events: then the whole log is put as one object, for machines that have none
 
 
 class Ledger:
-    """`events.jsonl` of one sweep. Appending needs `lock()`.
+    """`events.jsonl` in the folder of one sweep. Appending needs `lock()`."""
 
-    Args:
-        folder: of the sweep.
-        mirror: of a store in a bucket.
-    """
-
-    def __init__(self, folder: Path, mirror: Mirror | None = None) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.path = folder / EVENTS
         self._lock = FileLock(folder / ".driver.lock")
         self._seen = 0  # events that count for CRASH_AT
-        self._bucket = None if mirror is None else _Bucket(folder, mirror)
 
     def lock(self) -> None:
         """Become the only driver.
@@ -69,28 +63,16 @@ class Ledger:
                 "wait for it, or stop it"
             ) from None
         mend_lines(self.path)
-        if self._bucket is not None:
-            try:
-                self._bucket.lock()
-            except BaseException:
-                self._lock.release()
-                raise
 
     def unlock(self) -> None:
-        if self._bucket is not None:
-            self._bucket.unlock()
         self._lock.release()
 
     def refresh(self) -> None:
-        """Bring the copy of this machine up to date."""
-        if self._bucket is not None:
-            self._bucket.bring()
+        """Bring the copy of this machine up to date, where it is one."""
 
     def busy(self) -> bool:
         """Does a driver hold the sweep's lock?"""
-        if is_flocked(Path(self._lock.lock_file)):
-            return True
-        return self._bucket is not None and self._bucket.lease.held()
+        return is_flocked(Path(self._lock.lock_file))
 
     def append(self, event: str, **fields: Any) -> float:
         """One event, on disk before this returns.
@@ -99,12 +81,12 @@ class Ledger:
             When it was, in seconds since the epoch, as the event says too.
         """
         now = round(time.time(), 3)
-        line = _line({"event": event, "time": now, **fields})
-        alone = nullcontext() if self._bucket is None else self._bucket.putting(line)
-        with alone:
-            append_line(self.path, line)
+        self._write(_line({"event": event, "time": now, **fields}))
         self._crash(event)
         return now
+
+    def _write(self, line: str) -> None:
+        append_line(self.path, line)
 
     def _crash(self, event: str) -> None:
         name, _, count = os.environ.get(CRASH_AT, "").partition(":")
@@ -163,47 +145,49 @@ def parse_event(line: bytes) -> dict[str, Any]:
     return event
 
 
-class _Bucket:
-    """A ledger's events in a bucket."""
+class BucketLedger(Ledger):
+    """A ledger of a store in a bucket."""
 
-    def __init__(self, folder: Path, mirror: Mirror) -> None:
-        self.folder, self.mirror = folder, mirror
-        self.path = folder / EVENTS
-        place = folder.relative_to(mirror.root).as_posix()
-        self.remote = mirror.remote.below(place)
-        self.lease = Lease(self.remote, "driver.lock")
-        self._sent: dict[str, tuple[int, int]] = {}  # size and mtime of BESIDE as the bucket has it
+    def __init__(self, folder: Path, backend: BucketBackend) -> None:
+        super().__init__(folder)
+        self.backend = backend
+        self.place = backend.object(folder)
+        self.lease = Lease(backend.remote, f"{self.place}/driver.lock")
         self._count: int | None = None  # events in the copy, while we are the driver
-        self._copied = 0  # events that the one object holds
 
     def lock(self) -> None:
-        if not self.lease.take_from_the_dead():
-            raise SweepBusy(
-                f"another driver runs this sweep ({self.remote}/driver.lock is renewed); wait for "
-                "it, or stop it"
-            )
-        for name in BESIDE:
-            self.mirror.pull_file(self.folder / name)
-            self._sent[name] = _stamp(self.folder / name)
-        with self._alone():
-            self._count = self._copied = self._bring()
+        super().lock()
+        try:
+            if not self.lease.take_from_the_dead():
+                raise SweepBusy(
+                    f"another driver runs this sweep ({self.backend.label(self.folder)}/driver.lock"
+                    " is renewed); wait for it, or stop it"
+                )
+            self.backend.pull(self.folder / name for name in BESIDE)
+            with self._alone():
+                self._count = self._bring()
+        except BaseException:
+            super().unlock()
+            raise
 
     def unlock(self) -> None:
-        with suppress(RemoteAway):  # the copy saves requests, and the lock dies with us
+        with suppress(RemoteAway):  # the lock dies with us
             if self._count is not None:
                 self._send_beside()
-                self._send_copy()
             self._count = None
             self.lease.release()
+        super().unlock()
 
-    def bring(self) -> None:
+    def refresh(self) -> None:
         with self._alone():
             mend_lines(self.path)
             self._bring()
 
-    @contextmanager
-    def putting(self, line: str) -> Iterator[None]:
-        """Put an event; the block writes it into the copy.
+    def busy(self) -> bool:
+        return super().busy() or self.lease.held()
+
+    def _write(self, line: str) -> None:
+        """Put an event under its number, and append it to the copy.
 
         Raises:
             SweepBusy: there is one of that number, so somebody else drives this sweep.
@@ -211,15 +195,14 @@ class _Bucket:
         assert self._count is not None, "only the driver appends"
         with self._alone():  # else a reader would bring it before we have written it
             self._send_beside()
-            if not self.remote.put_once(_event(self._count + 1), line.encode()):
+            event = f"{self.place}/{_event(self._count + 1)}"
+            if not self.backend.remote.put_once(event, line.encode()):
                 raise SweepBusy(
-                    f"another driver has gone on with this sweep ({self.remote}/"
-                    f"{_event(self._count + 1)} is there): this one ends, and nothing is lost"
+                    f"another driver has gone on with this sweep ({event} exists): this one ends, "
+                    "and nothing is lost"
                 )
-            yield
+            super()._write(line)
             self._count += 1
-            if self._count - self._copied >= COPY_AFTER:
-                self._send_copy()
 
     def _alone(self) -> FileLock:
         """Readers of this machine bring events while a driver of it appends."""
@@ -227,34 +210,31 @@ class _Bucket:
         return FileLock(self.folder / ".copy.lock", mode=lock_mode(self.folder))
 
     def _bring(self) -> int:
-        count = _lines(self.path)
-        if not count and self.mirror.pull_file(self.path):
-            count = _lines(self.path)
-        later = [one.name for one in self.remote.listed("events", after=_name(count))]
+        """Append to the copy the events that it lacks; how many it has then."""
+        remote, events = self.backend.remote, f"{self.place}/events"
+        count = self.path.read_bytes().count(b"\n") if self.path.exists() else 0
+        later = [one.name for one in remote.listed(events, after=_name(count))]
         found: dict[str, bytes | None] = {}
-        side_by_side(lambda name: found.update({name: self.remote.get(f"events/{name}")}), later)
+        side_by_side(lambda name: found.update({name: remote.get(f"{events}/{name}")}), later)
         with open(self.path, "ab") as copy:
             for number, name in enumerate(later, count + 1):
                 event = found[name]
                 if name != _name(number) or event is None:
                     raise ValueError(
-                        f"{self.remote}/{_event(number)} is missing, but {name} is there: the "
-                        "ledger is damaged; remove what comes after the gap"
+                        f"{remote}/{self.place}/{_event(number)} is missing, but {name} is there: "
+                        "the ledger is damaged; remove what comes after the gap"
                     )
                 copy.write(event + b"\n")
         return count + len(later)
 
     def _send_beside(self) -> None:
         for name in BESIDE:
-            stamp = _stamp(self.folder / name)
-            if stamp != (0, 0) and stamp != self._sent.get(name):
-                self.mirror.push(self.folder / name)
-                self._sent[name] = stamp
+            self.backend.push(self.folder / name)
 
-    def _send_copy(self) -> None:
-        if self._count and self._count > self._copied:
-            self._copied = _lines(self.path)
-            self.mirror.push(self.path)
+
+def open_ledger(folder: Path, backend: FolderBackend) -> Ledger:
+    """The ledger of the sweep that has this folder of a store."""
+    return BucketLedger(folder, backend) if isinstance(backend, BucketBackend) else Ledger(folder)
 
 
 def _name(number: int) -> str:
@@ -263,18 +243,6 @@ def _name(number: int) -> str:
 
 def _event(number: int) -> str:
     return f"events/{_name(number)}"
-
-
-def _lines(path: Path) -> int:
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    try:
-        stat = path.stat()
-    except FileNotFoundError:
-        return 0, 0
-    return stat.st_size, stat.st_mtime_ns
 
 
 def append_line(path: Path, line: str) -> None:

@@ -6,21 +6,15 @@ import fcntl
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from orchestrator.backends import LOCKS, FolderBackend, StoreRefused, Waits
 from orchestrator.files import flocked, is_flocked
-from orchestrator.mirror import Mirror
-from orchestrator.remote import Lease
 
-LOCKS = "locks"  # folder
 STORE_LOCK = f"{LOCKS}/store"  # shared by who uses the store, taken whole by who removes from it
 LOOK_EVERY = 0.25  # seconds between two looks at a lock that somebody has
-
-
-class StoreRefused(RuntimeError):
-    """The store cannot be used: another version made it, or somebody has it to himself now."""
 
 
 def _silent(name: str, holder: str, seconds: float) -> None:
@@ -30,10 +24,9 @@ def _silent(name: str, holder: str, seconds: float) -> None:
 class Locks:
     """Of one store."""
 
-    def __init__(self, root: Path, mirror: Mirror | None) -> None:
-        self.root, self.mirror = root, mirror
-        # Told again and again while `turn` waits: its name, who has it, seconds so far.
-        self.waits: Callable[[str, str, float], None] = _silent
+    def __init__(self, backend: FolderBackend) -> None:
+        self.backend, self.root = backend, backend.root
+        self.waits: Waits = _silent  # called again and again while `turn` waits
 
     @contextmanager
     def turn(self, name: str) -> Iterator[None]:
@@ -48,11 +41,7 @@ class Locks:
                 self._take(place, held)
                 with suppress(OSError):  # no room, say
                     place.write_text(_me())
-            if self.mirror is not None:
-                lease = Lease(self.mirror.remote, f"{LOCKS}/{name}")
-                lease.wait(lambda seconds: self.waits(name, "another machine", seconds))
-                held.callback(lease.release)
-                self.mirror.look_again()
+            held.enter_context(self.backend.turn(name, self.waits))
             yield
             with suppress(OSError):  # who waits has the file open, and will find the work done
                 place.unlink()
@@ -87,8 +76,6 @@ class Locks:
             StoreRefused: somebody has, to remove what no sweep needs.
         """
         held = ExitStack()
-        if self.mirror is not None:  # nobody can have it to himself
-            return held
         try:
             held.enter_context(flocked(self.root / STORE_LOCK, fcntl.LOCK_SH | fcntl.LOCK_NB))
         except BlockingIOError:
@@ -101,12 +88,12 @@ class Locks:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Nobody else uses the store meanwhile; in a bucket that cannot be told.
+        """Nobody else uses the store meanwhile.
 
         Raises:
             StoreRefused: somebody does, or it cannot be told.
         """
-        assert self.mirror is None
+        self.backend.refuse_removal()
         with ExitStack() as held:
             try:
                 held.enter_context(flocked(self.root / STORE_LOCK, fcntl.LOCK_EX | fcntl.LOCK_NB))

@@ -115,20 +115,19 @@ def written(file: Path, word: str) -> str:
 
 
 def in_bucket(store: str, word: str, name: str) -> dict[str, Any]:
-    """The same of a bucket, and of the folder in which this machine mirrors it."""
+    """The same of a bucket, and of the folder in which this machine keeps its copy."""
     try:
-        from orchestrator.mirror import mirror_root
+        from orchestrator.backends import copy_folder
         from orchestrator.remote import parse
 
         remote = parse(store)
-        mirror = mirror_root(remote)
         found = remote.get(f"{PROBES}/{word}/{DRIVER}")
         state = "ok" if found is not None and found.decode().startswith(word) else "other"
         if state == "ok":
             remote.put(f"{PROBES}/{word}/{name}", word.ljust(WRITTEN).encode())
     except Exception as problem:  # of whatever airsweep is here
         return {"state": f"away: {problem}", "free": None}
-    return {"state": state, **room(mirror)}
+    return {"state": state, **room(copy_folder(remote))}
 
 
 def room(folder: Path) -> dict[str, Any]:

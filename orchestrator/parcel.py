@@ -17,7 +17,7 @@ from orchestrator.asked import Asked
 from orchestrator.lineage import PACKAGES, ROOT, SENT_DIFF, UNKNOWN, commit, dirty, uncommitted
 from orchestrator.place import Refused, lost_store, project_of, whoami
 from orchestrator.redact import shows_secret
-from orchestrator.remote import S3, folder_of, parse, scheme_of
+from orchestrator.remote import folder_of, is_bucket, parse
 from orchestrator.store import smoke_store
 from orchestrator.sweep import cells_of
 from orchestrator.tracking import kind_of, without_credentials
@@ -135,7 +135,7 @@ def destination(
         Refused: a path that is relative, so lost in a job.
         ValueError: a place that is none, or that holds a password.
     """
-    if scheme_of(store) == S3:
+    if is_bucket(store):
         parse(store)
     elif not folder_of(store).is_absolute():
         raise lost_store(store)

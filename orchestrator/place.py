@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.ledger import OWN, Ledger
-from orchestrator.remote import S3, folder_of, scheme_of
+from orchestrator.ledger import OWN, Ledger, open_ledger
+from orchestrator.remote import folder_of, is_bucket
 from orchestrator.resolve import RecordedResolver, Resolver
 from orchestrator.store import ArtifactStore, open_store
 from orchestrator.sweep import SweepSpec
@@ -50,13 +50,12 @@ class Place:
         return self.store.root / "sweeps" / self.project / self.name
 
     def ledger(self) -> Ledger:
-        return Ledger(self.folder, self.store.mirror)
+        return open_ledger(self.folder, self.store.backend)
 
     def refresh(self) -> Place:
         """Bring what a bucket says of the sweep to this machine."""
-        if self.store.mirror is not None:
-            self.ledger().refresh()
-            self.store.mirror.pull_folder(self.folder, but=OWN)
+        self.ledger().refresh()
+        self.store.backend.pull_folder(self.folder, but=OWN)
         return self
 
     def write(self, name: str, content: str | bytes) -> None:
@@ -85,7 +84,7 @@ def place_of(sweep: SweepSpec, store: Path | str, data_root: Path | None) -> Pla
         StoreRefused: another version of airsweep made the store.
         RemoteAway: its bucket cannot be read.
     """
-    relative = scheme_of(store) != S3 and not folder_of(store).is_absolute()
+    relative = not is_bucket(store) and not folder_of(store).is_absolute()
     if relative and in_ray_job():
         raise lost_store(store)
     project = project_of(sweep)
@@ -114,12 +113,7 @@ def place_named(store: ArtifactStore, project: str, name: str) -> Place:
 
 def recorded_names(store: ArtifactStore) -> list[tuple[str, str]]:
     """Project and name of the sweeps of a store, sorted."""
-    if store.mirror is not None:
-        remote = store.mirror.remote
-        projects = remote.folders("sweeps")
-        return sorted((p, name) for p in projects for name in remote.folders(f"sweeps/{p}"))
-    found = (store.root / "sweeps").glob("*/*/events.jsonl")
-    return sorted((file.parent.parent.name, file.parent.name) for file in found)
+    return store.backend.sweeps()
 
 
 def recorded_places(store: ArtifactStore) -> list[Place]:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from air_core.specs import SyntheticFeaturesSpec, TrialSpec
+from orchestrator.backends import StoreRefused
 from orchestrator.keys import Stage, artifact_key
-from orchestrator.locks import StoreRefused
 from orchestrator.place import Place, read_resolved, recorded_places
 from orchestrator.plan import (
     known_points,

@@ -1,42 +1,51 @@
-"""Objects in a bucket of S3: whole, found by name, and put once where it matters. Knows no store.
+"""Objects in a bucket of Amazon S3, Google Cloud Storage or Azure, through obstore. Knows no store.
 
-`put_once` is what all correctness rests on: of several writers of a name one wins, and all learn
-which. boto3 is needed, since nothing else asks a server for that; it is imported when the first
-object is. Credentials, region and endpoint come from the environment and files as boto3 reads
-them, or region and endpoint from the URI; no secret is ever in one.
+`put_once` is what correctness rests on: of several writers of a name exactly one wins, and each
+learns whether it did. Credentials, region and endpoint come from the environment as obstore reads
+them, or region and endpoint from the URI; no secret is ever in a URI.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import json
+import errno
 import os
-import socket
+import re
 import threading
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeVar
 from urllib.parse import parse_qsl, urlsplit
+
+from orchestrator.redact import redacted
+
+if TYPE_CHECKING:
+    from obstore import UpdateVersion
 
 T = TypeVar("T")
 
-S3, FILE = "s3", "file"
-OPTIONS = {"region", "endpoint_override", "scheme"}  # of a URI, as pyarrow.fs names them
-AT_ONCE = 16  # requests
-LARGE = 64 << 20  # bytes: from here on a file is sent in parts
-LOCK_SECONDS = "AIRSWEEP_LOCK_SECONDS"  # after which a silent holder counts as dead
-MAX_ATTEMPTS = "AWS_MAX_ATTEMPTS"  # boto3's own
-POLL = 0.5  # seconds between looks at somebody else's lock
+FILE, S3 = "file", "s3"
+# What to set, by scheme of the buckets that can hold a store.
+CREDENTIALS = {
+    S3: "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY on every machine, from an AWS_PROFILE "
+    'with `eval "$(aws configure export-credentials --format env)"`',
+    "gs": "set GOOGLE_APPLICATION_CREDENTIALS on every machine",
+    "az": "set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY on every machine",
+}
+OPTIONS = {"region", "endpoint_override", "scheme"}  # of an s3:// URI, as pyarrow.fs names them
+AT_ONCE = 32  # requests
+PART = 16 << 20  # bytes: larger files are sent in parts of this size
+POLL = 0.5  # seconds before a refused request is sent again
+RETRIES = {"max_retries": 4, "retry_timeout": timedelta(minutes=2)}
 
 
 class RemoteAway(OSError):
-    """The bucket cannot be used: nobody answers, it is not there, or it lets us not in."""
+    """The bucket cannot be used: no answer, no such bucket, or no permission."""
 
 
 @dataclass(frozen=True)
@@ -45,27 +54,36 @@ class Entry:
 
     name: str  # below what was listed
     size: int  # bytes
-    etag: str
+    etag: str | None
     changed: float  # seconds since the epoch
 
 
-def scheme_of(place: str | Path) -> str:
-    """`s3` or `file`, of a URI or a plain path.
+@dataclass(frozen=True)
+class Content:
+    """An object with its version."""
+
+    data: bytes
+    version: UpdateVersion
+    changed: float  # seconds since the epoch, by the server's clock
+
+
+def is_bucket(place: str | Path) -> bool:
+    """Is this the URI of a bucket, and not a folder?
 
     Raises:
-        ValueError: it is a URI of something that has no publish-once.
+        ValueError: it is a URI of something that cannot hold a store.
 
-    >>> scheme_of("runs"), scheme_of("s3://bucket/team"), scheme_of("file:///shared/runs")
-    ('file', 's3', 'file')
+    >>> [is_bucket(place) for place in ("runs", "s3://bucket/team", "file:///shared/runs")]
+    [False, True, False]
     """
-    name, colon, _ = str(place).partition("://")
-    if not colon or name == FILE:
-        return FILE
-    if name == S3:
-        return S3
+    scheme, colon, _ = str(place).partition("://")
+    if not colon or scheme == FILE:
+        return False
+    if scheme in CREDENTIALS:
+        return True
     raise ValueError(
-        f"{name}:// has no way to put an object once and for all, which a store needs; allowed: a "
-        "folder, file:///..., and s3://bucket/prefix of any server that honours If-None-Match"
+        f"{scheme}:// cannot hold a store; allowed: a folder, file:///..., s3://bucket/prefix of "
+        "any server that honours If-None-Match, gs://bucket/prefix, and az://container/prefix"
     )
 
 
@@ -96,22 +114,23 @@ def parse(uri: str) -> Remote:
     found = urlsplit(uri)
     if "@" in found.netloc or "@" in found.query:  # not shown: it would be in a log then
         raise ValueError(
-            "the store's URI holds credentials: leave them out, and set AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, on every machine"
+            f"the store's URI holds credentials: leave them out, and {CREDENTIALS[found.scheme]}"
         )
     options = dict(parse_qsl(found.query))
-    if options.keys() - OPTIONS:
+    unknown = options.keys() - (OPTIONS if found.scheme == S3 else set())
+    if unknown:
         raise ValueError(
-            f"s3://{found.netloc}: unknown option {', '.join(sorted(options.keys() - OPTIONS))} in "
-            f"the store's URI; allowed: {', '.join(sorted(OPTIONS))}; credentials come from AWS_* "
-            "variables or AWS_PROFILE"
+            f"{found.scheme}://{found.netloc}: unknown option {', '.join(sorted(unknown))} in the "
+            f"store's URI; allowed: {', '.join(sorted(OPTIONS))} of s3://; for credentials, "
+            f"{CREDENTIALS[found.scheme]}"
         )
     if not found.netloc or found.fragment:
-        raise ValueError(f"{uri!r} is not s3://bucket/prefix")
+        raise ValueError(f"{uri!r} is not {found.scheme}://bucket/prefix")
     endpoint = options.get("endpoint_override")
     if endpoint and "://" not in endpoint:
         endpoint = f"{options.get('scheme', 'https')}://{endpoint}"
-    return Remote(found.netloc, found.path.strip("/"), endpoint, options.get("region"))
+    prefix = found.path.strip("/")
+    return Remote(found.netloc, prefix, endpoint, options.get("region"), found.scheme)
 
 
 @dataclass(frozen=True)
@@ -122,259 +141,218 @@ class Remote:
     prefix: str = ""
     endpoint: str | None = None  # None: as the environment says
     region: str | None = None
+    scheme: str = S3
 
     def __str__(self) -> str:
-        return f"{S3}://{self.bucket}/{self.prefix}".rstrip("/")
+        return f"{self.scheme}://{self.bucket}/{self.prefix}".rstrip("/")
 
     @property
     def uri(self) -> str:
         """With what is needed to find it again."""
-        asked = {"region": self.region, "endpoint_override": self.endpoint}
-        query = "&".join(f"{name}={value}" for name, value in asked.items() if value)
+        options = {"region": self.region, "endpoint_override": self.endpoint}
+        query = "&".join(f"{name}={value}" for name, value in options.items() if value)
         return f"{self}?{query}" if query else str(self)
-
-    def below(self, name: str) -> Remote:
-        return Remote(self.bucket, self._key(name).strip("/"), self.endpoint, self.region)
 
     # ---------------------------------------------------------------- reading
 
     def get(self, name: str) -> bytes | None:
-        """An object; None: it is not there."""
-        found = self._opened(name)
-        return None if found is None else self._asked(found["Body"].read)
+        """An object; None: it does not exist."""
+        found = self.versioned(name)
+        return None if found is None else found.data
 
-    def open(self, name: str) -> Any:
-        """An object to be read piece by piece; None: it is not there."""
-        found = self._opened(name)
-        return None if found is None else found["Body"]
+    def versioned(self, name: str) -> Content | None:
+        """An object and its version; None: it does not exist."""
 
-    def tagged(self, name: str) -> tuple[bytes, str, float] | None:
-        """An object, its tag, and its age in seconds by the server's own clock."""
-        from email.utils import parsedate_to_datetime
+        def read(bucket: Any) -> Content:
+            found = bucket.get(name)
+            changed = found.meta["last_modified"].timestamp()
+            return Content(bytes(found.bytes()), _version(found.meta), changed)
 
-        found = self._opened(name)
-        if found is None:
-            return None
-        now = found["ResponseMetadata"]["HTTPHeaders"].get("date")
-        asked = parsedate_to_datetime(now).timestamp() if now else time.time()
-        age = asked - found["LastModified"].timestamp()
-        return self._asked(found["Body"].read), found["ETag"], age
+        return self._ask(read)
 
     def has(self, name: str) -> bool:
-        return self._there(lambda s3: s3.head_object(**self._at(name))) is not None
+        return self._ask(lambda bucket: bucket.head(name)) is not None
 
-    def download(self, name: str, file: Path) -> bool:
-        """An object as a file; False: it is not there."""
-        body = self.open(name)
-        if body is None:
-            return False
-        with open(file, "wb") as handle:
-            while piece := self._asked(lambda: body.read(1 << 20)):
-                handle.write(piece)
-        return True
+    def download(self, name: str, file: BinaryIO) -> bool:
+        """Write an object into a file; False: it does not exist."""
 
-    def listed(self, under: str, after: str = "", deep: bool = True) -> Iterator[Entry]:
-        """What lies below a folder, by name; without the markers that some tools leave.
+        def read(bucket: Any) -> bool:
+            for piece in bucket.get(name):
+                file.write(piece)
+            return True
+
+        return self._ask(read) is not None
+
+    def listed(self, under: str, after: str = "") -> list[Entry]:
+        """The objects below a folder, by name.
 
         Args:
             after: only names that come after this one.
-            deep: also in folders of the folder.
         """
-        start = self._key(under).rstrip("/") + "/" if self._key(under) else ""
-        asked: dict[str, Any] = {"Bucket": self.bucket, "Prefix": start}
-        if after:
-            asked["StartAfter"] = start + after
-        if not deep:
-            asked["Delimiter"] = "/"
-        while True:
-            page = self._asked(lambda: self._s3.list_objects_v2(**asked))
-            for one in page.get("Contents", ()):
-                name = one["Key"][len(start) :]
-                if name and not name.endswith("/"):
-                    yield Entry(name, one["Size"], one["ETag"], one["LastModified"].timestamp())
-            if not page.get("IsTruncated"):
-                return
-            asked["ContinuationToken"] = page["NextContinuationToken"]
+        offset = f"{under}/{after}" if after else None
+        found = self._ask(lambda bucket: bucket.list(under, offset=offset).collect())
+        return self._entries(found or [], under)
 
-    def folders(self, under: str) -> list[str]:
-        """Names of the folders in a folder."""
-        start = self._key(under).rstrip("/") + "/" if self._key(under) else ""
-        asked: dict[str, Any] = {"Bucket": self.bucket, "Prefix": start, "Delimiter": "/"}
-        found: list[str] = []
-        while True:
-            page = self._asked(lambda: self._s3.list_objects_v2(**asked))
-            found += [one["Prefix"][len(start) : -1] for one in page.get("CommonPrefixes", ())]
-            if not page.get("IsTruncated"):
-                return found
-            asked["ContinuationToken"] = page["NextContinuationToken"]
+    def folder(self, under: str) -> tuple[list[str], list[Entry]]:
+        """Names of the folders in a folder, and the objects in it."""
+        found = self._ask(lambda bucket: bucket.list_with_delimiter(under))
+        if found is None:
+            return [], []
+        folders = [one.rpartition("/")[2] for one in found["common_prefixes"]]
+        return sorted(folders), self._entries(found["objects"], under)
+
+    def _entries(self, found: Iterable[Any], under: str) -> list[Entry]:
+        above = len(under) + 1 if under else 0
+        entries = [
+            Entry(one["path"][above:], one["size"], one["e_tag"], one["last_modified"].timestamp())
+            for one in found
+        ]
+        # Without the empty object of the folder's own name that some tools leave.
+        return sorted((one for one in entries if one.name), key=lambda one: one.name)
 
     # ---------------------------------------------------------------- writing
 
-    def put(self, name: str, data: bytes) -> str:
-        """Write an object over what is there; its tag."""
-        done = self._asked(lambda: self._s3.put_object(**self._at(name), Body=data))
-        return str(done["ETag"])
+    def put(self, name: str, data: bytes | Path) -> None:
+        """Write an object, or a file as one, over what is there."""
+        if self._ask(lambda bucket: bucket.put(name, data, chunk_size=PART)) is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(data))
+
+    def put_if(
+        self, name: str, data: bytes, condition: UpdateVersion | Literal["create"]
+    ) -> UpdateVersion | None:
+        """Write an object where none is (`create`), or over one version; the version written.
+
+        Returns:
+            None: the object is another. After a lost answer it may be what this call has written.
+        """
+        done = self._ask(lambda bucket: bucket.put(name, data, mode=condition))
+        return None if done is None else _version(done)
 
     def put_once(self, name: str, data: bytes) -> bool:
         """Write an object if there is none of its name. False: there is, and it is another."""
-        if self._put_if(name, data, IfNoneMatch="*") is not None:
-            return True
-        # An answer that was lost on its way was asked for again: then it is ours that is there.
-        return self.get(name) == data
-
-    def put_over(self, name: str, data: bytes, tag: str) -> str | None:
-        """Write over the version of a tag; its new tag. None: it is no longer that one."""
-        return self._put_if(name, data, IfMatch=tag)
-
-    def send(self, name: str, file: Path) -> None:
-        """Write a file as an object, over what is there; a large one in parts."""
-        if file.stat().st_size < LARGE:
-            self.put(name, file.read_bytes())
-        else:
-            self._asked(lambda: self._s3.upload_file(str(file), self.bucket, self._key(name)))
+        while self.put_if(name, data, "create") is None:
+            there = self.get(name)
+            if there is not None:
+                return there == data  # if equal, it is ours, and the answer was lost
+            time.sleep(POLL)  # S3 also refuses while another write is under way
+        return True
 
     def delete(self, name: str) -> None:
-        self._asked(lambda: self._s3.delete_object(**self._at(name)))
+        self._ask(lambda bucket: bucket.delete(name))
 
-    def delete_version(self, name: str, tag: str) -> None:
-        """Delete an object unless somebody has written over it."""
-        self._there(lambda s3: s3.delete_object(**self._at(name), IfMatch=tag))
+    def clock(self) -> float:
+        """Seconds since the epoch by the server's clock, which dates its objects."""
+        name = f"probes/clock-{uuid.uuid4().hex}"
+        self.put(name, b"")
+        now = self.versioned(name)
+        self.delete(name)
+        return time.time() if now is None else now.changed
 
-    # ---------------------------------------------------------------- asking
+    # ---------------------------------------------------------------- requests
 
-    @property
-    def _s3(self) -> Any:
-        return _client(self.endpoint, self.region)
+    def _ask(self, do: Callable[[Any], T]) -> T | None:
+        """What obstore answers; None: the object does not exist, or a condition does not hold.
 
-    def _key(self, name: str) -> str:
-        return f"{self.prefix}/{name}" if self.prefix and name else self.prefix or name
+        Raises:
+            RemoteAway: every other error, as a sentence that says what to do.
+        """
+        from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 
-    def _at(self, name: str) -> dict[str, str]:
-        return {"Bucket": self.bucket, "Key": self._key(name)}
-
-    def _opened(self, name: str) -> dict[str, Any] | None:
-        return self._there(lambda s3: s3.get_object(**self._at(name)))
-
-    def _put_if(self, name: str, data: bytes, **condition: str) -> str | None:
-        while True:
-            try:
-                with self._told():
-                    done = self._s3.put_object(**self._at(name), Body=data, **condition)
-                return str(done["ETag"])
-            except _Refused as refused:
-                # A conflict means that somebody is at it in this moment: look again.
-                if refused.code not in ("409", "ConditionalRequestConflict"):
-                    return None
-                time.sleep(POLL)
-
-    def _there(self, ask: Callable[[Any], dict[str, Any]]) -> dict[str, Any] | None:
         try:
-            with self._told():
-                return ask(self._s3)
-        except _Refused:
+            return _interruptible(lambda: do(_client(self)))
+        except (AlreadyExistsError, PreconditionError):
             return None
+        except (BaseError, FileNotFoundError) as problem:
+            no_bucket = any(f"<Code>{code}<" in str(problem) for code in NO_BUCKET)
+            if isinstance(problem, FileNotFoundError) and not no_bucket:
+                return None
+            raise RemoteAway(self._sentence(str(problem))) from None
 
-    def _asked(self, ask: Callable[[], T]) -> T:
-        with self._told():
-            return ask()
-
-    @contextmanager
-    def _told(self) -> Iterator[None]:
-        """What botocore raises, as one line that says what to do."""
-        _need_boto3()
-        from boto3.exceptions import Boto3Error
-        from botocore.exceptions import (
-            BotoCoreError,
-            ClientError,
-            NoCredentialsError,
-            PartialCredentialsError,
-            ProfileNotFound,
+    def _sentence(self, problem: str) -> str:
+        text = redacted(problem.partition("\nDebug source")[0]).strip()  # then follow structures
+        status, code, message = (
+            found[1] if (found := pattern.search(text)) else "" for pattern in ANSWER
         )
-
-        try:
-            yield
-        except (NoCredentialsError, PartialCredentialsError, ProfileNotFound) as problem:
-            raise RemoteAway(f"{self}: {problem}; {CREDENTIALS}") from None
-        except ClientError as problem:
-            code = str(problem.response.get("Error", {}).get("Code", ""))
-            if code in ABSENT:
-                raise _Refused(code) from None
-            raise RemoteAway(self._sentence(code, problem.response)) from None
-        except (BotoCoreError, Boto3Error, OSError) as problem:
-            where = self.endpoint or _environment_endpoint() or "S3"
-            raise RemoteAway(
-                f"{self}: {where} does not answer ({type(problem).__name__}): is it up, can it be "
-                "reached from here, and is AWS_ENDPOINT_URL right?"
-            ) from problem
-
-    def _sentence(self, code: str, response: Any) -> str:
-        said = response.get("Error", {}).get("Message", "")
-        if code == "NoSuchBucket":
-            return f"{self}: there is no bucket {self.bucket!r}; make it, or mind the name"
-        if code in DENIED:
-            return f"{self}: no permission ({code}): {said}; {CREDENTIALS}"
-        if code in NO_ROOM:
-            return f"{self} is full ({code}: {said}); make room there, or give another --store"
-        return f"{self}: {code}: {said}"
+        answer = f"({code or status}): {message}" if message else f"({code or status})"
+        if code in NO_BUCKET:
+            return f"{self}: there is no bucket {self.bucket!r}; create it, or correct the name"
+        if any(sign in text for sign in NO_CREDENTIALS):
+            return f"{self}: no credentials were found; {CREDENTIALS[self.scheme]}"
+        if status in ("401", "403") or code == "ExpiredToken":
+            return f"{self}: no permission {answer}; {CREDENTIALS[self.scheme]}"
+        if status == "507" or code in FULL:
+            return f"{self} is full {answer}; make room there, or give another --store"
+        if not status and "HTTP error" in text:
+            where = self.endpoint or _environment_endpoint() or self.scheme
+            return (
+                f"{self}: {where} does not answer ({text.rpartition('HTTP error: ')[2]}): is it "
+                "up, can it be reached from here, and is AWS_ENDPOINT_URL right?"
+            )
+        return f"{self}: {text}"
 
 
-CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, on every machine"
-ABSENT = ("NoSuchKey", "404", "412", "PreconditionFailed", "409", "ConditionalRequestConflict")
-NO_ROOM = (
-    *("507", "InsufficientStorage", "QuotaExceeded"),
-    *("XMinioStorageFull", "XMinioAdminBucketQuotaExceeded"),
+ANSWER = [
+    re.compile(pattern, re.DOTALL)
+    for pattern in (r"status code: (\d+)", "<Code>(.*?)</Code>", "<Message>(.*?)</Message>")
+]
+NO_BUCKET = ("NoSuchBucket", "ContainerNotFound")
+FULL = (
+    "InsufficientStorage",
+    "QuotaExceeded",
+    "XMinioStorageFull",
+    "XMinioAdminBucketQuotaExceeded",
 )
-DENIED = ("AccessDenied", "403", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken")
+NO_CREDENTIALS = (  # where none are set, the machine's cloud is asked for them at these addresses
+    *("/latest/api/token", "/computeMetadata/", "/metadata/identity/"),
+    "Account must be specified",
+)
 
 
-class _Refused(Exception):
-    """It is not there, or not the version that was meant."""
-
-    def __init__(self, code: str) -> None:
-        super().__init__(code)
-        self.code = code
+def _version(said: Any) -> UpdateVersion:
+    """What tells an object from what is later written over it; S3 has tags, Google numbers."""
+    version: Any = {name: said[name] for name in ("e_tag", "version") if said[name] is not None}
+    found: UpdateVersion = version
+    return found
 
 
 def _environment_endpoint() -> str | None:
     return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
 
 
-_making = threading.Lock()  # boto3's session is not safe while it makes a client
-
-
-def _client(endpoint: str | None, region: str | None) -> Any:
-    with _making:
-        return _made_client(endpoint, region)
-
-
 @cache
-def _made_client(endpoint: str | None, region: str | None) -> Any:
-    import boto3
-    from botocore.config import Config
+def _client(remote: Remote) -> Any:
+    # Imported here: a store in a folder needs none of it.
+    from obstore.store import from_url
 
-    own = endpoint or _environment_endpoint()
-    config = Config(
-        retries={"mode": "standard"} | ({} if MAX_ATTEMPTS in os.environ else {"max_attempts": 5}),
-        connect_timeout=5,
-        read_timeout=60,
-        max_pool_connections=2 * AT_ONCE,
-        # Servers other than Amazon's know neither the new checksums nor buckets as host names.
-        # Our own digests are looked at when a file is read.
-        request_checksum_calculation="when_required",
-        response_checksum_validation="when_required",
-        s3={"addressing_style": "path"} if own else {},
-    )
-    return boto3.session.Session().client(
-        "s3", endpoint_url=endpoint, region_name=region, config=config
-    )
+    config: dict[str, Any] = {}
+    client: dict[str, Any] = {"connect_timeout": "5s", "read_timeout": "60s", "timeout": "10min"}
+    if remote.scheme == S3:
+        config["disable_bulk_delete"] = True  # which some servers do not have
+        config |= {"region": remote.region} if remote.region else {}
+        endpoint = remote.endpoint or _environment_endpoint()
+        if endpoint:
+            config["endpoint"] = endpoint
+            client["allow_http"] = endpoint.startswith("http://")
+    if bundle := os.environ.get("AWS_CA_BUNDLE"):  # as the AWS CLI reads it
+        client["root_certificate"] = Path(bundle).read_bytes()
+    opened: Any = from_url  # typed for each scheme apart
+    return opened(str(remote), config=config, client_options=client, retry_config=RETRIES)
 
 
-@cache
-def _need_boto3() -> None:
-    if importlib.util.find_spec("boto3") is None:
-        raise ValueError(
-            "a store on s3:// needs boto3, which is not installed; pip install 'airsweep[s3]'"
-        )
+def _interruptible(do: Callable[[], T]) -> T:
+    """Run a request so that Ctrl-C ends the wait for it: obstore hears no signal meanwhile."""
+    if threading.current_thread() is not threading.main_thread():
+        return do()  # signals go to the main thread
+    done: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(do())
+        except BaseException as problem:
+            done.set_exception(problem)
+
+    threading.Thread(target=run, daemon=True).start()
+    return done.result()
 
 
 def side_by_side(do: Callable[[T], object], each: Collection[T]) -> None:
@@ -384,146 +362,5 @@ def side_by_side(do: Callable[[T], object], each: Collection[T]) -> None:
             do(one)
         return
     with ThreadPoolExecutor(min(AT_ONCE, len(each))) as threads:
-        _drain(threads.map(do, each))
-
-
-def _drain(each: Iterable[object]) -> None:
-    for _ in each:
-        pass
-
-
-# ---------------------------------------------------------------- locks
-
-
-class Lease:
-    """A lock as an object. Its holder renews it; one that has been silent for long is dead.
-
-    Age is read off the server's clock alone. Two may come to hold it after a long silence, so it
-    saves work and nothing else may hang on it.
-    """
-
-    def __init__(self, remote: Remote, name: str) -> None:
-        self.remote, self.name = remote, name
-        self.patience = float(os.environ.get(LOCK_SECONDS) or 60)  # seconds
-        self._me = uuid.uuid4().hex
-        self._tag: str | None = None
-        self._renewals = 0
-        self._over = threading.Event()
-        self._asking = threading.Lock()  # a renewal and a release do not cross
-
-    def take(self) -> bool:
-        """Take it if it is free, or its holder dead."""
-        tag = self._put_new()
-        if tag is None:
-            found = self.remote.tagged(self.name)
-            if found is None:
-                tag = self._put_new() or self._own_tag()
-            elif self._is_own(found[0]):
-                tag = found[1]
-            elif self._dead(*found):
-                tag = self._put_over(found[1])
-        if tag is None:
-            return False
-        self._tag = tag
-        threading.Thread(target=self._renew, args=(self._over,), daemon=True).start()
-        return True
-
-    def wait(self, told: Callable[[float], None] = lambda seconds: None) -> None:
-        """Take it as soon as it can be had.
-
-        Args:
-            told: seconds so far, again and again.
-        """
-        started = time.monotonic()
-        while not self.take():
-            told(time.monotonic() - started)
-            time.sleep(POLL)
-
-    def take_from_the_dead(self) -> bool:
-        """Take it, where need be after its holder has been silent for long enough to be dead;
-        False as soon as he is heard of."""
-        held = self.remote.tagged(self.name)
-        while not self.take():
-            now = self.remote.tagged(self.name)
-            if held is not None and now is not None and held[1] != now[1]:
-                return False
-            held = now
-            time.sleep(POLL)
-        return True
-
-    def held(self) -> bool:
-        """Does somebody alive hold it?"""
-        found = self.remote.tagged(self.name)
-        return found is not None and not self._dead(*found)
-
-    def release(self) -> None:
-        self._over.set()
-        with self._asking:
-            tag, self._tag = self._tag, None
-            if tag is not None:
-                self.remote.delete_version(self.name, tag)
-        self._over = threading.Event()
-
-    def _put_new(self) -> str | None:
-        return self.remote._put_if(self.name, self._content(), IfNoneMatch="*")
-
-    def _put_over(self, tag: str) -> str | None:
-        """Renew it, or take it from the dead; its new tag. None: another has it."""
-        return self.remote.put_over(self.name, self._content(), tag) or self._own_tag()
-
-    def _own_tag(self) -> str | None:
-        """The tag of what is there, if we wrote it.
-
-        A write may succeed although its answer is lost. boto3 then sends it again, and the server
-        refuses it because of our own version.
-        """
-        found = self.remote.tagged(self.name)
-        return found[1] if found is not None and self._is_own(found[0]) else None
-
-    def _is_own(self, content: bytes) -> bool:
-        try:
-            return bool(json.loads(content)["by"] == self._me)
-        except (ValueError, KeyError, TypeError):
-            return False
-
-    def _content(self) -> bytes:
-        self._renewals += 1  # each version has a tag of its own
-        said = {"by": self._me, "renewed": self._renewals, "pid": os.getpid()}
-        return json.dumps({**said, "host": socket.gethostname(), "machine": _machine()}).encode()
-
-    def _dead(self, content: bytes, tag: str, age: float) -> bool:
-        if age > self.patience:
-            return True
-        try:
-            who = json.loads(content)
-        except ValueError:
-            return False
-        return who["machine"] == _machine() and not _alive(who["pid"])
-
-    def _renew(self, over: threading.Event) -> None:
-        while not over.wait(self.patience / 4):
-            with self._asking:
-                if self._tag is None:
-                    return  # released in this moment, or somebody took us for dead
-                with suppress(RemoteAway):  # the next time, perhaps
-                    self._tag = self._put_over(self._tag)
-
-
-@cache
-def _machine() -> str:
-    """Where a process id means the same: containers may share a host's name. Else nowhere."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return uuid.uuid4().hex
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        for _ in threads.map(do, each):
+            pass

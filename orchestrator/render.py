@@ -171,7 +171,7 @@ def refuse_secrets(sweep: SweepSpec, wishes: Wishes) -> None:
 
 
 def _place(store: str) -> str:
-    if not store.startswith(("/", "file:///", "s3://")):
+    if not store.startswith(("/", "file:///", "s3://", "gs://", "az://")):
         raise ValueError(
             f"--store {shown(store)} is not allowed; allowed: an absolute folder on the disk that "
             "all pods see, such as /shared/runs, or s3://bucket/prefix"

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from air_core.seal import intact
+from orchestrator.backends import FolderBackend
 from orchestrator.files import write_beside
 from orchestrator.keys import ArtifactKey
-from orchestrator.mirror import Mirror
 from orchestrator.verification import DamagedArtifact
 
 
@@ -21,7 +20,7 @@ class Row:
 
     key: ArtifactKey
     path: Path
-    mirror: Mirror | None = None
+    backend: FolderBackend
 
     def shard(self, class_index: int, block: int, suffix: str) -> Path:
         """Where a shard lies, or would lie; of a bucket, once it was pulled."""
@@ -29,13 +28,8 @@ class Row:
 
     def present(self, suffix: str) -> frozenset[tuple[int, int]]:
         """(class, block) of the shards that are there."""
-        names: Iterable[str] = ()
-        if self.mirror is not None:
-            names = self.mirror.shards(self.key)
-        elif self.path.is_dir():
-            names = os.listdir(self.path)
         found = set()
-        for name in names:
+        for name in self.backend.names(self.path):
             if name.endswith(suffix) and not name.startswith("."):
                 c, _, block = name.removesuffix(suffix).partition("-")
                 found.add((int(c), int(block)))
@@ -43,22 +37,16 @@ class Row:
 
     def holds(self, class_index: int, block: int, suffix: str) -> bool:
         """Is a shard there, as of now?"""
-        place = self.shard(class_index, block, suffix)
-        if self.mirror is not None:
-            return self.mirror.has_shard(self.key, place.name)
-        return place.exists()
+        return self.backend.exists(self.shard(class_index, block, suffix))
 
     def called(self, shard: Path) -> str:
         """A shard, for who should remove it."""
-        if self.mirror is None:
-            return str(shard)
-        return f"{self.mirror.called(self.key, shard.name)} or its copy {shard}"
+        label = self.backend.label(shard)
+        return label if label == str(shard) else f"{label} or its copy {shard}"
 
     def pull(self, shards: Collection[tuple[int, int]], suffix: str) -> None:
         """Bring shards to this machine, those that are there."""
-        if self.mirror is not None:
-            names = [self.shard(c, block, suffix).name for c, block in shards]
-            self.mirror.pull_shards(self.key, self.path, names)
+        self.backend.pull((self.shard(c, block, suffix) for c, block in shards), anew=False)
 
     def read(self, class_index: int, block: int, suffix: str) -> bytes:
         """The content of a shard, of a bucket brought here first. Shards from before there were
@@ -83,8 +71,7 @@ class Row:
     def publish(self, class_index: int, block: int, suffix: str, data: bytes) -> None:
         """A shard is there, whole; the one of whoever was first."""
         place = self.shard(class_index, block, suffix)
-        if self.mirror is not None:
-            data = self.mirror.put_shard(self.key, place.name, data)
+        data = self.backend.put_once(place, data)
         # Not synced: a power cut may damage shards, which their seals tell, and what is lost is
         # drawn again. Thousands of syncs on a shared file system would cost more.
         write_beside(place, data)
@@ -93,26 +80,18 @@ class Row:
     def deaths_counted(self, class_index: int, block: int, most: int) -> Iterator[int]:
         """How many processes died within this block for this shard, up to `most`; counted where
         every machine sees it."""
-        tries = self.shard(class_index, block, ".tries")
-        if self.mirror is not None:
-            deaths = self.mirror.count_up(self.key, tries.name, most)
-        else:
-            deaths = tries.stat().st_size if tries.exists() else 0
-            if deaths < most:
-                with open(tries, "ab") as handle:
-                    handle.write(b"x")
+        marks = self._marks(class_index, block, most)
+        deaths = next((n for n, mark in enumerate(marks) if self.backend.mark(mark)), most)
         try:
             yield deaths
         finally:  # who is killed does not come here
-            if self.mirror is not None:
-                self.mirror.count_off(self.key, tries.name, min(deaths + 1, most))
-            else:
-                tries.unlink(missing_ok=True)
+            for mark in marks[: deaths + 1]:
+                self.backend.remove(mark)
 
     def forget_deaths(self, class_index: int, block: int, most: int) -> None:
         """Its last process was ended by us, and not by the shard: count anew."""
-        tries = self.shard(class_index, block, ".tries")
-        if self.mirror is not None:
-            self.mirror.count_off(self.key, tries.name, most)
-        else:
-            tries.unlink(missing_ok=True)
+        for mark in self._marks(class_index, block, most):
+            self.backend.remove(mark)
+
+    def _marks(self, class_index: int, block: int, most: int) -> list[Path]:
+        return [self.shard(class_index, block, f".{n}.tries") for n in range(most)]

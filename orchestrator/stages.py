@@ -198,17 +198,19 @@ def build_lora(
             folder,
             device=shop.device,
             report=told,
-            kept=kept.path,
+            kept=kept,
         )
 
     def told(step: int, steps: int, loss: float) -> None:
-        kept.keep()
+        shop.store.backend.push(kept)
         if report is not None:
             report(step, steps, loss)
 
     kept = shop.store.unfinished(spec)
     if not shop.store.has(spec):
-        kept.bring()
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        shop.store.backend.pull([kept], anew=False)
     made = shop.store.get_or_build(spec, build)
-    kept.drop()
+    if kept.exists():
+        shop.store.backend.remove(kept)
     return made

@@ -7,8 +7,7 @@ relative: the store can be moved. A record holds the digests of its files; recor
 sealed (`seal.py`), so that a changed byte can be found. Who builds something that others may want
 too holds its lock below `locks/`; a lock saves work, and what is right never hangs on it.
 
-A store may lie in a bucket: then the folder is this machine's mirror of it (`mirror.py`), and what
-is there is what the bucket has.
+Where the files lie, in a folder or in a bucket, is the business of the backend (`backends.py`).
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib.metadata import version
@@ -31,15 +30,14 @@ from typing import Any
 
 from air_core.seal import sealed_json
 from orchestrator import code_version
-from orchestrator.files import barred, file_digest, make_folders, sync, write_beside, write_whole
+from orchestrator.backends import RECORD, FolderBackend, StoreRefused, open_backend
+from orchestrator.files import barred, file_digest, make_folders, sync, write_whole
 from orchestrator.keys import RECIPES, ArtifactKey, Stage, artifact_key
-from orchestrator.locks import Locks, StoreRefused
-from orchestrator.mirror import RECORD, Mirror, mirror_root
-from orchestrator.remote import S3, folder_of, parse, scheme_of, side_by_side
+from orchestrator.locks import Locks
+from orchestrator.remote import folder_of, is_bucket
 from orchestrator.rows import Row
-from orchestrator.verification import DamagedArtifact, parse_record, read_record, verify_files
+from orchestrator.verification import DamagedArtifact, read_record, verify_files
 
-VERSION = "1"
 ROW = "row.json"  # of a row, as record.json is of an artifact
 UNFINISHED = "unfinished"  # folder: what long work has so far, `<12 digits of its key>`
 ROWS = ("images", "synthetic")  # stages that are rows
@@ -76,52 +74,53 @@ class Building:
 
 
 class ArtifactStore:
-    """Artifacts in a folder, or in a bucket through one. `read_only()` cannot build."""
+    """Artifacts in a folder, or where a backend keeps them. `read_only()` cannot build."""
 
-    def __init__(self, root: Path, *, writable: bool = True, mirror: Mirror | None = None) -> None:
-        self.root = root
-        self.artifacts = root / "artifacts"
+    def __init__(self, place: Path | FolderBackend, *, writable: bool = True) -> None:
+        self.backend = FolderBackend(place) if isinstance(place, Path) else place
+        self.root = self.backend.root
+        self.artifacts = self.root / "artifacts"
         self.writable = writable
-        self.mirror = mirror
-        self.locks = Locks(root, mirror)
+        self.locks = Locks(self.backend)
 
     def __reduce__(self) -> Any:
-        """In another process, perhaps on another machine: with the mirror of that one."""
-        if self.mirror is None:
-            return _in_folder, (self.root, self.writable)
-        return _in_bucket, (self.mirror.remote.uri, self.writable)
+        return _reopened, (self.backend, self.writable)
 
     @property
     def name(self) -> str:
         """As people would give it with --store."""
-        return str(self.root) if self.mirror is None else self.mirror.remote.uri
+        return self.backend.name
 
     def read_only(self) -> ArtifactStore:
-        return ArtifactStore(self.root, writable=False, mirror=self.mirror)
+        return ArtifactStore(self.backend, writable=False)
 
     def survey(self, specs: Iterable[Stage]) -> None:
         """Many will be asked for: of a bucket, learn in few requests which are there."""
-        if self.mirror is not None:
-            self.mirror.survey(artifact_key(spec) for spec in specs)
+        self.backend.survey(self._place(spec) for spec in specs)
 
     def fetch(self, specs: Iterable[Stage]) -> None:
-        """Many that are there will be read: of a bucket, bring them here side by side."""
-        if self.mirror is not None:
-            missing = [one for one in specs if not (self._place(one) / RECORD).is_file()]
-            side_by_side(self.get, missing)
+        """Many that are there will be read: of a bucket, bring them here side by side.
+
+        Raises:
+            MissingArtifact: a file of one is gone or damaged in the bucket.
+        """
+        self._bring(self._place(spec) for spec in specs)
+
+    def _bring(self, folders: Iterable[Path]) -> bool:
+        try:
+            return self.backend.bring(folders)
+        except ValueError as problem:
+            raise MissingArtifact(str(problem)) from None
 
     def glance(self, specs: Iterable[Stage]) -> None:
         """The records of many will be read: of a bucket, bring them here side by side."""
-        if self.mirror is not None:
-            mirror = self.mirror
-            whole = (one for one in specs if RECIPES[type(one)][0] not in ROWS)
-            there = (artifact_key(one) for one in whole if self.has(one))
-            side_by_side(mirror.record, list(there))
+        self.backend.bring_records(
+            self._place(spec) for spec in specs if RECIPES[type(spec)][0] not in ROWS
+        )
 
     def look_again(self) -> None:
         """Other processes have made something; what was not there may be there now."""
-        if self.mirror is not None:
-            self.mirror.look_again()
+        self.backend.look_again()
 
     def settle(self) -> None:
         """Before the first thing is written: say which version of a store this is.
@@ -132,38 +131,18 @@ class ArtifactStore:
         for place in itertools.chain([self.root], *map(self.root.glob, WRITTEN)):
             if place.is_dir() and not os.access(place, os.W_OK, effective_ids=True):
                 raise StoreRefused(barred(place))
-        place = self.root / "VERSION"
-        if place.exists():
-            return
-        self.root.mkdir(parents=True, exist_ok=True)
-        if self.mirror is None:
-            write_whole(place, VERSION + "\n")
-            return
-        remote = self.mirror.remote
-        remote.put_once("VERSION", f"{VERSION} {uuid.uuid4().hex}\n".encode())
-        if remote.put_once("VERSION", f"{VERSION} another\n".encode()):
-            remote.delete("VERSION")
-            raise StoreRefused(
-                f"the server of {remote} writes over objects that were to be put once "
-                "(If-None-Match), so two machines could spoil each other's work; allowed: one that "
-                "refuses, such as Amazon S3 or a recent MinIO; or a folder with --store"
-            )
-        self.mirror.pull_file(place)
+        if not (self.root / "VERSION").exists():
+            self.backend.settle()
 
     # ---------------------------------------------------------------- small files
 
     def write(self, path: Path, content: str | bytes) -> None:
         """A small file of the store: there whole or not at all, for everybody."""
-        data = content.encode() if isinstance(content, str) else content
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, data)
-        if self.mirror is not None:
-            self.mirror.push_data(path, data)
+        self.backend.write(path, content.encode() if isinstance(content, str) else content)
 
     def refresh(self, path: Path) -> Path:
         """A small file of the store as it is now, where there is one."""
-        if self.mirror is not None:
-            self.mirror.pull_file(path)
+        self.backend.pull([path])
         return path
 
     def path(self, key: ArtifactKey) -> Path:
@@ -179,9 +158,7 @@ class ArtifactStore:
         return self.path(artifact_key(spec))
 
     def has(self, spec: Stage) -> bool:
-        if self.mirror is not None:
-            return self.mirror.has(artifact_key(spec))
-        return (self._place(spec) / RECORD).is_file()
+        return self.backend.has(self._place(spec))
 
     def get(self, spec: Stage) -> Artifact:
         """A whole artifact, its content compared with its record (see `verification`).
@@ -192,11 +169,7 @@ class ArtifactStore:
         """
         key, record = artifact_key(spec), self.record(spec)
         path = self.path(key)
-        if self.mirror is not None and not (path / RECORD).is_file():
-            try:
-                self.mirror.pull(key, path)
-            except ValueError as problem:
-                raise MissingArtifact(str(problem)) from None
+        if self._bring([path]):
             record = self.record(spec)  # it may have been made again
         verify_files(path, record)
         return Artifact(key, path, record)
@@ -204,13 +177,10 @@ class ArtifactStore:
     def record(self, spec: Stage) -> dict[str, Any]:
         """The record of an artifact, whose other files are not looked at. Raises as `get`."""
         key = artifact_key(spec)
-        file = self.path(key) / RECORD
-        if self.mirror is None or file.is_file():
-            with suppress(FileNotFoundError):
-                return read_record(file)
-        elif (data := self.mirror.record(key)) is not None:
-            return parse_record(data, file, self.mirror.called(key, RECORD))
-        raise MissingArtifact(f"{key} is not in {self.name}; run `airsweep prepare SPEC` first")
+        record = self.backend.record(self.path(key))
+        if record is None:
+            raise MissingArtifact(f"{key} is not in {self.name}; run `airsweep prepare SPEC` first")
+        return record
 
     def check(self, spec: Stage) -> None:
         """Compare an artifact with its record, where it is on this machine. Raises as `get`."""
@@ -228,43 +198,25 @@ class ArtifactStore:
             DamagedArtifact: there is no copy here, so the damage is in the bucket.
         """
         path = damaged.path
-        if self.mirror is not None and not path.exists():
-            raise damaged
         hidden = path.with_name(f"{DAMAGED}{path.name}-{uuid.uuid4().hex[:8]}")
-        with suppress(FileNotFoundError):  # another driver was faster
-            os.rename(path, hidden)
-            if self.mirror is not None:
-                shutil.rmtree(hidden) if hidden.is_dir() else hidden.unlink()
+        if not self.backend.set_aside(path, hidden):
+            raise damaged
 
     def bytes(self, spec: Stage) -> int:
         """Of what is there of an artifact or a row."""
-        if self.mirror is not None:
-            return sum(self.mirror.shards(artifact_key(spec)).values())
-        return sum(file.stat().st_size for file in self._place(spec).glob("*"))
+        return self.backend.size(self._place(spec))
 
     def named(self, kind: type, digest: str) -> list[Path]:
         """Folders of artifacts of the present recipe whose digests begin like this."""
         stage, recipe = RECIPES[kind]
-        if self.mirror is not None:
-            self._bring_named(stage, recipe, digest)
         folder = self.artifacts / stage / f"v{recipe}"
+        self.backend.bring_named(folder, digest[:12])
         found = [path for path in folder.glob(f"*-{digest[:12]}*") if (path / RECORD).is_file()]
         return [
             path
             for path in sorted(found)
             if str(read_record(path / RECORD).get("digest")).startswith(digest)
         ]
-
-    def _bring_named(self, stage: str, recipe: int, digest: str) -> None:
-        assert self.mirror is not None
-        folder = f"artifacts/{stage}/v{recipe}"
-        for name in self.mirror.remote.folders(folder):
-            if name.startswith(digest[:12]):
-                record = json.loads(self.mirror.remote.get(f"{folder}/{name}/{RECORD}") or b"{}")
-                if record:
-                    slug = record["key"].rpartition("/")[2].rpartition("-")[0]
-                    key = ArtifactKey(stage, recipe, record["digest"], slug)
-                    self.mirror.pull(key, self.path(key))
 
     def get_or_build(self, spec: Stage, build: Callable[[Path], dict[str, Any]]) -> Artifact:
         """The artifact; built first where it is missing.
@@ -327,45 +279,18 @@ class ArtifactStore:
                 "versions": versions(),
                 "files": {p.name: file_digest(p) for p in sorted(work.iterdir())},
             }
-            sealed = sealed_json(record)
-            if self.mirror is not None:
-                if not self.mirror.publish(key, work, sealed):
-                    return  # who asks gets the one that was first
-                shutil.rmtree(place, ignore_errors=True)  # of a store that was emptied by hand
-            write_whole(work / RECORD, sealed)
-            try:
-                os.rename(work, place)
-            except OSError:
-                # Somebody else was faster, and the same key is the same thing; or a folder that
-                # lost its record is in the way, and what has no record is nothing.
-                if not (place / RECORD).is_file():
-                    shutil.rmtree(place)
-                    os.rename(work, place)
-            sync(place.parent)
+            self.backend.publish(place, work, sealed_json(record))
         finally:
             shutil.rmtree(work, ignore_errors=True)
 
-    def refuse_bucket(self, why: str) -> None:
-        """
-        Raises:
-            StoreRefused: this store is in a bucket.
-        """
-        if self.mirror is not None:
-            raise StoreRefused(
-                f"{self.name}: {why}; `airsweep cache ls` says what no sweep needs: of an artifact "
-                f"remove {RECORD} first, then the rest, with the tools of your storage, while no "
-                "sweep runs"
-            )
-
-    def unfinished(self, spec: Stage) -> Unfinished:
-        """A file for work that takes long."""
-        name = f"{artifact_key(spec).digest[:12]}.safetensors"
-        return Unfinished(self.root / UNFINISHED / name, self.mirror)
+    def unfinished(self, spec: Stage) -> Path:
+        """A file for work that takes long. The backend pulls, pushes and removes it."""
+        return self.root / UNFINISHED / f"{artifact_key(spec).digest[:12]}.safetensors"
 
     def row(self, spec: Stage) -> Row:
         """A row; its folder and `row.json` are written when the first shard is."""
         key = artifact_key(spec)
-        return Row(key, self.path(key), self.mirror)
+        return Row(key, self.path(key), self.backend)
 
     def open_row(self, spec: Stage) -> Row:
         """A row that shards can be written to."""
@@ -373,8 +298,7 @@ class ArtifactStore:
         if not self.writable:
             raise MissingArtifact(f"{row.key}: this store is read-only")
         row.path.mkdir(parents=True, exist_ok=True)
-        if not (row.path / ROW).exists() and self.mirror is not None:
-            self.mirror.pull_shards(row.key, row.path, [ROW])
+        self.backend.pull([row.path / ROW], anew=False)
         if not (row.path / ROW).exists():
             known = {
                 "digest": row.key.digest,
@@ -383,68 +307,14 @@ class ArtifactStore:
                 **maker(),
                 "code": code_version.version(row.key.stage),
             }
-            sealed = sealed_json(known)
-            if self.mirror is not None:
-                sealed = self.mirror.put_shard(row.key, ROW, sealed)
-            write_whole(row.path / ROW, sealed)
+            place = row.path / ROW
+            write_whole(place, self.backend.put_once(place, sealed_json(known)))
         return row
 
 
-@dataclass
-class Unfinished:
-    """A file that somebody writes again and again while his work goes on."""
-
-    path: Path
-    mirror: Mirror | None
-    sent: int = 0  # mtime of what the bucket has, in ns
-
-    def bring(self, anew: bool = False) -> None:
-        """Of a bucket: what another machine has left of it.
-
-        Args:
-            anew: over what is here, since others may have gone on with it.
-        """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.mirror is not None and (anew or not self.path.exists()):
-            self.mirror.pull_file(self.path)
-            self._note()
-
-    def keep(self) -> None:
-        """Send it where other machines find it, if it was written since."""
-        before = self.sent
-        self._note()
-        if self.mirror is not None and self.sent != before:
-            self.mirror.push(self.path)
-
-    def drop(self) -> None:
-        """The work is done."""
-        if self.path.exists():
-            self.path.unlink(missing_ok=True)
-            if self.mirror is not None:
-                self.mirror.delete(self.path)
-
-    def _note(self) -> None:
-        self.sent = self.path.stat().st_mtime_ns if self.path.exists() else self.sent
-
-
 def open_store(place: Path | str) -> ArtifactStore:
-    """The store in a folder or in a bucket, as a command opens it; there may be nothing yet.
-
-    Args:
-        place: a path, `file:///...` or `s3://bucket/prefix`.
-
-    Raises:
-        StoreRefused: another version made it, or this machine's mirror is of another store.
-        RemoteAway: the bucket cannot be read.
-        ValueError: it is no folder, or such a URI means no store.
-    """
-    if scheme_of(place) == S3:
-        return _in_bucket(str(place))
-    root = folder_of(place)
-    if root.exists() and not root.is_dir():
-        raise ValueError(f"{root} is a file; a store is a folder: choose another with --store")
-    _refuse_version(_said(root / "VERSION"), root)
-    return ArtifactStore(root.absolute())
+    """The store in a folder or in a bucket, as a command opens it; raises as `open_backend`."""
+    return ArtifactStore(open_backend(place))
 
 
 def smoke_store(place: Path | str) -> Path | str:
@@ -453,51 +323,17 @@ def smoke_store(place: Path | str) -> Path | str:
     >>> smoke_store("runs"), smoke_store("s3://bucket/team/runs?region=eu-1"), smoke_store("s3://b")
     (PosixPath('runs-smoke'), 's3://bucket/team/runs-smoke?region=eu-1', 's3://b/smoke')
     """
-    if scheme_of(place) == S3:
+    if is_bucket(place):
         name, mark, query = str(place).partition("?")
         name = name.rstrip("/")
-        beside = f"{name}-smoke" if "/" in name.removeprefix("s3://") else f"{name}/smoke"
+        beside = f"{name}-smoke" if "/" in name.partition("://")[2] else f"{name}/smoke"
         return beside + mark + query
     folder = folder_of(place)
     return folder.with_name(folder.name + "-smoke")
 
 
-def _in_folder(root: Path, writable: bool) -> ArtifactStore:
-    return ArtifactStore(root, writable=writable)
-
-
-def _in_bucket(uri: str, writable: bool = True) -> ArtifactStore:
-    remote = parse(uri)
-    root = mirror_root(remote)
-    there = (remote.get("VERSION") or b"").decode()
-    _refuse_version(there.partition(" ")[0] or VERSION, remote)
-    here = _said(root / "VERSION")
-    if here and here != there.strip():
-        raise StoreRefused(
-            f"{root} mirrors a store that was at {remote} before and is gone; remove that folder, "
-            "or set AIRSWEEP_CACHE to another place for mirrors"
-        )
-    if there and not here:
-        write_beside(root / "VERSION", there.encode())
-    return ArtifactStore(root, writable=writable, mirror=Mirror(remote, root))
-
-
-def _said(version: Path) -> str | None:
-    try:
-        return version.read_text(errors="replace").strip()
-    except FileNotFoundError:
-        return None  # an empty folder: the first run writes it
-    except IsADirectoryError:
-        return "a folder"
-
-
-def _refuse_version(found: str | None, place: object) -> None:
-    if found is not None and found.strip() != VERSION:
-        raise StoreRefused(
-            f"{place} is a store of version {found[:20]!r}; this airsweep reads version {VERSION} "
-            "alone: use the airsweep that made it, or another folder with --store; if VERSION "
-            f"there was damaged, replace it by a file that holds {VERSION}"
-        )
+def _reopened(backend: FolderBackend, writable: bool) -> ArtifactStore:
+    return ArtifactStore(backend, writable=writable)
 
 
 def maker() -> dict[str, str]:

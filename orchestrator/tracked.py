@@ -14,9 +14,9 @@ from typing import Any
 from air_core.datasets import get_dataset
 from air_core.flat import from_flat, trial_keys
 from air_core.specs import Ref, TrialSpec
+from orchestrator.backends import RECORD
 from orchestrator.children import REFS, SPEC
 from orchestrator.keys import artifact_key
-from orchestrator.mirror import RECORD
 from orchestrator.place import recorded_places
 from orchestrator.store import ArtifactStore
 from orchestrator.tracking import read_run

@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from orchestrator.backends import LOCKS, RECORD
 from orchestrator.inventory import UNKNOWN, Holding, Inventory, Loose
-from orchestrator.locks import LOCKS, STORE_LOCK
-from orchestrator.mirror import RECORD
+from orchestrator.locks import STORE_LOCK
 from orchestrator.recorded import Needs, Shards, merged
 
 NOT_REMOVED = "could not be removed: it is a link, or in a folder of somebody else"

@@ -7,6 +7,8 @@ import os
 # Before torch is imported anywhere: two threads on a busy two-core machine are slower than one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Ray gives its workers a niceness of 15: beside other programs they would get 3 % of a core.
+os.environ.setdefault("RAY_worker_niceness", "0")
 for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "RAY_ADDRESS", "AIRSWEEP_STORE"):
     os.environ.pop(name, None)
 

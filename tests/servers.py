@@ -110,6 +110,10 @@ class S3Server:
     def make_bucket(self, name: str) -> None:
         self._client().create_bucket(Bucket=name)
 
+    def make_folder(self, bucket: str, name: str) -> None:
+        """The empty object by which some tools show a folder."""
+        self._client().put_object(Bucket=bucket, Key=name)
+
     def objects(self, bucket: str) -> dict[str, bytes]:
         """All that is in a bucket."""
         client = self._client()
@@ -129,7 +133,7 @@ def forwarding(server: S3Server) -> type[BaseHTTPRequestHandler]:
     """What passes each request on to the server, and its answer back."""
 
     class Forwarding(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"  # else boto3 waits a second before it sends a body
+        protocol_version = "HTTP/1.1"  # connections are kept
 
         def do_GET(self) -> None:
             self.answer(*self.forward())
@@ -167,6 +171,19 @@ def forwarding(server: S3Server) -> type[BaseHTTPRequestHandler]:
             pass
 
     return Forwarding
+
+
+@contextlib.contextmanager
+def counting_requests(server: S3Server, requests: list[str]) -> Iterator[str]:
+    """The address of the same server, which notes each request: method and path."""
+
+    class Counting(forwarding(server)):  # type: ignore[misc]
+        def forward(self) -> tuple[int, bytes, dict[str, str]]:
+            requests.append(f"{self.command} {self.path}")
+            return super().forward()
+
+    with served(Counting) as url:
+        yield url
 
 
 @contextlib.contextmanager

@@ -95,7 +95,6 @@ def cache_gc(
     )
 
     opened = open_store(store)
-    opened.refuse_bucket("nothing is removed from a bucket, since who uses it cannot be told")
     place = place_named(sweep, store) if sweep else None
     refuse_running(opened)
     with opened.locks.alone():  # until all is removed no sweep may start

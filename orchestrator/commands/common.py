@@ -148,8 +148,8 @@ def removed(app: typer.Typer, command: str, instead: str) -> None:
 
 def code_of(problem: Exception) -> int:
     """2 for what a user can get wrong, 3 for what was refused before it started, else 1."""
+    from orchestrator.backends import StoreRefused
     from orchestrator.ledger import SweepBusy
-    from orchestrator.locks import StoreRefused
     from orchestrator.place import BAD_INPUT, FAILED, REFUSED, Refused
     from orchestrator.remote import RemoteAway
     from orchestrator.studies import StudiesAway

@@ -18,10 +18,10 @@ from air_core.normal import normalised
 from air_core.seal import BLANK, sealed, sealed_json
 from air_core.specs import SyntheticFeaturesSpec
 from orchestrator.__main__ import main
+from orchestrator.backends import StoreRefused
 from orchestrator.estimate import Pace, remember
 from orchestrator.integrity import verify
 from orchestrator.inventory import take_inventory
-from orchestrator.locks import StoreRefused
 from orchestrator.place import Place
 from orchestrator.plan import plan_sweep
 from orchestrator.store import ArtifactStore
@@ -414,7 +414,7 @@ def test_unfinished_work_is_listed_and_goes_when_nothing_needs_it(world, cache):
     )
     waiting.ledger().unlock()
     (wanted,) = [n.spec for n in plan.needs if n.stage == "lora" and not n.have(world.store)]
-    kept = world.store.unfinished(wanted).path
+    kept = world.store.unfinished(wanted)
     kept.parent.mkdir()
     whole = kept.with_name(f"{lora.name.rpartition('-')[2]}-0123456789ab.safetensors")
     nobodys = kept.with_name("0123456789ab-0123456789ab.safetensors")

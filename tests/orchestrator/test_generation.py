@@ -121,8 +121,10 @@ def test_a_block_that_cannot_be_drawn_is_named_and_the_others_are_kept(
     need = need_of(resolver, drawn_digits, 8)
     for c in (3, 4):
         copied.row(need.spec).shard(c, 0, ".safetensors").unlink()
-    deaths = copied.open_row(need.spec.images).shard(3, 0, ".tries")
-    deaths.write_bytes(b"xx")  # as two processes leave it that this block has killed
+    row = copied.open_row(need.spec.images)
+    killed = [row.deaths_counted(3, 0, 2) for _ in range(2)]
+    for process in killed:
+        process.__enter__()  # and never comes back
     ((failed, failure),) = draw([need], Workshop(copied), Resources(), Watcher(), shares())
     assert (failed, failure.failure_class) == (need, "infra")
     assert "1 block is missing; digit three, block 0: " in failure.message

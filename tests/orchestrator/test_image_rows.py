@@ -117,12 +117,13 @@ def test_a_block_that_killed_its_processes_fails_and_one_that_merely_failed_does
     for _ in range(DEATHS + 1):
         with pytest.raises(OSError, match="no generator today"):
             build_image_block(spec, 0, 0, Workshop(store), broken)
-    tries = store.row(spec.images).shard(0, 0, ".tries")
-    tries.write_bytes(b"x" * DEATHS)  # as those leave it who are killed
+    killed = [store.row(spec.images).deaths_counted(0, 0, DEATHS) for _ in range(DEATHS)]
+    for process in killed:
+        process.__enter__()  # and never comes back
     with pytest.raises(RuntimeError, match="killed its process 2 times"):
         build_image_block(spec, 0, 0, Workshop(store), lambda: generator_of(spec))
     build_image_block(spec, 0, 0, Workshop(store), lambda: generator_of(spec))  # the next start
-    assert not tries.exists()
+    assert list(store.root.rglob("*.tries")) == []
 
 
 def test_features_of_a_dataset_start_no_program_for_postscript(

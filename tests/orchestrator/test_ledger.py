@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.ledger import Ledger, SweepBusy, mend_lines
+from orchestrator.ledger import Ledger, mend_lines
 
 DRIVER = """
 import sys
@@ -119,18 +119,6 @@ def test_a_file_of_half_a_line_becomes_empty(tmp_path):
     assert path.read_bytes() == b""
 
 
-def test_a_second_driver_is_refused_while_the_first_lives(tmp_path):
-    first = driver(tmp_path, 0)
-    second = Ledger(tmp_path)
-    with pytest.raises(SweepBusy, match="another driver runs this sweep"):
-        second.lock()
-    assert points(second) == [0]  # looking is allowed
-    first.communicate("go on\n", timeout=60)
-    second.lock()
-    second.append("point_asked", point=1)
-    assert points(second) == [0, 1]
-
-
 def test_who_looks_whether_a_driver_lives_is_not_in_the_way_of_one(ledger):
     assert not ledger.busy()
     lock = ledger.folder / ".driver.lock"
@@ -162,15 +150,6 @@ def test_a_killed_driver_frees_the_sweep(tmp_path):
     second.communicate("go on\n", timeout=60)
     assert second.returncode == 0
     assert points(Ledger(tmp_path)) == [0, 1]
-
-
-def test_two_drivers_of_one_process_are_two(tmp_path):
-    first, second = Ledger(tmp_path), Ledger(tmp_path)
-    first.lock()
-    with pytest.raises(SweepBusy):
-        second.lock()
-    first.unlock()
-    second.lock()
 
 
 def test_a_damaged_line_is_named_by_file_and_number(ledger):
