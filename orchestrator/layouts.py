@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from air_core.printable import printable
 from orchestrator.output import are_numbers, csv_cell
 
 if TYPE_CHECKING:
@@ -32,8 +31,8 @@ class Layout:
 
 
 def csv_text(frame: DataFrame) -> str:
-    """A frame without its index; no cell is a formula to a spreadsheet."""
-    safe = frame.map(csv_cell).rename(columns=printable)
+    """A frame without its index; no cell or name is a formula to a spreadsheet."""
+    safe = frame.map(csv_cell).rename(columns=csv_cell)
     text: str = safe.to_csv(index=False, lineterminator="\n")
     return text.rstrip("\n")
 
