@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator.integrity import Finding, Verdict
+from orchestrator.integrity import Verdict
 from orchestrator.inventory import Holding, Inventory, size
 from orchestrator.keys import RECIPES
+from orchestrator.output import aligned, near
 from orchestrator.recorded import Needs, merged
 from orchestrator.upkeep import Removal, Spoils
 
@@ -94,15 +95,14 @@ def listing_screen(found: dict[str, Any]) -> str:
         found["store"] if "://" in found["store"] else near(Path(found["store"])),
         f"{len(found['artifacts']):,} artifacts, {size(found['bytes'])}; recorded sweeps: {sweeps}",
         "",
-        f"{'stage':<10}{'artifacts':>10}{'images':>10}{'size':>12}{'no sweep needs':>26}",
     ]
+    stages = [("stage", "artifacts", "images", "size", "no sweep needs")]
     for stage, of in found["stages"].items():
         images = f"{of['images']:,}" if of["images"] else "-"
         spare = f"{of['unneeded_artifacts']:,}: {size(of['unneeded_bytes'])}"
-        lines.append(
-            f"{stage:<10}{of['artifacts']:>10,}{images:>10}{size(of['bytes']):>12}"
-            f"{spare if of['unneeded_bytes'] else '-':>26}"
-        )
+        needless = spare if of["unneeded_bytes"] else "-"
+        stages.append((stage, f"{of['artifacts']:,}", images, size(of["bytes"]), needless))
+    lines += aligned(stages)
     lines += ["", "largest"]
     for one in found["artifacts"][:LARGEST]:
         lines.append(f"  {size(one['bytes']):>10}  {shortened(one['key'])}")
@@ -132,22 +132,6 @@ def _needed(by: Sequence[str]) -> str:
 
 
 # ---------------------------------------------------------------- verify
-
-
-def watched(each: Iterable[Finding], total: int) -> Iterable[Finding]:
-    """Passes on what is found, with a bar on a terminal."""
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    return track(
-        each,
-        "reading files",
-        total,
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
 
 
 def verdict_screen(verdict: Verdict) -> str:
@@ -234,11 +218,3 @@ def shortened(name: str) -> str:
     if len(name) <= NAME_WIDTH:
         return name
     return f"{name[: NAME_WIDTH - 16]}...{name[-13:]}"
-
-
-def near(path: Path) -> str:
-    """A path as people would type it from here."""
-    try:
-        return str(path.relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)

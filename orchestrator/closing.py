@@ -13,6 +13,7 @@ from typing import Any
 
 from air_core.normal import normalised
 from orchestrator.dataset_text import about
+from orchestrator.output import near
 from orchestrator.place import Place, read_outcome, read_resolved
 from orchestrator.plan import Need, Plan
 from orchestrator.remote import folder_of, is_bucket
@@ -135,7 +136,7 @@ def next_facts(plan: Plan, place: Place) -> list[tuple[str, str]]:
     sheet = place.folder / "contact_sheet.png"
     facts = []
     if sheet.exists():
-        facts.append(("look", f"{_near(sheet)}"))
+        facts.append(("look", f"{near(sheet)}"))
     asked, store = _asked(plan, place), _store_option(place, smoke=True)
     browsed = _store_option(place, smoke=False)
     facts.append(("browse", f"airsweep ui{browsed}  ->  http://127.0.0.1:5000"))
@@ -171,12 +172,4 @@ def _store_option(place: Place, *, smoke: bool) -> str:
         return "" if store.name in known else f" --store {shlex.quote(store.name)}"
     folder = folder_of(usual).absolute()
     folders = [folder, *([Path(f"{folder}-smoke")] if smoke else [])]
-    return "" if store.root in folders else f" --store {_near(store.root)}"
-
-
-def _near(path: Path) -> str:
-    """A path as people would type it from here."""
-    try:
-        return str(path.relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
+    return "" if store.root in folders else f" --store {near(store.root)}"

@@ -8,13 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from air_core.printable import printable
-from orchestrator.output import csv_cell
+from orchestrator.output import are_numbers, csv_cell
 
 if TYPE_CHECKING:
     from pandas import DataFrame
-
-_NUMBER = re.compile(r"[-+<\[ ]*\d[\d .,:±%\[\]+†‡↓e-]*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,12 +27,12 @@ class Layout:
     def numeric(self) -> list[bool]:
         """Which columns hold numbers alone and are right-aligned."""
         columns = (self.frame.iloc[:, i] for i in range(self.frame.shape[1]))
-        return [all(_NUMBER.fullmatch(cell) for cell in column if cell) for column in columns]
+        return [are_numbers(column) for column in columns]
 
 
 def csv_text(frame: DataFrame) -> str:
-    """A frame without its index; no cell is a formula to a spreadsheet."""
-    safe = frame.map(csv_cell).rename(columns=printable)
+    """A frame without its index; no cell or name is a formula to a spreadsheet."""
+    safe = frame.map(csv_cell).rename(columns=csv_cell)
     text: str = safe.to_csv(index=False, lineterminator="\n")
     return text.rstrip("\n")
 

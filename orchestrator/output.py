@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, TextIO
 
 from air_core.printable import printable
@@ -27,7 +29,7 @@ def printable_lines(text: str) -> str:
 
 
 def aligned(lines: Sequence[Sequence[str]], width: int | None = None) -> list[str]:
-    """Lines for a terminal, in columns.
+    """Lines for a terminal, in columns; numbers below a first line stand right.
 
     Args:
         width: at most; cells are folded where a line would be longer. None: as wide as they are.
@@ -39,12 +41,31 @@ def aligned(lines: Sequence[Sequence[str]], width: int | None = None) -> list[st
     from rich.table import Table
 
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    for _, *cells in zip(*lines, strict=True):
+        table.add_column(justify="right" if are_numbers(cells) else "left")
     for line in lines:
         table.add_row(*line)
     console = Console(width=width or 10_000, color_system=None, markup=False, emoji=False)
     with console.capture() as text:
         console.print(table, highlight=False)
     return [line.rstrip() for line in text.get().splitlines()]
+
+
+_NUMBER = re.compile(r"[-+<\[ ]*\d[\d .,:±%\[\]+†‡↓e-]*")
+
+
+def are_numbers(cells: Iterable[str]) -> bool:
+    """Are all of them numbers, but for empty ones? Such a column is right-aligned."""
+    filled = [cell for cell in cells if cell not in ("", "-")]
+    return bool(filled) and all(_NUMBER.fullmatch(cell) for cell in filled)
+
+
+def near(path: Path) -> str:
+    """A path as people would type it from here."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
 
 
 FORMULA = ("=", "+", "-", "@")  # a spreadsheet computes a text that begins so

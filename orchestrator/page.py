@@ -30,30 +30,12 @@ def page(found: Evidence) -> str:
     ]
     text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=found.sweep.name,
-        question=paragraphs(found.sweep.question),
+        question=re.split(r"\n\s*\n", found.sweep.question.strip()),
         sections=sections,
         footer=f"airsweep {_version()}, sweep {found.place.project}/{found.place.name}, "
         f"{len(found.entries)} results.",
     )
     return text + "\n"
-
-
-def paragraphs(question: str) -> list[str]:
-    """The comment on top of a sweep file, as it flows: a line that begins with a word and a colon,
-    or after an empty one, begins a paragraph.
-
-    >>> paragraphs("Does it work?\\nOn digits.\\nCost: a\\nminute.")
-    ['Does it work? On digits.', 'Cost: a minute.']
-    """
-    found: list[list[str]] = []
-    for line in question.splitlines():
-        if not line.strip():
-            found.append([])
-        elif not found or re.match(r"[A-Z][a-z]+:", line):
-            found.append([line.strip()])
-        else:
-            found[-1].append(line.strip())
-    return [" ".join(lines) for lines in found if lines]
 
 
 def _version() -> str:

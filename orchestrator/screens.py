@@ -20,7 +20,7 @@ from orchestrator.plan import Plan, changed_inputs, plan_sweep
 from orchestrator.report import counted, shown
 from orchestrator.results import Standing, entries_of, rows_of, standing
 from orchestrator.screen import clock
-from orchestrator.summary import facts_screen, summary
+from orchestrator.summary import summary
 from orchestrator.sweep import SweepSpec, notes_of
 
 STATES = {"present": "there", "partial": "in part", "missing": "to make"}
@@ -193,6 +193,4 @@ def summary_screen(sweep: SweepSpec, place: Place) -> str:
     entries = entries_of(plan, place.store)
     facts = [*facts_of(plan, place), *next_facts(plan, place)]
     width = min(WIDEST, max(NARROWEST, shutil.get_terminal_size((WIDEST, 24)).columns))
-    if not entries:
-        return facts_screen(facts, width=width)
     return summary(title_of(plan), entries, rows_of(plan, entries), facts, width=width)

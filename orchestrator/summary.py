@@ -69,11 +69,6 @@ def summary(
     return "\n".join([*lines, *_facts(facts, width)])
 
 
-def facts_screen(facts: Sequence[tuple[str, str]], *, width: int = 100) -> str:
-    """Facts alone, for a run that has no result yet."""
-    return "\n".join(_facts(facts, width))
-
-
 def difference_lines(found: Sequence[Comparison]) -> list[tuple[str, str]]:
     """What synthetic images add to a host, and to the control without diffusion: label and text."""
     controls = {method.control for method in METHODS.values()}

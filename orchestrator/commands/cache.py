@@ -15,6 +15,7 @@ from orchestrator.commands.common import (
     StoreOption,
     fail,
     place_named,
+    watched,
 )
 from orchestrator.output import show
 
@@ -51,12 +52,13 @@ def cache_verify(store: StoreOption = STORE, as_json: JsonOption = False) -> Non
 
     airsweep cache verify --store /shared/runs --json
     """
-    from orchestrator.cache_screen import verdict_screen, watched
+    from orchestrator.cache_screen import verdict_screen
     from orchestrator.integrity import verify
     from orchestrator.inventory import take_inventory
     from orchestrator.store import open_store
 
-    verdict = verify(take_inventory(open_store(store)), watched)
+    inventory = take_inventory(open_store(store))
+    verdict = verify(inventory, lambda each, total: watched("reading files", each, total))
     show(json.dumps(verdict.json(), indent=1) if as_json else verdict_screen(verdict))
     sys.exit(1 if verdict.damaged else 0)
 
