@@ -14,18 +14,21 @@ methods disagree on the same images in every seed.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 from scipy.stats import binomtest
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.harness import options, progress, report
 from orchestrator.statistics import ALPHA, Difference, Run, Runs, corrected, paired_difference
 
 IMAGES, TEST = 1797, 540  # the digits
@@ -206,20 +209,16 @@ def shown(found: dict[str, float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--simulations", type=int, default=500)
-    parser.add_argument("--methods", type=int, default=6, help="of a table, the host included")
-    parser.add_argument("--only", default="", help="scenarios whose name holds one of A|B|...")
-    options = parser.parse_args()
+    asked = options(__doc__, simulations=500, methods=6, only="")
     groups: dict[str, dict[str, Any]] = {}
     columns = "one comparison      every   some, uncorrected   some mark           pooled McNemar"
     for title, worlds in (("null", NULL), ("refused", REFUSED), ("planted", PLANTED)):
-        print(f"\n{title:<44} {columns}" if title != "planted" else f"\n{title}")
+        progress(f"\n{title:<44} {columns}" if title != "planted" else f"\n{title}")
         for name, world in worlds.items():
-            if not any(part in name for part in options.only.split("|")):
+            if not any(part in name for part in asked.only.split("|")):
                 continue
             started = time.perf_counter()
-            found = counted(world, options.simulations, options.methods)
+            found = counted(world, asked.simulations, asked.methods)
             of = found.tables
             figures: dict[str, Any] = {
                 "one_comparison": rate(found.single, of),
@@ -241,22 +240,18 @@ def main() -> None:
                 text = "   ".join([f"{first} {figures['all_comparisons']:5.1f}", *others])
                 if title == "refused":
                     text += f"   unrefused: {shown(figures['some_corrected'])}"
-            print(f"{name:<44} {text}   {time.perf_counter() - started:.0f} s", flush=True)
+            progress(f"{name:<44} {text}   {time.perf_counter() - started:.0f} s")
             groups.setdefault(title, {})[name] = figures
     first = groups.get("null", {}).get("one split, persistent")
     ratio = first and first["baseline"]["rate"] / max(first["one_comparison"]["rate"], 1e-9)
-    print(
-        json.dumps(
-            {
-                "name": "calibration",
-                "ratio": ratio and round(ratio, 2),
-                "baseline": BASELINE,
-                "simulations": options.simulations,
-                "methods": options.methods,
-                "comparisons": options.methods if options.methods > 2 else options.methods - 1,
-                **groups,
-            }
-        )
+    report(
+        "calibration",
+        ratio,
+        BASELINE,
+        simulations=asked.simulations,
+        methods=asked.methods,
+        comparisons=asked.methods if asked.methods > 2 else asked.methods - 1,
+        **groups,
     )
 
 

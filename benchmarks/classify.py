@@ -15,13 +15,11 @@ processor time, which on a machine that others use is the one to read, with --th
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +35,7 @@ from air_core.bundle.manifest import weights_said, write_bundle
 from air_core.classifiers import class_texts
 from air_core.datasets import get_dataset
 from air_core.weights import tiny_folder
+from benchmarks.harness import ROOT, Times, least, options, report, timed
 
 
 def zero_shot_bundle(folder: Path) -> None:
@@ -76,18 +75,6 @@ def images_in(folder: Path, count: int, photo: bool) -> list[Path]:
     return files
 
 
-Times = tuple[float, float]  # seconds on the clock, and of this process's processors
-
-
-def now() -> Times:
-    return time.perf_counter(), time.process_time()
-
-
-def since(started: Times) -> Times:
-    wall, busy = now()
-    return wall - started[0], busy - started[1]
-
-
 def one_at_a_time(bundle: Path, files: list[Path]) -> tuple[Times, list[str]]:
     """As docs/bundle.md has it for plain open_clip, in a loop: times and classes."""
     import open_clip
@@ -97,43 +84,42 @@ def one_at_a_time(bundle: Path, files: list[Path]) -> tuple[Times, list[str]]:
     model.eval()
     texts = load_file(bundle / TEXT)
     names = json.loads((bundle / "bundle.json").read_text())["classnames"]
-    started, found = now(), []
-    with torch.no_grad():
+    found = []
+
+    @torch.no_grad()
+    def loop() -> None:
         for file in files:
             pixels = preprocess(Image.open(file).convert("RGB"))[None]
             features = model.encode_image(pixels, normalize=True)
             shares = (texts["logit_scale"] * features @ texts["text_features"].T).softmax(dim=-1)
             found.append(names[int(shares.argmax())])
-    return since(started), found
+
+    return timed(loop), found
 
 
 def by_bundle(bundle: Path, files: list[Path]) -> tuple[Times, list[str]]:
-    loaded = load_bundle(bundle)
-    started = now()
-    found = [one.classname for one in loaded.stream(files)]
-    return since(started), found
+    loaded, found = load_bundle(bundle), []
+    spent = timed(lambda: found.extend(one.classname for one in loaded.stream(files)))
+    return spent, found
 
 
 def by_command(bundle: Path, files: list[Path]) -> tuple[Times, list[str]]:
     command = [sys.executable, "-m", "orchestrator", "classify", bundle, files[0].parent, "--json"]
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": sys.path[0]}
-    started = now()
-    done = subprocess.run(
-        list(map(str, command)), capture_output=True, check=True, env={**os.environ, **threads}
-    )
-    return since(started), [one["class"] for one in json.loads(done.stdout)]
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(ROOT)}
+    environment, said = {**os.environ, **threads}, []
+
+    def run() -> None:
+        words = list(map(str, command))
+        said.append(subprocess.run(words, capture_output=True, check=True, env=environment).stdout)
+
+    return timed(run), [one["class"] for one in json.loads(said[0])]
 
 
 WAYS = {"baseline_s": one_at_a_time, "bundle_s": by_bundle, "command_s": by_command}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=int, default=1000)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--photo", action="store_true", help="JPEG of 640 x 480 px")
-    asked = parser.parse_args()
+    asked = options(__doc__, images=1000, threads=2, repeats=3, photo=False)
     torch.set_num_threads(asked.threads)
     times: dict[str, list[Times]] = {name: [] for name in WAYS}
     with tempfile.TemporaryDirectory() as place:
@@ -147,22 +133,20 @@ def main() -> None:
                 times[name].append(seconds)
                 said.append(classes)
             assert said[0] == said[1] == said[2], "the ways name different classes"
-    found = {name: round(min(wall for wall, _ in of), 3) for name, of in times.items()}
-    busy = {name: round(min(cpu for _, cpu in of), 3) for name, of in times.items()}
+    found = {name: least(of) for name, of in times.items()}
+    (baseline, baseline_cpu), (bundle_s, bundle_cpu) = found["baseline_s"], found["bundle_s"]
     kind = "JPEG of 640 x 480 px" if asked.photo else "PNG of 32 px"
-    result = {
-        "name": "classify",
-        "ratio": round(found["baseline_s"] / found["bundle_s"], 2),
-        "ratio_cpu": round(busy["baseline_s"] / busy["bundle_s"], 2),
-        "baseline": f"an open_clip loop, one image at a time, tiny CLIP, {kind}, "
-        f"{asked.threads} threads",
-        "images": asked.images,
-        "images_per_s": round(asked.images / found["bundle_s"]),
-        "images_per_s_of_command": round(asked.images / found["command_s"]),
-        "images_per_cpu_s": round(asked.images / busy["bundle_s"]),
-        **found,
-    }
-    print(json.dumps(result))
+    report(
+        "classify",
+        baseline / bundle_s,
+        f"an open_clip loop, one image at a time, tiny CLIP, {kind}, {asked.threads} threads",
+        ratio_cpu=baseline_cpu / bundle_cpu,
+        images=asked.images,
+        images_per_s=asked.images / bundle_s,
+        images_per_s_of_command=asked.images / found["command_s"][0],
+        images_per_cpu_s=asked.images / bundle_cpu,
+        **{name: wall for name, (wall, _) in found.items()},
+    )
 
 
 if __name__ == "__main__":

@@ -17,8 +17,6 @@ Some minutes on two cores; let nothing else run. The last line is JSON; `ratio` 
 
 from __future__ import annotations
 
-import argparse
-import json
 import multiprocessing
 import os
 import statistics
@@ -33,6 +31,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from air_core.specs import SyntheticFeaturesSpec
+from benchmarks.harness import options, progress, report
 from orchestrator import presets
 from orchestrator.plan import Need
 from orchestrator.resolve import Resolver
@@ -170,11 +169,7 @@ def ours(need: Need, device: str) -> tuple[float, float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=int, default=64, help="of each of ten classes")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--device", default="cpu")
-    asked = parser.parse_args()
+    asked = options(__doc__, images=64, repeats=3, device="cpu")
 
     from orchestrator.session import ray_session
 
@@ -189,28 +184,22 @@ def main() -> None:
             figures["loop"], _ = processes(loop, few, asked.device, PROCESSES)
             figures["loop_alone"], _ = processes(loop, few, asked.device, 1)
             for name, value in figures.items():
-                found.setdefault(name, []).append(round(value, 3))
-            said = "  ".join(f"{name} {value:.2f}" for name, value in figures.items())
-            print(f"{repeat}: {said}", flush=True)
-    each = found["ours"]
+                found.setdefault(name, []).append(value)
+            progress(repeat, *(f"{name} {value:.2f}" for name, value in figures.items()))
     ratios = {
-        name: [round(a / b, 3) for a, b in zip(each, found[name], strict=True)]
+        name: [a / b for a, b in zip(found["ours"], found[name], strict=True)]
         for name in ("bare", "loop", "loop_alone")
     }
-    print(
-        json.dumps(
-            {
-                "name": "generation",
-                "ratio": statistics.median(ratios["bare"]),
-                "baseline": "two bare processes of the same pipeline, images a second",
-                "loop_ratio": statistics.median(ratios["loop"]),
-                "loop_alone_ratio": statistics.median(ratios["loop_alone"]),
-                "ratios": ratios,
-                "images_per_second": found,
-                "images": asked.images * 10,
-                "device": asked.device,
-            }
-        )
+    report(
+        "generation",
+        statistics.median(ratios["bare"]),
+        "two bare processes of the same pipeline, images a second",
+        loop_ratio=statistics.median(ratios["loop"]),
+        loop_alone_ratio=statistics.median(ratios["loop_alone"]),
+        ratios=ratios,
+        images_per_second=found,
+        images=asked.images * 10,
+        device=asked.device,
     )
 
 

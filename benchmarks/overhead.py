@@ -15,18 +15,16 @@ actor that is up, as the driver measures it: a trial's time from hand-out to res
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.harness import airsweep, options, report
 
 SWEEP = """
 version: 1
@@ -60,20 +58,9 @@ def draw(folder: Path) -> None:
             Image.fromarray(pixels).save(folder / name / f"{i:02}.png")
 
 
-def airsweep(*arguments: str) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [sys.executable, "-m", "orchestrator", *arguments],
-        check=True,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-
-
 def ours(spec: Path, store: Path, trials: int) -> dict[str, float]:
     started = time.perf_counter()
-    airsweep("run", str(spec), "--store", str(store))
+    airsweep("run", spec, "--store", store)
     whole = time.perf_counter() - started
     outcome = json.loads((store / "sweeps" / "default" / "overhead" / "outcome.json").read_text())
     run = outcome["run"]
@@ -143,10 +130,7 @@ def ray_tune(chosen: list[Any], store: Path, folder: Path) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--trials", type=int, default=100)
-    parser.add_argument("--ray-trials", type=int, default=6)
-    asked = parser.parse_args()
+    asked = options(__doc__, trials=100, ray_trials=6)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         draw(folder / "images")
@@ -154,21 +138,18 @@ def main() -> None:
         spec.write_text(SWEEP.format(folder=folder / "images", trials=asked.trials))
         stores = {kind: folder / kind for kind in ("ours", "optuna", "ray")}
         for store in stores.values():
-            airsweep("prepare", str(spec), "--store", str(store))
+            airsweep("prepare", spec, "--store", store)
         found = ours(spec, stores["ours"], asked.trials)
         loop = optuna_loop(specs(spec, stores["optuna"], asked.trials), stores["optuna"])
         tuned = ray_tune(specs(spec, stores["ray"], asked.ray_trials), stores["ray"], folder)
-    result = {
-        "name": "overhead",
-        "ratio": tuned / found["trial_s"],
-        "baseline": f"Ray Tune, one process a trial, {asked.ray_trials} trials",
-        "trials": asked.trials,
-        "baseline_trial_s": tuned,
-        "optuna_loop_trial_s": loop,
+    report(
+        "overhead",
+        tuned / found["trial_s"],
+        f"Ray Tune, one process a trial, {asked.ray_trials} trials",
+        trials=asked.trials,
+        baseline_trial_s=tuned,
+        optuna_loop_trial_s=loop,
         **{f"ours_{name}": value for name, value in found.items()},
-    }
-    print(
-        json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in result.items()})
     )
 
 

@@ -7,7 +7,7 @@ once, and keep, with the product's stages (`peer_scripts/`). Of each: seconds by
 empty folder; lines of the user's own code; trials computed again after `kill -9` in mid-grid and
 the same command; and computed again after one method more in the grid.
 
-    python benchmarks/peers.py [--whole] [--walls 3] [--only joblib]
+    python benchmarks/peers.py [--whole] [--walls 1] [--only joblib]
 
 Without `--whole` fewer images, LoRA steps and rounds; a quarter of an hour on two cores. The last
 line is JSON; `ratio` is seconds of airsweep over those of the joblib loop (aim: at most 1.1).
@@ -15,7 +15,6 @@ line is JSON; `ratio` is seconds of airsweep over those of the joblib loop (aim:
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import os
@@ -32,7 +31,10 @@ from typing import Any
 
 import psutil
 
-ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.harness import ROOT, options, progress, report
+
 SCRIPTS = Path(__file__).parent / "peer_scripts"
 QUICKSTART = ROOT / "sweeps" / "quickstart.yaml"
 ADDED = "grip"  # a method more
@@ -176,36 +178,31 @@ def measure(peer: str, folder: Path, sets: Sequence[str], walls: Sequence[float]
         "again_after_added_value": added["again"],
         "new_after_added_value": added["new"],
     }
-    print(peer, found, file=sys.stderr, flush=True)
+    progress(peer, found)
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--whole", action="store_true", help="the quickstart as it is")
-    parser.add_argument("--walls", type=int, default=1, help="how often each is timed, in turn")
-    parser.add_argument("--only", action="append", choices=[p for p in PEERS if p != "airsweep"])
-    asked = parser.parse_args()
+    asked = options(__doc__, whole=False, walls=1, only=[*PEERS])
     sets = () if asked.whole else CUT
-    peers = [peer for peer in PEERS if not asked.only or peer in ("airsweep", *asked.only)]
+    peers = [peer for peer in PEERS if peer in ("airsweep", *asked.only)]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         turns = [(turn, peer) for turn in range(asked.walls) for peer in peers]
         walls: dict[str, list[float]] = {peer: [] for peer in peers}
         for turn, peer in turns:
             walls[peer].append(run(peer, QUICKSTART, folder / f"{peer}-{turn}", sets))
-            print(peer, f"{walls[peer][-1]:.1f} s", file=sys.stderr, flush=True)
+            progress(peer, f"{walls[peer][-1]:.1f} s")
         found = {peer: measure(peer, folder, sets, walls[peer]) for peer in peers}
     baseline = found.get("joblib", found[peers[-1]])
-    result = {
-        "name": "peers",
-        "ratio": round(found["airsweep"]["wall_s"] / baseline["wall_s"], 3),
-        "baseline": "a joblib loop on two workers",
-        "grid": "the quickstart" if asked.whole else f"the quickstart with {', '.join(CUT)}",
-        "shared_lines": code_lines(SCRIPTS / "work.py"),
+    report(
+        "peers",
+        found["airsweep"]["wall_s"] / baseline["wall_s"],
+        "a joblib loop on two workers",
+        grid="the quickstart" if asked.whole else f"the quickstart with {', '.join(CUT)}",
+        shared_lines=code_lines(SCRIPTS / "work.py"),
         **found,
-    }
-    print(json.dumps(result))
+    )
 
 
 if __name__ == "__main__":

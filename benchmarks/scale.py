@@ -1,36 +1,31 @@
-"""Would a sweep keep 64 GPUs busy? A simulation, held against runs of the real thing.
+"""Would a sweep keep 64 GPUs busy? A simulation.
 
-Real runs first: blocks of the tiny generator on 1 and 2 actors, and actors that sleep for as long
-as a block took, 1 to 16 of them, all through `orchestrator.generation.draw` on Ray Data. What one
-sleeping actor and blocks of no length cost calibrates the simulation; it must then foretell all
-other runs. After that it plays `sweeps/paper_main.yaml` on 64 GPUs, with the costs of
-`docs/reproduce.md`, which nobody measured, under several policies.
+Plays `sweeps/paper_main.yaml` on a cluster of equal GPUs under several policies: groups of cells
+with their LoRA, their blocks of images and their trials, the driver as a server that does one thing
+at a time. Costs are those of `docs/reproduce.md`, which nobody measured; the driver's and actors'
+own were measured on sleeping actors (docs/LOG.md).
 
-    python benchmarks/scale.py [--gpus 64] [--simulate-only]
+    python benchmarks/scale.py [--gpus 64]
 
-Six minutes on two cores. The last line is JSON; `ratio` is hours of the sweep where each group is
-prepared before its trials over hours where the next is prepared beside them.
+Half a minute. The last line is JSON; `ratio` is hours of the sweep where each group is prepared
+before its trials over hours where the next is prepared beside them.
 """
 
 from __future__ import annotations
 
-import argparse
 import heapq
 import itertools
-import json
 import math
-import os
-import statistics
 import sys
-import tempfile
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.harness import options, progress, report
 
 # ---------------------------------------------------------------- what is simulated
 
@@ -58,7 +53,6 @@ class Costs:
 
     block: float
     start: float = 0.0  # of an actor, until it draws
-    starts: tuple[float, ...] = ()  # the same of each of the first pool, where they differ
     gap: float = 0.0  # of an actor, between two blocks
     driver: float = 0.0  # of the driver, which does one thing at a time, for each block
     job: float = 0.0  # between two jobs of a slot
@@ -217,12 +211,11 @@ class Simulation:
     def _open_pool(self, size: int) -> None:
         self.generation += 1
         self.found.starts += size > 0
-        for place in range(size):
+        for _ in range(size):
             device = self.free.index(1.0)
             self.free[device] = 0.0
             self.pool.add(device)
-            after = self.costs.starts[place] if self.costs.starts else self.costs.start
-            self._later(after, lambda d=device, g=self.generation: self._draw(d, g))
+            self._later(self.costs.start, lambda d=device, g=self.generation: self._draw(d, g))
 
     def _close_pool(self) -> None:
         self.generation += 1
@@ -300,7 +293,8 @@ LORA = 825.0  # seconds of a device: 33 PFLOP at 40 TFLOP/s
 FEATURES = 120.0  # seconds a dataset and level: opening files
 LOOK = 5.0  # seconds of a trial without training
 LOAD = 30.0  # seconds until an actor has the pipeline
-JOB = 0.16  # seconds that a trial takes beyond its work: benchmarks/overhead.py
+# Seconds of the machinery: actor and driver for each block, and a trial beyond its work.
+GAP, DRIVER, JOB = 0.045, 0.002, 0.16
 # Hours of a dataset's trials, text and visual, in docs/reproduce.md.
 HOURS = {
     "flowers102": (0.9, 24),
@@ -375,162 +369,6 @@ def _steps(flat: dict[str, Any]) -> int:
     return sum(flat["train.epochs"] * max(1, m // flat["train.batch"]) for m in chosen)
 
 
-# ---------------------------------------------------------------- the real thing
-
-
-@dataclass
-class Watch:
-    """Notes when each block was told, and by whom."""
-
-    told: list[tuple[float, dict[str, Any]]] = field(default_factory=list)
-
-    def prepared(self, need: Any, seconds: float, facts: dict[str, Any]) -> None:
-        self.told.append((time.time(), facts))
-
-    def drew(self, pool: Any) -> None:
-        pass
-
-    def progress(self, name: str, done: int, total: int) -> None:
-        pass
-
-    def waiting(self, name: str, holder: str, seconds: float) -> None:
-        pass
-
-
-class Sleeping:
-    """In the place of `generation.Generate`: takes as long as a block and draws nothing."""
-
-    seconds = 0.0
-
-    def __init__(self, rows: Sequence[Any], shop: Any, board: Any) -> None:
-        pass
-
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        began = time.time()
-        time.sleep(self.seconds)
-        facts = {name: [int(batch[name][0])] for name in ("row", "class", "block")}
-        facts |= {name: [0] for name in ("drawn", "redrawn", "holes", "on_device")}
-        facts |= {"began": [began], "pid": [os.getpid()], "seconds": [time.time() - began]}
-        return {**facts, "error": [""], "failure_class": [""]}
-
-
-def noting() -> type:
-    """`generation.Generate`, which also says when it began and who it is."""
-    from orchestrator.generation import Generate
-
-    class Noting(Generate):
-        def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-            began = time.time()
-            return {**super().__call__(batch), "began": [began], "pid": [os.getpid()]}
-
-    return Noting
-
-
-@dataclass(frozen=True)
-class Run:
-    """What drawing some blocks took."""
-
-    blocks: int
-    block: float  # mean seconds of one
-    starts: tuple[float, ...]  # of each actor, until it first began
-    whole: float
-
-    @property
-    def gap(self) -> float:
-        """Seconds of an actor between two blocks, where there is one actor."""
-        return max(0.0, (self.whole - self.starts[0]) / self.blocks - self.block)
-
-
-def real(folder: Path, actors: int, blocks: int, seconds: float | None) -> Run:
-    """Draw, by sleeping (seconds) or by the tiny generator (None)."""
-    from orchestrator import generation, presets
-    from orchestrator.plan import Need
-    from orchestrator.resolve import Resolver
-    from orchestrator.session import Cluster
-    from orchestrator.shares import Shares
-    from orchestrator.store import ArtifactStore
-    from orchestrator.sweep import GeneratorResources, Resources
-    from orchestrator.workshop import Workshop
-
-    own, watch = generation.Generate, Watch()
-    # A class of its own for each run: workers are sent it by value.
-    put: Any = noting() if seconds is None else type("Sleeping", (Sleeping,), {"seconds": seconds})
-    flat = {"dataset": "digits", "backbone": "tiny", "generator": "tiny", "lora": None}
-    world = presets.WORLDS["generator", "tiny"].items()
-    flat |= {key: value for key, value in world if not key.startswith("lora.")}
-    row = Resolver(folder / "digests.json", None).trial(flat).synthetic_features
-    assert row is not None
-    need = Need(row, math.ceil(blocks / 10) * row.images.block_size, tuple(range(10)))
-    store = ArtifactStore(Path(tempfile.mkdtemp(dir=folder)))
-    resources = Resources(generator=GeneratorResources(actors=actors, cpu=0.1))
-    started = time.time()
-    generation.Generate = put  # type: ignore[misc]
-    try:
-        generation.draw([need], Workshop(store), resources, watch, Shares(resources, Cluster()))
-    finally:
-        generation.Generate = own  # type: ignore[misc]
-    began: dict[int, float] = {}
-    for _, facts in watch.told:
-        began[facts["pid"]] = min(facts["began"], began.get(facts["pid"], math.inf))
-    assert len(watch.told) == len(need.shards()), "a block was not drawn"
-    return Run(
-        len(watch.told),
-        statistics.mean(facts["seconds"] for _, facts in watch.told),
-        tuple(sorted(at - started for at in began.values())),
-        watch.told[-1][0] - started,
-    )
-
-
-def foretold(run: Run, costs: Costs) -> float:
-    """Seconds that the simulation says of a run, told how long a block takes and when each actor
-    was up."""
-    told = replace(costs, block=run.block, starts=run.starts)
-    return Simulation([Group((), run.blocks, ())], len(run.starts), told, Policy()).run().end
-
-
-def measured(folder: Path, say: Callable[[str], None]) -> tuple[Costs, dict[str, Any]]:
-    """Costs of this machine's machinery, and how well they foretell other runs."""
-    from orchestrator.session import ray_session
-
-    found: dict[str, dict[str, float]] = {}
-
-    def hold(name: str, run: Run, costs: Costs) -> None:
-        said, ideal = foretold(run, costs), foretold(run, Costs(0.0))
-        found[name] = {
-            "actors": len(run.starts),
-            "blocks": run.blocks,
-            "block_s": run.block,
-            "last_start_s": run.starts[-1],
-            "said_s": said,
-            "took_s": run.whole,
-            "ratio": said / run.whole,
-            "ratio_once_up": (said - run.starts[-1]) / (run.whole - run.starts[-1]),
-            "busy": run.blocks * run.block / sum(run.whole - start for start in run.starts),
-            "overhead_ms": 1000 * (run.whole - ideal) * len(run.starts) / run.blocks,
-        }
-        say(f"{name}: {json.dumps(_rounded(found[name]))}")
-
-    with ray_session():
-        one = real(folder, 1, 40, SLEEP)
-        many = real(folder, 16, 480, 0.0)
-        driver = (many.whole - many.starts[-1]) / many.blocks
-        costs = Costs(0.0, gap=max(0.0, one.gap - driver), driver=driver)
-        say(f"calibrated: {costs}, an actor is up after {one.starts[0]:.1f} s")
-        for actors in (2, 4, 8, 16):
-            hold(f"{actors} sleep", real(folder, actors, 20 * actors, SLEEP), costs)
-        for actors in (1, 2):
-            hold(f"{actors} draw", real(folder, actors, 40 * actors, None), costs)
-    facts = {
-        "driver_s": driver,
-        "gap_s": one.gap,
-        "start_s": one.starts[0],
-        "load": os.getloadavg(),
-    }
-    return costs, {**facts, "runs": found}
-
-
-SLEEP = 1.0  # seconds: what a block of the tiny generator takes on a busy core
-
 # ---------------------------------------------------------------- what is said
 
 
@@ -572,29 +410,6 @@ COLUMNS = {
 }
 
 
-def simulated(gpus: int, costs: Costs, say: Callable[[str], None]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    say("| jobs | policy | " + " | ".join(title for title, _ in COLUMNS.values()) + " |")
-    say("| --- " * 2 + "| ---: " * len(COLUMNS) + "|")
-    for jobs, of in JOBS.items():
-        groups = paper(*of)
-        first, *others = groups
-        by_blocks = [first, *sorted(others, key=lambda group: group.blocks)]
-        for name, policy in POLICIES.items():
-            one = played(by_blocks if policy.stream else groups, gpus, costs, policy)
-            found[f"{jobs}: {name}"] = one
-            cells = [format(one[key], form) for key, (_, form) in COLUMNS.items()]
-            say(f"| {jobs} | {name} | {' | '.join(cells)} |")
-    work = sum(
-        sum(group.tasks)
-        + group.blocks * costs.block
-        + sum(job.gpu * job.seconds for job in group.jobs)
-        for group in paper()
-    )
-    say(f"work: {work / 3600:.0f} GPU-hours, {work / 3600 / gpus:.1f} h on {gpus} GPUs")
-    return found
-
-
 JOBS: dict[str, tuple[float, bool, int]] = {
     "a quarter, seeds together": (0.25, False, 1),
     "a quarter, a job a seed": (0.25, True, 1),
@@ -604,39 +419,29 @@ JOBS: dict[str, tuple[float, bool, int]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--gpus", type=int, default=64)
-    parser.add_argument("--simulate-only", action="store_true")
-    asked = parser.parse_args()
-
-    def say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
-    machinery, facts = Costs(0.0, gap=0.05, driver=0.02, job=0.16), {}
-    if not asked.simulate_only:
-        with tempfile.TemporaryDirectory() as folder:
-            machinery, facts = measured(Path(folder), say)
-    costs = replace(machinery, block=BLOCK * IMAGE, start=LOAD, job=JOB)
-    found = simulated(asked.gpus, costs, say)
+    asked = options(__doc__, gpus=64)
+    costs = Costs(block=BLOCK * IMAGE, start=LOAD, gap=GAP, driver=DRIVER, job=JOB)
+    found: dict[str, dict[str, float]] = {}
+    progress("| jobs | policy | " + " | ".join(title for title, _ in COLUMNS.values()) + " |")
+    progress("| --- " * 2 + "| ---: " * len(COLUMNS) + "|")
+    for jobs, of in JOBS.items():
+        groups = paper(*of)
+        first, *others = groups
+        by_blocks = [first, *sorted(others, key=lambda group: group.blocks)]
+        for name, policy in POLICIES.items():
+            one = played(by_blocks if policy.stream else groups, asked.gpus, costs, policy)
+            found[f"{jobs}: {name}"] = one
+            cells = [format(one[key], form) for key, (_, form) in COLUMNS.items()]
+            progress(f"| {jobs} | {name} | {' | '.join(cells)} |")
     jobs = "a whole GPU, a job a seed"
-    before, after = (
-        found[f"{jobs}: {name}"] for name in ("prepare, then trials", "one stream of trials")
+    report(
+        "scale",
+        found[f"{jobs}: prepare, then trials"]["hours"]
+        / found[f"{jobs}: one stream of trials"]["hours"],
+        f"each group prepared before its trials, {asked.gpus} GPUs, simulated",
+        gpus=asked.gpus,
+        simulated=found,
     )
-    result = {
-        "name": "scale",
-        "ratio": before["hours"] / after["hours"],
-        "baseline": f"each group prepared before its trials, {asked.gpus} GPUs, simulated",
-        "gpus": asked.gpus,
-        "machinery": facts,
-        "simulated": found,
-    }
-    print(json.dumps(_rounded(result)))
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _rounded(one) for key, one in value.items()}
-    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 if __name__ == "__main__":

@@ -17,8 +17,6 @@ share of the device's dense bf16 arithmetic that ours reaches, where its name is
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import tempfile
 import time
@@ -35,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from air_core.diffusion.pipeline import PipelineGenerator, load_pipeline
 from air_core.specs import GenerationSettings
 from air_core.weights import generator_folder
+from benchmarks.harness import options, progress, report
 
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # bf16
 NAME = "a photo of a bird"
@@ -170,15 +169,11 @@ def operations(folder: Path, settings: GenerationSettings, device: str) -> float
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--block", type=int, default=8)
-    parser.add_argument("--blocks", type=int, default=3, help="that are timed")
-    parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--small", action="store_true", help="a hundredth, to see that it runs")
-    parser.add_argument("--without", nargs="*", default=[], choices=CHANGES, help="changes")
-    asked = parser.parse_args()
-
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    without: list[str] = []
+    asked = options(
+        __doc__, device=device, block=8, blocks=3, steps=25, small=False, without=without
+    )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         size = random_pipeline(folder, asked.small)
@@ -189,8 +184,8 @@ def main() -> None:
         found: dict[str, float] = {}
 
         def timed(what: str, make: Callable[[], Draw], images: int = block) -> float:
-            found[what] = round(rate(make(), images, blocks), 3)
-            print(f"{what:24} {found[what]:8.2f} images/s", flush=True)
+            found[what] = rate(make(), images, blocks)
+            progress(f"{what:24} {found[what]:8.2f} images/s")
             if torch.device(device).type == "cuda":
                 torch.cuda.empty_cache()
             return found[what]
@@ -209,21 +204,20 @@ def main() -> None:
         count = operations(folder, settings, device)
     card = torch.cuda.get_device_name() if torch.device(device).type == "cuda" else ""
     peak = next((most for word, most in PEAK.items() if word in card), None)
-    result = {
-        "name": "sd_images",
-        "ratio": round(found["ours"] / found["plain"], 3),
-        "baseline": "the diffusers pipeline in half precision, a block a call",
-        "best_ratio": round(found["ours, what helped"] / found["plain"], 3),
-        "helped": helped,
-        "images_per_second": found,
-        "tflop_an_image": round(count / 1e12, 3),
-        "peak": round(found["ours"] * count / peak, 3) if peak else None,
-        "device": card or device,
-        "size": size,
-        "block": block,
-        "steps": asked.steps,
-    }
-    print(json.dumps(result))
+    report(
+        "sd_images",
+        found["ours"] / found["plain"],
+        "the diffusers pipeline in half precision, a block a call",
+        best_ratio=found["ours, what helped"] / found["plain"],
+        helped=helped,
+        images_per_second=found,
+        tflop_an_image=count / 1e12,
+        peak=found["ours"] * count / peak if peak else None,
+        device=card or device,
+        size=size,
+        block=block,
+        steps=asked.steps,
+    )
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ that of the best other sampler, by the default objective.
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -35,6 +34,7 @@ import optuna
 from optuna.samplers import BaseSampler, GPSampler, TPESampler
 from optuna.storages import InMemoryStorage
 
+from benchmarks.harness import options, progress, report
 from orchestrator.ledger import Ledger
 from orchestrator.plan import plan_sweep
 from orchestrator.ranking import ranking
@@ -168,61 +168,53 @@ def compare(
     """Print a table of all samplers and return its figures."""
     test = np.array([row["test"] for row in grid])
     ranks = ranking([(np.array([row[objective] for row in grid]), test)])
-    print(f"\n{objective}: rank correlation with test accuracy {ranks}")
-    print(f"{'sampler':<16} {'test regret':>11}  {'95 %':<13} {'minus tpe, 95 %':<21} objective")
+    progress(f"\n{objective}: rank correlation with test accuracy {ranks}")
+    progress(f"{'sampler':<16} {'test regret':>11}  {'95 %':<13} {'minus tpe, 95 %':<21} objective")
     each = {name: regrets(make, grid, objective, points, seeds) for name, make in SAMPLERS.items()}
     figures = {}
     for name, (of_test, of_objective) in each.items():
         low, high = interval(of_test)
         less = of_test - each[DEFAULT][0]
         gap = interval(less)
-        print(
+        progress(
             f"{name:<16} {of_test.mean():11.2f}  [{low:.2f}, {high:.2f}]  "
             f"{less.mean():+.2f} [{gap[0]:+.2f}, {gap[1]:+.2f}]   {of_objective.mean():.3f}"
         )
         figures[name] = {
-            "mean": round(float(of_test.mean()), 4),
-            "low": round(low, 4),
-            "high": round(high, 4),
-            "spread": round(float(of_test.std(ddof=1)), 4),
-            "minus_default": [round(float(less.mean()), 4), *(round(end, 4) for end in gap)],
-            "objective_regret": round(float(of_objective.mean()), 4),
+            "mean": float(of_test.mean()),
+            "low": low,
+            "high": high,
+            "spread": float(of_test.std(ddof=1)),
+            "minus_default": [float(less.mean()), *gap],
+            "objective_regret": float(of_objective.mean()),
         }
     return figures
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--grid", type=Path, default=Path(__file__).with_name("search_grid.json"))
-    parser.add_argument("--store", type=Path, default=Path("runs"))
-    parser.add_argument("--seeds", type=int, default=50)
-    parser.add_argument("--points", type=int, default=12)
-    options = parser.parse_args()
+    here = Path(__file__).with_name("search_grid.json")
+    asked = options(__doc__, grid=here, store=Path("runs"), seeds=50, points=12)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    if not options.grid.exists():
-        rows = run_grid(options.store)
-        options.grid.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
-    grid = json.loads(options.grid.read_text())
+    if not asked.grid.exists():
+        rows = run_grid(asked.store)
+        asked.grid.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+    grid = json.loads(asked.grid.read_text())
     test = [100 * row["test"] for row in grid]
-    print(
+    progress(
         f"{len(grid)} points, test accuracy {min(test):.1f} to {max(test):.1f} %, median "
-        f"{np.median(test):.1f} %; {options.seeds} searches of {options.points} points"
+        f"{np.median(test):.1f} %; {asked.seeds} searches of {asked.points} points"
     )
-    tables = {name: compare(grid, name, options.points, options.seeds) for name in OBJECTIVES}
+    tables = {name: compare(grid, name, asked.points, asked.seeds) for name in OBJECTIVES}
     figures = tables[OBJECTIVES[0]]
     winner = min(set(figures) - {BASELINE}, key=lambda name: figures[name]["mean"])
-    print(
-        json.dumps(
-            {
-                "name": "search",
-                "ratio": round(figures[BASELINE]["mean"] / max(figures[winner]["mean"], 1e-9), 3),
-                "baseline": BASELINE,
-                "winner": winner,
-                "points": options.points,
-                "seeds": options.seeds,
-                "regret": tables,
-            }
-        )
+    report(
+        "search",
+        figures[BASELINE]["mean"] / max(figures[winner]["mean"], 1e-9),
+        BASELINE,
+        winner=winner,
+        points=asked.points,
+        seeds=asked.seeds,
+        regret=tables,
     )
 
 

@@ -16,8 +16,6 @@ About a minute on two cores. The last line is JSON; `ratio` is requests a trial,
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import signal
 import socket
@@ -35,6 +33,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.harness import ROOT, options, progress, report
 from orchestrator.tracking import (
     SERVER_ENVIRONMENT,
     ChildRun,
@@ -173,7 +172,7 @@ def rays(url: str, folder: Path, trials: int, iterations: int) -> None:
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
-        runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parents[1])}},
+        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
     )
     callback = MLflowLoggerCallback(tracking_uri=url, experiment_name="rays")
     space = {"images_per_class": tune.grid_search(list(range(trials))), "iterations": iterations}
@@ -189,12 +188,7 @@ def rays(url: str, folder: Path, trials: int, iterations: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--trials", type=int, default=21)
-    parser.add_argument("--seeds", type=int, default=3, help="trials of a setting")
-    parser.add_argument("--ray-trials", type=int, default=3, help="each starts a process")
-    parser.add_argument("--iterations", type=int, default=10)
-    asked = parser.parse_args()
+    asked = options(__doc__, trials=21, seeds=3, ray_trials=3, iterations=10)
     with tempfile.TemporaryDirectory() as scratch, server(Path(scratch)) as url:
         folder = Path(scratch)
         counter, found = Counter(), {}
@@ -203,20 +197,19 @@ def main() -> None:
         for name, (tell, trials) in ways.items():
             tell(url, folder, trials, asked.iterations)
             found[name] = [figure / trials for figure in counter.taken()]
-            print(name, *found[name], file=sys.stderr)
+            progress(name, *found[name])
     requests = {name: count for name, (count, _) in found.items()}
-    result = {
-        "name": "tracking_calls",
-        "ratio": round(requests["baseline"] / requests["ours"], 2),
-        "baseline": "Ray's MLflowLoggerCallback in a Tune run, one mlflow server on loopback",
-        "trials": asked.trials,
-        "seeds": asked.seeds,
-        "iterations": asked.iterations,
-        "baseline_trials": asked.ray_trials,
-        **{f"{name}_requests_a_trial": round(count, 2) for name, count in requests.items()},
-        **{f"{name}_seconds_a_trial": round(seconds, 3) for name, (_, seconds) in found.items()},
-    }
-    print(json.dumps(result))
+    report(
+        "tracking_calls",
+        requests["baseline"] / requests["ours"],
+        "Ray's MLflowLoggerCallback in a Tune run, one mlflow server on loopback",
+        trials=asked.trials,
+        seeds=asked.seeds,
+        iterations=asked.iterations,
+        baseline_trials=asked.ray_trials,
+        **{f"{name}_requests_a_trial": count for name, count in requests.items()},
+        **{f"{name}_seconds_a_trial": seconds for name, (_, seconds) in found.items()},
+    )
 
 
 if __name__ == "__main__":

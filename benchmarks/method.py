@@ -1,0 +1,436 @@
+"""How much does the method's code save beside what is usually done?
+
+    python benchmarks/method.py text_step [--threads 2] [--repeats 5] [--device cpu]
+    python benchmarks/method.py visual_step [--batch 16] [--steps 3] [--threads 2] [--device cpu]
+    python benchmarks/method.py trial [--steps 20] [--pool 3760] [--threads 2] [--device cpu]
+    python benchmarks/method.py replicas [--steps 20] [--repeats 3] [--threads 1] [--device cpu]
+
+*text_step*: a training step of a text prompt. Baseline: what CoOp and CPL do, one sequence a class,
+padded to 77 tokens, the whole tower for every token; `trimmed` cuts the sequences behind the
+longest name. `ratio` is the smaller one of two datasets.
+
+*visual_step*: a training step of a visual prompt on stored image tokens. Baseline: what CPL does,
+each step loads its images (500 x 375 JPEG, as in CUB), decodes and transforms them twice and sends
+them through the whole tower; two loader processes read ahead. `ratio` is that of ViT-B/32.
+
+*trial*: a whole UL trial with a text prompt (CPL on DTD): ten rounds of 50 epochs on a growing
+share of 3,760 images, scaled from `--steps` training steps and one labelling pass. Baseline: CPL's
+loop on stored image features, which encodes all names for every batch.
+
+*replicas*: a training step of 8 prompts of one point, and of a round of 4 points with 3 seeds each,
+in one computation. Baseline: one prompt after the other. `ratio` is processor time with the tiny
+CLIP and 8 prompts: it is bound by the cost of a call, as any text tower on a GPU is.
+
+What both ways compute is compared. ViT-B/32 has random weights: its time does not depend on them.
+Times are the least disturbed of the repeats, by the clock; `ratio_cpu` is that of processor time,
+which on a machine that others use is the one to read, with --threads 1. Some minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import Parameter
+from torch.nn.functional import normalize, one_hot
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from air_core.backbone import Backbone
+from air_core.backbone.loading import load_backbone
+from air_core.datasets import get_dataset
+from air_core.prompts.text import TextPrompt
+from air_core.pseudo_labels import assign, capacity
+from air_core.specs import PromptSettings, PseudoLabelSettings, TrainSettings
+from air_core.training import Targeted, Training, fit
+from air_core.types import Batch, Labelled
+from benchmarks.harness import Times, least, options, progress, random_vit_b_32, report, timed
+
+CONTEXT = 16  # learned vectors or tokens
+BATCH = 64
+
+
+def differ(one: Tensor, other: Tensor) -> float:
+    return float((one - other).detach().norm() / other.detach().norm())
+
+
+def padded_text_features(
+    backbone: Backbone, context: Tensor, names: Sequence[str], trimmed: bool = False
+) -> Tensor:
+    """(C, D) text features of `[SOS] context name [EOT]`, padded to the longest allowed."""
+    model, length = backbone.model, len(context)
+    # X stands where the context goes: one token each.
+    tokens = backbone.tokenizer([" ".join(["x"] * length + [name]) for name in names])
+    ends = tokens.argmax(dim=-1)
+    if trimmed:
+        tokens = tokens[:, : int(ends.max()) + 1]
+    embedded = model.token_embedding(tokens.to(context.device)).detach()  # (C, T, W)
+    shared = context.expand(len(names), -1, -1)
+    states = torch.cat([embedded[:, :1], shared, embedded[:, 1 + length :]], dim=1)
+    states = states + model.positional_embedding[: states.shape[1]]
+    mask = model.attn_mask[: states.shape[1], : states.shape[1]]
+    states = model.ln_final(model.transformer(states, attn_mask=mask))
+    ended = states[torch.arange(len(names)), ends]
+    return normalize(ended @ model.text_projection, dim=-1)
+
+
+def step_times(encode: Callable[[], Tensor], prompt: Parameter, repeats: int) -> Times:
+    """Forward and backward to the learned vectors; the first step warms up."""
+
+    def step() -> None:
+        prompt.grad = None
+        encode().square().sum(dim=0).max().backward()
+
+    return least([timed(step) for _ in range(repeats + 1)][1:])
+
+
+# ---------------------------------------------------------------- text_step
+
+
+def text_step(asked: argparse.Namespace) -> None:
+    backbone = random_vit_b_32(asked.device)
+    found = {}
+    for dataset in ("resisc45", "flowers102"):  # 45 and 102 class names
+        found[dataset] = _text_step(backbone, get_dataset(dataset).classnames, asked.repeats)
+        progress(dataset, found[dataset])
+    report(
+        "text_step",
+        min(one["ratio"] for one in found.values()),
+        f"one padded sequence per class, ViT-B/32, context {CONTEXT}, {asked.threads} threads, "
+        f"{asked.device}",
+        ratio_cpu=min(one["ratio_cpu"] for one in found.values()),
+        **found,
+    )
+
+
+def _text_step(backbone: Backbone, names: Sequence[str], repeats: int) -> dict[str, float]:
+    context = Parameter(0.02 * torch.randn(CONTEXT, backbone.token_width, device=backbone.device))
+    ways: dict[str, Callable[[], Tensor]] = {
+        "lean": lambda: backbone.encode_context(context, names),
+        "trimmed": lambda: padded_text_features(backbone, context, names, trimmed=True),
+        "baseline": lambda: padded_text_features(backbone, context, names),
+    }
+    with torch.no_grad():
+        features = [encode() for encode in ways.values()]
+    apart = max(differ(one, features[0]) for one in features)
+    assert apart < 1e-5, f"the ways differ by {apart}"
+    times = {
+        name: step_times(encode, context, 3 * repeats if name == "lean" else repeats)
+        for name, encode in ways.items()
+    }
+    return {
+        **{f"{name}_s": wall for name, (wall, _) in times.items()},
+        "ratio": times["baseline"][0] / times["lean"][0],
+        "ratio_cpu": times["baseline"][1] / times["lean"][1],
+        "ratio_trimmed": times["trimmed"][0] / times["lean"][0],
+        "apart": apart,
+    }
+
+
+# ---------------------------------------------------------------- visual_step
+
+LOADERS = 2
+
+
+class Photos(torch.utils.data.Dataset[Tensor]):
+    """JPEGs that cost what photographs cost to decode, read as CPL reads them."""
+
+    def __init__(self, folder: Path, count: int) -> None:
+        rng = np.random.default_rng(0)
+        self.preprocess: Any = None
+        self.files = [folder / f"{i:04}.jpg" for i in range(count)]
+        for file in self.files:
+            rough = Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8))
+            pixels = np.asarray(rough.resize((500, 375), Image.Resampling.BICUBIC), np.float32)
+            grain = rng.normal(0, 6, (*pixels.shape[:2], 1))
+            Image.fromarray((pixels + grain).clip(0, 255).astype(np.uint8)).save(file, quality=90)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Tensor:
+        image = Image.open(self.files[index]).convert("RGB")
+        self.preprocess(image)  # CPL's unused second copy
+        pixels: Tensor = self.preprocess(image)
+        return pixels
+
+
+def whole_tower(backbone: Backbone, pixels: Tensor, prompt: Tensor) -> Tensor:
+    """(B, D): learned tokens between [CLS] and the patches, before ln_pre."""
+    tower, count = backbone.model.visual, len(pixels)
+    patches = tower.conv1(pixels).flatten(2).transpose(1, 2)
+    start = tower.class_embedding.expand(count, 1, -1)
+    states = torch.cat([start, patches], dim=1) + tower.positional_embedding
+    learned = prompt.expand(count, -1, -1)
+    states = tower.ln_pre(torch.cat([states[:, :1], learned, states[:, 1:]], dim=1))
+    return normalize(tower.ln_post(tower.transformer(states))[:, 0] @ tower.proj, dim=-1)
+
+
+def visual_step(asked: argparse.Namespace) -> None:
+    found = {}
+    with TemporaryDirectory() as folder:
+        # Read ahead never runs dry, nor does it end within the steps.
+        photos = Photos(Path(folder), asked.batch * (asked.steps + 2 + 2 * LOADERS))
+        for name, load in {
+            "tiny": functools.partial(load_backbone, "tiny"),
+            "ViT-B-32": random_vit_b_32,
+        }.items():
+            found[name] = _visual_step(load(asked.device), photos, asked.batch, asked.steps)
+            progress(name, found[name])
+    report(
+        "visual_step",
+        found["ViT-B-32"]["ratio"],
+        f"JPEGs loaded in every step and the whole tower, ViT-B/32, {CONTEXT} learned tokens, "
+        f"batch {asked.batch}, {asked.threads} threads, {asked.device}",
+        ratio_cpu=found["ViT-B-32"]["ratio_cpu"],
+        **found,
+    )
+
+
+def _visual_step(backbone: Backbone, photos: Photos, batch: int, steps: int) -> dict[str, float]:
+    width, device = backbone.patch_width, backbone.device
+    prompt = Parameter(width**-0.5 * torch.randn(CONTEXT, width, device=device))
+    photos.preprocess = backbone.preprocess
+    loader = torch.utils.data.DataLoader(photos, batch_size=batch, num_workers=LOADERS)
+    images = [Image.open(file).convert("RGB") for file in photos.files]
+    stored = backbone.image_tokens(images, torch.float16)
+    pixels = next(iter(loader)).to(device)
+    with torch.no_grad():
+        lean = backbone.encode_tokens(stored[:batch].to(device), prompt)
+        apart = differ(lean, whole_tower(backbone, pixels, prompt))
+    assert apart < 2e-3, f"the ways differ by {apart}"  # stored in half precision
+    batches = iter(loader)
+    ways: dict[str, Callable[[], Tensor]] = {
+        "baseline": lambda: whole_tower(backbone, next(batches).to(device), prompt),
+        "lean": lambda: backbone.encode_tokens(
+            stored[torch.randint(len(stored), (batch,))].to(device), prompt
+        ),
+        "tower": lambda: whole_tower(backbone, pixels, prompt),
+    }
+    times = {name: step_times(way, prompt, steps) for name, way in ways.items()}
+    loads = [timed(lambda: [photos[i] for i in range(batch)]) for _ in range(steps)]
+    times["loading"] = least(loads)
+    return {
+        **{f"{name}_s": wall for name, (wall, _) in times.items()},
+        "ratio": times["baseline"][0] / times["lean"][0],
+        "ratio_cpu": (times["loading"][1] + times["tower"][1]) / times["lean"][1],
+        "apart": apart,
+    }
+
+
+# ---------------------------------------------------------------- trial
+
+POOL, TEST = 3760, 1880  # images of DTD
+ROUNDS, EPOCHS = 10, 50
+SELECTION = PseudoLabelSettings(kind="candidates", growth="growing")
+
+
+class PaddedPrompt(TextPrompt):
+    """The same prompt, encoded as CPL does: for every batch of images, padded to 77 tokens."""
+
+    def logits(self, batch: Batch) -> Tensor:
+        parts = []
+        for features in torch.split(batch.features, BATCH):
+            weight = padded_text_features(self.backbone, self.context, self.classnames)
+            parts.append(features @ weight.to(features.device).T)
+        return self.backbone.logit_scale * torch.cat(parts)
+
+
+def plain_training(
+    learner: TextPrompt, real: Targeted, settings: TrainSettings, seed: int
+) -> Training:
+    """On pseudo-labelled images alone."""
+    return Training(
+        learner=learner,
+        real=real,
+        labelled=None,
+        synthetic=None,
+        synthetic_weight=0.0,
+        loss="cc",
+        settings=settings,
+        seed=seed,
+    )
+
+
+def trial(asked: argparse.Namespace) -> None:
+    backbone = random_vit_b_32(asked.device)
+    names = get_dataset("dtd").classnames
+    classes, width = len(names), backbone.model.text_projection.shape[1]
+    pool = Batch(normalize(torch.randn(asked.pool, width), dim=-1))
+    capacities = [capacity(SELECTION, asked.pool, classes, t, ROUNDS) for t in range(ROUNDS)]
+    chosen = torch.arange(classes * capacities[4])
+    targets = (torch.rand(len(chosen), classes) < 3 / classes).float()
+    targets[chosen, chosen % classes] = 1.0
+    real = Targeted(pool[chosen], targets)
+
+    def parts(kind: type[TextPrompt], steps: int) -> tuple[Tensor, Times, Times]:
+        """The prompt after some steps; times of a step and of labelling the pool."""
+        learner = kind(PromptSettings(), backbone, names, seed=1)
+        settings = TrainSettings(batch=BATCH, steps=steps, warmup=0.0)
+        wall, cpu = timed(lambda: fit([plain_training(learner, real, settings, 0)]))
+
+        @torch.no_grad()
+        def label() -> None:
+            scores = learner.logits(pool).softmax(dim=-1)
+            assign(scores, SELECTION, iteration=1, iterations=ROUNDS, previous=None)
+
+        return learner.context.detach(), (wall / steps, cpu / steps), timed(label)
+
+    steps = sum(EPOCHS * max(1, classes * each // BATCH) for each in capacities)
+    # Labelled once a round, tested after each and before the first.
+    passes = ROUNDS + (ROUNDS + 1) * TEST / POOL
+    parts(TextPrompt, 2)  # warms up
+    contexts, whole, figures = {}, {}, {}
+    for name, kind in {"lean": TextPrompt, "baseline": PaddedPrompt}.items():
+        contexts[name], step, labelling = parts(kind, asked.steps)
+        whole[name] = [steps * step[i] + passes * labelling[i] for i in (0, 1)]
+        figures |= {f"{name}_step_s": step[0], f"{name}_labelling_s": labelling[0]}
+        figures[f"{name}_trial_s"] = whole[name][0]
+        progress(name, step, labelling)
+    apart = differ(contexts["lean"], contexts["baseline"])
+    assert apart < 1e-3, f"the two ways learn prompts that differ by {apart}"
+    report(
+        "trial",
+        whole["baseline"][0] / whole["lean"][0],
+        f"CPL's loop on stored features, ViT-B/32, {classes} classes, {asked.threads} threads, "
+        f"{asked.device}",
+        ratio_cpu=whole["baseline"][1] / whole["lean"][1],
+        timed_steps=asked.steps,
+        trial_steps=steps,
+        labelling_passes=passes,
+        pool=asked.pool,
+        apart=apart,
+        **figures,
+    )
+
+
+# ---------------------------------------------------------------- replicas
+
+WORLDS = {"tiny": ("digits", 4), "vit_b_32": ("eurosat", 16)}  # dataset, vectors, of each CLIP
+# Of a round's points: learning rate, weight of synthetic images.
+POINTS, SEEDS = ((0.005, 0.1), (0.01, 0.3), (0.02, 1.0), (0.05, 3.0)), 3
+
+
+def trainings(world: str, backbone: Backbone, replicas: int, steps: int) -> list[Training]:
+    """One a seed: another start, another order of the same images."""
+    dataset, length = WORLDS[world]
+    names, width = get_dataset(dataset).classnames, backbone.model.text_projection.shape[1]
+    features = torch.randn(1000, width, generator=torch.Generator().manual_seed(0))
+    targets = one_hot(torch.arange(1000) % len(names), len(names)).float()
+    real = Targeted(Batch(normalize(features, dim=-1)), targets)
+    settings = TrainSettings(batch=BATCH, steps=steps)
+    return [
+        plain_training(
+            TextPrompt(PromptSettings(length=length), backbone, names, seed), real, settings, seed
+        )
+        for seed in range(replicas)
+    ]
+
+
+def a_round(backbone: Backbone, steps: int) -> list[Training]:
+    """Points that differ in learning rate and in the weight of synthetic images; seeds of each."""
+    width = backbone.model.text_projection.shape[1]
+    drawn = torch.randn(200, width, generator=torch.Generator().manual_seed(1))
+    synthetic = Labelled(Batch(normalize(drawn, dim=-1)), torch.arange(10).repeat(20))
+    return [
+        replace(
+            one,
+            synthetic=synthetic,
+            synthetic_weight=weight,
+            settings=replace(one.settings, learning_rate=rate),
+        )
+        for rate, weight in POINTS
+        for one in trainings("tiny", backbone, SEEDS, steps)
+    ]
+
+
+def together(
+    make: Callable[[], list[Training]], sizes: Mapping[str, int], steps: int, repeats: int
+) -> dict[str, float]:
+    """Seconds of a step of all prompts, each way.
+
+    Args:
+        sizes: how many are trained in one computation, by way; `batched` and `sequential` are two.
+    """
+    times: dict[str, list[Times]] = {way: [] for way in sizes}
+    prompts: dict[str, list[Tensor]] = {}
+    for _ in range(repeats):  # in turns: a busy moment hits all
+        for way, size in sizes.items():
+            every = make()
+            groups = [every[at : at + size] for at in range(0, len(every), size)]
+            times[way].append(timed(lambda groups=groups: [fit(group) for group in groups]))
+            prompts[way] = [one.learner.prompt for one in every]
+    apart = max(map(differ, prompts["batched"], prompts["sequential"]))
+    assert apart < 1e-4, f"the two ways learn prompts that differ by {apart}"
+    best = {way: least(spent) for way, spent in times.items()}
+    found = {f"{way}_s": wall / steps for way, (wall, _) in best.items()}
+    found |= {f"{way}_cpu_s": cpu / steps for way, (_, cpu) in best.items()}
+    if "by_point" in sizes:
+        found["ratio_to_points"] = best["by_point"][1] / best["batched"][1]
+    found["ratio_wall"] = best["sequential"][0] / best["batched"][0]
+    found["ratio"] = best["sequential"][1] / best["batched"][1]
+    return {**found, "apart": apart}
+
+
+def replicas(asked: argparse.Namespace) -> None:
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for world in asked.worlds:
+        tiny = world == "tiny"
+        backbone = load_backbone("tiny", asked.device) if tiny else random_vit_b_32(asked.device)
+        steps = 10 * asked.steps if tiny else asked.steps
+        fit(trainings(world, backbone, 1, 2))  # warms up
+        cases: dict[str, tuple[Callable[[], list[Training]], dict[str, int]]] = {
+            str(count): (
+                functools.partial(trainings, world, backbone, count, steps),
+                {"batched": count, "sequential": 1},
+            )
+            for count in (1, 3, 8)
+        }
+        if tiny:
+            sizes = {"batched": len(POINTS) * SEEDS, "by_point": SEEDS, "sequential": 1}
+            cases["round"] = (functools.partial(a_round, backbone, steps), sizes)
+        found[world] = {}
+        for name, (make, sizes) in cases.items():
+            found[world][name] = together(make, sizes, steps, asked.repeats)
+            progress(world, name, found[world][name])
+    report(
+        "replicas",
+        found["tiny"]["8"]["ratio"] if "tiny" in found else None,
+        f"8 prompts one after the other, tiny CLIP, digits, batches of {BATCH}, "
+        f"{asked.threads} thread, {asked.device}",
+        steps=asked.steps,
+        **found,
+    )
+
+
+BENCHMARKS: dict[str, tuple[Callable[[argparse.Namespace], None], dict[str, Any]]] = {
+    "text_step": (text_step, {"threads": 2, "repeats": 5}),
+    "visual_step": (visual_step, {"threads": 2, "batch": 16, "steps": 3}),
+    "trial": (trial, {"threads": 2, "steps": 20, "pool": POOL}),
+    "replicas": (replicas, {"threads": 1, "steps": 20, "repeats": 3, "worlds": [*WORLDS]}),
+}
+
+
+def main() -> None:
+    name = sys.argv.pop(1) if len(sys.argv) > 1 else ""
+    if name not in BENCHMARKS:
+        sys.exit(f"{__doc__}\nallowed: {', '.join(BENCHMARKS)}")
+    run, defaults = BENCHMARKS[name]
+    asked = options(__doc__, **defaults, device="cpu")
+    torch.manual_seed(0)
+    torch.set_num_threads(asked.threads)
+    run(asked)
+
+
+if __name__ == "__main__":
+    main()
