@@ -75,7 +75,7 @@ def _best(found: Sequence[Row]) -> Iterator[str]:
         with_settings = f" ({settings})" if settings else ""
         yield (
             f"{row.dataset}, {row.paradigm}/{row.modality}: **{row.method}**{with_settings} has "
-            f"the highest mean {headline([row])}: {mean_std(row)} %\n"
+            f"the highest mean {headline([row])}: {mean_std(row)}\n"
         )
 
 
