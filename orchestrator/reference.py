@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from orchestrator import presets
-from orchestrator.schema import Schema, sweep_schema
+from orchestrator.sweep_file import sweep_schema
+from orchestrator.trial_values import TRIAL_NAMES, why_not_searched
+from orchestrator.validation import Schema, plain, words
 
 HEAD = """\
 # Sweep files: every key
@@ -60,71 +61,42 @@ SEEDS = """\
 def reference() -> str:
     """The page, the same bytes for the same code."""
     schema = sweep_schema()
-    blocks = [HEAD.rstrip(), "## Parts of a file", _parts(schema)]
-    blocks += ["### `seeds`", SEEDS]
-    for name in ("search", "budget", "resources"):
-        blocks += [f"### `{name}`", _sections(schema["properties"][name], name)]
-        if name == "search":
-            blocks.append(_searched(schema))
+    settings = schema["properties"]["fixed"]["properties"]
+    blocks = [HEAD.rstrip(), "## Parts of a file", _keys(_rows(schema, ""))]
+    blocks += ["### `seeds`", SEEDS, "### `search.space`", SEARCHED, _not_searched()]
     blocks += ["## Settings of a trial", TRIAL]
-    for group, names in _groups(schema["definitions"]).items():
-        blocks += [f"### `{group}`"] if group else []
-        blocks.append(_settings({name: schema["definitions"][name] for name in names}))
+    blocks += [_keys((name, found) for name, found in settings.items())]
     blocks += ["## Defaults of the small world", WORLDS, _worlds()]
     blocks += ["## Methods", METHODS, _methods()]
     return "\n\n".join(blocks) + "\n"
 
 
-def _parts(schema: Schema) -> str:
-    needed = schema["required"]
-    lines = []
-    for name, part in schema["properties"].items():
-        must = "needed; " if name in needed else ""
-        lines.append([f"`{name}`", must + _text(part), _values(part)])
-    return _table(("part", "what", "values"), lines)
-
-
-def _sections(section: Schema, name: str) -> str:
-    return _table(("key", "what", "values", "default"), list(_lines(section, name)))
-
-
-def _lines(section: Schema, path: str) -> Iterator[list[str]]:
-    """One for each key below a section, down to the leaves."""
-    for name, found in section["properties"].items():
+def _rows(schema: Schema, path: str) -> Iterator[tuple[str, Schema]]:
+    """Each key of a file with its schema; those of trial keys stay closed."""
+    for name, found in schema["properties"].items():
         inner = next((one for one in [found, *found.get("anyOf", [])] if "properties" in one), None)
-        here = f"{path}.{name}"
-        if inner is None or name == "space":
-            yield [f"`{here}`", _text(found), _values(found), _default(found)]
+        if inner is None or name in ("grid", "fixed", "space", "seeds"):
+            yield f"{path}{name}", found
         else:
-            yield from _lines(inner, here)
+            yield from _rows(inner, f"{path}{name}.")
 
 
-def _searched(schema: Schema) -> str:
-    space = schema["properties"]["search"]["properties"]["space"]["properties"]
-    left_out = [name for name in schema["definitions"] if name not in space]
-    heads = dict.fromkeys(name.partition(".")[0] for name in left_out)
-    return "\n".join(
-        [SEARCHED, *textwrap.wrap(", ".join(f"`{head}`" for head in heads) + ".", 100)]
-    )
-
-
-def _groups(names: Iterable[str]) -> dict[str, list[str]]:
-    """Trial keys by what stands before their dot; first those without one."""
-    every = list(names)
-    heads = {name.partition(".")[0] for name in every if "." in name}
-    groups: dict[str, list[str]] = {"": []}
-    for name in every:
-        head = name.partition(".")[0]
-        groups.setdefault(head if head in heads else "", []).append(name)
-    return groups
-
-
-def _settings(definitions: Mapping[str, Schema]) -> str:
+def _keys(rows: Iterable[tuple[str, Schema]]) -> str:
     lines = [
-        [f"`{name}`", _default(found), _values(found), _text(found)]
-        for name, found in definitions.items()
+        [
+            f"`{name}`",
+            f"`{plain(found['default'])}`" if "default" in found else "",
+            words(found),
+            found["description"].replace("<", "\\<"),  # else a tag of HTML
+        ]
+        for name, found in rows
     ]
     return _table(("key", "default", "values", "what"), lines)
+
+
+def _not_searched() -> str:
+    names = dict.fromkeys(name.partition(".")[0] for name in TRIAL_NAMES if why_not_searched(name))
+    return "\n".join(textwrap.wrap(", ".join(f"`{name}`" for name in names) + ".", 100))
 
 
 def _worlds() -> str:
@@ -155,68 +127,8 @@ def _methods() -> str:
     return _table(header, lines)
 
 
-# ---------------------------------------------------------------- words
-
-_SIGNS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
-_TYPES = {
-    "integer": "whole number",
-    "number": "number",
-    "boolean": "true or false",
-    "string": "text",
-    "null": "null",
-    "object": "keys",
-}
-# What only a pattern says, by how it begins.
-_PATTERNS = {
-    "^folder:": "`folder:<path>`",
-    "^[A-Za-z0-9]": "letters, digits, `.`, `_`, `-`; up to 64",
-    "^[0-9]": "`90s`, `30m`, `12h`",
-}
-
-
-def _text(found: Schema) -> str:
-    return str(found.get("description", "")).replace("<", "\\<")  # else a tag of HTML
-
-
-def _values(found: Schema) -> str:
-    if "$ref" in found:
-        return "value"
-    if "const" in found:
-        return _code(found["const"])
-    if "enum" in found:
-        return ", ".join(map(_code, found["enum"]))
-    if found.get("type") == "array":
-        each = _values(found["items"])
-        return "list" if " or " in each else f"list, each: {each}"
-    if "anyOf" in found:
-        return " or ".join(_values(one) for one in found["anyOf"])
-    pattern = found.get("pattern", "")
-    words = [words for begin, words in _PATTERNS.items() if pattern.startswith(begin)]
-    if words:
-        return words[0]
-    types = found.get("type", "")
-    bounds = " and ".join(f"{_SIGNS[name]} {found[name]}" for name in _SIGNS if name in found)
-    kinds = [types] if isinstance(types, str) else types
-    return " or ".join(
-        f"{_TYPES[kind]} {bounds if kind in ('integer', 'number') else ''}".strip()
-        for kind in kinds
-    )
-
-
-def _default(found: Schema) -> str:
-    return _code(found["default"]) if "default" in found else ""
-
-
 def _several(settings: Mapping[str, Any]) -> str:
-    return ", ".join(f"`{key}: {_plain(value)}`" for key, value in settings.items())
-
-
-def _code(value: Any) -> str:
-    return f"`{_plain(value)}`"
-
-
-def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    return ", ".join(f"`{key}: {plain(value)}`" for key, value in settings.items())
 
 
 def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

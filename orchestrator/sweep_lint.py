@@ -8,7 +8,7 @@ from typing import Any
 
 from orchestrator import presets
 from orchestrator.expressions import look_up, names_of
-from orchestrator.marked_yaml import Document, Keys, shown
+from orchestrator.marked_yaml import Document, Keys, choices, shown
 from orchestrator.sweep import (
     Cell,
     Search,
@@ -28,6 +28,7 @@ def lint(document: Document, spec: SweepSpec) -> None:
     Raises:
         SpecError: the first thing that makes no sense, at its place in the document.
     """
+    _exclude_names_cells(document, spec)
     _each_key_has_one_place(document, spec)
     _each_key_is_free_somewhere(document, spec)
     size = math.prod(len(values) for values in spec.grid.values())
@@ -47,6 +48,20 @@ def lint(document: Document, spec: SweepSpec) -> None:
     _discriminants_have_a_spread(document, spec, cells)
     if spec.search:
         _search_makes_sense(document, spec, spec.search, cells)
+
+
+def _exclude_names_cells(document: Document, spec: SweepSpec) -> None:
+    for i, entry in enumerate(spec.exclude):
+        for key, value in entry.items():
+            if key not in spec.grid:
+                raise document.key_error(
+                    ("exclude", i, key), f"is not in the grid; {choices(key, spec.grid)}"
+                )
+            if value not in spec.grid[key]:
+                allowed = choices(value, spec.grid[key])
+                raise document.error(
+                    ("exclude", i, key), f"{shown(value)} is not in the grid; {allowed}"
+                )
 
 
 def _places(spec: SweepSpec) -> Iterable[tuple[Keys, str]]:
@@ -185,6 +200,10 @@ def _pruning_makes_sense(document: Document, search: Search, cells: tuple[Cell, 
             "points that are pruned are compared at the same iteration of equally many; "
             "allowed with search.pruning: `iterations` under grid, or fixed",
         )
+    if search.pruning and search.pruning.rule != "halving":
+        pruning = ("search", "pruning")
+        if "keep" in document.mapping(pruning):
+            raise document.key_error((*pruning, "keep"), "unused; allowed: with rule: halving")
     longest = max((cell.flat["iterations"] for cell in cells if cell.space), default=0)
     for i, rung in enumerate(search.rungs):
         if rung >= longest:
