@@ -27,7 +27,7 @@ from orchestrator.keys import digest
 from orchestrator.marked_yaml import SpecError
 from orchestrator.trial_values import Dimension as Dimension
 from orchestrator.trial_values import Space
-from orchestrator.validation import CONFIG, LINE, Number, Whole, at
+from orchestrator.validation import CONFIG, LINE, Number, Whole, at, setting
 
 JOURNAL = "journal"
 POSTGRES = "postgresql://"
@@ -73,39 +73,32 @@ class Pruning:
     rungs: Annotated[
         tuple[Annotated[Whole, Field(ge=1)], ...], Field(min_length=1), AfterValidator(_rising)
     ] = Field(description="iterations after which points are compared, rising")
-    keep: Number = Field(
-        default=0.5, description="halving: share of a round's points that go on", gt=0, lt=1
-    )
+    keep: Number = setting(0.5, "halving: share of a round's points that go on", gt=0, lt=1)
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Search:
     """What is searched in each cell, and how."""
 
-    sampler: Literal["tpe", "random", "grid"] = Field(
-        default="tpe", description="tpe: Optuna's; random; grid: every combination of values"
+    sampler: Literal["tpe", "random", "grid"] = setting(
+        "tpe", "tpe: Optuna's; random; grid: every combination of values"
     )
-    seed: Whole = Field(default=0, description="of the sampler", ge=0)
-    objective: Literal["mutual_information", "validation_accuracy"] = Field(
-        default="mutual_information",
-        description="what is maximised; mutual_information needs no label",
+    seed: Whole = setting(0, "of the sampler", ge=0)
+    objective: Literal["mutual_information", "validation_accuracy"] = setting(
+        "mutual_information", "what is maximised; mutual_information needs no label"
     )
     points: Whole = Field(description="a total per cell, also after resumes", ge=1)
-    width: Whole = Field(default=4, description="points asked per round", ge=1)
-    patience: Whole | None = Field(
-        default=None, description="points without a better one that end a cell", ge=1
-    )
-    pruning: Pruning | None = Field(default=None, description="points that stop early; null: none")
+    width: Whole = setting(4, "points asked per round", ge=1)
+    patience: Whole | None = setting(None, "points without a better one that end a cell", ge=1)
+    pruning: Pruning | None = setting(None, "points that stop early; null: none")
     storage: Annotated[
         LINE,
         AfterValidator(_storage),
         without_password("set PGPASSWORD, or write ~/.pgpass"),
         WithJsonSchema({"type": "string", "pattern": f"^({JOURNAL}|{POSTGRES}.+)$"}),
-    ] = Field(
-        default=JOURNAL,
-        description=(
-            "of the studies: a file of the sweep, or postgresql://user@host/database (docs/team.md)"
-        ),
+    ] = setting(
+        JOURNAL,
+        "of the studies: a file of the sweep, or postgresql://user@host/database (docs/team.md)",
     )
     # One whose `when` names another comes after it.
     space: Space = Field(description="keys that are searched")
@@ -137,10 +130,7 @@ class Seeds:
     vary: Annotated[
         tuple[Literal["seed", "split_seed"], ...],
         Field(min_length=1, json_schema_extra={"uniqueItems": True}),
-    ] = Field(
-        default=("seed",),
-        description="what a number of `values` is for: a list there gives each its own",
-    )
+    ] = setting(("seed",), "what a number of `values` is for: a list there gives each its own")
 
     def __post_init__(self) -> None:
         with at("vary"):
@@ -192,10 +182,8 @@ Seconds = Annotated[
 class Budget:
     """Where a run stops, to go on another day."""
 
-    gpu_hours: Number | None = Field(
-        default=None, description="of all devices together, in one run", gt=0
-    )
-    wall: Seconds | None = Field(default=None, description="by the clock, in one run")
+    gpu_hours: Number | None = setting(None, "of all devices together, in one run", gt=0)
+    wall: Seconds | None = setting(None, "by the clock, in one run")
 
 
 def _custom(found: Mapping[str, float]) -> Mapping[str, float]:
@@ -228,24 +216,22 @@ class Want(Protocol):
 class TrialResources:
     """What one trial asks for."""
 
-    cpu: Number = Field(default=1.0, description="cores of one trial", ge=0)
-    gpu: Number = Field(default=0.0, description="devices of one trial, or a share of one", ge=0)
+    cpu: Number = setting(1.0, "cores of one trial", ge=0)
+    gpu: Number = setting(0.0, "devices of one trial, or a share of one", ge=0)
     custom: Custom = Field(default_factory=dict, description=CUSTOM)
-    timeout: Seconds | None = Field(default=None, description="that one trial may take")
+    timeout: Seconds | None = setting(None, "that one trial may take")
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class GeneratorResources:
     """What one actor asks for that trains a LoRA or draws images, and how many there are."""
 
-    cpu: Number = Field(default=1.0, description="cores of one actor that draws images", ge=0)
-    gpu: Number = Field(default=0.0, description="devices of one actor", ge=0)
+    cpu: Number = setting(1.0, "cores of one actor that draws images", ge=0)
+    gpu: Number = setting(0.0, "devices of one actor", ge=0)
     custom: Custom = Field(default_factory=dict, description=CUSTOM)
-    actors: Whole | None = Field(default=None, description="null: as many as fit", ge=1)
-    reserve: Whole | None = Field(
-        default=None,
-        description="actors that draw for later cells while trials run; null: one of eight",
-        ge=0,
+    actors: Whole | None = setting(None, "null: as many as fit", ge=1)
+    reserve: Whole | None = setting(
+        None, "actors that draw for later cells while trials run; null: one of eight", ge=0
     )
 
 
@@ -256,13 +242,9 @@ ENCODER_BATCH = 256
 class EncoderResources:
     """CLIP over a dataset, and first pseudo-labels. Asks for what a trial does, unless told."""
 
-    cpu: Number | None = Field(
-        default=None, description="cores of one encoder; null: as a trial", ge=0
-    )
-    gpu: Number | None = Field(
-        default=None, description="devices, or a share of one; null: as a trial", ge=0
-    )
-    batch: Whole = Field(default=ENCODER_BATCH, description="images at a time through CLIP", ge=1)
+    cpu: Number | None = setting(None, "cores of one encoder; null: as a trial", ge=0)
+    gpu: Number | None = setting(None, "devices, or a share of one; null: as a trial", ge=0)
+    batch: Whole = setting(ENCODER_BATCH, "images at a time through CLIP", ge=1)
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
@@ -272,9 +254,7 @@ class Resources:
     trial: TrialResources = TrialResources()
     generator: GeneratorResources = GeneratorResources()
     encoder: EncoderResources = EncoderResources()
-    wait: Seconds | None = Field(
-        default=None, description="for machines that an autoscaler brings; null: none"
-    )
+    wait: Seconds | None = setting(None, "for machines that an autoscaler brings; null: none")
 
     @property
     def encoding(self) -> TrialResources:

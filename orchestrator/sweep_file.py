@@ -22,24 +22,19 @@ from orchestrator.redact import password_at
 from orchestrator.sweep import (
     THREE_SEEDS,
     Budget,
-    Cell,
     Resources,
     Search,
     SeedEntries,
     Seeds,
     SweepSpec,
-    cells_of,
     combinations,
-    notes_of,
     without_password,
 )
 from orchestrator.sweep_lint import lint
 from orchestrator.trial_values import (
     TRIAL_NAMES,
     Axes,
-    Dimension,
     Settings,
-    SomeSettings,
     value_type,
 )
 from orchestrator.validation import (
@@ -49,27 +44,10 @@ from orchestrator.validation import (
     Schema,
     Version,
     key_choices,
-    optional,
     schema_of,
+    setting,
     validate,
 )
-
-__all__ = [
-    "Budget",
-    "Cell",
-    "Dimension",
-    "Resources",
-    "Search",
-    "Seeds",
-    "SpecError",
-    "SweepSpec",
-    "cells_of",
-    "find_sweep",
-    "load_sweep",
-    "notes_of",
-    "sweep_schema",
-]
-
 
 # ---------------------------------------------------------------- the file
 
@@ -78,7 +56,10 @@ __all__ = [
 class Tracking:
     uri: Annotated[
         LINE, without_password("set MLFLOW_TRACKING_PASSWORD, or write ~/.mlflow/credentials")
-    ] = optional("http(s)://..., sqlite:///..., jsonl:..., none")
+    ] = setting(None, "http(s)://..., sqlite:///..., jsonl:..., none")
+
+
+Excluded = Annotated[Settings, Field(min_length=1, json_schema_extra={"minProperties": 1})]
 
 
 def _seeds(seeds: Any) -> Any:
@@ -102,36 +83,28 @@ class SweepFile:
         default_factory=dict,
         description="every combination is a cell; the first key varies slowest",
     )
-    exclude: Annotated[tuple[SomeSettings, ...], Field(min_length=1)] = Field(
-        default=(),
-        description="combinations of the grid that are left out: keys with a value each",
+    exclude: Annotated[tuple[Excluded, ...], Field(min_length=1)] = setting(
+        (), "combinations of the grid that are left out: keys with a value each"
     )
     fixed: Settings = Field(
         default_factory=dict,
         description="the same for every cell; a method's pinned keys stay as they are",
     )
-    search: Search = optional("an Optuna study in each cell; without it a cell is one point")
+    search: Search = setting(None, "an Optuna study in each cell; without it a cell is one point")
     seeds: Annotated[
         Seeds,
         BeforeValidator(_seeds, json_schema_input_type=SeedEntries | Seeds),
         Field(json_schema_extra={"title": "a list such as [1, 2, 3], or vary and values"}),
-    ] = Field(
-        default=THREE_SEEDS, description="each point runs once for each; the default is [1, 2, 3]"
+    ] = setting(THREE_SEEDS, "each point runs once for each; the default is [1, 2, 3]")
+    budget: Budget = setting(
+        Budget(), "a run stops before what comes next would cost more; the next run goes on"
     )
-    budget: Budget = Field(
-        default=Budget(),
-        description="a run stops before what comes next would cost more; the next run goes on",
+    resources: Resources = setting(Resources(), "what runs ask of the machines; changes no result")
+    project: NAME = setting(
+        None, "the experiment is air/<project>; default: AIRSWEEP_PROJECT, else default"
     )
-    resources: Resources = Field(
-        default=Resources(), description="what runs ask of the machines; changes no result"
-    )
-    project: NAME = optional(
-        "the experiment is air/<project>; default: AIRSWEEP_PROJECT, else default"
-    )
-    tracking: Tracking = Field(
-        default=Tracking(), description="where MLflow's runs go (docs/tracking.md)"
-    )
-    data_root: LINE = optional("folder of real datasets; changes no result")
+    tracking: Tracking = setting(Tracking(), "where MLflow's runs go (docs/tracking.md)")
+    data_root: LINE = setting(None, "folder of real datasets; changes no result")
 
 
 FILE = TypeAdapter(SweepFile)

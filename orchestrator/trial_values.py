@@ -5,20 +5,21 @@ from __future__ import annotations
 import operator
 import types
 import typing
+from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, Literal, Union
 
 from pydantic import (
     AfterValidator,
-    BeforeValidator,
     ConfigDict,
     Field,
-    Strict,
     StringConstraints,
     TypeAdapter,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    create_model,
 )
-from pydantic.dataclasses import dataclass
-from pydantic_core import PydanticKnownError
+from pydantic_core import PydanticKnownError, core_schema
 
 from air_core.datasets import DATASETS
 from air_core.datasets.dataset import is_template
@@ -27,16 +28,14 @@ from orchestrator import presets
 from orchestrator.expressions import compile_when, constants_of, names_of
 from orchestrator.marked_yaml import shown
 from orchestrator.validation import (
-    CONFIG,
     LINE,
-    ByKey,
     Schema,
     at,
     key_choices,
     problem_with,
     schema_of,
+    setting,
     text_schema,
-    unknown_key,
 )
 
 TRIAL_KEYS = trial_keys()
@@ -70,58 +69,7 @@ TEMPLATE = Annotated[
 
 # ---------------------------------------------------------------- the values of a key
 
-
-@cache
-def value_type(name: str) -> TypeAdapter[Any]:
-    """What a trial key may be."""
-    return _adapter(_annotation(name))
-
-
-@cache
-def list_type(name: str) -> TypeAdapter[Any]:
-    """Two or more different values of a trial key."""
-
-    def different(values: list[Any]) -> tuple[Any, ...]:
-        if len(values) == 1:
-            raise ValueError(f"one value is no axis; allowed: two or more, or `{name}` under fixed")
-        for i, value in enumerate(values):
-            if value in values[:i]:
-                with at(i):
-                    raise ValueError(f"{shown(value)} stands here twice; allowed: once")
-        return tuple(values)
-
-    several: Any = types.GenericAlias(list, (_annotation(name),))
-    return _adapter(Annotated[several, Field(min_length=1), AfterValidator(different)])
-
-
-@cache
-def number_type(name: str) -> TypeAdapter[Any] | None:
-    """The numbers that a trial key may be; None: it has none."""
-    key = TRIAL_KEYS.get(name)
-    kinds = typing.get_args(key.type) or (key.type,) if key else ()
-    number = next((kind for kind in kinds if kind in (int, float)), None)
-    about = "a range with both ends in it"
-    limits: Any = key.limits if key else {}
-    return _adapter(Annotated[number, Field(description=about, **limits)]) if number else None
-
-
-def _adapter(annotation: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(annotation, config=ConfigDict(strict=True, allow_inf_nan=False))
-
-
-def value_schema(name: str) -> Schema:
-    """The JSON schema of what a trial key may be, what it is, and its default."""
-    key, schema = TRIAL_KEYS.get(name), schema_of(value_type(name))
-    about = {"method": METHOD, "lora": LORA}.get(name) or (key.help if key else "")
-    if key is None:  # of a method there is no default
-        return {"description": about, **schema}
-    default = True if name == "lora" else presets.OUTSIDE.get(name, key.default)
-    return {"description": about, **schema, "default": default}
-
-
-def _list_schema(name: str) -> Schema:
-    items = value_schema(name)
-    return {"type": "array", "items": items, "minItems": 2, "uniqueItems": True}
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 def _annotation(name: str) -> Any:
@@ -136,32 +84,67 @@ def _annotation(name: str) -> Any:
         return LINE
     if name in ("generation.template", "lora.caption"):
         return TEMPLATE
-    key, limits = TRIAL_KEYS[name], dict[str, Any](TRIAL_KEYS[name].limits)
-    return Annotated[key.type, Field(**limits)] if limits else key.type
+    return _limited(TRIAL_KEYS[name].type, name)
 
 
-def _value(name: str, value: Any) -> Any:
-    return _known(name).validate_python(value)
+def _limited(annotation: Any, name: str) -> Any:
+    limits: Any = TRIAL_KEYS[name].limits
+    return Annotated[annotation, Field(**limits)] if limits else annotation
 
 
-def _values(name: str, value: Any) -> Any:
-    _known(name)
-    return list_type(name).validate_python(value)
+def _about(name: str) -> str:
+    return {"method": METHOD, "lora": LORA}.get(name) or TRIAL_KEYS[name].help
 
 
-def _known(name: str) -> TypeAdapter[Any]:
-    if name not in TRIAL_NAMES:
-        raise unknown_key()
-    return value_type(name)
+def _default(name: str) -> Any:
+    if name in ("method", "lora"):
+        return True if name == "lora" else None
+    return presets.OUTSIDE.get(name, TRIAL_KEYS[name].default)
 
 
-_BY_KEY = ByKey(_value, lambda: {name: value_schema(name) for name in TRIAL_NAMES})
-Settings = Annotated[dict[str, Any], _BY_KEY]
-SomeSettings = Annotated[dict[str, Any], Field(min_length=1), _BY_KEY]
-Axes = Annotated[
-    dict[str, Any],
-    ByKey(_values, lambda: {name: _list_schema(name) for name in TRIAL_NAMES}),
-]
+def _list_of(name: str) -> Any:
+    """Two or more different values of a trial key."""
+
+    def different(values: list[Any]) -> tuple[Any, ...]:
+        if len(values) == 1:
+            raise ValueError(f"one value is no axis; allowed: two or more, or `{name}` under fixed")
+        for i, value in enumerate(values):
+            if value in values[:i]:
+                with at(i):
+                    raise ValueError(f"{shown(value)} stands here twice; allowed: once")
+        return tuple(values)
+
+    values: Any = types.GenericAlias(list, (_annotation(name),))
+    extra: Any = {"minItems": 2, "uniqueItems": True}
+    return Annotated[
+        values, Field(min_length=1, json_schema_extra=extra), AfterValidator(different)
+    ]
+
+
+def _mapping(name: str, fields: dict[str, Any], **schema: Any) -> Any:
+    """The type of a mapping with some of these keys: a dict in the order of the file."""
+    config = ConfigDict(**STRICT, json_schema_extra=schema)
+
+    def given(value: Any, check: ValidatorFunctionWrapHandler) -> dict[str, Any]:
+        found = vars(check(value))
+        return {key: found[key] for key in value}
+
+    return Annotated[create_model(name, __config__=config, **fields), WrapValidator(given)]
+
+
+@cache
+def value_type(name: str) -> TypeAdapter[Any]:
+    """What a trial key may be."""
+    return TypeAdapter(_annotation(name), config=STRICT)
+
+
+Settings = _mapping(
+    "Settings",
+    {name: (_annotation(name), setting(_default(name), _about(name))) for name in TRIAL_NAMES},
+)
+Axes = _mapping(
+    "Axes", {name: (_list_of(name), setting(None, _about(name))) for name in TRIAL_NAMES}
+)
 
 
 # ---------------------------------------------------------------- what is searched
@@ -208,93 +191,86 @@ def _condition(text: str) -> str:
     return text
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
-class Range:
-    """Values, or a range with both ends in it."""
-
-    values: tuple[Any, ...] | None = Field(default=None, description="one of these")
-    min: Any = Field(default=None)  # an int where the key takes whole numbers
-    max: Any = Field(default=None)
-    log: Annotated[bool, Strict()] = Field(
-        default=False, description="drawn evenly on a logarithmic scale"
-    )
-    when: Annotated[str, AfterValidator(_condition)] | None = Field(
-        default=None, description="drawn only where this holds, such as `images_per_class > 0`"
-    )
-
-
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
-class Dimension(Range):
-    """One searched key."""
+@dataclass(frozen=True, kw_only=True)
+class Dimension:
+    """One searched key: values, or a range with both ends in it."""
 
     key: str
+    values: tuple[Any, ...] | None = None
+    min: float | None = None  # an int where the key takes whole numbers
+    max: float | None = None
+    log: bool = False
+    when: str | None = None  # drawn only where this holds (orchestrator.expressions)
 
 
-RANGE = TypeAdapter(Range)
+def _dimension(name: str) -> Any:
+    """The type of one entry of `search.space`."""
+    kinds = typing.get_args(TRIAL_KEYS[name].type) or (TRIAL_KEYS[name].type,)
+    number = next((kind for kind in kinds if kind in (int, float)), None)
+    fields: dict[str, Any] = {"values": (_list_of(name), setting(None, "one of these"))}
+    if number:
+        end = _limited(number, name)
+        fields["min"] = (end, setting(None, "the lower end of a range, itself in it"))
+        fields["max"] = (end, setting(None, "the upper end of a range, itself in it"))
+        fields["log"] = (bool, setting(False, "drawn evenly on a logarithmic scale"))
+    about = "drawn only where this holds, such as `images_per_class > 0`"
+    fields["when"] = (Annotated[str, AfterValidator(_condition)], setting(None, about))
 
-
-def _dimension(name: str, body: Any) -> Dimension:
-    _known(name)
-    if reason := why_not_searched(name):
-        raise ValueError(reason)
-    found, number = RANGE.validate_python(body), number_type(name)
-    if found.values is not None:
-        if {"min", "max", "log"} & body.keys():
+    def dimension(found: dict[str, Any]) -> Dimension:
+        ends = {"min", "max"} & found.keys()
+        if "values" in found and (ends or "log" in found):
             raise ValueError("has values and a range; allowed: `values`, or `min`, `max`")
-        with at("values"):
-            values = list_type(name).validate_python(list(found.values))
-        return Dimension(key=name, values=values, when=found.when)
-    if number is None:
-        raise ValueError(f"{name} is no number; allowed: `values: [...]`")
-    if found.min is None or found.max is None:
-        raise ValueError("allowed: `values`, or both `min` and `max`")
-    with at("min"):
-        low = number.validate_python(found.min)
-        if found.log and low <= 0:
-            raise ValueError(f"{low} has no logarithm; allowed with log: > 0")
-    with at("max"):
-        high = number.validate_python(found.max)
-        if low >= high:
-            raise ValueError(f"{high} is not above min; allowed: > {low}")
-    return Dimension(key=name, min=low, max=high, log=found.log, when=found.when)
+        if "values" not in found and len(ends) < 2:
+            raise ValueError("allowed: `values`, or both `min` and `max`")
+        if ends and found["min"] >= found["max"]:
+            with at("max"):
+                raise ValueError(f"{found['max']} is not above min; allowed: > {found['min']}")
+        if found.get("log") and found["min"] <= 0:
+            with at("min"):
+                raise ValueError(f"{found['min']} has no logarithm; allowed with log: > 0")
+        return Dimension(key=name, **found)
 
-
-def _dimension_schemas() -> dict[str, Schema]:
-    searched = [name for name in TRIAL_NAMES if why_not_searched(name) is None]
-    return {name: _dimension_schema(name, schema_of(TypeAdapter(Range))) for name in searched}
-
-
-def _dimension_schema(name: str, schema: Schema) -> Schema:
-    number, properties = number_type(name), schema["properties"]
-    properties["values"] = {"description": "one of these", **_list_schema(name)}
-    schema["description"] = value_schema(name)["description"]
-    if number is None:
-        for end in ("min", "max", "log"):
-            del properties[end]
-        return {**schema, "required": ["values"]}
-    properties["min"] = properties["max"] = schema_of(number)
     either = [{"required": ["values"]}, {"required": ["min", "max"]}]
-    return {**schema, "oneOf": either}
+    return Annotated[_mapping(name, fields, oneOf=either), AfterValidator(dimension)]
 
 
-_SPACE = Annotated[dict[str, Any], Field(min_length=1), ByKey(_dimension, _dimension_schemas)]
+@cache
+def space_type() -> TypeAdapter[dict[str, Dimension]]:
+    """What may stand under `search.space`. Made late: it costs more than reading a file."""
+    searched = [name for name in TRIAL_NAMES if why_not_searched(name) is None]
+    fields = {name: (_dimension(name), setting(None, _about(name))) for name in searched}
+    return TypeAdapter(_mapping("Space", fields, minProperties=1))
 
 
-def _space(space: Any) -> Any:
+class _Space:
     """Dimensions, each after those that its condition names."""
-    if isinstance(space, tuple):
-        return space
-    rest = list(TypeAdapter(_SPACE).validate_python(space).values())
-    ordered: list[Dimension] = []
-    while rest:
-        waiting = {dimension.key for dimension in rest}
-        ready = [d for d in rest if not d.when or not waiting.intersection(names_of(d.when))]
-        if not ready:
-            with at(rest[0].key, "when"):
-                raise ValueError("waits for itself; allowed: conditions without a ring")
-        ordered.append(ready[0])
-        rest.remove(ready[0])
-    return tuple(ordered)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        return core_schema.no_info_before_validator_function(self.ordered, handler(source))
+
+    def __get_pydantic_json_schema__(self, core: Any, handler: Any) -> Schema:
+        return schema_of(space_type())
+
+    def ordered(self, space: Any) -> Any:
+        if isinstance(space, tuple):
+            return space
+        for name in space if isinstance(space, dict) else ():
+            if reason := why_not_searched(name):
+                with at(name):
+                    raise ValueError(reason)
+        rest = list(space_type().validate_python(space).values())
+        if not rest:
+            raise ValueError("nothing is searched; allowed: a trial key or more")
+        ordered: list[Dimension] = []
+        while rest:
+            waiting = {dimension.key for dimension in rest}
+            ready = [d for d in rest if not d.when or not waiting.intersection(names_of(d.when))]
+            if not ready:
+                with at(rest[0].key, "when"):
+                    raise ValueError("waits for itself; allowed: conditions without a ring")
+            ordered.append(ready[0])
+            rest.remove(ready[0])
+        return tuple(ordered)
 
 
-Space = Annotated[tuple[Dimension, ...], BeforeValidator(_space, json_schema_input_type=_SPACE)]
+Space = Annotated[tuple[Dimension, ...], _Space()]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any, TypeVar
 
@@ -15,7 +15,6 @@ from pydantic import (
     AllowInfNan,
     ConfigDict,
     Field,
-    GetCoreSchemaHandler,
     Strict,
     StringConstraints,
     TypeAdapter,
@@ -23,7 +22,7 @@ from pydantic import (
     WithJsonSchema,
 )
 from pydantic.json_schema import GenerateJsonSchema
-from pydantic_core import ErrorDetails, core_schema
+from pydantic_core import ErrorDetails
 
 from orchestrator.marked_yaml import Document, Keys, SpecError, choices, meant, shown
 
@@ -37,9 +36,9 @@ Whole = Annotated[int, Strict()]
 Number = Annotated[float, Strict(), AllowInfNan(False)]
 
 
-def optional(description: str) -> Any:
-    """A field whose key may be left out; null is no value of it."""
-    return Field(default=None, description=description)
+def setting(default: Any, description: str, **limits: Any) -> Any:
+    """A field of a type. None as default: the key may be left out, as the field's type tells."""
+    return Field(default=default, description=description, **limits)
 
 
 def text_schema(title: str, pattern: str) -> WithJsonSchema:
@@ -90,35 +89,6 @@ def at(*loc: str | int) -> Iterator[None]:
     except ValueError as problem:
         line: Any = {"type": "value_error", "loc": loc, "input": None, "ctx": {"error": problem}}
         raise ValidationError.from_exception_data("", [line]) from None
-
-
-class ByKey:
-    """For `Annotated[dict[str, Any], ...]`: each known key has a check and a schema of its own."""
-
-    def __init__(
-        self, check: Callable[[str, Any], Any], schemas: Callable[[], dict[str, Schema]]
-    ) -> None:
-        self.check = check
-        self.schemas = schemas
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> Any:
-        return core_schema.no_info_after_validator_function(self._checked, handler(source))
-
-    def __get_pydantic_json_schema__(self, core: Any, handler: Any) -> Schema:
-        return {**handler(core), "properties": self.schemas(), "additionalProperties": False}
-
-    def _checked(self, values: dict[str, Any]) -> dict[str, Any]:
-        checked = {}
-        for name, value in values.items():
-            with at(name):
-                checked[name] = self.check(name, value)
-        return checked
-
-
-def unknown_key() -> ValidationError:
-    """For checks of a `ByKey`: it knows no such key."""
-    line: Any = {"type": "extra_forbidden", "loc": (), "input": None}
-    return ValidationError.from_exception_data("", [line])
 
 
 def problem_with(adapter: TypeAdapter[Any], value: Any) -> str:

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from orchestrator.marked_yaml import SpecError, parse, read
 from orchestrator.reference import reference
 from orchestrator.sweep_file import SweepFile, checked, sweep_schema
-from orchestrator.trial_values import TRIAL_NAMES, number_type, value_type
+from orchestrator.trial_values import TRIAL_NAMES, value_type
 from tests.orchestrator.test_sweep_file import FULL
 
 ROOT = Path(__file__).parents[2]
@@ -104,17 +104,6 @@ VALUES = st.one_of(
 def test_of_a_setting_schema_and_reader_take_the_same_values(name, value):
     one = jsonschema.Draft7Validator(SETTINGS[name])
     assert one.is_valid(value) == _takes(value_type(name), value)
-
-
-@given(name=st.sampled_from(TRIAL_NAMES), value=VALUES)
-def test_of_an_end_of_a_range_schema_and_reader_take_the_same_values(name, value):
-    space = SCHEMA["properties"]["search"]["properties"]["space"]["properties"]
-    number = number_type(name)
-    if name in space:
-        ends = space[name]["properties"].get("min")
-        assert (ends is None) == (number is None)
-        if number is not None:
-            assert jsonschema.Draft7Validator(ends).is_valid(value) == _takes(number, value)
 
 
 def _takes(type_: TypeAdapter[Any], value: Any) -> bool:
