@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 from orchestrator.marked_yaml import SpecError, parse, read
-from orchestrator.reference import reference
 from orchestrator.sweep_file import SweepFile, checked, sweep_schema
 from orchestrator.trial_values import TRIAL_NAMES, value_type
 from tests.orchestrator.test_sweep_file import FULL
+from tests.spec_reference import refreshed
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = sweep_schema()
@@ -135,13 +135,13 @@ def _properties(schema: dict[str, Any], path: str) -> Iterator[tuple[str, dict[s
 
 
 def test_golden_the_page_of_every_key_is_that_of_the_schema():
-    page = ROOT / "docs" / "spec_reference.md"
-    found = reference()
+    file = ROOT / "docs" / "spec_reference.md"
+    page = file.read_text()
     if os.environ.get("AIRSWEEP_UPDATE_GOLDEN") == "1":
-        page.write_text(found)
-    assert page.read_text() == found
+        file.write_text(refreshed(page))
+    assert refreshed(page) == file.read_text()
     for name in TRIAL_NAMES:
-        assert f"| `{name}` |" in found
+        assert f"| `{name}` |" in page
 
 
 def test_the_schema_is_printed_and_nothing_else(capsys, monkeypatch):
