@@ -27,7 +27,7 @@ from orchestrator.keys import digest
 from orchestrator.marked_yaml import SpecError
 from orchestrator.trial_values import Dimension as Dimension
 from orchestrator.trial_values import Space
-from orchestrator.validation import CONFIG, LINE, Number, Whole, at, setting
+from orchestrator.validation import CONFIG, LINE, Number, Whole, setting, wrong
 
 JOURNAL = "journal"
 POSTGRES = "postgresql://"
@@ -41,7 +41,7 @@ def without_password(remedy: str) -> AfterValidator:
             parts = urlsplit(uri)
             secret = parts.password is not None or "password" in parse_qs(parts.query)
         except ValueError:
-            raise ValueError("no address; allowed: scheme://user@host/...") from None
+            raise ValueError("is not an address; allowed: scheme://user@host/...") from None
         if secret:
             raise ValueError(f"has a password, and a sweep file is kept and shown; {remedy}")
         return uri
@@ -51,15 +51,16 @@ def without_password(remedy: str) -> AfterValidator:
 
 def _storage(where: str) -> str:
     if where != JOURNAL and not where.startswith(POSTGRES):
-        raise ValueError(f"no storage of studies; allowed: {JOURNAL}, {POSTGRES}user@host/database")
+        raise ValueError(
+            f"is not a storage of studies; allowed: {JOURNAL}, {POSTGRES}user@host/database"
+        )
     return where
 
 
 def _rising(rungs: tuple[int, ...]) -> tuple[int, ...]:
     for i, (before, rung) in enumerate(itertools.pairwise(rungs), 1):
         if rung <= before:
-            with at(i):
-                raise ValueError(f"{rung} does not come after {before}; allowed: more")
+            raise wrong(f"{rung} does not come after {before}; allowed: more", i)
     return rungs
 
 
@@ -133,16 +134,14 @@ class Seeds:
     ] = setting(("seed",), "what a number of `values` is for: a list there gives each its own")
 
     def __post_init__(self) -> None:
-        with at("vary"):
-            if len(set(self.vary)) < len(self.vary):
-                raise ValueError(f"{self.vary[0]} stands here twice; allowed: once")
+        if len(set(self.vary)) < len(self.vary):
+            raise wrong(f"{self.vary[0]} is listed twice; allowed: once", "vary")
         for i, entry in enumerate(self.values):
-            with at("values", i):
-                if len(entry) != len(self.vary):
-                    numbers = ", ".join(["a number"] * len(self.vary))
-                    raise ValueError(f"{list(entry)} is not allowed; allowed: [{numbers}]")
-                if entry in self.values[:i]:
-                    raise ValueError("stands here twice; allowed: once")
+            if len(entry) != len(self.vary):
+                numbers = ", ".join(["a number"] * len(self.vary))
+                raise wrong(f"{[*entry]} is not allowed; allowed: [{numbers}]", "values", i)
+            if entry in self.values[:i]:
+                raise wrong("the same seeds are listed twice; allowed: once", "values", i)
 
     def assignments(self) -> tuple[dict[str, int], ...]:
         """The settings of each run of a point.
@@ -189,8 +188,7 @@ class Budget:
 def _custom(found: Mapping[str, float]) -> Mapping[str, float]:
     for name in found:
         if name in ("CPU", "GPU", "cpu", "gpu", "memory", "object_store_memory"):
-            with at(name):
-                raise ValueError("no custom resource; allowed: `cpu` and `gpu` beside it")
+            raise wrong("is not a custom resource; allowed: `cpu` and `gpu` beside it", name)
     return found
 
 

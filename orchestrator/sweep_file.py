@@ -144,7 +144,6 @@ def checked(document: Document, sets: Sequence[str] = (), only: Sequence[str] = 
     if document.value is None:
         raise SpecError(f"{document.source}: empty; a sweep file starts with `version: 1`")
     _holds_no_password(document, sets)
-    document.mapping(())
     for option in sets:
         _set(document, option)
     spec = _spec(document, validate(document, FILE))

@@ -30,12 +30,12 @@ from orchestrator.marked_yaml import shown
 from orchestrator.validation import (
     LINE,
     Schema,
-    at,
     key_choices,
     problem_with,
     schema_of,
     setting,
     text_schema,
+    wrong,
 )
 
 TRIAL_KEYS = trial_keys()
@@ -110,8 +110,7 @@ def _list_of(name: str) -> Any:
             raise ValueError(f"one value is no axis; allowed: two or more, or `{name}` under fixed")
         for i, value in enumerate(values):
             if value in values[:i]:
-                with at(i):
-                    raise ValueError(f"{shown(value)} stands here twice; allowed: once")
+                raise wrong(f"{shown(value)} is listed twice; allowed: once", i)
         return tuple(values)
 
     values: Any = types.GenericAlias(list, (_annotation(name),))
@@ -187,7 +186,7 @@ def _condition(text: str) -> str:
     try:
         compile_when(text)(TYPICAL)
     except TypeError as error:
-        raise ValueError(f"compares what has no order: {error}") from None
+        raise ValueError(f"compares values that have no order: {error}") from None
     return text
 
 
@@ -223,11 +222,9 @@ def _dimension(name: str) -> Any:
         if "values" not in found and len(ends) < 2:
             raise ValueError("allowed: `values`, or both `min` and `max`")
         if ends and found["min"] >= found["max"]:
-            with at("max"):
-                raise ValueError(f"{found['max']} is not above min; allowed: > {found['min']}")
+            raise wrong(f"{found['max']} is not above min; allowed: > {found['min']}", "max")
         if found.get("log") and found["min"] <= 0:
-            with at("min"):
-                raise ValueError(f"{found['min']} has no logarithm; allowed with log: > 0")
+            raise wrong(f"{found['min']} has no logarithm; allowed with log: > 0", "min")
         return Dimension(key=name, **found)
 
     either = [{"required": ["values"]}, {"required": ["min", "max"]}]
@@ -256,8 +253,7 @@ class _Space:
             return space
         for name in space if isinstance(space, dict) else ():
             if reason := why_not_searched(name):
-                with at(name):
-                    raise ValueError(reason)
+                raise wrong(reason, name)
         rest = list(space_type().validate_python(space).values())
         if not rest:
             raise ValueError("nothing is searched; allowed: a trial key or more")
@@ -266,8 +262,8 @@ class _Space:
             waiting = {dimension.key for dimension in rest}
             ready = [d for d in rest if not d.when or not waiting.intersection(names_of(d.when))]
             if not ready:
-                with at(rest[0].key, "when"):
-                    raise ValueError("waits for itself; allowed: conditions without a ring")
+                message = "depends on itself; allowed: conditions that form no circle"
+                raise wrong(message, rest[0].key, "when")
             ordered.append(ready[0])
             rest.remove(ready[0])
         return tuple(ordered)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Annotated, Any, TypeVar
 
 from pydantic import (
@@ -75,20 +74,10 @@ def validate(document: Document, adapter: TypeAdapter[T]) -> T:
         raise _explained(document, problem, schema_of(adapter)) from None
 
 
-@contextmanager
-def at(*loc: str | int) -> Iterator[None]:
-    """For validators: what is wrong inside lies at `loc` of the value that is being checked."""
-    try:
-        yield
-    except ValidationError as problem:
-        lines: Any = [
-            {**error, "loc": (*loc, *error["loc"]), "ctx": error.get("ctx", {})}
-            for error in problem.errors(include_url=False)
-        ]
-        raise ValidationError.from_exception_data(problem.title, lines) from None
-    except ValueError as problem:
-        line: Any = {"type": "value_error", "loc": loc, "input": None, "ctx": {"error": problem}}
-        raise ValidationError.from_exception_data("", [line]) from None
+def wrong(message: str, *loc: str | int) -> ValidationError:
+    """For validators to raise: the message is about the part at `loc` of what they check."""
+    line: Any = {"type": "value_error", "loc": loc, "input": None, "ctx": {"error": message}}
+    return ValidationError.from_exception_data("", [line])
 
 
 def problem_with(adapter: TypeAdapter[Any], value: Any) -> str:

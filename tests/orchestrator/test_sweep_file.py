@@ -426,7 +426,7 @@ BAD = {
     "grid and space": (
         SEARCH + "    iterations: {values: [1, 2]}\ngrid: {iterations: [1, 2]}\n",
         "7:5",
-        ["search.space.iterations: stands under grid too"],
+        ["search.space.iterations: is under grid too"],
     ),
     "fixed and seeds": (HEAD + "fixed: {method: air, seed: 3}", "3:22", ["`seeds` varies it"]),
     # search
@@ -525,13 +525,13 @@ BAD = {
     "when of itself": (
         SEARCH + "    fusion_weight: {min: 0, max: 1, when: fusion_weight > 0}\n",
         "7:43",
-        ["waits for itself"],
+        ["depends on itself"],
     ),
     "when of each other": (
         SEARCH + "    fusion_weight: {min: 0, max: 1, when: iterations > 1}\n"
         "    iterations: {min: 1, max: 3, when: fusion_weight > 0}\n",
         "7:43",
-        ["waits for itself"],
+        ["depends on itself"],
     ),
     "pruning by nobody's rule": (PRUNING + "{rule: half, rungs: [1]}\n", "7:19", ["median"]),
     "pruning without rungs": (PRUNING + "{rule: median}\n", "7:12", ["`rungs` is missing"]),
@@ -784,8 +784,8 @@ def test_an_option_can_replace_a_dimension_and_make_a_missing_part(tmp_path):
         ("search.points=x", "search.points: 'x' is not allowed; allowed: a whole number >= 1"),
         ("search.point=3", "did you mean points?"),
         ("search.points.x=3", "holds no `key: value` lines"),
-        ("method=air", "stands under grid too"),
-        ("images_per_class=3", "stands under search.space too"),
+        ("method=air", "is under grid too"),
+        ("images_per_class=3", "is under search.space too"),
         ("seed=3", "`seeds` varies it"),
         ("name=a/b", "letters"),
         ("fusion_weight=[", "not YAML"),
