@@ -385,7 +385,7 @@ def _place(name: str | Outcome, store: str | Path | None) -> Place:
 
 def schema() -> dict[str, Any]:
     """The JSON schema of a sweep file."""
-    from orchestrator.schema import sweep_schema
+    from orchestrator.sweep_file import sweep_schema
 
     return sweep_schema()
 

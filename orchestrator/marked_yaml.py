@@ -46,18 +46,6 @@ class Document:
             value = value[step]
         return value
 
-    def mapping(self, keys: Keys) -> dict[str, Any]:
-        value = self.at(keys)
-        if not isinstance(value, dict):
-            raise self.error(keys, f"{shown(value)} is not allowed; allowed: `key: value` lines")
-        return value
-
-    def items(self, keys: Keys) -> list[Any]:
-        value = self.at(keys)
-        if not isinstance(value, list) or not value:
-            raise self.error(keys, f"{shown(value)} is not allowed; allowed: a list, not empty")
-        return value
-
     def put(self, keys: Keys, value: Any, place: str) -> None:
         """Write a value where a mapping is, or can be made; messages about it name `place`."""
         owner: Any = self.value

@@ -2,29 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from orchestrator.marked_yaml import Document, Keys, SpecError, choices, read
-from orchestrator.marked_yaml import shown as said
-from orchestrator.readers import LINE, NAME, leaf, mapping
+from pydantic import AfterValidator, BeforeValidator, Field, StrictBool, TypeAdapter
+from pydantic.dataclasses import dataclass as checked_dataclass
+
+from orchestrator.marked_yaml import SpecError, choices, read
+from orchestrator.validation import CONFIG, LINE, NAME, Number, Version, Whole, validate
 
 PAPERS = Path(__file__).with_name("papers")
 
 
-@dataclass(frozen=True, kw_only=True)
+def _list(value: Any) -> Any:
+    return value if isinstance(value, list | tuple) else [value]
+
+
+def _fraction(percent: float) -> float:
+    return percent / 100
+
+
+Count = Annotated[Whole, Field(ge=1)]
+Lines = Annotated[tuple[LINE, ...], Field(min_length=1), BeforeValidator(_list)]
+
+
+@checked_dataclass(frozen=True, kw_only=True, config=CONFIG)
 class PaperProtocol:
     """How a paper measured. None or empty: the file does not say, so nobody is held to it."""
 
-    backbone: tuple[str, ...]  # names of one and the same model
-    seeds: int
-    splits: int = 1
-    shots: int | None = None
-    class_seed: int | None = None
-    leaky_pool: tuple[str, ...] = ()  # datasets whose pool held test images
-    test_images: Mapping[str, int] = field(default_factory=dict)
+    backbone: Lines  # names of one and the same model
+    seeds: Count
+    splits: Count = 1
+    shots: Count | None = None
+    class_seed: Annotated[Whole, Field(ge=0)] | None = None
+    leaky_pool: Lines = ()  # datasets whose pool held test images
+    test_images: dict[str, Count] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,131 +100,109 @@ def find_paper(name_or_path: str) -> Paper:
     return read_paper(path)
 
 
+# ---------------------------------------------------------------- the file
+
+PERCENT = "0 to 100, in %"
+Percent = Annotated[
+    Number, Field(ge=0, le=100, json_schema_extra={"title": PERCENT}), AfterValidator(_fraction)
+]
+
+
+@checked_dataclass(frozen=True, kw_only=True, config=CONFIG)
+class _Accuracy:
+    value: Percent
+    verified: StrictBool | None = None
+    note: LINE = ""
+
+
+def _accuracy(value: Any) -> Any:
+    return value if isinstance(value, dict) else {"value": value}
+
+
+Paradigm = Literal["ul", "ssl", "trzsl"]
+Accuracies = dict[
+    str,
+    Annotated[_Accuracy, BeforeValidator(_accuracy, json_schema_input_type=Percent | _Accuracy)],
+]
+
+
+def _ends(value: Any) -> Any:
+    return value if isinstance(value, list) else [value, value]
+
+
+def _rising(ends: tuple[float, float]) -> tuple[float, float]:
+    if ends[0] > ends[1]:
+        raise ValueError("not from low to high; allowed: points, or [from, to]")
+    return ends
+
+
+Points = Annotated[Number, Field(ge=-100, le=100), AfterValidator(_fraction)]
+
+
+@checked_dataclass(frozen=True, kw_only=True, config=CONFIG)
+class _Gain:
+    method: LINE
+    over: LINE
+    modality: LINE
+    paradigm: Paradigm
+    datasets: Lines
+    points: Annotated[tuple[Points, Points], BeforeValidator(_ends), AfterValidator(_rising)]
+    verified: StrictBool | None = None
+    note: LINE = ""
+
+
+@checked_dataclass(frozen=True, kw_only=True, config=CONFIG)
+class _PaperFile:
+    version: Version
+    name: NAME
+    title: LINE | None = None
+    source: LINE
+    verified: StrictBool = True
+    protocol: PaperProtocol
+    accuracy: dict[str, dict[Paradigm, dict[str, Accuracies]]] = Field(default_factory=dict)
+    gains: Annotated[tuple[_Gain, ...], Field(min_length=1)] = ()
+
+
+_FILE = TypeAdapter(_PaperFile)
+
+
 def read_paper(path: Path) -> Paper:
     document = read(path)
     if document.value is None:
         raise SpecError(f"{path}: empty; a file of published numbers starts with `version: 1`")
-    found = mapping(document, (), _TOP, needed=("version", "name", "source", "protocol"))
-    verified = found.get("verified", True)
-    cells = tuple(_cells(document, verified)) if "accuracy" in found else ()
-    gains = tuple(_gains(document, verified)) if "gains" in found else ()
-    if not cells and not gains:
+    file = validate(document, _FILE)
+    if not file.accuracy and not file.gains:
         raise document.error((), "no number: `accuracy` or `gains` is needed")
     return Paper(
-        name=found["name"],
-        title=found.get("title", found["name"]),
-        source=found["source"],
-        protocol=found["protocol"],
-        cells=cells,
-        gains=gains,
+        name=file.name,
+        title=file.title or file.name,
+        source=file.source,
+        protocol=file.protocol,
+        cells=tuple(_cells(file)),
+        gains=tuple(_gains(file)),
     )
 
 
-_LINE = leaf(LINE)
-_COUNT = leaf(int, (("ge", 1),))
-_PARADIGM: Any = Literal["ul", "ssl", "trzsl"]
-
-
-def _version(document: Document, keys: Keys) -> int:
-    value = document.at(keys)
-    if value != 1 or isinstance(value, bool):
-        raise document.error(keys, f"{said(value)} is not allowed; allowed: 1")
-    return 1
-
-
-def _lines(document: Document, keys: Keys) -> tuple[str, ...]:
-    if not isinstance(document.at(keys), list):
-        return (_LINE(document, keys),)
-    return tuple(_LINE(document, (*keys, i)) for i in range(len(document.items(keys))))
-
-
-def _counts(document: Document, keys: Keys) -> dict[str, int]:
-    return {name: _COUNT(document, (*keys, name)) for name in document.mapping(keys)}
-
-
-def _protocol(document: Document, keys: Keys) -> PaperProtocol:
-    readers = {
-        "backbone": _lines,
-        "seeds": _COUNT,
-        "splits": _COUNT,
-        "shots": _COUNT,
-        "class_seed": leaf(int, (("ge", 0),)),
-        "leaky_pool": _lines,
-        "test_images": _counts,
-    }
-    return PaperProtocol(**mapping(document, keys, readers, needed=("backbone", "seeds")))
-
-
-_TOP = {
-    "version": _version,
-    "name": leaf(NAME),
-    "title": _LINE,
-    "source": _LINE,
-    "verified": leaf(bool),
-    "protocol": _protocol,
-    "accuracy": lambda document, keys: document.mapping(keys),
-    "gains": lambda document, keys: document.items(keys),
-}
-
-
-def _percent(document: Document, keys: Keys) -> float:
-    """A number in percent, as a fraction."""
-    value = document.at(keys)
-    right = isinstance(value, int | float) and not isinstance(value, bool)
-    if not right or not 0 <= value <= 100:
-        raise document.error(keys, f"{said(value)} is not allowed; allowed: 0 to 100, in %")
-    return float(value) / 100
-
-
-def _cells(document: Document, verified: bool) -> Iterator[Published]:
-    """accuracy: {modality: {paradigm: {method: {dataset: number, or value and what is known}}}}"""
-    top: Keys = ("accuracy",)
-    for modality in document.mapping(top):
-        for paradigm in document.mapping((*top, modality)):
-            at = (*top, modality, paradigm)
-            if paradigm not in get_args(_PARADIGM):
-                allowed = choices(paradigm, get_args(_PARADIGM))
-                raise document.key_error(at, f"unknown paradigm; {allowed}")
-            for method in document.mapping(at):
-                for dataset in document.mapping((*at, method)):
-                    here = (*at, method, dataset)
+def _cells(file: _PaperFile) -> Iterator[Published]:
+    for modality, paradigms in file.accuracy.items():
+        for paradigm, methods in paradigms.items():
+            for method, datasets in methods.items():
+                for dataset, found in datasets.items():
                     yield Published(
                         dataset=dataset,
                         paradigm=paradigm,
                         modality=modality,
                         method=method,
-                        **({"verified": verified} | _number(document, here)),
+                        value=found.value,
+                        verified=file.verified if found.verified is None else found.verified,
+                        note=found.note,
                     )
 
 
-def _number(document: Document, keys: Keys) -> dict[str, Any]:
-    if not isinstance(document.at(keys), dict):
-        return {"value": _percent(document, keys)}
-    readers = {"value": _percent, "verified": leaf(bool), "note": _LINE}
-    return mapping(document, keys, readers, needed=("value",))
-
-
-def _gains(document: Document, verified: bool) -> Iterator[PublishedGain]:
-    readers = {
-        **dict.fromkeys(("method", "over", "modality"), _LINE),
-        "paradigm": leaf(_PARADIGM),
-        "datasets": _lines,
-        "points": _points,
-        "verified": leaf(bool),
-        "note": _LINE,
-    }
-    needed = ("method", "over", "modality", "paradigm", "datasets", "points")
-    for i in range(len(document.items(("gains",)))):
-        found = mapping(document, ("gains", i), readers, needed)
-        low, high = found.pop("points")
-        yield PublishedGain(**({"verified": verified} | found), low=low, high=high)
-
-
-def _points(document: Document, keys: Keys) -> tuple[float, float]:
-    """One number of points, or [from, to]."""
-    value = document.at(keys)
-    ends = value if isinstance(value, list) else [value, value]
-    numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in ends)
-    if len(ends) != 2 or not numbers or not -100 <= ends[0] <= ends[1] <= 100:
-        raise document.error(keys, f"{said(value)} is not allowed; allowed: points, or [from, to]")
-    return ends[0] / 100, ends[1] / 100
+def _gains(file: _PaperFile) -> Iterator[PublishedGain]:
+    for gain in file.gains:
+        found = {name: value for name, value in vars(gain).items() if name != "points"}
+        if gain.verified is None:
+            found["verified"] = file.verified
+        low, high = gain.points
+        yield PublishedGain(**found, low=low, high=high)

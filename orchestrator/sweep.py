@@ -10,82 +10,138 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass as plain_dataclass
+from dataclasses import field, replace
 from functools import cache
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
+from urllib.parse import parse_qs, urlsplit
+
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
+from pydantic.dataclasses import dataclass
 
 from air_core.flat import from_flat, trial_keys
 from air_core.normal import normalised
-from air_core.specs import knob
 from orchestrator import presets
 from orchestrator.expressions import compile_when, names_of
 from orchestrator.keys import digest
 from orchestrator.marked_yaml import SpecError
+from orchestrator.trial_values import Dimension as Dimension
+from orchestrator.trial_values import Space
+from orchestrator.validation import CONFIG, LINE, Number, Whole, setting, wrong
+
+JOURNAL = "journal"
+POSTGRES = "postgresql://"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Dimension:
-    """One searched key: values, or a range with both ends in it."""
+def without_password(remedy: str) -> AfterValidator:
+    """Refuse a URI with a password, without repeating it."""
 
-    key: str
-    values: tuple[Any, ...] | None = None
-    min: float | None = None  # an int where the key takes whole numbers
-    max: float | None = None
-    log: bool = False
-    when: str | None = None  # drawn only where this holds (orchestrator.expressions)
+    def check(uri: str) -> str:
+        try:
+            parts = urlsplit(uri)
+            secret = parts.password is not None or "password" in parse_qs(parts.query)
+        except ValueError:
+            raise ValueError("is not an address; allowed: scheme://user@host/...") from None
+        if secret:
+            raise ValueError(f"has a password, and a sweep file is kept and shown; {remedy}")
+        return uri
+
+    return AfterValidator(check)
 
 
-@dataclass(frozen=True, kw_only=True)
+def _storage(where: str) -> str:
+    if where != JOURNAL and not where.startswith(POSTGRES):
+        raise ValueError(
+            f"is not a storage of studies; allowed: {JOURNAL}, {POSTGRES}user@host/database"
+        )
+    return where
+
+
+def _rising(rungs: tuple[int, ...]) -> tuple[int, ...]:
+    for i, (before, rung) in enumerate(itertools.pairwise(rungs), 1):
+        if rung <= before:
+            raise wrong(f"{rung} does not come after {before}; allowed: more", i)
+    return rungs
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Pruning:
     """Points of a round that stop early, since others of it promise more (`pruning.py`)."""
 
-    rule: Literal["halving", "median"] = field(
-        metadata={"help": "halving: the better part of a round; median: those above it so far"}
+    rule: Literal["halving", "median"] = Field(
+        description="halving: the better part of a round; median: those above it so far"
     )
-    rungs: tuple[int, ...] = field(
-        metadata={"help": "iterations after which points are compared, rising"}
-    )
-    keep: float = knob(0.5, "halving: share of a round's points that go on", gt=0, lt=1)
+    rungs: Annotated[
+        tuple[Annotated[Whole, Field(ge=1)], ...], Field(min_length=1), AfterValidator(_rising)
+    ] = Field(description="iterations after which points are compared, rising")
+    keep: Number = setting(0.5, "halving: share of a round's points that go on", gt=0, lt=1)
 
 
-JOURNAL = "journal"
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Search:
     """What is searched in each cell, and how."""
 
-    sampler: Literal["tpe", "random", "grid"] = knob(
+    sampler: Literal["tpe", "random", "grid"] = setting(
         "tpe", "tpe: Optuna's; random; grid: every combination of values"
     )
-    seed: int = knob(0, "of the sampler", ge=0)
-    objective: Literal["mutual_information", "validation_accuracy"] = knob(
+    seed: Whole = setting(0, "of the sampler", ge=0)
+    objective: Literal["mutual_information", "validation_accuracy"] = setting(
         "mutual_information", "what is maximised; mutual_information needs no label"
     )
-    points: int = field(
-        metadata={"help": "a total per cell, also after resumes", "limits": {"ge": 1}}
-    )
-    width: int = knob(4, "points asked per round", ge=1)
-    patience: int | None = knob(None, "points without a better one that end a cell", ge=1)
-    pruning: Pruning | None = knob(None, "points that stop early; null: none")
-    storage: str = knob(
+    points: Whole = Field(description="a total per cell, also after resumes", ge=1)
+    width: Whole = setting(4, "points asked per round", ge=1)
+    patience: Whole | None = setting(None, "points without a better one that end a cell", ge=1)
+    pruning: Pruning | None = setting(None, "points that stop early; null: none")
+    storage: Annotated[
+        LINE,
+        AfterValidator(_storage),
+        without_password("set PGPASSWORD, or write ~/.pgpass"),
+        WithJsonSchema({"type": "string", "pattern": f"^({JOURNAL}|{POSTGRES}.+)$"}),
+    ] = setting(
         JOURNAL,
         "of the studies: a file of the sweep, or postgresql://user@host/database (docs/team.md)",
     )
     # One whose `when` names another comes after it.
-    space: tuple[Dimension, ...] = field(metadata={"help": "keys that are searched"})
+    space: Space = Field(description="keys that are searched")
 
     @property
     def rungs(self) -> tuple[int, ...]:
         return self.pruning.rungs if self.pruning else ()
 
 
-@dataclass(frozen=True, kw_only=True)
+def _entry(entry: Any) -> Any:
+    return entry if isinstance(entry, list | tuple) else [entry]
+
+
+SeedNumber = Annotated[Whole, Field(ge=0)]
+SeedEntry = Annotated[
+    tuple[SeedNumber, ...],
+    BeforeValidator(_entry, json_schema_input_type=SeedNumber | list[SeedNumber]),
+]
+SeedEntries = Annotated[
+    tuple[SeedEntry, ...], Field(min_length=1, json_schema_extra={"uniqueItems": True})
+]
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Seeds:
     """Each point runs once per entry of `values`; an entry has a number for each varied key."""
 
-    values: tuple[tuple[int, ...], ...] = ((1,), (2,), (3,))
-    vary: tuple[str, ...] = ("seed",)
+    values: SeedEntries
+    vary: Annotated[
+        tuple[Literal["seed", "split_seed"], ...],
+        Field(min_length=1, json_schema_extra={"uniqueItems": True}),
+    ] = setting(("seed",), "what a number of `values` is for: a list there gives each its own")
+
+    def __post_init__(self) -> None:
+        if len(set(self.vary)) < len(self.vary):
+            raise wrong(f"{self.vary[0]} is listed twice; allowed: once", "vary")
+        for i, entry in enumerate(self.values):
+            if len(entry) != len(self.vary):
+                numbers = ", ".join(["a number"] * len(self.vary))
+                raise wrong(f"{[*entry]} is not allowed; allowed: [{numbers}]", "values", i)
+            if entry in self.values[:i]:
+                raise wrong("the same seeds are listed twice; allowed: once", "values", i)
 
     def assignments(self) -> tuple[dict[str, int], ...]:
         """The settings of each run of a point.
@@ -96,15 +152,48 @@ class Seeds:
         return tuple(dict(zip(self.vary, value, strict=True)) for value in self.values)
 
 
-@dataclass(frozen=True, kw_only=True)
+THREE_SEEDS = Seeds(values=((1,), (2,), (3,)))
+
+
+def _seconds(value: Any) -> Any:
+    units = {"s": 1, "m": 60, "h": 3600}
+    match = isinstance(value, str) and re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smh])", value)
+    return float(match[1]) * units[match[2]] if match else value
+
+
+Seconds = Annotated[
+    Number,
+    Field(gt=0),
+    BeforeValidator(_seconds),
+    WithJsonSchema(
+        {
+            "title": "90s, 30m, 12h, or seconds > 0",
+            "anyOf": [
+                {"type": "string", "pattern": r"^[0-9]{1,9}(\.[0-9]{1,9})?[smh]$"},
+                {"type": "number", "exclusiveMinimum": 0},
+            ],
+        }
+    ),
+]
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Budget:
     """Where a run stops, to go on another day."""
 
-    gpu_hours: float | None = knob(None, "of all devices together, in one run", gt=0)
-    wall: float | None = knob(None, "by the clock, in one run: 90s, 30m, 12h, or seconds", gt=0)
+    gpu_hours: Number | None = setting(None, "of all devices together, in one run", gt=0)
+    wall: Seconds | None = setting(None, "by the clock, in one run")
 
 
-Custom = Mapping[str, float]  # what machines have beside cores and devices, by name
+def _custom(found: Mapping[str, float]) -> Mapping[str, float]:
+    for name in found:
+        if name in ("CPU", "GPU", "cpu", "gpu", "memory", "object_store_memory"):
+            raise wrong("is not a custom resource; allowed: `cpu` and `gpu` beside it", name)
+    return found
+
+
+# What machines have beside cores and devices, by name.
+Custom = Annotated[dict[str, Annotated[Number, Field(gt=0)]], AfterValidator(_custom)]
 CUSTOM = "of each, beside them: what nodes were given by `ray start --resources`"
 
 
@@ -118,24 +207,28 @@ class Want(Protocol):
     def gpu(self) -> float: ...
 
     @property
-    def custom(self) -> Custom: ...
+    def custom(self) -> Mapping[str, float]: ...
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
 class TrialResources:
-    cpu: float = knob(1.0, "cores of one trial", ge=0)
-    gpu: float = knob(0.0, "devices of one trial, or a share of one", ge=0)
-    custom: Custom = field(default_factory=dict, metadata={"help": CUSTOM})
-    timeout: float | None = knob(None, "that one trial may take: 90s, 30m, 12h, or seconds", gt=0)
+    """What one trial asks for."""
+
+    cpu: Number = setting(1.0, "cores of one trial", ge=0)
+    gpu: Number = setting(0.0, "devices of one trial, or a share of one", ge=0)
+    custom: Custom = Field(default_factory=dict, description=CUSTOM)
+    timeout: Seconds | None = setting(None, "that one trial may take")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
 class GeneratorResources:
-    cpu: float = knob(1.0, "cores of one actor that draws images", ge=0)
-    gpu: float = knob(0.0, "devices of one actor", ge=0)
-    custom: Custom = field(default_factory=dict, metadata={"help": CUSTOM})
-    actors: int | None = knob(None, "null: as many as fit", ge=1)
-    reserve: int | None = knob(
+    """What one actor asks for that trains a LoRA or draws images, and how many there are."""
+
+    cpu: Number = setting(1.0, "cores of one actor that draws images", ge=0)
+    gpu: Number = setting(0.0, "devices of one actor", ge=0)
+    custom: Custom = Field(default_factory=dict, description=CUSTOM)
+    actors: Whole | None = setting(None, "null: as many as fit", ge=1)
+    reserve: Whole | None = setting(
         None, "actors that draw for later cells while trials run; null: one of eight", ge=0
     )
 
@@ -143,25 +236,23 @@ class GeneratorResources:
 ENCODER_BATCH = 256
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
 class EncoderResources:
     """CLIP over a dataset, and first pseudo-labels. Asks for what a trial does, unless told."""
 
-    cpu: float | None = knob(None, "cores of one encoder; null: as a trial", ge=0)
-    gpu: float | None = knob(None, "devices, or a share of one; null: as a trial", ge=0)
-    batch: int = knob(ENCODER_BATCH, "images at a time through CLIP", ge=1)
+    cpu: Number | None = setting(None, "cores of one encoder; null: as a trial", ge=0)
+    gpu: Number | None = setting(None, "devices, or a share of one; null: as a trial", ge=0)
+    batch: Whole = setting(ENCODER_BATCH, "images at a time through CLIP", ge=1)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Resources:
     """What runs ask of the cluster. Enters no key."""
 
     trial: TrialResources = TrialResources()
     generator: GeneratorResources = GeneratorResources()
     encoder: EncoderResources = EncoderResources()
-    wait: float | None = knob(
-        None, "for machines that an autoscaler brings: 90s, 30m, 12h, or seconds; null: none", gt=0
-    )
+    wait: Seconds | None = setting(None, "for machines that an autoscaler brings; null: none")
 
     @property
     def encoding(self) -> TrialResources:
@@ -183,7 +274,7 @@ class Resources:
         return self.encoding
 
 
-@dataclass(frozen=True, kw_only=True)
+@plain_dataclass(frozen=True, kw_only=True)
 class SweepSpec:
     """A sweep file, checked."""
 
@@ -194,9 +285,9 @@ class SweepSpec:
     exclude: tuple[dict[str, Any], ...] = ()
     fixed: dict[str, Any] = field(default_factory=dict)
     search: Search | None = None
-    seeds: Seeds = Seeds()
-    budget: Budget = Budget()
-    resources: Resources = Resources()
+    seeds: Seeds = THREE_SEEDS
+    budget: Budget = field(default_factory=Budget)
+    resources: Resources = field(default_factory=Resources)
     project: str | None = None
     tracking_uri: str | None = None
     data_root: str | None = None
@@ -213,7 +304,7 @@ class SweepSpec:
         return self.search.space if self.search else ()
 
 
-@dataclass(frozen=True, kw_only=True)
+@plain_dataclass(frozen=True, kw_only=True)
 class Cell:
     """One combination of the grid. It has a study of its own."""
 

@@ -6,77 +6,122 @@ resolved, and nothing is known of Ray, Optuna or a store.
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
-from urllib.parse import parse_qs, urlsplit
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, TypeAdapter
+from pydantic.dataclasses import dataclass
 
 from orchestrator import presets
-from orchestrator.expressions import compile_when, constants_of, names_of
 from orchestrator.marked_yaml import Document, Keys, SpecError, choices, parse, read, shown
-from orchestrator.readers import (
-    LINE,
-    NAME,
-    TRIAL_KEYS,
-    Reader,
-    allowed_keys,
-    leaf,
-    mapping,
-    section,
-    trial_keys_at,
-    trial_number,
-    trial_value,
-)
 from orchestrator.redact import password_at
 from orchestrator.sweep import (
-    JOURNAL,
+    THREE_SEEDS,
     Budget,
-    Cell,
-    Dimension,
-    EncoderResources,
-    GeneratorResources,
-    Pruning,
     Resources,
     Search,
+    SeedEntries,
     Seeds,
     SweepSpec,
-    TrialResources,
-    cells_of,
     combinations,
-    notes_of,
+    without_password,
 )
 from orchestrator.sweep_lint import lint
-
-__all__ = [
-    "Budget",
-    "Cell",
-    "Dimension",
-    "GeneratorResources",
-    "Resources",
-    "Search",
-    "Seeds",
-    "SpecError",
-    "SweepSpec",
-    "TrialResources",
-    "cells_of",
-    "find_sweep",
-    "load_sweep",
-    "notes_of",
-]
-
-POSTGRES = "postgresql://"
-
-# A LoRA and its images are made from these. To search one would mean new images for every point:
-# GPU-hours. A grid has them prepared once.
-IMAGES_DEPEND_ON = (
-    *("dataset", "backbone", "precision", "paradigm", "shots", "class_seed"),
-    *("pool", "pool_size", "pool_ratio", "pool_missing", "leaky_pool"),
-    *("initial_labels", "lora", "generator", "generation"),
+from orchestrator.trial_values import (
+    TRIAL_NAMES,
+    Axes,
+    Settings,
+    value_type,
 )
+from orchestrator.validation import (
+    CONFIG,
+    LINE,
+    NAME,
+    Schema,
+    Version,
+    key_choices,
+    schema_of,
+    setting,
+    validate,
+)
+
+# ---------------------------------------------------------------- the file
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class Tracking:
+    uri: Annotated[
+        LINE, without_password("set MLFLOW_TRACKING_PASSWORD, or write ~/.mlflow/credentials")
+    ] = setting(None, "http(s)://..., sqlite:///..., jsonl:..., none")
+
+
+Excluded = Annotated[Settings, Field(min_length=1, json_schema_extra={"minProperties": 1})]
+
+
+def _seeds(seeds: Any) -> Any:
+    """A list is `values`; a plain number there is for each of the varied keys."""
+    found = {"values": seeds} if isinstance(seeds, list) else seeds
+    if not isinstance(found, dict) or not isinstance(found.get("values"), list):
+        return found
+    vary = found.get("vary")
+    width = len(vary) if isinstance(vary, list) else 1
+    values = [one if isinstance(one, list) else [one] * width for one in found["values"]]
+    return {**found, "values": values}
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class SweepFile:
+    """One question: a grid of settings, a search in each cell, seeds."""
+
+    version: Version = Field(description="of this form of file")
+    name: NAME = Field(description="of the sweep, in the store and in every command")
+    grid: Axes = Field(
+        default_factory=dict,
+        description="every combination is a cell; the first key varies slowest",
+    )
+    exclude: Annotated[tuple[Excluded, ...], Field(min_length=1)] = setting(
+        (), "combinations of the grid that are left out: keys with a value each"
+    )
+    fixed: Settings = Field(
+        default_factory=dict,
+        description="the same for every cell; a method's pinned keys stay as they are",
+    )
+    search: Search = setting(None, "an Optuna study in each cell; without it a cell is one point")
+    seeds: Annotated[
+        Seeds,
+        BeforeValidator(_seeds, json_schema_input_type=SeedEntries | Seeds),
+        Field(json_schema_extra={"title": "a list such as [1, 2, 3], or vary and values"}),
+    ] = setting(THREE_SEEDS, "each point runs once for each; the default is [1, 2, 3]")
+    budget: Budget = setting(
+        Budget(), "a run stops before what comes next would cost more; the next run goes on"
+    )
+    resources: Resources = setting(Resources(), "what runs ask of the machines; changes no result")
+    project: NAME = setting(
+        None, "the experiment is air/<project>; default: AIRSWEEP_PROJECT, else default"
+    )
+    tracking: Tracking = setting(Tracking(), "where MLflow's runs go (docs/tracking.md)")
+    data_root: LINE = setting(None, "folder of real datasets; changes no result")
+
+
+FILE = TypeAdapter(SweepFile)
+
+
+def sweep_schema() -> Schema:
+    """The JSON schema of a sweep file, for editors: draft 7, which they know best.
+
+    It knows keys, types, limits and words. What a file cannot mean (`sweep_lint`, pinned keys,
+    twice the same value) only `airsweep validate` finds.
+    """
+    with_method = [
+        {"required": [part], "properties": {part: {"required": ["method"]}}}
+        for part in ("grid", "fixed")
+    ]
+    head: Schema = {"$schema": "http://json-schema.org/draft-07/schema#"}
+    return {**head, **schema_of(FILE), "title": "airsweep sweep file", "anyOf": with_method}
 
 
 def load_sweep(path: Path, *, sets: Sequence[str] = (), only: Sequence[str] = ()) -> SweepSpec:
@@ -99,10 +144,9 @@ def checked(document: Document, sets: Sequence[str] = (), only: Sequence[str] = 
     if document.value is None:
         raise SpecError(f"{document.source}: empty; a sweep file starts with `version: 1`")
     _holds_no_password(document, sets)
-    document.mapping(())
     for option in sets:
         _set(document, option)
-    spec = _spec(document)
+    spec = _spec(document, validate(document, FILE))
     lint(document, spec)
     return _only(spec, only)
 
@@ -149,10 +193,13 @@ def _set(document: Document, option: str) -> None:
         raise SpecError(f"{place}: allowed: KEY=VALUE")
     value = parse(text, place).value
     head, _, rest = name.partition(".")
-    if name == "method" or name in TRIAL_KEYS:
+    parts = SweepFile.__dataclass_fields__
+    if name in TRIAL_NAMES:
         keys: Keys = ("fixed", name)
-    elif head not in TOP:
-        raise SpecError(f"{place}: unknown key {name!r}; {allowed_keys(name, TOP)}")
+    elif head not in parts:
+        raise SpecError(
+            f"{place}: unknown key {name!r}; {key_choices(name, [*parts, *TRIAL_NAMES])}"
+        )
     elif name.startswith("search.space."):
         keys = ("search", "space", name.removeprefix("search.space."))
     elif rest:
@@ -175,7 +222,7 @@ def only_values(spec: SweepSpec, only: Sequence[str]) -> dict[str, list[Any]]:
         if key not in spec.grid:
             raise SpecError(f"{place}: {key!r} is no key of the grid; {choices(key, spec.grid)}")
         for wanted in parse(f"[{text}]", place).value:
-            value = trial_value(key)(Document(source=place, value=wanted), ())
+            value = validate(Document(source=place, value=wanted), value_type(key))
             if value not in spec.grid[key]:
                 allowed = choices(value, spec.grid[key])
                 raise SpecError(f"{place}: {shown(value)} is not in grid.{key}; {allowed}")
@@ -197,28 +244,19 @@ def _only(spec: SweepSpec, only: Sequence[str]) -> SweepSpec:
     return smaller
 
 
-# ---------------------------------------------------------------- the file, part by part
-
-
-def _spec(document: Document) -> SweepSpec:
-    found = mapping(document, (), TOP, needed=("version", "name"))
-    for key in ("grid", "fixed"):
-        found.setdefault(key, {})
-    if "method" not in {**found["grid"], **found["fixed"]}:
+def _spec(document: Document, file: SweepFile) -> SweepSpec:
+    if "method" not in {**file.grid, **file.fixed}:
         raise document.error(
             (), f"`method` is needed, under grid or fixed; allowed: {', '.join(presets.METHODS)}"
         )
-    found["tracking_uri"] = found.pop("tracking", {}).get("uri")
+    parts = {name: value for name, value in vars(file).items() if name != "tracking"}
     return SweepSpec(
-        **found, question=_header(document.text), source=document.source, text=document.text
+        **parts,
+        tracking_uri=file.tracking.uri,
+        question=_header(document.text),
+        source=document.source,
+        text=document.text,
     )
-
-
-def _version(document: Document, keys: Keys) -> int:
-    value = document.at(keys)
-    if value != 1 or isinstance(value, bool):
-        raise document.error(keys, f"{shown(value)} is not allowed; allowed: 1")
-    return 1
 
 
 MODELINE = re.compile(r"#\s*yaml-language-server:")  # for editors, no part of the question
@@ -233,272 +271,3 @@ def _header(text: str) -> str:
             continue
         lines.append(line[1:].removeprefix(" ").rstrip())
     return "\n".join(lines).strip()
-
-
-def _grid(document: Document, keys: Keys) -> dict[str, tuple[Any, ...]]:
-    names = trial_keys_at(document, keys)
-    return {name: _axis(document, (*keys, name), name) for name in names}
-
-
-def _fixed(document: Document, keys: Keys) -> dict[str, Any]:
-    names = trial_keys_at(document, keys)
-    return {name: trial_value(name)(document, (*keys, name)) for name in names}
-
-
-def _axis(document: Document, keys: Keys, name: str) -> tuple[Any, ...]:
-    """Two or more different values of a trial key."""
-    values: dict[Any, None] = {}
-    for i in range(len(document.items(keys))):
-        value = trial_value(name)(document, (*keys, i))
-        if value in values:
-            raise document.error((*keys, i), f"{shown(value)} stands here twice; allowed: once")
-        values[value] = None
-    if len(values) == 1:
-        raise document.error(
-            keys, f"one value is no axis; allowed: two or more, or `{name}` under fixed"
-        )
-    return tuple(values)
-
-
-def _exclude(document: Document, keys: Keys) -> tuple[dict[str, Any], ...]:
-    grid = _grid(document, ("grid",)) if "grid" in document.value else {}
-    entries = []
-    for i in range(len(document.items(keys))):
-        here = (*keys, i)
-        readers = {name: trial_value(name) for name in grid}
-        entry = mapping(document, here, readers)
-        for name, value in entry.items():
-            if value not in grid[name]:
-                allowed = choices(value, grid[name])
-                raise document.error((*here, name), f"{shown(value)} is not in the grid; {allowed}")
-        if not entry:
-            raise document.error(
-                here, "excludes everything; allowed: a key of the grid and a value"
-            )
-        entries.append(entry)
-    return tuple(entries)
-
-
-def _space(document: Document, keys: Keys) -> tuple[Dimension, ...]:
-    names = trial_keys_at(document, keys)
-    if not names:
-        raise document.error(keys, "nothing is searched; allowed: a trial key or more")
-    rest = [_dimension(document, (*keys, name), name) for name in names]
-    ordered: list[Dimension] = []
-    while rest:
-        waiting = {dimension.key for dimension in rest}
-        ready = [d for d in rest if not d.when or not waiting.intersection(names_of(d.when))]
-        if not ready:
-            raise document.error(
-                (*keys, rest[0].key, "when"), "waits for itself; allowed: conditions without a ring"
-            )
-        ordered.append(ready[0])
-        rest.remove(ready[0])
-    return tuple(ordered)
-
-
-def _pruning(document: Document, keys: Keys) -> Pruning | None:
-    if document.at(keys) is None:
-        return None
-    found: Pruning = section(Pruning, rungs=_rungs)(document, keys)
-    if found.rule != "halving" and "keep" in document.mapping(keys):
-        raise document.key_error(
-            (*keys, "keep"), f"unused: {found.rule} asks for no share; allowed: with rule: halving"
-        )
-    return found
-
-
-def _storage(document: Document, keys: Keys) -> str:
-    where: str = leaf(LINE)(document, keys)
-    if where == JOURNAL:
-        return where
-    if not where.startswith(POSTGRES):
-        raise document.error(
-            keys, f"no storage of studies; allowed: {JOURNAL}, {POSTGRES}user@host/database"
-        )
-    _no_password(document, keys, where, "set PGPASSWORD, or write ~/.pgpass")
-    return where
-
-
-def _tracking_uri(document: Document, keys: Keys) -> str:
-    uri: str = leaf(LINE)(document, keys)
-    remedy = "set MLFLOW_TRACKING_PASSWORD, or write ~/.mlflow/credentials"
-    _no_password(document, keys, uri, remedy)
-    return uri
-
-
-def _no_password(document: Document, keys: Keys, uri: str, remedy: str) -> None:
-    """Refuse a URI with a password, without repeating it."""
-    try:
-        parts = urlsplit(uri)
-        secret = parts.password is not None or "password" in parse_qs(parts.query)
-    except ValueError:
-        raise document.error(keys, "no address; allowed: scheme://user@host/...") from None
-    if secret:
-        raise document.error(
-            keys, f"has a password, and a sweep file is kept and shown; allowed: none: {remedy}"
-        )
-
-
-def _rungs(document: Document, keys: Keys) -> tuple[int, ...]:
-    whole = leaf(int, (("ge", 1),))
-    rungs = tuple(whole(document, (*keys, i)) for i in range(len(document.items(keys))))
-    if not rungs:
-        raise document.error(keys, "nothing is compared; allowed: an iteration or more")
-    for i, (before, rung) in enumerate(itertools.pairwise(rungs), 1):
-        if rung <= before:
-            raise document.error((*keys, i), f"{rung} does not come after {before}; allowed: more")
-    return rungs
-
-
-def _dimension(document: Document, keys: Keys, name: str) -> Dimension:
-    _may_be_searched(document, keys, name)
-    bound = trial_number(name) or _no_range
-    found = mapping(
-        document,
-        keys,
-        {
-            "values": lambda document, keys: _axis(document, keys, name),
-            **{"min": bound, "max": bound, "log": leaf(bool), "when": _when},
-        },
-    )
-    low, high = found.get("min"), found.get("max")
-    if "values" in found and {"min", "max", "log"} & found.keys():
-        raise document.key_error(keys, "has values and a range; allowed: `values`, or `min`, `max`")
-    if "values" not in found:
-        if low is None or high is None:
-            raise document.key_error(keys, "allowed: `values`, or both `min` and `max`")
-        if low >= high:
-            raise document.error((*keys, "max"), f"{high} is not above min; allowed: > {low}")
-        if found.get("log") and low <= 0:
-            raise document.error((*keys, "min"), f"{low} has no logarithm; allowed with log: > 0")
-    return Dimension(key=name, **found)
-
-
-def _may_be_searched(document: Document, keys: Keys, name: str) -> None:
-    problem = may_be_searched(name)
-    if problem is not None:
-        raise document.key_error(keys, problem)
-
-
-def may_be_searched(name: str) -> str | None:
-    """Why a trial key cannot be searched, with what to do instead; None: it can."""
-    if name in ("seed", "split_seed"):
-        return "a seed is not searched; allowed: its values under `seeds`"
-    if name.partition(".")[0] in IMAGES_DEPEND_ON:
-        return f"`{name}` changes the images: put its values under `grid`, or fix it"
-    if name in ("method", "modality", "test_dataset"):
-        return f"`{name}` names the cell: put its values under `grid`, or fix it"
-    return None
-
-
-def _no_range(document: Document, keys: Keys) -> Any:
-    raise document.key_error(keys, f"{keys[-2]} is no number; allowed: `values: [...]`")
-
-
-# A value of each key, to see whether a comparison has a sense.
-TYPICAL = {
-    **{name: 1 if key.default is None else key.default for name, key in TRIAL_KEYS.items()},
-    **presets.OUTSIDE,
-}
-
-
-def _when(document: Document, keys: Keys) -> str:
-    text = leaf(str)(document, keys)
-    try:
-        names = names_of(text)
-        for name in names:
-            if name not in TRIAL_KEYS:
-                raise ValueError(f"unknown key {name!r}; {allowed_keys(name)}")
-        for name, constant in constants_of(text):
-            trial_value(name)(Document(source=name, value=constant), ())
-        compile_when(text)(TYPICAL)
-    except TypeError as error:
-        raise document.error(keys, f"compares what has no order: {error}") from None
-    except ValueError as error:
-        raise document.error(keys, str(error)) from None
-    return str(text)
-
-
-def _seeds(document: Document, keys: Keys) -> Seeds:
-    if isinstance(document.at(keys), list):
-        return Seeds(values=_seed_values(document, keys, 1))
-    if not isinstance(document.at(keys), dict):
-        said = f"{shown(document.at(keys))} is not allowed; allowed: a list such as [1, 2, 3]"
-        raise document.error(keys, f"{said}, or vary and values")
-    found = mapping(document, keys, {"vary": _vary, "values": lambda *_: None}, needed=("values",))
-    vary = found.get("vary", Seeds.vary)
-    return Seeds(values=_seed_values(document, (*keys, "values"), len(vary)), vary=vary)
-
-
-def _vary(document: Document, keys: Keys) -> tuple[str, ...]:
-    allowed: Any = Literal["seed", "split_seed"]
-    vary = [leaf(allowed)(document, (*keys, i)) for i in range(len(document.items(keys)))]
-    if len(set(vary)) < len(vary):
-        raise document.error(keys, f"{vary[0]} stands here twice; allowed: once")
-    return tuple(vary)
-
-
-def _seed_values(document: Document, keys: Keys, width: int) -> tuple[tuple[int, ...], ...]:
-    whole = leaf(int, (("ge", 0),))
-    numbers = ", ".join(["a number"] * width)
-    values: dict[tuple[int, ...], None] = {}
-    for i, item in enumerate(document.items(keys)):
-        here = (*keys, i)
-        if isinstance(item, list) and len(item) != width:
-            raise document.error(here, f"{shown(item)} is not allowed; allowed: [{numbers}]")
-        if isinstance(item, list):
-            value = tuple(whole(document, (*here, j)) for j in range(width))
-        else:
-            value = (whole(document, here),) * width
-        if value in values:
-            raise document.error(here, f"{shown(item)} stands here twice; allowed: once")
-        values[value] = None
-    return tuple(values)
-
-
-def _seconds(document: Document, keys: Keys) -> float | None:
-    value = document.at(keys)
-    units = {"s": 1, "m": 60, "h": 3600}
-    if isinstance(value, str):
-        match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smh])", value)
-        if not match or float(match[1]) == 0:
-            raise document.error(
-                keys, f"{shown(value)} is not allowed; allowed: 90s, 30m, 12h, or seconds > 0"
-            )
-        return float(match[1]) * units[match[2]]
-    seconds: float | None = leaf(float | None, (("gt", 0),))(document, keys)
-    return seconds
-
-
-def _custom(document: Document, keys: Keys) -> dict[str, float]:
-    """Resources that machines have beside cores and devices, by name."""
-    for name in document.mapping(keys):
-        if name in ("CPU", "GPU", "cpu", "gpu", "memory", "object_store_memory"):
-            raise document.key_error(
-                (*keys, name), f"{name} is no custom resource; allowed: `cpu` and `gpu` beside it"
-            )
-    amount = leaf(float, (("gt", 0),))
-    return {name: amount(document, (*keys, name)) for name in document.mapping(keys)}
-
-
-TOP: dict[str, Reader] = {
-    "version": _version,
-    "name": leaf(NAME),
-    "grid": _grid,
-    "exclude": _exclude,
-    "fixed": _fixed,
-    "search": section(Search, space=_space, pruning=_pruning, storage=_storage),
-    "seeds": _seeds,
-    "budget": section(Budget, wall=_seconds),
-    "resources": section(
-        Resources,
-        trial=section(TrialResources, timeout=_seconds, custom=_custom),
-        generator=section(GeneratorResources, custom=_custom),
-        encoder=section(EncoderResources),
-        wait=_seconds,
-    ),
-    "project": leaf(NAME),
-    "tracking": lambda document, keys: mapping(document, keys, {"uri": _tracking_uri}),
-    "data_root": leaf(LINE),
-}

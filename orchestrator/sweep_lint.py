@@ -8,7 +8,7 @@ from typing import Any
 
 from orchestrator import presets
 from orchestrator.expressions import look_up, names_of
-from orchestrator.marked_yaml import Document, Keys, shown
+from orchestrator.marked_yaml import Document, Keys, SpecError, choices, shown
 from orchestrator.sweep import (
     Cell,
     Search,
@@ -28,6 +28,7 @@ def lint(document: Document, spec: SweepSpec) -> None:
     Raises:
         SpecError: the first thing that makes no sense, at its place in the document.
     """
+    _exclude_names_cells(document, spec)
     _each_key_has_one_place(document, spec)
     _each_key_is_free_somewhere(document, spec)
     size = math.prod(len(values) for values in spec.grid.values())
@@ -42,11 +43,24 @@ def lint(document: Document, spec: SweepSpec) -> None:
     for key in spec.grid:
         if not any(key in cell.chosen for cell in cells):
             raise document.key_error(("grid", key), "changes nothing: lora is off in every cell")
-    _labels_are_there(document, spec, cells)
-    _classes_elsewhere_are_of_one_kind(document, spec, cells)
-    _discriminants_have_a_spread(document, spec, cells)
+    for cell in cells:
+        _settings_fit_together(document, spec, cell)
     if spec.search:
         _search_makes_sense(document, spec, spec.search, cells)
+
+
+def _exclude_names_cells(document: Document, spec: SweepSpec) -> None:
+    for i, entry in enumerate(spec.exclude):
+        for key, value in entry.items():
+            if key not in spec.grid:
+                raise document.key_error(
+                    ("exclude", i, key), f"is not in the grid; {choices(key, spec.grid)}"
+                )
+            if value not in spec.grid[key]:
+                allowed = choices(value, spec.grid[key])
+                raise document.error(
+                    ("exclude", i, key), f"{shown(value)} is not in the grid; {allowed}"
+                )
 
 
 def _places(spec: SweepSpec) -> Iterable[tuple[Keys, str]]:
@@ -66,7 +80,7 @@ def _each_key_has_one_place(document: Document, spec: SweepSpec) -> None:
             )
         if key in first:
             other = ".".join(map(str, first[key][:-1]))
-            raise document.key_error(place, f"stands under {other} too; allowed: one of the two")
+            raise document.key_error(place, f"is under {other} too; allowed: one of the two")
         first[key] = place
 
 
@@ -93,29 +107,6 @@ def _written(spec: SweepSpec, key: str) -> Keys:
     return next(place for place, name in _places(spec) if name == key)
 
 
-def _labels_are_there(document: Document, spec: SweepSpec, cells: tuple[Cell, ...]) -> None:
-    for cell in cells:
-        if cell.flat["paradigm"] == "ul" and "labelled" in _met(cell, "supervision"):
-            raise document.key_error(
-                _written(spec, "supervision"),
-                f"labelled in {cell.id}: ul has no labelled image; "
-                "allowed: paradigm ssl or trzsl, or supervision pseudo",
-            )
-
-
-def _classes_elsewhere_are_of_one_kind(
-    document: Document, spec: SweepSpec, cells: tuple[Cell, ...]
-) -> None:
-    for cell in cells:
-        other = cell.flat["test_dataset"]
-        if cell.flat["paradigm"] == "trzsl" and other not in (None, cell.flat["dataset"]):
-            raise document.key_error(
-                _written(spec, "test_dataset"),
-                f"{other} in {cell.id} has no seen and unseen classes; "
-                "allowed with paradigm ul and ssl",
-            )
-
-
 SPREAD = {  # what of a class each source of the auxiliary classifier sees
     "synthetic": ("images_per_class", "fidelity.keep"),
     "real": ("auxiliary.k",),
@@ -123,24 +114,37 @@ SPREAD = {  # what of a class each source of the auxiliary classifier sees
 }
 
 
-def _discriminants_have_a_spread(
-    document: Document, spec: SweepSpec, cells: tuple[Cell, ...]
-) -> None:
-    """Of one image of each class nobody knows how images of a class differ."""
-    for cell in cells:
-        flat = cell.flat
-        source = flat["auxiliary.source"]
-        if flat["auxiliary.kind"] != "lda" or not flat["fusion_weight"]:
-            continue
-        if source == "real" and flat["paradigm"] == "ssl":  # the labelled images join them
-            continue
-        for key in SPREAD[source]:
-            if 1 in _met(cell, key):
-                raise document.key_error(
-                    _written(spec, key),
-                    f"1 in {cell.id}: auxiliary.kind lda has to see how images of a class differ; "
-                    "allowed: from 2 on, or prototype, knn, cache, linear_probe as auxiliary.kind",
-                )
+def _settings_fit_together(document: Document, spec: SweepSpec, cell: Cell) -> None:
+    flat = cell.flat
+
+    def refuse(key: str, message: str) -> SpecError:
+        return document.key_error(_written(spec, key), message)
+
+    if flat["paradigm"] == "ul" and "labelled" in _met(cell, "supervision"):
+        raise refuse(
+            "supervision",
+            f"labelled in {cell.id}: ul has no labelled image; "
+            "allowed: paradigm ssl or trzsl, or supervision pseudo",
+        )
+    other = flat["test_dataset"]
+    if flat["paradigm"] == "trzsl" and other not in (None, flat["dataset"]):
+        raise refuse(
+            "test_dataset",
+            f"{other} in {cell.id} has no seen and unseen classes; "
+            "allowed with paradigm ul and ssl",
+        )
+    source = flat["auxiliary.source"]
+    if flat["auxiliary.kind"] != "lda" or not flat["fusion_weight"]:
+        return
+    if source == "real" and flat["paradigm"] == "ssl":  # the labelled images join them
+        return
+    for key in SPREAD[source]:
+        if 1 in _met(cell, key):
+            raise refuse(
+                key,
+                f"1 in {cell.id}: auxiliary.kind lda has to see how images of a class differ; "
+                "allowed: from 2 on, or prototype, knn, cache, linear_probe as auxiliary.kind",
+            )
 
 
 def _search_makes_sense(
@@ -185,6 +189,10 @@ def _pruning_makes_sense(document: Document, search: Search, cells: tuple[Cell, 
             "points that are pruned are compared at the same iteration of equally many; "
             "allowed with search.pruning: `iterations` under grid, or fixed",
         )
+    if search.pruning and search.pruning.rule != "halving":
+        pruning = ("search", "pruning")
+        if "keep" in document.at(pruning):
+            raise document.key_error((*pruning, "keep"), "unused; allowed: with rule: halving")
     longest = max((cell.flat["iterations"] for cell in cells if cell.space), default=0)
     for i, rung in enumerate(search.rungs):
         if rung >= longest:

@@ -21,11 +21,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from air_core.diffusion.pipeline import load_pipeline
+from orchestrator.marked_yaml import SpecError
 from orchestrator.output import show
 from orchestrator.place import Place, Refused
 from orchestrator.redact import HIDDEN, redacted
 from orchestrator.store import ArtifactStore
-from orchestrator.sweep_file import SpecError, load_sweep
+from orchestrator.sweep_file import load_sweep
 from tests.servers import MlflowServer
 from tests.sweeps import TIMEOUT, airsweep, environment, write_sweep
 

