@@ -73,7 +73,7 @@ def without(machines: Sequence[Machine], want: Want, count: int) -> list[Machine
 
     >>> from orchestrator.sweep import GeneratorResources
     >>> without([{"CPU": 8, "GPU": 2}, {"CPU": 8, "GPU": 1}], GeneratorResources(gpu=1), 2)
-    [{'CPU': 6.0, 'GPU': 0}, {'CPU': 8, 'GPU': 1}]
+    [{'CPU': 6.0, 'GPU': 0.0}, {'CPU': 8, 'GPU': 1}]
     """
     left: list[Machine] = []
     for machine in machines:
