@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from air_core.datasets import get_dataset
 from air_core.flat import from_flat, trial_keys
-from air_core.specs import Ref, TrialSpec
+from air_core.specs import CodeVersions, Ref, TrialSpec
 from orchestrator.backends import RECORD
 from orchestrator.children import REFS, SPEC
 from orchestrator.keys import artifact_key
@@ -38,6 +38,7 @@ class Remembered:
     made: Mapping[str, Any]  # user, commit, dirty, code, host, device, versions, files
     metrics: Mapping[str, float] = field(default_factory=dict)
     classnames: tuple[str, ...] = ()  # an MLflow run does not list them
+    code: CodeVersions = ()  # nor these
 
     def spec(self) -> TrialSpec:
         """
@@ -57,7 +58,8 @@ class Remembered:
         }
         plain = {name: value for name, value in self.flat.items() if name not in REFS}
         classnames = self.classnames or get_dataset(str(self.flat["dataset"])).classnames
-        return from_flat(plain, {"generator": NO_REF, **refs}, classnames)
+        found = from_flat(plain, {"generator": NO_REF, **refs}, classnames)
+        return replace(found, code=self.code)
 
     def same_key(self) -> bool:
         """Whether what is computed here for these settings has the key of then."""
@@ -129,14 +131,15 @@ def of_record(path: Path) -> Remembered:
     made["device"] = record["info"].get("device", "")
     classnames = tuple(record["spec"]["classnames"])
     metrics = record["info"]["metrics"]
-    return Remembered(path.name, record["digest"], flat, digests, made, metrics, classnames)
+    code = tuple((part, version) for part, version in record["spec"].get("code", ()))
+    return Remembered(path.name, record["digest"], flat, digests, made, metrics, classnames, code)
 
 
 def _parted(resolved: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     """`spec.json` as settings, and digests of the outside things."""
     names = {f"{name}.digest": name for name in REFS}
     digests = {names[key]: value for key, value in resolved.items() if key in names and value}
-    left_out = {"key", "classnames", *names}
+    left_out = {"key", "classnames", "code", *names}
     return {key: value for key, value in resolved.items() if key not in left_out}, digests
 
 

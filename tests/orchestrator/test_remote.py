@@ -392,6 +392,17 @@ def test_who_has_no_credentials_is_told_what_to_set(bucket, monkeypatch):
         open_store(bucket)
 
 
+def test_a_profile_gives_credentials(bucket, tmp_path, monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    file = tmp_path / "credentials"
+    file.write_text("[mine]\naws_access_key_id = test\naws_secret_access_key = test\n")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
+    monkeypatch.setenv("AWS_PROFILE", "mine")
+    monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:1")
+    assert open_store(bucket).name == bucket
+
+
 def test_a_folder_needs_neither_obstore_nor_pyarrow():
     asked = (
         "import sys, orchestrator.driver; print({'obstore', 'pyarrow', 'torch'} & {*sys.modules})"
