@@ -239,7 +239,7 @@ def file(request: pytest.FixtureRequest, shared_store: Path) -> World:
     return World(f"sqlite:///{shared_store}/mlflow.db", request.node.name)
 
 
-@pytest.fixture(params=["sqlite", "http"])
+@pytest.fixture(params=["sqlite", pytest.param("http", marks=pytest.mark.integration)])
 def world(request: pytest.FixtureRequest) -> World:
     """MLflow in a file, and behind a server."""
     if request.param == "http":
@@ -469,6 +469,7 @@ def test_more_than_thirty_metrics_are_a_mistake_of_ours() -> None:
 # ---------------------------------------------------------------- files
 
 
+@pytest.mark.integration
 def test_files_are_found_through_a_server_after_the_store_has_moved(server: Server) -> None:
     moved = World(server.url, "moved").seen()
     (trial,) = moved.trials.values()
@@ -476,6 +477,7 @@ def test_files_are_found_through_a_server_after_the_store_has_moved(server: Serv
     assert trial.tags["air.artifacts"] == server.file
 
 
+@pytest.mark.integration
 def test_a_server_takes_files(server: Server) -> None:
     world = World(server.url, "uploads")
     tracker = world.open()
@@ -610,6 +612,7 @@ def test_a_request_that_arrived_twice_leaves_one_run(file: World, run: ChildRun)
     assert found.status == "FINISHED"
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("lost", ["sweep", "trial"])
 def test_lost_replies_leave_no_second_run(server: Server, lost: str) -> None:
     world = World(server.url, f"lost {lost}")
@@ -636,6 +639,7 @@ def test_lost_replies_leave_no_second_run(server: Server, lost: str) -> None:
     assert [run.info.run_name for run in running] == ["other"]
 
 
+@pytest.mark.integration
 def test_a_busy_server_has_refused_nothing(server: Server) -> None:
     line = Line(server.url)
     line.restore()
@@ -657,7 +661,9 @@ World(sys.argv[1], "drivers").send(a_trial(), sweep=a_sweep(sys.argv[2]))
 """
 
 
-@pytest.mark.parametrize("kind", ["a new database", "http"])
+@pytest.mark.parametrize(
+    "kind", ["a new database", pytest.param("http", marks=pytest.mark.integration)]
+)
 def test_two_drivers_start_together_and_print_nothing(
     kind: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
