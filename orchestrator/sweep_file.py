@@ -56,7 +56,7 @@ from orchestrator.validation import (
 class Tracking:
     uri: Annotated[
         LINE, without_password("set MLFLOW_TRACKING_PASSWORD, or write ~/.mlflow/credentials")
-    ] = setting(None, "http(s)://..., sqlite:///..., jsonl:..., none")
+    ] = setting(None, "http(s)://..., sqlite:///..., none")
 
 
 Excluded = Annotated[Settings, Field(min_length=1, json_schema_extra={"minProperties": 1})]
