@@ -10,7 +10,7 @@ from orchestrator.closing import facts_of, title_of
 from orchestrator.figures import pictures
 from orchestrator.place import DONE, FAILED, Place
 from orchestrator.plan import Plan
-from orchestrator.report import Entry, Row, headline, mean_std, settings_text, worlds_of
+from orchestrator.report import Entry, Row, mean_std, settings_text, worlds_of
 from orchestrator.resolve import text_digest
 from orchestrator.results import rows_of
 from orchestrator.summary import summary
@@ -75,7 +75,7 @@ def _best(found: Sequence[Row]) -> Iterator[str]:
         with_settings = f" ({settings})" if settings else ""
         yield (
             f"{row.dataset}, {row.paradigm}/{row.modality}: **{row.method}**{with_settings} has "
-            f"the highest mean {headline([row])}: {mean_std(row)}\n"
+            f"the highest mean test {row.metric.replace('_', ' ')}: {mean_std(row)} %\n"
         )
 
 

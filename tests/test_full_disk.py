@@ -43,7 +43,7 @@ for block in range(2):
 
 
 def test_features_and_blocks_that_find_no_room_leave_nothing_and_say_disk(tmp_path, drawn_digits):
-    with small_disk(tmp_path / "store", 13 * PAGE) as disk:
+    with small_disk(tmp_path / "store", 9 * PAGE) as disk:
 
         def make() -> list[str]:
             arguments = [str(disk.place), str(tmp_path / "digests.json"), str(drawn_digits)]

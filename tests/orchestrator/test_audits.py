@@ -25,7 +25,6 @@ from orchestrator.audit_card import Audited, card_json, card_of
 from orchestrator.auditor import made
 from orchestrator.audits import audit_cards, audited_by, known_card
 from orchestrator.image_rows import build_image_block
-from orchestrator.parent import sweep_files
 from orchestrator.pictures import SHEET_BYTES
 from orchestrator.place import Place
 from orchestrator.recorded import read_sweep
@@ -268,7 +267,7 @@ finally:
 def test_a_card_is_kept_beside_the_sweep_for_the_tracker_and_read_without_torch(world, faulty):
     audit_cards(*read_sweep(faulty, None))
     [row] = world.rows(faulty)
-    files = sweep_files(faulty)
+    files = {file.name: file for file in faulty.folder.glob("audit-*")}
     assert {f"{row.name}.json", f"{row.name}.png"} <= files.keys()
     before = files[f"{row.name}.json"].stat().st_mtime_ns
     done = subprocess.run(
