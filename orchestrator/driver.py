@@ -532,15 +532,22 @@ def _close(run: Run, code: int) -> Exception | None:
         code = FAILED  # else the same command would find nothing to do
     if code == DONE:
         run.publisher.catch_up()
+        # Before the event log says so: after it no run would open MLflow again.
+        _finish_tracking(run, code)
     ended: dict[str, Any] = {"exit_code": code, "seconds": seconds}
     untold = _no_room_for(lambda: run.ledger.append("sweep_ended", **ended)) or untold
     _no_room_for(lambda: remember(run.place.store, tally.work))  # estimates do without
+    if code != DONE:
+        _finish_tracking(run, code)
+    return untold
+
+
+def _finish_tracking(run: Run, code: int) -> None:
     run.publisher.finish(
         status_of(code),
         lambda tracker: sync(run.sweep, run.place, tracker, status_of(code)),
         hasty=code == TERMINATED,
     )
-    return untold
 
 
 def _no_room_for(write: Callable[[], object]) -> OSError | None:
