@@ -376,6 +376,8 @@ def test_ctrl_c_ends_a_command_that_waits_for_a_silent_server(tmp_path):
             command,
             env=environment(**known),
             stderr=subprocess.PIPE,
+            # A job in the background of a shell ignores it, and so do its children.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         asked, _ = silent.accept()
         process.send_signal(signal.SIGINT)
