@@ -1,4 +1,4 @@
-"""Takes the pictures of docs/tracking.md from a store of the finished quickstart.
+"""Takes the picture of docs/tracking.md from a store of the finished quickstart.
 
 python -m tests.shots runs quickstart docs
 """
@@ -17,45 +17,30 @@ from tests.sweeps import all_runs
 from tests.test_browsing import VIEW, shown
 
 CLOSE = "[data-component-id='mlflow.assistant.chat_panel.close']"
-# What a pointer would have hidden: there is none.
-TIDY = """(() => { const style = document.createElement('style');
-    style.textContent = '.modebar { display: none !important }';
-    document.head.append(style); })()"""
 UNFOLD = "[...document.querySelectorAll('span')].find(e => e.innerText === 'Show more')"
 
 
 def main(store: Path, sweep: str, folder: Path) -> None:
-    runs = [run for run in all_runs(store) if run.data.tags["air.sweep"] == sweep]
-    parent = next(run for run in runs if run.data.tags["air.kind"] == "sweep")
-    settings = [run for run in runs if run.data.tags["air.kind"] == "point"]
-    best = max(settings, key=lambda run: run.data.metrics["test/accuracy"])
+    query = f"tags.`air.kind` = 'sweep' and tags.`air.sweep` = '{sweep}'"
+    (parent,) = (run.info for run in all_runs(store, query))
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         server, browser = MlflowServer(store, Path(scratch, "log")), Browser(Path(scratch, "home"))
         server.start()
-        runs_page = f"{server.url}/#/experiments/{parent.info.experiment_id}/runs"
-
-        def shot(name: str, url: str, until: str, height: int, unfold: bool = False) -> None:
-            browser.open(url, until)
+        try:
+            page = f"{server.url}/#/experiments/{parent.experiment_id}/runs/{parent.run_id}{VIEW}"
+            browser.open(page, shown("has the highest mean"))
             if browser.evaluate(f"Boolean(document.querySelector({CLOSE!r}))".replace('"', "`")):
                 browser.evaluate(f"document.querySelector({CLOSE!r}).click()".replace('"', "`"))
-            if unfold:
-                browser.wait(UNFOLD)
-                browser.evaluate(f"{UNFOLD}.click()")
-            browser.evaluate(TIDY)
-            file = folder / f"mlflow_{name}.png"
-            browser.screenshot(file, 1280, height)
-            with Image.open(file) as whole:
-                few = whole.convert("RGB").quantize(256, dither=Image.Dither.NONE)
-            few.save(file, optimize=True)
-
-        try:
-            page = f"{runs_page}/{parent.info.run_id}{VIEW}"
-            shot("parent", page, shown("has the highest mean"), 1300, unfold=True)
-            page = f"{runs_page}/{best.info.run_id}{VIEW}"
-            shot("point", page, shown("Mean over"), 1250, unfold=True)
+            browser.wait(UNFOLD)
+            browser.evaluate(f"{UNFOLD}.click()")
+            file = folder / "mlflow_parent.png"
+            browser.screenshot(file, 1280, 1300)
         finally:
             browser.close()
             server.stop()
+    with Image.open(file) as whole:
+        few = whole.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    few.save(file, optimize=True)
 
 
 if __name__ == "__main__":
