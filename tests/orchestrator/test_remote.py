@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import time
@@ -30,7 +28,7 @@ from orchestrator.remote import Remote, RemoteAway, parse, side_by_side
 from orchestrator.store import ArtifactStore, MissingArtifact, open_store
 from orchestrator.sweep_file import load_sweep
 from tests.servers import counting_requests, losing_answers
-from tests.sweeps import environment, write_sweep
+from tests.sweeps import write_sweep
 
 SPEC = FeaturesSpec(dataset=Ref(name="digits", digest="d"), backbone=Ref(name="tiny", digest="b"))
 ROW = FolderImages(model=Ref(name="folder:x", digest="f"), classnames=("a",), size=8, block=2)
@@ -360,30 +358,6 @@ def test_who_may_not_use_a_bucket_is_told_so(bucket, s3_server):
             parse(bucket).put_once("VERSION", b"1")
     finally:
         guarded("inf")
-
-
-def test_ctrl_c_ends_a_command_that_waits_for_a_silent_server(tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        silent.settimeout(60)
-        known = {
-            "AIRSWEEP_CACHE": str(tmp_path),
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{silent.getsockname()[1]}",
-            "AWS_ACCESS_KEY_ID": "test",
-            "AWS_SECRET_ACCESS_KEY": "test",
-        }
-        command = [sys.executable, "-m", "orchestrator", "cache", "ls", "--store", "s3://air/x"]
-        process = subprocess.Popen(
-            command,
-            env=environment(**known),
-            stderr=subprocess.PIPE,
-            # A job in the background of a shell ignores it, and so do its children.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
-        asked, _ = silent.accept()
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=90)  # retries would take two minutes
-        asked.close()
-    assert process.returncode == 130
 
 
 def test_who_has_no_credentials_is_told_what_to_set(bucket, monkeypatch):
