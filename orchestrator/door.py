@@ -99,12 +99,16 @@ class Planned:
         from orchestrator.plan import changed_inputs, earlier_results
 
         plan, place = self.plan, self.place
-        earlier = earlier_results(plan, place).items()
+        earlier = earlier_results(plan, place)
         return {
             **plan.json(place.store),
             "reused_from": self._sources(),
-            "changed_inputs": changed_inputs(plan, place),
-            "stale": [{"stage": n, "artifacts": c} for (n, what), c in earlier if what == "code"],
+            "changed_inputs": changed_inputs(earlier),
+            "stale": [
+                {"stage": part, "artifacts": count}
+                for (part, what), count in earlier.items()
+                if what == "code"
+            ],
         }
 
     def screen(self, explain: bool = False) -> str:

@@ -50,6 +50,7 @@ from orchestrator.place import (
 from orchestrator.plan import (
     Plan,
     changed_inputs,
+    earlier_results,
     needs_of,
     plan_sweep,
     possible_trials,
@@ -110,7 +111,7 @@ def run_sweep(
     place = replace(place, recorded=False)  # a run reads its inputs as they are now
     ledger, resolver = place.ledger(), place.resolver()
     plan = _sound_plan(sweep, place, resolver, screen)
-    for line in changed_inputs(plan, place):
+    for line in changed_inputs(earlier_results(plan, place)):
         screen.say(line)
     given_up = _given_up(standing(ledger).failures, retry)
     if plan.done + len(plan.pruned) == plan.total and standing(ledger).exit_code == DONE:

@@ -486,14 +486,13 @@ def moved_slots(ledger: Ledger) -> dict[str, str]:
     }
 
 
-def changed_inputs(plan: Plan, place: Place) -> list[str]:
-    """Datasets, weights and code that changed since the last run, and how many finished results of
-    these slots are of the earlier ones; one sentence each."""
+def changed_inputs(earlier: Mapping[tuple[str, str], int]) -> list[str]:
+    """What `earlier_results` found, one sentence each."""
     return [
         f"{name}: the {what} changed since: {count} "
         f"{'result is' if count == 1 else 'results are'} of the earlier "
         f"{'code' if what == 'code' else 'content'}"
-        for (name, what), count in earlier_results(plan, place).items()
+        for (name, what), count in earlier.items()
     ]
 
 

@@ -16,7 +16,7 @@ from orchestrator.driver import does_not_fit
 from orchestrator.estimate import Estimate
 from orchestrator.failures import CLASSES
 from orchestrator.place import Place
-from orchestrator.plan import Plan, changed_inputs, plan_sweep
+from orchestrator.plan import Plan, changed_inputs, earlier_results, plan_sweep
 from orchestrator.report import counted, shown
 from orchestrator.results import Standing, entries_of, rows_of, standing
 from orchestrator.screen import clock
@@ -46,7 +46,7 @@ def plan_screen(
         + (f"{trials['pruned']} pruned, " if trials["pruned"] else "")
         + f"{trials['to_run']} to run",
         *([str(plan.edit)] if plan.edit is not None else []),
-        *changed_inputs(plan, place),
+        *changed_inputs(earlier_results(plan, place)),
         "",
     ]
     lines += [f"  reused   {counted(count, 'trial')} of {name}" for name, count in sources.items()]
