@@ -1,9 +1,8 @@
-"""Which trial runs next, and who waits for whom. Knows no Ray and no tracker.
+"""Picks the trial that runs next. Knows no Ray and no tracker.
 
-One job is one point: the trials of its seeds that are missing; or some points of one round, where
-there are more than can run at a time and they share a computation (`replicas`). What the store has
-is reused; what another job is computing is waited for. So one computation runs once, and what runs
-was planned.
+The missing seeds of a point are one job as far as they are trained in one computation (`replicas`);
+a seed that is not is a job of its own. What the store has is reused; what another job is computing
+is waited for. So one computation runs once, and what runs was planned.
 What fails is tried again as its class allows (`failures`), as a job of its own.
 
 Where a search prunes, a point comes to its end in legs. Each ends at a rung; there it waits for the
@@ -12,15 +11,13 @@ other points of its round, and then the rule says who goes on (`pruning`).
 
 from __future__ import annotations
 
-import math
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from statistics import fmean
 from types import MappingProxyType
 from typing import Any, Literal
 
-from air_core.normal import normalised
 from air_core.specs import TrialSpec
 from orchestrator.checkpoints import rungs_of
 from orchestrator.failures import CLASSES, Failure
@@ -33,7 +30,7 @@ from orchestrator.space import Point, study_name
 from orchestrator.store import ArtifactStore
 from orchestrator.studies import Pruned
 from orchestrator.studies import searches as fold_searches
-from orchestrator.sweep import Cell, SweepSpec
+from orchestrator.sweep import ENCODER_BATCH, Cell, SweepSpec
 from orchestrator.trial import WHOLE, Legs, TrialRecord, is_over, read_trial
 
 
@@ -53,21 +50,20 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Job:
-    """Trials of one point, or of some of one round, that somebody has to run.
+    """Trials of one point that one actor has to run.
 
     `halvings`: how often fewer images than usual go through a tower at a time.
     """
 
     number: int
     cell: str
-    points: tuple[int, ...]
+    point: int
     trials: tuple[TrialSpec, ...]
     keys: tuple[str, ...]
     slots: tuple[str, ...]
     halvings: int = 0
     legs: Legs = WHOLE
     share: float = 1.0  # of the work of whole trials
-    again: bool = False  # it failed, perhaps by what ran beside it, or was cut: nothing joins it
 
 
 @dataclass
@@ -181,34 +177,19 @@ class Dispatcher:
         self.found = fold_searches(ledger)
         self.finished_before = ended_slots(ledger)
         self.jobs = 0
-        self.ahead: Job | None = None
         self.within_budget, self.stopped = within_budget, False
         self.hopeless, self.given_up = hopeless, given_up
         self.ready, self.rank = ready, rank
+        self.device = "cuda" if sweep.resources.trial.gpu else "cpu"
+        self.memory_share = sweep.resources.encoder.batch / ENCODER_BATCH
         self.moved = moved_slots(ledger)
-        self.again: deque[Job] = deque()
+        self.queued: deque[Job] = deque()  # not handed out yet
         self.tries: Counter[tuple[str, str]] = Counter()  # by trial key and failure class
         self.errors: Counter[Failure] = Counter()  # of classes that can stop a sweep
         self.moving: list[Slot] = []  # will go on in fp32, with inputs that are not there yet
         self.running: dict[int, Job] = {}
-        self.actors: int | None = None
-        # Trials by the computation that they would share.
-        self.parts: Callable[[Sequence[TrialSpec]], list[list[TrialSpec]]]
-        self.parts = lambda trials: [[trial] for trial in trials]
         # By trial key and the rung that it runs to.
         self.waiting: dict[tuple[str, int | None], list[tuple[_CellQueue, int, Slot]]] = {}
-
-    def spread(self, actors: int, device: str, share: float = 1.0) -> None:
-        """From now on points of a round may come in one job, once every actor has one, and seeds of
-        a point that share no computation in jobs of their own, while actors have none.
-
-        Args:
-            actors: how many jobs run at a time.
-            device: of the trials.
-            share: see `replicas.side_by_side`.
-        """
-        self.actors = actors
-        self.parts = lambda trials: side_by_side(trials, device, share)
 
     @property
     def finished(self) -> bool:
@@ -230,122 +211,34 @@ class Dispatcher:
     @property
     def under_way(self) -> int:
         """Jobs that were handed out and have not ended."""
-        return len(self.running) - (self.ahead is not None)
+        return len(self.running)
 
     def peek(self) -> Job | None:
-        """What `next` will hand out, for who only wants to know whether there is anything."""
-        if self.ahead is None:
-            self.ahead = self._find()
-        return self.ahead
-
-    def next(self) -> Job | None:
-        """A job, or None: nothing to hand out until a running job ends (or `finished`)."""
-        job, self.ahead = self.peek(), None
-        if job is not None:
-            job = self._apart(self._with_others(job))
-            self.ledger.append("trials_started", slots=list(job.slots))
-        return job
-
-    def _open(self) -> list[_CellQueue]:
-        """Cells with what they read."""
-        return [queue for queue in self.queues if self.ready(queue.cell)]
-
-    def _startable(self) -> int:
-        """Points that could start now."""
-        return sum(len(queue.asked) + len(queue.ready) for queue in self._open())
-
-    def _with_others(self, job: Job) -> Job:
-        """A point's job with others of its round, where points outnumber the actors that are free.
-
-        They are shared out evenly: together they cost less, but an actor without work costs more.
-        """
-        if self.actors is None or job.halvings or job.again:
-            return job
-        queue = self.by_cell[job.cell]
-        free = max(1, self.actors - len(self.running) + 1)  # this job's actor among them
-        for _ in range(math.ceil((self._startable() + 1) / free) - 1):
-            going = self._head(queue)
-            if going is None or going.until != job.legs.until or not self._joins(going, job):
-                break
-            more = self._start(queue, job)
-            if more is not None:
-                del self.running[more.number]
-                job = replace(
-                    job,
-                    points=job.points + more.points,
-                    trials=job.trials + more.trials,
-                    keys=job.keys + more.keys,
-                    slots=job.slots + more.slots,
-                )
-                self.running[job.number] = job
-            if self.stopped:
-                break
-        return job
-
-    def _apart(self, job: Job) -> Job:
-        """A part of a job, where actors would stay without one and its trials would be computed one
-        after the other; the rest comes next."""
-        if self.actors is None or job.again:
-            return job
-        parts = self.parts(job.trials)
-        others = len(self.running) - 1 + self._startable() + len(self.again)
-        count = min(len(parts), self.actors - others)
-        if count < 2:
-            return job
-        shares = [{id(trial) for part in parts[at::count] for trial in part} for at in range(count)]
-        first, *rest = (self._cut(job, share) for share in shares)
-        for one in rest:
-            self.jobs += 1
-            self.again.append(replace(one, number=self.jobs))
-        self.running[job.number] = first
-        return first
-
-    def _cut(self, job: Job, trials: Set[int]) -> Job:
-        kept = [at for at, trial in enumerate(job.trials) if id(trial) in trials]
-        return replace(
-            job,
-            trials=tuple(job.trials[at] for at in kept),
-            keys=tuple(job.keys[at] for at in kept),
-            slots=tuple(job.slots[at] for at in kept),
-            again=True,
-        )
-
-    def _joins(self, going: _Going, job: Job) -> bool:
-        """Can what a point lacks be trained in one computation with a job?"""
-        lacks = [
-            slot.spec
-            for slot in going.slots.values()
-            if slot.id not in going.ends
-            and (slot.key.digest, going.until) not in self.waiting
-            and not is_over(slot.spec, self.store, going.until)
-        ]
-        return len(self.parts(list(dict.fromkeys(map(normalised, (*job.trials, *lacks)))))) == 1
-
-    def _find(self) -> Job | None:
+        """The job that `next` will hand out; None: none until a running job ends, or `finished`."""
         if self.gave_up():
             self.stopped = True
-        if self.again and not self.stopped:
-            job = self.again.popleft()
-            self.running[job.number] = job
-            return job
-        while not self.stopped:
-            open_now = self._open()
-            for queue in open_now:
+        while not self.queued and not self.stopped:
+            ready = [queue for queue in self.queues if self.ready(queue.cell)]
+            for queue in ready:
                 if not queue.ended and queue.waits:
                     self._decide(queue)
                     if queue.waits:
                         queue.ask(self.ledger)
                         self._note_early_end(queue)
-            able = [queue for queue in open_now if queue.asked or queue.ready]
+            able = [queue for queue in ready if queue.asked or queue.ready]
             if not able:
-                # Telling a round may have ended a cell without any job.
-                return None
+                break
             # Of those that come first, the furthest behind.
-            queue = min(able, key=lambda one: (self.rank.get(one.cell.id, 0), one.handed))
-            found = self._start(queue)
-            if found is not None:
-                return found
-        return None
+            self._start(min(able, key=lambda one: (self.rank.get(one.cell.id, 0), one.handed)))
+        return self.queued[0] if self.queued and not self.stopped else None
+
+    def next(self) -> Job | None:
+        """Hand out a job; None: as `peek`."""
+        job = self.peek()
+        if job is not None:
+            self.running[job.number] = self.queued.popleft()
+            self.ledger.append("trials_started", slots=list(job.slots))
+        return job
 
     def _decide(self, queue: _CellQueue) -> None:
         """All points of a round have come to a rung: who goes on?
@@ -449,20 +342,8 @@ class Dispatcher:
             message=failure.message,
             attempt=self.tries[key, name],
         )
-        self.jobs += 1
-        halvings = job.halvings + (name == "oom")
-        self.again.append(
-            replace(
-                job,
-                number=self.jobs,
-                points=(self.waiting[key, job.legs.until][0][1],),
-                trials=(spec,),
-                keys=(key,),
-                slots=(slots[0].id,),
-                halvings=halvings,
-                again=True,
-            )
-        )
+        again = {key: slots[0]}
+        self._queue(job.cell, job.point, again, job.legs, job.share, job.halvings + (name == "oom"))
         return True
 
     def _fail(self, queue: _CellQueue, point: int, slot: Slot, failure: Failure) -> None:
@@ -471,33 +352,22 @@ class Dispatcher:
         outcome = Outcome(slot, "failed", failure_class=name, message=message, known=known)
         self._settle(queue, point, outcome)
 
-    def _head(self, queue: _CellQueue) -> _Going | None:
-        """The point of a cell that comes next."""
-        if not queue.ready and queue.asked:
+    def _start(self, queue: _CellQueue) -> None:
+        """Start the next leg of a cell's next point: settle what is known, wait for what runs,
+        queue the rest. A point that is over the budget is left where it is."""
+        if not queue.ready:
             queue.ready.append(self._going(queue, queue.asked.popleft()))
-        return queue.ready[0] if queue.ready else None
-
-    def _start(self, queue: _CellQueue, beside: Job | None = None) -> Job | None:
-        """Start the next leg of a cell's next point: settle what is known, wait for what runs, hand
-        out the rest.
-
-        None: there is no job in it, or it is over the budget and was left where it is.
-
-        Args:
-            beside: a job that it will be part of.
-        """
-        going = self._head(queue)
-        assert going is not None
+        going = queue.ready[0]
         number, until = going.point.number, going.until
         if number in self.found.pruned_of(queue.cell, self.sweep.search):
             queue.ready.popleft()
             queue.handed += 1
             self._prune(queue, going)
-            return None
+            return
         slots = [slot for slot in going.slots.values() if slot.id not in going.ends]
-        if not self._affordable(queue.cell, slots, going, beside):
+        if not self._affordable(queue.cell, slots, going):
             self.stopped = True
-            return None
+            return
         queue.ready.popleft()
         if not going.passed:
             queue.handed += 1
@@ -517,21 +387,25 @@ class Dispatcher:
             else:
                 run[key] = slot
                 self.waiting[key, until] = [(queue, number, slot)]
-        if not run:
-            return None
+        by_spec = {slot.spec: (key, slot) for key, slot in run.items()}
+        for group in side_by_side(list(by_spec), self.device, self.memory_share):
+            together = dict(by_spec[spec] for spec in group)
+            self._queue(queue.cell.id, number, together, Legs(self.rungs, until), going.share)
+
+    def _queue(
+        self,
+        cell: str,
+        point: int,
+        run: Mapping[str, Slot],
+        legs: Legs,
+        share: float,
+        halvings: int = 0,
+    ) -> None:
         self.jobs += 1
-        job = Job(
-            self.jobs,
-            queue.cell.id,
-            (number,),
-            tuple(slot.spec for slot in run.values()),
-            tuple(run),
-            tuple(slot.id for slot in run.values()),
-            legs=Legs(self.rungs, until),
-            share=going.share,
-        )
-        self.running[job.number] = job
-        return job
+        slots = tuple(slot.id for slot in run.values())
+        trials = tuple(slot.spec for slot in run.values())
+        job = Job(self.jobs, cell, point, trials, tuple(run), slots, halvings, legs, share)
+        self.queued.append(job)
 
     def _going(self, queue: _CellQueue, point: Point) -> _Going:
         """A point at its start, or where it was when an earlier driver ended."""
@@ -556,19 +430,15 @@ class Dispatcher:
         done = known and state == "done"
         self._settle(queue, point, Outcome(slot, "done" if done else "reused", record, known=known))
 
-    def _affordable(
-        self, cell: Cell, slots: Sequence[Slot], going: _Going, beside: Job | None
-    ) -> bool:
+    def _affordable(self, cell: Cell, slots: Sequence[Slot], going: _Going) -> bool:
         """May what this leg of a point lacks be started, beside what runs?"""
         trials = {slot.key.digest: slot.spec for slot in slots}
         new = sum(
             (key, going.until) not in self.waiting and not is_over(spec, self.store, going.until)
             for key, spec in trials.items()
         )
-        others = [job for job in self.running.values() if job is not beside]
-        running = [(job.cell, len(job.trials) * job.share) for job in others]
-        own = (len(beside.trials) * beside.share if beside else 0) + new * going.share
-        return not new or self.within_budget([*running, (cell.id, own)])
+        running = [(job.cell, len(job.trials) * job.share) for job in self.running.values()]
+        return not new or self.within_budget([*running, (cell.id, new * going.share)])
 
     def _log(self, cell: Cell, point: Point) -> None:
         assert self.sweep.search is not None

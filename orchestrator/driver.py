@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from air_core.seal import sealed_json
 from orchestrator.budget import Purse
@@ -29,7 +29,6 @@ from orchestrator.estimate import (
 )
 from orchestrator.failures import CLASSES, Failure, first_line, no_room
 from orchestrator.fit import Machine, misfit, this_machine
-from orchestrator.inputs import Inputs, workshop
 from orchestrator.ledger import SweepBusy
 from orchestrator.lineage import commit, diff_digest, dirty, uncommitted
 from orchestrator.parent import parent_of, status_of
@@ -55,6 +54,7 @@ from orchestrator.plan import (
     plan_sweep,
     possible_trials,
 )
+from orchestrator.prefetch import Prefetch, workshop
 from orchestrator.publish import Publisher
 from orchestrator.reconcile import sync
 from orchestrator.remote import RemoteAway, is_bucket
@@ -71,7 +71,7 @@ from orchestrator.variables import joins_a_cluster
 from orchestrator.verification import DamagedArtifact
 
 if TYPE_CHECKING:
-    from orchestrator.shares import Shares
+    from orchestrator.allocation import Allocation
 
 log = logging.getLogger(__name__)
 
@@ -169,7 +169,7 @@ def run_sweep(
         # Ray's waits turn a SystemExit of another code into 1.
         code = run.stopped or (stop.code if isinstance(stop.code, int) else FAILED)
     finally:
-        _heard()
+        _restore_interrupts()
         screen.close()
         # Ray ends last: who is being stopped has seconds until SIGKILL, and should have told by
         # then how it ended.
@@ -274,7 +274,7 @@ def _work(run: Run, plan: Plan, prepare_only: bool, cluster: ExitStack) -> int:
     batches = deque([groups] if run.sweep.budget == Budget() else [[cells] for cells in groups])
     while batches:
         groups = batches.popleft()
-        inputs = Inputs(run, plan, groups, prepare_only)
+        prefetch = Prefetch(run, plan, groups, prepare_only)
         rank = {cell.id: place for place, cells in enumerate(groups) for cell in cells}
         dispatcher = Dispatcher(
             run.sweep,
@@ -287,30 +287,30 @@ def _work(run: Run, plan: Plan, prepare_only: bool, cluster: ExitStack) -> int:
             run.purse.affords,
             run.no_hope,
             run.given_up,
-            inputs.has,
+            prefetch.has,
             rank,
         )
-        while not (prepare_only and not inputs.waiting):
+        while not (prepare_only and not prefetch.waiting):
             job = None if prepare_only else dispatcher.peek()
             if dispatcher.out_of_budget():
                 return _out_of_budget(run)
-            if job is None and not inputs.waiting:
+            if job is None and not prefetch.waiting:
                 break
-            if run.shares is None:
-                run.shares = _start_cluster(cluster, run)
+            if run.allocation is None:
+                run.allocation = _start_cluster(cluster, run)
                 _wait_for_machines(run, plan)
                 _look(run, plan)
-            inputs.begin()
+            prefetch.begin()
             if job is not None:
-                _tune(run, dispatcher, inputs)
-            elif not inputs.afforded():
+                _tune(run, dispatcher, prefetch)
+            elif not prefetch.afforded():
                 return _out_of_budget(run)
             else:
-                inputs.wait_for_next()
+                prefetch.wait()
             code = _given_up_on(run, dispatcher)
             if code is not None:
                 return code
-        inputs.finish()
+        prefetch.finish()
         if dispatcher.moving:  # the same cells again, with what they need in fp32
             run.moving += [replace(slot.spec, precision="fp32") for slot in dispatcher.moving]
             moved = {slot.cell.id for slot in dispatcher.moving}
@@ -392,19 +392,19 @@ def does_not_fit(
     return misfit(plan.sweep.resources, machines, prepares)
 
 
-def _start_cluster(cluster: ExitStack, run: Run) -> Shares:
-    from orchestrator.session import Cluster, MemoryPeak, ray_session
-    from orchestrator.shares import Shares
+def _start_cluster(cluster: ExitStack, run: Run) -> Allocation:
+    from orchestrator.allocation import Allocation
+    from orchestrator.progress import Progress
+    from orchestrator.session import MemoryPeak, free_resources, machines, ray_session
 
     run.joined = joins_a_cluster()
     run.screen.say("joining Ray" if run.joined else "starting Ray")
     cluster.enter_context(ray_session(functools.partial(_lost, run), lambda: run.died))
     run.peak = MemoryPeak()
     _heed_signals(run)  # ray.init replaces the handlers that were there before
-    ground = Cluster()
-    run.stall = Stall(run.sweep.resources, ground.free, run.screen.say)
-    cluster.callback(run.stall.close)
-    return Shares(run.sweep.resources, ground)
+    run.progress = Progress(run)
+    run.stall = Stall(run.sweep.resources, free_resources, run.screen.say)
+    return Allocation(run.sweep.resources, machines)
 
 
 def _wait_for_machines(run: Run, plan: Plan) -> None:
@@ -412,16 +412,18 @@ def _wait_for_machines(run: Run, plan: Plan) -> None:
     Raises:
         Refused: there is no room for what a process asks for, and no more machine came.
     """
-    assert run.shares is not None
+    assert run.allocation is not None
     wait, started = run.sweep.resources.wait or 0.0, time.monotonic()
     asked = False
-    while problem := does_not_fit(plan, run.place.store, run.shares.machines()):
+    while problem := does_not_fit(plan, run.place.store, run.allocation.machines()):
         if time.monotonic() - started >= wait:
             waited = f" (waited {clock(wait)} for one)" if wait else ""
             raise Refused(f"{problem}{waited}")
         if not asked:
             run.screen.say(f"waiting for machines, at most {clock(wait)}: {problem}")
-            run.shares.ask_for_more()
+            from orchestrator.session import ask_autoscaler
+
+            ask_autoscaler(run.sweep.resources)
             asked = True
         time.sleep(min(wait, 1.0))
 
@@ -442,45 +444,25 @@ def _heed_signals(run: Run) -> None:
 
 
 def _terminated(run: Run, number: int, frame: Any) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: now it is told how it ended
-    run.stopped = run.stopped or TERMINATED
-    _insist(SystemExit(run.stopped))
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: the end is recorded now
+    run.stopped = run.stopped or (FAILED if run.lost else TERMINATED)
+    raise SystemExit(run.stopped)
 
 
 def _interrupted(run: Run, number: int, frame: Any) -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # who asks twice does not wait
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a second one ends at once
     run.stopped = run.stopped or INTERRUPTED
-    _insist(KeyboardInterrupt())
+    raise KeyboardInterrupt
 
 
-INSIST_EVERY = 1.0  # seconds
-
-
-def _insist(stop: BaseException) -> NoReturn:
-    """Raise, and raise again until `_heard`.
-
-    A signal may come while other code runs that drops whatever is raised there: a callback of Ray,
-    a finalizer. The run would go on as if nobody had asked.
-    """
-
-    def again(number: int, frame: Any) -> None:
-        raise stop
-
-    signal.signal(signal.SIGALRM, again)
-    signal.setitimer(signal.ITIMER_REAL, INSIST_EVERY, INSIST_EVERY)
-    raise stop
-
-
-def _heard() -> None:
-    """It ends, for whatever reason."""
-    if threading.current_thread() is threading.main_thread():
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+def _restore_interrupts() -> None:
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _lost(run: Run, logs: Path) -> None:
-    run.stopped = run.stopped or FAILED
+    run.lost = True
     log.error(
         "Ray died here: it was killed, or had no memory left; the same command goes on "
         f"(Ray's logs: {logs})"
@@ -488,21 +470,23 @@ def _lost(run: Run, logs: Path) -> None:
     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 
 
-def _tune(run: Run, dispatcher: Dispatcher, inputs: Inputs) -> None:
+def _tune(run: Run, dispatcher: Dispatcher, prefetch: Prefetch) -> None:
     """Run trials until none is left, or the next one reads what is not there yet."""
     from orchestrator.tuning import run_points
 
-    assert run.shares is not None
-    with run.shares.tuning():
-        figures = run_points(
-            dispatcher,
-            workshop(run),
-            run.sweep.resources,
-            run.place.folder / "tune",
-            run.shares.trials,
-            inputs.look,
-            run,
-        )
+    assert run.allocation is not None
+    assert run.progress is not None
+    run.allocation.tuning = True
+    figures = run_points(
+        dispatcher,
+        workshop(run),
+        run.sweep.resources,
+        run.place.folder / "tune",
+        run.allocation.trials,
+        prefetch.advance,
+        run.progress.board,
+    )
+    run.allocation.tuning = False
     run.tally.add_wall("trials", figures.wall)
     if figures.overhead is not None:
         run.tally.overheads.append(figures.overhead)

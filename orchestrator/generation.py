@@ -9,40 +9,32 @@ from __future__ import annotations
 
 import itertools
 import logging
+import threading
 import time
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from functools import partial
+from queue import Empty, SimpleQueue
+from typing import Any
 
 import numpy as np
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 
 from air_core.specs import SyntheticFeaturesSpec
-from orchestrator.board import Note, Teller, watched
+from orchestrator.allocation import Allocation, Pool
 from orchestrator.failures import CLASSES, Failure, classify
 from orchestrator.image_rows import DEATHS, build_image_block, open_generator
 from orchestrator.keys import artifact_key
 from orchestrator.plan import Need, name_of
+from orchestrator.progress import Note, Watcher
 from orchestrator.redact import redacted
 from orchestrator.session import note_devices
-from orchestrator.shares import Part, Pool, Shares
 from orchestrator.store import devices
 from orchestrator.sweep import GeneratorResources, Resources
 from orchestrator.workshop import Workshop, keep_to_share
 
 THRIFT = 2  # the most that a generator can save
-
-
-class Drawn(Teller, Protocol):
-    """Is told what is drawn."""
-
-    def prepared(self, need: Need, seconds: float, facts: dict[str, Any]) -> None: ...
-
-    def drew(self, pool: Pool) -> None:
-        """A pool of generators is closed."""
-        ...
 
 
 class Generate:
@@ -111,31 +103,38 @@ POOL = 20_000
 
 
 def draw(
-    needs: Sequence[Need], shop: Workshop, resources: Resources, watcher: Drawn, shares: Shares
-) -> list[tuple[Need, Failure]]:
+    needs: Sequence[Need],
+    shop: Workshop,
+    resources: Resources,
+    watcher: Watcher,
+    allocation: Allocation,
+    board: Any,
+) -> Generator[None, None, list[tuple[Need, Failure]]]:
     """Draw the missing blocks of some rows; what could not be drawn, after all others were tried.
+
+    A coroutine: it yields while it waits for the cluster.
 
     The pool is opened anew where trials come that need room, or go and leave some: a block that is
     whole stays, so that costs what the actors have in hand.
 
     Args:
-        watcher: told of each shard as it is done (seconds; drawn, redrawn, holes), and of who else
-            draws one that is waited for.
+        watcher: told of each shard as it is done (seconds; drawn, redrawn, holes).
     """
-    pour = _Pour(needs, shop, resources, watcher, shares)
-    with watched(watcher) as board:
-        while left := pour.left():
-            with shares.drawing() as part:
-                pour.through(part, left, board)
+    drawing = _Drawing(needs, shop, resources, watcher, allocation, board)
+    while left := drawing.left():
+        if allocation.pool():
+            yield from drawing.draw(left)
             shop.store.look_again()
+        else:
+            yield
     return [
-        (need, _failure(pour.errors.get(need, []), lacks))
+        (need, _failure(drawing.errors.get(need, []), lacks))
         for need in needs
         if (lacks := len(need.missing(shop.store)))
     ]
 
 
-class _Pour:
+class _Drawing:
     """Shards of some rows, until each is drawn or was tried."""
 
     def __init__(
@@ -143,11 +142,12 @@ class _Pour:
         needs: Sequence[Need],
         shop: Workshop,
         resources: Resources,
-        watcher: Drawn,
-        shares: Shares,
+        watcher: Watcher,
+        allocation: Allocation,
+        board: Any,
     ) -> None:
-        self.needs, self.shop, self.watcher, self.shares = needs, shop, watcher, shares
-        self.want = resources.generator
+        self.needs, self.shop, self.watcher, self.board = needs, shop, watcher, board
+        self.allocation, self.want = allocation, resources.generator
         self.errors: dict[Need, list[tuple[str, str]]] = {}
         self.tried: set[tuple[int, int, int]] = set()  # row, class, block
         self.over = False
@@ -163,24 +163,29 @@ class _Pour:
         )
         return list(itertools.islice(missing, POOL))
 
-    def through(self, part: Part, shards: Sequence[dict[str, int]], board: Any) -> None:
+    def draw(self, shards: Sequence[dict[str, int]]) -> Iterator[None]:
         """Draw until there is nothing left, or another pool is worth its start."""
-        rows = [need.spec for need in self.needs]
-        stream = _stream(shards, rows, self.shop, self.want, part, board)
         began, count, spent = time.monotonic(), 0, 0.0
-        pool = Pool(actors=min(part.count, len(shards)), gpu=bool(self.want.gpu))
-        results = iter(stream.iter_rows())
-        for result in results:
+        beside_trials = self.allocation.tuning
+        pool = Pool(actors=min(self.allocation.pool(), len(shards)), gpu=bool(self.want.gpu))
+        rows = [need.spec for need in self.needs]
+        self.allocation.wide = not beside_trials
+        reader = _Reader(
+            partial(_stream, shards, rows, self.shop, self.want, pool.actors, self.board)
+        )
+        while (result := (yield from reader.next())) is not None:
             self._note(result)
             count, spent = count + 1, spent + result["seconds"]
             pool.images += result["drawn"]
             pool.busy += result["on_device"]
-            if self.over or self._elsewhere(part, pool.actors, len(shards) - count, spent / count):
-                results.close()
-                self._forgive(shards, 4 * pool.actors)
-                break
+            left = (len(shards) - count) * spent / count
+            if self.over or (count < len(shards) and self._elsewhere(pool, beside_trials, left)):
+                reader.close()
+        if reader.closed:
+            self._forgive(shards, 4 * pool.actors)
         else:  # what is missing now was lost, or has failed
             self.tried.update((s["row"], s["class"], s["block"]) for s in shards)
+        self.allocation.wide = False
         pool.seconds = time.monotonic() - began
         self.watcher.drew(pool)
 
@@ -208,12 +213,64 @@ class _Pour:
         # What would be drawn from now on would be drawn for nothing.
         self.over = CLASSES[result["failure_class"]].stops_after == 1
 
-    def _elsewhere(self, part: Part, actors: int, left: int, each: float) -> bool:
-        """Is another pool worth it? One that is in the way of trials goes in any case."""
-        now = self.shares.moved(part)
-        if now is None or not left or (not part.reserved and now >= actors):
+    def _elsewhere(self, pool: Pool, beside_trials: bool, left: float) -> bool:
+        """Is another pool worth its start? One that is in the way of trials goes in any case.
+
+        Args:
+            left: seconds of work for one actor.
+        """
+        if self.allocation.tuning == beside_trials:
             return False
-        return not part.reserved or left * each * (1 / actors - 1 / max(now, 1)) > PAYS
+        now = self.allocation.pool()
+        if not beside_trials:
+            return now < pool.actors
+        return left * (1 / pool.actors - 1 / max(now, 1)) > PAYS
+
+
+class _Reader:
+    """Reads a stream of Ray Data on a thread: to read it blocks, and the driver has other work.
+
+    Its thread does not outlive the process: the driver may be stopped at any time.
+    """
+
+    def __init__(self, stream: Callable[[], ray.data.Dataset]) -> None:
+        self.closed = False
+        self._rows: SimpleQueue[dict[str, Any]] = SimpleQueue()
+        self._problem: BaseException | None = None
+        self._thread = threading.Thread(target=self._read, args=(stream,), daemon=True)
+        self._thread.start()
+
+    def _read(self, stream: Callable[[], ray.data.Dataset]) -> None:
+        try:
+            rows = iter(stream().iter_rows())
+            for row in rows:
+                self._rows.put(row)
+                if self.closed:
+                    rows.close()
+                    return
+        except BaseException as problem:
+            self._problem = problem
+
+    def next(self) -> Generator[None, None, dict[str, Any] | None]:
+        """A row; None: that was all. A coroutine.
+
+        Raises:
+            Exception: what the stream has raised.
+        """
+        while True:
+            over = not self._thread.is_alive()
+            try:
+                return self._rows.get_nowait()
+            except Empty:
+                if over and self._problem is not None:
+                    raise self._problem from None
+                if over:
+                    return None
+                yield
+
+    def close(self) -> None:
+        """Stop after the next row."""
+        self.closed = True
 
 
 def _stream(
@@ -221,16 +278,12 @@ def _stream(
     rows: Sequence[Any],
     shop: Workshop,
     want: GeneratorResources,
-    part: Part,
+    actors: int,
     board: Any,
 ) -> ray.data.Dataset:
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    if part.held is not None:
-        with warnings.catch_warnings():  # Ray 2.60 knows no other way that it does not warn of
-            warnings.simplefilter("ignore")
-            context.scheduling_strategy = context.scheduling_strategy_large_args = part.held
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     device = "cuda" if want.gpu else "cpu"
     with DataContext.current(context):
@@ -238,7 +291,7 @@ def _stream(
             Generate,
             fn_constructor_args=(rows, replace(shop, device=device), board),
             batch_size=1,
-            compute=ActorPoolStrategy(size=min(part.count, len(shards))),
+            compute=ActorPoolStrategy(size=actors),
             num_cpus=want.cpu,
             num_gpus=want.gpu,
             resources=dict(want.custom) or None,

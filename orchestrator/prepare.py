@@ -4,66 +4,42 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import replace
 from itertools import groupby
-from typing import Any, Protocol
+from typing import Any, TypeVar
 
 import ray
 
 from air_core.backbone.loading import import_open_clip_alone
 from air_core.specs import FeaturesSpec, LabelsSpec, LoraSpec, SyntheticFeaturesSpec
 from orchestrator import auditor, pictures
+from orchestrator.allocation import Allocation
 from orchestrator.audit_card import Audited, card_files
-from orchestrator.board import Note, watched
 from orchestrator.failures import CLASSES, Failure, classify, of_death
 from orchestrator.generation import draw
 from orchestrator.keys import artifact_key
 from orchestrator.plan import Need, holds, level, name_of
+from orchestrator.progress import Note, Watcher
 from orchestrator.session import note_devices
-from orchestrator.shares import LOOK_EVERY, Pool, Shares
 from orchestrator.stages import build_features, build_labels, build_lora
 from orchestrator.sweep import Resources
 from orchestrator.workshop import Workshop, keep_to_share
 
-
-class Watcher(Protocol):
-    """Is told what is being prepared."""
-
-    def prepared(self, need: Need, seconds: float, facts: dict[str, Any]) -> None:
-        """An artifact, or one shard of a row, is whole."""
-        ...
-
-    def failed(self, need: Need, failure: Failure) -> None:
-        """It could not be made."""
-        ...
-
-    def retried(self, need: Need, failure: Failure) -> None:
-        """It failed and is tried again."""
-        ...
-
-    def progress(self, name: str, done: int, total: int) -> None:
-        """How far something long is."""
-        ...
-
-    def waiting(self, name: str, holder: str, seconds: float) -> None:
-        """Somebody else makes it, or what it is made from, and is waited for so long."""
-        ...
-
-    def phase(self, stage: str, seconds: float) -> None:
-        """A stage is over; it took so long by the clock."""
-        ...
-
-    def drew(self, pool: Pool) -> None:
-        """A pool of generators is closed."""
-        ...
+T = TypeVar("T")
 
 
 def prepare(
-    needs: Sequence[Need], shop: Workshop, resources: Resources, watcher: Watcher, shares: Shares
-) -> None:
+    needs: Sequence[Need],
+    shop: Workshop,
+    resources: Resources,
+    watcher: Watcher,
+    allocation: Allocation,
+    board: Any,
+) -> Iterator[None]:
     """Make what is missing, stage after stage; within a stage side by side.
+
+    A coroutine: it yields while it waits for the cluster.
 
     What fails is tried again as its class allows. In the end the watcher is told of it, and what
     would be made from it is left out.
@@ -79,21 +55,19 @@ def prepare(
         others = [need for need in together if need.stage != "images"]
         failures: list[tuple[Need, Failure]] = []
         if others:
-            with _clocked(watcher, others[-1].stage):
-                failures = _build(others, shop, resources, watcher, shares)
+            watcher.stage = others[-1].stage
+            failures = yield from _build(others, shop, resources, watcher, allocation, board)
         if images:
-            with _clocked(watcher, "images"):
-                failures += draw(images, shop, resources, watcher, shares)
+            watcher.stage = "images"
+            failures += yield from draw(images, shop, resources, watcher, allocation, board)
         for need, failure in failures:
-            failed += [need.spec, getattr(need.spec, "images", None)]
+            failed += lost_with(need)
             watcher.failed(need, failure)
 
 
-@contextmanager
-def _clocked(watcher: Watcher, stage: str) -> Iterator[None]:
-    started = time.monotonic()
-    yield
-    watcher.phase(stage, time.monotonic() - started)
+def lost_with(need: Need) -> list[Any]:
+    """The specs that are not there if it could not be made."""
+    return [need.spec, getattr(need.spec, "images", None)]
 
 
 def _levels(missing: Sequence[Need]) -> dict[Need, int]:
@@ -152,63 +126,51 @@ def _startup(done: Sequence[tuple[int, float]], steps: int, seconds: float) -> f
     return seconds - steps * (until - since) / (last - first)
 
 
-@dataclass(frozen=True)
-class _Task:
-    """One piece of work, and how much less memory it may take."""
-
-    need: Need
-    shop: Workshop
-    place: ExitStack  # is closed when it is over
-
-
 def _build(
-    needs: Sequence[Need], shop: Workshop, resources: Resources, watcher: Watcher, shares: Shares
-) -> list[tuple[Need, Failure]]:
+    needs: Sequence[Need],
+    shop: Workshop,
+    resources: Resources,
+    watcher: Watcher,
+    allocation: Allocation,
+    board: Any,
+) -> Generator[None, None, list[tuple[Need, Failure]]]:
     follow = {need.spec.labels for need in needs if isinstance(need.spec, LoraSpec)}
     waiting = deque((need, shop) for need in needs if need.spec not in follow)
-    running: dict[Any, _Task] = {}
+    running: dict[Any, Need] = {}
     tries: Counter[tuple[Need, str]] = Counter()
     failures = []
-
-    def start(need: Need, shop: Workshop, board: Any) -> None:
-        want = resources.want(need.stage)
-        there = replace(shop, device="cuda" if want.gpu else "cpu")
-        with ExitStack() as stack:
-            place = stack.enter_context(shares.beside())
-            stage = ray.remote(_run).options(
+    while waiting or running:
+        while waiting and len(running) < allocation.tasks(resources.want(waiting[0][0].stage)):
+            need, there = waiting.popleft()
+            want = resources.want(need.stage)
+            task = ray.remote(_run).options(
                 num_cpus=want.cpu,
                 num_gpus=want.gpu,
                 resources=dict(want.custom) or None,
-                scheduling_strategy=place or "DEFAULT",
                 max_retries=0,
             )
-            task = stage.remote(need.spec, there, want.gpu, board)
-            running[task] = _Task(need, shop, stack.pop_all())
-
-    with watched(watcher) as board:
-        while waiting or running:
-            while waiting and len(running) < shares.places(resources.want(waiting[0][0].stage)):
-                start(*waiting.popleft(), board)
-            over, _ = ray.wait(list(running), timeout=LOOK_EVERY)
-            for one in over:
-                task = running.pop(one)
-                task.place.close()
-                need = task.need
-                try:
-                    seconds, facts = ray.get(one)
-                except Exception as problem:
-                    failure = _failure(problem)
-                    name = failure.failure_class
-                    tries[need, name] += 1
-                    if tries[need, name] > CLASSES[name].retries:
-                        failures.append((need, failure))
-                        continue
-                    watcher.retried(need, failure)
-                    waiting.append((need, shop.with_less(tries[need, "oom"])))
+            there = replace(there, device="cuda" if want.gpu else "cpu")
+            running[task.remote(need.spec, there, want.gpu, board)] = need
+        over, _ = ray.wait(list(running), timeout=0)
+        if not over:
+            yield
+        for one in over:
+            need = running.pop(one)
+            try:
+                seconds, facts = ray.get(one)
+            except Exception as problem:
+                failure = _failure(problem)
+                name = failure.failure_class
+                tries[need, name] += 1
+                if tries[need, name] > CLASSES[name].retries:
+                    failures.append((need, failure))
                     continue
-                if isinstance(need.spec, LoraSpec):
-                    _labels_are_there(need.spec.labels, needs, shop, watcher)
-                watcher.prepared(need, seconds, facts)
+                watcher.retried(need, failure)
+                waiting.append((need, shop.with_less(tries[need, "oom"])))
+                continue
+            if isinstance(need.spec, LoraSpec):
+                _labels_are_there(need.spec.labels, needs, shop, watcher)
+            watcher.prepared(need, seconds, facts)
     return failures
 
 
@@ -235,26 +197,21 @@ def contact_sheet(
     base: SyntheticFeaturesSpec | None,
     features: FeaturesSpec,
     shop: Workshop,
-) -> tuple[bytes, dict[str, float]]:
-    """A PNG of real, base and LoRA images, and how many of each CLIP recognises."""
-    result: tuple[bytes, dict[str, float]] = ray.get(
-        _beside(pictures.contact_sheet).remote(drawn, base, features, shop)
-    )
+) -> Generator[None, None, tuple[bytes, dict[str, float]]]:
+    """A PNG of real, base and LoRA images, and how many of each CLIP recognises. A coroutine."""
+    return (yield from _beside(pictures.contact_sheet, drawn, base, features, shop))
+
+
+def audit(row: Audited, shop: Workshop, board: Any) -> Generator[None, None, dict[str, bytes]]:
+    """The audit card of a row, as files to keep beside the sweep. A coroutine."""
+    card, png = yield from _beside(auditor.made, row, shop, Note(board, "audit"))
+    return card_files(card, png)
+
+
+def _beside(work: Callable[..., T], *given: Any) -> Generator[None, None, T]:
+    """The result of a task that runs beside trials, which hold all the cores while they run."""
+    task = ray.remote(work).options(num_cpus=0).remote(*given)
+    while not ray.wait([task], timeout=0)[0]:
+        yield
+    result: T = ray.get(task)
     return result
-
-
-LONG_LOOK = 5_000  # images: a look at fewer takes seconds, a board to report on takes one
-
-
-def audit(row: Audited, shop: Workshop, watcher: Watcher) -> dict[str, bytes]:
-    """The audit card of a row, as files to keep beside the sweep."""
-    look = _beside(auditor.made)
-    if row.images_per_class * len(row.classes) < LONG_LOOK:
-        return card_files(*ray.get(look.remote(row, shop)))
-    with watched(watcher) as board:
-        return card_files(*ray.get(look.remote(row, shop, Note(board, "audit"))))
-
-
-def _beside(work: Callable[..., Any]) -> Any:
-    """As a task beside trials, which hold all the cores while they run."""
-    return ray.remote(work).options(num_cpus=0)

@@ -13,7 +13,7 @@ from orchestrator.dispatch import Outcome
 from orchestrator.estimate import Pace, Work, stage_work, trial_work
 from orchestrator.failures import CLASSES, Failure
 from orchestrator.ledger import Ledger
-from orchestrator.place import Place
+from orchestrator.place import INTERRUPTED, Place
 from orchestrator.plan import Need, holds, name_of, needs_of
 from orchestrator.publish import Publisher
 from orchestrator.resolve import Resolver
@@ -23,8 +23,9 @@ from orchestrator.store import StoreFull
 from orchestrator.sweep import SweepSpec
 
 if TYPE_CHECKING:
+    from orchestrator.allocation import Allocation, Pool
+    from orchestrator.progress import Progress
     from orchestrator.session import MemoryPeak
-    from orchestrator.shares import Pool, Shares
 
 
 @dataclass
@@ -65,11 +66,15 @@ class Run:
     resolver: Resolver
     purse: Purse
     tally: Tally = field(default_factory=Tally)
-    shares: Shares | None = None  # none before Ray is there
     joined: bool = False  # a cluster that was there, of perhaps many machines
-    peak: MemoryPeak | None = None  # nor this
-    stall: Stall | None = None  # nor this
-    stopped: int | None = None  # exit code of who was stopped from outside
+    # None before Ray has started.
+    allocation: Allocation | None = None
+    progress: Progress | None = None
+    peak: MemoryPeak | None = None
+    stall: Stall | None = None
+    stage: str = ""  # that is being prepared
+    stopped: int | None = None  # exit code, once a signal came
+    lost: bool = False  # the local Ray died
     hopeless: list[tuple[Need, Failure]] = field(default_factory=list)
     given_up: dict[str, Failure] = field(default_factory=dict)  # by slot: not tried again
     moving: list[TrialSpec] = field(default_factory=list)  # go on in fp32
@@ -81,7 +86,20 @@ class Run:
         if self.stall is not None:
             self.stall.news()
 
-    # Watcher, for orchestrator.prepare.
+    def check(self) -> None:
+        """Show progress, and why nothing happens. Called about ten times a second.
+
+        Raises:
+            KeyboardInterrupt, SystemExit: a signal came, and what its handler raised was dropped,
+                as a callback of Ray or a finalizer does.
+        """
+        if self.stopped is not None:
+            raise KeyboardInterrupt if self.stopped == INTERRUPTED else SystemExit(self.stopped)
+        if self.progress is not None and self.stall is not None:
+            self.progress.read()
+            self.stall.check()
+
+    # progress.Watcher
 
     def prepared(self, need: Need, seconds: float, facts: dict[str, Any]) -> None:
         self.news()
@@ -116,16 +134,13 @@ class Run:
         remedy = CLASSES[failure.failure_class].remedy
         self.screen.say(f"{name_of(need.key)}: {failure.message}; {remedy}")
 
-    def progress(self, name: str, done: int, total: int) -> None:
+    def progressed(self, name: str, done: int, total: int) -> None:
         self.news()
         self.screen.progress(name, done, total)
 
     def waiting(self, name: str, holder: str, seconds: float) -> None:
         self.news()
         self.screen.waiting(name, holder, seconds)
-
-    def phase(self, stage: str, seconds: float) -> None:
-        self.tally.add_wall(stage, seconds)
 
     def drew(self, pool: Pool) -> None:
         self.tally.pools.append(asdict(pool))

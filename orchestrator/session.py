@@ -25,7 +25,7 @@ from orchestrator.failures import first_line
 from orchestrator.fit import Machine, asked_of
 from orchestrator.place import Refused
 from orchestrator.store import DEVICES
-from orchestrator.sweep import GeneratorResources, Want
+from orchestrator.sweep import Resources, Want
 from orchestrator.variables import environment, of_ray_job
 
 log = logging.getLogger(__name__)
@@ -290,50 +290,21 @@ def machines() -> tuple[Machine, ...]:
     return tuple(node["Resources"] for node in ray.nodes() if node["Alive"])
 
 
-HOLD_WAIT = 60.0  # seconds until a reserve has to be free; then its work takes what comes
+def free_resources() -> dict[str, tuple[float, float]]:
+    """Of each kind, what is free in the cluster and what there is."""
+    import ray
+
+    free = ray.available_resources()
+    return {kind: (free.get(kind, 0.0), has) for kind, has in ray.cluster_resources().items()}
 
 
-class Cluster:
-    """The one that was joined or started, for `shares.Shares`."""
+def ask_autoscaler(resources: Resources) -> None:
+    """Ask for room for one of each kind that a sweep starts."""
+    from ray.autoscaler.sdk import request_resources
 
-    def machines(self) -> tuple[Machine, ...]:
-        return machines()
-
-    def free(self) -> dict[str, tuple[float, float]]:
-        """Of each kind, what nobody has and what there is."""
-        import ray
-
-        free = ray.available_resources()
-        return {kind: (free.get(kind, 0.0), has) for kind, has in ray.cluster_resources().items()}
-
-    def hold(self, want: GeneratorResources, count: int) -> Any:
-        """A placement group of so many places, as a scheduling strategy."""
-        from ray.util import placement_group, remove_placement_group
-        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
-        bundle = _bundle(want)
-        if not bundle or not count:
-            return None
-        group = placement_group([bundle] * count, strategy="PACK")
-        if not group.wait(HOLD_WAIT):
-            remove_placement_group(group)
-            return None
-        return PlacementGroupSchedulingStrategy(group)
-
-    def release(self, held: Any) -> None:
-        from ray.util import remove_placement_group
-
-        remove_placement_group(held.placement_group)
-
-    def ask_for(self, wants: Sequence[Want]) -> None:
-        from ray.autoscaler.sdk import request_resources
-
-        request_resources(bundles=[_bundle(want) for want in wants])
-
-
-def _bundle(want: Want) -> dict[str, float]:
-    """As Ray takes it: what is not asked for is left out."""
-    return {kind: amount for kind, amount in asked_of(want).items() if amount}
+    generators: list[Want] = [resources.generator] * (resources.generator.actors or 1)
+    wants = [asked_of(want) for want in [resources.trial, resources.encoding, *generators]]
+    request_resources(bundles=[{kind: n for kind, n in want.items() if n} for want in wants])
 
 
 @contextmanager

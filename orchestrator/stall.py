@@ -1,21 +1,20 @@
-"""Nothing happens, and nobody says why: on a cluster that others use too, what is asked for may be
+"""Tells a user why nothing happens: on a cluster that others use too, what a sweep asks for may be
 taken. Knows no Ray.
 """
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Mapping
 
 from orchestrator.fit import asked_of
 from orchestrator.sweep import Resources
 
-QUIET = 60.0  # seconds without news, before the first word; each later word after twice as long
+QUIET = 60.0  # seconds without news before the first message; each later one after twice as long
 
 
 class Stall:
-    """Says on a thread that nothing has happened for a while, and what is free meanwhile.
+    """Says that nothing has happened for a while, and what is free meanwhile.
 
     Args:
         free: what is free and what there is of each kind, all machines together.
@@ -27,29 +26,23 @@ class Stall:
         resources: Resources,
         free: Callable[[], Mapping[str, tuple[float, float]]],
         say: Callable[[str], None],
-        every: float = QUIET / 4,
     ) -> None:
-        self._resources, self._free, self._say, self._every = resources, free, say, every
-        self._last, self._next = time.monotonic(), QUIET
-        self._over = threading.Event()
-        threading.Thread(target=self._watch, daemon=True).start()
+        self._resources, self._free, self._say = resources, free, say
+        self.news()
 
     def news(self) -> None:
         """Something has happened."""
         self._last, self._next = time.monotonic(), QUIET
 
-    def close(self) -> None:
-        self._over.set()
-
-    def _watch(self) -> None:
-        while not self._over.wait(self._every):
-            quiet = time.monotonic() - self._last
-            if quiet < self._next:
-                continue
-            why = wanting(self._resources, self._free())
-            if why:  # else something long goes on, and says so itself
-                self._next = 2 * quiet
-                self._say(f"no news for {quiet:.0f} s: {why}")
+    def check(self) -> None:
+        """Call it every now and then."""
+        quiet = time.monotonic() - self._last
+        if quiet < self._next:
+            return
+        self._next = 2 * quiet
+        why = wanting(self._resources, self._free())
+        if why:  # else something long goes on, and shows its own progress
+            self._say(f"no news for {quiet:.0f} s: {why}")
 
 
 def wanting(resources: Resources, free: Mapping[str, tuple[float, float]]) -> str:

@@ -19,13 +19,13 @@ from ray.tune.search import Searcher
 
 from air_core.backbone.loading import import_open_clip_alone
 from air_core.specs import TrialSpec
-from orchestrator.board import Note, Teller, watched
 from orchestrator.dispatch import Dispatcher
 from orchestrator.failures import Failure, OutOfTime, classify, of_death
 from orchestrator.keys import artifact_key
+from orchestrator.progress import Note
 from orchestrator.replicas import run_trials
 from orchestrator.session import note_devices
-from orchestrator.sweep import ENCODER_BATCH, Resources
+from orchestrator.sweep import Resources
 from orchestrator.trial import WHOLE, Legs, is_over
 from orchestrator.workshop import Workshop, keep_to_share
 
@@ -133,29 +133,19 @@ class _NotKept:
 class _Source(_NotKept, Searcher):  # type: ignore[misc]
     """Tune asks here for its next trial."""
 
-    def __init__(
-        self,
-        dispatcher: Dispatcher,
-        handed: dict[int, float],
-        slots: Callable[[], int],
-        spread: Callable[[int], None],
-        look: Callable[[], None],
-    ) -> None:
+    def __init__(self, dispatcher: Dispatcher, slots: Callable[[], int]) -> None:
         # A metric here would let one failed trial end the whole sweep.
         super().__init__(metric=None, mode=None)
-        self.dispatcher, self.handed = dispatcher, handed
-        self.slots, self.spread, self.look = slots, spread, look
+        self.dispatcher, self.slots = dispatcher, slots
         self.jobs: dict[str, int] = {}
+        self.handed: dict[int, float] = {}  # when, by job
 
     def suggest(self, trial_id: str) -> Any:
-        self.look()
         if self.dispatcher.peek() is None:
             # An idle actor would hold what could prepare the next cells: so this run of Tune ends.
             return None if self.dispatcher.under_way else Searcher.FINISHED
-        slots = self.slots()
-        if self.dispatcher.under_way >= slots:
+        if self.dispatcher.under_way >= self.slots():
             return None  # not now
-        self.spread(slots)
         job = self.dispatcher.next()
         assert job is not None
         self.jobs[trial_id] = job.number
@@ -181,11 +171,21 @@ class _Source(_NotKept, Searcher):  # type: ignore[misc]
 
 
 class _Results(_NotKept, tune.Callback):  # type: ignore[misc]
-    """Takes results and deaths in the driver."""
+    """Takes results and deaths in the driver, and lets it do its other work."""
 
-    def __init__(self, dispatcher: Dispatcher, source: _Source, overheads: list[float]) -> None:
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        source: _Source,
+        overheads: list[float],
+        tick: Callable[[], None],
+    ) -> None:
         self.dispatcher, self.source, self.overheads = dispatcher, source, overheads
+        self.tick = tick
         self.free: dict[tuple[str, int], float] = {}  # since when, by actor
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        self.tick()
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -219,49 +219,30 @@ def run_points(
     resources: Resources,
     folder: Path,
     slots: Callable[[], int],
-    look: Callable[[], None],
-    teller: Teller,
+    tick: Callable[[], None],
+    board: Any,
 ) -> Figures:
     """Run all points that the dispatcher has to hand out, now or while others run.
 
     Args:
         folder: for Ray's own files, written and never read.
         slots: how many jobs may run at a time, asked before each.
-        look: called before each, and about once a second: more may be ready by now.
-        teller: told how far long trials are, and for whom one waits.
+        tick: called some ten times a second: the driver's other work, such as what more can start.
+        board: takes notes of how far long trials are, see `progress`.
     """
     started = time.monotonic()
-    handed: dict[int, float] = {}
     overheads: list[float] = []
-    share = shop.batch / ENCODER_BATCH
-    source = _Source(
-        dispatcher, handed, slots, lambda now: dispatcher.spread(now, shop.device, share), look
+    source = _Source(dispatcher, slots)
+    trainable = tune.with_resources(
+        tune.with_parameters(
+            TrialRunner,
+            shop=shop,
+            board=board,
+            limit=resources.trial.timeout,
+            gpu=resources.trial.gpu,
+        ),
+        {"cpu": resources.trial.cpu, "gpu": resources.trial.gpu, **resources.trial.custom},
     )
-    with watched(teller) as board:
-        trainable = tune.with_resources(
-            tune.with_parameters(
-                TrialRunner,
-                shop=shop,
-                board=board,
-                limit=resources.trial.timeout,
-                gpu=resources.trial.gpu,
-            ),
-            {"cpu": resources.trial.cpu, "gpu": resources.trial.gpu, **resources.trial.custom},
-        )
-        _fit(trainable, source, dispatcher, overheads, folder)
-    return Figures(
-        wall=time.monotonic() - started,
-        overhead=statistics.median(overheads) if overheads else None,
-    )
-
-
-def _fit(
-    trainable: Any,
-    source: _Source,
-    dispatcher: Dispatcher,
-    overheads: list[float],
-    folder: Path,
-) -> None:
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
@@ -275,10 +256,14 @@ def _fit(
             name="points",
             storage_path=str(folder.absolute()),
             verbose=0,
-            callbacks=[_Results(dispatcher, source, overheads)],
+            callbacks=[_Results(dispatcher, source, overheads, tick)],
             log_to_file=False,
             failure_config=tune.FailureConfig(max_failures=0),  # the dispatcher tries again
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
         ),
     )
     tuner.fit()
+    return Figures(
+        wall=time.monotonic() - started,
+        overhead=statistics.median(overheads) if overheads else None,
+    )

@@ -114,7 +114,7 @@ def test_out_of_room_anywhere_a_sweep_stops_and_ends_as_if_nothing_had_happened(
             assert last.startswith(f"airsweep: no room where the store lies, {store} "), when
             assert "the same command goes on" in last
             half = [file for file in disk.seen.rglob(".*") if file.name != ".driver.lock"]
-            assert len(half) <= 1, (when, half)  # the thread that draws ahead ends with the driver
+            assert half == [], when
             ends = [e for e in events(disk.seen, "chaos") if e["event"] == "sweep_ended"]
             assert [end["exit_code"] for end in ends] in ([], [1]), when  # no room for it
 
@@ -182,14 +182,13 @@ def results(store: Path) -> tuple[Any, ...]:
 
 
 def assert_worked_once(store: Path, calm: Path, when: str, redone: int = 0) -> None:
-    """Work that is begun twice loses at most a job, here two seeds of ten iterations, and what the
-    driver prepares beside them at that moment.
-
+    """
     Args:
-        redone: so many pieces of work may have been begun twice.
+        redone: so many pieces of work may have been begun twice; a job, here of two seeds, has ten
+            iterations each.
     """
     trials, prepared = begun_twice(store / "built.log", calm / "built.log")
     assert trials.total() <= redone, (when, trials)
-    assert prepared.total() <= 1, (when, prepared)
+    assert prepared.total() <= redone, (when, prepared)
     iterations, _ = begun_twice(store / "iterations.log", calm / "iterations.log")
     assert iterations.total() <= 20 * redone, when

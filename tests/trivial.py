@@ -22,7 +22,7 @@ import tempfile
 import threading
 import time
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -99,14 +99,13 @@ def run_trial(spec: TrialSpec, store: ArtifactStore, legs: Legs = WHOLE) -> None
 
 
 def run_points(
-    dispatcher: Any, shop: Any, resources: Any, folder: Path, slots: Any, look: Any, progress: Any
+    dispatcher: Any, shop: Any, resources: Any, folder: Path, slots: Any, tick: Any, board: Any
 ) -> Any:
     """Some jobs at a time, in whose order a driver may die."""
     pass_gate()
     running: list[Any] = []
-    dispatcher.spread(SLOTS, "cpu")
     while not dispatcher.finished:
-        look()
+        tick()
         while len(running) < SLOTS and (job := dispatcher.next()) is not None:
             running.append(job)
         if not running:
@@ -129,8 +128,9 @@ def pass_gate() -> None:
             time.sleep(0.1)
 
 
-def prepare(needs: Any, shop: Any, resources: Any, watcher: Any, shares: Any) -> None:
-    """In a thread of the driver, which may die between any two lines here: what is begun counts."""
+def prepare(
+    needs: Any, shop: Any, resources: Any, watcher: Any, allocation: Any, board: Any
+) -> Iterator[None]:
     store = shop.store
     store.look_again()
     for need in needs:
@@ -139,12 +139,20 @@ def prepare(needs: Any, shop: Any, resources: Any, watcher: Any, shares: Any) ->
                 built(store, need.spec)
                 store.get_or_build(need.spec, lambda folder: {})
                 watcher.prepared(need, 0.0, {})
+                yield
             continue
         for c, block in need.missing(store):
             built(store, need.spec, c, block)
             for spec, suffix in ((need.spec.images, ".parquet"), (need.spec, ".safetensors")):
                 store.open_row(spec).publish(c, block, suffix, b"")
             watcher.prepared(need, 0.0, {"drawn": 1, "redrawn": 0, "holes": 0})
+            yield
+
+
+def at_once(result: Any) -> Generator[None, None, Any]:
+    """A coroutine that ends at once."""
+    yield from ()
+    return result
 
 
 def a_pixel() -> bytes:
@@ -162,12 +170,11 @@ def ray_session(
         print("Ray's logs are kept", file=sys.stderr)
 
 
-class Cluster:
-    def machines(self) -> tuple[dict[str, float]]:
-        return ({"CPU": 2.0},)
+class Progress:
+    def __init__(self, watcher: Any) -> None:
+        self.board = None
 
-    def free(self) -> dict[str, tuple[float, float]]:
-        return {"CPU": (2.0, 2.0)}
+    def read(self) -> None: ...
 
 
 class MemoryPeak:
@@ -179,14 +186,17 @@ MODULES = {
     "orchestrator.tuning": {"run_points": run_points},
     "orchestrator.prepare": {
         "prepare": prepare,
-        "contact_sheet": lambda *of: (a_pixel(), {}),
-        "audit": lambda *of: {},
+        "lost_with": lambda need: [need.spec],
+        "contact_sheet": lambda *of: at_once((a_pixel(), {})),
+        "audit": lambda *of: at_once({}),
     },
     "orchestrator.session": {
         "ray_session": ray_session,
-        "Cluster": Cluster,
+        "machines": lambda: ({"CPU": 2.0},),
+        "free_resources": lambda: {"CPU": (2.0, 2.0)},
         "MemoryPeak": MemoryPeak,
     },
+    "orchestrator.progress": {"Progress": Progress},
     # 0.15 s for each trial, and 1.5 s for each run
     "orchestrator.figures": {"confusion": lambda *of: b"", "pictures": lambda *of: {}},
     # Importing the real one costs a second for torch.

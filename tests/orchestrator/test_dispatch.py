@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -142,10 +141,10 @@ def searching(points: int = 4, width: int = 2, sampler: Any = "random") -> Searc
 # ---------------------------------------------------------------- jobs and outcomes
 
 
-def test_one_job_is_one_point_with_all_its_seeds(world):
+def test_one_job_is_one_point_with_the_seeds_that_are_trained_together(world):
     driver = world.driver(sweep("fpl", "cpl"))
     jobs = world.run_all(driver)
-    assert [(job.cell, job.points[0]) for job in jobs] == [
+    assert [(job.cell, job.point) for job in jobs] == [
         ("digits-ul-text-fpl", 0),
         ("digits-ul-text-cpl", 0),
     ]
@@ -256,8 +255,8 @@ def test_a_point_that_is_too_dear_is_left_and_comes_first_another_day(world):
         jobs.append(job)
         driver.complete(job.number, world.run(job))
     assert driver.out_of_budget()
-    assert [job.points[0] for job in jobs] == [0, 1]
-    assert [job.points[0] for job in world.run_all(world.driver(spec))] == [2, 3]
+    assert [job.point for job in jobs] == [0, 1]
+    assert [job.point for job in world.run_all(world.driver(spec))] == [2, 3]
 
 
 def test_what_costs_nothing_needs_no_budget(world):
@@ -435,7 +434,7 @@ def test_a_round_is_told_when_all_of_it_is_there_in_any_order(world):
     assert driver.next() is None
     driver.complete(first.number, world.run(first))
     third = driver.next()
-    assert [job.points[0] for job in (first, second, third)] == [0, 1, 2]
+    assert [job.point for job in (first, second, third)] == [0, 1, 2]
     expected = [mean_objective(world, job) for job in (first, second)]
     assert [value for _, _, value in world.told()[:2]] == expected
 
@@ -507,64 +506,26 @@ def test_the_ledger_says_what_was_started_and_how_it_ended(world):
     assert slot == "digits-ul-text-fpl/0/seed=1"
 
 
-# ---------------------------------------------------------------- points side by side
-
-
-def rates(points: int, seeds: Iterable[int] = (1, 2), **more: Any) -> SweepSpec:
-    """One round of points that share a pass of the tower."""
-    values = tuple(round(0.01 * n, 2) for n in range(1, points + 1))
-    space = (Dimension(key="train.learning_rate", values=values),)
-    search = Search(sampler="grid", points=points, width=points, space=space, **more)
-    return sweep("grip", seeds=seeds, search=search, fixed={"prompt.length": 2, "iterations": 3})
-
-
-def sizes(driver: Dispatcher, jobs: int) -> list[int]:
-    """Points of the next jobs, none of which ends."""
-    found = [driver.next() for _ in range(jobs)]
-    assert all(job is not None for job in found)
-    assert driver.next() is None
-    return [len(job.points) for job in found]
-
-
-@pytest.mark.parametrize(
-    ("points", "actors", "expected"),
-    [(4, 4, [1] * 4), (3, 8, [1] * 3), (5, 2, [3, 2]), (6, 4, [2, 2, 1, 1]), (8, 1, [8])],
-)
-def test_every_actor_has_a_job_before_points_go_together(world, points, actors, expected):
-    driver = world.driver(rates(points))
-    driver.peek()
-    driver.spread(actors, "cpu")
-    assert sizes(driver, len(expected)) == expected
-
-
-@pytest.mark.parametrize(("actors", "sizes"), [(1, [4]), (2, [2, 2]), (3, [2, 1, 1]), (9, [1] * 4)])
-def test_seeds_that_share_no_computation_are_handed_out_apart_while_actors_have_nothing(
-    world, actors, sizes
-):
-    visual = sweep("fpl", seeds=(1, 2, 3, 4), fixed={"modality": "visual"})
+def test_seeds_that_share_no_computation_are_jobs_of_their_own(world):
+    visual = sweep("fpl", seeds=(1, 2, 3), fixed={"modality": "visual"})
     driver = world.driver(visual)
-    driver.spread(actors, "cpu")
-    jobs = []
-    while len(jobs) < actors and (job := driver.next()) is not None:
-        jobs.append(job)
-    assert [len(job.trials) for job in jobs] == sizes
-    assert sorted(slot for job in jobs for slot in job.slots) == sorted(
-        f"digits-ul-visual-fpl/0/seed={seed}" for seed in (1, 2, 3, 4)
-    )
+    jobs = [driver.next() for _ in range(3)]
+    assert [job.slots for job in jobs] == [
+        (f"digits-ul-visual-fpl/0/seed={seed}",) for seed in (1, 2, 3)
+    ]
     assert driver.next() is None
     assert not driver.finished
     for job in jobs:
-        failures = dict.fromkeys(job.keys, Failure("data", "lost"))
-        driver.complete(job.number, failures)
-    assert world.states() == ["failed"] * 4
+        driver.complete(job.number, dict.fromkeys(job.keys, Failure("data", "lost")))
+    assert world.states() == ["failed"] * 3
     assert driver.peek() is None
     assert driver.finished
 
 
-def test_seeds_that_are_trained_in_one_computation_stay_together(world):
-    driver = world.driver(sweep("fpl", seeds=(1, 2, 3)))
-    driver.spread(9, "cpu")
-    assert len(driver.next().trials) == 3
+def test_a_job_has_no_more_texts_than_go_together(world):
+    driver = world.driver(sweep("grip", seeds=range(30)))
+    jobs = [driver.next(), driver.next()]
+    assert [len(job.trials) for job in jobs] == [25, 5]  # 10 names each; 256 texts
 
 
 def test_a_cell_whose_images_are_not_there_waits_and_the_others_go_on(world):
@@ -594,92 +555,20 @@ def test_of_cells_that_are_ready_the_first_in_rank_comes_first(world):
     assert [driver.next().cell for _ in cells] == [cell.id for cell in reversed(cells)]
 
 
-def test_a_job_has_no_more_texts_than_go_together(world):
-    driver = world.driver(rates(20))
-    driver.spread(1, "cpu")
-    job = driver.next()
-    assert len(job.points) == 12  # 2 seeds and 10 names each; 256 texts
-    assert len(job.trials) == 24
-    assert len(job.slots) == 24
-    (started,) = [event for event in world.ledger.events() if event["event"] == "trials_started"]
-    assert started["slots"] == list(job.slots)
-
-
-def test_points_that_share_no_pass_of_the_tower_are_jobs_of_their_own(world):
-    driver = world.driver(sweep("fpl", search=searching(points=3, width=3, sampler="grid")))
-    driver.spread(1, "cpu")
-    assert sizes(driver, 3) == [1, 1, 1]  # of other lengths
-
-
-def test_points_side_by_side_are_told_as_if_each_had_run_alone(world, tmp_path, prepared, resolver):
-    alone = World(tmp_path / "alone", prepared, resolver)
-    alone.run_all(alone.driver(rates(4)))
-    driver = world.driver(rates(4))
-    driver.spread(1, "cpu")
-    (job,) = world.run_all(driver)
-    assert job.points == (0, 1, 2, 3)
-    for ours, theirs in zip(world.told(), alone.told(), strict=True):
-        assert ours[:2] == theirs[:2]
-        assert ours[2] == pytest.approx(theirs[2], abs=1e-4)
-    assert sorted(world.states()) == ["done"] * 8
-    assert {o.slot.id for o in world.outcomes} == {o.slot.id for o in alone.outcomes}
-    replicas = {read_info(o)["replicas"] for o in world.outcomes}
-    assert replicas == {8}
-
-
-def read_info(outcome: Outcome) -> dict[str, Any]:
-    text = (outcome.record.path / "record.json").read_text()
-    return json.loads(text)["info"]
-
-
 def test_what_fails_beside_others_is_tried_again_alone(world):
-    driver = world.driver(rates(4))
-    driver.spread(1, "cpu")
+    driver = world.driver(sweep("grip", seeds=(1, 2, 3)))
     job = driver.next()
     lost = job.keys[2]
-    died = Failure("infra", "the process that ran it died")
     for spec, key in zip(job.trials, job.keys, strict=True):
         if key != lost:
             run_trial(spec, world.store)
-    driver.complete(job.number, {lost: died})
-    assert world.states() == ["done"] * 7
+    driver.complete(job.number, {lost: Failure("infra", "the process that ran it died")})
+    assert world.states() == ["done"] * 2
     again = driver.next()
-    assert (again.keys, again.points) == ((lost,), (job.points[1],))
+    assert (again.keys, again.point) == ((lost,), job.point)
     driver.complete(again.number, world.run(again))
-    assert world.states() == ["done"] * 8
+    assert world.states() == ["done"] * 3
     assert driver.next() is None
-    assert all(value is not None for _, _, value in world.told())
-
-
-def test_points_that_cannot_be_paid_for_are_not_put_into_a_job(world):
-    asked: list[Any] = []
-
-    def two(under_way: Any) -> bool:
-        asked.append([trials for _, trials in under_way])
-        return under_way[-1][1] <= 4
-
-    driver = world.driver(rates(4), two)
-    driver.spread(1, "cpu")
-    job = driver.next()
-    assert job.points == (0, 1)
-    assert asked == [[2], [4], [6]]  # trials of the job as it would be
-    assert driver.next() is None
-    driver.complete(job.number, world.run(job))
-    assert driver.out_of_budget()
-    assert driver.finished
-
-
-def test_points_side_by_side_are_pruned_like_points_alone(world, tmp_path, prepared, resolver):
-    spec = rates(4, pruning=Pruning(rule="halving", rungs=(1,)))
-    world.run_all(world.driver(spec))
-    other = World(tmp_path / "together", prepared, resolver)
-    driver = other.driver(spec)
-    driver.spread(1, "cpu")
-    first, second = other.run_all(driver)
-    assert first.points == (0, 1, 2, 3)
-    assert (first.legs.until, second.legs.until) == (1, None)
-    assert second.points == tuple(n for n in range(4) if n not in pruned_at(other))
-    assert pruned_at(other) == pruned_at(world)
 
 
 # ---------------------------------------------------------------- pruning
@@ -757,8 +646,8 @@ def test_half_of_a_round_stops_at_each_rung_and_the_default_goes_on(world, fits)
     stopped = pruned_at(world)
     assert 0 not in stopped
     assert len(fits) == sum(stopped.get(number, 3) for number in range(8)) < 8 * 3
-    assert [job.legs.until for job in jobs if job.points[0] == 0] == [1, 2, None]
-    assert sum(job.share for job in jobs if job.points[0] == 0) == pytest.approx(1)
+    assert [job.legs.until for job in jobs if job.point == 0] == [1, 2, None]
+    assert sum(job.share for job in jobs if job.point == 0) == pytest.approx(1)
 
 
 def test_the_sampler_hears_of_a_pruned_point_and_where_it_stood(world):
@@ -807,7 +696,7 @@ def test_a_point_with_a_failed_trial_is_not_compared_and_ends_with_what_it_has(w
     driver = world.driver(spec)
     jobs = world.run_all(driver, lambda s: s.seed == 2 and s.prompt.length == 2)
     (_, values, _), *_ = decisions(world)
-    lost = {j.points[0] for j in jobs for s in j.trials if s.prompt.length == 2}
+    lost = {j.point for j in jobs for s in j.trials if s.prompt.length == 2}
     assert len(lost) == 1
     assert not {str(n) for n in lost} & values.keys()
     assert [o.state for o in world.outcomes if o.slot.point in lost] == ["failed", "done"]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -16,14 +17,14 @@ import torch
 from safetensors.numpy import load_file
 
 from air_core.specs import SyntheticFeaturesSpec
-from orchestrator.board import Note, watched
+from orchestrator.allocation import Allocation
 from orchestrator.generation import Generate, draw
 from orchestrator.image_rows import build_image_block, open_generator, read_synthetic
 from orchestrator.keys import artifact_key
 from orchestrator.plan import Need, needs_of
 from orchestrator.prepare import prepare
-from orchestrator.session import Cluster
-from orchestrator.shares import Shares
+from orchestrator.progress import Note, Progress
+from orchestrator.session import machines
 from orchestrator.store import ArtifactStore, MissingArtifact
 from orchestrator.sweep import GeneratorResources, Resources
 from orchestrator.workshop import Workshop
@@ -40,14 +41,35 @@ def need_of(resolver, folder, count: int) -> Need:
     return Need(row, count, tuple(range(len(row.images.classnames))))
 
 
-def shares(resources: Resources | None = None) -> Shares:
-    return Shares(resources or Resources(), Cluster())
+T = TypeVar("T")
+
+
+def result_of(coroutine: Generator[None, None, T]) -> T:
+    while True:
+        try:
+            next(coroutine)
+        except StopIteration as end:
+            return end.value
+        time.sleep(0.01)
+
+
+def drawn(
+    need: Need,
+    store: ArtifactStore,
+    watcher: Any,
+    resources: Resources | None = None,
+    allocation: Allocation | None = None,
+) -> Any:
+    """What `draw` gives for one row."""
+    asked, progress = resources or Resources(), Progress(watcher)
+    free = allocation or Allocation(asked, machines)
+    return result_of(draw([need], Workshop(store), asked, watcher, free, progress.board))
 
 
 def run(need: Need, store: ArtifactStore, actors: int = 1) -> list[dict]:
     watcher = Watcher()
     resources = Resources(generator=GeneratorResources(actors=actors))
-    draw([need], Workshop(store), resources, watcher, shares(resources))
+    drawn(need, store, watcher, resources)
     return [facts for _, _, facts in watcher.told.get("prepared", [])]
 
 
@@ -97,17 +119,15 @@ def test_a_pool_gives_room_to_trials_and_no_block_pays_for_it(
 ):
     need, store = need_of(resolver, drawn_digits, 16), ArtifactStore(tmp_path)
     resources = Resources(generator=GeneratorResources(actors=2, reserve=1))
-    parts, trials = shares(resources), ExitStack()
+    allocation = Allocation(resources, machines)
 
     class Begins(Watcher):
         def prepared(self, *what):
             super().__getattr__("prepared")(*what)
-            if len(self.told["prepared"]) == 1:
-                trials.enter_context(parts.tuning())
+            allocation.tuning = True
 
     watcher = Begins()
-    with trials:
-        assert draw([need], Workshop(store), resources, watcher, parts) == []
+    assert drawn(need, store, watcher, resources, allocation) == []
     pools = [pool for (pool,) in watcher.told["drew"]]
     assert [pool.actors for pool in pools] == [2, 1]  # the second in its reserve
     assert sum(pool.images for pool in pools) <= 160 == len(need.classes) * 16
@@ -125,7 +145,7 @@ def test_a_block_that_cannot_be_drawn_is_named_and_the_others_are_kept(
     killed = [row.deaths_counted(3, 0, 2) for _ in range(2)]
     for process in killed:
         process.__enter__()  # and never comes back
-    ((failed, failure),) = draw([need], Workshop(copied), Resources(), Watcher(), shares())
+    ((failed, failure),) = drawn(need, copied, Watcher())
     assert (failed, failure.failure_class) == (need, "infra")
     assert "1 block is missing; digit three, block 0: " in failure.message
     assert need.missing(copied) == [(3, 0)]
@@ -155,15 +175,16 @@ def test_a_generator_short_of_memory_saves_some_and_keeps_the_size_of_its_blocks
 def test_who_waits_for_a_block_that_another_draws_says_for_whom(
     ray_session, resolver, drawn_digits, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("orchestrator.board.WAITS_FOR", 0.1)
+    monkeypatch.setattr("orchestrator.progress.WAITS_FOR", 0.1)
     need, watcher = need_of(resolver, drawn_digits, 8), Watcher()
     shop = Workshop(ArtifactStore(tmp_path))
     block = {"row": np.array([0]), "class": np.array([3]), "block": np.array([0])}
     key = artifact_key(need.spec.images)
-    with watched(watcher) as board, ThreadPoolExecutor() as pool:
+    progress = Progress(watcher)
+    with ThreadPoolExecutor() as pool:
         with ArtifactStore(tmp_path).locks.turn(f"{key.digest}-3-0"):
-            waits = pool.submit(Generate([need.spec], shop, board), block)
-            wait_until(lambda: "waiting" in watcher.told)
+            waits = pool.submit(Generate([need.spec], shop, progress.board), block)
+            wait_until(lambda: progress.read() or "waiting" in watcher.told)
         assert waits.result()["drawn"] == [8]
     name, holder, seconds = watcher.told["waiting"][0]
     assert name == f"image blocks {key.slug}"
@@ -183,7 +204,13 @@ def test_what_cannot_be_made_is_told_and_the_rest_goes_on(
     needs = needs_of([hopeless, whole])
     assert len({need.stage for need in needs}) == 4  # LoRA and images hang on broken features
     watcher = Watcher()
-    prepare(needs, Workshop(ArtifactStore(tmp_path / "store")), Resources(), watcher, shares())
+    shop, resources, progress = (
+        Workshop(ArtifactStore(tmp_path / "s")),
+        Resources(),
+        Progress(watcher),
+    )
+    free = Allocation(resources, machines)
+    result_of(prepare(needs, shop, resources, watcher, free, progress.board))
     ((failed, failure),) = watcher.told["failed"]
     assert failed.spec == hopeless.features
     assert (failure.failure_class, failure.message[:10]) == ("user", "ValueError")
@@ -237,10 +264,10 @@ def test_notes_of_a_process_reach_the_driver(ray_session):
         Note(board, "LoRA c").waits("its lock", "team/other", 1.0)  # not worth a word
 
     watcher = Watcher()
-    with watched(watcher) as board:
-        ray.get(ray.remote(work).options(num_cpus=0).remote(board))
-        wait_until(lambda: len(watcher.told) == 2)  # notes are sent and not waited for
+    progress = Progress(watcher)
+    ray.get(ray.remote(work).options(num_cpus=0).remote(progress.board))
+    wait_until(lambda: progress.read() or len(watcher.told) == 2)  # notes are not waited for
     assert watcher.told == {
-        "progress": [("LoRA a", 3, 10)],
+        "progressed": [("LoRA a", 3, 10)],
         "waiting": [("LoRA b", "team/other", 60.0)],
     }

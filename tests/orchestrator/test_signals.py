@@ -1,4 +1,4 @@
-"""Who stops a run is heard, also where other code drops what a signal handler raises."""
+"""A signal stops a run, also where other code drops what its handler raises."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from tests.sweeps import TIMEOUT, environment
 
 DEAF = """
 import os, signal, sys, time
-from types import SimpleNamespace
 from orchestrator import driver
+from orchestrator.running import Run
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-run = SimpleNamespace(stopped=None)
+run = Run(*[None] * 7)
 driver._heed_signals(run)
 try:
     try:
@@ -23,14 +23,13 @@ try:
         time.sleep(5)
     except BaseException:
         pass  # as Ray's callbacks and Python's finalizers do
-    time.sleep(30)
+    run.check()  # the driver's loop calls it some ten times a second
     print("went on")
 except KeyboardInterrupt:
     print("interrupted", run.stopped)
 except SystemExit as stop:
     print("exit", stop.code, run.stopped)
-driver._heard()
-time.sleep(1.5)  # nothing is raised any more
+driver._restore_interrupts()
 print("closed", signal.getsignal(signal.SIGINT) is signal.default_int_handler)
 """
 

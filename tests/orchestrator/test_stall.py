@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import threading
+from types import SimpleNamespace
 
 import pytest
 
 from orchestrator import stall
 from orchestrator.stall import Stall, wanting
 from orchestrator.sweep import GeneratorResources, Resources, TrialResources
-from tests.sweeps import TIMEOUT
 
 GPU = Resources(
     trial=TrialResources(gpu=0.25), generator=GeneratorResources(gpu=1, custom={"sd": 1})
@@ -31,17 +30,19 @@ def test_what_is_taken_is_named_with_who_asks_for_it(free, said):
 
 
 def test_it_is_said_once_nothing_has_happened_for_a_while_and_not_while_something_does(monkeypatch):
-    monkeypatch.setattr(stall, "QUIET", 2.0)
-    said, heard = [], threading.Event()
-
-    def say(text: str) -> None:
-        said.append(text)
-        heard.set()
-
-    watch = Stall(Resources(), lambda: {"CPU": (0, 2)}, say, every=0.01)
+    now, said = [1000.0], []
+    monkeypatch.setattr(stall, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    watch = Stall(Resources(), lambda: {"CPU": (0, 2)}, said.append)
     for _ in range(60):
+        now[0] += 10
         watch.news()
-        assert not heard.wait(0.05)
-    assert heard.wait(TIMEOUT)
-    watch.close()
+        watch.check()
+    assert said == []
+    for _ in range(20):
+        now[0] += 10
+        watch.check()
+    assert [line.partition(":")[0] for line in said] == [
+        "no news for 60 s",
+        "no news for 120 s",
+    ]
     assert "a trial asks for 1 CPU and 0 of 2 are free" in said[0]
