@@ -139,16 +139,17 @@ class Watcher:
     def drew(self, pool: Any) -> None:
         self.pool = pool
 
-    def progress(self, name: str, done: int, total: int) -> None: ...
+    def progressed(self, name: str, done: int, total: int) -> None: ...
 
     def waiting(self, name: str, holder: str, seconds: float) -> None: ...
 
 
 def ours(need: Need, device: str) -> tuple[float, float, float]:
     """Images a second of two actors, seconds until the first block, and their busy share."""
+    from orchestrator.allocation import Allocation
     from orchestrator.generation import draw
-    from orchestrator.session import Cluster
-    from orchestrator.shares import Shares
+    from orchestrator.progress import Progress
+    from orchestrator.session import machines
     from orchestrator.store import ArtifactStore
     from orchestrator.sweep import GeneratorResources, Resources
     from orchestrator.workshop import Workshop
@@ -159,8 +160,11 @@ def ours(need: Need, device: str) -> tuple[float, float, float]:
     with tempfile.TemporaryDirectory() as folder:
         shop = Workshop(ArtifactStore(Path(folder)), device=device)
         began = time.time()
-        failed = draw([need], shop, resources, watcher, Shares(resources, Cluster()))
-        assert not failed, failed
+        board = Progress(watcher).board
+        free = Allocation(resources, machines)
+        for _ in draw([need], shop, resources, watcher, free, board):
+            time.sleep(0.01)
+        assert not need.missing(shop.store)
     # Actors are not told apart: together, from when the second one had its first block.
     times = watcher.blocks[1:]
     rate = sum(size for _, size in times[1:]) / (times[-1][0] - times[0][0])
