@@ -6,7 +6,7 @@ import sys
 import time
 from dataclasses import dataclass
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from air_core.printable import printable
 from orchestrator.output import printable_lines, show
@@ -18,24 +18,6 @@ if TYPE_CHECKING:
 # Seconds between two lines about one long thing, off a terminal; and as a share of its time so far,
 # so that an hour does not print 360 of them.
 LINE_EVERY, LINE_SHARE = 10.0, 0.1
-
-
-class Screen(Protocol):
-    """Is told what happens."""
-
-    def say(self, text: str) -> None: ...
-
-    def started(self, plan: Plan) -> None: ...
-
-    def prepared(self, need: Need) -> None: ...
-
-    def progress(self, name: str, done: int, total: int) -> None: ...
-
-    def waiting(self, name: str, holder: str, seconds: float) -> None: ...
-
-    def outcome(self, outcome: Outcome) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class Rows:
@@ -97,7 +79,7 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
 
 
-class Lines:
+class Screen:
     """For logs: a line when something happens, and now and then while something long goes on."""
 
     def __init__(self) -> None:
@@ -153,7 +135,7 @@ class Lines:
         pass
 
 
-class Bars(Lines):
+class Bars(Screen):
     """For terminals: a bar for each thing under way, rows above them."""
 
     def __init__(self) -> None:
@@ -215,7 +197,7 @@ class Bars(Lines):
         self.bars.update(self.tasks[name], completed=done, total=total, visible=done < total)
 
 
-class Silence(Lines):
+class Silence(Screen):
     """`--quiet`: nothing but errors, which are not said here."""
 
     def say(self, text: str) -> None:
@@ -226,7 +208,7 @@ def make_screen(quiet: bool) -> Screen:
     """The one that fits where stderr goes."""
     if quiet:
         return Silence()
-    return Bars() if sys.stderr.isatty() else Lines()
+    return Bars() if sys.stderr.isatty() else Screen()
 
 
 def _short(value: Any) -> str:

@@ -23,7 +23,7 @@ def clock(monkeypatch) -> Clock:
 
 
 def test_a_long_thing_is_told_with_the_time_that_is_left(clock, capsys):
-    lines = screen.Lines()
+    lines = screen.Screen()
     lines.progress("LoRA a", 10, 110)
     clock.now += 20
     lines.progress("LoRA a", 30, 110)
@@ -38,7 +38,7 @@ def test_a_long_thing_is_told_with_the_time_that_is_left(clock, capsys):
 
 
 def test_the_longer_it_takes_the_rarer_are_the_lines(clock, capsys):
-    lines = screen.Lines()
+    lines = screen.Screen()
     for second in range(3600):
         lines.progress("trial a", second, 3601)
         clock.now += 1
@@ -46,7 +46,7 @@ def test_the_longer_it_takes_the_rarer_are_the_lines(clock, capsys):
 
 
 def test_who_waits_for_somebody_says_so_and_the_longer_the_rarer(capsys):
-    lines = screen.Lines()
+    lines = screen.Screen()
     for second in range(5, 3600):
         lines.waiting("LoRA a", "team/other (there, process 7)", second)
     lines.waiting("LoRA a", "team/third (there, process 8)", 5)
@@ -56,7 +56,7 @@ def test_who_waits_for_somebody_says_so_and_the_longer_the_rarer(capsys):
     assert len(said) == 11
 
 
-@pytest.mark.parametrize("kind", [screen.Lines, screen.Bars])
+@pytest.mark.parametrize("kind", [screen.Screen, screen.Bars])
 def test_a_message_does_not_steer_the_terminal(kind, capsys):
     kind().say("a\x1b]0;pwned\x07.png cannot be read")
     assert capsys.readouterr().err == "a\\u001b]0;pwned\\u0007.png cannot be read\n"
