@@ -1,51 +1,53 @@
-"""Is this machine, or a cluster, fit to run sweeps? Looked at without running any.
+"""Is this machine, or a cluster, fit to run sweeps? Checked without running any.
 
-This machine is looked at as a cluster's are before a sweep starts (`preflight.py`), with what only
-the driver needs beside it. Says what is wrong, where, and what to do.
+This machine is checked as the nodes of a cluster are before a sweep starts (`node_checks.py`), with
+what only the driver needs beside it. A cluster is checked by joining it, or by a job that does.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+import shlex
 import shutil
 import tempfile
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from orchestrator import look
 from orchestrator.asked import Asked, place_for, plan_of
 from orchestrator.backends import StoreRefused
 from orchestrator.driver import does_not_fit
-from orchestrator.echo import word_in
-from orchestrator.findings import (
-    CHECKS,
-    Examined,
-    Finding,
-    Seen,
-    Wanted,
-    judged,
-    lines,
-    wanted_by,
-)
 from orchestrator.fit import Machine, this_machine
 from orchestrator.inventory import size
 from orchestrator.lineage import ROOT, commit
+from orchestrator.node_checks import (
+    CHECKS,
+    Finding,
+    NodeReport,
+    check_this_machine,
+    lines,
+    needed_by,
+)
+from orchestrator.node_facts import Needed
 from orchestrator.output import aligned
+from orchestrator.parcel import code_here, pack
 from orchestrator.place import Place, Refused, lost_store
 from orchestrator.plan import Plan
 from orchestrator.remote import folder_of, is_bucket
 from orchestrator.report import counted
-from orchestrator.session import OBJECT_STORE_BYTES
 from orchestrator.store import open_store
+from orchestrator.submit import Cluster, ClusterLost, Job
+from orchestrator.sweep import option_words
 from orchestrator.tracking import TrackerAway, kind_of, make_tracker, uri_of, without_credentials
 from orchestrator.variables import in_ray_job
 
@@ -57,7 +59,6 @@ REMEDIES = {  # where a message has none
     "tracker": "start it, give another --tracking-uri, or --tracking-uri none",
     "cluster": "give another --address",
 }
-TEMP_LENGTH = 45  # characters: Ray's sockets lie below its folder, and a socket has 107
 DISK_SHARE = 0.95  # of its disk, from which on Ray starts no task that needs it
 
 
@@ -77,7 +78,7 @@ class Report:
     """What was looked at, and what is wrong."""
 
     checks: dict[str, tuple[str, str]] = field(default_factory=dict)  # state and a word about it
-    machines: list[Examined] = field(default_factory=list)  # of a cluster
+    machines: list[NodeReport] = field(default_factory=list)  # of a cluster
     findings: list[Finding] = field(default_factory=list)
 
     @property
@@ -144,14 +145,14 @@ def this_machines(asking: Asking) -> Report:
     place = _place(report, asking)
     plan = _plan(report, asking, place)
     _resources(report, plan, place, [this_machine()])
-    _look(report, plan, place)
+    _machine(report, plan, place)
     _tracker(report, asking, place)
     return report
 
 
 def cluster(asking: Asking) -> Report:
     """What a sweep needs of the cluster of RAY_ADDRESS, and of this process as its driver."""
-    from orchestrator.preflight import looked_at
+    from orchestrator.node_checks import check_nodes
     from orchestrator.session import ray_session
 
     report = Report()
@@ -165,7 +166,7 @@ def cluster(asking: Asking) -> Report:
         _resources(report, plan, place, machines)
         if place is not None:
             with report.told("store"):
-                report.machines = looked_at(place.store, _wanted(plan, place))
+                report.machines = check_nodes(place.store, _needed(plan, place))
     # By machine they are in a table of their own.
     report.findings += [one for machine in report.machines for one in machine.findings]
     return report
@@ -226,18 +227,10 @@ def _ray_here(report: Report) -> None:
     if not os.access(folder, os.W_OK):
         report.found(Finding(HERE, "ray", f"{where} cannot be written", "set RAY_TMPDIR"))
         return
-    if len(str(folder)) > TEMP_LENGTH:
-        problem = f"{where} has a name too long for sockets"
-        report.found(Finding(HERE, "ray", problem, "set RAY_TMPDIR to a short one"))
     disk = shutil.disk_usage(folder)
     if disk.used > DISK_SHARE * disk.total:
         problem = f"the disk of {where} is {disk.used / disk.total:.0%} full"
         report.found(Finding(HERE, "ray", problem, "make room, or set RAY_TMPDIR", fatal=False))
-    shared = Path("/dev/shm")
-    if shared.is_dir() and shutil.disk_usage(shared).free < OBJECT_STORE_BYTES:
-        problem = f"{shared} has less than {OBJECT_STORE_BYTES >> 20} MiB for Ray's object store"
-        remedy = "in a container, give --shm-size=1g"
-        report.found(Finding(HERE, "ray", problem, remedy, fatal=False))
     if "ray" not in report.checks:
         report.passed("ray", f"could start in {folder}")
 
@@ -277,8 +270,8 @@ def _plan(report: Report, asking: Asking, place: Place | None) -> Plan | None:
     return plan
 
 
-def _wanted(plan: Plan | None, place: Place) -> Wanted:
-    return wanted_by(plan, place) if plan else Wanted(data_root=place.data_root)
+def _needed(plan: Plan | None, place: Place) -> Needed:
+    return needed_by(plan, place) if plan else Needed(data_root=place.data_root)
 
 
 def _resources(
@@ -298,23 +291,21 @@ def _resources(
     report.found(Finding(HERE, "resources", said, remedy))
 
 
-def _look(report: Report, plan: Plan | None, place: Place | None) -> None:
-    """As the machines of a cluster are looked at."""
+def _machine(report: Report, plan: Plan | None, place: Place | None) -> None:
+    """As the nodes of a cluster are checked."""
     if place is None:
         return
-    wanted, store, found = _wanted(plan, place), place.store, this_machine()["GPU"]
-    with report.told("store"), word_in(store) as (word, echoed):
-        facts = look.look(store.name, word, wanted.files, str(wanted.data_root or ""), "here")
-        gpu = look.look_at_gpu() if wanted.gpus and found else None
-        written = facts["store"]["state"] != "ok" or echoed("here")
-        report.found(
-            *judged(Seen(HERE, facts, found, gpu, written), facts, store.name, wanted.left)
+    gpus, needed = this_machine()["GPU"], _needed(plan, place)
+    with report.told("store"):
+        facts, findings = check_this_machine(
+            HERE, place.store, replace(needed, gpus=needed.gpus and gpus > 0)
         )
+        report.found(*findings)
         free = facts["store"]["free"]
         said = {
-            "store": f"{store.name} can be written",
+            "store": f"{place.store.name} can be written",
             "room": f"{size(free)} are free" if free is not None else "not known",
-            "gpu": f"{found:g} GPU here" + ("" if wanted.gpus else ", and none is asked for"),
+            "gpu": f"{gpus:g} GPU here" + ("" if needed.gpus else ", and none is asked for"),
         }
         for check, word in said.items():
             if check not in report.checks:
@@ -336,3 +327,50 @@ def _tracker(report: Report, asking: Asking, place: Place | None) -> None:
         else:
             make_tracker(uri, store=root, project=place.project if place else "default").check()
             report.passed("tracker", f"{without_credentials(uri)} answers and lets us in")
+
+
+# ---------------------------------------------------------------- as a job
+
+
+STARTED = 300.0  # seconds that a cluster has to run the job
+PASSED = ("AIRSWEEP_PROJECT", "AIRSWEEP_USER")
+
+
+def looked_by_job(
+    address: str, sweep: Asked | None, options: Sequence[str], python: str = "python"
+) -> dict[str, Any]:
+    """What `doctor --cluster --json` says, run on a cluster.
+
+    Args:
+        address: http://<head>:8265.
+        options: of the command, beside the sweep.
+        python: the cluster's.
+
+    Raises:
+        Refused: the cluster takes no job, or the job said nothing.
+    """
+    words = [python, "-m", "orchestrator", "doctor"]
+    with TemporaryDirectory(prefix="airsweep-doctor-") as folder:
+        parcel = pack(sweep, Path(folder), code_here())
+        if sweep is not None:
+            words += [parcel.spec, *option_words(sweep.sets, sweep.only, smoke=False)]
+        command = shlex.join([*words, "--cluster", "--json", *options])
+        env = {name: os.environ[name] for name in PASSED if name in os.environ}
+        try:
+            return _said(*Cluster(address).run(command, parcel, env, STARTED))
+        except ClusterLost as problem:
+            raise Refused(f"no cluster takes jobs there: {problem}") from problem
+
+
+def _said(log: str, job: Job) -> dict[str, Any]:
+    """What is in a job's log, where Ray's lines may stand before and after it."""
+    lines = log.splitlines()
+    if job.exit_code in (0, 3) and "{" in lines and "}" in lines:
+        last = len(lines) - lines[::-1].index("}")
+        found: dict[str, Any] = json.loads("\n".join(lines[lines.index("{") : last]))
+        return found
+    said = next((line for line in reversed(lines) if line.strip()), job.message.partition("\n")[0])
+    raise Refused(
+        f"the job on the cluster ended without an answer ({said}); is airsweep with all it needs "
+        "in the Python that is first on the head's path?"
+    )

@@ -75,11 +75,9 @@ def doctor(
     if not cluster:
         found = doctor.this_machines(asking).json()
     elif "://" in str(at):
-        from orchestrator.doctor_job import looked_by_job
-
         known = {"--store": store, "--data-root": data_root, "--tracking-uri": tracking_uri}
         options = [word for name, value in known.items() if value for word in (name, str(value))]
-        found = looked_by_job(str(at), sweep, options)
+        found = doctor.looked_by_job(str(at), sweep, options)
     else:
         with environment({"RAY_ADDRESS": str(at)}), _stdout_kept():
             found = doctor.cluster(asking).json()
