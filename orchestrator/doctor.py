@@ -29,6 +29,7 @@ from orchestrator.backends import StoreRefused
 from orchestrator.driver import does_not_fit
 from orchestrator.fit import Machine, this_machine
 from orchestrator.inventory import size
+from orchestrator.job_package import is_checkout, pack
 from orchestrator.lineage import ROOT, commit
 from orchestrator.node_checks import (
     CHECKS,
@@ -40,13 +41,12 @@ from orchestrator.node_checks import (
 )
 from orchestrator.node_facts import Needed
 from orchestrator.output import aligned
-from orchestrator.parcel import code_here, pack
 from orchestrator.place import Place, Refused, lost_store
 from orchestrator.plan import Plan
 from orchestrator.remote import folder_of, is_bucket
 from orchestrator.report import counted
 from orchestrator.store import open_store
-from orchestrator.submit import Cluster, ClusterLost, Job
+from orchestrator.submit import Cluster, Job
 from orchestrator.sweep import option_words
 from orchestrator.tracking import TrackerAway, kind_of, make_tracker, uri_of, without_credentials
 from orchestrator.variables import in_ray_job
@@ -351,15 +351,12 @@ def looked_by_job(
     """
     words = [python, "-m", "orchestrator", "doctor"]
     with TemporaryDirectory(prefix="airsweep-doctor-") as folder:
-        parcel = pack(sweep, Path(folder), code_here())
+        spec = pack(sweep, Path(folder), is_checkout())
         if sweep is not None:
-            words += [parcel.spec, *option_words(sweep.sets, sweep.only, smoke=False)]
+            words += [spec, *option_words(sweep.sets, sweep.only, smoke=False)]
         command = shlex.join([*words, "--cluster", "--json", *options])
         env = {name: os.environ[name] for name in PASSED if name in os.environ}
-        try:
-            return _said(*Cluster(address).run(command, parcel, env, STARTED))
-        except ClusterLost as problem:
-            raise Refused(f"no cluster takes jobs there: {problem}") from problem
+        return _said(*Cluster(address).run(command, Path(folder), env, STARTED))
 
 
 def _said(log: str, job: Job) -> dict[str, Any]:

@@ -77,21 +77,22 @@ def submit(
     airsweep submit sweeps/paper_main.yaml --address http://head:8265 --store s3://bucket/runs
     --detach
     """
-    from orchestrator import parcel
+    from orchestrator import job_package
     from orchestrator.submit import Cluster, entrypoint
 
     asked = load(spec, sets, only, smoke)
     if as_json and not detach:
         raise ValueError("--json: what is followed is a log; allowed with --detach")
-    to = parcel.destination(asked, store, data_root, tracking_uri)
-    with_code = parcel.code_named(code)
-    variables = parcel.variables(asked, with_code, env or [])
+    to = job_package.destination(asked, store, data_root, tracking_uri)
+    with_code = job_package.sends_code(code)
+    variables = job_package.variables(asked, with_code, env or [])
     with TemporaryDirectory(prefix="airsweep-job-") as folder:
-        packed = parcel.pack(asked, Path(folder), with_code)
+        packed = job_package.pack(asked, Path(folder), with_code)
         cluster = Cluster(address)
-        _say(f"to {cluster.address} go {packed}")
-        what = entrypoint(asked, to, packed.spec, python)
-        job = cluster.submit(asked, to, packed, variables, what)
+        with_it = "with the code of this checkout" if with_code else "without code"
+        _say(f"sending {packed} to {cluster.address}, {with_it}")
+        what = entrypoint(asked, to, packed, python)
+        job = cluster.submit(asked, to, Path(folder), variables, what)
     if detach:
         _tell_started(cluster, job, as_json)
     else:
