@@ -33,13 +33,13 @@ def data_check(
 
     airsweep data check folder:/data/leaves --json
     """
-    from orchestrator.datacheck import check
+    from orchestrator.input_checks import check_dataset, dataset_lines
 
-    found = check(name, root, lambda each, total: watched("opening images", each, total))
-    for line in [json.dumps(found.json(), indent=1)] if as_json else found.lines():
+    found = check_dataset(name, root, lambda each, total: watched("opening images", each, total))
+    for line in [json.dumps(found, indent=1)] if as_json else dataset_lines(found):
         show(line)
-    if found.difference is not None:
-        fail(found.difference)
+    if found["difference"] is not None:
+        fail(found["difference"])
 
 
 removed(app, "data stage", "unpack the archives with tar or unzip, then run `airsweep data check`")

@@ -34,7 +34,7 @@ def models_check(
 
     airsweep models check ViT-B-32-quickgelu@/shared/models/open_clip_model.safetensors
     """
-    from orchestrator.modelcheck import check_model
+    from orchestrator.input_checks import check_model
 
     found = check_model(place, name)
     if as_json:
