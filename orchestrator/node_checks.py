@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any
 
@@ -225,8 +226,15 @@ def check_this_machine(
     """Facts about this machine, and what is wrong with it. Raises as `store_token`."""
     with store_token(store) as token:
         facts = node_facts.node_facts(store.name, token, HERE, needed, needed.gpus)
-        facts["store"]["answered"] = has_token(store.name, token, HERE)
+        _read_answer(facts["store"], store.name, token, HERE)
     return facts, judge(name, facts, facts, store.name, needed)
+
+
+def _read_answer(facts: Facts, store: str, token: str, node: str) -> None:
+    """Note whether the driver can read what a machine has written into the store."""
+    facts["answered"] = False
+    with suppress(OSError):
+        facts["answered"] = facts["token"] and has_token(store, token, node)
 
 
 def check_nodes(store: ArtifactStore, needed: Needed) -> list[NodeReport]:
@@ -255,7 +263,7 @@ def check_nodes(store: ArtifactStore, needed: Needed) -> list[NodeReport]:
             facts = _gather(waiting, start)
             for key, one in facts.items():
                 if isinstance(one, dict):
-                    one["store"]["answered"] = has_token(store.name, token, key)
+                    _read_answer(one["store"], store.name, token, key)
     finally:
         cloudpickle.unregister_pickle_by_value(node_facts)
     skipped = set() if needed.inputs else {"files"}

@@ -11,7 +11,7 @@ import logging
 import re
 import shlex
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +24,7 @@ from orchestrator.place import FAILED, REFUSED, TERMINATED, Refused
 from orchestrator.store import smoke_store
 from orchestrator.variables import environment
 
-# Seconds for a connection, and for an answer at first and later; Ray's client would wait for ever.
-CONNECTED, FIRST_ANSWER, ANSWER = 10.0, 20.0, 60.0
+CONNECTED, ANSWER = 10.0, 60.0  # seconds; Ray's client would wait for ever
 POLL = 0.5  # seconds between two looks at a job
 SILENCE = 20.0  # seconds without a line of the log, after which it is read anew
 LOST_AFTER = 300.0  # seconds without the cluster, after which nobody follows any more
@@ -143,7 +142,10 @@ class Cluster:
         try:
             name = self._ask("submit_job", entrypoint=entry, runtime_env=runtime_env, **more)
         except (ClusterLost, ValueError) as problem:
-            raise Refused(f"no job was started: {problem}; try again") from problem
+            faster = "; another submitter was faster: try again" * (
+                "already exists" in str(problem)
+            )
+            raise Refused(f"no job was started: {problem}{faster}") from problem
         return self.job(name)
 
     def run(
@@ -313,17 +315,14 @@ def _client(address: str) -> Any:
     from ray.job_submission import JobSubmissionClient
 
     class Client(JobSubmissionClient):  # type: ignore[misc]
-        answer = FIRST_ANSWER
-
         def _do_request(self, *what: Any, **how: Any) -> Any:
-            return super()._do_request(*what, **{"timeout": (CONNECTED, self.answer), **how})
+            return super()._do_request(*what, **{"timeout": (CONNECTED, ANSWER), **how})
 
     try:
         # Ray prefers this variable, and then RAY_ADDRESS, to what it is given.
         with _quiet(), environment({"RAY_API_SERVER_ADDRESS": address}):
             client = Client(address)
             there = str(client._server_ray_version)
-        client.answer = ANSWER
     except AuthenticationError as problem:
         why = "wants a token, and none was sent"
         if "Authentication failed" in str(problem):
@@ -377,19 +376,6 @@ def entrypoint(asked: Asked, to: Destination, spec: str, python: str) -> str:
     for option, value in (("--data-root", to.data_root), ("--tracking-uri", to.tracking_uri)):
         words += [option, value] if value else []
     return shlex.join([*words, *asked.options])
-
-
-def next_commands(cluster: Cluster, job: Job, again: Sequence[str]) -> dict[str, str]:
-    """What can be done about a job, and by which command."""
-    name = job.sweep.removeprefix("default/")
-    return {
-        "follow": cluster.follow_command(job.id),
-        "jobs": shlex.join(["airsweep", "jobs", "--address", cluster.address]),
-        "stop": cluster.stop_command(job.id),
-        "status": shlex.join(["airsweep", "status", name, "--store", job.store]),
-        "table": shlex.join(["airsweep", "table", name, "--store", job.store]),
-        "again": shlex.join(again),
-    }
 
 
 def ending(job: Job) -> str:

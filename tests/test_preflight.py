@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 from orchestrator.node_facts import TOKENS
 from orchestrator.remote import parse
@@ -90,8 +91,6 @@ def run_at(
 
 @contextmanager
 def another_ray(folder: Path) -> Iterator[str]:
-    import ray
-
     own = Path(ray.__file__).parent
     folder.mkdir()
     subprocess.run(["cp", "-rs", str(own), str(folder / "ray")], check=True)
@@ -274,7 +273,9 @@ def test_a_cluster_of_another_ray_is_refused_with_both_versions(spec, tmp_path, 
     with another_ray(tmp_path / "other") as address:
         done = run_at(address, spec, tmp_path / "runs")
     assert done.returncode == 3, done.stderr
-    assert f"the cluster at {address} has Ray 2.0.9 and Python 3" in done.stderr
+    assert f"{address} cannot be joined" in done.stderr
+    assert "Ray: 2.0.9 Python: 3" in done.stderr
+    assert f"Ray: {ray.__version__} Python: 3" in done.stderr
     assert "; install the same here" in done.stderr
     assert "Traceback" not in done.stderr
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -191,9 +192,16 @@ def _tell_started(cluster: Cluster, job: Job, as_json: bool) -> None:
 
 
 def _next(cluster: Cluster, job: Job) -> dict[str, str]:
-    from orchestrator.submit import next_commands
-
-    return next_commands(cluster, job, ["airsweep", *sys.argv[1:]])
+    """What can be done about a job, and by which command."""
+    results = [job.sweep.removeprefix("default/"), "--store", job.store]
+    return {
+        "follow": cluster.follow_command(job.id),
+        "jobs": shlex.join(["airsweep", "jobs", "--address", cluster.address]),
+        "stop": cluster.stop_command(job.id),
+        "status": shlex.join(["airsweep", "status", *results]),
+        "table": shlex.join(["airsweep", "table", *results]),
+        "again": shlex.join(["airsweep", *sys.argv[1:]]),
+    }
 
 
 def _say_next(cluster: Cluster, job: Job) -> None:

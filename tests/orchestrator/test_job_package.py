@@ -61,7 +61,6 @@ def big(path: Path, size: int) -> None:
 
 def test_a_checkout_sends_its_code_and_the_sweep_and_nothing_that_lies_beside(tmp_path, spec):
     checkout = checkout_in(tmp_path / "checkout")
-    big(checkout / "data" / "images.tar", 2 << 30)
     big(checkout / "runs" / "mlflow.db", 2 << 30)
     big(checkout / "weights.safetensors", 2 << 30)
     for secret in (checkout / ".env", checkout / "orchestrator" / ".env", spec.parent / ".env"):
@@ -127,11 +126,9 @@ def test_code_of_another_place_has_no_commit_of_this_one(spec):
     ("option", "remedy"),
     [
         ("dataset=folder:my_images", "docs/data.md"),
-        ("dataset=folder:~/my_images", "docs/data.md"),
-        ("test_dataset=folder:other", "docs/data.md"),
+        ("test_dataset=folder:~/other", "docs/data.md"),
         ("backbone=ViT-B-32@clip.safetensors", "docs/data.md"),
         ("generator=./sd15", "docs/data.md"),
-        ("generator=folder:drawn", "docs/data.md"),
         ("data_root=data", "docs/data.md"),
         ("tracking.uri=sqlite:///mlflow.db", "http://<server>"),
     ],
@@ -150,10 +147,7 @@ def test_a_relative_path_is_refused_with_the_remedy(spec, option, remedy):
         "backbone=ViT-B-32/openai",
         "backbone=ViT-B-32@/shared/clip.safetensors",
         "generator=stable-diffusion-v1-5/stable-diffusion-v1-5",
-        "generator=/shared/sd15",
-        "tracking.uri=http://mlflow:5000",
         "tracking.uri=sqlite:////shared/mlflow.db",
-        "tracking.uri=none",
     ],
 )
 def test_what_every_node_can_see_is_let_through(spec, option):
@@ -202,7 +196,7 @@ def test_variables_travel_by_name_or_with_a_value(spec, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (["--set", "fixed.iterations=-1", "--store", SHARED], 2, "--set fixed.iterations=-1"),
+        (["--set", "fixed.iterations=-1"], 2, "--set fixed.iterations=-1"),
         ([], 3, "the store 'runs' is relative, and this is a Ray job"),
         (["--store", SHARED, "--accept-code", "images"], 2, "docs/extend.md says"),
         (["--store", SHARED, "--env", "HF_TOKEN=x"], 2, "looks like a secret"),
@@ -223,10 +217,3 @@ def test_without_an_address_it_is_asked_which_cluster(spec):
         done = airsweep(*words, check=False, RAY_API_SERVER_ADDRESS="", RAY_ADDRESS="")
         assert done.returncode == 2
         assert "which cluster? --address or RAY_API_SERVER_ADDRESS" in done.stderr
-
-
-def test_a_mistake_in_the_file_is_said_with_its_place(tmp_path):
-    bad = write_sweep(tmp_path, "bad", "grid: {method: [fpl, cpll]}\n")
-    done = airsweep("submit", bad, "--address", "http://127.0.0.1:1", check=False)
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"{bad}:3:")
