@@ -233,9 +233,9 @@ def _check_generator(name: str, folder: Path) -> dict[str, Any]:
                 f"{folder} is not {name}: the {key} of its U-Net is {unet.get(key)}, of that model "
                 f"{value}"
             )
-    kind = json_object(folder / PIPELINE_CONFIG).get("_class_name")
-    lora = kind in LORA_PIPELINES
-    return {"is": "generator", "pipeline": kind, "parts": sorted(parts), "lora": lora}
+    pipeline = json_object(folder / PIPELINE_CONFIG).get("_class_name")
+    lora = pipeline in LORA_PIPELINES
+    return {"is": "generator", "pipeline": pipeline, "parts": sorted(parts), "lora": lora}
 
 
 def _check_part(folder: Path, part: str, library: str, kind: str) -> None:

@@ -352,8 +352,10 @@ def _reason(problem: BaseException) -> str:
     lines = str(problem).strip().splitlines()
     if not lines:
         return type(problem).__name__
-    # A status line of HTTP that is none.
-    return lines[0].rstrip(".") if lines[0].isprintable() else "no HTTP is spoken there"
+    # Of a traceback of the server the end says what is wrong.
+    line = lines[-1 if lines[0].endswith("(most recent call last):") else 0]
+    # A status line of HTTP that is none is not printable.
+    return line.rstrip(".") if line.isprintable() else "no HTTP is spoken there"
 
 
 @contextmanager
