@@ -15,10 +15,9 @@ from orchestrator.commands import (
     cache,
     cluster,
     compare,
-    data,
     doctor,
     files,
-    models,
+    inputs,
     results,
     submit,
     sweeps,
@@ -42,8 +41,8 @@ app = typer.Typer(
 for commands in (files, sweeps, submit, doctor, results, compare, tracked, bundle, usage):
     app.add_typer(commands.app)
 app.add_typer(tracked.mlflow_app, name="mlflow")
-app.add_typer(data.app, name="data")
-app.add_typer(models.app, name="models")
+app.add_typer(inputs.data_app, name="data")
+app.add_typer(inputs.models_app, name="models")
 app.add_typer(cache.app, name="cache")
 app.add_typer(cluster.app, name="cluster")
 

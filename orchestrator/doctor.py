@@ -1,69 +1,72 @@
-"""Is this machine, or a cluster, fit to run sweeps? Looked at without running any.
+"""Is this machine, or a cluster, fit to run sweeps? Checked without running any.
 
-This machine is looked at as a cluster's are before a sweep starts (`preflight.py`), with what only
-the driver needs beside it. Says what is wrong, where, and what to do.
+This machine is checked as the nodes of a cluster are before a sweep starts (`node_checks.py`), with
+what only the driver needs beside it. A cluster is checked by joining it, or by a job that does.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+import shlex
 import shutil
 import tempfile
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from orchestrator import look
 from orchestrator.asked import Asked, place_for, plan_of
 from orchestrator.backends import StoreRefused
 from orchestrator.driver import does_not_fit
-from orchestrator.echo import word_in
-from orchestrator.findings import (
-    CHECKS,
-    Examined,
-    Finding,
-    Seen,
-    Wanted,
-    judged,
-    lines,
-    wanted_by,
-)
 from orchestrator.fit import Machine, this_machine
 from orchestrator.inventory import size
+from orchestrator.job_package import is_checkout, pack
 from orchestrator.lineage import ROOT, commit
+from orchestrator.node_checks import (
+    CHECKS,
+    Finding,
+    NodeReport,
+    check_nodes,
+    check_this_machine,
+    lines,
+    needed_by,
+)
+from orchestrator.node_facts import Needed
 from orchestrator.output import aligned
 from orchestrator.place import Place, Refused, lost_store
 from orchestrator.plan import Plan
 from orchestrator.remote import folder_of, is_bucket
 from orchestrator.report import counted
-from orchestrator.session import OBJECT_STORE_BYTES
 from orchestrator.store import open_store
+from orchestrator.submit import Cluster, Job
+from orchestrator.sweep import option_words
 from orchestrator.tracking import TrackerAway, kind_of, make_tracker, uri_of, without_credentials
 from orchestrator.variables import in_ray_job
 
 HERE = "this machine"
 OFFLINE = "not looked at: --offline"
+HUBS = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HOME", "HF_HUB_CACHE")
 REMEDIES = {  # where a message has none
     "store": "give another --store",
     "sweep": "put it there, or name one that is there",
     "tracker": "start it, give another --tracking-uri, or --tracking-uri none",
     "cluster": "give another --address",
 }
-TEMP_LENGTH = 45  # characters: Ray's sockets lie below its folder, and a socket has 107
 DISK_SHARE = 0.95  # of its disk, from which on Ray starts no task that needs it
 
 
 @dataclass(frozen=True)
-class Asking:
-    """What is to be looked at."""
+class Request:
+    """What is to be checked."""
 
     sweep: Asked | None
     store: str
@@ -74,42 +77,41 @@ class Asking:
 
 @dataclass
 class Report:
-    """What was looked at, and what is wrong."""
+    """The state of each check, and what is wrong."""
 
-    checks: dict[str, tuple[str, str]] = field(default_factory=dict)  # state and a word about it
-    machines: list[Examined] = field(default_factory=list)  # of a cluster
+    checks: dict[str, tuple[str, str]] = field(default_factory=dict)  # state, and a word about it
+    machines: list[NodeReport] = field(default_factory=list)  # of a cluster
     findings: list[Finding] = field(default_factory=list)
 
-    @property
-    def ok(self) -> bool:
-        return not any(one.fatal for one in self.findings)
-
     def passed(self, check: str, said: str) -> None:
-        self.checks[check] = ("ok", said)
+        """Unless something else was found."""
+        self.checks.setdefault(check, ("ok", said))
 
-    def left_out(self, check: str, why: str) -> None:
+    def skipped(self, check: str, why: str) -> None:
         self.checks[check] = ("-", why)
 
-    def found(self, *problems: Finding) -> None:
-        self.findings += problems
-        for one in problems:
+    def failed(self, check: str, problem: str, remedy: str, fatal: bool = True) -> None:
+        self.add(Finding(HERE, check, problem, remedy, fatal))
+
+    def add(self, *findings: Finding) -> None:
+        self.findings += findings
+        for one in findings:
             if self.checks.get(one.check, ("",))[0] != "failed":
-                state = "failed" if one.fatal else "warning"
-                self.checks[one.check] = (state, one.problem)
+                self.checks[one.check] = ("failed" if one.fatal else "warning", one.problem)
 
     @contextmanager
-    def told(self, check: str) -> Iterator[None]:
-        """What is raised, as a finding; what follows a semicolon is the remedy."""
+    def caught(self, check: str) -> Iterator[None]:
+        """What is raised is a finding; what follows its first semicolon is the remedy."""
         try:
             yield
-        except (ValueError, Refused, StoreRefused, TrackerAway, OSError) as problem:
-            said, _, remedy = str(problem).partition("; ")
-            self.found(Finding(HERE, check, said, remedy or REMEDIES[check]))
+        except (ValueError, Refused, StoreRefused, TrackerAway, OSError) as error:
+            problem, _, remedy = str(error).partition("; ")
+            self.failed(check, problem, remedy or REMEDIES[check])
 
     def json(self) -> dict[str, Any]:
         """The contract of `doctor --json`."""
         return {
-            "ok": self.ok,
+            "ok": not any(one.fatal for one in self.findings),
             "checks": {
                 name: {"state": state, "said": said} for name, (state, said) in self.checks.items()
             },
@@ -133,72 +135,71 @@ def screen(found: Mapping[str, Any]) -> str:
 # ---------------------------------------------------------------- this machine, or a cluster
 
 
-def this_machines(asking: Asking) -> Report:
+def check_machine(request: Request) -> Report:
     """What a sweep needs of this machine."""
     report = Report()
     report.passed("airsweep", f"{_version('airsweep') or 'a checkout'}, commit {commit()[:12]}")
     _libraries(report)
-    _ray_here(report)
+    _ray_folder(report)
     flags = ", ".join(f"{name}={os.environ[name]}" for name in HUBS if name in os.environ)
     report.passed("offline", f"airsweep fetches nothing; flags of the hub: {flags or 'none'}")
-    place = _place(report, asking)
-    plan = _plan(report, asking, place)
-    _resources(report, plan, place, [this_machine()])
-    _look(report, plan, place)
-    _tracker(report, asking, place)
+    place = _place(report, request)
+    plan = _plan(report, request, place)
+    machine = this_machine()
+    _resources(report, plan, place, [machine])
+    if place is not None:
+        _this_node(report, place, _needed(plan, place), machine["GPU"])
+    _tracker(report, request, place)
     return report
 
 
-def cluster(asking: Asking) -> Report:
+def check_cluster(request: Request) -> Report:
     """What a sweep needs of the cluster of RAY_ADDRESS, and of this process as its driver."""
-    from orchestrator.preflight import looked_at
     from orchestrator.session import ray_session
 
     report = Report()
     _libraries(report)
-    place = _place(report, asking)
-    plan = _plan(report, asking, place)
-    _tracker(report, asking, place)
-    with report.told("cluster"), ray_session() as machines:
+    place = _place(report, request)
+    plan = _plan(report, request, place)
+    _tracker(report, request, place)
+    with report.caught("cluster"), ray_session() as machines:
         sums = (f"{sum(one.get(kind, 0) for one in machines):g} {kind}" for kind in ("CPU", "GPU"))
         report.passed("cluster", f"{counted(len(machines), 'machine')}, {', '.join(sums)}")
         _resources(report, plan, place, machines)
         if place is not None:
-            with report.told("store"):
-                report.machines = looked_at(place.store, _wanted(plan, place))
+            with report.caught("store"):
+                report.machines = check_nodes(place.store, _needed(plan, place))
     # By machine they are in a table of their own.
     report.findings += [one for machine in report.machines for one in machine.findings]
     return report
 
 
-HUBS = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HOME", "HF_HUB_CACHE")
-
-
 def _libraries(report: Report) -> None:
-    """Against the ranges that airsweep was tested with."""
-    ranges = _ranges()
-    if ranges is None:
-        report.left_out("versions", "a copy of the code alone, which does not say what it needs")
+    """Compare with the ranges that airsweep was tested with: of a checkout as its file says, else
+    as it was installed."""
+    file = ROOT / "pyproject.toml"
+    try:
+        if file.is_file():
+            project = tomllib.loads(file.read_text())["project"]
+            python, needed = project["requires-python"], project["dependencies"]
+        else:
+            python, needed = metadata("airsweep")["Requires-Python"], requires("airsweep") or []
+    except PackageNotFoundError:
+        report.skipped("versions", "a copy of the code alone, which does not say what it needs")
         return
-    python, wanted = ranges
     here = platform.python_version()
     if here not in SpecifierSet(python):
-        remedy = f"make an environment with Python {python}"
-        report.found(
-            Finding(HERE, "versions", f"Python {here}, and airsweep needs {python}", remedy)
-        )
-    for one in map(Requirement, wanted):
+        problem = f"Python {here}, and airsweep needs {python}"
+        report.failed("versions", problem, f"make an environment with Python {python}")
+    for one in map(Requirement, needed):
         if one.marker is not None and not one.marker.evaluate({"extra": ""}):
             continue
         found = _version(one.name)
         if found is None or not one.specifier.contains(found, prereleases=True):
-            what = f"{one.name} {found}" if found else f"{one.name} is missing"
-            remedy = f"pip install '{one.name}{one.specifier}'"
-            problem = f"{what}, and airsweep needs {one.specifier or 'any'}"
-            report.found(Finding(HERE, "versions", problem, remedy))
-    if "versions" not in report.checks:
-        known = ", ".join(f"{name} {_version(name)}" for name in ("ray", "torch", "mlflow"))
-        report.passed("versions", f"Python {here}, {known} and {len(wanted) - 3} more")
+            problem = f"{one.name} {found or 'is missing'}, and airsweep needs {one.specifier}"
+            report.failed("versions", problem, f"pip install '{one.name}{one.specifier}'")
+    known = ", ".join(f"{name} {_version(name)}" for name in ("ray", "torch", "mlflow"))
+    report.passed("versions", f"Python {here}, {known} and {len(needed) - 3} more")
 
 
 def _version(name: str) -> str | None:
@@ -208,77 +209,55 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _ranges() -> tuple[str, list[str]] | None:
-    """Of Python and of libraries: of a checkout as its file says, else as it was installed."""
-    file = ROOT / "pyproject.toml"
-    if file.is_file():
-        project = tomllib.loads(file.read_text())["project"]
-        return project["requires-python"], project["dependencies"]
-    with suppress(PackageNotFoundError):
-        return metadata("airsweep")["Requires-Python"], requires("airsweep") or []
-    return None
-
-
-def _ray_here(report: Report) -> None:
+def _ray_folder(report: Report) -> None:
     """Could Ray start here? Nothing is started."""
-    folder = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
-    where = f"Ray's folder {folder}"
+    folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
     if not os.access(folder, os.W_OK):
-        report.found(Finding(HERE, "ray", f"{where} cannot be written", "set RAY_TMPDIR"))
+        report.failed("ray", f"Ray's folder {folder} cannot be written", "set RAY_TMPDIR")
         return
-    if len(str(folder)) > TEMP_LENGTH:
-        problem = f"{where} has a name too long for sockets"
-        report.found(Finding(HERE, "ray", problem, "set RAY_TMPDIR to a short one"))
     disk = shutil.disk_usage(folder)
     if disk.used > DISK_SHARE * disk.total:
-        problem = f"the disk of {where} is {disk.used / disk.total:.0%} full"
-        report.found(Finding(HERE, "ray", problem, "make room, or set RAY_TMPDIR", fatal=False))
-    shared = Path("/dev/shm")
-    if shared.is_dir() and shutil.disk_usage(shared).free < OBJECT_STORE_BYTES:
-        problem = f"{shared} has less than {OBJECT_STORE_BYTES >> 20} MiB for Ray's object store"
-        remedy = "in a container, give --shm-size=1g"
-        report.found(Finding(HERE, "ray", problem, remedy, fatal=False))
-    if "ray" not in report.checks:
-        report.passed("ray", f"could start in {folder}")
+        problem = f"the disk of Ray's folder {folder} is {disk.used / disk.total:.0%} full"
+        report.failed("ray", problem, "make room, or set RAY_TMPDIR", fatal=False)
+    report.passed("ray", f"could start in {folder}")
 
 
 # ---------------------------------------------------------------- sweep and store
 
 
-def _place(report: Report, asking: Asking) -> Place | None:
-    """Where the sweep would go; None: it can or should not be opened."""
-    if asking.offline and is_bucket(asking.store):
-        report.left_out("store", OFFLINE)
+def _place(report: Report, request: Request) -> Place | None:
+    """Where the sweep would go; None: it cannot or should not be opened."""
+    store, place = request.store, None
+    if request.offline and is_bucket(store):
+        report.skipped("store", OFFLINE)
         return None
-    place = None
-    with report.told("store"):
-        if asking.sweep is None:
-            relative = not is_bucket(asking.store) and not folder_of(asking.store).is_absolute()
-            if relative and in_ray_job():
-                raise lost_store(asking.store)
-            place = Place(open_store(asking.store), "default", "none", asking.data_root)
+    with report.caught("store"):
+        if request.sweep is not None:
+            place = place_for(request.sweep, store, request.data_root)
+        elif in_ray_job() and not is_bucket(store) and not folder_of(store).is_absolute():
+            raise lost_store(store)
         else:
-            place = place_for(asking.sweep, asking.store, asking.data_root)
+            place = Place(open_store(store), "default", "none", request.data_root)
     return place
 
 
-def _plan(report: Report, asking: Asking, place: Place | None) -> Plan | None:
-    """What it would need, with all weights and images found; None: there is no sweep, or no such
-    thing."""
-    if asking.sweep is None or place is None:
-        report.left_out(
-            "sweep", "none was given" if asking.sweep is None else "no store to plan in"
-        )
-        return None
+def _plan(report: Report, request: Request, place: Place | None) -> Plan | None:
+    """What the sweep would need, with all weights and images found; None: there is no plan."""
     plan = None
-    with report.told("sweep"):
-        plan = plan_of(asking.sweep.spec, place)
-        report.passed("sweep", f"{plan.sweep.name}: the weights and images that it names are here")
+    if request.sweep is None:
+        report.skipped("sweep", "none was given")
+    elif place is None:
+        report.skipped("sweep", "no store to plan in")
+    else:
+        with report.caught("sweep"):
+            plan = plan_of(request.sweep.spec, place)
+            here = "the weights and images that it names are here"
+            report.passed("sweep", f"{plan.sweep.name}: {here}")
     return plan
 
 
-def _wanted(plan: Plan | None, place: Place) -> Wanted:
-    return wanted_by(plan, place) if plan else Wanted(data_root=place.data_root)
+def _needed(plan: Plan | None, place: Place) -> Needed:
+    return needed_by(plan, place) if plan else Needed(data_root=place.data_root)
 
 
 def _resources(
@@ -286,53 +265,82 @@ def _resources(
 ) -> None:
     """Do its trials and generators fit a machine?"""
     if plan is None or place is None:
-        report.left_out("resources", "no sweep to fit")
-        return
-    problem = does_not_fit(plan, place.store, machines)
-    if problem is None:
+        report.skipped("resources", "no sweep to fit")
+    elif (reason := does_not_fit(plan, place.store, machines)) is None:
         report.passed("resources", "there is a machine for all that the sweep asks for")
-        return
-    said, _, remedy = problem.rpartition(": ")
-    if os.environ.get("RAY_ADDRESS"):
-        remedy += ", or where the cluster grows by itself, let it start such a machine first"
-    report.found(Finding(HERE, "resources", said, remedy))
+    else:
+        problem, _, remedy = reason.rpartition(": ")
+        if os.environ.get("RAY_ADDRESS"):
+            remedy += ", or where the cluster grows by itself, let it start such a machine first"
+        report.failed("resources", problem, remedy)
 
 
-def _look(report: Report, plan: Plan | None, place: Place | None) -> None:
-    """As the machines of a cluster are looked at."""
-    if place is None:
-        return
-    wanted, store, found = _wanted(plan, place), place.store, this_machine()["GPU"]
-    with report.told("store"), word_in(store) as (word, echoed):
-        facts = look.look(store.name, word, wanted.files, str(wanted.data_root or ""), "here")
-        gpu = look.look_at_gpu() if wanted.gpus and found else None
-        written = facts["store"]["state"] != "ok" or echoed("here")
-        report.found(
-            *judged(Seen(HERE, facts, found, gpu, written), facts, store.name, wanted.left)
-        )
+def _this_node(report: Report, place: Place, needed: Needed, gpus: float) -> None:
+    """Check this machine as the nodes of a cluster are checked."""
+    with report.caught("store"):
+        here = replace(needed, gpus=needed.gpus and gpus > 0)
+        facts, findings = check_this_machine(HERE, place.store, here)
+        report.add(*findings)
         free = facts["store"]["free"]
-        said = {
-            "store": f"{store.name} can be written",
-            "room": f"{size(free)} are free" if free is not None else "not known",
-            "gpu": f"{found:g} GPU here" + ("" if wanted.gpus else ", and none is asked for"),
-        }
-        for check, word in said.items():
-            if check not in report.checks:
-                report.passed(check, word)
+        report.passed("store", f"{place.store.name} can be written")
+        report.passed("room", "not known" if free is None else f"{size(free)} are free")
+        asked = "" if needed.gpus else ", and none is asked for"
+        report.passed("gpu", f"{gpus:g} GPU here{asked}")
 
 
-def _tracker(report: Report, asking: Asking, place: Place | None) -> None:
-    """Does it answer, and let us in?"""
+def _tracker(report: Report, request: Request, place: Place | None) -> None:
+    """Does it answer, and accept the credentials?"""
     root = place.store.root if place is not None else Path(tempfile.gettempdir())
-    asked = asking.tracking_uri or (asking.sweep.spec.tracking_uri if asking.sweep else None)
-    with report.told("tracker"):
-        uri = uri_of(asked, root)
+    of_sweep = request.sweep.spec.tracking_uri if request.sweep else None
+    with report.caught("tracker"):
+        uri = uri_of(request.tracking_uri or of_sweep, root)
         kind = kind_of(uri)
         if kind != "http":
             where = "a file" if kind == "sqlite" else "off"
             report.passed("tracker", f"{where}, so no server is needed")
-        elif asking.offline:
-            report.left_out("tracker", OFFLINE)
+        elif request.offline:
+            report.skipped("tracker", OFFLINE)
         else:
             make_tracker(uri, store=root, project=place.project if place else "default").check()
             report.passed("tracker", f"{without_credentials(uri)} answers and lets us in")
+
+
+# ---------------------------------------------------------------- as a job
+
+
+STARTED = 300.0  # seconds that a cluster has to run the job
+PASSED = ("AIRSWEEP_PROJECT", "AIRSWEEP_USER")
+
+
+def report_of_job(address: str, sweep: Asked | None, options: Sequence[str]) -> dict[str, Any]:
+    """What `doctor --cluster --json` says, run on a cluster.
+
+    Args:
+        address: http://<head>:8265.
+        options: of the command, beside the sweep.
+
+    Raises:
+        Refused: the cluster takes no job, or the job said nothing.
+    """
+    words = ["python", "-m", "orchestrator", "doctor"]
+    with TemporaryDirectory(prefix="airsweep-doctor-") as folder:
+        spec = pack(sweep, Path(folder), is_checkout())
+        if sweep is not None:
+            words += [spec, *option_words(sweep.sets, sweep.only, smoke=False)]
+        command = shlex.join([*words, "--cluster", "--json", *options])
+        env = {name: os.environ[name] for name in PASSED if name in os.environ}
+        return _said(*Cluster(address).run(command, Path(folder), env, STARTED))
+
+
+def _said(log: str, job: Job) -> dict[str, Any]:
+    """What is in a job's log, where Ray's lines may stand before and after it."""
+    lines = log.splitlines()
+    if job.exit_code in (0, 3) and "{" in lines and "}" in lines:
+        last = len(lines) - lines[::-1].index("}")
+        found: dict[str, Any] = json.loads("\n".join(lines[lines.index("{") : last]))
+        return found
+    last_line = next(filter(str.strip, reversed(lines)), job.message.partition("\n")[0])
+    raise Refused(
+        f"the job on the cluster ended without an answer ({last_line}); is airsweep with all it "
+        "needs in the Python that is first on the head's path?"
+    )

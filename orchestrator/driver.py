@@ -431,9 +431,9 @@ def _wait_for_machines(run: Run, plan: Plan) -> None:
 def _look(run: Run, plan: Plan) -> None:
     """Before any work: are the machines of a cluster that was joined fit for it?"""
     if run.joined:
-        from orchestrator.preflight import check_machines
+        from orchestrator.node_checks import refuse_unfit_nodes
 
-        check_machines(plan, run.place, run.screen.say)
+        refuse_unfit_nodes(plan, run.place, run.screen.say)
 
 
 def _heed_signals(run: Run) -> None:

@@ -5,6 +5,7 @@ The files of `cluster/kuberay/` are what is filled in: what no option names is a
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
@@ -17,15 +18,14 @@ from typing import Any
 from orchestrator.fit import misfit
 from orchestrator.marked_yaml import all_documents, shown, written
 from orchestrator.redact import password_at, redacted, shows_secret
-from orchestrator.sweep import Resources, SweepSpec, Want
+from orchestrator.sweep import Resources, SweepSpec
 
 SWEEP_FOLDER = "/home/ray/sweep"  # where the ConfigMap is mounted on the head
 SLACK = 3600  # seconds beside `budget.wall`: pods that come, and trials that end
 GPU = "nvidia.com/gpu"
 QUEUE, PRIORITY = "kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/priority-class"
 LONGEST = 47  # KubeRay's: names of pods begin with it
-_NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
-_LABEL = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
+LABEL = r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +51,11 @@ def rayjob(sweep: SweepSpec, wishes: Wishes) -> str:
     """
     name = checked_name(wishes.name or job_name(sweep.project or "default", sweep.name))
     refuse_secrets(sweep, wishes)
+    store = _allowed(
+        *("--store", wishes.store, r"(/|file:///|(s3|gs|az)://).*"),
+        "an absolute folder on the disk that all pods see, such as /shared/runs, or "
+        "s3://bucket/prefix",
+    )
     configmap, job = all_documents(template("rayjob"))
     file = f"{sweep.name}.yaml"
     configmap["metadata"]["name"] = name
@@ -58,7 +63,7 @@ def rayjob(sweep: SweepSpec, wishes: Wishes) -> str:
     job["metadata"] = {"name": name, **_labels(wishes)}
     spec = job["spec"]
     command = ("python", "-m", "orchestrator", "run", f"{SWEEP_FOLDER}/{file}")
-    spec["entrypoint"] = shlex.join([*command, "--store", _place(wishes.store), *wishes.options])
+    spec["entrypoint"] = shlex.join([*command, "--store", store, *wishes.options])
     env = {"AIRSWEEP_DATA": sweep.data_root} if sweep.data_root else {}  # else that of the pods
     spec["runtimeEnvYAML"] = json.dumps({"env_vars": env | dict(wishes.env)}) + "\n"
     if sweep.budget.wall:
@@ -119,12 +124,20 @@ def job_name(project: str, sweep: str) -> str:
 
 
 def checked_name(name: str) -> str:
-    if not _NAME.fullmatch(name) or len(name) > LONGEST:
-        raise ValueError(
-            f"--name {shown(name)} is not allowed; allowed: small letters, digits and dashes, a "
-            f"letter first, no dash at the end, at most {LONGEST}"
-        )
-    return name
+    return _allowed(
+        *("--name", name, rf"(?=.{{1,{LONGEST}}}$)[a-z]([-a-z0-9]*[a-z0-9])?"),
+        f"small letters, digits and dashes, a letter first, no dash at the end, at most {LONGEST}",
+    )
+
+
+def _allowed(option: str, value: str, pattern: str, allowed: str) -> str:
+    """
+    Raises:
+        ValueError: the value is not of this form.
+    """
+    if not re.fullmatch(pattern, value):
+        raise ValueError(f"{option} {shown(value)} is not allowed; allowed: {allowed}")
+    return value
 
 
 def environment_of(options: Sequence[str]) -> dict[str, str]:
@@ -135,9 +148,8 @@ def environment_of(options: Sequence[str]) -> dict[str, str]:
     """
     found = {}
     for option in options:
-        name, equals, value = option.partition("=")
-        if not equals or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            raise ValueError(f"--env {shown(option)} is not allowed; allowed: NAME=VALUE")
+        _allowed("--env", option, r"(?s)[A-Za-z_][A-Za-z0-9_]*=.*", "NAME=VALUE")
+        name, _, value = option.partition("=")
         if shows_secret(name, value):
             raise ValueError(
                 f"--env {name}: this looks like a secret, and the file would show it to all who "
@@ -170,26 +182,18 @@ def refuse_secrets(sweep: SweepSpec, wishes: Wishes) -> None:
             )
 
 
-def _place(store: str) -> str:
-    if not store.startswith(("/", "file:///", "s3://", "gs://", "az://")):
-        raise ValueError(
-            f"--store {shown(store)} is not allowed; allowed: an absolute folder on the disk that "
-            "all pods see, such as /shared/runs, or s3://bucket/prefix"
-        )
-    return store
-
-
 def _labels(wishes: Wishes) -> dict[str, Any]:
     if wishes.priority and not wishes.queue:
         raise ValueError("--priority is a class of Kueue's: give its --queue as well")
-    labels = {QUEUE: wishes.queue, PRIORITY: wishes.priority}
-    for option, label in (("--queue", wishes.queue), ("--priority", wishes.priority)):
-        if label is not None and not _LABEL.fullmatch(label):
-            raise ValueError(
-                f"{option} {shown(label)} is not allowed; allowed: the name of one in Kubernetes"
-            )
-    given = {key: label for key, label in labels.items() if label}
-    return {"labels": given} if given else {}
+    labels = {
+        label: _allowed(option, name, LABEL, "the name of one in Kubernetes")
+        for option, label, name in (
+            ("--queue", QUEUE, wishes.queue),
+            ("--priority", PRIORITY, wishes.priority),
+        )
+        if name is not None
+    }
+    return {"labels": labels} if labels else {}
 
 
 # ---------------------------------------------------------------- machines
@@ -225,8 +229,7 @@ def worker_groups(
     if cpu_workers is None:
         cpu_workers = 0 if with_gpu else 1
     for option, count in (("--gpu-workers", gpu_workers), ("--cpu-workers", cpu_workers)):
-        if count < 0:
-            raise ValueError(f"{option} {count} is not allowed; allowed: 0 and more")
+        _allowed(option, str(count), r"\d+", "0 and more")
     most = max(want.cpu for want in asked)
     sharing = max((int(devices / want.gpu) * want.cpu for want in with_gpu), default=0)
     groups = []
@@ -234,10 +237,13 @@ def worker_groups(
         groups.append(_sized(gpu, "gpu", gpu_workers, max(most, sharing), devices))
     if cpu_workers:
         groups.append(_sized(gpu, "cpu", cpu_workers, most, 0))
-    custom = _custom(asked)
+    # Each pod has enough of what is neither core nor GPU for what asks for the most.
+    custom: dict[str, float] = {}
+    for want in asked:
+        custom |= {name: max(n, custom.get(name, 0)) for name, n in want.custom.items()}
     for group in groups:
         if custom:  # as a shell takes it from KubeRay
-            group["rayStartParams"]["resources"] = json.dumps(json.dumps(custom))
+            group["rayStartParams"]["resources"] = json.dumps(json.dumps(custom, sort_keys=True))
     machines = [
         {"CPU": float(limits["cpu"]), "GPU": float(limits.get(GPU, 0)), **custom}
         for limits in (_limits(group) for group in groups)
@@ -247,16 +253,10 @@ def worker_groups(
     return groups
 
 
-def _custom(asked: Sequence[Want]) -> dict[str, float]:
-    """What each pod has beside cores and GPUs: enough of it for what asks for the most."""
-    names = {name for want in asked for name in want.custom}
-    return {name: max(want.custom.get(name, 0) for want in asked) for name in sorted(names)}
-
-
 def _sized(
     shape: dict[str, Any], name: str, count: int, cores: float, devices: int
 ) -> dict[str, Any]:
-    group: dict[str, Any] = json.loads(json.dumps(shape))  # a copy that shares nothing
+    group = copy.deepcopy(shape)
     group |= {"groupName": name, "maxReplicas": count}
     limits, pod = _limits(group), group["template"]["spec"]
     limits["cpu"] = str(max(math.ceil(cores), int(limits["cpu"])))
@@ -275,9 +275,7 @@ def _limits(group: dict[str, Any]) -> dict[str, Any]:
 def _set_image(cluster: dict[str, Any], image: str | None) -> None:
     if image is None:
         return
-    if not re.fullmatch(r"[A-Za-z0-9][-A-Za-z0-9._/:@]*", image):
-        raise ValueError(
-            f"--image {shown(image)} is not allowed; allowed: one as in [REGISTRY/]NAME:TAG"
-        )
+    form = "one as in [REGISTRY/]NAME:TAG"
+    _allowed("--image", image, r"[A-Za-z0-9][-A-Za-z0-9._/:@]*", form)
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         group["template"]["spec"]["containers"][0]["image"] = image

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import secrets
 import shutil
 import socket
@@ -14,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -118,7 +117,7 @@ def _started(lost: Callable[[Path], None], keep: Callable[[], bool]) -> Iterator
     ray_folder = folder / "ray"  # which Ray opens to all users, so the one around it is closed
     logs = ray_folder / "session_latest" / "logs"
     try:
-        with _muted_errors(), _on_loopback(), _own_token(), environment(given):
+        with redirected(2, None), _on_loopback(), _own_token(), environment(given):
             ray.init(
                 address="local",
                 include_dashboard=False,
@@ -169,7 +168,7 @@ def _join(address: str, **how: Any) -> None:
 
     _reach(address)
     try:
-        with _muted_errors():
+        with redirected(2, None):  # what goes wrong still arrives as an exception
             ray.init(**how)
     except (ConnectionError, AuthenticationError) as problem:
         raise Refused(
@@ -178,13 +177,13 @@ def _join(address: str, **how: Any) -> None:
             "cluster; if it was just started, try again"
         ) from problem
     except (RuntimeError, ValueError) as problem:
-        if "Version mismatch" not in str(problem):
-            raise Refused(f"{address} cannot be joined: {first_line(problem)}") from problem
-        theirs, ours = (" and ".join(each) for each in _versions_in(str(problem)))
-        raise Refused(
-            f"the cluster at {address} has {theirs}, and here is {ours}; install the same here, or "
-            "let the cluster's own Python run it: `ray job submit ... -- python -m orchestrator`"
-        ) from problem
+        why = first_line(problem)
+        if "Version mismatch" in str(problem):  # on seven lines
+            why = (
+                f"{' '.join(str(problem).split())}; install the same here, or let the cluster's "
+                "own Python run it: `ray job submit ... -- python -m orchestrator`"
+            )
+        raise Refused(f"{address} cannot be joined: {why}") from problem
 
 
 def _reach(address: str) -> None:
@@ -208,17 +207,6 @@ def _reach(address: str) -> None:
                     "and is this its head and port, such as 10.0.0.1:6379?"
                 ) from problem
         time.sleep(0.5)
-
-
-def _versions_in(problem: str) -> list[list[str]]:
-    """Of the cluster and of this process, as Ray says it.
-
-    >>> _versions_in("there: Ray: 2.9.0 Python: 3.11.2; here: Ray: 2.8.0 Python: 3.11.1")
-    [['Ray 2.9.0', 'Python 3.11.2'], ['Ray 2.8.0', 'Python 3.11.1']]
-    """
-    found = re.findall(r"(Ray|Python): ([\w.+]+)", problem)
-    said = [f"{name} {version}" for name, version in found]
-    return [said[:2], said[2:]]
 
 
 @contextmanager
@@ -308,18 +296,19 @@ def ask_autoscaler(resources: Resources) -> None:
 
 
 @contextmanager
-def _muted_errors() -> Iterator[None]:
-    """File descriptor 2 goes nowhere for a moment: Ray's C++ part greets there, whatever its
-    level. What goes wrong still arrives as an exception."""
+def redirected(descriptor: int, to: int | None) -> Iterator[None]:
+    """What goes to a file descriptor goes to another one for a moment, or nowhere: parts of Ray
+    print to 1 and 2 whatever they are told."""
+    sys.stdout.flush()
     sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
+    with open(os.devnull, "w") as nowhere:
+        kept = os.dup(descriptor)
+        os.dup2(nowhere.fileno() if to is None else to, descriptor)
+        try:
+            yield
+        finally:
+            os.dup2(kept, descriptor)
+            os.close(kept)
 
 
 class MemoryPeak:
@@ -342,23 +331,21 @@ class MemoryPeak:
         most = 0
         while not self._stop.wait(1.0):
             family = [psutil.Process(), *psutil.Process().children(recursive=True)]
-            resident = sum(map(_resident, family))
+            resident = _total(family, lambda process: process.memory_info().rss)
             if resident > most * 1.01:
                 most = resident
-                self.bytes = max(self.bytes, sum(map(_proportional, family)))
+                self.bytes = max(self.bytes, _total(family, _proportional))
 
 
-def _resident(process: psutil.Process) -> int:
-    try:
-        return int(process.memory_info().rss)
-    except psutil.Error:
-        return 0  # it ended meanwhile
+def _total(family: Sequence[psutil.Process], bytes_of: Callable[[psutil.Process], int]) -> int:
+    total = 0
+    for process in family:
+        with suppress(psutil.Error):  # it ended meanwhile
+            total += bytes_of(process)
+    return total
 
 
 def _proportional(process: psutil.Process) -> int:
     """Bytes of a process, pages that it shares with others counted in part."""
-    try:
-        memory = process.memory_full_info()
-    except psutil.Error:
-        return 0  # it ended meanwhile
+    memory = process.memory_full_info()
     return int(getattr(memory, "pss", memory.uss))

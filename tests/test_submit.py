@@ -9,8 +9,8 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -20,9 +20,9 @@ import pytest
 import ray
 
 from orchestrator.lineage import commit
-from orchestrator.submit import Cluster, ClusterLost
+from orchestrator.submit import Cluster
 from tests.clusters import head as ray_head
-from tests.servers import free_port, served
+from tests.servers import served
 from tests.sweeps import (
     TIMEOUT,
     airsweep,
@@ -31,6 +31,7 @@ from tests.sweeps import (
     events,
     many_trials,
     table,
+    wait_until,
     write_sweep,
 )
 
@@ -69,14 +70,10 @@ def test_the_token_of_a_cluster_lets_in_and_is_never_shown(tmp_path):
         other = airsweep(*called, check=False, **{**right, "RAY_AUTH_TOKEN_PATH": str(wrong)})
         assert other.returncode == 3
         assert "refuses the token that was sent; export RAY_AUTH_MODE=token" in other.stderr
-        gone = {**right, "RAY_AUTH_TOKEN_PATH": str(tmp_path / "gone")}
-        missing = airsweep(*called, check=False, **gone)
-        assert missing.returncode == 3
-        assert "RAY_AUTH_TOKEN_PATH" in missing.stderr
 
         done = airsweep(*called, **right)
         assert [row["method"] for row in table(tmp_path / "runs", "small")] == ["zero_shot"]
-        said = [none.stderr, other.stderr, missing.stderr, done.stdout, done.stderr]
+        said = [none.stderr, other.stderr, done.stdout, done.stderr]
         assert not any("Traceback" in text for text in said)
         kept = [path.read_bytes() for path in (tmp_path / "runs").rglob("*") if path.is_file()]
         for secret in ("a1" * 8, "b2" * 8):
@@ -147,7 +144,7 @@ def test_detached_left_stopped_and_submitted_again_a_sweep_is_whole(head, store,
     assert "ING already as default-long-1" in second.stderr
     assert said["commands"]["stop"] in second.stderr
 
-    wait_for(lambda: count(events(store, "long"), "trial_done"))
+    wait_until(lambda: count(events(store, "long"), "trial_done"))
     stopped = airsweep("stop", "long", "--address", head, **OPEN)
     assert "default-long-1: STOPPED, exit code 143" in stopped.stderr
     assert "trials are left" in stopped.stderr  # its driver had time to close
@@ -163,7 +160,7 @@ def test_detached_left_stopped_and_submitted_again_a_sweep_is_whole(head, store,
     assert code == 130, told
     assert "default-long-2 goes on without being followed" in told
     assert f"ray job logs --address {head} --follow default-long-2" in told
-    wait_for(lambda: asked_jobs(head)["default-long-2"]["exit_code"] == 0)
+    wait_until(lambda: asked_jobs(head)["default-long-2"]["exit_code"] == 0)
     found = events(store, "long")
     done = [event["key"] for event in found if event["event"] == "trial_done"]
     assert len(done) == len(set(done)) <= COUNT  # what ended as the driver did is reused
@@ -190,13 +187,6 @@ def interrupted(called: tuple[Any, ...], word: str, address: str) -> tuple[int, 
     _, told = process.communicate(timeout=TIMEOUT)
     assert any(job["state"] == "RUNNING" for job in asked_jobs(address).values())
     return process.returncode, told
-
-
-def wait_for(happened: Any) -> None:
-    deadline = time.monotonic() + TIMEOUT
-    while not happened():
-        assert time.monotonic() < deadline
-        time.sleep(0.5)
 
 
 def test_by_the_name_of_a_sweep_only_ones_own_job_is_stopped(head, monkeypatch):
@@ -259,44 +249,18 @@ def relay(port: int, to: str) -> Iterator[str]:
 
 def test_a_connection_that_breaks_is_taken_up_where_it_broke(head, monkeypatch):
     other_job(head, "counting-1", monkeypatch)
-    port, log, said = free_port(), [], []
-    ended: list[Any] = []
-    with relay(port, head) as address:
-        cluster = Cluster(address)
-        follow = threading.Thread(
-            target=lambda: ended.append(cluster.follow("counting-1", log.append, said.append))
-        )
-        follow.start()
-        wait_for(lambda: "line 5\n" in "".join(log))
-    with socket.socket():
-        time.sleep(1.0)
-    with relay(port, head):
-        follow.join(TIMEOUT)
+    log: list[str] = []
+    said: list[str] = []
+    with ThreadPoolExecutor() as threads:
+        with relay(0, head) as address:
+            cluster = Cluster(address)
+            ended = threads.submit(cluster.follow, "counting-1", log.append, said.append)
+            wait_until(lambda: "line 5\n" in "".join(log))
+        wait_until(lambda: any("trying again" in text for text in said))
+        with relay(int(address.rpartition(":")[2]), head):
+            assert ended.result(TIMEOUT).exit_code == 4
     lines = [line for line in "".join(log).splitlines() if line.startswith("line ")]
     assert lines == [f"line {n}" for n in range(1, 61)]
-    assert ended[0].exit_code == 4
-    assert any("trying again" in text for text in said)
-
-
-def test_a_connection_that_stays_away_is_told_and_the_job_goes_on(head, monkeypatch):
-    other_job(head, "counting-2", monkeypatch)
-    log: list[str] = []
-    caught: list[BaseException] = []
-
-    def follow() -> None:
-        try:
-            cluster.follow("counting-2", log.append, lambda text: None, lost_after=1.0)
-        except ClusterLost as lost:
-            caught.append(lost)
-
-    with relay(0, head) as address:
-        cluster = Cluster(address)
-        thread = threading.Thread(target=follow)
-        thread.start()
-        wait_for(lambda: "line 5\n" in "".join(log))
-    thread.join(TIMEOUT)
-    assert "[Errno 111] Connect" in str(caught[0])
-    wait_for(lambda: asked_jobs(head)["counting-2"]["exit_code"] == 4)
 
 
 def test_who_closes_the_output_ends_the_following_and_not_the_job(head, monkeypatch):
@@ -307,7 +271,7 @@ def test_who_closes_the_output_ends_the_following_and_not_the_job(head, monkeypa
 
     with pytest.raises(BrokenPipeError):
         Cluster(head).follow("counting-3", closed, lambda text: None)
-    wait_for(lambda: asked_jobs(head)["counting-3"]["exit_code"] == 4)
+    wait_until(lambda: asked_jobs(head)["counting-3"]["exit_code"] == 4)
 
 
 # ---------------------------------------------------------------- what is no such cluster
@@ -336,10 +300,21 @@ def refused(address: str, **env: str) -> str:
     return done.stderr
 
 
-def test_a_server_that_is_no_ray_is_told():
-    for status, body in ((404, "not found"), (200, "<html>"), (200, "{}"), (200, "[]"), (500, "")):
-        with server(status, body) as address:
-            assert f"{address} is no Ray cluster" in refused(address)
+@pytest.mark.parametrize(
+    ("status", "body", "words"),
+    [
+        (404, "not found", "is no Ray cluster"),
+        (200, "<html>", "is no Ray cluster"),
+        (200, "[]", "is no Ray cluster"),
+        (
+            *(200, '{"version": "4", "ray_version": "2.9.3"}'),
+            f"has Ray 2.9.3, and airsweep here runs on Ray {ray.__version__}",
+        ),
+    ],
+)
+def test_a_server_that_is_no_ray_or_another_one_is_refused(status, body, words):
+    with server(status, body) as address:
+        assert f"{address} {words}" in refused(address)
 
 
 def test_a_port_where_no_http_is_spoken_is_told():
@@ -355,24 +330,19 @@ def test_a_port_where_no_http_is_spoken_is_told():
     assert "no HTTP is spoken there" in said
 
 
-def test_a_cluster_of_another_version_is_told_with_both():
-    with server(200, json.dumps({"version": "4", "ray_version": "2.9.3"})) as address:
-        said = refused(address)
-    assert f"has Ray 2.9.3, and airsweep here runs on Ray {ray.__version__}" in said
-
-
-def test_an_address_where_nobody_answers_is_told():
-    assert "Connection refused" in refused(f"http://127.0.0.1:{free_port()}")
-    assert "Name or service not known" in refused("http://no-such-host.invalid:8265")
-
-
-@pytest.mark.parametrize("address", ["ray://head:10001", "head:6379", "auto", "https://"])
-def test_an_address_of_another_form_is_told_which_form(address):
-    assert "allowed: http://<head>:8265" in refused(address)
-
-
-def test_an_address_with_a_password_is_not_repeated():
-    assert "hunter2" not in refused("http://me:hunter2@head:8265")
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        *((a, "allowed: http://<head>:8265") for a in ("ray://head:10001", "head:6379", "auto")),
+        ("http://127.0.0.1:1", "Connection refused"),
+        ("http://no-such-host.invalid:8265", "Name or service not known"),
+        ("http://me:hunter2@head:8265", "the address holds a password"),
+    ],
+)
+def test_an_address_that_is_none_is_refused_and_no_password_is_shown(address, words):
+    said = refused(address)
+    assert words in said
+    assert "hunter2" not in said
 
 
 def test_the_option_wins_over_the_environment(head):

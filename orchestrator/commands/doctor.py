@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Annotated
 
 import typer
@@ -71,30 +69,17 @@ def doctor(
     if cluster and offline:
         raise ValueError("--offline: a cluster cannot be looked at without a connection")
     sweep = load(spec, sets, only) if spec else None
-    asking = doctor.Asking(sweep, store, data_root, tracking_uri, offline)
+    request = doctor.Request(sweep, store, data_root, tracking_uri, offline)
     if not cluster:
-        found = doctor.this_machines(asking).json()
+        found = doctor.check_machine(request).json()
     elif "://" in str(at):
-        from orchestrator.doctor_job import looked_by_job
-
         known = {"--store": store, "--data-root": data_root, "--tracking-uri": tracking_uri}
         options = [word for name, value in known.items() if value for word in (name, str(value))]
-        found = looked_by_job(str(at), sweep, options)
+        found = doctor.report_of_job(str(at), sweep, options)
     else:
-        with environment({"RAY_ADDRESS": str(at)}), _stdout_kept():
-            found = doctor.cluster(asking).json()
+        from orchestrator.session import redirected
+
+        with environment({"RAY_ADDRESS": str(at)}), redirected(1, 2):  # stdout is for data
+            found = doctor.check_cluster(request).json()
     show(json.dumps(found, indent=1) if as_json else doctor.screen(found))
     sys.exit(0 if found["ok"] else REFUSED)
-
-
-@contextmanager
-def _stdout_kept() -> Iterator[None]:
-    """Ray prints to file descriptor 1 whatever it is told; stdout is for data."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -77,21 +78,22 @@ def submit(
     airsweep submit sweeps/paper_main.yaml --address http://head:8265 --store s3://bucket/runs
     --detach
     """
-    from orchestrator import parcel
+    from orchestrator import job_package
     from orchestrator.submit import Cluster, entrypoint
 
     asked = load(spec, sets, only, smoke)
     if as_json and not detach:
         raise ValueError("--json: what is followed is a log; allowed with --detach")
-    to = parcel.destination(asked, store, data_root, tracking_uri)
-    with_code = parcel.code_named(code)
-    variables = parcel.variables(asked, with_code, env or [])
+    to = job_package.destination(asked, store, data_root, tracking_uri)
+    with_code = job_package.sends_code(code)
+    variables = job_package.variables(asked, with_code, env or [])
     with TemporaryDirectory(prefix="airsweep-job-") as folder:
-        packed = parcel.pack(asked, Path(folder), with_code)
+        packed = job_package.pack(asked, Path(folder), with_code)
         cluster = Cluster(address)
-        _say(f"to {cluster.address} go {packed}")
-        what = entrypoint(asked, to, packed.spec, python)
-        job = cluster.submit(asked, to, packed, variables, what)
+        with_it = "with the code of this checkout" if with_code else "without code"
+        _say(f"sending {packed} to {cluster.address}, {with_it}")
+        what = entrypoint(asked, to, packed, python)
+        job = cluster.submit(asked, to, Path(folder), variables, what)
     if detach:
         _tell_started(cluster, job, as_json)
     else:
@@ -190,9 +192,16 @@ def _tell_started(cluster: Cluster, job: Job, as_json: bool) -> None:
 
 
 def _next(cluster: Cluster, job: Job) -> dict[str, str]:
-    from orchestrator.submit import next_commands
-
-    return next_commands(cluster, job, ["airsweep", *sys.argv[1:]])
+    """What can be done about a job, and by which command."""
+    results = [job.sweep.removeprefix("default/"), "--store", job.store]
+    return {
+        "follow": cluster.follow_command(job.id),
+        "jobs": shlex.join(["airsweep", "jobs", "--address", cluster.address]),
+        "stop": cluster.stop_command(job.id),
+        "status": shlex.join(["airsweep", "status", *results]),
+        "table": shlex.join(["airsweep", "table", *results]),
+        "again": shlex.join(["airsweep", *sys.argv[1:]]),
+    }
 
 
 def _say_next(cluster: Cluster, job: Job) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from orchestrator.findings import Examined, Finding, Seen, judged, lines
 from tests.disks import small_disk
 from tests.servers import free_port
 from tests.sweeps import airsweep, environment, write_sweep
@@ -114,7 +113,7 @@ def test_offline_it_opens_no_socket(spec, tmp_path):
         "try: main()\n"
         "except SystemExit as end: assert end.code == 0, end.code\n"
         "assert not {'ray', 'mlflow', 'torch'} & set(sys.modules)\n"
-        "print(sorted(set(opened) - {'socket.gethostname'}), file=sys.stderr)\n"
+        "print(opened, file=sys.stderr)\n"
     )
     uri = f"http://127.0.0.1:{free_port()}"
     for store in (str(tmp_path / "runs"), "s3://bucket/runs"):
@@ -144,51 +143,3 @@ def test_a_bad_call_is_one_sentence(words, said):
     assert done.returncode == 2
     assert said in done.stderr
     assert done.stdout == ""
-
-
-# ---------------------------------------------------------------- what was seen, judged
-
-FINE: dict[str, Any] = {
-    "versions": {"python": "3.11.7", "ray": "2.60.0", "torch": "2.13.0+cpu", "numpy": "2.1.0"},
-    "code": {"air_core/method.py": "a", "orchestrator/plan.py": "b"},
-    "store": {"state": "ok", "where": "/runs", "free": 1 << 40},
-    "files": [{"role": "backbone", "name": "tiny", "count": 3, "print": "x"}],
-}
-
-
-def problems(left: int = 0, **changes: Any) -> list[tuple[str, bool]]:
-    facts = FINE | {name: changes.pop(name) for name in [*changes] if name in FINE}
-    found = judged(Seen("b", facts, **changes), FINE, "/runs", left)
-    return [(one.check, one.fatal) for one in found]
-
-
-def test_versions_may_differ_in_the_build_and_of_libraries_in_the_patch():
-    versions = FINE["versions"]
-    assert problems() == []
-    assert problems(versions={**versions, "torch": "2.13.0+cu126"}) == []
-    assert problems(versions={**versions, "numpy": "2.1.3"}) == [("versions", False)]
-    assert problems(versions={**versions, "numpy": "2.2.0"}) == [("versions", True)]
-    assert problems(versions={**versions, "ray": "2.60.1"}) == [("versions", True)]
-    assert problems(versions={**versions, "torch": ""}) == [("versions", True)]
-
-
-def test_what_is_odd_is_told_and_what_is_wrong_is_fatal():
-    assert problems(gpu={"problem": "", "name": "a card"}, gpus=2.0) == []
-    assert problems(gpu={"problem": "all taken", "busy": True}, gpus=2.0) == [("gpu", False)]
-    assert problems(gpu={"problem": "torch sees none"}, gpus=2.0) == [("gpu", True)]
-    assert problems(left=1 << 41) == [("room", False)]
-    assert problems(store={**FINE["store"], "free": 1 << 20}) == [("room", True)]
-    assert problems(store={**FINE["store"], "state": "full"}) == [("store", True)]
-    assert problems(echoed=False) == [("store", True)]
-    assert problems(code={}) == [("code", True)]
-
-
-def test_what_machines_have_in_common_is_said_once():
-    found = [Finding(name, "store", "/runs is full", "make room") for name in "abcd"]
-    assert lines(found) == ["a, b and 2 more: store: /runs is full; make room"]
-
-
-def test_a_machine_that_does_not_answer_is_not_looked_at_further():
-    states = Examined("a", (Finding("a", "answers", "gone", "start it"),)).states()
-    assert states.pop("answers") == "failed"
-    assert set(states.values()) == {"-"}
