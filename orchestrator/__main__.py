@@ -25,7 +25,7 @@ from orchestrator.commands import (
     tracked,
     usage,
 )
-from orchestrator.commands.common import code_of, fail
+from orchestrator.commands.common import code_of, fail, refuse_removed
 from orchestrator.output import Printable, show
 from orchestrator.redact import Redacting, redacted
 
@@ -62,13 +62,6 @@ def _options(
 ) -> None: ...
 
 
-# Options of earlier versions, and what to do instead.
-REMOVED = {
-    "--accept-code": "code of another version makes artifacts of its own; if it gives the same "
-    "results, add its version to orchestrator/code_versions.json, as docs/extend.md says",
-}
-
-
 def main() -> None:
     """The console script: known problems become one message and an exit code."""
     debug = "--debug" in sys.argv
@@ -78,9 +71,7 @@ def main() -> None:
     logging.lastResort.addFilter(Redacting())  # it prints what nobody else handles, as here
     logging.lastResort.addFilter(Printable())
     try:
-        for word in sys.argv:
-            if instead := REMOVED.get(word.partition("=")[0]):
-                fail(f"{word} was removed: {instead}")
+        refuse_removed(sys.argv[1:])
         app()
     except Exception as problem:
         if debug:

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.marked_yaml import SpecError, parse
-from orchestrator.place import Place, place_of, read_resolved, recorded_names
+from orchestrator.place import Place, place_of, recorded_names
 from orchestrator.place import place_named as named
 from orchestrator.plan import Plan, plan_sweep
-from orchestrator.recorded import read_sweep
 from orchestrator.store import open_store, smoke_store
 from orchestrator.sweep import SweepSpec, cells_of, option_words
 from orchestrator.sweep import smoke as smoked
@@ -84,16 +83,6 @@ def place_named(name: str, store: str | Path) -> Place:
         there = ", ".join("/".join(one) for one in names)
         raise ValueError(f"no sweep {project}/{short} in {store}; there: {there or 'none yet'}")
     return named(opened, project, short)
-
-
-def recorded_sweep(name: str, store: str | Path, data_root: Path | None) -> tuple[SweepSpec, Place]:
-    """A sweep as it was last run, with the values that were set then."""
-    return read_sweep(place_named(name, store), data_root)
-
-
-def asked_before(place: Place) -> dict[str, Any]:
-    """How a recorded sweep was asked for."""
-    return read_resolved(place)
 
 
 # ---------------------------------------------------------------- options from Python values

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.commands.common import JsonOption, fail, removed, watched
+from orchestrator.commands.common import JsonOption, fail, watched
 from orchestrator.output import show
 
 app = typer.Typer(no_args_is_help=True, help="Check datasets.")
@@ -40,6 +40,3 @@ def data_check(
         show(line)
     if found.difference is not None:
         fail(found.difference)
-
-
-removed(app, "data stage", "unpack the archives with tar or unzip, then run `airsweep data check`")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.commands.common import JsonOption, removed
+from orchestrator.commands.common import JsonOption
 from orchestrator.output import show
 
 app = typer.Typer(no_args_is_help=True, help="Check the weights of backbones and generators.")
@@ -42,8 +42,3 @@ def models_check(
         return
     show(f"{place}: a {found['is']}, whole")
     show(f"in the sweep file, below fixed:  {found['is']}: {place}")
-
-
-removed(
-    app, "models stage", "fetch or copy the model with hf or cp, then run `airsweep models check`"
-)

@@ -21,7 +21,6 @@ from orchestrator.commands.common import (
     SpecArgument,
     StoreOption,
     TrackingOption,
-    fail,
     load,
     place_for,
     recorded_sweep,
@@ -65,10 +64,6 @@ def plan(
     explain: Annotated[
         bool, typer.Option("--explain", help="every setting and where it comes from")
     ] = False,
-    probe: Annotated[
-        bool,
-        typer.Option("--probe", hidden=True, help="removed"),
-    ] = False,
 ) -> None:
     """What would run, what is there, how long; starts nothing.
 
@@ -78,10 +73,6 @@ def plan(
     """
     from orchestrator import door
 
-    if probe:
-        fail(
-            "`plan --probe` was removed: `airsweep run SPEC --smoke` measures a little of the work"
-        )
     asked = load(spec, sets, only, smoke)
     found = door.plan(asked, store=store, data_root=data_root)
     show(json.dumps(found.json(), indent=1) if as_json else found.screen(explain))
@@ -148,11 +139,11 @@ def retry(
 
     airsweep retry team/paper_main --class infra --store /shared/runs
     """
-    from orchestrator.asked import asked_before
+    from orchestrator.place import read_resolved
 
     sweep, place = recorded_sweep(name, store, data_root)
     how: dict[str, Any] = {"tracking_uri": tracking_uri, "retry": failure_class}
-    _execute(sweep, place, asked_before(place), quiet, **how)
+    _execute(sweep, place, read_resolved(place), quiet, **how)
 
 
 def _execute(

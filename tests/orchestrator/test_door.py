@@ -19,6 +19,7 @@ import typer
 
 from orchestrator import door
 from orchestrator.__main__ import app
+from orchestrator.commands.common import REMOVED
 from orchestrator.place import Refused
 from tests.sweeps import TIMEOUT, airsweep, environment, table, wait_until, write_sweep
 
@@ -76,7 +77,7 @@ def test_what_is_installed_as_airsweep_passes_on_all_of_it():
     assert module.__doc__ == door.__doc__
 
 
-# Options of the command line that have no sense here, or another name; removed ones are hidden.
+# Options of the command line that have no sense here, or another name.
 ELSEWHERE = {"as_json", "explain", "form"}
 
 
@@ -85,8 +86,16 @@ ELSEWHERE = {"as_json", "explain", "form"}
 )
 def test_a_function_takes_what_its_command_takes(name):
     command = typer.main.get_command(app).commands[name]
-    options = {param.name for param in command.params if not param.hidden} - ELSEWHERE
+    options = {param.name for param in command.params} - ELSEWHERE
     assert options <= set(inspect.signature(getattr(door, name)).parameters)
+
+
+@pytest.mark.parametrize("name", REMOVED)
+def test_what_was_removed_ends_with_2_and_says_what_to_use_instead(name, command):
+    words = ["plan", "quickstart", name] if name.startswith("--") else name.split()
+    code, out, err = command(*words)
+    assert (code, out) == (2, "")
+    assert err == f"airsweep: `{name}` was removed: {REMOVED[name]}\n"
 
 
 # ---------------------------------------------------------------- what is asked

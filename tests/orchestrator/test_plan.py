@@ -469,12 +469,6 @@ def test_trials_of_a_search_that_was_not_begun_take_time_too(world):
     assert plan.estimate.stages["trials"] > 0
 
 
-def test_probing_was_removed_for_a_smoke_run(command):
-    code, out, err = command("plan", "quickstart", "--probe")
-    assert (code, out) == (2, "")
-    assert "run SPEC --smoke" in err
-
-
 def test_the_json_of_a_plan_says_all_of_it(world):
     found = world.plan(world.sweep("zero_shot", seeds=seeds(1, 2))).json(world.store)
     assert (found["cells"], found["points"]) == (1, 1)
