@@ -154,7 +154,7 @@ def test_blocks_of_one_row_belong_to_whoever_drew_each(store, usage, trial, monk
     assert found == {
         "mina": {"made": 3, "gpu_hours": 0.5, "untimed": 2, "bytes": found["mina"]["bytes"]}
     }
-    assert "2 of these say not how long they took" in usage()[1]
+    assert "2 of these have no recorded time" in usage()[1]
 
 
 def test_since_counts_what_was_made_from_then_on(store, usage, trial, monkeypatch):
