@@ -20,7 +20,6 @@ from air_core.paradigms import make_split
 from air_core.specs import GenerationSettings, SplitSettings
 from air_core.weights import tiny_folder
 from orchestrator import presets
-from orchestrator.__main__ import main
 from orchestrator.audit_card import Audited, card_json, card_of
 from orchestrator.auditor import made
 from orchestrator.audits import audit_cards, audited_by, known_card
@@ -163,22 +162,12 @@ def faulty(world, planted) -> Place:
     return place
 
 
-def airsweep(monkeypatch, capsys, *arguments: object) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["airsweep", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    said = capsys.readouterr()
-    return int(ended.value.code or 0), said.out, said.err
-
-
 # ---------------------------------------------------------------- faults
 
 
-def test_ten_planted_faults_are_all_named_and_hardly_anything_else(
-    world, faulty, monkeypatch, capsys
-):
+def test_ten_planted_faults_are_all_named_and_hardly_anything_else(world, faulty, command):
     asked = ("audit", "faulty", "--store", world.store.root)
-    code, out, _ = airsweep(monkeypatch, capsys, *asked, "--json")
+    code, out, _ = command(*asked, "--json")
     assert code == 0
     [card] = json.loads(out)
     named = {(one["class"], one["index"], one["reason"]) for one in card["flagged"]}
@@ -197,8 +186,8 @@ def test_ten_planted_faults_are_all_named_and_hardly_anything_else(
         assert f"looks like {looks_like!r}" in said[name, index]["sentence"]
 
 
-def test_the_screen_fits_and_says_the_same(world, faulty, monkeypatch, capsys):
-    code, out, _ = airsweep(monkeypatch, capsys, "audit", "faulty", "--store", world.store.root)
+def test_the_screen_fits_and_says_the_same(world, faulty, command):
+    code, out, _ = command("audit", "faulty", "--store", world.store.root)
     assert code == 0
     lines = out.splitlines()
     assert all(len(line) <= 80 for line in lines if "/" not in line)  # a path is not broken
@@ -328,7 +317,7 @@ def test_what_the_card_says_of_a_filter_is_what_a_trial_does(world, faulty, plan
     ],
 )
 def test_what_cannot_be_audited_is_one_sentence_and_exit_code_2(
-    world, clean, monkeypatch, capsys, name, said, tmp_path
+    world, clean, command, name, said, tmp_path
 ):
     if name == "none":
         world.record(name, clean, NO_IMAGES)
@@ -337,7 +326,7 @@ def test_what_cannot_be_audited_is_one_sentence_and_exit_code_2(
         shutil.copytree(clean, other)
         written(Image.new("RGB", (32, 32), "red"), other, ZERO, 0)
         world.record(name, other)
-    code, out, err = airsweep(monkeypatch, capsys, "audit", name, "--store", world.store.root)
+    code, out, err = command("audit", name, "--store", world.store.root)
     assert (code, out) == (2, "")
     assert err.startswith("airsweep: ")
     assert len(err.splitlines()) == 1

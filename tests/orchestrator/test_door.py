@@ -123,13 +123,6 @@ def test_bad_input_is_the_sentence_of_the_command(spec, tmp_path):
         door.run(spec, store=tmp_path / "runs", sets={"resources.trial.cpu": 99})
 
 
-def test_notes_are_what_may_surprise(spec):
-    assert door.validate(spec) == ()
-    first, second = door.validate("quickstart")
-    assert first.startswith("fixed.images_per_class does not apply to zero_shot, fpl, cpl")
-    assert second.startswith("fixed.auxiliary.source does not apply")
-
-
 # ---------------------------------------------------------------- a run
 
 

@@ -185,16 +185,6 @@ def test_another_fixed_setting_another_sampler_or_seed_takes_over_nothing(world)
         assert world.carried() == []
 
 
-def test_points_of_other_settings_are_not_carried_although_somebody_has_computed_them(world):
-    world.run(sweep())
-    other = sweep(fixed={"train.batch": 8})
-    (cell,) = cells_of(other)
-    for _, params, _ in world.points():
-        world.finish([world.resolver.trial({**cell.flat, **params, "seed": 1})])
-    world.run(other)
-    assert world.carried() == []
-
-
 def test_another_objective_is_told_of_old_points_in_its_own_words(world):
     world.run(sweep())
     before = world.points()

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -42,14 +40,12 @@ from orchestrator.plan import (
     level,
     needs_of,
     plan_sweep,
-    possible_trials,
 )
 from orchestrator.resolve import Resolver
 from orchestrator.search import open_searches
 from orchestrator.space import grid_points
 from orchestrator.store import ArtifactStore
 from orchestrator.sweep import (
-    Cell,
     Dimension,
     GeneratorResources,
     Pruning,
@@ -178,11 +174,6 @@ def test_a_new_sweep_is_all_to_run(world):
 def test_runs_that_differ_in_what_cannot_matter_are_reused(world):
     """Zero-shot CLIP has no seed: three runs are one computation."""
     assert counts(world.plan(world.sweep("zero_shot", seeds=seeds(1, 2, 3)))) == (3, 0, 2, 1)
-
-
-def test_two_methods_that_compute_the_same_run_once(world):
-    sweep = world.sweep("cpl", "air", fixed={"fusion_weight": 0.0, "synthetic_weight": 0.0})
-    assert counts(world.plan(sweep)) == (6, 0, 3, 3)
 
 
 def test_done_is_what_this_sweep_has_run_and_reused_what_another_has(world):
@@ -316,11 +307,6 @@ def test_a_sweep_of_counts_needs_the_largest_once(order):
     )
     assert row.images_per_class == 120
     assert len(row.shards()) == 8 * len(CLASSES)  # ceil(120 / 16) blocks a class
-
-
-def test_a_search_over_counts_needs_the_largest_once(world):
-    plan = world.plan(searched(world, "random"))
-    assert [need.images_per_class for need in plan.needs if need.stage == "images"] == [16]
 
 
 @pytest.mark.parametrize(
@@ -480,19 +466,6 @@ def test_the_json_of_a_plan_says_all_of_it(world):
     assert json.loads(json.dumps(found)) == found
 
 
-def test_five_hundred_trials_are_planned_while_somebody_waits(world):
-    """No bound on seconds, which depend on the machine; `pytest -s` prints them."""
-    axes = {"images_per_class": (0, 8, 16, 24), "prompt.length": (4, 8, 16)}
-    methods = ("cpl", "air", "cpl_real", "air_grip", "fpl")
-    sweep = world.sweep(*methods, grid=axes, seeds=seeds(*range(16)))
-    started = time.perf_counter()
-    plan = world.plan(sweep)
-    print(f"{plan.total} trials of {len(plan.cells)} cells: {time.perf_counter() - started:.2f} s")
-    assert plan.total == 33 * 16
-    assert plan.reused == 3 * 16  # air and cpl without images, for each length
-    assert stages(plan.needs) == ["features", "images"]
-
-
 PLANNING = """
 import sys
 from pathlib import Path
@@ -579,11 +552,3 @@ def test_as_many_trials_run_as_were_planned(pictures, resolver, data):
         assert (after.total, after.to_run) == (plan.total, 0)
         assert after.done + len(after.pruned) == plan.total
         assert world.run(sweep) == 0
-
-
-def test_possible_trials_are_those_of_every_cell_and_seed(world):
-    sweep = world.sweep("fpl", "cpl", seeds=seeds(1, 2))
-    cells: tuple[Cell, ...] = cells_of(sweep)
-    found = possible_trials(cells, sweep.seeds.assignments(), world.resolver)
-    asked = itertools.product(["top_k", "candidates"], [1, 2])
-    assert [(t.pseudo_labels.kind, t.seed) for t in found] == list(asked)

@@ -11,9 +11,8 @@ import pytest
 
 from air_core.datasets import Dataset, get_dataset
 from air_core.specs import Ref
-from air_core.weights import tiny_folder
 from orchestrator import presets
-from orchestrator.resolve import NotThere, Resolver, images_folder, text_digest
+from orchestrator.resolve import NotThere, Resolver, images_folder
 from tests.air_core.dataset_trees import draw
 
 
@@ -91,12 +90,6 @@ def test_weights_that_are_not_there_are_an_error_that_says_what_is_allowed(fresh
         fresh.weights("generator", f"folder:{tmp_path / 'nowhere'}")
 
 
-def test_the_embedded_backbone_is_found_by_its_name(fresh):
-    ref = fresh.weights("backbone", "tiny")
-    assert ref.name == "tiny"
-    assert ref.digest == fresh.weights("backbone", str(tiny_folder())).digest
-
-
 def test_a_name_may_start_at_home_or_here(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
@@ -143,10 +136,6 @@ def test_a_dataset_whose_files_are_not_there_is_an_error(tmp_path):
         resolver.dataset(some_dataset("nowhere"))
 
 
-def test_the_digits_are_found(fresh, digits_ref):
-    assert fresh.dataset(get_dataset("digits")) == digits_ref
-
-
 # ---------------------------------------------------------------- trials
 
 
@@ -163,21 +152,11 @@ def test_a_trial_gets_content_for_its_names(fresh, drawn_digits, digits_ref):
     assert spec.classnames == get_dataset("digits").classnames
 
 
-def test_names_that_are_left_out_are_the_embedded_ones(fresh, digits_ref):
-    spec = fresh.trial({"iterations": 0, "images_per_class": 0})
-    assert (spec.dataset, spec.backbone.name, spec.generator.name) == (digits_ref, "tiny", "tiny")
-
-
 def test_a_generator_need_not_be_there_where_no_images_are_used(fresh):
     spec = fresh.trial(flat("cpl", generator="/nowhere"))
     assert spec.generator == Ref(name="/nowhere", digest="")
     with pytest.raises(NotThere, match="/nowhere is not there"):
         fresh.trial(flat("air", generator="/nowhere"))
-
-
-def test_an_unknown_dataset_is_an_error_that_names_the_known_ones(fresh):
-    with pytest.raises(ValueError, match=r"unknown dataset 'mnist'; known: .*digits"):
-        fresh.trial(flat("cpl", dataset="mnist"))
 
 
 # ---------------------------------------------------------------- digests are kept
@@ -230,11 +209,6 @@ def test_a_digest_that_was_changed_in_the_cache_is_not_believed(fresh, clip, cap
     fresh.cache.write_text(kept.replace(entry, changed))
     assert another(fresh).weights("backbone", str(clip)).digest == digest
     assert "checksum" in caplog.text
-
-
-def test_a_text_has_a_short_digest():
-    assert text_digest("a: 1\n") == text_digest("a: 1\n") != text_digest("a: 2\n")
-    assert len(text_digest("")) == 12
 
 
 def test_too_few_ready_images_are_named_before_anything_runs(resolver, drawn_digits):

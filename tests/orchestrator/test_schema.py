@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -142,13 +141,6 @@ def test_golden_the_page_of_every_key_is_that_of_the_schema():
     assert refreshed(page) == file.read_text()
     for name in TRIAL_NAMES:
         assert f"| `{name}` |" in page
-
-
-def test_the_schema_is_printed_and_nothing_else(capsys, monkeypatch):
-    from orchestrator.__main__ import app
-
-    app(["schema"], standalone_mode=False)
-    assert json.loads(capsys.readouterr().out) == SCHEMA
 
 
 def test_the_line_that_names_a_schema_is_no_part_of_the_question():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +10,8 @@ from typing import Any
 import pytest
 from optuna.trial import TrialState
 
-from orchestrator.search import CellSearch, make_sampler, open_storage
-from orchestrator.space import Point, grid_points
+from orchestrator.search import CellSearch, open_storage
+from orchestrator.space import Point
 from orchestrator.studies import Carried
 from orchestrator.sweep import Dimension, Search, cells_of
 from orchestrator.sweep import SweepSpec as Sweep
@@ -114,18 +113,6 @@ def test_rounds_are_as_wide_as_asked_and_the_last_one_is_what_is_left(tmp_path):
     assert widths == [3, 3, 2]
 
 
-def test_a_grid_is_asked_once_and_no_further(tmp_path):
-    spec = sweep("grid", (COUNTS, Dimension(key="train.steps", values=(1, 2))), points=100)
-    assert params(play(tmp_path / "j", spec)) == grid_points(cells_of(spec)[0])
-    assert len(params(play(tmp_path / "j", spec))) == 6
-
-
-def test_a_condition_that_does_not_hold_leaves_the_key_out(tmp_path):
-    points = params(play(tmp_path / "j", sweep("random", points=12, width=4)))
-    assert {"images_per_class": 0} in points
-    assert all(("fusion_weight" in p) == (p["images_per_class"] > 0) for p in points)
-
-
 @pytest.mark.parametrize("sampler", ["tpe", "random"])
 def test_the_same_seed_gives_the_same_points_another_seed_others(tmp_path, sampler):
     first, again, other = (
@@ -152,36 +139,6 @@ def test_a_range_of_whole_numbers_gives_whole_numbers_on_a_log_scale_few_large_o
     steps = [point["train.steps"] for point in points[1:]]
     assert all(type(step) is int and 1 <= step <= 1000 for step in steps)
     assert 10 < sum(step < 32 for step in steps) < 30  # half of them, by magnitude
-
-
-def test_a_range_of_numbers_keeps_to_its_ends(tmp_path):
-    rate = Dimension(key="train.learning_rate", min=1e-4, max=1e-1, log=True)
-    points = params(play(tmp_path / "j", sweep("random", (rate,), points=41, width=41)))
-    rates = [point["train.learning_rate"] for point in points[1:]]
-    assert all(1e-4 <= one <= 1e-1 for one in rates)
-    assert -3.0 < sum(map(math.log10, rates)) / len(rates) < -2.0
-
-
-def test_tpe_comes_closer_to_the_best_point_than_chance(tmp_path):
-    weight = (Dimension(key="fusion_weight", min=0.0, max=1.0),)
-
-    def distance(sampler: str) -> float:
-        spec = sweep(sampler, weight, points=20, width=1)
-        points = params(play(tmp_path / sampler, spec, lambda p: -abs(gap(p.params))))
-        return sum(abs(gap(point)) for point in points[10:]) / 10
-
-    assert distance("tpe") < 0.6 * distance("random")
-
-
-def gap(point: Mapping[str, Any]) -> float:
-    return point["fusion_weight"] - 0.8
-
-
-@pytest.mark.parametrize("points", [12, 60])
-def test_the_sampler_starts_to_model_early_where_points_are_few(points):
-    spec = sweep("tpe", points=points).search
-    assert spec is not None
-    assert make_sampler(spec, 0)._n_startup_trials == (4 if points < 30 else 10)
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "random"])
@@ -313,11 +270,6 @@ def test_another_space_starts_its_own_study(tmp_path):
     assert found(other) == []
     assert other.next_round()[0] == Point(0, {"images_per_class": 80, "fusion_weight": 0.5})
     assert len(params(play(tmp_path / "j", sweep()))) == 5  # the old one is as it was
-
-
-def test_other_settings_beside_the_space_start_their_own_study(tmp_path):
-    play(tmp_path / "j", sweep())
-    assert found(opened(tmp_path / "j", sweep(iterations=3))) == []
 
 
 def test_values_by_which_points_were_told_are_what_the_next_points_follow(tmp_path):

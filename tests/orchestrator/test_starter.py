@@ -76,12 +76,6 @@ def test_any_visible_name_of_a_folder_survives(here, name):
     assert asked("mine.yaml").spec.fixed["dataset"] == f"folder:{here / name}"
 
 
-def test_many_classes_are_counted_together(here):
-    draw(here / "x", {f"c{i}": 4 for i in range(9)})
-    found = write_starter("mine", "x", Path()).found
-    assert "36 images of 9 classes (c0 4, c1 4, c2 4, c3 4, c4 4, c5 4 and 3 more)" in found
-
-
 BAD = {
     "nowhere": ({}, "is not there, or no folder"),
     "empty": ({".": 0}, "holds no image (.bmp, .gif"),

@@ -174,12 +174,6 @@ def test_since_counts_what_was_made_from_then_on(store, usage, trial, monkeypatc
         assert why in err
 
 
-def test_where_nothing_was_made_there_is_nothing_to_count(usage):
-    code, out, err = usage()
-    assert (code, out) == (2, "")
-    assert "nothing was made in" in err
-
-
 # ---------------------------------------------------------------- real sweeps, two users
 
 
