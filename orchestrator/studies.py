@@ -59,7 +59,10 @@ class Searches:
     """The ledger, folded."""
 
     opened: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # by study, last one last
+    current: dict[str, str] = field(default_factory=dict)  # study by cell
     asked: dict[str, dict[int, dict[str, Any]]] = field(default_factory=dict)
+    # Objectives by study and point; None: it failed, or was pruned.
+    told: dict[str, dict[int, float | None]] = field(default_factory=dict)
     carried: dict[str, list[Carried]] = field(default_factory=dict)
     ended: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # by patience
     # Objectives by study, rung and point, where it was settled who goes on.
@@ -137,6 +140,8 @@ def searches(ledger: Ledger) -> Searches:
     """Fold the ledger."""
     found = Searches()
     for event in ledger.events():
+        if "study" in event and "cell" in event:
+            found.current[event["cell"]] = event["study"]
         match event["event"]:
             case "study_opened":
                 study = event["study"]
@@ -149,6 +154,11 @@ def searches(ledger: Ledger) -> Searches:
                 found.asked.setdefault(study, {})[event["point"]] = event["params"]
                 if event["point"] >= found.ended.get(study, {}).get("points", math.inf):
                     del found.ended[study]  # a point that failed was mended: it went on
+            case "round_told":
+                told = found.told.setdefault(found.current.get(event["cell"], ""), {})
+                values = {int(number): value for number, value in event["values"].items()}
+                told |= {n: v for n, v in values.items() if told.get(n) is None}
+                told |= dict.fromkeys(event.get("pruned", ()))
             case "rung_decided":
                 found.decide(event["study"], event["rung"], event["values"], event["pruned"])
             case "search_ended":
