@@ -42,7 +42,7 @@ from orchestrator.plan import (
     plan_sweep,
 )
 from orchestrator.resolve import Resolver
-from orchestrator.search import open_searches
+from orchestrator.search import CellSearch, open_searches
 from orchestrator.space import grid_points
 from orchestrator.store import ArtifactStore
 from orchestrator.sweep import (
@@ -83,7 +83,8 @@ class World:
     def __init__(self, folder: Path, pictures: Path, resolver: Resolver | None = None) -> None:
         self.store = ArtifactStore(folder / "runs")
         self.ledger = Ledger(folder / "sweep")
-        self.ledger.folder.mkdir()
+        self.ledger.folder.mkdir(parents=True)
+        self.searches: dict[str, CellSearch] = {}
         self.resolver = resolver or Resolver(folder / "digests.json", None)
         self.pictures = f"folder:{pictures}"
 
@@ -106,8 +107,11 @@ class World:
                 keep_checkpoint(spec, self.store, Checkpoint(legs.until, rungs=passed))
                 continue
             info = {"metrics": {}, "curves": {}, "per_class": [], "rungs": rungs}
-            info["objectives"] = dict.fromkeys(OBJECTIVES, 1.0)
+            info["objectives"] = self.measured(spec)
             self.store.get_or_build(spec, lambda folder, info=info: info)
+
+    def measured(self, spec: TrialSpec) -> dict[str, float]:
+        return dict.fromkeys(OBJECTIVES, 1.0)
 
     def objectives(self, spec: TrialSpec, rung: int) -> dict[str, float]:
         """Made up, and the same whenever they are asked for."""
@@ -115,12 +119,11 @@ class World:
         return dict.fromkeys(OBJECTIVES, digest[0] / 256)
 
     def dispatcher(self, sweep: SweepSpec) -> Dispatcher:
-        searches: dict[str, Any] = {}
+        self.searches = {}
         if sweep.search is not None:
-            searches |= open_searches(self.plan(sweep), self.ledger, self.ledger.folder / "j")
-        return Dispatcher(
-            sweep, cells_of(sweep), searches, self.store, self.resolver, self.ledger, self.log
-        )
+            self.searches = open_searches(self.plan(sweep), self.ledger, self.ledger.folder / "j")
+        place = self.store, self.resolver, self.ledger
+        return Dispatcher(sweep, cells_of(sweep), self.searches, *place, self.log)
 
     def log(self, outcome: Any) -> None:
         if not outcome.known:
