@@ -5,7 +5,6 @@ it reads on a screen. Imports no torch.
 from __future__ import annotations
 
 import json
-import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from air_core.specs import (
     TrialSpec,
 )
 from orchestrator.keys import artifact_key, digest, slug
+from orchestrator.output import aligned
 from orchestrator.plan import Need, needs_of
 
 EDITION = 1  # raise it when the same images get other numbers
@@ -212,20 +212,14 @@ def audit_screen(card: AuditCard, sweep: str, folder: Path) -> str:
         sweep: its name, for what to type.
         folder: where the card's picture lies.
     """
-    lines = [f" {card.title}   {card.dataset}"]
-    facts = [*facts_of(card), *_weak_classes(card)]
-    labels = max(len(label) for label, _ in facts)
-    for label, text in facts:
-        lines += _folded(text, f" {label:<{labels}}   ")
-    for one in card.flagged[:LISTED]:
-        lines += _folded(one["sentence"], f"   {one['reason']:<13}   ")
+    lines = [*facts_of(card), *_weak_classes(card)]
+    lines += [(one["reason"], one["sentence"]) for one in card.flagged[:LISTED]]
     if len(card.flagged) > LISTED:
-        more = len(card.flagged) - LISTED
-        lines.append(f"   and {more:,} more: airsweep audit {sweep} --json")
-    left = [f"`{name}` leaves {count:,}" for name, count in card.kept.items()]
-    lines += _folded(f"{'; '.join(left)} of {card.images:,}", f" {'filter':<{labels}}   ")
-    lines.append(f" {'look':<{labels}}   {folder / card.name}.png")
-    return "\n".join(lines)
+        lines.append(("", f"{len(card.flagged) - LISTED:,} more: airsweep audit {sweep} --json"))
+    left = "; ".join(f"`{name}` leaves {count:,}" for name, count in card.kept.items())
+    lines.append(("filter", f"{left} of {card.images:,}"))
+    picture = f"picture: {folder / card.name}.png"
+    return "\n".join([f"{card.title}   {card.dataset}", *aligned(lines, WIDTH), picture])
 
 
 def _weak_classes(card: AuditCard) -> Iterator[tuple[str, str]]:
@@ -236,14 +230,3 @@ def _weak_classes(card: AuditCard) -> Iterator[tuple[str, str]]:
     if weak:
         named = ", ".join(f"{line['classname']!r} {share(line):.0%}" for line in weak)
         yield "weakest", f"{named}: how many CLIP takes for their class"
-
-
-def _folded(text: str, lead: str) -> list[str]:
-    return textwrap.wrap(
-        text,
-        WIDTH,
-        initial_indent=lead,
-        subsequent_indent=" " * len(lead),
-        break_long_words=False,
-        break_on_hyphens=False,
-    )

@@ -11,7 +11,7 @@ for `optuna-dashboard` to a file of the sweep or a team's Postgres, which no sea
 
 from __future__ import annotations
 
-import os
+import logging
 import time
 import uuid
 import zlib
@@ -54,6 +54,7 @@ TRIES = 8  # at a point that was not asked before: one that was has nothing new 
 STARTUP_POINTS = 4  # of TPE below 30 points; its own default of 10 would leave little to model
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
+log = logging.getLogger(__name__)
 
 
 def open_storage(path: Path) -> JournalStorage:
@@ -61,8 +62,6 @@ def open_storage(path: Path) -> JournalStorage:
     return JournalStorage(JournalFileBackend(str(path)))
 
 
-# Seconds for which a database that does not answer in mid-run is asked again and again.
-PATIENCE = ("AIRSWEEP_STUDIES_SECONDS", 30.0)
 # What people get wrong; all else may pass by itself.
 MISTAKES = ("authentication failed", "no password supplied", "does not exist", "permission denied")
 
@@ -196,9 +195,6 @@ class CellSearch:
         storage: takes a copy of what is told.
         prefix: of the study's name in a storage that sweeps share.
         sampler: makes the sampler of one ask from its seed.
-
-    Raises:
-        StudiesAway: a database does not answer; so do `next_round` and `tell_round`.
     """
 
     def __init__(
@@ -295,25 +291,21 @@ class CellSearch:
                 self._earlier.append(Point(number, params, told=True))
 
     def _share(self) -> None:
-        """Copy what is told; again and again, where a database does not answer."""
+        """Copy what is told. A database that does not answer gets the copy after a later round."""
         if not isinstance(self._storage, RDBStorage):
             self._copy_told()
             return
         from sqlalchemy.exc import DBAPIError
 
-        deadline = time.monotonic() + float(os.environ.get(*map(str, PATIENCE)))
-        wait = 0.0
-        while True:
-            try:
-                self._copy_told()
-                self._storage.engine.dispose()  # trials have no need of the connection
-                return
-            except (StorageInternalError, DBAPIError) as error:
-                self._copy = None  # what came through is not known
-                wait = min(max(1.0, 2 * wait), 15.0)
-                if time.monotonic() + wait > deadline:
-                    raise StudiesAway(_away(self.search.storage, _last_line(error))) from error
-            time.sleep(wait)
+        try:
+            self._copy_told()
+            self._storage.engine.dispose()  # trials have no need of the connection
+        except (StorageInternalError, DBAPIError) as error:
+            self._copy = None  # what came through is not known
+            log.warning(
+                "%s; the search goes on, and its next round is copied with what is missing",
+                _away(self.search.storage, _last_line(error)),
+            )
 
     def _copy_told(self) -> None:
         if self._storage is None:
