@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import field, replace
 from functools import cache
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 from urllib.parse import parse_qs, urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
@@ -197,19 +197,6 @@ Custom = Annotated[dict[str, Annotated[Number, Field(gt=0)]], AfterValidator(_cu
 CUSTOM = "of each, beside them: what nodes were given by `ray start --resources`"
 
 
-class Want(Protocol):
-    """What one process asks of the machine that it runs on."""
-
-    @property
-    def cpu(self) -> float: ...
-
-    @property
-    def gpu(self) -> float: ...
-
-    @property
-    def custom(self) -> Mapping[str, float]: ...
-
-
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class TrialResources:
     """What one trial asks for."""
@@ -233,6 +220,7 @@ class GeneratorResources:
     )
 
 
+Want = TrialResources | GeneratorResources  # what one process asks of its machine
 ENCODER_BATCH = 256
 
 
