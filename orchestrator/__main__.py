@@ -17,7 +17,6 @@ from orchestrator.commands import (
     compare,
     data,
     doctor,
-    files,
     models,
     results,
     submit,
@@ -39,7 +38,7 @@ app = typer.Typer(
     "  airsweep run quickstart\n\n  airsweep table quickstart",
 )
 
-for commands in (files, sweeps, submit, doctor, results, compare, tracked, bundle, usage):
+for commands in (sweeps, submit, doctor, results, compare, tracked, bundle, usage):
     app.add_typer(commands.app)
 app.add_typer(tracked.mlflow_app, name="mlflow")
 app.add_typer(data.app, name="data")
@@ -57,7 +56,8 @@ def _say_version(asked: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=_say_version, help="Say which.")
+        bool,
+        typer.Option("--version", is_eager=True, callback=_say_version, help="Show the version."),
     ] = False,
 ) -> None: ...
 

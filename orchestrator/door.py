@@ -232,7 +232,7 @@ def retry(
     tracking_uri: str | None = None,
     quiet: bool = False,
 ) -> Outcome:
-    """Go on with a sweep, and of what failed try one class only: oom, nan, timeout, ..."""
+    """Resume a sweep, retrying only one class of failures: oom, nan, timeout, ..."""
     from orchestrator.place import read_resolved
 
     sweep, place = recorded_sweep(name, store, data_root)

@@ -1,10 +1,11 @@
-"""Commands that take a sweep file, or go on with a sweep."""
+"""Commands that write or take a sweep file, or go on with a sweep."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -32,6 +33,38 @@ if TYPE_CHECKING:
     from orchestrator.sweep import SweepSpec
 
 app = typer.Typer()
+
+
+@app.command()
+def init(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="of the sweep; NAME.yaml is written")],
+    images: Annotated[
+        Path | None,
+        typer.Option("--images", metavar="DIR", help="your images, one folder a class"),
+    ] = None,
+) -> None:
+    """Write a commented sweep file to start from, for your own images.
+
+    airsweep init mine --images my_images
+
+    airsweep init mine
+    """
+    from orchestrator.starter import write_starter
+
+    starter = write_starter(name, images, Path())
+    show(starter.found)
+    show(f"{starter.file}: written; next: airsweep plan {starter.file}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of sweep files, for an editor.
+
+    airsweep schema > airsweep.schema.json
+    """
+    from orchestrator.sweep_file import sweep_schema
+
+    show(json.dumps(sweep_schema(), indent=1))
 
 
 @app.command()
@@ -133,7 +166,7 @@ def retry(
     tracking_uri: TrackingOption = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Go on with a sweep, and of what failed try one class only.
+    """Resume a sweep, retrying only one class of failures.
 
     airsweep retry quickstart --class oom
 
