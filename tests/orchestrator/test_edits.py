@@ -187,15 +187,6 @@ def test_points_that_failed_are_not_carried(world):
     assert plan.edit.left_out == len(failed)
 
 
-def test_a_seed_that_comes_with_another_space_reaches_carried_points(world):
-    world.run(sweep())
-    wide = sweep(LENGTHS, steps(5, 200), seeds=(1, 2))
-    plan = world.plan(wide)
-    assert (plan.done + plan.reused, plan.to_run) == (8, 8)
-    world.run(wide)
-    assert world.plan(wide).to_run == 0
-
-
 @pytest.mark.parametrize("jobs", [0, 1, 3])
 def test_an_edited_search_that_is_killed_asks_the_points_of_an_undisturbed_one(
     tmp_path, resolver, jobs

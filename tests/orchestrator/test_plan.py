@@ -220,12 +220,6 @@ def searched(world: World, sampler: Any, points: int = 6, **parts: Any) -> Sweep
     return world.sweep("air", search=search, seeds=parts.pop("seeds", seeds(1, 2)), **parts)
 
 
-def test_points_that_nobody_asked_yet_are_to_run(world):
-    plan = world.plan(searched(world, "random"))
-    assert counts(plan) == (12, 0, 0, 12)
-    assert plan.slots == ()
-
-
 def test_points_that_were_asked_are_known(world):
     sweep = searched(world, "random")
     dispatcher = world.dispatcher(sweep)

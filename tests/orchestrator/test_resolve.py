@@ -243,12 +243,11 @@ def pets(tmp_path) -> Path:
     return home
 
 
-@pytest.mark.parametrize("doing", ["plan", "run"])
-def test_a_name_of_100_words_is_refused_before_anything_is_drawn(tmp_path, command, pets, doing):
+def test_a_name_of_100_words_is_refused_before_anything_is_drawn(tmp_path, command, pets):
     file = tmp_path / "long.yaml"
     fixed = f"{{method: air, dataset: 'folder:{pets}', prompt.length: 4}}"
     file.write_text(f"version: 1\nname: long\nfixed: {fixed}\nseeds: [1]\n")
-    code, _, err = command(doing, file, "--store", tmp_path / "runs")
+    code, _, err = command("run", file, "--store", tmp_path / "runs")
     assert code == 2
     assert "class name 'dog dog" in err
     assert "tokens with start and end, but tiny reads 24, of which prompt.length takes 4" in err

@@ -222,18 +222,6 @@ def test_one_name_in_two_projects_shares_artifacts_and_neither_ledger_nor_experi
     assert set(rows(usage, "sweep")) == {"birds/same"}
 
 
-def test_a_bucket_says_the_same_as_a_folder(bucket, store, usage, tmp_path, trial, monkeypatch):
-    for place in (store, open_store(bucket)):
-        of_user(monkeypatch, "mina", cpu=1, gpu=1)
-        made(place, trial("cpl").features, 2)
-        of_user(monkeypatch, "tom", cpu=2)
-        made(place, trial("cpl"), 1)
-    found = rows(usage, "user", "--store", bucket)
-    for one, other in zip(found.values(), rows(usage, "user").values(), strict=True):
-        assert {**one, "bytes": 0} == {**other, "bytes": 0}
-    assert set(found) == {"mina", "tom"}
-
-
 @pytest.mark.integration
 @pytest.mark.ray
 def test_a_real_run_notes_what_each_worker_held(tmp_path, drawn_digits):
