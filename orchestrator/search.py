@@ -34,7 +34,7 @@ from optuna.exceptions import StorageInternalError
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.trial import TrialState, create_trial
 
 from air_core.flat import trial_keys
 from orchestrator.ledger import Ledger
@@ -210,7 +210,11 @@ class CellSearch:
         self._sampler = sampler or make_sampler
         self._storage, self._name = storage, prefix + study_name(cell, search)
         self._copy: optuna.Study | None = None
-        self.study = optuna.create_study(direction="maximize")
+        self.study = optuna.create_study(direction="maximize")  # of points that ended
+        self._params: dict[int, dict[str, Any]] = {}  # of all points that were asked
+        self._open: list[int] = []  # those that have not ended
+        self._values: dict[int, float] = {}  # objectives of those that ran to their end
+        self._carried: set[int] = set()
         # What earlier runs have told comes first. A point that failed is tried again, once; one
         # that lacks trials (there is a new seed) gets them; the rest is in the store.
         self._earlier: list[Point] = []
@@ -222,15 +226,14 @@ class CellSearch:
         when the cell has had all its points, or `patience` is at its end."""
         if self._earlier:
             return list(self._earlier)
-        asked, total = self._asked(), self._total()
-        points = [_point(trial) for trial in asked if trial.state == TrialState.RUNNING]
-        points = [point for point in points if point.number < total]
+        total = self._total()
+        points = [Point(number, self._params[number]) for number in self._open if number < total]
         if not points and self._exhausted():
             return []
         # A round that a killed driver has told in part is still that round.
-        first = points[0].number if points else len(asked)
+        first = points[0].number if points else len(self._params)
         end = min((first // self.search.width + 1) * self.search.width, total)
-        return points + [self._ask(number) for number in range(len(asked), end)]
+        return points + [self._ask(number) for number in range(len(self._params), end)]
 
     def tell_round(
         self,
@@ -243,52 +246,61 @@ class CellSearch:
             values: objectives by point number; None: the point failed.
             stopped: points that were pruned: after which iteration, and their objective there.
         """
-        for trial in self._asked():
-            number = trial.user_attrs["point"]
-            if trial.state != TrialState.RUNNING:
-                continue
+        for number in list(self._open):
             if number in stopped:
-                rung, reached = stopped[number]
-                # Optuna has no other way to a trial that was added.
-                optuna.Trial(self.study, trial._trial_id).report(reached, rung)
-                self.study.tell(trial.number, state=TrialState.PRUNED)
+                self._prune(number, *stopped[number])
             elif number in values:
-                state = TrialState.FAIL if values[number] is None else TrialState.COMPLETE
-                self.study.tell(trial.number, values[number], state=state)
+                self._end(number, values[number])
         self._earlier = []
         self._share()
 
     def _restore(self, found: Searches) -> None:
-        """The study as the event log knows it. The first point stays the default."""
+        """The study as the event log knows it, in the order in which points ended."""
         study = study_name(self.cell, self.search)
         told, pruned = found.told.get(study, {}), found.pruned.get(study, {})
-        carried = found.carried.get(study, [])
         known = found.known(self.cell, self.search, None)
         for number in range(max(known, default=-1) + 1):
-            if number not in known:  # the default, where points are carried
+            if number in known:
+                self._params[number] = known[number]
+                self._open.append(number)
+            else:  # the default, where points are carried
                 self._ask(number)
-                continue
-            params, attributes, value = known[number], {"point": number}, told.get(number)
-            state, rungs = TrialState.RUNNING, {}
-            if same := [i for i, one in enumerate(carried) if one.params == params]:
-                attributes["carried"], value = same[0], carried[same[0]].value
-            if value is not None:
-                state = TrialState.COMPLETE
-            elif number in told and number in pruned:
-                state, value = TrialState.PRUNED, pruned[number].value
-                rungs = {pruned[number].rung: value}
-            dimensions = [d for d in self.cell.space if d.key in params]
-            trial = create_trial(
-                state=state,
-                params=params,
-                distributions={d.key: _distribution(d) for d in dimensions},
-                value=value,
-                user_attrs=attributes,
-                intermediate_values=rungs,
-            )
-            self.study.add_trial(trial)
-            if number < self._total() and (number in told or same):
-                self._earlier.append(Point(number, params, told=True))
+        for one in found.carried.get(study, ()):
+            number = next(n for n, params in known.items() if params == one.params)
+            self._carried.add(number)
+            if number in self._open:
+                self._end(number, one.value)
+        for number, value in told.items():
+            if value is not None and number in self._open:
+                self._end(number, value)
+            elif number in pruned and number in self._open:
+                self._prune(number, pruned[number].rung, pruned[number].value)
+        self._earlier = [
+            Point(number, params, told=True)
+            for number, params in self._params.items()
+            if number < self._total() and (number in told or number in self._carried)
+        ]
+
+    def _end(self, number: int, value: float | None) -> None:
+        if value is not None:
+            self._values[number] = value
+        state = TrialState.FAIL if value is None else TrialState.COMPLETE
+        self._add(number, state=state, value=value)
+
+    def _prune(self, number: int, rung: int, value: float) -> None:
+        rungs = {rung: value}
+        self._add(number, state=TrialState.PRUNED, value=value, intermediate_values=rungs)
+
+    def _add(self, number: int, **outcome: Any) -> None:
+        """Let the study know of a point that ended."""
+        self._open.remove(number)
+        params = self._params[number]
+        distributions = {d.key: _distribution(d) for d in self.cell.space if d.key in params}
+        attributes = {"point": number} | ({"carried": True} if number in self._carried else {})
+        trial = create_trial(
+            params=params, distributions=distributions, user_attrs=attributes, **outcome
+        )
+        self.study.add_trial(trial)
 
     def _share(self) -> None:
         """Copy what is told. A database that does not answer gets the copy after a later round."""
@@ -317,64 +329,52 @@ class CellSearch:
                 study_name=self._name, storage=self._storage, direction="maximize"
             )
         there = {t.user_attrs["point"] for t in self._copy.get_trials(deepcopy=False)}
-        for trial in self._asked():
-            if trial.state.is_finished() and trial.user_attrs["point"] not in there:
+        for trial in self.study.get_trials(deepcopy=False):
+            if trial.user_attrs.get("point", -1) not in {-1, *there}:
                 self._copy.add_trial(trial)
 
     def _exhausted(self) -> bool:
         """Were the last `patience` points that this study asked all no better than one before?"""
         if self.search.patience is None:
             return False
-        # A pruned point has the value of its rung.
-        complete = [t for t in self._asked() if t.state == TrialState.COMPLETE]
-        values = {t.user_attrs["point"]: t.value for t in complete}
-        values = {number: v for number, v in values.items() if number < self._total()}
+        values = {number: v for number, v in self._values.items() if number < self._total()}
         best = max(values, key=lambda number: (values[number], -number), default=-1)
-        own = [t.user_attrs["point"] for t in self._asked() if "carried" not in t.user_attrs]
-        return len([number for number in own if number > best]) >= self.search.patience
+        after = [number for number in self._params if number > best]
+        return len(set(after) - self._carried) >= self.search.patience
 
     def _ask(self, number: int) -> Point:
-        """A point that was not asked before, unless the space seems to hold no other."""
-        settled = self._settled(number)
-        known = [trial.params for trial in self._asked()]
-        for attempt in range(TRIES):
-            trial, params = self._draw(number, attempt, settled)
-            if settled or params not in known or attempt == TRIES - 1:
-                break
-            self.study.tell(trial.number, state=TrialState.FAIL)
-        trial.set_user_attr("point", number)
-        return Point(number, params)
+        """All points of a grid are settled; and the default, which comes first."""
+        if self.search.sampler == "grid":
+            settled = grid_points(self.cell)[number]
+        else:
+            settled = {} if number else default_params(self.cell)
+        self._params[number] = settled or self._drawn(number)
+        self._open.append(number)
+        return Point(number, self._params[number])
 
-    def _draw(
-        self, number: int, attempt: int, settled: Mapping[str, Any]
-    ) -> tuple[optuna.Trial, dict[str, Any]]:
-        # A sampler's state is not kept: seed every ask by where it stands.
+    def _drawn(self, number: int) -> dict[str, Any]:
+        """A point that was not asked before, unless the space seems to hold no other."""
         round_index, place = divmod(number, self.search.width)
         words = f"{self.search.seed}/{self.cell.id}/{round_index}/{place}"
-        seed = zlib.crc32((f"{words}/{attempt}" if attempt else words).encode())
-        # One that keeps to its favourite point is helped by chance.
-        stuck = attempt >= TRIES // 2
-        self.study.sampler = RandomSampler(seed=seed) if stuck else self._sampler(self.search, seed)
-        if settled:
-            self.study.enqueue_trial(dict(settled))
-        trial = self.study.ask()
         params: dict[str, Any] = {}
-        for dimension in self.cell.space:
-            if applies(dimension, self.cell.flat | params):
-                params[dimension.key] = _suggest(trial, dimension)
-        return trial, params
-
-    def _settled(self, number: int) -> dict[str, Any]:
-        """Points that no sampler chooses: all of a grid; the default, which comes first."""
-        if self.search.sampler == "grid":
-            return grid_points(self.cell)[number]
-        return {} if number else default_params(self.cell)
+        for attempt in range(TRIES):
+            # A sampler's state is not kept: seed every ask by where it stands.
+            seed = zlib.crc32((f"{words}/{attempt}" if attempt else words).encode())
+            # One that keeps to its favourite point is helped by chance.
+            stuck = attempt >= TRIES // 2
+            sampler = RandomSampler(seed=seed) if stuck else self._sampler(self.search, seed)
+            self.study.sampler = sampler
+            trial, params = self.study.ask(), {}
+            for dimension in self.cell.space:
+                if applies(dimension, self.cell.flat | params):
+                    params[dimension.key] = _suggest(trial, dimension)
+            self.study.tell(trial.number, state=TrialState.FAIL)  # it is added when it ends
+            if params not in self._params.values():
+                break
+        return params
 
     def _total(self) -> int:
         return point_count(self.cell, self.search)
-
-    def _asked(self) -> list[FrozenTrial]:
-        return [t for t in self.study.get_trials(deepcopy=False) if "point" in t.user_attrs]
 
 
 def make_sampler(search: Search, seed: int) -> BaseSampler:
@@ -433,7 +433,3 @@ def _distribution(dimension: Dimension) -> BaseDistribution:
     if int in (kind, *get_args(kind)):  # also where it may be null
         return IntDistribution(int(low), int(high), log=dimension.log)
     return FloatDistribution(low, high, log=dimension.log)
-
-
-def _point(trial: FrozenTrial) -> Point:
-    return Point(trial.user_attrs["point"], dict(trial.params))

@@ -62,7 +62,7 @@ class Searches:
     opened: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # by study, last one last
     current: dict[str, str] = field(default_factory=dict)  # study by cell
     asked: dict[str, dict[int, dict[str, Any]]] = field(default_factory=dict)
-    # Objectives by study and point; None: it failed, or was pruned.
+    # Objectives by study and point, as they ended; None: it failed, or was pruned.
     told: dict[str, dict[int, float | None]] = field(default_factory=dict)
     carried: dict[str, list[Carried]] = field(default_factory=dict)
     ended: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # by patience
@@ -158,8 +158,11 @@ def searches(ledger: Ledger) -> Searches:
             case "round_told":
                 told = found.told.setdefault(found.current.get(event["cell"], ""), {})
                 values = {int(number): value for number, value in event["values"].items()}
-                told |= {n: v for n, v in values.items() if told.get(n) is None}
-                told |= dict.fromkeys(event.get("pruned", ()))
+                for number in sorted({*values, *event.get("pruned", ())}):
+                    value = values.get(number)
+                    if number not in told or (told[number] is None and value is not None):
+                        told.pop(number, None)  # one that failed ends now
+                        told[number] = value
             case "rung_decided":
                 found.decide(event["study"], event["rung"], event["values"], event["pruned"])
             case "search_ended":
