@@ -15,7 +15,6 @@ from typing import Any
 from pandas import DataFrame
 
 from orchestrator.inventory import UNKNOWN, Holding, Inventory, size, take_inventory
-from orchestrator.output import aligned
 from orchestrator.place import recorded_places
 from orchestrator.store import ArtifactStore
 
@@ -73,15 +72,14 @@ def _rounded(row: Mapping[Any, float]) -> dict[str, float]:
 def usage_screen(found: dict[str, Any]) -> str:
     """The same for people, at most 80 columns."""
     by, total = found["by"], found["total"]
-    hours = [name for name in HOURS if name != "unknown_hours" or total[name]]
-    titles = {"gpu_hours": "GPU hours", "cpu_hours": "CPU hours", "unknown_hours": "unknown"}
-    lines = [[by, "made", *(titles[name] for name in hours), "size"]]
-    for row in (*found["rows"], {by: "total", **total}):
-        name = row[by] if len(row[by]) <= NAME_WIDTH else f"{row[by][: NAME_WIDTH - 3]}..."
-        lines.append(
-            [name, f"{row['made']:,}", *(_hours(row[n]) for n in hours), size(row["bytes"])]
-        )
-    screen = aligned(lines)
+    frame = DataFrame([*found["rows"], {by: "total", **total}]).set_index(by)
+    frame.index = frame.index.str.replace(f"^(.{{{NAME_WIDTH - 3}}}).{{4,}}", r"\1...", regex=True)
+    shown = {"made": "{:,}".format, **dict.fromkeys(HOURS, _hours), "bytes": size}
+    if not total["unknown_hours"]:
+        del shown["unknown_hours"]
+    titles = {"gpu_hours": "GPU hours", "cpu_hours": "CPU hours", "bytes": "size"}
+    frame = frame[[*shown]].transform(shown).rename(columns={**titles, "unknown_hours": "unknown"})
+    screen = [frame.rename_axis(index=None, columns=by).to_string()]
     if total["unknown_hours"]:
         screen += ["", "unknown: hours of work whose record does not say on what it ran"]
     if total["untimed"]:
