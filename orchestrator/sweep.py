@@ -14,7 +14,6 @@ from dataclasses import dataclass as plain_dataclass
 from dataclasses import field, replace
 from functools import cache
 from typing import Annotated, Any, Literal
-from urllib.parse import parse_qs, urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 from pydantic.dataclasses import dataclass
@@ -33,27 +32,13 @@ JOURNAL = "journal"
 POSTGRES = "postgresql://"
 
 
-def without_password(remedy: str) -> AfterValidator:
-    """Refuse a URI with a password, without repeating it."""
-
-    def check(uri: str) -> str:
-        try:
-            parts = urlsplit(uri)
-            secret = parts.password is not None or "password" in parse_qs(parts.query)
-        except ValueError:
-            raise ValueError("is not an address; allowed: scheme://user@host/...") from None
-        if secret:
-            raise ValueError(f"has a password, and a sweep file is kept and shown; {remedy}")
-        return uri
-
-    return AfterValidator(check)
-
-
 def _storage(where: str) -> str:
     if where != JOURNAL and not where.startswith(POSTGRES):
         raise ValueError(
             f"is not a storage of studies; allowed: {JOURNAL}, {POSTGRES}user@host/database"
         )
+    if re.search(r"[?&]password=", where):
+        raise ValueError("has a password; set PGPASSWORD, or write ~/.pgpass")
     return where
 
 
@@ -95,7 +80,6 @@ class Search:
     storage: Annotated[
         LINE,
         AfterValidator(_storage),
-        without_password("set PGPASSWORD, or write ~/.pgpass"),
         WithJsonSchema({"type": "string", "pattern": f"^({JOURNAL}|{POSTGRES}.+)$"}),
     ] = setting(
         JOURNAL,

@@ -34,7 +34,6 @@ from orchestrator.sweep import (
     combinations,
     fits,
     unlabelled,
-    without_password,
 )
 from orchestrator.trial_values import (
     TRIAL_NAMES,
@@ -59,9 +58,7 @@ from orchestrator.validation import (
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Tracking:
-    uri: Annotated[
-        LINE, without_password("set MLFLOW_TRACKING_PASSWORD, or write ~/.mlflow/credentials")
-    ] = setting(None, "http(s)://..., sqlite:///..., none")
+    uri: LINE = setting(None, "http(s)://..., sqlite:///..., none")
 
 
 Excluded = Annotated[Settings, Field(min_length=1, json_schema_extra={"minProperties": 1})]
