@@ -62,7 +62,7 @@ def open_storage(path: Path) -> JournalStorage:
     return JournalStorage(JournalFileBackend(str(path)))
 
 
-# What people get wrong; all else may pass by itself.
+# Mistakes of the user; anything else may pass by itself.
 MISTAKES = ("authentication failed", "no password supplied", "does not exist", "permission denied")
 
 
@@ -76,7 +76,7 @@ def open_database(uri: str) -> RDBStorage:
             and ~/.pgpass.
 
     Raises:
-        ValueError: it lets us not in, or there is no such database.
+        ValueError: it rejects the login, or does not exist.
         StudiesAway: it does not answer.
     """
     from sqlalchemy.exc import DBAPIError
@@ -101,8 +101,8 @@ def open_database(uri: str) -> RDBStorage:
                 continue
             if any(words in f"{error}" for words in MISTAKES):
                 raise ValueError(
-                    f"the studies' database {place_of_database(uri)} lets us not in ({said}); set "
-                    "PGPASSWORD or write ~/.pgpass, and see that the database is there and yours"
+                    f"the studies' database {place_of_database(uri)} rejects the login ({said}); "
+                    "set PGPASSWORD or write ~/.pgpass, and check that the database exists"
                 ) from error
             raise StudiesAway(_away(uri, said)) from error
     raise StudiesAway(_away(uri, "others are making its tables"))

@@ -178,7 +178,7 @@ def test_a_wrong_password_for_the_studies_is_bad_input_and_a_dead_server_is_refu
 ):
     wrong = run(spec, tmp_path, *on_postgres(services), PGPASSWORD="not-this-one")
     assert wrong.returncode == 2
-    assert "lets us not in" in wrong.stderr
+    assert "rejects the login" in wrong.stderr
     assert "PGPASSWORD" in wrong.stderr
     assert "not-this-one" not in wrong.stderr
     dead = f"postgresql://ada@127.0.0.1:{free_port()}/studies"
