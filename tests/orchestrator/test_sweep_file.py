@@ -469,7 +469,6 @@ BAD = {
     ),
     "pruning without rungs": (PRUNING + "{rule: median}\n", "7:12", ["`rungs` is missing"]),
     "rungs that fall": (PRUNING + "{rule: median, rungs: [2, 2]}\n", "7:38", ["not come after 2"]),
-    "rung zero": (PRUNING + "{rule: median, rungs: [0]}\n", "7:35", ["whole number >= 1"]),
     "rung at the end": (
         PRUNING + "{rule: median, rungs: [2, 10]}\n",
         "7:38",
@@ -515,11 +514,6 @@ BAD = {
         "7:5",
         ["auxiliary.kind lda", "from 2 on"],
     ),
-    "one real image a class": (
-        HEAD + "grid: {paradigm: [ul, ssl]}\nfixed: {method: cpl_real, auxiliary.k: 1}\n",
-        "4:27",
-        ["auxiliary.kind lda", "from 2 on"],
-    ),
     "labelled images that ul has not": (
         HEAD + "grid: {paradigm: [ssl, ul]}\nfixed: {method: air, supervision: labelled}\n",
         "4:22",
@@ -542,7 +536,6 @@ BAD = {
         "4:29",
         ["seed, split_seed", "did you mean split_seed?"],
     ),
-    "seed varied twice": (AIR + "seeds: {values: [1], vary: [seed, seed]}\n", "4:28", ["twice"]),
     "too many seeds in one": (AIR + "seeds: [[1, 2]]\n", "4:9", ["allowed: [a number]"]),
     "wall without unit": (AIR + "budget: {wall: 12 hours}\n", "4:16", ["90s, 30m, 12h"]),
     "unknown resource": (AIR + "resources: {trial: {gpus: 1}}\n", "4:21", ["mean gpu?"]),
