@@ -159,7 +159,7 @@ def card_for_scripts(card: AuditCard) -> dict[str, Any]:
 def facts_of(card: AuditCard) -> list[tuple[str, str]]:
     """A card in a few lines for people: a label and what is known."""
     classes, before = len(card.classes), ""
-    images = f"{card.images:,} of {counted(classes, 'class', 'es')}"
+    images = f"{card.images:,} of {classes:,} {'class' if classes == 1 else 'classes'}"
     images += f", {card.redrawn} of them drawn again" if card.redrawn else ""
     if card.base_recognised is not None:
         before = f"; {card.base_recognised:.0%} before LoRA"
@@ -177,7 +177,7 @@ def facts_of(card: AuditCard) -> list[tuple[str, str]]:
         )
     if card.test_cosine is not None:
         near = f"{card.test_images:,} test images; the nearest has cosine {card.test_cosine:.3f}"
-        facts.append(("test", f"{near}, {counted(card.counts['test copy'], 'copy', 'ies')}"))
+        facts.append(("test", f"{near}, copies: {card.counts['test copy']:,}"))
     found = [f"{card.counts[reason]} {reason}" for reason in REASONS if card.counts[reason]]
     facts.append(
         ("flagged", f"{card.flagged_images} of {card.images:,}: {', '.join(found)}")
@@ -185,16 +185,6 @@ def facts_of(card: AuditCard) -> list[tuple[str, str]]:
         else ("flagged", "none")
     )
     return facts
-
-
-def counted(count: int, word: str, many: str) -> str:
-    """
-    >>> counted(1, "copy", "ies"), counted(2, "copy", "ies"), counted(0, "class", "es")
-    ('1 copy', '2 copies', '0 classes')
-    """
-    if count == 1:
-        return f"1 {word}"
-    return f"{count:,} {word.removesuffix('y') if many == 'ies' else word}{many}"
 
 
 def _share(value: float | None) -> str:

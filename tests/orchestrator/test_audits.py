@@ -181,7 +181,7 @@ def test_the_screen_fits_and_says_the_same(world, faulty, command):
     assert all(len(line) <= 80 for line in lines if "/" not in line)  # a path is not broken
     flat = " ".join(out.split())
     assert "3 blank, 2 duplicate, 4 wrong class" in flat
-    assert "1 copy" in flat
+    assert "copies: 1" in flat
     assert str(faulty.folder) in out
 
 
