@@ -7,14 +7,14 @@ nothing (a trial that failed, one that was killed) is in no record, and not in h
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
 from pandas import DataFrame
 
-from orchestrator.inventory import UNKNOWN, Holding, Inventory, size, take_inventory
+from orchestrator.inventory import UNKNOWN, Inventory, size, take_inventory
 from orchestrator.place import recorded_places
 from orchestrator.store import ArtifactStore
 
@@ -40,8 +40,9 @@ def usage(store: ArtifactStore, by: str, since: str | None) -> dict[str, Any]:
         raise ValueError(f"--by {by}: allowed are {', '.join(BY)}")
     start = None if since is None else _start(since)
     inventory = take_inventory(store)
-    lines = _lines(inventory, makers_of(store))
-    frame = DataFrame(lines, columns=[*BY, "when", *FIGURES]).astype(dict.fromkeys(FIGURES, float))
+    frame = DataFrame(_lines(inventory, store), columns=[*BY, "when", *FIGURES]).astype(
+        dict.fromkeys(FIGURES, float)
+    )
     if start is not None:
         frame = frame[frame["when"].astype(float) >= start.timestamp()]
     rows = frame.groupby(by)[[*FIGURES]].sum().assign(nobody=lambda of: of.index == NOBODY)
@@ -97,29 +98,69 @@ def _hours(hours: float) -> str:
     return "< 0.01" if hours < 0.005 else f"{hours:,.2f}"
 
 
-# ---------------------------------------------------------------- what lies in the store
+# ---------------------------------------------------------------- what was made
 
 
-def _lines(inventory: Inventory, makers: Makers) -> Iterator[dict[str, Any]]:
-    """A line for each artifact, each block of images, and for what lies beside blocks."""
-    images = _images_of_rows(inventory)
-    for holding in inventory.holdings:
-        if holding.stage in ("images", "synthetic"):
-            yield from _row(holding, images[holding.digest], makers)
-        else:
-            yield _artifact(holding, makers)
+def _lines(inventory: Inventory, store: ArtifactStore) -> Iterator[dict[str, Any]]:
+    """A line for each artifact, and for each block of images that was drawn. The bytes of a row
+    belong to the user who began it."""
+    holdings = {holding.digest: holding for holding in inventory.holdings}
+    blocks: Counter[str] = Counter()
+    first: dict[str, tuple[float, str]] = {}  # time, and sweep that had the artifact made first
+    for sweep, user, event in _made(store):
+        digest, time, facts = event["key"].rpartition("-")[2][:12], event["time"], event["facts"]
+        first[digest] = min(first.get(digest, (time, sweep)), (time, sweep))
+        # A block that another sweep drew has neither.
+        drew = event["stage"] == "images" and (facts.get("drawn") or facts.get("holes"))
+        if drew and digest in holdings:
+            blocks[digest] += 1
+            cpu, gpu = facts.get("cpu"), facts.get("gpu")
+            yield _line(user, sweep, "images", time, 0, 1, event["seconds"], cpu, gpu)
+    images = {
+        _identity(h.record.get("spec")): h.digest for h in holdings.values() if h.stage == "images"
+    }
+    for digest, holding in holdings.items():
+        record, drawn = holding.record, digest
+        made, seconds, cpu, gpu = 1, record.get("seconds"), record.get("cpu"), record.get("gpu")
+        if holding.stage == "synthetic":  # made while its images were drawn
+            drawn = images.get(_identity((record.get("spec") or {}).get("images")), digest)
+            made, seconds = 0, 0.0
+        elif holding.stage == "images":  # blocks whose sweep is gone
+            made = max(0, len(holding.shards) - blocks[digest])
+            seconds = None if made else 0.0
+        elif cpu is None and gpu is None:  # earlier versions noted the device of a trial alone
+            device = str(record.get("info", {}).get("device"))
+            cpu, gpu = {"cpu": (1.0, 0.0), "cuda": (None, 1.0)}.get(device, (None, None))
+        _, sweep = first.get(drawn, (0.0, ""))
+        when, size = record.get("started"), holding.bytes
+        yield _line(holding.user, sweep, holding.stage, when, size, made, seconds, cpu, gpu)
+
+
+def _made(store: ArtifactStore) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """PROJECT/NAME, user and event of all that the sweeps of a store have made."""
+    for place in recorded_places(store):
+        sweep, user = f"{place.project}/{place.name}", UNKNOWN
+        for event in place.ledger().events():
+            if event["event"] == "sweep_started":
+                user = str(event.get("user", UNKNOWN))
+            elif event["event"] in ("trial_done", "artifact_prepared"):
+                yield sweep, user, {"stage": "trials", "facts": {}, **event}
+
+
+def _identity(spec: Any) -> str:
+    return json.dumps(spec, sort_keys=True)
 
 
 def _line(
     user: str,
-    sweep: str | None,
+    sweep: str,
     stage: str,
     when: float | None,
-    bytes: int,
-    made: int = 0,
-    seconds: float | None = 0.0,
-    cpu: float | None = None,
-    gpu: float | None = None,
+    size: int,
+    made: int,
+    seconds: float | None,
+    cpu: float | None,
+    gpu: float | None,
 ) -> dict[str, Any]:
     """
     Args:
@@ -136,112 +177,12 @@ def _line(
         kind, amount = "cpu_hours", amount * cpu
     return {
         "user": NOBODY if user == UNKNOWN else user,
-        "project": sweep.partition("/")[0] if sweep else NOBODY,
+        "project": sweep.partition("/")[0] or NOBODY,
         "sweep": sweep or NOBODY,
         "stage": stage,
         "when": when,
         **dict.fromkeys(FIGURES, 0.0),
         "made": made,
-        "bytes": bytes,
+        "bytes": size,
         kind: amount,
     }
-
-
-def _artifact(holding: Holding, makers: Makers) -> dict[str, Any]:
-    record = holding.record
-    cpu, gpu = record.get("cpu"), record.get("gpu")
-    if cpu is None and gpu is None:  # earlier versions noted the device of a trial, and no shares
-        device = record.get("info", {}).get("device")
-        cpu, gpu = {"cpu": (1.0, 0.0), "cuda": (None, 1.0)}.get(str(device), (None, None))
-    seconds, when = record.get("seconds"), record.get("started")
-    sweep = makers.sweeps.get(holding.digest)
-    return _line(holding.user, sweep, holding.stage, when, holding.bytes, 1, seconds, cpu, gpu)
-
-
-def _row(holding: Holding, images: str, makers: Makers) -> Iterator[dict[str, Any]]:
-    """Blocks of images by who drew them. Their features were made in the same seconds, and count
-    bytes alone."""
-    sweep, when, stage = makers.sweeps.get(images), holding.record.get("started"), holding.stage
-    made, rest = int(stage == "images"), holding.bytes
-    for (c, block), name in holding.shards.items():
-        count = holding.files[name]
-        rest -= count
-        drawing = makers.blocks.get((images, c, block))
-        if drawing is None:  # its sweep is gone
-            seconds = None if made else 0.0
-            yield _line(holding.user, sweep, stage, when, count, made, seconds)
-        else:
-            seconds, shares = made * drawing.seconds, drawing.devices
-            cpu, gpu = shares.get("cpu"), shares.get("gpu")
-            yield _line(
-                drawing.user, drawing.sweep, stage, drawing.time, count, made, seconds, cpu, gpu
-            )
-    yield _line(holding.user, sweep, stage, when, rest)
-
-
-def _images_of_rows(inventory: Inventory) -> dict[str, str]:
-    """For each row, of images or their features, the digest of the images."""
-
-    def identity(spec: Any) -> str:
-        return json.dumps(spec, sort_keys=True)
-
-    rows = [one for one in inventory.holdings if one.stage in ("images", "synthetic")]
-    drawn = {identity(r.record.get("spec")): r.digest for r in rows if r.stage == "images"}
-    specs = {
-        r.digest: (r.record.get("spec") or {}).get("images") for r in rows if r.stage != "images"
-    }
-    return {r.digest: drawn.get(identity(specs.get(r.digest)), r.digest) for r in rows}
-
-
-# ---------------------------------------------------------------- what the event logs tell
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """A block of images, as its driver recorded it: a block has no record of its own."""
-
-    user: str
-    sweep: str  # PROJECT/NAME
-    seconds: float
-    time: float  # since the epoch, when it was done
-    devices: Mapping[str, float]  # cpu, gpu; empty: an earlier version did not note them
-
-
-@dataclass
-class Makers:
-    """By the 12 digits of a key that the store finds by."""
-
-    sweeps: dict[str, str] = field(default_factory=dict)  # PROJECT/NAME that had it made first
-    blocks: dict[tuple[str, int, int], Drawing] = field(default_factory=dict)  # and class, block
-
-
-def makers_of(store: ArtifactStore) -> Makers:
-    """From the event log of each recorded sweep, each read once."""
-    found = Makers()
-    first: dict[str, float] = {}
-    for place in recorded_places(store):
-        sweep, user = f"{place.project}/{place.name}", UNKNOWN
-        for event in place.ledger().events():
-            match event["event"]:
-                case "sweep_started":
-                    user = str(event.get("user", UNKNOWN))
-                case "trial_done" | "artifact_prepared" as name:
-                    digest = event["key"].rpartition("-")[2][:12]
-                    if event["time"] < first.get(digest, float("inf")):
-                        first[digest] = event["time"]
-                        found.sweeps[digest] = sweep
-                    if name == "artifact_prepared" and event["stage"] == "images":
-                        _note(found, digest, event, user, sweep)
-    return found
-
-
-def _note(found: Makers, digest: str, event: Mapping[str, Any], user: str, sweep: str) -> None:
-    facts = event["facts"]
-    made_nothing = not facts.get("drawn") and not facts.get("holes")
-    if made_nothing or not {"class", "block"} <= facts.keys():  # another sweep drew it
-        return
-    devices = {name: facts[name] for name in ("cpu", "gpu") if name in facts}
-    block = (digest, int(facts["class"]), int(facts["block"]))
-    # A block that is drawn again, after damage, belongs to the last who drew it.
-    if block not in found.blocks or event["time"] > found.blocks[block].time:
-        found.blocks[block] = Drawing(user, sweep, event["seconds"], event["time"], devices)
