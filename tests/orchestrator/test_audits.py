@@ -185,16 +185,6 @@ def test_the_screen_fits_and_says_the_same(world, faulty, command):
     assert str(faulty.folder) in out
 
 
-def test_images_without_faults_are_hardly_flagged(world, drawn):
-    row = world.draw(world.record("drawn", drawn))
-    card, _ = made(row, Workshop(world.store))
-    assert card.flagged_images <= 0.02 * card.images, card.flagged
-    assert card.recognised is not None
-    assert card.recognised > 0.85
-    assert card.kid is not None
-    assert card.kid[0] > 1  # printed digits in colour are no handwriting
-
-
 def test_a_card_has_a_line_for_each_class_with_its_best_and_worst_image(world, faulty):
     [card] = audit_cards(*read_sweep(faulty, None))
     assert [line["classname"] for line in card.classes] == list(DIGITS.classnames)
