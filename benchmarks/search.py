@@ -32,7 +32,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import optuna
 from optuna.samplers import BaseSampler, GPSampler, TPESampler
-from optuna.storages import InMemoryStorage
 
 from benchmarks.harness import options, progress, report
 from orchestrator.ledger import Ledger
@@ -41,6 +40,7 @@ from orchestrator.ranking import ranking
 from orchestrator.resolve import Resolver
 from orchestrator.search import STARTUP_POINTS, CellSearch, make_sampler
 from orchestrator.store import ArtifactStore
+from orchestrator.studies import Searches
 from orchestrator.sweep import Search, SweepSpec, cells_of
 from orchestrator.sweep_file import load_sweep
 from orchestrator.trial import read_trial
@@ -137,7 +137,7 @@ def regrets(
     found = []
     for seed in range(seeds):
         search = replace(sweep.search, sampler="random", seed=seed, points=points, width=4)
-        searching = CellSearch(cell, search, InMemoryStorage(), sampler=make)
+        searching = CellSearch(cell, search, Searches(), sampler=make)
         seen: dict[str, float] = {}
         while asked := searching.next_round():
             told = {point.number: value[_word(point.params)] for point in asked}

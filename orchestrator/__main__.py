@@ -16,7 +16,6 @@ from orchestrator.commands import (
     cluster,
     compare,
     doctor,
-    files,
     inputs,
     results,
     submit,
@@ -24,7 +23,7 @@ from orchestrator.commands import (
     tracked,
     usage,
 )
-from orchestrator.commands.common import code_of, fail
+from orchestrator.commands.common import code_of, fail, refuse_removed
 from orchestrator.output import Printable, show
 from orchestrator.redact import Redacting, redacted
 
@@ -38,7 +37,7 @@ app = typer.Typer(
     "  airsweep run quickstart\n\n  airsweep table quickstart",
 )
 
-for commands in (files, sweeps, submit, doctor, results, compare, tracked, bundle, usage):
+for commands in (sweeps, submit, doctor, results, compare, tracked, bundle, usage):
     app.add_typer(commands.app)
 app.add_typer(tracked.mlflow_app, name="mlflow")
 app.add_typer(inputs.data_app, name="data")
@@ -56,16 +55,10 @@ def _say_version(asked: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=_say_version, help="Say which.")
+        bool,
+        typer.Option("--version", is_eager=True, callback=_say_version, help="Show the version."),
     ] = False,
 ) -> None: ...
-
-
-# Options of earlier versions, and what to do instead.
-REMOVED = {
-    "--accept-code": "code of another version makes artifacts of its own; if it gives the same "
-    "results, add its version to orchestrator/code_versions.json, as docs/extend.md says",
-}
 
 
 def main() -> None:
@@ -77,9 +70,7 @@ def main() -> None:
     logging.lastResort.addFilter(Redacting())  # it prints what nobody else handles, as here
     logging.lastResort.addFilter(Printable())
     try:
-        for word in sys.argv:
-            if instead := REMOVED.get(word.partition("=")[0]):
-                fail(f"{word} was removed: {instead}")
+        refuse_removed(sys.argv[1:])
         app()
     except Exception as problem:
         if debug:

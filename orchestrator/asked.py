@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.marked_yaml import SpecError, parse
-from orchestrator.place import Place, place_of, read_resolved, recorded_names
+from orchestrator.place import Place, place_of, recorded_names
 from orchestrator.place import place_named as named
 from orchestrator.plan import Plan, plan_sweep
-from orchestrator.recorded import read_sweep
 from orchestrator.store import open_store, smoke_store
 from orchestrator.sweep import SweepSpec, cells_of, option_words
 from orchestrator.sweep import smoke as smoked
@@ -86,16 +84,6 @@ def place_named(name: str, store: str | Path) -> Place:
     return named(opened, project, short)
 
 
-def recorded_sweep(name: str, store: str | Path, data_root: Path | None) -> tuple[SweepSpec, Place]:
-    """A sweep as it was last run, with the values that were set then."""
-    return read_sweep(place_named(name, store), data_root)
-
-
-def asked_before(place: Place) -> dict[str, Any]:
-    """How a recorded sweep was asked for."""
-    return read_resolved(place)
-
-
 # ---------------------------------------------------------------- options from Python values
 
 
@@ -103,7 +91,7 @@ def options(values: Mapping[str, Any] | Iterable[str]) -> list[str]:
     """`KEY=VALUE` as the command line has it; texts that are options already stay.
 
     >>> options({"iterations": 3, "lora": None, "dataset": "folder:my_images", "seeds": [1, 2]})
-    ['iterations=3', 'lora=null', 'dataset=folder:my_images', 'seeds=[1, 2]']
+    ['iterations=3', 'lora=null', 'dataset="folder:my_images"', 'seeds=[1, 2]']
     """
     if isinstance(values, str):
         return [values]
@@ -116,24 +104,13 @@ def choices_of(values: Mapping[str, Any] | Iterable[str]) -> list[str]:
     """The same where an option lists values of an axis.
 
     >>> choices_of({"method": ["air", "cpl"], "lora.rank": 4})
-    ['method=air,cpl', 'lora.rank=4']
+    ['method="air","cpl"', 'lora.rank=4']
     """
     if not isinstance(values, Mapping):
         return options(values)
-    listed = {
-        key: value if isinstance(value, list | tuple) else [value] for key, value in values.items()
-    }
-    return [f"{key}={','.join(map(_written, value))}" for key, value in listed.items()]
+    listed = {k: v if isinstance(v, list | tuple) else [v] for k, v in values.items()}
+    return [f"{key}={','.join(map(_written, of))}" for key, of in listed.items()]
 
 
 def _written(value: Any) -> str:
-    """A value as YAML on one line: text bare where it reads as itself."""
-    if isinstance(value, Path):
-        value = str(value)
-    if isinstance(value, str) and "," not in value:
-        try:
-            if parse(value, "").value == value:
-                return value
-        except SpecError:
-            pass  # a bracket, say
-    return json.dumps(value, ensure_ascii=False)
+    return json.dumps(str(value) if isinstance(value, Path) else value, ensure_ascii=False)

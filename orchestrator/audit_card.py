@@ -5,7 +5,6 @@ it reads on a screen. Imports no torch.
 from __future__ import annotations
 
 import json
-import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from air_core.specs import (
     TrialSpec,
 )
 from orchestrator.keys import artifact_key, digest, slug
+from orchestrator.output import aligned
 from orchestrator.plan import Need, needs_of
 
 EDITION = 1  # raise it when the same images get other numbers
@@ -159,7 +159,7 @@ def card_for_scripts(card: AuditCard) -> dict[str, Any]:
 def facts_of(card: AuditCard) -> list[tuple[str, str]]:
     """A card in a few lines for people: a label and what is known."""
     classes, before = len(card.classes), ""
-    images = f"{card.images:,} of {counted(classes, 'class', 'es')}"
+    images = f"{card.images:,} of {classes:,} {'class' if classes == 1 else 'classes'}"
     images += f", {card.redrawn} of them drawn again" if card.redrawn else ""
     if card.base_recognised is not None:
         before = f"; {card.base_recognised:.0%} before LoRA"
@@ -177,7 +177,7 @@ def facts_of(card: AuditCard) -> list[tuple[str, str]]:
         )
     if card.test_cosine is not None:
         near = f"{card.test_images:,} test images; the nearest has cosine {card.test_cosine:.3f}"
-        facts.append(("test", f"{near}, {counted(card.counts['test copy'], 'copy', 'ies')}"))
+        facts.append(("test", f"{near}, copies: {card.counts['test copy']:,}"))
     found = [f"{card.counts[reason]} {reason}" for reason in REASONS if card.counts[reason]]
     facts.append(
         ("flagged", f"{card.flagged_images} of {card.images:,}: {', '.join(found)}")
@@ -185,16 +185,6 @@ def facts_of(card: AuditCard) -> list[tuple[str, str]]:
         else ("flagged", "none")
     )
     return facts
-
-
-def counted(count: int, word: str, many: str) -> str:
-    """
-    >>> counted(1, "copy", "ies"), counted(2, "copy", "ies"), counted(0, "class", "es")
-    ('1 copy', '2 copies', '0 classes')
-    """
-    if count == 1:
-        return f"1 {word}"
-    return f"{count:,} {word.removesuffix('y') if many == 'ies' else word}{many}"
 
 
 def _share(value: float | None) -> str:
@@ -212,20 +202,14 @@ def audit_screen(card: AuditCard, sweep: str, folder: Path) -> str:
         sweep: its name, for what to type.
         folder: where the card's picture lies.
     """
-    lines = [f" {card.title}   {card.dataset}"]
-    facts = [*facts_of(card), *_weak_classes(card)]
-    labels = max(len(label) for label, _ in facts)
-    for label, text in facts:
-        lines += _folded(text, f" {label:<{labels}}   ")
-    for one in card.flagged[:LISTED]:
-        lines += _folded(one["sentence"], f"   {one['reason']:<13}   ")
+    lines = [*facts_of(card), *_weak_classes(card)]
+    lines += [(one["reason"], one["sentence"]) for one in card.flagged[:LISTED]]
     if len(card.flagged) > LISTED:
-        more = len(card.flagged) - LISTED
-        lines.append(f"   and {more:,} more: airsweep audit {sweep} --json")
-    left = [f"`{name}` leaves {count:,}" for name, count in card.kept.items()]
-    lines += _folded(f"{'; '.join(left)} of {card.images:,}", f" {'filter':<{labels}}   ")
-    lines.append(f" {'look':<{labels}}   {folder / card.name}.png")
-    return "\n".join(lines)
+        lines.append(("", f"{len(card.flagged) - LISTED:,} more: airsweep audit {sweep} --json"))
+    left = "; ".join(f"`{name}` leaves {count:,}" for name, count in card.kept.items())
+    lines.append(("filter", f"{left} of {card.images:,}"))
+    picture = f"picture: {folder / card.name}.png"
+    return "\n".join([f"{card.title}   {card.dataset}", *aligned(lines, WIDTH), picture])
 
 
 def _weak_classes(card: AuditCard) -> Iterator[tuple[str, str]]:
@@ -236,14 +220,3 @@ def _weak_classes(card: AuditCard) -> Iterator[tuple[str, str]]:
     if weak:
         named = ", ".join(f"{line['classname']!r} {share(line):.0%}" for line in weak)
         yield "weakest", f"{named}: how many CLIP takes for their class"
-
-
-def _folded(text: str, lead: str) -> list[str]:
-    return textwrap.wrap(
-        text,
-        WIDTH,
-        initial_indent=lead,
-        subsequent_indent=" " * len(lead),
-        break_long_words=False,
-        break_on_hyphens=False,
-    )

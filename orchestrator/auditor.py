@@ -55,6 +55,7 @@ DIGITS = 4  # of numbers that are kept: what differs beyond is rounding
 Report = Callable[[int, int], None]
 
 
+@one_thread()
 def made(row: Audited, shop: Workshop, report: Report | None = None) -> tuple[AuditCard, bytes]:
     """A card and its sheet, a PNG.
 
@@ -64,15 +65,6 @@ def made(row: Audited, shop: Workshop, report: Report | None = None) -> tuple[Au
     Raises:
         MissingArtifact: images or features are not there.
     """
-    with one_thread():
-        return _made(row, shop, report or _silent)
-
-
-def _silent(done: int, total: int) -> None:
-    pass
-
-
-def _made(row: Audited, shop: Workshop, report: Report) -> tuple[AuditCard, bytes]:
     images, table = _read(row, shop.store, report)
     backbone = shop.backbone(row.row.backbone, row.row.precision)
     template = text_of(row.features, shop.store).template
@@ -132,7 +124,7 @@ def _made(row: Audited, shop: Workshop, report: Report) -> tuple[AuditCard, byte
     return card, _sheet(card, table, found, row, shop)
 
 
-def _read(row: Audited, store: ArtifactStore, report: Report) -> tuple[ImageSet, DataFrame]:
+def _read(row: Audited, store: ArtifactStore, report: Report | None) -> tuple[ImageSet, DataFrame]:
     """The images, and a line of names for each."""
     count = row.images_per_class * len(row.classes)
     classnames, files = row.row.images.classnames, _files(row)
@@ -153,7 +145,8 @@ def _read(row: Audited, store: ArtifactStore, report: Report) -> tuple[ImageSet,
         )
         features.append(drawn.features)
         hashes.append(difference_hash(picture))
-        report(len(lines), count)
+        if report is not None:
+            report(len(lines), count)
     table = DataFrame(lines)
     images = ImageSet(
         features=torch.from_numpy(np.stack(features)).float(),

@@ -145,10 +145,10 @@ def plan(
         store: of all results; default: AIRSWEEP_STORE, else `runs`.
         data_root: folder of real datasets; default: AIRSWEEP_DATA.
     """
-    from orchestrator.asked import place_for, plan_of
+    from orchestrator.asked import plan_of
 
     asked = load(spec, sets=sets, only=only, smoke=smoke)
-    place = place_for(asked, _store(store), _folder(data_root))
+    place = place_for(asked, store, data_root)
     return Planned(plan_of(asked.spec, place), place)
 
 
@@ -232,13 +232,13 @@ def retry(
     tracking_uri: str | None = None,
     quiet: bool = False,
 ) -> Outcome:
-    """Go on with a sweep, and of what failed try one class only: oom, nan, timeout, ..."""
-    from orchestrator.asked import asked_before
+    """Resume a sweep, retrying only one class of failures: oom, nan, timeout, ..."""
+    from orchestrator.place import read_resolved
 
-    sweep, place = _recorded(name, store, data_root)
+    sweep, place = recorded_sweep(name, store, data_root)
     how: dict[str, Any] = {"tracking_uri": tracking_uri, "retry": failure_class}
     with _as_before():
-        return _whole(execute(sweep, place, asked_before(place), quiet, **how))
+        return _whole(execute(sweep, place, read_resolved(place), quiet, **how))
 
 
 def _run(
@@ -248,9 +248,7 @@ def _run(
     quiet: bool,
     **how: Any,
 ) -> Outcome:
-    from orchestrator.asked import place_for
-
-    place = place_for(asked, _store(store), _folder(data_root))
+    place = place_for(asked, store, data_root)
     with _as_before():
         return _whole(execute(asked.spec, place, asked.origin, quiet, **how))
 
@@ -322,7 +320,7 @@ def status(name: str | Outcome, *, store: str | Path | None = None) -> dict[str,
     """
     from orchestrator.screens import status as standing
 
-    return standing(_place(name, store))
+    return standing(place_named(name, store))
 
 
 def results(
@@ -339,7 +337,7 @@ def results(
     from orchestrator.asked import plan_of
     from orchestrator.frames import trials_frame
 
-    sweep, place = _recorded(name, store, data_root)
+    sweep, place = recorded_sweep(name, store, data_root)
     return trials_frame(plan_of(sweep, place), place.store, place.ledger())
 
 
@@ -350,7 +348,7 @@ def curves(
     from orchestrator.asked import plan_of
     from orchestrator.frames import curves_frame
 
-    sweep, place = _recorded(name, store, data_root)
+    sweep, place = recorded_sweep(name, store, data_root)
     return curves_frame(plan_of(sweep, place), place.store)
 
 
@@ -362,26 +360,33 @@ def table(
     from orchestrator.frames import rows_frame
     from orchestrator.results import entries_of, rows_of
 
-    sweep, place = _recorded(name, store, data_root)
+    sweep, place = recorded_sweep(name, store, data_root)
     planned = plan_of(sweep, place)
     return rows_frame(rows_of(planned, entries_of(planned, place.store)))
 
 
-def _recorded(
+def recorded_sweep(
     name: str | Outcome, store: str | Path | None, data_root: str | Path | None
 ) -> tuple[SweepSpec, Place]:
+    """A sweep as it was last run, with the values that were set then. Raises as `status`."""
     from orchestrator.recorded import read_sweep
 
-    place = _place(name, store)
+    place = place_named(name, store)
     return read_sweep(place, _folder(data_root) or place.data_root)
 
 
-def _place(name: str | Outcome, store: str | Path | None) -> Place:
-    from orchestrator.asked import place_named
+def place_named(name: str | Outcome, store: str | Path | None) -> Place:
+    """The place of a sweep that was run before. Raises as `status`."""
+    from orchestrator import asked
 
-    if isinstance(name, Outcome):
-        return name.place
-    return place_named(name, _store(store))
+    return name.place if isinstance(name, Outcome) else asked.place_named(name, _store(store))
+
+
+def place_for(sweep: Asked, store: str | Path | None, data_root: str | Path | None) -> Place:
+    """Where a sweep goes; a smoke run into a store of its own."""
+    from orchestrator import asked
+
+    return asked.place_for(sweep, _store(store), _folder(data_root))
 
 
 # ---------------------------------------------------------------- sweep files

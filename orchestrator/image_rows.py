@@ -7,6 +7,7 @@ it is called.
 from __future__ import annotations
 
 import io
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -243,17 +244,8 @@ def read_images(
     spec: SyntheticFeaturesSpec, classes: Sequence[int], count: int, store: ArtifactStore
 ) -> list[list[Image.Image]]:
     """The first pictures of each class, for people."""
-    row = store.row(spec.images)
-    row.pull([(c, block) for c in classes for block in range(spec.blocks(count))], ".parquet")
-    found = []
-    for c in classes:
-        pictures: list[Image.Image] = []
-        for block in range(spec.blocks(count)):
-            data = row.read(c, block, ".parquet")
-            stored = pq.read_table(io.BytesIO(data), columns=["image"])["image"].to_pylist()
-            pictures += [open_png(png) for png in stored]
-        found.append(pictures[:count])
-    return found
+    found = read_pictures(spec, itertools.product(classes, range(count)), store)
+    return [[found[c, index] for index in range(count)] for c in classes]
 
 
 def recognised(spec: SyntheticFeaturesSpec, count: int, shop: Workshop, template: str) -> float:

@@ -158,7 +158,7 @@ def _line_column(before: str) -> tuple[int, int]:
 def _problem(error: yaml.MarkedYAMLError) -> str:
     if "another document" in (error.problem or ""):
         return "a second document starts here; a sweep file holds one"
-    if isinstance(error, _TooMuch):
+    if error.problem == TOO_MUCH:
         return TOO_MUCH
     if r"'\t'" in (error.problem or ""):
         return "a tab, where YAML allows only spaces"
@@ -179,14 +179,10 @@ class _Loader(yaml.SafeLoader):
         self.count += 1
         if self.depth > MAX_DEPTH or self.count > MAX_VALUES:
             mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-            raise _TooMuch(problem=TOO_MUCH, problem_mark=mark)
+            raise yaml.MarkedYAMLError(problem=TOO_MUCH, problem_mark=mark)
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
-
-
-class _TooMuch(yaml.MarkedYAMLError):
-    """Deep or long beyond reason, told apart from what is no YAML."""
 
 
 _TAG = "tag:yaml.org,2002:"

@@ -84,13 +84,8 @@ def tile_sheet(rows: list[str], groups: dict[str, list[list[Image.Image]]]) -> b
         pen.text((left, 5), heading, fill=INK, font=font)
         for r, line in enumerate(pictures):
             for k, picture in enumerate(line[:PER_GROUP]):
-                resample = (
-                    Image.Resampling.NEAREST
-                    if picture.width < TILE_PX
-                    else Image.Resampling.BICUBIC
-                )
-                tile = picture.convert("RGB").resize((TILE_PX, TILE_PX), resample)
-                sheet.paste(tile, (left + k * step, HEAD_PX + r * step))
+                place = (left + k * step, HEAD_PX + r * step)
+                sheet.paste(_thumbnail(picture, TILE_PX), place)
     for r, name in enumerate(rows):
         pen.text((6, HEAD_PX + r * step + TILE_PX // 2 - 8), name[:16], fill=FAINT, font=font)
     return _png(sheet)
@@ -133,7 +128,7 @@ def captioned_sheet(
         for k, tile in enumerate(tiles):
             x, ink = MARGIN_PX + NAME_PX + k * STEP_PX, ALARM if tile.framed else INK
             if tile.picture is not None:
-                sheet.paste(_thumbnail(tile.picture), (x, y))
+                sheet.paste(_thumbnail(tile.picture, THUMB_PX), (x, y))
             if tile.framed:
                 corners = (x - 3, y - 3, x + THUMB_PX + 2, y + THUMB_PX + 2)
                 pen.rectangle(corners, outline=ALARM, width=2)
@@ -145,11 +140,11 @@ def captioned_sheet(
     return png if len(png) < SHEET_BYTES else _png(sheet.quantize(256))
 
 
-def _thumbnail(picture: Image.Image) -> Image.Image:
-    """THUMB_PX high and wide, the middle square of it."""
-    small = min(picture.size) < THUMB_PX
+def _thumbnail(picture: Image.Image, size: int) -> Image.Image:
+    """The middle square of a picture, so many pixels high and wide."""
+    small = min(picture.size) < size
     how = Image.Resampling.NEAREST if small else Image.Resampling.BICUBIC
-    return ImageOps.fit(picture.convert("RGB"), (THUMB_PX, THUMB_PX), how)
+    return ImageOps.fit(picture.convert("RGB"), (size, size), how)
 
 
 def _cut(text: str, room: int, font: Any) -> str:

@@ -24,7 +24,6 @@ from air_core.specs import (
     TrialSpec,
 )
 from orchestrator.checkpoints import learned_by, rungs_of
-from orchestrator.edits import Edit, edit_of, what_it_asks
 from orchestrator.estimate import Estimate, Work, estimate, stage_work, trial_work
 from orchestrator.keys import ArtifactKey, artifact_key
 from orchestrator.ledger import Ledger
@@ -32,7 +31,16 @@ from orchestrator.place import Place, read_resolved
 from orchestrator.resolve import Resolver
 from orchestrator.space import default_params, grid_points, study_name
 from orchestrator.store import ArtifactStore
-from orchestrator.studies import Opening, Pruned, Searches, opening, searches
+from orchestrator.studies import (
+    Edit,
+    Opening,
+    Pruned,
+    Searches,
+    edit_of,
+    opening,
+    searches,
+    what_it_asks,
+)
 from orchestrator.sweep import Cell, Dimension, SweepSpec, cells_of
 
 BASE_PER_CLASS = 8  # images without LoRA, drawn to show what LoRA changed

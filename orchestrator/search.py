@@ -5,22 +5,22 @@ seed, the cell, the round and the place in it; results are told in the order of 
 sweep that was killed anywhere goes on with the points of an undisturbed one. A study of a changed
 space starts with the points that are carried into it (`orchestrator.studies`).
 
-Studies are in a file of the sweep or in a team's Postgres. Either may lack what the other was
-told: points that the ledger knows are asked again as they were, and their results are in the store.
+A study is in memory. It is made from the event log when a run starts, and what it is told is copied
+for `optuna-dashboard` to a file of the sweep or a team's Postgres, which no search reads.
 """
 
 from __future__ import annotations
 
-import os
+import logging
 import time
 import uuid
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
-from functools import wraps
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Concatenate, ParamSpec, TypeVar, get_args
+from typing import Any, get_args
 from urllib.parse import urlsplit
 
 import optuna
@@ -34,10 +34,10 @@ from optuna.exceptions import StorageInternalError
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.trial import TrialState, create_trial
 
 from air_core.flat import trial_keys
-from orchestrator.ledger import JOURNAL_REMEDY, Ledger, mend_lines
+from orchestrator.ledger import Ledger
 from orchestrator.plan import Plan
 from orchestrator.space import (
     Point,
@@ -47,52 +47,40 @@ from orchestrator.space import (
     point_count,
     study_name,
 )
-from orchestrator.studies import Carried, StudiesAway, searches
+from orchestrator.studies import Searches, StudiesAway, searches
 from orchestrator.sweep import JOURNAL, Cell, Dimension, Search
 
 TRIES = 8  # at a point that was not asked before: one that was has nothing new to tell
 STARTUP_POINTS = 4  # of TPE below 30 points; its own default of 10 would leave little to model
 
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+log = logging.getLogger(__name__)
+
 
 def open_storage(path: Path) -> JournalStorage:
-    """The studies of one sweep. Call it only as the sweep's one driver.
-
-    A killed driver may have left half a line or the lock of the journal; both are removed.
-
-    Raises:
-        ValueError: the journal is damaged.
-    """
-    mend_lines(path)
-    Path(f"{path}.lock").unlink(missing_ok=True)
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    try:
-        return JournalStorage(JournalFileBackend(str(path)))
-    except (ValueError, LookupError, TypeError) as problem:
-        raise ValueError(f"{path} is damaged ({problem}); {JOURNAL_REMEDY}") from problem
+    """The file of a sweep's studies."""
+    return JournalStorage(JournalFileBackend(str(path)))
 
 
-# Seconds for which a database that does not answer in mid-run is asked again and again.
-PATIENCE = ("AIRSWEEP_STUDIES_SECONDS", 30.0)
-# What people get wrong; all else may pass by itself.
+# Mistakes of the user; anything else may pass by itself.
 MISTAKES = ("authentication failed", "no password supplied", "does not exist", "permission denied")
 
 
 def open_database(uri: str) -> RDBStorage:
     """The studies of a team.
 
-    A driver holds one connection while it asks or tells a round, and none while trials run.
+    A driver holds one connection while it copies a round, and none while trials run.
 
     Args:
         uri: `postgresql://...` without a password; libpq looks for one in PGPASSWORD, PGPASSFILE
             and ~/.pgpass.
 
     Raises:
-        ValueError: it lets us not in, or there is no such database.
+        ValueError: it rejects the login, or does not exist.
         StudiesAway: it does not answer.
     """
     from sqlalchemy.exc import DBAPIError
 
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
     # With the driver named: which one is meant without depends on the version of SQLAlchemy.
     address = uri.replace("postgresql://", "postgresql+psycopg://", 1)
     options = {"pool_size": 1, "max_overflow": 1, "connect_args": {"connect_timeout": 10}}
@@ -113,8 +101,8 @@ def open_database(uri: str) -> RDBStorage:
                 continue
             if any(words in f"{error}" for words in MISTAKES):
                 raise ValueError(
-                    f"the studies' database {place_of_database(uri)} lets us not in ({said}); set "
-                    "PGPASSWORD or write ~/.pgpass, and see that the database is there and yours"
+                    f"the studies' database {place_of_database(uri)} rejects the login ({said}); "
+                    "set PGPASSWORD or write ~/.pgpass, and check that the database exists"
                 ) from error
             raise StudiesAway(_away(uri, said)) from error
     raise StudiesAway(_away(uri, "others are making its tables"))
@@ -151,12 +139,13 @@ def open_searches(
     What a study takes over is in the ledger before the study is fed.
 
     Args:
-        journal: where studies are that are in no database.
+        journal: where studies are copied to that are in no database.
         owner: store, project and sweep; tells apart the studies of a database.
     """
     search = plan.sweep.search
     assert search is not None
     searched = [cell for cell in plan.cells if cell.space]
+    found = searches(ledger)
     for cell in searched:
         starts = plan.openings.get(cell.id)
         if starts is not None:
@@ -171,31 +160,24 @@ def open_searches(
                 carried=[asdict(one) for one in starts.carried],
                 left_out=starts.left_out,
             )
-    found = searches(ledger)
+        elif found.current.get(cell.id, study := study_name(cell, search)) != study:
+            ledger.append("study_resumed", cell=cell.id, study=study)
+    found, prefix = searches(ledger), ""
     if search.storage == JOURNAL:
+        for earlier in (journal, Path(f"{journal}.lock")):
+            earlier.unlink(missing_ok=True)
         storage: BaseStorage = open_storage(journal)
-        prefix = ""
     else:
         storage = open_database(search.storage)
         prefix = f"{_own_name(ledger, owner)}/"
-    return {
-        cell.id: CellSearch(
-            cell,
-            search,
-            storage,
-            found.carried.get(study_name(cell, search), ()),
-            asked=found.asked.get(study_name(cell, search), {}),
-            prefix=prefix,
-        )
-        for cell in searched
-    }
+    return {cell.id: CellSearch(cell, search, found, storage, prefix) for cell in searched}
 
 
 def _own_name(ledger: Ledger, owner: tuple[str, ...]) -> str:
     """What the studies of this sweep begin with in a database that many share.
 
     A sweep that was removed and starts again, and a copy of a store, have a name of their own:
-    what their ledger knows is asked again under it.
+    their studies are made from their ledger under it.
     """
     for event in ledger.events():
         if event["event"] == "studies_named" and event["owner"] == list(owner):
@@ -205,243 +187,194 @@ def _own_name(ledger: Ledger, owner: tuple[str, ...]) -> str:
     return name
 
 
-Args = ParamSpec("Args")
-Result = TypeVar("Result")
-
-
-def _patiently(
-    work: Callable[Concatenate[CellSearch, Args], Result],
-) -> Callable[Concatenate[CellSearch, Args], Result]:
-    """Again, where a database has not answered: what was half asked is dropped first."""
-
-    @wraps(work)
-    def tried(search: CellSearch, /, *args: Args.args, **options: Args.kwargs) -> Result:
-        if search.search.storage == JOURNAL:
-            return work(search, *args, **options)
-        from sqlalchemy.exc import DBAPIError
-
-        deadline = time.monotonic() + float(os.environ.get(*map(str, PATIENCE)))
-        wait = 0.0
-        while True:
-            try:
-                if wait:
-                    search._open_study()
-                result = work(search, *args, **options)
-                search._rest()
-                return result
-            except (StorageInternalError, DBAPIError) as error:
-                wait = min(max(1.0, 2 * wait), 15.0)
-                if time.monotonic() + wait > deadline:
-                    raise StudiesAway(_away(search.search.storage, _last_line(error))) from error
-            time.sleep(wait)
-
-    return tried
-
-
 class CellSearch:
     """The points of one cell, round after round.
 
     Args:
-        carried: points of earlier studies, in the order in which they were carried into this one.
-        sampler: makes the sampler of one ask from its seed.
-        asked: points that the ledger knows, by number. Those that the study lacks are asked as
-            they were.
+        found: what the event log knows of searches.
+        storage: takes a copy of what is told.
         prefix: of the study's name in a storage that sweeps share.
+        sampler: makes the sampler of one ask from its seed.
     """
 
     def __init__(
         self,
         cell: Cell,
         search: Search,
-        storage: BaseStorage,
-        carried: Sequence[Carried] = (),
-        sampler: Callable[[Search, int], BaseSampler] | None = None,
-        *,
-        asked: Mapping[int, Mapping[str, Any]] = MappingProxyType({}),
+        found: Searches,
+        storage: BaseStorage | None = None,
         prefix: str = "",
+        sampler: Callable[[Search, int], BaseSampler] | None = None,
     ) -> None:
         self.cell, self.search = cell, search
         self._sampler = sampler or make_sampler
-        self._known = {number: dict(params) for number, params in asked.items()}
-        self._carried, self._storage = carried, storage
-        self._name = prefix + study_name(cell, search)
-        self._open()
-
-    def _open_study(self) -> None:
-        self.study = optuna.create_study(
-            study_name=self._name,
-            storage=self._storage,
-            direction="maximize",
-            load_if_exists=True,
-        )
-        self._drop_half_points()
-
-    @_patiently
-    def _open(self) -> None:
-        self._open_study()
-        self._take_over(self._carried)
+        self._storage, self._name = storage, prefix + study_name(cell, search)
+        self._copy: optuna.Study | None = None
+        self.study = optuna.create_study(direction="maximize")  # of points that ended
+        self._params: dict[int, dict[str, Any]] = {}  # of all points that were asked
+        self._open: list[int] = []  # those that have not ended
+        self._values: dict[int, float] = {}  # objectives of those that ran to their end
+        self._carried: set[int] = set()
         # What earlier runs have told comes first. A point that failed is tried again, once; one
         # that lacks trials (there is a new seed) gets them; the rest is in the store.
-        told = [trial for trial in self._asked() if trial.state.is_finished()]
-        points = [replace(_point(trial), told=True) for trial in told]
-        self._earlier = [point for point in points if point.number < self._total()]
+        self._earlier: list[Point] = []
+        self._restore(found)
+        self._share()
 
-    def _rest(self) -> None:
-        """Let the connection go, of which trials have no need."""
-        if isinstance(self._storage, RDBStorage):
-            self._storage.engine.dispose()
-
-    @_patiently
     def next_round(self) -> list[Point]:
         """The points of the next round, those that a killed driver had asked among them; empty
         when the cell has had all its points, or `patience` is at its end."""
         if self._earlier:
             return list(self._earlier)
-        asked = self._asked()
-        points = [_point(trial) for trial in asked if trial.state == TrialState.RUNNING]
+        total = self._total()
+        points = [Point(number, self._params[number]) for number in self._open if number < total]
         if not points and self._exhausted():
             return []
         # A round that a killed driver has told in part is still that round.
-        first = points[0].number if points else len(asked)
-        end = min((first // self.search.width + 1) * self.search.width, self._total())
-        return points + [self._ask(number) for number in range(len(asked), end)]
+        first = points[0].number if points else len(self._params)
+        end = min((first // self.search.width + 1) * self.search.width, total)
+        return points + [self._ask(number) for number in range(len(self._params), end)]
 
-    @_patiently
     def tell_round(
         self,
         values: Mapping[int, float | None],
         stopped: Mapping[int, tuple[int, float]] = MappingProxyType({}),
     ) -> None:
-        """What became of the points of a round.
+        """What became of the points of a round; values that were told before stay.
 
         Args:
             values: objectives by point number; None: the point failed.
             stopped: points that were pruned: after which iteration, and their objective there.
         """
-        mended = {trial.user_attrs.get("mends") for trial in self._trials()}
-        for trial in self._asked():
-            number = trial.user_attrs["point"]
-            if number in stopped and trial.state == TrialState.RUNNING:
-                rung, reached = stopped[number]
-                if rung not in trial.intermediate_values:  # else a killed driver has said it
-                    # Optuna has no other way to a trial that an earlier process asked.
-                    optuna.Trial(self.study, trial._trial_id).report(reached, rung)
-                self.study.tell(trial.number, state=TrialState.PRUNED)
-            if number not in values:
-                continue
-            value = values[number]
-            if trial.state == TrialState.RUNNING:
-                state = TrialState.FAIL if value is None else TrialState.COMPLETE
-                self.study.tell(trial.number, value, state=state)
-            elif trial.state == TrialState.FAIL and value is not None and number not in mended:
-                self.study.add_trial(
-                    create_trial(
-                        params=trial.params,
-                        distributions=trial.distributions,
-                        value=value,
-                        user_attrs={"mends": number},
-                    )
-                )
+        for number in list(self._open):
+            if number in stopped:
+                self._prune(number, *stopped[number])
+            elif number in values:
+                self._end(number, values[number])
         self._earlier = []
+        self._share()
+
+    def _restore(self, found: Searches) -> None:
+        """The study as the event log knows it, in the order in which points ended."""
+        study = study_name(self.cell, self.search)
+        told, pruned = found.told.get(study, {}), found.pruned.get(study, {})
+        known = found.known(self.cell, self.search, None)
+        for number in range(max(known, default=-1) + 1):
+            if number in known:
+                self._params[number] = known[number]
+                self._open.append(number)
+            else:  # the default, where points are carried
+                self._ask(number)
+        for one in found.carried.get(study, ()):
+            number = next(n for n, params in known.items() if params == one.params)
+            self._carried.add(number)
+            if number in self._open:
+                self._end(number, one.value)
+        for number, value in told.items():
+            if value is not None and number in self._open:
+                self._end(number, value)
+            elif number in pruned and number in self._open:
+                self._prune(number, pruned[number].rung, pruned[number].value)
+        self._earlier = [
+            Point(number, params, told=True)
+            for number, params in self._params.items()
+            if number < self._total() and (number in told or number in self._carried)
+        ]
+
+    def _end(self, number: int, value: float | None) -> None:
+        if value is not None:
+            self._values[number] = value
+        state = TrialState.FAIL if value is None else TrialState.COMPLETE
+        self._add(number, state=state, value=value)
+
+    def _prune(self, number: int, rung: int, value: float) -> None:
+        rungs = {rung: value}
+        self._add(number, state=TrialState.PRUNED, value=value, intermediate_values=rungs)
+
+    def _add(self, number: int, **outcome: Any) -> None:
+        """Let the study know of a point that ended."""
+        self._open.remove(number)
+        params = self._params[number]
+        distributions = {d.key: _distribution(d) for d in self.cell.space if d.key in params}
+        attributes = {"point": number} | ({"carried": True} if number in self._carried else {})
+        trial = create_trial(
+            params=params, distributions=distributions, user_attrs=attributes, **outcome
+        )
+        self.study.add_trial(trial)
+
+    def _share(self) -> None:
+        """Copy what is told. A database that does not answer gets the copy after a later round."""
+        if not isinstance(self._storage, RDBStorage):
+            self._copy_told()
+            return
+        from sqlalchemy.exc import DBAPIError
+
+        try:
+            self._copy_told()
+            self._storage.engine.dispose()  # trials have no need of the connection
+        except (StorageInternalError, DBAPIError) as error:
+            self._copy = None  # what came through is not known
+            log.warning(
+                "%s; the search goes on, and its next round is copied with what is missing",
+                _away(self.search.storage, _last_line(error)),
+            )
+
+    def _copy_told(self) -> None:
+        if self._storage is None:
+            return
+        if self._copy is None:
+            with suppress(KeyError):
+                optuna.delete_study(study_name=self._name, storage=self._storage)
+            self._copy = optuna.create_study(
+                study_name=self._name, storage=self._storage, direction="maximize"
+            )
+        there = {t.user_attrs["point"] for t in self._copy.get_trials(deepcopy=False)}
+        for trial in self.study.get_trials(deepcopy=False):
+            if trial.user_attrs.get("point", -1) not in {-1, *there}:
+                self._copy.add_trial(trial)
 
     def _exhausted(self) -> bool:
         """Were the last `patience` points that this study asked all no better than one before?"""
         if self.search.patience is None:
             return False
-        values = self._values()
+        values = {number: v for number, v in self._values.items() if number < self._total()}
         best = max(values, key=lambda number: (values[number], -number), default=-1)
-        own = [t.user_attrs["point"] for t in self._asked() if "carried" not in t.user_attrs]
-        return len([number for number in own if number > best]) >= self.search.patience
-
-    def _values(self) -> dict[int, float]:
-        """What is known, by point number; a point that failed and was mended is among it."""
-        found = {}
-        for trial in self._trials():
-            number = trial.user_attrs.get("point", trial.user_attrs.get("mends"))
-            if number is None or number >= self._total() or trial.state != TrialState.COMPLETE:
-                continue  # a pruned one has the value of its rung
-            assert trial.value is not None
-            found[number] = trial.value
-        return found
-
-    def _take_over(self, carried: Sequence[Carried]) -> None:
-        """Add what is carried and not here yet. The first point stays the default."""
-        there = {trial.user_attrs.get("carried") for trial in self._trials()}
-        for index, one in enumerate(carried):
-            if index in there:
-                continue
-            first = 0 if one.params == default_params(self.cell) else 1
-            own = [number for number, params in self._known.items() if params == one.params]
-            number = own[0] if own else max(self._known, default=first - 1) + 1
-            while len(self._asked()) < number:
-                self._ask(len(self._asked()))
-            dimensions = [d for d in self.cell.space if d.key in one.params]
-            self.study.add_trial(
-                create_trial(
-                    params=one.params,
-                    distributions={d.key: _distribution(d) for d in dimensions},
-                    value=one.value,
-                    user_attrs={"point": len(self._asked()), "carried": index},
-                )
-            )
+        after = [number for number in self._params if number > best]
+        return len(set(after) - self._carried) >= self.search.patience
 
     def _ask(self, number: int) -> Point:
-        """A point that was not asked before, unless the space seems to hold no other."""
-        settled = self._settled(number)
-        known = [trial.params for trial in self._asked()]
-        for attempt in range(TRIES):
-            trial, params = self._draw(number, attempt, settled)
-            if settled or params not in known or attempt == TRIES - 1:
-                break
-            self.study.tell(trial.number, state=TrialState.FAIL)
-        trial.set_user_attr("point", number)  # from here on the point is whole
-        return Point(number, params)
+        """All points of a grid are settled; and the default, which comes first."""
+        if self.search.sampler == "grid":
+            settled = grid_points(self.cell)[number]
+        else:
+            settled = {} if number else default_params(self.cell)
+        self._params[number] = settled or self._drawn(number)
+        self._open.append(number)
+        return Point(number, self._params[number])
 
-    def _draw(
-        self, number: int, attempt: int, settled: Mapping[str, Any]
-    ) -> tuple[optuna.Trial, dict[str, Any]]:
-        # A sampler's state is not stored: seed every ask by where it stands.
+    def _drawn(self, number: int) -> dict[str, Any]:
+        """A point that was not asked before, unless the space seems to hold no other."""
         round_index, place = divmod(number, self.search.width)
         words = f"{self.search.seed}/{self.cell.id}/{round_index}/{place}"
-        seed = zlib.crc32((f"{words}/{attempt}" if attempt else words).encode())
-        # One that keeps to its favourite point is helped by chance.
-        stuck = attempt >= TRIES // 2
-        self.study.sampler = RandomSampler(seed=seed) if stuck else self._sampler(self.search, seed)
-        if settled:
-            self.study.enqueue_trial(dict(settled))
-        trial = self.study.ask()
         params: dict[str, Any] = {}
-        for dimension in self.cell.space:
-            if applies(dimension, self.cell.flat | params):
-                params[dimension.key] = _suggest(trial, dimension)
-        return trial, params
-
-    def _settled(self, number: int) -> dict[str, Any]:
-        """Points that no sampler chooses: all of a grid; what the ledger knows; the default, which
-        comes first."""
-        if self.search.sampler == "grid":
-            return grid_points(self.cell)[number]
-        if number in self._known:
-            return self._known[number]
-        return {} if number else default_params(self.cell)
-
-    def _drop_half_points(self) -> None:
-        """Fail what a killed driver was in the middle of asking."""
-        for half in self._trials():
-            if half.state == TrialState.WAITING:
-                self.study.ask()  # takes it off the queue: there is never more than one
-            elif half.state != TrialState.RUNNING or "point" in half.user_attrs:
-                continue
-            self.study.tell(half.number, state=TrialState.FAIL)
+        for attempt in range(TRIES):
+            # A sampler's state is not kept: seed every ask by where it stands.
+            seed = zlib.crc32((f"{words}/{attempt}" if attempt else words).encode())
+            # One that keeps to its favourite point is helped by chance.
+            stuck = attempt >= TRIES // 2
+            sampler = RandomSampler(seed=seed) if stuck else self._sampler(self.search, seed)
+            self.study.sampler = sampler
+            trial, params = self.study.ask(), {}
+            for dimension in self.cell.space:
+                if applies(dimension, self.cell.flat | params):
+                    params[dimension.key] = _suggest(trial, dimension)
+            self.study.tell(trial.number, state=TrialState.FAIL)  # it is added when it ends
+            if params not in self._params.values():
+                break
+        return params
 
     def _total(self) -> int:
         return point_count(self.cell, self.search)
-
-    def _trials(self) -> list[FrozenTrial]:
-        return list(self.study.get_trials(deepcopy=False))
-
-    def _asked(self) -> list[FrozenTrial]:
-        return [t for t in self._trials() if "point" in t.user_attrs]
 
 
 def make_sampler(search: Search, seed: int) -> BaseSampler:
@@ -470,7 +403,6 @@ def importances(
     shared = [d for d in space if all(d.key in settings for settings, _ in points)]
     if len(points) < 4 or len(values) < 2 or not shared:
         return {}
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(direction="maximize")
     for settings, value in points:
         params = {d.key: settings[d.key] for d in shared}
@@ -501,7 +433,3 @@ def _distribution(dimension: Dimension) -> BaseDistribution:
     if int in (kind, *get_args(kind)):  # also where it may be null
         return IntDistribution(int(low), int(high), log=dimension.log)
     return FloatDistribution(low, high, log=dimension.log)
-
-
-def _point(trial: FrozenTrial) -> Point:
-    return Point(trial.user_attrs["point"], dict(trial.params))

@@ -18,11 +18,11 @@ from air_core.paradigms import TEST_SHARE
 from orchestrator.files import write_new
 from orchestrator.marked_yaml import parse
 from orchestrator.sweep_file import checked
+from orchestrator.validation import NAME_PATTERN, NAME_WORDS
 
 if TYPE_CHECKING:
     from air_core.datasets import Dataset
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # of a sweep (readers.NAME)
 SHOWN = 6  # classes that are counted one by one
 FEW_TESTS = 100  # test images that leave intervals of some ten points
 
@@ -69,9 +69,6 @@ FEW = (
     "Expect: about {tests} test images tell little below 10 points; read air beside cpl_real, and "
     "an interval that holds 0 tells nothing."
 )
-DIGITS = """\
-the digits that come with airsweep; your own images are `folder:<path>`, one folder a class
-(docs/your_images.md)"""
 CLASSNAMES = """\
 The words that CLIP reads are the folders' names. Better ones go into {images}/classnames.txt, a
 line each: {first} = a longer name. {images}/template.txt may hold one line such as: a satellite
@@ -97,16 +94,13 @@ def write_starter(name: str, images: str | Path | None, folder: Path) -> Starter
         ValueError: it is no name, the file is there, or the images are no dataset.
     """
     name = name.removesuffix(".yaml")
-    if not NAME.fullmatch(name):
-        raise ValueError(
-            f"{name!r} is no name of a sweep; allowed: up to 64 letters, digits, `.`, `_` and `-`, "
-            "the first a letter or a digit"
-        )
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise ValueError(f"{name!r} is no name of a sweep; allowed: {NAME_WORDS}")
     file = folder / f"{name}.yaml"
     there = f"{file} is there already; take another name, or remove it"
     if file.exists():  # said before a large folder is listed
         raise ValueError(there)
-    found = _digits() if images is None else _folder(str(images))
+    found = DIGITS if images is None else _folder(str(images))
     text = _text(name, found)
     checked(parse(text, str(file)))
     try:
@@ -129,9 +123,14 @@ class _Found:
     tests: int  # test images, about
 
 
-def _digits() -> _Found:
-    about = "1,797 real digits, 540 of them for test"
-    return _Found("these digits", "digits", about, DIGITS, 540)
+DIGITS = _Found(
+    "these digits",
+    "digits",
+    "1,797 real digits, 540 of them for test",
+    "the digits that come with airsweep; your own images are `folder:<path>`, one folder a class "
+    "(docs/your_images.md)",
+    540,
+)
 
 
 def _folder(images: str) -> _Found:

@@ -17,12 +17,13 @@ from typing import Any
 from air_core.flat import from_flat, trial_keys
 from air_core.normal import normalised
 from air_core.specs import TrialSpec
+from orchestrator.keys import digest
 from orchestrator.ledger import Ledger
 from orchestrator.presets import named_refs
 from orchestrator.resolve import Resolver
 from orchestrator.space import applies, default_params, holds, point_count, study_name
 from orchestrator.store import ArtifactStore
-from orchestrator.sweep import Cell, Search
+from orchestrator.sweep import Cell, Search, SweepSpec
 
 
 class StudiesAway(RuntimeError):
@@ -59,7 +60,10 @@ class Searches:
     """The ledger, folded."""
 
     opened: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # by study, last one last
+    current: dict[str, str] = field(default_factory=dict)  # study by cell
     asked: dict[str, dict[int, dict[str, Any]]] = field(default_factory=dict)
+    # Objectives by study and point, as they ended; None: it failed, or was pruned.
+    told: dict[str, dict[int, float | None]] = field(default_factory=dict)
     carried: dict[str, list[Carried]] = field(default_factory=dict)
     ended: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # by patience
     # Objectives by study, rung and point, where it was settled who goes on.
@@ -137,6 +141,8 @@ def searches(ledger: Ledger) -> Searches:
     """Fold the ledger."""
     found = Searches()
     for event in ledger.events():
+        if "study" in event and "cell" in event:
+            found.current[event["cell"]] = event["study"]
         match event["event"]:
             case "study_opened":
                 study = event["study"]
@@ -149,6 +155,14 @@ def searches(ledger: Ledger) -> Searches:
                 found.asked.setdefault(study, {})[event["point"]] = event["params"]
                 if event["point"] >= found.ended.get(study, {}).get("points", math.inf):
                     del found.ended[study]  # a point that failed was mended: it went on
+            case "round_told":
+                told = found.told.setdefault(found.current.get(event["cell"], ""), {})
+                values = {int(number): value for number, value in event["values"].items()}
+                for number in sorted({*values, *event.get("pruned", ())}):
+                    value = values.get(number)
+                    if number not in told or (told[number] is None and value is not None):
+                        told.pop(number, None)  # one that failed ends now
+                        told[number] = value
             case "rung_decided":
                 found.decide(event["study"], event["rung"], event["values"], event["pruned"])
             case "search_ended":
@@ -252,3 +266,72 @@ def _value(
     values = [record["info"]["objectives"].get(objective) for record in records]
     found = [value for value in values if value is not None and math.isfinite(value)]
     return fmean(found) if found else None
+
+
+# ---------------------------------------------------------------- edited files
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What becomes of a sweep's trials when its file has changed."""
+
+    kept: int  # trials that this sweep has and still asks for
+    reused: int  # others that are there already
+    added: int  # to run
+    dropped: int  # trials that are no longer asked for
+    carried: int  # points of a search that are points of the new space, and count
+    left_out: int  # points that are not
+
+    def __str__(self) -> str:
+        text = f"edited: keeps {self.kept} trials, reuses {self.reused}, adds {self.added}"
+        if self.dropped:
+            text += f"; {self.dropped} are no longer asked for"
+        if self.carried or self.left_out:
+            text += f"; of the points searched so far {self.carried} fit the new space and count"
+            text += f", {self.left_out} do not"
+        return text
+
+
+def what_it_asks(sweep: SweepSpec, cells: Sequence[Cell]) -> str:
+    """A digest of the trials that a sweep asks for: a comment or a budget changes nothing."""
+    search = sweep.search
+    studies = [study_name(c, search) if search and c.space else [c.id, c.flat] for c in cells]
+    points = search.points if search else 1
+    return digest([studies, points, list(sweep.seeds.assignments())])
+
+
+def edit_of(
+    asks: str,
+    there: Sequence[str],
+    ready: int,
+    total: int,
+    openings: Iterable[Opening],
+    ledger: Ledger,
+) -> Edit | None:
+    """What becomes of a sweep's trials; None: its file asks for what it asked for before.
+
+    Args:
+        asks: from `what_it_asks`.
+        there: keys of trials that are asked for and in the store.
+        ready: how many of all that are asked for need not be run.
+    """
+    if _asked_before(ledger) in (None, asks):
+        return None
+    ended = ("trial_done", "trial_reused")
+    own = {event["key"] for event in ledger.events() if event["event"] in ended}
+    kept = sum(key in own for key in there)
+    openings = list(openings)
+    return Edit(
+        kept=kept,
+        reused=ready - kept,
+        added=total - ready,
+        dropped=len(own.difference(there)),
+        carried=sum(len(one.carried) for one in openings),
+        left_out=sum(one.left_out for one in openings),
+    )
+
+
+def _asked_before(ledger: Ledger) -> str | None:
+    """The same of the sweep's last run."""
+    starts = [event for event in ledger.events() if event["event"] == "sweep_started"]
+    return starts[-1].get("asks") if starts else None

@@ -13,8 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import field, replace
 from functools import cache
-from typing import Annotated, Any, Literal, Protocol
-from urllib.parse import parse_qs, urlsplit
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 from pydantic.dataclasses import dataclass
@@ -33,27 +32,13 @@ JOURNAL = "journal"
 POSTGRES = "postgresql://"
 
 
-def without_password(remedy: str) -> AfterValidator:
-    """Refuse a URI with a password, without repeating it."""
-
-    def check(uri: str) -> str:
-        try:
-            parts = urlsplit(uri)
-            secret = parts.password is not None or "password" in parse_qs(parts.query)
-        except ValueError:
-            raise ValueError("is not an address; allowed: scheme://user@host/...") from None
-        if secret:
-            raise ValueError(f"has a password, and a sweep file is kept and shown; {remedy}")
-        return uri
-
-    return AfterValidator(check)
-
-
 def _storage(where: str) -> str:
     if where != JOURNAL and not where.startswith(POSTGRES):
         raise ValueError(
             f"is not a storage of studies; allowed: {JOURNAL}, {POSTGRES}user@host/database"
         )
+    if re.search(r"[?&]password=", where):
+        raise ValueError("has a password; set PGPASSWORD, or write ~/.pgpass")
     return where
 
 
@@ -95,7 +80,6 @@ class Search:
     storage: Annotated[
         LINE,
         AfterValidator(_storage),
-        without_password("set PGPASSWORD, or write ~/.pgpass"),
         WithJsonSchema({"type": "string", "pattern": f"^({JOURNAL}|{POSTGRES}.+)$"}),
     ] = setting(
         JOURNAL,
@@ -197,19 +181,6 @@ Custom = Annotated[dict[str, Annotated[Number, Field(gt=0)]], AfterValidator(_cu
 CUSTOM = "of each, beside them: what nodes were given by `ray start --resources`"
 
 
-class Want(Protocol):
-    """What one process asks of the machine that it runs on."""
-
-    @property
-    def cpu(self) -> float: ...
-
-    @property
-    def gpu(self) -> float: ...
-
-    @property
-    def custom(self) -> Mapping[str, float]: ...
-
-
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class TrialResources:
     """What one trial asks for."""
@@ -233,6 +204,7 @@ class GeneratorResources:
     )
 
 
+Want = TrialResources | GeneratorResources  # what one process asks of its machine
 ENCODER_BATCH = 256
 
 

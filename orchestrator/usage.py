@@ -1,4 +1,4 @@
-"""Who used what: hours of devices and bytes, of all that lies in a store. Knows no tracker.
+"""Device hours and bytes of all that lies in a store, by who made it. Knows no tracker.
 
 An artifact counts once, for whoever made it; who reads it later pays nothing. Work that left
 nothing (a trial that failed, one that was killed) is in no record, and not in here.
@@ -6,183 +6,86 @@ nothing (a trial that failed, one that was killed) is in no record, and not in h
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from datetime import datetime
-from typing import Any, Literal, get_args
+from typing import Any
 
-from orchestrator.inventory import UNKNOWN, Holding, Inventory, size
-from orchestrator.makers import Makers, rows_of_images
+from pandas import DataFrame
 
-By = Literal["user", "project", "sweep", "stage"]
-FIGURES = ("made", "gpu_hours", "cpu_hours", "unknown_hours", "untimed", "bytes")
+from orchestrator.inventory import UNKNOWN, Inventory, size, take_inventory
+from orchestrator.place import recorded_places
+from orchestrator.store import ArtifactStore
+
+BY = ("user", "project", "sweep", "stage")
+HOURS = ("gpu_hours", "cpu_hours", "unknown_hours")
+FIGURES = ("made", *HOURS, "untimed", "bytes")
 NOBODY = "(not recorded)"
-NAME_WIDTH = 28
+NAME_WIDTH = 27
 
 
-@dataclass(frozen=True)
-class Used:
-    """One artifact, one block of images, or what lies beside blocks."""
-
-    user: str
-    sweep: str | None  # PROJECT/NAME
-    stage: str
-    bytes: int
-    seconds: float | None  # None: not known
-    cpu: float | None  # cores; None: not known
-    gpu: float | None  # devices, or a share of one; None: not known
-    made: int  # how many artifacts or blocks of images it counts as
-    when: float | None  # since the epoch
-
-    def name(self, by: By) -> str:
-        sweep = self.sweep or NOBODY
-        if by == "project" and self.sweep:
-            return self.sweep.partition("/")[0]
-        return {
-            "user": NOBODY if self.user == UNKNOWN else self.user,
-            "project": sweep,
-            "sweep": sweep,
-            "stage": self.stage,
-        }[by]
-
-    def figures(self) -> dict[str, float]:
-        hours = (self.seconds or 0.0) / 3600
-        known = {"made": self.made, "bytes": self.bytes}
-        if self.seconds is None:
-            return {**known, "untimed": self.made}
-        if self.gpu:
-            return {**known, "gpu_hours": hours * self.gpu}
-        if self.cpu is not None:
-            return {**known, "cpu_hours": hours * self.cpu}
-        return {**known, "unknown_hours": hours}
-
-
-def usage(inventory: Inventory, makers: Makers, by: By, since: float | None) -> dict[str, Any]:
+def usage(store: ArtifactStore, by: str, since: str | None) -> dict[str, Any]:
     """The contract of `airsweep usage --json`.
 
     Args:
-        since: seconds since the epoch; what was made before does not count, nor what nobody knows
-            the time of.
+        by: one of BY.
+        since: a date, with a time or without; what was made before does not count, nor what has
+            no recorded time.
+
+    Raises:
+        ValueError: `by` or `since` is not allowed, or there is no store.
     """
-    rows: dict[str, dict[str, float]] = {}
-    for one in used(inventory, makers):
-        if since is not None and (one.when is None or one.when < since):
-            continue
-        row = rows.setdefault(one.name(by), dict.fromkeys(FIGURES, 0))
-        for name, value in one.figures().items():
-            row[name] += value
-    order = sorted(rows, key=lambda n: (n == NOBODY, *(-rows[n][f] for f in FIGURES[1:4]), n))
-    total = {name: sum(row[name] for row in rows.values()) for name in FIGURES}
+    if by not in BY:
+        raise ValueError(f"--by {by}: allowed are {', '.join(BY)}")
+    start = None if since is None else _start(since)
+    inventory = take_inventory(store)
+    frame = DataFrame(_lines(inventory, store), columns=[*BY, "when", *FIGURES]).astype(
+        dict.fromkeys(FIGURES, float)
+    )
+    if start is not None:
+        frame = frame[frame["when"].astype(float) >= start.timestamp()]
+    rows = frame.groupby(by)[[*FIGURES]].sum().assign(nobody=lambda of: of.index == NOBODY)
+    rows = rows.sort_values([*HOURS], ascending=False, kind="stable")
+    rows = rows.sort_values("nobody", kind="stable").drop(columns="nobody")
     return {
         "store": inventory.name,
         "by": by,
-        "since": None if since is None else datetime.fromtimestamp(since).astimezone().isoformat(),
-        "rows": [{by: name, **_rounded(rows[name])} for name in order],
-        "total": _rounded(total),
+        "since": None if start is None else start.astimezone().isoformat(),
+        "rows": [{by: name, **_rounded(row)} for name, row in rows.to_dict("index").items()],
+        "total": _rounded(rows.sum().to_dict()),
     }
 
 
-def _rounded(row: dict[str, float]) -> dict[str, float]:
-    return {n: round(v, 4) if n.endswith("hours") else int(v) for n, v in row.items()}
-
-
-def used(inventory: Inventory, makers: Makers) -> Iterator[Used]:
-    """Everything in a store, once."""
-    of = rows_of_images(inventory)
-    for holding in inventory.holdings:
-        if holding.stage in ("images", "synthetic"):
-            yield from _row(holding, of[holding.digest], makers)
-        else:
-            yield _artifact(holding, makers)
-
-
-def _artifact(holding: Holding, makers: Makers) -> Used:
-    record = holding.record
-    cpu, gpu = record.get("cpu"), record.get("gpu")
-    if cpu is None and gpu is None:  # before shares were noted, trials said on what they ran
-        device = record.get("info", {}).get("device")
-        cpu, gpu = {"cpu": (1.0, 0.0), "cuda": (None, 1.0)}.get(str(device), (None, None))
-    return Used(
-        user=holding.user,
-        sweep=makers.sweeps.get(holding.digest),
-        stage=holding.stage,
-        bytes=holding.bytes,
-        seconds=record.get("seconds"),
-        cpu=cpu,
-        gpu=gpu,
-        made=1,
-        when=record.get("started"),
-    )
-
-
-def _row(holding: Holding, images: str, makers: Makers) -> Iterator[Used]:
-    """Blocks of images by who drew them. Their features were made in the same seconds, and count
-    bytes alone."""
-    draws = holding.stage == "images"
-    rest = holding.bytes
-    for (c, block), name in holding.shards.items():
-        drawing = makers.blocks.get((images, c, block))
-        rest -= holding.files[name]
-        yield Used(
-            user=drawing.user if drawing else holding.user,
-            sweep=drawing.sweep if drawing else makers.sweeps.get(images),
-            stage=holding.stage,
-            bytes=holding.files[name],
-            seconds=(drawing.seconds if drawing else None) if draws else 0.0,
-            cpu=drawing.devices.get("cpu") if drawing else None,
-            gpu=drawing.devices.get("gpu") if drawing else None,
-            made=int(draws),
-            when=drawing.time if drawing else holding.record.get("started"),
-        )
-    sweep, when = makers.sweeps.get(images), holding.record.get("started")
-    yield Used(holding.user, sweep, holding.stage, rest, 0.0, None, None, 0, when)
-
-
-def since_of(text: str | None) -> float | None:
-    """A date, or a date with a time, as seconds since the epoch.
-
-    Raises:
-        ValueError: it is none.
-    """
-    if text is None:
-        return None
+def _start(since: str) -> datetime:
     try:
-        return datetime.fromisoformat(text).timestamp()
+        return datetime.fromisoformat(since)
     except ValueError:
         raise ValueError(
-            f"--since {text}: wanted a date such as 2026-03-31, or 2026-03-31T12:00"
+            f"--since {since}: wanted a date such as 2026-03-31, or 2026-03-31T12:00"
         ) from None
 
 
-def check_by(by: str) -> By:
-    """
-    Raises:
-        ValueError: that is no column.
-    """
-    for known in get_args(By):
-        if by == known:
-            return known  # type: ignore[no-any-return]
-    raise ValueError(f"--by {by}: allowed are {', '.join(get_args(By))}")
+def _rounded(row: Mapping[Any, float]) -> dict[str, float]:
+    return {name: round(n, 4) if name in HOURS else int(n) for name, n in row.items()}
 
 
 def usage_screen(found: dict[str, Any]) -> str:
     """The same for people, at most 80 columns."""
     by, total = found["by"], found["total"]
-    unknown = bool(total["unknown_hours"])
-    head = ("made", "GPU hours", "CPU hours", *(["unknown"] if unknown else []), "size")
-    lines = [f"{by:<{NAME_WIDTH}}" + "".join(f"{word:>10}" for word in head)]
-    for row in (*found["rows"], {by: "total", **total}):
-        hours = [row["gpu_hours"], row["cpu_hours"], *([row["unknown_hours"]] if unknown else [])]
-        words = [f"{row['made']:,}", *map(_hours, hours), size(row["bytes"])]
-        lines.append(f"{_short(row[by]):<{NAME_WIDTH}}" + "".join(f"{word:>10}" for word in words))
-    if unknown:
-        lines += ["", "unknown: hours of work whose record does not say on what it ran"]
+    frame = DataFrame([*found["rows"], {by: "total", **total}]).set_index(by)
+    frame.index = frame.index.str.replace(f"^(.{{{NAME_WIDTH - 3}}}).{{4,}}", r"\1...", regex=True)
+    shown = {"made": "{:,}".format, **dict.fromkeys(HOURS, _hours), "bytes": size}
+    if not total["unknown_hours"]:
+        del shown["unknown_hours"]
+    titles = {"gpu_hours": "GPU hours", "cpu_hours": "CPU hours", "bytes": "size"}
+    frame = frame[[*shown]].transform(shown).rename(columns={**titles, "unknown_hours": "unknown"})
+    screen = [frame.rename_axis(index=None, columns=by).to_string()]
+    if total["unknown_hours"]:
+        screen += ["", "unknown: hours of work whose record does not say on what it ran"]
     if total["untimed"]:
-        lines += [
-            "",
-            f"{total['untimed']:,} of these say not how long they took, and count 0 hours",
-        ]
-    return "\n".join(lines)
+        screen += ["", f"{total['untimed']:,} of these have no recorded time, and count 0 hours"]
+    return "\n".join(screen)
 
 
 def _hours(hours: float) -> str:
@@ -195,5 +98,91 @@ def _hours(hours: float) -> str:
     return "< 0.01" if hours < 0.005 else f"{hours:,.2f}"
 
 
-def _short(name: str) -> str:
-    return name if len(name) < NAME_WIDTH else f"{name[: NAME_WIDTH - 4]}..."
+# ---------------------------------------------------------------- what was made
+
+
+def _lines(inventory: Inventory, store: ArtifactStore) -> Iterator[dict[str, Any]]:
+    """A line for each artifact, and for each block of images that was drawn. The bytes of a row
+    belong to the user who began it."""
+    holdings = {holding.digest: holding for holding in inventory.holdings}
+    blocks: Counter[str] = Counter()
+    first: dict[str, tuple[float, str]] = {}  # time, and sweep that had the artifact made first
+    for sweep, user, event in _made(store):
+        digest, time, facts = event["key"].rpartition("-")[2][:12], event["time"], event["facts"]
+        first[digest] = min(first.get(digest, (time, sweep)), (time, sweep))
+        # A block that another sweep drew has neither.
+        drew = event["stage"] == "images" and (facts.get("drawn") or facts.get("holes"))
+        if drew and digest in holdings:
+            blocks[digest] += 1
+            cpu, gpu = facts.get("cpu"), facts.get("gpu")
+            yield _line(user, sweep, "images", time, 0, 1, event["seconds"], cpu, gpu)
+    images = {
+        _identity(h.record.get("spec")): h.digest for h in holdings.values() if h.stage == "images"
+    }
+    for digest, holding in holdings.items():
+        record, drawn = holding.record, digest
+        made, seconds, cpu, gpu = 1, record.get("seconds"), record.get("cpu"), record.get("gpu")
+        if holding.stage == "synthetic":  # made while its images were drawn
+            drawn = images.get(_identity((record.get("spec") or {}).get("images")), digest)
+            made, seconds = 0, 0.0
+        elif holding.stage == "images":  # blocks whose sweep is gone
+            made = max(0, len(holding.shards) - blocks[digest])
+            seconds = None if made else 0.0
+        elif cpu is None and gpu is None:  # earlier versions noted the device of a trial alone
+            device = str(record.get("info", {}).get("device"))
+            cpu, gpu = {"cpu": (1.0, 0.0), "cuda": (None, 1.0)}.get(device, (None, None))
+        _, sweep = first.get(drawn, (0.0, ""))
+        when, size = record.get("started"), holding.bytes
+        yield _line(holding.user, sweep, holding.stage, when, size, made, seconds, cpu, gpu)
+
+
+def _made(store: ArtifactStore) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """PROJECT/NAME, user and event of all that the sweeps of a store have made."""
+    for place in recorded_places(store):
+        sweep, user = f"{place.project}/{place.name}", UNKNOWN
+        for event in place.ledger().events():
+            if event["event"] == "sweep_started":
+                user = str(event.get("user", UNKNOWN))
+            elif event["event"] in ("trial_done", "artifact_prepared"):
+                yield sweep, user, {"stage": "trials", "facts": {}, **event}
+
+
+def _identity(spec: Any) -> str:
+    return json.dumps(spec, sort_keys=True)
+
+
+def _line(
+    user: str,
+    sweep: str,
+    stage: str,
+    when: float | None,
+    size: int,
+    made: int,
+    seconds: float | None,
+    cpu: float | None,
+    gpu: float | None,
+) -> dict[str, Any]:
+    """
+    Args:
+        when: since the epoch.
+        made: how many artifacts or blocks of images it counts as.
+        seconds, cpu, gpu: None: not known.
+    """
+    kind, amount = "unknown_hours", (seconds or 0.0) / 3600
+    if seconds is None:
+        kind, amount = "untimed", made
+    elif gpu:
+        kind, amount = "gpu_hours", amount * gpu
+    elif cpu is not None:
+        kind, amount = "cpu_hours", amount * cpu
+    return {
+        "user": NOBODY if user == UNKNOWN else user,
+        "project": sweep.partition("/")[0] or NOBODY,
+        "sweep": sweep or NOBODY,
+        "stage": stage,
+        "when": when,
+        **dict.fromkeys(FIGURES, 0.0),
+        "made": made,
+        "bytes": size,
+        kind: amount,
+    }

@@ -46,12 +46,9 @@ def text_schema(title: str, pattern: str) -> WithJsonSchema:
 
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+NAME_WORDS = "up to 64 letters, digits, `.`, `_` and `-`, the first a letter or a digit"
 NAME = Annotated[
-    str,
-    StringConstraints(pattern=NAME_PATTERN),
-    text_schema(
-        "up to 64 letters, digits, `.`, `_` and `-`, the first a letter or a digit", NAME_PATTERN
-    ),
+    str, StringConstraints(pattern=NAME_PATTERN), text_schema(NAME_WORDS, NAME_PATTERN)
 ]
 # Names end up in tables on terminals: nothing invisible (\p{C}), no line ends.
 LINE = Annotated[

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
 import typer
 
 from orchestrator.door import STORE as STORE  # typer reads defaults at import
+from orchestrator.door import place_for as place_for
+from orchestrator.door import place_named as place_named
+from orchestrator.door import recorded_sweep as recorded_sweep
 from orchestrator.output import show
 
 if TYPE_CHECKING:
@@ -21,7 +24,6 @@ if TYPE_CHECKING:
     from orchestrator.sweep import SweepSpec
 
 T = TypeVar("T")
-UNPARSED = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 SpecArgument = Annotated[str, typer.Argument(metavar="SPEC", help="a sweep file, or its bare name")]
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="a sweep, or PROJECT/NAME")]
@@ -69,37 +71,6 @@ def load(spec: str, sets: list[str] | None, only: list[str] | None, smoke: bool 
     return asked(spec, sets or (), only or (), smoke)
 
 
-def place_for(sweep: Asked, store: str, data_root: Path | None) -> Place:
-    """Where it goes; a smoke run into a store of its own."""
-    from orchestrator import asked
-
-    return asked.place_for(sweep, store, data_root)
-
-
-def plan_of(sweep: SweepSpec, place: Place) -> Plan:
-    from orchestrator import asked
-
-    return asked.plan_of(sweep, place)
-
-
-def place_named(name: str, store: str) -> Place:
-    """A sweep that was run before.
-
-    Raises:
-        ValueError: there is none of this name.
-    """
-    from orchestrator import asked
-
-    return asked.place_named(name, store)
-
-
-def recorded_sweep(name: str, store: str, data_root: Path | None) -> tuple[SweepSpec, Place]:
-    """A sweep as it was last run, with the values that were set then."""
-    from orchestrator import asked
-
-    return asked.recorded_sweep(name, store, data_root)
-
-
 @dataclass(frozen=True)
 class Outcome:
     """A recorded sweep, and what came out so far."""
@@ -117,6 +88,7 @@ def results_of(name: str, store: str, data_root: Path | None) -> Outcome:
     Raises:
         ValueError: there is no such sweep.
     """
+    from orchestrator.asked import plan_of
     from orchestrator.results import entries_of, rows_of
 
     sweep, place = recorded_sweep(name, store, data_root)
@@ -137,13 +109,21 @@ def fail(message: str, code: int = 2) -> NoReturn:
     sys.exit(code)
 
 
-def removed(app: typer.Typer, command: str, instead: str) -> None:
-    """Let a command that was removed end with 2 and what to use instead, whatever follows it."""
-    message = f"`{command}` was removed: {instead}"
+# Commands and options of earlier versions, and what to use instead.
+REMOVED = {
+    "data stage": "unpack the archives with tar or unzip, then run `airsweep data check`",
+    "models stage": "fetch or copy the model with hf or cp, then run `airsweep models check`",
+    "--probe": "`airsweep run SPEC --smoke` measures a little of the work",
+    "--accept-code": "code of another version makes artifacts of its own; if it gives the same "
+    "results, add its version to orchestrator/code_versions.json, as docs/extend.md says",
+}
 
-    @app.command(command.split()[-1], hidden=True, help=message, context_settings=UNPARSED)
-    def _removed() -> None:
-        fail(message)
+
+def refuse_removed(words: list[str]) -> None:
+    """End with 2 where the words of a command name something that was removed."""
+    for name in (" ".join(words[:2]), *(word.partition("=")[0] for word in words)):
+        if name in REMOVED:
+            fail(f"`{name}` was removed: {REMOVED[name]}")
 
 
 def code_of(problem: Exception) -> int:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.commands.common import JsonOption, fail, removed, watched
+from orchestrator.commands.common import JsonOption, fail, watched
 from orchestrator.output import show
 
 data_app = typer.Typer(no_args_is_help=True, help="Check datasets.")
@@ -74,13 +74,3 @@ def models_check(
         return
     show(f"{place}: a {found['is']}, whole")
     show(f"in the sweep file, below fixed:  {found['is']}: {place}")
-
-
-removed(
-    data_app, "data stage", "unpack the archives with tar or unzip, then run `airsweep data check`"
-)
-removed(
-    models_app,
-    "models stage",
-    "fetch or copy the model with hf or cp, then run `airsweep models check`",
-)

@@ -1,10 +1,11 @@
-"""Commands that take a sweep file, or go on with a sweep."""
+"""Commands that write or take a sweep file, or go on with a sweep."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -21,7 +22,6 @@ from orchestrator.commands.common import (
     SpecArgument,
     StoreOption,
     TrackingOption,
-    fail,
     load,
     place_for,
     recorded_sweep,
@@ -33,6 +33,38 @@ if TYPE_CHECKING:
     from orchestrator.sweep import SweepSpec
 
 app = typer.Typer()
+
+
+@app.command()
+def init(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="of the sweep; NAME.yaml is written")],
+    images: Annotated[
+        Path | None,
+        typer.Option("--images", metavar="DIR", help="your images, one folder a class"),
+    ] = None,
+) -> None:
+    """Write a commented sweep file to start from, for your own images.
+
+    airsweep init mine --images my_images
+
+    airsweep init mine
+    """
+    from orchestrator.starter import write_starter
+
+    starter = write_starter(name, images, Path())
+    show(starter.found)
+    show(f"{starter.file}: written; next: airsweep plan {starter.file}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of sweep files, for an editor.
+
+    airsweep schema > airsweep.schema.json
+    """
+    from orchestrator.sweep_file import sweep_schema
+
+    show(json.dumps(sweep_schema(), indent=1))
 
 
 @app.command()
@@ -65,10 +97,6 @@ def plan(
     explain: Annotated[
         bool, typer.Option("--explain", help="every setting and where it comes from")
     ] = False,
-    probe: Annotated[
-        bool,
-        typer.Option("--probe", hidden=True, help="removed"),
-    ] = False,
 ) -> None:
     """What would run, what is there, how long; starts nothing.
 
@@ -78,10 +106,6 @@ def plan(
     """
     from orchestrator import door
 
-    if probe:
-        fail(
-            "`plan --probe` was removed: `airsweep run SPEC --smoke` measures a little of the work"
-        )
     asked = load(spec, sets, only, smoke)
     found = door.plan(asked, store=store, data_root=data_root)
     show(json.dumps(found.json(), indent=1) if as_json else found.screen(explain))
@@ -142,17 +166,17 @@ def retry(
     tracking_uri: TrackingOption = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Go on with a sweep, and of what failed try one class only.
+    """Resume a sweep, retrying only one class of failures.
 
     airsweep retry quickstart --class oom
 
     airsweep retry team/paper_main --class infra --store /shared/runs
     """
-    from orchestrator.asked import asked_before
+    from orchestrator.place import read_resolved
 
     sweep, place = recorded_sweep(name, store, data_root)
     how: dict[str, Any] = {"tracking_uri": tracking_uri, "retry": failure_class}
-    _execute(sweep, place, asked_before(place), quiet, **how)
+    _execute(sweep, place, read_resolved(place), quiet, **how)
 
 
 def _execute(

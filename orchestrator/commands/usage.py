@@ -13,8 +13,8 @@ from orchestrator.output import show
 app = typer.Typer()
 
 
-@app.command()
-def usage(
+@app.command("usage")
+def show_usage(
     store: StoreOption = STORE,
     by: Annotated[str, typer.Option("--by", help="user, project, sweep or stage")] = "user",
     since: Annotated[
@@ -30,13 +30,8 @@ def usage(
 
     Each artifact counts once, for who made it. Work that left nothing is not counted.
     """
-    from orchestrator.inventory import take_inventory
-    from orchestrator.makers import makers_of
+    from orchestrator import usage
     from orchestrator.store import open_store
-    from orchestrator.usage import check_by, since_of, usage_screen
-    from orchestrator.usage import usage as used
 
-    asked, start = check_by(by), since_of(since)
-    opened = open_store(store)
-    found = used(take_inventory(opened), makers_of(opened), asked, start)
-    show(json.dumps(found, indent=1) if as_json else usage_screen(found))
+    found = usage.usage(open_store(store), by, since)
+    show(json.dumps(found, indent=1) if as_json else usage.usage_screen(found))

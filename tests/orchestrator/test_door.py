@@ -19,6 +19,7 @@ import typer
 
 from orchestrator import door
 from orchestrator.__main__ import app
+from orchestrator.commands.common import REMOVED
 from orchestrator.place import Refused
 from tests.sweeps import TIMEOUT, airsweep, environment, table, wait_until, write_sweep
 
@@ -76,7 +77,7 @@ def test_what_is_installed_as_airsweep_passes_on_all_of_it():
     assert module.__doc__ == door.__doc__
 
 
-# Options of the command line that have no sense here, or another name; removed ones are hidden.
+# Options of the command line that have no sense here, or another name.
 ELSEWHERE = {"as_json", "explain", "form"}
 
 
@@ -85,8 +86,16 @@ ELSEWHERE = {"as_json", "explain", "form"}
 )
 def test_a_function_takes_what_its_command_takes(name):
     command = typer.main.get_command(app).commands[name]
-    options = {param.name for param in command.params if not param.hidden} - ELSEWHERE
+    options = {param.name for param in command.params} - ELSEWHERE
     assert options <= set(inspect.signature(getattr(door, name)).parameters)
+
+
+@pytest.mark.parametrize("name", REMOVED)
+def test_what_was_removed_ends_with_2_and_says_what_to_use_instead(name, command):
+    words = ["plan", "quickstart", name] if name.startswith("--") else name.split()
+    code, out, err = command(*words)
+    assert (code, out) == (2, "")
+    assert err == f"airsweep: `{name}` was removed: {REMOVED[name]}\n"
 
 
 # ---------------------------------------------------------------- what is asked
@@ -112,13 +121,6 @@ def test_bad_input_is_the_sentence_of_the_command(spec, tmp_path):
         door.results("nothing", store=tmp_path)
     with pytest.raises(Refused, match="asks for 99 CPU"):
         door.run(spec, store=tmp_path / "runs", sets={"resources.trial.cpu": 99})
-
-
-def test_notes_are_what_may_surprise(spec):
-    assert door.validate(spec) == ()
-    first, second = door.validate("quickstart")
-    assert first.startswith("fixed.images_per_class does not apply to zero_shot, fpl, cpl")
-    assert second.startswith("fixed.auxiliary.source does not apply")
 
 
 # ---------------------------------------------------------------- a run

@@ -12,14 +12,10 @@ from typing import Any
 import pytest
 from optuna.trial import FrozenTrial
 
-from air_core.normal import normalised
 from air_core.specs import TrialSpec
-from orchestrator.dispatch import Dispatcher, Failure
-from orchestrator.ledger import Ledger
-from orchestrator.plan import Plan, plan_sweep
-from orchestrator.search import CellSearch, open_searches
-from orchestrator.store import ArtifactStore
-from orchestrator.sweep import Dimension, Search, Seeds, SweepSpec, cells_of
+from orchestrator.dispatch import Failure
+from orchestrator.sweep import Dimension, Search, Seeds, SweepSpec
+from tests.orchestrator.test_plan import World as Planned
 
 LENGTHS = Dimension(key="prompt.length", values=(1, 2, 3, 4))
 STEPS = Dimension(key="train.steps", min=10, max=100)
@@ -27,57 +23,35 @@ SPACE = (LENGTHS, STEPS)
 FAILED = Failure("nan", "the loss became nan")
 
 
-def objectives(spec: TrialSpec) -> dict[str, float]:
-    value = -abs(spec.prompt.length - 3) - abs(spec.train.steps - 40) / 50 + spec.seed / 1000
-    return {"mutual_information": value, "validation_accuracy": -value}
-
-
-class World:
-    """One sweep's store and ledger, and drivers that come and go."""
+class World(Planned):
+    """One sweep's store and event log, and drivers that come and go."""
 
     def __init__(self, folder: Path, resolver: Any, sign: int = 1) -> None:
+        super().__init__(folder, folder, resolver)
         self.sign = sign
-        self.store = ArtifactStore(folder / "runs")
-        self.ledger = Ledger(folder / "sweep")
-        self.ledger.folder.mkdir(parents=True)
-        self.resolver = resolver
-        self.searches: dict[str, CellSearch] = {}
 
-    def plan(self, sweep: SweepSpec) -> Plan:
-        return plan_sweep(sweep, self.store, self.resolver, self.ledger)
+    def measured(self, spec: TrialSpec) -> dict[str, float]:
+        value = -abs(spec.prompt.length - 3) - abs(spec.train.steps - 40) / 50 + spec.seed / 1000
+        return {
+            "mutual_information": self.sign * value,
+            "validation_accuracy": -self.sign * value,
+        }
 
     def run(self, sweep: SweepSpec, jobs: int = 1000, failing: Any = lambda spec: False) -> int:
         """Run a sweep, or a part of it as if its driver died; the trials that were handed out."""
         plan = self.plan(sweep)
         self.ledger.append("sweep_started", spec="", total=plan.total, to_run=0, asks=plan.asks)
-        journal = self.ledger.folder / "j"
-        self.searches = open_searches(plan, self.ledger, journal) if sweep.search else {}
-        dispatcher = Dispatcher(
-            *(sweep, cells_of(sweep), self.searches),
-            *(self.store, self.resolver, self.ledger, self.log),
-        )
+        dispatcher = self.dispatcher(sweep)
         handed = 0
         while jobs and (job := dispatcher.next()) is not None:
             jobs -= 1
             handed += len(job.trials)
-            failed = [spec for spec in job.trials if failing(spec)]
-            self.finish([spec for spec in job.trials if spec not in failed])
-            failures = {
-                k: FAILED for k, spec in zip(job.keys, job.trials, strict=True) if spec in failed
+            failed = {
+                k: FAILED for k, spec in zip(job.keys, job.trials, strict=True) if failing(spec)
             }
-            dispatcher.complete(job.number, failures)
+            self.finish(spec for spec in job.trials if not failing(spec))
+            dispatcher.complete(job.number, failed)
         return handed
-
-    def finish(self, trials: Any) -> None:
-        for spec in trials:
-            info = {"metrics": {}, "curves": {}, "per_class": [], "objectives": {}}
-            info["objectives"] = {k: self.sign * v for k, v in objectives(spec).items()}
-            self.store.get_or_build(normalised(spec), lambda folder, info=info: info)
-
-    def log(self, outcome: Any) -> None:
-        if not outcome.known:
-            event = {"slot": outcome.slot.id, "key": outcome.slot.key.digest}
-            self.ledger.append(f"trial_{outcome.state}", cell=outcome.slot.cell.id, **event)
 
     def trials(self) -> list[FrozenTrial]:
         """What the sampler of the only cell knows, by point."""
@@ -185,16 +159,6 @@ def test_another_fixed_setting_another_sampler_or_seed_takes_over_nothing(world)
         assert world.carried() == []
 
 
-def test_points_of_other_settings_are_not_carried_although_somebody_has_computed_them(world):
-    world.run(sweep())
-    other = sweep(fixed={"train.batch": 8})
-    (cell,) = cells_of(other)
-    for _, params, _ in world.points():
-        world.finish([world.resolver.trial({**cell.flat, **params, "seed": 1})])
-    world.run(other)
-    assert world.carried() == []
-
-
 def test_another_objective_is_told_of_old_points_in_its_own_words(world):
     world.run(sweep())
     before = world.points()
@@ -221,15 +185,6 @@ def test_points_that_failed_are_not_carried(world):
     plan = world.plan(sweep(LENGTHS, steps(5, 200)))
     assert plan.edit is not None
     assert plan.edit.left_out == len(failed)
-
-
-def test_a_seed_that_comes_with_another_space_reaches_carried_points(world):
-    world.run(sweep())
-    wide = sweep(LENGTHS, steps(5, 200), seeds=(1, 2))
-    plan = world.plan(wide)
-    assert (plan.done + plan.reused, plan.to_run) == (8, 8)
-    world.run(wide)
-    assert world.plan(wide).to_run == 0
 
 
 @pytest.mark.parametrize("jobs", [0, 1, 3])

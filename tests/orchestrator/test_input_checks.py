@@ -217,11 +217,3 @@ def test_a_plan_with_a_backbone_whose_configuration_is_damaged_is_refused(text, 
     assert code == 2
     assert f"{folder}/open_clip_config.json" in err
     assert "Traceback" not in err
-
-
-@pytest.mark.parametrize("kind", ["data", "models"])
-def test_the_removed_command_says_what_to_use_instead(kind, command):
-    code, out, err = command(kind, "stage", "dtd", "--from", "dtd.tgz", "--to", "/shared")
-    assert (code, out) == (2, "")
-    assert err.startswith(f"airsweep: `{kind} stage` was removed: ")
-    assert f"`airsweep {kind} check`" in err

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -22,11 +20,7 @@ from air_core.datasets import get_dataset
 from air_core.flat import from_flat
 from air_core.normal import normalised
 from air_core.specs import (
-    GeneratedImages,
-    LabelsSpec,
-    LoraSpec,
     Ref,
-    SyntheticFeaturesSpec,
     TrialSpec,
 )
 from orchestrator import presets
@@ -42,14 +36,12 @@ from orchestrator.plan import (
     level,
     needs_of,
     plan_sweep,
-    possible_trials,
 )
 from orchestrator.resolve import Resolver
-from orchestrator.search import open_searches
+from orchestrator.search import CellSearch, open_searches
 from orchestrator.space import grid_points
 from orchestrator.store import ArtifactStore
 from orchestrator.sweep import (
-    Cell,
     Dimension,
     GeneratorResources,
     Pruning,
@@ -87,7 +79,8 @@ class World:
     def __init__(self, folder: Path, pictures: Path, resolver: Resolver | None = None) -> None:
         self.store = ArtifactStore(folder / "runs")
         self.ledger = Ledger(folder / "sweep")
-        self.ledger.folder.mkdir()
+        self.ledger.folder.mkdir(parents=True)
+        self.searches: dict[str, CellSearch] = {}
         self.resolver = resolver or Resolver(folder / "digests.json", None)
         self.pictures = f"folder:{pictures}"
 
@@ -110,8 +103,11 @@ class World:
                 keep_checkpoint(spec, self.store, Checkpoint(legs.until, rungs=passed))
                 continue
             info = {"metrics": {}, "curves": {}, "per_class": [], "rungs": rungs}
-            info["objectives"] = dict.fromkeys(OBJECTIVES, 1.0)
+            info["objectives"] = self.measured(spec)
             self.store.get_or_build(spec, lambda folder, info=info: info)
+
+    def measured(self, spec: TrialSpec) -> dict[str, float]:
+        return dict.fromkeys(OBJECTIVES, 1.0)
 
     def objectives(self, spec: TrialSpec, rung: int) -> dict[str, float]:
         """Made up, and the same whenever they are asked for."""
@@ -119,12 +115,11 @@ class World:
         return dict.fromkeys(OBJECTIVES, digest[0] / 256)
 
     def dispatcher(self, sweep: SweepSpec) -> Dispatcher:
-        searches: dict[str, Any] = {}
+        self.searches = {}
         if sweep.search is not None:
-            searches |= open_searches(self.plan(sweep), self.ledger, self.ledger.folder / "j")
-        return Dispatcher(
-            sweep, cells_of(sweep), searches, self.store, self.resolver, self.ledger, self.log
-        )
+            self.searches = open_searches(self.plan(sweep), self.ledger, self.ledger.folder / "j")
+        place = self.store, self.resolver, self.ledger
+        return Dispatcher(sweep, cells_of(sweep), self.searches, *place, self.log)
 
     def log(self, outcome: Any) -> None:
         if not outcome.known:
@@ -180,11 +175,6 @@ def test_runs_that_differ_in_what_cannot_matter_are_reused(world):
     assert counts(world.plan(world.sweep("zero_shot", seeds=seeds(1, 2, 3)))) == (3, 0, 2, 1)
 
 
-def test_two_methods_that_compute_the_same_run_once(world):
-    sweep = world.sweep("cpl", "air", fixed={"fusion_weight": 0.0, "synthetic_weight": 0.0})
-    assert counts(world.plan(sweep)) == (6, 0, 3, 3)
-
-
 def test_done_is_what_this_sweep_has_run_and_reused_what_another_has(world):
     sweep = world.sweep("fpl", seeds=seeds(1, 2, 3))
     first, second, _ = world.plan(sweep).slots
@@ -224,12 +214,6 @@ def searched(world: World, sampler: Any, points: int = 6, **parts: Any) -> Sweep
         weights = replace(weights, min=None, max=None, values=(0.25, 0.75))
     search = Search(sampler=sampler, points=points, width=2, space=(COUNTS, weights))
     return world.sweep("air", search=search, seeds=parts.pop("seeds", seeds(1, 2)), **parts)
-
-
-def test_points_that_nobody_asked_yet_are_to_run(world):
-    plan = world.plan(searched(world, "random"))
-    assert counts(plan) == (12, 0, 0, 12)
-    assert plan.slots == ()
 
 
 def test_points_that_were_asked_are_known(world):
@@ -295,6 +279,7 @@ def test_a_second_lora_round_needs_the_images_of_the_first():
     assert stages(needs) == [*first, "labels", "lora", "images", "images"]
     assert needs[3].images_per_class == 40
     assert needs[4].spec.images == needs[3].spec
+    assert [level(need.spec) for need in needs] == [1, 2, 3, 4, 5, 6, 7, 1]
 
 
 def test_seeds_methods_and_weights_share_one_row():
@@ -316,11 +301,6 @@ def test_a_sweep_of_counts_needs_the_largest_once(order):
     )
     assert row.images_per_class == 120
     assert len(row.shards()) == 8 * len(CLASSES)  # ceil(120 / 16) blocks a class
-
-
-def test_a_search_over_counts_needs_the_largest_once(world):
-    plan = world.plan(searched(world, "random"))
-    assert [need.images_per_class for need in plan.needs if need.stage == "images"] == [16]
 
 
 @pytest.mark.parametrize(
@@ -362,50 +342,6 @@ def test_an_artifact_is_missing_partial_or_present(world):
         features.shard(c, block, ".safetensors").touch()
     assert states()[1] == ("images", "present", 20, 20)
     assert row.missing(world.store) == []
-
-
-def above(spec: Any) -> list[Any]:
-    """The artifacts that one is made from."""
-    match spec:
-        case LabelsSpec():
-            return [spec.features, *([spec.images] if spec.images else [])]
-        case LoraSpec():
-            return [spec.labels]
-        case SyntheticFeaturesSpec():
-            images = spec.images
-            return [images.lora] if isinstance(images, GeneratedImages) and images.lora else []
-    return []
-
-
-TRIALS = st.builds(
-    lambda method, **changes: trial(
-        method, **{k: v for k, v in changes.items() if k not in presets.METHODS[method].pins}
-    ),
-    st.sampled_from(["zero_shot_aux", "fpl", "cpl", "air", "air_fpl", "cpl_real"]),
-    images_per_class=st.sampled_from([0, 8, 20, 50]),
-    lora=st.just(None) | st.builds(lambda n: replace(trial().lora, rounds=n), st.integers(1, 3)),
-    split_seed=st.integers(0, 1),
-    seed=st.integers(0, 2),
-    fusion_weight=st.sampled_from([0.0, 0.5]),
-)
-
-
-@settings(max_examples=50)
-@given(st.lists(TRIALS, max_size=4))
-def test_needs_of_any_trials_can_be_made_in_their_order(trials):
-    needs = needs_of(trials)
-    made: set[str] = set()
-    for need in needs:
-        for earlier in above(need.spec):
-            assert artifact_key(earlier).digest in made
-            assert level(earlier) < level(need.spec)
-        made.add(artifact_key(need.spec).digest)
-    assert len(made) == len(needs)  # each once
-    for one in trials:
-        row = normalised(one).synthetic_features
-        if row is not None:
-            (need,) = (need for need in needs if need.spec == row)
-            assert need.images_per_class >= one.images_per_class
 
 
 # ---------------------------------------------------------------- time
@@ -469,12 +405,6 @@ def test_trials_of_a_search_that_was_not_begun_take_time_too(world):
     assert plan.estimate.stages["trials"] > 0
 
 
-def test_probing_was_removed_for_a_smoke_run(command):
-    code, out, err = command("plan", "quickstart", "--probe")
-    assert (code, out) == (2, "")
-    assert "run SPEC --smoke" in err
-
-
 def test_the_json_of_a_plan_says_all_of_it(world):
     found = world.plan(world.sweep("zero_shot", seeds=seeds(1, 2))).json(world.store)
     assert (found["cells"], found["points"]) == (1, 1)
@@ -484,19 +414,6 @@ def test_the_json_of_a_plan_says_all_of_it(world):
     assert features["key"].startswith("features/v1/digits-tiny-")
     assert found["estimate"].keys() >= {"seconds", "calibrated", "reason", "gpu_hours"}
     assert json.loads(json.dumps(found)) == found
-
-
-def test_five_hundred_trials_are_planned_while_somebody_waits(world):
-    """No bound on seconds, which depend on the machine; `pytest -s` prints them."""
-    axes = {"images_per_class": (0, 8, 16, 24), "prompt.length": (4, 8, 16)}
-    methods = ("cpl", "air", "cpl_real", "air_grip", "fpl")
-    sweep = world.sweep(*methods, grid=axes, seeds=seeds(*range(16)))
-    started = time.perf_counter()
-    plan = world.plan(sweep)
-    print(f"{plan.total} trials of {len(plan.cells)} cells: {time.perf_counter() - started:.2f} s")
-    assert plan.total == 33 * 16
-    assert plan.reused == 3 * 16  # air and cpl without images, for each length
-    assert stages(plan.needs) == ["features", "images"]
 
 
 PLANNING = """
@@ -569,7 +486,7 @@ def sweeps(draw: Any, pictures: str) -> SweepSpec:
     )
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(st.data())
 def test_as_many_trials_run_as_were_planned(pictures, resolver, data):
     with tempfile.TemporaryDirectory() as folder:
@@ -585,11 +502,3 @@ def test_as_many_trials_run_as_were_planned(pictures, resolver, data):
         assert (after.total, after.to_run) == (plan.total, 0)
         assert after.done + len(after.pruned) == plan.total
         assert world.run(sweep) == 0
-
-
-def test_possible_trials_are_those_of_every_cell_and_seed(world):
-    sweep = world.sweep("fpl", "cpl", seeds=seeds(1, 2))
-    cells: tuple[Cell, ...] = cells_of(sweep)
-    found = possible_trials(cells, sweep.seeds.assignments(), world.resolver)
-    asked = itertools.product(["top_k", "candidates"], [1, 2])
-    assert [(t.pseudo_labels.kind, t.seed) for t in found] == list(asked)

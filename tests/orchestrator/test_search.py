@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 from optuna.trial import TrialState
 
-from orchestrator.search import CellSearch, make_sampler, open_storage
-from orchestrator.space import Point, grid_points
-from orchestrator.studies import Carried
+from orchestrator.ledger import Ledger
+from orchestrator.search import CellSearch, open_storage
+from orchestrator.space import Point, study_name
+from orchestrator.studies import Searches, searches
 from orchestrator.sweep import Dimension, Search, cells_of
 from orchestrator.sweep import SweepSpec as Sweep
 
@@ -41,33 +42,52 @@ def value(params: Mapping[str, Any]) -> float:
     return params.get("images_per_class", 0) / 100 - (weight - 0.3) ** 2
 
 
-def opened(journal: Path, spec: Sweep, carried: Sequence[Carried] = ()) -> CellSearch:
-    (cell,) = cells_of(spec)
-    assert spec.search is not None
-    return CellSearch(cell, spec.search, open_storage(journal), carried)
+class Log:
+    """What the dispatcher writes of a search into the event log."""
+
+    def __init__(self, folder: Path) -> None:
+        self.ledger = Ledger(folder)
+        folder.mkdir(parents=True)
+
+    def open(self, spec: Sweep) -> CellSearch:
+        (cell,) = cells_of(spec)
+        assert spec.search is not None
+        return CellSearch(cell, spec.search, searches(self.ledger))
+
+    def play(
+        self, spec: Sweep, objective: Callable[[Point], float | None] | None = None, most: int = 99
+    ) -> CellSearch:
+        """Run a search to its end, or until so many events are written."""
+        searching = self.open(spec)
+        study = study_name(searching.cell, searching.search)
+        while points := searching.next_round():
+            values = {p.number: objective(p) if objective else value(p.params) for p in points}
+            known = searches(self.ledger).asked.get(study, {})
+            lines: list[tuple[str, dict[str, Any]]] = [
+                ("point_asked", {"study": study, "point": p.number, "params": dict(p.params)})
+                for p in points
+                if p.number not in known
+            ]
+            lines.append(("round_told", {"values": {str(n): v for n, v in values.items()}}))
+            for event, facts in lines[:most]:
+                self.ledger.append(event, cell=searching.cell.id, **facts)
+            most -= len(lines)
+            if most <= 0:
+                break
+            searching.tell_round(values)
+        return searching
 
 
-def play(
-    journal: Path,
-    spec: Sweep,
-    objective: Callable[[Point], float | None] | None = None,
-    carried: Sequence[Carried] = (),
-) -> CellSearch:
-    """Run a search to its end."""
-    searching = opened(journal, spec, carried)
-    while points := searching.next_round():
-        searching.tell_round(
-            {p.number: objective(p) if objective else value(p.params) for p in points}
-        )
-    return searching
+@pytest.fixture
+def log(tmp_path) -> Log:
+    return Log(tmp_path / "log")
 
 
 def found(searching: CellSearch) -> list[tuple[int, dict[str, Any], float | None]]:
     """(number, parameters, value) of all points."""
     trials = searching.study.get_trials(deepcopy=False)
-    return [
-        (t.user_attrs["point"], dict(t.params), t.value) for t in trials if "point" in t.user_attrs
-    ]
+    asked = [t for t in trials if "point" in t.user_attrs]
+    return [(t.user_attrs["point"], dict(t.params), t.value) for t in asked]
 
 
 def params(searching: CellSearch) -> list[dict[str, Any]]:
@@ -91,8 +111,8 @@ SWEEPS = {
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_search_has_as_many_points_as_it_asks_for_and_tells_them_all(tmp_path, sampler):
-    searching = play(tmp_path / "j", SWEEPS[sampler])
+def test_a_search_has_as_many_points_as_it_asks_for_and_tells_them_all(log, sampler):
+    searching = log.play(SWEEPS[sampler])
     assert [number for number, _, _ in found(searching)] == [0, 1, 2, 3, 4]
     assert [told for _, _, told in found(searching)] == [value(p) for p in params(searching)]
     assert unfinished(searching) == []
@@ -100,36 +120,24 @@ def test_a_search_has_as_many_points_as_it_asks_for_and_tells_them_all(tmp_path,
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "random"])
-def test_the_default_point_comes_first(tmp_path, sampler):
-    searching = opened(tmp_path / "j", sweep(sampler))
+def test_the_default_point_comes_first(log, sampler):
+    searching = log.open(sweep(sampler))
     assert searching.next_round()[0] == Point(0, {"images_per_class": 40, "fusion_weight": 0.5})
 
 
-def test_rounds_are_as_wide_as_asked_and_the_last_one_is_what_is_left(tmp_path):
+def test_rounds_are_as_wide_as_asked_and_the_last_one_is_what_is_left(log):
     widths: list[int] = []
-    searching = opened(tmp_path / "j", sweep(points=8, width=3))
+    searching = log.open(sweep(points=8, width=3))
     while points := searching.next_round():
         widths.append(len(points))
         searching.tell_round({point.number: 0.0 for point in points})
     assert widths == [3, 3, 2]
 
 
-def test_a_grid_is_asked_once_and_no_further(tmp_path):
-    spec = sweep("grid", (COUNTS, Dimension(key="train.steps", values=(1, 2))), points=100)
-    assert params(play(tmp_path / "j", spec)) == grid_points(cells_of(spec)[0])
-    assert len(params(play(tmp_path / "j", spec))) == 6
-
-
-def test_a_condition_that_does_not_hold_leaves_the_key_out(tmp_path):
-    points = params(play(tmp_path / "j", sweep("random", points=12, width=4)))
-    assert {"images_per_class": 0} in points
-    assert all(("fusion_weight" in p) == (p["images_per_class"] > 0) for p in points)
-
-
 @pytest.mark.parametrize("sampler", ["tpe", "random"])
 def test_the_same_seed_gives_the_same_points_another_seed_others(tmp_path, sampler):
     first, again, other = (
-        params(play(tmp_path / name, sweep(sampler, seed=seed)))
+        params(Log(tmp_path / name).play(sweep(sampler, seed=seed)))
         for name, seed in [("a", 0), ("b", 0), ("c", 1)]
     )
     assert first == again
@@ -137,80 +145,58 @@ def test_the_same_seed_gives_the_same_points_another_seed_others(tmp_path, sampl
     assert first[1:] != other[1:]
 
 
-def test_cells_have_different_points(tmp_path):
+def test_cells_have_different_points():
     spec = sweep("random")
     spec = Sweep(name="x", grid={"method": ("air", "air_grip")}, search=spec.search)
-    storage = open_storage(tmp_path / "j")
     assert spec.search is not None
-    one, two = (CellSearch(cell, spec.search, storage).next_round() for cell in cells_of(spec))
+    one, two = (CellSearch(cell, spec.search, Searches()).next_round() for cell in cells_of(spec))
     assert one[0].params == two[0].params
     assert one[1].params != two[1].params
 
 
-def test_a_range_of_whole_numbers_gives_whole_numbers_on_a_log_scale_few_large_ones(tmp_path):
-    points = params(play(tmp_path / "j", sweep("random", (STEPS,), points=41, width=41)))
+def test_a_range_of_whole_numbers_gives_whole_numbers_on_a_log_scale_few_large_ones(log):
+    points = params(log.play(sweep("random", (STEPS,), points=41, width=41)))
     steps = [point["train.steps"] for point in points[1:]]
     assert all(type(step) is int and 1 <= step <= 1000 for step in steps)
     assert 10 < sum(step < 32 for step in steps) < 30  # half of them, by magnitude
 
 
-def test_a_range_of_numbers_keeps_to_its_ends(tmp_path):
-    rate = Dimension(key="train.learning_rate", min=1e-4, max=1e-1, log=True)
-    points = params(play(tmp_path / "j", sweep("random", (rate,), points=41, width=41)))
-    rates = [point["train.learning_rate"] for point in points[1:]]
-    assert all(1e-4 <= one <= 1e-1 for one in rates)
-    assert -3.0 < sum(map(math.log10, rates)) / len(rates) < -2.0
-
-
-def test_tpe_comes_closer_to_the_best_point_than_chance(tmp_path):
-    weight = (Dimension(key="fusion_weight", min=0.0, max=1.0),)
-
-    def distance(sampler: str) -> float:
-        spec = sweep(sampler, weight, points=20, width=1)
-        points = params(play(tmp_path / sampler, spec, lambda p: -abs(gap(p.params))))
-        return sum(abs(gap(point)) for point in points[10:]) / 10
-
-    assert distance("tpe") < 0.6 * distance("random")
-
-
-def gap(point: Mapping[str, Any]) -> float:
-    return point["fusion_weight"] - 0.8
-
-
-@pytest.mark.parametrize("points", [12, 60])
-def test_the_sampler_starts_to_model_early_where_points_are_few(points):
-    spec = sweep("tpe", points=points).search
-    assert spec is not None
-    assert make_sampler(spec, 0)._n_startup_trials == (4 if points < 30 else 10)
-
-
 @pytest.mark.parametrize("sampler", ["tpe", "random"])
-def test_no_point_is_asked_twice_while_there_are_others(tmp_path, sampler):
+def test_no_point_is_asked_twice_while_there_are_others(log, sampler):
     kinds = Dimension(key="auxiliary.kind", values=("lda", "prototype", "knn"))
     spec = sweep(sampler, (COUNTS, kinds), points=6, width=3)
-    asked = params(play(tmp_path / "j", spec))
+    asked = params(log.play(spec))
     assert all(asked.count(point) == 1 for point in asked)
 
 
-def test_a_space_that_holds_no_more_points_is_asked_on_to_the_end(tmp_path):
-    assert len(params(play(tmp_path / "j", sweep("tpe", (COUNTS,), points=5)))) == 5
+def test_a_space_that_holds_no_more_points_is_asked_on_to_the_end(log):
+    assert len(params(log.play(sweep("tpe", (COUNTS,), points=5)))) == 5
 
 
 # ---------------------------------------------------------------- pruned
 
 
-def test_a_pruned_point_is_never_the_best_and_uses_up_patience(tmp_path):
+def test_a_pruned_point_is_never_the_best_and_uses_up_patience(log):
     spec = sweep("tpe", points=9, width=3)
-    search = replace(spec.search, patience=4)
-    searching = opened(tmp_path / "j", replace(spec, search=search))
-    first, second, third = searching.next_round()
-    stopped = {second.number: (2, 9.0), third.number: (2, 8.0)}  # before the end all looked good
-    searching.tell_round({first.number: 1.0}, stopped)
-    states = [t.state for t in searching.study.get_trials(deepcopy=False)]
-    assert states == [TrialState.COMPLETE, TrialState.PRUNED, TrialState.PRUNED]
-    again = opened(tmp_path / "j", replace(spec, search=search))
+    assert spec.search is not None
+    spec = replace(spec, search=replace(spec.search, patience=4))
+    searching = log.open(spec)
+    study = study_name(searching.cell, searching.search)
+    for point in searching.next_round():
+        asked = {"study": study, "point": point.number, "params": dict(point.params)}
+        log.ledger.append("point_asked", cell=searching.cell.id, **asked)
+    reached = {"0": 0.0, "1": 9.0, "2": 8.0}  # before the end all looked good
+    log.ledger.append("rung_decided", study=study, rung=2, values=reached, pruned=[1, 2])
+    searching.tell_round({0: 1.0}, {1: (2, 9.0), 2: (2, 8.0)})
+    log.ledger.append("round_told", cell=searching.cell.id, values={"0": 1.0}, pruned=[1, 2])
+    again = log.open(spec)
+    for one in (searching, again):
+        trials = [t for t in one.study.get_trials(deepcopy=False) if "point" in t.user_attrs]
+        assert [trial.state.name for trial in trials] == ["COMPLETE", "PRUNED", "PRUNED"]
+        assert [trial.value for trial in trials] == [1.0, 9.0, 8.0]
+        assert [trial.intermediate_values for trial in trials] == [{}, {2: 9.0}, {2: 8.0}]
     assert [(p.number, p.told) for p in again.next_round()] == [(0, True), (1, True), (2, True)]
-    again.tell_round({0: 1.0}, stopped)
+    again.tell_round({0: 1.0}, {1: (2, 9.0), 2: (2, 8.0)})
     more = again.next_round()
     assert [(p.number, p.told) for p in more] == [(3, False), (4, False), (5, False)]
     again.tell_round({3: 0.5, 4: 0.5, 5: 0.5})
@@ -222,33 +208,50 @@ def test_a_pruned_point_is_never_the_best_and_uses_up_patience(tmp_path):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_search_killed_anywhere_goes_on_to_the_points_of_an_undisturbed_one(tmp_path, sampler):
-    """A killed driver leaves a beginning of the journal: here every one, with half a line more."""
+    """A killed driver leaves a beginning of the event log: here every one."""
     spec = SWEEPS[sampler]
-    undisturbed = found(play(tmp_path / "whole", spec))
-    lines = (tmp_path / "whole").read_bytes().splitlines(keepends=True)
-    for count in range(len(lines)):
-        journal = tmp_path / f"killed after {count}"
-        journal.write_bytes(b"".join(lines[:count]) + lines[count][: len(lines[count]) // 2])
-        resumed = play(journal, spec)
-        assert found(resumed) == undisturbed, f"killed after line {count}"
+    undisturbed = found(Log(tmp_path / "whole").play(spec))
+    for count in range(1, 9):  # five points in three rounds
+        log = Log(tmp_path / f"killed after {count}")
+        log.play(spec, most=count)
+        resumed = log.play(spec)
+        assert found(resumed) == undisturbed, f"killed after event {count}"
         assert unfinished(resumed) == []
 
 
-def test_what_a_killed_driver_left_beside_the_journal_does_not_stop_the_next(tmp_path):
-    """The lock of the journal, taken by a process that is no more."""
-    journal = tmp_path / "j"
-    opened(journal, sweep()).next_round()
-    Path(f"{journal}.lock").symlink_to(journal)
-    assert len(found(play(journal, sweep()))) == 5
+def test_points_that_no_sampler_would_ask_again_stay_as_they_were_asked(log):
+    spec = sweep("random", (COUNTS, STEPS))
+    (cell,) = cells_of(spec)
+    for number in (0, 1, 2):
+        asked = {"images_per_class": 20, "train.steps": 7 + number}
+        study = study_name(cell, spec.search)
+        log.ledger.append("point_asked", cell=cell.id, study=study, point=number, params=asked)
+    assert [point["train.steps"] for point in params(log.play(spec))[:3]] == [7, 8, 9]
+
+
+def test_what_is_told_is_copied_for_others_to_read(tmp_path, log):
+    spec = sweep("tpe")
+    (cell,) = cells_of(spec)
+    assert spec.search is not None
+    log.play(spec)
+    for _ in range(2):  # a run starts the copy anew
+        storage = open_storage(tmp_path / "j")
+        searching = CellSearch(cell, spec.search, searches(log.ledger), storage, "team/")
+        [name] = optuna.get_all_study_names(open_storage(tmp_path / "j"))
+        copy = optuna.load_study(study_name=name, storage=open_storage(tmp_path / "j"))
+        assert name.startswith("team/digits-ul-text-air")
+        assert [(t.params, t.value) for t in copy.trials] == [
+            (point, told) for _, point, told in found(searching)
+        ]
 
 
 # ---------------------------------------------------------------- edited and failed
 
 
-def test_another_run_begins_with_the_points_that_were_told(tmp_path):
+def test_another_run_begins_with_the_points_that_were_told(log):
     """So that a seed that was added later reaches them too; values that were told stay."""
-    first = play(tmp_path / "j", sweep())
-    again = opened(tmp_path / "j", sweep())
+    first = log.play(sweep())
+    again = log.open(sweep())
     points = again.next_round()
     assert [(p.number, dict(p.params)) for p in points] == [(n, p) for n, p, _ in found(first)]
     again.tell_round({point.number: -1.0 for point in points})
@@ -256,41 +259,41 @@ def test_another_run_begins_with_the_points_that_were_told(tmp_path):
     assert found(again) == found(first)
 
 
-def test_more_points_go_on_where_the_search_stood(tmp_path):
-    few = found(play(tmp_path / "j", sweep(points=4)))
-    more = found(play(tmp_path / "j", sweep(points=6)))
+def test_more_points_go_on_where_the_search_stood(tmp_path, log):
+    few = found(log.play(sweep(points=4)))
+    more = found(log.play(sweep(points=6)))
     assert more[:4] == few
-    assert more == found(play(tmp_path / "undisturbed", sweep(points=6)))
+    assert more == found(Log(tmp_path / "undisturbed").play(sweep(points=6)))
 
 
-def test_fewer_points_ask_for_no_more_than_those(tmp_path):
-    play(tmp_path / "j", sweep(points=6))
-    fewer = opened(tmp_path / "j", sweep(points=3))
+def test_fewer_points_ask_for_no_more_than_those(log):
+    log.play(sweep(points=6))
+    fewer = log.open(sweep(points=3))
     assert [point.number for point in fewer.next_round()] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("kill", [False, True])
-def test_a_failed_point_counts_and_is_tried_again_by_the_next_run(tmp_path, kill):
+def test_a_failed_point_counts_and_is_tried_again_by_the_next_run(log, kill):
     def fails(point: Point) -> float | None:
         return None if point.number == 1 else value(point.params)
 
-    failed = play(tmp_path / "j", sweep(), fails)
+    failed = log.play(sweep(), fails)
     assert [number for number, _, _ in found(failed)] == [0, 1, 2, 3, 4]
     assert [number for number, _, told in found(failed) if told is None] == [1]
     if kill:  # before anything came of it
-        opened(tmp_path / "j", sweep()).next_round()
+        log.open(sweep()).next_round()
     asked: list[int] = []
 
     def counts(point: Point) -> float:
         asked.append(point.number)
         return value(point.params)
 
-    mended = play(tmp_path / "j", sweep(), counts)
+    mended = log.play(sweep(), counts)
     assert asked.count(1) == 1
     assert len(found(mended)) == 5
     assert values_of(mended) == sorted(value(p) for p in params(mended))
     # A run after that has nothing left to mend.
-    assert values_of(play(tmp_path / "j", sweep())) == values_of(mended)
+    assert values_of(log.play(sweep())) == values_of(mended)
 
 
 def values_of(searching: CellSearch) -> list[float]:
@@ -299,78 +302,47 @@ def values_of(searching: CellSearch) -> list[float]:
     return sorted(trial.value for trial in trials)
 
 
-def test_a_point_that_fails_again_stays_failed(tmp_path):
+def test_a_point_that_fails_again_stays_failed(log):
     for _ in range(2):
-        searching = play(tmp_path / "j", sweep(), lambda point: None)
+        searching = log.play(sweep(), lambda point: None)
     assert [told for _, _, told in found(searching)] == [None] * 5
     assert unfinished(searching) == []
 
 
-def test_another_space_starts_its_own_study(tmp_path):
-    play(tmp_path / "j", sweep())
+def test_another_space_starts_its_own_study(log):
+    log.play(sweep())
     wider = Dimension(key="images_per_class", values=(0, 20, 40, 80))
-    other = opened(tmp_path / "j", sweep(space=(wider, WEIGHTS)))
+    other = log.open(sweep(space=(wider, WEIGHTS)))
     assert found(other) == []
     assert other.next_round()[0] == Point(0, {"images_per_class": 80, "fusion_weight": 0.5})
-    assert len(params(play(tmp_path / "j", sweep()))) == 5  # the old one is as it was
-
-
-def test_other_settings_beside_the_space_start_their_own_study(tmp_path):
-    play(tmp_path / "j", sweep())
-    assert found(opened(tmp_path / "j", sweep(iterations=3))) == []
+    assert len(params(log.play(sweep()))) == 5  # the old one is as it was
 
 
 def test_values_by_which_points_were_told_are_what_the_next_points_follow(tmp_path):
     """Two searches that heard other values ask other points from then on."""
-    upward = params(play(tmp_path / "a", sweep(points=10), lambda p: value(p.params)))
-    downward = params(play(tmp_path / "b", sweep(points=10), lambda p: -value(p.params)))
+    upward = params(Log(tmp_path / "a").play(sweep(points=10), lambda p: value(p.params)))
+    downward = params(Log(tmp_path / "b").play(sweep(points=10), lambda p: -value(p.params)))
     assert upward[:4] == downward[:4]  # at random, up to here
     assert upward != downward
 
 
-# ---------------------------------------------------------------- studies that were lost
+# ---------------------------------------------------------------- carried
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("known", [0, 1, 3, 5])
-def test_a_study_that_was_lost_is_asked_again_as_the_ledger_knows_it(tmp_path, sampler, known):
-    spec = SWEEPS[sampler]
-    whole = found(play(tmp_path / "whole", spec))
-    (cell,) = cells_of(spec)
-    assert spec.search is not None
-    asked = {number: params for number, params, _ in whole[:known]}
-    again = CellSearch(cell, spec.search, open_storage(tmp_path / "again"), asked=asked)
-    while points := again.next_round():
-        again.tell_round({p.number: value(p.params) for p in points})
-    assert found(again) == whole
-
-
-def test_points_that_no_sampler_would_ask_again_are_asked_as_they_were(tmp_path):
-    spec = sweep("random", (COUNTS, STEPS))
-    (cell,) = cells_of(spec)
-    assert spec.search is not None
-    asked = {n: {"images_per_class": 20, "train.steps": 7 + n} for n in (1, 2)}
-    searching = CellSearch(cell, spec.search, open_storage(tmp_path / "j"), asked=asked)
-    while points := searching.next_round():
-        searching.tell_round({p.number: value(p.params) for p in points})
-    assert params(searching)[1:3] == [asked[1], asked[2]]
-    assert len(params(searching)) == 5
-
-
-def test_what_was_carried_into_a_lost_study_keeps_its_numbers(tmp_path):
+def test_carried_points_count_and_come_after_the_default(log):
     spec = sweep("tpe", points=8)
     (cell,) = cells_of(spec)
     assert spec.search is not None
-    carried = [
-        Carried({"images_per_class": 20, "fusion_weight": weight}, weight) for weight in (0.1, 0.9)
-    ]
-    first = opened(tmp_path / "j", spec)
-    points = first.next_round()
-    first.tell_round({p.number: value(p.params) for p in points})
-    whole = found(play(tmp_path / "j", spec, carried=carried))
-    assert [number for number, p, _ in whole if p == carried[0].params] == [2]
-    asked = {number: params for number, params, _ in whole}
-    again = CellSearch(cell, spec.search, open_storage(tmp_path / "k"), carried, asked=asked)
-    while points := again.next_round():
-        again.tell_round({p.number: value(p.params) for p in points})
-    assert sorted(found(again), key=lambda point: point[0]) == whole
+    carried = [{"images_per_class": 20, "fusion_weight": weight} for weight in (0.1, 0.9)]
+    log.ledger.append(
+        "study_opened",
+        cell=cell.id,
+        study=study_name(cell, spec.search),
+        carried=[{"params": point, "value": 0.5} for point in carried],
+    )
+    first, second = log.open(spec).next_round()
+    assert [(first.number, second.number), (first.told, second.told)] == [(1, 2), (True, True)]
+    whole = found(log.play(spec))
+    assert whole[:2] == [(1, carried[0], 0.5), (2, carried[1], 0.5)]
+    assert sorted(number for number, _, _ in whole) == [*range(8)]
+    assert found(log.open(spec)) == whole

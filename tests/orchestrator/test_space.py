@@ -39,22 +39,6 @@ def search(sampler: Any, points: int) -> Search:
 # ---------------------------------------------------------------- the grid
 
 
-def test_a_grid_holds_every_combination_once():
-    found = grid_points(cell(COUNTS, KINDS))
-    assert len(found) == 6
-    assert {(p["images_per_class"], p["auxiliary.kind"]) for p in found} == {
-        (count, kind) for count in COUNTS.values for kind in KINDS.values
-    }
-
-
-def test_a_condition_that_does_not_hold_leaves_the_key_out():
-    assert {"images_per_class": 0} in grid_points(cell(COUNTS, WEIGHTS))
-    with_images = [p for p in grid_points(cell(COUNTS, WEIGHTS)) if p["images_per_class"]]
-    assert len(with_images) == 4
-    assert all("fusion_weight" in point for point in with_images)
-    assert len(grid_points(cell(COUNTS, WEIGHTS))) == 5
-
-
 def test_the_default_comes_first_and_the_rest_keeps_its_order():
     found = grid_points(cell(COUNTS, WEIGHTS, images_per_class=20))
     assert found[0] == {"images_per_class": 20, "fusion_weight": 0.5}
@@ -63,16 +47,6 @@ def test_the_default_comes_first_and_the_rest_keeps_its_order():
         {"images_per_class": 20, "fusion_weight": 0.25},
         {"images_per_class": 40, "fusion_weight": 0.5},
         {"images_per_class": 40, "fusion_weight": 0.25},
-    ]
-
-
-def test_a_condition_may_ask_what_an_earlier_dimension_chose():
-    fade = Dimension(key="auxiliary.fade", values=(False, True), when="auxiliary.refresh")
-    refresh = Dimension(key="auxiliary.refresh", values=(False, True))
-    assert grid_points(cell(refresh, fade)) == [
-        {"auxiliary.refresh": False},
-        {"auxiliary.refresh": True, "auxiliary.fade": False},
-        {"auxiliary.refresh": True, "auxiliary.fade": True},
     ]
 
 

@@ -145,7 +145,7 @@ def test_blocks_of_one_row_belong_to_whoever_drew_each(store, usage, trial, monk
     found = rows(usage, "user")
     assert (found["mina"]["gpu_hours"], found["tom"]["gpu_hours"]) == (0.5, 1.0)
     assert (found["mina"]["made"], found["tom"]["made"]) == (1, 2)
-    assert found["tom"]["bytes"] == 4000
+    assert "bytes" not in found["tom"]  # they belong to the user who began the row
     assert rows(usage, "sweep")["team/second"]["gpu_hours"] == 1.0
     assert rows(usage, "project")["team"]["gpu_hours"] == 1.5
     # With the sweep goes what it knew; the row still says who began it.
@@ -154,7 +154,7 @@ def test_blocks_of_one_row_belong_to_whoever_drew_each(store, usage, trial, monk
     assert found == {
         "mina": {"made": 3, "gpu_hours": 0.5, "untimed": 2, "bytes": found["mina"]["bytes"]}
     }
-    assert "2 of these say not how long they took" in usage()[1]
+    assert "2 of these have no recorded time" in usage()[1]
 
 
 def test_since_counts_what_was_made_from_then_on(store, usage, trial, monkeypatch):
@@ -172,12 +172,6 @@ def test_since_counts_what_was_made_from_then_on(store, usage, trial, monkeypatc
         code, out, err = usage(*words)
         assert (code, out) == (2, "")
         assert why in err
-
-
-def test_where_nothing_was_made_there_is_nothing_to_count(usage):
-    code, out, err = usage()
-    assert (code, out) == (2, "")
-    assert "nothing was made in" in err
 
 
 # ---------------------------------------------------------------- real sweeps, two users
@@ -226,18 +220,6 @@ def test_one_name_in_two_projects_shares_artifacts_and_neither_ledger_nor_experi
     assert set(rows(usage, "user")) == {"mina"}
     assert set(rows(usage, "project")) == {"birds"}
     assert set(rows(usage, "sweep")) == {"birds/same"}
-
-
-def test_a_bucket_says_the_same_as_a_folder(bucket, store, usage, tmp_path, trial, monkeypatch):
-    for place in (store, open_store(bucket)):
-        of_user(monkeypatch, "mina", cpu=1, gpu=1)
-        made(place, trial("cpl").features, 2)
-        of_user(monkeypatch, "tom", cpu=2)
-        made(place, trial("cpl"), 1)
-    found = rows(usage, "user", "--store", bucket)
-    for one, other in zip(found.values(), rows(usage, "user").values(), strict=True):
-        assert {**one, "bytes": 0} == {**other, "bytes": 0}
-    assert set(found) == {"mina", "tom"}
 
 
 @pytest.mark.integration
