@@ -13,6 +13,7 @@ Shards are put once. A bucket has no rename, and needs none.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -21,13 +22,15 @@ import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryFile
+from typing import Any, BinaryIO
 
 from air_core.seal import intact
 from orchestrator.files import Stamp, file_digest, file_stamp, sync, write_beside, write_whole
 from orchestrator.leases import Lease
-from orchestrator.remote import Remote, folder_of, is_bucket, parse, side_by_side
+from orchestrator.remote import Entry, Remote, folder_of, is_bucket, parse, side_by_side
 from orchestrator.verification import parse_record, read_record
 
 CACHE = "AIRSWEEP_CACHE"
@@ -136,6 +139,36 @@ class FolderBackend:
         return sum(file.stat().st_size for file in folder.glob("*"))
 
     # ---------------------------------------------------------------- files
+
+    def listed(self, pattern: str) -> list[Entry]:
+        """Files by their paths below the root, and their folders as `folder/`, as they are now.
+
+        Args:
+            pattern: of their folders.
+        """
+        found: list[Entry] = []
+        for folder in sorted(self.root.glob(pattern)):
+            name = folder.relative_to(self.root).as_posix()
+            if folder.is_dir():
+                with suppress(FileNotFoundError), os.scandir(folder) as entries:
+                    found.append(Entry(f"{name}/", 0, None, folder.stat().st_mtime))
+                    for entry in entries:  # some may be renamed or removed at this moment
+                        stat = entry.stat(follow_symlinks=False)
+                        place = f"{name}/{entry.name}"
+                        found.append(Entry(place, stat.st_size, None, stat.st_mtime))
+        return found
+
+    def beside(self, pattern: str) -> Iterable[Path]:
+        """Files beside the artifacts; none where those of this machine are copies."""
+        return sorted(self.root.glob(pattern))
+
+    def open(self, file: Path) -> BinaryIO:
+        """A file as all machines see it.
+
+        Raises:
+            OSError: it does not exist, or cannot be read.
+        """
+        return open(file, "rb")
 
     def names(self, folder: Path) -> Collection[str]:
         """Names of the files of a row."""
@@ -374,6 +407,21 @@ class BucketBackend(FolderBackend):
         return sum(self._listing(folder).values())
 
     # ---------------------------------------------------------------- files
+
+    def listed(self, pattern: str) -> list[Entry]:
+        top, depth = pattern.partition("/*")[0], pattern.count("/") + 1
+        found = (replace(one, name=f"{top}/{one.name}") for one in self.remote.listed(top))
+        return [one for one in found if one.name.count("/") == depth]
+
+    def beside(self, pattern: str) -> Iterable[Path]:
+        return ()
+
+    def open(self, file: Path) -> BinaryIO:
+        handle = TemporaryFile()  # noqa: SIM115
+        if not self.remote.download(self.object(file), handle):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(file))
+        handle.seek(0)
+        return handle
 
     def names(self, folder: Path) -> Collection[str]:
         return tuple(self._listing(folder))
