@@ -134,7 +134,6 @@ LONG = (
     "test_generation",
     "test_tracking",
     "test_job",
-    "test_outage",
     "test_browsing",
     "test_any_trial",
     "test_bundles",

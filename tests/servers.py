@@ -253,7 +253,7 @@ BUSY = json.dumps(
 
 
 class Line:
-    """The line to a server. It can be cut, lose the server's replies, and say that it is busy."""
+    """The line to a server. It can be cut, and say that the server is busy."""
 
     def __init__(self, url: str) -> None:
         self._server = ("127.0.0.1", int(url.rsplit(":", 1)[1]))
@@ -261,7 +261,7 @@ class Line:
         self._open: socketserver.ThreadingTCPServer | None = None
         self._calls: list[socket.socket] = []
         self.url = f"http://127.0.0.1:{self._port}"
-        self.loses_replies = self.busy = False
+        self.busy = False
 
     def restore(self) -> None:
         line = self
@@ -285,7 +285,7 @@ class Line:
 
     def _reply(self, server: socket.socket, client: socket.socket) -> None:
         with contextlib.suppress(OSError):
-            while (data := server.recv(65536)) and not self.loses_replies:
+            while data := server.recv(65536):
                 if self.busy:  # one answer, in however many pieces the server's comes
                     head = "HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\n"
                     head += f"Connection: close\r\nContent-Length: {len(BUSY)}\r\n\r\n"

@@ -22,11 +22,9 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.browser import CHROMIUM, Browser
-from tests.browser import MISSING as NO_CHROMIUM
 from tests.servers import free_port
 from tests.sweeps import TIMEOUT, count, environment, events, search_sweep, wait_until, write_sweep
-from tests.team import HERE, HOST, MISSING, Team, basic, reader, team
+from tests.team import HERE, MISSING, Team, basic, reader, team
 from tests.trivial import Trivial
 
 pytestmark = [pytest.mark.integration, pytest.mark.skipif(not HERE, reason=MISSING)]
@@ -317,18 +315,6 @@ def test_who_is_not_let_in_is_told_before_anything_starts(
     assert not (tmp_path / "sweeps").exists()
 
 
-def test_a_file_of_mlflows_own_holds_the_password_too(spec, services, ada, tmp_path):
-    (tmp_path / ".mlflow").mkdir()
-    (tmp_path / ".mlflow" / "credentials").write_text(
-        "[mlflow]\n"
-        "mlflow_tracking_username = ada\n"
-        f"mlflow_tracking_password = {ada['MLFLOW_TRACKING_PASSWORD']}\n"
-    )
-    place = ("--set", "project=from-a-file", "--tracking-uri", services.mlflow.url)
-    ran(spec, tmp_path / "runs", *place, *SHORT, HOME=str(tmp_path))
-    assert runs(services, "from-a-file")
-
-
 def test_who_may_only_read_a_project_is_told_and_who_is_granted_may_write(
     spec, services, recorded, tmp_path
 ):
@@ -367,70 +353,6 @@ def test_an_administrator_makes_users_and_changes_the_first_password_as_the_page
     assert runs(services, "flowers")
     with pytest.raises(urllib.error.HTTPError, match="401"):
         mlflow.post("api/2.0/mlflow/experiments/search", {"max_results": 1}, "admin", first)
-
-
-def test_a_server_without_its_database_is_refused_before_anything_starts(
-    spec, services, ada, tmp_path
-):
-    services.postgres.stop()
-    try:
-        done = run(spec, tmp_path, **ada)
-    finally:
-        services.postgres.start()
-    assert done.returncode == 3
-    assert "does not answer" in done.stderr
-    assert "503" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
-
-
-@pytest.mark.parametrize(
-    ("host", "word", "code"),
-    [
-        (None, "hers", 200),
-        (HOST, "hers", 200),
-        ("elsewhere.example", "hers", 403),
-        (None, "another", 401),
-        (None, None, 401),
-    ],
-)
-def test_pages_are_for_users_and_under_the_names_of_the_server_alone(
-    services, recorded, ada, host, word, code
-):
-    headers = {"Host": host} if host else {}
-    if word is not None:
-        known = {"hers": ada["MLFLOW_TRACKING_PASSWORD"]}
-        headers["Authorization"] = basic("ada", known.get(word, word))
-    request = urllib.request.Request(
-        f"{services.mlflow.url}/api/2.0/mlflow/experiments/get-by-name?experiment_name=air/digits",
-        headers=headers,
-    )
-    try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
-            found = answer.status
-    except urllib.error.HTTPError as refused:
-        found = refused.code
-    assert found == code
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
-def test_after_login_a_browser_shows_the_sweep_and_before_it_nothing(
-    services, recorded, ada, tmp_path
-):
-    parent = next(run for run in runs(services, "digits") if tags(run)["air.kind"] == "sweep")
-    experiment = parent["info"]["experiment_id"]
-    page = f"{services.mlflow.url}/#/experiments/{experiment}/runs?workflowType=machine_learning"
-    there = f"[...document.links].some(a => a.innerText === {NAME!r})"
-    browser = Browser(tmp_path / "profile")
-    try:
-        browser.open(page, "document.readyState === 'complete'")
-        assert not browser.evaluate(there)
-        assert "mlflow" not in browser.text().lower() or "authenticated" in browser.text()
-        login = services.mlflow.url.replace("//", f"//ada:{ada['MLFLOW_TRACKING_PASSWORD']}@")
-        browser.open(f"{login}/health", "document.body.innerText.includes('OK')")
-        browser.open(f"{login}/version", "document.body.innerText.includes('3.')")
-        browser.open(page, there)
-    finally:
-        browser.close()
 
 
 # ---------------------------------------------------------------- many at once

@@ -202,20 +202,6 @@ def losing(bucket, s3_server) -> Iterator[tuple[Remote, list[str]]]:
         yield parse(f"{bucket}?endpoint_override={url}"), to_lose
 
 
-def test_a_lock_whose_renewal_lost_its_answer_is_still_held(losing, remote, monkeypatch):
-    monkeypatch.setenv(LOCK_SECONDS, "4")
-    behind, to_lose = losing
-    holder, other = Lease(behind, "locks/x"), Lease(remote, "locks/x")
-    assert holder.take()
-    to_lose.append("locks/x")
-    time.sleep(7)  # renewed for the last time with its answer, it would be dead by now
-    assert to_lose == []
-    assert not other.take()
-    holder.release()
-    assert other.take()
-    other.release()
-
-
 def test_who_took_a_lock_and_heard_no_answer_has_it(losing, remote):
     behind, to_lose = losing
     holder, other = Lease(behind, "locks/x"), Lease(remote, "locks/x")
@@ -239,29 +225,6 @@ def test_who_took_a_lock_from_the_dead_and_heard_no_answer_has_it(losing, remote
     assert holder.take_from_the_dead()
     assert to_lose == []
     holder.release()
-
-
-def test_the_lock_of_a_dead_process_of_this_machine_is_free_at_once(remote):
-    holder = Lease(remote, "locks/x")
-    assert holder.take()
-    holder._over.set()
-    content = json.loads(remote.get("locks/x"))
-    remote.put("locks/x", json.dumps({**content, "pid": 2**22 + 1}).encode())
-    assert Lease(remote, "locks/x").take()
-
-
-def test_who_waits_for_another_machine_says_so(machine):
-    holder, waiting = Lease(machine("one").backend.remote, "locks/x"), machine("two")
-    told: list[tuple[str, str, float]] = []
-
-    def let_go_when_told(*what: Any) -> None:
-        told.append(what)
-        holder.release()
-
-    waiting.locks.waits = let_go_when_told
-    assert holder.take()
-    with waiting.locks.turn("x"):
-        assert told[0][:2] == ("x", "another machine")
 
 
 def ledger_of(store: ArtifactStore) -> Ledger:
@@ -324,12 +287,6 @@ def test_a_uri_that_is_no_place_for_a_store_is_refused_without_its_secret(uri, r
     assert "=secret" not in str(told.value)
 
 
-def test_a_file_uri_is_the_folder(tmp_path):
-    store = open_store(f"file://{tmp_path}/runs")
-    assert store.root == tmp_path / "runs"
-    assert store.name == str(store.root)
-
-
 def test_a_bucket_or_server_that_is_not_there_is_told(bucket, monkeypatch):
     with pytest.raises(RemoteAway, match="there is no bucket 'nowhere'; create it"):
         open_store("s3://nowhere/x")
@@ -368,17 +325,6 @@ def test_who_has_no_credentials_is_told_what_to_set(bucket, monkeypatch):
         open_store(bucket)
 
 
-def test_a_profile_gives_credentials(bucket, tmp_path, monkeypatch):
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.delenv(name)
-    file = tmp_path / "credentials"
-    file.write_text("[mine]\naws_access_key_id = test\naws_secret_access_key = test\n")
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
-    monkeypatch.setenv("AWS_PROFILE", "mine")
-    monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:1")
-    assert open_store(bucket).name == bucket
-
-
 def test_a_folder_needs_neither_obstore_nor_pyarrow():
     asked = (
         "import sys, orchestrator.driver; print({'obstore', 'pyarrow', 'torch'} & {*sys.modules})"
@@ -408,11 +354,3 @@ def test_a_bucket_is_a_place_for_a_job_and_a_relative_folder_is_not(bucket, tmp_
     assert place_of(sweep, bucket, None).store.name == bucket
     with pytest.raises(Refused, match="s3://bucket/prefix"):
         place_of(sweep, "runs", None)
-
-
-def test_nothing_is_removed_from_a_bucket(machine):
-    with (
-        pytest.raises(StoreRefused, match=r"remove record\.json first"),
-        machine("one").locks.alone(),
-    ):
-        pass
