@@ -32,8 +32,8 @@ T = TypeVar("T")
 FILE, S3 = "file", "s3"
 # What to set, by scheme of the buckets that can hold a store.
 CREDENTIALS = {
-    S3: "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY on every machine, or AWS_PROFILE, which "
-    "needs `pip install 'airsweep[s3]'`",
+    S3: "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY on every machine; for AWS_PROFILE, run "
+    '`eval "$(aws configure export-credentials --format env)"`',
     "gs": "set GOOGLE_APPLICATION_CREDENTIALS on every machine",
     "az": "set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY on every machine",
 }
@@ -336,25 +336,7 @@ def _client(remote: Remote) -> Any:
     if bundle := os.environ.get("AWS_CA_BUNDLE"):  # as the AWS CLI reads it
         client["root_certificate"] = Path(bundle).read_bytes()
     opened: Any = from_url  # typed for each scheme apart
-    provider = _profile() if remote.scheme == S3 else None
-    more = {"credential_provider": provider} if provider else {}
-    return opened(str(remote), config=config, client_options=client, retry_config=RETRIES, **more)
-
-
-def _profile() -> Any:
-    """Credentials of AWS_PROFILE or of the files below ~/.aws, renewed by boto3; None: there are
-    none, or boto3 is not installed."""
-    files = ("AWS_SHARED_CREDENTIALS_FILE", ".aws/credentials"), ("AWS_CONFIG_FILE", ".aws/config")
-    named = (Path(os.environ.get(name) or Path.home() / file) for name, file in files)
-    if os.environ.get("AWS_ACCESS_KEY_ID") or not any(file.is_file() for file in named):
-        return None
-    try:
-        import boto3
-        from obstore.auth.boto3 import Boto3CredentialProvider
-    except ImportError:
-        return None
-    session = boto3.Session()
-    return Boto3CredentialProvider(session) if session.get_credentials() else None
+    return opened(str(remote), config=config, client_options=client, retry_config=RETRIES)
 
 
 def _interruptible(do: Callable[[], T]) -> T:
