@@ -107,9 +107,6 @@ class FolderBackend:
             return read_record(folder / RECORD)
         return None
 
-    def bring_records(self, folders: Iterable[Path]) -> None:
-        """`record` will be asked of many: bring them here side by side, where they exist."""
-
     def bring(self, folders: Iterable[Path]) -> bool:
         """Bring artifacts to this machine, side by side; did any have to be brought?
 
@@ -322,9 +319,6 @@ class BucketBackend(FolderBackend):
 
     def _kept(self, folder: Path) -> Path:
         return self.root / "records" / f"{self.object(folder).removeprefix('artifacts/')}.json"
-
-    def bring_records(self, folders: Iterable[Path]) -> None:
-        side_by_side(self._record, [folder for folder in folders if self.has(folder)])
 
     def bring(self, folders: Iterable[Path]) -> bool:
         missing = [folder for folder in folders if not (folder / RECORD).is_file()]

@@ -109,18 +109,6 @@ class ChildRun:
     files: Mapping[str, Callable[[], bytes]] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, kw_only=True)
-class SeenRun:
-    """A run as MLflow has it."""
-
-    run_id: str
-    name: str
-    status: str
-    tags: dict[str, str]
-    metrics: dict[str, float]
-    text: str | None  # of the file that was asked for
-
-
 # ---------------------------------------------------------------- where MLflow is
 
 
@@ -167,7 +155,7 @@ def _unknown(scheme: str, uri: str) -> str:
     return f"unknown tracking uri {scheme}:...; {known}"
 
 
-def _resolved(uri: str | None, store: Path) -> tuple[str, Path | None]:
+def resolved(uri: str | None, store: Path) -> tuple[str, Path | None]:
     """MLflow's address and, where that is a file, its path.
 
     Raises:
@@ -196,23 +184,10 @@ def make_tracker(uri: str | None, *, store: Path, project: str) -> Mlflow:
     Raises:
         ValueError: the URI is of another kind, or switches tracking off.
     """
-    address, database = _resolved(uri, store)
+    address, database = resolved(uri, store)
     from orchestrator.tracking.mlflow import Mlflow  # seconds to import
 
     return Mlflow(address, project=project, database=database)
-
-
-def read_run(uri: str | None, store: Path, run_id: str, file: str) -> SeenRun:
-    """A run by its id, or by the beginning of one, with the text of one of its files.
-
-    Raises:
-        ValueError: there is no such run, or tracking is off.
-        TrackerAway: the server does not answer.
-    """
-    address, database = _resolved(uri, store)
-    from orchestrator.tracking.runs import read_run as read
-
-    return read(address, database, run_id, file)
 
 
 def serve_command(

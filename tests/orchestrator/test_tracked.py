@@ -23,11 +23,10 @@ from orchestrator.dispatch import Outcome
 from orchestrator.image_rows import build_image_block, open_generator
 from orchestrator.keys import ArtifactKey
 from orchestrator.ledger import Ledger, SweepBusy
-from orchestrator.parent import parent_of
 from orchestrator.place import Place
 from orchestrator.plan import needs_of, plan_sweep
 from orchestrator.publish import Publisher
-from orchestrator.reconcile import reconcile, sync
+from orchestrator.reconcile import parent_of, reconcile, sync
 from orchestrator.report import rows
 from orchestrator.repro import differences, repro
 from orchestrator.results import entries_of
