@@ -19,7 +19,6 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from tests.servers import free_port
@@ -373,19 +372,7 @@ seeds: [{seed}]
 DRIVERS, PROJECTS = 6, ("north", "south")
 
 
-def connections_of(process: subprocess.Popen[bytes], port: int) -> int:
-    """How many a driver has to the server."""
-    try:
-        found = psutil.Process(process.pid).net_connections("tcp")
-    except psutil.Error:
-        return 0
-    there = [c for c in found if c.raddr and c.raddr.port == port]
-    return len([c for c in there if c.status == psutil.CONN_ESTABLISHED])
-
-
-def test_six_drivers_at_once_lose_nothing_and_hold_few_connections(
-    services, drawn_digits, tmp_path
-):
+def test_six_drivers_at_once_lose_nothing(services, drawn_digits, tmp_path):
     """Each with a sweep of its own, all on one store and the team's services."""
     gate, store = tmp_path / "gate", tmp_path / "runs"
     gate.mkdir()
@@ -420,16 +407,7 @@ def test_six_drivers_at_once_lose_nothing_and_hold_few_connections(
 
         wait_until(could_begin, logs)
         (gate / "open").touch()
-        most: Counter[str] = Counter()
-
-        def have_ended() -> bool:
-            for user, number in services.postgres.connections().items():
-                most[user] = max(most[user], number)
-            http = max(connections_of(process, services.mlflow.port) for process in running)
-            most["http"] = max(most["http"], http)
-            return all(process.poll() is not None for process in running)
-
-        wait_until(have_ended, logs, every=0.2)
+        wait_until(lambda: all(process.poll() is not None for process in running), logs, every=0.2)
     assert [process.returncode for process in running] == [0] * DRIVERS, logs()
 
     told: Counter[tuple[str, str]] = Counter()
@@ -444,6 +422,3 @@ def test_six_drivers_at_once_lose_nothing_and_hold_few_connections(
         expected |= {(file.parent.name, slot) for slot in ("", *(e["slot"] for e in ended))}
     assert told == Counter(expected)
     assert len(expected) == DRIVERS * (1 + 1 + 3)
-    assert most["http"] <= 2  # one for calls, one for files
-    assert most["airsweep_studies"] <= 2 * DRIVERS  # one may be closing still
-    assert most["mlflow"] + most["mlflow_auth"] <= 2 * (10 + 10)

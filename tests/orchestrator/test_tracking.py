@@ -348,24 +348,6 @@ def test_a_sweep_that_goes_on_keeps_its_run(file: World) -> None:
     assert (file.seen().run.status, len(file.seen().trials)) == ("FINISHED", 2)
 
 
-def test_a_setting_is_a_run_beside_its_trials(file: World) -> None:
-    file.send(a_trial(), a_trial(seed=2), a_setting())
-
-    seen = file.seen()
-    assert len(seen.trials) == 2
-    (point,) = seen.settings.values()
-    assert (point.name, point.status) == ("digits-ul-text-air", "FINISHED")
-    assert point.params == {"images_per_class": "25"}
-    assert {
-        "air.kind": "point",
-        "air.point": "digits-ul-text-air/0",
-        "air.interval": "95 % bootstrap over images and seeds",
-        "mlflow.note.content": "Its trials.",
-        **a_setting().tags,
-    }.items() <= point.tags.items()
-    assert point.curves == curves_of(a_setting())
-
-
 def curves_of(setting: ChildRun) -> dict[str, list[tuple[int, float]]]:
     numbers = setting.numbers()
     curves = {key: [value] for key, value in numbers.metrics.items()} | dict(numbers.curves)
