@@ -182,7 +182,7 @@ class FolderBackend:
             anew: also those that have a copy here.
         """
 
-    def pull_folder(self, folder: Path, but: Collection[str] = ()) -> None:
+    def pull_folder(self, folder: Path) -> None:
         """Bring the files of a folder that have changed, not those of folders in it."""
 
     def push(self, file: Path) -> None:
@@ -451,11 +451,11 @@ class BucketBackend(FolderBackend):
             temporary.unlink(missing_ok=True)
         return found
 
-    def pull_folder(self, folder: Path, but: Collection[str] = ()) -> None:
+    def pull_folder(self, folder: Path) -> None:
         tags = folder / ".tags.json"
         known: dict[str, Any] = json.loads(tags.read_text()) if tags.exists() else {}
         _, listed = self.remote.folder(self.object(folder))
-        there = {one.name: one.etag for one in listed if one.name not in but}
+        there = {one.name: one.etag for one in listed}
         changed = [
             folder / name
             for name, tag in there.items()

@@ -6,7 +6,6 @@ What was written before there were seals can be opened or not; more cannot be to
 from __future__ import annotations
 
 import io
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,7 @@ from air_core.seal import intact
 from orchestrator.backends import RECORD, VERSION, FolderBackend
 from orchestrator.files import content_digest
 from orchestrator.inventory import SHARDS, Holding, Inventory
-from orchestrator.ledger import EVENTS, JOURNAL_REMEDY, REMEDY, parse_event
+from orchestrator.ledger import EVENTS, REMEDY, parse_event
 from orchestrator.place import RESOLVED
 from orchestrator.remote import RemoteAway
 from orchestrator.store import ROW
@@ -173,13 +172,13 @@ def _sealed(file: Path, handle: BinaryIO) -> bool:
     return intact(data) is not None
 
 
-def _lines(parse: Callable[[bytes], object], file: Path, handle: BinaryIO) -> bool:
-    """A file of one JSON text a line; a half line at the end is what a killed writer left."""
+def _events(file: Path, handle: BinaryIO) -> bool:
+    """An event log; a half line at the end is what a killed driver left."""
     whole, _, _ = handle.read().rpartition(b"\n")
     for number, line in enumerate(whole.splitlines(), 1):
         try:
-            parse(line)
-        except (ValueError, TypeError) as problem:
+            parse_event(line)
+        except ValueError as problem:
             raise ValueError(f"line {number} is damaged: {problem}") from None
     return True
 
@@ -200,6 +199,5 @@ BESIDE: dict[str, tuple[Check, str]] = {
     "history.json": (_sealed, CACHE_REMEDY),
     f"sweeps/*/*/{RESOLVED}": (_sealed, RUN_REMEDY),
     "sweeps/*/*/outcome.json": (_sealed, RUN_REMEDY),
-    f"sweeps/*/*/{EVENTS}": (partial(_lines, parse_event), REMEDY),
-    "sweeps/*/*/studies.journal": (partial(_lines, json.loads), JOURNAL_REMEDY),
+    f"sweeps/*/*/{EVENTS}": (_events, REMEDY),
 }
