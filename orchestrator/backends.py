@@ -271,7 +271,7 @@ class BucketBackend(FolderBackend):
     @contextmanager
     def turn(self, name: str, waits: Waits) -> Iterator[None]:
         lease = Lease(self.remote, f"{LOCKS}/{name}")
-        lease.wait(lambda seconds: waits(name, "another machine", seconds))
+        lease.acquire(lambda seconds: waits(name, "another machine", seconds))
         try:
             self.look_again()
             yield

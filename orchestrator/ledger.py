@@ -156,7 +156,7 @@ class BucketLedger(Ledger):
     def lock(self) -> None:
         super().lock()
         try:
-            if not self.lease.take_from_the_dead():
+            if not self.lease.acquire():
                 raise SweepBusy(
                     f"another driver runs this sweep ({self.backend.label(self.folder)}/driver.lock"
                     " is renewed); wait for it, or stop it"

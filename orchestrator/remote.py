@@ -12,7 +12,6 @@ import os
 import re
 import threading
 import time
-import uuid
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -239,14 +238,6 @@ class Remote:
 
     def delete(self, name: str) -> None:
         self._ask(lambda bucket: bucket.delete(name))
-
-    def clock(self) -> float:
-        """Seconds since the epoch by the server's clock, which dates its objects."""
-        name = f"probes/clock-{uuid.uuid4().hex}"
-        self.put(name, b"")
-        now = self.versioned(name)
-        self.delete(name)
-        return time.time() if now is None else now.changed
 
     # ---------------------------------------------------------------- requests
 
