@@ -17,8 +17,6 @@ from urllib.parse import urlsplit
 if TYPE_CHECKING:
     from orchestrator.tracking.mlflow import Mlflow
 
-MAX_METRICS = 30  # keys of a run; the columns of MLflow's table are what makes it slow
-
 DATABASE = "mlflow.db"  # both lie in the store's folder and move with it
 ARTIFACTS = "mlartifacts"
 
@@ -57,13 +55,6 @@ class Numbers:
     metrics: Mapping[str, float] = field(default_factory=dict)
     curves: Mapping[str, list[float]] = field(default_factory=dict)  # a value per iteration
     interval: str = ""  # of a setting: what _low and _high are
-
-    def __post_init__(self) -> None:
-        keys = self.metrics.keys() | self.curves.keys()
-        assert len(keys) <= MAX_METRICS, (
-            f"{len(keys)} metric keys, at most {MAX_METRICS}: numbers per class belong in an "
-            "artifact"
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -63,7 +63,6 @@ from orchestrator.variables import environment
 
 log = logging.getLogger(__name__)
 
-MAX_ARTIFACT = 1_000_000  # bytes; images go by reference
 # For the check before a run: a user without a server should know at once.
 QUICK = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
 REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
@@ -353,25 +352,16 @@ class SweepTracker:
         states arrive all the same, and the files when the sweep is opened again.
         """
         done: list[str] = []
-        if not self.takes_files:
-            return done
         there = files_of(self.mlflow.database, run.folder, self.client.tracking_uri)
-        for name, data in files:
-            if len(data) >= MAX_ARTIFACT:
-                size, limit = len(data) / 1e6, MAX_ARTIFACT / 1e6
-                log.warning(
-                    "%s is not sent to MLflow: it has %.1f MB, the limit is %.0f MB",
-                    *(name, size, limit),
-                )
-            else:
-                try:
-                    with tempfile.TemporaryDirectory(prefix="airsweep-") as scratch:
-                        path = Path(scratch, name)
-                        path.write_bytes(data)
-                        there.log_artifact(str(path))  # type: ignore[no-untyped-call]
-                except Trouble as trouble:
-                    self.takes_files = False
-                    log.warning("MLflow takes no artifacts for now (%s)", reason(trouble))
-                    break
+        for name, data in files if self.takes_files else ():
+            try:
+                with tempfile.TemporaryDirectory(prefix="airsweep-") as scratch:
+                    path = Path(scratch, name)
+                    path.write_bytes(data)
+                    there.log_artifact(str(path))  # type: ignore[no-untyped-call]
+            except Trouble as trouble:
+                self.takes_files = False
+                log.warning("MLflow takes no artifacts for now (%s)", reason(trouble))
+                break
             done.append(name)
         return done

@@ -447,16 +447,6 @@ def test_files_are_found_through_a_server_after_the_store_has_moved(server: Serv
     assert trial.tags["air.artifacts"] == server.file
 
 
-def test_a_file_of_a_megabyte_is_refused_with_a_word(
-    file: World, caplog: pytest.LogCaptureFixture
-) -> None:
-    for _ in range(2):
-        counts = file.send(a_trial(files={"large.png": lambda: b"x" * 1_000_000}))
-    assert caplog.text.count("large.png is not sent") == 1
-    assert counts.present == 1
-    assert file.seen().trials[a_trial().id].status == "FINISHED"
-
-
 def test_files_that_had_no_room_come_with_the_next_start(
     fresh_store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
