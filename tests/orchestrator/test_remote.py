@@ -12,26 +12,23 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from air_core.seal import sealed_json
-from air_core.specs import FeaturesSpec, FolderImages, Ref
+from air_core.specs import FeaturesSpec, Ref
 from orchestrator.backends import StoreRefused, stored_name
 from orchestrator.keys import artifact_key
 from orchestrator.leases import LOCK_SECONDS, Lease
-from orchestrator.ledger import Ledger, SweepBusy
-from orchestrator.place import Refused, place_named, place_of
+from orchestrator.ledger import SweepBusy
+from orchestrator.place import Refused, place_of
 from orchestrator.remote import Remote, RemoteAway, parse, side_by_side
 from orchestrator.store import ArtifactStore, MissingArtifact, open_store
 from orchestrator.sweep_file import load_sweep
+from tests.orchestrator.test_backends import ROW, SPEC, ledger_of, numbers, said
 from tests.servers import counting_requests, losing_answers
 from tests.sweeps import write_sweep
-
-SPEC = FeaturesSpec(dataset=Ref(name="digits", digest="d"), backbone=Ref(name="tiny", digest="b"))
-ROW = FolderImages(model=Ref(name="folder:x", digest="f"), classnames=("a",), size=8, block=2)
 
 
 @pytest.fixture
@@ -48,14 +45,6 @@ def machine(bucket, tmp_path, monkeypatch) -> Callable[[str], ArtifactStore]:
 @pytest.fixture
 def remote(bucket) -> Remote:
     return parse(bucket)
-
-
-def numbers(text: str) -> Callable[[Path], dict[str, Any]]:
-    def build(folder: Path) -> dict[str, Any]:
-        (folder / "numbers").write_text(text)
-        return {"said": text}
-
-    return build
 
 
 def names(remote: Remote, under: str = "") -> set[str]:
@@ -224,14 +213,6 @@ def test_who_took_a_lock_from_the_dead_and_heard_no_answer_has_it(losing, remote
     assert holder.acquire()
     assert to_lose == []
     holder.release()
-
-
-def ledger_of(store: ArtifactStore) -> Ledger:
-    return place_named(store, "default", "x").ledger()
-
-
-def said(ledger: Ledger) -> list[int]:
-    return [event["number"] for event in ledger.events()]
 
 
 def test_events_are_objects_of_which_a_machine_reads_those_that_it_lacks(machine, remote, counted):
