@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import shutil
 import signal
@@ -124,21 +123,6 @@ def test_a_search_in_postgres_asks_and_tells_what_one_in_the_journal_does(
     assert services.postgres.ask(query, "airsweep_studies") == [(1,)]
 
 
-def test_studies_move_between_journal_and_postgres_in_mid_search(spec, calm, services, tmp_path):
-    killed = run(spec, tmp_path, AIRSWEEP_CRASH_AT="round_told:2")
-    assert killed.returncode == -signal.SIGKILL
-    crash = {"AIRSWEEP_CRASH_AT": "round_told:2"}
-    killed = run(spec, tmp_path, *on_postgres(services), **password(services), **crash)
-    assert killed.returncode == -signal.SIGKILL
-    between = len(asked(tmp_path))
-    assert 4 <= between < 12
-    ran(spec, tmp_path)
-    assert asked(tmp_path) == asked(calm)
-    assert {k: key for k, (_, key) in outcomes(tmp_path).items()} == {
-        k: key for k, (_, key) in outcomes(calm).items()
-    }
-
-
 def test_sweeps_of_the_same_name_do_not_meet_in_one_database(spec, services, tmp_path):
     for store in ("ours", "theirs"):
         ran(spec, tmp_path / store, *on_postgres(services), **password(services))
@@ -149,14 +133,6 @@ def test_sweeps_of_the_same_name_do_not_meet_in_one_database(spec, services, tmp
 
 def named(store: Path) -> list[dict[str, Any]]:
     return [e for e in events(store, NAME) if e["event"] == "studies_named"]
-
-
-def test_a_store_in_a_bucket_keeps_its_studies_in_postgres(spec, calm, services, bucket):
-    cache = {"AIRSWEEP_CACHE": os.environ["AIRSWEEP_CACHE"]}
-    ran(spec, bucket, *on_postgres(services), **password(services), **cache)
-    (mirror,) = Path(os.environ["AIRSWEEP_CACHE"]).rglob("events.jsonl")
-    store = mirror.parents[3]
-    assert asked(store) == asked(calm)
 
 
 def test_drivers_that_start_together_in_an_empty_database_all_find_its_tables(
