@@ -38,7 +38,7 @@ from orchestrator.tracked import remembered
 from orchestrator.tracking import Counts, TrackerAway
 from orchestrator.trial import read_trial, run_trial
 from orchestrator.workshop import Workshop
-from tests.servers import Line, MlflowServer, free_port
+from tests.servers import MlflowServer, free_port, in_trouble
 from tests.sweeps import record_again
 
 IMAGES = 240  # of the digits: enough for every class, and quick
@@ -331,27 +331,23 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
 def test_an_mlflow_that_goes_away_is_warned_of_once_and_gets_the_rest_afterwards(
     ended, sweep, server, tmp_path, caplog
 ):
-    place = copy_of(ended, tmp_path)
-    line = Line(server.url)
-    line.restore()
-    driver = Publisher(sweep, parent_of(sweep, place, MADE), place.store, line.url)
+    place, trouble = copy_of(ended, tmp_path), []
     done = outcomes(sweep, place)
-    driver.trial(done[0], time.time())
-    driver.catch_up()
-    line.cut()
-    for outcome in done[1:]:
-        driver.trial(outcome, time.time())
-    driver.catch_up()
-    driver.finish("FAILED", synced(sweep, place))
+    with in_trouble(server.url, trouble) as url:
+        driver = Publisher(sweep, parent_of(sweep, place, MADE), place.store, url)
+        driver.trial(done[0], time.time())
+        driver.catch_up()
+        trouble.append("away")
+        for outcome in done[1:]:
+            driver.trial(outcome, time.time())
+        driver.catch_up()
+        driver.finish("FAILED", synced(sweep, place))
     away, lacking = (one.getMessage() for one in caplog.records)
     assert "does not answer" in away
-    to_type = (
-        f"airsweep mlflow reconcile small --store {place.store.root} --tracking-uri {line.url}"
-    )
-    assert to_type in lacking
-    assert reconcile(sweep, place, server.url).counts == Counts(
-        sent=5, present=1, settings=3, sweep=True
-    )
+    where = f"--store {place.store.root} --tracking-uri {url}"
+    assert f"airsweep mlflow reconcile small {where}" in lacking
+    told = reconcile(sweep, place, server.url).counts
+    assert told == Counts(sent=5, present=1, settings=3, sweep=True)
     assert reconcile(sweep, place, server.url).counts == Counts(present=6)
     slots = Counter(run.data.tags.get("air.slot") for run in all_runs(server.url))
     assert {slots[slot] for slot in slots if slot} == {1}

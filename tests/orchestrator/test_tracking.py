@@ -27,7 +27,7 @@ from orchestrator.tracking import (
     TrackerAway,
     make_tracker,
 )
-from tests.servers import Line, MlflowServer
+from tests.servers import MlflowServer, in_trouble
 
 ROOT = Path(__file__).parents[2]
 
@@ -565,17 +565,16 @@ def test_a_request_that_arrived_twice_leaves_one_run(file: World, run: ChildRun)
 
 @pytest.mark.integration
 def test_a_busy_server_has_refused_nothing(server: Server) -> None:
-    line = Line(server.url)
-    line.restore()
-    world = World(line.url, "busy")
-    tracker = world.open()
-    line.busy = True
-    with pytest.raises(TrackerAway, match="QueuePool"):
-        tracker.send(a_trial())
-    line.busy = False
-    assert world.send(a_trial()).sent == 1
-    assert world.seen().trials[a_trial().id].status == "FINISHED"
-    line.cut()
+    trouble: list[str] = []
+    with in_trouble(server.url, trouble) as url:
+        world = World(url, "busy")
+        tracker = world.open()
+        trouble.append("busy")
+        with pytest.raises(TrackerAway, match="QueuePool"):
+            tracker.send(a_trial())
+        trouble.clear()
+        assert world.send(a_trial()).sent == 1
+        assert world.seen().trials[a_trial().id].status == "FINISHED"
 
 
 DRIVER = """
