@@ -91,7 +91,8 @@ def verify(inventory: Inventory, watch: Watch = lambda each, total: each) -> Ver
     return Verdict(
         inventory,
         len(found),
-        sum(one.bytes for one in (*inventory.holdings, *inventory.unfinished)),
+        sum(one.bytes for one in inventory.holdings)
+        + sum(one.bytes for one in inventory.unfinished),
         tuple(one for one in found if one.why),
         sum(one.unsealed for one in found),
     )
