@@ -132,7 +132,7 @@ def take_inventory(store: ArtifactStore) -> Inventory:
     for one in store.backend.listed("artifacts/*/*/*"):
         folder, _, name = one.name.rpartition("/")
         folders[folder][name] = one
-    if not folders:
+    if not folders and not store.artifacts.is_dir():
         raise ValueError(
             f"nothing was made in {store.name} yet: run a sweep, or choose another with --store"
         )

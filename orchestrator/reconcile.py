@@ -17,7 +17,7 @@ from orchestrator.dispatch import Outcome
 from orchestrator.figures import pictures
 from orchestrator.ledger import Ledger
 from orchestrator.lineage import UNKNOWN
-from orchestrator.place import DONE, FAILED, Place, recorded_names, whoami
+from orchestrator.place import DONE, FAILED, Place, whoami
 from orchestrator.plan import Plan, Slot, plan_sweep
 from orchestrator.report import Entry, Row, counted, mean_std, settings_text, worlds_of
 from orchestrator.resolve import text_digest
@@ -125,11 +125,6 @@ def sync(sweep: SweepSpec, place: Place, tracker: SweepTracker, status: Status) 
     entries = entries_of(plan, place.store, done)
     tracker.finish(status, *note_and_files(plan, place, entries, tracker.run.run_id))
     return gone
-
-
-def recorded(store: ArtifactStore) -> list[str]:
-    """All sweeps of a store, as PROJECT/NAME."""
-    return ["/".join(names) for names in recorded_names(store)]
 
 
 @dataclass(frozen=True)
