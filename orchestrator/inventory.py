@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from orchestrator.backends import RECORD, stored_name
-from orchestrator.remote import Entry, side_by_side
+from orchestrator.remote import Entry, RemoteAway, side_by_side
 from orchestrator.store import DAMAGED, ROW, UNFINISHED, ArtifactStore
 from orchestrator.verification import DamagedArtifact, parse_record
 
@@ -141,8 +140,13 @@ def take_inventory(store: ArtifactStore) -> Inventory:
 
     def read(folder: str) -> None:
         file = store.root / folder / known[folder]
-        with suppress(OSError, DamagedArtifact), store.backend.open(file) as handle:
-            records[folder] = parse_record(handle.read(), file)  # `verify` names a damaged one
+        try:
+            with store.backend.open(file) as handle:
+                records[folder] = parse_record(handle.read(), file)
+        except RemoteAway:
+            raise
+        except (OSError, DamagedArtifact):  # `verify` says which
+            records[folder] = {}
 
     side_by_side(read, [folder for folder, files in folders.items() if known[folder] in files])
     holdings: list[Holding] = []
