@@ -50,7 +50,6 @@ spec = FeaturesSpec(dataset=Ref(name="digits", digest="d"), backbone=Ref(name="t
 print("asks", flush=True)
 ArtifactStore(Path(sys.argv[1])).get_or_build(spec, build)
 """
-A_WHILE = 0.3  # seconds in which somebody who does not wait would have begun
 
 
 @pytest.fixture
@@ -78,14 +77,6 @@ def asking(store: ArtifactStore, name: str) -> subprocess.Popen[str]:
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "asks\n"
-    return process
-
-
-def builder(store: ArtifactStore, name: str) -> subprocess.Popen[str]:
-    """Another process in the middle of building the same artifact."""
-    process = asking(store, name)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "begun\n"
     return process
 
 
@@ -211,7 +202,8 @@ def test_an_artifact_is_found_by_content_whatever_it_was_called(store):
 
 
 def test_who_waits_for_a_builder_that_is_killed_builds(store):
-    first = builder(store, "first")
+    first = asking(store, "first")
+    assert first.stdout.readline() == "begun\n"
     second = asking(store, "second")
     first.kill()
     first.communicate(timeout=60)
@@ -224,19 +216,13 @@ def test_who_waits_for_a_builder_that_is_killed_builds(store):
 def test_two_builders_where_locks_do_not_work_end_with_one_artifact(store):
     store.root.mkdir()
     (store.root / "locks").write_text("no folder, so nobody can make a lock in it")
-    first, second = builder(store, "first"), builder(store, "second")
-    for process in (second, first):
-        process.communicate("go on\n", timeout=60)
-        assert process.returncode == 0
-    assert len(folders(store)) == 1
-    artifact = store.get(SPEC)
-    assert artifact.record["info"] == {"by": "second"}
-    assert (artifact.path / "numbers").read_text() == "second"
-    assert leftovers(store) == []
 
+    def slow(folder: Path) -> dict[str, Any]:
+        ArtifactStore(store.root).get_or_build(SPEC, numbers)
+        return {"by": "the slow one"}
 
-def leftovers(store: ArtifactStore) -> list[Path]:
-    return list(store.artifacts.glob("*/*/.*"))
+    assert store.get_or_build(SPEC, slow).record["info"] == {"count": 3}
+    assert len(list(store.artifacts.glob("*/*/*"))) == 1
 
 
 # ---------------------------------------------------------------- locks
