@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from air_core.specs import FeaturesSpec, FolderImages, Ref
+from air_core.specs import FeaturesSpec, Ref
 from orchestrator.backends import StoreRefused
 from orchestrator.files import file_digest
 from orchestrator.keys import artifact_key
@@ -31,7 +31,6 @@ from tests.sweeps import environment
 
 SPEC = FeaturesSpec(dataset=Ref(name="digits", digest="d"), backbone=Ref(name="tiny", digest="b"))
 OTHER = replace(SPEC, backbone=Ref(name="large", digest="l"))
-ROW = FolderImages(model=Ref(name="folder:x", digest="f"), classnames=("a",), size=8, block=2)
 
 # A builder that says when it asks and when it has begun, and goes on when it is told to.
 SLOW = """
