@@ -13,6 +13,7 @@ Shards are put once. A bucket has no rename, and needs none.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -21,13 +22,15 @@ import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryFile
+from typing import Any, BinaryIO
 
 from air_core.seal import intact
 from orchestrator.files import Stamp, file_digest, file_stamp, sync, write_beside, write_whole
 from orchestrator.leases import Lease
-from orchestrator.remote import Remote, folder_of, is_bucket, parse, side_by_side
+from orchestrator.remote import Entry, Remote, folder_of, is_bucket, parse, side_by_side
 from orchestrator.verification import parse_record, read_record
 
 CACHE = "AIRSWEEP_CACHE"
@@ -104,9 +107,6 @@ class FolderBackend:
             return read_record(folder / RECORD)
         return None
 
-    def bring_records(self, folders: Iterable[Path]) -> None:
-        """`record` will be asked of many: bring them here side by side, where they exist."""
-
     def bring(self, folders: Iterable[Path]) -> bool:
         """Bring artifacts to this machine, side by side; did any have to be brought?
 
@@ -137,6 +137,36 @@ class FolderBackend:
 
     # ---------------------------------------------------------------- files
 
+    def listed(self, pattern: str) -> list[Entry]:
+        """Files by their paths below the root, and their folders as `folder/`, as they are now.
+
+        Args:
+            pattern: of their folders.
+        """
+        found: list[Entry] = []
+        for folder in sorted(self.root.glob(pattern)):
+            name = folder.relative_to(self.root).as_posix()
+            if folder.is_dir():
+                with suppress(FileNotFoundError), os.scandir(folder) as entries:
+                    found.append(Entry(f"{name}/", 0, None, folder.stat().st_mtime))
+                    for entry in entries:  # some may be renamed or removed at this moment
+                        stat = entry.stat(follow_symlinks=False)
+                        place = f"{name}/{entry.name}"
+                        found.append(Entry(place, stat.st_size, None, stat.st_mtime))
+        return found
+
+    def beside(self, pattern: str) -> Iterable[Path]:
+        """Files beside the artifacts; none where those of this machine are copies."""
+        return sorted(self.root.glob(pattern))
+
+    def open(self, file: Path) -> BinaryIO:
+        """A file as all machines see it.
+
+        Raises:
+            OSError: it does not exist, or cannot be read.
+        """
+        return open(file, "rb")
+
     def names(self, folder: Path) -> Collection[str]:
         """Names of the files of a row."""
         return os.listdir(folder) if folder.is_dir() else ()
@@ -152,7 +182,7 @@ class FolderBackend:
             anew: also those that have a copy here.
         """
 
-    def pull_folder(self, folder: Path, but: Collection[str] = ()) -> None:
+    def pull_folder(self, folder: Path) -> None:
         """Bring the files of a folder that have changed, not those of folders in it."""
 
     def push(self, file: Path) -> None:
@@ -241,7 +271,7 @@ class BucketBackend(FolderBackend):
     @contextmanager
     def turn(self, name: str, waits: Waits) -> Iterator[None]:
         lease = Lease(self.remote, f"{LOCKS}/{name}")
-        lease.wait(lambda seconds: waits(name, "another machine", seconds))
+        lease.acquire(lambda seconds: waits(name, "another machine", seconds))
         try:
             self.look_again()
             yield
@@ -289,9 +319,6 @@ class BucketBackend(FolderBackend):
 
     def _kept(self, folder: Path) -> Path:
         return self.root / "records" / f"{self.object(folder).removeprefix('artifacts/')}.json"
-
-    def bring_records(self, folders: Iterable[Path]) -> None:
-        side_by_side(self._record, [folder for folder in folders if self.has(folder)])
 
     def bring(self, folders: Iterable[Path]) -> bool:
         missing = [folder for folder in folders if not (folder / RECORD).is_file()]
@@ -375,6 +402,21 @@ class BucketBackend(FolderBackend):
 
     # ---------------------------------------------------------------- files
 
+    def listed(self, pattern: str) -> list[Entry]:
+        top, depth = pattern.partition("/*")[0], pattern.count("/") + 1
+        found = (replace(one, name=f"{top}/{one.name}") for one in self.remote.listed(top))
+        return [one for one in found if one.name.count("/") == depth]
+
+    def beside(self, pattern: str) -> Iterable[Path]:
+        return ()
+
+    def open(self, file: Path) -> BinaryIO:
+        handle = TemporaryFile()  # noqa: SIM115
+        if not self.remote.download(self.object(file), handle):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(file))
+        handle.seek(0)
+        return handle
+
     def names(self, folder: Path) -> Collection[str]:
         return tuple(self._listing(folder))
 
@@ -409,11 +451,11 @@ class BucketBackend(FolderBackend):
             temporary.unlink(missing_ok=True)
         return found
 
-    def pull_folder(self, folder: Path, but: Collection[str] = ()) -> None:
+    def pull_folder(self, folder: Path) -> None:
         tags = folder / ".tags.json"
         known: dict[str, Any] = json.loads(tags.read_text()) if tags.exists() else {}
         _, listed = self.remote.folder(self.object(folder))
-        there = {one.name: one.etag for one in listed if one.name not in but}
+        there = {one.name: one.etag for one in listed}
         changed = [
             folder / name
             for name, tag in there.items()

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import textwrap
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from orchestrator.integrity import Verdict
-from orchestrator.inventory import Holding, Inventory, size
+from orchestrator.inventory import Inventory, size
 from orchestrator.keys import RECIPES
 from orchestrator.output import aligned, near
 from orchestrator.recorded import Needs, merged
-from orchestrator.upkeep import Removal, Spoils
+from orchestrator.upkeep import GcPlan, Removal
 
-LARGEST, SHOWN, OWNERS = 10, 20, 3  # of a list that can be long
+LARGEST, SHOWN = 10, 20  # of a list that can be long
 NAME_WIDTH = 56
 STAGES = tuple(dict.fromkeys(stage for stage, _ in RECIPES.values()))  # in the order of making
 
@@ -43,11 +42,21 @@ def listing(inventory: Inventory, needs: Needs) -> dict[str, Any]:
         }
         _add(stages, holding.stage, figures)
         _add(users, holding.user, {"artifacts": 1, "bytes": holding.bytes})
-        artifacts.append(_artifact(holding, by, spare))
+        artifacts.append(
+            {
+                "key": holding.name,
+                "bytes": holding.bytes,
+                "images": holding.images,
+                "user": holding.user,
+                "needed_by": list(by),
+                "unneeded_bytes": spare,
+            }
+        )
+    known = [stage for stage in STAGES if stage in stages]
     return {
         "store": inventory.name,
         "bytes": sum(one["bytes"] for one in stages.values()),
-        "stages": {name: stages[name] for name in sorted(stages, key=_order)},
+        "stages": {stage: stages[stage] for stage in (*known, *sorted({*stages} - {*known}))},
         "users": users,
         "sweeps": [one.sweep for one in needs.asked],
         "unread": dict(needs.unread),
@@ -67,25 +76,10 @@ def listing(inventory: Inventory, needs: Needs) -> dict[str, Any]:
     }
 
 
-def _artifact(holding: Holding, by: Sequence[str], spare: int) -> dict[str, Any]:
-    return {
-        "key": holding.name,
-        "bytes": holding.bytes,
-        "images": holding.images,
-        "user": holding.user,
-        "needed_by": list(by),
-        "unneeded_bytes": spare,
-    }
-
-
 def _add(groups: dict[str, dict[str, int]], name: str, figures: dict[str, int]) -> None:
     group = groups.setdefault(name, dict.fromkeys(figures, 0))
     for key, value in figures.items():
         group[key] += value
-
-
-def _order(stage: str) -> tuple[int, str]:
-    return (STAGES.index(stage) if stage in STAGES else len(STAGES), stage)
 
 
 def listing_screen(found: dict[str, Any]) -> str:
@@ -102,22 +96,20 @@ def listing_screen(found: dict[str, Any]) -> str:
         spare = f"{of['unneeded_artifacts']:,}: {size(of['unneeded_bytes'])}"
         needless = spare if of["unneeded_bytes"] else "-"
         stages.append((stage, f"{of['artifacts']:,}", images, size(of["bytes"]), needless))
-    lines += aligned(stages)
-    lines += ["", "largest"]
+    lines += [*aligned(stages), "", "largest"]
     for one in found["artifacts"][:LARGEST]:
-        lines.append(f"  {size(one['bytes']):>10}  {shortened(one['key'])}")
+        lines.append(f"  {size(one['bytes']):>10}  {_shortened(one['key'])}")
         lines.append(f"{'':14}{one['user']}; {_needed(one['needed_by'])}")
     lines += ["", "by owner"]
     for user, of in sorted(found["users"].items(), key=lambda item: -item[1]["bytes"]):
         lines.append(f"  {size(of['bytes']):>10}  {user}, {of['artifacts']:,} artifacts")
-    if found["unfinished"]:
-        total = sum(one["bytes"] for one in found["unfinished"])
-        wanted = sum(bool(one["needed_by"]) for one in found["unfinished"])
-        count = len(found["unfinished"])
-        lines += ["", f"unfinished trainings: {count}, {size(total)}; sweeps need {wanted} of them"]
-    if found["leftovers"]:
-        total = sum(one["bytes"] for one in found["leftovers"])
-        lines += ["", f"leftovers of killed processes: {len(found['leftovers'])}, {size(total)}"]
+    for name, what in (
+        ("unfinished", "unfinished trainings"),
+        ("leftovers", "leftovers of killed processes"),
+    ):
+        if found[name]:
+            total = sum(one["bytes"] for one in found[name])
+            lines += ["", f"{what}: {len(found[name])}, {size(total)}"]
     for sweep, why in found["unread"].items():
         lines += ["", f"what {sweep} needs cannot be told: {why}"]
     return "\n".join(lines)
@@ -136,55 +128,47 @@ def _needed(by: Sequence[str]) -> str:
 
 def verdict_screen(verdict: Verdict) -> str:
     """What is damaged, by file, and what to do."""
-    inventory, lines = verdict.inventory, []
-
-    def named(path: Path) -> str:
-        bucket = inventory.bucket
-        return f"{bucket}/{path.relative_to(inventory.root)}" if bucket else near(path)
-
+    label = verdict.inventory.store.backend.label
+    lines = []
     for one in verdict.damaged:
-        remedy = _indented(one.remedy) if one.remedy else f"  remove {named(one.remove)}"
-        lines += [f"damaged: {named(one.file)}", f"  {one.why}", remedy]
-    remedy = "counts for nothing" if inventory.bucket else "`airsweep cache gc` removes it"
-    for left in inventory.leftovers[:SHOWN]:
-        lines += [f"leftover: {named(left.path)}", f"  {left.why}; {remedy}"]
+        remedy = textwrap.fill(one.remedy, 78, break_long_words=False, break_on_hyphens=False)
+        remedy = textwrap.indent(remedy or f"remove {label(one.remove)}", "  ")
+        lines += [f"damaged: {label(one.file)}", f"  {one.why}", remedy]
+    for left in verdict.inventory.leftovers[:SHOWN]:
+        lines += [f"leftover: {label(left.path)}", f"  {left.why}; it counts for nothing"]
     lines += _more(len(verdict.inventory.leftovers))
     count = len(verdict.damaged)
     damaged = f"{count} damaged: do what is named and run again" if count else "none is damaged"
     lines.append(f"{verdict.files:,} files, {size(verdict.bytes)}: {damaged}")
     if verdict.unsealed:
-        lines.append(
-            f"{verdict.unsealed:,} of them have no checksum: whether they can be opened is all "
-            "that can\nbe told"
-        )
+        lines.append(f"{verdict.unsealed:,} of them have no checksum, and can be opened")
     return "\n".join(lines)
 
 
 # ---------------------------------------------------------------- gc
 
 
-def spoils_screen(spoils: Spoils, removed: bool) -> str:
+def gc_screen(plan: GcPlan, removed: bool) -> str:
     """What goes, or would go."""
     lines = []
-    for one in spoils.removals[:SHOWN]:
-        lines.append(f"{size(one.bytes):>10}  {shortened(_what(one, spoils.root))}")
+    for one in plan.removals[:SHOWN]:
+        lines.append(f"{size(one.bytes):>10}  {_shortened(_what(one, plan.root))}")
         lines.append(f"{'':12}{one.why}; made by {one.user}")
-    lines += _more(len(spoils.removals))
-    total = f"{size(spoils.bytes)} at {len(spoils.removals):,} places"
-    if not spoils.removals:
+    lines += _more(len(plan.removals))
+    total = f"{size(plan.bytes)} at {len(plan.removals):,} places"
+    if not plan.removals:
         lines.append("nothing to remove")
     elif removed:
         lines.append(f"removed {total}")
     else:
         lines.append(f"nothing was removed; --yes removes {total}")
-    if spoils.sweep and spoils.removals:
-        lines.append(f"{spoils.sweep} keeps its ledger; when it is run again it makes these again")
-    if spoils.others:
-        users = [user for user, _ in Counter(one.user for one in spoils.others).most_common()]
-        more = f" and {len(users) - OWNERS} more" if len(users) > OWNERS else ""
-        total = size(sum(one.bytes for one in spoils.others))
+    if plan.sweep and plan.removals:
+        lines.append(f"{plan.sweep} keeps its ledger; when it is run again it makes these again")
+    if plan.others:
+        total = size(sum(one.bytes for one in plan.others))
+        users = textwrap.shorten(", ".join(sorted({one.user for one in plan.others})), 30)
         lines += [
-            f"{len(spoils.others):,} of others ({', '.join(users[:OWNERS])}{more}) stay, {total}:",
+            f"{len(plan.others):,} of others ({users}) stay, {total}:",
             "  --all-users lists them too, and with --yes removes them",
         ]
     return "\n".join(lines)
@@ -195,25 +179,11 @@ def _what(one: Removal, root: Path) -> str:
     return f"{len(one.files):,} blocks of {name}" if one.files else name
 
 
-# ---------------------------------------------------------------- words
-
-
-def _indented(text: str) -> str:
-    return textwrap.fill(
-        text,
-        80,
-        initial_indent="  ",
-        subsequent_indent="  ",
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
-
-
 def _more(count: int) -> list[str]:
     return [f"... and {count - SHOWN:,} more; --json has all"] if count > SHOWN else []
 
 
-def shortened(name: str) -> str:
+def _shortened(name: str) -> str:
     """A key with its digest, without the middle of a long slug."""
     if len(name) <= NAME_WIDTH:
         return name

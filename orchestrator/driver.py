@@ -31,7 +31,6 @@ from orchestrator.failures import CLASSES, Failure, first_line, no_room
 from orchestrator.fit import Machine, misfit, this_machine
 from orchestrator.ledger import SweepBusy
 from orchestrator.lineage import commit, diff_digest, dirty, uncommitted
-from orchestrator.parent import parent_of, status_of
 from orchestrator.place import (
     BUDGET,
     DONE,
@@ -56,7 +55,7 @@ from orchestrator.plan import (
 )
 from orchestrator.prefetch import Prefetch, workshop
 from orchestrator.publish import Publisher
-from orchestrator.reconcile import sync
+from orchestrator.reconcile import parent_of, status_of, sync
 from orchestrator.remote import RemoteAway, is_bucket
 from orchestrator.repair import set_damaged_aside
 from orchestrator.resolve import Resolver, text_digest

@@ -6,20 +6,19 @@ What was written before there were seals can be opened or not; more cannot be to
 from __future__ import annotations
 
 import io
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from air_core.seal import intact
-from orchestrator.backends import RECORD, VERSION
+from orchestrator.backends import RECORD, VERSION, FolderBackend
 from orchestrator.files import content_digest
 from orchestrator.inventory import SHARDS, Holding, Inventory
-from orchestrator.ledger import EVENTS, JOURNAL_REMEDY, REMEDY, parse_event
+from orchestrator.ledger import EVENTS, REMEDY, parse_event
 from orchestrator.place import RESOLVED
 from orchestrator.remote import RemoteAway
 from orchestrator.store import ROW
@@ -38,6 +37,8 @@ class Finding:
 
 
 Watch = Callable[[Iterable[Finding], int], Iterable[Finding]]
+# Reads an opened file; returns whether it has a checksum, and raises ValueError if it is damaged.
+Check = Callable[[Path, BinaryIO], bool]
 
 
 @dataclass(frozen=True)
@@ -79,161 +80,125 @@ def verify(inventory: Inventory, watch: Watch = lambda each, total: each) -> Ver
     Args:
         watch: passes on what is found, file by file, and may show how far it is.
     """
-    looks = [look for holding in inventory.holdings for look in _looks(holding, inventory)]
-    if inventory.bucket is None:  # of a bucket the artifacts alone are looked at
-        looks += [partial(_checkpoint, one.path) for one in inventory.unfinished]
-        looks += _beside(inventory.root)
+    backend = inventory.store.backend
+    looks = [look for holding in inventory.holdings for look in _looks(holding, backend)]
+    looks += [partial(_look, backend, one.path, one.path, _shard) for one in inventory.unfinished]
+    for pattern, (check, remedy) in BESIDE.items():
+        for file in backend.beside(pattern):
+            looks.append(partial(_look, backend, file, file, check, remedy))
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         found = list(watch(threads.map(lambda look: look(), looks), len(looks)))
     return Verdict(
         inventory,
         len(found),
-        sum(holding.bytes for holding in inventory.holdings)
+        sum(one.bytes for one in inventory.holdings)
         + sum(one.bytes for one in inventory.unfinished),
         tuple(one for one in found if one.why),
         sum(one.unsealed for one in found),
     )
 
 
-def _looks(holding: Holding, inventory: Inventory) -> Iterator[Callable[[], Finding]]:
+def _looks(holding: Holding, backend: FolderBackend) -> Iterator[Callable[[], Finding]]:
+    path, record = holding.path, partial(_record, holding.digest)
     if holding.stage in SHARDS:
         if ROW in holding.files:
-            row = holding.path / ROW
-            yield lambda: _record(holding, row, row, inventory)
+            yield partial(_look, backend, path / ROW, path / ROW, record)
         for name in holding.shards.values():
-            yield partial(_shard, holding.path / name, inventory)
+            yield partial(_look, backend, path / name, path / name, _shard)
         return
-    yield lambda: _record(holding, holding.path / RECORD, holding.path, inventory)
+    yield partial(_look, backend, path / RECORD, path, record)
     files = holding.record.get("files")
     for name, digest in files.items() if isinstance(files, dict) else ():
-        yield partial(_file, holding.path / holding.stored(name), digest, inventory)
+        check = partial(_recorded, digest)
+        yield partial(_look, backend, path / holding.stored(name), path, check)
 
 
-def _beside(root: Path) -> Iterator[Callable[[], Finding]]:
-    """The files of a store beside its artifacts, and those of its sweeps."""
-    for name, look in BESIDE.items():
-        if os.path.lexists(root / name):
-            yield partial(look, root / name)
-    for folder in sorted((root / "sweeps").glob("*/*")):
-        for name, look in OF_A_SWEEP.items():
-            if os.path.lexists(folder / name):
-                yield partial(look, folder / name)
-
-
-def _record(holding: Holding, file: Path, remove: Path, inventory: Inventory) -> Finding:
+def _look(
+    backend: FolderBackend, file: Path, remove: Path, check: Check, remedy: str = ""
+) -> Finding:
     try:
-        data = _read(file, inventory)
-        known = parse_record(data, file)
+        with backend.open(file) as handle:
+            return Finding(file, remove, unsealed=not check(file, handle))
     except RemoteAway:
         raise
-    except DamagedArtifact as damaged:
-        return Finding(file, remove, damaged.why)
-    except OSError as problem:
-        return Finding(file, remove, f"cannot be read: {problem.strerror}")
-    if not str(known.get("digest")).startswith(holding.digest):
-        return Finding(file, remove, "belongs to another folder")
-    return Finding(file, remove, unsealed=intact(data) is None)
-
-
-def _file(file: Path, digest: str, inventory: Inventory) -> Finding:
-    try:
-        with inventory.open(file) as handle:
-            same = content_digest(handle) == digest
-    except RemoteAway:
-        raise
-    except OSError as problem:
-        return Finding(file, file.parent, f"cannot be read: {problem.strerror}")
-    return Finding(file, file.parent, "" if same else "is not what its record says")
-
-
-def _shard(file: Path, inventory: Inventory) -> Finding:
-    try:
-        data = _read(file, inventory)
-    except RemoteAway:
-        raise
-    except OSError as problem:
-        return Finding(file, file, f"cannot be read: {problem.strerror}")
-    state = intact(data)
-    if state is None:
-        return Finding(file, file, _unreadable(file, data), unsealed=True)
-    return Finding(
-        file, file, "" if state else "is not what was written: its checksum does not fit"
-    )
-
-
-def _read(file: Path, inventory: Inventory) -> bytes:
-    with inventory.open(file) as handle:
-        return handle.read()
-
-
-def _checkpoint(file: Path) -> Finding:
-    try:
-        why = _unreadable(file, file.read_bytes())
     except OSError as problem:
         why = f"cannot be read: {problem.strerror}"
-    return Finding(file, file, why, unsealed=not why)
-
-
-def _lines(check: Callable[[bytes], object], remedy: str, file: Path) -> Finding:
-    """A file of one JSON text a line; a half line at the end is what a killed writer left."""
-    try:
-        whole, _, _ = file.read_bytes().rpartition(b"\n")
-    except OSError as problem:
-        return Finding(file, file, f"cannot be read: {problem.strerror}")
-    for number, line in enumerate(whole.splitlines(), 1):
-        try:
-            check(line)
-        except (ValueError, TypeError) as problem:
-            return Finding(file, file, f"line {number} is damaged: {problem}", remedy=remedy)
-    return Finding(file, file)
-
-
-def _sealed(remedy: str, file: Path) -> Finding:
-    try:
-        data = file.read_bytes()
-        parse_record(data, file)
-    except OSError as problem:
-        return Finding(file, file, f"cannot be read: {problem.strerror}", remedy=remedy)
     except DamagedArtifact as damaged:
-        return Finding(file, file, damaged.why, remedy=remedy)
-    return Finding(file, file, unsealed=intact(data) is None)
+        why = damaged.why
+    except ValueError as problem:
+        why = str(problem)
+    return Finding(file, remove, why, remedy=remedy)
 
 
-def _version(file: Path) -> Finding:
-    try:
-        found = file.read_text(errors="replace").strip()
-    except OSError as problem:
-        found = str(problem.strerror)
-    why = "" if found == VERSION else f"holds {found[:20]!r}"
-    return Finding(file, file, why, remedy=f"replace it by a file that holds {VERSION}")
+# ---------------------------------------------------------------- checks
 
 
-CACHE_REMEDY = "remove it; it is built anew"
-RUN_REMEDY = "run `airsweep run` with the sweep file and its options, which writes it anew"
-BESIDE: dict[str, Callable[[Path], Finding]] = {
-    "VERSION": _version,
-    "digests.json": partial(_sealed, CACHE_REMEDY),
-    "history.json": partial(_sealed, CACHE_REMEDY),
-}
-OF_A_SWEEP: dict[str, Callable[[Path], Finding]] = {
-    RESOLVED: partial(_sealed, RUN_REMEDY),
-    "outcome.json": partial(_sealed, RUN_REMEDY),
-    EVENTS: partial(_lines, parse_event, REMEDY),
-    "studies.journal": partial(_lines, json.loads, JOURNAL_REMEDY),
-}
+def _recorded(digest: str, file: Path, handle: BinaryIO) -> bool:
+    if content_digest(handle) != digest:
+        raise ValueError("is not what its record says")
+    return True
 
 
-def _unreadable(file: Path, data: bytes) -> str:
-    """Why a shard from before there were seals cannot be opened; empty if it can."""
+def _record(digest: str, file: Path, handle: BinaryIO) -> bool:
+    data = handle.read()
+    if not str(parse_record(data, file).get("digest")).startswith(digest):
+        raise ValueError("belongs to another folder")
+    return intact(data) is not None
+
+
+def _shard(file: Path, handle: BinaryIO) -> bool:
+    data = handle.read()
+    sealed = intact(data)
+    if sealed is False:
+        raise ValueError("is not what was written: its checksum does not fit")
+    if sealed is None:
+        _open_unsealed(file, data)
+    return sealed is not None
+
+
+def _open_unsealed(file: Path, data: bytes) -> None:
     # Here, since a store of sealed shards is verified without them.
     import pyarrow.parquet as pq
     from safetensors.numpy import load
 
     try:
-        if file.suffix == ".parquet":
-            pq.read_table(io.BytesIO(data))
-        else:
-            load(data)
+        pq.read_table(io.BytesIO(data)) if file.suffix == ".parquet" else load(data)
     except Exception as problem:  # whatever these readers raise, the file is none of theirs
-        return f"cannot be read: {' '.join(str(problem).split())}"
-    return ""
+        raise ValueError(f"cannot be read: {' '.join(str(problem).split())}") from None
+
+
+def _sealed(file: Path, handle: BinaryIO) -> bool:
+    data = handle.read()
+    parse_record(data, file)
+    return intact(data) is not None
+
+
+def _events(file: Path, handle: BinaryIO) -> bool:
+    """An event log; a half line at the end is what a killed driver left."""
+    whole, _, _ = handle.read().rpartition(b"\n")
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            parse_event(line)
+        except ValueError as problem:
+            raise ValueError(f"line {number} is damaged: {problem}") from None
+    return True
+
+
+def _version(file: Path, handle: BinaryIO) -> bool:
+    found = handle.read().decode(errors="replace").strip()
+    if found != VERSION:
+        raise ValueError(f"holds {found[:20]!r}")
+    return True
+
+
+CACHE_REMEDY = "remove it; it is built anew"
+RUN_REMEDY = "run `airsweep run` with the sweep file and its options, which writes it anew"
+# Files of a store beside its artifacts, and of its sweeps: how to check them, and what to do.
+BESIDE: dict[str, tuple[Check, str]] = {
+    "VERSION": (_version, f"replace it by a file that holds {VERSION}"),
+    "digests.json": (_sealed, CACHE_REMEDY),
+    "history.json": (_sealed, CACHE_REMEDY),
+    f"sweeps/*/*/{RESOLVED}": (_sealed, RUN_REMEDY),
+    "sweeps/*/*/outcome.json": (_sealed, RUN_REMEDY),
+    f"sweeps/*/*/{EVENTS}": (_events, REMEDY),
+}

@@ -1,30 +1,25 @@
-"""What lies in a store: artifacts, rows, unfinished work, what made them of what code, and what
-killed processes left. Knows no sweep.
+"""What lies in a store: artifacts, rows, unfinished work, and what killed processes left. Knows no
+sweep.
 
-Reads names, sizes and records, and opens no array; so it is quick and imports nothing heavy. What
-lies in a bucket is looked at there, not in this machine's mirror; paths are those that it has or
-would have in the mirror.
+Reads names, sizes and records, and opens no array; so it is quick and imports nothing heavy. Paths
+are those of the store's folder; of a bucket, what lies there is looked at and not the copies here.
 """
 
 from __future__ import annotations
 
-import errno
-import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryFile
-from typing import Any, BinaryIO
+from typing import Any
 
-from orchestrator.backends import RECORD, BucketBackend, stored_name
-from orchestrator.remote import Entry, Remote, side_by_side
+from orchestrator.backends import RECORD, stored_name
+from orchestrator.remote import Entry, RemoteAway, side_by_side
 from orchestrator.store import DAMAGED, ROW, UNFINISHED, ArtifactStore
-from orchestrator.verification import DamagedArtifact, parse_record, read_record
+from orchestrator.verification import DamagedArtifact, parse_record
 
 SHARDS = {"images": ".parquet", "synthetic": ".safetensors"}  # stages that are rows
-ASIDE = "it was damaged and set aside"
 UNKNOWN = "unknown"  # an owner that nobody wrote down
 
 
@@ -95,16 +90,14 @@ class Leftover:
     why: str
     bytes: int
     changed: float  # seconds since the epoch
-    uid: int
 
 
 @dataclass(frozen=True)
-class Loose:
-    """A training's checkpoint."""
+class Unfinished:
+    """What long work has so far, such as a training's checkpoint."""
 
     path: Path
     bytes: int
-    uid: int
 
     @property
     def digest(self) -> str:
@@ -114,28 +107,18 @@ class Loose:
 
 @dataclass(frozen=True)
 class Inventory:
-    root: Path
+    store: ArtifactStore
     holdings: tuple[Holding, ...]
     leftovers: tuple[Leftover, ...]
-    unfinished: tuple[Loose, ...] = ()
-    bucket: Remote | None = None
+    unfinished: tuple[Unfinished, ...]
 
     @property
     def name(self) -> str:
-        return str(self.bucket or self.root)
+        return self.store.name
 
-    def open(self, path: Path) -> BinaryIO:
-        """
-        Raises:
-            OSError: it is not there, or cannot be read.
-        """
-        if self.bucket is None:
-            return open(path, "rb")
-        file = TemporaryFile()  # noqa: SIM115
-        if not self.bucket.download(path.relative_to(self.root).as_posix(), file):
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
-        file.seek(0)
-        return file
+    @property
+    def root(self) -> Path:
+        return self.store.root
 
 
 def take_inventory(store: ArtifactStore) -> Inventory:
@@ -144,85 +127,56 @@ def take_inventory(store: ArtifactStore) -> Inventory:
     Raises:
         ValueError: there is no store.
     """
-    backend = store.backend
-    if isinstance(backend, BucketBackend):
-        found = _in_bucket(store, backend.remote)
-    else:
-        found = _in_folder(store)
-    if found is None:
+    folders: dict[str, dict[str, Entry]] = defaultdict(dict)
+    for one in store.backend.listed("artifacts/*/*/*"):
+        folder, _, name = one.name.rpartition("/")
+        folders[folder][name] = one
+    if not folders and not store.artifacts.is_dir():
         raise ValueError(
             f"nothing was made in {store.name} yet: run a sweep, or choose another with --store"
         )
-    return found
-
-
-def _in_folder(store: ArtifactStore) -> Inventory | None:
-    if not store.artifacts.is_dir():
-        return None
-    holdings: list[Holding] = []
-    leftovers: list[Leftover] = []
-    for path in sorted(store.artifacts.glob("*/*/*")):
-        if not path.is_dir():
-            continue
-        if path.name.startswith("."):
-            why = ASIDE if path.name.startswith(DAMAGED) else "a builder's folder"
-            leftovers.append(_leftover(path, why))
-            continue
-        files = dict(_sizes(path))
-        known = ROW if path.parent.parent.name in SHARDS else RECORD
-        holding = Holding(path, _read(path / known), files)
-        if known not in files and not holding.shards:
-            leftovers.append(_leftover(path, "a folder without a record"))
-            continue
-        holdings.append(holding)
-        leftovers += [_leftover(path / name, why) for name, why in _strays(holding)]
-    unfinished: list[Loose] = []
-    for path in sorted((store.root / UNFINISHED).glob("*")):
-        if path.name.startswith("."):
-            leftovers.append(_leftover(path, "half a file"))
-        else:
-            stat = path.lstat()
-            unfinished.append(Loose(path, stat.st_size, stat.st_uid))
-    return Inventory(
-        store.root,
-        tuple(holdings),
-        tuple(leftovers),
-        unfinished=tuple(unfinished),
-    )
-
-
-def _in_bucket(store: ArtifactStore, remote: Remote) -> Inventory | None:
-    folders: dict[str, dict[str, Entry]] = defaultdict(dict)
-    for one in remote.listed("artifacts"):
-        folder, _, name = one.name.rpartition("/")
-        folders[folder][name] = one
-    known = {f: ROW if f.split("/")[0] in SHARDS else RECORD for f in folders}
-    records: dict[str, Any] = {}
+    known = {folder: ROW if folder.split("/")[1] in SHARDS else RECORD for folder in folders}
+    records: dict[str, dict[str, Any]] = {}
 
     def read(folder: str) -> None:
-        data = remote.get(f"artifacts/{folder}/{known[folder]}") or b"{}"
+        file = store.root / folder / known[folder]
         try:
-            records[folder] = parse_record(data, store.artifacts / folder / known[folder])
-        except DamagedArtifact:  # `verify` says which
+            with store.backend.open(file) as handle:
+                records[folder] = parse_record(handle.read(), file)
+        except RemoteAway:
+            raise
+        except (OSError, DamagedArtifact):  # `verify` says which
             records[folder] = {}
 
     side_by_side(read, [folder for folder, files in folders.items() if known[folder] in files])
     holdings: list[Holding] = []
     leftovers: list[Leftover] = []
     for folder, files in sorted(folders.items()):
-        path = store.artifacts / folder
-        sizes = {name: entry.size for name, entry in files.items()}
+        path = store.root / folder
+        sizes = {name: entry.size for name, entry in files.items() if name}
         holding = Holding(path, records.get(folder, {}), sizes)
-        whole = known[folder] in files or holding.shards
-        strays = dict(_strays(holding)) if whole else dict.fromkeys(files, "it has no record")
-        holdings += [holding] if whole else []
-        leftovers += [
-            Leftover(path / name, why, files[name].size, files[name].changed, -1)
-            for name, why in strays.items()
-        ]
-    if not folders:
-        return None
-    return Inventory(store.root, tuple(holdings), tuple(leftovers), bucket=remote)
+        if path.name.startswith("."):
+            leftovers.append(_leftover(path, _why_hidden(path.name), files))
+        elif known[folder] not in files and not holding.shards:
+            leftovers.append(_leftover(path, "a folder without a record", files))
+        else:
+            holdings.append(holding)
+            for name, why in _strays(holding):
+                leftovers.append(_leftover(path / name, why, {name: files[name]}))
+    unfinished: list[Unfinished] = []
+    for one in store.backend.listed(UNFINISHED):
+        path = store.root / one.name
+        if path.name.startswith("."):
+            leftovers.append(_leftover(path, _why_hidden(path.name), {one.name: one}))
+        elif not one.name.endswith("/"):
+            unfinished.append(Unfinished(path, one.size))
+    return Inventory(store, tuple(holdings), tuple(leftovers), tuple(unfinished))
+
+
+def _leftover(path: Path, why: str, files: Mapping[str, Entry]) -> Leftover:
+    entries = files.values()
+    size = sum(one.size for one in entries)
+    return Leftover(path, why, size, max(one.changed for one in entries))
 
 
 def _strays(holding: Holding) -> Iterator[tuple[str, str]]:
@@ -231,37 +185,13 @@ def _strays(holding: Holding) -> Iterator[tuple[str, str]]:
         recorded = {holding.stored(name) for name in recorded}
     for name in holding.files:
         if name.startswith("."):
-            yield name, ASIDE if name.startswith(DAMAGED) else "half a file"
+            yield name, _why_hidden(name)
         elif recorded is not None and name not in recorded and name != RECORD:
             yield name, "a file that the record does not know"
 
 
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        return read_record(file)
-    except (OSError, DamagedArtifact):  # `verify` says which
-        return {}
-
-
-def _sizes(folder: Path) -> Iterator[tuple[str, int]]:
-    try:
-        with os.scandir(folder) as entries:
-            for entry in sorted(entries, key=lambda one: one.name):
-                yield entry.name, entry.stat(follow_symlinks=False).st_size
-    except FileNotFoundError:  # somebody renames a shard, or removes, at this moment
-        return
-
-
-def _leftover(path: Path, why: str) -> Leftover:
-    stat = path.lstat()  # a link may lead nowhere, or to itself
-    inside = [one.lstat() for one in path.rglob("*")] if path.is_dir() else []
-    return Leftover(
-        path,
-        why,
-        sum(one.st_size for one in inside) if inside else stat.st_size,
-        max(one.st_mtime for one in (stat, *inside)),
-        stat.st_uid,
-    )
+def _why_hidden(name: str) -> str:
+    return "it was damaged and set aside" if name.startswith(DAMAGED) else "it is half made"
 
 
 def size(count: float) -> str:

@@ -23,10 +23,10 @@ LOCK_SECONDS = "AIRSWEEP_LOCK_SECONDS"  # after which a silent holder counts as 
 
 
 class Lease:
-    """A lock as an object. Its holder renews it; one that has been silent for long is dead.
+    """A lock as an object. Its holder renews it; one that is silent for long counts as dead.
 
-    Its age is read off the server's clock alone. Two may come to hold it after a long silence, so
-    it saves work and nothing else may depend on it.
+    Silence is measured from the first look at it, by the clock of who looks. Two may come to hold
+    it after a long silence, so it saves work and nothing else may depend on it.
     """
 
     def __init__(self, remote: Remote, name: str) -> None:
@@ -35,54 +35,49 @@ class Lease:
         self._me = uuid.uuid4().hex
         self._version: UpdateVersion | None = None
         self._renewals = 0
-        self._ahead: float | None = None  # seconds of the server's clock before ours
         self._over = threading.Event()
         self._asking = threading.Lock()  # a renewal and a release do not cross
 
-    def take(self) -> bool:
-        """Take it if it is free, or its holder dead."""
-        version = self.remote.put_if(self.name, self._content(), "create")
-        if version is None and (found := self.remote.versioned(self.name)) is not None:
-            if self._is_own(found):
-                version = found.version
-            elif self._is_dead(found, self._now()):
-                version = self._put_over(found.version)
-        if version is None:
-            return False
-        self._version = version
-        threading.Thread(target=self._renew, args=(self._over,), daemon=True).start()
-        return True
-
-    def wait(self, told: Callable[[float], None] = lambda seconds: None) -> None:
-        """Take it as soon as it can be had.
+    def acquire(self, waits: Callable[[float], None] | None = None) -> bool:
+        """Take it as soon as nobody holds it, or its holder is dead.
 
         Args:
-            told: seconds so far, again and again.
-        """
-        started = time.monotonic()
-        while not self.take():
-            told(time.monotonic() - started)
-            time.sleep(POLL)
-
-    def take_from_the_dead(self) -> bool:
-        """Take it, where need be after its holder has been silent for long enough to be dead.
+            waits: called with the seconds so far, again and again. None: do not wait for a holder
+                that lives.
 
         Returns:
             False: the holder has renewed it.
         """
-        held = self.remote.versioned(self.name)
-        while not self.take():
-            now = self.remote.versioned(self.name)
-            if held is not None and now is not None and held.version != now.version:
-                return False
-            held = now
+        started = seen_since = time.monotonic()
+        seen: UpdateVersion | None = None
+        while (version := self.remote.put_if(self.name, self._content(), "create")) is None:
+            found = self.remote.versioned(self.name)
+            if found is not None and self._is_own(found):
+                version = found.version
+            elif found is not None:
+                if found.version != seen:
+                    if seen is not None and waits is None:
+                        return False
+                    seen, seen_since = found.version, time.monotonic()
+                if _is_dead(found) or time.monotonic() - seen_since > self.patience:
+                    version = self._put_over(found.version)
+            if version is not None:
+                break
+            if waits is not None:
+                waits(time.monotonic() - started)
             time.sleep(POLL)
+        self._version = version
+        threading.Thread(target=self._renew, args=(self._over,), daemon=True).start()
         return True
 
     def held(self) -> bool:
         """Does somebody alive hold it, as far as the clock of this machine can tell?"""
         found = self.remote.versioned(self.name)
-        return found is not None and not self._is_dead(found, time.time())
+        return (
+            found is not None
+            and time.time() - found.changed <= self.patience
+            and not _is_dead(found)
+        )
 
     def release(self) -> None:
         self._over.set()
@@ -117,21 +112,6 @@ class Lease:
         said = {"by": self._me, "renewed": self._renewals, "pid": os.getpid()}
         return json.dumps({**said, "host": socket.gethostname(), "machine": _machine()}).encode()
 
-    def _now(self) -> float:
-        """By the server's clock, which is asked once: renewals are dated by it."""
-        if self._ahead is None:
-            self._ahead = self.remote.clock() - time.time()
-        return time.time() + self._ahead
-
-    def _is_dead(self, found: Content, now: float) -> bool:
-        if now - found.changed > self.patience:
-            return True
-        try:
-            who = json.loads(found.data)
-        except ValueError:
-            return False
-        return who["machine"] == _machine() and not _alive(who["pid"])
-
     def _renew(self, over: threading.Event) -> None:
         while not over.wait(self.patience / 4):
             with self._asking:
@@ -139,6 +119,15 @@ class Lease:
                     return  # released in this moment, or somebody took us for dead
                 with suppress(RemoteAway):  # the next time, perhaps
                     self._version = self._put_over(self._version)
+
+
+def _is_dead(found: Content) -> bool:
+    """Is the holder a process of this machine that has ended?"""
+    try:
+        who = json.loads(found.data)
+    except ValueError:
+        return False
+    return who["machine"] == _machine() and not _alive(who["pid"])
 
 
 @cache

@@ -34,8 +34,6 @@ class SweepBusy(RuntimeError):
 
 
 EVENTS = "events.jsonl"
-BESIDE = ("studies.journal",)  # what an event may rest on: in the bucket before the event is
-OWN = (EVENTS, *BESIDE)  # files that the driver alone brings from a bucket
 
 
 class Ledger:
@@ -158,12 +156,11 @@ class BucketLedger(Ledger):
     def lock(self) -> None:
         super().lock()
         try:
-            if not self.lease.take_from_the_dead():
+            if not self.lease.acquire():
                 raise SweepBusy(
                     f"another driver runs this sweep ({self.backend.label(self.folder)}/driver.lock"
                     " is renewed); wait for it, or stop it"
                 )
-            self.backend.pull(self.folder / name for name in BESIDE)
             with self._alone():
                 self._count = self._bring()
         except BaseException:
@@ -172,8 +169,6 @@ class BucketLedger(Ledger):
 
     def unlock(self) -> None:
         with suppress(RemoteAway):  # the lock dies with us
-            if self._count is not None:
-                self._send_beside()
             self._count = None
             self.lease.release()
         super().unlock()
@@ -194,7 +189,6 @@ class BucketLedger(Ledger):
         """
         assert self._count is not None, "only the driver appends"
         with self._alone():  # else a reader would bring it before we have written it
-            self._send_beside()
             event = f"{self.place}/{_event(self._count + 1)}"
             if not self.backend.remote.put_once(event, line.encode()):
                 raise SweepBusy(
@@ -226,10 +220,6 @@ class BucketLedger(Ledger):
                     )
                 copy.write(event + b"\n")
         return count + len(later)
-
-    def _send_beside(self) -> None:
-        for name in BESIDE:
-            self.backend.push(self.folder / name)
 
 
 def open_ledger(folder: Path, backend: FolderBackend) -> Ledger:

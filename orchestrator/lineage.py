@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("air_core", "orchestrator")
 SENT_DIFF = "uncommitted.diff"  # beside the packages, in a Ray job's working directory
 SECRETS = ":(exclude,glob)**/.env*"  # files that hold them by custom
-MAX_DIFF = 500_000  # bytes that are kept; a tracker takes a megabyte
+MAX_DIFF = 500_000  # bytes that are kept
 
 
 def commit() -> str:

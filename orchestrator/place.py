@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.ledger import OWN, Ledger, open_ledger
+from orchestrator.ledger import Ledger, open_ledger
 from orchestrator.remote import folder_of, is_bucket
 from orchestrator.resolve import RecordedResolver, Resolver
 from orchestrator.store import ArtifactStore, open_store
@@ -55,7 +55,7 @@ class Place:
     def refresh(self) -> Place:
         """Bring what a bucket says of the sweep to this machine."""
         self.ledger().refresh()
-        self.store.backend.pull_folder(self.folder, but=OWN)
+        self.store.backend.pull_folder(self.folder)
         return self
 
     def write(self, name: str, content: str | bytes) -> None:

@@ -1,4 +1,4 @@
-"""Send MLflow all that it lacks of a sweep, from event log and store alone.
+"""A sweep as a run of MLflow, and all that MLflow lacks of it, from event log and store alone.
 
 Starts nothing and computes nothing. A second time it changes nothing: runs are looked up first.
 Needs no Ray and no torch.
@@ -6,27 +6,33 @@ Needs no Ray and no torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import quote
 
 from orchestrator.children import Children, by_point
+from orchestrator.closing import facts_of, title_of
 from orchestrator.dispatch import Outcome
+from orchestrator.figures import pictures
 from orchestrator.ledger import Ledger
 from orchestrator.lineage import UNKNOWN
-from orchestrator.parent import note_and_files, parent_of, status_of
-from orchestrator.place import Place, recorded_names, whoami
-from orchestrator.plan import Slot, plan_sweep
-from orchestrator.report import counted
-from orchestrator.results import entries_of, finished, standing
+from orchestrator.place import DONE, FAILED, Place, whoami
+from orchestrator.plan import Plan, Slot, plan_sweep
+from orchestrator.report import Entry, Row, counted, mean_std, settings_text, worlds_of
+from orchestrator.resolve import text_digest
+from orchestrator.results import entries_of, finished, rows_of, standing
 from orchestrator.store import ArtifactStore
 from orchestrator.studies import Pruned
+from orchestrator.summary import summary
 from orchestrator.sweep import SweepSpec
-from orchestrator.tracking import Counts, Status, TrackerAway, make_tracker
+from orchestrator.tracking import Counts, Status, SweepRun, TrackerAway, make_tracker
 from orchestrator.trial import TrialRecord, read_trial
 
 if TYPE_CHECKING:
     from orchestrator.tracking.mlflow import SweepTracker
+
+WORLDS = 3  # with a sentence of their own in a note
 
 
 @dataclass(frozen=True)
@@ -121,11 +127,6 @@ def sync(sweep: SweepSpec, place: Place, tracker: SweepTracker, status: Status) 
     return gone
 
 
-def recorded(store: ArtifactStore) -> list[str]:
-    """All sweeps of a store, as PROJECT/NAME."""
-    return ["/".join(names) for names in recorded_names(store)]
-
-
 @dataclass(frozen=True)
 class _History:
     """What the event log says of outcomes."""
@@ -172,3 +173,71 @@ def _outcome(
             )
             return Outcome(slot, state, record or read_trial(slot.spec, store), known=True)
     return None
+
+
+# ---------------------------------------------------------------- the run of a sweep
+
+
+def status_of(code: int | None) -> Status:
+    """An exit code as the status of a run; None: the driver was killed."""
+    return "FINISHED" if code == DONE else "FAILED" if code == FAILED else "KILLED"
+
+
+def parent_of(sweep: SweepSpec, place: Place, made: Mapping[str, Any]) -> SweepRun:
+    """A sweep as a run.
+
+    Args:
+        made: who runs it, and with which code: user, commit.
+    """
+    return SweepRun(
+        sweep=place.name,
+        project=place.project,
+        spec_hash=text_digest(sweep.text),
+        note=sweep.question,
+        user=made["user"],
+        commit=made["commit"],
+        source=f"airsweep run {sweep.source}",
+    )
+
+
+def note_and_files(
+    plan: Plan, place: Place, entries: Sequence[Entry], run_id: str
+) -> tuple[str, dict[str, bytes]]:
+    """What MLflow shows of a sweep: Markdown with the answer, and charts and files.
+
+    Args:
+        entries: the finished trials.
+        run_id: of the sweep's run, whose files the note shows.
+    """
+    found = rows_of(plan, entries)
+    charts = {name: draw() for name, draw in pictures(found, entries).items()}
+    screen = summary(title_of(plan), entries, found, facts_of(plan, place))
+    note = [
+        "\n".join(_best(found)),  # first, since long notes are folded
+        *(_picture(name, run_id) for name in charts),
+        plan.sweep.question,
+        f"```\n{screen}\n```",
+    ]
+    # Of the sweep's folder: contact sheet, audit cards, code that was not committed.
+    patterns = ("contact_sheet.png", "audit-*", "uncommitted-*.diff")
+    kept = [file for pattern in patterns for file in place.folder.glob(pattern)]
+    files = charts | {file.name: file.read_bytes() for file in kept}
+    return "\n\n".join(filter(None, note)), files
+
+
+def _best(found: Sequence[Row]) -> Iterator[str]:
+    """The row with the highest mean of each world, in a sentence."""
+    for world in worlds_of(found)[:WORLDS]:
+        row = max((row for row in found if row.world == world), key=lambda row: row.mean)
+        settings = settings_text(row, row.settings)
+        with_settings = f" ({settings})" if settings else ""
+        yield (
+            f"{row.dataset}, {row.paradigm}/{row.modality}: **{row.method}**{with_settings} has "
+            f"the highest mean test {row.metric.replace('_', ' ')}: {mean_std(row)} %\n"
+        )
+
+
+def _picture(name: str, run_id: str) -> str:
+    # Relative, so that it is found wherever MLflow's pages are reached.
+    title = name.partition(".")[0].replace("_", " ")
+    return f"![{title}](get-artifact?path={quote(name)}&run_uuid={run_id})"

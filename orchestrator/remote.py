@@ -12,7 +12,6 @@ import os
 import re
 import threading
 import time
-import uuid
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -32,8 +31,8 @@ T = TypeVar("T")
 FILE, S3 = "file", "s3"
 # What to set, by scheme of the buckets that can hold a store.
 CREDENTIALS = {
-    S3: "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY on every machine, or AWS_PROFILE, which "
-    "needs `pip install 'airsweep[s3]'`",
+    S3: "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY on every machine; for AWS_PROFILE, run "
+    '`eval "$(aws configure export-credentials --format env)"`',
     "gs": "set GOOGLE_APPLICATION_CREDENTIALS on every machine",
     "az": "set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY on every machine",
 }
@@ -240,14 +239,6 @@ class Remote:
     def delete(self, name: str) -> None:
         self._ask(lambda bucket: bucket.delete(name))
 
-    def clock(self) -> float:
-        """Seconds since the epoch by the server's clock, which dates its objects."""
-        name = f"probes/clock-{uuid.uuid4().hex}"
-        self.put(name, b"")
-        now = self.versioned(name)
-        self.delete(name)
-        return time.time() if now is None else now.changed
-
     # ---------------------------------------------------------------- requests
 
     def _ask(self, do: Callable[[Any], T]) -> T | None:
@@ -336,25 +327,7 @@ def _client(remote: Remote) -> Any:
     if bundle := os.environ.get("AWS_CA_BUNDLE"):  # as the AWS CLI reads it
         client["root_certificate"] = Path(bundle).read_bytes()
     opened: Any = from_url  # typed for each scheme apart
-    provider = _profile() if remote.scheme == S3 else None
-    more = {"credential_provider": provider} if provider else {}
-    return opened(str(remote), config=config, client_options=client, retry_config=RETRIES, **more)
-
-
-def _profile() -> Any:
-    """Credentials of AWS_PROFILE or of the files below ~/.aws, renewed by boto3; None: there are
-    none, or boto3 is not installed."""
-    files = ("AWS_SHARED_CREDENTIALS_FILE", ".aws/credentials"), ("AWS_CONFIG_FILE", ".aws/config")
-    named = (Path(os.environ.get(name) or Path.home() / file) for name, file in files)
-    if os.environ.get("AWS_ACCESS_KEY_ID") or not any(file.is_file() for file in named):
-        return None
-    try:
-        import boto3
-        from obstore.auth.boto3 import Boto3CredentialProvider
-    except ImportError:
-        return None
-    session = boto3.Session()
-    return Boto3CredentialProvider(session) if session.get_credentials() else None
+    return opened(str(remote), config=config, client_options=client, retry_config=RETRIES)
 
 
 def _interruptible(do: Callable[[], T]) -> T:

@@ -112,12 +112,6 @@ class ArtifactStore:
         except ValueError as problem:
             raise MissingArtifact(str(problem)) from None
 
-    def glance(self, specs: Iterable[Stage]) -> None:
-        """The records of many will be read: of a bucket, bring them here side by side."""
-        self.backend.bring_records(
-            self._place(spec) for spec in specs if RECIPES[type(spec)][0] not in ROWS
-        )
-
     def look_again(self) -> None:
         """Other processes have made something; what was not there may be there now."""
         self.backend.look_again()

@@ -19,7 +19,6 @@ from orchestrator.children import REFS, SPEC
 from orchestrator.keys import artifact_key
 from orchestrator.place import recorded_places
 from orchestrator.store import ArtifactStore
-from orchestrator.tracking import read_run
 from orchestrator.trial import MADE
 from orchestrator.verification import read_record
 
@@ -100,8 +99,10 @@ def of_run(run_id: str, root: Path, uri: str | None) -> Remembered:
             f"{run_id!r} is no run id: at least {SHORTEST} of its hex digits are needed, as the "
             "run's page in MLflow shows them"
         )
-    run = read_run(uri, root, run_id, SPEC)
-    tags = run.tags
+    from orchestrator.tracking.runs import read_run  # seconds to import
+
+    run, text = read_run(uri, root, run_id, SPEC)
+    tags = run.data.tags
     problem = {
         "sweep": "is a sweep; give the run of one of its trials",
         "point": f"is a setting over {tags.get('air.runs')} runs; give the run of one of its "
@@ -112,15 +113,16 @@ def of_run(run_id: str, root: Path, uri: str | None) -> Remembered:
     if state in ("failed", "pruned"):
         why = f" ({tags.get('air.failure_class')})" if state == "failed" else ""
         problem = f"{state}{why} and has no result"
-    if not problem and (run.text is None or state is None):
+    if not problem and (text is None or state is None):
         problem = f"has no {SPEC} yet: run `airsweep mlflow reconcile`"
-    if problem or run.text is None:
-        raise ValueError(f"{run_id} ({run.name}) {problem}")
-    flat, digests = _parted(json.loads(run.text))
+    if problem or text is None:
+        raise ValueError(f"{run_id} ({run.info.run_name}) {problem}")
+    flat, digests = _parted(json.loads(text))
     lists = ("versions", "files")  # tags that hold JSON
     made: dict[str, Any] = {name: tags.get(f"air.{name}", "") for name in (*MADE, "device")}
     made |= {name: json.loads(made[name] or "{}") for name in lists}
-    return Remembered(run.name, tags["air.trial_key"], flat, digests, made, run.metrics)
+    key = tags["air.trial_key"]
+    return Remembered(run.info.run_name, key, flat, digests, made, run.data.metrics)
 
 
 def of_record(path: Path) -> Remembered:

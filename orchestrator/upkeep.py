@@ -8,16 +8,16 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from orchestrator.backends import LOCKS, RECORD
-from orchestrator.inventory import UNKNOWN, Holding, Inventory, Loose
+from orchestrator.inventory import UNKNOWN, Inventory
 from orchestrator.locks import STORE_LOCK
-from orchestrator.recorded import Needs, Shards, merged
+from orchestrator.recorded import Needs, merged
 
 NOT_REMOVED = "could not be removed: it is a link, or in a folder of somebody else"
 LEFT_FOR = 24 * 3600.0  # seconds: what is younger may have a maker on another machine
@@ -35,13 +35,13 @@ class Removal:
 
 
 @dataclass(frozen=True)
-class Spoils:
+class GcPlan:
     """What can go, and what could but is somebody else's."""
 
     root: Path
     removals: tuple[Removal, ...]
     others: tuple[Removal, ...]
-    sweep: str | None = None  # PROJECT/NAME: only what it alone needs
+    sweep: str | None  # PROJECT/NAME: only what it alone needs
 
     @property
     def bytes(self) -> int:
@@ -62,66 +62,80 @@ class Spoils:
         return plain | ({"files": list(one.files)} if one.files else {})
 
 
-def refuse_unread(needs: Needs, root: Path) -> None:
-    """Nothing may be removed where a sweep's needs are not known.
+def plan_gc(
+    inventory: Inventory, needs: Needs, me: str, all_users: bool, sweep: str | None = None
+) -> GcPlan:
+    """What can go: what no recorded sweep needs, and leftovers; or what one sweep alone needs.
+
+    Args:
+        me: only what this user made, unless `all_users`. A row belongs to the user who began it.
+        sweep: PROJECT/NAME of that sweep.
 
     Raises:
-        ValueError: says of which, and why.
+        ValueError: what a sweep needs cannot be told.
     """
-    for sweep, why in needs.unread.items():
+    for unread, why in needs.unread.items():
         raise ValueError(
-            f"what sweep {sweep} needs cannot be told, so nothing is removed: {why}; mend that, or "
-            f"remove {root / 'sweeps' / sweep} to give the sweep up"
+            f"what sweep {unread} needs cannot be told, so nothing is removed: {why}; mend that, "
+            f"or remove {inventory.root / 'sweeps' / unread} to give the sweep up"
         )
+    found = sorted(_removable(inventory, needs, me, sweep), key=lambda one: -one.bytes)
+    groups: dict[bool, list[Removal]] = {True: [], False: []}
+    for one in found:
+        groups[all_users or one.user == me != UNKNOWN].append(one)
+    return GcPlan(inventory.root, tuple(groups[True]), tuple(groups[False]), sweep)
 
 
-def needless(
-    inventory: Inventory,
-    needs: Needs,
-    me: str,
-    all_users: bool,
-) -> Spoils:
-    """What no recorded sweep needs, and leftovers; of `me` alone, or of all users. A row of images
-    belongs to the user who began it.
-    """
-    needed = merged(part for one in needs.asked for part in one.artifacts.items())
-    found = [one for holding in inventory.holdings for one in _beyond(holding, needed)]
-    found += _unfinished(inventory, needed, me)
-    return _spoils(inventory.root, [*found, *_left(inventory, me)], me, all_users)
-
-
-def needed_by_one(
-    inventory: Inventory,
-    needs: Needs,
-    sweep: str,
-    me: str,
-    all_users: bool,
-) -> Spoils:
-    """What this recorded sweep needs and no other."""
-    of = merged(p for one in needs.asked if one.sweep == sweep for p in one.artifacts.items())
+def _removable(inventory: Inventory, needs: Needs, me: str, sweep: str | None) -> Iterator[Removal]:
     rest = merged(p for one in needs.asked if one.sweep != sweep for p in one.artifacts.items())
-    found: list[Removal] = []
+    own = merged(p for one in needs.asked if one.sweep == sweep for p in one.artifacts.items())
+    why = f"only {sweep} needs it" if sweep else "no sweep needs it"
     for holding in inventory.holdings:
-        digest = holding.digest
-        if digest in of and digest not in rest:
-            found.append(_whole(holding, f"only {sweep} needs it"))
-        elif digest in of:
-            found += _some(holding, of[digest] - rest[digest], f"only {sweep} needs these")
-    return replace(_spoils(inventory.root, found, me, all_users), sweep=sweep)
+        if sweep and holding.digest not in own:
+            continue
+        if holding.digest not in rest:
+            yield Removal(holding.path, why, holding.bytes, holding.user)
+            continue
+        places = own[holding.digest] if sweep else holding.shards.keys()
+        beyond = (places & holding.shards.keys()) - rest[holding.digest]
+        names = tuple(holding.shards[place] for place in sorted(beyond))
+        if names:
+            count = sum(holding.files[name] for name in names)
+            yield Removal(holding.path, why, count, holding.user, names)
+    if sweep:
+        return
+    whole = {holding.digest for holding in inventory.holdings}
+    for kept in inventory.unfinished:  # checkpoints that no run will go on from
+        if kept.digest in whole:
+            why = "of an artifact that is whole"
+        if kept.digest in whole or kept.digest not in rest:
+            yield Removal(kept.path, why, kept.bytes, _owner(kept.path, me))
+    for left in inventory.leftovers:
+        if time.time() - left.changed > LEFT_FOR:
+            yield Removal(left.path, left.why, left.bytes, _owner(left.path, me))
 
 
-def remove(spoils: Spoils) -> Spoils:
+def _owner(path: Path, me: str) -> str:
+    """Whose a file is of which nobody wrote that down: the file system knows."""
+    return me if path.lstat().st_uid == os.getuid() else UNKNOWN
+
+
+def remove(plan: GcPlan) -> GcPlan:
     """Remove what can go. A kill in between leaves nothing that looks whole and is not.
 
     Returns:
         What went; what could not be removed, of another user say, is among the others.
     """
-    done: dict[bool, list[Removal]] = {True: [], False: []}
-    for one in spoils.removals:
-        done[_removed(one)].append(one)
-    _remove_locks(spoils.root)
-    others = (*spoils.others, *(replace(one, why=NOT_REMOVED) for one in done[False]))
-    return replace(spoils, removals=tuple(done[True]), others=others)
+    groups: dict[bool, list[Removal]] = {True: [], False: []}
+    for one in plan.removals:
+        groups[_removed(one)].append(one)
+    now = time.time()
+    for lock in (plan.root / LOCKS).iterdir():  # of killed builders; the caller is alone here
+        if lock != plan.root / STORE_LOCK and now - lock.stat().st_mtime > LEFT_FOR:
+            with suppress(PermissionError):  # somebody else's
+                lock.unlink()
+    others = (*plan.others, *(replace(one, why=NOT_REMOVED) for one in groups[False]))
+    return replace(plan, removals=tuple(groups[True]), others=others)
 
 
 def _removed(one: Removal) -> bool:
@@ -139,63 +153,3 @@ def _removed(one: Removal) -> bool:
     except OSError:
         return False
     return True
-
-
-def _remove_locks(root: Path) -> None:
-    """Of builders that failed or were killed; nobody waits for them, since nobody else is here."""
-    now = time.time()
-    for lock in (root / LOCKS).iterdir():
-        if lock != root / STORE_LOCK and now - lock.stat().st_mtime > LEFT_FOR:
-            with suppress(PermissionError):  # somebody else's
-                lock.unlink()
-
-
-def _spoils(root: Path, found: Collection[Removal], me: str, all_users: bool) -> Spoils:
-    groups: dict[bool, list[Removal]] = {True: [], False: []}
-    for one in sorted(found, key=lambda one: -one.bytes):
-        groups[all_users or (one.user == me and me != UNKNOWN)].append(one)
-    return Spoils(root, tuple(groups[True]), tuple(groups[False]))
-
-
-def _beyond(holding: Holding, needed: Mapping[str, Shards]) -> Iterator[Removal]:
-    if holding.digest not in needed:
-        yield _whole(holding, "no sweep needs it")
-    else:
-        beyond = frozenset(holding.shards) - needed[holding.digest]
-        yield from _some(holding, beyond, "beyond what any sweep needs")
-
-
-def _whole(holding: Holding, why: str) -> Removal:
-    return Removal(holding.path, why, holding.bytes, holding.user)
-
-
-def _some(holding: Holding, shards: Shards, why: str) -> Iterator[Removal]:
-    names = tuple(holding.shards[place] for place in sorted(shards & holding.shards.keys()))
-    if names:
-        yield Removal(holding.path, why, sum(holding.files[n] for n in names), holding.user, names)
-
-
-def _unfinished(inventory: Inventory, needed: Mapping[str, Shards], me: str) -> Iterator[Removal]:
-    """Checkpoints that no run will go on from."""
-    whole = {holding.digest for holding in inventory.holdings}
-    for one in inventory.unfinished:
-        if one.digest in whole:
-            yield _loose(one, "of an artifact that is whole", me)
-        elif one.digest not in needed:
-            yield _loose(one, "no sweep needs what it would become", me)
-
-
-def _left(inventory: Inventory, me: str) -> Iterator[Removal]:
-    now = time.time()
-    for one in inventory.leftovers:
-        if now - one.changed > LEFT_FOR:
-            yield Removal(one.path, one.why, one.bytes, _owner(one.uid, me))
-
-
-def _loose(one: Loose, why: str, me: str) -> Removal:
-    return Removal(one.path, why, one.bytes, _owner(one.uid, me))
-
-
-def _owner(uid: int, me: str) -> str:
-    """Whose a file is of which nobody wrote that down: the file system knows."""
-    return me if uid == os.getuid() else UNKNOWN

@@ -133,7 +133,6 @@ LONG = (
     "test_trusted",
     "test_generation",
     "test_tracking",
-    "test_outage",
     "test_browsing",
     "test_any_trial",
     "test_bundles",

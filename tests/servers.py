@@ -9,7 +9,6 @@ import os
 import random
 import signal
 import socket
-import socketserver
 import subprocess
 import threading
 import urllib.error
@@ -129,36 +128,21 @@ class S3Server:
         return boto3.client("s3", endpoint_url=self.url, region_name="us-east-1", **keys)
 
 
-def forwarding(server: S3Server) -> type[BaseHTTPRequestHandler]:
-    """What passes each request on to the server, and its answer back."""
+Answer = tuple[int, bytes, Mapping[str, str]]  # status, body, headers
+
+
+def forwarding(url: str) -> type[BaseHTTPRequestHandler]:
+    """What passes each request on to a server, and its answer back."""
 
     class Forwarding(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"  # connections are kept
 
         def do_GET(self) -> None:
-            self.answer(*self.forward())
-
-        do_HEAD = do_PUT = do_DELETE = do_POST = do_GET
-
-        def forward(self) -> tuple[int, bytes, dict[str, str]]:
-            own = ("host", "expect", "connection")
-            headers = {
-                name: value for name, value in self.headers.items() if name.lower() not in own
-            }
-            headers.setdefault(
-                "Content-Type", "binary/octet-stream"
-            )  # of a form, by urllib's default
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            url = server.url + self.path
-            asked = urllib.request.Request(url, body or None, headers, method=self.command)
-            try:
-                answer = urllib.request.urlopen(asked)
-            except urllib.error.HTTPError as refusal:
-                answer = refusal
-            with answer:
-                return answer.status, answer.read(), dict(answer.headers)
-
-        def answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+            answer = self.forward()
+            if answer is None:
+                self.close_connection = True
+                return
+            status, body, headers = answer
             self.send_response(status)
             for name, value in headers.items():
                 if name.lower() not in ("content-length", "connection", "transfer-encoding"):
@@ -166,6 +150,28 @@ def forwarding(server: S3Server) -> type[BaseHTTPRequestHandler]:
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
+
+        do_HEAD = do_PUT = do_DELETE = do_POST = do_PATCH = do_GET
+
+        def forward(self) -> Answer | None:
+            """The server's answer; None: it is lost."""
+            own = ("host", "expect", "connection")
+            headers = {
+                name: value for name, value in self.headers.items() if name.lower() not in own
+            }
+            headers.setdefault("Content-Type", "binary/octet-stream")  # urllib's is of a form
+            asked = urllib.request.Request(
+                url + self.path, self.body() or None, headers, method=self.command
+            )
+            try:
+                answer = urllib.request.urlopen(asked)
+            except urllib.error.HTTPError as refusal:
+                answer = refusal
+            with answer:
+                return answer.status, answer.read(), dict(answer.headers)
+
+        def body(self) -> bytes:
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
 
         def log_message(self, *of: object) -> None:
             pass
@@ -177,8 +183,8 @@ def forwarding(server: S3Server) -> type[BaseHTTPRequestHandler]:
 def counting_requests(server: S3Server, requests: list[str]) -> Iterator[str]:
     """The address of the same server, which notes each request: method and path."""
 
-    class Counting(forwarding(server)):  # type: ignore[misc]
-        def forward(self) -> tuple[int, bytes, dict[str, str]]:
+    class Counting(forwarding(server.url)):  # type: ignore[misc]
+        def forward(self) -> Answer | None:
             requests.append(f"{self.command} {self.path}")
             return super().forward()
 
@@ -191,14 +197,14 @@ def full_bucket(server: S3Server) -> Iterator[str]:
     """The address of the same server when its disk has no room: what is there can be read, and
     each write gets MinIO's answer."""
 
-    class Full(forwarding(server)):  # type: ignore[misc]
-        def do_PUT(self) -> None:
-            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+    class Full(forwarding(server.url)):  # type: ignore[misc]
+        def forward(self) -> Answer | None:
+            if self.command not in ("PUT", "DELETE"):
+                return super().forward()
+            self.body()
             said = "Storage backend has reached its minimum free drive threshold."
             body = f"<Error><Code>XMinioStorageFull</Code><Message>{said}</Message></Error>"
-            self.answer(507, body.encode(), {"Content-Type": "application/xml"})
-
-        do_DELETE = do_PUT
+            return 507, body.encode(), {"Content-Type": "application/xml"}
 
     with served(Full) as url:
         yield url
@@ -213,18 +219,40 @@ def losing_answers(server: S3Server, to_lose: list[str]) -> Iterator[str]:
             removed from the list.
     """
 
-    class Losing(forwarding(server)):  # type: ignore[misc]
-        def do_PUT(self) -> None:
-            found = self.forward()
+    class Losing(forwarding(server.url)):  # type: ignore[misc]
+        def forward(self) -> Answer | None:
+            found = super().forward()
             lost = next((end for end in to_lose if self.path.endswith(end)), None)
-            if lost is None or found[0] != 200:
-                self.answer(*found)
-            else:
-                to_lose.remove(lost)
-                self.close_connection = True
+            if lost is None or self.command != "PUT" or found[0] != 200:
+                return found
+            to_lose.remove(lost)
+            return None
 
     with served(Losing) as url:
         yield url
+
+
+@contextlib.contextmanager
+def in_trouble(url: str, trouble: list[str]) -> Iterator[str]:
+    """The address of a server of MLflow that may be in trouble.
+
+    Args:
+        trouble: holds `away`: requests get no answer; `busy`: they get that of a server whose pool
+            of connections to its database is used up.
+    """
+    busy = {"error_code": "BAD_REQUEST", "message": "QueuePool limit of size 1 overflow 0 reached"}
+
+    class Troubled(forwarding(url)):  # type: ignore[misc]
+        def forward(self) -> Answer | None:
+            if not trouble:
+                return super().forward()
+            self.body()
+            if "away" in trouble:
+                return None
+            return 400, json.dumps(busy).encode(), {"Content-Type": "application/json"}
+
+    with served(Troubled) as address:
+        yield address
 
 
 @contextlib.contextmanager
@@ -244,60 +272,3 @@ def free_port() -> int:
             probe.bind(("127.0.0.1", port))
             return port
     raise AssertionError("no free port")
-
-
-# What a server answers whose pool of connections to its database is used up.
-BUSY = json.dumps(
-    {"error_code": "BAD_REQUEST", "message": "QueuePool limit of size 1 overflow 0 reached"}
-)
-
-
-class Line:
-    """The line to a server. It can be cut, lose the server's replies, and say that it is busy."""
-
-    def __init__(self, url: str) -> None:
-        self._server = ("127.0.0.1", int(url.rsplit(":", 1)[1]))
-        self._port = free_port()
-        self._open: socketserver.ThreadingTCPServer | None = None
-        self._calls: list[socket.socket] = []
-        self.url = f"http://127.0.0.1:{self._port}"
-        self.loses_replies = self.busy = False
-
-    def restore(self) -> None:
-        line = self
-
-        class Forward(socketserver.BaseRequestHandler):
-            def handle(self) -> None:
-                line._calls.append(self.request)
-                with socket.create_connection(line._server) as server:
-                    threading.Thread(target=line._reply, args=(server, self.request)).start()
-                    with contextlib.suppress(OSError):
-                        while data := self.request.recv(65536):
-                            server.sendall(data)
-                        server.shutdown(socket.SHUT_RDWR)
-
-        class Server(socketserver.ThreadingTCPServer):
-            allow_reuse_address = True
-            daemon_threads = True
-
-        self._open = Server(("127.0.0.1", self._port), Forward)
-        threading.Thread(target=self._open.serve_forever, daemon=True).start()
-
-    def _reply(self, server: socket.socket, client: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            while (data := server.recv(65536)) and not self.loses_replies:
-                if self.busy:  # one answer, in however many pieces the server's comes
-                    head = "HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\n"
-                    head += f"Connection: close\r\nContent-Length: {len(BUSY)}\r\n\r\n"
-                    client.sendall(f"{head}{BUSY}".encode())
-                    break
-                client.sendall(data)
-            client.shutdown(socket.SHUT_RDWR)
-
-    def cut(self) -> None:
-        assert self._open is not None
-        self._open.shutdown()
-        self._open.server_close()
-        for call in self._calls:  # a client keeps its connections open
-            with contextlib.suppress(OSError):
-                call.shutdown(socket.SHUT_RDWR)

@@ -16,6 +16,7 @@ import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,6 @@ from tests.servers import MlflowProcess, S3Server, free_port
 from tests.sweeps import wait_until
 
 ADMIN = "admin"
-HOST = "mlflow.team.example"  # the name that a proxy in front of the server would have
 OWNER = "postgres"  # Debian's user; initdb refuses root
 
 
@@ -49,15 +49,11 @@ HERE = PROGRAMS is not None and DRIVERS
 
 
 class PostgresServer:
-    """In a folder of its own, on one port of loopback, never as root; every user has a password.
+    """In a folder of its own, on one port of loopback, never as root; every user has a password."""
 
-    Args:
-        careful: wait for the disk, as a real one does; a test need not.
-    """
-
-    def __init__(self, *, careful: bool = False) -> None:
+    def __init__(self) -> None:
         assert PROGRAMS is not None, MISSING
-        self.port, self.careful = free_port(), careful
+        self.port = free_port()
         # Not below pytest's folder, which other users may not enter.
         self.folder = Path(tempfile.mkdtemp(prefix="airsweep-pg-"))
         self.password = secrets.token_hex(12)  # of its superuser
@@ -69,13 +65,7 @@ class PostgresServer:
             self._make()
         assert PROGRAMS is not None
         where = ["-D", str(self.folder / "data"), "-p", str(self.port), "-k", str(self.folder)]
-        settings = [
-            "-c",
-            "listen_addresses=127.0.0.1",
-            "-c",
-            "max_connections=200",
-            *([] if self.careful else ["-F"]),
-        ]
+        settings = ["-c", "listen_addresses=127.0.0.1", "-F"]  # -F: no waiting for the disk
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
                 [*_as_owner(), str(PROGRAMS / "postgres"), *where, *settings],
@@ -141,16 +131,9 @@ class PostgresServer:
         """Without a password, which libpq finds in the environment."""
         return f"postgresql://{database}@127.0.0.1:{self.port}/{database}"
 
-    def connections(self) -> dict[str, int]:
-        """Of clients, now, by user."""
-        query = (
-            "SELECT usename, count(*) FROM pg_stat_activity "
-            "WHERE backend_type = 'client backend' AND usename <> 'postgres' GROUP BY usename"
-        )
-        return {str(user): int(number) for user, number in self.ask(query)}
-
     def connections_of(self, user: str) -> int:
-        return self.connections().get(user, 0)
+        query = f"SELECT count(*) FROM pg_stat_activity WHERE usename = '{user}'"
+        return int(self.ask(query)[0][0])
 
     def dump(self, database: str) -> dict[str, str]:
         """All rows as text, by table."""
@@ -195,12 +178,9 @@ class TeamServer(MlflowProcess):
         postgres: running, with the databases of that page.
         s3: running, with the bucket `mlflow`.
         folder: with the files of that page, for its log.
-        more: settings in its environment.
     """
 
-    def __init__(
-        self, postgres: PostgresServer, s3: S3Server, folder: Path, workers: int = 1, **more: str
-    ) -> None:
+    def __init__(self, postgres: PostgresServer, s3: S3Server, folder: Path) -> None:
         super().__init__(folder / "mlflow.log")
         self.folder = folder
         self.admin = secrets.token_hex(12)
@@ -210,16 +190,15 @@ class TeamServer(MlflowProcess):
             "PGHOST": "127.0.0.1",
             "PGPORT": f"{postgres.port}",
             "PORT": f"{self.port}",
-            "WORKERS": f"{workers}",
+            "WORKERS": "1",
             "BUCKET": "s3://mlflow/team",
-            "NAMES": f"{HOST},127.0.0.1:{self.port}",
+            "NAMES": f"127.0.0.1:{self.port}",
             "MLFLOW_AUTH_ADMIN_PASSWORD": self.admin,
             "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(16),
             "MLFLOW_S3_ENDPOINT_URL": s3.url,
             "AWS_ACCESS_KEY_ID": "server",
             "AWS_SECRET_ACCESS_KEY": secrets.token_hex(12),
             "AWS_DEFAULT_REGION": "us-east-1",
-            **more,
         }
 
     def start(self) -> None:
@@ -285,10 +264,10 @@ def basic(user: str, password: str) -> str:
 
 
 @contextlib.contextmanager
-def team(folder: Path, *, careful: bool = False, workers: int = 1, **more: str) -> Iterator[Team]:
+def team(folder: Path) -> Iterator[Team]:
     """All of it, running."""
     with contextlib.ExitStack() as stack:
-        postgres = PostgresServer(careful=careful)
+        postgres = PostgresServer()
         stack.callback(postgres.close)
         postgres.start()
         write_files(folder)
@@ -305,23 +284,20 @@ def team(folder: Path, *, careful: bool = False, workers: int = 1, **more: str) 
         s3.start()
         stack.callback(s3.stop)
         s3.make_bucket("mlflow")
-        mlflow = TeamServer(postgres, s3, folder, workers=workers, **more)
+        mlflow = TeamServer(postgres, s3, folder)
         stack.callback(mlflow.stop)
         mlflow.start()
         yield Team(postgres, mlflow, s3, passwords)
 
 
+@dataclass
 class Team:
     """Running services."""
 
-    def __init__(
-        self,
-        postgres: PostgresServer,
-        mlflow: TeamServer,
-        s3: S3Server,
-        passwords: Mapping[str, str],
-    ) -> None:
-        self.postgres, self.mlflow, self.s3, self.passwords = postgres, mlflow, s3, passwords
+    postgres: PostgresServer
+    mlflow: TeamServer
+    s3: S3Server
+    passwords: Mapping[str, str]
 
     @property
     def studies(self) -> str:

@@ -149,17 +149,3 @@ def test_a_server_that_goes_away_ends_the_run_and_nothing_is_lost(world, calm):
     assert "the same command goes on" in said
     ended(world.running("two"), 0)
     assert world.say("two", "table", "chaos") == calm.say("here", "table", "chaos")
-
-
-def test_what_cannot_be_a_store_ends_with_a_sentence_and_a_code(world):
-    for uri, code, remedy in (
-        ("s3://nowhere/x", 3, "there is no bucket 'nowhere'"),
-        ("hdfs://air/x", 2, "allowed: a folder, file:///..., s3://"),
-        ("s3://key:secret@air/x", 2, "AWS_PROFILE"),
-        ("s3://air/x?endpoint_override=127.0.0.1:1&scheme=http", 3, "does not answer"),
-    ):
-        out, said = ended(World(world.folder, world.spec, uri).running("one"), code)
-        assert remedy in said
-        assert out == ""
-        assert "Traceback" not in said
-        assert "secret@" not in said

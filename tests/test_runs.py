@@ -180,10 +180,6 @@ def test_table_rows_have_the_agreed_keys(spec, whole):
     assert [row["n"] for row in rows] == [1, 2, 2]
 
 
-def test_mlflow_has_each_trial_once(whole):
-    assert_told_once(whole)
-
-
 def test_again_does_no_work_and_imports_neither_torch_nor_ray(spec, whole):
     before = len(events(whole, "search"))
     code = (

@@ -83,33 +83,22 @@ def cache_gc(
 
     airsweep cache gc --sweep old_question --yes
     """
-    from orchestrator.cache_screen import spoils_screen
+    from orchestrator.cache_screen import gc_screen
     from orchestrator.inventory import take_inventory
     from orchestrator.place import whoami
     from orchestrator.recorded import all_needs, refuse_running
     from orchestrator.store import open_store
-    from orchestrator.upkeep import (
-        NOT_REMOVED,
-        needed_by_one,
-        needless,
-        refuse_unread,
-        remove,
-    )
+    from orchestrator.upkeep import NOT_REMOVED, plan_gc, remove
 
     opened = open_store(store)
     place = place_named(sweep, store) if sweep else None
     refuse_running(opened)
     with opened.locks.alone():  # until all is removed no sweep may start
-        inventory = take_inventory(opened)
+        of = f"{place.project}/{place.name}" if place else None
         needs = all_needs(opened, data_root)
-        refuse_unread(needs, opened.root)
-        if place is None:
-            spoils = needless(inventory, needs, whoami(), all_users)
-        else:
-            of = f"{place.project}/{place.name}"
-            spoils = needed_by_one(inventory, needs, of, whoami(), all_users)
+        found = plan_gc(take_inventory(opened), needs, whoami(), all_users, of)
         if yes:
-            spoils = remove(spoils)
-    show(json.dumps(spoils.json(yes), indent=1) if as_json else spoils_screen(spoils, yes))
-    if any(one.why == NOT_REMOVED for one in spoils.others):
+            found = remove(found)
+    show(json.dumps(found.json(yes), indent=1) if as_json else gc_screen(found, yes))
+    if any(one.why == NOT_REMOVED for one in found.others):
         fail(f"some of it {NOT_REMOVED}; --json names it", 1)

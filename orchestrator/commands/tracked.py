@@ -133,10 +133,11 @@ def mlflow_reconcile(
 
     airsweep mlflow reconcile --tracking-uri http://mlflow:5000
     """
-    from orchestrator.reconcile import reconcile, recorded
+    from orchestrator.place import recorded_names
+    from orchestrator.reconcile import reconcile
     from orchestrator.store import open_store
 
-    names = [name] if name else recorded(open_store(store))
+    names = [name] if name else ["/".join(one) for one in recorded_names(open_store(store))]
     if not names:
         fail(f"no sweep was recorded in {store}; run one first, or give --store")
     found, problems = [], []

@@ -17,8 +17,6 @@ from urllib.parse import urlsplit
 if TYPE_CHECKING:
     from orchestrator.tracking.mlflow import Mlflow
 
-MAX_METRICS = 30  # keys of a run; the columns of MLflow's table are what makes it slow
-
 DATABASE = "mlflow.db"  # both lie in the store's folder and move with it
 ARTIFACTS = "mlartifacts"
 
@@ -57,13 +55,6 @@ class Numbers:
     metrics: Mapping[str, float] = field(default_factory=dict)
     curves: Mapping[str, list[float]] = field(default_factory=dict)  # a value per iteration
     interval: str = ""  # of a setting: what _low and _high are
-
-    def __post_init__(self) -> None:
-        keys = self.metrics.keys() | self.curves.keys()
-        assert len(keys) <= MAX_METRICS, (
-            f"{len(keys)} metric keys, at most {MAX_METRICS}: numbers per class belong in an "
-            "artifact"
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,18 +98,6 @@ class ChildRun:
     started: int
     ended: int
     files: Mapping[str, Callable[[], bytes]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SeenRun:
-    """A run as MLflow has it."""
-
-    run_id: str
-    name: str
-    status: str
-    tags: dict[str, str]
-    metrics: dict[str, float]
-    text: str | None  # of the file that was asked for
 
 
 # ---------------------------------------------------------------- where MLflow is
@@ -167,7 +146,7 @@ def _unknown(scheme: str, uri: str) -> str:
     return f"unknown tracking uri {scheme}:...; {known}"
 
 
-def _resolved(uri: str | None, store: Path) -> tuple[str, Path | None]:
+def resolved(uri: str | None, store: Path) -> tuple[str, Path | None]:
     """MLflow's address and, where that is a file, its path.
 
     Raises:
@@ -196,23 +175,10 @@ def make_tracker(uri: str | None, *, store: Path, project: str) -> Mlflow:
     Raises:
         ValueError: the URI is of another kind, or switches tracking off.
     """
-    address, database = _resolved(uri, store)
+    address, database = resolved(uri, store)
     from orchestrator.tracking.mlflow import Mlflow  # seconds to import
 
     return Mlflow(address, project=project, database=database)
-
-
-def read_run(uri: str | None, store: Path, run_id: str, file: str) -> SeenRun:
-    """A run by its id, or by the beginning of one, with the text of one of its files.
-
-    Raises:
-        ValueError: there is no such run, or tracking is off.
-        TrackerAway: the server does not answer.
-    """
-    address, database = _resolved(uri, store)
-    from orchestrator.tracking.runs import read_run as read
-
-    return read(address, database, run_id, file)
 
 
 def serve_command(

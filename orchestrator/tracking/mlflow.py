@@ -63,7 +63,6 @@ from orchestrator.variables import environment
 
 log = logging.getLogger(__name__)
 
-MAX_ARTIFACT = 1_000_000  # bytes; images go by reference
 # For the check before a run: a user without a server should know at once.
 QUICK = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
 REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
@@ -196,12 +195,20 @@ class SweepTracker:
             MLFLOW_RUN_NOTE: self.sweep.note if live else "",
         }
         self._tag_sweep(about | self._system_tags())
-        for child in filter(is_ours, search(self.client, self.experiment, self._below())):
-            twin = self.children.setdefault(child.name, child)
-            if twin is not child:  # here too, requests are sent again
+        self.children = self._found()
+
+    def _found(self) -> dict[tuple[str, str], StoredRun]:
+        """The runs below the sweep's. Of two for one thing, as when a request was sent again after
+        its reply was lost, one is deleted."""
+        found: dict[tuple[str, str], StoredRun] = {}
+        below = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{self.run.run_id}'"
+        for child in filter(is_ours, search(self.client, self.experiment, below)):
+            twin = found.setdefault(child.name, child)
+            if twin is not child:
                 kept, spare = (child, twin) if twin.status == "RUNNING" else (twin, child)
-                self.children[child.name] = kept
+                found[child.name] = kept
                 self.client.delete_run(spare.run_id)
+        return found
 
     def send(self, run: ChildRun) -> bool:
         """Send what MLflow lacks of a trial or setting; return whether it lacked anything.
@@ -237,14 +244,10 @@ class SweepTracker:
             ValueError, TrackerAway: as of `Mlflow.check`.
         """
         with calls(self.mlflow.place, f"the run {self.sweep.sweep}"):
-            running = f"{self._below()} and attributes.status = 'RUNNING'"
-            for run in filter(is_ours, search(self.client, self.experiment, running)):
-                known = self.children.get(run.name)
-                if known is not None and known.run_id != run.run_id:
-                    self.client.delete_run(run.run_id)  # a request that was sent twice
-                else:
+            for run in self._found().values():
+                if run.status == "RUNNING":
                     self.client.set_terminated(run.run_id, "KILLED")
-                self.counts.sweep = True
+                    self.counts.sweep = True
             tags = self._states()
             if note is not None:
                 files = files or {}
@@ -261,9 +264,6 @@ class SweepTracker:
         # Without the parameter, MLflow's page of a run is the one for prompts.
         runs = f"#/experiments/{self.experiment}/runs/{self.run.run_id}"
         return self.mlflow.url(f"{runs}?workflowType=machine_learning")
-
-    def _below(self) -> str:
-        return f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{self.run.run_id}'"
 
     def _states(self) -> dict[str, str]:
         trials = [child for (kind, _), child in self.children.items() if kind == "trial"]
@@ -353,25 +353,16 @@ class SweepTracker:
         states arrive all the same, and the files when the sweep is opened again.
         """
         done: list[str] = []
-        if not self.takes_files:
-            return done
         there = files_of(self.mlflow.database, run.folder, self.client.tracking_uri)
-        for name, data in files:
-            if len(data) >= MAX_ARTIFACT:
-                size, limit = len(data) / 1e6, MAX_ARTIFACT / 1e6
-                log.warning(
-                    "%s is not sent to MLflow: it has %.1f MB, the limit is %.0f MB",
-                    *(name, size, limit),
-                )
-            else:
-                try:
-                    with tempfile.TemporaryDirectory(prefix="airsweep-") as scratch:
-                        path = Path(scratch, name)
-                        path.write_bytes(data)
-                        there.log_artifact(str(path))  # type: ignore[no-untyped-call]
-                except Trouble as trouble:
-                    self.takes_files = False
-                    log.warning("MLflow takes no artifacts for now (%s)", reason(trouble))
-                    break
+        for name, data in files if self.takes_files else ():
+            try:
+                with tempfile.TemporaryDirectory(prefix="airsweep-") as scratch:
+                    path = Path(scratch, name)
+                    path.write_bytes(data)
+                    there.log_artifact(str(path))  # type: ignore[no-untyped-call]
+            except Trouble as trouble:
+                self.takes_files = False
+                log.warning("MLflow takes no artifacts for now (%s)", reason(trouble))
+                break
             done.append(name)
         return done

@@ -45,8 +45,8 @@ from orchestrator.tracking import (
     ARTIFACTS,
     ChildRun,
     Numbers,
-    SeenRun,
     TrackerAway,
+    resolved,
     without_credentials,
 )
 
@@ -280,26 +280,26 @@ def files_of(database: Path | None, folder: str, tracking_uri: str) -> ArtifactR
 # ---------------------------------------------------------------- reading
 
 
-def read_run(uri: str, database: Path | None, run_id: str, file: str) -> SeenRun:
+def read_run(given: str | None, store: Path, run_id: str, file: str) -> tuple[Run, str | None]:
     """A run by its id, or by the beginning of one, with the text of one of its files.
 
+    Args:
+        given: a tracking URI, as of `make_tracker`.
+
+    Returns:
+        The text is None where the run has no such file.
+
     Raises:
-        ValueError: there is none, or there are several.
+        ValueError: there is none, or there are several; or tracking is off.
         TrackerAway: the server does not answer.
     """
+    uri, database = resolved(given, store)
     if database is not None and not database.exists():
         raise ValueError(f"{database} is not there: nothing was tracked in this store yet")
     with calls(without_credentials(uri), f"the run {run_id}"):
         client = MlflowClient(uri)
         run = _find(client, run_id)
-        return SeenRun(
-            run_id=run.info.run_id,
-            name=run.info.run_name,
-            status=run.info.status,
-            tags=dict(run.data.tags),
-            metrics=dict(run.data.metrics),
-            text=_text(client, database, run, file),
-        )
+        return run, _text(client, database, run, file)
 
 
 def _find(client: MlflowClient, run_id: str) -> Run:
@@ -323,7 +323,6 @@ def _find(client: MlflowClient, run_id: str) -> Run:
 
 
 def _text(client: MlflowClient, database: Path | None, run: Run, name: str) -> str | None:
-    """The text of a small file of a run; None: the run has no such file."""
     files = files_of(database, run.info.artifact_uri, client.tracking_uri)
     if name not in {file.path for file in files.list_artifacts()}:
         return None

@@ -13,9 +13,8 @@ from typing import Any
 
 import pytest
 
-from air_core.specs import FeaturesSpec, FolderImages, Ref, SyntheticFeaturesSpec
+from air_core.specs import FeaturesSpec, FolderImages, Ref
 from orchestrator.backends import RECORD, StoreRefused
-from orchestrator.image_rows import build_image_block, open_generator, read_synthetic
 from orchestrator.integrity import verify
 from orchestrator.inventory import take_inventory
 from orchestrator.keys import artifact_key
@@ -23,7 +22,6 @@ from orchestrator.leases import LOCK_SECONDS
 from orchestrator.ledger import Ledger, SweepBusy
 from orchestrator.place import place_named, recorded_names
 from orchestrator.store import ArtifactStore, MissingArtifact, open_store
-from orchestrator.workshop import Workshop
 
 SPEC = FeaturesSpec(dataset=Ref(name="digits", digest="d"), backbone=Ref(name="tiny", digest="b"))
 ROW = FolderImages(model=Ref(name="folder:x", digest="f"), classnames=("a",), size=8, block=2)
@@ -220,31 +218,6 @@ def test_a_row_has_the_shards_that_were_published(machine):
     assert not row.holds(0, 1, ".parquet")
     assert row.read(11, 3, ".parquet") == b"pixels"
     assert not machine("two").has(ROW)  # a row is never whole
-
-
-def test_a_block_drawn_on_one_machine_is_read_on_another(machine, drawn_digits, resolver):
-    from air_core.datasets.digits import CLASSNAMES
-
-    images = FolderImages(
-        model=resolver.weights("generator", f"folder:{drawn_digits}"),
-        classnames=CLASSNAMES,
-        size=32,
-        block=8,
-    )
-    spec = SyntheticFeaturesSpec(images=images, backbone=resolver.weights("backbone", "tiny"))
-    shops = [Workshop(machine(name)) for name in ("one", "two")]
-    drawn = [
-        build_image_block(spec, 4, 0, shop, lambda shop=shop: open_generator(images, shop))["drawn"]
-        for shop in shops
-    ]
-    assert drawn == [8, 0]
-    here, there = (read_synthetic(spec, 8, shop.store, [4]) for shop in shops)
-    elsewhere = read_synthetic(spec, 8, machine("three"), [4])
-    assert here.batch.features.equal(there.batch.features)
-    assert here.batch.features.equal(elsewhere.batch.features)
-    with pytest.raises(MissingArtifact, match="image 8 of"):
-        read_synthetic(spec, 9, machine("three"), [4])
-    assert verify(take_inventory(machine("four"))).damaged == ()
 
 
 def test_a_block_that_killed_its_process_is_known_to_have_on_other_machines(machine):

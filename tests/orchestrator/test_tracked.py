@@ -23,11 +23,10 @@ from orchestrator.dispatch import Outcome
 from orchestrator.image_rows import build_image_block, open_generator
 from orchestrator.keys import ArtifactKey
 from orchestrator.ledger import Ledger, SweepBusy
-from orchestrator.parent import parent_of
 from orchestrator.place import Place
 from orchestrator.plan import needs_of, plan_sweep
 from orchestrator.publish import Publisher
-from orchestrator.reconcile import reconcile, sync
+from orchestrator.reconcile import parent_of, reconcile, sync
 from orchestrator.report import rows
 from orchestrator.repro import differences, repro
 from orchestrator.results import entries_of
@@ -36,10 +35,10 @@ from orchestrator.store import ArtifactStore
 from orchestrator.sweep import SweepSpec
 from orchestrator.sweep_file import load_sweep
 from orchestrator.tracked import remembered
-from orchestrator.tracking import Counts, TrackerAway, make_tracker
+from orchestrator.tracking import Counts, TrackerAway
 from orchestrator.trial import read_trial, run_trial
 from orchestrator.workshop import Workshop
-from tests.servers import Line, MlflowServer, free_port
+from tests.servers import MlflowServer, free_port, in_trouble
 from tests.sweeps import record_again
 
 IMAGES = 240  # of the digits: enough for every class, and quick
@@ -320,25 +319,6 @@ def test_a_dead_server_is_refused_before_any_work_and_a_folder_is_bad_input(ende
         Publisher(sweep, parent, place.store, "mlruns").check(reach=False)
 
 
-def test_a_server_that_wants_a_password_is_bad_input(tmp_path):
-    from http.server import BaseHTTPRequestHandler, HTTPServer
-    from threading import Thread
-
-    class Locked(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_error(401)
-
-        def log_message(self, *_: Any) -> None: ...
-
-    server = HTTPServer(("127.0.0.1", 0), Locked)
-    Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}"
-    with pytest.raises(ValueError, match="MLFLOW_TRACKING_USERNAME"):
-        make_tracker(url, store=tmp_path, project="p").check()
-    server.shutdown()
-    server.server_close()
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
     folder = tmp_path_factory.mktemp("server")
@@ -348,24 +328,26 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
     server.stop()
 
 
-def test_an_mlflow_that_goes_away_is_warned_of_once_and_gets_the_rest_at_the_end(
+def test_an_mlflow_that_goes_away_is_warned_of_once_and_gets_the_rest_afterwards(
     ended, sweep, server, tmp_path, caplog
 ):
-    place = copy_of(ended, tmp_path)
-    line = Line(server.url)
-    line.restore()
-    driver = Publisher(sweep, parent_of(sweep, place, MADE), place.store, line.url)
+    place, trouble = copy_of(ended, tmp_path), []
     done = outcomes(sweep, place)
-    driver.trial(done[0], time.time())
-    driver.catch_up()
-    line.cut()
-    for outcome in done[1:]:
-        driver.trial(outcome, time.time())
-    driver.catch_up()
-    line.restore()
-    driver.finish("FAILED", synced(sweep, place))
-    line.cut()
-    assert ["does not answer" in one.getMessage() for one in caplog.records] == [True]
+    with in_trouble(server.url, trouble) as url:
+        driver = Publisher(sweep, parent_of(sweep, place, MADE), place.store, url)
+        driver.trial(done[0], time.time())
+        driver.catch_up()
+        trouble.append("away")
+        for outcome in done[1:]:
+            driver.trial(outcome, time.time())
+        driver.catch_up()
+        driver.finish("FAILED", synced(sweep, place))
+    away, lacking = (one.getMessage() for one in caplog.records)
+    assert "does not answer" in away
+    where = f"--store {place.store.root} --tracking-uri {url}"
+    assert f"airsweep mlflow reconcile small {where}" in lacking
+    told = reconcile(sweep, place, server.url).counts
+    assert told == Counts(sent=5, present=1, settings=3, sweep=True)
     assert reconcile(sweep, place, server.url).counts == Counts(present=6)
     slots = Counter(run.data.tags.get("air.slot") for run in all_runs(server.url))
     assert {slots[slot] for slot in slots if slot} == {1}

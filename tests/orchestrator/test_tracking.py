@@ -27,7 +27,7 @@ from orchestrator.tracking import (
     TrackerAway,
     make_tracker,
 )
-from tests.servers import Line, MlflowServer
+from tests.servers import MlflowServer, in_trouble
 
 ROOT = Path(__file__).parents[2]
 
@@ -255,26 +255,13 @@ def test_an_outcome_is_a_run_below_its_sweep(world: World) -> None:
 
     seen = world.seen()
     assert seen.run.status == "FINISHED"
-    assert {
-        "air.sweep": "quickstart",
-        "air.project": "default",
-        "air.spec_hash": "5f3a9c",
-        "air.user": "ada",
-        "air.done": "1",
-        "air.reused": "1",
-        "air.failed": "1",
-        "mlflow.note.content": "25 are enough.",
-    }.items() <= seen.run.tags.items()
+    assert seen.run.tags["mlflow.note.content"] == "25 are enough."
     done, reused, failed = (seen.trials[a_trial(seed=s).id] for s in (1, 2, 3))
     assert done.name == "digits-ul-text-air-s1-0a1b2c3d"
     assert [t.status for t in (done, reused, failed)] == ["FINISHED", "FINISHED", "FAILED"]
     assert [t.tags["air.state"] for t in (done, reused, failed)] == ["done", "reused", "failed"]
     assert failed.tags["air.failure_class"] == "nan"
     assert {
-        "air.kind": "trial",
-        "air.sweep": "quickstart",
-        "air.dataset": "digits",
-        "air.trial_key": a_trial().content,
         "mlflow.parentRunId": seen.run.id,
         "mlflow.user": "ada",
         "mlflow.source.name": "airsweep",
@@ -346,31 +333,6 @@ def test_a_sweep_that_goes_on_keeps_its_run(file: World) -> None:
     tracker.send(a_trial(seed=2))
     tracker.finish("FINISHED", "complete", {})
     assert (file.seen().run.status, len(file.seen().trials)) == ("FINISHED", 2)
-
-
-def test_sweeps_of_one_project_do_not_mix(file: World) -> None:
-    for name in ("one", "other"):
-        file.send(a_trial(), sweep=a_sweep(name))
-    for name in ("one", "other"):
-        assert len(file.seen(name).trials) == 1
-
-
-def test_a_setting_is_a_run_beside_its_trials(file: World) -> None:
-    file.send(a_trial(), a_trial(seed=2), a_setting())
-
-    seen = file.seen()
-    assert len(seen.trials) == 2
-    (point,) = seen.settings.values()
-    assert (point.name, point.status) == ("digits-ul-text-air", "FINISHED")
-    assert point.params == {"images_per_class": "25"}
-    assert {
-        "air.kind": "point",
-        "air.point": "digits-ul-text-air/0",
-        "air.interval": "95 % bootstrap over images and seeds",
-        "mlflow.note.content": "Its trials.",
-        **a_setting().tags,
-    }.items() <= point.tags.items()
-    assert point.curves == curves_of(a_setting())
 
 
 def curves_of(setting: ChildRun) -> dict[str, list[tuple[int, float]]]:
@@ -461,11 +423,6 @@ def test_a_refused_outcome_does_not_hold_up_the_others(
     assert sorted(statuses) == ["FINISHED", "KILLED"]
 
 
-def test_more_than_thirty_metrics_are_a_mistake_of_ours() -> None:
-    with pytest.raises(AssertionError, match="31 metric keys"):
-        Numbers(metrics={f"class/{i}": 0.5 for i in range(31)})
-
-
 # ---------------------------------------------------------------- files
 
 
@@ -475,27 +432,6 @@ def test_files_are_found_through_a_server_after_the_store_has_moved(server: Serv
     (trial,) = moved.trials.values()
     assert server.file_of(trial.id, server.file) == b"spec"
     assert trial.tags["air.artifacts"] == server.file
-
-
-@pytest.mark.integration
-def test_a_server_takes_files(server: Server) -> None:
-    world = World(server.url, "uploads")
-    tracker = world.open()
-    tracker.send(a_trial(files={"resolved.json": lambda: b"spec"}))
-    tracker.finish("FINISHED", "", {"resolved.json": b"spec"})
-    runs = world.runs()
-    assert len(runs) == 2
-    assert {server.file_of(run.info.run_id, "resolved.json") for run in runs} == {b"spec"}
-
-
-def test_a_file_of_a_megabyte_is_refused_with_a_word(
-    file: World, caplog: pytest.LogCaptureFixture
-) -> None:
-    for _ in range(2):
-        counts = file.send(a_trial(files={"large.png": lambda: b"x" * 1_000_000}))
-    assert caplog.text.count("large.png is not sent") == 1
-    assert counts.present == 1
-    assert file.seen().trials[a_trial().id].status == "FINISHED"
 
 
 def test_files_that_had_no_room_come_with_the_next_start(
@@ -605,6 +541,8 @@ def test_a_request_that_arrived_twice_leaves_one_run(file: World, run: ChildRun)
     assert len(file.runs()) == 2
 
     begun(file, tracker.run.run_id, run)
+    tags = {"air.kind": "sweep", "air.sweep": "quickstart"}
+    file.client.create_run(tracker.experiment, tags=tags)  # as if its reply had been lost
     file.open()
     assert len(file.runs()) == 2
     seen = file.seen()
@@ -613,45 +551,17 @@ def test_a_request_that_arrived_twice_leaves_one_run(file: World, run: ChildRun)
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("lost", ["sweep", "trial"])
-def test_lost_replies_leave_no_second_run(server: Server, lost: str) -> None:
-    world = World(server.url, f"lost {lost}")
-    world.open(a_sweep("other"))
-    line = Line(server.url)
-    line.restore()
-    behind = World(line.url, world.project)
-    if lost == "sweep":
-        line.loses_replies = True
-        with pytest.raises(TrackerAway):
-            behind.open()
-    else:
-        tracker = behind.open()
-        line.loses_replies = True
-        with pytest.raises(TrackerAway):
-            tracker.send(a_trial())
-    line.loses_replies = False
-    behind.send(a_trial())
-    line.cut()
-
-    (trial,) = world.seen().trials.values()
-    assert trial.status == "FINISHED"
-    running = [run for run in world.runs() if run.info.status == "RUNNING"]
-    assert [run.info.run_name for run in running] == ["other"]
-
-
-@pytest.mark.integration
 def test_a_busy_server_has_refused_nothing(server: Server) -> None:
-    line = Line(server.url)
-    line.restore()
-    world = World(line.url, "busy")
-    tracker = world.open()
-    line.busy = True
-    with pytest.raises(TrackerAway, match="QueuePool"):
-        tracker.send(a_trial())
-    line.busy = False
-    assert world.send(a_trial()).sent == 1
-    assert world.seen().trials[a_trial().id].status == "FINISHED"
-    line.cut()
+    trouble: list[str] = []
+    with in_trouble(server.url, trouble) as url:
+        world = World(url, "busy")
+        tracker = world.open()
+        trouble.append("busy")
+        with pytest.raises(TrackerAway, match="QueuePool"):
+            tracker.send(a_trial())
+        trouble.clear()
+        assert world.send(a_trial()).sent == 1
+        assert world.seen().trials[a_trial().id].status == "FINISHED"
 
 
 DRIVER = """

@@ -10,10 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from air_core.classifiers import text_classifier
 from air_core.datasets import get_dataset
-from air_core.normal import normalised
-from air_core.types import Batch
 from orchestrator.ledger import Ledger
 from orchestrator.plan import plan_sweep
 from orchestrator.report import rows
@@ -83,19 +80,6 @@ def test_one_prompt_is_learned_once_for_all_that_it_is_tested_on(
     after = {path.name: path.stat().st_mtime_ns for path in store.artifacts.glob("trials/*/*")}
     assert learned.items() <= after.items()
     assert len(after) == len(learned) + 1
-
-
-def test_zero_shot_elsewhere_is_clip_with_the_names_there(spec, store, drawn, tiny_clip):
-    record = run_trial(spec(iterations=0), store)
-    target = read_target(spec().test_features, spec().split, store)
-    dataset = get_dataset(f"folder:{drawn}")
-    text = text_classifier(tiny_clip, dataset.classnames, dataset.template)
-    index, predictions, _ = record.predictions()
-    assert np.array_equal(predictions, text.logits(Batch(target.features[index])).argmax(dim=-1))
-
-
-def test_a_dataset_tested_on_itself_is_the_plain_trial(spec):
-    assert normalised(spec(test_dataset="digits")) == normalised(spec(test_dataset=None))
 
 
 def test_a_table_names_both_and_compares_within_each(store, resolver, drawn, tmp_path):
