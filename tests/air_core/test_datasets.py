@@ -354,8 +354,8 @@ def test_a_damaged_file_of_clothes_is_an_error(tmp_path, damage, message):
     file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(ValueError, match=message):
         DATASETS["fashion_mnist"].load(tmp_path)
-    file.unlink()
-    with pytest.raises(ValueError, match=r"has no t10k-images-idx3-ubyte\.gz; apt-get install"):
+    file.with_name("train-labels-idx1-ubyte.gz").unlink()
+    with pytest.raises(ValueError, match=r"has no train-labels-idx1-ubyte\.gz; apt-get install"):
         DATASETS["fashion_mnist"].files(tmp_path)
 
 
