@@ -53,7 +53,7 @@ from air_core.pseudo_labels import assign, capacity
 from air_core.specs import PromptSettings, PseudoLabelSettings, TrainSettings
 from air_core.training import Targeted, Training, fit
 from air_core.types import Batch, Labelled
-from benchmarks.harness import Times, least, options, progress, random_vit_b_32, report, timed
+from benchmarks.harness import Times, least, options, progress, random_clip, report, timed
 
 CONTEXT = 16  # learned vectors or tokens
 BATCH = 64
@@ -67,7 +67,8 @@ def padded_text_features(backbone: Backbone, context: Tensor, names: Sequence[st
     """(C, D) text features of `[SOS] context name [EOT]`, padded to the longest allowed."""
     model, length = backbone.model, len(context)
     # X stands where the context goes: one token each.
-    tokens = backbone.tokenizer([" ".join(["x"] * length + [name]) for name in names])
+    words = [name.replace("_", " ") for name in names]
+    tokens = backbone.tokenizer([" ".join(["x"] * length + [word]) for word in words])
     ends = tokens.argmax(dim=-1)
     embedded = model.token_embedding(tokens.to(context.device)).detach()  # (C, T, W)
     shared = context.expand(len(names), -1, -1)
@@ -101,7 +102,7 @@ def step_times(encode: Callable[[], Tensor], prompt: Parameter, repeats: int) ->
 
 
 def text_step(asked: argparse.Namespace) -> None:
-    backbone = random_vit_b_32(asked.device)
+    backbone = random_clip(device=asked.device)
     found = {}
     for dataset in ("resisc45", "flowers102"):  # 45 and 102 class names
         found[dataset] = _text_step(backbone, get_dataset(dataset).classnames, asked.repeats)
@@ -158,14 +159,23 @@ class Photos(torch.utils.data.Dataset[Tensor]):
 
 
 def whole_tower(backbone: Backbone, pixels: Tensor, prompt: Tensor) -> Tensor:
-    """(B, D): learned tokens between [CLS] and the patches, before ln_pre."""
-    tower, count = backbone.model.visual, len(pixels)
+    """(B, D): learned tokens (P, W) between [CLS] and the patches, before ln_pre.
+
+    With (L, P, W), a deep prompt, those of every later block take their place there.
+    """
+    tower, count, length = backbone.model.visual, len(pixels), prompt.shape[-2]
+    layers = [prompt] if prompt.dim() == 2 else list(prompt)
     patches = tower.conv1(pixels).flatten(2).transpose(1, 2)
     start = tower.class_embedding.expand(count, 1, -1)
     states = torch.cat([start, patches], dim=1) + tower.positional_embedding
-    learned = prompt.expand(count, -1, -1)
+    learned = layers[0].expand(count, -1, -1)
     states = tower.ln_pre(torch.cat([states[:, :1], learned, states[:, 1:]], dim=1))
-    return normalize(tower.ln_post(tower.transformer(states))[:, 0] @ tower.proj, dim=-1)
+    for i, block in enumerate(tower.transformer.resblocks):
+        if 0 < i < len(layers):
+            fresh = layers[i].expand(count, -1, -1)
+            states = torch.cat([states[:, :1], fresh, states[:, 1 + length :]], dim=1)
+        states = block(states)
+    return normalize(tower.ln_post(states)[:, 0] @ tower.proj, dim=-1)
 
 
 def visual_step(asked: argparse.Namespace) -> None:
@@ -175,7 +185,7 @@ def visual_step(asked: argparse.Namespace) -> None:
         photos = Photos(Path(folder), asked.batch * (asked.steps + 2 + 2 * LOADERS))
         for name, load in {
             "tiny": functools.partial(load_backbone, "tiny"),
-            "ViT-B-32": random_vit_b_32,
+            "ViT-B-32": functools.partial(random_clip, "ViT-B-32-quickgelu"),
         }.items():
             found[name] = _visual_step(load(asked.device), photos, asked.batch, asked.steps)
             progress(name, found[name])
@@ -252,7 +262,7 @@ def plain_training(
 
 
 def trial(asked: argparse.Namespace) -> None:
-    backbone = random_vit_b_32(asked.device)
+    backbone = random_clip(device=asked.device)
     names = get_dataset("dtd").classnames
     classes, width = len(names), backbone.model.text_projection.shape[1]
     pool = Batch(normalize(torch.randn(asked.pool, width), dim=-1))
@@ -375,7 +385,7 @@ def replicas(asked: argparse.Namespace) -> None:
     found: dict[str, dict[str, dict[str, float]]] = {}
     for world in asked.worlds:
         tiny = world == "tiny"
-        backbone = load_backbone("tiny", asked.device) if tiny else random_vit_b_32(asked.device)
+        backbone = load_backbone("tiny", asked.device) if tiny else random_clip(device=asked.device)
         steps = 10 * asked.steps if tiny else asked.steps
         fit(trainings(world, backbone, 1, 2))  # warms up
         cases: dict[str, tuple[Callable[[], list[Training]], dict[str, int]]] = {

@@ -18,7 +18,6 @@ that of the best other sampler, by the default objective.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -34,7 +33,7 @@ import optuna
 from optuna.samplers import BaseSampler, GPSampler, TPESampler
 from optuna.storages import InMemoryStorage
 
-from benchmarks.harness import options, progress, report
+from benchmarks.harness import airsweep, options, progress, report
 from orchestrator.ledger import Ledger
 from orchestrator.plan import plan_sweep
 from orchestrator.ranking import ranking
@@ -94,8 +93,7 @@ def run_grid(store: Path) -> list[dict[str, Any]]:
     """Every point with its objectives and its test accuracy, run where the store lacks it."""
     with tempfile.TemporaryDirectory() as folder:
         file, sweep = sweep_in(Path(folder))
-        command = [sys.executable, "-m", "orchestrator", "run", str(file), "--store", str(store)]
-        subprocess.run(command, check=True, stdout=sys.stderr)
+        airsweep("run", file, "--store", store)
         ledger = Ledger(store / "sweeps" / "default" / sweep.name)
         resolver = Resolver(store / "digests.json", None)
         plan = plan_sweep(sweep, ArtifactStore(store), resolver, ledger)

@@ -34,6 +34,7 @@ from air_core.prompts import restored_learner
 from air_core.specs import PromptSettings
 from air_core.types import Batch
 from air_core.weights import tiny_folder
+from benchmarks.classify import zero_shot
 
 ROOT = Path(__file__).parents[2]
 DOC = ROOT / "docs" / "bundle.md"
@@ -45,25 +46,8 @@ def digits() -> list[Image.Image]:
 
 
 @pytest.fixture(scope="module")
-def contents(tiny_clip) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What write_bundle is given: zero-shot CLIP on the digits."""
-    said = {
-        "classnames": list(CLASSNAMES),
-        "template": TEMPLATE,
-        "modality": "text",
-        "prompt": None,
-        "backbone": {**weights_said("tiny"), "precision": "fp32"},
-        "metrics": {"test/accuracy": 0.5},
-        "test": {"dataset": "digits", "digest": "d", "images": 2, "unseen": None},
-        "lineage": {},
-    }
-    texts = class_texts(tiny_clip, CLASSNAMES, TEMPLATE).numpy()
-    scale = np.array(tiny_clip.logit_scale, dtype=np.float32)
-    arrays = {
-        TEXT: {"text_features": texts, "logit_scale": scale},
-        TEST: {name: np.zeros(2, dtype=np.int32) for name in ("index", "predictions", "labels")},
-    }
-    return said, arrays
+def contents() -> tuple[dict[str, Any], dict[str, Any]]:
+    return zero_shot()
 
 
 @pytest.fixture
