@@ -51,8 +51,9 @@ def zero_shot() -> tuple[dict[str, Any], dict[str, Any]]:
         "lineage": {},
     }
     texts = class_texts(backbone, digits.classnames, digits.template).numpy()
+    scale = np.array(backbone.logit_scale, dtype=np.float32)
     arrays = {
-        TEXT: {"text_features": texts, "logit_scale": np.float32(backbone.logit_scale).reshape(())},
+        TEXT: {"text_features": texts, "logit_scale": scale},
         TEST: {name: np.zeros(2, dtype=np.int32) for name in ("index", "predictions", "labels")},
     }
     return about, arrays
