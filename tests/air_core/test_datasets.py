@@ -474,35 +474,41 @@ def pixel(image: Image.Image, at: tuple[int, int] = (0, 0)) -> tuple[int, ...]:
     return image.getpixel(at)
 
 
-def test_a_palette_image_has_its_colours_and_transparent_ones_are_white(tmp_path):
-    image = Image.new("P", (4, 4))
-    image.putpalette([10, 20, 30, 200, 100, 50])
-    image.putpixel((1, 0), 1)
-    assert pixel(saved(image, tmp_path / "a.png")) == (10, 20, 30)
-    assert pixel(saved(image, tmp_path / "a.gif"), (1, 0)) == (200, 100, 50)
-    shown = saved(image, tmp_path / "b.png", transparency=0)
-    assert pixel(shown) == (255, 255, 255)
-    assert pixel(shown, (1, 0)) == (200, 100, 50)
+def dotted(mode: str, ground: object, **dots: object) -> Image.Image:
+    """4 x 4 pixels of one colour, but for the second and third of the first row."""
+    image = Image.new(mode, (4, 4), ground)
+    for name, colour in dots.items():
+        image.putpixel(({"second": 1, "third": 2}[name], 0), colour)
+    if mode == "P":
+        image.putpalette([10, 20, 30, 200, 100, 50])
+    return image
 
 
-def test_a_transparent_image_lies_over_white(tmp_path):
-    image = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
-    image.putpixel((1, 0), (100, 0, 0, 255))
-    image.putpixel((2, 0), (0, 0, 0, 51))
-    shown = saved(image, tmp_path / "a.png")
-    assert pixel(shown) == (255, 255, 255)
-    assert pixel(shown, (1, 0)) == (100, 0, 0)
-    assert pixel(shown, (2, 0)) == (204, 204, 204)
-    assert pixel(saved(Image.new("LA", (2, 2), (0, 0)), tmp_path / "b.png")) == (255, 255, 255)
+PALETTE = dotted("P", 0, second=1)
+CLEAR = dotted("RGBA", (0, 0, 0, 0), second=(100, 0, 0, 255), third=(0, 0, 0, 51))
+DEEP = Image.fromarray(np.array([[257, 32896, 65535]], dtype=np.uint16))
+WHITE = (255, 255, 255)
 
 
-def test_one_bit_and_grey_images_keep_their_values(tmp_path):
-    image = Image.new("1", (8, 8))
-    image.putpixel((1, 0), 1)
-    shown = saved(image, tmp_path / "a.png")
-    assert pixel(shown) == (0, 0, 0)
-    assert pixel(shown, (1, 0)) == (255, 255, 255)
-    assert pixel(saved(Image.new("L", (2, 2), 77), tmp_path / "b.png")) == (77, 77, 77)
+@pytest.mark.parametrize(
+    ("image", "ending", "options", "first", "second", "third"),
+    [
+        (PALETTE, "png", {}, (10, 20, 30), (200, 100, 50), (10, 20, 30)),
+        (PALETTE, "gif", {}, (10, 20, 30), (200, 100, 50), (10, 20, 30)),
+        (PALETTE, "png", {"transparency": 0}, WHITE, (200, 100, 50), WHITE),
+        (CLEAR, "png", {}, WHITE, (100, 0, 0), (204, 204, 204)),
+        (dotted("LA", (0, 0)), "png", {}, WHITE, WHITE, WHITE),
+        (dotted("1", 0, second=1), "png", {}, (0, 0, 0), WHITE, (0, 0, 0)),
+        (dotted("L", 77), "png", {}, (77, 77, 77), (77, 77, 77), (77, 77, 77)),
+        (DEEP, "png", {}, (1, 1, 1), (128, 128, 128), WHITE),  # 16 bits: scaled and not clipped
+        (DEEP, "tif", {}, (1, 1, 1), (128, 128, 128), WHITE),
+    ],
+)
+def test_an_image_has_its_colours_over_white(
+    tmp_path, image, ending, options, first, second, third
+):
+    shown = saved(image, tmp_path / f"a.{ending}", **options)
+    assert [pixel(shown, (x, 0)) for x in range(3)] == [first, second, third]
 
 
 @pytest.mark.parametrize("ending", ["jpg", "tif"])
@@ -511,13 +517,6 @@ def test_a_cmyk_image_has_the_colour_of_its_inks(tmp_path, ending):
     red, green, blue = pixel(saved(inks, tmp_path / f"a.{ending}"), (8, 8))
     assert red > 240
     assert max(green, blue) < 15
-
-
-@pytest.mark.parametrize("ending", ["png", "tif"])
-def test_sixteen_bit_grey_is_scaled_and_not_clipped(tmp_path, ending):
-    values = np.array([[0, 257, 32896, 65535]], dtype=np.uint16)
-    shown = saved(Image.fromarray(values), tmp_path / f"a.{ending}")
-    assert np.asarray(shown)[0, :, 0].tolist() == [0, 1, 128, 255]
 
 
 @pytest.mark.parametrize(
