@@ -16,9 +16,9 @@ them through the whole tower; two loader processes read ahead. `ratio` is that o
 share of 3,760 images, scaled from `--steps` training steps and one labelling pass. Baseline: CPL's
 loop on stored image features, which encodes all names for every batch.
 
-*replicas*: a training step of 8 prompts of one point, and of a round of 4 points with 3 seeds each,
-in one computation. Baseline: one prompt after the other. `ratio` is processor time with the tiny
-CLIP and 8 prompts: it is bound by the cost of a call, as any text tower on a GPU is.
+*replicas*: a training step of 3 and of 8 prompts of one point in one computation. Baseline: one
+prompt after the other. `ratio` is processor time with the tiny CLIP and 8 prompts: it is bound by
+the cost of a call, as any text tower on a GPU is.
 
 What both ways compute is compared. ViT-B/32 has random weights: its time does not depend on them.
 Times are the least disturbed of the repeats, by the clock; `ratio_cpu` is that of processor time,
@@ -31,7 +31,6 @@ import argparse
 import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -52,7 +51,7 @@ from air_core.prompts.text import TextPrompt
 from air_core.pseudo_labels import assign, capacity
 from air_core.specs import PromptSettings, PseudoLabelSettings, TrainSettings
 from air_core.training import Targeted, Training, fit
-from air_core.types import Batch, Labelled
+from air_core.types import Batch
 from benchmarks.harness import Times, least, options, progress, random_clip, report, timed
 
 CONTEXT = 16  # learned vectors or tokens
@@ -316,8 +315,6 @@ def trial(asked: argparse.Namespace) -> None:
 # ---------------------------------------------------------------- replicas
 
 WORLDS = {"tiny": ("digits", 4), "vit_b_32": ("eurosat", 16)}  # dataset, vectors, of each CLIP
-# Of a round's points: learning rate, weight of synthetic images.
-POINTS, SEEDS = ((0.005, 0.1), (0.01, 0.3), (0.02, 1.0), (0.05, 3.0)), 3
 
 
 def trainings(world: str, backbone: Backbone, replicas: int, steps: int) -> list[Training]:
@@ -336,49 +333,22 @@ def trainings(world: str, backbone: Backbone, replicas: int, steps: int) -> list
     ]
 
 
-def a_round(backbone: Backbone, steps: int) -> list[Training]:
-    """Points that differ in learning rate and in the weight of synthetic images; seeds of each."""
-    width = backbone.model.text_projection.shape[1]
-    drawn = torch.randn(200, width, generator=torch.Generator().manual_seed(1))
-    synthetic = Labelled(Batch(normalize(drawn, dim=-1)), torch.arange(10).repeat(20))
-    return [
-        replace(
-            one,
-            synthetic=synthetic,
-            synthetic_weight=weight,
-            settings=replace(one.settings, learning_rate=rate),
-        )
-        for rate, weight in POINTS
-        for one in trainings("tiny", backbone, SEEDS, steps)
-    ]
-
-
 def together(
-    make: Callable[[], list[Training]], sizes: Mapping[str, int], steps: int, repeats: int
+    world: str, backbone: Backbone, count: int, steps: int, repeats: int
 ) -> dict[str, float]:
-    """Seconds of a step of all prompts, each way.
-
-    Args:
-        sizes: how many are trained in one computation, by way; `batched` and `sequential` are two.
-    """
-    times: dict[str, list[Times]] = {way: [] for way in sizes}
+    """Seconds of a step of so many prompts, in one computation and one after the other."""
+    times: dict[str, list[Times]] = {"lean": [], "baseline": []}
     prompts: dict[str, list[Tensor]] = {}
-    for _ in range(repeats):  # in turns: a busy moment hits all
-        for way, size in sizes.items():
-            every = make()
-            groups = [every[at : at + size] for at in range(0, len(every), size)]
-            times[way].append(timed(lambda groups=groups: [fit(group) for group in groups]))
+    for _ in range(repeats):  # in turns: a busy moment hits both
+        for way, size in (("lean", count), ("baseline", 1)):
+            every = trainings(world, backbone, count, steps)
+            groups = [every[at : at + size] for at in range(0, count, size)]
+            wall, cpu = timed(lambda groups=groups: [fit(group) for group in groups])
+            times[way].append((wall / steps, cpu / steps))
             prompts[way] = [one.learner.prompt for one in every]
-    apart = max(map(differ, prompts["batched"], prompts["sequential"]))
+    apart = max(map(differ, prompts["lean"], prompts["baseline"]))
     assert apart < 1e-4, f"the two ways learn prompts that differ by {apart}"
-    best = {way: least(spent) for way, spent in times.items()}
-    found = {f"{way}_s": wall / steps for way, (wall, _) in best.items()}
-    found |= {f"{way}_cpu_s": cpu / steps for way, (_, cpu) in best.items()}
-    if "by_point" in sizes:
-        found["ratio_to_points"] = best["by_point"][1] / best["batched"][1]
-    found["ratio_wall"] = best["sequential"][0] / best["batched"][0]
-    found["ratio"] = best["sequential"][1] / best["batched"][1]
-    return {**found, "apart": apart}
+    return {**compared({way: least(spent) for way, spent in times.items()}), "apart": apart}
 
 
 def replicas(asked: argparse.Namespace) -> None:
@@ -388,23 +358,14 @@ def replicas(asked: argparse.Namespace) -> None:
         backbone = load_backbone("tiny", asked.device) if tiny else random_clip(device=asked.device)
         steps = 10 * asked.steps if tiny else asked.steps
         fit(trainings(world, backbone, 1, 2))  # warms up
-        cases: dict[str, tuple[Callable[[], list[Training]], dict[str, int]]] = {
-            str(count): (
-                functools.partial(trainings, world, backbone, count, steps),
-                {"batched": count, "sequential": 1},
-            )
-            for count in (3, 8)
-        }
-        if tiny:
-            sizes = {"batched": len(POINTS) * SEEDS, "by_point": SEEDS, "sequential": 1}
-            cases["round"] = (functools.partial(a_round, backbone, steps), sizes)
         found[world] = {}
-        for name, (make, sizes) in cases.items():
-            found[world][name] = together(make, sizes, steps, asked.repeats)
-            progress(world, name, found[world][name])
+        for count in (3, 8):
+            one = together(world, backbone, count, steps, asked.repeats)
+            found[world][str(count)] = one
+            progress(world, count, one)
     report(
         "replicas",
-        found["tiny"]["8"]["ratio"] if "tiny" in found else None,
+        found["tiny"]["8"]["ratio_cpu"] if "tiny" in found else None,
         f"8 prompts one after the other, tiny CLIP, digits, batches of {BATCH}, "
         f"{asked.threads} thread, {asked.device}",
         steps=asked.steps,
