@@ -335,8 +335,8 @@ def with_code(source: Path, folder: Path, settings: dict[str, object]) -> Path:
 
 
 @pytest.fixture
-def somebody_says_yes(monkeypatch, tmp_path):
-    """Whoever sits at the terminal agrees to all; modules of the test stay in its folder."""
+def answers_yes(monkeypatch, tmp_path):
+    """The user answers yes to every question; modules of the test stay in its folder."""
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
     modules = str(tmp_path / "modules")
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules)
@@ -344,9 +344,7 @@ def somebody_says_yes(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("settings", [{}, {"trust_remote_code": True}])
-def test_a_tokenizer_that_is_code_of_its_folder_is_not_run(
-    settings, siglip, tmp_path, somebody_says_yes
-):
+def test_a_tokenizer_that_is_code_of_its_folder_is_not_run(settings, siglip, tmp_path, answers_yes):
     folder = with_code(siglip, tmp_path / "folder", settings)
     with pytest.raises(ValueError, match=str(folder)):
         load_backbone(folder)

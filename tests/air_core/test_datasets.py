@@ -301,7 +301,7 @@ def test_lists_of_three_parts_are_taken_as_they_are(tmp_path, name, write):
     assert numbers == {"train": {1}, "val": {2}, "test": {3}}
 
 
-def test_lists_beside_somebody_elses_folder_are_not_taken(tmp_path):
+def test_lists_outside_of_the_root_are_not_read(tmp_path):
     """Class folders right below the root: what lies above it belongs to others."""
     shutil.copytree(small_root("eurosat") / "eurosat/2750", tmp_path / "data")
     (tmp_path / "test.txt").write_text("River_1.jpg\n")
