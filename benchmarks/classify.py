@@ -16,11 +16,10 @@ processor time, which on a machine that others use is the one to read, with --th
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,28 +34,29 @@ from air_core.bundle.manifest import weights_said, write_bundle
 from air_core.classifiers import class_texts
 from air_core.datasets import get_dataset
 from air_core.weights import tiny_folder
-from benchmarks.harness import ROOT, Times, least, options, report, timed
+from benchmarks.harness import Times, airsweep, least, options, report, timed
 
 
-def zero_shot_bundle(folder: Path) -> None:
-    """The tiny CLIP's own classifier of the digits."""
+def zero_shot() -> tuple[dict[str, Any], dict[str, Any]]:
+    """What `write_bundle` is given for the tiny CLIP's own classifier of the digits."""
     digits, backbone = get_dataset("digits"), load_backbone("tiny")
-    first = np.zeros(1, dtype=np.int32)
-    said = {
+    about = {
         "classnames": list(digits.classnames),
         "template": digits.template,
         "modality": "text",
+        "prompt": None,
         "backbone": {**weights_said("tiny"), "precision": "fp32"},
-        "metrics": {"test/accuracy": 1.0},
-        "test": {"dataset": digits.name, "digest": "", "images": 1, "unseen": None},
+        "metrics": {"test/accuracy": 0.5},
+        "test": {"dataset": digits.name, "digest": "d", "images": 2, "unseen": None},
         "lineage": {},
     }
     texts = class_texts(backbone, digits.classnames, digits.template).numpy()
+    scale = np.array(backbone.logit_scale, dtype=np.float32)
     arrays = {
-        TEXT: {"text_features": texts, "logit_scale": np.float32(backbone.logit_scale).reshape(())},
-        TEST: {"index": first, "predictions": first, "labels": first},
+        TEXT: {"text_features": texts, "logit_scale": scale},
+        TEST: {name: np.zeros(2, dtype=np.int32) for name in ("index", "predictions", "labels")},
     }
-    write_bundle(folder, said, arrays, replace=False)
+    return about, arrays
 
 
 def images_in(folder: Path, count: int, photo: bool) -> list[Path]:
@@ -104,15 +104,13 @@ def by_bundle(bundle: Path, files: list[Path]) -> tuple[Times, list[str]]:
 
 
 def by_command(bundle: Path, files: list[Path]) -> tuple[Times, list[str]]:
-    command = [sys.executable, "-m", "orchestrator", "classify", bundle, files[0].parent, "--json"]
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(ROOT)}
-    environment, said = {**os.environ, **threads}, []
+    threads, printed = str(torch.get_num_threads()), []
 
     def run() -> None:
-        words = list(map(str, command))
-        said.append(subprocess.run(words, capture_output=True, check=True, env=environment).stdout)
+        words = ("classify", bundle, files[0].parent, "--json")
+        printed.append(airsweep(*words, OMP_NUM_THREADS=threads))
 
-    return timed(run), [one["class"] for one in json.loads(said[0])]
+    return timed(run), [one["class"] for one in json.loads(printed[0])]
 
 
 WAYS = {"baseline_s": one_at_a_time, "bundle_s": by_bundle, "command_s": by_command}
@@ -124,7 +122,7 @@ def main() -> None:
     times: dict[str, list[Times]] = {name: [] for name in WAYS}
     with tempfile.TemporaryDirectory() as place:
         bundle = Path(place) / "bundle"
-        zero_shot_bundle(bundle)
+        write_bundle(bundle, *zero_shot(), replace=False)
         files = images_in(Path(place) / "new", asked.images, asked.photo)
         for _ in range(asked.repeats):
             said = []

@@ -2,7 +2,7 @@
 
 Baselines, one thread a process, the tiny pipeline without LoRA:
 - *bare*: two processes that each draw half of the blocks by `PipelineGenerator` and keep nothing;
-- *loop*: what one writes first: a diffusers pipeline, an image a call, in one process and in two.
+- *loop*: what one writes first: a diffusers pipeline, an image a call, in two processes.
 
 Ours is `orchestrator.generation.draw` on a local Ray with two actors: Ray Data hands out blocks,
 each is drawn, checked for blanks, encoded by CLIP and written as parquet and safetensors. Rates
@@ -98,16 +98,14 @@ def _opened(need: Need, device: str) -> tuple[Any, Sequence[str], int]:
     return load_generator(images, folder, None, device), images.classnames, images.block_size
 
 
-def processes(
-    work: Callable[..., None], need: Need, device: str, count: int
-) -> tuple[float, float]:
-    """Images a second of some processes side by side, and seconds until all had a block."""
+def processes(work: Callable[..., None], need: Need, device: str) -> tuple[float, float]:
+    """Images a second of two processes side by side, and seconds until both had a block."""
     spawn = multiprocessing.get_context("spawn")
     shards = need.shards()
-    queues = [spawn.Queue() for _ in range(count)]
+    queues = [spawn.Queue() for _ in range(PROCESSES)]
     began = time.time()
     running = [
-        spawn.Process(target=work, args=(need, shards[at::count], device, queue))
+        spawn.Process(target=work, args=(need, shards[at::PROCESSES], device, queue))
         for at, queue in enumerate(queues)
     ]
     for one in running:
@@ -183,23 +181,21 @@ def main() -> None:
         few = Need(need.spec, max(16, asked.images // 4), need.classes)  # the loop is slow
         for repeat in range(asked.repeats):
             figures = {}
-            figures["bare"], figures["bare_start"] = processes(bare, need, asked.device, PROCESSES)
+            figures["bare"], figures["bare_start"] = processes(bare, need, asked.device)
             figures["ours"], figures["ours_start"], figures["busy"] = ours(need, asked.device)
-            figures["loop"], _ = processes(loop, few, asked.device, PROCESSES)
-            figures["loop_alone"], _ = processes(loop, few, asked.device, 1)
+            figures["loop"], _ = processes(loop, few, asked.device)
             for name, value in figures.items():
                 found.setdefault(name, []).append(value)
             progress(repeat, *(f"{name} {value:.2f}" for name, value in figures.items()))
     ratios = {
         name: [a / b for a, b in zip(found["ours"], found[name], strict=True)]
-        for name in ("bare", "loop", "loop_alone")
+        for name in ("bare", "loop")
     }
     report(
         "generation",
         statistics.median(ratios["bare"]),
         "two bare processes of the same pipeline, images a second",
         loop_ratio=statistics.median(ratios["loop"]),
-        loop_alone_ratio=statistics.median(ratios["loop_alone"]),
         ratios=ratios,
         images_per_second=found,
         images=asked.images * 10,

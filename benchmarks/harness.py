@@ -52,19 +52,22 @@ def least(times: Sequence[Times]) -> Times:
     return min(wall for wall, _ in times), min(cpu for _, cpu in times)
 
 
-def airsweep(*arguments: object) -> None:
-    """A command of airsweep in a process of its own, with one thread."""
-    subprocess.run(
-        [sys.executable, "-m", "orchestrator", *map(str, arguments)],
-        check=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+def environment(**more: str) -> dict[str, str]:
+    """Of a process with one thread that imports this checkout."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
+
+
+def airsweep(*arguments: object, **more: str) -> str:
+    """A command of airsweep in a process of its own, and what it prints."""
+    command = [sys.executable, "-m", "orchestrator", *map(str, arguments)]
+    done = subprocess.run(
+        command, check=True, env=environment(**more), capture_output=True, text=True
     )
+    return done.stdout
 
 
-def random_vit_b_32(device: str = "cpu") -> Backbone:
-    """CLIP ViT-B/32 with random weights: its time does not depend on them."""
+def random_clip(architecture: str = "ViT-B-32-quickgelu", device: str = "cpu") -> Backbone:
+    """A CLIP with random weights: its time does not depend on them."""
     import logging
 
     import open_clip
@@ -73,9 +76,10 @@ def random_vit_b_32(device: str = "cpu") -> Backbone:
 
     logging.disable(logging.WARNING)  # that weights are random is what we want
     model, _, preprocess = open_clip.create_model_and_transforms(
-        "ViT-B-32-quickgelu", pretrained=None, device=device
+        architecture, pretrained=None, device=device
     )
-    return Backbone(model, preprocess, open_clip.get_tokenizer("ViT-B-32"))
+    logging.disable(logging.NOTSET)
+    return Backbone(model, preprocess, open_clip.get_tokenizer(architecture))
 
 
 def progress(*words: object) -> None:

@@ -6,8 +6,7 @@
     python benchmarks/method.py replicas [--steps 20] [--repeats 3] [--threads 1] [--device cpu]
 
 *text_step*: a training step of a text prompt. Baseline: what CoOp and CPL do, one sequence a class,
-padded to 77 tokens, the whole tower for every token; `trimmed` cuts the sequences behind the
-longest name. `ratio` is the smaller one of two datasets.
+padded to 77 tokens, the whole tower for every token. `ratio` is the smaller one of two datasets.
 
 *visual_step*: a training step of a visual prompt on stored image tokens. Baseline: what CPL does,
 each step loads its images (500 x 375 JPEG, as in CUB), decodes and transforms them twice and sends
@@ -17,9 +16,9 @@ them through the whole tower; two loader processes read ahead. `ratio` is that o
 share of 3,760 images, scaled from `--steps` training steps and one labelling pass. Baseline: CPL's
 loop on stored image features, which encodes all names for every batch.
 
-*replicas*: a training step of 8 prompts of one point, and of a round of 4 points with 3 seeds each,
-in one computation. Baseline: one prompt after the other. `ratio` is processor time with the tiny
-CLIP and 8 prompts: it is bound by the cost of a call, as any text tower on a GPU is.
+*replicas*: a training step of 3 and of 8 prompts of one point in one computation. Baseline: one
+prompt after the other. `ratio` is processor time with the tiny CLIP and 8 prompts: it is bound by
+the cost of a call, as any text tower on a GPU is.
 
 What both ways compute is compared. ViT-B/32 has random weights: its time does not depend on them.
 Times are the least disturbed of the repeats, by the clock; `ratio_cpu` is that of processor time,
@@ -32,7 +31,6 @@ import argparse
 import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -53,8 +51,8 @@ from air_core.prompts.text import TextPrompt
 from air_core.pseudo_labels import assign, capacity
 from air_core.specs import PromptSettings, PseudoLabelSettings, TrainSettings
 from air_core.training import Targeted, Training, fit
-from air_core.types import Batch, Labelled
-from benchmarks.harness import Times, least, options, progress, random_vit_b_32, report, timed
+from air_core.types import Batch
+from benchmarks.harness import Times, least, options, progress, random_clip, report, timed
 
 CONTEXT = 16  # learned vectors or tokens
 BATCH = 64
@@ -64,24 +62,29 @@ def differ(one: Tensor, other: Tensor) -> float:
     return float((one - other).detach().norm() / other.detach().norm())
 
 
-def padded_text_features(
-    backbone: Backbone, context: Tensor, names: Sequence[str], trimmed: bool = False
-) -> Tensor:
+def padded_text_features(backbone: Backbone, context: Tensor, names: Sequence[str]) -> Tensor:
     """(C, D) text features of `[SOS] context name [EOT]`, padded to the longest allowed."""
     model, length = backbone.model, len(context)
     # X stands where the context goes: one token each.
-    tokens = backbone.tokenizer([" ".join(["x"] * length + [name]) for name in names])
+    words = [name.replace("_", " ") for name in names]
+    tokens = backbone.tokenizer([" ".join(["x"] * length + [word]) for word in words])
     ends = tokens.argmax(dim=-1)
-    if trimmed:
-        tokens = tokens[:, : int(ends.max()) + 1]
     embedded = model.token_embedding(tokens.to(context.device)).detach()  # (C, T, W)
     shared = context.expand(len(names), -1, -1)
     states = torch.cat([embedded[:, :1], shared, embedded[:, 1 + length :]], dim=1)
-    states = states + model.positional_embedding[: states.shape[1]]
-    mask = model.attn_mask[: states.shape[1], : states.shape[1]]
-    states = model.ln_final(model.transformer(states, attn_mask=mask))
+    states = model.transformer(states + model.positional_embedding, attn_mask=model.attn_mask)
+    states = model.ln_final(states)
     ended = states[torch.arange(len(names)), ends]
     return normalize(ended @ model.text_projection, dim=-1)
+
+
+def compared(times: Mapping[str, Times]) -> dict[str, float]:
+    """Seconds of each way, and how many times as long the baseline takes."""
+    return {
+        **{f"{name}_s": wall for name, (wall, _) in times.items()},
+        "ratio": times["baseline"][0] / times["lean"][0],
+        "ratio_cpu": times["baseline"][1] / times["lean"][1],
+    }
 
 
 def step_times(encode: Callable[[], Tensor], prompt: Parameter, repeats: int) -> Times:
@@ -98,7 +101,7 @@ def step_times(encode: Callable[[], Tensor], prompt: Parameter, repeats: int) ->
 
 
 def text_step(asked: argparse.Namespace) -> None:
-    backbone = random_vit_b_32(asked.device)
+    backbone = random_clip(device=asked.device)
     found = {}
     for dataset in ("resisc45", "flowers102"):  # 45 and 102 class names
         found[dataset] = _text_step(backbone, get_dataset(dataset).classnames, asked.repeats)
@@ -117,24 +120,13 @@ def _text_step(backbone: Backbone, names: Sequence[str], repeats: int) -> dict[s
     context = Parameter(0.02 * torch.randn(CONTEXT, backbone.token_width, device=backbone.device))
     ways: dict[str, Callable[[], Tensor]] = {
         "lean": lambda: backbone.encode_context(context, names),
-        "trimmed": lambda: padded_text_features(backbone, context, names, trimmed=True),
         "baseline": lambda: padded_text_features(backbone, context, names),
     }
     with torch.no_grad():
-        features = [encode() for encode in ways.values()]
-    apart = max(differ(one, features[0]) for one in features)
+        apart = differ(*(encode() for encode in ways.values()))
     assert apart < 1e-5, f"the ways differ by {apart}"
-    times = {
-        name: step_times(encode, context, 3 * repeats if name == "lean" else repeats)
-        for name, encode in ways.items()
-    }
-    return {
-        **{f"{name}_s": wall for name, (wall, _) in times.items()},
-        "ratio": times["baseline"][0] / times["lean"][0],
-        "ratio_cpu": times["baseline"][1] / times["lean"][1],
-        "ratio_trimmed": times["trimmed"][0] / times["lean"][0],
-        "apart": apart,
-    }
+    times = {name: step_times(encode, context, repeats) for name, encode in ways.items()}
+    return {**compared(times), "apart": apart}
 
 
 # ---------------------------------------------------------------- visual_step
@@ -166,14 +158,23 @@ class Photos(torch.utils.data.Dataset[Tensor]):
 
 
 def whole_tower(backbone: Backbone, pixels: Tensor, prompt: Tensor) -> Tensor:
-    """(B, D): learned tokens between [CLS] and the patches, before ln_pre."""
-    tower, count = backbone.model.visual, len(pixels)
+    """(B, D): learned tokens (P, W) between [CLS] and the patches, before ln_pre.
+
+    With (L, P, W), a deep prompt, those of every later block take their place there.
+    """
+    tower, count, length = backbone.model.visual, len(pixels), prompt.shape[-2]
+    layers = [prompt] if prompt.dim() == 2 else list(prompt)
     patches = tower.conv1(pixels).flatten(2).transpose(1, 2)
     start = tower.class_embedding.expand(count, 1, -1)
     states = torch.cat([start, patches], dim=1) + tower.positional_embedding
-    learned = prompt.expand(count, -1, -1)
+    learned = layers[0].expand(count, -1, -1)
     states = tower.ln_pre(torch.cat([states[:, :1], learned, states[:, 1:]], dim=1))
-    return normalize(tower.ln_post(tower.transformer(states))[:, 0] @ tower.proj, dim=-1)
+    for i, block in enumerate(tower.transformer.resblocks):
+        if 0 < i < len(layers):
+            fresh = layers[i].expand(count, -1, -1)
+            states = torch.cat([states[:, :1], fresh, states[:, 1 + length :]], dim=1)
+        states = block(states)
+    return normalize(tower.ln_post(states)[:, 0] @ tower.proj, dim=-1)
 
 
 def visual_step(asked: argparse.Namespace) -> None:
@@ -183,7 +184,7 @@ def visual_step(asked: argparse.Namespace) -> None:
         photos = Photos(Path(folder), asked.batch * (asked.steps + 2 + 2 * LOADERS))
         for name, load in {
             "tiny": functools.partial(load_backbone, "tiny"),
-            "ViT-B-32": random_vit_b_32,
+            "ViT-B-32": functools.partial(random_clip, "ViT-B-32-quickgelu"),
         }.items():
             found[name] = _visual_step(load(asked.device), photos, asked.batch, asked.steps)
             progress(name, found[name])
@@ -220,12 +221,9 @@ def _visual_step(backbone: Backbone, photos: Photos, batch: int, steps: int) -> 
     times = {name: step_times(way, prompt, steps) for name, way in ways.items()}
     loads = [timed(lambda: [photos[i] for i in range(batch)]) for _ in range(steps)]
     times["loading"] = least(loads)
-    return {
-        **{f"{name}_s": wall for name, (wall, _) in times.items()},
-        "ratio": times["baseline"][0] / times["lean"][0],
-        "ratio_cpu": (times["loading"][1] + times["tower"][1]) / times["lean"][1],
-        "apart": apart,
-    }
+    # Loaders are processes of their own: their time is measured here instead.
+    loading_and_tower = times["loading"][1] + times["tower"][1]
+    return {**compared(times), "ratio_cpu": loading_and_tower / times["lean"][1], "apart": apart}
 
 
 # ---------------------------------------------------------------- trial
@@ -263,7 +261,7 @@ def plain_training(
 
 
 def trial(asked: argparse.Namespace) -> None:
-    backbone = random_vit_b_32(asked.device)
+    backbone = random_clip(device=asked.device)
     names = get_dataset("dtd").classnames
     classes, width = len(names), backbone.model.text_projection.shape[1]
     pool = Batch(normalize(torch.randn(asked.pool, width), dim=-1))
@@ -317,8 +315,6 @@ def trial(asked: argparse.Namespace) -> None:
 # ---------------------------------------------------------------- replicas
 
 WORLDS = {"tiny": ("digits", 4), "vit_b_32": ("eurosat", 16)}  # dataset, vectors, of each CLIP
-# Of a round's points: learning rate, weight of synthetic images.
-POINTS, SEEDS = ((0.005, 0.1), (0.01, 0.3), (0.02, 1.0), (0.05, 3.0)), 3
 
 
 def trainings(world: str, backbone: Backbone, replicas: int, steps: int) -> list[Training]:
@@ -337,75 +333,39 @@ def trainings(world: str, backbone: Backbone, replicas: int, steps: int) -> list
     ]
 
 
-def a_round(backbone: Backbone, steps: int) -> list[Training]:
-    """Points that differ in learning rate and in the weight of synthetic images; seeds of each."""
-    width = backbone.model.text_projection.shape[1]
-    drawn = torch.randn(200, width, generator=torch.Generator().manual_seed(1))
-    synthetic = Labelled(Batch(normalize(drawn, dim=-1)), torch.arange(10).repeat(20))
-    return [
-        replace(
-            one,
-            synthetic=synthetic,
-            synthetic_weight=weight,
-            settings=replace(one.settings, learning_rate=rate),
-        )
-        for rate, weight in POINTS
-        for one in trainings("tiny", backbone, SEEDS, steps)
-    ]
-
-
 def together(
-    make: Callable[[], list[Training]], sizes: Mapping[str, int], steps: int, repeats: int
+    world: str, backbone: Backbone, count: int, steps: int, repeats: int
 ) -> dict[str, float]:
-    """Seconds of a step of all prompts, each way.
-
-    Args:
-        sizes: how many are trained in one computation, by way; `batched` and `sequential` are two.
-    """
-    times: dict[str, list[Times]] = {way: [] for way in sizes}
+    """Seconds of a step of so many prompts, in one computation and one after the other."""
+    times: dict[str, list[Times]] = {"lean": [], "baseline": []}
     prompts: dict[str, list[Tensor]] = {}
-    for _ in range(repeats):  # in turns: a busy moment hits all
-        for way, size in sizes.items():
-            every = make()
-            groups = [every[at : at + size] for at in range(0, len(every), size)]
-            times[way].append(timed(lambda groups=groups: [fit(group) for group in groups]))
+    for _ in range(repeats):  # in turns: a busy moment hits both
+        for way, size in (("lean", count), ("baseline", 1)):
+            every = trainings(world, backbone, count, steps)
+            groups = [every[at : at + size] for at in range(0, count, size)]
+            wall, cpu = timed(lambda groups=groups: [fit(group) for group in groups])
+            times[way].append((wall / steps, cpu / steps))
             prompts[way] = [one.learner.prompt for one in every]
-    apart = max(map(differ, prompts["batched"], prompts["sequential"]))
+    apart = max(map(differ, prompts["lean"], prompts["baseline"]))
     assert apart < 1e-4, f"the two ways learn prompts that differ by {apart}"
-    best = {way: least(spent) for way, spent in times.items()}
-    found = {f"{way}_s": wall / steps for way, (wall, _) in best.items()}
-    found |= {f"{way}_cpu_s": cpu / steps for way, (_, cpu) in best.items()}
-    if "by_point" in sizes:
-        found["ratio_to_points"] = best["by_point"][1] / best["batched"][1]
-    found["ratio_wall"] = best["sequential"][0] / best["batched"][0]
-    found["ratio"] = best["sequential"][1] / best["batched"][1]
-    return {**found, "apart": apart}
+    return {**compared({way: least(spent) for way, spent in times.items()}), "apart": apart}
 
 
 def replicas(asked: argparse.Namespace) -> None:
     found: dict[str, dict[str, dict[str, float]]] = {}
     for world in asked.worlds:
         tiny = world == "tiny"
-        backbone = load_backbone("tiny", asked.device) if tiny else random_vit_b_32(asked.device)
+        backbone = load_backbone("tiny", asked.device) if tiny else random_clip(device=asked.device)
         steps = 10 * asked.steps if tiny else asked.steps
         fit(trainings(world, backbone, 1, 2))  # warms up
-        cases: dict[str, tuple[Callable[[], list[Training]], dict[str, int]]] = {
-            str(count): (
-                functools.partial(trainings, world, backbone, count, steps),
-                {"batched": count, "sequential": 1},
-            )
-            for count in (1, 3, 8)
-        }
-        if tiny:
-            sizes = {"batched": len(POINTS) * SEEDS, "by_point": SEEDS, "sequential": 1}
-            cases["round"] = (functools.partial(a_round, backbone, steps), sizes)
         found[world] = {}
-        for name, (make, sizes) in cases.items():
-            found[world][name] = together(make, sizes, steps, asked.repeats)
-            progress(world, name, found[world][name])
+        for count in (3, 8):
+            one = together(world, backbone, count, steps, asked.repeats)
+            found[world][str(count)] = one
+            progress(world, count, one)
     report(
         "replicas",
-        found["tiny"]["8"]["ratio"] if "tiny" in found else None,
+        found["tiny"]["8"]["ratio_cpu"] if "tiny" in found else None,
         f"8 prompts one after the other, tiny CLIP, digits, batches of {BATCH}, "
         f"{asked.threads} thread, {asked.device}",
         steps=asked.steps,

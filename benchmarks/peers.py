@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -33,7 +32,7 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.harness import ROOT, options, progress, report
+from benchmarks.harness import ROOT, environment, options, progress, report
 
 SCRIPTS = Path(__file__).parent / "peer_scripts"
 QUICKSTART = ROOT / "sweeps" / "quickstart.yaml"
@@ -60,18 +59,11 @@ def command(peer: str, spec: Path, folder: Path, sets: Sequence[str]) -> list[st
 
 def start(peer: str, spec: Path, folder: Path, sets: Sequence[str]) -> subprocess.Popen[bytes]:
     folder.mkdir(exist_ok=True)
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "PEER_FOLDER": str(folder),
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_AUTH_MODE": "disabled",
-    }
+    alone = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
     with open(folder / "output.txt", "ab") as output:
         return subprocess.Popen(
             command(peer, spec, folder, sets),
-            env=environment,
+            env=environment(PEER_FOLDER=str(folder), **alone),
             cwd=folder,
             stdout=output,
             stderr=output,

@@ -3,7 +3,7 @@
 Plays `sweeps/paper_main.yaml` on a cluster of equal GPUs under several policies: groups of cells
 with their LoRA, their blocks of images and their trials, the driver as a server that does one thing
 at a time. Costs are those of `docs/reproduce.md`, which nobody measured; the driver's and actors'
-own were measured on sleeping actors (docs/LOG.md).
+own were measured on sleeping actors (docs/scale.md).
 
     python benchmarks/scale.py [--gpus 64]
 
@@ -60,11 +60,8 @@ class Costs:
 
 @dataclass(frozen=True)
 class Policy:
-    overlap: bool = True  # the next groups are prepared while trials run
+    beside: bool  # the next groups are prepared while trials run, and trials start when theirs is
     share: int = 8  # one device of so many stays with them then
-    stream: bool = True  # trials of a ready group start before the last of an earlier one ended
-    longest: bool = False  # jobs by their length, the longest first
-    fit: bool = False  # reserve: as much as has to be prepared, of all that is left to do
 
 
 @dataclass
@@ -78,8 +75,6 @@ class Found:
     tail: float = 0.0  # idle while trials ran and nothing was left to start
     idle: float = 0.0
     beside: float = 0.0  # seconds with a trial
-    starts: int = 0
-    first: float = math.inf  # end of the first trial
     events: int = 0
 
 
@@ -147,11 +142,9 @@ class Simulation:
     def _open(self) -> None:
         """Hand out the jobs of groups that are ready, in order."""
         while self.opened < len(self.groups) and self.ready[self.opened]:
-            if not self.policy.stream and (self.jobs or self.waiting):
+            if not self.policy.beside and (self.jobs or self.waiting):
                 return
             self.waiting += self.groups[self.opened].jobs
-            if self.policy.longest:
-                self.waiting.sort(key=lambda job: -job.seconds)
             self.opened += 1
 
     def _allotted(self) -> int:
@@ -160,15 +153,7 @@ class Simulation:
             return 0
         if not self.jobs and not self.waiting:
             return self.gpus
-        if not self.policy.overlap:
-            return 0
-        if not self.policy.fit:
-            return max(1, self.gpus // self.policy.share)
-        left = sum(seconds for _, seconds in self.tasks)
-        left += sum(self.blocks_left) * self.costs.block
-        later = [job for group in self.groups[self.opened :] for job in group.jobs]
-        every = left + sum(job.gpu * job.seconds for job in (*self.waiting, *later))
-        return max(1, min(self.gpus - 1, round(self.gpus * left / every)))
+        return max(1, self.gpus // self.policy.share) if self.policy.beside else 0
 
     def _prepare(self) -> None:
         allotted = self._allotted()
@@ -198,7 +183,7 @@ class Simulation:
 
     def _in_turn(self, group: int) -> bool:
         """Without overlap a group is begun when the trials of the last are over."""
-        return self.policy.overlap or group == self.opened
+        return self.policy.beside or group == self.opened
 
     def _to_draw(self) -> list[int]:
         """Groups of which blocks can be handed out."""
@@ -210,7 +195,6 @@ class Simulation:
 
     def _open_pool(self, size: int) -> None:
         self.generation += 1
-        self.found.starts += size > 0
         for _ in range(size):
             device = self.free.index(1.0)
             self.free[device] = 0.0
@@ -281,7 +265,6 @@ class Simulation:
     def _job_over(self, device: int, job: Job) -> None:
         self.jobs -= 1
         self.free[device] += job.gpu
-        self.found.first = min(self.found.first, self.now)
 
 
 # ---------------------------------------------------------------- the paper's grid
@@ -384,35 +367,17 @@ def played(groups: Sequence[Group], gpus: int, costs: Costs, policy: Policy) -> 
         "busy_beside_trials": 1 - (found.idle - found.barrier) / while_trials,
         "barrier_gpu_hours": found.barrier / 3600,
         "tail_gpu_hours": found.tail / 3600,
-        "first_trial_min": found.first / 60,
-        "pools": found.starts,
         "events_per_s": found.events / found.end,
     }
 
 
 POLICIES = {
-    "prepare, then trials": Policy(overlap=False, stream=False),
-    "the next beside": Policy(stream=False),
-    "one stream of trials": Policy(),
-    "a single GPU prepares": Policy(share=10**6),
-    "as many as is left to do": Policy(fit=True),
-    "longest first": Policy(longest=True),
+    "prepare, then trials": Policy(beside=False),
+    "one stream of trials": Policy(beside=True),
+    "a single GPU prepares": Policy(beside=True, share=10**6),
 }
-
-COLUMNS = {
-    "hours": ("hours", ".1f"),
-    "busy": ("busy", ".0%"),
-    "producer_busy": ("those that prepare", ".0%"),
-    "busy_beside_trials": ("while trials run", ".0%"),
-    "barrier_gpu_hours": ("idle, no trial can run", ".1f"),
-    "tail_gpu_hours": ("idle, none is left", ".0f"),
-    "first_trial_min": ("first trial, min", ".0f"),
-}
-
-
 JOBS: dict[str, tuple[float, bool, int]] = {
     "a quarter, seeds together": (0.25, False, 1),
-    "a quarter, a job a seed": (0.25, True, 1),
     "a whole GPU, a job a seed": (1.0, True, 1),
     "the same, 12 points a cell": (1.0, True, 12),
 }
@@ -422,17 +387,13 @@ def main() -> None:
     asked = options(__doc__, gpus=64)
     costs = Costs(block=BLOCK * IMAGE, start=LOAD, gap=GAP, driver=DRIVER, job=JOB)
     found: dict[str, dict[str, float]] = {}
-    progress("| jobs | policy | " + " | ".join(title for title, _ in COLUMNS.values()) + " |")
-    progress("| --- " * 2 + "| ---: " * len(COLUMNS) + "|")
     for jobs, of in JOBS.items():
-        groups = paper(*of)
-        first, *others = groups
+        first, *others = paper(*of)
         by_blocks = [first, *sorted(others, key=lambda group: group.blocks)]
         for name, policy in POLICIES.items():
-            one = played(by_blocks if policy.stream else groups, asked.gpus, costs, policy)
-            found[f"{jobs}: {name}"] = one
-            cells = [format(one[key], form) for key, (_, form) in COLUMNS.items()]
-            progress(f"| {jobs} | {name} | {' | '.join(cells)} |")
+            groups = by_blocks if policy.beside else [first, *others]
+            one = found[f"{jobs}: {name}"] = played(groups, asked.gpus, costs, policy)
+            progress(f"{jobs}: {name}", *(f"{key} {value:.3g}" for key, value in one.items()))
     jobs = "a whole GPU, a job a seed"
     report(
         "scale",

@@ -18,7 +18,6 @@ that of the best other sampler, by the default objective.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import optuna
 from optuna.samplers import BaseSampler, GPSampler, TPESampler
 
-from benchmarks.harness import options, progress, report
+from benchmarks.harness import airsweep, options, progress, report
 from orchestrator.ledger import Ledger
 from orchestrator.plan import plan_sweep
 from orchestrator.ranking import ranking
@@ -94,8 +93,7 @@ def run_grid(store: Path) -> list[dict[str, Any]]:
     """Every point with its objectives and its test accuracy, run where the store lacks it."""
     with tempfile.TemporaryDirectory() as folder:
         file, sweep = sweep_in(Path(folder))
-        command = [sys.executable, "-m", "orchestrator", "run", str(file), "--store", str(store)]
-        subprocess.run(command, check=True, stdout=sys.stderr)
+        airsweep("run", file, "--store", store)
         ledger = Ledger(store / "sweeps" / "default" / sweep.name)
         resolver = Resolver(store / "digests.json", None)
         plan = plan_sweep(sweep, ArtifactStore(store), resolver, ledger)
@@ -122,18 +120,13 @@ def mean(values: Iterable[float]) -> float:
 
 def regrets(
     make: Make, grid: Sequence[dict[str, Any]], objective: str, points: int, seeds: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Test regret of the point that each search takes, and regret in the objective; (S,) each.
-
-    The former in points of accuracy, the latter as a share of what lies between the grid's best and
-    its median.
-    """
+) -> np.ndarray:
+    """(S,) test regret of the point that each search takes, in points of accuracy."""
     with tempfile.TemporaryDirectory() as folder:
         _, sweep = sweep_in(Path(folder))
     (cell,) = cells_of(sweep)
     value = {_word(row["params"]): row[objective] for row in grid}
     test = {_word(row["params"]): row["test"] for row in grid}
-    top, median = max(value.values()), float(np.median(list(value.values())))
     found = []
     for seed in range(seeds):
         search = replace(sweep.search, sampler="random", seed=seed, points=points, width=4)
@@ -144,50 +137,37 @@ def regrets(
             seen |= {_word(point.params): told[point.number] for point in asked}
             searching.tell_round(told)
         taken = max(seen, key=lambda word: seen[word])
-        found.append(
-            (100 * (max(test.values()) - test[taken]), (top - value[taken]) / (top - median))
-        )
-    both = np.array(found)
-    return both[:, 0], both[:, 1]
+        found.append(100 * (max(test.values()) - test[taken]))
+    return np.array(found)
 
 
 def _word(params: Mapping[str, Any]) -> str:
     return json.dumps(dict(params), sort_keys=True)
 
 
-def interval(values: np.ndarray) -> tuple[float, float]:
-    """95 % of the mean over searches, by the bootstrap."""
+def interval(values: np.ndarray) -> list[float]:
+    """Mean over searches and 95 % of it, by the bootstrap."""
     drawn = np.random.default_rng(0).choice(values, (4000, len(values))).mean(axis=1)
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return float(low), float(high)
+    return [float(values.mean()), *map(float, np.quantile(drawn, [0.025, 0.975]))]
 
 
 def compare(
     grid: Sequence[dict[str, Any]], objective: str, points: int, seeds: int
 ) -> dict[str, Any]:
-    """Print a table of all samplers and return its figures."""
+    """Regret of all samplers, and of each minus the default's."""
     test = np.array([row["test"] for row in grid])
     ranks = ranking([(np.array([row[objective] for row in grid]), test)])
-    progress(f"\n{objective}: rank correlation with test accuracy {ranks}")
-    progress(f"{'sampler':<16} {'test regret':>11}  {'95 %':<13} {'minus tpe, 95 %':<21} objective")
+    progress(f"{objective}: rank correlation with test accuracy {ranks}")
     each = {name: regrets(make, grid, objective, points, seeds) for name, make in SAMPLERS.items()}
     figures = {}
-    for name, (of_test, of_objective) in each.items():
-        low, high = interval(of_test)
-        less = of_test - each[DEFAULT][0]
-        gap = interval(less)
+    for name, regret in each.items():
+        figures[name] = {"regret": interval(regret), "less": interval(regret - each[DEFAULT])}
+        mean, low, high = figures[name]["regret"]
+        less, less_low, less_high = figures[name]["less"]
         progress(
-            f"{name:<16} {of_test.mean():11.2f}  [{low:.2f}, {high:.2f}]  "
-            f"{less.mean():+.2f} [{gap[0]:+.2f}, {gap[1]:+.2f}]   {of_objective.mean():.3f}"
+            f"{name:<16} {mean:.2f} [{low:.2f}, {high:.2f}], "
+            f"minus {DEFAULT} {less:+.2f} [{less_low:+.2f}, {less_high:+.2f}]"
         )
-        figures[name] = {
-            "mean": float(of_test.mean()),
-            "low": low,
-            "high": high,
-            "spread": float(of_test.std(ddof=1)),
-            "minus_default": [float(less.mean()), *gap],
-            "objective_regret": float(of_objective.mean()),
-        }
     return figures
 
 
@@ -206,10 +186,10 @@ def main() -> None:
     )
     tables = {name: compare(grid, name, asked.points, asked.seeds) for name in OBJECTIVES}
     figures = tables[OBJECTIVES[0]]
-    winner = min(set(figures) - {BASELINE}, key=lambda name: figures[name]["mean"])
+    winner = min(set(figures) - {BASELINE}, key=lambda name: figures[name]["regret"][0])
     report(
         "search",
-        figures[BASELINE]["mean"] / max(figures[winner]["mean"], 1e-9),
+        figures[BASELINE]["regret"][0] / max(figures[winner]["regret"][0], 1e-9),
         BASELINE,
         winner=winner,
         points=asked.points,

@@ -10,23 +10,14 @@ callback does not bring. Requests are counted where they leave this process, at
 
     python benchmarks/tracking_calls.py [--trials 21] [--seeds 3] [--ray-trials 3] [--iterations 10]
 
-About a minute on two cores. The last line is JSON; `ratio` is requests a trial, baseline over ours;
-`seconds` is what the calls took on the clock.
+About a minute on two cores. The last line is JSON; `ratio` is requests a trial, baseline over ours.
 """
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
-import subprocess
 import sys
 import tempfile
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,14 +25,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.harness import ROOT, options, progress, report
-from orchestrator.tracking import (
-    SERVER_ENVIRONMENT,
-    ChildRun,
-    Numbers,
-    SweepRun,
-    make_tracker,
-    serve_command,
-)
+from orchestrator.tracking import ChildRun, Numbers, SweepRun, make_tracker
+from tests.servers import MlflowServer
 
 CURVES = ("train/loss", "test/accuracy", "pseudo/accuracy", "pseudo/coverage")
 SINGLES = ("pool/accuracy_fused", "test/accuracy_text", "test/accuracy_fused", "time/train_s")
@@ -51,55 +36,20 @@ def numbers(trial: int, iteration: int) -> dict[str, float]:
     return {name: (trial + 1) / (iteration + len(name)) for name in CURVES}
 
 
-@contextmanager
-def server(folder: Path) -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(
-            serve_command(folder, "127.0.0.1", port),
-            env={**os.environ, **SERVER_ENVIRONMENT},
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        while True:
-            try:
-                urllib.request.urlopen(f"{url}/health", timeout=5).close()
-                break
-            except (urllib.error.URLError, ConnectionError):
-                assert process.poll() is None, (folder / "log").read_text()
-                time.sleep(0.2)
-        yield url
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(timeout=60)
-
-
 class Counter:
     """Requests that leave this process."""
 
     def __init__(self) -> None:
         import requests
 
-        self.count, self.seconds = 0, 0.0
+        self.count = 0
         send = requests.Session.send
 
         def counted(session: Any, request: Any, **options: Any) -> Any:
-            started = time.perf_counter()
-            answer = send(session, request, **options)
-            self.count, self.seconds = self.count + 1, self.seconds + time.perf_counter() - started
-            return answer
+            self.count += 1
+            return send(session, request, **options)
 
         requests.Session.send = counted  # type: ignore[method-assign]
-
-    def taken(self) -> tuple[int, float]:
-        found = self.count, self.seconds
-        self.count, self.seconds = 0, 0.0
-        return found
 
 
 def setting(number: int, seeds: int, iterations: int) -> ChildRun:
@@ -189,16 +139,19 @@ def rays(url: str, folder: Path, trials: int, iterations: int) -> None:
 
 def main() -> None:
     asked = options(__doc__, trials=21, seeds=3, ray_trials=3, iterations=10)
-    with tempfile.TemporaryDirectory() as scratch, server(Path(scratch)) as url:
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         folder = Path(scratch)
-        counter, found = Counter(), {}
+        server = MlflowServer(folder, folder / "log")
+        stack.callback(server.stop)
+        server.start()
+        counter, requests = Counter(), {}
         tell_ours = partial(ours, seeds=asked.seeds)
         ways = {"ours": (tell_ours, asked.trials), "baseline": (rays, asked.ray_trials)}
         for name, (tell, trials) in ways.items():
-            tell(url, folder, trials, asked.iterations)
-            found[name] = [figure / trials for figure in counter.taken()]
-            progress(name, *found[name])
-    requests = {name: count for name, (count, _) in found.items()}
+            counter.count = 0
+            tell(server.url, folder, trials, asked.iterations)
+            requests[name] = counter.count / trials
+            progress(name, requests[name])
     report(
         "tracking_calls",
         requests["baseline"] / requests["ours"],
@@ -208,7 +161,6 @@ def main() -> None:
         iterations=asked.iterations,
         baseline_trials=asked.ray_trials,
         **{f"{name}_requests_a_trial": count for name, count in requests.items()},
-        **{f"{name}_seconds_a_trial": seconds for name, (_, seconds) in found.items()},
     )
 
 

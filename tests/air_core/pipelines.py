@@ -22,20 +22,10 @@ NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_line
 
 def stable_diffusion_1(folder: Path, prediction: str = "epsilon") -> Path:
     """As Stable Diffusion 1.5: four levels, its safety checker named in the index."""
-    torch.manual_seed(0)
-    diffusers.StableDiffusionPipeline(
-        vae=autoencoder(),
-        text_encoder=CLIPTextModel(text_config(32)),
-        tokenizer=tokenizer(),
-        unet=diffusers.UNet2DConditionModel(
-            block_out_channels=(16, 16, 32, 32), cross_attention_dim=32, attention_head_dim=2,
-            norm_num_groups=8, sample_size=SIZE // 8,
-        ),
-        scheduler=diffusers.PNDMScheduler(
-            **NOISE, skip_prk_steps=True, steps_offset=1, prediction_type=prediction
-        ),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    ).save_pretrained(folder)  # fmt: skip
+    scheduler = diffusers.PNDMScheduler(
+        **NOISE, skip_prk_steps=True, steps_offset=1, prediction_type=prediction
+    )
+    _save(folder, scheduler, attention_head_dim=2)
     index = folder / "model_index.json"
     checker = '["stable_diffusion", "StableDiffusionSafetyChecker"]'
     index.write_text(
@@ -48,6 +38,14 @@ def stable_diffusion_1(folder: Path, prediction: str = "epsilon") -> Path:
 
 def stable_diffusion_2(folder: Path) -> Path:
     """As Stable Diffusion 2.1: linear projections, heads by level, v prediction."""
+    scheduler = diffusers.DDIMScheduler(
+        **NOISE, prediction_type="v_prediction", clip_sample=False, steps_offset=1,
+        set_alpha_to_one=False,
+    )  # fmt: skip
+    return _save(folder, scheduler, attention_head_dim=(2, 2, 4, 4), use_linear_projection=True)
+
+
+def _save(folder: Path, scheduler: Any, **unet: Any) -> Path:
     torch.manual_seed(0)
     diffusers.StableDiffusionPipeline(
         vae=autoencoder(),
@@ -55,12 +53,9 @@ def stable_diffusion_2(folder: Path) -> Path:
         tokenizer=tokenizer(),
         unet=diffusers.UNet2DConditionModel(
             block_out_channels=(16, 16, 32, 32), cross_attention_dim=32, norm_num_groups=8,
-            attention_head_dim=(2, 2, 4, 4), use_linear_projection=True, sample_size=SIZE // 8,
+            sample_size=SIZE // 8, **unet,
         ),
-        scheduler=diffusers.DDIMScheduler(
-            **NOISE, prediction_type="v_prediction", clip_sample=False, steps_offset=1,
-            set_alpha_to_one=False,
-        ),
+        scheduler=scheduler,
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     ).save_pretrained(folder)  # fmt: skip
     return folder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import numpy as np
@@ -15,25 +14,24 @@ from torch.nn.functional import normalize
 from air_core.backbone import Backbone
 from air_core.backbone.loading import load_backbone
 from air_core.weights import tiny_folder
+from benchmarks.harness import random_clip
+from benchmarks.method import padded_text_features, whole_tower
 
 NAMES = ["digit zero", "digit seven", "heart", "ankle_boot", "letter q"]
 # Relative to the norm of the tensor: rounding and nothing else.
 CLOSE = {torch.float32: 1e-5, torch.float64: 1e-10}
 
 
-def random_clip(architecture: str) -> Backbone:
-    import open_clip
-
-    logging.disable(logging.WARNING)  # that weights are random is what we want
-    torch.manual_seed(0)
-    model, _, preprocess = open_clip.create_model_and_transforms(architecture, pretrained=None)
-    logging.disable(logging.NOTSET)
-    return Backbone(model, preprocess, open_clip.get_tokenizer(architecture))
-
-
 @pytest.fixture(scope="module")
 def vit_b_32() -> Backbone:
+    torch.manual_seed(0)
     return random_clip("ViT-B-32-quickgelu")
+
+
+def plain_images(backbone: Backbone, images: list[Image.Image], prompt: Tensor) -> Tensor:
+    """CPL's visual prompt: everything through the whole tower."""
+    pixels = torch.stack([backbone.preprocess(image) for image in images]).to(prompt)
+    return whole_tower(backbone, pixels, prompt)
 
 
 @pytest.fixture(
@@ -72,23 +70,10 @@ def with_gradient(encode: Any, prompt: Tensor) -> tuple[Tensor, Tensor]:
 # ---------------------------------------------------------------- texts
 
 
-def plain_texts(backbone: Backbone, context: Tensor, names: list[str]) -> Tensor:
-    """One padded sequence a class, all of it through the whole tower."""
-    model, length = backbone.model, len(context)
-    words = [name.replace("_", " ") for name in names]
-    tokens = backbone.tokenizer([" ".join(["x"] * length + [word]) for word in words])
-    embedded = model.token_embedding(tokens)
-    shared = context.expand(len(names), -1, -1)
-    states = torch.cat([embedded[:, :1], shared, embedded[:, 1 + length :]], dim=1)
-    states = model.transformer(states + model.positional_embedding, attn_mask=model.attn_mask)
-    ended = model.ln_final(states)[torch.arange(len(names)), tokens.argmax(dim=-1)]
-    return normalize(ended @ model.text_projection, dim=-1)
-
-
 def test_text_features_and_gradients_equal_one_padded_sequence_a_class(clip):
     context = 0.02 * torch.randn(16, clip.token_width, dtype=clip.dtype)
     found, slope = with_gradient(lambda c: clip.encode_context(c, NAMES), context)
-    expected, plain_slope = with_gradient(lambda c: plain_texts(clip, c, NAMES), context)
+    expected, plain_slope = with_gradient(lambda c: padded_text_features(clip, c, NAMES), context)
     assert apart(found, expected) < CLOSE[clip.dtype]
     assert apart(slope, plain_slope) < CLOSE[clip.dtype]
 
@@ -122,39 +107,7 @@ def test_many_classes_are_split_without_a_difference(tiny_clip, monkeypatch):
     assert apart(tiny_clip.encode_context(context, NAMES), whole) < 1e-5
 
 
-def test_only_the_context_gets_gradients(tiny_clip):
-    context = torch.zeros(16, tiny_clip.token_width, requires_grad=True)
-    tiny_clip.encode_context(context, NAMES).sum().backward()
-    assert context.grad.abs().sum() > 0
-    assert all(parameter.grad is None for parameter in tiny_clip.model.parameters())
-
-
-def test_a_name_that_does_not_fit_is_an_error(tiny_clip):
-    context = torch.zeros(16, tiny_clip.token_width)
-    with pytest.raises(ValueError, match=r"takes .* tokens, but .* are left after"):
-        tiny_clip.encode_context(context, ["a very long name of a thing that nobody can say"])
-
-
 # ---------------------------------------------------------------- images
-
-
-def plain_images(backbone: Backbone, images: list[Image.Image], prompt: Tensor) -> Tensor:
-    """CPL's visual prompt: the whole tower, learned tokens between [CLS] and patches."""
-    tower = backbone.model.visual
-    pixels = torch.stack([backbone.preprocess(image) for image in images]).to(prompt)
-    layers = [prompt] if prompt.dim() == 2 else list(prompt)
-    count, length = len(pixels), prompt.shape[-2]
-    patches = tower.conv1(pixels).flatten(2).transpose(1, 2)
-    start = tower.class_embedding.expand(count, 1, -1)
-    states = torch.cat([start, patches], dim=1) + tower.positional_embedding
-    learned = layers[0].expand(count, -1, -1)
-    states = tower.ln_pre(torch.cat([states[:, :1], learned, states[:, 1:]], dim=1))
-    for i, block in enumerate(tower.transformer.resblocks):
-        if 0 < i < len(layers):
-            fresh = layers[i].expand(count, -1, -1)
-            states = torch.cat([states[:, :1], fresh, states[:, 1 + length :]], dim=1)
-        states = block(states)
-    return normalize(tower.ln_post(states)[:, 0] @ tower.proj, dim=-1)
 
 
 @pytest.mark.parametrize("depth", ["shallow", "deep"])
@@ -192,15 +145,6 @@ def test_tokens_in_half_precision_give_nearly_the_same_features(tiny_clip):
     assert apart(found, tiny_clip.encode_tokens(tiny_clip.image_tokens(images), prompt)) < 2e-3
 
 
-def test_only_the_visual_prompt_gets_gradients(tiny_clip):
-    tokens = tiny_clip.image_tokens(some_images(2))
-    prompt = torch.ones(3, tiny_clip.patch_width, requires_grad=True)
-    tiny_clip.encode_tokens(tokens, prompt).sum().backward()
-    assert prompt.grad.abs().sum() > 0
-    assert tokens.grad is None
-    assert all(parameter.grad is None for parameter in tiny_clip.model.parameters())
-
-
 def test_a_visual_prompt_of_another_shape_is_named(tiny_clip):
     tokens = tiny_clip.image_tokens(some_images(2))
     for shape in ((3, 7), (2, 3, tiny_clip.patch_width), (3,)):
@@ -228,7 +172,7 @@ def test_a_tower_without_a_class_token_takes_no_visual_prompt_but_text():
         _ = backbone.patch_width
     context = 0.02 * torch.randn(2, backbone.token_width)
     found = backbone.encode_context(context, NAMES[:2])
-    assert apart(found, plain_texts(backbone, context, NAMES[:2])) < 1e-5
+    assert apart(found, padded_text_features(backbone, context, NAMES[:2])) < 1e-5
 
 
 def test_the_embedded_clip_is_tiny(tiny_clip):

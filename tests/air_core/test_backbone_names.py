@@ -120,15 +120,6 @@ def test_a_name_that_means_nothing_says_what_is_allowed(name, message):
         weights_files(name)
 
 
-def test_weights_that_were_never_fetched_say_how_to_fetch_them(hub):
-    match = (
-        r"`hf download timm/vit_base_patch32_clip_224\.openai open_clip_model\.safetensors`, or "
-        r"write ViT-B-32-quickgelu@<file>"
-    )
-    with pytest.raises(ValueError, match=match):
-        weights_files("ViT-B-32/openai")
-
-
 def test_the_archive_that_openai_published_is_refused_with_a_way_out(tmp_path, hub):
     archive = tmp_path / "home" / ".cache" / "clip" / "ViT-B-32.pt"
     archive.parent.mkdir(parents=True)
@@ -193,6 +184,19 @@ def test_weights_of_another_architecture_are_refused_by_their_first_tensor(rando
         load_backbone(f"ViT-B-16@{file}")
 
 
+def test_what_was_never_fetched_says_how_to_fetch_it(tmp_path, hub):
+    weights = (
+        r"`hf download timm/vit_base_patch32_clip_224\.openai open_clip_model\.safetensors`, or "
+        r"write ViT-B-32-quickgelu@<file>"
+    )
+    with pytest.raises(ValueError, match=weights):
+        weights_files("ViT-B-32/openai")
+    (tmp_path / "siglip.safetensors").touch()
+    tokenizer = r"`hf download timm/ViT-B-16-SigLIP .* beside the weights"
+    with pytest.raises(ValueError, match=tokenizer):
+        find_backbone(f"ViT-B-16-SigLIP@{tmp_path / 'siglip.safetensors'}")
+
+
 def test_pixels_are_prepared_as_all_weights_of_an_architecture_want_them(tmp_path):
     (tmp_path / "siglip.safetensors").touch()
     (tmp_path / "tokenizer.json").touch()
@@ -201,14 +205,6 @@ def test_pixels_are_prepared_as_all_weights_of_an_architecture_want_them(tmp_pat
     assert found.preprocess["mean"] == (0.5, 0.5, 0.5)
     assert found.preprocess["resize_mode"] == "squash"
     assert found.tokenizer == (tmp_path / "tokenizer.json",)
-
-
-def test_a_tokenizer_that_was_never_fetched_is_an_error(tmp_path, hub):
-    (tmp_path / "siglip.safetensors").touch()
-    with pytest.raises(
-        ValueError, match=r"`hf download timm/ViT-B-16-SigLIP .* beside the weights"
-    ):
-        find_backbone(f"ViT-B-16-SigLIP@{tmp_path / 'siglip.safetensors'}")
 
 
 # ---------------------------------------------------------------- SigLIP
@@ -268,28 +264,22 @@ def test_siglip_encodes_its_own_words_as_context_as_it_encodes_texts(siglip):
     torch.testing.assert_close(found[1].detach(), expected)
     found.sum().backward()
     assert context.grad.abs().sum() > 0
-    assert backbone.encode_images([Image.new("RGB", (90, 50))]).shape == (1, 64)
+    image = Image.new("RGB", (90, 50))
+    assert backbone.encode_images([image]).shape == (1, 64)
+    with pytest.raises(ValueError, match=r"visual prompts need a ViT .* is a TimmModel"):
+        backbone.image_tokens([image])
 
 
-def test_siglip_says_which_name_does_not_fit_to_the_token(siglip):
-    backbone = load_backbone(siglip)
-    backbone.encode_context(torch.zeros(9, 32), ["heart", "tree frog"])  # 9 + 2 + end = 12
-    with pytest.raises(ValueError, match="'tree frog' does not fit, but 2 are left"):
-        backbone.encode_context(torch.zeros(10, 32), ["heart", "tree frog"])
-
-
-def test_siglip_names_are_counted_without_it(siglip):
-    names = ("heart", "tree frog")
+def test_names_that_do_not_fit_siglip_are_refused_with_and_without_the_model(siglip):
+    backbone, names = load_backbone(siglip), ("heart", "tree frog")
+    backbone.encode_context(torch.zeros(9, 32), names)  # 9 + 2 + end = 12
     check_room(str(siglip), names, "a photo of a {}", 9)
+    with pytest.raises(ValueError, match="'tree frog' does not fit, but 2 are left"):
+        backbone.encode_context(torch.zeros(10, 32), names)
     with pytest.raises(ValueError, match="'tree frog' takes 3 tokens with start and end, but"):
         check_room(str(siglip), names, "a photo of a {}", 10)
     with pytest.raises(ValueError, match="'tshirt' and 'T-shirt' are the same"):
         check_room(str(siglip), ("tshirt", "T-shirt"), "a photo of a {}", 2)
-
-
-def test_siglip_takes_no_visual_prompt(siglip):
-    with pytest.raises(ValueError, match=r"visual prompts need a ViT .* is a TimmModel"):
-        load_backbone(siglip).image_tokens([Image.new("RGB", (90, 50))])
 
 
 NEEDED = """
@@ -308,21 +298,6 @@ def test_a_model_is_loaded_without_libraries_that_it_does_not_need(siglip):
     words = [sys.executable, "-c", NEEDED, str(siglip)]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     assert [json.loads(line) for line in done.stdout.splitlines()] == [[], ["timm"]]
-
-
-# ---------------------------------------------------------------- folders
-
-
-def test_a_folder_without_a_model_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="open_clip_config"):
-        load_backbone(tmp_path)
-
-
-def test_missing_weights_are_an_error_not_a_random_clip(tmp_path):
-    text = (tiny_folder() / "open_clip_config.json").read_text()
-    (tmp_path / "open_clip_config.json").write_text(text)
-    with pytest.raises(ValueError, match="holds no weights"):
-        load_backbone(tmp_path)
 
 
 # ---------------------------------------------------------------- folders of strangers
@@ -360,8 +335,8 @@ def with_code(source: Path, folder: Path, settings: dict[str, object]) -> Path:
 
 
 @pytest.fixture
-def somebody_says_yes(monkeypatch, tmp_path):
-    """Whoever sits at the terminal agrees to all; modules of the test stay in its folder."""
+def answers_yes(monkeypatch, tmp_path):
+    """The user answers yes to every question; modules of the test stay in its folder."""
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
     modules = str(tmp_path / "modules")
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules)
@@ -369,9 +344,7 @@ def somebody_says_yes(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("settings", [{}, {"trust_remote_code": True}])
-def test_a_tokenizer_that_is_code_of_its_folder_is_not_run(
-    settings, siglip, tmp_path, somebody_says_yes
-):
+def test_a_tokenizer_that_is_code_of_its_folder_is_not_run(settings, siglip, tmp_path, answers_yes):
     folder = with_code(siglip, tmp_path / "folder", settings)
     with pytest.raises(ValueError, match=str(folder)):
         load_backbone(folder)
@@ -423,18 +396,23 @@ def test_a_setting_that_a_folder_may_not_have_is_refused_by_its_name(
             read(str(folder))
 
 
-def test_pixels_of_a_folder_are_prepared_by_plain_settings(tmp_path):
-    folder = with_setting(tiny_folder(), tmp_path / "folder", "preprocess_cfg.mean", "grey")
-    with pytest.raises(ValueError, match=r"preprocess_cfg\.mean is 'grey'; allowed: a number or"):
-        load_backbone(folder)
-
-
 @pytest.mark.parametrize("text", ["", "{", "[1]", "3", '{"model_cfg": 1}', "\xff", "[" * 100_000])
 def test_a_damaged_configuration_is_refused_by_its_file(text, tmp_path):
     folder = Path(shutil.copytree(tiny_folder(), tmp_path / "folder"))
     (folder / CONFIG).write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=rf"{folder}/{CONFIG}"):
         load_backbone(folder)
+
+
+def test_a_folder_without_configuration_or_weights_is_an_error_not_a_random_clip(tmp_path):
+    with pytest.raises(ValueError, match="open_clip_config"):
+        load_backbone(tmp_path)
+    shutil.copy(tiny_folder() / CONFIG, tmp_path)
+    with pytest.raises(ValueError, match="holds no weights"):
+        load_backbone(tmp_path)
+    where, message = "preprocess_cfg.mean", r"preprocess_cfg\.mean is 'grey'; allowed: a number or"
+    with pytest.raises(ValueError, match=message):
+        load_backbone(with_setting(tiny_folder(), tmp_path / "folder", where, "grey"))
 
 
 @pytest.mark.parametrize(

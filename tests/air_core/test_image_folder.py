@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,7 @@ def paths(home: Path, part: str | None = None) -> list[str]:
 def test_a_tree_without_parts_keeps_a_tenth_of_each_class_for_validation(tree):
     examples = load(tree)
     assert dataset(tree).classnames == ("cat", "dog", "sea lion")
+    assert dataset(tree).template == "a photo of a {}"
     assert Counter(examples.parts.tolist()) == {"free": 36, "val": 4}
     assert np.bincount(examples.labels[examples.parts == "val"]).tolist() == [2, 1, 1]
     assert paths(tree) == sorted(paths(tree))
@@ -130,10 +132,6 @@ def test_class_names_and_template_come_from_files_that_are_listed(tree):
     assert len(files) == 42
 
 
-def test_without_files_the_template_is_the_usual_one(tree):
-    assert dataset(tree).template == "a photo of a {}"
-
-
 def test_a_file_from_windows_is_read(tree):
     (tree / "classnames.txt").write_bytes("dog = hound\r\n".encode("utf-8-sig"))
     assert dataset(tree).classnames == ("cat", "hound", "sea lion")
@@ -158,25 +156,6 @@ def test_names_that_cannot_be_are_errors_with_the_line(tree, text, message):
     (tree / "classnames.txt").write_text(text)
     with pytest.raises(ValueError, match=message):
         dataset(tree)
-
-
-@pytest.mark.parametrize(
-    ("one", "other"), [("Cat", "cat"), ("big_cat", "big  cat"), ("ok", "\uff4f\uff4b")]
-)
-def test_folders_that_clip_reads_alike_are_an_error(tmp_path, one, other):
-    for name in (one, other):
-        draw(tmp_path / name / "0.png")
-    with pytest.raises(
-        ValueError, match=r"two classes are named .* which CLIP reads alike; rename"
-    ):
-        dataset(tmp_path)
-
-
-def test_a_folder_with_a_control_character_in_its_name_is_an_error(tmp_path):
-    for name in ("cat", "do\ng"):
-        draw(tmp_path / name / "0.png")
-    with pytest.raises(ValueError, match=r"'do\\ng' has an invisible character, '\\n'"):
-        dataset(tmp_path)
 
 
 def test_a_word_may_need_a_joiner_that_is_not_seen(tree):
@@ -212,70 +191,83 @@ def test_the_name_of_the_dataset_is_its_whole_path(tree, monkeypatch):
 # ---------------------------------------------------------------- what may be wrong
 
 
-def test_a_folder_that_is_not_there_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match=r"folder:.*nope is not there.*wanted <class>/<image>"):
-        dataset(tmp_path / "nope")
+def drawn(home: Path, *files: str) -> None:
+    for file in files:
+        draw(home / file)
 
 
-def test_a_folder_of_loose_images_is_no_image_folder(tmp_path):
-    draw(tmp_path / "a.png")
-    with pytest.raises(ValueError, match="is no image folder: it has no folders in it; wanted"):
-        dataset(tmp_path)
+def other_classes(home: Path) -> None:
+    drawn(home, "test/dgo/0.jpg", "val/cat/0.jpg", "val/dog/0.jpg")
+    (home / "test/dog").rename(home / "test/fox")
 
 
-def test_one_class_only_is_an_error(tmp_path):
-    draw(tmp_path / "cat/a.png")
-    with pytest.raises(ValueError, match="one class only, 'cat'; a classifier needs two"):
-        dataset(tmp_path)
-
-
-def test_parts_with_other_classes_are_an_error_that_names_them(parted):
-    draw(parted / "test/dgo/0.jpg")
-    for name in ("cat", "dog"):
-        draw(parted / "val" / name / "0.jpg")
-    (parted / "test/dog").rename(parted / "test/fox")
-    message = (
-        "train/ has no 'dgo', 'fox'; val/ has no 'dgo', 'fox'; test/ has no 'dog'; "
-        "every class needs a folder in every part"
-    )
-    with pytest.raises(ValueError, match=message):
-        dataset(parted)
-
-
-@pytest.mark.parametrize(("gone", "lacking"), [("test", "no test"), ("train", "no train")])
-def test_training_or_test_images_alone_are_an_error(parted, gone, lacking):
-    (parted / gone).rename(parted / "val")
-    with pytest.raises(ValueError, match=f"but {lacking}; have both train and test"):
-        dataset(parted)
-
-
-def test_a_folder_beside_the_parts_is_an_error(parted):
-    draw(parted / "valid/cat/0.jpg")
-    with pytest.raises(ValueError, match="has 'valid' beside its part folders; allowed there"):
-        dataset(parted)
-
-
-def test_an_empty_class_is_an_error_that_says_what_is_there(parted):
-    for file in (parted / "test/dog").iterdir():
+def emptied(home: Path) -> None:
+    for file in (home / "test/dog").iterdir():
         file.rename(file.with_suffix(".heic"))
-    message = r"no image in test/dog/, which holds '0.heic', '1.heic', '2.heic'; images end in .bmp"
-    with pytest.raises(ValueError, match=message):
-        dataset(parted).files(None)
 
 
-def test_images_deeper_than_the_class_folder_are_an_error(tmp_path):
-    """Else `training` would be a class."""
-    for part in ("training", "testing"):
-        draw(tmp_path / part / "cat" / "0.jpg")
-    with pytest.raises(ValueError, match="no image in testing/, which holds 'cat'"):
-        dataset(tmp_path).files(None)
-
-
-def test_too_few_images_to_part_are_an_error(tree):
-    for file in sorted((tree / "dog").iterdir())[3:]:
+def three_left(home: Path) -> None:
+    for file in sorted((home / "dog").iterdir())[3:]:
         file.unlink()
-    with pytest.raises(ValueError, match="fewer than 4 images of 'dog'; without train/ and test/"):
-        dataset(tree).files(None)
+
+
+WRONG: list[tuple[str, Callable[[Path], object], str]] = [
+    ("tree", lambda home: home.rename(home.with_name("gone")), "is not there.*wanted <class>/<im"),
+    ("none", lambda home: drawn(home, "a.png"), "it has no folders in it; wanted"),
+    (
+        "none",
+        lambda home: drawn(home, "cat/a.png"),
+        "one class only, 'cat'; a classifier needs two",
+    ),
+    ("none", lambda home: drawn(home, "Cat/0.png", "cat/0.png"), "which CLIP reads alike; rename"),
+    ("none", lambda home: drawn(home, "big_cat/0.png", "big  cat/0.png"), "which CLIP reads alike"),
+    ("none", lambda home: drawn(home, "ok/0.png", "\uff4f\uff4b/0.png"), "which CLIP reads alike"),
+    (
+        "none",
+        lambda home: drawn(home, "cat/0.png", "do\ng/0.png"),
+        r"'do\\ng' has an invisible char",
+    ),
+    # Images deeper than the class folder: else `training` would be a class.
+    (
+        "none",
+        lambda home: drawn(home, "training/cat/0.jpg", "testing/cat/0.jpg"),
+        "no image in testing/, which holds 'cat'",
+    ),
+    (
+        "parted",
+        other_classes,
+        "train/ has no 'dgo', 'fox'; val/ has no 'dgo', 'fox'; test/ has no 'dog'; "
+        "every class needs a folder in every part",
+    ),
+    ("parted", lambda home: (home / "test").rename(home / "val"), "but no test; have both train"),
+    ("parted", lambda home: (home / "train").rename(home / "val"), "but no train; have both train"),
+    ("parted", lambda home: drawn(home, "valid/cat/0.jpg"), "has 'valid' beside its part folders"),
+    ("parted", emptied, "no image in test/dog/, which holds '0.heic', '1.heic', '2.heic'; images"),
+    ("tree", three_left, "fewer than 4 images of 'dog'; without train/ and test/"),
+    (
+        "tree",
+        lambda home: (home / "loop").symlink_to(home),
+        "no image in loop/, which holds 'cat', 'dog', 'loop'",
+    ),
+    (
+        "tree",
+        lambda home: (home / "classnames.txt").write_text("Größe", encoding="utf-16"),
+        "classnames.txt is no text in UTF-8; save it as UTF-8",
+    ),
+    (
+        "tree",
+        lambda home: (home / "template.txt").write_text("a Größe {}", encoding="utf-16"),
+        "template.txt is no text in UTF-8; save it as UTF-8",
+    ),
+]
+
+
+@pytest.mark.parametrize(("start", "change", "message"), WRONG)
+def test_a_folder_that_cannot_be_a_dataset_says_why(start, change, message, request, tmp_path):
+    home = tmp_path / "none" if start == "none" else request.getfixturevalue(start)
+    change(home)
+    with pytest.raises(ValueError, match=message):
+        dataset(home).files(None)
 
 
 def test_folders_that_systems_leave_behind_are_no_classes(tree):
@@ -306,16 +298,3 @@ def test_links_to_images_and_to_folders_are_followed(tree, tmp_path):
     (tree / "cat" / "link.png").symlink_to(tree / "dog" / "00.png")
     (tree / "fox").symlink_to(tree / "dog")
     assert np.bincount(load(tree).labels).tolist() == [21, 10, 10, 10]
-
-
-def test_a_link_to_the_folder_around_it_is_no_class(tree):
-    (tree / "loop").symlink_to(tree)
-    with pytest.raises(ValueError, match="no image in loop/, which holds 'cat', 'dog', 'loop'"):
-        load(tree)
-
-
-@pytest.mark.parametrize("name", ["classnames.txt", "template.txt"])
-def test_a_text_file_of_other_letters_is_named(tree, name):
-    (tree / name).write_bytes("a photo of a Größe {}".encode("utf-16"))
-    with pytest.raises(ValueError, match=rf"{name} is no text in UTF-8; save it as UTF-8"):
-        dataset(tree)

@@ -198,15 +198,6 @@ def permuted(images: Labelled) -> Labelled:
     return Labelled(images.batch, images.labels[order])
 
 
-@pytest.mark.parametrize("method", ["cpl", "fpl", "air", "cpl_real"])
-def test_labels_of_test_images_change_nothing_but_how_it_is_marked(spec, with_images, method):
-    one = watched(spec(method), with_images)
-    blind = replace(with_images, test=permuted(with_images.test))
-    other = watched(spec(method), blind)
-    assert same_bits(one, other)
-    assert other[0].test.accuracy < 0.3 < one[0].test.accuracy
-
-
 @pytest.mark.parametrize("method", ["cpl", "air"])
 def test_labels_of_validation_images_change_validation_accuracy_only(spec, with_images, method):
     one, _ = watched(spec(method), with_images)
@@ -283,21 +274,19 @@ def test_every_method_runs_in_every_paradigm_that_it_is_defined_in(spec, worlds,
 
 @pytest.mark.parametrize(
     ("method", "modality", "paradigm"),
-    [(m, "text", p) for m in ("cpl", "air", "cpl_real") for p in PARADIGMS]
+    [(m, "text", p) for m in ("fpl", "cpl", "air", "cpl_real") for p in PARADIGMS]
     + [("air", "visual", "trzsl")],
 )
 def test_no_test_label_reaches_what_is_learned_or_searched(
     spec, worlds, method, modality, paradigm
 ):
-    """The pool has none to begin with; here those of test images become garbage."""
+    """The pool has none to begin with; here those of test images are permuted."""
     data = worlds[paradigm]
     settings = {"paradigm": paradigm, "modality": modality, "train__steps": 2}
     one = watched(spec(method, **settings), data)
-    garbage = torch.randint(10, (len(data.test),), generator=torch.Generator().manual_seed(0))
-    other = watched(
-        spec(method, **settings), replace(data, test=Labelled(data.test.batch, garbage))
-    )
+    other = watched(spec(method, **settings), replace(data, test=permuted(data.test)))
     assert same_bits(one, other)
+    assert other[0].test.accuracy < one[0].test.accuracy
 
 
 def test_coop_learns_from_the_labelled_images_alone(spec, worlds):
@@ -408,18 +397,6 @@ def test_refreshed_real_images_are_chosen_by_what_was_learned(spec, digits):
     assert torch.equal(kept[1][0].learned.context, anew[1][0].learned.context)
     assert not torch.equal(kept[0].pool_predictions, anew[0].pool_predictions)
     assert kept[0].inference["auxiliary"] != anew[0].inference["auxiliary"]
-
-
-def test_real_images_of_the_auxiliary_are_the_surest_of_each_class(spec, digits):
-    """With as many as there are, its classes are those that zero-shot CLIP believes."""
-    text = text_classifier(digits.backbone, digits.classnames, digits.template)
-    classifiers = [
-        build_auxiliary(spec("cpl_real", auxiliary__k=k), digits, text, text, None, 0)
-        for k in (4, 32)
-    ]
-    assert all(isinstance(one, LinearClassifier) for one in classifiers)
-    assert not torch.equal(classifiers[0].weight, classifiers[1].weight)
-    assert build_auxiliary(spec("cpl"), digits, text, text, None, 0) is None
 
 
 def test_a_class_that_is_nobodys_first_choice_has_real_images_too(spec, digits):

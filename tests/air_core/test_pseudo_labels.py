@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from air_core.pseudo_labels import STRATEGIES, assign, capacity
-from air_core.pseudo_labels.candidates import candidate_sets
 from air_core.pseudo_labels.top_k import balanced_choice
 from air_core.specs import PseudoLabelSettings
 
@@ -78,32 +77,6 @@ def test_balanced_choice_respects_what_is_allowed():
     chosen = taken >= 0
     assert allowed[chosen.nonzero().flatten(), taken[chosen]].all()
     assert torch.equal(chosen, allowed.any(dim=-1))
-
-
-def test_candidate_sets_equal_a_plain_reading_of_the_paper():
-    scores = some_scores(50, 5, seed=6)
-    alpha, beta = 0.7, 0.6
-    enough = torch.quantile(scores.max(dim=-1).values, alpha)
-    bars = torch.quantile(scores, beta, dim=0)
-    found = candidate_sets(scores, alpha, beta)
-    for image in range(50):
-        mass, kept = 0.0, set()
-        for c in scores[image].argsort(descending=True).tolist():
-            kept.add(c)
-            mass += scores[image, c].item()
-            if mass > enough:
-                break
-        kept = {c for c in kept if scores[image, c] >= bars[c]}
-        assert set(found[image].nonzero().flatten().tolist()) == kept
-
-
-def test_first_growing_round_of_candidates_has_soft_targets_then_whole_sets():
-    scores = some_scores(200, 6, seed=7)
-    settings = PseudoLabelSettings(kind="candidates", growth="growing", alpha=0.9, beta=0.5)
-    first = assign(scores, settings, iteration=0, iterations=2, previous=None)
-    second = assign(scores, settings, iteration=1, iterations=2, previous=first)
-    torch.testing.assert_close(first.targets.sum(dim=-1), torch.ones(len(first)))
-    assert set(second.targets.unique().tolist()) == {0.0, 1.0}
 
 
 def test_nothing_chosen_is_an_error_that_names_the_settings():

@@ -231,6 +231,8 @@ def test_where_a_round_differs_cpl_has_other_sets_or_ranks_by_fewer_digits():
 def test_targets_of_the_first_growing_round_are_renormalised_scores_as_in_cpl():
     at = 0
     for r in rounds():
+        if r.turn:
+            assert set(r.ours.targets.unique().tolist()) <= {0.0, 1.0}  # later: the whole set
         if r.turn or r.case not in make.SOFT:
             continue
         size = r.sets.numel()

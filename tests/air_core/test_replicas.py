@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -147,21 +146,6 @@ def test_each_training_is_told_of_its_own_steps(tiny_clip):
         ]
     )
     assert told == [[(1, 2), (2, 2)], [(1, 3), (2, 3), (3, 3)]]
-
-
-def test_a_training_whose_loss_is_no_number_ends_alone(tiny_clip):
-    damaged = images(tiny_clip, 24, 2)
-    damaged.batch.features[3] = math.nan
-    labels = one_hot(damaged.labels, len(NAMES)).float()
-    broken = training(tiny_clip, 2, real=Targeted(damaged.batch, labels))
-    first, second, third = training(tiny_clip, 1), broken, training(tiny_clip, 3)
-    losses = fit([first, second, third])
-    assert isinstance(losses[1], FloatingPointError)
-    assert "the loss became nan after" in str(losses[1])
-    for survivor, loss, seed in ((first, losses[0], 1), (third, losses[2], 3)):
-        alone = training(tiny_clip, seed)
-        assert fit([alone])[0] == pytest.approx(loss, rel=1e-4)
-        assert apart(survivor.learner.prompt, alone.learner.prompt) < 1e-4
 
 
 def test_prompts_that_share_no_pass_take_turns(tiny_clip):

@@ -6,12 +6,11 @@ import math
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.nn.functional import cross_entropy, one_hot
+from torch.nn.functional import one_hot
 
 from air_core.specs import TrainSettings
 from air_core.training import (
@@ -19,7 +18,6 @@ from air_core.training import (
     Targeted,
     Training,
     candidate_loss,
-    confidence,
     fit,
     learning_rate_factor,
 )
@@ -52,27 +50,14 @@ def images(count: int = 24, seed: int = 0) -> Labelled:
 
 
 def trained(
-    settings: TrainSettings = PLAIN,
-    *,
-    synthetic: Labelled | None = None,
-    weight: float = 1.0,
-    seed: int = 0,
-    real: Labelled | None = None,
-    labelled: Labelled | None = None,
-    loss: str = "cc",
+    settings: TrainSettings = PLAIN, *, learner: Linear | None = None, **given: Any
 ) -> tuple[Linear, float]:
-    learner, real = Linear(), real or images()
-    training = Training(
-        learner=learner,
-        real=Targeted(real.batch, one_hot(real.labels, 3).float()),
-        labelled=labelled,
-        synthetic=synthetic,
-        synthetic_weight=weight,
-        loss=loss,
-        settings=settings,
-        seed=seed,
-    )
-    [last] = fit([training])
+    """A learner after training on `images()`, or on what is given, and its last loss."""
+    learner = learner or Linear()
+    if isinstance(real := given.get("real", images()), Labelled):
+        given["real"] = Targeted(real.batch, one_hot(real.labels, 3).float())
+    usual = {"labelled": None, "synthetic": None, "synthetic_weight": 1.0, "loss": "cc", "seed": 0}
+    [last] = fit([Training(learner=learner, settings=settings, **(usual | given))])
     if isinstance(last, FloatingPointError):
         raise last
     return learner, last
@@ -83,32 +68,6 @@ def accuracy(learner: Linear, on: Labelled) -> float:
 
 
 # ---------------------------------------------------------------- the loss
-
-
-def test_on_one_hot_targets_the_loss_is_cross_entropy():
-    logits, labels = 5 * torch.randn(40, 7), torch.arange(40) % 7
-    ours = candidate_loss(logits, one_hot(labels, 7).float())
-    torch.testing.assert_close(ours, cross_entropy(logits, labels))
-
-
-def reference(logits: Tensor, targets: Tensor) -> float:
-    """Plainly, in float64: the scores of the candidates summed, their logarithm, the mean."""
-    z = logits.double().numpy()
-    scores = np.exp(z - z.max(axis=1, keepdims=True))
-    scores /= scores.sum(axis=1, keepdims=True)
-    return float(-np.log((targets.double().numpy() * scores).sum(axis=1)).mean())
-
-
-@pytest.mark.parametrize("soft", [False, True])
-def test_on_candidate_sets_the_loss_equals_a_plain_reference(soft):
-    generator = torch.Generator().manual_seed(0)
-    logits = 4 * torch.randn(40, 7, generator=generator)
-    targets = (torch.rand(40, 7, generator=generator) < 0.4).float()
-    targets[:, 2] = 1.0
-    if soft:
-        targets = targets * logits.softmax(dim=-1)
-        targets = targets / targets.sum(dim=-1, keepdim=True)
-    assert candidate_loss(logits, targets).item() == pytest.approx(reference(logits, targets), 1e-6)
 
 
 def test_a_set_of_all_classes_costs_nothing():
@@ -185,19 +144,8 @@ def marked(count: int) -> Labelled:
 
 
 def seen(settings: TrainSettings, count: int = 12) -> int:
-    learner = Linear(width=count)
-    targets = one_hot(torch.zeros(count, dtype=torch.long), 3).float()
-    training = Training(
-        learner=learner,
-        real=Targeted(marked(count).batch, targets),
-        labelled=None,
-        synthetic=None,
-        synthetic_weight=0.0,
-        loss="cc",
-        settings=settings,
-        seed=0,
-    )
-    fit([training])
+    """How many of so many images the training has shown."""
+    learner, _ = trained(settings, learner=Linear(width=count), real=marked(count))
     return int((learner.weight.detach().abs().sum(dim=1) > 0).sum())
 
 
@@ -216,31 +164,24 @@ def test_fewer_images_than_a_batch_are_one_batch():
 
 
 def test_synthetic_images_teach_what_the_real_ones_do_not():
-    two = Labelled(images().batch[images().labels < 2], images().labels[images().labels < 2])
+    two = images()[images().labels < 2]
     third = images(60, seed=1)
-    third = Labelled(third.batch[third.labels == 2], third.labels[third.labels == 2])
+    third = third[third.labels == 2]
     alone, _ = trained(real=two)
     helped, _ = trained(real=two, synthetic=images(seed=2))
     assert accuracy(alone, third) < 0.3
     assert accuracy(helped, third) > 0.9
 
 
-def alone(settings: TrainSettings, **sources: Labelled | None) -> Linear:
-    learner = Linear()
-    given: dict[str, Any] = {"real": None, "labelled": None, "synthetic": None, **sources}
-    given |= {"synthetic_weight": 1.0, "loss": "cc", "settings": settings, "seed": 0}
-    fit([Training(learner=learner, **given)])
-    return learner
-
-
 @pytest.mark.parametrize("source", ["labelled", "synthetic"])
 def test_labelled_or_synthetic_images_alone_teach_too(source):
-    assert accuracy(alone(PLAIN, **{source: images()}), images(60, seed=1)) > 0.9
+    learner, _ = trained(real=None, **{source: images()})
+    assert accuracy(learner, images(60, seed=1)) > 0.9
 
 
 def test_nothing_to_train_on_is_an_error():
     with pytest.raises(ValueError, match="nothing to train on"):
-        alone(PLAIN)
+        trained(real=None)
 
 
 def test_labelled_images_teach_what_pseudo_labelled_ones_do_not():
@@ -266,31 +207,24 @@ def test_rc_comes_to_believe_in_one_of_the_candidates():
     targets = one_hot(data.labels, 3).float()
     targets[::2] = (targets[::2] + targets[::2].roll(1, dims=1)).clamp(max=1)
     real = Targeted(data.batch, targets.clone())
-    learner = Linear()
-    given = {"labelled": None, "synthetic": None, "synthetic_weight": 0.0, "seed": 0}
-    settings = replace(PLAIN, steps=200)
-    fit([Training(learner=learner, real=real, loss="rc", settings=settings, **given)])
+    trained(replace(PLAIN, steps=200), real=real, loss="rc")
     believed = real.targets[::2].gather(1, data.labels[::2, None])
     assert (believed > 0.8).double().mean() > 0.9
     assert ((real.targets > 0) <= (targets > 0)).all()
 
 
-def test_confidence_is_over_the_candidates_alone():
-    found = confidence(torch.tensor([[0.0, 1.0, 9.0]]), torch.tensor([[1.0, 1.0, 0.0]]))
-    torch.testing.assert_close(found, torch.tensor([[0.2689, 0.7311, 0.0]]), atol=1e-4, rtol=0)
-
-
 def test_with_a_weight_of_zero_synthetic_images_teach_nothing():
     synthetic = images(seed=2)
     wrong = Labelled(synthetic.batch, synthetic.labels.roll(1))
-    (one, _), (other, _) = (trained(synthetic=s, weight=0.0) for s in (synthetic, wrong))
+    (one, _), (other, _) = (trained(synthetic=s, synthetic_weight=0.0) for s in (synthetic, wrong))
     assert torch.equal(one.weight, other.weight)
 
 
 def test_the_two_losses_are_added_with_the_weight():
     real, synthetic = images(8), images(8, seed=2)
     settings = replace(PLAIN, steps=1)
-    losses = [trained(settings, real=real, synthetic=synthetic, weight=w)[1] for w in (0, 1, 3)]
+    given = {"real": real, "synthetic": synthetic}
+    losses = [trained(settings, synthetic_weight=w, **given)[1] for w in (0, 1, 3)]
     # At the start every class has the same score, in both.
     assert losses == pytest.approx([math.log(3), 2 * math.log(3), 4 * math.log(3)])
 
