@@ -36,7 +36,7 @@ from orchestrator.place import Place
 from orchestrator.plan import plan_sweep
 from orchestrator.report import Row, counted, percent, settings_text, worlds_of
 from orchestrator.resolve import Resolver
-from orchestrator.results import NAMED, entries_of, rows_of
+from orchestrator.results import NAMED, results_of
 from orchestrator.store import ArtifactStore, MissingArtifact
 from orchestrator.sweep import Cell, SweepSpec
 from orchestrator.sweep_file import only_values
@@ -130,7 +130,7 @@ def best_trial(sweep: SweepSpec, place: Place, only: Sequence[str], say: Say) ->
     """
     store = place.store
     plan = plan_sweep(sweep, store, place.resolver(), place.ledger())
-    every = rows_of(plan, entries_of(plan, store))
+    every = results_of(plan, store).rows
     cells = _cells(plan.cells, only_values(sweep, only))
     kept = [row for row in every if row.cell in cells]
     if not kept:

@@ -18,7 +18,7 @@ from orchestrator.parent import note_and_files, parent_of, status_of
 from orchestrator.place import Place, recorded_names, whoami
 from orchestrator.plan import Slot, plan_sweep
 from orchestrator.report import counted
-from orchestrator.results import entries_of, finished, standing
+from orchestrator.results import finished, results_of, standing
 from orchestrator.store import ArtifactStore
 from orchestrator.studies import Pruned
 from orchestrator.sweep import SweepSpec
@@ -116,8 +116,8 @@ def sync(sweep: SweepSpec, place: Place, tracker: SweepTracker, status: Status) 
         tracker.send(children.trial(outcome, at, noted["maker"]))
     for group in by_point(done):
         tracker.send(children.setting(group))
-    entries = entries_of(plan, place.store, done)
-    tracker.finish(status, *note_and_files(plan, place, entries, tracker.run.run_id))
+    results = results_of(plan, place.store, done)
+    tracker.finish(status, *note_and_files(plan, place, results, tracker.run.run_id))
     return gone
 
 

@@ -11,16 +11,15 @@ from typing import Any
 
 from air_core.flat import to_flat
 from orchestrator import presets
-from orchestrator.closing import facts_of, next_facts, title_of
 from orchestrator.driver import does_not_fit
 from orchestrator.estimate import Estimate
 from orchestrator.failures import CLASSES
 from orchestrator.place import Place
 from orchestrator.plan import Plan, changed_inputs, earlier_results, plan_sweep
 from orchestrator.report import counted, shown
-from orchestrator.results import Standing, entries_of, rows_of, standing
+from orchestrator.results import Standing, results_of, standing
 from orchestrator.screen import clock
-from orchestrator.summary import summary
+from orchestrator.summary import facts_of, next_facts, summary, title_of
 from orchestrator.sweep import SweepSpec, notes_of
 
 STATES = {"present": "there", "partial": "in part", "missing": "to make"}
@@ -190,7 +189,6 @@ def summary_screen(sweep: SweepSpec, place: Place) -> str:
     """The table of a sweep and what its last run did."""
     place = replace(place, recorded=True)
     plan = plan_sweep(sweep, place.store, place.resolver(), place.ledger())
-    entries = entries_of(plan, place.store)
     facts = [*facts_of(plan, place), *next_facts(plan, place)]
     width = min(WIDEST, max(NARROWEST, shutil.get_terminal_size((WIDEST, 24)).columns))
-    return summary(title_of(plan), entries, rows_of(plan, entries), facts, width=width)
+    return summary(title_of(plan), results_of(plan, place.store), facts, width=width)
