@@ -34,7 +34,7 @@ from orchestrator.dataset_text import DatasetText, licence, recorded_text
 from orchestrator.keys import artifact_key
 from orchestrator.place import Place
 from orchestrator.plan import plan_sweep
-from orchestrator.report import Row, counted, percent, settings_text, worlds_of
+from orchestrator.report import Row, counted, named, percent, worlds_of
 from orchestrator.resolve import Resolver
 from orchestrator.results import NAMED, results_of
 from orchestrator.store import ArtifactStore, MissingArtifact
@@ -158,10 +158,18 @@ def best_trial(sweep: SweepSpec, place: Place, only: Sequence[str], say: Say) ->
         "row_by": f"mean test {row.metric.replace('_', ' ')}",
         "run_by": RUN_BY,
         "trials_left": open_ones,
-        "note": _caveat(row, len(kept)),
+        "note": _caveat(len(kept)),
     }
-    for line in _told(row, how, slot.id, record):
-        say(line)
+    of_one = f"; the one with most {RUN_BY}, which reads no label" if row.n > 1 else ""
+    say(
+        f"best row: {named(row, [*row.settings])}, {how['row_by']} {percent(row.mean)} % over "
+        f"{counted(row.n, 'run')}"
+    )
+    say(f"run:      {slot.id}, {percent(record.headline)} %{of_one}")
+    say(f"note:     {how['note']}")
+    if open_ones:
+        left = counted(open_ones, "trial")
+        say(f"note:     the sweep has {left} left to run, which may change it")
     spec = normalised(slot.spec)
     return Chosen(spec, record, f"{place.project}/{place.name}", slot.id, how)
 
@@ -184,28 +192,13 @@ def _nothing(sweep: SweepSpec, only: Sequence[str], every: Sequence[Row]) -> str
     return f"--only {' --only '.join(only)}: no done trial of {sweep.name} fits; there: {there}"
 
 
-def _caveat(row: Row, candidates: int) -> str:
+def _caveat(candidates: int) -> str:
     if candidates == 1:
         return "The only row: nothing was picked by a test label."
     return (
         f"The row is the best of {candidates} by their test images, so its accuracy on these is "
         "somewhat better than on new ones; its setting and its run were picked by no test label."
     )
-
-
-def _told(row: Row, how: Mapping[str, Any], slot: str, record: TrialRecord) -> list[str]:
-    settings = settings_text(row, row.settings)
-    name = row.method + (f" ({settings})" if settings else "")
-    lines = [
-        f"best row: {name}, {how['row_by']} {percent(row.mean)} % over {counted(row.n, 'run')}",
-        f"run:      {slot}, {percent(record.headline)} %"
-        + (f"; the one with most {RUN_BY}, which reads no label" if row.n > 1 else ""),
-        f"note:     {how['note']}",
-    ]
-    if how["trials_left"]:
-        left = counted(how["trials_left"], "trial")
-        lines.append(f"note:     the sweep has {left} left to run, which may change it")
-    return lines
 
 
 # ---------------------------------------------------------------- what goes in

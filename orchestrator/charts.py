@@ -160,7 +160,7 @@ def curves(
             style = {"ha": "right", "va": "bottom", "fontsize": 7, "color": FAINT}
             axes.text(1, factor * value, name, style, transform=right)
         ticks = sorted({float(x) for one in series for x in one.x})
-        if 1 < len(ticks) <= 7:
+        if joined and 1 < len(ticks) <= 7:
             axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         if percent:
             _spread(axes)
@@ -221,7 +221,8 @@ def dots(
             tick.set_fontweight("bold" if isinstance(line, str) else "normal")
         axes.set_ylim(len(lines) - 0.5, -0.5)
         axes.grid(axis="y", visible=False)
-        axes.set(xlabel=xlabel, title=title)
+        axes.set_xlabel(xlabel, loc="right")  # in the middle a long one leaves the picture
+        axes.set_title(title)
     return figure
 
 
