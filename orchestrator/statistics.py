@@ -85,24 +85,12 @@ class Run:
     correct: Array  # (T,) bool
     unseen: Array | None = None  # (T,) bool: TRZSL, scored by the harmonic mean of the two parts
 
-    def __post_init__(self) -> None:
-        if len(self.image_ids) != len(self.correct) or len(self.correct) == 0:
-            raise ValueError(
-                f"split {self.split_seed}, seed {self.seed}: {len(self.image_ids)} images, "
-                f"{len(self.correct)} outcomes; need as many outcomes as images, at least one"
-            )
-
 
 @dataclass(frozen=True, eq=False)
 class Runs:
-    """All runs of one setting."""
+    """All runs of one setting: at least one, and one for a split and seed."""
 
     runs: tuple[Run, ...]
-
-    def __post_init__(self) -> None:
-        found = [(run.split_seed, run.seed) for run in self.runs]
-        if not found or len(set(found)) < len(found):
-            raise ValueError(f"(split, seed) of runs: {found}; need at least one, each once")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from orchestrator.charts import MOST_DOTS, pictures
+from orchestrator.charts import pictures
 from orchestrator.report import Entry
 from tests.orchestrator.test_report import results, trials
 
@@ -80,16 +80,6 @@ def test_words_have_no_axis_and_nothing_has_no_chart() -> None:
     ]
     assert list(pictures(results(entries))) == ["accuracy.png"]
     assert pictures(results([])) == {}
-
-
-def test_many_rows_stay_a_picture_of_some_size() -> None:
-    entries = [
-        entry
-        for count in range(MOST_DOTS + 10)
-        for entry in trials("air", settings={"images_per_class": count}, cell=f"air-{count}")
-    ]
-    makers = pictures(results(entries))
-    assert picture(makers, "accuracy.png").height < 1000
 
 
 DRAW = """

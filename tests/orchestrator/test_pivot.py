@@ -68,23 +68,6 @@ def test_each_column_has_its_best_in_bold_and_differences_their_marks() -> None:
     assert not any("†" in c for c in zero_shot)
 
 
-def test_worlds_that_share_a_column_have_a_best_each() -> None:
-    found = arranged(worlds(), down=["dataset", "method"], across=["paradigm"])
-    assert found.cells["best"].tolist() == [False, False, True, False, True, False]
-
-
-def test_the_caption_tells_protocol_and_correction() -> None:
-    caption = " ".join(arranged(worlds()).caption)
-    for words in (
-        "mean ± standard deviation over runs; n = 1 to 3, 300 test images in each.",
-        "1 split, 3 seeds.",
-        "Interval: 95 % bootstrap over images and seeds (1 split)",
-        "(p < 0.05, Holm-corrected over 4 comparisons).",
-        "One split: this holds for that split",
-    ):
-        assert words in caption
-
-
 def test_a_setting_that_varies_can_stand_across() -> None:
     found = arranged(counts(), down=["method"], across=["images_per_class"])
     header, _, cpl, air = cells(text(found, "md"))
@@ -273,11 +256,3 @@ def test_the_command_arranges_a_recorded_sweep(tmp_path, monkeypatch, capsys) ->
     code, out, err = said()
     assert code == 0
     assert "zero_shot†" in out
-
-
-def test_a_sweep_without_a_result_has_no_table_to_arrange(tmp_path, monkeypatch, capsys) -> None:
-    recorded(tmp_path, "small", SWEEP, by_method(ACCURACIES), done=lambda index: False)
-    words = ("table", "small", "--store", str(tmp_path), "--cols", "dataset")
-    code, out, err = command(monkeypatch, capsys, *words)
-    assert (code, out) == (2, "")
-    assert "small has no finished trial yet, of 9; `airsweep run " in err

@@ -469,7 +469,7 @@ FACTS = [
 ]
 
 
-@pytest.mark.parametrize("width", [80, 100, 120])
+@pytest.mark.parametrize("width", [80, 100])
 @pytest.mark.parametrize("case", ["quickstart", "search"])
 def test_the_screen_fits_its_width(width: int, case: str) -> None:
     found = (
@@ -504,9 +504,3 @@ def test_the_screen_says_what_was_found() -> None:
     first, second = text.splitlines()[-2:]  # a command as it was given
     assert first.endswith("ray job submit --working-dir . -- \\")
     assert second.endswith("  python -m orchestrator run sweeps/paper.yaml")
-
-
-def test_the_best_point_of_a_search_shows_its_settings() -> None:
-    text = summary("s", results(searched(), "mutual_information"), [])
-    assert re.search(r"^ air +60 +0\.3482 +\d", text, re.MULTILINE)
-    assert "2 splits, 2 seeds each." in text

@@ -159,7 +159,7 @@ def test_a_points_objective_is_the_mean_over_its_runs(store, resolver, ledger):
 
 LOOKING = """
 import sys
-from orchestrator import report, results
+from orchestrator import charts, page, published, results, summary, tables
 print(*sorted({"torch", "ray", "mlflow", "optuna", "sklearn"} & set(sys.modules)))
 """
 
