@@ -66,8 +66,8 @@ class Entry:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """One setting over its runs. Fractions in [0, 1]."""
+class Row(Interval):
+    """One setting over its runs, each distinct computation once."""
 
     dataset: str
     paradigm: str
@@ -75,13 +75,6 @@ class Row:
     method: str
     settings: dict[str, Any]
     metric: str = "accuracy"  # harmonic_mean (of seen and unseen classes) in TRZSL
-    n: int  # distinct computations
-    n_test: int
-    mean: float
-    std: float | None  # None for one run
-    low: float
-    high: float
-    interval: str  # what `low` and `high` are
     # Where the row comes from; not in its JSON.
     cell: str
     point: int
@@ -194,7 +187,7 @@ class Comparison:
             "low": found.low,
             "high": found.high,
             "n": found.n,
-            "interval": found.method,
+            "interval": found.interval,
             "p": found.p,
             "p_corrected": self.p_corrected,
             "marked": self.significant,
@@ -280,21 +273,14 @@ def _promise(group: Sequence[Entry]) -> tuple[float, int]:
 
 def _row(group: Sequence[Entry], choice: Choice | None) -> Row:
     first = group[0]
-    found = mean_interval(_runs(_distinct(group)))
     return Row(
+        **vars(mean_interval(_runs(_distinct(group)))),
         dataset=tested_on(first.flat),
         paradigm=str(first.flat["paradigm"]),
         modality=str(first.flat["modality"]),
         method=first.method,
         settings=dict(first.settings),
         metric="accuracy" if first.unseen is None else "harmonic_mean",
-        n=found.n,
-        n_test=found.n_test,
-        mean=found.mean,
-        std=None if math.isnan(found.std) else found.std,
-        low=found.low,
-        high=found.high,
-        interval=found.method,
         cell=first.cell,
         point=first.point,
         protocol=_protocol(group),
@@ -325,17 +311,15 @@ def tested_on(flat: Mapping[str, Any]) -> str:
 
 
 def _runs(distinct: Mapping[tuple[int, int | None], Entry]) -> Runs:
-    return Runs(
-        tuple(
-            Run(
-                split_seed=split_seed,
-                seed=seed,
-                image_ids=entry.image_ids,
-                correct=entry.predictions == entry.labels,
-                unseen=entry.unseen,
-            )
-            for (split_seed, seed), entry in distinct.items()
+    return tuple(
+        Run(
+            split_seed=split_seed,
+            seed=seed,
+            image_ids=entry.image_ids,
+            correct=entry.predictions == entry.labels,
+            unseen=entry.unseen,
         )
+        for (split_seed, seed), entry in distinct.items()
     )
 
 
@@ -553,7 +537,7 @@ def mark_notes(found: Sequence[Comparison], *, marks: bool = True) -> list[str]:
         worse = f" ({WORSE} below it)" if any(c.mark.endswith(WORSE) for c in found) else ""
         notes = [f"Significantly different: {signs}{worse} (p < {ALPHA:g}{over})."]
     notes += [f"{times} of them not tested: {reason}." for reason, times in reasons.items()]
-    if all("1 split" in c.difference.method for c in found):
+    if all("1 split" in c.difference.interval for c in found):
         notes.append("One split: this holds for that split and its images alone.")
     return notes
 

@@ -103,9 +103,9 @@ def test_one_run_has_the_width_of_the_binomial_and_no_standard_deviation() -> No
     assert interval.mean == pytest.approx(0.7)
     assert interval.low == pytest.approx(0.7 - half, abs=0.004)
     assert interval.high == pytest.approx(0.7 + half, abs=0.004)
-    assert math.isnan(interval.std)
+    assert interval.std is None
     assert (interval.n, interval.n_test) == (1, 500)
-    assert interval.method == "95 % bootstrap over images (1 split, 1 seed)"
+    assert interval.interval == "95 % bootstrap over images (1 split, 1 seed)"
 
 
 def test_a_paired_difference_has_the_width_of_mcnemar() -> None:
@@ -166,7 +166,7 @@ def test_the_interval_says_what_it_covers(
     places: list[tuple[int, int | None]], method: str
 ) -> None:
     runs = tuple(one_run([1, 0, 1], split=split, seed=seed) for split, seed in places)
-    assert mean_interval(Runs(runs)).method == method
+    assert mean_interval(runs).interval == method
 
 
 def test_few_splits_that_disagree_give_a_wider_interval_than_images_alone() -> None:
