@@ -253,8 +253,8 @@ def _scores(groups: Iterable[Sequence[Entry]]) -> tuple[Array, Array]:
 def choice_notes(rows: Sequence[Row]) -> list[str]:
     """Why searched rows show the settings that they show; empty without a search."""
     stopped = sum(row.pruned for row in rows)
-    notes = [f"{counted(stopped, 'point')} pruned early: no candidate, not tested."]
-    notes = notes if stopped else []
+    words = f"{counted(stopped, 'point')} pruned early: no candidate, not tested."
+    notes = [words] if stopped else []
     chosen = {row.cell: row.choice for row in rows if row.choice is not None}
     if not chosen:
         return notes

@@ -89,20 +89,15 @@ def _explain(plan: Plan) -> list[str]:
         method = presets.METHODS[cell.method]
         slot = next((slot for slot in plan.slots if slot.cell.id == cell.id), None)
         settings = to_flat(slot.spec) if slot else cell.flat
-        world = presets.defaults(cell.method, cell.flat)
+        sources = (
+            ("pinned by the method", method.pins),
+            ("grid", cell.chosen),
+            ("fixed", plan.sweep.fixed),
+            ("default of the world", presets.defaults(cell.method, cell.flat)),
+        )
         lines.append(f"{cell.id}")
         for name, value in settings.items():
-            source = (
-                "pinned by the method"
-                if name in method.pins
-                else "grid"
-                if name in cell.chosen
-                else "fixed"
-                if name in plan.sweep.fixed
-                else "default of the world"
-                if name in world
-                else "default"
-            )
+            source = next((word for word, names in sources if name in names), "default")
             lines.append(f"  {name:<34} {shown(value):<26} {source}")
     return lines
 

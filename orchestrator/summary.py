@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shlex
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -117,18 +117,10 @@ def title_of(plan: Plan) -> str:
 def facts_of(plan: Plan, place: Place) -> list[tuple[str, str]]:
     """What the last run did, as (label, text): images, trials, time, searches."""
     outcome = read_outcome(place)
-    return [
-        *_image_facts(plan, place, outcome),
-        *_work_facts(plan, place, outcome),
-        *_search_facts(plan, place),
-    ]
-
-
-def _image_facts(plan: Plan, place: Place, outcome: dict[str, Any]) -> list[tuple[str, str]]:
     run = outcome.get("run", {})
+    counts = standing(place.ledger()).counts(alive=False, among={s.id for s in plan.slots})
     parts = []
-    shares = run.get("shares", {})
-    if shares:
+    if shares := run.get("shares", {}):
         groups = ", ".join(f"{name} {share:.0%}" for name, share in sorted(shares.items()))
         parts.append(f"CLIP recognises {groups} of the sheet")
     if run.get("drawn"):
@@ -136,53 +128,43 @@ def _image_facts(plan: Plan, place: Place, outcome: dict[str, Any]) -> list[tupl
             f"{run['redrawn']} of {run['drawn'] + run['holes']} in whole blocks were blank "
             f"and redrawn, {run['holes']} given up"
         )
-    return [("images", "; ".join(parts))] if parts else []
+    pruned = f"{counts['pruned']} pruned, " if counts["pruned"] else ""
+    trials = (
+        f"{plan.total}: {counts['done']} run, {counts['reused']} reused, {pruned}"
+        f"{counts['failed']} failed{_read_by(plan, place)}"
+    )
+    facts = [("images", "; ".join(parts)), ("trials", trials), ("time", _time(outcome, run))]
+    facts.append(("search", "\n".join(_ended_searches(plan, place))))
+    return [(label, text) for label, text in facts if text]
 
 
-def _work_facts(plan: Plan, place: Place, outcome: dict[str, Any]) -> list[tuple[str, str]]:
-    found = standing(place.ledger())
-    counts = found.counts(alive=False, among={slot.id for slot in plan.slots})
-    facts = [
-        (
-            "trials",
-            f"{plan.total}: {counts['done']} run, {counts['reused']} reused, "
-            + (f"{counts['pruned']} pruned, " if counts["pruned"] else "")
-            + f"{counts['failed']} failed"
-            + _read_by(plan, place),
-        )
-    ]
-    run = outcome.get("run", {})
+def _time(outcome: Mapping[str, Any], run: Mapping[str, Any]) -> str:
     walls = run.get("walls", {})
-    if walls:
-        total = outcome["seconds"]
-        parts = [f"{PHASES[stage]} {clock(walls[stage])}" for stage in PHASES if stage in walls]
-        overhead = max(0.0, total - sum(walls.values()))
-        each = run.get("overheads")
-        warm = f"{sum(each) / len(each):.2f} s overhead a point on warm actors; " if each else ""
-        facts.append(
-            (
-                "time",
-                f"{clock(total)}: {'  '.join(parts)}  rest {clock(overhead)}; {warm}"
-                f"peak {run.get('memory', 0) / 2**30:.1f} GiB",
-            )
-        )
-    return facts
+    if not walls:
+        return ""
+    parts = [f"{PHASES[stage]} {clock(walls[stage])}" for stage in PHASES if stage in walls]
+    rest = max(0.0, outcome["seconds"] - sum(walls.values()))
+    each = run.get("overheads")
+    warm = f"{sum(each) / len(each):.2f} s overhead a point on warm actors; " if each else ""
+    return (
+        f"{clock(outcome['seconds'])}: {'  '.join(parts)}  rest {clock(rest)}; {warm}"
+        f"peak {run.get('memory', 0) / 2**30:.1f} GiB"
+    )
 
 
-def _search_facts(plan: Plan, place: Place) -> list[tuple[str, str]]:
+def _ended_searches(plan: Plan, place: Place) -> list[str]:
     """Searches that patience ended."""
     search = plan.sweep.search
     if search is None or search.patience is None:
         return []
     found = searches(place.ledger())
     ended = {cell.id: found.points(cell, search) for cell in plan.cells if cell.space}
-    lines = [
+    return [
         f"{cell}: ended after {points} of {search.points} points, "
         f"the last {search.patience} or more no better"
         for cell, points in ended.items()
         if points < search.points
     ]
-    return [("search", "\n".join(lines))] if lines else []
 
 
 PHASES = {one: one for one in ("features", "labels", "lora", "images", "trials")}
