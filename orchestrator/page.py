@@ -140,6 +140,8 @@ def _verdict(found: Evidence) -> str:
             parts.append(f"than {what} in {above} of {counted(len(gains), 'comparison')}{lower}")
     if not parts:
         return ""
+    if all(one.difference.reason_not_tested for one in comparisons):
+        return " ".join(mark_notes(comparisons))
     return (
         f"With synthetic images accuracy is significantly higher {' and '.join(parts)} "
         f"(p < 0.05, Holm-corrected over {counted(len(comparisons), 'comparison')})."

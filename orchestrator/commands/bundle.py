@@ -76,15 +76,12 @@ def export(
     from orchestrator.resolve import Resolver
     from orchestrator.store import open_store
 
-    def say(line: str) -> None:
-        show(line, file=sys.stderr)
-
     if trial == BEST:
         if sweep is None:
             fail("best of which sweep? give --sweep NAME")
         asked, place = recorded_sweep(sweep, store, data_root)
         data_root = place.data_root  # as the sweep has it
-        chosen = best_trial(asked, place, only or [], say)
+        chosen = best_trial(asked, place, only or [])
     else:
         if only:
             fail("--only chooses among rows for `best`; a trial has a name of its own")
@@ -93,7 +90,7 @@ def export(
     there = open_store(store).read_only()
     resolver = Resolver(there.root / "digests.json", data_root)
     try:
-        written(chosen, there, resolver, out, force, say)
+        written(chosen, there, resolver, out, force)
     except Differs as problem:
         fail(str(problem), GATE)
     show(out)
