@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,37 +25,11 @@ class Evidence:
     place: Place
     plan: Plan
     results: Results
-
-    @cached_property
-    def points(self) -> list[Row]:
-        """One row a point, also of a search."""
-        return rows(self.results.entries, None)
-
-    @cached_property
-    def standing(self) -> Standing:
-        return standing(self.place.ledger())
-
-    @cached_property
-    def counts(self) -> dict[str, int]:
-        """Trials that the sweep asks for, by state."""
-        return self.standing.counts(alive=False, among={slot.id for slot in self.plan.slots})
-
-    @cached_property
-    def outcome(self) -> dict[str, Any]:
-        return read_outcome(self.place)
-
-    @cached_property
-    def cards(self) -> list[tuple[AuditCard, Path]]:
-        """The audit cards that were made, and their pictures."""
-        try:
-            rows = ready(audited_by(self.sweep, self.place), self.place)
-        except ValueError:  # no images, or not all of them yet
-            return []
-        known = [(known_card(row, self.place), row) for row in rows]
-        found = [
-            (card, self.place.folder / f"{row.name}.png") for card, row in known if card is not None
-        ]
-        return [(card, picture) for card, picture in found if picture.exists()]
+    points: Sequence[Row]  # one row a point, also of a search
+    standing: Standing
+    counts: Mapping[str, int]  # of the trials that the sweep asks for, by state
+    outcome: Mapping[str, Any]  # of the last run
+    cards: Sequence[tuple[AuditCard, Path]]  # audit cards that were made, and their pictures
 
     def costs(self) -> dict[str, tuple[int, float]]:
         """Times made and seconds of one worker, by stage; of what this sweep made itself."""
@@ -105,4 +79,24 @@ def evidence_of(sweep: SweepSpec, place: Place) -> Evidence:
             f"({plan.total} are planned); run `airsweep run {sweep.source}`, and see "
             f"`airsweep status {place.name}`"
         )
-    return Evidence(sweep, place, plan, results)
+    stands = standing(place.ledger())
+    return Evidence(
+        sweep,
+        place,
+        plan,
+        results,
+        points=rows(results.entries, None),
+        standing=stands,
+        counts=stands.counts(alive=False, among={slot.id for slot in plan.slots}),
+        outcome=read_outcome(place),
+        cards=_cards(sweep, place),
+    )
+
+
+def _cards(sweep: SweepSpec, place: Place) -> list[tuple[AuditCard, Path]]:
+    try:
+        rows = ready(audited_by(sweep, place), place)
+    except ValueError:  # no images, or not all of them yet
+        return []
+    known = [(known_card(row, place), place.folder / f"{row.name}.png") for row in rows]
+    return [(card, picture) for card, picture in known if card is not None and picture.exists()]

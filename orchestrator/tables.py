@@ -230,7 +230,7 @@ class Pivot:
     metric: str
     down: Sequence[str]  # keys
     across: Sequence[str]
-    cells: DataFrame  # one line a cell: all keys, mean, std, n (fractions), best, row, gains
+    cells: DataFrame  # one line a cell: all keys, mean, std, n (fractions), text, best, row, ...
     caption: Sequence[str]
     notes: Sequence[str]
 
@@ -267,9 +267,15 @@ def pivot(
 
     for key in known:  # sorted by first appearance
         cells[key] = Categorical(cells[key], cells[key].unique())
-    cells[["mean", "std", "n"]] = [_numbers(row, results, name) for row in results.rows]
-    cells["row"] = results.rows
-    cells["gains"] = [results.gains(row) if name == ACCURACY else {} for row in results.rows]
+    gains = [results.gains(row) if name == ACCURACY else {} for row in results.rows]
+    numbers = [_numbers(row, results, name) for row in results.rows]
+    cells[["mean", "std", "n"]] = numbers
+    cells["row"], cells["gains"] = results.rows, gains
+    cells["told_from"] = [" ".join(_significant(of)) for of in gains]
+    cells["text"] = [
+        _cell_text(mean, std, name) + "".join(one.mark for one in of.values())
+        for (mean, std, _), of in zip(numbers, gains, strict=True)
+    ]
     cells = cells[cells["n"] > 0].astype({"n": int})
     # The best of each column; of each world in it, since worlds are not compared. A cell without
     # another to be better than is not the best.
@@ -370,10 +376,9 @@ def pivot_text(found: Pivot, format: str) -> str:
             return rendered(_pivot_layout(found), format)
 
 
-def _wide(found: Pivot, values: Any) -> DataFrame:
-    """A value of each cell, with the keys down as index and the keys across as columns."""
-    keyed = found.cells.assign(value=values)
-    wide = keyed.pivot(index=list(found.down), columns=list(found.across), values="value")
+def _wide(found: Pivot, column: str) -> DataFrame:
+    """A column of the cells, with the keys down as index and the keys across as columns."""
+    wide = found.cells.pivot(index=[*found.down], columns=[*found.across], values=column)
     return wide.sort_index(axis=0).sort_index(axis=1)
 
 
@@ -386,13 +391,13 @@ def _names(keys: Any) -> list[list[str]]:
 def _pivot_layout(found: Pivot) -> Layout:
     from pandas import DataFrame, MultiIndex
 
-    wide = _wide(found, [_cell_text(cell, found.metric) for _, cell in found.cells.iterrows()])
-    heads, width = _names(wide.columns), len(found.down)
+    wide, width = _wide(found, "text"), len(found.down)
+    heads = _names(wide.columns)
     if len(found.across) == 1 and found.across[0] not in (*WORLD, "method"):
         heads = [[found.across[0], *head] for head in heads]
     heads = [*([""] * (len(heads[0]) - 1) + [key] for key in found.down), *heads]
     lines = zip(_names(wide.index), wide.fillna("").to_numpy().tolist(), strict=True)
-    best = _wide(found, found.cells["best"]).eq(True).to_numpy()
+    best = _wide(found, "best").eq(True).to_numpy()
     return Layout(
         frame=DataFrame(
             [[*keys, *cells] for keys, cells in lines],
@@ -404,24 +409,21 @@ def _pivot_layout(found: Pivot) -> Layout:
     )
 
 
-def _cell_text(cell: Any, metric: str) -> str:
-    spread = not math.isnan(cell["std"])
-    if not metric.startswith(SHARES):
-        return f"{cell['mean']:.4g}" + (f" ± {cell['std']:.2g}" if spread else "")
-    marks = "".join(one.mark for one in cell["gains"].values())
-    return percent(cell["mean"]) + (f" ± {percent(cell['std'])}" if spread else "") + marks
+def _cell_text(mean: float, std: float, metric: str) -> str:
+    if metric.startswith(SHARES):
+        return percent(mean) + ("" if math.isnan(std) else f" ± {percent(std)}")
+    return f"{mean:.4g}" + ("" if math.isnan(std) else f" ± {std:.2g}")
 
 
 def _pivot_csv(found: Pivot) -> str:
     from pandas import DataFrame
 
-    values = {"": found.cells["mean"], " std": found.cells["std"]}
-    if found.metric == ACCURACY:
-        values[" told_from"] = found.cells["gains"].map(lambda of: " ".join(_significant(of)))
-    wide = {what: _wide(found, value) for what, value in values.items()}
-    names = [" ".join(name) for name in _names(wide[""].columns)]
+    values = ["mean", "std", *(["told_from"] if found.metric == ACCURACY else [])]
+    wide = {value: _wide(found, value) for value in values}
     columns = {
-        f"{name}{what}": of.iloc[:, i] for i, name in enumerate(names) for what, of in wide.items()
+        " ".join([*name, *([] if value == "mean" else [value])]): wide[value].iloc[:, i]
+        for i, name in enumerate(_names(wide["mean"].columns))
+        for value in values
     }
     return csv_text(DataFrame(columns).reset_index())
 
