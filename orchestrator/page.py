@@ -452,8 +452,8 @@ SECTIONS: tuple[tuple[str, str, str, Callable[[Evidence], Iterator[Group]]], ...
         "What each part brings",
         "A method with synthetic images minus its host, and minus its control, which builds the "
         "same auxiliary classifier from real pseudo-labelled images (diamonds). Paired by image "
-        "and run; grey: the 95 % interval contains 0. Images needed: test images that detect a "
-        "difference of this size in one pair of runs (80 % power).",
+        "and run; grey: the 95 % interval contains 0. Images needed, where a difference is not "
+        "significant: test images that detect one of this size in one pair of runs (80 % power).",
         components,
     ),
     (

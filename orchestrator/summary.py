@@ -41,7 +41,7 @@ from orchestrator.variables import in_ray_job
 MOST = 12  # differences that are shown
 # Columns of `table` and of the report alone.
 WIDE_ONLY = ["n_test", "fused", "gain over host", "gain over control"]
-REPORT_ONLY = ["from the", "p", "corrected"]
+REPORT_ONLY = ["compared with", "p", "p corrected"]
 
 
 def summary(

@@ -155,13 +155,13 @@ def differences(results: Results) -> DataFrame:
             {
                 "where": world_text(one.row.world) if several else "",
                 "difference": " - ".join(one.methods),
-                "from the": one.role,
+                "compared with": one.role,
                 **{key: shown(one.row.settings.get(key, "")) for key in keys},
                 "points, 95 %": signed_interval(one.difference),
                 "n": str(one.difference.n),
                 "n_test": str(one.difference.n_test),
                 "p": _p_value(one.difference.p),
-                "corrected": _p_value(one.p_corrected),
+                "p corrected": _p_value(one.p_corrected),
                 "significant": one.verdict,
                 "images needed": _images_needed(one),
             }

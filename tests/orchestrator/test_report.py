@@ -327,15 +327,6 @@ def test_a_table_with_too_few_runs_carries_no_mark_and_says_why(splits, seeds, w
     assert row["comparisons"][0]["marked"] is False
 
 
-def test_a_table_of_one_split_says_that_it_speaks_for_it() -> None:
-    one, five = quickstart(), []
-    for method in QUICKSTART:
-        five += trials(method, splits=(0, 1, 2, 3, 4), seeds=(1, 2))
-    said = "One split: this holds for that split"
-    assert said in " ".join(table(results(one), "md").split())
-    assert said not in " ".join(table(results(five), "md").split())
-
-
 def test_a_collapsed_run_is_named_below_the_table_in_json_and_on_the_screen() -> None:
     entries = quickstart()
     fallen = next(e for e in entries if e.method == "air" and e.seed == 2)
