@@ -181,10 +181,12 @@ def _watched(found: Iterator[Classified], total: int) -> Iterator[Classified]:
     from rich.progress import Progress
 
     shown = sys.stderr.isatty() and not sys.stdout.isatty()
-    # What is printed must stay on stdout.
-    kept = {"redirect_stdout": False, "redirect_stderr": False}
     with Progress(
-        console=Console(stderr=True), transient=True, disable=not shown, **kept
+        console=Console(stderr=True),
+        transient=True,
+        redirect_stdout=False,  # what is printed must stay there
+        redirect_stderr=False,
+        disable=not shown,
     ) as progress:
         yield from progress.track(found, total, description="classifying")
 
