@@ -330,11 +330,11 @@ def _plus_minus(pair: Sequence[float] | None) -> str:
 
 def searched(found: Evidence) -> Iterator[Group]:
     """What a search tried, which settings mattered, and whether its objective was a guide."""
-    from orchestrator.search import importances  # Optuna: half a second
-
     search = found.sweep.search
     if search is None:
         return
+    from orchestrator.search import importances  # Optuna: half a second
+
     if notes := choice_notes(found.results.rows):
         yield Group(texts=notes)
     objectives = {(e.cell, e.point): e.objective for e in found.results.entries}
