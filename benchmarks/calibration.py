@@ -122,8 +122,8 @@ def compared(runs: Sequence[Runs], samples: int = 500) -> list[Difference]:
 
 def mcnemar_pooled(a: Runs, b: Runs) -> float:
     """The p value of McNemar's test where every image of every run counts as a new one."""
-    ours = np.concatenate([run.correct for run in a.runs])
-    theirs = np.concatenate([run.correct for run in b.runs])
+    ours = np.concatenate([run.correct for run in a])
+    theirs = np.concatenate([run.correct for run in b])
     first, second = int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
     if first + second == 0:
         return 1.0

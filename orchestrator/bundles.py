@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -32,11 +33,12 @@ from air_core.specs import Ref, TrialSpec, uses_auxiliary
 from orchestrator.children import refs_of, spec_json
 from orchestrator.dataset_text import DatasetText, licence, recorded_text
 from orchestrator.keys import artifact_key
+from orchestrator.output import show
 from orchestrator.place import Place
 from orchestrator.plan import plan_sweep
-from orchestrator.report import Row, counted, percent, settings_text, worlds_of
+from orchestrator.report import Row, counted, named, percent, worlds_of
 from orchestrator.resolve import Resolver
-from orchestrator.results import NAMED, entries_of, rows_of
+from orchestrator.results import NAMED, results_of
 from orchestrator.store import ArtifactStore, MissingArtifact
 from orchestrator.sweep import Cell, SweepSpec
 from orchestrator.sweep_file import only_values
@@ -50,11 +52,13 @@ MADE = ("commit", "dirty", "code", "device", "versions")
 ALLOWED = "best, a trial key or 6 digits of it, a slot CELL/POINT/SEEDS, or a run id of MLflow"
 CHUNK = 64  # images that are decoded at a time
 
-Say = Callable[[str], None]
-
 
 class Differs(RuntimeError):
     """The classifier that would be exported is not the one that was tested."""
+
+
+def _say(line: str) -> None:
+    show(line, file=sys.stderr)  # stdout has the folder alone
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,7 @@ def _done_slots(place: Place) -> dict[str, str]:
     return {e["slot"]: e["key"] for e in place.ledger().events() if e["event"] in done}
 
 
-def best_trial(sweep: SweepSpec, place: Place, only: Sequence[str], say: Say) -> Chosen:
+def best_trial(sweep: SweepSpec, place: Place, only: Sequence[str]) -> Chosen:
     """The row of the sweep's table with the best mean, and of its runs one that no label chose.
 
     The point of a searched cell is the one that the table shows, which no test label picked. The
@@ -130,7 +134,7 @@ def best_trial(sweep: SweepSpec, place: Place, only: Sequence[str], say: Say) ->
     """
     store = place.store
     plan = plan_sweep(sweep, store, place.resolver(), place.ledger())
-    every = rows_of(plan, entries_of(plan, store))
+    every = results_of(plan, store).rows
     cells = _cells(plan.cells, only_values(sweep, only))
     kept = [row for row in every if row.cell in cells]
     if not kept:
@@ -158,10 +162,18 @@ def best_trial(sweep: SweepSpec, place: Place, only: Sequence[str], say: Say) ->
         "row_by": f"mean test {row.metric.replace('_', ' ')}",
         "run_by": RUN_BY,
         "trials_left": open_ones,
-        "note": _caveat(row, len(kept)),
+        "note": _caveat(len(kept)),
     }
-    for line in _told(row, how, slot.id, record):
-        say(line)
+    of_one = f"; the one with most {RUN_BY}, which reads no label" if row.n > 1 else ""
+    _say(
+        f"best row: {named(row, [*row.settings])}, {how['row_by']} {percent(row.mean)} % over "
+        f"{counted(row.n, 'run')}"
+    )
+    _say(f"run:      {slot.id}, {percent(record.headline)} %{of_one}")
+    _say(f"note:     {how['note']}")
+    if open_ones:
+        left = counted(open_ones, "trial")
+        _say(f"note:     the sweep has {left} left to run, which may change it")
     spec = normalised(slot.spec)
     return Chosen(spec, record, f"{place.project}/{place.name}", slot.id, how)
 
@@ -184,28 +196,13 @@ def _nothing(sweep: SweepSpec, only: Sequence[str], every: Sequence[Row]) -> str
     return f"--only {' --only '.join(only)}: no done trial of {sweep.name} fits; there: {there}"
 
 
-def _caveat(row: Row, candidates: int) -> str:
+def _caveat(candidates: int) -> str:
     if candidates == 1:
         return "The only row: nothing was picked by a test label."
     return (
         f"The row is the best of {candidates} by their test images, so its accuracy on these is "
         "somewhat better than on new ones; its setting and its run were picked by no test label."
     )
-
-
-def _told(row: Row, how: Mapping[str, Any], slot: str, record: TrialRecord) -> list[str]:
-    settings = settings_text(row, row.settings)
-    name = row.method + (f" ({settings})" if settings else "")
-    lines = [
-        f"best row: {name}, {how['row_by']} {percent(row.mean)} % over {counted(row.n, 'run')}",
-        f"run:      {slot}, {percent(record.headline)} %"
-        + (f"; the one with most {RUN_BY}, which reads no label" if row.n > 1 else ""),
-        f"note:     {how['note']}",
-    ]
-    if how["trials_left"]:
-        left = counted(how["trials_left"], "trial")
-        lines.append(f"note:     the sweep has {left} left to run, which may change it")
-    return lines
 
 
 # ---------------------------------------------------------------- what goes in
@@ -217,7 +214,6 @@ def export(
     resolver: Resolver,
     folder: Path,
     replaces: bool = False,
-    say: Say = lambda line: None,
 ) -> None:
     """Write the bundle of a trial.
 
@@ -233,7 +229,7 @@ def export(
     spec, record = chosen.spec, chosen.record
     if spec.iterations == 0 and spec.test_dataset is None:
         _refuse_fused(chosen)
-    tested = _tested_text(spec, store, resolver, say)
+    tested = _tested_text(spec, store, resolver)
     _check_same(spec.backbone, resolver.weights("backbone", spec.backbone.name))
     backbone, arrays = _classifier(spec, record, store, tested)
     described = weights_said(spec.backbone.name)
@@ -273,7 +269,7 @@ def export(
     }
 
     def check(manifest: Manifest) -> None:
-        _check_predictions(manifest, backbone, chosen, store, say)
+        _check_predictions(manifest, backbone, chosen, store)
 
     write_bundle(folder, said, arrays, replaces, check)
 
@@ -294,9 +290,7 @@ def _refuse_fused(chosen: Chosen) -> None:
     )
 
 
-def _tested_text(
-    spec: TrialSpec, store: ArtifactStore, resolver: Resolver, say: Say
-) -> DatasetText:
+def _tested_text(spec: TrialSpec, store: ArtifactStore, resolver: Resolver) -> DatasetText:
     """Class names and template that the trial was tested with: as recorded with the features, or
     of the dataset, if that is still the same."""
     recorded = recorded_text(spec.test_features or spec.features, store)
@@ -307,7 +301,7 @@ def _tested_text(
     try:
         now = resolver.dataset(dataset)
     except ValueError:
-        say(f"note:     {then.name} is not here; its class names are those that airsweep knows")
+        _say(f"note:     {then.name} is not here; its class names are those that airsweep knows")
     else:
         _check_same(then, now)
     return DatasetText(dataset.classnames, dataset.template)
@@ -360,7 +354,7 @@ def _test(spec: TrialSpec, tested: DatasetText, images: int) -> dict[str, Any]:
 
 
 def _check_predictions(
-    manifest: Manifest, backbone: Any, chosen: Chosen, store: ArtifactStore, say: Say
+    manifest: Manifest, backbone: Any, chosen: Chosen, store: ArtifactStore
 ) -> None:
     """On the features that the trial was tested with, it predicts what the trial predicted."""
     import torch
@@ -374,7 +368,7 @@ def _check_predictions(
     try:
         file = store.get(read).path / "features.safetensors"
     except MissingArtifact:
-        say(
+        _say(
             "note:     not checked against the recorded predictions: the store has no features of "
             f"{read.dataset.name} any more; `airsweep verify` does it from the images"
         )

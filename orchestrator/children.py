@@ -278,9 +278,9 @@ def spec_json(spec: TrialSpec, key: str) -> str:
 
 
 def _confusion(outcome: Outcome, store: ArtifactStore) -> bytes:
-    from orchestrator.figures import confusion
+    from orchestrator.charts import confusion_picture
 
     assert outcome.record is not None
     _, predictions, labels = outcome.record.predictions()
     names = [name.replace("_", " ") for name in tested_classes(outcome.slot.spec, store)]
-    return confusion(labels, predictions, names)
+    return confusion_picture(labels, predictions, names)

@@ -326,7 +326,7 @@ def status(name: str | Outcome, *, store: str | Path | None = None) -> dict[str,
 def results(
     name: str | Outcome, *, store: str | Path | None = None, data_root: str | Path | None = None
 ) -> DataFrame:
-    """One line for each trial: what the sweep varies, seeds, state, metrics (frames.py).
+    """One line for each trial: what the sweep varies, seeds, state, metrics (results.py).
 
     Args:
         name: of a sweep that was run, or PROJECT/NAME, or what `run` gave.
@@ -335,7 +335,7 @@ def results(
         ValueError: the store has no such sweep.
     """
     from orchestrator.asked import plan_of
-    from orchestrator.frames import trials_frame
+    from orchestrator.results import trials_frame
 
     sweep, place = recorded_sweep(name, store, data_root)
     return trials_frame(plan_of(sweep, place), place.store, place.ledger())
@@ -346,7 +346,7 @@ def curves(
 ) -> DataFrame:
     """One line for each value of each curve: trial, metric, iteration, value. As `results`."""
     from orchestrator.asked import plan_of
-    from orchestrator.frames import curves_frame
+    from orchestrator.results import curves_frame
 
     sweep, place = recorded_sweep(name, store, data_root)
     return curves_frame(plan_of(sweep, place), place.store)
@@ -357,12 +357,12 @@ def table(
 ) -> DataFrame:
     """The rows of `airsweep table`: mean, std and interval of each setting over its runs."""
     from orchestrator.asked import plan_of
-    from orchestrator.frames import rows_frame
-    from orchestrator.results import entries_of, rows_of
+    from orchestrator.results import results_of
+    from orchestrator.tables import rows_frame
 
     sweep, place = recorded_sweep(name, store, data_root)
-    planned = plan_of(sweep, place)
-    return rows_frame(rows_of(planned, entries_of(planned, place.store)))
+    found = results_of(plan_of(sweep, place), place.store)
+    return rows_frame(found.rows).infer_objects()
 
 
 def recorded_sweep(

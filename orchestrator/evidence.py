@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from orchestrator.audit_card import AuditCard
 from orchestrator.audits import audited_by, known_card, ready
 from orchestrator.children import refs_of
 from orchestrator.place import Place, read_outcome
 from orchestrator.plan import Plan, plan_sweep
-from orchestrator.report import Comparison, Entry, Results, Row, comparisons, rows, varied_settings
-from orchestrator.results import Standing, entries_of, rows_of, standing
+from orchestrator.report import Results, Row, rows
+from orchestrator.results import Standing, results_of, standing
 from orchestrator.sweep import SweepSpec
-
-# C classes.
-
-Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -32,59 +24,12 @@ class Evidence:
     sweep: SweepSpec
     place: Place
     plan: Plan
-    entries: Sequence[Entry]
-    rows: Sequence[Row]  # one a setting; of a search the point that a table shows
-
-    @cached_property
-    def results(self) -> Results:
-        return Results(self.rows, self.entries)
-
-    @cached_property
-    def gains(self) -> list[Comparison]:
-        return comparisons(self.rows, self.entries)
-
-    @cached_property
-    def varied(self) -> list[str]:
-        """Settings with more than one value."""
-        return varied_settings(self.rows, self.entries)
-
-    @cached_property
-    def points(self) -> list[Row]:
-        """One row a point, also of a search."""
-        return rows(self.entries, None)
-
-    @cached_property
-    def standing(self) -> Standing:
-        return standing(self.place.ledger())
-
-    @cached_property
-    def counts(self) -> dict[str, int]:
-        """Trials that the sweep asks for, by state."""
-        return self.standing.counts(alive=False, among={slot.id for slot in self.plan.slots})
-
-    @cached_property
-    def outcome(self) -> dict[str, Any]:
-        return read_outcome(self.place)
-
-    @cached_property
-    def cards(self) -> list[tuple[AuditCard, Path]]:
-        """The audit cards that were made, and their pictures."""
-        try:
-            rows = ready(audited_by(self.sweep, self.place), self.place)
-        except ValueError:  # no images, or not all of them yet
-            return []
-        known = [(known_card(row, self.place), row) for row in rows]
-        found = [
-            (card, self.place.folder / f"{row.name}.png") for card, row in known if card is not None
-        ]
-        return [(card, picture) for card, picture in found if picture.exists()]
-
-    def confusion(self, row: Row, classes: int) -> Array:
-        """(C, C) test images of all runs by true and predicted class."""
-        matrix = np.zeros((classes, classes), dtype=np.int64)
-        for entry in self.results.entries(row):
-            np.add.at(matrix, (entry.labels, entry.predictions), 1)
-        return matrix
+    results: Results
+    points: Sequence[Row]  # one row a point, also of a search
+    standing: Standing
+    counts: Mapping[str, int]  # of the trials that the sweep asks for, by state
+    outcome: Mapping[str, Any]  # of the last run
+    cards: Sequence[tuple[AuditCard, Path]]  # audit cards that were made, and their pictures
 
     def costs(self) -> dict[str, tuple[int, float]]:
         """Times made and seconds of one worker, by stage; of what this sweep made itself."""
@@ -98,7 +43,7 @@ class Evidence:
         ]
         states = self.standing.last
         own = {s.key.digest for s in self.plan.slots if states.get(s.id) == "done"}
-        trials = {entry.key: entry.seconds for entry in self.entries if entry.key in own}
+        trials = {entry.key: entry.seconds for entry in self.results.entries if entry.key in own}
         seconds += [("trials", value) for value in trials.values()]
         groups = DataFrame(seconds, columns=["stage", "seconds"]).groupby("stage", sort=False)
         return {stage: (len(of), of["seconds"].sum()) for stage, of in groups}
@@ -114,7 +59,7 @@ class Evidence:
     def made(self, name: str) -> list[Any]:
         """What the records say of their making, each once, in order of appearance."""
         found: list[Any] = []
-        for entry in self.entries:
+        for entry in self.results.entries:
             value = entry.made.get(name)
             if value and value not in found:
                 found.append(value)
@@ -127,30 +72,31 @@ def evidence_of(sweep: SweepSpec, place: Place) -> Evidence:
         ValueError: no trial of it has finished.
     """
     plan = plan_sweep(sweep, place.store, place.resolver(), place.ledger())
-    entries = entries_of(plan, place.store)
-    if not entries:
+    results = results_of(plan, place.store)
+    if not results.entries:
         raise ValueError(
             f"sweep {place.project}/{place.name} has no finished trial to report "
             f"({plan.total} are planned); run `airsweep run {sweep.source}`, and see "
             f"`airsweep status {place.name}`"
         )
-    return Evidence(sweep, place, plan, entries, rows_of(plan, entries))
+    stands = standing(place.ledger())
+    return Evidence(
+        sweep,
+        place,
+        plan,
+        results,
+        points=rows(results.entries, None),
+        standing=stands,
+        counts=stands.counts(alive=False, among={slot.id for slot in plan.slots}),
+        outcome=read_outcome(place),
+        cards=_cards(sweep, place),
+    )
 
 
-def confused(
-    matrix: Array, names: Sequence[str], most: int = 5
-) -> Iterator[tuple[str, str, float]]:
-    """The pairs that are confused most: true class, what it was taken for, and how often.
-
-    Args:
-        matrix: (C, C) counts by true (rows) and predicted class.
-
-    Returns:
-        Shares of the true class in [0, 1], the largest first.
-    """
-    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    np.fill_diagonal(shares, 0)
-    for flat in np.argsort(-shares, axis=None, kind="stable")[:most]:
-        true, taken = np.unravel_index(flat, shares.shape)
-        if shares[true, taken] > 0:
-            yield names[true], names[taken], float(shares[true, taken])
+def _cards(sweep: SweepSpec, place: Place) -> list[tuple[AuditCard, Path]]:
+    try:
+        rows = ready(audited_by(sweep, place), place)
+    except ValueError:  # no images, or not all of them yet
+        return []
+    known = [(known_card(row, place), place.folder / f"{row.name}.png") for row in rows]
+    return [(card, picture) for card, picture in known if card is not None and picture.exists()]

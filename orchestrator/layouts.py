@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from orchestrator.output import are_numbers, csv_cell
+from orchestrator.output import aligned, are_numbers, csv_cell
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -30,11 +30,32 @@ class Layout:
         return [are_numbers(column) for column in columns]
 
 
+def text_frame(lines: Sequence[Mapping[str, str]]) -> DataFrame:
+    """Lines of texts, without columns that say nothing."""
+    from pandas import DataFrame
+
+    frame = DataFrame(lines)
+    return frame.loc[:, (frame != "").any()]
+
+
+def screen_lines(frame: DataFrame, width: int) -> list[str]:
+    """A frame of texts for a terminal."""
+    return aligned([list(frame.columns), *frame.to_numpy().tolist()], width)
+
+
 def csv_text(frame: DataFrame) -> str:
     """A frame without its index; no cell or name is a formula to a spreadsheet."""
-    safe = frame.map(csv_cell).rename(columns=csv_cell)
+    from pandas import DataFrame
+
+    # As objects, since a column of whole numbers with a gap would become one of floats.
+    cells = [[csv_cell(cell) for cell in line] for line in frame.astype(object).to_numpy()]
+    safe = DataFrame(cells, columns=[csv_cell(name) for name in frame], dtype=object)
     text: str = safe.to_csv(index=False, lineterminator="\n")
     return text.rstrip("\n")
+
+
+def rendered(layout: Layout, format: str) -> str:
+    return latex(layout) if format == "latex" else markdown(layout)
 
 
 def markdown(layout: Layout) -> str:
@@ -46,21 +67,18 @@ def markdown(layout: Layout) -> str:
     frame.columns = [_in_markdown(name) for name in names]
     align = ["right" if right else "left" for right in layout.numeric]
     body = frame.to_markdown(index=False, disable_numparse=True, colalign=align)
-    texts = [filled(layout.caption), body, filled(layout.notes)]
-    return "\n\n".join(filter(None, texts))
-
-
-def filled(sentences: Sequence[str]) -> str:
-    return textwrap.fill(" ".join(sentences), 100, break_on_hyphens=False)
+    caption, notes = (
+        textwrap.fill(" ".join(sentences), 100, break_on_hyphens=False)
+        for sentences in (layout.caption, layout.notes)
+    )
+    return "\n\n".join(filter(None, [caption, body, notes]))
 
 
 def _in_markdown(cell: str) -> str:
     return cell.replace("|", "\\|").replace("\n", " ")
 
 
-# ---------------------------------------------------------------- LaTeX
-
-WIDE = 92  # characters of a line that fill the page at normal size
+WIDE = 92  # characters of a line of LaTeX that fill the page at normal size
 
 
 def latex(layout: Layout) -> str:

@@ -8,7 +8,7 @@ its count of points. The percentile bootstrap is a little narrow below about ten
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -34,9 +34,6 @@ class Ranking:
     def trusted(self) -> bool:
         """Is the point with the best objective more than a guess?"""
         return self.low > 0
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
     def __str__(self) -> str:
         if self.rho is None:

@@ -6,25 +6,24 @@ Needs no Ray and no torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
 
+from orchestrator.charts import pictures
 from orchestrator.children import Children, by_point
-from orchestrator.closing import facts_of, title_of
 from orchestrator.dispatch import Outcome
-from orchestrator.figures import pictures
 from orchestrator.ledger import Ledger
 from orchestrator.lineage import UNKNOWN
 from orchestrator.place import DONE, FAILED, Place, whoami
 from orchestrator.plan import Plan, Slot, plan_sweep
-from orchestrator.report import Entry, Row, counted, mean_std, settings_text, worlds_of
+from orchestrator.report import Results, counted, mean_std, settings_text
 from orchestrator.resolve import text_digest
-from orchestrator.results import entries_of, finished, rows_of, standing
+from orchestrator.results import finished, results_of, standing
 from orchestrator.store import ArtifactStore
 from orchestrator.studies import Pruned
-from orchestrator.summary import summary
+from orchestrator.summary import facts_of, summary, title_of
 from orchestrator.sweep import SweepSpec
 from orchestrator.tracking import Counts, Status, SweepRun, TrackerAway, make_tracker
 from orchestrator.trial import TrialRecord, read_trial
@@ -122,8 +121,8 @@ def sync(sweep: SweepSpec, place: Place, tracker: SweepTracker, status: Status) 
         tracker.send(children.trial(outcome, at, noted["maker"]))
     for group in by_point(done):
         tracker.send(children.setting(group))
-    entries = entries_of(plan, place.store, done)
-    tracker.finish(status, *note_and_files(plan, place, entries, tracker.run.run_id))
+    results = results_of(plan, place.store, done)
+    tracker.finish(status, *note_and_files(plan, place, results, tracker.run.run_id))
     return gone
 
 
@@ -201,19 +200,17 @@ def parent_of(sweep: SweepSpec, place: Place, made: Mapping[str, Any]) -> SweepR
 
 
 def note_and_files(
-    plan: Plan, place: Place, entries: Sequence[Entry], run_id: str
+    plan: Plan, place: Place, results: Results, run_id: str
 ) -> tuple[str, dict[str, bytes]]:
     """What MLflow shows of a sweep: Markdown with the answer, and charts and files.
 
     Args:
-        entries: the finished trials.
         run_id: of the sweep's run, whose files the note shows.
     """
-    found = rows_of(plan, entries)
-    charts = {name: draw() for name, draw in pictures(found, entries).items()}
-    screen = summary(title_of(plan), entries, found, facts_of(plan, place))
+    charts = pictures(results)
+    screen = summary(title_of(plan), results, facts_of(plan, place))
     note = [
-        "\n".join(_best(found)),  # first, since long notes are folded
+        "\n".join(_best(results)),  # first, since long notes are folded
         *(_picture(name, run_id) for name in charts),
         plan.sweep.question,
         f"```\n{screen}\n```",
@@ -225,10 +222,10 @@ def note_and_files(
     return "\n\n".join(filter(None, note)), files
 
 
-def _best(found: Sequence[Row]) -> Iterator[str]:
+def _best(results: Results) -> Iterator[str]:
     """The row with the highest mean of each world, in a sentence."""
-    for world in worlds_of(found)[:WORLDS]:
-        row = max((row for row in found if row.world == world), key=lambda row: row.mean)
+    for world in results.worlds[:WORLDS]:
+        row = results.best(world)
         settings = settings_text(row, row.settings)
         with_settings = f" ({settings})" if settings else ""
         yield (

@@ -66,8 +66,8 @@ class Entry:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """One setting over its runs. Fractions in [0, 1]."""
+class Row(Interval):
+    """One setting over its runs, each distinct computation once."""
 
     dataset: str
     paradigm: str
@@ -75,13 +75,6 @@ class Row:
     method: str
     settings: dict[str, Any]
     metric: str = "accuracy"  # harmonic_mean (of seen and unseen classes) in TRZSL
-    n: int  # distinct computations
-    n_test: int
-    mean: float
-    std: float | None  # None for one run
-    low: float
-    high: float
-    interval: str  # what `low` and `high` are
     # Where the row comes from; not in its JSON.
     cell: str
     point: int
@@ -93,7 +86,7 @@ class Row:
         chosen = {} if self.choice is None else self.choice.as_json(self.point)
         stopped = {"pruned": self.pruned} if self.pruned else {}
         shown = {name: getattr(self, name) for name in COLUMNS}
-        return shown | {"protocol": self.protocol.as_json()} | chosen | stopped
+        return shown | {"protocol": asdict(self.protocol)} | chosen | stopped
 
     @property
     def world(self) -> tuple[str, str, str]:
@@ -114,9 +107,6 @@ class Protocol:
     whole_pool: bool  # not made smaller or imbalanced on purpose
     digests: Mapping[str, str] = field(default_factory=dict)
 
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
@@ -133,8 +123,8 @@ class Choice:
             "chosen_by": "default" if self.default else self.objective,
             "rank_correlation": {
                 "objective": self.objective,
-                "cell": self.ranking.as_json(),
-                "pooled": self.pooled.as_json(),
+                "cell": asdict(self.ranking),
+                "pooled": asdict(self.pooled),
             },
         }
 
@@ -151,35 +141,33 @@ COLUMNS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Method `a` minus what presets say it is compared with."""
+    """A row minus the row that presets compare it with."""
 
-    a: str
-    b: str
-    role: Role  # what b is to a
-    settings: dict[str, Any]  # of a
+    row: Row
+    other: Row
+    role: Role  # of `other`
     difference: Difference  # paired by image and run
-    row: Row  # of a
     p_corrected: float  # over all comparisons of the table
-    other: Row  # of b
 
     @property
-    def p(self) -> float:
-        """Of this comparison alone, as its interval has it."""
-        return self.difference.p
-
-    @property
-    def reason_not_tested(self) -> str:
-        """Why too little was run for a test; empty: enough was."""
-        return self.difference.reason_not_tested
+    def methods(self) -> tuple[str, str]:
+        return self.row.method, self.other.method
 
     @property
     def significant(self) -> bool:
         """Different from 0 after correction, with enough runs for a test."""
-        return self.p_corrected < ALPHA and not self.reason_not_tested
+        return self.p_corrected < ALPHA and not self.difference.reason_not_tested
+
+    @property
+    def verdict(self) -> str:
+        """Significant: yes, no, or not tested."""
+        if self.difference.reason_not_tested:
+            return "not tested"
+        return "yes" if self.significant else "no"
 
     @property
     def mark(self) -> str:
-        """† for the host, ‡ for the control; with an arrow where `a` is worse; else nothing."""
+        """† for the host, ‡ for the control; with an arrow where the row is worse; else nothing."""
         if not self.significant:
             return ""
         return MARKS[self.role] + (WORSE if self.difference.mean < 0 else "")
@@ -193,17 +181,17 @@ class Comparison:
         found = self.difference
         return {
             "role": self.role,
-            "method": self.b,
+            "method": self.other.method,
             "settings": self.other.settings,
             "difference": found.mean,
             "low": found.low,
             "high": found.high,
             "n": found.n,
-            "interval": found.method,
-            "p": self.p,
+            "interval": found.interval,
+            "p": found.p,
             "p_corrected": self.p_corrected,
             "marked": self.significant,
-            "untold": self.reason_not_tested,
+            "untold": found.reason_not_tested,
             "images_needed": found.images_needed,
         }
 
@@ -265,8 +253,8 @@ def _scores(groups: Iterable[Sequence[Entry]]) -> tuple[Array, Array]:
 def choice_notes(rows: Sequence[Row]) -> list[str]:
     """Why searched rows show the settings that they show; empty without a search."""
     stopped = sum(row.pruned for row in rows)
-    notes = [f"{counted(stopped, 'point')} pruned early: no candidate, not tested."]
-    notes = notes if stopped else []
+    words = f"{counted(stopped, 'point')} pruned early: no candidate, not tested."
+    notes = [words] if stopped else []
     chosen = {row.cell: row.choice for row in rows if row.choice is not None}
     if not chosen:
         return notes
@@ -285,21 +273,14 @@ def _promise(group: Sequence[Entry]) -> tuple[float, int]:
 
 def _row(group: Sequence[Entry], choice: Choice | None) -> Row:
     first = group[0]
-    found = mean_interval(_runs(_distinct(group)))
     return Row(
+        **vars(mean_interval(_runs(_distinct(group)))),
         dataset=tested_on(first.flat),
         paradigm=str(first.flat["paradigm"]),
         modality=str(first.flat["modality"]),
         method=first.method,
         settings=dict(first.settings),
         metric="accuracy" if first.unseen is None else "harmonic_mean",
-        n=found.n,
-        n_test=found.n_test,
-        mean=found.mean,
-        std=None if math.isnan(found.std) else found.std,
-        low=found.low,
-        high=found.high,
-        interval=found.method,
         cell=first.cell,
         point=first.point,
         protocol=_protocol(group),
@@ -330,17 +311,15 @@ def tested_on(flat: Mapping[str, Any]) -> str:
 
 
 def _runs(distinct: Mapping[tuple[int, int | None], Entry]) -> Runs:
-    return Runs(
-        tuple(
-            Run(
-                split_seed=split_seed,
-                seed=seed,
-                image_ids=entry.image_ids,
-                correct=entry.predictions == entry.labels,
-                unseen=entry.unseen,
-            )
-            for (split_seed, seed), entry in distinct.items()
+    return tuple(
+        Run(
+            split_seed=split_seed,
+            seed=seed,
+            image_ids=entry.image_ids,
+            correct=entry.predictions == entry.labels,
+            unseen=entry.unseen,
         )
+        for (split_seed, seed), entry in distinct.items()
     )
 
 
@@ -371,43 +350,6 @@ def _trial_names() -> frozenset[str]:
 # ---------------------------------------------------------------- comparisons
 
 
-def comparisons(rows: Sequence[Row], entries: Sequence[Entry]) -> list[Comparison]:
-    """Each row minus its method's host and minus its control, where they were run too.
-
-    p values are corrected over all that is returned: over what one table shows.
-    """
-    results = Results(rows, entries)
-    found = []
-    for row in rows:
-        for role, name in partners(row.method):
-            other = results.partner(row, name)
-            difference = results.difference(row, other) if other else None
-            if other is not None and difference is not None:
-                found.append((role, row, other, difference))
-    p_values = corrected([difference for *_, difference in found])
-    return [
-        Comparison(
-            a=row.method,
-            b=other.method,
-            role=role,
-            settings=row.settings,
-            difference=difference,
-            row=row,
-            other=other,
-            p_corrected=p,
-        )
-        for (role, row, other, difference), p in zip(found, p_values, strict=True)
-    ]
-
-
-def by_row(found: Iterable[Comparison]) -> dict[int, dict[Role, Comparison]]:
-    """The comparisons of each row, by the id of the row."""
-    gains: dict[int, dict[Role, Comparison]] = {}
-    for one in found:
-        gains.setdefault(id(one.row), {})[one.role] = one
-    return gains
-
-
 def partners(method: str) -> list[tuple[Role, str]]:
     """What presets compare a method with."""
     if method not in METHODS:
@@ -417,15 +359,24 @@ def partners(method: str) -> list[tuple[Role, str]]:
     return [(role, name) for role, name in pairs if name is not None]
 
 
+def has_images(method: str) -> bool:
+    """Does a method have synthetic images?"""
+    return method in METHODS and "images_per_class" not in METHODS[method].pins
+
+
 class Results:
-    """The entries behind each row."""
+    """The rows of a table, the trials behind each, and what one row gains over another.
+
+    Args:
+        entries: all trials of the sweep; of a search also those of points without a row.
+    """
 
     def __init__(self, rows: Sequence[Row], entries: Sequence[Entry]) -> None:
-        self._rows = rows
-        self._entries: dict[tuple[str, int], list[Entry]] = {}
+        self.rows, self.entries = rows, entries
+        self._points: dict[tuple[str, int], list[Entry]] = {}
         values: dict[str, dict[str, set[str]]] = {}
         for entry in entries:
-            self._entries.setdefault((entry.cell, entry.point), []).append(entry)
+            self._points.setdefault((entry.cell, entry.point), []).append(entry)
             for key, value in entry.settings.items():
                 values.setdefault(entry.cell, {}).setdefault(key, set()).add(repr(value))
         # What differs within a cell was searched: each method stands at its own best.
@@ -433,14 +384,58 @@ class Results:
             cell: {key for key, seen in keys.items() if len(seen) > 1}
             for cell, keys in values.items()
         }
-        self._found: dict[tuple[str, int], tuple[list[Entry], Runs | None]] = {}
+        self._distinct: dict[tuple[str, int], dict[tuple[int, int | None], Entry]] = {}
 
-    def runs(self, row: Row) -> Runs | None:
-        return self._of(row)[1]
+    @functools.cached_property
+    def worlds(self) -> list[tuple[str, str, str]]:
+        return worlds_of(self.rows)
 
-    def entries(self, row: Row) -> list[Entry]:
-        """The runs of a row, each computation once."""
-        return self._of(row)[0]
+    @functools.cached_property
+    def varied(self) -> list[str]:
+        """Settings with more than one value in the sweep, in order of appearance."""
+        seen: dict[str, set[str]] = {}
+        of_all = (*(row.settings for row in self.rows), *(e.settings for e in self.entries))
+        for settings in of_all:
+            for key, value in settings.items():
+                seen.setdefault(key, set()).add(repr(value))
+        return [key for key, values in seen.items() if len(values) > 1]
+
+    @functools.cached_property
+    def comparisons(self) -> list[Comparison]:
+        """Each row minus its method's host and minus its control, where they were run too.
+
+        p values are corrected over all of them: over what one table shows.
+        """
+        found = []
+        for row in self.rows:
+            for role, name in partners(row.method):
+                other = self.partner(row, name)
+                difference = self.difference(row, other) if other else None
+                if other is not None and difference is not None:
+                    found.append((row, other, role, difference))
+        p_values = corrected([difference for *_, difference in found])
+        return [
+            Comparison(row=row, other=other, role=role, difference=difference, p_corrected=p)
+            for (row, other, role, difference), p in zip(found, p_values, strict=True)
+        ]
+
+    def gains(self, row: Row) -> dict[Role, Comparison]:
+        """The comparisons of a row."""
+        return {one.role: one for one in self.comparisons if one.row is row}
+
+    def best(self, world: tuple[str, str, str]) -> Row:
+        """The row with the highest mean; of equal ones the first."""
+        return max((row for row in self.rows if row.world == world), key=lambda row: row.mean)
+
+    def distinct(self, row: Row) -> dict[tuple[int, int | None], Entry]:
+        """The trials behind a row by split and seed, each computation once."""
+        at = (row.cell, row.point)
+        if at not in self._distinct:
+            self._distinct[at] = _distinct(self._points[at])
+        return self._distinct[at]
+
+    def runs(self, row: Row) -> Runs:
+        return _runs(self.distinct(row))
 
     def mean(self, row: Row, metric: str) -> float | None:
         """Mean of a metric over the runs of a row; None where no run has it."""
@@ -449,60 +444,38 @@ class Results:
 
     def values(self, row: Row, metric: str) -> list[float]:
         """A metric of each run of a row that has it."""
-        found = [entry.metrics.get(metric, math.nan) for entry in self._of(row)[0]]
+        found = [entry.metrics.get(metric, math.nan) for entry in self.distinct(row).values()]
         return [value for value in found if not math.isnan(value)]
 
     def curve(self, row: Row, metric: str) -> Array | None:
         """A metric by iteration of each run of a row, (R, I); None where the runs have none."""
-        found = [entry.curves.get(metric, ()) for entry in self._of(row)[0]]
+        found = [entry.curves.get(metric, ()) for entry in self.distinct(row).values()]
         lengths = {len(curve) for curve in found}
         if len(lengths) != 1 or lengths == {0}:
             return None
         return np.array(found, dtype=float)
 
-    def _of(self, row: Row) -> tuple[list[Entry], Runs | None]:
-        """The computations behind a row, once each; None: the entries of this row are not here."""
-        at = (row.cell, row.point)
-        if at not in self._found:
-            distinct = _distinct(self._entries.get(at, ()))
-            runs = _runs(distinct) if distinct else None
-            self._found[at] = (list(distinct.values()), runs)
-        return self._found[at]
-
     def partner(self, row: Row, method: str) -> Row | None:
         """The row of another method with the settings that the two share; the most shared wins."""
-        best: tuple[int, Row] | None = None
-        for other in self._rows:
+        found: dict[int, Row] = {}
+        for other in self.rows:
             if other.method != method or other.world != row.world or other is row:
                 continue
             searched = self._searched.get(row.cell, set()) | self._searched.get(other.cell, set())
             shared = (row.settings.keys() & other.settings.keys()) - searched
-            if any(row.settings[key] != other.settings[key] for key in shared):
-                continue
-            if best is None or len(shared) > best[0]:
-                best = (len(shared), other)
-        return best[1] if best else None
+            if all(row.settings[key] == other.settings[key] for key in shared):
+                found.setdefault(len(shared), other)
+        return found[max(found)] if found else None
 
     def difference(self, row: Row, other: Row) -> Difference | None:
-        a, b = self.runs(row), self.runs(other)
-        return paired_difference(a, b) if a and b else None
+        return paired_difference(self.runs(row), self.runs(other))
 
     def collapsed(self, row: Row) -> list[Collapse]:
         """Its runs that are far below the others."""
-        runs = self.runs(row)
-        return collapsed(runs) if runs else []
+        return collapsed(self.runs(row))
 
 
 # ---------------------------------------------------------------- words and numbers
-
-
-def varied_settings(rows: Sequence[Row], entries: Sequence[Entry]) -> list[str]:
-    """Settings with more than one value in the sweep, in order of appearance."""
-    seen: dict[str, set[str]] = {}
-    for settings in [*(row.settings for row in rows), *(entry.settings for entry in entries)]:
-        for key, value in settings.items():
-            seen.setdefault(key, set()).add(repr(value))
-    return [key for key, values in seen.items() if len(values) > 1]
 
 
 def protocol_notes(rows: Sequence[Row]) -> list[str]:
@@ -528,13 +501,12 @@ def splits_and_seeds(rows: Sequence[Row]) -> str:
     return f"{counted(splits, 'split')}, {counted(seeds, 'seed')}{each}."
 
 
-def collapse_notes(rows: Sequence[Row], results: Results, most: int = 4) -> list[str]:
+def collapse_notes(results: Results, most: int = 4) -> list[str]:
     """Runs that fell far below their siblings: sentences for readers."""
-    fallen = [(row, one) for row in rows for one in results.collapsed(row)]
-    worlds = worlds_of(rows)
+    fallen = [(row, one) for row in results.rows for one in results.collapsed(row)]
     notes = []
     for row, one in fallen[:most]:
-        world = f"{world_text(row.world)}, " if len(worlds) > 1 else ""
+        world = f"{world_text(row.world)}, " if len(results.worlds) > 1 else ""
         seed = "" if one.seed is None else f", seed {one.seed}"
         notes.append(
             f"Collapsed: {world}{named(row, list(row.settings))}, split {one.split_seed}{seed} has "
@@ -546,21 +518,27 @@ def collapse_notes(rows: Sequence[Row], results: Results, most: int = 4) -> list
     return notes
 
 
-def mark_notes(found: Sequence[Comparison]) -> list[str]:
-    """What marks mean, and which differences were not tested: sentences for a caption."""
-    reasons = Counter(c.reason_not_tested for c in found if c.reason_not_tested)
+def mark_notes(found: Sequence[Comparison], *, marks: bool = True) -> list[str]:
+    """What is significant, and which differences were not tested: sentences for a caption.
+
+    Args:
+        marks: explain those too.
+    """
+    untested = [c.difference.reason_not_tested for c in found]
+    reasons = Counter(filter(None, untested))
     if sum(reasons.values()) == len(found):
         return [f"No difference is tested: {reason}." for reason in reasons]
-    words = {"host": "the host", "control": "the control without diffusion"}
-    signs = [
-        f"{MARKS[role]} from {words[role]}" for role in MARKS if role in {c.role for c in found}
-    ]
-    worse = f" ({WORSE} below it)" if any(c.mark.endswith(WORSE) for c in found) else ""
     over = "" if len(found) == 1 else f", Holm-corrected over {len(found)} comparisons"
-    notes = [f"Significantly different: {', '.join(signs)}{worse} (p < {ALPHA:g}{over})."]
+    notes = [f"Significant: p < {ALPHA:g}{over}."]
+    if marks:
+        words = {"host": "the host", "control": "the control without diffusion"}
+        there = {c.role for c in found}
+        signs = ", ".join(f"{MARKS[r]} from {words[r]}" for r in MARKS if r in there)
+        worse = f" ({WORSE} below it)" if any(c.mark.endswith(WORSE) for c in found) else ""
+        notes = [f"Significantly different: {signs}{worse} (p < {ALPHA:g}{over})."]
     notes += [f"{times} of them not tested: {reason}." for reason, times in reasons.items()]
-    if all("1 split" in c.difference.method for c in found):
-        notes.append("One split: the marks hold for that split and its images alone.")
+    if all("1 split" in c.difference.interval for c in found):
+        notes.append("One split: this holds for that split and its images alone.")
     return notes
 
 

@@ -1,4 +1,4 @@
-"""A sweep's outcomes, gathered from ledger and store for tables. Imports no torch."""
+"""A sweep's outcomes, gathered from ledger and store for tables and frames. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,9 +14,12 @@ from air_core.normal import normalised
 from air_core.paradigms import seen_unseen
 from orchestrator.ledger import Ledger
 from orchestrator.plan import Plan, Slot
-from orchestrator.report import Entry, Row, rows
+from orchestrator.report import Entry, Results, rows
 from orchestrator.store import ArtifactStore
 from orchestrator.trial import TrialRecord, read_trial
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 NAMED = ("dataset", "test_dataset", "paradigm", "modality", "method")  # a table's own columns
 
@@ -76,10 +79,13 @@ def entry_of(slot: Slot, record: TrialRecord, objective: float | None = None) ->
     )
 
 
-def rows_of(plan: Plan, entries: Sequence[Entry]) -> list[Row]:
-    """The rows of a sweep's table: its search says by which objective points are chosen."""
-    search = plan.sweep.search
-    return rows(entries, search.objective if search else None, pruned_points(plan))
+def results_of(
+    plan: Plan, store: ArtifactStore, done: Sequence[tuple[Slot, TrialRecord]] | None = None
+) -> Results:
+    """A sweep's rows: its search says by which objective points are chosen. As `entries_of`."""
+    search, entries = plan.sweep.search, entries_of(plan, store, done)
+    found = rows(entries, search.objective if search else None, pruned_points(plan))
+    return Results(found, entries)
 
 
 def pruned_points(plan: Plan) -> Mapping[str, int]:
@@ -128,6 +134,77 @@ def _objectives(
     for slot, record in done:
         values.setdefault((slot.cell.id, slot.point), []).append(record.objectives[objective])
     return {point: fmean(found) for point, found in values.items() if len(found) == runs}
+
+
+# ---------------------------------------------------------------- frames
+
+CURVES = ("trial", "metric", "iteration", "value")
+
+
+def trials_frame(plan: Plan, store: ArtifactStore, ledger: Ledger) -> DataFrame:
+    """One line for each trial whose point is known, in the order of the plan.
+
+    Columns: `trial` (its name in the ledger) and `key` (12 digits), both of which `airsweep diff`
+    takes; `cell`, `point`; dataset to method; every setting that the sweep varies; the seeds;
+    `state` (done, reused, pruned, failed, running, waiting), `failure` and `message` of failed
+    ones; `seconds` and every metric, NaN where a trial has none.
+    """
+    from pandas import DataFrame
+
+    found = standing(ledger)
+    alive = "running" in found.last.values() and ledger.busy()
+    records = {slot.id: record for slot, record in finished(plan, store)}
+    settings = dict.fromkeys(key for slot in plan.slots for key in _settings(slot))
+    lines = []
+    for slot in plan.slots:
+        record = records.get(slot.id)
+        state = found.last.get(slot.id, "waiting")
+        if state not in ("done", "reused", "pruned", "failed"):
+            state = "running" if alive and state == "running" else "waiting"
+            state = "reused" if record is not None else state  # as the next run would say
+        failure = found.failures.get(slot.id, {}) if state == "failed" else {}
+        line = {
+            "trial": slot.id,
+            "key": slot.key.digest[:12],
+            "cell": slot.cell.id,
+            "point": slot.point,
+            **settings,
+            **_settings(slot),
+            "seed": slot.spec.seed,
+            **slot.seeds,
+            "state": state,
+            "failure": failure.get("failure_class", ""),
+            "message": failure.get("message", ""),
+        }
+        if record is not None:
+            line |= {"seconds": record.seconds, **record.metrics}
+        lines.append(line)
+    return DataFrame(lines)
+
+
+def curves_frame(plan: Plan, store: ArtifactStore) -> DataFrame:
+    """One line for each value of each curve: `trial`, `metric`, `iteration` from 0, `value`.
+
+    Trials that learn nothing have no curves.
+    """
+    from pandas import DataFrame
+
+    lines = [
+        (slot.id, metric, iteration, value)
+        for slot, record in finished(plan, store)
+        for metric, values in record.curves.items()
+        for iteration, value in enumerate(values)
+    ]
+    return DataFrame(lines, columns=list(CURVES))
+
+
+def _settings(slot: Slot) -> dict[str, Any]:
+    named = {name: slot.cell.flat.get(name) for name in NAMED if name != "method"}
+    named = {name: value for name, value in named.items() if value is not None}
+    return {**named, "method": slot.cell.method, **settings_of(slot)}
+
+
+# ---------------------------------------------------------------- how a sweep stands
 
 
 @dataclass

@@ -11,16 +11,15 @@ from typing import Any
 
 from air_core.flat import to_flat
 from orchestrator import presets
-from orchestrator.closing import facts_of, next_facts, title_of
 from orchestrator.driver import does_not_fit
 from orchestrator.estimate import Estimate
 from orchestrator.failures import CLASSES
 from orchestrator.place import Place
 from orchestrator.plan import Plan, changed_inputs, earlier_results, plan_sweep
 from orchestrator.report import counted, shown
-from orchestrator.results import Standing, entries_of, rows_of, standing
+from orchestrator.results import Standing, results_of, standing
 from orchestrator.screen import clock
-from orchestrator.summary import summary
+from orchestrator.summary import facts_of, next_facts, summary, title_of
 from orchestrator.sweep import SweepSpec, notes_of
 
 STATES = {"present": "there", "partial": "in part", "missing": "to make"}
@@ -90,20 +89,15 @@ def _explain(plan: Plan) -> list[str]:
         method = presets.METHODS[cell.method]
         slot = next((slot for slot in plan.slots if slot.cell.id == cell.id), None)
         settings = to_flat(slot.spec) if slot else cell.flat
-        world = presets.defaults(cell.method, cell.flat)
+        sources = (
+            ("pinned by the method", method.pins),
+            ("grid", cell.chosen),
+            ("fixed", plan.sweep.fixed),
+            ("default of the world", presets.defaults(cell.method, cell.flat)),
+        )
         lines.append(f"{cell.id}")
         for name, value in settings.items():
-            source = (
-                "pinned by the method"
-                if name in method.pins
-                else "grid"
-                if name in cell.chosen
-                else "fixed"
-                if name in plan.sweep.fixed
-                else "default of the world"
-                if name in world
-                else "default"
-            )
+            source = next((word for word, names in sources if name in names), "default")
             lines.append(f"  {name:<34} {shown(value):<26} {source}")
     return lines
 
@@ -190,7 +184,6 @@ def summary_screen(sweep: SweepSpec, place: Place) -> str:
     """The table of a sweep and what its last run did."""
     place = replace(place, recorded=True)
     plan = plan_sweep(sweep, place.store, place.resolver(), place.ledger())
-    entries = entries_of(plan, place.store)
     facts = [*facts_of(plan, place), *next_facts(plan, place)]
     width = min(WIDEST, max(NARROWEST, shutil.get_terminal_size((WIDEST, 24)).columns))
-    return summary(title_of(plan), entries, rows_of(plan, entries), facts, width=width)
+    return summary(title_of(plan), results_of(plan, place.store), facts, width=width)

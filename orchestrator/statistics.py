@@ -85,37 +85,21 @@ class Run:
     correct: Array  # (T,) bool
     unseen: Array | None = None  # (T,) bool: TRZSL, scored by the harmonic mean of the two parts
 
-    def __post_init__(self) -> None:
-        if len(self.image_ids) != len(self.correct) or len(self.correct) == 0:
-            raise ValueError(
-                f"split {self.split_seed}, seed {self.seed}: {len(self.image_ids)} images, "
-                f"{len(self.correct)} outcomes; need as many outcomes as images, at least one"
-            )
 
-
-@dataclass(frozen=True, eq=False)
-class Runs:
-    """All runs of one setting."""
-
-    runs: tuple[Run, ...]
-
-    def __post_init__(self) -> None:
-        found = [(run.split_seed, run.seed) for run in self.runs]
-        if not found or len(set(found)) < len(found):
-            raise ValueError(f"(split, seed) of runs: {found}; need at least one, each once")
+Runs = tuple[Run, ...]  # of one setting: at least one, and one for a split and seed
 
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
     """A mean over runs; fractions, not percent."""
 
-    mean: float
-    std: float  # over runs, n - 1 in the denominator; nan for one run
-    low: float
-    high: float
     n: int  # runs
     n_test: int  # test images of a run
-    method: str  # "95 % bootstrap over images and seeds (1 split)"
+    mean: float
+    std: float | None  # over runs, n - 1 in the denominator; None for one run
+    low: float
+    high: float
+    interval: str  # what it covers: "95 % bootstrap over images and seeds (1 split)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,7 +225,7 @@ def collapsed(runs: Runs) -> list[Collapse]:
     """
     scores = [score.plain() for score in _each(runs)]
     found = []
-    for i, (run, score) in enumerate(zip(runs.runs, scores, strict=True)):
+    for i, (run, score) in enumerate(zip(runs, scores, strict=True)):
         others = np.array(scores[:i] + scores[i + 1 :])
         if len(others) < 2:
             break
@@ -320,14 +304,13 @@ class _Scores:
 
 def _each(runs: Runs) -> list[_Scores]:
     return [
-        _Scores(run.split_seed, run.seed, run.image_ids, (run.correct,), run.unseen)
-        for run in runs.runs
+        _Scores(run.split_seed, run.seed, run.image_ids, (run.correct,), run.unseen) for run in runs
     ]
 
 
 def _pairs(a: Runs, b: Runs) -> Iterator[_Scores]:
-    for left in a.runs:
-        for right in b.runs:
+    for left in a:
+        for right in b:
             seeds = {left.seed, right.seed} - {None}
             if left.split_seed != right.split_seed or len(seeds) > 1:
                 continue
@@ -381,12 +364,12 @@ def _interval(scores: Sequence[_Scores], parts: _Parts, *, lowest: float) -> Int
     low, high = mean + np.quantile(parts.draws, [0.025, 0.975])
     return Interval(
         mean=mean,
-        std=float(parts.run_means.std(ddof=1)) if len(scores) > 1 else math.nan,
+        std=float(parts.run_means.std(ddof=1)) if len(scores) > 1 else None,
         low=max(lowest, min(float(low), mean)),
         high=min(1.0, max(float(high), mean)),
         n=len(scores),
         n_test=round(float(np.mean([len(s.image_ids) for s in scores]))),
-        method=_method(scores),
+        interval=_covered(scores),
     )
 
 
@@ -489,7 +472,7 @@ def _variance_of_mean(values: Array, share: Array) -> Array:
     return np.asarray(k / (k - 1) * (deviations**2 @ share**2))
 
 
-def _method(scores: Sequence[_Scores]) -> str:
+def _covered(scores: Sequence[_Scores]) -> str:
     splits = len({s.split_seed for s in scores})
     seeds = len({s.seed for s in scores} - {None})
     over, only = ["images"], []

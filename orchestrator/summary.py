@@ -1,107 +1,80 @@
-"""The screen at the end of a run: results, differences, what was done and what comes next."""
+"""What a sweep's last run found and did, in words: for the screen at its end and for trackers.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
+import os
+import shlex
 import textwrap
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
-from orchestrator.output import aligned
-from orchestrator.presets import METHODS
+from air_core.normal import normalised
+from air_core.specs import SyntheticFeaturesSpec
+from orchestrator.dataset_text import about
+from orchestrator.layouts import screen_lines
+from orchestrator.output import near
+from orchestrator.place import Place, read_outcome, read_resolved
+from orchestrator.plan import Plan
+from orchestrator.remote import folder_of, is_bucket
 from orchestrator.report import (
     EMPTY,
-    Comparison,
-    Entry,
     Results,
-    Row,
     choice_notes,
     collapse_notes,
-    comparisons,
+    has_images,
+    mark_notes,
     protocol_notes,
-    settings_text,
-    signed_interval,
-    worlds_of,
 )
-from orchestrator.tables import records
+from orchestrator.results import standing
+from orchestrator.screen import clock
+from orchestrator.store import smoke_store
+from orchestrator.studies import searches
+from orchestrator.sweep import option_words
+from orchestrator.tables import differences, texts
+from orchestrator.variables import in_ray_job
 
 MOST = 12  # differences that are shown
-WIDE_ONLY = ("n_test", "fused", "gain over host", "gain over control")  # columns of `table` alone
+# Columns of `table` and of the report alone.
+WIDE_ONLY = ["n_test", "fused", "gain over host", "gain over control"]
+REPORT_ONLY = ["compared with", "p", "p corrected"]
 
 
 def summary(
-    title: str,
-    entries: Sequence[Entry],
-    rows: Sequence[Row],
-    facts: Sequence[tuple[str, str]],
-    *,
-    width: int = 100,
+    title: str, results: Results, facts: Sequence[tuple[str, str]], *, width: int = 100
 ) -> str:
     """What a finished run puts on the screen, at most `width` columns wide.
 
     Args:
         title: name of the sweep and its data; paradigm, seeds and splits are added.
-        entries: the trials that the rows were made from.
-        rows: from `rows`.
         facts: (label, text) lines below; an empty label for a plain line. Lines of a text that
             should not be folded are the caller's to keep short.
         width: of the terminal.
     """
-    results, worlds = Results(rows, entries), worlds_of(rows)
-    tail = [f"{paradigm}/{modality}" for _, paradigm, modality in worlds[:1] if len(worlds) == 1]
-    lines = _folded("   ".join([title, *tail]), width)
-    if not rows:
+    tail = [f"{paradigm}/{modality}" for _, paradigm, modality in results.worlds]
+    lines = _folded("   ".join([title, *(tail if len(tail) == 1 else [])]), width)
+    if not results.rows:
         return "\n".join([*lines, f" {EMPTY}", *_facts(facts, width)])
-    found = comparisons(rows, entries)
-    table = records(rows, entries, found)
-    shown = [name for name in table[0] if name not in WIDE_ONLY]
-    cells = [shown, *([line[name] for name in shown] for line in table)]
-    lines += [f" {line}" for line in aligned(cells, width - 1)]
-    differences = difference_lines(found)
-    lines += _facts(differences[:MOST], width)
-    if len(differences) > MOST:
-        lines.append(f" {len(differences) - MOST} more differences stand in the table")
-    for note in [
-        *protocol_notes(rows),
-        *choice_notes(rows),
-        *collapse_notes(rows, results),
-    ]:
+    shown = texts(results).drop(columns=WIDE_ONLY, errors="ignore")
+    lines += [f" {line}" for line in screen_lines(shown, width - 1)]
+    # What synthetic images add to a host, and to the control without diffusion.
+    gains = [i for i, one in enumerate(results.comparisons) if has_images(one.row.method)]
+    if gains:
+        shown = differences(results).iloc[gains[:MOST]].drop(columns=REPORT_ONLY)
+        lines += [f" {line}" for line in screen_lines(shown, width - 1)]
+    if len(gains) > MOST:
+        lines.append(f" {len(gains) - MOST} more differences stand in the table")
+    notes = [
+        *protocol_notes(results.rows),
+        *(mark_notes(results.comparisons, marks=False) if gains else []),
+    ]
+    for note in [*notes, *choice_notes(results.rows), *collapse_notes(results)]:
         lines += _folded(note, width)
     return "\n".join([*lines, *_facts(facts, width)])
-
-
-def difference_lines(found: Sequence[Comparison]) -> list[tuple[str, str]]:
-    """What synthetic images add to a host, and to the control without diffusion: label and text."""
-    controls = {method.control for method in METHODS.values()}
-    shown = [
-        c
-        for c in found
-        if c.role == "control" or (METHODS[c.b].host is not None and c.a not in controls)
-    ]
-    often = Counter((c.a, c.b, c.row.world) for c in shown)
-    many = len({c.row.world for c in found}) > 1
-    return [
-        (f"{c.a} - {c.b}", "; ".join(_parts(c, many, often[c.a, c.b, c.row.world] > 1)))
-        for c in shown
-    ]
-
-
-def _parts(c: Comparison, many: bool, settings: bool) -> list[str]:
-    """The difference with its interval, what it is over, and whether it is significant."""
-    parts = [signed_interval(c.difference)]
-    if c.role == "control":
-        parts.append("control: real images, no diffusion")
-    if c.reason_not_tested:
-        parts.append(c.reason_not_tested)
-    else:
-        parts.append("significant" if c.significant else "not significant")
-    parts.append(f"n {c.difference.n}, n_test {c.difference.n_test}")
-    if c.difference.images_needed is not None and not c.significant:
-        parts.append(f"a difference of this size needs {c.difference.images_needed:,} test images")
-    if many:
-        parts.append(f"{c.row.dataset}, {c.row.paradigm}/{c.row.modality}")
-    if settings:
-        parts.append(settings_text(c.row, list(c.settings)))
-    return parts
 
 
 def _facts(facts: Sequence[tuple[str, str]], width: int) -> list[str]:
@@ -127,3 +100,131 @@ def _folded(text: str, width: int, lead: str = "") -> list[str]:
         break_on_hyphens=False,
         replace_whitespace=False,
     )
+
+
+# ---------------------------------------------------------------- facts
+
+
+def title_of(plan: Plan) -> str:
+    """A sweep's name, and what stands behind it."""
+    datasets = sorted({slot.spec.dataset.name for slot in plan.slots})
+    words = ", ".join(map(about, datasets))
+    if all(slot.spec.paradigm == "ul" for slot in plan.slots):
+        words += ", no label trains"
+    return f"airsweep {plan.sweep.name}   {words}"
+
+
+def facts_of(plan: Plan, place: Place) -> list[tuple[str, str]]:
+    """What the last run did, as (label, text): images, trials, time, searches."""
+    outcome = read_outcome(place)
+    run = outcome.get("run", {})
+    counts = standing(place.ledger()).counts(alive=False, among={s.id for s in plan.slots})
+    parts = []
+    if shares := run.get("shares", {}):
+        groups = ", ".join(f"{name} {share:.0%}" for name, share in sorted(shares.items()))
+        parts.append(f"CLIP recognises {groups} of the sheet")
+    if run.get("drawn"):
+        parts.append(
+            f"{run['redrawn']} of {run['drawn'] + run['holes']} in whole blocks were blank "
+            f"and redrawn, {run['holes']} given up"
+        )
+    pruned = f"{counts['pruned']} pruned, " if counts["pruned"] else ""
+    trials = (
+        f"{plan.total}: {counts['done']} run, {counts['reused']} reused, {pruned}"
+        f"{counts['failed']} failed{_read_by(plan, place)}"
+    )
+    facts = [("images", "; ".join(parts)), ("trials", trials), ("time", _time(outcome, run))]
+    facts.append(("search", "\n".join(_ended_searches(plan, place))))
+    return [(label, text) for label, text in facts if text]
+
+
+def _time(outcome: Mapping[str, Any], run: Mapping[str, Any]) -> str:
+    walls = run.get("walls", {})
+    if not walls:
+        return ""
+    parts = [f"{PHASES[stage]} {clock(walls[stage])}" for stage in PHASES if stage in walls]
+    rest = max(0.0, outcome["seconds"] - sum(walls.values()))
+    each = run.get("overheads")
+    warm = f"{sum(each) / len(each):.2f} s overhead a point on warm actors; " if each else ""
+    return (
+        f"{clock(outcome['seconds'])}: {'  '.join(parts)}  rest {clock(rest)}; {warm}"
+        f"peak {run.get('memory', 0) / 2**30:.1f} GiB"
+    )
+
+
+def _ended_searches(plan: Plan, place: Place) -> list[str]:
+    """Searches that patience ended."""
+    search = plan.sweep.search
+    if search is None or search.patience is None:
+        return []
+    found = searches(place.ledger())
+    ended = {cell.id: found.points(cell, search) for cell in plan.cells if cell.space}
+    return [
+        f"{cell}: ended after {points} of {search.points} points, "
+        f"the last {search.patience} or more no better"
+        for cell, points in ended.items()
+        if points < search.points
+    ]
+
+
+PHASES = {one: one for one in ("features", "labels", "lora", "images", "trials")}
+PHASES["lora"] = "LoRA"
+
+
+def _read_by(plan: Plan, place: Place) -> str:
+    there = [need for need in plan.needs if need.have(place.store) == need.total()]
+    rows = [
+        (need.images_per_class, need.spec.images)
+        for need in there
+        if isinstance(need.spec, SyntheticFeaturesSpec)
+    ]
+    if not rows:
+        return ""
+    loras = sum(need.stage == "lora" for need in there)
+    images = sum(count * len(spec.classnames) for count, spec in rows)
+    readers = sum(normalised(slot.spec).images is not None for slot in plan.slots)
+    return f"; {loras} LoRA, {images} images drawn once, read by {readers} trials"
+
+
+def next_facts(plan: Plan, place: Place) -> list[tuple[str, str]]:
+    """Where to look, and what to type next, from here."""
+    sheet = place.folder / "contact_sheet.png"
+    facts = []
+    if sheet.exists():
+        facts.append(("look", f"{near(sheet)}"))
+    asked, store = _asked(plan, place), _store_option(place, smoke=True)
+    browsed = _store_option(place, smoke=False)
+    facts.append(("browse", f"airsweep ui{browsed}  ->  http://127.0.0.1:5000"))
+    left = f"{plan.to_run} trials are left" if plan.to_run else "nothing to do"
+    if in_ray_job():
+        facts.append(("again", f"submit it again, with the same options: {left}"))
+        return facts
+    shared = place.store.name if is_bucket(place.store.name) else "/shared/runs"
+    facts.append(("cluster", f"airsweep submit {asked} --address $ADDR --store {shared}"))
+    facts.append(("again", f"airsweep run {asked}{store}: {left}"))
+    return facts
+
+
+def _asked(plan: Plan, place: Place) -> str:
+    """The file and the options that this sweep was asked for with."""
+    words = [plan.sweep.source]
+    with suppress(FileNotFoundError):
+        origin = read_resolved(place)
+        kept = (origin.get("sets", []), origin.get("only", []), bool(origin.get("smoke")))
+        words += map(shlex.quote, option_words(*kept))
+    return " ".join(words)
+
+
+def _store_option(place: Place, *, smoke: bool) -> str:
+    """
+    Args:
+        smoke: the command has an option that leads to the store of trial runs.
+    """
+    store = place.store
+    usual = os.environ.get("AIRSWEEP_STORE") or "runs"
+    if is_bucket(store.name):
+        known = [usual, *([str(smoke_store(usual))] if smoke else [])]
+        return "" if store.name in known else f" --store {shlex.quote(store.name)}"
+    folder = folder_of(usual).absolute()
+    folders = [folder, *([Path(f"{folder}-smoke")] if smoke else [])]
+    return "" if store.root in folders else f" --store {near(store.root)}"

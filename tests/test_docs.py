@@ -25,7 +25,7 @@ import typer
 
 from orchestrator.__main__ import app
 from orchestrator.marked_yaml import parse
-from orchestrator.paper_file import read_paper
+from orchestrator.published import read_paper
 from orchestrator.sweep_file import checked
 from tests.documents import PAGES, ROOT, blocks, inline_commands, links
 from tests.sweeps import airsweep, events, in_this_process

@@ -72,10 +72,3 @@ def test_zero_shot_accuracy_on_flowers102_is_the_published_one(here, tmp_path):
     (row,) = json.loads(airsweep("table", "paper_main", store, "--format=json"))
     assert row["n_test"] == 6149
     assert 100 * row["mean"] == pytest.approx(PUBLISHED, abs=WITHIN)
-
-
-def test_air_on_flowers102_would_draw_its_images_from_the_generator(here, tmp_path):
-    options = of_cell(here, "air")
-    plan = json.loads(airsweep("plan", SWEEP, f"--store={tmp_path / 'runs'}", "--json", *options))
-    blocks = [a["need"] for a in plan["artifacts"] if a["stage"] == "images"]
-    assert blocks == [102 * 120 // 8, 102]  # with LoRA, and a block a class without

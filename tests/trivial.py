@@ -198,7 +198,7 @@ MODULES = {
     },
     "orchestrator.progress": {"Progress": Progress},
     # 0.15 s for each trial, and 1.5 s for each run
-    "orchestrator.figures": {"confusion": lambda *of: b"", "pictures": lambda *of: {}},
+    "orchestrator.charts": {"confusion_picture": lambda *of: b"", "pictures": lambda *of: {}},
     # Importing the real one costs a second for torch.
     "orchestrator.workshop": {
         "Workshop": lambda store, *more: types.SimpleNamespace(store=store),

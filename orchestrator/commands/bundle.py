@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,6 +22,7 @@ from orchestrator.commands.common import (
     fail,
     place_named,
     recorded_sweep,
+    watched,
 )
 from orchestrator.output import csv_cell, show
 
@@ -75,15 +76,12 @@ def export(
     from orchestrator.resolve import Resolver
     from orchestrator.store import open_store
 
-    def say(line: str) -> None:
-        show(line, file=sys.stderr)
-
     if trial == BEST:
         if sweep is None:
             fail("best of which sweep? give --sweep NAME")
         asked, place = recorded_sweep(sweep, store, data_root)
         data_root = place.data_root  # as the sweep has it
-        chosen = best_trial(asked, place, only or [], say)
+        chosen = best_trial(asked, place, only or [])
     else:
         if only:
             fail("--only chooses among rows for `best`; a trial has a name of its own")
@@ -92,7 +90,7 @@ def export(
     there = open_store(store).read_only()
     resolver = Resolver(there.root / "digests.json", data_root)
     try:
-        written(chosen, there, resolver, out, force, say)
+        written(chosen, there, resolver, out, force)
     except Differs as problem:
         fail(str(problem), GATE)
     show(out)
@@ -130,7 +128,7 @@ def classify(
     unreadable: list[str] = []
     found = bundle.stream(files, topk, lambda file, why: unreadable.append(why))
     write = _json if as_json else _csv if as_csv else _table(files, bundle.classnames)
-    write(_watched(found, len(files), unreadable))
+    write(_watched(found, len(files)))
     if unreadable:
         several = f"{len(unreadable):,} of {len(files):,} files could not be read"
         for line in (f"{several}:", *(f"  {printable(why)}" for why in unreadable)):
@@ -177,27 +175,20 @@ def _table(files: Iterable[Path], classnames: Iterable[str]) -> Writer:
     return write
 
 
-def _watched(
-    found: Iterator[Classified], total: int, unreadable: list[str]
-) -> Iterator[Classified]:
+def _watched(found: Iterator[Classified], total: int) -> Iterator[Classified]:
     """The same, with a bar on stderr where that is a terminal and the results go elsewhere."""
-    if not sys.stderr.isatty() or sys.stdout.isatty():
-        yield from found
-        return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.progress import TimeRemainingColumn as Left
+    from rich.progress import Progress
 
-    columns: list[Any] = [TextColumn("classifying"), BarColumn(), MofNCompleteColumn(), Left()]
-    console = Console(stderr=True)
-    # What is printed must stay on stdout.
+    shown = sys.stderr.isatty() and not sys.stdout.isatty()
     with Progress(
-        *columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False
-    ) as bar:
-        task = bar.add_task("", total=total)
-        for done, one in enumerate(found, 1):
-            yield one
-            bar.update(task, completed=done + len(unreadable))
+        console=Console(stderr=True),
+        transient=True,
+        redirect_stdout=False,  # what is printed must stay there
+        redirect_stderr=False,
+        disable=not shown,
+    ) as progress:
+        yield from progress.track(found, total, description="classifying")
 
 
 @app.command()
@@ -222,27 +213,16 @@ def verify(
     """
     import tempfile
 
-    from rich.console import Console
-    from rich.progress import track
-
     from orchestrator.bundles import verify as verified
     from orchestrator.place import DONE, GATE
     from orchestrator.resolve import Resolver
 
-    console = Console(stderr=True)
-
-    def watch(starts: Iterable[int], batches: int) -> Iterable[int]:
-        return track(
-            starts,
-            "scoring",
-            batches,
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-
     with tempfile.TemporaryDirectory(prefix="airsweep-") as cache:
         resolver = Resolver(Path(cache) / "digests.json", data_root)
-        found = verified(folder, resolver, weights, device, watch, dataset)
+        found = verified(folder, resolver, weights, device, _scored, dataset)
     show(json.dumps(found.json(), indent=1) if as_json else "\n".join(found.lines()))
     sys.exit(DONE if found.same else GATE)
+
+
+def _scored(starts: Iterable[int], batches: int) -> Iterable[int]:
+    return watched("scoring", starts, batches)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from orchestrator.asked import Asked
     from orchestrator.place import Place
     from orchestrator.plan import Plan
-    from orchestrator.report import Entry, Row
+    from orchestrator.report import Results
     from orchestrator.sweep import SweepSpec
 
 T = TypeVar("T")
@@ -78,8 +78,7 @@ class Outcome:
     sweep: SweepSpec
     place: Place
     plan: Plan
-    entries: list[Entry]
-    rows: list[Row]
+    results: Results
 
 
 def results_of(name: str, store: str, data_root: Path | None) -> Outcome:
@@ -88,13 +87,12 @@ def results_of(name: str, store: str, data_root: Path | None) -> Outcome:
     Raises:
         ValueError: there is no such sweep.
     """
+    from orchestrator import results
     from orchestrator.asked import plan_of
-    from orchestrator.results import entries_of, rows_of
 
     sweep, place = recorded_sweep(name, store, data_root)
     plan = plan_of(sweep, place)
-    entries = entries_of(plan, place.store)
-    return Outcome(sweep, place, plan, entries, rows_of(plan, entries))
+    return Outcome(sweep, place, plan, results.results_of(plan, place.store))
 
 
 def no_trial(name: str, found: Outcome) -> str:

@@ -62,10 +62,8 @@ def compare(
 
     airsweep compare quickstart --against old/quickstart --fail-on regress
     """
-    from orchestrator.paper_file import find_paper
     from orchestrator.place import DONE, GATE
-    from orchestrator.published import beside_paper, beside_sweep
-    from orchestrator.report import Results
+    from orchestrator.published import beside_paper, beside_sweep, find_paper
 
     if (paper is None) == (against is None):
         fail("give one of --paper NAME and --against OTHER")
@@ -78,15 +76,13 @@ def compare(
         )
     published = None if paper is None else find_paper(paper)
     ours = _finished(name, store, data_root)
-    results = Results(ours.rows, ours.entries)
     if published is not None:
-        found = beside_paper(ours.rows, results, published)
+        found = beside_paper(ours.results, published)
     else:
         assert against is not None
         theirs = _finished(against, store, data_root)
-        there = Results(theirs.rows, theirs.entries)
-        found = beside_sweep(ours.rows, results, theirs.rows, there, against)
-    done = {"done": len(ours.entries), "total": ours.plan.total}
+        found = beside_sweep(ours.results, theirs.results, against)
+    done = {"done": len(ours.results.entries), "total": ours.plan.total}
     if as_json:
         show(json.dumps({"sweep": name, "trials": done, **found.as_json()}, indent=1))
     else:
@@ -97,14 +93,12 @@ def compare(
 def _finished(name: str, store: str, data_root: Path | None) -> Outcome:
     """A sweep with a result at least; half-finished ones are said to be so."""
     found = results_of(name, store, data_root)
-    if not found.rows:
+    if not found.results.rows:
         raise ValueError(no_trial(name, found))
-    if len(found.entries) < found.plan.total:
-        show(
-            f"note: {len(found.entries)} of {found.plan.total} trials of {name} are done; compared "
-            "is what is there",
-            file=sys.stderr,
-        )
+    done, total = len(found.results.entries), found.plan.total
+    if done < total:
+        words = f"note: {done} of {total} trials of {name} are done; compared is what is there"
+        show(words, file=sys.stderr)
     return found
 
 
@@ -115,21 +109,14 @@ def _screen(name: str, ours: Outcome, found: Judgement) -> Iterator[str]:
     from orchestrator.published import lines
 
     yield f"{name} beside {found.what}: test accuracy in %, 95 % intervals"
-    worlds = {row.world for row in ours.rows}
-    if len(worlds) == 1:
-        dataset, paradigm, modality = worlds.pop()
-        yield f"{dataset}, {paradigm}/{modality}; {len(ours.entries)} of {ours.plan.total} trials"
-    else:
-        yield f"{len(ours.entries)} of {ours.plan.total} trials"
-    yield ""
-    for line in lines(found, WIDTH):
-        yield from textwrap.wrap(line, WIDTH, subsequent_indent="    ", drop_whitespace=False) or [
-            ""
-        ]
+    where = [f"{d}, {p}/{m}; " for d, p, m in ours.results.worlds]
+    done = f"{len(ours.results.entries)} of {ours.plan.total} trials"
+    yield (where[0] if len(where) == 1 else "") + done
     yield ""
     counts = ", ".join(f"{count} {verdict}" for verdict, count in found.counts().items())
-    yield f"{counts}." if counts else "nothing to compare."
+    below = ["", f"{counts}." if counts else "nothing to compare."]
     if found.missing:
         shown = "; ".join(found.missing[:3]) + ("; ..." if len(found.missing) > 3 else "")
-        yield from textwrap.wrap(f"Not here, but there: {len(found.missing)} ({shown}).", WIDTH)
-    yield from textwrap.wrap(f"Source: {found.source}.", WIDTH)
+        below.append(f"Not here, but there: {len(found.missing)} ({shown}).")
+    for line in (*lines(found, WIDTH), *below, f"Source: {found.source}."):
+        yield textwrap.fill(line, WIDTH, subsequent_indent="    ", break_on_hyphens=False)

@@ -78,24 +78,19 @@ def table(
 
     airsweep table quickstart --format latex --rows method --cols dataset
     """
-    from orchestrator import pivot, tables
+    from orchestrator import tables
 
-    if form not in ("md", "csv", "json", "latex"):
-        fail(f"--format {form!r} is not known; allowed: md, csv, json, latex")
+    if form not in tables.FORMATS:
+        fail(f"--format {form!r} is not known; allowed: {', '.join(tables.FORMATS)}")
     found = results_of(name, store, data_root)
     if down is None and across is None and metric is None:
-        show(tables.table(found.rows, form, entries=found.entries))  # type: ignore[arg-type]
+        show(tables.table(found.results, form))
         return
-    if not found.rows:
+    if not found.results.rows:
         raise ValueError(no_trial(name, found))
-    arranged = pivot.pivot(
-        found.rows,
-        found.entries,
-        down=listed(down),
-        across=listed(across),
-        metric=metric or pivot.ACCURACY,
-    )
-    show(pivot.text(arranged, form))
+    keys = {"down": listed(down), "across": listed(across)}
+    arranged = tables.pivot(found.results, **keys, metric=metric or tables.ACCURACY)
+    show(tables.pivot_text(arranged, form))
 
 
 def listed(option: str | None) -> list[str] | None:
@@ -156,9 +151,9 @@ def audit(
 
 def _looking(row: str) -> Callable[[int, int], None]:
     """Says how far a long look at a row of images is."""
-    from orchestrator.screen import Lines
+    from orchestrator.screen import Screen
 
-    lines, started = Lines(), time.monotonic()
+    lines, started = Screen(), time.monotonic()
 
     def report(done: int, total: int) -> None:
         if time.monotonic() - started > 3:  # most take less

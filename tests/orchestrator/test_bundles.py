@@ -390,14 +390,6 @@ def test_results_go_to_stdout_in_three_forms_and_troubles_to_stderr(bundle, comm
     assert f"{found[0]['probability']:.1%}" in said
 
 
-def test_a_file_name_is_no_formula_in_a_spreadsheet(bundle, command, tmp_path, monkeypatch):
-    new = pictures_of(np.arange(2), tmp_path / "new")
-    (new / "0000.png").rename(new / "=1+1.png")
-    monkeypatch.chdir(new)
-    _, said, _ = command("classify", bundle, "=1+1.png", "0001.png", "--csv")
-    assert [line.split(",")[0] for line in said.splitlines()] == ["image", "'=1+1.png", "0001.png"]
-
-
 def test_what_cannot_be_classified_is_bad_input(bundle, command, tmp_path):
     new = pictures_of(np.arange(1), tmp_path / "new")
     (tmp_path / "empty").mkdir()

@@ -18,15 +18,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from orchestrator import charts
-from orchestrator.evidence import confused, evidence_of
-from orchestrator.page import page
+from orchestrator.evidence import evidence_of
+from orchestrator.page import confused, page
 from orchestrator.place import place_named
 from orchestrator.recorded import read_sweep
 from orchestrator.search import importances
 from orchestrator.store import open_store
 from orchestrator.sweep import Dimension
 from tests.browser import CHROMIUM, MISSING, Browser
+from tests.outcomes import by_method, recorded
 from tests.servers import served
 from tests.sweeps import airsweep, environment, search_sweep, write_sweep
 
@@ -40,10 +40,9 @@ seeds: [1, 2]
 """
 
 
-def ran(folder: Path, name: str, text: str) -> Path:
+def ran(spec: Path) -> Path:
     """The store of a sweep that has run."""
-    spec = write_sweep(folder, name, text)
-    store = folder / "runs"
+    store = spec.parent / "runs"
     words = ["run", str(spec), "--store", str(store), "--tracking-uri", "none"]
     subprocess.run(
         [sys.executable, "-m", "tests.trivial", *words],
@@ -56,13 +55,14 @@ def ran(folder: Path, name: str, text: str) -> Path:
 
 @pytest.fixture(scope="module")
 def grid(tmp_path_factory, drawn_digits) -> Path:
-    return ran(tmp_path_factory.mktemp("grid"), "grid", GRID.format(folder=drawn_digits))
+    text = GRID.format(folder=drawn_digits)
+    return ran(write_sweep(tmp_path_factory.mktemp("grid"), "grid", text))
 
 
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory, drawn_digits) -> Path:
     text = search_sweep(drawn_digits).replace("points: 4", "points: 6")
-    return ran(tmp_path_factory.mktemp("searched"), "searched", text)
+    return ran(write_sweep(tmp_path_factory.mktemp("searched"), "searched", text))
 
 
 def reported(store: Path, name: str) -> str:
@@ -152,14 +152,7 @@ def test_a_search_shows_history_importance_and_its_objective_against_test(search
 def test_what_a_user_wrote_cannot_become_markup(tmp_path, drawn_digits):
     text = "# <script>alert(1)</script> & more\nversion: 1\nname: odd\n"
     (tmp_path / "odd.yaml").write_text(text + "fixed: {method: zero_shot}\nseeds: [1]\n")
-    words = ["run", str(tmp_path / "odd.yaml"), "--store", str(tmp_path / "runs")]
-    subprocess.run(
-        [sys.executable, "-m", "tests.trivial", *words, "--tracking-uri", "none"],
-        check=True,
-        capture_output=True,
-        env=environment(),
-    )
-    shown = reported(tmp_path / "runs", "odd")
+    shown = reported(ran(tmp_path / "odd.yaml"), "odd")
     assert "<script" not in shown
     assert "&lt;script&gt;" in shown
 
@@ -255,16 +248,9 @@ def test_what_cannot_be_reported_is_said_in_a_sentence(grid, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_sweep_without_a_result_says_what_to_do(grid, tmp_path):
-    spec = write_sweep(tmp_path, "empty", "fixed: {method: fpl}\nseeds: [1]\n")
-    store = tmp_path / "runs"
-    run = ["run", str(spec), "--store", str(store), "--tracking-uri", "none"]
-    subprocess.run(
-        [sys.executable, "-m", "tests.trivial", *run],
-        env=environment(AIRSWEEP_CRASH_AT="event:1"),
-        check=False,
-        capture_output=True,
-    )
+def test_a_sweep_without_a_result_says_what_to_do(tmp_path):
+    body, store = "fixed: {method: fpl}\nseeds: [1]\n", tmp_path / "runs"
+    recorded(store, "empty", body, by_method({}), done=lambda index: False)
     done = airsweep("report", "empty", "-o", tmp_path / "x.html", "--store", store, check=False)
     assert done.returncode == 2
     assert "has no finished trial to report (1 are planned)" in done.stderr
@@ -300,17 +286,3 @@ def test_importance_finds_the_dimension_that_matters():
     assert sum(found.values()) == pytest.approx(1)
     assert importances(space, points) == found
     assert importances(space, points[:3]) == {}
-
-
-def test_charts_are_the_same_each_time_and_hold_their_labels():
-    series = [charts.Series(label="air & <b>", x=[1, 2], y=[0.5, 0.6], low=[0.4, 0.5], high=[1, 1])]
-    for make in (
-        lambda: charts.curves(series, "count", "accuracy, %"),
-        lambda: charts.dots(
-            [charts.Dot(label="air", value=0.5, low=0.4, high=0.6)], "x", zero=True
-        ),
-        lambda: charts.heat(np.eye(3, dtype=int), ["a", "b", "c"]),
-    ):
-        assert charts.svg(make()) == charts.svg(make())
-        assert charts.png(make()) == charts.png(make())
-    assert "air & <b>" in words(charts.svg(charts.curves(series, "count", "accuracy, %")))

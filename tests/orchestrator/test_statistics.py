@@ -96,19 +96,6 @@ def test_the_interval_of_a_mean_covers_the_true_accuracy() -> None:
     assert 0.91 <= covered / 250 <= 0.985
 
 
-def test_a_planted_gain_of_five_points_is_found() -> None:
-    rng = np.random.default_rng(4)
-    found = 0
-    for _ in range(40):
-        interval = paired_difference(
-            *simulated(rng, splits=5, seeds=2, seed_spread=0.03, gain=0.17), samples=500
-        )
-        assert interval is not None
-        found += interval.low > 0
-        assert 0.01 < interval.mean < 0.09
-    assert found >= 38
-
-
 def test_one_run_has_the_width_of_the_binomial_and_no_standard_deviation() -> None:
     run = one_run([1] * 350 + [0] * 150)
     interval = mean_interval(Runs((run,)))
@@ -116,9 +103,9 @@ def test_one_run_has_the_width_of_the_binomial_and_no_standard_deviation() -> No
     assert interval.mean == pytest.approx(0.7)
     assert interval.low == pytest.approx(0.7 - half, abs=0.004)
     assert interval.high == pytest.approx(0.7 + half, abs=0.004)
-    assert math.isnan(interval.std)
+    assert interval.std is None
     assert (interval.n, interval.n_test) == (1, 500)
-    assert interval.method == "95 % bootstrap over images (1 split, 1 seed)"
+    assert interval.interval == "95 % bootstrap over images (1 split, 1 seed)"
 
 
 def test_a_paired_difference_has_the_width_of_mcnemar() -> None:
@@ -179,14 +166,7 @@ def test_the_interval_says_what_it_covers(
     places: list[tuple[int, int | None]], method: str
 ) -> None:
     runs = tuple(one_run([1, 0, 1], split=split, seed=seed) for split, seed in places)
-    assert mean_interval(Runs(runs)).method == method
-
-
-def test_mean_and_deviation_are_those_of_the_runs() -> None:
-    runs = Runs(tuple(one_run([1] * k + [0] * (10 - k), seed=k) for k in (5, 6, 9)))
-    interval = mean_interval(runs)
-    assert interval.mean == pytest.approx(np.mean([0.5, 0.6, 0.9]))
-    assert interval.std == pytest.approx(np.std([0.5, 0.6, 0.9], ddof=1))
+    assert mean_interval(runs).interval == method
 
 
 def test_few_splits_that_disagree_give_a_wider_interval_than_images_alone() -> None:
@@ -209,24 +189,10 @@ def test_all_right_has_an_interval_without_width() -> None:
     assert (interval.mean, interval.low, interval.high) == (1.0, 1.0, 1.0)
 
 
-def test_intervals_stay_within_the_possible() -> None:
-    interval = mean_interval(Runs((one_run([1] * 9 + [0], seed=1), one_run([1] * 10, seed=2))))
-    assert 0 <= interval.low <= interval.mean <= interval.high <= 1
-
-
 def test_the_same_runs_give_the_same_interval() -> None:
     a, b = simulated(np.random.default_rng(6), splits=2, seeds=2, seed_spread=0.03)
     assert paired_difference(a, b) == paired_difference(a, b)
     assert paired_difference(a, b, seed=1) != paired_difference(a, b, seed=2)
-
-
-def test_images_needed_grows_as_the_gain_shrinks() -> None:
-    assert images_needed(0.02, 0.2) == 3923
-    assert images_needed(-0.02, 0.2) == 3923
-    wanted = images_needed(0.05, 0.2)
-    assert wanted is not None
-    assert 600 < wanted < 700
-    assert images_needed(0.0, 0.2) is None
 
 
 def test_that_many_images_find_the_gain_in_four_of_five_experiments() -> None:
@@ -237,17 +203,6 @@ def test_that_many_images_find_the_gain_in_four_of_five_experiments() -> None:
     only_b = rng.binomial(n - only_a, 0.10 / 0.85)
     mcnemar = np.abs(only_a - only_b) / np.sqrt(only_a + only_b)
     assert np.mean(mcnemar > 1.96) == pytest.approx(0.8, abs=0.02)
-
-
-@pytest.mark.parametrize("correct", [[], [True]])
-def test_a_run_has_one_outcome_per_image(correct: list[bool]) -> None:
-    with pytest.raises(ValueError, match="outcomes"):
-        Run(split_seed=0, seed=0, image_ids=np.arange(2), correct=np.array(correct, dtype=bool))
-
-
-def test_a_run_is_counted_once() -> None:
-    with pytest.raises(ValueError, match="each once"):
-        Runs((one_run([1]), one_run([1])))
 
 
 # ---------------------------------------------------------------- p values and marks
