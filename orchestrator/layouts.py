@@ -6,6 +6,7 @@ import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from orchestrator.output import aligned, are_numbers, csv_cell
@@ -30,17 +31,17 @@ class Layout:
         return [are_numbers(column) for column in columns]
 
 
-def text_frame(lines: Sequence[Mapping[str, str]]) -> DataFrame:
-    """Lines of texts, without columns that say nothing."""
-    from pandas import DataFrame
+def without_empty(lines: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """Lines of texts, without columns that say nothing. Of these a screen is made without pandas,
+    whose import takes half a second."""
+    filled = {name for line in lines for name, text in line.items() if text}
+    names = [name for name in dict.fromkeys(chain.from_iterable(lines)) if name in filled]
+    return [{name: line.get(name, "") for name in names} for line in lines]
 
-    frame = DataFrame(lines)
-    return frame.loc[:, (frame != "").any()]
 
-
-def screen_lines(frame: DataFrame, width: int) -> list[str]:
-    """A frame of texts for a terminal."""
-    return aligned([list(frame.columns), *frame.to_numpy().tolist()], width)
+def screen_lines(lines: Sequence[Mapping[str, str]], width: int) -> list[str]:
+    """Lines of texts for a terminal."""
+    return aligned([[*lines[0]], *([*line.values()] for line in lines)], width)
 
 
 def csv_text(frame: DataFrame) -> str:

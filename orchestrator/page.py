@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from pandas import DataFrame
 
 from orchestrator import charts
 from orchestrator.dataset_text import tested_classes
 from orchestrator.estimate import gpu_share
 from orchestrator.evidence import Evidence
 from orchestrator.failures import CLASSES
-from orchestrator.layouts import Layout, text_frame
+from orchestrator.layouts import Layout, without_empty
 from orchestrator.plan import WORDS
 from orchestrator.presets import METHODS
 from orchestrator.report import Row, choice_notes, counted, has_images, mark_notes, world_text
@@ -103,7 +104,8 @@ def _data(kind: str, content: bytes) -> str:
 
 def _tables(lines: Sequence[Mapping[str, str]], note: str = "") -> list[Layout]:
     """One table; none where there are no lines."""
-    return [Layout(frame=text_frame(lines), notes=[note] if note else [])] if lines else []
+    frame = DataFrame(without_empty(lines))
+    return [Layout(frame=frame, notes=[note] if note else [])] if lines else []
 
 
 # ---------------------------------------------------------------- accuracy
@@ -111,7 +113,7 @@ def _tables(lines: Sequence[Mapping[str, str]], note: str = "") -> list[Layout]:
 
 def answer(found: Evidence) -> Iterator[Group]:
     """The best row of each world, and the best with synthetic images where that is another."""
-    results, lines = found.results, texts(found.results).to_dict("records")
+    results, lines = found.results, texts(found.results)
     cards = []
     for world in results.worlds:
         best = results.best(world)
@@ -191,7 +193,7 @@ def components(found: Evidence) -> Iterator[Group]:
         yield Group(
             texts=[" ".join(mark_notes(found.results.comparisons, marks=False))],
             figures=[_chart(figure, "Differences with intervals and a line at 0")],
-            tables=[Layout(frame=differences(found.results))],
+            tables=[Layout(frame=DataFrame(differences(found.results)))],
         )
 
 

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, StrictBool, TypeAdapter
 from pydantic.dataclasses import dataclass as checked_dataclass
 
-from orchestrator.layouts import screen_lines, text_frame
+from orchestrator.layouts import screen_lines, without_empty
 from orchestrator.marked_yaml import SpecError, choices, read
 from orchestrator.report import Results, Row, percent, settings_text, shown, signed
 from orchestrator.statistics import ALPHA, Difference, corrected, paired_difference
@@ -452,7 +452,8 @@ def lines(found: Judgement, width: int = 80) -> Iterator[str]:
     for judged in filter(None, (found.cells, found.gains)):
         if judged is found.gains:
             yield ""
-        yield from screen_lines(text_frame([_line(one, judged, reasons) for one in judged]), width)
+        lines = [_line(one, judged, reasons) for one in judged]
+        yield from screen_lines(without_empty(lines), width)
     if reasons:
         yield ""
     for reason, number in reasons.items():

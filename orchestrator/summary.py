@@ -59,13 +59,12 @@ def summary(
     lines = _folded("   ".join([title, *(tail if len(tail) == 1 else [])]), width)
     if not results.rows:
         return "\n".join([*lines, f" {EMPTY}", *_facts(facts, width)])
-    shown = texts(results).drop(columns=WIDE_ONLY, errors="ignore")
-    lines += [f" {line}" for line in screen_lines(shown, width - 1)]
+    lines += _table(texts(results), WIDE_ONLY, width)
     # What synthetic images add to a host, and to the control without diffusion.
     gains = [i for i, one in enumerate(results.comparisons) if has_images(one.row.method)]
     if gains:
-        shown = differences(results).iloc[gains[:MOST]].drop(columns=REPORT_ONLY)
-        lines += [f" {line}" for line in screen_lines(shown, width - 1)]
+        every = differences(results)
+        lines += _table([every[i] for i in gains[:MOST]], REPORT_ONLY, width)
     if len(gains) > MOST:
         lines.append(f" {len(gains) - MOST} more differences stand in the table")
     notes = [
@@ -75,6 +74,11 @@ def summary(
     for note in [*notes, *choice_notes(results.rows), *collapse_notes(results)]:
         lines += _folded(note, width)
     return "\n".join([*lines, *_facts(facts, width)])
+
+
+def _table(lines: Sequence[Mapping[str, str]], hidden: Sequence[str], width: int) -> list[str]:
+    kept = [{name: of[name] for name in of if name not in hidden} for of in lines]
+    return [f" {line}" for line in screen_lines(kept, width - 1)]
 
 
 def _facts(facts: Sequence[tuple[str, str]], width: int) -> list[str]:

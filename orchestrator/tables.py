@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.layouts import Layout, csv_text, rendered, text_frame
+from orchestrator.layouts import Layout, csv_text, rendered, without_empty
 from orchestrator.marked_yaml import choices, meant
 from orchestrator.report import (
     COLUMNS,
@@ -107,7 +107,9 @@ def _in_full(value: Any) -> Any:
 
 
 def laid_out(results: Results) -> Layout:
-    frame = texts(results)
+    from pandas import DataFrame
+
+    frame = DataFrame(texts(results))
     tops = {world: results.best(world).mean for world in results.worlds}
     at = frame.columns.get_loc("accuracy")
     best = [i for i, row in enumerate(results.rows) if row.mean == tops[row.world]]
@@ -119,12 +121,14 @@ def laid_out(results: Results) -> Layout:
     )
 
 
-def texts(results: Results) -> DataFrame:
+def texts(results: Results) -> list[dict[str, str]]:
     """A line for each row, without columns that say nothing."""
     lines = []
+    where = [at for at, of in enumerate(zip(*results.worlds, strict=True)) if len({*of}) > 1]
     for row in results.rows:
         line = {
-            **{name: getattr(row, name) for name in (*WORLD, "method")},
+            **{WORLD[at]: row.world[at] for at in where},
+            "method": row.method,
             **{key: shown(row.settings.get(key, "")) for key in results.varied},
             "accuracy": mean_std(row),
             "95 %": f"[{percent(row.low)}, {percent(row.high)}]",
@@ -138,11 +142,10 @@ def texts(results: Results) -> DataFrame:
             gain = f"{signed_interval(one.difference)} {one.other.method}{one.mark}"
             line[f"gain over {role}"] = gain
         lines.append(line)
-    frame = text_frame(lines)
-    return frame.drop(columns=[name for name in WORLD if frame[name].nunique() == 1])
+    return without_empty(lines)
 
 
-def differences(results: Results) -> DataFrame:
+def differences(results: Results) -> list[dict[str, str]]:
     """A line for each comparison, without columns that say nothing."""
     several = len(results.worlds) > 1
     keys = [
@@ -150,7 +153,7 @@ def differences(results: Results) -> DataFrame:
         for key in results.varied
         if len({repr(one.row.settings.get(key)) for one in results.comparisons}) > 1
     ]
-    return text_frame(
+    return without_empty(
         [
             {
                 "where": world_text(one.row.world) if several else "",
