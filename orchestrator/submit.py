@@ -349,13 +349,13 @@ def _reason(problem: BaseException) -> str:
     """What was first wrong, in a line."""
     while (cause := problem.__cause__ or problem.__context__) is not None:
         problem = cause
-    lines = str(problem).strip().splitlines()
+    lines = str(problem).strip(" .\n").splitlines()
     if not lines:
         return type(problem).__name__
     # Of a traceback of the server the end says what is wrong.
     line = lines[-1 if lines[0].endswith("(most recent call last):") else 0]
     # A status line of HTTP that is none is not printable.
-    return line.rstrip(".") if line.isprintable() else "no HTTP is spoken there"
+    return line if line.isprintable() else "no HTTP is spoken there"
 
 
 @contextmanager
