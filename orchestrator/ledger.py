@@ -112,7 +112,6 @@ class Ledger:
 
 # Where the store is in a bucket the file is a copy.
 REMEDY = "remove this line; results stay in the store (in a bucket: remove this file, a copy)"
-JOURNAL_REMEDY = "remove the file: the next run makes it again from the event log"
 CHECKSUM = re.compile(rb', "crc": "(.{8})"}$')
 
 
