@@ -144,6 +144,7 @@ class Prefetch:
                 self.waiting.popleft()
                 self.ready |= {cell.id for cell in groups[number]}
                 self._show(needs[number])
+                yield  # trials begin before the next pool is opened, which would take their room
 
     def _makeable(self, needs: Sequence[Need]) -> list[Need]:
         """Without what failed in this run, and what would be made from it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator import board, screen
+from orchestrator import progress, screen
 
 
 class Clock:
@@ -18,7 +18,7 @@ class Clock:
 def clock(monkeypatch) -> Clock:
     found = Clock()
     monkeypatch.setattr(screen, "time", found)
-    monkeypatch.setattr(board, "time", found)
+    monkeypatch.setattr(progress, "time", found)
     return found
 
 
@@ -72,11 +72,11 @@ def test_short_work_leaves_no_note_and_long_work_one_a_second(clock):
                 assert kind == "progress"
                 written.append((name, done, total))
 
-    note = board.Note(Remote(), "trial a")
+    note = progress.Note(Remote(), "trial a")
     note.share(0.5)
     note.share(1.0)
     assert written == []
-    note = board.Note(Remote(), "trial b")
+    note = progress.Note(Remote(), "trial b")
     for tenth in range(201):
         note.share(tenth / 200)
         clock.now += 0.1
