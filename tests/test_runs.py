@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator.allocation import SHARE
 from orchestrator.ledger import CRASH_AT
 from tests.sweeps import (
     airsweep,
@@ -163,6 +165,13 @@ def test_plan_and_status_agree_with_what_ran(spec, whole):
         "waiting": 0,
     }
     assert status["exit_code"] == 0
+
+
+def test_trials_do_not_wait_for_the_images_of_other_cells(whole):
+    """zero_shot and fpl read none: the pool that draws for air_fpl keeps to the reserve."""
+    outcome = json.loads((whole / "sweeps" / "default" / "search" / "outcome.json").read_text())
+    first, *_ = outcome["run"]["pools"]
+    assert first["actors"] <= max(1, (os.cpu_count() or 1) // SHARE)
 
 
 def test_table_rows_have_the_agreed_keys(spec, whole):
