@@ -192,7 +192,7 @@ class CellSearch:
 
     Args:
         found: what the event log knows of searches.
-        storage: takes a copy of what is told.
+        storage: takes a copy of the points and their values.
         prefix: of the study's name in a storage that sweeps share.
         sampler: makes the sampler of one ask from its seed.
     """
@@ -303,7 +303,8 @@ class CellSearch:
         self.study.add_trial(trial)
 
     def _share(self) -> None:
-        """Copy what is told. A database that does not answer gets the copy after a later round."""
+        """Copy the points and their values. A database that does not answer gets them after a
+        later round."""
         if not isinstance(self._storage, RDBStorage):
             self._copy_told()
             return
