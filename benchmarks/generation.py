@@ -144,7 +144,7 @@ class Watcher:
 
 def ours(need: Need, device: str) -> tuple[float, float, float]:
     """Images a second of two actors, seconds until the first block, and their busy share."""
-    from orchestrator.allocation import Allocation
+    from orchestrator.allocation import Allocation, Context
     from orchestrator.generation import draw
     from orchestrator.progress import Progress
     from orchestrator.session import machines
@@ -160,7 +160,7 @@ def ours(need: Need, device: str) -> tuple[float, float, float]:
         began = time.time()
         board = Progress(watcher).board
         free = Allocation(resources, machines)
-        for _ in draw([need], shop, resources, watcher, free, board):
+        for _ in draw([need], Context(shop, resources, watcher, free, board)):
             time.sleep(0.01)
         assert not need.missing(shop.store)
     # Actors are not told apart: together, from when the second one had its first block.

@@ -10,9 +10,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.fit import Machine, asked_of, room, without
 from orchestrator.sweep import Resources, Want
+
+if TYPE_CHECKING:
+    from orchestrator.progress import Watcher
+    from orchestrator.workshop import Workshop
 
 # Generators that stay beside trials are one of so many. A simulation of 64 devices finds the same
 # time for any share between a quarter and a sixteenth (docs/scale.md).
@@ -113,3 +118,19 @@ class Allocation:
         if reserve:
             return max(1, reserve * room(want, [asked_of(self._resources.generator)]))
         return max(1, room(want, self.machines()))
+
+
+@dataclass(frozen=True)
+class Context:
+    """What all that is prepared in a run shares.
+
+    Attributes:
+        watcher: told of each artifact and shard as it is done (seconds; facts).
+        board: takes notes of how far long work is, see `progress`.
+    """
+
+    shop: Workshop
+    resources: Resources
+    watcher: Watcher
+    allocation: Allocation
+    board: Any

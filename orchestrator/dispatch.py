@@ -173,7 +173,6 @@ class Dispatcher:
         self.objective = sweep.search.objective if sweep.search else None
         self.rungs = sweep.search.rungs if sweep.search else ()
         self.queues = [_CellQueue(cell, searches.get(cell.id)) for cell in cells]
-        self.by_cell = {queue.cell.id: queue for queue in self.queues}
         self.found = fold_searches(ledger)
         self.finished_before = ended_slots(ledger)
         self.jobs = 0

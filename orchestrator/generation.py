@@ -22,16 +22,16 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext
 
 from air_core.specs import SyntheticFeaturesSpec
-from orchestrator.allocation import Allocation, Pool
+from orchestrator.allocation import Context, Pool
 from orchestrator.failures import CLASSES, Failure, classify
 from orchestrator.image_rows import DEATHS, build_image_block, open_generator
 from orchestrator.keys import artifact_key
 from orchestrator.plan import Need, name_of
-from orchestrator.progress import Note, Watcher
+from orchestrator.progress import Note
 from orchestrator.redact import redacted
 from orchestrator.session import note_devices
 from orchestrator.store import devices
-from orchestrator.sweep import GeneratorResources, Resources
+from orchestrator.sweep import GeneratorResources
 from orchestrator.workshop import Workshop, keep_to_share
 
 THRIFT = 2  # the most that a generator can save
@@ -103,12 +103,7 @@ POOL = 20_000
 
 
 def draw(
-    needs: Sequence[Need],
-    shop: Workshop,
-    resources: Resources,
-    watcher: Watcher,
-    allocation: Allocation,
-    board: Any,
+    needs: Sequence[Need], context: Context
 ) -> Generator[None, None, list[tuple[Need, Failure]]]:
     """Draw the missing blocks of some rows; what could not be drawn, after all others were tried.
 
@@ -116,38 +111,28 @@ def draw(
 
     The pool is opened anew where trials come that need room, or go and leave some: a block that is
     whole stays, so that costs what the actors have in hand.
-
-    Args:
-        watcher: told of each shard as it is done (seconds; drawn, redrawn, holes).
     """
-    drawing = _Drawing(needs, shop, resources, watcher, allocation, board)
+    drawing = _Drawing(needs, context)
     while left := drawing.left():
-        if allocation.pool():
+        if context.allocation.pool():
             yield from drawing.draw(left)
-            shop.store.look_again()
+            context.shop.store.look_again()
         else:
             yield
     return [
         (need, _failure(drawing.errors.get(need, []), lacks))
         for need in needs
-        if (lacks := len(need.missing(shop.store)))
+        if (lacks := len(need.missing(context.shop.store)))
     ]
 
 
 class _Drawing:
     """Shards of some rows, until each is drawn or was tried."""
 
-    def __init__(
-        self,
-        needs: Sequence[Need],
-        shop: Workshop,
-        resources: Resources,
-        watcher: Watcher,
-        allocation: Allocation,
-        board: Any,
-    ) -> None:
-        self.needs, self.shop, self.watcher, self.board = needs, shop, watcher, board
-        self.allocation, self.want = allocation, resources.generator
+    def __init__(self, needs: Sequence[Need], context: Context) -> None:
+        self.needs, self.shop, self.watcher = needs, context.shop, context.watcher
+        self.allocation, self.board = context.allocation, context.board
+        self.want = context.resources.generator
         self.errors: dict[Need, list[tuple[str, str]]] = {}
         self.tried: set[tuple[int, int, int]] = set()  # row, class, block
         self.over = False

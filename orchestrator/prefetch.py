@@ -11,6 +11,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from air_core.specs import FeaturesSpec, LabelsSpec, LoraSpec, SyntheticFeaturesSpec
+from orchestrator.allocation import Context
 from orchestrator.audit_card import Audited, audited
 from orchestrator.audits import known_card
 from orchestrator.failures import first_line
@@ -131,13 +132,15 @@ class Prefetch:
         run, groups = self.run, list(self.waiting)
         assert run.allocation is not None
         assert run.progress is not None
-        generator, last = run.sweep.resources.generator, len(groups) - 1
+        last = len(groups) - 1
         needs = [self._makeable(self.needs[group[0].id]) for group in groups]
         run.allocation.preparing = True
-        shop, board = workshop(run), run.progress.board
-        for number, wave in waves(needs, shop.store, partial(run.allocation.tasks, generator)):
-            left = self._makeable(wave)
-            yield from prepare(left, shop, run.sweep.resources, run, run.allocation, board)
+        shop, resources = workshop(run), run.sweep.resources
+        context = Context(shop, resources, run, run.allocation, run.progress.board)
+        for number, wave in waves(
+            needs, shop.store, partial(run.allocation.tasks, resources.generator)
+        ):
+            yield from prepare(self._makeable(wave), context)
             if number is not None:
                 run.allocation.preparing = number < last
                 run.ledger.append("cells_ready")

@@ -14,7 +14,7 @@ import ray
 from air_core.backbone.loading import import_open_clip_alone
 from air_core.specs import FeaturesSpec, LabelsSpec, LoraSpec, SyntheticFeaturesSpec
 from orchestrator import auditor, pictures
-from orchestrator.allocation import Allocation
+from orchestrator.allocation import Context
 from orchestrator.audit_card import Audited, card_files
 from orchestrator.failures import CLASSES, Failure, classify, of_death
 from orchestrator.generation import draw
@@ -23,20 +23,12 @@ from orchestrator.plan import Need, holds, level, name_of
 from orchestrator.progress import Note, Watcher
 from orchestrator.session import note_devices
 from orchestrator.stages import build_features, build_labels, build_lora
-from orchestrator.sweep import Resources
 from orchestrator.workshop import Workshop, keep_to_share
 
 T = TypeVar("T")
 
 
-def prepare(
-    needs: Sequence[Need],
-    shop: Workshop,
-    resources: Resources,
-    watcher: Watcher,
-    allocation: Allocation,
-    board: Any,
-) -> Iterator[None]:
+def prepare(needs: Sequence[Need], context: Context) -> Iterator[None]:
     """Make what is missing, stage after stage; within a stage side by side.
 
     A coroutine: it yields while it waits for the cluster.
@@ -44,9 +36,10 @@ def prepare(
     What fails is tried again as its class allows. In the end the watcher is told of it, and what
     would be made from it is left out.
     """
+    store, watcher = context.shop.store, context.watcher
     failed: list[Any] = []  # specs
-    shop.store.look_again()
-    missing = [need for need in needs if need.have(shop.store) < need.total()]
+    store.look_again()
+    missing = [need for need in needs if need.have(store) < need.total()]
     levels = _levels(missing)
     missing.sort(key=lambda need: levels[need])
     for _, group in groupby(missing, key=levels.__getitem__):
@@ -56,10 +49,10 @@ def prepare(
         failures: list[tuple[Need, Failure]] = []
         if others:
             watcher.stage = others[-1].stage
-            failures = yield from _build(others, shop, resources, watcher, allocation, board)
+            failures = yield from _build(others, context)
         if images:
             watcher.stage = "images"
-            failures += yield from draw(images, shop, resources, watcher, allocation, board)
+            failures += yield from draw(images, context)
         for need, failure in failures:
             failed += lost_with(need)
             watcher.failed(need, failure)
@@ -127,20 +120,18 @@ def _startup(done: Sequence[tuple[int, float]], steps: int, seconds: float) -> f
 
 
 def _build(
-    needs: Sequence[Need],
-    shop: Workshop,
-    resources: Resources,
-    watcher: Watcher,
-    allocation: Allocation,
-    board: Any,
+    needs: Sequence[Need], context: Context
 ) -> Generator[None, None, list[tuple[Need, Failure]]]:
+    shop, resources, watcher = context.shop, context.resources, context.watcher
     follow = {need.spec.labels for need in needs if isinstance(need.spec, LoraSpec)}
     waiting = deque((need, shop) for need in needs if need.spec not in follow)
     running: dict[Any, Need] = {}
     tries: Counter[tuple[Need, str]] = Counter()
     failures = []
     while waiting or running:
-        while waiting and len(running) < allocation.tasks(resources.want(waiting[0][0].stage)):
+        while waiting and len(running) < context.allocation.tasks(
+            resources.want(waiting[0][0].stage)
+        ):
             need, there = waiting.popleft()
             want = resources.want(need.stage)
             task = ray.remote(_run).options(
@@ -150,7 +141,7 @@ def _build(
                 max_retries=0,
             )
             there = replace(there, device="cuda" if want.gpu else "cpu")
-            running[task.remote(need.spec, there, want.gpu, board)] = need
+            running[task.remote(need.spec, there, want.gpu, context.board)] = need
         over, _ = ray.wait(list(running), timeout=0)
         if not over:
             yield

@@ -128,10 +128,8 @@ def pass_gate() -> None:
             time.sleep(0.1)
 
 
-def prepare(
-    needs: Any, shop: Any, resources: Any, watcher: Any, allocation: Any, board: Any
-) -> Iterator[None]:
-    store = shop.store
+def prepare(needs: Any, context: Any) -> Iterator[None]:
+    store, watcher = context.shop.store, context.watcher
     store.look_again()
     for need in needs:
         if not isinstance(need.spec, SyntheticFeaturesSpec):

@@ -17,7 +17,7 @@ import torch
 from safetensors.numpy import load_file
 
 from air_core.specs import SyntheticFeaturesSpec
-from orchestrator.allocation import Allocation
+from orchestrator.allocation import Allocation, Context
 from orchestrator.generation import Generate, draw
 from orchestrator.image_rows import build_image_block, open_generator, read_synthetic
 from orchestrator.keys import artifact_key
@@ -63,7 +63,8 @@ def drawn(
     """What `draw` gives for one row."""
     asked, progress = resources or Resources(), Progress(watcher)
     free = allocation or Allocation(asked, machines)
-    return result_of(draw([need], Workshop(store), asked, watcher, free, progress.board))
+    context = Context(Workshop(store), asked, watcher, free, progress.board)
+    return result_of(draw([need], context))
 
 
 def run(need: Need, store: ArtifactStore, actors: int = 1) -> list[dict]:
@@ -210,7 +211,7 @@ def test_what_cannot_be_made_is_told_and_the_rest_goes_on(
         Progress(watcher),
     )
     free = Allocation(resources, machines)
-    result_of(prepare(needs, shop, resources, watcher, free, progress.board))
+    result_of(prepare(needs, Context(shop, resources, watcher, free, progress.board)))
     ((failed, failure),) = watcher.told["failed"]
     assert failed.spec == hopeless.features
     assert (failure.failure_class, failure.message[:10]) == ("user", "ValueError")
