@@ -131,10 +131,6 @@ def test_machines_that_are_cut_off_lost_and_added_change_nothing(spec, alone, wi
     assert_as_alone(store, alone)
     log = [line for line in job.log().splitlines() if not OF_RAY.search(line)]
     assert not [line for line in log if "Traceback" in line or "\x1b" in line]
-    of_raylet = [line for line in log if line.startswith("(raylet)")]
-    # Of the node that was given up and is back: it notices, and ends.
-    expected = ("marked dead", "Raylet is terminated")
-    assert [line for line in of_raylet if not any(words in line for words in expected)] == []
 
 
 def test_a_cluster_without_machines_gets_some_where_the_sweep_waits_for_them(tmp_path, monkeypatch):
