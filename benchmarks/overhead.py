@@ -22,6 +22,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from orchestrator.resolve import resolver_of
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.harness import airsweep, options, report
@@ -73,12 +75,12 @@ def ours(spec: Path, store: Path, trials: int) -> dict[str, float]:
 
 
 def specs(spec: Path, store: Path, trials: int) -> list[Any]:
-    from orchestrator.place import place_of
+    from orchestrator.requests import place_of
     from orchestrator.sweep import cells_of
     from orchestrator.sweep_file import load_sweep
 
     sweep = load_sweep(spec)
-    resolver = place_of(sweep, store, None).resolver()
+    resolver = resolver_of(place_of(sweep, store, None))
     (cell,) = cells_of(sweep)
     weights = [0.1 + 0.8 * i / trials for i in range(trials)]
     return [resolver.trial({**cell.flat, "fusion_weight": weight, "seed": 1}) for weight in weights]

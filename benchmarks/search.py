@@ -36,13 +36,13 @@ from benchmarks.harness import airsweep, options, progress, report
 from orchestrator.ledger import Ledger
 from orchestrator.plan import plan_sweep
 from orchestrator.ranking import ranking
+from orchestrator.records import read_trial
 from orchestrator.resolve import Resolver
 from orchestrator.search import STARTUP_POINTS, CellSearch, make_sampler
 from orchestrator.store import ArtifactStore
 from orchestrator.studies import Searches
 from orchestrator.sweep import Search, SweepSpec, cells_of
 from orchestrator.sweep_file import load_sweep
-from orchestrator.trial import read_trial
 
 SWEEP = """version: 1
 name: search_grid

@@ -24,7 +24,7 @@ from orchestrator.commands import (
     usage,
 )
 from orchestrator.commands.common import code_of, fail, refuse_removed
-from orchestrator.output import Printable, show
+from orchestrator.formatting import Printable, show
 from orchestrator.redact import Redacting, redacted
 
 app = typer.Typer(
@@ -78,9 +78,8 @@ def main() -> None:
         if type(problem).__name__ == "SpecError":  # it begins with file:line:column
             show(redacted(str(problem)), file=sys.stderr)
             sys.exit(code_of(problem))
+        from orchestrator.errors import REFUSED, StoreFull
         from orchestrator.files import barred
-        from orchestrator.place import REFUSED
-        from orchestrator.store import StoreFull
 
         code = code_of(problem)
         if isinstance(problem, PermissionError) and problem.filename:

@@ -5,7 +5,8 @@ it reads on a screen. Imports no torch.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,13 @@ from air_core.specs import (
     SyntheticFeaturesSpec,
     TrialSpec,
 )
+from orchestrator.formatting import aligned
 from orchestrator.keys import artifact_key, digest, slug
-from orchestrator.output import aligned
-from orchestrator.plan import Need, needs_of
+from orchestrator.place import Place
+from orchestrator.plan import Need, needs_of, possible_trials
+from orchestrator.resolve import resolver_of
+from orchestrator.store import ArtifactStore
+from orchestrator.sweep import SweepSpec, cells_of
 
 EDITION = 1  # raise it when the same images get other numbers
 WIDTH = 80  # columns of the screen
@@ -220,3 +225,50 @@ def _weak_classes(card: AuditCard) -> Iterator[tuple[str, str]]:
     if weak:
         named = ", ".join(f"{line['classname']!r} {share(line):.0%}" for line in weak)
         yield "weakest", f"{named}: how many CLIP takes for their class"
+
+
+def audited_by(sweep: SweepSpec, place: Place) -> list[Audited]:
+    """The rows that a sweep's trials read.
+
+    Raises:
+        ValueError: none is; or weights or data are not here.
+    """
+    resolver = resolver_of(place)
+    found = audited(possible_trials(cells_of(sweep), sweep.seeds.assignments(), resolver))
+    resolver.save()
+    if not found:
+        methods = ", ".join(sorted({cell.method for cell in cells_of(sweep)}))
+        raise ValueError(
+            f"sweep {place.project}/{place.name} reads no synthetic images ({methods}), so there "
+            "is nothing to audit; methods that read some are air, air_fpl and air_grip"
+        )
+    return found
+
+
+def ready(rows: Sequence[Audited], place: Place) -> list[Audited]:
+    """Those whose images are all drawn.
+
+    Raises:
+        ValueError: none is.
+    """
+    whole = [row for row in rows if row.need.have(place.store) == row.need.total()]
+    if not whole:
+        have, total = (sum(counts) for counts in zip(*map(_drawn(place.store), rows), strict=True))
+        raise ValueError(
+            f"the images of sweep {place.project}/{place.name} are not drawn yet: {have} of "
+            f"{total} blocks are in {place.store.name}; run it, or `airsweep prepare`, first"
+        )
+    return whole
+
+
+def _drawn(store: ArtifactStore) -> Callable[[Audited], tuple[int, int]]:
+    return lambda row: (row.need.have(store), row.need.total())
+
+
+def known_card(row: Audited, place: Place) -> AuditCard | None:
+    """The card that was kept; None: there is none, or of something else."""
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        card = card_of((place.folder / f"{row.name}.json").read_text())
+        if card.asked == row.asked:
+            return card
+    return None

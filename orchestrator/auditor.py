@@ -38,13 +38,14 @@ from air_core.specs import FidelitySettings, FolderImages
 from air_core.types import Batch, Labelled
 from orchestrator.audit_card import REASONS, AuditCard, Audited, facts_of, title_of
 from orchestrator.dataset_text import about, text_of
+from orchestrator.errors import MissingArtifact
 from orchestrator.image_rows import read_drawn, read_pictures, read_synthetic
 from orchestrator.keys import artifact_key
 from orchestrator.pictures import Tile, captioned_sheet
 from orchestrator.plan import BASE_PER_CLASS
 from orchestrator.resolve import images_folder
 from orchestrator.stages import read_target
-from orchestrator.store import ArtifactStore, MissingArtifact
+from orchestrator.store import ArtifactStore
 from orchestrator.workshop import ChangedInput, Workshop, one_thread
 
 log = logging.getLogger(__name__)

@@ -28,6 +28,7 @@ from tempfile import TemporaryFile
 from typing import Any, BinaryIO
 
 from air_core.seal import intact
+from orchestrator.errors import StoreRefused
 from orchestrator.files import Stamp, file_digest, file_stamp, sync, write_beside, write_whole
 from orchestrator.leases import Lease
 from orchestrator.remote import Entry, Remote, folder_of, is_bucket, parse, side_by_side
@@ -39,10 +40,6 @@ VERSION = "1"
 LOCKS = "locks"  # folder
 FRESH = 5.0  # seconds for which a listing may say that something is not there
 Waits = Callable[[str, str, float], None]  # called while waiting: name, holder, seconds so far
-
-
-class StoreRefused(RuntimeError):
-    """The store cannot be used: another version made it, or somebody has it to himself now."""
 
 
 class FolderBackend:

@@ -30,26 +30,25 @@ from air_core.datasets import DATASETS, get_dataset
 from air_core.normal import normalised
 from air_core.paradigms import seen_unseen
 from air_core.specs import Ref, TrialSpec, uses_auxiliary
-from orchestrator.children import refs_of, spec_json
 from orchestrator.dataset_text import DatasetText, licence, recorded_text
+from orchestrator.errors import MissingArtifact
+from orchestrator.formatting import counted, percent, show
+from orchestrator.inputs import refs_of, spec_json
 from orchestrator.keys import artifact_key
-from orchestrator.output import show
 from orchestrator.place import Place
-from orchestrator.plan import plan_sweep
-from orchestrator.report import Row, counted, named, percent, worlds_of
+from orchestrator.records import TrialRecord, read_trial
+from orchestrator.report import Row, named, worlds_of
+from orchestrator.requests import plan_of
 from orchestrator.resolve import Resolver
 from orchestrator.results import NAMED, results_of
-from orchestrator.store import ArtifactStore, MissingArtifact
+from orchestrator.store import ArtifactStore
 from orchestrator.sweep import Cell, SweepSpec
 from orchestrator.sweep_file import only_values
-from orchestrator.tracked import remembered
-from orchestrator.trial import TrialRecord, read_trial
 
 BEST = "best"
 RUN_BY = "mutual_information"  # the objective that reads no label at all
 # What a record says of its making that another reader of a bundle has a use for.
 MADE = ("commit", "dirty", "code", "device", "versions")
-ALLOWED = "best, a trial key or 6 digits of it, a slot CELL/POINT/SEEDS, or a run id of MLflow"
 CHUNK = 64  # images that are decoded at a time
 
 
@@ -75,51 +74,6 @@ class Chosen:
 # ---------------------------------------------------------------- which trial
 
 
-def named_trial(name: str, store: ArtifactStore, place: Place | None, uri: str | None) -> Chosen:
-    """A trial by its key or the beginning of it, its slot, or its run id in MLflow.
-
-    Args:
-        place: the sweep that it should be of; None: any.
-
-    Raises:
-        ValueError: there is none, several, or it is of another sweep.
-        TrackerAway: it can only be an MLflow run, and MLflow does not answer.
-    """
-    slots = {} if place is None else _done_slots(place)
-    try:
-        found = remembered(slots.get(name, name), store, uri)
-    except ValueError as problem:
-        raise ValueError(f"{problem}; allowed: {ALLOWED}") from None
-    if not found.same_key():
-        raise ValueError(
-            f"{found.label}: this version computes these settings in another way, so its prompt "
-            f"may mean something else here; use the code of commit {found.made.get('commit')}"
-        )
-    spec = normalised(found.spec())
-    if not store.has(spec):
-        raise ValueError(
-            f"{found.label} is tracked, but its record is not in {store.name}; give the --store "
-            "that has it, or run its sweep again"
-        )
-    record = read_trial(spec, store)
-    if place is None:
-        return Chosen(spec, record, None, None)
-    of = [slot for slot, key in slots.items() if key == record.key]
-    if not of:
-        raise ValueError(
-            f"{found.label} is no done trial of the sweep {place.project}/{place.name}; "
-            "leave --sweep out, or give the one that it is of"
-        )
-    slot = name if name in of else of[0]
-    return Chosen(spec, record, f"{place.project}/{place.name}", slot)
-
-
-def _done_slots(place: Place) -> dict[str, str]:
-    """The key that each slot of a sweep had last."""
-    done = ("trial_done", "trial_reused")
-    return {e["slot"]: e["key"] for e in place.ledger().events() if e["event"] in done}
-
-
 def best_trial(sweep: SweepSpec, place: Place, only: Sequence[str]) -> Chosen:
     """The row of the sweep's table with the best mean, and of its runs one that no label chose.
 
@@ -133,7 +87,7 @@ def best_trial(sweep: SweepSpec, place: Place, only: Sequence[str]) -> Chosen:
         ValueError: nothing is done, or rows are of different datasets, paradigms or modalities.
     """
     store = place.store
-    plan = plan_sweep(sweep, store, place.resolver(), place.ledger())
+    plan = plan_of(sweep, place)
     every = results_of(plan, store).rows
     cells = _cells(plan.cells, only_values(sweep, only))
     kept = [row for row in every if row.cell in cells]
@@ -322,13 +276,13 @@ def _classifier(
     """The backbone, and the arrays of a bundle but those of the test."""
     import torch
 
+    from air_core.backbone.loading import load_backbone
     from air_core.classifiers import class_texts
-    from orchestrator.workshop import Workshop
 
     torch.set_num_threads(1)  # as in the trial, which can so be repeated bit for bit
     there = record.made.get("device") or "cpu"
     device = "cuda" if there == "cuda" and torch.cuda.is_available() else "cpu"
-    backbone = Workshop(store, device=device).backbone(spec.backbone, spec.precision)
+    backbone = load_backbone(spec.backbone.name, device, spec.precision)
     arrays: dict[str, dict[str, np.ndarray]] = {}
     if spec.iterations:
         # A prompt that is tested elsewhere was learned by the trial at home.

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from orchestrator.formatting import aligned, near, size
 from orchestrator.integrity import Verdict
-from orchestrator.inventory import Inventory, size
+from orchestrator.inventory import Inventory
 from orchestrator.keys import RECIPES
-from orchestrator.output import aligned, near
-from orchestrator.recorded import Needs, merged
-from orchestrator.upkeep import GcPlan, Removal
+from orchestrator.upkeep import GcPlan, Needs, Removal, merged
 
 LARGEST, SHOWN = 10, 20  # of a list that can be long
 NAME_WIDTH = 56

@@ -15,21 +15,22 @@ from typing import Any
 
 from air_core.flat import to_flat
 from air_core.normal import normalised
-from air_core.specs import Ref, TrialSpec
+from air_core.specs import TrialSpec
 from orchestrator.dataset_text import tested_classes
-from orchestrator.dispatch import Outcome
+from orchestrator.formatting import shown
+from orchestrator.inputs import refs_of, spec_json
 from orchestrator.keys import canonical_json
 from orchestrator.lineage import UNKNOWN
+from orchestrator.outcome import Outcome
 from orchestrator.plan import Slot
-from orchestrator.report import rows, shown
+from orchestrator.records import TrialRecord
+from orchestrator.report import rows
 from orchestrator.results import entry_of, flat_of, settings_of
 from orchestrator.store import ArtifactStore
 from orchestrator.sweep import SweepSpec
 from orchestrator.tracking import ChildRun, Numbers, SweepRun
-from orchestrator.trial import TrialRecord
 
 SPEC = "spec.json"
-REFS = ("dataset", "test_dataset", "backbone", "generator")
 RECIPE = 1  # raised when the same trials give a setting other numbers
 
 Done = tuple[Slot, TrialRecord]
@@ -255,26 +256,6 @@ def _mean_curves(runs: Sequence[dict[str, list[float]]]) -> dict[str, list[float
 
 
 # ---------------------------------------------------------------- files
-
-
-def refs_of(spec: TrialSpec) -> dict[str, Ref]:
-    """The outside things that a trial reads, by their setting."""
-    found = {name: getattr(spec, name) for name in REFS}
-    return {name: ref for name, ref in found.items() if ref is not None and ref.digest}
-
-
-def spec_json(spec: TrialSpec, key: str) -> str:
-    """The trial as it was computed: every setting, and the digests behind the names.
-
-    `orchestrator.tracked` reads it back.
-    """
-    spec = normalised(spec)
-    resolved: dict[str, Any] = to_flat(spec)
-    for name in REFS:
-        ref = getattr(spec, name)
-        if ref is not None:
-            resolved[f"{name}.digest"] = ref.digest
-    return json.dumps({"key": key, **resolved}, indent=1, sort_keys=True)
 
 
 def _confusion(outcome: Outcome, store: ArtifactStore) -> bytes:

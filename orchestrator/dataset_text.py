@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from air_core.datasets import get_dataset
 from air_core.datasets.image_folder import OWNERS
 from air_core.specs import FeaturesSpec, TrialSpec
-from orchestrator.store import ArtifactStore, MissingArtifact
+from orchestrator.errors import MissingArtifact
+from orchestrator.store import ArtifactStore
 
 
 @dataclass(frozen=True)

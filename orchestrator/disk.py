@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from statistics import fmean
 
-from orchestrator.inventory import size
+from orchestrator.formatting import size
 from orchestrator.plan import Plan
 from orchestrator.store import ArtifactStore
 

@@ -22,8 +22,10 @@ from air_core.specs import TrialSpec
 from orchestrator.checkpoints import rungs_of
 from orchestrator.failures import CLASSES, Failure
 from orchestrator.ledger import Ledger
+from orchestrator.outcome import Outcome
 from orchestrator.plan import Slot, ended_slots, iterations_of, moved_slots, slots_of
 from orchestrator.pruning import pruned
+from orchestrator.records import read_trial
 from orchestrator.replicas import side_by_side
 from orchestrator.resolve import Resolver
 from orchestrator.space import Point, study_name
@@ -31,21 +33,7 @@ from orchestrator.store import ArtifactStore
 from orchestrator.studies import Pruned
 from orchestrator.studies import searches as fold_searches
 from orchestrator.sweep import ENCODER_BATCH, Cell, SweepSpec
-from orchestrator.trial import WHOLE, Legs, TrialRecord, is_over, read_trial
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a slot."""
-
-    slot: Slot
-    state: Literal["done", "reused", "failed", "pruned"]
-    record: TrialRecord | None = None
-    pruned: Pruned | None = None
-    seconds: float = 0.0  # that a pruned trial has taken
-    failure_class: str | None = None
-    message: str = ""
-    known: bool = False  # the ledger said so already
+from orchestrator.trial import WHOLE, Legs, is_over
 
 
 @dataclass(frozen=True)

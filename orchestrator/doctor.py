@@ -24,11 +24,9 @@ from typing import Any
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from orchestrator.asked import Asked, place_for, plan_of
-from orchestrator.backends import StoreRefused
-from orchestrator.driver import does_not_fit
-from orchestrator.fit import Machine, this_machine
-from orchestrator.inventory import size
+from orchestrator.errors import Refused, StoreRefused, TrackerAway
+from orchestrator.fit import Machine, does_not_fit, this_machine
+from orchestrator.formatting import aligned, counted, size
 from orchestrator.job_package import is_checkout, pack
 from orchestrator.lineage import ROOT, commit
 from orchestrator.node_checks import (
@@ -41,15 +39,16 @@ from orchestrator.node_checks import (
     needed_by,
 )
 from orchestrator.node_facts import Needed
-from orchestrator.output import aligned
-from orchestrator.place import Place, Refused, lost_store
+from orchestrator.place import Place
 from orchestrator.plan import Plan
+from orchestrator.redact import without_credentials
 from orchestrator.remote import folder_of, is_bucket
-from orchestrator.report import counted
+from orchestrator.requests import Asked, lost_store, place_for, plan_of
 from orchestrator.store import open_store
 from orchestrator.submit import Cluster, Job
 from orchestrator.sweep import option_words
-from orchestrator.tracking import TrackerAway, kind_of, make_tracker, uri_of, without_credentials
+from orchestrator.tracking import make_tracker
+from orchestrator.tracking_uri import kind_of, uri_of
 from orchestrator.variables import in_ray_job
 
 HERE = "this machine"

@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-    from orchestrator.asked import Asked
     from orchestrator.place import Place
     from orchestrator.plan import Plan
+    from orchestrator.requests import Asked
     from orchestrator.sweep import SweepSpec
 
 __all__ = [
@@ -69,7 +69,7 @@ def load(
     Raises:
         ValueError: the first thing that is wrong, with file, line and column.
     """
-    from orchestrator.asked import Asked, asked, choices_of, options
+    from orchestrator.requests import Asked, asked, choices_of, options
 
     if not isinstance(spec, Asked):
         return asked(spec, options(sets), choices_of(only), smoke)
@@ -145,7 +145,7 @@ def plan(
         store: of all results; default: AIRSWEEP_STORE, else `runs`.
         data_root: folder of real datasets; default: AIRSWEEP_DATA.
     """
-    from orchestrator.asked import plan_of
+    from orchestrator.requests import plan_of
 
     asked = load(spec, sets=sets, only=only, smoke=smoke)
     place = place_for(asked, store, data_root)
@@ -258,27 +258,22 @@ def execute(
     place: Place,
     origin: dict[str, Any],
     quiet: bool,
-    prepare_only: bool = False,
+    tracking_uri: str | None = None,
     **how: Any,
 ) -> Outcome:
-    """`driver.run_sweep` with the screen that fits, for commands too."""
-    from orchestrator import driver
+    """`driver.run_sweep` with a screen and MLflow, for commands too."""
+    from orchestrator.driver import run_sweep
+    from orchestrator.publish import Publisher
     from orchestrator.screen import make_screen
 
-    code = driver.run_sweep(
-        sweep,
-        place,
-        make_screen(quiet),
-        origin=origin,
-        prepare_only=prepare_only,
-        **how,
-    )
+    publisher = Publisher(sweep, place, tracking_uri)
+    code = run_sweep(sweep, place, make_screen(quiet), publisher, origin=origin, **how)
     return Outcome(code, sweep, place)
 
 
 def _whole(outcome: Outcome) -> Outcome:
     """Who was stopped goes on stopping, now that ledger and tracker are closed."""
-    from orchestrator.place import INTERRUPTED, TERMINATED
+    from orchestrator.errors import INTERRUPTED, TERMINATED
 
     if outcome.exit_code == INTERRUPTED:
         raise KeyboardInterrupt
@@ -334,7 +329,7 @@ def results(
     Raises:
         ValueError: the store has no such sweep.
     """
-    from orchestrator.asked import plan_of
+    from orchestrator.requests import plan_of
     from orchestrator.results import trials_frame
 
     sweep, place = recorded_sweep(name, store, data_root)
@@ -345,7 +340,7 @@ def curves(
     name: str | Outcome, *, store: str | Path | None = None, data_root: str | Path | None = None
 ) -> DataFrame:
     """One line for each value of each curve: trial, metric, iteration, value. As `results`."""
-    from orchestrator.asked import plan_of
+    from orchestrator.requests import plan_of
     from orchestrator.results import curves_frame
 
     sweep, place = recorded_sweep(name, store, data_root)
@@ -356,7 +351,7 @@ def table(
     name: str | Outcome, *, store: str | Path | None = None, data_root: str | Path | None = None
 ) -> DataFrame:
     """The rows of `airsweep table`: mean, std and interval of each setting over its runs."""
-    from orchestrator.asked import plan_of
+    from orchestrator.requests import plan_of
     from orchestrator.results import results_of
     from orchestrator.tables import rows_frame
 
@@ -377,16 +372,16 @@ def recorded_sweep(
 
 def place_named(name: str | Outcome, store: str | Path | None) -> Place:
     """The place of a sweep that was run before. Raises as `status`."""
-    from orchestrator import asked
+    from orchestrator import requests
 
-    return name.place if isinstance(name, Outcome) else asked.place_named(name, _store(store))
+    return name.place if isinstance(name, Outcome) else requests.place_named(name, _store(store))
 
 
 def place_for(sweep: Asked, store: str | Path | None, data_root: str | Path | None) -> Place:
     """Where a sweep goes; a smoke run into a store of its own."""
-    from orchestrator import asked
+    from orchestrator import requests
 
-    return asked.place_for(sweep, _store(store), _folder(data_root))
+    return requests.place_for(sweep, _store(store), _folder(data_root))
 
 
 # ---------------------------------------------------------------- sweep files

@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,29 +22,32 @@ from air_core.seal import sealed_json
 from orchestrator.budget import Purse
 from orchestrator.disk import full
 from orchestrator.dispatch import Dispatcher
+from orchestrator.errors import (
+    BUDGET,
+    DONE,
+    FAILED,
+    INTERRUPTED,
+    REFUSED,
+    TERMINATED,
+    DamagedArtifact,
+    Refused,
+    RemoteAway,
+    StoreFull,
+    StoreLost,
+    StudiesAway,
+    SweepBusy,
+)
 from orchestrator.estimate import (
     mean_seconds,
     read_history,
     remember,
 )
 from orchestrator.failures import CLASSES, Failure, first_line, no_room
-from orchestrator.fit import Machine, misfit, this_machine
-from orchestrator.ledger import SweepBusy
+from orchestrator.fit import does_not_fit
+from orchestrator.formatting import clock
 from orchestrator.lineage import commit, diff_digest, dirty, uncommitted
-from orchestrator.place import (
-    BUDGET,
-    DONE,
-    FAILED,
-    INTERRUPTED,
-    REFUSED,
-    RESOLVED,
-    TERMINATED,
-    Place,
-    Refused,
-    read_outcome,
-    read_resolved,
-    whoami,
-)
+from orchestrator.outcome import OutcomeTracker
+from orchestrator.place import RESOLVED, Place, read_outcome, read_resolved, whoami
 from orchestrator.plan import (
     Plan,
     changed_inputs,
@@ -54,29 +57,21 @@ from orchestrator.plan import (
     possible_trials,
 )
 from orchestrator.prefetch import Prefetch, workshop
-from orchestrator.publish import Publisher
-from orchestrator.reconcile import parent_of, status_of, sync
-from orchestrator.remote import RemoteAway, is_bucket
+from orchestrator.remote import is_bucket
 from orchestrator.repair import set_damaged_aside
-from orchestrator.resolve import Resolver, text_digest
+from orchestrator.resolve import Resolver, resolver_of, text_digest
 from orchestrator.results import standing
 from orchestrator.running import Run
-from orchestrator.screen import Screen, clock
+from orchestrator.screen import Screen
 from orchestrator.stall import Stall
-from orchestrator.store import ArtifactStore, StoreFull, maker
-from orchestrator.studies import StudiesAway
+from orchestrator.store import maker
 from orchestrator.sweep import JOURNAL, Budget, Cell, SweepSpec
 from orchestrator.variables import joins_a_cluster
-from orchestrator.verification import DamagedArtifact
 
 if TYPE_CHECKING:
     from orchestrator.allocation import Allocation
 
 log = logging.getLogger(__name__)
-
-
-class StoreLost(RuntimeError):
-    """Bucket or studies do not answer any more, or another driver took the sweep over."""
 
 
 LOST = (RemoteAway, SweepBusy, StudiesAway)
@@ -87,8 +82,8 @@ def run_sweep(
     sweep: SweepSpec,
     place: Place,
     screen: Screen,
+    tracker: OutcomeTracker,
     *,
-    tracking_uri: str | None = None,
     prepare_only: bool = False,
     origin: dict[str, Any] | None = None,
     retry: str | None = None,
@@ -96,6 +91,7 @@ def run_sweep(
     """Do what is left of a sweep and say how it stands.
 
     Args:
+        tracker: receives each outcome and the end of the run.
         origin: how the sweep was asked for (sets, only), kept so that it can be read again.
         retry: the only class of failures to try again; None: all.
 
@@ -108,7 +104,7 @@ def run_sweep(
         StoreFull: there was no room for what was made, or for saying how it ended.
     """
     place = replace(place, recorded=False)  # a run reads its inputs as they are now
-    ledger, resolver = place.ledger(), place.resolver()
+    ledger, resolver = place.ledger(), resolver_of(place)
     plan = _sound_plan(sweep, place, resolver, screen)
     for line in changed_inputs(earlier_results(plan, place)):
         screen.say(line)
@@ -127,10 +123,9 @@ def run_sweep(
     made = {"DIRTY": dirty(diff), "COMMIT": commit(), "USER": whoami()}
     made["SWEEP"] = f"{place.project}/{place.name}"
     os.environ |= {f"AIRSWEEP_{name}": value for name, value in made.items()}
-    publisher = Publisher(sweep, parent_of(sweep, place, maker()), place.store, tracking_uri)
-    publisher.check(reach=not prepare_only)
+    tracker.check(reach=not prepare_only)
     _check_studies(plan)
-    if is_bucket(place.store.name) and publisher.in_store and not prepare_only:
+    if is_bucket(place.store.name) and tracker.in_store and not prepare_only:
         screen.say(
             f"tracking goes to a file in {place.store.root}, which this machine alone sees; give "
             "--tracking-uri http://... for one that all see"
@@ -139,7 +134,7 @@ def run_sweep(
         place.store.settle()
         ledger.lock()
     purse = Purse(sweep.budget, sweep.resources, mean_seconds(read_history(place.store)))
-    run = Run(sweep, place, screen, publisher, ledger, resolver, purse, given_up=given_up)
+    run = Run(sweep, place, screen, tracker, ledger, resolver, purse, given_up=given_up)
     code = FAILED  # what an exception leaves behind
     cluster = ExitStack()
     try:
@@ -379,18 +374,6 @@ def _check_studies(plan: Plan) -> None:
     open_database(search.storage)
 
 
-def does_not_fit(
-    plan: Plan, store: ArtifactStore, machines: Sequence[Machine] | None = None
-) -> str | None:
-    """What would wait for ever; None: nothing, or this is told only once the cluster is joined."""
-    if machines is None:
-        if os.environ.get("RAY_ADDRESS"):
-            return None
-        machines = [this_machine()]
-    prepares = any(need.have(store) < need.total() for need in plan.needs)
-    return misfit(plan.sweep.resources, machines, prepares)
-
-
 def _start_cluster(cluster: ExitStack, run: Run) -> Allocation:
     from orchestrator.allocation import Allocation
     from orchestrator.progress import Progress
@@ -515,23 +498,15 @@ def _close(run: Run, code: int) -> Exception | None:
     if untold is not None and code == DONE:
         code = FAILED  # else the same command would find nothing to do
     if code == DONE:
-        run.publisher.catch_up()
+        run.tracker.catch_up()
         # Before the event log says so: after it no run would open MLflow again.
-        _finish_tracking(run, code)
+        run.tracker.finish(code)
     ended: dict[str, Any] = {"exit_code": code, "seconds": seconds}
     untold = _no_room_for(lambda: run.ledger.append("sweep_ended", **ended)) or untold
     _no_room_for(lambda: remember(run.place.store, tally.work))  # estimates do without
     if code != DONE:
-        _finish_tracking(run, code)
+        run.tracker.finish(code)
     return untold
-
-
-def _finish_tracking(run: Run, code: int) -> None:
-    run.publisher.finish(
-        status_of(code),
-        lambda tracker: sync(run.sweep, run.place, tracker, status_of(code)),
-        hasty=code == TERMINATED,
-    )
 
 
 def _no_room_for(write: Callable[[], object]) -> OSError | None:

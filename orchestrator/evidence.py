@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.audit_card import AuditCard
-from orchestrator.audits import audited_by, known_card, ready
-from orchestrator.children import refs_of
+from orchestrator.audit_card import AuditCard, audited_by, known_card, ready
+from orchestrator.inputs import refs_of
 from orchestrator.place import Place, read_outcome
-from orchestrator.plan import Plan, plan_sweep
+from orchestrator.plan import Plan
 from orchestrator.report import Results, Row, rows
+from orchestrator.requests import plan_of
 from orchestrator.results import Standing, results_of, standing
 from orchestrator.sweep import SweepSpec
 
@@ -71,7 +71,7 @@ def evidence_of(sweep: SweepSpec, place: Place) -> Evidence:
     Raises:
         ValueError: no trial of it has finished.
     """
-    plan = plan_sweep(sweep, place.store, place.resolver(), place.ledger())
+    plan = plan_of(sweep, place)
     results = results_of(plan, place.store)
     if not results.entries:
         raise ValueError(

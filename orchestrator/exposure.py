@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from ipaddress import ip_address
 from pathlib import Path
 
-from orchestrator.place import Refused
+from orchestrator.errors import Refused
 
 # MLflow's own.
 AUTH_CONFIG, AUTH_SECRET = "MLFLOW_AUTH_CONFIG_PATH", "MLFLOW_FLASK_SERVER_SECRET_KEY"

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from orchestrator.errors import DamagedArtifact, MissingArtifact, OutOfTime, StoreFull
 from orchestrator.redact import redacted
-from orchestrator.store import MissingArtifact, StoreFull
-from orchestrator.verification import DamagedArtifact
 
 
 @dataclass(frozen=True)
@@ -46,10 +45,6 @@ CLASSES: dict[str, FailureClass] = {
     "disk": FailureClass(0, "make room where the store lies and run again", stops_after=1),
     "user": FailureClass(0, "mend what the message says and run again", EQUAL_ERRORS),
 }
-
-
-class OutOfTime(TimeoutError):
-    """A trial took longer than it may."""
 
 
 # The first that fits names the class; anything else is the user's.

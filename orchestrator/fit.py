@@ -8,8 +8,13 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
+from orchestrator.store import ArtifactStore
 from orchestrator.sweep import Resources, Want
+
+if TYPE_CHECKING:
+    from orchestrator.plan import Plan
 
 Machine = Mapping[str, float]  # "CPU", "GPU" and custom ones, as Ray counts them
 
@@ -108,3 +113,15 @@ def memory_fraction(gpu: float, total: float) -> float | None:
 def _room(want: Want, machine: Machine) -> int:
     limits = [int(machine.get(kind, 0) // each) for kind, each in asked_of(want).items() if each]
     return min(limits, default=int(machine.get("CPU", 1)))
+
+
+def does_not_fit(
+    plan: Plan, store: ArtifactStore, machines: Sequence[Machine] | None = None
+) -> str | None:
+    """What would wait for ever; None: nothing, or this is told only once the cluster is joined."""
+    if machines is None:
+        if os.environ.get("RAY_ADDRESS"):
+            return None
+        machines = [this_machine()]
+    prepares = any(need.have(store) < need.total() for need in plan.needs)
+    return misfit(plan.sweep.resources, machines, prepares)

@@ -26,10 +26,10 @@ from air_core.diffusion import ImageGenerator, draw, image_seed, load_generator
 from air_core.seal import BLANK, sealed
 from air_core.specs import FolderImages, GeneratedImages, SyntheticFeaturesSpec
 from air_core.types import Batch, Labelled
+from orchestrator.errors import DamagedArtifact, MissingArtifact
 from orchestrator.resolve import images_folder
 from orchestrator.rows import Row
-from orchestrator.store import ArtifactStore, MissingArtifact
-from orchestrator.verification import DamagedArtifact
+from orchestrator.store import ArtifactStore
 from orchestrator.workshop import Workshop
 
 DEATHS = 2  # processes that a block may kill before it counts as failed

@@ -16,13 +16,13 @@ from typing import Any, BinaryIO
 
 from air_core.seal import intact
 from orchestrator.backends import RECORD, VERSION, FolderBackend
+from orchestrator.errors import DamagedArtifact, RemoteAway
 from orchestrator.files import content_digest
 from orchestrator.inventory import SHARDS, Holding, Inventory
 from orchestrator.ledger import EVENTS, REMEDY, parse_event
 from orchestrator.place import RESOLVED
-from orchestrator.remote import RemoteAway
 from orchestrator.store import ROW
-from orchestrator.verification import DamagedArtifact, parse_record
+from orchestrator.verification import parse_record
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.backends import RECORD, stored_name
-from orchestrator.remote import Entry, RemoteAway, side_by_side
+from orchestrator.errors import DamagedArtifact, RemoteAway
+from orchestrator.remote import Entry, side_by_side
 from orchestrator.store import DAMAGED, ROW, UNFINISHED, ArtifactStore
-from orchestrator.verification import DamagedArtifact, parse_record
+from orchestrator.verification import parse_record
 
 SHARDS = {"images": ".parquet", "synthetic": ".safetensors"}  # stages that are rows
 UNKNOWN = "unknown"  # an owner that nobody wrote down
@@ -192,16 +193,3 @@ def _strays(holding: Holding) -> Iterator[tuple[str, str]]:
 
 def _why_hidden(name: str) -> str:
     return "it was damaged and set aside" if name.startswith(DAMAGED) else "it is half made"
-
-
-def size(count: float) -> str:
-    """Bytes for people.
-
-    >>> size(0), size(1536), size(3 * 2**30)
-    ('0 B', '1.5 KiB', '3.0 GiB')
-    """
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"

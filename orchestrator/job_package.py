@@ -12,13 +12,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.asked import Asked
+from orchestrator.errors import Refused
 from orchestrator.lineage import PACKAGES, ROOT, SENT_DIFF, UNKNOWN, commit, dirty, uncommitted
-from orchestrator.place import Refused, lost_store, project_of, whoami
-from orchestrator.redact import shows_secret
+from orchestrator.place import whoami
+from orchestrator.redact import shows_secret, without_credentials
 from orchestrator.remote import folder_of, is_bucket, parse
+from orchestrator.requests import Asked, lost_store, project_of
 from orchestrator.sweep import cells_of
-from orchestrator.tracking import kind_of, without_credentials
+from orchestrator.tracking_uri import kind_of
 
 LIMIT = 100 << 20  # bytes that the head of a cluster takes
 # Seconds from SIGTERM to SIGKILL, 3 otherwise. It goes before what the head was started with, and

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from orchestrator.output import aligned, are_numbers, csv_cell
+from orchestrator.formatting import aligned, are_numbers, csv_cell
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -14,7 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orchestrator.remote import POLL, Content, Remote, RemoteAway
+from orchestrator.errors import RemoteAway
+from orchestrator.remote import POLL, Content, Remote
 
 if TYPE_CHECKING:
     from obstore import UpdateVersion

@@ -20,17 +20,14 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from orchestrator.backends import BucketBackend, FolderBackend
+from orchestrator.errors import RemoteAway, SweepBusy
 from orchestrator.files import is_flocked, lock_mode, make_folders, sync
 from orchestrator.leases import Lease
-from orchestrator.remote import RemoteAway, side_by_side
+from orchestrator.remote import side_by_side
 
 # For tests: `event:7` kills the driver at its seventh event, `trial_done:2` at the second of these.
 CRASH_AT = "AIRSWEEP_CRASH_AT"
 LOOKED_AT = 0.5  # seconds: who asks whether a lock is held has it for a moment
-
-
-class SweepBusy(RuntimeError):
-    """Another driver runs this sweep."""
 
 
 EVENTS = "events.jsonl"

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from orchestrator.backends import LOCKS, FolderBackend, StoreRefused, Waits
+from orchestrator.backends import LOCKS, FolderBackend, Waits
+from orchestrator.errors import StoreRefused
 from orchestrator.files import flocked, is_flocked
 
 STORE_LOCK = f"{LOCKS}/store"  # shared by who uses the store, taken whole by who removes from it

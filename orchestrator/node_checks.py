@@ -16,12 +16,12 @@ from typing import Any
 from air_core.specs import Ref
 from orchestrator import node_facts
 from orchestrator.disk import bytes_left
+from orchestrator.errors import Refused
 from orchestrator.failures import first_line
-from orchestrator.inventory import size
+from orchestrator.formatting import counted, size
 from orchestrator.node_facts import HERE, Facts, Input, Needed, has_token, store_token
-from orchestrator.place import Place, Refused
+from orchestrator.place import Place
 from orchestrator.plan import Plan
-from orchestrator.report import counted
 from orchestrator.store import ArtifactStore
 
 CHECKS = ("answers", "versions", "code", "store", "room", "files", "gpu")

@@ -23,11 +23,11 @@ from orchestrator.dataset_text import tested_classes
 from orchestrator.estimate import gpu_share
 from orchestrator.evidence import Evidence
 from orchestrator.failures import CLASSES
+from orchestrator.formatting import clock, counted
 from orchestrator.layouts import Layout, without_empty
 from orchestrator.plan import WORDS
 from orchestrator.presets import METHODS
-from orchestrator.report import Row, choice_notes, counted, has_images, mark_notes, world_text
-from orchestrator.screen import clock
+from orchestrator.report import Row, choice_notes, has_images, mark_notes, world_text
 from orchestrator.statistics import Array
 from orchestrator.tables import WORLD, differences, laid_out, texts
 

@@ -4,22 +4,13 @@ from __future__ import annotations
 
 import getpass
 import os
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from orchestrator.ledger import Ledger, open_ledger
-from orchestrator.remote import folder_of, is_bucket
-from orchestrator.resolve import RecordedResolver, Resolver
-from orchestrator.store import ArtifactStore, open_store
-from orchestrator.sweep import SweepSpec
-from orchestrator.variables import in_ray_job
+from orchestrator.store import ArtifactStore
 from orchestrator.verification import read_cache, read_sealed
-
-# Exit codes.
-DONE, FAILED, BAD_INPUT, REFUSED, BUDGET, GATE = range(6)
-INTERRUPTED, TERMINATED = 130, 143
 
 
 @dataclass(frozen=True)
@@ -61,50 +52,6 @@ class Place:
     def write(self, name: str, content: str | bytes) -> None:
         """A file of the sweep."""
         self.store.write(self.folder / name, content)
-
-    def resolver(self) -> Resolver:
-        cache = self.store.root / "digests.json"
-        if self.recorded:
-            with suppress(FileNotFoundError):
-                inputs = read_resolved(self).get("inputs")
-                # Earlier versions of airsweep recorded none.
-                return RecordedResolver(inputs) if inputs else Resolver(cache, self.data_root, {})
-        return Resolver(cache, self.data_root)
-
-
-class Refused(RuntimeError):
-    """Refused before anything started; exit code 3."""
-
-
-def place_of(sweep: SweepSpec, store: Path | str, data_root: Path | None) -> Place:
-    """Where a sweep goes.
-
-    Raises:
-        Refused: a relative store inside a Ray job.
-        StoreRefused: another version of airsweep made the store.
-        RemoteAway: its bucket cannot be read.
-    """
-    relative = not is_bucket(store) and not folder_of(store).is_absolute()
-    if relative and in_ray_job():
-        raise lost_store(store)
-    project = project_of(sweep)
-    data = data_root or os.environ.get("AIRSWEEP_DATA") or sweep.data_root
-    place = Place(open_store(store), project, sweep.name, Path(data) if data else None)
-    return place.refresh()
-
-
-def lost_store(store: Path | str) -> Refused:
-    """What is wrong with a relative store of a job."""
-    return Refused(
-        f"the store {str(store)!r} is relative, and this is a Ray job: its working directory "
-        "is thrown away at the end; give --store or AIRSWEEP_STORE an absolute folder that "
-        "every node sees, or s3://bucket/prefix"
-    )
-
-
-def project_of(sweep: SweepSpec) -> str:
-    """Whose sweep this is."""
-    return sweep.project or os.environ.get("AIRSWEEP_PROJECT") or "default"
 
 
 def place_named(store: ArtifactStore, project: str, name: str) -> Place:

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from air_core.specs import FeaturesSpec, LabelsSpec, LoraSpec, SyntheticFeaturesSpec
 from orchestrator.allocation import Context
-from orchestrator.audit_card import Audited, audited
-from orchestrator.audits import known_card
+from orchestrator.audit_card import Audited, audited, known_card
 from orchestrator.failures import first_line
 from orchestrator.plan import Need, Plan, Slot, holds, moved_slots, needs_of, possible_trials
 from orchestrator.running import Run

@@ -11,23 +11,21 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.children import Children
-from orchestrator.dispatch import Outcome
+from orchestrator.errors import TERMINATED, TrackerAway
 from orchestrator.failures import first_line
-from orchestrator.store import ArtifactStore, maker
+from orchestrator.outcome import Outcome
+from orchestrator.place import Place
+from orchestrator.reconcile import parent_of, status_of, sync
+from orchestrator.redact import without_credentials
+from orchestrator.store import maker
 from orchestrator.sweep import SweepSpec
-from orchestrator.tracking import (
-    Status,
-    SweepRun,
-    TrackerAway,
-    kind_of,
-    make_tracker,
-    uri_of,
-    without_credentials,
-)
+from orchestrator.tracking import Status, SweepRun, make_tracker
+from orchestrator.tracking_uri import kind_of, uri_of
 
 if TYPE_CHECKING:
     from orchestrator.tracking.mlflow import SweepTracker
@@ -45,21 +43,28 @@ class Publisher:
     MLflow is imported for the first outcome, so a run that has none does not import it.
 
     Args:
-        asked: a tracking uri of the command line, which the sweep file does not know.
+        tracking_uri: of the command line; default: the sweep file's.
     """
 
-    def __init__(
-        self, sweep: SweepSpec, parent: SweepRun, store: ArtifactStore, asked: str | None
-    ) -> None:
-        self.parent, self.store, self.asked = parent, store, asked
-        self.uri = uri_of(asked or sweep.tracking_uri, store.root)
+    def __init__(self, sweep: SweepSpec, place: Place, tracking_uri: str | None) -> None:
+        self.sweep, self.place, self.store = sweep, place, place.store
+        self.given_uri = tracking_uri
+        self.uri = uri_of(tracking_uri or sweep.tracking_uri, self.store.root)
         self.kind = kind_of(self.uri)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tracker")
         self._tracker: SweepTracker | None = None
-        self._children = Children(sweep, parent, store)
         self._waiting: list[Future[bool]] = []
         self._paused_until = 0.0
         self._warned = False
+
+    @cached_property
+    def parent(self) -> SweepRun:
+        """The sweep's run. The driver has put user and commit into the environment by then."""
+        return parent_of(self.sweep, self.place, maker())
+
+    @cached_property
+    def _children(self) -> Children:
+        return Children(self.sweep, self.parent, self.store)
 
     @property
     def in_store(self) -> bool:
@@ -102,16 +107,13 @@ class Publisher:
         later run sends what is left."""
         wait(self._waiting)
 
-    def finish(
-        self, status: Status, sync: Callable[[SweepTracker], object], hasty: bool = False
-    ) -> None:
+    def finish(self, code: int) -> None:
         """Send the end of the sweep, with all that MLflow lacks.
 
-        Args:
-            sync: sends what the event log has and MLflow lacks, and ends the sweep's run.
-            hasty: a driver that is being killed has seconds: the sweep's run is ended without a
-                note, and the next run sends the rest.
+        A driver that is being terminated has seconds: the sweep's run is ended without a note, and
+        the next run sends the rest.
         """
+        status, hasty = status_of(code), code == TERMINATED
         if self.kind == "none":
             complete = True
         elif hasty:
@@ -119,7 +121,7 @@ class Publisher:
             last = self._thread.submit(self._close, status)
             complete = last.result() and not cancelled
         else:
-            complete = self._thread.submit(self._sync, sync).result()
+            complete = self._thread.submit(self._sync, status).result()
         self._thread.shutdown()
         if not complete:
             log.warning(
@@ -129,7 +131,7 @@ class Publisher:
             )
 
     def _remedy(self) -> str:
-        return reconcile_command(self.parent, self.store.name, self.asked)
+        return reconcile_command(self.parent, self.store.name, self.given_uri)
 
     def _trial(self, outcome: Outcome, at: float | None) -> bool:
         setting = self._children.completed_setting(outcome)
@@ -142,9 +144,9 @@ class Publisher:
         # To open MLflow would take too long.
         return self._tracker is not None and self._call(lambda tracker: tracker.finish(status))
 
-    def _sync(self, sync: Callable[[SweepTracker], object]) -> bool:
+    def _sync(self, status: Status) -> bool:
         self._paused_until = 0.0
-        return self._call(sync)
+        return self._call(lambda tracker: sync(self.sweep, self.place, tracker, status))
 
     def _call(self, work: Callable[[SweepTracker], object]) -> bool:
         """Do something with MLflow; return whether it was done."""

@@ -18,9 +18,10 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, StrictBool, TypeAdapter
 from pydantic.dataclasses import dataclass as checked_dataclass
 
+from orchestrator.formatting import percent, shown
 from orchestrator.layouts import screen_lines, without_empty
 from orchestrator.marked_yaml import SpecError, choices, read
-from orchestrator.report import Results, Row, percent, settings_text, shown, signed
+from orchestrator.report import Results, Row, settings_text, signed
 from orchestrator.statistics import ALPHA, Difference, corrected, paired_difference
 from orchestrator.validation import CONFIG, LINE, NAME, Number, Version, Whole, validate
 

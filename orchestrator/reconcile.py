@@ -13,20 +13,23 @@ from urllib.parse import quote
 
 from orchestrator.charts import pictures
 from orchestrator.children import Children, by_point
-from orchestrator.dispatch import Outcome
+from orchestrator.errors import DONE, FAILED, TrackerAway
+from orchestrator.formatting import counted
 from orchestrator.ledger import Ledger
 from orchestrator.lineage import UNKNOWN
-from orchestrator.place import DONE, FAILED, Place, whoami
-from orchestrator.plan import Plan, Slot, plan_sweep
-from orchestrator.report import Results, counted, mean_std, settings_text
+from orchestrator.outcome import Outcome
+from orchestrator.place import Place, whoami
+from orchestrator.plan import Plan, Slot
+from orchestrator.records import TrialRecord, read_trial
+from orchestrator.report import Results, mean_std, settings_text
+from orchestrator.requests import plan_of
 from orchestrator.resolve import text_digest
 from orchestrator.results import finished, results_of, standing
 from orchestrator.store import ArtifactStore
 from orchestrator.studies import Pruned
 from orchestrator.summary import facts_of, summary, title_of
 from orchestrator.sweep import SweepSpec
-from orchestrator.tracking import Counts, Status, SweepRun, TrackerAway, make_tracker
-from orchestrator.trial import TrialRecord, read_trial
+from orchestrator.tracking import Counts, Status, SweepRun, make_tracker
 
 if TYPE_CHECKING:
     from orchestrator.tracking.mlflow import SweepTracker
@@ -104,7 +107,7 @@ def sync(sweep: SweepSpec, place: Place, tracker: SweepTracker, status: Status) 
     place = replace(place, recorded=True)
     ledger = place.ledger()
     history = _history(ledger)
-    plan = plan_sweep(sweep, place.store, place.resolver(), ledger)
+    plan = plan_of(sweep, place)
     done = finished(plan, place.store)
     records = {slot.id: record for slot, record in done}
     gone = 0

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from air_core.specs import SyntheticFeaturesSpec, TrialSpec
-from orchestrator.backends import StoreRefused
+from orchestrator.errors import StoreRefused
 from orchestrator.keys import Stage, artifact_key
 from orchestrator.place import Place, read_resolved, recorded_places
 from orchestrator.plan import (
@@ -19,33 +19,12 @@ from orchestrator.plan import (
     possible_trials,
     slots_of,
 )
-from orchestrator.resolve import NotRecorded, Resolver
+from orchestrator.resolve import NotRecorded, Resolver, resolver_of
 from orchestrator.store import ArtifactStore
 from orchestrator.studies import Searches, searches
 from orchestrator.sweep import Cell, SweepSpec, cells_of, smoke
 from orchestrator.sweep_file import load_sweep
-
-Shards = frozenset[tuple[int, int]]  # (class, block) of a row; of an artifact none
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What one recorded sweep needs: shards by the 12 hex digits that the store finds by."""
-
-    sweep: str  # PROJECT/NAME
-    artifacts: Mapping[str, Shards]
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What all recorded sweeps need, and of which that cannot be told."""
-
-    asked: tuple[Asked, ...]
-    unread: Mapping[str, str]  # why, by sweep
-
-    def by(self, digest: str) -> tuple[str, ...]:
-        """The sweeps that need an artifact or a row."""
-        return tuple(one.sweep for one in self.asked if digest in one.artifacts)
+from orchestrator.upkeep import Asked, Needs, Shards, merged
 
 
 def read_sweep(place: Place, data_root: Path | None) -> tuple[SweepSpec, Place]:
@@ -90,21 +69,13 @@ def all_needs(store: ArtifactStore, data_root: Path | None) -> Needs:
     return Needs(tuple(asked), unread)
 
 
-def merged(parts: Iterable[tuple[str, Shards]]) -> dict[str, Shards]:
-    """Shards of each row together."""
-    found: dict[str, Shards] = {}
-    for digest, shards in parts:
-        found[digest] = found.get(digest, frozenset()) | shards
-    return found
-
-
 def _asked(sweep: SweepSpec, place: Place) -> dict[str, Shards]:
     """What its file asks for, and the results that its ledger says it got.
 
     A run with `--only` does not make the other cells less wanted. Their data may not be here; then
     it must be sure that nothing was made for them.
     """
-    resolver, ledger = place.resolver(), place.ledger()
+    resolver, ledger = resolver_of(place), place.ledger()
     events = list(ledger.events())
     done = [event for event in events if event["event"] in ("trial_done", "trial_reused")]
     last = cells_of(sweep)

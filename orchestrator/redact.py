@@ -11,6 +11,7 @@ import os
 import re
 import string
 from collections.abc import Iterator
+from urllib.parse import urlsplit
 
 HIDDEN = "***"
 # The user ends at the first colon, the password at the last @ of the address. The scheme is not
@@ -84,3 +85,12 @@ class Redacting(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg, record.args = redacted(record.getMessage()), ()
         return True
+
+
+def without_credentials(uri: str) -> str:
+    """
+    >>> without_credentials("https://me:secret@mlflow.example.org:443/x")
+    'https://mlflow.example.org:443/x'
+    """
+    parts = urlsplit(uri)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if parts.netloc else uri

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
+from orchestrator.errors import RemoteAway
 from orchestrator.redact import redacted
 
 if TYPE_CHECKING:
@@ -41,10 +42,6 @@ AT_ONCE = 32  # requests
 PART = 16 << 20  # bytes: larger files are sent in parts of this size
 POLL = 0.5  # seconds before a refused request is sent again
 RETRIES = {"max_retries": 4, "retry_timeout": timedelta(minutes=2)}
-
-
-class RemoteAway(OSError):
-    """The bucket cannot be used: no answer, no such bucket, or no permission."""
 
 
 @dataclass(frozen=True)

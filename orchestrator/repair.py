@@ -8,11 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from air_core.specs import FeaturesSpec, SyntheticFeaturesSpec
+from orchestrator.errors import DamagedArtifact
 from orchestrator.keys import Stage
 from orchestrator.plan import Need, Plan, holds, needs_of, possible_trials
 from orchestrator.resolve import Resolver
 from orchestrator.store import ArtifactStore
-from orchestrator.verification import DamagedArtifact
 
 
 def set_damaged_aside(

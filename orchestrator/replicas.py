@@ -15,9 +15,10 @@ from air_core.normal import normalised
 from air_core.specs import TrialSpec
 from orchestrator.checkpoints import learned_by
 from orchestrator.keys import artifact_key
+from orchestrator.records import TrialRecord, read_trial
 from orchestrator.store import ArtifactStore
 from orchestrator.sweep import ENCODER_BATCH
-from orchestrator.trial import WHOLE, Legs, TrialRecord, is_over, read_trial, recorded
+from orchestrator.trial import WHOLE, Legs, is_over, recorded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

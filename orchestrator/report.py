@@ -8,7 +8,6 @@ No point is picked by a test label. Knows predictions and metrics; neither files
 from __future__ import annotations
 
 import functools
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +19,7 @@ import numpy as np
 
 from air_core.flat import from_flat, trial_keys
 from air_core.normal import normalised
+from orchestrator.formatting import counted, percent, shown
 from orchestrator.presets import METHODS, named_refs
 from orchestrator.ranking import Ranking, ranking, sentences
 from orchestrator.statistics import (
@@ -574,10 +574,6 @@ def mean_std(row: Row) -> str:
     return percent(row.mean) + ("" if row.std is None else f" ± {percent(row.std)}")
 
 
-def percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f}"
-
-
 def signed_interval(found: Interval) -> str:
     return f"{signed(found.mean)} [{signed(found.low)}, {signed(found.high)}]"
 
@@ -588,18 +584,3 @@ def signed(value: float) -> str:
     ('+2.1', '+0.0')
     """
     return f"{round(100 * value, 1) + 0.0:+.1f}"
-
-
-def shown(value: Any) -> str:
-    """A setting as a reader of the sweep file would write it.
-
-    >>> shown(0.30000000000000004), shown(True), shown(None)
-    ('0.3', 'true', 'null')
-    """
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def counted(number: int, what: str) -> str:
-    return f"{number} {what}" + ("" if number == 1 else "s")

@@ -17,14 +17,15 @@ from typing import Any, Literal
 
 from air_core.datasets import get_dataset
 from air_core.specs import FeaturesSpec, FolderImages, SyntheticFeaturesSpec, TrialSpec
-from orchestrator.children import refs_of
+from orchestrator.inputs import refs_of
 from orchestrator.keys import artifact_key
 from orchestrator.lineage import commit, diff_digest, uncommitted
 from orchestrator.plan import Need, name_of, needs_of
+from orchestrator.records import TrialRecord, read_trial
 from orchestrator.resolve import Resolver
 from orchestrator.store import ArtifactStore, versions
 from orchestrator.tracked import Remembered, of_run
-from orchestrator.trial import TrialRecord, read_trial, run_trial
+from orchestrator.trial import run_trial
 
 TOLERANCE = 0.01  # of a metric, absolute and relative: rounding differs between processors
 TOLERATED = 0.02  # share of test images with another prediction

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from orchestrator.code_version import uncovered
 from orchestrator.failures import no_room
 from orchestrator.files import file_digest, file_stamp, write_whole
 from orchestrator.keys import digest
+from orchestrator.place import Place, read_resolved
 from orchestrator.presets import OUTSIDE
 from orchestrator.verification import read_cache
 
@@ -320,3 +322,14 @@ def images_folder(generator: str) -> Path:
 def text_digest(text: str) -> str:
     """12 hex digits of a text, such as a sweep file."""
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
+
+def resolver_of(place: Place) -> Resolver:
+    """The resolver of a sweep's inputs; where the place is `recorded`, by recorded digests."""
+    cache = place.store.root / "digests.json"
+    if place.recorded:
+        with suppress(FileNotFoundError):
+            inputs = read_resolved(place).get("inputs")
+            # Earlier versions of airsweep recorded none.
+            return RecordedResolver(inputs) if inputs else Resolver(cache, place.data_root, {})
+    return Resolver(cache, place.data_root)

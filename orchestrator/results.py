@@ -14,9 +14,9 @@ from air_core.normal import normalised
 from air_core.paradigms import seen_unseen
 from orchestrator.ledger import Ledger
 from orchestrator.plan import Plan, Slot
+from orchestrator.records import TrialRecord, read_trial
 from orchestrator.report import Entry, Results, rows
 from orchestrator.store import ArtifactStore
-from orchestrator.trial import TrialRecord, read_trial
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from air_core.seal import intact
 from orchestrator.backends import FolderBackend
+from orchestrator.errors import DamagedArtifact
 from orchestrator.files import write_beside
 from orchestrator.keys import ArtifactKey
-from orchestrator.verification import DamagedArtifact
 
 
 @dataclass(frozen=True)

@@ -9,17 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from air_core.specs import TrialSpec
 from orchestrator.budget import Purse
-from orchestrator.dispatch import Outcome
+from orchestrator.errors import INTERRUPTED, StoreFull
 from orchestrator.estimate import Pace, Work, stage_work, trial_work
 from orchestrator.failures import CLASSES, Failure
 from orchestrator.ledger import Ledger
-from orchestrator.place import INTERRUPTED, Place
+from orchestrator.outcome import Outcome, OutcomeTracker
+from orchestrator.place import Place
 from orchestrator.plan import Need, holds, name_of, needs_of
-from orchestrator.publish import Publisher
 from orchestrator.resolve import Resolver
 from orchestrator.screen import Screen
 from orchestrator.stall import Stall
-from orchestrator.store import StoreFull
 from orchestrator.sweep import SweepSpec
 
 if TYPE_CHECKING:
@@ -61,7 +60,7 @@ class Run:
     sweep: SweepSpec
     place: Place
     screen: Screen
-    publisher: Publisher
+    tracker: OutcomeTracker
     ledger: Ledger
     resolver: Resolver
     purse: Purse
@@ -178,7 +177,7 @@ class Run:
         if outcome.state == "done" and not outcome.known and outcome.record is not None:
             self.tally.add_work(trial_work(outcome.slot.spec), outcome.record.seconds)
             self.purse.trial_ended(outcome.slot.cell.id, outcome.record.seconds)
-        self.publisher.trial(outcome, told)
+        self.tracker.trial(outcome, told)
         self.screen.outcome(outcome)
 
 

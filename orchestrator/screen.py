@@ -9,11 +9,11 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from air_core.printable import printable
-from orchestrator.output import printable_lines, show
+from orchestrator.formatting import clock, printable_lines, show
 from orchestrator.plan import Need, Plan, name_of
 
 if TYPE_CHECKING:
-    from orchestrator.dispatch import Outcome
+    from orchestrator.outcome import Outcome
 
 # Seconds between two lines about one long thing, off a terminal; and as a share of its time so far,
 # so that an hour does not print 360 of them.
@@ -66,17 +66,6 @@ class Pace:
             return ""
         seconds = (now - self.started) / (done - self.first) * (total - done)
         return f", about {clock(seconds)} left"
-
-
-def clock(seconds: float) -> str:
-    """Minutes and seconds, hours where there are some.
-
-    >>> clock(67.4), clock(3725)
-    ('1:07', '1:02:05')
-    """
-    whole = round(seconds)
-    hours, minutes = whole // 3600, whole % 3600 // 60
-    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
 
 
 class Screen:

@@ -11,14 +11,14 @@ from typing import Any
 
 from air_core.flat import to_flat
 from orchestrator import presets
-from orchestrator.driver import does_not_fit
 from orchestrator.estimate import Estimate
 from orchestrator.failures import CLASSES
+from orchestrator.fit import does_not_fit
+from orchestrator.formatting import clock, counted, shown
 from orchestrator.place import Place
-from orchestrator.plan import Plan, changed_inputs, earlier_results, plan_sweep
-from orchestrator.report import counted, shown
+from orchestrator.plan import Plan, changed_inputs, earlier_results
+from orchestrator.requests import plan_of
 from orchestrator.results import Standing, results_of, standing
-from orchestrator.screen import clock
 from orchestrator.summary import facts_of, next_facts, summary, title_of
 from orchestrator.sweep import SweepSpec, notes_of
 
@@ -183,7 +183,7 @@ WIDEST, NARROWEST = 100, 60  # columns
 def summary_screen(sweep: SweepSpec, place: Place) -> str:
     """The table of a sweep and what its last run did."""
     place = replace(place, recorded=True)
-    plan = plan_sweep(sweep, place.store, place.resolver(), place.ledger())
+    plan = plan_of(sweep, place)
     facts = [*facts_of(plan, place), *next_facts(plan, place)]
     width = min(WIDEST, max(NARROWEST, shutil.get_terminal_size((WIDEST, 24)).columns))
     return summary(title_of(plan), results_of(plan, place.store), facts, width=width)

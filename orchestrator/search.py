@@ -37,6 +37,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState, create_trial
 
 from air_core.flat import trial_keys
+from orchestrator.errors import StudiesAway
 from orchestrator.ledger import Ledger
 from orchestrator.plan import Plan
 from orchestrator.space import (
@@ -47,7 +48,7 @@ from orchestrator.space import (
     point_count,
     study_name,
 )
-from orchestrator.studies import Searches, StudiesAway, searches
+from orchestrator.studies import Searches, searches
 from orchestrator.sweep import JOURNAL, Cell, Dimension, Search
 
 TRIES = 8  # at a point that was not asked before: one that was has nothing new to tell

@@ -20,9 +20,9 @@ from typing import Any
 
 import psutil
 
+from orchestrator.errors import Refused
 from orchestrator.failures import first_line
 from orchestrator.fit import Machine, asked_of
-from orchestrator.place import Refused
 from orchestrator.store import DEVICES
 from orchestrator.sweep import Resources, Want
 from orchestrator.variables import environment, of_ray_job

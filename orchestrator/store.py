@@ -30,13 +30,14 @@ from typing import Any
 
 from air_core.seal import sealed_json
 from orchestrator import code_version
-from orchestrator.backends import RECORD, FolderBackend, StoreRefused, open_backend
+from orchestrator.backends import RECORD, FolderBackend, open_backend
+from orchestrator.errors import DamagedArtifact, MissingArtifact, StoreRefused
 from orchestrator.files import barred, file_digest, make_folders, sync, write_whole
 from orchestrator.keys import RECIPES, ArtifactKey, Stage, artifact_key
 from orchestrator.locks import Locks
 from orchestrator.remote import folder_of, is_bucket
 from orchestrator.rows import Row
-from orchestrator.verification import DamagedArtifact, read_record, verify_files
+from orchestrator.verification import read_record, verify_files
 
 ROW = "row.json"  # of a row, as record.json is of an artifact
 UNFINISHED = "unfinished"  # folder: what long work has so far, `<12 digits of its key>`
@@ -45,14 +46,6 @@ DAMAGED = ".damaged-"  # how names of damaged artifacts and shards begin that we
 WRITTEN = ("*", "artifacts/*", "artifacts/*/*", "sweeps/*", "mlartifacts/*/*")  # folders, by a run
 DEVICES = "AIRSWEEP_DEVICES"  # what the cluster has given to this process, as JSON
 LIBRARIES = ("torch", "open_clip_torch", "diffusers", "peft", "transformers", "numpy")
-
-
-class MissingArtifact(LookupError):
-    """Something that should have been prepared is not there."""
-
-
-class StoreFull(RuntimeError):
-    """The disk of the store has no room left. What is there is whole; run again goes on."""
 
 
 @dataclass(frozen=True)

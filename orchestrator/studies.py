@@ -26,10 +26,6 @@ from orchestrator.store import ArtifactStore
 from orchestrator.sweep import Cell, Search, SweepSpec
 
 
-class StudiesAway(RuntimeError):
-    """The database of a search does not answer. Before anything was started: exit code 3."""
-
-
 @dataclass(frozen=True)
 class Carried:
     """A point of an earlier study that is one of the new study too."""

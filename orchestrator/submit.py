@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from orchestrator.asked import Asked
+from orchestrator.errors import FAILED, REFUSED, TERMINATED, Refused
 from orchestrator.job_package import Destination
-from orchestrator.place import FAILED, REFUSED, TERMINATED, Refused
+from orchestrator.requests import Asked
 from orchestrator.store import smoke_store
 from orchestrator.variables import environment
 

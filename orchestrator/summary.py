@@ -16,8 +16,8 @@ from typing import Any
 from air_core.normal import normalised
 from air_core.specs import SyntheticFeaturesSpec
 from orchestrator.dataset_text import about
+from orchestrator.formatting import clock, near
 from orchestrator.layouts import screen_lines
-from orchestrator.output import near
 from orchestrator.place import Place, read_outcome, read_resolved
 from orchestrator.plan import Plan
 from orchestrator.remote import folder_of, is_bucket
@@ -31,7 +31,6 @@ from orchestrator.report import (
     protocol_notes,
 )
 from orchestrator.results import standing
-from orchestrator.screen import clock
 from orchestrator.store import smoke_store
 from orchestrator.studies import searches
 from orchestrator.sweep import option_words

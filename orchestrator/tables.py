@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.formatting import percent, shown
 from orchestrator.layouts import Layout, csv_text, rendered, without_empty
 from orchestrator.marked_yaml import choices, meant
 from orchestrator.report import (
@@ -28,9 +29,7 @@ from orchestrator.report import (
     collapse_notes,
     mark_notes,
     mean_std,
-    percent,
     protocol_notes,
-    shown,
     signed_interval,
     splits_and_seeds,
     world_text,

@@ -13,13 +13,16 @@ from typing import Any
 
 from air_core.datasets import get_dataset
 from air_core.flat import from_flat, trial_keys
+from air_core.normal import normalised
 from air_core.specs import CodeVersions, Ref, TrialSpec
 from orchestrator.backends import RECORD
-from orchestrator.children import REFS, SPEC
+from orchestrator.bundles import Chosen
+from orchestrator.children import SPEC
+from orchestrator.inputs import REFS
 from orchestrator.keys import artifact_key
-from orchestrator.place import recorded_places
+from orchestrator.place import Place, recorded_places
+from orchestrator.records import MADE, read_trial
 from orchestrator.store import ArtifactStore
-from orchestrator.trial import MADE
 from orchestrator.verification import read_record
 
 NO_REF = Ref(name="", digest="")
@@ -165,3 +168,51 @@ def _key_of_slot(slot: str, store: ArtifactStore) -> str | None:
             if event.get("slot") == slot and event["event"] in ("trial_done", "trial_reused"):
                 found = str(event["key"])
     return found
+
+
+ALLOWED = "best, a trial key or 6 digits of it, a slot CELL/POINT/SEEDS, or a run id of MLflow"
+
+
+def named_trial(name: str, store: ArtifactStore, place: Place | None, uri: str | None) -> Chosen:
+    """A trial by its key or the beginning of it, its slot, or its run id in MLflow.
+
+    Args:
+        place: the sweep that it should be of; None: any.
+
+    Raises:
+        ValueError: there is none, several, or it is of another sweep.
+        TrackerAway: it can only be an MLflow run, and MLflow does not answer.
+    """
+    slots = {} if place is None else _done_slots(place)
+    try:
+        found = remembered(slots.get(name, name), store, uri)
+    except ValueError as problem:
+        raise ValueError(f"{problem}; allowed: {ALLOWED}") from None
+    if not found.same_key():
+        raise ValueError(
+            f"{found.label}: this version computes these settings in another way, so its prompt "
+            f"may mean something else here; use the code of commit {found.made.get('commit')}"
+        )
+    spec = normalised(found.spec())
+    if not store.has(spec):
+        raise ValueError(
+            f"{found.label} is tracked, but its record is not in {store.name}; give the --store "
+            "that has it, or run its sweep again"
+        )
+    record = read_trial(spec, store)
+    if place is None:
+        return Chosen(spec, record, None, None)
+    of = [slot for slot, key in slots.items() if key == record.key]
+    if not of:
+        raise ValueError(
+            f"{found.label} is no done trial of the sweep {place.project}/{place.name}; "
+            "leave --sweep out, or give the one that it is of"
+        )
+    slot = name if name in of else of[0]
+    return Chosen(spec, record, f"{place.project}/{place.name}", slot)
+
+
+def _done_slots(place: Place) -> dict[str, str]:
+    """The key that each slot of a sweep had last."""
+    done = ("trial_done", "trial_reused")
+    return {e["slot"]: e["key"] for e in place.ledger().events() if e["event"] in done}

@@ -20,7 +20,8 @@ from ray.tune.search import Searcher
 from air_core.backbone.loading import import_open_clip_alone
 from air_core.specs import TrialSpec
 from orchestrator.dispatch import Dispatcher
-from orchestrator.failures import Failure, OutOfTime, classify, of_death
+from orchestrator.errors import OutOfTime
+from orchestrator.failures import Failure, classify, of_death
 from orchestrator.keys import artifact_key
 from orchestrator.progress import Note
 from orchestrator.replicas import run_trials

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +17,6 @@ from typing import Any
 from orchestrator.backends import LOCKS, RECORD
 from orchestrator.inventory import UNKNOWN, Inventory
 from orchestrator.locks import STORE_LOCK
-from orchestrator.recorded import Needs, merged
 
 NOT_REMOVED = "could not be removed: it is a link, or in a folder of somebody else"
 LEFT_FOR = 24 * 3600.0  # seconds: what is younger may have a maker on another machine
@@ -153,3 +152,34 @@ def _removed(one: Removal) -> bool:
     except OSError:
         return False
     return True
+
+
+Shards = frozenset[tuple[int, int]]  # (class, block) of a row; of an artifact none
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What one recorded sweep needs: shards by the 12 hex digits that the store finds by."""
+
+    sweep: str  # PROJECT/NAME
+    artifacts: Mapping[str, Shards]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What all recorded sweeps need, and of which that cannot be told."""
+
+    asked: tuple[Asked, ...]
+    unread: Mapping[str, str]  # why, by sweep
+
+    def by(self, digest: str) -> tuple[str, ...]:
+        """The sweeps that need an artifact or a row."""
+        return tuple(one.sweep for one in self.asked if digest in one.artifacts)
+
+
+def merged(parts: Iterable[tuple[str, Shards]]) -> dict[str, Shards]:
+    """Shards of each row together."""
+    found: dict[str, Shards] = {}
+    for digest, shards in parts:
+        found[digest] = found.get(digest, frozenset()) | shards
+    return found

@@ -14,7 +14,8 @@ from typing import Any
 
 from pandas import DataFrame
 
-from orchestrator.inventory import UNKNOWN, Inventory, size, take_inventory
+from orchestrator.formatting import size
+from orchestrator.inventory import UNKNOWN, Inventory, take_inventory
 from orchestrator.place import recorded_places
 from orchestrator.store import ArtifactStore
 

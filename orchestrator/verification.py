@@ -15,30 +15,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from air_core.seal import intact
+from orchestrator.errors import DamagedArtifact
 from orchestrator.files import Stamp, file_digest, file_stamp
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 _verified: dict[tuple[Path, str], Stamp] = {}  # by file and digest
-
-
-class DamagedArtifact(ValueError):
-    """A stored file is not what was written.
-
-    Args:
-        path: the artifact's folder or the shard, which has to be made again.
-        why: which file is damaged, and how.
-        name: what it is called, where it lies in a bucket.
-    """
-
-    def __init__(self, path: Path, why: str, name: str = "") -> None:
-        super().__init__(path, why, name)  # all arguments, so that it can be pickled
-        self.path, self.why, self.name = path, why, name or str(path)
-
-    def __str__(self) -> str:
-        return (
-            f"{self.name} is damaged: {self.why}; run the sweep again to make it anew, or remove it"
-        )
 
 
 def read_record(file: Path) -> dict[str, Any]:

@@ -13,11 +13,11 @@ import pytest
 from safetensors.numpy import save_file
 
 from air_core.normal import normalised
-from orchestrator.place import place_of
-from orchestrator.plan import Slot, plan_sweep
+from orchestrator.plan import Slot
+from orchestrator.records import PREDICTIONS
+from orchestrator.requests import place_of, plan_of
 from orchestrator.store import ArtifactStore
 from orchestrator.sweep_file import load_sweep
-from orchestrator.trial import PREDICTIONS
 from tests.sweeps import write_sweep
 
 TESTED = 400  # images of a run
@@ -45,7 +45,7 @@ def recorded(
     ledger.lock()
     place.write("spec.yaml", sweep.text)
     place.write("resolved.json", json.dumps({"sets": [], "only": [], "source": sweep.source}))
-    plan = plan_sweep(sweep, place.store, place.resolver(), ledger)
+    plan = plan_of(sweep, place)
     ledger.append("sweep_started", total=plan.total, spec="", to_run=plan.to_run, asks=plan.asks)
     for index, slot in enumerate(plan.slots):
         if done(index):

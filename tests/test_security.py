@@ -21,9 +21,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from air_core.diffusion.pipeline import load_pipeline
+from orchestrator.errors import Refused
+from orchestrator.formatting import show
 from orchestrator.marked_yaml import SpecError
-from orchestrator.output import show
-from orchestrator.place import Place, Refused
+from orchestrator.place import Place
 from orchestrator.redact import HIDDEN, redacted
 from orchestrator.store import ArtifactStore
 from orchestrator.sweep_file import load_sweep
@@ -247,7 +248,7 @@ def test_a_model_that_brings_code_is_not_run(part, tmp_path):
 
 PRINTS = {"print", "sys.stdout.write", "sys.stderr.write"}
 MAY_PRINT = {
-    "orchestrator/output.py",  # which escapes control characters
+    "orchestrator/formatting.py",  # which escapes control characters
     "orchestrator/commands/submit.py",  # the log of a job, which airsweep has written over there
 }
 

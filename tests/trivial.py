@@ -43,8 +43,9 @@ from orchestrator.checkpoints import (
 from orchestrator.failures import Failure
 from orchestrator.keys import artifact_key
 from orchestrator.plan import needs_of
+from orchestrator.records import PREDICTIONS
 from orchestrator.store import ArtifactStore
-from orchestrator.trial import PREDICTIONS, WHOLE, Legs, is_over
+from orchestrator.trial import WHOLE, Legs, is_over
 
 TESTED = 40  # images
 SLOTS = 3  # trials at a time

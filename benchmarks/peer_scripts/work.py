@@ -13,18 +13,20 @@ from pathlib import Path
 
 from joblib import Parallel, delayed
 
+from orchestrator.resolve import resolver_of
+
 WORKERS = 2
 
 
 @cache
 def trials(spec: str, sets: tuple[str, ...]) -> dict[str, object]:
     """The trials of the grid by name, `air/1`."""
-    from orchestrator.place import place_of
+    from orchestrator.requests import place_of
     from orchestrator.sweep import cells_of
     from orchestrator.sweep_file import load_sweep
 
     sweep = load_sweep(Path(spec), sets=list(sets))
-    resolver = place_of(sweep, Path(os.environ["PEER_FOLDER"]) / "inputs", None).resolver()
+    resolver = resolver_of(place_of(sweep, Path(os.environ["PEER_FOLDER"]) / "inputs", None))
     return {
         f"{cell.method}/{seeds['seed']}": resolver.trial({**cell.flat, **seeds})
         for cell in cells_of(sweep)

@@ -24,7 +24,7 @@ from orchestrator.commands.common import (
     recorded_sweep,
     watched,
 )
-from orchestrator.output import csv_cell, show
+from orchestrator.formatting import csv_cell, show
 
 if TYPE_CHECKING:
     from air_core.bundle.classifier import Classified
@@ -70,11 +70,12 @@ def export(
 
     airsweep export 3f2a9c1d -o bundle
     """
-    from orchestrator.bundles import BEST, Differs, best_trial, named_trial
+    from orchestrator.bundles import BEST, Differs, best_trial
     from orchestrator.bundles import export as written
-    from orchestrator.place import GATE
+    from orchestrator.errors import GATE
     from orchestrator.resolve import Resolver
     from orchestrator.store import open_store
+    from orchestrator.tracked import named_trial
 
     if trial == BEST:
         if sweep is None:
@@ -214,7 +215,7 @@ def verify(
     import tempfile
 
     from orchestrator.bundles import verify as verified
-    from orchestrator.place import DONE, GATE
+    from orchestrator.errors import DONE, GATE
     from orchestrator.resolve import Resolver
 
     with tempfile.TemporaryDirectory(prefix="airsweep-") as cache:

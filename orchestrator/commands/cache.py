@@ -17,7 +17,7 @@ from orchestrator.commands.common import (
     place_named,
     watched,
 )
-from orchestrator.output import show
+from orchestrator.formatting import show
 
 app = typer.Typer(no_args_is_help=True, help="Look after a store of artifacts.")
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from orchestrator.commands.common import OnlyOption, SetOption, SmokeOption, SpecArgument, load
-from orchestrator.output import show
+from orchestrator.formatting import show
 
 app = typer.Typer(no_args_is_help=True, help="Files for a cluster.")
 render_app = typer.Typer(no_args_is_help=True, help="Print a cluster file, filled in for a sweep.")

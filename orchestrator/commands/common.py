@@ -14,13 +14,13 @@ from orchestrator.door import STORE as STORE  # typer reads defaults at import
 from orchestrator.door import place_for as place_for
 from orchestrator.door import place_named as place_named
 from orchestrator.door import recorded_sweep as recorded_sweep
-from orchestrator.output import show
+from orchestrator.formatting import show
 
 if TYPE_CHECKING:
-    from orchestrator.asked import Asked
     from orchestrator.place import Place
     from orchestrator.plan import Plan
     from orchestrator.report import Results
+    from orchestrator.requests import Asked
     from orchestrator.sweep import SweepSpec
 
 T = TypeVar("T")
@@ -66,7 +66,7 @@ TrackingOption = Annotated[
 
 def load(spec: str, sets: list[str] | None, only: list[str] | None, smoke: bool = False) -> Asked:
     """A sweep from its file, and how it was asked for."""
-    from orchestrator.asked import asked
+    from orchestrator.requests import asked
 
     return asked(spec, sets or (), only or (), smoke)
 
@@ -88,7 +88,7 @@ def results_of(name: str, store: str, data_root: Path | None) -> Outcome:
         ValueError: there is no such sweep.
     """
     from orchestrator import results
-    from orchestrator.asked import plan_of
+    from orchestrator.requests import plan_of
 
     sweep, place = recorded_sweep(name, store, data_root)
     plan = plan_of(sweep, place)
@@ -126,12 +126,17 @@ def refuse_removed(words: list[str]) -> None:
 
 def code_of(problem: Exception) -> int:
     """2 for what a user can get wrong, 3 for what was refused before it started, else 1."""
-    from orchestrator.backends import StoreRefused
-    from orchestrator.ledger import SweepBusy
-    from orchestrator.place import BAD_INPUT, FAILED, REFUSED, Refused
-    from orchestrator.remote import RemoteAway
-    from orchestrator.studies import StudiesAway
-    from orchestrator.tracking import TrackerAway
+    from orchestrator.errors import (
+        BAD_INPUT,
+        FAILED,
+        REFUSED,
+        Refused,
+        RemoteAway,
+        StoreRefused,
+        StudiesAway,
+        SweepBusy,
+        TrackerAway,
+    )
 
     refused = Refused | SweepBusy | StoreRefused | TrackerAway | RemoteAway | StudiesAway
     if isinstance(problem, refused):

@@ -20,7 +20,7 @@ from orchestrator.commands.common import (
     no_trial,
     results_of,
 )
-from orchestrator.output import show
+from orchestrator.formatting import show
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -62,7 +62,7 @@ def compare(
 
     airsweep compare quickstart --against old/quickstart --fail-on regress
     """
-    from orchestrator.place import DONE, GATE
+    from orchestrator.errors import DONE, GATE
     from orchestrator.published import beside_paper, beside_sweep, find_paper
 
     if (paper is None) == (against is None):

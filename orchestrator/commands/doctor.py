@@ -19,7 +19,7 @@ from orchestrator.commands.common import (
     TrackingOption,
     load,
 )
-from orchestrator.output import show
+from orchestrator.formatting import show
 
 app = typer.Typer()
 
@@ -58,7 +58,7 @@ def doctor(
     airsweep doctor quickstart --cluster --address http://head:8265 --store /shared/runs
     """
     from orchestrator import doctor
-    from orchestrator.place import REFUSED
+    from orchestrator.errors import REFUSED
     from orchestrator.variables import environment
 
     at = address or os.environ.get("RAY_ADDRESS")

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from orchestrator.commands.common import JsonOption, fail, watched
-from orchestrator.output import show
+from orchestrator.formatting import show
 
 data_app = typer.Typer(no_args_is_help=True, help="Check datasets.")
 models_app = typer.Typer(

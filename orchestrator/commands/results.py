@@ -22,7 +22,7 @@ from orchestrator.commands.common import (
     recorded_sweep,
     results_of,
 )
-from orchestrator.output import show
+from orchestrator.formatting import show
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -24,7 +24,7 @@ from orchestrator.commands.common import (
     TrackingOption,
     load,
 )
-from orchestrator.output import aligned, show
+from orchestrator.formatting import aligned, show
 
 if TYPE_CHECKING:
     from orchestrator.submit import Cluster, Job
@@ -160,7 +160,7 @@ def _say(text: str) -> None:
 
 def _followed(cluster: Cluster, job: Job) -> int:
     """The exit code of a job, or of having left it alone."""
-    from orchestrator.place import FAILED, INTERRUPTED
+    from orchestrator.errors import FAILED, INTERRUPTED
     from orchestrator.submit import ClusterLost, ending
 
     def write(text: str) -> None:

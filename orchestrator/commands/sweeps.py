@@ -26,7 +26,7 @@ from orchestrator.commands.common import (
     place_for,
     recorded_sweep,
 )
-from orchestrator.output import show
+from orchestrator.formatting import show
 
 if TYPE_CHECKING:
     from orchestrator.place import Place
@@ -76,7 +76,7 @@ def validate(spec: SpecArgument, sets: SetOption = None, only: OnlyOption = None
     airsweep validate quickstart --set iterations=5
     """
     from orchestrator import door
-    from orchestrator.report import counted
+    from orchestrator.formatting import counted
     from orchestrator.sweep import cells_of
 
     asked = load(spec, sets, only)
@@ -192,7 +192,7 @@ def _execute(
     # Ray's daemons print to file descriptor 1 whatever they are told; stdout is for data.
     stdout = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    outcome = door.execute(sweep, place, origin, quiet, prepare_only, **how)
+    outcome = door.execute(sweep, place, origin, quiet, prepare_only=prepare_only, **how)
     if not quiet and not prepare_only:
         show(outcome, file=stdout)
     stdout.flush()

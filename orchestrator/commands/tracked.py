@@ -19,7 +19,7 @@ from orchestrator.commands.common import (
     fail,
     recorded_sweep,
 )
-from orchestrator.output import show
+from orchestrator.formatting import show
 
 app = typer.Typer()
 
@@ -74,7 +74,7 @@ def repro(
 
     airsweep repro 3f2a9c1d --tracking-uri http://mlflow:5000 --json
     """
-    from orchestrator.place import DONE, GATE
+    from orchestrator.errors import DONE, GATE
     from orchestrator.repro import repro as again
     from orchestrator.resolve import Resolver
     from orchestrator.store import open_store

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from orchestrator.commands.common import STORE, JsonOption, StoreOption
-from orchestrator.output import show
+from orchestrator.formatting import show
 
 app = typer.Typer()
 

@@ -50,15 +50,9 @@ from mlflow.utils.mlflow_tags import (
 )
 
 from orchestrator.files import lock_mode
-from orchestrator.tracking import (
-    ARTIFACTS,
-    DATABASE,
-    ChildRun,
-    Counts,
-    Status,
-    SweepRun,
-    without_credentials,
-)
+from orchestrator.redact import without_credentials
+from orchestrator.tracking import ChildRun, Counts, Status, SweepRun
+from orchestrator.tracking_uri import ARTIFACTS, DATABASE
 from orchestrator.variables import environment
 
 log = logging.getLogger(__name__)

@@ -41,14 +41,10 @@ from mlflow.store.artifact.artifact_repo import ArtifactRepository
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.utils.credentials import read_mlflow_creds
 
-from orchestrator.tracking import (
-    ARTIFACTS,
-    ChildRun,
-    Numbers,
-    TrackerAway,
-    resolved,
-    without_credentials,
-)
+from orchestrator.errors import TrackerAway
+from orchestrator.redact import without_credentials
+from orchestrator.tracking import ChildRun, Numbers
+from orchestrator.tracking_uri import ARTIFACTS, resolved
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)  # Ray may have imported it before us
 

@@ -20,14 +20,14 @@ from air_core.paradigms import make_split
 from air_core.specs import GenerationSettings, SplitSettings
 from air_core.weights import tiny_folder
 from orchestrator import presets
-from orchestrator.audit_card import Audited, card_json, card_of
+from orchestrator.audit_card import Audited, audited_by, card_json, card_of, known_card
 from orchestrator.auditor import made
-from orchestrator.audits import audit_cards, audited_by, known_card
+from orchestrator.audits import audit_cards
 from orchestrator.image_rows import build_image_block
 from orchestrator.pictures import SHEET_BYTES
 from orchestrator.place import Place
 from orchestrator.recorded import read_sweep
-from orchestrator.resolve import images_folder
+from orchestrator.resolve import images_folder, resolver_of
 from orchestrator.stages import build_features
 from orchestrator.store import ArtifactStore
 from orchestrator.trial import run_trial
@@ -257,7 +257,7 @@ def test_what_the_card_says_of_a_filter_is_what_a_trial_does(world, faulty, plan
     from orchestrator.plan import possible_trials
     from orchestrator.sweep import cells_of
 
-    _, trial = possible_trials(cells_of(sweep), [{"seed": 1}], place.resolver())
+    _, trial = possible_trials(cells_of(sweep), [{"seed": 1}], resolver_of(place))
     filters = {
         "fidelity.min_margin: 0": {"min_margin": 0.0},
         "fidelity.duplicates: drop": {"duplicates": "drop"},

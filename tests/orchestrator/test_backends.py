@@ -14,14 +14,15 @@ from typing import Any
 import pytest
 
 from air_core.specs import FeaturesSpec, FolderImages, Ref
-from orchestrator.backends import RECORD, StoreRefused
+from orchestrator.backends import RECORD
+from orchestrator.errors import MissingArtifact, StoreRefused, SweepBusy
 from orchestrator.integrity import verify
 from orchestrator.inventory import take_inventory
 from orchestrator.keys import artifact_key
 from orchestrator.leases import LOCK_SECONDS
-from orchestrator.ledger import Ledger, SweepBusy
+from orchestrator.ledger import Ledger
 from orchestrator.place import place_named, recorded_names
-from orchestrator.store import ArtifactStore, MissingArtifact, open_store
+from orchestrator.store import ArtifactStore, open_store
 
 SPEC = FeaturesSpec(dataset=Ref(name="digits", digest="d"), backbone=Ref(name="tiny", digest="b"))
 ROW = FolderImages(model=Ref(name="folder:x", digest="f"), classnames=("a",), size=8, block=2)

@@ -24,13 +24,14 @@ from air_core.specs import FeaturesSpec
 from air_core.weights import tiny_folder
 from orchestrator.ledger import Ledger
 from orchestrator.place import Place
-from orchestrator.plan import plan_sweep
+from orchestrator.records import read_trial
 from orchestrator.report import rows
+from orchestrator.requests import plan_of
 from orchestrator.results import entries_of
 from orchestrator.stages import PARTS, read_target
 from orchestrator.store import ArtifactStore
 from orchestrator.sweep_file import load_sweep
-from orchestrator.trial import data_of, read_trial, run_trial
+from orchestrator.trial import data_of, run_trial
 from orchestrator.workshop import Workshop
 from tests.sweeps import environment, record_again
 
@@ -59,7 +60,7 @@ def place(tmp_path_factory, tiny_clip, sweep) -> Place:
     place = Place(store, "default", "small", None)
     ledger = place.ledger()
     ledger.lock()
-    slots = plan_sweep(sweep, store, place.resolver(), ledger).slots
+    slots = plan_of(sweep, place).slots
     for level in ("features", "tokens"):
         encode(replace(slots[0].spec.features, level=level), store)
     ledger.append("sweep_started", spec="s", total=len(slots), to_run=len(slots), pid=1)
@@ -91,7 +92,7 @@ def encode(spec: FeaturesSpec, store: ArtifactStore) -> None:
 
 
 def slots_of(place: Place, sweep: Any, method: str, paradigm: str = "ul") -> list[Any]:
-    slots = plan_sweep(sweep, place.store, place.resolver(), place.ledger()).slots
+    slots = plan_of(sweep, place).slots
     return [s for s in slots if (s.cell.method, s.spec.paradigm) == (method, paradigm)]
 
 
@@ -301,7 +302,7 @@ def test_a_prompt_that_predicts_something_else_is_not_written(place, sweep, comm
 def test_best_is_the_tables_best_row_and_a_run_that_no_label_chose(
     place, sweep, command, export, tmp_path
 ):
-    plan = plan_sweep(sweep, place.store, place.resolver(), place.ledger())
+    plan = plan_of(sweep, place)
     only = ("--only", "method=zero_shot,fpl,cpl", "--only", "paradigm=ul")
     found = [
         row

@@ -20,15 +20,17 @@ from air_core.normal import normalised
 from air_core.seal import BLANK, sealed, sealed_json
 from air_core.specs import SyntheticFeaturesSpec
 from orchestrator.__main__ import main
-from orchestrator.backends import StoreRefused
+from orchestrator.errors import StoreRefused
 from orchestrator.estimate import Pace, remember
 from orchestrator.integrity import verify
 from orchestrator.inventory import take_inventory
 from orchestrator.place import Place
 from orchestrator.plan import plan_sweep
+from orchestrator.records import PREDICTIONS
+from orchestrator.requests import plan_of
+from orchestrator.resolve import resolver_of
 from orchestrator.store import ArtifactStore
 from orchestrator.sweep_file import load_sweep
-from orchestrator.trial import PREDICTIONS
 from tests.sweeps import environment
 
 AIR = """
@@ -70,7 +72,7 @@ class World:
         """A sweep that is done; `more` images a class lie there beside those that it needs."""
         place = self.record(name, body, **origin)
         os.environ["AIRSWEEP_USER"] = user
-        resolver, ledger = place.resolver(), place.ledger()
+        resolver, ledger = resolver_of(place), place.ledger()
         sweep = load_sweep(place.folder / "spec.yaml", only=origin.get("only", []))
         plan = plan_sweep(sweep, self.store, resolver, ledger)
         for need in plan.needs:
@@ -193,7 +195,7 @@ def test_gc_removes_nothing_without_yes_and_nothing_that_a_sweep_needs_with_it(w
     assert "removed" in out.splitlines()[-1]
     assert world.held() == kept
     sweep = load_sweep(one.folder / "spec.yaml")
-    plan = plan_sweep(sweep, world.store, one.resolver(), one.ledger())
+    plan = plan_of(sweep, one)
     assert plan.to_run == 0
     assert all(need.have(world.store) == need.total() for need in plan.needs)
     assert gone(cache) == {}
@@ -205,9 +207,7 @@ def test_gc_takes_images_beyond_what_any_sweep_needs(world, cache):
     beyond = [len(of["files"]) for of in listed.values()]
     assert beyond == [20, 20]  # 2 of 4 blocks of 10 classes; images, and their features
     cache("gc", "--yes")
-    plan = plan_sweep(
-        load_sweep(one.folder / "spec.yaml"), world.store, one.resolver(), one.ledger()
-    )
+    plan = plan_of(load_sweep(one.folder / "spec.yaml"), one)
     assert all(need.have(world.store) == need.total() for need in plan.needs)
     row = max((n for n in plan.needs if n.stage == "images"), key=lambda n: n.images_per_class)
     assert len(world.store.row(row.spec.images).present(".parquet")) == row.total()
@@ -406,9 +406,7 @@ def test_unfinished_work_is_listed_and_goes_when_nothing_needs_it(world, cache):
     world.finish("one", AIR.format(count=8, rank=4))
     lora = next(world.store.artifacts.glob("lora/v1/*"))
     waiting = world.record("two", AIR.format(count=8, rank=8))
-    plan = plan_sweep(
-        load_sweep(waiting.folder / "spec.yaml"), world.store, waiting.resolver(), waiting.ledger()
-    )
+    plan = plan_of(load_sweep(waiting.folder / "spec.yaml"), waiting)
     waiting.ledger().unlock()
     (wanted,) = [n.spec for n in plan.needs if n.stage == "lora" and not n.have(world.store)]
     kept = world.store.unfinished(wanted)

@@ -15,11 +15,13 @@ from safetensors.numpy import save_file
 
 from air_core import method
 from air_core.datasets import get_dataset
-from orchestrator.dispatch import Dispatcher, Job, Outcome
+from orchestrator.dispatch import Dispatcher, Job
 from orchestrator.failures import Failure
 from orchestrator.image_rows import build_image_block, open_generator
 from orchestrator.ledger import Ledger
+from orchestrator.outcome import Outcome
 from orchestrator.plan import finished_slots, plan_sweep
+from orchestrator.records import read_trial
 from orchestrator.replicas import run_trials
 from orchestrator.resolve import Resolver
 from orchestrator.results import entries_of
@@ -28,7 +30,7 @@ from orchestrator.stages import PARTS
 from orchestrator.store import ArtifactStore
 from orchestrator.studies import searches
 from orchestrator.sweep import Dimension, Pruning, Search, Seeds, SweepSpec, cells_of
-from orchestrator.trial import read_trial, run_trial
+from orchestrator.trial import run_trial
 from orchestrator.workshop import Workshop
 
 IMAGES = 240  # of the digits: enough for every class, and quick

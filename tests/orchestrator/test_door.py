@@ -20,7 +20,7 @@ import typer
 from orchestrator import door
 from orchestrator.__main__ import app
 from orchestrator.commands.common import REMOVED
-from orchestrator.place import Refused
+from orchestrator.errors import Refused
 from tests.sweeps import TIMEOUT, airsweep, environment, table, wait_until, write_sweep
 
 ROOT = Path(__file__).parents[2]

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 
 from air_core.specs import SyntheticFeaturesSpec
 from orchestrator.allocation import Allocation, Context
+from orchestrator.errors import MissingArtifact
 from orchestrator.generation import Generate, draw
 from orchestrator.image_rows import build_image_block, open_generator, read_synthetic
 from orchestrator.keys import artifact_key
@@ -25,7 +26,7 @@ from orchestrator.plan import Need, needs_of
 from orchestrator.prepare import prepare
 from orchestrator.progress import Note, Progress
 from orchestrator.session import machines
-from orchestrator.store import ArtifactStore, MissingArtifact
+from orchestrator.store import ArtifactStore
 from orchestrator.sweep import GeneratorResources, Resources
 from orchestrator.workshop import Workshop
 from tests.sweeps import wait_until

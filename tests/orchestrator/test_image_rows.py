@@ -14,6 +14,7 @@ from PIL import Image
 from air_core.diffusion import load_generator
 from air_core.seal import intact
 from air_core.specs import FolderImages, Ref, SyntheticFeaturesSpec
+from orchestrator.errors import DamagedArtifact
 from orchestrator.image_rows import DEATHS, build_image_block, read_synthetic
 from orchestrator.pictures import (
     GAP_PX,
@@ -26,7 +27,6 @@ from orchestrator.pictures import (
 from orchestrator.resolve import images_folder
 from orchestrator.stages import build_features
 from orchestrator.store import ArtifactStore
-from orchestrator.verification import DamagedArtifact
 from orchestrator.workshop import Workshop
 from tests.air_core.dataset_trees import EPS, draw
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from orchestrator import job_package
-from orchestrator.asked import asked
-from orchestrator.place import Refused
+from orchestrator.errors import Refused
+from orchestrator.requests import asked
 from tests.sweeps import airsweep, environment, write_sweep
 
 ROOT = Path(__file__).parents[2]
@@ -19,7 +19,7 @@ SHARED = "/shared/runs"
 PACK = """
 import sys
 from pathlib import Path
-from orchestrator.asked import asked
+from orchestrator.requests import asked
 from orchestrator.job_package import is_checkout, pack
 pack(asked(sys.argv[1]), Path(sys.argv[2]), is_checkout())
 """

@@ -18,13 +18,13 @@ import pytest
 
 from air_core.seal import sealed_json
 from air_core.specs import FeaturesSpec, Ref
-from orchestrator.backends import StoreRefused, stored_name
+from orchestrator.backends import stored_name
+from orchestrator.errors import MissingArtifact, Refused, RemoteAway, StoreRefused, SweepBusy
 from orchestrator.keys import artifact_key
 from orchestrator.leases import LOCK_SECONDS, Lease
-from orchestrator.ledger import SweepBusy
-from orchestrator.place import Refused, place_of
-from orchestrator.remote import Remote, RemoteAway, parse, side_by_side
-from orchestrator.store import ArtifactStore, MissingArtifact, open_store
+from orchestrator.remote import Remote, parse, side_by_side
+from orchestrator.requests import place_of
+from orchestrator.store import ArtifactStore, open_store
 from orchestrator.sweep_file import load_sweep
 from tests.orchestrator.test_backends import ROW, SPEC, ledger_of, numbers, said
 from tests.servers import counting_requests, losing_answers

@@ -18,6 +18,7 @@ from air_core.datasets import get_dataset
 from air_core.specs import FeaturesSpec
 from orchestrator.ledger import Ledger
 from orchestrator.plan import Plan, plan_sweep
+from orchestrator.records import TrialRecord, read_trial
 from orchestrator.results import (
     CURVES,
     Standing,
@@ -34,7 +35,7 @@ from orchestrator.stages import PARTS
 from orchestrator.store import ArtifactStore
 from orchestrator.sweep import Dimension, Search, Seeds, SweepSpec, cells_of
 from orchestrator.tables import rows_frame
-from orchestrator.trial import TrialRecord, read_trial, run_trial
+from orchestrator.trial import run_trial
 
 IMAGES = 200  # of the digits
 QUICK = {"train.steps": 2, "prompt.length": 2, "iterations": 2}

@@ -16,10 +16,12 @@ from air_core import method
 from air_core.normal import normalised
 from air_core.specs import TrialSpec
 from orchestrator.checkpoints import START, read_checkpoint, rungs_of
+from orchestrator.errors import MissingArtifact
+from orchestrator.records import TrialRecord
 from orchestrator.replicas import run_trials, side_by_side
 from orchestrator.stages import build_features
-from orchestrator.store import ArtifactStore, MissingArtifact
-from orchestrator.trial import Legs, TrialRecord, run_trial
+from orchestrator.store import ArtifactStore
+from orchestrator.trial import Legs, run_trial
 from orchestrator.workshop import Workshop
 
 QUICK = {"train__steps": 4, "prompt__length": 2}

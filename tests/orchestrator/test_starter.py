@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from orchestrator.asked import asked, plan_of
 from orchestrator.place import Place
+from orchestrator.requests import asked, plan_of
 from orchestrator.starter import write_starter
 from orchestrator.store import ArtifactStore
 from orchestrator.sweep import cells_of

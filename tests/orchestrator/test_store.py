@@ -21,12 +21,11 @@ import pytest
 from safetensors.numpy import save_file
 
 from air_core.specs import FeaturesSpec, Ref
-from orchestrator.backends import StoreRefused
+from orchestrator.errors import DamagedArtifact, StoreRefused, SweepBusy
 from orchestrator.files import file_digest
 from orchestrator.keys import artifact_key
-from orchestrator.ledger import Ledger, SweepBusy
+from orchestrator.ledger import Ledger
 from orchestrator.store import ArtifactStore, open_store
-from orchestrator.verification import DamagedArtifact
 from tests.sweeps import environment
 
 SPEC = FeaturesSpec(dataset=Ref(name="digits", digest="d"), backbone=Ref(name="tiny", digest="b"))

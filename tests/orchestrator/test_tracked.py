@@ -9,7 +9,7 @@ import shutil
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,24 +19,28 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from air_core.datasets import get_dataset
-from orchestrator.dispatch import Outcome
+from orchestrator.errors import FAILED, TERMINATED, SweepBusy, TrackerAway
 from orchestrator.image_rows import build_image_block, open_generator
 from orchestrator.keys import ArtifactKey
-from orchestrator.ledger import Ledger, SweepBusy
+from orchestrator.ledger import Ledger
+from orchestrator.outcome import Outcome
 from orchestrator.place import Place
 from orchestrator.plan import needs_of, plan_sweep
 from orchestrator.publish import Publisher
-from orchestrator.reconcile import parent_of, reconcile, sync
+from orchestrator.reconcile import reconcile
+from orchestrator.records import read_trial
 from orchestrator.report import rows
 from orchestrator.repro import differences, repro
+from orchestrator.requests import plan_of
+from orchestrator.resolve import resolver_of
 from orchestrator.results import entries_of
 from orchestrator.stages import PARTS
 from orchestrator.store import ArtifactStore
 from orchestrator.sweep import SweepSpec
 from orchestrator.sweep_file import load_sweep
 from orchestrator.tracked import remembered
-from orchestrator.tracking import Counts, TrackerAway
-from orchestrator.trial import read_trial, run_trial
+from orchestrator.tracking import Counts
+from orchestrator.trial import run_trial
 from orchestrator.workshop import Workshop
 from tests.servers import MlflowServer, free_port, in_trouble
 from tests.sweeps import record_again
@@ -83,7 +87,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory, tiny_clip: Any, sweep: Sweep
     """A sweep that ran without a tracker, with outcomes as in STATES."""
     store = ArtifactStore(tmp_path_factory.mktemp("ended") / "runs")
     place = Place(store, "default", "small", None)
-    resolver, ledger = place.resolver(), place.ledger()
+    resolver, ledger = resolver_of(place), place.ledger()
     ledger.lock()
     slots = plan_sweep(sweep, store, resolver, ledger).slots
 
@@ -164,7 +168,7 @@ def point_of(uri: str, method: str) -> Any:
 
 
 def test_settings_are_told_with_the_numbers_of_the_table(ended, sweep, told):
-    plan = plan_sweep(sweep, ended.store, ended.resolver(), ended.ledger())
+    plan = plan_of(sweep, ended)
     expected = {row.method: row for row in rows(entries_of(plan, ended.store), None)}
     for method, row in expected.items():
         metrics, tags = point_of(told, method).data.metrics, point_of(told, method).data.tags
@@ -248,12 +252,8 @@ def test_a_sweep_that_ran_without_a_tracker_is_told_whole_and_once(ended, sweep,
 
 def outcomes(sweep: SweepSpec, place: Place) -> list[Outcome]:
     """Three that are in the store."""
-    slots = plan_sweep(sweep, place.store, place.resolver(), place.ledger()).slots[:3]
+    slots = plan_of(sweep, place).slots[:3]
     return [Outcome(slot, "done", read_trial(slot.spec, place.store)) for slot in slots]
-
-
-def synced(sweep: SweepSpec, place: Place) -> Callable[[Any], object]:
-    return lambda tracker: sync(sweep, place, tracker, "FAILED")
 
 
 def test_what_a_driver_sent_and_what_is_sent_later_is_the_same(ended, sweep, told, tmp_path):
@@ -261,9 +261,9 @@ def test_what_a_driver_sent_and_what_is_sent_later_is_the_same(ended, sweep, tol
     parent = next(run for run in all_runs(told) if run.data.tags["air.kind"] == "sweep")
     client = mlflow_client(f"sqlite:///{place.store.root}/mlflow.db")
     client.delete_run(parent.info.run_id)  # of the copy, so that all is sent anew
-    driver = Publisher(sweep, parent_of(sweep, place, MADE), place.store, None)
+    driver = Publisher(sweep, place, None)
     driver.trial(outcomes(sweep, place)[0], time.time())
-    driver.finish("KILLED", synced(sweep, place), hasty=True)
+    driver.finish(TERMINATED)
     again = reconcile(sweep, place, None)
     assert again.counts == Counts(sent=5, present=1, settings=3, sweep=True)
     assert reconcile(sweep, place, None).counts == Counts(present=6)
@@ -284,7 +284,7 @@ def test_what_a_driver_sent_and_what_is_sent_later_is_the_same(ended, sweep, tol
 
 def test_records_that_are_gone_are_counted_and_leave_no_run(ended, sweep, told, tmp_path):
     place = copy_of(ended, tmp_path)
-    slot = plan_sweep(sweep, place.store, place.resolver(), place.ledger()).slots[2]
+    slot = plan_of(sweep, place).slots[2]
     shutil.rmtree(place.store.path(slot.key))
     project = replace(place, project="other")  # into which nothing was sent
     shutil.copytree(place.folder, project.folder)
@@ -307,16 +307,15 @@ def test_nothing_is_sent_while_a_driver_runs_or_where_tracking_is_off(ended, swe
 
 def test_a_dead_server_is_refused_before_any_work_and_a_folder_is_bad_input(ended, sweep, tmp_path):
     place = copy_of(ended, tmp_path)
-    parent = parent_of(sweep, place, MADE)
     dead = f"http://me:secret@127.0.0.1:{free_port()}"
     with pytest.raises(TrackerAway, match="airsweep mlflow reconcile small") as caught:
-        Publisher(sweep, parent, place.store, dead).check(reach=True)
+        Publisher(sweep, place, dead).check(reach=True)
     assert "secret" not in str(caught.value)
     with pytest.raises(TrackerAway):
         reconcile(sweep, place, dead)
-    Publisher(sweep, parent, place.store, dead).check(reach=False)  # it only prepares
+    Publisher(sweep, place, dead).check(reach=False)  # it only prepares
     with pytest.raises(ValueError, match="known: "):
-        Publisher(sweep, parent, place.store, "mlruns").check(reach=False)
+        Publisher(sweep, place, "mlruns").check(reach=False)
 
 
 @pytest.fixture(scope="module")
@@ -334,14 +333,14 @@ def test_an_mlflow_that_goes_away_is_warned_of_once_and_gets_the_rest_afterwards
     place, trouble = copy_of(ended, tmp_path), []
     done = outcomes(sweep, place)
     with in_trouble(server.url, trouble) as url:
-        driver = Publisher(sweep, parent_of(sweep, place, MADE), place.store, url)
+        driver = Publisher(sweep, place, url)
         driver.trial(done[0], time.time())
         driver.catch_up()
         trouble.append("away")
         for outcome in done[1:]:
             driver.trial(outcome, time.time())
         driver.catch_up()
-        driver.finish("FAILED", synced(sweep, place))
+        driver.finish(FAILED)
     away, lacking = (one.getMessage() for one in caplog.records)
     assert "does not answer" in away
     where = f"--store {place.store.root} --tracking-uri {url}"
@@ -362,13 +361,13 @@ def test_no_training_waits_for_a_server_that_does_not_reply(
     done = outcomes(sweep, place)
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes calls and never answers
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        driver = Publisher(sweep, parent_of(sweep, place, MADE), place.store, url)
+        driver = Publisher(sweep, place, url)
         for outcome in done:
             driver.trial(outcome, time.time())
         assert not caplog.records  # the first call is not over, and all three are taken
         driver.catch_up()
         assert len(caplog.records) == 1
-        driver.finish("KILLED", synced(sweep, place), hasty=True)
+        driver.finish(TERMINATED)
     assert "the next run sends it" in caplog.records[-1].getMessage()
 
 
@@ -377,7 +376,7 @@ def test_no_training_waits_for_a_server_that_does_not_reply(
 
 def test_a_trial_is_computed_again_bit_for_bit_from_tracking_data_alone(ended, told, tmp_path):
     run = run_of(told, "air_fpl")
-    again = repro(run.info.run_id[:12], ended.store, ended.resolver(), told)
+    again = repro(run.info.run_id[:12], ended.store, resolver_of(ended), told)
     assert (again.verdict, again.metrics, again.files) == ("bit-equal", {}, {})
     assert again.predictions is not None
     assert again.predictions[0] == 0
@@ -387,7 +386,7 @@ def test_a_trial_is_computed_again_bit_for_bit_from_tracking_data_alone(ended, t
     other = ArtifactStore(tmp_path / "other")
     shutil.copytree(ended.store.root / "artifacts" / "features", other.artifacts / "features")
     before = sorted(other.root.rglob("*"))
-    again = repro(run.info.run_id, other, ended.resolver(), told)
+    again = repro(run.info.run_id, other, resolver_of(ended), told)
     assert (again.verdict, again.predictions) == ("bit-equal", None)
     assert sorted(other.root.rglob("*")) == before
 
@@ -400,7 +399,7 @@ def test_another_result_and_a_touched_input_are_named(ended, told, drawn, tmp_pa
     arrays = load_file(features)
     save_file({**arrays, "features": np.roll(arrays["features"], 1, axis=1)}, features)
     record_again(features.parent)
-    again = repro(run.info.run_id, store, ended.resolver(), told)
+    again = repro(run.info.run_id, store, resolver_of(ended), told)
     assert again.verdict == "different"
     assert not again.same
     assert "test/accuracy" in again.metrics
@@ -410,7 +409,7 @@ def test_another_result_and_a_touched_input_are_named(ended, told, drawn, tmp_pa
     image = next(drawn.rglob("*.png"))
     content = image.read_bytes()
     image.write_bytes(content + b" ")
-    again = repro(run.info.run_id, ended.store, ended.resolver(), told)
+    again = repro(run.info.run_id, ended.store, resolver_of(ended), told)
     image.write_bytes(content)
     assert again.verdict == "inputs differ"
     assert list(again.inputs) == [f"generator folder:{drawn}"]
@@ -434,11 +433,11 @@ def test_what_cannot_be_computed_again_is_bad_input(ended, told, which, words):
     }
     run_id = kinds[which]().info.run_id if which in kinds else which
     with pytest.raises(ValueError, match=re.escape(words)):
-        repro(run_id, ended.store, ended.resolver(), told)
+        repro(run_id, ended.store, resolver_of(ended), told)
 
 
 def test_two_trials_are_compared_by_key_slot_or_run(ended, sweep, told):
-    slots = plan_sweep(sweep, ended.store, ended.resolver(), ended.ledger()).slots
+    slots = plan_of(sweep, ended).slots
     fpl, air = slots[2], slots[4]
     sides = {
         "key": (fpl.key.digest[:10], air.key.digest),

@@ -19,14 +19,8 @@ from typing import Any
 
 import pytest
 
-from orchestrator.tracking import (
-    ChildRun,
-    Counts,
-    Numbers,
-    SweepRun,
-    TrackerAway,
-    make_tracker,
-)
+from orchestrator.errors import TrackerAway
+from orchestrator.tracking import ChildRun, Counts, Numbers, SweepRun, make_tracker
 from tests.servers import MlflowServer, in_trouble
 
 ROOT = Path(__file__).parents[2]

@@ -9,13 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.place import Place, place_of, recorded_names
+from orchestrator.errors import Refused
+from orchestrator.place import Place, recorded_names
 from orchestrator.place import place_named as named
 from orchestrator.plan import Plan, plan_sweep
+from orchestrator.remote import folder_of, is_bucket
+from orchestrator.resolve import resolver_of
 from orchestrator.store import open_store, smoke_store
 from orchestrator.sweep import SweepSpec, cells_of, option_words
 from orchestrator.sweep import smoke as smoked
 from orchestrator.sweep_file import find_sweep, load_sweep
+from orchestrator.variables import in_ray_job
 
 
 @dataclass(frozen=True, repr=False)
@@ -65,7 +69,7 @@ def place_for(sweep: Asked, store: str | Path, data_root: Path | None) -> Place:
 
 
 def plan_of(sweep: SweepSpec, place: Place) -> Plan:
-    return plan_sweep(sweep, place.store, place.resolver(), place.ledger())
+    return plan_sweep(sweep, place.store, resolver_of(place), place.ledger())
 
 
 def place_named(name: str, store: str | Path) -> Place:
@@ -82,6 +86,37 @@ def place_named(name: str, store: str | Path) -> Place:
         there = ", ".join("/".join(one) for one in names)
         raise ValueError(f"no sweep {project}/{short} in {store}; there: {there or 'none yet'}")
     return named(opened, project, short)
+
+
+def place_of(sweep: SweepSpec, store: Path | str, data_root: Path | None) -> Place:
+    """Where a sweep goes.
+
+    Raises:
+        Refused: a relative store inside a Ray job.
+        StoreRefused: another version of airsweep made the store.
+        RemoteAway: its bucket cannot be read.
+    """
+    relative = not is_bucket(store) and not folder_of(store).is_absolute()
+    if relative and in_ray_job():
+        raise lost_store(store)
+    project = project_of(sweep)
+    data = data_root or os.environ.get("AIRSWEEP_DATA") or sweep.data_root
+    place = Place(open_store(store), project, sweep.name, Path(data) if data else None)
+    return place.refresh()
+
+
+def lost_store(store: Path | str) -> Refused:
+    """What is wrong with a relative store of a job."""
+    return Refused(
+        f"the store {str(store)!r} is relative, and this is a Ray job: its working directory "
+        "is thrown away at the end; give --store or AIRSWEEP_STORE an absolute folder that "
+        "every node sees, or s3://bucket/prefix"
+    )
+
+
+def project_of(sweep: SweepSpec) -> str:
+    """Whose sweep this is."""
+    return sweep.project or os.environ.get("AIRSWEEP_PROJECT") or "default"
 
 
 # ---------------------------------------------------------------- options from Python values
