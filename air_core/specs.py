@@ -33,7 +33,7 @@ def added(default: Any) -> Any:
 
 
 # Parts of the code and their versions, where no recipe number covers them: see
-# orchestrator.code_version. A spec of one stage has the versions alone.
+# orchestrator.store.code_version. A spec of one stage has the versions alone.
 CodeVersions = tuple[tuple[str, str], ...]
 
 

@@ -3,7 +3,7 @@
     python benchmarks/calibration.py [--simulations 500] [--methods 6]
 
 Simulated tables: equally good methods on the test images of one dataset, by the code that tables
-use (`orchestrator.statistics`). An image is right when its ease, the method's taste for it, and
+use (`reporting.statistics`). An image is right when its ease, the method's taste for it, and
 effects of split, seed and noise add up to more than 0. A taste comes back in every seed: the same
 two methods disagree on the same images again and again. Noise is drawn anew in each run.
 
@@ -28,7 +28,14 @@ from scipy.stats import binomtest
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.harness import options, progress, report
-from orchestrator.statistics import ALPHA, Difference, Run, Runs, corrected, paired_difference
+from orchestrator.reporting.statistics import (
+    ALPHA,
+    Difference,
+    Run,
+    Runs,
+    corrected,
+    paired_difference,
+)
 
 IMAGES, TEST = 1797, 540  # the digits
 ACCURACY = 0.74

@@ -4,10 +4,10 @@ Baselines, one thread a process, the tiny pipeline without LoRA:
 - *bare*: two processes that each draw half of the blocks by `PipelineGenerator` and keep nothing;
 - *loop*: what one writes first: a diffusers pipeline, an image a call, in two processes.
 
-Ours is `orchestrator.generation.draw` on a local Ray with two actors: Ray Data hands out blocks,
-each is drawn, checked for blanks, encoded by CLIP and written as parquet and safetensors. Rates
-count from the first whole block of each process to its last, so that loading is in none of them;
-what the start costs is printed beside.
+Ours is `execution.generation.draw` on a local Ray with two actors: Ray Data hands out blocks, each
+is drawn, checked for blanks, encoded by CLIP and written as parquet and safetensors. Rates count
+from the first whole block of each process to its last, so that loading is in none of them; what the
+start costs is printed beside.
 
     python benchmarks/generation.py [--images 64] [--repeats 3] [--device cpu]
 
@@ -32,9 +32,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from air_core.specs import SyntheticFeaturesSpec
 from benchmarks.harness import options, progress, report
-from orchestrator import presets
-from orchestrator.plan import Need
-from orchestrator.resolve import Resolver
+from orchestrator.planning.plan import Need
+from orchestrator.planning.resolve import Resolver
+from orchestrator.spec import presets
 
 PROCESSES = 2
 Shard = tuple[int, int]
@@ -90,7 +90,7 @@ def _opened(need: Need, device: str) -> tuple[Any, Sequence[str], int]:
     import torch
 
     from air_core.diffusion import load_generator
-    from orchestrator.resolve import images_folder
+    from orchestrator.planning.resolve import images_folder
 
     torch.set_num_threads(1)
     images = need.spec.images  # type: ignore[union-attr]
@@ -144,13 +144,13 @@ class Watcher:
 
 def ours(need: Need, device: str) -> tuple[float, float, float]:
     """Images a second of two actors, seconds until the first block, and their busy share."""
-    from orchestrator.allocation import Allocation, Context
-    from orchestrator.generation import draw
-    from orchestrator.progress import Progress
-    from orchestrator.session import machines
-    from orchestrator.store import ArtifactStore
-    from orchestrator.sweep import GeneratorResources, Resources
-    from orchestrator.workshop import Workshop
+    from orchestrator.cluster.session import machines
+    from orchestrator.execution.allocation import Allocation, Context
+    from orchestrator.execution.generation import draw
+    from orchestrator.execution.progress import Progress
+    from orchestrator.spec.sweep import GeneratorResources, Resources
+    from orchestrator.stages.context import Workshop
+    from orchestrator.store.artifacts import ArtifactStore
 
     gpu = 1 / PROCESSES if device != "cpu" else 0
     resources = Resources(generator=GeneratorResources(actors=PROCESSES, gpu=gpu))
@@ -173,7 +173,7 @@ def ours(need: Need, device: str) -> tuple[float, float, float]:
 def main() -> None:
     asked = options(__doc__, images=64, repeats=3, device="cpu")
 
-    from orchestrator.session import ray_session
+    from orchestrator.cluster.session import ray_session
 
     found: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder, ray_session():

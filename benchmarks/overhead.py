@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from orchestrator.resolve import resolver_of
+from orchestrator.planning.resolve import resolver_of
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -75,9 +75,9 @@ def ours(spec: Path, store: Path, trials: int) -> dict[str, float]:
 
 
 def specs(spec: Path, store: Path, trials: int) -> list[Any]:
-    from orchestrator.requests import place_of
-    from orchestrator.sweep import cells_of
-    from orchestrator.sweep_file import load_sweep
+    from orchestrator.planning.requests import place_of
+    from orchestrator.spec.sweep import cells_of
+    from orchestrator.spec.sweep_file import load_sweep
 
     sweep = load_sweep(spec)
     resolver = resolver_of(place_of(sweep, store, None))
@@ -90,8 +90,8 @@ def optuna_loop(chosen: list[Any], store: Path) -> float:
     """Seconds a trial of a plain loop in this process."""
     import optuna
 
-    from orchestrator.store import ArtifactStore
-    from orchestrator.trial import run_trial
+    from orchestrator.stages.trial import run_trial
+    from orchestrator.store.artifacts import ArtifactStore
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     there = ArtifactStore(store)
@@ -108,14 +108,14 @@ def optuna_loop(chosen: list[Any], store: Path) -> float:
 
 def ray_tune(chosen: list[Any], store: Path, folder: Path) -> float:
     """Seconds a trial of Ray Tune as it comes: a process each."""
-    from orchestrator.session import ray_session
+    from orchestrator.cluster.session import ray_session
 
     with ray_session() as machines:
         from ray import tune
 
         def trainable(config: dict[str, Any]) -> dict[str, float]:
-            from orchestrator.store import ArtifactStore
-            from orchestrator.trial import run_trial
+            from orchestrator.stages.trial import run_trial
+            from orchestrator.store.artifacts import ArtifactStore
 
             record = run_trial(chosen[config["place"]], ArtifactStore(store))
             return {"objective": record.objectives["mutual_information"]}

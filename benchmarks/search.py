@@ -1,10 +1,10 @@
 """Which sampler finds good settings among few points?
 
 Replays a full grid of AiR on the digits, so that a search costs no training. Every sampler searches
-it in the product's own rounds (`orchestrator.search.CellSearch`): `--points` points in rounds of
-four, the default first, with `--seeds` seeds. It is told an objective, the mean over three splits,
-and takes the point with the best one. Test regret: how many points of test accuracy that point
-is below the best one of the grid. Baseline: random points.
+it in the product's own rounds (`planning.search.CellSearch`): `--points` points in rounds of four,
+the default first, with `--seeds` seeds. It is told an objective, the mean over three splits, and
+takes the point with the best one. Test regret: how many points of test accuracy that point is below
+the best one of the grid. Baseline: random points.
 
     python benchmarks/search.py [--grid benchmarks/search_grid.json] [--seeds 50] [--points 12]
 
@@ -33,16 +33,16 @@ import optuna
 from optuna.samplers import BaseSampler, GPSampler, TPESampler
 
 from benchmarks.harness import airsweep, options, progress, report
-from orchestrator.ledger import Ledger
-from orchestrator.plan import plan_sweep
-from orchestrator.ranking import ranking
-from orchestrator.records import read_trial
-from orchestrator.resolve import Resolver
-from orchestrator.search import STARTUP_POINTS, CellSearch, make_sampler
-from orchestrator.store import ArtifactStore
-from orchestrator.studies import Searches
-from orchestrator.sweep import Search, SweepSpec, cells_of
-from orchestrator.sweep_file import load_sweep
+from orchestrator.planning.plan import plan_sweep
+from orchestrator.planning.resolve import Resolver
+from orchestrator.planning.search import STARTUP_POINTS, CellSearch, make_sampler
+from orchestrator.planning.studies import Searches
+from orchestrator.reporting.ranking import ranking
+from orchestrator.spec.sweep import Search, SweepSpec, cells_of
+from orchestrator.spec.sweep_file import load_sweep
+from orchestrator.store.artifacts import ArtifactStore
+from orchestrator.store.event_log import Ledger
+from orchestrator.store.records import read_trial
 
 SWEEP = """version: 1
 name: search_grid

@@ -25,8 +25,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.harness import ROOT, options, progress, report
-from orchestrator.tracking import ChildRun, Numbers, SweepRun, make_tracker
-from tests.servers import MlflowServer
+from orchestrator.tracking.types import ChildRun, Numbers, SweepRun, make_tracker
+from tests.helpers.servers import MlflowServer
 
 CURVES = ("train/loss", "test/accuracy", "pseudo/accuracy", "pseudo/coverage")
 SINGLES = ("pool/accuracy_fused", "test/accuracy_text", "test/accuracy_fused", "time/train_s")

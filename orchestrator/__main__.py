@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.commands import (
+from orchestrator.cli import (
     bundle,
     cache,
     cluster,
@@ -23,7 +23,7 @@ from orchestrator.commands import (
     tracked,
     usage,
 )
-from orchestrator.commands.common import code_of, fail, refuse_removed
+from orchestrator.cli.common import code_of, fail, refuse_removed
 from orchestrator.formatting import Printable, show
 from orchestrator.redact import Redacting, redacted
 

@@ -17,6 +17,9 @@ from typing import Any, BinaryIO
 
 Stamp = tuple[int, int, int]  # size, modification time in ns, inode
 
+ROOT = Path(__file__).resolve().parents[1]  # holds air_core and orchestrator
+SHIPPED = ROOT / "orchestrator" / "shipped"  # sweeps/ and cluster/ of an installed package
+
 
 def file_stamp(path: Path) -> Stamp:
     """What changes when the content of a file does."""

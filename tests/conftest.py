@@ -26,13 +26,13 @@ import pytest
 
 from air_core.arithmetic import sums_in_one_order
 from air_core.specs import Ref, TrialSpec
-from orchestrator import presets
-from orchestrator.resolve import Resolver
-from tests.sweeps import in_this_process
+from orchestrator.planning.resolve import Resolver
+from orchestrator.spec import presets
+from tests.helpers.sweeps import in_this_process
 
 if TYPE_CHECKING:
-    from tests.machines import Network
-    from tests.servers import S3Server
+    from tests.helpers.machines import Network
+    from tests.helpers.servers import S3Server
 
 sums_in_one_order()  # before any test computes
 
@@ -104,7 +104,7 @@ def trial(resolver):
 
 @pytest.fixture(scope="module")
 def ray_session() -> Iterator[None]:
-    from orchestrator import session
+    from orchestrator.cluster import session
 
     with session.ray_session():
         yield
@@ -184,7 +184,7 @@ def ghostscript(tmp_path, monkeypatch) -> Path:
 @pytest.fixture(scope="module")
 def wires() -> Iterator[Network]:
     """A network to which a test plugs machines of its own, with a disk that all of them see."""
-    from tests.machines import network
+    from tests.helpers.machines import network
 
     with network() as found:
         yield found
@@ -193,7 +193,7 @@ def wires() -> Iterator[Network]:
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[S3Server]:
     """A real S3 server on loopback, to which the environment leads, with the bucket `air`."""
-    from tests.servers import S3Server
+    from tests.helpers.servers import S3Server
 
     server = S3Server()
     known = {

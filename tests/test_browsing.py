@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from tests.browser import CHROMIUM, MISSING, Browser
-from tests.servers import MlflowServer
-from tests.sweeps import airsweep, all_runs, environment, write_sweep
+from tests.helpers.browser import CHROMIUM, MISSING, Browser
+from tests.helpers.servers import MlflowServer
+from tests.helpers.sweeps import airsweep, all_runs, environment, write_sweep
 
 pytestmark = [
     pytest.mark.integration,
@@ -33,7 +33,15 @@ def server(tmp_path_factory, drawn_digits) -> Iterator[MlflowServer]:
     spec = write_sweep(folder, "browsed", SWEEP.format(folder=drawn_digits))
     spec.write_text(f"# How many images are enough?\n{spec.read_text()}")
     store = folder / "runs"
-    command = [sys.executable, "-m", "tests.trivial", "run", str(spec), "--store", str(store)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.helpers.trivial",
+        "run",
+        str(spec),
+        "--store",
+        str(store),
+    ]
     subprocess.run(
         [*command, "--tracking-uri", "none"], env=environment(), check=True, capture_output=True
     )

@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from orchestrator.ledger import CRASH_AT
-from orchestrator.remote import parse
-from tests.sweeps import TIMEOUT, begun_twice, environment, search_sweep, write_sweep
+from orchestrator.store.buckets import parse
+from orchestrator.store.event_log import CRASH_AT
+from tests.helpers.sweeps import TIMEOUT, begun_twice, environment, search_sweep, write_sweep
 
 pytestmark = pytest.mark.integration
 
@@ -41,7 +41,7 @@ class World:
             "AIRSWEEP_BUILT": str(self.built),
         }
         return subprocess.Popen(
-            [sys.executable, "-m", "tests.trivial", *words],
+            [sys.executable, "-m", "tests.helpers.trivial", *words],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

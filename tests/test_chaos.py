@@ -15,11 +15,11 @@ from typing import Any
 import optuna
 import pytest
 
-from orchestrator.ledger import CRASH_AT
-from orchestrator.search import open_storage
+from orchestrator.planning.search import open_storage
+from orchestrator.store.event_log import CRASH_AT
 from orchestrator.tracking.runs import create_database
-from tests.disks import PAGE, small_disk
-from tests.sweeps import (
+from tests.helpers.disks import PAGE, small_disk
+from tests.helpers.sweeps import (
     airsweep,
     all_runs,
     begun_twice,
@@ -28,7 +28,7 @@ from tests.sweeps import (
     table,
     write_sweep,
 )
-from tests.trivial import Trivial
+from tests.helpers.trivial import Trivial
 
 UNTRACKED = ("--tracking-uri", "none")
 

@@ -18,11 +18,11 @@ import pytest
 import ray
 import yaml
 
-from orchestrator.marked_yaml import all_documents, parse, written
-from orchestrator.render import Wishes, environment_of, job_name, raycluster, rayjob
-from orchestrator.sweep import SweepSpec
-from orchestrator.sweep_file import checked, load_sweep
-from tests.sweeps import airsweep
+from orchestrator.cluster.render import Wishes, environment_of, job_name, raycluster, rayjob
+from orchestrator.spec.marked_yaml import all_documents, parse, written
+from orchestrator.spec.sweep import SweepSpec
+from orchestrator.spec.sweep_file import checked, load_sweep
+from tests.helpers.sweeps import airsweep
 
 ROOT = Path(__file__).parents[1]
 CLUSTER = ROOT / "cluster"

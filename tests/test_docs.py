@@ -24,11 +24,11 @@ import pytest
 import typer
 
 from orchestrator.__main__ import app
-from orchestrator.marked_yaml import parse
-from orchestrator.published import read_paper
-from orchestrator.sweep_file import checked
-from tests.documents import PAGES, ROOT, blocks, inline_commands, links
-from tests.sweeps import airsweep, events, in_this_process
+from orchestrator.reporting.published import read_paper
+from orchestrator.spec.marked_yaml import parse
+from orchestrator.spec.sweep_file import checked
+from tests.helpers.documents import PAGES, ROOT, blocks, inline_commands, links
+from tests.helpers.sweeps import airsweep, events, in_this_process
 
 pytestmark = pytest.mark.ray
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.sweeps import airsweep, count, environment, events, write_sweep
+from tests.helpers.sweeps import airsweep, count, environment, events, write_sweep
 
 
 def test_help_is_quick_to_import_and_lists_the_commands():
@@ -94,7 +94,7 @@ seeds: [1, 2]
 """
     spec, store = write_sweep(tmp_path, "twins", body), tmp_path / "runs"
     command = ("run", spec, "--store", store, "--tracking-uri", "none")
-    airsweep(*command, module="tests.trivial")
+    airsweep(*command, module="tests.helpers.trivial")
     found = events(store, "twins")
     assert count(found, "trial_done") == count(found, "trial_reused") == 2
     assert count(found, "trial_failed") == 0
@@ -117,7 +117,7 @@ def test_who_may_only_read_looks_at_all_and_is_refused_before_a_run(others_store
     folder = others_store.parent
     mine = write_sweep(folder, "mine", "fixed: {method: fpl}\nseeds: [1]\n")
     other = write_sweep(folder, "other", "fixed: {method: zero_shot}\nseeds: [1]\n")
-    airsweep("run", mine, "--store", others_store, module="tests.trivial")
+    airsweep("run", mine, "--store", others_store, module="tests.helpers.trivial")
 
     def said(*words: str | Path) -> tuple[int, str]:
         code, out, err = command(*words)

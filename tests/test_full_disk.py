@@ -6,20 +6,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.disks import PAGE, small_disk
-from tests.sweeps import environment
+from tests.helpers.disks import PAGE, small_disk
+from tests.helpers.sweeps import environment
 
 MAKE = """
 import sys
 from pathlib import Path
 
-from orchestrator import presets
+from orchestrator.spec import (presets)
 from orchestrator.failures import classify
-from orchestrator.image_rows import build_image_block, open_generator
-from orchestrator.resolve import Resolver
-from orchestrator.stages import build_features
-from orchestrator.store import ArtifactStore
-from orchestrator.workshop import Workshop
+from orchestrator.stages.image_rows import build_image_block, open_generator
+from orchestrator.planning.resolve import Resolver
+from orchestrator.stages.build import build_features
+from orchestrator.store.artifacts import ArtifactStore
+from orchestrator.stages.context import Workshop
 
 root, digests, drawn = map(Path, sys.argv[1:])
 shop = Workshop(ArtifactStore(root))

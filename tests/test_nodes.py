@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from tests.nodes import Job, Nodes, scaling
-from tests.sweeps import (
+from tests.helpers.nodes import Job, Nodes, scaling
+from tests.helpers.sweeps import (
     airsweep,
     all_runs,
     children,

@@ -10,7 +10,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from tests.sweeps import TIMEOUT, environment
+from tests.helpers.sweeps import TIMEOUT, environment
 
 FILE = Path(__file__).parents[1] / "docs" / "notebook.ipynb"
 

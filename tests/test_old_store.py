@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import door
-from tests.sweeps import airsweep, environment
+from orchestrator import api
+from tests.helpers.sweeps import airsweep, environment
 
 ROOT = Path(__file__).parents[1]
 MEANS = [0.48148148148148145, 0.5518518518518518, 0.5657407407407408]  # as that version printed
@@ -36,10 +36,10 @@ def runs(store: Path) -> list[tuple[str, str]]:
 
 def test_all_of_it_is_done_and_the_numbers_are_the_same(old):
     before = runs(old / "store")
-    planned = door.plan(old / "old.yaml", store=old / "store").json()
+    planned = api.plan(old / "old.yaml", store=old / "store").json()
     assert (planned["trials"]["done"], planned["trials"]["to_run"]) == (6, 0)
     assert {one["state"] for one in planned["artifacts"]} == {"present"}
-    assert door.table("old", store=old / "store")["mean"].tolist() == pytest.approx(MEANS, abs=0)
+    assert api.table("old", store=old / "store")["mean"].tolist() == pytest.approx(MEANS, abs=0)
     done = airsweep("run", old / "old.yaml", "--store", old / "store")
     assert "nothing to do" in done.stderr
     assert airsweep("cache", "verify", "--store", old / "store").returncode == 0

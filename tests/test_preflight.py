@@ -21,12 +21,12 @@ from typing import Any
 import pytest
 import ray
 
-from orchestrator.node_facts import TOKENS
-from orchestrator.remote import parse
-from tests.clusters import OneNode, head, one_node
-from tests.disks import SmallDisk, small_disk
-from tests.servers import free_port, full_bucket
-from tests.sweeps import TIMEOUT, environment, table, write_sweep
+from orchestrator.cluster.node_facts import TOKENS
+from orchestrator.store.buckets import parse
+from tests.helpers.clusters import OneNode, head, one_node
+from tests.helpers.disks import SmallDisk, small_disk
+from tests.helpers.servers import free_port, full_bucket
+from tests.helpers.sweeps import TIMEOUT, environment, table, write_sweep
 
 pytestmark = [pytest.mark.integration, pytest.mark.ray]
 
@@ -171,14 +171,15 @@ def test_a_machine_with_another_airsweep_is_refused(cluster, spec, tmp_path):
         shutil.copytree(ROOT / package, tmp_path / "old" / package, ignore=leave)
     with (tmp_path / "old" / "air_core" / "training.py").open("a") as changed:
         changed.write("\nEARLIER = True\n")
-    (tmp_path / "old" / "orchestrator" / "node_facts.py").unlink()
+    (tmp_path / "old" / "orchestrator" / "cluster" / "node_facts.py").unlink()
     store = tmp_path / "runs"
     with cluster.joined(PYTHONPATH=str(tmp_path / "old")):
         done = run(cluster, spec, store)
     assert_refused(
         done,
         store,
-        "its airsweep is another one: air_core/training.py, orchestrator/node_facts.py differ",
+        "its airsweep is another one: "
+        "air_core/training.py, orchestrator/cluster/node_facts.py differ",
     )
 
 
@@ -202,7 +203,7 @@ SLOW = (
     "import sys, time\ntime.sleep(3600 * any('default_worker' in word for word in sys.orig_argv))\n"
 )
 HASTY = """
-from orchestrator import node_checks
+from orchestrator.cluster import (node_checks)
 from orchestrator.__main__ import main
 
 node_checks.ANSWER = 60

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.sweeps import environment
+from tests.helpers.sweeps import environment
 
 ROOT = Path(__file__).parents[1]
 SWEEP = "sweeps/paper_main.yaml"

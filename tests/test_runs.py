@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from orchestrator.allocation import SHARE
-from orchestrator.ledger import CRASH_AT
-from tests.sweeps import (
+from orchestrator.execution.allocation import SHARE
+from orchestrator.store.event_log import CRASH_AT
+from tests.helpers.sweeps import (
     airsweep,
     all_runs,
     children,

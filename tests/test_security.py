@@ -23,13 +23,13 @@ from hypothesis import strategies as st
 from air_core.diffusion.pipeline import load_pipeline
 from orchestrator.errors import Refused
 from orchestrator.formatting import show
-from orchestrator.marked_yaml import SpecError
-from orchestrator.place import Place
 from orchestrator.redact import HIDDEN, redacted
-from orchestrator.store import ArtifactStore
-from orchestrator.sweep_file import load_sweep
-from tests.servers import MlflowServer
-from tests.sweeps import TIMEOUT, airsweep, environment, write_sweep
+from orchestrator.spec.marked_yaml import SpecError
+from orchestrator.spec.sweep_file import load_sweep
+from orchestrator.store.artifacts import ArtifactStore
+from orchestrator.store.location import Place
+from tests.helpers.servers import MlflowServer
+from tests.helpers.sweeps import TIMEOUT, airsweep, environment, write_sweep
 
 ROOT = Path(__file__).parents[1]
 WORD = st.text("abcdefgh0123456789_-~!$%", min_size=1, max_size=20)
@@ -153,7 +153,7 @@ def test_nothing_that_a_run_leaves_or_says_holds_a_secret(server, tmp_path):
     uri = server.url.replace("http://", "http://me:pw-of-mlflow@")
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "tests.trivial", "run", str(spec)),
+            *(sys.executable, "-m", "tests.helpers.trivial", "run", str(spec)),
             *("--store", str(tmp_path / "runs"), "--tracking-uri", uri),
         ],
         capture_output=True,
@@ -249,7 +249,7 @@ def test_a_model_that_brings_code_is_not_run(part, tmp_path):
 PRINTS = {"print", "sys.stdout.write", "sys.stderr.write"}
 MAY_PRINT = {
     "orchestrator/formatting.py",  # which escapes control characters
-    "orchestrator/commands/submit.py",  # the log of a job, which airsweep has written over there
+    "orchestrator/cli/submit.py",  # the log of a job, which airsweep has written over there
 }
 
 
@@ -371,7 +371,7 @@ def test_no_file_or_socket_of_a_local_cluster_can_be_reached_by_another_user(ray
 
 STARTED = """
 import ray
-from orchestrator import session
+from orchestrator.cluster import (session)
 
 with session.ray_session(keep=lambda: {keep}):
     print(ray._private.worker._global_node.get_session_dir_path())
@@ -415,7 +415,7 @@ def test_logs_of_ray_are_kept_by_a_run_with_a_process_that_died(failure_class, k
     spec = write_sweep(tmp_path, "fails", "fixed: {method: fpl}\nseeds: [1]\n")
     words = ("run", spec, "--store", tmp_path / "runs", "--tracking-uri", "none")
     known = {"AIRSWEEP_SAID": "no word of its own", "AIRSWEEP_FAILS_AS": failure_class}
-    done = airsweep(*words, module="tests.trivial", check=False, **known)
+    done = airsweep(*words, module="tests.helpers.trivial", check=False, **known)
     assert done.returncode == 1, done.stderr
     assert ("Ray's logs are kept" in done.stderr) == kept
 
@@ -447,7 +447,7 @@ def test_runs_are_not_shown_to_everybody(arguments, remedy):
 
 
 def test_users_need_what_mlflow_needs_for_them(monkeypatch, tmp_path):
-    from orchestrator import exposure
+    from orchestrator.tracking import exposure
 
     monkeypatch.delenv(exposure.AUTH_SECRET, raising=False)
     monkeypatch.delenv(exposure.AUTH_CONFIG, raising=False)

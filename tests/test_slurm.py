@@ -9,8 +9,16 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.slurm import MISSING, WHY, Slurm
-from tests.sweeps import all_runs, count, events, many_trials, table, wait_until, write_sweep
+from tests.helpers.slurm import MISSING, WHY, Slurm
+from tests.helpers.sweeps import (
+    all_runs,
+    count,
+    events,
+    many_trials,
+    table,
+    wait_until,
+    write_sweep,
+)
 
 pytestmark = [
     pytest.mark.integration,

@@ -19,11 +19,11 @@ from typing import Any
 import pytest
 import ray
 
-from orchestrator.lineage import commit
-from orchestrator.submit import Cluster
-from tests.clusters import head as ray_head
-from tests.servers import served
-from tests.sweeps import (
+from orchestrator.cluster.jobs import Cluster
+from orchestrator.git import commit
+from tests.helpers.clusters import head as ray_head
+from tests.helpers.servers import served
+from tests.helpers.sweeps import (
     TIMEOUT,
     airsweep,
     count,

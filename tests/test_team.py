@@ -19,10 +19,18 @@ from typing import Any
 
 import pytest
 
-from tests.servers import free_port
-from tests.sweeps import TIMEOUT, count, environment, events, search_sweep, wait_until, write_sweep
-from tests.team import HERE, MISSING, Team, basic, reader, team
-from tests.trivial import Trivial
+from tests.helpers.servers import free_port
+from tests.helpers.sweeps import (
+    TIMEOUT,
+    count,
+    environment,
+    events,
+    search_sweep,
+    wait_until,
+    write_sweep,
+)
+from tests.helpers.team import HERE, MISSING, Team, basic, reader, team
+from tests.helpers.trivial import Trivial
 
 pytestmark = [pytest.mark.integration, pytest.mark.skipif(not HERE, reason=MISSING)]
 
@@ -45,7 +53,7 @@ def spec(tmp_path_factory, drawn_digits) -> Path:
 
 
 def command(spec: Path, store: Path | str, *options: str) -> list[str]:
-    start = [sys.executable, "-m", "tests.trivial", "run", str(spec), "--store", str(store)]
+    start = [sys.executable, "-m", "tests.helpers.trivial", "run", str(spec), "--store", str(store)]
     return [*start, *options]
 
 
@@ -137,7 +145,7 @@ def named(store: Path) -> list[dict[str, Any]]:
 def test_drivers_that_start_together_in_an_empty_database_all_find_its_tables(
     services, monkeypatch
 ):
-    from orchestrator.search import open_database
+    from orchestrator.planning.search import open_database
 
     monkeypatch.setenv("PGPASSWORD", services.postgres.make_database("fresh_studies"))
     uri = services.postgres.uri("fresh_studies")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from joblib import Parallel, delayed
 
-from orchestrator.resolve import resolver_of
+from orchestrator.planning.resolve import resolver_of
 
 WORKERS = 2
 
@@ -21,9 +21,9 @@ WORKERS = 2
 @cache
 def trials(spec: str, sets: tuple[str, ...]) -> dict[str, object]:
     """The trials of the grid by name, `air/1`."""
-    from orchestrator.requests import place_of
-    from orchestrator.sweep import cells_of
-    from orchestrator.sweep_file import load_sweep
+    from orchestrator.planning.requests import place_of
+    from orchestrator.spec.sweep import cells_of
+    from orchestrator.spec.sweep_file import load_sweep
 
     sweep = load_sweep(Path(spec), sets=list(sets))
     resolver = resolver_of(place_of(sweep, Path(os.environ["PEER_FOLDER"]) / "inputs", None))
@@ -35,22 +35,22 @@ def trials(spec: str, sets: tuple[str, ...]) -> dict[str, object]:
 
 
 def store():
-    from orchestrator.store import ArtifactStore
+    from orchestrator.store.artifacts import ArtifactStore
 
     return ArtifactStore(Path(os.environ["PEER_FOLDER"]) / "inputs")
 
 
 def prepare(specs: list) -> None:
     """Features, labels, LoRA, images: what all trials read, once."""
-    from orchestrator import stages
-    from orchestrator.plan import needs_of
-    from orchestrator.workshop import Workshop
+    from orchestrator.planning.plan import needs_of
+    from orchestrator.stages import build
+    from orchestrator.stages.context import Workshop
 
     shop = Workshop(store())
     makers = {
-        "features": stages.build_features,
-        "labels": stages.build_labels,
-        "lora": stages.build_lora,
+        "features": build.build_features,
+        "labels": build.build_labels,
+        "lora": build.build_lora,
     }
     for need in needs_of(specs):
         if need.stage in makers:
@@ -64,8 +64,8 @@ def prepare(specs: list) -> None:
 def draw(row, blocks) -> None:
     import torch
 
-    from orchestrator.image_rows import build_image_block, open_generator
-    from orchestrator.workshop import Workshop
+    from orchestrator.stages.context import Workshop
+    from orchestrator.stages.image_rows import build_image_block, open_generator
 
     torch.set_num_threads(1)
     shop = Workshop(store())
@@ -80,9 +80,9 @@ def one_trial(name: str, spec) -> dict[str, float]:
 
     from air_core.datasets import get_dataset
     from air_core.method import TrialData, learn
-    from orchestrator.image_rows import read_synthetic
-    from orchestrator.stages import read_target
-    from orchestrator.workshop import Workshop
+    from orchestrator.stages.build import read_target
+    from orchestrator.stages.context import Workshop
+    from orchestrator.stages.image_rows import read_synthetic
 
     torch.set_num_threads(1)
     target = read_target(spec.features, spec.split, store())

@@ -49,11 +49,11 @@ from mlflow.utils.mlflow_tags import (
     MLFLOW_USER,
 )
 
+from orchestrator.environment import environment
 from orchestrator.files import lock_mode
 from orchestrator.redact import without_credentials
-from orchestrator.tracking import ChildRun, Counts, Status, SweepRun
+from orchestrator.tracking.types import ChildRun, Counts, Status, SweepRun
 from orchestrator.tracking_uri import ARTIFACTS, DATABASE
-from orchestrator.variables import environment
 
 log = logging.getLogger(__name__)
 

@@ -43,7 +43,7 @@ from mlflow.utils.credentials import read_mlflow_creds
 
 from orchestrator.errors import TrackerAway
 from orchestrator.redact import without_credentials
-from orchestrator.tracking import ChildRun, Numbers
+from orchestrator.tracking.types import ChildRun, Numbers
 from orchestrator.tracking_uri import ARTIFACTS, resolved
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)  # Ray may have imported it before us

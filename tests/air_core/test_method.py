@@ -31,7 +31,7 @@ from air_core.normal import normalised
 from air_core.paradigms import PARADIGMS, make_split
 from air_core.specs import SplitSettings, TrialSpec
 from air_core.types import Batch, Labelled, TrialResult
-from orchestrator.presets import METHODS
+from orchestrator.spec.presets import METHODS
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "digits_metrics.json"
 QUICK = {"iterations": 2, "train__steps": 4, "prompt__length": 4, "seed": 1}

@@ -1,1 +1,0 @@
-"""One function a command. Heavy imports are inside; data on stdout, everything else on stderr."""

@@ -1,0 +1,78 @@
+"""Damaged inputs and results of a sweep: found before a run and set aside, to be made again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+from air_core.specs import FeaturesSpec, SyntheticFeaturesSpec
+from orchestrator.errors import DamagedArtifact
+from orchestrator.keys import Stage
+from orchestrator.planning.plan import Need, Plan, holds, needs_of, possible_trials
+from orchestrator.planning.resolve import Resolver
+from orchestrator.store.artifacts import ArtifactStore
+
+
+def set_damaged_aside(
+    plan: Plan, store: ArtifactStore, resolver: Resolver
+) -> list[DamagedArtifact]:
+    """Read the trials of a plan and what its missing trials will read, on this machine.
+
+    Features and images of trials that are done are not read, since nothing will use them.
+
+    Returns:
+        What was damaged, and now counts as missing.
+
+    Raises:
+        PermissionError: something is damaged that this user may not rename.
+    """
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        checks = list(_checks(plan, store, resolver))
+        found = threads.map(lambda one: _set_aside(one[0], one[1], store), checks)
+        return [damaged for damaged in found if damaged is not None]
+
+
+def _set_aside(
+    check: Callable[[], object], lock: str, store: ArtifactStore
+) -> DamagedArtifact | None:
+    try:
+        check()
+        return None
+    except DamagedArtifact:
+        # Another driver may have found the same, and made it again by now.
+        with store.locks.turn(lock):
+            try:
+                check()
+                return None
+            except DamagedArtifact as damaged:
+                store.set_aside(damaged)
+                return damaged
+
+
+def _checks(
+    plan: Plan, store: ArtifactStore, resolver: Resolver
+) -> Iterator[tuple[Callable[[], object], str]]:
+    """Checks that raise DamagedArtifact, each with the lock of those who make what it reads."""
+    trials = {slot.key.digest: slot.spec for slot in plan.slots}
+    for digest, trial in trials.items():
+        yield partial(store.check, trial), digest
+    left = [cell for cell in plan.cells if plan.left[cell.id]]
+    needs = needs_of(possible_trials(left, plan.sweep.seeds.assignments(), resolver))
+    for need in needs:
+        if isinstance(need.spec, SyntheticFeaturesSpec):
+            row = store.row(need.spec)
+            for c, block in need.shards():
+                lock = f"{need.key.digest}-{c}-{block}"
+                yield partial(row.check, c, block, ".safetensors"), lock
+        # Labels and LoRA are read only while images are drawn; a LoRA is not trained anew for
+        # images that are there.
+        elif isinstance(need.spec, FeaturesSpec) or _draws_from(need.spec, needs, store):
+            yield partial(store.check, need.spec), need.key.digest
+
+
+def _draws_from(spec: Stage, needs: Sequence[Need], store: ArtifactStore) -> bool:
+    """Are images missing that are drawn with this LoRA, or with one trained on these labels?"""
+    rows = (need for need in needs if isinstance(need.spec, SyntheticFeaturesSpec))
+    return any(holds(row.spec, spec) and row.have(store) < row.total() for row in rows)

@@ -1,0 +1,102 @@
+"""What a finished or half-finished sweep shows, gathered for a report. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.planning.audit_card import AuditCard, audited_by, known_card, ready
+from orchestrator.planning.inputs import refs_of
+from orchestrator.planning.plan import Plan
+from orchestrator.planning.requests import plan_of
+from orchestrator.reporting.results import Standing, results_of, standing
+from orchestrator.reporting.rows import Results, Row, rows
+from orchestrator.spec.sweep import SweepSpec
+from orchestrator.store.location import Place, read_outcome
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One sweep with all that its trials left behind."""
+
+    sweep: SweepSpec
+    place: Place
+    plan: Plan
+    results: Results
+    points: Sequence[Row]  # one row a point, also of a search
+    standing: Standing
+    counts: Mapping[str, int]  # of the trials that the sweep asks for, by state
+    outcome: Mapping[str, Any]  # of the last run
+    cards: Sequence[tuple[AuditCard, Path]]  # audit cards that were made, and their pictures
+
+    def costs(self) -> dict[str, tuple[int, float]]:
+        """Times made and seconds of one worker, by stage; of what this sweep made itself."""
+        from pandas import DataFrame
+
+        events = self.place.ledger().events()
+        seconds = [
+            (event["stage"], event["seconds"])
+            for event in events
+            if event["event"] == "artifact_prepared"
+        ]
+        states = self.standing.last
+        own = {s.key.digest for s in self.plan.slots if states.get(s.id) == "done"}
+        trials = {entry.key: entry.seconds for entry in self.results.entries if entry.key in own}
+        seconds += [("trials", value) for value in trials.values()]
+        groups = DataFrame(seconds, columns=["stage", "seconds"]).groupby("stage", sort=False)
+        return {stage: (len(of), of["seconds"].sum()) for stage, of in groups}
+
+    def inputs(self) -> dict[str, str]:
+        """Digests of all that was read, by what and name."""
+        found = {}
+        for slot in self.plan.slots:
+            for what, ref in refs_of(slot.spec).items():
+                found[f"{what.replace('_', ' ')} {ref.name}"] = ref.digest
+        return dict(sorted(found.items()))
+
+    def made(self, name: str) -> list[Any]:
+        """What the records say of their making, each once, in order of appearance."""
+        found: list[Any] = []
+        for entry in self.results.entries:
+            value = entry.made.get(name)
+            if value and value not in found:
+                found.append(value)
+        return found
+
+
+def evidence_of(sweep: SweepSpec, place: Place) -> Evidence:
+    """
+    Raises:
+        ValueError: no trial of it has finished.
+    """
+    plan = plan_of(sweep, place)
+    results = results_of(plan, place.store)
+    if not results.entries:
+        raise ValueError(
+            f"sweep {place.project}/{place.name} has no finished trial to report "
+            f"({plan.total} are planned); run `airsweep run {sweep.source}`, and see "
+            f"`airsweep status {place.name}`"
+        )
+    stands = standing(place.ledger())
+    return Evidence(
+        sweep,
+        place,
+        plan,
+        results,
+        points=rows(results.entries, None),
+        standing=stands,
+        counts=stands.counts(alive=False, among={slot.id for slot in plan.slots}),
+        outcome=read_outcome(place),
+        cards=_cards(sweep, place),
+    )
+
+
+def _cards(sweep: SweepSpec, place: Place) -> list[tuple[AuditCard, Path]]:
+    try:
+        rows = ready(audited_by(sweep, place), place)
+    except ValueError:  # no images, or not all of them yet
+        return []
+    known = [(known_card(row, place), place.folder / f"{row.name}.png") for row in rows]
+    return [(card, picture) for card, picture in known if card is not None and picture.exists()]

@@ -1,0 +1,360 @@
+"""An audit of one row of synthetic images, from what the store has of it: a card and a sheet.
+
+The numbers are `air_core.audit`'s. Here they become a table with a line for each image, which gets
+names, files and pictures.
+"""
+
+# mypy: allow-untyped-calls
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pandas import DataFrame, Series
+from PIL import Image
+from torch import Tensor
+
+from air_core.audit import (
+    Audit,
+    Finding,
+    ImageSet,
+    Surroundings,
+    audit,
+    difference_hash,
+    spread,
+)
+from air_core.auxiliary import credible
+from air_core.classifiers import LinearClassifier, text_classifier
+from air_core.datasets.class_folders import class_files
+from air_core.datasets.images import Unreadable, open_png
+from air_core.specs import FidelitySettings, FolderImages
+from air_core.types import Batch, Labelled
+from orchestrator.errors import MissingArtifact
+from orchestrator.keys import artifact_key
+from orchestrator.planning.audit_card import REASONS, AuditCard, Audited, facts_of, title_of
+from orchestrator.planning.dataset_text import about, text_of
+from orchestrator.planning.plan import BASE_PER_CLASS
+from orchestrator.planning.resolve import images_folder
+from orchestrator.stages.build import read_target
+from orchestrator.stages.context import ChangedInput, Workshop, one_thread
+from orchestrator.stages.image_rows import read_drawn, read_pictures, read_synthetic
+from orchestrator.stages.pictures import Tile, captioned_sheet
+from orchestrator.store.artifacts import ArtifactStore
+
+log = logging.getLogger(__name__)
+
+SHOWN = 10  # pictures in a line of the sheet; half as many pairs
+DIGITS = 4  # of numbers that are kept: what differs beyond is rounding
+
+Report = Callable[[int, int], None]
+
+
+@one_thread()
+def made(row: Audited, shop: Workshop, report: Report | None = None) -> tuple[AuditCard, bytes]:
+    """A card and its sheet, a PNG.
+
+    Args:
+        report: told of images that were looked at, and how many there are.
+
+    Raises:
+        MissingArtifact: images or features are not there.
+    """
+    images, table = _read(row, shop.store, report)
+    backbone = shop.backbone(row.row.backbone, row.row.precision)
+    template = text_of(row.features, shop.store).template
+    text = text_classifier(backbone, row.row.images.classnames, template)
+    targets = [read_target(row.features, split, shop.store) for split in row.splits]
+    pool = targets[0].features[targets[0].split.pool]
+    test = torch.cat([target.split.test for target in targets]).unique()
+    base = _base(row, shop.store)
+    try:
+        shop.examples(row.features.dataset)
+    except ChangedInput as problem:
+        log.warning("%s; copies of test images are not looked for", problem)
+    logits = _logits(text, images.features, row.classes)
+    around = Surroundings(
+        pool=pool,
+        base=None if base is None else base.batch.features,
+        test=targets[0].features[test],
+        test_hash=lambda position: _test_hash(row, shop, int(test[position])),
+    )
+    found = audit(images, logits, around)
+    table = table.assign(
+        sound=found.sound.numpy(),
+        right=(found.guesses == images.labels).numpy(),
+        margin=found.margins.numpy(),
+        twin=found.like.numpy(),
+        twin_cosine=found.like_cosine.numpy(),
+        test=[int(test[i]) if i >= 0 else -1 for i in found.test_like.tolist()],
+        test_cosine=found.test_cosine.numpy(),
+    )
+    flagged = [_flagged(one, table, row.row.images.classnames, test) for one in found.findings]
+    faulty = {one.image for one in found.findings}
+    table["flagged"] = table.index.isin(faulty)
+    card = AuditCard(
+        asked=row.asked,
+        name=row.name,
+        title=title_of(row),
+        clip=row.row.backbone.name,
+        dataset=about(row.features.dataset.name),
+        row=str(artifact_key(row.row.images)),
+        images_per_class=row.images_per_class,
+        images=len(images),
+        redrawn=int(table.redrawn.sum()),
+        counts={reason: sum(one["reason"] == reason for one in flagged) for reason in REASONS},
+        recognised=_rounded(table.right[table.sound].mean()),
+        base_recognised=None if base is None else _recognised(base, text, row.classes),
+        margins=_quantiles(table.margin, 0.05, 0.5, 0.95),
+        kid=_pair(found.distance),
+        base_kid=None if found.base_distance is None else _pair(found.base_distance),
+        base_images=0 if base is None else len(base),
+        pool_images=len(pool),
+        test_images=len(test),
+        test_cosine=_rounded(table.test_cosine.max()),
+        kept=_kept(images, logits),
+        classes=[_class_line(str(name), of) for name, of in _by_class(table)],
+        flagged=flagged,
+    )
+    return card, _sheet(card, table, found, row, shop)
+
+
+def _read(row: Audited, store: ArtifactStore, report: Report | None) -> tuple[ImageSet, DataFrame]:
+    """The images, and a line of names for each."""
+    count = row.images_per_class * len(row.classes)
+    classnames, files = row.row.images.classnames, _files(row)
+    lines, features, hashes = [], [], []
+    for drawn in read_drawn(row.row, row.classes, row.images_per_class, store):
+        picture = open_png(drawn.png)
+        name = classnames[drawn.class_index]
+        lines.append(
+            {
+                "label": drawn.class_index,
+                "classname": name,
+                "index": drawn.index,
+                "file": _file(files.get(name, ()), drawn.index),
+                "held": drawn.ok,
+                "redrawn": drawn.ok and drawn.attempt > 0,
+                "spread": spread(picture),
+            }
+        )
+        features.append(drawn.features)
+        hashes.append(difference_hash(picture))
+        if report is not None:
+            report(len(lines), count)
+    table = DataFrame(lines)
+    images = ImageSet(
+        features=torch.from_numpy(np.stack(features)).float(),
+        labels=torch.tensor(table.label.to_numpy()),
+        hashes=torch.stack(hashes),
+        spread=torch.tensor(table.spread.tolist()),
+        held=torch.tensor(table.held.to_numpy()),
+    )
+    return images, table
+
+
+def _files(row: Audited) -> Mapping[str, Sequence[Path]]:
+    """By class, of a folder of ready images, as it is now."""
+    images = row.row.images
+    if not isinstance(images, FolderImages):
+        return {}
+    with suppress(OSError, ValueError):
+        return class_files(images_folder(images.model.name), images.classnames)
+    return {}
+
+
+def _file(files: Sequence[Path], index: int) -> str | None:
+    return f"{files[index].parent.name}/{files[index].name}" if index < len(files) else None
+
+
+def _base(row: Audited, store: ArtifactStore) -> Labelled | None:
+    """The images without LoRA, where they were drawn."""
+    if row.base is not None:
+        with suppress(MissingArtifact, FileNotFoundError):
+            return read_synthetic(row.base, BASE_PER_CLASS, store, row.classes)
+    return None
+
+
+@torch.no_grad()
+def _logits(text: LinearClassifier, features: Tensor, classes: Sequence[int]) -> Tensor:
+    """(N, C) of the text classifier; classes that nothing was drawn for are out of the question."""
+    logits = text.logits(Batch(features))
+    others = torch.ones(logits.shape[1], dtype=torch.bool)
+    others[list(classes)] = False
+    return logits.masked_fill(others, -torch.inf)
+
+
+def _test_hash(row: Audited, shop: Workshop, position: int) -> Tensor | None:
+    picture = _test_picture(row, shop, position)
+    return None if picture is None else difference_hash(picture)
+
+
+def _test_picture(row: Audited, shop: Workshop, position: int) -> Image.Image | None:
+    with suppress(Unreadable, ChangedInput, FileNotFoundError):
+        return shop.examples(row.features.dataset).images[position]
+    return None
+
+
+# ---------------------------------------------------------------- numbers for people
+
+
+def _flagged(
+    finding: Finding, table: DataFrame, classnames: Sequence[str], test: Tensor
+) -> dict[str, Any]:
+    """A fault as the card has it."""
+    image = table.loc[finding.image]
+    value = None if math.isnan(finding.value) else round(finding.value, DIGITS)
+    match finding.reason:
+        case "blank":
+            said = f"is blank: no channel varies by more than {value:.1f} of 256 levels"
+            said += "" if image.held else ", so no trial reads it"
+        case "near-constant":
+            said = f"shows next to nothing: no channel varies by more than {value:.1f} levels"
+        case "not a number":
+            said = "has CLIP features that are not finite"
+        case "duplicate":
+            said = f"is {_called(table.loc[finding.other])} again: {_like(finding)}"
+        case "wrong class":
+            said = (
+                f"looks like {classnames[finding.other]!r}: {finding.beside:.0%} of the images "
+                f"nearest to it were made for that class, and CLIP's margin is {value:+.2f}"
+            )
+        case "test copy":
+            said = f"is test image {int(test[finding.other])}: {_like(finding)}"
+    return {
+        "classname": image.classname,
+        "index": int(image["index"]),
+        "file": image.file,
+        "reason": finding.reason,
+        "value": value,
+        "sentence": f"{image.classname!r}: {_called(image)} {said}",
+    }
+
+
+def _called(image: Series) -> str:
+    return f"image {image['index']}" + (f" ({image.file})" if image.file else "")
+
+
+def _like(finding: Finding) -> str:
+    return f"cosine {finding.value:.3f}, {finding.beside:.0f} of 256 bits of the hash differ"
+
+
+def _recognised(images: Labelled, text: LinearClassifier, classes: Sequence[int]) -> float | None:
+    guesses = _logits(text, images.batch.features, classes).argmax(dim=-1)
+    return _rounded(float((guesses == images.labels).double().mean()))
+
+
+def _rounded(value: float) -> float | None:
+    return None if math.isnan(value) else round(float(value), DIGITS)
+
+
+def _pair(distance: Any) -> list[float] | None:
+    if math.isnan(distance.mean):
+        return None
+    return [round(distance.mean, DIGITS), round(distance.std, DIGITS)]
+
+
+def _quantiles(values: Series, *shares: float) -> list[float] | None:
+    known = values.dropna()
+    return [round(float(one), DIGITS) for one in known.quantile(shares)] if len(known) else None
+
+
+def _kept(images: ImageSet, logits: Tensor) -> dict[str, int]:
+    """How many images each filter would leave to a trial that reads all of them."""
+    read = images.held & images.features.isfinite().all(dim=1)
+    bank = Labelled(Batch(images.features[read]), images.labels[read])
+    filters = {
+        "fidelity.min_margin: 0": FidelitySettings(min_margin=0.0),
+        "fidelity.duplicates: drop": FidelitySettings(duplicates="drop"),
+    }
+    return {name: len(credible(bank, how, logits[read])) for name, how in filters.items()}
+
+
+def _by_class(table: DataFrame) -> Iterable[tuple[Any, DataFrame]]:
+    return table.groupby("classname", sort=False)  # type: ignore[no-any-return]
+
+
+def _class_line(classname: str, images: DataFrame) -> dict[str, Any]:
+    rising = images.dropna(subset="margin").sort_values(["margin", "index"])["index"].tolist()
+    middle = _quantiles(images.margin, 0.5)
+    return {
+        "classname": classname,
+        "images": len(images),
+        "recognised": _rounded(images.right[images.sound].mean()),
+        "margin": middle and middle[0],
+        "best": rising[-1] if rising else None,
+        "worst": rising[0] if rising else None,
+        "flagged": int(images.flagged.sum()),
+    }
+
+
+# ---------------------------------------------------------------- the sheet
+
+
+def _sheet(card: AuditCard, table: DataFrame, found: Audit, row: Audited, shop: Workshop) -> bytes:
+    """The facts, and under them the best, worst and flagged images, and what is nearest to what."""
+    falling = table.dropna(subset="margin").sort_values("margin", ascending=False, kind="stable")
+    copies = {one.image for one in found.findings if one.reason == "test copy"}
+    doubles = {one.image: one.other for one in found.findings if one.reason == "duplicate"}
+    twins = table.assign(twin=[doubles.get(i, j) for i, j in table.twin.items()])
+    lines = {
+        "best\none of a class": _margins(falling.groupby("classname").head(1)[:SHOWN]),
+        "worst\nsmallest margin": _margins(falling[::-1][:SHOWN]),
+        "flagged\nbeyond the worst": _margins(_beyond(table, falling[::-1][:SHOWN])),
+        "most alike\npairs of a class": _pairs(twins, "twin", "twin_cosine", {*doubles}),
+        "nearest test\ndrawn, test image": _pairs(table, "test", "test_cosine", copies),
+    }
+    wanted = [place for line in lines.values() for one, _, _ in line for place in one]
+    drawn = [tuple(table.loc[i, ["label", "index"]]) for kind, i in wanted if kind != "test"]
+    pictures = read_pictures(row.row, drawn, shop.store)
+
+    def tile(place: tuple[str, int], words: str, flagged: bool) -> Tile:
+        kind, i = place
+        if kind == "test":
+            return Tile(_test_picture(row, shop, i), "test image", str(i), flagged)
+        image = table.loc[i]
+        picture = pictures[image.label, image["index"]]
+        return Tile(picture, image.classname, f"{image['index']}   {words}", flagged)
+
+    return captioned_sheet(
+        f"{card.title}   {card.dataset}",
+        facts_of(card),
+        {
+            name: [tile(place, words, flagged) for one, words, flagged in line for place in one]
+            for name, line in lines.items()
+        },
+        "framed: flagged; airsweep audit says why",
+    )
+
+
+# Images that stand together, what is written under them, and whether they are flagged.
+Shown = tuple[Sequence[tuple[str, int]], str, bool]
+
+
+def _margins(images: DataFrame) -> list[Shown]:
+    return [
+        ([("drawn", int(i))], "" if math.isnan(one.margin) else f"{one.margin:+.2f}", one.flagged)
+        for i, one in images.iterrows()
+    ]
+
+
+def _beyond(table: DataFrame, worst: DataFrame) -> DataFrame:
+    return table[table.flagged & ~table.index.isin(worst.index)].sort_values("margin")[:SHOWN]
+
+
+def _pairs(table: DataFrame, other: str, cosine: str, flagged: set[int]) -> list[Shown]:
+    """The nearest pairs, flagged ones first; images of one class pair but once."""
+    near = table[table[other] >= 0].assign(first=lambda of: of.index.isin(flagged))
+    near = near.sort_values(["first", cosine], ascending=False, kind="stable")
+    found: dict[Any, Shown] = {}
+    for i, one in near.iterrows():
+        there = ("test" if other == "test" else "drawn", int(one[other]))
+        pair = (("drawn", int(i)), there)
+        found.setdefault(frozenset(pair), (pair, f"{one[cosine]:.3f}", bool(one["first"])))
+    return list(found.values())[: SHOWN // 2]

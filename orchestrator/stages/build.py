@@ -1,0 +1,216 @@
+"""One function a stage: from its spec and the store to an artifact. Knows no sweep, no cluster.
+
+A stage reads what its spec nests, from the store; nothing else. Images are in image_rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+from torch import Tensor
+
+from air_core.classifiers import text_classifier
+from air_core.datasets import Examples
+from air_core.datasets.images import BAD_SHARE, Unreadable
+from air_core.diffusion.lora import square, train_lora
+from air_core.lora_labels import first_of_each_class, most_confident
+from air_core.paradigms import make_split
+from air_core.specs import FeaturesSpec, LabelsSpec, LoraSpec, SplitSettings
+from air_core.types import Batch, Labelled, Split
+from orchestrator.planning.dataset_text import DatasetText, text_of
+from orchestrator.planning.resolve import images_folder
+from orchestrator.stages.context import Workshop
+from orchestrator.stages.image_rows import read_synthetic
+from orchestrator.store.artifacts import Artifact, ArtifactStore
+
+PARTS = ("train", "val", "test", "free", "bad")
+CHUNK = 512  # images that are decoded at a time
+
+
+# ---------------------------------------------------------------- features
+
+
+def build_features(
+    spec: FeaturesSpec, shop: Workshop, report: Callable[[int, int], None] | None = None
+) -> Artifact:
+    """CLIP features, or patch tokens, of a whole dataset.
+
+    An image that cannot be decoded is left out of every split.
+
+    Args:
+        report: told of images that are done, and how many there are.
+
+    Raises:
+        ValueError: too many images cannot be decoded.
+    """
+
+    def build(folder: Path) -> dict[str, Any]:
+        with shop.reading(spec.dataset) as examples:
+            return encode(examples, folder)
+
+    def encode(examples: Examples, folder: Path) -> dict[str, Any]:
+        parts = np.array([PARTS.index(part) for part in examples.parts], dtype=np.int8)
+        rows, bad = [], []
+        for start in range(0, len(examples.images), CHUNK):
+            images = []
+            for i in range(start, min(start + CHUNK, len(examples.images))):
+                try:
+                    images.append(examples.images[i])
+                except Unreadable as problem:
+                    bad.append(str(problem))
+                    parts[i] = PARTS.index("bad")
+                    images.append(Image.new("RGB", (8, 8)))
+            rows.append(shop.encoded(images, spec))
+            if report is not None:
+                report(start + len(images), len(examples.images))
+        if len(bad) > BAD_SHARE * len(parts):
+            raise ValueError(
+                f"{len(bad)} of {len(parts)} images cannot be read; {'; '.join(bad[:3])}"
+            )
+        arrays = {"features": np.concatenate(rows), "labels": examples.labels, "parts": parts}
+        save_file(arrays, folder / "features.safetensors")
+        counts = {"images": len(parts) - len(bad), "unreadable": len(bad), "batch": shop.batch}
+        return counts | asdict(text_of(spec, shop.store))
+
+    return shop.store.get_or_build(spec, build)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A dataset as a frozen CLIP sees it, with its split."""
+
+    features: Tensor  # (N, D)
+    labels: Tensor  # (N,)
+    split: Split
+    text: DatasetText
+    tokens: Tensor | None = None  # (N, T, V)
+
+    def batch(self, index: Tensor) -> Batch:
+        return Batch(self.features[index], None if self.tokens is None else self.tokens[index])
+
+    def labelled(self, index: Tensor) -> Labelled:
+        return Labelled(self.batch(index), self.labels[index])
+
+
+def read_target(
+    spec: FeaturesSpec,
+    split: SplitSettings,
+    store: ArtifactStore,
+    tokens: FeaturesSpec | None = None,
+) -> Target:
+    """Features and split of a dataset, with patch tokens where they are asked for.
+
+    Raises:
+        MissingArtifact: the features were not made yet.
+    """
+    text = text_of(spec, store)
+    target = _target(store.get(spec).path / "features.safetensors", split, text)
+    if tokens is None:
+        return target
+    return replace(target, tokens=_tokens(store.get(tokens).path / "features.safetensors"))
+
+
+@lru_cache(maxsize=1)  # they are large
+def _tokens(path: Path) -> Tensor:
+    return torch.from_numpy(load_file(path)["features"])
+
+
+@cache
+def _target(path: Path, split: SplitSettings, text: DatasetText) -> Target:
+    arrays = load_file(path)
+    parts = np.array(PARTS)[arrays["parts"]]
+    return Target(
+        features=torch.from_numpy(arrays["features"]),
+        labels=torch.from_numpy(arrays["labels"]),
+        split=make_split(arrays["labels"], parts, split),
+        text=text,
+    )
+
+
+# ---------------------------------------------------------------- labels and LoRA
+
+
+def build_labels(spec: LabelsSpec, shop: Workshop) -> Artifact:
+    """The images that a LoRA is trained on: pool images with a pseudo-label, and labelled ones."""
+
+    def build(folder: Path) -> dict[str, Any]:
+        target = read_target(spec.features, spec.split, shop.store)
+        split, k = target.split, spec.settings.k
+        parts = []
+        if spec.source != "labelled":
+            parts.append(pseudo_labelled(spec, target, shop))
+        if spec.source != "pseudo" and len(split.labelled):
+            parts.append(first_of_each_class(split.labelled, target.labels[split.labelled], k))
+        if not parts:
+            raise ValueError("lora.source is labelled, but ul has no labels: use pseudo or all")
+        index, labels = (torch.cat(columns) for columns in zip(*parts, strict=True))
+        save_file({"index": index.numpy(), "labels": labels.numpy()}, folder / "labels.safetensors")
+        # The true labels are looked at here for the record only.
+        right = (target.labels[index] == labels).double().mean().item()
+        return {"images": len(index), "accuracy": right}
+
+    return shop.store.get_or_build(spec, build)
+
+
+def pseudo_labelled(spec: LabelsSpec, target: Target, shop: Workshop) -> tuple[Tensor, Tensor]:
+    """Positions in the dataset, and classes, of the pool images that a LoRA is trained on."""
+    dataset, split = target.text, target.split
+    text = text_classifier(
+        shop.backbone(spec.features.backbone, spec.features.precision),
+        dataset.classnames,
+        dataset.template,
+    )
+    bank = None
+    if spec.images is not None:
+        classes = None if split.unseen is None else split.unseen.tolist()
+        count = spec.settings.images_per_class
+        bank = read_synthetic(spec.images, count, shop.store, classes)
+    pool = target.batch(split.pool)
+    chosen, labels = most_confident(text, pool, spec.settings.k, split.unseen, bank)
+    return split.pool[chosen], labels
+
+
+def build_lora(
+    spec: LoraSpec, shop: Workshop, report: Callable[[int, int, float], None] | None = None
+) -> Artifact:
+    """LoRA adapters of a diffusion model, trained on pseudo-labelled pool images."""
+
+    def build(folder: Path) -> dict[str, Any]:
+        chosen = load_file(shop.store.get(spec.labels).path / "labels.safetensors")
+        with shop.reading(spec.labels.features.dataset) as examples:
+            pixels = np.stack([square(examples.images[i], spec.size) for i in chosen["index"]])
+        classnames = text_of(spec.labels.features, shop.store).classnames
+        names = [classnames[c].replace("_", " ") for c in chosen["labels"]]
+        return train_lora(
+            torch.from_numpy(pixels),
+            [spec.training.caption.format(name) for name in names],
+            images_folder(spec.model.name),
+            spec.training,
+            spec.size,
+            folder,
+            device=shop.device,
+            report=told,
+            kept=kept,
+        )
+
+    def told(step: int, steps: int, loss: float) -> None:
+        shop.store.backend.push(kept)
+        if report is not None:
+            report(step, steps, loss)
+
+    kept = shop.store.unfinished(spec)
+    if not shop.store.has(spec):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        shop.store.backend.pull([kept], anew=False)
+    made = shop.store.get_or_build(spec, build)
+    if kept.exists():
+        shop.store.backend.remove(kept)
+    return made

@@ -1,0 +1,310 @@
+"""Rows of synthetic images: an endless numbered row a class, drawn block by block, read by count.
+
+`build_image_block` is the only maker of images: on the cluster it is mapped over actors, in a test
+it is called.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from safetensors.numpy import load, save
+from torch import Tensor
+
+from air_core.classifiers import text_classifier
+from air_core.datasets.images import open_png
+from air_core.diffusion import ImageGenerator, draw, image_seed, load_generator
+from air_core.seal import BLANK, sealed
+from air_core.specs import FolderImages, GeneratedImages, SyntheticFeaturesSpec
+from air_core.types import Batch, Labelled
+from orchestrator.errors import DamagedArtifact, MissingArtifact
+from orchestrator.planning.resolve import images_folder
+from orchestrator.stages.context import Workshop
+from orchestrator.store.artifacts import ArtifactStore
+from orchestrator.store.rows import Row
+
+DEATHS = 2  # processes that a block may kill before it counts as failed
+
+
+def open_generator(
+    images: GeneratedImages | FolderImages, shop: Workshop, thrift: int = 0
+) -> ImageGenerator:
+    """The generator of a row, with its LoRA from the store.
+
+    Raises:
+        ChangedInput: ready images are not those that the row's digest was taken of.
+    """
+    adapter = None
+    if isinstance(images, GeneratedImages) and images.lora is not None:
+        adapter = shop.store.get(images.lora).path
+    folder = images_folder(images.model.name)
+    generator = load_generator(images, folder, adapter, shop.device, thrift)
+    if isinstance(images, FolderImages):  # after it has listed them: it notices later changes
+        shop.check_ready_images(images.model)
+    return generator
+
+
+def build_image_block(
+    spec: SyntheticFeaturesSpec,
+    class_index: int,
+    block: int,
+    shop: Workshop,
+    generator: Callable[[], ImageGenerator],
+) -> dict[str, float]:
+    """Draw one block of one class and encode it, unless it is there already.
+
+    A block is one batch, always the same one. A slot that `draw` gives up is a recorded hole. Two
+    processes that want the same block, of two sweeps say, take
+    turns, and the second finds it there.
+
+    Returns:
+        images drawn (kept), redrawn slots, holes; all 0 if the images were there. And the seconds
+        that drawing and encoding took, on the device.
+
+    Raises:
+        RuntimeError: the block has killed the last processes that tried.
+    """
+    row = shop.store.open_row(spec.images)
+    with (
+        shop.store.locks.turn(f"{row.key.digest}-{class_index}-{block}"),
+        # Not in memory, since the cluster tries a block that kills its process again for ever.
+        row.deaths_counted(class_index, block, DEATHS) as deaths,
+    ):
+        if deaths >= DEATHS:
+            raise RuntimeError(f"killed its process {deaths} times")
+        return _build_block(spec, row, class_index, block, shop, generator)
+
+
+def _build_block(
+    spec: SyntheticFeaturesSpec,
+    row: Row,
+    class_index: int,
+    block: int,
+    shop: Workshop,
+    generator: Callable[[], ImageGenerator],
+) -> dict[str, float]:
+    drawn: dict[str, float] = {"drawn": 0, "redrawn": 0, "holes": 0, "on_device": 0.0}
+    features = shop.store.open_row(spec)
+    encoded_before = features.holds(class_index, block, ".safetensors")
+    if not encoded_before and row.holds(class_index, block, ".parquet"):
+        try:
+            row.read(class_index, block, ".parquet")
+        except DamagedArtifact as damaged:
+            shop.store.set_aside(damaged)
+    if not row.holds(class_index, block, ".parquet"):
+        table, drawn = _draw(spec.images, class_index, block, generator())
+        row.publish(class_index, block, ".parquet", sealed(_parquet(table)))
+    if not encoded_before:
+        data = row.read(class_index, block, ".parquet")
+        table = pq.read_table(io.BytesIO(data), columns=["image", "ok"])
+        images = [open_png(png) for png in table["image"].to_pylist()]
+        started = time.monotonic()
+        encoded_images = shop.encoded(images, spec)
+        drawn["on_device"] += time.monotonic() - started
+        arrays = {"features": encoded_images, "ok": np.array(table["ok"].to_pylist())}
+        encoded = sealed(save(arrays, {"seal": BLANK}))
+        features.publish(class_index, block, ".safetensors", encoded)
+    return drawn
+
+
+def _draw(
+    images: GeneratedImages | FolderImages,
+    class_index: int,
+    block: int,
+    generator: ImageGenerator,
+) -> tuple[pa.Table, dict[str, float]]:
+    size = images.block_size
+    classname = images.classnames[class_index]
+    indices = list(range(block * size, (block + 1) * size))
+    started = time.monotonic()
+    pixels, attempts, ok = draw(generator, classname, indices)
+    on_device = time.monotonic() - started
+    seeds = [
+        image_seed(images.settings.seed, classname, index, attempt)
+        if isinstance(images, GeneratedImages)
+        else 0
+        for index, attempt in zip(indices, attempts, strict=True)
+    ]
+    table = pa.table(
+        {
+            "index": pa.array(indices, pa.int32()),
+            "class": [classname] * size,
+            "prompt": [_prompt(images, classname)] * size,
+            "seed": pa.array(seeds, pa.uint64()),
+            "attempt": pa.array(attempts, pa.int8()),
+            "ok": ok,
+            "image": [_png(one) for one in pixels.numpy()],
+        }
+    )
+    counts = {
+        "drawn": sum(ok),
+        "redrawn": sum(attempt > 0 for attempt in attempts),
+        "holes": size - sum(ok),
+    }
+    return table, {**counts, "on_device": on_device}
+
+
+def _prompt(images: GeneratedImages | FolderImages, classname: str) -> str:
+    if isinstance(images, FolderImages):
+        return ""
+    return images.settings.template.format(classname.replace("_", " "))
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _parquet(table: pa.Table) -> bytes:
+    buffer = pa.BufferOutputStream()
+    with pq.ParquetWriter(buffer, table.schema) as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata({"seal": BLANK})
+    return bytes(buffer.getvalue())
+
+
+def read_synthetic(
+    spec: SyntheticFeaturesSpec,
+    count: int,
+    store: ArtifactStore,
+    classes: Sequence[int] | None = None,
+    tokens: SyntheticFeaturesSpec | None = None,
+) -> Labelled:
+    """The first `count` images of each class, by class; holes are left out.
+
+    Args:
+        classes: only these; None: all.
+        tokens: the row with their patch tokens, where they are wanted too.
+
+    Raises:
+        MissingArtifact: they were not drawn yet.
+        DamagedArtifact: a shard is damaged.
+    """
+    features, labels = _read_row(spec, count, store, classes)
+    patches = None if tokens is None else _read_row(tokens, count, store, classes)[0]
+    return Labelled(Batch(features, patches), labels)
+
+
+def _read_row(
+    spec: SyntheticFeaturesSpec,
+    count: int,
+    store: ArtifactStore,
+    classes: Sequence[int] | None,
+) -> tuple[Tensor, Tensor]:
+    row = store.row(spec)
+    size = spec.images.block_size
+    features, labels = [], []
+    wanted_classes = range(len(spec.images.classnames)) if classes is None else classes
+    blocks = range(spec.blocks(count))
+    row.pull([(c, block) for c in wanted_classes for block in blocks], ".safetensors")
+    for c in wanted_classes:
+        classname = spec.images.classnames[c]
+        for block in blocks:
+            try:
+                arrays = load(row.read(c, block, ".safetensors"))
+            except FileNotFoundError:
+                raise MissingArtifact(
+                    f"image {block * size} of {classname!r} is not in {row.key} under "
+                    f"{store.name}; run `airsweep prepare SPEC` first"
+                ) from None
+            wanted = arrays["ok"][: count - block * size]
+            kept = torch.from_numpy(arrays["features"][: len(wanted)][wanted])
+            features.append(kept)
+            labels.append(torch.full((len(kept),), c))
+    return torch.cat(features), torch.cat(labels)
+
+
+def drawn_classes(spec: SyntheticFeaturesSpec, store: ArtifactStore) -> list[int]:
+    """Classes that there are images of, ascending: in TRZSL unseen ones alone are drawn."""
+    return sorted({c for c, _ in store.row(spec.images).present(".parquet")})
+
+
+def drawn_of_each(spec: SyntheticFeaturesSpec, most: int, store: ArtifactStore) -> int:
+    """How many first images there are of each class that was drawn, at most `most`."""
+    present = store.row(spec.images).present(".parquet")
+    blocks = range(spec.blocks(most))
+    first_gaps = (
+        next((block for block in blocks if (c, block) not in present), len(blocks))
+        for c in {c for c, _ in present}
+    )
+    return min(most, min(first_gaps) * spec.images.block_size)
+
+
+def read_images(
+    spec: SyntheticFeaturesSpec, classes: Sequence[int], count: int, store: ArtifactStore
+) -> list[list[Image.Image]]:
+    """The first pictures of each class, for people."""
+    found = read_pictures(spec, itertools.product(classes, range(count)), store)
+    return [[found[c, index] for index in range(count)] for c in classes]
+
+
+def recognised(spec: SyntheticFeaturesSpec, count: int, shop: Workshop, template: str) -> float:
+    """Share of the first images that zero-shot CLIP takes for the class they were drawn for."""
+    bank = read_synthetic(spec, count, shop.store, drawn_classes(spec, shop.store))
+    backbone = shop.backbone(spec.backbone, spec.precision)
+    text = text_classifier(backbone, spec.images.classnames, template)
+    return float((text.logits(bank.batch).argmax(dim=-1) == bank.labels).double().mean())
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One slot of a row, with all that is known of it."""
+
+    class_index: int
+    index: int
+    attempt: int  # the draw that was kept, from 0
+    ok: bool  # False: a hole, which nobody reads
+    png: bytes
+    features: np.ndarray  # (D,)
+
+
+def read_drawn(
+    spec: SyntheticFeaturesSpec, classes: Sequence[int], count: int, store: ArtifactStore
+) -> Iterator[Drawn]:
+    """The first `count` slots of each class, holes among them, one after the other.
+
+    Raises:
+        DamagedArtifact: a shard is damaged.
+    """
+    pictures, features = store.row(spec.images), store.row(spec)
+    shards = [(c, block) for c in classes for block in range(spec.blocks(count))]
+    pictures.pull(shards, ".parquet")
+    features.pull(shards, ".safetensors")
+    size = spec.images.block_size
+    for c, block in shards:
+        data = pictures.read(c, block, ".parquet")
+        table = pq.read_table(io.BytesIO(data), columns=["index", "attempt", "ok", "image"])
+        arrays = load(features.read(c, block, ".safetensors"))
+        for slot, row in enumerate(table.to_pylist()[: count - block * size]):
+            yield Drawn(
+                c, row["index"], row["attempt"], row["ok"], row["image"], arrays["features"][slot]
+            )
+
+
+def read_pictures(
+    spec: SyntheticFeaturesSpec, wanted: Iterable[tuple[int, int]], store: ArtifactStore
+) -> dict[tuple[int, int], Image.Image]:
+    """Pictures by class and index."""
+    row, size = store.row(spec.images), spec.images.block_size
+    by_shard: dict[tuple[int, int], list[int]] = {}
+    for c, index in sorted(set(wanted)):
+        by_shard.setdefault((c, index // size), []).append(index)
+    row.pull(by_shard, ".parquet")
+    found = {}
+    for (c, block), indices in by_shard.items():
+        data = row.read(c, block, ".parquet")
+        stored = pq.read_table(io.BytesIO(data), columns=["image"])["image"]
+        for index in indices:
+            png = stored[index % size].as_py()
+            found[c, index] = open_png(png)
+    return found

@@ -1,0 +1,106 @@
+"""Trials side by side: prompts that can share a pass of the text tower are trained in one.
+
+A training step of a text prompt is bound by the number of calls rather than by arithmetic, above
+all on a GPU, so the seeds of a point together cost little more than one. Each trial keeps its own
+data, random numbers, record and failure.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import partial
+from typing import TYPE_CHECKING
+
+from air_core.normal import normalised
+from air_core.specs import TrialSpec
+from orchestrator.keys import artifact_key
+from orchestrator.spec.sweep import ENCODER_BATCH
+from orchestrator.stages.trial import WHOLE, Legs, is_over, recorded
+from orchestrator.store.artifacts import ArtifactStore
+from orchestrator.store.checkpoints import learned_by
+from orchestrator.store.records import TrialRecord, read_trial
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+# Class texts in one pass. What is kept of each for the gradient is 1 to 2 MB with ViT-B/32, and
+# where so many are under way arithmetic decides.
+AT_ONCE = {"cpu": 256, "cuda": 1024}
+
+
+def run_trials(
+    specs: Sequence[TrialSpec],
+    store: ArtifactStore,
+    device: str = "cpu",
+    share_done: Callable[[int, float], None] = lambda place, share: None,
+    batch: int = ENCODER_BATCH,
+    legs: Legs = WHOLE,
+) -> list[TrialRecord | Exception | None]:
+    """The record of each trial, run first where it is missing; or what went wrong.
+
+    A record is published as soon as its trial is over.
+
+    Args:
+        share_done: told of each trial, by its place in `specs`, how much of the training is done.
+        batch: images at a time through a tower; where they are fewer, so are trials side by side.
+        legs: where trials stop, if they do: None stands in place of a record then.
+    """
+    specs = [normalised(spec) if legs.until is None else learned_by(spec) for spec in specs]
+    missing = [spec for spec in dict.fromkeys(specs) if not is_over(spec, store, legs.until)]
+    told = {spec: partial(share_done, specs.index(spec)) for spec in missing}
+    failed: dict[TrialSpec, Exception] = {}
+    # Locks are taken in one order, or two processes could wait for each other.
+    missing.sort(key=lambda spec: artifact_key(spec).digest)
+    for group in side_by_side(missing, device, batch / ENCODER_BATCH):
+        problems = _problems(group, store, device, told, batch, legs)
+        times = Counter(map(id, problems.values()))
+        # The same for several: nobody's in particular, such as too many for the memory.
+        again = [spec for spec, problem in problems.items() if times[id(problem)] > 1]
+        failed |= {spec: problem for spec, problem in problems.items() if spec not in again}
+        del problems  # their tracebacks hold the tensors
+        for spec in again:
+            failed |= _problems([spec], store, device, told, batch, legs)
+    if legs.until is not None:
+        return [failed.get(spec) for spec in specs]
+    return [failed.get(spec) or read_trial(spec, store) for spec in specs]
+
+
+def side_by_side(
+    specs: Sequence[TrialSpec], device: str, share: float = 1.0
+) -> list[list[TrialSpec]]:
+    """Groups of trials that send prompts before the same names through one text tower.
+
+    Others are alone: a visual prompt goes with its images, and a transfer trains nothing itself.
+
+    Args:
+        share: of the class texts that usually go together, for a device short of memory.
+    """
+    groups: dict[object, list[TrialSpec]] = {}
+    for spec in specs:
+        alone = spec.modality == "visual" or spec.iterations == 0 or spec.test_dataset is not None
+        shared = (spec.dataset, spec.backbone, spec.precision, spec.prompt.length)
+        groups.setdefault(spec if alone else shared, []).append(spec)
+    found = []
+    for group in groups.values():
+        texts = AT_ONCE["cpu" if device == "cpu" else "cuda"]
+        most = max(1, int(texts * share) // max(1, len(group[0].classnames)))
+        found += [group[at : at + most] for at in range(0, len(group), most)]
+    return found
+
+
+def _problems(
+    group: Sequence[TrialSpec],
+    store: ArtifactStore,
+    device: str,
+    told: Mapping[TrialSpec, Callable[[float], None]],
+    batch: int,
+    legs: Legs,
+) -> dict[TrialSpec, Exception]:
+    """Run and record some trials side by side; what went wrong, where something did."""
+    # torch is needed here only: a point that has its records must not cost its import.
+    from air_core.method import learn_together
+
+    ends = learn_together(
+        [recorded(spec, store, device, told[spec], len(group), batch, legs) for spec in group]
+    )
+    return {spec: end for spec, end in zip(group, ends, strict=True) if end is not None}

@@ -1,0 +1,377 @@
+"""One trial: gather its inputs from the store, call the method, record what came out.
+
+A trial only reads; what it lacks is an error that says what to run. The true labels of the pool
+are looked at here, beside the method, to tell how good pseudo-labels were.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from air_core.normal import normalised
+from air_core.specs import SplitSettings, TrialSpec
+from orchestrator.keys import artifact_key
+from orchestrator.spec.sweep import ENCODER_BATCH
+from orchestrator.store.artifacts import ArtifactStore
+from orchestrator.store.checkpoints import (
+    START,
+    Checkpoint,
+    drop_checkpoint,
+    keep_checkpoint,
+    learned_by,
+    read_checkpoint,
+    rungs_of,
+)
+from orchestrator.store.records import PREDICTIONS, PROMPT, TrialRecord, read_trial
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from air_core.backbone import Backbone
+    from air_core.method import Learning, Progress, SoFar, TrialData
+    from air_core.types import Labelled, Metrics, TrialResult
+    from orchestrator.stages.build import Target
+
+
+@dataclass(frozen=True)
+class Legs:
+    """Where a trial of a search that prunes is looked at."""
+
+    rungs: tuple[int, ...] = ()  # iterations after which its objectives are noted
+    until: int | None = None  # it stops after so many; None: it runs to its end
+
+
+WHOLE = Legs()
+
+
+def run_trial(
+    spec: TrialSpec,
+    store: ArtifactStore,
+    device: str = "cpu",
+    share_done: Callable[[float], None] = lambda share: None,
+) -> TrialRecord:
+    """The trial's record; run first where it is missing.
+
+    Args:
+        share_done: told how much of the training is done, in [0, 1].
+
+    Raises:
+        MissingArtifact: an input was not prepared.
+    """
+    if store.writable and not store.has(spec):
+        from air_core.method import learn_together
+
+        [problem] = learn_together([recorded(spec, store, device, share_done)])
+        if problem is not None:
+            raise problem
+    return read_trial(spec, store)
+
+
+def recorded(
+    spec: TrialSpec,
+    store: ArtifactStore,
+    device: str = "cpu",
+    share_done: Callable[[float], None] = lambda share: None,
+    replicas: int = 1,
+    batch: int = ENCODER_BATCH,
+    legs: Legs = WHOLE,
+) -> Learning[None]:
+    """A trial from its inputs, or from where it stopped, to its record, for `learn_together`.
+
+    Args:
+        replicas: how many are run side by side, this one included. Its record says so, where it is
+            more than one: its last digits may depend on that.
+        batch: images at a time through a tower, where no gradient is asked for.
+        legs: where it is measured, and where it stops before it has a record.
+    """
+    # torch and CLIP are needed here only: reading a record must not cost their import.
+    import torch
+
+    # On one thread a CPU trial can be repeated bit for bit.
+    torch.set_num_threads(1)
+    spec = normalised(spec) if legs.until is None else learned_by(spec)
+    with store.locks.turn(artifact_key(spec).digest):
+        if is_over(spec, store, legs.until):  # somebody else has run it meanwhile
+            return
+        if legs.until is not None:
+            begun = read_checkpoint(spec, store)
+            run = _Run(spec, store, device, share_done, batch, begun, legs.rungs, replicas)
+            result = yield from run.learning(legs.until)
+            assert result is None, f"{legs.until} is before the end"
+            keep_checkpoint(spec, store, run.checkpoint())
+            return
+        with store.building(spec, share=1 / replicas) as made:
+            if spec.test_dataset is None:
+                begun = read_checkpoint(spec, store)
+                run = _Run(spec, store, device, share_done, batch, begun, legs.rungs, replicas)
+                made.info = yield from run.to_the_end(made.folder)
+                made.before = begun.seconds
+            else:
+                made.info = _run_elsewhere(spec, store, device, share_done, made.folder)
+        drop_checkpoint(spec, store)
+
+
+def is_over(spec: TrialSpec, store: ArtifactStore, until: int | None = None) -> bool:
+    """Has a trial got its record; or, with `until`, is it known how it stood there?"""
+    return store.has(spec) if until is None else until in rungs_of(spec, store)[0]
+
+
+class _Run:
+    """A trial on its way: its inputs, and what was measured so far."""
+
+    def __init__(
+        self,
+        spec: TrialSpec,
+        store: ArtifactStore,
+        device: str,
+        share_done: Callable[[float], None],
+        batch: int,
+        begun: Checkpoint,
+        rungs: tuple[int, ...],
+        replicas: int,
+    ) -> None:
+        from orchestrator.stages.build import read_target
+        from orchestrator.stages.context import Workshop
+
+        self.started = time.monotonic()
+        self.spec, self.device, self.share_done, self.begun = spec, device, share_done, begun
+        self.rungs, self.replicas = rungs, replicas
+        reader = store.read_only()
+        shop = Workshop(reader, device=device, batch=batch)
+        target = read_target(spec.features, spec.split, reader, spec.tokens)
+        unseen = target.split.unseen
+        synthetic = _synthetic(spec, unseen, reader) if spec.synthetic_features else None
+        backbone = shop.backbone(spec.backbone, spec.precision)
+        self.data = data_of(spec, target, backbone, synthetic)
+        self.truth = target.labels[target.split.pool]
+        self.tested = target.split.test
+        self.curves = {name: list(values) for name, values in begun.curves.items()}
+        self.noted: dict[int, Mapping[str, float]] = dict(begun.rungs)
+        self.so_far = _so_far(begun)
+
+    def learning(self, until: int | None = None) -> Learning[TrialResult | None]:
+        """The method, from where the trial stopped before."""
+        from air_core.method import learning
+
+        return learning(self.spec, self.data, self._watch, self.share_done, self.so_far, until)
+
+    def _watch(self, progress: Progress) -> None:
+        import torch
+
+        from air_core.evaluation import measured, objectives
+
+        data, values = self.data, {"train/loss": progress.loss}
+        if self.spec.modality == "text":  # a pass of the vision tower over all test images costs
+            with torch.no_grad():
+                guess = progress.learned.logits(data.test.batch).argmax(dim=-1)
+            tested = measured(guess, data.test.labels, len(data.classnames), data.unseen)
+            values |= _headlines(tested)
+        chosen = progress.labels
+        if chosen is not None:
+            right = (self.truth[chosen.indices] == chosen.labels).double().mean().item()
+            values |= {"pseudo/accuracy": right, "pseudo/coverage": len(chosen) / len(self.truth)}
+            values["pseudo/balance"] = balance(chosen.labels, data)
+        for name, value in values.items():
+            self.curves.setdefault(name, []).append(value)
+        if progress.iteration + 1 in self.rungs:
+            found = objectives(progress.teacher, data.pool, data.validation, data.unseen)
+            self.noted[progress.iteration + 1] = found
+        self.so_far = progress.so_far
+
+    def checkpoint(self) -> Checkpoint:
+        """Where it stands, to be kept."""
+        labels = self.so_far.labels
+        arrays = {"prompts": np.stack([prompt.numpy() for prompt in self.so_far.prompts])}
+        if labels is not None:
+            arrays |= {name: getattr(labels, name).numpy() for name in LABELS}
+        return Checkpoint(
+            iterations=len(self.so_far.prompts),
+            arrays=arrays,
+            curves=self.curves,
+            rungs=self.noted,
+            seconds=round(self._seconds(), 3),
+            replicas=self._replicas(),
+        )
+
+    def _seconds(self) -> float:
+        """Of this trial alone: of what ran side by side its share."""
+        return self.begun.seconds + (time.monotonic() - self.started) / self.replicas
+
+    def _replicas(self) -> int:
+        return max(self.begun.replicas, self.replicas)
+
+    def to_the_end(self, folder: Path) -> Learning[dict[str, Any]]:
+        """Learn, and write what a record has beside what it says; gives the latter."""
+        result = yield from self.learning()
+        assert result is not None, "it was not asked to stop"
+        data, curves = self.data, self.curves
+        _keep_predictions(self.tested, result.test, data.test, folder)
+        if result.prompt is not None:
+            save_file({"prompt": result.prompt.numpy()}, folder / PROMPT)
+        metrics = {name: values[-1] for name, values in curves.items()}
+        believed = (result.pool_predictions.cpu() == self.truth).double().mean().item()
+        if not curves:  # nothing was learned: every pool image keeps the label that it got at first
+            metrics |= {"pseudo/accuracy": believed, "pseudo/coverage": 1.0}
+        metrics["pool/accuracy_fused"] = believed
+        metrics |= _headlines(result.test)
+        metrics |= {f"test/accuracy_{name}": share for name, share in result.inference.items()}
+        metrics |= {f"objective/{name}": value for name, value in result.objectives.items()}
+        if data.synthetic is not None:
+            metrics["synthetic/images"] = float(result.synthetic)
+        metrics["time/train_s"] = round(self._seconds(), 3)
+        info: dict[str, Any] = {
+            "device": self.device,
+            "metrics": metrics,
+            "curves": curves,
+            "objectives": result.objectives,
+            "per_class": _recalls(result.test),
+        }
+        if self.noted:
+            info["rungs"] = {str(rung): found for rung, found in self.noted.items()}
+        if self._replicas() > 1:
+            info["replicas"] = self._replicas()
+        return info
+
+
+def balance(labels: Tensor, data: TrialData) -> float:
+    """How evenly labels (M,) spread over the classes of the pool: their entropy over its largest
+    value, 1 where all classes have as many."""
+    classes = len(data.classnames) if data.unseen is None else len(data.unseen)
+    counts = labels.bincount(minlength=classes).double()
+    shares = counts[counts > 0] / counts.sum()
+    return abs(-(shares * shares.log()).sum().item()) / math.log(max(2, classes))
+
+
+LABELS = ("indices", "targets", "labels")
+
+
+def _so_far(begun: Checkpoint) -> SoFar:
+    import torch
+
+    from air_core.method import NOTHING, SoFar
+    from air_core.types import PseudoLabels
+
+    if begun is START:
+        return NOTHING
+    arrays = {name: torch.from_numpy(array) for name, array in begun.arrays.items()}
+    labels = PseudoLabels(**{name: arrays[name] for name in LABELS}) if "labels" in arrays else None
+    return SoFar(tuple(arrays["prompts"]), labels)
+
+
+def data_of(
+    spec: TrialSpec, target: Target, backbone: Backbone, synthetic: Labelled | None
+) -> TrialData:
+    """What the method sees of a dataset."""
+    from air_core.method import TrialData
+
+    split = target.split
+    return TrialData(
+        backbone=backbone,
+        classnames=target.text.classnames,
+        template=target.text.template,
+        pool=target.batch(split.pool),
+        labelled=target.labelled(split.labelled) if len(split.labelled) else None,
+        unseen=split.unseen,
+        validation=target.labelled(split.validation) if len(split.validation) else None,
+        test=target.labelled(split.test),
+        synthetic=synthetic,
+    )
+
+
+def _run_elsewhere(
+    spec: TrialSpec,
+    store: ArtifactStore,
+    device: str,
+    share_done: Callable[[float], None],
+    folder: Path,
+) -> dict[str, Any]:
+    """The prompt of one dataset on another's test images, with the other's class names.
+
+    What is learned is the trial without `test_dataset`, once for all that it is tested on; no image
+    or class name of the other dataset is seen in it (CoCoOp's transfer, arXiv:2203.05557).
+    """
+    import torch
+
+    from air_core.classifiers import Classifier, text_classifier
+    from air_core.evaluation import measured
+    from air_core.prompts import restored_learner
+    from orchestrator.stages.build import read_target
+    from orchestrator.stages.context import Workshop
+
+    home = replace(spec, test_dataset=None)
+    learned = run_trial(home, store, device, share_done)
+    started = time.monotonic()
+    reader = store.read_only()
+    assert spec.test_features is not None
+    split = SplitSettings(split_seed=spec.split_seed)
+    target = read_target(spec.test_features, split, reader, spec.test_tokens)
+    test = target.labelled(target.split.test)
+    there = target.text
+    backbone = Workshop(reader, device=device).backbone(spec.backbone, spec.precision)
+    classifier: Classifier
+    if spec.iterations == 0:
+        classifier = text_classifier(backbone, there.classnames, there.template)
+    else:
+        prompt = torch.from_numpy(learned.prompt())
+        classifier = restored_learner(
+            spec.modality, spec.prompt, backbone, there.classnames, there.template, prompt
+        )
+    with torch.no_grad():
+        guess = classifier.logits(test.batch).argmax(dim=-1)
+    tested = measured(guess, test.labels, len(there.classnames))
+    _keep_predictions(target.split.test, tested, test, folder)
+    of_home = ("test/", "time/")
+    kept = {name: of for name, of in learned.metrics.items() if not name.startswith(of_home)}
+    shown = {"test/accuracy_text": tested.accuracy, "time/test_s": time.monotonic() - started}
+    return {
+        "device": device,
+        "metrics": kept | _headlines(tested) | shown,
+        "curves": {name: of for name, of in learned.curves.items() if not name.startswith(of_home)},
+        "objectives": learned.objectives,
+        "per_class": _recalls(tested),
+    }
+
+
+def _keep_predictions(index: Tensor, tested: Metrics, test: Labelled, folder: Path) -> None:
+    save_file(
+        {
+            "index": index.numpy(),
+            "predictions": tested.predictions.cpu().numpy().astype(np.int32),
+            "labels": test.labels.numpy().astype(np.int32),
+        },
+        folder / PREDICTIONS,
+    )
+
+
+def _recalls(tested: Metrics) -> list[float | None]:  # NaN has no place in JSON
+    return [None if math.isnan(recall) else recall for recall in tested.per_class]
+
+
+def _headlines(tested: Metrics) -> dict[str, float]:
+    named = {
+        "test/accuracy": tested.accuracy,
+        "test/seen": tested.seen,
+        "test/unseen": tested.unseen,
+        "test/harmonic_mean": tested.harmonic_mean,
+    }
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def _synthetic(spec: TrialSpec, unseen: Tensor | None, reader: ArtifactStore) -> Labelled:
+    """The images that the trial reads: in TRZSL of unseen classes alone."""
+    from orchestrator.stages.image_rows import read_synthetic
+
+    classes = None if unseen is None else unseen.tolist()
+    row, tokens = spec.synthetic_features, spec.synthetic_tokens
+    assert row is not None
+    return read_synthetic(row, spec.images_per_class, reader, classes, tokens)

@@ -1,0 +1,172 @@
+"""Code versions: which code computes a stage, as part of an artifact's key.
+
+A recipe number covers the code versions that `code_versions.json` lists for it: they all give the
+same results. Code with any other version, as after an edit, puts that version into the spec, so
+that its artifacts have keys of their own.
+
+The version of a part is a hash of the definitions in its modules, without docstrings, comments,
+layout and imports. Names and order of the modules do not count.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from air_core.specs import CodeVersions
+from orchestrator.files import ROOT
+
+LISTED = Path(__file__).with_name("code_versions.json")
+# Python 3.11 fails with "AST constructor recursion depth mismatch" where two threads parse at once.
+_parsing = threading.Lock()
+
+_CLIP = (
+    "air_core.arithmetic",
+    "air_core.backbone",
+    "air_core.backbone.blocks",
+    "air_core.backbone.clip",
+    "air_core.backbone.text",
+    "air_core.backbone.vision",
+    "air_core.tokens",
+    "air_core.types",
+)
+_LOADED_CLIP = (*_CLIP, "air_core.backbone.loading")
+_IMAGES = ("air_core.datasets.images",)
+_DRAWING = (
+    *_IMAGES,
+    "air_core.arithmetic",
+    "air_core.datasets.class_folders",
+    "air_core.diffusion",
+    "air_core.diffusion.folder",
+    "air_core.diffusion.pipeline",
+)
+_SCORING = (
+    "air_core.auxiliary",
+    "air_core.classifiers",
+    "air_core.paradigms",
+    "air_core.pseudo_labels.top_k",
+)
+# The modules that compute each stage. The reader of a dataset is a part of its own.
+PARTS: dict[str, tuple[str, ...]] = {
+    "features": (
+        *_LOADED_CLIP,
+        *_IMAGES,
+        "air_core.datasets.class_folders",
+        "air_core.datasets.dataset",
+        "air_core.datasets.places",
+        "air_core.datasets.split_files",
+    ),
+    "labels": (*_LOADED_CLIP, *_SCORING, "air_core.lora_labels"),
+    "lora": (*_DRAWING, "air_core.diffusion.lora"),
+    "images": _DRAWING,
+    "synthetic": (*_LOADED_CLIP, *_IMAGES),
+    "trials": (
+        *_CLIP,
+        *_SCORING,
+        "air_core.evaluation",
+        "air_core.method",
+        "air_core.prompts",
+        "air_core.prompts.text",
+        "air_core.prompts.visual",
+        "air_core.pseudo_labels",
+        "air_core.pseudo_labels.candidates",
+        "air_core.pseudo_labels.threshold",
+        "air_core.training",
+        "air_core.transduction",
+    ),
+}
+
+
+@cache
+def version(part: str) -> str:
+    """12 hex digits: the code of a part, as it is on disk.
+
+    Raises:
+        ValueError: a dataset's name is not that of its module.
+    """
+    modules = PARTS.get(part, (f"air_core.{part}",))
+    if part not in PARTS and not _source(modules[0]).is_file():
+        raise ValueError(
+            f"there is no {_source(modules[0])}: name the module of a dataset after the dataset, "
+            "so that an edit of it makes its features anew"
+        )
+    definitions = sorted(digest for module in modules for digest in _definitions(module))
+    return _hash("".join(definitions))
+
+
+@cache
+def listed() -> dict[str, dict[str, Any]]:
+    """By part: the recipe number, and the code versions that it covers."""
+    found: dict[str, dict[str, Any]] = json.loads(LISTED.read_text())
+    return found
+
+
+@cache
+def uncovered(*readers: str) -> CodeVersions:
+    """The parts, with those of some datasets, whose version no recipe number covers."""
+    versions = {part: version(part) for part in (*PARTS, *readers)}
+    return tuple(
+        (part, found)
+        for part, found in versions.items()
+        if found not in listed().get(part, {}).get("versions", ())
+    )
+
+
+@cache
+def _definitions(module: str) -> tuple[str, ...]:
+    """A hash of each statement on the top level of a module."""
+    with _parsing:
+        tree = ast.parse(_source(module).read_text(encoding="utf-8"))
+    found = []
+    for node in tree.body:
+        if not _is_passive(node):
+            found.append(_hash("".join(_words(node))))
+    return tuple(found)
+
+
+def _source(module: str) -> Path:
+    path = ROOT.joinpath(*module.split("."))
+    file = path / "__init__.py"
+    return file if file.is_file() else path.with_suffix(".py")
+
+
+def _is_passive(node: ast.stmt) -> bool:
+    """Imports, docstrings and `__all__` compute nothing."""
+    match node:
+        case ast.Import() | ast.ImportFrom() | ast.Expr(value=ast.Constant()):
+            return True
+        case ast.Assign(targets=[ast.Name(id="__all__")]):
+            return True
+        case ast.If(test=ast.Name(id="TYPE_CHECKING")):
+            return True
+    return False
+
+
+def _words(node: Any) -> Iterator[str]:
+    """A syntax tree as words that do not depend on the version of Python."""
+    if isinstance(node, ast.AST):
+        yield type(node).__name__
+        for name in node._fields:
+            value = getattr(node, name, None)
+            if name in ("ctx", "kind", "type_comment", "type_params") or value is None:
+                continue
+            if name == "body" and isinstance(value, list):
+                value = [one for one in value if not _is_passive(one)]
+            yield from _words(value)
+    elif isinstance(node, list):
+        yield "["
+        for one in node:
+            yield from _words(one)
+        yield "]"
+    else:
+        yield repr(node)
+
+
+def _hash(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()

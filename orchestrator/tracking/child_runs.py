@@ -1,0 +1,267 @@
+"""Trials and settings as runs of a tracker: names, tags, numbers, and where they came from.
+
+A run says of its making what the record says: who really computed it, with which code. A setting
+is a cell and a point over its seeds and splits, a row of the table, and has the table's numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from air_core.flat import to_flat
+from air_core.normal import normalised
+from air_core.specs import TrialSpec
+from orchestrator.formatting import shown
+from orchestrator.git import UNKNOWN
+from orchestrator.keys import canonical_json
+from orchestrator.planning.dataset_text import tested_classes
+from orchestrator.planning.inputs import refs_of, spec_json
+from orchestrator.planning.outcome import Outcome
+from orchestrator.planning.plan import Slot
+from orchestrator.reporting.results import entry_of, flat_of, settings_of
+from orchestrator.reporting.rows import rows
+from orchestrator.spec.sweep import SweepSpec
+from orchestrator.store.artifacts import ArtifactStore
+from orchestrator.store.records import TrialRecord
+from orchestrator.tracking.types import ChildRun, Numbers, SweepRun
+
+SPEC = "spec.json"
+RECIPE = 1  # raised when the same trials give a setting other numbers
+
+Done = tuple[Slot, TrialRecord]
+
+
+class Children:
+    """Makes the runs below that of a sweep."""
+
+    def __init__(self, sweep: SweepSpec, parent: SweepRun, store: ArtifactStore) -> None:
+        self.parent, self._store = parent, store
+        self._objective = sweep.search.objective if sweep.search else ""
+        self._seeds = sweep.seeds.vary
+        self._planned = len(sweep.seeds.values)  # trials of a setting
+        self._varied = {*sweep.grid, *(one.key for one in sweep.space), *sweep.seeds.vary}
+        self._ended: dict[str, dict[str, Outcome]] = {}  # by setting and slot
+
+    def trial(self, outcome: Outcome, at: float | None, maker: Mapping[str, Any]) -> ChildRun:
+        """
+        Args:
+            at: seconds since the epoch; when an outcome without a record was noted.
+            maker: who ran what has no record: user, commit, dirty.
+        """
+        slot, record = outcome.slot, outcome.record
+        spec = normalised(slot.spec)
+        seed = slot.seeds.get("seed", slot.spec.seed)
+        noted = int((at or 0.0) * 1000)
+        started, ended = _times(record) if record else (noted, noted)
+        if record is not None:
+            numbers = Numbers(metrics=record.metrics, curves=record.curves)
+        elif outcome.pruned is not None:
+            numbers = Numbers(metrics={f"rung/{self._objective}": outcome.pruned.value})
+        else:
+            numbers = Numbers()
+        return ChildRun(
+            kind="trial",
+            id=slot.id,
+            content=slot.key.digest,
+            name=f"{_name(slot)}-s{seed}-{slot.key.digest[:8]}",
+            status="FAILED" if outcome.state == "failed" else "FINISHED",
+            tags={
+                **_tags(slot),
+                "air.state": outcome.state,
+                "air.failure_class": outcome.failure_class or "",
+                "air.seed": str(seed),
+                "air.split_seed": str(slot.spec.split_seed),
+                "air.trial_key": slot.key.digest,
+                "air.point": point_id(slot),
+                "air.message": outcome.message,
+                "air.pruned_after": str(outcome.pruned.rung) if outcome.pruned else "",
+                **self._lineage(spec, record.made if record else maker),
+            },
+            params=self._params(slot, self._varied),
+            numbers=lambda: numbers,
+            started=started,
+            ended=ended,
+            files=self._files(outcome),
+        )
+
+    def completed_setting(self, outcome: Outcome) -> ChildRun | None:
+        """The setting of a trial that has ended; None: others have not, or there is no result.
+
+        Settings that stay incomplete are sent at the end of the sweep.
+        """
+        of_point = self._ended.setdefault(point_id(outcome.slot), {})
+        of_point[outcome.slot.id] = outcome
+        done = [(one.slot, one.record) for one in of_point.values() if one.record is not None]
+        pruned = any(one.state == "pruned" for one in of_point.values())
+        if len(of_point) < self._planned or pruned or not done:
+            return None
+        return self.setting(done)
+
+    def setting(self, done: Sequence[Done]) -> ChildRun:
+        """
+        Args:
+            done: the finished trials of a setting, at least one.
+        """
+        slot = done[0][0]
+        done = sorted(done, key=lambda one: tuple(one[0].seeds.values()))
+        times = [_times(record) for _, record in done]
+        varied = self._varied - {*self._seeds}
+        settings = {key: value for key, value in settings_of(slot).items() if key in varied}
+        params = self._params(slot, varied)
+        users = {str(record.made.get("user", UNKNOWN)) for _, record in done} - {UNKNOWN}
+        return ChildRun(
+            kind="point",
+            id=point_id(slot),
+            content=_content(done, params),
+            name=" ".join(
+                [_name(slot), *(f"{key}={shown(value)}" for key, value in settings.items())]
+            ),
+            tags={
+                **_tags(slot),
+                "air.seed": _listed(one.seeds.get("seed", one.spec.seed) for one, _ in done),
+                "air.split_seed": _listed(one.spec.split_seed for one, _ in done),
+                "air.runs": f"{len(done)} of {self._planned}",
+                "air.user": ", ".join(sorted(users)),
+            },
+            params=params,
+            numbers=lambda: _numbers(done),
+            note=self._note(done),
+            started=min(started for started, _ in times),
+            ended=max(ended for _, ended in times),
+        )
+
+    def _params(self, slot: Slot, varied: Iterable[str]) -> dict[str, str]:
+        values = {**settings_of(slot), **flat_of(slot), "method": slot.cell.method}
+        return {key: str(value) for key, value in values.items() if key in varied}
+
+    def _note(self, done: Sequence[Done]) -> str:
+        computed = len({slot.key.digest for slot, _ in done})
+        about = f"Mean over {len(done)} of {self._planned} runs"
+        if computed < len(done):
+            about += f"; {computed} computed, since nothing in the others depends on their seed"
+        query = (
+            f"tags.`air.kind` = 'trial' and tags.`air.sweep` = '{self.parent.sweep}' "
+            f"and tags.`air.point` = '{point_id(done[0][0])}'"
+        )
+        return f"{about}. Its trials: search for\n\n    {query}"
+
+    def _lineage(self, spec: TrialSpec, made: Mapping[str, Any]) -> dict[str, str]:
+        """Tags that say which inputs and which code gave this result."""
+        known = {name: str(made.get(name, "")) for name in ("user", "commit", "dirty", "code")}
+        if known["user"] in ("", UNKNOWN):
+            known["user"] = self.parent.user
+        known |= {name: str(made.get(name, "")) for name in ("host", "device")}
+        known |= {name: json.dumps(made[name]) for name in ("versions", "files") if made.get(name)}
+        known["spec_hash"] = self.parent.spec_hash
+        known["seeds"] = json.dumps(
+            {key: value for key, value in to_flat(spec).items() if key.endswith("seed")}
+        )
+        digests = {f"{name}_digest": ref.digest for name, ref in refs_of(spec).items()}
+        return {f"air.{name}": value for name, value in {**known, **digests}.items()}
+
+    def _files(self, outcome: Outcome) -> dict[str, Callable[[], bytes]]:
+        """For people: the resolved spec and a confusion matrix, which takes a moment to draw."""
+        slot = outcome.slot
+        files = {SPEC: lambda: spec_json(slot.spec, str(slot.key)).encode()}
+        if outcome.record is not None:
+            files["confusion_matrix.png"] = lambda: _confusion(outcome, self._store)
+        return files
+
+
+def point_id(slot: Slot) -> str:
+    """A setting within its sweep, as the tag air.point has it."""
+    return f"{slot.cell.id}/{slot.point}"
+
+
+def by_point(done: Iterable[Done]) -> list[list[Done]]:
+    """Finished trials, grouped by their setting."""
+    found: dict[str, list[Done]] = {}
+    for slot, record in done:
+        found.setdefault(point_id(slot), []).append((slot, record))
+    return list(found.values())
+
+
+def _name(slot: Slot) -> str:
+    """The beginning of a run's name; of a folder of images its last part."""
+    spec = normalised(slot.spec)
+    dataset = Path(slot.spec.dataset.name.removeprefix("folder:")).name
+    return "-".join([dataset, spec.paradigm, spec.modality, slot.cell.method])
+
+
+def _tags(slot: Slot) -> dict[str, str]:
+    spec = normalised(slot.spec)
+    return {
+        "air.dataset": slot.spec.dataset.name,
+        "air.paradigm": spec.paradigm,
+        "air.modality": spec.modality,
+        "air.method": slot.cell.method,
+        "air.cell": slot.cell.id,
+    }
+
+
+def _times(record: TrialRecord) -> tuple[int, int]:
+    """When a trial began and ended, in ms since the epoch."""
+    started = int(record.started * 1000)
+    return started, started + int(record.seconds * 1000)
+
+
+def _listed(values: Iterable[int]) -> str:
+    return ", ".join(map(str, dict.fromkeys(values)))
+
+
+# ---------------------------------------------------------------- numbers of a setting
+
+
+def _content(done: Sequence[Done], params: dict[str, str]) -> str:
+    """Digest of what the numbers of a setting come from."""
+    runs = sorted(
+        (slot.id, slot.key.digest, record.started, record.seconds) for slot, record in done
+    )
+    words = canonical_json({"recipe": RECIPE, "params": params, "runs": [list(r) for r in runs]})
+    return hashlib.blake2b(words.encode(), digest_size=10).hexdigest()
+
+
+def _numbers(done: Sequence[Done]) -> Numbers:
+    """The row of the table, and means of everything else."""
+    [row] = rows([entry_of(slot, record) for slot, record in done], None)
+    distinct = list({slot.key.digest: record for slot, record in done}.values())
+    metrics = _means([record.metrics for record in distinct])
+    curves = _mean_curves([record.curves for record in distinct])
+    headline = f"test/{row.metric}"
+    metrics |= {headline: row.mean, f"{headline}_low": row.low, f"{headline}_high": row.high}
+    if row.std is not None:
+        metrics[f"{headline}_std"] = row.std
+    metrics["n"] = float(row.n)
+    for name, curve in curves.items():  # a curve ends at its number, to the last bit
+        if name in metrics:
+            curve[-1] = metrics[name]
+    return Numbers(metrics=metrics, curves=curves, interval=row.interval)
+
+
+def _means(runs: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Means over the runs of what all of them have."""
+    common = [name for name in runs[0] if all(name in run for run in runs)]
+    return {name: fmean(run[name] for run in runs) for name in common}
+
+
+def _mean_curves(runs: Sequence[dict[str, list[float]]]) -> dict[str, list[float]]:
+    common = [name for name, curve in runs[0].items() if curve]
+    common = [n for n in common if len({len(run.get(n, ())) for run in runs}) == 1]
+    return {n: [fmean(at) for at in zip(*(run[n] for run in runs), strict=True)] for n in common}
+
+
+# ---------------------------------------------------------------- files
+
+
+def _confusion(outcome: Outcome, store: ArtifactStore) -> bytes:
+    from orchestrator.reporting.charts import confusion_picture
+
+    assert outcome.record is not None
+    _, predictions, labels = outcome.record.predictions()
+    names = [name.replace("_", " ") for name in tested_classes(outcome.slot.spec, store)]
+    return confusion_picture(labels, predictions, names)

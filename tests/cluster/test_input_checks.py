@@ -1,0 +1,219 @@
+"""`airsweep data check` and `models check`, and that a plan refuses weights that are not whole."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from air_core.datasets import DATASETS
+from air_core.datasets.published import PUBLISHED, Counts
+from air_core.weights import generator_folder, tiny_folder
+from orchestrator.cluster.input_checks import check_dataset, check_model
+from tests.air_core.dataset_trees import draw, small, small_root
+from tests.helpers.sweeps import write_sweep
+
+CLIP = "open_clip_model.safetensors"
+
+
+def as_published(name: str) -> Counts:
+    """The small tree's own numbers, as if they were the published ones."""
+    counts = {part: (small(name).parts == part).sum() for part in ("train", "val", "test", "free")}
+    parts = {
+        part: int(sum(counts[one] for one in part.split("+"))) for part in PUBLISHED[name].parts
+    }
+    return Counts(len(DATASETS[name].classnames), parts)
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_a_dataset_as_published_has_no_difference(name, monkeypatch):
+    monkeypatch.setitem(PUBLISHED, name, as_published(name))
+    found = check_dataset(name, small_root(name))
+    assert found["difference"] is None
+    assert found["classnames"] == list(DATASETS[name].classnames)
+    assert found["images"] == len(small(name).labels)
+    assert found["unreadable"]["count"] == 0
+
+
+def test_the_first_difference_is_the_class_where_images_are_missing():
+    difference = "resisc45: class 'airplane' has 10 images, published 700"
+    assert check_dataset("resisc45", small_root("resisc45"))["difference"] == difference
+
+
+def test_another_split_is_a_difference(tmp_path, monkeypatch):
+    shutil.copytree(small_root("eurosat"), tmp_path, dirs_exist_ok=True)
+    monkeypatch.setitem(PUBLISHED, "eurosat", as_published("eurosat"))
+    names = [folder.name for folder in (tmp_path / "eurosat/2750").iterdir()]
+    (tmp_path / "eurosat/test.txt").write_text("".join(f"{c}_1.jpg\n" for c in names))
+    difference = "eurosat: train+val has 90 images, published 81 ()"
+    assert check_dataset("eurosat", tmp_path)["difference"] == difference
+
+
+def test_unreadable_images_are_counted_and_a_difference_from_the_published(tmp_path, monkeypatch):
+    shutil.copytree(small_root("dtd"), tmp_path, dirs_exist_ok=True)
+    monkeypatch.setitem(PUBLISHED, "dtd", as_published("dtd"))
+    for file in sorted((tmp_path / "dtd/dtd/images/lined").iterdir())[:5]:
+        file.write_bytes(b"")
+    found = check_dataset("dtd", tmp_path)
+    assert (found["unreadable"]["count"], len(found["unreadable"]["first"])) == (5, 3)
+    assert "5 of 282 images cannot be read, 0 may; the first: " in found["difference"]
+
+
+def test_a_few_bad_images_of_ones_own_are_reported_and_more_are_a_difference(tmp_path):
+    for name in ("cat", "dog"):
+        for i in range(100):
+            draw(tmp_path / name / f"{i:02}.png", size=4)
+    for i, allowed in enumerate((True, True, False)):
+        (tmp_path / "dog" / f"{i:02}.png").write_bytes(b"no image")
+        found = check_dataset(f"folder:{tmp_path}", None)
+        assert found["unreadable"]["count"] == i + 1
+        assert (found["difference"] is None) == allowed
+
+
+def test_data_check_prints_counts_and_ends_with_the_first_difference(tmp_path, command):
+    code, out, err = command("data", "check", "digits")
+    assert (code, err) == (0, "")
+    assert out.splitlines() == [
+        "digits: 1,797 images of 10 classes",
+        "parts       val 180   free 1,617",
+        "unreadable  0",
+    ]
+    code, out, err = command("data", "check", "eurosat", "--root", small_root("eurosat"), "--json")
+    found = json.loads(out)
+    assert (code, err) == (2, f"airsweep: {found['difference']}\n")
+    assert found["parts"] == {"train": 71, "val": 10, "test": 19}
+    assert "eurosat: train+val has 81 images, published 22,000" in found["difference"]
+    for name, why in (
+        ("cub", f"cub is not in {tmp_path}: looked for"),
+        (f"folder:{tmp_path}/nope", "is not there"),
+        ("digitz", "unknown dataset"),
+    ):
+        code, out, err = command("data", "check", name, "--root", tmp_path)
+        assert (code, out) == (2, "")
+        assert why in err
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; from orchestrator.__main__ import app\n"
+        "try: app(['data', 'check', '--help'])\n"
+        "except SystemExit: pass\n"
+        "print(*sorted({'numpy', 'PIL', 'torch', 'ray'} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "NAME" in done.stdout
+    assert done.stderr.strip() == ""
+
+
+# ---------------------------------------------------------------- models
+
+
+def test_a_model_is_named_as_a_sweep_file_takes_it(tmp_path, command):
+    clip = shutil.copytree(tiny_folder(), tmp_path / "clip")
+    sd = shutil.copytree(generator_folder("tiny"), tmp_path / "sd")
+    for role, place in (("backbone", clip), ("generator", sd), ("backbone", "tiny")):
+        code, out, err = command("models", "check", place)
+        assert code == 0, err
+        assert f"in the sweep file, below fixed:  {role}: {place}" in out
+        found = json.loads(command("models", "check", place, "--json")[1])
+        assert found["use"] == {role: str(place)}
+    assert found["width"] == 128
+
+
+def test_weights_of_one_file_are_checked_under_their_architecture(tmp_path):
+    import open_clip
+    from safetensors.torch import save_file
+
+    state = open_clip.create_model("ViT-B-32", pretrained=None).state_dict()
+    small = {n: t.half() if t.is_floating_point() else t for n, t in state.items()}
+    save_file(small, tmp_path / "clip.safetensors")
+    place = f"ViT-B-32-quickgelu@{tmp_path / 'clip.safetensors'}"
+    assert check_model(place, "ViT-B-32/openai")["is"] == "backbone"
+    with pytest.raises(ValueError, match="quick_gelu is True there"):
+        check_model(place, "ViT-B-32/laion2b_s34b_b79k")
+
+
+def test_another_model_than_the_name_says_is_refused(tmp_path, command):
+    clip, sd = tiny_folder(), generator_folder("tiny")
+    for name, place, why in (
+        ("ViT-B-32/openai", clip, "embed_dim is 128 there and 512"),
+        ("ViT-B-32/opnai", clip, "open_clip knows no weights 'opnai' of ViT-B-32"),
+        ("", f"ViT-B-32@{clip / CLIP}", "text_projection is (128, 128)"),
+        ("ViT-B-32/openai", sd, "is a diffusers folder"),
+        ("stable-diffusion-v1-5", sd, "cross_attention_dim of its U-Net is 128"),
+        ("", tmp_path, "is no model"),
+        ("", clip / CLIP, f"write <architecture>@{clip / CLIP}"),
+        ("", tmp_path / "nothing", "is not there"),
+    ):
+        code, out, err = command("models", "check", place, "--name", name)
+        assert (code, out) == (2, ""), name
+        assert why in err
+
+
+def cut(folder: Path, file: str) -> None:
+    data = (folder / file).read_bytes()
+    (folder / file).write_bytes(data[:-10])
+
+
+def pointer(folder: Path, file: str) -> None:
+    (folder / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+
+
+def renamed(folder: Path, file: str, to: str) -> None:
+    (folder / file).rename(folder / to)
+
+
+def edited(folder: Path, file: str, old: str, new: str) -> None:
+    (folder / file).write_text((folder / file).read_text().replace(old, new))
+
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+PICKLE = "unet/diffusion_pytorch_model.bin"
+HALF = "unet/diffusion_pytorch_model.fp16.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("harm", "arguments", "why"),
+    [
+        (renamed, ("vae", "other"), "names vae, and there is no such folder"),
+        (cut, (UNET,), "was it fetched to its end"),
+        (pointer, (UNET,), "a pointer of Git LFS"),
+        (renamed, (UNET, PICKLE), "a pickle"),
+        (renamed, (UNET, HALF), "no diffusion_pytorch_model.safetensors"),
+        (renamed, ("vae/config.json", "vae/other.json"), "it has none of config.json"),
+        (edited, ("model_index.json", '"diffusers"', '"their_code"'), "is of their_code"),
+        (edited, ("model_index.json", "}", ""), "model_index.json cannot be read"),
+    ],
+)
+def test_a_diffusers_folder_that_is_not_whole_is_refused(harm, arguments, why, tmp_path):
+    shutil.copytree(generator_folder("tiny"), tmp_path / "sd")
+    harm(tmp_path / "sd", *arguments)
+    with pytest.raises(ValueError, match=why):
+        check_model(str(tmp_path / "sd"))
+
+
+@pytest.mark.parametrize(("role", "file"), [("backbone", CLIP), ("generator", UNET)])
+def test_a_plan_with_weights_that_were_copied_in_part_is_refused(role, file, tmp_path, command):
+    source = tiny_folder() if role == "backbone" else generator_folder("tiny")
+    folder = Path(shutil.copytree(source, tmp_path / "model"))
+    cut(folder, file)
+    sweep = write_sweep(tmp_path, "half", f"fixed: {{method: air, {role}: {folder}}}\n")
+    code, _, err = command("plan", sweep, "--store", tmp_path / "runs")
+    assert code == 2
+    assert f"{folder / file} cannot be read" in err
+    assert "was it fetched to its end?" in err
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"model_cfg": []}'])
+def test_a_plan_with_a_backbone_whose_configuration_is_damaged_is_refused(text, tmp_path, command):
+    folder = Path(shutil.copytree(tiny_folder(), tmp_path / "clip"))
+    (folder / "open_clip_config.json").write_text(text)
+    sweep = write_sweep(tmp_path, "bad", f"fixed: {{method: zero_shot, backbone: {folder}}}\n")
+    code, _, err = command("plan", sweep, "--store", tmp_path / "runs")
+    assert code == 2
+    assert f"{folder}/open_clip_config.json" in err
+    assert "Traceback" not in err

@@ -1,0 +1,219 @@
+"""What travels with a job, and what is refused before a cluster is asked."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from orchestrator.cluster import job_package
+from orchestrator.errors import Refused
+from orchestrator.planning.requests import asked
+from tests.helpers.sweeps import airsweep, environment, write_sweep
+
+ROOT = Path(__file__).parents[2]
+SHARED = "/shared/runs"
+PACK = """
+import sys
+from pathlib import Path
+from orchestrator.planning.requests import asked
+from orchestrator.cluster.job_package import is_checkout, pack
+pack(asked(sys.argv[1]), Path(sys.argv[2]), is_checkout())
+"""
+
+
+@pytest.fixture
+def spec(tmp_path) -> Path:
+    return write_sweep(tmp_path / "elsewhere", "small", "fixed: {method: zero_shot}\n")
+
+
+def sent(checkout: Path, spec: Path, to: Path, check: bool = True) -> tuple[set[str], str]:
+    """The files that a checkout sends with a sweep, and what is said."""
+    to.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", PACK, spec, to],
+        cwd=spec.parent,
+        env=environment(PYTHONPATH=str(checkout)),
+        capture_output=True,
+        text=True,
+        check=check,
+    )
+    files = {str(path.relative_to(to)) for path in to.rglob("*") if path.is_file()}
+    return files, done.stdout + done.stderr
+
+
+def checkout_in(folder: Path) -> Path:
+    skip = shutil.ignore_patterns("__pycache__")
+    for package in ("air_core", "orchestrator"):
+        shutil.copytree(ROOT / package, folder / package, ignore=skip)
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    return folder
+
+
+def big(path: Path, size: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as handle:
+        handle.truncate(size)
+
+
+def test_a_checkout_sends_its_code_and_the_sweep_and_nothing_that_lies_beside(tmp_path, spec):
+    checkout = checkout_in(tmp_path / "checkout")
+    big(checkout / "runs" / "mlflow.db", 2 << 30)
+    big(checkout / "weights.safetensors", 2 << 30)
+    for secret in (checkout / ".env", checkout / "orchestrator" / ".env", spec.parent / ".env"):
+        secret.write_text("PASSWORD=x\n")
+    big(spec.parent / "photos" / "1.png", 2 << 30)
+    big(checkout / "air_core" / "__pycache__" / "old.pyc", 10)
+    files, _ = sent(checkout, spec, tmp_path / "sent")
+    tracked = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "--", "air_core", "orchestrator"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert files == {*tracked.stdout.split(), "pyproject.toml", "sweeps/small.yaml"}
+    assert (tmp_path / "sent" / "sweeps" / "small.yaml").read_text() == spec.read_text()
+
+
+def test_what_is_not_committed_travels_as_a_diff_and_is_known_there(tmp_path, spec):
+    checkout = checkout_in(tmp_path / "checkout")
+    author = ("-c", "user.name=a", "-c", "user.email=a@b")
+    for words in (("init", "-q"), ("add", "."), (*author, "commit", "-qm", "all")):
+        subprocess.run(["git", *words], cwd=checkout, check=True)
+    files, _ = sent(checkout, spec, tmp_path / "clean")
+    assert "uncommitted.diff" not in files
+    with (checkout / "orchestrator" / "api.py").open("a") as handle:
+        handle.write("CHANGED = 1\n")
+    sent(checkout, spec, tmp_path / "sent")
+    there = subprocess.run(
+        [sys.executable, "-c", "import orchestrator.git as l; print(l.uncommitted().decode())"],
+        cwd=tmp_path / "sent",
+        env=environment(PYTHONPATH="", AIRSWEEP_COMMIT="0123abc"),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "+CHANGED = 1" in there.stdout
+
+
+def test_an_installed_airsweep_sends_the_sweep_alone(tmp_path, spec):
+    checkout = checkout_in(tmp_path / "installed")
+    (checkout / "pyproject.toml").unlink()
+    files, _ = sent(checkout, spec, tmp_path / "sent")
+    assert files == {"sweeps/small.yaml"}
+
+
+def test_more_than_a_cluster_takes_is_refused_and_what_is_largest_is_named(tmp_path, spec):
+    checkout = checkout_in(tmp_path / "checkout")
+    big(checkout / "air_core" / "my_weights.bin", 150 << 20)
+    files, said = sent(checkout, spec, tmp_path / "sent", check=False)
+    assert not files
+    assert " MB, and a cluster takes 100 MB" in said
+    assert "my_weights.bin 150 MB" in said
+
+
+def test_code_of_another_place_has_no_commit_of_this_one(spec):
+    sweep = asked(spec)
+    assert "AIRSWEEP_COMMIT" in job_package.variables(sweep, True, ())
+    assert "AIRSWEEP_COMMIT" not in job_package.variables(sweep, False, ())
+
+
+@pytest.mark.parametrize(
+    ("option", "remedy"),
+    [
+        ("dataset=folder:my_images", "docs/data.md"),
+        ("test_dataset=folder:~/other", "docs/data.md"),
+        ("backbone=ViT-B-32@clip.safetensors", "docs/data.md"),
+        ("generator=./sd15", "docs/data.md"),
+        ("data_root=data", "docs/data.md"),
+        ("tracking.uri=sqlite:///mlflow.db", "http://<server>"),
+    ],
+)
+def test_a_relative_path_is_refused_with_the_remedy(spec, option, remedy):
+    sweep = asked(spec, sets=[option])
+    with pytest.raises(Refused, match=r"relative\b.*absolute path") as caught:
+        job_package.destination(sweep, SHARED, None, None)
+    assert remedy in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "dataset=folder:/shared/leaves",
+        "backbone=ViT-B-32/openai",
+        "backbone=ViT-B-32@/shared/clip.safetensors",
+        "generator=stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "tracking.uri=sqlite:////shared/mlflow.db",
+    ],
+)
+def test_what_every_node_can_see_is_let_through(spec, option):
+    sweep = asked(spec, sets=[option])
+    assert job_package.destination(sweep, SHARED, Path("/data"), None).data_root == "/data"
+
+
+def test_a_tracker_of_this_machine_s_environment_is_that_of_the_job(spec, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
+    sweep = asked(spec)
+    assert job_package.destination(sweep, SHARED, None, None).tracking_uri == "http://mlflow:5000"
+    assert job_package.destination(sweep, SHARED, None, "none").tracking_uri == "none"
+    own = asked(spec, sets=["tracking.uri=none"])  # a file's own comes first, as in a run
+    assert job_package.destination(own, SHARED, None, None).tracking_uri is None
+
+
+def test_passwords_are_refused_and_not_repeated(spec, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hunter2")
+    monkeypatch.setenv("SERVER", "http://me:hunter2@host")
+    sweep = asked(spec)
+    for env in ("MLFLOW_TRACKING_PASSWORD", "HF_TOKEN=hunter2", "SERVER", "A=x://b:hunter2@c"):
+        with pytest.raises(ValueError, match="looks like a secret") as caught:
+            job_package.variables(sweep, True, [env])
+        assert "hunter2" not in str(caught.value)
+    for to in (
+        {"store": SHARED, "tracking_uri": "http://me:hunter2@host"},
+        {"store": "s3://me:hunter2@bucket", "tracking_uri": None},
+    ):
+        with pytest.raises(ValueError, match=r"password|credentials") as caught:
+            job_package.destination(sweep, data_root=None, **to)
+        assert "hunter2" not in str(caught.value)
+    spec.write_text(f"# see http://me:hunter2@host\n{spec.read_text()}")
+    with pytest.raises(ValueError, match="a password in it") as caught:
+        job_package.destination(asked(spec), SHARED, None, None)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_variables_travel_by_name_or_with_a_value(spec, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://minio:9000")
+    sent = job_package.variables(asked(spec), True, ["AWS_ENDPOINT_URL", "HF_HOME=/shared/hf"])
+    assert (sent["AWS_ENDPOINT_URL"], sent["HF_HOME"]) == ("http://minio:9000", "/shared/hf")
+    with pytest.raises(ValueError, match="it is not set here"):
+        job_package.variables(asked(spec), True, ["NOT_SET_ANYWHERE"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--set", "fixed.iterations=-1"], 2, "--set fixed.iterations=-1"),
+        ([], 3, "the store 'runs' is relative, and this is a Ray job"),
+        (["--store", SHARED, "--accept-code", "images"], 2, "docs/extend.md says"),
+        (["--store", SHARED, "--env", "HF_TOKEN=x"], 2, "looks like a secret"),
+        (["--store", SHARED, "--json"], 2, "allowed with --detach"),
+        (["--store", SHARED, "--code", "mine"], 2, "allowed here: checkout, installed"),
+    ],
+)
+def test_what_is_wrong_here_is_said_before_the_cluster_is_asked(spec, arguments, code, said):
+    nobody = "http://127.0.0.1:1"
+    done = airsweep("submit", spec, "--address", nobody, *arguments, check=False)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert said in done.stderr
+    assert "127.0.0.1" not in done.stderr
+
+
+def test_without_an_address_it_is_asked_which_cluster(spec):
+    for words in (["submit", spec, "--store", SHARED], ["jobs"], ["stop", "small"]):
+        done = airsweep(*words, check=False, RAY_API_SERVER_ADDRESS="", RAY_ADDRESS="")
+        assert done.returncode == 2
+        assert "which cluster? --address or RAY_API_SERVER_ADDRESS" in done.stderr

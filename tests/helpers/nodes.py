@@ -1,0 +1,165 @@
+"""Ray clusters of several machines: lost and added, or come when asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.helpers.clusters import NODE, QUICK, RAY, without_token
+from tests.helpers.machines import Machine, Network
+from tests.helpers.servers import free_port
+from tests.helpers.sweeps import TIMEOUT, wait_until
+
+
+class Job:
+    """A command on the laptop that submits a sweep and follows it to its end."""
+
+    def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
+        self._process, self._log = process, log
+
+    def over(self) -> bool:
+        return self._process.poll() is not None
+
+    def wait(self) -> int:
+        with suppress(subprocess.TimeoutExpired):
+            return self._process.wait(TIMEOUT)
+        raise AssertionError(f"it does not end; so far:\n{self.log()}")
+
+    def until_said(self, said: str) -> None:
+        def is_said() -> bool:
+            assert not self.over(), self.log()
+            return said in self.log()
+
+        wait_until(is_said, self.log)
+
+    def log(self) -> str:
+        return self._log.read_text()
+
+
+class Nodes:
+    """A head without cores, machines of one core each, and a laptop, with Ray's token."""
+
+    def __init__(self, network: Network, machines: int = 2) -> None:
+        self._network = network
+        token = network.shared / "token"
+        token.write_text(secrets.token_hex(32))
+        token.chmod(0o600)
+        self.variables = {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            "RAY_USAGE_STATS_ENABLED": "0",
+        }
+        self.head, self.laptop = self._machine("head"), self._machine("laptop")
+        self._start(
+            self.head,
+            *("--head", "--num-cpus=0", "--dashboard-host=0.0.0.0"),
+            f"--system-config={json.dumps(QUICK)}",
+        )
+        self.machines: list[Machine] = []
+        for _ in range(machines):
+            self.add()
+
+    def _machine(self, kind: str) -> Machine:
+        return self._network.machine(f"{kind}{len(self._network.machines)}")
+
+    def _start(self, machine: Machine, *options: str) -> None:
+        memory = f"--object-store-memory={NODE['object_store_memory']}"
+        machine.run("ray", "start", memory, *options, **self.variables)
+
+    def add(self) -> None:
+        machine = self._machine("worker")
+        self._start(machine, f"--address={self.head.name}:6379", "--num-cpus=1")
+        self.machines.append(machine)
+
+    def close(self) -> None:
+        for machine in (*self.machines, self.head, self.laptop):
+            machine.lose()
+
+    @property
+    def address(self) -> str:
+        return f"http://{self.head.name}:8265"
+
+    def follow(self, *words: object) -> Job:
+        """A command of the laptop's, in a folder of its own."""
+        log = self._network.folder / f"{self.laptop.name}.log"
+        return Job(self.laptop.start(log, *words, **self.variables), log)
+
+
+@contextmanager
+def scaling(monkeypatch: pytest.MonkeyPatch, most: int = 2) -> Iterator[str]:
+    """The address of a head without cores, whose autoscaler starts machines of one core on this
+    one: Ray's own, over its provider for tests."""
+    port, folder = free_port(), Path(tempfile.mkdtemp(prefix="scale", dir="/tmp"))
+    empty: dict[str, Any] = {"node_config": {}, "min_workers": 0}
+    config = {
+        "cluster_name": "scaling",
+        "max_workers": most,
+        "idle_timeout_minutes": 5,
+        "provider": {
+            "type": "fake_multinode",
+            "gcs_address": f"127.0.0.1:{port}",
+            "head_node_id": "f" * 51 + "00000",
+            "disable_node_updaters": True,
+            "disable_launch_config_check": True,
+        },
+        "auth": {},
+        "docker": {},
+        "file_mounts": {},
+        "file_mounts_sync_continuously": False,
+        "cluster_synced_files": [],
+        "rsync_exclude": [],
+        "rsync_filter": [],
+        "upscaling_speed": 1.0,
+        "head_node_type": "head",
+        "available_node_types": {
+            "head": {**empty, "resources": {"CPU": 0}, "max_workers": 0},
+            "machine": {
+                **empty,
+                "resources": {"CPU": 1, "object_store_memory": NODE["object_store_memory"]},
+                "max_workers": most,
+            },
+        },
+        **{
+            f"{name}_commands": []
+            for name in (
+                *("initialization", "setup", "head_setup", "worker_setup"),
+                *("head_start_ray", "worker_start_ray"),
+            )
+        },
+    }
+    (folder / "config.yaml").write_text(json.dumps(config))
+    without_token(monkeypatch)
+    subprocess.run(
+        [
+            *(RAY, "start", "--head", "--num-cpus=0"),
+            f"--port={port}",
+            f"--dashboard-port={free_port()}",
+            f"--dashboard-agent-listen-port={free_port()}",
+            "--object-store-memory=100000000",
+            f"--temp-dir={folder}/ray",
+            f"--autoscaling-config={folder}/config.yaml",
+        ],
+        env={**os.environ, "RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"},
+        check=True,
+        capture_output=True,
+        timeout=TIMEOUT,
+    )
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if any(str(folder) in word for word in process.cmdline()):
+                    process.kill()
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,96 @@
+"""Recorded sweeps whose trials were written rather than trained: real store, ledger and records."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from air_core.normal import normalised
+from orchestrator.planning.plan import Slot
+from orchestrator.planning.requests import place_of, plan_of
+from orchestrator.spec.sweep_file import load_sweep
+from orchestrator.store.artifacts import ArtifactStore
+from orchestrator.store.records import PREDICTIONS
+from tests.helpers.sweeps import write_sweep
+
+TESTED = 400  # images of a run
+
+Accuracy = Callable[[Slot], float]
+
+
+def recorded(
+    store: Path,
+    name: str,
+    body: str,
+    accuracy: Accuracy,
+    done: Callable[[int], bool] = lambda index: True,
+) -> None:
+    """A sweep that was run.
+
+    Args:
+        body: of its file, below version and name.
+        accuracy: of a slot; images are easy or hard for all methods alike, with noise.
+        done: which trials, by their place in the plan, have a record.
+    """
+    sweep = load_sweep(write_sweep(store / "files", name, body))
+    place = place_of(sweep, str(store), None)
+    ledger = place.ledger()
+    ledger.lock()
+    place.write("spec.yaml", sweep.text)
+    place.write("resolved.json", json.dumps({"sets": [], "only": [], "source": sweep.source}))
+    plan = plan_of(sweep, place)
+    ledger.append("sweep_started", total=plan.total, spec="", to_run=plan.to_run, asks=plan.asks)
+    for index, slot in enumerate(plan.slots):
+        if done(index):
+            written(slot, place.store, accuracy(slot))
+            ledger.append("trial_done", slot=slot.id, cell=slot.cell.id, key=slot.key.digest)
+    ledger.unlock()
+
+
+def written(slot: Slot, store: ArtifactStore, accuracy: float) -> None:
+    spec = normalised(slot.spec)
+    rng = np.random.default_rng(int(slot.key.digest[:12], 16))
+    ease = np.random.default_rng(spec.split_seed).random(TESTED)
+    labels = (np.arange(TESTED) % 10).astype(np.int32)
+    right = ease + 0.03 * rng.standard_normal(TESTED) < accuracy
+    predictions = np.where(right, labels, (labels + 1) % 10).astype(np.int32)
+    metrics = {"test/accuracy": float(right.mean()), "pseudo/accuracy": accuracy + 0.05}
+    if spec.fusion_weight > 0:
+        metrics["test/accuracy_fused"] = float(right.mean()) + 0.02
+
+    def build(folder: Path) -> dict[str, Any]:
+        arrays = {"index": np.arange(TESTED), "predictions": predictions, "labels": labels}
+        save_file(arrays, folder / PREDICTIONS)
+        return {
+            "metrics": metrics,
+            "curves": {},
+            "objectives": {"mutual_information": 0.0},
+            "per_class": [1.0] * 10,
+        }
+
+    store.get_or_build(spec, build)
+
+
+def by_method(accuracies: Mapping[str, float]) -> Accuracy:
+    return lambda slot: accuracies[slot.cell.method]
+
+
+def command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str
+) -> tuple[int, str, str]:
+    """`airsweep ...` in this process: exit code, stdout, stderr."""
+    from orchestrator.__main__ import main
+
+    monkeypatch.setattr(sys, "argv", ["airsweep", *words])
+    with pytest.raises(SystemExit) as end:
+        main()
+    printed = capsys.readouterr()
+    code = end.value.code
+    return code if isinstance(code, int) else int(bool(code)), printed.out, printed.err

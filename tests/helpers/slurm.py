@@ -1,0 +1,114 @@
+"""A real Slurm of two nodes, from Debian's packages, started without systemd."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.helpers.machines import AS_ROOT, Machine, Network
+from tests.helpers.sweeps import wait_until
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
+PATH = os.pathsep.join([os.environ["PATH"], "/usr/sbin"])
+MISSING = [name for name in PROGRAMS if not shutil.which(name, path=PATH)]
+MISSING += ["root"] * (not AS_ROOT)
+WHY = f"needs root, and Debian's munge, slurmctld, slurmd, slurm-client (no {', '.join(MISSING)})"
+NODES = ("a", "b")
+GOING = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED")
+CONFIG = """
+ClusterName=tests
+SlurmctldHost=control
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket=/tmp/munge
+StateSaveLocation={folder}/state
+SlurmdSpoolDir=/tmp/spool
+SlurmctldPidFile=/tmp/slurmctld.pid
+SlurmdPidFile=/tmp/slurmd.pid
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+MailProg=/bin/true
+SlurmdTimeout=10
+NodeName=a,b CPUs={cores}
+PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+class Slurm:
+    """Machines of their own: one with the controller, from which jobs are submitted, and two that
+    compute."""
+
+    def __init__(self, network: Network) -> None:
+        self.shared = network.shared
+        self._folder = network.folder / "slurm"
+        (self._folder / "state").mkdir(parents=True)
+        (self._folder / "slurm.conf").write_text(
+            CONFIG.format(folder=self._folder, cores=os.cpu_count())
+        )
+        (self._folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
+        self._key = self._folder / "munge.key"
+        self._key.write_bytes(secrets.token_bytes(128))
+        self._key.chmod(0o600)
+        self.variables = {
+            "SLURM_CONF": str(self._folder / "slurm.conf"),
+            "AIRSWEEP_PYTHON": sys.executable,
+        }
+        self.control = self._machine(network, "control", "slurmctld", "-D", "-c")
+        self.nodes = {name: self._machine(network, name, "slurmd", "-D") for name in NODES}
+        idle = ("sinfo", "--noheader", "--states=idle", "--format=%D")
+        wait_until(lambda: self.ask(*idle, check=False) == "2", self.log, every=0.3)
+
+    def _machine(self, network: Network, name: str, *daemon: str) -> Machine:
+        machine, log = network.machine(name), self._folder / "log"
+        (machine.disk / "munge").mkdir(mode=0o700)
+        files = {"pid-file": "pid", "seed-file": "seed"}
+        options = [f"--{option}={machine.disk}/munge/{file}" for option, file in files.items()]
+        options += [f"--key-file={self._key}", "--socket=/tmp/munge", "--force", "--foreground"]
+        machine.start(log, "munged", *options)
+        machine.start(log, *daemon, **self.variables)
+        return machine
+
+    def log(self) -> str:
+        return (self._folder / "log").read_text()
+
+    def ask(self, *command: str, cwd: Path | None = None, check: bool = True) -> str:
+        """What a command of Slurm's prints."""
+        done = self.control.run(*command, check=False, folder=cwd, **self.variables)
+        assert not check or done.returncode == 0, done.stderr + self.log()
+        return done.stdout.strip()
+
+    def submit(self, folder: Path, *arguments: str | Path) -> str:
+        """The number of a job whose log is <folder>/airsweep-<number>.log."""
+        return self.ask("sbatch", "--parsable", *map(str, arguments), cwd=folder)
+
+    def queued_again(self, job: str) -> None:
+        """Wait until Slurm has put a job back into its queue; it starts now, where Slurm lets two
+        minutes pass."""
+        self._until(job, lambda state: state == "PENDING")
+        self.ask("scontrol", "update", f"JobId={job}", "StartTime=now")
+
+    def is_over(self, job: str) -> bool:
+        return self._state(job) not in GOING
+
+    def _state(self, job: str) -> str:
+        return self.ask("squeue", "--noheader", f"--jobs={job}", "--states=all", "--format=%T")
+
+    def _until(self, job: str, met: Callable[[str], bool]) -> None:
+        wait_until(
+            lambda: met(self._state(job)), lambda: f"job {job} stays {self._state(job)}", 0.3
+        )
+
+    def ended(self, job: str) -> tuple[str, str]:
+        """Its last state and its exit code, as Slurm writes it, when all of it is over."""
+        self._until(job, lambda state: state not in GOING)
+        said = self.ask("scontrol", "show", "job", job)
+        found = dict(word.split("=", 1) for word in said.split() if "=" in word)
+        return found["JobState"], found["ExitCode"]

@@ -1,0 +1,101 @@
+"""Tables of docs/spec_reference.md, from the schema of a sweep file. `make golden` writes them."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from orchestrator.spec import presets
+from orchestrator.spec.sweep_file import sweep_schema
+from orchestrator.spec.trial_values import TRIAL_NAMES, why_not_searched
+from orchestrator.spec.validation import Schema, plain, words
+
+
+def refreshed(page: str) -> str:
+    """The page with its tables, each between two comments, as they follow from the code."""
+    schema = sweep_schema()
+    tables = {
+        "parts": _keys(_rows(schema, "")),
+        "not searched": _not_searched(),
+        "settings": _keys(schema["properties"]["fixed"]["properties"].items()),
+        "worlds": _worlds(),
+        "methods": _methods(),
+    }
+    for name, table in tables.items():
+        start, end = f"<!-- {name} -->\n\n", f"\n\n<!-- end of {name} -->"
+        before, rest = page.split(start)
+        page = before + start + table + end + rest.split(end)[1]
+    return page
+
+
+def _rows(schema: Schema, path: str) -> Iterator[tuple[str, Schema]]:
+    """Each key of a file with its schema; those of trial keys stay closed."""
+    for name, found in schema["properties"].items():
+        inner = next((one for one in [found, *found.get("anyOf", [])] if "properties" in one), None)
+        if inner is None or name in ("grid", "fixed", "space", "seeds"):
+            yield f"{path}{name}", found
+        else:
+            yield from _rows(inner, f"{path}{name}.")
+
+
+def _keys(rows: Iterable[tuple[str, Schema]]) -> str:
+    lines = [
+        [
+            f"`{name}`",
+            f"`{plain(found['default'])}`" if "default" in found else "",
+            _text(words(found)),
+            _text(found["description"]),
+        ]
+        for name, found in rows
+    ]
+    return _table(("key", "default", "values", "what"), lines)
+
+
+def _not_searched() -> str:
+    names = dict.fromkeys(name.partition(".")[0] for name in TRIAL_NAMES if why_not_searched(name))
+    return textwrap.fill(", ".join(f"`{name}`" for name in names) + ".", 100)
+
+
+def _worlds() -> str:
+    lines = [
+        [f"`{key}: {value}`", _several(settings)]
+        for (key, value), settings in presets.WORLDS.items()
+    ]
+    lines += [
+        [f"`{key}: {value}` and `method: {name}`", _several(settings)]
+        for (key, value, name), settings in presets.METHOD_WORLDS.items()
+    ]
+    return _table(("where", "default"), lines)
+
+
+def _methods() -> str:
+    lines = [
+        [
+            f"`{name}`",
+            _several(method.pins),
+            _several(method.sets),
+            f"`{method.host}`" if method.host else "",
+            f"`{method.control}`" if method.control else "",
+            ", ".join(method.paradigms),
+        ]
+        for name, method in presets.METHODS.items()
+    ]
+    header = ("method", "pins", "other defaults", "compared with", "control", "paradigms")
+    return _table(header, lines)
+
+
+def _several(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"`{key}: {plain(value)}`" for key, value in settings.items())
+
+
+def _text(text: str) -> str:
+    return re.sub("<(?=[a-z])", r"\\<", text)  # else a tag of HTML
+
+
+def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    # A bar ends a cell, in code too.
+    safe = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    rows = [list(header), ["---"] * len(header), *safe]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -1,0 +1,504 @@
+"""What a sweep needs, what is there, what is left: and that the same is what runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from air_core.datasets import get_dataset
+from air_core.flat import from_flat
+from air_core.normal import normalised
+from air_core.specs import (
+    Ref,
+    TrialSpec,
+)
+from orchestrator.execution.scheduler import Dispatcher
+from orchestrator.keys import artifact_key
+from orchestrator.planning.estimate import Pace, remember, stage_work, trial_work
+from orchestrator.planning.plan import (
+    BASE_PER_CLASS,
+    Need,
+    Plan,
+    level,
+    needs_of,
+    plan_sweep,
+)
+from orchestrator.planning.resolve import Resolver
+from orchestrator.planning.search import CellSearch, open_searches
+from orchestrator.spec import presets
+from orchestrator.spec.space import grid_points
+from orchestrator.spec.sweep import (
+    Dimension,
+    GeneratorResources,
+    Pruning,
+    Resources,
+    Search,
+    Seeds,
+    SweepSpec,
+    TrialResources,
+    cells_of,
+)
+from orchestrator.stages.trial import WHOLE, Legs
+from orchestrator.store.artifacts import ArtifactStore
+from orchestrator.store.checkpoints import Checkpoint, keep_checkpoint
+from orchestrator.store.event_log import Ledger
+
+ROOT = Path(__file__).parents[2]
+OBJECTIVES = ("mutual_information", "validation_accuracy")
+REFS = {name: Ref(name="tiny", digest=name) for name in presets.OUTSIDE}
+CLASSES = ("zero", "one")
+COUNTS = Dimension(key="images_per_class", values=(0, 8, 16))
+
+
+def trial(method: str = "air", **changes: Any) -> TrialSpec:
+    """A trial whose images are drawn; nothing of it is on disk."""
+    flat = {n: v for n, v in presets.defaults(method, {}).items() if n not in REFS}
+    return from_flat(
+        {**flat, **{k.replace("__", "."): v for k, v in changes.items()}}, REFS, CLASSES
+    )
+
+
+def seeds(*numbers: int) -> Seeds:
+    return Seeds(values=tuple((number,) for number in numbers))
+
+
+class World:
+    """A store, a ledger and ready images, all in one folder."""
+
+    def __init__(self, folder: Path, pictures: Path, resolver: Resolver | None = None) -> None:
+        self.store = ArtifactStore(folder / "runs")
+        self.ledger = Ledger(folder / "sweep")
+        self.ledger.folder.mkdir(parents=True)
+        self.searches: dict[str, CellSearch] = {}
+        self.resolver = resolver or Resolver(folder / "digests.json", None)
+        self.pictures = f"folder:{pictures}"
+
+    def sweep(self, *methods: str, **parts: Any) -> SweepSpec:
+        fixed = {"generator": self.pictures, **parts.pop("fixed", {})}
+        grid = parts.pop("grid", {})
+        if len(methods) > 1:
+            return SweepSpec(name="x", grid={"method": methods, **grid}, fixed=fixed, **parts)
+        return SweepSpec(name="x", grid=grid, fixed={"method": methods[0], **fixed}, **parts)
+
+    def plan(self, sweep: SweepSpec) -> Plan:
+        return plan_sweep(sweep, self.store, self.resolver, self.ledger)
+
+    def finish(self, trials: Iterable[TrialSpec], legs: Legs = WHOLE) -> None:
+        """Give trials a record, as running them would; or what they leave where they stop."""
+        for spec in map(normalised, trials):
+            rungs = {rung: self.objectives(spec, rung) for rung in legs.rungs}
+            if legs.until is not None:
+                passed = {rung: found for rung, found in rungs.items() if rung <= legs.until}
+                keep_checkpoint(spec, self.store, Checkpoint(legs.until, rungs=passed))
+                continue
+            info = {"metrics": {}, "curves": {}, "per_class": [], "rungs": rungs}
+            info["objectives"] = self.measured(spec)
+            self.store.get_or_build(spec, lambda folder, info=info: info)
+
+    def measured(self, spec: TrialSpec) -> dict[str, float]:
+        return dict.fromkeys(OBJECTIVES, 1.0)
+
+    def objectives(self, spec: TrialSpec, rung: int) -> dict[str, float]:
+        """Made up, and the same whenever they are asked for."""
+        digest = hashlib.sha256(f"{artifact_key(spec).digest} {rung}".encode()).digest()
+        return dict.fromkeys(OBJECTIVES, digest[0] / 256)
+
+    def dispatcher(self, sweep: SweepSpec) -> Dispatcher:
+        self.searches = {}
+        if sweep.search is not None:
+            self.searches = open_searches(self.plan(sweep), self.ledger, self.ledger.folder / "j")
+        place = self.store, self.resolver, self.ledger
+        return Dispatcher(sweep, cells_of(sweep), self.searches, *place, self.log)
+
+    def log(self, outcome: Any) -> None:
+        if not outcome.known:
+            event: dict[str, Any] = {"slot": outcome.slot.id, "key": outcome.slot.key.digest}
+            if outcome.pruned is not None:
+                event |= {"rung": outcome.pruned.rung, "value": outcome.pruned.value}
+            self.ledger.append(f"trial_{outcome.state}", cell=outcome.slot.cell.id, **event)
+
+    def run(self, sweep: SweepSpec) -> int:
+        """Run a sweep to its end; how many trials were handed out, be it in legs."""
+        dispatcher = self.dispatcher(sweep)
+        handed: set[str] = set()
+        while (job := dispatcher.next()) is not None:
+            handed |= set(job.keys)
+            self.finish(job.trials, job.legs)
+            dispatcher.complete(job.number, {})
+        assert dispatcher.finished
+        return len(handed)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    """120 ready images a class; what is in the files does not matter here."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for name in get_dataset("digits").classnames:
+        (folder / name).mkdir()
+        for index in range(120):
+            (folder / name / f"{index}.png").touch()
+    return folder
+
+
+@pytest.fixture
+def world(tmp_path, pictures) -> World:
+    return World(tmp_path, pictures)
+
+
+def counts(plan: Plan) -> tuple[int, int, int, int]:
+    assert plan.total == plan.done + plan.reused + plan.to_run
+    return plan.total, plan.done, plan.reused, plan.to_run
+
+
+# ---------------------------------------------------------------- trials
+
+
+def test_a_new_sweep_is_all_to_run(world):
+    plan = world.plan(world.sweep("fpl", "cpl", seeds=seeds(1, 2, 3)))
+    assert counts(plan) == (6, 0, 0, 6)
+    assert (len(plan.cells), plan.points, len(plan.slots)) == (2, 2, 6)
+
+
+def test_runs_that_differ_in_what_cannot_matter_are_reused(world):
+    """Zero-shot CLIP has no seed: three runs are one computation."""
+    assert counts(world.plan(world.sweep("zero_shot", seeds=seeds(1, 2, 3)))) == (3, 0, 2, 1)
+
+
+def test_done_is_what_this_sweep_has_run_and_reused_what_another_has(world):
+    sweep = world.sweep("fpl", seeds=seeds(1, 2, 3))
+    first, second, _ = world.plan(sweep).slots
+    world.finish([first.spec, second.spec])
+    assert counts(world.plan(sweep)) == (3, 0, 2, 1)
+    world.ledger.append("trial_done", slot=first.id, key=first.key.digest)
+    assert counts(world.plan(sweep)) == (3, 1, 1, 1)
+    world.ledger.append("trial_reused", slot=second.id, key=second.key.digest)
+    assert counts(world.plan(sweep)) == (3, 2, 0, 1)
+
+
+def test_what_was_done_under_another_key_is_to_run(world):
+    sweep = world.sweep("fpl", seeds=seeds(1))
+    world.run(sweep)
+    assert counts(world.plan(sweep)) == (1, 1, 0, 0)
+    changed = world.sweep("fpl", seeds=seeds(1), fixed={"prompt.length": 4})
+    assert world.plan(changed).slots[0].id == world.plan(sweep).slots[0].id
+    assert counts(world.plan(changed)) == (1, 0, 0, 1)
+
+
+def test_a_failure_after_success_is_to_run_again_once_its_record_is_gone(world):
+    sweep = world.sweep("fpl", seeds=seeds(1))
+    world.run(sweep)
+    (slot,) = world.plan(sweep).slots
+    world.ledger.append("trial_failed", slot=slot.id, key=slot.key.digest)
+    assert counts(world.plan(sweep)) == (1, 0, 1, 0)
+    (world.store.get(slot.spec).path / "record.json").unlink()
+    assert counts(world.plan(sweep)) == (1, 0, 0, 1)
+
+
+# ---------------------------------------------------------------- searches
+
+
+def searched(world: World, sampler: Any, points: int = 6, **parts: Any) -> SweepSpec:
+    weights = Dimension(key="fusion_weight", min=0.0, max=1.0, when="images_per_class > 0")
+    if sampler == "grid":
+        weights = replace(weights, min=None, max=None, values=(0.25, 0.75))
+    search = Search(sampler=sampler, points=points, width=2, space=(COUNTS, weights))
+    return world.sweep("air", search=search, seeds=parts.pop("seeds", seeds(1, 2)), **parts)
+
+
+def test_points_that_were_asked_are_known(world):
+    sweep = searched(world, "random")
+    dispatcher = world.dispatcher(sweep)
+    job = dispatcher.next()
+    assert len(world.plan(sweep).slots) == 2
+    world.finish(job.trials)
+    dispatcher.complete(job.number, {})
+    assert counts(world.plan(sweep)) == (12, 2, 0, 10)
+
+
+def test_a_finished_search_has_nothing_to_run_until_it_is_given_more(world):
+    sweep = searched(world, "random")
+    world.run(sweep)
+    assert counts(world.plan(sweep))[3] == 0
+    more = world.plan(searched(world, "random", points=8))
+    assert more.to_run == 2 * 2
+    assert world.run(searched(world, "random", points=8)) <= 4
+    assert world.plan(searched(world, "random", points=8)).to_run == 0
+
+
+def test_points_of_a_grid_are_known_before_anything_is_asked(world):
+    sweep = searched(world, "grid", points=100)
+    plan = world.plan(sweep)
+    assert plan.points == 5
+    assert [slot.params for slot in plan.slots[::2]] == grid_points(plan.cells[0])
+    assert plan.to_run == world.run(sweep)
+
+
+def test_a_seed_that_is_added_reaches_points_that_were_told(world):
+    world.run(searched(world, "random", seeds=seeds(1)))
+    sweep = searched(world, "random", seeds=seeds(1, 2))
+    plan = world.plan(sweep)
+    assert plan.done == 6
+    assert plan.to_run > 0
+    assert world.run(sweep) == plan.to_run
+    assert world.plan(sweep).to_run == 0
+
+
+# ---------------------------------------------------------------- artifacts
+
+
+def stages(needs: Iterable[Need]) -> list[str]:
+    return [need.stage for need in needs]
+
+
+def test_methods_without_images_need_features_only(world):
+    plan = world.plan(world.sweep("zero_shot", "fpl", "grip", "cpl", "cpl_real"))
+    assert stages(plan.needs) == ["features"]
+
+
+def test_a_trial_with_images_needs_what_they_are_made_from_in_that_order():
+    needs = needs_of([trial(lora__rounds=1)])
+    assert stages(needs) == ["features", "labels", "lora", "images", "images"]
+    assert [need.images_per_class for need in needs[-2:]] == [120, BASE_PER_CLASS]
+    assert needs[-1].spec.images.lora is None  # to show what LoRA changed
+
+
+def test_a_second_lora_round_needs_the_images_of_the_first():
+    needs = needs_of([trial(lora__rounds=2, initial_labels__images_per_class=40)])
+    first = ["features", "labels", "lora", "images"]
+    assert stages(needs) == [*first, "labels", "lora", "images", "images"]
+    assert needs[3].images_per_class == 40
+    assert needs[4].spec.images == needs[3].spec
+    assert [level(need.spec) for need in needs] == [1, 2, 3, 4, 5, 6, 7, 1]
+
+
+def test_seeds_methods_and_weights_share_one_row():
+    trials = [
+        trial(method, seed=seed, fusion_weight=weight)
+        for method in ("air", "air_grip", "air_fpl")
+        for seed in (1, 2, 3)
+        for weight in (0.2, 0.8)
+    ]
+    assert needs_of(trials) == needs_of(trials[:1])
+
+
+@pytest.mark.parametrize("order", [(25, 50, 120), (120, 50, 25), (25, 120, 50)])
+def test_a_sweep_of_counts_needs_the_largest_once(order):
+    (row,) = (
+        need
+        for need in needs_of(trial(images_per_class=n, lora=None) for n in order)
+        if need.stage == "images"
+    )
+    assert row.images_per_class == 120
+    assert len(row.shards()) == 8 * len(CLASSES)  # ceil(120 / 16) blocks a class
+
+
+@pytest.mark.parametrize(
+    ("dimension", "images"),
+    [
+        (Dimension(key="images_per_class", min=0, max=11), [11]),
+        (Dimension(key="fusion_weight", values=(0.0, 0.5)), [16]),
+        (Dimension(key="auxiliary.source", values=("real", "synthetic")), [16]),
+        (Dimension(key="auxiliary.source", values=("real",)), []),
+        (Dimension(key="prompt.length", min=4, max=16), [16]),
+    ],
+)
+def test_a_search_needs_whatever_any_of_its_points_may_read(world, dimension, images):
+    search = Search(points=3, space=(dimension,))
+    fixed = {} if dimension.key == "images_per_class" else {"images_per_class": 16}
+    plan = world.plan(world.sweep("air", search=search, fixed=fixed))
+    assert [need.images_per_class for need in plan.needs if need.stage == "images"] == images
+
+
+def test_an_artifact_is_missing_partial_or_present(world):
+    sweep = world.sweep("air", fixed={"images_per_class": 16})
+    plan = world.plan(sweep)
+    row = plan.needs[-1]
+
+    def states() -> list[tuple[str, str, int, int]]:
+        found = world.plan(sweep).json(world.store)["artifacts"]
+        return [(a["stage"], a["state"], a["have"], a["need"]) for a in found]
+
+    assert states() == [("features", "missing", 0, 1), ("images", "missing", 0, 20)]
+    world.store.get_or_build(plan.needs[0].spec, lambda folder: {})
+    images, features = world.store.open_row(row.spec.images), world.store.open_row(row.spec)
+    images.shard(0, 0, ".parquet").touch()
+    assert states()[1][1:3] == ("missing", 0)  # pictures without features are half the work
+    features.shard(0, 0, ".safetensors").touch()
+    assert states() == [("features", "present", 1, 1), ("images", "partial", 1, 20)]
+    assert (0, 0) not in row.missing(world.store)
+    for c, block in row.missing(world.store):
+        images.shard(c, block, ".parquet").touch()
+        features.shard(c, block, ".safetensors").touch()
+    assert states()[1] == ("images", "present", 20, 20)
+    assert row.missing(world.store) == []
+
+
+# ---------------------------------------------------------------- time
+
+
+def test_an_estimate_is_a_guess_until_this_store_has_measured_work_of_its_kind(world):
+    gpus = Resources(trial=TrialResources(gpu=0.5), generator=GeneratorResources(gpu=1))
+    sweep = world.sweep(
+        "air", "fpl", fixed={"images_per_class": 16}, seeds=seeds(1), resources=gpus
+    )
+    guess = world.plan(sweep).estimate
+    assert guess.seconds > 0
+    assert not guess.calibrated
+    assert "nothing was measured" in guess.reason
+    world.store.root.mkdir()
+    specs = [need.spec for need in world.plan(sweep).needs]
+    works = [stage_work(spec) for spec in specs]
+    works += [trial_work(slot.spec) for slot in world.plan(sweep).slots]
+    assert len({(work.stage, work.kind) for work in works}) == 4  # the trials are of two kinds
+    seconds = {"features": 10.0, "images": 0.5, "trials": 3.0}
+    remember(
+        world.store,
+        {(work.stage, work.kind): Pace(5 * seconds[work.stage], 5.0) for work in works[:-1]},
+    )
+    part = world.plan(sweep).estimate
+    assert not part.calibrated  # one kind of trial takes what the other took
+    assert "top_k" in part.reason
+    remember(world.store, {("trials", works[-1].kind): Pace(14.0, 2.0)})
+    plan = world.plan(sweep).estimate
+    assert (plan.calibrated, plan.reason) == (True, "")
+    drawn = 0.5 * 20 * 8  # blocks of eight
+    assert plan.seconds == pytest.approx(10 + drawn + 3 + 7)
+    assert plan.gpu_hours == pytest.approx((drawn + 0.5 * (10 + 3 + 7)) / 3600)
+    world.run(sweep)
+    assert world.plan(sweep).estimate.seconds == 0
+
+
+def test_what_a_smoke_run_has_measured_is_scaled_without_its_start(world):
+    sweep = world.sweep("air", fixed={"images_per_class": 16})
+    [images] = [work for work in world.plan(sweep).work if work.stage == "images"]
+    beside = world.store.root.with_name(world.store.root.name + "-smoke")
+    smoke = ArtifactStore(beside)
+    beside.mkdir()
+    key = ("images", images.kind)
+    remember(smoke, {key: Pace(8.0, 16.0, startup=60.0, starts=2.0)})  # two actors
+    found = world.plan(sweep).estimate
+    assert found.sources["images"] == "history"
+    assert found.stages["images"] == pytest.approx(30 + 0.5 * images.units)
+    world.store.root.mkdir(exist_ok=True)
+    remember(world.store, {key: Pace(images.units, images.units)})  # the store itself comes first
+    assert world.plan(sweep).estimate.stages["images"] == pytest.approx(images.units)
+
+
+def test_trials_of_a_search_that_was_not_begun_take_time_too(world):
+    search = Search(points=5, space=(Dimension(key="fusion_weight", min=0.0, max=1.0),))
+    sweep = world.sweep("air", search=search, seeds=seeds(1, 2), fixed={"images_per_class": 16})
+    plan = world.plan(sweep)
+    assert not plan.slots
+    [trials] = [work for work in plan.work if work.stage == "trials"]
+    assert (trials.units, trials.jobs) == (10, 5)
+    assert plan.estimate.stages["trials"] > 0
+
+
+def test_the_json_of_a_plan_says_all_of_it(world):
+    found = world.plan(world.sweep("zero_shot", seeds=seeds(1, 2))).json(world.store)
+    assert (found["cells"], found["points"]) == (1, 1)
+    assert found["trials"] == {"total": 2, "done": 0, "reused": 1, "pruned": 0, "to_run": 1}
+    (features,) = found["artifacts"]
+    assert features["stage"] == "features"
+    assert features["key"].startswith("features/v1/digits-tiny-")
+    assert found["estimate"].keys() >= {"seconds", "calibrated", "reason", "gpu_hours"}
+    assert json.loads(json.dumps(found)) == found
+
+
+PLANNING = """
+import sys
+from pathlib import Path
+from orchestrator.store.event_log import Ledger
+from orchestrator.planning.plan import plan_sweep
+from orchestrator.planning.resolve import Resolver
+from orchestrator.store.artifacts import ArtifactStore
+from orchestrator.spec.sweep_file import load_sweep
+
+folder = Path(sys.argv[1])
+sweep = load_sweep(folder / "x.yaml")
+store, ledger = ArtifactStore(folder / "runs"), Ledger(folder / "sweep")
+plan = plan_sweep(sweep, store, Resolver(folder / "digests.json", None), ledger)
+plan.json(store)
+print(plan.total, plan.done, *sorted(set(sys.argv[2:]) & set(sys.modules)))
+"""
+HEAVY = [
+    *("torch", "ray", "mlflow", "optuna", "diffusers", "transformers", "peft", "open_clip"),
+    *("sklearn", "matplotlib"),
+]
+
+
+def test_planning_imports_nothing_heavy_also_where_trials_are_done(world):
+    folder = world.ledger.folder.parent
+    text = "version: 1\nname: x\ngrid: {method: [fpl, air]}\nseeds: [1, 2]\n"
+    (folder / "x.yaml").write_text(text + f"fixed: {{generator: '{world.pictures}'}}\n")
+    world.run(world.sweep("fpl", seeds=seeds(1)))
+    done = subprocess.run(
+        [sys.executable, "-c", PLANNING, str(folder), *HEAVY],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
+    assert done.stdout.split() == ["4", "1"]
+
+
+# ---------------------------------------------------------------- what is planned is what runs
+
+METHODS = ["zero_shot", "zero_shot_aux", "fpl", "cpl", "air", "cpl_real"]
+AXES = {
+    "images_per_class": (0, 8, 16),
+    "fusion_weight": (0.0, 0.5),
+    "iterations": (0, 1, 2),
+    "auxiliary.source": ("real", "synthetic"),
+}
+
+
+@st.composite
+def sweeps(draw: Any, pictures: str) -> SweepSpec:
+    """Small sweeps over keys that often make two cells, points or seeds the same computation."""
+    methods = tuple(draw(st.lists(st.sampled_from(METHODS), min_size=2, max_size=3, unique=True)))
+    axes = draw(st.permutations(sorted(AXES)))
+    gridded, searched_ = axes[: draw(st.integers(0, 1))], axes[1 : 1 + draw(st.integers(0, 2))]
+    search = None
+    if searched_:
+        space = tuple(Dimension(key=key, values=AXES[key]) for key in searched_)
+        points, width = draw(st.integers(1, 6)), draw(st.integers(1, 3))
+        rules = st.sampled_from(("halving", "median"))
+        pruning = draw(st.none() | rules.map(lambda rule: Pruning(rule=rule, rungs=(1,))))
+        search = Search(sampler="grid", points=points, width=width, space=space, pruning=pruning)
+    return SweepSpec(
+        name="x",
+        grid={"method": methods, **{key: AXES[key] for key in gridded}},
+        fixed={"generator": pictures},
+        search=search,
+        seeds=seeds(*range(draw(st.integers(1, 3)))),
+    )
+
+
+@settings(max_examples=100)
+@given(st.data())
+def test_as_many_trials_run_as_were_planned(pictures, resolver, data):
+    with tempfile.TemporaryDirectory() as folder:
+        world = World(Path(folder), pictures, resolver)  # digests are computed once
+        sweep = data.draw(sweeps(world.pictures))
+        for slot in world.plan(sweep).slots:  # some of it is there already, from elsewhere
+            if data.draw(st.integers(0, 4)) == 0:
+                world.finish([slot.spec])
+        plan = world.plan(sweep)
+        assert plan.total == plan.done + plan.reused + plan.to_run
+        assert world.run(sweep) == plan.to_run
+        after = world.plan(sweep)
+        assert (after.total, after.to_run) == (plan.total, 0)
+        assert after.done + len(after.pruned) == plan.total
+        assert world.run(sweep) == 0

@@ -1,0 +1,68 @@
+"""What can never start is said before anything does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from orchestrator.planning.resources import CONTEXT, memory_fraction, misfit, room
+from orchestrator.spec.sweep import GeneratorResources, Resources, TrialResources
+from tests.helpers.sweeps import airsweep, write_sweep
+
+SMALL = {"CPU": 4.0}
+GPUS = {"CPU": 8.0, "GPU": 2.0, "memory": 1e9}
+
+
+def asked(trial: tuple[float, float], generator: tuple[float, float] = (1, 0)) -> Resources:
+    return Resources(
+        trial=TrialResources(cpu=trial[0], gpu=trial[1]),
+        generator=GeneratorResources(cpu=generator[0], gpu=generator[1]),
+    )
+
+
+@pytest.mark.parametrize(
+    ("resources", "machines", "said"),
+    [
+        (asked((4, 0)), [SMALL], None),
+        (asked((5, 0)), [SMALL, SMALL], "a trial asks for 5 CPU and 0 GPU"),  # 8 in all
+        (asked((1, 0.5), (8, 2)), [SMALL, GPUS], None),
+        (asked((1, 0), (9, 1)), [{"CPU": 64.0}, GPUS], "a generator asks for 9 CPU and 1 GPU"),
+        (asked((1, 1)), [SMALL], "--set resources.trial.gpu=0"),
+        (asked((1, 0), (1, 1)), [SMALL], "--set resources.generator.gpu=0"),
+    ],
+)
+def test_one_machine_must_have_all_that_one_worker_asks_for(resources, machines, said):
+    found = misfit(resources, machines, prepares=True)
+    assert found is None if said is None else said in str(found)
+
+
+def test_where_all_is_prepared_generators_do_not_matter():
+    assert misfit(asked((1, 0), (99, 0)), [SMALL], prepares=False) is None
+
+
+@pytest.mark.parametrize(
+    ("want", "expected"),
+    [({"cpu": 3}, 1 + 2), ({"cpu": 1, "gpu": 0.5}, 4), ({"cpu": 0, "gpu": 0}, 4 + 8)],
+)
+def test_room_is_counted_machine_by_machine(want: dict[str, Any], expected):
+    assert room(TrialResources(**want), [SMALL, GPUS]) == expected
+
+
+@pytest.mark.parametrize("gpu", [0.5, 0.33, 0.25, 0.1])
+def test_trials_that_share_a_device_take_no_more_than_it_has(gpu):
+    total = 16 * 2**30
+    fraction = memory_fraction(gpu, total)
+    assert fraction is not None
+    assert 0 < fraction < gpu
+    assert int(1 / gpu) * (fraction * total + CONTEXT) <= total
+
+
+def test_a_run_that_cannot_fit_ends_with_3_before_anything_is_written(tmp_path):
+    spec = write_sweep(tmp_path, "big", "fixed: {method: fpl}\nresources: {trial: {cpu: 4096}}\n")
+    done = airsweep("run", spec, "--store", tmp_path / "runs", check=False)
+    assert done.returncode == 3
+    assert "a trial asks for 4096 CPU" in done.stderr
+    assert not (tmp_path / "runs" / "sweeps").exists()
+    planned = airsweep("plan", spec, "--store", tmp_path / "runs")
+    assert "a trial asks for 4096 CPU" in planned.stdout

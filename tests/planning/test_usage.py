@@ -1,0 +1,251 @@
+"""Who used what of a store: `airsweep usage`, owners on records, projects that keep names apart."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from air_core.specs import SyntheticFeaturesSpec, TrialSpec
+from orchestrator.keys import artifact_key
+from orchestrator.store.artifacts import DEVICES, ArtifactStore, open_store
+from orchestrator.store.inventory import take_inventory
+from orchestrator.store.location import Place
+from tests.helpers.sweeps import airsweep, environment, events, write_sweep
+
+HOUR = 3600.0
+TWO_CELLS = "grid: {method: [zero_shot, cpl]}\nseeds: [1, 2]\n"
+
+
+@pytest.fixture
+def store(tmp_path) -> ArtifactStore:
+    return ArtifactStore(tmp_path / "runs")
+
+
+@pytest.fixture
+def usage(store, command):
+    """Run `airsweep usage` here; its exit code, what it printed, what it said."""
+
+    def run(*words: str) -> tuple[int, str, str]:
+        where = () if "--store" in words else ("--store", store.root)
+        return command("usage", *words, *where)
+
+    return run
+
+
+def rows(usage, by: str, *more: str) -> dict[str, dict]:
+    """What it says, by the first column, without what is 0."""
+    code, out, err = usage("--by", by, "--json", *more)
+    assert code == 0, err
+    each = json.loads(out)["rows"]
+    return {row.pop(by): {name: value for name, value in row.items() if value} for row in each}
+
+
+def made(store: ArtifactStore, spec, hours: float, content: bytes = b"x") -> Path:
+    """An artifact that took some hours."""
+    with store.building(spec) as building:
+        (building.folder / "content").write_bytes(content)
+        building.before = hours * HOUR
+        building.info = {"device": "cuda"} if isinstance(spec, TrialSpec) else {}
+    return store.get(spec).path
+
+
+def with_record(folder: Path, **changes: object) -> None:
+    """As if an earlier version had written it: None takes something away."""
+    record = json.loads((folder / "record.json").read_text()) | changes
+    kept = {name: value for name, value in record.items() if value is not None and name != "seal"}
+    (folder / "record.json").write_text(json.dumps(kept))
+
+
+def of_user(monkeypatch, user: str, **devices: float) -> None:
+    monkeypatch.setenv("AIRSWEEP_USER", user)
+    monkeypatch.setenv(DEVICES, json.dumps(devices))
+
+
+# ---------------------------------------------------------------- hours and bytes
+
+
+def test_hours_are_seconds_times_devices_and_belong_to_who_made_it(
+    store, usage, trial, monkeypatch
+):
+    one = trial("cpl")
+    of_user(monkeypatch, "mina", cpu=4, gpu=0.25)
+    made(store, one.features, 2)
+    made(store, one, 1)
+    of_user(monkeypatch, "tom", cpu=2, gpu=0)
+    made(store, replace(one, seed=7), 3, b"x" * 5000)
+    found = rows(usage, "user")
+    assert found["mina"]["gpu_hours"] == pytest.approx(0.75, abs=1e-3)
+    assert "cpu_hours" not in found["mina"]
+    assert found["tom"]["cpu_hours"] == pytest.approx(6, abs=1e-3)
+    assert [found[user]["made"] for user in ("mina", "tom")] == [2, 1]
+    inside = sum(f.stat().st_size for f in store.artifacts.rglob("*") if f.is_file())
+    assert sum(row["bytes"] for row in found.values()) == inside
+    stages = rows(usage, "stage")
+    assert stages["features"]["gpu_hours"] == pytest.approx(0.5, abs=1e-3)
+    assert stages["trials"]["cpu_hours"] == pytest.approx(6, abs=1e-3)
+
+
+def test_what_is_found_there_counts_for_nobody_else(store, usage, trial, monkeypatch):
+    of_user(monkeypatch, "mina", cpu=1)
+    made(store, trial("cpl"), 1)
+    before = rows(usage, "user")
+    of_user(monkeypatch, "tom", cpu=1)
+    store.get_or_build(trial("cpl"), lambda folder: pytest.fail("it is there"))
+    assert rows(usage, "user") == before
+
+
+def test_records_from_before_owners_and_devices_are_read_and_have_a_row_of_their_own(
+    store, usage, trial, monkeypatch
+):
+    of_user(monkeypatch, "mina", cpu=1, gpu=0.5)
+    one = trial("cpl")
+    with_record(made(store, one.features, 2), user=None, cpu=None, gpu=None)
+    with_record(made(store, one, 3), user="unknown", cpu=None, gpu=None)
+    found = rows(usage, "user")
+    assert set(found) == {"(not recorded)"}
+    # A trial said on what it ran, and is taken for a whole device.
+    assert found["(not recorded)"]["gpu_hours"] == pytest.approx(3, abs=1e-3)
+    assert found["(not recorded)"]["unknown_hours"] == pytest.approx(2, abs=1e-3)
+    out = usage()[1]
+    assert "unknown: hours of work whose record does not say on what it ran" in out
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def blocks(store: ArtifactStore, spec: SyntheticFeaturesSpec, name: str, user: str, *numbers: int):
+    """A sweep's driver is told of blocks of one class that a generator has drawn; half a GPU, an
+    hour each."""
+    place = Place(store, "team", name, None)
+    place.ledger().lock()
+    place.ledger().append("sweep_started", total=1, user=user)
+    for number in numbers:
+        for one, suffix in ((spec.images, ".parquet"), (spec, ".safetensors")):
+            store.open_row(one).publish(0, number, suffix, b"x" * 1000)
+        facts = {"class": 0, "block": number, "drawn": 8, "holes": 0, "cpu": 1.0, "gpu": 0.5}
+        key = str(artifact_key(spec.images))
+        place.ledger().append(
+            "artifact_prepared", stage="images", key=key, seconds=HOUR, facts=facts
+        )
+    return place
+
+
+def test_blocks_of_one_row_belong_to_whoever_drew_each(store, usage, trial, monkeypatch):
+    of_user(monkeypatch, "mina")
+    spec = trial("air", images_per_class=16).synthetic_features
+    blocks(store, spec, "first", "mina", 0)
+    more = blocks(store, spec, "second", "tom", 1, 2)
+    # It waited for a block that somebody else drew.
+    facts = {"class": 0, "block": 0, "drawn": 0, "holes": 0}
+    key = str(artifact_key(spec.images))
+    more.ledger().append("artifact_prepared", stage="images", key=key, seconds=HOUR, facts=facts)
+    found = rows(usage, "user")
+    assert (found["mina"]["gpu_hours"], found["tom"]["gpu_hours"]) == (0.5, 1.0)
+    assert (found["mina"]["made"], found["tom"]["made"]) == (1, 2)
+    assert "bytes" not in found["tom"]  # they belong to the user who began the row
+    assert rows(usage, "sweep")["team/second"]["gpu_hours"] == 1.0
+    assert rows(usage, "project")["team"]["gpu_hours"] == 1.5
+    # With the sweep goes what it knew; the row still says who began it.
+    (store.root / "sweeps/team/second").rename(store.root / "gone")
+    found = rows(usage, "user")
+    assert found == {
+        "mina": {"made": 3, "gpu_hours": 0.5, "untimed": 2, "bytes": found["mina"]["bytes"]}
+    }
+    assert "2 of these have no recorded time" in usage()[1]
+
+
+def test_since_counts_what_was_made_from_then_on(store, usage, trial, monkeypatch):
+    of_user(monkeypatch, "mina", cpu=1)
+    with_record(made(store, trial("cpl"), 1), started=1_700_000_000.0)  # November 2023
+    made(store, trial("cpl", seed=7), 1)
+    assert rows(usage, "user")["mina"]["made"] == 2
+    assert rows(usage, "user", "--since", "2024-01-01")["mina"]["made"] == 1
+    assert rows(usage, "user", "--since", "2023-11-14T00:00")["mina"]["made"] == 2
+    assert rows(usage, "user", "--since", "2199-01-01") == {}
+    for words, why in (
+        (("--since", "may"), "wanted a date"),
+        (("--by", "team"), "allowed are user"),
+    ):
+        code, out, err = usage(*words)
+        assert (code, out) == (2, "")
+        assert why in err
+
+
+# ---------------------------------------------------------------- real sweeps, two users
+
+
+def trivial(spec: Path, store: Path | str, user: str, project: str, **more: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.helpers.trivial", "run", str(spec), "--store", str(store)],
+        capture_output=True,
+        text=True,
+        env=environment(AIRSWEEP_USER=user, AIRSWEEP_PROJECT=project, **more),
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_one_name_in_two_projects_shares_artifacts_and_neither_ledger_nor_experiment(
+    store, usage, tmp_path, monkeypatch
+):
+    from mlflow import MlflowClient
+
+    spec = write_sweep(tmp_path, "same", TWO_CELLS)
+    monkeypatch.chdir(tmp_path)
+    for user, project in (("mina", "birds"), ("tom", "cars")):
+        trivial(spec, store.root, user, project)
+    built = (store.root / "built.log").read_text().splitlines()
+    assert len(built) == len(set(built)) == 4  # features and three trials, each once
+    ledgers = {
+        project: [
+            json.loads(line)
+            for line in (store.root / "sweeps" / project / "same/events.jsonl").open()
+        ]
+        for project in ("birds", "cars")
+    }
+    assert {e["user"] for e in ledgers["birds"] if "user" in e} == {"mina"}
+    assert {e["user"] for e in ledgers["cars"] if "user" in e} == {"tom"}
+    assert sum(e["event"] == "trial_done" for e in ledgers["birds"]) == 3
+    assert sum(e["event"] == "trial_reused" for e in ledgers["cars"]) == 4
+    client = MlflowClient(f"sqlite:///{store.root / 'mlflow.db'}")
+    for project, user in (("birds", "mina"), ("cars", "tom")):
+        experiment = client.get_experiment_by_name(f"air/{project}")
+        runs = client.search_runs([experiment.experiment_id])
+        tags = {(run.data.tags["air.kind"], run.data.tags["air.user"]) for run in runs}
+        # The trials are told in both projects, as hers: she has computed them.
+        assert tags == {("sweep", user), ("trial", "mina"), ("point", "mina")}
+    assert set(rows(usage, "user")) == {"mina"}
+    assert set(rows(usage, "project")) == {"birds"}
+    assert set(rows(usage, "sweep")) == {"birds/same"}
+
+
+@pytest.mark.integration
+@pytest.mark.ray
+def test_a_real_run_notes_what_each_worker_held(tmp_path, drawn_digits):
+    text = "grid: {{method: [fpl, air_fpl]}}\nfixed: {{generator: 'folder:{folder}', "
+    text += "images_per_class: {count}, generation.block: 8, train.steps: 2}}\nseeds: [1]\n"
+    text += "resources: {{generator: {{actors: 1}}}}\n"
+    runs = tmp_path / "runs"
+    for user, name, count in (("mina", "few", 8), ("tom", "more", 16)):
+        spec = write_sweep(tmp_path, name, text.format(folder=drawn_digits, count=count))
+        airsweep("run", spec, "--store", runs, "--quiet", AIRSWEEP_USER=user)
+    for holding in take_inventory(open_store(runs)).holdings:
+        if holding.stage not in ("images", "synthetic"):
+            assert (holding.record["cpu"], holding.record["gpu"]) == (1.0, 0.0), holding.name
+    drawn = [
+        event["facts"]
+        for name in ("few", "more")
+        for event in events(runs, name)
+        if event["event"] == "artifact_prepared" and event["stage"] == "images"
+    ]
+    assert len({(facts["class"], facts["block"]) for facts in drawn}) == 20
+    found = json.loads(airsweep("usage", "--by", "user", "--json", "--store", runs).stdout)
+    each = {row["user"]: row for row in found["rows"]}
+    assert set(each) == {"mina", "tom"}
+    assert found["total"]["gpu_hours"] == found["total"]["unknown_hours"] == 0
+    assert found["total"]["untimed"] == 0
+    # Ten blocks each; she has computed the features and two trials, he one trial.
+    assert (each["mina"]["made"], each["tom"]["made"]) == (13, 11)

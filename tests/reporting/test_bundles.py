@@ -1,0 +1,457 @@
+"""Bundles from real small trials: exported, classified with, scored again. No cluster."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+from air_core.bundle import load_bundle, read_bundle
+from air_core.bundle.checks import PROMPT, TEST, TEXT
+from air_core.bundle.manifest import MANIFEST, write_bundle
+from air_core.datasets import get_dataset
+from air_core.method import learn
+from air_core.specs import FeaturesSpec
+from air_core.weights import tiny_folder
+from orchestrator.planning.requests import plan_of
+from orchestrator.reporting.results import entries_of
+from orchestrator.reporting.rows import rows
+from orchestrator.spec.sweep_file import load_sweep
+from orchestrator.stages.build import PARTS, read_target
+from orchestrator.stages.context import Workshop
+from orchestrator.stages.trial import data_of, run_trial
+from orchestrator.store.artifacts import ArtifactStore
+from orchestrator.store.event_log import Ledger
+from orchestrator.store.location import Place
+from orchestrator.store.records import read_trial
+from tests.helpers.sweeps import environment, record_again
+
+IMAGES = 240  # of the digits: enough for every class, and quick
+SWEEP = """version: 1
+name: small
+grid:
+  paradigm: [ul, trzsl]
+  method: [zero_shot, zero_shot_real, fpl, cpl]
+fixed: {train.steps: 8, prompt.length: 2, iterations: 2}
+seeds: [1, 2]
+"""
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    file = tmp_path_factory.mktemp("spec") / "small.yaml"
+    file.write_text(SWEEP)
+    return load_sweep(file)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tiny_clip, sweep) -> Place:
+    """A sweep that was run, as the commands find it."""
+    store = ArtifactStore(tmp_path_factory.mktemp("done") / "runs")
+    place = Place(store, "default", "small", None)
+    ledger = place.ledger()
+    ledger.lock()
+    slots = plan_of(sweep, place).slots
+    for level in ("features", "tokens"):
+        encode(replace(slots[0].spec.features, level=level), store)
+    ledger.append("sweep_started", spec="s", total=len(slots), to_run=len(slots), pid=1)
+    for slot in slots:
+        run_trial(slot.spec, store)
+        fields = {"slot": slot.id, "cell": slot.cell.id, "key": slot.key.digest}
+        ledger.append("trial_done", **fields)
+    ledger.append("sweep_ended", exit_code=0, seconds=1.0)
+    ledger.unlock()
+    (place.folder / "spec.yaml").write_text(sweep.text)
+    (place.folder / "resolved.json").write_text("{}")
+    return place
+
+
+def encode(spec: FeaturesSpec, store: ArtifactStore) -> None:
+    """What CLIP makes of the first digits."""
+
+    def build(folder: Path) -> dict[str, Any]:
+        examples = get_dataset(spec.dataset.name).load(None)
+        arrays = {
+            "features": Workshop(store).encoded(examples.images[:IMAGES], spec),
+            "labels": examples.labels[:IMAGES],
+            "parts": np.array([PARTS.index(p) for p in examples.parts[:IMAGES]], dtype=np.int8),
+        }
+        save_file(arrays, folder / "features.safetensors")
+        return {}
+
+    store.get_or_build(spec, build)
+
+
+def slots_of(place: Place, sweep: Any, method: str, paradigm: str = "ul") -> list[Any]:
+    slots = plan_of(sweep, place).slots
+    return [s for s in slots if (s.cell.method, s.spec.paradigm) == (method, paradigm)]
+
+
+@pytest.fixture
+def export(command, place, tmp_path):
+    def run(trial: str, *more: str, out: str = "bundle") -> Path:
+        code, said, told = command("export", trial, *more, "-o", tmp_path / out, *at(place))
+        assert code == 0, told
+        assert said == f"{tmp_path / out}\n"  # and nothing else, for $(...)
+        return tmp_path / out
+
+    return run
+
+
+def at(place: Place) -> tuple[str, str]:
+    return "--store", str(place.store.root)
+
+
+def pictures_of(index: np.ndarray, folder: Path) -> Path:
+    images = get_dataset("digits").load(None).images
+    folder.mkdir()
+    for number, i in enumerate(index):
+        images[int(i)].save(folder / f"{number:04}.png")
+    return folder
+
+
+# ---------------------------------------------------------------- what was tested
+
+BLOCKED = """
+import json, sys
+for name in ("ray", "mlflow", "optuna"):
+    sys.modules[name] = None  # importing it is an error
+from air_core.bundle import image_files, load_bundle
+from air_core.datasets.images import ImageFiles
+bundle = load_bundle("bundle")
+print(json.dumps(bundle.logits(ImageFiles(tuple(image_files(["new"])))).tolist()))
+sys.argv = ["airsweep", "classify", "bundle", "new", "--json", "--topk", "10"]
+from orchestrator.__main__ import main
+main()
+"""
+
+
+def test_a_process_without_ray_or_mlflow_gives_the_logits_of_the_trial(
+    place, sweep, tiny_clip, export, tmp_path
+):
+    slot = slots_of(place, sweep, "cpl")[0]
+    record = read_trial(slot.spec, place.store)
+    target = read_target(slot.spec.features, slot.spec.split, place.store)
+    data = data_of(slot.spec, target, tiny_clip, None)
+    seen: list[torch.Tensor] = []
+    torch.set_num_threads(1)
+    result = learn(  # what run_trial does, listened to
+        slot.spec,
+        data,
+        lambda progress: seen.append(progress.learned.logits(data.test.batch).detach()),
+    )
+    assert np.array_equal(result.prompt.numpy(), record.prompt())
+
+    export(slot.key.digest[:8])
+    index, predictions, _ = record.predictions()
+    pictures_of(index, tmp_path / "new")
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCKED],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env=environment(),
+    )
+    assert done.returncode == 0, done.stderr
+    logits, listed = done.stdout.split("\n", 1)
+    assert np.allclose(json.loads(logits), seen[-1].numpy(), rtol=0, atol=1e-5)
+    found = json.loads(listed)
+    names = get_dataset("digits").classnames
+    assert [one["class"] for one in found] == [names[c] for c in predictions]
+    assert all(one.keys() == {"image", "class", "probability", "top"} for one in found)
+    shares = seen[-1].softmax(dim=-1)
+    for one, row in zip(found, shares, strict=True):
+        by_name = {each["class"]: each["probability"] for each in one["top"]}
+        assert np.allclose([by_name[name] for name in names], row, rtol=0, atol=1e-5)
+
+
+def test_a_trial_is_exported_by_key_slot_or_place_in_a_sweep_to_the_same_bytes(
+    place, sweep, export, command, tmp_path
+):
+    slot = slots_of(place, sweep, "fpl")[1]
+    one = export(slot.key.digest, "--sweep", "small")
+    other = export(slot.id, "--sweep", "small", out="other")
+    assert sorted(p.name for p in one.iterdir()) == [
+        MANIFEST,
+        PROMPT,
+        TEST,
+        "text_features.safetensors",
+    ]
+    assert all(file.read_bytes() == (other / file.name).read_bytes() for file in one.iterdir())
+    record = read_trial(slot.spec, place.store)
+    said = read_bundle(one).said
+    assert said["metrics"] == record.metrics
+    assert said["lineage"]["trial_key"] == slot.key.digest
+    assert said["lineage"]["slot"] == slot.id
+    assert said["lineage"]["inputs"]["dataset"]["digest"] == slot.spec.dataset.digest
+    assert said["lineage"]["spec"]["train.steps"] == 8
+    assert said["backbone"]["digest"] == slot.spec.backbone.digest
+    assert said["backbone"]["preprocess"]["mean"] == [0.15, 0.15, 0.15]
+    assert said["prompt"]["length"] == 2
+    assert said["chosen"] is None
+    arrays = load_file(one / PROMPT)
+    assert np.array_equal(arrays["prompt"], record.prompt())
+    texts = load_file(one / "text_features.safetensors")
+    assert np.allclose(np.linalg.norm(texts["text_features"], axis=1), 1, atol=1e-6)
+
+    plain = export(slot.key.digest[:6], out="plain")
+    assert read_bundle(plain).said["lineage"]["sweep"] is None
+    code, said_out, told = command("export", slot.key.digest[:8], "-o", one, *at(place))
+    assert (code, said_out) == (2, "")
+    assert "is a bundle already" in told
+    export(slot.key.digest[:8], "--sweep", "small", "--force")
+    assert (one / MANIFEST).read_bytes() == (other / MANIFEST).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "what", ["zero_shot", "visual", "elsewhere", "zero_shot_elsewhere", "trzsl"]
+)
+def test_every_kind_of_prompt_predicts_what_was_recorded_and_verifies(
+    what, place, sweep, resolver, export, command, drawn_digits, tmp_path
+):
+    if what == "trzsl":
+        spec = slots_of(place, sweep, "cpl", "trzsl")[0].spec
+    else:
+        flat = {"images_per_class": 0, "iterations": 1, "train.steps": 4, "prompt.length": 2}
+        flat |= {"modality": "visual"} if what == "visual" else {}
+        flat |= {"test_dataset": f"folder:{drawn_digits}"} if "elsewhere" in what else {}
+        flat |= {"iterations": 0} if "zero_shot" in what else {}
+        spec = resolver.trial({**flat, "pool": "train", "seed": 1})
+    if spec.test_features is not None:
+        encode(spec.test_features, place.store)
+    record = run_trial(spec, place.store)
+    folder = export(record.key[:12])
+    index, predictions, _ = record.predictions()
+    source = get_dataset((spec.test_dataset or spec.dataset).name)
+    images = source.load(None).images
+    bundle = load_bundle(folder)
+    assert bundle.classnames == source.classnames
+    guess = bundle.logits([images[int(i)] for i in index]).argmax(dim=-1)
+    assert np.array_equal(guess, predictions)
+    assert (folder / PROMPT).exists() == ("zero_shot" not in what)
+    where = ()
+    if "elsewhere" in what:
+        code, said, told = command("verify", folder)
+        assert (code, said) == (2, "")
+        assert "no folder that a bundle names is opened; give --dataset folder:PATH" in told
+        where = ("--dataset", f"folder:{drawn_digits}")
+    code, said, told = command("verify", folder, *where)
+    assert code == 0, said + told
+    kind = "harmonic mean" if what == "trzsl" else "accuracy"
+    assert f"equal, image for image; {kind} {100 * record.headline:.1f} %" in said
+
+
+def test_a_bundle_of_a_folders_weights_has_no_path_and_asks_for_one(
+    place, resolver, export, command, tmp_path
+):
+    clip = Path(shutil.copytree(tiny_folder(), tmp_path / "secret" / "clip"))
+    file = clip / "open_clip_model.safetensors"
+    tensors = load_file(file)
+    tensors["visual.proj"] *= 0.5  # other weights than those of the trials before
+    save_file(tensors, file)
+    flat = {"images_per_class": 0, "iterations": 0, "pool": "train", "backbone": str(clip)}
+    spec = resolver.trial({**flat, "seed": 1})
+    encode(spec.features, place.store)
+    folder = export(run_trial(spec, place.store).key)
+    assert all(b"secret" not in file.read_bytes() for file in folder.iterdir())
+    assert read_bundle(folder).said["backbone"]["digest"] == spec.backbone.digest
+    image = next(pictures_of(np.arange(1), tmp_path / "new").iterdir())
+    code, said, told = command("classify", folder, image)
+    assert (code, said) == (2, "")
+    assert "give --weights PATH" in told
+    assert command("classify", folder, image, "--weights", clip)[0] == 0
+    assert command("verify", folder, "--weights", clip)[0] == 0
+
+
+def test_what_is_no_prompt_is_refused(place, sweep, command, tmp_path):
+    slot = slots_of(place, sweep, "zero_shot_real")[0]
+    code, said, told = command("export", slot.key.digest, "-o", tmp_path / "b", *at(place))
+    assert (code, said) == (2, "")
+    assert "learns no prompt" in told
+    assert "fused with an auxiliary classifier" in told
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_prompt_that_predicts_something_else_is_not_written(place, sweep, command, tmp_path):
+    store = ArtifactStore(Path(shutil.copytree(place.store.root, tmp_path / "runs")))
+    slot = slots_of(place, sweep, "fpl")[0]
+    file = store.get(slot.spec).path / PROMPT
+    save_file({"prompt": -load_file(file)["prompt"]}, file)
+    record_again(file.parent)
+    code, said, told = command(
+        "export", slot.key.digest, "-o", tmp_path / "b", "--store", str(store.root)
+    )
+    assert (code, said) == (5, "")
+    assert "test images are told otherwise here than in the trial" in told
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"]
+
+
+# ---------------------------------------------------------------- best
+
+
+def test_best_is_the_tables_best_row_and_a_run_that_no_label_chose(
+    place, sweep, command, export, tmp_path
+):
+    plan = plan_of(sweep, place)
+    only = ("--only", "method=zero_shot,fpl,cpl", "--only", "paradigm=ul")
+    found = [
+        row
+        for row in rows(entries_of(plan, place.store), None)
+        if row.paradigm == "ul" and row.method != "zero_shot_real"
+    ]
+    best = max(found, key=lambda row: row.mean)
+    runs = [read_trial(s.spec, place.store) for s in plan.slots if s.cell.id == best.cell]
+    run = max(runs, key=lambda record: record.objectives["mutual_information"])
+    code, said, told = command(
+        "export", "best", "--sweep", "small", *only, "-o", tmp_path / "b", *at(place)
+    )
+    assert (code, said) == (0, f"{tmp_path / 'b'}\n")
+    assert f"best row: {best.method}, mean test accuracy {100 * best.mean:.1f} %" in told
+    assert "the best of 3 by their test images" in told
+    manifest = read_bundle(tmp_path / "b").said
+    assert manifest["lineage"]["trial_key"] == run.key
+    assert manifest["chosen"]["row"]["method"] == best.method
+    assert (manifest["chosen"]["rows"], manifest["chosen"]["run_by"]) == (3, "mutual_information")
+    assert manifest["chosen"]["trials_left"] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("best", "--sweep", "small"), "cannot be compared: digits/ul/text; digits/trzsl/text"),
+        (("best", "--sweep", "small", "--only", "metod=fpl"), "no key of the grid"),
+        (("best", "--sweep", "small", "--only", "method=air"), "is not in grid.method"),
+        (("best",), "give --sweep NAME"),
+        (("best", "--sweep", "large"), "no sweep default/large"),
+        (("cell/0/seed=1", "--sweep", "small"), "no slot 'cell/0/seed=1'"),
+        (("abcdef123", "--sweep", "small"), "mlflow.db is not there"),
+        (("abcdef123", "--only", "method=fpl"), "a trial has a name of its own"),
+    ],
+)
+def test_what_cannot_be_exported_is_bad_input(arguments, words, command, place, tmp_path):
+    code, said, told = command("export", *arguments, "-o", tmp_path / "b", *at(place))
+    assert (code, said) == (2, "")
+    assert words in told
+    assert not (tmp_path / "b").exists()
+
+
+def test_best_of_a_sweep_with_nothing_done_says_so(place, sweep, command, tmp_path):
+    store = ArtifactStore(tmp_path / "runs")
+    empty = Place(store, "default", "small", None)
+    empty.folder.mkdir(parents=True)
+    Ledger(empty.folder).append("sweep_started", spec="s", total=1, to_run=1, pid=1)
+    (empty.folder / "spec.yaml").write_text(sweep.text)
+    (empty.folder / "resolved.json").write_text("{}")
+    code, _, told = command("export", "best", "--sweep", "small", "-o", tmp_path / "b", *at(empty))
+    assert code == 2
+    assert "no trial of small is done yet" in told
+
+
+# ---------------------------------------------------------------- classify and verify
+
+
+@pytest.fixture
+def bundle(place, sweep, export) -> Path:
+    return export(slots_of(place, sweep, "cpl")[0].key.digest)
+
+
+def test_results_go_to_stdout_in_three_forms_and_troubles_to_stderr(bundle, command, tmp_path):
+    new = pictures_of(np.arange(4), tmp_path / "new")
+    (new / "0004.png").write_bytes(b"no image")
+    code, said, told = command("classify", bundle, new, "--json", "--topk", "2")
+    found = json.loads(said)
+    assert code == 1  # some could not be read
+    assert "1 of 5 files could not be read:" in told
+    assert str(new / "0004.png") in told
+    assert [Path(one["image"]).name for one in found] == [f"{i:04}.png" for i in range(4)]
+    assert all(one["class"] == one["top"][0]["class"] for one in found)
+    assert all(len(one["top"]) == 2 for one in found)
+
+    (new / "0004.png").unlink()
+    code, said, told = command("classify", bundle, f"{new}/*.png", "--csv", "--topk", "2")
+    lines = said.splitlines()
+    assert (code, told, len(lines)) == (0, "", 5)
+    assert lines[0] == "image,class,probability,class_2,probability_2"
+    assert [line.split(",")[1] for line in lines[1:]] == [one["class"] for one in found]
+
+    code, said, told = command("classify", bundle, new / "0000.png")
+    assert (code, told) == (0, "")
+    assert said.startswith(f"{new / '0000.png'}")
+    assert found[0]["class"] in said
+    assert f"{found[0]['probability']:.1%}" in said
+
+
+def test_what_cannot_be_classified_is_bad_input(bundle, command, tmp_path):
+    new = pictures_of(np.arange(1), tmp_path / "new")
+    (tmp_path / "empty").mkdir()
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"no image")
+    for arguments, words in (
+        ((bundle, tmp_path / "empty"), "holds no image"),
+        ((bundle, tmp_path / "no.png"), "is not there"),
+        ((bundle, bad), "no file could be read, so nothing was classified"),
+        ((bundle, new, "--json", "--csv"), "give one of them"),
+        ((bundle, new, "--weights", tmp_path / "x"), "is not there; allowed: tiny"),
+        ((tmp_path / "new", new), "has no bundle.json"),
+    ):
+        code, said, told = command("classify", *arguments)
+        assert (code, said) == (2, ""), told
+        assert words in told
+    data = (bundle / PROMPT).read_bytes()
+    (bundle / PROMPT).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    code, _, told = command("classify", bundle, new)
+    assert code == 2
+    assert f"{bundle / PROMPT} is not as it was exported" in told
+
+
+def test_verify_says_by_how_much_and_refuses_other_images(bundle, command, tmp_path):
+    manifest = read_bundle(bundle)
+    arrays = {file: dict(of) for file, of in manifest.arrays.items()}
+    classes = len(manifest.classnames)
+    arrays[TEST]["predictions"] = arrays[TEST]["predictions"].copy()
+    arrays[TEST]["predictions"][:3] = (arrays[TEST]["predictions"][:3] + 1) % classes
+    accuracy = float((arrays[TEST]["predictions"] == arrays[TEST]["labels"]).mean())
+    said = {**manifest.said, "metrics": {"test/accuracy": accuracy}}
+    said.pop("digest")
+    write_bundle(bundle, said, arrays, replace=True)
+    code, out, _ = command("verify", bundle)
+    assert code == 5
+    now, then = manifest.said["metrics"]["test/accuracy"], accuracy
+    assert f"{100 * now:.1f} % now and {100 * then:.1f} % recorded" in out
+    assert f"({100 * (now - then):+.2f} points)" in out
+    assert "3 images told otherwise" in out
+    code, out, _ = command("verify", bundle, "--json")
+    found = json.loads(out)
+    assert (code, found["same"], found["told_otherwise"]) == (5, False, 3)
+
+    write_bundle(bundle, {**said, "test": {**said["test"], "digest": "0" * 40}}, arrays, True)
+    code, out, told = command("verify", bundle)
+    assert (code, out) == (2, "")
+    assert "digits is another one here" in told
+
+    arrays[TEST]["index"] = arrays[TEST]["index"] + 1_000_000
+    write_bundle(bundle, said, arrays, True)
+    code, out, told = command("verify", bundle)
+    assert (code, out) == (2, "")
+    assert "other images or classes than digits has" in told
+
+
+def test_class_vectors_of_another_width_are_no_bundle_of_the_backbone(bundle, command, tmp_path):
+    manifest = read_bundle(bundle)
+    arrays = {file: dict(of) for file, of in manifest.arrays.items()}
+    arrays[TEXT]["text_features"] = np.eye(10, 30, dtype=np.float32)
+    said = {key: value for key, value in manifest.said.items() if key != "digest"}
+    write_bundle(bundle, said, arrays, replace=True)
+    code, out, told = command("classify", bundle, pictures_of(np.arange(1), tmp_path / "new"))
+    assert (code, out) == (2, "")
+    assert "is not a bundle of this backbone: its class vectors are 30 wide" in told

@@ -1,0 +1,288 @@
+"""The report of a sweep: what it says, that it is whole and that it is the same each time. On a
+trainable that takes no time; `test_runs.py` reports a real sweep.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as xml
+from collections.abc import Iterator
+from contextlib import contextmanager
+from html.parser import HTMLParser
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from orchestrator.planning.recorded import read_sweep
+from orchestrator.planning.search import importances
+from orchestrator.reporting.html_report import confused, page
+from orchestrator.reporting.report_data import evidence_of
+from orchestrator.spec.sweep import Dimension
+from orchestrator.store.artifacts import open_store
+from orchestrator.store.location import place_named
+from tests.helpers.browser import CHROMIUM, MISSING, Browser
+from tests.helpers.outcomes import by_method, recorded
+from tests.helpers.servers import served
+from tests.helpers.sweeps import airsweep, environment, search_sweep, write_sweep
+
+GRID = """
+grid:
+  method: [cpl, air, cpl_real]
+  paradigm: [ul, ssl]
+  images_per_class: [4, 8, 16]
+fixed: {{generator: "folder:{folder}", generation.block: 8}}
+seeds: [1, 2]
+"""
+
+
+def ran(spec: Path) -> Path:
+    """The store of a sweep that has run."""
+    store = spec.parent / "runs"
+    words = ["run", str(spec), "--store", str(store), "--tracking-uri", "none"]
+    subprocess.run(
+        [sys.executable, "-m", "tests.helpers.trivial", *words],
+        check=True,
+        capture_output=True,
+        env=environment(),
+    )
+    return store
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory, drawn_digits) -> Path:
+    text = GRID.format(folder=drawn_digits)
+    return ran(write_sweep(tmp_path_factory.mktemp("grid"), "grid", text))
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory, drawn_digits) -> Path:
+    text = search_sweep(drawn_digits).replace("points: 4", "points: 6")
+    return ran(write_sweep(tmp_path_factory.mktemp("searched"), "searched", text))
+
+
+def reported(store: Path, name: str) -> str:
+    sweep, place = read_sweep(place_named(open_store(store), "default", name), None)
+    return page(evidence_of(sweep, place))
+
+
+class Outline(HTMLParser):
+    """Sections, pictures and cells of a page; fails where a tag is not closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.sections: list[str] = []
+        self.pictures: list[dict[str, str | None]] = []
+        self.cells: list[str] = []
+        self._open: list[str] = []
+        self.feed(text)
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "img":
+            self.pictures.append(dict(attrs))
+        if tag == "section":
+            self.sections.append(dict(attrs)["id"] or "")
+        if tag not in ("img", "meta"):
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self._open and self._open[-1] in ("td", "th"):
+            self.cells.append(data)
+
+
+def drawn(outline: Outline) -> Iterator[str]:
+    """The charts, as text."""
+    for picture in outline.pictures:
+        kind, _, content = (picture["src"] or "").partition(";base64,")
+        if kind == "data:image/svg+xml":
+            yield base64.b64decode(content).decode()
+
+
+def test_a_grid_is_told_from_the_answer_to_its_lineage(grid):
+    outline = Outline(reported(grid, "grid"))
+    assert outline.sections == [
+        *("answer", "table", "settings", "components", "pseudo-labels", "confusion"),
+        *("images", "cost", "lineage"),
+    ]
+    assert all(picture["alt"] for picture in outline.pictures)
+    titles = [text for chart in drawn(outline) for text in words(chart)]
+    assert "images_per_class" in titles  # the axis of a curve
+    assert {"digits, UL, text", "digits, SSL, text"} <= set(titles)
+
+
+def words(chart: str) -> list[str]:
+    root = xml.fromstring(chart)
+    return ["".join(e.itertext()) for e in root.iter("{http://www.w3.org/2000/svg}text")]
+
+
+def test_numbers_are_those_of_the_table(grid):
+    text = airsweep("table", "grid", "--store", grid, "--format", "csv").stdout
+    means = [f"{100 * float(line.split(',')[8]):.1f}" for line in text.splitlines()[1:]]
+    assert len(means) > 6
+    cells = Outline(reported(grid, "grid")).cells
+    for mean in means:
+        assert any(cell.startswith(mean) for cell in cells), mean
+
+
+def test_a_report_needs_nothing_else_and_is_the_same_each_time(grid):
+    text = reported(grid, "grid")
+    assert reported(grid, "grid") == text
+    assert len(text) < 5_000_000
+    assert not re.findall(r'(?:src|href)="(?!data:|#)', text)
+    assert "<script" not in text
+
+
+def test_a_search_shows_history_importance_and_its_objective_against_test(searched):
+    outline = Outline(reported(searched, "searched"))
+    assert "search" in outline.sections
+    alts = [picture["alt"] for picture in outline.pictures]
+    assert "Objective by point" in alts
+    assert "Objective against test" in alts
+    assert "importance" in outline.cells
+
+
+def test_what_a_user_wrote_cannot_become_markup(tmp_path, drawn_digits):
+    text = "# <script>alert(1)</script> & more\nversion: 1\nname: odd\n"
+    (tmp_path / "odd.yaml").write_text(text + "fixed: {method: zero_shot}\nseeds: [1]\n")
+    shown = reported(ran(tmp_path / "odd.yaml"), "odd")
+    assert "<script" not in shown
+    assert "&lt;script&gt;" in shown
+
+
+POLICY = re.compile(r'<meta http-equiv="Content-Security-Policy" content="[^"]*">\n')
+LOADED = "document.readyState === 'complete' && document.images.length > 0"
+COUNT_VIOLATIONS = """
+window.refused = [];
+document.addEventListener("securitypolicyviolation", event => refused.push(event.blockedURI));
+"""
+MARKUP = """
+<base href="/base/">
+<link rel="stylesheet" href="/link"><style>@import "/import";
+body { background: url(/background) } @font-face { font-family: x; src: url(/font) }
+h1 { font-family: x }</style>
+<img src="/image"><iframe src="/frame"></iframe><object data="/object"></object>
+<script src="/script"></script><script>document.title = "ran"; fetch("/fetch")</script>
+<img src="data:," onerror="document.title = 'ran'">
+"""
+
+
+@pytest.fixture
+def browser(tmp_path) -> Iterator[Browser]:
+    browser = Browser(tmp_path / "profile")
+    yield browser
+    browser.close()
+
+
+@contextmanager
+def pages(texts: dict[str, str], reached: set[str]) -> Iterator[str]:
+    """A server of pages, which notes what else is requested from it; its address."""
+
+    class Pages(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path not in (*texts, "/favicon.ico"):
+                reached.add(self.path)
+            body = texts.get(self.path, "").encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html; charset=utf-8")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *of: object) -> None:
+            pass
+
+    with served(Pages) as url:
+        yield url
+
+
+@pytest.mark.integration
+@pytest.mark.skipif(CHROMIUM is None, reason=MISSING)
+def test_a_report_is_shown_whole_under_its_own_policy(grid, browser):
+    browser._ask("Page.enable")
+    browser._ask("Page.addScriptToEvaluateOnNewDocument", source=COUNT_VIOLATIONS)
+    with pages({"/report": reported(grid, "grid")}, set()) as url:
+        browser.open(f"{url}/report", LOADED)
+        images = browser.evaluate("[...document.images].map(one => one.naturalWidth)")
+        assert len(images) > 5
+        assert all(images)
+        assert browser.evaluate("getComputedStyle(document.body).margin") == "0px"
+        assert browser.evaluate("refused") == []
+
+
+@pytest.mark.integration
+@pytest.mark.skipif(CHROMIUM is None, reason=MISSING)
+def test_markup_in_a_report_runs_nothing_and_loads_nothing(grid, browser):
+    """As if a name had not been escaped. Without its policy the page would do both."""
+    text = reported(grid, "grid").replace("<nav", f"{MARKUP}<nav", 1)
+    texts = {"/closed": text, "/open": POLICY.sub("", text)}
+    assert texts["/open"] != text
+    reached: set[str] = set()
+    with pages(texts, reached) as url:
+        browser.open(f"{url}/open", f"{LOADED} && document.title === 'ran'")
+        assert {"/link", "/image", "/frame", "/script", "/fetch"} <= reached
+        reached.clear()
+        browser.open(f"{url}/closed", LOADED)
+        assert browser.evaluate("document.title") == "grid · airsweep"
+        assert reached == set()
+
+
+def test_what_cannot_be_reported_is_said_in_a_sentence(grid, tmp_path):
+    cases = [
+        (["nothing", "-o", tmp_path / "x.html"], "no sweep default/nothing"),
+        (["grid", "-o", tmp_path / "no" / "x.html"], "give a file in a folder that is there"),
+        (["grid", "-o", tmp_path], "give a file in a folder that is there"),
+    ]
+    for arguments, reason in cases:
+        done = airsweep("report", *arguments, "--store", grid, check=False)
+        assert done.returncode == 2
+        assert reason in done.stderr
+        assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sweep_without_a_result_says_what_to_do(tmp_path):
+    body, store = "fixed: {method: fpl}\nseeds: [1]\n", tmp_path / "runs"
+    recorded(store, "empty", body, by_method({}), done=lambda index: False)
+    done = airsweep("report", "empty", "-o", tmp_path / "x.html", "--store", store, check=False)
+    assert done.returncode == 2
+    assert "has no finished trial to report (1 are planned)" in done.stderr
+    assert not (tmp_path / "x.html").exists()
+
+
+# ---------------------------------------------------------------- parts
+
+
+def test_pairs_that_are_confused_most_come_first():
+    matrix = np.array([[5, 5, 0], [1, 9, 0], [0, 8, 2]])
+    assert list(confused(matrix, ["a", "b", "c"], 3)) == [
+        ("c", "b", 0.8),
+        ("a", "b", 0.5),
+        ("b", "a", 0.1),
+    ]
+    assert list(confused(np.diag([3, 3]), ["a", "b"])) == []
+
+
+def test_importance_finds_the_dimension_that_matters():
+    space = (
+        Dimension(key="fusion_weight", min=0.0, max=1.0),
+        Dimension(key="images_per_class", values=(4, 8, 16)),
+    )
+    rng = np.random.default_rng(0)
+    points = [
+        ({"fusion_weight": float(w), "images_per_class": int(c)}, float(w**2))
+        for w, c in zip(rng.random(30), rng.choice([4, 8, 16], 30), strict=True)
+    ]
+    found = importances(space, points)
+    assert next(iter(found)) == "fusion_weight"
+    assert found["fusion_weight"] > 0.9
+    assert sum(found.values()) == pytest.approx(1)
+    assert importances(space, points) == found
+    assert importances(space, points[:3]) == {}

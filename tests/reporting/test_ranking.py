@@ -1,0 +1,78 @@
+"""How well an objective ranked points, against scipy and against what is known of chance."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from scipy.stats import spearmanr
+
+from orchestrator.reporting.ranking import ranking, sentences
+
+
+def noisy(points: int, noise: float, seed: int = 0, level: float = 0.0):
+    """Objectives, and accuracies that follow them up to noise."""
+    rng = np.random.default_rng(seed)
+    objectives = rng.standard_normal(points)
+    return objectives, level + objectives + noise * rng.standard_normal(points)
+
+
+def test_one_cell_has_spearmans_correlation_ties_included():
+    objectives, accuracies = noisy(30, 1.0)
+    rounded = np.round(accuracies)
+    found = ranking([(objectives, rounded)])
+    assert found.rho == pytest.approx(spearmanr(objectives, rounded).statistic)
+    assert found.low < found.rho < found.high
+    assert found.points == 30
+
+
+def test_levels_of_cells_do_not_count():
+    """Two cells in which nothing ranks anything, one above the other in both."""
+    one, other = noisy(20, 30.0, seed=1), noisy(20, 30.0, seed=2)
+    apart = [one, (other[0] + 100, other[1] + 100)]
+    assert ranking(apart) == ranking([one, other])
+    assert not ranking(apart).trusted
+
+
+def test_cells_together_tell_more_than_each_alone():
+    cells = [noisy(12, 1.0, seed=seed, level=seed) for seed in range(6)]
+    pooled = ranking(cells)
+    widths = [found.high - found.low for found in (ranking([cell]) for cell in cells)]
+    assert pooled.high - pooled.low < min(widths)
+    assert pooled.points == 72
+
+
+@pytest.mark.parametrize("points", [12, 40])
+def test_an_objective_without_a_meaning_is_seldom_trusted(points):
+    """The interval is to 95 %, so one end is above 0 in 2.5 % of all cases; a little more here."""
+    alone = [
+        ranking([(noisy(points, 1.0, s)[0], noisy(points, 1.0, s + 5000)[0])], samples=400)
+        for s in range(300)
+    ]
+    assert np.mean([found.trusted for found in alone]) < 0.08
+    assert np.mean([found.low > 0 or found.high < 0 for found in alone]) < 0.13
+
+
+def test_one_that_ranks_upside_down_is_not_trusted():
+    objectives, accuracies = noisy(30, 0.1)
+    assert ranking([(objectives, accuracies)]).trusted
+    found = ranking([(objectives, -accuracies)])
+    assert found.high < 0
+    assert not found.trusted
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [
+        [],
+        [(np.array([1.0, 2.0]), np.array([1.0, 2.0]))],
+        [(np.array([1.0, 1.0, 1.0]), np.array([1.0, 2.0, 3.0]))],
+    ],
+)
+def test_too_few_or_equal_points_say_nothing(cells):
+    found = ranking(cells)
+    assert (found.rho, found.trusted) == (None, False)
+    assert json.dumps(vars(found), allow_nan=False)
+    (sentence,) = sentences("mutual_information", found, {})
+    assert "too few" in sentence

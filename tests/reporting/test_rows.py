@@ -1,0 +1,497 @@
+"""Tables and the screen, from a small fixed set of trials."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from orchestrator.reporting.rows import Entry, Results, rows
+from orchestrator.reporting.summary import summary
+from orchestrator.reporting.tables import table
+from orchestrator.spec.presets import defaults
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "main_table.md"
+
+ROW_KEYS = [
+    *("dataset", "paradigm", "modality", "method", "settings", "metric", "n", "n_test"),
+    *("mean", "std", "low", "high", "interval", "protocol"),
+]
+ADDED_KEYS = ["comparisons", "collapsed"]
+
+# method -> (accuracy, accuracy of pseudo-labels)
+ACCURACY = {
+    "zero_shot": (0.50, None),
+    "fpl": (0.60, 0.71),
+    "cpl": (0.66, 0.74),
+    "air": (0.70, 0.79),
+    "cpl_real": (0.695, 0.78),
+}
+QUICKSTART = tuple(ACCURACY)
+NUMBERS = {"zero_shot": 0, "fpl": 2, "grip": 3, "cpl": 4, "air": 5, "cpl_real": 8}
+
+
+def trials(
+    method: str,
+    *,
+    splits: tuple[int, ...] = (0,),
+    seeds: tuple[int, ...] = (1, 2, 3),
+    settings: dict[str, Any] | None = None,
+    dataset: str = "digits",
+    cell: str = "",
+    point: int = 0,
+    objective: float | None = None,
+    better: float = 0.0,
+) -> list[Entry]:
+    """The runs of one point: 300 of 1,000 images, each with an ease that all methods share."""
+    accuracy, pseudo = ACCURACY[method]
+    settings = settings or {}
+    number = NUMBERS[method]
+    ease = np.random.default_rng(0).random(1000)
+    labels = np.random.default_rng(1).integers(0, 10, 1000)
+    found = []
+    for split in splits:
+        ids = np.sort(np.random.default_rng([2, split]).choice(1000, 300, replace=False))
+        for seed in seeds:
+            drawn = 0 if method == "zero_shot" else seed
+            rng = np.random.default_rng([3, split, drawn, number])
+            right = ease[ids] + 0.1 * rng.standard_normal(300) < accuracy + better
+            predictions = np.where(right, labels[ids], (labels[ids] + 1) % 10)
+            metrics = {"test/accuracy": float(right.mean())}
+            if pseudo:
+                metrics["pseudo/accuracy"] = pseudo + 0.01 * rng.standard_normal()
+            if method in ("air", "cpl_real"):
+                metrics["test/accuracy_fused"] = metrics["test/accuracy"] + 0.08
+            flat = defaults(method, {"dataset": dataset}) | settings
+            found.append(
+                Entry(
+                    cell=cell or f"{dataset}-{method}",
+                    method=method,
+                    flat=flat
+                    | {"paradigm": "ul", "modality": "text", "seed": seed, "split_seed": split},
+                    settings=settings,
+                    point=point,
+                    seed=seed,
+                    split_seed=split,
+                    objective=objective,
+                    metrics=metrics,
+                    image_ids=ids,
+                    predictions=predictions,
+                    labels=labels[ids],
+                )
+            )
+    return found
+
+
+def results(entries: list[Entry], objective: str | None = None) -> Results:
+    return Results(rows(entries, objective), entries)
+
+
+def quickstart() -> list[Entry]:
+    return [entry for method in QUICKSTART for entry in trials(method)]
+
+
+def searched(guides: bool = True) -> list[Entry]:
+    """A host without a free key and AiR at six points; the second has the best objective, the
+    third the best test accuracy. `guides`: whether the objective follows the test."""
+    points = [
+        (120, 0.5, 0.20, -0.05),
+        (60, 0.348192, 0.90, 0.08),
+        (30, 0.1, 0.80, 0.12),
+        (30, 0.2, 0.10, -0.10),
+        (30, 0.3, 0.40, 0.01),
+        (30, 0.4, 0.30, -0.02),
+    ]
+    if not guides:
+        betters = (-0.02, -0.05, 0.12, 0.08, -0.10, 0.01)
+        points = [(*point[:3], better) for point, better in zip(points, betters, strict=True)]
+    return trials("cpl", splits=(0, 1), seeds=(1, 2), objective=0.7) + [
+        entry
+        for point, (images, weight, objective, better) in enumerate(points)
+        for entry in trials(
+            "air",
+            splits=(0, 1),
+            seeds=(1, 2),
+            settings={"images_per_class": images, "fusion_weight": weight},
+            point=point,
+            objective=objective,
+            better=better,
+        )
+    ]
+
+
+# ---------------------------------------------------------------- rows
+
+
+def test_a_row_has_exactly_the_keys_that_scripts_read() -> None:
+    entries = quickstart()
+    found = json.loads(table(results(entries), "json"))
+    assert [list(row) for row in found] == [[*ROW_KEYS, *ADDED_KEYS]] * len(QUICKSTART)
+    assert [row["method"] for row in found] == list(QUICKSTART)
+    for row in found:
+        assert 0 <= row["low"] <= row["mean"] <= row["high"] <= 1
+        assert row["metric"] == "accuracy"
+        assert row["n_test"] == 300
+
+
+def test_the_mean_of_a_row_is_that_of_its_runs() -> None:
+    entries = trials("cpl", splits=(0, 1), seeds=(1, 2))
+    (row,) = rows(entries, None)
+    accuracies = [float((entry.predictions == entry.labels).mean()) for entry in entries]
+    assert row.n == 4
+    assert row.mean == pytest.approx(np.mean(accuracies))
+    assert row.std == pytest.approx(np.std(accuracies, ddof=1))
+
+
+def test_seeds_of_a_method_that_draws_nothing_count_once() -> None:
+    (row,) = rows(trials("zero_shot"), None)
+    assert (row.n, row.std) == (1, None)
+    assert "seed" not in row.interval
+    (row,) = rows(trials("zero_shot", splits=(0, 1)), None)
+    assert row.n == 2
+
+
+def test_with_a_search_the_row_is_the_best_point_by_objective_and_not_by_test() -> None:
+    entries = searched()
+    host, best = rows(entries, "mutual_information")
+    assert best.settings == {"images_per_class": 60, "fusion_weight": 0.348192}
+    by_test = max(rows(entries, None), key=lambda row: row.mean)
+    assert by_test.settings["images_per_class"] == 30
+    assert host.settings == {}
+
+
+def test_the_default_stands_where_the_objective_does_not_rank_points_by_test_accuracy() -> None:
+    entries = searched(guides=False)
+    host, kept = rows(entries, "mutual_information")
+    assert kept.settings == {"images_per_class": 120, "fusion_weight": 0.5}
+    assert kept.choice is not None
+    assert kept.choice.default
+    assert kept.choice.pooled.low <= 0
+    assert host.choice is None  # there was nothing to choose
+
+
+def test_a_default_that_failed_cannot_stand() -> None:
+    entries = [entry for entry in searched(guides=False) if entry.point > 0]
+    (best,) = rows(entries, "mutual_information")
+    assert best.settings["images_per_class"] == 60
+    assert best.choice is not None
+    assert not best.choice.default
+
+
+def test_a_point_without_an_objective_is_chosen_last() -> None:
+    entries = [entry for entry in searched() if entry.method == "air"]
+    for point, objective in ((6, None), (7, float("nan"))):
+        entries += trials(
+            "air", settings={"fusion_weight": point}, point=point, objective=objective, better=0.2
+        )
+    (row,) = rows(entries, "mutual_information")
+    assert row.settings["images_per_class"] == 60
+    assert row.choice is not None
+    assert row.choice.ranking.points == 6
+
+
+def test_points_that_are_the_same_settings_count_once() -> None:
+    entries = searched()
+    again = trials(
+        "air",
+        splits=(0, 1),
+        seeds=(1, 2),
+        settings={"images_per_class": 60, "fusion_weight": 0.348192},
+        point=6,
+        objective=0.9,
+        better=0.08,
+    )
+    _, row = rows(entries + again, "mutual_information")
+    assert row.choice is not None
+    assert row.choice.ranking.points == 6
+
+
+# ---------------------------------------------------------------- comparisons
+
+
+def test_a_method_is_compared_with_its_host_and_its_control() -> None:
+    entries = quickstart()
+    found = results(entries).comparisons
+    assert [(*c.methods, c.role) for c in found] == [
+        ("fpl", "zero_shot", "host"),
+        ("cpl", "zero_shot", "host"),
+        ("air", "cpl", "host"),
+        ("air", "cpl_real", "control"),
+        ("cpl_real", "cpl", "host"),
+    ]
+    by_method = {row.method: row.mean for row in rows(entries, None)}
+    for c in found:
+        assert c.difference.mean == pytest.approx(
+            by_method[c.row.method] - by_method[c.other.method]
+        )
+        assert c.difference.low <= c.difference.mean <= c.difference.high
+        assert c.difference.images_needed is None or c.difference.images_needed > 0
+
+
+def test_each_setting_is_compared_with_the_host_at_the_same_setting() -> None:
+    entries = []
+    for length in (4, 16):
+        for method in ("cpl", "air"):
+            settings = {"prompt.length": length}
+            entries += trials(
+                method, settings=settings, cell=f"{method}-{length}", better=length / 200
+            )
+    found = results(entries)
+    means = {(row.method, row.settings["prompt.length"]): row.mean for row in found.rows}
+    for c in found.comparisons:
+        length = c.row.settings["prompt.length"]
+        assert c.difference.mean == pytest.approx(means["air", length] - means["cpl", length])
+
+
+def test_with_a_search_each_method_is_compared_at_its_own_best_point() -> None:
+    entries = []
+    for method, best in (("cpl", 4), ("air", 8)):
+        for point, length in enumerate((1, 2, 4, 8, 16)):
+            near = -abs(np.log2(length / best))
+            entries += trials(
+                method,
+                settings={"prompt.length": length},
+                point=point,
+                objective=near,
+                better=near / 20,
+            )
+    found = results(entries, "mutual_information")
+    assert [row.settings["prompt.length"] for row in found.rows] == [4, 8]
+    assert [c.methods for c in found.comparisons] == [("air", "cpl")]
+
+
+def test_datasets_are_not_compared_with_each_other() -> None:
+    entries = trials("cpl", dataset="digits") + trials("air", dataset="flowers102")
+    assert results(entries).comparisons == []
+
+
+def test_a_gain_is_marked_where_it_is_significant() -> None:
+    entries = quickstart()
+    found = {(c.row.method, c.role): c for c in results(entries).comparisons}
+    for c in found.values():
+        assert c.difference.p <= c.p_corrected <= 1
+        assert (c.difference.p < 0.05) == (not c.difference.low <= 0 <= c.difference.high)
+        assert not c.difference.reason_not_tested
+    assert found["cpl", "host"].mark == "†"
+    assert found["air", "control"].mark == ""  # its interval holds 0
+    assert found["air", "control"].p_corrected > 0.05
+    assert found["air", "host"].difference.p < found["air", "host"].p_corrected < 0.05
+
+
+def test_a_method_that_is_worse_than_its_host_has_an_arrow() -> None:
+    entries = trials("cpl", seeds=(1, 2, 3)) + trials("air", better=-0.4)
+    found = results(entries)
+    (c,) = found.comparisons
+    assert c.mark == "†↓"
+    text = " ".join(table(found, "md").split())
+    assert "cpl†↓" in text
+    assert "(↓ below it)" in text
+    (row,) = list(csv.DictReader(io.StringIO(table(found, "csv"))))[1:]
+    assert row["told_from"] == "host-"
+
+
+@pytest.mark.parametrize(
+    ("splits", "seeds", "words"),
+    [
+        (
+            (0, 1),
+            (1, 2),
+            "No difference is tested: 2 splits are too few for a test, which needs one, or 4.",
+        ),
+        ((0,), (1, 2), "No difference is tested: 2 seeds are too few for a test, which needs 3."),
+    ],
+)
+def test_a_table_with_too_few_runs_carries_no_mark_and_says_why(splits, seeds, words) -> None:
+    entries = [
+        entry
+        for method, better in (("cpl", 0.0), ("air", 0.2))
+        for entry in trials(method, splits=splits, seeds=seeds, better=better)
+    ]
+    found = results(entries)
+    (c,) = found.comparisons
+    assert c.difference.low > 0  # however clear it looks
+    assert not c.significant
+    text = " ".join(table(found, "md").split())
+    assert words in text
+    assert "cpl†" not in text
+    (_, row) = json.loads(table(found, "json"))
+    assert row["comparisons"][0]["untold"] == c.difference.reason_not_tested
+    assert row["comparisons"][0]["marked"] is False
+
+
+def test_a_collapsed_run_is_named_below_the_table_in_json_and_on_the_screen() -> None:
+    entries = quickstart()
+    fallen = next(e for e in entries if e.method == "air" and e.seed == 2)
+    entries[entries.index(fallen)] = replace(fallen, predictions=(fallen.labels + 1) % 10)
+    found = results(entries)
+    told = "Collapsed: air, split 0, seed 2 has 0.0 where the others have 68."
+    *_, below = table(found, "md").split("\n\n")
+    for text in (below, summary("s", found, []), table(found, "latex")):
+        assert told in " ".join(text.split())
+    by_method = {row["method"]: row["collapsed"] for row in json.loads(table(found, "json"))}
+    assert [one["seed"] for one in by_method.pop("air")] == [2]
+    assert not any(by_method.values())
+    assert "Collapsed" not in table(results(quickstart()), "md")
+
+
+# ---------------------------------------------------------------- tables
+
+
+def test_the_main_table_is_the_golden_one() -> None:
+    entries = quickstart()
+    text = table(results(entries), "md") + "\n"
+    if os.environ.get("AIRSWEEP_UPDATE_GOLDEN") == "1":
+        GOLDEN.write_text(text, encoding="utf-8")
+    assert text == GOLDEN.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("guides", "start"), [(True, "Settings chosen by "), (False, "Default ")])
+def test_below_the_table_of_a_search_stands_how_well_its_objective_ranked(guides, start) -> None:
+    entries = searched(guides)
+    found = results(entries, "mutual_information")
+    *_, below = table(found, "md").split("\n\n")
+    assert below.startswith(start)
+    figures = str(found.rows[1].choice.pooled)  # type: ignore[union-attr]
+    for text in (below, summary("s", found, [])):
+        assert figures in " ".join(text.split())
+    assert "correlation" not in table(results(quickstart()), "md")
+    latex = table(found, "latex")
+    assert start in latex[latex.index("caption") : latex.index("tabular")]
+
+
+def test_json_of_a_search_says_which_point_stands_and_why() -> None:
+    entries = searched(guides=False)
+    host, kept = json.loads(table(results(entries, "mutual_information"), "json"))
+    assert list(host) == [*ROW_KEYS, *ADDED_KEYS]
+    assert list(kept) == [*ROW_KEYS, "point", "chosen_by", "rank_correlation", *ADDED_KEYS]
+    assert (kept["point"], kept["chosen_by"]) == (0, "default")
+    assert kept["rank_correlation"]["pooled"] == kept["rank_correlation"]["cell"]
+    assert kept["rank_correlation"]["pooled"]["points"] == 6
+
+
+def cells(markdown: str) -> list[list[str]]:
+    lines = [line for line in markdown.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_only_settings_that_vary_have_a_column() -> None:
+    entries = searched()
+    for entry in entries:
+        entry.settings["lora.rank"] = 8
+    header, _, host, best = cells(table(results(entries, "mutual_information"), "md"))
+    assert header[:3] == ["method", "images_per_class", "fusion_weight"]
+    assert "lora.rank" not in header
+    assert host[:3] == ["cpl", "", ""]
+    assert best[:3] == ["air", "60", "0.3482"]
+
+
+def test_worlds_are_columns_where_they_differ_and_each_has_its_best() -> None:
+    entries = [
+        entry
+        for dataset, better in (("digits", 0.0), ("flowers102", -0.2))
+        for method in ("cpl", "air")
+        for entry in trials(method, dataset=dataset, better=better)
+    ]
+    header, _, *lines = cells(table(results(entries), "md"))
+    assert header[:2] == ["dataset", "method"]
+    assert "paradigm" not in header
+    accuracy = header.index("accuracy")
+    assert [line[accuracy].startswith("**") for line in lines] == [False, True, False, True]
+
+
+def test_csv_is_json_flat() -> None:
+    entries = searched()
+    found = results(entries, "mutual_information")
+    lines = list(csv.DictReader(io.StringIO(table(found, "csv"))))
+    assert list(lines[0]) == [
+        *("dataset", "paradigm", "modality", "method"),
+        *("settings.images_per_class", "settings.fusion_weight"),
+        *("metric", "n", "n_test", "mean", "std", "low", "high", "interval"),
+        *("point", "chosen_by", "told_from", "collapsed"),
+    ]
+    assert float(lines[1]["mean"]) == found.rows[1].mean
+    assert float(lines[1]["settings.fusion_weight"]) == 0.348192
+    assert lines[0]["settings.fusion_weight"] == ""
+    assert len(lines) == len(found.rows)
+
+
+def test_latex_is_escaped_and_the_best_is_bold() -> None:
+    entries = quickstart()
+    text = table(results(entries), "latex")
+    assert "zero\\_shot" in text
+    body = text.partition("\\caption")[2].replace(" & ", " ")
+    assert not re.search(r"(?<!\\)[_%&#]", body)
+    (bold,) = [line for line in text.splitlines() if "\\textbf" in line]
+    assert bold.startswith("air & \\textbf{")
+    assert "cpl$^\\dagger$" in bold
+    for rule in ("\\toprule", "\\midrule", "\\bottomrule"):
+        assert rule in text
+
+
+def test_a_table_of_nothing_says_so() -> None:
+    nothing = results([])
+    assert table(nothing, "json") == "[]"
+    assert table(nothing, "csv").startswith("dataset,paradigm,modality,method,metric")
+    assert "no finished trial" in table(nothing, "md").lower()
+    assert table(nothing, "latex").startswith("%")
+    assert "no finished trial" in summary("airsweep quickstart", nothing, [])
+
+
+# ---------------------------------------------------------------- the screen
+
+FACTS = [
+    ("", "17 trials, 4 reused, 0 failed.  1 LoRA, 960 images drawn once, read by 9 trials"),
+    (
+        "look",
+        "runs/sweeps/default/quickstart/sheet.png      airsweep ui  ->  http://127.0.0.1:5000",
+    ),
+    (
+        "real",
+        "ray job submit --working-dir . -- \\\n  python -m orchestrator run sweeps/paper.yaml",
+    ),
+]
+
+
+@pytest.mark.parametrize("width", [80, 100])
+@pytest.mark.parametrize("case", ["quickstart", "search"])
+def test_the_screen_fits_its_width(width: int, case: str) -> None:
+    found = (
+        results(quickstart()) if case == "quickstart" else results(searched(), "mutual_information")
+    )
+    text = summary("airsweep quickstart   1,797 real digits", found, FACTS, width=width)
+    assert max(map(len, text.splitlines())) <= width
+    assert not any(line != line.rstrip() for line in text.splitlines())
+
+
+def test_the_screen_says_what_was_found() -> None:
+    found = results(quickstart())
+    text = summary("airsweep quickstart   1,797 real digits", found, FACTS)
+    lines = [line.strip() for line in text.splitlines()]
+    assert lines[0] == "airsweep quickstart   1,797 real digits   ul/text"
+    parts = [re.split(r" {2,}", line) for line in lines[1:10]]
+    assert parts[0] == ["method", "accuracy", "95 %", "n", "pseudo-labels"]
+    assert [line[0] for line in parts[1:6]] == list(QUICKSTART)
+    for row, (_, accuracy, interval, n, *_) in zip(found.rows, parts[1:6], strict=True):
+        assert accuracy.startswith(f"{100 * row.mean:.1f}")
+        assert interval == f"[{100 * row.low:.1f}, {100 * row.high:.1f}]"
+        assert n == str(row.n)
+    assert parts[6] == [
+        *("difference", "points, 95 %", "n", "n_test", "significant", "images needed")
+    ]
+    assert parts[7][0] == "air - cpl"
+    assert parts[7][2:5] == ["3", "300", "yes"]
+    assert parts[8][0] == "air - cpl_real"
+    assert parts[8][4] == "no"
+    assert "p < 0.05, Holm-corrected over 5 comparisons" in text
+    assert "Interval: 95 % bootstrap over images and seeds (1 split)" in text
+    first, second = text.splitlines()[-2:]  # a command as it was given
+    assert first.endswith("ray job submit --working-dir . -- \\")
+    assert second.endswith("  python -m orchestrator run sweeps/paper.yaml")

@@ -1,0 +1,368 @@
+"""Intervals must cover what they claim: checked by simulation and against plain formulas."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from benchmarks.calibration import NULL, PLANTED, Scenario, compared, counted
+from benchmarks.calibration import simulated as simulated_table
+from orchestrator.reporting.statistics import (
+    ALPHA,
+    Run,
+    Runs,
+    collapsed,
+    corrected,
+    holm,
+    images_needed,
+    mean_interval,
+    paired_difference,
+)
+
+DATASET, TEST = 1797, 540
+
+
+def simulated(
+    rng: np.random.Generator,
+    *,
+    splits: int,
+    seeds: int,
+    split_spread: float = 0.0,
+    seed_spread: float = 0.0,
+    gain: float = 0.0,
+    noise: float = 0.3,
+) -> tuple[Runs, Runs]:
+    """Two methods on overlapping test parts of one dataset; `gain` moves the first one's score.
+
+    An image is right when its ease plus the effects of image, split, seed and noise is positive;
+    spreads of 0.03 and 0.06 are 0.9 and 1.8 points of accuracy.
+    """
+    ease = rng.standard_normal(DATASET) + 0.7
+    taste = 0.3 * rng.standard_normal((2, DATASET))
+    runs: tuple[list[Run], list[Run]] = ([], [])
+    for split in range(splits):
+        ids = rng.choice(DATASET, TEST, replace=False)
+        shifts = split_spread * rng.standard_normal(2)
+        for seed in range(seeds):
+            for k in range(2):
+                score = ease[ids] + taste[k, ids] + shifts[k] + (gain if k == 0 else 0)
+                score = score + seed_spread * rng.standard_normal()
+                correct = score + noise * rng.standard_normal(TEST) > 0
+                runs[k].append(Run(split_seed=split, seed=seed, image_ids=ids, correct=correct))
+    return Runs(tuple(runs[0])), Runs(tuple(runs[1]))
+
+
+def one_run(correct: list[int], *, split: int = 0, seed: int | None = 0) -> Run:
+    return Run(
+        split_seed=split,
+        seed=seed,
+        image_ids=np.arange(len(correct)),
+        correct=np.array(correct, dtype=bool),
+    )
+
+
+# 250 repetitions: a true 95 % shows as 92 to 98 % in 97 of 100 such tests; the seed is fixed.
+@pytest.mark.parametrize(
+    ("splits", "seeds", "split_spread", "seed_spread"),
+    [(1, 3, 0.0, 0.0), (1, 3, 0.0, 0.03), (5, 2, 0.0, 0.03), (5, 2, 0.06, 0.03)],
+)
+def test_the_interval_of_no_difference_covers_zero_in_about_95_of_100_experiments(
+    splits: int, seeds: int, split_spread: float, seed_spread: float
+) -> None:
+    rng = np.random.default_rng(2)
+    covered = 0
+    for _ in range(250):
+        a, b = simulated(
+            rng, splits=splits, seeds=seeds, split_spread=split_spread, seed_spread=seed_spread
+        )
+        interval = paired_difference(a, b, samples=500)
+        assert interval is not None
+        covered += interval.low <= 0 <= interval.high
+    assert 0.91 <= covered / 250 <= 0.985
+
+
+def test_the_interval_of_a_mean_covers_the_true_accuracy() -> None:
+    rng = np.random.default_rng(3)
+    # P(ease + taste + seed + noise > 0) of the simulation, exactly.
+    truth = 0.5 * (1 + math.erf(0.7 / math.sqrt(2 * (1 + 0.3**2 + 0.03**2 + 0.3**2))))
+    covered = 0
+    for _ in range(250):
+        interval = mean_interval(
+            simulated(rng, splits=1, seeds=3, seed_spread=0.03)[0], samples=500
+        )
+        covered += interval.low <= truth <= interval.high
+    assert 0.91 <= covered / 250 <= 0.985
+
+
+def test_one_run_has_the_width_of_the_binomial_and_no_standard_deviation() -> None:
+    run = one_run([1] * 350 + [0] * 150)
+    interval = mean_interval(Runs((run,)))
+    half = 1.96 * math.sqrt(0.7 * 0.3 / 500)
+    assert interval.mean == pytest.approx(0.7)
+    assert interval.low == pytest.approx(0.7 - half, abs=0.004)
+    assert interval.high == pytest.approx(0.7 + half, abs=0.004)
+    assert interval.std is None
+    assert (interval.n, interval.n_test) == (1, 500)
+    assert interval.interval == "95 % bootstrap over images (1 split, 1 seed)"
+
+
+def test_a_paired_difference_has_the_width_of_mcnemar() -> None:
+    # 60 images only a gets right, 40 only b, of 500.
+    a = one_run([1] * 60 + [0] * 40 + [1] * 400)
+    b = one_run([0] * 60 + [1] * 40 + [1] * 400)
+    interval = paired_difference(Runs((a,)), Runs((b,)))
+    assert interval is not None
+    half = 1.96 * math.sqrt((0.2 - 0.04**2) / 500)
+    assert interval.mean == pytest.approx(0.04)
+    assert interval.low == pytest.approx(0.04 - half, abs=0.003)
+    assert interval.high == pytest.approx(0.04 + half, abs=0.003)
+    assert interval.images_needed == images_needed(0.04, 0.2)
+
+
+def test_pairing_is_by_image_and_not_by_position() -> None:
+    rng = np.random.default_rng(5)
+    correct = rng.random(200) < 0.6
+    order = rng.permutation(200)
+    a = Run(split_seed=0, seed=1, image_ids=np.arange(200), correct=correct)
+    b = Run(split_seed=0, seed=1, image_ids=order, correct=correct[order])
+    interval = paired_difference(Runs((a,)), Runs((b,)))
+    assert interval is not None
+    assert (interval.low, interval.mean, interval.high) == (0, 0, 0)
+
+
+def test_a_method_without_a_seed_is_compared_with_every_seed_of_its_split() -> None:
+    seeded = Runs(tuple(one_run([1, 1, seed % 2, 0], seed=seed) for seed in (1, 2, 3)))
+    unseeded = Runs((one_run([1, 0, 0, 0], seed=None),))
+    interval = paired_difference(seeded, unseeded)
+    assert interval is not None
+    assert interval.n == 3
+    assert interval.mean == pytest.approx((0.5 + 0.25 + 0.5) / 3)
+    assert mean_interval(unseeded).n == 1
+
+
+def test_only_common_runs_are_compared() -> None:
+    a = Runs((one_run([1, 1], seed=1), one_run([0, 0], seed=2)))
+    b = Runs((one_run([1, 0], seed=1), one_run([1, 1], seed=3)))
+    interval = paired_difference(a, b)
+    assert interval is not None
+    assert (interval.n, interval.mean) == (1, 0.5)
+    assert paired_difference(a, Runs((one_run([1, 0], split=9, seed=1),))) is None
+
+
+@pytest.mark.parametrize(
+    ("places", "method"),
+    [
+        ([(0, 1), (0, 2), (0, 3)], "95 % bootstrap over images and seeds (1 split)"),
+        ([(0, None)], "95 % bootstrap over images (1 split)"),
+        ([(0, 1), (0, 2), (1, 1), (1, 2)], "95 % bootstrap over images, splits and seeds"),
+        ([(0, 1), (1, 2), (2, 3)], "95 % bootstrap over images, splits and seeds"),
+        ([(0, 1), (1, 1), (2, 1)], "95 % bootstrap over images and splits (1 seed)"),
+        ([(0, None), (1, None)], "95 % bootstrap over images and splits"),
+    ],
+)
+def test_the_interval_says_what_it_covers(
+    places: list[tuple[int, int | None]], method: str
+) -> None:
+    runs = tuple(one_run([1, 0, 1], split=split, seed=seed) for split, seed in places)
+    assert mean_interval(runs).interval == method
+
+
+def test_few_splits_that_disagree_give_a_wider_interval_than_images_alone() -> None:
+    # Splits on other images with 60, 70 and 80 % right: t with 2 degrees of freedom, 4.3 x 0.1/1.7.
+    runs = tuple(
+        Run(
+            split_seed=k,
+            seed=0,
+            image_ids=np.arange(300) + 300 * k,
+            correct=np.arange(300) < share * 300,
+        )
+        for k, share in enumerate((0.6, 0.7, 0.8))
+    )
+    interval = mean_interval(Runs(runs), samples=20_000)
+    assert interval.high - interval.low == pytest.approx(2 * 4.303 * 0.1 / math.sqrt(3), rel=0.05)
+
+
+def test_all_right_has_an_interval_without_width() -> None:
+    interval = mean_interval(Runs((one_run([1] * 50, seed=1), one_run([1] * 50, seed=2))))
+    assert (interval.mean, interval.low, interval.high) == (1.0, 1.0, 1.0)
+
+
+def test_the_same_runs_give_the_same_interval() -> None:
+    a, b = simulated(np.random.default_rng(6), splits=2, seeds=2, seed_spread=0.03)
+    assert paired_difference(a, b) == paired_difference(a, b)
+    assert paired_difference(a, b, seed=1) != paired_difference(a, b, seed=2)
+
+
+def test_that_many_images_find_the_gain_in_four_of_five_experiments() -> None:
+    rng = np.random.default_rng(8)
+    n = images_needed(0.05, 0.25)
+    assert n is not None
+    only_a = rng.binomial(n, 0.15, size=4000)
+    only_b = rng.binomial(n - only_a, 0.10 / 0.85)
+    mcnemar = np.abs(only_a - only_b) / np.sqrt(only_a + only_b)
+    assert np.mean(mcnemar > 1.96) == pytest.approx(0.8, abs=0.02)
+
+
+# ---------------------------------------------------------------- p values and marks
+
+
+def test_p_is_below_5_percent_exactly_where_the_interval_leaves_zero_out() -> None:
+    rng = np.random.default_rng(9)
+    clear = 0
+    for splits, seeds in ((1, 3), (1, 1), (5, 2)) * 20:
+        a, b = simulated(rng, splits=splits, seeds=seeds, seed_spread=0.05, gain=0.1)
+        found = paired_difference(a, b, samples=500)
+        assert found is not None
+        assert (found.p < ALPHA) == (not found.low <= 0 <= found.high)
+        clear += found.p < ALPHA
+    assert 10 < clear < 50
+
+
+def test_p_of_one_pair_of_runs_is_that_of_mcnemar() -> None:
+    a = one_run([1] * 60 + [0] * 40 + [1] * 400, seed=None)
+    b = one_run([0] * 60 + [1] * 40 + [1] * 400, seed=None)
+    found = paired_difference(Runs((a,)), Runs((b,)), samples=20_000)
+    assert found is not None
+    z = 20 / math.sqrt(100 - 20**2 / 500)
+    assert found.p == pytest.approx(math.erfc(z / math.sqrt(2)), rel=0.1)
+    turned = paired_difference(Runs((b,)), Runs((a,)), samples=20_000)
+    assert turned is not None
+    assert turned.p == pytest.approx(found.p, rel=0.1)
+
+
+def test_holm_is_what_it_is_in_books() -> None:
+    rng = np.random.default_rng(10)
+    for size in (1, 2, 7):
+        p = rng.random(size) ** 3
+        order = np.argsort(p)
+        plain = np.minimum(1, np.maximum.accumulate(p[order] * (size - np.arange(size))))
+        assert np.array(holm(list(p)))[order] == pytest.approx(plain)
+    assert holm([]) == []
+
+
+def test_a_table_never_makes_a_difference_clearer() -> None:
+    rng = np.random.default_rng(11)
+    for _ in range(10):
+        found = compared(simulated_table(rng, Scenario(taste=0.4, noise=0.4, seed=0.1), 6))
+        for one, p in zip(found, corrected(found), strict=True):
+            assert one.p <= p <= 1
+    assert corrected([]) == []
+
+
+def seeds_that_agree_by_luck(count: int) -> Runs:
+    """3 seeds with the same score, on other images each."""
+    correct = np.arange(600) < 60
+    runs = [np.roll(correct, 7 * seed) for seed in range(count)]
+    return Runs(tuple(one_run(list(map(int, run)), seed=k) for k, run in enumerate(runs)))
+
+
+def test_seeds_that_agree_by_luck_borrow_the_spread_of_the_others() -> None:
+    nothing = Runs(tuple(one_run([0] * 600, seed=k) for k in range(3)))
+    lucky = paired_difference(seeds_that_agree_by_luck(3), nothing)
+    spread = Runs(
+        tuple(one_run([1] * n + [0] * (600 - n), seed=k) for k, n in enumerate((0, 90, 180)))
+    )
+    wild = paired_difference(spread, nothing)
+    assert lucky is not None
+    assert wild is not None
+    alone, together = corrected([lucky])[0], corrected([lucky, wild])[0]
+    assert alone < 0.001 < together
+
+
+@pytest.mark.parametrize(
+    ("places", "words"),
+    [
+        ([(0, 1), (0, 2), (0, 3)], ""),
+        ([(0, None)], ""),
+        ([(0, 1)], "1 seed is too few"),
+        ([(0, 1), (0, 2)], "2 seeds are too few"),
+        ([(0, 1), (1, 1), (2, 1)], "3 splits are too few"),
+        ([(0, 1), (0, 2), (1, 1), (1, 2)], "2 splits are too few"),
+        ([(k, 1) for k in range(4)], ""),
+    ],
+)
+def test_too_few_splits_or_seeds_are_not_told_from_anything(places, words) -> None:
+    runs = [
+        [one_run(right, split=split, seed=seed) for split, seed in places]
+        for right in ([1] * 80 + [0] * 20, [0] * 80 + [1] * 20)
+    ]
+    found = paired_difference(*(Runs(tuple(of)) for of in runs))
+    assert found is not None
+    assert found.reason_not_tested.startswith(words)
+    assert bool(found.reason_not_tested) == bool(words)
+
+
+def test_too_few_images_that_differ_tell_nothing() -> None:
+    runs = [
+        Runs(tuple(one_run([1] * n + [0] * (500 - n), seed=k) for k in range(3)))
+        for n in (200, 190, 150)
+    ]
+    few, enough = paired_difference(*runs[:2]), paired_difference(runs[0], runs[2])
+    assert few is not None
+    assert enough is not None
+    assert few.reason_not_tested.startswith("they differ on 10 images")
+    assert not enough.reason_not_tested
+
+
+# 500 tables each, seeds fixed. A true 5 % shows as 3 to 7 % in 96 of 100 such tests.
+@pytest.mark.parametrize("name", ["one split, persistent", "one split, independent"])
+def test_a_null_difference_is_found_in_3_to_7_percent_and_a_null_table_marked_in_7(name) -> None:
+    found = counted(NULL[name], 500, methods=4)
+    assert 0.03 <= found.single / 500 <= 0.07
+    assert found.any_mark / 500 <= 0.07
+    assert found.any_single / 500 > 0.08  # uncorrected, four comparisons are too many
+    assert found.inconsistent == 0
+
+
+def test_seeds_that_matter_do_not_break_the_correction() -> None:
+    found = counted(Scenario(noise=0.6, seed=0.15), 150, methods=6)
+    assert found.any_mark / 150 <= 0.08
+    assert found.any_single / 150 > 0.12
+
+
+def test_a_planted_gain_of_five_points_is_marked_in_a_table() -> None:
+    found = counted(PLANTED["one split x 3, 1,880 images"], 60, methods=4)
+    assert found.first_mark >= 54
+
+
+# ---------------------------------------------------------------- collapsed runs
+
+
+def scored(*accuracies: float, images: int = 500) -> Runs:
+    return Runs(
+        tuple(
+            one_run([1] * round(a * images) + [0] * (images - round(a * images)), seed=k)
+            for k, a in enumerate(accuracies)
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "fallen"),
+    [
+        ((0.70, 0.69, 0.21), [2]),
+        ((0.21, 0.70, 0.69, 0.71, 0.68), [0]),
+        ((0.95, 0.96, 0.94, 0.80), [3]),  # 15 points: few images in 20 are lost, but far below
+        ((0.70, 0.68, 0.66), []),
+        ((0.70, 0.60, 0.50), []),  # they spread, nobody is odd
+        ((0.70, 0.21), []),  # which one is odd?
+        ((0.70, 0.21, 0.20), []),  # most fell: these are the siblings
+        ((0.20, 0.21, 0.70), []),  # above is no collapse
+        ((0.5,), []),
+    ],
+)
+def test_a_run_far_below_its_siblings_has_collapsed(accuracies, fallen) -> None:
+    assert [one.seed for one in collapsed(scored(*accuracies))] == fallen
+
+
+def test_where_accuracies_are_low_a_quarter_of_them_is_far() -> None:
+    assert [c.seed for c in collapsed(scored(0.17, 0.175, 0.11, images=3000))] == [2]
+    assert collapsed(scored(0.17, 0.175, 0.11, images=100)) == []  # images alone may do that
+
+
+def test_ordinary_seeds_do_not_collapse() -> None:
+    rng = np.random.default_rng(12)
+    world = Scenario(taste=0.4, noise=0.4, seed=0.07, seeds=5)
+    assert not any(collapsed(runs) for _ in range(50) for runs in simulated_table(rng, world, 4))

@@ -1,0 +1,85 @@
+"""Which code computes: real small repositories around a copy of the module."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from orchestrator.files import ROOT
+
+SAY = """
+from orchestrator.git import commit, diff_digest, uncommitted
+diff = uncommitted()
+print(commit(), diff_digest(diff) or "clean")
+print(diff.decode())
+"""
+
+
+def git(repository: Path, *arguments: str) -> str:
+    who = ("-c", "user.name=ada", "-c", "user.email=ada@example.org")
+    done = subprocess.run(
+        ["git", *who, *arguments], cwd=repository, check=True, capture_output=True, text=True
+    )
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A repository that holds a copy of the module."""
+    package = tmp_path / "code" / "orchestrator"
+    (tmp_path / "code" / "air_core").mkdir(parents=True)
+    package.mkdir()
+    for name in ("__init__.py", "files.py", "git.py"):
+        shutil.copy(ROOT / "orchestrator" / name, package / name)
+    (tmp_path / "code" / "air_core" / "specs.py").write_text("RANK = 4\n")
+    git(tmp_path / "code", "init", "--quiet")
+    return tmp_path / "code"
+
+
+def said(checkout: Path) -> tuple[str, str, str]:
+    known = {k: v for k, v in os.environ.items() if not k.startswith("AIRSWEEP_")}
+    done = subprocess.run(
+        [sys.executable, "-c", SAY],
+        cwd=checkout,
+        env={**known, "PYTHONPATH": str(checkout)},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    first, _, diff = done.stdout.partition("\n")
+    return *first.split(), diff.strip()
+
+
+def test_what_is_not_committed_is_a_diff_and_the_index_is_left_alone(checkout):
+    (checkout / ".gitignore").write_text("__pycache__/\n")
+    git(checkout, "add", ".")
+    git(checkout, "commit", "--quiet", "--message", "all")
+    head = git(checkout, "rev-parse", "HEAD")
+    assert said(checkout) == (head, "clean", "")
+
+    (checkout / "air_core" / "specs.py").write_text("RANK = 8\n")
+    (checkout / "air_core" / "new.py").write_text("NEW = 1\n")
+    (checkout / "air_core" / ".env.local").write_text("PASSWORD=geheim\n")
+    (checkout / "notes.txt").write_text("no code")
+    commit, digest, diff = said(checkout)
+    assert (commit, len(digest)) == (head, 12)
+    for line in ("-RANK = 4", "+RANK = 8", "+NEW = 1"):
+        assert line in diff.splitlines()
+    assert "no code" not in diff
+    assert "geheim" not in diff  # files of secrets are no code
+    (checkout / "air_core" / ".env.local").unlink()
+    assert git(checkout, "status", "--short").splitlines() == [
+        *("M air_core/specs.py", "?? air_core/new.py", "?? notes.txt")
+    ]
+
+
+def test_a_copy_inside_somebody_elses_repository_has_no_commit(checkout):
+    (checkout / "README").write_text("of somebody else, who ignores the copy")
+    git(checkout, "add", "README")
+    git(checkout, "commit", "--quiet", "--message", "theirs")
+    assert said(checkout) == ("unknown", "clean", "")

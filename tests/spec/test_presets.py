@@ -1,0 +1,59 @@
+import pytest
+
+from air_core.flat import from_flat, to_flat, trial_keys
+from air_core.normal import normalised
+from air_core.specs import Ref, uses_images
+from orchestrator.spec import presets
+
+REFS = {key: Ref(name=name, digest=key) for key, name in presets.OUTSIDE.items()}
+OTHER_WORLD = {"backbone": "ViT-B-32/openai", "generator": "sd15"}
+
+
+@pytest.mark.parametrize("method", presets.METHODS)
+@pytest.mark.parametrize("chosen", [{}, OTHER_WORLD], ids=["tiny", "large"])
+def test_the_defaults_of_every_method_are_a_trial_that_keeps_its_pins(method, chosen):
+    flat = presets.defaults(method, chosen)
+    spec = from_flat(flat, REFS, ("a", "b"))
+    assert presets.METHODS[method].pins.items() <= to_flat(spec).items()
+    assert normalised(normalised(spec)) == normalised(spec)
+
+
+@pytest.mark.parametrize("name", [*presets.METHODS])
+def test_every_host_and_control_is_a_method(name):
+    method = presets.METHODS[name]
+    assert {method.host, method.control} - {None} <= presets.METHODS.keys()
+    assert name not in (method.host, method.control)
+
+
+def test_tables_name_trial_keys_only():
+    keys = trial_keys()
+    for method in presets.METHODS.values():
+        assert method.pins.keys() | method.sets.keys() <= keys.keys()
+        assert not method.pins.keys() & method.sets.keys()
+    for (key, _), settings in presets.WORLDS.items():
+        assert key in presets.OUTSIDE
+        assert settings.keys() <= keys.keys()
+    for (key, _, method_name), settings in presets.METHOD_WORLDS.items():
+        assert key in presets.OUTSIDE
+        assert method_name in presets.METHODS
+        assert settings.keys() <= keys.keys()
+
+
+def test_a_method_that_pins_no_images_reads_none():
+    for name, method in presets.METHODS.items():
+        spec = from_flat(presets.defaults(name, {}), REFS, ("a",))
+        assert uses_images(spec) == (method.pins.get("images_per_class") != 0), name
+
+
+def test_a_method_with_images_differs_from_its_host_in_images_only():
+    for name in ("air", "air_fpl", "air_grip"):
+        method = presets.METHODS[name]
+        host = presets.METHODS[method.host]
+        without = {"images_per_class", "auxiliary.source", "fusion_weight", "synthetic_weight"}
+        shared = host.pins.keys() - without
+        assert method.pins == {key: host.pins[key] for key in shared}
+
+
+def test_a_default_of_the_world_follows_the_weights_that_are_chosen():
+    assert presets.defaults("air", {})["auxiliary.kind"] == "lda"
+    assert "auxiliary.kind" not in presets.defaults("air", OTHER_WORLD)

@@ -1,0 +1,127 @@
+"""The schema for editors: it takes what the reader takes, and not what people get wrong."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import TypeAdapter, ValidationError
+
+from orchestrator.spec.marked_yaml import parse, read
+from orchestrator.spec.sweep_file import SweepFile, checked, sweep_schema
+from orchestrator.spec.trial_values import TRIAL_NAMES, value_type
+from tests.helpers.spec_reference import refreshed
+from tests.spec.test_sweep_file import BAD, FULL
+
+ROOT = Path(__file__).parents[2]
+SCHEMA = sweep_schema()
+VALIDATOR = jsonschema.Draft7Validator(SCHEMA)
+SETTINGS = SCHEMA["properties"]["fixed"]["properties"]
+AIR = "version: 1\nname: x\nfixed: {method: air}\n"
+
+
+def complaints(text: str) -> list[str]:
+    value = parse(text, "x.yaml").value
+    return [error.message for error in VALIDATOR.iter_errors(value)]
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "sweeps").glob("*.yaml")), ids=lambda f: f.stem)
+def test_every_sweep_that_ships_is_allowed(file):
+    assert list(VALIDATOR.iter_errors(read(file).value)) == []
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        "",
+        "search: {points: 1, space: {fusion_weight: {min: 0, max: 1}}, pruning: null}\n",
+        "search: {points: 3, space: {iterations: {values: [1, 2]}}}\n",
+        "budget: {wall: 90s}\n",
+        "budget: {wall: 5400}\n",
+        "seeds: {values: [[1, 301], 2], vary: [seed, split_seed]}\n",
+        "resources: {generator: {actors: null}}\n",
+        "project: team\ntracking: {uri: none}\ndata_root: /data\n",
+    ],
+)
+def test_what_the_reader_takes_the_schema_takes(more):
+    for text in (FULL, AIR + more):
+        checked(parse(text, "x.yaml"))
+        assert complaints(text) == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("no version", "version 2", "name with a slash", "no method", "unknown part"),
+        *("unknown key", "unknown word", "over the limit", "grid without a list", "axis of one"),
+        *("seeds of no list", "seeds without values", "empty space", "half a range"),
+        *("images in space", "method in space", "range of words"),
+        *("all kept", "wall without unit", "unknown resource"),
+    ],
+)
+def test_what_the_reader_refuses_by_itself_the_schema_refuses_too(name):
+    assert complaints(BAD[name][0])
+
+
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-2, 3),
+    st.sampled_from([0.5, -0.5, 1.5, 2**33, "", "text", "digits", "folder:x", "folder:", "fp32"]),
+    st.lists(st.integers(), max_size=1),
+)
+
+
+@given(name=st.sampled_from(TRIAL_NAMES), value=VALUES)
+def test_of_a_setting_schema_and_reader_take_the_same_values(name, value):
+    one = jsonschema.Draft7Validator(SETTINGS[name])
+    assert one.is_valid(value) == _takes(value_type(name), value)
+
+
+def _takes(type_: TypeAdapter[Any], value: Any) -> bool:
+    try:
+        type_.validate_python(value)
+    except ValidationError:
+        return False
+    return True
+
+
+def test_the_schema_is_one_has_every_part_and_says_what_each_key_is():
+    jsonschema.Draft7Validator.check_schema(SCHEMA)
+    assert list(SCHEMA["properties"]) == list(SweepFile.__dataclass_fields__)
+    assert list(SETTINGS) == list(TRIAL_NAMES)
+    assert [path for path, found in _properties(SCHEMA, "") if not found.get("description")] == []
+
+
+# Their names say it.
+SILENT = ("seeds.values", "search.space.")
+
+
+def _properties(schema: dict[str, Any], path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    for inner in (schema, *(one for one in schema.get("anyOf", ()) if "type" in one)):
+        for name, found in inner.get("properties", {}).items():
+            here = f"{path}.{name}".strip(".")
+            if not here.startswith(("grid.", *SILENT)):
+                yield here, found
+            yield from _properties(found, here)
+
+
+def test_golden_the_page_of_every_key_is_that_of_the_schema():
+    file = ROOT / "docs" / "spec_reference.md"
+    page = file.read_text()
+    if os.environ.get("AIRSWEEP_UPDATE_GOLDEN") == "1":
+        file.write_text(refreshed(page))
+    assert refreshed(page) == file.read_text()
+    for name in TRIAL_NAMES:
+        assert f"| `{name}` |" in page
+
+
+def test_the_line_that_names_a_schema_is_no_part_of_the_question():
+    line = "# yaml-language-server: $schema=airsweep.schema.json\n"
+    assert checked(parse(line + FULL, "x")).question == checked(parse(FULL, "x")).question

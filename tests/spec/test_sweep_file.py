@@ -1,0 +1,749 @@
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from air_core.datasets import DATASETS
+from air_core.flat import from_flat, to_flat, trial_keys
+from air_core.specs import Ref
+from orchestrator.spec import presets
+from orchestrator.spec.marked_yaml import SpecError
+from orchestrator.spec.sweep import Budget, Dimension, Seeds, cells_of, notes_of
+from orchestrator.spec.sweep_file import find_sweep, load_sweep
+from orchestrator.spec.trial_values import value_type
+
+REFS = {key: Ref(name=name, digest=key) for key, name in presets.OUTSIDE.items()}
+
+FULL = """\
+# Does the share matter?
+#
+# Expect: a hump.
+
+version: 1
+name: full
+grid:
+  backbone: [tiny, ViT-B-32/openai]
+  method: [cpl, air]
+exclude: [{backbone: ViT-B-32/openai, method: cpl}]
+fixed: {lora.learning_rate: 1e-4}
+search:
+  sampler: random
+  points: 12
+  storage: postgresql://ada@db.example:5432/studies?sslmode=require
+  space:
+    fusion_weight: {min: 0, max: 1, when: "images_per_class > 0"}
+    images_per_class: {values: [0, 25, 50]}
+seeds: {values: [1, [2, 100]], vary: [seed, split_seed]}
+budget: {gpu_hours: 40, wall: 12h}
+resources: {trial: {gpu: 0.25}, generator: {gpu: 1, actors: 4}}
+project: default
+tracking: {uri: "sqlite:///mlflow.db"}
+data_root: /data
+"""
+HEAD = "version: 1\nname: x\n"  # two lines, so that what a test adds starts on line 3
+AIR = HEAD + "fixed: {method: air}\n"
+GRID = HEAD + "grid:\n  method: [cpl, air]\n"
+PRUNING = HEAD + (
+    "fixed: {method: air, iterations: 10}\nsearch:\n  points: 3\n"
+    "  space: {fusion_weight: {min: 0, max: 1}}\n  pruning: "
+)
+SEARCH = AIR + "search:\n  points: 3\n  space:\n"
+
+
+def load(folder, text, **options):
+    path = folder / "x.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return load_sweep(path, **options)
+
+
+def complaint(folder, text, **options):
+    with pytest.raises(SpecError) as caught:
+        load(folder, text, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message.removeprefix(f"{folder}/x.yaml:").strip()
+
+
+# ---------------------------------------------------------------- what a file says
+
+
+def test_every_part_of_a_file_is_read(tmp_path):
+    spec = load(tmp_path, FULL)
+    assert spec.question == "Does the share matter?\n\nExpect: a hump."
+    assert spec.text == FULL
+    assert spec.source == str(tmp_path / "x.yaml")
+    assert spec.grid == {"backbone": ("tiny", "ViT-B-32/openai"), "method": ("cpl", "air")}
+    assert spec.fixed == {"lora.learning_rate": 1e-4}
+    assert spec.search.sampler == "random"
+    assert spec.search.storage.startswith("postgresql://ada@db.example")
+    assert (spec.search.points, spec.search.width, spec.search.seed) == (12, 4, 0)
+    assert spec.budget == Budget(gpu_hours=40, wall=12 * 3600)
+    assert (spec.resources.trial.cpu, spec.resources.trial.gpu) == (1, 0.25)
+    assert (spec.resources.generator.gpu, spec.resources.generator.actors) == (1, 4)
+    assert (spec.project, spec.data_root) == ("default", "/data")
+    assert spec.tracking_uri == "sqlite:///mlflow.db"
+
+
+def test_the_smallest_file_is_one_cell_with_one_point_and_three_seeds(tmp_path):
+    spec = load(tmp_path, AIR)
+    (cell,) = cells_of(spec)
+    assert (cell.id, cell.space, cell.chosen) == ("digits-ul-text-air", (), {})
+    assert spec.seeds.assignments() == ({"seed": 1}, {"seed": 2}, {"seed": 3})
+    assert notes_of(spec) == ()
+
+
+def test_a_plain_number_is_every_varied_seed_and_a_list_gives_each_its_own(tmp_path):
+    assert load(tmp_path, FULL).seeds.assignments() == (
+        {"seed": 1, "split_seed": 1},
+        {"seed": 2, "split_seed": 100},
+    )
+    assert load(tmp_path, AIR + "seeds: [7, 5]").seeds == Seeds(values=((7,), (5,)))
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("1.5m", 90), ("12h", 43200), (9, 9)])
+def test_wall_time_is_read_in_units(tmp_path, text, seconds):
+    assert load(tmp_path, f"{AIR}budget: {{wall: {text}}}").budget.wall == seconds
+
+
+def test_a_dimension_comes_after_the_ones_that_its_condition_names(tmp_path):
+    space = load(tmp_path, FULL).space
+    assert space == (
+        Dimension(key="images_per_class", values=(0, 25, 50)),
+        Dimension(key="fusion_weight", min=0, max=1, when="images_per_class > 0"),
+    )
+
+
+def test_whole_numbers_stay_whole_and_numbers_become_floats(tmp_path):
+    space = "    images_per_class: {min: 2, max: 9, log: true}\n    fusion_weight: {values: [0, 1]}"
+    count, weight = load(tmp_path, SEARCH + space).space
+    assert (type(count.min), type(count.max)) == (int, int)
+    assert [type(value) for value in weight.values] == [float, float]
+
+
+def test_numbers_are_read_as_people_mean_them(tmp_path):
+    fixed = "{method: air, lora.learning_rate: 1e-4, lora.rank: 010, lora.caption: '12:30 {}'}"
+    assert load(tmp_path, f"{HEAD}fixed: {fixed}").fixed == {
+        "method": "air",
+        "lora.learning_rate": 0.0001,
+        "lora.rank": 10,
+        "lora.caption": "12:30 {}",
+    }
+
+
+def test_a_small_alias_is_written_out(tmp_path):
+    axes = "grid:\n  lora.rank: &sizes [4, 8]\n  lora.batch: *sizes\n"
+    assert load(tmp_path, AIR + axes).grid["lora.batch"] == (4, 8)
+
+
+def test_a_byte_order_mark_and_windows_line_ends_do_not_matter(tmp_path):
+    spec = load(tmp_path, b"\xef\xbb\xbf" + FULL.replace("\n", "\r\n").encode())
+    assert replace(spec, text="") == replace(load(tmp_path, FULL), text="")
+
+
+# ---------------------------------------------------------------- cells
+
+
+def test_the_first_key_of_the_grid_varies_slowest_and_excluded_cells_are_missing(tmp_path):
+    assert [cell.id for cell in cells_of(load(tmp_path, FULL))] == [
+        "digits-ul-text-cpl-backbone=tiny",
+        "digits-ul-text-air-backbone=tiny",
+        "digits-ul-text-air-backbone=ViT-B-32-openai",
+    ]
+
+
+def test_the_order_of_precedence_is_default_world_preset_fixed_grid(tmp_path):
+    grid = "grid:\n  method: [air, cpl]\n  iterations: [2, 3]\n"
+    fixed = "fixed: {auxiliary.kind: prototype, images_per_class: 9}\n"
+    first, *_, last = cells_of(load(tmp_path, HEAD + grid + fixed))
+    assert first.flat["fidelity.keep"] == 16  # default
+    assert first.flat["fidelity.kind"] == "none"  # world
+    assert first.flat["pseudo_labels.kind"] == "candidates"  # preset
+    assert first.flat["auxiliary.kind"] == "prototype"  # fixed, against the world
+    assert first.flat["iterations"] == 2  # grid
+    assert last.flat["images_per_class"] == 0  # pinned by cpl, against fixed
+
+
+def test_pinned_keys_are_ignored_and_cells_that_become_equal_are_one(tmp_path):
+    axes = "  iterations: [1, 2]\n  images_per_class: [10, 20]\n"
+    grid = "grid:\n  method: [zero_shot, cpl, air]\n"
+    spec = load(tmp_path, HEAD + grid + axes)
+    cells = cells_of(spec)
+    assert [cell.method for cell in cells] == [
+        "zero_shot",
+        "cpl",
+        "cpl",
+        "air",
+        "air",
+        "air",
+        "air",
+    ]
+    assert cells[0].chosen == {"method": "zero_shot"}
+    assert cells[1].chosen == {"method": "cpl", "iterations": 1}
+    for cell in cells:
+        assert presets.METHODS[cell.method].pins.items() <= cell.flat.items()
+    assert notes_of(spec) == (
+        "grid.iterations does not apply to zero_shot: the method pins it",
+        "grid.images_per_class does not apply to zero_shot, cpl: the method pins it",
+        "12 combinations of the grid are 7 different cells",
+    )
+
+
+def test_a_cell_searches_what_its_method_and_its_settings_leave_open(tmp_path):
+    spec = load(tmp_path, FULL)
+    cpl, air, _ = cells_of(spec)
+    assert cpl.space == ()  # images_per_class is pinned to 0, so the condition is settled
+    assert air.space == spec.space
+    assert f"one point only, since nothing is left to search: {cpl.id}" in notes_of(spec)
+
+
+def test_lora_is_an_axis_whose_settings_do_not_apply_where_it_is_off(tmp_path):
+    spec = load(tmp_path, AIR + "grid:\n  lora: [on, off]\n  lora.rank: [4, 8]\n")
+    four, eight, off = cells_of(spec)
+    assert [cell.id.removeprefix("digits-ul-text-air-") for cell in (four, eight, off)] == [
+        "lora=on-rank=4",
+        "lora=on-rank=8",
+        "lora=off",
+    ]
+    assert "lora" not in eight.flat
+    assert eight.flat["lora.steps"] == 300
+    assert off.flat["lora"] is None
+    assert not [key for key in off.flat if key.startswith("lora.")]
+    assert from_flat(off.flat, REFS, ()).lora is None
+    assert from_flat(eight.flat, REFS, ()).lora.rank == 8
+
+
+@pytest.mark.parametrize("off", ["null", "false", "off"])
+def test_lora_that_is_off_may_keep_its_settings_in_the_file(tmp_path, off):
+    text = f"{HEAD}fixed: {{method: air, lora: {off}, lora.rank: 4}}"
+    (cell,) = cells_of(load(tmp_path, text))
+    assert from_flat(cell.flat, REFS, ()).lora is None
+
+
+def test_one_image_a_class_is_enough_where_nothing_is_known_of_their_spread(tmp_path):
+    fixed = "images_per_class: 1, auxiliary.kind: prototype"
+    assert cells_of(load(tmp_path, f"{HEAD}fixed: {{method: air, {fixed}}}"))
+    assert cells_of(load(tmp_path, f"{HEAD}fixed: {{method: fpl}}"))
+    few = "paradigm: ssl, auxiliary.k: 1"  # the labelled images join them
+    assert cells_of(load(tmp_path, f"{HEAD}fixed: {{method: cpl_real, {few}}}"))
+
+
+def test_a_cell_holds_every_setting_but_the_varied_seeds(tmp_path):
+    (cell,) = cells_of(load(tmp_path, AIR))
+    assert cell.flat.keys() == trial_keys().keys() - {"seed", "lora"}
+    text = f"{AIR}seeds: {{values: [1], vary: [split_seed]}}"
+    (cell,) = cells_of(load(tmp_path, text))
+    assert cell.flat.keys() == trial_keys().keys() - {"split_seed", "lora"}
+
+
+def test_cells_have_different_ids_that_are_good_file_names(tmp_path):
+    names = ["a/b", "a-b", "A-B", "ä", "ö", "x" * 300, "x" * 300 + "y", "../..", "a b"]
+    cells = cells_of(load(tmp_path, f"{AIR}grid: {{backbone: {names}}}"))
+    assert len({cell.id.lower() for cell in cells}) == len(names)
+    for cell in cells:
+        (tmp_path / cell.id).touch()
+        assert cell.id.isascii()
+
+
+def values_of(key):
+    """Mostly allowed ones."""
+    if key.name == "lora":
+        return st.sampled_from([None, True, False])
+    low = key.limits.get("ge", 0)
+    high = min(key.limits.get("le", 70), key.limits.get("lt", 70))
+    known = {
+        int: st.integers(low, int(high)),
+        float: st.floats(low, high) | st.just(0),
+        bool: st.booleans(),
+        str: st.sampled_from(["tiny", "folder:/x", "a photo of a {}", "a/b"]),
+        type(None): st.none(),
+    }
+    kinds = getattr(key.type, "__args__", None) or (key.type,)
+    usual = [known.get(kind, st.just(kind)) for kind in kinds]
+    return st.one_of(*usual, *usual, *usual, st.just("other"))
+
+
+@st.composite
+def sweeps(draw):
+    names = [name for name in trial_keys() if name != "dataset"]
+    methods = st.lists(st.sampled_from([*presets.METHODS]), min_size=1, max_size=3, unique=True)
+    methods = draw(methods)
+    file = {"version": 1, "name": "x", "grid": {}, "fixed": {}}
+    if len(methods) == 1:
+        file["fixed"]["method"] = methods[0]
+    else:
+        file["grid"]["method"] = methods
+    for name in draw(st.lists(st.sampled_from(names), max_size=4, unique=True)):
+        values = values_of(trial_keys()[name])
+        if draw(st.booleans()):
+            file["fixed"][name] = draw(values)
+        else:
+            file["grid"][name] = draw(st.lists(values, min_size=2, max_size=3, unique=True))
+    if draw(st.booleans()):
+        file["seeds"] = {"values": [1, 2], "vary": ["split_seed"]}
+    return file
+
+
+@settings(max_examples=150)
+@given(file=sweeps())
+def test_a_file_is_refused_or_all_its_cells_are_trials(tmp_path_factory, file):
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    path.write_text(yaml.safe_dump(file))
+    try:
+        spec = load_sweep(path)
+    except SpecError as error:
+        message = str(error)
+    else:
+        message = ""
+    if message:
+        assert message.startswith(f"{path}:")
+        assert "allowed" in message or "changes nothing" in message
+        return
+    cells = cells_of(spec)
+    assert len({cell.id for cell in cells}) == len(cells)
+    for cell in cells:
+        for seeds in spec.seeds.assignments():
+            refs = {key: Ref(name=cell.flat[key], digest="d") for key in REFS}
+            trial = from_flat(cell.flat | seeds, refs, ("a", "b"))
+            assert cell.flat.items() - {("lora", None)} <= to_flat(trial).items()
+
+
+# ---------------------------------------------------------------- what is refused, and where
+
+BAD = {
+    # not the YAML we take
+    "empty": ("", "", ["empty", "version: 1"]),
+    "a list": ("- version: 1\n", "1:1", ["`key: value` lines"]),
+    "syntax": (HEAD + "grid: [a\n", "4:1", ["not YAML"]),
+    "tab": (HEAD + "fixed:\n\tmethod: air\n", "4:1", ["tab", "spaces"]),
+    "two documents": (AIR + "---\nname: y\n", "4:1", ["second document"]),
+    "key twice": (AIR + "name: y\n", "4:1", ["'name'", "after 2:1"]),
+    "number as key": (AIR + "1: 2\n", "4:1", ["key must be text"]),
+    "merge key": (AIR + "budget:\n  <<: {wall: 1}\n", "5:3", ["merge keys"]),
+    "python tag": (AIR + "project: !!python/name:os.system x\n", "4:10", ["plain YAML"]),
+    "wrong tag": (AIR + "budget: {gpu_hours: !!int many}\n", "4:21", ["'many' is no int"]),
+    "unknown alias": (AIR + "project: *x\n", "4:10", ["not YAML"]),
+    "ring of aliases": (AIR + "project: &x [*x]\n", "4:10", ["12 levels"]),
+    "deep": (AIR + "project: " + "[" * 500, "4:21", ["12 levels"]),
+    "long": (AIR + "project:\n" + "- 1\n" * 10_000, "9994:3", ["10,000 values"]),
+    "control character": (AIR + "project: a\x07b\n", "4:11", ["character"]),
+    "escape beyond Unicode": (AIR + 'project: "\\U00110000"\n', "", ["escape"]),
+    "half a surrogate": (AIR + 'project: "\\ud800"\n', "4:10", ["letters"]),
+    "not UTF-8": (AIR.encode() + b"project: \xff\n", "4:10", ["UTF-8"]),
+    # the top
+    "no version": ("name: x\n", "1:1", ["`version`"]),
+    "version 2": ("version: 2\nname: x\n", "1:10", ["2 is not allowed; allowed: 1"]),
+    "no name": ("version: 1\n", "1:1", ["`name`"]),
+    "name with a slash": ("version: 1\nname: a/b\n", "2:7", ["'a/b'", "64 letters, digits"]),
+    "unknown part": (AIR + "serch: {}\n", "4:1", ["allowed: version", "did you mean search?"]),
+    "no method": (HEAD, "1:1", ["`method`", "zero_shot, ", "air"]),
+    "part without content": (AIR + "search:\n", "4:8", ["null is not allowed", "key: value"]),
+    # trial keys
+    "unknown key": (
+        HEAD + "fixed:\n  method: air\n  lora.rnk: 4\n",
+        "5:3",
+        ["fixed.lora.rnk: unknown key", "lora.steps", "did you mean lora.rank?"],
+    ),
+    "unknown key without a section": (
+        HEAD + "fixed: {method: air, iteration: 4}",
+        "3:22",
+        ["pseudo_labels.*", "did you mean iterations?"],
+    ),
+    "unknown dataset": (
+        HEAD + "fixed: {method: air, dataset: digit}",
+        "3:31",
+        [*DATASETS, "did you mean digits?"],
+    ),
+    "unknown word": (
+        HEAD + "fixed: {method: air, auxiliary.kind: prototpye}",
+        "3:38",
+        ["fixed.auxiliary.kind: 'prototpye'", "linear_probe; did you mean prototype?"],
+    ),
+    "bool for whole number": (HEAD + "fixed: {lora.rank: true}", "3:20", ["a whole number >= 1"]),
+    "over the limit": (HEAD + "fixed: {fusion_weight: 1.01}", "3:24", ["number >= 0 and <= 1"]),
+    "NaN": (HEAD + "fixed: {synthetic_weight: .nan}", "3:27", ["a number >= 0"]),
+    "huge": (HEAD + f"fixed: {{lora.rank: {'9' * 5000}}}", "3:20", ["a whole number"]),
+    "backbone that paints": (HEAD + 'fixed: {backbone: "\\e[31m"}', "3:19", ["visible"]),
+    # grid
+    "grid without a list": (HEAD + "grid:\n  method: air\n", "4:11", ["a list, not empty"]),
+    "axis of one": (HEAD + "grid: {method: [air]}", "3:16", ["two or more", "under fixed"]),
+    "off twice": (GRID + "  lora: [null, off]\n", "5:16", ["twice"]),
+    "too many cells": (
+        GRID
+        + "".join(f"  {k}: {[*range(1, 23)]}\n" for k in ("lora.rank", "lora.steps", "lora.batch")),
+        "3:1",
+        ["21,296 cells", "10,000"],
+    ),
+    "pinned everywhere": (
+        HEAD + "fixed: {method: cpl, images_per_class: 9}",
+        "3:22",
+        ["cpl: 0", "zero_shot_aux, air, air_fpl, air_grip"],
+    ),
+    "axis without LoRA": (
+        HEAD + "grid: {lora.rank: [4, 8]}\nfixed: {method: air, lora: null}\n",
+        "3:8",
+        ["changes nothing"],
+    ),
+    # exclude
+    "exclude of another key": (GRID + "exclude: [{iterations: 3}]\n", "5:12", ["allowed: method"]),
+    "exclude of another value": (
+        GRID + "exclude: [{method: fpl}]\n",
+        "5:20",
+        ["allowed: cpl, air"],
+    ),
+    "all excluded": (GRID + "exclude: [{method: cpl}, {method: air}]\n", "5:1", ["no cell"]),
+    # one place for a key
+    "fixed and grid": (GRID + "fixed: {method: fpl}\n", "5:9", ["under grid too"]),
+    "fixed and seeds": (HEAD + "fixed: {method: air, seed: 3}", "3:22", ["`seeds` varies it"]),
+    # search
+    "empty space": (AIR + "search: {points: 3, space: {}}\n", "4:21", ["trial key"]),
+    "unknown sampler": (
+        AIR + "search: {points: 3, sampler: tpo, space: {}}\n",
+        "4:30",
+        ["tpe, random, grid; did you mean tpe?"],
+    ),
+    "half a range": (SEARCH + "    fusion_weight: {min: 0}\n", "7:5", ["both `min` and `max`"]),
+    "values and range": (
+        SEARCH + "    fusion_weight: {values: [0, 1], min: 0}\n",
+        "7:5",
+        ["`values`, or `min`"],
+    ),
+    "wrong way round": (SEARCH + "    fusion_weight: {min: 1, max: 0}\n", "7:34", ["above min"]),
+    "range of words": (
+        SEARCH + "    auxiliary.kind: {min: 0, max: 1}\n",
+        "7:22",
+        ["allowed: values, when"],
+    ),
+    "logarithm of zero": (
+        SEARCH + "    fusion_weight: {min: 0, max: 1, log: true}\n",
+        "7:26",
+        ["with log: > 0"],
+    ),
+    "grid of a range": (
+        SEARCH + "    fusion_weight: {min: 0, max: 1}\n  sampler: grid\n",
+        "7:5",
+        ["`values`, or tpe or random"],
+    ),
+    "method in space": (SEARCH + "    method: {values: [cpl, air]}\n", "7:5", ["under `grid`"]),
+    "images in space": (
+        SEARCH + "    generation.guidance_scale: {min: 1, max: 9}\n",
+        "7:5",
+        ["`generation.guidance_scale` changes the images: put its values under `grid`, or fix it"],
+    ),
+    "validation images in the pool": (
+        HEAD + "fixed: {method: air, pool: train+val}\nsearch:\n  points: 3\n"
+        "  objective: validation_accuracy\n  space: {iterations: {values: [1, 2]}}\n",
+        "6:14",
+        ["mutual_information", "`pool: train`"],
+    ),
+    # when
+    "when with an unknown key": (
+        SEARCH + "    fusion_weight: {min: 0, max: 1, when: image_per_class > 0}\n",
+        "7:43",
+        ["allowed: method", "did you mean images_per_class?"],
+    ),
+    "when that is code": (
+        SEARCH + "    fusion_weight: {min: 0, max: 1, when: \"open('x')\"}\n",
+        "7:43",
+        ["allowed: trial keys"],
+    ),
+    "when with a wrong word": (
+        SEARCH + "    auxiliary.kind: {values: [lda, prototype]}\n"
+        "    auxiliary.center: {values: [on, off], when: auxiliary.kind == 'ldo'}\n",
+        "8:49",
+        ["auxiliary.kind: 'ldo'", "did you mean lda?"],
+    ),
+    "when of text and number": (
+        SEARCH + "    fusion_weight: {min: 0, max: 1, when: auxiliary.kind > 3}\n",
+        "7:43",
+        ["no order"],
+    ),
+    "when of each other": (
+        SEARCH + "    fusion_weight: {min: 0, max: 1, when: iterations > 1}\n"
+        "    iterations: {min: 1, max: 3, when: fusion_weight > 0}\n",
+        "7:43",
+        ["depends on itself"],
+    ),
+    "pruning without rungs": (PRUNING + "{rule: median}\n", "7:12", ["`rungs` is missing"]),
+    "rungs that fall": (PRUNING + "{rule: median, rungs: [2, 2]}\n", "7:38", ["not come after 2"]),
+    "rung at the end": (
+        PRUNING + "{rule: median, rungs: [2, 10]}\n",
+        "7:38",
+        ["never reached", "more than 10 iterations"],
+    ),
+    "all kept": (PRUNING + "{rule: halving, rungs: [2], keep: 1}\n", "7:46", ["> 0 and < 1"]),
+    "share of a median": (PRUNING + "{rule: median, rungs: [2], keep: 0.5}\n", "7:39", ["unused"]),
+    "halving of one": (
+        PRUNING + "{rule: halving, rungs: [2]}\n  width: 1\n",
+        "7:3",
+        ["`width: 2`"],
+    ),
+    "iterations that are pruned and searched": (
+        AIR + "search:\n  pruning: {rule: median, rungs: [1]}\n  points: 3\n"
+        "  space: {iterations: {values: [2, 3]}}\n",
+        "7:11",
+        ["at the same iteration", "under grid"],
+    ),
+    "when that cannot change": (
+        SEARCH + "    fusion_weight: {min: 0, max: 1, when: images_per_class > 0}\n",
+        "7:43",
+        ["unused: images_per_class is 120", "search.space"],
+    ),
+    "when of a varied seed": (
+        SEARCH + "    fusion_weight: {min: 0, max: 1, when: seed > 1}\n",
+        "7:43",
+        ["differs between the runs"],
+    ),
+    "when that never holds": (
+        HEAD + "grid: {method: [air, air_fpl]}\nsearch:\n  points: 2\n  space:\n"
+        "    fusion_weight: {min: 0, max: 1, when: iterations > 99}\n",
+        "7:5",
+        ["never searched"],
+    ),
+    # a discriminant of one image a class
+    "one image a class in the grid": (
+        HEAD + "grid:\n  images_per_class: [1, 4]\nfixed: {method: air}\n",
+        "4:3",
+        ["auxiliary.kind lda", "from 2 on", "prototype"],
+    ),
+    "one image a class may be asked": (
+        SEARCH + "    images_per_class: {min: 1, max: 9}\n",
+        "7:5",
+        ["auxiliary.kind lda", "from 2 on"],
+    ),
+    "labelled images that ul has not": (
+        HEAD + "grid: {paradigm: [ssl, ul]}\nfixed: {method: air, supervision: labelled}\n",
+        "4:22",
+        ["no labelled image", "ssl or trzsl"],
+    ),
+    "a dataset to test on that has no unseen classes": (
+        HEAD + "fixed: {method: fpl, paradigm: trzsl, test_dataset: fashion_mnist}\n",
+        "3:39",
+        ["fashion_mnist", "no seen and unseen classes", "ul and ssl"],
+    ),
+    # the rest
+    "seeds of no list": (
+        AIR + "seeds: 3\n",
+        "4:8",
+        ["a list such as [1, 2, 3]", "vary and values"],
+    ),
+    "seeds without values": (AIR + "seeds: {vary: [seed]}\n", "4:8", ["`values`"]),
+    "unknown seed": (
+        AIR + "seeds: {values: [1], vary: [split]}\n",
+        "4:29",
+        ["seed, split_seed", "did you mean split_seed?"],
+    ),
+    "too many seeds in one": (AIR + "seeds: [[1, 2]]\n", "4:9", ["allowed: [a number]"]),
+    "wall without unit": (AIR + "budget: {wall: 12 hours}\n", "4:16", ["90s, 30m, 12h"]),
+    "unknown resource": (AIR + "resources: {trial: {gpus: 1}}\n", "4:21", ["mean gpu?"]),
+    "a password of the tracker": (
+        AIR + "tracking: {uri: 'http://ada:word@mlflow:5000'}\n",
+        "4:18",
+        ["MLFLOW_TRACKING_PASSWORD"],
+    ),
+    "a password of the studies": (
+        SEARCH + "    fusion_weight: {min: 0, max: 1}\n"
+        "  storage: postgresql://ada:word@db/studies\n",
+        "8:12",
+        ["a password", "PGPASSWORD"],
+    ),
+    "a password behind the studies": (
+        SEARCH + "    fusion_weight: {min: 0, max: 1}\n"
+        "  storage: postgresql://db/studies?password=word\n",
+        "8:12",
+        ["has a password"],
+    ),
+    "another storage of studies": (
+        SEARCH + "    fusion_weight: {min: 0, max: 1}\n  storage: sqlite:///s.db\n",
+        "8:12",
+        ["allowed: journal, postgresql://user@host/database"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "place", "fragments"), BAD.values(), ids=BAD)
+def test_a_mistake_is_shown_at_its_place_with_what_is_allowed(tmp_path, text, place, fragments):
+    message = complaint(tmp_path, text)
+    assert message.startswith(f"{place}: ") if place else not message[0].isdigit()
+    assert "ada:word" not in message
+    for fragment in fragments:
+        assert fragment in message
+
+
+@pytest.mark.parametrize("key", ["generation.template", "lora.caption"])
+@pytest.mark.parametrize(
+    "text",
+    ["a photo of a {0.__class__}", "{!r}", "{} {}", "no slot", "{:>10}", "{} {{}}", "{name}"],
+)
+def test_a_template_without_one_plain_place_for_the_class_is_refused(tmp_path, command, key, text):
+    file = tmp_path / "x.yaml"
+    file.write_text(HEAD + f"fixed:\n  method: air\n  {key}: '{text}'\n")
+    code, out, err = command("validate", file)
+    assert (code, out) == (2, "")
+    assert err.startswith(
+        f"{file}:5:{len(key) + 5}: fixed.{key}: {text!r} is not allowed; allowed: "
+    )
+    assert "text on one line with {} once, where the class name goes, and no other brace" in err
+
+
+def test_every_text_with_a_place_for_the_class_name_is_a_template():
+    """So that no key is added that is formatted and never checked."""
+    defaults = {name: key.default for name, key in trial_keys().items()}
+    slots = [name for name, text in defaults.items() if isinstance(text, str) and "{}" in text]
+    assert slots
+    for name in slots:
+        with pytest.raises(ValueError, match="match pattern"):
+            value_type(name).validate_python("{0}")
+
+
+def test_a_message_reads_like_this(tmp_path):
+    text = SEARCH + "    fusion_weight: {min: 0, max: 2}\n"
+    assert complaint(tmp_path, text) == (
+        "7:34: search.space.fusion_weight.max: 2 is not allowed; allowed: a number >= 0 and <= 1"
+    )
+
+
+def test_aliases_that_explode_are_refused(tmp_path):
+    lines = ["a: &a0 [1,1,1,1,1,1,1,1,1]"]
+    lines += [f"b{i}: &a{i + 1} [{', '.join([f'*a{i}'] * 9)}]" for i in range(9)]
+    assert "aliases" in complaint(tmp_path, "\n".join(lines))
+
+
+def test_a_large_file_is_refused_and_not_read(tmp_path):
+    assert "1 MB" in complaint(tmp_path, AIR + "#" * 1_000_000)
+    if os.path.exists("/dev/zero"):
+        with pytest.raises(SpecError, match="1 MB"):
+            load_sweep(Path("/dev/zero"))
+
+
+def test_a_missing_file_and_a_folder_are_named(tmp_path):
+    with pytest.raises(SpecError, match=r"none\.yaml: no such file"):
+        load_sweep(tmp_path / "none.yaml")
+    with pytest.raises(SpecError, match="directory"):
+        load_sweep(tmp_path)
+
+
+@pytest.mark.parametrize("name", [name for name in trial_keys() if name != "lora"])
+def test_a_key_is_refused_in_a_space_exactly_if_it_changes_what_is_prepared(tmp_path, name):
+    # Where shots, seen classes and labelled images for the LoRA matter.
+    fixed = {"shots": "ssl", "class_seed": "trzsl", "lora.source": "ssl"}
+    paradigm = fixed.get(name, "ul")
+    (cell,) = cells_of(load(tmp_path, AIR.replace("{", f"{{paradigm: {paradigm}, ", 1)))
+    values = some_values(trial_keys()[name])
+
+    def prepared(value):
+        flat = cell.flat | {name: value}
+        refs = {ref: Ref(name=flat[ref], digest=flat[ref]) for ref in REFS}
+        trial = from_flat(flat, refs, ("a",))
+        return trial.features, trial.split, trial.synthetic_features or prepared(cell.flat[name])[2]
+
+    if len(values) == 1:
+        return  # nothing to compare yet
+    changes = len({prepared(value) for value in values}) > 1
+    message = complaint(tmp_path, f"{SEARCH}    {name}: {{values: []}}\n")
+    assert ("changes the images" in message or "under `seeds`" in message) == (
+        changes or name == "seed"
+    )
+
+
+def some_values(key):
+    kinds = [kind for kind in getattr(key.type, "__args__", (key.type,)) if kind is not type(None)]
+    if key.name == "pool_ratio":
+        return [1.0, 2.0]
+    examples = {bool: [True, False], int: [1, 2], float: [0.25, 0.5], str: ["a", "b"]}
+    return examples.get(kinds[0], kinds)
+
+
+# ---------------------------------------------------------------- options of the command line
+
+
+def test_an_option_sets_a_trial_key_or_a_part_of_the_file(tmp_path):
+    sets = ["lora.steps=20", "search.points=2", "seeds=[5]", "budget.wall=30m", "project=mine"]
+    spec = load(tmp_path, FULL, sets=sets)
+    assert spec.fixed == {"lora.learning_rate": 1e-4, "lora.steps": 20}
+    assert spec.search.points == 2
+    assert spec.seeds.assignments() == ({"seed": 5},)
+    assert (spec.budget.wall, spec.budget.gpu_hours) == (1800, 40)
+    assert spec.project == "mine"
+
+
+def test_an_option_can_replace_a_dimension_and_make_a_missing_part(tmp_path):
+    sets = ["search.space.fusion_weight={values: [0, 1]}", "search.points=2"]
+    assert load(tmp_path, AIR, sets=sets).space == (
+        Dimension(key="fusion_weight", values=(0.0, 1.0)),
+    )
+    assert load(tmp_path, HEAD, sets=["method=cpl"]).methods == ("cpl",)
+
+
+@pytest.mark.parametrize(
+    ("option", "fragment"),
+    [
+        ("lora.rank", "KEY=VALUE"),
+        ("lora.rank=", "KEY=VALUE"),
+        ("lora.rnk=3", "did you mean lora.rank?"),
+        ("serch.points=3", "did you mean search?"),
+        ("search.points=x", "search.points: 'x' is not allowed; allowed: a whole number >= 1"),
+        ("search.point=3", "did you mean points?"),
+        ("search.points.x=3", "holds no `key: value` lines"),
+        ("method=air", "is under grid too"),
+        ("images_per_class=3", "is under search.space too"),
+        ("seed=3", "`seeds` varies it"),
+        ("name=a/b", "letters"),
+        ("fusion_weight=[", "not YAML"),
+        ("fusion_weight=!!python/name:os.system x", "tag"),
+    ],
+)
+def test_a_bad_option_is_named(tmp_path, option, fragment):
+    message = complaint(tmp_path, FULL, sets=[option])
+    assert message.startswith(f"--set {option}")
+    assert fragment in message
+
+
+def test_only_keeps_cells_by_the_values_of_the_grid(tmp_path):
+    def ids(*only):
+        spec = load(tmp_path, FULL, only=only)
+        return [cell.id.removeprefix("digits-ul-text-") for cell in cells_of(spec)]
+
+    assert ids("method=air") == ["air-backbone=tiny", "air-backbone=ViT-B-32-openai"]
+    assert ids("method=air", "backbone=tiny") == ["air-backbone=tiny"]
+    assert ids("method=air,cpl", "backbone=tiny") == ["cpl-backbone=tiny", "air-backbone=tiny"]
+    assert ids("method=air", "method=cpl", "backbone=tiny") == ids("backbone=tiny")
+
+
+@pytest.mark.parametrize(
+    ("only", "fragment"),
+    [
+        (["method"], "method=VALUE"),
+        (["method="], "method=VALUE"),
+        (["methods=air"], "allowed: backbone, method; did you mean method?"),
+        (["lora.rank=4"], "no key of the grid"),
+        (["method=ari"], "did you mean air?"),
+        (["method=fpl"], "'fpl' is not in grid.method; allowed: cpl, air"),
+        (["method=cpl", "backbone=ViT-B-32/openai"], "no cell is left"),
+    ],
+)
+def test_a_bad_choice_of_cells_is_named(tmp_path, only, fragment):
+    message = complaint(tmp_path, FULL, only=only)
+    assert message.startswith(f"--only {only[0]}")
+    assert fragment in message
+
+
+# ---------------------------------------------------------------- finding a file
+
+
+def test_a_bare_name_is_looked_for_in_the_sweeps_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sweeps").mkdir()
+    (tmp_path / "sweeps" / "mine.yaml").write_text(AIR)
+    (tmp_path / "mine").mkdir()  # a folder of that name does not hide it
+    assert find_sweep("mine") == Path("sweeps/mine.yaml")
+    assert find_sweep("mine.yaml") == Path("sweeps/mine.yaml")
+    (tmp_path / "mine.yaml").write_text(AIR)
+    assert find_sweep("mine.yaml") == Path("mine.yaml")
+    assert find_sweep("other/place.yaml") == Path("other/place.yaml")
+    for name in ("mien", "m" * 5000):
+        with pytest.raises(SpecError, match=r"no such file or sweep; allowed: .*mine"):
+            find_sweep(name)

@@ -1,0 +1,135 @@
+"""Whatever settings a sweep file may hold: a trial of them learns, or says in a sentence what is
+missing. On the real digits, with drawn images; what is drawn here is the settings."""
+
+from __future__ import annotations
+
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from air_core.specs import FeaturesSpec, LabelsSpec
+from orchestrator.planning.plan import Need, level, needs_of
+from orchestrator.planning.resolve import Resolver
+from orchestrator.spec import presets
+from orchestrator.spec.sweep import cells_of
+from orchestrator.spec.sweep_file import load_sweep
+from orchestrator.stages.build import build_features, build_labels
+from orchestrator.stages.context import Workshop
+from orchestrator.stages.image_rows import build_image_block, open_generator
+from orchestrator.stages.trial import run_trial
+from orchestrator.store.artifacts import ArtifactStore
+
+TRIALS = 30
+ALWAYS = {"lora": None, "train.steps": 2, "images_per_class": 3, "iterations": 2}
+VALUES: dict[str, list[Any]] = {
+    "paradigm": ["ul", "ssl", "trzsl"],
+    "modality": ["text", "text", "text", "visual"],
+    "pool": ["train", "train+val"],
+    "shots": [1, 5, 200],
+    "class_seed": [500, 0],
+    "pool_size": [10, 37, 10_000],
+    "pool_ratio": [1.5, 1000.0],
+    "pool_missing": [0.1, 0.95],
+    "supervision": ["labelled"],
+    "transduction": ["gmm"],
+    "images_per_class": [0, 1, 2, 8],
+    "fusion_weight": [0, 0.001, 1.0],
+    "synthetic_weight": [0, 0.3, 2.0],
+    "iterations": [0, 1, 3],
+    "fidelity.kind": ["text", "argmax", "real_mean", "random", "none"],
+    "fidelity.keep": [1, 2],
+    "fidelity.min_margin": [-1, 0.05, 1],
+    "fidelity.duplicates": ["drop"],
+    "auxiliary.kind": ["prototype", "knn", "cache", "linear_probe"],
+    "auxiliary.source": ["synthetic", "real", "both"],
+    "auxiliary.center": [False],
+    "auxiliary.temperature": ["logit_scale", "kappa"],
+    "auxiliary.kappa": [0.01, 1000.0],
+    "auxiliary.neighbours": [1, 1000],
+    "auxiliary.rounds": [3],
+    "auxiliary.k": [1, 2, 5000],
+    "auxiliary.refresh": [True, False],
+    "auxiliary.k_step": [1, 50],
+    "auxiliary.fade": [True],
+    "fusion.space": ["logit"],
+    "fusion.schedule": ["annealed"],
+    "pseudo_labels.kind": ["top_k", "threshold"],
+    "pseudo_labels.growth": ["fixed", "growing"],
+    "pseudo_labels.k": [1, 5000],
+    "pseudo_labels.alpha": [0, 1],
+    "pseudo_labels.beta": [0, 1],
+    "pseudo_labels.threshold": [0, 0.999, 1],
+    "pseudo_labels.loss": ["ce", "rc"],
+    "prompt.length": [1, 4, 64],
+    "prompt.depth": ["deep"],
+    "prompt.init": ["uniform"],
+    "prompt.restart": [False],
+    "train.batch": [1, 100_000],
+    "train.synthetic_batch": [1],
+    "train.learning_rate": [1e-8, 2.0],
+    "train.weight_decay": [0, 0.5],
+    "train.warmup": [0, 0.99],
+    "train.clip": [1e-6],
+    "train.mix": ["real", "synthetic"],
+    "train.labelled_weight": [0, 10.0],
+    "train.labelled_among": ["all", "seen"],
+    "train.synthetic_schedule": ["fade"],
+    "generation.block": [1, 4],
+}
+SENTENCES = (  # of what only the images or the names can tell
+    "shorten the name or prompt.length",
+    "cannot tell how images of a class differ",
+)
+
+
+def settings(rng: random.Random) -> dict[str, Any]:
+    method = rng.choice(sorted(presets.METHODS))
+    chosen = rng.sample(sorted(VALUES), rng.choice([2, 4, 8, 14]))
+    drawn = ALWAYS | {key: rng.choice(VALUES[key]) for key in chosen}
+    free = {k: value for k, value in drawn.items() if k not in presets.METHODS[method].pins}
+    return {"method": method} | free
+
+
+def made(need: Need, shop: Workshop) -> None:
+    if isinstance(need.spec, FeaturesSpec):
+        build_features(need.spec, shop)
+    elif isinstance(need.spec, LabelsSpec):
+        build_labels(need.spec, shop)
+    else:
+        images = need.spec.images
+        for class_index in need.classes:
+            for block in range(math.ceil(need.images_per_class / images.block_size)):
+                build_image_block(
+                    need.spec, class_index, block, shop, lambda: open_generator(images, shop)
+                )
+
+
+def test_any_settings_are_learned_or_refused_in_a_sentence(drawn_digits, tmp_path):
+    rng, shop = random.Random(0), Workshop(ArtifactStore(tmp_path / "runs"))
+    resolver, file = Resolver(tmp_path / "digests.json", None), Path(tmp_path / "any.yaml")
+    learned = refused = 0
+    while learned < TRIALS:
+        fixed = {"generator": f"folder:{drawn_digits}", **settings(rng)}
+        file.write_text(yaml.safe_dump({"version": 1, "name": "any", "fixed": fixed}))
+        try:
+            [cell] = cells_of(load_sweep(file))
+            trial = resolver.trial({**cell.flat, "seed": 1})
+        except ValueError:
+            refused += 1
+            continue
+        try:
+            for need in sorted(needs_of([trial]), key=lambda need: level(need.spec)):
+                made(need, shop)
+            metrics = run_trial(trial, shop.store).metrics
+        except Exception as problem:
+            said = f"{type(problem).__name__}: {problem}"
+            if not any(words in said for words in SENTENCES):
+                pytest.fail(f"{said} with {fixed}")
+        else:
+            learned += 1
+            assert all(math.isfinite(value) for value in metrics.values()), (metrics, fixed)
+    assert refused < 10 * learned

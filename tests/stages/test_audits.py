@@ -1,0 +1,299 @@
+"""Audit cards of real folders of real digits: what is named, kept, filtered, and said."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from air_core.datasets import get_dataset
+from air_core.diffusion import load_generator
+from air_core.diffusion.pipeline import PipelineGenerator
+from air_core.paradigms import make_split
+from air_core.specs import GenerationSettings, SplitSettings
+from air_core.weights import tiny_folder
+from orchestrator.planning.audit_card import Audited, audited_by, card_json, card_of, known_card
+from orchestrator.planning.recorded import read_sweep
+from orchestrator.planning.resolve import images_folder, resolver_of
+from orchestrator.spec import presets
+from orchestrator.stages.auditor import made
+from orchestrator.stages.audits import audit_cards
+from orchestrator.stages.build import build_features
+from orchestrator.stages.context import Workshop
+from orchestrator.stages.image_rows import build_image_block
+from orchestrator.stages.pictures import SHEET_BYTES
+from orchestrator.stages.trial import run_trial
+from orchestrator.store.artifacts import ArtifactStore
+from orchestrator.store.location import Place
+from tests.helpers.sweeps import environment
+
+EACH = 16  # images a class
+DIGITS = get_dataset("digits")
+ZERO, ONE, TWO, THREE, FOUR, FIVE, SIX, SEVEN, EIGHT, NINE = DIGITS.classnames
+BLACK = ((ZERO, 3), (FIVE, 12), (NINE, 15))
+TWICE = ((TWO, 13, 8), (SIX, 9, 5))  # class, image, which it repeats; the second is a JPEG
+SWAPPED = ((ZERO, 10, SEVEN, 4), (THREE, 11, EIGHT, 1))
+WRONG = tuple(w for a, i, b, j in SWAPPED for w in ((a, i, b), (b, j, a)))  # looks like the last
+LEAK = (FOUR, 14)
+PLANTED = {
+    *((name, index, "blank") for name, index in BLACK),
+    *((name, index, "duplicate") for name, index, _ in TWICE),
+    *((name, index, "wrong class") for name, index, _ in WRONG),
+    (*LEAK, "test copy"),
+}
+BODY = """
+grid: {{method: [cpl, air]}}
+fixed:
+  generator: "folder:{folder}"
+  images_per_class: {count}
+  generation.block: 16
+  generation.size: 32
+  iterations: 1
+  train.steps: 2
+"""
+NO_IMAGES = """
+grid: {{method: [zero_shot, cpl]}}
+"""
+
+
+def written(image: Image.Image, folder: Path, classname: str, index: int) -> None:
+    (folder / classname).mkdir(parents=True, exist_ok=True)
+    image.save(folder / classname / f"{index:03}.png")
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory) -> Path:
+    """Digits that the embedded diffusion model has drawn, 16 a class."""
+    folder = tmp_path_factory.mktemp("drawn")
+    flat = presets.defaults("air", {})
+    settings = {k.partition(".")[2]: v for k, v in flat.items() if k.startswith("generation.")}
+    generator = PipelineGenerator(
+        tiny_folder().parent / "diffusion", GenerationSettings(**settings)
+    )
+    for name in DIGITS.classnames:
+        pixels = generator.generate(name, range(EACH), [0] * EACH)
+        for index, one in enumerate(pixels.numpy()):
+            written(Image.fromarray(one), folder, name, index)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def planted(drawn, tmp_path_factory) -> Path:
+    """Drawn digits with ten faults."""
+    folder = tmp_path_factory.mktemp("planted") / "images"
+    shutil.copytree(drawn, folder)
+    examples = DIGITS.load(None)
+    split = make_split(examples.labels, examples.parts, SplitSettings(pool="train"))
+    for name, index in BLACK:
+        written(Image.new("RGB", (32, 32)), folder, name, index)
+    for (name, index, of), form in zip(TWICE, ("PNG", "JPEG"), strict=True):
+        buffer = io.BytesIO()
+        Image.open(folder / name / f"{of:03}.png").save(buffer, form, quality=90)
+        written(Image.open(buffer), folder, name, index)
+    for one, i, other, j in SWAPPED:
+        here, there = folder / one / f"{i:03}.png", folder / other / f"{j:03}.png"
+        mine = here.read_bytes()
+        here.write_bytes(there.read_bytes())
+        there.write_bytes(mine)
+    c = DIGITS.classnames.index(LEAK[0])
+    i = split.test[examples.labels[split.test] == c][7]
+    written(examples.images[int(i)], folder, *LEAK)
+    return folder
+
+
+@dataclass
+class World:
+    """A store in which the digits have features, and rows of ready images are encoded."""
+
+    store: ArtifactStore
+
+    def record(self, name: str, folder: Path, body: str = BODY) -> Place:
+        """A sweep as the driver leaves it when it starts."""
+        place = Place(self.store, "default", name, None)
+        place.ledger().lock()
+        text = body.format(folder=folder, count=EACH)
+        (place.folder / "spec.yaml").write_text(f"version: 1\nname: {name}\n{text}")
+        (place.folder / "resolved.json").write_text("{}")
+        place.ledger().append("sweep_started", total=1)
+        return place
+
+    def rows(self, place: Place) -> list[Audited]:
+        return audited_by(*read_sweep(place, None))
+
+    def draw(self, place: Place) -> Audited:
+        [row] = self.rows(place)
+        shop = Workshop(self.store)
+        build_features(row.features, shop)
+        images = row.row.images
+        generator = load_generator(images, images_folder(images.model.name), None)
+        for c, block in row.need.missing(self.store):
+            build_image_block(row.row, c, block, shop, lambda: generator)
+        return row
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> World:
+    return World(ArtifactStore(tmp_path_factory.mktemp("store")))
+
+
+@pytest.fixture(scope="module")
+def faulty(world, planted) -> Place:
+    place = world.record("faulty", planted)
+    world.draw(place)
+    return place
+
+
+# ---------------------------------------------------------------- faults
+
+
+def test_ten_planted_faults_are_all_named_and_hardly_anything_else(world, faulty, command):
+    asked = ("audit", "faulty", "--store", world.store.root)
+    code, out, _ = command(*asked, "--json")
+    assert code == 0
+    [card] = json.loads(out)
+    named = {(one["class"], one["index"], one["reason"]) for one in card["flagged"]}
+    assert named >= PLANTED
+    assert card["images"] == EACH * 10
+    assert len(named - PLANTED) <= 0.02 * card["images"], sorted(named - PLANTED)
+    said = {(one["class"], one["index"]): one for one in card["flagged"]}
+    for name, index, reason in PLANTED:
+        one = said[name, index]
+        assert one["file"] == f"{name}/{index:03}.png"
+        assert one["sentence"].startswith(f"{name!r}: image {index} ({name}/{index:03}.png) ")
+        assert (one["value"] is not None) == (reason != "not a number")
+    for name, index, of in TWICE:
+        assert f"image {of} ({name}/{of:03}.png) again" in said[name, index]["sentence"]
+    for name, index, looks_like in WRONG:
+        assert f"looks like {looks_like!r}" in said[name, index]["sentence"]
+
+
+def test_the_screen_fits_and_says_the_same(world, faulty, command):
+    code, out, _ = command("audit", "faulty", "--store", world.store.root)
+    assert code == 0
+    lines = out.splitlines()
+    assert all(len(line) <= 80 for line in lines if "/" not in line)  # a path is not broken
+    flat = " ".join(out.split())
+    assert "3 blank, 2 duplicate, 4 wrong class" in flat
+    assert "copies: 1" in flat
+    assert str(faulty.folder) in out
+
+
+def test_a_card_has_a_line_for_each_class_with_its_best_and_worst_image(world, faulty):
+    [card] = audit_cards(*read_sweep(faulty, None))
+    assert [line["classname"] for line in card.classes] == list(DIGITS.classnames)
+    assert sum(line["flagged"] for line in card.classes) == card.flagged_images
+    swapped = {(name, index) for name, index, _ in WRONG}
+    worst = {(line["classname"], line["worst"]) for line in card.classes}
+    assert swapped & worst
+    assert not swapped & {(line["classname"], line["best"]) for line in card.classes}
+
+
+# ---------------------------------------------------------------- kept
+
+
+def test_the_same_images_give_the_same_bytes_and_json_comes_back(world, faulty):
+    [row] = world.rows(faulty)
+    (one, png), (other, again) = (made(row, Workshop(world.store)) for _ in range(2))
+    assert card_json(one) == card_json(other)
+    assert png == again
+    assert len(png) < SHEET_BYTES
+    assert Image.open(io.BytesIO(png)).width < 1000
+    assert card_json(card_of(card_json(one))) == card_json(one)
+
+
+LOOK = """
+import sys
+from orchestrator.__main__ import main
+sys.argv = ["airsweep", "audit", "faulty", "--store", sys.argv[1]]
+try:
+    main()
+finally:
+    print(*sorted({"torch", "ray", "mlflow"} & set(sys.modules)), file=sys.stderr)
+"""
+
+
+def test_a_card_is_kept_beside_the_sweep_for_the_tracker_and_read_without_torch(world, faulty):
+    audit_cards(*read_sweep(faulty, None))
+    [row] = world.rows(faulty)
+    files = {file.name: file for file in faulty.folder.glob("audit-*")}
+    assert {f"{row.name}.json", f"{row.name}.png"} <= files.keys()
+    before = files[f"{row.name}.json"].stat().st_mtime_ns
+    done = subprocess.run(
+        [sys.executable, "-c", LOOK, str(world.store.root)],
+        capture_output=True, text=True, env=environment(), timeout=300, check=True,
+    )  # fmt: skip
+    assert "3 blank, 2 duplicate" in " ".join(done.stdout.split())
+    assert done.stderr.split() == []
+    assert files[f"{row.name}.json"].stat().st_mtime_ns == before
+
+
+def test_a_card_of_fewer_images_or_of_a_damaged_file_is_made_again(world, faulty):
+    audit_cards(*read_sweep(faulty, None))
+    [row] = world.rows(faulty)
+    assert known_card(row, faulty) is not None
+    assert known_card(replace(row, images_per_class=EACH + 1), faulty) is None
+    assert known_card(replace(row, splits=(SplitSettings(split_seed=1),)), faulty) is None
+    file = faulty.folder / f"{row.name}.json"
+    text = file.read_text()
+    file.write_text(text[: len(text) // 2])
+    assert known_card(row, faulty) is None
+    [card] = audit_cards(*read_sweep(faulty, None))
+    assert file.read_text() == text == card_json(card)
+
+
+# ---------------------------------------------------------------- the filter
+
+
+def test_what_the_card_says_of_a_filter_is_what_a_trial_does(world, faulty, planted, resolver):
+    [card] = audit_cards(*read_sweep(faulty, None))
+    sweep, place = read_sweep(faulty, None)
+    from orchestrator.planning.plan import possible_trials
+    from orchestrator.spec.sweep import cells_of
+
+    _, trial = possible_trials(cells_of(sweep), [{"seed": 1}], resolver_of(place))
+    filters = {
+        "fidelity.min_margin: 0": {"min_margin": 0.0},
+        "fidelity.duplicates: drop": {"duplicates": "drop"},
+    }
+    held = card.images - card.counts["blank"]
+    assert run_trial(trial, world.store).metrics["synthetic/images"] == held
+    assert filters.keys() == card.kept.keys()
+    for name, setting in filters.items():
+        filtered = replace(trial, fidelity=replace(trial.fidelity, **setting))
+        used = run_trial(filtered, world.store).metrics["synthetic/images"]
+        assert used == card.kept[name] < held
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("nobody", "no sweep default/nobody in"),
+        ("none", "reads no synthetic images (cpl, zero_shot), so there is nothing to audit"),
+        ("undrawn", "are not drawn yet: 0 of 10 blocks"),
+    ],
+)
+def test_what_cannot_be_audited_is_one_sentence_and_exit_code_2(
+    world, drawn, command, name, said, tmp_path
+):
+    if name == "none":
+        world.record(name, drawn, NO_IMAGES)
+    if name == "undrawn":
+        other = tmp_path / "other"
+        shutil.copytree(drawn, other)
+        written(Image.new("RGB", (32, 32), "red"), other, ZERO, 0)
+        world.record(name, other)
+    code, out, err = command("audit", name, "--store", world.store.root)
+    assert (code, out) == (2, "")
+    assert err.startswith("airsweep: ")
+    assert len(err.splitlines()) == 1
+    assert said in err

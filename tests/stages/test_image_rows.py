@@ -1,0 +1,140 @@
+"""Image blocks without a cluster: drawn once by whoever comes first, sealed, counted on disk."""
+
+from __future__ import annotations
+
+import io
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Event, Semaphore
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from air_core.diffusion import load_generator
+from air_core.seal import intact
+from air_core.specs import FolderImages, Ref, SyntheticFeaturesSpec
+from orchestrator.errors import DamagedArtifact
+from orchestrator.planning.resolve import images_folder
+from orchestrator.stages.build import build_features
+from orchestrator.stages.context import Workshop
+from orchestrator.stages.image_rows import DEATHS, build_image_block, read_synthetic
+from orchestrator.stages.pictures import (
+    GAP_PX,
+    HEAD_PX,
+    LABEL_PX,
+    PER_GROUP,
+    TILE_PX,
+    contact_sheet,
+)
+from orchestrator.store.artifacts import ArtifactStore
+from tests.air_core.dataset_trees import EPS, draw
+
+
+def row_of(folder: str) -> SyntheticFeaturesSpec:
+    names = tuple(sorted(path.name for path in Path(folder).iterdir()))
+    model = Ref(name=f"folder:{folder}", digest="f")
+    images = FolderImages(model=model, classnames=names, size=32, block=2)
+    return SyntheticFeaturesSpec(images=images, backbone=Ref(name="tiny", digest="b"))
+
+
+def generator_of(spec: SyntheticFeaturesSpec):
+    return load_generator(spec.images, images_folder(spec.images.model.name), None, "cpu")
+
+
+@pytest.fixture
+def store(tmp_path) -> ArtifactStore:
+    return ArtifactStore(tmp_path / "runs")
+
+
+def test_a_block_that_two_want_at_once_is_drawn_once(store, drawn_digits):
+    """Locks are of open files, so two threads are to them what two processes are."""
+    spec = row_of(str(drawn_digits))
+    draws = Semaphore(0)
+    go_on = Event()
+
+    def generator():
+        draws.release()
+        assert go_on.wait(600)
+        return generator_of(spec)
+
+    with ThreadPoolExecutor(2) as pool:
+        block = (spec, 3, 0, Workshop(store), generator)
+        both = [pool.submit(build_image_block, *block) for _ in range(2)]
+        assert draws.acquire(timeout=600)
+        assert not draws.acquire(timeout=0.3)  # who does not wait would have begun by now
+        go_on.set()
+        assert sorted(one.result(600)["drawn"] for one in both) == [0, 2]
+    row = store.row(spec.images)
+    assert sorted(p.name for p in row.path.iterdir()) == ["0003-00000.parquet", "row.json"]
+    assert list((store.root / "locks").iterdir()) == []
+
+
+def test_shards_and_the_rows_own_word_are_sealed(store, drawn_digits):
+    spec = row_of(str(drawn_digits))
+    build_image_block(spec, 0, 0, Workshop(store), lambda: generator_of(spec))
+    files = [file for file in store.artifacts.rglob("*") if file.is_file()]
+    assert len(files) == 4
+    assert all(intact(file.read_bytes()) for file in files)
+
+
+def test_a_damaged_shard_is_not_read_and_is_named(store, drawn_digits):
+    spec = row_of(str(drawn_digits))
+    build_image_block(spec, 0, 0, Workshop(store), lambda: generator_of(spec))
+    shard = store.row(spec).shard(0, 0, ".safetensors")
+    sound = shard.read_bytes()
+    assert len(read_synthetic(spec, 2, store, [0])) == 2
+    shard.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+    with pytest.raises(DamagedArtifact, match=r"0000-00000\.safetensors is damaged"):
+        read_synthetic(spec, 2, store, [0])
+
+
+def test_a_sheet_shows_what_there_is_where_few_images_are_drawn(store, drawn_digits, trial):
+    spec, shop = row_of(str(drawn_digits)), Workshop(store)
+    for place in ((0, 0), (1, 0), (1, 1)):
+        build_image_block(spec, *place, shop, lambda: generator_of(spec))
+    png, shares = contact_sheet(spec, None, trial("fpl").features, shop)
+    sheet = Image.open(io.BytesIO(png)).convert("L")
+    drawn = LABEL_PX + PER_GROUP * (TILE_PX + GAP_PX) + 10  # right of the real ones
+    for line in range(2):
+        top = HEAD_PX + line * (TILE_PX + GAP_PX)
+        tiles = [
+            np.asarray(sheet.crop((left, top, left + TILE_PX, top + TILE_PX))).min()
+            for left in range(drawn, drawn + 3 * (TILE_PX + GAP_PX), TILE_PX + GAP_PX)
+        ]
+        assert [bool(darkest < 128) for darkest in tiles] == [True, True, False]
+    assert 0 <= shares["synthetic"] <= 1
+
+
+def test_a_block_that_killed_its_processes_fails_and_one_that_merely_failed_does_not_count(
+    store, drawn_digits
+):
+    spec = row_of(str(drawn_digits))
+
+    def broken():
+        raise OSError("no generator today")
+
+    for _ in range(DEATHS + 1):
+        with pytest.raises(OSError, match="no generator today"):
+            build_image_block(spec, 0, 0, Workshop(store), broken)
+    killed = [store.row(spec.images).deaths_counted(0, 0, DEATHS) for _ in range(DEATHS)]
+    for process in killed:
+        process.__enter__()  # and never comes back
+    with pytest.raises(RuntimeError, match="killed its process 2 times"):
+        build_image_block(spec, 0, 0, Workshop(store), lambda: generator_of(spec))
+    build_image_block(spec, 0, 0, Workshop(store), lambda: generator_of(spec))  # the next start
+    assert list(store.root.rglob("*.tries")) == []
+
+
+def test_features_of_a_dataset_start_no_program_for_postscript(
+    store, resolver, tmp_path, ghostscript
+):
+    home = tmp_path / "pets"
+    for name in ("cat", "dog"):
+        for i in range(60):
+            draw(home / name / f"{i:02}.png")
+    (home / "dog" / "harmless.jpg").write_bytes(EPS)
+    trial = resolver.trial({"dataset": f"folder:{home}", "iterations": 0, "images_per_class": 0})
+    made = build_features(trial.features, Workshop(store))
+    assert made.record["info"]["unreadable"] == 1
+    assert not ghostscript.exists()

@@ -1,0 +1,204 @@
+"""Trials side by side, on the real digits: each has the record and the failure of one alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from air_core import method
+from air_core.normal import normalised
+from air_core.specs import TrialSpec
+from orchestrator.errors import MissingArtifact
+from orchestrator.stages.build import build_features
+from orchestrator.stages.context import Workshop
+from orchestrator.stages.side_by_side import run_trials, side_by_side
+from orchestrator.stages.trial import Legs, run_trial
+from orchestrator.store.artifacts import ArtifactStore
+from orchestrator.store.checkpoints import START, read_checkpoint, rungs_of
+from orchestrator.store.records import TrialRecord
+
+QUICK = {"train__steps": 4, "prompt__length": 2}
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory, trial) -> Path:
+    """A store that holds the features of the digits and nothing else."""
+    store = ArtifactStore(tmp_path_factory.mktemp("replicas") / "runs")
+    build_features(trial("fpl").features, Workshop(store))
+    return store.root
+
+
+@pytest.fixture
+def store(features, tmp_path) -> ArtifactStore:
+    return ArtifactStore(Path(shutil.copytree(features, tmp_path / "runs")))
+
+
+@pytest.fixture
+def seeds(trial) -> list[TrialSpec]:
+    return [trial("fpl", seed=seed, **QUICK) for seed in (1, 2, 3)]
+
+
+def info(record: TrialRecord) -> Any:
+    return json.loads((record.path / "record.json").read_text())["info"]
+
+
+def staged(store: ArtifactStore) -> list[Path]:
+    return [path for path in (store.artifacts / "trials" / "v2").iterdir() if path.name[0] == "."]
+
+
+def test_seeds_side_by_side_leave_the_records_of_seeds_alone(seeds, store, features, tmp_path):
+    told: dict[int, list[float]] = {0: [], 1: [], 2: []}
+    started = time.monotonic()
+    together = run_trials(seeds, store, share_done=lambda place, share: told[place].append(share))
+    took = time.monotonic() - started
+    other = ArtifactStore(Path(shutil.copytree(features, tmp_path / "alone")))
+    for ours, spec in zip(together, seeds, strict=True):
+        assert isinstance(ours, TrialRecord)
+        theirs = run_trial(spec, other)
+        assert ours.key == theirs.key
+        assert [p.name for p in sorted(ours.path.iterdir())] == [
+            p.name for p in sorted(theirs.path.iterdir())
+        ]
+        assert ours.metrics.keys() == theirs.metrics.keys()
+        assert ours.curves == {
+            name: pytest.approx(of, rel=1e-4) for name, of in theirs.curves.items()
+        }
+        same = ours.predictions()[1] == theirs.predictions()[1]
+        assert same.sum() >= len(same) - 1
+        np.testing.assert_allclose(ours.prompt(), theirs.prompt(), rtol=1e-3, atol=1e-5)
+        assert info(ours)["replicas"] == 3
+        assert "replicas" not in info(theirs)
+    # Each is charged for its share, so that hours add up to what was paid.
+    assert sum(record.seconds for record in together) <= took
+    assert sum(record.metrics["time/train_s"] for record in together) <= took
+    assert all(shares == sorted(shares) and shares[-1] == 1 for shares in told.values())
+
+
+def test_each_fails_alone_and_only_what_is_missing_runs_again(trial, seeds, store):
+    nan = replace(seeds[1], train=replace(seeds[1].train, learning_rate=1e38))
+    undrawn = trial("air_fpl", images_per_class=4, seed=3, synthetic_weight=0.5, **QUICK)
+    first, second, third, fourth = run_trials([seeds[0], nan, undrawn, seeds[0]], store)
+    assert isinstance(first, TrialRecord)
+    assert first == fourth
+    assert isinstance(second, FloatingPointError)
+    assert isinstance(third, MissingArtifact)
+    assert staged(store) == []
+    made = (first.path / "record.json").stat().st_mtime_ns
+    again = run_trials([seeds[0], seeds[2]], store)
+    assert (first.path / "record.json").stat().st_mtime_ns == made
+    assert "replicas" not in info(again[1])  # it was the only one that was missing
+    assert isinstance(run_trials([seeds[1]], store.read_only())[0], MissingArtifact)
+
+
+def test_too_many_for_the_memory_run_one_by_one(seeds, store, monkeypatch):
+    fit, sizes = method.fit, []
+
+    def small_machine(trainings: Any) -> Any:
+        sizes.append(len(trainings))
+        if len(trainings) > 1:
+            raise MemoryError("out of memory")
+        return fit(trainings)
+
+    monkeypatch.setattr(method, "fit", small_machine)
+    assert all(isinstance(one, TrialRecord) for one in run_trials(seeds, store))
+    assert sizes == [3, 1, 1, 1]
+
+
+def test_prompts_before_the_same_names_go_together_as_far_as_memory_allows(trial):
+    text = [normalised(trial("cpl", seed=seed)) for seed in range(30)]
+    rate, longer, visual, zero = (
+        normalised(trial("cpl", train__learning_rate=0.5)),
+        normalised(trial("cpl", prompt__length=5)),
+        normalised(trial("cpl", modality="visual")),
+        normalised(trial("zero_shot")),
+    )
+    groups = side_by_side([visual, *text[:3], zero, longer, rate], "cpu")
+    assert groups == [[visual], [*text[:3], rate], [zero], [longer]]
+    # Ten classes each.
+    assert [len(group) for group in side_by_side(text, "cpu")] == [25, 5]
+    assert [len(group) for group in side_by_side(text, "cuda")] == [30]
+    many = [replace(spec, classnames=tuple(map(str, range(1000)))) for spec in text[:3]]
+    assert [len(group) for group in side_by_side(many, "cpu")] == [1, 1, 1]
+
+
+# ---------------------------------------------------------------- legs
+
+CLOCK = ("time/train_s",)
+
+
+def without_clock(of: Any) -> Any:
+    metrics = {name: value for name, value in of["metrics"].items() if name not in CLOCK}
+    return {**of, "metrics": metrics, "rungs": None}
+
+
+def test_a_trial_in_legs_leaves_the_record_of_one_that_was_never_stopped(
+    trial, store, features, tmp_path, monkeypatch
+):
+    fit, fits = method.fit, []
+    monkeypatch.setattr(method, "fit", lambda asked: fits.append(len(asked)) or fit(asked))
+    spec = trial("cpl", seed=1, **{**QUICK, "iterations": 4})
+    rungs = (1, 3)
+    assert run_trials([spec], store, legs=Legs(rungs, until=1)) == [None]
+    assert not store.has(spec)
+    assert len(fits) == 1
+    assert run_trials([spec], store, legs=Legs(rungs, until=1)) == [None]  # it is there
+    assert len(fits) == 1
+    assert run_trials([spec], store, legs=Legs(rungs, until=3)) == [None]
+    passed, seconds = rungs_of(spec, store)
+    assert passed.keys() == {1, 3}
+    assert seconds > 0
+    assert len(fits) == 3
+    [ours] = run_trials([spec], store, legs=Legs(rungs))
+    assert isinstance(ours, TrialRecord)
+    assert len(fits) == 4  # as many as iterations
+    assert ours.seconds > seconds
+    assert read_checkpoint(spec, store) is START
+    assert rungs_of(spec, store)[0] == passed
+
+    other = ArtifactStore(Path(shutil.copytree(features, tmp_path / "alone")))
+    [theirs] = run_trials([spec], other)
+    assert isinstance(theirs, TrialRecord)
+    assert "rungs" not in info(theirs)
+    assert without_clock(info(ours)) == without_clock({**info(theirs), "rungs": None})
+    for name in ("predictions.safetensors", "prompt.safetensors"):
+        assert (ours.path / name).read_bytes() == (theirs.path / name).read_bytes()
+
+
+def test_a_rung_that_a_whole_trial_has_not_noted_is_computed_and_no_more(trial, store, monkeypatch):
+    """Another sweep ran it, without pruning."""
+    spec = trial("cpl", seed=1, **{**QUICK, "iterations": 3})
+    [record] = run_trials([spec], store)
+    fit, fits = method.fit, []
+    monkeypatch.setattr(method, "fit", lambda asked: fits.append(len(asked)) or fit(asked))
+    assert rungs_of(spec, store)[0] == {}
+    run_trials([spec], store, legs=Legs((1,), until=1))
+    assert rungs_of(spec, store)[0].keys() == {1}
+    assert run_trials([spec], store, legs=Legs((1,))) == [record]
+    assert len(fits) == 1
+
+
+def test_the_objective_at_a_rung_is_that_of_a_trial_that_ends_there(trial, store):
+    """Labels of `cpl` do not hang on how many iterations follow, where they do not grow."""
+    settings = {**QUICK, "pseudo_labels__growth": "fixed"}
+    spec = trial("cpl", seed=1, **{**settings, "iterations": 3})
+    run_trials([spec], store, legs=Legs((2,), until=2))
+    short = run_trial(trial("cpl", seed=1, **{**settings, "iterations": 2}), store)
+    assert rungs_of(spec, store)[0][2] == short.objectives
+
+
+def test_seeds_go_on_side_by_side_from_where_each_stopped(seeds, store):
+    legs = [replace(spec, iterations=3) for spec in seeds]
+    run_trials(legs[:2], store, legs=Legs((2,), until=2))
+    run_trials(legs, store, legs=Legs((2,), until=2))
+    records = run_trials(legs, store, legs=Legs((2,)))
+    for record, most in zip(records, (3, 3, 3), strict=True):
+        assert isinstance(record, TrialRecord)
+        assert len(record.curves["train/loss"]) == 3
+        assert info(record)["replicas"] == most

@@ -1,0 +1,103 @@
+"""A prompt that was learned on one dataset, tested on another: real small trials."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from air_core.datasets import get_dataset
+from orchestrator.planning.plan import plan_sweep
+from orchestrator.reporting.results import entries_of
+from orchestrator.reporting.rows import rows
+from orchestrator.spec.sweep import Seeds, SweepSpec
+from orchestrator.stages.build import build_features, read_target
+from orchestrator.stages.context import Workshop
+from orchestrator.stages.trial import run_trial
+from orchestrator.store.artifacts import ArtifactStore
+from orchestrator.store.event_log import Ledger
+
+QUICK = {"train.steps": 5, "prompt.length": 2, "iterations": 1, "images_per_class": 0}
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory, drawn_digits) -> Path:
+    """Drawn digits as somebody's dataset of five classes, and so another than the digits."""
+    folder = tmp_path_factory.mktemp("others")
+    for name in sorted(path.name for path in drawn_digits.iterdir())[:5]:
+        shutil.copytree(drawn_digits / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory, resolver, drawn) -> ArtifactStore:
+    """A store with the features of both."""
+    store = ArtifactStore(tmp_path_factory.mktemp("transfer") / "runs")
+    for name in ("digits", f"folder:{drawn}"):
+        build_features(resolver.trial({**QUICK, "dataset": name}).features, Workshop(store))
+    return store
+
+
+@pytest.fixture
+def spec(resolver, drawn):
+    def make(**changes):
+        return resolver.trial({**QUICK, "test_dataset": f"folder:{drawn}", "seed": 1, **changes})
+
+    return make
+
+
+def test_the_prompt_of_one_dataset_meets_the_classes_of_another(spec, store, drawn, tiny_clip):
+    there = run_trial(spec(), store)
+    home = run_trial(replace(spec(), test_dataset=None), store)
+    index, predictions, labels = there.predictions()
+    target = read_target(spec().test_features, spec().split, store)
+    assert np.array_equal(index, target.split.test)
+    assert np.array_equal(labels, target.labels[index])
+    names = get_dataset(f"folder:{drawn}").classnames
+    weight = tiny_clip.encode_context(torch.from_numpy(home.prompt()), names)
+    assert np.array_equal(predictions, (target.features[index] @ weight.T).argmax(dim=-1))
+    assert there.metrics["test/accuracy"] == (predictions == labels).mean()
+    assert len(there.per_class) == 5
+    # What a search may see is of the dataset that was learned from.
+    assert there.objectives == home.objectives
+    assert not any(name.startswith("test/") for name in there.curves)
+
+
+def test_one_prompt_is_learned_once_for_all_that_it_is_tested_on(
+    spec, store, drawn, tmp_path, resolver
+):
+    run_trial(spec(seed=2), store)
+    learned = {path.name: path.stat().st_mtime_ns for path in store.artifacts.glob("trials/*/*")}
+    copy = Path(shutil.copytree(drawn, tmp_path / "copy"))
+    next(copy.iterdir()).rename(copy / "another name")
+    other = spec(seed=2, test_dataset=f"folder:{copy}")
+    build_features(other.test_features, Workshop(store))
+    run_trial(other, store)
+    after = {path.name: path.stat().st_mtime_ns for path in store.artifacts.glob("trials/*/*")}
+    assert learned.items() <= after.items()
+    assert len(after) == len(learned) + 1
+
+
+def test_a_table_names_both_and_compares_within_each(store, resolver, drawn, tmp_path):
+    sweep = SweepSpec(
+        name="x",
+        grid={"test_dataset": ("digits", f"folder:{drawn}"), "method": ("zero_shot", "fpl")},
+        fixed={"train.steps": 2},
+        seeds=Seeds(values=((1,),)),
+    )
+    plan = plan_sweep(sweep, store, resolver, Ledger(tmp_path / "sweep"))
+    assert [need.have(store) for need in plan.needs] == [1, 1]
+    for slot in plan.slots:
+        run_trial(slot.spec, store)
+    found = rows(entries_of(plan, store), None)
+    assert [(row.dataset, row.method) for row in found] == [
+        ("digits", "zero_shot"),
+        ("digits", "fpl"),
+        (f"digits -> folder:{drawn}", "zero_shot"),
+        (f"digits -> folder:{drawn}", "fpl"),
+    ]
+    assert all(row.settings == {} for row in found)

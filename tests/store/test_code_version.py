@@ -1,0 +1,154 @@
+"""Code versions: which edits give a stage new keys, and which give none."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from air_core.datasets import DATASETS
+from air_core.specs import reader_of
+from orchestrator.keys import RECIPES, artifact_key
+from orchestrator.store.code_version import LISTED, PARTS, version
+
+ROOT = Path(__file__).parents[2]
+READERS = sorted({reader_of(name) for name in DATASETS} | {reader_of("folder:x")})
+# Modules that compute nothing of a result, or whose result is in the key.
+NOT_COUNTED = {
+    "air_core.flat",  # spelling of keys
+    "air_core.model_configs",  # refuses models; their content is in the key
+    "air_core.normal",  # which settings are in the key
+    "air_core.printable",  # messages
+    "air_core.seal",  # how files are written
+    "air_core.specs",  # what is in the key
+    "air_core.weights",  # where models lie; their content is in the key
+    "air_core.datasets",  # which datasets there are
+    "air_core.datasets.published",  # citations
+}
+
+
+def test_golden_every_version_is_listed_under_its_recipe():
+    """If this fails, the code of a stage changed. If results may differ, raise its number in
+    RECIPES (of features for a dataset); then `make golden` starts its list anew. If they are the
+    same, `make golden` adds the version."""
+    recipes = dict(RECIPES.values())
+    now = {part: recipes.get(part, recipes["features"]) for part in (*PARTS, *READERS)}
+    listed = json.loads(LISTED.read_text()) if LISTED.exists() else {}
+    wanted = {}
+    for part, recipe in now.items():
+        of = listed.get(part, {})
+        versions = of.get("versions", []) if of.get("recipe") == recipe else []
+        new = [] if version(part) in versions else [version(part)]
+        wanted[part] = {"recipe": recipe, "versions": [*versions, *new]}
+    if os.environ.get("AIRSWEEP_UPDATE_GOLDEN"):
+        LISTED.write_text(json.dumps(wanted, indent=1, sort_keys=True) + "\n")
+    assert json.loads(LISTED.read_text()) == wanted
+
+
+@pytest.mark.parametrize("part", [*PARTS, *READERS])
+def test_what_a_part_imports_counts_or_is_named_here(part):
+    modules = PARTS.get(part, (f"air_core.{part}",))
+    read_with = () if part in PARTS else PARTS["features"]
+    counted = {*modules, *read_with, *NOT_COUNTED}
+    for module in modules:
+        path = ROOT.joinpath(*module.split("."))
+        file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("air_core"):
+                within = node.module == "air_core"
+                names = [f"air_core.{one.name}" for one in node.names] if within else [node.module]
+                assert counted.issuperset(names), f"{module} imports {names}"
+
+
+# ---------------------------------------------------------------- edits, in a copy of the code
+
+EDITED = ("features", "lora", "images", "trials", "datasets.digits")
+COMMAND = f"""
+from orchestrator.store.code_version import version
+print(*map(version, {EDITED}))
+"""
+EDITS = [
+    # file, old, new, which of EDITED change
+    ("training.py", "MOMENTUM = 0.9", "MOMENTUM = 0.8", {"trials"}),
+    ("training.py", "MOMENTUM = 0.9", "MOMENTUM  =  0.9  # a comment", set()),
+    ("classifiers.py", '"""Blend the text', '"""Mix the text', set()),
+    ("datasets/digits.py", "16", "17", {"datasets.digits"}),
+    ("diffusion/lora.py", "GAMMA = 5.0", "GAMMA = 4.0", {"lora"}),
+    ("diffusion/pipeline.py", "thrift: int", "thrift: float", {"lora", "images"}),
+    ("backbone/clip.py", "import torch\n", "import torch\nX = 1\n", {"features", "trials"}),
+    ("specs.py", "ge=1", "ge=2", set()),
+]
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("copy")
+    for package in ("air_core", "orchestrator"):
+        ignored = shutil.ignore_patterns("weights", "__pycache__")
+        shutil.copytree(ROOT / package, folder / package, ignore=ignored)
+    return folder
+
+
+def versions(folder: Path) -> dict[str, str]:
+    words = [sys.executable, "-c", COMMAND]
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=True)
+    return dict(zip(EDITED, done.stdout.split(), strict=True))
+
+
+@pytest.mark.parametrize(("file", "old", "new", "expected"), EDITS)
+def test_an_edit_changes_the_parts_that_have_its_module(copy, file, old, new, expected):
+    path = copy / "air_core" / file
+    text = path.read_text()
+    assert old in text
+    before = versions(copy)
+    try:
+        path.write_text(text.replace(old, new))
+        after = versions(copy)
+    finally:
+        path.write_text(text)
+    assert {part for part in EDITED if before[part] != after[part]} == expected
+
+
+def test_another_name_of_a_module_changes_nothing(copy):
+    before = versions(copy)
+    (copy / "air_core" / "training.py").rename(copy / "air_core" / "fitting.py")
+    try:
+        for file in [
+            *copy.rglob("air_core/**/*.py"),
+            copy / "orchestrator" / "store" / "code_version.py",
+        ]:
+            text = file.read_text()
+            file.write_text(text.replace("air_core.training", "air_core.fitting"))
+        assert versions(copy) == before
+    finally:
+        (copy / "air_core" / "fitting.py").rename(copy / "air_core" / "training.py")
+        for file in [
+            *copy.rglob("air_core/**/*.py"),
+            copy / "orchestrator" / "store" / "code_version.py",
+        ]:
+            text = file.read_text()
+            file.write_text(text.replace("air_core.fitting", "air_core.training"))
+
+
+def test_code_that_no_recipe_covers_gives_its_stage_and_later_ones_new_keys(trial):
+    """Trials alone, and a LoRA with all that is made with it."""
+    spec = trial("air")
+    keys = _keys(spec)
+    edited = _keys(replace(spec, code=(("trials", "0" * 12),)))
+    assert {name for name in keys if keys[name] != edited[name]} == {"trials"}
+    lora = (("lora", "0" * 12),)
+    edited = _keys(replace(spec, code=lora))
+    assert {name for name in keys if keys[name] != edited[name]} == {"lora", "images", "trials"}
+    assert artifact_key(trial("fpl")) == artifact_key(replace(trial("fpl"), code=lora))
+
+
+def _keys(spec):
+    of = {"features": spec.features, "lora": spec.lora_adapter, "images": spec.images}
+    return {name: artifact_key(one) for name, one in {**of, "trials": spec}.items()}

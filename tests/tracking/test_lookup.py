@@ -1,0 +1,460 @@
+"""A sweep afterwards: told to a tracker that was away, computed again, compared. No cluster."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from air_core.datasets import get_dataset
+from orchestrator.errors import FAILED, TERMINATED, SweepBusy, TrackerAway
+from orchestrator.keys import ArtifactKey
+from orchestrator.planning.outcome import Outcome
+from orchestrator.planning.plan import needs_of, plan_sweep
+from orchestrator.planning.requests import plan_of
+from orchestrator.planning.resolve import resolver_of
+from orchestrator.reporting.results import entries_of
+from orchestrator.reporting.rows import rows
+from orchestrator.spec.sweep import SweepSpec
+from orchestrator.spec.sweep_file import load_sweep
+from orchestrator.stages.build import PARTS
+from orchestrator.stages.context import Workshop
+from orchestrator.stages.image_rows import build_image_block, open_generator
+from orchestrator.stages.trial import run_trial
+from orchestrator.store.artifacts import ArtifactStore
+from orchestrator.store.event_log import Ledger
+from orchestrator.store.location import Place
+from orchestrator.store.records import read_trial
+from orchestrator.tracking.lookup import remembered
+from orchestrator.tracking.publish import Publisher
+from orchestrator.tracking.reconcile import reconcile
+from orchestrator.tracking.reproduce import differences, repro
+from orchestrator.tracking.types import Counts
+from tests.helpers.servers import MlflowServer, free_port, in_trouble
+from tests.helpers.sweeps import record_again
+
+IMAGES = 240  # of the digits: enough for every class, and quick
+SWEEP = """version: 1
+name: small
+grid: {{method: [zero_shot, fpl, air_fpl]}}
+fixed: {{train.steps: 2, prompt.length: 2, images_per_class: 4, generation.block: 2,
+        generator: "folder:{folder}"}}
+seeds: [1, 2]
+"""
+STATES = ("done", "reused", "done", "failed", "done", "done")
+MADE = {"user": "ada", "commit": "0123abc", "dirty": "feed"}
+TAGS = {  # air.*, of which other tools know the names
+    "sweep": "artifacts done failed kind project reused spec_hash sweep user",
+    "point": "cell content dataset interval kind method modality paradigm point runs seed "
+    "split_seed sweep user",
+    "trial": "artifacts backbone_digest cell code commit dataset dataset_digest device dirty files "
+    "host kind method modality paradigm point seed seeds slot spec_hash split_seed state sweep "
+    "trial_key user versions",
+}
+
+
+@pytest.fixture(autouse=True)
+def _no_tracking_uri(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory, drawn_digits: Path) -> Path:
+    return shutil.copytree(drawn_digits, tmp_path_factory.mktemp("images") / "drawn")
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> SweepSpec:
+    file = tmp_path_factory.mktemp("spec") / "small.yaml"
+    file.write_text(SWEEP.format(folder=drawn))
+    return load_sweep(file)
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory, tiny_clip: Any, sweep: SweepSpec) -> Place:
+    """A sweep that ran without a tracker, with outcomes as in STATES."""
+    store = ArtifactStore(tmp_path_factory.mktemp("ended") / "runs")
+    place = Place(store, "default", "small", None)
+    resolver, ledger = resolver_of(place), place.ledger()
+    ledger.lock()
+    slots = plan_sweep(sweep, store, resolver, ledger).slots
+
+    def build(folder: Path) -> dict[str, Any]:
+        examples = get_dataset("digits").load(None)
+        arrays = {
+            "features": tiny_clip.encode_images(examples.images[:IMAGES]).numpy(),
+            "labels": examples.labels[:IMAGES],
+            "parts": np.array([PARTS.index(p) for p in examples.parts[:IMAGES]], dtype=np.int8),
+        }
+        save_file(arrays, folder / "features.safetensors")
+        return {}
+
+    store.get_or_build(slots[0].spec.features, build)
+    (row,) = (need for need in needs_of([slots[-1].spec]) if need.stage == "images")
+    shop, generators = Workshop(store), {}
+    for c, block in row.shards():
+        opened = lambda: generators.setdefault("one", open_generator(row.spec.images, shop))  # noqa: E731
+        build_image_block(row.spec, c, block, shop, opened)
+    names = {"AIRSWEEP_USER": "ada", "AIRSWEEP_COMMIT": "0123abc", "AIRSWEEP_DIRTY": "feed"}
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(names)
+    ledger.append("sweep_started", spec="s", total=6, to_run=6, pid=1, **MADE)
+    for slot, state in zip(slots, STATES, strict=True):
+        fields = {"slot": slot.id, "cell": slot.cell.id, "key": slot.key.digest}
+        if state == "failed":
+            fields |= {"failure_class": "oom", "message": "MemoryError: no room"}
+        else:
+            run_trial(slot.spec, store)
+        ledger.append(f"trial_{state}", **fields)
+    ledger.append("sweep_ended", exit_code=1, seconds=3.0)
+    ledger.unlock()
+    for name, value in before.items():
+        if value is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = value
+    (place.folder / "spec.yaml").write_text(sweep.text)
+    (place.folder / "uncommitted-feed.diff").write_text("+ a line\n")
+    return place
+
+
+def copy_of(ended: Place, folder: Path) -> Place:
+    root = shutil.copytree(ended.store.root, folder / "runs")
+    return Place(ArtifactStore(root), ended.project, ended.name, None)
+
+
+def mlflow_client(uri: str) -> Any:
+    from orchestrator.tracking.mlflow import MlflowClient
+
+    return MlflowClient(uri)
+
+
+def all_runs(uri: str, project: str = "default") -> list[Any]:
+    client = mlflow_client(uri)
+    experiment = client.get_experiment_by_name(f"air/{project}")
+    return list(client.search_runs([experiment.experiment_id], max_results=100))
+
+
+@pytest.fixture(scope="module")
+def told(ended: Place, sweep: SweepSpec, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """MLflow's file beside the store, told of the sweep afterwards."""
+    assert os.environ.get("MLFLOW_TRACKING_URI") is None
+    first = reconcile(sweep, ended, None)
+    assert (first.counts, first.gone) == (Counts(sent=6, settings=3, sweep=True), 0)
+    return f"sqlite:///{ended.store.root}/mlflow.db"
+
+
+def run_of(uri: str, method: str, status: str = "FINISHED") -> Any:
+    found = [run for run in all_runs(uri) if run.data.tags["air.kind"] == "trial"]
+    found = [run for run in found if run.data.tags["air.method"] == method]
+    return min((r for r in found if r.info.status == status), key=lambda r: r.data.tags["air.seed"])
+
+
+def point_of(uri: str, method: str) -> Any:
+    found = [run for run in all_runs(uri) if run.data.tags["air.kind"] == "point"]
+    return next(run for run in found if run.data.tags["air.method"] == method)
+
+
+def test_settings_are_told_with_the_numbers_of_the_table(ended, sweep, told):
+    plan = plan_of(sweep, ended)
+    expected = {row.method: row for row in rows(entries_of(plan, ended.store), None)}
+    for method, row in expected.items():
+        metrics, tags = point_of(told, method).data.metrics, point_of(told, method).data.tags
+        assert metrics["test/accuracy"] == row.mean
+        assert metrics["test/accuracy_low"] == row.low
+        assert metrics["test/accuracy_high"] == row.high
+        assert metrics.get("test/accuracy_std") == row.std
+        assert metrics["n"] == row.n
+        assert tags["air.interval"] == row.interval
+    # One seed of fpl has failed, and zero_shot has one trial for both.
+    assert {method: row.n for method, row in expected.items()} == {
+        "zero_shot": 1,
+        "fpl": 1,
+        "air_fpl": 2,
+    }
+    fpl, air = point_of(told, "fpl").data, point_of(told, "air_fpl").data
+    assert (fpl.tags["air.runs"], air.tags["air.runs"]) == ("1 of 2", "2 of 2")
+    assert air.params == {"method": "air_fpl"}
+    trials = [r for r in all_runs(told) if r.data.tags.get("air.method") == "air_fpl"]
+    trials = [run for run in trials if run.data.tags["air.kind"] == "trial"]
+    assert {run.data.tags["air.point"] for run in trials} == {air.tags["air.point"]}
+    assert air.tags["air.point"] in air.tags["mlflow.note.content"]  # what to search for
+    right = [run.data.metrics["pseudo/accuracy"] for run in trials]
+    assert air.metrics["pseudo/accuracy"] == pytest.approx(sum(right) / 2)
+
+
+def test_a_sweep_has_a_note_with_the_answer_its_closing_screen_and_its_charts(ended, told):
+    parent = next(run for run in all_runs(told) if run.data.tags["air.kind"] == "sweep")
+    note = parent.data.tags["mlflow.note.content"]
+    assert "has the highest mean test accuracy" in note.splitlines()[0]
+    assert "air_fpl - fpl" in note
+    assert "6: 4 run, 1 reused, 1 failed" in note
+    folder = ended.store.root / "mlartifacts" / "air" / "default" / parent.info.run_id
+    picture = folder / "artifacts" / "accuracy.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert f"get-artifact?path=accuracy.png&run_uuid={parent.info.run_id}" in note
+
+
+def test_a_sweep_that_ran_without_a_tracker_is_told_whole_and_once(ended, sweep, told):
+    uri = told
+    again = reconcile(sweep, ended, None)
+    assert again.counts == Counts(present=6)
+    assert "nothing to send (6 outcomes are there)" in again.line()
+
+    runs = all_runs(uri)
+    kinds = Counter(run.data.tags["air.kind"] for run in runs)
+    assert kinds == {"sweep": 1, "trial": 6, "point": 3}
+    parent = next(run for run in runs if run.data.tags["air.kind"] == "sweep")
+    assert parent.info.status == "FAILED"
+    assert {
+        "air.done": "4",
+        "air.reused": "1",
+        "air.failed": "1",
+    }.items() <= parent.data.tags.items()
+    failed = run_of(uri, "fpl", "FAILED")
+    assert failed.data.tags["air.failure_class"] == "oom"
+    assert failed.data.tags["air.message"] == "MemoryError: no room"
+
+    shown = {run.data.tags["air.kind"]: run.data.tags for run in runs}
+    shown["trial"] = run_of(uri, "fpl").data.tags
+    for kind, names in TAGS.items():
+        assert {f"air.{name}" for name in names.split()} <= shown[kind].keys()
+    assert {run.data.tags["mlflow.parentRunId"] for run in runs if run is not parent} == {
+        parent.info.run_id
+    }
+
+    # What a child says of its making is what the record says, and it can be computed from that.
+    tags = run_of(uri, "fpl").data.tags
+    assert (tags["air.user"], tags["air.commit"], tags["air.dirty"]) == ("ada", "0123abc", "feed")
+    assert tags["mlflow.source.git.commit"] == "0123abc"
+    assert json.loads(tags["air.versions"]).keys() >= {"torch", "numpy", "python"}
+    assert json.loads(tags["air.seeds"])["seed"] == 1
+    assert len(tags["air.dataset_digest"]) == len(tags["air.backbone_digest"]) == 40
+    assert "air.generator_digest" not in tags  # fpl draws no images
+    assert len(run_of(uri, "air_fpl").data.tags["air.generator_digest"]) == 40
+    files = [path.name for path in (ended.store.root / "mlartifacts").rglob("*.*")]
+    assert files.count("uncommitted-feed.diff") == 1
+    assert files.count("spec.json") == 6
+    assert files.count("confusion_matrix.png") == 5
+
+
+def outcomes(sweep: SweepSpec, place: Place) -> list[Outcome]:
+    """Three that are in the store."""
+    slots = plan_of(sweep, place).slots[:3]
+    return [Outcome(slot, "done", read_trial(slot.spec, place.store)) for slot in slots]
+
+
+def test_what_a_driver_sent_and_what_is_sent_later_is_the_same(ended, sweep, told, tmp_path):
+    place = copy_of(ended, tmp_path)
+    parent = next(run for run in all_runs(told) if run.data.tags["air.kind"] == "sweep")
+    client = mlflow_client(f"sqlite:///{place.store.root}/mlflow.db")
+    client.delete_run(parent.info.run_id)  # of the copy, so that all is sent anew
+    driver = Publisher(sweep, place, None)
+    driver.trial(outcomes(sweep, place)[0], time.time())
+    driver.finish(TERMINATED)
+    again = reconcile(sweep, place, None)
+    assert again.counts == Counts(sent=5, present=1, settings=3, sweep=True)
+    assert reconcile(sweep, place, None).counts == Counts(present=6)
+
+    def shown(uri: str) -> dict[str, Any]:
+        kept = [run for run in all_runs(uri) if run.data.tags["air.kind"] != "sweep"]
+        return {
+            run.info.run_name: (
+                *(run.info.status, run.info.end_time, run.data.metrics, run.data.params),
+                {k: v for k, v in run.data.tags.items() if k != "mlflow.parentRunId"},
+            )
+            for run in kept
+            if run.data.tags["mlflow.parentRunId"] != parent.info.run_id or uri == told
+        }
+
+    assert shown(f"sqlite:///{place.store.root}/mlflow.db") == shown(told)
+
+
+def test_records_that_are_gone_are_counted_and_leave_no_run(ended, sweep, told, tmp_path):
+    place = copy_of(ended, tmp_path)
+    slot = plan_of(sweep, place).slots[2]
+    shutil.rmtree(place.store.path(slot.key))
+    project = replace(place, project="other")  # into which nothing was sent
+    shutil.copytree(place.folder, project.folder)
+    found = reconcile(sweep, project, None)
+    assert (found.counts.sent, found.gone) == (5, 1)
+    runs = all_runs(f"sqlite:///{place.store.root}/mlflow.db", "other")
+    assert slot.id not in {run.data.tags.get("air.slot") for run in runs}
+
+
+def test_nothing_is_sent_while_a_driver_runs_or_where_tracking_is_off(ended, sweep, told, tmp_path):
+    place = copy_of(ended, tmp_path)
+    with pytest.raises(ValueError, match="--tracking-uri"):
+        reconcile(sweep, place, "none")
+    driver = Ledger(place.folder)
+    driver.lock()
+    with pytest.raises(SweepBusy):
+        reconcile(sweep, place, None)
+    driver.unlock()
+
+
+def test_a_dead_server_is_refused_before_any_work_and_a_folder_is_bad_input(ended, sweep, tmp_path):
+    place = copy_of(ended, tmp_path)
+    dead = f"http://me:secret@127.0.0.1:{free_port()}"
+    with pytest.raises(TrackerAway, match="airsweep mlflow reconcile small") as caught:
+        Publisher(sweep, place, dead).check(reach=True)
+    assert "secret" not in str(caught.value)
+    with pytest.raises(TrackerAway):
+        reconcile(sweep, place, dead)
+    Publisher(sweep, place, dead).check(reach=False)  # it only prepares
+    with pytest.raises(ValueError, match="known: "):
+        Publisher(sweep, place, "mlruns").check(reach=False)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    folder = tmp_path_factory.mktemp("server")
+    server = MlflowServer(folder / "served", folder / "log")
+    server.start()
+    yield server
+    server.stop()
+
+
+def test_an_mlflow_that_goes_away_is_warned_of_once_and_gets_the_rest_afterwards(
+    ended, sweep, server, tmp_path, caplog
+):
+    place, trouble = copy_of(ended, tmp_path), []
+    done = outcomes(sweep, place)
+    with in_trouble(server.url, trouble) as url:
+        driver = Publisher(sweep, place, url)
+        driver.trial(done[0], time.time())
+        driver.catch_up()
+        trouble.append("away")
+        for outcome in done[1:]:
+            driver.trial(outcome, time.time())
+        driver.catch_up()
+        driver.finish(FAILED)
+    away, lacking = (one.getMessage() for one in caplog.records)
+    assert "does not answer" in away
+    where = f"--store {place.store.root} --tracking-uri {url}"
+    assert f"airsweep mlflow reconcile small {where}" in lacking
+    told = reconcile(sweep, place, server.url).counts
+    assert told == Counts(sent=5, present=1, settings=3, sweep=True)
+    assert reconcile(sweep, place, server.url).counts == Counts(present=6)
+    slots = Counter(run.data.tags.get("air.slot") for run in all_runs(server.url))
+    assert {slots[slot] for slot in slots if slot} == {1}
+
+
+def test_no_training_waits_for_a_server_that_does_not_reply(
+    ended, sweep, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    place = copy_of(ended, tmp_path)
+    done = outcomes(sweep, place)
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes calls and never answers
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        driver = Publisher(sweep, place, url)
+        for outcome in done:
+            driver.trial(outcome, time.time())
+        assert not caplog.records  # the first call is not over, and all three are taken
+        driver.catch_up()
+        assert len(caplog.records) == 1
+        driver.finish(TERMINATED)
+    assert "the next run sends it" in caplog.records[-1].getMessage()
+
+
+# ---------------------------------------------------------------- computed again, compared
+
+
+def test_a_trial_is_computed_again_bit_for_bit_from_tracking_data_alone(ended, told, tmp_path):
+    run = run_of(told, "air_fpl")
+    again = repro(run.info.run_id[:12], ended.store, resolver_of(ended), told)
+    assert (again.verdict, again.metrics, again.files) == ("bit-equal", {}, {})
+    assert again.predictions is not None
+    assert again.predictions[0] == 0
+    assert again.code["commit"][0] == "0123abc"  # it was told so, and another code has computed now
+
+    # Elsewhere there is neither the trial nor its row of images, and nothing is written there.
+    other = ArtifactStore(tmp_path / "other")
+    shutil.copytree(ended.store.root / "artifacts" / "features", other.artifacts / "features")
+    before = sorted(other.root.rglob("*"))
+    again = repro(run.info.run_id, other, resolver_of(ended), told)
+    assert (again.verdict, again.predictions) == ("bit-equal", None)
+    assert sorted(other.root.rglob("*")) == before
+
+
+def test_another_result_and_a_touched_input_are_named(ended, told, drawn, tmp_path):
+    run = run_of(told, "air_fpl")
+    store = copy_of(ended, tmp_path).store
+    record = store.path(ArtifactKey("trials", 2, run.data.tags["air.trial_key"], "x"))
+    (features,) = (store.artifacts / "features").glob("*/*/features.safetensors")
+    arrays = load_file(features)
+    save_file({**arrays, "features": np.roll(arrays["features"], 1, axis=1)}, features)
+    record_again(features.parent)
+    again = repro(run.info.run_id, store, resolver_of(ended), told)
+    assert again.verdict == "different"
+    assert not again.same
+    assert "test/accuracy" in again.metrics
+    assert again.predictions[0] > 0
+    assert record.exists()
+
+    image = next(drawn.rglob("*.png"))
+    content = image.read_bytes()
+    image.write_bytes(content + b" ")
+    again = repro(run.info.run_id, ended.store, resolver_of(ended), told)
+    image.write_bytes(content)
+    assert again.verdict == "inputs differ"
+    assert list(again.inputs) == [f"generator folder:{drawn}"]
+
+
+@pytest.mark.parametrize(
+    ("which", "words"),
+    [
+        ("setting", "is a setting over 1 of 2 runs"),
+        ("sweep", "give the run of one of its trials"),
+        ("failed", "failed (oom)"),
+        ("0" * 32, "no run begins with"),
+        ("not-hex", "is no run id"),
+    ],
+)
+def test_what_cannot_be_computed_again_is_bad_input(ended, told, which, words):
+    kinds = {
+        "setting": lambda: point_of(told, "fpl"),
+        "sweep": lambda: next(r for r in all_runs(told) if r.data.tags["air.kind"] == "sweep"),
+        "failed": lambda: run_of(told, "fpl", "FAILED"),
+    }
+    run_id = kinds[which]().info.run_id if which in kinds else which
+    with pytest.raises(ValueError, match=re.escape(words)):
+        repro(run_id, ended.store, resolver_of(ended), told)
+
+
+def test_two_trials_are_compared_by_key_slot_or_run(ended, sweep, told):
+    slots = plan_of(sweep, ended).slots
+    fpl, air = slots[2], slots[4]
+    sides = {
+        "key": (fpl.key.digest[:10], air.key.digest),
+        "slot": (fpl.id, air.id),
+        "run": (run_of(told, "fpl").info.run_id, run_of(told, "air_fpl").info.run_id[:10]),
+    }
+    found = {
+        kind: differences(*(remembered(one, ended.store, told) for one in pair))
+        for kind, pair in sides.items()
+    }
+    for kind in ("slot", "run"):
+        assert found[kind].settings == found["key"].settings
+        assert found[kind].inputs == found["key"].inputs
+        assert found[kind].metrics == found["key"].metrics
+    settings = found["key"].settings
+    assert settings["images_per_class"] == (0, 4)
+    assert "train.steps" not in settings
+    assert list(found["key"].inputs) == ["generator"]
+    assert found["key"].code == {}
+    assert all(len(line) <= 100 for line in found["key"].lines()[3:])

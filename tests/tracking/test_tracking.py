@@ -1,0 +1,608 @@
+"""MLflow: what people see of a sweep, whatever happened to the driver or to the server.
+
+On a file where nothing depends on it; the server is a real one.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.errors import TrackerAway
+from orchestrator.tracking.types import ChildRun, Counts, Numbers, SweepRun, make_tracker
+from tests.helpers.servers import MlflowServer, in_trouble
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _no_tracking_uri(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+def a_sweep(name: str = "quickstart", **changes: Any) -> SweepRun:
+    values: dict[str, Any] = {
+        "sweep": name,
+        "project": "default",
+        "spec_hash": "5f3a9c",
+        "note": "How many images are enough?",
+        "user": "ada",
+        "commit": "0123abc",
+        "source": "airsweep",
+    }
+    return SweepRun(**values | changes)
+
+
+def a_trial(cell: str = "digits-ul-text-air", seed: int = 1, **changes: Any) -> ChildRun:
+    metrics = {"time/train_s": 4.5, "test/accuracy": 0.75}
+    curves = {"test/accuracy": [0.5, 0.7, 0.75], "train/loss": [1.5, 1.0, 0.5]}
+    numbers = Numbers(metrics=changes.pop("metrics", metrics), curves=changes.pop("curves", curves))
+    values: dict[str, Any] = {
+        "kind": "trial",
+        "id": f"{cell}/0/seed={seed}",
+        "content": f"{cell}{seed}",
+        "name": f"{cell}-s{seed}-0a1b2c3d",
+        "params": {"images_per_class": "25"},
+        "numbers": lambda: numbers,
+        "started": 1_700_000_000_000 + seed,
+        "ended": 1_700_000_009_000 + seed,
+    }
+    tags = {"air.dataset": "digits", "air.state": "done"} | changes.pop("tags", {})
+    return ChildRun(**values | {"tags": tags} | changes)
+
+
+def a_failed_trial(**changes: Any) -> ChildRun:
+    values: dict[str, Any] = {
+        "status": "FAILED",
+        "tags": {"air.state": "failed", "air.failure_class": "nan"},
+        "metrics": {},
+        "curves": {},
+        "started": 1_600_000_000_000,
+        "ended": 1_600_000_001_000,
+    }
+    return a_trial(**values | changes)
+
+
+def a_setting(
+    seeds: tuple[int, ...] = (1, 2), asked: list[int] | None = None, **changes: Any
+) -> ChildRun:
+    """A setting over seeds; `asked` gets an entry each time its numbers are computed."""
+
+    def numbers() -> Numbers:
+        if asked is not None:
+            asked.append(len(seeds))
+        mean = 0.75 + len(seeds) / 100
+        bounds = {"test/accuracy_low": 0.7, "test/accuracy_high": 0.8, "n": float(len(seeds))}
+        return Numbers(
+            metrics={"test/accuracy": mean, **bounds},
+            curves={"test/accuracy": [0.5, 0.7, mean]},
+            interval="95 % bootstrap over images and seeds",
+        )
+
+    values: dict[str, Any] = {
+        "kind": "point",
+        "id": "digits-ul-text-air/0",
+        "content": f"of {seeds}",
+        "name": "digits-ul-text-air",
+        "tags": {"air.dataset": "digits", "air.method": "air", "air.runs": f"{len(seeds)} of 3"},
+        "params": {"images_per_class": "25"},
+        "note": "Its trials.",
+        "numbers": numbers,
+        "started": 1_700_000_000_001,
+        "ended": 1_700_000_009_000 + max(seeds),
+    }
+    return ChildRun(**values | changes)
+
+
+# ---------------------------------------------------------------- what MLflow shows
+
+
+@dataclass
+class SeenRun:
+    id: str
+    name: str
+    status: str
+    tags: dict[str, str]
+    params: dict[str, str]
+    curves: dict[str, list[tuple[int, float]]]  # (step, value), the whole history
+
+
+@dataclass
+class Seen:
+    run: SeenRun
+    trials: dict[str, SeenRun]  # by slot
+    settings: dict[str, SeenRun]  # by point
+
+
+@dataclass
+class World:
+    """A project of its own in an MLflow."""
+
+    uri: str
+    project: str
+
+    def send(
+        self, *runs: ChildRun, sweep: SweepRun | None = None, status: Any = "FINISHED"
+    ) -> Counts:
+        """What one driver does from its start to its end."""
+        tracker = self.open(sweep)
+        for run in runs:
+            tracker.send(run)
+        tracker.finish(status, "25 are enough.", {})
+        return tracker.counts
+
+    def open(self, sweep: SweepRun | None = None, **how: Any) -> Any:
+        mlflow = make_tracker(self.uri, store=Path("unused"), project=self.project)
+        return mlflow.open(sweep or a_sweep(), **how)
+
+    @property
+    def client(self) -> Any:
+        import orchestrator.tracking.mlflow as product  # its settings come before MLflow's import
+
+        return product.MlflowClient(self.uri)
+
+    def runs(self) -> list[Any]:
+        experiment = self.client.get_experiment_by_name(f"air/{self.project}")
+        return list(self.client.search_runs([experiment.experiment_id], max_results=1000))
+
+    def seen(self, sweep: str = "quickstart") -> Seen:
+        runs = self.runs()
+        (parent,) = [
+            run
+            for run in runs
+            if run.data.tags["air.kind"] == "sweep" and run.data.tags["air.sweep"] == sweep
+        ]
+        found: dict[str, dict[str, SeenRun]] = {"trial": {}, "point": {}}
+        for run in runs:
+            tags = run.data.tags
+            if tags.get("mlflow.parentRunId") != parent.info.run_id:
+                continue
+            of_kind = found[tags["air.kind"]]
+            name = tags["air.slot" if tags["air.kind"] == "trial" else "air.point"]
+            assert name not in of_kind, f"two runs for {name}"
+            of_kind[name] = self._seen(run)
+        return Seen(self._seen(parent), found["trial"], found["point"])
+
+    def _seen(self, run: Any) -> SeenRun:
+        history = {k: self.client.get_metric_history(run.info.run_id, k) for k in run.data.metrics}
+        return SeenRun(
+            *(run.info.run_id, run.info.run_name, run.info.status, run.data.tags, run.data.params),
+            curves={k: sorted((m.step, m.value) for m in h) for k, h in history.items()},
+        )
+
+
+# A store with a fresh database, copied where one is needed: MLflow takes seconds to make one.
+
+
+@pytest.fixture(scope="module")
+def fresh_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    store = tmp_path_factory.mktemp("fresh") / "runs"
+    World(f"sqlite:///{store}/mlflow.db", "fresh").open()
+    return store
+
+
+@pytest.fixture(scope="module")
+def shared_store(fresh_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shutil.copytree(fresh_store, tmp_path_factory.mktemp("sqlite") / "runs")
+
+
+@dataclass
+class Server:
+    url: str
+    file: str  # of a trial in the project `moved`, tracked before the store's folder was moved
+
+    def get(self, path: str) -> bytes:
+        with urllib.request.urlopen(self.url + path, timeout=10) as answer:
+            return answer.read()
+
+    def file_of(self, run_id: str, name: str) -> bytes:
+        query = urllib.parse.urlencode({"path": name, "run_uuid": run_id})
+        return self.get(f"/get-artifact?{query}")
+
+
+@pytest.fixture(scope="module")
+def server(fresh_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A real server, as `airsweep ui` starts it, over a store that was filled and then moved."""
+    folder = tmp_path_factory.mktemp("server")
+    home = shutil.copytree(fresh_store, folder / "before")
+    tracked = World(f"sqlite:///{home}/mlflow.db", "moved")
+    tracked.send(a_trial(files={"spec 1.json": lambda: b"spec"}))
+    shutil.move(home, folder / "after" / "runs")
+    process = MlflowServer(folder / "after" / "runs", folder / "log")
+    try:
+        process.start()
+        yield Server(process.url, "spec 1.json")
+    finally:
+        process.stop()
+
+
+@pytest.fixture
+def file(request: pytest.FixtureRequest, shared_store: Path) -> World:
+    """MLflow in a file."""
+    return World(f"sqlite:///{shared_store}/mlflow.db", request.node.name)
+
+
+@pytest.fixture(params=["sqlite", pytest.param("http", marks=pytest.mark.integration)])
+def world(request: pytest.FixtureRequest) -> World:
+    """MLflow in a file, and behind a server."""
+    if request.param == "http":
+        return World(request.getfixturevalue("server").url, request.node.name)
+    return request.getfixturevalue("file")
+
+
+# ---------------------------------------------------------------- sending
+
+
+def test_an_outcome_is_a_run_below_its_sweep(world: World) -> None:
+    world.send(a_trial(), a_trial(seed=2, tags={"air.state": "reused"}), a_failed_trial(seed=3))
+
+    seen = world.seen()
+    assert seen.run.status == "FINISHED"
+    assert seen.run.tags["mlflow.note.content"] == "25 are enough."
+    done, reused, failed = (seen.trials[a_trial(seed=s).id] for s in (1, 2, 3))
+    assert done.name == "digits-ul-text-air-s1-0a1b2c3d"
+    assert [t.status for t in (done, reused, failed)] == ["FINISHED", "FINISHED", "FAILED"]
+    assert [t.tags["air.state"] for t in (done, reused, failed)] == ["done", "reused", "failed"]
+    assert failed.tags["air.failure_class"] == "nan"
+    assert {
+        "mlflow.parentRunId": seen.run.id,
+        "mlflow.user": "ada",
+        "mlflow.source.name": "airsweep",
+        "mlflow.source.type": "JOB",
+        "mlflow.source.git.commit": "0123abc",
+    }.items() <= done.tags.items()
+    assert done.params == {"images_per_class": "25"}
+    assert done.curves == reused.curves
+    assert done.curves == {
+        "test/accuracy": [(0, 0.5), (1, 0.7), (2, 0.75)],
+        "train/loss": [(0, 1.5), (1, 1.0), (2, 0.5)],
+        "time/train_s": [(0, 4.5)],
+    }
+
+
+def test_what_is_not_a_number_is_left_out(file: World) -> None:
+    nan, inf = float("nan"), float("inf")
+    curves = {"c": [nan, 1.0], "d": [nan], "e": []}
+    file.send(a_trial(metrics={"a": nan, "b": inf}, curves=curves))
+    (trial,) = file.seen().trials.values()
+    assert trial.curves == {"c": [(1, 1.0)]}
+
+
+def test_what_is_sent_twice_is_there_once(world: World) -> None:
+    made: list[str] = []
+    asked: list[int] = []
+
+    def picture() -> bytes:
+        made.append("a picture")
+        return b"picture"
+
+    counts = []
+    for _ in range(2):  # the second driver knows nothing of the first
+        runs = [a_trial(files={"a.png": picture}), a_failed_trial(seed=3), a_setting(asked=asked)]
+        counts.append(world.send(*runs * 2))
+
+    assert counts == [
+        Counts(sent=2, present=2, settings=1, sweep=True),
+        Counts(sent=0, present=4, settings=0, sweep=True),  # it ran again meanwhile
+    ]
+    seen = world.seen()
+    assert (len(seen.trials), len(seen.settings)) == (2, 1)
+    assert len(seen.trials[a_trial().id].curves["train/loss"]) == 3
+    assert (made, asked) == (["a picture"], [2])
+
+
+def test_a_failed_trial_that_succeeds_later_is_the_same_run(file: World) -> None:
+    file.send(a_failed_trial())
+    (failed,) = file.seen().trials.values()
+    file.send(a_trial())
+    (trial,) = file.seen().trials.values()
+    assert (trial.id, trial.status, trial.tags["air.state"]) == (failed.id, "FINISHED", "done")
+    assert "air.failure_class" not in trial.tags
+    assert trial.curves["test/accuracy"][-1] == (2, 0.75)
+
+
+def test_a_sweep_that_goes_on_keeps_its_run(file: World) -> None:
+    file.send(a_trial(), status="KILLED")
+    before = file.seen().run
+    assert before.status == "KILLED"
+    later = a_sweep(note="going on", spec_hash="another")
+    file.open(later, live=False)  # an ended sweep that is only looked at stays so
+    assert file.seen().run.status == "KILLED"
+
+    tracker = file.open(later)
+    assert tracker.run.run_id == before.id
+    running = file.seen().run
+    assert (running.status, running.tags["mlflow.note.content"]) == ("RUNNING", "going on")
+    tracker.send(a_trial(seed=2))
+    tracker.finish("FINISHED", "complete", {})
+    assert (file.seen().run.status, len(file.seen().trials)) == ("FINISHED", 2)
+
+
+def curves_of(setting: ChildRun) -> dict[str, list[tuple[int, float]]]:
+    numbers = setting.numbers()
+    curves = {key: [value] for key, value in numbers.metrics.items()} | dict(numbers.curves)
+    return {key: list(enumerate(curve)) for key, curve in curves.items()}
+
+
+def test_a_setting_with_another_seed_has_the_new_numbers_alone(file: World) -> None:
+    for seeds in ((1, 2, 3), (1,), (1, 2)):
+        file.send(*(a_trial(seed=seed) for seed in seeds), a_setting(seeds))
+
+    seen = file.seen()
+    (point,) = seen.settings.values()
+    assert len(seen.trials) == 3
+    assert point.curves == curves_of(a_setting((1, 2)))
+
+
+def test_words_of_a_setting_change_without_its_numbers(file: World) -> None:
+    asked: list[int] = []
+    for note in ("one word", "another"):
+        file.send(a_setting(asked=asked, note=note))
+    (point,) = file.seen().settings.values()
+    assert point.tags["mlflow.note.content"] == "another"
+    assert asked == [2]
+
+
+LATER = {"started": 1_800_000_000_000, "ended": 1_800_000_001_000, "metrics": {}}
+EDITED = {"content": "edited", "params": {"images_per_class": "50"}}
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (a_trial(), a_trial(**LATER, **EDITED, curves={"test/accuracy": [0.25, 0.5]})),
+        (a_failed_trial(), a_trial(**LATER, **EDITED, curves={"test/accuracy": [0.25, 0.5]})),
+        (a_trial(), a_trial(**LATER, curves={"test/accuracy": [0.25, 0.5]})),
+    ],
+    ids=["edited", "edited after a failure", "computed again"],
+)
+def test_another_computation_in_a_slot_is_another_run(
+    file: World, before: ChildRun, after: ChildRun
+) -> None:
+    for outcome in (before, after, after):
+        file.send(outcome)
+    (trial,) = file.seen().trials.values()
+    assert trial.params == after.params
+    assert trial.curves == {"test/accuracy": [(0, 0.25), (1, 0.5)]}
+
+
+def test_params_are_written_once(file: World, caplog: pytest.LogCaptureFixture) -> None:
+    for params in ({"images_per_class": "25"}, {"images_per_class": "50", "new": "1"}):
+        file.send(a_trial(params=params))
+    (trial,) = file.seen().trials.values()
+    assert trial.params == {"images_per_class": "25", "new": "1"}
+    assert caplog.text == ""
+
+
+def test_a_long_history_arrives_whole_and_a_long_note_is_cut(world: World) -> None:
+    long = {f"curve/{i}": [float(step) for step in range(450)] for i in range(5)}
+    tracker = world.open()
+    tracker.send(a_trial(metrics={}, curves=long))
+    tracker.finish("FINISHED", "a line\n" * 2000, {})
+
+    seen = world.seen()
+    (trial,) = seen.trials.values()
+    assert {key: len(curve) for key, curve in trial.curves.items()} == dict.fromkeys(long, 450)
+    assert seen.run.tags["mlflow.note.content"].endswith("a line\n\n*(cut)*")
+
+
+def test_a_run_id_in_the_environment_captures_nothing(
+    file: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = file.open(a_sweep("other")).run.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", other)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "elsewhere")
+    file.send(a_trial())
+    assert file.seen("other").trials == {}
+    assert len(file.seen("quickstart").trials) == 1
+
+
+def test_a_refused_outcome_does_not_hold_up_the_others(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    world.send(a_trial(metrics={"acc@1": 0.5}, curves={}), a_trial(seed=2))
+    assert "refuses digits-ul-text-air-s1" in caplog.text
+    statuses = [trial.status for trial in world.seen().trials.values()]
+    assert sorted(statuses) == ["FINISHED", "KILLED"]
+
+
+# ---------------------------------------------------------------- files
+
+
+@pytest.mark.integration
+def test_files_are_found_through_a_server_after_the_store_has_moved(server: Server) -> None:
+    moved = World(server.url, "moved").seen()
+    (trial,) = moved.trials.values()
+    assert server.file_of(trial.id, server.file) == b"spec"
+    assert trial.tags["air.artifacts"] == server.file
+
+
+def test_files_that_had_no_room_come_with_the_next_start(
+    fresh_store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = shutil.copytree(fresh_store, tmp_path / "runs")
+    blocked = store / "mlartifacts"
+    blocked.write_text("a file where the folder should be")
+    world = World(f"sqlite:///{store}/mlflow.db", "p")
+    for _ in range(2):
+        world.send(a_trial(files={"a.txt": lambda: b"a"}))
+        assert world.seen().trials[a_trial().id].status == "FINISHED"
+        blocked.unlink() if blocked.is_file() else None
+    assert caplog.text.count("takes no artifacts") == 1
+    assert [path.name for path in blocked.rglob("*.txt")] == ["a.txt"]
+
+
+# ---------------------------------------------------------------- which MLflow
+
+
+def test_an_unknown_tracker_is_explained(tmp_path: Path) -> None:
+    for uri in ("s3://bucket/x", "file:///x", "./mlruns", "mlruns", "sqlite:///"):
+        with pytest.raises(ValueError, match="known: "):
+            make_tracker(uri, store=tmp_path, project="p")
+    with pytest.raises(ValueError, match="mlflow server") as caught:
+        make_tracker("postgresql://me:secret@db/x", store=tmp_path, project="p")
+    assert "secret" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"--tracking-uri none.*airsweep mlflow reconcile"):
+        make_tracker("jsonl:told.jsonl", store=tmp_path, project="p")
+
+
+def test_mlflow_is_not_imported_before_it_is_opened() -> None:
+    code = (
+        "import sys; from pathlib import Path; import orchestrator.tracking.types as t;"
+        "t.kind_of('sqlite:////x'); t.serve_command(Path('.')); sys.exit('mlflow' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_a_broken_database_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_bytes(b"not a database" * 100)
+    with pytest.raises(TrackerAway, match="file is not a database"):
+        make_tracker(None, store=tmp_path, project="p").open(a_sweep())
+
+
+def test_a_deleted_experiment_comes_back(fresh_store: Path, tmp_path: Path) -> None:
+    store = shutil.copytree(fresh_store, tmp_path / "runs")
+    world = World(f"sqlite:///{store}/mlflow.db", "fresh")
+    experiment = world.client.get_experiment_by_name("air/fresh").experiment_id
+    world.client.delete_experiment(experiment)
+    assert world.open().experiment == experiment
+
+
+# ---------------------------------------------------------------- killed, and sent twice
+
+
+def begun(world: World, parent: str, run: ChildRun) -> str:
+    """A run as it is between its creation and its end."""
+    names = {"trial": ("air.slot", "air.trial_key"), "point": ("air.point", "air.content")}
+    slot, content = names[run.kind]
+    tags = {"air.kind": run.kind, slot: run.id, content: run.content, "mlflow.parentRunId": parent}
+    experiment = world.client.get_run(parent).info.experiment_id
+    return str(world.client.create_run(experiment, run.started, tags, run.name).info.run_id)
+
+
+RUNS = pytest.mark.parametrize("run", [a_trial(), a_setting()], ids=["trial", "setting"])
+
+
+@RUNS
+@pytest.mark.parametrize("numbers", ["none", "all"])
+def test_a_run_that_a_killed_driver_began_is_completed(
+    file: World, run: ChildRun, numbers: str
+) -> None:
+    there = begun(file, file.open().run.run_id, run)
+    if numbers == "all":  # killed just before the last call
+        from orchestrator.tracking.runs import metrics_of
+
+        metrics = metrics_of(run.numbers(), run.started, run.ended)
+        file.client.log_batch(there, metrics=metrics)
+    file.send(run)
+
+    seen = file.seen()
+    (found,) = (seen.trials | seen.settings).values()
+    assert (found.id, found.status) == (there, "FINISHED")
+    assert len(found.curves["test/accuracy"]) == 3
+
+
+@RUNS
+@pytest.mark.parametrize("status", ["FINISHED", "FAILED", "KILLED"])
+def test_nothing_runs_after_the_end(file: World, run: ChildRun, status: Any) -> None:
+    there = begun(file, file.open().run.run_id, run)
+    file.send(a_trial(seed=7), status=status)
+    runs = {found.info.run_id: found.info.status for found in file.runs()}
+    assert "RUNNING" not in runs.values()
+    assert (runs[file.seen().run.id], runs[there]) == (status, "KILLED")
+
+    file.send(run)  # it is run after all
+    assert file.client.get_run(there).info.status == "FINISHED"
+
+
+@RUNS
+def test_a_request_that_arrived_twice_leaves_one_run(file: World, run: ChildRun) -> None:
+    tracker = file.open()
+    tracker.send(run)
+    begun(file, tracker.run.run_id, run)
+    tracker.finish("FINISHED", "", {})
+    assert len(file.runs()) == 2
+
+    begun(file, tracker.run.run_id, run)
+    tags = {"air.kind": "sweep", "air.sweep": "quickstart"}
+    file.client.create_run(tracker.experiment, tags=tags)  # as if its reply had been lost
+    file.open()
+    assert len(file.runs()) == 2
+    seen = file.seen()
+    (found,) = (seen.trials | seen.settings).values()
+    assert found.status == "FINISHED"
+
+
+@pytest.mark.integration
+def test_a_busy_server_has_refused_nothing(server: Server) -> None:
+    trouble: list[str] = []
+    with in_trouble(server.url, trouble) as url:
+        world = World(url, "busy")
+        tracker = world.open()
+        trouble.append("busy")
+        with pytest.raises(TrackerAway, match="QueuePool"):
+            tracker.send(a_trial())
+        trouble.clear()
+        assert world.send(a_trial()).sent == 1
+        assert world.seen().trials[a_trial().id].status == "FINISHED"
+
+
+DRIVER = """
+import sys
+from tests.tracking.test_tracking import World, a_sweep, a_trial
+World(sys.argv[1], "drivers").send(a_trial(), sweep=a_sweep(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize(
+    "kind", ["a new database", pytest.param("http", marks=pytest.mark.integration)]
+)
+def test_two_drivers_start_together_and_print_nothing(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    uri = f"sqlite:///{tmp_path}/runs/mlflow.db"
+    uri = request.getfixturevalue("server").url if kind == "http" else uri
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
+    drivers = [
+        subprocess.Popen(
+            [sys.executable, "-c", DRIVER, uri, name],
+            cwd=ROOT,
+            env=environment | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name in ("one", "other")
+    ]
+    for driver in drivers:
+        assert driver.communicate(timeout=300) == ("", "")
+        assert driver.returncode == 0
+    for name in ("one", "other"):
+        assert len(World(uri, "drivers").seen(name).trials) == 1
+
+
+def test_a_driver_that_is_killed_while_mlflow_makes_its_tables_leaves_no_half_of_them(
+    tmp_path: Path,
+) -> None:
+    command = [sys.executable, "-c", DRIVER, f"sqlite:///{tmp_path}/mlflow.db", "one"]
+    driver = subprocess.Popen(command, cwd=ROOT)
+    while not any(path.stat().st_size for path in tmp_path.glob(".mlflow.db-*")):
+        assert driver.poll() is None, "it ended before it could be killed"
+        time.sleep(0.001)
+    driver.kill()
+    driver.wait()
+    assert not (tmp_path / "mlflow.db").exists()
+    subprocess.run(command, cwd=ROOT, check=True)
+    assert (tmp_path / "mlflow.db").exists()
+    assert not list(tmp_path.glob(".mlflow.db-*"))
