@@ -28,7 +28,7 @@ from scipy.stats import binomtest
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.harness import options, progress, report
-from orchestrator.reporting.statistics import (
+from orchestrator.reporting._statistics import (
     ALPHA,
     Difference,
     Run,

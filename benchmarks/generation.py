@@ -32,8 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from air_core.specs import SyntheticFeaturesSpec
 from benchmarks.harness import options, progress, report
-from orchestrator.planning.plan import Need
-from orchestrator.planning.resolve import Resolver
+from orchestrator.planning import Need, Resolver
 from orchestrator.spec import presets
 
 PROCESSES = 2
@@ -145,12 +144,13 @@ class Watcher:
 def ours(need: Need, device: str) -> tuple[float, float, float]:
     """Images a second of two actors, seconds until the first block, and their busy share."""
     from orchestrator.cluster.session import machines
-    from orchestrator.execution.allocation import Allocation, Context
-    from orchestrator.execution.generation import draw
-    from orchestrator.execution.progress import Progress
-    from orchestrator.spec.sweep import GeneratorResources, Resources
+    from orchestrator.execution._allocation import Allocation, Context
+    from orchestrator.execution._generation import draw
+    from orchestrator.execution._progress import Progress
+    from orchestrator.spec import Resources
+    from orchestrator.spec.sweep import GeneratorResources
     from orchestrator.stages.context import Workshop
-    from orchestrator.store.artifacts import ArtifactStore
+    from orchestrator.store import ArtifactStore
 
     gpu = 1 / PROCESSES if device != "cpu" else 0
     resources = Resources(generator=GeneratorResources(actors=PROCESSES, gpu=gpu))
@@ -173,7 +173,7 @@ def ours(need: Need, device: str) -> tuple[float, float, float]:
 def main() -> None:
     asked = options(__doc__, images=64, repeats=3, device="cpu")
 
-    from orchestrator.cluster.session import ray_session
+    from orchestrator.cluster import ray_session
 
     found: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder, ray_session():

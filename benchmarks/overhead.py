@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from orchestrator.planning.resolve import resolver_of
+from orchestrator.planning import resolver_of
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -76,8 +76,7 @@ def ours(spec: Path, store: Path, trials: int) -> dict[str, float]:
 
 def specs(spec: Path, store: Path, trials: int) -> list[Any]:
     from orchestrator.planning.requests import place_of
-    from orchestrator.spec.sweep import cells_of
-    from orchestrator.spec.sweep_file import load_sweep
+    from orchestrator.spec import cells_of, load_sweep
 
     sweep = load_sweep(spec)
     resolver = resolver_of(place_of(sweep, store, None))
@@ -91,7 +90,7 @@ def optuna_loop(chosen: list[Any], store: Path) -> float:
     import optuna
 
     from orchestrator.stages.trial import run_trial
-    from orchestrator.store.artifacts import ArtifactStore
+    from orchestrator.store import ArtifactStore
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     there = ArtifactStore(store)
@@ -108,14 +107,14 @@ def optuna_loop(chosen: list[Any], store: Path) -> float:
 
 def ray_tune(chosen: list[Any], store: Path, folder: Path) -> float:
     """Seconds a trial of Ray Tune as it comes: a process each."""
-    from orchestrator.cluster.session import ray_session
+    from orchestrator.cluster import ray_session
 
     with ray_session() as machines:
         from ray import tune
 
         def trainable(config: dict[str, Any]) -> dict[str, float]:
             from orchestrator.stages.trial import run_trial
-            from orchestrator.store.artifacts import ArtifactStore
+            from orchestrator.store import ArtifactStore
 
             record = run_trial(chosen[config["place"]], ArtifactStore(store))
             return {"objective": record.objectives["mutual_information"]}

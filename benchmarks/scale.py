@@ -296,8 +296,7 @@ def paper(share_visual: float = 0.25, split: bool = False, points: int = 1) -> l
         split: a job for each seed, and not one for all seeds of a point.
         points: of each cell that trains, as a search would have.
     """
-    from orchestrator.spec.sweep import cells_of
-    from orchestrator.spec.sweep_file import find_sweep, load_sweep
+    from orchestrator.spec import cells_of, find_sweep, load_sweep
 
     asked = load_sweep(find_sweep("paper_main"))
     cells, seeds = cells_of(asked), len(asked.seeds.assignments())

@@ -33,16 +33,14 @@ import optuna
 from optuna.samplers import BaseSampler, GPSampler, TPESampler
 
 from benchmarks.harness import airsweep, options, progress, report
+from orchestrator.planning import Resolver
 from orchestrator.planning.plan import plan_sweep
-from orchestrator.planning.resolve import Resolver
 from orchestrator.planning.search import STARTUP_POINTS, CellSearch, make_sampler
 from orchestrator.planning.studies import Searches
-from orchestrator.reporting.ranking import ranking
-from orchestrator.spec.sweep import Search, SweepSpec, cells_of
-from orchestrator.spec.sweep_file import load_sweep
-from orchestrator.store.artifacts import ArtifactStore
-from orchestrator.store.event_log import Ledger
-from orchestrator.store.records import read_trial
+from orchestrator.reporting._ranking import ranking
+from orchestrator.spec import SweepSpec, cells_of, load_sweep
+from orchestrator.spec.sweep import Search
+from orchestrator.store import ArtifactStore, Ledger, read_trial
 
 SWEEP = """version: 1
 name: search_grid

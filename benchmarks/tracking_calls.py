@@ -25,7 +25,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.harness import ROOT, options, progress, report
-from orchestrator.tracking.types import ChildRun, Numbers, SweepRun, make_tracker
+from orchestrator.tracking import make_tracker
+from orchestrator.tracking.types import ChildRun, Numbers, SweepRun
 from tests.helpers.servers import MlflowServer
 
 CURVES = ("train/loss", "test/accuracy", "pseudo/accuracy", "pseudo/coverage")

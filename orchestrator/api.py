@@ -25,10 +25,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-    from orchestrator.planning.plan import Plan
-    from orchestrator.planning.requests import Asked
-    from orchestrator.spec.sweep import SweepSpec
-    from orchestrator.store.location import Place
+    from orchestrator.planning import Asked, Plan
+    from orchestrator.spec import SweepSpec
+    from orchestrator.store import Place
 
 __all__ = [
     "Outcome",
@@ -69,7 +68,8 @@ def load(
     Raises:
         ValueError: the first thing that is wrong, with file, line and column.
     """
-    from orchestrator.planning.requests import Asked, asked, choices_of, options
+    from orchestrator.planning import Asked, asked
+    from orchestrator.planning.requests import choices_of, options
 
     if not isinstance(spec, Asked):
         return asked(spec, options(sets), choices_of(only), smoke)
@@ -82,7 +82,7 @@ def validate(
     spec: str | Path | Asked, *, sets: Options = (), only: Options = ()
 ) -> tuple[str, ...]:
     """What is allowed in a sweep file but may surprise, one sentence each. Raises as `load`."""
-    from orchestrator.spec.sweep import notes_of
+    from orchestrator.spec import notes_of
 
     return notes_of(load(spec, sets=sets, only=only).spec)
 
@@ -96,7 +96,7 @@ class Planned:
 
     def json(self) -> dict[str, Any]:
         """What `airsweep plan --json` prints."""
-        from orchestrator.planning.plan import changed_inputs, earlier_results
+        from orchestrator.planning import changed_inputs, earlier_results
 
         plan, place = self.plan, self.place
         earlier = earlier_results(plan, place)
@@ -113,7 +113,7 @@ class Planned:
 
     def screen(self, explain: bool = False) -> str:
         """explain: with every setting and where it comes from."""
-        from orchestrator.reporting.screens import plan_screen
+        from orchestrator.reporting import plan_screen
 
         return plan_screen(self.plan, self.place, explain, self._sources())
 
@@ -145,7 +145,7 @@ def plan(
         store: of all results; default: AIRSWEEP_STORE, else `runs`.
         data_root: folder of real datasets; default: AIRSWEEP_DATA.
     """
-    from orchestrator.planning.requests import plan_of
+    from orchestrator.planning import plan_of
 
     asked = load(spec, sets=sets, only=only, smoke=smoke)
     place = place_for(asked, store, data_root)
@@ -176,7 +176,7 @@ class Outcome:
         return self.place.store.name
 
     def __repr__(self) -> str:
-        from orchestrator.reporting.screens import summary_screen
+        from orchestrator.reporting import summary_screen
 
         return summary_screen(self.sweep, self.place)
 
@@ -233,7 +233,7 @@ def retry(
     quiet: bool = False,
 ) -> Outcome:
     """Resume a sweep, retrying only one class of failures: oom, nan, timeout, ..."""
-    from orchestrator.store.location import read_resolved
+    from orchestrator.store import read_resolved
 
     sweep, place = recorded_sweep(name, store, data_root)
     how: dict[str, Any] = {"tracking_uri": tracking_uri, "retry": failure_class}
@@ -262,9 +262,8 @@ def execute(
     **how: Any,
 ) -> Outcome:
     """`driver.run_sweep` with a screen and MLflow, for commands too."""
-    from orchestrator.execution.driver import run_sweep
-    from orchestrator.execution.screen import make_screen
-    from orchestrator.tracking.publish import Publisher
+    from orchestrator.execution import make_screen, run_sweep
+    from orchestrator.tracking import Publisher
 
     publisher = Publisher(sweep, place, tracking_uri)
     code = run_sweep(sweep, place, make_screen(quiet), publisher, origin=origin, **how)
@@ -329,7 +328,7 @@ def results(
     Raises:
         ValueError: the store has no such sweep.
     """
-    from orchestrator.planning.requests import plan_of
+    from orchestrator.planning import plan_of
     from orchestrator.reporting.results import trials_frame
 
     sweep, place = recorded_sweep(name, store, data_root)
@@ -340,7 +339,7 @@ def curves(
     name: str | Outcome, *, store: str | Path | None = None, data_root: str | Path | None = None
 ) -> DataFrame:
     """One line for each value of each curve: trial, metric, iteration, value. As `results`."""
-    from orchestrator.planning.requests import plan_of
+    from orchestrator.planning import plan_of
     from orchestrator.reporting.results import curves_frame
 
     sweep, place = recorded_sweep(name, store, data_root)
@@ -351,8 +350,8 @@ def table(
     name: str | Outcome, *, store: str | Path | None = None, data_root: str | Path | None = None
 ) -> DataFrame:
     """The rows of `airsweep table`: mean, std and interval of each setting over its runs."""
-    from orchestrator.planning.requests import plan_of
-    from orchestrator.reporting.results import results_of
+    from orchestrator.planning import plan_of
+    from orchestrator.reporting import results_of
     from orchestrator.reporting.tables import rows_frame
 
     sweep, place = recorded_sweep(name, store, data_root)
@@ -389,7 +388,7 @@ def place_for(sweep: Asked, store: str | Path | None, data_root: str | Path | No
 
 def schema() -> dict[str, Any]:
     """The JSON schema of a sweep file."""
-    from orchestrator.spec.sweep_file import sweep_schema
+    from orchestrator.spec import sweep_schema
 
     return sweep_schema()
 

@@ -26,7 +26,7 @@ import pytest
 
 from air_core.arithmetic import sums_in_one_order
 from air_core.specs import Ref, TrialSpec
-from orchestrator.planning.resolve import Resolver
+from orchestrator.planning import Resolver
 from orchestrator.spec import presets
 from tests.helpers.sweeps import in_this_process
 

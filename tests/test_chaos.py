@@ -17,7 +17,7 @@ import pytest
 
 from orchestrator.planning.search import open_storage
 from orchestrator.store.event_log import CRASH_AT
-from orchestrator.tracking.runs import create_database
+from orchestrator.tracking._runs import create_database
 from tests.helpers.disks import PAGE, small_disk
 from tests.helpers.sweeps import (
     airsweep,

@@ -19,9 +19,9 @@ import ray
 import yaml
 
 from orchestrator.cluster.render import Wishes, environment_of, job_name, raycluster, rayjob
+from orchestrator.spec import SweepSpec, load_sweep
 from orchestrator.spec.marked_yaml import all_documents, parse, written
-from orchestrator.spec.sweep import SweepSpec
-from orchestrator.spec.sweep_file import checked, load_sweep
+from orchestrator.spec.sweep_file import checked
 from tests.helpers.sweeps import airsweep
 
 ROOT = Path(__file__).parents[1]

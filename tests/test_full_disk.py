@@ -16,9 +16,9 @@ from pathlib import Path
 from orchestrator.spec import (presets)
 from orchestrator.failures import classify
 from orchestrator.stages.image_rows import build_image_block, open_generator
-from orchestrator.planning.resolve import Resolver
+from orchestrator.planning import (Resolver)
 from orchestrator.stages.build import build_features
-from orchestrator.store.artifacts import ArtifactStore
+from orchestrator.store import (ArtifactStore)
 from orchestrator.stages.context import Workshop
 
 root, digests, drawn = map(Path, sys.argv[1:])

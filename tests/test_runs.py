@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.execution.allocation import SHARE
+from orchestrator.execution._allocation import SHARE
 from orchestrator.store.event_log import CRASH_AT
 from tests.helpers.sweeps import (
     airsweep,

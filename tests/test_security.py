@@ -24,10 +24,8 @@ from air_core.diffusion.pipeline import load_pipeline
 from orchestrator.errors import Refused
 from orchestrator.formatting import show
 from orchestrator.redact import HIDDEN, redacted
-from orchestrator.spec.marked_yaml import SpecError
-from orchestrator.spec.sweep_file import load_sweep
-from orchestrator.store.artifacts import ArtifactStore
-from orchestrator.store.location import Place
+from orchestrator.spec import SpecError, load_sweep
+from orchestrator.store import ArtifactStore, Place
 from tests.helpers.servers import MlflowServer
 from tests.helpers.sweeps import TIMEOUT, airsweep, environment, write_sweep
 

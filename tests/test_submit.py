@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import ray
 
-from orchestrator.cluster.jobs import Cluster
+from orchestrator.cluster import Cluster
 from orchestrator.git import commit
 from tests.helpers.clusters import head as ray_head
 from tests.helpers.servers import served

@@ -8,12 +8,11 @@ import pytest
 
 from air_core.datasets import get_dataset
 from air_core.weights import find_backbone, generator_folder
+from orchestrator.planning import Resolver
 from orchestrator.planning.plan import plan_sweep
-from orchestrator.planning.resolve import Resolver
-from orchestrator.spec.sweep import SweepSpec, cells_of, smoke
-from orchestrator.spec.sweep_file import load_sweep
-from orchestrator.store.artifacts import ArtifactStore
-from orchestrator.store.event_log import Ledger
+from orchestrator.spec import SweepSpec, cells_of, load_sweep
+from orchestrator.spec.sweep import smoke
+from orchestrator.store import ArtifactStore, Ledger
 
 FILES = sorted((Path(__file__).parents[1] / "sweeps").glob("*.yaml"))
 EACH = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 
 from air_core.specs import FeaturesSpec, FolderImages
-from orchestrator.planning.resolve import Resolver
+from orchestrator.planning import Resolver
 from orchestrator.stages.build import build_features
 from orchestrator.stages.context import ChangedInput, Workshop
 from orchestrator.stages.image_rows import open_generator
-from orchestrator.store.artifacts import ArtifactStore
+from orchestrator.store import ArtifactStore
 from tests.helpers.sweeps import write_sweep
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]

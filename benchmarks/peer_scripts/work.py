@@ -13,7 +13,7 @@ from pathlib import Path
 
 from joblib import Parallel, delayed
 
-from orchestrator.planning.resolve import resolver_of
+from orchestrator.planning import resolver_of
 
 WORKERS = 2
 
@@ -22,8 +22,7 @@ WORKERS = 2
 def trials(spec: str, sets: tuple[str, ...]) -> dict[str, object]:
     """The trials of the grid by name, `air/1`."""
     from orchestrator.planning.requests import place_of
-    from orchestrator.spec.sweep import cells_of
-    from orchestrator.spec.sweep_file import load_sweep
+    from orchestrator.spec import cells_of, load_sweep
 
     sweep = load_sweep(Path(spec), sets=list(sets))
     resolver = resolver_of(place_of(sweep, Path(os.environ["PEER_FOLDER"]) / "inputs", None))
@@ -35,14 +34,14 @@ def trials(spec: str, sets: tuple[str, ...]) -> dict[str, object]:
 
 
 def store():
-    from orchestrator.store.artifacts import ArtifactStore
+    from orchestrator.store import ArtifactStore
 
     return ArtifactStore(Path(os.environ["PEER_FOLDER"]) / "inputs")
 
 
 def prepare(specs: list) -> None:
     """Features, labels, LoRA, images: what all trials read, once."""
-    from orchestrator.planning.plan import needs_of
+    from orchestrator.planning import needs_of
     from orchestrator.stages import build
     from orchestrator.stages.context import Workshop
 

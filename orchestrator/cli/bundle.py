@@ -71,11 +71,11 @@ def export(
     airsweep export 3f2a9c1d -o bundle
     """
     from orchestrator.errors import GATE
-    from orchestrator.planning.resolve import Resolver
+    from orchestrator.planning import Resolver
     from orchestrator.reporting.bundles import BEST, Differs, best_trial
     from orchestrator.reporting.bundles import export as written
-    from orchestrator.store.artifacts import open_store
-    from orchestrator.tracking.lookup import named_trial
+    from orchestrator.store import open_store
+    from orchestrator.tracking import named_trial
 
     if trial == BEST:
         if sweep is None:
@@ -215,7 +215,7 @@ def verify(
     import tempfile
 
     from orchestrator.errors import DONE, GATE
-    from orchestrator.planning.resolve import Resolver
+    from orchestrator.planning import Resolver
     from orchestrator.reporting.bundles import verify as verified
 
     with tempfile.TemporaryDirectory(prefix="airsweep-") as cache:

@@ -32,9 +32,9 @@ def cache_ls(
 
     airsweep cache ls --store /shared/runs --json
     """
-    from orchestrator.cli.cache_screen import listing, listing_screen
+    from orchestrator.cli._cache_screen import listing, listing_screen
     from orchestrator.planning.recorded import all_needs
-    from orchestrator.store.artifacts import open_store
+    from orchestrator.store import open_store
     from orchestrator.store.inventory import take_inventory
 
     opened = open_store(store)
@@ -52,8 +52,8 @@ def cache_verify(store: StoreOption = STORE, as_json: JsonOption = False) -> Non
 
     airsweep cache verify --store /shared/runs --json
     """
-    from orchestrator.cli.cache_screen import verdict_screen
-    from orchestrator.store.artifacts import open_store
+    from orchestrator.cli._cache_screen import verdict_screen
+    from orchestrator.store import open_store
     from orchestrator.store.integrity import verify
     from orchestrator.store.inventory import take_inventory
 
@@ -83,12 +83,11 @@ def cache_gc(
 
     airsweep cache gc --sweep old_question --yes
     """
-    from orchestrator.cli.cache_screen import gc_screen
+    from orchestrator.cli._cache_screen import gc_screen
     from orchestrator.planning.recorded import all_needs, refuse_running
-    from orchestrator.store.artifacts import open_store
+    from orchestrator.store import open_store, whoami
     from orchestrator.store.gc import NOT_REMOVED, plan_gc, remove
     from orchestrator.store.inventory import take_inventory
-    from orchestrator.store.location import whoami
 
     opened = open_store(store)
     place = place_named(sweep, store) if sweep else None

@@ -65,7 +65,7 @@ def render_rayjob(
     airsweep cluster render rayjob mine.yaml --image registry.example.org/airsweep:1 --queue team
     """
     from orchestrator.cluster.render import Wishes, environment_of, rayjob
-    from orchestrator.store.location import whoami
+    from orchestrator.store import whoami
 
     asked = load(spec, sets, only, smoke)
     given = {"AIRSWEEP_USER": whoami()}

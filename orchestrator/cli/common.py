@@ -17,11 +17,10 @@ from orchestrator.api import recorded_sweep as recorded_sweep
 from orchestrator.formatting import show
 
 if TYPE_CHECKING:
-    from orchestrator.planning.plan import Plan
-    from orchestrator.planning.requests import Asked
-    from orchestrator.reporting.rows import Results
-    from orchestrator.spec.sweep import SweepSpec
-    from orchestrator.store.location import Place
+    from orchestrator.planning import Asked, Plan
+    from orchestrator.reporting import Results
+    from orchestrator.spec import SweepSpec
+    from orchestrator.store import Place
 
 T = TypeVar("T")
 
@@ -66,7 +65,7 @@ TrackingOption = Annotated[
 
 def load(spec: str, sets: list[str] | None, only: list[str] | None, smoke: bool = False) -> Asked:
     """A sweep from its file, and how it was asked for."""
-    from orchestrator.planning.requests import asked
+    from orchestrator.planning import asked
 
     return asked(spec, sets or (), only or (), smoke)
 
@@ -87,7 +86,7 @@ def results_of(name: str, store: str, data_root: Path | None) -> Outcome:
     Raises:
         ValueError: there is no such sweep.
     """
-    from orchestrator.planning.requests import plan_of
+    from orchestrator.planning import plan_of
     from orchestrator.reporting import results
 
     sweep, place = recorded_sweep(name, store, data_root)

@@ -57,7 +57,7 @@ def doctor(
 
     airsweep doctor quickstart --cluster --address http://head:8265 --store /shared/runs
     """
-    from orchestrator.cli import doctor_checks
+    from orchestrator.cli import _doctor_checks as doctor_checks
     from orchestrator.environment import environment
     from orchestrator.errors import REFUSED
 

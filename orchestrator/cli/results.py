@@ -151,7 +151,7 @@ def audit(
 
 def _looking(row: str) -> Callable[[int, int], None]:
     """Says how far a long look at a row of images is."""
-    from orchestrator.execution.screen import Screen
+    from orchestrator.execution import Screen
 
     lines, started = Screen(), time.monotonic()
 

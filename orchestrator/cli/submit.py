@@ -27,7 +27,7 @@ from orchestrator.cli.common import (
 from orchestrator.formatting import aligned, show
 
 if TYPE_CHECKING:
-    from orchestrator.cluster.jobs import Cluster, Job
+    from orchestrator.cluster import Cluster, Job
 
 app = typer.Typer()
 
@@ -78,8 +78,8 @@ def submit(
     airsweep submit sweeps/paper_main.yaml --address http://head:8265 --store s3://bucket/runs
     --detach
     """
-    from orchestrator.cluster import job_package
-    from orchestrator.cluster.jobs import Cluster, entrypoint
+    from orchestrator.cluster import Cluster, job_package
+    from orchestrator.cluster.jobs import entrypoint
 
     asked = load(spec, sets, only, smoke)
     if as_json and not detach:
@@ -109,7 +109,8 @@ def jobs(address: AddressOption = "", as_json: JsonOption = False) -> None:
 
     airsweep jobs --address http://head:8265 --json
     """
-    from orchestrator.cluster.jobs import Cluster, clock_time
+    from orchestrator.cluster import Cluster
+    from orchestrator.cluster.jobs import clock_time
 
     found = Cluster(address).jobs()
     if as_json:
@@ -137,7 +138,8 @@ def stop(
 
     airsweep stop quickstart --address http://head:8265
     """
-    from orchestrator.cluster.jobs import Cluster, ending
+    from orchestrator.cluster import Cluster
+    from orchestrator.cluster.jobs import ending
 
     cluster = Cluster(address)
     found = _named(cluster, job)
@@ -217,7 +219,7 @@ def _named(cluster: Cluster, name: str) -> Job:
     Raises:
         ValueError: there is none, or more than one.
     """
-    from orchestrator.store.location import whoami
+    from orchestrator.store import whoami
 
     found = cluster.jobs()
     for job in found:

@@ -29,8 +29,8 @@ from orchestrator.cli.common import (
 from orchestrator.formatting import show
 
 if TYPE_CHECKING:
-    from orchestrator.spec.sweep import SweepSpec
-    from orchestrator.store.location import Place
+    from orchestrator.spec import SweepSpec
+    from orchestrator.store import Place
 
 app = typer.Typer()
 
@@ -62,7 +62,7 @@ def schema() -> None:
 
     airsweep schema > airsweep.schema.json
     """
-    from orchestrator.spec.sweep_file import sweep_schema
+    from orchestrator.spec import sweep_schema
 
     show(json.dumps(sweep_schema(), indent=1))
 
@@ -77,7 +77,7 @@ def validate(spec: SpecArgument, sets: SetOption = None, only: OnlyOption = None
     """
     from orchestrator import api
     from orchestrator.formatting import counted
-    from orchestrator.spec.sweep import cells_of
+    from orchestrator.spec import cells_of
 
     asked = load(spec, sets, only)
     for note in api.validate(asked):
@@ -172,7 +172,7 @@ def retry(
 
     airsweep retry team/paper_main --class infra --store /shared/runs
     """
-    from orchestrator.store.location import read_resolved
+    from orchestrator.store import read_resolved
 
     sweep, place = recorded_sweep(name, store, data_root)
     how: dict[str, Any] = {"tracking_uri": tracking_uri, "retry": failure_class}

@@ -43,7 +43,7 @@ def ui(
 
     airsweep ui --port 5001
     """
-    from orchestrator.store.artifacts import open_store
+    from orchestrator.store import open_store
     from orchestrator.tracking.exposure import check_exposure
     from orchestrator.tracking.types import SERVER_ENVIRONMENT, serve_command
 
@@ -75,8 +75,8 @@ def repro(
     airsweep repro 3f2a9c1d --tracking-uri http://mlflow:5000 --json
     """
     from orchestrator.errors import DONE, GATE
-    from orchestrator.planning.resolve import Resolver
-    from orchestrator.store.artifacts import open_store
+    from orchestrator.planning import Resolver
+    from orchestrator.store import open_store
     from orchestrator.tracking.reproduce import repro as again
 
     there = open_store(store).read_only()
@@ -105,8 +105,8 @@ def diff(
 
     airsweep diff 3f2a9c1d 8b01e7aa --json
     """
-    from orchestrator.store.artifacts import open_store
-    from orchestrator.tracking.lookup import remembered
+    from orchestrator.store import open_store
+    from orchestrator.tracking import remembered
     from orchestrator.tracking.reproduce import differences
 
     there = open_store(store).read_only()
@@ -133,9 +133,9 @@ def mlflow_reconcile(
 
     airsweep mlflow reconcile --tracking-uri http://mlflow:5000
     """
-    from orchestrator.store.artifacts import open_store
+    from orchestrator.store import open_store
     from orchestrator.store.location import recorded_names
-    from orchestrator.tracking.reconcile import reconcile
+    from orchestrator.tracking import reconcile
 
     names = [name] if name else ["/".join(one) for one in recorded_names(open_store(store))]
     if not names:

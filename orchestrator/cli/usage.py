@@ -31,7 +31,7 @@ def show_usage(
     Each artifact counts once, for who made it. Work that left nothing is not counted.
     """
     from orchestrator.planning import usage
-    from orchestrator.store.artifacts import open_store
+    from orchestrator.store import open_store
 
     found = usage.usage(open_store(store), by, since)
     show(json.dumps(found, indent=1) if as_json else usage.usage_screen(found))

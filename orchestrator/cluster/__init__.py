@@ -1,0 +1,13 @@
+"""Ray clusters: join or start one, check its nodes, submit jobs, render deployment files."""
+
+from orchestrator.cluster.jobs import Cluster, Job
+from orchestrator.cluster.node_checks import check_nodes, refuse_unfit_nodes
+from orchestrator.cluster.session import ray_session
+
+__all__ = [
+    "Cluster",
+    "Job",
+    "check_nodes",
+    "ray_session",
+    "refuse_unfit_nodes",
+]

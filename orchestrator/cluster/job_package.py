@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.errors import Refused
-from orchestrator.git import PACKAGES, ROOT, SENT_DIFF, UNKNOWN, commit, dirty, uncommitted
-from orchestrator.planning.requests import Asked, lost_store, project_of
+from orchestrator.files import ROOT
+from orchestrator.git import PACKAGES, SENT_DIFF, UNKNOWN, commit, dirty, uncommitted
+from orchestrator.planning import Asked
+from orchestrator.planning.requests import lost_store, project_of
 from orchestrator.redact import shows_secret, without_credentials
-from orchestrator.spec.sweep import cells_of
-from orchestrator.store.buckets import folder_of, is_bucket, parse
-from orchestrator.store.location import whoami
+from orchestrator.spec import cells_of
+from orchestrator.store import folder_of, is_bucket, whoami
+from orchestrator.store.buckets import parse
 from orchestrator.tracking_uri import kind_of
 
 LIMIT = 100 << 20  # bytes that the head of a cluster takes

@@ -21,8 +21,8 @@ from urllib.parse import urlsplit
 from orchestrator.cluster.job_package import Destination
 from orchestrator.environment import environment
 from orchestrator.errors import FAILED, REFUSED, TERMINATED, Refused
-from orchestrator.planning.requests import Asked
-from orchestrator.store.artifacts import smoke_store
+from orchestrator.planning import Asked
+from orchestrator.store import smoke_store
 
 CONNECTED, ANSWER = 10.0, 60.0  # seconds; Ray's client would wait for ever
 POLL = 0.5  # seconds between two looks at a job

@@ -19,10 +19,9 @@ from orchestrator.cluster.node_facts import HERE, Facts, Input, Needed, has_toke
 from orchestrator.errors import Refused
 from orchestrator.failures import first_line
 from orchestrator.formatting import counted, size
+from orchestrator.planning import Plan
 from orchestrator.planning.disk import bytes_left
-from orchestrator.planning.plan import Plan
-from orchestrator.store.artifacts import ArtifactStore
-from orchestrator.store.location import Place
+from orchestrator.store import ArtifactStore, Place
 
 CHECKS = ("answers", "versions", "code", "store", "room", "files", "gpu")
 MIN_FREE = 100 * 2**20  # bytes: with less no sweep starts

@@ -21,7 +21,7 @@ from pathlib import Path
 from platform import python_version
 from typing import Any
 
-from orchestrator.store.artifacts import ArtifactStore
+from orchestrator.store import ArtifactStore
 from orchestrator.store.backends import BucketBackend
 
 LIBRARIES = (

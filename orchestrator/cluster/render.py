@@ -17,8 +17,8 @@ from typing import Any
 from orchestrator.files import ROOT, SHIPPED
 from orchestrator.planning.resources import misfit
 from orchestrator.redact import password_at, redacted, shows_secret
+from orchestrator.spec import Resources, SweepSpec
 from orchestrator.spec.marked_yaml import all_documents, shown, written
-from orchestrator.spec.sweep import Resources, SweepSpec
 
 SWEEP_FOLDER = "/home/ray/sweep"  # where the ConfigMap is mounted on the head
 SLACK = 3600  # seconds beside `budget.wall`: pods that come, and trials that end

@@ -24,8 +24,8 @@ from orchestrator.environment import environment, of_ray_job
 from orchestrator.errors import Refused
 from orchestrator.failures import first_line
 from orchestrator.files import ROOT
-from orchestrator.planning.resources import Machine, asked_of
-from orchestrator.spec.sweep import Resources, Want
+from orchestrator.planning import Machine, asked_of
+from orchestrator.spec import Resources, Want
 from orchestrator.store.artifacts import DEVICES
 
 log = logging.getLogger(__name__)

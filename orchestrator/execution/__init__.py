@@ -1,0 +1,10 @@
+"""Run a sweep on Ray: prepare artifacts, schedule trials, show progress."""
+
+from orchestrator.execution.driver import run_sweep
+from orchestrator.execution.screen import Screen, make_screen
+
+__all__ = [
+    "Screen",
+    "make_screen",
+    "run_sweep",
+]

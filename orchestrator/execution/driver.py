@@ -35,15 +35,26 @@ from orchestrator.errors import (
     StudiesAway,
     SweepBusy,
 )
-from orchestrator.execution.prefetch import Prefetch, workshop
-from orchestrator.execution.repair import set_damaged_aside
-from orchestrator.execution.run import Run
-from orchestrator.execution.scheduler import Dispatcher
+from orchestrator.execution._prefetch import Prefetch, workshop
+from orchestrator.execution._repair import set_damaged_aside
+from orchestrator.execution._run import Run
+from orchestrator.execution._scheduler import Dispatcher
+from orchestrator.execution._stall import Stall
 from orchestrator.execution.screen import Screen
-from orchestrator.execution.stall import Stall
 from orchestrator.failures import CLASSES, Failure, first_line, no_room
 from orchestrator.formatting import clock
 from orchestrator.git import commit, diff_digest, dirty, uncommitted
+from orchestrator.planning import (
+    OutcomeTracker,
+    Plan,
+    Resolver,
+    changed_inputs,
+    does_not_fit,
+    earlier_results,
+    needs_of,
+    possible_trials,
+    resolver_of,
+)
 from orchestrator.planning.budget import Purse
 from orchestrator.planning.disk import full
 from orchestrator.planning.estimate import (
@@ -51,25 +62,17 @@ from orchestrator.planning.estimate import (
     read_history,
     remember,
 )
-from orchestrator.planning.outcome import OutcomeTracker
-from orchestrator.planning.plan import (
-    Plan,
-    changed_inputs,
-    earlier_results,
-    needs_of,
-    plan_sweep,
-    possible_trials,
-)
-from orchestrator.planning.resolve import Resolver, resolver_of, text_digest
-from orchestrator.planning.resources import does_not_fit
-from orchestrator.reporting.results import standing
-from orchestrator.spec.sweep import JOURNAL, Budget, Cell, SweepSpec
+from orchestrator.planning.plan import plan_sweep
+from orchestrator.planning.resolve import text_digest
+from orchestrator.reporting import standing
+from orchestrator.spec import Cell, SweepSpec
+from orchestrator.spec.sweep import JOURNAL, Budget
+from orchestrator.store import Place, is_bucket, read_outcome, read_resolved, whoami
 from orchestrator.store.artifacts import maker
-from orchestrator.store.buckets import is_bucket
-from orchestrator.store.location import RESOLVED, Place, read_outcome, read_resolved, whoami
+from orchestrator.store.location import RESOLVED
 
 if TYPE_CHECKING:
-    from orchestrator.execution.allocation import Allocation
+    from orchestrator.execution._allocation import Allocation
 
 log = logging.getLogger(__name__)
 
@@ -375,9 +378,10 @@ def _check_studies(plan: Plan) -> None:
 
 
 def _start_cluster(cluster: ExitStack, run: Run) -> Allocation:
-    from orchestrator.cluster.session import MemoryPeak, free_resources, machines, ray_session
-    from orchestrator.execution.allocation import Allocation
-    from orchestrator.execution.progress import Progress
+    from orchestrator.cluster import ray_session
+    from orchestrator.cluster.session import MemoryPeak, free_resources, machines
+    from orchestrator.execution._allocation import Allocation
+    from orchestrator.execution._progress import Progress
 
     run.joined = joins_a_cluster()
     run.screen.say("joining Ray" if run.joined else "starting Ray")
@@ -413,7 +417,7 @@ def _wait_for_machines(run: Run, plan: Plan) -> None:
 def _look(run: Run, plan: Plan) -> None:
     """Before any work: are the machines of a cluster that was joined fit for it?"""
     if run.joined:
-        from orchestrator.cluster.node_checks import refuse_unfit_nodes
+        from orchestrator.cluster import refuse_unfit_nodes
 
         refuse_unfit_nodes(plan, run.place, run.screen.say)
 
@@ -454,7 +458,7 @@ def _lost(run: Run, logs: Path) -> None:
 
 def _tune(run: Run, dispatcher: Dispatcher, prefetch: Prefetch) -> None:
     """Run trials until none is left, or the next one reads what is not there yet."""
-    from orchestrator.execution.tuning import run_points
+    from orchestrator.execution._tuning import run_points
 
     assert run.allocation is not None
     assert run.progress is not None

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from air_core.printable import printable
 from orchestrator.formatting import clock, printable_lines, show
-from orchestrator.planning.plan import Need, Plan, name_of
+from orchestrator.planning import Need, Plan, name_of
 
 if TYPE_CHECKING:
-    from orchestrator.planning.outcome import Outcome
+    from orchestrator.planning import Outcome
 
 # Seconds between two lines about one long thing, off a terminal; and as a share of its time so far,
 # so that an hour does not print 360 of them.

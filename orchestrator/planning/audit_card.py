@@ -23,9 +23,8 @@ from orchestrator.formatting import aligned
 from orchestrator.keys import artifact_key, digest, slug
 from orchestrator.planning.plan import Need, needs_of, possible_trials
 from orchestrator.planning.resolve import resolver_of
-from orchestrator.spec.sweep import SweepSpec, cells_of
-from orchestrator.store.artifacts import ArtifactStore
-from orchestrator.store.location import Place
+from orchestrator.spec import SweepSpec, cells_of
+from orchestrator.store import ArtifactStore, Place
 
 EDITION = 1  # raise it when the same images get other numbers
 WIDTH = 80  # columns of the screen

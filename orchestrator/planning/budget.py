@@ -14,8 +14,9 @@ from statistics import fmean
 
 from orchestrator.planning.estimate import stage_work
 from orchestrator.planning.plan import Need
-from orchestrator.spec.sweep import Budget, Resources
-from orchestrator.store.artifacts import ArtifactStore
+from orchestrator.spec import Resources
+from orchestrator.spec.sweep import Budget
+from orchestrator.store import ArtifactStore
 
 HOUR = 3600.0
 

@@ -12,7 +12,7 @@ from air_core.datasets import get_dataset
 from air_core.datasets.image_folder import OWNERS
 from air_core.specs import FeaturesSpec, TrialSpec
 from orchestrator.errors import MissingArtifact
-from orchestrator.store.artifacts import ArtifactStore
+from orchestrator.store import ArtifactStore
 
 
 @dataclass(frozen=True)

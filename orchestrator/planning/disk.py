@@ -8,7 +8,7 @@ from statistics import fmean
 
 from orchestrator.formatting import size
 from orchestrator.planning.plan import Plan
-from orchestrator.store.artifacts import ArtifactStore
+from orchestrator.store import ArtifactStore
 
 
 def bytes_left(plan: Plan, store: ArtifactStore) -> int:

@@ -27,8 +27,8 @@ from air_core.specs import (
     uses_auxiliary,
 )
 from orchestrator.planning.resources import Machine, room, this_machine
-from orchestrator.spec.sweep import Resources
-from orchestrator.store.artifacts import ArtifactStore, smoke_store
+from orchestrator.spec import Resources
+from orchestrator.store import ArtifactStore, smoke_store
 from orchestrator.store.verification import read_cache
 
 HISTORY = "history.json"

@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 
 from orchestrator.planning.plan import Slot
 from orchestrator.planning.studies import Pruned
-from orchestrator.store.records import TrialRecord
+from orchestrator.store import TrialRecord
 
 
 @dataclass(frozen=True)

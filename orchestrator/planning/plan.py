@@ -36,12 +36,10 @@ from orchestrator.planning.studies import (
     searches,
     what_it_asks,
 )
+from orchestrator.spec import Cell, Dimension, SweepSpec, cells_of
 from orchestrator.spec.space import default_params, grid_points, study_name
-from orchestrator.spec.sweep import Cell, Dimension, SweepSpec, cells_of
-from orchestrator.store.artifacts import ArtifactStore
+from orchestrator.store import ArtifactStore, Ledger, Place, read_resolved
 from orchestrator.store.checkpoints import learned_by, rungs_of
-from orchestrator.store.event_log import Ledger
-from orchestrator.store.location import Place, read_resolved
 
 BASE_PER_CLASS = 8  # images without LoRA, drawn to show what LoRA changed
 # Settings that decide whether synthetic images are read, and how many.

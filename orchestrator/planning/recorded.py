@@ -20,11 +20,10 @@ from orchestrator.planning.plan import (
 )
 from orchestrator.planning.resolve import NotRecorded, Resolver, resolver_of
 from orchestrator.planning.studies import Searches, searches
-from orchestrator.spec.sweep import Cell, SweepSpec, cells_of, smoke
-from orchestrator.spec.sweep_file import load_sweep
-from orchestrator.store.artifacts import ArtifactStore
+from orchestrator.spec import Cell, SweepSpec, cells_of, load_sweep
+from orchestrator.spec.sweep import smoke
+from orchestrator.store import ArtifactStore, Place, read_resolved, recorded_places
 from orchestrator.store.gc import Asked, Needs, Shards, merged
-from orchestrator.store.location import Place, read_resolved, recorded_places
 
 
 def read_sweep(place: Place, data_root: Path | None) -> tuple[SweepSpec, Place]:

@@ -13,13 +13,12 @@ from orchestrator.environment import in_ray_job
 from orchestrator.errors import Refused
 from orchestrator.planning.plan import Plan, plan_sweep
 from orchestrator.planning.resolve import resolver_of
-from orchestrator.spec.sweep import SweepSpec, cells_of, option_words
+from orchestrator.spec import SweepSpec, cells_of, find_sweep, load_sweep
+from orchestrator.spec.sweep import option_words
 from orchestrator.spec.sweep import smoke as smoked
-from orchestrator.spec.sweep_file import find_sweep, load_sweep
-from orchestrator.store.artifacts import open_store, smoke_store
-from orchestrator.store.buckets import folder_of, is_bucket
-from orchestrator.store.location import Place, recorded_names
+from orchestrator.store import Place, folder_of, is_bucket, open_store, smoke_store
 from orchestrator.store.location import place_named as named
+from orchestrator.store.location import recorded_names
 
 
 @dataclass(frozen=True, repr=False)

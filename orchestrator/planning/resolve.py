@@ -35,8 +35,8 @@ from orchestrator.failures import no_room
 from orchestrator.files import file_digest, file_stamp, write_whole
 from orchestrator.keys import digest
 from orchestrator.spec.presets import OUTSIDE
+from orchestrator.store import Place, read_resolved
 from orchestrator.store.code_version import uncovered
-from orchestrator.store.location import Place, read_resolved
 from orchestrator.store.verification import read_cache
 
 

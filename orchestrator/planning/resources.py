@@ -10,8 +10,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from orchestrator.spec.sweep import Resources, Want
-from orchestrator.store.artifacts import ArtifactStore
+from orchestrator.spec import Resources, Want
+from orchestrator.store import ArtifactStore
 
 if TYPE_CHECKING:
     from orchestrator.planning.plan import Plan

@@ -40,6 +40,7 @@ from air_core.flat import trial_keys
 from orchestrator.errors import StudiesAway
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.studies import Searches, searches
+from orchestrator.spec import Cell, Dimension
 from orchestrator.spec.space import (
     Point,
     applies,
@@ -48,8 +49,8 @@ from orchestrator.spec.space import (
     point_count,
     study_name,
 )
-from orchestrator.spec.sweep import JOURNAL, Cell, Dimension, Search
-from orchestrator.store.event_log import Ledger
+from orchestrator.spec.sweep import JOURNAL, Search
+from orchestrator.store import Ledger
 
 TRIES = 8  # at a point that was not asked before: one that was has nothing new to tell
 STARTUP_POINTS = 4  # of TPE below 30 points; its own default of 10 would leave little to model

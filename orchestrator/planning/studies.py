@@ -19,11 +19,11 @@ from air_core.normal import normalised
 from air_core.specs import TrialSpec
 from orchestrator.keys import digest
 from orchestrator.planning.resolve import Resolver
+from orchestrator.spec import Cell, SweepSpec
 from orchestrator.spec.presets import named_refs
 from orchestrator.spec.space import applies, default_params, holds, point_count, study_name
-from orchestrator.spec.sweep import Cell, Search, SweepSpec
-from orchestrator.store.artifacts import ArtifactStore
-from orchestrator.store.event_log import Ledger
+from orchestrator.spec.sweep import Search
+from orchestrator.store import ArtifactStore, Ledger
 
 
 @dataclass(frozen=True)

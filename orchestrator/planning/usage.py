@@ -15,9 +15,8 @@ from typing import Any
 from pandas import DataFrame
 
 from orchestrator.formatting import size
-from orchestrator.store.artifacts import ArtifactStore
+from orchestrator.store import ArtifactStore, recorded_places
 from orchestrator.store.inventory import UNKNOWN, Inventory, take_inventory
-from orchestrator.store.location import recorded_places
 
 BY = ("user", "project", "sweep", "stage")
 HOURS = ("gpu_hours", "cpu_hours", "unknown_hours")

@@ -33,17 +33,14 @@ from air_core.specs import Ref, TrialSpec, uses_auxiliary
 from orchestrator.errors import MissingArtifact
 from orchestrator.formatting import counted, percent, show
 from orchestrator.keys import artifact_key
+from orchestrator.planning import Resolver, plan_of, refs_of
 from orchestrator.planning.dataset_text import DatasetText, licence, recorded_text
-from orchestrator.planning.inputs import refs_of, spec_json
-from orchestrator.planning.requests import plan_of
-from orchestrator.planning.resolve import Resolver
+from orchestrator.planning.inputs import spec_json
 from orchestrator.reporting.results import NAMED, results_of
 from orchestrator.reporting.rows import Row, named, worlds_of
-from orchestrator.spec.sweep import Cell, SweepSpec
+from orchestrator.spec import Cell, SweepSpec
 from orchestrator.spec.sweep_file import only_values
-from orchestrator.store.artifacts import ArtifactStore
-from orchestrator.store.location import Place
-from orchestrator.store.records import TrialRecord, read_trial
+from orchestrator.store import ArtifactStore, Place, TrialRecord, read_trial
 
 BEST = "best"
 RUN_BY = "mutual_information"  # the objective that reads no label at all

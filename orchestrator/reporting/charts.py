@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from orchestrator.reporting._statistics import Array
 from orchestrator.reporting.rows import (
     Results,
     Row,
@@ -25,7 +26,6 @@ from orchestrator.reporting.rows import (
     world_text,
     worlds_of,
 )
-from orchestrator.reporting.statistics import Array
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

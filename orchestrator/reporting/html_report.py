@@ -24,10 +24,10 @@ from orchestrator.planning.dataset_text import tested_classes
 from orchestrator.planning.estimate import gpu_share
 from orchestrator.planning.plan import WORDS
 from orchestrator.reporting import charts
-from orchestrator.reporting.layouts import Layout, without_empty
+from orchestrator.reporting._layouts import Layout, without_empty
+from orchestrator.reporting._statistics import Array
 from orchestrator.reporting.report_data import Evidence
 from orchestrator.reporting.rows import Row, choice_notes, has_images, mark_notes, world_text
-from orchestrator.reporting.statistics import Array
 from orchestrator.reporting.tables import WORLD, differences, laid_out, texts
 from orchestrator.spec.presets import METHODS
 

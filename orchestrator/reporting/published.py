@@ -19,10 +19,11 @@ from pydantic import AfterValidator, BeforeValidator, Field, StrictBool, TypeAda
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from orchestrator.formatting import percent, shown
-from orchestrator.reporting.layouts import screen_lines, without_empty
+from orchestrator.reporting._layouts import screen_lines, without_empty
+from orchestrator.reporting._statistics import ALPHA, Difference, corrected, paired_difference
 from orchestrator.reporting.rows import Results, Row, settings_text, signed
-from orchestrator.reporting.statistics import ALPHA, Difference, corrected, paired_difference
-from orchestrator.spec.marked_yaml import SpecError, choices, read
+from orchestrator.spec import SpecError
+from orchestrator.spec.marked_yaml import choices, read
 from orchestrator.spec.validation import CONFIG, LINE, NAME, Number, Version, Whole, validate
 
 # ---------------------------------------------------------------- a file of published numbers

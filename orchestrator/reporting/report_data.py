@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orchestrator.planning import Plan, plan_of, refs_of
 from orchestrator.planning.audit_card import AuditCard, audited_by, known_card, ready
-from orchestrator.planning.inputs import refs_of
-from orchestrator.planning.plan import Plan
-from orchestrator.planning.requests import plan_of
 from orchestrator.reporting.results import Standing, results_of, standing
 from orchestrator.reporting.rows import Results, Row, rows
-from orchestrator.spec.sweep import SweepSpec
-from orchestrator.store.location import Place, read_outcome
+from orchestrator.spec import SweepSpec
+from orchestrator.store import Place, read_outcome
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,9 @@ import numpy as np
 
 from air_core.normal import normalised
 from air_core.paradigms import seen_unseen
-from orchestrator.planning.plan import Plan, Slot
+from orchestrator.planning import Plan, Slot
 from orchestrator.reporting.rows import Entry, Results, rows
-from orchestrator.store.artifacts import ArtifactStore
-from orchestrator.store.event_log import Ledger
-from orchestrator.store.records import TrialRecord, read_trial
+from orchestrator.store import ArtifactStore, Ledger, TrialRecord, read_trial
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -20,8 +20,8 @@ import numpy as np
 from air_core.flat import from_flat, trial_keys
 from air_core.normal import normalised
 from orchestrator.formatting import counted, percent, shown
-from orchestrator.reporting.ranking import Ranking, ranking, sentences
-from orchestrator.reporting.statistics import (
+from orchestrator.reporting._ranking import Ranking, ranking, sentences
+from orchestrator.reporting._statistics import (
     ALPHA,
     Array,
     Collapse,

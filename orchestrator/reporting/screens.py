@@ -12,15 +12,12 @@ from typing import Any
 from air_core.flat import to_flat
 from orchestrator.failures import CLASSES
 from orchestrator.formatting import clock, counted, shown
+from orchestrator.planning import Plan, changed_inputs, does_not_fit, earlier_results, plan_of
 from orchestrator.planning.estimate import Estimate
-from orchestrator.planning.plan import Plan, changed_inputs, earlier_results
-from orchestrator.planning.requests import plan_of
-from orchestrator.planning.resources import does_not_fit
 from orchestrator.reporting.results import Standing, results_of, standing
 from orchestrator.reporting.summary import facts_of, next_facts, summary, title_of
-from orchestrator.spec import presets
-from orchestrator.spec.sweep import SweepSpec, notes_of
-from orchestrator.store.location import Place
+from orchestrator.spec import SweepSpec, notes_of, presets
+from orchestrator.store import Place
 
 STATES = {"present": "there", "partial": "in part", "missing": "to make"}
 

@@ -17,10 +17,10 @@ from air_core.normal import normalised
 from air_core.specs import SyntheticFeaturesSpec
 from orchestrator.environment import in_ray_job
 from orchestrator.formatting import clock, near
+from orchestrator.planning import Plan
 from orchestrator.planning.dataset_text import about
-from orchestrator.planning.plan import Plan
 from orchestrator.planning.studies import searches
-from orchestrator.reporting.layouts import screen_lines
+from orchestrator.reporting._layouts import screen_lines
 from orchestrator.reporting.results import standing
 from orchestrator.reporting.rows import (
     EMPTY,
@@ -33,9 +33,7 @@ from orchestrator.reporting.rows import (
 )
 from orchestrator.reporting.tables import differences, texts
 from orchestrator.spec.sweep import option_words
-from orchestrator.store.artifacts import smoke_store
-from orchestrator.store.buckets import folder_of, is_bucket
-from orchestrator.store.location import Place, read_outcome, read_resolved
+from orchestrator.store import Place, folder_of, is_bucket, read_outcome, read_resolved, smoke_store
 
 MOST = 12  # differences that are shown
 # Columns of `table` and of the report alone.

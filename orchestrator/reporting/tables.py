@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.formatting import percent, shown
-from orchestrator.reporting.layouts import Layout, csv_text, rendered, without_empty
+from orchestrator.reporting._layouts import Layout, csv_text, rendered, without_empty
 from orchestrator.reporting.rows import (
     COLUMNS,
     EMPTY,

@@ -9,7 +9,7 @@ from typing import Any
 
 from air_core.flat import trial_keys
 from orchestrator.keys import digest
-from orchestrator.spec.expressions import compile_when
+from orchestrator.spec._expressions import compile_when
 from orchestrator.spec.sweep import Cell, Dimension, Search
 
 

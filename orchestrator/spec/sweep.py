@@ -22,10 +22,10 @@ from air_core.flat import from_flat, trial_keys
 from air_core.normal import normalised
 from orchestrator.keys import digest
 from orchestrator.spec import presets
-from orchestrator.spec.expressions import compile_when, names_of
+from orchestrator.spec._expressions import compile_when, names_of
+from orchestrator.spec._trial_values import Dimension as Dimension
+from orchestrator.spec._trial_values import Space
 from orchestrator.spec.marked_yaml import SpecError
-from orchestrator.spec.trial_values import Dimension as Dimension
-from orchestrator.spec.trial_values import Space
 from orchestrator.spec.validation import CONFIG, LINE, Number, Whole, setting, wrong
 
 JOURNAL = "journal"

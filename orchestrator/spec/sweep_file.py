@@ -20,7 +20,13 @@ from pydantic.dataclasses import dataclass
 from orchestrator.files import ROOT, SHIPPED
 from orchestrator.redact import password_at
 from orchestrator.spec import presets
-from orchestrator.spec.expressions import look_up, names_of
+from orchestrator.spec._expressions import look_up, names_of
+from orchestrator.spec._trial_values import (
+    TRIAL_NAMES,
+    Axes,
+    Settings,
+    value_type,
+)
 from orchestrator.spec.marked_yaml import Document, Keys, SpecError, choices, parse, read, shown
 from orchestrator.spec.sweep import (
     THREE_SEEDS,
@@ -35,12 +41,6 @@ from orchestrator.spec.sweep import (
     combinations,
     fits,
     unlabelled,
-)
-from orchestrator.spec.trial_values import (
-    TRIAL_NAMES,
-    Axes,
-    Settings,
-    value_type,
 )
 from orchestrator.spec.validation import (
     CONFIG,

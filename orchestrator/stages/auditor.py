@@ -46,7 +46,7 @@ from orchestrator.stages.build import read_target
 from orchestrator.stages.context import ChangedInput, Workshop, one_thread
 from orchestrator.stages.image_rows import read_drawn, read_pictures, read_synthetic
 from orchestrator.stages.pictures import Tile, captioned_sheet
-from orchestrator.store.artifacts import ArtifactStore
+from orchestrator.store import ArtifactStore
 
 log = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from orchestrator.planning.audit_card import (
     known_card,
     ready,
 )
-from orchestrator.spec.sweep import SweepSpec
-from orchestrator.store.location import Place
+from orchestrator.spec import SweepSpec
+from orchestrator.store import Place
 
 if TYPE_CHECKING:
     from orchestrator.stages.auditor import Report

@@ -29,7 +29,8 @@ from orchestrator.planning.dataset_text import DatasetText, text_of
 from orchestrator.planning.resolve import images_folder
 from orchestrator.stages.context import Workshop
 from orchestrator.stages.image_rows import read_synthetic
-from orchestrator.store.artifacts import Artifact, ArtifactStore
+from orchestrator.store import ArtifactStore
+from orchestrator.store.artifacts import Artifact
 
 PARTS = ("train", "val", "test", "free", "bad")
 CHUNK = 512  # images that are decoded at a time

@@ -16,10 +16,10 @@ from air_core.backbone import Backbone
 from air_core.backbone.loading import load_backbone
 from air_core.datasets import Examples, get_dataset
 from air_core.specs import FeaturesSpec, Ref, SyntheticFeaturesSpec
-from orchestrator.planning.resolve import Resolver
+from orchestrator.planning import Resolver
 from orchestrator.planning.resources import memory_fraction
 from orchestrator.spec.sweep import ENCODER_BATCH
-from orchestrator.store.artifacts import ArtifactStore
+from orchestrator.store import ArtifactStore
 
 CHANGED = (
     "has changed since the run was planned: its files are not those of the planned digest; wait "

@@ -29,7 +29,7 @@ from air_core.types import Batch, Labelled
 from orchestrator.errors import DamagedArtifact, MissingArtifact
 from orchestrator.planning.resolve import images_folder
 from orchestrator.stages.context import Workshop
-from orchestrator.store.artifacts import ArtifactStore
+from orchestrator.store import ArtifactStore
 from orchestrator.store.rows import Row
 
 DEATHS = 2  # processes that a block may kill before it counts as failed

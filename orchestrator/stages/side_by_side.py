@@ -16,9 +16,8 @@ from air_core.specs import TrialSpec
 from orchestrator.keys import artifact_key
 from orchestrator.spec.sweep import ENCODER_BATCH
 from orchestrator.stages.trial import WHOLE, Legs, is_over, recorded
-from orchestrator.store.artifacts import ArtifactStore
+from orchestrator.store import ArtifactStore, TrialRecord, read_trial
 from orchestrator.store.checkpoints import learned_by
-from orchestrator.store.records import TrialRecord, read_trial
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -20,7 +20,7 @@ from air_core.normal import normalised
 from air_core.specs import SplitSettings, TrialSpec
 from orchestrator.keys import artifact_key
 from orchestrator.spec.sweep import ENCODER_BATCH
-from orchestrator.store.artifacts import ArtifactStore
+from orchestrator.store import ArtifactStore, TrialRecord, read_trial
 from orchestrator.store.checkpoints import (
     START,
     Checkpoint,
@@ -30,7 +30,7 @@ from orchestrator.store.checkpoints import (
     read_checkpoint,
     rungs_of,
 )
-from orchestrator.store.records import PREDICTIONS, PROMPT, TrialRecord, read_trial
+from orchestrator.store.records import PREDICTIONS, PROMPT
 
 if TYPE_CHECKING:
     from collections.abc import Callable

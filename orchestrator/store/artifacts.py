@@ -33,9 +33,9 @@ from orchestrator.errors import DamagedArtifact, MissingArtifact, StoreRefused
 from orchestrator.files import barred, file_digest, make_folders, sync, write_whole
 from orchestrator.keys import RECIPES, ArtifactKey, Stage, artifact_key
 from orchestrator.store import code_version
+from orchestrator.store._locks import Locks
 from orchestrator.store.backends import RECORD, FolderBackend, open_backend
 from orchestrator.store.buckets import folder_of, is_bucket
-from orchestrator.store.locks import Locks
 from orchestrator.store.rows import Row
 from orchestrator.store.verification import read_record, verify_files
 

@@ -30,8 +30,8 @@ from typing import Any, BinaryIO
 from air_core.seal import intact
 from orchestrator.errors import StoreRefused
 from orchestrator.files import Stamp, file_digest, file_stamp, sync, write_beside, write_whole
+from orchestrator.store._leases import Lease
 from orchestrator.store.buckets import Entry, Remote, folder_of, is_bucket, parse, side_by_side
-from orchestrator.store.leases import Lease
 from orchestrator.store.verification import parse_record, read_record
 
 CACHE = "AIRSWEEP_CACHE"

@@ -21,9 +21,9 @@ from filelock import FileLock, Timeout
 
 from orchestrator.errors import RemoteAway, SweepBusy
 from orchestrator.files import is_flocked, lock_mode, make_folders, sync
+from orchestrator.store._leases import Lease
 from orchestrator.store.backends import BucketBackend, FolderBackend
 from orchestrator.store.buckets import side_by_side
-from orchestrator.store.leases import Lease
 
 # For tests: `event:7` kills the driver at its seventh event, `trial_done:2` at the second of these.
 CRASH_AT = "AIRSWEEP_CRASH_AT"

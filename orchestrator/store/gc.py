@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from orchestrator.store._locks import STORE_LOCK
 from orchestrator.store.backends import LOCKS, RECORD
 from orchestrator.store.inventory import UNKNOWN, Inventory
-from orchestrator.store.locks import STORE_LOCK
 
 NOT_REMOVED = "could not be removed: it is a link, or in a folder of somebody else"
 LEFT_FOR = 24 * 3600.0  # seconds: what is younger may have a maker on another machine

@@ -18,12 +18,11 @@ from air_core.specs import CodeVersions, Ref, TrialSpec
 from orchestrator.keys import artifact_key
 from orchestrator.planning.inputs import REFS
 from orchestrator.reporting.bundles import Chosen
-from orchestrator.store.artifacts import ArtifactStore
+from orchestrator.store import ArtifactStore, Place, read_trial, recorded_places
 from orchestrator.store.backends import RECORD
-from orchestrator.store.location import Place, recorded_places
-from orchestrator.store.records import MADE, read_trial
+from orchestrator.store.records import MADE
 from orchestrator.store.verification import read_record
-from orchestrator.tracking.child_runs import SPEC
+from orchestrator.tracking._child_runs import SPEC
 
 NO_REF = Ref(name="", digest="")
 SHORTEST = 6  # hex digits of a key or run id that are looked for
@@ -102,7 +101,7 @@ def of_run(run_id: str, root: Path, uri: str | None) -> Remembered:
             f"{run_id!r} is no run id: at least {SHORTEST} of its hex digits are needed, as the "
             "run's page in MLflow shows them"
         )
-    from orchestrator.tracking.runs import read_run  # seconds to import
+    from orchestrator.tracking._runs import read_run  # seconds to import
 
     run, text = read_run(uri, root, run_id, SPEC)
     tags = run.data.tags

@@ -17,18 +17,18 @@ from typing import TYPE_CHECKING
 
 from orchestrator.errors import TERMINATED, TrackerAway
 from orchestrator.failures import first_line
-from orchestrator.planning.outcome import Outcome
+from orchestrator.planning import Outcome
 from orchestrator.redact import without_credentials
-from orchestrator.spec.sweep import SweepSpec
+from orchestrator.spec import SweepSpec
+from orchestrator.store import Place
 from orchestrator.store.artifacts import maker
-from orchestrator.store.location import Place
-from orchestrator.tracking.child_runs import Children
+from orchestrator.tracking._child_runs import Children
 from orchestrator.tracking.reconcile import parent_of, status_of, sync
 from orchestrator.tracking.types import Status, SweepRun, make_tracker
 from orchestrator.tracking_uri import kind_of, uri_of
 
 if TYPE_CHECKING:
-    from orchestrator.tracking.mlflow import SweepTracker
+    from orchestrator.tracking._mlflow import SweepTracker
 
 log = logging.getLogger(__name__)
 

@@ -14,25 +14,21 @@ from urllib.parse import quote
 from orchestrator.errors import DONE, FAILED, TrackerAway
 from orchestrator.formatting import counted
 from orchestrator.git import UNKNOWN
-from orchestrator.planning.outcome import Outcome
-from orchestrator.planning.plan import Plan, Slot
-from orchestrator.planning.requests import plan_of
+from orchestrator.planning import Outcome, Plan, Slot, plan_of
 from orchestrator.planning.resolve import text_digest
 from orchestrator.planning.studies import Pruned
+from orchestrator.reporting import Results, results_of, standing
 from orchestrator.reporting.charts import pictures
-from orchestrator.reporting.results import finished, results_of, standing
-from orchestrator.reporting.rows import Results, mean_std, settings_text
+from orchestrator.reporting.results import finished
+from orchestrator.reporting.rows import mean_std, settings_text
 from orchestrator.reporting.summary import facts_of, summary, title_of
-from orchestrator.spec.sweep import SweepSpec
-from orchestrator.store.artifacts import ArtifactStore
-from orchestrator.store.event_log import Ledger
-from orchestrator.store.location import Place, whoami
-from orchestrator.store.records import TrialRecord, read_trial
-from orchestrator.tracking.child_runs import Children, by_point
+from orchestrator.spec import SweepSpec
+from orchestrator.store import ArtifactStore, Ledger, Place, TrialRecord, read_trial, whoami
+from orchestrator.tracking._child_runs import Children, by_point
 from orchestrator.tracking.types import Counts, Status, SweepRun, make_tracker
 
 if TYPE_CHECKING:
-    from orchestrator.tracking.mlflow import SweepTracker
+    from orchestrator.tracking._mlflow import SweepTracker
 
 WORLDS = 3  # with a sentence of their own in a note
 

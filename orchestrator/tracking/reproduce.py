@@ -19,12 +19,10 @@ from air_core.datasets import get_dataset
 from air_core.specs import FeaturesSpec, FolderImages, SyntheticFeaturesSpec, TrialSpec
 from orchestrator.git import commit, diff_digest, uncommitted
 from orchestrator.keys import artifact_key
-from orchestrator.planning.inputs import refs_of
-from orchestrator.planning.plan import Need, name_of, needs_of
-from orchestrator.planning.resolve import Resolver
+from orchestrator.planning import Need, Resolver, name_of, needs_of, refs_of
 from orchestrator.stages.trial import run_trial
-from orchestrator.store.artifacts import ArtifactStore, versions
-from orchestrator.store.records import TrialRecord, read_trial
+from orchestrator.store import ArtifactStore, TrialRecord, read_trial
+from orchestrator.store.artifacts import versions
 from orchestrator.tracking.lookup import Remembered, of_run
 
 TOLERANCE = 0.01  # of a metric, absolute and relative: rounding differs between processors

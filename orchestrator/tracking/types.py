@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from orchestrator.tracking_uri import ARTIFACTS, DATABASE, resolved
 
 if TYPE_CHECKING:
-    from orchestrator.tracking.mlflow import Mlflow
+    from orchestrator.tracking._mlflow import Mlflow
 
 
 # For the environment of `serve_command`: no job runner beside the server, no telemetry.
@@ -110,7 +110,7 @@ def make_tracker(uri: str | None, *, store: Path, project: str) -> Mlflow:
         ValueError: the URI is of another kind, or switches tracking off.
     """
     address, database = resolved(uri, store)
-    from orchestrator.tracking.mlflow import Mlflow  # seconds to import
+    from orchestrator.tracking._mlflow import Mlflow  # seconds to import
 
     return Mlflow(address, project=project, database=database)
 

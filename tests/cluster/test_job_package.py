@@ -11,7 +11,7 @@ import pytest
 
 from orchestrator.cluster import job_package
 from orchestrator.errors import Refused
-from orchestrator.planning.requests import asked
+from orchestrator.planning import asked
 from tests.helpers.sweeps import airsweep, environment, write_sweep
 
 ROOT = Path(__file__).parents[2]
@@ -19,7 +19,7 @@ SHARED = "/shared/runs"
 PACK = """
 import sys
 from pathlib import Path
-from orchestrator.planning.requests import asked
+from orchestrator.planning import (asked)
 from orchestrator.cluster.job_package import is_checkout, pack
 pack(asked(sys.argv[1]), Path(sys.argv[2]), is_checkout())
 """

@@ -17,7 +17,7 @@ from orchestrator.cluster.node_facts import (
     node_facts,
     store_token,
 )
-from orchestrator.store.artifacts import open_store
+from orchestrator.store import open_store
 
 FINE: dict[str, Any] = {
     "versions": {"python": "3.11.7", "ray": "2.60.0", "torch": "2.13.0+cpu", "numpy": "2.1.0"},

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.execution.allocation import Allocation
-from orchestrator.planning.resources import Machine, room
-from orchestrator.spec.sweep import EncoderResources, GeneratorResources, Resources, TrialResources
+from orchestrator.execution._allocation import Allocation
+from orchestrator.planning import Machine
+from orchestrator.planning.resources import room
+from orchestrator.spec import Resources
+from orchestrator.spec.sweep import EncoderResources, GeneratorResources, TrialResources
 
 GPU = Resources(trial=TrialResources(gpu=0.25), generator=GeneratorResources(gpu=1))
 HALF = Resources(trial=GPU.trial, generator=GeneratorResources(gpu=1, reserve=4))
@@ -53,13 +55,13 @@ def test_trials_begin_when_generators_have_given_room(monkeypatch):
     assert found.trials() == 16
     found.wide = True
     monkeypatch.setattr(
-        "orchestrator.execution.allocation.NARROWING", 0.0
+        "orchestrator.execution._allocation.NARROWING", 0.0
     )  # a block that takes too long
     assert found.trials() == 16
 
 
 def test_a_machine_that_comes_is_used(monkeypatch):
-    monkeypatch.setattr("orchestrator.execution.allocation.LOOK_EVERY", 0.0)
+    monkeypatch.setattr("orchestrator.execution._allocation.LOOK_EVERY", 0.0)
     machines = [BIG]
     found = Allocation(GPU, lambda: machines)
     assert (found.generators(), found.trials()) == (8, 32)

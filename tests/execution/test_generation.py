@@ -19,16 +19,17 @@ from safetensors.numpy import load_file
 from air_core.specs import SyntheticFeaturesSpec
 from orchestrator.cluster.session import machines
 from orchestrator.errors import MissingArtifact
-from orchestrator.execution.allocation import Allocation, Context
-from orchestrator.execution.generation import Generate, draw
-from orchestrator.execution.prepare import prepare
-from orchestrator.execution.progress import Note, Progress
+from orchestrator.execution._allocation import Allocation, Context
+from orchestrator.execution._generation import Generate, draw
+from orchestrator.execution._prepare import prepare
+from orchestrator.execution._progress import Note, Progress
 from orchestrator.keys import artifact_key
-from orchestrator.planning.plan import Need, needs_of
-from orchestrator.spec.sweep import GeneratorResources, Resources
+from orchestrator.planning import Need, needs_of
+from orchestrator.spec import Resources
+from orchestrator.spec.sweep import GeneratorResources
 from orchestrator.stages.context import Workshop
 from orchestrator.stages.image_rows import build_image_block, open_generator, read_synthetic
-from orchestrator.store.artifacts import ArtifactStore
+from orchestrator.store import ArtifactStore
 from tests.helpers.sweeps import wait_until
 
 pytestmark = pytest.mark.ray
@@ -165,7 +166,7 @@ def test_a_generator_short_of_memory_saves_some_and_keeps_the_size_of_its_blocks
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return open_generator(images, shop)
 
-    monkeypatch.setattr("orchestrator.execution.generation.open_generator", short)
+    monkeypatch.setattr("orchestrator.execution._generation.open_generator", short)
     actor = Generate([need.spec], Workshop(store), board=None)
     for c in (0, 1):
         batch = {name: np.array([value]) for name, value in (("row", 0), ("class", c))}
@@ -177,7 +178,7 @@ def test_a_generator_short_of_memory_saves_some_and_keeps_the_size_of_its_blocks
 def test_who_waits_for_a_block_that_another_draws_says_for_whom(
     ray_session, resolver, drawn_digits, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("orchestrator.execution.progress.WAITS_FOR", 0.1)
+    monkeypatch.setattr("orchestrator.execution._progress.WAITS_FOR", 0.1)
     need, watcher = need_of(resolver, drawn_digits, 8), Watcher()
     shop = Workshop(ArtifactStore(tmp_path))
     block = {"row": np.array([0]), "class": np.array([3]), "block": np.array([0])}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from orchestrator.execution.prefetch import waves, without_images
-from orchestrator.planning.plan import needs_of
-from orchestrator.store.artifacts import ArtifactStore
+from orchestrator.execution._prefetch import waves, without_images
+from orchestrator.planning import needs_of
+from orchestrator.store import ArtifactStore
 
 
 def test_a_lora_of_the_first_round_can_come_ahead_and_images_cannot(trial, tmp_path):

@@ -15,23 +15,21 @@ from safetensors.numpy import save_file
 
 from air_core import method
 from air_core.datasets import get_dataset
-from orchestrator.execution.scheduler import Dispatcher, Job
+from orchestrator.execution._scheduler import Dispatcher, Job
 from orchestrator.failures import Failure
-from orchestrator.planning.outcome import Outcome
+from orchestrator.planning import Outcome, Resolver
 from orchestrator.planning.plan import finished_slots, plan_sweep
-from orchestrator.planning.resolve import Resolver
 from orchestrator.planning.search import CellSearch
 from orchestrator.planning.studies import searches
 from orchestrator.reporting.results import entries_of
-from orchestrator.spec.sweep import Dimension, Pruning, Search, Seeds, SweepSpec, cells_of
+from orchestrator.spec import Dimension, SweepSpec, cells_of
+from orchestrator.spec.sweep import Pruning, Search, Seeds
 from orchestrator.stages.build import PARTS
 from orchestrator.stages.context import Workshop
 from orchestrator.stages.image_rows import build_image_block, open_generator
 from orchestrator.stages.side_by_side import run_trials
 from orchestrator.stages.trial import run_trial
-from orchestrator.store.artifacts import ArtifactStore
-from orchestrator.store.event_log import Ledger
-from orchestrator.store.records import read_trial
+from orchestrator.store import ArtifactStore, Ledger, read_trial
 
 IMAGES = 240  # of the digits: enough for every class, and quick
 QUICK = {"train.steps": 2, "prompt.length": 2, "iterations": 2}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.execution import progress, screen
+from orchestrator.execution import _progress as progress
+from orchestrator.execution import screen
 
 
 class Clock:

@@ -13,7 +13,7 @@ from tests.helpers.sweeps import TIMEOUT, environment
 DEAF = """
 import os, signal, sys, time
 from orchestrator.execution import (driver)
-from orchestrator.execution.run import Run
+from orchestrator.execution._run import Run
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 run = Run(*[None] * 7)
 driver._heed_signals(run)

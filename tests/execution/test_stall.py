@@ -6,9 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from orchestrator.execution import stall
-from orchestrator.execution.stall import Stall, wanting
-from orchestrator.spec.sweep import GeneratorResources, Resources, TrialResources
+from orchestrator.execution import _stall as stall
+from orchestrator.execution._stall import Stall, wanting
+from orchestrator.spec import Resources
+from orchestrator.spec.sweep import GeneratorResources, TrialResources
 
 GPU = Resources(
     trial=TrialResources(gpu=0.25), generator=GeneratorResources(gpu=1, custom={"sd": 1})

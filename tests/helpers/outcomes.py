@@ -13,10 +13,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from air_core.normal import normalised
-from orchestrator.planning.plan import Slot
-from orchestrator.planning.requests import place_of, plan_of
-from orchestrator.spec.sweep_file import load_sweep
-from orchestrator.store.artifacts import ArtifactStore
+from orchestrator.planning import Slot, plan_of
+from orchestrator.planning.requests import place_of
+from orchestrator.spec import load_sweep
+from orchestrator.store import ArtifactStore
 from orchestrator.store.records import PREDICTIONS
 from tests.helpers.sweeps import write_sweep
 

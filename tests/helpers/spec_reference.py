@@ -7,9 +7,8 @@ import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from orchestrator.spec import presets
-from orchestrator.spec.sweep_file import sweep_schema
-from orchestrator.spec.trial_values import TRIAL_NAMES, why_not_searched
+from orchestrator.spec import presets, sweep_schema
+from orchestrator.spec._trial_values import TRIAL_NAMES, why_not_searched
 from orchestrator.spec.validation import Schema, plain, words
 
 

@@ -36,9 +36,9 @@ from air_core.normal import normalised
 from air_core.specs import SyntheticFeaturesSpec, TrialSpec
 from orchestrator.failures import Failure
 from orchestrator.keys import artifact_key
-from orchestrator.planning.plan import needs_of
+from orchestrator.planning import needs_of
 from orchestrator.stages.trial import WHOLE, Legs, is_over
-from orchestrator.store.artifacts import ArtifactStore
+from orchestrator.store import ArtifactStore
 from orchestrator.store.checkpoints import (
     drop_checkpoint,
     keep_checkpoint,
@@ -182,8 +182,8 @@ class MemoryPeak:
 
 
 MODULES = {
-    "orchestrator.execution.tuning": {"run_points": run_points},
-    "orchestrator.execution.prepare": {
+    "orchestrator.execution._tuning": {"run_points": run_points},
+    "orchestrator.execution._prepare": {
         "prepare": prepare,
         "lost_with": lambda need: [need.spec],
         "contact_sheet": lambda *of: at_once((a_pixel(), {})),
@@ -195,7 +195,7 @@ MODULES = {
         "free_resources": lambda: {"CPU": (2.0, 2.0)},
         "MemoryPeak": MemoryPeak,
     },
-    "orchestrator.execution.progress": {"Progress": Progress},
+    "orchestrator.execution._progress": {"Progress": Progress},
     # 0.15 s for each trial, and 1.5 s for each run
     "orchestrator.reporting.charts": {
         "confusion_picture": lambda *of: b"",

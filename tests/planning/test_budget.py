@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from air_core.specs import FeaturesSpec
+from orchestrator.planning import Need
 from orchestrator.planning.budget import Purse
-from orchestrator.planning.plan import Need
-from orchestrator.spec.sweep import Budget, GeneratorResources, Resources, TrialResources
-from orchestrator.store.artifacts import ArtifactStore
+from orchestrator.spec import Resources
+from orchestrator.spec.sweep import Budget, GeneratorResources, TrialResources
+from orchestrator.store import ArtifactStore
 
 GPU = Resources(trial=TrialResources(gpu=0.5), generator=GeneratorResources(gpu=1))
 

@@ -13,8 +13,9 @@ import pytest
 from optuna.trial import FrozenTrial
 
 from air_core.specs import TrialSpec
-from orchestrator.execution.scheduler import Failure
-from orchestrator.spec.sweep import Dimension, Search, Seeds, SweepSpec
+from orchestrator.execution._scheduler import Failure
+from orchestrator.spec import Dimension, SweepSpec
+from orchestrator.spec.sweep import Search, Seeds
 from tests.planning.test_plan import World as Planned
 
 LENGTHS = Dimension(key="prompt.length", values=(1, 2, 3, 4))

@@ -23,36 +23,18 @@ from air_core.specs import (
     Ref,
     TrialSpec,
 )
-from orchestrator.execution.scheduler import Dispatcher
+from orchestrator.execution._scheduler import Dispatcher
 from orchestrator.keys import artifact_key
+from orchestrator.planning import Need, Plan, Resolver, needs_of
 from orchestrator.planning.estimate import Pace, remember, stage_work, trial_work
-from orchestrator.planning.plan import (
-    BASE_PER_CLASS,
-    Need,
-    Plan,
-    level,
-    needs_of,
-    plan_sweep,
-)
-from orchestrator.planning.resolve import Resolver
+from orchestrator.planning.plan import BASE_PER_CLASS, level, plan_sweep
 from orchestrator.planning.search import CellSearch, open_searches
-from orchestrator.spec import presets
+from orchestrator.spec import Dimension, Resources, SweepSpec, cells_of, presets
 from orchestrator.spec.space import grid_points
-from orchestrator.spec.sweep import (
-    Dimension,
-    GeneratorResources,
-    Pruning,
-    Resources,
-    Search,
-    Seeds,
-    SweepSpec,
-    TrialResources,
-    cells_of,
-)
+from orchestrator.spec.sweep import GeneratorResources, Pruning, Search, Seeds, TrialResources
 from orchestrator.stages.trial import WHOLE, Legs
-from orchestrator.store.artifacts import ArtifactStore
+from orchestrator.store import ArtifactStore, Ledger
 from orchestrator.store.checkpoints import Checkpoint, keep_checkpoint
-from orchestrator.store.event_log import Ledger
 
 ROOT = Path(__file__).parents[2]
 OBJECTIVES = ("mutual_information", "validation_accuracy")
@@ -419,11 +401,11 @@ def test_the_json_of_a_plan_says_all_of_it(world):
 PLANNING = """
 import sys
 from pathlib import Path
-from orchestrator.store.event_log import Ledger
+from orchestrator.store import (Ledger)
 from orchestrator.planning.plan import plan_sweep
-from orchestrator.planning.resolve import Resolver
-from orchestrator.store.artifacts import ArtifactStore
-from orchestrator.spec.sweep_file import load_sweep
+from orchestrator.planning import (Resolver)
+from orchestrator.store import (ArtifactStore)
+from orchestrator.spec import (load_sweep)
 
 folder = Path(sys.argv[1])
 sweep = load_sweep(folder / "x.yaml")

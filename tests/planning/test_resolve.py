@@ -11,7 +11,8 @@ import pytest
 
 from air_core.datasets import Dataset, get_dataset
 from air_core.specs import Ref
-from orchestrator.planning.resolve import NotThere, Resolver, images_folder
+from orchestrator.planning import Resolver
+from orchestrator.planning.resolve import NotThere, images_folder
 from orchestrator.spec import presets
 from tests.air_core.dataset_trees import draw
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from orchestrator.planning.resources import CONTEXT, memory_fraction, misfit, room
-from orchestrator.spec.sweep import GeneratorResources, Resources, TrialResources
+from orchestrator.spec import Resources
+from orchestrator.spec.sweep import GeneratorResources, TrialResources
 from tests.helpers.sweeps import airsweep, write_sweep
 
 SMALL = {"CPU": 4.0}

@@ -13,10 +13,11 @@ from optuna.trial import TrialState
 
 from orchestrator.planning.search import CellSearch, open_storage
 from orchestrator.planning.studies import Searches, searches
+from orchestrator.spec import Dimension, cells_of
+from orchestrator.spec import SweepSpec as Sweep
 from orchestrator.spec.space import Point, study_name
-from orchestrator.spec.sweep import Dimension, Search, cells_of
-from orchestrator.spec.sweep import SweepSpec as Sweep
-from orchestrator.store.event_log import Ledger
+from orchestrator.spec.sweep import Search
+from orchestrator.store import Ledger
 
 COUNTS = Dimension(key="images_per_class", values=(0, 20, 40))
 WEIGHTS = Dimension(key="fusion_weight", min=0.0, max=1.0, when="images_per_class > 0")

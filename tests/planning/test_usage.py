@@ -12,9 +12,9 @@ import pytest
 
 from air_core.specs import SyntheticFeaturesSpec, TrialSpec
 from orchestrator.keys import artifact_key
-from orchestrator.store.artifacts import DEVICES, ArtifactStore, open_store
+from orchestrator.store import ArtifactStore, Place, open_store
+from orchestrator.store.artifacts import DEVICES
 from orchestrator.store.inventory import take_inventory
-from orchestrator.store.location import Place
 from tests.helpers.sweeps import airsweep, environment, events, write_sweep
 
 HOUR = 3600.0

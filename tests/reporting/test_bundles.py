@@ -22,17 +22,14 @@ from air_core.datasets import get_dataset
 from air_core.method import learn
 from air_core.specs import FeaturesSpec
 from air_core.weights import tiny_folder
-from orchestrator.planning.requests import plan_of
+from orchestrator.planning import plan_of
 from orchestrator.reporting.results import entries_of
 from orchestrator.reporting.rows import rows
-from orchestrator.spec.sweep_file import load_sweep
+from orchestrator.spec import load_sweep
 from orchestrator.stages.build import PARTS, read_target
 from orchestrator.stages.context import Workshop
 from orchestrator.stages.trial import data_of, run_trial
-from orchestrator.store.artifacts import ArtifactStore
-from orchestrator.store.event_log import Ledger
-from orchestrator.store.location import Place
-from orchestrator.store.records import read_trial
+from orchestrator.store import ArtifactStore, Ledger, Place, read_trial
 from tests.helpers.sweeps import environment, record_again
 
 IMAGES = 240  # of the digits: enough for every class, and quick

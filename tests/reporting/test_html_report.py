@@ -22,8 +22,8 @@ from orchestrator.planning.recorded import read_sweep
 from orchestrator.planning.search import importances
 from orchestrator.reporting.html_report import confused, page
 from orchestrator.reporting.report_data import evidence_of
-from orchestrator.spec.sweep import Dimension
-from orchestrator.store.artifacts import open_store
+from orchestrator.spec import Dimension
+from orchestrator.store import open_store
 from orchestrator.store.location import place_named
 from tests.helpers.browser import CHROMIUM, MISSING, Browser
 from tests.helpers.outcomes import by_method, recorded

@@ -13,6 +13,7 @@ import pytest
 
 from air_core.datasets import DATASETS
 from air_core.datasets.published import PUBLISHED
+from orchestrator.reporting import Results
 from orchestrator.reporting.published import (
     PAPERS,
     Judged,
@@ -23,8 +24,8 @@ from orchestrator.reporting.published import (
     lines,
     read_paper,
 )
-from orchestrator.reporting.rows import Entry, Results
-from orchestrator.spec.marked_yaml import SpecError
+from orchestrator.reporting.rows import Entry
+from orchestrator.spec import SpecError
 from orchestrator.spec.presets import METHODS
 from tests.helpers.outcomes import by_method, command, recorded
 from tests.reporting.test_rows import quickstart, results, trials

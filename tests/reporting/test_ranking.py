@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from orchestrator.reporting.ranking import ranking, sentences
+from orchestrator.reporting._ranking import ranking, sentences
 
 
 def noisy(points: int, noise: float, seed: int = 0, level: float = 0.0):

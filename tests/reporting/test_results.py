@@ -16,26 +16,25 @@ from safetensors.numpy import load_file, save_file
 
 from air_core.datasets import get_dataset
 from air_core.specs import FeaturesSpec
-from orchestrator.planning.plan import Plan, plan_sweep
+from orchestrator.planning import Plan
+from orchestrator.planning.plan import plan_sweep
+from orchestrator.reporting import results_of, standing
 from orchestrator.reporting.results import (
     CURVES,
     Standing,
     curves_frame,
     entries_of,
     flat_of,
-    results_of,
     settings_of,
-    standing,
     trials_frame,
 )
 from orchestrator.reporting.tables import rows_frame
+from orchestrator.spec import Dimension, SweepSpec, cells_of
 from orchestrator.spec.space import study_name
-from orchestrator.spec.sweep import Dimension, Search, Seeds, SweepSpec, cells_of
+from orchestrator.spec.sweep import Search, Seeds
 from orchestrator.stages.build import PARTS
 from orchestrator.stages.trial import run_trial
-from orchestrator.store.artifacts import ArtifactStore
-from orchestrator.store.event_log import Ledger
-from orchestrator.store.records import TrialRecord, read_trial
+from orchestrator.store import ArtifactStore, Ledger, TrialRecord, read_trial
 
 IMAGES = 200  # of the digits
 QUICK = {"train.steps": 2, "prompt.length": 2, "iterations": 2}

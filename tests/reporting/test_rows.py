@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from orchestrator.reporting.rows import Entry, Results, rows
+from orchestrator.reporting import Results
+from orchestrator.reporting.rows import Entry, rows
 from orchestrator.reporting.summary import summary
 from orchestrator.reporting.tables import table
 from orchestrator.spec.presets import defaults

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.calibration import NULL, PLANTED, Scenario, compared, counted
 from benchmarks.calibration import simulated as simulated_table
-from orchestrator.reporting.statistics import (
+from orchestrator.reporting._statistics import (
     ALPHA,
     Run,
     Runs,

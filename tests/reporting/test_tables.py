@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from pandas import DataFrame
 
-from orchestrator.reporting.layouts import Layout, escaped, latex
+from orchestrator.reporting._layouts import Layout, escaped, latex
 from orchestrator.reporting.rows import Entry
 from orchestrator.reporting.tables import pivot, table
 from orchestrator.reporting.tables import pivot_text as text

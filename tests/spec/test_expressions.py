@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.spec.expressions import MAX_LENGTH, compile_when, constants_of, names_of
+from orchestrator.spec._expressions import MAX_LENGTH, compile_when, constants_of, names_of
 
 FLAT = {
     "images_per_class": 25,

@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
+from orchestrator.spec import sweep_schema
+from orchestrator.spec._trial_values import TRIAL_NAMES, value_type
 from orchestrator.spec.marked_yaml import parse, read
-from orchestrator.spec.sweep_file import SweepFile, checked, sweep_schema
-from orchestrator.spec.trial_values import TRIAL_NAMES, value_type
+from orchestrator.spec.sweep_file import SweepFile, checked
 from tests.helpers.spec_reference import refreshed
 from tests.spec.test_sweep_file import BAD, FULL
 

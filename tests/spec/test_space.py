@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from orchestrator.spec import Cell, Dimension, SweepSpec, cells_of
 from orchestrator.spec.space import (
     applies,
     default_params,
@@ -15,7 +16,7 @@ from orchestrator.spec.space import (
     point_count,
     study_name,
 )
-from orchestrator.spec.sweep import Cell, Dimension, Search, SweepSpec, cells_of
+from orchestrator.spec.sweep import Search
 
 COUNTS = Dimension(key="images_per_class", values=(0, 20, 40))
 WEIGHTS = Dimension(key="fusion_weight", values=(0.5, 0.25), when="images_per_class > 0")

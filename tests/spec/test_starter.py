@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from orchestrator.planning.requests import asked, plan_of
+from orchestrator.planning import asked, plan_of
+from orchestrator.spec import cells_of
 from orchestrator.spec.starter import write_starter
-from orchestrator.spec.sweep import cells_of
-from orchestrator.store.artifacts import ArtifactStore
-from orchestrator.store.location import Place
+from orchestrator.store import ArtifactStore, Place
 from tests.helpers.sweeps import airsweep, table
 
 METHODS = ["zero_shot", "fpl", "cpl", "air", "cpl_real"]

@@ -10,11 +10,17 @@ from hypothesis import strategies as st
 from air_core.datasets import DATASETS
 from air_core.flat import from_flat, to_flat, trial_keys
 from air_core.specs import Ref
-from orchestrator.spec import presets
-from orchestrator.spec.marked_yaml import SpecError
-from orchestrator.spec.sweep import Budget, Dimension, Seeds, cells_of, notes_of
-from orchestrator.spec.sweep_file import find_sweep, load_sweep
-from orchestrator.spec.trial_values import value_type
+from orchestrator.spec import (
+    Dimension,
+    SpecError,
+    cells_of,
+    find_sweep,
+    load_sweep,
+    notes_of,
+    presets,
+)
+from orchestrator.spec._trial_values import value_type
+from orchestrator.spec.sweep import Budget, Seeds
 
 REFS = {key: Ref(name=name, digest=key) for key, name in presets.OUTSIDE.items()}
 

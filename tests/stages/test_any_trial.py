@@ -12,16 +12,14 @@ import pytest
 import yaml
 
 from air_core.specs import FeaturesSpec, LabelsSpec
-from orchestrator.planning.plan import Need, level, needs_of
-from orchestrator.planning.resolve import Resolver
-from orchestrator.spec import presets
-from orchestrator.spec.sweep import cells_of
-from orchestrator.spec.sweep_file import load_sweep
+from orchestrator.planning import Need, Resolver, needs_of
+from orchestrator.planning.plan import level
+from orchestrator.spec import cells_of, load_sweep, presets
 from orchestrator.stages.build import build_features, build_labels
 from orchestrator.stages.context import Workshop
 from orchestrator.stages.image_rows import build_image_block, open_generator
 from orchestrator.stages.trial import run_trial
-from orchestrator.store.artifacts import ArtifactStore
+from orchestrator.store import ArtifactStore
 
 TRIALS = 30
 ALWAYS = {"lora": None, "train.steps": 2, "images_per_class": 3, "iterations": 2}

@@ -19,9 +19,10 @@ from air_core.diffusion.pipeline import PipelineGenerator
 from air_core.paradigms import make_split
 from air_core.specs import GenerationSettings, SplitSettings
 from air_core.weights import tiny_folder
+from orchestrator.planning import resolver_of
 from orchestrator.planning.audit_card import Audited, audited_by, card_json, card_of, known_card
 from orchestrator.planning.recorded import read_sweep
-from orchestrator.planning.resolve import images_folder, resolver_of
+from orchestrator.planning.resolve import images_folder
 from orchestrator.spec import presets
 from orchestrator.stages.auditor import made
 from orchestrator.stages.audits import audit_cards
@@ -30,8 +31,7 @@ from orchestrator.stages.context import Workshop
 from orchestrator.stages.image_rows import build_image_block
 from orchestrator.stages.pictures import SHEET_BYTES
 from orchestrator.stages.trial import run_trial
-from orchestrator.store.artifacts import ArtifactStore
-from orchestrator.store.location import Place
+from orchestrator.store import ArtifactStore, Place
 from tests.helpers.sweeps import environment
 
 EACH = 16  # images a class
@@ -254,8 +254,8 @@ def test_a_card_of_fewer_images_or_of_a_damaged_file_is_made_again(world, faulty
 def test_what_the_card_says_of_a_filter_is_what_a_trial_does(world, faulty, planted, resolver):
     [card] = audit_cards(*read_sweep(faulty, None))
     sweep, place = read_sweep(faulty, None)
-    from orchestrator.planning.plan import possible_trials
-    from orchestrator.spec.sweep import cells_of
+    from orchestrator.planning import possible_trials
+    from orchestrator.spec import cells_of
 
     _, trial = possible_trials(cells_of(sweep), [{"seed": 1}], resolver_of(place))
     filters = {

@@ -27,7 +27,7 @@ from orchestrator.stages.pictures import (
     TILE_PX,
     contact_sheet,
 )
-from orchestrator.store.artifacts import ArtifactStore
+from orchestrator.store import ArtifactStore
 from tests.air_core.dataset_trees import EPS, draw
 
 

@@ -20,9 +20,8 @@ from orchestrator.stages.build import build_features
 from orchestrator.stages.context import Workshop
 from orchestrator.stages.side_by_side import run_trials, side_by_side
 from orchestrator.stages.trial import Legs, run_trial
-from orchestrator.store.artifacts import ArtifactStore
+from orchestrator.store import ArtifactStore, TrialRecord
 from orchestrator.store.checkpoints import START, read_checkpoint, rungs_of
-from orchestrator.store.records import TrialRecord
 
 QUICK = {"train__steps": 4, "prompt__length": 2}
 

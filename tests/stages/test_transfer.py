@@ -14,12 +14,12 @@ from air_core.datasets import get_dataset
 from orchestrator.planning.plan import plan_sweep
 from orchestrator.reporting.results import entries_of
 from orchestrator.reporting.rows import rows
-from orchestrator.spec.sweep import Seeds, SweepSpec
+from orchestrator.spec import SweepSpec
+from orchestrator.spec.sweep import Seeds
 from orchestrator.stages.build import build_features, read_target
 from orchestrator.stages.context import Workshop
 from orchestrator.stages.trial import run_trial
-from orchestrator.store.artifacts import ArtifactStore
-from orchestrator.store.event_log import Ledger
+from orchestrator.store import ArtifactStore, Ledger
 
 QUICK = {"train.steps": 5, "prompt.length": 2, "iterations": 1, "images_per_class": 0}
 

@@ -24,8 +24,7 @@ from air_core.specs import FeaturesSpec, Ref
 from orchestrator.errors import DamagedArtifact, StoreRefused, SweepBusy
 from orchestrator.files import file_digest
 from orchestrator.keys import artifact_key
-from orchestrator.store.artifacts import ArtifactStore, open_store
-from orchestrator.store.event_log import Ledger
+from orchestrator.store import ArtifactStore, Ledger, open_store
 from tests.helpers.sweeps import environment
 
 SPEC = FeaturesSpec(dataset=Ref(name="digits", digest="d"), backbone=Ref(name="tiny", digest="b"))
@@ -36,7 +35,7 @@ SLOW = """
 import sys
 from pathlib import Path
 from air_core.specs import FeaturesSpec, Ref
-from orchestrator.store.artifacts import ArtifactStore
+from orchestrator.store import (ArtifactStore)
 
 def build(folder):
     (folder / "numbers").write_text(sys.argv[2])

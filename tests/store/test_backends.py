@@ -16,12 +16,11 @@ import pytest
 from air_core.specs import FeaturesSpec, FolderImages, Ref
 from orchestrator.errors import MissingArtifact, StoreRefused, SweepBusy
 from orchestrator.keys import artifact_key
-from orchestrator.store.artifacts import ArtifactStore, open_store
+from orchestrator.store import ArtifactStore, Ledger, open_store
+from orchestrator.store._leases import LOCK_SECONDS
 from orchestrator.store.backends import RECORD
-from orchestrator.store.event_log import Ledger
 from orchestrator.store.integrity import verify
 from orchestrator.store.inventory import take_inventory
-from orchestrator.store.leases import LOCK_SECONDS
 from orchestrator.store.location import place_named, recorded_names
 
 SPEC = FeaturesSpec(dataset=Ref(name="digits", digest="d"), backbone=Ref(name="tiny", digest="b"))

@@ -21,11 +21,11 @@ from air_core.specs import FeaturesSpec, Ref
 from orchestrator.errors import MissingArtifact, Refused, RemoteAway, StoreRefused, SweepBusy
 from orchestrator.keys import artifact_key
 from orchestrator.planning.requests import place_of
-from orchestrator.spec.sweep_file import load_sweep
-from orchestrator.store.artifacts import ArtifactStore, open_store
+from orchestrator.spec import load_sweep
+from orchestrator.store import ArtifactStore, open_store
+from orchestrator.store._leases import LOCK_SECONDS, Lease
 from orchestrator.store.backends import stored_name
 from orchestrator.store.buckets import Remote, parse, side_by_side
-from orchestrator.store.leases import LOCK_SECONDS, Lease
 from tests.helpers.servers import counting_requests, losing_answers
 from tests.helpers.sweeps import write_sweep
 from tests.store.test_backends import ROW, SPEC, ledger_of, numbers, said

@@ -21,15 +21,13 @@ from air_core.seal import BLANK, sealed, sealed_json
 from air_core.specs import SyntheticFeaturesSpec
 from orchestrator.__main__ import main
 from orchestrator.errors import StoreRefused
+from orchestrator.planning import plan_of, resolver_of
 from orchestrator.planning.estimate import Pace, remember
 from orchestrator.planning.plan import plan_sweep
-from orchestrator.planning.requests import plan_of
-from orchestrator.planning.resolve import resolver_of
-from orchestrator.spec.sweep_file import load_sweep
-from orchestrator.store.artifacts import ArtifactStore
+from orchestrator.spec import load_sweep
+from orchestrator.store import ArtifactStore, Place
 from orchestrator.store.integrity import verify
 from orchestrator.store.inventory import take_inventory
-from orchestrator.store.location import Place
 from orchestrator.store.records import PREDICTIONS
 from tests.helpers.sweeps import environment
 

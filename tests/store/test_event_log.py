@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.store.event_log import Ledger, mend_lines
+from orchestrator.store import Ledger
+from orchestrator.store.event_log import mend_lines
 
 
 def points(ledger: Ledger) -> list[int]:

@@ -21,25 +21,17 @@ from safetensors.numpy import load_file, save_file
 from air_core.datasets import get_dataset
 from orchestrator.errors import FAILED, TERMINATED, SweepBusy, TrackerAway
 from orchestrator.keys import ArtifactKey
-from orchestrator.planning.outcome import Outcome
-from orchestrator.planning.plan import needs_of, plan_sweep
-from orchestrator.planning.requests import plan_of
-from orchestrator.planning.resolve import resolver_of
+from orchestrator.planning import Outcome, needs_of, plan_of, resolver_of
+from orchestrator.planning.plan import plan_sweep
 from orchestrator.reporting.results import entries_of
 from orchestrator.reporting.rows import rows
-from orchestrator.spec.sweep import SweepSpec
-from orchestrator.spec.sweep_file import load_sweep
+from orchestrator.spec import SweepSpec, load_sweep
 from orchestrator.stages.build import PARTS
 from orchestrator.stages.context import Workshop
 from orchestrator.stages.image_rows import build_image_block, open_generator
 from orchestrator.stages.trial import run_trial
-from orchestrator.store.artifacts import ArtifactStore
-from orchestrator.store.event_log import Ledger
-from orchestrator.store.location import Place
-from orchestrator.store.records import read_trial
-from orchestrator.tracking.lookup import remembered
-from orchestrator.tracking.publish import Publisher
-from orchestrator.tracking.reconcile import reconcile
+from orchestrator.store import ArtifactStore, Ledger, Place, read_trial
+from orchestrator.tracking import Publisher, reconcile, remembered
 from orchestrator.tracking.reproduce import differences, repro
 from orchestrator.tracking.types import Counts
 from tests.helpers.servers import MlflowServer, free_port, in_trouble
@@ -136,7 +128,7 @@ def copy_of(ended: Place, folder: Path) -> Place:
 
 
 def mlflow_client(uri: str) -> Any:
-    from orchestrator.tracking.mlflow import MlflowClient
+    from orchestrator.tracking._mlflow import MlflowClient
 
     return MlflowClient(uri)
 

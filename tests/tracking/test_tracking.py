@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 
 from orchestrator.errors import TrackerAway
-from orchestrator.tracking.types import ChildRun, Counts, Numbers, SweepRun, make_tracker
+from orchestrator.tracking import make_tracker
+from orchestrator.tracking.types import ChildRun, Counts, Numbers, SweepRun
 from tests.helpers.servers import MlflowServer, in_trouble
 
 ROOT = Path(__file__).parents[2]
@@ -148,7 +149,7 @@ class World:
 
     @property
     def client(self) -> Any:
-        import orchestrator.tracking.mlflow as product  # its settings come before MLflow's import
+        import orchestrator.tracking._mlflow as product  # its settings come before MLflow's import
 
         return product.MlflowClient(self.uri)
 
@@ -501,7 +502,7 @@ def test_a_run_that_a_killed_driver_began_is_completed(
 ) -> None:
     there = begun(file, file.open().run.run_id, run)
     if numbers == "all":  # killed just before the last call
-        from orchestrator.tracking.runs import metrics_of
+        from orchestrator.tracking._runs import metrics_of
 
         metrics = metrics_of(run.numbers(), run.started, run.ended)
         file.client.log_batch(there, metrics=metrics)

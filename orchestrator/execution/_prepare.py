@@ -14,13 +14,14 @@ import ray
 from air_core.backbone.loading import import_open_clip_alone
 from air_core.specs import FeaturesSpec, LabelsSpec, LoraSpec, SyntheticFeaturesSpec
 from orchestrator.cluster.session import note_devices
-from orchestrator.execution.allocation import Context
-from orchestrator.execution.generation import draw
-from orchestrator.execution.progress import Note, Watcher
+from orchestrator.execution._allocation import Context
+from orchestrator.execution._generation import draw
+from orchestrator.execution._progress import Note, Watcher
 from orchestrator.failures import CLASSES, Failure, classify, of_death
 from orchestrator.keys import artifact_key
+from orchestrator.planning import Need, holds, name_of
 from orchestrator.planning.audit_card import Audited, card_files
-from orchestrator.planning.plan import Need, holds, level, name_of
+from orchestrator.planning.plan import level
 from orchestrator.stages import auditor, pictures
 from orchestrator.stages.build import build_features, build_labels, build_lora
 from orchestrator.stages.context import Workshop, keep_to_share

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from orchestrator.tracking.runs import (  # first: it has the settings of MLflow
+from orchestrator.tracking._runs import (  # first: it has the settings of MLflow
     IDENTITY,
     StoredRun,
     Trouble,

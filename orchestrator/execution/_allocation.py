@@ -12,11 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.planning.resources import Machine, asked_of, room, without
-from orchestrator.spec.sweep import Resources, Want
+from orchestrator.planning import Machine, asked_of
+from orchestrator.planning.resources import room, without
+from orchestrator.spec import Resources, Want
 
 if TYPE_CHECKING:
-    from orchestrator.execution.progress import Watcher
+    from orchestrator.execution._progress import Watcher
     from orchestrator.stages.context import Workshop
 
 # Generators that stay beside trials are one of so many. A simulation of 64 devices finds the same

@@ -25,7 +25,7 @@ from air_core.datasets import DATASETS
 from air_core.datasets.dataset import is_template
 from air_core.flat import trial_keys
 from orchestrator.spec import presets
-from orchestrator.spec.expressions import compile_when, constants_of, names_of
+from orchestrator.spec._expressions import compile_when, constants_of, names_of
 from orchestrator.spec.marked_yaml import shown
 from orchestrator.spec.validation import (
     LINE,
@@ -199,7 +199,7 @@ class Dimension:
     min: float | None = None  # an int where the key takes whole numbers
     max: float | None = None
     log: bool = False
-    when: str | None = None  # drawn only where this holds (orchestrator.spec.expressions)
+    when: str | None = None  # drawn only where this holds (orchestrator.spec._expressions)
 
 
 def _dimension(name: str) -> Any:

@@ -11,21 +11,14 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from air_core.specs import FeaturesSpec, LabelsSpec, LoraSpec, SyntheticFeaturesSpec
-from orchestrator.execution.allocation import Context
-from orchestrator.execution.run import Run
+from orchestrator.execution._allocation import Context
+from orchestrator.execution._run import Run
 from orchestrator.failures import first_line
+from orchestrator.planning import Need, Plan, Slot, holds, needs_of, possible_trials
 from orchestrator.planning.audit_card import Audited, audited, known_card
-from orchestrator.planning.plan import (
-    Need,
-    Plan,
-    Slot,
-    holds,
-    moved_slots,
-    needs_of,
-    possible_trials,
-)
-from orchestrator.spec.sweep import Cell
-from orchestrator.store.artifacts import ArtifactStore
+from orchestrator.planning.plan import moved_slots
+from orchestrator.spec import Cell
+from orchestrator.store import ArtifactStore
 
 if TYPE_CHECKING:
     from orchestrator.stages.context import Workshop
@@ -134,7 +127,7 @@ class Prefetch:
 
     def _make(self) -> Iterator[None]:
         """Make what each group reads, in order."""
-        from orchestrator.execution.prepare import prepare
+        from orchestrator.execution._prepare import prepare
 
         run, groups = self.run, list(self.waiting)
         assert run.allocation is not None
@@ -158,7 +151,7 @@ class Prefetch:
 
     def _makeable(self, needs: Sequence[Need]) -> list[Need]:
         """Without what failed in this run, and what would be made from it."""
-        from orchestrator.execution.prepare import lost_with
+        from orchestrator.execution._prepare import lost_with
 
         lost = [spec for need, _ in self.run.hopeless for spec in lost_with(need)]
         return [need for need in needs if not any(holds(need.spec, one) for one in lost)]
@@ -248,7 +241,7 @@ def _sheet(run: Run, needs: Sequence[Need]) -> Iterator[None] | None:
     features = next(need.spec for need in needs if isinstance(need.spec, FeaturesSpec))
 
     def draw() -> Iterator[None]:
-        from orchestrator.execution.prepare import contact_sheet
+        from orchestrator.execution._prepare import contact_sheet
 
         try:
             png, run.tally.shares = yield from contact_sheet(drawn, base, features, workshop(run))
@@ -268,7 +261,7 @@ def _lacks_card(row: Audited, run: Run) -> bool:
 
 def _card(run: Run, row: Audited) -> Iterator[None]:
     """Makes the audit card of a row. A coroutine."""
-    from orchestrator.execution.prepare import audit
+    from orchestrator.execution._prepare import audit
 
     assert run.progress is not None
     try:

@@ -24,13 +24,12 @@ from typing import Any
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from orchestrator.cluster import Cluster, Job, check_nodes
 from orchestrator.cluster.job_package import is_checkout, pack
-from orchestrator.cluster.jobs import Cluster, Job
 from orchestrator.cluster.node_checks import (
     CHECKS,
     Finding,
     NodeReport,
-    check_nodes,
     check_this_machine,
     lines,
     needed_by,
@@ -38,17 +37,16 @@ from orchestrator.cluster.node_checks import (
 from orchestrator.cluster.node_facts import Needed
 from orchestrator.environment import in_ray_job
 from orchestrator.errors import Refused, StoreRefused, TrackerAway
+from orchestrator.files import ROOT
 from orchestrator.formatting import aligned, counted, size
-from orchestrator.git import ROOT, commit
-from orchestrator.planning.plan import Plan
-from orchestrator.planning.requests import Asked, lost_store, place_for, plan_of
-from orchestrator.planning.resources import Machine, does_not_fit, this_machine
+from orchestrator.git import commit
+from orchestrator.planning import Asked, Machine, Plan, does_not_fit, plan_of
+from orchestrator.planning.requests import lost_store, place_for
+from orchestrator.planning.resources import this_machine
 from orchestrator.redact import without_credentials
 from orchestrator.spec.sweep import option_words
-from orchestrator.store.artifacts import open_store
-from orchestrator.store.buckets import folder_of, is_bucket
-from orchestrator.store.location import Place
-from orchestrator.tracking.types import make_tracker
+from orchestrator.store import Place, folder_of, is_bucket, open_store
+from orchestrator.tracking import make_tracker
 from orchestrator.tracking_uri import kind_of, uri_of
 
 HERE = "this machine"
@@ -154,7 +152,7 @@ def check_machine(request: Request) -> Report:
 
 def check_cluster(request: Request) -> Report:
     """What a sweep needs of the cluster of RAY_ADDRESS, and of this process as its driver."""
-    from orchestrator.cluster.session import ray_session
+    from orchestrator.cluster import ray_session
 
     report = Report()
     _libraries(report)

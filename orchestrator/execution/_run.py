@@ -9,22 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 from air_core.specs import TrialSpec
 from orchestrator.errors import INTERRUPTED, StoreFull
+from orchestrator.execution._stall import Stall
 from orchestrator.execution.screen import Screen
-from orchestrator.execution.stall import Stall
 from orchestrator.failures import CLASSES, Failure
+from orchestrator.planning import Need, Outcome, OutcomeTracker, Resolver, holds, name_of, needs_of
 from orchestrator.planning.budget import Purse
 from orchestrator.planning.estimate import Pace, Work, stage_work, trial_work
-from orchestrator.planning.outcome import Outcome, OutcomeTracker
-from orchestrator.planning.plan import Need, holds, name_of, needs_of
-from orchestrator.planning.resolve import Resolver
-from orchestrator.spec.sweep import SweepSpec
-from orchestrator.store.event_log import Ledger
-from orchestrator.store.location import Place
+from orchestrator.spec import SweepSpec
+from orchestrator.store import Ledger, Place
 
 if TYPE_CHECKING:
     from orchestrator.cluster.session import MemoryPeak
-    from orchestrator.execution.allocation import Allocation, Pool
-    from orchestrator.execution.progress import Progress
+    from orchestrator.execution._allocation import Allocation, Pool
+    from orchestrator.execution._progress import Progress
 
 
 @dataclass
@@ -145,7 +142,7 @@ class Run:
         self.tally.pools.append(asdict(pool))
         self.screen.say(f"drew {pool}")
 
-    # Outcomes and lost hopes, for orchestrator.execution.scheduler.
+    # Outcomes and lost hopes, for orchestrator.execution._scheduler.
 
     def no_hope(self, trial: TrialSpec) -> Failure | None:
         """Why a trial cannot run: something that it reads could not be made."""

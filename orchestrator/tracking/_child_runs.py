@@ -19,15 +19,13 @@ from air_core.specs import TrialSpec
 from orchestrator.formatting import shown
 from orchestrator.git import UNKNOWN
 from orchestrator.keys import canonical_json
+from orchestrator.planning import Outcome, Slot, refs_of
 from orchestrator.planning.dataset_text import tested_classes
-from orchestrator.planning.inputs import refs_of, spec_json
-from orchestrator.planning.outcome import Outcome
-from orchestrator.planning.plan import Slot
+from orchestrator.planning.inputs import spec_json
 from orchestrator.reporting.results import entry_of, flat_of, settings_of
 from orchestrator.reporting.rows import rows
-from orchestrator.spec.sweep import SweepSpec
-from orchestrator.store.artifacts import ArtifactStore
-from orchestrator.store.records import TrialRecord
+from orchestrator.spec import SweepSpec
+from orchestrator.store import ArtifactStore, TrialRecord
 from orchestrator.tracking.types import ChildRun, Numbers, SweepRun
 
 SPEC = "spec.json"

@@ -20,20 +20,18 @@ from typing import Any, Literal
 
 from air_core.specs import TrialSpec
 from orchestrator.failures import CLASSES, Failure
-from orchestrator.planning.outcome import Outcome
-from orchestrator.planning.plan import Slot, ended_slots, iterations_of, moved_slots, slots_of
+from orchestrator.planning import Outcome, Resolver, Slot
+from orchestrator.planning.plan import ended_slots, iterations_of, moved_slots, slots_of
 from orchestrator.planning.pruning import pruned
-from orchestrator.planning.resolve import Resolver
 from orchestrator.planning.studies import Pruned
 from orchestrator.planning.studies import searches as fold_searches
+from orchestrator.spec import Cell, SweepSpec
 from orchestrator.spec.space import Point, study_name
-from orchestrator.spec.sweep import ENCODER_BATCH, Cell, SweepSpec
+from orchestrator.spec.sweep import ENCODER_BATCH
 from orchestrator.stages.side_by_side import side_by_side
 from orchestrator.stages.trial import WHOLE, Legs, is_over
-from orchestrator.store.artifacts import ArtifactStore
+from orchestrator.store import ArtifactStore, Ledger, read_trial
 from orchestrator.store.checkpoints import rungs_of
-from orchestrator.store.event_log import Ledger
-from orchestrator.store.records import read_trial
 
 
 @dataclass(frozen=True)

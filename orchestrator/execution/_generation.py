@@ -23,11 +23,11 @@ from ray.data import ActorPoolStrategy, DataContext
 
 from air_core.specs import SyntheticFeaturesSpec
 from orchestrator.cluster.session import note_devices
-from orchestrator.execution.allocation import Context, Pool
-from orchestrator.execution.progress import Note
+from orchestrator.execution._allocation import Context, Pool
+from orchestrator.execution._progress import Note
 from orchestrator.failures import CLASSES, Failure, classify
 from orchestrator.keys import artifact_key
-from orchestrator.planning.plan import Need, name_of
+from orchestrator.planning import Need, name_of
 from orchestrator.redact import redacted
 from orchestrator.spec.sweep import GeneratorResources
 from orchestrator.stages.context import Workshop, keep_to_share

@@ -21,11 +21,11 @@ from air_core.backbone.loading import import_open_clip_alone
 from air_core.specs import TrialSpec
 from orchestrator.cluster.session import note_devices
 from orchestrator.errors import OutOfTime
-from orchestrator.execution.progress import Note
-from orchestrator.execution.scheduler import Dispatcher
+from orchestrator.execution._progress import Note
+from orchestrator.execution._scheduler import Dispatcher
 from orchestrator.failures import Failure, classify, of_death
 from orchestrator.keys import artifact_key
-from orchestrator.spec.sweep import Resources
+from orchestrator.spec import Resources
 from orchestrator.stages.context import Workshop, keep_to_share
 from orchestrator.stages.side_by_side import run_trials
 from orchestrator.stages.trial import WHOLE, Legs, is_over

@@ -9,9 +9,9 @@ from typing import Any, Protocol
 import ray
 from ray.exceptions import RayError
 
-from orchestrator.execution.allocation import Pool
+from orchestrator.execution._allocation import Pool
 from orchestrator.failures import Failure
-from orchestrator.planning.plan import Need
+from orchestrator.planning import Need
 
 EVERY = 1.0  # seconds between two reads, and between two notes on one piece of work
 WAITS_FOR = 5.0  # seconds: a longer wait for another process is shown

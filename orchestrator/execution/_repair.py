@@ -10,9 +10,8 @@ from functools import partial
 from air_core.specs import FeaturesSpec, SyntheticFeaturesSpec
 from orchestrator.errors import DamagedArtifact
 from orchestrator.keys import Stage
-from orchestrator.planning.plan import Need, Plan, holds, needs_of, possible_trials
-from orchestrator.planning.resolve import Resolver
-from orchestrator.store.artifacts import ArtifactStore
+from orchestrator.planning import Need, Plan, Resolver, holds, needs_of, possible_trials
+from orchestrator.store import ArtifactStore
 
 
 def set_damaged_aside(

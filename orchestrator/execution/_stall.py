@@ -7,8 +7,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 
-from orchestrator.planning.resources import asked_of
-from orchestrator.spec.sweep import Resources
+from orchestrator.planning import asked_of
+from orchestrator.spec import Resources
 
 QUIET = 60.0  # seconds without news before the first message; each later one after twice as long
 
