@@ -13,6 +13,7 @@ from pydantic import (
     AfterValidator,
     ConfigDict,
     Field,
+    GetCoreSchemaHandler,
     StringConstraints,
     TypeAdapter,
     ValidatorFunctionWrapHandler,
@@ -120,6 +121,16 @@ def _list_of(name: str) -> Any:
     ]
 
 
+@dataclass(frozen=True)
+class _SchemaOf:
+    """Validates as another type, one that is made at run time."""
+
+    type: Any
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> Any:
+        return handler.generate_schema(self.type)
+
+
 def _mapping(name: str, fields: dict[str, Any], **schema: Any) -> Any:
     """The type of a mapping with some of these keys: a dict in the order of the file."""
     config = ConfigDict(**STRICT, json_schema_extra=schema)
@@ -137,13 +148,26 @@ def value_type(name: str) -> TypeAdapter[Any]:
     return TypeAdapter(_annotation(name), config=STRICT)
 
 
-Settings = _mapping(
-    "Settings",
-    {name: (_annotation(name), setting(_default(name), _about(name))) for name in TRIAL_NAMES},
-)
-Axes = _mapping(
-    "Axes", {name: (_list_of(name), setting(None, _about(name))) for name in TRIAL_NAMES}
-)
+Settings = Annotated[
+    dict[str, Any],
+    _SchemaOf(
+        _mapping(
+            "Settings",
+            {
+                name: (_annotation(name), setting(_default(name), _about(name)))
+                for name in TRIAL_NAMES
+            },
+        )
+    ),
+]
+Axes = Annotated[
+    dict[str, Any],
+    _SchemaOf(
+        _mapping(
+            "Axes", {name: (_list_of(name), setting(None, _about(name))) for name in TRIAL_NAMES}
+        )
+    ),
+]
 
 
 # ---------------------------------------------------------------- what is searched
