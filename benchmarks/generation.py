@@ -32,14 +32,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from air_core.specs import SyntheticFeaturesSpec
 from benchmarks.harness import options, progress, report
-from orchestrator.planning import Need, Resolver
+from orchestrator.planning import Requirement, Resolver
 from orchestrator.spec import presets
 
 PROCESSES = 2
 Shard = tuple[int, int]
 
 
-def the_row(images: int, folder: Path) -> Need:
+def the_row(images: int, folder: Path) -> Requirement:
     """So many images of each digit, drawn by the tiny pipeline."""
     asked = {"dataset": "digits", "generator": "tiny", "images_per_class": images}
     flat = {**presets.defaults("air", asked), **asked}
@@ -47,15 +47,15 @@ def the_row(images: int, folder: Path) -> Need:
     trial = Resolver(folder / "digests.json", None).trial({**flat, "lora": None})
     row = trial.synthetic_features
     assert isinstance(row, SyntheticFeaturesSpec)
-    return Need(row, images, tuple(range(len(row.images.classnames))))
+    return Requirement(row, images, tuple(range(len(row.images.classnames))))
 
 
 # ---------------------------------------------------------------- baselines
 
 
-def bare(need: Need, shards: Sequence[Shard], device: str, told: Any) -> None:
+def bare(requirement: Requirement, shards: Sequence[Shard], device: str, told: Any) -> None:
     """A process: blocks by the product's pipeline, and nothing else."""
-    generator, names, size = _opened(need, device)
+    generator, names, size = _opened(requirement, device)
     for c, block in shards:
         indices = list(range(block * size, (block + 1) * size))
         generator.generate(names[c], indices, [0] * size)
@@ -63,12 +63,12 @@ def bare(need: Need, shards: Sequence[Shard], device: str, told: Any) -> None:
     told.put(None)
 
 
-def loop(need: Need, shards: Sequence[Shard], device: str, told: Any) -> None:
+def loop(requirement: Requirement, shards: Sequence[Shard], device: str, told: Any) -> None:
     """A process: the pipeline of diffusers, an image at a time."""
     import torch
 
-    generator, names, size = _opened(need, device)
-    settings = need.spec.images.settings  # type: ignore[union-attr]
+    generator, names, size = _opened(requirement, device)
+    settings = requirement.spec.images.settings  # type: ignore[union-attr]
     pipeline = generator.pipeline
     for c, block in shards:
         for index in range(block * size, (block + 1) * size):
@@ -85,26 +85,28 @@ def loop(need: Need, shards: Sequence[Shard], device: str, told: Any) -> None:
     told.put(None)
 
 
-def _opened(need: Need, device: str) -> tuple[Any, Sequence[str], int]:
+def _opened(requirement: Requirement, device: str) -> tuple[Any, Sequence[str], int]:
     import torch
 
     from air_core.diffusion import load_generator
     from orchestrator.planning.resolve import images_folder
 
     torch.set_num_threads(1)
-    images = need.spec.images  # type: ignore[union-attr]
+    images = requirement.spec.images  # type: ignore[union-attr]
     folder = images_folder(images.model.name)
     return load_generator(images, folder, None, device), images.classnames, images.block_size
 
 
-def processes(work: Callable[..., None], need: Need, device: str) -> tuple[float, float]:
+def processes(
+    work: Callable[..., None], requirement: Requirement, device: str
+) -> tuple[float, float]:
     """Images a second of two processes side by side, and seconds until both had a block."""
     spawn = multiprocessing.get_context("spawn")
-    shards = need.shards()
+    shards = requirement.shards()
     queues = [spawn.Queue() for _ in range(PROCESSES)]
     began = time.time()
     running = [
-        spawn.Process(target=work, args=(need, shards[at::PROCESSES], device, queue))
+        spawn.Process(target=work, args=(requirement, shards[at::PROCESSES], device, queue))
         for at, queue in enumerate(queues)
     ]
     for one in running:
@@ -130,7 +132,7 @@ class Watcher:
         self.blocks: list[tuple[float, int]] = []
         self.pool: Any = None
 
-    def prepared(self, need: Need, seconds: float, facts: dict[str, Any]) -> None:
+    def prepared(self, requirement: Requirement, seconds: float, facts: dict[str, Any]) -> None:
         self.blocks.append((time.time(), int(facts["drawn"] + facts["holes"])))
 
     def drew(self, pool: Any) -> None:
@@ -141,7 +143,7 @@ class Watcher:
     def waiting(self, name: str, holder: str, seconds: float) -> None: ...
 
 
-def ours(need: Need, device: str) -> tuple[float, float, float]:
+def ours(requirement: Requirement, device: str) -> tuple[float, float, float]:
     """Images a second of two actors, seconds until the first block, and their busy share."""
     from orchestrator.cluster.session import machines
     from orchestrator.execution._allocation import Allocation, Context
@@ -149,20 +151,20 @@ def ours(need: Need, device: str) -> tuple[float, float, float]:
     from orchestrator.execution._progress import Progress
     from orchestrator.spec import Resources
     from orchestrator.spec.sweep import GeneratorResources
-    from orchestrator.stages.context import Workshop
+    from orchestrator.stages.context import WorkerContext
     from orchestrator.store import ArtifactStore
 
     gpu = 1 / PROCESSES if device != "cpu" else 0
     resources = Resources(generator=GeneratorResources(actors=PROCESSES, gpu=gpu))
     watcher = Watcher()
     with tempfile.TemporaryDirectory() as folder:
-        shop = Workshop(ArtifactStore(Path(folder)), device=device)
+        worker = WorkerContext(ArtifactStore(Path(folder)), device=device)
         began = time.time()
         board = Progress(watcher).board
         free = Allocation(resources, machines)
-        for _ in draw([need], Context(shop, resources, watcher, free, board)):
+        for _ in draw([requirement], Context(worker, resources, watcher, free, board)):
             time.sleep(0.01)
-        assert not need.missing(shop.store)
+        assert not requirement.missing(worker.store)
     # Actors are not told apart: together, from when the second one had its first block.
     times = watcher.blocks[1:]
     rate = sum(size for _, size in times[1:]) / (times[-1][0] - times[0][0])
@@ -177,12 +179,16 @@ def main() -> None:
 
     found: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder, ray_session():
-        need = the_row(asked.images, Path(folder))
-        few = Need(need.spec, max(16, asked.images // 4), need.classes)  # the loop is slow
+        requirement = the_row(asked.images, Path(folder))
+        few = Requirement(
+            requirement.spec, max(16, asked.images // 4), requirement.classes
+        )  # the loop is slow
         for repeat in range(asked.repeats):
             figures = {}
-            figures["bare"], figures["bare_start"] = processes(bare, need, asked.device)
-            figures["ours"], figures["ours_start"], figures["busy"] = ours(need, asked.device)
+            figures["bare"], figures["bare_start"] = processes(bare, requirement, asked.device)
+            figures["ours"], figures["ours_start"], figures["busy"] = ours(
+                requirement, asked.device
+            )
             figures["loop"], _ = processes(loop, few, asked.device)
             for name, value in figures.items():
                 found.setdefault(name, []).append(value)

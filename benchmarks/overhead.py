@@ -75,11 +75,11 @@ def ours(spec: Path, store: Path, trials: int) -> dict[str, float]:
 
 
 def specs(spec: Path, store: Path, trials: int) -> list[Any]:
-    from orchestrator.planning.requests import place_of
+    from orchestrator.planning.requests import location_of
     from orchestrator.spec import cells_of, load_sweep
 
     sweep = load_sweep(spec)
-    resolver = resolver_of(place_of(sweep, store, None))
+    resolver = resolver_of(location_of(sweep, store, None))
     (cell,) = cells_of(sweep)
     weights = [0.1 + 0.8 * i / trials for i in range(trials)]
     return [resolver.trial({**cell.flat, "fusion_weight": weight, "seed": 1}) for weight in weights]

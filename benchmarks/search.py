@@ -40,7 +40,7 @@ from orchestrator.planning.studies import Searches
 from orchestrator.reporting._ranking import ranking
 from orchestrator.spec import SweepSpec, cells_of, load_sweep
 from orchestrator.spec.sweep import Search
-from orchestrator.store import ArtifactStore, Ledger, read_trial
+from orchestrator.store import ArtifactStore, EventLog, read_trial
 
 SWEEP = """version: 1
 name: search_grid
@@ -92,9 +92,9 @@ def run_grid(store: Path) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         file, sweep = sweep_in(Path(folder))
         airsweep("run", file, "--store", store)
-        ledger = Ledger(store / "sweeps" / "default" / sweep.name)
+        event_log = EventLog(store / "sweeps" / "default" / sweep.name)
         resolver = Resolver(store / "digests.json", None)
-        plan = plan_sweep(sweep, ArtifactStore(store), resolver, ledger)
+        plan = plan_sweep(sweep, ArtifactStore(store), resolver, event_log)
     records: dict[int, list[Any]] = {}
     params = {slot.point: dict(slot.params) for slot in plan.slots}
     for slot in plan.slots:

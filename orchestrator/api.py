@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-    from orchestrator.planning import Asked, Plan
+    from orchestrator.planning import Plan, SweepRequest
     from orchestrator.spec import SweepSpec
-    from orchestrator.store import Place
+    from orchestrator.store import SweepLocation
 
 __all__ = [
     "Outcome",
@@ -55,8 +55,8 @@ Options = Mapping[str, Any] | Iterable[str]  # {"iterations": 3}, or ["iteration
 
 
 def load(
-    spec: str | Path | Asked, *, sets: Options = (), only: Options = (), smoke: bool = False
-) -> Asked:
+    spec: str | Path | SweepRequest, *, sets: Options = (), only: Options = (), smoke: bool = False
+) -> SweepRequest:
     """A sweep file, read and checked; every function below takes the file or what this gives.
 
     Args:
@@ -68,18 +68,18 @@ def load(
     Raises:
         ValueError: the first thing that is wrong, with file, line and column.
     """
-    from orchestrator.planning import Asked, asked
+    from orchestrator.planning import SweepRequest, read_request
     from orchestrator.planning.requests import choices_of, options
 
-    if not isinstance(spec, Asked):
-        return asked(spec, options(sets), choices_of(only), smoke)
+    if not isinstance(spec, SweepRequest):
+        return read_request(spec, options(sets), choices_of(only), smoke)
     if sets or only or smoke:
         raise ValueError(f"{spec.spec.name} was loaded already; give sets, only and smoke to load")
     return spec
 
 
 def validate(
-    spec: str | Path | Asked, *, sets: Options = (), only: Options = ()
+    spec: str | Path | SweepRequest, *, sets: Options = (), only: Options = ()
 ) -> tuple[str, ...]:
     """What is allowed in a sweep file but may surprise, one sentence each. Raises as `load`."""
     from orchestrator.spec import notes_of
@@ -92,16 +92,16 @@ class Planned:
     """What would run. Printed, it is the screen of `airsweep plan`."""
 
     plan: Plan
-    place: Place
+    location: SweepLocation
 
     def json(self) -> dict[str, Any]:
         """What `airsweep plan --json` prints."""
         from orchestrator.planning import changed_inputs, earlier_results
 
-        plan, place = self.plan, self.place
-        earlier = earlier_results(plan, place)
+        plan, location = self.plan, self.location
+        earlier = earlier_results(plan, location)
         return {
-            **plan.json(place.store),
+            **plan.json(location.store),
             "reused_from": self._sources(),
             "changed_inputs": changed_inputs(earlier),
             "stale": [
@@ -115,23 +115,23 @@ class Planned:
         """explain: with every setting and where it comes from."""
         from orchestrator.reporting import plan_screen
 
-        return plan_screen(self.plan, self.place, explain, self._sources())
+        return plan_screen(self.plan, self.location, explain, self._sources())
 
     def _sources(self) -> dict[str, int]:
         from orchestrator.planning.recorded import computed_by
 
         if not self.plan.reused:
             return {}
-        store = self.place.store
+        store = self.location.store
         there = [slot.key.digest for slot in self.plan.slots if store.has(slot.spec)]
-        return dict(computed_by(store, there, self.place))
+        return dict(computed_by(store, there, self.location))
 
     def __repr__(self) -> str:
         return self.screen()
 
 
 def plan(
-    spec: str | Path | Asked,
+    spec: str | Path | SweepRequest,
     *,
     store: str | Path | None = None,
     data_root: str | Path | None = None,
@@ -148,8 +148,8 @@ def plan(
     from orchestrator.planning import plan_of
 
     asked = load(spec, sets=sets, only=only, smoke=smoke)
-    place = place_for(asked, store, data_root)
-    return Planned(plan_of(asked.spec, place), place)
+    location = location_for(asked, store, data_root)
+    return Planned(plan_of(asked.spec, location), location)
 
 
 # ---------------------------------------------------------------- what is done
@@ -164,25 +164,25 @@ class Outcome:
 
     exit_code: int
     sweep: SweepSpec
-    place: Place
+    location: SweepLocation
 
     @property
     def name(self) -> str:
         """PROJECT/NAME."""
-        return f"{self.place.project}/{self.place.name}"
+        return f"{self.location.project}/{self.location.name}"
 
     @property
     def store(self) -> str | Path:
-        return self.place.store.name
+        return self.location.store.name
 
     def __repr__(self) -> str:
         from orchestrator.reporting import summary_screen
 
-        return summary_screen(self.sweep, self.place)
+        return summary_screen(self.sweep, self.location)
 
 
 def prepare(
-    spec: str | Path | Asked,
+    spec: str | Path | SweepRequest,
     *,
     store: str | Path | None = None,
     data_root: str | Path | None = None,
@@ -197,7 +197,7 @@ def prepare(
 
 
 def run(
-    spec: str | Path | Asked,
+    spec: str | Path | SweepRequest,
     *,
     store: str | Path | None = None,
     data_root: str | Path | None = None,
@@ -235,27 +235,27 @@ def retry(
     """Resume a sweep, retrying only one class of failures: oom, nan, timeout, ..."""
     from orchestrator.store import read_resolved
 
-    sweep, place = recorded_sweep(name, store, data_root)
+    sweep, location = recorded_sweep(name, store, data_root)
     how: dict[str, Any] = {"tracking_uri": tracking_uri, "retry": failure_class}
     with _as_before():
-        return _whole(execute(sweep, place, read_resolved(place), quiet, **how))
+        return _whole(execute(sweep, location, read_resolved(location), quiet, **how))
 
 
 def _run(
-    asked: Asked,
+    asked: SweepRequest,
     store: str | Path | None,
     data_root: str | Path | None,
     quiet: bool,
     **how: Any,
 ) -> Outcome:
-    place = place_for(asked, store, data_root)
+    location = location_for(asked, store, data_root)
     with _as_before():
-        return _whole(execute(asked.spec, place, asked.origin, quiet, **how))
+        return _whole(execute(asked.spec, location, asked.origin, quiet, **how))
 
 
 def execute(
     sweep: SweepSpec,
-    place: Place,
+    location: SweepLocation,
     origin: dict[str, Any],
     quiet: bool,
     tracking_uri: str | None = None,
@@ -265,9 +265,9 @@ def execute(
     from orchestrator.execution import make_screen, run_sweep
     from orchestrator.tracking import Publisher
 
-    publisher = Publisher(sweep, place, tracking_uri)
-    code = run_sweep(sweep, place, make_screen(quiet), publisher, origin=origin, **how)
-    return Outcome(code, sweep, place)
+    publisher = Publisher(sweep, location, tracking_uri)
+    code = run_sweep(sweep, location, make_screen(quiet), publisher, origin=origin, **how)
+    return Outcome(code, sweep, location)
 
 
 def _whole(outcome: Outcome) -> Outcome:
@@ -314,7 +314,7 @@ def status(name: str | Outcome, *, store: str | Path | None = None) -> dict[str,
     """
     from orchestrator.reporting.screens import status as standing
 
-    return standing(place_named(name, store))
+    return standing(location_named(name, store))
 
 
 def results(
@@ -331,8 +331,8 @@ def results(
     from orchestrator.planning import plan_of
     from orchestrator.reporting.results import trials_frame
 
-    sweep, place = recorded_sweep(name, store, data_root)
-    return trials_frame(plan_of(sweep, place), place.store, place.ledger())
+    sweep, location = recorded_sweep(name, store, data_root)
+    return trials_frame(plan_of(sweep, location), location.store, location.event_log())
 
 
 def curves(
@@ -342,8 +342,8 @@ def curves(
     from orchestrator.planning import plan_of
     from orchestrator.reporting.results import curves_frame
 
-    sweep, place = recorded_sweep(name, store, data_root)
-    return curves_frame(plan_of(sweep, place), place.store)
+    sweep, location = recorded_sweep(name, store, data_root)
+    return curves_frame(plan_of(sweep, location), location.store)
 
 
 def table(
@@ -354,33 +354,37 @@ def table(
     from orchestrator.reporting import results_of
     from orchestrator.reporting.tables import rows_frame
 
-    sweep, place = recorded_sweep(name, store, data_root)
-    found = results_of(plan_of(sweep, place), place.store)
+    sweep, location = recorded_sweep(name, store, data_root)
+    found = results_of(plan_of(sweep, location), location.store)
     return rows_frame(found.rows).infer_objects()
 
 
 def recorded_sweep(
     name: str | Outcome, store: str | Path | None, data_root: str | Path | None
-) -> tuple[SweepSpec, Place]:
+) -> tuple[SweepSpec, SweepLocation]:
     """A sweep as it was last run, with the values that were set then. Raises as `status`."""
     from orchestrator.planning.recorded import read_sweep
 
-    place = place_named(name, store)
-    return read_sweep(place, _folder(data_root) or place.data_root)
+    location = location_named(name, store)
+    return read_sweep(location, _folder(data_root) or location.data_root)
 
 
-def place_named(name: str | Outcome, store: str | Path | None) -> Place:
+def location_named(name: str | Outcome, store: str | Path | None) -> SweepLocation:
     """The place of a sweep that was run before. Raises as `status`."""
     from orchestrator.planning import requests
 
-    return name.place if isinstance(name, Outcome) else requests.place_named(name, _store(store))
+    return (
+        name.location if isinstance(name, Outcome) else requests.location_named(name, _store(store))
+    )
 
 
-def place_for(sweep: Asked, store: str | Path | None, data_root: str | Path | None) -> Place:
+def location_for(
+    sweep: SweepRequest, store: str | Path | None, data_root: str | Path | None
+) -> SweepLocation:
     """Where a sweep goes; a smoke run into a store of its own."""
     from orchestrator.planning import requests
 
-    return requests.place_for(sweep, _store(store), _folder(data_root))
+    return requests.location_for(sweep, _store(store), _folder(data_root))
 
 
 # ---------------------------------------------------------------- sweep files

@@ -25,7 +25,7 @@ from orchestrator.errors import Refused
 from orchestrator.formatting import show
 from orchestrator.redact import HIDDEN, redacted
 from orchestrator.spec import SpecError, load_sweep
-from orchestrator.store import ArtifactStore, Place
+from orchestrator.store import ArtifactStore, SweepLocation
 from tests.helpers.servers import MlflowServer
 from tests.helpers.sweeps import TIMEOUT, airsweep, environment, write_sweep
 
@@ -163,8 +163,8 @@ def test_nothing_that_a_run_leaves_or_says_holds_a_secret(server, tmp_path):
     )
     server.stop()
     assert done.returncode == 1, done.stderr
-    ledger = (tmp_path / "runs" / "sweeps" / "default" / "leaky" / "events.jsonl").read_text()
-    failed = [event for event in map(json.loads, ledger.splitlines()) if "message" in event]
+    event_log = (tmp_path / "runs" / "sweeps" / "default" / "leaky" / "events.jsonl").read_text()
+    failed = [event for event in map(json.loads, event_log.splitlines()) if "message" in event]
     assert failed[-1]["message"] == f"no entry for postgresql://{HIDDEN}@db/x with *** and ***"
     left = {str(file): file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     assert any("mlflow.db" in name and b"no entry for" in data for name, data in left.items())
@@ -231,10 +231,10 @@ def test_a_model_that_brings_code_is_not_run(part, tmp_path):
     ran = tmp_path / "ran"
     if part == "unet":
         index[part] = ["evil", "Evil"]
-        (model / part / "evil.py").write_text(EVIL.format(place=str(ran)))
+        (model / part / "evil.py").write_text(EVIL.format(location=str(ran)))
     else:
         index["_class_name"] = ["evil", "Evil"]
-        (model / "evil.py").write_text(EVIL.format(place=str(ran)))
+        (model / "evil.py").write_text(EVIL.format(location=str(ran)))
     (model / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(Exception) as told:  # noqa: PT011  (each version has its own)
         load_pipeline(model)
@@ -290,9 +290,9 @@ def test_a_warning_does_not_steer_the_terminal_either(capsys, monkeypatch):
 def test_no_name_of_a_project_or_a_sweep_leads_out_of_the_store(name, tmp_path, monkeypatch):
     store = ArtifactStore(tmp_path / "runs")
     with pytest.raises(ValueError, match="way to another folder"):
-        Place(store, name, "sweep", None)
+        SweepLocation(store, name, "sweep", None)
     with pytest.raises(ValueError, match="way to another folder"):
-        Place(store, "default", name, None)
+        SweepLocation(store, "default", name, None)
 
 
 @pytest.mark.parametrize("key", ["name", "project"])

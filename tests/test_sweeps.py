@@ -12,7 +12,7 @@ from orchestrator.planning import Resolver
 from orchestrator.planning.plan import plan_sweep
 from orchestrator.spec import SweepSpec, cells_of, load_sweep
 from orchestrator.spec.sweep import smoke
-from orchestrator.store import ArtifactStore, Ledger
+from orchestrator.store import ArtifactStore, EventLog
 
 FILES = sorted((Path(__file__).parents[1] / "sweeps").glob("*.yaml"))
 EACH = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
@@ -49,9 +49,9 @@ def test_a_sweep_that_has_all_it_needs_is_planned_whole_and_as_smoke(file, tmp_p
         pytest.skip(lacks)
     store = ArtifactStore(tmp_path / "runs")
     resolver = Resolver(tmp_path / "digests.json", None)
-    plan = plan_sweep(spec, store, resolver, Ledger(tmp_path / "sweep"))
+    plan = plan_sweep(spec, store, resolver, EventLog(tmp_path / "sweep"))
     assert plan.to_run > 0
-    quick = plan_sweep(smoke(spec), store, resolver, Ledger(tmp_path / "smoke"))
+    quick = plan_sweep(smoke(spec), store, resolver, EventLog(tmp_path / "smoke"))
     assert 0 < quick.total <= plan.total
 
 

@@ -240,10 +240,10 @@ def test_a_sweep_is_recorded_through_login_with_files_that_the_server_keeps(
     kinds = [tags(run)["air.kind"] for run in found]
     assert kinds.count("sweep") == 1
     slots = [tags(run)["air.slot"] for run in found if tags(run)["air.kind"] == "trial"]
-    ledger = [
+    event_log = [
         json.loads(line) for line in (recorded / "sweeps" / "digits" / NAME / "events.jsonl").open()
     ]
-    assert sorted(slots) == sorted({e["slot"] for e in ledger if e["event"] in ENDED})
+    assert sorted(slots) == sorted({e["slot"] for e in event_log if e["event"] in ENDED})
     assert {run["info"]["status"] for run in found} == {"FINISHED"}
     trial = next(run for run in found if tags(run)["air.kind"] == "trial")
     assert trial["info"]["artifact_uri"].startswith("mlflow-artifacts:/")

@@ -14,7 +14,7 @@ from PIL import Image
 from air_core.specs import FeaturesSpec, FolderImages
 from orchestrator.planning import Resolver
 from orchestrator.stages.build import build_features
-from orchestrator.stages.context import ChangedInput, Workshop
+from orchestrator.stages.context import ChangedInput, WorkerContext
 from orchestrator.stages.image_rows import open_generator
 from orchestrator.store import ArtifactStore
 from tests.helpers.sweeps import write_sweep
@@ -241,12 +241,12 @@ def test_what_is_encoded_is_what_was_digested_or_it_is_an_error(folder, tmp_path
     for classes in folder.iterdir():  # ten files
         next(classes.iterdir()).unlink()
     with pytest.raises(ChangedInput, match="has changed since the run was planned"):
-        build_features(planned, Workshop(store))
+        build_features(planned, WorkerContext(store))
     # And while images are read: this is called after the last one.
     with pytest.raises(ChangedInput):
-        build_features(features(), Workshop(store), lambda done, total: add(folder))
+        build_features(features(), WorkerContext(store), lambda done, total: add(folder))
     assert not list(left())
-    build_features(features(), Workshop(store))
+    build_features(features(), WorkerContext(store))
     assert len(list(left())) == 1
 
 
@@ -256,13 +256,13 @@ def test_ready_images_that_change_after_the_plan_are_an_error(folder, tmp_path):
         model = resolver.weights("generator", f"folder:{folder}")
         return FolderImages(model=model, classnames=CLASSES, size=8, block=2)
 
-    shop = Workshop(ArtifactStore(tmp_path / "runs"))
+    worker = WorkerContext(ArtifactStore(tmp_path / "runs"))
     planned = row()
     first, second = sorted((folder / CLASSES[0]).iterdir())[:2]
     first.rename(first.with_name("zzz.png"))
     with pytest.raises(ChangedInput, match="has changed since the run was planned"):
-        open_generator(planned, shop)
-    generator = open_generator(row(), shop)
+        open_generator(planned, worker)
+    generator = open_generator(row(), worker)
     assert generator.generate(CLASSES[0], [0, 1], [0, 0]).shape == (2, 8, 8, 3)
     second.write_bytes(second.read_bytes() + b" ")
     with pytest.raises(ValueError, match="was changed while its folder was read"):

@@ -21,11 +21,11 @@ WORKERS = 2
 @cache
 def trials(spec: str, sets: tuple[str, ...]) -> dict[str, object]:
     """The trials of the grid by name, `air/1`."""
-    from orchestrator.planning.requests import place_of
+    from orchestrator.planning.requests import location_of
     from orchestrator.spec import cells_of, load_sweep
 
     sweep = load_sweep(Path(spec), sets=list(sets))
-    resolver = resolver_of(place_of(sweep, Path(os.environ["PEER_FOLDER"]) / "inputs", None))
+    resolver = resolver_of(location_of(sweep, Path(os.environ["PEER_FOLDER"]) / "inputs", None))
     return {
         f"{cell.method}/{seeds['seed']}": resolver.trial({**cell.flat, **seeds})
         for cell in cells_of(sweep)
@@ -41,36 +41,36 @@ def store():
 
 def prepare(specs: list) -> None:
     """Features, labels, LoRA, images: what all trials read, once."""
-    from orchestrator.planning import needs_of
+    from orchestrator.planning import requirements_of
     from orchestrator.stages import build
-    from orchestrator.stages.context import Workshop
+    from orchestrator.stages.context import WorkerContext
 
-    shop = Workshop(store())
+    worker = WorkerContext(store())
     makers = {
         "features": build.build_features,
         "labels": build.build_labels,
         "lora": build.build_lora,
     }
-    for need in needs_of(specs):
-        if need.stage in makers:
-            makers[need.stage](need.spec, shop)
+    for requirement in requirements_of(specs):
+        if requirement.stage in makers:
+            makers[requirement.stage](requirement.spec, worker)
             continue
-        left = need.missing(shop.store)
+        left = requirement.missing(worker.store)
         parts = [left[start::WORKERS] for start in range(WORKERS)]
-        Parallel(n_jobs=WORKERS)(delayed(draw)(need.spec, part) for part in parts if part)
+        Parallel(n_jobs=WORKERS)(delayed(draw)(requirement.spec, part) for part in parts if part)
 
 
 def draw(row, blocks) -> None:
     import torch
 
-    from orchestrator.stages.context import Workshop
+    from orchestrator.stages.context import WorkerContext
     from orchestrator.stages.image_rows import build_image_block, open_generator
 
     torch.set_num_threads(1)
-    shop = Workshop(store())
-    generator = cache(lambda: open_generator(row.images, shop))
+    worker = WorkerContext(store())
+    generator = cache(lambda: open_generator(row.images, worker))
     for class_index, block in blocks:
-        build_image_block(row, class_index, block, shop, generator)
+        build_image_block(row, class_index, block, worker, generator)
 
 
 def one_trial(name: str, spec) -> dict[str, float]:
@@ -80,7 +80,7 @@ def one_trial(name: str, spec) -> dict[str, float]:
     from air_core.datasets import get_dataset
     from air_core.method import TrialData, learn
     from orchestrator.stages.build import read_target
-    from orchestrator.stages.context import Workshop
+    from orchestrator.stages.context import WorkerContext
     from orchestrator.stages.image_rows import read_synthetic
 
     torch.set_num_threads(1)
@@ -88,7 +88,7 @@ def one_trial(name: str, spec) -> dict[str, float]:
     split, dataset = target.split, get_dataset(spec.dataset.name)
     row = spec.synthetic_features
     data = TrialData(
-        backbone=Workshop(store()).backbone(spec.backbone, spec.precision),
+        backbone=WorkerContext(store()).backbone(spec.backbone, spec.precision),
         classnames=dataset.classnames,
         template=dataset.template,
         pool=target.batch(split.pool),

@@ -40,12 +40,12 @@ from orchestrator.errors import Refused, StoreRefused, TrackerAway
 from orchestrator.files import ROOT
 from orchestrator.formatting import aligned, counted, size
 from orchestrator.git import commit
-from orchestrator.planning import Asked, Machine, Plan, does_not_fit, plan_of
-from orchestrator.planning.requests import lost_store, place_for
+from orchestrator.planning import Machine, Plan, SweepRequest, plan_of, unschedulable_reason
+from orchestrator.planning.requests import location_for, lost_store
 from orchestrator.planning.resources import this_machine
 from orchestrator.redact import without_credentials
 from orchestrator.spec.sweep import option_words
-from orchestrator.store import Place, folder_of, is_bucket, open_store
+from orchestrator.store import SweepLocation, folder_of, is_bucket, open_store
 from orchestrator.tracking import make_tracker
 from orchestrator.tracking_uri import kind_of, uri_of
 
@@ -65,7 +65,7 @@ DISK_SHARE = 0.95  # of its disk, from which on Ray starts no task that needs it
 class Request:
     """What is to be checked."""
 
-    sweep: Asked | None
+    sweep: SweepRequest | None
     store: str
     data_root: Path | None = None
     tracking_uri: str | None = None
@@ -140,13 +140,13 @@ def check_machine(request: Request) -> Report:
     _ray_folder(report)
     flags = ", ".join(f"{name}={os.environ[name]}" for name in HUBS if name in os.environ)
     report.passed("offline", f"airsweep fetches nothing; flags of the hub: {flags or 'none'}")
-    place = _place(report, request)
-    plan = _plan(report, request, place)
+    location = _place(report, request)
+    plan = _plan(report, request, location)
     machine = this_machine()
-    _resources(report, plan, place, [machine])
-    if place is not None:
-        _this_node(report, place, _needed(plan, place), machine["GPU"])
-    _tracker(report, request, place)
+    _resources(report, plan, location, [machine])
+    if location is not None:
+        _this_node(report, location, _needed(plan, location), machine["GPU"])
+    _tracker(report, request, location)
     return report
 
 
@@ -156,16 +156,16 @@ def check_cluster(request: Request) -> Report:
 
     report = Report()
     _libraries(report)
-    place = _place(report, request)
-    plan = _plan(report, request, place)
-    _tracker(report, request, place)
+    location = _place(report, request)
+    plan = _plan(report, request, location)
+    _tracker(report, request, location)
     with report.caught("cluster"), ray_session() as machines:
         sums = (f"{sum(one.get(kind, 0) for one in machines):g} {kind}" for kind in ("CPU", "GPU"))
         report.passed("cluster", f"{counted(len(machines), 'machine')}, {', '.join(sums)}")
-        _resources(report, plan, place, machines)
-        if place is not None:
+        _resources(report, plan, location, machines)
+        if location is not None:
             with report.caught("store"):
-                report.machines = check_nodes(place.store, _needed(plan, place))
+                report.machines = check_nodes(location.store, _needed(plan, location))
     # By machine they are in a table of their own.
     report.findings += [one for machine in report.machines for one in machine.findings]
     return report
@@ -222,48 +222,48 @@ def _ray_folder(report: Report) -> None:
 # ---------------------------------------------------------------- sweep and store
 
 
-def _place(report: Report, request: Request) -> Place | None:
+def _place(report: Report, request: Request) -> SweepLocation | None:
     """Where the sweep would go; None: it cannot or should not be opened."""
-    store, place = request.store, None
+    store, location = request.store, None
     if request.offline and is_bucket(store):
         report.skipped("store", OFFLINE)
         return None
     with report.caught("store"):
         if request.sweep is not None:
-            place = place_for(request.sweep, store, request.data_root)
+            location = location_for(request.sweep, store, request.data_root)
         elif in_ray_job() and not is_bucket(store) and not folder_of(store).is_absolute():
             raise lost_store(store)
         else:
-            place = Place(open_store(store), "default", "none", request.data_root)
-    return place
+            location = SweepLocation(open_store(store), "default", "none", request.data_root)
+    return location
 
 
-def _plan(report: Report, request: Request, place: Place | None) -> Plan | None:
+def _plan(report: Report, request: Request, location: SweepLocation | None) -> Plan | None:
     """What the sweep would need, with all weights and images found; None: there is no plan."""
     plan = None
     if request.sweep is None:
         report.skipped("sweep", "none was given")
-    elif place is None:
+    elif location is None:
         report.skipped("sweep", "no store to plan in")
     else:
         with report.caught("sweep"):
-            plan = plan_of(request.sweep.spec, place)
+            plan = plan_of(request.sweep.spec, location)
             here = "the weights and images that it names are here"
             report.passed("sweep", f"{plan.sweep.name}: {here}")
     return plan
 
 
-def _needed(plan: Plan | None, place: Place) -> Needed:
-    return needed_by(plan, place) if plan else Needed(data_root=place.data_root)
+def _needed(plan: Plan | None, location: SweepLocation) -> Needed:
+    return needed_by(plan, location) if plan else Needed(data_root=location.data_root)
 
 
 def _resources(
-    report: Report, plan: Plan | None, place: Place | None, machines: Sequence[Machine]
+    report: Report, plan: Plan | None, location: SweepLocation | None, machines: Sequence[Machine]
 ) -> None:
     """Do its trials and generators fit a machine?"""
-    if plan is None or place is None:
+    if plan is None or location is None:
         report.skipped("resources", "no sweep to fit")
-    elif (reason := does_not_fit(plan, place.store, machines)) is None:
+    elif (reason := unschedulable_reason(plan, location.store, machines)) is None:
         report.passed("resources", "there is a machine for all that the sweep asks for")
     else:
         problem, _, remedy = reason.rpartition(": ")
@@ -272,22 +272,22 @@ def _resources(
         report.failed("resources", problem, remedy)
 
 
-def _this_node(report: Report, place: Place, needed: Needed, gpus: float) -> None:
+def _this_node(report: Report, location: SweepLocation, needed: Needed, gpus: float) -> None:
     """Check this machine as the nodes of a cluster are checked."""
     with report.caught("store"):
         here = replace(needed, gpus=needed.gpus and gpus > 0)
-        facts, findings = check_this_machine(HERE, place.store, here)
+        facts, findings = check_this_machine(HERE, location.store, here)
         report.add(*findings)
         free = facts["store"]["free"]
-        report.passed("store", f"{place.store.name} can be written")
+        report.passed("store", f"{location.store.name} can be written")
         report.passed("room", "not known" if free is None else f"{size(free)} are free")
         asked = "" if needed.gpus else ", and none is asked for"
         report.passed("gpu", f"{gpus:g} GPU here{asked}")
 
 
-def _tracker(report: Report, request: Request, place: Place | None) -> None:
+def _tracker(report: Report, request: Request, location: SweepLocation | None) -> None:
     """Does it answer, and accept the credentials?"""
-    root = place.store.root if place is not None else Path(tempfile.gettempdir())
+    root = location.store.root if location is not None else Path(tempfile.gettempdir())
     of_sweep = request.sweep.spec.tracking_uri if request.sweep else None
     with report.caught("tracker"):
         uri = uri_of(request.tracking_uri or of_sweep, root)
@@ -298,7 +298,9 @@ def _tracker(report: Report, request: Request, place: Place | None) -> None:
         elif request.offline:
             report.skipped("tracker", OFFLINE)
         else:
-            make_tracker(uri, store=root, project=place.project if place else "default").check()
+            make_tracker(
+                uri, store=root, project=location.project if location else "default"
+            ).check()
             report.passed("tracker", f"{without_credentials(uri)} answers and lets us in")
 
 
@@ -309,7 +311,9 @@ STARTED = 300.0  # seconds that a cluster has to run the job
 PASSED = ("AIRSWEEP_PROJECT", "AIRSWEEP_USER")
 
 
-def report_of_job(address: str, sweep: Asked | None, options: Sequence[str]) -> dict[str, Any]:
+def report_of_job(
+    address: str, sweep: SweepRequest | None, options: Sequence[str]
+) -> dict[str, Any]:
     """What `doctor --cluster --json` says, run on a cluster.
 
     Args:

@@ -20,7 +20,7 @@ from orchestrator.cli.common import (
     StoreOption,
     TrackingOption,
     fail,
-    place_named,
+    location_named,
     recorded_sweep,
     watched,
 )
@@ -86,7 +86,7 @@ def export(
     else:
         if only:
             fail("--only chooses among rows for `best`; a trial has a name of its own")
-        place_or_none = place_named(sweep, store) if sweep else None
+        place_or_none = location_named(sweep, store) if sweep else None
         chosen = named_trial(trial, open_store(store).read_only(), place_or_none, tracking_uri)
     there = open_store(store).read_only()
     resolver = Resolver(there.root / "digests.json", data_root)

@@ -14,7 +14,7 @@ from orchestrator.cli.common import (
     JsonOption,
     StoreOption,
     fail,
-    place_named,
+    location_named,
     watched,
 )
 from orchestrator.formatting import show
@@ -33,12 +33,12 @@ def cache_ls(
     airsweep cache ls --store /shared/runs --json
     """
     from orchestrator.cli._cache_screen import listing, listing_screen
-    from orchestrator.planning.recorded import all_needs
+    from orchestrator.planning.recorded import all_requirements
     from orchestrator.store import open_store
     from orchestrator.store.inventory import take_inventory
 
     opened = open_store(store)
-    found = listing(take_inventory(opened), all_needs(opened, data_root))
+    found = listing(take_inventory(opened), all_requirements(opened, data_root))
     show(json.dumps(found, indent=1) if as_json else listing_screen(found))
 
 
@@ -84,18 +84,18 @@ def cache_gc(
     airsweep cache gc --sweep old_question --yes
     """
     from orchestrator.cli._cache_screen import gc_screen
-    from orchestrator.planning.recorded import all_needs, refuse_running
+    from orchestrator.planning.recorded import all_requirements, refuse_running
     from orchestrator.store import open_store, whoami
     from orchestrator.store.gc import NOT_REMOVED, plan_gc, remove
     from orchestrator.store.inventory import take_inventory
 
     opened = open_store(store)
-    place = place_named(sweep, store) if sweep else None
+    place = location_named(sweep, store) if sweep else None
     refuse_running(opened)
     with opened.locks.alone():  # until all is removed no sweep may start
         of = f"{place.project}/{place.name}" if place else None
-        needs = all_needs(opened, data_root)
-        found = plan_gc(take_inventory(opened), needs, whoami(), all_users, of)
+        requirements = all_requirements(opened, data_root)
+        found = plan_gc(take_inventory(opened), requirements, whoami(), all_users, of)
         if yes:
             found = remove(found)
     show(json.dumps(found.json(yes), indent=1) if as_json else gc_screen(found, yes))

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
 import typer
 
 from orchestrator.api import STORE as STORE  # typer reads defaults at import
-from orchestrator.api import place_for as place_for
-from orchestrator.api import place_named as place_named
+from orchestrator.api import location_for as location_for
+from orchestrator.api import location_named as location_named
 from orchestrator.api import recorded_sweep as recorded_sweep
 from orchestrator.formatting import show
 
 if TYPE_CHECKING:
-    from orchestrator.planning import Asked, Plan
+    from orchestrator.planning import Plan, SweepRequest
     from orchestrator.reporting import Results
     from orchestrator.spec import SweepSpec
-    from orchestrator.store import Place
+    from orchestrator.store import SweepLocation
 
 T = TypeVar("T")
 
@@ -63,11 +63,13 @@ TrackingOption = Annotated[
 ]
 
 
-def load(spec: str, sets: list[str] | None, only: list[str] | None, smoke: bool = False) -> Asked:
+def load(
+    spec: str, sets: list[str] | None, only: list[str] | None, smoke: bool = False
+) -> SweepRequest:
     """A sweep from its file, and how it was asked for."""
-    from orchestrator.planning import asked
+    from orchestrator.planning import read_request
 
-    return asked(spec, sets or (), only or (), smoke)
+    return read_request(spec, sets or (), only or (), smoke)
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class Outcome:
     """A recorded sweep, and what came out so far."""
 
     sweep: SweepSpec
-    place: Place
+    location: SweepLocation
     plan: Plan
     results: Results
 
@@ -89,9 +91,9 @@ def results_of(name: str, store: str, data_root: Path | None) -> Outcome:
     from orchestrator.planning import plan_of
     from orchestrator.reporting import results
 
-    sweep, place = recorded_sweep(name, store, data_root)
-    plan = plan_of(sweep, place)
-    return Outcome(sweep, place, plan, results.results_of(plan, place.store))
+    sweep, location = recorded_sweep(name, store, data_root)
+    plan = plan_of(sweep, location)
+    return Outcome(sweep, location, plan, results.results_of(plan, location.store))
 
 
 def no_trial(name: str, found: Outcome) -> str:

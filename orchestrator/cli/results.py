@@ -17,8 +17,8 @@ from orchestrator.cli.common import (
     NameArgument,
     StoreOption,
     fail,
+    location_named,
     no_trial,
-    place_named,
     recorded_sweep,
     results_of,
 )
@@ -40,7 +40,7 @@ def status(name: NameArgument, store: StoreOption = STORE, as_json: JsonOption =
     """
     from orchestrator.reporting import screens
 
-    place = place_named(name, store)
+    place = location_named(name, store)
     found = screens.status(place)
     show(json.dumps(found, indent=1) if as_json else screens.status_screen(found))
 
@@ -112,12 +112,12 @@ def report(
     """
     from orchestrator.files import write_whole
     from orchestrator.reporting.html_report import page
-    from orchestrator.reporting.report_data import evidence_of
+    from orchestrator.reporting.report_data import report_data_of
 
     if output.is_dir() or not output.absolute().parent.is_dir():
         fail(f"-o {output}: give a file in a folder that is there, such as report.html")
     sweep, place = recorded_sweep(name, store, data_root)
-    found = evidence_of(sweep, place)
+    found = report_data_of(sweep, place)
     text = page(found)
     write_whole(output, text)
     show(f"{output}  {len(text.encode()) / 1e6:.1f} MB", file=sys.stderr)

@@ -23,14 +23,14 @@ from orchestrator.cli.common import (
     StoreOption,
     TrackingOption,
     load,
-    place_for,
+    location_for,
     recorded_sweep,
 )
 from orchestrator.formatting import show
 
 if TYPE_CHECKING:
     from orchestrator.spec import SweepSpec
-    from orchestrator.store import Place
+    from orchestrator.store import SweepLocation
 
 app = typer.Typer()
 
@@ -128,8 +128,8 @@ def prepare(
     airsweep prepare sweeps/quickstart.yaml --only method=air
     """
     asked = load(spec, sets, only, smoke)
-    place = place_for(asked, store, data_root)
-    _execute(asked.spec, place, asked.origin, quiet, prepare_only=True)
+    location = location_for(asked, store, data_root)
+    _execute(asked.spec, location, asked.origin, quiet, prepare_only=True)
 
 
 @app.command()
@@ -150,8 +150,8 @@ def run(
     airsweep run sweeps/quickstart.yaml --only method=air --set seeds=[1]
     """
     asked = load(spec, sets, only, smoke)
-    place = place_for(asked, store, data_root)
-    _execute(asked.spec, place, asked.origin, quiet, tracking_uri=tracking_uri)
+    location = location_for(asked, store, data_root)
+    _execute(asked.spec, location, asked.origin, quiet, tracking_uri=tracking_uri)
 
 
 @app.command()
@@ -174,14 +174,14 @@ def retry(
     """
     from orchestrator.store import read_resolved
 
-    sweep, place = recorded_sweep(name, store, data_root)
+    sweep, location = recorded_sweep(name, store, data_root)
     how: dict[str, Any] = {"tracking_uri": tracking_uri, "retry": failure_class}
-    _execute(sweep, place, read_resolved(place), quiet, **how)
+    _execute(sweep, location, read_resolved(location), quiet, **how)
 
 
 def _execute(
     sweep: SweepSpec,
-    place: Place,
+    location: SweepLocation,
     origin: dict[str, Any],
     quiet: bool,
     prepare_only: bool = False,
@@ -192,7 +192,7 @@ def _execute(
     # Ray's daemons print to file descriptor 1 whatever they are told; stdout is for data.
     stdout = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    outcome = api.execute(sweep, place, origin, quiet, prepare_only=prepare_only, **how)
+    outcome = api.execute(sweep, location, origin, quiet, prepare_only=prepare_only, **how)
     if not quiet and not prepare_only:
         show(outcome, file=stdout)
     stdout.flush()

@@ -106,11 +106,11 @@ def diff(
     airsweep diff 3f2a9c1d 8b01e7aa --json
     """
     from orchestrator.store import open_store
-    from orchestrator.tracking import remembered
+    from orchestrator.tracking import find_trial
     from orchestrator.tracking.reproduce import differences
 
     there = open_store(store).read_only()
-    found = differences(*(remembered(one, there, tracking_uri) for one in (a, b)))
+    found = differences(*(find_trial(one, there, tracking_uri) for one in (a, b)))
     show(json.dumps(found.json(), indent=1) if as_json else "\n".join(found.lines()))
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from orchestrator.errors import Refused
 from orchestrator.files import ROOT
 from orchestrator.git import PACKAGES, SENT_DIFF, UNKNOWN, commit, dirty, uncommitted
-from orchestrator.planning import Asked
+from orchestrator.planning import SweepRequest
 from orchestrator.planning.requests import lost_store, project_of
 from orchestrator.redact import shows_secret, without_credentials
 from orchestrator.spec import cells_of
@@ -46,7 +46,7 @@ def sends_code(option: str | None) -> bool:
     return is_checkout() and option != "installed"
 
 
-def pack(asked: Asked | None, folder: Path, code: bool) -> str:
+def pack(asked: SweepRequest | None, folder: Path, code: bool) -> str:
     """Put what a job needs into an empty folder.
 
     Args:
@@ -105,7 +105,7 @@ class Destination:
 
 
 def destination(
-    asked: Asked, store: str, data_root: Path | None, tracking_uri: str | None
+    asked: SweepRequest, store: str, data_root: Path | None, tracking_uri: str | None
 ) -> Destination:
     """Where a job is to work.
 
@@ -152,7 +152,7 @@ def _check(path: str, key: str, name: str) -> None:
         )
 
 
-def _named_paths(asked: Asked) -> set[tuple[str, str, str]]:
+def _named_paths(asked: SweepRequest) -> set[tuple[str, str, str]]:
     """Key, value and path of every file or folder that a sweep names."""
     keys = ("dataset", "test_dataset", "backbone", "generator")
     named = {(key, str(cell.flat.get(key) or "")) for cell in cells_of(asked.spec) for key in keys}
@@ -181,7 +181,7 @@ def path_in(key: str, name: str) -> str | None:
 # ---------------------------------------------------------------- variables
 
 
-def variables(asked: Asked, code: bool, env: Iterable[str]) -> dict[str, str]:
+def variables(asked: SweepRequest, code: bool, env: Iterable[str]) -> dict[str, str]:
     """The environment of a job.
 
     Args:

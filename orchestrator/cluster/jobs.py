@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 from orchestrator.cluster.job_package import Destination
 from orchestrator.environment import environment
 from orchestrator.errors import FAILED, REFUSED, TERMINATED, Refused
-from orchestrator.planning import Asked
+from orchestrator.planning import SweepRequest
 from orchestrator.store import smoke_store
 
 CONNECTED, ANSWER = 10.0, 60.0  # seconds; Ray's client would wait for ever
@@ -110,7 +110,7 @@ class Cluster:
         return _job(self._ask("get_job_info", name))
 
     def submit(
-        self, asked: Asked, to: Destination, folder: Path, env: Mapping[str, str], entry: str
+        self, asked: SweepRequest, to: Destination, folder: Path, env: Mapping[str, str], entry: str
     ) -> Job:
         """Start a sweep.
 
@@ -372,7 +372,7 @@ def _quiet() -> Iterator[None]:
 # ---------------------------------------------------------------- commands
 
 
-def entrypoint(asked: Asked, to: Destination, spec: str, python: str) -> str:
+def entrypoint(asked: SweepRequest, to: Destination, spec: str, python: str) -> str:
     """What the job runs."""
     words = [python, "-m", "orchestrator", "run", spec, "--store", to.store]
     for option, value in (("--data-root", to.data_root), ("--tracking-uri", to.tracking_uri)):

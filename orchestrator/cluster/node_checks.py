@@ -21,7 +21,7 @@ from orchestrator.failures import first_line
 from orchestrator.formatting import counted, size
 from orchestrator.planning import Plan
 from orchestrator.planning.disk import bytes_left
-from orchestrator.store import ArtifactStore, Place
+from orchestrator.store import ArtifactStore, SweepLocation
 
 CHECKS = ("answers", "versions", "code", "store", "room", "files", "gpu")
 MIN_FREE = 100 * 2**20  # bytes: with less no sweep starts
@@ -29,11 +29,13 @@ ANSWER = 90.0  # seconds that a node has: on a slow disk a process and torch tak
 RETRY = 1.0  # seconds
 
 
-def needed_by(plan: Plan, place: Place) -> Needed:
-    inputs = tuple(dict.fromkeys(one for need in plan.needs for one in _inputs(need.spec)))
+def needed_by(plan: Plan, location: SweepLocation) -> Needed:
+    inputs = tuple(
+        dict.fromkeys(one for requirement in plan.requirements for one in _inputs(requirement.spec))
+    )
     resources = plan.sweep.resources
     gpus = bool(resources.trial.gpu or resources.generator.gpu)
-    return Needed(inputs, place.data_root, gpus, bytes_left(plan, place.store))
+    return Needed(inputs, location.data_root, gpus, bytes_left(plan, location.store))
 
 
 ROLES = {"test_dataset": "dataset", "model": "generator"}
@@ -196,14 +198,14 @@ def lines(found: Iterable[Finding]) -> list[str]:
 # ---------------------------------------------------------------- this machine, or a cluster's
 
 
-def refuse_unfit_nodes(plan: Plan, place: Place, say: Callable[[str], None]) -> None:
+def refuse_unfit_nodes(plan: Plan, location: SweepLocation, say: Callable[[str], None]) -> None:
     """Check the nodes of the cluster that was joined.
 
     Raises:
         Refused: a node is not fit for the sweep; says which, why, and what to do.
     """
     started = time.monotonic()
-    nodes = check_nodes(place.store, needed_by(plan, place))
+    nodes = check_nodes(location.store, needed_by(plan, location))
     findings = [one for node in nodes for one in node.findings]
     fatal = [one for one in findings if one.fatal]
     if fatal:

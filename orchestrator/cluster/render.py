@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from orchestrator.files import ROOT, SHIPPED
-from orchestrator.planning.resources import misfit
+from orchestrator.planning.resources import resource_shortage
 from orchestrator.redact import password_at, redacted, shows_secret
 from orchestrator.spec import Resources, SweepSpec
 from orchestrator.spec.marked_yaml import all_documents, shown, written
@@ -247,7 +247,7 @@ def worker_groups(
         {"CPU": float(limits["cpu"]), "GPU": float(limits.get(GPU, 0)), **custom}
         for limits in (_limits(group) for group in groups)
     ]
-    if not machines or (why := misfit(resources, machines, prepares=True)):
+    if not machines or (why := resource_shortage(resources, machines, prepares=True)):
         raise ValueError(why if machines else "no worker is left; give --cpu-workers 1 or more")
     return groups
 

@@ -24,8 +24,8 @@ from orchestrator.environment import environment, of_ray_job
 from orchestrator.errors import Refused
 from orchestrator.failures import first_line
 from orchestrator.files import ROOT
-from orchestrator.planning import Machine, asked_of
-from orchestrator.spec import Resources, Want
+from orchestrator.planning import Machine, ray_resources
+from orchestrator.spec import ProcessResources, Resources
 from orchestrator.store.artifacts import DEVICES
 
 log = logging.getLogger(__name__)
@@ -291,8 +291,8 @@ def ask_autoscaler(resources: Resources) -> None:
     """Ask for room for one of each kind that a sweep starts."""
     from ray.autoscaler.sdk import request_resources
 
-    generators: list[Want] = [resources.generator] * (resources.generator.actors or 1)
-    wants = [asked_of(want) for want in [resources.trial, resources.encoding, *generators]]
+    generators: list[ProcessResources] = [resources.generator] * (resources.generator.actors or 1)
+    wants = [ray_resources(want) for want in [resources.trial, resources.encoding, *generators]]
     request_resources(bundles=[{kind: n for kind, n in want.items() if n} for want in wants])
 
 

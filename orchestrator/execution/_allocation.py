@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.planning import Machine, asked_of
+from orchestrator.planning import Machine, ray_resources
 from orchestrator.planning.resources import room, without
-from orchestrator.spec import Resources, Want
+from orchestrator.spec import ProcessResources, Resources
 
 if TYPE_CHECKING:
     from orchestrator.execution._progress import Watcher
-    from orchestrator.stages.context import Workshop
+    from orchestrator.stages.context import WorkerContext
 
 # Generators that stay beside trials are one of so many. A simulation of 64 devices finds the same
 # time for any share between a quarter and a sixteenth (docs/scale.md).
@@ -113,11 +113,11 @@ class Allocation:
             machines = without(machines, self._resources.generator, self.reserve())
         return max(1, room(self._resources.trial, machines))
 
-    def tasks(self, want: Want) -> int:
+    def tasks(self, want: ProcessResources) -> int:
         """Tasks that prepare something else than images and may run now, at least one."""
         reserve = self.reserve() if self.tuning else 0
         if reserve:
-            return max(1, reserve * room(want, [asked_of(self._resources.generator)]))
+            return max(1, reserve * room(want, [ray_resources(self._resources.generator)]))
         return max(1, room(want, self.machines()))
 
 
@@ -130,7 +130,7 @@ class Context:
         board: takes notes of how far long work is, see `progress`.
     """
 
-    shop: Workshop
+    worker: WorkerContext
     resources: Resources
     watcher: Watcher
     allocation: Allocation

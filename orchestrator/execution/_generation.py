@@ -27,10 +27,10 @@ from orchestrator.execution._allocation import Context, Pool
 from orchestrator.execution._progress import Note
 from orchestrator.failures import CLASSES, Failure, classify
 from orchestrator.keys import artifact_key
-from orchestrator.planning import Need, name_of
+from orchestrator.planning import Requirement, name_of
 from orchestrator.redact import redacted
 from orchestrator.spec.sweep import GeneratorResources
-from orchestrator.stages.context import Workshop, keep_to_share
+from orchestrator.stages.context import WorkerContext, keep_to_share
 from orchestrator.stages.image_rows import DEATHS, build_image_block, open_generator
 from orchestrator.store.artifacts import devices
 
@@ -40,13 +40,15 @@ THRIFT = 2  # the most that a generator can save
 class Generate:
     """One actor: one generator at a time, switched when the row changes."""
 
-    def __init__(self, rows: Sequence[SyntheticFeaturesSpec], shop: Workshop, board: Any) -> None:
+    def __init__(
+        self, rows: Sequence[SyntheticFeaturesSpec], worker: WorkerContext, board: Any
+    ) -> None:
         import torch
 
         torch.set_num_threads(1)  # one actor a core; more threads would fight
         note_devices()
         keep_to_share(devices().get("gpu", 0.0))
-        self.rows, self.shop = rows, shop
+        self.rows, self.worker = rows, worker
         self.notes = [Note(board, name_of(artifact_key(spec.images))) for spec in rows]
         self.open: tuple[int, Any] | None = None
         self.thrift = 0  # how much memory is saved for time, see diffusion.pipeline
@@ -58,7 +60,7 @@ class Generate:
         error = name = ""
         drawn: dict[str, float] = {"drawn": 0, "redrawn": 0, "holes": 0, "on_device": 0.0}
         spec = self.rows[row]
-        self.shop.store.locks.waits = self.notes[row].waits
+        self.worker.store.locks.waits = self.notes[row].waits
         try:
             drawn = self._drawn(spec, row, c, block)
         except Exception as problem:  # told to the driver as data: an exception ends the stream
@@ -79,8 +81,8 @@ class Generate:
         """A block; with less memory where there is too little. Its size is part of its key."""
         while True:
             try:
-                shop = self.shop.with_less(self.thrift)
-                return build_image_block(spec, c, block, shop, lambda: self._generator(row))
+                worker = self.worker.with_less(self.thrift)
+                return build_image_block(spec, c, block, worker, lambda: self._generator(row))
             except Exception as problem:
                 if classify(problem) != "oom" or self.thrift == THRIFT:
                     raise
@@ -90,8 +92,8 @@ class Generate:
         if self.open is None or self.open[0] != row:
             started, spec = time.monotonic(), self.rows[row]
             self.open = None  # one LoRA at a time: free the last before the next is loaded
-            self.open = (row, open_generator(spec.images, self.shop, self.thrift))
-            self.shop.backbone(spec.backbone, spec.precision)  # encodes the block
+            self.open = (row, open_generator(spec.images, self.worker, self.thrift))
+            self.worker.backbone(spec.backbone, spec.precision)  # encodes the block
             self.startup += time.monotonic() - started
         return self.open[1]
 
@@ -103,8 +105,8 @@ POOL = 20_000
 
 
 def draw(
-    needs: Sequence[Need], context: Context
-) -> Generator[None, None, list[tuple[Need, Failure]]]:
+    requirements: Sequence[Requirement], context: Context
+) -> Generator[None, None, list[tuple[Requirement, Failure]]]:
     """Draw the missing blocks of some rows; what could not be drawn, after all others were tried.
 
     A coroutine: it yields while it waits for the cluster.
@@ -112,28 +114,28 @@ def draw(
     The pool is opened anew where trials come that need room, or go and leave some: a block that is
     whole stays, so that costs what the actors have in hand.
     """
-    drawing = _Drawing(needs, context)
+    drawing = _Drawing(requirements, context)
     while left := drawing.left():
         if context.allocation.pool():
             yield from drawing.draw(left)
-            context.shop.store.look_again()
+            context.worker.store.look_again()
         else:
             yield
     return [
-        (need, _failure(drawing.errors.get(need, []), lacks))
-        for need in needs
-        if (lacks := len(need.missing(context.shop.store)))
+        (requirement, _failure(drawing.errors.get(requirement, []), lacks))
+        for requirement in requirements
+        if (lacks := len(requirement.missing(context.worker.store)))
     ]
 
 
 class _Drawing:
     """Shards of some rows, until each is drawn or was tried."""
 
-    def __init__(self, needs: Sequence[Need], context: Context) -> None:
-        self.needs, self.shop, self.watcher = needs, context.shop, context.watcher
+    def __init__(self, requirements: Sequence[Requirement], context: Context) -> None:
+        self.requirements, self.worker, self.watcher = requirements, context.worker, context.watcher
         self.allocation, self.board = context.allocation, context.board
         self.want = context.resources.generator
-        self.errors: dict[Need, list[tuple[str, str]]] = {}
+        self.errors: dict[Requirement, list[tuple[str, str]]] = {}
         self.tried: set[tuple[int, int, int]] = set()  # row, class, block
         self.over = False
 
@@ -142,8 +144,8 @@ class _Drawing:
             return []
         missing = (
             {"row": row, "class": c, "block": block}
-            for row, need in enumerate(self.needs)
-            for c, block in need.missing(self.shop.store)
+            for row, requirement in enumerate(self.requirements)
+            for c, block in requirement.missing(self.worker.store)
             if (row, c, block) not in self.tried
         )
         return list(itertools.islice(missing, POOL))
@@ -153,10 +155,10 @@ class _Drawing:
         began, count, spent = time.monotonic(), 0, 0.0
         beside_trials = self.allocation.tuning
         pool = Pool(actors=min(self.allocation.pool(), len(shards)), gpu=bool(self.want.gpu))
-        rows = [need.spec for need in self.needs]
+        rows = [requirement.spec for requirement in self.requirements]
         self.allocation.wide = not beside_trials
         reader = _Reader(
-            partial(_stream, shards, rows, self.shop, self.want, pool.actors, self.board)
+            partial(_stream, shards, rows, self.worker, self.want, pool.actors, self.board)
         )
         while (result := (yield from reader.next())) is not None:
             self._note(result)
@@ -176,25 +178,28 @@ class _Drawing:
 
     def _forgive(self, shards: Sequence[dict[str, int]], most: int) -> None:
         """Actors are ended with a block in hand: no block has killed them."""
-        self.shop.store.look_again()
-        missing = {row: set(need.missing(self.shop.store)) for row, need in enumerate(self.needs)}
+        self.worker.store.look_again()
+        missing = {
+            row: set(requirement.missing(self.worker.store))
+            for row, requirement in enumerate(self.requirements)
+        }
         left = (s for s in shards if (s["class"], s["block"]) in missing[s["row"]])
         for shard in itertools.islice(left, most):  # they are handed out in order
-            spec = self.needs[shard["row"]].spec
+            spec = self.requirements[shard["row"]].spec
             assert isinstance(spec, SyntheticFeaturesSpec)
-            row = self.shop.store.open_row(spec.images)
+            row = self.worker.store.open_row(spec.images)
             row.forget_deaths(shard["class"], shard["block"], DEATHS)
 
     def _note(self, result: dict[str, Any]) -> None:
-        need = self.needs[result["row"]]
+        requirement = self.requirements[result["row"]]
         if not result["error"]:
-            self.watcher.prepared(need, result["seconds"], result)
+            self.watcher.prepared(requirement, result["seconds"], result)
             return
         self.tried.add((result["row"], result["class"], result["block"]))
-        assert isinstance(need.spec, SyntheticFeaturesSpec)
-        name = need.spec.images.classnames[result["class"]]
+        assert isinstance(requirement.spec, SyntheticFeaturesSpec)
+        name = requirement.spec.images.classnames[result["class"]]
         said = f"{name}, block {result['block']}: {result['error']}"
-        self.errors.setdefault(need, []).append((result["failure_class"], said))
+        self.errors.setdefault(requirement, []).append((result["failure_class"], said))
         # What would be drawn from now on would be drawn for nothing.
         self.over = CLASSES[result["failure_class"]].stops_after == 1
 
@@ -261,7 +266,7 @@ class _Reader:
 def _stream(
     shards: Sequence[dict[str, int]],
     rows: Sequence[Any],
-    shop: Workshop,
+    worker: WorkerContext,
     want: GeneratorResources,
     actors: int,
     board: Any,
@@ -274,7 +279,7 @@ def _stream(
     with DataContext.current(context):
         return ray.data.from_items(list(shards), override_num_blocks=len(shards)).map_batches(
             Generate,
-            fn_constructor_args=(rows, replace(shop, device=device), board),
+            fn_constructor_args=(rows, replace(worker, device=device), board),
             batch_size=1,
             compute=ActorPoolStrategy(size=actors),
             num_cpus=want.cpu,

@@ -14,23 +14,27 @@ from air_core.specs import FeaturesSpec, LabelsSpec, LoraSpec, SyntheticFeatures
 from orchestrator.execution._allocation import Context
 from orchestrator.execution._run import Run
 from orchestrator.failures import first_line
-from orchestrator.planning import Need, Plan, Slot, holds, needs_of, possible_trials
+from orchestrator.planning import Plan, Requirement, Slot, holds, possible_trials, requirements_of
 from orchestrator.planning.audit_card import Audited, audited, known_card
 from orchestrator.planning.plan import moved_slots
 from orchestrator.spec import Cell
 from orchestrator.store import ArtifactStore
 
 if TYPE_CHECKING:
-    from orchestrator.stages.context import Workshop
+    from orchestrator.stages.context import WorkerContext
 
 log = logging.getLogger(__name__)
 
 PAUSE = 0.05  # seconds between two looks at what has come, while no trials run
 
 
-def without_images(needs: Sequence[Need], store: ArtifactStore) -> list[Need]:
+def without_images(requirements: Sequence[Requirement], store: ArtifactStore) -> list[Requirement]:
     """Those that are missing and are made without a synthetic image."""
-    return [need for need in needs if _without_images(need.spec) and need.have(store) == 0]
+    return [
+        requirement
+        for requirement in requirements
+        if _without_images(requirement.spec) and requirement.have(store) == 0
+    ]
 
 
 def _without_images(spec: Any) -> bool:
@@ -45,8 +49,8 @@ def _without_images(spec: Any) -> bool:
 
 
 def waves(
-    groups: Sequence[Sequence[Need]], store: ArtifactStore, workers: Callable[[], int]
-) -> Iterator[tuple[int | None, list[Need]]]:
+    groups: Sequence[Sequence[Requirement]], store: ArtifactStore, workers: Callable[[], int]
+) -> Iterator[tuple[int | None, list[Requirement]]]:
     """What to make together, in order; each group's number where that was the last of it.
 
     A LoRA takes one worker. So before a group's images are drawn, by all of them, as many LoRAs of
@@ -56,16 +60,23 @@ def waves(
         groups: what each reads, in the order in which they are wanted.
         workers: how many generators there are, now.
     """
-    for number, needs in enumerate(groups):
-        early = {need.key: need for need in without_images(needs, store)}
-        if any(isinstance(need.spec, LoraSpec) for need in early.values()):
+    for number, requirements in enumerate(groups):
+        early = {
+            requirement.key: requirement for requirement in without_images(requirements, store)
+        }
+        if any(isinstance(requirement.spec, LoraSpec) for requirement in early.values()):
             for behind in groups[number + 1 :]:
-                if sum(isinstance(need.spec, LoraSpec) for need in early.values()) >= workers():
+                if (
+                    sum(isinstance(requirement.spec, LoraSpec) for requirement in early.values())
+                    >= workers()
+                ):
                     break
-                early |= {need.key: need for need in without_images(behind, store)}
+                early |= {
+                    requirement.key: requirement for requirement in without_images(behind, store)
+                }
         if early:
             yield None, list(early.values())
-        yield number, list(needs)
+        yield number, list(requirements)
 
 
 class Prefetch:
@@ -83,8 +94,8 @@ class Prefetch:
         self, run: Run, plan: Plan, groups: Sequence[Sequence[Cell]], prepare_only: bool
     ) -> None:
         self.run, self.plan, self.prepare_only = run, plan, prepare_only
-        run.place.store.look_again()  # another driver may have ended since it was planned
-        self.needs = {group[0].id: needs_of_cells(run, plan, group) for group in groups}
+        run.location.store.look_again()  # another driver may have ended since it was planned
+        self.requirements = {group[0].id: needs_of_cells(run, plan, group) for group in groups}
         self.waiting = deque(group for group in groups if self._waits(group))
         waits = {cell.id for group in self.waiting for cell in group}
         self.ready = {cell.id for group in groups for cell in group} - waits  # cells
@@ -95,8 +106,11 @@ class Prefetch:
 
     def _waits(self, group: Sequence[Cell]) -> bool:
         """Has it trials to run that read what is not there?"""
-        store = self.run.place.store
-        if not any(need.have(store) < need.total() for need in self.needs[group[0].id]):
+        store = self.run.location.store
+        if not any(
+            requirement.have(store) < requirement.total()
+            for requirement in self.requirements[group[0].id]
+        ):
             return False
         cells = {cell.id for cell in group}
         slots = [slot for slot in self.plan.slots if slot.cell.id in cells]
@@ -108,7 +122,7 @@ class Prefetch:
         """Is its trial that of another cell, as where two folders hold the same images, and not
         there yet? Whose turn comes first computes it."""
         away = slot.id in self.plan.pruned or slot.id in self.run.given_up
-        return not away and not self.run.place.store.has(slot.spec)
+        return not away and not self.run.location.store.has(slot.spec)
 
     def has(self, cell: Cell) -> bool:
         """Is what a cell reads there, or known not to come?"""
@@ -119,9 +133,9 @@ class Prefetch:
         if self.begun:
             return
         self.begun = True
-        for cell, needs in self.needs.items():
+        for cell, requirements in self.requirements.items():
             if cell in self.ready:
-                self._show(needs)
+                self._show(requirements)
         if self.waiting:
             self.work.append(self._make())
 
@@ -133,35 +147,45 @@ class Prefetch:
         assert run.allocation is not None
         assert run.progress is not None
         last = len(groups) - 1
-        needs = [self._makeable(self.needs[group[0].id]) for group in groups]
+        requirements = [self._makeable(self.requirements[group[0].id]) for group in groups]
         run.allocation.preparing = True
-        shop, resources = workshop(run), run.sweep.resources
-        context = Context(shop, resources, run, run.allocation, run.progress.board)
+        worker, resources = worker_context(run), run.sweep.resources
+        context = Context(worker, resources, run, run.allocation, run.progress.board)
         for number, wave in waves(
-            needs, shop.store, partial(run.allocation.tasks, resources.generator)
+            requirements, worker.store, partial(run.allocation.tasks, resources.generator)
         ):
             yield from prepare(self._makeable(wave), context)
             if number is not None:
                 run.allocation.preparing = number < last
-                run.ledger.append("cells_ready")
+                run.event_log.append("cells_ready")
                 self.waiting.popleft()
                 self.ready |= {cell.id for cell in groups[number]}
-                self._show(needs[number])
+                self._show(requirements[number])
                 yield  # trials begin before the next pool is opened, which would take their room
 
-    def _makeable(self, needs: Sequence[Need]) -> list[Need]:
+    def _makeable(self, requirements: Sequence[Requirement]) -> list[Requirement]:
         """Without what failed in this run, and what would be made from it."""
         from orchestrator.execution._prepare import lost_with
 
-        lost = [spec for need, _ in self.run.hopeless for spec in lost_with(need)]
-        return [need for need in needs if not any(holds(need.spec, one) for one in lost)]
+        lost = [
+            spec
+            for requirement, _ in self.run.failed_requirements
+            for spec in lost_with(requirement)
+        ]
+        return [
+            requirement
+            for requirement in requirements
+            if not any(holds(requirement.spec, one) for one in lost)
+        ]
 
-    def afforded(self) -> bool:
+    def can_afford(self) -> bool:
         """May what comes next be made?"""
-        needs = self.needs[self.waiting[0][0].id]
+        requirements = self.requirements[self.waiting[0][0].id]
         assert self.run.allocation is not None
         workers = max(1, self.run.allocation.generators())
-        return self.run.purse.affords_preparing(needs, self.run.place.store, workers)
+        return self.run.budget_tracker.affords_preparing(
+            requirements, self.run.location.store, workers
+        )
 
     def advance(self) -> None:
         """Look what has come, and start what can start. Returns at once."""
@@ -172,11 +196,14 @@ class Prefetch:
 
     def wait(self) -> None:
         """Until the next group has what it reads, or it is known that some cannot be made."""
-        run, store, group = self.run, self.run.place.store, self.waiting[0]
-        needs = self.needs[group[0].id]
-        left = {str(need.key): need.total() - need.have(store) for need in needs}
+        run, store, group = self.run, self.run.location.store, self.waiting[0]
+        requirements = self.requirements[group[0].id]
+        left = {
+            str(requirement.key): requirement.total() - requirement.have(store)
+            for requirement in requirements
+        }
         left = {key: count for key, count in left.items() if count}
-        run.ledger.append("cells_waiting", cells=[cell.id for cell in group], artifacts=left)
+        run.event_log.append("cells_waiting", cells=[cell.id for cell in group], artifacts=left)
         while self.waiting and self.waiting[0] is group:
             self._advance_alone()
 
@@ -196,11 +223,11 @@ class Prefetch:
         assignments = self.run.sweep.seeds.assignments()
         return audited(possible_trials(self.plan.cells, assignments, self.run.resolver))
 
-    def _show(self, needs: Sequence[Need]) -> None:
+    def _show(self, requirements: Sequence[Requirement]) -> None:
         """Begin what people look at and no trial reads: contact sheet, audit cards. One after the
         other, so that one worker imports torch for all of it."""
         work = []
-        if not self.sheet_begun and (sheet := _sheet(self.run, needs)) is not None:
+        if not self.sheet_begun and (sheet := _sheet(self.run, requirements)) is not None:
             self.sheet_begun = True
             work.append(sheet)
         new = [r for r in self._rows if r.name not in self.shown and _lacks_card(r, self.run)]
@@ -210,53 +237,62 @@ class Prefetch:
             self.work.append(chain.from_iterable(work))
 
 
-def needs_of_cells(run: Run, plan: Plan, cells: Sequence[Cell]) -> list[Need]:
+def needs_of_cells(run: Run, plan: Plan, cells: Sequence[Cell]) -> list[Requirement]:
     """What some cells read, also in trials that went on in fp32."""
-    ids, moved = {cell.id for cell in cells}, moved_slots(run.ledger)
+    ids, moved = {cell.id for cell in cells}, moved_slots(run.event_log)
     earlier = [slot.spec for slot in plan.slots if slot.cell.id in ids and slot.id in moved]
     possible = possible_trials(cells, run.sweep.seeds.assignments(), run.resolver)
-    return needs_of([*possible, *earlier, *run.moving])
+    return requirements_of([*possible, *earlier, *run.moving])
 
 
-def workshop(run: Run) -> Workshop:
-    from orchestrator.stages.context import Workshop
+def worker_context(run: Run) -> WorkerContext:
+    from orchestrator.stages.context import WorkerContext
 
     gpu = run.sweep.resources.trial.gpu
     batch = run.sweep.resources.encoder.batch
-    return Workshop(run.place.store, run.place.data_root, "cuda" if gpu else "cpu", batch)
+    return WorkerContext(
+        run.location.store, run.location.data_root, "cuda" if gpu else "cpu", batch
+    )
 
 
-def _sheet(run: Run, needs: Sequence[Need]) -> Iterator[None] | None:
+def _sheet(run: Run, requirements: Sequence[Requirement]) -> Iterator[None] | None:
     """Draws the contact sheet, where it is missing. A coroutine."""
-    store = run.place.store
+    store = run.location.store
     rows = [
-        need.spec
-        for need in needs
-        if isinstance(need.spec, SyntheticFeaturesSpec) and need.have(store) == need.total()
+        requirement.spec
+        for requirement in requirements
+        if isinstance(requirement.spec, SyntheticFeaturesSpec)
+        and requirement.have(store) == requirement.total()
     ]
-    sheet = run.place.folder / "contact_sheet.png"
+    sheet = run.location.folder / "contact_sheet.png"
     if not rows or sheet.exists():
         return None
     drawn, base = _shown(rows)
-    features = next(need.spec for need in needs if isinstance(need.spec, FeaturesSpec))
+    features = next(
+        requirement.spec
+        for requirement in requirements
+        if isinstance(requirement.spec, FeaturesSpec)
+    )
 
     def draw() -> Iterator[None]:
         from orchestrator.execution._prepare import contact_sheet
 
         try:
-            png, run.tally.shares = yield from contact_sheet(drawn, base, features, workshop(run))
+            png, run.tally.shares = yield from contact_sheet(
+                drawn, base, features, worker_context(run)
+            )
         except Exception as problem:  # a sweep is not about its picture
             log.warning("no contact sheet: %s", first_line(problem))
         else:
-            run.place.write(sheet.name, png)
+            run.location.write(sheet.name, png)
 
     return draw()
 
 
 def _lacks_card(row: Audited, run: Run) -> bool:
     """Is a row whole by now, and without its audit card?"""
-    whole = row.need.have(run.place.store) == row.need.total()
-    return whole and known_card(row, run.place) is None
+    whole = row.requirement.have(run.location.store) == row.requirement.total()
+    return whole and known_card(row, run.location) is None
 
 
 def _card(run: Run, row: Audited) -> Iterator[None]:
@@ -265,12 +301,12 @@ def _card(run: Run, row: Audited) -> Iterator[None]:
 
     assert run.progress is not None
     try:
-        files = yield from audit(row, workshop(run), run.progress.board)
+        files = yield from audit(row, worker_context(run), run.progress.board)
     except Exception as problem:  # a sweep is not about its audit
         log.warning("%s: no card: %s", row.name, first_line(problem))
         return
     for name, content in files.items():
-        run.place.write(name, content)
+        run.location.write(name, content)
 
 
 def _shown(

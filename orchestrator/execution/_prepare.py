@@ -19,17 +19,17 @@ from orchestrator.execution._generation import draw
 from orchestrator.execution._progress import Note, Watcher
 from orchestrator.failures import CLASSES, Failure, classify, of_death
 from orchestrator.keys import artifact_key
-from orchestrator.planning import Need, holds, name_of
+from orchestrator.planning import Requirement, holds, name_of
 from orchestrator.planning.audit_card import Audited, card_files
 from orchestrator.planning.plan import level
 from orchestrator.stages import auditor, pictures
 from orchestrator.stages.build import build_features, build_labels, build_lora
-from orchestrator.stages.context import Workshop, keep_to_share
+from orchestrator.stages.context import WorkerContext, keep_to_share
 
 T = TypeVar("T")
 
 
-def prepare(needs: Sequence[Need], context: Context) -> Iterator[None]:
+def prepare(requirements: Sequence[Requirement], context: Context) -> Iterator[None]:
     """Make what is missing, stage after stage; within a stage side by side.
 
     A coroutine: it yields while it waits for the cluster.
@@ -37,48 +37,58 @@ def prepare(needs: Sequence[Need], context: Context) -> Iterator[None]:
     What fails is tried again as its class allows. In the end the watcher is told of it, and what
     would be made from it is left out.
     """
-    store, watcher = context.shop.store, context.watcher
+    store, watcher = context.worker.store, context.watcher
     failed: list[Any] = []  # specs
     store.look_again()
-    missing = [need for need in needs if need.have(store) < need.total()]
+    missing = [
+        requirement for requirement in requirements if requirement.have(store) < requirement.total()
+    ]
     levels = _levels(missing)
-    missing.sort(key=lambda need: levels[need])
+    missing.sort(key=lambda requirement: levels[requirement])
     for _, group in groupby(missing, key=levels.__getitem__):
-        together = [need for need in group if not any(holds(need.spec, one) for one in failed)]
-        images = [need for need in together if need.stage == "images"]
-        others = [need for need in together if need.stage != "images"]
-        failures: list[tuple[Need, Failure]] = []
+        together = [
+            requirement
+            for requirement in group
+            if not any(holds(requirement.spec, one) for one in failed)
+        ]
+        images = [requirement for requirement in together if requirement.stage == "images"]
+        others = [requirement for requirement in together if requirement.stage != "images"]
+        failures: list[tuple[Requirement, Failure]] = []
         if others:
             watcher.stage = others[-1].stage
             failures = yield from _build(others, context)
         if images:
             watcher.stage = "images"
             failures += yield from draw(images, context)
-        for need, failure in failures:
-            failed += lost_with(need)
-            watcher.failed(need, failure)
+        for requirement, failure in failures:
+            failed += lost_with(requirement)
+            watcher.failed(requirement, failure)
 
 
-def lost_with(need: Need) -> list[Any]:
+def lost_with(requirement: Requirement) -> list[Any]:
     """The specs that are not there if it could not be made."""
-    return [need.spec, getattr(need.spec, "images", None)]
+    return [requirement.spec, getattr(requirement.spec, "images", None)]
 
 
-def _levels(missing: Sequence[Need]) -> dict[Need, int]:
+def _levels(missing: Sequence[Requirement]) -> dict[Requirement, int]:
     """When each need comes, so that few processes have to start: labels are made by the process
     that trains the LoRA on them, and rows without LoRA are drawn with the last row."""
-    levels = {need: level(need.spec) for need in missing}
-    trained = {need.spec.labels for need in missing if isinstance(need.spec, LoraSpec)}
-    last = max((levels[need] for need in missing if need.stage == "images"), default=0)
-    for need in missing:
-        if need.spec in trained:
-            levels[need] += 1
-        elif need.stage == "images" and levels[need] == 1:
-            levels[need] = last
+    levels = {requirement: level(requirement.spec) for requirement in missing}
+    trained = {
+        requirement.spec.labels for requirement in missing if isinstance(requirement.spec, LoraSpec)
+    }
+    last = max(
+        (levels[requirement] for requirement in missing if requirement.stage == "images"), default=0
+    )
+    for requirement in missing:
+        if requirement.spec in trained:
+            levels[requirement] += 1
+        elif requirement.stage == "images" and levels[requirement] == 1:
+            levels[requirement] = last
     return levels
 
 
-def _run(spec: Any, shop: Workshop, gpu: float, board: Any) -> tuple[float, dict[str, Any]]:
+def _run(spec: Any, worker: WorkerContext, gpu: float, board: Any) -> tuple[float, dict[str, Any]]:
     import torch
 
     import_open_clip_alone()
@@ -87,22 +97,22 @@ def _run(spec: Any, shop: Workshop, gpu: float, board: Any) -> tuple[float, dict
     note_devices()
     started = time.monotonic()
     note = Note(board, name_of(artifact_key(spec)))
-    shop.store.locks.waits = note.waits
+    worker.store.locks.waits = note.waits
     startup: float | None = 0.0
     match spec:
         case FeaturesSpec():
-            artifact = build_features(spec, shop, note)
+            artifact = build_features(spec, worker, note)
         case LabelsSpec():
-            artifact = build_labels(spec, shop)
+            artifact = build_labels(spec, worker)
         case LoraSpec():
-            build_labels(spec.labels, shop)  # before, where they are missing
+            build_labels(spec.labels, worker)  # before, where they are missing
             steps: list[tuple[int, float]] = []  # that are done, and when
 
             def report(step: int, total: int, loss: float) -> None:
                 steps.append((step, time.monotonic()))
                 note(step, total)
 
-            artifact = build_lora(spec, shop, report)
+            artifact = build_lora(spec, worker, report)
             startup = _startup(steps, spec.training.steps, time.monotonic() - started)
         case _:
             raise TypeError(type(spec).__name__)
@@ -121,20 +131,26 @@ def _startup(done: Sequence[tuple[int, float]], steps: int, seconds: float) -> f
 
 
 def _build(
-    needs: Sequence[Need], context: Context
-) -> Generator[None, None, list[tuple[Need, Failure]]]:
-    shop, resources, watcher = context.shop, context.resources, context.watcher
-    follow = {need.spec.labels for need in needs if isinstance(need.spec, LoraSpec)}
-    waiting = deque((need, shop) for need in needs if need.spec not in follow)
-    running: dict[Any, Need] = {}
-    tries: Counter[tuple[Need, str]] = Counter()
+    requirements: Sequence[Requirement], context: Context
+) -> Generator[None, None, list[tuple[Requirement, Failure]]]:
+    worker, resources, watcher = context.worker, context.resources, context.watcher
+    follow = {
+        requirement.spec.labels
+        for requirement in requirements
+        if isinstance(requirement.spec, LoraSpec)
+    }
+    waiting = deque(
+        (requirement, worker) for requirement in requirements if requirement.spec not in follow
+    )
+    running: dict[Any, Requirement] = {}
+    tries: Counter[tuple[Requirement, str]] = Counter()
     failures = []
     while waiting or running:
         while waiting and len(running) < context.allocation.tasks(
             resources.want(waiting[0][0].stage)
         ):
-            need, there = waiting.popleft()
-            want = resources.want(need.stage)
+            requirement, there = waiting.popleft()
+            want = resources.want(requirement.stage)
             task = ray.remote(_run).options(
                 num_cpus=want.cpu,
                 num_gpus=want.gpu,
@@ -142,27 +158,27 @@ def _build(
                 max_retries=0,
             )
             there = replace(there, device="cuda" if want.gpu else "cpu")
-            running[task.remote(need.spec, there, want.gpu, context.board)] = need
+            running[task.remote(requirement.spec, there, want.gpu, context.board)] = requirement
         over, _ = ray.wait(list(running), timeout=0)
         if not over:
             yield
         for one in over:
-            need = running.pop(one)
+            requirement = running.pop(one)
             try:
                 seconds, facts = ray.get(one)
             except Exception as problem:
                 failure = _failure(problem)
                 name = failure.failure_class
-                tries[need, name] += 1
-                if tries[need, name] > CLASSES[name].retries:
-                    failures.append((need, failure))
+                tries[requirement, name] += 1
+                if tries[requirement, name] > CLASSES[name].retries:
+                    failures.append((requirement, failure))
                     continue
-                watcher.retried(need, failure)
-                waiting.append((need, shop.with_less(tries[need, "oom"])))
+                watcher.retried(requirement, failure)
+                waiting.append((requirement, worker.with_less(tries[requirement, "oom"])))
                 continue
-            if isinstance(need.spec, LoraSpec):
-                _labels_are_there(need.spec.labels, needs, shop, watcher)
-            watcher.prepared(need, seconds, facts)
+            if isinstance(requirement.spec, LoraSpec):
+                _labels_are_there(requirement.spec.labels, requirements, worker, watcher)
+            watcher.prepared(requirement, seconds, facts)
     return failures
 
 
@@ -176,27 +192,29 @@ def _failure(problem: Exception) -> Failure:
 
 
 def _labels_are_there(
-    labels: LabelsSpec, needs: Sequence[Need], shop: Workshop, watcher: Watcher
+    labels: LabelsSpec, requirements: Sequence[Requirement], worker: WorkerContext, watcher: Watcher
 ) -> None:
-    for need in needs:
-        if need.spec == labels:
-            record = shop.store.record(labels)
-            watcher.prepared(need, record["seconds"], record["info"])
+    for requirement in requirements:
+        if requirement.spec == labels:
+            record = worker.store.record(labels)
+            watcher.prepared(requirement, record["seconds"], record["info"])
 
 
 def contact_sheet(
     drawn: SyntheticFeaturesSpec,
     base: SyntheticFeaturesSpec | None,
     features: FeaturesSpec,
-    shop: Workshop,
+    worker: WorkerContext,
 ) -> Generator[None, None, tuple[bytes, dict[str, float]]]:
     """A PNG of real, base and LoRA images, and how many of each CLIP recognises. A coroutine."""
-    return (yield from _beside(pictures.contact_sheet, drawn, base, features, shop))
+    return (yield from _beside(pictures.contact_sheet, drawn, base, features, worker))
 
 
-def audit(row: Audited, shop: Workshop, board: Any) -> Generator[None, None, dict[str, bytes]]:
+def audit(
+    row: Audited, worker: WorkerContext, board: Any
+) -> Generator[None, None, dict[str, bytes]]:
     """The audit card of a row, as files to keep beside the sweep. A coroutine."""
-    card, png = yield from _beside(auditor.made, row, shop, Note(board, "audit"))
+    card, png = yield from _beside(auditor.made, row, worker, Note(board, "audit"))
     return card_files(card, png)
 
 

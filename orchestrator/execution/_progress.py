@@ -11,7 +11,7 @@ from ray.exceptions import RayError
 
 from orchestrator.execution._allocation import Pool
 from orchestrator.failures import Failure
-from orchestrator.planning import Need
+from orchestrator.planning import Requirement
 
 EVERY = 1.0  # seconds between two reads, and between two notes on one piece of work
 WAITS_FOR = 5.0  # seconds: a longer wait for another process is shown
@@ -24,15 +24,15 @@ class Watcher(Protocol):
 
     stage: str  # that is being prepared
 
-    def prepared(self, need: Need, seconds: float, facts: dict[str, Any]) -> None:
+    def prepared(self, requirement: Requirement, seconds: float, facts: dict[str, Any]) -> None:
         """An artifact, or one shard of a row, is whole."""
         ...
 
-    def failed(self, need: Need, failure: Failure) -> None:
+    def failed(self, requirement: Requirement, failure: Failure) -> None:
         """It could not be made."""
         ...
 
-    def retried(self, need: Need, failure: Failure) -> None:
+    def retried(self, requirement: Requirement, failure: Failure) -> None:
         """It failed and is tried again."""
         ...
 

@@ -10,7 +10,14 @@ from functools import partial
 from air_core.specs import FeaturesSpec, SyntheticFeaturesSpec
 from orchestrator.errors import DamagedArtifact
 from orchestrator.keys import Stage
-from orchestrator.planning import Need, Plan, Resolver, holds, needs_of, possible_trials
+from orchestrator.planning import (
+    Plan,
+    Requirement,
+    Resolver,
+    holds,
+    possible_trials,
+    requirements_of,
+)
 from orchestrator.store import ArtifactStore
 
 
@@ -58,20 +65,26 @@ def _checks(
     for digest, trial in trials.items():
         yield partial(store.check, trial), digest
     left = [cell for cell in plan.cells if plan.left[cell.id]]
-    needs = needs_of(possible_trials(left, plan.sweep.seeds.assignments(), resolver))
-    for need in needs:
-        if isinstance(need.spec, SyntheticFeaturesSpec):
-            row = store.row(need.spec)
-            for c, block in need.shards():
-                lock = f"{need.key.digest}-{c}-{block}"
+    requirements = requirements_of(possible_trials(left, plan.sweep.seeds.assignments(), resolver))
+    for requirement in requirements:
+        if isinstance(requirement.spec, SyntheticFeaturesSpec):
+            row = store.row(requirement.spec)
+            for c, block in requirement.shards():
+                lock = f"{requirement.key.digest}-{c}-{block}"
                 yield partial(row.check, c, block, ".safetensors"), lock
         # Labels and LoRA are read only while images are drawn; a LoRA is not trained anew for
         # images that are there.
-        elif isinstance(need.spec, FeaturesSpec) or _draws_from(need.spec, needs, store):
-            yield partial(store.check, need.spec), need.key.digest
+        elif isinstance(requirement.spec, FeaturesSpec) or _draws_from(
+            requirement.spec, requirements, store
+        ):
+            yield partial(store.check, requirement.spec), requirement.key.digest
 
 
-def _draws_from(spec: Stage, needs: Sequence[Need], store: ArtifactStore) -> bool:
+def _draws_from(spec: Stage, requirements: Sequence[Requirement], store: ArtifactStore) -> bool:
     """Are images missing that are drawn with this LoRA, or with one trained on these labels?"""
-    rows = (need for need in needs if isinstance(need.spec, SyntheticFeaturesSpec))
+    rows = (
+        requirement
+        for requirement in requirements
+        if isinstance(requirement.spec, SyntheticFeaturesSpec)
+    )
     return any(holds(row.spec, spec) and row.have(store) < row.total() for row in rows)

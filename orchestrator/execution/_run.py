@@ -12,11 +12,19 @@ from orchestrator.errors import INTERRUPTED, StoreFull
 from orchestrator.execution._stall import Stall
 from orchestrator.execution.screen import Screen
 from orchestrator.failures import CLASSES, Failure
-from orchestrator.planning import Need, Outcome, OutcomeTracker, Resolver, holds, name_of, needs_of
-from orchestrator.planning.budget import Purse
+from orchestrator.planning import (
+    Outcome,
+    OutcomeTracker,
+    Requirement,
+    Resolver,
+    holds,
+    name_of,
+    requirements_of,
+)
+from orchestrator.planning.budget import BudgetTracker
 from orchestrator.planning.estimate import Pace, Work, stage_work, trial_work
 from orchestrator.spec import SweepSpec
-from orchestrator.store import Ledger, Place
+from orchestrator.store import EventLog, SweepLocation
 
 if TYPE_CHECKING:
     from orchestrator.cluster.session import MemoryPeak
@@ -55,12 +63,12 @@ class Run:
     """One run of the driver."""
 
     sweep: SweepSpec
-    place: Place
+    location: SweepLocation
     screen: Screen
     tracker: OutcomeTracker
-    ledger: Ledger
+    event_log: EventLog
     resolver: Resolver
-    purse: Purse
+    budget_tracker: BudgetTracker
     tally: Tally = field(default_factory=Tally)
     joined: bool = False  # a cluster that was there, of perhaps many machines
     # None before Ray has started.
@@ -71,7 +79,7 @@ class Run:
     stage: str = ""  # that is being prepared
     stopped: int | None = None  # exit code, once a signal came
     lost: bool = False  # the local Ray died
-    hopeless: list[tuple[Need, Failure]] = field(default_factory=list)
+    failed_requirements: list[tuple[Requirement, Failure]] = field(default_factory=list)
     given_up: dict[str, Failure] = field(default_factory=dict)  # by slot: not tried again
     moving: list[TrialSpec] = field(default_factory=list)  # go on in fp32
     last: dict[str, str] = field(default_factory=dict)  # state by slot
@@ -97,38 +105,44 @@ class Run:
 
     # progress.Watcher
 
-    def prepared(self, need: Need, seconds: float, facts: dict[str, Any]) -> None:
+    def prepared(self, requirement: Requirement, seconds: float, facts: dict[str, Any]) -> None:
         self.news()
         plain = {name: value for name, value in facts.items() if isinstance(value, int | float)}
-        self.ledger.append(
+        self.event_log.append(
             "artifact_prepared",
-            stage=need.stage,
-            key=str(need.key),
+            stage=requirement.stage,
+            key=str(requirement.key),
             seconds=round(seconds, 3),
             facts=plain,
         )
         startup = facts.get("startup", 0.0)
         if startup is not None:
-            self.tally.add_work(stage_work(need.spec), seconds - startup, startup)
-        self.purse.prepared(need.stage, seconds)
-        if need.stage == "images":
+            self.tally.add_work(stage_work(requirement.spec), seconds - startup, startup)
+        self.budget_tracker.prepared(requirement.stage, seconds)
+        if requirement.stage == "images":
             self.tally.drawn += facts["drawn"]
             self.tally.redrawn += facts["redrawn"]
             self.tally.holes += facts["holes"]
-        self.screen.prepared(need)
+        self.screen.prepared(requirement)
 
-    def failed(self, need: Need, failure: Failure) -> None:
-        self.hopeless.append((need, failure))
+    def failed(self, requirement: Requirement, failure: Failure) -> None:
+        self.failed_requirements.append((requirement, failure))
         self.died |= failure.failure_class == "infra"
-        self.ledger.append("artifact_failed", key=str(need.key), **_said(need.stage, failure))
+        self.event_log.append(
+            "artifact_failed", key=str(requirement.key), **_said(requirement.stage, failure)
+        )
         if CLASSES[failure.failure_class].stops_after == 1:
-            raise StoreFull(f"{name_of(need.key)}: {failure.message}")
-        self.screen.say(f"{name_of(need.key)}: failed ({failure.failure_class}): {failure.message}")
+            raise StoreFull(f"{name_of(requirement.key)}: {failure.message}")
+        self.screen.say(
+            f"{name_of(requirement.key)}: failed ({failure.failure_class}): {failure.message}"
+        )
 
-    def retried(self, need: Need, failure: Failure) -> None:
-        self.ledger.append("artifact_retried", key=str(need.key), **_said(need.stage, failure))
+    def retried(self, requirement: Requirement, failure: Failure) -> None:
+        self.event_log.append(
+            "artifact_retried", key=str(requirement.key), **_said(requirement.stage, failure)
+        )
         remedy = CLASSES[failure.failure_class].remedy
-        self.screen.say(f"{name_of(need.key)}: {failure.message}; {remedy}")
+        self.screen.say(f"{name_of(requirement.key)}: {failure.message}; {remedy}")
 
     def progressed(self, name: str, done: int, total: int) -> None:
         self.news()
@@ -144,12 +158,12 @@ class Run:
 
     # Outcomes and lost hopes, for orchestrator.execution._scheduler.
 
-    def no_hope(self, trial: TrialSpec) -> Failure | None:
+    def failed_dependency(self, trial: TrialSpec) -> Failure | None:
         """Why a trial cannot run: something that it reads could not be made."""
-        needs = needs_of([trial]) if self.hopeless else []
-        for need, failure in self.hopeless:
-            if any(holds(one.spec, need.spec) for one in needs):
-                message = f"{name_of(need.key)} failed: {failure.message}"
+        requirements = requirements_of([trial]) if self.failed_requirements else []
+        for requirement, failure in self.failed_requirements:
+            if any(holds(one.spec, requirement.spec) for one in requirements):
+                message = f"{name_of(requirement.key)} failed: {failure.message}"
                 return Failure(failure.failure_class, message)
         return None
 
@@ -167,13 +181,13 @@ class Run:
             }
             if outcome.pruned is not None:
                 fields |= {"rung": outcome.pruned.rung, "value": outcome.pruned.value}
-                self.purse.trial_pruned(outcome.seconds)
+                self.budget_tracker.trial_pruned(outcome.seconds)
             if outcome.state == "failed":
                 fields |= {"failure_class": outcome.failure_class, "message": outcome.message}
-            told = self.ledger.append(f"trial_{outcome.state}", **fields)
+            told = self.event_log.append(f"trial_{outcome.state}", **fields)
         if outcome.state == "done" and not outcome.known and outcome.record is not None:
             self.tally.add_work(trial_work(outcome.slot.spec), outcome.record.seconds)
-            self.purse.trial_ended(outcome.slot.cell.id, outcome.record.seconds)
+            self.budget_tracker.trial_ended(outcome.slot.cell.id, outcome.record.seconds)
         self.tracker.trial(outcome, told)
         self.screen.outcome(outcome)
 

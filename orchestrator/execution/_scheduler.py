@@ -29,8 +29,8 @@ from orchestrator.spec import Cell, SweepSpec
 from orchestrator.spec.space import Point, study_name
 from orchestrator.spec.sweep import ENCODER_BATCH
 from orchestrator.stages.side_by_side import side_by_side
-from orchestrator.stages.trial import WHOLE, Legs, is_over
-from orchestrator.store import ArtifactStore, Ledger, read_trial
+from orchestrator.stages.trial import WHOLE, Segments, is_over
+from orchestrator.store import ArtifactStore, EventLog, read_trial
 from orchestrator.store.checkpoints import rungs_of
 
 
@@ -48,7 +48,7 @@ class Job:
     keys: tuple[str, ...]
     slots: tuple[str, ...]
     halvings: int = 0
-    legs: Legs = WHOLE
+    segments: Segments = WHOLE
     share: float = 1.0  # of the work of whole trials
 
 
@@ -103,7 +103,7 @@ class _CellQueue:
         """Is there nothing in it that runs or could start?"""
         return not (self.asked or self.ready or self.open)
 
-    def ask(self, ledger: Ledger) -> None:
+    def ask(self, event_log: EventLog) -> None:
         """Tell a round that is over and ask the next one."""
         if self.search is None:
             if self.handed:
@@ -117,13 +117,13 @@ class _CellQueue:
             self.search.tell_round(told, stopped)
             values = {str(point): value for point, value in told.items()}
             more = {"pruned": list(stopped)} if stopped else {}
-            ledger.append("round_told", cell=self.cell.id, values=values, **more)
+            event_log.append("round_told", cell=self.cell.id, values=values, **more)
             self.told, self.stopped = {}, {}
         self.asked.extend(self.search.next_round())
         self.ended = not self.asked
 
 
-class Dispatcher:
+class TrialScheduler:
     """Hands out jobs and takes their results.
 
     Args:
@@ -145,29 +145,29 @@ class Dispatcher:
         searches: Mapping[str, Any],
         store: ArtifactStore,
         resolver: Resolver,
-        ledger: Ledger,
+        event_log: EventLog,
         on_outcome: Callable[[Outcome], None],
         within_budget: Callable[[Sequence[tuple[str, float]]], bool] = lambda under_way: True,
-        hopeless: Callable[[TrialSpec], Failure | None] = lambda spec: None,
+        failed_requirements: Callable[[TrialSpec], Failure | None] = lambda spec: None,
         given_up: Mapping[str, Failure] = MappingProxyType({}),
         ready: Callable[[Cell], bool] = lambda cell: True,
         rank: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         self.sweep, self.store, self.resolver = sweep, store, resolver
-        self.ledger, self.on_outcome = ledger, on_outcome
+        self.event_log, self.on_outcome = event_log, on_outcome
         self.assignments = sweep.seeds.assignments()
         self.objective = sweep.search.objective if sweep.search else None
         self.rungs = sweep.search.rungs if sweep.search else ()
         self.queues = [_CellQueue(cell, searches.get(cell.id)) for cell in cells]
-        self.found = fold_searches(ledger)
-        self.finished_before = ended_slots(ledger)
+        self.found = fold_searches(event_log)
+        self.finished_before = ended_slots(event_log)
         self.jobs = 0
         self.within_budget, self.stopped = within_budget, False
-        self.hopeless, self.given_up = hopeless, given_up
+        self.failed_requirements, self.given_up = failed_requirements, given_up
         self.ready, self.rank = ready, rank
         self.device = "cuda" if sweep.resources.trial.gpu else "cpu"
         self.memory_share = sweep.resources.encoder.batch / ENCODER_BATCH
-        self.moved = moved_slots(ledger)
+        self.moved = moved_slots(event_log)
         self.queued: deque[Job] = deque()  # not handed out yet
         self.tries: Counter[tuple[str, str]] = Counter()  # by trial key and failure class
         self.errors: Counter[Failure] = Counter()  # of classes that can stop a sweep
@@ -208,7 +208,7 @@ class Dispatcher:
                 if not queue.ended and queue.waits:
                     self._decide(queue)
                     if queue.waits:
-                        queue.ask(self.ledger)
+                        queue.ask(self.event_log)
                         self._note_early_end(queue)
             able = [queue for queue in ready if queue.asked or queue.ready]
             if not able:
@@ -222,7 +222,7 @@ class Dispatcher:
         job = self.peek()
         if job is not None:
             self.running[job.number] = self.queued.popleft()
-            self.ledger.append("trials_started", slots=list(job.slots))
+            self.event_log.append("trials_started", slots=list(job.slots))
         return job
 
     def _decide(self, queue: _CellQueue) -> None:
@@ -248,7 +248,7 @@ class Dispatcher:
             if values:
                 named = {str(number): value for number, value in values.items()}
                 what = {"study": study, "rung": rung, "values": named, "pruned": list(stopped)}
-                self.ledger.append("rung_decided", cell=queue.cell.id, **what)
+                self.event_log.append("rung_decided", cell=queue.cell.id, **what)
                 self.found.decide(study, rung, named, stopped)
             for going in here:
                 if going.point.number in stopped:
@@ -273,7 +273,7 @@ class Dispatcher:
         search = self.sweep.search
         planned = self.found.points(queue.cell, search)
         if search is not None and queue.ended and queue.handed < planned:
-            self.ledger.append(
+            self.event_log.append(
                 "search_ended",
                 cell=queue.cell.id,
                 study=study_name(queue.cell, search),
@@ -294,11 +294,11 @@ class Dispatcher:
             failure = failures.get(key)
             if failure is not None and self._try_again(job, key, spec, failure):
                 continue
-            waiting = self.waiting.pop((key, job.legs.until))
+            waiting = self.waiting.pop((key, job.segments.until))
             for place, (queue, point, slot) in enumerate(waiting):
                 if failure is not None:
                     self._fail(queue, point, slot, failure)
-                elif job.legs.until is not None:
+                elif job.segments.until is not None:
                     self._reach(queue, point, slot)
                 else:
                     state: Literal["done", "reused"] = "done" if place == 0 else "reused"
@@ -311,15 +311,15 @@ class Dispatcher:
             self.errors[failure] += 1
         # In fp32 a loss that is not finite would be so again, and below it is another trial.
         allowed = 0 if name == "nan" else CLASSES[name].retries
-        slots = [slot for _, _, slot in self.waiting[key, job.legs.until]]
+        slots = [slot for _, _, slot in self.waiting[key, job.segments.until]]
         if name == "nan" and spec.precision != "fp32":
             for slot in slots:
-                self.ledger.append("trial_moved", slot=slot.id, key=key, precision="fp32")
+                self.event_log.append("trial_moved", slot=slot.id, key=key, precision="fp32")
             self.moving += slots
         if self.stopped or self.tries[key, name] >= allowed:
             return False
         self.tries[key, name] += 1
-        self.ledger.append(
+        self.event_log.append(
             "trial_retried",
             slots=[slot.id for slot in slots],
             key=key,
@@ -328,7 +328,9 @@ class Dispatcher:
             attempt=self.tries[key, name],
         )
         again = {key: slots[0]}
-        self._queue(job.cell, job.point, again, job.legs, job.share, job.halvings + (name == "oom"))
+        self._queue(
+            job.cell, job.point, again, job.segments, job.share, job.halvings + (name == "oom")
+        )
         return True
 
     def _fail(self, queue: _CellQueue, point: int, slot: Slot, failure: Failure) -> None:
@@ -367,7 +369,9 @@ class Dispatcher:
                 self.waiting[key, until].append((queue, number, slot))
             elif is_over(slot.spec, self.store, until):
                 self._know(queue, number, slot)
-            elif (failure := self.given_up.get(slot.id) or self.hopeless(slot.spec)) is not None:
+            elif (
+                failure := self.given_up.get(slot.id) or self.failed_requirements(slot.spec)
+            ) is not None:
                 self._fail(queue, number, slot, failure)
             else:
                 run[key] = slot
@@ -375,21 +379,21 @@ class Dispatcher:
         by_spec = {slot.spec: (key, slot) for key, slot in run.items()}
         for group in side_by_side(list(by_spec), self.device, self.memory_share):
             together = dict(by_spec[spec] for spec in group)
-            self._queue(queue.cell.id, number, together, Legs(self.rungs, until), going.share)
+            self._queue(queue.cell.id, number, together, Segments(self.rungs, until), going.share)
 
     def _queue(
         self,
         cell: str,
         point: int,
         run: Mapping[str, Slot],
-        legs: Legs,
+        segments: Segments,
         share: float,
         halvings: int = 0,
     ) -> None:
         self.jobs += 1
         slots = tuple(slot.id for slot in run.values())
         trials = tuple(slot.spec for slot in run.values())
-        job = Job(self.jobs, cell, point, trials, tuple(run), slots, halvings, legs, share)
+        job = Job(self.jobs, cell, point, trials, tuple(run), slots, halvings, segments, share)
         self.queued.append(job)
 
     def _going(self, queue: _CellQueue, point: Point) -> _Going:
@@ -431,7 +435,7 @@ class Dispatcher:
         known = self.found.asked.setdefault(study, {})
         if point.number not in known:
             known[point.number] = dict(point.params)
-            self.ledger.append(
+            self.event_log.append(
                 "point_asked",
                 cell=cell.id,
                 study=study,
@@ -447,7 +451,7 @@ class Dispatcher:
         assert self.objective is not None
         rungs, _ = rungs_of(slot.spec, self.store)
         going.here[slot.id] = rungs[rung][self.objective]
-        self.ledger.append("rung_reached", slot=slot.id, key=slot.key.digest, rung=rung)
+        self.event_log.append("rung_reached", slot=slot.id, key=slot.key.digest, rung=rung)
         self._leave(queue, going, slot)
 
     def _settle(self, queue: _CellQueue, point: int, outcome: Outcome) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 
-from orchestrator.planning import asked_of
+from orchestrator.planning import ray_resources
 from orchestrator.spec import Resources
 
 QUIET = 60.0  # seconds without news before the first message; each later one after twice as long
@@ -52,7 +52,7 @@ def wanting(resources: Resources, free: Mapping[str, tuple[float, float]]) -> st
     'a trial asks for 1 CPU and 0 of 2 are free; `ray status` says who holds them'
     """
     for name, want in (("trial", resources.trial), ("generator", resources.generator)):
-        for kind, amount in asked_of(want).items():
+        for kind, amount in ray_resources(want).items():
             left, total = free.get(kind, (0.0, 0.0))
             if left < amount:
                 return (

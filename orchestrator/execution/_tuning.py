@@ -22,13 +22,13 @@ from air_core.specs import TrialSpec
 from orchestrator.cluster.session import note_devices
 from orchestrator.errors import OutOfTime
 from orchestrator.execution._progress import Note
-from orchestrator.execution._scheduler import Dispatcher
+from orchestrator.execution._scheduler import TrialScheduler
 from orchestrator.failures import Failure, classify, of_death
 from orchestrator.keys import artifact_key
 from orchestrator.spec import Resources
-from orchestrator.stages.context import Workshop, keep_to_share
+from orchestrator.stages.context import WorkerContext, keep_to_share
 from orchestrator.stages.side_by_side import run_trials
-from orchestrator.stages.trial import WHOLE, Legs, is_over
+from orchestrator.stages.trial import WHOLE, Segments, is_over
 
 MOST = 10_000  # jobs at a time, for Tune; the source hands out as many as there is room for
 
@@ -48,12 +48,12 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]
     def setup(
         self,
         config: dict[str, Any],
-        shop: Workshop,
+        worker: WorkerContext,
         board: Any,
         limit: float | None,
         gpu: float,
     ) -> None:
-        self.shop, self.board, self.limit = shop, board, limit
+        self.worker, self.board, self.limit = worker, board, limit
         self.job = config
         import_open_clip_alone()
         keep_to_share(gpu)
@@ -66,13 +66,13 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]
     def step(self) -> dict[str, Any]:
         started = time.monotonic()
         specs = self.job["trials"]
-        shop = self.shop.with_less(self.job["halvings"])
+        worker = self.worker.with_less(self.job["halvings"])
         notes = [Note(self.board, f"trial {slot}") for slot in self.job["slots"]]
         by_lock = dict(zip((artifact_key(s).digest for s in specs), notes, strict=True))
-        shop.store.locks.waits = lambda lock, *of: by_lock.get(lock, notes[0]).waits(lock, *of)
+        worker.store.locks.waits = lambda lock, *of: by_lock.get(lock, notes[0]).waits(lock, *of)
         found = attempt(
             specs,
-            shop,
+            worker,
             lambda place, share: notes[place].share(share),
             self.limit,
             self.job["legs"],
@@ -92,10 +92,10 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]
 
 def attempt(
     specs: Sequence[TrialSpec],
-    shop: Workshop,
+    worker: WorkerContext,
     share_done: Callable[[int, float], None],
     limit: float | None = None,
-    legs: Legs = WHOLE,
+    segments: Segments = WHOLE,
 ) -> list[Failure | None]:
     """Run trials; what went wrong with each is returned, not raised.
 
@@ -112,7 +112,7 @@ def attempt(
 
     outcomes: Sequence[object]
     try:
-        outcomes = run_trials(specs, shop.store, shop.device, told, shop.batch, legs)
+        outcomes = run_trials(specs, worker.store, worker.device, told, worker.batch, segments)
     except Exception as problem:
         outcomes = [problem] * len(specs)
     return [_failure(one) if isinstance(one, Exception) else None for one in outcomes]
@@ -134,20 +134,20 @@ class _NotKept:
 class _Source(_NotKept, Searcher):  # type: ignore[misc]
     """Tune asks here for its next trial."""
 
-    def __init__(self, dispatcher: Dispatcher, slots: Callable[[], int]) -> None:
+    def __init__(self, scheduler: TrialScheduler, slots: Callable[[], int]) -> None:
         # A metric here would let one failed trial end the whole sweep.
         super().__init__(metric=None, mode=None)
-        self.dispatcher, self.slots = dispatcher, slots
+        self.scheduler, self.slots = scheduler, slots
         self.jobs: dict[str, int] = {}
         self.handed: dict[int, float] = {}  # when, by job
 
     def suggest(self, trial_id: str) -> Any:
-        if self.dispatcher.peek() is None:
+        if self.scheduler.peek() is None:
             # An idle actor would hold what could prepare the next cells: so this run of Tune ends.
-            return None if self.dispatcher.under_way else Searcher.FINISHED
-        if self.dispatcher.under_way >= self.slots():
+            return None if self.scheduler.under_way else Searcher.FINISHED
+        if self.scheduler.under_way >= self.slots():
             return None  # not now
-        job = self.dispatcher.next()
+        job = self.scheduler.next()
         assert job is not None
         self.jobs[trial_id] = job.number
         self.handed[job.number] = time.monotonic()
@@ -156,7 +156,7 @@ class _Source(_NotKept, Searcher):  # type: ignore[misc]
             "slots": list(job.slots),
             "trials": list(job.trials),
             "halvings": job.halvings,
-            "legs": job.legs,
+            "legs": job.segments,
         }
 
     def on_trial_complete(
@@ -176,12 +176,12 @@ class _Results(_NotKept, tune.Callback):  # type: ignore[misc]
 
     def __init__(
         self,
-        dispatcher: Dispatcher,
+        scheduler: TrialScheduler,
         source: _Source,
         overheads: list[float],
         tick: Callable[[], None],
     ) -> None:
-        self.dispatcher, self.source, self.overheads = dispatcher, source, overheads
+        self.scheduler, self.source, self.overheads = scheduler, source, overheads
         self.tick = tick
         self.free: dict[tuple[str, int], float] = {}  # since when, by actor
 
@@ -197,11 +197,11 @@ class _Results(_NotKept, tune.Callback):  # type: ignore[misc]
             waited = now - max(self.source.handed[number], self.free[actor])
             self.overheads.append(waited - result["seconds"])
         self.free[actor] = now
-        self.dispatcher.complete(number, dict(result["failures"]))
+        self.scheduler.complete(number, dict(result["failures"]))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         number = self.source.jobs[trial.trial_id]
-        job = self.dispatcher.running[number]
+        job = self.scheduler.running[number]
         said = str(trial.get_error() or "")
         last = next((line for line in reversed(said.splitlines()) if line.strip()), "")
         failure = Failure(of_death(said), f"the process that ran it died: {last.strip()[:200]}")
@@ -209,14 +209,14 @@ class _Results(_NotKept, tune.Callback):  # type: ignore[misc]
         lost = [
             key
             for key, spec in zip(job.keys, job.trials, strict=True)
-            if not is_over(spec, self.dispatcher.store, job.legs.until)
+            if not is_over(spec, self.scheduler.store, job.segments.until)
         ]
-        self.dispatcher.complete(number, dict.fromkeys(lost, failure))
+        self.scheduler.complete(number, dict.fromkeys(lost, failure))
 
 
 def run_points(
-    dispatcher: Dispatcher,
-    shop: Workshop,
+    scheduler: TrialScheduler,
+    worker: WorkerContext,
     resources: Resources,
     folder: Path,
     slots: Callable[[], int],
@@ -233,11 +233,11 @@ def run_points(
     """
     started = time.monotonic()
     overheads: list[float] = []
-    source = _Source(dispatcher, slots)
+    source = _Source(scheduler, slots)
     trainable = tune.with_resources(
         tune.with_parameters(
             TrialRunner,
-            shop=shop,
+            worker=worker,
             board=board,
             limit=resources.trial.timeout,
             gpu=resources.trial.gpu,
@@ -257,7 +257,7 @@ def run_points(
             name="points",
             storage_path=str(folder.absolute()),
             verbose=0,
-            callbacks=[_Results(dispatcher, source, overheads, tick)],
+            callbacks=[_Results(scheduler, source, overheads, tick)],
             log_to_file=False,
             failure_config=tune.FailureConfig(max_failures=0),  # the dispatcher tries again
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),

@@ -35,10 +35,10 @@ from orchestrator.errors import (
     StudiesAway,
     SweepBusy,
 )
-from orchestrator.execution._prefetch import Prefetch, workshop
+from orchestrator.execution._prefetch import Prefetch, worker_context
 from orchestrator.execution._repair import set_damaged_aside
 from orchestrator.execution._run import Run
-from orchestrator.execution._scheduler import Dispatcher
+from orchestrator.execution._scheduler import TrialScheduler
 from orchestrator.execution._stall import Stall
 from orchestrator.execution.screen import Screen
 from orchestrator.failures import CLASSES, Failure, first_line, no_room
@@ -49,13 +49,13 @@ from orchestrator.planning import (
     Plan,
     Resolver,
     changed_inputs,
-    does_not_fit,
     earlier_results,
-    needs_of,
     possible_trials,
+    requirements_of,
     resolver_of,
+    unschedulable_reason,
 )
-from orchestrator.planning.budget import Purse
+from orchestrator.planning.budget import BudgetTracker
 from orchestrator.planning.disk import full
 from orchestrator.planning.estimate import (
     mean_seconds,
@@ -67,7 +67,7 @@ from orchestrator.planning.resolve import text_digest
 from orchestrator.reporting import standing
 from orchestrator.spec import Cell, SweepSpec
 from orchestrator.spec.sweep import JOURNAL, Budget
-from orchestrator.store import Place, is_bucket, read_outcome, read_resolved, whoami
+from orchestrator.store import SweepLocation, is_bucket, read_outcome, read_resolved, whoami
 from orchestrator.store.artifacts import maker
 from orchestrator.store.location import RESOLVED
 
@@ -83,7 +83,7 @@ GO_ON = "what is done is there, and the same command goes on with the rest"
 
 def run_sweep(
     sweep: SweepSpec,
-    place: Place,
+    location: SweepLocation,
     screen: Screen,
     tracker: OutcomeTracker,
     *,
@@ -106,45 +106,51 @@ def run_sweep(
         StoreLost: later.
         StoreFull: there was no room for what was made, or for saying how it ended.
     """
-    place = replace(place, recorded=False)  # a run reads its inputs as they are now
-    ledger, resolver = place.ledger(), resolver_of(place)
-    plan = _sound_plan(sweep, place, resolver, screen)
-    for line in changed_inputs(earlier_results(plan, place)):
+    location = replace(location, recorded=False)  # a run reads its inputs as they are now
+    event_log, resolver = location.event_log(), resolver_of(location)
+    plan = _sound_plan(sweep, location, resolver, screen)
+    for line in changed_inputs(earlier_results(plan, location)):
         screen.say(line)
-    given_up = _given_up(standing(ledger).failures, retry)
-    if plan.done + len(plan.pruned) == plan.total and standing(ledger).exit_code == DONE:
-        if ledger.path.exists():  # a file that only lost cells asks for no work, but is the sweep
-            _open_folder(place, sweep, origin or {}, resolver)
+    given_up = _given_up(standing(event_log).failures, retry)
+    if plan.done + len(plan.pruned) == plan.total and standing(event_log).exit_code == DONE:
+        if (
+            event_log.path.exists()
+        ):  # a file that only lost cells asks for no work, but is the sweep
+            _open_folder(location, sweep, origin or {}, resolver)
         screen.say(f"{sweep.name}: nothing to do")
         return DONE
-    problem = does_not_fit(plan, place.store)
+    problem = unschedulable_reason(plan, location.store)
     if problem:
         raise Refused(problem)
-    use = place.store.locks.use()
+    use = location.store.locks.use()
     diff = uncommitted()
     # Workers have no .git and may run as somebody else.
     made = {"DIRTY": dirty(diff), "COMMIT": commit(), "USER": whoami()}
-    made["SWEEP"] = f"{place.project}/{place.name}"
+    made["SWEEP"] = f"{location.project}/{location.name}"
     os.environ |= {f"AIRSWEEP_{name}": value for name, value in made.items()}
     tracker.check(reach=not prepare_only)
     _check_studies(plan)
-    if is_bucket(place.store.name) and tracker.in_store and not prepare_only:
+    if is_bucket(location.store.name) and tracker.in_store and not prepare_only:
         screen.say(
-            f"tracking goes to a file in {place.store.root}, which this machine alone sees; give "
-            "--tracking-uri http://... for one that all see"
+            f"tracking goes to a file in {location.store.root}, which this machine alone sees; "
+            "give --tracking-uri http://... for one that all see"
         )
-    with _told_where_full(plan, place):
-        place.store.settle()
-        ledger.lock()
-    purse = Purse(sweep.budget, sweep.resources, mean_seconds(read_history(place.store)))
-    run = Run(sweep, place, screen, tracker, ledger, resolver, purse, given_up=given_up)
+    with _told_where_full(plan, location):
+        location.store.settle()
+        event_log.lock()
+    budget_tracker = BudgetTracker(
+        sweep.budget, sweep.resources, mean_seconds(read_history(location.store))
+    )
+    run = Run(
+        sweep, location, screen, tracker, event_log, resolver, budget_tracker, given_up=given_up
+    )
     code = FAILED  # what an exception leaves behind
     cluster = ExitStack()
     try:
-        with _told_where_full(plan, place):
+        with _told_where_full(plan, location):
             _heed_signals(run)
-            _open_folder(place, sweep, origin or {}, resolver, diff)
-            ledger.append(
+            _open_folder(location, sweep, origin or {}, resolver, diff)
+            event_log.append(
                 "sweep_started",
                 spec=text_digest(sweep.text),
                 total=plan.total,
@@ -176,20 +182,22 @@ def run_sweep(
             except LOST as lost:
                 raise StoreLost(f"{lost}; {GO_ON}") from lost
             finally:
-                ledger.unlock()
+                event_log.unlock()
     if untold is not None:
-        raise StoreFull(full(plan, place.store, first_line(untold)))
+        raise StoreFull(full(plan, location.store, first_line(untold)))
     return code
 
 
-def _sound_plan(sweep: SweepSpec, place: Place, resolver: Resolver, screen: Screen) -> Plan:
+def _sound_plan(
+    sweep: SweepSpec, location: SweepLocation, resolver: Resolver, screen: Screen
+) -> Plan:
     """The plan of a sweep, after what is damaged was set aside; it is made again by this run."""
     while True:
         try:
-            plan = plan_sweep(sweep, place.store, resolver, place.ledger())
-            damaged = set_damaged_aside(plan, place.store, resolver)
+            plan = plan_sweep(sweep, location.store, resolver, location.event_log())
+            damaged = set_damaged_aside(plan, location.store, resolver)
         except DamagedArtifact as problem:  # of a record that the plan itself reads
-            place.store.set_aside(problem)
+            location.store.set_aside(problem)
             damaged = [problem]
         for one in damaged:
             screen.say(f"{one.name} was damaged ({one.why}) and is made again")
@@ -198,7 +206,7 @@ def _sound_plan(sweep: SweepSpec, place: Place, resolver: Resolver, screen: Scre
 
 
 @contextmanager
-def _told_where_full(plan: Plan, place: Place) -> Iterator[None]:
+def _told_where_full(plan: Plan, location: SweepLocation) -> Iterator[None]:
     """
     Raises:
         StoreFull: there was no room for something.
@@ -208,7 +216,7 @@ def _told_where_full(plan: Plan, place: Place) -> Iterator[None]:
     except Exception as error:
         if not no_room(error):
             raise
-        raise StoreFull(full(plan, place.store, first_line(error))) from error
+        raise StoreFull(full(plan, location.store, first_line(error))) from error
 
 
 def _given_up(failures: Mapping[str, Mapping[str, Any]], retry: str | None) -> dict[str, Failure]:
@@ -231,25 +239,29 @@ def _given_up(failures: Mapping[str, Mapping[str, Any]], retry: str | None) -> d
 
 
 def _open_folder(
-    place: Place, sweep: SweepSpec, origin: dict[str, Any], resolver: Resolver, diff: bytes = b""
+    location: SweepLocation,
+    sweep: SweepSpec,
+    origin: dict[str, Any],
+    resolver: Resolver,
+    diff: bytes = b"",
 ) -> None:
-    place.folder.mkdir(parents=True, exist_ok=True)
-    resolved = sealed_json({**origin, "inputs": _merged_inputs(place, resolver)})
+    location.folder.mkdir(parents=True, exist_ok=True)
+    resolved = sealed_json({**origin, "inputs": _merged_inputs(location, resolver)})
     for name, data in {"spec.yaml": sweep.text.encode(), RESOLVED: resolved}.items():
-        path = place.folder / name
+        path = location.folder / name
         if not path.exists() or path.read_bytes() != data:
-            place.write(name, data)
+            location.write(name, data)
     if diff:
-        place.write(f"uncommitted-{diff_digest(diff)}.diff", diff)
+        location.write(f"uncommitted-{diff_digest(diff)}.diff", diff)
 
 
-def _merged_inputs(place: Place, resolver: Resolver) -> dict[str, Any]:
+def _merged_inputs(location: SweepLocation, resolver: Resolver) -> dict[str, Any]:
     """The inputs of this run, and of earlier runs those that this one does not use: with `--only`
     a run has fewer cells."""
     now: dict[str, Any] = resolver.inputs()
     before: dict[str, Any] = {}
     try:
-        before = read_resolved(place).get("inputs") or {}
+        before = read_resolved(location).get("inputs") or {}
     except FileNotFoundError:
         pass
     except ValueError as problem:
@@ -272,24 +284,24 @@ def _work(run: Run, plan: Plan, prepare_only: bool, cluster: ExitStack) -> int:
     while batches:
         groups = batches.popleft()
         prefetch = Prefetch(run, plan, groups, prepare_only)
-        rank = {cell.id: place for place, cells in enumerate(groups) for cell in cells}
-        dispatcher = Dispatcher(
+        rank = {cell.id: location for location, cells in enumerate(groups) for cell in cells}
+        scheduler = TrialScheduler(
             run.sweep,
             [cell for cells in groups for cell in cells],
             searches,
-            run.place.store,
+            run.location.store,
             run.resolver,
-            run.ledger,
+            run.event_log,
             run.outcome,
-            run.purse.affords,
-            run.no_hope,
+            run.budget_tracker.can_start,
+            run.failed_dependency,
             run.given_up,
             prefetch.has,
             rank,
         )
         while not (prepare_only and not prefetch.waiting):
-            job = None if prepare_only else dispatcher.peek()
-            if dispatcher.out_of_budget():
+            job = None if prepare_only else scheduler.peek()
+            if scheduler.out_of_budget():
                 return _out_of_budget(run)
             if job is None and not prefetch.waiting:
                 break
@@ -299,30 +311,30 @@ def _work(run: Run, plan: Plan, prepare_only: bool, cluster: ExitStack) -> int:
                 _look(run, plan)
             prefetch.begin()
             if job is not None:
-                _tune(run, dispatcher, prefetch)
-            elif not prefetch.afforded():
+                _tune(run, scheduler, prefetch)
+            elif not prefetch.can_afford():
                 return _out_of_budget(run)
             else:
                 prefetch.wait()
-            code = _given_up_on(run, dispatcher)
+            code = _given_up_on(run, scheduler)
             if code is not None:
                 return code
         prefetch.finish()
-        if dispatcher.moving:  # the same cells again, with what they need in fp32
-            run.moving += [replace(slot.spec, precision="fp32") for slot in dispatcher.moving]
-            moved = {slot.cell.id for slot in dispatcher.moving}
+        if scheduler.moving:  # the same cells again, with what they need in fp32
+            run.moving += [replace(slot.spec, precision="fp32") for slot in scheduler.moving]
+            moved = {slot.cell.id for slot in scheduler.moving}
             batches.appendleft([cells for cells in groups if any(c.id in moved for c in cells)])
             searches = _searches(run, plan)
-    failed = run.tally.states.get("failed", 0) or run.hopeless
+    failed = run.tally.states.get("failed", 0) or run.failed_requirements
     return FAILED if failed else DONE
 
 
-def _given_up_on(run: Run, dispatcher: Dispatcher) -> int | None:
+def _given_up_on(run: Run, scheduler: TrialScheduler) -> int | None:
     """
     Raises:
         StoreFull: a trial found no room.
     """
-    lost = dispatcher.gave_up()
+    lost = scheduler.gave_up()
     if lost is None:
         return None
     if lost.failure_class == "disk":
@@ -333,7 +345,7 @@ def _given_up_on(run: Run, dispatcher: Dispatcher) -> int | None:
 
 
 def _out_of_budget(run: Run) -> int:
-    run.screen.say(run.purse.refusal)
+    run.screen.say(run.budget_tracker.refusal)
     return BUDGET
 
 
@@ -342,13 +354,13 @@ def _groups(plan: Plan, run: Run) -> list[list[Cell]]:
     groups: dict[tuple[str, ...], list[Cell]] = {}
     missing: dict[tuple[str, ...], int] = {}
     assignments = run.sweep.seeds.assignments()
-    store = run.place.store
+    store = run.location.store
     for cell in plan.cells:
-        needs = needs_of(possible_trials([cell], assignments, run.resolver))
-        images = [need for need in needs if need.stage == "images"]
-        rows = tuple(sorted(str(need.key) for need in images))
+        requirements = requirements_of(possible_trials([cell], assignments, run.resolver))
+        images = [requirement for requirement in requirements if requirement.stage == "images"]
+        rows = tuple(sorted(str(requirement.key) for requirement in images))
         groups.setdefault(rows, []).append(cell)
-        missing[rows] = sum(need.total() - need.have(store) for need in images)
+        missing[rows] = sum(requirement.total() - requirement.have(store) for requirement in images)
     return [groups[rows] for rows in sorted(groups, key=lambda rows: (bool(rows), missing[rows]))]
 
 
@@ -357,9 +369,9 @@ def _searches(run: Run, plan: Plan) -> dict[str, Any]:
         return {}
     from orchestrator.planning.search import open_searches
 
-    place = run.place
-    owner = (place.store.name, place.project, place.name)
-    return dict(open_searches(plan, run.ledger, place.folder / "studies.journal", owner))
+    location = run.location
+    owner = (location.store.name, location.project, location.name)
+    return dict(open_searches(plan, run.event_log, location.folder / "studies.journal", owner))
 
 
 def _check_studies(plan: Plan) -> None:
@@ -401,7 +413,7 @@ def _wait_for_machines(run: Run, plan: Plan) -> None:
     assert run.allocation is not None
     wait, started = run.sweep.resources.wait or 0.0, time.monotonic()
     asked = False
-    while problem := does_not_fit(plan, run.place.store, run.allocation.machines()):
+    while problem := unschedulable_reason(plan, run.location.store, run.allocation.machines()):
         if time.monotonic() - started >= wait:
             waited = f" (waited {clock(wait)} for one)" if wait else ""
             raise Refused(f"{problem}{waited}")
@@ -419,7 +431,7 @@ def _look(run: Run, plan: Plan) -> None:
     if run.joined:
         from orchestrator.cluster import refuse_unfit_nodes
 
-        refuse_unfit_nodes(plan, run.place, run.screen.say)
+        refuse_unfit_nodes(plan, run.location, run.screen.say)
 
 
 def _heed_signals(run: Run) -> None:
@@ -456,7 +468,7 @@ def _lost(run: Run, logs: Path) -> None:
     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 
 
-def _tune(run: Run, dispatcher: Dispatcher, prefetch: Prefetch) -> None:
+def _tune(run: Run, scheduler: TrialScheduler, prefetch: Prefetch) -> None:
     """Run trials until none is left, or the next one reads what is not there yet."""
     from orchestrator.execution._tuning import run_points
 
@@ -464,10 +476,10 @@ def _tune(run: Run, dispatcher: Dispatcher, prefetch: Prefetch) -> None:
     assert run.progress is not None
     run.allocation.tuning = True
     figures = run_points(
-        dispatcher,
-        workshop(run),
+        scheduler,
+        worker_context(run),
         run.sweep.resources,
-        run.place.folder / "tune",
+        run.location.folder / "tune",
         run.allocation.trials,
         prefetch.advance,
         run.progress.board,
@@ -491,14 +503,14 @@ def _close(run: Run, code: int) -> Exception | None:
     tally.memory = run.peak.stop() if run.peak else 0
     seconds = round(time.monotonic() - tally.started, 1)
     facts = {name: value for name, value in vars(tally).items() if name not in HIDDEN}
-    facts["shares"] = tally.shares or read_outcome(run.place).get("run", {}).get("shares", {})
+    facts["shares"] = tally.shares or read_outcome(run.location).get("run", {}).get("shares", {})
     outcome = {
         "exit_code": code,
         "state": STATES.get(code, "failed"),
         "seconds": seconds,
         "run": facts,
     }
-    untold = _no_room_for(lambda: run.place.write("outcome.json", sealed_json(outcome)))
+    untold = _no_room_for(lambda: run.location.write("outcome.json", sealed_json(outcome)))
     if untold is not None and code == DONE:
         code = FAILED  # else the same command would find nothing to do
     if code == DONE:
@@ -506,8 +518,8 @@ def _close(run: Run, code: int) -> Exception | None:
         # Before the event log says so: after it no run would open MLflow again.
         run.tracker.finish(code)
     ended: dict[str, Any] = {"exit_code": code, "seconds": seconds}
-    untold = _no_room_for(lambda: run.ledger.append("sweep_ended", **ended)) or untold
-    _no_room_for(lambda: remember(run.place.store, tally.work))  # estimates do without
+    untold = _no_room_for(lambda: run.event_log.append("sweep_ended", **ended)) or untold
+    _no_room_for(lambda: remember(run.location.store, tally.work))  # estimates do without
     if code != DONE:
         run.tracker.finish(code)
     return untold

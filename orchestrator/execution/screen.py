@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from air_core.printable import printable
 from orchestrator.formatting import clock, printable_lines, show
-from orchestrator.planning import Need, Plan, name_of
+from orchestrator.planning import Plan, Requirement, name_of
 
 if TYPE_CHECKING:
     from orchestrator.planning import Outcome
@@ -82,7 +82,9 @@ class Screen:
 
     def started(self, plan: Plan) -> None:
         self.rows = Rows(len(plan.sweep.seeds.values))
-        self.counts = {str(need.key): [0, need.total()] for need in plan.needs}
+        self.counts = {
+            str(requirement.key): [0, requirement.total()] for requirement in plan.requirements
+        }
         self.say(
             f"{plan.sweep.name}: {plan.total} trials in {len(plan.cells)} cells, "
             f"{plan.to_run} to run, {plan.reused} reused, {plan.done} done"
@@ -91,13 +93,13 @@ class Screen:
         if plan.edit is not None:
             self.say(str(plan.edit))
 
-    def prepared(self, need: Need) -> None:
-        count = self.counts.setdefault(str(need.key), [0, need.total()])
+    def prepared(self, requirement: Requirement) -> None:
+        count = self.counts.setdefault(str(requirement.key), [0, requirement.total()])
         count[0] += 1
-        if need.stage != "images" or count[0] == count[1]:
-            self.say(f"{name_of(need.key)}: ready")
+        if requirement.stage != "images" or count[0] == count[1]:
+            self.say(f"{name_of(requirement.key)}: ready")
         else:
-            self.progress(name_of(need.key), *count)
+            self.progress(name_of(requirement.key), *count)
 
     def progress(self, name: str, done: int, total: int) -> None:
         now = time.monotonic()
@@ -170,13 +172,13 @@ class Bars(Screen):
     def close(self) -> None:
         self.bars.stop()
 
-    def prepared(self, need: Need) -> None:
-        if need.stage != "images":
-            self.progress(name_of(need.key), 1, 1)
+    def prepared(self, requirement: Requirement) -> None:
+        if requirement.stage != "images":
+            self.progress(name_of(requirement.key), 1, 1)
             return
-        count = self.counts.setdefault(str(need.key), [0, need.total()])
+        count = self.counts.setdefault(str(requirement.key), [0, requirement.total()])
         count[0] += 1
-        self.progress(name_of(need.key), *count)
+        self.progress(name_of(requirement.key), *count)
 
     def progress(self, name: str, done: int, total: int) -> None:
         # An end may come in another unit than the steps before it.

@@ -3,39 +3,39 @@
 from orchestrator.planning.inputs import refs_of
 from orchestrator.planning.outcome import Outcome, OutcomeTracker
 from orchestrator.planning.plan import (
-    Need,
     Plan,
+    Requirement,
     Slot,
     changed_inputs,
     earlier_results,
     holds,
     name_of,
-    needs_of,
     possible_trials,
+    requirements_of,
 )
-from orchestrator.planning.requests import Asked, asked, plan_of
+from orchestrator.planning.requests import SweepRequest, plan_of, read_request
 from orchestrator.planning.resolve import Resolver, resolver_of
-from orchestrator.planning.resources import Machine, asked_of, does_not_fit
+from orchestrator.planning.resources import Machine, ray_resources, unschedulable_reason
 
 __all__ = [
-    "Asked",
     "Machine",
-    "Need",
     "Outcome",
     "OutcomeTracker",
     "Plan",
+    "Requirement",
     "Resolver",
     "Slot",
-    "asked",
-    "asked_of",
+    "SweepRequest",
     "changed_inputs",
-    "does_not_fit",
     "earlier_results",
     "holds",
     "name_of",
-    "needs_of",
     "plan_of",
     "possible_trials",
+    "ray_resources",
+    "read_request",
     "refs_of",
+    "requirements_of",
     "resolver_of",
+    "unschedulable_reason",
 ]

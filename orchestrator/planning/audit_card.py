@@ -21,10 +21,10 @@ from air_core.specs import (
 )
 from orchestrator.formatting import aligned
 from orchestrator.keys import artifact_key, digest, slug
-from orchestrator.planning.plan import Need, needs_of, possible_trials
+from orchestrator.planning.plan import Requirement, possible_trials, requirements_of
 from orchestrator.planning.resolve import resolver_of
 from orchestrator.spec import SweepSpec, cells_of
-from orchestrator.store import ArtifactStore, Place
+from orchestrator.store import ArtifactStore, SweepLocation
 
 EDITION = 1  # raise it when the same images get other numbers
 WIDTH = 80  # columns of the screen
@@ -45,8 +45,8 @@ class Audited:
     classes: tuple[int, ...]
 
     @property
-    def need(self) -> Need:
-        return Need(self.row, self.images_per_class, self.classes)
+    def requirement(self) -> Requirement:
+        return Requirement(self.row, self.images_per_class, self.classes)
 
     @property
     def name(self) -> str:
@@ -105,11 +105,18 @@ def audited(trials: Iterable[TrialSpec]) -> list[Audited]:
         row = trial.synthetic_features
         if row is None:
             continue
-        need = next(need for need in needs_of([trial]) if need.spec == row)
+        requirement = next(
+            requirement for requirement in requirements_of([trial]) if requirement.spec == row
+        )
         images = trial.base_images
         base = None if images is None else replace(row, images=images)
         one = Audited(
-            row, base, trial.features, (trial.split,), need.images_per_class, need.classes
+            row,
+            base,
+            trial.features,
+            (trial.split,),
+            requirement.images_per_class,
+            requirement.classes,
         )
         known = found.get(one.name, one)
         found[one.name] = replace(
@@ -226,48 +233,50 @@ def _weak_classes(card: AuditCard) -> Iterator[tuple[str, str]]:
         yield "weakest", f"{named}: how many CLIP takes for their class"
 
 
-def audited_by(sweep: SweepSpec, place: Place) -> list[Audited]:
+def audited_by(sweep: SweepSpec, location: SweepLocation) -> list[Audited]:
     """The rows that a sweep's trials read.
 
     Raises:
         ValueError: none is; or weights or data are not here.
     """
-    resolver = resolver_of(place)
+    resolver = resolver_of(location)
     found = audited(possible_trials(cells_of(sweep), sweep.seeds.assignments(), resolver))
     resolver.save()
     if not found:
         methods = ", ".join(sorted({cell.method for cell in cells_of(sweep)}))
         raise ValueError(
-            f"sweep {place.project}/{place.name} reads no synthetic images ({methods}), so there "
-            "is nothing to audit; methods that read some are air, air_fpl and air_grip"
+            f"sweep {location.project}/{location.name} reads no synthetic images ({methods}), "
+            "so there is nothing to audit; methods that read some are air, air_fpl and air_grip"
         )
     return found
 
 
-def ready(rows: Sequence[Audited], place: Place) -> list[Audited]:
+def ready(rows: Sequence[Audited], location: SweepLocation) -> list[Audited]:
     """Those whose images are all drawn.
 
     Raises:
         ValueError: none is.
     """
-    whole = [row for row in rows if row.need.have(place.store) == row.need.total()]
+    whole = [row for row in rows if row.requirement.have(location.store) == row.requirement.total()]
     if not whole:
-        have, total = (sum(counts) for counts in zip(*map(_drawn(place.store), rows), strict=True))
+        have, total = (
+            sum(counts) for counts in zip(*map(_drawn(location.store), rows), strict=True)
+        )
         raise ValueError(
-            f"the images of sweep {place.project}/{place.name} are not drawn yet: {have} of "
-            f"{total} blocks are in {place.store.name}; run it, or `airsweep prepare`, first"
+            f"the images of sweep {location.project}/{location.name} are not drawn yet: {have} of "
+            f"{total} blocks are in {location.store.name}; run it, or `airsweep prepare`, first"
         )
     return whole
 
 
 def _drawn(store: ArtifactStore) -> Callable[[Audited], tuple[int, int]]:
-    return lambda row: (row.need.have(store), row.need.total())
+    return lambda row: (row.requirement.have(store), row.requirement.total())
 
 
-def known_card(row: Audited, place: Place) -> AuditCard | None:
+def known_card(row: Audited, location: SweepLocation) -> AuditCard | None:
     """The card that was kept; None: there is none, or of something else."""
     with suppress(OSError, ValueError, TypeError, KeyError):
-        card = card_of((place.folder / f"{row.name}.json").read_text())
+        card = card_of((location.folder / f"{row.name}.json").read_text())
         if card.asked == row.asked:
             return card
     return None

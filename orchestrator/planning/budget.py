@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 
 from orchestrator.planning.estimate import stage_work
-from orchestrator.planning.plan import Need
+from orchestrator.planning.plan import Requirement
 from orchestrator.spec import Resources
 from orchestrator.spec.sweep import Budget
 from orchestrator.store import ArtifactStore
@@ -22,7 +22,7 @@ HOUR = 3600.0
 
 
 @dataclass
-class Purse:
+class BudgetTracker:
     """One run's budget: what is spent and what is expected."""
 
     budget: Budget
@@ -44,7 +44,7 @@ class Purse:
         """It cost something, and says nothing of what a whole trial takes."""
         self.gpu_seconds += seconds * self.resources.trial.gpu
 
-    def affords(self, under_way: Sequence[tuple[str, float]]) -> bool:
+    def can_start(self, under_way: Sequence[tuple[str, float]]) -> bool:
         """May another job start?
 
         Args:
@@ -56,9 +56,14 @@ class Purse:
         together = sum(self.expected(each) * trials for each, trials in under_way)
         return self._fits("the next point", self.expected(cell) * count, together, "trial")
 
-    def affords_preparing(self, needs: Sequence[Need], store: ArtifactStore, workers: int) -> bool:
+    def affords_preparing(
+        self, requirements: Sequence[Requirement], store: ArtifactStore, workers: int
+    ) -> bool:
         """May what is missing be made, on so many workers?"""
-        left = [(need.spec, need.total() - need.have(store)) for need in needs]
+        left = [
+            (requirement.spec, requirement.total() - requirement.have(store))
+            for requirement in requirements
+        ]
         works = [stage_work(spec, count) for spec, count in left if count]
         work = sum(one.units * self.history.get(one.stage, 0.0) for one in works)
         if not works:

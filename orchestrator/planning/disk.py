@@ -17,12 +17,12 @@ def bytes_left(plan: Plan, store: ArtifactStore) -> int:
     What has no like there counts nothing, so it can be more.
     """
     found = 0.0
-    for need in plan.needs:
-        have, total = need.have(store), need.total()
+    for requirement in plan.requirements:
+        have, total = requirement.have(store), requirement.total()
         if have and have < total:
-            found += need.bytes(store) / have * (total - have)
+            found += requirement.bytes(store) / have * (total - have)
         elif not have:
-            found += _mean(store.artifacts / need.stage) * (need.stage != "images")
+            found += _mean(store.artifacts / requirement.stage) * (requirement.stage != "images")
     left = sum(not store.has(slot.spec) for slot in plan.slots) + plan.total - len(plan.slots)
     return round(found + _mean(store.artifacts / "trials") * left)
 

@@ -33,12 +33,12 @@ from orchestrator.planning.studies import (
     Searches,
     edit_of,
     opening,
+    request_digest,
     searches,
-    what_it_asks,
 )
 from orchestrator.spec import Cell, Dimension, SweepSpec, cells_of
 from orchestrator.spec.space import default_params, grid_points, study_name
-from orchestrator.store import ArtifactStore, Ledger, Place, read_resolved
+from orchestrator.store import ArtifactStore, EventLog, SweepLocation, read_resolved
 from orchestrator.store.checkpoints import learned_by, rungs_of
 
 BASE_PER_CLASS = 8  # images without LoRA, drawn to show what LoRA changed
@@ -66,7 +66,7 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Need:
+class Requirement:
     """An artifact that slots read; a row is needed up to a count of images per class."""
 
     spec: FeaturesSpec | LabelsSpec | LoraSpec | SyntheticFeaturesSpec
@@ -138,7 +138,7 @@ class Plan:
     done: int
     reused: int
     pruned: Mapping[str, Pruned]  # by slot: those of points that a search stopped early
-    needs: tuple[Need, ...]
+    requirements: tuple[Requirement, ...]
     work: tuple[Work, ...]  # what is left to do
     estimate: Estimate
     openings: Mapping[str, Opening]  # by cell: studies that start, with what they take over
@@ -161,32 +161,34 @@ class Plan:
                 "pruned": len(self.pruned),
                 "to_run": self.to_run,
             },
-            "artifacts": [_artifact(need, store) for need in self.needs],
+            "artifacts": [_artifact(requirement, store) for requirement in self.requirements],
             "estimate": self.estimate.json(),
             "edit": self.edit and asdict(self.edit),
         }
 
 
-def _artifact(need: Need, store: ArtifactStore) -> dict[str, Any]:
-    have, total = need.have(store), need.total()
+def _artifact(requirement: Requirement, store: ArtifactStore) -> dict[str, Any]:
+    have, total = requirement.have(store), requirement.total()
     state = "present" if have == total else "partial" if have else "missing"
     return {
-        "stage": need.stage,
-        "key": str(need.key),
+        "stage": requirement.stage,
+        "key": str(requirement.key),
         "state": state,
         "have": have,
         "need": total,
-        "bytes": need.bytes(store),
+        "bytes": requirement.bytes(store),
     }
 
 
-def plan_sweep(sweep: SweepSpec, store: ArtifactStore, resolver: Resolver, ledger: Ledger) -> Plan:
+def plan_sweep(
+    sweep: SweepSpec, store: ArtifactStore, resolver: Resolver, event_log: EventLog
+) -> Plan:
     """Everything that `sweep` asks for, against what the store and the ledger say."""
     cells = cells_of(sweep)
     assignments = sweep.seeds.assignments()
-    found = searches(ledger)
+    found = searches(event_log)
     openings = _openings(sweep, cells, found, resolver, store)
-    finished, moved = finished_slots(ledger), moved_slots(ledger)
+    finished, moved = finished_slots(event_log), moved_slots(event_log)
     slots: list[Slot] = []
     left: dict[str, int] = {}  # trials by cell
     stopped: dict[str, Pruned] = {}
@@ -225,12 +227,12 @@ def plan_sweep(sweep: SweepSpec, store: ArtifactStore, resolver: Resolver, ledge
         else:  # although it may be there for another cell, which compares it at no rung
             to_run.add(slot.key.digest)
     total = points * len(assignments)
-    asks = what_it_asks(sweep, cells)
+    asks = request_digest(sweep, cells)
     known = [slot.key.digest for slot, present in zip(slots, there, strict=True) if present]
-    edit = edit_of(asks, known, done + reused, total - len(stopped), openings.values(), ledger)
+    edit = edit_of(asks, known, done + reused, total - len(stopped), openings.values(), event_log)
     asked_for = possible_trials(cells, assignments, resolver)
-    needs = tuple(needs_of(itertools.chain(asked_for, moved_trials(slots, moved))))
-    work = tuple(_work(needs, left, cells, slots, assignments, resolver, store))
+    requirements = tuple(requirements_of(itertools.chain(asked_for, moved_trials(slots, moved))))
+    work = tuple(_work(requirements, left, cells, slots, assignments, resolver, store))
     resolver.save()
     return Plan(
         sweep=sweep,
@@ -242,7 +244,7 @@ def plan_sweep(sweep: SweepSpec, store: ArtifactStore, resolver: Resolver, ledge
         done=done,
         reused=reused,
         pruned=stopped,
-        needs=needs,
+        requirements=requirements,
         work=work,
         estimate=estimate(work, store, sweep.resources),
         openings=openings,
@@ -261,7 +263,7 @@ def _is_there(spec: TrialSpec, rungs: Iterable[int], store: ArtifactStore) -> bo
 
 
 def _work(
-    needs: Sequence[Need],
+    requirements: Sequence[Requirement],
     left: Mapping[str, int],
     cells: Sequence[Cell],
     slots: Sequence[Slot],
@@ -272,10 +274,10 @@ def _work(
     """What is left to do: trials by cell, each like the cell's first; and what they lack."""
     if not any(left.values()):
         return
-    for need in needs:
-        missing = need.total() - need.have(store)
+    for requirement in requirements:
+        missing = requirement.total() - requirement.have(store)
         if missing:
-            yield stage_work(need.spec, missing)
+            yield stage_work(requirement.spec, missing)
     points: dict[str, list[Slot]] = {}  # of each cell its first
     for slot in slots:
         known = points.setdefault(slot.cell.id, [])
@@ -382,12 +384,12 @@ def _ends(dimension: Dimension) -> Sequence[Any]:
     return dimension.values
 
 
-def needs_of(trials: Iterable[TrialSpec]) -> list[Need]:
+def requirements_of(trials: Iterable[TrialSpec]) -> list[Requirement]:
     """Distinct artifacts that trials read, in the order in which they can be made.
 
     A row is needed up to the largest count that any of them asks for.
     """
-    found: dict[str, Need] = {}
+    found: dict[str, Requirement] = {}
     seen: set[str] = set()
     for trial in trials:
         trial = replace(normalised(trial), seed=0)
@@ -395,20 +397,20 @@ def needs_of(trials: Iterable[TrialSpec]) -> list[Need]:
         if key in seen:
             continue
         seen.add(key)
-        for need in _needs(trial):
-            identity = f"{need.key}/{artifact_key(need.spec).digest}"
-            known = found.get(identity, need)
+        for requirement in _requirements(trial):
+            identity = f"{requirement.key}/{artifact_key(requirement.spec).digest}"
+            known = found.get(identity, requirement)
             found[identity] = replace(
-                need,
-                images_per_class=max(need.images_per_class, known.images_per_class),
-                classes=tuple(sorted({*need.classes, *known.classes})),
+                requirement,
+                images_per_class=max(requirement.images_per_class, known.images_per_class),
+                classes=tuple(sorted({*requirement.classes, *known.classes})),
             )
     return list(found.values())
 
 
-def _needs(trial: TrialSpec) -> Iterator[Need]:
+def _requirements(trial: TrialSpec) -> Iterator[Requirement]:
     read = (trial.features, trial.tokens, trial.test_features, trial.test_tokens)
-    yield from (Need(spec) for spec in read if spec is not None)
+    yield from (Requirement(spec) for spec in read if spec is not None)
     classes = tuple(range(len(trial.classnames)))
     if trial.paradigm == "trzsl" and len(classes) > 1:
         _, classes = seen_unseen(len(classes), trial.class_seed)  # all that the trial reads
@@ -416,27 +418,27 @@ def _needs(trial: TrialSpec) -> Iterator[Need]:
     if row is not None:
         yield from _row_needs(row, trial.images_per_class, classes)
     if trial.synthetic_tokens is not None:
-        yield Need(trial.synthetic_tokens, trial.images_per_class, classes)
+        yield Requirement(trial.synthetic_tokens, trial.images_per_class, classes)
     base = trial.base_images
     if base is not None:
         spec = SyntheticFeaturesSpec(
             images=base, backbone=trial.backbone, precision=trial.precision
         )
-        yield Need(spec, BASE_PER_CLASS, classes)
+        yield Requirement(spec, BASE_PER_CLASS, classes)
 
 
 def _row_needs(
     row: SyntheticFeaturesSpec, images_per_class: int, classes: tuple[int, ...]
-) -> Iterator[Need]:
+) -> Iterator[Requirement]:
     images = row.images
     if isinstance(images, GeneratedImages) and images.lora is not None:
         labels = images.lora.labels
-        yield Need(labels.features)
+        yield Requirement(labels.features)
         if labels.images is not None:
             yield from _row_needs(labels.images, labels.settings.images_per_class, classes)
-        yield Need(labels)
-        yield Need(images.lora)
-    yield Need(row, images_per_class, classes)
+        yield Requirement(labels)
+        yield Requirement(images.lora)
+    yield Requirement(row, images_per_class, classes)
 
 
 def holds(spec: Any, part: Any) -> bool:
@@ -468,16 +470,16 @@ def level(spec: Any) -> int:
 # ---------------------------------------------------------------- the ledger, folded
 
 
-def finished_slots(ledger: Ledger) -> dict[str, tuple[str, str]]:
+def finished_slots(event_log: EventLog) -> dict[str, tuple[str, str]]:
     """Trial key and state (done or reused) by slot, of slots whose last outcome was one of them."""
-    ended = ended_slots(ledger)
+    ended = ended_slots(event_log)
     return {slot: end for slot, end in ended.items() if end[1] != "pruned"}
 
 
-def ended_slots(ledger: Ledger) -> dict[str, tuple[str, str]]:
+def ended_slots(event_log: EventLog) -> dict[str, tuple[str, str]]:
     """Trial key and state (done, reused or pruned) by slot; failed ones are left out."""
     found: dict[str, tuple[str, str]] = {}
-    for event in ledger.events():
+    for event in event_log.events():
         if event["event"] in ("trial_done", "trial_reused", "trial_pruned"):
             found[event["slot"]] = (event["key"], event["event"].removeprefix("trial_"))
         elif event["event"] == "trial_failed":
@@ -485,10 +487,12 @@ def ended_slots(ledger: Ledger) -> dict[str, tuple[str, str]]:
     return found
 
 
-def moved_slots(ledger: Ledger) -> dict[str, str]:
+def moved_slots(event_log: EventLog) -> dict[str, str]:
     """Slots whose trial became not a number below fp32, with the key of that trial."""
     return {
-        event["slot"]: event["key"] for event in ledger.events() if event["event"] == "trial_moved"
+        event["slot"]: event["key"]
+        for event in event_log.events()
+        if event["event"] == "trial_moved"
     }
 
 
@@ -502,17 +506,17 @@ def changed_inputs(earlier: Mapping[tuple[str, str], int]) -> list[str]:
     ]
 
 
-def earlier_results(plan: Plan, place: Place) -> dict[tuple[str, str], int]:
+def earlier_results(plan: Plan, location: SweepLocation) -> dict[tuple[str, str], int]:
     """What changed since the last run, as name and kind (folder, content or code), with the number
     of finished results of these slots that are of the earlier one."""
     try:
-        inputs = read_resolved(place).get("inputs") or {"datasets": {}, "weights": {}}
+        inputs = read_resolved(location).get("inputs") or {"datasets": {}, "weights": {}}
     except (FileNotFoundError, ValueError):  # it was not run, or this run writes the file anew
         return {}
     before = {name: of["ref"]["digest"] for name, of in inputs["datasets"].items()}
     before |= inputs["weights"]
     versions = inputs.get("code", {})
-    finished = finished_slots(place.ledger())
+    finished = finished_slots(location.event_log())
     earlier: dict[tuple[str, str], int] = {}
     for slot in plan.slots:
         had = finished.get(slot.id, (slot.key.digest, ""))[0] != slot.key.digest

@@ -14,33 +14,33 @@ from orchestrator.planning.plan import (
     known_points,
     moved_slots,
     moved_trials,
-    needs_of,
     possible_trials,
+    requirements_of,
     slots_of,
 )
 from orchestrator.planning.resolve import NotRecorded, Resolver, resolver_of
 from orchestrator.planning.studies import Searches, searches
 from orchestrator.spec import Cell, SweepSpec, cells_of, load_sweep
 from orchestrator.spec.sweep import smoke
-from orchestrator.store import ArtifactStore, Place, read_resolved, recorded_places
-from orchestrator.store.gc import Asked, Needs, Shards, merged
+from orchestrator.store import ArtifactStore, SweepLocation, read_resolved, recorded_locations
+from orchestrator.store.gc import Shards, StoreRequirements, SweepRequirements, merged
 
 
-def read_sweep(place: Place, data_root: Path | None) -> tuple[SweepSpec, Place]:
+def read_sweep(location: SweepLocation, data_root: Path | None) -> tuple[SweepSpec, SweepLocation]:
     """A sweep as it was last run: its options then, and its inputs as they were found then.
 
     Raises:
         ValueError: its file does not mean anything any more.
         FileNotFoundError: it is not there.
     """
-    origin = read_resolved(place)
+    origin = read_resolved(location)
     sweep = load_sweep(
-        place.folder / "spec.yaml", sets=origin.get("sets", []), only=origin.get("only", [])
+        location.folder / "spec.yaml", sets=origin.get("sets", []), only=origin.get("only", [])
     )
     sweep = replace(sweep, source=origin.get("source", sweep.source))
     data = data_root or (Path(sweep.data_root) if sweep.data_root else None)
-    place = replace(place, data_root=data, recorded=True)
-    return smoke(sweep) if origin.get("smoke") else sweep, place
+    location = replace(location, data_root=data, recorded=True)
+    return smoke(sweep) if origin.get("smoke") else sweep, location
 
 
 def refuse_running(store: ArtifactStore) -> None:
@@ -50,36 +50,36 @@ def refuse_running(store: ArtifactStore) -> None:
         StoreRefused: names those that do.
     """
     busy = []
-    for place in recorded_places(store):
-        busy += [f"{place.project}/{place.name}"] if place.ledger().busy() else []
+    for location in recorded_locations(store):
+        busy += [f"{location.project}/{location.name}"] if location.event_log().busy() else []
     if busy:
         raise StoreRefused(f"{', '.join(busy)} runs in {store.root} now; wait for it, or stop it")
 
 
-def all_needs(store: ArtifactStore, data_root: Path | None) -> Needs:
+def all_requirements(store: ArtifactStore, data_root: Path | None) -> StoreRequirements:
     """What the recorded sweeps of a store need."""
     asked, unread = [], {}
-    for place in recorded_places(store):
-        name = f"{place.project}/{place.name}"
+    for location in recorded_locations(store):
+        name = f"{location.project}/{location.name}"
         try:
-            asked.append(Asked(name, _asked(*read_sweep(place, data_root))))
+            asked.append(SweepRequirements(name, _asked(*read_sweep(location, data_root))))
         except (ValueError, OSError) as problem:
             unread[name] = str(problem).partition("\n")[0]
-    return Needs(tuple(asked), unread)
+    return StoreRequirements(tuple(asked), unread)
 
 
-def _asked(sweep: SweepSpec, place: Place) -> dict[str, Shards]:
+def _asked(sweep: SweepSpec, location: SweepLocation) -> dict[str, Shards]:
     """What its file asks for, and the results that its ledger says it got.
 
     A run with `--only` does not make the other cells less wanted. Their data may not be here; then
     it must be sure that nothing was made for them.
     """
-    resolver, ledger = resolver_of(place), place.ledger()
-    events = list(ledger.events())
+    resolver, event_log = resolver_of(location), location.event_log()
+    events = list(event_log.events())
     done = [event for event in events if event["event"] in ("trial_done", "trial_reused")]
     last = cells_of(sweep)
     run = {cell.id for cell in last} | {event["cell"] for event in done}
-    known, moved = searches(ledger), moved_slots(ledger)
+    known, moved = searches(event_log), moved_slots(event_log)
     found = [(event["key"][:12], frozenset[tuple[int, int]]()) for event in done]
     not_here = None
     whole = cells_of(replace(sweep, grid=sweep.axes)) if sweep.axes else ()
@@ -116,10 +116,10 @@ def _asked_by_cell(
         for slot in slots:
             home = replace(slot.spec, test_dataset=None)  # a prompt that is tested elsewhere
             found += [(_place(slot.spec), frozenset()), (_place(home), frozenset())]
-    for need in needs_of([*possible_trials([cell], assignments, resolver), *more]):
-        spec = need.spec
+    for requirement in requirements_of([*possible_trials([cell], assignments, resolver), *more]):
+        spec = requirement.spec
         if isinstance(spec, SyntheticFeaturesSpec):
-            shards = frozenset(need.shards())
+            shards = frozenset(requirement.shards())
             found += [(_place(spec.images), shards), (_place(spec), shards)]
         else:
             found.append((_place(spec), frozenset()))
@@ -130,13 +130,13 @@ def _place(spec: Stage) -> str:
     return artifact_key(spec).digest[:12]
 
 
-def computed_by(store: ArtifactStore, keys: Iterable[str], but: Place) -> Counter[str]:
+def computed_by(store: ArtifactStore, keys: Iterable[str], but: SweepLocation) -> Counter[str]:
     """Which other recorded sweeps computed the trials of these keys, and how many each."""
     wanted, found = set(keys), Counter[str]()
-    for place in recorded_places(store):
-        if place.folder == but.folder:
+    for location in recorded_locations(store):
+        if location.folder == but.folder:
             continue
-        done = {e["key"] for e in place.ledger().events() if e["event"] == "trial_done"}
-        found[f"{place.project}/{place.name}"] += len(done & wanted)
+        done = {e["key"] for e in location.event_log().events() if e["event"] == "trial_done"}
+        found[f"{location.project}/{location.name}"] += len(done & wanted)
         wanted -= done
     return +found

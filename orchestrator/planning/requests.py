@@ -16,13 +16,13 @@ from orchestrator.planning.resolve import resolver_of
 from orchestrator.spec import SweepSpec, cells_of, find_sweep, load_sweep
 from orchestrator.spec.sweep import option_words
 from orchestrator.spec.sweep import smoke as smoked
-from orchestrator.store import Place, folder_of, is_bucket, open_store, smoke_store
-from orchestrator.store.location import place_named as named
+from orchestrator.store import SweepLocation, folder_of, is_bucket, open_store, smoke_store
+from orchestrator.store.location import location_named as named
 from orchestrator.store.location import recorded_names
 
 
 @dataclass(frozen=True, repr=False)
-class Asked:
+class SweepRequest:
     """A sweep, checked, and how it was asked for."""
 
     spec: SweepSpec
@@ -50,28 +50,28 @@ class Asked:
         return f"{self.spec.source}: sweep {self.spec.name}, {cells} cells"
 
 
-def asked(
+def read_request(
     spec: str | Path, sets: Sequence[str] = (), only: Sequence[str] = (), smoke: bool = False
-) -> Asked:
+) -> SweepRequest:
     """A sweep from a file, or from the bare name of one.
 
     Raises:
         SpecError: the first thing that is wrong.
     """
     sweep = load_sweep(find_sweep(str(spec)), sets=sets, only=only)
-    return Asked(smoked(sweep) if smoke else sweep, tuple(sets), tuple(only), smoke)
+    return SweepRequest(smoked(sweep) if smoke else sweep, tuple(sets), tuple(only), smoke)
 
 
-def place_for(sweep: Asked, store: str | Path, data_root: Path | None) -> Place:
+def location_for(sweep: SweepRequest, store: str | Path, data_root: Path | None) -> SweepLocation:
     """Where it goes; a smoke run into a store of its own. Raises as `place_of`."""
-    return place_of(sweep.spec, smoke_store(store) if sweep.smoke else store, data_root)
+    return location_of(sweep.spec, smoke_store(store) if sweep.smoke else store, data_root)
 
 
-def plan_of(sweep: SweepSpec, place: Place) -> Plan:
-    return plan_sweep(sweep, place.store, resolver_of(place), place.ledger())
+def plan_of(sweep: SweepSpec, location: SweepLocation) -> Plan:
+    return plan_sweep(sweep, location.store, resolver_of(location), location.event_log())
 
 
-def place_named(name: str, store: str | Path) -> Place:
+def location_named(name: str, store: str | Path) -> SweepLocation:
     """A sweep that was run before.
 
     Raises:
@@ -87,7 +87,7 @@ def place_named(name: str, store: str | Path) -> Place:
     return named(opened, project, short)
 
 
-def place_of(sweep: SweepSpec, store: Path | str, data_root: Path | None) -> Place:
+def location_of(sweep: SweepSpec, store: Path | str, data_root: Path | None) -> SweepLocation:
     """Where a sweep goes.
 
     Raises:
@@ -100,8 +100,8 @@ def place_of(sweep: SweepSpec, store: Path | str, data_root: Path | None) -> Pla
         raise lost_store(store)
     project = project_of(sweep)
     data = data_root or os.environ.get("AIRSWEEP_DATA") or sweep.data_root
-    place = Place(open_store(store), project, sweep.name, Path(data) if data else None)
-    return place.refresh()
+    location = SweepLocation(open_store(store), project, sweep.name, Path(data) if data else None)
+    return location.refresh()
 
 
 def lost_store(store: Path | str) -> Refused:

@@ -35,7 +35,7 @@ from orchestrator.failures import no_room
 from orchestrator.files import file_digest, file_stamp, write_whole
 from orchestrator.keys import digest
 from orchestrator.spec.presets import OUTSIDE
-from orchestrator.store import Place, read_resolved
+from orchestrator.store import SweepLocation, read_resolved
 from orchestrator.store.code_version import uncovered
 from orchestrator.store.verification import read_cache
 
@@ -207,8 +207,8 @@ class Resolver:
             settings = weights_settings(name) if role == "backbone" else {}
         except ValueError as problem:
             raise NotThere(str(problem)) from None
-        places = [str(path.relative_to(folder)) for path in found]
-        content: dict[str, Any] = dict(zip(places, self._file_digests(found), strict=True))
+        locations = [str(path.relative_to(folder)) for path in found]
+        content: dict[str, Any] = dict(zip(locations, self._file_digests(found), strict=True))
         if settings:  # the same file is another model under another architecture
             content = {"files": content, "settings": settings}
         return Ref(name=name, digest=digest(content))
@@ -324,12 +324,12 @@ def text_digest(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 
-def resolver_of(place: Place) -> Resolver:
+def resolver_of(location: SweepLocation) -> Resolver:
     """The resolver of a sweep's inputs; where the place is `recorded`, by recorded digests."""
-    cache = place.store.root / "digests.json"
-    if place.recorded:
+    cache = location.store.root / "digests.json"
+    if location.recorded:
         with suppress(FileNotFoundError):
-            inputs = read_resolved(place).get("inputs")
+            inputs = read_resolved(location).get("inputs")
             # Earlier versions of airsweep recorded none.
-            return RecordedResolver(inputs) if inputs else Resolver(cache, place.data_root, {})
-    return Resolver(cache, place.data_root)
+            return RecordedResolver(inputs) if inputs else Resolver(cache, location.data_root, {})
+    return Resolver(cache, location.data_root)

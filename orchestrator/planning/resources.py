@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from orchestrator.spec import Resources, Want
+from orchestrator.spec import ProcessResources, Resources
 from orchestrator.store import ArtifactStore
 
 if TYPE_CHECKING:
@@ -24,12 +24,14 @@ def this_machine() -> Machine:
     return {"CPU": float(os.cpu_count() or 1), "GPU": float(len(glob.glob("/dev/nvidia[0-9]*")))}
 
 
-def asked_of(want: Want) -> dict[str, float]:
+def ray_resources(want: ProcessResources) -> dict[str, float]:
     """By Ray's name, what a process asks for."""
     return {"CPU": want.cpu, "GPU": want.gpu, **want.custom}
 
 
-def misfit(resources: Resources, machines: Sequence[Machine], prepares: bool) -> str | None:
+def resource_shortage(
+    resources: Resources, machines: Sequence[Machine], prepares: bool
+) -> str | None:
     """Why work could never start; None: it can.
 
     A trial or a generator runs on one machine, so the sum over machines helps nobody.
@@ -37,7 +39,7 @@ def misfit(resources: Resources, machines: Sequence[Machine], prepares: bool) ->
     Args:
         prepares: is anything left to make before trials can run?
     """
-    asked: dict[str, Want] = {"trial": resources.trial}
+    asked: dict[str, ProcessResources] = {"trial": resources.trial}
     if prepares:
         asked |= {"generator": resources.generator, "encoder": resources.encoding}
     for name, want in asked.items():
@@ -46,10 +48,10 @@ def misfit(resources: Resources, machines: Sequence[Machine], prepares: bool) ->
     return None
 
 
-def _no_room(name: str, want: Want, machines: Sequence[Machine]) -> str:
+def _no_room(name: str, want: ProcessResources, machines: Sequence[Machine]) -> str:
     most = {
         kind: max((machine.get(kind, 0.0) for machine in machines), default=0.0)
-        for kind in asked_of(want)
+        for kind in ray_resources(want)
     }
     missing = [kind for kind in want.custom if not most[kind]]
     advice = f"lower resources.{name}.cpu or .gpu"
@@ -68,12 +70,12 @@ def _no_room(name: str, want: Want, machines: Sequence[Machine]) -> str:
     )
 
 
-def room(want: Want, machines: Sequence[Machine]) -> int:
+def room(want: ProcessResources, machines: Sequence[Machine]) -> int:
     """How many of them run at a time."""
     return sum(_room(want, machine) for machine in machines)
 
 
-def without(machines: Sequence[Machine], want: Want, count: int) -> list[Machine]:
+def without(machines: Sequence[Machine], want: ProcessResources, count: int) -> list[Machine]:
     """What is left where so many run; as many as there is room for.
 
     >>> from orchestrator.spec.sweep import GeneratorResources
@@ -84,7 +86,7 @@ def without(machines: Sequence[Machine], want: Want, count: int) -> list[Machine
     for machine in machines:
         here = min(count, _room(want, machine))
         count -= here
-        taken = {kind: each * here for kind, each in asked_of(want).items() if here}
+        taken = {kind: each * here for kind, each in ray_resources(want).items() if here}
         left.append({kind: has - taken.get(kind, 0) for kind, has in machine.items()})
     return left
 
@@ -110,12 +112,14 @@ def memory_fraction(gpu: float, total: float) -> float | None:
     return max(gpu / 2, gpu - CONTEXT / total)
 
 
-def _room(want: Want, machine: Machine) -> int:
-    limits = [int(machine.get(kind, 0) // each) for kind, each in asked_of(want).items() if each]
+def _room(want: ProcessResources, machine: Machine) -> int:
+    limits = [
+        int(machine.get(kind, 0) // each) for kind, each in ray_resources(want).items() if each
+    ]
     return min(limits, default=int(machine.get("CPU", 1)))
 
 
-def does_not_fit(
+def unschedulable_reason(
     plan: Plan, store: ArtifactStore, machines: Sequence[Machine] | None = None
 ) -> str | None:
     """What would wait for ever; None: nothing, or this is told only once the cluster is joined."""
@@ -123,5 +127,7 @@ def does_not_fit(
         if os.environ.get("RAY_ADDRESS"):
             return None
         machines = [this_machine()]
-    prepares = any(need.have(store) < need.total() for need in plan.needs)
-    return misfit(plan.sweep.resources, machines, prepares)
+    prepares = any(
+        requirement.have(store) < requirement.total() for requirement in plan.requirements
+    )
+    return resource_shortage(plan.sweep.resources, machines, prepares)

@@ -50,7 +50,7 @@ from orchestrator.spec.space import (
     study_name,
 )
 from orchestrator.spec.sweep import JOURNAL, Search
-from orchestrator.store import Ledger
+from orchestrator.store import EventLog
 
 TRIES = 8  # at a point that was not asked before: one that was has nothing new to tell
 STARTUP_POINTS = 4  # of TPE below 30 points; its own default of 10 would leave little to model
@@ -134,7 +134,7 @@ def _last_line(error: BaseException) -> str:
 
 
 def open_searches(
-    plan: Plan, ledger: Ledger, journal: Path, owner: tuple[str, ...] = ()
+    plan: Plan, event_log: EventLog, journal: Path, owner: tuple[str, ...] = ()
 ) -> dict[str, CellSearch]:
     """A search for each cell that has a space. Call it only as the sweep's one driver.
 
@@ -147,11 +147,11 @@ def open_searches(
     search = plan.sweep.search
     assert search is not None
     searched = [cell for cell in plan.cells if cell.space]
-    found = searches(ledger)
+    found = searches(event_log)
     for cell in searched:
         starts = plan.openings.get(cell.id)
         if starts is not None:
-            ledger.append(
+            event_log.append(
                 "study_opened",
                 cell=cell.id,
                 study=starts.study,
@@ -163,29 +163,29 @@ def open_searches(
                 left_out=starts.left_out,
             )
         elif found.current.get(cell.id, study := study_name(cell, search)) != study:
-            ledger.append("study_resumed", cell=cell.id, study=study)
-    found, prefix = searches(ledger), ""
+            event_log.append("study_resumed", cell=cell.id, study=study)
+    found, prefix = searches(event_log), ""
     if search.storage == JOURNAL:
         for earlier in (journal, Path(f"{journal}.lock")):
             earlier.unlink(missing_ok=True)
         storage: BaseStorage = open_storage(journal)
     else:
         storage = open_database(search.storage)
-        prefix = f"{_own_name(ledger, owner)}/"
+        prefix = f"{_own_name(event_log, owner)}/"
     return {cell.id: CellSearch(cell, search, found, storage, prefix) for cell in searched}
 
 
-def _own_name(ledger: Ledger, owner: tuple[str, ...]) -> str:
+def _own_name(event_log: EventLog, owner: tuple[str, ...]) -> str:
     """What the studies of this sweep begin with in a database that many share.
 
     A sweep that was removed and starts again, and a copy of a store, have a name of their own:
     their studies are made from their ledger under it.
     """
-    for event in ledger.events():
+    for event in event_log.events():
         if event["event"] == "studies_named" and event["owner"] == list(owner):
             return str(event["name"])
     name = "/".join([*owner[1:], uuid.uuid4().hex[:8]])
-    ledger.append("studies_named", owner=list(owner), name=name)
+    event_log.append("studies_named", owner=list(owner), name=name)
     return name
 
 

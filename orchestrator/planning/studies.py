@@ -23,7 +23,7 @@ from orchestrator.spec import Cell, SweepSpec
 from orchestrator.spec.presets import named_refs
 from orchestrator.spec.space import applies, default_params, holds, point_count, study_name
 from orchestrator.spec.sweep import Search
-from orchestrator.store import ArtifactStore, Ledger
+from orchestrator.store import ArtifactStore, EventLog
 
 
 @dataclass(frozen=True)
@@ -133,10 +133,10 @@ class Searches:
         return known | dict(enumerate(waiting, max(known, default=first - 1) + 1))
 
 
-def searches(ledger: Ledger) -> Searches:
+def searches(event_log: EventLog) -> Searches:
     """Fold the ledger."""
     found = Searches()
-    for event in ledger.events():
+    for event in event_log.events():
         if "study" in event and "cell" in event:
             found.current[event["cell"]] = event["study"]
         match event["event"]:
@@ -288,7 +288,7 @@ class Edit:
         return text
 
 
-def what_it_asks(sweep: SweepSpec, cells: Sequence[Cell]) -> str:
+def request_digest(sweep: SweepSpec, cells: Sequence[Cell]) -> str:
     """A digest of the trials that a sweep asks for: a comment or a budget changes nothing."""
     search = sweep.search
     studies = [study_name(c, search) if search and c.space else [c.id, c.flat] for c in cells]
@@ -302,7 +302,7 @@ def edit_of(
     ready: int,
     total: int,
     openings: Iterable[Opening],
-    ledger: Ledger,
+    event_log: EventLog,
 ) -> Edit | None:
     """What becomes of a sweep's trials; None: its file asks for what it asked for before.
 
@@ -311,10 +311,10 @@ def edit_of(
         there: keys of trials that are asked for and in the store.
         ready: how many of all that are asked for need not be run.
     """
-    if _asked_before(ledger) in (None, asks):
+    if _asked_before(event_log) in (None, asks):
         return None
     ended = ("trial_done", "trial_reused")
-    own = {event["key"] for event in ledger.events() if event["event"] in ended}
+    own = {event["key"] for event in event_log.events() if event["event"] in ended}
     kept = sum(key in own for key in there)
     openings = list(openings)
     return Edit(
@@ -327,7 +327,7 @@ def edit_of(
     )
 
 
-def _asked_before(ledger: Ledger) -> str | None:
+def _asked_before(event_log: EventLog) -> str | None:
     """The same of the sweep's last run."""
-    starts = [event for event in ledger.events() if event["event"] == "sweep_started"]
+    starts = [event for event in event_log.events() if event["event"] == "sweep_started"]
     return starts[-1].get("asks") if starts else None

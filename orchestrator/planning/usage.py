@@ -15,7 +15,7 @@ from typing import Any
 from pandas import DataFrame
 
 from orchestrator.formatting import size
-from orchestrator.store import ArtifactStore, recorded_places
+from orchestrator.store import ArtifactStore, recorded_locations
 from orchestrator.store.inventory import UNKNOWN, Inventory, take_inventory
 
 BY = ("user", "project", "sweep", "stage")
@@ -138,9 +138,9 @@ def _lines(inventory: Inventory, store: ArtifactStore) -> Iterator[dict[str, Any
 
 def _made(store: ArtifactStore) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """PROJECT/NAME, user and event of all that the sweeps of a store have made."""
-    for place in recorded_places(store):
+    for place in recorded_locations(store):
         sweep, user = f"{place.project}/{place.name}", UNKNOWN
-        for event in place.ledger().events():
+        for event in place.event_log().events():
             if event["event"] == "sweep_started":
                 user = str(event.get("user", UNKNOWN))
             elif event["event"] in ("trial_done", "artifact_prepared"):

@@ -40,7 +40,7 @@ from orchestrator.reporting.results import NAMED, results_of
 from orchestrator.reporting.rows import Row, named, worlds_of
 from orchestrator.spec import Cell, SweepSpec
 from orchestrator.spec.sweep_file import only_values
-from orchestrator.store import ArtifactStore, Place, TrialRecord, read_trial
+from orchestrator.store import ArtifactStore, SweepLocation, TrialRecord, read_trial
 
 BEST = "best"
 RUN_BY = "mutual_information"  # the objective that reads no label at all
@@ -71,7 +71,7 @@ class Chosen:
 # ---------------------------------------------------------------- which trial
 
 
-def best_trial(sweep: SweepSpec, place: Place, only: Sequence[str]) -> Chosen:
+def best_trial(sweep: SweepSpec, location: SweepLocation, only: Sequence[str]) -> Chosen:
     """The row of the sweep's table with the best mean, and of its runs one that no label chose.
 
     The point of a searched cell is the one that the table shows, which no test label picked. The
@@ -83,8 +83,8 @@ def best_trial(sweep: SweepSpec, place: Place, only: Sequence[str]) -> Chosen:
     Raises:
         ValueError: nothing is done, or rows are of different datasets, paradigms or modalities.
     """
-    store = place.store
-    plan = plan_of(sweep, place)
+    store = location.store
+    plan = plan_of(sweep, location)
     every = results_of(plan, store).rows
     cells = _cells(plan.cells, only_values(sweep, only))
     kept = [row for row in every if row.cell in cells]
@@ -126,7 +126,7 @@ def best_trial(sweep: SweepSpec, place: Place, only: Sequence[str]) -> Chosen:
         left = counted(open_ones, "trial")
         _say(f"note:     the sweep has {left} left to run, which may change it")
     spec = normalised(slot.spec)
-    return Chosen(spec, record, f"{place.project}/{place.name}", slot.id, how)
+    return Chosen(spec, record, f"{location.project}/{location.name}", slot.id, how)
 
 
 def _cells(cells: Iterable[Cell], kept: Mapping[str, Sequence[Any]]) -> set[str]:

@@ -26,7 +26,7 @@ from orchestrator.planning.plan import WORDS
 from orchestrator.reporting import charts
 from orchestrator.reporting._layouts import Layout, without_empty
 from orchestrator.reporting._statistics import Array
-from orchestrator.reporting.report_data import Evidence
+from orchestrator.reporting.report_data import ReportData
 from orchestrator.reporting.rows import Row, choice_notes, has_images, mark_notes, world_text
 from orchestrator.reporting.tables import WORLD, differences, laid_out, texts
 from orchestrator.spec.presets import METHODS
@@ -39,7 +39,7 @@ MOST_WORLDS = 12  # of which charts are drawn that are large
 MOST_CARDS = 2  # of which there are pictures
 
 
-def page(found: Evidence) -> str:
+def page(found: ReportData) -> str:
     """The report: what came out, on what it rests, what it cost.
 
     Nothing in it tells when it was made; numbers, charts and pictures follow from the sweep's
@@ -59,7 +59,7 @@ def page(found: Evidence) -> str:
         title=found.sweep.name,
         question=re.split(r"\n\s*\n", found.sweep.question.strip()),
         sections=sections,
-        footer=f"airsweep {_version()}, sweep {found.place.project}/{found.place.name}, "
+        footer=f"airsweep {_version()}, sweep {found.location.project}/{found.location.name}, "
         f"{len(found.results.entries)} results.",
     )
     return text + "\n"
@@ -111,7 +111,7 @@ def _tables(lines: Sequence[Mapping[str, str]], note: str = "") -> list[Layout]:
 # ---------------------------------------------------------------- accuracy
 
 
-def answer(found: Evidence) -> Iterator[Group]:
+def answer(found: ReportData) -> Iterator[Group]:
     """The best row of each world, and the best with synthetic images where that is another."""
     results, lines = found.results, texts(found.results)
     cards = []
@@ -129,7 +129,7 @@ def answer(found: Evidence) -> Iterator[Group]:
     yield Group(texts=[*filter(None, [_verdict(found), _state(found)])], cards=cards)
 
 
-def _verdict(found: Evidence) -> str:
+def _verdict(found: ReportData) -> str:
     """Do synthetic images help, in one sentence."""
     parts = []
     comparisons = found.results.comparisons
@@ -150,7 +150,7 @@ def _verdict(found: Evidence) -> str:
     )
 
 
-def _state(found: Evidence) -> str:
+def _state(found: ReportData) -> str:
     counts = found.counts
     left = {state: counts[state] for state in ("waiting", "failed", "pruned") if counts[state]}
     done = counts["done"] + counts["reused"]
@@ -161,7 +161,7 @@ def _state(found: Evidence) -> str:
     return f"{text}. {picked}"
 
 
-def table(found: Evidence) -> Iterator[Group]:
+def table(found: ReportData) -> Iterator[Group]:
     """All rows, as `airsweep table` prints them."""
     layout = laid_out(found.results)
     alt = f"Accuracy of {len(found.results.rows)} rows with intervals"
@@ -169,7 +169,7 @@ def table(found: Evidence) -> Iterator[Group]:
     yield Group(texts=[" ".join(layout.caption)], figures=drawn, tables=[layout])
 
 
-def by_setting(found: Evidence) -> Iterator[Group]:
+def by_setting(found: ReportData) -> Iterator[Group]:
     """Accuracy against each number that the sweep varies."""
     drawn = [
         _chart(figure, f"Accuracy against {key}")
@@ -186,7 +186,7 @@ def by_setting(found: Evidence) -> Iterator[Group]:
         yield Group(texts=[text], figures=drawn)
 
 
-def components(found: Evidence) -> Iterator[Group]:
+def components(found: ReportData) -> Iterator[Group]:
     """Each row minus its host and its control."""
     if found.results.comparisons:
         figure = charts.differences(found.results)
@@ -207,7 +207,7 @@ PSEUDO = (
 )
 
 
-def pseudo_labels(found: Evidence) -> Iterator[Group]:
+def pseudo_labels(found: ReportData) -> Iterator[Group]:
     """How good pseudo-labels are, iteration by iteration."""
     for world in found.results.worlds[:MOST_WORLDS]:
         best: dict[str, Row] = {}  # the best row of each method
@@ -224,7 +224,7 @@ def pseudo_labels(found: Evidence) -> Iterator[Group]:
             yield Group(heading=world_text(world), figures=drawn)
 
 
-def confusions(found: Evidence) -> Iterator[Group]:
+def confusions(found: ReportData) -> Iterator[Group]:
     """Which classes are taken for which, by the best row and by its host."""
     results = found.results
     for world in results.worlds[:MOST_WORLDS]:
@@ -232,7 +232,7 @@ def confusions(found: Evidence) -> Iterator[Group]:
         known = METHODS.get(best.method)
         host = results.partner(best, known.host) if known and known.host else None
         spec = next(slot.spec for slot in found.plan.slots if slot.cell.id == best.cell)
-        classes = tested_classes(spec, found.place.store)
+        classes = tested_classes(spec, found.location.store)
         names = [name.replace("_", " ") for name in classes]
         drawn, lines = [], []
         for row in filter(None, (best, host)):
@@ -271,9 +271,9 @@ def confused(
 # ---------------------------------------------------------------- images
 
 
-def images(found: Evidence) -> Iterator[Group]:
+def images(found: ReportData) -> Iterator[Group]:
     """Real images beside those of the diffusion model, and how good the latter are."""
-    sheet = found.place.folder / "contact_sheet.png"
+    sheet = found.location.folder / "contact_sheet.png"
     if sheet.exists() and sheet.stat().st_size:
         shares = found.outcome.get("run", {}).get("shares", {})
         by_group = ", ".join(f"{name} {share:.0%}" for name, share in sorted(shares.items()))
@@ -289,7 +289,7 @@ def _photo(file: Path, alt: str, caption: str = "") -> Picture:
     return Picture(src=_data("image/png", file.read_bytes()), alt=alt, caption=caption, wide=True)
 
 
-def _audits(found: Evidence) -> Iterator[Group]:
+def _audits(found: ReportData) -> Iterator[Group]:
     """What `airsweep audit` says of all rows of images, and pictures of the most doubtful ones."""
     if not found.cards:
         return
@@ -330,7 +330,7 @@ def _plus_minus(pair: Sequence[float] | None) -> str:
 # ---------------------------------------------------------------- search
 
 
-def searched(found: Evidence) -> Iterator[Group]:
+def searched(found: ReportData) -> Iterator[Group]:
     """What a search tried, which settings mattered, and whether its objective was a guide."""
     search = found.sweep.search
     if search is None:
@@ -377,7 +377,7 @@ def searched(found: Evidence) -> Iterator[Group]:
 # ---------------------------------------------------------------- time, failures, lineage
 
 
-def costs(found: Evidence) -> Iterator[Group]:
+def costs(found: ReportData) -> Iterator[Group]:
     """Where the time went."""
     lines = []
     for stage, (count, seconds) in found.costs().items():
@@ -398,7 +398,7 @@ def costs(found: Evidence) -> Iterator[Group]:
     yield Group(texts=[text], tables=_tables(lines))
 
 
-def failures(found: Evidence) -> Iterator[Group]:
+def failures(found: ReportData) -> Iterator[Group]:
     """What failed, and what was done about it."""
     standing = found.standing
     failed = Counter(
@@ -416,7 +416,7 @@ def failures(found: Evidence) -> Iterator[Group]:
         yield Group(tables=_tables(lines))
 
 
-def lineage(found: Evidence) -> Iterator[Group]:
+def lineage(found: ReportData) -> Iterator[Group]:
     """From which inputs, with which code, and how to get it again."""
     facts = [
         (name, ", ".join(map(str, found.made(name))))
@@ -435,7 +435,7 @@ def lineage(found: Evidence) -> Iterator[Group]:
     ]
     yield Group(
         texts=[
-            f"Sweep {found.place.project}/{found.place.name}. The same again: airsweep run "
+            f"Sweep {found.location.project}/{found.location.name}. The same again: airsweep run "
             f"{found.sweep.source}. One trial again, from its record: airsweep repro KEY. The "
             "differences between two trials: airsweep diff A B."
         ],
@@ -445,7 +445,7 @@ def lineage(found: Evidence) -> Iterator[Group]:
 
 
 # Address, title, first paragraph, and what follows.
-SECTIONS: tuple[tuple[str, str, str, Callable[[Evidence], Iterator[Group]]], ...] = (
+SECTIONS: tuple[tuple[str, str, str, Callable[[ReportData], Iterator[Group]]], ...] = (
     ("answer", "Answer", "", answer),
     ("table", "Accuracy", "", table),
     ("settings", "Accuracy by setting", "", by_setting),

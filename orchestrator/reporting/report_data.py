@@ -12,15 +12,15 @@ from orchestrator.planning.audit_card import AuditCard, audited_by, known_card, 
 from orchestrator.reporting.results import Standing, results_of, standing
 from orchestrator.reporting.rows import Results, Row, rows
 from orchestrator.spec import SweepSpec
-from orchestrator.store import Place, read_outcome
+from orchestrator.store import SweepLocation, read_outcome
 
 
 @dataclass(frozen=True)
-class Evidence:
+class ReportData:
     """One sweep with all that its trials left behind."""
 
     sweep: SweepSpec
-    place: Place
+    location: SweepLocation
     plan: Plan
     results: Results
     points: Sequence[Row]  # one row a point, also of a search
@@ -33,7 +33,7 @@ class Evidence:
         """Times made and seconds of one worker, by stage; of what this sweep made itself."""
         from pandas import DataFrame
 
-        events = self.place.ledger().events()
+        events = self.location.event_log().events()
         seconds = [
             (event["stage"], event["seconds"])
             for event in events
@@ -64,37 +64,37 @@ class Evidence:
         return found
 
 
-def evidence_of(sweep: SweepSpec, place: Place) -> Evidence:
+def report_data_of(sweep: SweepSpec, location: SweepLocation) -> ReportData:
     """
     Raises:
         ValueError: no trial of it has finished.
     """
-    plan = plan_of(sweep, place)
-    results = results_of(plan, place.store)
+    plan = plan_of(sweep, location)
+    results = results_of(plan, location.store)
     if not results.entries:
         raise ValueError(
-            f"sweep {place.project}/{place.name} has no finished trial to report "
+            f"sweep {location.project}/{location.name} has no finished trial to report "
             f"({plan.total} are planned); run `airsweep run {sweep.source}`, and see "
-            f"`airsweep status {place.name}`"
+            f"`airsweep status {location.name}`"
         )
-    stands = standing(place.ledger())
-    return Evidence(
+    stands = standing(location.event_log())
+    return ReportData(
         sweep,
-        place,
+        location,
         plan,
         results,
         points=rows(results.entries, None),
         standing=stands,
         counts=stands.counts(alive=False, among={slot.id for slot in plan.slots}),
-        outcome=read_outcome(place),
-        cards=_cards(sweep, place),
+        outcome=read_outcome(location),
+        cards=_cards(sweep, location),
     )
 
 
-def _cards(sweep: SweepSpec, place: Place) -> list[tuple[AuditCard, Path]]:
+def _cards(sweep: SweepSpec, location: SweepLocation) -> list[tuple[AuditCard, Path]]:
     try:
-        rows = ready(audited_by(sweep, place), place)
+        rows = ready(audited_by(sweep, location), location)
     except ValueError:  # no images, or not all of them yet
         return []
-    known = [(known_card(row, place), place.folder / f"{row.name}.png") for row in rows]
+    known = [(known_card(row, location), location.folder / f"{row.name}.png") for row in rows]
     return [(card, picture) for card, picture in known if card is not None and picture.exists()]

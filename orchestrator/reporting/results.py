@@ -14,7 +14,7 @@ from air_core.normal import normalised
 from air_core.paradigms import seen_unseen
 from orchestrator.planning import Plan, Slot
 from orchestrator.reporting.rows import Entry, Results, rows
-from orchestrator.store import ArtifactStore, Ledger, TrialRecord, read_trial
+from orchestrator.store import ArtifactStore, EventLog, TrialRecord, read_trial
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -139,7 +139,7 @@ def _objectives(
 CURVES = ("trial", "metric", "iteration", "value")
 
 
-def trials_frame(plan: Plan, store: ArtifactStore, ledger: Ledger) -> DataFrame:
+def trials_frame(plan: Plan, store: ArtifactStore, event_log: EventLog) -> DataFrame:
     """One line for each trial whose point is known, in the order of the plan.
 
     Columns: `trial` (its name in the ledger) and `key` (12 digits), both of which `airsweep diff`
@@ -149,8 +149,8 @@ def trials_frame(plan: Plan, store: ArtifactStore, ledger: Ledger) -> DataFrame:
     """
     from pandas import DataFrame
 
-    found = standing(ledger)
-    alive = "running" in found.last.values() and ledger.busy()
+    found = standing(event_log)
+    alive = "running" in found.last.values() and event_log.busy()
     records = {slot.id: record for slot, record in finished(plan, store)}
     settings = dict.fromkeys(key for slot in plan.slots for key in _settings(slot))
     lines = []
@@ -237,10 +237,10 @@ class Standing:
         }
 
 
-def standing(ledger: Ledger) -> Standing:
+def standing(event_log: EventLog) -> Standing:
     """Fold the ledger."""
     found = Standing()
-    for event in ledger.events():
+    for event in event_log.events():
         match event["event"]:
             case "sweep_started":
                 found.total, found.exit_code = event["total"], None

@@ -12,12 +12,18 @@ from typing import Any
 from air_core.flat import to_flat
 from orchestrator.failures import CLASSES
 from orchestrator.formatting import clock, counted, shown
-from orchestrator.planning import Plan, changed_inputs, does_not_fit, earlier_results, plan_of
+from orchestrator.planning import (
+    Plan,
+    changed_inputs,
+    earlier_results,
+    plan_of,
+    unschedulable_reason,
+)
 from orchestrator.planning.estimate import Estimate
 from orchestrator.reporting.results import Standing, results_of, standing
 from orchestrator.reporting.summary import facts_of, next_facts, summary, title_of
 from orchestrator.spec import SweepSpec, notes_of, presets
-from orchestrator.store import Place
+from orchestrator.store import SweepLocation
 
 STATES = {"present": "there", "partial": "in part", "missing": "to make"}
 
@@ -26,14 +32,17 @@ STATES = {"present": "there", "partial": "in part", "missing": "to make"}
 
 
 def plan_screen(
-    plan: Plan, place: Place, explain: bool, sources: Mapping[str, int] = MappingProxyType({})
+    plan: Plan,
+    location: SweepLocation,
+    explain: bool,
+    sources: Mapping[str, int] = MappingProxyType({}),
 ) -> str:
     """What would run.
 
     Args:
         sources: other sweeps whose trials are reused, and how many of each.
     """
-    shown = plan.json(place.store)
+    shown = plan.json(location.store)
     trials = shown["trials"]
     lines = [
         f"{plan.sweep.name}: {counted(len(plan.cells), 'cell')}, "
@@ -42,7 +51,7 @@ def plan_screen(
         + (f"{trials['pruned']} pruned, " if trials["pruned"] else "")
         + f"{trials['to_run']} to run",
         *([str(plan.edit)] if plan.edit is not None else []),
-        *changed_inputs(earlier_results(plan, place)),
+        *changed_inputs(earlier_results(plan, location)),
         "",
     ]
     lines += [f"  reused   {counted(count, 'trial')} of {name}" for name, count in sources.items()]
@@ -51,12 +60,12 @@ def plan_screen(
         size = f"  {artifact['bytes'] / 1e6:.1f} MB" if artifact["bytes"] else ""
         lines.append(f"  {STATES[artifact['state']]:<8} {artifact['key']}{count}{size}")
     lines += ["", f"  {_time_left(plan)}"]
-    problem = does_not_fit(plan, place.store)
+    problem = unschedulable_reason(plan, location.store)
     lines += [f"  it would not start: {problem}"] if problem else []
     lines += [f"  note: {note}" for note in notes_of(plan.sweep)]
     varied = plan.sweep.seeds.vary
     if "split_seed" in varied:
-        rows = sum(need.stage == "images" for need in plan.needs)
+        rows = sum(requirement.stage == "images" for requirement in plan.requirements)
         lines.append(f"  note: seeds vary {', '.join(varied)}: {rows} rows of images")
     if explain:
         lines += ["", *_explain(plan)]
@@ -102,17 +111,17 @@ def _explain(plan: Plan) -> list[str]:
 # ---------------------------------------------------------------- status
 
 
-def status(place: Place) -> dict[str, Any]:
+def status(location: SweepLocation) -> dict[str, Any]:
     """The contract of `status --json`."""
-    found = standing(place.ledger())
-    alive = place.ledger().busy()
+    found = standing(location.event_log())
+    alive = location.event_log().busy()
     return {
-        "sweep": f"{place.project}/{place.name}",
+        "sweep": f"{location.project}/{location.name}",
         "running": alive,
         "exit_code": found.exit_code,
         "trials": found.counts(alive),
         "prepared": dict(found.prepared),
-        "waiting": _waiting(found, place) if alive else None,
+        "waiting": _waiting(found, location) if alive else None,
         "retried": dict(found.retried),
         "failures": [
             {"slot": slot, "class": event["failure_class"], "message": event["message"]}
@@ -125,13 +134,13 @@ def status(place: Place) -> dict[str, Any]:
     }
 
 
-def _waiting(found: Standing, place: Place) -> dict[str, Any] | None:
+def _waiting(found: Standing, location: SweepLocation) -> dict[str, Any] | None:
     """Who waits for what: cells for artifacts that are made now, and which of these others make."""
     left = {key: count for key, count in found.waiting_for.items() if count > 0}
     if not left:
         return None
-    holders = {key: place.store.locks.holder(key.rpartition("-")[2]) for key in left}
-    mine = f"{place.project}/{place.name} "
+    holders = {key: location.store.locks.holder(key.rpartition("-")[2]) for key in left}
+    mine = f"{location.project}/{location.name} "
     others = {key: who for key, who in holders.items() if who and not who.startswith(mine)}
     return {"cells": list(found.waiting_cells), "for": left, "others": others}
 
@@ -177,10 +186,10 @@ def _count(left: int) -> str:
 WIDEST, NARROWEST = 100, 60  # columns
 
 
-def summary_screen(sweep: SweepSpec, place: Place) -> str:
+def summary_screen(sweep: SweepSpec, location: SweepLocation) -> str:
     """The table of a sweep and what its last run did."""
-    place = replace(place, recorded=True)
-    plan = plan_of(sweep, place)
-    facts = [*facts_of(plan, place), *next_facts(plan, place)]
+    location = replace(location, recorded=True)
+    plan = plan_of(sweep, location)
+    facts = [*facts_of(plan, location), *next_facts(plan, location)]
     width = min(WIDEST, max(NARROWEST, shutil.get_terminal_size((WIDEST, 24)).columns))
-    return summary(title_of(plan), results_of(plan, place.store), facts, width=width)
+    return summary(title_of(plan), results_of(plan, location.store), facts, width=width)

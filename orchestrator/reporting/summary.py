@@ -33,7 +33,14 @@ from orchestrator.reporting.rows import (
 )
 from orchestrator.reporting.tables import differences, texts
 from orchestrator.spec.sweep import option_words
-from orchestrator.store import Place, folder_of, is_bucket, read_outcome, read_resolved, smoke_store
+from orchestrator.store import (
+    SweepLocation,
+    folder_of,
+    is_bucket,
+    read_outcome,
+    read_resolved,
+    smoke_store,
+)
 
 MOST = 12  # differences that are shown
 # Columns of `table` and of the report alone.
@@ -115,11 +122,11 @@ def title_of(plan: Plan) -> str:
     return f"airsweep {plan.sweep.name}   {words}"
 
 
-def facts_of(plan: Plan, place: Place) -> list[tuple[str, str]]:
+def facts_of(plan: Plan, location: SweepLocation) -> list[tuple[str, str]]:
     """What the last run did, as (label, text): images, trials, time, searches."""
-    outcome = read_outcome(place)
+    outcome = read_outcome(location)
     run = outcome.get("run", {})
-    counts = standing(place.ledger()).counts(alive=False, among={s.id for s in plan.slots})
+    counts = standing(location.event_log()).counts(alive=False, among={s.id for s in plan.slots})
     parts = []
     if shares := run.get("shares", {}):
         groups = ", ".join(f"{name} {share:.0%}" for name, share in sorted(shares.items()))
@@ -132,10 +139,10 @@ def facts_of(plan: Plan, place: Place) -> list[tuple[str, str]]:
     pruned = f"{counts['pruned']} pruned, " if counts["pruned"] else ""
     trials = (
         f"{plan.total}: {counts['done']} run, {counts['reused']} reused, {pruned}"
-        f"{counts['failed']} failed{_read_by(plan, place)}"
+        f"{counts['failed']} failed{_read_by(plan, location)}"
     )
     facts = [("images", "; ".join(parts)), ("trials", trials), ("time", _time(outcome, run))]
-    facts.append(("search", "\n".join(_ended_searches(plan, place))))
+    facts.append(("search", "\n".join(_ended_searches(plan, location))))
     return [(label, text) for label, text in facts if text]
 
 
@@ -153,12 +160,12 @@ def _time(outcome: Mapping[str, Any], run: Mapping[str, Any]) -> str:
     )
 
 
-def _ended_searches(plan: Plan, place: Place) -> list[str]:
+def _ended_searches(plan: Plan, location: SweepLocation) -> list[str]:
     """Searches that patience ended."""
     search = plan.sweep.search
     if search is None or search.patience is None:
         return []
-    found = searches(place.ledger())
+    found = searches(location.event_log())
     ended = {cell.id: found.points(cell, search) for cell in plan.cells if cell.space}
     return [
         f"{cell}: ended after {points} of {search.points} points, "
@@ -172,56 +179,60 @@ PHASES = {one: one for one in ("features", "labels", "lora", "images", "trials")
 PHASES["lora"] = "LoRA"
 
 
-def _read_by(plan: Plan, place: Place) -> str:
-    there = [need for need in plan.needs if need.have(place.store) == need.total()]
+def _read_by(plan: Plan, location: SweepLocation) -> str:
+    there = [
+        requirement
+        for requirement in plan.requirements
+        if requirement.have(location.store) == requirement.total()
+    ]
     rows = [
-        (need.images_per_class, need.spec.images)
-        for need in there
-        if isinstance(need.spec, SyntheticFeaturesSpec)
+        (requirement.images_per_class, requirement.spec.images)
+        for requirement in there
+        if isinstance(requirement.spec, SyntheticFeaturesSpec)
     ]
     if not rows:
         return ""
-    loras = sum(need.stage == "lora" for need in there)
+    loras = sum(requirement.stage == "lora" for requirement in there)
     images = sum(count * len(spec.classnames) for count, spec in rows)
     readers = sum(normalised(slot.spec).images is not None for slot in plan.slots)
     return f"; {loras} LoRA, {images} images drawn once, read by {readers} trials"
 
 
-def next_facts(plan: Plan, place: Place) -> list[tuple[str, str]]:
+def next_facts(plan: Plan, location: SweepLocation) -> list[tuple[str, str]]:
     """Where to look, and what to type next, from here."""
-    sheet = place.folder / "contact_sheet.png"
+    sheet = location.folder / "contact_sheet.png"
     facts = []
     if sheet.exists():
         facts.append(("look", f"{near(sheet)}"))
-    asked, store = _asked(plan, place), _store_option(place, smoke=True)
-    browsed = _store_option(place, smoke=False)
+    asked, store = _asked(plan, location), _store_option(location, smoke=True)
+    browsed = _store_option(location, smoke=False)
     facts.append(("browse", f"airsweep ui{browsed}  ->  http://127.0.0.1:5000"))
     left = f"{plan.to_run} trials are left" if plan.to_run else "nothing to do"
     if in_ray_job():
         facts.append(("again", f"submit it again, with the same options: {left}"))
         return facts
-    shared = place.store.name if is_bucket(place.store.name) else "/shared/runs"
+    shared = location.store.name if is_bucket(location.store.name) else "/shared/runs"
     facts.append(("cluster", f"airsweep submit {asked} --address $ADDR --store {shared}"))
     facts.append(("again", f"airsweep run {asked}{store}: {left}"))
     return facts
 
 
-def _asked(plan: Plan, place: Place) -> str:
+def _asked(plan: Plan, location: SweepLocation) -> str:
     """The file and the options that this sweep was asked for with."""
     words = [plan.sweep.source]
     with suppress(FileNotFoundError):
-        origin = read_resolved(place)
+        origin = read_resolved(location)
         kept = (origin.get("sets", []), origin.get("only", []), bool(origin.get("smoke")))
         words += map(shlex.quote, option_words(*kept))
     return " ".join(words)
 
 
-def _store_option(place: Place, *, smoke: bool) -> str:
+def _store_option(location: SweepLocation, *, smoke: bool) -> str:
     """
     Args:
         smoke: the command has an option that leads to the store of trial runs.
     """
-    store = place.store
+    store = location.store
     usual = os.environ.get("AIRSWEEP_STORE") or "runs"
     if is_bucket(store.name):
         known = [usual, *([str(smoke_store(usual))] if smoke else [])]

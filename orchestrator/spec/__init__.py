@@ -1,16 +1,24 @@
 """The sweep file: its format, its checks, and the trials that it describes."""
 
 from orchestrator.spec.marked_yaml import SpecError
-from orchestrator.spec.sweep import Cell, Dimension, Resources, SweepSpec, Want, cells_of, notes_of
+from orchestrator.spec.sweep import (
+    Cell,
+    Dimension,
+    ProcessResources,
+    Resources,
+    SweepSpec,
+    cells_of,
+    notes_of,
+)
 from orchestrator.spec.sweep_file import find_sweep, load_sweep, sweep_schema
 
 __all__ = [
     "Cell",
     "Dimension",
+    "ProcessResources",
     "Resources",
     "SpecError",
     "SweepSpec",
-    "Want",
     "cells_of",
     "find_sweep",
     "load_sweep",

@@ -204,7 +204,7 @@ class GeneratorResources:
     )
 
 
-Want = TrialResources | GeneratorResources  # what one process asks of its machine
+ProcessResources = TrialResources | GeneratorResources  # what one process asks of its machine
 ENCODER_BATCH = 256
 
 
@@ -236,7 +236,7 @@ class Resources:
             gpu=self.trial.gpu if gpu is None else gpu,
         )
 
-    def want(self, stage: str) -> Want:
+    def want(self, stage: str) -> ProcessResources:
         """What a process asks for that works on a stage."""
         match stage:
             case "trials":

@@ -43,7 +43,7 @@ from orchestrator.planning.dataset_text import about, text_of
 from orchestrator.planning.plan import BASE_PER_CLASS
 from orchestrator.planning.resolve import images_folder
 from orchestrator.stages.build import read_target
-from orchestrator.stages.context import ChangedInput, Workshop, one_thread
+from orchestrator.stages.context import ChangedInput, WorkerContext, one_thread
 from orchestrator.stages.image_rows import read_drawn, read_pictures, read_synthetic
 from orchestrator.stages.pictures import Tile, captioned_sheet
 from orchestrator.store import ArtifactStore
@@ -57,7 +57,9 @@ Report = Callable[[int, int], None]
 
 
 @one_thread()
-def made(row: Audited, shop: Workshop, report: Report | None = None) -> tuple[AuditCard, bytes]:
+def made(
+    row: Audited, worker: WorkerContext, report: Report | None = None
+) -> tuple[AuditCard, bytes]:
     """A card and its sheet, a PNG.
 
     Args:
@@ -66,16 +68,16 @@ def made(row: Audited, shop: Workshop, report: Report | None = None) -> tuple[Au
     Raises:
         MissingArtifact: images or features are not there.
     """
-    images, table = _read(row, shop.store, report)
-    backbone = shop.backbone(row.row.backbone, row.row.precision)
-    template = text_of(row.features, shop.store).template
+    images, table = _read(row, worker.store, report)
+    backbone = worker.backbone(row.row.backbone, row.row.precision)
+    template = text_of(row.features, worker.store).template
     text = text_classifier(backbone, row.row.images.classnames, template)
-    targets = [read_target(row.features, split, shop.store) for split in row.splits]
+    targets = [read_target(row.features, split, worker.store) for split in row.splits]
     pool = targets[0].features[targets[0].split.pool]
     test = torch.cat([target.split.test for target in targets]).unique()
-    base = _base(row, shop.store)
+    base = _base(row, worker.store)
     try:
-        shop.examples(row.features.dataset)
+        worker.examples(row.features.dataset)
     except ChangedInput as problem:
         log.warning("%s; copies of test images are not looked for", problem)
     logits = _logits(text, images.features, row.classes)
@@ -83,7 +85,7 @@ def made(row: Audited, shop: Workshop, report: Report | None = None) -> tuple[Au
         pool=pool,
         base=None if base is None else base.batch.features,
         test=targets[0].features[test],
-        test_hash=lambda position: _test_hash(row, shop, int(test[position])),
+        test_hash=lambda position: _test_hash(row, worker, int(test[position])),
     )
     found = audit(images, logits, around)
     table = table.assign(
@@ -122,7 +124,7 @@ def made(row: Audited, shop: Workshop, report: Report | None = None) -> tuple[Au
         classes=[_class_line(str(name), of) for name, of in _by_class(table)],
         flagged=flagged,
     )
-    return card, _sheet(card, table, found, row, shop)
+    return card, _sheet(card, table, found, row, worker)
 
 
 def _read(row: Audited, store: ArtifactStore, report: Report | None) -> tuple[ImageSet, DataFrame]:
@@ -190,14 +192,14 @@ def _logits(text: LinearClassifier, features: Tensor, classes: Sequence[int]) ->
     return logits.masked_fill(others, -torch.inf)
 
 
-def _test_hash(row: Audited, shop: Workshop, position: int) -> Tensor | None:
-    picture = _test_picture(row, shop, position)
+def _test_hash(row: Audited, worker: WorkerContext, position: int) -> Tensor | None:
+    picture = _test_picture(row, worker, position)
     return None if picture is None else difference_hash(picture)
 
 
-def _test_picture(row: Audited, shop: Workshop, position: int) -> Image.Image | None:
+def _test_picture(row: Audited, worker: WorkerContext, position: int) -> Image.Image | None:
     with suppress(Unreadable, ChangedInput, FileNotFoundError):
-        return shop.examples(row.features.dataset).images[position]
+        return worker.examples(row.features.dataset).images[position]
     return None
 
 
@@ -297,7 +299,9 @@ def _class_line(classname: str, images: DataFrame) -> dict[str, Any]:
 # ---------------------------------------------------------------- the sheet
 
 
-def _sheet(card: AuditCard, table: DataFrame, found: Audit, row: Audited, shop: Workshop) -> bytes:
+def _sheet(
+    card: AuditCard, table: DataFrame, found: Audit, row: Audited, worker: WorkerContext
+) -> bytes:
     """The facts, and under them the best, worst and flagged images, and what is nearest to what."""
     falling = table.dropna(subset="margin").sort_values("margin", ascending=False, kind="stable")
     copies = {one.image for one in found.findings if one.reason == "test copy"}
@@ -312,12 +316,12 @@ def _sheet(card: AuditCard, table: DataFrame, found: Audit, row: Audited, shop: 
     }
     wanted = [place for line in lines.values() for one, _, _ in line for place in one]
     drawn = [tuple(table.loc[i, ["label", "index"]]) for kind, i in wanted if kind != "test"]
-    pictures = read_pictures(row.row, drawn, shop.store)
+    pictures = read_pictures(row.row, drawn, worker.store)
 
     def tile(place: tuple[str, int], words: str, flagged: bool) -> Tile:
         kind, i = place
         if kind == "test":
-            return Tile(_test_picture(row, shop, i), "test image", str(i), flagged)
+            return Tile(_test_picture(row, worker, i), "test image", str(i), flagged)
         image = table.loc[i]
         picture = pictures[image.label, image["index"]]
         return Tile(picture, image.classname, f"{image['index']}   {words}", flagged)

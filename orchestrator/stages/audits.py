@@ -18,14 +18,14 @@ from orchestrator.planning.audit_card import (
     ready,
 )
 from orchestrator.spec import SweepSpec
-from orchestrator.store import Place
+from orchestrator.store import SweepLocation
 
 if TYPE_CHECKING:
     from orchestrator.stages.auditor import Report
 
 
 def audit_cards(
-    sweep: SweepSpec, place: Place, report: Callable[[str], Report] | None = None
+    sweep: SweepSpec, location: SweepLocation, report: Callable[[str], Report] | None = None
 ) -> list[AuditCard]:
     """A card for each row of images that a sweep's trials read; made where it is missing.
 
@@ -39,15 +39,15 @@ def audit_cards(
         ValueError: the sweep reads no images, or none is drawn yet.
     """
     found = []
-    for row in ready(audited_by(sweep, place), place):
-        card = known_card(row, place)
+    for row in ready(audited_by(sweep, location), location):
+        card = known_card(row, location)
         if card is None:
             from orchestrator.stages.auditor import made  # it needs torch
-            from orchestrator.stages.context import Workshop
+            from orchestrator.stages.context import WorkerContext
 
-            shop = Workshop(place.store, place.data_root)
-            card, png = made(row, shop, report(row.name) if report else None)
+            worker = WorkerContext(location.store, location.data_root)
+            card, png = made(row, worker, report(row.name) if report else None)
             for name, content in card_files(card, png).items():
-                place.write(name, content)
+                location.write(name, content)
         found.append(card)
     return found

@@ -27,7 +27,7 @@ from air_core.specs import FeaturesSpec, LabelsSpec, LoraSpec, SplitSettings
 from air_core.types import Batch, Labelled, Split
 from orchestrator.planning.dataset_text import DatasetText, text_of
 from orchestrator.planning.resolve import images_folder
-from orchestrator.stages.context import Workshop
+from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.image_rows import read_synthetic
 from orchestrator.store import ArtifactStore
 from orchestrator.store.artifacts import Artifact
@@ -40,7 +40,7 @@ CHUNK = 512  # images that are decoded at a time
 
 
 def build_features(
-    spec: FeaturesSpec, shop: Workshop, report: Callable[[int, int], None] | None = None
+    spec: FeaturesSpec, worker: WorkerContext, report: Callable[[int, int], None] | None = None
 ) -> Artifact:
     """CLIP features, or patch tokens, of a whole dataset.
 
@@ -54,7 +54,7 @@ def build_features(
     """
 
     def build(folder: Path) -> dict[str, Any]:
-        with shop.reading(spec.dataset) as examples:
+        with worker.reading(spec.dataset) as examples:
             return encode(examples, folder)
 
     def encode(examples: Examples, folder: Path) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def build_features(
                     bad.append(str(problem))
                     parts[i] = PARTS.index("bad")
                     images.append(Image.new("RGB", (8, 8)))
-            rows.append(shop.encoded(images, spec))
+            rows.append(worker.encoded(images, spec))
             if report is not None:
                 report(start + len(images), len(examples.images))
         if len(bad) > BAD_SHARE * len(parts):
@@ -78,10 +78,10 @@ def build_features(
             )
         arrays = {"features": np.concatenate(rows), "labels": examples.labels, "parts": parts}
         save_file(arrays, folder / "features.safetensors")
-        counts = {"images": len(parts) - len(bad), "unreadable": len(bad), "batch": shop.batch}
-        return counts | asdict(text_of(spec, shop.store))
+        counts = {"images": len(parts) - len(bad), "unreadable": len(bad), "batch": worker.batch}
+        return counts | asdict(text_of(spec, worker.store))
 
-    return shop.store.get_or_build(spec, build)
+    return worker.store.get_or_build(spec, build)
 
 
 @dataclass(frozen=True)
@@ -139,15 +139,15 @@ def _target(path: Path, split: SplitSettings, text: DatasetText) -> Target:
 # ---------------------------------------------------------------- labels and LoRA
 
 
-def build_labels(spec: LabelsSpec, shop: Workshop) -> Artifact:
+def build_labels(spec: LabelsSpec, worker: WorkerContext) -> Artifact:
     """The images that a LoRA is trained on: pool images with a pseudo-label, and labelled ones."""
 
     def build(folder: Path) -> dict[str, Any]:
-        target = read_target(spec.features, spec.split, shop.store)
+        target = read_target(spec.features, spec.split, worker.store)
         split, k = target.split, spec.settings.k
         parts = []
         if spec.source != "labelled":
-            parts.append(pseudo_labelled(spec, target, shop))
+            parts.append(pseudo_labelled(spec, target, worker))
         if spec.source != "pseudo" and len(split.labelled):
             parts.append(first_of_each_class(split.labelled, target.labels[split.labelled], k))
         if not parts:
@@ -158,14 +158,16 @@ def build_labels(spec: LabelsSpec, shop: Workshop) -> Artifact:
         right = (target.labels[index] == labels).double().mean().item()
         return {"images": len(index), "accuracy": right}
 
-    return shop.store.get_or_build(spec, build)
+    return worker.store.get_or_build(spec, build)
 
 
-def pseudo_labelled(spec: LabelsSpec, target: Target, shop: Workshop) -> tuple[Tensor, Tensor]:
+def pseudo_labelled(
+    spec: LabelsSpec, target: Target, worker: WorkerContext
+) -> tuple[Tensor, Tensor]:
     """Positions in the dataset, and classes, of the pool images that a LoRA is trained on."""
     dataset, split = target.text, target.split
     text = text_classifier(
-        shop.backbone(spec.features.backbone, spec.features.precision),
+        worker.backbone(spec.features.backbone, spec.features.precision),
         dataset.classnames,
         dataset.template,
     )
@@ -173,22 +175,22 @@ def pseudo_labelled(spec: LabelsSpec, target: Target, shop: Workshop) -> tuple[T
     if spec.images is not None:
         classes = None if split.unseen is None else split.unseen.tolist()
         count = spec.settings.images_per_class
-        bank = read_synthetic(spec.images, count, shop.store, classes)
+        bank = read_synthetic(spec.images, count, worker.store, classes)
     pool = target.batch(split.pool)
     chosen, labels = most_confident(text, pool, spec.settings.k, split.unseen, bank)
     return split.pool[chosen], labels
 
 
 def build_lora(
-    spec: LoraSpec, shop: Workshop, report: Callable[[int, int, float], None] | None = None
+    spec: LoraSpec, worker: WorkerContext, report: Callable[[int, int, float], None] | None = None
 ) -> Artifact:
     """LoRA adapters of a diffusion model, trained on pseudo-labelled pool images."""
 
     def build(folder: Path) -> dict[str, Any]:
-        chosen = load_file(shop.store.get(spec.labels).path / "labels.safetensors")
-        with shop.reading(spec.labels.features.dataset) as examples:
+        chosen = load_file(worker.store.get(spec.labels).path / "labels.safetensors")
+        with worker.reading(spec.labels.features.dataset) as examples:
             pixels = np.stack([square(examples.images[i], spec.size) for i in chosen["index"]])
-        classnames = text_of(spec.labels.features, shop.store).classnames
+        classnames = text_of(spec.labels.features, worker.store).classnames
         names = [classnames[c].replace("_", " ") for c in chosen["labels"]]
         return train_lora(
             torch.from_numpy(pixels),
@@ -197,21 +199,21 @@ def build_lora(
             spec.training,
             spec.size,
             folder,
-            device=shop.device,
+            device=worker.device,
             report=told,
             kept=kept,
         )
 
     def told(step: int, steps: int, loss: float) -> None:
-        shop.store.backend.push(kept)
+        worker.store.backend.push(kept)
         if report is not None:
             report(step, steps, loss)
 
-    kept = shop.store.unfinished(spec)
-    if not shop.store.has(spec):
+    kept = worker.store.unfinished(spec)
+    if not worker.store.has(spec):
         kept.parent.mkdir(parents=True, exist_ok=True)
-        shop.store.backend.pull([kept], anew=False)
-    made = shop.store.get_or_build(spec, build)
+        worker.store.backend.pull([kept], anew=False)
+    made = worker.store.get_or_build(spec, build)
     if kept.exists():
-        shop.store.backend.remove(kept)
+        worker.store.backend.remove(kept)
     return made

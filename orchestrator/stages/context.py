@@ -32,7 +32,7 @@ class ChangedInput(ValueError):
 
 
 @dataclass(frozen=True)
-class Workshop:
+class WorkerContext:
     """One place to work at."""
 
     store: ArtifactStore
@@ -40,7 +40,7 @@ class Workshop:
     device: str = "cpu"
     batch: int = ENCODER_BATCH
 
-    def with_less(self, halvings: int) -> Workshop:
+    def with_less(self, halvings: int) -> WorkerContext:
         """The same with fewer images at a time, for a device that ran out of memory."""
         return replace(self, batch=max(1, self.batch >> halvings))
 

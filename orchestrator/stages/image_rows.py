@@ -28,7 +28,7 @@ from air_core.specs import FolderImages, GeneratedImages, SyntheticFeaturesSpec
 from air_core.types import Batch, Labelled
 from orchestrator.errors import DamagedArtifact, MissingArtifact
 from orchestrator.planning.resolve import images_folder
-from orchestrator.stages.context import Workshop
+from orchestrator.stages.context import WorkerContext
 from orchestrator.store import ArtifactStore
 from orchestrator.store.rows import Row
 
@@ -36,7 +36,7 @@ DEATHS = 2  # processes that a block may kill before it counts as failed
 
 
 def open_generator(
-    images: GeneratedImages | FolderImages, shop: Workshop, thrift: int = 0
+    images: GeneratedImages | FolderImages, worker: WorkerContext, thrift: int = 0
 ) -> ImageGenerator:
     """The generator of a row, with its LoRA from the store.
 
@@ -45,11 +45,11 @@ def open_generator(
     """
     adapter = None
     if isinstance(images, GeneratedImages) and images.lora is not None:
-        adapter = shop.store.get(images.lora).path
+        adapter = worker.store.get(images.lora).path
     folder = images_folder(images.model.name)
-    generator = load_generator(images, folder, adapter, shop.device, thrift)
+    generator = load_generator(images, folder, adapter, worker.device, thrift)
     if isinstance(images, FolderImages):  # after it has listed them: it notices later changes
-        shop.check_ready_images(images.model)
+        worker.check_ready_images(images.model)
     return generator
 
 
@@ -57,7 +57,7 @@ def build_image_block(
     spec: SyntheticFeaturesSpec,
     class_index: int,
     block: int,
-    shop: Workshop,
+    worker: WorkerContext,
     generator: Callable[[], ImageGenerator],
 ) -> dict[str, float]:
     """Draw one block of one class and encode it, unless it is there already.
@@ -73,15 +73,15 @@ def build_image_block(
     Raises:
         RuntimeError: the block has killed the last processes that tried.
     """
-    row = shop.store.open_row(spec.images)
+    row = worker.store.open_row(spec.images)
     with (
-        shop.store.locks.turn(f"{row.key.digest}-{class_index}-{block}"),
+        worker.store.locks.turn(f"{row.key.digest}-{class_index}-{block}"),
         # Not in memory, since the cluster tries a block that kills its process again for ever.
         row.deaths_counted(class_index, block, DEATHS) as deaths,
     ):
         if deaths >= DEATHS:
             raise RuntimeError(f"killed its process {deaths} times")
-        return _build_block(spec, row, class_index, block, shop, generator)
+        return _build_block(spec, row, class_index, block, worker, generator)
 
 
 def _build_block(
@@ -89,17 +89,17 @@ def _build_block(
     row: Row,
     class_index: int,
     block: int,
-    shop: Workshop,
+    worker: WorkerContext,
     generator: Callable[[], ImageGenerator],
 ) -> dict[str, float]:
     drawn: dict[str, float] = {"drawn": 0, "redrawn": 0, "holes": 0, "on_device": 0.0}
-    features = shop.store.open_row(spec)
+    features = worker.store.open_row(spec)
     encoded_before = features.holds(class_index, block, ".safetensors")
     if not encoded_before and row.holds(class_index, block, ".parquet"):
         try:
             row.read(class_index, block, ".parquet")
         except DamagedArtifact as damaged:
-            shop.store.set_aside(damaged)
+            worker.store.set_aside(damaged)
     if not row.holds(class_index, block, ".parquet"):
         table, drawn = _draw(spec.images, class_index, block, generator())
         row.publish(class_index, block, ".parquet", sealed(_parquet(table)))
@@ -108,7 +108,7 @@ def _build_block(
         table = pq.read_table(io.BytesIO(data), columns=["image", "ok"])
         images = [open_png(png) for png in table["image"].to_pylist()]
         started = time.monotonic()
-        encoded_images = shop.encoded(images, spec)
+        encoded_images = worker.encoded(images, spec)
         drawn["on_device"] += time.monotonic() - started
         arrays = {"features": encoded_images, "ok": np.array(table["ok"].to_pylist())}
         encoded = sealed(save(arrays, {"seal": BLANK}))
@@ -248,10 +248,12 @@ def read_images(
     return [[found[c, index] for index in range(count)] for c in classes]
 
 
-def recognised(spec: SyntheticFeaturesSpec, count: int, shop: Workshop, template: str) -> float:
+def recognised(
+    spec: SyntheticFeaturesSpec, count: int, worker: WorkerContext, template: str
+) -> float:
     """Share of the first images that zero-shot CLIP takes for the class they were drawn for."""
-    bank = read_synthetic(spec, count, shop.store, drawn_classes(spec, shop.store))
-    backbone = shop.backbone(spec.backbone, spec.precision)
+    bank = read_synthetic(spec, count, worker.store, drawn_classes(spec, worker.store))
+    backbone = worker.backbone(spec.backbone, spec.precision)
     text = text_classifier(backbone, spec.images.classnames, template)
     return float((text.logits(bank.batch).argmax(dim=-1) == bank.labels).double().mean())
 

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from air_core.specs import FeaturesSpec, SyntheticFeaturesSpec
 
 if TYPE_CHECKING:
-    from orchestrator.stages.context import Workshop
+    from orchestrator.stages.context import WorkerContext
 
 ROWS = 20  # classes that a sheet shows at most
 PER_GROUP = 6
@@ -31,7 +31,7 @@ def contact_sheet(
     drawn: SyntheticFeaturesSpec,
     base: SyntheticFeaturesSpec | None,
     features: FeaturesSpec,
-    shop: Workshop,
+    worker: WorkerContext,
 ) -> tuple[bytes, dict[str, float]]:
     """Real images, images without LoRA and with it, one class a row.
 
@@ -44,16 +44,16 @@ def contact_sheet(
     from orchestrator.planning.dataset_text import text_of
     from orchestrator.stages.image_rows import drawn_classes, drawn_of_each, read_images, recognised
 
-    dataset = text_of(features, shop.store)
-    examples = shop.examples(features.dataset)
-    shown = drawn_classes(drawn, shop.store)[:ROWS]
+    dataset = text_of(features, worker.store)
+    examples = worker.examples(features.dataset)
+    shown = drawn_classes(drawn, worker.store)[:ROWS]
     real = [_readable(examples.images, np.flatnonzero(examples.labels == c)) for c in shown]
     rows = {"synthetic": drawn} if base is None else {"base": base, "LoRA": drawn}
     groups, shares = {"real": real}, {}
     for named, row in rows.items():
-        count = drawn_of_each(row, PER_GROUP, shop.store)
-        groups[named] = read_images(row, shown, count, shop.store)
-        shares[named] = recognised(row, count, shop, dataset.template)
+        count = drawn_of_each(row, PER_GROUP, worker.store)
+        groups[named] = read_images(row, shown, count, worker.store)
+        shares[named] = recognised(row, count, worker, dataset.template)
     sheet = tile_sheet([dataset.classnames[c] for c in shown], groups)
     return sheet, dict(reversed(shares.items()))  # what trials read is told first
 

@@ -15,7 +15,7 @@ from air_core.normal import normalised
 from air_core.specs import TrialSpec
 from orchestrator.keys import artifact_key
 from orchestrator.spec.sweep import ENCODER_BATCH
-from orchestrator.stages.trial import WHOLE, Legs, is_over, recorded
+from orchestrator.stages.trial import WHOLE, Segments, is_over, recorded
 from orchestrator.store import ArtifactStore, TrialRecord, read_trial
 from orchestrator.store.checkpoints import learned_by
 
@@ -33,7 +33,7 @@ def run_trials(
     device: str = "cpu",
     share_done: Callable[[int, float], None] = lambda place, share: None,
     batch: int = ENCODER_BATCH,
-    legs: Legs = WHOLE,
+    segments: Segments = WHOLE,
 ) -> list[TrialRecord | Exception | None]:
     """The record of each trial, run first where it is missing; or what went wrong.
 
@@ -44,22 +44,22 @@ def run_trials(
         batch: images at a time through a tower; where they are fewer, so are trials side by side.
         legs: where trials stop, if they do: None stands in place of a record then.
     """
-    specs = [normalised(spec) if legs.until is None else learned_by(spec) for spec in specs]
-    missing = [spec for spec in dict.fromkeys(specs) if not is_over(spec, store, legs.until)]
+    specs = [normalised(spec) if segments.until is None else learned_by(spec) for spec in specs]
+    missing = [spec for spec in dict.fromkeys(specs) if not is_over(spec, store, segments.until)]
     told = {spec: partial(share_done, specs.index(spec)) for spec in missing}
     failed: dict[TrialSpec, Exception] = {}
     # Locks are taken in one order, or two processes could wait for each other.
     missing.sort(key=lambda spec: artifact_key(spec).digest)
     for group in side_by_side(missing, device, batch / ENCODER_BATCH):
-        problems = _problems(group, store, device, told, batch, legs)
+        problems = _problems(group, store, device, told, batch, segments)
         times = Counter(map(id, problems.values()))
         # The same for several: nobody's in particular, such as too many for the memory.
         again = [spec for spec, problem in problems.items() if times[id(problem)] > 1]
         failed |= {spec: problem for spec, problem in problems.items() if spec not in again}
         del problems  # their tracebacks hold the tensors
         for spec in again:
-            failed |= _problems([spec], store, device, told, batch, legs)
-    if legs.until is not None:
+            failed |= _problems([spec], store, device, told, batch, segments)
+    if segments.until is not None:
         return [failed.get(spec) for spec in specs]
     return [failed.get(spec) or read_trial(spec, store) for spec in specs]
 
@@ -93,13 +93,13 @@ def _problems(
     device: str,
     told: Mapping[TrialSpec, Callable[[float], None]],
     batch: int,
-    legs: Legs,
+    segments: Segments,
 ) -> dict[TrialSpec, Exception]:
     """Run and record some trials side by side; what went wrong, where something did."""
     # torch is needed here only: a point that has its records must not cost its import.
     from air_core.method import learn_together
 
     ends = learn_together(
-        [recorded(spec, store, device, told[spec], len(group), batch, legs) for spec in group]
+        [recorded(spec, store, device, told[spec], len(group), batch, segments) for spec in group]
     )
     return {spec: end for spec, end in zip(group, ends, strict=True) if end is not None}

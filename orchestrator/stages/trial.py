@@ -44,14 +44,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Legs:
+class Segments:
     """Where a trial of a search that prunes is looked at."""
 
     rungs: tuple[int, ...] = ()  # iterations after which its objectives are noted
     until: int | None = None  # it stops after so many; None: it runs to its end
 
 
-WHOLE = Legs()
+WHOLE = Segments()
 
 
 def run_trial(
@@ -84,7 +84,7 @@ def recorded(
     share_done: Callable[[float], None] = lambda share: None,
     replicas: int = 1,
     batch: int = ENCODER_BATCH,
-    legs: Legs = WHOLE,
+    segments: Segments = WHOLE,
 ) -> Learning[None]:
     """A trial from its inputs, or from where it stopped, to its record, for `learn_together`.
 
@@ -99,21 +99,21 @@ def recorded(
 
     # On one thread a CPU trial can be repeated bit for bit.
     torch.set_num_threads(1)
-    spec = normalised(spec) if legs.until is None else learned_by(spec)
+    spec = normalised(spec) if segments.until is None else learned_by(spec)
     with store.locks.turn(artifact_key(spec).digest):
-        if is_over(spec, store, legs.until):  # somebody else has run it meanwhile
+        if is_over(spec, store, segments.until):  # somebody else has run it meanwhile
             return
-        if legs.until is not None:
+        if segments.until is not None:
             begun = read_checkpoint(spec, store)
-            run = _Run(spec, store, device, share_done, batch, begun, legs.rungs, replicas)
-            result = yield from run.learning(legs.until)
-            assert result is None, f"{legs.until} is before the end"
+            run = _Run(spec, store, device, share_done, batch, begun, segments.rungs, replicas)
+            result = yield from run.learning(segments.until)
+            assert result is None, f"{segments.until} is before the end"
             keep_checkpoint(spec, store, run.checkpoint())
             return
         with store.building(spec, share=1 / replicas) as made:
             if spec.test_dataset is None:
                 begun = read_checkpoint(spec, store)
-                run = _Run(spec, store, device, share_done, batch, begun, legs.rungs, replicas)
+                run = _Run(spec, store, device, share_done, batch, begun, segments.rungs, replicas)
                 made.info = yield from run.to_the_end(made.folder)
                 made.before = begun.seconds
             else:
@@ -141,17 +141,17 @@ class _Run:
         replicas: int,
     ) -> None:
         from orchestrator.stages.build import read_target
-        from orchestrator.stages.context import Workshop
+        from orchestrator.stages.context import WorkerContext
 
         self.started = time.monotonic()
         self.spec, self.device, self.share_done, self.begun = spec, device, share_done, begun
         self.rungs, self.replicas = rungs, replicas
         reader = store.read_only()
-        shop = Workshop(reader, device=device, batch=batch)
+        worker = WorkerContext(reader, device=device, batch=batch)
         target = read_target(spec.features, spec.split, reader, spec.tokens)
         unseen = target.split.unseen
         synthetic = _synthetic(spec, unseen, reader) if spec.synthetic_features else None
-        backbone = shop.backbone(spec.backbone, spec.precision)
+        backbone = worker.backbone(spec.backbone, spec.precision)
         self.data = data_of(spec, target, backbone, synthetic)
         self.truth = target.labels[target.split.pool]
         self.tested = target.split.test
@@ -306,7 +306,7 @@ def _run_elsewhere(
     from air_core.evaluation import measured
     from air_core.prompts import restored_learner
     from orchestrator.stages.build import read_target
-    from orchestrator.stages.context import Workshop
+    from orchestrator.stages.context import WorkerContext
 
     home = replace(spec, test_dataset=None)
     learned = run_trial(home, store, device, share_done)
@@ -317,7 +317,7 @@ def _run_elsewhere(
     target = read_target(spec.test_features, split, reader, spec.test_tokens)
     test = target.labelled(target.split.test)
     there = target.text
-    backbone = Workshop(reader, device=device).backbone(spec.backbone, spec.precision)
+    backbone = WorkerContext(reader, device=device).backbone(spec.backbone, spec.precision)
     classifier: Classifier
     if spec.iterations == 0:
         classifier = text_classifier(backbone, there.classnames, there.template)

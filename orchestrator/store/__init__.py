@@ -2,14 +2,20 @@
 
 from orchestrator.store.artifacts import ArtifactStore, open_store, smoke_store
 from orchestrator.store.buckets import folder_of, is_bucket
-from orchestrator.store.event_log import Ledger
-from orchestrator.store.location import Place, read_outcome, read_resolved, recorded_places, whoami
+from orchestrator.store.event_log import EventLog
+from orchestrator.store.location import (
+    SweepLocation,
+    read_outcome,
+    read_resolved,
+    recorded_locations,
+    whoami,
+)
 from orchestrator.store.records import TrialRecord, read_trial
 
 __all__ = [
     "ArtifactStore",
-    "Ledger",
-    "Place",
+    "EventLog",
+    "SweepLocation",
     "TrialRecord",
     "folder_of",
     "is_bucket",
@@ -17,7 +23,7 @@ __all__ = [
     "read_outcome",
     "read_resolved",
     "read_trial",
-    "recorded_places",
+    "recorded_locations",
     "smoke_store",
     "whoami",
 ]

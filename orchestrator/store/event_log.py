@@ -33,7 +33,7 @@ LOOKED_AT = 0.5  # seconds: who asks whether a lock is held has it for a moment
 EVENTS = "events.jsonl"
 
 
-class Ledger:
+class EventLog:
     """`events.jsonl` in the folder of one sweep. Appending needs `lock()`."""
 
     def __init__(self, folder: Path) -> None:
@@ -139,7 +139,7 @@ def parse_event(line: bytes) -> dict[str, Any]:
     return event
 
 
-class BucketLedger(Ledger):
+class BucketLedger(EventLog):
     """A ledger of a store in a bucket."""
 
     def __init__(self, folder: Path, backend: BucketBackend) -> None:
@@ -218,9 +218,9 @@ class BucketLedger(Ledger):
         return count + len(later)
 
 
-def open_ledger(folder: Path, backend: FolderBackend) -> Ledger:
+def open_event_log(folder: Path, backend: FolderBackend) -> EventLog:
     """The ledger of the sweep that has this folder of a store."""
-    return BucketLedger(folder, backend) if isinstance(backend, BucketBackend) else Ledger(folder)
+    return BucketLedger(folder, backend) if isinstance(backend, BucketBackend) else EventLog(folder)
 
 
 def _name(number: int) -> str:

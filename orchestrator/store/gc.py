@@ -62,7 +62,11 @@ class GcPlan:
 
 
 def plan_gc(
-    inventory: Inventory, needs: Needs, me: str, all_users: bool, sweep: str | None = None
+    inventory: Inventory,
+    requirements: StoreRequirements,
+    me: str,
+    all_users: bool,
+    sweep: str | None = None,
 ) -> GcPlan:
     """What can go: what no recorded sweep needs, and leftovers; or what one sweep alone needs.
 
@@ -73,21 +77,27 @@ def plan_gc(
     Raises:
         ValueError: what a sweep needs cannot be told.
     """
-    for unread, why in needs.unread.items():
+    for unread, why in requirements.unread.items():
         raise ValueError(
             f"what sweep {unread} needs cannot be told, so nothing is removed: {why}; mend that, "
             f"or remove {inventory.root / 'sweeps' / unread} to give the sweep up"
         )
-    found = sorted(_removable(inventory, needs, me, sweep), key=lambda one: -one.bytes)
+    found = sorted(_removable(inventory, requirements, me, sweep), key=lambda one: -one.bytes)
     groups: dict[bool, list[Removal]] = {True: [], False: []}
     for one in found:
         groups[all_users or one.user == me != UNKNOWN].append(one)
     return GcPlan(inventory.root, tuple(groups[True]), tuple(groups[False]), sweep)
 
 
-def _removable(inventory: Inventory, needs: Needs, me: str, sweep: str | None) -> Iterator[Removal]:
-    rest = merged(p for one in needs.asked if one.sweep != sweep for p in one.artifacts.items())
-    own = merged(p for one in needs.asked if one.sweep == sweep for p in one.artifacts.items())
+def _removable(
+    inventory: Inventory, requirements: StoreRequirements, me: str, sweep: str | None
+) -> Iterator[Removal]:
+    rest = merged(
+        p for one in requirements.asked if one.sweep != sweep for p in one.artifacts.items()
+    )
+    own = merged(
+        p for one in requirements.asked if one.sweep == sweep for p in one.artifacts.items()
+    )
     why = f"only {sweep} needs it" if sweep else "no sweep needs it"
     for holding in inventory.holdings:
         if sweep and holding.digest not in own:
@@ -158,7 +168,7 @@ Shards = frozenset[tuple[int, int]]  # (class, block) of a row; of an artifact n
 
 
 @dataclass(frozen=True)
-class Asked:
+class SweepRequirements:
     """What one recorded sweep needs: shards by the 12 hex digits that the store finds by."""
 
     sweep: str  # PROJECT/NAME
@@ -166,10 +176,10 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Needs:
+class StoreRequirements:
     """What all recorded sweeps need, and of which that cannot be told."""
 
-    asked: tuple[Asked, ...]
+    asked: tuple[SweepRequirements, ...]
     unread: Mapping[str, str]  # why, by sweep
 
     def by(self, digest: str) -> tuple[str, ...]:

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.store.artifacts import ArtifactStore
-from orchestrator.store.event_log import Ledger, open_ledger
+from orchestrator.store.event_log import EventLog, open_event_log
 from orchestrator.store.verification import read_cache, read_sealed
 
 
 @dataclass(frozen=True)
-class Place:
+class SweepLocation:
     """Where a sweep lives: the store, its folder in it, the datasets.
 
     Args:
@@ -40,12 +40,12 @@ class Place:
     def folder(self) -> Path:
         return self.store.root / "sweeps" / self.project / self.name
 
-    def ledger(self) -> Ledger:
-        return open_ledger(self.folder, self.store.backend)
+    def event_log(self) -> EventLog:
+        return open_event_log(self.folder, self.store.backend)
 
-    def refresh(self) -> Place:
+    def refresh(self) -> SweepLocation:
         """Bring what a bucket says of the sweep to this machine."""
-        self.ledger().refresh()
+        self.event_log().refresh()
         self.store.backend.pull_folder(self.folder)
         return self
 
@@ -54,8 +54,8 @@ class Place:
         self.store.write(self.folder / name, content)
 
 
-def place_named(store: ArtifactStore, project: str, name: str) -> Place:
-    return Place(store, project, name, None).refresh()
+def location_named(store: ArtifactStore, project: str, name: str) -> SweepLocation:
+    return SweepLocation(store, project, name, None).refresh()
 
 
 def recorded_names(store: ArtifactStore) -> list[tuple[str, str]]:
@@ -63,22 +63,22 @@ def recorded_names(store: ArtifactStore) -> list[tuple[str, str]]:
     return store.backend.sweeps()
 
 
-def recorded_places(store: ArtifactStore) -> list[Place]:
+def recorded_locations(store: ArtifactStore) -> list[SweepLocation]:
     """Where the sweeps of a store are, by name."""
-    return [place_named(store, project, name) for project, name in recorded_names(store)]
+    return [location_named(store, project, name) for project, name in recorded_names(store)]
 
 
 RESOLVED = "resolved.json"
 
 
-def read_resolved(place: Place) -> dict[str, Any]:
+def read_resolved(location: SweepLocation) -> dict[str, Any]:
     """How a sweep was last run: its options, and the digests of its inputs.
 
     Raises:
         ValueError: the file is damaged.
         FileNotFoundError: the sweep was not run.
     """
-    file = place.folder / RESOLVED
+    file = location.folder / RESOLVED
     try:
         return read_sealed(file)
     except ValueError as problem:
@@ -88,9 +88,9 @@ def read_resolved(place: Place) -> dict[str, Any]:
         ) from None
 
 
-def read_outcome(place: Place) -> dict[str, Any]:
+def read_outcome(location: SweepLocation) -> dict[str, Any]:
     """outcome.json of the last run; empty if there is none."""
-    return read_cache(place.folder / "outcome.json", lambda outcome: outcome, {})
+    return read_cache(location.folder / "outcome.json", lambda outcome: outcome, {})
 
 
 def whoami() -> str:

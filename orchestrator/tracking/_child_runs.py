@@ -34,7 +34,7 @@ RECIPE = 1  # raised when the same trials give a setting other numbers
 Done = tuple[Slot, TrialRecord]
 
 
-class Children:
+class ChildRuns:
     """Makes the runs below that of a sweep."""
 
     def __init__(self, sweep: SweepSpec, parent: SweepRun, store: ArtifactStore) -> None:

@@ -18,7 +18,7 @@ from air_core.specs import CodeVersions, Ref, TrialSpec
 from orchestrator.keys import artifact_key
 from orchestrator.planning.inputs import REFS
 from orchestrator.reporting.bundles import Chosen
-from orchestrator.store import ArtifactStore, Place, read_trial, recorded_places
+from orchestrator.store import ArtifactStore, SweepLocation, read_trial, recorded_locations
 from orchestrator.store.backends import RECORD
 from orchestrator.store.records import MADE
 from orchestrator.store.verification import read_record
@@ -29,7 +29,7 @@ SHORTEST = 6  # hex digits of a key or run id that are looked for
 
 
 @dataclass(frozen=True)
-class Remembered:
+class PastTrial:
     """One trial, from wherever it was found."""
 
     label: str
@@ -67,7 +67,7 @@ class Remembered:
         return artifact_key(self.spec()).digest.startswith(self.key)
 
 
-def remembered(name: str, store: ArtifactStore, uri: str | None) -> Remembered:
+def find_trial(name: str, store: ArtifactStore, uri: str | None) -> PastTrial:
     """A trial by its key or the beginning of it, its slot, or its run id in MLflow.
 
     Raises:
@@ -90,7 +90,7 @@ def remembered(name: str, store: ArtifactStore, uri: str | None) -> Remembered:
     return of_run(name, store.root, uri)
 
 
-def of_run(run_id: str, root: Path, uri: str | None) -> Remembered:
+def of_run(run_id: str, root: Path, uri: str | None) -> PastTrial:
     """A done trial from tracking data alone.
 
     Raises:
@@ -124,10 +124,10 @@ def of_run(run_id: str, root: Path, uri: str | None) -> Remembered:
     made: dict[str, Any] = {name: tags.get(f"air.{name}", "") for name in (*MADE, "device")}
     made |= {name: json.loads(made[name] or "{}") for name in lists}
     key = tags["air.trial_key"]
-    return Remembered(run.info.run_name, key, flat, digests, made, run.data.metrics)
+    return PastTrial(run.info.run_name, key, flat, digests, made, run.data.metrics)
 
 
-def of_record(path: Path) -> Remembered:
+def of_record(path: Path) -> PastTrial:
     """A done trial from its record in a store."""
     record = read_record(path / RECORD)
     flat, digests = _parted(dict(_flattened(record["spec"], "")))
@@ -136,7 +136,7 @@ def of_record(path: Path) -> Remembered:
     classnames = tuple(record["spec"]["classnames"])
     metrics = record["info"]["metrics"]
     code = tuple((part, version) for part, version in record["spec"].get("code", ()))
-    return Remembered(path.name, record["digest"], flat, digests, made, metrics, classnames, code)
+    return PastTrial(path.name, record["digest"], flat, digests, made, metrics, classnames, code)
 
 
 def _parted(resolved: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -162,8 +162,8 @@ def _flattened(spec: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]
 def _key_of_slot(slot: str, store: ArtifactStore) -> str | None:
     """The key that a slot had last; slots of different sweeps may have one name and one key."""
     found = None
-    for place in recorded_places(store):
-        for event in place.ledger().events():
+    for location in recorded_locations(store):
+        for event in location.event_log().events():
             if event.get("slot") == slot and event["event"] in ("trial_done", "trial_reused"):
                 found = str(event["key"])
     return found
@@ -172,7 +172,9 @@ def _key_of_slot(slot: str, store: ArtifactStore) -> str | None:
 ALLOWED = "best, a trial key or 6 digits of it, a slot CELL/POINT/SEEDS, or a run id of MLflow"
 
 
-def named_trial(name: str, store: ArtifactStore, place: Place | None, uri: str | None) -> Chosen:
+def named_trial(
+    name: str, store: ArtifactStore, location: SweepLocation | None, uri: str | None
+) -> Chosen:
     """A trial by its key or the beginning of it, its slot, or its run id in MLflow.
 
     Args:
@@ -182,9 +184,9 @@ def named_trial(name: str, store: ArtifactStore, place: Place | None, uri: str |
         ValueError: there is none, several, or it is of another sweep.
         TrackerAway: it can only be an MLflow run, and MLflow does not answer.
     """
-    slots = {} if place is None else _done_slots(place)
+    slots = {} if location is None else _done_slots(location)
     try:
-        found = remembered(slots.get(name, name), store, uri)
+        found = find_trial(slots.get(name, name), store, uri)
     except ValueError as problem:
         raise ValueError(f"{problem}; allowed: {ALLOWED}") from None
     if not found.same_key():
@@ -199,19 +201,19 @@ def named_trial(name: str, store: ArtifactStore, place: Place | None, uri: str |
             "that has it, or run its sweep again"
         )
     record = read_trial(spec, store)
-    if place is None:
+    if location is None:
         return Chosen(spec, record, None, None)
     of = [slot for slot, key in slots.items() if key == record.key]
     if not of:
         raise ValueError(
-            f"{found.label} is no done trial of the sweep {place.project}/{place.name}; "
+            f"{found.label} is no done trial of the sweep {location.project}/{location.name}; "
             "leave --sweep out, or give the one that it is of"
         )
     slot = name if name in of else of[0]
-    return Chosen(spec, record, f"{place.project}/{place.name}", slot)
+    return Chosen(spec, record, f"{location.project}/{location.name}", slot)
 
 
-def _done_slots(place: Place) -> dict[str, str]:
+def _done_slots(location: SweepLocation) -> dict[str, str]:
     """The key that each slot of a sweep had last."""
     done = ("trial_done", "trial_reused")
-    return {e["slot"]: e["key"] for e in place.ledger().events() if e["event"] in done}
+    return {e["slot"]: e["key"] for e in location.event_log().events() if e["event"] in done}

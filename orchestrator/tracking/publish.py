@@ -20,10 +20,10 @@ from orchestrator.failures import first_line
 from orchestrator.planning import Outcome
 from orchestrator.redact import without_credentials
 from orchestrator.spec import SweepSpec
-from orchestrator.store import Place
+from orchestrator.store import SweepLocation
 from orchestrator.store.artifacts import maker
-from orchestrator.tracking._child_runs import Children
-from orchestrator.tracking.reconcile import parent_of, status_of, sync
+from orchestrator.tracking._child_runs import ChildRuns
+from orchestrator.tracking.reconcile import status_of, sweep_run_of, sync
 from orchestrator.tracking.types import Status, SweepRun, make_tracker
 from orchestrator.tracking_uri import kind_of, uri_of
 
@@ -46,8 +46,8 @@ class Publisher:
         tracking_uri: of the command line; default: the sweep file's.
     """
 
-    def __init__(self, sweep: SweepSpec, place: Place, tracking_uri: str | None) -> None:
-        self.sweep, self.place, self.store = sweep, place, place.store
+    def __init__(self, sweep: SweepSpec, location: SweepLocation, tracking_uri: str | None) -> None:
+        self.sweep, self.location, self.store = sweep, location, location.store
         self.given_uri = tracking_uri
         self.uri = uri_of(tracking_uri or sweep.tracking_uri, self.store.root)
         self.kind = kind_of(self.uri)
@@ -60,11 +60,11 @@ class Publisher:
     @cached_property
     def parent(self) -> SweepRun:
         """The sweep's run. The driver has put user and commit into the environment by then."""
-        return parent_of(self.sweep, self.place, maker())
+        return sweep_run_of(self.sweep, self.location, maker())
 
     @cached_property
-    def _children(self) -> Children:
-        return Children(self.sweep, self.parent, self.store)
+    def _children(self) -> ChildRuns:
+        return ChildRuns(self.sweep, self.parent, self.store)
 
     @property
     def in_store(self) -> bool:
@@ -146,7 +146,7 @@ class Publisher:
 
     def _sync(self, status: Status) -> bool:
         self._paused_until = 0.0
-        return self._call(lambda tracker: sync(self.sweep, self.place, tracker, status))
+        return self._call(lambda tracker: sync(self.sweep, self.location, tracker, status))
 
     def _call(self, work: Callable[[SweepTracker], object]) -> bool:
         """Do something with MLflow; return whether it was done."""
@@ -154,8 +154,10 @@ class Publisher:
             return False
         try:
             if self._tracker is None:
-                place = make_tracker(self.uri, store=self.store.root, project=self.parent.project)
-                self._tracker = place.open(self.parent)
+                location = make_tracker(
+                    self.uri, store=self.store.root, project=self.parent.project
+                )
+                self._tracker = location.open(self.parent)
             work(self._tracker)
         except Exception as problem:  # whatever it is, the sweep's results are worth more
             # A call that failed may have done its work: what is there is looked up again.
@@ -172,6 +174,6 @@ class Publisher:
 def reconcile_command(parent: SweepRun, store: str, uri: str | None) -> str:
     """The command that sends MLflow what it lacks of a sweep."""
     name = parent.sweep if parent.project == "default" else f"{parent.project}/{parent.sweep}"
-    place = [] if store == str(Path("runs").absolute()) else ["--store", store]
+    location = [] if store == str(Path("runs").absolute()) else ["--store", store]
     tracker = ["--tracking-uri", without_credentials(uri)] if uri else []
-    return " ".join(["airsweep mlflow reconcile", name, *place, *tracker])
+    return " ".join(["airsweep mlflow reconcile", name, *location, *tracker])

@@ -23,8 +23,15 @@ from orchestrator.reporting.results import finished
 from orchestrator.reporting.rows import mean_std, settings_text
 from orchestrator.reporting.summary import facts_of, summary, title_of
 from orchestrator.spec import SweepSpec
-from orchestrator.store import ArtifactStore, Ledger, Place, TrialRecord, read_trial, whoami
-from orchestrator.tracking._child_runs import Children, by_point
+from orchestrator.store import (
+    ArtifactStore,
+    EventLog,
+    SweepLocation,
+    TrialRecord,
+    read_trial,
+    whoami,
+)
+from orchestrator.tracking._child_runs import ChildRuns, by_point
 from orchestrator.tracking.types import Counts, Status, SweepRun, make_tracker
 
 if TYPE_CHECKING:
@@ -63,7 +70,7 @@ class Reconciled:
         return f"{self.name}: sent {counted(sent, 'outcome')}{more}; already there {there}{gone}"
 
 
-def reconcile(sweep: SweepSpec, place: Place, tracking_uri: str | None) -> Reconciled:
+def reconcile(sweep: SweepSpec, location: SweepLocation, tracking_uri: str | None) -> Reconciled:
     """Bring MLflow up to date with one recorded sweep.
 
     Raises:
@@ -72,26 +79,26 @@ def reconcile(sweep: SweepSpec, place: Place, tracking_uri: str | None) -> Recon
         SweepBusy: the sweep runs, and its driver sends.
     """
     uri = tracking_uri or sweep.tracking_uri
-    mlflow = make_tracker(uri, store=place.store.root, project=place.project)
+    mlflow = make_tracker(uri, store=location.store.root, project=location.project)
     mlflow.check()
-    ledger = place.ledger()
-    ledger.lock()
+    event_log = location.event_log()
+    event_log.lock()
     try:
-        parent = parent_of(sweep, place, _history(ledger).last)
+        parent = sweep_run_of(sweep, location, _history(event_log).last)
         tracker = mlflow.open(parent, live=False)
         try:
-            gone = sync(sweep, place, tracker, status_of(standing(ledger).exit_code))
+            gone = sync(sweep, location, tracker, status_of(standing(event_log).exit_code))
         except TrackerAway as away:
             raise TrackerAway(
-                f"{away}; {counted(tracker.counts.sent, 'outcome')} of {place.name} were sent "
+                f"{away}; {counted(tracker.counts.sent, 'outcome')} of {location.name} were sent "
                 "before; run this again when it answers"
             ) from away
     finally:
-        ledger.unlock()
-    return Reconciled(f"{place.project}/{place.name}", tracker.counts, gone, tracker.url())
+        event_log.unlock()
+    return Reconciled(f"{location.project}/{location.name}", tracker.counts, gone, tracker.url())
 
 
-def sync(sweep: SweepSpec, place: Place, tracker: SweepTracker, status: Status) -> int:
+def sync(sweep: SweepSpec, location: SweepLocation, tracker: SweepTracker, status: Status) -> int:
     """Send what MLflow lacks of a sweep, and its end. The caller holds the sweep's lock.
 
     Returns:
@@ -100,19 +107,19 @@ def sync(sweep: SweepSpec, place: Place, tracker: SweepTracker, status: Status) 
     Raises:
         ValueError, TrackerAway: as of `Mlflow.check`.
     """
-    place = replace(place, recorded=True)
-    ledger = place.ledger()
-    history = _history(ledger)
-    plan = plan_of(sweep, place)
-    done = finished(plan, place.store)
+    location = replace(location, recorded=True)
+    event_log = location.event_log()
+    history = _history(event_log)
+    plan = plan_of(sweep, location)
+    done = finished(plan, location.store)
     records = {slot.id: record for slot, record in done}
     gone = 0
-    children = Children(sweep, tracker.sweep, place.store)
+    children = ChildRuns(sweep, tracker.sweep, location.store)
     for slot in plan.slots:
         noted = history.outcomes.get(slot.id)
         if noted is None:
             continue
-        outcome = _outcome(slot, noted, place.store, records.get(slot.id))
+        outcome = _outcome(slot, noted, location.store, records.get(slot.id))
         if outcome is None:
             gone += 1
             continue
@@ -120,8 +127,8 @@ def sync(sweep: SweepSpec, place: Place, tracker: SweepTracker, status: Status) 
         tracker.send(children.trial(outcome, at, noted["maker"]))
     for group in by_point(done):
         tracker.send(children.setting(group))
-    results = results_of(plan, place.store, done)
-    tracker.finish(status, *note_and_files(plan, place, results, tracker.run.run_id))
+    results = results_of(plan, location.store, done)
+    tracker.finish(status, *note_and_files(plan, location, results, tracker.run.run_id))
     return gone
 
 
@@ -134,17 +141,17 @@ class _History:
     since: float  # when the sweep was first noted, for events that do not say when they were
 
 
-def _history(ledger: Ledger) -> _History:
+def _history(event_log: EventLog) -> _History:
     outcomes: dict[str, dict[str, Any]] = {}
     made: dict[str, Any] = {"user": whoami(), "commit": UNKNOWN, "dirty": ""}
-    for event in ledger.events():
+    for event in event_log.events():
         match event["event"]:
             case "sweep_started":
                 made = {name: event.get(name, value) for name, value in made.items()}
             case "trial_done" | "trial_reused" | "trial_failed" | "trial_pruned":
                 outcomes[event["slot"]] = {**event, "maker": made}
-    spec = ledger.folder / "spec.yaml"
-    return _History(outcomes, made, (spec if spec.exists() else ledger.path).stat().st_mtime)
+    spec = event_log.folder / "spec.yaml"
+    return _History(outcomes, made, (spec if spec.exists() else event_log.path).stat().st_mtime)
 
 
 def _outcome(
@@ -181,15 +188,15 @@ def status_of(code: int | None) -> Status:
     return "FINISHED" if code == DONE else "FAILED" if code == FAILED else "KILLED"
 
 
-def parent_of(sweep: SweepSpec, place: Place, made: Mapping[str, Any]) -> SweepRun:
+def sweep_run_of(sweep: SweepSpec, location: SweepLocation, made: Mapping[str, Any]) -> SweepRun:
     """A sweep as a run.
 
     Args:
         made: who runs it, and with which code: user, commit.
     """
     return SweepRun(
-        sweep=place.name,
-        project=place.project,
+        sweep=location.name,
+        project=location.project,
         spec_hash=text_digest(sweep.text),
         note=sweep.question,
         user=made["user"],
@@ -199,7 +206,7 @@ def parent_of(sweep: SweepSpec, place: Place, made: Mapping[str, Any]) -> SweepR
 
 
 def note_and_files(
-    plan: Plan, place: Place, results: Results, run_id: str
+    plan: Plan, location: SweepLocation, results: Results, run_id: str
 ) -> tuple[str, dict[str, bytes]]:
     """What MLflow shows of a sweep: Markdown with the answer, and charts and files.
 
@@ -207,7 +214,7 @@ def note_and_files(
         run_id: of the sweep's run, whose files the note shows.
     """
     charts = pictures(results)
-    screen = summary(title_of(plan), results, facts_of(plan, place))
+    screen = summary(title_of(plan), results, facts_of(plan, location))
     note = [
         "\n".join(_best(results)),  # first, since long notes are folded
         *(_picture(name, run_id) for name in charts),
@@ -216,7 +223,7 @@ def note_and_files(
     ]
     # Of the sweep's folder: contact sheet, audit cards, code that was not committed.
     patterns = ("contact_sheet.png", "audit-*", "uncommitted-*.diff")
-    kept = [file for pattern in patterns for file in place.folder.glob(pattern)]
+    kept = [file for pattern in patterns for file in location.folder.glob(pattern)]
     files = charts | {file.name: file.read_bytes() for file in kept}
     return "\n\n".join(filter(None, note)), files
 

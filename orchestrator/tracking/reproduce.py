@@ -19,11 +19,11 @@ from air_core.datasets import get_dataset
 from air_core.specs import FeaturesSpec, FolderImages, SyntheticFeaturesSpec, TrialSpec
 from orchestrator.git import commit, diff_digest, uncommitted
 from orchestrator.keys import artifact_key
-from orchestrator.planning import Need, Resolver, name_of, needs_of, refs_of
+from orchestrator.planning import Requirement, Resolver, name_of, refs_of, requirements_of
 from orchestrator.stages.trial import run_trial
 from orchestrator.store import ArtifactStore, TrialRecord, read_trial
 from orchestrator.store.artifacts import versions
-from orchestrator.tracking.lookup import Remembered, of_run
+from orchestrator.tracking.lookup import PastTrial, of_run
 
 TOLERANCE = 0.01  # of a metric, absolute and relative: rounding differs between processors
 TOLERATED = 0.02  # share of test images with another prediction
@@ -74,7 +74,7 @@ class Differences:
         return lines
 
 
-def differences(a: Remembered, b: Remembered) -> Differences:
+def differences(a: PastTrial, b: PastTrial) -> Differences:
     """Compare two trials."""
     settings = _pairs(a.flat, b.flat)
     # Other settings reach other code: only of the same question does that say anything.
@@ -167,7 +167,9 @@ def repro(
     wanted = _wanted(spec)
     for name, ref in refs_of(spec).items():
         here = _digest_here(name, ref.name, resolver)
-        stored = all(_is_there(need, store) for need in wanted if name in _read_by(need))
+        stored = all(
+            _is_there(requirement, store) for requirement in wanted if name in _read_by(requirement)
+        )
         if here == NOT_HERE and name != "backbone" and stored:
             found.notes.append(
                 f"{name} {ref.name} is {NOT_HERE}; what was made of it is in the store"
@@ -191,16 +193,18 @@ def repro(
 # ---------------------------------------------------------------- inputs
 
 
-def _wanted(spec: TrialSpec) -> list[Need]:
+def _wanted(spec: TrialSpec) -> list[Requirement]:
     """What the trial itself reads; not what that was made from."""
     read = (spec.features, spec.tokens, spec.test_features, spec.test_tokens)
     rows = (spec.synthetic_features, spec.synthetic_tokens)
-    return [need for need in needs_of([spec]) if need.spec in (*read, *rows)]
+    return [
+        requirement for requirement in requirements_of([spec]) if requirement.spec in (*read, *rows)
+    ]
 
 
-def _read_by(need: Need) -> tuple[str, ...]:
+def _read_by(requirement: Requirement) -> tuple[str, ...]:
     """Settings of the outside things that an artifact was made from."""
-    if isinstance(need.spec, SyntheticFeaturesSpec):
+    if isinstance(requirement.spec, SyntheticFeaturesSpec):
         return ("generator", "backbone")
     return ("dataset", "test_dataset", "backbone")
 
@@ -217,18 +221,18 @@ def _digest_here(name: str, of: str, resolver: Resolver) -> str:
 # ---------------------------------------------------------------- computing
 
 
-def _is_there(need: Need, store: ArtifactStore) -> bool:
+def _is_there(requirement: Requirement, store: ArtifactStore) -> bool:
     """Of a row the features are enough: a trial opens no image."""
-    if isinstance(need.spec, SyntheticFeaturesSpec):
-        return set(need.shards()) <= store.row(need.spec).present(".safetensors")
-    return store.has(need.spec)
+    if isinstance(requirement.spec, SyntheticFeaturesSpec):
+        return set(requirement.shards()) <= store.row(requirement.spec).present(".safetensors")
+    return store.has(requirement.spec)
 
 
 @contextmanager
 def _again(
     spec: TrialSpec,
-    then: Remembered,
-    wanted: list[Need],
+    then: PastTrial,
+    wanted: list[Requirement],
     store: ArtifactStore,
     resolver: Resolver,
     say: Callable[[str], None],
@@ -240,28 +244,28 @@ def _again(
     device = "cuda" if there == "cuda" and torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory(prefix="airsweep-") as folder:
         bench = ArtifactStore(Path(folder))
-        for need in wanted:
-            if _is_there(need, store):
-                _link(need, store, bench)
+        for requirement in wanted:
+            if _is_there(requirement, store):
+                _link(requirement, store, bench)
             else:
-                _make(need, store, bench, resolver, device, say)
+                _make(requirement, store, bench, resolver, device, say)
         say(f"computing {then.label} again on {device}")
         yield run_trial(spec, bench, device)
 
 
-def _link(need: Need, store: ArtifactStore, bench: ArtifactStore) -> None:
-    if isinstance(need.spec, SyntheticFeaturesSpec):
-        store.row(need.spec).pull(need.shards(), ".safetensors")
+def _link(requirement: Requirement, store: ArtifactStore, bench: ArtifactStore) -> None:
+    if isinstance(requirement.spec, SyntheticFeaturesSpec):
+        store.row(requirement.spec).pull(requirement.shards(), ".safetensors")
     else:
-        store.get(need.spec)
-    real = store.path(artifact_key(need.spec))
+        store.get(requirement.spec)
+    real = store.path(artifact_key(requirement.spec))
     place = bench.artifacts / real.relative_to(store.artifacts)
     place.parent.mkdir(parents=True, exist_ok=True)
     os.symlink(real.resolve(), place, target_is_directory=True)
 
 
 def _make(
-    need: Need,
+    requirement: Requirement,
     store: ArtifactStore,
     bench: ArtifactStore,
     resolver: Resolver,
@@ -270,22 +274,24 @@ def _make(
 ) -> None:
     """What needs no GPU-hours is made again; the rest has to be prepared."""
     from orchestrator.stages.build import build_features
-    from orchestrator.stages.context import Workshop
+    from orchestrator.stages.context import WorkerContext
     from orchestrator.stages.image_rows import build_image_block, open_generator
 
-    shop = Workshop(bench, resolver.data_root, device)
-    match need.spec:
+    worker = WorkerContext(bench, resolver.data_root, device)
+    match requirement.spec:
         case FeaturesSpec():
-            say(f"making {name_of(need.key)} again")
-            build_features(need.spec, shop)
+            say(f"making {name_of(requirement.key)} again")
+            build_features(requirement.spec, worker)
         case SyntheticFeaturesSpec(images=FolderImages() as images):
-            say(f"reading {name_of(need.key)} again")
-            for c, block in need.shards():
-                build_image_block(need.spec, c, block, shop, lambda: open_generator(images, shop))
+            say(f"reading {name_of(requirement.key)} again")
+            for c, block in requirement.shards():
+                build_image_block(
+                    requirement.spec, c, block, worker, lambda: open_generator(images, worker)
+                )
         case _:
             raise ValueError(
-                f"{name_of(need.key)} is not in {store.name}, and drawing images takes long; run "
-                "`airsweep prepare SPEC` of the sweep first, or give the --store that has them"
+                f"{name_of(requirement.key)} is not in {store.name}, and drawing images takes "
+                "long; run `airsweep prepare SPEC` of the sweep first, or give the --store that has them"
             )
 
 
@@ -293,7 +299,7 @@ def _make(
 
 
 def _compare(
-    found: Repro, then: Remembered, spec: TrialSpec, store: ArtifactStore, now: TrialRecord
+    found: Repro, then: PastTrial, spec: TrialSpec, store: ArtifactStore, now: TrialRecord
 ) -> None:
     metrics = _timeless(then.metrics)
     found.metrics = _pairs(metrics, {name: now.metrics.get(name, math.nan) for name in metrics})

@@ -136,7 +136,7 @@ def test_a_run_ends_with_its_code_and_leaves_the_process_as_it_was(done):
 
 @pytest.mark.ray
 def test_functions_and_commands_say_the_same(spec, done):
-    store = done.outcome.place.store.root
+    store = done.outcome.location.store.root
     planned = api.plan(spec, store=store, sets={"train.steps": 2})
     said = airsweep("plan", spec, "--store", store, "--set", "train.steps=2", "--json").stdout
     assert planned.json() == json.loads(said)
@@ -211,11 +211,11 @@ def test_who_is_stopped_in_a_run_stops_when_all_is_closed(tmp_path, number, code
         stderr=subprocess.PIPE,
         text=True,
     )
-    ledger = tmp_path / "runs" / "sweeps" / "default" / "long" / "events.jsonl"
+    event_log = tmp_path / "runs" / "sweeps" / "default" / "long" / "events.jsonl"
 
     def has_begun() -> bool:
         assert process.poll() is None, process.communicate()
-        return ledger.exists() and "trials_started" in ledger.read_text()
+        return event_log.exists() and "trials_started" in event_log.read_text()
 
     try:
         wait_until(has_begun)
@@ -228,4 +228,4 @@ def test_who_is_stopped_in_a_run_stops_when_all_is_closed(tmp_path, number, code
         assert process.returncode == 143, complained
     else:
         assert code in complained
-    assert '"sweep_ended"' in ledger.read_text(), complained
+    assert '"sweep_ended"' in event_log.read_text(), complained

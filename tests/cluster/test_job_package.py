@@ -11,7 +11,7 @@ import pytest
 
 from orchestrator.cluster import job_package
 from orchestrator.errors import Refused
-from orchestrator.planning import asked
+from orchestrator.planning import read_request
 from tests.helpers.sweeps import airsweep, environment, write_sweep
 
 ROOT = Path(__file__).parents[2]
@@ -117,7 +117,7 @@ def test_more_than_a_cluster_takes_is_refused_and_what_is_largest_is_named(tmp_p
 
 
 def test_code_of_another_place_has_no_commit_of_this_one(spec):
-    sweep = asked(spec)
+    sweep = read_request(spec)
     assert "AIRSWEEP_COMMIT" in job_package.variables(sweep, True, ())
     assert "AIRSWEEP_COMMIT" not in job_package.variables(sweep, False, ())
 
@@ -134,7 +134,7 @@ def test_code_of_another_place_has_no_commit_of_this_one(spec):
     ],
 )
 def test_a_relative_path_is_refused_with_the_remedy(spec, option, remedy):
-    sweep = asked(spec, sets=[option])
+    sweep = read_request(spec, sets=[option])
     with pytest.raises(Refused, match=r"relative\b.*absolute path") as caught:
         job_package.destination(sweep, SHARED, None, None)
     assert remedy in str(caught.value)
@@ -151,23 +151,23 @@ def test_a_relative_path_is_refused_with_the_remedy(spec, option, remedy):
     ],
 )
 def test_what_every_node_can_see_is_let_through(spec, option):
-    sweep = asked(spec, sets=[option])
+    sweep = read_request(spec, sets=[option])
     assert job_package.destination(sweep, SHARED, Path("/data"), None).data_root == "/data"
 
 
 def test_a_tracker_of_this_machine_s_environment_is_that_of_the_job(spec, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
-    sweep = asked(spec)
+    sweep = read_request(spec)
     assert job_package.destination(sweep, SHARED, None, None).tracking_uri == "http://mlflow:5000"
     assert job_package.destination(sweep, SHARED, None, "none").tracking_uri == "none"
-    own = asked(spec, sets=["tracking.uri=none"])  # a file's own comes first, as in a run
+    own = read_request(spec, sets=["tracking.uri=none"])  # a file's own comes first, as in a run
     assert job_package.destination(own, SHARED, None, None).tracking_uri is None
 
 
 def test_passwords_are_refused_and_not_repeated(spec, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hunter2")
     monkeypatch.setenv("SERVER", "http://me:hunter2@host")
-    sweep = asked(spec)
+    sweep = read_request(spec)
     for env in ("MLFLOW_TRACKING_PASSWORD", "HF_TOKEN=hunter2", "SERVER", "A=x://b:hunter2@c"):
         with pytest.raises(ValueError, match="looks like a secret") as caught:
             job_package.variables(sweep, True, [env])
@@ -181,16 +181,18 @@ def test_passwords_are_refused_and_not_repeated(spec, monkeypatch):
         assert "hunter2" not in str(caught.value)
     spec.write_text(f"# see http://me:hunter2@host\n{spec.read_text()}")
     with pytest.raises(ValueError, match="a password in it") as caught:
-        job_package.destination(asked(spec), SHARED, None, None)
+        job_package.destination(read_request(spec), SHARED, None, None)
     assert "hunter2" not in str(caught.value)
 
 
 def test_variables_travel_by_name_or_with_a_value(spec, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://minio:9000")
-    sent = job_package.variables(asked(spec), True, ["AWS_ENDPOINT_URL", "HF_HOME=/shared/hf"])
+    sent = job_package.variables(
+        read_request(spec), True, ["AWS_ENDPOINT_URL", "HF_HOME=/shared/hf"]
+    )
     assert (sent["AWS_ENDPOINT_URL"], sent["HF_HOME"]) == ("http://minio:9000", "/shared/hf")
     with pytest.raises(ValueError, match="it is not set here"):
-        job_package.variables(asked(spec), True, ["NOT_SET_ANYWHERE"])
+        job_package.variables(read_request(spec), True, ["NOT_SET_ANYWHERE"])
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from orchestrator.execution._prefetch import waves, without_images
-from orchestrator.planning import needs_of
+from orchestrator.planning import requirements_of
 from orchestrator.store import ArtifactStore
 
 
@@ -13,38 +13,40 @@ def test_a_lora_of_the_first_round_can_come_ahead_and_images_cannot(trial, tmp_p
     store = ArtifactStore(tmp_path)
 
     def stages(rounds: int) -> list[str]:
-        needs = needs_of([trial("air", **{"lora.rounds": rounds})])
-        assert "images" in {need.stage for need in needs}
-        return sorted(need.stage for need in without_images(needs, store))
+        requirements = requirements_of([trial("air", **{"lora.rounds": rounds})])
+        assert "images" in {requirement.stage for requirement in requirements}
+        return sorted(requirement.stage for requirement in without_images(requirements, store))
 
     assert stages(1) == ["features", "labels", "lora"]
     assert stages(2) == ["features", "labels", "lora"]  # of the first round alone
-    (features,) = [n.spec for n in needs_of([trial("fpl")]) if n.stage == "features"]
+    (features,) = [n.spec for n in requirements_of([trial("fpl")]) if n.stage == "features"]
     store.get_or_build(features, lambda folder: {})
-    assert "features" not in [n.stage for n in without_images(needs_of([trial("air")]), store)]
+    assert "features" not in [
+        n.stage for n in without_images(requirements_of([trial("air")]), store)
+    ]
 
 
 def test_so_many_loras_are_trained_together_as_there_are_workers(trial, tmp_path):
     store = ArtifactStore(tmp_path)
-    groups = [needs_of([trial("air", split_seed=seed)]) for seed in range(5)]
+    groups = [requirements_of([trial("air", split_seed=seed)]) for seed in range(5)]
 
     def loras(workers: int) -> list[int]:
         made: set[Any] = set()
         counts = []
         for number, wave in waves(groups, store, lambda: workers):
-            new = {need.key for need in wave if need.stage == "lora"} - made
+            new = {requirement.key for requirement in wave if requirement.stage == "lora"} - made
             counts += [] if number is not None else [len(new)]
             made |= new
-            for need in wave:
-                if need.stage != "images":
-                    store.get_or_build(need.spec, lambda folder: {})
+            for requirement in wave:
+                if requirement.stage != "images":
+                    store.get_or_build(requirement.spec, lambda folder: {})
         return counts
 
     assert loras(2) == [2, 2, 1]
 
 
 def test_groups_come_in_order_and_each_with_all_that_it_reads(trial, tmp_path):
-    groups = [needs_of([trial("fpl")]), needs_of([trial("air")])]
+    groups = [requirements_of([trial("fpl")]), requirements_of([trial("air")])]
     found = list(waves(groups, ArtifactStore(tmp_path), lambda: 1))
     assert [number for number, _ in found] == [None, 0, None, 1]
     assert [wave for number, wave in found if number is not None] == [list(g) for g in groups]

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from air_core import method
 from air_core.datasets import get_dataset
-from orchestrator.execution._scheduler import Dispatcher, Job
+from orchestrator.execution._scheduler import Job, TrialScheduler
 from orchestrator.failures import Failure
 from orchestrator.planning import Outcome, Resolver
 from orchestrator.planning.plan import finished_slots, plan_sweep
@@ -25,11 +25,11 @@ from orchestrator.reporting.results import entries_of
 from orchestrator.spec import Dimension, SweepSpec, cells_of
 from orchestrator.spec.sweep import Pruning, Search, Seeds
 from orchestrator.stages.build import PARTS
-from orchestrator.stages.context import Workshop
+from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.image_rows import build_image_block, open_generator
 from orchestrator.stages.side_by_side import run_trials
 from orchestrator.stages.trial import run_trial
-from orchestrator.store import ArtifactStore, Ledger, read_trial
+from orchestrator.store import ArtifactStore, EventLog, read_trial
 
 IMAGES = 240  # of the digits: enough for every class, and quick
 QUICK = {"train.steps": 2, "prompt.length": 2, "iterations": 2}
@@ -62,23 +62,23 @@ class World:
 
     def __init__(self, folder: Path, prepared: Path, resolver: Resolver) -> None:
         self.store = ArtifactStore(shutil.copytree(prepared, folder / "runs"))
-        self.ledger = Ledger(folder / "sweep")
-        self.ledger.folder.mkdir()
+        self.event_log = EventLog(folder / "sweep")
+        self.event_log.folder.mkdir()
         self.resolver = resolver
         self.outcomes: list[Outcome] = []
         self.searches: dict[str, CellSearch] = {}
 
-    def driver(self, sweep: SweepSpec, *more: Any) -> Dispatcher:
+    def driver(self, sweep: SweepSpec, *more: Any) -> TrialScheduler:
         """A new driver on what the ones before left."""
         self.outcomes, self.searches = [], {}
         cells = cells_of(sweep)
         if sweep.search is not None:
-            found = searches(self.ledger)
+            found = searches(self.event_log)
             for cell in cells:
                 if cell.space:
                     self.searches[cell.id] = CellSearch(cell, sweep.search, found)
-        place = self.store, self.resolver, self.ledger
-        return Dispatcher(sweep, cells, self.searches, *place, self.outcome, *more)
+        place = self.store, self.resolver, self.event_log
+        return TrialScheduler(sweep, cells, self.searches, *place, self.outcome, *more)
 
     def outcome(self, outcome: Outcome) -> None:
         self.outcomes.append(outcome)
@@ -86,7 +86,7 @@ class World:
             slot: dict[str, Any] = {"slot": outcome.slot.id, "key": outcome.slot.key.digest}
             if outcome.pruned is not None:
                 slot |= {"rung": outcome.pruned.rung, "value": outcome.pruned.value}
-            self.ledger.append(f"trial_{outcome.state}", **slot)
+            self.event_log.append(f"trial_{outcome.state}", **slot)
 
     def run(self, job: Job, failing: Callable[[Any], bool] = lambda spec: False) -> dict[str, Any]:
         """Run a job's trials; failures by key."""
@@ -96,12 +96,12 @@ class World:
                 failures[key] = Failure("nan", "the loss became nan")
             else:
                 runs.append(spec)
-        ends = run_trials(runs, self.store, legs=job.legs)
+        ends = run_trials(runs, self.store, segments=job.segments)
         assert not [end for end in ends if isinstance(end, Exception)], ends
         return failures
 
     def run_all(
-        self, driver: Dispatcher, failing: Callable[[Any], bool] = lambda spec: False
+        self, driver: TrialScheduler, failing: Callable[[Any], bool] = lambda spec: False
     ) -> list[Job]:
         jobs = []
         while (job := driver.next()) is not None:
@@ -170,9 +170,9 @@ def test_a_job_that_was_only_looked_at_has_not_started_and_comes_next(world):
     driver = world.driver(sweep("fpl", "cpl"))
     job = driver.peek()
     assert driver.peek() is job
-    assert not [event for event in world.ledger.events() if event["event"] == "trials_started"]
+    assert not [event for event in world.event_log.events() if event["event"] == "trials_started"]
     assert driver.next() is job
-    (started,) = [event for event in world.ledger.events() if event["event"] == "trials_started"]
+    (started,) = [event for event in world.event_log.events() if event["event"] == "trials_started"]
     assert started["slots"] == list(job.slots)
     assert driver.next().cell != job.cell
 
@@ -301,7 +301,7 @@ def test_a_failed_trial_is_tried_again_by_the_next_run(world):
     assert [(o.state, o.known) for o in world.outcomes] == [("done", True), ("done", False)]
 
 
-def fail(world: World, driver: Dispatcher, *classes: str) -> list[Job]:
+def fail(world: World, driver: TrialScheduler, *classes: str) -> list[Job]:
     """Jobs that fail one after the other, each by the next class; what comes after succeeds."""
     jobs = []
     for name in classes:
@@ -317,14 +317,18 @@ def test_a_failure_that_may_pass_is_tried_again_in_the_same_run(world, name):
     jobs = fail(world, world.driver(sweep("fpl", seeds=(1,))), name)
     assert [job.keys for job in jobs] == [jobs[0].keys] * 2
     assert world.states() == ["done"]
-    (retried,) = [e for e in world.ledger.events() if e["event"] == "trial_retried"]
+    (retried,) = [e for e in world.event_log.events() if e["event"] == "trial_retried"]
     assert (retried["failure_class"], retried["attempt"]) == (name, 1)
 
 
 def test_out_of_memory_is_tried_again_with_half_as_many_images_at_a_time(world):
     jobs = fail(world, world.driver(sweep("fpl", seeds=(1,))), "oom", "infra", "oom")
     assert [job.halvings for job in jobs] == [0, 1, 1, 2]
-    assert [Workshop(world.store, batch=10).with_less(n).batch for n in (0, 1, 4)] == [10, 5, 1]
+    assert [WorkerContext(world.store, batch=10).with_less(n).batch for n in (0, 1, 4)] == [
+        10,
+        5,
+        1,
+    ]
 
 
 @pytest.mark.parametrize("name", ["user", "data"])
@@ -352,13 +356,13 @@ def test_a_loss_that_is_not_finite_goes_on_as_another_trial_in_fp32(world):
     (outcome,) = world.outcomes
     assert (outcome.state, outcome.slot.key.digest) == ("done", job.keys[0])
     # The sweep knows that from now on, and plans it.
-    plan = plan_sweep(half, world.store, world.resolver, world.ledger)
+    plan = plan_sweep(half, world.store, world.resolver, world.event_log)
     by_slot = {slot.id: slot.spec.precision for slot in plan.slots}
     assert by_slot == {
         "digits-ul-text-fpl/0/seed=1": "fp32",
         "digits-ul-text-zero_shot/0/seed=1": "bf16",
     }
-    assert {need.spec.precision for need in plan.needs} == {"bf16", "fp32"}
+    assert {requirement.spec.precision for requirement in plan.requirements} == {"bf16", "fp32"}
 
 
 def test_in_fp32_a_loss_that_is_not_finite_is_the_end(world):
@@ -384,10 +388,12 @@ def test_a_full_disk_stops_the_sweep_at_once(world):
 
 
 def test_what_cannot_run_is_said_to_fail_and_does_not_start(world):
-    def hopeless(spec: Any) -> Failure | None:
+    def failed_requirements(spec: Any) -> Failure | None:
         return Failure("oom", "its LoRA failed") if spec.pseudo_labels.kind == "top_k" else None
 
-    driver = world.driver(sweep("fpl", "cpl", seeds=(1,)), lambda under_way: True, hopeless)
+    driver = world.driver(
+        sweep("fpl", "cpl", seeds=(1,)), lambda under_way: True, failed_requirements
+    )
     assert [spec.pseudo_labels.kind for job in world.run_all(driver) for spec in job.trials] == [
         "candidates"
     ]
@@ -451,7 +457,7 @@ def test_a_search_ends_with_all_its_points_told(world):
     assert [number for number, _, _ in world.told()] == [0, 1, 2, 3, 4]
     assert all(value is not None for _, _, value in world.told())
     assert len(world.outcomes) == 5
-    logged = [e["values"] for e in world.ledger.events() if e["event"] == "round_told"]
+    logged = [e["values"] for e in world.event_log.events() if e["event"] == "round_told"]
     assert [len(values) for values in logged] == [2, 2, 1]
     assert {int(n): v for values in logged for n, v in values.items()} == {
         number: value for number, _, value in world.told()
@@ -493,7 +499,7 @@ def test_a_point_is_asked_once_in_the_ledger_whatever_happens_to_its_driver(worl
     world.driver(spec).next()
     world.run_all(world.driver(spec))
     world.run_all(world.driver(spec))
-    asked = [e for e in world.ledger.events() if e["event"] == "point_asked"]
+    asked = [e for e in world.event_log.events() if e["event"] == "point_asked"]
     assert sorted(event["point"] for event in asked) == [0, 1, 2, 3]
     assert [event["params"] for event in sorted(asked, key=lambda e: e["point"])] == [
         params for _, params, _ in world.told()
@@ -502,8 +508,11 @@ def test_a_point_is_asked_once_in_the_ledger_whatever_happens_to_its_driver(worl
 
 def test_the_ledger_says_what_was_started_and_how_it_ended(world):
     world.run_all(world.driver(sweep("fpl", seeds=(1,))))
-    assert [event["event"] for event in world.ledger.events()] == ["trials_started", "trial_done"]
-    (slot,) = finished_slots(world.ledger)
+    assert [event["event"] for event in world.event_log.events()] == [
+        "trials_started",
+        "trial_done",
+    ]
+    (slot,) = finished_slots(world.event_log)
     assert slot == "digits-ul-text-fpl/0/seed=1"
 
 
@@ -595,11 +604,13 @@ def pruned_at(world: World) -> dict[int, int]:
 
 
 def decisions(world: World) -> list[tuple[int, dict[str, float], list[int]]]:
-    events = [e for e in world.ledger.events() if e["event"] == "rung_decided"]
+    events = [e for e in world.event_log.events() if e["event"] == "rung_decided"]
     return [(e["rung"], e["values"], e["pruned"]) for e in events]
 
 
-def in_some_order(world: World, driver: Dispatcher, pick: Callable[[list[Job]], int]) -> list[Job]:
+def in_some_order(
+    world: World, driver: TrialScheduler, pick: Callable[[list[Job]], int]
+) -> list[Job]:
     """Run all, with as many jobs at a time as there are; `pick` says which ends next."""
     running: list[Job] = []
     every: list[Job] = []
@@ -647,7 +658,7 @@ def test_half_of_a_round_stops_at_each_rung_and_the_default_goes_on(world, fits)
     stopped = pruned_at(world)
     assert 0 not in stopped
     assert len(fits) == sum(stopped.get(number, 3) for number in range(8)) < 8 * 3
-    assert [job.legs.until for job in jobs if job.point == 0] == [1, 2, None]
+    assert [job.segments.until for job in jobs if job.point == 0] == [1, 2, None]
     assert sum(job.share for job in jobs if job.point == 0) == pytest.approx(1)
 
 
@@ -664,7 +675,7 @@ def test_the_sampler_hears_of_a_pruned_point_and_where_it_stood(world):
         else:
             assert trial.state == TrialState.COMPLETE
             assert trial.value == mean_of(world, number)
-    told = [e for e in world.ledger.events() if e["event"] == "round_told"]
+    told = [e for e in world.event_log.events() if e["event"] == "round_told"]
     assert sorted(n for event in told for n in event["pruned"]) == list(stopped)
 
 
@@ -676,7 +687,7 @@ def mean_of(world: World, number: int) -> float:
 def test_pruned_points_are_counted_by_the_plan_and_are_not_run_again(world):
     spec = pruning(seeds=(1, 2))
     world.run_all(world.driver(spec))
-    plan = plan_sweep(spec, world.store, world.resolver, world.ledger)
+    plan = plan_sweep(spec, world.store, world.resolver, world.event_log)
     assert plan.total == 16
     assert len(plan.pruned) == 2 * len(pruned_at(world)) > 0
     assert plan.done + len(plan.pruned) == plan.total
@@ -685,11 +696,11 @@ def test_pruned_points_are_counted_by_the_plan_and_are_not_run_again(world):
     assert points == set(range(8)) - pruned_at(world).keys()
     # A seed that is added goes to the points that went on.
     more = pruning(seeds=(1, 2, 3))
-    plan = plan_sweep(more, world.store, world.resolver, world.ledger)
+    plan = plan_sweep(more, world.store, world.resolver, world.event_log)
     assert plan.to_run == 8 - len(pruned_at(world))
     jobs = world.run_all(world.driver(more))
     assert len(jobs) == plan.to_run
-    assert {job.legs.until for job in jobs} == {None}
+    assert {job.segments.until for job in jobs} == {None}
 
 
 def test_a_point_with_a_failed_trial_is_not_compared_and_ends_with_what_it_has(world):
@@ -713,8 +724,8 @@ def test_what_another_sweep_ran_whole_is_pruned_like_the_rest(
     spec = pruning(seeds=(1,), points=4)
     whole = replace(spec, search=replace(spec.search, pruning=None))
     other.run_all(other.driver(whole))
-    other.ledger = Ledger(tmp_path / "another")
-    other.ledger.folder.mkdir()
+    other.event_log = EventLog(tmp_path / "another")
+    other.event_log.folder.mkdir()
     before = len(fits)
     other.run_all(other.driver(spec))
     assert decisions(other) == decisions(world)
@@ -726,7 +737,7 @@ def test_a_search_that_no_longer_prunes_takes_over_what_was_run_whole(world, fit
     world.run_all(world.driver(spec))
     paid = len(fits)
     whole = replace(spec, search=replace(spec.search, pruning=None))
-    assert plan_sweep(whole, world.store, world.resolver, world.ledger).pruned == {}
+    assert plan_sweep(whole, world.store, world.resolver, world.event_log).pruned == {}
     world.run_all(world.driver(whole))
     assert world.states().count("pruned") == 0
     assert len(fits) == 4 * 3  # pruned trials went on from where they had stopped
@@ -739,13 +750,13 @@ def test_a_search_that_no_longer_prunes_takes_over_what_was_run_whole(world, fit
 def test_trials_read_images_that_were_drawn_before(world, drawn_digits):
     fixed = {"generator": f"folder:{drawn_digits}", "images_per_class": 8, "iterations": 1}
     driver = world.driver(sweep("zero_shot_aux", "air", seeds=(1,), fixed=fixed))
-    shop = Workshop(world.store)
+    worker = WorkerContext(world.store)
     jobs = [driver.next(), driver.next()]
     row = jobs[0].trials[0].synthetic_features
     assert row == jobs[1].trials[0].synthetic_features
-    generator = open_generator(row.images, shop)
+    generator = open_generator(row.images, worker)
     for c in range(10):
-        build_image_block(row, c, 0, shop, lambda: generator)
+        build_image_block(row, c, 0, worker, lambda: generator)
     for job in jobs:
         driver.complete(job.number, world.run(job))
     assert world.states() == ["done", "done"]

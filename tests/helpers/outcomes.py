@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from air_core.normal import normalised
 from orchestrator.planning import Slot, plan_of
-from orchestrator.planning.requests import place_of
+from orchestrator.planning.requests import location_of
 from orchestrator.spec import load_sweep
 from orchestrator.store import ArtifactStore
 from orchestrator.store.records import PREDICTIONS
@@ -40,18 +40,18 @@ def recorded(
         done: which trials, by their place in the plan, have a record.
     """
     sweep = load_sweep(write_sweep(store / "files", name, body))
-    place = place_of(sweep, str(store), None)
-    ledger = place.ledger()
-    ledger.lock()
+    place = location_of(sweep, str(store), None)
+    event_log = place.event_log()
+    event_log.lock()
     place.write("spec.yaml", sweep.text)
     place.write("resolved.json", json.dumps({"sets": [], "only": [], "source": sweep.source}))
     plan = plan_of(sweep, place)
-    ledger.append("sweep_started", total=plan.total, spec="", to_run=plan.to_run, asks=plan.asks)
+    event_log.append("sweep_started", total=plan.total, spec="", to_run=plan.to_run, asks=plan.asks)
     for index, slot in enumerate(plan.slots):
         if done(index):
             written(slot, place.store, accuracy(slot))
-            ledger.append("trial_done", slot=slot.id, cell=slot.cell.id, key=slot.key.digest)
-    ledger.unlock()
+            event_log.append("trial_done", slot=slot.id, cell=slot.cell.id, key=slot.key.digest)
+    event_log.unlock()
 
 
 def written(slot: Slot, store: ArtifactStore, accuracy: float) -> None:

@@ -36,8 +36,8 @@ from air_core.normal import normalised
 from air_core.specs import SyntheticFeaturesSpec, TrialSpec
 from orchestrator.failures import Failure
 from orchestrator.keys import artifact_key
-from orchestrator.planning import needs_of
-from orchestrator.stages.trial import WHOLE, Legs, is_over
+from orchestrator.planning import requirements_of
+from orchestrator.stages.trial import WHOLE, Segments, is_over
 from orchestrator.store import ArtifactStore
 from orchestrator.store.checkpoints import (
     drop_checkpoint,
@@ -64,18 +64,22 @@ def objective(spec: TrialSpec, iterations: int) -> dict[str, float]:
     return {"mutual_information": random.Random(words).random()}
 
 
-def run_trial(spec: TrialSpec, store: ArtifactStore, legs: Legs = WHOLE) -> None:
-    lacking = [str(need.key) for need in needs_of([spec]) if need.have(store) < need.total()]
+def run_trial(spec: TrialSpec, store: ArtifactStore, segments: Segments = WHOLE) -> None:
+    lacking = [
+        str(requirement.key)
+        for requirement in requirements_of([spec])
+        if requirement.have(store) < requirement.total()
+    ]
     assert not lacking, f"{artifact_key(spec)} was started without {lacking}"
     time.sleep(float(os.environ.get("AIRSWEEP_TRIAL_SECONDS", "0")))
     begun = read_checkpoint(spec, store)
-    end = normalised(spec).iterations if legs.until is None else legs.until
+    end = normalised(spec).iterations if segments.until is None else segments.until
     with open(store.root / "iterations.log", "a") as handle:
-        if not is_over(spec, store, legs.until):
+        if not is_over(spec, store, segments.until):
             for iteration in range(begun.iterations, end):
                 handle.write(f"{artifact_key(spec)} {iteration}\n")
-    passed = {rung: objective(spec, rung) for rung in legs.rungs if rung <= end}
-    if legs.until is not None:
+    passed = {rung: objective(spec, rung) for rung in segments.rungs if rung <= end}
+    if segments.until is not None:
         keep_checkpoint(spec, store, replace(begun, iterations=end, rungs=passed))
         return
 
@@ -100,14 +104,14 @@ def run_trial(spec: TrialSpec, store: ArtifactStore, legs: Legs = WHOLE) -> None
 
 
 def run_points(
-    dispatcher: Any, shop: Any, resources: Any, folder: Path, slots: Any, tick: Any, board: Any
+    scheduler: Any, worker: Any, resources: Any, folder: Path, slots: Any, tick: Any, board: Any
 ) -> Any:
     """Some jobs at a time, in whose order a driver may die."""
     pass_gate()
     running: list[Any] = []
-    while not dispatcher.finished:
+    while not scheduler.finished:
         tick()
-        while len(running) < SLOTS and (job := dispatcher.next()) is not None:
+        while len(running) < SLOTS and (job := scheduler.next()) is not None:
             running.append(job)
         if not running:
             break
@@ -115,10 +119,8 @@ def run_points(
         said = os.environ.get("AIRSWEEP_SAID")  # of what all trials fail
         name = os.environ.get("AIRSWEEP_FAILS_AS", "data")
         for spec in () if said else job.trials:
-            run_trial(spec, shop.store, job.legs)
-        dispatcher.complete(
-            job.number, dict.fromkeys(job.keys, Failure(name, said)) if said else {}
-        )
+            run_trial(spec, worker.store, job.segments)
+        scheduler.complete(job.number, dict.fromkeys(job.keys, Failure(name, said)) if said else {})
     return types.SimpleNamespace(wall=0.0, overhead=None)
 
 
@@ -129,22 +131,25 @@ def pass_gate() -> None:
             time.sleep(0.1)
 
 
-def prepare(needs: Any, context: Any) -> Iterator[None]:
-    store, watcher = context.shop.store, context.watcher
+def prepare(requirements: Any, context: Any) -> Iterator[None]:
+    store, watcher = context.worker.store, context.watcher
     store.look_again()
-    for need in needs:
-        if not isinstance(need.spec, SyntheticFeaturesSpec):
-            if need.have(store) < need.total():
-                built(store, need.spec)
-                store.get_or_build(need.spec, lambda folder: {})
-                watcher.prepared(need, 0.0, {})
+    for requirement in requirements:
+        if not isinstance(requirement.spec, SyntheticFeaturesSpec):
+            if requirement.have(store) < requirement.total():
+                built(store, requirement.spec)
+                store.get_or_build(requirement.spec, lambda folder: {})
+                watcher.prepared(requirement, 0.0, {})
                 yield
             continue
-        for c, block in need.missing(store):
-            built(store, need.spec, c, block)
-            for spec, suffix in ((need.spec.images, ".parquet"), (need.spec, ".safetensors")):
+        for c, block in requirement.missing(store):
+            built(store, requirement.spec, c, block)
+            for spec, suffix in (
+                (requirement.spec.images, ".parquet"),
+                (requirement.spec, ".safetensors"),
+            ):
                 store.open_row(spec).publish(c, block, suffix, b"")
-            watcher.prepared(need, 0.0, {"drawn": 1, "redrawn": 0, "holes": 0})
+            watcher.prepared(requirement, 0.0, {"drawn": 1, "redrawn": 0, "holes": 0})
             yield
 
 
@@ -185,7 +190,7 @@ MODULES = {
     "orchestrator.execution._tuning": {"run_points": run_points},
     "orchestrator.execution._prepare": {
         "prepare": prepare,
-        "lost_with": lambda need: [need.spec],
+        "lost_with": lambda requirement: [requirement.spec],
         "contact_sheet": lambda *of: at_once((a_pixel(), {})),
         "audit": lambda *of: at_once({}),
     },

@@ -41,17 +41,17 @@ class World(Planned):
     def run(self, sweep: SweepSpec, jobs: int = 1000, failing: Any = lambda spec: False) -> int:
         """Run a sweep, or a part of it as if its driver died; the trials that were handed out."""
         plan = self.plan(sweep)
-        self.ledger.append("sweep_started", spec="", total=plan.total, to_run=0, asks=plan.asks)
-        dispatcher = self.dispatcher(sweep)
+        self.event_log.append("sweep_started", spec="", total=plan.total, to_run=0, asks=plan.asks)
+        scheduler = self.scheduler(sweep)
         handed = 0
-        while jobs and (job := dispatcher.next()) is not None:
+        while jobs and (job := scheduler.next()) is not None:
             jobs -= 1
             handed += len(job.trials)
             failed = {
                 k: FAILED for k, spec in zip(job.keys, job.trials, strict=True) if failing(spec)
             }
             self.finish(spec for spec in job.trials if not failing(spec))
-            dispatcher.complete(job.number, failed)
+            scheduler.complete(job.number, failed)
         return handed
 
     def trials(self) -> list[FrozenTrial]:
@@ -89,7 +89,7 @@ def sweep(
 
 
 def count(world: World, event: str) -> int:
-    return sum(one["event"] == event for one in world.ledger.events())
+    return sum(one["event"] == event for one in world.event_log.events())
 
 
 def steps(low: int, high: int) -> Dimension:
@@ -260,7 +260,7 @@ def test_a_search_ends_after_so_many_points_without_a_better_one(world):
     plan = world.plan(impatient)
     assert (plan.points, plan.to_run) == (len(values), 0)
     assert world.run(impatient) == 0
-    ends = [event for event in world.ledger.events() if event["event"] == "search_ended"]
+    ends = [event for event in world.event_log.events() if event["event"] == "search_ended"]
     assert [(event["points"], event["trials_left"]) for event in ends] == [
         (len(values), 40 - len(values))
     ]

@@ -23,17 +23,17 @@ from air_core.specs import (
     Ref,
     TrialSpec,
 )
-from orchestrator.execution._scheduler import Dispatcher
+from orchestrator.execution._scheduler import TrialScheduler
 from orchestrator.keys import artifact_key
-from orchestrator.planning import Need, Plan, Resolver, needs_of
+from orchestrator.planning import Plan, Requirement, Resolver, requirements_of
 from orchestrator.planning.estimate import Pace, remember, stage_work, trial_work
 from orchestrator.planning.plan import BASE_PER_CLASS, level, plan_sweep
 from orchestrator.planning.search import CellSearch, open_searches
 from orchestrator.spec import Dimension, Resources, SweepSpec, cells_of, presets
 from orchestrator.spec.space import grid_points
 from orchestrator.spec.sweep import GeneratorResources, Pruning, Search, Seeds, TrialResources
-from orchestrator.stages.trial import WHOLE, Legs
-from orchestrator.store import ArtifactStore, Ledger
+from orchestrator.stages.trial import WHOLE, Segments
+from orchestrator.store import ArtifactStore, EventLog
 from orchestrator.store.checkpoints import Checkpoint, keep_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -60,8 +60,8 @@ class World:
 
     def __init__(self, folder: Path, pictures: Path, resolver: Resolver | None = None) -> None:
         self.store = ArtifactStore(folder / "runs")
-        self.ledger = Ledger(folder / "sweep")
-        self.ledger.folder.mkdir(parents=True)
+        self.event_log = EventLog(folder / "sweep")
+        self.event_log.folder.mkdir(parents=True)
         self.searches: dict[str, CellSearch] = {}
         self.resolver = resolver or Resolver(folder / "digests.json", None)
         self.pictures = f"folder:{pictures}"
@@ -74,15 +74,15 @@ class World:
         return SweepSpec(name="x", grid=grid, fixed={"method": methods[0], **fixed}, **parts)
 
     def plan(self, sweep: SweepSpec) -> Plan:
-        return plan_sweep(sweep, self.store, self.resolver, self.ledger)
+        return plan_sweep(sweep, self.store, self.resolver, self.event_log)
 
-    def finish(self, trials: Iterable[TrialSpec], legs: Legs = WHOLE) -> None:
+    def finish(self, trials: Iterable[TrialSpec], segments: Segments = WHOLE) -> None:
         """Give trials a record, as running them would; or what they leave where they stop."""
         for spec in map(normalised, trials):
-            rungs = {rung: self.objectives(spec, rung) for rung in legs.rungs}
-            if legs.until is not None:
-                passed = {rung: found for rung, found in rungs.items() if rung <= legs.until}
-                keep_checkpoint(spec, self.store, Checkpoint(legs.until, rungs=passed))
+            rungs = {rung: self.objectives(spec, rung) for rung in segments.rungs}
+            if segments.until is not None:
+                passed = {rung: found for rung, found in rungs.items() if rung <= segments.until}
+                keep_checkpoint(spec, self.store, Checkpoint(segments.until, rungs=passed))
                 continue
             info = {"metrics": {}, "curves": {}, "per_class": [], "rungs": rungs}
             info["objectives"] = self.measured(spec)
@@ -96,29 +96,31 @@ class World:
         digest = hashlib.sha256(f"{artifact_key(spec).digest} {rung}".encode()).digest()
         return dict.fromkeys(OBJECTIVES, digest[0] / 256)
 
-    def dispatcher(self, sweep: SweepSpec) -> Dispatcher:
+    def scheduler(self, sweep: SweepSpec) -> TrialScheduler:
         self.searches = {}
         if sweep.search is not None:
-            self.searches = open_searches(self.plan(sweep), self.ledger, self.ledger.folder / "j")
-        place = self.store, self.resolver, self.ledger
-        return Dispatcher(sweep, cells_of(sweep), self.searches, *place, self.log)
+            self.searches = open_searches(
+                self.plan(sweep), self.event_log, self.event_log.folder / "j"
+            )
+        place = self.store, self.resolver, self.event_log
+        return TrialScheduler(sweep, cells_of(sweep), self.searches, *place, self.log)
 
     def log(self, outcome: Any) -> None:
         if not outcome.known:
             event: dict[str, Any] = {"slot": outcome.slot.id, "key": outcome.slot.key.digest}
             if outcome.pruned is not None:
                 event |= {"rung": outcome.pruned.rung, "value": outcome.pruned.value}
-            self.ledger.append(f"trial_{outcome.state}", cell=outcome.slot.cell.id, **event)
+            self.event_log.append(f"trial_{outcome.state}", cell=outcome.slot.cell.id, **event)
 
     def run(self, sweep: SweepSpec) -> int:
         """Run a sweep to its end; how many trials were handed out, be it in legs."""
-        dispatcher = self.dispatcher(sweep)
+        scheduler = self.scheduler(sweep)
         handed: set[str] = set()
-        while (job := dispatcher.next()) is not None:
+        while (job := scheduler.next()) is not None:
             handed |= set(job.keys)
-            self.finish(job.trials, job.legs)
-            dispatcher.complete(job.number, {})
-        assert dispatcher.finished
+            self.finish(job.trials, job.segments)
+            scheduler.complete(job.number, {})
+        assert scheduler.finished
         return len(handed)
 
 
@@ -162,9 +164,9 @@ def test_done_is_what_this_sweep_has_run_and_reused_what_another_has(world):
     first, second, _ = world.plan(sweep).slots
     world.finish([first.spec, second.spec])
     assert counts(world.plan(sweep)) == (3, 0, 2, 1)
-    world.ledger.append("trial_done", slot=first.id, key=first.key.digest)
+    world.event_log.append("trial_done", slot=first.id, key=first.key.digest)
     assert counts(world.plan(sweep)) == (3, 1, 1, 1)
-    world.ledger.append("trial_reused", slot=second.id, key=second.key.digest)
+    world.event_log.append("trial_reused", slot=second.id, key=second.key.digest)
     assert counts(world.plan(sweep)) == (3, 2, 0, 1)
 
 
@@ -181,7 +183,7 @@ def test_a_failure_after_success_is_to_run_again_once_its_record_is_gone(world):
     sweep = world.sweep("fpl", seeds=seeds(1))
     world.run(sweep)
     (slot,) = world.plan(sweep).slots
-    world.ledger.append("trial_failed", slot=slot.id, key=slot.key.digest)
+    world.event_log.append("trial_failed", slot=slot.id, key=slot.key.digest)
     assert counts(world.plan(sweep)) == (1, 0, 1, 0)
     (world.store.get(slot.spec).path / "record.json").unlink()
     assert counts(world.plan(sweep)) == (1, 0, 0, 1)
@@ -200,11 +202,11 @@ def searched(world: World, sampler: Any, points: int = 6, **parts: Any) -> Sweep
 
 def test_points_that_were_asked_are_known(world):
     sweep = searched(world, "random")
-    dispatcher = world.dispatcher(sweep)
-    job = dispatcher.next()
+    scheduler = world.scheduler(sweep)
+    job = scheduler.next()
     assert len(world.plan(sweep).slots) == 2
     world.finish(job.trials)
-    dispatcher.complete(job.number, {})
+    scheduler.complete(job.number, {})
     assert counts(world.plan(sweep)) == (12, 2, 0, 10)
 
 
@@ -239,29 +241,32 @@ def test_a_seed_that_is_added_reaches_points_that_were_told(world):
 # ---------------------------------------------------------------- artifacts
 
 
-def stages(needs: Iterable[Need]) -> list[str]:
-    return [need.stage for need in needs]
+def stages(requirements: Iterable[Requirement]) -> list[str]:
+    return [requirement.stage for requirement in requirements]
 
 
 def test_methods_without_images_need_features_only(world):
     plan = world.plan(world.sweep("zero_shot", "fpl", "grip", "cpl", "cpl_real"))
-    assert stages(plan.needs) == ["features"]
+    assert stages(plan.requirements) == ["features"]
 
 
 def test_a_trial_with_images_needs_what_they_are_made_from_in_that_order():
-    needs = needs_of([trial(lora__rounds=1)])
-    assert stages(needs) == ["features", "labels", "lora", "images", "images"]
-    assert [need.images_per_class for need in needs[-2:]] == [120, BASE_PER_CLASS]
-    assert needs[-1].spec.images.lora is None  # to show what LoRA changed
+    requirements = requirements_of([trial(lora__rounds=1)])
+    assert stages(requirements) == ["features", "labels", "lora", "images", "images"]
+    assert [requirement.images_per_class for requirement in requirements[-2:]] == [
+        120,
+        BASE_PER_CLASS,
+    ]
+    assert requirements[-1].spec.images.lora is None  # to show what LoRA changed
 
 
 def test_a_second_lora_round_needs_the_images_of_the_first():
-    needs = needs_of([trial(lora__rounds=2, initial_labels__images_per_class=40)])
+    requirements = requirements_of([trial(lora__rounds=2, initial_labels__images_per_class=40)])
     first = ["features", "labels", "lora", "images"]
-    assert stages(needs) == [*first, "labels", "lora", "images", "images"]
-    assert needs[3].images_per_class == 40
-    assert needs[4].spec.images == needs[3].spec
-    assert [level(need.spec) for need in needs] == [1, 2, 3, 4, 5, 6, 7, 1]
+    assert stages(requirements) == [*first, "labels", "lora", "images", "images"]
+    assert requirements[3].images_per_class == 40
+    assert requirements[4].spec.images == requirements[3].spec
+    assert [level(requirement.spec) for requirement in requirements] == [1, 2, 3, 4, 5, 6, 7, 1]
 
 
 def test_seeds_methods_and_weights_share_one_row():
@@ -271,15 +276,15 @@ def test_seeds_methods_and_weights_share_one_row():
         for seed in (1, 2, 3)
         for weight in (0.2, 0.8)
     ]
-    assert needs_of(trials) == needs_of(trials[:1])
+    assert requirements_of(trials) == requirements_of(trials[:1])
 
 
 @pytest.mark.parametrize("order", [(25, 50, 120), (120, 50, 25), (25, 120, 50)])
 def test_a_sweep_of_counts_needs_the_largest_once(order):
     (row,) = (
-        need
-        for need in needs_of(trial(images_per_class=n, lora=None) for n in order)
-        if need.stage == "images"
+        requirement
+        for requirement in requirements_of(trial(images_per_class=n, lora=None) for n in order)
+        if requirement.stage == "images"
     )
     assert row.images_per_class == 120
     assert len(row.shards()) == 8 * len(CLASSES)  # ceil(120 / 16) blocks a class
@@ -299,20 +304,24 @@ def test_a_search_needs_whatever_any_of_its_points_may_read(world, dimension, im
     search = Search(points=3, space=(dimension,))
     fixed = {} if dimension.key == "images_per_class" else {"images_per_class": 16}
     plan = world.plan(world.sweep("air", search=search, fixed=fixed))
-    assert [need.images_per_class for need in plan.needs if need.stage == "images"] == images
+    assert [
+        requirement.images_per_class
+        for requirement in plan.requirements
+        if requirement.stage == "images"
+    ] == images
 
 
 def test_an_artifact_is_missing_partial_or_present(world):
     sweep = world.sweep("air", fixed={"images_per_class": 16})
     plan = world.plan(sweep)
-    row = plan.needs[-1]
+    row = plan.requirements[-1]
 
     def states() -> list[tuple[str, str, int, int]]:
         found = world.plan(sweep).json(world.store)["artifacts"]
         return [(a["stage"], a["state"], a["have"], a["need"]) for a in found]
 
     assert states() == [("features", "missing", 0, 1), ("images", "missing", 0, 20)]
-    world.store.get_or_build(plan.needs[0].spec, lambda folder: {})
+    world.store.get_or_build(plan.requirements[0].spec, lambda folder: {})
     images, features = world.store.open_row(row.spec.images), world.store.open_row(row.spec)
     images.shard(0, 0, ".parquet").touch()
     assert states()[1][1:3] == ("missing", 0)  # pictures without features are half the work
@@ -339,7 +348,7 @@ def test_an_estimate_is_a_guess_until_this_store_has_measured_work_of_its_kind(w
     assert not guess.calibrated
     assert "nothing was measured" in guess.reason
     world.store.root.mkdir()
-    specs = [need.spec for need in world.plan(sweep).needs]
+    specs = [requirement.spec for requirement in world.plan(sweep).requirements]
     works = [stage_work(spec) for spec in specs]
     works += [trial_work(slot.spec) for slot in world.plan(sweep).slots]
     assert len({(work.stage, work.kind) for work in works}) == 4  # the trials are of two kinds
@@ -421,7 +430,7 @@ HEAVY = [
 
 
 def test_planning_imports_nothing_heavy_also_where_trials_are_done(world):
-    folder = world.ledger.folder.parent
+    folder = world.event_log.folder.parent
     text = "version: 1\nname: x\ngrid: {method: [fpl, air]}\nseeds: [1, 2]\n"
     (folder / "x.yaml").write_text(text + f"fixed: {{generator: '{world.pictures}'}}\n")
     world.run(world.sweep("fpl", seeds=seeds(1)))

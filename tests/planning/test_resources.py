@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.planning.resources import CONTEXT, memory_fraction, misfit, room
+from orchestrator.planning.resources import CONTEXT, memory_fraction, resource_shortage, room
 from orchestrator.spec import Resources
 from orchestrator.spec.sweep import GeneratorResources, TrialResources
 from tests.helpers.sweeps import airsweep, write_sweep
@@ -34,12 +34,12 @@ def asked(trial: tuple[float, float], generator: tuple[float, float] = (1, 0)) -
     ],
 )
 def test_one_machine_must_have_all_that_one_worker_asks_for(resources, machines, said):
-    found = misfit(resources, machines, prepares=True)
+    found = resource_shortage(resources, machines, prepares=True)
     assert found is None if said is None else said in str(found)
 
 
 def test_where_all_is_prepared_generators_do_not_matter():
-    assert misfit(asked((1, 0), (99, 0)), [SMALL], prepares=False) is None
+    assert resource_shortage(asked((1, 0), (99, 0)), [SMALL], prepares=False) is None
 
 
 @pytest.mark.parametrize(

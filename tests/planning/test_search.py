@@ -17,7 +17,7 @@ from orchestrator.spec import Dimension, cells_of
 from orchestrator.spec import SweepSpec as Sweep
 from orchestrator.spec.space import Point, study_name
 from orchestrator.spec.sweep import Search
-from orchestrator.store import Ledger
+from orchestrator.store import EventLog
 
 COUNTS = Dimension(key="images_per_class", values=(0, 20, 40))
 WEIGHTS = Dimension(key="fusion_weight", min=0.0, max=1.0, when="images_per_class > 0")
@@ -47,13 +47,13 @@ class Log:
     """What the dispatcher writes of a search into the event log."""
 
     def __init__(self, folder: Path) -> None:
-        self.ledger = Ledger(folder)
+        self.event_log = EventLog(folder)
         folder.mkdir(parents=True)
 
     def open(self, spec: Sweep) -> CellSearch:
         (cell,) = cells_of(spec)
         assert spec.search is not None
-        return CellSearch(cell, spec.search, searches(self.ledger))
+        return CellSearch(cell, spec.search, searches(self.event_log))
 
     def play(
         self, spec: Sweep, objective: Callable[[Point], float | None] | None = None, most: int = 99
@@ -63,7 +63,7 @@ class Log:
         study = study_name(searching.cell, searching.search)
         while points := searching.next_round():
             values = {p.number: objective(p) if objective else value(p.params) for p in points}
-            known = searches(self.ledger).asked.get(study, {})
+            known = searches(self.event_log).asked.get(study, {})
             lines: list[tuple[str, dict[str, Any]]] = [
                 ("point_asked", {"study": study, "point": p.number, "params": dict(p.params)})
                 for p in points
@@ -71,7 +71,7 @@ class Log:
             ]
             lines.append(("round_told", {"values": {str(n): v for n, v in values.items()}}))
             for event, facts in lines[:most]:
-                self.ledger.append(event, cell=searching.cell.id, **facts)
+                self.event_log.append(event, cell=searching.cell.id, **facts)
             most -= len(lines)
             if most <= 0:
                 break
@@ -185,11 +185,11 @@ def test_a_pruned_point_is_never_the_best_and_uses_up_patience(log):
     study = study_name(searching.cell, searching.search)
     for point in searching.next_round():
         asked = {"study": study, "point": point.number, "params": dict(point.params)}
-        log.ledger.append("point_asked", cell=searching.cell.id, **asked)
+        log.event_log.append("point_asked", cell=searching.cell.id, **asked)
     reached = {"0": 0.0, "1": 9.0, "2": 8.0}  # before the end all looked good
-    log.ledger.append("rung_decided", study=study, rung=2, values=reached, pruned=[1, 2])
+    log.event_log.append("rung_decided", study=study, rung=2, values=reached, pruned=[1, 2])
     searching.tell_round({0: 1.0}, {1: (2, 9.0), 2: (2, 8.0)})
-    log.ledger.append("round_told", cell=searching.cell.id, values={"0": 1.0}, pruned=[1, 2])
+    log.event_log.append("round_told", cell=searching.cell.id, values={"0": 1.0}, pruned=[1, 2])
     again = log.open(spec)
     for one in (searching, again):
         trials = [t for t in one.study.get_trials(deepcopy=False) if "point" in t.user_attrs]
@@ -226,7 +226,7 @@ def test_points_that_no_sampler_would_ask_again_stay_as_they_were_asked(log):
     for number in (0, 1, 2):
         asked = {"images_per_class": 20, "train.steps": 7 + number}
         study = study_name(cell, spec.search)
-        log.ledger.append("point_asked", cell=cell.id, study=study, point=number, params=asked)
+        log.event_log.append("point_asked", cell=cell.id, study=study, point=number, params=asked)
     assert [point["train.steps"] for point in params(log.play(spec))[:3]] == [7, 8, 9]
 
 
@@ -237,7 +237,7 @@ def test_what_is_told_is_copied_for_others_to_read(tmp_path, log):
     log.play(spec)
     for _ in range(2):  # a run starts the copy anew
         storage = open_storage(tmp_path / "j")
-        searching = CellSearch(cell, spec.search, searches(log.ledger), storage, "team/")
+        searching = CellSearch(cell, spec.search, searches(log.event_log), storage, "team/")
         [name] = optuna.get_all_study_names(open_storage(tmp_path / "j"))
         copy = optuna.load_study(study_name=name, storage=open_storage(tmp_path / "j"))
         assert name.startswith("team/digits-ul-text-air")
@@ -335,7 +335,7 @@ def test_carried_points_count_and_come_after_the_default(log):
     (cell,) = cells_of(spec)
     assert spec.search is not None
     carried = [{"images_per_class": 20, "fusion_weight": weight} for weight in (0.1, 0.9)]
-    log.ledger.append(
+    log.event_log.append(
         "study_opened",
         cell=cell.id,
         study=study_name(cell, spec.search),

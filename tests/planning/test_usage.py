@@ -12,7 +12,7 @@ import pytest
 
 from air_core.specs import SyntheticFeaturesSpec, TrialSpec
 from orchestrator.keys import artifact_key
-from orchestrator.store import ArtifactStore, Place, open_store
+from orchestrator.store import ArtifactStore, SweepLocation, open_store
 from orchestrator.store.artifacts import DEVICES
 from orchestrator.store.inventory import take_inventory
 from tests.helpers.sweeps import airsweep, environment, events, write_sweep
@@ -119,18 +119,18 @@ def test_records_from_before_owners_and_devices_are_read_and_have_a_row_of_their
 def blocks(store: ArtifactStore, spec: SyntheticFeaturesSpec, name: str, user: str, *numbers: int):
     """A sweep's driver is told of blocks of one class that a generator has drawn; half a GPU, an
     hour each."""
-    place = Place(store, "team", name, None)
-    place.ledger().lock()
-    place.ledger().append("sweep_started", total=1, user=user)
+    location = SweepLocation(store, "team", name, None)
+    location.event_log().lock()
+    location.event_log().append("sweep_started", total=1, user=user)
     for number in numbers:
         for one, suffix in ((spec.images, ".parquet"), (spec, ".safetensors")):
             store.open_row(one).publish(0, number, suffix, b"x" * 1000)
         facts = {"class": 0, "block": number, "drawn": 8, "holes": 0, "cpu": 1.0, "gpu": 0.5}
         key = str(artifact_key(spec.images))
-        place.ledger().append(
+        location.event_log().append(
             "artifact_prepared", stage="images", key=key, seconds=HOUR, facts=facts
         )
-    return place
+    return location
 
 
 def test_blocks_of_one_row_belong_to_whoever_drew_each(store, usage, trial, monkeypatch):
@@ -141,7 +141,7 @@ def test_blocks_of_one_row_belong_to_whoever_drew_each(store, usage, trial, monk
     # It waited for a block that somebody else drew.
     facts = {"class": 0, "block": 0, "drawn": 0, "holes": 0}
     key = str(artifact_key(spec.images))
-    more.ledger().append("artifact_prepared", stage="images", key=key, seconds=HOUR, facts=facts)
+    more.event_log().append("artifact_prepared", stage="images", key=key, seconds=HOUR, facts=facts)
     found = rows(usage, "user")
     assert (found["mina"]["gpu_hours"], found["tom"]["gpu_hours"]) == (0.5, 1.0)
     assert (found["mina"]["made"], found["tom"]["made"]) == (1, 2)

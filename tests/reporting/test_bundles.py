@@ -27,9 +27,9 @@ from orchestrator.reporting.results import entries_of
 from orchestrator.reporting.rows import rows
 from orchestrator.spec import load_sweep
 from orchestrator.stages.build import PARTS, read_target
-from orchestrator.stages.context import Workshop
+from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.trial import data_of, run_trial
-from orchestrator.store import ArtifactStore, Ledger, Place, read_trial
+from orchestrator.store import ArtifactStore, EventLog, SweepLocation, read_trial
 from tests.helpers.sweeps import environment, record_again
 
 IMAGES = 240  # of the digits: enough for every class, and quick
@@ -51,25 +51,25 @@ def sweep(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, tiny_clip, sweep) -> Place:
+def location(tmp_path_factory, tiny_clip, sweep) -> SweepLocation:
     """A sweep that was run, as the commands find it."""
     store = ArtifactStore(tmp_path_factory.mktemp("done") / "runs")
-    place = Place(store, "default", "small", None)
-    ledger = place.ledger()
-    ledger.lock()
-    slots = plan_of(sweep, place).slots
+    location = SweepLocation(store, "default", "small", None)
+    event_log = location.event_log()
+    event_log.lock()
+    slots = plan_of(sweep, location).slots
     for level in ("features", "tokens"):
         encode(replace(slots[0].spec.features, level=level), store)
-    ledger.append("sweep_started", spec="s", total=len(slots), to_run=len(slots), pid=1)
+    event_log.append("sweep_started", spec="s", total=len(slots), to_run=len(slots), pid=1)
     for slot in slots:
         run_trial(slot.spec, store)
         fields = {"slot": slot.id, "cell": slot.cell.id, "key": slot.key.digest}
-        ledger.append("trial_done", **fields)
-    ledger.append("sweep_ended", exit_code=0, seconds=1.0)
-    ledger.unlock()
-    (place.folder / "spec.yaml").write_text(sweep.text)
-    (place.folder / "resolved.json").write_text("{}")
-    return place
+        event_log.append("trial_done", **fields)
+    event_log.append("sweep_ended", exit_code=0, seconds=1.0)
+    event_log.unlock()
+    (location.folder / "spec.yaml").write_text(sweep.text)
+    (location.folder / "resolved.json").write_text("{}")
+    return location
 
 
 def encode(spec: FeaturesSpec, store: ArtifactStore) -> None:
@@ -78,7 +78,7 @@ def encode(spec: FeaturesSpec, store: ArtifactStore) -> None:
     def build(folder: Path) -> dict[str, Any]:
         examples = get_dataset(spec.dataset.name).load(None)
         arrays = {
-            "features": Workshop(store).encoded(examples.images[:IMAGES], spec),
+            "features": WorkerContext(store).encoded(examples.images[:IMAGES], spec),
             "labels": examples.labels[:IMAGES],
             "parts": np.array([PARTS.index(p) for p in examples.parts[:IMAGES]], dtype=np.int8),
         }
@@ -88,15 +88,15 @@ def encode(spec: FeaturesSpec, store: ArtifactStore) -> None:
     store.get_or_build(spec, build)
 
 
-def slots_of(place: Place, sweep: Any, method: str, paradigm: str = "ul") -> list[Any]:
-    slots = plan_of(sweep, place).slots
+def slots_of(location: SweepLocation, sweep: Any, method: str, paradigm: str = "ul") -> list[Any]:
+    slots = plan_of(sweep, location).slots
     return [s for s in slots if (s.cell.method, s.spec.paradigm) == (method, paradigm)]
 
 
 @pytest.fixture
-def export(command, place, tmp_path):
+def export(command, location, tmp_path):
     def run(trial: str, *more: str, out: str = "bundle") -> Path:
-        code, said, told = command("export", trial, *more, "-o", tmp_path / out, *at(place))
+        code, said, told = command("export", trial, *more, "-o", tmp_path / out, *at(location))
         assert code == 0, told
         assert said == f"{tmp_path / out}\n"  # and nothing else, for $(...)
         return tmp_path / out
@@ -104,8 +104,8 @@ def export(command, place, tmp_path):
     return run
 
 
-def at(place: Place) -> tuple[str, str]:
-    return "--store", str(place.store.root)
+def at(location: SweepLocation) -> tuple[str, str]:
+    return "--store", str(location.store.root)
 
 
 def pictures_of(index: np.ndarray, folder: Path) -> Path:
@@ -133,11 +133,11 @@ main()
 
 
 def test_a_process_without_ray_or_mlflow_gives_the_logits_of_the_trial(
-    place, sweep, tiny_clip, export, tmp_path
+    location, sweep, tiny_clip, export, tmp_path
 ):
-    slot = slots_of(place, sweep, "cpl")[0]
-    record = read_trial(slot.spec, place.store)
-    target = read_target(slot.spec.features, slot.spec.split, place.store)
+    slot = slots_of(location, sweep, "cpl")[0]
+    record = read_trial(slot.spec, location.store)
+    target = read_target(slot.spec.features, slot.spec.split, location.store)
     data = data_of(slot.spec, target, tiny_clip, None)
     seen: list[torch.Tensor] = []
     torch.set_num_threads(1)
@@ -173,9 +173,9 @@ def test_a_process_without_ray_or_mlflow_gives_the_logits_of_the_trial(
 
 
 def test_a_trial_is_exported_by_key_slot_or_place_in_a_sweep_to_the_same_bytes(
-    place, sweep, export, command, tmp_path
+    location, sweep, export, command, tmp_path
 ):
-    slot = slots_of(place, sweep, "fpl")[1]
+    slot = slots_of(location, sweep, "fpl")[1]
     one = export(slot.key.digest, "--sweep", "small")
     other = export(slot.id, "--sweep", "small", out="other")
     assert sorted(p.name for p in one.iterdir()) == [
@@ -185,7 +185,7 @@ def test_a_trial_is_exported_by_key_slot_or_place_in_a_sweep_to_the_same_bytes(
         "text_features.safetensors",
     ]
     assert all(file.read_bytes() == (other / file.name).read_bytes() for file in one.iterdir())
-    record = read_trial(slot.spec, place.store)
+    record = read_trial(slot.spec, location.store)
     said = read_bundle(one).said
     assert said["metrics"] == record.metrics
     assert said["lineage"]["trial_key"] == slot.key.digest
@@ -203,7 +203,7 @@ def test_a_trial_is_exported_by_key_slot_or_place_in_a_sweep_to_the_same_bytes(
 
     plain = export(slot.key.digest[:6], out="plain")
     assert read_bundle(plain).said["lineage"]["sweep"] is None
-    code, said_out, told = command("export", slot.key.digest[:8], "-o", one, *at(place))
+    code, said_out, told = command("export", slot.key.digest[:8], "-o", one, *at(location))
     assert (code, said_out) == (2, "")
     assert "is a bundle already" in told
     export(slot.key.digest[:8], "--sweep", "small", "--force")
@@ -214,10 +214,10 @@ def test_a_trial_is_exported_by_key_slot_or_place_in_a_sweep_to_the_same_bytes(
     "what", ["zero_shot", "visual", "elsewhere", "zero_shot_elsewhere", "trzsl"]
 )
 def test_every_kind_of_prompt_predicts_what_was_recorded_and_verifies(
-    what, place, sweep, resolver, export, command, drawn_digits, tmp_path
+    what, location, sweep, resolver, export, command, drawn_digits, tmp_path
 ):
     if what == "trzsl":
-        spec = slots_of(place, sweep, "cpl", "trzsl")[0].spec
+        spec = slots_of(location, sweep, "cpl", "trzsl")[0].spec
     else:
         flat = {"images_per_class": 0, "iterations": 1, "train.steps": 4, "prompt.length": 2}
         flat |= {"modality": "visual"} if what == "visual" else {}
@@ -225,8 +225,8 @@ def test_every_kind_of_prompt_predicts_what_was_recorded_and_verifies(
         flat |= {"iterations": 0} if "zero_shot" in what else {}
         spec = resolver.trial({**flat, "pool": "train", "seed": 1})
     if spec.test_features is not None:
-        encode(spec.test_features, place.store)
-    record = run_trial(spec, place.store)
+        encode(spec.test_features, location.store)
+    record = run_trial(spec, location.store)
     folder = export(record.key[:12])
     index, predictions, _ = record.predictions()
     source = get_dataset((spec.test_dataset or spec.dataset).name)
@@ -249,7 +249,7 @@ def test_every_kind_of_prompt_predicts_what_was_recorded_and_verifies(
 
 
 def test_a_bundle_of_a_folders_weights_has_no_path_and_asks_for_one(
-    place, resolver, export, command, tmp_path
+    location, resolver, export, command, tmp_path
 ):
     clip = Path(shutil.copytree(tiny_folder(), tmp_path / "secret" / "clip"))
     file = clip / "open_clip_model.safetensors"
@@ -258,8 +258,8 @@ def test_a_bundle_of_a_folders_weights_has_no_path_and_asks_for_one(
     save_file(tensors, file)
     flat = {"images_per_class": 0, "iterations": 0, "pool": "train", "backbone": str(clip)}
     spec = resolver.trial({**flat, "seed": 1})
-    encode(spec.features, place.store)
-    folder = export(run_trial(spec, place.store).key)
+    encode(spec.features, location.store)
+    folder = export(run_trial(spec, location.store).key)
     assert all(b"secret" not in file.read_bytes() for file in folder.iterdir())
     assert read_bundle(folder).said["backbone"]["digest"] == spec.backbone.digest
     image = next(pictures_of(np.arange(1), tmp_path / "new").iterdir())
@@ -270,18 +270,18 @@ def test_a_bundle_of_a_folders_weights_has_no_path_and_asks_for_one(
     assert command("verify", folder, "--weights", clip)[0] == 0
 
 
-def test_what_is_no_prompt_is_refused(place, sweep, command, tmp_path):
-    slot = slots_of(place, sweep, "zero_shot_real")[0]
-    code, said, told = command("export", slot.key.digest, "-o", tmp_path / "b", *at(place))
+def test_what_is_no_prompt_is_refused(location, sweep, command, tmp_path):
+    slot = slots_of(location, sweep, "zero_shot_real")[0]
+    code, said, told = command("export", slot.key.digest, "-o", tmp_path / "b", *at(location))
     assert (code, said) == (2, "")
     assert "learns no prompt" in told
     assert "fused with an auxiliary classifier" in told
     assert not (tmp_path / "b").exists()
 
 
-def test_a_prompt_that_predicts_something_else_is_not_written(place, sweep, command, tmp_path):
-    store = ArtifactStore(Path(shutil.copytree(place.store.root, tmp_path / "runs")))
-    slot = slots_of(place, sweep, "fpl")[0]
+def test_a_prompt_that_predicts_something_else_is_not_written(location, sweep, command, tmp_path):
+    store = ArtifactStore(Path(shutil.copytree(location.store.root, tmp_path / "runs")))
+    slot = slots_of(location, sweep, "fpl")[0]
     file = store.get(slot.spec).path / PROMPT
     save_file({"prompt": -load_file(file)["prompt"]}, file)
     record_again(file.parent)
@@ -297,20 +297,20 @@ def test_a_prompt_that_predicts_something_else_is_not_written(place, sweep, comm
 
 
 def test_best_is_the_tables_best_row_and_a_run_that_no_label_chose(
-    place, sweep, command, export, tmp_path
+    location, sweep, command, export, tmp_path
 ):
-    plan = plan_of(sweep, place)
+    plan = plan_of(sweep, location)
     only = ("--only", "method=zero_shot,fpl,cpl", "--only", "paradigm=ul")
     found = [
         row
-        for row in rows(entries_of(plan, place.store), None)
+        for row in rows(entries_of(plan, location.store), None)
         if row.paradigm == "ul" and row.method != "zero_shot_real"
     ]
     best = max(found, key=lambda row: row.mean)
-    runs = [read_trial(s.spec, place.store) for s in plan.slots if s.cell.id == best.cell]
+    runs = [read_trial(s.spec, location.store) for s in plan.slots if s.cell.id == best.cell]
     run = max(runs, key=lambda record: record.objectives["mutual_information"])
     code, said, told = command(
-        "export", "best", "--sweep", "small", *only, "-o", tmp_path / "b", *at(place)
+        "export", "best", "--sweep", "small", *only, "-o", tmp_path / "b", *at(location)
     )
     assert (code, said) == (0, f"{tmp_path / 'b'}\n")
     assert f"best row: {best.method}, mean test accuracy {100 * best.mean:.1f} %" in told
@@ -335,18 +335,18 @@ def test_best_is_the_tables_best_row_and_a_run_that_no_label_chose(
         (("abcdef123", "--only", "method=fpl"), "a trial has a name of its own"),
     ],
 )
-def test_what_cannot_be_exported_is_bad_input(arguments, words, command, place, tmp_path):
-    code, said, told = command("export", *arguments, "-o", tmp_path / "b", *at(place))
+def test_what_cannot_be_exported_is_bad_input(arguments, words, command, location, tmp_path):
+    code, said, told = command("export", *arguments, "-o", tmp_path / "b", *at(location))
     assert (code, said) == (2, "")
     assert words in told
     assert not (tmp_path / "b").exists()
 
 
-def test_best_of_a_sweep_with_nothing_done_says_so(place, sweep, command, tmp_path):
+def test_best_of_a_sweep_with_nothing_done_says_so(location, sweep, command, tmp_path):
     store = ArtifactStore(tmp_path / "runs")
-    empty = Place(store, "default", "small", None)
+    empty = SweepLocation(store, "default", "small", None)
     empty.folder.mkdir(parents=True)
-    Ledger(empty.folder).append("sweep_started", spec="s", total=1, to_run=1, pid=1)
+    EventLog(empty.folder).append("sweep_started", spec="s", total=1, to_run=1, pid=1)
     (empty.folder / "spec.yaml").write_text(sweep.text)
     (empty.folder / "resolved.json").write_text("{}")
     code, _, told = command("export", "best", "--sweep", "small", "-o", tmp_path / "b", *at(empty))
@@ -358,8 +358,8 @@ def test_best_of_a_sweep_with_nothing_done_says_so(place, sweep, command, tmp_pa
 
 
 @pytest.fixture
-def bundle(place, sweep, export) -> Path:
-    return export(slots_of(place, sweep, "cpl")[0].key.digest)
+def bundle(location, sweep, export) -> Path:
+    return export(slots_of(location, sweep, "cpl")[0].key.digest)
 
 
 def test_results_go_to_stdout_in_three_forms_and_troubles_to_stderr(bundle, command, tmp_path):

@@ -21,10 +21,10 @@ import pytest
 from orchestrator.planning.recorded import read_sweep
 from orchestrator.planning.search import importances
 from orchestrator.reporting.html_report import confused, page
-from orchestrator.reporting.report_data import evidence_of
+from orchestrator.reporting.report_data import report_data_of
 from orchestrator.spec import Dimension
 from orchestrator.store import open_store
-from orchestrator.store.location import place_named
+from orchestrator.store.location import location_named
 from tests.helpers.browser import CHROMIUM, MISSING, Browser
 from tests.helpers.outcomes import by_method, recorded
 from tests.helpers.servers import served
@@ -66,8 +66,8 @@ def searched(tmp_path_factory, drawn_digits) -> Path:
 
 
 def reported(store: Path, name: str) -> str:
-    sweep, place = read_sweep(place_named(open_store(store), "default", name), None)
-    return page(evidence_of(sweep, place))
+    sweep, place = read_sweep(location_named(open_store(store), "default", name), None)
+    return page(report_data_of(sweep, place))
 
 
 class Outline(HTMLParser):

@@ -34,7 +34,7 @@ from orchestrator.spec.space import study_name
 from orchestrator.spec.sweep import Search, Seeds
 from orchestrator.stages.build import PARTS
 from orchestrator.stages.trial import run_trial
-from orchestrator.store import ArtifactStore, Ledger, TrialRecord, read_trial
+from orchestrator.store import ArtifactStore, EventLog, TrialRecord, read_trial
 
 IMAGES = 200  # of the digits
 QUICK = {"train.steps": 2, "prompt.length": 2, "iterations": 2}
@@ -76,24 +76,24 @@ def store(tmp_path, features, arrays) -> ArtifactStore:
 
 
 @pytest.fixture
-def ledger(tmp_path) -> Ledger:
-    ledger = Ledger(tmp_path / "sweep")
-    ledger.folder.mkdir()
-    return ledger
+def event_log(tmp_path) -> EventLog:
+    event_log = EventLog(tmp_path / "sweep")
+    event_log.folder.mkdir()
+    return event_log
 
 
 # ---------------------------------------------------------------- entries
 
 
-def planned(sweep: SweepSpec, store: ArtifactStore, resolver: Any, ledger: Ledger) -> Plan:
-    return plan_sweep(sweep, store, resolver, ledger)
+def planned(sweep: SweepSpec, store: ArtifactStore, resolver: Any, event_log: EventLog) -> Plan:
+    return plan_sweep(sweep, store, resolver, event_log)
 
 
-def test_every_trial_that_has_a_record_is_an_entry(store, resolver, ledger):
+def test_every_trial_that_has_a_record_is_an_entry(store, resolver, event_log):
     sweep = SweepSpec(
         name="x", grid={"method": ("zero_shot", "fpl")}, fixed={"train.steps": 2}, seeds=TWO
     )
-    plan = planned(sweep, store, resolver, ledger)
+    plan = planned(sweep, store, resolver, event_log)
     assert entries_of(plan, store) == []
     records = [run_trial(slot.spec, store) for slot in plan.slots[:3]]
     entries = entries_of(plan, store)
@@ -111,14 +111,14 @@ def test_every_trial_that_has_a_record_is_an_entry(store, resolver, ledger):
         assert entry.objective is None  # nothing is searched
 
 
-def test_an_entry_says_what_the_sweep_varies_and_all_its_settings(store, resolver, ledger):
+def test_an_entry_says_what_the_sweep_varies_and_all_its_settings(store, resolver, event_log):
     sweep = SweepSpec(
         name="x",
         grid={"method": ("fpl", "cpl"), "prompt.length": (2, 4)},
         fixed={"train.steps": 2},
         seeds=Seeds(values=((1, 7),), vary=("seed", "split_seed")),
     )
-    plan = planned(sweep, store, resolver, ledger)
+    plan = planned(sweep, store, resolver, event_log)
     assert [settings_of(slot) for slot in plan.slots] == 2 * [
         {"prompt.length": 2},
         {"prompt.length": 4},
@@ -129,7 +129,7 @@ def test_an_entry_says_what_the_sweep_varies_and_all_its_settings(store, resolve
     assert flat["iterations"] == 1  # the method's
 
 
-def test_a_points_objective_is_the_mean_over_its_runs(store, resolver, ledger):
+def test_a_points_objective_is_the_mean_over_its_runs(store, resolver, event_log):
     lengths = Dimension(key="prompt.length", values=(1, 3))
     fixed = {"method": "fpl", "train.steps": 2}
     search = Search(sampler="random", points=3, width=2, space=(lengths,))
@@ -137,8 +137,8 @@ def test_a_points_objective_is_the_mean_over_its_runs(store, resolver, ledger):
     (cell,) = cells_of(sweep)
     for number, length in enumerate((3, 1)):
         asked = {"point": number, "params": {"prompt.length": length}}
-        ledger.append("point_asked", cell=cell.id, study=study_name(cell, search), **asked)
-    plan = planned(sweep, store, resolver, ledger)
+        event_log.append("point_asked", cell=cell.id, study=study_name(cell, search), **asked)
+    plan = planned(sweep, store, resolver, event_log)
     for slot in plan.slots:
         run_trial(slot.spec, store)
     entries = entries_of(plan, store)
@@ -240,23 +240,23 @@ SWEEP = SweepSpec(
 
 
 @pytest.fixture
-def plan(store, resolver, ledger):
+def plan(store, resolver, event_log):
     """Of six trials three have run, one of them in another sweep, and one has failed."""
-    plan = plan_sweep(SWEEP, store, resolver, ledger)
+    plan = plan_sweep(SWEEP, store, resolver, event_log)
     slots = plan.slots
     for slot in (slots[0], slots[2], slots[3]):
         run_trial(slot.spec, store)
-    ledger.append("sweep_started", total=plan.total)
+    event_log.append("sweep_started", total=plan.total)
     for slot in (slots[0], slots[2]):
-        ledger.append("trial_done", slot=slot.id, key=slot.key.digest, cell=slot.cell.id)
+        event_log.append("trial_done", slot=slot.id, key=slot.key.digest, cell=slot.cell.id)
     why = {"failure_class": "oom", "message": "out of memory"}
-    ledger.append("trial_failed", slot=slots[4].id, **why)
-    ledger.append("trials_started", slots=[slots[5].id])  # by a driver that is gone
+    event_log.append("trial_failed", slot=slots[4].id, **why)
+    event_log.append("trials_started", slots=[slots[5].id])  # by a driver that is gone
     return plan
 
 
-def test_a_line_for_each_trial_with_what_varies_its_state_and_its_metrics(plan, store, ledger):
-    frame = trials_frame(plan, store, ledger)
+def test_a_line_for_each_trial_with_what_varies_its_state_and_its_metrics(plan, store, event_log):
+    frame = trials_frame(plan, store, event_log)
     states = ["done", "reused", "done", "reused", "failed", "waiting"]
     assert frame["state"].tolist() == states
     assert frame["trial"].tolist() == [slot.id for slot in plan.slots]
@@ -292,7 +292,7 @@ def test_rows_have_settings_as_columns(plan, store):
 
 
 def test_frames_of_a_sweep_without_a_trial_have_their_columns(store, resolver, tmp_path):
-    empty = Ledger(tmp_path / "empty")
+    empty = EventLog(tmp_path / "empty")
     plan = plan_sweep(SWEEP, store, resolver, empty)
     assert trials_frame(plan, store, empty)["state"].tolist() == ["waiting"] * 6
     assert tuple(curves_frame(plan, store).columns) == CURVES
@@ -302,8 +302,8 @@ def test_frames_of_a_sweep_without_a_trial_have_their_columns(store, resolver, t
 # ---------------------------------------------------------------- how a sweep stands
 
 
-def test_a_sweep_that_never_started_has_nothing(ledger):
-    assert standing(ledger) == Standing()
+def test_a_sweep_that_never_started_has_nothing(event_log):
+    assert standing(event_log) == Standing()
 
 
 def slots(*numbers: int) -> list[str]:
@@ -311,17 +311,17 @@ def slots(*numbers: int) -> list[str]:
 
 
 @pytest.fixture
-def started(ledger) -> Ledger:
+def started(event_log) -> EventLog:
     """Five trials, of which one is done, one reused, one failed and one runs."""
-    ledger.append("sweep_started", spec="s", total=5, to_run=5, pid=1)
-    ledger.append("artifact_prepared", stage="features", key="k")
-    ledger.append("trials_started", slots=slots(1, 2, 3, 4))
+    event_log.append("sweep_started", spec="s", total=5, to_run=5, pid=1)
+    event_log.append("artifact_prepared", stage="features", key="k")
+    event_log.append("trials_started", slots=slots(1, 2, 3, 4))
     one, two, three, _ = slots(1, 2, 3, 4)
-    ledger.append("trial_done", slot=one, cell="cell", key="a")
-    ledger.append("trial_reused", slot=two, cell="cell", key="a")
+    event_log.append("trial_done", slot=one, cell="cell", key="a")
+    event_log.append("trial_reused", slot=two, cell="cell", key="a")
     failure = {"failure_class": "nan", "message": "the loss became nan"}
-    ledger.append("trial_failed", slot=three, cell="cell", key="b", **failure)
-    return ledger
+    event_log.append("trial_failed", slot=three, cell="cell", key="b", **failure)
+    return event_log
 
 
 def test_trials_are_counted_by_what_became_of_them(started):

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from orchestrator.planning import asked, plan_of
+from orchestrator.planning import plan_of, read_request
 from orchestrator.spec import cells_of
 from orchestrator.spec.starter import write_starter
-from orchestrator.store import ArtifactStore, Place
+from orchestrator.store import ArtifactStore, SweepLocation
 from tests.helpers.sweeps import airsweep, table
 
 METHODS = ["zero_shot", "fpl", "cpl", "air", "cpl_real"]
@@ -44,20 +44,20 @@ def test_the_file_counts_what_the_folder_holds_and_can_be_planned(here):
         "leaves: 32 images of 2 classes (oak 20, red maple 12); 3 for validation, about 10 for "
         "test, as `split_seed` parts them"
     )
-    spec = asked("mine.yaml").spec
+    spec = read_request("mine.yaml").spec
     assert spec.name == "mine"
     assert starter.found in spec.question.replace("\n", " ")
     assert "about 10 test images tell little" in spec.question.replace("\n", " ")
     assert spec.fixed["dataset"] == "folder:leaves"
     assert [cell.method for cell in cells_of(spec)] == METHODS
-    plan = plan_of(spec, Place(ArtifactStore(here / "runs"), "default", "mine", None))
+    plan = plan_of(spec, SweepLocation(ArtifactStore(here / "runs"), "default", "mine", None))
     assert plan.total == 15
     assert plan.slots[0].spec.classnames == ("oak", "red maple")
 
 
 def test_without_a_folder_it_is_a_sweep_of_the_digits(here):
     assert "1,797 real digits" in write_starter("mine.yaml", None, Path()).found
-    assert asked("mine.yaml").spec.fixed["dataset"] == "digits"
+    assert read_request("mine.yaml").spec.fixed["dataset"] == "digits"
 
 
 def test_fixed_parts_are_counted_as_they_are(here):
@@ -70,7 +70,7 @@ def test_fixed_parts_are_counted_as_they_are(here):
 def test_any_visible_name_of_a_folder_survives(here, name):
     draw(here / name, {"a": 4, "b: {c}": 4})
     write_starter("mine", str(here / name), Path())
-    assert asked("mine.yaml").spec.fixed["dataset"] == f"folder:{here / name}"
+    assert read_request("mine.yaml").spec.fixed["dataset"] == f"folder:{here / name}"
 
 
 BAD = {

@@ -12,11 +12,11 @@ import pytest
 import yaml
 
 from air_core.specs import FeaturesSpec, LabelsSpec
-from orchestrator.planning import Need, Resolver, needs_of
+from orchestrator.planning import Requirement, Resolver, requirements_of
 from orchestrator.planning.plan import level
 from orchestrator.spec import cells_of, load_sweep, presets
 from orchestrator.stages.build import build_features, build_labels
-from orchestrator.stages.context import Workshop
+from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.image_rows import build_image_block, open_generator
 from orchestrator.stages.trial import run_trial
 from orchestrator.store import ArtifactStore
@@ -92,22 +92,26 @@ def settings(rng: random.Random) -> dict[str, Any]:
     return {"method": method} | free
 
 
-def made(need: Need, shop: Workshop) -> None:
-    if isinstance(need.spec, FeaturesSpec):
-        build_features(need.spec, shop)
-    elif isinstance(need.spec, LabelsSpec):
-        build_labels(need.spec, shop)
+def made(requirement: Requirement, worker: WorkerContext) -> None:
+    if isinstance(requirement.spec, FeaturesSpec):
+        build_features(requirement.spec, worker)
+    elif isinstance(requirement.spec, LabelsSpec):
+        build_labels(requirement.spec, worker)
     else:
-        images = need.spec.images
-        for class_index in need.classes:
-            for block in range(math.ceil(need.images_per_class / images.block_size)):
+        images = requirement.spec.images
+        for class_index in requirement.classes:
+            for block in range(math.ceil(requirement.images_per_class / images.block_size)):
                 build_image_block(
-                    need.spec, class_index, block, shop, lambda: open_generator(images, shop)
+                    requirement.spec,
+                    class_index,
+                    block,
+                    worker,
+                    lambda: open_generator(images, worker),
                 )
 
 
 def test_any_settings_are_learned_or_refused_in_a_sentence(drawn_digits, tmp_path):
-    rng, shop = random.Random(0), Workshop(ArtifactStore(tmp_path / "runs"))
+    rng, worker = random.Random(0), WorkerContext(ArtifactStore(tmp_path / "runs"))
     resolver, file = Resolver(tmp_path / "digests.json", None), Path(tmp_path / "any.yaml")
     learned = refused = 0
     while learned < TRIALS:
@@ -120,9 +124,11 @@ def test_any_settings_are_learned_or_refused_in_a_sentence(drawn_digits, tmp_pat
             refused += 1
             continue
         try:
-            for need in sorted(needs_of([trial]), key=lambda need: level(need.spec)):
-                made(need, shop)
-            metrics = run_trial(trial, shop.store).metrics
+            for requirement in sorted(
+                requirements_of([trial]), key=lambda requirement: level(requirement.spec)
+            ):
+                made(requirement, worker)
+            metrics = run_trial(trial, worker.store).metrics
         except Exception as problem:
             said = f"{type(problem).__name__}: {problem}"
             if not any(words in said for words in SENTENCES):

@@ -27,11 +27,11 @@ from orchestrator.spec import presets
 from orchestrator.stages.auditor import made
 from orchestrator.stages.audits import audit_cards
 from orchestrator.stages.build import build_features
-from orchestrator.stages.context import Workshop
+from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.image_rows import build_image_block
 from orchestrator.stages.pictures import SHEET_BYTES
 from orchestrator.stages.trial import run_trial
-from orchestrator.store import ArtifactStore, Place
+from orchestrator.store import ArtifactStore, SweepLocation
 from tests.helpers.sweeps import environment
 
 EACH = 16  # images a class
@@ -114,27 +114,27 @@ class World:
 
     store: ArtifactStore
 
-    def record(self, name: str, folder: Path, body: str = BODY) -> Place:
+    def record(self, name: str, folder: Path, body: str = BODY) -> SweepLocation:
         """A sweep as the driver leaves it when it starts."""
-        place = Place(self.store, "default", name, None)
-        place.ledger().lock()
+        location = SweepLocation(self.store, "default", name, None)
+        location.event_log().lock()
         text = body.format(folder=folder, count=EACH)
-        (place.folder / "spec.yaml").write_text(f"version: 1\nname: {name}\n{text}")
-        (place.folder / "resolved.json").write_text("{}")
-        place.ledger().append("sweep_started", total=1)
-        return place
+        (location.folder / "spec.yaml").write_text(f"version: 1\nname: {name}\n{text}")
+        (location.folder / "resolved.json").write_text("{}")
+        location.event_log().append("sweep_started", total=1)
+        return location
 
-    def rows(self, place: Place) -> list[Audited]:
-        return audited_by(*read_sweep(place, None))
+    def rows(self, location: SweepLocation) -> list[Audited]:
+        return audited_by(*read_sweep(location, None))
 
-    def draw(self, place: Place) -> Audited:
-        [row] = self.rows(place)
-        shop = Workshop(self.store)
-        build_features(row.features, shop)
+    def draw(self, location: SweepLocation) -> Audited:
+        [row] = self.rows(location)
+        worker = WorkerContext(self.store)
+        build_features(row.features, worker)
         images = row.row.images
         generator = load_generator(images, images_folder(images.model.name), None)
-        for c, block in row.need.missing(self.store):
-            build_image_block(row.row, c, block, shop, lambda: generator)
+        for c, block in row.requirement.missing(self.store):
+            build_image_block(row.row, c, block, worker, lambda: generator)
         return row
 
 
@@ -144,10 +144,10 @@ def world(tmp_path_factory) -> World:
 
 
 @pytest.fixture(scope="module")
-def faulty(world, planted) -> Place:
-    place = world.record("faulty", planted)
-    world.draw(place)
-    return place
+def faulty(world, planted) -> SweepLocation:
+    location = world.record("faulty", planted)
+    world.draw(location)
+    return location
 
 
 # ---------------------------------------------------------------- faults
@@ -200,7 +200,7 @@ def test_a_card_has_a_line_for_each_class_with_its_best_and_worst_image(world, f
 
 def test_the_same_images_give_the_same_bytes_and_json_comes_back(world, faulty):
     [row] = world.rows(faulty)
-    (one, png), (other, again) = (made(row, Workshop(world.store)) for _ in range(2))
+    (one, png), (other, again) = (made(row, WorkerContext(world.store)) for _ in range(2))
     assert card_json(one) == card_json(other)
     assert png == again
     assert len(png) < SHEET_BYTES
@@ -253,11 +253,11 @@ def test_a_card_of_fewer_images_or_of_a_damaged_file_is_made_again(world, faulty
 
 def test_what_the_card_says_of_a_filter_is_what_a_trial_does(world, faulty, planted, resolver):
     [card] = audit_cards(*read_sweep(faulty, None))
-    sweep, place = read_sweep(faulty, None)
+    sweep, location = read_sweep(faulty, None)
     from orchestrator.planning import possible_trials
     from orchestrator.spec import cells_of
 
-    _, trial = possible_trials(cells_of(sweep), [{"seed": 1}], resolver_of(place))
+    _, trial = possible_trials(cells_of(sweep), [{"seed": 1}], resolver_of(location))
     filters = {
         "fidelity.min_margin: 0": {"min_margin": 0.0},
         "fidelity.duplicates: drop": {"duplicates": "drop"},

@@ -17,7 +17,7 @@ from air_core.specs import FolderImages, Ref, SyntheticFeaturesSpec
 from orchestrator.errors import DamagedArtifact
 from orchestrator.planning.resolve import images_folder
 from orchestrator.stages.build import build_features
-from orchestrator.stages.context import Workshop
+from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.image_rows import DEATHS, build_image_block, read_synthetic
 from orchestrator.stages.pictures import (
     GAP_PX,
@@ -59,7 +59,7 @@ def test_a_block_that_two_want_at_once_is_drawn_once(store, drawn_digits):
         return generator_of(spec)
 
     with ThreadPoolExecutor(2) as pool:
-        block = (spec, 3, 0, Workshop(store), generator)
+        block = (spec, 3, 0, WorkerContext(store), generator)
         both = [pool.submit(build_image_block, *block) for _ in range(2)]
         assert draws.acquire(timeout=600)
         assert not draws.acquire(timeout=0.3)  # who does not wait would have begun by now
@@ -72,7 +72,7 @@ def test_a_block_that_two_want_at_once_is_drawn_once(store, drawn_digits):
 
 def test_shards_and_the_rows_own_word_are_sealed(store, drawn_digits):
     spec = row_of(str(drawn_digits))
-    build_image_block(spec, 0, 0, Workshop(store), lambda: generator_of(spec))
+    build_image_block(spec, 0, 0, WorkerContext(store), lambda: generator_of(spec))
     files = [file for file in store.artifacts.rglob("*") if file.is_file()]
     assert len(files) == 4
     assert all(intact(file.read_bytes()) for file in files)
@@ -80,7 +80,7 @@ def test_shards_and_the_rows_own_word_are_sealed(store, drawn_digits):
 
 def test_a_damaged_shard_is_not_read_and_is_named(store, drawn_digits):
     spec = row_of(str(drawn_digits))
-    build_image_block(spec, 0, 0, Workshop(store), lambda: generator_of(spec))
+    build_image_block(spec, 0, 0, WorkerContext(store), lambda: generator_of(spec))
     shard = store.row(spec).shard(0, 0, ".safetensors")
     sound = shard.read_bytes()
     assert len(read_synthetic(spec, 2, store, [0])) == 2
@@ -90,10 +90,10 @@ def test_a_damaged_shard_is_not_read_and_is_named(store, drawn_digits):
 
 
 def test_a_sheet_shows_what_there_is_where_few_images_are_drawn(store, drawn_digits, trial):
-    spec, shop = row_of(str(drawn_digits)), Workshop(store)
+    spec, worker = row_of(str(drawn_digits)), WorkerContext(store)
     for place in ((0, 0), (1, 0), (1, 1)):
-        build_image_block(spec, *place, shop, lambda: generator_of(spec))
-    png, shares = contact_sheet(spec, None, trial("fpl").features, shop)
+        build_image_block(spec, *place, worker, lambda: generator_of(spec))
+    png, shares = contact_sheet(spec, None, trial("fpl").features, worker)
     sheet = Image.open(io.BytesIO(png)).convert("L")
     drawn = LABEL_PX + PER_GROUP * (TILE_PX + GAP_PX) + 10  # right of the real ones
     for line in range(2):
@@ -116,13 +116,15 @@ def test_a_block_that_killed_its_processes_fails_and_one_that_merely_failed_does
 
     for _ in range(DEATHS + 1):
         with pytest.raises(OSError, match="no generator today"):
-            build_image_block(spec, 0, 0, Workshop(store), broken)
+            build_image_block(spec, 0, 0, WorkerContext(store), broken)
     killed = [store.row(spec.images).deaths_counted(0, 0, DEATHS) for _ in range(DEATHS)]
     for process in killed:
         process.__enter__()  # and never comes back
     with pytest.raises(RuntimeError, match="killed its process 2 times"):
-        build_image_block(spec, 0, 0, Workshop(store), lambda: generator_of(spec))
-    build_image_block(spec, 0, 0, Workshop(store), lambda: generator_of(spec))  # the next start
+        build_image_block(spec, 0, 0, WorkerContext(store), lambda: generator_of(spec))
+    build_image_block(
+        spec, 0, 0, WorkerContext(store), lambda: generator_of(spec)
+    )  # the next start
     assert list(store.root.rglob("*.tries")) == []
 
 
@@ -135,6 +137,6 @@ def test_features_of_a_dataset_start_no_program_for_postscript(
             draw(home / name / f"{i:02}.png")
     (home / "dog" / "harmless.jpg").write_bytes(EPS)
     trial = resolver.trial({"dataset": f"folder:{home}", "iterations": 0, "images_per_class": 0})
-    made = build_features(trial.features, Workshop(store))
+    made = build_features(trial.features, WorkerContext(store))
     assert made.record["info"]["unreadable"] == 1
     assert not ghostscript.exists()

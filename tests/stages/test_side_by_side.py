@@ -17,9 +17,9 @@ from air_core.normal import normalised
 from air_core.specs import TrialSpec
 from orchestrator.errors import MissingArtifact
 from orchestrator.stages.build import build_features
-from orchestrator.stages.context import Workshop
+from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.side_by_side import run_trials, side_by_side
-from orchestrator.stages.trial import Legs, run_trial
+from orchestrator.stages.trial import Segments, run_trial
 from orchestrator.store import ArtifactStore, TrialRecord
 from orchestrator.store.checkpoints import START, read_checkpoint, rungs_of
 
@@ -30,7 +30,7 @@ QUICK = {"train__steps": 4, "prompt__length": 2}
 def features(tmp_path_factory, trial) -> Path:
     """A store that holds the features of the digits and nothing else."""
     store = ArtifactStore(tmp_path_factory.mktemp("replicas") / "runs")
-    build_features(trial("fpl").features, Workshop(store))
+    build_features(trial("fpl").features, WorkerContext(store))
     return store.root
 
 
@@ -144,17 +144,17 @@ def test_a_trial_in_legs_leaves_the_record_of_one_that_was_never_stopped(
     monkeypatch.setattr(method, "fit", lambda asked: fits.append(len(asked)) or fit(asked))
     spec = trial("cpl", seed=1, **{**QUICK, "iterations": 4})
     rungs = (1, 3)
-    assert run_trials([spec], store, legs=Legs(rungs, until=1)) == [None]
+    assert run_trials([spec], store, segments=Segments(rungs, until=1)) == [None]
     assert not store.has(spec)
     assert len(fits) == 1
-    assert run_trials([spec], store, legs=Legs(rungs, until=1)) == [None]  # it is there
+    assert run_trials([spec], store, segments=Segments(rungs, until=1)) == [None]  # it is there
     assert len(fits) == 1
-    assert run_trials([spec], store, legs=Legs(rungs, until=3)) == [None]
+    assert run_trials([spec], store, segments=Segments(rungs, until=3)) == [None]
     passed, seconds = rungs_of(spec, store)
     assert passed.keys() == {1, 3}
     assert seconds > 0
     assert len(fits) == 3
-    [ours] = run_trials([spec], store, legs=Legs(rungs))
+    [ours] = run_trials([spec], store, segments=Segments(rungs))
     assert isinstance(ours, TrialRecord)
     assert len(fits) == 4  # as many as iterations
     assert ours.seconds > seconds
@@ -177,9 +177,9 @@ def test_a_rung_that_a_whole_trial_has_not_noted_is_computed_and_no_more(trial, 
     fit, fits = method.fit, []
     monkeypatch.setattr(method, "fit", lambda asked: fits.append(len(asked)) or fit(asked))
     assert rungs_of(spec, store)[0] == {}
-    run_trials([spec], store, legs=Legs((1,), until=1))
+    run_trials([spec], store, segments=Segments((1,), until=1))
     assert rungs_of(spec, store)[0].keys() == {1}
-    assert run_trials([spec], store, legs=Legs((1,))) == [record]
+    assert run_trials([spec], store, segments=Segments((1,))) == [record]
     assert len(fits) == 1
 
 
@@ -187,16 +187,16 @@ def test_the_objective_at_a_rung_is_that_of_a_trial_that_ends_there(trial, store
     """Labels of `cpl` do not hang on how many iterations follow, where they do not grow."""
     settings = {**QUICK, "pseudo_labels__growth": "fixed"}
     spec = trial("cpl", seed=1, **{**settings, "iterations": 3})
-    run_trials([spec], store, legs=Legs((2,), until=2))
+    run_trials([spec], store, segments=Segments((2,), until=2))
     short = run_trial(trial("cpl", seed=1, **{**settings, "iterations": 2}), store)
     assert rungs_of(spec, store)[0][2] == short.objectives
 
 
 def test_seeds_go_on_side_by_side_from_where_each_stopped(seeds, store):
-    legs = [replace(spec, iterations=3) for spec in seeds]
-    run_trials(legs[:2], store, legs=Legs((2,), until=2))
-    run_trials(legs, store, legs=Legs((2,), until=2))
-    records = run_trials(legs, store, legs=Legs((2,)))
+    segments = [replace(spec, iterations=3) for spec in seeds]
+    run_trials(segments[:2], store, segments=Segments((2,), until=2))
+    run_trials(segments, store, segments=Segments((2,), until=2))
+    records = run_trials(segments, store, segments=Segments((2,)))
     for record, most in zip(records, (3, 3, 3), strict=True):
         assert isinstance(record, TrialRecord)
         assert len(record.curves["train/loss"]) == 3

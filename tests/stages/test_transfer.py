@@ -17,9 +17,9 @@ from orchestrator.reporting.rows import rows
 from orchestrator.spec import SweepSpec
 from orchestrator.spec.sweep import Seeds
 from orchestrator.stages.build import build_features, read_target
-from orchestrator.stages.context import Workshop
+from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.trial import run_trial
-from orchestrator.store import ArtifactStore, Ledger
+from orchestrator.store import ArtifactStore, EventLog
 
 QUICK = {"train.steps": 5, "prompt.length": 2, "iterations": 1, "images_per_class": 0}
 
@@ -38,7 +38,7 @@ def store(tmp_path_factory, resolver, drawn) -> ArtifactStore:
     """A store with the features of both."""
     store = ArtifactStore(tmp_path_factory.mktemp("transfer") / "runs")
     for name in ("digits", f"folder:{drawn}"):
-        build_features(resolver.trial({**QUICK, "dataset": name}).features, Workshop(store))
+        build_features(resolver.trial({**QUICK, "dataset": name}).features, WorkerContext(store))
     return store
 
 
@@ -75,7 +75,7 @@ def test_one_prompt_is_learned_once_for_all_that_it_is_tested_on(
     copy = Path(shutil.copytree(drawn, tmp_path / "copy"))
     next(copy.iterdir()).rename(copy / "another name")
     other = spec(seed=2, test_dataset=f"folder:{copy}")
-    build_features(other.test_features, Workshop(store))
+    build_features(other.test_features, WorkerContext(store))
     run_trial(other, store)
     after = {path.name: path.stat().st_mtime_ns for path in store.artifacts.glob("trials/*/*")}
     assert learned.items() <= after.items()
@@ -89,8 +89,8 @@ def test_a_table_names_both_and_compares_within_each(store, resolver, drawn, tmp
         fixed={"train.steps": 2},
         seeds=Seeds(values=((1,),)),
     )
-    plan = plan_sweep(sweep, store, resolver, Ledger(tmp_path / "sweep"))
-    assert [need.have(store) for need in plan.needs] == [1, 1]
+    plan = plan_sweep(sweep, store, resolver, EventLog(tmp_path / "sweep"))
+    assert [requirement.have(store) for requirement in plan.requirements] == [1, 1]
     for slot in plan.slots:
         run_trial(slot.spec, store)
     found = rows(entries_of(plan, store), None)

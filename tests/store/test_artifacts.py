@@ -24,7 +24,7 @@ from air_core.specs import FeaturesSpec, Ref
 from orchestrator.errors import DamagedArtifact, StoreRefused, SweepBusy
 from orchestrator.files import file_digest
 from orchestrator.keys import artifact_key
-from orchestrator.store import ArtifactStore, Ledger, open_store
+from orchestrator.store import ArtifactStore, EventLog, open_store
 from tests.helpers.sweeps import environment
 
 SPEC = FeaturesSpec(dataset=Ref(name="digits", digest="d"), backbone=Ref(name="tiny", digest="b"))
@@ -276,12 +276,12 @@ def test_who_may_not_write_a_store_may_not_write_its_locks(folder, lock, umask, 
         place.chmod(folder)
     before = os.umask(umask)
     try:
-        ledger = Ledger(tmp_path / "sweep")
-        ledger.lock()
+        event_log = EventLog(tmp_path / "sweep")
+        event_log.lock()
         with ArtifactStore(tmp_path).locks.turn("x"), ArtifactStore(tmp_path).locks.use():
             files = [*(tmp_path / "locks").iterdir(), tmp_path / "sweep" / ".driver.lock"]
             modes = {file.name: oct(file.stat().st_mode & 0o777) for file in files}
-        ledger.unlock()
+        event_log.unlock()
     finally:
         os.umask(before)
     assert modes == dict.fromkeys(("x", "store", ".driver.lock"), oct(lock))
@@ -295,25 +295,25 @@ def test_two_users_of_a_group_wait_for_each_others_locks(umask):
         place.mkdir(exist_ok=True)
         os.chown(place, 0, 2000)
         place.chmod(0o2775)
-    store, ledger = ArtifactStore(folder), Ledger(folder / "sweep")
+    store, event_log = ArtifactStore(folder), EventLog(folder / "sweep")
     told: list[str] = []
     store.locks.waits = lambda name, holder, seconds: told.append(name) or held.close()
     try:
         with becoming(1001, 2000, umask), ExitStack() as held:
-            ledger.lock()
+            event_log.lock()
             held.enter_context(ArtifactStore(folder).locks.turn("x"))
             held.enter_context(ArtifactStore(folder).locks.use())
             with becoming(1002, 2000):
                 with pytest.raises(StoreRefused, match="a sweep runs"), store.locks.alone():
                     pass
                 with pytest.raises(SweepBusy):
-                    Ledger(folder / "sweep").lock()
+                    EventLog(folder / "sweep").lock()
                 with store.locks.turn("x"):
                     assert told[0] == "x"
-            ledger.unlock()
+            event_log.unlock()
             with becoming(1002, 2000):
-                ledger.lock()
-                ledger.unlock()
+                event_log.lock()
+                event_log.unlock()
     finally:
         shutil.rmtree(folder)
 

@@ -16,12 +16,12 @@ import pytest
 from air_core.specs import FeaturesSpec, FolderImages, Ref
 from orchestrator.errors import MissingArtifact, StoreRefused, SweepBusy
 from orchestrator.keys import artifact_key
-from orchestrator.store import ArtifactStore, Ledger, open_store
+from orchestrator.store import ArtifactStore, EventLog, open_store
 from orchestrator.store._leases import LOCK_SECONDS
 from orchestrator.store.backends import RECORD
 from orchestrator.store.integrity import verify
 from orchestrator.store.inventory import take_inventory
-from orchestrator.store.location import place_named, recorded_names
+from orchestrator.store.location import location_named, recorded_names
 
 SPEC = FeaturesSpec(dataset=Ref(name="digits", digest="d"), backbone=Ref(name="tiny", digest="b"))
 ROW = FolderImages(model=Ref(name="folder:x", digest="f"), classnames=("a",), size=8, block=2)
@@ -233,12 +233,12 @@ def test_a_block_that_killed_its_process_is_known_to_have_on_other_machines(mach
 # ---------------------------------------------------------------- ledger and version
 
 
-def ledger_of(store: ArtifactStore) -> Ledger:
-    return place_named(store, "default", "x").ledger()
+def ledger_of(store: ArtifactStore) -> EventLog:
+    return location_named(store, "default", "x").event_log()
 
 
-def said(ledger: Ledger) -> list[int]:
-    return [event["number"] for event in ledger.events()]
+def said(event_log: EventLog) -> list[int]:
+    return [event["number"] for event in event_log.events()]
 
 
 def test_any_machine_reads_the_events_and_goes_on_with_them(machine):

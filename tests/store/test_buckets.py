@@ -20,7 +20,7 @@ from air_core.seal import sealed_json
 from air_core.specs import FeaturesSpec, Ref
 from orchestrator.errors import MissingArtifact, Refused, RemoteAway, StoreRefused, SweepBusy
 from orchestrator.keys import artifact_key
-from orchestrator.planning.requests import place_of
+from orchestrator.planning.requests import location_of
 from orchestrator.spec import load_sweep
 from orchestrator.store import ArtifactStore, open_store
 from orchestrator.store._leases import LOCK_SECONDS, Lease
@@ -334,6 +334,6 @@ def test_a_copy_of_another_store_is_refused(machine, remote):
 def test_a_bucket_is_a_place_for_a_job_and_a_relative_folder_is_not(bucket, tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     sweep = load_sweep(write_sweep(tmp_path, "job", "fixed: {method: fpl}\nseeds: [1]\n"))
-    assert place_of(sweep, bucket, None).store.name == bucket
+    assert location_of(sweep, bucket, None).store.name == bucket
     with pytest.raises(Refused, match="s3://bucket/prefix"):
-        place_of(sweep, "runs", None)
+        location_of(sweep, "runs", None)

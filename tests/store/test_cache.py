@@ -25,7 +25,7 @@ from orchestrator.planning import plan_of, resolver_of
 from orchestrator.planning.estimate import Pace, remember
 from orchestrator.planning.plan import plan_sweep
 from orchestrator.spec import load_sweep
-from orchestrator.store import ArtifactStore, Place
+from orchestrator.store import ArtifactStore, SweepLocation
 from orchestrator.store.integrity import verify
 from orchestrator.store.inventory import take_inventory
 from orchestrator.store.records import PREDICTIONS
@@ -57,34 +57,36 @@ class World:
 
     store: ArtifactStore
 
-    def record(self, name: str, body: str, **origin: object) -> Place:
+    def record(self, name: str, body: str, **origin: object) -> SweepLocation:
         """A sweep as the driver leaves it when it starts."""
-        place = Place(self.store, "default", name, None)
-        place.ledger().lock()
-        (place.folder / "spec.yaml").write_text(f"version: 1\nname: {name}\n{body}")
-        (place.folder / "resolved.json").write_bytes(sealed_json(origin))
-        place.ledger().append("sweep_started", total=1)
-        return place
+        location = SweepLocation(self.store, "default", name, None)
+        location.event_log().lock()
+        (location.folder / "spec.yaml").write_text(f"version: 1\nname: {name}\n{body}")
+        (location.folder / "resolved.json").write_bytes(sealed_json(origin))
+        location.event_log().append("sweep_started", total=1)
+        return location
 
-    def finish(self, name: str, body: str, user: str = "me", more: int = 0, **origin) -> Place:
+    def finish(
+        self, name: str, body: str, user: str = "me", more: int = 0, **origin
+    ) -> SweepLocation:
         """A sweep that is done; `more` images a class lie there beside those that it needs."""
-        place = self.record(name, body, **origin)
+        location = self.record(name, body, **origin)
         os.environ["AIRSWEEP_USER"] = user
-        resolver, ledger = resolver_of(place), place.ledger()
-        sweep = load_sweep(place.folder / "spec.yaml", only=origin.get("only", []))
-        plan = plan_sweep(sweep, self.store, resolver, ledger)
-        for need in plan.needs:
-            if isinstance(need.spec, SyntheticFeaturesSpec):
-                count = need.images_per_class + more * (need.images_per_class > 8)
-                self.draw(need.spec, need.classes, need.spec.blocks(count))
+        resolver, event_log = resolver_of(location), location.event_log()
+        sweep = load_sweep(location.folder / "spec.yaml", only=origin.get("only", []))
+        plan = plan_sweep(sweep, self.store, resolver, event_log)
+        for requirement in plan.requirements:
+            if isinstance(requirement.spec, SyntheticFeaturesSpec):
+                count = requirement.images_per_class + more * (requirement.images_per_class > 8)
+                self.draw(requirement.spec, requirement.classes, requirement.spec.blocks(count))
             else:
-                self.store.get_or_build(need.spec, filled(FILES[need.stage]))
+                self.store.get_or_build(requirement.spec, filled(FILES[requirement.stage]))
         for slot in plan.slots:
             self.store.get_or_build(normalised(slot.spec), filled(PREDICTIONS))
             key = slot.key.digest
-            ledger.append("trial_done", slot=slot.id, cell=slot.cell.id, key=key)
+            event_log.append("trial_done", slot=slot.id, cell=slot.cell.id, key=key)
         os.environ["AIRSWEEP_USER"] = "me"
-        return place
+        return location
 
     def draw(self, spec: SyntheticFeaturesSpec, classes, blocks: int) -> None:
         rows = (
@@ -195,7 +197,9 @@ def test_gc_removes_nothing_without_yes_and_nothing_that_a_sweep_needs_with_it(w
     sweep = load_sweep(one.folder / "spec.yaml")
     plan = plan_of(sweep, one)
     assert plan.to_run == 0
-    assert all(need.have(world.store) == need.total() for need in plan.needs)
+    assert all(
+        requirement.have(world.store) == requirement.total() for requirement in plan.requirements
+    )
     assert gone(cache) == {}
 
 
@@ -206,17 +210,21 @@ def test_gc_takes_images_beyond_what_any_sweep_needs(world, cache):
     assert beyond == [20, 20]  # 2 of 4 blocks of 10 classes; images, and their features
     cache("gc", "--yes")
     plan = plan_of(load_sweep(one.folder / "spec.yaml"), one)
-    assert all(need.have(world.store) == need.total() for need in plan.needs)
-    row = max((n for n in plan.needs if n.stage == "images"), key=lambda n: n.images_per_class)
+    assert all(
+        requirement.have(world.store) == requirement.total() for requirement in plan.requirements
+    )
+    row = max(
+        (n for n in plan.requirements if n.stage == "images"), key=lambda n: n.images_per_class
+    )
     assert len(world.store.row(row.spec.images).present(".parquet")) == row.total()
 
 
 def test_gc_of_an_edited_sweep_takes_its_old_images_and_keeps_its_old_results(world, cache):
     world.finish("one", AIR.format(count=16, rank=4))
     before = world.held()
-    place = world.finish("one", AIR.format(count=16, rank=8))
+    location = world.finish("one", AIR.format(count=16, rank=8))
     new = world.held() - before
-    place.ledger().append("sweep_started", total=1)
+    location.event_log().append("sweep_started", total=1)
     listed = gone(cache)
     assert {path.split("/")[0] for path in listed} == {"lora", "images", "synthetic"}
     assert set(listed) < before
@@ -231,11 +239,13 @@ def test_a_run_with_only_leaves_the_other_cells_wanted(world, cache):
 
 def test_cells_that_were_never_run_need_no_data_here(world, cache):
     body = "grid: {dataset: [digits, flowers102]}\nfixed: {method: zero_shot}\n"
-    place = world.finish("one", body, only=["dataset=digits"])
+    location = world.finish("one", body, only=["dataset=digits"])
     assert gone(cache) == {}
     slot = {"slot": "s", "cell": "flowers102-ul-text-zero_shot", "key": "0" * 40}
-    ran = [e["cell"] for e in place.ledger().events() if e["event"] == "trial_done"]
-    place.ledger().append("trial_done", **slot | {"cell": ran[0].replace("digits", "flowers102")})
+    ran = [e["cell"] for e in location.event_log().events() if e["event"] == "trial_done"]
+    location.event_log().append(
+        "trial_done", **slot | {"cell": ran[0].replace("digits", "flowers102")}
+    )
     code, _, err = cache("gc", "--yes")
     assert code == 2
     assert "what sweep default/one needs cannot be told, so nothing is removed: flowers102" in err
@@ -243,13 +253,13 @@ def test_cells_that_were_never_run_need_no_data_here(world, cache):
 
 def test_what_was_prepared_for_cells_whose_data_is_not_here_stops_gc(world, cache):
     body = "grid: {dataset: [digits, flowers102]}\nfixed: {method: zero_shot}\n"
-    place = world.finish("one", body, only=["dataset=digits"])
+    location = world.finish("one", body, only=["dataset=digits"])
     features = next(iter(world.store.artifacts.glob("features/*/*")))
     key = f"features/v1/{features.name}"
-    place.ledger().append("artifact_prepared", stage="features", key=key)
+    location.event_log().append("artifact_prepared", stage="features", key=key)
     assert gone(cache) == {}
     key = "features/v1/flowers102-tiny-0123456789ab"
-    place.ledger().append("artifact_prepared", stage="features", key=key)
+    location.event_log().append("artifact_prepared", stage="features", key=key)
     code, _, err = cache("gc", "--yes")
     assert code == 2
     assert "flowers102 needs a data root" in err
@@ -260,9 +270,9 @@ def test_gc_goes_on_where_something_cannot_be_removed_and_says_so(world, cache):
     (world.store.root / "sweeps/default/one").rename(world.store.root / "given up")
     (features,) = (path for path in world.held() if path.startswith("features/"))
     elsewhere = world.store.root.parent / "another disk"
-    place = world.store.artifacts / features
-    place.rename(elsewhere)
-    place.symlink_to(elsewhere)  # whoever linked it must unlink it
+    location = world.store.artifacts / features
+    location.rename(elsewhere)
+    location.symlink_to(elsewhere)  # whoever linked it must unlink it
     code, out, err = cache("gc", "--yes", "--json")
     assert code == 1
     assert world.held() == {features}
@@ -321,13 +331,13 @@ def test_where_a_sweep_cannot_be_read_nothing_is_removed(world, cache, file, tex
 
 
 def test_gc_is_refused_while_a_sweep_runs_and_a_sweep_while_gc_removes(world, cache):
-    place = world.finish("one", AIR.format(count=8, rank=4))
-    ledger = place.ledger()
-    ledger.lock()
+    location = world.finish("one", AIR.format(count=8, rank=4))
+    event_log = location.event_log()
+    event_log.lock()
     code, out, err = cache("gc", "--yes")
     assert (code, out) == (3, "")
     assert "default/one runs in" in err
-    ledger.unlock()
+    event_log.unlock()
     with world.store.locks.use():  # a sweep that was never recorded yet
         code, _, err = cache("gc", "--yes")
         assert code == 3
@@ -362,7 +372,7 @@ def test_gc_of_one_sweep_drops_what_it_alone_needs(world, cache):
 
 
 def test_leftovers_of_killed_builders_go_when_they_are_a_day_old(world, cache):
-    place = world.finish("one", AIR.format(count=8, rank=4))
+    location = world.finish("one", AIR.format(count=8, rank=4))
     features = next(world.store.artifacts.glob("features/v1/*"))
     row = next(world.store.artifacts.glob("images/v1/*"))
     killed = features.parent / ".0123456789ab-01234567"
@@ -385,17 +395,17 @@ def test_leftovers_of_killed_builders_go_when_they_are_a_day_old(world, cache):
     cache("gc", "--yes")
     assert not any(path.exists() for path in left)
     assert world.held() == kept
-    assert place.folder.is_dir()
+    assert location.folder.is_dir()
 
 
 # ---------------------------------------------------------------- verify
 
 
-def flipped(file: Path, place: int) -> bytes:
+def flipped(file: Path, location: int) -> bytes:
     """Change one bit; the file as it was."""
     data = file.read_bytes()
     changed = bytearray(data)
-    changed[place % len(data)] ^= 4
+    changed[location % len(data)] ^= 4
     file.write_bytes(changed)
     return data
 
@@ -405,8 +415,8 @@ def test_unfinished_work_is_listed_and_goes_when_nothing_needs_it(world, cache):
     lora = next(world.store.artifacts.glob("lora/v1/*"))
     waiting = world.record("two", AIR.format(count=8, rank=8))
     plan = plan_of(load_sweep(waiting.folder / "spec.yaml"), waiting)
-    waiting.ledger().unlock()
-    (wanted,) = [n.spec for n in plan.needs if n.stage == "lora" and not n.have(world.store)]
+    waiting.event_log().unlock()
+    (wanted,) = [n.spec for n in plan.requirements if n.stage == "lora" and not n.have(world.store)]
     kept = world.store.unfinished(wanted)
     kept.parent.mkdir()
     whole = kept.with_name(f"{lora.name.rpartition('-')[2]}-0123456789ab.safetensors")
@@ -469,10 +479,10 @@ def test_verify_finds_a_flipped_bit_in_any_file_and_says_what_to_remove(world, c
             file.write_bytes(was)
     for kind, pattern in KINDS.items():
         file = sorted(world.store.artifacts.glob(pattern))[-1]
-        for place in (0, file.stat().st_size // 2, -1):
-            was = flipped(file, place)
+        for location in (0, file.stat().st_size // 2, -1):
+            was = flipped(file, location)
             verdict = verify(take_inventory(world.store))
-            assert [one.file for one in verdict.damaged] == [file], (kind, place)
+            assert [one.file for one in verdict.damaged] == [file], (kind, location)
             file.write_bytes(was)
         rows = ("images/", "synthetic/")
         remove = file if pattern.startswith(rows) else file.parent
@@ -496,7 +506,7 @@ def test_verify_finds_a_flipped_bit_in_any_file_and_says_what_to_remove(world, c
 
 
 def test_verify_goes_on_past_links_folders_and_json_of_another_shape(world, cache):
-    place = world.finish("one", AIR.format(count=8, rank=4))
+    location = world.finish("one", AIR.format(count=8, rank=4))
     root = world.store.root
     features = next(world.store.artifacts.glob("features/*/*"))
     lora = next(world.store.artifacts.glob("lora/*/*"))
@@ -509,8 +519,8 @@ def test_verify_goes_on_past_links_folders_and_json_of_another_shape(world, cach
     (features / "up").symlink_to(features.parent)
     (root / "history.json").mkdir()
     (root / "digests.json").write_text("[]")
-    (place.folder / "resolved.json").write_text('"text"')
-    (place.folder / "events.jsonl").write_text("[]\n")
+    (location.folder / "resolved.json").write_text('"text"')
+    (location.folder / "events.jsonl").write_text("[]\n")
     for words in ("ls", "verify", "gc"):
         code, _, err = cache(words)
         assert code in (0, 1, 2), err
@@ -521,7 +531,7 @@ def test_verify_goes_on_past_links_folders_and_json_of_another_shape(world, cach
     record = {f"{one.relative_to(root)}/record.json" for one in (features, lora, labels)}
     beside = {"history.json", "digests.json"}
     sweep = {
-        f"{place.folder.relative_to(root)}/{name}" for name in ("resolved.json", "events.jsonl")
+        f"{location.folder.relative_to(root)}/{name}" for name in ("resolved.json", "events.jsonl")
     }
     assert set(found) == record | beside | sweep
 

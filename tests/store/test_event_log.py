@@ -11,54 +11,54 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.store import Ledger
+from orchestrator.store import EventLog
 from orchestrator.store.event_log import mend_lines
 
 
-def points(ledger: Ledger) -> list[int]:
-    return [event["point"] for event in ledger.events()]
+def points(event_log: EventLog) -> list[int]:
+    return [event["point"] for event in event_log.events()]
 
 
 @pytest.fixture
-def ledger(tmp_path) -> Ledger:
+def event_log(tmp_path) -> EventLog:
     """A ledger with two points, whose driver has ended."""
-    ledger = Ledger(tmp_path / "sweeps" / "x")
-    ledger.lock()
-    ledger.append("point_asked", point=0)
-    ledger.append("point_asked", point=1)
-    ledger.unlock()
-    return ledger
+    event_log = EventLog(tmp_path / "sweeps" / "x")
+    event_log.lock()
+    event_log.append("point_asked", point=0)
+    event_log.append("point_asked", point=1)
+    event_log.unlock()
+    return event_log
 
 
 def test_events_come_back_in_order(tmp_path):
-    ledger = Ledger(tmp_path)
-    assert list(ledger.events()) == []
-    ledger.lock()
-    ledger.append("sweep_started", total=3)
-    ledger.append("trial_done", slot="a/0/seed=1", key="k")
-    began, ended = Ledger(tmp_path).events()
+    event_log = EventLog(tmp_path)
+    assert list(event_log.events()) == []
+    event_log.lock()
+    event_log.append("sweep_started", total=3)
+    event_log.append("trial_done", slot="a/0/seed=1", key="k")
+    began, ended = EventLog(tmp_path).events()
     assert began.pop("time") <= ended.pop("time")
     assert began == {"event": "sweep_started", "total": 3}
     assert ended == {"event": "trial_done", "slot": "a/0/seed=1", "key": "k"}
 
 
-def test_what_cannot_be_read_back_is_not_written(ledger):
+def test_what_cannot_be_read_back_is_not_written(event_log):
     with pytest.raises(ValueError, match="float values"):
-        ledger.append("round_told", value=float("nan"))
-    assert points(ledger) == [0, 1]
+        event_log.append("round_told", value=float("nan"))
+    assert points(event_log) == [0, 1]
 
 
 @pytest.mark.parametrize("cut", range(1, 20, 6))
-def test_half_a_last_line_is_ignored_and_the_next_driver_cuts_it_off(ledger, cut):
-    whole = ledger.path.read_bytes()
-    ledger.append("point_asked", point=2)
-    ledger.path.write_bytes(ledger.path.read_bytes()[:-cut])
-    assert points(ledger) == [0, 1]  # also while nobody has mended it
-    following = Ledger(ledger.folder)
+def test_half_a_last_line_is_ignored_and_the_next_driver_cuts_it_off(event_log, cut):
+    whole = event_log.path.read_bytes()
+    event_log.append("point_asked", point=2)
+    event_log.path.write_bytes(event_log.path.read_bytes()[:-cut])
+    assert points(event_log) == [0, 1]  # also while nobody has mended it
+    following = EventLog(event_log.folder)
     following.lock()
-    assert ledger.path.read_bytes() == whole
+    assert event_log.path.read_bytes() == whole
     following.append("point_asked", point=3)
-    assert points(ledger) == [0, 1, 3]
+    assert points(event_log) == [0, 1, 3]
 
 
 @pytest.mark.parametrize("whole", [b"", b"one\n", b"one\ntwo\n"])
@@ -70,15 +70,15 @@ def test_only_half_a_line_is_cut_off(tmp_path, whole, half):
     assert path.read_bytes() == whole
 
 
-def test_who_looks_whether_a_driver_lives_is_not_in_the_way_of_one(ledger):
-    assert not ledger.busy()
-    lock = ledger.folder / ".driver.lock"
+def test_who_looks_whether_a_driver_lives_is_not_in_the_way_of_one(event_log):
+    assert not event_log.busy()
+    lock = event_log.folder / ".driver.lock"
     lock.chmod(0o444)
     with flocked_by_who_looks(lock):
-        ledger.lock()
-    assert ledger.busy()
-    ledger.unlock()
-    assert not ledger.busy()
+        event_log.lock()
+    assert event_log.busy()
+    event_log.unlock()
+    assert not event_log.busy()
 
 
 @contextmanager
@@ -92,20 +92,20 @@ def flocked_by_who_looks(lock: Path) -> Iterator[None]:
     ends.join()
 
 
-def test_a_damaged_line_is_named_by_file_and_number(ledger):
-    sound = ledger.path.read_bytes()
+def test_a_damaged_line_is_named_by_file_and_number(event_log):
+    sound = event_log.path.read_bytes()
     second = sound.index(b"\n") + 1
     event = range(second, sound.rindex(b', "crc": "'))
     checksum = range(len(sound) - 11, len(sound) - 3)
     for at in (*event, *checksum):
         data = bytearray(sound)
         data[at] ^= 4
-        ledger.path.write_bytes(data)
+        event_log.path.write_bytes(data)
         with pytest.raises(ValueError, match="remove this line") as damaged:
-            points(ledger)
-        assert f"{ledger.path}:2: " in str(damaged.value)
+            points(event_log)
+        assert f"{event_log.path}:2: " in str(damaged.value)
 
 
-def test_lines_of_earlier_versions_have_no_checksum_and_are_read(ledger):
-    ledger.path.write_text('{"event": "point_asked", "point": 7, "time": 1.5}\n')
-    assert points(ledger) == [7]
+def test_lines_of_earlier_versions_have_no_checksum_and_are_read(event_log):
+    event_log.path.write_text('{"event": "point_asked", "point": 7, "time": 1.5}\n')
+    assert points(event_log) == [7]

@@ -21,17 +21,17 @@ from safetensors.numpy import load_file, save_file
 from air_core.datasets import get_dataset
 from orchestrator.errors import FAILED, TERMINATED, SweepBusy, TrackerAway
 from orchestrator.keys import ArtifactKey
-from orchestrator.planning import Outcome, needs_of, plan_of, resolver_of
+from orchestrator.planning import Outcome, plan_of, requirements_of, resolver_of
 from orchestrator.planning.plan import plan_sweep
 from orchestrator.reporting.results import entries_of
 from orchestrator.reporting.rows import rows
 from orchestrator.spec import SweepSpec, load_sweep
 from orchestrator.stages.build import PARTS
-from orchestrator.stages.context import Workshop
+from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.image_rows import build_image_block, open_generator
 from orchestrator.stages.trial import run_trial
-from orchestrator.store import ArtifactStore, Ledger, Place, read_trial
-from orchestrator.tracking import Publisher, reconcile, remembered
+from orchestrator.store import ArtifactStore, EventLog, SweepLocation, read_trial
+from orchestrator.tracking import Publisher, find_trial, reconcile
 from orchestrator.tracking.reproduce import differences, repro
 from orchestrator.tracking.types import Counts
 from tests.helpers.servers import MlflowServer, free_port, in_trouble
@@ -75,13 +75,15 @@ def sweep(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> SweepSpec:
 
 
 @pytest.fixture(scope="module")
-def ended(tmp_path_factory: pytest.TempPathFactory, tiny_clip: Any, sweep: SweepSpec) -> Place:
+def ended(
+    tmp_path_factory: pytest.TempPathFactory, tiny_clip: Any, sweep: SweepSpec
+) -> SweepLocation:
     """A sweep that ran without a tracker, with outcomes as in STATES."""
     store = ArtifactStore(tmp_path_factory.mktemp("ended") / "runs")
-    place = Place(store, "default", "small", None)
-    resolver, ledger = resolver_of(place), place.ledger()
-    ledger.lock()
-    slots = plan_sweep(sweep, store, resolver, ledger).slots
+    location = SweepLocation(store, "default", "small", None)
+    resolver, event_log = resolver_of(location), location.event_log()
+    event_log.lock()
+    slots = plan_sweep(sweep, store, resolver, event_log).slots
 
     def build(folder: Path) -> dict[str, Any]:
         examples = get_dataset("digits").load(None)
@@ -94,37 +96,41 @@ def ended(tmp_path_factory: pytest.TempPathFactory, tiny_clip: Any, sweep: Sweep
         return {}
 
     store.get_or_build(slots[0].spec.features, build)
-    (row,) = (need for need in needs_of([slots[-1].spec]) if need.stage == "images")
-    shop, generators = Workshop(store), {}
+    (row,) = (
+        requirement
+        for requirement in requirements_of([slots[-1].spec])
+        if requirement.stage == "images"
+    )
+    worker, generators = WorkerContext(store), {}
     for c, block in row.shards():
-        opened = lambda: generators.setdefault("one", open_generator(row.spec.images, shop))  # noqa: E731
-        build_image_block(row.spec, c, block, shop, opened)
+        opened = lambda: generators.setdefault("one", open_generator(row.spec.images, worker))  # noqa: E731
+        build_image_block(row.spec, c, block, worker, opened)
     names = {"AIRSWEEP_USER": "ada", "AIRSWEEP_COMMIT": "0123abc", "AIRSWEEP_DIRTY": "feed"}
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(names)
-    ledger.append("sweep_started", spec="s", total=6, to_run=6, pid=1, **MADE)
+    event_log.append("sweep_started", spec="s", total=6, to_run=6, pid=1, **MADE)
     for slot, state in zip(slots, STATES, strict=True):
         fields = {"slot": slot.id, "cell": slot.cell.id, "key": slot.key.digest}
         if state == "failed":
             fields |= {"failure_class": "oom", "message": "MemoryError: no room"}
         else:
             run_trial(slot.spec, store)
-        ledger.append(f"trial_{state}", **fields)
-    ledger.append("sweep_ended", exit_code=1, seconds=3.0)
-    ledger.unlock()
+        event_log.append(f"trial_{state}", **fields)
+    event_log.append("sweep_ended", exit_code=1, seconds=3.0)
+    event_log.unlock()
     for name, value in before.items():
         if value is None:
             del os.environ[name]
         else:
             os.environ[name] = value
-    (place.folder / "spec.yaml").write_text(sweep.text)
-    (place.folder / "uncommitted-feed.diff").write_text("+ a line\n")
-    return place
+    (location.folder / "spec.yaml").write_text(sweep.text)
+    (location.folder / "uncommitted-feed.diff").write_text("+ a line\n")
+    return location
 
 
-def copy_of(ended: Place, folder: Path) -> Place:
+def copy_of(ended: SweepLocation, folder: Path) -> SweepLocation:
     root = shutil.copytree(ended.store.root, folder / "runs")
-    return Place(ArtifactStore(root), ended.project, ended.name, None)
+    return SweepLocation(ArtifactStore(root), ended.project, ended.name, None)
 
 
 def mlflow_client(uri: str) -> Any:
@@ -140,7 +146,7 @@ def all_runs(uri: str, project: str = "default") -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def told(ended: Place, sweep: SweepSpec, tmp_path_factory: pytest.TempPathFactory) -> str:
+def told(ended: SweepLocation, sweep: SweepSpec, tmp_path_factory: pytest.TempPathFactory) -> str:
     """MLflow's file beside the store, told of the sweep afterwards."""
     assert os.environ.get("MLFLOW_TRACKING_URI") is None
     first = reconcile(sweep, ended, None)
@@ -242,23 +248,23 @@ def test_a_sweep_that_ran_without_a_tracker_is_told_whole_and_once(ended, sweep,
     assert files.count("confusion_matrix.png") == 5
 
 
-def outcomes(sweep: SweepSpec, place: Place) -> list[Outcome]:
+def outcomes(sweep: SweepSpec, location: SweepLocation) -> list[Outcome]:
     """Three that are in the store."""
-    slots = plan_of(sweep, place).slots[:3]
-    return [Outcome(slot, "done", read_trial(slot.spec, place.store)) for slot in slots]
+    slots = plan_of(sweep, location).slots[:3]
+    return [Outcome(slot, "done", read_trial(slot.spec, location.store)) for slot in slots]
 
 
 def test_what_a_driver_sent_and_what_is_sent_later_is_the_same(ended, sweep, told, tmp_path):
-    place = copy_of(ended, tmp_path)
+    location = copy_of(ended, tmp_path)
     parent = next(run for run in all_runs(told) if run.data.tags["air.kind"] == "sweep")
-    client = mlflow_client(f"sqlite:///{place.store.root}/mlflow.db")
+    client = mlflow_client(f"sqlite:///{location.store.root}/mlflow.db")
     client.delete_run(parent.info.run_id)  # of the copy, so that all is sent anew
-    driver = Publisher(sweep, place, None)
-    driver.trial(outcomes(sweep, place)[0], time.time())
+    driver = Publisher(sweep, location, None)
+    driver.trial(outcomes(sweep, location)[0], time.time())
     driver.finish(TERMINATED)
-    again = reconcile(sweep, place, None)
+    again = reconcile(sweep, location, None)
     assert again.counts == Counts(sent=5, present=1, settings=3, sweep=True)
-    assert reconcile(sweep, place, None).counts == Counts(present=6)
+    assert reconcile(sweep, location, None).counts == Counts(present=6)
 
     def shown(uri: str) -> dict[str, Any]:
         kept = [run for run in all_runs(uri) if run.data.tags["air.kind"] != "sweep"]
@@ -271,43 +277,43 @@ def test_what_a_driver_sent_and_what_is_sent_later_is_the_same(ended, sweep, tol
             if run.data.tags["mlflow.parentRunId"] != parent.info.run_id or uri == told
         }
 
-    assert shown(f"sqlite:///{place.store.root}/mlflow.db") == shown(told)
+    assert shown(f"sqlite:///{location.store.root}/mlflow.db") == shown(told)
 
 
 def test_records_that_are_gone_are_counted_and_leave_no_run(ended, sweep, told, tmp_path):
-    place = copy_of(ended, tmp_path)
-    slot = plan_of(sweep, place).slots[2]
-    shutil.rmtree(place.store.path(slot.key))
-    project = replace(place, project="other")  # into which nothing was sent
-    shutil.copytree(place.folder, project.folder)
+    location = copy_of(ended, tmp_path)
+    slot = plan_of(sweep, location).slots[2]
+    shutil.rmtree(location.store.path(slot.key))
+    project = replace(location, project="other")  # into which nothing was sent
+    shutil.copytree(location.folder, project.folder)
     found = reconcile(sweep, project, None)
     assert (found.counts.sent, found.gone) == (5, 1)
-    runs = all_runs(f"sqlite:///{place.store.root}/mlflow.db", "other")
+    runs = all_runs(f"sqlite:///{location.store.root}/mlflow.db", "other")
     assert slot.id not in {run.data.tags.get("air.slot") for run in runs}
 
 
 def test_nothing_is_sent_while_a_driver_runs_or_where_tracking_is_off(ended, sweep, told, tmp_path):
-    place = copy_of(ended, tmp_path)
+    location = copy_of(ended, tmp_path)
     with pytest.raises(ValueError, match="--tracking-uri"):
-        reconcile(sweep, place, "none")
-    driver = Ledger(place.folder)
+        reconcile(sweep, location, "none")
+    driver = EventLog(location.folder)
     driver.lock()
     with pytest.raises(SweepBusy):
-        reconcile(sweep, place, None)
+        reconcile(sweep, location, None)
     driver.unlock()
 
 
 def test_a_dead_server_is_refused_before_any_work_and_a_folder_is_bad_input(ended, sweep, tmp_path):
-    place = copy_of(ended, tmp_path)
+    location = copy_of(ended, tmp_path)
     dead = f"http://me:secret@127.0.0.1:{free_port()}"
     with pytest.raises(TrackerAway, match="airsweep mlflow reconcile small") as caught:
-        Publisher(sweep, place, dead).check(reach=True)
+        Publisher(sweep, location, dead).check(reach=True)
     assert "secret" not in str(caught.value)
     with pytest.raises(TrackerAway):
-        reconcile(sweep, place, dead)
-    Publisher(sweep, place, dead).check(reach=False)  # it only prepares
+        reconcile(sweep, location, dead)
+    Publisher(sweep, location, dead).check(reach=False)  # it only prepares
     with pytest.raises(ValueError, match="known: "):
-        Publisher(sweep, place, "mlruns").check(reach=False)
+        Publisher(sweep, location, "mlruns").check(reach=False)
 
 
 @pytest.fixture(scope="module")
@@ -322,10 +328,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
 def test_an_mlflow_that_goes_away_is_warned_of_once_and_gets_the_rest_afterwards(
     ended, sweep, server, tmp_path, caplog
 ):
-    place, trouble = copy_of(ended, tmp_path), []
-    done = outcomes(sweep, place)
+    location, trouble = copy_of(ended, tmp_path), []
+    done = outcomes(sweep, location)
     with in_trouble(server.url, trouble) as url:
-        driver = Publisher(sweep, place, url)
+        driver = Publisher(sweep, location, url)
         driver.trial(done[0], time.time())
         driver.catch_up()
         trouble.append("away")
@@ -335,11 +341,11 @@ def test_an_mlflow_that_goes_away_is_warned_of_once_and_gets_the_rest_afterwards
         driver.finish(FAILED)
     away, lacking = (one.getMessage() for one in caplog.records)
     assert "does not answer" in away
-    where = f"--store {place.store.root} --tracking-uri {url}"
+    where = f"--store {location.store.root} --tracking-uri {url}"
     assert f"airsweep mlflow reconcile small {where}" in lacking
-    told = reconcile(sweep, place, server.url).counts
+    told = reconcile(sweep, location, server.url).counts
     assert told == Counts(sent=5, present=1, settings=3, sweep=True)
-    assert reconcile(sweep, place, server.url).counts == Counts(present=6)
+    assert reconcile(sweep, location, server.url).counts == Counts(present=6)
     slots = Counter(run.data.tags.get("air.slot") for run in all_runs(server.url))
     assert {slots[slot] for slot in slots if slot} == {1}
 
@@ -349,11 +355,11 @@ def test_no_training_waits_for_a_server_that_does_not_reply(
 ):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    place = copy_of(ended, tmp_path)
-    done = outcomes(sweep, place)
+    location = copy_of(ended, tmp_path)
+    done = outcomes(sweep, location)
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes calls and never answers
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        driver = Publisher(sweep, place, url)
+        driver = Publisher(sweep, location, url)
         for outcome in done:
             driver.trial(outcome, time.time())
         assert not caplog.records  # the first call is not over, and all three are taken
@@ -437,7 +443,7 @@ def test_two_trials_are_compared_by_key_slot_or_run(ended, sweep, told):
         "run": (run_of(told, "fpl").info.run_id, run_of(told, "air_fpl").info.run_id[:10]),
     }
     found = {
-        kind: differences(*(remembered(one, ended.store, told) for one in pair))
+        kind: differences(*(find_trial(one, ended.store, told) for one in pair))
         for kind, pair in sides.items()
     }
     for kind in ("slot", "run"):
