@@ -171,6 +171,11 @@ def run_sweep(
     except SystemExit as stop:
         # Ray's waits turn a SystemExit of another code into 1.
         code = run.stopped or (stop.code if isinstance(stop.code, int) else FAILED)
+    except Exception:
+        # Ray Tune turns a SystemExit that reaches it while it makes a trial into an error.
+        if run.stopped is None:
+            raise
+        code = run.stopped
     finally:
         _restore_interrupts()
         screen.close()

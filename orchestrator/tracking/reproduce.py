@@ -291,7 +291,8 @@ def _make(
         case _:
             raise ValueError(
                 f"{name_of(requirement.key)} is not in {store.name}, and drawing images takes "
-                "long; run `airsweep prepare SPEC` of the sweep first, or give the --store that has them"
+                "long; run `airsweep prepare SPEC` of the sweep first, or give the --store that "
+                "has them"
             )
 
 
