@@ -92,8 +92,8 @@ def sentences(objective: str, pooled: Ranking, by_cell: Mapping[str, Ranking]) -
         )
     elif pooled.rho is None:
         yield (
-            f"Default settings: {pooled.points} points are too few, or too similar, to show whether "
-            f"{objective} ranks them by test accuracy."
+            f"Default settings: {pooled.points} points are too few, or too similar, to show "
+            f"whether {objective} ranks them by test accuracy."
         )
     else:
         yield (

@@ -373,7 +373,7 @@ def numeric_settings(rows: Sequence[Row]) -> list[str]:
 def over_iterations(
     labelled: Sequence[tuple[str, Row]], results: Results, metric: str
 ) -> list[Series]:
-    """Mean of a metric by iteration for each row, with a band from the lowest to the highest run."""
+    """Mean of a metric by iteration for each row; the band spans the lowest and highest run."""
     curves = [(label, results.curve(row, metric)) for label, row in labelled]
     return [
         Series(
@@ -414,7 +414,5 @@ def pictures(results: Results) -> dict[str, bytes]:
     if series := over_iterations(labelled, results, "pseudo/accuracy"):
         title = f"the first {MAX_CURVES} of {len(series)}" if len(series) > MAX_CURVES else ""
         labels = ("iteration", "accuracy of the pseudo-labels, %")
-        figures["pseudo_labels.png"] = curves(
-            series[:MAX_CURVES], *labels, title=title, width=WIDE
-        )
+        figures["pseudo_labels.png"] = curves(series[:MAX_CURVES], *labels, title=title, width=WIDE)
     return {name: png(figure) for name, figure in figures.items()}

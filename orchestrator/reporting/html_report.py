@@ -145,7 +145,9 @@ def _verdict(data: ReportData) -> str:
             above = sum(gain.significant and gain.difference.mean > 0 for gain in gains)
             below = sum(gain.significant and gain.difference.mean < 0 for gain in gains)
             lower = f", lower in {below}" if below else ""
-            parts.append(f"than {baseline} in {above} of {counted(len(gains), 'comparison')}{lower}")
+            parts.append(
+                f"than {baseline} in {above} of {counted(len(gains), 'comparison')}{lower}"
+            )
     if not parts:
         return ""
     if all(c.difference.reason_not_tested for c in comparisons):
@@ -278,7 +280,7 @@ def confused(
 
 
 def images(data: ReportData) -> Iterator[Group]:
-    """Real images beside those of the diffusion model, and how good the latter are."""
+    """The contact sheet and the audit of the synthetic images."""
     sheet = data.location.folder / "contact_sheet.png"
     if sheet.exists() and sheet.stat().st_size:
         shares = data.outcome.get("run", {}).get("shares", {})
@@ -463,7 +465,7 @@ SECTIONS: tuple[tuple[str, str, str, Callable[[ReportData], Iterator[Group]]], .
     ("settings", "Accuracy by setting", "", by_setting),
     (
         "components",
-        "Gain of synthetic images",
+        "Comparisons with host and control",
         "Each method minus its host, and minus its control (diamonds), which builds the same "
         "auxiliary classifier from real pseudo-labelled images. Differences are paired by image "
         "and run. Grey: the 95 % interval contains 0. Images needed, for differences that are not "

@@ -75,8 +75,8 @@ def report_data_of(sweep: SweepSpec, location: SweepLocation) -> ReportData:
     if not results.trials:
         raise ValueError(
             f"sweep {location.project}/{location.name} has no finished trial to report "
-            f"({plan.total} are planned); run `airsweep run {sweep.source}`, or see its status with "
-            f"`airsweep status {location.name}`"
+            f"({plan.total} are planned); run `airsweep run {sweep.source}`, or see its status "
+            f"with `airsweep status {location.name}`"
         )
     status = sweep_status(location.event_log())
     return ReportData(

@@ -27,7 +27,7 @@ TABLE_COLUMNS = ("dataset", "test_dataset", "paradigm", "modality", "method")
 
 
 def finished_records(plan: Plan, store: ArtifactStore) -> list[tuple[Slot, TrialRecord]]:
-    """The slots with a record in the store, and the records. Slots of pruned points are left out."""
+    """The slots with a record in the store, and the records, except those of pruned points."""
     slots = [slot for slot in plan.slots if slot.id not in plan.pruned and store.has(slot.spec)]
     store.fetch(slot.spec for slot in slots)
     return [(slot, read_trial(slot.spec, store)) for slot in slots]
@@ -234,7 +234,7 @@ class SweepStatus:
         """Number of trials by state.
 
         Args:
-            alive: whether a driver is running; if not, trials in the state running count as waiting.
+            alive: whether a driver is running; if not, running trials count as waiting.
             among: slots of the present sweep file; None: all slots of the event log.
         """
         counts = Counter(

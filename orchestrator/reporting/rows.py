@@ -410,9 +410,7 @@ class Results:
             cell: {key for key, seen in keys.items() if len(seen) > 1}
             for cell, keys in values.items()
         }
-        self._distinct: dict[
-            tuple[str, int], dict[tuple[int, int | None], FinishedTrial]
-        ] = {}
+        self._distinct: dict[tuple[str, int], dict[tuple[int, int | None], FinishedTrial]] = {}
 
     @functools.cached_property
     def tasks(self) -> list[Task]:

@@ -25,7 +25,6 @@ from orchestrator.reporting.summary import facts_of, next_facts, summary, title_
 from orchestrator.spec import SweepSpec, notes_of, presets
 from orchestrator.store import SweepLocation
 
-
 # ---------------------------------------------------------------- plan
 
 
@@ -142,7 +141,9 @@ def _waiting(status: SweepStatus, location: SweepLocation) -> dict[str, Any] | N
         return None
     holders = {key: location.store.locks.holder(key.rpartition("-")[2]) for key in pending}
     own = f"{location.project}/{location.name} "
-    others = {key: holder for key, holder in holders.items() if holder and not holder.startswith(own)}
+    others = {
+        key: holder for key, holder in holders.items() if holder and not holder.startswith(own)
+    }
     return {"cells": list(status.waiting_cells), "for": pending, "others": others}
 
 

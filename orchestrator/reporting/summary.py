@@ -126,7 +126,9 @@ def facts_of(plan: Plan, location: SweepLocation) -> list[tuple[str, str]]:
     """Facts about the last run as (label, text): images, trials, time, searches."""
     outcome = read_outcome(location)
     run = outcome.get("run", {})
-    counts = sweep_status(location.event_log()).counts(alive=False, among={s.id for s in plan.slots})
+    counts = sweep_status(location.event_log()).counts(
+        alive=False, among={s.id for s in plan.slots}
+    )
     parts = []
     if shares := run.get("shares", {}):
         groups = ", ".join(f"{name} {share:.0%}" for name, share in sorted(shares.items()))
@@ -189,7 +191,7 @@ PHASES = {
 
 
 def _image_usage(plan: Plan, location: SweepLocation) -> str:
-    """The LoRAs and images in the store and the number of trials that use them; empty: no images."""
+    """Counts of LoRAs and images in the store and of the trials that use them; empty: no images."""
     present = [
         requirement
         for requirement in plan.requirements

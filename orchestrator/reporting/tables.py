@@ -72,7 +72,9 @@ def as_json(results: Results) -> list[dict[str, object]]:
 
 def _csv(results: Results) -> str:
     frame = rows_frame(results.rows, "settings.", _csv_setting)
-    frame["told_from"] = [" ".join(_ascii_marks(results.comparisons_of(row))) for row in results.rows]
+    frame["told_from"] = [
+        " ".join(_ascii_marks(results.comparisons_of(row))) for row in results.rows
+    ]
     frame["collapsed"] = [len(results.collapsed(row)) for row in results.rows]
     return csv_text(frame)
 
@@ -299,7 +301,9 @@ def _checked(option: str, keys: Sequence[str], allowed: Sequence[str]) -> Sequen
         raise ValueError(f"{option} is empty; allowed: {', '.join(allowed)}")
     for key in keys:
         if key not in allowed:
-            raise ValueError(f"{option} {key}: the sweep varies no such key; {choices(key, allowed)}")
+            raise ValueError(
+                f"{option} {key}: the sweep varies no such key; {choices(key, allowed)}"
+            )
         if list(keys).count(key) > 1:
             raise ValueError(f"{option} contains {key} twice; allowed: once")
     return keys
