@@ -147,27 +147,27 @@ def curves(
     """
     factor = 100 if percent else 1
     with _drawing(width, 2.6 if width == WIDTH else 3.6) as (figure, axes):
-        for one in series:
-            x = np.asarray(one.x, dtype=float)
-            [line] = axes.plot(x, factor * np.asarray(one.y), label=one.label)
+        for curve in series:
+            x = np.asarray(curve.x, dtype=float)
+            [line] = axes.plot(x, factor * np.asarray(curve.y), label=curve.label)
             if not joined:
                 line.set_linestyle("none")
-            if one.low is not None and one.high is not None:
-                low, high = (factor * np.asarray(side) for side in (one.low, one.high))
+            if curve.low is not None and curve.high is not None:
+                low, high = (factor * np.asarray(side) for side in (curve.low, curve.high))
                 axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
         for name, value in (level or {}).items():
             axes.axhline(factor * value, color=FAINT, linewidth=1, linestyle=(0, (2, 2)), marker="")
             right = axes.get_yaxis_transform()
             style = {"ha": "right", "va": "bottom", "fontsize": 7, "color": FAINT}
             axes.text(1, factor * value, name, style, transform=right)
-        ticks = sorted({float(x) for one in series for x in one.x})
+        ticks = sorted({float(x) for curve in series for x in curve.x})
         if joined and 1 < len(ticks) <= 7:
             axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         if percent:
             _limit_axis(axes)
         axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
         if len(series) > 1 or series[0].label:
-            longest = max(len(one.label) for one in series)
+            longest = max(len(curve.label) for curve in series)
             columns = max(1, int(13 * width / (7 + longest)))
             columns = min(columns, len(series))
             figure.legend(loc="outside lower center", ncols=columns, handlelength=2.4)

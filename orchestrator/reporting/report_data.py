@@ -58,7 +58,7 @@ class ReportData:
         """Distinct values of a provenance field of the records, in order of appearance."""
         values: list[Any] = []
         for trial in self.results.trials:
-            value = trial.made.get(name)
+            value = trial.provenance.get(name)
             if value and value not in values:
                 values.append(value)
         return values

@@ -2,7 +2,7 @@
 
 The terms, from small to large:
 
-- A **finished trial** (`FinishedTrial`) is one trial with its predictions and metrics.
+- A **finished trial** (`FinishedTrial`) is a trial of the sweep with its predictions and metrics.
 - A **run** is one distinct computation of a setting: a split and a seed. A method that ignores the
   seed has one run per split, however many seeds the sweep lists.
 - A **row** (`Row`) is one setting of one method: the mean over its runs, with an interval. In a
@@ -73,11 +73,10 @@ class FinishedTrial:
     labels: Array  # (T,)
     unseen: Array | None = None  # (T,) bool: TRZSL, images of classes without labels
     digests: Mapping[str, str] = field(default_factory=dict)  # content of dataset and backbone
-    # Provenance, for reports.
     key: str = ""
     curves: Mapping[str, Sequence[float]] = field(default_factory=dict)  # a value per iteration
     seconds: float = 0.0
-    made: Mapping[str, Any] = field(default_factory=dict)  # commit, versions, device, ...
+    provenance: Mapping[str, Any] = field(default_factory=dict)  # commit, versions, device, ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -446,7 +445,8 @@ class Results:
         ]
 
     def comparisons_of(self, row: Row) -> dict[Role, Comparison]:
-        return {one.role: one for one in self.comparisons if one.row is row}
+        """The comparisons of a row, by the role of the baseline."""
+        return {c.role: c for c in self.comparisons if c.row is row}
 
     def best(self, task: Task) -> Row:
         """The row with the highest mean; the first of equal ones."""
