@@ -67,7 +67,7 @@ def load_generator(
     """
     wants = isinstance(images, GeneratedImages) and images.lora is not None
     if wants != (adapter is not None):
-        asked = "ask for a LoRA" if wants else "ask for no LoRA"
+        asked = "need a LoRA" if wants else "have no LoRA"
         raise ValueError(f"the images {asked}, but the adapter is {adapter}")
     match images:
         case GeneratedImages():

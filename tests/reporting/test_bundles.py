@@ -205,7 +205,7 @@ def test_a_trial_is_exported_by_key_slot_or_place_in_a_sweep_to_the_same_bytes(
     assert read_bundle(plain).said["lineage"]["sweep"] is None
     code, said_out, told = command("export", slot.key.digest[:8], "-o", one, *at(location))
     assert (code, said_out) == (2, "")
-    assert "is a bundle already" in told
+    assert "is already a bundle" in told
     export(slot.key.digest[:8], "--sweep", "small", "--force")
     assert (one / MANIFEST).read_bytes() == (other / MANIFEST).read_bytes()
 
@@ -394,8 +394,8 @@ def test_what_cannot_be_classified_is_bad_input(bundle, command, tmp_path):
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"no image")
     for arguments, words in (
-        ((bundle, tmp_path / "empty"), "holds no image"),
-        ((bundle, tmp_path / "no.png"), "is not there"),
+        ((bundle, tmp_path / "empty"), "contain no image"),
+        ((bundle, tmp_path / "no.png"), "does not exist"),
         ((bundle, bad), "no file could be read, so nothing was classified"),
         ((bundle, new, "--json", "--csv"), "give one of them"),
         ((bundle, new, "--weights", tmp_path / "x"), "is not there; allowed: tiny"),
@@ -408,7 +408,7 @@ def test_what_cannot_be_classified_is_bad_input(bundle, command, tmp_path):
     (bundle / PROMPT).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     code, _, told = command("classify", bundle, new)
     assert code == 2
-    assert f"{bundle / PROMPT} is not as it was exported" in told
+    assert f"{bundle / PROMPT} was changed after the export" in told
 
 
 def test_verify_says_by_how_much_and_refuses_other_images(bundle, command, tmp_path):
