@@ -59,12 +59,12 @@ log = logging.getLogger(__name__)
 
 # For the check before a run, which should fail quickly.
 QUICK = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
-REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
-# A server whose database is busy or restarting uses the codes of REFUSED with these messages.
+REJECTED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
+# A server whose database is busy or restarting uses the codes of REJECTED with these messages.
 BUSY = ("QueuePool limit", "deadlock detected", "terminating connection", "closed unexpectedly")
 
 
-class Mlflow:
+class MlflowTracker:
     """MLflow tracker for the experiment `air/<project>`.
 
     Args:
@@ -97,7 +97,7 @@ class Mlflow:
                 client.set_experiment_tag(experiment.experiment_id, "air.project", self._project)
             except MlflowException as error:
                 # If two drivers write a tag for the first time, one of them gets an error.
-                if error.error_code not in REFUSED:
+                if error.error_code not in REJECTED:
                     raise
 
     def open(self, sweep: SweepRun, *, live: bool = True) -> SweepTracker:
@@ -150,10 +150,10 @@ class Mlflow:
         name = self._name
         experiment: Experiment | None = client.get_experiment_by_name(name)
         if experiment is None:
-            location = None if self.database is None else f"mlflow-artifacts:/{slug(name)}"
+            artifact_location = None if self.database is None else f"mlflow-artifacts:/{slug(name)}"
             kind = {"mlflow.experimentKind": "custom_model_development"}
             try:
-                return str(client.create_experiment(name, location, kind))
+                return str(client.create_experiment(name, artifact_location, kind))
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
@@ -168,7 +168,7 @@ class Mlflow:
 class SweepTracker:
     """A sweep run and its child runs."""
 
-    mlflow: Mlflow
+    mlflow: MlflowTracker
     client: MlflowClient
     experiment: str
     sweep: SweepRun
@@ -211,13 +211,13 @@ class SweepTracker:
         """Send the parts of a trial or setting that MLflow lacks; return whether any were sent.
 
         Raises:
-            ValueError, TrackerAway: see `Mlflow.check`.
+            ValueError, TrackerAway: see `MlflowTracker.check`.
         """
         with explained_errors(self.mlflow.address, f"the run {run.name}"):
             try:
                 sent = self._send(run)
             except MlflowException as error:
-                if error.error_code not in REFUSED or any(words in str(error) for words in BUSY):
+                if error.error_code not in REJECTED or any(words in str(error) for words in BUSY):
                     raise
                 # Sending the same run again would fail again; other runs may be accepted.
                 log.warning("MLflow rejects the run %s: %s", run.name, short_reason(error))
@@ -238,7 +238,7 @@ class SweepTracker:
             note: Markdown; None skips the note and the files, which take time to send.
 
         Raises:
-            ValueError, TrackerAway: see `Mlflow.check`.
+            ValueError, TrackerAway: see `MlflowTracker.check`.
         """
         with explained_errors(self.mlflow.address, f"the run {self.sweep.sweep}"):
             for run in self._find_children().values():
@@ -265,8 +265,8 @@ class SweepTracker:
     def _states(self) -> dict[str, str]:
         trials = [child for (kind, _), child in self.children.items() if kind == "trial"]
         states = Counter(child.tags.get("air.state") for child in trials)
-        named = ["done", "reused", "failed", *(["pruned"] if states["pruned"] else [])]
-        return {f"air.{state}": str(states[state]) for state in named}
+        shown = ["done", "reused", "failed", *(["pruned"] if states["pruned"] else [])]
+        return {f"air.{state}": str(states[state]) for state in shown}
 
     def _tag_sweep(self, tags: Mapping[str, str]) -> None:
         changed = {k: v for k, v in valid_tags(tags).items() if self.run.tags.get(k) != v}
@@ -277,42 +277,42 @@ class SweepTracker:
 
     def _send(self, run: ChildRun) -> bool:
         client = self.client
-        known = self.children.get((run.kind, run.id))
-        if known is not None and not known.is_same_computation(run):
+        stored = self.children.get((run.kind, run.id))
+        if stored is not None and not stored.is_same_computation(run):
             # MLflow has another computation of this slot or point: the sweep was edited, the store
             # was cleared, or a seed was added. Params and metric histories cannot be replaced, so
             # a new run takes over.
-            client.delete_run(known.run_id)  # MLflow hides deleted runs and can restore them
+            client.delete_run(stored.run_id)  # MLflow hides deleted runs and can restore them
             del self.children[run.kind, run.id]
-            known = None
-        known = known or self._create(run)
+            stored = None
+        stored = stored or self._create(run)
         files = ", ".join(sorted(run.files))
-        if known.tags.get("air.artifacts", "") != files:
+        if stored.tags.get("air.artifacts", "") != files:
             contents = ((name, content()) for name, content in sorted(run.files.items()))
-            files = ", ".join(self._upload(known, contents))
+            files = ", ".join(self._upload(stored, contents))
         tags = valid_tags({**run.tags, **self._child_tags(run), "air.artifacts": files})
-        changed = {key: value for key, value in tags.items() if known.tags.get(key) != value}
-        params = {key: value for key, value in run.params.items() if key not in known.params}
+        changed = {key: value for key, value in tags.items() if stored.tags.get(key) != value}
+        params = {key: value for key, value in run.params.items() if key not in stored.params}
         # The status is written last, so a run with a final status has all its metrics.
-        ended = (known.status, known.ended) == (run.status, run.ended)
-        recovered = "air.failure_class" in known.tags.keys() - tags.keys()
+        ended = (stored.status, stored.ended) == (run.status, run.ended)
+        recovered = "air.failure_class" in stored.tags.keys() - tags.keys()
         if ended and not (changed or params or recovered):
             return False
         if ended:
-            log_batch(client, known.run_id, tags=changed, params=params)
+            log_batch(client, stored.run_id, tags=changed, params=params)
         else:
             numbers = run.numbers()
             changed |= valid_tags({"air.interval": numbers.interval})
             metrics = metrics_of(numbers, run.started, run.ended)
-            log_batch(client, known.run_id, tags=changed, params=params, metrics=metrics)
-            client.set_terminated(known.run_id, run.status, run.ended)
-            known.has_metrics |= bool(metrics)
-            known.status, known.ended = run.status, run.ended
+            log_batch(client, stored.run_id, tags=changed, params=params, metrics=metrics)
+            client.set_terminated(stored.run_id, run.status, run.ended)
+            stored.has_metrics |= bool(metrics)
+            stored.status, stored.ended = run.status, run.ended
         if recovered:
-            client.delete_tag(known.run_id, "air.failure_class")
-            del known.tags["air.failure_class"]
-        known.tags |= changed
-        known.params |= params.keys()
+            client.delete_tag(stored.run_id, "air.failure_class")
+            del stored.tags["air.failure_class"]
+        stored.tags |= changed
+        stored.params |= params.keys()
         return True
 
     def _create(self, run: ChildRun) -> StoredRun:

@@ -110,7 +110,7 @@ def sync(sweep: SweepSpec, location: SweepLocation, tracker: SweepTracker, statu
         The number of outcomes in the event log whose records are no longer in the store.
 
     Raises:
-        ValueError, TrackerAway: see `Mlflow.check`.
+        ValueError, TrackerAway: see `MlflowTracker.check`.
     """
     location = replace(location, recorded=True)
     event_log = location.event_log()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from orchestrator.tracking_uri import ARTIFACTS, DATABASE, resolved
 
 if TYPE_CHECKING:
-    from orchestrator.tracking._mlflow import Mlflow
+    from orchestrator.tracking._mlflow import MlflowTracker
 
 
 # Environment of `serve_command`: no job runner beside the server, no telemetry.
@@ -98,7 +98,7 @@ class ChildRun:
 # ---------------------------------------------------------------- MLflow
 
 
-def make_tracker(uri: str | None, *, store: Path, project: str) -> Mlflow:
+def make_tracker(uri: str | None, *, store: Path, project: str) -> MlflowTracker:
     """Create the tracker for a tracking URI.
 
     Args:
@@ -111,9 +111,9 @@ def make_tracker(uri: str | None, *, store: Path, project: str) -> Mlflow:
         ValueError: the URI is not supported, or turns tracking off.
     """
     address, database = resolved(uri, store)
-    from orchestrator.tracking._mlflow import Mlflow  # seconds to import
+    from orchestrator.tracking._mlflow import MlflowTracker  # seconds to import
 
-    return Mlflow(address, project=project, database=database)
+    return MlflowTracker(address, project=project, database=database)
 
 
 def serve_command(

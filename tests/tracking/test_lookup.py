@@ -157,14 +157,14 @@ def tracked(
 
 
 def trial_run_of(uri: str, method: str, status: str = "FINISHED") -> Any:
-    found = [run for run in all_runs(uri) if run.data.tags["air.kind"] == "trial"]
-    found = [run for run in found if run.data.tags["air.method"] == method]
-    return min((r for r in found if r.info.status == status), key=lambda r: r.data.tags["air.seed"])
+    runs = [run for run in all_runs(uri) if run.data.tags["air.kind"] == "trial"]
+    runs = [run for run in runs if run.data.tags["air.method"] == method]
+    return min((r for r in runs if r.info.status == status), key=lambda r: r.data.tags["air.seed"])
 
 
 def setting_run_of(uri: str, method: str) -> Any:
-    found = [run for run in all_runs(uri) if run.data.tags["air.kind"] == "point"]
-    return next(run for run in found if run.data.tags["air.method"] == method)
+    runs = [run for run in all_runs(uri) if run.data.tags["air.kind"] == "point"]
+    return next(run for run in runs if run.data.tags["air.method"] == method)
 
 
 def test_setting_runs_have_the_numbers_of_the_table(ended, sweep, tracked):
@@ -456,17 +456,17 @@ def test_two_trials_are_compared_by_key_slot_or_run(ended, sweep, tracked):
             trial_run_of(tracked, "air_fpl").info.run_id[:10],
         ),
     }
-    found = {
+    results = {
         kind: differences(*(find_trial(name, ended.store, tracked) for name in pair))
         for kind, pair in sides.items()
     }
     for kind in ("slot", "run"):
-        assert found[kind].settings == found["key"].settings
-        assert found[kind].inputs == found["key"].inputs
-        assert found[kind].metrics == found["key"].metrics
-    settings = found["key"].settings
+        assert results[kind].settings == results["key"].settings
+        assert results[kind].inputs == results["key"].inputs
+        assert results[kind].metrics == results["key"].metrics
+    settings = results["key"].settings
     assert settings["images_per_class"] == (0, 4)
     assert "train.steps" not in settings
-    assert list(found["key"].inputs) == ["generator"]
-    assert found["key"].code == {}
-    assert all(len(line) <= 100 for line in found["key"].lines()[3:])
+    assert list(results["key"].inputs) == ["generator"]
+    assert results["key"].code == {}
+    assert all(len(line) <= 100 for line in results["key"].lines()[3:])

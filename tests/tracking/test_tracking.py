@@ -164,16 +164,16 @@ class World:
             for run in runs
             if run.data.tags["air.kind"] == "sweep" and run.data.tags["air.sweep"] == sweep
         ]
-        found: dict[str, dict[str, SeenRun]] = {"trial": {}, "point": {}}
+        by_kind: dict[str, dict[str, SeenRun]] = {"trial": {}, "point": {}}
         for run in runs:
             tags = run.data.tags
             if tags.get("mlflow.parentRunId") != parent.info.run_id:
                 continue
-            of_kind = found[tags["air.kind"]]
+            of_kind = by_kind[tags["air.kind"]]
             name = tags["air.slot" if tags["air.kind"] == "trial" else "air.point"]
             assert name not in of_kind, f"two runs for {name}"
             of_kind[name] = self._seen(run)
-        return Seen(self._seen(parent), found["trial"], found["point"])
+        return Seen(self._seen(parent), by_kind["trial"], by_kind["point"])
 
     def _seen(self, run: Any) -> SeenRun:
         history = {k: self.client.get_metric_history(run.info.run_id, k) for k in run.data.metrics}
@@ -514,9 +514,9 @@ def test_an_unfinished_run_of_a_killed_driver_is_completed(
     file.send(run)
 
     seen = file.seen()
-    (found,) = (seen.trials | seen.settings).values()
-    assert (found.id, found.status) == (unfinished, "FINISHED")
-    assert len(found.curves["test/accuracy"]) == 3
+    (completed,) = (seen.trials | seen.settings).values()
+    assert (completed.id, completed.status) == (unfinished, "FINISHED")
+    assert len(completed.curves["test/accuracy"]) == 3
 
 
 @RUNS
@@ -524,7 +524,7 @@ def test_an_unfinished_run_of_a_killed_driver_is_completed(
 def test_no_run_is_running_after_the_end(file: World, run: ChildRun, status: Any) -> None:
     unfinished = create_unfinished(file, file.open().run.run_id, run)
     file.send(a_trial(seed=7), status=status)
-    runs = {found.info.run_id: found.info.status for found in file.runs()}
+    runs = {each.info.run_id: each.info.status for each in file.runs()}
     assert "RUNNING" not in runs.values()
     assert (runs[file.seen().run.id], runs[unfinished]) == (status, "KILLED")
 
@@ -546,8 +546,8 @@ def test_a_repeated_request_leaves_one_run(file: World, run: ChildRun) -> None:
     file.open()
     assert len(file.runs()) == 2
     seen = file.seen()
-    (found,) = (seen.trials | seen.settings).values()
-    assert found.status == "FINISHED"
+    (remaining,) = (seen.trials | seen.settings).values()
+    assert remaining.status == "FINISHED"
 
 
 @pytest.mark.integration
