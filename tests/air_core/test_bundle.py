@@ -409,7 +409,7 @@ def test_an_invalid_tensor_file_with_the_right_digest_is_rejected(data, valid):
 def test_a_manifest_that_is_not_a_json_object_is_rejected(text, valid):
     folder, _, _ = valid
     (folder / MANIFEST).write_bytes(text.encode("latin-1"))
-    with pytest.raises(ValueError, match="is not a bundle"):
+    with pytest.raises(ValueError, match="is not a valid bundle"):
         read_bundle(folder)
 
 
@@ -497,7 +497,7 @@ def test_the_same_file_under_another_architecture_is_another_backbone(contents, 
     write_bundle(tmp_path / "b", {**content, "backbone": of}, arrays, replace=False)
     read_bundle(tmp_path / "b").backbone(f"ViT-B-32@{file}")
     with pytest.raises(
-        ValueError, match="the file is the same, but architecture or preprocessing differs"
+        ValueError, match="the file is the same, but architecture or preprocessing differ"
     ):
         read_bundle(tmp_path / "b").backbone(f"ViT-B-32-quickgelu@{file}")
 
