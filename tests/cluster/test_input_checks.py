@@ -142,7 +142,7 @@ def test_another_model_than_the_name_says_is_refused(tmp_path, command):
     for name, place, why in (
         ("ViT-B-32/openai", clip, "embed_dim is 128 there and 512"),
         ("ViT-B-32/opnai", clip, "open_clip knows no weights 'opnai' of ViT-B-32"),
-        ("", f"ViT-B-32@{clip / CLIP}", "text_projection is (128, 128)"),
+        ("", f"ViT-B-32@{clip / CLIP}", "text_projection has shape (128, 128)"),
         ("ViT-B-32/openai", sd, "is a diffusers folder"),
         ("stable-diffusion-v1-5", sd, "cross_attention_dim of its U-Net is 128"),
         ("", tmp_path, "is no model"),

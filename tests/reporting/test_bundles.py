@@ -331,7 +331,7 @@ def test_best_is_the_tables_best_row_and_a_run_that_no_label_chose(
         (("best",), "give --sweep NAME"),
         (("best", "--sweep", "large"), "no sweep default/large"),
         (("cell/0/seed=1", "--sweep", "small"), "no slot 'cell/0/seed=1'"),
-        (("abcdef123", "--sweep", "small"), "mlflow.db is not there"),
+        (("abcdef123", "--sweep", "small"), "mlflow.db does not exist"),
         (("abcdef123", "--only", "method=fpl"), "a trial has a name of its own"),
     ],
 )
@@ -398,7 +398,7 @@ def test_what_cannot_be_classified_is_bad_input(bundle, command, tmp_path):
         ((bundle, tmp_path / "no.png"), "does not exist"),
         ((bundle, bad), "no file could be read, so nothing was classified"),
         ((bundle, new, "--json", "--csv"), "give one of them"),
-        ((bundle, new, "--weights", tmp_path / "x"), "is not there; allowed: tiny"),
+        ((bundle, new, "--weights", tmp_path / "x"), "does not exist; allowed: tiny"),
         ((tmp_path / "new", new), "has no bundle.json"),
     ):
         code, said, told = command("classify", *arguments)
@@ -451,4 +451,4 @@ def test_class_vectors_of_another_width_are_no_bundle_of_the_backbone(bundle, co
     write_bundle(bundle, said, arrays, replace=True)
     code, out, told = command("classify", bundle, pictures_of(np.arange(1), tmp_path / "new"))
     assert (code, out) == (2, "")
-    assert "is not a bundle of this backbone: its class vectors are 30 wide" in told
+    assert "is not a bundle of this backbone: its class vectors have width 30" in told
