@@ -147,7 +147,7 @@ def test_another_model_than_the_name_says_is_refused(tmp_path, command):
         ("stable-diffusion-v1-5", sd, "cross_attention_dim of its U-Net is 128"),
         ("", tmp_path, "is no model"),
         ("", clip / CLIP, f"write <architecture>@{clip / CLIP}"),
-        ("", tmp_path / "nothing", "is not there"),
+        ("", tmp_path / "nothing", "does not exist"),
     ):
         code, out, err = command("models", "check", place, "--name", name)
         assert (code, out) == (2, ""), name
