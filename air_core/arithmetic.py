@@ -1,8 +1,8 @@
-"""The same sums on the same machine, to the last bit. Standard library only.
+"""Makes sums bit-reproducible on one machine. Standard library only.
 
-Intel's MKL, which torch computes with on their processors, adds in an order that depends on where
-arrays happen to lie in memory, unless it is told not to (its manual: conditional numerical
-reproducibility). Without that a CPU trial came out with other last bits each time.
+On Intel processors torch uses MKL, which by default adds numbers in an order that depends on the
+memory addresses of arrays, so the last bits of a trial vary between runs. The environment variable
+MKL_CBWR fixes the order (MKL's manual: conditional numerical reproducibility).
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from pathlib import Path
 
 @cache
 def sums_in_one_order() -> None:
-    """To be called before the first sum of a process; MKL_CBWR of the user is left as it is."""
+    """Set MKL_CBWR unless the user has. Call this before the first computation of a process."""
     try:
         processor = Path("/proc/cpuinfo").read_text()
     except OSError:
         return
-    if "GenuineIntel" in processor and " avx2" in processor:  # others would be slowed down
+    if "GenuineIntel" in processor and " avx2" in processor:  # slows other processors down
         os.environ.setdefault("MKL_CBWR", "AVX2,STRICT")

@@ -1,7 +1,7 @@
-"""Configuration files of model folders, checked before a library reads them. Imports no torch.
+"""Checks configuration files of model folders before a library reads them. Imports no torch.
 
-open_clip, transformers and diffusers take settings from these files that import Python files of the
-folder, load another model, or open the network. So a setting passes only where it is listed here.
+In open_clip, transformers and diffusers some settings import Python files of the folder, load
+another model, or access the network. Therefore only settings that are listed here are allowed.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from pathlib import Path
 from reprlib import repr as shortened
 from typing import Any
 
-LIBRARIES = ("diffusers", "transformers")  # of a pipeline's parts; others would be foreign code
-UNREAD = "safety_checker"  # the part of a pipeline that is never loaded
-PLAIN_ATTENTION = (None, "eager", "sdpa")  # transformers fetches other kinds as compiled code
+LIBRARIES = ("diffusers", "transformers")  # of a pipeline's parts; other libraries are not trusted
+UNREAD = "safety_checker"  # part of a pipeline that is never loaded
+PLAIN_ATTENTION = (None, "eager", "sdpa")  # transformers downloads compiled code for others
 TOKENIZER_CONFIGS = ("tokenizer_config.json", "config.json")
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What the value of a setting may be."""
+    """The allowed values of a setting."""
 
     words: str
     fits: Callable[[Any], bool]
@@ -60,7 +60,7 @@ CHANNELS = Kind(
     lambda value: _is_number(value) or (_is_list(value, _is_number) and len(value) == 3),
 )
 TIMM_NAME = Kind(
-    "the plain name of an architecture of timm (no colon, no slash), since nothing is fetched",
+    "the plain name of an architecture of timm (no colon, no slash), since nothing is downloaded",
     lambda value: isinstance(value, str) and bool(re.fullmatch(r"[\w.-]*", value)),
 )
 
@@ -112,7 +112,7 @@ TEXT: Table = {
     **BLOCKS,
     "context_length": WHOLE,
     "vocab_size": WHOLE,
-    "hf_tokenizer_name": WORD.or_null(),  # says that the folder holds such a tokenizer
+    "hf_tokenizer_name": WORD.or_null(),  # the folder contains such a tokenizer
     "tokenizer_mode": Kind("clips or null", lambda value: value in (None, "", "clips")),
     "tokenizer_kwargs": TOKENIZER,
     "heads": WHOLE,
@@ -151,14 +151,14 @@ def json_object(file: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        ValueError: the file cannot be read, is no JSON, or holds something else.
+        ValueError: the file cannot be read, is not JSON, or contains no object.
     """
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as problem:
         raise ValueError(f"{file} cannot be read: {problem}") from problem
     if not isinstance(found, dict):
-        raise ValueError(f"{file} holds no JSON object, but a {type(found).__name__}")
+        raise ValueError(f"{file} contains a {type(found).__name__} instead of a JSON object")
     return found
 
 
@@ -166,11 +166,11 @@ def json_object(file: Path) -> dict[str, Any]:
 
 
 def check_clip_config(file: Path, config: Mapping[str, Any]) -> None:
-    """An open_clip configuration holds plain settings of CLIP or SigLIP alone.
+    """Check that an open_clip configuration contains only settings of CLIP and SigLIP.
 
     Args:
-        file: where the configuration is from, for the message.
-        config: with `model_cfg`, and `preprocess_cfg` or none.
+        file: of the configuration, for the message.
+        config: with `model_cfg`, optionally with `preprocess_cfg`.
 
     Raises:
         ValueError: an unknown key, or a value of another type.
@@ -181,7 +181,7 @@ def check_clip_config(file: Path, config: Mapping[str, Any]) -> None:
     if alone and not text.get("hf_tokenizer_name"):
         raise ValueError(
             f"{file}: model_cfg.text_cfg.tokenizer_kwargs has {', '.join(sorted(alone))}, which "
-            "CLIP's own tokenizer does not know; allowed: clean, or hf_tokenizer_name beside it"
+            "CLIP's tokenizer does not support; allowed: clean, or all with hf_tokenizer_name"
         )
 
 
@@ -190,8 +190,8 @@ def _check_table(file: Path, where: str, found: Mapping[str, Any], table: Table)
         place, kind = f"{where}{key}", table.get(key)
         if kind is None:
             raise ValueError(
-                f"{file}: {where}{key[:99]} is no setting that a model folder "
-                f"may have; allowed: {', '.join(table)}"
+                f"{file}: the setting {where}{key[:99]} is not allowed in a model folder; "
+                f"allowed: {', '.join(table)}"
             )
         if isinstance(kind, Kind):
             if not kind.fits(value):
@@ -203,13 +203,13 @@ def _check_table(file: Path, where: str, found: Mapping[str, Any], table: Table)
 
 
 def check_tokenizer_config(folder: Path) -> None:
-    """The files of a Hugging Face tokenizer name a tokenizer.
+    """Check that the configuration of a Hugging Face tokenizer names a tokenizer class.
 
-    transformers takes any of its classes by name. Those that load other things in turn decide by
-    themselves whether code from the folder may run.
+    transformers accepts the name of any of its classes, and some of these load other models and
+    run code from the folder.
 
     Raises:
-        ValueError: they name another class, or cannot be read.
+        ValueError: a file names another class, or cannot be read.
     """
     for file in (folder / name for name in TOKENIZER_CONFIGS):
         if not file.is_file():
@@ -222,8 +222,8 @@ def check_tokenizer_config(folder: Path) -> None:
         )
         if not plain or config.get("model_type") == "rag":
             raise ValueError(
-                f"{file}: {shortened(kind or 'rag')} is no tokenizer of its own; allowed: a class "
-                "of transformers such as T5Tokenizer"
+                f"{file}: {shortened(kind or 'rag')} is not a tokenizer class; allowed: a "
+                "tokenizer of transformers such as T5Tokenizer"
             )
 
 
@@ -231,7 +231,7 @@ def check_tokenizer_config(folder: Path) -> None:
 
 
 def pipeline_index(file: Path) -> dict[str, Any]:
-    """The `model_index.json` of a diffusers folder, which names classes of known libraries alone.
+    """Read the `model_index.json` of a diffusers folder and check the classes that it names.
 
     Raises:
         ValueError: it cannot be read, or names code of the folder or of another package.
@@ -261,7 +261,7 @@ def pipeline_index(file: Path) -> dict[str, Any]:
 
 
 def pipeline_parts(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """Parts that are loaded, and of which library and class each is.
+    """The parts of a pipeline that are loaded, each with its library and class.
 
     >>> pipeline_parts({"_class_name": "P", "vae": ["diffusers", "V"], "unet": [None, None]})
     {'vae': ('diffusers', 'V')}
@@ -278,15 +278,15 @@ def pipeline_parts(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
 
 
 def check_part_configs(folder: Path) -> None:
-    """The configuration files of one part of a pipeline name no code and no other model.
+    """Check that the configuration of a pipeline's part names no code and no other model.
 
     Raises:
-        ValueError: one does, or cannot be read.
+        ValueError: a file does, or cannot be read.
     """
     if (folder / "adapter_config.json").exists():
         raise ValueError(
-            f"{folder / 'adapter_config.json'} names another model that would be loaded with this "
-            "part; write the folder again with the adapter merged into the weights"
+            f"{folder / 'adapter_config.json'} names another model that is loaded with this part; "
+            "save the folder again with the adapter merged into the weights"
         )
     for file in sorted(folder.glob("*config.json")):
         _check_no_code(file, json_object(file))
@@ -307,7 +307,7 @@ def _check_no_code(file: Path, found: Any) -> None:
         if found.get(key) not in PLAIN_ATTENTION:
             raise ValueError(
                 f"{file}: {key} is {shortened(found[key])}; allowed: eager, sdpa or null, since "
-                "others are fetched as compiled code"
+                "others are downloaded as compiled code"
             )
     for each in found.values():
         _check_no_code(file, each)

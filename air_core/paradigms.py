@@ -1,6 +1,6 @@
-"""A paradigm is a split: which images are seen without label, which with, which are for test.
+"""Learning paradigms: which images are unlabelled, labelled, for validation and for test.
 
-Importing this is cheap: torch is loaded by `make_split` only.
+Importing this module is cheap: only `make_split` loads torch.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from air_core.specs import SplitSettings
 if TYPE_CHECKING:
     from air_core.types import Split
 
-TEST_SHARE = 0.3  # of all images, where the dataset has no test part of its own
+TEST_SHARE = 0.3  # of all images, if the dataset has no test part
 SEEN_SHARE = 0.62  # of the classes, in TRZSL
 
 
 class TooFewImages(ValueError):
-    """A class has fewer training images than are to be labelled."""
+    """A class has fewer training images than `shots`."""
 
     def __init__(self, shots: int, class_index: int, found: int) -> None:
         super().__init__(
@@ -31,21 +31,21 @@ class TooFewImages(ValueError):
 
 
 def make_split(labels: np.ndarray, parts: np.ndarray, settings: SplitSettings) -> Split:
-    """Positions of pool, labelled, validation and test images.
+    """Split the images of a dataset into pool, labelled, validation and test images.
 
-    UL: the pool is all of train (and val). SSL: `shots` images of each class leave it with their
-    labels. TRZSL: images of seen classes leave it with their labels, all others stay.
+    UL: the pool is all of train (and val). SSL: `shots` images of each class move from the pool to
+    the labelled images. TRZSL: all images of seen classes move there.
+
+    The pool never contains test images, except with `leaky_pool`. With `pool: train` it contains no
+    validation images.
 
     Args:
-        labels: (N,) classes; read to stratify where the dataset has no split of its own, and
-            for what the paradigm calls labelled.
+        labels: (N,) classes. Used for the labelled images of the paradigm, and to stratify if the
+            dataset defines no split.
         parts: (N,) train, val, test, free or bad (air_core.datasets.Examples).
 
-    The pool never holds a test image (but for `leaky_pool`). With `pool: train` it holds no
-    validation image either.
-
     Raises:
-        ValueError: a part would be empty, a class has too few images or there are too few classes.
+        ValueError: a part is empty, a class has too few images, or there are too few classes.
     """
     import torch
 
@@ -61,7 +61,7 @@ def make_split(labels: np.ndarray, parts: np.ndarray, settings: SplitSettings) -
 def split_positions(
     labels: np.ndarray, parts: np.ndarray, settings: SplitSettings
 ) -> tuple[dict[str, np.ndarray], tuple[int, ...] | None]:
-    """The same without torch: positions by the name of their part, and the unseen classes."""
+    """Like `make_split`, without torch: positions by part, and the unseen classes."""
     parts = _fixed(labels, parts, settings.split_seed)
     wanted = settings.pool.split("+") + (["test"] if settings.leaky_pool else [])
     train = np.isin(parts, wanted)
@@ -78,10 +78,10 @@ def split_positions(
 
 
 def _shaped(labels: np.ndarray, pool: np.ndarray, settings: SplitSettings) -> np.ndarray:
-    """The pool as an experiment wants it: imbalanced, without some classes, or smaller.
+    """Make the pool imbalanced, remove some classes, or reduce its size, as the settings require.
 
-    True labels are read here to simulate such a pool; nothing that learns sees them. Which classes
-    are rare or missing is drawn by `split_seed`.
+    The true labels are used only to simulate such a pool; no training uses them. `split_seed`
+    determines which classes are rare or missing.
     """
     generator = np.random.default_rng([settings.split_seed, len(pool)])
     classes = generator.permutation(np.unique(labels[pool]))
@@ -134,7 +134,7 @@ def labelled_positions(labels: np.ndarray, shots: int, seed: int) -> np.ndarray:
     The generator is seeded again for every class, as in GRIP and CPL, where the seed is 0.
 
     Raises:
-        TooFewImages: of a class.
+        TooFewImages: a class has fewer than `shots` images.
     """
     chosen = []
     for c in range(int(labels.max()) + 1):
@@ -147,13 +147,13 @@ def labelled_positions(labels: np.ndarray, shots: int, seed: int) -> np.ndarray:
 
 
 def seen_unseen(num_classes: int, seed: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """TRZSL: 62 % of the classes have labels.
+    """Select the seen classes of TRZSL, 62 % of all classes.
 
-    Seen classes come in the order in which they were drawn, unseen ones ascend. Seeds of the
-    published tables are 500, 0 and 200 (GRIP, arXiv:2306.01669).
+    Seen classes are in the order of the draw, unseen classes in ascending order. The published
+    tables use the seeds 500, 0 and 200 (GRIP, arXiv:2306.01669).
 
     Raises:
-        ValueError: fewer than four classes leave too few seen or unseen ones.
+        ValueError: there are fewer than four classes.
 
     >>> seen_unseen(6, 500)
     ((0, 3, 5), (1, 2, 4))
@@ -167,7 +167,7 @@ def seen_unseen(num_classes: int, seed: int) -> tuple[tuple[int, ...], tuple[int
 
 
 def _fixed(labels: np.ndarray, parts: np.ndarray, split_seed: int) -> np.ndarray:
-    """Free images become train or test, stratified by class, moved by the seed."""
+    """Assign free images to train or test, stratified by class, depending on the seed."""
     from sklearn.model_selection import train_test_split
 
     parts = parts.astype("<U5")

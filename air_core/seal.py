@@ -1,7 +1,7 @@
-"""A file that carries the digest of its own bytes, whatever its format. Knows no store.
+"""Embedded checksums: files of any format that contain the digest of their content.
 
-The digest is taken over the file as it is while zeros stand in the digest's place. So one rename
-publishes content and checksum together: there is no second file that a crash could part from it.
+The digest covers the complete file, with zeros in place of the digest. One rename therefore
+publishes content and checksum together, and no crash can separate them.
 """
 
 from __future__ import annotations
@@ -11,32 +11,32 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-# Two marks: no single change can hide that a file was sealed. No writer of JSON escapes them.
+# With two marks, no single change makes a sealed file look unsealed. JSON does not escape them.
 BEFORE, AFTER = b"blake2b-seal(", b")blake2b-seal"
 ZEROS = b"0" * 40
-BLANK = (BEFORE + ZEROS + AFTER).decode()  # to be written somewhere into the file, once
+BLANK = (BEFORE + ZEROS + AFTER).decode()  # every sealed file contains this once
 
 
 def sealed(data: bytes) -> bytes:
-    """The same file with its digest in the place of BLANK; its length stays."""
+    """Replace BLANK in a file's content with the digest; the length does not change."""
     assert data.count(BLANK.encode()) == 1, "a file is sealed at one place"
     return data.replace(BLANK.encode(), BEFORE + _digest(data) + AFTER)
 
 
 def sealed_json(value: Mapping[str, Any]) -> bytes:
-    """Plain data as JSON for people, sealed under `seal`."""
+    """Plain data as indented JSON with a checksum under the key `seal`."""
     return sealed(json.dumps({**value, "seal": BLANK}, indent=1, sort_keys=True).encode())
 
 
 def intact(data: bytes) -> bool | None:
-    """Is a file as it was sealed? None: it was never sealed."""
+    """Whether a file's content matches its checksum; None if it has no checksum."""
     start, end = data.find(BEFORE), data.find(AFTER)
     if start < 0 and end < 0:
         return None
     start += len(BEFORE)
     if end - start != len(ZEROS):
         return False
-    view = memoryview(data)  # a shard of patch tokens is large enough not to be copied
+    view = memoryview(data)  # avoids a copy of large shards
     return data[start:end] == _digest(view[:start], ZEROS, view[end:])
 
 

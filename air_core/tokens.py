@@ -1,7 +1,7 @@
-"""How a text tower reads class names: cleaned, in tokens, within its context. Imports no torch.
+"""Checks that class names fit into the context of a text tower. Imports no torch.
 
-open_clip cuts a text that is too long without a word, and learned vectors leave less room still.
-Here names are counted before anything is drawn.
+open_clip silently truncates texts that are too long, and learned vectors take part of the context.
+Class names are therefore checked before any work starts.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from air_core.weights import ClipFolder, find_backbone
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-CONTEXT_LENGTH = 77  # of a text tower that does not say: CLIP's
-MERGES = "merges.txt.gz"  # of a folder with byte-pair merges of its own
-MOST_MERGES = 1 << 24  # bytes of unpacked merges that are read; CLIP's are 3 MB
-MOST_LINES = 49152 - 256 - 2 + 1  # open_clip reads as many
-# The pieces that CLIP's byte-pair merges start from; open_clip.tokenizer has the same.
+CONTEXT_LENGTH = 77  # CLIP's, the default of a configuration
+MERGES = "merges.txt.gz"  # optional byte-pair merges of a folder
+MOST_MERGES = 1 << 24  # bytes of unpacked merges to read; CLIP's are 3 MB
+MOST_LINES = 49152 - 256 - 2 + 1  # as in open_clip
+# CLIP splits texts by this pattern before it merges byte pairs, as open_clip.tokenizer does.
 PIECES = r"(?i)'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
-SPECIAL = 3  # start, end, and a mark that some tokenizers put before the first word
+SPECIAL = 3  # start, end, and the mark that some tokenizers put before the first word
 
 
 def as_read(name: str, clean: str = "lower") -> str:
     """A class name as a tokenizer of open_clip cleans it, with underscores read as spaces.
 
     Args:
-        clean: `lower` of CLIP, `canonicalize` of SigLIP, `whitespace` of other tokenizers.
+        clean: `lower` for CLIP, `canonicalize` for SigLIP, `whitespace` for other tokenizers.
 
     >>> as_read("Big_Cat  &amp; dog"), as_read("T-shirt", "canonicalize")
     ('big cat & dog', 'tshirt')
@@ -42,8 +42,10 @@ def as_read(name: str, clean: str = "lower") -> str:
 
 @lru_cache(maxsize=1 << 16)
 def _cleaned(text: str, clean: str) -> str:
-    if not (text.isascii() and text.isprintable() and "&" not in text):  # else it stays as it is
-        import ftfy  # a twentieth of a second
+    if not (
+        text.isascii() and text.isprintable() and "&" not in text
+    ):  # otherwise ftfy changes nothing
+        import ftfy  # imports in 50 ms
 
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
     if clean == "canonicalize":
@@ -55,17 +57,17 @@ def _cleaned(text: str, clean: str) -> str:
 
 @cache
 def check_room(backbone: str, classnames: tuple[str, ...], template: str, length: int) -> None:
-    """Every class name fits into the text tower of a backbone, and no two are the same to it.
+    """Check that class names fit into a backbone's text tower and differ after tokenization.
 
     Args:
         backbone: its name.
         classnames: of a dataset.
-        template: of the dataset, with the place for a class name.
-        length: learned vectors before a class name; 0: none are learned.
+        template: of the dataset, with {} for the class name.
+        length: number of learned vectors before a class name; 0 if none are learned.
 
     Raises:
-        ValueError: a name is too long behind the learned vectors or in the template, or is the
-            same as another one; says which, and what to do. Or there is no such backbone.
+        ValueError: a name is too long after the learned vectors or in the template, or two names
+            are the same, or the backbone does not exist.
     """
     text, folder = _text_tower(backbone)
     context = text.get("context_length", CONTEXT_LENGTH)
@@ -103,14 +105,14 @@ def _shown(name: str) -> str:
 
 
 def _count(text: str, room: int, clean: str, hugging_face: bool, folder: Path | None) -> int:
-    """Tokens of a text with start and end; an upper bound of them where that is within `room`."""
-    # A token stands for a byte at least, so that most names need no tokenizer.
+    """Number of tokens of a text with start and end, or an upper bound if that fits `room`."""
+    # A token encodes at least one byte, so most names need no tokenizer.
     if text.isascii() and len(text) + SPECIAL <= room:
         return len(text) + SPECIAL
     if hugging_face:
         assert folder is not None
         file = folder / "tokenizer.json"
-        if not file.is_file():  # a form that transformers alone reads: the trial will count
+        if not file.is_file():  # only transformers reads this format, so the trial checks the names
             return 0
         return len(_of_hugging_face(file).encode(_cleaned(text, clean)).ids)
     own = folder / MERGES if folder is not None else None
@@ -119,7 +121,7 @@ def _count(text: str, room: int, clean: str, hugging_face: bool, folder: Path | 
 
 
 def _text_tower(backbone: str) -> tuple[dict[str, Any], Path | None]:
-    """Its configuration, and the folder of its tokenizer."""
+    """The text configuration of a backbone, and the folder of its tokenizer."""
     found = find_backbone(backbone)
     if isinstance(found, ClipFolder):
         return found.model["text_cfg"], found.path
@@ -128,7 +130,7 @@ def _text_tower(backbone: str) -> tuple[dict[str, Any], Path | None]:
 
 
 def _clip_merges() -> Path:
-    spec = find_spec("open_clip")  # where it lies, without importing it
+    spec = find_spec("open_clip")  # locates the package without importing it
     assert spec is not None
     assert spec.origin is not None
     return Path(spec.origin).with_name("bpe_simple_vocab_16e6.txt.gz")
@@ -136,7 +138,7 @@ def _clip_merges() -> Path:
 
 @cache
 def _of_clip(merges: Path) -> Tokenizer:
-    """open_clip's SimpleTokenizer without its two special tokens: its own module imports torch."""
+    """open_clip's SimpleTokenizer without the special tokens. open_clip's module imports torch."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
     letters = pre_tokenizers.ByteLevel.alphabet()
@@ -147,7 +149,7 @@ def _of_clip(merges: Path) -> Tokenizer:
         pieces = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, pairs)]
         vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
         tokenizer = Tokenizer(models.BPE(vocabulary, pairs, end_of_word_suffix="</w>"))
-    except Exception as problem:  # tokenizers raises nothing more special
+    except Exception as problem:  # tokenizers raises plain Exceptions
         raise ValueError(f"{merges} holds no byte-pair merges: {problem}") from problem
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -164,7 +166,7 @@ def _of_hugging_face(file: Path) -> Tokenizer:
 
     try:
         tokenizer = Tokenizer.from_file(str(file))
-    except Exception as problem:  # it raises nothing more special
+    except Exception as problem:  # tokenizers raises plain Exceptions
         raise ValueError(f"{file} holds no tokenizer that can be read: {problem}") from problem
     tokenizer.no_truncation()
     tokenizer.no_padding()

@@ -1,8 +1,8 @@
-"""Names of models become files. Imports no torch, opens no network, reads no weights.
+"""Finds the files of models by name. Imports no torch, needs no network, reads no weights.
 
-A backbone is `tiny`, an open_clip folder, `<architecture>/<tag>` (weights that open_clip knows and
-that were fetched before) or `<architecture>@<file>` (weights of one's own). A generator is `tiny`,
-a diffusers folder, or `owner/name` of the Hugging Face hub, fetched before.
+A backbone is `tiny`, an open_clip folder, `<architecture>/<tag>` (downloaded weights that open_clip
+knows) or `<architecture>@<file>` (any other weights). A generator is `tiny`, a diffusers folder, or
+the `owner/name` of a downloaded repository of the Hugging Face hub.
 """
 
 from __future__ import annotations
@@ -31,23 +31,26 @@ from air_core.model_configs import (
 CLIP_CONFIG = "open_clip_config.json"
 PIPELINE_CONFIG = "model_index.json"
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
-HUB_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")  # by preference
+HUB_WEIGHTS = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
+)  # in order of preference
 HUB_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 BACKBONES = (
     f"tiny, a folder with {CLIP_CONFIG}, <architecture>/<tag> such as ViT-B-32/openai, or "
     "<architecture>@<weights file>"
 )
 GENERATORS = f"tiny, a folder with {PIPELINE_CONFIG}, or owner/name of the Hugging Face hub"
-LFS = b"version https://git-lfs"  # how a pointer of Git LFS begins
+LFS = b"version https://git-lfs"  # start of a Git LFS pointer
 LORA_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 
 
 @dataclass(frozen=True)
 class ClipFolder:
-    """An open_clip folder, which says itself how its model is built."""
+    """An open_clip folder, with the configuration of its model."""
 
     path: Path
-    model: dict[str, Any]  # its configuration, checked
+    model: dict[str, Any]  # checked configuration
 
 
 @dataclass(frozen=True)
@@ -57,15 +60,15 @@ class ClipFile:
     architecture: str
     weights: Path
     model: dict[str, Any]  # open_clip's configuration of the architecture
-    preprocess: dict[str, Any]  # mean, std, interpolation, resize_mode; empty: OpenAI's
-    tokenizer: tuple[Path, ...] = field(default=())  # of Hugging Face, where it has one
+    preprocess: dict[str, Any]  # mean, std, interpolation, resize_mode; empty for OpenAI's values
+    tokenizer: tuple[Path, ...] = field(default=())  # files of a Hugging Face tokenizer
 
 
 def stay_offline() -> None:
-    """Forbid downloads of models in this process, and in those that it starts, from now on.
+    """Turn off downloads of models in this process and its child processes.
 
-    huggingface_hub reads its environment once, when it is imported; so what it has read is changed
-    too. `huggingface_hub.constants.HF_HUB_OFFLINE = False` allows downloads again.
+    huggingface_hub reads its environment at import, so its constant is set as well.
+    `huggingface_hub.constants.HF_HUB_OFFLINE = False` allows downloads again.
     """
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
     constants: Any = sys.modules.get("huggingface_hub.constants")
@@ -77,10 +80,10 @@ def stay_offline() -> None:
 
 
 def weights_files(name: str | ClipFolder | ClipFile) -> list[Path]:
-    """All files that a backbone is read from, in a stable order: what a digest is made of.
+    """All files of a backbone, which its digest covers, in a stable order.
 
     Raises:
-        ValueError: unknown, or not on this machine; says what to do.
+        ValueError: the name is unknown, or the files are not on this machine.
     """
     found = find_backbone(name)
     if isinstance(found, ClipFolder):
@@ -89,9 +92,10 @@ def weights_files(name: str | ClipFolder | ClipFile) -> list[Path]:
 
 
 def weights_settings(name: str | ClipFolder | ClipFile) -> dict[str, Any]:
-    """What settles a backbone's results beside its files; empty for a folder, which holds it all.
+    """Settings that determine a backbone's results besides its files; empty for a folder.
 
-    The same file is another model under another architecture: activation, preprocessing.
+    One weights file gives other results under another architecture, because of the activation
+    function and the preprocessing.
     """
     found = find_backbone(name)
     if isinstance(found, ClipFolder):
@@ -100,11 +104,11 @@ def weights_settings(name: str | ClipFolder | ClipFile) -> dict[str, Any]:
 
 
 def find_backbone(name: str | ClipFolder | ClipFile) -> ClipFolder | ClipFile:
-    """Where the weights of a backbone lie; what was found already is given back.
+    """Find the weights of a backbone by name. A result of this function is returned unchanged.
 
     Raises:
-        ValueError: unknown, or not on this machine, says what to do; or a folder whose
-            configuration is damaged or has settings that a folder may not have.
+        ValueError: the name is unknown, the files are not on this machine, or the configuration of
+            the folder is damaged or has settings that are not allowed.
     """
     if not isinstance(name, str):
         return name
@@ -121,15 +125,17 @@ def find_backbone(name: str | ClipFolder | ClipFile) -> ClipFolder | ClipFile:
     architecture, slash, tag = name.partition("/")
     if slash and "/" not in tag and architecture.strip(".~"):
         return _known_weights(architecture, tag)
-    raise ValueError(f"backbone {name!r}: {folder} is not there; allowed: {BACKBONES}")
+    raise ValueError(f"backbone {name!r}: {folder} does not exist; allowed: {BACKBONES}")
 
 
 def named_model(name: str) -> dict[str, Any] | None:
-    """open_clip's configuration of `<architecture>` or `<architecture>/<tag>`; None: no such
-    architecture.
+    """open_clip's configuration of `<architecture>` or `<architecture>/<tag>`.
+
+    Returns:
+        None if open_clip does not know the architecture.
 
     Raises:
-        ValueError: it knows the architecture, and no such tag of it.
+        ValueError: open_clip knows the architecture but not the tag.
     """
     architecture, _, tag = name.partition("/")
     if not (_open_clip() / "model_configs" / f"{architecture}.json").is_file():
@@ -138,20 +144,20 @@ def named_model(name: str) -> dict[str, Any] | None:
 
 
 def tiny_folder() -> Path:
-    """The embedded CLIP, an open_clip folder."""
+    """The open_clip folder of the CLIP that is part of the package."""
     return Path(str(files("air_core") / "tiny" / "weights" / "clip"))
 
 
 def check_text_tower(model: dict[str, Any], name: str) -> None:
-    """A configuration of open_clip has a text tower that takes learned vectors.
+    """Check that an open_clip model has a text tower that accepts learned vectors.
 
     Raises:
-        ValueError: it has another one.
+        ValueError: it has not.
     """
     if model["text_cfg"].get("hf_model_name") or "multimodal_cfg" in model:
         raise ValueError(
-            f"{name}: its text tower is neither CLIP's nor SigLIP's, so it takes no learned "
-            "vectors; take a ViT, RN50 or SigLIP"
+            f"{name}: its text tower is neither CLIP's nor SigLIP's, so it accepts no learned "
+            "vectors; use a ViT, RN50 or SigLIP"
         )
 
 
@@ -173,9 +179,9 @@ def _own_weights(architecture: str, file: Path) -> ClipFile:
     """`<architecture>@<file>`."""
     model = _architecture(architecture, f"{architecture}@{file}")
     if not file.is_file():
-        raise ValueError(f"backbone {architecture}@{file}: that file is not there")
+        raise ValueError(f"backbone {architecture}@{file}: {file} does not exist")
     _check_readable(file, architecture)
-    # Where all weights of an architecture want the same pixels, these will too.
+    # If all known weights of the architecture use the same preprocessing, assume it here too.
     known = [_tag(architecture, tag) for tag in _tags(architecture)]
     pixels = _pixels(known[0]) if known else {}
     if any(_pixels(other) != pixels for other in known):
@@ -193,7 +199,7 @@ def _known_weights(architecture: str, tag: str) -> ClipFile:
 
 
 def _tagged(architecture: str, tag: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What open_clip builds for `<architecture>/<tag>`, and what it knows of those weights."""
+    """open_clip's model configuration and weights configuration of `<architecture>/<tag>`."""
     name = f"{architecture}/{tag}"
     model = _architecture(architecture, name)
     known = _tag(architecture, tag)
@@ -201,9 +207,9 @@ def _tagged(architecture: str, tag: str) -> tuple[dict[str, Any], dict[str, Any]
         tags = ", ".join(_tags(architecture)) or "none"
         raise ValueError(
             f"backbone {name!r}: open_clip knows no weights {tag!r} of {architecture}; known: "
-            f"{tags}; for a file of your own write {architecture}@<file>"
+            f"{tags}; for another weights file write {architecture}@<file>"
         )
-    # open_clip merely warns where a tag was trained with another activation than it builds.
+    # If a tag was trained with another activation function, open_clip only warns.
     if known.get("quick_gelu"):
         model = model | {"quick_gelu": True}
     return model, known
@@ -228,7 +234,7 @@ def _architecture(name: str, backbone: str) -> dict[str, Any]:
 
 
 def _fetched(architecture: str, tag: str, known: dict[str, Any]) -> Path:
-    """Weights of a tag, where open_clip or huggingface_hub have put them."""
+    """The weights file of a tag in the caches of open_clip and huggingface_hub."""
     how = f"open_clip.create_model({architecture!r}, pretrained={tag!r})"
     if known["hf_hub"]:
         repository, _, file = known["hf_hub"].rpartition("/")
@@ -244,26 +250,26 @@ def _fetched(architecture: str, tag: str, known: dict[str, Any]) -> Path:
             _check_readable(found, architecture)
             return found
     raise ValueError(
-        f"backbone {architecture}/{tag}: its weights are not on this machine, and nothing is "
-        f"fetched while airsweep runs; fetch them first by `{how}`, or write "
-        f"{architecture}{_activation(architecture, known)}@<file> for a file that you copied here"
+        f"backbone {architecture}/{tag}: its weights are not on this machine, and airsweep "
+        f"downloads nothing; get them with `{how}`, or write "
+        f"{architecture}{_activation(architecture, known)}@<file> for a copied file"
     )
 
 
 def _activation(architecture: str, known: dict[str, Any]) -> str:
-    """What must be added to an architecture's name to get the activation of a tag."""
+    """The suffix of an architecture's name that selects the activation function of a tag."""
     quick = known.get("quick_gelu") and not architecture.endswith("-quickgelu")
     return "-quickgelu" if quick else ""
 
 
 def _check_readable(file: Path, architecture: str) -> None:
-    """A weights file holds tensors, and no code that reading it would have to run.
+    """Check that a weights file contains only tensors, so that reading it runs no code.
 
     Raises:
-        ValueError: another kind of file.
+        ValueError: it does not, or has another suffix.
     """
     if file.suffix not in SUFFIXES:
-        raise ValueError(f"{file}: weights end in {', '.join(SUFFIXES)}")
+        raise ValueError(f"{file} is not a weights file; allowed suffixes: {', '.join(SUFFIXES)}")
     if file.suffix == ".safetensors" or not is_zipfile(file):
         return
     with ZipFile(file) as archive:
@@ -271,16 +277,15 @@ def _check_readable(file: Path, architecture: str) -> None:
     if scripted:
         plain = architecture.removesuffix("-quickgelu")
         raise ValueError(
-            f"{file} is a TorchScript archive, as OpenAI published CLIP: it cannot be read without "
-            f"running its code. The same weights as plain tensors: {plain}/openai"
+            f"{file} is a TorchScript archive, as published by OpenAI, and reading it runs its "
+            f"code; use {plain}/openai, the same weights as plain tensors"
         )
 
 
 def _tokenizer_files(
     architecture: str, model: dict[str, Any], beside: Path | None
 ) -> tuple[Path, ...]:
-    """Files of a Hugging Face tokenizer, where an architecture has one: beside the weights, or
-    fetched before."""
+    """Files of the architecture's Hugging Face tokenizer, beside the weights or downloaded."""
     repository = model["text_cfg"].get("hf_tokenizer_name")
     if not repository:
         return ()
@@ -291,8 +296,8 @@ def _tokenizer_files(
     if not found or found[0].name != main:
         where = "" if beside is None else f", or put its {main} beside the weights"
         raise ValueError(
-            f"{architecture} reads text with the tokenizer of {repository}, which is not on this "
-            f"machine; `hf download {repository} --include 'tokenizer*' 'special_tokens*'`{where}"
+            f"{architecture} needs the tokenizer of {repository}, which is not on this machine; "
+            f"run `hf download {repository} --include 'tokenizer*' 'special_tokens*'`{where}"
         )
     return tuple(found)
 
@@ -303,9 +308,10 @@ def _pixels(tag: dict[str, Any]) -> dict[str, Any]:
 
 
 def public_backbone(name: str) -> ClipFolder | ClipFile | None:
-    """Where the weights of `tiny` or `<architecture>/<tag>` lie; None: the name is another one.
+    """Find the weights of `tiny` or `<architecture>/<tag>`; None for any other name.
 
-    Unlike `find_backbone` it takes no folder or file of that name: for names from strangers.
+    Unlike `find_backbone` this reads no folder or file by that name, so it is safe for names from
+    untrusted sources.
 
     Raises:
         ValueError: open_clip knows the name, but its weights are not on this machine.
@@ -323,31 +329,31 @@ def generator_folder(name: str) -> Path:
     """The diffusers folder of a generator.
 
     Raises:
-        ValueError: unknown, or not whole on this machine; says what to do.
+        ValueError: the name is unknown, or files are missing on this machine.
     """
     if name == "tiny":
         return Path(str(files("air_core") / "tiny" / "weights" / "diffusion"))
     folder = Path(name).expanduser().absolute()
     if folder.is_dir():
         if not (folder / PIPELINE_CONFIG).is_file():
-            raise ValueError(f"{folder} is no diffusers folder: it has no {PIPELINE_CONFIG}")
+            raise ValueError(f"{folder} is not a diffusers folder: it has no {PIPELINE_CONFIG}")
         return folder
     owner, _, rest = name.partition("/")
     if not rest or "/" in rest or not owner.strip(".~"):
-        raise ValueError(f"generator {name!r}: {folder} is not there; allowed: {GENERATORS}")
+        raise ValueError(f"generator {name!r}: {folder} does not exist; allowed: {GENERATORS}")
     index = _in_hub_cache(name, PIPELINE_CONFIG)
     missing = [PIPELINE_CONFIG] if index is None else _missing_parts(index.parent)
     if index is None or missing:
         raise ValueError(
             f"generator {name!r}: no such folder, and the cache of the Hugging Face hub lacks its "
-            f"{', '.join(missing)}; nothing is fetched while airsweep runs, so fetch it first by "
+            f"{', '.join(missing)}; airsweep downloads nothing, so get it with "
             f"`hf download {name}`"
         )
     return index.parent
 
 
 def generator_files(folder: Path) -> list[Path]:
-    """Files of a diffusers folder that a pipeline is read from: what a digest is made of."""
+    """The files of a diffusers folder that a pipeline reads, which its digest covers."""
     found = [folder / PIPELINE_CONFIG]
     for part in generator_parts(folder):
         found += [path for path in (folder / part).rglob("*") if path.is_file()]
@@ -355,22 +361,21 @@ def generator_files(folder: Path) -> list[Path]:
 
 
 def check_lora_fits(folder: Path) -> None:
-    """A LoRA can be trained for the pipeline in a diffusers folder.
+    """Check that a LoRA can be trained for the pipeline in a diffusers folder.
 
     Raises:
-        ValueError: it is of another kind, says which are known; or its index cannot be read.
+        ValueError: the pipeline is not supported, or its index cannot be read.
     """
     kind = pipeline_index(folder / PIPELINE_CONFIG)["_class_name"]
     if kind not in LORA_PIPELINES:
         raise ValueError(
-            f"LoRA knows {' and '.join(LORA_PIPELINES)} (Stable Diffusion 1, 2 and XL), but "
-            f"{folder} is a {kind}; set lora: null to draw without"
+            f"LoRA supports {' and '.join(LORA_PIPELINES)} (Stable Diffusion 1, 2 and XL), but "
+            f"{folder} is a {kind}; set lora: null to draw images without LoRA"
         )
 
 
 def generator_parts(folder: Path) -> dict[str, tuple[str, str]]:
-    """Subfolders of a pipeline, and of which library and class each is. The safety checker is never
-    loaded.
+    """Subfolders of a pipeline, each with its library and class, without the safety checker.
 
     Raises:
         ValueError: the index cannot be read, or names code of the folder or of another package.
@@ -386,10 +391,10 @@ def _missing_parts(folder: Path) -> list[str]:
 
 
 def check_whole(file: Path) -> None:
-    """A safetensors file has all the bytes that its head promises; other files are not looked at.
+    """Check that a safetensors file is complete. Other files are not checked.
 
     Raises:
-        ValueError: it has not, such as one that was copied in part.
+        ValueError: bytes are missing, as after an interrupted copy, or there are no tensors.
     """
     if file.suffix != ".safetensors":
         return
@@ -398,50 +403,51 @@ def check_whole(file: Path) -> None:
     try:
         with safe_open(file, framework="np") as tensors:
             if not tensors.keys():
-                raise ValueError(f"{file} holds no tensors")
+                raise ValueError(f"{file} contains no tensors")
     except SafetensorError as problem:
         with open(file, "rb") as handle:
             pointer = handle.read(len(LFS)) == LFS
-        why = "it is a pointer of Git LFS; `git lfs pull` fetches what it stands for"
+        why = "it is a Git LFS pointer; run `git lfs pull` to get the file"
         raise ValueError(
             f"{file} cannot be read: "
-            + (why if pointer else f"{problem}; was it fetched to its end?")
+            + (why if pointer else f"{problem}; download or copy it again")
         ) from problem
 
 
-# ---------------------------------------------------------------- what others know
+# ---------------------------------------------------------------- open_clip, huggingface_hub
 
 
 def _in_hub_cache(repository: str, file: str) -> Path | None:
     """A file in huggingface_hub's cache."""
-    from huggingface_hub import try_to_load_from_cache  # a tenth of a second
+    from huggingface_hub import try_to_load_from_cache  # imports in 100 ms
 
     found = try_to_load_from_cache(repository, file)
     return Path(found) if isinstance(found, str) else None
 
 
 def _safe_twin(file: str) -> list[str]:
-    """The name of the same weights as safetensors, if `file` is something else."""
+    """The file name of the same weights as safetensors, unless `file` is safetensors."""
     stem, _, suffix = file.rpartition(".")
     return [f"{stem}.safetensors"] if suffix in ("bin", "pt", "pth") else []
 
 
 def _tags(architecture: str) -> list[str]:
-    """Weights of an architecture that open_clip knows."""
+    """The weights tags of an architecture in open_clip."""
     return list(_pretrained().list_pretrained_tags_by_model(architecture))
 
 
 def _tag(architecture: str, tag: str) -> dict[str, Any]:
-    """Where a tag's weights are and how they were trained; empty if there is no such tag."""
+    """open_clip's configuration of a weights tag; empty if the tag does not exist."""
     return dict(_pretrained().get_pretrained_cfg(architecture, tag))
 
 
 @cache
 def _pretrained() -> ModuleType:
-    """open_clip.pretrained, its table of weights, without the rest of open_clip.
+    """Import open_clip.pretrained, the table of weights, without the rest of open_clip.
 
-    open_clip's own __init__ and safetensors.torch import torch: seconds that planning should not
-    pay. So the module is loaded under a package of another name, with the latter hidden.
+    open_clip and safetensors.torch import torch, which takes seconds that planning does not need.
+    Therefore the module is loaded as part of a package with another name, and safetensors.torch is
+    hidden during the import.
     """
     package = ModuleType("_open_clip_tables")
     package.__path__ = [str(_open_clip())]

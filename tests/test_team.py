@@ -297,7 +297,7 @@ def test_who_may_only_read_a_project_is_told_and_who_is_granted_may_write(
     mine = ("--set", "project=digits", "--set", "name=of_bob", *SHORT)
     refused = run(spec, tmp_path, *mine, **bob)
     assert refused.returncode == 2
-    assert "does not let bob use the experiment air/digits" in refused.stderr
+    assert "denies bob access to the experiment air/digits" in refused.stderr
     assert "EDIT" in refused.stderr
     assert not (tmp_path / "sweeps").exists()
     ran(spec, tmp_path, "--set", "project=bobs", *SHORT, **bob)  # what one makes is one's own

@@ -1,7 +1,7 @@
-"""A frozen CLIP: images and texts become features, prompts pass through what has to see them.
+"""A frozen CLIP that encodes images, texts and learned prompts.
 
-`clip` is the front, `text` and `vision` are the two towers, `blocks` is what both are made of,
-`loading` builds one from a name.
+`clip` has the public class, `text` and `vision` the two towers, `blocks` their attention blocks,
+and `loading` builds a backbone from its name.
 """
 
 from air_core.backbone.clip import Backbone

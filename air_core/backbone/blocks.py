@@ -1,4 +1,4 @@
-"""One residual attention block of CLIP, for the tokens that somebody will read."""
+"""Residual attention blocks of CLIP, computed only for the tokens whose output is used."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 
 
 def is_plain(transformer: Any) -> bool:
-    """Is this a stack of the blocks that `run_blocks` knows, those of OpenAI's CLIP?"""
+    """Whether a transformer consists of OpenAI's CLIP blocks, which `run_blocks` supports."""
     blocks = getattr(transformer, "resblocks", ())
     return len(blocks) > 0 and all(
         isinstance(getattr(block, "attn", None), nn.MultiheadAttention) for block in blocks
@@ -21,7 +21,7 @@ def is_plain(transformer: Any) -> bool:
 
 
 def weights_dtype(tower: Any) -> torch.dtype:
-    """The type that a tower's blocks compute in."""
+    """The dtype in which a tower's blocks compute."""
     block = tower.transformer.resblocks[0]
     weights: Tensor = block.mlp.c_fc.weight
     return weights.dtype
@@ -33,7 +33,7 @@ def run_blocks(
     keep: Tensor | slice | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """States of the kept tokens behind the last block: (B, K, W). Arguments as in `run_block`."""
+    """States of the kept tokens after the last block: (B, K, W). See `run_block` for arguments."""
     *body, last = blocks
     for block in body:
         parts = (run_block(block, parts, mask=mask),)
@@ -46,15 +46,15 @@ def run_block(
     keep: Tensor | slice | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """What a block makes of the kept tokens; all tokens serve as keys and values.
+    """Compute a block's output for the kept tokens; all tokens serve as keys and values.
 
-    A part that is the same for the whole batch comes with a batch of 1 and is projected once; one
-    that needs no gradient stays out of the backward pass.
+    A part that is the same for the whole batch has a batch size of 1 and is projected once. A part
+    that needs no gradient is not in the backward pass.
 
     Args:
-        parts: (B, T, W) or (1, T, W) each; side by side they are the sequence.
-        keep: which tokens, None: all; the others get neither query nor MLP.
-        mask: (T, T), added to the attention of a token (row) to another (column).
+        parts: (B, T, W) or (1, T, W) each; concatenated they form the sequence.
+        keep: the tokens to compute; None: all. Other tokens get neither a query nor an MLP.
+        mask: (T, T), added to the attention logits of a token (row) to another (column).
 
     Returns:
         (B, K, W).

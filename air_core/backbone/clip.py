@@ -1,4 +1,7 @@
-"""A frozen CLIP behind a few verbs. Knows nothing of prompts that are learned or of datasets."""
+"""A frozen CLIP: encodes images and texts, with or without learned tokens.
+
+This module depends neither on prompt classes nor on datasets.
+"""
 
 from __future__ import annotations
 
@@ -17,19 +20,19 @@ from air_core.backbone.vision import check_vision, patch_tokens, prompted_featur
 # B images, C classes, D feature width, W token width, L context length; T tokens of an image,
 # P learned ones, V their width.
 
-AT_ONCE = 256  # images of a pass without gradient; a device short of memory takes fewer
+AT_ONCE = 256  # images per pass without gradient; reduced if a device has too little memory
 
 
 class Backbone:
-    """A frozen CLIP. All features have unit length, and single precision at least.
+    """A frozen CLIP. All features have unit length and at least single precision.
 
     Args:
-        model: an open_clip model; its weights are frozen here.
+        model: an open_clip model; its weights are frozen.
         preprocess: PIL image -> (3, H, W).
-        tokenizer: open_clip's, with the model's vocabulary.
+        tokenizer: open_clip's tokenizer with the model's vocabulary.
 
     Raises:
-        ValueError: its text tower takes no learned vectors.
+        ValueError: its text tower does not accept learned vectors.
     """
 
     def __init__(self, model: Any, preprocess: Any, tokenizer: Any) -> None:
@@ -40,7 +43,7 @@ class Backbone:
         self.tokenizer = tokenizer
         self.logit_scale = float(model.logit_scale.exp())
         self.at_once = AT_ONCE
-        self._text = getattr(model, "text", model)  # some models keep the tower apart
+        self._text = getattr(model, "text", model)  # some models have the text tower as a module
         self._context = context_encoder(self._text, tokenizer)
 
     @property
@@ -53,12 +56,12 @@ class Backbone:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights of both towers; norms and embeddings may be wider."""
+        """The dtype of the weights of both towers; norms and embeddings can be wider."""
         return weights_dtype(self._text)
 
     @property
     def patch_width(self) -> int:
-        """Width of an image token. This and the next two raise as `image_tokens` does."""
+        """Width of an image token. Raises as `image_tokens` does, like the next two properties."""
         return int(self._vision.class_embedding.shape[0])
 
     @property
@@ -77,7 +80,7 @@ class Backbone:
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image]) -> Tensor:
-        """(B, D) on the CPU, in the order given."""
+        """Image features (B, D) on the CPU, in the order of `images`."""
         features = []
         for start in range(0, len(images), self.at_once):
             pixels = self._pixels(images[start : start + self.at_once])
@@ -86,14 +89,14 @@ class Backbone:
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
-        """(C, D), one per text."""
+        """Text features (C, D), one per text."""
         tokens = self.tokenizer(list(texts)).to(self.device)
         return _unit(self.model.encode_text(tokens))
 
     def encode_context(self, context: Tensor, classnames: Sequence[str]) -> Tensor:
-        """Text features of learned vectors before class names.
+        """Text features of class names with learned vectors before them.
 
-        Several prompts share one pass, such as the seeds of one point.
+        Several prompts, such as those of the seeds of one point, share one pass.
 
         Args:
             context: (..., L, W) learned vectors.
@@ -103,7 +106,7 @@ class Backbone:
             (..., C, D), differentiable in `context`.
 
         Raises:
-            ValueError: a name does not fit behind the context.
+            ValueError: a name is too long for the space after the context.
 
         Source: CoOp (arXiv:2109.01134).
         """
@@ -114,17 +117,18 @@ class Backbone:
 
     @torch.no_grad()
     def image_tokens(self, images: Sequence[Image], dtype: torch.dtype | None = None) -> Tensor:
-        """What images bring to the first block, whatever the prompt: to be stored.
+        """The image tokens that enter the first block. They do not depend on the prompt, so they
+        can be stored.
 
         Args:
             images: B images.
-            dtype: of the result; half precision halves the store. None: that of the model.
+            dtype: of the result; half precision halves the storage. None: the dtype of the model.
 
         Returns:
             (B, T, V) on the CPU: [CLS], then patches.
 
         Raises:
-            ValueError: the vision tower takes no learned tokens.
+            ValueError: the vision tower does not accept learned tokens.
         """
         tokens = []
         for start in range(0, len(images), self.at_once):
@@ -137,14 +141,14 @@ class Backbone:
 
         Args:
             tokens: (B, T, V) from `image_tokens`.
-            prompt: (P, V), before the first block; or (vision_layers, P, V), new ones before each
-                block. The first are normalised as image tokens were.
+            prompt: (P, V), tokens before the first block; or (vision_layers, P, V), new tokens
+                before each block. Those before the first block are normalised like image tokens.
 
         Returns:
             (B, D), differentiable in `prompt`.
 
         Raises:
-            ValueError: a prompt of another shape, or a vision tower that takes none.
+            ValueError: the prompt has another shape, or the tower does not accept learned tokens.
 
         Source: VPT (arXiv:2203.12119), shallow and deep.
         """
@@ -163,6 +167,6 @@ class Backbone:
 
 
 def _unit(features: Tensor) -> Tensor:
-    """Of length 1, in single precision at least: logits near 30 have no digits in half of it."""
+    """Scale to length 1, in at least single precision: logits near 30 need more than half."""
     wide = torch.promote_types(features.dtype, torch.float32)
     return normalize(features.to(wide), dim=-1)

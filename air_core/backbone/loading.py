@@ -1,4 +1,4 @@
-"""A frozen CLIP from its name. What a name may be is told in `air_core.weights`."""
+"""Loads a frozen CLIP by its name; see `air_core.weights` for the allowed names."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ MERGES = "merges.txt.gz"
 def load_backbone(
     name: str | Path | ClipFolder | ClipFile, device: str = "cpu", precision: str = "fp32"
 ) -> Backbone:
-    """A frozen CLIP or SigLIP. Nothing is fetched, and no code of a folder is run.
+    """Load a frozen CLIP or SigLIP. Downloads nothing and runs no code from a folder.
 
-    Downloads from the Hugging Face hub are off in this process afterwards, see `stay_offline`. A
-    folder may hold `merges.txt.gz`, its own byte-pair merges; else it is CLIP's vocabulary.
+    Turns off downloads from the Hugging Face hub in this process, see `stay_offline`. A folder can
+    contain byte-pair merges as `merges.txt.gz`; the default is CLIP's vocabulary.
 
     Args:
-        name: of a backbone, its folder, or what `find_backbone` found.
-        device: where it runs.
-        precision: fp32, fp16 or bf16, of its weights; norms are computed in fp32 all the same.
+        name: of a backbone, its folder, or a result of `find_backbone`.
+        device: on which the backbone runs.
+        precision: of the weights: fp32, fp16 or bf16. Norms are always computed in fp32.
 
     Raises:
-        ValueError: it is not there, its configuration has settings that a folder may not have, its
-            weights do not fit, or its text tower takes no prompt.
+        ValueError: the backbone does not exist, its configuration has settings that are not
+            allowed in a folder, its weights do not fit, or its text tower accepts no prompt.
     """
     sums_in_one_order()
     stay_offline()
@@ -46,7 +46,7 @@ def load_backbone(
 
 def _from_folder(folder: Path, config: dict[str, Any], device: str, precision: str) -> Backbone:
     weights = _weights_inside(folder)
-    # Without require_pretrained, missing weights are a warning and a chance-level CLIP.
+    # Without require_pretrained, open_clip only warns of missing weights and returns random ones.
     with _explained(weights, str(folder), config):
         model, _, preprocess = _open_clip(config).create_model_and_transforms(
             f"local-dir:{folder}",
@@ -66,7 +66,7 @@ def _from_file(found: ClipFile, device: str, precision: str) -> Backbone:
             device=device,
             precision=precision,
             weights_only=True,
-            # Of a file open_clip does not know the activation that its tag asks for.
+            # For a file open_clip does not know the activation function of the pretrained tag.
             force_quick_gelu=bool(found.model.get("quick_gelu")),
             **{f"image_{name}": value for name, value in found.preprocess.items()},
         )
@@ -74,20 +74,20 @@ def _from_file(found: ClipFile, device: str, precision: str) -> Backbone:
     return Backbone(model, preprocess, _tokenizer(found.model, folder))
 
 
-OPTIONAL = ("timm", "transformers")  # of open_clip; it does without where they are not installed
+OPTIONAL = ("timm", "transformers")  # optional dependencies of open_clip
 
 
 def import_open_clip_alone() -> None:
-    """Import open_clip as if its optional libraries were not there, in two thirds of the time.
+    """Import open_clip without its optional dependencies, which takes a third less time.
 
-    For processes of our own, whose start is waited for. `load_backbone` makes up for it, but who
-    calls open_clip himself may need them.
+    For worker processes, which should start fast. `load_backbone` imports the dependencies when
+    they are needed; other callers of open_clip in this process do not get them.
     """
     sums_in_one_order()
     if "open_clip" in sys.modules:
         return
     hidden = [name for name in OPTIONAL if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None: not to be imported
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None blocks the import
     try:
         import open_clip  # noqa: F401
     finally:
@@ -96,29 +96,31 @@ def import_open_clip_alone() -> None:
 
 
 def _open_clip(model: dict[str, Any]) -> ModuleType:
-    """open_clip, with timm where an image tower is one of its. A text tower of transformers takes
-    no prompt."""
+    """open_clip, with timm if the image tower needs it.
+
+    transformers is never needed, since its text towers accept no prompt.
+    """
     open_clip = importlib.import_module("open_clip")  # seconds
     towers = importlib.import_module("open_clip.timm_model")
     if model["vision_cfg"].get("timm_model_name") and towers.timm is None:
-        importlib.reload(towers)  # into the namespace that its classes look into
+        importlib.reload(towers)  # updates the globals that its classes use
     return open_clip
 
 
 def _weights_inside(folder: Path) -> Path:
-    """The weights that open_clip will read."""
+    """The weights file that open_clip reads."""
     found = [
         path for suffix in ("safetensors", "bin", "pth") for path in folder.glob(f"*.{suffix}")
     ]
     if not found:
         raise ValueError(
-            f"{folder} holds no weights: no .safetensors, .bin or .pth beside its JSON"
+            f"{folder} contains no weights: no .safetensors, .bin or .pth beside its JSON file"
         )
     return next((path for path in found if path.name in HUB_WEIGHTS), found[0])
 
 
 def _tokenizer(config: dict[str, Any], folder: Path | None) -> Any:
-    """open_clip's own choice, from files that are here."""
+    """The tokenizer that open_clip would choose, from local files only."""
     from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
     text = config["text_cfg"]
@@ -135,8 +137,8 @@ def _tokenizer(config: dict[str, Any], folder: Path | None) -> Any:
                 local_files_only=True,
                 **options,
             )
-        except Exception as error:  # files of a stranger: transformers fails in many ways
-            raise ValueError(f"{folder} holds no tokenizer that can be read: {error}") from error
+        except Exception as error:  # transformers raises many types for invalid files
+            raise ValueError(f"{folder} contains no readable tokenizer: {error}") from error
     if folder is not None and (folder / MERGES).is_file():
         options = {"bpe_path": str(folder / MERGES), **options}
     return SimpleTokenizer(**options)
@@ -147,7 +149,7 @@ def _tokenizer(config: dict[str, Any], folder: Path | None) -> Any:
 
 @contextmanager
 def _explained(weights: Path, architecture: str, config: dict[str, Any]) -> Iterator[None]:
-    """Turn the many ways in which open_clip fails on weights into one sentence."""
+    """Turn errors of open_clip about weights into one message."""
     try:
         yield
     except Exception as error:
@@ -158,7 +160,7 @@ def _explained(weights: Path, architecture: str, config: dict[str, Any]) -> Iter
 
 
 def _misfit(weights: Path, config: dict[str, Any]) -> str | None:
-    """What is wrong with weights, by the first tensor that does not match; None: nothing."""
+    """Why weights do not fit, by the first tensor that does not match; None if they fit."""
     import torch
     from open_clip.convert import convert_state_dict
     from open_clip.factory import load_state_dict
@@ -166,20 +168,20 @@ def _misfit(weights: Path, config: dict[str, Any]) -> str | None:
 
     try:
         found = load_state_dict(str(weights))
-    except Exception as error:  # pickles, archives, safetensors: each has errors of its own
+    except Exception as error:  # each file format raises other types
         first = str(error).strip().partition("\n")[0]
         return (
-            f"it cannot be read ({first}); save the state_dict, tensors and nothing else, as "
-            ".safetensors"
+            f"it cannot be read ({first}); save the state_dict, which "
+            "contains only tensors, as .safetensors"
         )
     kind = CustomTextCLIP if config.get("custom_text") else CLIP
     built = {name: value for name, value in config.items() if name != "custom_text"}
-    # As open_clip does where a file has all weights.
+    # open_clip does the same if a file has all weights.
     built["vision_cfg"] = {**config["vision_cfg"], "timm_model_pretrained": False}
     try:
         with torch.device("meta"):
             model = kind(**built)
-    except Exception as error:  # sizes that do not go together, an unknown architecture of timm
+    except Exception as error:  # inconsistent sizes, or an unknown architecture of timm
         first = str(error).strip().partition("\n")[0]
         return f"open_clip cannot build its configuration ({type(error).__name__}: {first})"
     found = convert_state_dict(model, found)
@@ -188,11 +190,11 @@ def _misfit(weights: Path, config: dict[str, Any]) -> str | None:
     wanted = model.state_dict()
     for name, tensor in wanted.items():
         if name not in found:
-            if name == "logit_bias":  # open_clip puts 0
+            if name == "logit_bias":  # open_clip uses 0
                 continue
             return f"it has no tensor {name}"
         here, there = tuple(tensor.shape), tuple(found[name].shape)
-        # Positions of another grid are interpolated.
+        # open_clip interpolates positions of another grid.
         if here != there and not name.endswith("positional_embedding"):
-            return f"{name} is {there} there and {here} in the architecture"
-    return next((f"its tensor {n} is unknown there" for n in found if n not in wanted), None)
+            return f"{name} has shape {there}, but {here} in the architecture"
+    return next((f"the architecture has no tensor {n}" for n in found if n not in wanted), None)

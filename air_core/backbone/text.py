@@ -1,8 +1,8 @@
-"""Prompts through a frozen text tower: learned vectors, then a class name.
+"""Encodes prompts with a frozen text tower: learned vectors followed by a class name.
 
-CLIP's text towers are causal: what comes first does not see what comes later, and padding behind
-[EOT] is never seen at all. So all classes share [SOS] and the learned vectors. Towers without
-that mask (SigLIP's) share nothing and get one whole sequence a class.
+CLIP's text towers are causal: a token does not attend to later tokens, and no token attends to the
+padding after [EOT]. Therefore all classes share the computation of [SOS] and the learned vectors.
+Towers without a causal mask (SigLIP) compute one complete sequence per class.
 """
 
 from __future__ import annotations
@@ -18,45 +18,46 @@ from air_core.backbone.blocks import is_plain, run_blocks, weights_dtype
 
 # R prompts, C classes, D feature width, W token width, L context length, T tokens, N longest text.
 
-PACK = 128  # classes that share one pass of the text tower
+PACK = 128  # classes per pass of the text tower
 
 
 class ContextEncoder(Protocol):
-    """Text features of learned vectors before class names."""
+    """Computes text features of class names with learned vectors before them."""
 
     def encode(self, prompts: Tensor, classnames: tuple[str, ...]) -> Tensor:
         """(R, L, W) -> (R, C, D), not normalised, differentiable in `prompts`.
 
         Raises:
-            ValueError: a name does not fit behind the context.
+            ValueError: a name is too long for the space after the context.
         """
         ...
 
 
 def context_encoder(tower: Any, tokenizer: Any) -> ContextEncoder:
-    """The leanest encoder that is exact for a text tower.
+    """The fastest encoder that is exact for a text tower.
 
     Raises:
-        ValueError: a tower that takes no embeddings.
+        ValueError: the tower accepts no embeddings.
     """
     if not hasattr(tower, "token_embedding") or getattr(tower, "cls_emb", None) is not None:
         raise ValueError(
-            f"a {type(tower).__name__} takes no learned vectors: prompts need the text tower of "
+            f"a {type(tower).__name__} accepts no learned vectors; prompts need the text tower of "
             "CLIP or SigLIP"
         )
     causal = getattr(tower, "attn_mask", None) is not None
-    simple = hasattr(tokenizer, "eot_token_id")  # CLIP's own, which has the two special tokens
+    simple = hasattr(tokenizer, "eot_token_id")  # CLIP's tokenizer, with its two special tokens
     if causal and simple and _pool_type(tower) == "argmax" and is_plain(tower.transformer):
         return SharedContext(tower, tokenizer)
     return WholeTexts(tower, tokenizer)
 
 
 class SharedContext:
-    """`[SOS] context classname [EOT]` through a causal tower, the context once for all classes.
+    """Encodes `[SOS] context classname [EOT]` with a causal tower; all classes share the context.
 
-    The names' tokens lie side by side behind the context in one sequence; a mask lets each see
-    the context and the earlier tokens of its own name. The last block is computed for [EOT] only,
-    since nothing else is read. This equals one padded sequence a class up to rounding.
+    One sequence contains the context and then the tokens of all names. A mask restricts each token
+    to the context and to earlier tokens of the same name. The last block is computed for [EOT]
+    only, since no other output is used. Up to rounding the result equals that of one padded
+    sequence per class.
     """
 
     def __init__(self, tower: Any, tokenizer: Any) -> None:
@@ -78,7 +79,7 @@ class SharedContext:
 
     @torch.no_grad()
     def _fixed_parts(self, classnames: tuple[str, ...], length: int) -> tuple[Tensor, ...]:
-        """Start and names with their positions, positions of the context, mask, each [EOT]."""
+        """Embeddings of [SOS] and the names, positions of the context, mask, indices of [EOT]."""
         encoded = [
             [*self.tokenizer.encode(_words(name)), self.tokenizer.eot_token_id]
             for name in classnames
@@ -89,7 +90,7 @@ class SharedContext:
         longest = max(range(len(encoded)), key=lambda c: len(encoded[c]))
         if len(encoded[longest]) > room:
             raise _no_room(classnames[longest], f" takes {len(encoded[longest])} tokens", room)
-        # Tokens of one owner see the prefix (owner -1) and earlier tokens of the same owner.
+        # Tokens attend to the prefix (owner -1) and to earlier tokens of the same owner.
         owner = torch.tensor([-1] * prefix + [c for c, ids in enumerate(encoded) for _ in ids])
         place = torch.tensor(
             list(range(prefix)) + [prefix + i for ids in encoded for i in range(len(ids))]
@@ -113,9 +114,9 @@ class SharedContext:
 
 
 class WholeTexts:
-    """One whole sequence a class, padding included, through towers of any other build.
+    """Encodes one complete padded sequence per class, with any text tower.
 
-    The context stands before the name, and behind a start token where the tokenizer sets one.
+    The context is before the name, after the start token if the tokenizer has one.
     """
 
     def __init__(self, tower: Any, tokenizer: Any) -> None:
@@ -128,7 +129,7 @@ class WholeTexts:
         from open_clip.transformer import text_global_pool
 
         tower, (count, length, _) = self.tower, prompts.shape
-        ids, lead = self._ids(classnames, length)  # (C, N), 0 where the context goes
+        ids, lead = self._ids(classnames, length)  # (C, N), 0 at the context
         with torch.no_grad():
             embedded = tower.token_embedding(ids)
         texts = embedded.expand(count, -1, -1, -1)  # (R, C, N, W)
@@ -142,12 +143,12 @@ class WholeTexts:
         return _projected(tower, pooled).view(count, len(classnames), -1)
 
     def _name_ids(self, classnames: tuple[str, ...], length: int) -> tuple[Tensor, int]:
-        """Token ids with a gap for the context, and where the gap starts."""
+        """Token ids with a gap for the context, and the index of the gap."""
         size = len(self.tower.positional_embedding)
         room = size - length
         words = [_words(name) for name in classnames]
         ids = self.tokenizer(words, context_length=room)
-        # Where a text was cut off, its last token is another one than with more room.
+        # The last token of a text that was cut off differs from that of the complete text.
         cut = (ids != self.tokenizer(words, context_length=2 * size)[:, :room]).any(dim=1)
         if cut.any():
             raise _no_room(classnames[int(cut.nonzero()[0])], "", room)
@@ -159,7 +160,7 @@ class WholeTexts:
 
 def _no_room(classname: str, what: str, room: int) -> ValueError:
     return ValueError(
-        f"class name {classname!r}{what or ' does not fit'}, but {room} are left after the "
+        f"class name {classname!r}{what or ' does not fit'}, but {room} remain after the "
         "context; shorten the name or prompt.length"
     )
 
@@ -169,7 +170,7 @@ def _words(classname: str) -> str:
 
 
 def _start_ids(tokenizer: Any) -> set[int | None]:
-    """Tokens that open a text."""
+    """Ids of tokens that start a text."""
     inner = getattr(tokenizer, "tokenizer", None)
     if inner is None:
         return {tokenizer.sot_token_id}

@@ -1,8 +1,8 @@
-"""Images through a frozen vision transformer, with learned tokens beside their patches.
+"""Encodes images with a frozen vision transformer and learned tokens beside the patches.
 
-VPT (arXiv:2203.12119) in the form that CPL (arXiv:2406.10502) has it: the learned tokens carry no
-position and enter before the first normalisation, which looks at one token at a time. So what
-images bring to the first block does not depend on the prompt, and can be stored.
+VPT (arXiv:2203.12119) in the variant of CPL (arXiv:2406.10502): learned tokens have no position and
+enter before the first normalisation, which treats each token separately. Image tokens before the
+first block therefore do not depend on the prompt, and can be stored.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from air_core.backbone.blocks import is_plain, run_block, run_blocks
 
 # B images, T tokens of an image, P learned tokens, V token width, D feature width.
 
-CLS = slice(0, 1)  # the token that is read
+CLS = slice(0, 1)  # the token whose output is the image feature
 
 
 def check_vision(tower: Any) -> None:
-    """A tower takes learned tokens.
+    """Check that a tower accepts learned tokens.
 
     Raises:
         ValueError: it has no [CLS] token or no normalisation before the first block.
@@ -34,9 +34,9 @@ def check_vision(tower: Any) -> None:
     )
     if not fits:
         raise ValueError(
-            "visual prompts need a ViT with a [CLS] token and ln_pre, as OpenAI's and LAION's "
-            f"ViT-B-32, B-16 or L-14 are; this vision tower is a {type(tower).__name__} without: "
-            "set modality: text or take another backbone"
+            "visual prompts need a ViT with a [CLS] token and ln_pre, such as OpenAI's or LAION's "
+            f"ViT-B-32, B-16 or L-14, but this vision tower is a {type(tower).__name__}; set "
+            "modality: text or use another backbone"
         )
 
 
@@ -52,14 +52,14 @@ def patch_tokens(tower: Any, pixels: Tensor) -> Tensor:
 def prompted_features(tower: Any, tokens: Tensor, prompt: Tensor) -> Tensor:
     """(B, D), not normalised; see Backbone.encode_tokens."""
     blocks = tower.transformer.resblocks
-    # Without a mask the order of tokens is nothing to attention; learned ones go last.
+    # Without a mask attention does not depend on the order, so learned tokens can be last.
     if prompt.dim() == 2:
         states = run_blocks(blocks, (tokens, tower.ln_pre(prompt)[None]), CLS)
     else:
         images = slice(0, tokens.shape[1])
         layers = [tower.ln_pre(prompt[0]), *prompt[1:]]
         for block, layer in zip(blocks[:-1], layers[:-1], strict=True):
-            # What a block makes of learned tokens is replaced by the next ones.
+            # New learned tokens replace the output for those before the block.
             tokens = run_block(block, (tokens, layer[None]), images)
         states = run_block(blocks[-1], (tokens, layers[-1][None]), CLS)
     features: Tensor = tower.ln_post(states[:, 0])

@@ -1,11 +1,12 @@
-"""What a trial learned, in a folder of its own: to classify new images, without store or sweep.
+"""Bundles: exported classifiers of trials, which classify images without a store or a sweep.
 
     from air_core.bundle import load_bundle
     bundle = load_bundle("bundle")
     results = bundle.classify(["new/*.png"])
 
-`manifest` is the folder, `checks` what must be in it, `files` the images that are asked for,
-`classifier` the rest. Importing this is cheap: torch is loaded with the bundle.
+`manifest` reads and writes the folder, `checks` validates its contents, `files` finds the images
+to classify, and `classifier` classifies them. Importing this package is cheap: only `load_bundle`
+imports torch.
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ __all__ = ["image_files", "load_bundle", "read_bundle"]
 
 
 def load_bundle(folder: str | Path, weights: str | None = None, device: str = "cpu") -> Bundle:
-    """A bundle with the frozen CLIP that it was learned on. Nothing is fetched.
+    """Load a bundle and the frozen CLIP with which it was trained. Downloads nothing.
 
     Args:
-        folder: what `airsweep export` has written.
-        weights: name of the backbone or where it lies, as a sweep file has it; None: the published
-            weights that the bundle names. A bundle's own paths are never followed.
-        device: where CLIP runs, such as cuda.
+        folder: written by `airsweep export`.
+        weights: name or path of the backbone, as in a sweep file. Default: the published weights
+            that the bundle names. Paths in a bundle are never used.
+        device: of CLIP, such as cuda.
 
     Raises:
-        ValueError: no bundle, a file of it that was changed, another backbone, no published one
-            and no `weights`, or no such device.
+        ValueError: the folder is not an unchanged bundle, the backbone differs, the bundle names no
+            published weights and `weights` is missing, or the device does not exist.
     """
     manifest = read_bundle(folder)
     found = manifest.backbone(weights)  # before torch is imported or a weight is read

@@ -1,6 +1,6 @@
-"""What `bundle.json` and the arrays of a bundle must be. A bundle may come from a stranger.
+"""Validates `bundle.json` and the arrays of a bundle, which can come from an untrusted source.
 
-Each check raises a ValueError that says what is wrong; `manifest` adds which bundle it is.
+Each check raises a ValueError with the problem; `manifest` adds the path of the bundle.
 """
 
 from __future__ import annotations
@@ -38,38 +38,38 @@ TESTED = {"dataset": str, "digest": str, "images": int}
 MODALITIES = ("text", "visual")
 PRECISIONS = get_args(ClipPrecision)
 SHA256 = re.compile("[0-9a-f]{64}")
-UNIT = 1e-3  # how far the length of a class vector may be from 1
+UNIT = 1e-3  # largest deviation of the length of a class vector from 1
 
 Arrays = Mapping[str, Mapping[str, np.ndarray]]  # by file, then by name
 
 
 def check_contents(said: Mapping[str, Any], arrays: Arrays) -> None:
-    """Settings and arrays are complete, of their types, and fit each other.
+    """Check that settings and arrays are complete, of the right types, and consistent.
 
     Args:
-        said: bundle.json; format and digests are not looked at.
+        said: content of bundle.json; format and digests are not checked.
         arrays: of the safetensors files.
 
     Raises:
-        ValueError: the first thing that is wrong.
+        ValueError: they are not; the message has the first problem.
     """
     _check_types(said, TOP, "")
     _check_classnames(said["classnames"])
     _check_template(said["template"])
     _check_one_of(said["modality"], MODALITIES, "modality")
     if not isinstance(said.get("prompt"), dict | None):
-        raise ValueError("it has a prompt that is no dict")
+        raise ValueError("its prompt is not a dict")
     _check_backbone(said["backbone"])
     _check_test(said["test"], len(said["classnames"]))
     _check_metrics(said["metrics"], tested_by(said["test"]))
     if PROMPT in arrays and said.get("prompt") is None:
-        raise ValueError(f"it is of no prompt, but has {PROMPT}")
+        raise ValueError(f"it has no prompt, but contains {PROMPT}")
     for name in (TEXT, TEST, *([PROMPT] if said.get("prompt") is not None else [])):
         if name not in arrays:
-            raise ValueError(f"it is without {name}")
+            raise ValueError(f"{name} is missing")
     for name, of in arrays.items():
         if tuple(sorted(of)) != NAMES[name]:
-            raise ValueError(f"{name} does not hold {', '.join(NAMES[name])} and nothing else")
+            raise ValueError(f"{name} must contain exactly {', '.join(NAMES[name])}")
     _check_texts(arrays[TEXT], len(said["classnames"]))
     if PROMPT in arrays:
         _check_prompt(arrays[PROMPT]["prompt"])
@@ -77,21 +77,21 @@ def check_contents(said: Mapping[str, Any], arrays: Arrays) -> None:
 
 
 def tested_by(test: Mapping[str, Any]) -> str:
-    """The metric that a bundle is judged by: of TRZSL the harmonic mean."""
+    """The test metric of a bundle: the harmonic mean for TRZSL, otherwise the accuracy."""
     return "test/accuracy" if test["unseen"] is None else "test/harmonic_mean"
 
 
 def check_digests(digests: Any, where: str) -> None:
-    """Names of files with their SHA-256.
+    """Check that a value maps file names to SHA-256 digests.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: it does not.
     """
     fits = isinstance(digests, dict) and all(
         isinstance(digest, str) and SHA256.fullmatch(digest) for digest in digests.values()
     )
     if not fits:
-        raise ValueError(f"it has no {where} that is a dict of file names and SHA-256 digests")
+        raise ValueError(f"its {where} is not a dict of file names and SHA-256 digests")
 
 
 # ---------------------------------------------------------------- bundle.json
@@ -101,7 +101,7 @@ def _check_types(found: Mapping[str, Any], wanted: Mapping[str, type], where: st
     for name, kind in wanted.items():
         value = found.get(name)
         if not isinstance(value, kind) or isinstance(value, bool):
-            raise ValueError(f"it has no {where}{name} that is a {kind.__name__}")
+            raise ValueError(f"its {where}{name} is missing or not a {kind.__name__}")
 
 
 def _check_one_of(value: str, allowed: Sequence[str], where: str) -> None:
@@ -114,7 +114,7 @@ def _check_classnames(classnames: Sequence[Any]) -> None:
         raise ValueError("its classnames are empty")
     for name in classnames:
         if not isinstance(name, str) or not name.strip():
-            raise ValueError(f"a class name is {name!r}; allowed: a text that is not empty")
+            raise ValueError(f"a class name is {name!r}; allowed: a non-empty text")
         if UNPRINTABLE.search(name):
             raise ValueError(f"the class name {printable(name)!r} has control characters")
     if len(set(classnames)) < len(classnames):
@@ -124,8 +124,8 @@ def _check_classnames(classnames: Sequence[Any]) -> None:
 def _check_template(template: str) -> None:
     if not is_template(template):
         raise ValueError(
-            f"its template is {printable(template)!r}; allowed: a text with {{}} once, where the "
-            "class name goes"
+            f"its template is {printable(template)!r}; allowed: a text with {{}} once, for the "
+            "class name"
         )
 
 
@@ -134,7 +134,7 @@ def _check_backbone(backbone: Mapping[str, Any]) -> None:
     check_digests(backbone["files"], "backbone.files")
     _check_one_of(backbone["precision"], PRECISIONS, "backbone.precision")
     if not isinstance(backbone.get("name"), str | None):
-        raise ValueError("it has a backbone.name that is no str")
+        raise ValueError("its backbone.name is not a str")
 
 
 def _check_test(test: Mapping[str, Any], classes: int) -> None:
@@ -150,9 +150,9 @@ def _check_test(test: Mapping[str, Any], classes: int) -> None:
 def _check_metrics(metrics: Mapping[str, Any], wanted: str) -> None:
     for name, value in metrics.items():
         if type(value) not in (int, float) or not math.isfinite(value):
-            raise ValueError(f"its metric {printable(name)} is no number")
+            raise ValueError(f"its metric {printable(name)} is not a finite number")
     if wanted not in metrics:
-        raise ValueError(f"its metrics have no {wanted}")
+        raise ValueError(f"its metric {wanted} is missing")
 
 
 # ---------------------------------------------------------------- arrays
@@ -161,31 +161,33 @@ def _check_metrics(metrics: Mapping[str, Any], wanted: str) -> None:
 def _check_texts(of: Mapping[str, np.ndarray], classes: int) -> None:
     texts, scale = of["text_features"], of["logit_scale"]
     if texts.dtype != np.float32 or texts.ndim != 2 or not texts.shape[1]:
-        raise ValueError(f"text_features are {_shown(texts)}; wanted: float32 (classes, width)")
+        raise ValueError(f"text_features are {_shown(texts)}; expected: float32 (classes, width)")
     if len(texts) != classes:
-        raise ValueError(f"{TEXT} is of {len(texts)} classes, and it names {classes} classes")
+        raise ValueError(f"{TEXT} has {len(texts)} classes, but there are {classes} class names")
     lengths = np.linalg.norm(texts.astype(np.float64), axis=1)  # (C,)
-    if not (np.abs(lengths - 1) <= UNIT).all():  # not a number is not within it either
+    if not (np.abs(lengths - 1) <= UNIT).all():  # NaN fails this check, too
         raise ValueError("text_features have vectors whose length is not 1")
     if scale.dtype != np.float32 or scale.shape or not np.isfinite(scale) or scale <= 0:
-        raise ValueError(f"logit_scale is {_shown(scale)}; wanted: one positive float32")
+        raise ValueError(f"logit_scale is {_shown(scale)}; expected: one positive float32")
 
 
 def _check_prompt(prompt: np.ndarray) -> None:
     if not np.issubdtype(prompt.dtype, np.floating) or prompt.ndim not in (2, 3) or not prompt.size:
-        raise ValueError(f"the prompt is {_shown(prompt)}; wanted: floats of 2 or 3 dimensions")
+        raise ValueError(f"the prompt is {_shown(prompt)}; expected: floats of 2 or 3 dimensions")
     if not np.isfinite(prompt).all():
-        raise ValueError("the prompt has values that are no finite numbers")
+        raise ValueError("the prompt has values that are not finite")
 
 
 def _check_predictions(of: Mapping[str, np.ndarray], images: int, classes: int) -> None:
     for name, values in of.items():
         if not np.issubdtype(values.dtype, np.signedinteger) or values.ndim != 1:
-            raise ValueError(f"{name} of {TEST} is {_shown(values)}; wanted: integers (images,)")
+            raise ValueError(f"{name} of {TEST} is {_shown(values)}; expected: integers (images,)")
         if len(values) != images or not images:
-            raise ValueError(f"{name} of {TEST} has {len(values)} images, and test.images {images}")
+            raise ValueError(
+                f"{name} of {TEST} has {len(values)} images, but test.images is {images}"
+            )
         if values.min() < 0 or (name != "index" and values.max() >= classes):
-            raise ValueError(f"{name} of {TEST} has values that no {name} has")
+            raise ValueError(f"{name} of {TEST} has values out of range")
 
 
 def _shown(array: np.ndarray) -> str:

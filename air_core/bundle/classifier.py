@@ -1,4 +1,4 @@
-"""A bundle at work: images in, classes out. It computes what the trial computed."""
+"""Classifies images with a bundle, with the same computation as the trial."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from air_core.datasets.images import Unreadable, open_image
 
 # N images, C classes, D feature width.
 
-TOP = 3  # classes that are told of an image
-STEP = 64  # images of a batch; with more, a large model is silent for long
+TOP = 3  # classes per image in a result
+STEP = 64  # images per batch; larger batches delay the output of large models
 BLANK_PX = 8
 
 
 @dataclass(frozen=True)
 class Classified:
-    """What one image was taken for."""
+    """The classes of one image."""
 
     image: str
-    top: tuple[tuple[str, float], ...]  # class and probability, the best first
+    top: tuple[tuple[str, float], ...]  # class and probability, best first
 
     @property
     def classname(self) -> str:
@@ -36,7 +36,7 @@ class Classified:
 
     @property
     def probability(self) -> float:
-        """Softmax over the bundle's classes: an image of none of them gets one all the same."""
+        """Softmax over the bundle's classes; images of other classes can also have high values."""
         return self.top[0][1]
 
     def json(self) -> dict[str, Any]:
@@ -49,7 +49,7 @@ class Classified:
 
 
 class Bundle:
-    """A frozen CLIP with the class texts, and maybe the visual prompt, of one trial."""
+    """Classifies with a frozen CLIP and the text features and visual prompt, if any, of a trial."""
 
     def __init__(self, manifest: Manifest, backbone: Backbone) -> None:
         self.manifest, self.backbone = manifest, backbone
@@ -59,11 +59,11 @@ class Bundle:
         self._prompt = None if prompt is None else torch.from_numpy(prompt).to(backbone.device)
 
     def classify(self, places: Sequence[str | Path], topk: int = TOP) -> list[Classified]:
-        """Classes of files, folders (with all below them) and patterns, in this order.
+        """Classify the images of files, folders (recursively) and patterns, in this order.
 
         Raises:
-            ValueError: one of them is not there or holds no image.
-            Unreadable: a file is no image; `stream` goes on all the same.
+            ValueError: a path does not exist or contains no image.
+            Unreadable: a file is not an image; `stream` can skip such files.
         """
         return list(self.stream(image_files(places), topk))
 
@@ -73,11 +73,12 @@ class Bundle:
         topk: int = TOP,
         unreadable: Callable[[Path, str], None] | None = None,
     ) -> Iterator[Classified]:
-        """Classes of image files in their order, a batch at a time: memory does not grow.
+        """Classify image files in batches and yield the results in order. Memory use is constant.
 
         Args:
-            topk: classes that are told of each image, at most all.
-            unreadable: told of a file that cannot be read, and why; None: it is raised.
+            topk: number of classes per image, at most all.
+            unreadable: called with the path of an unreadable file and the reason. Default: raise
+                Unreadable.
         """
         step = min(STEP, self.backbone.at_once)
         for start in range(0, len(files), step):
@@ -94,18 +95,18 @@ class Bundle:
                     unreadable(file, opened.bad[file])
 
     def logits(self, images: Sequence[Image.Image]) -> Tensor:
-        """(N, C) on the CPU, before softmax, at CLIP's temperature."""
+        """Logits (N, C) on the CPU, scaled by CLIP's logit_scale."""
         if self._prompt is None:
             return self.logits_of(self.backbone.encode_images(images))
-        # As they are stored for trials: in half precision.
+        # Half precision, as in the stored image tokens of trials.
         return self.logits_of(self.backbone.image_tokens(images, torch.float16))
 
     @torch.no_grad()
     def logits_of(self, encoded: Tensor) -> Tensor:
-        """(N, C) of features (N, D), or of image tokens (N, T, V) where the prompt is visual.
+        """Logits (N, C) of features (N, D), or of image tokens (N, T, V) for a visual prompt.
 
         Raises:
-            ValueError: class vectors or prompt are of other widths than the backbone's.
+            ValueError: the widths of class vectors or prompt differ from the backbone's.
         """
         if self._prompt is not None:
             parts = torch.split(encoded, self.backbone.at_once)
@@ -113,27 +114,28 @@ class Bundle:
             encoded = torch.cat(features)
         if encoded.shape[-1] != self._texts.shape[1]:
             raise ValueError(
-                f"{self.manifest.folder} is not a bundle of this backbone: its class vectors are "
-                f"{self._texts.shape[1]} wide, and image features {encoded.shape[-1]}"
+                f"{self.manifest.folder} is not a bundle of this backbone: its class vectors have "
+                f"width {self._texts.shape[1]}, but image features {encoded.shape[-1]}"
             )
         return self.manifest.logit_scale * encoded @ self._texts.T
 
 
 def check_device(device: str) -> None:
-    """
+    """Check that torch can use a device.
+
     Raises:
-        ValueError: there is no such device here.
+        ValueError: it cannot.
     """
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as problem:
         first = str(problem).strip().partition("\n")[0]
-        raise ValueError(f"device {device!r} cannot be used here ({first}); cpu can") from None
+        raise ValueError(f"device {device!r} cannot be used ({first}); cpu always works") from None
 
 
 @dataclass
 class _Opened(Sequence[Image.Image]):
-    """Image files as a sequence that opens one at a time; a blank stands for what cannot be."""
+    """Image files as a sequence that opens them on access, with blanks for unreadable files."""
 
     files: Sequence[Path]
     bad: dict[Path, str] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Which image files are meant by files, folders and patterns. Opens none of them."""
+"""Lists the image files of paths, folders and patterns. Opens no file."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from air_core.datasets.class_folders import SUFFIXES
 
 
 def image_files(places: Iterable[str | Path]) -> list[Path]:
-    """Image files in the order that is asked for, each once.
+    """List image files in the order of the arguments, each once.
 
     Args:
-        places: files, as they are; folders, all images below them by name; patterns such as
-            `new/**/*.png`, which the shell has not spread.
+        places: files; folders, for all images in them, recursively and sorted by name; or glob
+            patterns such as `new/**/*.png`.
 
     Raises:
-        ValueError: one of them is not there, or holds no image.
+        ValueError: a path does not exist, or contains no image.
     """
     found: dict[Path, None] = {}
     for place in places:
         found |= dict.fromkeys(_of(place))
     if not found:
-        raise ValueError("no image was named; give files, folders or patterns")
+        raise ValueError("no images given; give files, folders or patterns")
     return list(found)
 
 
@@ -34,7 +34,7 @@ def _of(place: str | Path) -> Iterator[Path]:
         images = list(_below(path))
         if not images:
             raise ValueError(
-                f"{path} holds no image, nor do the folders in it; images end in "
+                f"{path} and its subfolders contain no image; images end in "
                 f"{', '.join(sorted(SUFFIXES))}"
             )
         yield from images
@@ -43,15 +43,15 @@ def _of(place: str | Path) -> Iterator[Path]:
     elif glob.has_magic(str(path)):
         matches = sorted(glob.glob(str(path), recursive=True))
         if not matches:
-            raise ValueError(f"no file fits {str(place)!r}")
+            raise ValueError(f"no file matches {str(place)!r}")
         for match in map(Path, matches):
             yield from _below(match) if match.is_dir() else (match,)
     else:
-        raise ValueError(f"{path} is not there")
+        raise ValueError(f"{path} does not exist")
 
 
 def _below(folder: Path) -> Iterator[Path]:
-    """Images of a folder, then those of its folders, by name; hidden ones are passed over."""
+    """The images of a folder, then of its subfolders, sorted by name, without hidden files."""
     for at, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):

@@ -1,13 +1,13 @@
-"""The folder of a bundle: safetensors, and `bundle.json` that says what they are.
+"""Reads and writes bundle folders: `bundle.json` and safetensors files.
 
     bundle.json                  classes, backbone, metrics, lineage; digests of the other files
     text_features.safetensors    text_features (C, D) of unit length, logit_scale ()
-    prompt.safetensors           prompt: the learned vectors; not there where nothing was learned
-    test.safetensors             index, predictions, labels (T,) of the images that it was tested on
+    prompt.safetensors           prompt: the learned vectors; missing if nothing was learned
+    test.safetensors             index, predictions, labels (T,) of the test images
 
-Digests are SHA-256, by which weights are published too. `bundle.json` has its own, over itself
-without it. Whoever writes a bundle can write digests that fit, so its contents are checked as well.
-No path in it is ever followed. Imports no torch and opens no image.
+Digests are SHA-256, as for published weights. `bundle.json` also contains the digest of its content
+without that digest. Matching digests do not make a bundle trustworthy, so its contents are checked
+as well, and paths in it are never used. Imports no torch and opens no image.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ from air_core.weights import (
 
 FORMAT = 1
 MANIFEST = "bundle.json"
-FILES = (TEXT, PROMPT, TEST)  # no other name is ever opened
+FILES = (TEXT, PROMPT, TEST)  # no other file is opened
 LICENCE = (
-    "The backbone's weights are not in this folder and keep their own licence; what was learned "
-    "here comes from images under the licences below."
+    "The backbone's weights are not in this folder and have a separate licence. The learned "
+    "vectors were trained on images under the licences below."
 )
-MAKE = "make one by `airsweep export TRIAL -o DIR`"
-SHOWN = 3  # files of weights in a message
+MAKE = "create one with `airsweep export TRIAL -o DIR`"
+SHOWN = 3  # weights files in a message
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """A bundle as it lies there: whole, and as it was exported."""
+    """The checked contents of a bundle, unchanged since the export."""
 
     folder: Path
     said: Mapping[str, Any]  # bundle.json
@@ -65,7 +65,7 @@ class Manifest:
 
     @property
     def text_features(self) -> np.ndarray:
-        """(C, D), unit length."""
+        """(C, D), of unit length."""
         return self.arrays[TEXT]["text_features"]
 
     @property
@@ -74,38 +74,39 @@ class Manifest:
 
     @property
     def visual_prompt(self) -> np.ndarray | None:
-        """(P, V) or (layers, P, V) beside the patches; None: images are encoded as they are."""
+        """(P, V) or (layers, P, V), tokens beside the patches; None without a visual prompt."""
         if self.said["modality"] != "visual" or PROMPT not in self.arrays:
             return None
         return self.arrays[PROMPT]["prompt"]
 
     def backbone(self, weights: str | None = None) -> ClipFolder | ClipFile:
-        """Where the backbone lies on this machine; its digests are the recorded ones.
+        """Find the backbone on this machine and compare its digests with the recorded ones.
 
         Args:
-            weights: the user's name or path of it; None: the published weights that the bundle
-                names. A path in a bundle is never followed.
+            weights: the user's name or path of the backbone. Default: the published weights that
+                the bundle names. Paths in a bundle are never used.
 
         Raises:
-            ValueError: it is another one, is not here, or the bundle names no published weights.
+            ValueError: the backbone differs or is not on this machine, or the bundle names no
+                published weights.
         """
         wanted = self.said["backbone"]
-        learned = f"{self.folder} was learned on {_in_words(wanted)}"
+        learned = f"{self.folder} was trained with {_in_words(wanted)}"
         try:
             found = find_backbone(weights) if weights else public_backbone(wanted.get("name") or "")
         except ValueError as problem:
-            raise ValueError(f"{problem}; {learned}: --weights says where it lies here") from None
+            raise ValueError(f"{problem}; {learned}: give its path with --weights") from None
         if found is None:
             raise ValueError(
-                f"{learned}; these are no published weights, so give --weights PATH: the folder, "
-                "or <architecture>@<file>, with these bytes"
+                f"{learned}; these weights are not published, so give --weights PATH: a folder "
+                "or <architecture>@<file> with the same content"
             )
         difference = _difference(wanted, found)
         if difference:
             raise ValueError(
-                f"{self.folder} was learned on another backbone than "
-                f"{weights or wanted['name']!r} here: {difference}; with these weights its prompt "
-                "means nothing; --weights says where the others lie"
+                f"{self.folder} was trained with another backbone than "
+                f"{weights or wanted['name']!r}: {difference}; its prompt does not work with other "
+                "weights, so give the path of the right ones with --weights"
             )
         return found
 
@@ -114,12 +115,12 @@ class Manifest:
 
 
 def weights_said(name: str) -> dict[str, Any]:
-    """What tells a backbone from all others, and how open_clip is asked for it.
+    """Describe a backbone for bundle.json: digests, settings, and arguments for open_clip.
 
-    No path of this machine is in it: `name` is that of published weights, else None.
+    The result contains no path of this machine. `name` is None unless the weights are published.
 
     Raises:
-        ValueError: it is not here.
+        ValueError: the backbone is not on this machine.
     """
     found = find_backbone(name)
     public = name == "tiny" or (isinstance(found, ClipFile) and "@" not in name)
@@ -133,7 +134,7 @@ def weights_said(name: str) -> dict[str, Any]:
 
 
 def _digests(found: ClipFolder | ClipFile) -> dict[str, str]:
-    """SHA-256 of each file, by its place below what they have in common."""
+    """SHA-256 of each file, by its path relative to the common folder."""
     files = weights_files(found)
     top = os.path.commonpath([path.parent for path in files])
     return {path.relative_to(top).as_posix(): _file_digest(path) for path in files}
@@ -141,7 +142,7 @@ def _digests(found: ClipFolder | ClipFile) -> dict[str, str]:
 
 def _settings(found: ClipFolder | ClipFile) -> dict[str, Any]:
     settings = weights_settings(found)
-    return dict(json.loads(json.dumps(settings)))  # lists, as they are read again
+    return dict(json.loads(json.dumps(settings)))  # turns tuples into lists, as JSON does
 
 
 def _architecture(found: ClipFolder | ClipFile) -> dict[str, Any]:
@@ -153,7 +154,7 @@ def _architecture(found: ClipFolder | ClipFile) -> dict[str, Any]:
 
 
 def _arguments(name: str, found: ClipFolder | ClipFile) -> dict[str, Any]:
-    """Of open_clip.create_model_and_transforms, without the folders of this machine."""
+    """Arguments of open_clip.create_model_and_transforms, without paths of this machine."""
     if not isinstance(found, ClipFile):
         return {"model_name": "local-dir:FOLDER"}
     _, slash, tag = name.partition("/")
@@ -166,7 +167,7 @@ def _arguments(name: str, found: ClipFolder | ClipFile) -> dict[str, Any]:
 
 
 def _in_words(backbone: Mapping[str, Any]) -> str:
-    """A backbone of bundle.json for a message: architecture and digests."""
+    """Architecture and digests of a backbone in bundle.json, for a message."""
     architecture = str(backbone["open_clip"].get("model_name", ""))
     if not architecture or architecture.startswith("local-dir:"):
         architecture = "an open_clip folder"
@@ -176,14 +177,14 @@ def _in_words(backbone: Mapping[str, Any]) -> str:
 
 
 def _difference(wanted: Mapping[str, Any], found: ClipFolder | ClipFile) -> str:
-    """The first thing by which two backbones differ; empty: none."""
+    """The first difference between two backbones; empty if they are the same."""
     then, now = wanted["files"], _digests(found)
     for name in sorted({*then, *now}):
         one, other = then.get(name), now.get(name)
         if one != other:
-            return f"{name} is {_short(other)} here and {_short(one)} there"
+            return f"{name} is {_short(other)} instead of {_short(one)}"
     if wanted["settings"] != _settings(found):
-        return "the same file, but another architecture or preprocessing"
+        return "the file is the same, but architecture or preprocessing differ"
     return ""
 
 
@@ -201,22 +202,22 @@ def write_bundle(
     replace: bool,
     check: Callable[[Manifest], None] = lambda manifest: None,
 ) -> None:
-    """A bundle, there whole or not at all; the same bytes for the same content.
+    """Write a bundle atomically. The same content gives the same bytes.
 
     Args:
-        said: all of bundle.json but format and digests.
-        arrays: as `checks.check_contents` wants them.
-        replace: put it in the place of another bundle.
-        check: sees it before it is published, and raises where it must not be.
+        said: content of bundle.json without format and digests.
+        arrays: see `checks.check_contents`.
+        replace: whether to replace an existing bundle.
+        check: called with the written bundle before it is published; raises to prevent that.
 
     Raises:
-        ValueError: something else is there, or a bundle must not have such contents.
+        ValueError: the folder is in use, or the contents are not valid.
     """
     check_free(folder, replace)
     try:
         check_contents(said, arrays)
     except ValueError as problem:
-        raise ValueError(f"{folder} would be no bundle: {problem}") from None
+        raise ValueError(f"{folder} would not be a valid bundle: {problem}") from None
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
@@ -242,21 +243,21 @@ def write_bundle(
 
 
 def check_free(folder: Path, replace: bool) -> None:
-    """A bundle can be written here.
+    """Check that a bundle can be written to a folder.
 
     Raises:
-        ValueError: something else is there.
+        ValueError: the folder is in use.
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not (folder / MANIFEST).is_file():
-        raise ValueError(f"{folder} is there already, and is no bundle; give another folder")
+        raise ValueError(f"{folder} exists and is not a bundle; give another folder")
     if not replace:
-        raise ValueError(f"{folder} is a bundle already; give another folder, or --force")
+        raise ValueError(f"{folder} is already a bundle; give another folder, or --force")
 
 
 def _sealed(said: Mapping[str, Any]) -> bytes:
-    """JSON for people, the digest of its own bytes without it among it."""
+    """Indented JSON that contains the digest of the same JSON without the digest."""
     bare = json.dumps(said, indent=1, sort_keys=True, allow_nan=False).encode()
     digest = hashlib.sha256(bare).hexdigest()
     return json.dumps({**said, "digest": digest}, indent=1, sort_keys=True).encode() + b"\n"
@@ -266,15 +267,15 @@ def _sealed(said: Mapping[str, Any]) -> bytes:
 
 
 def read_bundle(folder: str | Path) -> Manifest:
-    """A bundle, every byte and every value of it checked.
+    """Read a bundle and check all its bytes and values.
 
     Raises:
-        ValueError: there is none, another version made it, a file of it was changed, or its
-            contents are not those of a bundle.
+        ValueError: the folder is not a bundle, has an unsupported format, was changed, or has
+            invalid contents.
     """
     folder = Path(folder)
     if not (folder / MANIFEST).is_file():
-        what = f"has no {MANIFEST}" if folder.is_dir() else "is not there, or no folder"
+        what = f"has no {MANIFEST}" if folder.is_dir() else "does not exist or is not a folder"
         raise ValueError(f"{folder} {what}: not a bundle; {MAKE}")
     said = _read_manifest(folder / MANIFEST)
     try:
@@ -289,12 +290,12 @@ def read_bundle(folder: str | Path) -> Manifest:
 
 
 class _Changed(ValueError):
-    """Bytes are not those that were exported."""
+    """A file was changed after the export."""
 
     def __init__(self, file: Path) -> None:
         super().__init__(
-            f"{file} is not as it was exported, so {file.parent} is not a bundle: bytes were "
-            "changed; export it again"
+            f"{file} was changed after the export, so {file.parent} is not a valid bundle; export "
+            "it again"
         )
 
 
@@ -303,14 +304,14 @@ def _read_manifest(file: Path) -> dict[str, Any]:
     try:
         said = json.loads(data)
         known = isinstance(said, dict) and _sealed({k: said[k] for k in said if k != "digest"})
-    except (ValueError, RecursionError):  # no JSON, or nested too deeply
+    except (ValueError, RecursionError):  # not JSON, or nested too deeply
         raise _Changed(file) from None
     if known != data:
         raise _Changed(file)
     if said.get("format") != FORMAT:
         raise ValueError(
-            f"{file} has format {said.get('format')!r}, and this version reads {FORMAT}; use the "
-            "airsweep that made it, or export it again"
+            f"{file} has format {said.get('format')!r}, but this version supports {FORMAT}; use "
+            "the airsweep version that wrote it, or export it again"
         )
     return dict(said)
 
@@ -330,8 +331,8 @@ def _read_arrays(file: Path, digest: str) -> dict[str, np.ndarray]:
         raise _Changed(file)
     try:
         return dict(load(data))
-    except (SafetensorError, KeyError, TypeError, ValueError):  # KeyError: of a type numpy lacks
-        raise ValueError(f"{file.name} is no safetensors file that can be read") from None
+    except (SafetensorError, KeyError, TypeError, ValueError):  # KeyError: numpy lacks the dtype
+        raise ValueError(f"{file.name} is not a readable safetensors file") from None
 
 
 def _file_digest(path: Path) -> str:

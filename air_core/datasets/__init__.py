@@ -1,6 +1,6 @@
-"""Target images by name. Importing this is cheap: images are opened by `Dataset.load` only.
+"""Target datasets by name. Importing this package is cheap: only `Dataset.load` opens images.
 
-A dataset does not know of paradigms or splits beyond the parts that its source defines.
+Datasets define the parts of their source. They do not depend on paradigms or splits.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ DATASETS: dict[str, Dataset] = {
 
 
 def get_dataset(name: str) -> Dataset:
-    """A dataset by name; `folder:<path>` is a folder of one's own images (see `image_folder`).
+    """The dataset of this name; `folder:<path>` is a folder with your images (see `image_folder`).
 
     Raises:
-        ValueError: nobody knows it, or the folder is no image folder.
+        ValueError: the name is unknown, or the folder is not an image folder.
     """
     if name.startswith(PREFIX):
         return folder_dataset(name)

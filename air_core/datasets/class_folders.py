@@ -1,4 +1,4 @@
-"""Images in class folders: `<folder>/<classname>/*.png`, in the order of their names."""
+"""Lists images in class folders, `<folder>/<classname>/*.png`, sorted by name."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ def class_files(folder: Path, classnames: Sequence[str]) -> dict[str, list[Path]
     """Image files of each class, sorted by name.
 
     Args:
-        folder: holds one folder for each class, named like it; underscores may stand for spaces.
+        folder: contains one folder per class, named after the class; underscores can replace
+            spaces.
 
     Raises:
-        ValueError: class folders are missing, or something in them is no file; see `images_in`.
+        ValueError: class folders are missing, or contain invalid entries (see `images_in`).
     """
     found = {name: _files(folder, name) for name in classnames}
     missing = [name for name, files in found.items() if files is None]
     if missing:
         raise ValueError(
             f"{folder} has no folder for {', '.join(map(repr, missing))}; "
-            "one folder a class, spaces may be underscores"
+            "each class needs a folder, and underscores can replace spaces"
         )
     return {name: files for name, files in found.items() if files is not None}
 
@@ -39,17 +40,17 @@ def images_in(folder: Path) -> list[Path]:
     """Image files of a folder, sorted by name.
 
     Raises:
-        ValueError: something is named like an image file and is none, such as a folder.
+        ValueError: an entry has the suffix of an image but is not a file, such as a folder.
     """
-    # Archives made on macOS hold a hidden ._x.jpg for x.jpg, which is no image.
+    # Archives made on macOS contain a hidden file ._x.jpg for x.jpg, which is not an image.
     with os.scandir(folder) as inside:
         entries = [entry for entry in inside if not entry.name.startswith(".")]
     named = [entry for entry in entries if Path(entry.name).suffix.lower() in SUFFIXES]
     for entry in named:
-        # The folder's own listing says it, without a look at each file on a network disk.
+        # The folder's listing has the type of each entry, so a network disk needs no stat per file.
         if not entry.is_file(follow_symlinks=False) and not Path(entry.path).is_file():
             raise ValueError(
-                f"{entry.path} is named like an image, but it is no file: a folder, a link to "
-                "nothing, or a device; remove or rename it"
+                f"{entry.path} has the name of an image but is not a file: it is a folder, a "
+                "broken link or a device; remove or rename it"
             )
     return sorted(folder / entry.name for entry in named)

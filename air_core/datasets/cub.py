@@ -1,9 +1,9 @@
 """Caltech-UCSD Birds-200-2011, 11,788 photographs of 200 kinds.
 
-Train and test are the source's own: its lists `images.txt`, `image_class_labels.txt` and
-`train_test_split.txt` are joined by the number that begins each line. A tenth of the training part
-is for validation, by a fixed rule. Class names are those of `classes.txt` in lower case, without
-number and underscores, misspellings included, as in the published experiments.
+The source defines train and test: its lists `images.txt`, `image_class_labels.txt` and
+`train_test_split.txt` are joined by the number at the start of each line. A fixed rule takes a
+tenth of the training part for validation. Class names are those of `classes.txt` in lower case,
+without numbers and underscores but with their misspellings, as in the published experiments.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ PARTS = {"1": "train", "0": "test"}
 
 
 def rows(root: Path | None) -> Listing:
-    """All images with label and part; reads the four lists only.
+    """All images with label and part; reads only the four lists.
 
     Raises:
-        ValueError: lists do not belong together, or files are missing.
+        ValueError: the lists do not match each other, or files are missing.
     """
     home = find_home("cub", root, ("CUB_200_2011", "."), ("images", "images.txt"), GET)
     files, labels, split, classes = (_numbered(home / name) for name in LISTS)

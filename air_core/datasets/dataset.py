@@ -1,7 +1,7 @@
-"""What a dataset is, and what its files say before an image is opened.
+"""Defines datasets and the listing of their files.
 
-Knows no paradigm. A dataset made of files first becomes rows (path, label, part), so that files can
-be listed and counted, for a digest or a check, without opening one image.
+A dataset of image files is first listed as rows (path, label, part), so digests and checks can list
+and count the files without opening an image. Datasets do not depend on paradigms.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
 
-TEMPLATE = "a photo of a {}"  # GRIP and CPL use it for every dataset
-HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # categories of Unicode: what readers do not see
+TEMPLATE = "a photo of a {}"  # of GRIP and CPL for all datasets
+HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # Unicode categories of invisible characters
 
 
 @dataclass(frozen=True)
 class Examples:
     """A dataset's images in its fixed order.
 
-    `images` may open a file only when it is asked for one (`images.ImageFiles`). `parts` holds
-    train, val or test for each image; free where `split_seed` decides between train and test.
+    `images` can open each file on access (`images.ImageFiles`). `parts` contains train, val or test
+    for each image, or free if `split_seed` decides between train and test.
     """
 
     images: Sequence[Image]
@@ -36,23 +36,23 @@ class Examples:
 
 @dataclass(frozen=True)
 class Dataset:
-    """What a dataset is: how to get, find, read and name it."""
+    """A dataset: class names and template, how to find and read its files, where to get them."""
 
     name: str
-    about: str  # a few words, for the head of a table
+    about: str  # a few words, for the header of a table
     classnames: tuple[str, ...]
     template: str  # {} is the class name
-    recipe: int  # raise it when the same files give other pixels or parts
+    recipe: int  # increase it when the same files give other pixels or parts
     source: str
     licence: str
-    files: Callable[[Path | None], list[Path]]  # sorted; all that `load` reads
+    files: Callable[[Path | None], list[Path]]  # sorted; all files that `load` reads
     load: Callable[[Path | None], Examples]
-    split: str = ""  # where its parts come from
-    get: str = ""  # what to do where it is missing
+    split: str = ""  # origin of the parts
+    get: str = ""  # instructions for getting the files
 
 
 class Row(NamedTuple):
-    """One image: its path below the dataset's home, with forward slashes, its class, its part."""
+    """One image: its path relative to the dataset's home, with forward slashes; class and part."""
 
     path: str
     label: int
@@ -61,7 +61,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Listing:
-    """A dataset's rows in its fixed order, and the files that say so."""
+    """A dataset's rows in its fixed order, and the files that define them."""
 
     home: Path
     rows: tuple[Row, ...]
@@ -73,7 +73,7 @@ class Listing:
         return sorted([*(self.home / row.path for row in self.rows), *self.beside])
 
     def examples(self) -> Examples:
-        """The images, of which none is opened yet, with labels and parts."""
+        """The images with labels and parts. Images are opened on access."""
         import numpy as np
 
         from air_core.datasets.images import ImageFiles
@@ -92,29 +92,32 @@ def listing(
     classnames: Sequence[str],
     beside: Iterable[Path] = (),
 ) -> Listing:
-    """Rows in the order of their paths; nothing depends on the order a disk gives.
+    """Sort the rows by path, whatever the order of the file system, and check them.
 
     Raises:
-        ValueError: a file is listed twice or not there, or a class has no image.
+        ValueError: a file is listed twice or is missing, or a class has no image.
     """
     ordered = sorted(rows, key=lambda row: PurePosixPath(row.path).parts)
     for one, other in pairwise(ordered):
         if one.path == other.path:
             raise ValueError(
                 f"{name}: {one.path} is listed twice, as {one.part} and as {other.part}; "
-                "an image belongs to one part, correct the split files"
+                "each image must have one part, correct the split files"
             )
     _whole(name, home, [row.path for row in ordered])
     empty = [
         classnames[c] for c in sorted(set(range(len(classnames))) - {r.label for r in ordered})
     ]
     if empty:
-        raise ValueError(f"{name}: {home} has no image of {some(empty)}; every class needs one")
+        raise ValueError(
+            f"{name}: {home} has no image of {some(empty)}; each class needs at least one"
+        )
     return Listing(home, tuple(ordered), tuple(beside))
 
 
 def is_template(text: str) -> bool:
-    """Has a text exactly one `{}` for a class name, no other brace, and no invisible character?
+    """Whether a text has exactly one `{}`, for a class name, no other brace, and no invisible
+    character.
 
     >>> [is_template(text) for text in ("a photo of a {}", "a photo", "{} {}", "{0.__class__}")]
     [True, False, False, False]
@@ -123,12 +126,12 @@ def is_template(text: str) -> bool:
 
 
 def first_hidden(text: str) -> str | None:
-    """The first control character, line end or mark of text direction; None: there is none.
+    """The first control character, line end or direction mark; None if the text has none.
 
     >>> first_hidden("cat\u202etac")
     '\\u202e'
     """
-    # Persian and Indic words need the two joiners, which are of the same category.
+    # Persian and Indic words need the two joiners, which are in the same category.
     seen = (c for c in text if c not in "\u200c\u200d")
     return next((c for c in seen if unicodedata.category(c) in HIDDEN), None)
 
@@ -144,7 +147,7 @@ def some(names: Sequence[str], shown: int = 3) -> str:
 
 
 def _whole(name: str, home: Path, paths: Sequence[str]) -> None:
-    # One listing of each folder, since a stat of each file is slow on a network disk.
+    # List each folder once, since a stat per file is slow on a network disk.
     folders = {(home / path).parent for path in paths}
     there = {
         folder: {file.name for file in folder.iterdir()} if folder.is_dir() else set()
@@ -154,5 +157,5 @@ def _whole(name: str, home: Path, paths: Sequence[str]) -> None:
     if missing:
         raise ValueError(
             f"{name}: {len(missing):,} of {len(paths):,} listed images are not in {home}; "
-            f"the first is {missing[0]}; was the archive unpacked to its end?"
+            f"the first is {missing[0]}; unpack the archive again"
         )

@@ -1,6 +1,7 @@
-"""1,797 real handwritten digits that come with scikit-learn: the embedded target data.
+"""1,797 real handwritten digits, part of scikit-learn. This dataset needs no download.
 
-8x8 grey values 0..16, enlarged to 32x32. A tenth is for validation, the same for every split.
+The 8x8 grey values 0..16 are enlarged to 32x32. A tenth, the same for every split, is for
+validation.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ VALIDATION = 180
 
 
 def files(root: Path | None) -> list[Path]:
-    """scikit-learn's data file, found without importing scikit-learn."""
+    """scikit-learn's data file, located without importing scikit-learn."""
     spec = find_spec("sklearn")
     if spec is None or spec.origin is None:
         raise ValueError("the digits come with scikit-learn, which is not installed")

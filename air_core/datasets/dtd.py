@@ -1,7 +1,7 @@
 """Describable Textures, 5,640 images.
 
-Parts are the first of the source's ten partitions, as everywhere: 40 images a class in each of
-`train1.txt`, `val1.txt` and `test1.txt`, whose lines are `<class>/<file>`.
+Parts are the first of the source's ten partitions, which published results use: `train1.txt`,
+`val1.txt` and `test1.txt` with 40 images per class each and lines `<class>/<file>`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ GET = "unpack https://www.robots.ox.ac.uk/~vgg/data/dtd/download/dtd-r1.0.1.tar.
 
 
 def rows(root: Path | None) -> Listing:
-    """All images with label and part; reads the three lists only.
+    """All images with label and part; reads only the three lists.
 
     Raises:
-        ValueError: a list names another class, or files are missing.
+        ValueError: a list names an unknown class, or files are missing.
     """
     home = find_home("dtd", root, ("dtd", "."), ("labels",), GET)
     lists = {part: home / "labels" / f"{part}1.txt" for part in ("train", "val", "test")}

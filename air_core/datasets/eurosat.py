@@ -1,10 +1,10 @@
 """EuroSAT (RGB), 27,000 satellite images of 64x64 pixels in ten class folders.
 
-The archive defines no parts. Split files are read where they lie beside the class folders or, if
-those are in the archive's own folder, beside that: `test.txt`, with `train.txt` and `val.txt` or
-without, or CoOp's `split_zhou_EuroSAT.json`. Else 5,000 images are for test and 22,000 for
-training, by a fixed rule and stratified. Published code lists every file of a class folder for
-training, test images included; here a test image is in no other part, whatever the files say.
+The archive defines no parts. Split files are read from the folder of the class folders or, if that
+is the archive's folder, from its parent: `test.txt`, optionally with `train.txt` and `val.txt`, or
+CoOp's `split_zhou_EuroSAT.json`. Without split files a fixed, stratified rule takes 5,000 images
+for test and 22,000 for training. Published code uses every file of a class folder for training,
+test images included; here a test image is never in another part.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FOLDERS = (  # in the order of the class names
     "SeaLake",
 )
 GET = "unpack EuroSAT_RGB.zip from https://zenodo.org/records/7711810 in eurosat/"
-ARCHIVE = ("2750", "EuroSAT_RGB")  # what the archive unpacks to, by its age
+ARCHIVE = ("2750", "EuroSAT_RGB")  # folder in the archive, old and new
 TEST_SHARE = Fraction(5, 27)
 
 

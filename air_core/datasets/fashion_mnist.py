@@ -1,8 +1,8 @@
 """Fashion-MNIST, 70,000 grey pictures of clothes, 28x28 pixels.
 
-Four files in the format of MNIST, packed or not. Debian's package of them is found without a data
-root. Train and test are the source's own; a tenth of the training part is for validation, by a
-fixed rule. "T-shirt/top" is named "t-shirt or top", since images are kept in folders named so.
+Four files in MNIST's format, with or without gzip. Debian's package of them needs no data root. The
+source defines train and test; a fixed rule takes a tenth of the training part for validation.
+"T-shirt/top" is named "t-shirt or top", since class names are also folder names.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ GET = (
     "apt-get install dataset-fashion-mnist, or get the four files of "
     "https://github.com/zalandoresearch/fashion-mnist into fashion_mnist/"
 )
-BELOW = ("FashionMNIST/raw", "fashion-mnist")  # of torchvision, of Debian
+BELOW = ("FashionMNIST/raw", "fashion-mnist")  # of torchvision and Debian
 FILES = {  # images and labels of a part
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
@@ -37,16 +37,16 @@ def files(root: Path | None) -> list[Path]:
     """The four files.
 
     Raises:
-        ValueError: they are nowhere, or some are missing.
+        ValueError: some or all of them are missing.
     """
     return sorted(file for pair in _pairs(root).values() for file in pair)
 
 
 def load(root: Path | None) -> Examples:
-    """28x28 RGB images of grey, in the order of the files, train before test.
+    """Grey images as 28x28 RGB in the order of the files, train before test.
 
     Raises:
-        ValueError: a file is damaged or of another shape.
+        ValueError: a file is damaged or has an unexpected shape.
     """
     import numpy as np
 
@@ -85,10 +85,11 @@ def _home(root: Path | None) -> Path:
     places = [DEBIAN]
     if root is not None:
         if not root.is_dir():
-            raise ValueError(f"the data root {root} is not there, or no folder")
+            raise ValueError(f"the data root {root} does not exist or is not a folder")
         named = root / "fashion_mnist"
         places = [*(named / below for below in BELOW), named, *(root / below for below in BELOW)]
-        # MNIST has files of the same names, so a root that holds them must say which it is.
+        # MNIST has files of the same names, so the path of a root with such files must contain
+        # "fashion".
         if "fashion" in str(root.absolute()).lower():
             places += [root / "raw", root]
         places.append(DEBIAN)
@@ -103,7 +104,7 @@ def _packed_or_not(folder: Path, name: str) -> Path:
 
 
 def _array(file: Path, dimensions: int) -> np.ndarray:
-    # Two zero bytes, 8 for unsigned bytes, the number of dimensions, their sizes, the values.
+    # The format: two zero bytes, 8 for unsigned bytes, number of dimensions, their sizes, values.
     import numpy as np
 
     try:
@@ -112,12 +113,14 @@ def _array(file: Path, dimensions: int) -> np.ndarray:
         raise ValueError(f"fashion_mnist: {file} is damaged: {problem}; get it again") from problem
     head = 4 + 4 * dimensions
     if len(content) < head or content[:4] != bytes((0, 0, 8, dimensions)):
-        raise ValueError(f"fashion_mnist: {file} is no IDX file of {dimensions} dimensions")
+        raise ValueError(
+            f"fashion_mnist: {file} is not an IDX file with {dimensions} dimensions; get it again"
+        )
     shape = struct.unpack(f">{dimensions}I", content[4:head])
     values = np.frombuffer(content, dtype=np.uint8, offset=head)
     if len(values) != np.prod(shape):
         raise ValueError(
-            f"fashion_mnist: {file} holds {len(values):,} bytes, but its head says "
+            f"fashion_mnist: {file} has {len(values):,} values, but its header states "
             f"{' x '.join(map(str, shape))}; get it again"
         )
     return values.reshape(shape)

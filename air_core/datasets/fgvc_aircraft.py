@@ -1,9 +1,9 @@
 """FGVC-Aircraft, 10,000 photographs of 100 variants.
 
-Parts are the source's own, `images_variant_<part>.txt` with lines `<number> <variant>`. Class names
-are the variants with "/" as "-", so that F-16A/B reads "F-16A-B": the published experiments took
-names of folders for names of classes, and numbers stay comparable with theirs. Their order is
-theirs too, and not that of the archive's `variants.txt`.
+The source defines the parts: `images_variant_<part>.txt` with lines `<number> <variant>`. Class
+names are the variants with "-" for "/", so F-16A/B is "F-16A-B", as in the published experiments,
+which use folder names as class names. The order is also that of the published experiments, not of
+the archive's `variants.txt`. Results are therefore comparable.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ HOMES = ("fgvc-aircraft-2013b/data", "data", ".")
 
 
 def rows(root: Path | None) -> Listing:
-    """All images with label and part; reads the three lists only.
+    """All images with label and part; reads only the three lists.
 
     Raises:
-        ValueError: a list names another variant, or files are missing.
+        ValueError: a list names an unknown variant, or files are missing.
     """
     marks = ("images", "images_variant_test.txt")
     home = find_home("fgvc_aircraft", root, HOMES, marks, GET)

@@ -1,7 +1,8 @@
 """Oxford 102 Flowers, 8,189 photographs.
 
-Parts are the source's own. `setid.mat` holds 1,020 images for train, 1,020 for valid and 6,149 for
-test, as numbers from 1; `imagelabels.mat` holds a class for each, from 1 in the order of names.
+The source defines the parts. `setid.mat` lists 1,020 images for train, 1,020 for valid and 6,149
+for test, numbered from 1. `imagelabels.mat` has the class of each image, numbered from 1 in the
+order of the class names.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ PARTS = {"trnid": "train", "valid": "val", "tstid": "test"}
 
 
 def rows(root: Path | None) -> Listing:
-    """All images with label and part; reads the two .mat files only."""
+    """All images with label and part; reads only the two .mat files."""
     from scipy.io import loadmat
 
     marks = ("setid.mat", "imagelabels.mat")

@@ -1,16 +1,16 @@
-"""`folder:<path>`: images of one's own, in class folders.
+"""`folder:<path>`: a dataset of your images in class folders.
 
-    <path>/train/<class>/*.jpg     fixed parts: train/ and test/, and val/ if there is one;
-    <path>/test/<class>/*.jpg      else a tenth of train is for validation
+    <path>/train/<class>/*.jpg     fixed parts: train/ and test/, optionally val/; without val/ a
+    <path>/test/<class>/*.jpg      tenth of train is for validation
 
     <path>/<class>/*.jpg           no parts: a tenth of each class is for validation, the same for
-                                   every split, and `split_seed` parts the rest
+                                   every split, and `split_seed` splits the rest
 
-    <path>/classnames.txt          optional: lines `folder = class name`; a folder that no line
-                                   names is its own class name, underscores read as spaces
+    <path>/classnames.txt          optional: lines `folder = class name`; the class name of any
+                                   other folder is its name, with spaces for underscores
     <path>/template.txt            optional: one line such as `a satellite photo of a {}`
 
-Classes are in the order of their folders' names. Files that are no images are passed over.
+Classes are sorted by folder name. Files that are not images are ignored.
 """
 
 from __future__ import annotations
@@ -37,26 +37,26 @@ PREFIX = "folder:"
 OWNERS = "the owner's"  # licence
 PARTS = ("train", "val", "test")
 WANTED = (
-    "wanted <class>/<image>, or train/<class>/<image> and the same in test/ (val/ may be there)"
+    "expected <class>/<image>, or train/<class>/<image> and test/<class>/<image> (val/ is optional)"
 )
-FEWEST = 4  # images of a class that is to be parted: one for val, and train and test after it
+FEWEST = 4  # images per class without fixed parts, so that every part gets some
 
 
 @dataclass(frozen=True)
 class Tree:
-    """Folders of images: of each part the folder that holds its class folders."""
+    """The parts of a folder dataset, each with the folder that contains its class folders."""
 
     home: Path
-    parts: dict[str, Path]  # train, test and maybe val; or free alone
+    parts: dict[str, Path]  # train, test and optionally val; or only free
     folders: tuple[str, ...]  # of the classes, sorted
     classnames: tuple[str, ...]
 
 
 def folder_dataset(name: str) -> Dataset:
-    """A dataset from the class folders of `folder:<path>`; looks at names only.
+    """The dataset of `folder:<path>`; lists folders and opens no image.
 
     Raises:
-        ValueError: it is no image folder, or its classes do not fit each other.
+        ValueError: it is not an image folder, or its parts have different classes.
     """
     home = Path(name.removeprefix(PREFIX)).expanduser().absolute()
     tree = _tree(home)
@@ -79,22 +79,22 @@ def folder_dataset(name: str) -> Dataset:
 
 def _tree(home: Path) -> Tree:
     if not home.is_dir():
-        raise ValueError(f"{PREFIX}{home} is not there, or no folder; {WANTED}")
+        raise ValueError(f"{PREFIX}{home} does not exist or is not a folder; {WANTED}")
     inside = _folders(home)
     if not inside:
-        raise ValueError(f"{home} is no image folder: it has no folders in it; {WANTED}")
+        raise ValueError(f"{home} is not an image folder: it contains no folders; {WANTED}")
     parts = {part: home / part for part in PARTS if part in inside}
     if not {"train", "test"} <= parts.keys():
         if parts.keys() == set(inside):
             lacking = "train" if "train" not in parts else "test"
             raise ValueError(
-                f"{home} has {' and '.join(parts)}, but no {lacking}; have both train and test, "
-                "or no part folders at all and let split_seed decide"
+                f"{home} has {' and '.join(parts)}, but no {lacking}; add it, or remove the part "
+                "folders so that split_seed splits the images"
             )
-        parts = {"free": home}  # a class may well be called "train"
+        parts = {"free": home}  # a class may be named "train"
     elif others := sorted(set(inside) - parts.keys()):
         raise ValueError(
-            f"{home} has {some(others)} beside its part folders; allowed there: {', '.join(PARTS)}"
+            f"{home} has {some(others)} beside its part folders; allowed are {', '.join(PARTS)}"
         )
     folders = _classes(home, parts)
     return Tree(home, parts, folders, _classnames(home / "classnames.txt", folders))
@@ -114,7 +114,7 @@ def _classes(home: Path, parts: dict[str, Path]) -> tuple[str, ...]:
             "every class needs a folder in every part"
         )
     if len(every) < 2:
-        found = f"one class only, {every[0]!r}" if every else "no class folders in its parts"
+        found = f"only one class, {every[0]!r}" if every else "no class folders in its parts"
         raise ValueError(f"{home} has {found}; a classifier needs two or more; {WANTED}")
     return tuple(every)
 
@@ -127,12 +127,13 @@ def _classnames(file: Path, folders: tuple[str, ...]) -> tuple[str, ...]:
         folder, equals, name = (text.strip() for text in line.partition("="))
         if not equals or not name or "/" in name or folder in given:
             raise ValueError(
-                f"{file}:{number}: {line!r} is not allowed; wanted one line a folder, "
+                f"{file}:{number}: {line!r} is not allowed; expected one line per folder, "
                 "`folder = class name`, without / in the name"
             )
         if folder not in folders:
             raise ValueError(
-                f"{file}:{number}: there is no class folder {folder!r}; there: {some(folders, 9)}"
+                f"{file}:{number}: no class folder is named {folder!r}; class folders: "
+                f"{some(folders, 9)}"
             )
         given[folder] = name
     names = tuple(given.get(folder, folder.replace("_", " ")) for folder in folders)
@@ -141,7 +142,11 @@ def _classnames(file: Path, folders: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _check_readable(file: Path, names: tuple[str, ...]) -> None:
-    """People and CLIP can read every class name, and tell it from every other."""
+    """Check that class names have no invisible characters and that they differ for CLIP.
+
+    Raises:
+        ValueError: a name is invisible or empty to CLIP, or two are the same.
+    """
     known: dict[str, str] = {}
     for name in names:
         hidden = first_hidden(name)
@@ -170,24 +175,24 @@ def _template(file: Path) -> str:
         return TEMPLATE
     if len(lines) > 1 or not is_template(lines[0]):
         raise ValueError(
-            f"{file}: wanted one line with {{}} once, where the class name goes, and no "
-            f"other brace or invisible character, such as {TEMPLATE!r}; found {lines[0]!r}"
+            f"{file}: expected one line with {{}} once, for the class name, and no other "
+            f"brace or invisible character, such as {TEMPLATE!r}; found {lines[0]!r}"
             + (" and more lines" if len(lines) > 1 else "")
         )
     return lines[0]
 
 
 def _lines(file: Path) -> list[str]:
-    # Editors on Windows put a mark before the first word, which utf-8-sig takes off.
+    # Editors on Windows write a byte order mark, which utf-8-sig removes.
     try:
         text = file.read_text(encoding="utf-8-sig") if file.is_file() else ""
     except UnicodeDecodeError as problem:
-        raise ValueError(f"{file} is no text in UTF-8; save it as UTF-8") from problem
+        raise ValueError(f"{file} is not UTF-8 text; save it as UTF-8") from problem
     return [line.strip() for line in text.splitlines()]
 
 
 def _folders(folder: Path) -> list[str]:
-    # macOS leaves a __MACOSX in archives.
+    # Archives made on macOS contain a folder __MACOSX.
     return sorted(
         inside.name
         for inside in folder.iterdir()
@@ -221,9 +226,9 @@ def _images(home: Path, folder: Path) -> list[Path]:
     if not found:
         others = sorted(inside.name for inside in folder.iterdir())
         raise ValueError(
-            f"{home}: no image in {folder.relative_to(home)}/, which holds "
+            f"{home}: no image in {folder.relative_to(home)}/, which contains "
             f"{some(others) if others else 'nothing'}; images end in {', '.join(sorted(SUFFIXES))} "
-            "and lie in the class folder itself"
+            "and must be directly in the class folder"
         )
     return found
 
@@ -235,7 +240,7 @@ def _with_free(tree: Tree, rows: list[Row]) -> list[Row]:
     if few:
         raise ValueError(
             f"{tree.home}: fewer than {FEWEST} images of {some(few)}; without train/ and test/ "
-            f"each class needs {FEWEST}, to have some in every part"
+            f"each class needs {FEWEST}, so that every part gets some"
         )
     chosen = held_out([row.path for row in rows], labels, VAL_SHARE)
     return [row._replace(part="val") if row.path in chosen else row for row in rows]

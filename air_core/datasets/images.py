@@ -1,7 +1,7 @@
-"""Images that are opened one at a time, as RGB. Knows no dataset.
+"""Sequences of images that are opened on access, as RGB.
 
-A dataset of 30,000 photographs does not fit in memory: what is held here are paths or small arrays.
-Every image file is opened by `open_image`, every stored PNG by `open_png`, and by nothing else.
+A dataset of 30,000 photographs does not fit in memory, so sequences contain paths or small arrays.
+`open_image` is the only function that opens image files, `open_png` the only one for stored PNGs.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
 
-BAD_SHARE = 0.01  # of a dataset's images may be unreadable; beyond that something else is wrong
+BAD_SHARE = 0.01  # largest share of unreadable images in a dataset; more means another problem
 WHITE = (255, 255, 255)
-# Pillow knows forty formats more. For EPS it starts Ghostscript, whatever the file is named.
+# Pillow supports forty more formats. For EPS it starts Ghostscript, whatever the file name.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-MAX_PIXELS = 178_956_970  # 0.5 GB as RGB; a small file can claim any size
+MAX_PIXELS = 178_956_970  # 0.5 GB as RGB; the header of a small file can claim any size
 TOO_LARGE = f"it is too large, over {MAX_PIXELS:,} pixels; make it smaller"
 
 
 class Unreadable(ValueError):
-    """A file that holds no image which can be decoded. A disk that fails is an OSError instead."""
+    """A file that cannot be decoded as an image. Errors of the disk are OSErrors instead."""
 
 
 @dataclass(frozen=True)
 class ImageFiles(Sequence["Image"]):
-    """Image files as a sequence: an index opens one as RGB, a slice opens none."""
+    """Image files as a sequence: an index opens a file as RGB, a slice opens none."""
 
     files: tuple[Path, ...]
 
@@ -44,13 +44,13 @@ class ImageFiles(Sequence["Image"]):
     @overload
     def __getitem__(self, index: slice) -> ImageFiles: ...
     def __getitem__(self, index: int | slice) -> Image | ImageFiles:
-        """Raises: Unreadable, where one file is asked for that cannot be decoded."""
+        """Raises: Unreadable, if the index is of a file that cannot be decoded."""
         if isinstance(index, slice):
             return ImageFiles(self.files[index])
         return open_image(self.files[index])
 
 
-@dataclass(frozen=True, eq=False)  # arrays have no truth value, so no ==
+@dataclass(frozen=True, eq=False)  # arrays do not compare to a single bool
 class GreyImages(Sequence["Image"]):
     """Grey pixels (N, H, W) uint8 as a sequence of RGB images."""
 
@@ -72,25 +72,25 @@ class GreyImages(Sequence["Image"]):
 
 
 def open_image(file: Path) -> Image:
-    """One image as RGB, upright: 16-bit grey is scaled, transparency lies over white.
+    """Open an image as upright RGB; 16-bit grey is scaled, transparent pixels are put on white.
 
-    Its content decides what it is, not its name. Of an animation or a TIFF with several pages only
-    the first image is read.
+    The content determines the format, not the file name. Of an animation or a TIFF with several
+    pages only the first image is read.
 
     Raises:
-        Unreadable: it is of no format in FORMATS, has more than MAX_PIXELS, or cannot be decoded.
-        OSError: the file is not there, or the disk fails.
+        Unreadable: its format is not in FORMATS, it exceeds MAX_PIXELS, or cannot be decoded.
+        OSError: the file does not exist, or the disk fails.
     """
-    if not file.is_file() and file.exists():  # a pipe would be waited for
-        raise Unreadable(f"{file} cannot be read: it is no file, but a folder or a device")
+    if not file.is_file() and file.exists():  # opening a pipe would block
+        raise Unreadable(f"{file} cannot be read: it is a folder or a device")
     return _opened(file, FORMATS, str(file))
 
 
 def open_png(content: bytes) -> Image:
-    """A PNG that airsweep has stored, as RGB.
+    """Decode a PNG that airsweep has stored, as RGB.
 
     Raises:
-        Unreadable: it is no PNG, has more than MAX_PIXELS, or cannot be decoded.
+        Unreadable: it is not a PNG, exceeds MAX_PIXELS, or cannot be decoded.
     """
     return _opened(BytesIO(content), ("PNG",), "a stored image")
 
@@ -108,25 +108,25 @@ def _opened(source: Path | BytesIO, formats: tuple[str, ...], name: str) -> Imag
     except UnidentifiedImageError:
         empty = isinstance(source, Path) and source.stat().st_size == 0
         allowed = f"not an image of an allowed format ({', '.join(formats)})"
-        why = "it is empty" if empty else f"{allowed}, or its head is damaged"
+        why = "it is empty" if empty else f"{allowed}, or its header is damaged"
     except Image.DecompressionBombError:
         why = TOO_LARGE
     except OSError as problem:
-        # With an error number it is the system's: a disk that fails says nothing about the image.
+        # An error with a number comes from the operating system, so the disk fails, not the image.
         if problem.errno is not None:
             raise
         why = str(problem)
     except MemoryError:
         raise
-    except Exception as problem:  # decoders raise what they like on damaged bytes
+    except Exception as problem:  # decoders raise any exception on damaged bytes
         why = str(problem) or type(problem).__name__
     raise Unreadable(f"{name} cannot be read: {why}")
 
 
 @cache
 def _silence_pillow() -> None:
-    # Pillow warns from half of MAX_PIXELS on, which is allowed here. A filter of one call would not
-    # be safe in threads.
+    # Pillow warns above half of MAX_PIXELS, which is allowed here. warnings.catch_warnings is not
+    # thread-safe, so the filter is global.
     from PIL.Image import DecompressionBombWarning
 
     warnings.filterwarnings("ignore", category=DecompressionBombWarning, append=True)
@@ -138,7 +138,7 @@ def _upright(image: Image) -> Image:
     try:
         return ImageOps.exif_transpose(image)
     except Exception:
-        # A damaged note about the camera says nothing about the pixels.
+        # The pixels are valid even if the EXIF data is damaged.
         return image
 
 
@@ -157,7 +157,7 @@ def _rgb(image: Image) -> Image:
 
 
 def _scaled(image: Image) -> Image:
-    # Pillow's own conversion clips at 255, which turns nearly every 16-bit image white.
+    # Pillow's conversion clips at 255, which makes nearly every 16-bit image white.
     import numpy as np
     from PIL import Image
 

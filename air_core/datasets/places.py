@@ -1,4 +1,4 @@
-"""Where a dataset lies below the data root, and the small text files it comes with."""
+"""Finds datasets below the data root, and reads their lists and class names."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 
 
 def classnames_of(name: str) -> tuple[str, ...]:
-    """Class names for the text prompts, one a line in `classnames/<name>.txt`, in label order.
+    """Class names for text prompts, in label order, from the lines of `classnames/<name>.txt`.
 
-    Their order is part of the published protocol: it decides which classes a seed makes seen.
+    The order is part of the published protocol: it determines which classes are seen for a seed.
     """
     file = Path(__file__).with_name("classnames") / f"{name}.txt"
     return tuple(file.read_text(encoding="utf-8").splitlines())
@@ -18,30 +18,32 @@ def classnames_of(name: str) -> tuple[str, ...]:
 def find_home(
     name: str, root: Path | None, homes: Sequence[str], marks: Sequence[str], get: str
 ) -> Path:
-    """The folder that holds a dataset: below `<root>/<name>`, else below `<root>` itself.
+    """The folder that contains a dataset: in `<root>/<name>`, otherwise in `<root>`.
 
     Args:
-        homes: where the folder may lie, such as the one that the archive unpacks to, or ".".
-        marks: what it must hold, enough to tell it from another dataset.
-        get: where the data come from, for the message.
+        homes: relative paths to search, such as the folder in the archive, or ".".
+        marks: files or folders that identify the dataset.
+        get: instructions for getting the dataset, for the message.
 
     Raises:
-        ValueError: it is nowhere, or in two places.
+        ValueError: no folder or several folders match.
     """
     if root is None:
         raise ValueError(
-            f"{name} needs a data root: --data-root DIR or AIRSWEEP_DATA, the folder that holds "
+            f"{name} needs a data root: --data-root DIR or AIRSWEEP_DATA, the folder that contains "
             f"{name}/; {get}"
         )
     if not root.is_dir():
-        raise ValueError(f"the data root {root} is not there, or no folder; for {name}: {get}")
+        raise ValueError(
+            f"the data root {root} does not exist or is not a folder; for {name}: {get}"
+        )
     looked = []
     for base in (root / name, root):
         places = [base / home for home in homes]
         found = [place for place in places if all((place / mark).exists() for mark in marks)]
         if len(found) > 1:
             raise ValueError(
-                f"{name} is in two places, {found[0]} and {found[1]}; "
+                f"{name} exists twice, in {found[0]} and {found[1]}; "
                 f"keep one, or move it to {root / name}"
             )
         if found:
@@ -53,13 +55,11 @@ def find_home(
 
 
 def read_lines(name: str, file: Path) -> list[str]:
-    """Lines of a list that a dataset comes with, without empty ones.
+    """The lines of a dataset's text file, without empty lines.
 
     Raises:
-        ValueError: the list is not there.
+        ValueError: the file is missing.
     """
     if not file.is_file():
-        raise ValueError(
-            f"{name}: {file.name} is not in {file.parent}; was the archive unpacked to its end?"
-        )
+        raise ValueError(f"{name}: {file.name} is not in {file.parent}; unpack the archive again")
     return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]

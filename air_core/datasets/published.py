@@ -1,6 +1,6 @@
-"""How many images each dataset has, by part, as published; what `airsweep data check` compares.
+"""Published sizes of the datasets by part, which `airsweep data check` compares with the files.
 
-Pools are those of GRIP and CPL, whose training pool is train and val together.
+Sizes of training pools follow GRIP and CPL, which use train and val together.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Counts:
-    """A dataset's size. `parts` is by part, or by several whose images are counted together."""
+    """A dataset's size. A key of `parts` is one part, or several that are counted together."""
 
     classes: int
     parts: dict[str, int]
-    each: int | None = None  # images of every class, where they are as many
+    each: int | None = None  # images per class, if the same for all classes
     source: str = ""
 
 
@@ -27,7 +27,7 @@ PUBLISHED = {
         47, {"train": 1880, "val": 1880, "test": 1880}, each=120, source="Cimpoi et al. 2014"
     ),
     "eurosat": Counts(
-        10, {"train+val": 22000, "test": 5000}, source="ELEVATER's split, test images apart"
+        10, {"train+val": 22000, "test": 5000}, source="ELEVATER's split, without test images"
     ),
     "fgvc_aircraft": Counts(
         100, {"train": 3334, "val": 3333, "test": 3333}, each=100, source="Maji et al. 2013"

@@ -1,10 +1,10 @@
 """NWPU-RESISC45, 31,500 aerial images, 700 of each class, in 45 class folders.
 
-The archive defines no parts. Split files are read where they lie beside the class folders or beside
-NWPU-RESISC45 itself: `train.txt`, `val.txt` and `test.txt` with lines like `airplane_001.jpg`, or
-named as TorchGeo names them (its own files hold 18,900, 6,300 and 6,300 images, which is not the
-published protocol). Else 6,300 images are for training and 25,200 for test, by a fixed rule and
-stratified.
+The archive defines no parts. Split files are read from the folder of the class folders or from the
+parent of NWPU-RESISC45: `train.txt`, `val.txt` and `test.txt` with lines like `airplane_001.jpg`,
+also under TorchGeo's file names. TorchGeo's split of 18,900, 6,300 and 6,300 images is not the
+published protocol. Without split files a fixed, stratified rule takes 6,300 images for training and
+25,200 for test.
 """
 
 from __future__ import annotations

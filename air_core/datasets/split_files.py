@@ -1,7 +1,7 @@
-"""Parts of a dataset whose archive defines none: from split files, else by a fixed rule.
+"""Parts of a dataset whose archive defines none: from split files, or by a fixed rule.
 
-The rule draws nothing: within a class, images are in the order of a hash of their paths, and the
-first ones are held out. So a part depends on names alone, and on no library's random numbers.
+The rule uses no random numbers: it sorts the images of a class by a hash of their paths and holds
+out the first ones. Parts therefore depend on file names only, not on the version of a library.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from pathlib import Path
 from air_core.datasets.class_folders import class_files
 from air_core.datasets.dataset import Listing, Row, listing
 
-VAL_SHARE = Fraction(1, 10)  # of the training part, where the source names no validation images
-SEED = "airsweep"  # another word would be another split
+VAL_SHARE = Fraction(1, 10)  # of the training part, if the source defines no validation part
+SEED = "airsweep"  # another seed gives another split
 
 
 @dataclass(frozen=True)
 class SplitFiles:
-    """What split files say: the part of each path they name. `rest` is the part of all others."""
+    """The parts of the paths in split files. `rest` is the part of all other images."""
 
     parts: tuple[tuple[str, str], ...]  # (path, part)
     files: tuple[Path, ...]
@@ -30,13 +30,13 @@ class SplitFiles:
 
 
 def find_split(name: str, folders: Sequence[Path], coop: str | None = None) -> SplitFiles | None:
-    """The split files of a dataset, from the first folder that has any.
+    """Find the split files of a dataset, in the first folder that contains any.
 
-    `test.txt`, with `train.txt` and `val.txt` or without: then the rest is for training. The names
-    `<dataset>-test.txt` (TorchGeo) and `test.json` (COCO, as ELEVATER has it) are read alike.
+    `test.txt` is required. Without `train.txt` all images that no file names are for training. The
+    names `<dataset>-test.txt` (TorchGeo) and `test.json` (ELEVATER, in COCO's format) work as well.
 
     Args:
-        coop: name of CoOp's one file for all parts.
+        coop: name of CoOp's single file for all parts.
     """
     for folder in folders:
         found = {part: _split_file(name, folder, part) for part in ("train", "val", "test")}
@@ -84,15 +84,15 @@ def _split_rows(
     split: SplitFiles | None,
     test_share: Fraction,
 ) -> list[Row]:
-    """Rows of a dataset of class folders. A test image is never in another part.
+    """The rows of a dataset of class folders. A test image is never in another part.
 
     Args:
         on_disk: paths, `<folder>/<file>`.
         folders: class folders in the order of labels.
-        test_share: of each class, where there are no split files.
+        test_share: of each class, without split files.
 
     Raises:
-        ValueError: a split file names a folder that is no class.
+        ValueError: a split file names a folder that is not a class.
     """
     label = {folder: i for i, folder in enumerate(folders)}
     if split is None:
@@ -107,14 +107,14 @@ def _split_rows(
         for path, part in parts:
             if _folder(path) not in label:
                 raise ValueError(
-                    f"{name}: the {part} list names {path}, but {_folder(path)!r} is no class "
-                    f"folder; wanted <class>/<file> with one of {', '.join(folders)}"
+                    f"{name}: the {part} list names {path}, but {_folder(path)!r} is not a "
+                    f"class folder; expected <class>/<file> with a class of {', '.join(folders)}"
                 )
     return with_validation(Row(path, label[_folder(path)], part) for path, part in parts)
 
 
 def with_validation(rows: Iterable[Row]) -> list[Row]:
-    """A tenth of each class's training images becomes val, where no image is val yet."""
+    """Turn a tenth of each class's training images into val, unless the dataset has a val part."""
     rows = list(rows)
     if any(row.part == "val" for row in rows):
         return rows
@@ -124,10 +124,10 @@ def with_validation(rows: Iterable[Row]) -> list[Row]:
 
 
 def held_out(paths: Sequence[str], labels: Sequence[int], share: Fraction) -> set[str]:
-    """A fixed share of the paths, the same of every class, the same each time.
+    """Select a share of the paths, the same share of every class. The selection is deterministic.
 
-    The total is the share rounded; classes are rounded by largest remainder. A class gives at
-    least one where it has two, and never its last.
+    The total is the rounded share, and largest remainders distribute it over the classes. A class
+    of two or more paths contributes at least one; no class contributes all its paths.
     """
     classes: dict[int, list[str]] = {}
     for path, label in zip(paths, labels, strict=True):

@@ -1,8 +1,8 @@
-"""Synthetic images: who makes them, how they are numbered, which are thrown away.
+"""Synthetic images: generators, the seeds of images, and the rejection of blank images.
 
-A generator owes an endless row of images for every class. Image `index` of a class is the same
-whoever asks, and however many are asked for: its noise follows from `image_seed` alone. AiR
-(arXiv:2504.11930) draws them from a diffusion model that a LoRA has moved to the target domain.
+A generator defines an unlimited row of images for every class. The noise of an image depends only
+on `image_seed`, so image `index` of a class is the same however many images are drawn. AiR
+(arXiv:2504.11930) draws images with a diffusion model that a LoRA adapts to the target domain.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from air_core.specs import FolderImages, GeneratedImages
 
 # B images, H height, W width.
 
-# Largest spread of a rejected image, in the 256 levels of a channel: below what noise on an empty
-# ground leaves, and far below any drawing or photograph.
+# Largest standard deviation of a rejected image, in the 256 levels of a channel. Noise on an empty
+# background has more, and drawings and photographs have far more.
 FLAT = 4.0
-ATTEMPTS = 3  # draws of one image before it is given up
+ATTEMPTS = 3  # draws of one image before it is marked as unusable
 
 
 class ImageGenerator(Protocol):
-    """A source of images of named classes."""
+    """Draws or reads images of named classes."""
 
     def generate(self, classname: str, indices: Sequence[int], attempts: Sequence[int]) -> Tensor:
-        """Images of one class, drawn together as one batch.
+        """Draw images of one class as one batch.
 
         Args:
-            classname: the class, as the dataset spells it.
+            classname: of the dataset.
             indices: (B,) positions in the class's row.
-            attempts: (B,) how often each position was drawn before; moves its noise.
+            attempts: (B,) number of earlier draws of each position; changes its noise.
 
         Returns:
-            (B, H, W, 3) uint8. One that could not be made is of one colour, see `rejected`.
+            (B, H, W, 3) uint8. Failed images have one colour, see `rejected`.
 
         Raises:
-            ValueError: there is no such class.
+            ValueError: the class is unknown.
         """
         ...
 
@@ -52,22 +52,22 @@ def load_generator(
     device: str = "cpu",
     thrift: int = 0,
 ) -> ImageGenerator:
-    """The generator of a row of images.
+    """Load the generator of a row of images.
 
     Args:
-        images: which images.
-        model: a diffusers folder, or the folder of ready images.
-        adapter: folder with the LoRA's weights, exactly if `images` has a LoRA.
-        device: where a diffusion model runs.
-        thrift: how much memory it saves for time: 1 decodes images one by one, 2 also keeps on
-            the device only the part that works.
+        images: spec of the images.
+        model: a diffusers folder, or a folder of existing images.
+        adapter: folder with the LoRA's weights; required if and only if `images` has a LoRA.
+        device: of a diffusion model.
+        thrift: trades speed for memory: 1 decodes images one by one, 2 also keeps only the active
+            part of the pipeline on the device.
 
     Raises:
         ValueError: the folder or the adapter does not fit `images`.
     """
     wants = isinstance(images, GeneratedImages) and images.lora is not None
     if wants != (adapter is not None):
-        asked = "ask for a LoRA" if wants else "ask for no LoRA"
+        asked = "need a LoRA" if wants else "have no LoRA"
         raise ValueError(f"the images {asked}, but the adapter is {adapter}")
     match images:
         case GeneratedImages():
@@ -90,11 +90,13 @@ def load_generator(
 def draw(
     generator: ImageGenerator, classname: str, indices: Sequence[int]
 ) -> tuple[Tensor, list[int], list[bool]]:
-    """Images of one class as one batch. A rejected one is drawn again within the same batch, with
-    its next attempt, and only that one is replaced; after ATTEMPTS it is given up.
+    """Draw images of one class as one batch, and repeat the draw for rejected images.
+
+    A repeated draw uses the same batch with the next attempt of the rejected images, and replaces
+    only those. After ATTEMPTS draws a rejected image is unusable.
 
     Returns:
-        (B, H, W, 3) uint8; by image the attempt that was kept; by image whether it is usable.
+        Images (B, H, W, 3) uint8; the final attempt of each image; whether each image is usable.
     """
     attempts = [0] * len(indices)
     pixels = generator.generate(classname, indices, attempts)
@@ -111,10 +113,10 @@ def draw(
 
 
 def image_seed(generation_seed: int, classname: str, index: int, attempt: int) -> int:
-    """63 bits that settle the noise of one image.
+    """63 bits that determine the noise of one image.
 
-    Nothing else enters: with and without LoRA, or at another guidance, an image starts from the
-    same noise, so that pictures can be compared pairwise.
+    LoRA and guidance do not enter, so images with other settings start from the same noise and can
+    be compared pairwise.
 
     >>> image_seed(0, "digit seven", 3, 0)
     4428387689021003171
@@ -124,9 +126,9 @@ def image_seed(generation_seed: int, classname: str, index: int, attempt: int) -
 
 
 def rejected(images: Tensor) -> Tensor:
-    """Which images are blank: no channel varies by more than FLAT levels (standard deviation).
+    """Whether each image is blank: the standard deviation of every channel is below FLAT levels.
 
-    A diffusion model that meets NaN, and a file that cannot be read, end here too.
+    NaN in a diffusion model and unreadable files also give blank images.
 
     Args:
         images: (B, H, W, 3) uint8.

@@ -1,6 +1,6 @@
-"""Images that somebody made already: `<folder>/<classname>/*.png`, in the order of their names.
+"""Generator over a folder of existing images: `<folder>/<classname>/*.png`, sorted by name.
 
-Also a generator without a model, for trying things out.
+It needs no model, so it is also useful for tests.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class FolderGenerator:
         Args:
             folder: see `class_files`.
             classnames: of the dataset.
-            size: side of the square that images are scaled and cropped to, in pixels.
+            size: side of the square to which images are scaled and cropped, in pixels.
 
         Raises:
             ValueError: class folders are missing.
@@ -35,10 +35,10 @@ class FolderGenerator:
         self._stamps = {file: _stamp(file) for files in self.files.values() for file in files}
 
     def generate(self, classname: str, indices: Sequence[int], attempts: Sequence[int]) -> Tensor:
-        """See ImageGenerator. A file is a file: another attempt gives the same image.
+        """See ImageGenerator. Every attempt gives the same image.
 
         Raises:
-            ValueError: there is no such class, or a file was changed since the folder was listed.
+            ValueError: the class is unknown, or a file has changed since the folder was listed.
         """
         files = self.files.get(classname)
         if files is None:
@@ -46,7 +46,7 @@ class FolderGenerator:
         for i in indices:
             if i < len(files) and _stamp(files[i]) != self._stamps[files[i]]:
                 raise ValueError(f"{files[i]} was changed while its folder was read; run again")
-        # A block may reach beyond the last file.
+        # The last block can extend beyond the last file.
         images = [
             _read(files[i], self.size) if i < len(files) else _black(self.size) for i in indices
         ]
@@ -55,7 +55,7 @@ class FolderGenerator:
 
 
 def _read(file: Path, size: int) -> Tensor:
-    """(size, size, 3) uint8; black where the file is no readable image."""
+    """Read an image as (size, size, 3) uint8; black if the file is not readable."""
     try:
         image = open_image(file)
     except Unreadable:
@@ -65,7 +65,7 @@ def _read(file: Path, size: int) -> Tensor:
 
 
 def _stamp(file: Path) -> tuple[int, int, int]:
-    """What changes when the content of a file does."""
+    """Size, modification time and inode, which change with the content of a file."""
     stat = file.stat()
     return stat.st_size, stat.st_mtime_ns, stat.st_ino
 

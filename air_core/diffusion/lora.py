@@ -1,9 +1,9 @@
-"""Fine-tune a diffusion model to a domain: LoRA (arXiv:2106.09685) on pseudo-labelled images.
+"""Fine-tunes a diffusion model to a domain: LoRA (arXiv:2106.09685) on pseudo-labelled images.
 
-Knows Stable Diffusion 1, 2 and XL (arXiv:2307.01952), with noise or v prediction. Adapters sit on
-the attention projections of the U-Net; all else is frozen. The loss is the prediction error with
-min-SNR weights (arXiv:2303.09556). AiR (arXiv:2504.11930) trains one LoRA for all classes, with the
-class in the caption.
+Supports Stable Diffusion 1, 2 and XL (arXiv:2307.01952), with noise or v prediction. The attention
+projections of the U-Net get adapters; everything else is frozen. The loss is the prediction error
+with min-SNR weights (arXiv:2303.09556). AiR (arXiv:2504.11930) trains one LoRA for all classes,
+with the class in the caption.
 """
 
 # mypy: allow-untyped-calls
@@ -33,23 +33,23 @@ from air_core.seal import BLANK, intact, sealed
 from air_core.specs import LoraTraining, Precision
 from air_core.weights import check_lora_fits
 
-# N training images, B images in a step, H height, W width, L tokens, D text width, E width of a
-# whole text; latents are (c, h, w).
+# N training images, B images per step, H height, W width, L tokens, D text width, E width of a
+# pooled text; latents are (c, h, w).
 
 log = logging.getLogger(__name__)
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
-CAPTION_DROPOUT = 0.1  # share of images trained without caption: guidance needs both
+CAPTION_DROPOUT = 0.1  # share of images without caption, which guidance needs
 GAMMA = 5.0  # min-SNR
-WARMUP = 0.1  # share of the steps
+WARMUP = 0.1  # share of steps
 WEIGHT_DECAY = 1e-2
 CLIP = 1.0  # largest norm of the gradient
-KEEP_EVERY = 120.0  # seconds between two writes of an unfinished training
-CHUNK = 16  # images that are encoded at once
+KEEP_EVERY = 120.0  # seconds between checkpoints
+CHUNK = 16  # images per pass of the autoencoder
 
 
 def square(image: Image.Image, size: int) -> np.ndarray:
-    """(size, size, 3) uint8: the shorter side resized, the centre kept."""
+    """Scale the shorter side to `size` and crop the centre: (size, size, 3) uint8."""
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)
     image = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
@@ -74,22 +74,23 @@ def train_lora(
 
     Args:
         images: (N, H, W, 3) uint8.
-        captions: N texts, class included.
+        captions: N texts that contain the class.
         model: diffusers folder of a Stable Diffusion pipeline.
-        training: rank, steps and so on; its `caption` was used already.
-        size: side of the square that images are scaled and cropped to, in pixels.
-        out: folder; made if it is not there.
-        seed: of the adapters' start, the batches and the noise; the same on any device.
-        device: where to train.
-        report: called after each step with (steps done, steps, loss).
-        kept: a file for unfinished training, which goes on from it if it is there.
-        keep_every: seconds between two writes of it.
+        training: rank, steps and other settings, except for `caption`.
+        size: side of the square to which images are scaled and cropped, in pixels.
+        out: folder; created if necessary.
+        seed: of the initial adapters, the batches and the noise; equal on all devices.
+        device: on which to train.
+        report: called after each step with (finished steps, steps, loss).
+        kept: checkpoint file. If it exists, training resumes from it.
+        keep_every: seconds between checkpoints.
 
     Returns:
-        `loss_first`, `loss_last`: means over the first and the last tenth of the steps; `seconds`.
+        `loss_first` and `loss_last`, the mean losses of the first and the last tenth of the steps,
+        and `seconds`.
 
     Raises:
-        ValueError: no image, a caption missing, or a model of another kind.
+        ValueError: there are no images, captions are missing, or the model is not supported.
         FloatingPointError: the loss is not finite.
     """
     if not len(images) or len(images) != len(captions):
@@ -132,11 +133,11 @@ def fit(
     """Optimise the adapters in place; yields the loss of each step.
 
     Args:
-        losses: of all steps, those of an earlier process too; filled here.
+        losses: receives the losses of all steps, including those before a resume.
         kept: see `train_lora`.
     """
     unet, device = pipeline.unet, latents.mean.device
-    draws = torch.Generator("cpu").manual_seed(seed)  # on the CPU: the same on any device
+    draws = torch.Generator("cpu").manual_seed(seed)  # on the CPU, so equal on all devices
     optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=WEIGHT_DECAY)
     factor = _warmup_cosine(training.steps)
     noise_schedule = NoiseSchedule.of(pipeline.scheduler.config, device)
@@ -180,13 +181,13 @@ def _keep(
     draws: torch.Generator,
     losses: list[float],
 ) -> None:
-    """Write all that the next step depends on, whole or not at all."""
+    """Write a checkpoint atomically: everything on which the next step depends."""
     state = {"draws": draws.get_state(), "losses": torch.tensor(losses, dtype=torch.float64)}
     for i, parameter in enumerate(parameters):
         state[f"{i}"] = parameter.detach()
         state |= {f"{i}.{name}": value for name, value in optimizer.state[parameter].items()}
     temporary = file.with_name(f".{file.name}")
-    # Not save_file, whose files its user alone may read: another may go on.
+    # Files of save_file are readable by their user only, but another user may resume the training.
     plain = {name: value.cpu().contiguous() for name, value in state.items()}
     temporary.write_bytes(sealed(save(plain, {"seal": BLANK})))
     temporary.replace(file)
@@ -198,14 +199,14 @@ def _go_on(
     optimizer: torch.optim.Optimizer,
     draws: torch.Generator,
 ) -> list[float]:
-    """Put everything back as it was kept; the losses so far."""
+    """Restore a checkpoint; return its losses."""
     state = load_file(file)
     draws.set_state(state.pop("draws"))
     losses: list[float] = state.pop("losses").tolist()
     for i, parameter in enumerate(parameters):
         parameter.data.copy_(state[f"{i}"])
         own = {n: v for n, v in state.items() if n.startswith(f"{i}.")}
-        # Adam counts its steps in a tensor on the CPU.
+        # Adam's step counter is a tensor on the CPU.
         optimizer.state[parameter] = {
             name.partition(".")[2]: value if value.ndim == 0 else value.to(parameter.device)
             for name, value in own.items()
@@ -220,7 +221,7 @@ def _warmup_cosine(steps: int) -> Callable[[int], float]:
 
 @contextmanager
 def _attention(device: str, precision: Precision) -> Iterator[None]:
-    """On a CPU the plain kernel has the quicker backward pass, several times so in bf16."""
+    """On a CPU, use the plain kernel: its backward pass is faster, several times so in bf16."""
     with sdpa_kernel(SDPBackend.MATH) if device == "cpu" else nullcontext():
         yield
 
@@ -229,11 +230,11 @@ def _attention(device: str, precision: Precision) -> Iterator[None]:
 
 
 def add_adapters(unet: Any, rank: int, seed: int) -> list[Parameter]:
-    """Freeze a U-Net and give it adapters that change nothing yet; the parameters to train."""
+    """Freeze a U-Net and add adapters without effect; return the parameters to train."""
     from peft import LoraConfig
 
     unet.requires_grad_(False)
-    # Alpha equals rank, so the adapters' scale is 1 even for a reader that knows no alpha.
+    # Alpha equals the rank, so the scale is 1 even for a reader that ignores alpha.
     config = LoraConfig(
         r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(TARGETS)
     )
@@ -244,11 +245,11 @@ def add_adapters(unet: Any, rank: int, seed: int) -> list[Parameter]:
 
 
 def save_adapters(pipeline: Any, out: Path) -> None:
-    """Write the adapters with their configuration; without it a file forgets its alpha."""
+    """Write the adapters with their configuration, which contains alpha."""
     from peft import get_peft_model_state_dict
 
     config = pipeline.unet.peft_config[ADAPTER].to_dict()
-    config["target_modules"] = sorted(config["target_modules"])  # a set: its order is not stable
+    config["target_modules"] = sorted(config["target_modules"])  # a set has no stable order
     out.mkdir(parents=True, exist_ok=True)
     type(pipeline).save_lora_weights(
         str(out),
@@ -257,18 +258,18 @@ def save_adapters(pipeline: Any, out: Path) -> None:
     )
 
 
-# ---------------------------------------------------------------- what a step reads
+# ---------------------------------------------------------------- inputs of a step
 
 
 @dataclass(frozen=True)
 class Latents:
-    """Images as the autoencoder sees them, scaled: encoded once, drawn from at every step."""
+    """Scaled latents of the images, encoded once and sampled at every step."""
 
     mean: Tensor  # (N, c, h, w)
-    std: Tensor | None  # the same shape, for an autoencoder that gives a distribution
+    std: Tensor | None  # same shape, if the autoencoder returns a distribution
 
     def sample(self, batch: Tensor, draws: torch.Generator) -> Tensor:
-        """(B, c, h, w) of the images at positions `batch`."""
+        """Sample latents (B, c, h, w) of the images at positions `batch`."""
         mean = self.mean[batch]
         if self.std is None:
             return mean
@@ -279,7 +280,7 @@ class Latents:
 def encode_images(vae: Any, images: Tensor, size: int) -> Latents:
     """(N, H, W, 3) uint8 -> latents on the autoencoder's device.
 
-    Knows autoencoders with `latent_dist` (AutoencoderKL) and with `latents` (AutoencoderTiny).
+    Supports autoencoders with `latent_dist` (AutoencoderKL) and `latents` (AutoencoderTiny).
     """
     means, stds = [], []
     for chunk in images.split(CHUNK):
@@ -296,7 +297,7 @@ def encode_images(vae: Any, images: Tensor, size: int) -> Latents:
 
 
 def _square(images: Tensor, size: int) -> Tensor:
-    """(B, H, W, 3) uint8 -> (B, 3, size, size) in [-1, 1]: the middle square, resized."""
+    """(B, H, W, 3) uint8 -> (B, 3, size, size) in [-1, 1]: the central square, resized."""
     _, height, width, _ = images.shape
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
@@ -308,15 +309,15 @@ def _square(images: Tensor, size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Texts:
-    """Captions through the frozen text encoders, each different one once."""
+    """Encoded captions. Each distinct caption is encoded once."""
 
-    table: Tensor  # (captions + 1, L, D); the last row stands for no caption
-    rows: Tensor  # (N,) which row an image has
+    table: Tensor  # (captions + 1, L, D); the last row is the empty caption
+    rows: Tensor  # (N,) row of each image
     pooled: Tensor | None = None  # (captions + 1, E), for Stable Diffusion XL
-    sizes: Tensor | None = None  # (1, 6), the same
+    sizes: Tensor | None = None  # (1, 6), for Stable Diffusion XL
 
     def conditions(self, batch: Tensor, dropped: Tensor) -> dict[str, Any]:
-        """What the U-Net is told of the images at positions `batch`; no caption where dropped."""
+        """Inputs of the U-Net for the images at positions `batch`; no caption where dropped."""
         rows = torch.where(dropped, len(self.table) - 1, self.rows[batch]).to(self.table.device)
         told: dict[str, Any] = {"encoder_hidden_states": self.table[rows]}  # (B, L, D)
         if self.pooled is not None and self.sizes is not None:
@@ -327,7 +328,7 @@ class Texts:
 
 @torch.no_grad()
 def encode_captions(pipeline: Any, captions: Sequence[str], size: int) -> Texts:
-    """Encode as the pipeline itself will when it draws images of this size."""
+    """Encode captions as the pipeline does when it draws images of this size."""
     distinct = list(dict.fromkeys(captions))
     table, _, *pooled = pipeline.encode_prompt(
         prompt=[*distinct, ""],
@@ -340,24 +341,24 @@ def encode_captions(pipeline: Any, captions: Sequence[str], size: int) -> Texts:
     if not pooled:
         return Texts(table, rows)
     if pipeline.config.force_zeros_for_empty_prompt:
-        # Guidance leads away from this and not from the empty text's own encoding.
+        # These pipelines use zeros instead of the encoded empty text for guidance.
         table[-1], pooled[0][-1] = 0, 0
-    # Size before, corner and size after cropping: those that a drawing asks for by default, so
-    # that the adapters are trained where they are used.
+    # Original size, crop corner and target size: the pipeline's defaults when it draws, so that
+    # training and drawing use the same values.
     sizes = torch.tensor([[size, size, 0, 0, size, size]], dtype=table.dtype, device=table.device)
     return Texts(table, rows, pooled[0], sizes)
 
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """How noise was mixed in when the model was trained, and what the model predicts."""
+    """The noise levels with which a model was trained, and the kind of its prediction."""
 
-    alphas: Tensor  # (T,) share of the signal's variance
+    alphas: Tensor  # (T,) share of the signal in the variance
     prediction: str
 
     @staticmethod
     def of(config: Any, device: torch.device) -> NoiseSchedule:
-        """From the configuration of the pipeline's scheduler, whichever sampler it is.
+        """Read the schedule from the configuration of a pipeline's scheduler, whatever its sampler.
 
         Raises:
             ValueError: the model predicts neither noise nor v.
@@ -377,14 +378,14 @@ class NoiseSchedule:
         return signal * clean + spread * noise
 
     def target(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What the model should say."""
+        """The correct prediction."""
         if self.prediction == "epsilon":
             return noise
         signal, spread = self._mix(t)
         return signal * noise - spread * clean
 
     def weight(self, t: Tensor) -> Tensor:
-        """(B,) min-SNR weights for this prediction."""
+        """Min-SNR weights (B,) for this kind of prediction."""
         snr = self.alphas[t] / (1 - self.alphas[t])
         divisor = snr if self.prediction == "epsilon" else snr + 1
         return snr.clamp(max=GAMMA) / divisor

@@ -1,8 +1,8 @@
-"""Images from a diffusers text-to-image folder, with one LoRA or none.
+"""Draws images with a text-to-image pipeline in a diffusers folder, with or without a LoRA.
 
-Any pipeline that turns a text into an image: Stable Diffusion, PixArt, Flux and so on. Sampling is
-DPM-Solver++ (arXiv:2211.01095) where the model was trained on noise levels that it knows, else the
-model's own. Nothing here reads a network: the folder is what there is.
+Supports any pipeline from text to image: Stable Diffusion, PixArt, Flux and others. The sampler is
+DPM-Solver++ (arXiv:2211.01095) if it supports the model's noise levels, otherwise the model's
+default. Reads only the folder and never the network.
 """
 
 # mypy: allow-untyped-calls
@@ -27,7 +27,7 @@ from air_core.weights import PIPELINE_CONFIG, check_lora_fits, generator_parts, 
 
 # B images, H height, W width.
 
-ADAPTER = "air"  # the LoRA's name inside peft
+ADAPTER = "air"  # name of the LoRA in peft
 LORA_FILE = "pytorch_lora_weights.safetensors"
 TEXT_TO_IMAGE = {
     "prompt", "height", "width", "num_inference_steps", "guidance_scale", "generator", "output_type"
@@ -50,14 +50,14 @@ class PipelineGenerator:
         """
         Args:
             model: folder of the pipeline.
-            settings: how images are drawn. A guidance of 1 or less means none, as in diffusers.
-            adapter: folder that holds the LoRA.
-            scale: weight of the LoRA; 0 is the model alone.
-            device: where to draw.
-            thrift: how much memory is saved for time, see `load_generator`.
+            settings: of the images. A guidance of 1 or less means none, as in diffusers.
+            adapter: folder of the LoRA.
+            scale: weight of the LoRA; 0 disables it.
+            device: on which to draw.
+            thrift: trades speed for memory, see `load_generator`.
 
         Raises:
-            ValueError: a folder without a pipeline or without a LoRA, or of the wrong kind.
+            ValueError: a folder contains no pipeline or no LoRA, or one that is not supported.
         """
         if adapter is not None:
             check_lora_fits(model)
@@ -76,13 +76,13 @@ class PipelineGenerator:
             self.pipeline.to(device)
 
     def generate(self, classname: str, indices: Sequence[int], attempts: Sequence[int]) -> Tensor:
-        """See ImageGenerator. Pixels depend a little on the batch, so a batch is always a block.
+        """See ImageGenerator. Pixels depend slightly on the batch, so a batch is always one block.
 
         Raises:
             ValueError: the model cannot draw images of this size.
         """
         settings = self.settings
-        # On the CPU and one for each image: neither the device nor the neighbours move the noise.
+        # With one generator per image on the CPU, noise depends on neither device nor batch.
         generators = [
             torch.Generator("cpu").manual_seed(image_seed(settings.seed, classname, i, attempt))
             for i, attempt in zip(indices, attempts, strict=True)
@@ -106,30 +106,30 @@ class PipelineGenerator:
 
 
 def _pixels(drawn: Tensor) -> Tensor:
-    """(B, 3, H, W) in [0, 1] -> (B, H, W, 3) uint8; an image with a NaN is black, so rejected."""
+    """(B, 3, H, W) in [0, 1] -> (B, H, W, 3) uint8; images with NaN become black (rejected)."""
     drawn = drawn.float().cpu()
     finite = drawn.isfinite().flatten(1).all(dim=1)
     drawn = torch.where(finite.view(-1, 1, 1, 1), drawn, torch.zeros(()))
     return (drawn * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-# ---------------------------------------------------------------- shared with the training of LoRA
+# ---------------------------------------------------------------- also used by lora.py
 
 
 def load_pipeline(model: Path) -> Any:
-    """A diffusers pipeline in float32 on the CPU, without safety checker, silent.
+    """Load a diffusers pipeline in float32 on the CPU, without safety checker and progress bars.
 
-    No code of the folder is run. Downloads from the Hugging Face hub are off in this process
-    afterwards, see `stay_offline`.
+    Runs no code from the folder. Turns off downloads from the Hugging Face hub in this process, see
+    `stay_offline`.
 
     Raises:
-        ValueError: no pipeline there, or one that names code or another model.
+        ValueError: the folder contains no pipeline, or one that names code or another model.
     """
     sums_in_one_order()
     stay_offline()
     index = model / PIPELINE_CONFIG
-    if not index.is_file():  # diffusers would turn to the network and fail with its message
-        raise ValueError(f"{model} is no diffusers folder: it has no {PIPELINE_CONFIG}")
+    if not index.is_file():  # otherwise diffusers tries the network
+        raise ValueError(f"{model} is not a diffusers folder: it has no {PIPELINE_CONFIG}")
     named = pipeline_index(index)
     for part in pipeline_parts(named):
         check_part_configs(model / part)
@@ -140,7 +140,7 @@ def load_pipeline(model: Path) -> Any:
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
-    # Parts that were left out on purpose, such as the large text encoder of Stable Diffusion 3.
+    # Parts that are intentionally missing, such as the large text encoder of Stable Diffusion 3.
     parts: dict[str, Any] = {part: None for part, kind in named.items() if kind == [None, None]}
     if "safety_checker" in named:
         parts |= {"safety_checker": None, "requires_safety_checker": False}
@@ -149,26 +149,26 @@ def load_pipeline(model: Path) -> Any:
             str(model),
             dtype=torch.float32,
             local_files_only=True,
-            use_safetensors=True,  # what else there is, is pickle
+            use_safetensors=True,  # the alternative is pickle
             trust_remote_code=False,
             **parts,
         )
-    except OSError as error:  # a half of it was fetched, or another precision of it
-        raise ValueError(f"{model} is not whole: {error}") from error
-    except (MemoryError, RuntimeError):  # of this machine
+    except OSError as error:  # partly downloaded, or in another precision
+        raise ValueError(f"{model} is incomplete: {error}") from error
+    except (MemoryError, RuntimeError):  # not caused by the folder
         raise
-    except Exception as error:  # odd values in its files: both libraries fail in many ways
+    except Exception as error:  # both libraries raise many types for invalid values
         raise ValueError(f"{model} cannot be read: {type(error).__name__}: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
     if getattr(pipeline, "watermark", None) is not None:
-        pipeline.watermark = None  # there only where some package is installed: pixels would differ
+        pipeline.watermark = None  # depends on an optional package and changes the pixels
     return pipeline
 
 
 def check_classes(model: Path) -> None:
-    """A pipeline and its own parts are of those kinds that hold settings and tensors alone.
+    """Check that the classes of a pipeline and its parts contain only settings and tensors.
 
-    diffusers also loads pipelines inside pipelines, whose settings are not checked here.
+    diffusers can also load pipelines inside pipelines, whose settings would not be checked.
 
     Raises:
         ValueError: the folder names another class.
@@ -181,8 +181,8 @@ def check_classes(model: Path) -> None:
     kind = getattr(diffusers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)):
         raise ValueError(
-            f"{index}: _class_name is {name}, which is no pipeline of diffusers "
-            f"{diffusers.__version__}; a generator is one such as StableDiffusionPipeline"
+            f"{index}: _class_name is {name}, which is not a pipeline of diffusers "
+            f"{diffusers.__version__}; use a pipeline such as StableDiffusionPipeline"
         )
     if getattr(kind, "_load_connected_pipes", False):
         raise ValueError(
@@ -194,26 +194,26 @@ def check_classes(model: Path) -> None:
         plain = (diffusers.ModelMixin, diffusers.SchedulerMixin)
         if library == "diffusers" and not (isinstance(kind, type) and issubclass(kind, plain)):
             raise ValueError(
-                f"{index}: its {part} is a {name}, which is no model or scheduler of diffusers "
+                f"{index}: its {part} is a {name}, which is not a model or scheduler of diffusers "
                 f"{diffusers.__version__}"
             )
 
 
 def load_adapter(pipeline: Any, adapter: Path, scale: float) -> None:
-    """Put a LoRA on a pipeline.
+    """Load a LoRA into a pipeline.
 
     Raises:
-        ValueError: no LoRA there, or one that is no safetensors file.
+        ValueError: the folder contains no LoRA, or it is not a safetensors file.
     """
     if not (adapter / LORA_FILE).is_file():
-        raise ValueError(f"{adapter} holds no LoRA: it has no {LORA_FILE}")
+        raise ValueError(f"{adapter} contains no LoRA: it has no {LORA_FILE}")
     try:
         pipeline.load_lora_weights(
             str(adapter),
             weight_name=LORA_FILE,
             adapter_name=ADAPTER,
             local_files_only=True,
-            use_safetensors=True,  # else a file that cannot be read is tried as a pickle
+            use_safetensors=True,  # otherwise an unreadable file is read as a pickle
         )
     except SafetensorError as error:
         raise ValueError(f"{adapter / LORA_FILE} cannot be read: {error}") from error
@@ -221,7 +221,7 @@ def load_adapter(pipeline: Any, adapter: Path, scale: float) -> None:
 
 
 def autocast(device: str, precision: Precision) -> AbstractContextManager[Any]:
-    """bf16 where it is safe to, or nothing for fp32. Weights stay float32."""
+    """Compute in bf16 where that is safe; no effect for fp32. Weights stay in float32."""
     kind = torch.device(device).type
     return torch.autocast(kind, dtype=torch.bfloat16, enabled=precision == "bf16")
 
@@ -238,9 +238,9 @@ def _check_draws_from_text(pipeline: Any, model: Path) -> None:
 
 
 def _sampler(scheduler: Any) -> Any:
-    """DPM-Solver++ for the noise levels that a model was trained with.
+    """DPM-Solver++ with the noise levels of the model.
 
-    Flow matching and distilled models have samplers of their own, which stay.
+    Flow matching and distilled models keep their sampler.
     """
     from diffusers import DPMSolverMultistepScheduler
     from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers

@@ -1,8 +1,8 @@
-"""The embedded world: a tiny CLIP and a tiny text-to-image pipeline that are really pretrained.
+"""A tiny pretrained CLIP and a tiny pretrained text-to-image pipeline, shipped with the package.
 
-`weights/` is what ships. The scripts beside it make it again from nothing but fonts and random
-numbers (`python -m air_core.tiny --work DIR --out DIR`); MODEL_CARD.md says how well it does.
-Nothing in air_core imports this package: the weights are found with importlib.resources.
+`weights/` contains both models. `python -m air_core.tiny --work DIR --out DIR` trains them again
+from fonts and random numbers; MODEL_CARD.md lists their scores. No module of air_core imports this
+package: importlib.resources locates the weights.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ CHECKSUMS = "checksums.json"
 
 
 def checksums(folder: Path) -> dict[str, str]:
-    """BLAKE2b of every file below a folder, by relative path; but for the list itself."""
+    """BLAKE2b digests of all files in a folder, by relative path, except for the list itself."""
     files = sorted(f for f in folder.rglob("*") if f.is_file() and f.name != CHECKSUMS)
     return {
         file.relative_to(folder).as_posix(): blake2b(file.read_bytes(), digest_size=32).hexdigest()

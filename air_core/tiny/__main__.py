@@ -1,7 +1,7 @@
-"""Make the embedded world again: `python -m air_core.tiny --work DIR --out DIR`.
+"""Train the tiny models again: `python -m air_core.tiny --work DIR --out DIR`.
 
-A bit more than an hour on one CPU core. Weights come out the same on the same processor and
-library versions; elsewhere rounding differs and the scores agree to a point or so.
+Takes a little more than an hour on one CPU core. The weights are reproducible on the same processor
+with the same library versions; otherwise rounding differs and scores vary by about one point.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from air_core.tiny.scores import measured
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="images, latents, checkpoints")
-    parser.add_argument("--out", type=Path, required=True, help="gets clip/ and diffusion/")
+    parser.add_argument("--out", type=Path, required=True, help="receives clip/ and diffusion/")
     parser.add_argument("--images", type=int, default=120_000, help="source images")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # sums, and so weights, depend on the number of threads
+    torch.set_num_threads(1)  # sums, and so the weights, depend on the number of threads
     pretrain(arguments.work, arguments.out, arguments.images, ClipTraining())
     pretrain_vae(arguments.work, arguments.images, VaeTraining())
     pretrain_unet(arguments.work, arguments.out, arguments.images, UnetTraining())

@@ -1,11 +1,12 @@
 """Pretrain the tiny CLIP on rendered, captioned images: `python -m air_core.tiny.pretrain_clip`.
 
-Symmetric InfoNCE as in CLIP (arXiv:2103.00020), and a term that tells the 58 concepts apart, since
-a batch of 256 holds each concept several times and InfoNCE alone calls those images strangers.
+The loss is symmetric InfoNCE as in CLIP (arXiv:2103.00020) plus a classification term over the 58
+concepts. A batch of 256 contains each concept several times, and InfoNCE alone would treat images
+of one concept as negatives.
 
-Two states of one run are kept. The shipped CLIP stops in the middle of the schedule, on purpose:
-its image side is as good as the final one and its text side is weaker, so that there is something
-to adapt. The text tower of the end starts the generator's text encoder.
+Two states of one training are saved. The shipped CLIP is from the middle of the schedule: its image
+tower is as good as the final one but its text tower is weaker, so that prompts have something to
+improve. The final text tower initialises the generator's text encoder.
 """
 
 from __future__ import annotations
@@ -49,10 +50,10 @@ TEXT: dict[str, Any] = {
 
 @dataclass(frozen=True, kw_only=True)
 class ClipTraining:
-    """One run: AdamW, warm-up and cosine to 0."""
+    """One training: AdamW, warm-up, then cosine to 0."""
 
     steps: int = 770
-    shipped: int = 400  # the state that ships
+    shipped: int = 400  # step of the shipped state
     batch: int = 256
     warmup: int = 60
     learning_rate: float = 1e-3
@@ -63,19 +64,19 @@ class ClipTraining:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="rendered images, checkpoints")
-    parser.add_argument("--out", type=Path, required=True, help="gets the folder clip/")
+    parser.add_argument("--out", type=Path, required=True, help="receives the folder clip/")
     parser.add_argument("--images", type=int, default=120_000, help="source images")
     parser.add_argument("--steps", type=int, default=ClipTraining.steps)
     parser.add_argument("--shipped", type=int, default=ClipTraining.shipped)
     parser.add_argument("--batch", type=int, default=ClipTraining.batch)
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # sums, and so weights, depend on the number of threads
+    torch.set_num_threads(1)  # sums, and so the weights, depend on the number of threads
     training = ClipTraining(steps=arguments.steps, shipped=arguments.shipped, batch=arguments.batch)
     pretrain(arguments.work, arguments.out, arguments.images, training)
 
 
 def pretrain(work: Path, out: Path, images: int, training: ClipTraining) -> None:
-    """Train; write `out/clip`, what ships, and `work/clip-final.safetensors`, the last state."""
+    """Train CLIP; write the shipped state to `out/clip` and the final one to `work`."""
     folder = out / "clip"
     folder.mkdir(parents=True, exist_ok=True)
     write_merges(folder / "merges.txt.gz")
@@ -99,7 +100,7 @@ def pretrain(work: Path, out: Path, images: int, training: ClipTraining) -> None
 
 
 def write_merges(path: Path) -> None:
-    """The first merges of CLIP's own byte-pair file; the same bytes every time."""
+    """Write the first merges of CLIP's byte-pair file, with reproducible bytes."""
     lines = gzip.decompress(Path(default_bpe()).read_bytes()).decode().split("\n")
     text = "\n".join(lines[: MERGES + 1])  # the first line is a version
     path.write_bytes(gzip.compress(text.encode(), mtime=0))
@@ -110,13 +111,13 @@ def load_tokenizer(merges: Path) -> SimpleTokenizer:
 
 
 def build(seed: int) -> CLIP:
-    """A CLIP with open_clip's own initialisation."""
+    """A CLIP with open_clip's initialisation."""
     torch.manual_seed(seed)
     return CLIP(EMBED, CLIPVisionCfg(**VISION), CLIPTextCfg(**TEXT), quick_gelu=False)
 
 
 def save(clip: CLIP, folder: Path) -> None:
-    """A self-contained open_clip folder in half precision (`local-dir:<folder>`)."""
+    """Write a self-contained open_clip folder in half precision (`local-dir:<folder>`)."""
     state = {name: t.detach().half().contiguous() for name, t in clip.state_dict().items()}
     save_file(state, folder / "open_clip_model.safetensors", metadata={"format": "pt"})
     config = {
@@ -137,7 +138,7 @@ def save(clip: CLIP, folder: Path) -> None:
 def fit(
     clip: CLIP, tokenizer: SimpleTokenizer, seen: Source, training: ClipTraining
 ) -> Iterator[tuple[int, float]]:
-    """Train in place; yields (steps done, loss)."""
+    """Train in place; yield (finished steps, loss)."""
     rng = np.random.default_rng([training.seed, 1])
     optimizer = torch.optim.AdamW(
         _groups(clip, training.weight_decay),
@@ -174,7 +175,7 @@ def contrastive_loss(clip: CLIP, images: Tensor, texts: Tensor, labels: Tensor) 
 
     Args:
         images: (B, 3, S, S).
-        texts: (B + C, L): a caption for each image, then one text for each concept.
+        texts: (B + C, L): a caption for each image, then a text for each concept.
         labels: (B,) concept of each image.
     """
     image = F.normalize(clip.encode_image(images), dim=-1)  # (B, D)
@@ -194,7 +195,7 @@ def contrastive_loss(clip: CLIP, images: Tensor, texts: Tensor, labels: Tensor) 
 
 @contextmanager
 def exact_attention() -> Iterator[None]:
-    """The plain attention kernel: on a CPU its backward pass is the quickest one."""
+    """Use the plain attention kernel, which has the fastest backward pass on a CPU."""
     with sdpa_kernel(SDPBackend.MATH):
         yield
 
@@ -212,7 +213,7 @@ def _groups(clip: CLIP, weight_decay: float) -> list[dict[str, Any]]:
 
 
 def _passes(n: int, batch: int, rng: np.random.Generator) -> Iterator[np.ndarray[Any, Any]]:
-    """Batches of positions; every image once in each pass."""
+    """Endless batches of positions; each pass contains every image once."""
     while True:
         order = rng.permutation(n)
         for i in range(0, n - batch + 1, batch):

@@ -1,10 +1,10 @@
 """Pretrain the tiny text-to-image pipeline: `python -m air_core.tiny.pretrain_diffusion`.
 
-A latent diffusion model (arXiv:2112.10752) in three steps: an autoencoder from 32x32 pixels to 8x8
-latents, the latents of all source images, and a U-Net that predicts noise given a caption, with
-min-SNR weights (arXiv:2303.09556) and classifier-free guidance (arXiv:2207.12598). The text
-encoder starts from the text tower of the fully trained CLIP (`work/clip-final.safetensors`), so
-`pretrain_clip` comes first.
+Trains a latent diffusion model (arXiv:2112.10752) in three steps: an autoencoder from 32x32 pixels
+to 8x8 latents, the latents of all source images, and a U-Net that predicts noise for a caption,
+with min-SNR weights (arXiv:2303.09556) and classifier-free guidance (arXiv:2207.12598). The text
+encoder starts from the text tower of the final CLIP (`work/clip-final.safetensors`), so run
+`pretrain_clip` first.
 """
 
 # mypy: allow-untyped-calls
@@ -47,7 +47,7 @@ from air_core.tiny.render import DIGITS, Source, caption, source
 
 # B images in a batch, N images, S side in pixels, L tokens, W text width.
 
-LATENT_NOISE = 0.05  # the decoder learns to bear small errors of the U-Net
+LATENT_NOISE = 0.05  # makes the decoder robust against small errors of the U-Net
 SCHEDULE: dict[str, Any] = {
     "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
@@ -71,11 +71,11 @@ class UnetTraining:
     steps: int = 2000
     batch: int = 64
     learning_rate: float = 1e-3
-    text_share: float = 0.3  # learning rate of the text encoder, as a share
+    text_share: float = 0.3  # learning rate of the text encoder relative to the U-Net's
     warmup: int = 100
-    constant: float = 0.6  # share of the steps before the learning rate falls
+    constant: float = 0.6  # share of the steps before the learning rate decreases
     caption_dropout: float = 0.1
-    digit_weight: int = 4  # digits are drawn this much more often
+    digit_weight: int = 4  # factor by which digits are sampled more often
     gamma: float = 5.0  # min-SNR
     ema: float = 0.998
     seed: int = 2
@@ -84,15 +84,18 @@ class UnetTraining:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="rendered images, checkpoints")
-    parser.add_argument("--out", type=Path, required=True, help="gets the folder diffusion/")
+    parser.add_argument("--out", type=Path, required=True, help="receives the folder diffusion/")
     parser.add_argument("--images", type=int, default=120_000, help="source images")
     parser.add_argument("--vae-steps", type=int, default=VaeTraining.steps)
     parser.add_argument("--unet-steps", type=int, default=UnetTraining.steps)
     parser.add_argument(
-        "--part", choices=["all", "vae", "unet"], default="all", help="vae may run beside CLIP"
+        "--part",
+        choices=["all", "vae", "unet"],
+        default="all",
+        help="vae can run in parallel to CLIP",
     )
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # sums, and so weights, depend on the number of threads
+    torch.set_num_threads(1)  # sums, and so the weights, depend on the number of threads
     if arguments.part in ("all", "vae"):
         pretrain_vae(arguments.work, arguments.images, VaeTraining(steps=arguments.vae_steps))
     if arguments.part in ("all", "unet"):
@@ -108,7 +111,7 @@ def main() -> None:
 
 
 def pretrain_vae(work: Path, images: int, training: VaeTraining) -> None:
-    """Train the autoencoder and encode every source image; both land in `work`."""
+    """Train the autoencoder and encode all source images; write both to `work`."""
     everything = source(work, images)
     seen, held_out = everything.split()
     vae = build_vae(training.seed)
@@ -128,7 +131,7 @@ def pretrain_vae(work: Path, images: int, training: VaeTraining) -> None:
 
 
 def build_vae(seed: int) -> Any:
-    """Four times smaller on each side, 4 channels. AutoencoderTiny wants equal widths."""
+    """An autoencoder that reduces each side by 4, with 4 channels and equal widths."""
     torch.manual_seed(seed)
     vae: Any = AutoencoderTiny(
         encoder_block_out_channels=(32, 32, 32),
@@ -144,7 +147,7 @@ def build_vae(seed: int) -> Any:
 def fit_vae(
     vae: Any, images: NDArray[np.uint8], training: VaeTraining
 ) -> Iterator[tuple[int, float]]:
-    """Train in place; yields (steps done, loss)."""
+    """Train in place; yield (finished steps, loss)."""
     rng = np.random.default_rng([training.seed, 1])
     noise = torch.Generator().manual_seed(training.seed)
     optimizer = torch.optim.AdamW(
@@ -159,7 +162,7 @@ def fit_vae(
         latents = vae.encode(pixels).latents
         shaken = latents + LATENT_NOISE * torch.randn(latents.shape, generator=noise)
         error = vae.decode(shaken).sample - pixels
-        # Latents of mean 0 and spread 1, channel by channel: what a diffusion model expects.
+        # A diffusion model expects latents of mean 0 and standard deviation 1 in each channel.
         shape = (latents.mean(dim=(0, 2, 3)) ** 2 + (latents.std(dim=(0, 2, 3)) - 1) ** 2).mean()
         loss = (error**2).mean() + 0.25 * error.abs().mean() + 0.01 * shape
         optimizer.zero_grad()
@@ -196,7 +199,7 @@ def vae_error(vae: Any, images: NDArray[np.uint8]) -> float:
 
 
 def _parts(images: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
-    """50 images at once fit the processor's cache: nearly twice as fast as 500."""
+    """Batches of 50 images, which fit the processor's cache: nearly twice as fast as 500."""
     for i in range(0, len(images), 50):
         yield images[i : i + 50]
 
@@ -225,12 +228,12 @@ def pretrain_unet(work: Path, out: Path, images: int, training: UnetTraining) ->
             )
     ema.copy_to_models()
     vae = AutoencoderTiny.from_pretrained(work / "vae", local_files_only=True)
-    vae.register_to_config(_name_or_path="")  # else the file that ships would name `work`
+    vae.register_to_config(_name_or_path="")  # otherwise the shipped file names `work`
     save(folder, vae, text_encoder, unet, tokenizer)
 
 
 def build_unet(seed: int) -> Any:
-    """Two levels, cross-attention at both. attention_head_dim is the number of heads here."""
+    """A U-Net of two levels with cross-attention; attention_head_dim is the number of heads."""
     torch.manual_seed(seed)
     return UNet2DConditionModel(
         sample_size=8,
@@ -248,7 +251,7 @@ def build_unet(seed: int) -> Any:
 
 
 def build_text_encoder(clip: dict[str, Tensor]) -> CLIPTextModel:
-    """The text tower of an open_clip CLIP as transformers writes it."""
+    """Convert the text tower of an open_clip CLIP to transformers."""
     model = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=TEXT["vocab_size"],
@@ -287,7 +290,7 @@ def build_text_encoder(clip: dict[str, Tensor]) -> CLIPTextModel:
 
 
 class Averages:
-    """Exponential moving averages of the weights; they sample better than the last ones."""
+    """Exponential moving averages of the weights, which give better images than the weights."""
 
     def __init__(self, *models: torch.nn.Module, decay: float) -> None:
         self.live = [p for model in models for p in model.parameters()]
@@ -314,7 +317,7 @@ def fit_unet(
     latents: Tensor,
     training: UnetTraining,
 ) -> Iterator[tuple[int, float]]:
-    """Train in place on scaled latents (N, 4, 8, 8); yields (steps done, loss)."""
+    """Train in place on scaled latents (N, 4, 8, 8); yield (finished steps, loss)."""
     rng = np.random.default_rng([training.seed, 1])
     noises = torch.Generator().manual_seed(training.seed)
     alphas = scheduler().alphas_cumprod  # (T,)
@@ -365,7 +368,7 @@ def _rate(step: int, training: UnetTraining) -> float:
     return 1 - 0.95 * (share - training.constant) / (1 - training.constant)
 
 
-# ---------------------------------------------------------------- the folder that ships
+# ---------------------------------------------------------------- shipped folder
 
 
 def save(
@@ -375,7 +378,7 @@ def save(
     unet: Any,
     tokenizer: SimpleTokenizer,
 ) -> None:
-    """A diffusers folder in half precision."""
+    """Write a diffusers folder in half precision."""
     pipeline: Any = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
@@ -391,14 +394,14 @@ def save(
 
 
 def scheduler() -> Any:
-    """The noise schedule of training, and the sampler (DPM-Solver++, arXiv:2211.01095)."""
+    """DPM-Solver++ (arXiv:2211.01095) with the noise schedule of the training."""
     return DPMSolverMultistepScheduler(
         **SCHEDULE, algorithm_type="dpmsolver++", solver_order=2, steps_offset=1
     )
 
 
 def diffusers_tokenizer(tokenizer: SimpleTokenizer) -> CLIPTokenizer:
-    """The same ids as transformers spells it: other names for the two specials, '!' as padding."""
+    """Convert the tokenizer to transformers, with its special tokens and '!' as padding."""
     specials = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
     return CLIPTokenizer(
         vocab={specials.get(token, token): i for token, i in tokenizer.encoder.items()},

@@ -1,8 +1,8 @@
-"""Source images of the tiny world and their captions, drawn by a program.
+"""Renders the images and captions on which the tiny models are trained.
 
-58 concepts (digits, letters, shapes, garments) as light strokes on dark grounds, 32x32 pixels.
-Fonts come with matplotlib, which is a development dependency: only making the weights again needs
-it. Nothing here knows of models, or of the handwritten digits that the models meet later.
+The images show 58 concepts (digits, letters, shapes, garments) as light strokes on dark
+backgrounds, 32x32 pixels. The fonts come with matplotlib, a development dependency that only the
+training of the weights needs.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 # N images, S side in pixels.
 
 SIDE = 32
-CANVAS = 2 * SIDE  # strokes are drawn at twice the size and averaged down
-ROOM = 2 * CANVAS  # glyphs are drawn with room around them and then moved into the canvas
-CHUNK = 2000  # images of one random stream
-HELD_OUT = 60  # one image in so many is never trained on
+CANVAS = 2 * SIDE  # images are drawn at twice the size and averaged
+ROOM = 2 * CANVAS  # side of the larger canvas for ink before its transformation
+CHUNK = 2000  # images per random stream
+HELD_OUT = 60  # one of 60 images is held out
 SEED = 2024
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -72,7 +72,7 @@ FACES = (
 
 @dataclass(frozen=True)
 class Source:
-    """Rendered images and what is in them."""
+    """Rendered images and their attributes."""
 
     images: NDArray[np.uint8]  # (N, S, S, 3)
     attributes: NDArray[np.int64]  # (N, 5): concept, foreground, ground, size, style
@@ -85,7 +85,7 @@ class Source:
         return self.attributes[:, 0]
 
     def split(self) -> tuple[Source, Source]:
-        """All but the last images, to train on, and those: one in HELD_OUT, never trained on."""
+        """Split off the last images, one in HELD_OUT: the training images and the held-out ones."""
         n = len(self) - max(1, len(self) // HELD_OUT)
         return (
             Source(self.images[:n], self.attributes[:n]),
@@ -94,7 +94,7 @@ class Source:
 
 
 def source(work: Path, n: int, workers: int = 2) -> Source:
-    """The first n source images; kept in `work` so that later scripts read the same ones."""
+    """The first n source images, stored in `work` for later scripts."""
     images, attributes = work / f"images-{n}.npy", work / f"attributes-{n}.npy"
     if not (images.exists() and attributes.exists()):
         work.mkdir(parents=True, exist_ok=True)
@@ -105,7 +105,7 @@ def source(work: Path, n: int, workers: int = 2) -> Source:
 
 
 def render(n: int, workers: int = 1) -> Source:
-    """The first n images. Every chunk has its own random stream, so workers do not matter."""
+    """Render the first n images. Each chunk has a separate random stream, whatever the workers."""
     sizes = [min(CHUNK, n - start) for start in range(0, n, CHUNK)]
     if workers == 1:
         parts = [chunk(c, size) for c, size in enumerate(sizes)]
@@ -129,7 +129,7 @@ def chunk(index: int, size: int = CHUNK) -> Source:
 
 
 def caption(attributes: Sequence[int], rng: Generator) -> str:
-    """One of the many ways to describe an image; a new one is drawn every time it is used."""
+    """A random caption of an image."""
     concept, foreground, ground, size, style = (int(a) for a in attributes)
     words = CONCEPTS[concept]
     if rng.random() >= 0.4:
@@ -145,11 +145,11 @@ def caption(attributes: Sequence[int], rng: Generator) -> str:
 
 
 def framed(words: str, rng: Generator) -> str:
-    """The words in a random sentence frame."""
+    """Put words into a random sentence frame."""
     return FRAMES[rng.integers(len(FRAMES))].format(words)
 
 
-# ---------------------------------------------------------------- one picture
+# ---------------------------------------------------------------- one image
 
 
 def _picture(rng: Generator) -> tuple[NDArray[np.uint8], tuple[int, ...]]:
@@ -174,7 +174,7 @@ def _picture(rng: Generator) -> tuple[NDArray[np.uint8], tuple[int, ...]]:
 
 def _colour(table: dict[str, tuple[int, int, int]], rng: Generator) -> int:
     index = int(rng.integers(len(table)))
-    return 0 if rng.random() < 0.35 else index  # the first of each table is white or black
+    return 0 if rng.random() < 0.35 else index  # the first colour is white or black
 
 
 def _painted(
@@ -192,10 +192,13 @@ def _painted(
 
 
 def _placed(ink: Image.Image, rng: Generator) -> tuple[Image.Image, int, bool]:
-    """Ink, stretched, turned, sheared and moved into the canvas; its size word; is it slanted?
+    """Stretch, rotate, shear and move ink into the canvas.
 
-    The size range matters more than anything else here: handwritten digits fill their frame, and
-    a CLIP that has only seen small glyphs does not know large ones.
+    The range of sizes is the most important parameter: handwritten digits fill their frame, and a
+    CLIP that was trained on small glyphs does not recognise large ones.
+
+    Returns:
+        The mask, the index of its size in SIZES, and whether it is slanted.
     """
     left, top, right, bottom = ink.getbbox() or (0, 0, ROOM, ROOM)
     width, height = right - left, bottom - top
@@ -208,7 +211,7 @@ def _placed(ink: Image.Image, rng: Generator) -> tuple[Image.Image, int, bool]:
     dx, dy = rng.uniform(-1, 1, 2) * slack + rng.uniform(-2, 2, 2)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     forward = turn @ np.array([[1, shear], [0, 1]]) @ np.diag([x_scale, y_scale])
-    back = np.linalg.inv(forward)  # PIL asks where each output pixel comes from
+    back = np.linalg.inv(forward)  # PIL needs the map from output to input pixels
     center_in = np.array([(left + right) / 2, (top + bottom) / 2])
     center_out = np.array([CANVAS / 2 + dx, CANVAS / 2 + dy])
     offset = center_in - back @ center_out
@@ -285,7 +288,7 @@ def _figure(concept: int, rng: Generator) -> tuple[Image.Image, tuple[int, ...]]
 
 
 def _regular(corners: int, inner: float = 1.0, turn: float = -90.0) -> Points:
-    """Corners on a circle of radius 26; a star where every second one lies further in."""
+    """Corners of a regular polygon with radius 26; with `inner` < 1, of a star."""
     n = corners if inner == 1.0 else 2 * corners
     angles = np.deg2rad(turn + 360 * np.arange(n) / n)
     radii = [26 * (inner if i % 2 else 1.0) for i in range(n)]
@@ -341,7 +344,7 @@ _ROUND: dict[str, Callable[[ImageDraw.ImageDraw, Generator], None]] = {
     "crescent": _crescent,
 }
 
-# Silhouettes on a 64-pixel grid: (polygons to fill, polygons to cut out again).
+# Silhouettes on a 64-pixel grid: (polygons to fill, polygons to cut out).
 _GARMENTS: dict[str, tuple[list[Points], list[Points]]] = {
     "t-shirt": (
         [

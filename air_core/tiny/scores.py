@@ -1,7 +1,7 @@
-"""How well the tiny models do: on source images held out, and on real handwritten digits.
+"""Scores of the tiny models on held-out source images and on real handwritten digits.
 
-The digits are scikit-learn's; no model here was trained on them, and their labels serve to
-measure only. `python -m air_core.tiny.scores --out DIR` prints the numbers of the model card.
+The digits are those of scikit-learn. The models were not trained on them, and their labels are used
+for scores only. `python -m air_core.tiny.scores --out DIR` prints the numbers of the model card.
 """
 
 # mypy: allow-untyped-calls
@@ -38,14 +38,14 @@ MEAN, STD = 0.15, 0.28  # of the source pixels in [0, 1], the same for the three
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="holds clip/ and diffusion/")
+    parser.add_argument("--out", type=Path, required=True, help="contains clip/ and diffusion/")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     print(json.dumps(measured(arguments.out), indent=2))
 
 
 def measured(out: Path, per_class: int = 20, held_out: Source | None = None) -> dict[str, Any]:
-    """All scores of a folder with both models."""
+    """All scores of the two models in a folder."""
     from air_core.diffusion.pipeline import PipelineGenerator
     from air_core.specs import GenerationSettings
     from air_core.tiny.pretrain_diffusion import vae_error
@@ -82,7 +82,7 @@ def clip_scores(clip: CLIP, tokenizer: SimpleTokenizer, held_out: Source) -> dic
 def sample_scores(
     clip: CLIP, tokenizer: SimpleTokenizer, generator: ImageGenerator, per_class: int
 ) -> dict[str, float]:
-    """Does CLIP read generated digits as what was asked for? How fast do they come?"""
+    """Share of generated digits that CLIP classifies as their prompt, and the generation speed."""
     start = time.process_time()
     batches = [generator.generate(name, range(per_class), [0] * per_class) for name in DIGIT_NAMES]
     seconds = time.process_time() - start
@@ -106,7 +106,7 @@ def handwritten() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
 
 
 def clip_input(images: NDArray[np.uint8]) -> Tensor:
-    """(N, S, S, 3) uint8 -> (N, 3, S, S), normalised as CLIP wants it."""
+    """(N, S, S, 3) uint8 -> (N, 3, S, S), normalised for CLIP."""
     pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 255
     return (pixels - MEAN) / STD
 
@@ -124,7 +124,7 @@ def image_features(clip: CLIP, images: NDArray[np.uint8]) -> Tensor:
 
 @torch.no_grad()
 def text_features(clip: CLIP, tokenizer: SimpleTokenizer, names: tuple[str, ...]) -> Tensor:
-    """Unit features (C, D) of the one template."""
+    """Unit features (C, D) of the class names in TEMPLATE."""
     clip.eval()
     features: Tensor = clip.encode_text(
         tokenizer([TEMPLATE.format(name) for name in names]), normalize=True
@@ -145,9 +145,9 @@ def zero_shot(
 
 
 def linear_probe(clip: CLIP) -> float:
-    """Test accuracy on the digits of logistic regression on image features, on 70 % of the labels.
+    """Test accuracy of logistic regression on image features of digits, with 70 % for training.
 
-    How much the image side knows, whatever the texts say.
+    Measures the image tower independently of the text tower.
     """
     images, labels = handwritten()
     features = image_features(clip, images).numpy()

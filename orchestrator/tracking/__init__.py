@@ -1,4 +1,4 @@
-"""MLflow: a view of what store and event log hold, filled while a sweep runs or later."""
+"""MLflow tracking: publishes the results of a store, while a sweep runs or afterwards."""
 
 from orchestrator.tracking.lookup import find_trial, named_trial
 from orchestrator.tracking.publish import Publisher

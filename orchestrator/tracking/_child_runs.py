@@ -1,7 +1,8 @@
-"""Trials and settings as runs of a tracker: names, tags, numbers, and where they came from.
+"""Builds the trial runs and setting runs of a sweep: names, tags, params, metrics and files.
 
-A run says of its making what the record says: who really computed it, with which code. A setting
-is a cell and a point over its seeds and splits, a row of the table, and has the table's numbers.
+User, commit and code of a trial run come from the trial's record, not from the process that sends
+it. A setting is a cell and a point over all seeds and splits: one row of the table, with the
+table's numbers.
 """
 
 from __future__ import annotations
@@ -29,33 +30,34 @@ from orchestrator.store import ArtifactStore, TrialRecord
 from orchestrator.tracking.types import ChildRun, Numbers, SweepRun
 
 SPEC = "spec.json"
-RECIPE = 1  # raised when the same trials give a setting other numbers
+RECIPE = 1  # increase when a change computes other numbers of a setting from the same trials
 
-Done = tuple[Slot, TrialRecord]
+FinishedTrial = tuple[Slot, TrialRecord]
 
 
 class ChildRuns:
-    """Makes the runs below that of a sweep."""
+    """Builds the child runs of a sweep run."""
 
     def __init__(self, sweep: SweepSpec, parent: SweepRun, store: ArtifactStore) -> None:
         self.parent, self._store = parent, store
         self._objective = sweep.search.objective if sweep.search else ""
         self._seeds = sweep.seeds.vary
         self._planned = len(sweep.seeds.values)  # trials of a setting
-        self._varied = {*sweep.grid, *(one.key for one in sweep.space), *sweep.seeds.vary}
-        self._ended: dict[str, dict[str, Outcome]] = {}  # by setting and slot
+        self._varied = {*sweep.grid, *(axis.key for axis in sweep.space), *sweep.seeds.vary}
+        self._outcomes: dict[str, dict[str, Outcome]] = {}  # by setting and slot
 
     def trial(self, outcome: Outcome, at: float | None, maker: Mapping[str, Any]) -> ChildRun:
-        """
+        """The run of a trial.
+
         Args:
-            at: seconds since the epoch; when an outcome without a record was noted.
-            maker: who ran what has no record: user, commit, dirty.
+            at: when an outcome without a record was logged, in seconds since the epoch.
+            maker: user, commit and dirty of an outcome without a record.
         """
         slot, record = outcome.slot, outcome.record
         spec = normalised(slot.spec)
         seed = slot.seeds.get("seed", slot.spec.seed)
-        noted = int((at or 0.0) * 1000)
-        started, ended = _times(record) if record else (noted, noted)
+        logged = int((at or 0.0) * 1000)
+        started, ended = _times(record) if record else (logged, logged)
         if record is not None:
             numbers = Numbers(metrics=record.metrics, curves=record.curves)
         elif outcome.pruned is not None:
@@ -88,25 +90,26 @@ class ChildRuns:
         )
 
     def completed_setting(self, outcome: Outcome) -> ChildRun | None:
-        """The setting of a trial that has ended; None: others have not, or there is no result.
+        """The run of an outcome's setting; None while trials are missing, or without a result.
 
-        Settings that stay incomplete are sent at the end of the sweep.
+        `sync` sends incomplete settings at the end of the sweep.
         """
-        of_point = self._ended.setdefault(point_id(outcome.slot), {})
-        of_point[outcome.slot.id] = outcome
-        done = [(one.slot, one.record) for one in of_point.values() if one.record is not None]
-        pruned = any(one.state == "pruned" for one in of_point.values())
-        if len(of_point) < self._planned or pruned or not done:
+        outcomes = self._outcomes.setdefault(point_id(outcome.slot), {})
+        outcomes[outcome.slot.id] = outcome
+        done = [(each.slot, each.record) for each in outcomes.values() if each.record is not None]
+        pruned = any(each.state == "pruned" for each in outcomes.values())
+        if len(outcomes) < self._planned or pruned or not done:
             return None
         return self.setting(done)
 
-    def setting(self, done: Sequence[Done]) -> ChildRun:
-        """
+    def setting(self, done: Sequence[FinishedTrial]) -> ChildRun:
+        """The run of a setting.
+
         Args:
-            done: the finished trials of a setting, at least one.
+            done: the finished trials of the setting, at least one.
         """
         slot = done[0][0]
-        done = sorted(done, key=lambda one: tuple(one[0].seeds.values()))
+        done = sorted(done, key=lambda trial: tuple(trial[0].seeds.values()))
         times = [_times(record) for _, record in done]
         varied = self._varied - {*self._seeds}
         settings = {key: value for key, value in varied_settings(slot).items() if key in varied}
@@ -115,14 +118,14 @@ class ChildRuns:
         return ChildRun(
             kind="point",
             id=point_id(slot),
-            content=_content(done, params),
+            content=_content_digest(done, params),
             name=" ".join(
                 [_name(slot), *(f"{key}={shown(value)}" for key, value in settings.items())]
             ),
             tags={
                 **_tags(slot),
-                "air.seed": _listed(one.seeds.get("seed", one.spec.seed) for one, _ in done),
-                "air.split_seed": _listed(one.spec.split_seed for one, _ in done),
+                "air.seed": _joined(trial.seeds.get("seed", trial.spec.seed) for trial, _ in done),
+                "air.split_seed": _joined(trial.spec.split_seed for trial, _ in done),
                 "air.runs": f"{len(done)} of {self._planned}",
                 "air.user": ", ".join(sorted(users)),
             },
@@ -137,33 +140,33 @@ class ChildRuns:
         values = {**varied_settings(slot), **all_settings(slot), "method": slot.cell.method}
         return {key: str(value) for key, value in values.items() if key in varied}
 
-    def _note(self, done: Sequence[Done]) -> str:
+    def _note(self, done: Sequence[FinishedTrial]) -> str:
         computed = len({slot.key.digest for slot, _ in done})
-        about = f"Mean over {len(done)} of {self._planned} runs"
+        text = f"Mean over {len(done)} of {self._planned} runs"
         if computed < len(done):
-            about += f"; {computed} computed, since nothing in the others depends on their seed"
+            text += f"; {computed} computed, since the other seeds give the same trial"
         query = (
             f"tags.`air.kind` = 'trial' and tags.`air.sweep` = '{self.parent.sweep}' "
             f"and tags.`air.point` = '{point_id(done[0][0])}'"
         )
-        return f"{about}. Its trials: search for\n\n    {query}"
+        return f"{text}. To find its trials, search for\n\n    {query}"
 
     def _lineage(self, spec: TrialSpec, made: Mapping[str, Any]) -> dict[str, str]:
-        """Tags that say which inputs and which code gave this result."""
-        known = {name: str(made.get(name, "")) for name in ("user", "commit", "dirty", "code")}
-        if known["user"] in ("", UNKNOWN):
-            known["user"] = self.parent.user
-        known |= {name: str(made.get(name, "")) for name in ("host", "device")}
-        known |= {name: json.dumps(made[name]) for name in ("versions", "files") if made.get(name)}
-        known["spec_hash"] = self.parent.spec_hash
-        known["seeds"] = json.dumps(
+        """Tags with the inputs and the code that computed a trial."""
+        tags = {name: str(made.get(name, "")) for name in ("user", "commit", "dirty", "code")}
+        if tags["user"] in ("", UNKNOWN):
+            tags["user"] = self.parent.user
+        tags |= {name: str(made.get(name, "")) for name in ("host", "device")}
+        tags |= {name: json.dumps(made[name]) for name in ("versions", "files") if made.get(name)}
+        tags["spec_hash"] = self.parent.spec_hash
+        tags["seeds"] = json.dumps(
             {key: value for key, value in to_flat(spec).items() if key.endswith("seed")}
         )
         digests = {f"{name}_digest": ref.digest for name, ref in refs_of(spec).items()}
-        return {f"air.{name}": value for name, value in {**known, **digests}.items()}
+        return {f"air.{name}": value for name, value in {**tags, **digests}.items()}
 
     def _files(self, outcome: Outcome) -> dict[str, Callable[[], bytes]]:
-        """For people: the resolved spec and a confusion matrix, which takes a moment to draw."""
+        """The resolved spec and, for a trial with a result, its confusion matrix."""
         slot = outcome.slot
         files = {SPEC: lambda: spec_json(slot.spec, str(slot.key)).encode()}
         if outcome.record is not None:
@@ -172,20 +175,20 @@ class ChildRuns:
 
 
 def point_id(slot: Slot) -> str:
-    """A setting within its sweep, as the tag air.point has it."""
+    """The value of the tag air.point: identifies a setting within its sweep."""
     return f"{slot.cell.id}/{slot.point}"
 
 
-def by_point(done: Iterable[Done]) -> list[list[Done]]:
-    """Finished trials, grouped by their setting."""
-    found: dict[str, list[Done]] = {}
+def by_point(done: Iterable[FinishedTrial]) -> list[list[FinishedTrial]]:
+    """Group finished trials by setting."""
+    groups: dict[str, list[FinishedTrial]] = {}
     for slot, record in done:
-        found.setdefault(point_id(slot), []).append((slot, record))
-    return list(found.values())
+        groups.setdefault(point_id(slot), []).append((slot, record))
+    return list(groups.values())
 
 
 def _name(slot: Slot) -> str:
-    """The beginning of a run's name; of a folder of images its last part."""
+    """The first part of a run's name. A dataset `folder:PATH` appears under its folder's name."""
     spec = normalised(slot.spec)
     dataset = Path(slot.spec.dataset.name.removeprefix("folder:")).name
     return "-".join([dataset, spec.paradigm, spec.modality, slot.cell.method])
@@ -203,29 +206,29 @@ def _tags(slot: Slot) -> dict[str, str]:
 
 
 def _times(record: TrialRecord) -> tuple[int, int]:
-    """When a trial began and ended, in ms since the epoch."""
+    """Start and end of a trial, in ms since the epoch."""
     started = int(record.started * 1000)
     return started, started + int(record.seconds * 1000)
 
 
-def _listed(values: Iterable[int]) -> str:
+def _joined(values: Iterable[int]) -> str:
     return ", ".join(map(str, dict.fromkeys(values)))
 
 
 # ---------------------------------------------------------------- numbers of a setting
 
 
-def _content(done: Sequence[Done], params: dict[str, str]) -> str:
-    """Digest of what the numbers of a setting come from."""
+def _content_digest(done: Sequence[FinishedTrial], params: dict[str, str]) -> str:
+    """Digest of everything that the numbers of a setting are computed from."""
     runs = sorted(
         (slot.id, slot.key.digest, record.started, record.seconds) for slot, record in done
     )
-    words = canonical_json({"recipe": RECIPE, "params": params, "runs": [list(r) for r in runs]})
-    return hashlib.blake2b(words.encode(), digest_size=10).hexdigest()
+    text = canonical_json({"recipe": RECIPE, "params": params, "runs": [list(run) for run in runs]})
+    return hashlib.blake2b(text.encode(), digest_size=10).hexdigest()
 
 
-def _numbers(done: Sequence[Done]) -> Numbers:
-    """The row of the table, and means of everything else."""
+def _numbers(done: Sequence[FinishedTrial]) -> Numbers:
+    """The numbers of the table's row, and the means of all other metrics and curves."""
     [row] = rows([finished_trial(slot, record) for slot, record in done], None)
     distinct = list({slot.key.digest: record for slot, record in done}.values())
     metrics = _means([record.metrics for record in distinct])
@@ -235,14 +238,14 @@ def _numbers(done: Sequence[Done]) -> Numbers:
     if row.std is not None:
         metrics[f"{headline}_std"] = row.std
     metrics["n"] = float(row.n)
-    for name, curve in curves.items():  # a curve ends at its number, to the last bit
+    for name, curve in curves.items():  # MLflow shows a curve's last value as the metric
         if name in metrics:
             curve[-1] = metrics[name]
     return Numbers(metrics=metrics, curves=curves, interval=row.interval)
 
 
 def _means(runs: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Means over the runs of what all of them have."""
+    """Means over the runs, of the metrics that all of them have."""
     common = [name for name in runs[0] if all(name in run for run in runs)]
     return {name: fmean(run[name] for run in runs) for name in common}
 

@@ -1,8 +1,8 @@
-"""The tracker: writes a sweep, its trials and its settings to MLflow.
+"""MLflow tracker: writes sweep runs, setting runs and trial runs.
 
-Runs are found by their tags before they are made, so nothing is doubled however often it is sent.
-Every call names its run, so a run id in the environment captures nothing. Any call may raise; the
-caller then drops what it holds and opens the sweep again.
+Before creating a run the tracker searches for it by its tags, so sending an outcome twice does not
+duplicate it. Every call passes a run id explicitly, so MLFLOW_RUN_ID has no effect. Any call can
+raise; the caller then discards its `SweepTracker` and opens the sweep again.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from orchestrator.tracking._runs import (  # first: it has the settings of MLflow
+from orchestrator.tracking._runs import (  # first: it configures MLflow
     IDENTITY,
+    MLFLOW_ERRORS,
     StoredRun,
-    Trouble,
-    calls,
+    artifacts_of,
     check_database,
-    contents,
     create_database,
-    files_of,
-    filled,
+    digests_of,
+    explained_errors,
     is_ours,
     log_batch,
     metrics_of,
-    reason,
     search,
+    short_reason,
     slug,
-    stored,
+    stored_run,
+    valid_tags,
 )
 
 # isort: split
@@ -57,25 +57,25 @@ from orchestrator.tracking_uri import ARTIFACTS, DATABASE
 
 log = logging.getLogger(__name__)
 
-# For the check before a run: a user without a server should know at once.
+# For the check before a run, which should fail quickly.
 QUICK = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
-REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
-# A server reports these with the same codes when its database is busy or a moment away.
+REJECTED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
+# A server whose database is busy or restarting uses the codes of REJECTED with these messages.
 BUSY = ("QueuePool limit", "deadlock detected", "terminating connection", "closed unexpectedly")
 
 
-class Mlflow:
-    """MLflow at one address, with the experiment `air/<project>`.
+class MlflowTracker:
+    """MLflow tracker for the experiment `air/<project>`.
 
     Args:
-        uri: of a server, or of a sqlite file.
-        project: the second half of the experiment's name.
-        database: the sqlite file. Artifacts then lie in a folder beside it, under addresses that do
-            not name that folder, so that the two can be moved. None: the server keeps them.
+        uri: of a server or an sqlite file.
+        project: the second part of the experiment's name.
+        database: the sqlite file, or None for a server. The artifacts lie in a folder beside the
+            file; their addresses do not contain that folder, so both can be moved.
     """
 
     def __init__(self, uri: str, *, project: str, database: Path | None) -> None:
-        self.place = without_credentials(uri)
+        self.address = without_credentials(uri)
         self.database = database
         self._uri, self._project, self._name = uri, project, f"air/{project}"
 
@@ -83,51 +83,51 @@ class Mlflow:
         """Try to write to a server, quickly and before any work.
 
         Raises:
-            ValueError: MLflow answers and refuses us.
-            TrackerAway: it does not answer.
+            ValueError: MLflow denies access.
+            TrackerAway: MLflow does not answer.
         """
         if self.database is not None:
             return
-        with environment(QUICK), calls(self.place, f"the experiment {self._name}"):
+        with environment(QUICK), explained_errors(self.address, f"the experiment {self._name}"):
             client = MlflowClient(self._uri)
-            found = client.get_experiment_by_name(self._name)
-            if found is None or found.lifecycle_stage == "deleted":
+            experiment = client.get_experiment_by_name(self._name)
+            if experiment is None or experiment.lifecycle_stage == "deleted":
                 return
-            try:  # a user who may read an experiment may not always write to it
-                client.set_experiment_tag(found.experiment_id, "air.project", self._project)
+            try:  # reading an experiment does not imply the permission to write
+                client.set_experiment_tag(experiment.experiment_id, "air.project", self._project)
             except MlflowException as error:
-                # Of two drivers that write a tag for the first time, one gets an error.
-                if error.error_code not in REFUSED:
+                # If two drivers write a tag for the first time, one of them gets an error.
+                if error.error_code not in REJECTED:
                     raise
 
     def open(self, sweep: SweepRun, *, live: bool = True) -> SweepTracker:
-        """Find or make the run of a sweep, and find the runs below it.
+        """Find or create the run of a sweep, and find its child runs.
 
         Args:
-            live: the sweep runs now. Else a run that has ended stays so.
+            live: whether the sweep is running. If not, a run that has ended keeps its status.
 
         Raises:
-            ValueError, TrackerAway: as of `check`.
+            ValueError, TrackerAway: see `check`.
         """
-        with calls(self.place, f"the experiment {self._name}"):
+        with explained_errors(self.address, f"the experiment {self._name}"):
             client = self._connect()
             experiment = self._experiment(client)
             query = f"tags.`air.kind` = 'sweep' and tags.`air.sweep` = '{sweep.sweep}'"
-            found = search(client, experiment, query)
-            for spare in found[1:]:
-                if spare.status == "RUNNING":  # a request was sent again after its reply was lost
-                    client.delete_run(spare.run_id)
+            runs = search(client, experiment, query)
+            for duplicate in runs[1:]:
+                if duplicate.status == "RUNNING":  # created by a repeated request
+                    client.delete_run(duplicate.run_id)
             tags = {"air.kind": "sweep", "air.sweep": sweep.sweep}
-            run = found[0] if found else None
-            run = run or stored(client.create_run(experiment, None, tags, sweep.sweep))
-            opened = SweepTracker(self, client, experiment, sweep, run, Counts(sweep=not found))
-            opened.begin(live)
-            return opened
+            run = runs[0] if runs else None
+            run = run or stored_run(client.create_run(experiment, None, tags, sweep.sweep))
+            tracker = SweepTracker(self, client, experiment, sweep, run, Counts(sweep=not runs))
+            tracker.begin(live)
+            return tracker
 
     def url(self, page: str) -> str:
-        """Where people find a page."""
+        """The URL of an MLflow page, or the command that serves it."""
         if self.database is None:
-            return f"{self.place.rstrip('/')}/{page}"
+            return f"{self.address.rstrip('/')}/{page}"
         folder = self.database.parent
         if self.database.name == DATABASE:
             return f"`airsweep ui --store {folder}`, then http://127.0.0.1:5000/{page}"
@@ -138,7 +138,7 @@ class Mlflow:
         if self.database is None:
             return MlflowClient(self._uri)
         self.database.parent.mkdir(parents=True, exist_ok=True)
-        # Of two processes that create one file at the same time, one fails half-way.
+        # If two processes create the same database at the same time, one of them fails.
         mode = lock_mode(self.database.parent)
         with FileLock(f"{self.database}.lock", timeout=120, mode=mode):
             if not self.database.exists():
@@ -148,76 +148,79 @@ class Mlflow:
 
     def _experiment(self, client: MlflowClient) -> str:
         name = self._name
-        found: Experiment | None = client.get_experiment_by_name(name)
-        if found is None:
-            location = None if self.database is None else f"mlflow-artifacts:/{slug(name)}"
+        experiment: Experiment | None = client.get_experiment_by_name(name)
+        if experiment is None:
+            artifact_location = None if self.database is None else f"mlflow-artifacts:/{slug(name)}"
             kind = {"mlflow.experimentKind": "custom_model_development"}
             try:
-                return str(client.create_experiment(name, location, kind))
+                return str(client.create_experiment(name, artifact_location, kind))
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
-                return self._experiment(client)  # another sweep has just made it
-        if found.lifecycle_stage == "deleted":
+                return self._experiment(client)  # another driver has just created it
+        if experiment.lifecycle_stage == "deleted":
             log.warning("the experiment %s was deleted in MLflow; it is restored", name)
-            client.restore_experiment(found.experiment_id)
-        return str(found.experiment_id)
+            client.restore_experiment(experiment.experiment_id)
+        return str(experiment.experiment_id)
 
 
 @dataclass
 class SweepTracker:
-    """The run of a sweep, opened, and the runs below it."""
+    """A sweep run and its child runs."""
 
-    mlflow: Mlflow
+    mlflow: MlflowTracker
     client: MlflowClient
     experiment: str
     sweep: SweepRun
     run: StoredRun
     counts: Counts
     children: dict[tuple[str, str], StoredRun] = field(default_factory=dict)  # by kind and id
-    takes_files: bool = True
+    accepts_files: bool = True
 
     def begin(self, live: bool) -> None:
-        """Bring the sweep's own run up to date, and find the runs below it."""
+        """Update the sweep run, and find its child runs."""
         if live and self.run.status != "RUNNING":
             self.client.update_run(self.run.run_id, "RUNNING")
             self.run.status = "RUNNING"
-        about = {
+        tags = {
             "air.project": self.sweep.project,
             "air.spec_hash": self.sweep.spec_hash,
             "air.user": self.sweep.user,
             MLFLOW_RUN_NOTE: self.sweep.note if live else "",
         }
-        self._tag_sweep(about | self._system_tags())
-        self.children = self._found()
+        self._tag_sweep(tags | self._system_tags())
+        self.children = self._find_children()
 
-    def _found(self) -> dict[tuple[str, str], StoredRun]:
-        """The runs below the sweep's. Of two for one thing, as when a request was sent again after
-        its reply was lost, one is deleted."""
-        found: dict[tuple[str, str], StoredRun] = {}
-        below = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{self.run.run_id}'"
-        for child in filter(is_ours, search(self.client, self.experiment, below)):
-            twin = found.setdefault(child.name, child)
-            if twin is not child:
-                kept, spare = (child, twin) if twin.status == "RUNNING" else (twin, child)
-                found[child.name] = kept
-                self.client.delete_run(spare.run_id)
-        return found
+    def _find_children(self) -> dict[tuple[str, str], StoredRun]:
+        """The child runs by kind and id.
+
+        Deletes duplicates: MLflow creates a second run when a client repeats a request whose reply
+        was lost.
+        """
+        children: dict[tuple[str, str], StoredRun] = {}
+        query = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{self.run.run_id}'"
+        for child in filter(is_ours, search(self.client, self.experiment, query)):
+            first = children.setdefault(child.name, child)
+            if first is not child:
+                keep, delete = (child, first) if first.status == "RUNNING" else (first, child)
+                children[child.name] = keep
+                self.client.delete_run(delete.run_id)
+        return children
 
     def send(self, run: ChildRun) -> bool:
-        """Send what MLflow lacks of a trial or setting; return whether it lacked anything.
+        """Send the parts of a trial or setting that MLflow lacks; return whether any were sent.
 
         Raises:
-            ValueError, TrackerAway: as of `Mlflow.check`.
+            ValueError, TrackerAway: see `MlflowTracker.check`.
         """
-        with calls(self.mlflow.place, f"the run {run.name}"):
+        with explained_errors(self.mlflow.address, f"the run {run.name}"):
             try:
                 sent = self._send(run)
             except MlflowException as error:
-                if error.error_code not in REFUSED or any(words in str(error) for words in BUSY):
+                if error.error_code not in REJECTED or any(words in str(error) for words in BUSY):
                     raise
-                # To send it again is no use, and others may pass.
-                log.warning("MLflow refuses %s: %s", run.name, reason(error))
+                # Sending the same run again would fail again; other runs may be accepted.
+                log.warning("MLflow rejects the run %s: %s", run.name, short_reason(error))
                 sent = False
         if run.kind == "point":
             self.counts.settings += sent
@@ -229,44 +232,44 @@ class SweepTracker:
     def finish(
         self, status: Status, note: str | None = None, files: Mapping[str, bytes] | None = None
     ) -> None:
-        """End the sweep's run, and the runs below it that a killed driver has left open.
+        """End the sweep run, and any child run that a killed driver left unfinished.
 
         Args:
-            note: Markdown; None: there is no time for note and files.
+            note: Markdown; None skips the note and the files, which take time to send.
 
         Raises:
-            ValueError, TrackerAway: as of `Mlflow.check`.
+            ValueError, TrackerAway: see `MlflowTracker.check`.
         """
-        with calls(self.mlflow.place, f"the run {self.sweep.sweep}"):
-            for run in self._found().values():
+        with explained_errors(self.mlflow.address, f"the run {self.sweep.sweep}"):
+            for run in self._find_children().values():
                 if run.status == "RUNNING":
                     self.client.set_terminated(run.run_id, "KILLED")
                     self.counts.sweep = True
             tags = self._states()
             if note is not None:
                 files = files or {}
-                if self.run.tags.get("air.artifacts", "") != contents(files):
+                if self.run.tags.get("air.artifacts", "") != digests_of(files):
                     sent = self._upload(self.run, sorted(files.items()))
                     files = {name: files[name] for name in sent}
-                tags |= {MLFLOW_RUN_NOTE: note, "air.artifacts": contents(files)}
+                tags |= {MLFLOW_RUN_NOTE: note, "air.artifacts": digests_of(files)}
             self._tag_sweep(tags)
             if self.run.status != status:
                 self.client.set_terminated(self.run.run_id, status)
                 self.run.status, self.counts.sweep = status, True
 
     def url(self) -> str:
-        # Without the parameter, MLflow's page of a run is the one for prompts.
+        # Without the parameter, MLflow opens its page for prompts.
         runs = f"#/experiments/{self.experiment}/runs/{self.run.run_id}"
         return self.mlflow.url(f"{runs}?workflowType=machine_learning")
 
     def _states(self) -> dict[str, str]:
         trials = [child for (kind, _), child in self.children.items() if kind == "trial"]
         states = Counter(child.tags.get("air.state") for child in trials)
-        named = ["done", "reused", "failed", *(["pruned"] if states["pruned"] else [])]
-        return {f"air.{state}": str(states[state]) for state in named}
+        shown = ["done", "reused", "failed", *(["pruned"] if states["pruned"] else [])]
+        return {f"air.{state}": str(states[state]) for state in shown}
 
     def _tag_sweep(self, tags: Mapping[str, str]) -> None:
-        changed = {k: v for k, v in filled(tags).items() if self.run.tags.get(k) != v}
+        changed = {k: v for k, v in valid_tags(tags).items() if self.run.tags.get(k) != v}
         if changed:
             log_batch(self.client, self.run.run_id, tags=changed)
             self.run.tags |= changed
@@ -274,65 +277,66 @@ class SweepTracker:
 
     def _send(self, run: ChildRun) -> bool:
         client = self.client
-        known = self.children.get((run.kind, run.id))
-        if known is not None and not known.is_about(run):
-            # Another computation is in this place: an edited spec, a cleared store, one more seed.
-            # Params cannot change and a history cannot hold two runs, so this is a new run.
-            client.delete_run(known.run_id)  # hidden, and can be restored
+        stored = self.children.get((run.kind, run.id))
+        if stored is not None and not stored.is_same_computation(run):
+            # MLflow has another computation of this slot or point: the sweep was edited, the store
+            # was cleared, or a seed was added. Params and metric histories cannot be replaced, so
+            # a new run takes over.
+            client.delete_run(stored.run_id)  # MLflow hides deleted runs and can restore them
             del self.children[run.kind, run.id]
-            known = None
-        known = known or self._create(run)
+            stored = None
+        stored = stored or self._create(run)
         files = ", ".join(sorted(run.files))
-        if known.tags.get("air.artifacts", "") != files:
-            made = ((name, make()) for name, make in sorted(run.files.items()))
-            files = ", ".join(self._upload(known, made))
-        tags = filled({**run.tags, **self._child_tags(run), "air.artifacts": files})
-        changed = {key: value for key, value in tags.items() if known.tags.get(key) != value}
-        params = {key: value for key, value in run.params.items() if key not in known.params}
-        # The status is set last: a run that has it has its numbers.
-        ended = (known.status, known.ended) == (run.status, run.ended)
-        recovered = "air.failure_class" in known.tags.keys() - tags.keys()
+        if stored.tags.get("air.artifacts", "") != files:
+            contents = ((name, content()) for name, content in sorted(run.files.items()))
+            files = ", ".join(self._upload(stored, contents))
+        tags = valid_tags({**run.tags, **self._child_tags(run), "air.artifacts": files})
+        changed = {key: value for key, value in tags.items() if stored.tags.get(key) != value}
+        params = {key: value for key, value in run.params.items() if key not in stored.params}
+        # The status is written last, so a run with a final status has all its metrics.
+        ended = (stored.status, stored.ended) == (run.status, run.ended)
+        recovered = "air.failure_class" in stored.tags.keys() - tags.keys()
         if ended and not (changed or params or recovered):
             return False
         if ended:
-            log_batch(client, known.run_id, tags=changed, params=params)
+            log_batch(client, stored.run_id, tags=changed, params=params)
         else:
             numbers = run.numbers()
-            changed |= filled({"air.interval": numbers.interval})
+            changed |= valid_tags({"air.interval": numbers.interval})
             metrics = metrics_of(numbers, run.started, run.ended)
-            log_batch(client, known.run_id, tags=changed, params=params, metrics=metrics)
-            client.set_terminated(known.run_id, run.status, run.ended)
-            known.numbered |= bool(metrics)
-            known.status, known.ended = run.status, run.ended
+            log_batch(client, stored.run_id, tags=changed, params=params, metrics=metrics)
+            client.set_terminated(stored.run_id, run.status, run.ended)
+            stored.has_metrics |= bool(metrics)
+            stored.status, stored.ended = run.status, run.ended
         if recovered:
-            client.delete_tag(known.run_id, "air.failure_class")
-            del known.tags["air.failure_class"]
-        known.tags |= changed
-        known.params |= params.keys()
+            client.delete_tag(stored.run_id, "air.failure_class")
+            del stored.tags["air.failure_class"]
+        stored.tags |= changed
+        stored.params |= params.keys()
         return True
 
     def _create(self, run: ChildRun) -> StoredRun:
-        """A run with as much as the next driver needs to find it, should this one be killed."""
-        named = zip(IDENTITY[run.kind], (run.id, run.content), strict=True)
-        tags = {"air.kind": run.kind, **dict(named), MLFLOW_PARENT_RUN_ID: self.run.run_id}
-        created = self.client.create_run(self.experiment, run.started, filled(tags), run.name)
-        return self.children.setdefault((run.kind, run.id), stored(created))
+        """Create a run with the tags by which the next driver can find it."""
+        identity = zip(IDENTITY[run.kind], (run.id, run.content), strict=True)
+        tags = {"air.kind": run.kind, **dict(identity), MLFLOW_PARENT_RUN_ID: self.run.run_id}
+        created = self.client.create_run(self.experiment, run.started, valid_tags(tags), run.name)
+        return self.children.setdefault((run.kind, run.id), stored_run(created))
 
     def _child_tags(self, run: ChildRun) -> dict[str, str]:
-        # A record says who computed it, which counts more than who sends it now.
-        made = {
+        # The user and commit that computed the trial override those that send it.
+        computed_by = {
             MLFLOW_USER: run.tags.get("air.user", ""),
             MLFLOW_GIT_COMMIT: run.tags.get("air.commit", ""),
         }
-        ours = {
+        tags = {
             "air.sweep": self.sweep.sweep,
             MLFLOW_RUN_NAME: run.name,
             MLFLOW_RUN_NOTE: run.note,
         }
-        return ours | self._system_tags() | filled(made)
+        return tags | self._system_tags() | valid_tags(computed_by)
 
     def _system_tags(self) -> dict[str, str]:
-        """What MLflow would find out by itself, had the driver a checkout and the worker a user."""
+        """The tags that MLflow sets itself in a process with a git checkout and a user name."""
         return {
             MLFLOW_USER: self.sweep.user,
             MLFLOW_SOURCE_NAME: self.sweep.source,
@@ -341,22 +345,24 @@ class SweepTracker:
         }
 
     def _upload(self, run: StoredRun, files: Iterable[tuple[str, bytes]]) -> list[str]:
-        """Bring small files to MLflow; return the names of those that need not be sent again.
+        """Upload small files; return the names of the uploaded ones.
 
-        A server can work while its artifact store does not (no boto3, no room). Then numbers and
-        states arrive all the same, and the files when the sweep is opened again.
+        The artifact store of a server can fail (no boto3, a full disk) while the server works. The
+        runs are then written without files, which the next `open` of the sweep uploads.
         """
-        done: list[str] = []
-        there = files_of(self.mlflow.database, run.folder, self.client.tracking_uri)
-        for name, data in files if self.takes_files else ():
+        uploaded: list[str] = []
+        artifacts = artifacts_of(self.mlflow.database, run.artifact_uri, self.client.tracking_uri)
+        for name, data in files if self.accepts_files else ():
             try:
                 with tempfile.TemporaryDirectory(prefix="airsweep-") as scratch:
                     path = Path(scratch, name)
                     path.write_bytes(data)
-                    there.log_artifact(str(path))  # type: ignore[no-untyped-call]
-            except Trouble as trouble:
-                self.takes_files = False
-                log.warning("MLflow takes no artifacts for now (%s)", reason(trouble))
+                    artifacts.log_artifact(str(path))  # type: ignore[no-untyped-call]
+            except MLFLOW_ERRORS as error:
+                self.accepts_files = False
+                log.warning(
+                    "MLflow does not accept artifacts at the moment (%s)", short_reason(error)
+                )
                 break
-            done.append(name)
-        return done
+            uploaded.append(name)
+        return uploaded

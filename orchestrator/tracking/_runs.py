@@ -1,22 +1,22 @@
-"""Runs as MLflow has them: searched, written in batches, read, with their files and database.
+"""Low-level MLflow access: search, write and read runs, their artifacts, and the database file.
 
-Sets how MLflow is used, so this is imported before any other module of MLflow.
+Configures MLflow through its environment variables, so import this module before any of MLflow.
 """
 
-# ruff: noqa: E402  (MLflow reads these settings when it is imported)
+# ruff: noqa: E402  (MLflow reads these variables at import)
 from __future__ import annotations
 
 import os
 
 for _name, _value in {
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_LOGGING_LEVEL": "WARNING",  # else alembic counts its migrations on stderr
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # the defaults wait four minutes in an outage
+    "MLFLOW_LOGGING_LEVEL": "WARNING",  # otherwise alembic lists its migrations on stderr
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # by default MLflow retries for four minutes
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_ARTIFACT_UPLOAD_DOWNLOAD_TIMEOUT": "30",
 }.items():
     os.environ.setdefault(_name, _value)
-# Not a default: stdout belongs to our own output, and MLflow prints two lines a run there.
+# Not a default: stdout carries the output of airsweep, and MLflow prints two lines per run there.
 os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
 
 import contextlib
@@ -46,66 +46,66 @@ from orchestrator.redact import without_credentials
 from orchestrator.tracking.types import ChildRun, Numbers
 from orchestrator.tracking_uri import ARTIFACTS, resolved
 
-logging.getLogger("mlflow").setLevel(logging.WARNING)  # Ray may have imported it before us
+logging.getLogger("mlflow").setLevel(logging.WARNING)  # Ray may have imported MLflow before
 
 MAX_TAG = 8000  # characters
-BATCH = 1000  # metrics a call
-RUN_ID = 32  # hex digits
-UNKNOWN_USER, FORBIDDEN = 401, 403  # of HTTP
-ROOM = 2 * 2**20  # bytes: an empty database of MLflow, with its journal
-Trouble = (MlflowException, OSError)  # requests' exceptions are OSErrors
-# The tags that say which run this is, and which computation its numbers come from.
+BATCH = 1000  # metrics per request
+RUN_ID = 32  # hex digits of a run id
+UNAUTHORIZED, FORBIDDEN = 401, 403  # HTTP status codes
+DATABASE_BYTES = 2 * 2**20  # an empty MLflow database with its journal
+MLFLOW_ERRORS = (MlflowException, OSError)  # requests' exceptions are OSErrors
+# By kind of run: the tag that identifies the run, and the tag that identifies its computation.
 IDENTITY = {"trial": ("air.slot", "air.trial_key"), "point": ("air.point", "air.content")}
 
 
 @dataclass
 class StoredRun:
-    """What MLflow holds of a run."""
+    """A run as stored in MLflow."""
 
     run_id: str
-    folder: str  # the uri of its artifacts
+    artifact_uri: str
     status: str
     started: int
     ended: int | None
     tags: dict[str, str]
     params: set[str]
-    numbered: bool  # has metrics
+    has_metrics: bool
 
     @property
     def name(self) -> tuple[str, str]:
-        """Kind and id of a run below a sweep's."""
+        """Kind and id of a trial run or setting run; the id is empty for any other run."""
         kind = self.tags.get("air.kind", "")
         return kind, self.tags.get(IDENTITY[kind][0], "") if kind in IDENTITY else ""
 
-    def is_about(self, run: ChildRun) -> bool:
-        """Whether these numbers and params may be completed with those of `run`."""
+    def is_same_computation(self, run: ChildRun) -> bool:
+        """Whether the metrics and params of `run` can be added to this stored run."""
         if self.tags.get(IDENTITY[run.kind][1], "") != run.content:
             return False
-        # A failed first attempt has no numbers, and its times are not those of the second.
-        return not self.numbered or self.started == run.started or self.ended == run.ended
+        # A failed first attempt has no metrics, and other times than the second attempt.
+        return not self.has_metrics or self.started == run.started or self.ended == run.ended
 
 
 def is_ours(run: StoredRun) -> bool:
-    """Whether a run below a sweep's is of airsweep. Users may put their own there."""
+    """Whether airsweep created this child run. Users can add child runs to a sweep run."""
     return bool(run.name[1])
 
 
-def stored(run: Run) -> StoredRun:
+def stored_run(run: Run) -> StoredRun:
     return StoredRun(
         run_id=run.info.run_id,
-        folder=run.info.artifact_uri,
+        artifact_uri=run.info.artifact_uri,
         status=run.info.status,
         started=run.info.start_time,
         ended=run.info.end_time,
         tags=dict(run.data.tags),
         params=set(run.data.params),
-        numbered=bool(run.data.metrics),
+        has_metrics=bool(run.data.metrics),
     )
 
 
 def search(client: MlflowClient, experiment: str, query: str) -> list[StoredRun]:
-    """All runs that a query finds, the oldest first."""
-    found: list[StoredRun] = []
+    """All runs that match a query, oldest first."""
+    runs: list[StoredRun] = []
     token = None
     while True:
         page = client.search_runs(
@@ -115,10 +115,10 @@ def search(client: MlflowClient, experiment: str, query: str) -> list[StoredRun]
             order_by=["attributes.start_time ASC"],
             page_token=token,
         )
-        found += map(stored, page)
+        runs += map(stored_run, page)
         token = page.token
         if not token:
-            return found
+            return runs
 
 
 def log_batch(
@@ -129,19 +129,20 @@ def log_batch(
     params: Mapping[str, str] | None = None,
     metrics: Sequence[Metric] = (),
 ) -> None:
+    """Write tags, params and metrics of a run, in as few requests as MLflow allows."""
     client.log_batch(
         run_id,
         metrics=metrics[:BATCH],
         params=[Param(key, value) for key, value in (params or {}).items()],
         tags=[RunTag(key, value) for key, value in tags.items()],
-        synchronous=True,  # an environment variable could make it a queue
+        synchronous=True,  # overrides MLFLOW_ENABLE_ASYNC_LOGGING
     )
     for start in range(BATCH, len(metrics), BATCH):
         client.log_batch(run_id, metrics=metrics[start : start + BATCH], synchronous=True)
 
 
 def metrics_of(numbers: Numbers, started: int, ended: int) -> list[Metric]:
-    """All numbers with step and time, without those that are not finite.
+    """All finite values with their step and timestamp.
 
     >>> [(m.step, m.timestamp) for m in metrics_of(Numbers(curves={"loss": [2.0, 1.0]}), 0, 90)]
     [(0, 45), (1, 90)]
@@ -155,21 +156,21 @@ def metrics_of(numbers: Numbers, started: int, ended: int) -> list[Metric]:
     ]
 
 
-def filled(values: Mapping[str, str]) -> dict[str, str]:
+def valid_tags(values: Mapping[str, str]) -> dict[str, str]:
+    """The tags that are not empty, cut to the length that MLflow accepts."""
     return {key: _cut(value) for key, value in values.items() if value}
 
 
 def _cut(text: str) -> str:
-    """A tag that MLflow takes; a note ends with a whole line."""
     if len(text) <= MAX_TAG:
         return text
     end = "\n\n*(cut)*"
-    head = text[: MAX_TAG - len(end)]
+    head = text[: MAX_TAG - len(end)]  # ends with a complete line if the text has several
     return (head.rpartition("\n")[0] or head) + end
 
 
-def contents(files: Mapping[str, bytes]) -> str:
-    """Names of files with digests of their contents."""
+def digests_of(files: Mapping[str, bytes]) -> str:
+    """The names of files, each followed by a digest of its content."""
     digests = {name: hashlib.blake2b(data, digest_size=6) for name, data in sorted(files.items())}
     return ", ".join(f"{name} {digest.hexdigest()}" for name, digest in digests.items())
 
@@ -178,77 +179,86 @@ def slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_/-]+", "-", name)
 
 
-def reason(error: Exception) -> str:
+def short_reason(error: Exception) -> str:
+    """The cause of an error, in one short line."""
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    _, caused, cause = text.rpartition("(Caused by ")  # what a failed request has to say comes last
+    _, caused, cause = text.rpartition("(Caused by ")  # a failed request ends with its cause
     return (cause.removesuffix(")") if caused else cause)[:200]
 
 
 @contextlib.contextmanager
-def calls(place: str, what: str) -> Iterator[None]:
-    """Explain what calls of MLflow raise.
+def explained_errors(address: str, resource: str) -> Iterator[None]:
+    """Translate the exceptions of MLflow calls into exceptions with a readable message.
 
     Args:
-        place: MLflow, without credentials.
-        what: is read or written.
+        address: of MLflow, without credentials.
+        resource: that the calls read or write, for the message.
 
     Raises:
-        ValueError: MLflow answers and refuses us.
-        TrackerAway: it does not answer, or fails.
+        ValueError: MLflow denies access.
+        TrackerAway: MLflow does not answer, or fails.
     """
-    retries = logging.getLogger("urllib3.connectionpool")  # warns of each; one warning is enough
+    retries = logging.getLogger("urllib3.connectionpool")  # warns of every retry
     level = retries.level
     retries.setLevel(logging.ERROR)
     try:
         yield
-    except Trouble as trouble:
-        refusal = _refusal(trouble, place, what)
-        if refusal is not None:
-            raise ValueError(refusal) from trouble
-        raise TrackerAway(f"MLflow at {place} does not answer ({reason(trouble)})") from trouble
+    except MLFLOW_ERRORS as error:
+        rejection = _rejection(error, address, resource)
+        if rejection is not None:
+            raise ValueError(rejection) from error
+        raise TrackerAway(f"MLflow at {address} does not answer ({short_reason(error)})") from error
     finally:
         retries.setLevel(level)
 
 
-def _refusal(trouble: Exception, place: str, what: str) -> str | None:
-    """Why a server that answers refuses us, and what to do; None: it is another trouble."""
-    if not isinstance(trouble, MlflowException):
+def _rejection(error: Exception, address: str, resource: str) -> str | None:
+    """Why a server denies access and how to get it; None if the error has another cause."""
+    if not isinstance(error, MlflowException):
         return None
-    status = trouble.get_http_status_code()  # type: ignore[no-untyped-call]
-    if status == UNKNOWN_USER:
+    status = error.get_http_status_code()  # type: ignore[no-untyped-call]
+    if status == UNAUTHORIZED:
         return (
-            f"MLflow at {place} rejected the credentials ({reason(trouble)}); set "
+            f"MLflow at {address} rejected the credentials ({short_reason(error)}); set "
             "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, or "
             "write ~/.mlflow/credentials"
         )
     if status != FORBIDDEN:
         return None
-    if "Host header" in str(trouble):
+    if "Host header" in str(error):
         return (
-            f"MLflow at {place} refuses the name by which it is reached; start it with "
-            f"--allowed-hosts {urlsplit(place).netloc}"
+            f"MLflow at {address} does not accept requests under this host name; start the server "
+            f"with --allowed-hosts {urlsplit(address).netloc}"
         )
     user = read_mlflow_creds().username or "an unnamed user"
     return (
-        f"MLflow at {place} does not let {user} use {what} ({reason(trouble)}); its owner or an "
-        "administrator grants EDIT (docs/tracking.md)"
+        f"MLflow at {address} denies {user} access to {resource} ({short_reason(error)}); ask its "
+        "owner or an administrator for the permission EDIT (docs/tracking.md)"
     )
 
 
 def create_database(path: Path) -> None:
-    """Whole or not at all: MLflow opens no file in which somebody was killed half-way."""
-    half_made = f".{path.name}-new"
-    for left in path.parent.glob(f"{half_made}*"):
-        left.unlink()
-    if shutil.disk_usage(path.parent).free < ROOM:  # it would try for two minutes
+    """Create an MLflow database under a temporary name and rename it when it is complete.
+
+    MLflow cannot open a database whose creation was interrupted.
+    """
+    prefix = f".{path.name}-new"
+    for leftover in path.parent.glob(f"{prefix}*"):
+        leftover.unlink()
+    if shutil.disk_usage(path.parent).free < DATABASE_BYTES:  # MLflow would retry for two minutes
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-    made = path.with_name(f"{half_made}-{uuid.uuid4().hex[:8]}")  # a client is kept by its address
-    MlflowClient(f"sqlite:///{made}")
-    made.replace(path)
+    # MLflow caches its connections by address, so each attempt needs a new name.
+    temporary = path.with_name(f"{prefix}-{uuid.uuid4().hex[:8]}")
+    MlflowClient(f"sqlite:///{temporary}")
+    temporary.replace(path)
 
 
 def check_database(path: Path) -> None:
-    """MLflow would try a broken file for two minutes, and then raise something of sqlalchemy's."""
+    """Check that a file is an sqlite database: with a broken one MLflow retries for two minutes.
+
+    Raises:
+        OSError: it is not.
+    """
     try:
         with contextlib.closing(sqlite3.connect(path)) as connection:
             connection.execute("PRAGMA schema_version")
@@ -256,43 +266,44 @@ def check_database(path: Path) -> None:
         raise OSError(f"{path}: {error}") from error
 
 
-# ---------------------------------------------------------------- files of a run
+# ---------------------------------------------------------------- artifacts of a run
 
 
-def files_of(database: Path | None, folder: str, tracking_uri: str) -> ArtifactRepository:
-    """The files of a run.
+def artifacts_of(database: Path | None, artifact_uri: str, tracking_uri: str) -> ArtifactRepository:
+    """The artifact repository of a run.
 
     Args:
-        database: the sqlite file where no server stands between; files lie beside it.
-        folder: their address, which is relative to the folder that a server is started with. MLflow
-            resolves it through a server only.
+        database: the sqlite file if MLflow is used without a server; the artifacts lie beside it.
+        artifact_uri: of the run. `mlflow-artifacts:` URIs are relative to the folder with which a
+            server is started, and MLflow resolves them only through a server.
     """
-    parts = urlsplit(folder)
+    parts = urlsplit(artifact_uri)
     if database is not None and parts.scheme == "mlflow-artifacts":
-        folder = (database.parent / ARTIFACTS / parts.path.lstrip("/")).as_uri()
-    return get_artifact_repository(folder, tracking_uri=tracking_uri)
+        artifact_uri = (database.parent / ARTIFACTS / parts.path.lstrip("/")).as_uri()
+    return get_artifact_repository(artifact_uri, tracking_uri=tracking_uri)
 
 
 # ---------------------------------------------------------------- reading
 
 
-def read_run(given: str | None, store: Path, run_id: str, file: str) -> tuple[Run, str | None]:
-    """A run by its id, or by the beginning of one, with the text of one of its files.
+def read_run(uri: str | None, store: Path, run_id: str, file: str) -> tuple[Run, str | None]:
+    """Read a run and one of its text artifacts.
 
     Args:
-        given: a tracking URI, as of `make_tracker`.
+        uri: a tracking URI, as for `make_tracker`.
+        run_id: the id or its first digits.
 
     Returns:
-        The text is None where the run has no such file.
+        The run and the text, or None if the run has no such artifact.
 
     Raises:
-        ValueError: there is none, or there are several; or tracking is off.
+        ValueError: no run or several runs match, or tracking is off.
         TrackerAway: the server does not answer.
     """
-    uri, database = resolved(given, store)
+    uri, database = resolved(uri, store)
     if database is not None and not database.exists():
-        raise ValueError(f"{database} is not there: nothing was tracked in this store yet")
-    with calls(without_credentials(uri), f"the run {run_id}"):
+        raise ValueError(f"{database} does not exist: nothing was tracked in this store yet")
+    with explained_errors(without_credentials(uri), f"the run {run_id}"):
         client = MlflowClient(uri)
         run = _find(client, run_id)
         return run, _text(client, database, run, file)
@@ -302,24 +313,24 @@ def _find(client: MlflowClient, run_id: str) -> Run:
     if len(run_id) == RUN_ID:
         try:
             return client.get_run(run_id)
-        except MlflowException as trouble:
-            if trouble.error_code != "RESOURCE_DOES_NOT_EXIST":
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
-            found = []
+            matches = []
     else:
-        ours = [
+        experiments = [
             e.experiment_id for e in client.search_experiments(filter_string="name LIKE 'air/%'")
         ]
         query = f"attributes.run_id LIKE '{run_id}%'"
-        found = list(client.search_runs(ours, query, max_results=2)) if ours else []
-    if len(found) != 1:
-        how_many = "several runs begin" if found else "no run begins"
-        raise ValueError(f"{how_many} with {run_id!r} in MLflow; give the id that its page shows")
-    return found[0]
+        matches = list(client.search_runs(experiments, query, max_results=2)) if experiments else []
+    if len(matches) != 1:
+        count = "several run ids start" if matches else "no run id starts"
+        raise ValueError(f"{count} with {run_id!r} in MLflow; copy the id from the run's page")
+    return matches[0]
 
 
 def _text(client: MlflowClient, database: Path | None, run: Run, name: str) -> str | None:
-    files = files_of(database, run.info.artifact_uri, client.tracking_uri)
+    files = artifacts_of(database, run.info.artifact_uri, client.tracking_uri)
     if name not in {file.path for file in files.list_artifacts()}:
         return None
     with tempfile.TemporaryDirectory() as scratch:

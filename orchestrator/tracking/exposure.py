@@ -1,4 +1,4 @@
-"""May a server be reached by others? MLflow serves whoever reaches it, unless it has users."""
+"""Refuses to expose an MLflow server to the network unless it requires a login."""
 
 from __future__ import annotations
 
@@ -9,57 +9,66 @@ from pathlib import Path
 
 from orchestrator.errors import Refused
 
-# MLflow's own.
+# Environment variables of MLflow.
 AUTH_CONFIG, AUTH_SECRET = "MLFLOW_AUTH_CONFIG_PATH", "MLFLOW_FLASK_SERVER_SECRET_KEY"
 
 
 def check_exposure(host: str, auth: bool, allowed_hosts: str | None) -> None:
-    """Whoever reaches a server without users reads, changes and deletes all runs.
+    """Check that only intended clients can reach an MLflow server.
+
+    A server without `--auth` lets every client read, change and delete all runs.
+
+    Args:
+        host: the address on which the server listens.
+        auth: whether the server requires a login.
+        allowed_hosts: the host names that the server accepts.
 
     Raises:
-        Refused: that would be everybody.
-        ValueError: users are asked for, and something is missing for them.
+        Refused: the server would be open to the network, or accept any host name.
+        ValueError: `auth` is set, and MLflow's settings for it are missing.
     """
     if not is_loopback(host) and not auth:
         raise Refused(
-            f"--host {host} lets everybody who reaches this machine read, change and delete all "
-            "runs; add --auth, or stay on 127.0.0.1 and reach it by "
+            f"--host {host} allows every client on the network to read, change and delete all "
+            "runs; add --auth, or keep 127.0.0.1 and connect with "
             "`ssh -L 5000:127.0.0.1:5000 THIS_MACHINE` (docs/security.md)"
         )
     if not is_loopback(host) and not allowed_hosts:
         raise Refused(
-            f"--host {host} needs --allowed-hosts NAME:PORT, the name by which browsers reach it: "
-            "else a foreign page could use a visitor's browser"
+            f"--host {host} needs --allowed-hosts NAME:PORT, the address that browsers use; "
+            "without it, other web pages could send requests through a visitor's browser"
         )
     if auth:
         _check_auth()
 
 
 def is_loopback(host: str) -> bool:
-    """
+    """Whether a host is this machine alone.
+
     >>> [is_loopback(host) for host in ("127.0.0.1", "::1", "localhost", "0.0.0.0", "::", "box")]
     [True, True, True, False, False, False]
     """
     try:
         return host == "localhost" or ip_address(host).is_loopback
-    except ValueError:  # a name, which may mean anything
+    except ValueError:  # a host name, which can resolve to any address
         return False
 
 
 def _check_auth() -> None:
-    """
+    """Check that MLflow can start with logins.
+
     Raises:
-        ValueError: MLflow would not start with users.
+        ValueError: a package, the secret or the configuration file is missing.
     """
     if find_spec("flask_wtf") is None:
-        raise ValueError("--auth needs MLflow's own extra: pip install 'mlflow[auth]'")
+        raise ValueError("--auth needs the extra `auth` of MLflow: pip install 'mlflow[auth]'")
     if not os.environ.get(AUTH_SECRET):
         raise ValueError(
-            f"--auth needs {AUTH_SECRET}, by which forms are signed: a long random text, such as "
-            "`openssl rand -hex 32` prints"
+            f"--auth needs {AUTH_SECRET}, the key that signs web forms; set it to a long random "
+            "text, such as the output of `openssl rand -hex 32`"
         )
     if not Path(os.environ.get(AUTH_CONFIG, "")).is_file():
         raise ValueError(
-            f"--auth needs {AUTH_CONFIG}, a file that says where users are kept and what they may "
-            "do; docs/security.md has one to begin with"
+            f"--auth needs {AUTH_CONFIG}, the path of a file with the user database and the "
+            "default permission; docs/security.md has a template"
         )

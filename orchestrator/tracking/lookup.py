@@ -1,6 +1,6 @@
-"""A trial as a tracker or the store remembers it: settings, inputs, code and numbers.
+"""Finds past trials in the store or in MLflow: settings, inputs, code and metrics.
 
-What `repro` computes again and `diff` compares. Imports no torch.
+`airsweep repro` and `airsweep diff` work on these. Imports no torch.
 """
 
 from __future__ import annotations
@@ -25,32 +25,33 @@ from orchestrator.store.verification import read_record
 from orchestrator.tracking._child_runs import SPEC
 
 NO_REF = Ref(name="", digest="")
-SHORTEST = 6  # hex digits of a key or run id that are looked for
+MIN_DIGITS = 6  # of a key or a run id in a search
 
 
 @dataclass(frozen=True)
 class PastTrial:
-    """One trial, from wherever it was found."""
+    """A trial that ran earlier, read from the store or from MLflow."""
 
     label: str
-    key: str  # as it was when the trial ran
-    flat: Mapping[str, Any]  # every setting by its dotted name; outside things by name
-    digests: Mapping[str, str]  # of outside things, by setting
+    key: str  # when the trial ran
+    flat: Mapping[str, Any]  # settings by dotted name; inputs by name
+    digests: Mapping[str, str]  # of inputs (dataset, backbone, generator), by setting
     made: Mapping[str, Any]  # user, commit, dirty, code, host, device, versions, files
     metrics: Mapping[str, float] = field(default_factory=dict)
-    classnames: tuple[str, ...] = ()  # an MLflow run does not list them
-    code: CodeVersions = ()  # nor these
+    classnames: tuple[str, ...] = ()  # not part of an MLflow run
+    code: CodeVersions = ()  # not part of an MLflow run
 
     def spec(self) -> TrialSpec:
-        """
+        """The spec of the trial.
+
         Raises:
-            ValueError: it has settings that this version does not know, or its dataset.
+            ValueError: this version does not support one of its settings or its dataset.
         """
         unknown = sorted(set(self.flat) - set(trial_keys()))
         if unknown:
             raise ValueError(
-                f"{self.label} has settings that this version does not know: "
-                f"{', '.join(unknown)}; use the code of commit {self.made.get('commit')}"
+                f"{self.label} has settings that this version does not support: "
+                f"{', '.join(unknown)}; check out commit {self.made.get('commit')}"
             )
         refs = {
             name: Ref(name=self.flat[name] or "", digest=self.digests.get(name, ""))
@@ -59,78 +60,78 @@ class PastTrial:
         }
         plain = {name: value for name, value in self.flat.items() if name not in REFS}
         classnames = self.classnames or get_dataset(str(self.flat["dataset"])).classnames
-        found = from_flat(plain, {"generator": NO_REF, **refs}, classnames)
-        return replace(found, code=self.code)
+        spec = from_flat(plain, {"generator": NO_REF, **refs}, classnames)
+        return replace(spec, code=self.code)
 
-    def same_key(self) -> bool:
-        """Whether what is computed here for these settings has the key of then."""
+    def has_current_key(self) -> bool:
+        """Whether this version gives the trial the key that it had when it ran."""
         return artifact_key(self.spec()).digest.startswith(self.key)
 
 
 def find_trial(name: str, store: ArtifactStore, uri: str | None) -> PastTrial:
-    """A trial by its key or the beginning of it, its slot, or its run id in MLflow.
+    """Find a trial by its key, its slot or its run id in MLflow. The first digits of an id suffice.
 
     Raises:
-        ValueError: there is none, or several.
-        TrackerAway: it can only be an MLflow run, and MLflow does not answer.
+        ValueError: no trial or several trials match.
+        TrackerAway: the store has no such trial, and MLflow does not answer.
     """
     key = _key_of_slot(name, store) if "/" in name else name
-    found = store.named(TrialSpec, key) if key and len(key) >= SHORTEST else []
-    if len(found) > 1:
+    records = store.named(TrialSpec, key) if key and len(key) >= MIN_DIGITS else []
+    if len(records) > 1:
         raise ValueError(
-            f"several trials in {store.name} begin with {name!r}; give more of the key"
+            f"the keys of several trials in {store.name} start with {name!r}; give more digits"
         )
-    if found:
-        return of_record(found[0])
+    if records:
+        return trial_of_record(records[0])
     if "/" in name:
         raise ValueError(
-            f"no slot {name!r} was done in {store.name}; slots are CELL/POINT/SEEDS as the "
-            "ledger and the tag air.slot have them"
+            f"no slot {name!r} has a finished trial in {store.name}; a slot is CELL/POINT/SEEDS, "
+            "as in the event log and the tag air.slot"
         )
-    return of_run(name, store.root, uri)
+    return trial_of_run(name, store.root, uri)
 
 
-def of_run(run_id: str, root: Path, uri: str | None) -> PastTrial:
-    """A done trial from tracking data alone.
+def trial_of_run(run_id: str, root: Path, uri: str | None) -> PastTrial:
+    """Read a finished trial from its MLflow run.
 
     Raises:
-        ValueError: there is no such run, or it is no done trial of ours.
+        ValueError: no run has this id, or it is not a finished trial of airsweep.
     """
-    if len(run_id) < SHORTEST or not set(run_id) <= set("0123456789abcdef"):
+    if len(run_id) < MIN_DIGITS or not set(run_id) <= set("0123456789abcdef"):
         raise ValueError(
-            f"{run_id!r} is no run id: at least {SHORTEST} of its hex digits are needed, as the "
-            "run's page in MLflow shows them"
+            f"{run_id!r} is not a run id; give at least the first {MIN_DIGITS} hex digits of the "
+            "id on the run's page in MLflow"
         )
     from orchestrator.tracking._runs import read_run  # seconds to import
 
     run, text = read_run(uri, root, run_id, SPEC)
     tags = run.data.tags
     problem = {
-        "sweep": "is a sweep; give the run of one of its trials",
-        "point": f"is a setting over {tags.get('air.runs')} runs; give the run of one of its "
-        "trials, which the query on its page finds",
+        "sweep": "is a sweep run; give the id of a trial run",
+        "point": f"is a setting run over {tags.get('air.runs')} trials; give the id of a trial "
+        "run, which the query on its page finds",
         "trial": "",
-    }.get(tags.get("air.kind", ""), "is not a trial of airsweep")
+    }.get(tags.get("air.kind", ""), "is not a trial run of airsweep")
     state = tags.get("air.state")
     if state in ("failed", "pruned"):
         why = f" ({tags.get('air.failure_class')})" if state == "failed" else ""
-        problem = f"{state}{why} and has no result"
+        problem = f"has no result: {state}{why}"
     if not problem and (text is None or state is None):
         problem = f"has no {SPEC} yet: run `airsweep mlflow reconcile`"
     if problem or text is None:
         raise ValueError(f"{run_id} ({run.info.run_name}) {problem}")
-    flat, digests = _parted(json.loads(text))
-    lists = ("versions", "files")  # tags that hold JSON
+    flat, digests = _settings_and_digests(json.loads(text))
+    lists = ("versions", "files")  # tags that contain JSON
     made: dict[str, Any] = {name: tags.get(f"air.{name}", "") for name in (*MADE, "device")}
     made |= {name: json.loads(made[name] or "{}") for name in lists}
     key = tags["air.trial_key"]
     return PastTrial(run.info.run_name, key, flat, digests, made, run.data.metrics)
 
 
-def of_record(path: Path) -> PastTrial:
-    """A done trial from its record in a store."""
+def trial_of_record(path: Path) -> PastTrial:
+    """Read a finished trial from its record in a store."""
     record = read_record(path / RECORD)
-    flat, digests = _parted(dict(_flattened(record["spec"], "")))
+    flat, digests = _settings_and_digests(dict(_flattened(record["spec"], "")))
     made = {name: record.get(name, "") for name in MADE}
     made["device"] = record["info"].get("device", "")
     classnames = tuple(record["spec"]["classnames"])
@@ -139,8 +140,8 @@ def of_record(path: Path) -> PastTrial:
     return PastTrial(path.name, record["digest"], flat, digests, made, metrics, classnames, code)
 
 
-def _parted(resolved: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """`spec.json` as settings, and digests of the outside things."""
+def _settings_and_digests(resolved: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Split the content of `spec.json` into settings and digests of inputs."""
     names = {f"{name}.digest": name for name in REFS}
     digests = {names[key]: value for key, value in resolved.items() if key in names and value}
     left_out = {"key", "classnames", "code", *names}
@@ -148,7 +149,7 @@ def _parted(resolved: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _flattened(spec: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    """A record's nested spec by dotted names."""
+    """The items of a record's nested spec, by dotted name."""
     for name, value in spec.items():
         if isinstance(value, Mapping) and value.keys() == {"name", "digest"}:
             yield prefix + name, value["name"]
@@ -160,60 +161,62 @@ def _flattened(spec: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]
 
 
 def _key_of_slot(slot: str, store: ArtifactStore) -> str | None:
-    """The key that a slot had last; slots of different sweeps may have one name and one key."""
-    found = None
+    """The last key of a slot, in any sweep of the store."""
+    key = None
     for location in recorded_locations(store):
         for event in location.event_log().events():
             if event.get("slot") == slot and event["event"] in ("trial_done", "trial_reused"):
-                found = str(event["key"])
-    return found
+                key = str(event["key"])
+    return key
 
 
-ALLOWED = "best, a trial key or 6 digits of it, a slot CELL/POINT/SEEDS, or a run id of MLflow"
+ALLOWED_NAMES = (
+    "best, a trial key or its first 6 digits, a slot CELL/POINT/SEEDS, or an MLflow run id"
+)
 
 
 def named_trial(
     name: str, store: ArtifactStore, location: SweepLocation | None, uri: str | None
 ) -> SelectedTrial:
-    """A trial by its key or the beginning of it, its slot, or its run id in MLflow.
+    """Find a trial by name, as `find_trial` does, and read its record from the store.
 
     Args:
-        place: the sweep that it should be of; None: any.
+        location: the sweep that the trial must be part of. None: any sweep.
 
     Raises:
-        ValueError: there is none, several, or it is of another sweep.
-        TrackerAway: it can only be an MLflow run, and MLflow does not answer.
+        ValueError: no trial or several trials match, or the trial is not part of the sweep.
+        TrackerAway: the store has no such trial, and MLflow does not answer.
     """
     slots = {} if location is None else _done_slots(location)
     try:
-        found = find_trial(slots.get(name, name), store, uri)
-    except ValueError as problem:
-        raise ValueError(f"{problem}; allowed: {ALLOWED}") from None
-    if not found.same_key():
+        trial = find_trial(slots.get(name, name), store, uri)
+    except ValueError as error:
+        raise ValueError(f"{error}; allowed: {ALLOWED_NAMES}") from None
+    if not trial.has_current_key():
         raise ValueError(
-            f"{found.label}: this version computes these settings in another way, so its prompt "
-            f"may mean something else here; use the code of commit {found.made.get('commit')}"
+            f"{trial.label} was computed by another version of the code, with which its prompt may "
+            f"not be compatible; check out commit {trial.made.get('commit')}"
         )
-    spec = normalised(found.spec())
+    spec = normalised(trial.spec())
     if not store.has(spec):
         raise ValueError(
-            f"{found.label} is tracked, but its record is not in {store.name}; give the --store "
-            "that has it, or run its sweep again"
+            f"the record of {trial.label} is not in {store.name}; give the --store that has it, or "
+            "run its sweep again"
         )
     record = read_trial(spec, store)
     if location is None:
         return SelectedTrial(spec, record, None, None)
-    of = [slot for slot, key in slots.items() if key == record.key]
-    if not of:
+    matches = [slot for slot, key in slots.items() if key == record.key]
+    if not matches:
         raise ValueError(
-            f"{found.label} is no done trial of the sweep {location.project}/{location.name}; "
-            "leave --sweep out, or give the one that it is of"
+            f"{trial.label} is not a finished trial of the sweep "
+            f"{location.project}/{location.name}; omit --sweep, or give the sweep of the trial"
         )
-    slot = name if name in of else of[0]
+    slot = name if name in matches else matches[0]
     return SelectedTrial(spec, record, f"{location.project}/{location.name}", slot)
 
 
 def _done_slots(location: SweepLocation) -> dict[str, str]:
-    """The key that each slot of a sweep had last."""
+    """The last key of each finished slot of a sweep."""
     done = ("trial_done", "trial_reused")
     return {e["slot"]: e["key"] for e in location.event_log().events() if e["event"] in done}

@@ -1,7 +1,8 @@
-"""Sends outcomes to MLflow while a sweep runs. One thread writes, so that no training waits.
+"""Publishes outcomes to MLflow while a sweep runs, from a background thread.
 
-An MLflow that fails never fails a sweep. It is warned of once; at the end of the sweep all that
-MLflow lacks is sent from the event log, and if it fails then, by `airsweep mlflow reconcile`.
+An error of MLflow never fails a sweep. The publisher warns once, pauses, and at the end of the
+sweep sends everything that MLflow lacks from the event log. If that fails too,
+`airsweep mlflow reconcile` sends it later.
 """
 
 from __future__ import annotations
@@ -32,34 +33,34 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Seconds before an MLflow that failed is called again. One that accepts a call and never replies
-# holds the thread for half a minute each time.
+# Seconds between a failed call and the next one. A server that accepts a request and never replies
+# blocks the thread for half a minute per call.
 PAUSE = 300.0
 
 
 class Publisher:
-    """Sends one sweep to MLflow, in the background.
+    """Publishes one sweep to MLflow in a background thread.
 
-    MLflow is imported for the first outcome, so a run that has none does not import it.
+    The first outcome imports MLflow, which takes seconds, so a run without outcomes does not.
 
     Args:
-        tracking_uri: of the command line; default: the sweep file's.
+        tracking_uri: from the command line. Default: from the sweep file.
     """
 
     def __init__(self, sweep: SweepSpec, location: SweepLocation, tracking_uri: str | None) -> None:
         self.sweep, self.location, self.store = sweep, location, location.store
-        self.given_uri = tracking_uri
+        self._given_uri = tracking_uri
         self.uri = uri_of(tracking_uri or sweep.tracking_uri, self.store.root)
         self.kind = kind_of(self.uri)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tracker")
         self._tracker: SweepTracker | None = None
-        self._waiting: list[Future[bool]] = []
+        self._pending: list[Future[bool]] = []
         self._paused_until = 0.0
         self._warned = False
 
     @cached_property
     def parent(self) -> SweepRun:
-        """The sweep's run. The driver has put user and commit into the environment by then."""
+        """The sweep run. Read it after the driver has set user and commit in the environment."""
         return sweep_run_of(self.sweep, self.location, maker())
 
     @cached_property
@@ -68,72 +69,78 @@ class Publisher:
 
     @property
     def in_store(self) -> bool:
-        """Whether runs go to a file in the store's folder because nothing else was given."""
-        given = os.environ.get("MLFLOW_TRACKING_URI")
-        return not given and self.uri == uri_of(None, self.store.root)
+        """Whether runs go to the default database in the store's folder."""
+        is_default = self.uri == uri_of(None, self.store.root)
+        return is_default and not os.environ.get("MLFLOW_TRACKING_URI")
 
     def check(self, reach: bool) -> None:
-        """Before any work: does MLflow answer, and let us write?
+        """Check before any work that MLflow answers and accepts writes.
 
         Args:
-            reach: a server has to answer now.
+            reach: whether to contact a server; False skips the check.
 
         Raises:
-            ValueError: it answers and refuses us.
-            TrackerAway: it does not answer.
+            ValueError: MLflow denies access.
+            TrackerAway: MLflow does not answer.
         """
         if self.kind != "http" or not reach:
             return
         try:
             make_tracker(self.uri, store=self.store.root, project=self.parent.project).check()
-        except TrackerAway as away:
+        except TrackerAway as error:
             raise TrackerAway(
-                f"{away}; start it, give another --tracking-uri, or run with --tracking-uri none "
-                f"and fill it later with `{self._remedy()}`"
-            ) from away
+                f"{error}; start it, give another --tracking-uri, or run with --tracking-uri none "
+                f"and send the results later with `{self._reconcile_command()}`"
+            ) from error
 
     def trial(self, outcome: Outcome, at: float | None) -> None:
-        """Send an outcome.
+        """Queue an outcome for sending.
 
         Args:
-            at: when the event log noted it; None: before this run, so it is sent with the end.
+            at: when the event log recorded the outcome. None if an earlier run did: `finish` sends
+                such outcomes.
         """
         if self.kind != "none":
-            self._waiting = [one for one in self._waiting if not one.done()]
-            self._waiting.append(self._thread.submit(self._trial, outcome, at))
+            self._pending = [call for call in self._pending if not call.done()]
+            self._pending.append(self._thread.submit(self._send_trial, outcome, at))
 
     def catch_up(self) -> None:
-        """Wait until all outcomes were sent. Once the event log says that the sweep has ended, no
-        later run sends what is left."""
-        wait(self._waiting)
+        """Wait until the queue is empty.
+
+        Call this before the event log records the end of the sweep: no later run sends the rest of
+        an ended sweep.
+        """
+        wait(self._pending)
 
     def finish(self, code: int) -> None:
-        """Send the end of the sweep, with all that MLflow lacks.
+        """End the sweep run, and send everything that MLflow lacks.
 
-        A driver that is being terminated has seconds: the sweep's run is ended without a note, and
-        the next run sends the rest.
+        After SIGTERM only seconds remain, so the sweep run is ended without a note, and the next
+        run of the sweep sends the rest.
         """
-        status, hasty = status_of(code), code == TERMINATED
+        status, terminated = status_of(code), code == TERMINATED
         if self.kind == "none":
             complete = True
-        elif hasty:
-            cancelled = sum(one.cancel() for one in self._waiting)
-            last = self._thread.submit(self._close, status)
-            complete = last.result() and not cancelled
+        elif terminated:
+            cancelled = sum(call.cancel() for call in self._pending)
+            closed = self._thread.submit(self._close, status).result()
+            complete = closed and not cancelled
         else:
             complete = self._thread.submit(self._sync, status).result()
         self._thread.shutdown()
         if not complete:
             log.warning(
-                "%s lacks a part of this sweep; nothing is lost: %s",
+                "MLflow at %s lacks part of this sweep; the store has all results: %s",
                 without_credentials(self.uri),
-                "the next run sends it" if hasty else f"run `{self._remedy()}` when it answers",
+                "the next run sends the rest"
+                if terminated
+                else f"run `{self._reconcile_command()}` when MLflow answers again",
             )
 
-    def _remedy(self) -> str:
-        return reconcile_command(self.parent, self.store.name, self.given_uri)
+    def _reconcile_command(self) -> str:
+        return reconcile_command(self.parent, self.store.name, self._given_uri)
 
-    def _trial(self, outcome: Outcome, at: float | None) -> bool:
+    def _send_trial(self, outcome: Outcome, at: float | None) -> bool:
         setting = self._children.completed_setting(outcome)
         if at is None:
             return True
@@ -141,7 +148,7 @@ class Publisher:
         return self._call(lambda tracker: [tracker.send(run) for run in runs])
 
     def _close(self, status: Status) -> bool:
-        # To open MLflow would take too long.
+        # Opening MLflow would take too long.
         return self._tracker is not None and self._call(lambda tracker: tracker.finish(status))
 
     def _sync(self, status: Status) -> bool:
@@ -149,31 +156,29 @@ class Publisher:
         return self._call(lambda tracker: sync(self.sweep, self.location, tracker, status))
 
     def _call(self, work: Callable[[SweepTracker], object]) -> bool:
-        """Do something with MLflow; return whether it was done."""
+        """Call MLflow; return whether the call succeeded."""
         if time.monotonic() < self._paused_until:
             return False
         try:
             if self._tracker is None:
-                location = make_tracker(
-                    self.uri, store=self.store.root, project=self.parent.project
-                )
-                self._tracker = location.open(self.parent)
+                mlflow = make_tracker(self.uri, store=self.store.root, project=self.parent.project)
+                self._tracker = mlflow.open(self.parent)
             work(self._tracker)
-        except Exception as problem:  # whatever it is, the sweep's results are worth more
-            # A call that failed may have done its work: what is there is looked up again.
+        except Exception as error:  # no error of the tracker may end the sweep
+            # A failed call may have written its run, so the next call reads the runs again.
             self._tracker = None
             self._paused_until = time.monotonic() + PAUSE
             if not self._warned:
-                kind = "" if isinstance(problem, TrackerAway) else f"{type(problem).__name__}: "
-                log.warning("%s%s; the sweep goes on without it", kind, first_line(problem))
+                kind = "" if isinstance(error, TrackerAway) else f"{type(error).__name__}: "
+                log.warning("%s%s; the sweep continues without it", kind, first_line(error))
             self._warned = True
             return False
         return True
 
 
 def reconcile_command(parent: SweepRun, store: str, uri: str | None) -> str:
-    """The command that sends MLflow what it lacks of a sweep."""
+    """The command that sends everything that MLflow lacks of a sweep."""
     name = parent.sweep if parent.project == "default" else f"{parent.project}/{parent.sweep}"
-    location = [] if store == str(Path("runs").absolute()) else ["--store", store]
-    tracker = ["--tracking-uri", without_credentials(uri)] if uri else []
-    return " ".join(["airsweep mlflow reconcile", name, *location, *tracker])
+    store_option = [] if store == str(Path("runs").absolute()) else ["--store", store]
+    uri_option = ["--tracking-uri", without_credentials(uri)] if uri else []
+    return " ".join(["airsweep mlflow reconcile", name, *store_option, *uri_option])

@@ -1,7 +1,7 @@
-"""A sweep as a run of MLflow, and all that MLflow lacks of it, from event log and store alone.
+"""Sends everything that MLflow lacks of a sweep, from the event log and the store.
 
-Starts nothing and computes nothing. A second time it changes nothing: runs are looked up first.
-Needs no Ray and no torch.
+Reconciling runs no trial. It compares with the runs in MLflow first, so a second call changes
+nothing. Needs neither Ray nor torch.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ from orchestrator.tracking.types import Counts, Status, SweepRun, make_tracker
 if TYPE_CHECKING:
     from orchestrator.tracking._mlflow import SweepTracker
 
-WORLDS = 3  # with a sentence of their own in a note
+WORLDS_IN_NOTE = 3  # worlds whose best row a note names
 
 
 @dataclass(frozen=True)
 class Reconciled:
-    """What was sent of one sweep, and where to look."""
+    """The result of reconciling one sweep."""
 
     name: str
     counts: Counts
-    gone: int  # outcomes in the event log whose records are no longer in the store
+    missing: int  # outcomes in the event log whose records are no longer in the store
     url: str
 
     def json(self) -> dict[str, Any]:
@@ -55,28 +55,30 @@ class Reconciled:
             "told": self.counts.sent,
             "already_there": self.counts.present,
             "points": self.counts.settings,
-            "gone": self.gone,
+            "gone": self.missing,
             "parent": "told" if self.counts.sweep else "there",
             "url": self.url,
         }
 
     def line(self) -> str:
-        """For people."""
-        sent, there, settings = self.counts.sent, self.counts.present, self.counts.settings
-        gone = f", {self.gone} no longer in the store" if self.gone else ""
+        """A summary for the screen."""
+        sent, present, settings = self.counts.sent, self.counts.present, self.counts.settings
+        lost = f", {self.missing} no longer in the store" if self.missing else ""
         if self.counts.nothing_sent:
-            return f"{self.name}: nothing to send ({there} outcomes are there{gone})"
-        more = f", {counted(settings, 'setting')}" if settings else ""
-        return f"{self.name}: sent {counted(sent, 'outcome')}{more}; already there {there}{gone}"
+            return f"{self.name}: nothing to send ({counted(present, 'outcome')} in MLflow{lost})"
+        more = f" and {counted(settings, 'setting')}" if settings else ""
+        return (
+            f"{self.name}: sent {counted(sent, 'outcome')}{more}; {present} already in MLflow{lost}"
+        )
 
 
 def reconcile(sweep: SweepSpec, location: SweepLocation, tracking_uri: str | None) -> Reconciled:
     """Bring MLflow up to date with one recorded sweep.
 
     Raises:
-        ValueError: tracking is off, or MLflow refuses us.
-        TrackerAway: it does not answer, or stops answering; what was sent by then is sent.
-        SweepBusy: the sweep runs, and its driver sends.
+        ValueError: tracking is off, or MLflow denies access.
+        TrackerAway: MLflow does not answer, or stops answering; runs sent before that are kept.
+        SweepBusy: a driver is running the sweep and sends its outcomes.
     """
     uri = tracking_uri or sweep.tracking_uri
     mlflow = make_tracker(uri, store=location.store.root, project=location.project)
@@ -87,25 +89,28 @@ def reconcile(sweep: SweepSpec, location: SweepLocation, tracking_uri: str | Non
         parent = sweep_run_of(sweep, location, _history(event_log).last)
         tracker = mlflow.open(parent, live=False)
         try:
-            gone = sync(sweep, location, tracker, status_of(sweep_status(event_log).exit_code))
-        except TrackerAway as away:
+            missing = sync(sweep, location, tracker, status_of(sweep_status(event_log).exit_code))
+        except TrackerAway as error:
+            sent = counted(tracker.counts.sent, "outcome")
             raise TrackerAway(
-                f"{away}; {counted(tracker.counts.sent, 'outcome')} of {location.name} were sent "
-                "before; run this again when it answers"
-            ) from away
+                f"{error}; sent {sent} of {location.name} before that; run this command again when "
+                "MLflow answers"
+            ) from error
     finally:
         event_log.unlock()
-    return Reconciled(f"{location.project}/{location.name}", tracker.counts, gone, tracker.url())
+    return Reconciled(f"{location.project}/{location.name}", tracker.counts, missing, tracker.url())
 
 
 def sync(sweep: SweepSpec, location: SweepLocation, tracker: SweepTracker, status: Status) -> int:
-    """Send what MLflow lacks of a sweep, and its end. The caller holds the sweep's lock.
+    """Send everything that MLflow lacks of a sweep, and end its run.
+
+    The caller must hold the sweep's lock.
 
     Returns:
-        How many outcomes of the event log are no longer in the store.
+        The number of outcomes in the event log whose records are no longer in the store.
 
     Raises:
-        ValueError, TrackerAway: as of `Mlflow.check`.
+        ValueError, TrackerAway: see `MlflowTracker.check`.
     """
     location = replace(location, recorded=True)
     event_log = location.event_log()
@@ -113,32 +118,32 @@ def sync(sweep: SweepSpec, location: SweepLocation, tracker: SweepTracker, statu
     plan = plan_of(sweep, location)
     done = finished_records(plan, location.store)
     records = {slot.id: record for slot, record in done}
-    gone = 0
+    missing = 0
     children = ChildRuns(sweep, tracker.sweep, location.store)
     for slot in plan.slots:
-        noted = history.outcomes.get(slot.id)
-        if noted is None:
+        event = history.outcomes.get(slot.id)
+        if event is None:
             continue
-        outcome = _outcome(slot, noted, location.store, records.get(slot.id))
+        outcome = _outcome_of(slot, event, location.store, records.get(slot.id))
         if outcome is None:
-            gone += 1
+            missing += 1
             continue
-        at = noted.get("time", history.since)
-        tracker.send(children.trial(outcome, at, noted["maker"]))
+        at = event.get("time", history.since)
+        tracker.send(children.trial(outcome, at, event["maker"]))
     for group in by_point(done):
         tracker.send(children.setting(group))
     results = results_of(plan, location.store, done)
     tracker.finish(status, *note_and_files(plan, location, results, tracker.run.run_id))
-    return gone
+    return missing
 
 
 @dataclass(frozen=True)
 class _History:
-    """What the event log says of outcomes."""
+    """The outcomes of a sweep as recorded in its event log."""
 
-    outcomes: Mapping[str, Mapping[str, Any]]  # by slot: the last event, with who ran then
-    last: Mapping[str, Any]  # who ran last: user, commit
-    since: float  # when the sweep was first noted, for events that do not say when they were
+    outcomes: Mapping[str, Mapping[str, Any]]  # by slot: its last event, and the maker
+    last: Mapping[str, Any]  # user and commit of the last run
+    since: float  # start of the sweep, for events without a time
 
 
 def _history(event_log: EventLog) -> _History:
@@ -154,45 +159,45 @@ def _history(event_log: EventLog) -> _History:
     return _History(outcomes, made, (spec if spec.exists() else event_log.path).stat().st_mtime)
 
 
-def _outcome(
-    slot: Slot, noted: Mapping[str, Any], store: ArtifactStore, record: TrialRecord | None
+def _outcome_of(
+    slot: Slot, event: Mapping[str, Any], store: ArtifactStore, record: TrialRecord | None
 ) -> Outcome | None:
-    """The outcome of a slot; None: it is about another spec, or its record was removed."""
-    if noted["key"] != slot.key.digest:
+    """The outcome of a slot; None if the event is of another spec, or the record was removed."""
+    if event["key"] != slot.key.digest:
         return None
-    match noted["event"]:
+    match event["event"]:
         case "trial_failed":
             return Outcome(
                 slot,
                 "failed",
-                failure_class=noted.get("failure_class"),
-                message=noted.get("message", ""),
+                failure_class=event.get("failure_class"),
+                message=event.get("message", ""),
                 known=True,
             )
         case "trial_pruned":
-            stop = Pruned(noted["rung"], noted["value"])
+            stop = Pruned(event["rung"], event["value"])
             return Outcome(slot, "pruned", pruned=stop, known=True)
         case "trial_done" | "trial_reused" if store.has(slot.spec):
             state: Literal["done", "reused"] = (
-                "done" if noted["event"] == "trial_done" else "reused"
+                "done" if event["event"] == "trial_done" else "reused"
             )
             return Outcome(slot, state, record or read_trial(slot.spec, store), known=True)
     return None
 
 
-# ---------------------------------------------------------------- the run of a sweep
+# ---------------------------------------------------------------- sweep run
 
 
 def status_of(code: int | None) -> Status:
-    """An exit code as the status of a run; None: the driver was killed."""
+    """The MLflow status for an exit code; None means that the driver was killed."""
     return "FINISHED" if code == DONE else "FAILED" if code == FAILED else "KILLED"
 
 
 def sweep_run_of(sweep: SweepSpec, location: SweepLocation, made: Mapping[str, Any]) -> SweepRun:
-    """A sweep as a run.
+    """The run of a sweep.
 
     Args:
-        made: who runs it, and with which code: user, commit.
+        made: user and commit of the driver.
     """
     return SweepRun(
         sweep=location.name,
@@ -208,29 +213,29 @@ def sweep_run_of(sweep: SweepSpec, location: SweepLocation, made: Mapping[str, A
 def note_and_files(
     plan: Plan, location: SweepLocation, results: Results, run_id: str
 ) -> tuple[str, dict[str, bytes]]:
-    """What MLflow shows of a sweep: Markdown with the answer, and charts and files.
+    """The Markdown note with the results of a sweep, and the files of its run.
 
     Args:
-        run_id: of the sweep's run, whose files the note shows.
+        run_id: of the sweep run; the note shows charts among its files.
     """
     charts = pictures(results)
     screen = summary(title_of(plan), results, facts_of(plan, location))
     note = [
-        "\n".join(_best(results)),  # first, since long notes are folded
+        "\n".join(_best(results)),  # first, since MLflow folds long notes
         *(_picture(name, run_id) for name in charts),
         plan.sweep.question,
         f"```\n{screen}\n```",
     ]
-    # Of the sweep's folder: contact sheet, audit cards, code that was not committed.
+    # From the sweep's folder: contact sheet, audit cards, uncommitted changes.
     patterns = ("contact_sheet.png", "audit-*", "uncommitted-*.diff")
-    kept = [file for pattern in patterns for file in location.folder.glob(pattern)]
-    files = charts | {file.name: file.read_bytes() for file in kept}
+    extra = [file for pattern in patterns for file in location.folder.glob(pattern)]
+    files = charts | {file.name: file.read_bytes() for file in extra}
     return "\n\n".join(filter(None, note)), files
 
 
 def _best(results: Results) -> Iterator[str]:
-    """The row with the highest mean of each world, in a sentence."""
-    for task in results.tasks[:WORLDS]:
+    """For each task, a sentence with the row of the highest mean."""
+    for task in results.tasks[:WORLDS_IN_NOTE]:
         row = results.best(task)
         settings = settings_text(row, row.settings)
         with_settings = f" ({settings})" if settings else ""
@@ -241,6 +246,6 @@ def _best(results: Results) -> Iterator[str]:
 
 
 def _picture(name: str, run_id: str) -> str:
-    # Relative, so that it is found wherever MLflow's pages are reached.
+    # A relative address works under any address of the MLflow server.
     title = name.partition(".")[0].replace("_", " ")
     return f"![{title}](get-artifact?path={quote(name)}&run_uuid={run_id})"

@@ -1,7 +1,8 @@
-"""Compare trials: one with another, and one with itself computed again. Imports no torch at first.
+"""Compares two trials, or a trial with a second computation of it.
 
-A trial is computed again from tracking data alone, in a store of its own that is thrown away;
-prepared artifacts of the store are read by key. Nothing of the store is written.
+The second computation takes its settings from MLflow alone, reads prepared artifacts from the store
+and runs in a temporary store. Nothing is written to the store. Torch is imported for the
+computation only.
 """
 
 from __future__ import annotations
@@ -23,31 +24,34 @@ from orchestrator.planning import Requirement, Resolver, name_of, refs_of, requi
 from orchestrator.stages.trial import run_trial
 from orchestrator.store import ArtifactStore, TrialRecord, read_trial
 from orchestrator.store.artifacts import versions
-from orchestrator.tracking.lookup import PastTrial, of_run
+from orchestrator.tracking.lookup import PastTrial, trial_of_run
 
 TOLERANCE = 0.01  # of a metric, absolute and relative: rounding differs between processors
-TOLERATED = 0.02  # share of test images with another prediction
-NOT_HERE = "not here"
+MAX_CHANGED = 0.02  # share of test images whose prediction may change
+UNAVAILABLE = "unavailable"
 CODE = ("commit", "dirty", "code", "device", "host", "user")
-WIDTH = 22  # characters of a value
+WIDTH = 22  # characters per value in a table of differences
 Verdict = Literal["bit-equal", "within tolerance", "different", "inputs differ"]
 
 
-def _pairs(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """What differs."""
+def _differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The pairs of values that differ, by name."""
     return {name: (a.get(name), b.get(name)) for name in {**a, **b} if a.get(name) != b.get(name)}
 
 
-def _timeless(metrics: Mapping[str, float]) -> dict[str, float]:
+def _without_times(metrics: Mapping[str, float]) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if not name.startswith("time/")}
 
 
-# ---------------------------------------------------------------- one trial and another
+# ---------------------------------------------------------------- two trials
 
 
 @dataclass(frozen=True)
 class Differences:
-    """What differs between two trials, as pairs; of metrics all that either has, but for times."""
+    """The differences between two trials, as pairs of values.
+
+    Metrics are complete, whether they differ or not, except for times.
+    """
 
     a: str
     b: str
@@ -60,7 +64,7 @@ class Differences:
         return asdict(self)
 
     def lines(self) -> list[str]:
-        """For people, in three columns."""
+        """A table of three columns for the screen."""
         lines = [f"{'':<34} {'a':<{WIDTH}} b", f"{'a':<4} {self.a}", f"{'b':<4} {self.b}"]
         parts = {"settings": self.settings, "inputs": self.inputs, "code": self.code}
         for word, pairs in parts.items():
@@ -76,19 +80,19 @@ class Differences:
 
 def differences(a: PastTrial, b: PastTrial) -> Differences:
     """Compare two trials."""
-    settings = _pairs(a.flat, b.flat)
-    # Other settings reach other code: only of the same question does that say anything.
+    settings = _differing(a.flat, b.flat)
+    # Trials with other settings use other code, so the code is compared for equal settings only.
     names = [name for name in CODE if name != "code" or not settings]
     code = [
         {name: side.made.get(name) or None for name in names} | (side.made.get("versions") or {})
         for side in (a, b)
     ]
-    metrics = [_timeless(side.metrics) for side in (a, b)]
+    metrics = [_without_times(side.metrics) for side in (a, b)]
     return Differences(
         *(a.label, b.label),
         settings=settings,
-        inputs=_pairs(a.digests, b.digests),
-        code=_pairs(*code),
+        inputs=_differing(a.digests, b.digests),
+        code=_differing(*code),
         metrics={
             name: (metrics[0].get(name), metrics[1].get(name))
             for name in sorted(metrics[0].keys() | metrics[1].keys())
@@ -101,12 +105,12 @@ def _line(name: str, *pair: object) -> str:
     return f"  {name:<32} {a:<{WIDTH}} {b}"
 
 
-# ---------------------------------------------------------------- a trial computed again
+# ---------------------------------------------------------------- a trial computed twice
 
 
 @dataclass
-class Repro:
-    """How a trial compares with itself computed again. Pairs are then and now."""
+class Reproduction:
+    """Comparison of a past trial with a second computation. Pairs are past and current values."""
 
     run: str
     key: str
@@ -114,8 +118,8 @@ class Repro:
     inputs: dict[str, tuple[str, str]] = field(default_factory=dict)
     code: dict[str, tuple[str, str]] = field(default_factory=dict)
     metrics: dict[str, tuple[float, float]] = field(default_factory=dict)
-    files: dict[str, tuple[str, str]] = field(default_factory=dict)  # bytes by digest
-    predictions: tuple[int, int] | None = None  # images with another prediction, of how many
+    files: dict[str, tuple[str, str]] = field(default_factory=dict)  # digests of the result files
+    predictions: tuple[int, int] | None = None  # changed predictions, test images
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -126,20 +130,20 @@ class Repro:
         return asdict(self)
 
     def lines(self) -> list[str]:
-        """For people: the verdict, then all that differs, inputs first."""
-        found = [f"{self.run}: {self.verdict}"]
+        """The verdict and all differences, for the screen."""
+        lines = [f"{self.run}: {self.verdict}"]
         for word, pairs in (("input", self.inputs), ("code", self.code), ("bytes", self.files)):
-            found += [
-                f"  {word:<6} {name}: {_short(then)} then, {_short(now)} now"
-                for name, (then, now) in pairs.items()
+            lines += [
+                f"  {word:<6} {name}: {_short(past)} then, {_short(now)} now"
+                for name, (past, now) in pairs.items()
             ]
-        found += [
-            f"  metric {name}: {then:.6g} then, {now:.6g} now"
-            for name, (then, now) in self.metrics.items()
+        lines += [
+            f"  metric {name}: {past:.6g} then, {now:.6g} now"
+            for name, (past, now) in self.metrics.items()
         ]
         if self.predictions is not None and self.predictions[0]:
-            found.append("  {} of {} test images have another prediction".format(*self.predictions))
-        return found + [f"  note: {note}" for note in self.notes]
+            lines.append("  {} of {} test images have another prediction".format(*self.predictions))
+        return lines + [f"  note: {note}" for note in self.notes]
 
 
 def repro(
@@ -147,151 +151,159 @@ def repro(
     store: ArtifactStore,
     resolver: Resolver,
     uri: str | None,
-    say: Callable[[str], None] = lambda line: None,
-) -> Repro:
-    """Compute the trial of a run again.
+    report: Callable[[str], None] = lambda line: None,
+) -> Reproduction:
+    """Compute a tracked trial again and compare the results.
 
     Args:
-        say: gets a line before each step that takes long.
+        report: called with a message before each long step.
 
     Raises:
-        ValueError: no such run, no done trial, or an input that must be prepared first.
+        ValueError: the run is not a finished trial, or an input must be prepared first.
     """
-    then = of_run(run_id, store.root, uri)
-    spec = then.spec()
-    found = Repro(then.label, then.key)
-    if not then.same_key():
+    past = trial_of_run(run_id, store.root, uri)
+    spec = past.spec()
+    result = Reproduction(past.label, past.key)
+    if not past.has_current_key():
         now = artifact_key(spec)
-        found.inputs["recipe"] = (then.key[:12], f"{now.stage}/v{now.recipe} {now.digest[:12]}")
-        found.notes.append("this version computes these settings in another way")
-    wanted = _wanted(spec)
+        result.inputs["recipe"] = (past.key[:12], f"{now.stage}/v{now.recipe} {now.digest[:12]}")
+        result.notes.append("this version of the code computes these settings differently")
+    requirements = _requirements(spec)
     for name, ref in refs_of(spec).items():
-        here = _digest_here(name, ref.name, resolver)
+        current = _current_digest(name, ref.name, resolver)
         stored = all(
-            _is_there(requirement, store) for requirement in wanted if name in _read_by(requirement)
+            _is_stored(requirement, store)
+            for requirement in requirements
+            if name in _read_by(requirement)
         )
-        if here == NOT_HERE and name != "backbone" and stored:
-            found.notes.append(
-                f"{name} {ref.name} is {NOT_HERE}; what was made of it is in the store"
+        if current == UNAVAILABLE and name != "backbone" and stored:
+            result.notes.append(
+                f"{name} {ref.name} is {UNAVAILABLE}; its artifacts in the store are used"
             )
-        elif here != ref.digest:
-            found.inputs[f"{name} {ref.name}"] = (ref.digest, here)
-    # What else may explain a difference: code and libraries.
-    here_now = {"commit": commit(), "dirty": diff_digest(uncommitted()), **versions()}
+        elif current != ref.digest:
+            result.inputs[f"{name} {ref.name}"] = (ref.digest, current)
+    # Code and libraries can also explain a difference.
+    after = {"commit": commit(), "dirty": diff_digest(uncommitted()), **versions()}
     before = {
-        **{name: then.made.get(name, "") for name in ("commit", "dirty")},
-        **(then.made.get("versions") or {}),
+        **{name: past.made.get(name, "") for name in ("commit", "dirty")},
+        **(past.made.get("versions") or {}),
     }
-    code = _pairs(before, {name: here_now.get(name) for name in before})
-    found.code = {name: (a or "none", b or "none") for name, (a, b) in code.items()}
-    if not found.inputs:
-        with _again(spec, then, wanted, store, resolver, say) as record:
-            _compare(found, then, spec, store, record)
-    return found
+    code = _differing(before, {name: after.get(name) for name in before})
+    result.code = {name: (a or "none", b or "none") for name, (a, b) in code.items()}
+    if not result.inputs:
+        with _recomputed(spec, past, requirements, store, resolver, report) as record:
+            _compare(result, past, spec, store, record)
+    return result
 
 
 # ---------------------------------------------------------------- inputs
 
 
-def _wanted(spec: TrialSpec) -> list[Requirement]:
-    """What the trial itself reads; not what that was made from."""
-    read = (spec.features, spec.tokens, spec.test_features, spec.test_tokens)
+def _requirements(spec: TrialSpec) -> list[Requirement]:
+    """The artifacts that the trial reads, without the artifacts that those were made from."""
+    features = (spec.features, spec.tokens, spec.test_features, spec.test_tokens)
     rows = (spec.synthetic_features, spec.synthetic_tokens)
     return [
-        requirement for requirement in requirements_of([spec]) if requirement.spec in (*read, *rows)
+        requirement
+        for requirement in requirements_of([spec])
+        if requirement.spec in (*features, *rows)
     ]
 
 
 def _read_by(requirement: Requirement) -> tuple[str, ...]:
-    """Settings of the outside things that an artifact was made from."""
+    """The settings that name the inputs of an artifact."""
     if isinstance(requirement.spec, SyntheticFeaturesSpec):
         return ("generator", "backbone")
     return ("dataset", "test_dataset", "backbone")
 
 
-def _digest_here(name: str, of: str, resolver: Resolver) -> str:
+def _current_digest(setting: str, name: str, resolver: Resolver) -> str:
     try:
-        if name.endswith("dataset"):
-            return resolver.dataset(get_dataset(of)).digest
-        return resolver.weights(name, of).digest
+        if setting.endswith("dataset"):
+            return resolver.dataset(get_dataset(name)).digest
+        return resolver.weights(setting, name).digest
     except ValueError:
-        return NOT_HERE
+        return UNAVAILABLE
 
 
 # ---------------------------------------------------------------- computing
 
 
-def _is_there(requirement: Requirement, store: ArtifactStore) -> bool:
-    """Of a row the features are enough: a trial opens no image."""
+def _is_stored(requirement: Requirement, store: ArtifactStore) -> bool:
+    """Whether the store has an artifact. Of a row the features suffice: a trial reads no image."""
     if isinstance(requirement.spec, SyntheticFeaturesSpec):
         return set(requirement.shards()) <= store.row(requirement.spec).present(".safetensors")
     return store.has(requirement.spec)
 
 
 @contextmanager
-def _again(
+def _recomputed(
     spec: TrialSpec,
-    then: PastTrial,
-    wanted: list[Requirement],
+    past: PastTrial,
+    requirements: list[Requirement],
     store: ArtifactStore,
     resolver: Resolver,
-    say: Callable[[str], None],
+    report: Callable[[str], None],
 ) -> Iterator[TrialRecord]:
-    """The trial's record, in a store that is thrown away."""
+    """Compute the trial in a temporary store, which exists inside the `with` block."""
     import torch
 
-    there = then.made.get("device") or "cpu"
-    device = "cuda" if there == "cuda" and torch.cuda.is_available() else "cpu"
+    past_device = past.made.get("device") or "cpu"
+    device = "cuda" if past_device == "cuda" and torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory(prefix="airsweep-") as folder:
-        bench = ArtifactStore(Path(folder))
-        for requirement in wanted:
-            if _is_there(requirement, store):
-                _link(requirement, store, bench)
+        scratch = ArtifactStore(Path(folder))
+        for requirement in requirements:
+            if _is_stored(requirement, store):
+                _link(requirement, store, scratch)
             else:
-                _make(requirement, store, bench, resolver, device, say)
-        say(f"computing {then.label} again on {device}")
-        yield run_trial(spec, bench, device)
+                _rebuild(requirement, store, scratch, resolver, device, report)
+        report(f"computing {past.label} again on {device}")
+        yield run_trial(spec, scratch, device)
 
 
-def _link(requirement: Requirement, store: ArtifactStore, bench: ArtifactStore) -> None:
+def _link(requirement: Requirement, store: ArtifactStore, scratch: ArtifactStore) -> None:
     if isinstance(requirement.spec, SyntheticFeaturesSpec):
         store.row(requirement.spec).pull(requirement.shards(), ".safetensors")
     else:
         store.get(requirement.spec)
-    real = store.path(artifact_key(requirement.spec))
-    place = bench.artifacts / real.relative_to(store.artifacts)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    os.symlink(real.resolve(), place, target_is_directory=True)
+    source = store.path(artifact_key(requirement.spec))
+    link = scratch.artifacts / source.relative_to(store.artifacts)
+    link.parent.mkdir(parents=True, exist_ok=True)
+    os.symlink(source.resolve(), link, target_is_directory=True)
 
 
-def _make(
+def _rebuild(
     requirement: Requirement,
     store: ArtifactStore,
-    bench: ArtifactStore,
+    scratch: ArtifactStore,
     resolver: Resolver,
     device: str,
-    say: Callable[[str], None],
+    report: Callable[[str], None],
 ) -> None:
-    """What needs no GPU-hours is made again; the rest has to be prepared."""
+    """Build an artifact that takes little time.
+
+    Raises:
+        ValueError: the artifact takes long, so it must be prepared first.
+    """
     from orchestrator.stages.build import build_features
     from orchestrator.stages.context import WorkerContext
     from orchestrator.stages.image_rows import build_image_block, open_generator
 
-    worker = WorkerContext(bench, resolver.data_root, device)
+    worker = WorkerContext(scratch, resolver.data_root, device)
     match requirement.spec:
         case FeaturesSpec():
-            say(f"making {name_of(requirement.key)} again")
+            report(f"rebuilding {name_of(requirement.key)}")
             build_features(requirement.spec, worker)
         case SyntheticFeaturesSpec(images=FolderImages() as images):
-            say(f"reading {name_of(requirement.key)} again")
+            report(f"reading the images of {name_of(requirement.key)}")
             for c, block in requirement.shards():
                 build_image_block(
                     requirement.spec, c, block, worker, lambda: open_generator(images, worker)
                 )
         case _:
             raise ValueError(
-                f"{name_of(requirement.key)} is not in {store.name}, and drawing images takes "
-                "long; run `airsweep prepare SPEC` of the sweep first, or give the --store that "
+                f"{name_of(requirement.key)} is not in {store.name}, and images take long to "
+                "draw; run `airsweep prepare SPEC` for the sweep first, or give the --store that "
                 "has them"
             )
 
@@ -300,30 +312,32 @@ def _make(
 
 
 def _compare(
-    found: Repro, then: PastTrial, spec: TrialSpec, store: ArtifactStore, now: TrialRecord
+    result: Reproduction, past: PastTrial, spec: TrialSpec, store: ArtifactStore, now: TrialRecord
 ) -> None:
-    metrics = _timeless(then.metrics)
-    found.metrics = _pairs(metrics, {name: now.metrics.get(name, math.nan) for name in metrics})
-    files = then.made.get("files") or {}
-    found.files = _pairs(files, {name: now.made["files"].get(name, "none") for name in files})
+    metrics = _without_times(past.metrics)
+    result.metrics = _differing(
+        metrics, {name: now.metrics.get(name, math.nan) for name in metrics}
+    )
+    files = past.made.get("files") or {}
+    result.files = _differing(files, {name: now.made["files"].get(name, "none") for name in files})
     if not files:
-        found.notes.append("the tracker has no digests of predictions; metrics alone are compared")
-    if store.has(spec):  # then image for image
+        result.notes.append("MLflow has no digests of the predictions; only metrics are compared")
+    if store.has(spec):  # compare the prediction of each image
         _, before, _ = read_trial(spec, store).predictions()
         _, after, _ = now.predictions()
-        found.predictions = (int((before != after).sum()), len(before))
-    if not found.metrics and not found.files:
-        found.verdict = "bit-equal"
+        result.predictions = (int((before != after).sum()), len(before))
+    if not result.metrics and not result.files:
+        result.verdict = "bit-equal"
         return
     close = all(
         math.isclose(value, other, rel_tol=TOLERANCE, abs_tol=TOLERANCE)
-        for value, other in found.metrics.values()
+        for value, other in result.metrics.values()
     )
-    if found.predictions is not None:
-        close = close and found.predictions[0] <= TOLERATED * found.predictions[1]
-    found.verdict = "within tolerance" if close else "different"
-    if (then.made.get("device") or "cpu") != now.made["device"]:
-        found.code["device"] = (then.made["device"], now.made["device"])
+    if result.predictions is not None:
+        close = close and result.predictions[0] <= MAX_CHANGED * result.predictions[1]
+    result.verdict = "within tolerance" if close else "different"
+    if (past.made.get("device") or "cpu") != now.made["device"]:
+        result.code["device"] = (past.made["device"], now.made["device"])
 
 
 def _short(value: str) -> str:

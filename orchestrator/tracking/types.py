@@ -1,7 +1,7 @@
-"""The runs of a sweep as MLflow shows them, and where MLflow is. Imports no MLflow.
+"""Data types of sweep runs and child runs, and the tracker's factory. Imports no MLflow.
 
-MLflow is a view. The store and the event log hold the truth, and `reconcile` sends whatever MLflow
-lacks. Knows nothing of Ray, of the store or of how a trial runs.
+The store and the event log are authoritative; MLflow is a view of them, and `reconcile` sends
+whatever MLflow lacks. This module does not depend on Ray, the store or the trial code.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Literal
 from orchestrator.tracking_uri import ARTIFACTS, DATABASE, resolved
 
 if TYPE_CHECKING:
-    from orchestrator.tracking._mlflow import Mlflow
+    from orchestrator.tracking._mlflow import MlflowTracker
 
 
-# For the environment of `serve_command`: no job runner beside the server, no telemetry.
+# Environment of `serve_command`: no job runner beside the server, no telemetry.
 SERVER_ENVIRONMENT = {
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -30,12 +30,12 @@ Kind = Literal["trial", "point"]  # a point is a setting over its seeds and spli
 
 @dataclass
 class Counts:
-    """What was sent to MLflow."""
+    """Numbers of runs that were sent to MLflow."""
 
-    sent: int = 0  # outcomes that it lacked, or had otherwise
-    present: int = 0  # outcomes that it had
-    settings: int = 0  # settings that it lacked, or had otherwise
-    sweep: bool = False  # whether anything of the sweep's own run was sent
+    sent: int = 0  # outcomes that were missing or different
+    present: int = 0  # outcomes that were unchanged
+    settings: int = 0  # settings that were missing or different
+    sweep: bool = False  # whether the sweep run itself was changed
 
     @property
     def nothing_sent(self) -> bool:
@@ -44,16 +44,16 @@ class Counts:
 
 @dataclass(frozen=True, kw_only=True)
 class Numbers:
-    """Metrics of a run; shares are fractions, not percent."""
+    """Metrics of a run. Accuracies and other shares are fractions, not percentages."""
 
     metrics: Mapping[str, float] = field(default_factory=dict)
-    curves: Mapping[str, list[float]] = field(default_factory=dict)  # a value per iteration
-    interval: str = ""  # of a setting: what _low and _high are
+    curves: Mapping[str, list[float]] = field(default_factory=dict)  # one value per iteration
+    interval: str = ""  # of a setting: kind of interval between _low and _high
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepRun:
-    """The run of a sweep, which has those of its trials and settings below it."""
+    """The run of a sweep, the parent of its trial runs and setting runs."""
 
     sweep: str
     project: str
@@ -66,18 +66,19 @@ class SweepRun:
 
 @dataclass(frozen=True, kw_only=True)
 class ChildRun:
-    """A run below that of its sweep: the outcome of a trial, or a setting over its trials.
+    """A child of the sweep run: the outcome of a trial, or a setting over its trials.
 
-    Times come from records and never from the clock, so that an outcome that is sent twice is the
-    same both times, and MLflow has it once.
+    Times come from records, never from the clock, so an outcome that is sent twice has the same
+    times and is stored once.
 
     Args:
-        id: unique within the sweep and kind, the same after a resume: a trial's slot, a setting's
-            point.
-        content: what its numbers are computed from: a trial's key, a digest of a setting's trials.
-        numbers: called where MLflow lacks them only; those of a setting take time to compute.
-        started: ms since the epoch, as `ended`.
-        files: small ones, by their names; called where MLflow lacks them only.
+        id: the slot of a trial or the point of a setting. Unique within the sweep and kind, and
+            stable over resumes.
+        content: identifies the computation: the key of a trial, a digest of a setting's trials.
+        numbers: computes the metrics, which takes time for a setting; called only if MLflow lacks
+            them.
+        started: ms since the epoch, like `ended`.
+        files: small files by name; each function is called only if MLflow lacks the files.
     """
 
     kind: Kind
@@ -94,25 +95,25 @@ class ChildRun:
     files: Mapping[str, Callable[[], bytes]] = field(default_factory=dict)
 
 
-# ---------------------------------------------------------------- where MLflow is
+# ---------------------------------------------------------------- MLflow
 
 
-def make_tracker(uri: str | None, *, store: Path, project: str) -> Mlflow:
-    """MLflow at an address.
+def make_tracker(uri: str | None, *, store: Path, project: str) -> MlflowTracker:
+    """Create the tracker for a tracking URI.
 
     Args:
-        uri: `http(s)://...` of a server or `sqlite:///<file>`. None: MLFLOW_TRACKING_URI, and
-            without it a database in the store's folder.
+        uri: `http(s)://...` of a server or `sqlite:///<file>`. Default: MLFLOW_TRACKING_URI, or a
+            database in the store's folder if that is not set.
         store: the folder of the store.
         project: runs go to the experiment `air/<project>`.
 
     Raises:
-        ValueError: the URI is of another kind, or switches tracking off.
+        ValueError: the URI is not supported, or turns tracking off.
     """
     address, database = resolved(uri, store)
-    from orchestrator.tracking._mlflow import Mlflow  # seconds to import
+    from orchestrator.tracking._mlflow import MlflowTracker  # seconds to import
 
-    return Mlflow(address, project=project, database=database)
+    return MlflowTracker(address, project=project, database=database)
 
 
 def serve_command(
@@ -122,10 +123,10 @@ def serve_command(
     auth: bool = False,
     allowed_hosts: str | None = None,
 ) -> list[str]:
-    """The command that shows a store's runs: an MLflow server over its database and artifacts.
+    """The command that starts an MLflow server over a store's database and artifacts.
 
-    Run it with SERVER_ENVIRONMENT and in its own process group: killed alone, it leaves its worker
-    on the port. Away from the loopback, ask `exposure` first.
+    Run it with SERVER_ENVIRONMENT and in a new process group: MLflow's worker process keeps the
+    port if only the main process is killed. Call `exposure.check_exposure` before.
     """
     folder = store.resolve()
     return [

@@ -1,4 +1,4 @@
-"""The frozen CLIP, against plain forward passes of open_clip's own modules."""
+"""The frozen CLIP, compared with plain forward passes of open_clip."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from benchmarks.harness import random_clip
 from benchmarks.method import padded_text_features, whole_tower
 
 NAMES = ["digit zero", "digit seven", "heart", "ankle_boot", "letter q"]
-# Relative to the norm of the tensor: rounding and nothing else.
+# Largest differences due to rounding, relative to the norm of the tensor.
 CLOSE = {torch.float32: 1e-5, torch.float64: 1e-10}
 
 
@@ -29,7 +29,7 @@ def vit_b_32() -> Backbone:
 
 
 def plain_images(backbone: Backbone, images: list[Image.Image], prompt: Tensor) -> Tensor:
-    """CPL's visual prompt: everything through the whole tower."""
+    """Features with CPL's visual prompt, computed by the complete tower."""
     pixels = torch.stack([backbone.preprocess(image) for image in images]).to(prompt)
     return whole_tower(backbone, pixels, prompt)
 
@@ -39,15 +39,15 @@ def plain_images(backbone: Backbone, images: list[Image.Image], prompt: Tensor) 
     ids=lambda param: f"{param[0]}-{str(param[1])[-7:]}",
 )
 def clip(request, vit_b_32) -> Any:
-    """The tiny model in both precisions, and the towers of a real one."""
+    """The tiny model in two precisions, and a published architecture."""
     name, dtype = request.param
-    one = load_backbone("tiny") if name == "tiny" else vit_b_32
-    one.model.to(dtype)
-    yield Backbone(one.model, one.preprocess, one.tokenizer)
-    one.model.float()
+    backbone = load_backbone("tiny") if name == "tiny" else vit_b_32
+    backbone.model.to(dtype)
+    yield Backbone(backbone.model, backbone.preprocess, backbone.tokenizer)
+    backbone.model.float()
 
 
-def apart(found: Tensor, expected: Tensor) -> float:
+def error(found: Tensor, expected: Tensor) -> float:
     assert found.shape == expected.shape
     return float(((found - expected).norm() / expected.norm()).detach())
 
@@ -59,7 +59,7 @@ def some_images(count: int, side: int = 40) -> list[Image.Image]:
 
 
 def with_gradient(encode: Any, prompt: Tensor) -> tuple[Tensor, Tensor]:
-    """What comes out, and the gradient of some function of it."""
+    """The features, and the gradient of a function of them."""
     prompt = prompt.clone().requires_grad_()
     features = encode(prompt)
     weight = torch.randn(features.shape, generator=torch.Generator().manual_seed(1))
@@ -70,48 +70,48 @@ def with_gradient(encode: Any, prompt: Tensor) -> tuple[Tensor, Tensor]:
 # ---------------------------------------------------------------- texts
 
 
-def test_text_features_and_gradients_equal_one_padded_sequence_a_class(clip):
+def test_text_features_and_gradients_equal_one_padded_sequence_per_class(clip):
     context = 0.02 * torch.randn(16, clip.token_width, dtype=clip.dtype)
     found, slope = with_gradient(lambda c: clip.encode_context(c, NAMES), context)
     expected, plain_slope = with_gradient(lambda c: padded_text_features(clip, c, NAMES), context)
-    assert apart(found, expected) < CLOSE[clip.dtype]
-    assert apart(slope, plain_slope) < CLOSE[clip.dtype]
+    assert error(found, expected) < CLOSE[clip.dtype]
+    assert error(slope, plain_slope) < CLOSE[clip.dtype]
 
 
-def test_prompts_in_one_batch_equal_prompts_alone_with_their_gradients(clip):
+def test_prompts_in_one_batch_equal_separate_prompts_including_gradients(clip):
     contexts = 0.02 * torch.randn(2, 2, 4, clip.token_width, dtype=clip.dtype)
     together, slopes = with_gradient(lambda c: clip.encode_context(c, NAMES), contexts)
     assert together.shape == (2, 2, len(NAMES), together.shape[-1])
     alone, slopes_alone = with_gradient(
         lambda c: torch.stack(
-            [clip.encode_context(one, NAMES) for one in c.flatten(0, 1)]
+            [clip.encode_context(context, NAMES) for context in c.flatten(0, 1)]
         ).unflatten(0, (2, 2)),
         contexts,
     )
-    assert apart(together, alone) < CLOSE[clip.dtype]
-    assert apart(slopes, slopes_alone) < CLOSE[clip.dtype]
+    assert error(together, alone) < CLOSE[clip.dtype]
+    assert error(slopes, slopes_alone) < CLOSE[clip.dtype]
 
 
-def test_text_features_with_the_models_own_words_as_context_equal_plain_encoding(tiny_clip):
+def test_text_features_with_word_embeddings_as_context_equal_plain_encoding(tiny_clip):
     words = tiny_clip.tokenizer.encode("a photo of a")
     context = tiny_clip.model.token_embedding(torch.tensor(words))
     shared = tiny_clip.encode_context(context, NAMES)
     plain = tiny_clip.encode_texts([f"a photo of a {name.replace('_', ' ')}" for name in NAMES])
-    assert apart(shared, plain) < 1e-5
+    assert error(shared, plain) < 1e-5
 
 
-def test_many_classes_are_split_without_a_difference(tiny_clip, monkeypatch):
+def test_splitting_many_classes_gives_the_same_features(tiny_clip, monkeypatch):
     context = 0.02 * torch.randn(4, tiny_clip.token_width)
     whole = tiny_clip.encode_context(context, NAMES)
     monkeypatch.setattr("air_core.backbone.text.PACK", 2)
-    assert apart(tiny_clip.encode_context(context, NAMES), whole) < 1e-5
+    assert error(tiny_clip.encode_context(context, NAMES), whole) < 1e-5
 
 
 # ---------------------------------------------------------------- images
 
 
 @pytest.mark.parametrize("depth", ["shallow", "deep"])
-def test_image_features_and_gradients_equal_the_whole_tower_with_the_prompt_inside(clip, depth):
+def test_image_features_and_gradients_equal_the_complete_tower_with_the_prompt(clip, depth):
     images = some_images(3)
     shape = (
         [4, clip.patch_width] if depth == "shallow" else [clip.vision_layers, 4, clip.patch_width]
@@ -121,18 +121,16 @@ def test_image_features_and_gradients_equal_the_whole_tower_with_the_prompt_insi
     found, slope = with_gradient(lambda p: clip.encode_tokens(tokens, p), prompt)
     expected, plain_slope = with_gradient(lambda p: plain_images(clip, images, p), prompt)
     torch.testing.assert_close(found.norm(dim=-1), torch.ones(3, dtype=clip.dtype))
-    assert apart(found, expected) < CLOSE[clip.dtype]
-    assert apart(slope, plain_slope) < CLOSE[clip.dtype]
+    assert error(found, expected) < CLOSE[clip.dtype]
+    assert error(slope, plain_slope) < CLOSE[clip.dtype]
 
 
-def test_image_tokens_are_one_and_a_patch_each_and_do_not_depend_on_the_batch(
-    tiny_clip, monkeypatch
-):
+def test_image_tokens_are_cls_and_patches_and_do_not_depend_on_the_batch(tiny_clip, monkeypatch):
     images = some_images(5)
     tokens = tiny_clip.image_tokens(images)
     assert tokens.shape == (5, 1 + (32 // tiny_clip.patch_size) ** 2, tiny_clip.patch_width)
     monkeypatch.setattr(tiny_clip, "at_once", 2)
-    assert apart(tiny_clip.image_tokens(images), tokens) < 1e-6
+    assert error(tiny_clip.image_tokens(images), tokens) < 1e-6
 
 
 def test_tokens_in_half_precision_give_nearly_the_same_features(tiny_clip):
@@ -142,10 +140,10 @@ def test_tokens_in_half_precision_give_nearly_the_same_features(tiny_clip):
     prompt = 0.1 * torch.randn(4, tiny_clip.patch_width)
     found = tiny_clip.encode_tokens(half, prompt)
     assert found.dtype == torch.float32
-    assert apart(found, tiny_clip.encode_tokens(tiny_clip.image_tokens(images), prompt)) < 2e-3
+    assert error(found, tiny_clip.encode_tokens(tiny_clip.image_tokens(images), prompt)) < 2e-3
 
 
-def test_a_visual_prompt_of_another_shape_is_named(tiny_clip):
+def test_a_visual_prompt_of_another_shape_is_an_error(tiny_clip):
     tokens = tiny_clip.image_tokens(some_images(2))
     for shape in ((3, 7), (2, 3, tiny_clip.patch_width), (3,)):
         with pytest.raises(ValueError, match="a visual prompt is"):
@@ -161,7 +159,7 @@ def test_image_features_have_unit_length_and_equal_open_clip(tiny_clip):
     torch.testing.assert_close(features, theirs)
 
 
-def test_a_tower_without_a_class_token_takes_no_visual_prompt_but_text():
+def test_a_tower_without_a_class_token_supports_text_prompts_only():
     backbone = random_clip("RN50")
     match = "visual prompts need a ViT .* this vision tower is a ModifiedResNet"
     with pytest.raises(ValueError, match=match):
@@ -172,16 +170,16 @@ def test_a_tower_without_a_class_token_takes_no_visual_prompt_but_text():
         _ = backbone.patch_width
     context = 0.02 * torch.randn(2, backbone.token_width)
     found = backbone.encode_context(context, NAMES[:2])
-    assert apart(found, padded_text_features(backbone, context, NAMES[:2])) < 1e-5
+    assert error(found, padded_text_features(backbone, context, NAMES[:2])) < 1e-5
 
 
-def test_the_embedded_clip_is_tiny(tiny_clip):
+def test_the_shipped_clip_is_small(tiny_clip):
     assert sum(p.numel() for p in tiny_clip.model.parameters()) < 5e6
     assert load_backbone(tiny_folder()).logit_scale == tiny_clip.logit_scale
 
 
 @pytest.mark.parametrize(("precision", "close"), [("fp16", 2e-3), ("bf16", 2e-2)])
-def test_half_precision_is_near_and_its_prompts_and_features_are_not_halved(
+def test_half_precision_is_close_and_keeps_prompts_and_features_in_float32(
     tiny_clip, precision, close
 ):
     half = load_backbone("tiny", precision=precision)
@@ -195,13 +193,9 @@ def test_half_precision_is_near_and_its_prompts_and_features_are_not_halved(
             clip.encode_context(context, NAMES),
             clip.encode_tokens(clip.image_tokens(images), prompt),
         )
-        slopes = torch.autograd.grad(sum(one[:, 0].sum() for one in learned), [context, prompt])
+        slopes = torch.autograd.grad(sum(part[:, 0].sum() for part in learned), [context, prompt])
         results += [*learned, clip.encode_images(images), clip.encode_texts(NAMES), *slopes]
-    assert {one.dtype for one in found} == {torch.float32}
-    assert (
-        max(apart(one, other) for one, other in zip(found[:4], expected[:4], strict=True)) < close
-    )
-    # Gradients of few numbers, through all blocks.
-    assert max(apart(one, other) for one, other in zip(found[4:], expected[4:], strict=True)) < (
-        20 * close
-    )
+    assert {tensor.dtype for tensor in found} == {torch.float32}
+    errors = [error(*pair) for pair in zip(found, expected, strict=True)]
+    assert max(errors[:4]) < close
+    assert max(errors[4:]) < 20 * close  # gradients, through all blocks

@@ -1,4 +1,4 @@
-"""Names of backbones: what they stand for, what is loaded, and what is said where it is not."""
+"""Names of backbones: files, loading, error messages, and untrusted folders."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def random_weights(tmp_path_factory: pytest.TempPathFactory) -> Any:
     def make(architecture: str) -> Path:
         file: Path = folder / f"{architecture}.safetensors"
         if not file.exists():
-            logging.disable(logging.WARNING)  # that weights are random is what we want
+            logging.disable(logging.WARNING)  # random weights are intended
             torch.manual_seed(0)
             state = open_clip.create_model(architecture, pretrained=None).state_dict()
             logging.disable(logging.NOTSET)
@@ -49,18 +49,18 @@ def random_weights(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Put a file into an otherwise empty cache of the Hugging Face hub."""
+    """A function that puts a file into an otherwise empty cache of the Hugging Face hub."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
 
     def put(repository: str, file: Path) -> Path:
-        kept = tmp_path / "hub" / f"models--{repository.replace('/', '--')}"
-        (kept / "refs").mkdir(parents=True, exist_ok=True)
-        (kept / "refs" / "main").write_text("abc")
-        place = kept / "snapshots" / "abc" / file.name
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.symlink_to(file)
-        return place
+        repo = tmp_path / "hub" / f"models--{repository.replace('/', '--')}"
+        (repo / "refs").mkdir(parents=True, exist_ok=True)
+        (repo / "refs" / "main").write_text("abc")
+        cached = repo / "snapshots" / "abc" / file.name
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        cached.symlink_to(file)
+        return cached
 
     return put
 
@@ -73,7 +73,7 @@ def activation(backbone: Any) -> str:
 # ---------------------------------------------------------------- names
 
 
-def test_tiny_and_a_folder_stand_for_all_their_files(tmp_path):
+def test_tiny_and_a_folder_name_all_their_files(tmp_path):
     assert [path.name for path in weights_files("tiny")] == [
         "merges.txt.gz",
         "open_clip_config.json",
@@ -105,22 +105,22 @@ assert not {"torch", "open_clip", "diffusers"} & sys.modules.keys()
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nothing", "is not there; allowed: tiny, a folder with open_clip_config.json"),
-        ("a/b/c", "is not there; allowed: tiny"),
+        ("nothing", "does not exist; allowed: tiny, a folder with open_clip_config.json"),
+        ("a/b/c", "does not exist; allowed: tiny"),
         ("ViT-B32/openai", "no architecture 'ViT-B32'; did you mean ViT-B-32"),
         ("ViT-B/32", "did you mean .*ViT-B-32"),
         ("ViT-B-32/openia", "no weights 'openia' of ViT-B-32; known: openai, laion400m_e31"),
-        ("ViT-B-32@/nowhere.pt", "/nowhere.pt: that file is not there"),
+        ("ViT-B-32@/nowhere.pt", "/nowhere.pt does not exist"),
         ("roberta-ViT-B-32/laion2b_s12b_b32k", "neither CLIP's nor SigLIP's"),
         ("coca_ViT-B-32/laion2b_s13b_b90k", "neither CLIP's nor SigLIP's"),
     ],
 )
-def test_a_name_that_means_nothing_says_what_is_allowed(name, message):
+def test_the_error_for_an_unknown_name_lists_what_is_allowed(name, message):
     with pytest.raises(ValueError, match=message):
         weights_files(name)
 
 
-def test_the_archive_that_openai_published_is_refused_with_a_way_out(tmp_path, hub):
+def test_openais_torchscript_archive_is_rejected_with_an_alternative(tmp_path, hub):
     archive = tmp_path / "home" / ".cache" / "clip" / "ViT-B-32.pt"
     archive.parent.mkdir(parents=True)
     with ZipFile(archive, "w") as scripted:
@@ -134,21 +134,22 @@ def test_the_archive_that_openai_published_is_refused_with_a_way_out(tmp_path, h
 # ---------------------------------------------------------------- the real architectures
 
 
-def test_a_tag_is_loaded_from_the_cache_as_it_was_trained(hub, random_weights):
+def test_a_tag_is_loaded_from_the_cache_with_its_activation_function(hub, random_weights):
     file = random_weights("ViT-B-32")
     repository = "timm/vit_base_patch32_clip_224.openai"
     whole = file.with_name("open_clip_model.safetensors")
     if not whole.exists():
         whole.symlink_to(file)
-    kept = hub(repository, whole)
-    assert weights_files("ViT-B-32/openai") == [kept]
+    cached = hub(repository, whole)
+    assert weights_files("ViT-B-32/openai") == [cached]
     tagged = load_backbone("ViT-B-32/openai")
     named = load_backbone(f"ViT-B-32-quickgelu@{file}")
     plain = load_backbone(f"ViT-B-32@{file}")
-    assert [activation(one) for one in (tagged, named, plain)] == ["QuickGELU", "QuickGELU", "GELU"]
+    activations = [activation(backbone) for backbone in (tagged, named, plain)]
+    assert activations == ["QuickGELU", "QuickGELU", "GELU"]
     context = torch.zeros(2, 512)
     assert torch.equal(tagged.encode_context(context, NAMES), named.encode_context(context, NAMES))
-    # Activation is not in the file, so it must be in the settings.
+    # The file does not contain the activation function, so the settings must.
     settings = weights_settings("ViT-B-32/openai")
     assert settings == weights_settings(f"ViT-B-32-quickgelu@{file}")
     assert settings != weights_settings(f"ViT-B-32@{file}")
@@ -157,7 +158,9 @@ def test_a_tag_is_loaded_from_the_cache_as_it_was_trained(hub, random_weights):
     assert tagged.image_tokens([image]).shape == (1, 50, 768)
 
 
-def test_a_checkpoint_of_tensors_is_read_and_one_with_code_is_not(tmp_path, random_weights):
+def test_a_checkpoint_with_tensors_is_read_and_a_checkpoint_with_code_is_rejected(
+    tmp_path, random_weights
+):
     from safetensors.torch import load_file
 
     state = load_file(random_weights("RN50"))
@@ -172,19 +175,19 @@ def test_a_checkpoint_of_tensors_is_read_and_one_with_code_is_not(tmp_path, rand
         load_backbone(f"RN50@{tmp_path / 'code.pt'}")
 
 
-def test_weights_of_another_architecture_are_refused_by_their_first_tensor(random_weights):
+def test_weights_of_another_architecture_are_rejected_with_the_first_wrong_tensor(random_weights):
     file = random_weights("ViT-B-32")
     with pytest.raises(
-        ValueError, match=r"does not fit RN50: text_projection is \(512, 512\) there"
+        ValueError, match=r"does not fit RN50: text_projection has shape \(512, 512\)"
     ):
         load_backbone(f"RN50@{file}")
-    # Nothing but the patches differs.
-    match = r"does not fit ViT-B-16: visual\.conv1\.weight is \(768, 3, 32, 32\) there and"
+    # Only the patch embedding differs.
+    match = r"does not fit ViT-B-16: visual\.conv1\.weight has shape \(768, 3, 32, 32\), but"
     with pytest.raises(ValueError, match=match):
         load_backbone(f"ViT-B-16@{file}")
 
 
-def test_what_was_never_fetched_says_how_to_fetch_it(tmp_path, hub):
+def test_the_error_for_missing_weights_has_the_download_command(tmp_path, hub):
     weights = (
         r"`hf download timm/vit_base_patch32_clip_224\.openai open_clip_model\.safetensors`, or "
         r"write ViT-B-32-quickgelu@<file>"
@@ -197,7 +200,7 @@ def test_what_was_never_fetched_says_how_to_fetch_it(tmp_path, hub):
         find_backbone(f"ViT-B-16-SigLIP@{tmp_path / 'siglip.safetensors'}")
 
 
-def test_pixels_are_prepared_as_all_weights_of_an_architecture_want_them(tmp_path):
+def test_preprocessing_is_that_of_all_known_weights_of_the_architecture(tmp_path):
     (tmp_path / "siglip.safetensors").touch()
     (tmp_path / "tokenizer.json").touch()
     found = find_backbone(f"ViT-B-16-SigLIP@{tmp_path / 'siglip.safetensors'}")
@@ -212,7 +215,7 @@ def test_pixels_are_prepared_as_all_weights_of_an_architecture_want_them(tmp_pat
 
 @pytest.fixture(scope="module")
 def siglip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a small model of SigLIP's build: no causal mask, last token, timm's ViT."""
+    """A folder with a small model like SigLIP: no causal mask, last token, timm's ViT."""
     import open_clip
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -226,7 +229,7 @@ def siglip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     plain.post_processor = processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", 1)]
     )
-    # As SigLIP has it, padding is the end of text again.
+    # In SigLIP padding and the end of text are the same token.
     PreTrainedTokenizerFast(
         tokenizer_object=plain, eos_token="</s>", pad_token="</s>", unk_token="<unk>"
     ).save_pretrained(folder)
@@ -252,17 +255,17 @@ def siglip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_siglip_encodes_its_own_words_as_context_as_it_encodes_texts(siglip):
+def test_siglip_encodes_word_embeddings_as_context_like_the_text(siglip):
     backbone = load_backbone(siglip)
     words = backbone.tokenizer(["a photo of a"])[0, :4]
     context = backbone.model.text.token_embedding(words)
     context = context[None].repeat(2, 1, 1).requires_grad_()
-    found = backbone.encode_context(context, NAMES)
+    features = backbone.encode_context(context, NAMES)
     expected = backbone.encode_texts([f"a photo of a {name}" for name in NAMES])
-    assert found.shape == (2, 3, 64)
-    torch.testing.assert_close(found[0].detach(), expected)
-    torch.testing.assert_close(found[1].detach(), expected)
-    found.sum().backward()
+    assert features.shape == (2, 3, 64)
+    torch.testing.assert_close(features[0].detach(), expected)
+    torch.testing.assert_close(features[1].detach(), expected)
+    features.sum().backward()
     assert context.grad.abs().sum() > 0
     image = Image.new("RGB", (90, 50))
     assert backbone.encode_images([image]).shape == (1, 64)
@@ -270,11 +273,11 @@ def test_siglip_encodes_its_own_words_as_context_as_it_encodes_texts(siglip):
         backbone.image_tokens([image])
 
 
-def test_names_that_do_not_fit_siglip_are_refused_with_and_without_the_model(siglip):
+def test_names_that_do_not_fit_siglip_are_rejected_with_and_without_the_model(siglip):
     backbone, names = load_backbone(siglip), ("heart", "tree frog")
     backbone.encode_context(torch.zeros(9, 32), names)  # 9 + 2 + end = 12
     check_room(str(siglip), names, "a photo of a {}", 9)
-    with pytest.raises(ValueError, match="'tree frog' does not fit, but 2 are left"):
+    with pytest.raises(ValueError, match="'tree frog' does not fit, but 2 remain"):
         backbone.encode_context(torch.zeros(10, 32), names)
     with pytest.raises(ValueError, match="'tree frog' takes 3 tokens with start and end, but"):
         check_room(str(siglip), names, "a photo of a {}", 10)
@@ -294,13 +297,13 @@ print(json.dumps(sorted({"timm"} & sys.modules.keys())))
 
 
 def test_a_model_is_loaded_without_libraries_that_it_does_not_need(siglip):
-    """What a worker waits for when it starts."""
-    words = [sys.executable, "-c", NEEDED, str(siglip)]
-    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    """Workers would start more slowly."""
+    command = [sys.executable, "-c", NEEDED, str(siglip)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert [json.loads(line) for line in done.stdout.splitlines()] == [[], ["timm"]]
 
 
-# ---------------------------------------------------------------- folders of strangers
+# ---------------------------------------------------------------- untrusted folders
 
 CONFIG = "open_clip_config.json"
 EVIL = """
@@ -324,7 +327,7 @@ def with_setting(source: Path, folder: Path, where: str, value: object) -> Path:
 
 
 def with_code(source: Path, folder: Path, settings: dict[str, object]) -> Path:
-    """A copy of an open_clip folder whose tokenizer is code; running it leaves the file `ran`."""
+    """A copy of an open_clip folder whose tokenizer is code that creates the file `ran`."""
     with_setting(source, folder, "model_cfg.text_cfg.tokenizer_kwargs", settings)
     file = folder / "tokenizer_config.json"
     config = json.loads(file.read_text())
@@ -336,7 +339,7 @@ def with_code(source: Path, folder: Path, settings: dict[str, object]) -> Path:
 
 @pytest.fixture
 def answers_yes(monkeypatch, tmp_path):
-    """The user answers yes to every question; modules of the test stay in its folder."""
+    """Answer yes to every prompt, and keep downloaded modules in the test's folder."""
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
     modules = str(tmp_path / "modules")
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules)
@@ -344,7 +347,7 @@ def answers_yes(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("settings", [{}, {"trust_remote_code": True}])
-def test_a_tokenizer_that_is_code_of_its_folder_is_not_run(settings, siglip, tmp_path, answers_yes):
+def test_tokenizer_code_in_a_folder_is_not_run(settings, siglip, tmp_path, answers_yes):
     folder = with_code(siglip, tmp_path / "folder", settings)
     with pytest.raises(ValueError, match=str(folder)):
         load_backbone(folder)
@@ -352,11 +355,11 @@ def test_a_tokenizer_that_is_code_of_its_folder_is_not_run(settings, siglip, tmp
 
 
 @pytest.mark.parametrize("kind", ["AutoTokenizer", "AutoModel", "RagTokenizer", 5])
-def test_a_tokenizer_that_loads_something_else_is_refused(kind, siglip, tmp_path):
+def test_a_tokenizer_that_loads_other_models_is_rejected(kind, siglip, tmp_path):
     folder = Path(shutil.copytree(siglip, tmp_path / "folder"))
     file = folder / "tokenizer_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "tokenizer_class": kind}))
-    with pytest.raises(ValueError, match=r"tokenizer_config\.json: .* is no tokenizer of its own"):
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: .* is not a tokenizer class"):
         load_backbone(folder)
 
 
@@ -366,38 +369,46 @@ def test_a_tokenizer_that_loads_something_else_is_refused(kind, siglip, tmp_path
         (
             "text_cfg.tokenizer_kwargs",
             {"bpe_path": "/etc/motd"},
-            "bpe_path is no setting that a model",
+            "bpe_path is not allowed in a model folder",
         ),
-        ("text_cfg.tokenizer_kwargs", {"strip_sep_token": True}, "CLIP's own tokenizer does not"),
+        (
+            "text_cfg.tokenizer_kwargs",
+            {"strip_sep_token": True},
+            "CLIP's tokenizer does not support",
+        ),
         ("text_cfg.tokenizer_kwargs", {"clean": "all"}, "clean is 'all'; allowed: one of canon"),
         ("text_cfg.tokenizer_kwargs", ["x"], r"tokenizer_kwargs is \['x'\]; allowed: an object"),
-        ("text_cfg.hf_proj_type", "mlp", "hf_proj_type is no .*; allowed: .*context_length"),
+        (
+            "text_cfg.hf_proj_type",
+            "mlp",
+            "hf_proj_type is not allowed .*; allowed: .*context_length",
+        ),
         ("text_cfg.width", None, "width is None; allowed: a whole number"),
         ("vision_cfg.timm_model_name", "hf-hub:timm/vit_tiny", "plain name of an architecture"),
         ("vision_cfg.timm_model_name", "hf_hub:timm/vit_tiny", "plain name of an architecture"),
         ("vision_cfg.timm_model_name", "local-dir:/models/x", "plain name of an architecture"),
         ("vision_cfg.timm_model_name", "timm/vit_tiny", "plain name of an architecture"),
-        ("vision_cfg.pretrained", "/weights.pt", r"vision_cfg\.pretrained is no setting"),
+        ("vision_cfg.pretrained", "/weights.pt", r"vision_cfg\.pretrained is not allowed"),
         ("vision_cfg.layers", [1, True], r"layers is \[1, True\]; allowed: a whole number or a"),
         ("vision_cfg.act_kwargs", {"approximate": {}}, "approximate is {}; allowed: one of none"),
         ("vision_cfg.mlp_ratio", float("nan"), "mlp_ratio is nan; allowed: a number"),
         ("vision_cfg", [], "no model_cfg with embed_dim, vision_cfg and text_cfg"),
         ("text_cfg", "ViT", "no model_cfg with embed_dim, vision_cfg and text_cfg"),
         ("embed_dim", "128", "no model_cfg with embed_dim, vision_cfg and text_cfg"),
-        ("cast_dtype", "fp16", r"model_cfg\.cast_dtype is no setting"),
+        ("cast_dtype", "fp16", r"model_cfg\.cast_dtype is not allowed"),
     ],
 )
-def test_a_setting_that_a_folder_may_not_have_is_refused_by_its_name(
+def test_a_setting_that_is_not_allowed_in_a_folder_is_rejected_by_name(
     where, value, message, tmp_path
 ):
     folder = with_setting(tiny_folder(), tmp_path / "folder", f"model_cfg.{where}", value)
-    for read in (weights_files, load_backbone):  # when it is planned, and when it is loaded
+    for read in (weights_files, load_backbone):  # when planning, and when loading
         with pytest.raises(ValueError, match=rf"{folder}/{CONFIG}: .*{message}"):
             read(str(folder))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "3", '{"model_cfg": 1}', "\xff", "[" * 100_000])
-def test_a_damaged_configuration_is_refused_by_its_file(text, tmp_path):
+def test_a_damaged_configuration_is_rejected_with_its_path(text, tmp_path):
     folder = Path(shutil.copytree(tiny_folder(), tmp_path / "folder"))
     (folder / CONFIG).write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=rf"{folder}/{CONFIG}"):
@@ -408,7 +419,7 @@ def test_a_folder_without_configuration_or_weights_is_an_error_not_a_random_clip
     with pytest.raises(ValueError, match="open_clip_config"):
         load_backbone(tmp_path)
     shutil.copy(tiny_folder() / CONFIG, tmp_path)
-    with pytest.raises(ValueError, match="holds no weights"):
+    with pytest.raises(ValueError, match="contains no weights"):
         load_backbone(tmp_path)
     where, message = "preprocess_cfg.mean", r"preprocess_cfg\.mean is 'grey'; allowed: a number or"
     with pytest.raises(ValueError, match=message):
@@ -418,13 +429,13 @@ def test_a_folder_without_configuration_or_weights_is_an_error_not_a_random_clip
 @pytest.mark.parametrize(
     ("where", "value"), [("text_cfg.heads", 3), ("vision_cfg.timm_model_name", "nothing_224")]
 )
-def test_a_configuration_that_cannot_be_built_is_refused(where, value, tmp_path):
+def test_a_configuration_that_open_clip_cannot_build_is_rejected(where, value, tmp_path):
     folder = with_setting(tiny_folder(), tmp_path / "folder", f"model_cfg.{where}", value)
     with pytest.raises(ValueError, match=rf"{folder}: open_clip cannot build its configuration"):
         load_backbone(folder)
 
 
-def test_every_configuration_of_open_clip_with_a_text_tower_that_is_read_passes():
+def test_all_configurations_of_open_clip_with_a_supported_text_tower_pass():
     import open_clip
 
     passed = set()
@@ -443,7 +454,7 @@ def test_every_configuration_of_open_clip_with_a_text_tower_that_is_read_passes(
 
 
 @pytest.mark.parametrize("name", ["tiny", "siglip"])
-def test_a_folder_that_open_clip_has_written_is_read(name, siglip, tmp_path):
+def test_a_folder_written_by_open_clip_is_read(name, siglip, tmp_path):
     from open_clip.push_to_hf_hub import save_config_for_hf
 
     source = tiny_folder() if name == "tiny" else siglip
@@ -454,7 +465,7 @@ def test_a_folder_that_open_clip_has_written_is_read(name, siglip, tmp_path):
 
 
 class Pickled:
-    """Unpickling leaves a file."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -464,7 +475,7 @@ class Pickled:
 
 
 @pytest.mark.parametrize("name", ["open_clip_pytorch_model.bin", "model.pth"])
-def test_unpickling_the_weights_of_a_folder_runs_nothing(name, tmp_path):
+def test_reading_pickled_weights_runs_no_code(name, tmp_path):
     folder = Path(shutil.copytree(tiny_folder(), tmp_path / "folder"))
     (folder / "open_clip_model.safetensors").unlink()
     torch.save({"state_dict": Pickled(tmp_path / "ran")}, folder / name)
@@ -482,7 +493,7 @@ def watch(event, arguments):
         print(event, *arguments, flush=True)
         os._exit(0)
 sys.addaudithook(watch)
-import huggingface_hub.constants  # read from the environment now
+import huggingface_hub.constants  # reads the environment
 """
 DOWNLOADS = """
 import timm
@@ -508,7 +519,7 @@ load_pipeline(generator_folder("tiny"))
 
 
 def connections(program: str, *arguments: str, home: Path) -> str:
-    """The first connection that a process tries whose user has set nothing; or `none`."""
+    """The first connection that a process without offline settings tries; or `none`."""
     environment = {key: value for key, value in os.environ.items() if not key.endswith("_OFFLINE")}
     done = subprocess.run(
         [sys.executable, "-c", CONNECTIONS + program, *arguments],
@@ -522,11 +533,11 @@ def connections(program: str, *arguments: str, home: Path) -> str:
 
 
 @pytest.mark.parametrize("loads", [LOADS_A_BACKBONE, LOADS_A_GENERATOR])
-def test_a_process_that_has_loaded_a_model_opens_no_connection(loads, siglip, tmp_path):
+def test_a_process_opens_no_connection_after_loading_a_model(loads, siglip, tmp_path):
     assert connections(loads + DOWNLOADS, str(siglip), home=tmp_path) == "none"
 
 
-def test_such_a_process_would_open_connections_otherwise(tmp_path):
+def test_the_same_process_opens_connections_without_loading_a_model(tmp_path):
     assert connections(DOWNLOADS, home=tmp_path).startswith("socket.")
 
 
@@ -537,7 +548,9 @@ def test_such_a_process_would_open_connections_otherwise(tmp_path):
         ("text_cfg.hf_tokenizer_name", "someone/elsewhere"),
     ],
 )
-def test_a_folder_that_names_a_model_of_the_hub_opens_no_connection(where, value, siglip, tmp_path):
+def test_loading_a_folder_that_names_a_model_of_the_hub_opens_no_connection(
+    where, value, siglip, tmp_path
+):
     folder = with_setting(siglip, tmp_path / "folder", f"model_cfg.{where}", value)
     for file in folder.glob("tokenizer*"):
         file.unlink()

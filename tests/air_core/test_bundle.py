@@ -1,4 +1,4 @@
-"""Bundles: checked to the byte, bound to their weights, and the same numbers as plain open_clip."""
+"""Bundles: integrity, binding to the backbone, and equality with plain open_clip."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def saved(images: list[Image.Image], folder: Path) -> list[Path]:
     return files
 
 
-# ---------------------------------------------------------------- what it computes
+# ---------------------------------------------------------------- results
 
 
 def test_logits_are_those_of_zero_shot_clip(bundle, tiny_clip, digits):
@@ -81,15 +81,15 @@ def test_logits_are_those_of_zero_shot_clip(bundle, tiny_clip, digits):
 
 
 @pytest.mark.parametrize("depth", ["shallow", "deep"])
-def test_a_visual_prompt_goes_between_the_patches(depth, contents, tmp_path, tiny_clip, digits):
+def test_a_visual_prompt_is_added_to_the_patches(depth, contents, tmp_path, tiny_clip, digits):
     settings = PromptSettings(length=3, depth=depth)
     shape = (3, tiny_clip.patch_width)
     shape = (tiny_clip.vision_layers, *shape) if depth == "deep" else shape
     prompt = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    said, arrays = contents
-    said = {**said, "modality": "visual", "prompt": asdict(settings)}
+    content, arrays = contents
+    content = {**content, "modality": "visual", "prompt": asdict(settings)}
     arrays = {**arrays, PROMPT: {"prompt": prompt.numpy()}}
-    write_bundle(tmp_path / "b", said, arrays, replace=False)
+    write_bundle(tmp_path / "b", content, arrays, replace=False)
 
     learner = restored_learner("visual", settings, tiny_clip, CLASSNAMES, TEMPLATE, prompt)
     tokens = tiny_clip.image_tokens(digits, torch.float16)
@@ -102,42 +102,43 @@ def test_a_visual_prompt_goes_between_the_patches(depth, contents, tmp_path, tin
     assert not torch.allclose(found, without, atol=0.1)
 
 
-def test_images_are_classified_in_their_order_whatever_the_batch(bundle, digits, tmp_path):
+def test_images_are_classified_in_order_with_any_batch_size(bundle, digits, tmp_path):
     files = saved(digits, tmp_path / "new")
-    found = bundle.classify([tmp_path / "new"], topk=10)
-    assert [one.image for one in found] == [str(file) for file in files]
+    results = bundle.classify([tmp_path / "new"], topk=10)
+    assert [result.image for result in results] == [str(file) for file in files]
     shares = bundle.logits(digits).softmax(dim=-1)
-    for one, row in zip(found, shares, strict=True):
-        assert one.classname == CLASSNAMES[int(row.argmax())]
-        assert one.probability == pytest.approx(float(row.max()), abs=1e-5)
-        assert {name for name, _ in one.top} == set(CLASSNAMES)
-        assert [share for _, share in one.top] == sorted((s for _, s in one.top), reverse=True)
-        assert sum(share for _, share in one.top) == pytest.approx(1, abs=1e-5)
+    for result, row in zip(results, shares, strict=True):
+        assert result.classname == CLASSNAMES[int(row.argmax())]
+        assert result.probability == pytest.approx(float(row.max()), abs=1e-5)
+        assert {name for name, _ in result.top} == set(CLASSNAMES)
+        probabilities = [share for _, share in result.top]
+        assert probabilities == sorted(probabilities, reverse=True)
+        assert sum(probabilities) == pytest.approx(1, abs=1e-5)
     before, bundle.backbone.at_once = bundle.backbone.at_once, 7
     batches = bundle.classify([tmp_path / "new"], topk=1)
     bundle.backbone.at_once = before
-    assert [one.classname for one in batches] == [one.classname for one in found]
-    assert all(len(one.top) == 1 for one in batches)
+    assert [result.classname for result in batches] == [result.classname for result in results]
+    assert all(len(result.top) == 1 for result in batches)
 
 
-def test_what_cannot_be_read_is_told_and_the_rest_is_classified(bundle, digits, tmp_path):
+def test_unreadable_files_are_reported_and_the_rest_is_classified(bundle, digits, tmp_path):
     files = saved(digits[:5], tmp_path)
     files[1].write_bytes(b"no image")
     files[3].write_bytes(files[3].read_bytes()[:60])
-    gone = tmp_path / "gone.png"
-    told: dict[Path, str] = {}
-    found = list(bundle.stream([*files, gone], unreadable=lambda f, why: told.update({f: why})))
-    assert [one.image for one in found] == [str(files[i]) for i in (0, 2, 4)]
-    assert list(told) == [files[1], files[3], gone]
-    assert all(str(file) in why for file, why in told.items())
+    missing = tmp_path / "missing.png"
+    errors: dict[Path, str] = {}
+    stream = bundle.stream([*files, missing], unreadable=lambda f, why: errors.update({f: why}))
+    assert [result.image for result in stream] == [str(files[i]) for i in (0, 2, 4)]
+    assert list(errors) == [files[1], files[3], missing]
+    assert all(str(file) in why for file, why in errors.items())
     with pytest.raises(Unreadable, match=r"001\.png"):
         bundle.classify([tmp_path])
 
 
-# ---------------------------------------------------------------- which images
+# ---------------------------------------------------------------- image files
 
 
-def test_folders_are_gone_through_and_patterns_spread(tmp_path, digits, monkeypatch):
+def test_folders_are_searched_recursively_and_patterns_expanded(tmp_path, digits, monkeypatch):
     saved(digits[:2], tmp_path / "new" / "deep" / "er")
     saved(digits[:1], tmp_path / "new")
     for name in ("notes.txt", ".hidden.png", "._000.png"):
@@ -147,22 +148,22 @@ def test_folders_are_gone_through_and_patterns_spread(tmp_path, digits, monkeypa
     monkeypatch.chdir(tmp_path)
     deep = ["new/deep/er/000.png", "new/deep/er/001.png"]
 
-    def found(*places: str) -> list[str]:
-        return [str(file) for file in image_files(places)]
+    def listed(*paths: str) -> list[str]:
+        return [str(file) for file in image_files(paths)]
 
-    assert found("new") == ["new/000.png", "new/a[1].png", *deep]
-    assert found("new/**/*.png") == ["new/000.png", "new/a[1].png", *deep]
-    assert found("new/a[1].png") == ["new/a[1].png"]
-    assert found("new/deep/er/001.png", "new/deep") == deep[::-1]
-    assert found("new/*") == ["new/000.png", "new/a[1].png", *deep, "new/notes.txt"]
+    assert listed("new") == ["new/000.png", "new/a[1].png", *deep]
+    assert listed("new/**/*.png") == ["new/000.png", "new/a[1].png", *deep]
+    assert listed("new/a[1].png") == ["new/a[1].png"]
+    assert listed("new/deep/er/001.png", "new/deep") == deep[::-1]
+    assert listed("new/*") == ["new/000.png", "new/a[1].png", *deep, "new/notes.txt"]
     (tmp_path / "empty").mkdir()
-    for place, words in (
-        ("empty", "empty holds no image, nor do the folders in it; images end in .bmp"),
-        ("new/*.jpg", "no file fits 'new/*.jpg'"),
-        ("no.png", "no.png is not there"),
+    for path, message in (
+        ("empty", "empty and its subfolders contain no image; images end in .bmp"),
+        ("new/*.jpg", "no file matches 'new/*.jpg'"),
+        ("no.png", "no.png does not exist"),
     ):
-        with pytest.raises(ValueError, match=re.escape(words)):
-            image_files([place])
+        with pytest.raises(ValueError, match=re.escape(message)):
+            image_files([path])
 
 
 def test_a_bundle_is_checked_before_torch_is_imported():
@@ -173,19 +174,19 @@ def test_a_bundle_is_checked_before_torch_is_imported():
     assert done.stdout.strip() == "set()"
 
 
-# ---------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------- rejected bundles
 
 
 @pytest.mark.parametrize("name", [MANIFEST, TEXT, TEST])
-def test_a_changed_byte_is_found_wherever_it_is(folder, name):
+def test_any_changed_byte_is_detected(folder, name):
     file = folder / name
     data = file.read_bytes()
     for at in {*range(0, len(data), max(1, len(data) // 40)), len(data) - 1}:
         file.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
-        with pytest.raises(ValueError, match=re.escape(f"{file} is not as it was exported")):
+        with pytest.raises(ValueError, match=re.escape(f"{file} was changed after the export")):
             read_bundle(folder)
     file.write_bytes(data + b" ")
-    with pytest.raises(ValueError, match=re.escape(f"{file} is not as it was exported")):
+    with pytest.raises(ValueError, match=re.escape(f"{file} was changed after the export")):
         read_bundle(folder)
     file.unlink()
     with pytest.raises(ValueError, match=re.escape(name)):
@@ -193,38 +194,38 @@ def test_a_changed_byte_is_found_wherever_it_is(folder, name):
 
 
 def rewritten(folder: Path, **changes: Any) -> None:
-    """bundle.json with other content and the digest that fits it."""
-    said = json.loads((folder / MANIFEST).read_text()) | changes
-    said.pop("digest", None)
-    bare = json.dumps(said, indent=1, sort_keys=True).encode()
-    said["digest"] = hashlib.sha256(bare).hexdigest()
-    (folder / MANIFEST).write_text(json.dumps(said, indent=1, sort_keys=True) + "\n")
+    """Replace content of bundle.json and its digest."""
+    content = json.loads((folder / MANIFEST).read_text()) | changes
+    content.pop("digest", None)
+    bare = json.dumps(content, indent=1, sort_keys=True).encode()
+    content["digest"] = hashlib.sha256(bare).hexdigest()
+    (folder / MANIFEST).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
-def test_no_file_outside_the_folder_is_opened_and_no_later_format_is_guessed(folder):
-    for changes, words in (
+def test_files_outside_the_folder_and_later_formats_are_rejected(folder):
+    for changes, message in (
         ({"files": {"../secret.safetensors": "0" * 64}}, "names the file '../secret.safetensors'"),
         ({"files": {"/etc/passwd": "0" * 64}}, f"allowed: {', '.join(FILES)}"),
-        ({"files": {}}, f"without {TEXT}"),
-        ({"format": 2}, "has format 2, and this version reads 1"),
+        ({"files": {}}, f"{TEXT} is missing"),
+        ({"format": 2}, "has format 2, but this version supports 1"),
     ):
         before = (folder / MANIFEST).read_bytes()
         rewritten(folder, **changes)
-        with pytest.raises(ValueError, match=re.escape(words)):
+        with pytest.raises(ValueError, match=re.escape(message)):
             read_bundle(folder)
         (folder / MANIFEST).write_bytes(before)
-    with pytest.raises(ValueError, match=r"device 'npu' cannot be used here .*; cpu can"):
+    with pytest.raises(ValueError, match=r"device 'npu' cannot be used .*; cpu always works"):
         load_bundle(folder, device="npu")
 
 
-def test_a_bundle_names_no_folder_that_is_then_read(folder, monkeypatch, digits):
-    """As a bundle from a stranger could, with digests that fit the weights beside it."""
+def test_a_folder_named_in_a_bundle_is_not_read(folder, monkeypatch, digits):
+    """Even if the digests match, as in a bundle from an untrusted source."""
     clip = Path(shutil.copytree(tiny_folder(), folder / "clip"))
     backbone = json.loads((folder / MANIFEST).read_text())["backbone"]
     monkeypatch.chdir(folder)
     for name in ("clip", str(clip), "./clip", "../bundle/clip", None):
         rewritten(folder, backbone={**backbone, "name": name})
-        with pytest.raises(ValueError, match=r"learned on an open_clip folder .* give --weights"):
+        with pytest.raises(ValueError, match=r"trained with an open_clip folder .* give --weights"):
             load_bundle(folder)
         assert load_bundle(folder, weights=str(clip)).logits(digits[:1]).shape == (1, 10)
     without = {key: value for key, value in backbone.items() if key != "name"}
@@ -233,65 +234,65 @@ def test_a_bundle_names_no_folder_that_is_then_read(folder, monkeypatch, digits)
         load_bundle(folder)
 
 
-def test_a_folder_does_not_pass_for_published_weights(folder, tmp_path, monkeypatch):
+def test_a_folder_is_not_accepted_as_published_weights(folder, tmp_path, monkeypatch):
     shutil.copytree(tiny_folder(), tmp_path / "ViT-B-32" / "openai")
     backbone = json.loads((folder / MANIFEST).read_text())["backbone"]
     rewritten(folder, backbone={**backbone, "name": "ViT-B-32/openai"})
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path))  # where no weights were fetched to
+    monkeypatch.setenv("HOME", str(tmp_path))  # has no downloaded weights
     with pytest.raises(ValueError, match=r"backbone ViT-B-32/openai: its weights are not on this"):
         load_bundle(folder)
 
 
-def test_a_bundle_says_nothing_of_where_its_weights_lay(tmp_path):
-    place = Path(shutil.copytree(tiny_folder(), tmp_path / "secret" / "project-x"))
+def test_a_bundle_contains_no_paths_of_its_weights(tmp_path):
+    clip = Path(shutil.copytree(tiny_folder(), tmp_path / "secret" / "project-x"))
     file = tmp_path / "secret" / "w.safetensors"
     file.write_bytes(b"weights")
-    for name in (str(place), f"ViT-B-32@{file}"):
-        said = weights_said(name)
-        assert said["name"] is None
-        assert said["files"]
-        assert "secret" not in json.dumps(said)
-        assert "project-x" not in json.dumps(said)
+    for name in (str(clip), f"ViT-B-32@{file}"):
+        content = weights_said(name)
+        assert content["name"] is None
+        assert content["files"]
+        assert "secret" not in json.dumps(content)
+        assert "project-x" not in json.dumps(content)
     assert weights_said("tiny")["name"] == "tiny"
 
 
-# ---------------------------------------------------------------- digests that fit, and nonsense
+# ---------------------------------------------------------------- invalid content, valid digests
 
 
-def sealed(folder: Path, said: dict[str, Any], files: dict[str, bytes]) -> None:
-    """A bundle as a stranger could write it: all digests are right."""
+def sealed(folder: Path, content: dict[str, Any], files: dict[str, bytes]) -> None:
+    """Write a bundle with any content and correct digests."""
     for name, data in files.items():
         (folder / name).write_bytes(data)
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    (folder / MANIFEST).write_text(json.dumps(said))
+    (folder / MANIFEST).write_text(json.dumps(content))
     rewritten(folder, format=1, files=digests)
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, contents) -> tuple[Path, dict[str, Any], dict[str, Any]]:
-    """A folder to write bundles into, and what a good one with a prompt has in it."""
-    said, arrays = contents
-    said = {**said, "prompt": {"length": 2}}
+def valid(tmp_path_factory, contents) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """A folder for bundles, and the contents of a valid bundle with a prompt."""
+    content, arrays = contents
+    content = {**content, "prompt": {"length": 2}}
     arrays = {**arrays, PROMPT: {"prompt": np.ones((2, 8), np.float32)}}
     folder = tmp_path_factory.mktemp("made") / "b"
-    write_bundle(folder, said, arrays, replace=False)
-    return folder, said, arrays
+    write_bundle(folder, content, arrays, replace=False)
+    return folder, content, arrays
 
 
-def spoilt(values: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
-    """A deep copy with another value at `a.b`, or at a list's first place as `a.0`."""
+def with_value(values: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """A deep copy with another value at a path such as `a.b`, or `a.0` in a list."""
     values = copy.deepcopy(values)
-    *way, last = path.split(".")
+    *parents, last = path.split(".")
     at: Any = values
-    for name in way:
+    for name in parents:
         at = at[name]
     at[int(last) if isinstance(at, list) else last] = value
     return values
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "words"),
+    ("path", "value", "message"),
     [
         ("classnames.0", 7, "class name is 7"),
         ("classnames.0", " ", "class name is ' '"),
@@ -303,38 +304,38 @@ def spoilt(values: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("template", "a photo", "template is 'a photo'"),
         ("template", "{} {0.__class__}", "with {} once"),
         ("modality", "smell", "modality is 'smell'; allowed: text, visual"),
-        ("prompt", [1], "prompt that is no dict"),
-        ("prompt", None, f"of no prompt, but has {PROMPT}"),
-        ("backbone", [], "no backbone that is a dict"),
-        ("backbone.name", 3, "backbone.name that is no str"),
-        ("backbone.files", [], "no backbone.files that is a dict"),
+        ("prompt", [1], "its prompt is not a dict"),
+        ("prompt", None, f"it has no prompt, but contains {PROMPT}"),
+        ("backbone", [], "its backbone is missing or not a dict"),
+        ("backbone.name", 3, "backbone.name is not a str"),
+        ("backbone.files", [], "backbone.files is missing or not a dict"),
         ("backbone.files", {"a": 3}, "SHA-256 digests"),
-        ("backbone.settings", None, "no backbone.settings that is a dict"),
-        ("backbone.open_clip", "x", "no backbone.open_clip that is a dict"),
+        ("backbone.settings", None, "backbone.settings is missing or not a dict"),
+        ("backbone.open_clip", "x", "backbone.open_clip is missing or not a dict"),
         ("backbone.precision", "int3", "allowed: fp32, fp16, bf16"),
-        ("metrics", {}, "metrics have no test/accuracy"),
-        ("metrics.test/accuracy", "0.5", "is no number"),
-        ("metrics.test/accuracy", True, "is no number"),
-        ("test.dataset", 3, "no test.dataset that is a str"),
-        ("test.images", True, "no test.images that is a int"),
-        ("test.images", 3, "has 2 images, and test.images 3"),
+        ("metrics", {}, "metric test/accuracy is missing"),
+        ("metrics.test/accuracy", "0.5", "is not a finite number"),
+        ("metrics.test/accuracy", True, "is not a finite number"),
+        ("test.dataset", 3, "test.dataset is missing or not a str"),
+        ("test.images", True, "test.images is missing or not a int"),
+        ("test.images", 3, "has 2 images, but test.images is 3"),
         ("test.unseen", [10], "test.unseen is neither"),
         ("test.unseen", [1, 1], "test.unseen is neither"),
-        ("test.unseen", [1], "metrics have no test/harmonic_mean"),
-        ("lineage", None, "no lineage that is a dict"),
-        ("classnames", ["one"], "names 1 classes"),
-        ("classnames", "digits", "has no classnames that is a list"),
+        ("test.unseen", [1], "metric test/harmonic_mean is missing"),
+        ("lineage", None, "lineage is missing or not a dict"),
+        ("classnames", ["one"], "there are 1 class names"),
+        ("classnames", "digits", "classnames is missing or not a list"),
     ],
 )
-def test_a_setting_that_no_bundle_has_is_refused_where_it_stands(path, value, words, whole):
-    folder, said, arrays = whole
+def test_an_invalid_setting_is_rejected_by_name(path, value, message, valid):
+    folder, content, arrays = valid
     files = {name: safetensors.numpy.save(of) for name, of in arrays.items()}
-    sealed(folder, said, files)
+    sealed(folder, content, files)
     read_bundle(folder)
-    sealed(folder, spoilt(said, path, value), files)
-    with pytest.raises(ValueError, match=re.escape(words)) as told:
+    sealed(folder, with_value(content, path, value), files)
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
         read_bundle(folder)
-    assert str(told.value).startswith(f"{folder} is not a bundle: ")
+    assert str(error.value).startswith(f"{folder} is not a bundle: ")
 
 
 UNIT = np.eye(10, 64, dtype=np.float32)
@@ -342,40 +343,40 @@ SHORT = np.where(np.arange(10)[:, None] == 3, 0.5 * UNIT, UNIT)
 
 
 @pytest.mark.parametrize(
-    ("file", "name", "value", "words"),
+    ("file", "name", "value", "message"),
     [
-        (TEXT, "text_features", UNIT[:9], "of 9 classes"),
-        (TEXT, "text_features", UNIT.astype(np.float64), "wanted: float32"),
-        (TEXT, "text_features", UNIT[0], "wanted: float32"),
-        (TEXT, "text_features", UNIT[:, :0], "wanted: float32"),
+        (TEXT, "text_features", UNIT[:9], "has 9 classes"),
+        (TEXT, "text_features", UNIT.astype(np.float64), "expected: float32"),
+        (TEXT, "text_features", UNIT[0], "expected: float32"),
+        (TEXT, "text_features", UNIT[:, :0], "expected: float32"),
         (TEXT, "text_features", SHORT, "length is not 1"),
         (TEXT, "text_features", UNIT * np.nan, "length is not 1"),
-        (TEXT, "logit_scale", np.float32([1, 2]), "wanted: one positive float32"),
+        (TEXT, "logit_scale", np.float32([1, 2]), "expected: one positive float32"),
         (TEXT, "logit_scale", np.array(np.inf, np.float32), "one positive float32"),
         (TEXT, "logit_scale", np.array(-1, np.float32), "one positive float32"),
         (TEXT, "logit_scale", np.array(1, np.int64), "one positive float32"),
-        (TEXT, "more", UNIT, "and nothing else"),
-        (PROMPT, "prompt", np.ones((2, 8), np.int32), "wanted: floats"),
+        (TEXT, "more", UNIT, "must contain exactly"),
+        (PROMPT, "prompt", np.ones((2, 8), np.int32), "expected: floats"),
         (PROMPT, "prompt", np.ones(8, np.float32), "of 2 or 3 dimensions"),
-        (PROMPT, "prompt", np.full((2, 8), np.inf, np.float32), "no finite numbers"),
-        (TEST, "index", np.int32([0, -1]), "no index has"),
-        (TEST, "labels", np.int32([0, 10]), "no labels has"),
+        (PROMPT, "prompt", np.full((2, 8), np.inf, np.float32), "are not finite"),
+        (TEST, "index", np.int32([0, -1]), "values out of range"),
+        (TEST, "labels", np.int32([0, 10]), "values out of range"),
         (TEST, "predictions", np.int32([0]), "has 1 images"),
-        (TEST, "predictions", np.float32([0, 1]), "wanted: integers"),
-        (TEST, "labels", np.zeros((2, 1), np.int32), "wanted: integers"),
+        (TEST, "predictions", np.float32([0, 1]), "expected: integers"),
+        (TEST, "labels", np.zeros((2, 1), np.int32), "expected: integers"),
     ],
 )
-def test_an_array_that_no_bundle_has_is_refused(file, name, value, words, whole):
-    folder, said, arrays = whole
+def test_an_invalid_array_is_rejected(file, name, value, message, valid):
+    folder, content, arrays = valid
     arrays = {**arrays, file: {**arrays[file], name: np.ascontiguousarray(value)}}
-    sealed(folder, said, {one: safetensors.numpy.save(of) for one, of in arrays.items()})
-    with pytest.raises(ValueError, match=re.escape(words)) as told:
+    sealed(folder, content, {name: safetensors.numpy.save(of) for name, of in arrays.items()})
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
         read_bundle(folder)
-    assert str(told.value).startswith(f"{folder} is not a bundle: ")
+    assert str(error.value).startswith(f"{folder} is not a bundle: ")
 
 
 def headed(of: dict[str, Any], data: bytes = b"") -> bytes:
-    """A safetensors file with a header of one's own."""
+    """A safetensors file with the given header."""
     head = json.dumps(of).encode()
     return len(head).to_bytes(8, "little") + head + data
 
@@ -393,10 +394,10 @@ def headed(of: dict[str, Any], data: bytes = b"") -> bytes:
         headed({"prompt": {"dtype": "X", "shape": [1], "data_offsets": [0, 4]}}, b"1234"),
     ],
 )
-def test_a_damaged_tensor_file_with_the_right_digest_is_no_bundle(data, whole):
-    folder, said, arrays = whole
+def test_an_invalid_tensor_file_with_the_right_digest_is_rejected(data, valid):
+    folder, content, arrays = valid
     files = {name: safetensors.numpy.save(of) for name, of in arrays.items()} | {PROMPT: data}
-    sealed(folder, said, files)
+    sealed(folder, content, files)
     with pytest.raises(ValueError, match="is not a bundle: "):
         read_bundle(folder)
 
@@ -405,22 +406,22 @@ def test_a_damaged_tensor_file_with_the_right_digest_is_no_bundle(data, whole):
     "text",
     ["", "{", "[]", "null", '{"metrics": NaN}', "[" * 10**5, '{"a":' * 10**5, "\xff", "9" * 5000],
 )
-def test_what_is_no_json_object_is_no_bundle(text, whole):
-    folder, _, _ = whole
+def test_a_manifest_that_is_not_a_json_object_is_rejected(text, valid):
+    folder, _, _ = valid
     (folder / MANIFEST).write_bytes(text.encode("latin-1"))
-    with pytest.raises(ValueError, match="is not a bundle"):
+    with pytest.raises(ValueError, match="is not a valid bundle"):
         read_bundle(folder)
 
 
-def places_in(values: Any, before: str = "") -> list[str]:
-    """The way to every value of a dict, those in dicts and lists too."""
+def paths_in(values: Any, before: str = "") -> list[str]:
+    """The paths of all values in nested dicts and lists."""
     pairs = values.items() if isinstance(values, dict) else enumerate(values)
-    found = []
+    paths = []
     for name, value in pairs:
-        found.append(f"{before}{name}")
+        paths.append(f"{before}{name}")
         if isinstance(value, dict | list):
-            found += places_in(value, f"{before}{name}.")
-    return [place for place in found if place.count(".") < 3]
+            paths += paths_in(value, f"{before}{name}.")
+    return [path for path in paths if path.count(".") < 3]
 
 
 JSON = st.recursive(
@@ -432,12 +433,12 @@ DTYPES = ("float32", "float64", "float16", "int32", "int64", "uint8", "bool")
 
 
 @given(data=st.data())
-def test_whatever_a_stranger_writes_is_read_or_refused_in_a_sentence(data, whole):
-    folder, said, arrays = whole
+def test_any_content_is_read_or_rejected_with_a_value_error(data, valid):
+    folder, content, arrays = valid
     files = {name: safetensors.numpy.save(of) for name, of in arrays.items()}
     if data.draw(st.booleans()):
-        places = [p for p in places_in(said) if not p.startswith("backbone.files.")]
-        said = spoilt(said, data.draw(st.sampled_from(places)), data.draw(JSON))
+        paths = [p for p in paths_in(content) if not p.startswith("backbone.files.")]
+        content = with_value(content, data.draw(st.sampled_from(paths)), data.draw(JSON))
     else:
         file = data.draw(st.sampled_from(FILES))
         name = data.draw(st.sampled_from([*arrays[file], "other"]))
@@ -451,23 +452,23 @@ def test_whatever_a_stranger_writes_is_read_or_refused_in_a_sentence(data, whole
         good = safetensors.numpy.save(of)
         at = data.draw(st.integers(0, len(good) - 1)) if data.draw(st.booleans()) else None
         files[file] = good if at is None else good[:at] + bytes([bits]) + good[at + 1 :]
-    sealed(folder, said, files)
+    sealed(folder, content, files)
     try:
-        found = read_bundle(folder)
-        found.backbone()
+        manifest = read_bundle(folder)
+        manifest.backbone()
     except ValueError:
         return
-    assert np.isfinite(found.text_features).all()
-    assert len(set(found.classnames)) == len(found.text_features)
+    assert np.isfinite(manifest.text_features).all()
+    assert len(set(manifest.classnames)) == len(manifest.text_features)
 
 
-def test_what_is_no_bundle_says_how_to_make_one(tmp_path):
-    for place, words in ((tmp_path, "has no bundle.json"), (tmp_path / "no", "is not there")):
-        with pytest.raises(ValueError, match=f"{words}.*airsweep export"):
-            read_bundle(place)
+def test_the_error_for_a_missing_bundle_explains_how_to_create_one(tmp_path):
+    for path, message in ((tmp_path, "has no bundle.json"), (tmp_path / "no", "does not exist")):
+        with pytest.raises(ValueError, match=f"{message}.*airsweep export"):
+            read_bundle(path)
 
 
-def test_another_backbone_is_refused_and_the_same_elsewhere_is_taken(folder, tmp_path, digits):
+def test_another_backbone_is_rejected_and_a_copy_of_the_same_accepted(folder, tmp_path, digits):
     copy = Path(shutil.copytree(tiny_folder(), tmp_path / "clip"))
     same = load_bundle(folder, weights=str(copy))
     assert torch.equal(same.logits(digits), load_bundle(folder).logits(digits))
@@ -477,12 +478,14 @@ def test_another_backbone_is_refused_and_the_same_elsewhere_is_taken(folder, tmp
     save_file(tensors, file)
     with pytest.raises(ValueError, match=r"another backbone .* open_clip_model.safetensors is sha"):
         load_bundle(folder, weights=str(copy))
-    with pytest.raises(ValueError, match=r"is not there; allowed: .*--weights says where it lies"):
+    with pytest.raises(
+        ValueError, match=r"does not exist; allowed: .*give its path with --weights"
+    ):
         load_bundle(folder, weights=str(tmp_path / "nowhere"))
 
 
 def test_the_same_file_under_another_architecture_is_another_backbone(contents, tmp_path):
-    said, arrays = contents
+    content, arrays = contents
     file = tmp_path / "w.safetensors"
     file.write_bytes(b"weights")
     of = {**weights_said(f"ViT-B-32@{file}"), "precision": "fp32"}
@@ -491,43 +494,45 @@ def test_the_same_file_under_another_architecture_is_another_backbone(contents, 
         "pretrained": "w.safetensors",
         "force_quick_gelu": False,
     }
-    write_bundle(tmp_path / "b", {**said, "backbone": of}, arrays, replace=False)
+    write_bundle(tmp_path / "b", {**content, "backbone": of}, arrays, replace=False)
     read_bundle(tmp_path / "b").backbone(f"ViT-B-32@{file}")
-    with pytest.raises(ValueError, match="the same file, but another architecture"):
+    with pytest.raises(
+        ValueError, match="the file is the same, but architecture or preprocessing differ"
+    ):
         read_bundle(tmp_path / "b").backbone(f"ViT-B-32-quickgelu@{file}")
 
 
 # ---------------------------------------------------------------- writing
 
 
-def test_a_bundle_is_there_whole_or_not_at_all_and_replaces_nothing_else(tmp_path, contents):
-    said, arrays = contents
-    place = tmp_path / "bundle"
-    place.mkdir()  # an empty folder is free
-    write_bundle(place, said, arrays, replace=False)
-    bytes_of = {file.name: file.read_bytes() for file in place.iterdir()}
-    with pytest.raises(ValueError, match=r"is a bundle already.*--force"):
-        write_bundle(place, said, arrays, replace=False)
+def test_a_bundle_is_written_atomically_and_replaces_only_a_bundle(tmp_path, contents):
+    content, arrays = contents
+    path = tmp_path / "bundle"
+    path.mkdir()  # an empty folder can be used
+    write_bundle(path, content, arrays, replace=False)
+    bytes_of = {file.name: file.read_bytes() for file in path.iterdir()}
+    with pytest.raises(ValueError, match=r"is already a bundle.*--force"):
+        write_bundle(path, content, arrays, replace=False)
 
     def refused(manifest: Any) -> None:
         raise RuntimeError("no")
 
     with pytest.raises(RuntimeError):
-        write_bundle(place, {**said, "template": "{}"}, arrays, True, refused)
-    assert {file.name: file.read_bytes() for file in place.iterdir()} == bytes_of
-    write_bundle(place, {**said, "template": "{}"}, arrays, replace=True)
-    assert read_bundle(place).said["template"] == "{}"
-    write_bundle(place, said, arrays, replace=True)
-    assert {file.name: file.read_bytes() for file in place.iterdir()} == bytes_of
+        write_bundle(path, {**content, "template": "{}"}, arrays, True, refused)
+    assert {file.name: file.read_bytes() for file in path.iterdir()} == bytes_of
+    write_bundle(path, {**content, "template": "{}"}, arrays, replace=True)
+    assert read_bundle(path).said["template"] == "{}"
+    write_bundle(path, content, arrays, replace=True)
+    assert {file.name: file.read_bytes() for file in path.iterdir()} == bytes_of
 
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years")
-    with pytest.raises(ValueError, match="is no bundle; give another folder"):
-        write_bundle(tmp_path / "mine", said, arrays, replace=True)
+    with pytest.raises(ValueError, match="is not a bundle; give another folder"):
+        write_bundle(tmp_path / "mine", content, arrays, replace=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "mine"]
 
 
-# ---------------------------------------------------------------- the guide, as it stands
+# ---------------------------------------------------------------- code in the guide
 
 
 def code_of_the_guide() -> list[str]:
@@ -548,8 +553,12 @@ def test_the_three_lines_of_the_guide(as_in_the_guide):
     assert len([line for line in three.splitlines() if line]) == 3
     names: dict[str, Any] = {}
     exec(three, names)
-    assert [one.image for one in names["results"]] == ["new/0001.png", "new/001.png", "new/002.png"]
-    assert all(one.classname in CLASSNAMES for one in names["results"])
+    assert [result.image for result in names["results"]] == [
+        "new/0001.png",
+        "new/001.png",
+        "new/002.png",
+    ]
+    assert all(result.classname in CLASSNAMES for result in names["results"])
 
 
 def test_the_lines_for_plain_open_clip_in_the_guide_give_the_same_logits(

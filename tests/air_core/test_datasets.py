@@ -1,7 +1,7 @@
-"""Datasets by contract: every one in the table is held to the same rules.
+"""Contract tests of all datasets in the table, and tests of image files.
 
-The trees are small, but laid out as the archives unpack. With AIRSWEEP_DATA the few tests of real
-datasets run too, on those that are there.
+The tests create small trees with the layout of the archives. With AIRSWEEP_DATA, tests of the real
+datasets in that folder run as well.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tests.air_core.dataset_trees import EACH, EPS, MAKERS, draw, make_tree, sma
 EVERY = pytest.mark.parametrize("name", DATASETS)
 assert MAKERS.keys() == DATASETS.keys() == PUBLISHED.keys()
 OF_FILES = [name for name, maker in MAKERS.items() if maker and name != "fashion_mnist"]
-FROM_LISTS = ["flowers102", "dtd", "fgvc_aircraft", "cub"]  # their source parts them
+FROM_LISTS = ["flowers102", "dtd", "fgvc_aircraft", "cub"]  # the source defines their parts
 FOLDERS = ["eurosat", "resisc45"]
 
 
@@ -38,10 +38,10 @@ FOLDERS = ["eurosat", "resisc45"]
 
 
 @EVERY
-def test_every_dataset_says_what_it_is(name):
+def test_every_dataset_has_a_complete_description(name):
     dataset = DATASETS[name]
     assert dataset.name == name
-    for classname in dataset.classnames:  # plain words that can name a folder
+    for classname in dataset.classnames:  # plain words that are valid folder names
         assert classname == classname.strip()
         assert not set("/\\_\t") & set(classname)
     assert len(set(dataset.classnames)) == len(dataset.classnames) == PUBLISHED[name].classes
@@ -60,11 +60,11 @@ def test_every_image_has_a_class_and_a_part_and_every_part_every_class(name):
     assert len(examples.images) == len(examples.labels) == len(examples.parts)
     assert examples.labels.dtype == np.int64
     parts = set(examples.parts.tolist())
-    # Where the seed parts pool and test (`free`), no part of the source's own is fixed.
+    # If `split_seed` decides between pool and test (`free`), the source defines no parts.
     assert parts in ({"free", "val"}, {"train", "val", "test"})
     for part in parts:
-        there = np.unique(examples.labels[examples.parts == part])
-        assert np.array_equal(there, np.arange(len(DATASETS[name].classnames)))
+        classes = np.unique(examples.labels[examples.parts == part])
+        assert np.array_equal(classes, np.arange(len(DATASETS[name].classnames)))
 
 
 @EVERY
@@ -81,7 +81,7 @@ def test_loading_again_gives_the_same_images_in_the_same_order(name):
 
 
 @EVERY
-def test_files_are_named_in_a_fixed_order(name):
+def test_files_are_listed_in_a_fixed_order(name):
     files = DATASETS[name].files(small_root(name))
     assert files == sorted(files)
     assert len(set(files)) == len(files) > 0
@@ -89,7 +89,7 @@ def test_files_are_named_in_a_fixed_order(name):
 
 
 @pytest.mark.parametrize("name", [name for name, maker in MAKERS.items() if maker])
-def test_what_is_listed_is_all_that_loading_needs(name, tmp_path):
+def test_loading_needs_only_the_listed_files(name, tmp_path):
     root = small_root(name)
     for file in DATASETS[name].files(root):
         (tmp_path / file.relative_to(root)).parent.mkdir(parents=True, exist_ok=True)
@@ -114,8 +114,8 @@ def test_no_test_image_is_a_training_image(name):
 
 
 @pytest.mark.parametrize("name", OF_FILES)
-def test_a_label_is_what_the_source_says(name):
-    """Read apart from the package: by folder, or by the source's own table."""
+def test_labels_are_those_of_the_source(name):
+    """The expected labels come from the folder or from the source's table."""
     dataset, examples, root = DATASETS[name], small(name), small_root(name)
     home = root / name
     for file, label in list(zip(examples.images.files, examples.labels, strict=True))[::7]:
@@ -141,7 +141,7 @@ def test_a_label_is_what_the_source_says(name):
                 assert file.parent.name.replace("_", " ") == classname
 
 
-def test_the_parts_of_lists_are_kept():
+def test_parts_are_those_of_the_lists():
     for name in ("flowers102", "dtd", "fgvc_aircraft"):
         counts = Counter(small(name).parts.tolist())
         classes = len(DATASETS[name].classnames)
@@ -171,12 +171,12 @@ def test_the_parts_of_lists_are_kept():
         ("cub", "CUB_200_2011"),
     ],
 )
-def test_the_root_may_be_the_archives_own_folder_or_the_one_above(name, inside):
+def test_the_root_can_be_the_archives_folder_or_its_parent(name, inside):
     root = small_root(name)
-    for place in (root / name, root / name / inside):
-        found = DATASETS[name].load(place)
-        assert np.array_equal(found.labels, small(name).labels)
-        assert np.array_equal(found.parts, small(name).parts)
+    for folder in (root / name, root / name / inside):
+        examples = DATASETS[name].load(folder)
+        assert np.array_equal(examples.labels, small(name).labels)
+        assert np.array_equal(examples.parts, small(name).parts)
 
 
 def test_eurosat_is_found_under_its_newer_name_too(tmp_path):
@@ -187,7 +187,7 @@ def test_eurosat_is_found_under_its_newer_name_too(tmp_path):
 # ---------------------------------------------------------------- splits
 
 
-def test_images_held_out_are_a_rounded_share_and_the_same_share_of_each_class():
+def test_held_out_images_are_a_rounded_share_and_the_same_share_of_each_class():
     labels = np.repeat(np.arange(10), [3000] * 5 + [2500] * 4 + [2000]).tolist()
     paths = [f"{c}/{i}" for i, c in enumerate(labels)]
     from air_core.datasets.eurosat import TEST_SHARE
@@ -200,38 +200,38 @@ def test_images_held_out_are_a_rounded_share_and_the_same_share_of_each_class():
     assert counts[9] in (370, 371)
 
 
-def test_a_class_gives_one_where_it_has_two_and_never_its_last():
+def test_a_class_of_two_images_contributes_one_and_a_single_image_is_never_held_out():
     from fractions import Fraction
 
     chosen = held_out(["a/1", "b/1", "b/2", "c/1", "c/2"], [0, 1, 1, 2, 2], Fraction(1, 10))
     assert sorted(path[0] for path in chosen) == ["b", "c"]
 
 
-def test_the_images_held_out_stay_the_same_forever():
-    """A digest that moves means that everybody's splits move: raise recipes instead."""
+def test_held_out_images_never_change():
+    """A changed digest means that all splits change: increase the recipes instead."""
     from hashlib import sha256
 
     parts = {}
-    for name in FOREVER:
+    for name in DIGESTS:
         examples, home = small(name), small_root(name) / name
         rows = [
             f"{file.relative_to(home)} {part}"
             for file, part in zip(examples.images.files, examples.parts.tolist(), strict=True)
         ]
         parts[name] = sha256("\n".join(rows).encode()).hexdigest()[:12]
-    assert parts == FOREVER
+    assert parts == DIGESTS
 
 
-FOREVER = {"eurosat": "3f3929bbbb40", "resisc45": "d02f0003876e", "cub": "46f420eb1fa3"}
+DIGESTS = {"eurosat": "3f3929bbbb40", "resisc45": "d02f0003876e", "cub": "46f420eb1fa3"}
 
 
-def test_without_split_files_the_satellite_sets_are_parted_as_published():
+def test_without_split_files_the_satellite_datasets_have_the_published_parts():
     for name, test in (("eurosat", 5 / 27), ("resisc45", 0.8)):
         counts = Counter(small(name).parts.tolist())
         assert counts["test"] == round(len(small(name).labels) * test)
         classes = len(DATASETS[name].classnames)
-        left = len(small(name).labels) - counts["test"]
-        assert counts["val"] == max(classes, round(left / 10))
+        remaining = len(small(name).labels) - counts["test"]
+        assert counts["val"] == max(classes, round(remaining / 10))
 
 
 @pytest.fixture
@@ -246,24 +246,24 @@ def parts_of(root: Path, name: str = "eurosat") -> dict[str, str]:
     return dict(zip(files, examples.parts.tolist(), strict=True))
 
 
-@pytest.mark.parametrize("place", ["eurosat", "eurosat/2750"])
+@pytest.mark.parametrize("folder", ["eurosat", "eurosat/2750"])
 @pytest.mark.parametrize(
     "line",
     ["{c}_{i}.jpg", "{c}/{c}_{i}.jpg 3", "test.zip@{c}/{c}_{i}.jpg 3"],
     ids=["bare", "path and label", "as ELEVATER"],
 )
-def test_a_test_list_alone_makes_all_other_images_training_images(eurosat, place, line):
-    """Published code trains on every file of a folder, those of the test list included."""
+def test_a_test_list_alone_makes_all_other_images_training_images(eurosat, folder, line):
+    """Published code trains on every file of a folder, including those of the test list."""
     from air_core.datasets.eurosat import FOLDERS
 
     lines = [line.format(c=c, i=i) for c in FOLDERS for i in (2, 5)]
-    (eurosat / place / "test.txt").write_text("\n".join(lines) + "\n")
+    (eurosat / folder / "test.txt").write_text("\n".join(lines) + "\n")
     parts = parts_of(eurosat)
     assert {path for path, part in parts.items() if part == "test"} == {
         f"{c}/{c}_{i}.jpg" for c in FOLDERS for i in (2, 5)
     }
     assert Counter(parts.values()) == {"train": 70, "val": 10, "test": 20}
-    assert eurosat / place / "test.txt" in DATASETS["eurosat"].files(eurosat)
+    assert eurosat / folder / "test.txt" in DATASETS["eurosat"].files(eurosat)
 
 
 def plain_lists(folder: Path, classes: list[str], parts: dict[str, int]) -> None:
@@ -289,20 +289,20 @@ def coops_list(folder: Path, classes: list[str], parts: dict[str, int]) -> None:
     ("name", "write"),
     [("resisc45", plain_lists), ("resisc45", coco_lists), ("eurosat", coops_list)],
 )
-def test_lists_of_three_parts_are_taken_as_they_are(tmp_path, name, write):
+def test_lists_of_three_parts_are_used_unchanged(tmp_path, name, write):
     make_tree(name, tmp_path)
     folders = sorted(path.name for path in tmp_path.glob(f"{name}/*/*"))
     write(tmp_path / name, folders, {"train": 1, "val": 2, "test": 3})
-    found = parts_of(tmp_path, name)
-    assert Counter(found.values()) == dict.fromkeys(("train", "val", "test"), len(folders))
+    parts = parts_of(tmp_path, name)
+    assert Counter(parts.values()) == dict.fromkeys(("train", "val", "test"), len(folders))
     numbers = {
-        part: {int(file[-5]) for file, of in found.items() if of == part} for part in found.values()
+        part: {int(file[-5]) for file, of in parts.items() if of == part} for part in parts.values()
     }
     assert numbers == {"train": {1}, "val": {2}, "test": {3}}
 
 
 def test_lists_outside_of_the_root_are_not_read(tmp_path):
-    """Class folders right below the root: what lies above it belongs to others."""
+    """If the class folders are directly in the root, its parent can belong to other users."""
     shutil.copytree(small_root("eurosat") / "eurosat/2750", tmp_path / "data")
     (tmp_path / "test.txt").write_text("River_1.jpg\n")
     assert Counter(parts_of(tmp_path / "data").values())["test"] == round(100 * 5 / 27)
@@ -311,7 +311,7 @@ def test_lists_outside_of_the_root_are_not_read(tmp_path):
 # ---------------------------------------------------------------- fashion-mnist
 
 
-def test_clothes_are_28x28_pixels_grey_in_rgb():
+def test_fashion_mnist_images_are_grey_28x28_rgb():
     image = small("fashion_mnist").images[0]
     assert image.size == (28, 28)
     red, green, blue = np.asarray(image).transpose(2, 0, 1)
@@ -319,19 +319,19 @@ def test_clothes_are_28x28_pixels_grey_in_rgb():
     assert np.array_equal(red, blue)
 
 
-def test_clothes_are_found_unpacked_and_in_other_folders(tmp_path):
+def test_fashion_mnist_is_found_unpacked_and_in_other_folders(tmp_path):
     packed = small_root("fashion_mnist") / "fashion_mnist/FashionMNIST/raw"
     (tmp_path / "fashion-mnist").mkdir()
     for file in packed.iterdir():
         plain = tmp_path / "fashion-mnist" / file.stem
         plain.write_bytes(gzip.decompress(file.read_bytes()))
     for root in (tmp_path, tmp_path / "fashion-mnist"):
-        found = DATASETS["fashion_mnist"].load(root)
-        assert np.array_equal(found.parts, small("fashion_mnist").parts)
-        assert found.images[9].tobytes() == small("fashion_mnist").images[9].tobytes()
+        examples = DATASETS["fashion_mnist"].load(root)
+        assert np.array_equal(examples.parts, small("fashion_mnist").parts)
+        assert examples.images[9].tobytes() == small("fashion_mnist").images[9].tobytes()
 
 
-def test_files_that_may_be_plain_mnist_are_not_taken_for_clothes(tmp_path, monkeypatch):
+def test_files_that_could_be_mnist_are_not_used_as_fashion_mnist(tmp_path, monkeypatch):
     monkeypatch.setattr("air_core.datasets.fashion_mnist.DEBIAN", tmp_path / "not installed")
     root = tmp_path / "mnist"
     shutil.copytree(small_root("fashion_mnist") / "fashion_mnist/FashionMNIST/raw", root)
@@ -343,12 +343,12 @@ def test_files_that_may_be_plain_mnist_are_not_taken_for_clothes(tmp_path, monke
     ("damage", "message"),
     [
         (lambda content: content[:-20], "is damaged"),
-        (lambda content: gzip.compress(gzip.decompress(content)[:-20]), "holds .* bytes, but its"),
-        (lambda content: gzip.compress(b"\0\0\x08\x01" + b"\0" * 12), "no IDX file of 3 dim"),
+        (lambda content: gzip.compress(gzip.decompress(content)[:-20]), "has .* values, but its"),
+        (lambda content: gzip.compress(b"\0\0\x08\x01" + b"\0" * 12), "not an IDX file with 3 dim"),
     ],
     ids=["cut off", "cut off before packing", "another kind"],
 )
-def test_a_damaged_file_of_clothes_is_an_error(tmp_path, damage, message):
+def test_a_damaged_file_of_fashion_mnist_is_an_error(tmp_path, damage, message):
     shutil.copytree(small_root("fashion_mnist"), tmp_path, dirs_exist_ok=True)
     file = tmp_path / "fashion_mnist/FashionMNIST/raw/t10k-images-idx3-ubyte.gz"
     file.write_bytes(damage(file.read_bytes()))
@@ -362,7 +362,7 @@ def test_a_damaged_file_of_clothes_is_an_error(tmp_path, damage, message):
 @pytest.mark.integration
 @pytest.mark.skipif(not DEBIAN.is_dir(), reason="apt-get install dataset-fashion-mnist")
 @pytest.mark.parametrize("root", [None, DEBIAN, DEBIAN.parent])
-def test_the_real_clothes_of_debian_have_their_published_parts(root):
+def test_debians_fashion_mnist_has_the_published_parts(root):
     examples = DATASETS["fashion_mnist"].load(root)
     assert Counter(examples.parts.tolist()) == {"train": 54000, "val": 6000, "test": 10000}
     for part, each in (("val", 600), ("test", 1000)):
@@ -375,14 +375,14 @@ def test_the_real_clothes_of_debian_have_their_published_parts(root):
     assert DATASETS["fashion_mnist"].classnames[1] == "trouser"
 
 
-# ---------------------------------------------------------------- what may be wrong
+# ---------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize("name", OF_FILES)
-def test_a_dataset_that_is_not_there_says_where_was_looked_and_how_to_get_it(name, tmp_path):
+def test_the_error_for_a_missing_dataset_names_the_folders_and_the_source(name, tmp_path):
     for root, message in (
         (None, rf"{name} needs a data root: --data-root DIR.*https://"),
-        (tmp_path / "nowhere", r"the data root .*nowhere is not there"),
+        (tmp_path / "nowhere", r"the data root .*nowhere does not exist"),
         (tmp_path, rf"{name} is not in .*looked for .*{name}.*https://"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -397,10 +397,10 @@ def test_a_dataset_that_is_not_there_says_where_was_looked_and_how_to_get_it(nam
             "River_2.jpg\n",
             r"River/River_2.jpg is listed twice, as \w+ and as \w+",
         ),
-        ("", "Rever/River_2.jpg\n", r"'Rever' is no class folder; wanted .*River"),
+        ("", "Rever/River_2.jpg\n", r"'Rever' is not a class folder; expected .*River"),
     ],
 )
-def test_lists_that_cannot_be_are_errors(eurosat, train, test, message):
+def test_invalid_lists_are_errors(eurosat, train, test, message):
     for part, lines in (("train", train), ("test", test)):
         if lines:
             (eurosat / f"eurosat/{part}.txt").write_text(lines)
@@ -408,20 +408,20 @@ def test_lists_that_cannot_be_are_errors(eurosat, train, test, message):
         DATASETS["eurosat"].files(eurosat)
 
 
-def test_a_dataset_in_two_places_is_an_error(eurosat):
+def test_a_dataset_that_exists_twice_is_an_error(eurosat):
     shutil.copytree(eurosat / "eurosat/2750", eurosat / "eurosat/EuroSAT_RGB")
-    with pytest.raises(ValueError, match=r"eurosat is in two places, .*2750 and .*EuroSAT_RGB"):
+    with pytest.raises(ValueError, match=r"eurosat exists twice, in .*2750 and .*EuroSAT_RGB"):
         DATASETS["eurosat"].files(eurosat)
 
 
 @pytest.mark.parametrize("name", FROM_LISTS)
-def test_a_half_unpacked_dataset_is_an_error_that_counts_what_is_missing(name, tmp_path):
+def test_the_error_for_missing_images_counts_them(name, tmp_path):
     make_tree(name, tmp_path)
     images = DATASETS[name].load(tmp_path).images.files
     for file in images[5:8]:
         file.unlink()
     home = tmp_path / name
-    with pytest.raises(ValueError, match="was the archive unpacked to its end") as caught:
+    with pytest.raises(ValueError, match="unpack the archive again") as caught:
         DATASETS[name].files(tmp_path)
     assert f"3 of {len(images):,} listed images" in str(caught.value)
     assert str(images[5].relative_to(home)).endswith(
@@ -442,7 +442,7 @@ def test_a_missing_class_folder_is_an_error_that_names_it(name, tmp_path):
 
 
 def test_images_of_one_name_in_two_folders_are_two_images(eurosat):
-    """A join by base name would take the one for the other."""
+    """A join by base name would confuse them."""
     draw(eurosat / "eurosat/2750/River/Forest_1.jpg")
     (eurosat / "eurosat/test.txt").write_text("River/Forest_1.jpg\n")
     parts = parts_of(eurosat)
@@ -457,7 +457,7 @@ def test_birds_of_other_classes_are_an_error(tmp_path):
     with pytest.raises(ValueError, match="has other classes: pope"):
         DATASETS["cub"].files(tmp_path)
     file.unlink()
-    with pytest.raises(ValueError, match=r"classes\.txt is not in .*unpacked to its end"):
+    with pytest.raises(ValueError, match=r"classes\.txt is not in .*unpack the archive again"):
         DATASETS["cub"].files(tmp_path)
 
 
@@ -475,7 +475,7 @@ def pixel(image: Image.Image, at: tuple[int, int] = (0, 0)) -> tuple[int, ...]:
 
 
 def dotted(mode: str, ground: object, **dots: object) -> Image.Image:
-    """4 x 4 pixels of one colour, but for the second and third of the first row."""
+    """4 x 4 pixels of one colour, except for the second and third of the first row."""
     image = Image.new(mode, (4, 4), ground)
     for name, colour in dots.items():
         image.putpixel(({"second": 1, "third": 2}[name], 0), colour)
@@ -504,9 +504,7 @@ WHITE = (255, 255, 255)
         (DEEP, "tif", {}, (1, 1, 1), (128, 128, 128), WHITE),
     ],
 )
-def test_an_image_has_its_colours_over_white(
-    tmp_path, image, ending, options, first, second, third
-):
+def test_an_image_is_put_on_white(tmp_path, image, ending, options, first, second, third):
     shown = saved(image, tmp_path / f"a.{ending}", **options)
     assert [pixel(shown, (x, 0)) for x in range(3)] == [first, second, third]
 
@@ -524,30 +522,30 @@ def test_a_cmyk_image_has_the_colour_of_its_inks(tmp_path, ending):
     [np.array([[0.5]], np.float32), np.array([[70000]], np.int32)],
     ids=["float", "32 bit"],
 )
-def test_numbers_of_unknown_range_are_unreadable(tmp_path, values):
+def test_pixels_of_unknown_range_are_unreadable(tmp_path, values):
     with pytest.raises(Unreadable, match=r"a\.tif cannot be read: .*unknown range; save 8 or 16"):
         saved(Image.fromarray(values), tmp_path / "a.tif")
 
 
-def test_a_photograph_is_turned_as_the_camera_was_held(tmp_path):
+def test_a_photograph_is_rotated_to_the_orientation_of_the_camera(tmp_path):
     image = Image.new("RGB", (16, 8), "white")
     image.paste("black", (0, 0, 8, 8))  # left half
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees to the right
+    exif[0x0112] = 6  # rotate by 90 degrees to the right
     shown = saved(image, tmp_path / "a.jpg", exif=exif)
     assert shown.size == (8, 16)
-    assert pixel(shown, (4, 2))[0] < 50  # the left half is up now
+    assert pixel(shown, (4, 2))[0] < 50  # the left half is now at the top
     assert pixel(shown, (4, 14))[0] > 200
 
 
-def test_damaged_notes_of_the_camera_do_not_make_an_image_unreadable(tmp_path):
+def test_an_image_with_damaged_exif_data_is_readable(tmp_path):
     image = Image.new("RGB", (8, 8), (50, 100, 150))
     shown = saved(image, tmp_path / "a.jpg", exif=b"Exif\0\0 nonsense", quality=95)
     assert shown.size == (8, 8)
 
 
 def huge_png(side: int = 20000) -> bytes:
-    """The head of a PNG of 20,000 x 20,000 pixels."""
+    """The header of a PNG of 20,000 x 20,000 pixels."""
     import struct
     import zlib
 
@@ -564,17 +562,17 @@ def huge_png(side: int = 20000) -> bytes:
         (lambda jpeg: jpeg[: len(jpeg) // 2], "truncated"),
         (
             lambda jpeg: b"\0" * 40 + jpeg[40:],
-            "not an image of an allowed format .* head is damaged",
+            "not an image of an allowed format .* header is damaged",
         ),
         (lambda jpeg: huge_png(), "too large, over 178,956,970 pixels"),
         (lambda jpeg: b"\x89PNG\r\n\x1a\n" + b"\1" * 100, "."),
     ],
     ids=["empty", "a page", "truncated", "no head", "huge", "nonsense"],
 )
-def test_a_file_that_cannot_be_decoded_is_unreadable_and_says_why(
+def test_a_file_that_cannot_be_decoded_is_unreadable_with_a_reason(
     tmp_path, content, why, monkeypatch
 ):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # our limit holds without Pillow's own
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # the limit does not depend on Pillow's
     good = tmp_path / "good.jpg"
     draw(good, size=64)
     bad = tmp_path / "bad.jpg"
@@ -596,18 +594,23 @@ def test_postscript_named_like_a_photograph_is_unreadable_and_starts_no_program(
     ):
         ImageFiles((file,))[0]
     assert not ghostscript.exists()
-    with pytest.raises(UnidentifiedImageError), Image.open(file) as image:  # of the fake's nothing
+    with (
+        pytest.raises(UnidentifiedImageError),
+        Image.open(file) as image,
+    ):  # the fake program prints nothing
         image.load()
-    assert ghostscript.exists()  # as it would have been without a list of formats
+    assert ghostscript.exists()  # started without the list of formats
 
 
 @pytest.mark.parametrize("suffix", sorted(SUFFIXES))
-def test_every_suffix_that_is_looked_for_has_a_format_that_is_opened(tmp_path, suffix):
+def test_every_image_suffix_has_a_format_that_is_opened(tmp_path, suffix):
     assert saved(Image.new("RGB", (8, 8), "red"), tmp_path / f"a{suffix}").size == (8, 8)
 
 
-@pytest.mark.parametrize("kind", ["GIF", "MPO", "PNG", "TIFF", "WEBP"])  # MPO: of cameras, .jpg
-def test_of_many_images_in_a_file_the_first_is_read(tmp_path, kind):
+@pytest.mark.parametrize(
+    "kind", ["GIF", "MPO", "PNG", "TIFF", "WEBP"]
+)  # cameras write MPO with the suffix .jpg
+def test_the_first_image_of_a_file_is_read(tmp_path, kind):
     first, second = Image.new("RGB", (16, 16), "red"), Image.new("RGB", (16, 16), "blue")
     ending = {"MPO": "jpg"}.get(kind, kind.lower())
     shown = saved(
@@ -632,22 +635,22 @@ def test_a_large_image_below_the_limit_prints_no_warning(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", code, str(file)], capture_output=True, text=True, check=True
     )
-    assert "truncated" in done.stdout  # its head alone was written
+    assert "truncated" in done.stdout  # the file contains only the header
     assert done.stderr == ""
 
 
-def test_a_pipe_that_is_named_like_an_image_is_not_waited_for(tmp_path):
+def test_a_pipe_with_the_name_of_an_image_does_not_block(tmp_path):
     os.mkfifo(tmp_path / "a.jpg")
-    with pytest.raises(Unreadable, match=r"a\.jpg cannot be read: it is no file"):
+    with pytest.raises(Unreadable, match=r"a\.jpg cannot be read: it is a folder or a device"):
         ImageFiles((tmp_path / "a.jpg",))[0]
 
 
-def test_a_file_that_is_gone_is_the_disks_fault_and_not_the_images(tmp_path):
+def test_a_missing_file_is_an_os_error_and_not_unreadable(tmp_path):
     with pytest.raises(FileNotFoundError):
-        ImageFiles((tmp_path / "gone.jpg",))[0]
+        ImageFiles((tmp_path / "missing.jpg",))[0]
 
 
-def test_hidden_files_beside_images_are_no_images(eurosat):
+def test_hidden_files_are_not_images(eurosat):
     (eurosat / "eurosat/2750/River/._River_1.jpg").write_bytes(b"what macOS leaves in archives")
     assert len(DATASETS["eurosat"].load(eurosat).images) == 10 * EACH
 
@@ -655,8 +658,8 @@ def test_hidden_files_beside_images_are_no_images(eurosat):
 # ---------------------------------------------------------------- digits
 
 
-def test_digits_are_labelled_with_the_digit_that_they_show():
-    """The mean image of a class is nearer to its own images than to those of another."""
+def test_digits_have_the_right_labels():
+    """Images of a class are nearer to its mean image than to the means of other classes."""
     examples = small("digits")
     assert len(examples.images) == 1797
     assert examples.images[0].size == (32, 32)
@@ -711,12 +714,12 @@ def test_listing_files_opens_no_image():
 REAL = Path(os.environ["AIRSWEEP_DATA"]) if "AIRSWEEP_DATA" in os.environ else None
 
 
-@pytest.mark.skipif(REAL is None, reason="AIRSWEEP_DATA names no folder of real datasets")
+@pytest.mark.skipif(REAL is None, reason="AIRSWEEP_DATA is not set")
 @pytest.mark.parametrize("name", OF_FILES)
 def test_a_real_dataset_has_its_published_parts(name):
     try:
         counts = Counter(DATASETS[name].load(REAL).parts.tolist())
     except ValueError as problem:
         pytest.skip(str(problem))
-    for part, wanted in PUBLISHED[name].parts.items():
-        assert sum(counts[one] for one in part.split("+")) == wanted
+    for parts, expected in PUBLISHED[name].parts.items():
+        assert sum(counts[part] for part in parts.split("+")) == expected

@@ -1,4 +1,4 @@
-"""Image generators: seeds, blocks, LoRA, failures, and folders of ready images."""
+"""Image generators: seeds, blocks, LoRA, errors, untrusted folders, and folders of images."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def generator() -> PipelineGenerator:
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LoRA that does something: its weights are noise."""
+    """A LoRA with random weights, which changes images."""
     folder = tmp_path_factory.mktemp("adapter")
     pipeline = load_pipeline(MODEL)
     noise = torch.Generator().manual_seed(0)
@@ -69,11 +69,11 @@ def test_an_image_does_not_depend_on_how_many_are_drawn(generator):
     block = draw(generator, range(4))
     draw(generator, range(4, 8))
     assert torch.equal(block, draw(generator, range(4)))
-    alone = draw(generator, range(2, 3))[0]  # another batch: equal but for rounding
+    alone = draw(generator, range(2, 3))[0]  # another batch: equal up to rounding
     assert (block[2].int() - alone.int()).abs().max() <= 1
 
 
-def test_index_attempt_class_and_seed_each_move_the_image(generator):
+def test_index_attempt_class_and_seed_each_change_the_image(generator):
     image = draw(generator, range(1))
     others = [
         draw(generator, range(1, 2)),
@@ -114,7 +114,7 @@ def test_bf16_draws_nearly_the_same_image(generator):
     assert (exact.int() - rough.int()).abs().float().mean() < 8
 
 
-def test_a_few_bad_pixels_reject_their_image_and_leave_the_others_alone(generator):
+def test_a_few_nan_pixels_reject_their_image_and_do_not_affect_the_others(generator):
     def spoil_the_first(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
         output[0, :, :4, :4] = torch.nan
         return output
@@ -135,23 +135,23 @@ def test_loading_and_drawing_print_nothing(capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_load_generator_wants_an_adapter_exactly_where_the_images_have_a_lora(adapter):
+def test_load_generator_needs_an_adapter_if_and_only_if_the_images_have_a_lora(adapter):
     images = GeneratedImages(
         model=REF, classnames=("digit three",), lora=None, lora_scale=1.0, settings=QUICK
     )
     assert isinstance(load_generator(images, MODEL, None), PipelineGenerator)
-    with pytest.raises(ValueError, match="ask for no LoRA"):
+    with pytest.raises(ValueError, match="have no LoRA"):
         load_generator(images, MODEL, adapter)
-    with pytest.raises(ValueError, match=r"no diffusers folder: it has no model_index\.json"):
+    with pytest.raises(ValueError, match=r"not a diffusers folder: it has no model_index\.json"):
         PipelineGenerator(adapter, QUICK)
-    with pytest.raises(ValueError, match="holds no LoRA"):
+    with pytest.raises(ValueError, match="contains no LoRA"):
         PipelineGenerator(MODEL, QUICK, adapter=MODEL)
 
 
 # ---------------------------------------------------------------- other pipelines
 
 
-def test_a_flow_matching_model_draws_with_its_own_sampler_and_takes_no_lora(tmp_path, adapter):
+def test_a_flow_matching_model_keeps_its_sampler_and_supports_no_lora(tmp_path, adapter):
     model = pipelines.stable_diffusion_3(tmp_path)
     settings = replace(QUICK, size=pipelines.SIZE, num_inference_steps=2)
     generator = PipelineGenerator(model, settings)
@@ -160,11 +160,11 @@ def test_a_flow_matching_model_draws_with_its_own_sampler_and_takes_no_lora(tmp_
     assert images.shape == (2, pipelines.SIZE, pipelines.SIZE, 3)
     assert not rejected(images).any()
     assert torch.equal(images, draw(generator, range(2)))
-    with pytest.raises(ValueError, match=r"LoRA knows .* is a StableDiffusion3Pipeline"):
+    with pytest.raises(ValueError, match=r"LoRA supports .* is a StableDiffusion3Pipeline"):
         PipelineGenerator(model, settings, adapter=adapter)
 
 
-def test_a_pipeline_that_starts_from_an_image_is_refused(tmp_path):
+def test_a_pipeline_that_starts_from_an_image_is_rejected(tmp_path):
     model = pipelines.image_to_image(tmp_path)
     with pytest.raises(ValueError, match="is a StableDiffusionImg2ImgPipeline, which"):
         PipelineGenerator(model, QUICK)
@@ -188,11 +188,11 @@ def test_a_generator_is_tiny_a_folder_or_a_snapshot_of_the_hub(tmp_path, monkeyp
         ValueError, match=r"lacks its model_index\.json; .* `hf download some/model`"
     ):
         generator_folder("some/model")
-    kept = tmp_path / "models--some--model"
-    (kept / "refs").mkdir(parents=True)
-    (kept / "refs" / "main").write_text("abc")
-    snapshot = pipelines.stable_diffusion_1(kept / "snapshots" / "abc")  # without safety checker
-    (snapshot / "model.ckpt").write_text("the same weights in another form")
+    repo = tmp_path / "models--some--model"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("abc")
+    snapshot = pipelines.stable_diffusion_1(repo / "snapshots" / "abc")  # without safety checker
+    (snapshot / "model.ckpt").write_text("the same weights in another format")
     assert generator_folder("some/model") == snapshot
     digested = {path.relative_to(snapshot).parts[0] for path in generator_files(snapshot)}
     assert digested == {
@@ -207,12 +207,12 @@ def test_a_generator_is_tiny_a_folder_or_a_snapshot_of_the_hub(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("name", ["nowhere", "/nowhere/at/all", "./nowhere", "a/b/c"])
-def test_a_name_that_is_no_generator_says_what_is_allowed(name):
+def test_the_error_for_an_unknown_name_lists_what_is_allowed(name):
     with pytest.raises(ValueError, match=r"allowed: tiny, a folder with model_index\.json"):
         generator_folder(name)
 
 
-# ---------------------------------------------------------------- folders of strangers
+# ---------------------------------------------------------------- untrusted folders
 
 EVIL = """
 open({marker!r}, "w").close()
@@ -222,10 +222,10 @@ INDEX = "model_index.json"
 
 
 def changed(folder: Path, file: str, **values: object) -> Path:
-    """A copy of the embedded pipeline with keys of one of its files replaced."""
+    """A copy of the tiny pipeline with other values in one of its files."""
     shutil.copytree(MODEL, folder)
-    held = json.loads((folder / file).read_text())
-    (folder / file).write_text(json.dumps({**held, **values}))
+    content = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**content, **values}))
     return folder
 
 
@@ -234,13 +234,13 @@ def changed(folder: Path, file: str, **values: object) -> Path:
     [
         (INDEX, {"_class_name": ["evil", "Evil"]}, "_class_name is .*name of a pipeline"),
         (INDEX, {"_class_name": None}, "_class_name is None; allowed: the name of a pipeline"),
-        (INDEX, {"_class_name": "AutoModel"}, "AutoModel, which is no pipeline of diffusers"),
+        (INDEX, {"_class_name": "AutoModel"}, "AutoModel, which is not a pipeline of diffusers"),
         (INDEX, {"_class_name": "KandinskyV22CombinedPipeline"}, "second model that its README"),
         (INDEX, {"unet": ["evil", "Evil"]}, "its unet is of evil; allowed: diffusers and transf"),
         (INDEX, {"unet": ["os", "system"]}, "its unet is of os; allowed: diffusers and transf"),
         (INDEX, {"unet": ["stable_diffusion", "StableDiffusionPipeline"]}, "of stable_diffusion"),
-        (INDEX, {"unet": ["diffusers", "StableDiffusionPipeline"]}, "no model or scheduler"),
-        (INDEX, {"unet": ["diffusers", "OnnxRuntimeModel"]}, "no model or scheduler"),
+        (INDEX, {"unet": ["diffusers", "StableDiffusionPipeline"]}, "not a model or scheduler"),
+        (INDEX, {"unet": ["diffusers", "OnnxRuntimeModel"]}, "not a model or scheduler"),
         (INDEX, {"unet": ["diffusers"]}, r"'unet' is \['diffusers'\]; allowed: a library and a"),
         (INDEX, {"unet": ["diffusers", {}]}, "'unet' is .*; allowed: a library and a class"),
         (INDEX, {"../up": ["diffusers", "UNet2DModel"]}, "'../up' is .*; allowed: a library and"),
@@ -254,10 +254,10 @@ def changed(folder: Path, file: str, **values: object) -> Path:
         ("text_encoder/config.json", {"hidden_size": "wide"}, "cannot be read"),
     ],
 )
-def test_a_pipeline_that_names_code_or_another_model_is_refused(file, values, message, tmp_path):
+def test_a_pipeline_that_names_code_or_another_model_is_rejected(file, values, message, tmp_path):
     model, marker = changed(tmp_path / "model", file, **values), tmp_path / "ran"
-    for place in ("", "unet", "text_encoder", "tokenizer"):
-        (model / place / "evil.py").write_text(EVIL.format(marker=str(marker)))
+    for folder in ("", "unet", "text_encoder", "tokenizer"):
+        (model / folder / "evil.py").write_text(EVIL.format(marker=str(marker)))
     with pytest.raises(ValueError, match=rf"{model}.*{message}"):
         load_pipeline(model)
     assert not marker.exists()
@@ -267,12 +267,12 @@ def test_a_pipeline_that_names_code_or_another_model_is_refused(file, values, me
 def test_python_files_beside_the_parts_are_not_run(name, tmp_path):
     model, marker = Path(shutil.copytree(MODEL, tmp_path / "model")), tmp_path / "ran"
     (model / name).write_text(EVIL.format(marker=str(marker)))
-    with suppress(ValueError):  # diffusers takes some of them for code of the model
+    with suppress(ValueError):  # diffusers treats some of them as code of the model
         load_pipeline(model)
     assert not marker.exists()
 
 
-def test_a_part_that_is_an_adapter_of_another_model_is_refused(tmp_path):
+def test_a_part_that_is_an_adapter_of_another_model_is_rejected(tmp_path):
     elsewhere = Path(shutil.copytree(MODEL / "text_encoder", tmp_path / "elsewhere"))
     model = Path(shutil.copytree(MODEL, tmp_path / "model"))
     (model / "text_encoder" / "config.json").unlink()
@@ -283,15 +283,15 @@ def test_a_part_that_is_an_adapter_of_another_model_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "3"])
-def test_an_index_that_is_damaged_is_named(text, tmp_path):
+def test_a_damaged_index_is_rejected_with_its_path(text, tmp_path):
     model = Path(shutil.copytree(MODEL, tmp_path / "model"))
     (model / INDEX).write_text(text)
-    for read in (load_pipeline, generator_files):  # the latter when it is planned
+    for read in (load_pipeline, generator_files):  # planning calls the latter
         with pytest.raises(ValueError, match=rf"{model}/{INDEX}"):
             read(model)
 
 
-def test_a_lora_that_is_a_pickle_is_refused_and_not_unpickled(tmp_path):
+def test_a_pickled_lora_is_rejected_without_unpickling(tmp_path):
     class Evil:
         def __reduce__(self) -> Any:
             return open, (str(tmp_path / "ran"), "w")
@@ -315,7 +315,7 @@ def test_blank_and_nearly_blank_images_are_rejected_and_drawings_are_not():
     assert rejected(torch.from_numpy(images)).tolist() == [True, True, False]
 
 
-# ---------------------------------------------------------------- ready images
+# ---------------------------------------------------------------- folders of images
 
 
 def paint(folder: Path, name: str, level: int, size: tuple[int, int] = (16, 16)) -> None:
@@ -325,7 +325,7 @@ def paint(folder: Path, name: str, level: int, size: tuple[int, int] = (16, 16))
 
 
 @pytest.fixture
-def ready(tmp_path: Path) -> Path:
+def folder(tmp_path: Path) -> Path:
     paint(tmp_path / "red fox", "b.png", 100)
     paint(tmp_path / "red fox", "a.png", 50, size=(40, 20))
     (tmp_path / "red fox" / "c.jpg").write_bytes(b"no image")
@@ -334,36 +334,36 @@ def ready(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_ready_images_come_by_class_folder_in_the_order_of_their_names(ready):
+def test_a_folder_gives_the_images_of_a_class_sorted_by_name(folder):
     images = FolderImages(model=REF, classnames=("red fox", "tree frog"), size=16, block=2)
-    generator = load_generator(images, ready, None)
+    generator = load_generator(images, folder, None)
     foxes = generator.generate("red fox", [1, 0], [0, 0])
     assert foxes.shape == (2, 16, 16, 3)
     assert foxes.dtype == torch.uint8
     assert foxes.float().mean(dim=(1, 2, 3)).tolist() == pytest.approx([120, 70], abs=5)
-    frog = generator.generate("tree frog", [0], [2])  # underscores may stand for spaces
+    frog = generator.generate("tree frog", [0], [2])  # underscores can replace spaces
     assert frog.float().mean() == pytest.approx(220, abs=5)
 
 
-def test_ready_images_that_cannot_be_read_are_rejected_and_gone_ones_an_error(ready, ghostscript):
-    """A gone file that became a hole would be missed by nobody."""
-    (ready / "tree_frog" / "harmless.jpg").write_bytes(EPS)  # before x.png
-    foxes, frogs = (FolderGenerator(ready, [name], 16) for name in ("red fox", "tree frog"))
+def test_unreadable_files_are_rejected_and_missing_files_are_errors(folder, ghostscript):
+    """Rejecting a missing file would hide the problem."""
+    (folder / "tree_frog" / "harmless.jpg").write_bytes(EPS)  # before x.png
+    foxes, frogs = (FolderGenerator(folder, [name], 16) for name in ("red fox", "tree frog"))
     assert rejected(foxes.generate("red fox", [1, 2, 5], [0, 0, 0])).tolist() == [False, True, True]
     assert rejected(frogs.generate("tree frog", [0, 1], [0, 0])).tolist() == [True, False]
     assert not ghostscript.exists()
-    (ready / "red fox" / "a.png").unlink()
+    (folder / "red fox" / "a.png").unlink()
     with pytest.raises(FileNotFoundError):
         foxes.generate("red fox", [0], [0])
     with pytest.raises(ValueError, match=r"no folder for 'red panda', 'newt'"):
-        FolderGenerator(ready, ["red panda", "red fox", "newt"], 16)
+        FolderGenerator(folder, ["red panda", "red fox", "newt"], 16)
 
 
 def unusual(kind: str, file: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (16, 8, 4), dtype=np.uint8)
     exif = Image.Exif()
     match kind:
-        case "turned":
+        case "rotated":
             exif[0x0112] = 6
             Image.fromarray(noise[..., :3]).save(file, exif=exif)
         case "16 bit":
@@ -376,8 +376,8 @@ def unusual(kind: str, file: Path) -> None:
             Image.fromarray(noise[..., :3]).save(file)
 
 
-@pytest.mark.parametrize("kind", ["plain", "turned", "16 bit", "transparent", "palette"])
-def test_a_ready_image_has_the_pixels_that_it_has_in_a_dataset(tmp_path, kind):
+@pytest.mark.parametrize("kind", ["plain", "rotated", "16 bit", "transparent", "palette"])
+def test_an_image_has_the_same_pixels_in_a_generator_and_a_dataset(tmp_path, kind):
     (tmp_path / "cat").mkdir()
     unusual(kind, tmp_path / "cat" / "a.png")
     [drawn] = FolderGenerator(tmp_path, ["cat"], 8).generate("cat", [0], [0])

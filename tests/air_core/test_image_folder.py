@@ -1,4 +1,4 @@
-"""Folders of one's own images as datasets."""
+"""Datasets from the user's folders of images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.air_core.dataset_trees import draw
 
 @pytest.fixture
 def tree(tmp_path) -> Path:
-    """Class folders and no parts: 20 cats, 10 dogs, 10 sea lions."""
+    """Class folders without parts: 20 cats, 10 dogs, 10 sea lions."""
     home = tmp_path / "pets"
     for name, count in (("dog", 10), ("cat", 20), ("sea_lion", 10)):
         for i in range(count):
@@ -67,7 +67,7 @@ def test_a_tree_without_parts_keeps_a_tenth_of_each_class_for_validation(tree):
     assert len(examples.images) == len(examples.labels) == 40
 
 
-def test_the_seed_parts_the_rest_and_leaves_validation_as_it_is(tree):
+def test_split_seed_splits_the_rest_and_keeps_the_validation_images(tree):
     examples = load(tree)
     splits = [
         make_split(examples.labels, examples.parts, SplitSettings(pool="train", split_seed=seed))
@@ -88,14 +88,14 @@ def test_four_images_of_each_class_are_enough_for_every_part(tmp_path):
         assert len(np.unique(examples.labels[part])) == 8
 
 
-def test_part_folders_are_parts_and_a_tenth_of_train_is_for_validation(parted):
+def test_part_folders_define_parts_and_a_tenth_of_train_is_for_validation(parted):
     counts = Counter(load(parted).parts.tolist())
     assert counts == {"train": 18, "val": 2, "test": 6}
     assert all(path.startswith("train/") for path in paths(parted, "val"))
     assert all(path.startswith("test/") for path in paths(parted, "test"))
 
 
-def test_a_folder_for_validation_is_taken_as_it_is(parted):
+def test_a_validation_folder_is_used_unchanged(parted):
     for name in ("cat", "dog"):
         draw(parted / "val" / name / "a.jpg")
     counts = Counter(load(parted).parts.tolist())
@@ -103,7 +103,7 @@ def test_a_folder_for_validation_is_taken_as_it_is(parted):
     assert paths(parted, "val") == ["val/cat/a.jpg", "val/dog/a.jpg"]
 
 
-def test_a_class_may_be_named_like_a_part(tmp_path):
+def test_a_class_can_have_the_name_of_a_part(tmp_path):
     for name in ("bus", "train"):
         for i in range(5):
             draw(tmp_path / name / f"{i}.jpg")
@@ -111,7 +111,7 @@ def test_a_class_may_be_named_like_a_part(tmp_path):
     assert set(load(tmp_path).parts.tolist()) == {"free", "val"}
 
 
-def test_where_the_folder_lies_does_not_matter_to_its_parts(tree, tmp_path):
+def test_parts_do_not_depend_on_the_path_of_the_folder(tree, tmp_path):
     moved = tree.rename(tmp_path / "moved")
     before = paths(moved, "val")
     assert before == paths(moved.rename(tmp_path / "again"), "val")
@@ -120,13 +120,13 @@ def test_where_the_folder_lies_does_not_matter_to_its_parts(tree, tmp_path):
 # ---------------------------------------------------------------- names and template
 
 
-def test_class_names_and_template_come_from_files_that_are_listed(tree):
+def test_class_names_and_template_come_from_text_files_which_are_listed(tree):
     (tree / "classnames.txt").write_text("# ours\n\nsea_lion = eared seal\ncat=tabby cat\n")
     (tree / "template.txt").write_text("a sketch of a {}\n")
-    found = dataset(tree)
-    assert found.classnames == ("tabby cat", "dog", "eared seal")
-    assert found.template == "a sketch of a {}"
-    files = found.files(None)
+    named = dataset(tree)
+    assert named.classnames == ("tabby cat", "dog", "eared seal")
+    assert named.template == "a sketch of a {}"
+    files = named.files(None)
     assert files == sorted(files)
     assert {tree / "classnames.txt", tree / "template.txt"} < set(files)
     assert len(files) == 42
@@ -140,10 +140,10 @@ def test_a_file_from_windows_is_read(tree):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("tabby\n", r"classnames.txt:1: 'tabby' is not allowed; wanted one line a folder"),
+        ("tabby\n", r"classnames.txt:1: 'tabby' is not allowed; expected one line per folder"),
         ("\ncat = a/b\n", r"classnames.txt:2: .*without / in the name"),
         ("cat = a\ncat = b\n", r"classnames.txt:2: 'cat = b' is not allowed"),
-        ("cow = a\n", r"there is no class folder 'cow'; there: 'cat', 'dog', 'sea_lion'"),
+        ("cow = a\n", r"no class folder is named 'cow'; class folders: 'cat', 'dog', 'sea_lion'"),
         ("cat = dog\n", r"two classes are named 'dog'; rename one in classnames.txt"),
         ("cat = DOG\n", r"two classes are named 'dog' and 'DOG', which CLIP reads alike"),
         ("cat = sea&nbsp;  lion\n", r"two classes are named 'sea lion' and 'sea&nbsp;  lion'"),
@@ -152,13 +152,13 @@ def test_a_file_from_windows_is_read(tree):
         ("cat = c\x1b[31mat\n", r"has an invisible character, '\\x1b'"),
     ],
 )
-def test_names_that_cannot_be_are_errors_with_the_line(tree, text, message):
+def test_invalid_class_names_are_errors_with_the_line(tree, text, message):
     (tree / "classnames.txt").write_text(text)
     with pytest.raises(ValueError, match=message):
         dataset(tree)
 
 
-def test_a_word_may_need_a_joiner_that_is_not_seen(tree):
+def test_invisible_joiners_are_allowed_in_class_names(tree):
     (tree / "classnames.txt").write_text("cat = \u06af\u0631\u0628\u0647\u200c\u0647\u0627\n")
     assert "\u200c" in dataset(tree).classnames[0]
 
@@ -175,20 +175,20 @@ def test_a_word_may_need_a_joiner_that_is_not_seen(tree):
         "a {}\u202e",
     ],
 )
-def test_a_template_without_one_place_for_the_class_is_an_error(tree, text):
+def test_a_template_without_exactly_one_field_for_the_class_is_an_error(tree, text):
     (tree / "template.txt").write_text(text)
-    with pytest.raises(ValueError, match=r"template.txt: wanted one line with {} once"):
+    with pytest.raises(ValueError, match=r"template.txt: expected one line with {} once"):
         dataset(tree)
 
 
-def test_the_name_of_the_dataset_is_its_whole_path(tree, monkeypatch):
-    """A worker has another working directory."""
+def test_the_name_of_the_dataset_is_its_absolute_path(tree, monkeypatch):
+    """Workers have other working directories."""
     monkeypatch.chdir(tree.parent)
     assert get_dataset("folder:pets").name == f"folder:{tree}"
     assert get_dataset("folder:pets").about == "pets, 3 classes"
 
 
-# ---------------------------------------------------------------- what may be wrong
+# ---------------------------------------------------------------- errors
 
 
 def drawn(home: Path, *files: str) -> None:
@@ -212,12 +212,16 @@ def three_left(home: Path) -> None:
 
 
 WRONG: list[tuple[str, Callable[[Path], object], str]] = [
-    ("tree", lambda home: home.rename(home.with_name("gone")), "is not there.*wanted <class>/<im"),
-    ("none", lambda home: drawn(home, "a.png"), "it has no folders in it; wanted"),
+    (
+        "tree",
+        lambda home: home.rename(home.with_name("gone")),
+        "does not exist.*expected <class>/<im",
+    ),
+    ("none", lambda home: drawn(home, "a.png"), "it contains no folders; expected"),
     (
         "none",
         lambda home: drawn(home, "cat/a.png"),
-        "one class only, 'cat'; a classifier needs two",
+        "only one class, 'cat'; a classifier needs two",
     ),
     ("none", lambda home: drawn(home, "Cat/0.png", "cat/0.png"), "which CLIP reads alike; rename"),
     ("none", lambda home: drawn(home, "big_cat/0.png", "big  cat/0.png"), "which CLIP reads alike"),
@@ -227,11 +231,11 @@ WRONG: list[tuple[str, Callable[[Path], object], str]] = [
         lambda home: drawn(home, "cat/0.png", "do\ng/0.png"),
         r"'do\\ng' has an invisible char",
     ),
-    # Images deeper than the class folder: else `training` would be a class.
+    # Images must be directly in the class folder, or `training` would be a class.
     (
         "none",
         lambda home: drawn(home, "training/cat/0.jpg", "testing/cat/0.jpg"),
-        "no image in testing/, which holds 'cat'",
+        "no image in testing/, which contains 'cat'",
     ),
     (
         "parted",
@@ -239,38 +243,46 @@ WRONG: list[tuple[str, Callable[[Path], object], str]] = [
         "train/ has no 'dgo', 'fox'; val/ has no 'dgo', 'fox'; test/ has no 'dog'; "
         "every class needs a folder in every part",
     ),
-    ("parted", lambda home: (home / "test").rename(home / "val"), "but no test; have both train"),
-    ("parted", lambda home: (home / "train").rename(home / "val"), "but no train; have both train"),
+    ("parted", lambda home: (home / "test").rename(home / "val"), "but no test; add it, or remove"),
+    (
+        "parted",
+        lambda home: (home / "train").rename(home / "val"),
+        "but no train; add it, or remove",
+    ),
     ("parted", lambda home: drawn(home, "valid/cat/0.jpg"), "has 'valid' beside its part folders"),
-    ("parted", emptied, "no image in test/dog/, which holds '0.heic', '1.heic', '2.heic'; images"),
+    (
+        "parted",
+        emptied,
+        "no image in test/dog/, which contains '0.heic', '1.heic', '2.heic'; images",
+    ),
     ("tree", three_left, "fewer than 4 images of 'dog'; without train/ and test/"),
     (
         "tree",
         lambda home: (home / "loop").symlink_to(home),
-        "no image in loop/, which holds 'cat', 'dog', 'loop'",
+        "no image in loop/, which contains 'cat', 'dog', 'loop'",
     ),
     (
         "tree",
         lambda home: (home / "classnames.txt").write_text("Größe", encoding="utf-16"),
-        "classnames.txt is no text in UTF-8; save it as UTF-8",
+        "classnames.txt is not UTF-8 text; save it as UTF-8",
     ),
     (
         "tree",
         lambda home: (home / "template.txt").write_text("a Größe {}", encoding="utf-16"),
-        "template.txt is no text in UTF-8; save it as UTF-8",
+        "template.txt is not UTF-8 text; save it as UTF-8",
     ),
 ]
 
 
 @pytest.mark.parametrize(("start", "change", "message"), WRONG)
-def test_a_folder_that_cannot_be_a_dataset_says_why(start, change, message, request, tmp_path):
+def test_the_error_for_an_invalid_folder_has_the_reason(start, change, message, request, tmp_path):
     home = tmp_path / "none" if start == "none" else request.getfixturevalue(start)
     change(home)
     with pytest.raises(ValueError, match=message):
         dataset(home).files(None)
 
 
-def test_folders_that_systems_leave_behind_are_no_classes(tree):
+def test_folders_of_operating_systems_are_not_classes(tree):
     for name in ("__MACOSX", ".thumbnails"):
         draw(tree / name / "0.png")
     (tree / "cat/Thumbs.db").write_bytes(b"windows")
@@ -278,19 +290,21 @@ def test_folders_that_systems_leave_behind_are_no_classes(tree):
     assert len(load(tree).images) == 40
 
 
-@pytest.mark.parametrize("kind", ["folder", "link to nothing", "link to itself", "pipe"])
-def test_what_is_named_like_an_image_and_is_no_file_is_an_error(tree, kind):
+@pytest.mark.parametrize("kind", ["folder", "broken link", "link to itself", "pipe"])
+def test_an_image_name_that_is_not_a_file_is_an_error(tree, kind):
     odd = tree / "cat" / "odd.jpg"
     match kind:
         case "folder":
             odd.mkdir()
-        case "link to nothing":
+        case "broken link":
             odd.symlink_to(tree / "nowhere.jpg")
         case "link to itself":
             odd.symlink_to(odd)
-        case "pipe":  # to open it would wait for ever
+        case "pipe":  # opening it would block forever
             os.mkfifo(odd)
-    with pytest.raises(ValueError, match=r"cat/odd\.jpg is named like an image, but it is no file"):
+    with pytest.raises(
+        ValueError, match=r"cat/odd\.jpg has the name of an image but is not a file"
+    ):
         load(tree)
 
 

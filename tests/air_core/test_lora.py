@@ -1,4 +1,4 @@
-"""LoRA: trains adapters only, on any Stable Diffusion folder, and comes back from its file."""
+"""LoRA training: adapters only, on any Stable Diffusion folder, with checkpoints."""
 
 from __future__ import annotations
 
@@ -49,9 +49,7 @@ def draw(model: Path, **lora: Any) -> torch.Tensor:
     return PipelineGenerator(model, QUICK, **lora).generate("digit four", [0, 1], [0, 0])
 
 
-def test_training_reports_every_step_and_leaves_the_random_numbers_of_others_alone(
-    tmp_path, digits
-):
+def test_training_reports_every_step_and_keeps_the_global_random_state(tmp_path, digits):
     seen = []
     torch.manual_seed(5)
     expected = torch.rand(3)
@@ -73,7 +71,7 @@ def test_training_lowers_the_loss_on_its_image(tmp_path, digits):
     assert result["loss_last"] < result["loss_first"]
 
 
-def test_the_same_seed_trains_the_same_lora_and_another_seed_another(tmp_path, digits, trained):
+def test_the_lora_depends_on_the_seed_only(tmp_path, digits, trained):
     train_lora(*digits, MODEL, TRAINING, 32, tmp_path / "again")
     train_lora(*digits, MODEL, TRAINING, 32, tmp_path / "other", seed=1)
     first, again = weights(trained[0]), weights(tmp_path / "again")
@@ -86,7 +84,7 @@ class Killed(BaseException):
     pass
 
 
-def test_training_that_was_killed_goes_on_where_it_was_and_ends_the_same(tmp_path, digits, trained):
+def test_a_killed_training_resumes_and_gives_the_same_lora(tmp_path, digits, trained):
     steps = []
 
     def kill(done: int, total: int, loss: float) -> None:
@@ -99,10 +97,10 @@ def test_training_that_was_killed_goes_on_where_it_was_and_ends_the_same(tmp_pat
     with pytest.raises(Killed):
         train_lora(*digits, MODEL, TRAINING, 32, tmp_path / "out", report=kill, **often)
     assert not (tmp_path / "out").exists()
-    (beside := tmp_path / "beside").touch()
-    assert kept.stat().st_mode == beside.stat().st_mode  # another user may go on
+    (plain := tmp_path / "plain").touch()
+    assert kept.stat().st_mode == plain.stat().st_mode  # another user can resume
     result = train_lora(*digits, MODEL, TRAINING, 32, tmp_path / "out", report=kill, **often)
-    assert steps == [1, 2, 2, 3]  # the second step was under way
+    assert steps == [1, 2, 2, 3]  # killed before the checkpoint of the second step
     whole, again = weights(trained[0]), weights(tmp_path / "out")
     assert all(torch.equal(whole[name], again[name]) for name in whole)
     assert result["loss_first"] == trained[1]["loss_first"]
@@ -119,7 +117,7 @@ def test_only_adapters_receive_gradients():
     assert not with_gradient & set(base)
 
 
-def test_an_untrained_lora_changes_nothing_and_its_file_has_rank_and_alpha(tmp_path):
+def test_an_untrained_lora_has_no_effect_and_its_file_has_rank_and_alpha(tmp_path):
     pipeline = load_pipeline(MODEL)
     add_adapters(pipeline.unet, rank=4, seed=0)
     save_adapters(pipeline, tmp_path)
@@ -129,7 +127,7 @@ def test_an_untrained_lora_changes_nothing_and_its_file_has_rank_and_alpha(tmp_p
     assert metadata["unet.r"] == metadata["unet.lora_alpha"] == 4
 
 
-def test_a_saved_lora_draws_what_the_trained_one_drew(tmp_path, digits, monkeypatch):
+def test_a_saved_lora_draws_the_same_images_as_the_trained_one(tmp_path, digits, monkeypatch):
     kept: list[Any] = []
     from air_core.diffusion import lora
 
@@ -145,7 +143,7 @@ def test_a_saved_lora_draws_what_the_trained_one_drew(tmp_path, digits, monkeypa
     assert not torch.equal(in_memory, draw(MODEL))
 
 
-def test_what_cannot_be_trained_is_an_error(tmp_path, digits):
+def test_invalid_inputs_and_infinite_losses_are_errors(tmp_path, digits):
     images, captions = digits
     with pytest.raises(ValueError, match="a caption each: 40, 39"):
         train_lora(images, captions[:-1], MODEL, TRAINING, 32, tmp_path)
@@ -157,7 +155,7 @@ def test_what_cannot_be_trained_is_an_error(tmp_path, digits):
     assert not (tmp_path / LORA_FILE).exists()
 
 
-# ---------------------------------------------------------------- published models, narrow
+# ---------------------------------------------------------------- published architectures, narrow
 
 
 LARGER = replace(QUICK, size=pipelines.SIZE, num_inference_steps=2)
@@ -174,9 +172,9 @@ def published(request, tmp_path_factory) -> Path:
     return request.param(tmp_path_factory.mktemp("published"))
 
 
-def test_a_lora_of_a_published_model_is_trained_saved_and_drawn_from(published, tmp_path, digits):
+def test_a_lora_of_a_published_architecture_is_trained_saved_and_used(published, tmp_path, digits):
     images, captions = digits
-    wide = torch.cat([images, images], dim=2)  # not square, and not of the model's size
+    wide = torch.cat([images, images], dim=2)  # neither square nor of the model's size
     result = train_lora(wide, captions, published, TWO_STEPS, pipelines.SIZE, tmp_path)
     assert math.isfinite(result["loss_last"])
 
@@ -191,18 +189,18 @@ def test_a_lora_of_a_published_model_is_trained_saved_and_drawn_from(published, 
     assert torch.equal(base, draw_two(adapter=tmp_path, scale=0.0))
 
 
-def test_a_model_is_trained_under_the_conditions_that_it_draws_under(published):
+def test_training_and_drawing_use_the_same_conditions(published):
     caption = "a photo of a heart"
     pipeline = load_pipeline(published)
     texts = encode_captions(pipeline, [caption], pipelines.SIZE)
-    told: list[dict[str, Any]] = []
+    calls: list[dict[str, Any]] = []
     pipeline.unet.register_forward_pre_hook(
-        lambda module, args, kwargs: told.append(kwargs), with_kwargs=True
+        lambda module, args, kwargs: calls.append(kwargs), with_kwargs=True
     )
     pipeline(caption, height=pipelines.SIZE, width=pipelines.SIZE, num_inference_steps=1)
-    # Guidance: the first is drawn without caption, the second with it.
+    # Guidance: the first row is without the caption, the second with it.
     trained = texts.conditions(torch.tensor([0, 0]), torch.tensor([True, False]))
-    drawn = {name: told[0][name] for name in trained}
+    drawn = {name: calls[0][name] for name in trained}
     if "added_cond_kwargs" in trained:
         assert trained["added_cond_kwargs"].keys() == drawn["added_cond_kwargs"].keys()
         trained |= trained.pop("added_cond_kwargs")
@@ -211,14 +209,16 @@ def test_a_model_is_trained_under_the_conditions_that_it_draws_under(published):
         torch.testing.assert_close(trained[name], expected)
 
 
-def test_a_model_that_predicts_something_else_is_refused(tmp_path, digits):
+def test_a_model_with_another_prediction_type_is_rejected(tmp_path, digits):
     model = pipelines.stable_diffusion_1(tmp_path / "model", "sample")
     with pytest.raises(ValueError, match="predicts 'sample'; LoRA knows epsilon and v_prediction"):
         train_lora(*digits, model, TRAINING, pipelines.SIZE, tmp_path / "lora")
 
 
-def test_a_model_of_another_kind_is_refused_by_its_name(tmp_path, digits):
+def test_an_unsupported_pipeline_is_rejected_by_name(tmp_path, digits):
     model = pipelines.stable_diffusion_3(tmp_path / "model")
-    match = r"LoRA knows StableDiffusionPipeline and .* is a StableDiffusion3Pipeline; set lora: nu"
+    match = (
+        r"LoRA supports StableDiffusionPipeline and .* is a StableDiffusion3Pipeline; set lora: nu"
+    )
     with pytest.raises(ValueError, match=match):
         train_lora(*digits, model, TRAINING, pipelines.SIZE, tmp_path / "lora")

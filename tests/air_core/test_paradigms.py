@@ -1,4 +1,4 @@
-"""Paradigms by contract: what a split may never do, on digits and where parts are fixed."""
+"""Contract tests of splits, on digits and on a dataset with fixed parts."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def split(
 
 
 def parts(found: Split) -> list[set[int]]:
-    """What is seen in training, validation, test."""
+    """Images of training, validation and test."""
     train = set(found.pool.tolist()) | set(found.labelled.tolist())
     return [train, set(found.validation.tolist()), set(found.test.tolist())]
 
@@ -50,7 +50,7 @@ def test_parts_are_disjoint_cover_every_image_and_follow_from_the_seed(name, par
         found = split(name, paradigm, pool, seed)
         training, validation, test = parts(found)
         assert not training & validation
-        assert not training & test  # the pool never holds a test image
+        assert not training & test  # the pool never contains a test image
         assert not validation & test
         assert training | validation | test == set(range(len(load(name)[0])))
         assert not set(found.pool.tolist()) & set(found.labelled.tolist())
@@ -63,7 +63,7 @@ def test_parts_are_disjoint_cover_every_image_and_follow_from_the_seed(name, par
     assert set(FUNCTIONS) == set(PARADIGMS)
 
 
-def test_ssl_has_so_many_labels_of_each_class_and_moves_them_with_the_split_seed():
+def test_ssl_has_shots_labels_per_class_which_depend_on_the_split_seed():
     labels, _ = load("digits")
     first, other = (split("digits", "ssl", seed=seed, shots=4) for seed in (0, 1))
     assert np.bincount(labels[first.labelled]).tolist() == [4] * 10
@@ -73,7 +73,7 @@ def test_ssl_has_so_many_labels_of_each_class_and_moves_them_with_the_split_seed
     assert parts(first)[2] != parts(other)[2]
 
 
-def test_trzsl_never_shows_a_label_of_an_unseen_class():
+def test_trzsl_labels_no_image_of_an_unseen_class():
     labels, _ = load("digits")
     found = split("digits", "trzsl", class_seed=500)
     seen, unseen = seen_unseen(10, 500)
@@ -82,14 +82,14 @@ def test_trzsl_never_shows_a_label_of_an_unseen_class():
     assert set(labels[found.pool]) == set(unseen)  # all images of seen classes are labelled
 
 
-def test_a_leaky_pool_holds_the_test_images_and_says_so_in_its_settings_only():
+def test_a_leaky_pool_contains_the_test_images_and_is_not_the_default():
     settings = SplitSettings(leaky_pool=True)
     found = make_split(*load("fixed"), settings)
     assert set(found.test.tolist()) <= set(found.pool.tolist())
     assert not SplitSettings().leaky_pool
 
 
-def test_seen_and_unseen_are_numpys_choice_of_62_percent():
+def test_seen_classes_are_numpys_choice_of_62_percent():
     for classes, seed in itertools.product((10, 45, 47, 100, 102, 200), (500, 0, 200)):
         np.random.seed(seed)
         drawn = np.random.choice(range(classes), size=int(0.62 * classes), replace=False)
@@ -99,7 +99,7 @@ def test_seen_and_unseen_are_numpys_choice_of_62_percent():
     assert [len(part) for part in seen_unseen(102, 500)] == [63, 39]
 
 
-def test_too_few_classes_or_images_are_named():
+def test_too_few_classes_or_images_are_errors():
     with pytest.raises(ValueError, match="at least 4 classes, there are 3"):
         seen_unseen(3, 0)
     with pytest.raises(ValueError, match=r"wants 3 labelled .* class 1 has 2"):
@@ -107,7 +107,7 @@ def test_too_few_classes_or_images_are_named():
 
 
 @pytest.mark.parametrize("paradigm", PARADIGMS)
-def test_a_smaller_pool_is_a_part_that_the_split_seed_moves(paradigm):
+def test_a_smaller_pool_is_a_subset_that_depends_on_the_split_seed(paradigm):
     whole = split("digits", paradigm)
     for seed in (0, 1):
         small = split("digits", paradigm, seed=seed, pool_size=50)
@@ -117,7 +117,7 @@ def test_a_smaller_pool_is_a_part_that_the_split_seed_moves(paradigm):
     assert split("digits", paradigm, pool_size=10**6).pool.tolist() == whole.pool.tolist()
 
 
-def test_an_imbalanced_pool_has_rare_and_missing_classes_and_a_whole_test_set():
+def test_an_imbalanced_pool_has_rare_and_missing_classes_and_the_full_test_set():
     labels, _ = load("digits")
     found = split("digits", pool_ratio=10.0, pool_missing=0.3)
     counts = np.bincount(labels[found.pool], minlength=10)
@@ -134,11 +134,11 @@ def test_the_validation_images_are_the_same_for_every_seed(name):
 
 
 @pytest.mark.parametrize("name", ["digits", "fixed"])
-def test_a_pool_that_takes_validation_in_leaves_none_and_moves_no_test_image(name):
-    apart, together = split(name, pool="train"), split(name, pool="train+val")
-    assert len(together.validation) == 0
-    assert parts(together)[0] == parts(apart)[0] | parts(apart)[1]
-    assert parts(together)[2] == parts(apart)[2]
+def test_a_pool_with_validation_images_leaves_none_and_keeps_the_test_images(name):
+    separate, combined = split(name, pool="train"), split(name, pool="train+val")
+    assert len(combined.validation) == 0
+    assert parts(combined)[0] == parts(separate)[0] | parts(separate)[1]
+    assert parts(combined)[2] == parts(separate)[2]
 
 
 def test_digits_are_split_into_1077_180_and_540():
@@ -154,21 +154,21 @@ def test_pool_and_test_have_the_same_share_of_every_class(seed):
     assert np.abs(shares[0] - shares[1]).max() < 0.003
 
 
-# ---------------------------------------------------------------- datasets with parts of their own
+# ---------------------------------------------------------------- datasets with fixed parts
 
 LABELS = np.arange(12) % 2
 FIXED = np.array(["train", "val", "test"] * 4)
 
 
-def test_parts_that_a_dataset_fixes_are_kept_for_every_seed():
+def test_fixed_parts_are_the_same_for_every_seed():
     for seed in range(3):
         found = make_split(LABELS, FIXED, SplitSettings(pool="train", split_seed=seed))
         assert parts(found) == [{0, 3, 6, 9}, {1, 4, 7, 10}, {2, 5, 8, 11}]
 
 
 @pytest.mark.parametrize(
-    ("there", "pool", "counts"), [("test", "train+val", "0 pool"), ("train", "train", "0 test")]
+    ("part", "pool", "counts"), [("test", "train+val", "0 pool"), ("train", "train", "0 test")]
 )
-def test_a_split_without_pool_or_test_is_an_error_that_counts_both(there, pool, counts):
+def test_the_error_for_an_empty_pool_or_test_part_counts_both(part, pool, counts):
     with pytest.raises(ValueError, match=f"{counts}.*both need at least one"):
-        make_split(LABELS, np.full(12, there), SplitSettings(pool=pool))
+        make_split(LABELS, np.full(12, part), SplitSettings(pool=pool))

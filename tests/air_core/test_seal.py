@@ -1,4 +1,4 @@
-"""A seal tells every changed byte of a file, itself included, whatever the format."""
+"""Embedded checksums detect any changed byte of a file, in any format."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TABLE = pa.table({"index": pa.array([0, 1], pa.int32()), "image": [b"one", b"two
 
 @pytest.fixture(params=["json", "safetensors", "parquet"])
 def file(request) -> bytes:
-    """A small sealed file."""
+    """A small file with a checksum."""
     if request.param == "json":
         return sealed_json({"user": "a", "spec": {"size": 8}})
     if request.param == "safetensors":
@@ -28,24 +28,24 @@ def file(request) -> bytes:
     return sealed(_parquet(TABLE))
 
 
-def test_a_file_is_intact_until_any_one_byte_changes(file):
+def test_any_changed_byte_is_detected(file):
     assert intact(file) is True
-    for place in range(len(file)):
+    for index in range(len(file)):
         changed = bytearray(file)
-        changed[place] ^= 1 << place % 8
-        assert intact(bytes(changed)) is False, place
+        changed[index] ^= 1 << index % 8
+        assert intact(bytes(changed)) is False, index
 
 
-def test_a_file_that_lost_or_won_bytes_is_not_intact(file):
+def test_missing_or_additional_bytes_are_detected(file):
     assert intact(file[:-1]) is False
     assert intact(file + b"\0") is False
 
 
-def test_a_file_that_was_never_sealed_is_neither(file):
+def test_a_file_without_a_checksum_is_neither_intact_nor_damaged(file):
     assert intact(file.replace(b"blake2b-seal", b"")) is None
 
 
-def test_sealed_files_are_read_as_ever():
+def test_files_with_checksums_are_readable_in_their_format():
     assert json.loads(sealed_json({"user": "a"}))["user"] == "a"
     arrays = load(sealed(save(ARRAYS, {"seal": BLANK})))
     assert all((arrays[name] == ARRAYS[name]).all() for name in ARRAYS)

@@ -1,4 +1,4 @@
-"""The embedded world: what ships is whole and as good as its card says, and can be made again."""
+"""The tiny models: checksums and scores of the shipped weights, and training them again."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def clip_of(folder: Path) -> CLIP:
     return open_clip.create_model(f"local-dir:{folder}", require_pretrained=True)
 
 
-# ---------------------------------------------------------------- what ships
+# ---------------------------------------------------------------- shipped weights
 
 
 def test_shipped_files_are_those_of_the_checksum_list():
@@ -47,7 +47,7 @@ def test_shipped_files_are_those_of_the_checksum_list():
     assert size < 16e6
 
 
-def test_clip_and_pipeline_read_a_text_as_the_same_tokens(tokenizer):
+def test_clip_and_pipeline_tokenize_texts_equally(tokenizer):
     theirs = load_pipeline(WEIGHTS / "diffusion").tokenizer
     source = chunk(7, 200)
     rng = np.random.default_rng(0)
@@ -67,7 +67,7 @@ def test_a_prompt_of_16_vectors_and_the_longest_digit_fit_the_context(tokenizer)
     assert 16 + longest + 1 <= 24
 
 
-def test_clip_reads_handwritten_digits_as_well_as_its_card_says(tokenizer):
+def test_clip_has_the_scores_of_its_model_card_on_handwritten_digits(tokenizer):
     clip = clip_of(WEIGHTS / "clip")
     assert scores.zero_shot(clip, tokenizer, *scores.handwritten()) == pytest.approx(
         0.476, abs=0.02
@@ -75,14 +75,14 @@ def test_clip_reads_handwritten_digits_as_well_as_its_card_says(tokenizer):
     assert scores.linear_probe(clip) > 0.93
 
 
-def test_clip_knows_source_images_that_it_never_saw(tokenizer):
+def test_clip_classifies_held_out_source_images(tokenizer):
     source = chunk(scores.HELD_OUT, 500)
     clip = clip_of(WEIGHTS / "clip")
     accuracy = scores.zero_shot(clip, tokenizer, source.images, source.concepts, CONCEPTS)
     assert accuracy == pytest.approx(0.71, abs=0.08)
 
 
-def test_generated_digits_are_read_as_what_was_asked_for(tokenizer):
+def test_clip_classifies_generated_digits_as_their_prompt(tokenizer):
     settings = GenerationSettings(
         guidance_scale=4.0, num_inference_steps=10, size=32, precision="fp32"
     )
@@ -92,20 +92,22 @@ def test_generated_digits_are_read_as_what_was_asked_for(tokenizer):
     assert found["samples_rejected"] == 0
 
 
-# ---------------------------------------------------------------- how it is made
+# ---------------------------------------------------------------- training
 
 
-def test_the_renderer_draws_the_same_images_whatever_the_workers():
+def test_rendered_images_do_not_depend_on_the_number_of_workers():
     once, twice = render(2010), render(2010, workers=2)
     assert np.array_equal(once.images, twice.images)
     assert np.array_equal(once.attributes, twice.attributes)
-    assert np.array_equal(chunk(3, 5).images, chunk(3, 9).images[:5])  # nor how many follow
+    assert np.array_equal(
+        chunk(3, 5).images, chunk(3, 9).images[:5]
+    )  # nor on the size of the chunk
     seen, held_out = (source := chunk(0, 2 * HELD_OUT)).split()
     assert (len(seen), len(held_out)) == (118, 2)
     assert np.array_equal(held_out.images, source.images[-2:])
 
 
-def test_strokes_are_lighter_than_their_ground():
+def test_strokes_are_lighter_than_the_background():
     brightness = chunk(0, 300).images.astype(float).mean(axis=-1)
     corners = brightness[:, [0, 0, -1, -1], [0, -1, 0, -1]]
     assert (brightness.max(axis=(1, 2)) > np.median(corners, axis=1)).all()
@@ -121,7 +123,7 @@ def test_every_concept_is_drawn_and_named_in_its_caption():
     assert {f"letter {a}" for a in string.ascii_lowercase} < set(CONCEPTS)
 
 
-def test_the_whole_recipe_makes_a_world_that_can_be_measured(tmp_path, monkeypatch):
+def test_the_complete_training_gives_models_with_scores(tmp_path, monkeypatch):
     images, labels = scores.handwritten()
     monkeypatch.setattr(scores, "handwritten", lambda: (images[:100], labels[:100]))
     work, out = tmp_path / "work", tmp_path / "out"

@@ -1,4 +1,4 @@
-"""Class names are counted in tokens without torch, and as the text towers count them."""
+"""Token counts of class names, which equal those of the text towers."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ def test_tokens_are_counted_as_open_clip_does(folder):
     for name in [*NAMES, *STRANGE]:
         exact = len(tokenizer.encode(name)) + 2
         assert _count(name, 0, "lower", False, folder) == exact
-        assert exact <= _count(name, 400, "lower", False, folder)  # a bound, where there is room
+        assert exact <= _count(name, 400, "lower", False, folder)  # an upper bound, if that fits
 
 
-def test_a_name_is_refused_exactly_where_the_text_tower_refuses_it(tiny_clip):
+def test_a_name_is_rejected_if_and_only_if_the_text_tower_rejects_it(tiny_clip):
     names = ("zero", "zero one two")
     fits = {}
     for length in range(14, 20):
@@ -79,7 +79,7 @@ def test_a_name_is_refused_exactly_where_the_text_tower_refuses_it(tiny_clip):
     assert set(fits.values()) == {True, False}
 
 
-def test_a_name_that_the_template_pushes_out_of_the_context_is_refused():
+def test_a_name_that_is_too_long_for_the_template_is_rejected():
     check_room("tiny", ("zero", " ".join(["one"] * 18)), TEMPLATE, 0)
     with pytest.raises(
         ValueError, match=r"'one one .*\.\.\.' in 'a photo of a {}' takes 25 tokens"
@@ -88,9 +88,9 @@ def test_a_name_that_the_template_pushes_out_of_the_context_is_refused():
 
 
 @pytest.mark.parametrize(("backbone", "length"), [("tiny", 4), ("ViT-B-32", 16)])
-def test_the_names_of_published_datasets_have_room_and_differ(tmp_path: Path, backbone, length):
+def test_the_class_names_of_published_datasets_fit_and_differ(tmp_path: Path, backbone, length):
     if backbone != "tiny":
-        (tmp_path / "weights.safetensors").touch()  # which are not looked at
+        (tmp_path / "weights.safetensors").touch()  # never read
         backbone = f"{backbone}@{tmp_path / 'weights.safetensors'}"
     for dataset in DATASETS.values():
         check_room(backbone, dataset.classnames, dataset.template, length)

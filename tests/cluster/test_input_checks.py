@@ -89,7 +89,7 @@ def test_data_check_prints_counts_and_ends_with_the_first_difference(tmp_path, c
     assert "eurosat: train+val has 81 images, published 22,000" in found["difference"]
     for name, why in (
         ("cub", f"cub is not in {tmp_path}: looked for"),
-        (f"folder:{tmp_path}/nope", "is not there"),
+        (f"folder:{tmp_path}/nope", "does not exist"),
         ("digitz", "unknown dataset"),
     ):
         code, out, err = command("data", "check", name, "--root", tmp_path)
@@ -142,12 +142,12 @@ def test_another_model_than_the_name_says_is_refused(tmp_path, command):
     for name, place, why in (
         ("ViT-B-32/openai", clip, "embed_dim is 128 there and 512"),
         ("ViT-B-32/opnai", clip, "open_clip knows no weights 'opnai' of ViT-B-32"),
-        ("", f"ViT-B-32@{clip / CLIP}", "text_projection is (128, 128)"),
+        ("", f"ViT-B-32@{clip / CLIP}", "text_projection has shape (128, 128)"),
         ("ViT-B-32/openai", sd, "is a diffusers folder"),
         ("stable-diffusion-v1-5", sd, "cross_attention_dim of its U-Net is 128"),
         ("", tmp_path, "is no model"),
         ("", clip / CLIP, f"write <architecture>@{clip / CLIP}"),
-        ("", tmp_path / "nothing", "is not there"),
+        ("", tmp_path / "nothing", "does not exist"),
     ):
         code, out, err = command("models", "check", place, "--name", name)
         assert (code, out) == (2, ""), name
@@ -180,8 +180,8 @@ HALF = "unet/diffusion_pytorch_model.fp16.safetensors"
     ("harm", "arguments", "why"),
     [
         (renamed, ("vae", "other"), "names vae, and there is no such folder"),
-        (cut, (UNET,), "was it fetched to its end"),
-        (pointer, (UNET,), "a pointer of Git LFS"),
+        (cut, (UNET,), "download or copy it again"),
+        (pointer, (UNET,), "a Git LFS pointer"),
         (renamed, (UNET, PICKLE), "a pickle"),
         (renamed, (UNET, HALF), "no diffusion_pytorch_model.safetensors"),
         (renamed, ("vae/config.json", "vae/other.json"), "it has none of config.json"),
@@ -205,7 +205,7 @@ def test_a_plan_with_weights_that_were_copied_in_part_is_refused(role, file, tmp
     code, _, err = command("plan", sweep, "--store", tmp_path / "runs")
     assert code == 2
     assert f"{folder / file} cannot be read" in err
-    assert "was it fetched to its end?" in err
+    assert "download or copy it again" in err
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"model_cfg": []}'])

@@ -206,7 +206,7 @@ def test_a_trial_is_exported_by_key_or_slot_to_the_same_bytes(
     assert read_bundle(plain).said["lineage"]["sweep"] is None
     code, out, err = command("export", slot.key.digest[:8], "-o", one, *store_option(location))
     assert (code, out) == (2, "")
-    assert "is a bundle already" in err
+    assert "is already a bundle" in err
     export(slot.key.digest[:8], "--sweep", "small", "--force")
     assert (one / MANIFEST).read_bytes() == (other / MANIFEST).read_bytes()
 
@@ -334,7 +334,7 @@ def test_best_is_the_run_with_the_best_objective_of_the_best_row(
         (("best",), "give --sweep NAME"),
         (("best", "--sweep", "large"), "no sweep default/large"),
         (("cell/0/seed=1", "--sweep", "small"), "no slot 'cell/0/seed=1'"),
-        (("abcdef123", "--sweep", "small"), "mlflow.db is not there"),
+        (("abcdef123", "--sweep", "small"), "mlflow.db does not exist"),
         (("abcdef123", "--only", "method=fpl"), "a trial has a name of its own"),
     ],
 )
@@ -401,11 +401,11 @@ def test_classify_without_images_or_bundle_is_bad_input(bundle, command, tmp_pat
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"no image")
     for arguments, words in (
-        ((bundle, tmp_path / "empty"), "holds no image"),
-        ((bundle, tmp_path / "no.png"), "is not there"),
+        ((bundle, tmp_path / "empty"), "contain no image"),
+        ((bundle, tmp_path / "no.png"), "does not exist"),
         ((bundle, bad), "no file could be read, so nothing was classified"),
         ((bundle, new, "--json", "--csv"), "give one of them"),
-        ((bundle, new, "--weights", tmp_path / "x"), "is not there; allowed: tiny"),
+        ((bundle, new, "--weights", tmp_path / "x"), "does not exist; allowed: tiny"),
         ((tmp_path / "new", new), "has no bundle.json"),
     ):
         code, out, err = command("classify", *arguments)
@@ -415,7 +415,7 @@ def test_classify_without_images_or_bundle_is_bad_input(bundle, command, tmp_pat
     (bundle / PROMPT).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     code, _, err = command("classify", bundle, new)
     assert code == 2
-    assert f"{bundle / PROMPT} is not as it was exported" in err
+    assert f"{bundle / PROMPT} was changed after the export" in err
 
 
 def test_verify_reports_differences_and_refuses_other_images(bundle, command, tmp_path):
@@ -458,4 +458,4 @@ def test_class_vectors_of_the_wrong_width_are_refused(bundle, command, tmp_path)
     write_bundle(bundle, content, arrays, replace=True)
     code, out, err = command("classify", bundle, pictures_of(np.arange(1), tmp_path / "new"))
     assert (code, out) == (2, "")
-    assert "is not a bundle of this backbone: its class vectors are 30 wide" in err
+    assert "is not a bundle of this backbone: its class vectors have width 30" in err

@@ -74,11 +74,11 @@ def test_any_visible_name_of_a_folder_survives(here, name):
 
 
 BAD = {
-    "nowhere": ({}, "is not there, or no folder"),
+    "nowhere": ({}, "does not exist or is not a folder"),
     "empty": ({".": 0}, "holds no image (.bmp, .gif"),
     "flat": ({".": 3}, "holds 3 images and no class folders"),
-    "hollow": ({"a": 4, "b": 0}, "no image in b/, which holds nothing"),
-    "one": ({"a": 9}, "one class only, 'a'"),
+    "hollow": ({"a": 4, "b": 0}, "no image in b/, which contains nothing"),
+    "one": ({"a": 9}, "only one class, 'a'"),
     "few": ({"a": 9, "b": 3}, "fewer than 4 images of 'b'"),
     "half": ({"train/a": 4, "train/b": 4}, "but no test"),
 }

@@ -1,4 +1,4 @@
-"""A sweep afterwards: told to a tracker that was away, computed again, compared. No cluster."""
+"""After a sweep: reconcile with MLflow, compute a trial again, compare trials. No cluster."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from orchestrator.tracking.types import Counts
 from tests.helpers.servers import MlflowServer, free_port, in_trouble
 from tests.helpers.sweeps import record_again
 
-IMAGES = 240  # of the digits: enough for every class, and quick
+IMAGES = 240  # of the dataset digits: every class is among them
 SWEEP = """version: 1
 name: small
 grid: {{method: [zero_shot, fpl, air_fpl]}}
@@ -47,7 +47,7 @@ seeds: [1, 2]
 """
 STATES = ("done", "reused", "done", "failed", "done", "done")
 MADE = {"user": "ada", "commit": "0123abc", "dirty": "feed"}
-TAGS = {  # air.*, of which other tools know the names
+TAGS = {  # names of air.* tags, which other tools read
     "sweep": "artifacts done failed kind project reused spec_hash sweep user",
     "point": "cell content dataset interval kind method modality paradigm point runs seed "
     "split_seed sweep user",
@@ -112,7 +112,7 @@ def ended(
     for slot, state in zip(slots, STATES, strict=True):
         fields = {"slot": slot.id, "cell": slot.cell.id, "key": slot.key.digest}
         if state == "failed":
-            fields |= {"failure_class": "oom", "message": "MemoryError: no room"}
+            fields |= {"failure_class": "oom", "message": "MemoryError: out of memory"}
         else:
             run_trial(slot.spec, store)
         event_log.append(f"trial_{state}", **fields)
@@ -146,30 +146,35 @@ def all_runs(uri: str, project: str = "default") -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def told(ended: SweepLocation, sweep: SweepSpec, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """MLflow's file beside the store, told of the sweep afterwards."""
+def tracked(
+    ended: SweepLocation, sweep: SweepSpec, tmp_path_factory: pytest.TempPathFactory
+) -> str:
+    """The URI of the store's MLflow database, to which the sweep was reconciled."""
     assert os.environ.get("MLFLOW_TRACKING_URI") is None
-    first = reconcile(sweep, ended, None)
-    assert (first.counts, first.gone) == (Counts(sent=6, settings=3, sweep=True), 0)
+    result = reconcile(sweep, ended, None)
+    assert (result.counts, result.missing) == (Counts(sent=6, settings=3, sweep=True), 0)
     return f"sqlite:///{ended.store.root}/mlflow.db"
 
 
-def run_of(uri: str, method: str, status: str = "FINISHED") -> Any:
-    found = [run for run in all_runs(uri) if run.data.tags["air.kind"] == "trial"]
-    found = [run for run in found if run.data.tags["air.method"] == method]
-    return min((r for r in found if r.info.status == status), key=lambda r: r.data.tags["air.seed"])
+def trial_run_of(uri: str, method: str, status: str = "FINISHED") -> Any:
+    runs = [run for run in all_runs(uri) if run.data.tags["air.kind"] == "trial"]
+    runs = [run for run in runs if run.data.tags["air.method"] == method]
+    return min((r for r in runs if r.info.status == status), key=lambda r: r.data.tags["air.seed"])
 
 
-def point_of(uri: str, method: str) -> Any:
-    found = [run for run in all_runs(uri) if run.data.tags["air.kind"] == "point"]
-    return next(run for run in found if run.data.tags["air.method"] == method)
+def setting_run_of(uri: str, method: str) -> Any:
+    runs = [run for run in all_runs(uri) if run.data.tags["air.kind"] == "point"]
+    return next(run for run in runs if run.data.tags["air.method"] == method)
 
 
-def test_settings_are_told_with_the_numbers_of_the_table(ended, sweep, told):
+def test_setting_runs_have_the_numbers_of_the_table(ended, sweep, tracked):
     plan = plan_of(sweep, ended)
     expected = {row.method: row for row in rows(finished_trials(plan, ended.store), None)}
     for method, row in expected.items():
-        metrics, tags = point_of(told, method).data.metrics, point_of(told, method).data.tags
+        metrics, tags = (
+            setting_run_of(tracked, method).data.metrics,
+            setting_run_of(tracked, method).data.tags,
+        )
         assert metrics["test/accuracy"] == row.mean
         assert metrics["test/accuracy_low"] == row.low
         assert metrics["test/accuracy_high"] == row.high
@@ -182,19 +187,21 @@ def test_settings_are_told_with_the_numbers_of_the_table(ended, sweep, told):
         "fpl": 1,
         "air_fpl": 2,
     }
-    fpl, air = point_of(told, "fpl").data, point_of(told, "air_fpl").data
+    fpl, air = setting_run_of(tracked, "fpl").data, setting_run_of(tracked, "air_fpl").data
     assert (fpl.tags["air.runs"], air.tags["air.runs"]) == ("1 of 2", "2 of 2")
     assert air.params == {"method": "air_fpl"}
-    trials = [r for r in all_runs(told) if r.data.tags.get("air.method") == "air_fpl"]
+    trials = [r for r in all_runs(tracked) if r.data.tags.get("air.method") == "air_fpl"]
     trials = [run for run in trials if run.data.tags["air.kind"] == "trial"]
     assert {run.data.tags["air.point"] for run in trials} == {air.tags["air.point"]}
-    assert air.tags["air.point"] in air.tags["mlflow.note.content"]  # what to search for
+    assert (
+        air.tags["air.point"] in air.tags["mlflow.note.content"]
+    )  # the query that finds the trials
     right = [run.data.metrics["pseudo/accuracy"] for run in trials]
     assert air.metrics["pseudo/accuracy"] == pytest.approx(sum(right) / 2)
 
 
-def test_a_sweep_has_a_note_with_the_answer_its_closing_screen_and_its_charts(ended, told):
-    parent = next(run for run in all_runs(told) if run.data.tags["air.kind"] == "sweep")
+def test_a_sweep_run_has_a_note_with_the_result_the_closing_screen_and_charts(ended, tracked):
+    parent = next(run for run in all_runs(tracked) if run.data.tags["air.kind"] == "sweep")
     note = parent.data.tags["mlflow.note.content"]
     assert "has the highest mean test accuracy" in note.splitlines()[0]
     assert "air_fpl - fpl" in note
@@ -205,11 +212,11 @@ def test_a_sweep_has_a_note_with_the_answer_its_closing_screen_and_its_charts(en
     assert f"get-artifact?path=accuracy.png&run_uuid={parent.info.run_id}" in note
 
 
-def test_a_sweep_that_ran_without_a_tracker_is_told_whole_and_once(ended, sweep, told):
-    uri = told
+def test_reconcile_sends_an_untracked_sweep_completely_and_once(ended, sweep, tracked):
+    uri = tracked
     again = reconcile(sweep, ended, None)
     assert again.counts == Counts(present=6)
-    assert "nothing to send (6 outcomes are there)" in again.line()
+    assert "nothing to send (6 outcomes in MLflow)" in again.line()
 
     runs = all_runs(uri)
     kinds = Counter(run.data.tags["air.kind"] for run in runs)
@@ -221,27 +228,27 @@ def test_a_sweep_that_ran_without_a_tracker_is_told_whole_and_once(ended, sweep,
         "air.reused": "1",
         "air.failed": "1",
     }.items() <= parent.data.tags.items()
-    failed = run_of(uri, "fpl", "FAILED")
+    failed = trial_run_of(uri, "fpl", "FAILED")
     assert failed.data.tags["air.failure_class"] == "oom"
-    assert failed.data.tags["air.message"] == "MemoryError: no room"
+    assert failed.data.tags["air.message"] == "MemoryError: out of memory"
 
     shown = {run.data.tags["air.kind"]: run.data.tags for run in runs}
-    shown["trial"] = run_of(uri, "fpl").data.tags
+    shown["trial"] = trial_run_of(uri, "fpl").data.tags
     for kind, names in TAGS.items():
         assert {f"air.{name}" for name in names.split()} <= shown[kind].keys()
     assert {run.data.tags["mlflow.parentRunId"] for run in runs if run is not parent} == {
         parent.info.run_id
     }
 
-    # What a child says of its making is what the record says, and it can be computed from that.
-    tags = run_of(uri, "fpl").data.tags
+    # Lineage tags come from the record, and suffice to compute the trial again.
+    tags = trial_run_of(uri, "fpl").data.tags
     assert (tags["air.user"], tags["air.commit"], tags["air.dirty"]) == ("ada", "0123abc", "feed")
     assert tags["mlflow.source.git.commit"] == "0123abc"
     assert json.loads(tags["air.versions"]).keys() >= {"torch", "numpy", "python"}
     assert json.loads(tags["air.seeds"])["seed"] == 1
     assert len(tags["air.dataset_digest"]) == len(tags["air.backbone_digest"]) == 40
     assert "air.generator_digest" not in tags  # fpl draws no images
-    assert len(run_of(uri, "air_fpl").data.tags["air.generator_digest"]) == 40
+    assert len(trial_run_of(uri, "air_fpl").data.tags["air.generator_digest"]) == 40
     files = [path.name for path in (ended.store.root / "mlartifacts").rglob("*.*")]
     assert files.count("uncommitted-feed.diff") == 1
     assert files.count("spec.json") == 6
@@ -249,16 +256,16 @@ def test_a_sweep_that_ran_without_a_tracker_is_told_whole_and_once(ended, sweep,
 
 
 def outcomes(sweep: SweepSpec, location: SweepLocation) -> list[Outcome]:
-    """Three that are in the store."""
+    """The first three outcomes of the sweep."""
     slots = plan_of(sweep, location).slots[:3]
     return [Outcome(slot, "done", read_trial(slot.spec, location.store)) for slot in slots]
 
 
-def test_what_a_driver_sent_and_what_is_sent_later_is_the_same(ended, sweep, told, tmp_path):
+def test_a_driver_and_reconcile_send_the_same_runs(ended, sweep, tracked, tmp_path):
     location = copy_of(ended, tmp_path)
-    parent = next(run for run in all_runs(told) if run.data.tags["air.kind"] == "sweep")
+    parent = next(run for run in all_runs(tracked) if run.data.tags["air.kind"] == "sweep")
     client = mlflow_client(f"sqlite:///{location.store.root}/mlflow.db")
-    client.delete_run(parent.info.run_id)  # of the copy, so that all is sent anew
+    client.delete_run(parent.info.run_id)  # in the copy, so that everything is sent again
     driver = Publisher(sweep, location, None)
     driver.trial(outcomes(sweep, location)[0], time.time())
     driver.finish(TERMINATED)
@@ -274,25 +281,27 @@ def test_what_a_driver_sent_and_what_is_sent_later_is_the_same(ended, sweep, tol
                 {k: v for k, v in run.data.tags.items() if k != "mlflow.parentRunId"},
             )
             for run in kept
-            if run.data.tags["mlflow.parentRunId"] != parent.info.run_id or uri == told
+            if run.data.tags["mlflow.parentRunId"] != parent.info.run_id or uri == tracked
         }
 
-    assert shown(f"sqlite:///{location.store.root}/mlflow.db") == shown(told)
+    assert shown(f"sqlite:///{location.store.root}/mlflow.db") == shown(tracked)
 
 
-def test_records_that_are_gone_are_counted_and_leave_no_run(ended, sweep, told, tmp_path):
+def test_removed_records_are_counted_and_get_no_run(ended, sweep, tracked, tmp_path):
     location = copy_of(ended, tmp_path)
     slot = plan_of(sweep, location).slots[2]
     shutil.rmtree(location.store.path(slot.key))
-    project = replace(location, project="other")  # into which nothing was sent
+    project = replace(location, project="other")  # has no runs yet
     shutil.copytree(location.folder, project.folder)
-    found = reconcile(sweep, project, None)
-    assert (found.counts.sent, found.gone) == (5, 1)
+    result = reconcile(sweep, project, None)
+    assert (result.counts.sent, result.missing) == (5, 1)
     runs = all_runs(f"sqlite:///{location.store.root}/mlflow.db", "other")
     assert slot.id not in {run.data.tags.get("air.slot") for run in runs}
 
 
-def test_nothing_is_sent_while_a_driver_runs_or_where_tracking_is_off(ended, sweep, told, tmp_path):
+def test_reconcile_is_refused_while_a_driver_runs_or_tracking_is_off(
+    ended, sweep, tracked, tmp_path
+):
     location = copy_of(ended, tmp_path)
     with pytest.raises(ValueError, match="--tracking-uri"):
         reconcile(sweep, location, "none")
@@ -303,7 +312,9 @@ def test_nothing_is_sent_while_a_driver_runs_or_where_tracking_is_off(ended, swe
     driver.unlock()
 
 
-def test_a_dead_server_is_refused_before_any_work_and_a_folder_is_bad_input(ended, sweep, tmp_path):
+def test_a_dead_server_fails_the_check_before_any_work_and_a_folder_is_bad_input(
+    ended, sweep, tmp_path
+):
     location = copy_of(ended, tmp_path)
     dead = f"http://me:secret@127.0.0.1:{free_port()}"
     with pytest.raises(TrackerAway, match="airsweep mlflow reconcile small") as caught:
@@ -311,7 +322,7 @@ def test_a_dead_server_is_refused_before_any_work_and_a_folder_is_bad_input(ende
     assert "secret" not in str(caught.value)
     with pytest.raises(TrackerAway):
         reconcile(sweep, location, dead)
-    Publisher(sweep, location, dead).check(reach=False)  # it only prepares
+    Publisher(sweep, location, dead).check(reach=False)  # as for `airsweep prepare`
     with pytest.raises(ValueError, match="known: "):
         Publisher(sweep, location, "mlruns").check(reach=False)
 
@@ -325,7 +336,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
     server.stop()
 
 
-def test_an_mlflow_that_goes_away_is_warned_of_once_and_gets_the_rest_afterwards(
+def test_an_outage_gives_one_warning_and_the_rest_is_sent_afterwards(
     ended, sweep, server, tmp_path, caplog
 ):
     location, trouble = copy_of(ended, tmp_path), []
@@ -339,65 +350,65 @@ def test_an_mlflow_that_goes_away_is_warned_of_once_and_gets_the_rest_afterwards
             driver.trial(outcome, time.time())
         driver.catch_up()
         driver.finish(FAILED)
-    away, lacking = (one.getMessage() for one in caplog.records)
-    assert "does not answer" in away
-    where = f"--store {location.store.root} --tracking-uri {url}"
-    assert f"airsweep mlflow reconcile small {where}" in lacking
-    told = reconcile(sweep, location, server.url).counts
-    assert told == Counts(sent=5, present=1, settings=3, sweep=True)
+    outage, incomplete = (record.getMessage() for record in caplog.records)
+    assert "does not answer" in outage
+    options = f"--store {location.store.root} --tracking-uri {url}"
+    assert f"airsweep mlflow reconcile small {options}" in incomplete
+    counts = reconcile(sweep, location, server.url).counts
+    assert counts == Counts(sent=5, present=1, settings=3, sweep=True)
     assert reconcile(sweep, location, server.url).counts == Counts(present=6)
     slots = Counter(run.data.tags.get("air.slot") for run in all_runs(server.url))
     assert {slots[slot] for slot in slots if slot} == {1}
 
 
-def test_no_training_waits_for_a_server_that_does_not_reply(
+def test_training_does_not_wait_for_a_server_that_never_replies(
     ended, sweep, tmp_path, monkeypatch, caplog
 ):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     location = copy_of(ended, tmp_path)
     done = outcomes(sweep, location)
-    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes calls and never answers
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts requests and never answers
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         driver = Publisher(sweep, location, url)
         for outcome in done:
             driver.trial(outcome, time.time())
-        assert not caplog.records  # the first call is not over, and all three are taken
+        assert not caplog.records  # all three outcomes are queued during the first call
         driver.catch_up()
         assert len(caplog.records) == 1
         driver.finish(TERMINATED)
-    assert "the next run sends it" in caplog.records[-1].getMessage()
+    assert "the next run sends the rest" in caplog.records[-1].getMessage()
 
 
-# ---------------------------------------------------------------- computed again, compared
+# ---------------------------------------------------------------- reproduce, compare
 
 
-def test_a_trial_is_computed_again_bit_for_bit_from_tracking_data_alone(ended, told, tmp_path):
-    run = run_of(told, "air_fpl")
-    again = repro(run.info.run_id[:12], ended.store, resolver_of(ended), told)
+def test_a_trial_computed_again_from_its_mlflow_run_is_bit_equal(ended, tracked, tmp_path):
+    run = trial_run_of(tracked, "air_fpl")
+    again = repro(run.info.run_id[:12], ended.store, resolver_of(ended), tracked)
     assert (again.verdict, again.metrics, again.files) == ("bit-equal", {}, {})
     assert again.predictions is not None
     assert again.predictions[0] == 0
-    assert again.code["commit"][0] == "0123abc"  # it was told so, and another code has computed now
+    assert again.code["commit"][0] == "0123abc"  # from AIRSWEEP_COMMIT, unlike the current commit
 
-    # Elsewhere there is neither the trial nor its row of images, and nothing is written there.
+    # Another store has neither the trial nor its row of images, and nothing is written to it.
     other = ArtifactStore(tmp_path / "other")
     shutil.copytree(ended.store.root / "artifacts" / "features", other.artifacts / "features")
     before = sorted(other.root.rglob("*"))
-    again = repro(run.info.run_id, other, resolver_of(ended), told)
+    again = repro(run.info.run_id, other, resolver_of(ended), tracked)
     assert (again.verdict, again.predictions) == ("bit-equal", None)
     assert sorted(other.root.rglob("*")) == before
 
 
-def test_another_result_and_a_touched_input_are_named(ended, told, drawn, tmp_path):
-    run = run_of(told, "air_fpl")
+def test_different_results_and_changed_inputs_are_reported(ended, tracked, drawn, tmp_path):
+    run = trial_run_of(tracked, "air_fpl")
     store = copy_of(ended, tmp_path).store
     record = store.path(ArtifactKey("trials", 2, run.data.tags["air.trial_key"], "x"))
     (features,) = (store.artifacts / "features").glob("*/*/features.safetensors")
     arrays = load_file(features)
     save_file({**arrays, "features": np.roll(arrays["features"], 1, axis=1)}, features)
     record_again(features.parent)
-    again = repro(run.info.run_id, store, resolver_of(ended), told)
+    again = repro(run.info.run_id, store, resolver_of(ended), tracked)
     assert again.verdict == "different"
     assert not again.same
     assert "test/accuracy" in again.metrics
@@ -407,52 +418,55 @@ def test_another_result_and_a_touched_input_are_named(ended, told, drawn, tmp_pa
     image = next(drawn.rglob("*.png"))
     content = image.read_bytes()
     image.write_bytes(content + b" ")
-    again = repro(run.info.run_id, ended.store, resolver_of(ended), told)
+    again = repro(run.info.run_id, ended.store, resolver_of(ended), tracked)
     image.write_bytes(content)
     assert again.verdict == "inputs differ"
     assert list(again.inputs) == [f"generator folder:{drawn}"]
 
 
 @pytest.mark.parametrize(
-    ("which", "words"),
+    ("run", "message"),
     [
-        ("setting", "is a setting over 1 of 2 runs"),
-        ("sweep", "give the run of one of its trials"),
-        ("failed", "failed (oom)"),
-        ("0" * 32, "no run begins with"),
-        ("not-hex", "is no run id"),
+        ("setting", "is a setting run over 1 of 2 trials"),
+        ("sweep", "give the id of a trial run"),
+        ("failed", "has no result: failed (oom)"),
+        ("0" * 32, "no run id starts with"),
+        ("not-hex", "is not a run id"),
     ],
 )
-def test_what_cannot_be_computed_again_is_bad_input(ended, told, which, words):
+def test_runs_that_cannot_be_computed_again_are_bad_input(ended, tracked, run, message):
     kinds = {
-        "setting": lambda: point_of(told, "fpl"),
-        "sweep": lambda: next(r for r in all_runs(told) if r.data.tags["air.kind"] == "sweep"),
-        "failed": lambda: run_of(told, "fpl", "FAILED"),
+        "setting": lambda: setting_run_of(tracked, "fpl"),
+        "sweep": lambda: next(r for r in all_runs(tracked) if r.data.tags["air.kind"] == "sweep"),
+        "failed": lambda: trial_run_of(tracked, "fpl", "FAILED"),
     }
-    run_id = kinds[which]().info.run_id if which in kinds else which
-    with pytest.raises(ValueError, match=re.escape(words)):
-        repro(run_id, ended.store, resolver_of(ended), told)
+    run_id = kinds[run]().info.run_id if run in kinds else run
+    with pytest.raises(ValueError, match=re.escape(message)):
+        repro(run_id, ended.store, resolver_of(ended), tracked)
 
 
-def test_two_trials_are_compared_by_key_slot_or_run(ended, sweep, told):
+def test_two_trials_are_compared_by_key_slot_or_run(ended, sweep, tracked):
     slots = plan_of(sweep, ended).slots
     fpl, air = slots[2], slots[4]
     sides = {
         "key": (fpl.key.digest[:10], air.key.digest),
         "slot": (fpl.id, air.id),
-        "run": (run_of(told, "fpl").info.run_id, run_of(told, "air_fpl").info.run_id[:10]),
+        "run": (
+            trial_run_of(tracked, "fpl").info.run_id,
+            trial_run_of(tracked, "air_fpl").info.run_id[:10],
+        ),
     }
-    found = {
-        kind: differences(*(find_trial(one, ended.store, told) for one in pair))
+    results = {
+        kind: differences(*(find_trial(name, ended.store, tracked) for name in pair))
         for kind, pair in sides.items()
     }
     for kind in ("slot", "run"):
-        assert found[kind].settings == found["key"].settings
-        assert found[kind].inputs == found["key"].inputs
-        assert found[kind].metrics == found["key"].metrics
-    settings = found["key"].settings
+        assert results[kind].settings == results["key"].settings
+        assert results[kind].inputs == results["key"].inputs
+        assert results[kind].metrics == results["key"].metrics
+    settings = results["key"].settings
     assert settings["images_per_class"] == (0, 4)
     assert "train.steps" not in settings
-    assert list(found["key"].inputs) == ["generator"]
-    assert found["key"].code == {}
-    assert all(len(line) <= 100 for line in found["key"].lines()[3:])
+    assert list(results["key"].inputs) == ["generator"]
+    assert results["key"].code == {}
+    assert all(len(line) <= 100 for line in results["key"].lines()[3:])

@@ -1,6 +1,6 @@
-"""MLflow: what people see of a sweep, whatever happened to the driver or to the server.
+"""The runs in MLflow after normal sweeps, killed drivers and failing servers.
 
-On a file where nothing depends on it; the server is a real one.
+Most tests use an sqlite file; the others start an MLflow server.
 """
 
 from __future__ import annotations
@@ -76,13 +76,13 @@ def a_failed_trial(**changes: Any) -> ChildRun:
 
 
 def a_setting(
-    seeds: tuple[int, ...] = (1, 2), asked: list[int] | None = None, **changes: Any
+    seeds: tuple[int, ...] = (1, 2), computed: list[int] | None = None, **changes: Any
 ) -> ChildRun:
-    """A setting over seeds; `asked` gets an entry each time its numbers are computed."""
+    """A setting over seeds; each computation of its numbers appends to `computed`."""
 
     def numbers() -> Numbers:
-        if asked is not None:
-            asked.append(len(seeds))
+        if computed is not None:
+            computed.append(len(seeds))
         mean = 0.75 + len(seeds) / 100
         bounds = {"test/accuracy_low": 0.7, "test/accuracy_high": 0.8, "n": float(len(seeds))}
         return Numbers(
@@ -128,7 +128,7 @@ class Seen:
 
 @dataclass
 class World:
-    """A project of its own in an MLflow."""
+    """A separate project in MLflow."""
 
     uri: str
     project: str
@@ -136,7 +136,7 @@ class World:
     def send(
         self, *runs: ChildRun, sweep: SweepRun | None = None, status: Any = "FINISHED"
     ) -> Counts:
-        """What one driver does from its start to its end."""
+        """Send runs as a driver does, from start to end."""
         tracker = self.open(sweep)
         for run in runs:
             tracker.send(run)
@@ -149,7 +149,7 @@ class World:
 
     @property
     def client(self) -> Any:
-        import orchestrator.tracking._mlflow as product  # its settings come before MLflow's import
+        import orchestrator.tracking._mlflow as product  # configures MLflow before its import
 
         return product.MlflowClient(self.uri)
 
@@ -164,16 +164,16 @@ class World:
             for run in runs
             if run.data.tags["air.kind"] == "sweep" and run.data.tags["air.sweep"] == sweep
         ]
-        found: dict[str, dict[str, SeenRun]] = {"trial": {}, "point": {}}
+        by_kind: dict[str, dict[str, SeenRun]] = {"trial": {}, "point": {}}
         for run in runs:
             tags = run.data.tags
             if tags.get("mlflow.parentRunId") != parent.info.run_id:
                 continue
-            of_kind = found[tags["air.kind"]]
+            of_kind = by_kind[tags["air.kind"]]
             name = tags["air.slot" if tags["air.kind"] == "trial" else "air.point"]
             assert name not in of_kind, f"two runs for {name}"
             of_kind[name] = self._seen(run)
-        return Seen(self._seen(parent), found["trial"], found["point"])
+        return Seen(self._seen(parent), by_kind["trial"], by_kind["point"])
 
     def _seen(self, run: Any) -> SeenRun:
         history = {k: self.client.get_metric_history(run.info.run_id, k) for k in run.data.metrics}
@@ -183,7 +183,7 @@ class World:
         )
 
 
-# A store with a fresh database, copied where one is needed: MLflow takes seconds to make one.
+# Tests copy a store with an empty database, which takes MLflow seconds to create.
 
 
 @pytest.fixture(scope="module")
@@ -201,11 +201,11 @@ def shared_store(fresh_store: Path, tmp_path_factory: pytest.TempPathFactory) ->
 @dataclass
 class Server:
     url: str
-    file: str  # of a trial in the project `moved`, tracked before the store's folder was moved
+    file: str  # of a trial in the project `moved`, sent before the store's folder was moved
 
     def get(self, path: str) -> bytes:
-        with urllib.request.urlopen(self.url + path, timeout=10) as answer:
-            return answer.read()
+        with urllib.request.urlopen(self.url + path, timeout=10) as response:
+            return response.read()
 
     def file_of(self, run_id: str, name: str) -> bytes:
         query = urllib.parse.urlencode({"path": name, "run_uuid": run_id})
@@ -214,7 +214,7 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(fresh_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A real server, as `airsweep ui` starts it, over a store that was filled and then moved."""
+    """A server as `airsweep ui` starts it, over a store that was moved after a sweep."""
     folder = tmp_path_factory.mktemp("server")
     home = shutil.copytree(fresh_store, folder / "before")
     tracked = World(f"sqlite:///{home}/mlflow.db", "moved")
@@ -245,7 +245,7 @@ def world(request: pytest.FixtureRequest) -> World:
 # ---------------------------------------------------------------- sending
 
 
-def test_an_outcome_is_a_run_below_its_sweep(world: World) -> None:
+def test_an_outcome_is_a_child_run_of_its_sweep(world: World) -> None:
     world.send(a_trial(), a_trial(seed=2, tags={"air.state": "reused"}), a_failed_trial(seed=3))
 
     seen = world.seen()
@@ -272,7 +272,7 @@ def test_an_outcome_is_a_run_below_its_sweep(world: World) -> None:
     }
 
 
-def test_what_is_not_a_number_is_left_out(file: World) -> None:
+def test_values_that_are_not_finite_are_omitted(file: World) -> None:
     nan, inf = float("nan"), float("inf")
     curves = {"c": [nan, 1.0], "d": [nan], "e": []}
     file.send(a_trial(metrics={"a": nan, "b": inf}, curves=curves))
@@ -280,27 +280,31 @@ def test_what_is_not_a_number_is_left_out(file: World) -> None:
     assert trial.curves == {"c": [(1, 1.0)]}
 
 
-def test_what_is_sent_twice_is_there_once(world: World) -> None:
-    made: list[str] = []
-    asked: list[int] = []
+def test_runs_that_are_sent_twice_are_stored_once(world: World) -> None:
+    drawn: list[str] = []
+    computed: list[int] = []
 
     def picture() -> bytes:
-        made.append("a picture")
+        drawn.append("a picture")
         return b"picture"
 
     counts = []
-    for _ in range(2):  # the second driver knows nothing of the first
-        runs = [a_trial(files={"a.png": picture}), a_failed_trial(seed=3), a_setting(asked=asked)]
+    for _ in range(2):  # two drivers, one after the other
+        runs = [
+            a_trial(files={"a.png": picture}),
+            a_failed_trial(seed=3),
+            a_setting(computed=computed),
+        ]
         counts.append(world.send(*runs * 2))
 
     assert counts == [
         Counts(sent=2, present=2, settings=1, sweep=True),
-        Counts(sent=0, present=4, settings=0, sweep=True),  # it ran again meanwhile
+        Counts(sent=0, present=4, settings=0, sweep=True),  # its status was RUNNING in between
     ]
     seen = world.seen()
     assert (len(seen.trials), len(seen.settings)) == (2, 1)
     assert len(seen.trials[a_trial().id].curves["train/loss"]) == 3
-    assert (made, asked) == (["a picture"], [2])
+    assert (drawn, computed) == (["a picture"], [2])
 
 
 def test_a_failed_trial_that_succeeds_later_is_the_same_run(file: World) -> None:
@@ -313,18 +317,18 @@ def test_a_failed_trial_that_succeeds_later_is_the_same_run(file: World) -> None
     assert trial.curves["test/accuracy"][-1] == (2, 0.75)
 
 
-def test_a_sweep_that_goes_on_keeps_its_run(file: World) -> None:
+def test_a_resumed_sweep_keeps_its_run(file: World) -> None:
     file.send(a_trial(), status="KILLED")
     before = file.seen().run
     assert before.status == "KILLED"
-    later = a_sweep(note="going on", spec_hash="another")
-    file.open(later, live=False)  # an ended sweep that is only looked at stays so
+    later = a_sweep(note="resumed", spec_hash="another")
+    file.open(later, live=False)  # an ended sweep keeps its status
     assert file.seen().run.status == "KILLED"
 
     tracker = file.open(later)
     assert tracker.run.run_id == before.id
     running = file.seen().run
-    assert (running.status, running.tags["mlflow.note.content"]) == ("RUNNING", "going on")
+    assert (running.status, running.tags["mlflow.note.content"]) == ("RUNNING", "resumed")
     tracker.send(a_trial(seed=2))
     tracker.finish("FINISHED", "complete", {})
     assert (file.seen().run.status, len(file.seen().trials)) == ("FINISHED", 2)
@@ -336,7 +340,7 @@ def curves_of(setting: ChildRun) -> dict[str, list[tuple[int, float]]]:
     return {key: list(enumerate(curve)) for key, curve in curves.items()}
 
 
-def test_a_setting_with_another_seed_has_the_new_numbers_alone(file: World) -> None:
+def test_a_setting_with_other_seeds_has_the_new_numbers_only(file: World) -> None:
     for seeds in ((1, 2, 3), (1,), (1, 2)):
         file.send(*(a_trial(seed=seed) for seed in seeds), a_setting(seeds))
 
@@ -346,13 +350,13 @@ def test_a_setting_with_another_seed_has_the_new_numbers_alone(file: World) -> N
     assert point.curves == curves_of(a_setting((1, 2)))
 
 
-def test_words_of_a_setting_change_without_its_numbers(file: World) -> None:
-    asked: list[int] = []
-    for note in ("one word", "another"):
-        file.send(a_setting(asked=asked, note=note))
+def test_the_note_of_a_setting_changes_without_computing_its_numbers(file: World) -> None:
+    computed: list[int] = []
+    for note in ("first", "second"):
+        file.send(a_setting(computed=computed, note=note))
     (point,) = file.seen().settings.values()
-    assert point.tags["mlflow.note.content"] == "another"
-    assert asked == [2]
+    assert point.tags["mlflow.note.content"] == "second"
+    assert computed == [2]
 
 
 LATER = {"started": 1_800_000_000_000, "ended": 1_800_000_001_000, "metrics": {}}
@@ -368,7 +372,7 @@ EDITED = {"content": "edited", "params": {"images_per_class": "50"}}
     ],
     ids=["edited", "edited after a failure", "computed again"],
 )
-def test_another_computation_in_a_slot_is_another_run(
+def test_another_computation_of_a_slot_gets_a_new_run(
     file: World, before: ChildRun, after: ChildRun
 ) -> None:
     for outcome in (before, after, after):
@@ -386,7 +390,7 @@ def test_params_are_written_once(file: World, caplog: pytest.LogCaptureFixture) 
     assert caplog.text == ""
 
 
-def test_a_long_history_arrives_whole_and_a_long_note_is_cut(world: World) -> None:
+def test_a_long_history_is_complete_and_a_long_note_is_cut(world: World) -> None:
     long = {f"curve/{i}": [float(step) for step in range(450)] for i in range(5)}
     tracker = world.open()
     tracker.send(a_trial(metrics={}, curves=long))
@@ -398,7 +402,7 @@ def test_a_long_history_arrives_whole_and_a_long_note_is_cut(world: World) -> No
     assert seen.run.tags["mlflow.note.content"].endswith("a line\n\n*(cut)*")
 
 
-def test_a_run_id_in_the_environment_captures_nothing(
+def test_a_run_id_in_the_environment_has_no_effect(
     file: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = file.open(a_sweep("other")).run.run_id
@@ -409,11 +413,11 @@ def test_a_run_id_in_the_environment_captures_nothing(
     assert len(file.seen("quickstart").trials) == 1
 
 
-def test_a_refused_outcome_does_not_hold_up_the_others(
+def test_a_rejected_outcome_does_not_block_the_others(
     world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
     world.send(a_trial(metrics={"acc@1": 0.5}, curves={}), a_trial(seed=2))
-    assert "refuses digits-ul-text-air-s1" in caplog.text
+    assert "rejects the run digits-ul-text-air-s1" in caplog.text
     statuses = [trial.status for trial in world.seen().trials.values()]
     assert sorted(statuses) == ["FINISHED", "KILLED"]
 
@@ -422,14 +426,14 @@ def test_a_refused_outcome_does_not_hold_up_the_others(
 
 
 @pytest.mark.integration
-def test_files_are_found_through_a_server_after_the_store_has_moved(server: Server) -> None:
+def test_a_server_finds_artifacts_after_the_store_was_moved(server: Server) -> None:
     moved = World(server.url, "moved").seen()
     (trial,) = moved.trials.values()
     assert server.file_of(trial.id, server.file) == b"spec"
     assert trial.tags["air.artifacts"] == server.file
 
 
-def test_files_that_had_no_room_come_with_the_next_start(
+def test_artifacts_that_failed_to_upload_are_sent_by_the_next_run(
     fresh_store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = shutil.copytree(fresh_store, tmp_path / "runs")
@@ -440,14 +444,14 @@ def test_files_that_had_no_room_come_with_the_next_start(
         world.send(a_trial(files={"a.txt": lambda: b"a"}))
         assert world.seen().trials[a_trial().id].status == "FINISHED"
         blocked.unlink() if blocked.is_file() else None
-    assert caplog.text.count("takes no artifacts") == 1
+    assert caplog.text.count("does not accept artifacts") == 1
     assert [path.name for path in blocked.rglob("*.txt")] == ["a.txt"]
 
 
 # ---------------------------------------------------------------- which MLflow
 
 
-def test_an_unknown_tracker_is_explained(tmp_path: Path) -> None:
+def test_an_unsupported_tracking_uri_is_explained(tmp_path: Path) -> None:
     for uri in ("s3://bucket/x", "file:///x", "./mlruns", "mlruns", "sqlite:///"):
         with pytest.raises(ValueError, match="known: "):
             make_tracker(uri, store=tmp_path, project="p")
@@ -455,7 +459,7 @@ def test_an_unknown_tracker_is_explained(tmp_path: Path) -> None:
         make_tracker("postgresql://me:secret@db/x", store=tmp_path, project="p")
     assert "secret" not in str(caught.value)
     with pytest.raises(ValueError, match=r"--tracking-uri none.*airsweep mlflow reconcile"):
-        make_tracker("jsonl:told.jsonl", store=tmp_path, project="p")
+        make_tracker("jsonl:runs.jsonl", store=tmp_path, project="p")
 
 
 def test_mlflow_is_not_imported_before_it_is_opened() -> None:
@@ -473,7 +477,7 @@ def test_a_broken_database_is_explained(tmp_path: Path) -> None:
         make_tracker(None, store=tmp_path, project="p").open(a_sweep())
 
 
-def test_a_deleted_experiment_comes_back(fresh_store: Path, tmp_path: Path) -> None:
+def test_a_deleted_experiment_is_restored(fresh_store: Path, tmp_path: Path) -> None:
     store = shutil.copytree(fresh_store, tmp_path / "runs")
     world = World(f"sqlite:///{store}/mlflow.db", "fresh")
     experiment = world.client.get_experiment_by_name("air/fresh").experiment_id
@@ -481,13 +485,13 @@ def test_a_deleted_experiment_comes_back(fresh_store: Path, tmp_path: Path) -> N
     assert world.open().experiment == experiment
 
 
-# ---------------------------------------------------------------- killed, and sent twice
+# ---------------------------------------------------------------- kills and repeated requests
 
 
-def begun(world: World, parent: str, run: ChildRun) -> str:
-    """A run as it is between its creation and its end."""
-    names = {"trial": ("air.slot", "air.trial_key"), "point": ("air.point", "air.content")}
-    slot, content = names[run.kind]
+def create_unfinished(world: World, parent: str, run: ChildRun) -> str:
+    """Create a run without ending it."""
+    tag_names = {"trial": ("air.slot", "air.trial_key"), "point": ("air.point", "air.content")}
+    slot, content = tag_names[run.kind]
     tags = {"air.kind": run.kind, slot: run.id, content: run.content, "mlflow.parentRunId": parent}
     experiment = world.client.get_run(parent).info.experiment_id
     return str(world.client.create_run(experiment, run.started, tags, run.name).info.run_id)
@@ -498,56 +502,56 @@ RUNS = pytest.mark.parametrize("run", [a_trial(), a_setting()], ids=["trial", "s
 
 @RUNS
 @pytest.mark.parametrize("numbers", ["none", "all"])
-def test_a_run_that_a_killed_driver_began_is_completed(
+def test_an_unfinished_run_of_a_killed_driver_is_completed(
     file: World, run: ChildRun, numbers: str
 ) -> None:
-    there = begun(file, file.open().run.run_id, run)
+    unfinished = create_unfinished(file, file.open().run.run_id, run)
     if numbers == "all":  # killed just before the last call
         from orchestrator.tracking._runs import metrics_of
 
         metrics = metrics_of(run.numbers(), run.started, run.ended)
-        file.client.log_batch(there, metrics=metrics)
+        file.client.log_batch(unfinished, metrics=metrics)
     file.send(run)
 
     seen = file.seen()
-    (found,) = (seen.trials | seen.settings).values()
-    assert (found.id, found.status) == (there, "FINISHED")
-    assert len(found.curves["test/accuracy"]) == 3
+    (completed,) = (seen.trials | seen.settings).values()
+    assert (completed.id, completed.status) == (unfinished, "FINISHED")
+    assert len(completed.curves["test/accuracy"]) == 3
 
 
 @RUNS
 @pytest.mark.parametrize("status", ["FINISHED", "FAILED", "KILLED"])
-def test_nothing_runs_after_the_end(file: World, run: ChildRun, status: Any) -> None:
-    there = begun(file, file.open().run.run_id, run)
+def test_no_run_is_running_after_the_end(file: World, run: ChildRun, status: Any) -> None:
+    unfinished = create_unfinished(file, file.open().run.run_id, run)
     file.send(a_trial(seed=7), status=status)
-    runs = {found.info.run_id: found.info.status for found in file.runs()}
+    runs = {each.info.run_id: each.info.status for each in file.runs()}
     assert "RUNNING" not in runs.values()
-    assert (runs[file.seen().run.id], runs[there]) == (status, "KILLED")
+    assert (runs[file.seen().run.id], runs[unfinished]) == (status, "KILLED")
 
-    file.send(run)  # it is run after all
-    assert file.client.get_run(there).info.status == "FINISHED"
+    file.send(run)  # the trial runs after all
+    assert file.client.get_run(unfinished).info.status == "FINISHED"
 
 
 @RUNS
-def test_a_request_that_arrived_twice_leaves_one_run(file: World, run: ChildRun) -> None:
+def test_a_repeated_request_leaves_one_run(file: World, run: ChildRun) -> None:
     tracker = file.open()
     tracker.send(run)
-    begun(file, tracker.run.run_id, run)
+    create_unfinished(file, tracker.run.run_id, run)
     tracker.finish("FINISHED", "", {})
     assert len(file.runs()) == 2
 
-    begun(file, tracker.run.run_id, run)
+    create_unfinished(file, tracker.run.run_id, run)
     tags = {"air.kind": "sweep", "air.sweep": "quickstart"}
-    file.client.create_run(tracker.experiment, tags=tags)  # as if its reply had been lost
+    file.client.create_run(tracker.experiment, tags=tags)  # as after a lost reply
     file.open()
     assert len(file.runs()) == 2
     seen = file.seen()
-    (found,) = (seen.trials | seen.settings).values()
-    assert found.status == "FINISHED"
+    (remaining,) = (seen.trials | seen.settings).values()
+    assert remaining.status == "FINISHED"
 
 
 @pytest.mark.integration
-def test_a_busy_server_has_refused_nothing(server: Server) -> None:
+def test_a_busy_server_is_an_outage_not_a_rejection(server: Server) -> None:
     trouble: list[str] = []
     with in_trouble(server.url, trouble) as url:
         world = World(url, "busy")
@@ -570,7 +574,7 @@ World(sys.argv[1], "drivers").send(a_trial(), sweep=a_sweep(sys.argv[2]))
 @pytest.mark.parametrize(
     "kind", ["a new database", pytest.param("http", marks=pytest.mark.integration)]
 )
-def test_two_drivers_start_together_and_print_nothing(
+def test_two_drivers_start_at_the_same_time_and_print_nothing(
     kind: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     uri = f"sqlite:///{tmp_path}/runs/mlflow.db"
@@ -594,13 +598,13 @@ def test_two_drivers_start_together_and_print_nothing(
         assert len(World(uri, "drivers").seen(name).trials) == 1
 
 
-def test_a_driver_that_is_killed_while_mlflow_makes_its_tables_leaves_no_half_of_them(
+def test_a_kill_while_mlflow_creates_its_tables_leaves_no_partial_database(
     tmp_path: Path,
 ) -> None:
     command = [sys.executable, "-c", DRIVER, f"sqlite:///{tmp_path}/mlflow.db", "one"]
     driver = subprocess.Popen(command, cwd=ROOT)
     while not any(path.stat().st_size for path in tmp_path.glob(".mlflow.db-*")):
-        assert driver.poll() is None, "it ended before it could be killed"
+        assert driver.poll() is None, "the driver ended before the kill"
         time.sleep(0.001)
     driver.kill()
     driver.wait()
