@@ -332,7 +332,7 @@ def test_best_is_the_tables_best_row_and_a_run_that_no_label_chose(
         (("best", "--sweep", "large"), "no sweep default/large"),
         (("cell/0/seed=1", "--sweep", "small"), "no slot 'cell/0/seed=1'"),
         (("abcdef123", "--sweep", "small"), "mlflow.db is not there"),
-        (("abcdef123", "--only", "method=fpl"), "a trial has a name of its own"),
+        (("abcdef123", "--only", "method=fpl"), "--only is allowed with `best` only"),
     ],
 )
 def test_what_cannot_be_exported_is_bad_input(arguments, words, command, location, tmp_path):
@@ -397,7 +397,7 @@ def test_what_cannot_be_classified_is_bad_input(bundle, command, tmp_path):
         ((bundle, tmp_path / "empty"), "holds no image"),
         ((bundle, tmp_path / "no.png"), "is not there"),
         ((bundle, bad), "no file could be read, so nothing was classified"),
-        ((bundle, new, "--json", "--csv"), "give one of them"),
+        ((bundle, new, "--json", "--csv"), "give only one"),
         ((bundle, new, "--weights", tmp_path / "x"), "is not there; allowed: tiny"),
         ((tmp_path / "new", new), "has no bundle.json"),
     ):

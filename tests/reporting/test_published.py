@@ -360,12 +360,12 @@ def test_a_half_finished_sweep_is_compared_as_far_as_it_is(said) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("old", "--paper", "grip", "--against", "new"), "give one of --paper NAME and --against"),
+        (("old", "--paper", "grip", "--against", "new"), "either --paper NAME or --against OTHER"),
         (("old", "--paper", "nope"), "--paper nope: no such paper; allowed: air-cvpr2025, cpl, "),
-        (("old", "--paper", "grip", "--fail-on", "red"), "--fail-on 'red' is not known"),
+        (("old", "--paper", "grip", "--fail-on", "red"), "unknown --fail-on 'red'"),
         (("gone", "--paper", "grip"), "no sweep default/gone in"),
-        (("old", "--against", "none"), "none has no finished trial yet, of 9"),
-        (("old", "--against", "table.json"), "a printed table can no longer be compared; give"),
+        (("old", "--against", "none"), "none of the 9 trials of none has finished"),
+        (("old", "--against", "table.json"), "JSON tables are no longer supported; give"),
     ],
 )
 def test_bad_input_is_one_sentence_and_2(said, words, message) -> None:
