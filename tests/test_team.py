@@ -350,7 +350,7 @@ def test_six_drivers_at_the_same_time_track_every_trial_once(services, drawn_dig
     experiments = {name: services.mlflow.make_experiment(f"air/{name}") for name in PROJECTS}
     variables = {
         **password(services),
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",  # as in docs/team.md
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",  # as in docs/tracking.md
         "AIRSWEEP_GATE": str(gate),
         "AIRSWEEP_TRIAL_SECONDS": "0.1",
     }

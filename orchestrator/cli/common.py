@@ -122,7 +122,7 @@ REMOVED = {
     "models stage": "fetch or copy the model with hf or cp, then run `airsweep models check`",
     "--probe": "`airsweep run SPEC --smoke` measures a little of the work",
     "--accept-code": "every code version has separate artifacts; if yours gives the same results "
-    "as another one, add its version to orchestrator/code_versions.json (see docs/extend.md)",
+    "as another one, add it to orchestrator/store/code_versions.json (see docs/storage.md)",
 }
 
 

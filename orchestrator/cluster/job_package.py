@@ -147,7 +147,7 @@ def _check_absolute(path: str, key: str, name: str) -> None:
     if not Path(path).is_absolute():
         raise Refused(
             f"{key}: {name!r} is relative, but a Ray job runs in another folder, without your "
-            "data; give an absolute path that every node sees (docs/data.md shows how to put "
+            "data; give an absolute path that every node sees (docs/datasets.md shows how to put "
             "datasets and models there)"
         )
 

@@ -125,11 +125,11 @@ def test_a_job_with_installed_code_does_not_get_the_commit_of_this_checkout(spec
 @pytest.mark.parametrize(
     ("option", "remedy"),
     [
-        ("dataset=folder:my_images", "docs/data.md"),
-        ("test_dataset=folder:~/other", "docs/data.md"),
-        ("backbone=ViT-B-32@clip.safetensors", "docs/data.md"),
-        ("generator=./sd15", "docs/data.md"),
-        ("data_root=data", "docs/data.md"),
+        ("dataset=folder:my_images", "docs/datasets.md"),
+        ("test_dataset=folder:~/other", "docs/datasets.md"),
+        ("backbone=ViT-B-32@clip.safetensors", "docs/datasets.md"),
+        ("generator=./sd15", "docs/datasets.md"),
+        ("data_root=data", "docs/datasets.md"),
         ("tracking.uri=sqlite:///mlflow.db", "http://<server>"),
     ],
 )
@@ -200,7 +200,7 @@ def test_variables_are_given_by_name_or_with_a_value(spec, monkeypatch):
     [
         (["--set", "fixed.iterations=-1"], 2, "--set fixed.iterations=-1"),
         ([], 3, "the store 'runs' is relative, and this is a Ray job"),
-        (["--store", SHARED, "--accept-code", "images"], 2, "docs/extend.md"),
+        (["--store", SHARED, "--accept-code", "images"], 2, "docs/storage.md"),
         (["--store", SHARED, "--env", "HF_TOKEN=x"], 2, "looks like a secret"),
         (["--store", SHARED, "--json"], 2, "allowed only with --detach"),
         (["--store", SHARED, "--code", "mine"], 2, "allowed here: checkout, installed"),

@@ -174,7 +174,7 @@ def _as_owner() -> list[str]:
 
 
 class TeamServer(MlflowProcess):
-    """MLflow with users, on Postgres and S3, started as docs/team.md describes.
+    """MLflow with users, on Postgres and S3, started as docs/tracking.md describes.
 
     Args:
         postgres: a running server with the databases of that page.
@@ -246,7 +246,7 @@ class TeamServer(MlflowProcess):
 
 
 def shell_environment() -> dict[str, str]:
-    """Environment for the scripts of docs/team.md: PATH has `python` and Postgres' programs."""
+    """Environment for the scripts of docs/tracking.md: PATH has `python` and Postgres' programs."""
     assert PROGRAMS is not None
     path = [str(Path(sys.executable).parent), str(PROGRAMS), os.environ["PATH"]]
     root = str(Path(__file__).parents[2])
@@ -254,8 +254,8 @@ def shell_environment() -> dict[str, str]:
 
 
 def write_files(folder: Path) -> None:
-    """Write the files that docs/team.md shows."""
-    for block in blocks(ROOT / "docs" / "team.md"):
+    """Write the files that docs/tracking.md shows."""
+    for block in blocks(ROOT / "docs" / "tracking.md"):
         if block.file:
             (folder / block.file).write_text(block.text)
 
