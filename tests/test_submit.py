@@ -147,7 +147,7 @@ def test_a_job_that_is_stopped_and_submitted_again_completes_the_sweep(head, sto
     wait_until(lambda: count(events(store, "long"), "trial_done"))
     stopped = airsweep("stop", "long", "--address", head, **OPEN)
     assert "default-long-1: STOPPED, exit code 143" in stopped.stderr
-    assert "trials are left" in stopped.stderr  # the driver had time to close
+    assert "left to run" in stopped.stderr  # the driver had time to close
     recorded = events(store, "long")
     assert count(recorded, "trial_done") < COUNT
     assert (recorded[-1]["event"], recorded[-1]["exit_code"]) == ("sweep_ended", 143)

@@ -77,7 +77,7 @@ def export(
     """
     from orchestrator.errors import GATE
     from orchestrator.planning import Resolver
-    from orchestrator.reporting.bundles import BEST, Differs, best_trial
+    from orchestrator.reporting.bundles import BEST, PredictionsDifferError, best_trial
     from orchestrator.reporting.bundles import export as write_bundle
     from orchestrator.store import open_store
     from orchestrator.tracking import named_trial
@@ -97,7 +97,7 @@ def export(
     resolver = Resolver(source.root / "digests.json", data_root)
     try:
         write_bundle(record, source, resolver, out, force)
-    except Differs as problem:
+    except PredictionsDifferError as problem:
         fail(str(problem), GATE)
     show(out)
 

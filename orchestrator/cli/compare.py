@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from orchestrator.reporting.published import Judgement
+    from orchestrator.reporting.published import ReferenceComparison
 
 app = typer.Typer()
 
@@ -65,7 +65,7 @@ def compare(
     airsweep compare quickstart --against old/quickstart --fail-on regress
     """
     from orchestrator.errors import DONE, GATE
-    from orchestrator.reporting.published import beside_paper, beside_sweep, find_paper
+    from orchestrator.reporting.published import compare_with_paper, compare_with_sweep, find_paper
 
     if (paper is None) == (against is None):
         fail("give either --paper NAME or --against OTHER")
@@ -79,12 +79,12 @@ def compare(
     published = None if paper is None else find_paper(paper)
     ours = _finished(name, store, data_root)
     if published is not None:
-        comparison = beside_paper(ours.results, published)
+        comparison = compare_with_paper(ours.results, published)
     else:
         assert against is not None
         theirs = _finished(against, store, data_root)
-        comparison = beside_sweep(ours.results, theirs.results, against)
-    trials = {"done": len(ours.results.entries), "total": ours.plan.total}
+        comparison = compare_with_sweep(ours.results, theirs.results, against)
+    trials = {"done": len(ours.results.trials), "total": ours.plan.total}
     if as_json:
         show(json.dumps({"sweep": name, "trials": trials, **comparison.as_json()}, indent=1))
     else:
@@ -97,7 +97,7 @@ def _finished(name: str, store: str, data_root: Path | None) -> SweepResults:
     recorded = results_of(name, store, data_root)
     if not recorded.results.rows:
         raise ValueError(no_results_message(name, recorded))
-    done, total = len(recorded.results.entries), recorded.plan.total
+    done, total = len(recorded.results.trials), recorded.plan.total
     if done < total:
         note = f"note: only {done} of {total} trials of {name} are done; comparing those"
         show(note, file=sys.stderr)
@@ -107,12 +107,12 @@ def _finished(name: str, store: str, data_root: Path | None) -> SweepResults:
 WIDTH = 80
 
 
-def _screen(name: str, ours: SweepResults, comparison: Judgement) -> Iterator[str]:
-    from orchestrator.reporting.published import lines
+def _screen(name: str, ours: SweepResults, comparison: ReferenceComparison) -> Iterator[str]:
+    from orchestrator.reporting.published import screen
 
-    yield f"{name} compared with {comparison.what}: test accuracy in %, 95 % intervals"
-    settings = [f"{dataset}, {p}/{m}; " for dataset, p, m in ours.results.worlds]
-    trials = f"{len(ours.results.entries)} of {ours.plan.total} trials"
+    yield f"{name} compared with {comparison.reference}: test accuracy in %, 95 % intervals"
+    settings = [f"{dataset}, {p}/{m}; " for dataset, p, m in ours.results.tasks]
+    trials = f"{len(ours.results.trials)} of {ours.plan.total} trials"
     yield (settings[0] if len(settings) == 1 else "") + trials
     yield ""
     counts = ", ".join(f"{count} {verdict}" for verdict, count in comparison.counts().items())
@@ -120,5 +120,5 @@ def _screen(name: str, ours: SweepResults, comparison: Judgement) -> Iterator[st
     if missing := comparison.missing:
         shown = "; ".join(missing[:3]) + ("; ..." if len(missing) > 3 else "")
         below.append(f"Missing from {name}: {len(missing)} ({shown}).")
-    for line in (*lines(comparison, WIDTH), *below, f"Source: {comparison.source}."):
+    for line in (*screen(comparison, WIDTH), *below, f"Source: {comparison.source}."):
         yield textwrap.fill(line, WIDTH, subsequent_indent="    ", break_on_hyphens=False)
