@@ -1,4 +1,4 @@
-"""The commands put together; known problems become one message and an exit code."""
+"""The `airsweep` command: registers all subcommands and turns exceptions into exit codes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    help="Adapt CLIP to a new image domain without labels, with diffusion, as a Ray sweep.\n\n"
+    help="Adapt CLIP to a new image domain, without labels, in experiments that run on Ray.\n\n"
     "  airsweep run quickstart\n\n  airsweep table quickstart",
 )
 
@@ -46,8 +46,8 @@ app.add_typer(cache.app, name="cache")
 app.add_typer(cluster.app, name="cluster")
 
 
-def _say_version(asked: bool) -> None:
-    if asked:
+def _show_version(requested: bool) -> None:
+    if requested:
         show(f"airsweep {version('airsweep')}")
         raise typer.Exit
 
@@ -56,18 +56,22 @@ def _say_version(asked: bool) -> None:
 def _options(
     version: Annotated[
         bool,
-        typer.Option("--version", is_eager=True, callback=_say_version, help="Show the version."),
+        typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version."),
     ] = False,
 ) -> None: ...
 
 
 def main() -> None:
-    """The console script: known problems become one message and an exit code."""
+    """Run a command. An exception becomes one message on stderr and an exit code.
+
+    `--debug` anywhere on the command line shows the traceback instead.
+    """
     debug = "--debug" in sys.argv
     if debug:
         sys.argv.remove("--debug")
     assert logging.lastResort is not None
-    logging.lastResort.addFilter(Redacting())  # it prints what nobody else handles, as here
+    # The last resort prints records that no other handler takes; commands configure no handler.
+    logging.lastResort.addFilter(Redacting())
     logging.lastResort.addFilter(Printable())
     try:
         refuse_removed(sys.argv[1:])
@@ -75,7 +79,7 @@ def main() -> None:
     except Exception as problem:
         if debug:
             raise
-        if type(problem).__name__ == "SpecError":  # it begins with file:line:column
+        if type(problem).__name__ == "SpecError":  # the message begins with file:line:column
             show(redacted(str(problem)), file=sys.stderr)
             sys.exit(code_of(problem))
         from orchestrator.errors import REFUSED, StoreFull
@@ -85,7 +89,7 @@ def main() -> None:
         if isinstance(problem, PermissionError) and problem.filename:
             fail(barred(Path(problem.filename)), REFUSED)
         if code == 1 and not isinstance(problem, StoreFull):
-            fail(f"{type(problem).__name__}: {problem} (--debug shows where)", code)
+            fail(f"{type(problem).__name__}: {problem} (--debug shows the traceback)", code)
         fail(str(problem), code)
 
 

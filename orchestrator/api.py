@@ -1,13 +1,13 @@
-"""airsweep from Python: the commands as functions, with results as pandas DataFrames.
+"""Python API: airsweep's commands as functions, with results as pandas DataFrames.
 
     import airsweep
 
-    done = airsweep.run("quickstart", sets={"seeds": [1]})
-    airsweep.table(done)
+    outcome = airsweep.run("quickstart", sets={"seeds": [1]})
+    airsweep.table(outcome)
 
-What a command refuses is an exception with the same sentence: ValueError for what is wrong with a
-file, an option or a name, RuntimeError for what is refused before it starts. Nothing here ends the
-process. Importing this costs nothing; torch, Ray and pandas are imported where they are needed.
+Errors are exceptions with the same message as the command's: ValueError for a wrong file, option or
+name; RuntimeError if a run is refused to start. No function ends the process. Importing this module
+is cheap; torch, Ray and pandas are imported when a function needs them.
 """
 
 from __future__ import annotations
@@ -46,27 +46,28 @@ __all__ = [
     "validate",
 ]
 
-STORE = "runs"  # where nobody says another one
+STORE = "runs"  # default store
 
 Options = Mapping[str, Any] | Iterable[str]  # {"iterations": 3}, or ["iterations=3"]
 
 
-# ---------------------------------------------------------------- what is asked
+# ---------------------------------------------------------------- loading and planning
 
 
 def load(
     spec: str | Path | SweepRequest, *, sets: Options = (), only: Options = (), smoke: bool = False
 ) -> SweepRequest:
-    """A sweep file, read and checked; every function below takes the file or what this gives.
+    """Read and check a sweep file. The functions below accept the file or the returned request.
 
     Args:
-        spec: a sweep file, or its bare name.
-        sets: values to replace, as `--set`.
-        only: of axes of the grid the values to keep, as `--only`: {"method": ["air", "cpl"]}.
-        smoke: one point, seed and iteration a cell, 8 images, in a store of its own.
+        spec: sweep file, or the bare name of a sweep in ./sweeps or shipped with airsweep.
+        sets: replacements for values of the file, like `--set`: {"train.steps": 100}.
+        only: values of grid axes to keep, like `--only`: {"method": ["air", "cpl"]}.
+        smoke: reduce every cell to one point, seed and iteration with 8 images, in a separate
+            store, `<store>-smoke`.
 
     Raises:
-        ValueError: the first thing that is wrong, with file, line and column.
+        ValueError: the file or an option is wrong; the message names file, line and column.
     """
     from orchestrator.planning import SweepRequest, read_request
     from orchestrator.planning.requests import choices_of, options
@@ -74,14 +75,20 @@ def load(
     if not isinstance(spec, SweepRequest):
         return read_request(spec, options(sets), choices_of(only), smoke)
     if sets or only or smoke:
-        raise ValueError(f"{spec.spec.name} was loaded already; give sets, only and smoke to load")
+        raise ValueError(
+            f"{spec.spec.name} is already loaded; pass sets, only and smoke to `load` instead"
+        )
     return spec
 
 
 def validate(
     spec: str | Path | SweepRequest, *, sets: Options = (), only: Options = ()
 ) -> tuple[str, ...]:
-    """What is allowed in a sweep file but may surprise, one sentence each. Raises as `load`."""
+    """Return notes on settings of a sweep file that are valid but may surprise.
+
+    Raises:
+        ValueError: as for `load`.
+    """
     from orchestrator.spec import notes_of
 
     return notes_of(load(spec, sets=sets, only=only).spec)
@@ -89,13 +96,13 @@ def validate(
 
 @dataclass(frozen=True, repr=False)
 class Planned:
-    """What would run. Printed, it is the screen of `airsweep plan`."""
+    """Plan of a sweep and location of its results. Its repr is the screen of `airsweep plan`."""
 
     plan: Plan
     location: SweepLocation
 
     def json(self) -> dict[str, Any]:
-        """What `airsweep plan --json` prints."""
+        """The JSON of `airsweep plan --json`."""
         from orchestrator.planning import changed_inputs, earlier_results
 
         plan, location = self.plan, self.location
@@ -105,26 +112,31 @@ class Planned:
             "reused_from": self._sources(),
             "changed_inputs": changed_inputs(earlier),
             "stale": [
-                {"stage": part, "artifacts": count}
-                for (part, what), count in earlier.items()
-                if what == "code"
+                {"stage": stage, "artifacts": count}
+                for (stage, cause), count in earlier.items()
+                if cause == "code"
             ],
         }
 
     def screen(self, explain: bool = False) -> str:
-        """explain: with every setting and where it comes from."""
+        """Text of `airsweep plan`.
+
+        Args:
+            explain: show every setting and its origin.
+        """
         from orchestrator.reporting import plan_screen
 
         return plan_screen(self.plan, self.location, explain, self._sources())
 
     def _sources(self) -> dict[str, int]:
+        """Number of reused trials, by the sweep that computed them."""
         from orchestrator.planning.recorded import computed_by
 
         if not self.plan.reused:
             return {}
         store = self.location.store
-        there = [slot.key.digest for slot in self.plan.slots if store.has(slot.spec)]
-        return dict(computed_by(store, there, self.location))
+        stored = [slot.key.digest for slot in self.plan.slots if store.has(slot.spec)]
+        return dict(computed_by(store, stored, self.location))
 
     def __repr__(self) -> str:
         return self.screen()
@@ -139,27 +151,33 @@ def plan(
     only: Options = (),
     smoke: bool = False,
 ) -> Planned:
-    """What would run, what is there, how long it would take; starts nothing.
+    """Plan a sweep without running anything: missing work, existing results, expected duration.
 
     Args:
-        store: of all results; default: AIRSWEEP_STORE, else `runs`.
-        data_root: folder of real datasets; default: AIRSWEEP_DATA.
+        spec: as for `load`.
+        store: store of all results. Default: AIRSWEEP_STORE, else `runs`.
+        data_root: folder of real datasets. Default: AIRSWEEP_DATA.
+        sets, only, smoke: as for `load`.
     """
     from orchestrator.planning import plan_of
 
-    asked = load(spec, sets=sets, only=only, smoke=smoke)
-    location = location_for(asked, store, data_root)
-    return Planned(plan_of(asked.spec, location), location)
+    request = load(spec, sets=sets, only=only, smoke=smoke)
+    location = location_for(request, store, data_root)
+    return Planned(plan_of(request.spec, location), location)
 
 
-# ---------------------------------------------------------------- what is done
+# ---------------------------------------------------------------- running
 
 
 @dataclass(frozen=True, repr=False)
 class Outcome:
-    """How a run ended. Printed, it is the screen at the end of `airsweep run`.
+    """Result of a run. Its repr is the final screen of `airsweep run`.
 
-    exit_code: 0 all done, 1 some trials failed, 4 the budget is spent (docs/troubleshooting.md).
+    Attributes:
+        exit_code: 0 if all trials are done, 1 if some failed, 4 if the budget is spent
+            (docs/troubleshooting.md).
+        sweep: the sweep that was run.
+        location: location of its results.
     """
 
     exit_code: int
@@ -191,9 +209,12 @@ def prepare(
     smoke: bool = False,
     quiet: bool = False,
 ) -> Outcome:
-    """Make features, LoRA and images of a sweep, and run no trial. As `run`."""
-    asked = load(spec, sets=sets, only=only, smoke=smoke)
-    return _run(asked, store, data_root, quiet, prepare_only=True)
+    """Compute the features, LoRA weights and images that a sweep needs, but run no trial.
+
+    Arguments and exceptions are those of `run`.
+    """
+    request = load(spec, sets=sets, only=only, smoke=smoke)
+    return _run(request, store, data_root, quiet, prepare_only=True)
 
 
 def run(
@@ -207,20 +228,25 @@ def run(
     smoke: bool = False,
     quiet: bool = False,
 ) -> Outcome:
-    """Run a sweep, or go on with one that was interrupted; what is done is skipped.
+    """Run a sweep, or resume it: finished trials are skipped.
 
-    A trial that failed is no exception: see `exit_code` and `results`. A line on stderr says what
-    happens, none with `quiet`. Ctrl-C is a KeyboardInterrupt when all is closed.
+    A failed trial raises no exception; see `Outcome.exit_code` and `results`. Ctrl-C raises
+    KeyboardInterrupt after the event log and the tracker are closed.
 
     Args:
-        tracking_uri: MLflow; default: MLFLOW_TRACKING_URI, else a file in the store.
+        spec: as for `load`.
+        store, data_root: as for `plan`.
+        tracking_uri: MLflow server, or "none". Default: MLFLOW_TRACKING_URI, else a file in the
+            store.
+        sets, only, smoke: as for `load`.
+        quiet: print errors only; by default stderr shows the progress.
 
     Raises:
-        ValueError: what is wrong with the file, an option or what it names.
-        RuntimeError: refused before it started, or there was no room to go on.
+        ValueError: the file, an option, or a dataset or model that they name is wrong.
+        RuntimeError: the run was refused to start, or the disk of the store is full.
     """
-    asked = load(spec, sets=sets, only=only, smoke=smoke)
-    return _run(asked, store, data_root, quiet, tracking_uri=tracking_uri)
+    request = load(spec, sets=sets, only=only, smoke=smoke)
+    return _run(request, store, data_root, quiet, tracking_uri=tracking_uri)
 
 
 def retry(
@@ -232,25 +258,33 @@ def retry(
     tracking_uri: str | None = None,
     quiet: bool = False,
 ) -> Outcome:
-    """Resume a sweep, retrying only one class of failures: oom, nan, timeout, ..."""
+    """Resume a sweep, retrying only one class of failures.
+
+    Args:
+        name: name of a recorded sweep, PROJECT/NAME, or an Outcome.
+        failure_class: oom, nan, timeout, infra, data, disk or user.
+        store, data_root, tracking_uri, quiet: as for `run`.
+    """
     from orchestrator.store import read_resolved
 
     sweep, location = recorded_sweep(name, store, data_root)
-    how: dict[str, Any] = {"tracking_uri": tracking_uri, "retry": failure_class}
-    with _as_before():
-        return _whole(execute(sweep, location, read_resolved(location), quiet, **how))
+    options: dict[str, Any] = {"tracking_uri": tracking_uri, "retry": failure_class}
+    with _restored_process():
+        return _raise_if_stopped(
+            execute(sweep, location, read_resolved(location), quiet, **options)
+        )
 
 
 def _run(
-    asked: SweepRequest,
+    request: SweepRequest,
     store: str | Path | None,
     data_root: str | Path | None,
     quiet: bool,
-    **how: Any,
+    **options: Any,
 ) -> Outcome:
-    location = location_for(asked, store, data_root)
-    with _as_before():
-        return _whole(execute(asked.spec, location, asked.origin, quiet, **how))
+    location = location_for(request, store, data_root)
+    with _restored_process():
+        return _raise_if_stopped(execute(request.spec, location, request.origin, quiet, **options))
 
 
 def execute(
@@ -259,19 +293,22 @@ def execute(
     origin: dict[str, Any],
     quiet: bool,
     tracking_uri: str | None = None,
-    **how: Any,
+    **options: Any,
 ) -> Outcome:
-    """`driver.run_sweep` with a screen and MLflow, for commands too."""
+    """Call `run_sweep` with a screen and an MLflow publisher; the commands use this as well."""
     from orchestrator.execution import make_screen, run_sweep
     from orchestrator.tracking import Publisher
 
     publisher = Publisher(sweep, location, tracking_uri)
-    code = run_sweep(sweep, location, make_screen(quiet), publisher, origin=origin, **how)
+    code = run_sweep(sweep, location, make_screen(quiet), publisher, origin=origin, **options)
     return Outcome(code, sweep, location)
 
 
-def _whole(outcome: Outcome) -> Outcome:
-    """Who was stopped goes on stopping, now that ledger and tracker are closed."""
+def _raise_if_stopped(outcome: Outcome) -> Outcome:
+    """Raise KeyboardInterrupt or SystemExit if a signal stopped the run.
+
+    `run_sweep` returns after a signal because it closes the event log and the tracker first.
+    """
     from orchestrator.errors import INTERRUPTED, TERMINATED
 
     if outcome.exit_code == INTERRUPTED:
@@ -282,48 +319,52 @@ def _whole(outcome: Outcome) -> Outcome:
 
 
 @contextmanager
-def _as_before() -> Iterator[None]:
-    """A run leaves its process as it was: environment, the handler of SIGTERM, stdout."""
-    environment, kept = dict(os.environ), os.dup(1)
-    here = threading.current_thread() is threading.main_thread()
+def _restored_process() -> Iterator[None]:
+    """Restore the environment, the SIGTERM handler and stdout after a run."""
+    environment, stdout = dict(os.environ), os.dup(1)
+    is_main_thread = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGTERM)
-    # Ray's daemons print to file descriptor 1 whatever they are told; stdout is the caller's.
+    # Ray's daemons write to file descriptor 1 directly. Redirect it: stdout is for the caller.
     sys.stdout.flush()
     os.dup2(2, 1)
     try:
         yield
     finally:
         sys.stdout.flush()
-        os.dup2(kept, 1)
-        os.close(kept)
-        if here and handler is not None:
+        os.dup2(stdout, 1)
+        os.close(stdout)
+        if is_main_thread and handler is not None:
             signal.signal(signal.SIGTERM, handler)
         for name in os.environ.keys() - environment.keys():
             del os.environ[name]
         os.environ.update(environment)
 
 
-# ---------------------------------------------------------------- what came out
+# ---------------------------------------------------------------- results
 
 
 def status(name: str | Outcome, *, store: str | Path | None = None) -> dict[str, Any]:
-    """How a sweep stands, from its ledger: what `airsweep status --json` prints.
+    """Return the progress of a sweep, read from its event log: the JSON of `airsweep status`.
+
+    Args:
+        name, store: as for `results`.
 
     Raises:
         ValueError: the store has no such sweep.
     """
-    from orchestrator.reporting.screens import status as standing
+    from orchestrator.reporting import screens
 
-    return standing(location_named(name, store))
+    return screens.status(location_named(name, store))
 
 
 def results(
     name: str | Outcome, *, store: str | Path | None = None, data_root: str | Path | None = None
 ) -> DataFrame:
-    """One line for each trial: what the sweep varies, seeds, state, metrics (results.py).
+    """Return one row per trial: varied settings, seeds, state and metrics.
 
     Args:
-        name: of a sweep that was run, or PROJECT/NAME, or what `run` gave.
+        name: name of a recorded sweep, PROJECT/NAME, or the Outcome that `run` returned.
+        store, data_root: as for `plan`; `store` is ignored if `name` is an Outcome.
 
     Raises:
         ValueError: the store has no such sweep.
@@ -338,7 +379,10 @@ def results(
 def curves(
     name: str | Outcome, *, store: str | Path | None = None, data_root: str | Path | None = None
 ) -> DataFrame:
-    """One line for each value of each curve: trial, metric, iteration, value. As `results`."""
+    """Return the learning curves, one row per value: trial, metric, iteration, value.
+
+    Arguments and exceptions are those of `results`.
+    """
     from orchestrator.planning import plan_of
     from orchestrator.reporting.results import curves_frame
 
@@ -349,20 +393,27 @@ def curves(
 def table(
     name: str | Outcome, *, store: str | Path | None = None, data_root: str | Path | None = None
 ) -> DataFrame:
-    """The rows of `airsweep table`: mean, std and interval of each setting over its runs."""
+    """Return the rows of `airsweep table`: mean, std and interval of each setting over its seeds.
+
+    Arguments and exceptions are those of `results`.
+    """
     from orchestrator.planning import plan_of
     from orchestrator.reporting import results_of
     from orchestrator.reporting.tables import rows_frame
 
     sweep, location = recorded_sweep(name, store, data_root)
-    found = results_of(plan_of(sweep, location), location.store)
-    return rows_frame(found.rows).infer_objects()
+    rows = results_of(plan_of(sweep, location), location.store).rows
+    return rows_frame(rows).infer_objects()
 
 
 def recorded_sweep(
     name: str | Outcome, store: str | Path | None, data_root: str | Path | None
 ) -> tuple[SweepSpec, SweepLocation]:
-    """A sweep as it was last run, with the values that were set then. Raises as `status`."""
+    """Return a recorded sweep as it was last run, including `--set` values, and its location.
+
+    Raises:
+        ValueError: the store has no such sweep.
+    """
     from orchestrator.planning.recorded import read_sweep
 
     location = location_named(name, store)
@@ -370,18 +421,22 @@ def recorded_sweep(
 
 
 def location_named(name: str | Outcome, store: str | Path | None) -> SweepLocation:
-    """The place of a sweep that was run before. Raises as `status`."""
+    """Return the location of a recorded sweep.
+
+    Raises:
+        ValueError: the store has no such sweep.
+    """
     from orchestrator.planning import requests
 
-    return (
-        name.location if isinstance(name, Outcome) else requests.location_named(name, _store(store))
-    )
+    if isinstance(name, Outcome):
+        return name.location
+    return requests.location_named(name, _store(store))
 
 
 def location_for(
     sweep: SweepRequest, store: str | Path | None, data_root: str | Path | None
 ) -> SweepLocation:
-    """Where a sweep goes; a smoke run into a store of its own."""
+    """Return the location of a sweep; a smoke run has a separate store."""
     from orchestrator.planning import requests
 
     return requests.location_for(sweep, _store(store), _folder(data_root))
@@ -391,21 +446,25 @@ def location_for(
 
 
 def schema() -> dict[str, Any]:
-    """The JSON schema of a sweep file."""
+    """Return the JSON schema of sweep files."""
     from orchestrator.spec import sweep_schema
 
     return sweep_schema()
 
 
 def init(name: str, images: str | Path | None = None, folder: str | Path = ".") -> Path:
-    """Write a commented sweep file, NAME.yaml, for a folder of one's own images.
+    """Write a commented sweep file, NAME.yaml, for your own images or the digits dataset.
 
     Args:
-        images: holds one folder a class; None: the digits.
-        folder: where it goes.
+        name: name of the new sweep.
+        images: folder of your images with one folder per class. None: the digits dataset.
+        folder: folder of the new file.
+
+    Returns:
+        Path of the file.
 
     Raises:
-        ValueError: the file is there already, or the folder is no dataset.
+        ValueError: the file exists, or `images` is not a dataset.
     """
     from orchestrator.spec.starter import write_starter
 

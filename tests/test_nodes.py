@@ -1,6 +1,6 @@
-"""A sweep on several machines: lost, cut off, added, and lost all together.
+"""A sweep on several machines, submitted from a laptop, while machines are lost and added.
 
-Submitted from a laptop, as people do. The table is that of one machine, whatever happens.
+The results always equal those of a run on one machine.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tests.helpers.sweeps import (
 pytestmark = [pytest.mark.integration, pytest.mark.ray]
 
 NAME, BLOCK, CLASSES = "nodes", 4, 10
-# Two rows of images, so that the second can be drawn beside trials of the first.
+# Two rows of images: the second can be drawn while trials with the first run.
 SWEEP = """
 grid: {{method: [fpl, air_fpl], generator: ["folder:{folder}", "folder:{other}"]}}
 fixed: {{generation.block: {block}, images_per_class: 16, train.steps: 120}}
@@ -39,13 +39,13 @@ seeds: [1, 2]
 resources: {{generator: {{reserve: 1}}}}
 """
 SHARDS = 2 * CLASSES * 16 // BLOCK
-TRIALS = 6  # fpl reads no image: one cell
-OF_RAY = re.compile(r" (cli|sdk|dashboard_sdk|packaging|job_manager)\.py:\d+ -- ")  # its own talk
+TRIALS = 6  # fpl uses no images, so its two cells are one
+RAY_LOG = re.compile(r" (cli|sdk|dashboard_sdk|packaging|job_manager)\.py:\d+ -- ")
 
 
 @pytest.fixture(scope="module")
 def spec(wires, drawn_digits) -> Path:
-    """On the disk that all machines see, with what it reads."""
+    """The sweep file and its images on the shared disk."""
     from PIL import Image, ImageOps
 
     folder = Path(shutil.copytree(drawn_digits, wires.shared / "drawn")).parent
@@ -59,38 +59,34 @@ def spec(wires, drawn_digits) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(spec) -> Path:
-    """The store of a run on this machine alone."""
+    """The store of a run on one machine."""
     store = spec.parent / "alone"
     airsweep("run", spec, "--store", store)
     return store
 
 
-Met = Callable[[list[dict[str, Any]]], bool]  # what a ledger says so far
+Condition = Callable[[list[dict[str, Any]]], bool]  # on the events so far
 
 
-def until(met: Met, job: Job, store: Path) -> None:
+def wait_during(job: Job, store: Path, condition: Condition) -> None:
     def is_met() -> bool:
         assert not job.over(), job.log()
-        return met(events(store, NAME))
+        return condition(events(store, NAME))
 
     wait_until(is_met, job.log)
 
 
-def drawn(store: Path) -> dict[str, int]:
-    """When each block was last written."""
+def shard_times(store: Path) -> dict[str, int]:
+    """Time of the last write of each shard of images."""
     files = (store / "artifacts" / "images").rglob("*.parquet")
     return {f"{file.parent.name}/{file.name}": file.stat().st_mtime_ns for file in files}
 
 
-def drawing(store: Path) -> Met:
-    return lambda found: 4 < len(drawn(store)) < SHARDS
-
-
-def assert_as_alone(store: Path, alone: Path) -> None:
+def assert_equal_results(store: Path, alone: Path) -> None:
     assert table(store, NAME) == table(alone, NAME)
-    assert len(drawn(store)) == SHARDS
-    found = events(store, NAME)
-    assert count(found, "trial_done") + count(found, "trial_reused") == TRIALS
+    assert len(shard_times(store)) == SHARDS
+    recorded = events(store, NAME)
+    assert count(recorded, "trial_done") + count(recorded, "trial_reused") == TRIALS
     assert {run.info.status for run in all_runs(store)} == {"FINISHED"}
     slots = Counter(run.data.tags["air.slot"] for run in children(store, NAME))
     assert (len(slots), set(slots.values())) == (TRIALS, {1})
@@ -100,12 +96,12 @@ def assert_as_alone(store: Path, alone: Path) -> None:
 
 @pytest.fixture
 def cluster(wires) -> Iterator[Nodes]:
-    with closing(Nodes(wires)) as found:
-        yield found
+    with closing(Nodes(wires)) as nodes:
+        yield nodes
 
 
-def test_machines_that_are_cut_off_lost_and_added_change_nothing(spec, alone, wires, cluster):
-    """By `ray job submit`, whose working directory goes from the laptop to each machine."""
+def test_results_are_equal_if_machines_are_disconnected_lost_and_added(spec, alone, wires, cluster):
+    """Submitted by `ray job submit`, which sends the laptop's working directory to the machines."""
     store = wires.shared / "changing"
     (cluster.laptop.home / "sweep.yaml").write_text(spec.read_text())
 
@@ -114,26 +110,26 @@ def test_machines_that_are_cut_off_lost_and_added_change_nothing(spec, alone, wi
         run = ("python", "-m", "orchestrator", "run", "sweep.yaml", "--store", to)
         return cluster.follow(*words, *run)
 
-    refused = submitted(Path("/tmp/runs"))  # which each machine has for itself
+    refused = submitted(Path("/tmp/runs"))  # each machine has a separate /tmp
     assert refused.wait() == 1
-    assert "/tmp/runs is not there; give --store" in refused.log()
+    assert "/tmp/runs does not exist; give --store" in refused.log()
     job = submitted(store)
-    until(drawing(store), job, store)
+    wait_during(job, store, lambda recorded: 4 < len(shard_times(store)) < SHARDS)
     cluster.machines[0].unplug()
-    kept = drawn(store)
+    before = shard_times(store)
     cluster.add()
-    job.until_said("marked dead")
-    cluster.machines[0].plug()  # Ray has given it up, and it is to notice
-    until(lambda found: count(found, "trial_done") > 0, job, store)
-    cluster.machines[1].lose()  # whatever it does, which may be a trial
+    job.wait_for_log("marked dead")
+    cluster.machines[0].plug()  # Ray counts the machine as dead; it ends when it notices
+    wait_during(job, store, lambda recorded: count(recorded, "trial_done") > 0)
+    cluster.machines[1].lose()  # possibly during a trial
     assert job.wait() == 0, job.log()
-    assert {name: drawn(store)[name] for name in kept} == kept
-    assert_as_alone(store, alone)
-    log = [line for line in job.log().splitlines() if not OF_RAY.search(line)]
+    assert {name: shard_times(store)[name] for name in before} == before
+    assert_equal_results(store, alone)
+    log = [line for line in job.log().splitlines() if not RAY_LOG.search(line)]
     assert not [line for line in log if "Traceback" in line or "\x1b" in line]
 
 
-def test_a_cluster_without_machines_gets_some_where_the_sweep_waits_for_them(tmp_path, monkeypatch):
+def test_an_autoscaler_starts_machines_for_a_sweep_with_resources_wait(tmp_path, monkeypatch):
     small = write_sweep(tmp_path, NAME, "fixed: {method: fpl, train.steps: 5}\nseeds: [1]\n")
     command = ("run", small, "--store", tmp_path / "runs")
     with scaling(monkeypatch) as address:
@@ -145,9 +141,10 @@ def test_a_cluster_without_machines_gets_some_where_the_sweep_waits_for_them(tmp
 
 
 def test_images_of_the_next_cells_are_drawn_while_trials_run(alone):
-    """Seen on one machine with two cores, one of which stays with the generators."""
-    found = events(alone, NAME)
-    first = next(one for one in found if one["event"] == "trials_started")
-    last = [one for one in found if one["event"] == "trial_done"][-1]
-    meanwhile = [at for at in drawn(alone).values() if first["time"] < at / 1e9 < last["time"]]
-    assert len(meanwhile) >= SHARDS // 2
+    """On one machine with two cores, one of which is reserved for the generators."""
+    recorded = events(alone, NAME)
+    first = next(event for event in recorded if event["event"] == "trials_started")
+    last = [event for event in recorded if event["event"] == "trial_done"][-1]
+    times = [time / 1e9 for time in shard_times(alone).values()]
+    during_trials = [time for time in times if first["time"] < time < last["time"]]
+    assert len(during_trials) >= SHARDS // 2

@@ -1,4 +1,4 @@
-"""The notebook runs from top to bottom in a kernel of its own, as its readers run it."""
+"""The notebook runs from top to bottom in a separate kernel."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tests.helpers.sweeps import TIMEOUT, environment
 FILE = Path(__file__).parents[1] / "docs" / "notebook.ipynb"
 
 
-def test_it_is_kept_without_what_a_run_has_left():
+def test_the_notebook_is_stored_without_outputs():
     text = FILE.read_text()
-    found = json.loads(text)
-    assert text == json.dumps(found, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
-    for cell in found["cells"]:
+    notebook = json.loads(text)
+    assert text == json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+    for cell in notebook["cells"]:
         assert cell["metadata"] == {}
         assert cell.get("outputs", []) == []
         assert cell.get("execution_count") is None
@@ -27,7 +27,7 @@ def test_it_is_kept_without_what_a_run_has_left():
 
 @pytest.mark.integration
 @pytest.mark.ray
-def test_every_cell_runs_and_the_last_has_the_table_of_three_seeds(tmp_path, monkeypatch):
+def test_every_cell_runs_and_the_last_shows_the_table_of_three_seeds(tmp_path, monkeypatch):
     for name, value in environment(IPYTHONDIR=str(tmp_path / "ipython")).items():
         monkeypatch.setenv(name, value)
     for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "MPLCONFIGDIR"):
@@ -37,19 +37,20 @@ def test_every_cell_runs_and_the_last_has_the_table_of_three_seeds(tmp_path, mon
         notebook, timeout=TIMEOUT, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
     )
     client.execute()
-    shown = {cell["id"]: _shown(cell) for cell in notebook.cells if cell.cell_type == "code"}
-    last = shown[notebook.cells[-1]["id"]]
+    outputs = {cell["id"]: _output(cell) for cell in notebook.cells if cell.cell_type == "code"}
+    last = outputs[notebook.cells[-1]["id"]]
     assert "zero_shot" in last["text/html"]
     assert last["text/html"].count("<tr") == 1 + 5
-    assert any("image/png" in cell for cell in shown.values())
-    assert shown["cell-05"]["text/plain"] == "0"  # the exit code
-    assert shown["cell-13"]["text/plain"] == "(10, 4)"  # kept, and to run: zero-shot has no seed
+    assert any("image/png" in output for output in outputs.values())
+    assert outputs["cell-05"]["text/plain"] == "0"  # the exit code
+    # Reused trials and trials to run; zero_shot does not depend on the seed.
+    assert outputs["cell-13"]["text/plain"] == "(10, 4)"
 
 
-def _shown(cell: Any) -> dict[str, str]:
-    """The last thing that a cell displays, by its form."""
-    found: dict[str, str] = {}
+def _output(cell: Any) -> dict[str, str]:
+    """The last output of a cell, by MIME type."""
+    data: dict[str, str] = {}
     for output in cell.outputs:
         assert output.output_type != "error"
-        found |= output.get("data", {})
-    return found
+        data |= output.get("data", {})
+    return data

@@ -1,7 +1,7 @@
-"""Machines of a real cluster that are not fit: said before anything starts, and nothing is left.
+"""Node checks on a real cluster: an unfit machine is refused before a sweep starts.
 
-The second machine is a raylet with mounts of its own, so that a store or weights which lie on one
-machine only really do.
+The second machine is a raylet with separate mounts, so that a store or weights can exist on one
+machine only.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ SWEEP = "fixed: {method: fpl, train.steps: 3, prompt.length: 2}\nseeds: [1]\n"
 
 @pytest.fixture(scope="module")
 def cluster(s3_server, tmp_path_factory) -> Iterator[OneNode]:
-    """Its machines inherit the way to the bucket."""
+    """A cluster whose machines inherit the variables of the bucket."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AIRSWEEP_CACHE", str(tmp_path_factory.mktemp("mirrors")))
-        with one_node(patch) as found:
-            yield found
+        with one_node(patch) as node:
+            yield node
 
 
 @pytest.fixture
 def disk(tmp_path) -> Iterator[SmallDisk]:
-    """Mounts of a machine's own; its disk lies where the store would."""
-    with small_disk(tmp_path / "runs", 200 << 20) as found:
-        yield found
+    """Mounts of a second machine; a small disk takes the path of the store."""
+    with small_disk(tmp_path / "runs", 200 << 20) as disk:
+        yield disk
 
 
 @pytest.fixture
@@ -69,20 +69,20 @@ def run_at(
     inside: Sequence[str] = (),
     **more: str,
 ) -> subprocess.CompletedProcess[str]:
-    """Do something with a sweep on the cluster at an address.
+    """Run a command with a sweep on the cluster at an address.
 
     Args:
-        do: a command; `prepare` takes half the time of `run`.
-        program: of Python.
-        inside: what it begins with, such as `nsenter` into other mounts.
-        more: of the environment.
+        do: the command; `prepare` takes half the time of `run`.
+        program: arguments of Python that start airsweep.
+        inside: a prefix, such as `nsenter` into other mounts.
+        more: environment variables.
     """
     command = [sys.executable, *program, do, str(spec), "--store", str(store)]
     return subprocess.run(
         [*inside, *command, *words],
         capture_output=True,
         text=True,
-        cwd=spec.parent,  # Ray puts the folder that a driver is in before those of its machines
+        cwd=spec.parent,  # Ray prepends the driver's working directory to the path of its workers
         env=environment(**{"RAY_ADDRESS": address, **more}),
         timeout=TIMEOUT,
         check=False,
@@ -91,62 +91,62 @@ def run_at(
 
 @contextmanager
 def another_ray(folder: Path) -> Iterator[str]:
-    own = Path(ray.__file__).parent
+    """The head of a Ray with another version: links to the files of this Ray, except one."""
     folder.mkdir()
-    subprocess.run(["cp", "-rs", str(own), str(folder / "ray")], check=True)
-    said = folder / "ray" / "_version.py"
-    text = said.read_text().replace(ray.__version__, "2.0.9")
-    said.unlink()
-    said.write_text(text)
+    subprocess.run(["cp", "-rs", str(Path(ray.__file__).parent), str(folder / "ray")], check=True)
+    version_file = folder / "ray" / "_version.py"
+    text = version_file.read_text().replace(ray.__version__, "2.0.9")
+    version_file.unlink()
+    version_file.write_text(text)
     with head(PYTHONPATH=str(folder)) as address:
         yield address
 
 
 def mounted(disk: SmallDisk, *words: str) -> None:
-    """Mount something, for the machines alone that begin with `disk.inside`."""
+    """Mount a file system for the machines that start with `disk.inside`."""
     subprocess.run([*disk.inside, "mount", *words], check=True)
 
 
 def assert_refused(done: subprocess.CompletedProcess[str], store: Path, *words: str) -> None:
     assert done.returncode == 3, done.stderr
-    assert "1 of 2 machines of the cluster cannot do this sweep" in done.stderr
+    assert "1 of 2 machines of the cluster cannot run this sweep" in done.stderr
     for word in words:
         assert word in done.stderr
     assert not (store / "artifacts").exists()
     assert not list(store.glob(f"{TOKENS}*"))
 
 
-def test_machines_that_are_fit_are_looked_at_once_and_nothing_is_left(cluster, spec, tmp_path):
+def test_healthy_machines_are_checked_once_and_no_token_is_left(cluster, spec, tmp_path):
     store = tmp_path / "runs"
     with cluster.joined():
         done = run(cluster, spec, store)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("checked 2 machines of the cluster: fit") == 1
+    assert done.stderr.count("checked 2 machines of the cluster: ok") == 1
     assert [row["method"] for row in table(store, "small")] == ["fpl"]
     assert not list(store.glob(f"{TOKENS}*"))
 
 
-def test_a_store_that_one_machine_has_for_itself_lacks_or_may_only_read_is_refused(
+def test_a_store_that_is_local_missing_or_read_only_on_one_machine_is_refused(
     cluster, disk, spec, tmp_path
 ):
-    hidden, kept = tmp_path / "hidden", tmp_path / "kept"
-    for folder in (hidden, kept):
+    missing, read_only = tmp_path / "hidden", tmp_path / "kept"
+    for folder in (missing, read_only):
         folder.mkdir()
-    mounted(disk, "-t", "tmpfs", "none", str(hidden))
-    mounted(disk, "--bind", str(kept), str(kept))
-    mounted(disk, "-o", "remount,bind,ro", str(kept))
-    said = {
-        disk.place: "is not the one that the driver writes to; give --store a folder that every",
-        hidden / "runs": "is not there; give --store a folder that every machine mounts",
-        kept: "cannot be used (Read-only file system); let the user of that machine's Ray",
+    mounted(disk, "-t", "tmpfs", "none", str(missing))
+    mounted(disk, "--bind", str(read_only), str(read_only))
+    mounted(disk, "-o", "remount,bind,ro", str(read_only))
+    messages = {
+        disk.place: "is not the store that the driver uses; give --store a folder that every",
+        missing / "runs": "does not exist; give --store a folder that every machine mounts",
+        read_only: "cannot be used (Read-only file system); let the user of that machine's Ray",
     }
     with cluster.joined(inside=disk.inside):
-        for store, words in said.items():
+        for store, message in messages.items():
             done = run(cluster, spec, store)
-            assert_refused(done, store, f"store: {store} {words}")
+            assert_refused(done, store, f"store: {store} {message}")
 
 
-def test_weights_that_one_machine_lacks_or_has_otherwise_are_refused(cluster, disk, tmp_path):
+def test_weights_that_are_missing_or_different_on_one_machine_are_refused(cluster, disk, tmp_path):
     clip = tmp_path / "clip"
     shutil.copytree(ROOT / "air_core" / "tiny" / "weights" / "clip", clip)
     spec = write_sweep(tmp_path, "own", SWEEP.replace("{", f"{{backbone: {clip}, "))
@@ -154,7 +154,7 @@ def test_weights_that_one_machine_lacks_or_has_otherwise_are_refused(cluster, di
     store = tmp_path / "shared"
     with cluster.joined(inside=disk.inside):
         done = run(cluster, spec, store)
-        assert_refused(done, store, f"files: backbone {clip} is not there", "copy it there")
+        assert_refused(done, store, f"files: backbone {clip} is missing", "copy it to that machine")
         changed = shutil.copytree(ROOT / "air_core" / "tiny" / "weights" / "clip", tmp_path / "new")
         weights = changed / "open_clip_model.safetensors"
         data = bytearray(weights.read_bytes())
@@ -162,7 +162,7 @@ def test_weights_that_one_machine_lacks_or_has_otherwise_are_refused(cluster, di
         weights.write_bytes(data)
         mounted(disk, "--bind", str(changed), str(clip))
         done = run(cluster, spec, store)
-    assert_refused(done, store, f"files: backbone {clip} has other content there")
+    assert_refused(done, store, f"files: backbone {clip} has other content than on the driver")
 
 
 def test_a_machine_with_another_airsweep_is_refused(cluster, spec, tmp_path):
@@ -178,35 +178,35 @@ def test_a_machine_with_another_airsweep_is_refused(cluster, spec, tmp_path):
     assert_refused(
         done,
         store,
-        "its airsweep is another one: "
-        "air_core/training.py, orchestrator/cluster/node_facts.py differ",
+        "its airsweep differs from the driver's: "
+        "air_core/training.py, orchestrator/cluster/node_facts.py",
     )
 
 
-def test_a_gpu_that_ray_counts_and_torch_does_not_see_is_refused(cluster, spec, tmp_path):
+def test_a_gpu_that_ray_counts_but_torch_does_not_see_is_refused(cluster, spec, tmp_path):
     torch = pytest.importorskip("torch")
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    asks = ("--set", "resources.trial.gpu=0.5", "--set", "resources.generator.gpu=1")
+    options = ("--set", "resources.trial.gpu=0.5", "--set", "resources.generator.gpu=1")
     store = tmp_path / "runs"
     with cluster.joined("--num-gpus=1"):
-        done = run(cluster, spec, store, *asks)
-    assert_refused(done, store, "Ray counts a GPU there; torch", "--num-gpus=0")
-    done = run(cluster, spec, store, *asks)
+        done = run(cluster, spec, store, *options)
+    assert_refused(done, store, "Ray counts a GPU, but torch", "--num-gpus=0")
+    done = run(cluster, spec, store, *options)
     assert done.returncode == 3
     assert "no machine has both" in done.stderr
 
 
-# A machine whose workers take an hour to start, and a driver that is less patient. It waits long
-# enough for the other machine to answer, busy or not.
+# The workers of a machine take an hour to start. The driver's timeout is shorter than usual, but
+# long enough for the other machine to answer.
 SLOW = (
     "import sys, time\ntime.sleep(3600 * any('default_worker' in word for word in sys.orig_argv))\n"
 )
 HASTY = """
-from orchestrator.cluster import (node_checks)
+from orchestrator.cluster import node_checks
 from orchestrator.__main__ import main
 
-node_checks.ANSWER = 60
+node_checks.ANSWER_TIMEOUT = 60
 main()
 """
 
@@ -217,37 +217,35 @@ def test_a_machine_that_does_not_answer_is_refused(cluster, spec, tmp_path):
     (slow / "sitecustomize.py").write_text(SLOW)
     with cluster.joined(PYTHONPATH=f"{slow}{os.pathsep}{ROOT}"):
         done = run(cluster, spec, store, program=("-c", HASTY))
-    assert_refused(done, store, "answers: it could not be checked", "start Ray there anew")
+    assert_refused(done, store, "answers: the machine could not be checked", "restart its Ray")
     assert "no answer within 60 s" in done.stderr
 
 
-def test_a_machine_that_goes_while_it_is_looked_at_is_told_of_and_stops_nothing(
-    cluster, spec, tmp_path
-):
-    """As those that an autoscaler takes back. It is stopped before the look, so that the head
-    counts it still, and gives it up meanwhile."""
+def test_a_machine_that_leaves_during_the_check_is_only_a_warning(cluster, spec, tmp_path):
+    """An autoscaler may remove a machine. Here the head still counts a stopped machine when the
+    check starts, and declares it dead during the check."""
     with cluster.joined() as machine:
         os.killpg(machine.pid, signal.SIGSTOP)
         done = run(cluster, spec, tmp_path / "runs", do="prepare")
     assert done.returncode == 0, done.stderr
-    assert "answers: it could not be checked" in done.stderr
-    assert "checked 1 machine of the cluster: fit" in done.stderr
+    assert "answers: the machine could not be checked" in done.stderr
+    assert "checked 1 machine of the cluster: ok" in done.stderr
 
 
 # ---------------------------------------------------------------- a bucket
 
 
-def test_a_machine_that_a_bucket_lets_not_in_is_refused(cluster, spec, bucket):
+def test_a_machine_that_cannot_reach_the_bucket_is_refused(cluster, spec, bucket):
     lost = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{free_port()}"}
     with cluster.joined(**lost):
         done = run(cluster, spec, bucket, "--tracking-uri", "none")
     assert done.returncode == 3, done.stderr
-    assert "1 of 2 machines" in done.stderr  # the other reads and writes there
+    assert "1 of 2 machines" in done.stderr  # the other machine can use the bucket
     assert f"{lost['AWS_ENDPOINT_URL']} does not answer" in done.stderr
-    assert not [one.name for one in parse(bucket).listed("") if TOKENS in one.name]
+    assert not [entry.name for entry in parse(bucket).listed("") if TOKENS in entry.name]
 
 
-def test_a_full_bucket_is_told_before_the_cluster_is_joined(cluster, spec, bucket, s3_server):
+def test_a_full_bucket_is_refused_before_the_cluster_is_joined(cluster, spec, bucket, s3_server):
     parse(bucket).put("VERSION", b"1\n")
     with full_bucket(s3_server) as address:
         done = run(cluster, spec, bucket, do="prepare", AWS_ENDPOINT_URL=address)
@@ -261,27 +259,26 @@ def test_a_full_bucket_is_told_before_the_cluster_is_joined(cluster, spec, bucke
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "http://127.0.0.1:8265"])
-def test_an_address_where_no_cluster_can_be_joined_is_refused(spec, tmp_path, address):
+def test_an_address_without_a_cluster_is_refused(spec, tmp_path, address):
     done = run_at(address, spec, tmp_path / "runs")
     assert done.returncode == 3
-    assert re.search(rf"no Ray answers at {address}|{address} cannot be joined", done.stderr)
+    refusals = rf"no Ray cluster answers at RAY_ADDRESS={address}|{address} cannot be joined"
+    assert re.search(refusals, done.stderr)
     assert "Traceback" not in done.stderr
 
 
-def test_a_cluster_of_another_ray_is_refused_with_both_versions(spec, tmp_path, monkeypatch):
-    """A head of the same Ray, which says that it is another one: a tree of links to it, with one
-    file of its own."""
+def test_a_cluster_with_another_ray_is_refused_with_both_versions(spec, tmp_path):
     with another_ray(tmp_path / "other") as address:
         done = run_at(address, spec, tmp_path / "runs")
     assert done.returncode == 3, done.stderr
     assert f"{address} cannot be joined" in done.stderr
     assert "Ray: 2.0.9 Python: 3" in done.stderr
     assert f"Ray: {ray.__version__} Python: 3" in done.stderr
-    assert "; install the same here" in done.stderr
+    assert "; install the same versions here" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_a_cluster_that_wants_a_token_is_refused_with_the_variables_to_set(spec, tmp_path):
+def test_a_cluster_that_requires_a_token_is_refused_with_the_variables_to_set(spec, tmp_path):
     token = tmp_path / "token"
     token.write_text("0" * 64)
     token.chmod(0o600)
@@ -289,7 +286,7 @@ def test_a_cluster_that_wants_a_token_is_refused_with_the_variables_to_set(spec,
     with head(**auth) as address:
         done = run_at(address, spec, tmp_path / "runs", RAY_AUTH_MODE="disabled")
         assert done.returncode == 3, done.stderr
-        assert "lets us not in" in done.stderr
+        assert "rejected the connection" in done.stderr
         assert "export RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE" in done.stderr
         assert "0" * 64 not in done.stderr
         done = run_at(address, spec, tmp_path / "runs", do="prepare", **auth)
@@ -299,29 +296,29 @@ def test_a_cluster_that_wants_a_token_is_refused_with_the_variables_to_set(spec,
 # ---------------------------------------------------------------- doctor
 
 
-def test_doctor_looks_at_each_machine_of_a_cluster_and_runs_nothing(cluster, disk, spec):
+def test_doctor_checks_each_machine_of_a_cluster_and_runs_no_sweep(cluster, disk, spec):
     with cluster.joined(inside=disk.inside):
         words = ("--cluster", "--json")
         done = run(cluster, spec, disk.place, *words, do="doctor")
     assert done.returncode == 3, done.stderr
-    found = json.loads(done.stdout)
-    states = sorted(one["store"] for one in found["machines"].values())
+    result = json.loads(done.stdout)
+    states = sorted(checks["store"] for checks in result["machines"].values())
     assert states == ["failed", "ok"]
-    assert {one["answers"] for one in found["machines"].values()} == {"ok"}
-    (problem,) = found["findings"]
+    assert {checks["answers"] for checks in result["machines"].values()} == {"ok"}
+    (problem,) = result["findings"]
     assert problem["check"] == "store"
-    assert found["machines"][problem["node"]]["store"] == "failed"
-    assert found["checks"]["cluster"]["said"] == "2 machines, 2 CPU, 0 GPU"
+    assert result["machines"][problem["node"]]["store"] == "failed"
+    assert result["checks"]["cluster"]["said"] == "2 machines, 2 CPU, 0 GPU"
     assert not (disk.place / "sweeps").exists()
 
 
-def test_by_the_address_of_a_dashboard_a_cluster_looks_at_itself_as_a_job(spec, tmp_path):
+def test_doctor_with_the_address_of_a_dashboard_runs_as_a_job(spec, tmp_path):
     with head(jobs=True) as address:
         to = {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "disabled"}
         done = run_at(address, spec, tmp_path / "runs", "--cluster", do="doctor", **to)
         assert done.returncode == 0, done.stdout + done.stderr
         assert "cluster    ok  1 machine, 1 CPU, 0 GPU" in done.stdout
-        assert "versions   ok  Python" in done.stdout  # the cluster's, in the ranges of this code
+        assert "versions   ok  Python" in done.stdout  # versions of the cluster
         assert not (tmp_path / "runs" / "sweeps").exists()
         words = ("--cluster", "--json", "--set", "backbone=/nowhere")
         done = run_at(address, spec, "runs", *words, do="doctor", **to)
@@ -331,4 +328,4 @@ def test_by_the_address_of_a_dashboard_a_cluster_looks_at_itself_as_a_job(spec, 
     assert problem["remedy"].startswith("give --store")
     done = run_at(address, spec, tmp_path / "runs", "--cluster", do="doctor", **to)
     assert done.returncode == 3
-    assert f"no Ray answers at {address}" in done.stderr
+    assert f"no Ray cluster answers at {address}" in done.stderr

@@ -371,7 +371,7 @@ STARTED = """
 import ray
 from orchestrator.cluster import (session)
 
-with session.ray_session(keep=lambda: {keep}):
+with session.ray_session(keep_logs=lambda: {keep}):
     print(ray._private.worker._global_node.get_session_dir_path())
 """
 

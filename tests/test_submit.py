@@ -1,4 +1,4 @@
-"""`airsweep submit`, `jobs` and `stop` against clusters that `ray start --head` made."""
+"""`airsweep submit`, `jobs` and `stop` on clusters started by `ray start --head`."""
 
 from __future__ import annotations
 
@@ -40,21 +40,21 @@ pytestmark = [pytest.mark.integration, pytest.mark.ray]
 OPEN = {"RAY_AUTH_MODE": "disabled"}
 COUNT = 12
 TRIALS = many_trials(COUNT)
-# Sixty lines in six seconds, as a job of ours is known.
+# Prints sixty lines in six seconds; submitted with the metadata of a sweep.
 COUNTING = "for n in $(seq 60); do echo line $n; sleep 0.1; done; exit 4"
 METADATA = {"airsweep.sweep": "default/counting", "airsweep.user": "me", "airsweep.store": "/none"}
 
 
-def asked_jobs(address: str, **env: str) -> dict[str, Any]:
-    """What `airsweep jobs --json` says, by id."""
+def jobs_of(address: str, **env: str) -> dict[str, Any]:
+    """The output of `airsweep jobs --json`, by id."""
     done = airsweep("jobs", "--address", address, "--json", **{**OPEN, **env})
     return {job["id"]: job for job in json.loads(done.stdout)}
 
 
-# ---------------------------------------------------------------- a token; its own cluster
+# ---------------------------------------------------------------- a cluster with a token
 
 
-def test_the_token_of_a_cluster_lets_in_and_is_never_shown(tmp_path):
+def test_a_cluster_with_a_token_accepts_only_this_token_and_no_output_shows_it(tmp_path):
     token, wrong = tmp_path / "token", tmp_path / "wrong"
     token.write_text("a1" * 32)
     wrong.write_text("b2" * 32)
@@ -63,25 +63,25 @@ def test_the_token_of_a_cluster_lets_in_and_is_never_shown(tmp_path):
     right = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
     sweep = write_sweep(tmp_path, "small", "fixed: {method: zero_shot}\nseeds: [1]\n")
     with ray_head(jobs=True, cpus=2, **right) as address:
-        called = ("submit", sweep, "--address", address, "--store", tmp_path / "runs")
-        none = airsweep(*called, check=False, **OPEN)
+        command = ("submit", sweep, "--address", address, "--store", tmp_path / "runs")
+        none = airsweep(*command, check=False, **OPEN)
         assert none.returncode == 3
-        assert "wants a token, and none was sent; export RAY_AUTH_MODE=token" in none.stderr
-        other = airsweep(*called, check=False, **{**right, "RAY_AUTH_TOKEN_PATH": str(wrong)})
+        assert "requires a token, but none was sent; export RAY_AUTH_MODE=token" in none.stderr
+        other = airsweep(*command, check=False, **{**right, "RAY_AUTH_TOKEN_PATH": str(wrong)})
         assert other.returncode == 3
-        assert "refuses the token that was sent; export RAY_AUTH_MODE=token" in other.stderr
+        assert "rejected the token; export RAY_AUTH_MODE=token" in other.stderr
 
-        done = airsweep(*called, **right)
+        done = airsweep(*command, **right)
         assert [row["method"] for row in table(tmp_path / "runs", "small")] == ["zero_shot"]
-        said = [none.stderr, other.stderr, done.stdout, done.stderr]
-        assert not any("Traceback" in text for text in said)
-        kept = [path.read_bytes() for path in (tmp_path / "runs").rglob("*") if path.is_file()]
+        output = [none.stderr, other.stderr, done.stdout, done.stderr]
+        assert not any("Traceback" in text for text in output)
+        stored = [path.read_bytes() for path in (tmp_path / "runs").rglob("*") if path.is_file()]
         for secret in ("a1" * 8, "b2" * 8):
-            assert not any(secret in text for text in said)
-            assert not any(secret.encode() in content for content in kept)
+            assert not any(secret in text for text in output)
+            assert not any(secret.encode() in content for content in stored)
 
 
-# ---------------------------------------------------------------- without one
+# ---------------------------------------------------------------- a cluster without a token
 
 
 @pytest.fixture(scope="module")
@@ -95,10 +95,10 @@ def store(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("shared") / "runs"
 
 
-def test_a_sweep_from_anywhere_runs_there_and_its_log_is_followed(head, store, tmp_path):
+def test_submit_runs_a_sweep_on_the_cluster_and_follows_its_log(head, store, tmp_path):
     sweep = write_sweep(tmp_path / "a folder", "far", "fixed: {method: zero_shot}\nseeds: [1]\n")
     done = airsweep("submit", sweep, "--address", f"{head}/", "--store", store, **OPEN)
-    assert "zero_shot" in done.stdout  # the row, and the closing screen
+    assert "zero_shot" in done.stdout  # in the final screen
     assert " again    submit it again" in done.stdout
     assert "default-far-1: SUCCEEDED, exit code 0" in done.stderr
     assert f"airsweep table far --store {store}" in done.stderr
@@ -106,77 +106,77 @@ def test_a_sweep_from_anywhere_runs_there_and_its_log_is_followed(head, store, t
     assert [row["method"] for row in table(store, "far")] == ["zero_shot"]
     first = events(store, "far")[0]
     assert (first["event"], first["commit"]) == ("sweep_started", commit())
-    job = asked_jobs(head)["default-far-1"]
+    job = jobs_of(head)["default-far-1"]
     assert (job["state"], job["exit_code"], job["store"]) == ("SUCCEEDED", 0, str(store))
 
 
-def test_a_job_that_airsweep_refuses_ends_with_its_code(head, store, tmp_path):
+def test_submit_exits_with_the_code_of_a_refused_run(head, store, tmp_path):
     sweep = write_sweep(tmp_path, "wide", "fixed: {method: fpl}\nseeds: [1]\n")
-    called = ("submit", sweep, "--address", head, "--store", store)
-    done = airsweep(*called, "--set", "resources.trial.cpu=99", check=False, **OPEN)
+    command = ("submit", sweep, "--address", head, "--store", store)
+    done = airsweep(*command, "--set", "resources.trial.cpu=99", check=False, **OPEN)
     assert done.returncode == 3
-    assert "a trial asks for 99 CPU" in done.stdout  # the log of a job is one
+    assert "a trial asks for 99 CPU" in done.stdout  # a job's log has stdout and stderr
     assert "default-wide-1: FAILED, exit code 3" in done.stderr
 
 
-def test_a_python_that_is_not_there_is_told_with_the_remedy(head, store, tmp_path):
+def test_a_missing_python_on_the_cluster_is_reported_with_the_remedy(head, store, tmp_path):
     sweep = write_sweep(tmp_path, "snake", "fixed: {method: zero_shot}\nseeds: [1]\n")
-    called = ("submit", sweep, "--address", head, "--store", store, "--python", "/gone/python")
-    done = airsweep(*called, check=False, **OPEN)
+    command = ("submit", sweep, "--address", head, "--store", store, "--python", "/gone/python")
+    done = airsweep(*command, check=False, **OPEN)
     assert done.returncode == 127
     assert "give --python PATH" in done.stderr
 
 
-def test_detached_left_stopped_and_submitted_again_a_sweep_is_whole(head, store, tmp_path):
+def test_a_job_that_is_stopped_and_submitted_again_completes_the_sweep(head, store, tmp_path):
     sweep = write_sweep(tmp_path, "long", TRIALS)
-    called = ("submit", sweep, "--address", head, "--store", store)
-    first = airsweep(*called, "--detach", "--json", **OPEN)
-    said = json.loads(first.stdout)
-    assert (said["id"], said["sweep"], said["store"]) == (
+    command = ("submit", sweep, "--address", head, "--store", store)
+    first = airsweep(*command, "--detach", "--json", **OPEN)
+    submitted = json.loads(first.stdout)
+    assert (submitted["id"], submitted["sweep"], submitted["store"]) == (
         "default-long-1",
         "default/long",
         str(store),
     )
-    assert said["commands"]["stop"] == f"airsweep stop default-long-1 --address {head}"
+    assert submitted["commands"]["stop"] == f"airsweep stop default-long-1 --address {head}"
 
-    second = airsweep(*called, check=False, **OPEN)
+    second = airsweep(*command, check=False, **OPEN)
     assert second.returncode == 3
-    assert "ING already as default-long-1" in second.stderr
-    assert said["commands"]["stop"] in second.stderr
+    assert "ING as default-long-1" in second.stderr
+    assert submitted["commands"]["stop"] in second.stderr
 
     wait_until(lambda: count(events(store, "long"), "trial_done"))
     stopped = airsweep("stop", "long", "--address", head, **OPEN)
     assert "default-long-1: STOPPED, exit code 143" in stopped.stderr
-    assert "left to run" in stopped.stderr  # its driver had time to close
-    found = events(store, "long")
-    assert count(found, "trial_done") < COUNT
-    assert (found[-1]["event"], found[-1]["exit_code"]) == ("sweep_ended", 143)
+    assert "left to run" in stopped.stderr  # the driver had time to close
+    recorded = events(store, "long")
+    assert count(recorded, "trial_done") < COUNT
+    assert (recorded[-1]["event"], recorded[-1]["exit_code"]) == ("sweep_ended", 143)
     again = airsweep("stop", "default-long-1", "--address", head, **OPEN)
-    assert "it had ended before" in again.stderr
+    assert "already ended" in again.stderr
     nothing = airsweep("stop", "long", "--address", head, check=False, **OPEN)
-    assert (nothing.returncode, "give the id of one: none" in nothing.stderr) == (2, True)
+    assert (nothing.returncode, "running: none" in nothing.stderr) == (2, True)
 
-    code, told = interrupted(called, "to run", head)
-    assert code == 130, told
-    assert "default-long-2 goes on without being followed" in told
-    assert f"ray job logs --address {head} --follow default-long-2" in told
-    wait_until(lambda: asked_jobs(head)["default-long-2"]["exit_code"] == 0)
-    found = events(store, "long")
-    done = [event["key"] for event in found if event["event"] == "trial_done"]
-    assert len(done) == len(set(done)) <= COUNT  # what ended as the driver did is reused
-    assert len(done) + count(found, "trial_reused") == COUNT
+    code, stderr = interrupted(command, "to run", head)
+    assert code == 130, stderr
+    assert "default-long-2 keeps running" in stderr
+    assert f"ray job logs --address {head} --follow default-long-2" in stderr
+    wait_until(lambda: jobs_of(head)["default-long-2"]["exit_code"] == 0)
+    recorded = events(store, "long")
+    done = [event["key"] for event in recorded if event["event"] == "trial_done"]
+    assert len(done) == len(set(done)) <= COUNT  # trials that ended with the driver are reused
+    assert len(done) + count(recorded, "trial_reused") == COUNT
     assert len(table(store, "long")) == COUNT
 
 
-def interrupted(called: tuple[Any, ...], word: str, address: str) -> tuple[int, str]:
-    """A submit that gets Ctrl-C once its log says `word`; its code and stderr."""
+def interrupted(command: tuple[Any, ...], word: str, address: str) -> tuple[int, str]:
+    """Submit, and send Ctrl-C once the log contains `word`; returns exit code and stderr."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "orchestrator", *map(str, called)],
+        [sys.executable, "-m", "orchestrator", *map(str, command)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=environment(**OPEN),
-        # Ignored where the tests run in the background of a shell, and that is inherited.
+        # Background jobs of a shell ignore SIGINT, and subprocesses inherit that.
         preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
@@ -184,12 +184,12 @@ def interrupted(called: tuple[Any, ...], word: str, address: str) -> tuple[int, 
         if word in line:
             break
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=TIMEOUT)
-    assert any(job["state"] == "RUNNING" for job in asked_jobs(address).values())
-    return process.returncode, told
+    _, stderr = process.communicate(timeout=TIMEOUT)
+    assert any(job["state"] == "RUNNING" for job in jobs_of(address).values())
+    return process.returncode, stderr
 
 
-def test_by_the_name_of_a_sweep_only_ones_own_job_is_stopped(head, monkeypatch):
+def test_stop_by_sweep_name_does_not_stop_a_job_of_another_user(head, monkeypatch):
     other_job(head, "counting-0", monkeypatch, "sleep 600")
     theirs = airsweep("stop", "counting", "--address", head, check=False, **OPEN)
     assert theirs.returncode == 2
@@ -197,7 +197,7 @@ def test_by_the_name_of_a_sweep_only_ones_own_job_is_stopped(head, monkeypatch):
     assert "counting-0 of me" in theirs.stderr
     by_id = airsweep("stop", "counting-0", "--address", head, **OPEN)
     assert "counting-0: STOPPED, exit code 143" in by_id.stderr
-    assert "its driver was killed before it had closed" in by_id.stderr
+    assert "the driver was killed before it could close" in by_id.stderr
 
 
 # ---------------------------------------------------------------- a bad connection
@@ -216,10 +216,10 @@ def other_job(
 
 @contextmanager
 def relay(port: int, to: str) -> Iterator[str]:
-    """A way to a server that is cut when the block ends."""
-    there = int(to.rpartition(":")[2])
+    """Forward a port to a server; all connections break when the block ends."""
+    server_port = int(to.rpartition(":")[2])
     listener = socket.create_server(("127.0.0.1", port))
-    open_ones: list[socket.socket] = [listener]
+    sockets: list[socket.socket] = [listener]
 
     def pump(source: socket.socket, sink: socket.socket) -> None:
         with suppress(OSError):
@@ -232,8 +232,8 @@ def relay(port: int, to: str) -> Iterator[str]:
         with suppress(OSError):
             while True:
                 near, _ = listener.accept()
-                far = socket.create_connection(("127.0.0.1", there))
-                open_ones.extend((near, far))
+                far = socket.create_connection(("127.0.0.1", server_port))
+                sockets.extend((near, far))
                 for pair in ((near, far), (far, near)):
                     threading.Thread(target=pump, args=pair, daemon=True).start()
 
@@ -241,29 +241,29 @@ def relay(port: int, to: str) -> Iterator[str]:
     try:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
-        for one in open_ones:
+        for connection in sockets:
             with suppress(OSError):
-                one.shutdown(socket.SHUT_RDWR)
-            one.close()
+                connection.shutdown(socket.SHUT_RDWR)
+            connection.close()
 
 
-def test_a_connection_that_breaks_is_taken_up_where_it_broke(head, monkeypatch):
+def test_after_a_broken_connection_the_log_continues_without_gap_or_repetition(head, monkeypatch):
     other_job(head, "counting-1", monkeypatch)
     log: list[str] = []
-    said: list[str] = []
+    messages: list[str] = []
     with ThreadPoolExecutor() as threads:
         with relay(0, head) as address:
             cluster = Cluster(address)
-            ended = threads.submit(cluster.follow, "counting-1", log.append, said.append)
+            ended = threads.submit(cluster.follow, "counting-1", log.append, messages.append)
             wait_until(lambda: "line 5\n" in "".join(log))
-        wait_until(lambda: any("trying again" in text for text in said))
+        wait_until(lambda: any("trying again" in message for message in messages))
         with relay(int(address.rpartition(":")[2]), head):
             assert ended.result(TIMEOUT).exit_code == 4
     lines = [line for line in "".join(log).splitlines() if line.startswith("line ")]
     assert lines == [f"line {n}" for n in range(1, 61)]
 
 
-def test_who_closes_the_output_ends_the_following_and_not_the_job(head, monkeypatch):
+def test_a_closed_output_ends_following_but_not_the_job(head, monkeypatch):
     other_job(head, "counting-3", monkeypatch)
 
     def closed(text: str) -> None:
@@ -271,10 +271,10 @@ def test_who_closes_the_output_ends_the_following_and_not_the_job(head, monkeypa
 
     with pytest.raises(BrokenPipeError):
         Cluster(head).follow("counting-3", closed, lambda text: None)
-    wait_until(lambda: asked_jobs(head)["counting-3"]["exit_code"] == 4)
+    wait_until(lambda: jobs_of(head)["counting-3"]["exit_code"] == 4)
 
 
-# ---------------------------------------------------------------- what is no such cluster
+# ---------------------------------------------------------------- wrong addresses
 
 
 @contextmanager
@@ -286,7 +286,7 @@ def server(status: int, body: str) -> Iterator[str]:
             self.end_headers()
             self.wfile.write(body.encode())
 
-        def log_message(self, *what: Any) -> None:
+        def log_message(self, *args: Any) -> None:
             pass
 
     with served(Handler) as url:
@@ -294,30 +294,30 @@ def server(status: int, body: str) -> Iterator[str]:
 
 
 def refused(address: str, **env: str) -> str:
-    """What is said of an address; each in a line, and nothing else happens."""
+    """The one-line message about an address that is refused."""
     done = airsweep("jobs", "--address", address, check=False, **{**OPEN, **env})
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (3, "", 1)
     return done.stderr
 
 
 @pytest.mark.parametrize(
-    ("status", "body", "words"),
+    ("status", "body", "message"),
     [
-        (404, "not found", "is no Ray cluster"),
-        (200, "<html>", "is no Ray cluster"),
-        (200, "[]", "is no Ray cluster"),
+        (404, "not found", "is not a Ray cluster"),
+        (200, "<html>", "is not a Ray cluster"),
+        (200, "[]", "is not a Ray cluster"),
         (
             *(200, '{"version": "4", "ray_version": "2.9.3"}'),
-            f"has Ray 2.9.3, and airsweep here runs on Ray {ray.__version__}",
+            f"has Ray 2.9.3, but this airsweep uses Ray {ray.__version__}",
         ),
     ],
 )
-def test_a_server_that_is_no_ray_or_another_one_is_refused(status, body, words):
+def test_a_server_that_is_not_ray_or_has_another_version_is_refused(status, body, message):
     with server(status, body) as address:
-        assert f"{address} {words}" in refused(address)
+        assert f"{address} {message}" in refused(address)
 
 
-def test_a_port_where_no_http_is_spoken_is_told():
+def test_a_server_that_does_not_speak_http_is_refused():
     def answer() -> None:
         near, _ = listener.accept()
         near.recv(65536)
@@ -326,25 +326,25 @@ def test_a_port_where_no_http_is_spoken_is_told():
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         threading.Thread(target=answer, daemon=True).start()
-        said = refused(f"http://127.0.0.1:{listener.getsockname()[1]}")
-    assert "no HTTP is spoken there" in said
+        message = refused(f"http://127.0.0.1:{listener.getsockname()[1]}")
+    assert "the server does not speak HTTP" in message
 
 
 @pytest.mark.parametrize(
-    ("address", "words"),
+    ("address", "message"),
     [
         *((a, "allowed: http://<head>:8265") for a in ("ray://head:10001", "head:6379", "auto")),
         ("http://127.0.0.1:1", "Connection refused"),
         ("http://no-such-host.invalid:8265", "Name or service not known"),
-        ("http://me:hunter2@head:8265", "the address holds a password"),
+        ("http://me:hunter2@head:8265", "the address contains a password"),
     ],
 )
-def test_an_address_that_is_none_is_refused_and_no_password_is_shown(address, words):
-    said = refused(address)
-    assert words in said
-    assert "hunter2" not in said
+def test_a_wrong_address_is_refused_and_no_password_is_shown(address, message):
+    shown = refused(address)
+    assert message in shown
+    assert "hunter2" not in shown
 
 
-def test_the_option_wins_over_the_environment(head):
+def test_the_option_address_overrides_the_environment(head):
     elsewhere = {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:1", "RAY_ADDRESS": "127.0.0.1:2"}
-    assert asked_jobs(head, **elsewhere) == asked_jobs(head)
+    assert jobs_of(head, **elsewhere) == jobs_of(head)

@@ -1,4 +1,4 @@
-"""What a team shares: studies in Postgres, an MLflow with users, files that the server keeps."""
+"""Services of a team: studies in Postgres, MLflow with users and artifacts on S3."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from tests.helpers.sweeps import (
     wait_until,
     write_sweep,
 )
-from tests.helpers.team import HERE, MISSING, Team, basic, reader, team
+from tests.helpers.team import IS_INSTALLED, MISSING, Team, basic, shell_environment, team
 from tests.helpers.trivial import Trivial
 
-pytestmark = [pytest.mark.integration, pytest.mark.skipif(not HERE, reason=MISSING)]
+pytestmark = [pytest.mark.integration, pytest.mark.skipif(not IS_INSTALLED, reason=MISSING)]
 
 NAME = "shared"
 SHORT = ("--set", "search.points=2")
@@ -47,7 +47,7 @@ def services(tmp_path_factory) -> Iterator[Team]:
 
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory, drawn_digits) -> Path:
-    """A search of twelve points in six rounds."""
+    """A search with twelve points in six rounds."""
     body = search_sweep(drawn_digits).replace("points: 4", "points: 12")
     return write_sweep(tmp_path_factory.mktemp("spec"), NAME, body)
 
@@ -59,7 +59,7 @@ def command(spec: Path, store: Path | str, *options: str) -> list[str]:
 
 @pytest.fixture(scope="module", autouse=True)
 def trivial() -> Iterator[None]:
-    """What `run` starts."""
+    """The process in which `run` runs sweeps with trivial trials."""
     global _trivial
     with closing(Trivial()) as _trivial:
         yield
@@ -68,14 +68,14 @@ def trivial() -> Iterator[None]:
 def run(
     spec: Path, store: Path | str, *options: str, **more: str
 ) -> subprocess.CompletedProcess[str]:
-    """A sweep whose trials take no time, untracked unless asked for."""
+    """Run a sweep with trivial trials, without tracking unless an option or variable sets it."""
     tracked = {"--tracking-uri", "reconcile"} & {*options} or "MLFLOW_TRACKING_URI" in more
     untracked = () if tracked else ("--tracking-uri", "none")
     return _trivial.run("run", spec, "--store", store, *options, *untracked, **more)
 
 
-def ran(spec: Path, store: Path | str, *options: str, **more: str) -> str:
-    """The same, where it must end well; what it printed."""
+def run_ok(spec: Path, store: Path | str, *options: str, **more: str) -> str:
+    """Run a sweep, assert success, and return the output."""
     done = run(spec, store, *options, **more)
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
@@ -90,61 +90,59 @@ def password(services: Team) -> dict[str, str]:
 
 
 def outcomes(store: Path) -> dict[str, tuple[str, str]]:
-    """State and key by slot: what was asked for at each point."""
+    """Final event and key of each slot."""
     return {e["slot"]: (e["event"], e["key"]) for e in events(store, NAME) if e["event"] in ENDED}
 
 
-def told(store: Path) -> list[Any]:
-    """Rounds with their objectives."""
-    found = [e for e in events(store, NAME) if e["event"] == "round_told"]
-    return [(event["cell"], event["values"]) for event in found]
+def round_objectives(store: Path) -> list[Any]:
+    """Objectives of each round, as reported to the studies."""
+    recorded = [e for e in events(store, NAME) if e["event"] == "round_told"]
+    return [(event["cell"], event["values"]) for event in recorded]
 
 
-def asked(store: Path) -> list[Any]:
-    found = [e for e in events(store, NAME) if e["event"] == "point_asked"]
-    return [(event["study"], event["point"], event["params"]) for event in found]
+def suggested_points(store: Path) -> list[Any]:
+    recorded = [e for e in events(store, NAME) if e["event"] == "point_asked"]
+    return [(event["study"], event["point"], event["params"]) for event in recorded]
 
 
 @pytest.fixture(scope="module")
 def calm(spec) -> Path:
-    """The store of an undisturbed run with studies in the journal."""
+    """The store of a run without disturbance, with studies in the journal."""
     store = spec.parent / "calm"
-    ran(spec, store)
-    assert len(asked(store)) == 12
+    run_ok(spec, store)
+    assert len(suggested_points(store)) == 12
     return store
 
 
 # ---------------------------------------------------------------- studies
 
 
-def test_a_search_in_postgres_asks_and_tells_what_one_in_the_journal_does(
+def test_a_search_in_postgres_suggests_the_same_points_as_in_the_journal(
     spec, calm, services, tmp_path
 ):
-    ran(spec, tmp_path, *on_postgres(services), **password(services))
-    assert asked(tmp_path) == asked(calm)
-    assert told(tmp_path) == told(calm)
+    run_ok(spec, tmp_path, *on_postgres(services), **password(services))
+    assert suggested_points(tmp_path) == suggested_points(calm)
+    assert round_objectives(tmp_path) == round_objectives(calm)
     assert outcomes(tmp_path) == outcomes(calm)
     assert not (tmp_path / "sweeps" / "default" / NAME / "studies.journal").exists()
     assert services.postgres.connections_of("airsweep_studies") == 0
     query = "SELECT count(*) FROM studies WHERE study_name LIKE 'default/shared/%'"
-    assert services.postgres.ask(query, "airsweep_studies") == [(1,)]
+    assert services.postgres.query(query, "airsweep_studies") == [(1,)]
 
 
-def test_sweeps_of_the_same_name_do_not_meet_in_one_database(spec, services, tmp_path):
+def test_sweeps_with_the_same_name_in_two_stores_have_separate_studies(spec, services, tmp_path):
     for store in ("ours", "theirs"):
-        ran(spec, tmp_path / store, *on_postgres(services), **password(services))
-    assert asked(tmp_path / "ours") == asked(tmp_path / "theirs")
-    names = {e["name"] for s in ("ours", "theirs") for e in named(tmp_path / s)}
+        run_ok(spec, tmp_path / store, *on_postgres(services), **password(services))
+    assert suggested_points(tmp_path / "ours") == suggested_points(tmp_path / "theirs")
+    names = {e["name"] for s in ("ours", "theirs") for e in studies_named(tmp_path / s)}
     assert len(names) == 2
 
 
-def named(store: Path) -> list[dict[str, Any]]:
+def studies_named(store: Path) -> list[dict[str, Any]]:
     return [e for e in events(store, NAME) if e["event"] == "studies_named"]
 
 
-def test_drivers_that_start_together_in_an_empty_database_all_find_its_tables(
-    services, monkeypatch
-):
+def test_drivers_that_start_at_the_same_time_can_create_the_tables(services, monkeypatch):
     from orchestrator.planning.search import open_database
 
     monkeypatch.setenv("PGPASSWORD", services.postgres.make_database("fresh_studies"))
@@ -163,14 +161,14 @@ def test_a_wrong_password_for_the_studies_is_bad_input_and_a_dead_server_is_refu
     assert "PGPASSWORD" in wrong.stderr
     assert "not-this-one" not in wrong.stderr
     dead = f"postgresql://ada@127.0.0.1:{free_port()}/studies"
-    away = run(spec, tmp_path, *on_postgres(services, dead))
-    assert away.returncode == 3
-    assert "does not answer" in away.stderr
-    assert {len(done.stderr.splitlines()) for done in (wrong, away)} == {1}
+    refused = run(spec, tmp_path, *on_postgres(services, dead))
+    assert refused.returncode == 3
+    assert "does not answer" in refused.stderr
+    assert {len(done.stderr.splitlines()) for done in (wrong, refused)} == {1}
     assert not (tmp_path / "sweeps").exists()
 
 
-def test_a_search_goes_on_without_its_database_and_later_copies_what_is_missing(
+def test_a_search_continues_without_its_database_and_the_next_run_adds_the_missing_trials(
     spec, calm, services, tmp_path
 ):
     options = (*on_postgres(services), "--tracking-uri", "none")
@@ -182,26 +180,26 @@ def test_a_search_goes_on_without_its_database_and_later_copies_what_is_missing(
         env=environment(**password(services)),
     )
 
-    def has_told() -> bool:
+    def first_round_is_over() -> bool:
         assert process.poll() is None
         return count(events(tmp_path, NAME), "round_told") > 0
 
-    wait_until(has_told, every=0.01)
+    wait_until(first_round_is_over, every=0.01)
     process.send_signal(signal.SIGSTOP)
     services.postgres.kill()
     process.send_signal(signal.SIGCONT)
     try:
-        _, said = process.communicate(timeout=TIMEOUT)
+        _, stderr = process.communicate(timeout=TIMEOUT)
     finally:
         services.postgres.start()
-    assert process.returncode == 0, said
-    assert "does not answer" in said
-    assert asked(tmp_path) == asked(calm)
-    ran(spec, tmp_path, *options, "--set", "search.points=13", **password(services))
-    [name] = [event["name"] for event in named(tmp_path)]
+    assert process.returncode == 0, stderr
+    assert "does not answer" in stderr
+    assert suggested_points(tmp_path) == suggested_points(calm)
+    run_ok(spec, tmp_path, *options, "--set", "search.points=13", **password(services))
+    [name] = [event["name"] for event in studies_named(tmp_path)]
     trials = "SELECT count(*) FROM trials JOIN studies USING (study_id)"
     query = f"{trials} WHERE study_name LIKE '{name}/%'"
-    assert services.postgres.ask(query, "airsweep_studies") == [(13,)]
+    assert services.postgres.query(query, "airsweep_studies") == [(13,)]
 
 
 # ---------------------------------------------------------------- MLflow with users
@@ -214,38 +212,36 @@ def ada(services) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def recorded(spec, services, ada) -> Path:
-    """The store of a sweep of ada's, told to the team's server with files, as she would."""
+    """The store of a sweep that the user ada ran with the team's services."""
     store = spec.parent / "recorded"
     options = (*on_postgres(services), "--set", "project=digits", *SHORT)
-    said = ran(spec, store, *options, **password(services), **ada)
-    (spec.parent / "said.txt").write_text(said)
+    output = run_ok(spec, store, *options, **password(services), **ada)
+    (spec.parent / "output.txt").write_text(output)
     return store
 
 
 def runs(services: Team, project: str) -> list[Any]:
-    found = services.mlflow.post("api/2.0/mlflow/experiments/search", {"max_results": 100})
-    experiment = next(e for e in found["experiments"] if e["name"] == f"air/{project}")
-    asked = {"experiment_ids": [experiment["experiment_id"]], "max_results": 1000}
-    return list(services.mlflow.post("api/2.0/mlflow/runs/search", asked)["runs"])
+    answer = services.mlflow.post("api/2.0/mlflow/experiments/search", {"max_results": 100})
+    experiment = next(e for e in answer["experiments"] if e["name"] == f"air/{project}")
+    query = {"experiment_ids": [experiment["experiment_id"]], "max_results": 1000}
+    return list(services.mlflow.post("api/2.0/mlflow/runs/search", query)["runs"])
 
 
 def tags(run: Any) -> dict[str, str]:
     return {tag["key"]: tag["value"] for tag in run["data"]["tags"]}
 
 
-def test_a_sweep_is_recorded_through_login_with_files_that_the_server_keeps(
-    recorded, services, ada
-):
-    found = runs(services, "digits")
-    kinds = [tags(run)["air.kind"] for run in found]
+def test_a_user_s_sweep_is_tracked_and_the_server_stores_its_files(recorded, services, ada):
+    tracked = runs(services, "digits")
+    kinds = [tags(run)["air.kind"] for run in tracked]
     assert kinds.count("sweep") == 1
-    slots = [tags(run)["air.slot"] for run in found if tags(run)["air.kind"] == "trial"]
+    slots = [tags(run)["air.slot"] for run in tracked if tags(run)["air.kind"] == "trial"]
     event_log = [
         json.loads(line) for line in (recorded / "sweeps" / "digits" / NAME / "events.jsonl").open()
     ]
     assert sorted(slots) == sorted({e["slot"] for e in event_log if e["event"] in ENDED})
-    assert {run["info"]["status"] for run in found} == {"FINISHED"}
-    trial = next(run for run in found if tags(run)["air.kind"] == "trial")
+    assert {run["info"]["status"] for run in tracked} == {"FINISHED"}
+    trial = next(run for run in tracked if tags(run)["air.kind"] == "trial")
     assert trial["info"]["artifact_uri"].startswith("mlflow-artifacts:/")
     request = urllib.request.Request(
         f"{services.mlflow.url}/get-artifact?path=spec.json&run_uuid={trial['info']['run_id']}",
@@ -255,42 +251,43 @@ def test_a_sweep_is_recorded_through_login_with_files_that_the_server_keeps(
         assert json.loads(answer.read())["dataset"]
 
 
-def test_no_password_is_left_anywhere(recorded, spec, services, ada):
-    words = [*services.secrets, ada["MLFLOW_TRACKING_PASSWORD"]]
-    left = [path for path in [*recorded.rglob("*"), spec.parent / "said.txt"] if path.is_file()]
-    assert len(left) > 20
-    for path in [*left, services.mlflow.log]:
+def test_no_file_database_or_output_contains_a_password(recorded, spec, services, ada):
+    passwords = [*services.secrets, ada["MLFLOW_TRACKING_PASSWORD"]]
+    paths = [*recorded.rglob("*"), spec.parent / "output.txt"]
+    files = [path for path in paths if path.is_file()]
+    assert len(files) > 20
+    for path in [*files, services.mlflow.log]:
         content = path.read_bytes()
-        assert not [word for word in words if word.encode() in content], path
+        assert not [secret for secret in passwords if secret.encode() in content], path
     for database in ("mlflow", "airsweep_studies"):
         for table, text in services.postgres.dump(database).items():
-            assert not [word for word in words if word in text], (database, table)
+            assert not [secret for secret in passwords if secret in text], (database, table)
     for name, content in services.s3.objects("mlflow").items():
-        assert not [word for word in words if word.encode() in content], name
+        assert not [secret for secret in passwords if secret.encode() in content], name
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ({"MLFLOW_TRACKING_PASSWORD": "not-this-one"}, "~/.mlflow/credentials"),
         ({"MLFLOW_TRACKING_USERNAME": "nobody"}, "MLFLOW_TRACKING_USERNAME"),
         ({"MLFLOW_TRACKING_URI": "http://localhost:{port}"}, "--allowed-hosts localhost:{port}"),
     ],
 )
-def test_who_is_not_let_in_is_told_before_anything_starts(
-    spec, services, ada, tmp_path, change, says
+def test_a_run_that_mlflow_rejects_is_refused_before_it_starts(
+    spec, services, ada, tmp_path, change, message
 ):
     port = services.mlflow.port
     changed = {name: value.format(port=port) for name, value in change.items()}
     done = run(spec, tmp_path, **{**ada, **changed})
     assert done.returncode == 2
-    assert says.format(port=port) in done.stderr
+    assert message.format(port=port) in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert "not-this-one" not in done.stderr
     assert not (tmp_path / "sweeps").exists()
 
 
-def test_who_may_only_read_a_project_is_told_and_who_is_granted_may_write(
+def test_a_user_needs_edit_permission_for_the_project_of_another_user(
     spec, services, recorded, tmp_path
 ):
     bob = services.mlflow.make_user("bob")
@@ -300,17 +297,15 @@ def test_who_may_only_read_a_project_is_told_and_who_is_granted_may_write(
     assert "denies bob access to the experiment air/digits" in refused.stderr
     assert "EDIT" in refused.stderr
     assert not (tmp_path / "sweeps").exists()
-    ran(spec, tmp_path, "--set", "project=bobs", *SHORT, **bob)  # what one makes is one's own
+    run_ok(spec, tmp_path, "--set", "project=bobs", *SHORT, **bob)  # a new project belongs to bob
     services.mlflow.grant("bob", runs(services, "digits")[0]["info"]["experiment_id"], "EDIT")
-    ran(spec, tmp_path, *mine, **bob)
+    run_ok(spec, tmp_path, *mine, **bob)
     sweeps = [tags(run) for run in runs(services, "digits") if tags(run)["air.kind"] == "sweep"]
-    assert {of["air.sweep"] for of in sweeps} == {NAME, "of_bob"}
+    assert {sweep["air.sweep"] for sweep in sweeps} == {NAME, "of_bob"}
 
 
-@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not here")
-def test_an_administrator_makes_users_and_changes_the_first_password_as_the_page_says(
-    spec, services, tmp_path
-):
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is missing")
+def test_the_documented_script_makes_users_and_changes_the_first_password(spec, services, tmp_path):
     mlflow = services.mlflow
     first, grace = mlflow.admin, secrets.token_hex(12)
     mlflow.admin = secrets.token_hex(12)
@@ -319,18 +314,18 @@ def test_an_administrator_makes_users_and_changes_the_first_password_as_the_page
     words = {"NAME": "grace", "PASSWORD": grace, "PROJECT": "flowers"}
     words |= {"FIRST": first, "NEXT": mlflow.admin, "MLFLOW_TRACKING_URI": mlflow.url}
     made = subprocess.run(
-        ["bash", "users.sh"], cwd=mlflow.folder, env={**reader(), **words}, check=False
+        ["bash", "users.sh"], cwd=mlflow.folder, env={**shell_environment(), **words}, check=False
     )
     assert made.returncode == 0
-    hers = {"MLFLOW_TRACKING_USERNAME": "grace", "MLFLOW_TRACKING_PASSWORD": grace}
-    where = {"MLFLOW_TRACKING_URI": mlflow.url, "AIRSWEEP_PROJECT": "flowers"}
-    ran(spec, tmp_path, *SHORT, **hers, **where)
+    login = {"MLFLOW_TRACKING_USERNAME": "grace", "MLFLOW_TRACKING_PASSWORD": grace}
+    target = {"MLFLOW_TRACKING_URI": mlflow.url, "AIRSWEEP_PROJECT": "flowers"}
+    run_ok(spec, tmp_path, *SHORT, **login, **target)
     assert runs(services, "flowers")
     with pytest.raises(urllib.error.HTTPError, match="401"):
         mlflow.post("api/2.0/mlflow/experiments/search", {"max_results": 1}, "admin", first)
 
 
-# ---------------------------------------------------------------- many at once
+# ---------------------------------------------------------------- many drivers
 
 
 MANY = """
@@ -348,14 +343,14 @@ seeds: [{seed}]
 DRIVERS, PROJECTS = 6, ("north", "south")
 
 
-def test_six_drivers_at_once_lose_nothing(services, drawn_digits, tmp_path):
-    """Each with a sweep of its own, all on one store and the team's services."""
+def test_six_drivers_at_the_same_time_track_every_trial_once(services, drawn_digits, tmp_path):
+    """Each driver runs a different sweep; all use one store and the team's services."""
     gate, store = tmp_path / "gate", tmp_path / "runs"
     gate.mkdir()
     experiments = {name: services.mlflow.make_experiment(f"air/{name}") for name in PROJECTS}
     variables = {
         **password(services),
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",  # as docs/tracking.md says
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",  # as in docs/tracking.md
         "AIRSWEEP_GATE": str(gate),
         "AIRSWEEP_TRIAL_SECONDS": "0.1",
     }
@@ -377,24 +372,24 @@ def test_six_drivers_at_once_lose_nothing(services, drawn_digits, tmp_path):
         def logs() -> list[str]:
             return [file.read_text() for file in sorted(tmp_path.glob("driver*.log"))]
 
-        def could_begin() -> bool:
+        def are_ready() -> bool:
             assert all(process.poll() is None for process in running), logs()
             return len(list(gate.iterdir())) == DRIVERS
 
-        wait_until(could_begin, logs)
+        wait_until(are_ready, logs)
         (gate / "open").touch()
         wait_until(lambda: all(process.poll() is not None for process in running), logs, every=0.2)
     assert [process.returncode for process in running] == [0] * DRIVERS, logs()
 
-    told: Counter[tuple[str, str]] = Counter()
-    for run_of_a_project in (run for project in PROJECTS for run in runs(services, project)):
-        found = tags(run_of_a_project)
-        assert run_of_a_project["info"]["status"] == "FINISHED"
-        if found["air.kind"] in ("sweep", "trial"):
-            told[found["air.sweep"], found.get("air.slot", "")] += 1
+    tracked: Counter[tuple[str, str]] = Counter()
+    for tracked_run in (run for project in PROJECTS for run in runs(services, project)):
+        run_tags = tags(tracked_run)
+        assert tracked_run["info"]["status"] == "FINISHED"
+        if run_tags["air.kind"] in ("sweep", "trial"):
+            tracked[run_tags["air.sweep"], run_tags.get("air.slot", "")] += 1
     expected: set[tuple[str, str]] = set()
     for file in (store / "sweeps").glob("*/*/events.jsonl"):
         ended = [e for e in map(json.loads, file.open()) if e["event"] in ENDED]
         expected |= {(file.parent.name, slot) for slot in ("", *(e["slot"] for e in ended))}
-    assert told == Counter(expected)
+    assert tracked == Counter(expected)
     assert len(expected) == DRIVERS * (1 + 1 + 3)

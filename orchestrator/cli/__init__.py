@@ -1,1 +1,1 @@
-"""The commands, one module for each group. Heavy imports are inside the functions."""
+"""Command line: one module for each group of commands. Functions import heavy libraries lazily."""

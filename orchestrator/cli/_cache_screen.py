@@ -1,4 +1,4 @@
-"""What `airsweep cache` prints: at most 80 columns, the largest first."""
+"""Screens and JSON of `airsweep cache`: at most 80 columns, the largest artifacts first."""
 
 from __future__ import annotations
 
@@ -13,31 +13,33 @@ from orchestrator.store.gc import GcPlan, Removal, StoreRequirements, merged
 from orchestrator.store.integrity import Verdict
 from orchestrator.store.inventory import Inventory
 
-LARGEST, SHOWN = 10, 20  # of a list that can be long
+LARGEST, SHOWN = 10, 20  # lines of a long list that are shown
 NAME_WIDTH = 56
-STAGES = tuple(dict.fromkeys(stage for stage, _ in RECIPES.values()))  # in the order of making
+STAGES = tuple(dict.fromkeys(stage for stage, _ in RECIPES.values()))  # in the order of a sweep
 
 
 # ---------------------------------------------------------------- ls
 
 
 def listing(inventory: Inventory, requirements: StoreRequirements) -> dict[str, Any]:
-    """The contract of `cache ls --json`. Bytes; of a row that is needed in part, parts count."""
-    needed = merged(part for one in requirements.asked for part in one.artifacts.items())
+    """The JSON of `cache ls`. Sizes are in bytes; a needed row may have unneeded shards."""
+    needed = merged(item for sweep in requirements.asked for item in sweep.artifacts.items())
     stages: dict[str, dict[str, int]] = {}
     users: dict[str, dict[str, int]] = {}
     artifacts = []
-    for holding in sorted(inventory.holdings, key=lambda one: -one.bytes):
-        by = requirements.by(holding.digest)
-        beyond = frozenset(holding.shards) - needed[holding.digest] if by else frozenset()
-        unneeded = sum(holding.files[holding.shards[place]] for place in beyond)
-        spare = unneeded if by else holding.bytes
+    for holding in sorted(inventory.holdings, key=lambda holding: -holding.bytes):
+        needed_by = requirements.by(holding.digest)
+        if needed_by:
+            unneeded = frozenset(holding.shards) - needed[holding.digest]
+            unneeded_bytes = sum(holding.files[holding.shards[shard]] for shard in unneeded)
+        else:
+            unneeded_bytes = holding.bytes
         figures = {
             "artifacts": 1,
             "bytes": holding.bytes,
             "images": holding.images or 0,
-            "unneeded_artifacts": int(not by),
-            "unneeded_bytes": spare,
+            "unneeded_artifacts": int(not needed_by),
+            "unneeded_bytes": unneeded_bytes,
         }
         _add(stages, holding.stage, figures)
         _add(users, holding.user, {"artifacts": 1, "bytes": holding.bytes})
@@ -47,30 +49,34 @@ def listing(inventory: Inventory, requirements: StoreRequirements) -> dict[str, 
                 "bytes": holding.bytes,
                 "images": holding.images,
                 "user": holding.user,
-                "needed_by": list(by),
-                "unneeded_bytes": spare,
+                "needed_by": list(needed_by),
+                "unneeded_bytes": unneeded_bytes,
             }
         )
-    known = [stage for stage in STAGES if stage in stages]
+    ordered = [stage for stage in STAGES if stage in stages]
     return {
         "store": inventory.name,
-        "bytes": sum(one["bytes"] for one in stages.values()),
-        "stages": {stage: stages[stage] for stage in (*known, *sorted({*stages} - {*known}))},
+        "bytes": sum(group["bytes"] for group in stages.values()),
+        "stages": {stage: stages[stage] for stage in (*ordered, *sorted({*stages} - {*ordered}))},
         "users": users,
-        "sweeps": [one.sweep for one in requirements.asked],
+        "sweeps": [sweep.sweep for sweep in requirements.asked],
         "unread": dict(requirements.unread),
         "leftovers": [
-            {"path": str(one.path.relative_to(inventory.root)), "why": one.why, "bytes": one.bytes}
-            for one in inventory.leftovers
+            {
+                "path": str(leftover.path.relative_to(inventory.root)),
+                "why": leftover.why,
+                "bytes": leftover.bytes,
+            }
+            for leftover in inventory.leftovers
         ],
         "artifacts": artifacts,
         "unfinished": [
             {
-                "path": str(one.path.relative_to(inventory.root)),
-                "bytes": one.bytes,
-                "needed_by": list(requirements.by(one.digest)),
+                "path": str(training.path.relative_to(inventory.root)),
+                "bytes": training.bytes,
+                "needed_by": list(requirements.by(training.digest)),
             }
-            for one in inventory.unfinished
+            for training in inventory.unfinished
         ],
     }
 
@@ -81,36 +87,37 @@ def _add(groups: dict[str, dict[str, int]], name: str, figures: dict[str, int]) 
         group[key] += value
 
 
-def listing_screen(found: dict[str, Any]) -> str:
-    """The same for people."""
-    sweeps = len(found["sweeps"]) + len(found["unread"])
+def listing_screen(contents: dict[str, Any]) -> str:
+    """The output of `listing` as text."""
+    sweeps = len(contents["sweeps"]) + len(contents["unread"])
+    artifacts = f"{len(contents['artifacts']):,} artifacts, {size(contents['bytes'])}"
     lines = [
-        found["store"] if "://" in found["store"] else near(Path(found["store"])),
-        f"{len(found['artifacts']):,} artifacts, {size(found['bytes'])}; recorded sweeps: {sweeps}",
+        contents["store"] if "://" in contents["store"] else near(Path(contents["store"])),
+        f"{artifacts}; recorded sweeps: {sweeps}",
         "",
     ]
-    stages = [("stage", "artifacts", "images", "size", "no sweep needs")]
-    for stage, of in found["stages"].items():
-        images = f"{of['images']:,}" if of["images"] else "-"
-        spare = f"{of['unneeded_artifacts']:,}: {size(of['unneeded_bytes'])}"
-        needless = spare if of["unneeded_bytes"] else "-"
-        stages.append((stage, f"{of['artifacts']:,}", images, size(of["bytes"]), needless))
-    lines += [*aligned(stages), "", "largest"]
-    for one in found["artifacts"][:LARGEST]:
-        lines.append(f"  {size(one['bytes']):>10}  {_shortened(one['key'])}")
-        lines.append(f"{'':14}{one['user']}; {_needed(one['needed_by'])}")
+    rows = [("stage", "artifacts", "images", "size", "unneeded")]
+    for stage, group in contents["stages"].items():
+        images = f"{group['images']:,}" if group["images"] else "-"
+        unneeded = f"{group['unneeded_artifacts']:,}: {size(group['unneeded_bytes'])}"
+        last = unneeded if group["unneeded_bytes"] else "-"
+        rows.append((stage, f"{group['artifacts']:,}", images, size(group["bytes"]), last))
+    lines += [*aligned(rows), "", "largest"]
+    for artifact in contents["artifacts"][:LARGEST]:
+        lines.append(f"  {size(artifact['bytes']):>10}  {_shortened(artifact['key'])}")
+        lines.append(f"{'':14}{artifact['user']}; {_needed(artifact['needed_by'])}")
     lines += ["", "by owner"]
-    for user, of in sorted(found["users"].items(), key=lambda item: -item[1]["bytes"]):
-        lines.append(f"  {size(of['bytes']):>10}  {user}, {of['artifacts']:,} artifacts")
-    for name, what in (
+    for user, group in sorted(contents["users"].items(), key=lambda item: -item[1]["bytes"]):
+        lines.append(f"  {size(group['bytes']):>10}  {user}, {group['artifacts']:,} artifacts")
+    for key, title in (
         ("unfinished", "unfinished trainings"),
         ("leftovers", "leftovers of killed processes"),
     ):
-        if found[name]:
-            total = sum(one["bytes"] for one in found[name])
-            lines += ["", f"{what}: {len(found[name])}, {size(total)}"]
-    for sweep, why in found["unread"].items():
-        lines += ["", f"what {sweep} needs cannot be told: {why}"]
+        if contents[key]:
+            total = sum(item["bytes"] for item in contents[key])
+            lines += ["", f"{title}: {len(contents[key])}, {size(total)}"]
+    for sweep, why in contents["unread"].items():
+        lines += ["", f"the artifacts that {sweep} needs are unknown: {why}"]
     return "\n".join(lines)
 
 
@@ -126,21 +133,21 @@ def _needed(by: Sequence[str]) -> str:
 
 
 def verdict_screen(verdict: Verdict) -> str:
-    """What is damaged, by file, and what to do."""
+    """Damaged files with their remedies, leftovers, and a summary."""
     label = verdict.inventory.store.backend.label
     lines = []
-    for one in verdict.damaged:
-        remedy = textwrap.fill(one.remedy, 78, break_long_words=False, break_on_hyphens=False)
-        remedy = textwrap.indent(remedy or f"remove {label(one.remove)}", "  ")
-        lines += [f"damaged: {label(one.file)}", f"  {one.why}", remedy]
-    for left in verdict.inventory.leftovers[:SHOWN]:
-        lines += [f"leftover: {label(left.path)}", f"  {left.why}; it counts for nothing"]
+    for damage in verdict.damaged:
+        remedy = textwrap.fill(damage.remedy, 78, break_long_words=False, break_on_hyphens=False)
+        remedy = textwrap.indent(remedy or f"remove {label(damage.remove)}", "  ")
+        lines += [f"damaged: {label(damage.file)}", f"  {damage.why}", remedy]
+    for leftover in verdict.inventory.leftovers[:SHOWN]:
+        lines += [f"leftover: {label(leftover.path)}", f"  {leftover.why}; nothing uses it"]
     lines += _more(len(verdict.inventory.leftovers))
     count = len(verdict.damaged)
-    damaged = f"{count} damaged: do what is named and run again" if count else "none is damaged"
-    lines.append(f"{verdict.files:,} files, {size(verdict.bytes)}: {damaged}")
+    summary = f"{count} damaged: follow the remedies and run again" if count else "none is damaged"
+    lines.append(f"{verdict.files:,} files, {size(verdict.bytes)}: {summary}")
     if verdict.unsealed:
-        lines.append(f"{verdict.unsealed:,} of them have no checksum, and can be opened")
+        lines.append(f"{verdict.unsealed:,} of them have no checksum but can be opened")
     return "\n".join(lines)
 
 
@@ -148,13 +155,13 @@ def verdict_screen(verdict: Verdict) -> str:
 
 
 def gc_screen(plan: GcPlan, removed: bool) -> str:
-    """What goes, or would go."""
+    """The artifacts that were removed, or that `--yes` would remove."""
     lines = []
-    for one in plan.removals[:SHOWN]:
-        lines.append(f"{size(one.bytes):>10}  {_shortened(_what(one, plan.root))}")
-        lines.append(f"{'':12}{one.why}; made by {one.user}")
+    for removal in plan.removals[:SHOWN]:
+        lines.append(f"{size(removal.bytes):>10}  {_shortened(_label(removal, plan.root))}")
+        lines.append(f"{'':12}{removal.why}; made by {removal.user}")
     lines += _more(len(plan.removals))
-    total = f"{size(plan.bytes)} at {len(plan.removals):,} places"
+    total = f"{size(plan.bytes)} in {len(plan.removals):,} items"
     if not plan.removals:
         lines.append("nothing to remove")
     elif removed:
@@ -162,28 +169,28 @@ def gc_screen(plan: GcPlan, removed: bool) -> str:
     else:
         lines.append(f"nothing was removed; --yes removes {total}")
     if plan.sweep and plan.removals:
-        lines.append(f"{plan.sweep} keeps its ledger; when it is run again it makes these again")
+        lines.append(f"{plan.sweep} keeps its event log; a new run makes the artifacts again")
     if plan.others:
-        total = size(sum(one.bytes for one in plan.others))
-        users = textwrap.shorten(", ".join(sorted({one.user for one in plan.others})), 30)
+        total = size(sum(removal.bytes for removal in plan.others))
+        users = textwrap.shorten(", ".join(sorted({removal.user for removal in plan.others})), 30)
         lines += [
-            f"{len(plan.others):,} of others ({users}) stay, {total}:",
-            "  --all-users lists them too, and with --yes removes them",
+            f"{len(plan.others):,} of other users ({users}) stay, {total}:",
+            "  --all-users includes them, and removes them with --yes",
         ]
     return "\n".join(lines)
 
 
-def _what(one: Removal, root: Path) -> str:
-    name = str(one.path.relative_to(root)).removeprefix("artifacts/")
-    return f"{len(one.files):,} blocks of {name}" if one.files else name
+def _label(removal: Removal, root: Path) -> str:
+    name = str(removal.path.relative_to(root)).removeprefix("artifacts/")
+    return f"{len(removal.files):,} blocks of {name}" if removal.files else name
 
 
 def _more(count: int) -> list[str]:
-    return [f"... and {count - SHOWN:,} more; --json has all"] if count > SHOWN else []
+    return [f"... and {count - SHOWN:,} more; --json lists all"] if count > SHOWN else []
 
 
 def _shortened(name: str) -> str:
-    """A key with its digest, without the middle of a long slug."""
+    """A key, shortened in the middle; its digest stays."""
     if len(name) <= NAME_WIDTH:
         return name
     return f"{name[: NAME_WIDTH - 16]}...{name[-13:]}"

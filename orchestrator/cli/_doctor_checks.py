@@ -1,7 +1,8 @@
-"""Is this machine, or a cluster, fit to run sweeps? Checked without running any.
+"""Checks of `airsweep doctor`: whether this machine or a cluster can run sweeps.
 
-This machine is checked as the nodes of a cluster are before a sweep starts (`node_checks.py`), with
-what only the driver needs beside it. A cluster is checked by joining it, or by a job that does.
+This machine gets the checks that every node of a cluster gets before a sweep (`node_checks.py`),
+and those of a driver: versions, tracker, Ray's folder. To check a cluster, this process joins it,
+or sends itself to the cluster as a job.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ from orchestrator.cluster.node_checks import (
     Finding,
     NodeReport,
     check_this_machine,
-    lines,
-    needed_by,
+    finding_lines,
+    node_requirements,
 )
-from orchestrator.cluster.node_facts import Needed
+from orchestrator.cluster.node_facts import NodeRequirements
 from orchestrator.environment import in_ray_job
 from orchestrator.errors import Refused, StoreRefused, TrackerAway
 from orchestrator.files import ROOT
@@ -50,130 +51,134 @@ from orchestrator.tracking import make_tracker
 from orchestrator.tracking_uri import kind_of, uri_of
 
 HERE = "this machine"
-OFFLINE = "not looked at: --offline"
-HUBS = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HOME", "HF_HUB_CACHE")
-REMEDIES = {  # where a message has none
+OFFLINE = "not checked: --offline"
+HUB_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HOME", "HF_HUB_CACHE")
+DEFAULT_REMEDIES = {  # of errors whose message has no remedy after a semicolon
     "store": "give another --store",
-    "sweep": "put it there, or name one that is there",
+    "sweep": "copy the missing file there, or name an existing one in the sweep",
     "tracker": "start it, give another --tracking-uri, or --tracking-uri none",
     "cluster": "give another --address",
 }
-DISK_SHARE = 0.95  # of its disk, from which on Ray starts no task that needs it
+FULL_DISK = 0.95  # used share of a disk above which Ray starts no task that needs the disk
 
 
 @dataclass(frozen=True)
-class Request:
-    """What is to be checked."""
+class DoctorRequest:
+    """The options of `airsweep doctor`."""
 
     sweep: SweepRequest | None
     store: str
     data_root: Path | None = None
     tracking_uri: str | None = None
-    offline: bool = False  # open no connection
+    offline: bool = False  # open no network connection
 
 
 @dataclass
-class Report:
-    """The state of each check, and what is wrong."""
+class DoctorReport:
+    """State of each check, and the problems that the checks found."""
 
-    checks: dict[str, tuple[str, str]] = field(default_factory=dict)  # state, and a word about it
-    machines: list[NodeReport] = field(default_factory=list)  # of a cluster
+    checks: dict[str, tuple[str, str]] = field(default_factory=dict)  # state and detail, by check
+    machines: list[NodeReport] = field(default_factory=list)  # nodes of a cluster
     findings: list[Finding] = field(default_factory=list)
 
-    def passed(self, check: str, said: str) -> None:
-        """Unless something else was found."""
-        self.checks.setdefault(check, ("ok", said))
+    def passed(self, check: str, detail: str) -> None:
+        """Record success, unless a finding has set the state of this check before."""
+        self.checks.setdefault(check, ("ok", detail))
 
-    def skipped(self, check: str, why: str) -> None:
-        self.checks[check] = ("-", why)
+    def skipped(self, check: str, reason: str) -> None:
+        self.checks[check] = ("-", reason)
 
     def failed(self, check: str, problem: str, remedy: str, fatal: bool = True) -> None:
         self.add(Finding(HERE, check, problem, remedy, fatal))
 
     def add(self, *findings: Finding) -> None:
         self.findings += findings
-        for one in findings:
-            if self.checks.get(one.check, ("",))[0] != "failed":
-                self.checks[one.check] = ("failed" if one.fatal else "warning", one.problem)
+        for finding in findings:
+            if self.checks.get(finding.check, ("",))[0] != "failed":
+                state = "failed" if finding.fatal else "warning"
+                self.checks[finding.check] = (state, finding.problem)
 
     @contextmanager
-    def caught(self, check: str) -> Iterator[None]:
-        """What is raised is a finding; what follows its first semicolon is the remedy."""
+    def catching(self, check: str) -> Iterator[None]:
+        """Turn exceptions into findings; text after the first semicolon becomes the remedy."""
         try:
             yield
         except (ValueError, Refused, StoreRefused, TrackerAway, OSError) as error:
             problem, _, remedy = str(error).partition("; ")
-            self.failed(check, problem, remedy or REMEDIES[check])
+            self.failed(check, problem, remedy or DEFAULT_REMEDIES[check])
 
     def json(self) -> dict[str, Any]:
-        """The contract of `doctor --json`."""
+        """The JSON of `doctor --json`."""
         return {
-            "ok": not any(one.fatal for one in self.findings),
+            "ok": not any(finding.fatal for finding in self.findings),
             "checks": {
-                name: {"state": state, "said": said} for name, (state, said) in self.checks.items()
+                name: {"state": state, "said": detail}
+                for name, (state, detail) in self.checks.items()
             },
-            "machines": {one.name: one.states() for one in self.machines},
-            "findings": [one.json() for one in self.findings],
+            "machines": {machine.name: machine.states() for machine in self.machines},
+            "findings": [finding.json() for finding in self.findings],
         }
 
 
-def screen(found: Mapping[str, Any]) -> str:
-    """A report, as JSON has it, for people: the driver, the table of machines, what is wrong."""
-    rows = [(name, check["state"], check["said"]) for name, check in found["checks"].items()]
+def screen(report: Mapping[str, Any]) -> str:
+    """The JSON of a report as text: checks of the driver, table of machines, findings."""
+    rows = [(name, check["state"], check["said"]) for name, check in report["checks"].items()]
     parts = ["\n".join(aligned(rows))]
-    if found["machines"]:
-        states = [(name, *checks.values()) for name, checks in found["machines"].items()]
+    if report["machines"]:
+        states = [(name, *checks.values()) for name, checks in report["machines"].items()]
         parts.append("\n".join(aligned([("machine", *CHECKS), *states])))
-    if found["findings"]:
-        parts.append("\n".join(lines(Finding(**one) for one in found["findings"])))
+    if report["findings"]:
+        parts.append("\n".join(finding_lines(Finding(**one) for one in report["findings"])))
     return "\n\n".join(parts)
 
 
 # ---------------------------------------------------------------- this machine, or a cluster
 
 
-def check_machine(request: Request) -> Report:
-    """What a sweep needs of this machine."""
-    report = Report()
+def check_machine(request: DoctorRequest) -> DoctorReport:
+    """Check this machine for a sweep that runs on it."""
+    report = DoctorReport()
     report.passed("airsweep", f"{_version('airsweep') or 'a checkout'}, commit {commit()[:12]}")
-    _libraries(report)
-    _ray_folder(report)
-    flags = ", ".join(f"{name}={os.environ[name]}" for name in HUBS if name in os.environ)
-    report.passed("offline", f"airsweep fetches nothing; flags of the hub: {flags or 'none'}")
-    location = _place(report, request)
-    plan = _plan(report, request, location)
+    _check_libraries(report)
+    _check_ray_folder(report)
+    flags = ", ".join(f"{name}={os.environ[name]}" for name in HUB_VARIABLES if name in os.environ)
+    report.passed("offline", f"airsweep downloads nothing; variables of the hub: {flags or 'none'}")
+    location = _open_location(report, request)
+    plan = _make_plan(report, request, location)
     machine = this_machine()
-    _resources(report, plan, location, [machine])
+    _check_resources(report, plan, location, [machine])
     if location is not None:
-        _this_node(report, location, _needed(plan, location), machine["GPU"])
-    _tracker(report, request, location)
+        _check_as_node(report, location, _node_requirements(plan, location), machine["GPU"])
+    _check_tracker(report, request, location)
     return report
 
 
-def check_cluster(request: Request) -> Report:
-    """What a sweep needs of the cluster of RAY_ADDRESS, and of this process as its driver."""
+def check_cluster(request: DoctorRequest) -> DoctorReport:
+    """Check the nodes of the cluster at RAY_ADDRESS, and this process as its driver."""
     from orchestrator.cluster import ray_session
 
-    report = Report()
-    _libraries(report)
-    location = _place(report, request)
-    plan = _plan(report, request, location)
-    _tracker(report, request, location)
-    with report.caught("cluster"), ray_session() as machines:
-        sums = (f"{sum(one.get(kind, 0) for one in machines):g} {kind}" for kind in ("CPU", "GPU"))
-        report.passed("cluster", f"{counted(len(machines), 'machine')}, {', '.join(sums)}")
-        _resources(report, plan, location, machines)
+    report = DoctorReport()
+    _check_libraries(report)
+    location = _open_location(report, request)
+    plan = _make_plan(report, request, location)
+    _check_tracker(report, request, location)
+    with report.catching("cluster"), ray_session() as machines:
+        totals = (f"{sum(m.get(kind, 0) for m in machines):g} {kind}" for kind in ("CPU", "GPU"))
+        report.passed("cluster", f"{counted(len(machines), 'machine')}, {', '.join(totals)}")
+        _check_resources(report, plan, location, machines)
         if location is not None:
-            with report.caught("store"):
-                report.machines = check_nodes(location.store, _needed(plan, location))
-    # By machine they are in a table of their own.
-    report.findings += [one for machine in report.machines for one in machine.findings]
+            with report.catching("store"):
+                report.machines = check_nodes(location.store, _node_requirements(plan, location))
+    # Not by `add`: the table of machines shows their states.
+    report.findings += [finding for machine in report.machines for finding in machine.findings]
     return report
 
 
-def _libraries(report: Report) -> None:
-    """Compare with the ranges that airsweep was tested with: of a checkout as its file says, else
-    as it was installed."""
+def _check_libraries(report: DoctorReport) -> None:
+    """Compare Python and the libraries with the version ranges of airsweep's dependencies.
+
+    The ranges come from pyproject.toml in a checkout, else from the installed package.
+    """
     file = ROOT / "pyproject.toml"
     try:
         if file.is_file():
@@ -182,21 +187,22 @@ def _libraries(report: Report) -> None:
         else:
             python, needed = metadata("airsweep")["Requires-Python"], requires("airsweep") or []
     except PackageNotFoundError:
-        report.skipped("versions", "a copy of the code alone, which does not say what it needs")
+        report.skipped("versions", "this copy of the code does not state its dependencies")
         return
     here = platform.python_version()
     if here not in SpecifierSet(python):
-        problem = f"Python {here}, and airsweep needs {python}"
+        problem = f"Python is {here}, but airsweep needs {python}"
         report.failed("versions", problem, f"make an environment with Python {python}")
-    for one in map(Requirement, needed):
-        if one.marker is not None and not one.marker.evaluate({"extra": ""}):
+    for package in map(Requirement, needed):
+        if package.marker is not None and not package.marker.evaluate({"extra": ""}):
             continue
-        found = _version(one.name)
-        if found is None or not one.specifier.contains(found, prereleases=True):
-            problem = f"{one.name} {found or 'is missing'}, and airsweep needs {one.specifier}"
-            report.failed("versions", problem, f"pip install '{one.name}{one.specifier}'")
-    known = ", ".join(f"{name} {_version(name)}" for name in ("ray", "torch", "mlflow"))
-    report.passed("versions", f"Python {here}, {known} and {len(needed) - 3} more")
+        name, allowed, installed = package.name, package.specifier, _version(package.name)
+        if installed is None or not allowed.contains(installed, prereleases=True):
+            state = "is missing" if installed is None else f"is {installed}"
+            problem = f"{name} {state}, but airsweep needs {allowed}"
+            report.failed("versions", problem, f"pip install '{name}{allowed}'")
+    main = ", ".join(f"{name} {_version(name)}" for name in ("ray", "torch", "mlflow"))
+    report.passed("versions", f"Python {here}, {main} and {len(needed) - 3} more")
 
 
 def _version(name: str) -> str | None:
@@ -206,29 +212,29 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _ray_folder(report: Report) -> None:
-    """Could Ray start here? Nothing is started."""
+def _check_ray_folder(report: DoctorReport) -> None:
+    """Check that Ray can write its temporary folder; Ray is not started."""
     folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
     if not os.access(folder, os.W_OK):
-        report.failed("ray", f"Ray's folder {folder} cannot be written", "set RAY_TMPDIR")
+        report.failed("ray", f"Ray's folder {folder} is not writable", "set RAY_TMPDIR")
         return
     disk = shutil.disk_usage(folder)
-    if disk.used > DISK_SHARE * disk.total:
+    if disk.used > FULL_DISK * disk.total:
         problem = f"the disk of Ray's folder {folder} is {disk.used / disk.total:.0%} full"
-        report.failed("ray", problem, "make room, or set RAY_TMPDIR", fatal=False)
-    report.passed("ray", f"could start in {folder}")
+        report.failed("ray", problem, "free some space, or set RAY_TMPDIR", fatal=False)
+    report.passed("ray", f"can start in {folder}")
 
 
 # ---------------------------------------------------------------- sweep and store
 
 
-def _place(report: Report, request: Request) -> SweepLocation | None:
-    """Where the sweep would go; None: it cannot or should not be opened."""
+def _open_location(report: DoctorReport, request: DoctorRequest) -> SweepLocation | None:
+    """Open the store of the sweep. None: it cannot be opened, or needs a connection offline."""
     store, location = request.store, None
     if request.offline and is_bucket(store):
         report.skipped("store", OFFLINE)
         return None
-    with report.caught("store"):
+    with report.catching("store"):
         if request.sweep is not None:
             location = location_for(request.sweep, store, request.data_root)
         elif in_ray_job() and not is_bucket(store) and not folder_of(store).is_absolute():
@@ -238,90 +244,102 @@ def _place(report: Report, request: Request) -> SweepLocation | None:
     return location
 
 
-def _plan(report: Report, request: Request, location: SweepLocation | None) -> Plan | None:
-    """What the sweep would need, with all weights and images found; None: there is no plan."""
+def _make_plan(
+    report: DoctorReport, request: DoctorRequest, location: SweepLocation | None
+) -> Plan | None:
+    """Plan the sweep, which also checks that its weights and datasets exist on this machine."""
     plan = None
     if request.sweep is None:
-        report.skipped("sweep", "none was given")
+        report.skipped("sweep", "no sweep given")
     elif location is None:
-        report.skipped("sweep", "no store to plan in")
+        report.skipped("sweep", "needs the store")
     else:
-        with report.caught("sweep"):
+        with report.catching("sweep"):
             plan = plan_of(request.sweep.spec, location)
-            here = "the weights and images that it names are here"
-            report.passed("sweep", f"{plan.sweep.name}: {here}")
+            report.passed("sweep", f"{plan.sweep.name}: its weights and images exist here")
     return plan
 
 
-def _needed(plan: Plan | None, location: SweepLocation) -> Needed:
-    return needed_by(plan, location) if plan else Needed(data_root=location.data_root)
+def _node_requirements(plan: Plan | None, location: SweepLocation) -> NodeRequirements:
+    if plan is None:
+        return NodeRequirements(data_root=location.data_root)
+    return node_requirements(plan, location)
 
 
-def _resources(
-    report: Report, plan: Plan | None, location: SweepLocation | None, machines: Sequence[Machine]
+def _check_resources(
+    report: DoctorReport,
+    plan: Plan | None,
+    location: SweepLocation | None,
+    machines: Sequence[Machine],
 ) -> None:
-    """Do its trials and generators fit a machine?"""
+    """Check that every trial and generator fits a machine."""
     if plan is None or location is None:
-        report.skipped("resources", "no sweep to fit")
+        report.skipped("resources", "needs a sweep")
     elif (reason := unschedulable_reason(plan, location.store, machines)) is None:
-        report.passed("resources", "there is a machine for all that the sweep asks for")
+        report.passed("resources", "every trial and generator fits a machine")
     else:
         problem, _, remedy = reason.rpartition(": ")
         if os.environ.get("RAY_ADDRESS"):
-            remedy += ", or where the cluster grows by itself, let it start such a machine first"
+            remedy += ", or let an autoscaling cluster start such a machine first"
         report.failed("resources", problem, remedy)
 
 
-def _this_node(report: Report, location: SweepLocation, needed: Needed, gpus: float) -> None:
-    """Check this machine as the nodes of a cluster are checked."""
-    with report.caught("store"):
-        here = replace(needed, gpus=needed.gpus and gpus > 0)
+def _check_as_node(
+    report: DoctorReport, location: SweepLocation, needs: NodeRequirements, gpus: float
+) -> None:
+    """Check this machine like a node of a cluster."""
+    with report.catching("store"):
+        here = replace(needs, gpus=needs.gpus and gpus > 0)
         facts, findings = check_this_machine(HERE, location.store, here)
         report.add(*findings)
         free = facts["store"]["free"]
-        report.passed("store", f"{location.store.name} can be written")
-        report.passed("room", "not known" if free is None else f"{size(free)} are free")
-        asked = "" if needed.gpus else ", and none is asked for"
-        report.passed("gpu", f"{gpus:g} GPU here{asked}")
+        report.passed("store", f"{location.store.name} is writable")
+        report.passed("room", "unknown" if free is None else f"{size(free)} free")
+        unused = "" if needs.gpus else ", none needed"
+        report.passed("gpu", f"{gpus:g} GPU{unused}")
 
 
-def _tracker(report: Report, request: Request, location: SweepLocation | None) -> None:
-    """Does it answer, and accept the credentials?"""
+def _check_tracker(
+    report: DoctorReport, request: DoctorRequest, location: SweepLocation | None
+) -> None:
+    """Check that the tracking server answers and accepts the credentials."""
     root = location.store.root if location is not None else Path(tempfile.gettempdir())
-    of_sweep = request.sweep.spec.tracking_uri if request.sweep else None
-    with report.caught("tracker"):
-        uri = uri_of(request.tracking_uri or of_sweep, root)
+    uri_in_sweep = request.sweep.spec.tracking_uri if request.sweep else None
+    with report.catching("tracker"):
+        uri = uri_of(request.tracking_uri or uri_in_sweep, root)
         kind = kind_of(uri)
         if kind != "http":
-            where = "a file" if kind == "sqlite" else "off"
-            report.passed("tracker", f"{where}, so no server is needed")
+            target = "a file" if kind == "sqlite" else "off"
+            report.passed("tracker", f"{target}, so no server is needed")
         elif request.offline:
             report.skipped("tracker", OFFLINE)
         else:
             make_tracker(
                 uri, store=root, project=location.project if location else "default"
             ).check()
-            report.passed("tracker", f"{without_credentials(uri)} answers and lets us in")
+            report.passed(
+                "tracker", f"{without_credentials(uri)} answers and accepts the credentials"
+            )
 
 
 # ---------------------------------------------------------------- as a job
 
 
-STARTED = 300.0  # seconds that a cluster has to run the job
-PASSED = ("AIRSWEEP_PROJECT", "AIRSWEEP_USER")
+JOB_TIMEOUT = 300.0  # seconds
+PASSED = ("AIRSWEEP_PROJECT", "AIRSWEEP_USER")  # variables that the job gets
 
 
-def report_of_job(
+def check_cluster_by_job(
     address: str, sweep: SweepRequest | None, options: Sequence[str]
 ) -> dict[str, Any]:
-    """What `doctor --cluster --json` says, run on a cluster.
+    """Run `doctor --cluster --json` as a job of a cluster and return its JSON.
 
     Args:
         address: http://<head>:8265.
-        options: of the command, beside the sweep.
+        options: options of the command other than the sweep's.
 
     Raises:
-        Refused: the cluster takes no job, or the job said nothing.
+        Refused: the cluster accepts no job, or the job printed no report.
     """
     words = ["python", "-m", "orchestrator", "doctor"]
     with TemporaryDirectory(prefix="airsweep-doctor-") as folder:
@@ -330,18 +348,18 @@ def report_of_job(
             words += [spec, *option_words(sweep.sets, sweep.only, smoke=False)]
         command = shlex.join([*words, "--cluster", "--json", *options])
         env = {name: os.environ[name] for name in PASSED if name in os.environ}
-        return _said(*Cluster(address).run(command, Path(folder), env, STARTED))
+        return _report_in_log(*Cluster(address).run(command, Path(folder), env, JOB_TIMEOUT))
 
 
-def _said(log: str, job: Job) -> dict[str, Any]:
-    """What is in a job's log, where Ray's lines may stand before and after it."""
+def _report_in_log(log: str, job: Job) -> dict[str, Any]:
+    """The JSON report in a job's log; Ray may print lines before and after it."""
     lines = log.splitlines()
     if job.exit_code in (0, 3) and "{" in lines and "}" in lines:
         last = len(lines) - lines[::-1].index("}")
-        found: dict[str, Any] = json.loads("\n".join(lines[lines.index("{") : last]))
-        return found
+        report: dict[str, Any] = json.loads("\n".join(lines[lines.index("{") : last]))
+        return report
     last_line = next(filter(str.strip, reversed(lines)), job.message.partition("\n")[0])
     raise Refused(
-        f"the job on the cluster ended without an answer ({last_line}); is airsweep with all it "
-        "needs in the Python that is first on the head's path?"
+        f"the job on the cluster ended without a report ({last_line}); make sure that the first "
+        "`python` on the head's PATH has airsweep and its dependencies"
     )

@@ -1,4 +1,4 @@
-"""Commands about a store of artifacts."""
+"""Commands that list, verify and clean up a store."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from orchestrator.cli.common import (
     StoreOption,
     fail,
     location_named,
-    watched,
+    with_progress_bar,
 )
 from orchestrator.formatting import show
 
-app = typer.Typer(no_args_is_help=True, help="Look after a store of artifacts.")
+app = typer.Typer(no_args_is_help=True, help="List, verify and clean up a store.")
 
 
 @app.command("ls")
 def cache_ls(
     store: StoreOption = STORE, data_root: DataOption = None, as_json: JsonOption = False
 ) -> None:
-    """What lies in a store, whose it is, and which of it recorded sweeps need.
+    """List artifacts with their size, owner, and the sweeps that need them.
 
     airsweep cache ls
 
@@ -38,15 +38,15 @@ def cache_ls(
     from orchestrator.store.inventory import take_inventory
 
     opened = open_store(store)
-    found = listing(take_inventory(opened), all_requirements(opened, data_root))
-    show(json.dumps(found, indent=1) if as_json else listing_screen(found))
+    contents = listing(take_inventory(opened), all_requirements(opened, data_root))
+    show(json.dumps(contents, indent=1) if as_json else listing_screen(contents))
 
 
 @app.command("verify")
 def cache_verify(store: StoreOption = STORE, as_json: JsonOption = False) -> None:
-    """Read every file of a store and compare it with what was written.
+    """Read every file of a store and compare it with its checksum.
 
-    Ends with 0 when nothing is damaged, else with 1.
+    Exits with 1 if a file is damaged, else with 0.
 
     airsweep cache verify
 
@@ -58,7 +58,7 @@ def cache_verify(store: StoreOption = STORE, as_json: JsonOption = False) -> Non
     from orchestrator.store.inventory import take_inventory
 
     inventory = take_inventory(open_store(store))
-    verdict = verify(inventory, lambda each, total: watched("reading files", each, total))
+    verdict = verify(inventory, lambda files, n: with_progress_bar("reading files", files, n))
     show(json.dumps(verdict.json(), indent=1) if as_json else verdict_screen(verdict))
     sys.exit(1 if verdict.damaged else 0)
 
@@ -67,17 +67,21 @@ def cache_verify(store: StoreOption = STORE, as_json: JsonOption = False) -> Non
 def cache_gc(
     store: StoreOption = STORE,
     data_root: DataOption = None,
-    yes: Annotated[bool, typer.Option("--yes", help="remove; without it they are listed")] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Remove the artifacts instead of listing them.")
+    ] = False,
     sweep: Annotated[
         str | None,
-        typer.Option("--sweep", metavar="NAME", help="what this recorded sweep alone needs"),
+        typer.Option(
+            "--sweep", metavar="NAME", help="Only artifacts that just this recorded sweep needs."
+        ),
     ] = None,
     all_users: Annotated[
-        bool, typer.Option("--all-users", help="also what others made, or nobody knows who")
+        bool, typer.Option("--all-users", help="Include artifacts of other and unknown users.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """List what no recorded sweep needs, and with --yes remove it; only what you made yourself.
+    """List your artifacts that no recorded sweep needs; with --yes, remove them.
 
     airsweep cache gc
 
@@ -90,14 +94,14 @@ def cache_gc(
     from orchestrator.store.inventory import take_inventory
 
     opened = open_store(store)
-    place = location_named(sweep, store) if sweep else None
+    location = location_named(sweep, store) if sweep else None
     refuse_running(opened)
-    with opened.locks.alone():  # until all is removed no sweep may start
-        of = f"{place.project}/{place.name}" if place else None
+    with opened.locks.alone():  # no sweep may start before the removal is complete
+        full_name = f"{location.project}/{location.name}" if location else None
         requirements = all_requirements(opened, data_root)
-        found = plan_gc(take_inventory(opened), requirements, whoami(), all_users, of)
+        gc_plan = plan_gc(take_inventory(opened), requirements, whoami(), all_users, full_name)
         if yes:
-            found = remove(found)
-    show(json.dumps(found.json(yes), indent=1) if as_json else gc_screen(found, yes))
-    if any(one.why == NOT_REMOVED for one in found.others):
-        fail(f"some of it {NOT_REMOVED}; --json names it", 1)
+            gc_plan = remove(gc_plan)
+    show(json.dumps(gc_plan.json(yes), indent=1) if as_json else gc_screen(gc_plan, yes))
+    if any(removal.why == NOT_REMOVED for removal in gc_plan.others):
+        fail(f"some artifacts {NOT_REMOVED}; --json lists them", 1)

@@ -1,4 +1,4 @@
-"""Commands about cluster files."""
+"""Commands that render deployment files for clusters."""
 
 from __future__ import annotations
 
@@ -11,22 +11,34 @@ import typer
 from orchestrator.cli.common import OnlyOption, SetOption, SmokeOption, SpecArgument, load
 from orchestrator.formatting import show
 
-app = typer.Typer(no_args_is_help=True, help="Files for a cluster.")
-render_app = typer.Typer(no_args_is_help=True, help="Print a cluster file, filled in for a sweep.")
+app = typer.Typer(no_args_is_help=True, help="Render deployment files for a cluster.")
+render_app = typer.Typer(no_args_is_help=True, help="Print a Kubernetes manifest for a sweep.")
 app.add_typer(render_app, name="render")
 
 NameOption = Annotated[
-    str | None, typer.Option("--name", metavar="NAME", help="in Kubernetes; default: the sweep's")
+    str | None,
+    typer.Option(
+        "--name",
+        metavar="NAME",
+        help="Name of the object in Kubernetes. Default: from the sweep's name.",
+    ),
 ]
 ImageOption = Annotated[
     str | None,
-    typer.Option("--image", metavar="IMAGE", help="of cluster/Dockerfile, as you named it"),
+    typer.Option("--image", metavar="IMAGE", help="Your image, built from cluster/Dockerfile."),
 ]
-GpuOption = Annotated[int | None, typer.Option("--gpu-workers", metavar="N", help="pods with GPUs")]
+GpuOption = Annotated[
+    int | None,
+    typer.Option(
+        "--gpu-workers", metavar="N", help="Worker pods with GPUs. Default: as the sweep needs."
+    ),
+]
 CpuOption = Annotated[
     int | None,
     typer.Option(
-        "--cpu-workers", metavar="N", help="pods without; default: 1 if no GPU is asked for"
+        "--cpu-workers",
+        metavar="N",
+        help="Worker pods without GPUs. Default: 1 if the sweep uses no GPU, else 0.",
     ),
 ]
 
@@ -37,7 +49,9 @@ def render_rayjob(
     store: Annotated[
         str,
         typer.Option(
-            "--store", metavar="PLACE", help="as the pods see it: a folder, or s3://bucket/prefix"
+            "--store",
+            metavar="STORE",
+            help="Store as the pods see it: an absolute folder, or s3://bucket/prefix.",
         ),
     ] = "/shared/runs",
     name: NameOption = None,
@@ -45,33 +59,38 @@ def render_rayjob(
     gpu_workers: GpuOption = None,
     cpu_workers: CpuOption = None,
     queue: Annotated[
-        str | None, typer.Option("--queue", metavar="NAME", help="a LocalQueue of Kueue's")
+        str | None, typer.Option("--queue", metavar="NAME", help="LocalQueue of Kueue.")
     ] = None,
     priority: Annotated[
-        str | None, typer.Option("--priority", metavar="CLASS", help="a WorkloadPriorityClass")
+        str | None,
+        typer.Option("--priority", metavar="CLASS", help="WorkloadPriorityClass of Kueue."),
     ] = None,
     env: Annotated[
         list[str] | None,
-        typer.Option("--env", metavar="NAME=VALUE", help="for the job; no secrets"),
+        typer.Option(
+            "--env",
+            metavar="NAME=VALUE",
+            help="Environment variable of the job, not a secret; repeatable.",
+        ),
     ] = None,
     sets: SetOption = None,
     only: OnlyOption = None,
     smoke: SmokeOption = False,
 ) -> None:
-    """Print a KubeRay job that runs the sweep, or goes on with it.
+    """Print a KubeRay RayJob that runs or resumes a sweep on a temporary cluster.
 
     airsweep cluster render rayjob quickstart > job.yaml
 
     airsweep cluster render rayjob mine.yaml --image registry.example.org/airsweep:1 --queue team
     """
-    from orchestrator.cluster.render import Wishes, environment_of, rayjob
+    from orchestrator.cluster.render import RenderOptions, parse_variables, rayjob
     from orchestrator.store import whoami
 
-    asked = load(spec, sets, only, smoke)
-    given = {"AIRSWEEP_USER": whoami()}
-    if asked.spec.project is None and (project := os.environ.get("AIRSWEEP_PROJECT")):
-        given["AIRSWEEP_PROJECT"] = project
-    wishes = Wishes(
+    request = load(spec, sets, only, smoke)
+    variables = {"AIRSWEEP_USER": whoami()}
+    if request.spec.project is None and (project := os.environ.get("AIRSWEEP_PROJECT")):
+        variables["AIRSWEEP_PROJECT"] = project
+    options = RenderOptions(
         name=name,
         image=image,
         gpu_workers=gpu_workers,
@@ -79,13 +98,13 @@ def render_rayjob(
         store=store,
         queue=queue,
         priority=priority,
-        env=given | environment_of(env or ()),
-        options=asked.options,
+        env=variables | parse_variables(env or ()),
+        run_options=request.options,
     )
-    text = rayjob(asked.spec, wishes)
-    if asked.spec.budget.wall is None:
-        note = "no budget.wall: the job may take three days (activeDeadlineSeconds)"
-        show(f"note: {note}", file=sys.stderr)
+    text = rayjob(request.spec, options)
+    if request.spec.budget.wall is None:
+        note = "the sweep sets no budget.wall: Kubernetes ends the job after three days"
+        show(f"note: {note} (activeDeadlineSeconds)", file=sys.stderr)
     show(text, end="")
 
 
@@ -98,14 +117,18 @@ def render_raycluster(
     cpu_workers: CpuOption = None,
     sets: SetOption = None,
 ) -> None:
-    """Print a standing cluster into whose workers the sweep fits; those with GPUs come with work.
+    """Print a KubeRay RayCluster, a standing cluster with workers large enough for a sweep.
+
+    Workers with GPUs start when work arrives and stop when idle.
 
     airsweep cluster render raycluster quickstart > cluster.yaml
 
     airsweep cluster render raycluster paper_main --gpu-workers 16
     """
-    from orchestrator.cluster.render import Wishes, raycluster
+    from orchestrator.cluster.render import RenderOptions, raycluster
 
-    asked = load(spec, sets, None)
-    wishes = Wishes(name=name, image=image, gpu_workers=gpu_workers, cpu_workers=cpu_workers)
-    show(raycluster(asked.spec, wishes), end="")
+    request = load(spec, sets, None)
+    options = RenderOptions(
+        name=name, image=image, gpu_workers=gpu_workers, cpu_workers=cpu_workers
+    )
+    show(raycluster(request.spec, options), end="")

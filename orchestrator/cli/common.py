@@ -1,4 +1,4 @@
-"""What commands share: options, and from names to sweeps."""
+"""Options and helpers that several commands share."""
 
 from __future__ import annotations
 
@@ -24,41 +24,49 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-SpecArgument = Annotated[str, typer.Argument(metavar="SPEC", help="a sweep file, or its bare name")]
-NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="a sweep, or PROJECT/NAME")]
+SPEC_HELP = "Sweep file, or the bare name of a sweep in ./sweeps or shipped with airsweep."
+SpecArgument = Annotated[str, typer.Argument(metavar="SPEC", help=SPEC_HELP)]
+NameArgument = Annotated[
+    str, typer.Argument(metavar="NAME", help="Name of a recorded sweep: NAME or PROJECT/NAME.")
+]
 StoreOption = Annotated[
     str,
     typer.Option(
         "--store",
         envvar="AIRSWEEP_STORE",
-        metavar="PLACE",
-        help="of all results: a folder, file:///folder or s3://bucket/prefix",
+        metavar="STORE",
+        help="Store of all results: a folder, file:///folder or s3://bucket/prefix.",
     ),
 ]
 DataOption = Annotated[
     Path | None,
-    typer.Option("--data-root", envvar="AIRSWEEP_DATA", help="folder of real datasets"),
+    typer.Option(
+        "--data-root", envvar="AIRSWEEP_DATA", metavar="DIR", help="Folder of real datasets."
+    ),
 ]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="replace a value of the file; may repeat"),
+    typer.Option("--set", metavar="KEY=VALUE", help="New value for a setting; repeatable."),
 ]
 OnlyOption = Annotated[
     list[str] | None,
-    typer.Option("--only", metavar="KEY=VALUE", help="keep these cells of the grid; may repeat"),
+    typer.Option("--only", metavar="KEY=VALUE", help="Values of a grid axis to keep; repeatable."),
 ]
 SmokeOption = Annotated[
     bool,
     typer.Option(
-        "--smoke", help="one point, seed and iteration a cell, 8 images, in <store>-smoke"
+        "--smoke",
+        help="Reduce every cell to one point, seed and iteration with 8 images, in <store>-smoke.",
     ),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="for scripts")]
-QuietOption = Annotated[bool, typer.Option("--quiet", help="errors only")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
 TrackingOption = Annotated[
     str | None,
     typer.Option(
-        "--tracking-uri", help="MLflow; default: MLFLOW_TRACKING_URI, else a file in the store"
+        "--tracking-uri",
+        metavar="URI",
+        help="MLflow server, or none. Default: MLFLOW_TRACKING_URI, else a file in the store.",
     ),
 ]
 
@@ -66,15 +74,15 @@ TrackingOption = Annotated[
 def load(
     spec: str, sets: list[str] | None, only: list[str] | None, smoke: bool = False
 ) -> SweepRequest:
-    """A sweep from its file, and how it was asked for."""
+    """Read and check a sweep file with the options of a command."""
     from orchestrator.planning import read_request
 
     return read_request(spec, sets or (), only or (), smoke)
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """A recorded sweep, and what came out so far."""
+class SweepResults:
+    """A recorded sweep and its results so far."""
 
     sweep: SweepSpec
     location: SweepLocation
@@ -82,24 +90,24 @@ class Outcome:
     results: Results
 
 
-def results_of(name: str, store: str, data_root: Path | None) -> Outcome:
-    """A sweep's rows.
+def results_of(name: str, store: str, data_root: Path | None) -> SweepResults:
+    """Read the results of a recorded sweep.
 
     Raises:
-        ValueError: there is no such sweep.
+        ValueError: the store has no such sweep.
     """
     from orchestrator.planning import plan_of
     from orchestrator.reporting import results
 
     sweep, location = recorded_sweep(name, store, data_root)
     plan = plan_of(sweep, location)
-    return Outcome(sweep, location, plan, results.results_of(plan, location.store))
+    return SweepResults(sweep, location, plan, results.results_of(plan, location.store))
 
 
-def no_trial(name: str, found: Outcome) -> str:
+def no_results_message(name: str, found: SweepResults) -> str:
     return (
-        f"{name} has no finished trial yet, of {found.plan.total}; "
-        f"`airsweep run {found.sweep.source or name}` goes on"
+        f"none of the {found.plan.total} trials of {name} has finished; "
+        f"`airsweep run {found.sweep.source or name}` resumes the sweep"
     )
 
 
@@ -108,25 +116,25 @@ def fail(message: str, code: int = 2) -> NoReturn:
     sys.exit(code)
 
 
-# Commands and options of earlier versions, and what to use instead.
+# Removed commands and options, each with its replacement.
 REMOVED = {
     "data stage": "unpack the archives with tar or unzip, then run `airsweep data check`",
     "models stage": "fetch or copy the model with hf or cp, then run `airsweep models check`",
     "--probe": "`airsweep run SPEC --smoke` measures a little of the work",
-    "--accept-code": "code of another version makes artifacts of its own; if it gives the same "
-    "results, add its version to orchestrator/store/code_versions.json, as docs/storage.md says",
+    "--accept-code": "every code version has separate artifacts; if yours gives the same results "
+    "as another one, add it to orchestrator/store/code_versions.json (see docs/storage.md)",
 }
 
 
 def refuse_removed(words: list[str]) -> None:
-    """End with 2 where the words of a command name something that was removed."""
+    """Exit with 2 if the command line names a removed command or option."""
     for name in (" ".join(words[:2]), *(word.partition("=")[0] for word in words)):
         if name in REMOVED:
             fail(f"`{name}` was removed: {REMOVED[name]}")
 
 
 def code_of(problem: Exception) -> int:
-    """2 for what a user can get wrong, 3 for what was refused before it started, else 1."""
+    """Exit code of an exception: 2 for bad input, 3 if the run was refused to start, else 1."""
     from orchestrator.errors import (
         BAD_INPUT,
         FAILED,
@@ -145,11 +153,11 @@ def code_of(problem: Exception) -> int:
     return BAD_INPUT if isinstance(problem, ValueError) else FAILED
 
 
-def watched(words: str, each: Iterable[T], total: int) -> Iterable[T]:
-    """Passes on what is done, with a bar on a terminal."""
+def with_progress_bar(description: str, items: Iterable[T], total: int) -> Iterable[T]:
+    """Yield the items; show a progress bar on stderr if it is a terminal."""
     from rich.console import Console
     from rich.progress import track
 
     console = Console(stderr=True)
     quiet = not console.is_terminal
-    return track(each, words, total, console=console, transient=True, disable=quiet)
+    return track(items, description, total, console=console, transient=True, disable=quiet)

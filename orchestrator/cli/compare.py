@@ -1,4 +1,4 @@
-"""The command that holds results beside others."""
+"""The command that compares results with published numbers or with another sweep."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from orchestrator.cli.common import (
     DataOption,
     JsonOption,
     NameArgument,
-    Outcome,
     StoreOption,
+    SweepResults,
     fail,
-    no_trial,
+    no_results_message,
     results_of,
 )
 from orchestrator.formatting import show
@@ -37,26 +37,28 @@ def compare(
     paper: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME|FILE", help="published numbers: air-cvpr2025, grip, cpl, or a file"
+            metavar="NAME|FILE", help="Published numbers: air-cvpr2025, grip, cpl, or a file."
         ),
     ] = None,
     against: Annotated[
         str | None,
-        typer.Option(metavar="OTHER", help="another recorded sweep of the store"),
+        typer.Option(metavar="OTHER", help="Another recorded sweep of the same store."),
     ] = None,
     fail_on: Annotated[
         str | None,
         typer.Option(
-            metavar="regress", help="exit code 5 where a comparable, verified number is missed"
+            metavar="regress",
+            help="Exit with 5 if a result is lower than a comparable, verified number.",
         ),
     ] = None,
     store: StoreOption = STORE,
     data_root: DataOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Results beside published numbers or another sweep.
+    """Compare the results with published numbers or with another sweep.
 
-    Reproduced, within interval, lower, higher, or not comparable and why.
+    The verdict on each result is: reproduced, within the interval, lower, higher, or not
+    comparable, with the reason.
 
     airsweep compare quickstart --paper grip
 
@@ -66,57 +68,57 @@ def compare(
     from orchestrator.reporting.published import compare_with_paper, compare_with_sweep, find_paper
 
     if (paper is None) == (against is None):
-        fail("give one of --paper NAME and --against OTHER")
+        fail("give either --paper NAME or --against OTHER")
     if fail_on not in (None, "regress"):
-        fail(f"--fail-on {fail_on!r} is not known; allowed: regress")
+        fail(f"unknown --fail-on {fail_on!r}; allowed: regress")
     if against is not None and against.endswith(".json"):
         fail(
-            f"--against {against}: a printed table can no longer be compared; give a sweep of this "
+            f"--against {against}: JSON tables are no longer supported; give a sweep of this "
             "store, or its numbers as --paper FILE (docs/results_guide.md)"
         )
     published = None if paper is None else find_paper(paper)
     ours = _finished(name, store, data_root)
     if published is not None:
-        found = compare_with_paper(ours.results, published)
+        comparison = compare_with_paper(ours.results, published)
     else:
         assert against is not None
         theirs = _finished(against, store, data_root)
-        found = compare_with_sweep(ours.results, theirs.results, against)
-    done = {"done": len(ours.results.trials), "total": ours.plan.total}
+        comparison = compare_with_sweep(ours.results, theirs.results, against)
+    trials = {"done": len(ours.results.trials), "total": ours.plan.total}
     if as_json:
-        show(json.dumps({"sweep": name, "trials": done, **found.as_json()}, indent=1))
+        show(json.dumps({"sweep": name, "trials": trials, **comparison.as_json()}, indent=1))
     else:
-        show("\n".join(_screen(name, ours, found)))
-    sys.exit(GATE if fail_on and found.regressed else DONE)
+        show("\n".join(_screen(name, ours, comparison)))
+    sys.exit(GATE if fail_on and comparison.regressed else DONE)
 
 
-def _finished(name: str, store: str, data_root: Path | None) -> Outcome:
-    """A sweep with a result at least; half-finished ones are said to be so."""
-    found = results_of(name, store, data_root)
-    if not found.results.rows:
-        raise ValueError(no_trial(name, found))
-    done, total = len(found.results.trials), found.plan.total
+def _finished(name: str, store: str, data_root: Path | None) -> SweepResults:
+    """Read a sweep that has at least one result; note on stderr if trials are missing."""
+    recorded = results_of(name, store, data_root)
+    if not recorded.results.rows:
+        raise ValueError(no_results_message(name, recorded))
+    done, total = len(recorded.results.trials), recorded.plan.total
     if done < total:
-        words = f"note: {done} of {total} trials of {name} are done; compared is what is there"
-        show(words, file=sys.stderr)
-    return found
+        note = f"note: only {done} of {total} trials of {name} are done; comparing those"
+        show(note, file=sys.stderr)
+    return recorded
 
 
 WIDTH = 80
 
 
-def _screen(name: str, ours: Outcome, found: ReferenceComparison) -> Iterator[str]:
+def _screen(name: str, ours: SweepResults, comparison: ReferenceComparison) -> Iterator[str]:
     from orchestrator.reporting.published import screen
 
-    yield f"{name} beside {found.reference}: test accuracy in %, 95 % intervals"
-    where = [f"{d}, {p}/{m}; " for d, p, m in ours.results.tasks]
-    done = f"{len(ours.results.trials)} of {ours.plan.total} trials"
-    yield (where[0] if len(where) == 1 else "") + done
+    yield f"{name} compared with {comparison.reference}: test accuracy in %, 95 % intervals"
+    settings = [f"{dataset}, {p}/{m}; " for dataset, p, m in ours.results.tasks]
+    trials = f"{len(ours.results.trials)} of {ours.plan.total} trials"
+    yield (settings[0] if len(settings) == 1 else "") + trials
     yield ""
-    counts = ", ".join(f"{count} {verdict}" for verdict, count in found.counts().items())
+    counts = ", ".join(f"{count} {verdict}" for verdict, count in comparison.counts().items())
     below = ["", f"{counts}." if counts else "nothing to compare."]
-    if found.missing:
-        shown = "; ".join(found.missing[:3]) + ("; ..." if len(found.missing) > 3 else "")
-        below.append(f"Not here, but there: {len(found.missing)} ({shown}).")
-    for line in (*screen(found, WIDTH), *below, f"Source: {found.source}."):
+    if missing := comparison.missing:
+        shown = "; ".join(missing[:3]) + ("; ..." if len(missing) > 3 else "")
+        below.append(f"Missing from {name}: {len(missing)} ({shown}).")
+    for line in (*screen(comparison, WIDTH), *below, f"Source: {comparison.source}."):
         yield textwrap.fill(line, WIDTH, subsequent_indent="    ", break_on_hyphens=False)

@@ -1,4 +1,4 @@
-"""The command that looks at this machine, or at a cluster, and starts nothing."""
+"""The command that checks this machine or a cluster before a sweep."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from orchestrator.cli.common import (
+    SPEC_HELP,
     STORE,
     DataOption,
     JsonOption,
@@ -28,7 +29,7 @@ app = typer.Typer()
 def doctor(
     spec: Annotated[
         str | None,
-        typer.Argument(metavar="SPEC", help="a sweep file, or its bare name", show_default=False),
+        typer.Argument(metavar="SPEC", help=SPEC_HELP, show_default=False),
     ] = None,
     store: StoreOption = STORE,
     data_root: DataOption = None,
@@ -36,22 +37,24 @@ def doctor(
     sets: SetOption = None,
     only: OnlyOption = None,
     cluster: Annotated[
-        bool, typer.Option("--cluster", help="look at each machine of a cluster")
+        bool, typer.Option("--cluster", help="Check every machine of a cluster.")
     ] = False,
     address: Annotated[
         str | None,
         typer.Option(
             "--address",
             metavar="ADDRESS",
-            help="http://head:8265, to which a job is sent, or head:6379; default: RAY_ADDRESS",
+            help="Dashboard of the cluster, http://head:8265, to check by a job, or its head, "
+            "head:6379, to join. Default: RAY_ADDRESS.",
         ),
     ] = None,
-    offline: Annotated[bool, typer.Option("--offline", help="open no connection")] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Open no network connection.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Look whether this machine or a cluster is fit for sweeps; runs none.
+    """Check whether this machine or a cluster can run sweeps.
 
-    Ends with 0 when all is well, else with 3 and what to do.
+    Runs no sweep. Exits with 0 if every check passes, else with 3, and shows a remedy for each
+    problem.
 
     airsweep doctor quickstart
 
@@ -61,25 +64,26 @@ def doctor(
     from orchestrator.environment import environment
     from orchestrator.errors import REFUSED
 
-    at = address or os.environ.get("RAY_ADDRESS")
-    if cluster and not at:
-        raise ValueError("which cluster? give --address http://<head>:8265, or set RAY_ADDRESS")
+    cluster_address = address or os.environ.get("RAY_ADDRESS")
+    if cluster and not cluster_address:
+        raise ValueError("--cluster needs --address http://<head>:8265, or RAY_ADDRESS")
     if address and not cluster:
-        raise ValueError("--address: allowed with --cluster")
+        raise ValueError("--address is allowed only with --cluster")
     if cluster and offline:
-        raise ValueError("--offline: a cluster cannot be looked at without a connection")
+        raise ValueError("--offline is not allowed with --cluster, which needs a connection")
     sweep = load(spec, sets, only) if spec else None
-    request = doctor_checks.Request(sweep, store, data_root, tracking_uri, offline)
+    request = doctor_checks.DoctorRequest(sweep, store, data_root, tracking_uri, offline)
     if not cluster:
-        found = doctor_checks.check_machine(request).json()
-    elif "://" in str(at):
+        report = doctor_checks.check_machine(request).json()
+    elif "://" in str(cluster_address):
         known = {"--store": store, "--data-root": data_root, "--tracking-uri": tracking_uri}
         options = [word for name, value in known.items() if value for word in (name, str(value))]
-        found = doctor_checks.report_of_job(str(at), sweep, options)
+        report = doctor_checks.check_cluster_by_job(str(cluster_address), sweep, options)
     else:
         from orchestrator.cluster.session import redirected
 
-        with environment({"RAY_ADDRESS": str(at)}), redirected(1, 2):  # stdout is for data
-            found = doctor_checks.check_cluster(request).json()
-    show(json.dumps(found, indent=1) if as_json else doctor_checks.screen(found))
-    sys.exit(0 if found["ok"] else REFUSED)
+        # Parts of Ray write to file descriptor 1; stdout is for data.
+        with environment({"RAY_ADDRESS": str(cluster_address)}), redirected(1, 2):
+            report = doctor_checks.check_cluster(request).json()
+    show(json.dumps(report, indent=1) if as_json else doctor_checks.screen(report))
+    sys.exit(0 if report["ok"] else REFUSED)

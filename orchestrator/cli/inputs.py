@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.cli.common import JsonOption, fail, watched
+from orchestrator.cli.common import JsonOption, fail, with_progress_bar
 from orchestrator.formatting import show
 
 data_app = typer.Typer(no_args_is_help=True, help="Check datasets.")
@@ -19,18 +19,24 @@ models_app = typer.Typer(
 
 @data_app.command("check")
 def data_check(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="a dataset, or folder:PATH")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="Dataset, or folder:PATH for your own images.")
+    ],
     root: Annotated[
         Path | None,
         typer.Option(
-            "--root", "--data-root", envvar="AIRSWEEP_DATA", help="folder of real datasets"
+            "--root",
+            "--data-root",
+            envvar="AIRSWEEP_DATA",
+            metavar="DIR",
+            help="Folder of real datasets.",
         ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare a dataset with the published one and open every image.
+    """Open every image of a dataset and compare the dataset with its published counts.
 
-    Ends with 0 when all fits, else with 2 and the first difference.
+    Exits with 0 if everything matches, else with 2 and the first difference.
 
     airsweep data check flowers102 --root /data
 
@@ -38,29 +44,34 @@ def data_check(
     """
     from orchestrator.cluster.input_checks import check_dataset, dataset_lines
 
-    found = check_dataset(name, root, lambda each, total: watched("opening images", each, total))
-    for line in [json.dumps(found, indent=1)] if as_json else dataset_lines(found):
+    report = check_dataset(name, root, lambda each, n: with_progress_bar("opening images", each, n))
+    for line in [json.dumps(report, indent=1)] if as_json else dataset_lines(report):
         show(line)
-    if found["difference"] is not None:
-        fail(found["difference"])
+    if report["difference"] is not None:
+        fail(report["difference"])
 
 
 @models_app.command("check")
 def models_check(
-    place: Annotated[
+    model: Annotated[
         str,
-        typer.Argument(metavar="MODEL", help="a backbone or generator, as in the sweep file"),
+        typer.Argument(metavar="MODEL", help="Backbone or generator, written as in a sweep file."),
     ],
     name: Annotated[
         str,
-        typer.Option("--name", metavar="NAME", help="the model that it should be"),
+        typer.Option(
+            "--name",
+            metavar="NAME",
+            help="Expected model, such as ViT-B-32/openai. Default: any.",
+            show_default=False,
+        ),
     ] = "",
     as_json: JsonOption = False,
 ) -> None:
-    """Check that a job could read a backbone or generator; runs no code of it, opens no network.
+    """Check that a backbone or generator can be read, without network or code of the model.
 
-    CLIP weights are loaded; of a diffusers folder every part is looked at. Ends with 0 and the line
-    for the sweep file, or with 2 and what is wrong.
+    Loads CLIP weights; checks every part of a diffusers folder. Exits with 0 and prints the line
+    for the sweep file, or exits with 2 and prints the problem.
 
     airsweep models check /shared/models/stable-diffusion-v1-5 --name stable-diffusion-v1-5
 
@@ -68,9 +79,10 @@ def models_check(
     """
     from orchestrator.cluster.input_checks import check_model
 
-    found = check_model(place, name)
+    report = check_model(model, name)
+    role = report["is"]
     if as_json:
-        show(json.dumps({"place": place, **found, "use": {found["is"]: place}}, indent=1))
+        show(json.dumps({"place": model, **report, "use": {role: model}}, indent=1))
         return
-    show(f"{place}: a {found['is']}, whole")
-    show(f"in the sweep file, below fixed:  {found['is']}: {place}")
+    show(f"{model}: a complete {role}")
+    show(f"in the sweep file, under fixed:  {role}: {model}")

@@ -1,4 +1,4 @@
-"""Commands that say how a sweep stands and what came out."""
+"""Commands that show the status, results and synthetic images of a recorded sweep."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from orchestrator.cli.common import (
     StoreOption,
     fail,
     location_named,
-    no_trial,
+    no_results_message,
     recorded_sweep,
     results_of,
 )
@@ -32,7 +32,7 @@ app = typer.Typer()
 
 @app.command()
 def status(name: NameArgument, store: StoreOption = STORE, as_json: JsonOption = False) -> None:
-    """How a sweep stands, from its ledger.
+    """Show the progress of a sweep: trials by state, failures, and time.
 
     airsweep status quickstart
 
@@ -40,9 +40,8 @@ def status(name: NameArgument, store: StoreOption = STORE, as_json: JsonOption =
     """
     from orchestrator.reporting import screens
 
-    place = location_named(name, store)
-    found = screens.status(place)
-    show(json.dumps(found, indent=1) if as_json else screens.status_screen(found))
+    status = screens.status(location_named(name, store))
+    show(json.dumps(status, indent=1) if as_json else screens.status_screen(status))
 
 
 @app.command()
@@ -50,27 +49,35 @@ def table(
     name: NameArgument,
     store: StoreOption = STORE,
     data_root: DataOption = None,
-    form: Annotated[str, typer.Option("--format", help="md, csv, json or latex")] = "md",
-    down: Annotated[
+    form: Annotated[
+        str,
+        typer.Option("--format", metavar="FORMAT", help="Output format: md, csv, json or latex."),
+    ] = "md",
+    row_keys: Annotated[
         str | None,
         typer.Option(
             "--rows",
             metavar="KEY[,KEY]",
-            help="lines of a table with one number a cell: dataset, paradigm, modality, method, or "
-            "a setting that the sweep varies",
+            help="Rows of a pivot table: dataset, paradigm, modality, method, or a setting that "
+            "the sweep varies.",
         ),
     ] = None,
-    across: Annotated[
-        str | None, typer.Option("--cols", metavar="KEY[,KEY]", help="its columns; the same keys")
+    column_keys: Annotated[
+        str | None,
+        typer.Option(
+            "--cols", metavar="KEY[,KEY]", help="Columns of the pivot table; same keys as --rows."
+        ),
     ] = None,
     metric: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="its number: accuracy, fused, pseudo-labels, seen, unseen, ..."
+            metavar="NAME",
+            help="Metric of the pivot table: accuracy, fused, pseudo-labels, seen, unseen, ... "
+            "Default: accuracy.",
         ),
     ] = None,
 ) -> None:
-    """Results as a table: mean, spread, interval, significance.
+    """Print results: mean, spread, confidence interval and significance.
 
     airsweep table quickstart
 
@@ -81,30 +88,32 @@ def table(
     from orchestrator.reporting import tables
 
     if form not in tables.FORMATS:
-        fail(f"--format {form!r} is not known; allowed: {', '.join(tables.FORMATS)}")
-    found = results_of(name, store, data_root)
-    if down is None and across is None and metric is None:
-        show(tables.table(found.results, form))
+        fail(f"unknown --format {form!r}; allowed: {', '.join(tables.FORMATS)}")
+    recorded = results_of(name, store, data_root)
+    if row_keys is None and column_keys is None and metric is None:
+        show(tables.table(recorded.results, form))
         return
-    if not found.results.rows:
-        raise ValueError(no_trial(name, found))
-    keys = {"down": listed(down), "across": listed(across)}
-    arranged = tables.pivot(found.results, **keys, metric=metric or tables.ACCURACY)
-    show(tables.pivot_text(arranged, form))
+    if not recorded.results.rows:
+        raise ValueError(no_results_message(name, recorded))
+    keys = {"down": _split(row_keys), "across": _split(column_keys)}
+    pivot = tables.pivot(recorded.results, **keys, metric=metric or tables.ACCURACY)
+    show(tables.pivot_text(pivot, form))
 
 
-def listed(option: str | None) -> list[str] | None:
+def _split(option: str | None) -> list[str] | None:
     return None if option is None else [word.strip() for word in option.split(",") if word.strip()]
 
 
 @app.command()
 def report(
     name: NameArgument,
-    output: Annotated[Path, typer.Option("-o", "--output", help="the file to write")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="FILE", help="HTML file to write.")
+    ],
     store: StoreOption = STORE,
     data_root: DataOption = None,
 ) -> None:
-    """What came out of a sweep, as one HTML file.
+    """Write a report of a sweep, as one self-contained HTML file.
 
     airsweep report quickstart -o report.html
 
@@ -115,10 +124,9 @@ def report(
     from orchestrator.reporting.report_data import report_data_of
 
     if output.is_dir() or not output.absolute().parent.is_dir():
-        fail(f"-o {output}: give a file in a folder that is there, such as report.html")
-    sweep, place = recorded_sweep(name, store, data_root)
-    found = report_data_of(sweep, place)
-    text = page(found)
+        fail(f"-o {output}: give a file name in an existing folder, such as report.html")
+    sweep, location = recorded_sweep(name, store, data_root)
+    text = page(report_data_of(sweep, location))
     write_whole(output, text)
     show(f"{output}  {len(text.encode()) / 1e6:.1f} MB", file=sys.stderr)
 
@@ -130,9 +138,10 @@ def audit(
     data_root: DataOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Are the synthetic images any good?
+    """Check the synthetic images of a sweep.
 
-    Blank, doubled, of the wrong class, copies of test images; how near they are to real ones.
+    Counts blank images, duplicates, images of a wrong class and copies of test images, and
+    measures the distance to real images.
 
     airsweep audit quickstart
 
@@ -141,22 +150,22 @@ def audit(
     from orchestrator.planning.audit_card import audit_screen, card_for_scripts
     from orchestrator.stages.audits import audit_cards
 
-    sweep, place = recorded_sweep(name, store, data_root)
-    cards = audit_cards(sweep, place, _looking)
+    sweep, location = recorded_sweep(name, store, data_root)
+    cards = audit_cards(sweep, location, _audit_progress)
     if as_json:
         show(json.dumps([card_for_scripts(card) for card in cards], indent=1))
         return
-    show("\n\n".join(audit_screen(card, name, place.folder) for card in cards))
+    show("\n\n".join(audit_screen(card, name, location.folder) for card in cards))
 
 
-def _looking(row: str) -> Callable[[int, int], None]:
-    """Says how far a long look at a row of images is."""
+def _audit_progress(row: str) -> Callable[[int, int], None]:
+    """A callback that reports the progress of an audit, unless the audit is over within 3 s."""
     from orchestrator.execution import Screen
 
-    lines, started = Screen(), time.monotonic()
+    screen, started = Screen(), time.monotonic()
 
-    def report(done: int, total: int) -> None:
-        if time.monotonic() - started > 3:  # most take less
-            lines.progress(f"looking at {row}", done, total)
+    def report_progress(done: int, total: int) -> None:
+        if time.monotonic() - started > 3:
+            screen.progress(f"auditing {row}", done, total)
 
-    return report
+    return report_progress

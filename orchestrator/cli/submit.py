@@ -1,4 +1,4 @@
-"""Commands about sweeps as jobs of a Ray cluster."""
+"""Commands that submit, list and stop sweeps as jobs of a Ray cluster."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
-# Rows of the screen that a driver leaves, also where it was stopped.
+# Beginnings of the lines of a driver's final screen that `stop` repeats.
 CLOSING = (" trials ", " again ")
 
 AddressOption = Annotated[
@@ -40,7 +40,8 @@ AddressOption = Annotated[
         "--address",
         envvar=["RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"],
         metavar="URL",
-        help="of the cluster's dashboard, http://<head>:8265",
+        help="Dashboard of the cluster, http://<head>:8265.",
+        show_default=False,
     ),
 ]
 
@@ -57,21 +58,31 @@ def submit(
     smoke: SmokeOption = False,
     env: Annotated[
         list[str] | None,
-        typer.Option("--env", metavar="NAME[=VALUE]", help="a variable for the job; may repeat"),
+        typer.Option(
+            "--env",
+            metavar="NAME[=VALUE]",
+            help="Environment variable of the job, not a secret; repeatable.",
+        ),
     ] = None,
     code: Annotated[
         str | None,
         typer.Option(
-            "--code", metavar="WHERE", help="installed: send none (default: this checkout, if any)"
+            "--code",
+            metavar="SOURCE",
+            help="Code that the job runs: checkout (sent with the job) or installed (on the "
+            "cluster). Default: checkout, if this is one.",
         ),
     ] = None,
     python: Annotated[
-        str, typer.Option("--python", metavar="PATH", help="the cluster's, if not the first there")
+        str,
+        typer.Option("--python", metavar="PATH", help="Python interpreter on the cluster."),
     ] = "python",
-    detach: Annotated[bool, typer.Option("--detach", help="do not follow the log")] = False,
+    detach: Annotated[bool, typer.Option("--detach", help="Do not follow the log.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Run a sweep on a Ray cluster, or go on with it, and follow its log; Ctrl-C lets it run.
+    """Run or resume a sweep on a Ray cluster and follow its log.
+
+    Ctrl-C stops following the log; the job keeps running.
 
     airsweep submit quickstart --address http://head:8265 --store /shared/runs
 
@@ -81,29 +92,29 @@ def submit(
     from orchestrator.cluster import Cluster, job_package
     from orchestrator.cluster.jobs import entrypoint
 
-    asked = load(spec, sets, only, smoke)
+    request = load(spec, sets, only, smoke)
     if as_json and not detach:
-        raise ValueError("--json: what is followed is a log; allowed with --detach")
-    to = job_package.destination(asked, store, data_root, tracking_uri)
+        raise ValueError("--json is allowed only with --detach: without it the log is printed")
+    paths = job_package.job_paths(request, store, data_root, tracking_uri)
     with_code = job_package.sends_code(code)
-    variables = job_package.variables(asked, with_code, env or [])
+    variables = job_package.variables(request, with_code, env or [])
     with TemporaryDirectory(prefix="airsweep-job-") as folder:
-        packed = job_package.pack(asked, Path(folder), with_code)
+        packed_spec = job_package.pack(request, Path(folder), with_code)
         cluster = Cluster(address)
-        with_it = "with the code of this checkout" if with_code else "without code"
-        _say(f"sending {packed} to {cluster.address}, {with_it}")
-        what = entrypoint(asked, to, packed, python)
-        job = cluster.submit(asked, to, Path(folder), variables, what)
+        source = "with the code of this checkout" if with_code else "without code"
+        _message(f"sending {packed_spec} to {cluster.address}, {source}")
+        command = entrypoint(request, paths, packed_spec, python)
+        job = cluster.submit(request, paths, Path(folder), variables, command)
     if detach:
-        _tell_started(cluster, job, as_json)
+        _show_submitted(cluster, job, as_json)
     else:
-        _say(f"{job.id}: submitted; Ctrl-C leaves it running")
-        sys.exit(_followed(cluster, job))
+        _message(f"{job.id}: submitted; Ctrl-C leaves it running")
+        sys.exit(_follow(cluster, job))
 
 
 @app.command()
 def jobs(address: AddressOption = "", as_json: JsonOption = False) -> None:
-    """Sweeps on a cluster that were submitted as jobs, the newest last.
+    """List the sweeps that were submitted to a cluster, the newest last.
 
     airsweep jobs --address http://head:8265
 
@@ -112,15 +123,15 @@ def jobs(address: AddressOption = "", as_json: JsonOption = False) -> None:
     from orchestrator.cluster import Cluster
     from orchestrator.cluster.jobs import clock_time
 
-    found = Cluster(address).jobs()
+    submitted = Cluster(address).jobs()
     if as_json:
-        show(json.dumps([job.json() for job in found], indent=1))
+        show(json.dumps([job.json() for job in submitted], indent=1))
         return
-    if not found:
-        _say("no sweep was submitted there")
+    if not submitted:
+        _message("no sweep was submitted to this cluster")
         return
     rows = [("job", "sweep", "user", "state", "exit", "since", "store")]
-    for job in found:
+    for job in submitted:
         code = "" if job.exit_code is None else str(job.exit_code)
         since = clock_time(job.started)
         rows.append((job.id, job.sweep, job.user, job.state, code, since, job.store))
@@ -129,10 +140,12 @@ def jobs(address: AddressOption = "", as_json: JsonOption = False) -> None:
 
 @app.command()
 def stop(
-    job: Annotated[str, typer.Argument(metavar="JOB", help="a job, or the sweep that it runs")],
+    job: Annotated[
+        str, typer.Argument(metavar="JOB", help="Id of a job, or the name of a sweep of yours.")
+    ],
     address: AddressOption = "",
 ) -> None:
-    """Stop a sweep on a cluster, and wait until it has closed; to submit it again goes on.
+    """Stop a sweep on a cluster; submit it again to resume.
 
     airsweep stop default-quickstart-1 --address http://head:8265
 
@@ -142,26 +155,27 @@ def stop(
     from orchestrator.cluster.jobs import ending
 
     cluster = Cluster(address)
-    found = _named(cluster, job)
-    if found.over:
-        _say(f"{ending(found)}: it had ended before")
+    running = _find_job(cluster, job)
+    if running.over:
+        _message(f"{ending(running)}: already ended")
         return
-    _say(f"{found.id}: asked to stop")
-    _say(ending(cluster.stop(found.id)))
-    said = [line for line in cluster.log_of(found.id).splitlines() if line.startswith(CLOSING)]
-    for line in said or ["  its driver was killed before it had closed; what is done is there"]:
+    _message(f"{running.id}: stopping")
+    _message(ending(cluster.stop(running.id)))
+    log = cluster.log_of(running.id).splitlines()
+    killed = "  the driver was killed before it could close; every finished trial is stored"
+    for line in [line for line in log if line.startswith(CLOSING)] or [killed]:
         show(line, file=sys.stderr)
 
 
-# ---------------------------------------------------------------- what is said
+# ---------------------------------------------------------------- messages
 
 
-def _say(text: str) -> None:
+def _message(text: str) -> None:
     show(f"airsweep: {text}", file=sys.stderr, flush=True)
 
 
-def _followed(cluster: Cluster, job: Job) -> int:
-    """The exit code of a job, or of having left it alone."""
+def _follow(cluster: Cluster, job: Job) -> int:
+    """Follow the log of a job; the exit code is the job's, or that of the interruption."""
     from orchestrator.cluster.jobs import ClusterLost, ending
     from orchestrator.errors import FAILED, INTERRUPTED
 
@@ -170,31 +184,31 @@ def _followed(cluster: Cluster, job: Job) -> int:
         sys.stdout.flush()
 
     try:
-        job = cluster.follow(job.id, write, _say)
+        job = cluster.follow(job.id, write, _message)
     except KeyboardInterrupt:
-        _say(f"{job.id} goes on without being followed")
+        _message(f"{job.id} keeps running; its log is no longer followed")
         code = INTERRUPTED
     except ClusterLost as lost:
-        _say(f"{lost}; if {job.id} is there it goes on")
+        _message(f"{lost}; {job.id} keeps running if the cluster still exists")
         code = FAILED
     else:
-        _say(ending(job))
+        _message(ending(job))
         code = FAILED if job.exit_code is None else job.exit_code
-    _say_next(cluster, job)
+    _show_next_commands(cluster, job)
     return code
 
 
-def _tell_started(cluster: Cluster, job: Job, as_json: bool) -> None:
+def _show_submitted(cluster: Cluster, job: Job, as_json: bool) -> None:
     if as_json:
         facts = {"id": job.id, "address": cluster.address, "sweep": job.sweep, "store": job.store}
-        show(json.dumps({**facts, "commands": _next(cluster, job)}, indent=1))
+        show(json.dumps({**facts, "commands": _next_commands(cluster, job)}, indent=1))
     else:
         show(job.id)
-        _say_next(cluster, job)
+        _show_next_commands(cluster, job)
 
 
-def _next(cluster: Cluster, job: Job) -> dict[str, str]:
-    """What can be done about a job, and by which command."""
+def _next_commands(cluster: Cluster, job: Job) -> dict[str, str]:
+    """Commands for a submitted job, by purpose."""
     results = [job.sweep.removeprefix("default/"), "--store", job.store]
     return {
         "follow": cluster.follow_command(job.id),
@@ -206,31 +220,31 @@ def _next(cluster: Cluster, job: Job) -> dict[str, str]:
     }
 
 
-def _say_next(cluster: Cluster, job: Job) -> None:
-    ended = {"table"} if job.exit_code == 0 else {"table", "again"}
-    for what, command in _next(cluster, job).items():
-        if not job.over or what in ended:
-            show(f"  {what:<7} {command}", file=sys.stderr)
+def _show_next_commands(cluster: Cluster, job: Job) -> None:
+    after_the_end = {"table"} if job.exit_code == 0 else {"table", "again"}
+    for purpose, command in _next_commands(cluster, job).items():
+        if not job.over or purpose in after_the_end:
+            show(f"  {purpose:<7} {command}", file=sys.stderr)
 
 
-def _named(cluster: Cluster, name: str) -> Job:
-    """A job by its id, or the one that runs a sweep of one's own.
+def _find_job(cluster: Cluster, name: str) -> Job:
+    """Find a job by its id, or the running job of the current user by its sweep.
 
     Raises:
-        ValueError: there is none, or more than one.
+        ValueError: no job matches, or several do.
     """
     from orchestrator.store import whoami
 
-    found = cluster.jobs()
-    for job in found:
+    submitted = cluster.jobs()
+    for job in submitted:
         if job.id == name:
             return job
     project = os.environ.get("AIRSWEEP_PROJECT") or "default"
     sweep = name if "/" in name else f"{project}/{name}"
-    running = [job for job in found if not job.over]
+    running = [job for job in submitted if not job.over]
     mine = [job for job in running if (job.sweep, job.user) == (sweep, whoami())]
     if len(mine) == 1:
         return mine[0]
-    known = ", ".join(f"{job.id} of {job.user}" for job in mine or running) or "none"
-    count = "more than one job runs" if mine else "no job of yours runs"
-    raise ValueError(f"{count} {sweep} at {cluster.address}; give the id of one: {known}")
+    choices = ", ".join(f"{job.id} of {job.user}" for job in mine or running) or "none"
+    problem = f"several jobs of yours run {sweep}" if mine else f"no job of yours runs {sweep}"
+    raise ValueError(f"{problem} at {cluster.address}; give a job id; running: {choices}")

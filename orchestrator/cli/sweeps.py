@@ -1,4 +1,4 @@
-"""Commands that write or take a sweep file, or go on with a sweep."""
+"""Commands that write, check, plan and run sweep files."""
 
 from __future__ import annotations
 
@@ -37,13 +37,19 @@ app = typer.Typer()
 
 @app.command()
 def init(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="of the sweep; NAME.yaml is written")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="Name of the new sweep; the file is NAME.yaml.")
+    ],
     images: Annotated[
         Path | None,
-        typer.Option("--images", metavar="DIR", help="your images, one folder a class"),
+        typer.Option(
+            "--images",
+            metavar="DIR",
+            help="Your images, one folder per class. Default: the digits dataset.",
+        ),
     ] = None,
 ) -> None:
-    """Write a commented sweep file to start from, for your own images.
+    """Write a commented sweep file to start from.
 
     airsweep init mine --images my_images
 
@@ -53,12 +59,12 @@ def init(
 
     starter = write_starter(name, images, Path())
     show(starter.found)
-    show(f"{starter.file}: written; next: airsweep plan {starter.file}")
+    show(f"wrote {starter.file}; next: airsweep plan {starter.file}")
 
 
 @app.command()
 def schema() -> None:
-    """Print the JSON schema of sweep files, for an editor.
+    """Print the JSON schema of sweep files, for completion in an editor.
 
     airsweep schema > airsweep.schema.json
     """
@@ -69,7 +75,7 @@ def schema() -> None:
 
 @app.command()
 def validate(spec: SpecArgument, sets: SetOption = None, only: OnlyOption = None) -> None:
-    """Read and check a sweep file; starts nothing.
+    """Check a sweep file without running anything.
 
     airsweep validate sweeps/quickstart.yaml
 
@@ -79,10 +85,10 @@ def validate(spec: SpecArgument, sets: SetOption = None, only: OnlyOption = None
     from orchestrator.formatting import counted
     from orchestrator.spec import cells_of
 
-    asked = load(spec, sets, only)
-    for note in api.validate(asked):
+    request = load(spec, sets, only)
+    for note in api.validate(request):
         show(f"note: {note}", file=sys.stderr)
-    show(f"{asked.spec.source}: {counted(len(cells_of(asked.spec)), 'cell')}, fine")
+    show(f"{request.spec.source}: {counted(len(cells_of(request.spec)), 'cell')}, valid")
 
 
 @app.command()
@@ -95,10 +101,12 @@ def plan(
     smoke: SmokeOption = False,
     as_json: JsonOption = False,
     explain: Annotated[
-        bool, typer.Option("--explain", help="every setting and where it comes from")
+        bool, typer.Option("--explain", help="Show every setting and its origin.")
     ] = False,
 ) -> None:
-    """What would run, what is there, how long; starts nothing.
+    """Show what a sweep would run, without running anything.
+
+    Lists trials to run, existing results and the expected duration.
 
     airsweep plan quickstart
 
@@ -106,9 +114,8 @@ def plan(
     """
     from orchestrator import api
 
-    asked = load(spec, sets, only, smoke)
-    found = api.plan(asked, store=store, data_root=data_root)
-    show(json.dumps(found.json(), indent=1) if as_json else found.screen(explain))
+    planned = api.plan(load(spec, sets, only, smoke), store=store, data_root=data_root)
+    show(json.dumps(planned.json(), indent=1) if as_json else planned.screen(explain))
 
 
 @app.command()
@@ -121,15 +128,15 @@ def prepare(
     smoke: SmokeOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Make features, LoRA and images of a sweep, and run no trial.
+    """Compute the features, LoRA weights and images of a sweep, but no trial.
 
     airsweep prepare quickstart
 
     airsweep prepare sweeps/quickstart.yaml --only method=air
     """
-    asked = load(spec, sets, only, smoke)
-    location = location_for(asked, store, data_root)
-    _execute(asked.spec, location, asked.origin, quiet, prepare_only=True)
+    request = load(spec, sets, only, smoke)
+    location = location_for(request, store, data_root)
+    _execute(request.spec, location, request.origin, quiet, prepare_only=True)
 
 
 @app.command()
@@ -143,15 +150,15 @@ def run(
     smoke: SmokeOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Run a sweep, or go on with it; what is done is skipped.
+    """Run a sweep, or resume it: finished trials are skipped.
 
     airsweep run quickstart
 
     airsweep run sweeps/quickstart.yaml --only method=air --set seeds=[1]
     """
-    asked = load(spec, sets, only, smoke)
-    location = location_for(asked, store, data_root)
-    _execute(asked.spec, location, asked.origin, quiet, tracking_uri=tracking_uri)
+    request = load(spec, sets, only, smoke)
+    location = location_for(request, store, data_root)
+    _execute(request.spec, location, request.origin, quiet, tracking_uri=tracking_uri)
 
 
 @app.command()
@@ -159,7 +166,11 @@ def retry(
     name: NameArgument,
     failure_class: Annotated[
         str,
-        typer.Option("--class", metavar="CLASS", help="oom, nan, timeout, infra, data, disk, user"),
+        typer.Option(
+            "--class",
+            metavar="CLASS",
+            help="Class of failures to retry: oom, nan, timeout, infra, data, disk or user.",
+        ),
     ],
     store: StoreOption = STORE,
     data_root: DataOption = None,
@@ -175,8 +186,8 @@ def retry(
     from orchestrator.store import read_resolved
 
     sweep, location = recorded_sweep(name, store, data_root)
-    how: dict[str, Any] = {"tracking_uri": tracking_uri, "retry": failure_class}
-    _execute(sweep, location, read_resolved(location), quiet, **how)
+    options: dict[str, Any] = {"tracking_uri": tracking_uri, "retry": failure_class}
+    _execute(sweep, location, read_resolved(location), quiet, **options)
 
 
 def _execute(
@@ -185,14 +196,14 @@ def _execute(
     origin: dict[str, Any],
     quiet: bool,
     prepare_only: bool = False,
-    **how: Any,
+    **options: Any,
 ) -> NoReturn:
     from orchestrator import api
 
-    # Ray's daemons print to file descriptor 1 whatever they are told; stdout is for data.
+    # Ray's daemons write to file descriptor 1 directly. Send that to stderr: stdout is for data.
     stdout = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    outcome = api.execute(sweep, location, origin, quiet, prepare_only=prepare_only, **how)
+    outcome = api.execute(sweep, location, origin, quiet, prepare_only=prepare_only, **options)
     if not quiet and not prepare_only:
         show(outcome, file=stdout)
     stdout.flush()

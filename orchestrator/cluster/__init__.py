@@ -1,4 +1,4 @@
-"""Ray clusters: join or start one, check its nodes, submit jobs, render deployment files."""
+"""Ray clusters: join or start a cluster, check nodes, submit jobs, render deployment files."""
 
 from orchestrator.cluster.jobs import Cluster, Job
 from orchestrator.cluster.node_checks import check_nodes, refuse_unfit_nodes

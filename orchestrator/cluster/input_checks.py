@@ -1,9 +1,9 @@
-"""Are data and weights on this machine what a sweep file says, and could a job read them?
+"""Checks of datasets and models on this machine, for `airsweep data check` and `models check`.
 
-A dataset is compared with the published one (`air_core.datasets.published`), and every image is
-opened; a folder of one's own is compared with nothing. CLIP weights are loaded, as a trial would
-load them. A diffusers folder, which may be gigabytes, is checked part by part: configuration, and
-the head of each file of weights.
+Every image of a dataset is opened, and the dataset is compared with the published counts
+(`air_core.datasets.published`); image folders of the user have no such counts. CLIP weights are
+loaded like in a trial. Of a diffusers folder, which may hold gigabytes, each part's configuration
+and the header of each weights file are read.
 """
 
 from __future__ import annotations
@@ -34,14 +34,15 @@ from air_core.weights import (
     weights_files,
 )
 
-SHOWN = 3  # unreadable files that are named
-Watch = Callable[[Iterable[str | None], int], Iterable[str | None]]
+SHOWN = 3  # unreadable files to list
+ProgressWrapper = Callable[[Iterable[str | None], int], Iterable[str | None]]
 CONFIGS = tuple(
-    f"{of}config.json" for of in ("", "scheduler_", "tokenizer_", "preprocessor_", "processor_")
+    f"{prefix}config.json"
+    for prefix in ("", "scheduler_", "tokenizer_", "preprocessor_", "processor_")
 )
 WEIGHTLESS = ("Scheduler", "Tokenizer", "TokenizerFast", "Processor", "Extractor")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-# What tells models of a name from others: of Stable Diffusion 1.5 the sizes of its U-Net.
+# Settings of the U-Net by which a model is recognized.
 STABLE_DIFFUSION_1: dict[str, Any] = {
     "cross_attention_dim": 768,
     "block_out_channels": [320, 640, 1280, 1280],
@@ -56,25 +57,27 @@ U_NETS = {
 
 
 def check_dataset(
-    name: str, root: Path | None, watch: Watch = lambda each, total: each
+    name: str, root: Path | None, with_progress: ProgressWrapper = lambda results, total: results
 ) -> dict[str, Any]:
-    """Count, compare, and open every image.
+    """Open every image of a dataset and compare the dataset with the published counts.
 
     Args:
         name: a dataset, or folder:<path>.
-        watch: passes on what is opened, one by one, and may show how far it is.
+        root: folder of real datasets.
+        with_progress: wraps the iterable of results and may show its progress.
 
     Returns:
-        What was found; `difference` is the first one, None where all fits.
+        The report; `difference` describes the first difference, None if everything matches.
     """
     try:
         dataset = get_dataset(name)
         examples = dataset.load(root)
     except ValueError as problem:
         return _dataset_report(name, (), {}, (), str(problem))
-    found, counts = np.unique(examples.parts, return_counts=True)
-    parts = dict(zip(found.tolist(), counts.tolist(), strict=True))
-    unreadable = [why for why in watch(_opened(examples), len(examples.images)) if why]
+    names, counts = np.unique(examples.parts, return_counts=True)
+    parts = dict(zip(names.tolist(), counts.tolist(), strict=True))
+    problems = with_progress(_image_problems(examples), len(examples.images))
+    unreadable = [problem for problem in problems if problem]
     difference = next(_differences(dataset, examples, parts, unreadable), None)
     return _dataset_report(dataset.name, dataset.classnames, parts, unreadable, difference)
 
@@ -97,7 +100,7 @@ def _dataset_report(
 
 
 def dataset_lines(report: dict[str, Any]) -> list[str]:
-    """A report for people; nothing where nothing could be read."""
+    """A report as text; empty if the dataset could not be loaded."""
     if not report["parts"]:
         return []
     parts = "   ".join(f"{part} {count:,}" for part, count in report["parts"].items())
@@ -105,41 +108,41 @@ def dataset_lines(report: dict[str, Any]) -> list[str]:
         f"{report['name']}: {report['images']:,} images of {len(report['classnames'])} classes",
         f"parts       {parts}",
         f"unreadable  {report['unreadable']['count']:,}",
-        *(f"            {printable(why)}" for why in report["unreadable"]["first"]),
+        *(f"            {printable(problem)}" for problem in report["unreadable"]["first"]),
     ]
 
 
 def _differences(
     dataset: Dataset, examples: Examples, parts: dict[str, int], unreadable: Sequence[str]
 ) -> Iterator[str]:
-    """Where it is not the published one, and whether too many images cannot be read."""
+    """Differences from the published dataset, and whether too many images are unreadable."""
     name, published = dataset.name, PUBLISHED.get(dataset.name)
     if published is not None:
         if len(dataset.classnames) != published.classes:
             yield f"{name} has {len(dataset.classnames)} classes, published {published.classes}"
-        # Before the parts, since it says where images are missing.
+        # Classes before parts: a difference in a class shows where images are missing.
         counts = np.bincount(examples.labels, minlength=len(dataset.classnames))
         each = published.each
         for classname, count in zip(dataset.classnames, counts, strict=True):
             if each is not None and count != each:
                 yield f"{name}: class {classname!r} has {count:,} images, published {each:,}"
         for part, wanted in published.parts.items():
-            count = sum(parts.get(one, 0) for one in part.split("+"))
+            count = sum(parts.get(name_of_part, 0) for name_of_part in part.split("+"))
             if count != wanted:
                 source = published.source
                 yield f"{name}: {part} has {count:,} images, published {wanted:,} ({source})"
-    # One image less is another dataset than the published one; of one's own a few may be bad.
+    # A published dataset must be complete; in a user's folder a few images may be unreadable.
     images = len(examples.parts)
     allowed = 0 if published else int(BAD_SHARE * images)
     if len(unreadable) > allowed:
         yield (
-            f"{name}: {len(unreadable):,} of {images:,} images cannot be read, {allowed:,} may; "
-            f"the first: {printable(unreadable[0])}"
+            f"{name}: {len(unreadable):,} of {images:,} images cannot be read, at most {allowed:,} "
+            f"are allowed; the first: {printable(unreadable[0])}"
         )
 
 
-def _opened(examples: Examples) -> Iterator[str | None]:
-    """Why an image cannot be read, or None, one by one in order; decoding runs in threads."""
+def _image_problems(examples: Examples) -> Iterator[str | None]:
+    """For each image in order: why it is unreadable, or None. Threads decode the images."""
 
     def problem(index: int) -> str | None:
         try:
@@ -155,24 +158,21 @@ def _opened(examples: Examples) -> Iterator[str | None]:
 # ---------------------------------------------------------------- models
 
 
-def check_model(place: str, name: str = "") -> dict[str, Any]:
-    """What a model is, after a check that a job can read it.
+def check_model(model: str, name: str = "") -> dict[str, Any]:
+    """Check that a job can read a model, and describe the model.
 
     Args:
-        place: of a backbone or generator, as a sweep file names it.
-        name: the model that it should be, of open_clip or Stable Diffusion 1.5; empty: any.
+        model: a backbone or generator, written as in a sweep file.
+        name: expected model, one of open_clip's or Stable Diffusion 1.5; empty: any.
 
     Raises:
-        ValueError: it is not whole, cannot be read, or is another model.
+        ValueError: the model is incomplete, cannot be read, or is not the expected one.
     """
-    folder = Path(place).expanduser().absolute()
+    folder = Path(model).expanduser().absolute()
     if not folder.exists():
-        backbone = "@" in place or named_model(place) is not None or place == "tiny"
-        return (
-            _check_backbone(name, place)
-            if backbone
-            else _check_generator(name, generator_folder(place))
-        )
+        if "@" in model or named_model(model) is not None or model == "tiny":
+            return _check_backbone(name, model)
+        return _check_generator(name, generator_folder(model))
     if (folder / PIPELINE_CONFIG).is_file():
         if name and named_model(name):
             raise ValueError(f"{name} is a CLIP of open_clip, but {folder} is a diffusers folder")
@@ -180,40 +180,41 @@ def check_model(place: str, name: str = "") -> dict[str, Any]:
     if (folder / CLIP_CONFIG).is_file():
         return _check_backbone(name, str(folder))
     files = [folder] if folder.is_file() else sorted(folder.iterdir())
-    inside = [one for one in files if one.suffix in SUFFIXES]
-    hint = f"; for CLIP weights of one file, write <architecture>@{inside[0]}" if inside else ""
+    weights = [file for file in files if file.suffix in SUFFIXES]
+    hint = f"; for a file of CLIP weights, write <architecture>@{weights[0]}" if weights else ""
     raise ValueError(
-        f"{folder} is no model: it has neither {PIPELINE_CONFIG} (a diffusers folder) nor "
+        f"{folder} is not a model: it has neither {PIPELINE_CONFIG} (a diffusers folder) nor "
         f"{CLIP_CONFIG} (an open_clip folder){hint}"
     )
 
 
-def _check_backbone(name: str, place: str) -> dict[str, Any]:
-    found = find_backbone(place)
-    config = found.model
-    wanted = (named_model(name) if name else None) or {}
+def _check_backbone(name: str, model: str) -> dict[str, Any]:
+    backbone = find_backbone(model)
+    config = backbone.model
+    expected = (named_model(name) if name else None) or {}
     for key in ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu"):
-        difference = _difference(wanted.get(key), config.get(key), key) if wanted else None
+        difference = _difference(expected.get(key), config.get(key), key) if expected else None
         if difference:
-            raise ValueError(f"{place} is not {name}: {difference}")
-    for file in weights_files(found):
+            raise ValueError(f"{model} is not {name}: {difference}")
+    for file in weights_files(backbone):
         check_whole(file)
     from air_core.backbone.loading import load_backbone  # torch
 
-    load_backbone(found)
+    load_backbone(backbone)
     return {"is": "backbone", "width": config.get("embed_dim")}
 
 
-def _difference(wanted: Any, found: Any, key: str) -> str | None:
-    """The first setting that a model of that name has otherwise."""
-    if isinstance(wanted, dict) and isinstance(found, dict):
-        each = (
-            _difference(value, found.get(part), f"{key}.{part}") for part, value in wanted.items()
+def _difference(expected: Any, actual: Any, key: str) -> str | None:
+    """Describe the first setting that differs from the expected configuration."""
+    if isinstance(expected, dict) and isinstance(actual, dict):
+        differences = (
+            _difference(value, actual.get(part), f"{key}.{part}")
+            for part, value in expected.items()
         )
-        return next((one for one in each if one), None)
-    if (wanted or None) == (found or None):  # what is off may be left out
+        return next(filter(None, differences), None)
+    if (expected or None) == (actual or None):  # a missing key means off
         return None
-    return f"{key} is {found} there and {wanted} in open_clip's configuration of that name"
+    return f"its {key} is {actual}, but {expected} in open_clip's configuration of that name"
 
 
 # ---------------------------------------------------------------- generators
@@ -230,8 +231,8 @@ def _check_generator(name: str, folder: Path) -> dict[str, Any]:
     for key, value in U_NETS.get(name, {}).items():
         if unet.get(key) != value:
             raise ValueError(
-                f"{folder} is not {name}: the {key} of its U-Net is {unet.get(key)}, of that model "
-                f"{value}"
+                f"{folder} is not {name}: the {key} of its U-Net is {unet.get(key)}, but {value} "
+                "in that model"
             )
     pipeline = json_object(folder / PIPELINE_CONFIG).get("_class_name")
     lora = pipeline in LORA_PIPELINES
@@ -239,51 +240,52 @@ def _check_generator(name: str, folder: Path) -> dict[str, Any]:
 
 
 def _check_part(folder: Path, part: str, library: str, kind: str) -> None:
-    """
+    """Check one part of a pipeline, such as its U-Net.
+
     Raises:
-        ValueError: it is missing, cannot be read, or names code that comes with it.
+        ValueError: the part is missing, cannot be read, or refers to code in its folder.
     """
-    place = folder / part
-    if not place.is_dir():
+    part_folder = folder / part
+    if not part_folder.is_dir():
         raise ValueError(
-            f"{folder} is not whole: {PIPELINE_CONFIG} names {part}, and there is no such folder; "
-            "was it fetched to its end?"
+            f"{folder} is incomplete: {PIPELINE_CONFIG} lists the part {part}, but the folder "
+            f"{part} is missing; was the download complete?"
         )
-    if not any((place / one).is_file() for one in CONFIGS):
-        raise ValueError(f"{place} is not whole: it has none of {', '.join(CONFIGS)}")
-    check_part_configs(place)
+    if not any((part_folder / config).is_file() for config in CONFIGS):
+        raise ValueError(f"{part_folder} is incomplete: it has none of {', '.join(CONFIGS)}")
+    check_part_configs(part_folder)
     if not kind.endswith(WEIGHTLESS):
         stem = "model" if library == "transformers" else "diffusion_pytorch_model"
-        for file in _weights(place, stem):
+        for file in _weights(part_folder, stem):
             check_whole(file)
 
 
 def _weights(part: Path, stem: str) -> list[Path]:
-    """The files that a part's weights are read from.
+    """The files with the weights of a part.
 
     Raises:
-        ValueError: there are none, or none that holds tensors alone.
+        ValueError: the part has no weights in safetensors format.
     """
-    if (whole := part / f"{stem}.safetensors").is_file():
-        return [whole]
+    if (single := part / f"{stem}.safetensors").is_file():
+        return [single]
     if (index := part / f"{stem}.safetensors.index.json").is_file():
         names = sorted(set(json_object(index).get("weight_map", {}).values()))
         missing = [name for name in names if not (part / name).is_file()]
         if missing or not names:
-            raise ValueError(f"{part} is not whole: {index.name} names {missing or 'no file'}")
+            problem = f"{', '.join(missing)}: missing" if missing else "no file"
+            raise ValueError(f"{part} is incomplete: {index.name} lists {problem}")
         return [part / name for name in names]
     variants = sorted(file.name for file in part.glob(f"{stem}.*.safetensors"))
     if variants:
         raise ValueError(
-            f"{part} has {variants[0]} and no {stem}.safetensors, which alone is read: fetch that "
-            "too, or rename the other to it, if those are the weights that you want"
+            f"{part} has {variants[0]} but no {stem}.safetensors, and only the latter is read; "
+            f"download it too, or rename {variants[0]} to use those weights"
         )
     pickled = sorted(file.name for pattern in PICKLES for file in part.glob(pattern))
     if pickled:
         raise ValueError(
-            f"{part} has its weights as {pickled[0]} alone, a pickle, which can run code where it "
-            f"is read; fetch {stem}.safetensors of the same model, or where there is none load the "
-            "folder once with diffusers, where you trust it, and write it again by "
-            "save_pretrained(FOLDER, safe_serialization=True)"
+            f"{part} has only {pickled[0]}, a pickle, which can run code when it is loaded; "
+            f"download {stem}.safetensors of the same model, or, if you trust the folder, load it "
+            "with diffusers and convert it by save_pretrained(FOLDER, safe_serialization=True)"
         )
-    raise ValueError(f"{part} has no weights: {stem}.safetensors is not there")
+    raise ValueError(f"{part} has no weights: {stem}.safetensors is missing")

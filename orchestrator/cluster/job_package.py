@@ -1,7 +1,7 @@
-"""The package of a job: a folder with the sweep file and the code, and some variables.
+"""Job package: a folder with the sweep file and the code, and the job's environment variables.
 
-The folder is made for the job and holds nothing else, so data, weights, results and passwords that
-lie beside the file cannot be sent by accident. Knows no Ray.
+The package is built in an empty folder, so that data, weights, results and passwords beside the
+sweep file are never sent by accident. This module does not use Ray.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from orchestrator.store import folder_of, is_bucket, whoami
 from orchestrator.store.buckets import parse
 from orchestrator.tracking_uri import kind_of
 
-LIMIT = 100 << 20  # bytes that the head of a cluster takes
-# Seconds from SIGTERM to SIGKILL, 3 otherwise. It goes before what the head was started with, and
-# nobody waits longer than a driver needs.
+LIMIT = 100 << 20  # bytes; Ray refuses a larger working directory
+# Seconds from SIGTERM to SIGKILL, 3 by default: the driver needs time to close the event log and
+# the tracker. The variable of a job overrides that of the head.
 STOP_WAIT = {"RAY_JOB_STOP_WAIT_TIME_S": "60"}
 
 
 def is_checkout() -> bool:
-    """Do the packages lie beside their pyproject.toml?"""
+    """Whether this code runs from a checkout, with pyproject.toml beside the packages."""
     return (ROOT / "pyproject.toml").is_file()
 
 
 def sends_code(option: str | None) -> bool:
-    """What `--code` means; by default the code of a checkout is sent.
+    """Whether a job gets the code of this checkout, by the value of `--code`.
 
     Raises:
-        ValueError: nothing, or what is not here.
+        ValueError: the value is unknown, or `checkout` outside of a checkout.
     """
     allowed = ("checkout", "installed") if is_checkout() else ("installed",)
     if option not in (None, *allowed):
@@ -46,45 +46,45 @@ def sends_code(option: str | None) -> bool:
     return is_checkout() and option != "installed"
 
 
-def pack(asked: SweepRequest | None, folder: Path, code: bool) -> str:
-    """Put what a job needs into an empty folder.
+def pack(request: SweepRequest | None, folder: Path, code: bool) -> str:
+    """Write a job package into an empty folder.
 
     Args:
-        asked: its sweep, if it has one.
-        code: with the code of this checkout.
+        request: the sweep of the job, if it has one.
+        folder: the empty folder.
+        code: include the code of this checkout.
 
     Returns:
-        The sweep file, as the job names it; empty: there is none.
+        Path of the sweep file in the package; empty without a sweep.
 
     Raises:
-        Refused: it is more than a cluster takes.
+        Refused: the package is larger than a cluster accepts.
     """
     files = {file.relative_to(ROOT): file for file in _code_files()} if code else {}
     sizes = {name: file.stat().st_size / 2**20 for name, file in files.items()}
     if sum(sizes.values()) > LIMIT / 2**20:
         largest = sorted(sizes, key=lambda name: -sizes[name])[:3]
         raise Refused(
-            f"the code is {sum(sizes.values()):.0f} MB, and a cluster takes {LIMIT >> 20} MB; "
-            f"largest: {', '.join(f'{name} {sizes[name]:.0f} MB' for name in largest)}; move what "
-            f"is no code out of {' and '.join(PACKAGES)}, or give --code installed where the "
-            "cluster has airsweep"
+            f"the code has {sum(sizes.values()):.0f} MB, but a cluster accepts {LIMIT >> 20} MB; "
+            f"largest: {', '.join(f'{name} {sizes[name]:.0f} MB' for name in largest)}; move other "
+            f"files out of {' and '.join(PACKAGES)}, or give --code installed if airsweep is "
+            "installed on the cluster"
         )
     for name, file in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, folder / name)
     if code and (diff := uncommitted()):
         (folder / SENT_DIFF).write_bytes(diff)
-    if asked is None:
+    if request is None:
         return ""
-    spec = f"sweeps/{Path(asked.spec.source).name}"
+    spec = f"sweeps/{Path(request.spec.source).name}"
     (folder / "sweeps").mkdir()
-    (folder / spec).write_bytes(asked.spec.text.encode())
+    (folder / spec).write_bytes(request.spec.text.encode())
     return spec
 
 
 def _code_files() -> Iterator[Path]:
-    """With the ranges of what the code needs, which `doctor` reads."""
-    yield ROOT / "pyproject.toml"
+    yield ROOT / "pyproject.toml"  # `doctor` reads the version ranges of the dependencies
     for package in PACKAGES:
         for path in (ROOT / package).rglob("*"):
             parts = path.relative_to(ROOT).parts
@@ -92,75 +92,76 @@ def _code_files() -> Iterator[Path]:
                 yield path
 
 
-# ---------------------------------------------------------------- places
+# ---------------------------------------------------------------- paths
 
 
 @dataclass(frozen=True)
-class Destination:
-    """Where a job works, as every node sees it."""
+class JobPaths:
+    """Store, data and tracker of a job, as every node sees them."""
 
     store: str
     data_root: str | None
     tracking_uri: str | None
 
 
-def destination(
-    asked: SweepRequest, store: str, data_root: Path | None, tracking_uri: str | None
-) -> Destination:
-    """Where a job is to work.
+def job_paths(
+    request: SweepRequest, store: str, data_root: Path | None, tracking_uri: str | None
+) -> JobPaths:
+    """Check the paths and addresses of a job.
 
     Raises:
-        Refused: a path that is relative, so lost in a job.
-        ValueError: a place that is none, or that holds a password.
+        Refused: a path is relative. A job runs in a temporary copy of its working directory.
+        ValueError: an address is invalid or contains a password.
     """
     if is_bucket(store):
         parse(store)
     elif not folder_of(store).is_absolute():
         raise lost_store(store)
-    if not asked.spec.tracking_uri:
+    if not request.spec.tracking_uri:
         tracking_uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
-    for uri in filter(None, (tracking_uri, asked.spec.tracking_uri)):
+    for uri in filter(None, (tracking_uri, request.spec.tracking_uri)):
         _check_tracking(uri)
-    data = data_root or asked.spec.data_root
+    data = data_root or request.spec.data_root
     if data is not None:
-        _check(str(data), "data_root", str(data))
-    for key, name, path in sorted(_named_paths(asked)):
-        _check(path, key, name)
-    return Destination(store, str(data_root) if data_root else None, tracking_uri)
+        _check_absolute(str(data), "data_root", str(data))
+    for key, name, path in sorted(_input_paths(request)):
+        _check_absolute(path, key, name)
+    return JobPaths(store, str(data_root) if data_root else None, tracking_uri)
 
 
 def _check_tracking(uri: str) -> None:
     if without_credentials(uri) != uri:
         raise ValueError(
-            "the tracking uri holds a password, and what a job is given is shown by Ray's "
-            "dashboard; leave it out, and set MLFLOW_TRACKING_USERNAME and "
-            "MLFLOW_TRACKING_PASSWORD in the environment of the cluster"
+            "the tracking URI contains a password, which Ray's dashboard would show with the job; "
+            "leave it out, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the "
+            "environment of the cluster"
         )
     if kind_of(uri) == "sqlite" and not Path(uri.removeprefix("sqlite:///")).is_absolute():
         raise Refused(
-            f"the tracking uri {uri!r} is relative, and the working directory of a Ray job is "
-            f"thrown away at the end; give http://<server>, or an absolute path"
+            f"the tracking URI {uri!r} is relative, but Ray deletes the working directory of a job "
+            "at its end; give http://<server>, or an absolute path"
         )
 
 
-def _check(path: str, key: str, name: str) -> None:
+def _check_absolute(path: str, key: str, name: str) -> None:
     if not Path(path).is_absolute():
         raise Refused(
-            f"{key}: {name!r} is relative to a folder of this machine, and a Ray job has another "
-            f"one, without data; give an absolute path that every node sees (docs/data.md shows "
-            "how to put data and models there)"
+            f"{key}: {name!r} is relative, but a Ray job runs in another folder, without your "
+            "data; give an absolute path that every node sees (docs/datasets.md shows how to put "
+            "datasets and models there)"
         )
 
 
-def _named_paths(asked: SweepRequest) -> set[tuple[str, str, str]]:
-    """Key, value and path of every file or folder that a sweep names."""
+def _input_paths(request: SweepRequest) -> set[tuple[str, str, str]]:
+    """Key, value and path of every file or folder that a sweep refers to."""
     keys = ("dataset", "test_dataset", "backbone", "generator")
-    named = {(key, str(cell.flat.get(key) or "")) for cell in cells_of(asked.spec) for key in keys}
-    return {(key, name, path) for key, name in named if (path := path_in(key, name))}
+    cells = cells_of(request.spec)
+    values = {(key, str(cell.flat.get(key) or "")) for cell in cells for key in keys}
+    return {(key, value, path) for key, value in values if (path := path_in(key, value))}
 
 
 def path_in(key: str, name: str) -> str | None:
-    """The path in a name of data or weights; None where it is no path.
+    """The path in the name of a dataset or model; None if the name contains no path.
 
     >>> path_in("dataset", "folder:my_images"), path_in("backbone", "ViT-B-32@clip.pt")
     ('my_images', 'clip.pt')
@@ -181,35 +182,35 @@ def path_in(key: str, name: str) -> str | None:
 # ---------------------------------------------------------------- variables
 
 
-def variables(asked: SweepRequest, code: bool, env: Iterable[str]) -> dict[str, str]:
-    """The environment of a job.
+def variables(request: SweepRequest, code: bool, env: Iterable[str]) -> dict[str, str]:
+    """Environment variables of a job.
 
     Args:
-        code: the code of this checkout is sent.
+        code: the job gets the code of this checkout.
         env: NAME of a variable of this process, or NAME=VALUE.
 
     Raises:
-        ValueError: one is not set, or looks like a secret.
+        ValueError: a variable is not set, or looks like a secret.
     """
-    passed = {"AIRSWEEP_PROJECT": project_of(asked.spec), "AIRSWEEP_USER": whoami()}
-    known = commit()
-    # Of another code than this one, its cluster knows more.
-    if code and known != UNKNOWN:
-        passed |= {"AIRSWEEP_COMMIT": known, "AIRSWEEP_DIRTY": dirty(uncommitted())}
+    passed = {"AIRSWEEP_PROJECT": project_of(request.spec), "AIRSWEEP_USER": whoami()}
+    checkout_commit = commit()
+    # The commit of this checkout does not describe code that is installed on the cluster.
+    if code and checkout_commit != UNKNOWN:
+        passed |= {"AIRSWEEP_COMMIT": checkout_commit, "AIRSWEEP_DIRTY": dirty(uncommitted())}
     return {**STOP_WAIT, **passed, **dict(map(_variable, env))}
 
 
 def _variable(option: str) -> tuple[str, str]:
-    name, given, value = option.partition("=")
+    name, equals_sign, value = option.partition("=")
     if not name:
-        raise ValueError("--env: allowed: NAME, or NAME=VALUE")
-    if not given and name not in os.environ:
-        raise ValueError(f"--env {name}: it is not set here; set it, or write {name}=VALUE")
-    value = value if given else os.environ[name]
+        raise ValueError("--env: the name is missing; allowed: NAME, or NAME=VALUE")
+    if not equals_sign and name not in os.environ:
+        raise ValueError(f"--env {name}: not set on this machine; set it, or write {name}=VALUE")
+    value = value if equals_sign else os.environ[name]
     if shows_secret(name, value):
-        raise ValueError(  # without the value
-            f"--env {name}: it looks like a secret, and Ray shows the variables of a job to all "
-            "who reach the cluster; set it in the environment of the cluster's nodes, or give the "
+        raise ValueError(  # the message must not contain the value
+            f"--env {name}: this looks like a secret, and Ray shows the variables of a job to all "
+            "users of the cluster; set it in the environment of the cluster's nodes, or give the "
             "path of a file that they mount"
         )
     return name, value

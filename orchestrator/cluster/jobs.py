@@ -1,7 +1,7 @@
-"""Sweeps as jobs of a Ray cluster: submitted, followed, stopped, listed.
+"""Sweeps as jobs of a Ray cluster: submit, follow, stop and list them.
 
-Over Ray's JobSubmissionClient. A job is `python -m orchestrator run`, so to submit again is to
-go on. What runs where is asked of the cluster each time; nothing is kept on this machine.
+Uses Ray's JobSubmissionClient. A job runs `python -m orchestrator run`, so submitting a sweep again
+resumes it. The cluster is the only record of jobs; this machine stores nothing.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from orchestrator.cluster.job_package import Destination
+from orchestrator.cluster.job_package import JobPaths
 from orchestrator.environment import environment
 from orchestrator.errors import FAILED, REFUSED, TERMINATED, Refused
 from orchestrator.planning import SweepRequest
 from orchestrator.store import smoke_store
 
-CONNECTED, ANSWER = 10.0, 60.0  # seconds; Ray's client would wait for ever
-POLL = 0.5  # seconds between two looks at a job
-SILENCE = 20.0  # seconds without a line of the log, after which it is read anew
-LOST_AFTER = 300.0  # seconds without the cluster, after which nobody follows any more
-NO_PROGRAM = 127  # a shell's exit code where it finds none
+CONNECT_TIMEOUT, READ_TIMEOUT = 10.0, 60.0  # seconds; Ray's client has no timeout
+POLL_INTERVAL = 0.5  # seconds
+SILENCE = 20.0  # seconds without a line of the log before the log is opened again
+LOST_AFTER = 300.0  # seconds without an answer before the cluster counts as lost
+COMMAND_NOT_FOUND = 127  # exit code of a shell
 NOT_ENDED = ("PENDING", "RUNNING")
-SWEEP, USER, STORE = "airsweep.sweep", "airsweep.user", "airsweep.store"
-# Of a job that failed: what Ray says where no driver came to run.
+SWEEP, USER, STORE = "airsweep.sweep", "airsweep.user", "airsweep.store"  # keys of job metadata
+# Ray's error types of a failed job whose driver never started.
 NOT_STARTED = (
     "RUNTIME_ENV_SETUP_FAILURE",
     "JOB_SUPERVISOR_ACTOR_START_TIMEOUT",
@@ -39,26 +39,26 @@ NOT_STARTED = (
     "JOB_SUPERVISOR_ACTOR_UNSCHEDULABLE",
     "JOB_ENTRYPOINT_COMMAND_START_ERROR",
 )
-FORM = "http://<head>:8265, the address of its dashboard"
+ALLOWED = "http://<head>:8265, the address of the dashboard"
 
 
 class ClusterLost(Refused):
-    """A cluster does not answer any more, or has forgotten a job."""
+    """The cluster stopped answering, or does not know the job."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A sweep on a cluster, as the cluster knows it."""
+    """A job of a cluster, with the metadata of its sweep."""
 
     id: str
     sweep: str  # PROJECT/NAME
     user: str
     store: str
     state: str  # PENDING, RUNNING, SUCCEEDED, FAILED, STOPPED
-    exit_code: int | None  # airsweep's own; None: not ended
+    exit_code: int | None  # airsweep's exit code; None: not ended
     started: float  # seconds since the epoch
     ended: float | None
-    ran: bool  # there was a driver
+    driver_started: bool
     message: str
 
     @property
@@ -66,301 +66,326 @@ class Job:
         return self.state not in NOT_ENDED
 
     def json(self) -> dict[str, Any]:
-        kept = ("id", "sweep", "user", "store", "state", "exit_code", "started", "ended")
-        return {name: getattr(self, name) for name in kept}
+        names = ("id", "sweep", "user", "store", "state", "exit_code", "started", "ended")
+        return {name: getattr(self, name) for name in names}
 
 
 # ---------------------------------------------------------------- a cluster
 
 
 class Cluster:
-    """Jobs of the cluster at an address.
+    """Client for the jobs of a Ray cluster.
+
+    Args:
+        address: URL of the dashboard, http://<head>:8265.
 
     Raises:
-        Refused: nothing answers there, it is no Ray or another version, or it wants a token.
+        Refused: no server answers, it is not Ray or has another version, or it requires a token.
     """
 
     def __init__(self, address: str) -> None:
-        self.address = _checked(address)
-        self._client = _client(self.address)
+        self.address = _checked_address(address)
+        self._client = _connect(self.address)
 
-    def _ask(self, method: str, *of: Any, **how: Any) -> Any:
+    def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """Call a method of Ray's client.
 
         Raises:
-            ClusterLost: the cluster does not answer, or refuses.
+            ClusterLost: the cluster does not answer, or refuses the call.
         """
         try:
-            with _quiet():
-                return getattr(self._client, method)(*of, **how)
+            with _without_ray_logs():
+                return getattr(self._client, method)(*args, **kwargs)
         except (RuntimeError, OSError) as problem:
             raise ClusterLost(f"{self.address}: {_reason(problem)}") from problem
 
     def jobs(self) -> list[Job]:
-        """Those that run sweeps, the newest last."""
-        jobs = [_job(one) for one in self._ask("list_jobs") if SWEEP in (one.metadata or {})]
-        return sorted(jobs, key=lambda job: job.started)
+        """Jobs that run sweeps, the newest last."""
+        infos = [info for info in self._call("list_jobs") if SWEEP in (info.metadata or {})]
+        return sorted(map(_job, infos), key=lambda job: job.started)
 
-    def job(self, name: str) -> Job:
-        """One by its id.
+    def job(self, job_id: str) -> Job:
+        """Return a job by its id.
 
         Raises:
             ClusterLost: the cluster does not answer, or has no such job.
         """
-        return _job(self._ask("get_job_info", name))
+        return _job(self._call("get_job_info", job_id))
 
     def submit(
-        self, asked: SweepRequest, to: Destination, folder: Path, env: Mapping[str, str], entry: str
+        self,
+        request: SweepRequest,
+        paths: JobPaths,
+        folder: Path,
+        env: Mapping[str, str],
+        command: str,
     ) -> Job:
-        """Start a sweep.
+        """Submit a sweep.
 
         Args:
-            folder: the package of the job.
-            entry: what the job runs.
+            folder: the job package.
+            env: environment variables of the job, with AIRSWEEP_PROJECT and AIRSWEEP_USER.
+            command: the command that the job runs.
 
         Raises:
-            Refused: it is running already, or the cluster takes no job.
+            Refused: a job runs this sweep already, or the cluster accepts no job.
         """
-        sweep = f"{env['AIRSWEEP_PROJECT']}/{asked.spec.name}"
-        store = str(smoke_store(to.store) if asked.smoke else to.store).rstrip("/")
-        known = list(map(_job, self._ask("list_jobs")))
-        for job in known:
+        sweep = f"{env['AIRSWEEP_PROJECT']}/{request.spec.name}"
+        store = str(smoke_store(paths.store) if request.smoke else paths.store).rstrip("/")
+        submitted = list(map(_job, self._call("list_jobs")))
+        for job in submitted:
             if not job.over and (job.sweep, job.store) == (sweep, store):
                 raise Refused(
-                    f"{sweep} is {job.state} already as {job.id} of {job.user}, since "
-                    f"{clock_time(job.started)}; follow it: {self.follow_command(job.id)}; stop "
-                    f"it: {self.stop_command(job.id)}"
+                    f"{sweep} is already {job.state} as {job.id} of {job.user}, since "
+                    f"{clock_time(job.started)}; to follow it: {self.follow_command(job.id)}; to "
+                    f"stop it: {self.stop_command(job.id)}"
                 )
-        stem = sweep.replace("/", "-")  # Ray takes an id once
-        numbers = [re.fullmatch(rf"{re.escape(stem)}-(\d+)", job.id) for job in known]
-        name = f"{stem}-{1 + max((int(one[1]) for one in numbers if one), default=0)}"
+        stem = sweep.replace("/", "-")  # numbered, because Ray accepts an id only once
+        matches = [re.fullmatch(rf"{re.escape(stem)}-(\d+)", job.id) for job in submitted]
+        number = 1 + max((int(match[1]) for match in matches if match), default=0)
         metadata = {SWEEP: sweep, USER: env["AIRSWEEP_USER"], STORE: store}
-        return self._start(entry, folder, env, submission_id=name, metadata=metadata)
+        return self._start(
+            command, folder, env, submission_id=f"{stem}-{number}", metadata=metadata
+        )
 
-    def _start(self, entry: str, folder: Path, env: Mapping[str, str], **more: Any) -> Job:
+    def _start(self, command: str, folder: Path, env: Mapping[str, str], **options: Any) -> Job:
         runtime_env = {"working_dir": str(folder), "env_vars": dict(env)}
         try:
-            name = self._ask("submit_job", entrypoint=entry, runtime_env=runtime_env, **more)
-        except (ClusterLost, ValueError) as problem:
-            faster = "; another submitter was faster: try again" * (
-                "already exists" in str(problem)
+            job_id = self._call(
+                "submit_job", entrypoint=command, runtime_env=runtime_env, **options
             )
-            raise Refused(f"no job was started: {problem}{faster}") from problem
-        return self.job(name)
+        except (ClusterLost, ValueError) as problem:
+            race = "already exists" in str(problem)
+            remedy = "; the same sweep was submitted at the same time: try again" if race else ""
+            raise Refused(f"no job was started: {problem}{remedy}") from problem
+        return self.job(job_id)
 
     def run(
-        self, entry: str, folder: Path, env: Mapping[str, str], seconds: float
+        self, command: str, folder: Path, env: Mapping[str, str], timeout: float
     ) -> tuple[str, Job]:
-        """A job that is no sweep, from beginning to end: its log, and how it ended.
+        """Run a job that is not a sweep and wait for its end; returns its log and final state.
 
         Args:
-            seconds: that it may take.
+            folder, env, command: as for `submit`.
+            timeout: seconds.
 
         Raises:
-            Refused: the cluster takes no job, does not answer, or not in time.
+            Refused: the cluster accepts no job, does not answer, or the job takes too long.
         """
-        job, deadline = self._start(entry, folder, env), time.monotonic() + seconds
+        job, deadline = self._start(command, folder, env), time.monotonic() + timeout
         while not job.over:
             if time.monotonic() > deadline:
                 self.stop(job.id)
                 raise Refused(
-                    f"{self.address}: {job.id} did not end within {seconds:.0f} s; is it full?"
+                    f"{self.address}: {job.id} did not end within {timeout:.0f} s; the cluster may "
+                    "have no free resources"
                 )
-            time.sleep(POLL)
+            time.sleep(POLL_INTERVAL)
             job = self.job(job.id)
         return self.log_of(job.id), job
 
     def follow(
         self,
-        name: str,
+        job_id: str,
         write: Callable[[str], None],
-        say: Callable[[str], None],
+        report: Callable[[str], None],
     ) -> Job:
         """Write a job's log as it grows, until the job ends.
 
-        After a lost connection the log goes on where it broke.
+        After a lost connection the log continues at the character where it stopped.
 
         Args:
-            write: is given pieces of the log.
-            say: is told what is not in the log.
+            write: receives pieces of the log.
+            report: receives messages about the connection and a pending job.
 
         Raises:
-            ClusterLost: no answer for LOST_AFTER; the job goes on.
+            ClusterLost: no answer for LOST_AFTER seconds. The job keeps running.
         """
-        shown = 0  # characters
+        written = 0  # characters
 
         async def tail() -> None:
-            nonlocal shown
-            passed = 0  # Ray sends a log from its beginning
-            lines = self._client.tail_job_logs(name)
-            while (text := await self._next(lines)) is not None:
-                new = text[max(0, shown - passed) :]
-                passed += len(text)
-                shown = max(shown, passed)
+            nonlocal written
+            received = 0  # characters; Ray sends a log from its beginning
+            pieces = self._client.tail_job_logs(job_id)
+            while (text := await self._next_piece(pieces)) is not None:
+                new = text[max(0, written - received) :]
+                received += len(text)
+                written = max(written, received)
                 if new:
                     write(new)
 
-        lost, pending = None, ""
+        lost_since, pending = None, ""
         while True:
             try:
-                with _quiet():
+                with _without_ray_logs():
                     asyncio.run(tail())
-                job, lost = self.job(name), None
+                job, lost_since = self.job(job_id), None
             except ClusterLost as problem:
-                if lost is None:
-                    say(f"{problem}; trying again for {LOST_AFTER:.0f} s")
-                    lost = time.monotonic()
-                if time.monotonic() - lost > LOST_AFTER or "status code 404" in str(problem):
+                if lost_since is None:
+                    report(f"{problem}; trying again for {LOST_AFTER:.0f} s")
+                    lost_since = time.monotonic()
+                too_long = time.monotonic() - lost_since > LOST_AFTER
+                if too_long or "status code 404" in str(problem):
                     raise
             else:
                 if job.over:
                     return job
                 if job.state == "PENDING" and job.message != pending:
                     pending = job.message
-                    say(f"{name} is PENDING: {pending}")
-            time.sleep(POLL)
+                    report(f"{job_id} is PENDING: {pending}")
+            time.sleep(POLL_INTERVAL)
 
-    async def _next(self, lines: Any) -> str | None:
-        """The next piece of a log; None: it has ended, or says nothing any more, as where its node
-        is gone."""
+    async def _next_piece(self, pieces: Any) -> str | None:
+        """The next piece of a log. None: the log has ended, or was silent for SILENCE seconds, for
+        instance because its node is lost."""
         from aiohttp import ClientError
 
         try:
-            found: str | None = await asyncio.wait_for(anext(lines, None), SILENCE)
-            return found
+            piece: str | None = await asyncio.wait_for(anext(pieces, None), SILENCE)
+            return piece
         except TimeoutError:
             return None
         except (RuntimeError, OSError, ClientError) as problem:
             raise ClusterLost(f"{self.address}: {_reason(problem)}") from problem
 
-    def stop(self, name: str) -> Job:
-        """Ask a job to end, and wait until its driver has."""
-        self._ask("stop_job", name)
-        while not (job := self.job(name)).over:
-            time.sleep(POLL)
+    def stop(self, job_id: str) -> Job:
+        """Stop a job and wait until its driver has ended."""
+        self._call("stop_job", job_id)
+        while not (job := self.job(job_id)).over:
+            time.sleep(POLL_INTERVAL)
         return job
 
-    def log_of(self, name: str) -> str:
-        return str(self._ask("get_job_logs", name))
+    def log_of(self, job_id: str) -> str:
+        return str(self._call("get_job_logs", job_id))
 
-    def follow_command(self, name: str) -> str:
-        return shlex.join(["ray", "job", "logs", "--address", self.address, "--follow", name])
+    def follow_command(self, job_id: str) -> str:
+        return shlex.join(["ray", "job", "logs", "--address", self.address, "--follow", job_id])
 
-    def stop_command(self, name: str) -> str:
-        return shlex.join(["airsweep", "stop", name, "--address", self.address])
+    def stop_command(self, job_id: str) -> str:
+        return shlex.join(["airsweep", "stop", job_id, "--address", self.address])
 
 
 def clock_time(seconds: float) -> str:
-    """In this machine's zone, as people and scripts read it."""
+    """Date and time in the time zone of this machine."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
-def _job(found: Any) -> Job:
-    metadata = found.metadata or {}
-    state = str(found.status.value)
-    ended = found.end_time and found.end_time / 1000
+def _job(info: Any) -> Job:
+    metadata = info.metadata or {}
+    state = str(info.status.value)
+    ended = info.end_time and info.end_time / 1000
     return Job(
-        id=found.submission_id or "",
+        id=info.submission_id or "",
         sweep=metadata.get(SWEEP, ""),
         user=metadata.get(USER, ""),
         store=metadata.get(STORE, ""),
         state=state,
-        exit_code=_exit_code(state, found),
-        started=(found.start_time or 0) / 1000,
+        exit_code=_exit_code(state, info),
+        started=(info.start_time or 0) / 1000,
         ended=ended or None,
-        ran=found.driver_exit_code is not None,
-        message=found.message or "",
+        driver_started=info.driver_exit_code is not None,
+        message=info.message or "",
     )
 
 
-def _exit_code(state: str, found: Any) -> int | None:
-    """airsweep's own exit code; Ray's commands know 0 and 1 only."""
-    driver: int | None = found.driver_exit_code
+def _exit_code(state: str, info: Any) -> int | None:
+    """airsweep's exit code of a job; Ray's own commands distinguish only 0 and 1."""
+    driver: int | None = info.driver_exit_code
     if state in NOT_ENDED:
         return None
     if driver is not None:
-        return driver if driver >= 0 else 128 - driver  # as a shell has it, of a signal
+        return driver if driver >= 0 else 128 - driver  # a signal, numbered like in a shell
     if state == "STOPPED":
         return TERMINATED
-    return REFUSED if found.error_type in NOT_STARTED else FAILED
+    return REFUSED if info.error_type in NOT_STARTED else FAILED
 
 
-# ---------------------------------------------------------------- the way there
+# ---------------------------------------------------------------- connection
 
 
-def _checked(address: str) -> str:
-    """
+def _checked_address(address: str) -> str:
+    """Return the address without a trailing slash.
+
     Raises:
-        ValueError: there is none.
-        Refused: of another form than Ray's jobs need.
+        ValueError: the address is empty.
+        Refused: it is not an HTTP address, or contains a password.
     """
     if not address:
-        raise ValueError(f"which cluster? --address or RAY_API_SERVER_ADDRESS; allowed: {FORM}")
-    found = urlsplit(address)
-    if "@" in address:  # not shown
-        raise Refused("the address holds a password; Ray takes a token from RAY_AUTH_TOKEN_PATH")
-    if found.scheme not in ("http", "https") or not found.hostname:
-        raise Refused(f"the address {address!r} is none of Ray's job server; allowed: {FORM}")
+        raise ValueError(
+            f"no address of a cluster; give --address or set RAY_API_SERVER_ADDRESS; "
+            f"allowed: {ALLOWED}"
+        )
+    parts = urlsplit(address)
+    if "@" in address:  # the message must not contain the address
+        raise Refused(
+            "the address contains a password; Ray reads a token from RAY_AUTH_TOKEN_PATH instead"
+        )
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise Refused(f"{address!r} is not the address of Ray's job server; allowed: {ALLOWED}")
     return address.rstrip("/")
 
 
-def _client(address: str) -> Any:
-    """Ray's client, which waits no longer than ANSWER.
+def _connect(address: str) -> Any:
+    """Return Ray's client, with timeouts.
 
     Raises:
-        Refused: it cannot be used, and why.
+        Refused: no server answers, it is not Ray or has another version, or it requires a token.
     """
     import ray
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
     class Client(JobSubmissionClient):  # type: ignore[misc]
-        def _do_request(self, *what: Any, **how: Any) -> Any:
-            return super()._do_request(*what, **{"timeout": (CONNECTED, ANSWER), **how})
+        def _do_request(self, *args: Any, **kwargs: Any) -> Any:
+            timeout = (CONNECT_TIMEOUT, READ_TIMEOUT)
+            return super()._do_request(*args, **{"timeout": timeout, **kwargs})
 
     try:
-        # Ray prefers this variable, and then RAY_ADDRESS, to what it is given.
-        with _quiet(), environment({"RAY_API_SERVER_ADDRESS": address}):
+        # RAY_API_SERVER_ADDRESS and RAY_ADDRESS take precedence over the argument of Ray's client.
+        with _without_ray_logs(), environment({"RAY_API_SERVER_ADDRESS": address}):
             client = Client(address)
-            there = str(client._server_ray_version)
+            server_version = str(client._server_ray_version)
     except AuthenticationError as problem:
-        why = "wants a token, and none was sent"
+        reason = "requires a token, but none was sent"
         if "Authentication failed" in str(problem):
-            why = "refuses the token that was sent"
+            reason = "rejected the token"
         raise Refused(
-            f"{address} {why}; export RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=<file with the "
-            "cluster's token>"
+            f"{address} {reason}; export RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=<file with "
+            "the cluster's token>"
         ) from None
     except ConnectionError as problem:
-        raise Refused(f"no Ray answers at {address}: {_reason(problem)}; allowed: {FORM}") from None
+        raise Refused(
+            f"no Ray cluster answers at {address}: {_reason(problem)}; allowed: {ALLOWED}"
+        ) from None
     except (RuntimeError, OSError, ValueError, KeyError, TypeError) as problem:
         raise Refused(
-            f"{address} is no Ray cluster ({_reason(problem)}); allowed: {FORM}"
+            f"{address} is not a Ray cluster ({_reason(problem)}); allowed: {ALLOWED}"
         ) from None
-    if there.split(".")[:2] != ray.__version__.split(".")[:2]:
+    if server_version.split(".")[:2] != ray.__version__.split(".")[:2]:
         raise Refused(
-            f"the cluster at {address} has Ray {there}, and airsweep here runs on Ray "
-            f"{ray.__version__}; take a cluster of this version, or the airsweep for the other"
+            f"the cluster at {address} has Ray {server_version}, but this airsweep uses Ray "
+            f"{ray.__version__}; use a cluster with this version, or install the airsweep for Ray "
+            f"{server_version}"
         )
     return client
 
 
 def _reason(problem: BaseException) -> str:
-    """What was first wrong, in a line."""
+    """The root cause of an exception, in one line."""
     while (cause := problem.__cause__ or problem.__context__) is not None:
         problem = cause
     lines = str(problem).strip(" .\n").splitlines()
     if not lines:
         return type(problem).__name__
-    # Of a traceback of the server the end says what is wrong.
+    # The last line of a server's traceback is its exception.
     line = lines[-1 if lines[0].endswith("(most recent call last):") else 0]
-    # A status line of HTTP that is none is not printable.
-    return line if line.isprintable() else "no HTTP is spoken there"
+    # A server that does not speak HTTP sends unprintable bytes instead of a status line.
+    return line if line.isprintable() else "the server does not speak HTTP"
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Ray's client tells each of its steps."""
+def _without_ray_logs() -> Iterator[None]:
+    """Silence the log messages of Ray's client below errors."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -372,22 +397,23 @@ def _quiet() -> Iterator[None]:
 # ---------------------------------------------------------------- commands
 
 
-def entrypoint(asked: SweepRequest, to: Destination, spec: str, python: str) -> str:
-    """What the job runs."""
-    words = [python, "-m", "orchestrator", "run", spec, "--store", to.store]
-    for option, value in (("--data-root", to.data_root), ("--tracking-uri", to.tracking_uri)):
+def entrypoint(request: SweepRequest, paths: JobPaths, spec: str, python: str) -> str:
+    """The command that a job runs."""
+    words = [python, "-m", "orchestrator", "run", spec, "--store", paths.store]
+    for option, value in (("--data-root", paths.data_root), ("--tracking-uri", paths.tracking_uri)):
         words += [option, value] if value else []
-    return shlex.join([*words, *asked.options])
+    return shlex.join([*words, *request.options])
 
 
 def ending(job: Job) -> str:
-    """How a job ended, and what to do where there was no driver, or one of another Python."""
+    """Final state of a job, with a remedy if its Python lacks airsweep."""
     text = f"{job.id}: {job.state}, exit code {job.exit_code}"
-    if job.exit_code and ("No module named" in job.message or job.exit_code == NO_PROGRAM):
+    if job.exit_code and ("No module named" in job.message or job.exit_code == COMMAND_NOT_FOUND):
         return (
-            f"{text}: the job's Python has no airsweep, or not what it needs; give --python PATH, "
-            "that of the environment on the cluster, or activate this before `ray start`"
+            f"{text}: the job's Python is missing, or lacks airsweep or its dependencies; give "
+            "--python PATH of an environment on the cluster, or activate the environment before "
+            "`ray start`"
         )
-    if job.state == "FAILED" and not job.ran:
+    if job.state == "FAILED" and not job.driver_started:
         return f"{text}: {job.message}"
     return text

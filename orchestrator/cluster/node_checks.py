@@ -1,7 +1,7 @@
-"""Is every node of a cluster fit for a sweep? Checked before any work starts.
+"""Node checks: compare every node of a cluster with the driver before a sweep starts.
 
-One task a node returns facts (`node_facts.py`), which pure functions compare with those of the
-driver. `airsweep doctor` judges this machine by the same functions.
+One task per node returns facts (`node_facts.py`), which pure functions compare with the facts of
+the driver. `airsweep doctor` applies the same functions to this machine.
 """
 
 from __future__ import annotations
@@ -15,7 +15,14 @@ from typing import Any
 
 from air_core.specs import Ref
 from orchestrator.cluster import node_facts
-from orchestrator.cluster.node_facts import HERE, Facts, Input, Needed, has_token, store_token
+from orchestrator.cluster.node_facts import (
+    DRIVER_ANSWER,
+    Facts,
+    Input,
+    NodeRequirements,
+    has_token,
+    store_token,
+)
 from orchestrator.errors import Refused
 from orchestrator.failures import first_line
 from orchestrator.formatting import counted, size
@@ -24,25 +31,29 @@ from orchestrator.planning.disk import bytes_left
 from orchestrator.store import ArtifactStore, SweepLocation
 
 CHECKS = ("answers", "versions", "code", "store", "room", "files", "gpu")
-MIN_FREE = 100 * 2**20  # bytes: with less no sweep starts
-ANSWER = 90.0  # seconds that a node has: on a slow disk a process and torch take a minute
-RETRY = 1.0  # seconds
+MIN_FREE = 100 * 2**20  # bytes; a sweep does not start with less
+ANSWER_TIMEOUT = 90.0  # seconds; on a slow disk a new process that imports torch takes a minute
+RETRY_DELAY = 1.0  # seconds
 
 
-def needed_by(plan: Plan, location: SweepLocation) -> Needed:
-    inputs = tuple(
-        dict.fromkeys(one for requirement in plan.requirements for one in _inputs(requirement.spec))
-    )
+def node_requirements(plan: Plan, location: SweepLocation) -> NodeRequirements:
+    """What the missing work of a plan requires of each node."""
+    inputs = (item for requirement in plan.requirements for item in _inputs(requirement.spec))
     resources = plan.sweep.resources
     gpus = bool(resources.trial.gpu or resources.generator.gpu)
-    return Needed(inputs, location.data_root, gpus, bytes_left(plan, location.store))
+    return NodeRequirements(
+        tuple(dict.fromkeys(inputs)),
+        location.data_root,
+        gpus,
+        bytes_left(plan, location.store),
+    )
 
 
 ROLES = {"test_dataset": "dataset", "model": "generator"}
 
 
 def _inputs(spec: Any) -> Iterator[Input]:
-    """Everything outside of the store that a spec is made from."""
+    """Datasets and models that a spec refers to."""
     for field in fields(spec):
         value = getattr(spec, field.name)
         if isinstance(value, Ref):
@@ -51,12 +62,12 @@ def _inputs(spec: Any) -> Iterator[Input]:
             yield from _inputs(value)
 
 
-# ---------------------------------------------------------------- judged
+# ---------------------------------------------------------------- findings
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What is wrong on one machine. The work goes on unless it is fatal."""
+    """A problem of one machine. A sweep runs in spite of findings that are not fatal."""
 
     node: str
     check: str
@@ -70,51 +81,57 @@ class Finding:
 
 @dataclass(frozen=True)
 class NodeReport:
-    """A machine, and what is wrong there."""
+    """Findings of one machine."""
 
     name: str
     findings: tuple[Finding, ...]
-    skipped: frozenset[str] = frozenset()  # checks
+    skipped: frozenset[str] = frozenset()  # names of checks
 
     def states(self) -> dict[str, str]:
-        """By check: ok, warning, failed, or - where it was skipped."""
-        found = {one.check: "warning" for one in self.findings}
-        found |= {one.check: "failed" for one in self.findings if one.fatal}
-        rest = "-" if "answers" in found else "ok"
-        return {check: found.get(check, "-" if check in self.skipped else rest) for check in CHECKS}
+        """State of each check: ok, warning, failed, or - if it was skipped."""
+        states = {finding.check: "warning" for finding in self.findings}
+        states |= {finding.check: "failed" for finding in self.findings if finding.fatal}
+        other = "-" if "answers" in states else "ok"
+        return {
+            check: states.get(check, "-" if check in self.skipped else other) for check in CHECKS
+        }
 
 
-def judge(node: str, facts: Facts, driver: Facts, store: str, needed: Needed) -> list[Finding]:
-    """What is wrong on a machine.
+def compare_facts(
+    node: str, facts: Facts, driver: Facts, store: str, needs: NodeRequirements
+) -> list[Finding]:
+    """Find the problems of a machine.
 
     Args:
-        facts: what `node_facts` returned there.
-        driver: the same of the driver.
+        node: name of the machine.
+        facts: result of `node_facts` on the machine.
+        driver: result of `node_facts` on the driver's machine.
+        store: folder, or URI of a bucket.
     """
     return [
-        Finding(node, *found)
-        for found in (
-            *_versions(facts["versions"], driver["versions"]),
-            *_code(facts["code"], driver["code"]),
-            *_store(facts["store"], store),
-            *_room(facts["store"], needed.bytes_left),
-            *_files(facts["files"], driver["files"], needed.inputs),
-            *_gpu(facts["gpu"]),
+        Finding(node, *problem)
+        for problem in (
+            *_version_problems(facts["versions"], driver["versions"]),
+            *_code_problems(facts["code"], driver["code"]),
+            *_store_problems(facts["store"], store),
+            *_space_problems(facts["store"], needs.bytes_left),
+            *_input_problems(facts["files"], driver["files"], needs.inputs),
+            *_gpu_problems(facts["gpu"]),
         )
     ]
 
 
-Found = Iterator[tuple[str, str, str, bool]]  # check, problem, remedy, is it fatal?
+Problems = Iterator[tuple[str, str, str, bool]]  # check, problem, remedy, whether it is fatal
 
 
-def _versions(there: Mapping[str, str], here: Mapping[str, str]) -> Found:
-    """Other releases compute something else; a patch of one most likely not."""
-    for name, mine in here.items():
-        theirs = there.get(name, "")
-        if _release(theirs, 3) != _release(mine, 3):
-            fatal = name == "ray" or _release(theirs, 2) != _release(mine, 2)
-            problem = f"{name} {theirs or 'is missing'} there, and the driver has {mine}"
-            remedy = "install the same on every machine, best by one image or one environment"
+def _version_problems(node: Mapping[str, str], driver: Mapping[str, str]) -> Problems:
+    """Versions that differ. Another patch version is a warning: results are most likely equal."""
+    for name, expected in driver.items():
+        actual = node.get(name, "")
+        if _release(actual, 3) != _release(expected, 3):
+            fatal = name == "ray" or _release(actual, 2) != _release(expected, 2)
+            problem = f"{name} is {actual or 'missing'}, but the driver has {expected}"
+            remedy = "install the same version on every machine, with one image or environment"
             yield "versions", problem, remedy, fatal
 
 
@@ -126,198 +143,205 @@ def _release(version: str, parts: int) -> list[str]:
     return version.partition("+")[0].split(".")[:parts]
 
 
-def _code(there: Mapping[str, str], here: Mapping[str, str]) -> Found:
-    other = sorted(name for name in {*there, *here} if there.get(name) != here.get(name))
-    if other:
-        more = f" and {len(other) - 2} more" if len(other) > 2 else ""
-        problem = f"its airsweep is another one: {', '.join(other[:2])}{more} differ"
-        remedy = "submit with --working-dir . from the checkout, or install the driver's there too"
-        yield "code", problem if there else "airsweep is not installed there", remedy, True
+def _code_problems(node: Mapping[str, str], driver: Mapping[str, str]) -> Problems:
+    changed = sorted(file for file in {*node, *driver} if node.get(file) != driver.get(file))
+    if changed:
+        more = f" and {len(changed) - 2} more" if len(changed) > 2 else ""
+        problem = f"its airsweep differs from the driver's: {', '.join(changed[:2])}{more}"
+        remedy = "submit with --working-dir . from the checkout, or install the driver's version"
+        yield "code", problem if node else "airsweep is not installed", remedy, True
 
 
-def _store(there: Facts, store: str) -> Found:
-    shared = (
-        "give --store a folder that every machine mounts at the same path, or s3://bucket/prefix"
-    )
-    if there["token"] and there["answered"]:
+def _store_problems(node: Facts, store: str) -> Problems:
+    if node["token"] and node["answered"]:
         return
-    if there["error"]:
+    if node["error"]:
         remedy = "let the user of that machine's Ray read and write there"
         if "://" in store:
-            remedy = "mind AWS_ENDPOINT_URL and the credentials on that machine"
-        yield "store", f"{store} cannot be used ({there['error']})", remedy, True
-    elif not there["exists"]:
-        yield "store", f"{store} is not there", shared, True
-    else:
-        yield "store", f"{store} is not the one that the driver writes to", shared, True
+            remedy = "check AWS_ENDPOINT_URL and the credentials on that machine"
+        yield "store", f"{store} cannot be used ({node['error']})", remedy, True
+        return
+    problem = "is not the store that the driver uses" if node["exists"] else "does not exist"
+    remedy = (
+        "give --store a folder that every machine mounts at the same path, or s3://bucket/prefix"
+    )
+    yield "store", f"{store} {problem}", remedy, True
 
 
-def _room(there: Facts, left: int) -> Found:
-    free = there["free"]
-    if free is not None and there["token"] and free < max(MIN_FREE, left):
-        problem = f"{size(free)} are free where {there['where']} lies"
+def _space_problems(node: Facts, bytes_left: int) -> Problems:
+    free = node["free"]
+    if free is not None and node["token"] and free < max(MIN_FREE, bytes_left):
+        problem = f"the disk of {node['where']} has {size(free)} free"
         if free >= MIN_FREE:
-            problem += f", and at least {size(left)} will be made"
-        remedy = "make room there: `airsweep cache gc` lists what no sweep needs"
+            problem += f", but the sweep will write at least {size(bytes_left)}"
+        remedy = "free some space: `airsweep cache gc` lists artifacts that no sweep needs"
         yield "room", problem, remedy, free < MIN_FREE
 
 
-def _files(there: Sequence[Facts], here: Sequence[Facts], inputs: Sequence[Input]) -> Found:
-    """Are the weights and images that a sweep names the same everywhere?"""
-    for theirs, mine, (role, name) in zip(there, here, inputs, strict=True):
-        if theirs == mine and "problem" not in theirs:
+def _input_problems(
+    node: Sequence[Facts], driver: Sequence[Facts], inputs: Sequence[Input]
+) -> Problems:
+    """Weights and images that differ from the driver's."""
+    for actual, expected, (role, name) in zip(node, driver, inputs, strict=True):
+        if "problem" in actual:
+            problem = f"is missing ({actual['problem']})"
+        elif "problem" in expected or actual == expected:
             continue
-        problem = f"{role} {name} has other content there than at the driver"
-        if "problem" in theirs:
-            problem = f"{role} {name} is not there ({theirs['problem']})"
-        elif "problem" in mine:
-            continue
-        elif theirs["count"] != mine["count"]:
-            problem = f"{role} {name} has {theirs['count']} files there, {mine['count']} here"
-        yield "files", problem, "copy it there, or let all machines read one shared folder", True
+        elif actual["count"] != expected["count"]:
+            problem = f"has {actual['count']} files, but {expected['count']} on the driver"
+        else:
+            problem = "has other content than on the driver"
+        remedy = "copy it to that machine, or let all machines read one shared folder"
+        yield "files", f"{role} {name} {problem}", remedy, True
 
 
-def _gpu(problem: str | None) -> Found:
+def _gpu_problems(problem: str | None) -> Problems:
     if problem:
-        remedy = "mend what `nvidia-smi` and torch say there, or start its Ray with --num-gpus=0"
-        yield "gpu", f"Ray counts a GPU there; {problem}", remedy, True
+        remedy = "fix what `nvidia-smi` or torch reports there, or start its Ray with --num-gpus=0"
+        yield "gpu", f"Ray counts a GPU, but {problem}", remedy, True
 
 
-def lines(found: Iterable[Finding]) -> list[str]:
-    """One line for each; what several machines have in common is written once."""
-    together: dict[tuple[str, str, str], list[str]] = {}
-    for one in found:
-        together.setdefault((one.check, one.problem, one.remedy), []).append(one.node)
+def finding_lines(findings: Iterable[Finding]) -> list[str]:
+    """One line per problem, with the machines that have it."""
+    nodes_by_problem: dict[tuple[str, str, str], list[str]] = {}
+    for finding in findings:
+        problem = (finding.check, finding.problem, finding.remedy)
+        nodes_by_problem.setdefault(problem, []).append(finding.node)
     return [
         f"{', '.join(nodes[:2])}{f' and {len(nodes) - 2} more' if len(nodes) > 2 else ''}: "
         f"{check}: {problem}; {remedy}"
-        for (check, problem, remedy), nodes in together.items()
+        for (check, problem, remedy), nodes in nodes_by_problem.items()
     ]
 
 
-# ---------------------------------------------------------------- this machine, or a cluster's
+# ---------------------------------------------------------------- checking machines
 
 
-def refuse_unfit_nodes(plan: Plan, location: SweepLocation, say: Callable[[str], None]) -> None:
-    """Check the nodes of the cluster that was joined.
+def refuse_unfit_nodes(plan: Plan, location: SweepLocation, report: Callable[[str], None]) -> None:
+    """Check the nodes of the joined cluster before a sweep starts.
+
+    Args:
+        report: receives warnings and a summary.
 
     Raises:
-        Refused: a node is not fit for the sweep; says which, why, and what to do.
+        Refused: a node cannot run the sweep. The message lists nodes, problems and remedies.
     """
     started = time.monotonic()
-    nodes = check_nodes(location.store, needed_by(plan, location))
-    findings = [one for node in nodes for one in node.findings]
-    fatal = [one for one in findings if one.fatal]
+    nodes = check_nodes(location.store, node_requirements(plan, location))
+    findings = [finding for node in nodes for finding in node.findings]
+    fatal = [finding for finding in findings if finding.fatal]
     if fatal:
-        unfit = len({one.node for one in fatal})
+        unfit = len({finding.node for finding in fatal})
         raise Refused(
-            f"{unfit} of {counted(len(nodes), 'machine')} of the cluster cannot do this sweep:\n  "
-            + "\n  ".join(lines(fatal))
+            f"{unfit} of {counted(len(nodes), 'machine')} of the cluster cannot run this sweep:\n  "
+            + "\n  ".join(finding_lines(fatal))
         )
-    for line in lines(findings):
-        say(line)
+    for line in finding_lines(findings):
+        report(line)
     seconds = time.monotonic() - started
-    checked = len(nodes) - sum(one.check == "answers" for one in findings)  # the others are gone
-    say(f"checked {counted(checked, 'machine')} of the cluster: fit, {seconds:.1f} s")
+    # A node without an answer that is not fatal has left the cluster.
+    checked = len(nodes) - sum(finding.check == "answers" for finding in findings)
+    report(f"checked {counted(checked, 'machine')} of the cluster: ok, {seconds:.1f} s")
 
 
 def check_this_machine(
-    name: str, store: ArtifactStore, needed: Needed
+    name: str, store: ArtifactStore, needs: NodeRequirements
 ) -> tuple[Facts, list[Finding]]:
-    """Facts about this machine, and what is wrong with it. Raises as `store_token`."""
+    """Return facts and findings of this machine. Raises what `store_token` raises."""
     with store_token(store) as token:
-        facts = node_facts.node_facts(store.name, token, HERE, needed, needed.gpus)
-        _read_answer(facts["store"], store.name, token, HERE)
-    return facts, judge(name, facts, facts, store.name, needed)
+        facts = node_facts.node_facts(store.name, token, DRIVER_ANSWER, needs, needs.gpus)
+        _read_answer(facts["store"], store.name, token, DRIVER_ANSWER)
+    return facts, compare_facts(name, facts, facts, store.name, needs)
 
 
 def _read_answer(facts: Facts, store: str, token: str, node: str) -> None:
-    """Note whether the driver can read what a machine has written into the store."""
+    """Record whether the driver can read the token that a node has written into the store."""
     facts["answered"] = False
     with suppress(OSError):
         facts["answered"] = facts["token"] and has_token(store, token, node)
 
 
-def check_nodes(store: ArtifactStore, needed: Needed) -> list[NodeReport]:
-    """Check each node of the cluster that was joined, by a task that takes no core and no GPU.
+def check_nodes(store: ArtifactStore, needs: NodeRequirements) -> list[NodeReport]:
+    """Check each node of the joined cluster by a task that reserves no core and no GPU.
 
-    Raises as `store_token`.
+    Raises what `store_token` raises.
     """
     import ray
     from ray import cloudpickle
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    nodes = _alive()
-    with_gpu = {key for key, node in nodes.items() if needed.gpus and node["Resources"].get("GPU")}
+    nodes = _alive_nodes()
+    with_gpu = {key for key, node in nodes.items() if needs.gpus and node["Resources"].get("GPU")}
     cloudpickle.register_pickle_by_value(node_facts)
     try:
         task = ray.remote(num_cpus=0, max_retries=0, max_calls=1)(node_facts.node_facts)
         with store_token(store) as token:
 
             def start(key: str) -> Any:
-                there = NodeAffinitySchedulingStrategy(key, soft=False)
-                on_node = task.options(scheduling_strategy=there)
-                return on_node.remote(store.name, token, key, needed, key in with_gpu)
+                this_node = NodeAffinitySchedulingStrategy(key, soft=False)
+                task_on_node = task.options(scheduling_strategy=this_node)
+                return task_on_node.remote(store.name, token, key, needs, key in with_gpu)
 
-            waiting = {start(key): key for key in nodes}
-            driver = node_facts.node_facts(store.name, token, HERE, needed, False)
-            facts = _gather(waiting, start)
-            for key, one in facts.items():
-                if isinstance(one, dict):
-                    _read_answer(one["store"], store.name, token, key)
+            pending = {start(key): key for key in nodes}
+            driver = node_facts.node_facts(store.name, token, DRIVER_ANSWER, needs, False)
+            answers = _gather(pending, start)
+            for key, answer in answers.items():
+                if isinstance(answer, dict):
+                    _read_answer(answer["store"], store.name, token, key)
     finally:
         cloudpickle.unregister_pickle_by_value(node_facts)
-    skipped = set() if needed.inputs else {"files"}
-    alive, reports = _alive(), []
-    for name, key in zip(_names(list(nodes.values())), nodes, strict=True):
-        one = facts[key]
-        if isinstance(one, str):
-            remedy = "start Ray there anew, or take the machine out of the cluster, and try again"
-            problem = f"it could not be checked ({one})"
-            # An autoscaler may take a machine back meanwhile.
-            found = [Finding(name, "answers", problem, remedy, fatal=key in alive)]
+    alive, reports = _alive_nodes(), []
+    for name, key in zip(_node_names(list(nodes.values())), nodes, strict=True):
+        answer = answers[key]
+        if isinstance(answer, str):
+            remedy = "restart its Ray, or remove the machine from the cluster, and try again"
+            problem = f"the machine could not be checked ({answer})"
+            # Not fatal if the node has left the cluster meanwhile: an autoscaler may remove it.
+            findings = [Finding(name, "answers", problem, remedy, fatal=key in alive)]
         else:
-            found = judge(name, one, driver, store.name, needed)
-        also = frozenset(skipped if key in with_gpu else {*skipped, "gpu"})
-        reports.append(NodeReport(name, tuple(found), also))
+            findings = compare_facts(name, answer, driver, store.name, needs)
+        done = {"files": bool(needs.inputs), "gpu": key in with_gpu}
+        skipped = frozenset(check for check, was_done in done.items() if not was_done)
+        reports.append(NodeReport(name, tuple(findings), skipped))
     return sorted(reports, key=lambda report: report.name)
 
 
-def _gather(waiting: dict[Any, str], start: Callable[[str], Any]) -> dict[str, Facts | str]:
-    """By node its facts, or why there are none."""
+def _gather(pending: dict[Any, str], start: Callable[[str], Any]) -> dict[str, Facts | str]:
+    """For each node its facts, or the reason why it returned none."""
     import ray
     from ray.exceptions import TaskUnschedulableError
 
-    deadline = time.monotonic() + ANSWER
-    found: dict[str, Facts | str] = {}
-    while waiting:
-        left = max(0.0, deadline - time.monotonic())
-        done, _ = ray.wait(list(waiting), num_returns=1, timeout=left)
+    deadline = time.monotonic() + ANSWER_TIMEOUT
+    answers: dict[str, Facts | str] = {}
+    while pending:
+        remaining = max(0.0, deadline - time.monotonic())
+        done, _ = ray.wait(list(pending), num_returns=1, timeout=remaining)
         if not done:
             break
-        key = waiting.pop(done[0])
+        key = pending.pop(done[0])
         try:
-            found[key] = ray.get(done[0])
+            answers[key] = ray.get(done[0])
         except Exception as problem:
-            found[key] = f"{type(problem).__name__}: {first_line(problem)}"
-            # A node that has joined just now may be unknown yet where tasks are scheduled.
-            if isinstance(problem, TaskUnschedulableError) and key in _alive() and left > RETRY:
-                time.sleep(RETRY)
-                waiting[start(key)] = key
-    for task, key in waiting.items():
+            answers[key] = f"{type(problem).__name__}: {first_line(problem)}"
+            # Ray's scheduler may not know yet a node that has just joined: retry.
+            is_unknown = isinstance(problem, TaskUnschedulableError) and key in _alive_nodes()
+            if is_unknown and remaining > RETRY_DELAY:
+                time.sleep(RETRY_DELAY)
+                pending[start(key)] = key
+    for task, key in pending.items():
         ray.cancel(task, force=True)
-        found[key] = f"no answer within {ANSWER:.0f} s"
-    return found
+        answers[key] = f"no answer within {ANSWER_TIMEOUT:.0f} s"
+    return answers
 
 
-def _alive() -> dict[str, Mapping[str, Any]]:
+def _alive_nodes() -> dict[str, Mapping[str, Any]]:
     import ray
 
     return {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
 
 
-def _names(nodes: Sequence[Mapping[str, Any]]) -> list[str]:
-    """For people; two nodes on one machine get different names."""
+def _node_names(nodes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Host name and address of each node; Ray's id distinguishes two nodes on one machine."""
     plain = [f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})" for node in nodes]
     counts = Counter(plain)
     return [

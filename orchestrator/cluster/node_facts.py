@@ -1,8 +1,8 @@
-"""Facts about one machine of a cluster, as plain data: versions, code, store, inputs, GPU.
+"""Node facts: versions, code, store, inputs and GPU of one machine, as plain data.
 
-`node_facts` travels to a machine by value, so that it runs where another airsweep is installed, or
-none: it uses the standard library, and imports airsweep only inside of `try`. It judges nothing
-(`node_checks.py`).
+Ray sends the function `node_facts` to each node by value. The function therefore also runs if
+another airsweep or none is installed there: it uses the standard library, and imports airsweep only
+inside `try`. `node_checks.py` compares the facts.
 """
 
 from __future__ import annotations
@@ -29,41 +29,42 @@ LIBRARIES = (
     *("numpy", "safetensors"),
 )
 PACKAGES = ("air_core", "orchestrator")
-TOKENS = ".nodes-"  # begins the name of a folder in the store, while nodes are checked
-DRIVER, HERE = "driver", "here"  # files in it: the driver's token, and its own answer
-TOKEN_BYTES = 1 << 16  # of each such file: a disk with a quota may still take a few bytes
-STALE = 3600.0  # seconds after which a token was left by a driver that was killed
+TOKENS = ".nodes-"  # prefix of a folder in the store that exists while nodes are checked
+DRIVER, DRIVER_ANSWER = "driver", "here"  # files in it: the driver's token and the driver's answer
+TOKEN_BYTES = 1 << 16  # size of such a file; a full quota may still accept a few bytes
+STALE = 3600.0  # seconds; older tokens were left by killed drivers
 VISIBLE = 2.0  # seconds until a network disk shows a file of another machine
-SAMPLE, ENDS = 200, 1 << 16  # files of an input that are read; bytes at both ends of each
+SAMPLE, ENDS = 200, 1 << 16  # files of an input to read; bytes to read at both ends of a file
 
 Facts = dict[str, Any]
 Input = tuple[str, str]  # role (dataset, backbone, generator) and name
 
 
 @dataclass(frozen=True)
-class Needed:
-    """What a sweep needs of each machine."""
+class NodeRequirements:
+    """What a sweep requires of each node."""
 
     inputs: tuple[Input, ...] = ()
     data_root: Path | None = None
     gpus: bool = False
-    bytes_left: int = 0  # that are still to be made
+    bytes_left: int = 0  # expected size of the missing artifacts
 
 
-def node_facts(store: str, token: str, node: str, needed: Needed, use_gpu: bool) -> Facts:
-    """What the machine that this runs on has, as plain data.
+def node_facts(store: str, token: str, node: str, needs: NodeRequirements, use_gpu: bool) -> Facts:
+    """Collect facts about the machine that runs this function.
 
     Args:
         store: folder, or URI of a bucket.
-        token: what the driver has written there.
+        token: random token that the driver has written into the store.
         node: name of the file in which this machine answers.
+        needs: names the inputs to compare.
         use_gpu: let torch compute on a GPU.
     """
     return {
         "versions": {"python": python_version(), **{name: _version(name) for name in LIBRARIES}},
         "code": _code_digests(),
         "store": _answer(store, token, node),
-        "files": [_input_facts(role, name, needed.data_root) for role, name in needed.inputs],
+        "files": [_input_facts(role, name, needs.data_root) for role, name in needs.inputs],
         "gpu": _gpu_problem() if use_gpu else None,
     }
 
@@ -76,20 +77,20 @@ def _version(library: str) -> str:
 
 
 def _code_digests() -> dict[str, str]:
-    """Digests of airsweep's modules; empty where it is not installed."""
-    found = {}
+    """Digests of airsweep's modules; empty if airsweep is not installed."""
+    digests = {}
     for package in PACKAGES:
         spec = importlib.util.find_spec(package)
         if spec is not None and spec.origin is not None:
             folder = Path(spec.origin).parent
             for file in folder.rglob("*.py"):
                 digest = hashlib.blake2b(file.read_bytes(), digest_size=6).hexdigest()
-                found[f"{package}/{file.relative_to(folder).as_posix()}"] = digest
-    return found
+                digests[f"{package}/{file.relative_to(folder).as_posix()}"] = digest
+    return digests
 
 
 def _answer(store: str, token: str, node: str) -> Facts:
-    """Read the driver's token in the store, and write the answer beside it."""
+    """Read the driver's token in the store and write the same token as this node's answer."""
     facts: Facts = {"exists": True, "token": False, "error": "", "where": store, "free": None}
     try:
         if "://" in store:
@@ -100,26 +101,26 @@ def _answer(store: str, token: str, node: str) -> Facts:
         else:
             folder = Path(store)
             facts["exists"] = folder.is_dir()
-        existing = next(one for one in (folder, *folder.parents) if one.exists())
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
         facts |= {"where": str(folder), "free": shutil.disk_usage(existing).free}
         facts["token"] = has_token(store, token, DRIVER)
         if facts["token"]:
             write_token(store, token, node)
     except OSError as problem:
         facts["error"] = problem.strerror or str(problem)
-    except Exception as problem:  # of the airsweep that is installed there
+    except Exception as problem:  # the airsweep of this node may differ from the driver's
         facts["error"] = str(problem)
     return facts
 
 
 def has_token(store: str, token: str, name: str) -> bool:
-    """Does a file in the store hold the token, or will it soon?"""
+    """Whether a file in the store contains the token; waits VISIBLE seconds for the file."""
     deadline = time.monotonic() + VISIBLE
-    while (found := _read(store, f"{TOKENS}{token}/{name}")) is None:
+    while (content := _read(store, f"{TOKENS}{token}/{name}")) is None:
         if time.monotonic() > deadline:
             return False
         time.sleep(VISIBLE / 8)
-    return found.startswith(token.encode())
+    return content.startswith(token.encode())
 
 
 def _read(store: str, path: str) -> bytes | None:
@@ -148,7 +149,7 @@ def write_token(store: str, token: str, name: str) -> None:
 
 
 def _input_facts(role: str, name: str, data_root: Path | None) -> Facts:
-    """The digest of an input, without reading gigabytes."""
+    """Number of files of an input and a digest of samples: reading all would take too long."""
     try:
         if role == "dataset":
             from air_core.datasets import get_dataset
@@ -159,12 +160,15 @@ def _input_facts(role: str, name: str, data_root: Path | None) -> Facts:
 
             _, files = read_from(role, name)
         return {"count": len(files), "digest": _sample_digest(sorted(files))}
-    except Exception as problem:  # of the airsweep that is installed there
+    except Exception as problem:  # the airsweep of this node may differ from the driver's
         return {"problem": str(problem)}
 
 
 def _sample_digest(files: Sequence[Path]) -> str:
-    """Of names, sizes and both ends: weights of one shape have equal sizes, and other ends."""
+    """Digest of names, sizes and both ends of up to SAMPLE files.
+
+    Sizes alone do not distinguish two sets of weights with the same shapes.
+    """
     step = -(-len(files) // SAMPLE) or 1
     common = os.path.commonpath([file.parent for file in files])
     digest = hashlib.blake2b(digest_size=8)
@@ -179,7 +183,7 @@ def _sample_digest(files: Sequence[Path]) -> str:
 
 
 def _gpu_problem() -> str:
-    """Why torch cannot use a GPU; empty: it can, or others have taken its memory."""
+    """Why torch cannot use a GPU; empty if it can, or if the GPU's memory is in use."""
     try:
         import torch
 
@@ -197,16 +201,16 @@ def _gpu_problem() -> str:
 
 @contextmanager
 def store_token(store: ArtifactStore) -> Iterator[str]:
-    """Write a random token into the store for as long as the block lasts.
+    """Keep a random token in the store while the block runs.
 
-    A machine that reads it there, and whose answer the driver reads, works in the same store as the
-    driver, and not in another one of the same name.
+    If a node can read the token and the driver can read the node's answer, both use the same store.
+    Equal paths are not enough: they may be separate folders on two machines.
 
     Raises:
-        OSError: it cannot be written, or a bucket does not answer.
+        OSError: the store is not writable, or the bucket does not answer.
     """
     token, root = uuid.uuid4().hex, store.root
-    made = [one for one in (root, *root.parents) if not one.exists()]
+    new_folders = [path for path in (root, *root.parents) if not path.exists()]
     try:
         _remove_tokens(store, "")
         if not isinstance(store.backend, BucketBackend):
@@ -215,17 +219,17 @@ def store_token(store: ArtifactStore) -> Iterator[str]:
         yield token
     finally:
         _remove_tokens(store, token)
-        with suppress(OSError):  # another driver works there by now
-            for folder in made:
+        with suppress(OSError):  # not empty: another driver uses the store now
+            for folder in new_folders:
                 folder.rmdir()
 
 
 def _remove_tokens(store: ArtifactStore, token: str) -> None:
-    """Remove the files of one token, or, where it is empty, those of killed drivers."""
+    """Remove the files of a token; of the empty token, those that killed drivers left."""
     oldest = time.time() - STALE
     if not isinstance(store.backend, BucketBackend):
         for folder in store.root.glob(f"{TOKENS}{token or '*'}"):
-            with suppress(FileNotFoundError):  # its own driver has removed it
+            with suppress(FileNotFoundError):  # the driver of the token has removed it
                 if token or folder.stat().st_mtime < oldest:
                     shutil.rmtree(folder, ignore_errors=True)
         return

@@ -1,6 +1,7 @@
-"""Cluster files filled in for a sweep, by what a laptop knows. Asks no cluster, holds no secret.
+"""Render Kubernetes manifests for a sweep from the templates in `cluster/kuberay/`.
 
-The files of `cluster/kuberay/` are what is filled in: what no option names is as it stands there.
+Needs no connection to a cluster, and refuses to write secrets. Values without an option stay as in
+the template.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ from orchestrator.redact import password_at, redacted, shows_secret
 from orchestrator.spec import Resources, SweepSpec
 from orchestrator.spec.marked_yaml import all_documents, shown, written
 
-SWEEP_FOLDER = "/home/ray/sweep"  # where the ConfigMap is mounted on the head
-SLACK = 3600  # seconds beside `budget.wall`: pods that come, and trials that end
+SWEEP_FOLDER = "/home/ray/sweep"  # mount point of the ConfigMap on the head
+SLACK = 3600  # seconds added to `budget.wall` for pods to start and trials to end
 GPU = "nvidia.com/gpu"
 QUEUE, PRIORITY = "kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/priority-class"
-LONGEST = 47  # KubeRay's: names of pods begin with it
+MAX_NAME_LENGTH = 47  # KubeRay's limit: it derives names of pods
 LABEL = r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wishes:
-    """What a sweep file does not say about the cluster; None is as the template has it."""
+class RenderOptions:
+    """Options of `airsweep cluster render`. None keeps the value of the template."""
 
     name: str | None = None
     image: str | None = None
@@ -40,19 +41,19 @@ class Wishes:
     queue: str | None = None
     priority: str | None = None
     env: Mapping[str, str] = field(default_factory=dict)
-    options: Sequence[str] = ()  # of `airsweep run`
+    run_options: Sequence[str] = ()  # options of `airsweep run`
 
 
-def rayjob(sweep: SweepSpec, wishes: Wishes) -> str:
-    """A ConfigMap with the sweep file and a RayJob that runs it, as YAML.
+def rayjob(sweep: SweepSpec, options: RenderOptions) -> str:
+    """Render a ConfigMap with the sweep file and a RayJob that runs it, as YAML.
 
     Raises:
-        ValueError: something asked for cannot be, or would put a secret into the text.
+        ValueError: an option is invalid, or the text would contain a secret.
     """
-    name = checked_name(wishes.name or job_name(sweep.project or "default", sweep.name))
-    refuse_secrets(sweep, wishes)
-    store = _allowed(
-        *("--store", wishes.store, r"(/|file:///|(s3|gs|az)://).*"),
+    name = _checked_name(options.name or job_name(sweep.project or "default", sweep.name))
+    _refuse_secrets(sweep, options)
+    store = _checked(
+        *("--store", options.store, r"(/|file:///|(s3|gs|az)://).*"),
         "an absolute folder on the disk that all pods see, such as /shared/runs, or "
         "s3://bucket/prefix",
     )
@@ -60,12 +61,13 @@ def rayjob(sweep: SweepSpec, wishes: Wishes) -> str:
     file = f"{sweep.name}.yaml"
     configmap["metadata"]["name"] = name
     configmap["data"] = {file: sweep.text}
-    job["metadata"] = {"name": name, **_labels(wishes)}
+    job["metadata"] = {"name": name, **_labels(options)}
     spec = job["spec"]
     command = ("python", "-m", "orchestrator", "run", f"{SWEEP_FOLDER}/{file}")
-    spec["entrypoint"] = shlex.join([*command, "--store", store, *wishes.options])
-    env = {"AIRSWEEP_DATA": sweep.data_root} if sweep.data_root else {}  # else that of the pods
-    spec["runtimeEnvYAML"] = json.dumps({"env_vars": env | dict(wishes.env)}) + "\n"
+    spec["entrypoint"] = shlex.join([*command, "--store", store, *options.run_options])
+    # Without a data root in the sweep, AIRSWEEP_DATA of the pods applies.
+    env = {"AIRSWEEP_DATA": sweep.data_root} if sweep.data_root else {}
+    spec["runtimeEnvYAML"] = json.dumps({"env_vars": env | dict(options.env)}) + "\n"
     if sweep.budget.wall:
         spec["activeDeadlineSeconds"] = math.ceil(sweep.budget.wall) + SLACK
     cluster = spec["rayClusterSpec"]
@@ -73,44 +75,48 @@ def rayjob(sweep: SweepSpec, wishes: Wishes) -> str:
         if volume["name"] == "sweep":
             volume["configMap"]["name"] = name
     [gpu] = cluster["workerGroupSpecs"]
-    groups = worker_groups(gpu, sweep.resources, wishes)
-    for group in groups:  # all are up before the sweep starts
+    groups = _worker_groups(gpu, sweep.resources, options)
+    for group in groups:  # a fixed size: all workers start before the sweep
         group["replicas"] = group["minReplicas"] = group["maxReplicas"]
     cluster["workerGroupSpecs"] = groups
-    _set_image(cluster, wishes.image)
+    _set_image(cluster, options.image)
     return written([configmap, job])
 
 
-def raycluster(sweep: SweepSpec, wishes: Wishes) -> str:
-    """A RayCluster with workers that this sweep fits into, as YAML. Raises as `rayjob`."""
+def raycluster(sweep: SweepSpec, options: RenderOptions) -> str:
+    """Render a RayCluster with workers large enough for a sweep, as YAML.
+
+    Raises:
+        ValueError: an option is invalid.
+    """
     [cluster] = all_documents(template("raycluster"))
-    if wishes.name:
-        cluster["metadata"]["name"] = checked_name(wishes.name)
+    if options.name:
+        cluster["metadata"]["name"] = _checked_name(options.name)
     spec = cluster["spec"]
     [gpu] = (group for group in spec["workerGroupSpecs"] if group["groupName"] == "gpu")
-    groups = worker_groups(gpu, sweep.resources, wishes)
-    for group in groups:  # workers with GPUs come with work
-        least = 0 if group["groupName"] == "gpu" else min(1, group["maxReplicas"])
-        group["replicas"] = group["minReplicas"] = least
+    groups = _worker_groups(gpu, sweep.resources, options)
+    for group in groups:  # the autoscaler starts workers with GPUs when work needs them
+        minimum = 0 if group["groupName"] == "gpu" else min(1, group["maxReplicas"])
+        group["replicas"] = group["minReplicas"] = minimum
     spec["workerGroupSpecs"] = groups
-    _set_image(spec, wishes.image)
+    _set_image(spec, options.image)
     return written([cluster])
 
 
 def template(name: str) -> str:
-    """A file of `cluster/kuberay`, in a checkout or in the installed package."""
+    """Read a file of `cluster/kuberay`, from the installed package or a checkout."""
     for folder in (SHIPPED, ROOT):
         file = folder / "cluster" / "kuberay" / f"{name}.yaml"
         if file.is_file():
             return file.read_text()
-    raise FileNotFoundError(f"cluster/kuberay/{name}.yaml is neither here nor in the package")
+    raise FileNotFoundError(f"cluster/kuberay/{name}.yaml is missing in {SHIPPED} and in {ROOT}")
 
 
 # ---------------------------------------------------------------- names and values
 
 
 def job_name(project: str, sweep: str) -> str:
-    """A name that Kubernetes takes: small letters, digits and dashes.
+    """A valid name for Kubernetes: lower-case letters, digits and dashes.
 
     >>> job_name("default", "paper_main")
     'air-paper-main'
@@ -119,76 +125,79 @@ def job_name(project: str, sweep: str) -> str:
     """
     words = sweep if project == "default" else f"{project}-{sweep}"
     plain = re.sub(r"[^a-z0-9]+", "-", f"air-{words}".lower())
-    return plain[:LONGEST].strip("-")
+    return plain[:MAX_NAME_LENGTH].strip("-")
 
 
-def checked_name(name: str) -> str:
-    return _allowed(
-        *("--name", name, rf"(?=.{{1,{LONGEST}}}$)[a-z]([-a-z0-9]*[a-z0-9])?"),
-        f"small letters, digits and dashes, a letter first, no dash at the end, at most {LONGEST}",
+def _checked_name(name: str) -> str:
+    return _checked(
+        *("--name", name, rf"(?=.{{1,{MAX_NAME_LENGTH}}}$)[a-z]([-a-z0-9]*[a-z0-9])?"),
+        "lower-case letters, digits and dashes, a letter first, no dash at the end, at most "
+        f"{MAX_NAME_LENGTH} characters",
     )
 
 
-def _allowed(option: str, value: str, pattern: str, allowed: str) -> str:
-    """
+def _checked(option: str, value: str, pattern: str, allowed: str) -> str:
+    """Return the value if it matches the pattern.
+
     Raises:
-        ValueError: the value is not of this form.
+        ValueError: it does not match.
     """
     if not re.fullmatch(pattern, value):
         raise ValueError(f"{option} {shown(value)} is not allowed; allowed: {allowed}")
     return value
 
 
-def environment_of(options: Sequence[str]) -> dict[str, str]:
-    """`NAME=VALUE` each.
+def parse_variables(options: Sequence[str]) -> dict[str, str]:
+    """Parse options of the form NAME=VALUE.
 
     Raises:
-        ValueError: it is none, looks like a secret, or would not arrive as it is written.
+        ValueError: the form is wrong, or the value looks like a secret or has characters that
+            KubeRay's shell would interpret.
     """
-    found = {}
+    variables = {}
     for option in options:
-        _allowed("--env", option, r"(?s)[A-Za-z_][A-Za-z0-9_]*=.*", "NAME=VALUE")
+        _checked("--env", option, r"(?s)[A-Za-z_][A-Za-z0-9_]*=.*", "NAME=VALUE")
         name, _, value = option.partition("=")
         if shows_secret(name, value):
             raise ValueError(
-                f"--env {name}: this looks like a secret, and the file would show it to all who "
-                "can read the job; put it into the Secret `airsweep`, of which every pod gets all "
-                "keys as variables (cluster/README.md)"
+                f"--env {name}: this looks like a secret, which everyone who can read the job "
+                "would see; put it into the Secret `airsweep`, whose keys every pod gets as "
+                "variables (cluster/README.md)"
             )
-        if not value.isprintable() or set(value) & set("$`"):  # KubeRay's shell would read them
+        if not value.isprintable() or set(value) & set("$`"):
             raise ValueError(
-                f"--env {name}: $, ` and line breaks do not arrive as written; put the value into "
-                "the Secret `airsweep` instead"
+                f"--env {name}: KubeRay's shell changes values with $, ` or line breaks; put the "
+                "value into the Secret `airsweep` instead"
             )
-        found[name] = value
-    return found
+        variables[name] = value
+    return variables
 
 
-def refuse_secrets(sweep: SweepSpec, wishes: Wishes) -> None:
-    """A login in what goes into the text.
+def _refuse_secrets(sweep: SweepSpec, options: RenderOptions) -> None:
+    """Refuse texts that contain an address with a password.
 
     Raises:
-        ValueError: there is one.
+        ValueError: the sweep file or an option contains a password.
     """
-    texts = {sweep.source: sweep.text, "--store": wishes.store}
-    texts |= {option: option for option in wishes.options}
-    for where, text in texts.items():
+    texts = {sweep.source: sweep.text, "--store": options.store}
+    texts |= {option: option for option in options.run_options}
+    for source, text in texts.items():
         if password_at(text) is not None:
             raise ValueError(
-                f"{redacted(where)}: a login in an address would stand in the job for "
-                "all to read; put MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or the "
-                "keys of the bucket, into the Secret `airsweep` (cluster/README.md)"
+                f"{redacted(source)}: an address contains a password, which everyone who can read "
+                "the job would see; put MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
+                "the keys of the bucket, into the Secret `airsweep` (cluster/README.md)"
             )
 
 
-def _labels(wishes: Wishes) -> dict[str, Any]:
-    if wishes.priority and not wishes.queue:
-        raise ValueError("--priority is a class of Kueue's: give its --queue as well")
+def _labels(options: RenderOptions) -> dict[str, Any]:
+    if options.priority and not options.queue:
+        raise ValueError("--priority is a class of Kueue and needs --queue as well")
     labels = {
-        label: _allowed(option, name, LABEL, "the name of one in Kubernetes")
+        label: _checked(option, name, LABEL, "a name of Kubernetes: letters, digits, -, _ and .")
         for option, label, name in (
-            ("--queue", QUEUE, wishes.queue),
-            ("--priority", PRIORITY, wishes.priority),
+            ("--queue", QUEUE, options.queue),
+            ("--priority", PRIORITY, options.priority),
         )
         if name is not None
     }
@@ -198,64 +207,66 @@ def _labels(wishes: Wishes) -> dict[str, Any]:
 # ---------------------------------------------------------------- machines
 
 
-def worker_groups(
-    gpu: dict[str, Any], resources: Resources, wishes: Wishes
+def _worker_groups(
+    gpu: dict[str, Any], resources: Resources, options: RenderOptions
 ) -> list[dict[str, Any]]:
-    """Groups of workers into which the sweep's trials and generators fit; `maxReplicas` of each.
+    """Worker groups that fit the trials and generators of a sweep, with `maxReplicas`.
 
-    A pod has the GPUs of one trial or one generator, and the cores of all that share them.
+    A pod has the GPUs of one trial or generator, and the cores of all processes that share them.
 
     Args:
-        gpu: a group of pods with GPUs, whose shape is kept.
+        gpu: template of a group with GPUs.
     """
-    asked = (resources.trial, resources.generator, resources.encoding)
-    with_gpu = [want for want in asked if want.gpu]
-    if not with_gpu and wishes.gpu_workers:
+    processes = (resources.trial, resources.generator, resources.encoding)
+    with_gpu = [process for process in processes if process.gpu]
+    if not with_gpu and options.gpu_workers:
         raise ValueError(
-            f"--gpu-workers {wishes.gpu_workers}: the sweep asks for no GPU; leave it out, or give "
-            "--set resources.trial.gpu=1 or resources.generator.gpu=1"
+            f"--gpu-workers {options.gpu_workers}: the sweep uses no GPU; leave the option out, or "
+            "give --set resources.trial.gpu=1 or --set resources.generator.gpu=1"
         )
-    if with_gpu and wishes.gpu_workers == 0:
+    if with_gpu and options.gpu_workers == 0:
         raise ValueError(
-            "--gpu-workers 0: the sweep asks for GPUs; give at least 1, or --set "
-            "resources.trial.gpu=0 and resources.generator.gpu=0"
+            "--gpu-workers 0: the sweep needs GPUs; give at least 1, or --set "
+            "resources.trial.gpu=0 and --set resources.generator.gpu=0"
         )
-    devices = math.ceil(max((want.gpu for want in with_gpu), default=0))
-    gpu_workers = wishes.gpu_workers
+    devices = math.ceil(max((process.gpu for process in with_gpu), default=0))
+    gpu_workers = options.gpu_workers
     if gpu_workers is None:
         gpu_workers = (resources.generator.actors or 1) if with_gpu else 0
-    cpu_workers = wishes.cpu_workers
+    cpu_workers = options.cpu_workers
     if cpu_workers is None:
         cpu_workers = 0 if with_gpu else 1
     for option, count in (("--gpu-workers", gpu_workers), ("--cpu-workers", cpu_workers)):
-        _allowed(option, str(count), r"\d+", "0 and more")
-    most = max(want.cpu for want in asked)
-    sharing = max((int(devices / want.gpu) * want.cpu for want in with_gpu), default=0)
+        _checked(option, str(count), r"\d+", "0 or more")
+    largest = max(process.cpu for process in processes)
+    sharing = max((int(devices / p.gpu) * p.cpu for p in with_gpu), default=0)
     groups = []
     if gpu_workers:
-        groups.append(_sized(gpu, "gpu", gpu_workers, max(most, sharing), devices))
+        groups.append(_worker_group(gpu, "gpu", gpu_workers, max(largest, sharing), devices))
     if cpu_workers:
-        groups.append(_sized(gpu, "cpu", cpu_workers, most, 0))
-    # Each pod has enough of what is neither core nor GPU for what asks for the most.
+        groups.append(_worker_group(gpu, "cpu", cpu_workers, largest, 0))
+    # Each pod has as much of every custom resource as the largest process needs.
     custom: dict[str, float] = {}
-    for want in asked:
-        custom |= {name: max(n, custom.get(name, 0)) for name, n in want.custom.items()}
+    for process in processes:
+        custom |= {name: max(n, custom.get(name, 0)) for name, n in process.custom.items()}
     for group in groups:
-        if custom:  # as a shell takes it from KubeRay
+        if custom:  # encoded twice, because KubeRay passes the value through a shell
             group["rayStartParams"]["resources"] = json.dumps(json.dumps(custom, sort_keys=True))
     machines = [
         {"CPU": float(limits["cpu"]), "GPU": float(limits.get(GPU, 0)), **custom}
         for limits in (_limits(group) for group in groups)
     ]
-    if not machines or (why := resource_shortage(resources, machines, prepares=True)):
-        raise ValueError(why if machines else "no worker is left; give --cpu-workers 1 or more")
+    if not machines:
+        raise ValueError("the cluster would have no worker; give --cpu-workers 1 or more")
+    if shortage := resource_shortage(resources, machines, prepares=True):
+        raise ValueError(shortage)
     return groups
 
 
-def _sized(
-    shape: dict[str, Any], name: str, count: int, cores: float, devices: int
+def _worker_group(
+    template_group: dict[str, Any], name: str, count: int, cores: float, devices: int
 ) -> dict[str, Any]:
-    group = copy.deepcopy(shape)
+    group = copy.deepcopy(template_group)
     group |= {"groupName": name, "maxReplicas": count}
     limits, pod = _limits(group), group["template"]["spec"]
     limits["cpu"] = str(max(math.ceil(cores), int(limits["cpu"])))
@@ -274,7 +285,6 @@ def _limits(group: dict[str, Any]) -> dict[str, Any]:
 def _set_image(cluster: dict[str, Any], image: str | None) -> None:
     if image is None:
         return
-    form = "one as in [REGISTRY/]NAME:TAG"
-    _allowed("--image", image, r"[A-Za-z0-9][-A-Za-z0-9._/:@]*", form)
+    _checked("--image", image, r"[A-Za-z0-9][-A-Za-z0-9._/:@]*", "[REGISTRY/]NAME:TAG")
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         group["template"]["spec"]["containers"][0]["image"] = image

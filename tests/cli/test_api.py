@@ -1,4 +1,4 @@
-"""airsweep from Python: what commands do, without ending the process."""
+"""The Python API: results of the commands, exceptions, and a process that stays as it was."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def spec(tmp_path_factory) -> Path:
 
 
 @dataclass(frozen=True)
-class Done:
-    """A run, and what this process was before and after it."""
+class FinishedRun:
+    """A run, and the state of this process before and after it."""
 
     outcome: api.Outcome
     before: Any
@@ -46,73 +46,72 @@ class Done:
 
 
 @pytest.fixture(scope="module")
-def done(spec, tmp_path_factory) -> Done:
+def finished(spec, tmp_path_factory) -> FinishedRun:
     store = tmp_path_factory.mktemp("store") / "runs"
-    before = process()
+    before = process_state()
     outcome = api.run(spec, store=store, sets={"train.steps": 2}, quiet=True)
-    return Done(outcome, before, process())
+    return FinishedRun(outcome, before, process_state())
 
 
-def process() -> Any:
+def process_state() -> Any:
     return dict(os.environ), signal.getsignal(signal.SIGTERM), os.fstat(1).st_ino
 
 
 # ---------------------------------------------------------------- the module
 
 
-def test_to_import_it_costs_nothing():
+def test_importing_the_api_imports_no_heavy_library():
     heavy = "{'torch', 'ray', 'mlflow', 'numpy', 'pandas', 'pydantic', 'yaml', 'typer'}"
     code = f"import sys, orchestrator.api\nassert not {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], env=environment(), check=True)
 
 
-def test_what_is_installed_as_airsweep_passes_on_all_of_it():
+def test_the_installed_module_airsweep_exports_the_whole_api():
     wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]
     source = {to: at for at, to in wheel["targets"]["wheel"]["force-include"].items()}
-    found = importlib.util.spec_from_file_location("airsweep", ROOT / source["airsweep.py"])
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
+    spec = importlib.util.spec_from_file_location("airsweep", ROOT / source["airsweep.py"])
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     for name in api.__all__:
         assert getattr(module, name) is getattr(api, name)
     assert module.__doc__ == api.__doc__
 
 
-# Options of the command line that have no sense here, or another name.
-ELSEWHERE = {"as_json", "explain", "form"}
+ONLY_COMMAND_LINE = {"as_json", "explain", "form"}  # options without a counterpart in the API
 
 
 @pytest.mark.parametrize(
     "name", ["validate", "plan", "prepare", "run", "retry", "status", "init", "schema"]
 )
-def test_a_function_takes_what_its_command_takes(name):
+def test_a_function_has_the_parameters_of_its_command(name):
     command = typer.main.get_command(app).commands[name]
-    options = {param.name for param in command.params} - ELSEWHERE
+    options = {param.name for param in command.params} - ONLY_COMMAND_LINE
     assert options <= set(inspect.signature(getattr(api, name)).parameters)
 
 
 @pytest.mark.parametrize("name", REMOVED)
-def test_what_was_removed_ends_with_2_and_says_what_to_use_instead(name, command):
+def test_a_removed_command_or_option_exits_with_2_and_its_replacement(name, command):
     words = ["plan", "quickstart", name] if name.startswith("--") else name.split()
     code, out, err = command(*words)
     assert (code, out) == (2, "")
     assert err == f"airsweep: `{name}` was removed: {REMOVED[name]}\n"
 
 
-# ---------------------------------------------------------------- what is asked
+# ---------------------------------------------------------------- loading
 
 
-def test_values_of_python_are_options_of_the_command_line(spec):
-    asked = api.load(spec, sets={"seeds": [4], "lora": None}, only={"method": ["fpl"]})
-    assert asked.spec.seeds.values == ((4,),)
-    assert asked.spec.fixed["lora"] is None
-    assert asked.spec.methods == ("fpl",)
-    assert asked.origin["sets"] == ["seeds=[4]", "lora=null"]
-    assert api.load(asked) is asked
-    with pytest.raises(ValueError, match="was loaded already"):
-        api.load(asked, smoke=True)
+def test_python_values_equal_options_of_the_command_line(spec):
+    request = api.load(spec, sets={"seeds": [4], "lora": None}, only={"method": ["fpl"]})
+    assert request.spec.seeds.values == ((4,),)
+    assert request.spec.fixed["lora"] is None
+    assert request.spec.methods == ("fpl",)
+    assert request.origin["sets"] == ["seeds=[4]", "lora=null"]
+    assert api.load(request) is request
+    with pytest.raises(ValueError, match="is already loaded"):
+        api.load(request, smoke=True)
 
 
-def test_bad_input_is_the_sentence_of_the_command(spec, tmp_path):
+def test_bad_input_raises_with_the_message_of_the_command(spec, tmp_path):
     bad = write_sweep(tmp_path, "bad", "grid: {method: [fpl, cpll]}\n")
     with pytest.raises(ValueError, match="did you mean cpl") as caught:
         api.run(bad, store=tmp_path / "runs")
@@ -127,23 +126,23 @@ def test_bad_input_is_the_sentence_of_the_command(spec, tmp_path):
 
 
 @pytest.mark.ray
-def test_a_run_ends_with_its_code_and_leaves_the_process_as_it_was(done):
-    outcome, before, after = done.outcome, done.before, done.after
+def test_a_run_returns_its_exit_code_and_restores_the_process(finished):
+    outcome, before, after = finished.outcome, finished.before, finished.after
     assert (outcome.exit_code, outcome.name) == (0, "default/small")
     assert after == before
     assert "fpl" in str(outcome)
 
 
 @pytest.mark.ray
-def test_functions_and_commands_say_the_same(spec, done):
-    store = done.outcome.location.store.root
+def test_functions_return_what_commands_print(spec, finished):
+    store = finished.outcome.location.store.root
     planned = api.plan(spec, store=store, sets={"train.steps": 2})
-    said = airsweep("plan", spec, "--store", store, "--set", "train.steps=2", "--json").stdout
-    assert planned.json() == json.loads(said)
-    shown = airsweep("plan", spec, "--store", store, "--set", "train.steps=2").stdout
-    assert str(planned) == shown.rstrip("\n")
-    told = json.loads(airsweep("status", "small", "--store", store, "--json").stdout)
-    assert api.status("small", store=store) == told == api.status(done.outcome)
+    output = airsweep("plan", spec, "--store", store, "--set", "train.steps=2", "--json").stdout
+    assert planned.json() == json.loads(output)
+    screen = airsweep("plan", spec, "--store", store, "--set", "train.steps=2").stdout
+    assert str(planned) == screen.rstrip("\n")
+    status = json.loads(airsweep("status", "small", "--store", store, "--json").stdout)
+    assert api.status("small", store=store) == status == api.status(finished.outcome)
     rows = table(store, "small")
     frame = api.table("small", store=store)
     assert frame["mean"].tolist() == [row["mean"] for row in rows]
@@ -151,43 +150,45 @@ def test_functions_and_commands_say_the_same(spec, done):
 
 
 @pytest.mark.ray
-def test_results_and_curves_are_of_the_sweep_as_it_was_run(done):
-    trials = api.results(done.outcome)
+def test_results_and_curves_belong_to_the_sweep_as_it_was_run(finished):
+    trials = api.results(finished.outcome)
     assert trials["state"].tolist() == ["done", "reused", "done", "done"]
     assert trials["test/accuracy"].between(0, 1).all()
-    curves = api.curves(done.outcome)
+    curves = api.curves(finished.outcome)
     assert set(curves["trial"]) == set(trials["trial"][2:])
-    assert (curves["iteration"] == 0).all()  # FPL has one
+    assert (curves["iteration"] == 0).all()  # FPL has one iteration
 
 
 @pytest.mark.ray
-def test_stdout_is_the_callers(spec, tmp_path):
-    """Ray prints to the descriptor itself, so the process is looked at from outside."""
+def test_stdout_has_only_what_the_caller_prints(spec, tmp_path):
+    """In a subprocess, because Ray writes to the file descriptor directly."""
     code = (
         "from orchestrator import api\n"
-        f"done = api.run({str(spec)!r}, store={str(tmp_path / 'runs')!r})\n"
-        "print(done.exit_code)\n"
+        f"outcome = api.run({str(spec)!r}, store={str(tmp_path / 'runs')!r})\n"
+        "print(outcome.exit_code)\n"
     )
-    ended = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True
     )
-    assert ended.stdout == "0\n"
-    assert "small: 4 trials in 2 cells" in ended.stderr
+    assert process.stdout == "0\n"
+    assert "small: 4 trials in 2 cells" in process.stderr
 
 
 @pytest.mark.ray
-def test_who_has_started_ray_keeps_it(spec, tmp_path):
+def test_a_ray_that_the_caller_has_started_keeps_running(spec, tmp_path):
     code = (
         "import ray\n"
         "from orchestrator import api\n"
         "ray.init('local', num_cpus=2, include_dashboard=False, log_to_driver=False)\n"
-        f"done = api.prepare({str(spec)!r}, store={str(tmp_path / 'runs')!r})\n"
-        "print(done.exit_code, ray.is_initialized())\n"
+        f"outcome = api.prepare({str(spec)!r}, store={str(tmp_path / 'runs')!r})\n"
+        "print(outcome.exit_code, ray.is_initialized())\n"
     )
-    more = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
-    words = [sys.executable, "-c", code]
-    ended = subprocess.run(words, env=environment(**more), capture_output=True, text=True)
-    assert ended.stdout == "0 True\n", ended.stderr
+    variables = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    command = [sys.executable, "-c", code]
+    process = subprocess.run(
+        command, env=environment(**variables), capture_output=True, text=True, check=False
+    )
+    assert process.stdout == "0 True\n", process.stderr
     assert list((tmp_path / "runs" / "artifacts" / "features").iterdir())
 
 
@@ -197,20 +198,21 @@ def test_who_has_started_ray_keeps_it(spec, tmp_path):
     [
         (signal.SIGINT, "KeyboardInterrupt", ""),
         (signal.SIGTERM, 143, ""),
-        # The signal comes while Ray Tune makes a trial: it takes a SystemExit for a bad option.
+        # The signal arrives while Ray Tune makes a trial, where it turns SystemExit into an error.
         (0, 143, "config_parser._to_argv = lambda spec: os.kill(os.getpid(), signal.SIGTERM)\n"),
     ],
 )
-def test_who_is_stopped_in_a_run_stops_when_all_is_closed(tmp_path, number, code, before):
+def test_a_signal_stops_a_run_after_the_event_log_is_closed(tmp_path, number, code, before):
     spec = write_sweep(tmp_path, "long", "fixed: {method: fpl, train.steps: 100000}\nseeds: [1]\n")
     script = (
         "import os, signal\n"
         "from orchestrator import api\n"
         "from ray.tune.experiment import config_parser\n"
         f"{before}"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job ignores it
+        # Background jobs of a shell ignore SIGINT.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"api.run({str(spec)!r}, store={str(tmp_path / 'runs')!r})\n"
-        "print('went on')\n"
+        "print('continued')\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", script],
@@ -221,20 +223,20 @@ def test_who_is_stopped_in_a_run_stops_when_all_is_closed(tmp_path, number, code
     )
     event_log = tmp_path / "runs" / "sweeps" / "default" / "long" / "events.jsonl"
 
-    def has_begun() -> bool:
+    def trials_have_started() -> bool:
         assert process.poll() is None, process.communicate()
         return event_log.exists() and "trials_started" in event_log.read_text()
 
     try:
         if number:
-            wait_until(has_begun)
+            wait_until(trials_have_started)
             process.send_signal(number)
-        said, complained = process.communicate(timeout=TIMEOUT)
+        stdout, stderr = process.communicate(timeout=TIMEOUT)
     finally:
         process.kill()
-    assert said == "", complained
+    assert stdout == "", stderr
     if code == 143:
-        assert process.returncode == 143, complained
+        assert process.returncode == 143, stderr
     else:
-        assert code in complained
-    assert '"sweep_ended"' in event_log.read_text(), complained
+        assert code in stderr
+    assert '"sweep_ended"' in event_log.read_text(), stderr

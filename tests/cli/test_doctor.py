@@ -1,4 +1,4 @@
-"""What `airsweep doctor` says of this machine; machines of clusters are in test_preflight."""
+"""`airsweep doctor` on this machine; test_preflight checks nodes of clusters."""
 
 from __future__ import annotations
 
@@ -22,33 +22,35 @@ def spec(tmp_path) -> Path:
     return write_sweep(tmp_path, "small", SWEEP)
 
 
-def looked(*words: str | Path, code: int, **more: str) -> dict[str, Any]:
-    done = airsweep("doctor", *words, "--json", check=False, **more)
+def report(*words: str | Path, code: int, **variables: str) -> dict[str, Any]:
+    done = airsweep("doctor", *words, "--json", check=False, **variables)
     assert done.returncode == code, done.stdout + done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    assert found["ok"] == (code == 0)
-    return found
+    result: dict[str, Any] = json.loads(done.stdout)
+    assert result["ok"] == (code == 0)
+    return result
 
 
-def test_a_machine_that_is_fit_is_told_so_and_nothing_is_left(tmp_path):
-    found = looked("--store", tmp_path / "deep" / "runs", code=0)
-    assert found["findings"] == []
-    left_out = {name for name, check in found["checks"].items() if check["state"] == "-"}
-    assert left_out == {"sweep", "resources"}  # none was given
+def test_a_healthy_machine_passes_and_no_file_is_left(tmp_path):
+    result = report("--store", tmp_path / "deep" / "runs", code=0)
+    assert result["findings"] == []
+    skipped = {name for name, check in result["checks"].items() if check["state"] == "-"}
+    assert skipped == {"sweep", "resources"}  # no sweep was given
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_sweep_is_looked_at_with_what_it_names(spec, tmp_path):
-    found = looked(spec, "--store", tmp_path / "runs", code=0)
-    assert found["checks"]["sweep"]["state"] == "ok"
-    assert found["checks"]["resources"]["state"] == "ok"
-    found = looked(spec, "--set", "backbone=ViT-B-32@gone.pt", "--store", tmp_path / "runs", code=3)
-    (problem,) = found["findings"]
+def test_a_sweep_is_checked_with_its_weights_and_resources(spec, tmp_path):
+    result = report(spec, "--store", tmp_path / "runs", code=0)
+    assert result["checks"]["sweep"]["state"] == "ok"
+    assert result["checks"]["resources"]["state"] == "ok"
+    result = report(
+        spec, "--set", "backbone=ViT-B-32@gone.pt", "--store", tmp_path / "runs", code=3
+    )
+    (problem,) = result["findings"]
     assert (problem["node"], problem["check"]) == ("this machine", "sweep")
     assert "gone.pt: that file is not there" in problem["problem"]
 
 
-def test_a_sweep_that_fits_no_machine_is_told_with_the_remedy(spec, tmp_path):
+def test_a_sweep_that_fits_no_machine_fails_with_a_remedy(spec, tmp_path):
     words = ("--set", "resources.trial.cpu=999", "--store", tmp_path / "runs")
     done = airsweep("doctor", spec, *words, check=False)
     assert done.returncode == 3
@@ -56,31 +58,31 @@ def test_a_sweep_that_fits_no_machine_is_told_with_the_remedy(spec, tmp_path):
     assert "lower resources.trial.cpu or .gpu" in done.stdout.splitlines()[-1]
 
 
-def test_a_library_out_of_the_range_is_named_with_the_command_that_mends_it(tmp_path):
-    """As an older one would lie there that comes first on the path."""
+def test_a_library_version_out_of_range_fails_with_the_pip_command(tmp_path):
+    """The metadata of an older version comes first on the path."""
     folder = tmp_path / "optuna-4.0.0.dist-info"
     folder.mkdir()
     (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: optuna\nVersion: 4.0.0\n")
     path = f"{tmp_path}:{environment()['PYTHONPATH']}"
-    found = looked("--store", tmp_path / "runs", code=3, PYTHONPATH=path)
-    (problem,) = found["findings"]
-    assert problem["problem"] == "optuna 4.0.0, and airsweep needs <6,>=5.0"
+    result = report("--store", tmp_path / "runs", code=3, PYTHONPATH=path)
+    (problem,) = result["findings"]
+    assert problem["problem"] == "optuna is 4.0.0, but airsweep needs <6,>=5.0"
     assert problem["remedy"] == "pip install 'optuna<6,>=5.0'"
 
 
-def test_a_disk_without_room_and_one_that_is_read_only_are_told_apart(tmp_path):
+def test_a_full_disk_and_a_read_only_disk_are_different_findings(tmp_path):
     with small_disk(tmp_path / "disk", 1 << 20) as disk:
-        (problem,) = inside(disk, tmp_path)["findings"]
+        (problem,) = report_on_disk(disk)["findings"]
         assert (problem["check"], problem["fatal"]) == ("room", True)
         assert "cache gc" in problem["remedy"]
         remount = ["mount", "-o", "remount,ro", str(disk.place)]
         subprocess.run([*disk.inside, *remount], check=True)
-        (problem,) = inside(disk, tmp_path)["findings"]
+        (problem,) = report_on_disk(disk)["findings"]
         assert problem["check"] == "store"
         assert "Read-only file system" in problem["problem"]
 
 
-def inside(disk: Any, folder: Path) -> dict[str, Any]:
+def report_on_disk(disk: Any) -> dict[str, Any]:
     command = [sys.executable, "-m", "orchestrator", "doctor", "--json"]
     done = subprocess.run(
         [*disk.inside, *command, "--store", str(disk.place / "runs")],
@@ -90,25 +92,25 @@ def inside(disk: Any, folder: Path) -> dict[str, Any]:
         check=False,
     )
     assert done.returncode == 3, done.stdout + done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
 
 
-def test_a_tracker_that_is_away_is_told(tmp_path):
+def test_an_unreachable_tracker_fails(tmp_path):
     uri = f"http://127.0.0.1:{free_port()}"
-    found = looked("--store", tmp_path / "runs", "--tracking-uri", uri, code=3)
-    (problem,) = found["findings"]
+    result = report("--store", tmp_path / "runs", "--tracking-uri", uri, code=3)
+    (problem,) = result["findings"]
     assert problem["check"] == "tracker"
     assert f"MLflow at {uri} does not answer" in problem["problem"]
     assert "--tracking-uri none" in problem["remedy"]
 
 
-def test_offline_it_opens_no_socket(spec, tmp_path):
-    """Python itself tells of each socket."""
+def test_with_offline_no_socket_is_opened(spec, tmp_path):
+    """An audit hook of Python records every use of a socket."""
     code = (
         "import sys\n"
         "opened = []\n"
-        "sys.addaudithook(lambda name, of: name.startswith('socket.') and opened.append(name))\n"
+        "sys.addaudithook(lambda name, args: name.startswith('socket.') and opened.append(name))\n"
         "from orchestrator.__main__ import main\n"
         "try: main()\n"
         "except SystemExit as end: assert end.code == 0, end.code\n"
@@ -126,20 +128,20 @@ def test_offline_it_opens_no_socket(spec, tmp_path):
             check=True,
         )
         assert done.stderr == "[]\n"
-        assert "not looked at: --offline" in done.stdout
+        assert "not checked: --offline" in done.stdout
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
-        (("--cluster",), "which cluster? give --address"),
-        (("--address", "http://head:8265"), "--address: allowed with --cluster"),
-        (("--cluster", "--address", "head:6379", "--offline"), "without a connection"),
+        (("--cluster",), "--cluster needs --address"),
+        (("--address", "http://head:8265"), "--address is allowed only with --cluster"),
+        (("--cluster", "--address", "head:6379", "--offline"), "needs a connection"),
         (("nothing_such",), "nothing_such"),
     ],
 )
-def test_a_bad_call_is_one_sentence(words, said):
+def test_wrong_options_exit_with_2_and_one_message(words, message):
     done = airsweep("doctor", *words, check=False)
     assert done.returncode == 2
-    assert said in done.stderr
+    assert message in done.stderr
     assert done.stdout == ""

@@ -1,4 +1,4 @@
-"""`airsweep data check` and `models check`, and that a plan refuses weights that are not whole."""
+"""`airsweep data check` and `models check`; plans refuse incomplete weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CLIP = "open_clip_model.safetensors"
 
 
 def as_published(name: str) -> Counts:
-    """The small tree's own numbers, as if they were the published ones."""
+    """Counts of the small dataset, to take the place of the published counts."""
     counts = {part: (small(name).parts == part).sum() for part in ("train", "val", "test", "free")}
     parts = {
         part: int(sum(counts[one] for one in part.split("+"))) for part in PUBLISHED[name].parts
@@ -32,19 +32,19 @@ def as_published(name: str) -> Counts:
 @pytest.mark.parametrize("name", DATASETS)
 def test_a_dataset_as_published_has_no_difference(name, monkeypatch):
     monkeypatch.setitem(PUBLISHED, name, as_published(name))
-    found = check_dataset(name, small_root(name))
-    assert found["difference"] is None
-    assert found["classnames"] == list(DATASETS[name].classnames)
-    assert found["images"] == len(small(name).labels)
-    assert found["unreadable"]["count"] == 0
+    result = check_dataset(name, small_root(name))
+    assert result["difference"] is None
+    assert result["classnames"] == list(DATASETS[name].classnames)
+    assert result["images"] == len(small(name).labels)
+    assert result["unreadable"]["count"] == 0
 
 
-def test_the_first_difference_is_the_class_where_images_are_missing():
+def test_missing_images_are_reported_for_their_class():
     difference = "resisc45: class 'airplane' has 10 images, published 700"
     assert check_dataset("resisc45", small_root("resisc45"))["difference"] == difference
 
 
-def test_another_split_is_a_difference(tmp_path, monkeypatch):
+def test_a_different_split_is_a_difference(tmp_path, monkeypatch):
     shutil.copytree(small_root("eurosat"), tmp_path, dirs_exist_ok=True)
     monkeypatch.setitem(PUBLISHED, "eurosat", as_published("eurosat"))
     names = [folder.name for folder in (tmp_path / "eurosat/2750").iterdir()]
@@ -53,28 +53,29 @@ def test_another_split_is_a_difference(tmp_path, monkeypatch):
     assert check_dataset("eurosat", tmp_path)["difference"] == difference
 
 
-def test_unreadable_images_are_counted_and_a_difference_from_the_published(tmp_path, monkeypatch):
+def test_unreadable_images_of_a_published_dataset_are_a_difference(tmp_path, monkeypatch):
     shutil.copytree(small_root("dtd"), tmp_path, dirs_exist_ok=True)
     monkeypatch.setitem(PUBLISHED, "dtd", as_published("dtd"))
     for file in sorted((tmp_path / "dtd/dtd/images/lined").iterdir())[:5]:
         file.write_bytes(b"")
-    found = check_dataset("dtd", tmp_path)
-    assert (found["unreadable"]["count"], len(found["unreadable"]["first"])) == (5, 3)
-    assert "5 of 282 images cannot be read, 0 may; the first: " in found["difference"]
+    result = check_dataset("dtd", tmp_path)
+    assert (result["unreadable"]["count"], len(result["unreadable"]["first"])) == (5, 3)
+    message = "5 of 282 images cannot be read, at most 0 are allowed; the first: "
+    assert message in result["difference"]
 
 
-def test_a_few_bad_images_of_ones_own_are_reported_and_more_are_a_difference(tmp_path):
+def test_a_few_unreadable_images_of_a_user_s_folder_are_allowed_but_not_many(tmp_path):
     for name in ("cat", "dog"):
         for i in range(100):
             draw(tmp_path / name / f"{i:02}.png", size=4)
     for i, allowed in enumerate((True, True, False)):
         (tmp_path / "dog" / f"{i:02}.png").write_bytes(b"no image")
-        found = check_dataset(f"folder:{tmp_path}", None)
-        assert found["unreadable"]["count"] == i + 1
-        assert (found["difference"] is None) == allowed
+        result = check_dataset(f"folder:{tmp_path}", None)
+        assert result["unreadable"]["count"] == i + 1
+        assert (result["difference"] is None) == allowed
 
 
-def test_data_check_prints_counts_and_ends_with_the_first_difference(tmp_path, command):
+def test_data_check_prints_counts_and_exits_with_the_first_difference(tmp_path, command):
     code, out, err = command("data", "check", "digits")
     assert (code, err) == (0, "")
     assert out.splitlines() == [
@@ -83,10 +84,10 @@ def test_data_check_prints_counts_and_ends_with_the_first_difference(tmp_path, c
         "unreadable  0",
     ]
     code, out, err = command("data", "check", "eurosat", "--root", small_root("eurosat"), "--json")
-    found = json.loads(out)
-    assert (code, err) == (2, f"airsweep: {found['difference']}\n")
-    assert found["parts"] == {"train": 71, "val": 10, "test": 19}
-    assert "eurosat: train+val has 81 images, published 22,000" in found["difference"]
+    result = json.loads(out)
+    assert (code, err) == (2, f"airsweep: {result['difference']}\n")
+    assert result["parts"] == {"train": 71, "val": 10, "test": 19}
+    assert "eurosat: train+val has 81 images, published 22,000" in result["difference"]
     for name, why in (
         ("cub", f"cub is not in {tmp_path}: looked for"),
         (f"folder:{tmp_path}/nope", "does not exist"),
@@ -97,7 +98,7 @@ def test_data_check_prints_counts_and_ends_with_the_first_difference(tmp_path, c
         assert why in err
 
 
-def test_help_imports_nothing_heavy():
+def test_help_imports_no_heavy_library():
     code = (
         "import sys; from orchestrator.__main__ import app\n"
         "try: app(['data', 'check', '--help'])\n"
@@ -112,46 +113,46 @@ def test_help_imports_nothing_heavy():
 # ---------------------------------------------------------------- models
 
 
-def test_a_model_is_named_as_a_sweep_file_takes_it(tmp_path, command):
+def test_models_check_prints_the_line_for_the_sweep_file(tmp_path, command):
     clip = shutil.copytree(tiny_folder(), tmp_path / "clip")
     sd = shutil.copytree(generator_folder("tiny"), tmp_path / "sd")
-    for role, place in (("backbone", clip), ("generator", sd), ("backbone", "tiny")):
-        code, out, err = command("models", "check", place)
+    for role, model in (("backbone", clip), ("generator", sd), ("backbone", "tiny")):
+        code, out, err = command("models", "check", model)
         assert code == 0, err
-        assert f"in the sweep file, below fixed:  {role}: {place}" in out
-        found = json.loads(command("models", "check", place, "--json")[1])
-        assert found["use"] == {role: str(place)}
-    assert found["width"] == 128
+        assert f"in the sweep file, under fixed:  {role}: {model}" in out
+        result = json.loads(command("models", "check", model, "--json")[1])
+        assert result["use"] == {role: str(model)}
+    assert result["width"] == 128
 
 
-def test_weights_of_one_file_are_checked_under_their_architecture(tmp_path):
+def test_a_single_weights_file_is_checked_with_its_architecture(tmp_path):
     import open_clip
     from safetensors.torch import save_file
 
     state = open_clip.create_model("ViT-B-32", pretrained=None).state_dict()
     small = {n: t.half() if t.is_floating_point() else t for n, t in state.items()}
     save_file(small, tmp_path / "clip.safetensors")
-    place = f"ViT-B-32-quickgelu@{tmp_path / 'clip.safetensors'}"
-    assert check_model(place, "ViT-B-32/openai")["is"] == "backbone"
-    with pytest.raises(ValueError, match="quick_gelu is True there"):
-        check_model(place, "ViT-B-32/laion2b_s34b_b79k")
+    model = f"ViT-B-32-quickgelu@{tmp_path / 'clip.safetensors'}"
+    assert check_model(model, "ViT-B-32/openai")["is"] == "backbone"
+    with pytest.raises(ValueError, match="its quick_gelu is True, but"):
+        check_model(model, "ViT-B-32/laion2b_s34b_b79k")
 
 
-def test_another_model_than_the_name_says_is_refused(tmp_path, command):
+def test_a_model_that_differs_from_the_expected_one_is_refused(tmp_path, command):
     clip, sd = tiny_folder(), generator_folder("tiny")
-    for name, place, why in (
-        ("ViT-B-32/openai", clip, "embed_dim is 128 there and 512"),
+    for name, model, message in (
+        ("ViT-B-32/openai", clip, "embed_dim is 128, but 512"),
         ("ViT-B-32/opnai", clip, "open_clip knows no weights 'opnai' of ViT-B-32"),
         ("", f"ViT-B-32@{clip / CLIP}", "text_projection has shape (128, 128)"),
         ("ViT-B-32/openai", sd, "is a diffusers folder"),
         ("stable-diffusion-v1-5", sd, "cross_attention_dim of its U-Net is 128"),
-        ("", tmp_path, "is no model"),
+        ("", tmp_path, "is not a model"),
         ("", clip / CLIP, f"write <architecture>@{clip / CLIP}"),
         ("", tmp_path / "nothing", "does not exist"),
     ):
-        code, out, err = command("models", "check", place, "--name", name)
+        code, out, err = command("models", "check", model, "--name", name)
         assert (code, out) == (2, ""), name
-        assert why in err
+        assert message in err
 
 
 def cut(folder: Path, file: str) -> None:
@@ -177,9 +178,9 @@ HALF = "unet/diffusion_pytorch_model.fp16.safetensors"
 
 
 @pytest.mark.parametrize(
-    ("harm", "arguments", "why"),
+    ("harm", "arguments", "message"),
     [
-        (renamed, ("vae", "other"), "names vae, and there is no such folder"),
+        (renamed, ("vae", "other"), "the folder vae is missing"),
         (cut, (UNET,), "download or copy it again"),
         (pointer, (UNET,), "a Git LFS pointer"),
         (renamed, (UNET, PICKLE), "a pickle"),
@@ -189,15 +190,15 @@ HALF = "unet/diffusion_pytorch_model.fp16.safetensors"
         (edited, ("model_index.json", "}", ""), "model_index.json cannot be read"),
     ],
 )
-def test_a_diffusers_folder_that_is_not_whole_is_refused(harm, arguments, why, tmp_path):
+def test_an_incomplete_diffusers_folder_is_refused(harm, arguments, message, tmp_path):
     shutil.copytree(generator_folder("tiny"), tmp_path / "sd")
     harm(tmp_path / "sd", *arguments)
-    with pytest.raises(ValueError, match=why):
+    with pytest.raises(ValueError, match=message):
         check_model(str(tmp_path / "sd"))
 
 
 @pytest.mark.parametrize(("role", "file"), [("backbone", CLIP), ("generator", UNET)])
-def test_a_plan_with_weights_that_were_copied_in_part_is_refused(role, file, tmp_path, command):
+def test_a_plan_with_partly_copied_weights_is_refused(role, file, tmp_path, command):
     source = tiny_folder() if role == "backbone" else generator_folder("tiny")
     folder = Path(shutil.copytree(source, tmp_path / "model"))
     cut(folder, file)
@@ -209,7 +210,7 @@ def test_a_plan_with_weights_that_were_copied_in_part_is_refused(role, file, tmp
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"model_cfg": []}'])
-def test_a_plan_with_a_backbone_whose_configuration_is_damaged_is_refused(text, tmp_path, command):
+def test_a_plan_with_a_damaged_backbone_configuration_is_refused(text, tmp_path, command):
     folder = Path(shutil.copytree(tiny_folder(), tmp_path / "clip"))
     (folder / "open_clip_config.json").write_text(text)
     sweep = write_sweep(tmp_path, "bad", f"fixed: {{method: zero_shot, backbone: {folder}}}\n")

@@ -1,4 +1,4 @@
-"""What travels with a job, and what is refused before a cluster is asked."""
+"""Job packages: their files and variables, and errors before a cluster is contacted."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ SHARED = "/shared/runs"
 PACK = """
 import sys
 from pathlib import Path
-from orchestrator.planning import (asked)
+from orchestrator.planning import read_request
 from orchestrator.cluster.job_package import is_checkout, pack
-pack(asked(sys.argv[1]), Path(sys.argv[2]), is_checkout())
+pack(read_request(sys.argv[1]), Path(sys.argv[2]), is_checkout())
 """
 
 
@@ -30,8 +30,8 @@ def spec(tmp_path) -> Path:
     return write_sweep(tmp_path / "elsewhere", "small", "fixed: {method: zero_shot}\n")
 
 
-def sent(checkout: Path, spec: Path, to: Path, check: bool = True) -> tuple[set[str], str]:
-    """The files that a checkout sends with a sweep, and what is said."""
+def packed(checkout: Path, spec: Path, to: Path, check: bool = True) -> tuple[set[str], str]:
+    """Pack a sweep from a checkout; returns the packed files and the output."""
     to.mkdir()
     done = subprocess.run(
         [sys.executable, "-c", PACK, spec, to],
@@ -59,7 +59,7 @@ def big(path: Path, size: int) -> None:
         handle.truncate(size)
 
 
-def test_a_checkout_sends_its_code_and_the_sweep_and_nothing_that_lies_beside(tmp_path, spec):
+def test_a_checkout_sends_its_code_and_the_sweep_but_no_other_file(tmp_path, spec):
     checkout = checkout_in(tmp_path / "checkout")
     big(checkout / "runs" / "mlflow.db", 2 << 30)
     big(checkout / "weights.safetensors", 2 << 30)
@@ -67,7 +67,7 @@ def test_a_checkout_sends_its_code_and_the_sweep_and_nothing_that_lies_beside(tm
         secret.write_text("PASSWORD=x\n")
     big(spec.parent / "photos" / "1.png", 2 << 30)
     big(checkout / "air_core" / "__pycache__" / "old.pyc", 10)
-    files, _ = sent(checkout, spec, tmp_path / "sent")
+    files, _ = packed(checkout, spec, tmp_path / "sent")
     tracked = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard", "--", "air_core", "orchestrator"],
         cwd=ROOT,
@@ -79,17 +79,17 @@ def test_a_checkout_sends_its_code_and_the_sweep_and_nothing_that_lies_beside(tm
     assert (tmp_path / "sent" / "sweeps" / "small.yaml").read_text() == spec.read_text()
 
 
-def test_what_is_not_committed_travels_as_a_diff_and_is_known_there(tmp_path, spec):
+def test_uncommitted_changes_are_sent_as_a_diff(tmp_path, spec):
     checkout = checkout_in(tmp_path / "checkout")
     author = ("-c", "user.name=a", "-c", "user.email=a@b")
     for words in (("init", "-q"), ("add", "."), (*author, "commit", "-qm", "all")):
         subprocess.run(["git", *words], cwd=checkout, check=True)
-    files, _ = sent(checkout, spec, tmp_path / "clean")
+    files, _ = packed(checkout, spec, tmp_path / "clean")
     assert "uncommitted.diff" not in files
     with (checkout / "orchestrator" / "api.py").open("a") as handle:
         handle.write("CHANGED = 1\n")
-    sent(checkout, spec, tmp_path / "sent")
-    there = subprocess.run(
+    packed(checkout, spec, tmp_path / "sent")
+    on_cluster = subprocess.run(
         [sys.executable, "-c", "import orchestrator.git as l; print(l.uncommitted().decode())"],
         cwd=tmp_path / "sent",
         env=environment(PYTHONPATH="", AIRSWEEP_COMMIT="0123abc"),
@@ -97,26 +97,26 @@ def test_what_is_not_committed_travels_as_a_diff_and_is_known_there(tmp_path, sp
         text=True,
         check=True,
     )
-    assert "+CHANGED = 1" in there.stdout
+    assert "+CHANGED = 1" in on_cluster.stdout
 
 
-def test_an_installed_airsweep_sends_the_sweep_alone(tmp_path, spec):
+def test_an_installed_airsweep_sends_only_the_sweep(tmp_path, spec):
     checkout = checkout_in(tmp_path / "installed")
     (checkout / "pyproject.toml").unlink()
-    files, _ = sent(checkout, spec, tmp_path / "sent")
+    files, _ = packed(checkout, spec, tmp_path / "sent")
     assert files == {"sweeps/small.yaml"}
 
 
-def test_more_than_a_cluster_takes_is_refused_and_what_is_largest_is_named(tmp_path, spec):
+def test_a_package_that_is_too_large_is_refused_with_its_largest_files(tmp_path, spec):
     checkout = checkout_in(tmp_path / "checkout")
     big(checkout / "air_core" / "my_weights.bin", 150 << 20)
-    files, said = sent(checkout, spec, tmp_path / "sent", check=False)
+    files, output = packed(checkout, spec, tmp_path / "sent", check=False)
     assert not files
-    assert " MB, and a cluster takes 100 MB" in said
-    assert "my_weights.bin 150 MB" in said
+    assert " MB, but a cluster accepts 100 MB" in output
+    assert "my_weights.bin 150 MB" in output
 
 
-def test_code_of_another_place_has_no_commit_of_this_one(spec):
+def test_a_job_with_installed_code_does_not_get_the_commit_of_this_checkout(spec):
     sweep = read_request(spec)
     assert "AIRSWEEP_COMMIT" in job_package.variables(sweep, True, ())
     assert "AIRSWEEP_COMMIT" not in job_package.variables(sweep, False, ())
@@ -125,18 +125,18 @@ def test_code_of_another_place_has_no_commit_of_this_one(spec):
 @pytest.mark.parametrize(
     ("option", "remedy"),
     [
-        ("dataset=folder:my_images", "docs/data.md"),
-        ("test_dataset=folder:~/other", "docs/data.md"),
-        ("backbone=ViT-B-32@clip.safetensors", "docs/data.md"),
-        ("generator=./sd15", "docs/data.md"),
-        ("data_root=data", "docs/data.md"),
+        ("dataset=folder:my_images", "docs/datasets.md"),
+        ("test_dataset=folder:~/other", "docs/datasets.md"),
+        ("backbone=ViT-B-32@clip.safetensors", "docs/datasets.md"),
+        ("generator=./sd15", "docs/datasets.md"),
+        ("data_root=data", "docs/datasets.md"),
         ("tracking.uri=sqlite:///mlflow.db", "http://<server>"),
     ],
 )
 def test_a_relative_path_is_refused_with_the_remedy(spec, option, remedy):
     sweep = read_request(spec, sets=[option])
     with pytest.raises(Refused, match=r"relative\b.*absolute path") as caught:
-        job_package.destination(sweep, SHARED, None, None)
+        job_package.job_paths(sweep, SHARED, None, None)
     assert remedy in str(caught.value)
 
 
@@ -150,21 +150,21 @@ def test_a_relative_path_is_refused_with_the_remedy(spec, option, remedy):
         "tracking.uri=sqlite:////shared/mlflow.db",
     ],
 )
-def test_what_every_node_can_see_is_let_through(spec, option):
+def test_absolute_paths_and_published_names_are_accepted(spec, option):
     sweep = read_request(spec, sets=[option])
-    assert job_package.destination(sweep, SHARED, Path("/data"), None).data_root == "/data"
+    assert job_package.job_paths(sweep, SHARED, Path("/data"), None).data_root == "/data"
 
 
-def test_a_tracker_of_this_machine_s_environment_is_that_of_the_job(spec, monkeypatch):
+def test_a_job_uses_the_tracking_uri_of_this_environment(spec, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
     sweep = read_request(spec)
-    assert job_package.destination(sweep, SHARED, None, None).tracking_uri == "http://mlflow:5000"
-    assert job_package.destination(sweep, SHARED, None, "none").tracking_uri == "none"
-    own = read_request(spec, sets=["tracking.uri=none"])  # a file's own comes first, as in a run
-    assert job_package.destination(own, SHARED, None, None).tracking_uri is None
+    assert job_package.job_paths(sweep, SHARED, None, None).tracking_uri == "http://mlflow:5000"
+    assert job_package.job_paths(sweep, SHARED, None, "none").tracking_uri == "none"
+    with_uri = read_request(spec, sets=["tracking.uri=none"])  # the sweep file takes precedence
+    assert job_package.job_paths(with_uri, SHARED, None, None).tracking_uri is None
 
 
-def test_passwords_are_refused_and_not_repeated(spec, monkeypatch):
+def test_passwords_are_refused_and_not_shown(spec, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hunter2")
     monkeypatch.setenv("SERVER", "http://me:hunter2@host")
     sweep = read_request(spec)
@@ -177,45 +177,45 @@ def test_passwords_are_refused_and_not_repeated(spec, monkeypatch):
         {"store": "s3://me:hunter2@bucket", "tracking_uri": None},
     ):
         with pytest.raises(ValueError, match=r"password|credentials") as caught:
-            job_package.destination(sweep, data_root=None, **to)
+            job_package.job_paths(sweep, data_root=None, **to)
         assert "hunter2" not in str(caught.value)
     spec.write_text(f"# see http://me:hunter2@host\n{spec.read_text()}")
     with pytest.raises(ValueError, match="a password in it") as caught:
-        job_package.destination(read_request(spec), SHARED, None, None)
+        job_package.job_paths(read_request(spec), SHARED, None, None)
     assert "hunter2" not in str(caught.value)
 
 
-def test_variables_travel_by_name_or_with_a_value(spec, monkeypatch):
+def test_variables_are_given_by_name_or_with_a_value(spec, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://minio:9000")
     sent = job_package.variables(
         read_request(spec), True, ["AWS_ENDPOINT_URL", "HF_HOME=/shared/hf"]
     )
     assert (sent["AWS_ENDPOINT_URL"], sent["HF_HOME"]) == ("http://minio:9000", "/shared/hf")
-    with pytest.raises(ValueError, match="it is not set here"):
+    with pytest.raises(ValueError, match="not set on this machine"):
         job_package.variables(read_request(spec), True, ["NOT_SET_ANYWHERE"])
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "said"),
+    ("arguments", "code", "message"),
     [
         (["--set", "fixed.iterations=-1"], 2, "--set fixed.iterations=-1"),
         ([], 3, "the store 'runs' is relative, and this is a Ray job"),
-        (["--store", SHARED, "--accept-code", "images"], 2, "docs/storage.md says"),
+        (["--store", SHARED, "--accept-code", "images"], 2, "docs/storage.md"),
         (["--store", SHARED, "--env", "HF_TOKEN=x"], 2, "looks like a secret"),
-        (["--store", SHARED, "--json"], 2, "allowed with --detach"),
+        (["--store", SHARED, "--json"], 2, "allowed only with --detach"),
         (["--store", SHARED, "--code", "mine"], 2, "allowed here: checkout, installed"),
     ],
 )
-def test_what_is_wrong_here_is_said_before_the_cluster_is_asked(spec, arguments, code, said):
-    nobody = "http://127.0.0.1:1"
-    done = airsweep("submit", spec, "--address", nobody, *arguments, check=False)
+def test_wrong_options_are_reported_before_the_cluster_is_contacted(spec, arguments, code, message):
+    unreachable = "http://127.0.0.1:1"
+    done = airsweep("submit", spec, "--address", unreachable, *arguments, check=False)
     assert (done.returncode, done.stdout) == (code, "")
-    assert said in done.stderr
+    assert message in done.stderr
     assert "127.0.0.1" not in done.stderr
 
 
-def test_without_an_address_it_is_asked_which_cluster(spec):
+def test_a_missing_address_is_an_error(spec):
     for words in (["submit", spec, "--store", SHARED], ["jobs"], ["stop", "small"]):
         done = airsweep(*words, check=False, RAY_API_SERVER_ADDRESS="", RAY_ADDRESS="")
         assert done.returncode == 2
-        assert "which cluster? --address or RAY_API_SERVER_ADDRESS" in done.stderr
+        assert "give --address or set RAY_API_SERVER_ADDRESS" in done.stderr

@@ -1,4 +1,4 @@
-"""Facts of a node, and what is judged from them; nodes of real clusters are in test_preflight."""
+"""Facts of a node and the findings from them; test_preflight checks nodes of real clusters."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from orchestrator.cluster.node_checks import Finding, NodeReport, judge, lines
+from orchestrator.cluster.node_checks import Finding, NodeReport, compare_facts, finding_lines
 from orchestrator.cluster.node_facts import (
     DRIVER,
     STALE,
     TOKENS,
-    Needed,
+    NodeRequirements,
     has_token,
     node_facts,
     store_token,
 )
 from orchestrator.store import open_store
 
-FINE: dict[str, Any] = {
+HEALTHY: dict[str, Any] = {
     "versions": {"python": "3.11.7", "ray": "2.60.0", "torch": "2.13.0+cpu", "numpy": "2.1.0"},
     "code": {"air_core/method.py": "a", "orchestrator/planning/plan.py": "b"},
     "store": {
@@ -33,13 +33,13 @@ INPUTS = (("backbone", "tiny"),)
 
 
 def problems(bytes_left: int = 0, **facts: Any) -> list[tuple[str, bool]]:
-    needed = Needed(INPUTS, bytes_left=bytes_left)
-    found = judge("b", FINE | facts, FINE, "/runs", needed)
-    return [(one.check, one.fatal) for one in found]
+    needs = NodeRequirements(INPUTS, bytes_left=bytes_left)
+    findings = compare_facts("b", HEALTHY | facts, HEALTHY, "/runs", needs)
+    return [(finding.check, finding.fatal) for finding in findings]
 
 
-def test_versions_may_differ_in_the_build_and_of_libraries_in_the_patch():
-    versions = FINE["versions"]
+def test_another_build_is_ignored_and_another_patch_version_of_a_library_is_a_warning():
+    versions = HEALTHY["versions"]
     assert problems() == []
     assert problems(versions={**versions, "torch": "2.13.0+cu126"}) == []
     assert problems(versions={**versions, "numpy": "2.1.3"}) == [("versions", False)]
@@ -48,8 +48,8 @@ def test_versions_may_differ_in_the_build_and_of_libraries_in_the_patch():
     assert problems(versions={**versions, "torch": ""}) == [("versions", True)]
 
 
-def test_each_fact_is_judged_by_its_check():
-    store = FINE["store"]
+def test_each_wrong_fact_fails_its_check():
+    store = HEALTHY["store"]
     assert problems(gpu="") == []
     assert problems(gpu="torch sees none") == [("gpu", True)]
     assert problems(bytes_left=1 << 41) == [("room", False)]
@@ -61,47 +61,47 @@ def test_each_fact_is_judged_by_its_check():
     assert problems(code={}) == [("code", True)]
 
 
-def test_what_machines_have_in_common_is_written_once():
-    found = [Finding(name, "store", "/runs is not there", "mount it") for name in "abcd"]
-    assert lines(found) == ["a, b and 2 more: store: /runs is not there; mount it"]
+def test_a_problem_of_several_machines_is_one_line():
+    findings = [Finding(name, "store", "/runs does not exist", "mount it") for name in "abcd"]
+    assert finding_lines(findings) == ["a, b and 2 more: store: /runs does not exist; mount it"]
 
 
-def test_a_machine_that_does_not_answer_has_no_other_state():
+def test_checks_of_a_machine_without_an_answer_have_no_state():
     states = NodeReport("a", (Finding("a", "answers", "gone", "start it"),)).states()
     assert states.pop("answers") == "failed"
     assert set(states.values()) == {"-"}
 
 
 def store_facts(store: Any, token: str, node: str) -> dict[str, Any]:
-    found: dict[str, Any] = node_facts(str(store), token, node, Needed(), False)["store"]
-    return found
+    facts: dict[str, Any] = node_facts(str(store), token, node, NodeRequirements(), False)["store"]
+    return facts
 
 
-def test_a_token_is_found_in_the_same_store_and_in_no_other(tmp_path):
-    here, there = open_store(tmp_path / "here"), open_store(tmp_path / "there")
-    there.root.mkdir()
-    with store_token(here) as token:
-        assert store_facts(here.name, token, "one")["token"]
-        assert not store_facts(there.name, token, "other")["token"]
+def test_a_token_exists_in_the_driver_s_store_only(tmp_path):
+    shared, other = open_store(tmp_path / "shared"), open_store(tmp_path / "other")
+    other.root.mkdir()
+    with store_token(shared) as token:
+        assert store_facts(shared.name, token, "one")["token"]
+        assert not store_facts(other.name, token, "two")["token"]
         assert not store_facts(tmp_path / "gone", token, "none")["exists"]
-        assert has_token(here.name, token, "one")
-        assert not has_token(here.name, token, "other")
-    assert [folder.name for folder in tmp_path.iterdir()] == ["there"]
+        assert has_token(shared.name, token, "one")
+        assert not has_token(shared.name, token, "two")
+    assert [folder.name for folder in tmp_path.iterdir()] == ["other"]
 
 
-def test_many_drivers_at_once_leave_nothing(tmp_path):
+def test_many_drivers_at_the_same_time_leave_no_token(tmp_path):
     store = open_store(tmp_path)
 
-    def once(number: int) -> bool:
+    def read_own_token(number: int) -> bool:
         with store_token(store) as token:
             return bool(store_facts(store.name, token, "me")["token"])
 
     with ThreadPoolExecutor(16) as threads:
-        assert all(threads.map(once, range(64)))
+        assert all(threads.map(read_own_token, range(64)))
     assert not list(tmp_path.iterdir())
 
 
-def test_what_a_killed_driver_left_goes_with_the_next(tmp_path):
+def test_the_next_driver_removes_the_token_of_a_killed_driver(tmp_path):
     for name, age in (("old", 2 * STALE), ("running", 0)):
         folder = tmp_path / f"{TOKENS}{name}"
         folder.mkdir()

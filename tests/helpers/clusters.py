@@ -1,4 +1,4 @@
-"""Ray clusters on this machine: one that takes jobs, one that others join for a while."""
+"""Ray clusters on this machine: one that accepts jobs, one that machines join temporarily."""
 
 from __future__ import annotations
 
@@ -23,12 +23,15 @@ BIN = Path(sys.executable).parent
 RAY = str(BIN / "ray")
 
 NODE = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
-# A machine that says nothing is given up after seconds, where Ray's own defaults wait for 20.
+# A silent machine counts as dead after a few seconds instead of Ray's default of 20.
 QUICK = {"health_check_period_ms": 1000, "health_check_timeout_ms": 2000}
 
 
 class OneNode:
-    """`address` for RAY_ADDRESS; others join it for a while."""
+    """A cluster with one node, which further machines can join temporarily.
+
+    `address` is its RAY_ADDRESS.
+    """
 
     def __init__(self) -> None:
         from ray.cluster_utils import Cluster
@@ -43,12 +46,12 @@ class OneNode:
     def joined(
         self, *options: str, inside: Sequence[str] = (), **more: str
     ) -> Iterator[subprocess.Popen[bytes]]:
-        """A machine for as long as the block lasts; its raylet's process group is yielded.
+        """Add a machine during the block; yields the process group of its raylet.
 
         Args:
-            options: of `ray start`.
-            inside: what the command begins with, such as `nsenter` into other mounts.
-            more: of its environment.
+            options: options of `ray start`.
+            inside: prefix of the command, such as `nsenter` into other mounts.
+            more: environment variables.
         """
         words = ["start", f"--address={self.address}", "--num-cpus=1", "--block", *options]
         store = f"--object-store-memory={NODE['object_store_memory']}"
@@ -70,7 +73,7 @@ class OneNode:
             self._until(before, None)
 
     def alive(self) -> int:
-        """How many machines the head counts."""
+        """Number of machines that the head counts as alive."""
         return sum(node["Alive"] for node in self._cluster.global_state.node_table())
 
     def _until(self, count: int, process: subprocess.Popen[bytes] | None) -> None:
@@ -85,9 +88,9 @@ class OneNode:
 
 
 def without_token(monkeypatch: pytest.MonkeyPatch, **more: str) -> None:
-    """The environment of a cluster that is started here: workers inherit it from their raylet."""
-    known = environment(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", **more)
-    for name, value in known.items():
+    """Set the variables of a cluster without a token; workers inherit them from their raylet."""
+    variables = environment(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", **more)
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
 
 
@@ -103,16 +106,16 @@ def one_node(monkeypatch: pytest.MonkeyPatch) -> Iterator[OneNode]:
 
 @contextmanager
 def head(jobs: bool = False, cpus: int = 1, **more: str) -> Iterator[str]:
-    """A cluster of one machine, by `ray start --head`; its address.
+    """Start a cluster with one machine by `ray start --head`; yields its address.
 
     Args:
-        jobs: it takes jobs, and its address is that for them.
-        cpus: that it has.
-        more: of its environment.
+        jobs: start a dashboard, and yield the address for jobs.
+        cpus: number of CPUs.
+        more: environment variables.
     """
     folder = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))  # Ray's sockets need a short path
     address = f"127.0.0.1:{free_port()}"
-    known = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", **more}
+    variables = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", **more}
     words = (
         f"--port={address.partition(':')[2]}",
         "--node-ip-address=127.0.0.1",
@@ -125,18 +128,18 @@ def head(jobs: bool = False, cpus: int = 1, **more: str) -> Iterator[str]:
     if jobs:
         address = f"127.0.0.1:{free_port()}"
         words += ("--dashboard-host=127.0.0.1", f"--dashboard-port={address.partition(':')[2]}")
-        # Its default port is taken where another Ray runs; jobs then find no agent.
+        # Another Ray on this machine may use the default port; jobs would then find no agent.
         words += (f"--dashboard-agent-listen-port={free_port()}",)
-        known["PATH"] = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+        variables["PATH"] = f"{BIN}{os.pathsep}{os.environ['PATH']}"
     process = subprocess.Popen(
         [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        env=environment(**known),
+        env=environment(**variables),
         start_new_session=True,
     )
     try:
-        _listens(address, process)
+        _wait_for_connection(address, process)
         yield f"http://{address}" if jobs else address
     finally:
         with suppress(ProcessLookupError):
@@ -145,14 +148,14 @@ def head(jobs: bool = False, cpus: int = 1, **more: str) -> Iterator[str]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _listens(address: str, process: subprocess.Popen[bytes]) -> None:
+def _wait_for_connection(address: str, process: subprocess.Popen[bytes]) -> None:
     host, _, port = address.partition(":")
 
-    def is_there() -> bool:
+    def accepts_connection() -> bool:
         assert process.poll() is None, process.communicate()[0].decode()
         with suppress(OSError):
             socket.create_connection((host, int(port)), timeout=5).close()
             return True
         return False
 
-    wait_until(is_there, lambda: f"no head at {address}")
+    wait_until(accepts_connection, lambda: f"no head at {address}")

@@ -1,5 +1,7 @@
-"""Machines of their own on this one: Linux namespaces with an address, a host name, processes, /tmp
-and /dev/shm each, on one switch. They share what else lies on the disk.
+"""Virtual machines made of Linux namespaces, connected by a switch.
+
+Each machine has an address, a host name, processes, /tmp and /dev/shm. The machines share the other
+folders of the disk.
 """
 
 from __future__ import annotations
@@ -26,21 +28,21 @@ JOIN = ["nsenter", "--net", "--mount"]
 if not AS_ROOT:
     SWITCH += ["--user", "--map-root-user"]
     JOIN += ["--user", "--preserve-credentials"]
-# Its first process reaps the others, as that of a machine does, and ends with who keeps it.
-FIRST = "trap '' CHLD && echo there && exec cat"
+# The first process of a machine reaps the others, and ends when its stdin closes.
+FIRST = "trap '' CHLD && echo ready && exec cat"
 
 
 class NoMachines(Exception):
-    """This machine allows none within it."""
+    """This machine does not allow namespaces."""
 
 
 class Machine:
-    """One, until it is lost."""
+    """A virtual machine."""
 
     def __init__(self, network: Network, name: str, number: int) -> None:
         self.name, self.address = name, f"{NETWORK}.{number}"
         self._network, self._cable = network, f"v{number}"
-        self.disk = network.folder / name  # its own: /tmp, /dev/shm and its home
+        self.disk = network.folder / name  # contains the machine's /tmp, /dev/shm and home folder
         for part in ("tmp", "shm"):
             (self.disk / part).mkdir(parents=True)
         self.home = self.disk / "home"
@@ -61,16 +63,16 @@ class Machine:
 
     def _mounts(self) -> Iterator[str]:
         if ROOT.is_relative_to("/tmp"):
-            there = self.disk / ROOT.relative_to("/")
-            there.mkdir(parents=True)
-            yield f"mount --rbind {ROOT} {there}"
+            mount_point = self.disk / ROOT.relative_to("/")
+            mount_point.mkdir(parents=True)
+            yield f"mount --rbind {ROOT} {mount_point}"
         yield f"mount --rbind {self.disk}/tmp /tmp"
         yield f"mount --rbind {self.disk}/shm /dev/shm"
         yield f"mount --bind {self._network.folder}/hosts /etc/hosts"
         yield "mount --bind /dev/null /etc/resolv.conf"
 
     def command(self, *words: object, folder: Path | None = None) -> list[str]:
-        """The words of a command that runs on it."""
+        """A command line that runs the words on this machine."""
         joined = (*JOIN, "--uts", "--ipc", "--pid", f"--target={self.pid}")
         return [*joined, f"--wdns={folder or self.home}", *map(str, words)]
 
@@ -90,13 +92,13 @@ class Machine:
     def start(
         self, log: Path, *words: object, folder: Path | None = None, **more: str
     ) -> subprocess.Popen[bytes]:
-        """A command that goes on; it ends with the machine."""
-        with log.open("ab") as written:
+        """Start a command in the background; it ends with the machine."""
+        with log.open("ab") as output:
             return subprocess.Popen(
                 self.command(*words, folder=folder),
                 env=self.environment(**more),
-                stdout=written,
-                stderr=written,
+                stdout=output,
+                stderr=output,
             )
 
     def environment(self, **more: str) -> dict[str, str]:
@@ -104,32 +106,32 @@ class Machine:
         return environment(**{"HOME": str(self.home), "PATH": path, **more})
 
     def unplug(self) -> None:
-        """Nobody reaches it, and it goes on."""
+        """Disconnect the machine from the network; its processes keep running."""
         self._network.run("ip", "link", "set", self._cable, "down")
 
     def plug(self) -> None:
         self._network.run("ip", "link", "set", self._cable, "up")
 
     def lose(self) -> None:
-        """Its power is cut."""
+        """Cut the power: kill all processes of the machine at once."""
         if self._keeper.poll() is None:
-            self._keeper.kill()  # all that runs on it goes with it
+            self._keeper.kill()  # ends the namespace and all its processes
             self._keeper.communicate()
 
 
 class Network:
-    """A switch that machines are plugged into; this process is not.
+    """A switch with machines. This process is not connected to the switch.
 
     Args:
-        folder: on which all of it lies, outside /tmp.
+        folder: folder for all files of the machines, outside /tmp.
 
     Raises:
-        NoMachines: this one allows no namespaces.
+        NoMachines: this machine does not allow namespaces.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.shared = folder / "shared"  # the disk that all see
+        self.shared = folder / "shared"  # the shared disk
         self.shared.mkdir()
         (folder / "hosts").write_text("127.0.0.1 localhost\n")
         self._keeper = _keep(
@@ -169,15 +171,16 @@ class Network:
 
 @contextmanager
 def network() -> Iterator[Network]:
-    """Machines to be, or skipped tests where this one allows none."""
-    folder = Path(tempfile.mkdtemp(prefix="machines", dir="/var/tmp"))  # not /tmp, which each has
+    """A network without machines; skips the test if namespaces are not allowed."""
+    # Not in /tmp, which every machine has separately.
+    folder = Path(tempfile.mkdtemp(prefix="machines", dir="/var/tmp"))
     try:
-        found = Network(folder)
+        switch = Network(folder)
         try:
-            found.machine("probe").lose()
-            yield found
+            switch.machine("probe").lose()
+            yield switch
         finally:
-            found.close()
+            switch.close()
     except NoMachines as problem:
         pytest.skip(str(problem))
     finally:
@@ -185,7 +188,7 @@ def network() -> Iterator[Network]:
 
 
 def _keep(command: list[str], *steps: str) -> subprocess.Popen[bytes]:
-    """A process that keeps namespaces alive, once the steps are done in them."""
+    """Run the steps in new namespaces; returns a process that keeps the namespaces alive."""
     keeper = subprocess.Popen(
         [*command, "sh", "-c", " && ".join([*steps, FIRST])],
         stdin=subprocess.PIPE,
@@ -193,9 +196,9 @@ def _keep(command: list[str], *steps: str) -> subprocess.Popen[bytes]:
         stderr=subprocess.PIPE,
     )
     assert keeper.stdout is not None
-    if keeper.stdout.readline() != b"there\n":
-        _, said = keeper.communicate()
-        raise NoMachines(f"no machines of one's own here: {said.decode().strip()}")
+    if keeper.stdout.readline() != b"ready\n":
+        _, stderr = keeper.communicate()
+        raise NoMachines(f"this machine does not allow namespaces: {stderr.decode().strip()}")
     return keeper
 
 

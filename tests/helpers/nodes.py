@@ -1,4 +1,4 @@
-"""Ray clusters of several machines: lost and added, or come when asked for."""
+"""Ray clusters of several machines that can be lost and added, or that an autoscaler starts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.helpers.sweeps import TIMEOUT, wait_until
 
 
 class Job:
-    """A command on the laptop that submits a sweep and follows it to its end."""
+    """A command on the laptop that submits a sweep and follows its log."""
 
     def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
         self._process, self._log = process, log
@@ -34,21 +34,21 @@ class Job:
     def wait(self) -> int:
         with suppress(subprocess.TimeoutExpired):
             return self._process.wait(TIMEOUT)
-        raise AssertionError(f"it does not end; so far:\n{self.log()}")
+        raise AssertionError(f"the job does not end; its log:\n{self.log()}")
 
-    def until_said(self, said: str) -> None:
-        def is_said() -> bool:
+    def wait_for_log(self, text: str) -> None:
+        def is_logged() -> bool:
             assert not self.over(), self.log()
-            return said in self.log()
+            return text in self.log()
 
-        wait_until(is_said, self.log)
+        wait_until(is_logged, self.log)
 
     def log(self) -> str:
         return self._log.read_text()
 
 
 class Nodes:
-    """A head without cores, machines of one core each, and a laptop, with Ray's token."""
+    """A cluster with a token: a head without cores, machines with one core each, and a laptop."""
 
     def __init__(self, network: Network, machines: int = 2) -> None:
         self._network = network
@@ -91,15 +91,17 @@ class Nodes:
         return f"http://{self.head.name}:8265"
 
     def follow(self, *words: object) -> Job:
-        """A command of the laptop's, in a folder of its own."""
+        """Start a command on the laptop, in its home folder."""
         log = self._network.folder / f"{self.laptop.name}.log"
         return Job(self.laptop.start(log, *words, **self.variables), log)
 
 
 @contextmanager
 def scaling(monkeypatch: pytest.MonkeyPatch, most: int = 2) -> Iterator[str]:
-    """The address of a head without cores, whose autoscaler starts machines of one core on this
-    one: Ray's own, over its provider for tests."""
+    """The address of a head without cores whose autoscaler starts machines with one core.
+
+    Uses Ray's provider for tests, which starts the machines as processes on this machine.
+    """
     port, folder = free_port(), Path(tempfile.mkdtemp(prefix="scale", dir="/tmp"))
     empty: dict[str, Any] = {"node_config": {}, "min_workers": 0}
     config = {

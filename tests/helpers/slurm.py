@@ -1,4 +1,4 @@
-"""A real Slurm of two nodes, from Debian's packages, started without systemd."""
+"""A real Slurm with two nodes, from Debian's packages, started without systemd."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MISSING = [name for name in PROGRAMS if not shutil.which(name, path=PATH)]
 MISSING += ["root"] * (not AS_ROOT)
 WHY = f"needs root, and Debian's munge, slurmctld, slurmd, slurm-client (no {', '.join(MISSING)})"
 NODES = ("a", "b")
-GOING = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED")
+ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED")
 CONFIG = """
 ClusterName=tests
 SlurmctldHost=control
@@ -43,8 +43,7 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 
 class Slurm:
-    """Machines of their own: one with the controller, from which jobs are submitted, and two that
-    compute."""
+    """One machine with the controller, which submits jobs, and two compute nodes."""
 
     def __init__(self, network: Network) -> None:
         self.shared = network.shared
@@ -64,7 +63,7 @@ class Slurm:
         self.control = self._machine(network, "control", "slurmctld", "-D", "-c")
         self.nodes = {name: self._machine(network, name, "slurmd", "-D") for name in NODES}
         idle = ("sinfo", "--noheader", "--states=idle", "--format=%D")
-        wait_until(lambda: self.ask(*idle, check=False) == "2", self.log, every=0.3)
+        wait_until(lambda: self.command(*idle, check=False) == "2", self.log, every=0.3)
 
     def _machine(self, network: Network, name: str, *daemon: str) -> Machine:
         machine, log = network.machine(name), self._folder / "log"
@@ -79,36 +78,35 @@ class Slurm:
     def log(self) -> str:
         return (self._folder / "log").read_text()
 
-    def ask(self, *command: str, cwd: Path | None = None, check: bool = True) -> str:
-        """What a command of Slurm's prints."""
-        done = self.control.run(*command, check=False, folder=cwd, **self.variables)
+    def command(self, *words: str, cwd: Path | None = None, check: bool = True) -> str:
+        """Run a command of Slurm and return its output."""
+        done = self.control.run(*words, check=False, folder=cwd, **self.variables)
         assert not check or done.returncode == 0, done.stderr + self.log()
         return done.stdout.strip()
 
     def submit(self, folder: Path, *arguments: str | Path) -> str:
-        """The number of a job whose log is <folder>/airsweep-<number>.log."""
-        return self.ask("sbatch", "--parsable", *map(str, arguments), cwd=folder)
+        """Submit a job and return its number; its log is <folder>/airsweep-<number>.log."""
+        return self.command("sbatch", "--parsable", *map(str, arguments), cwd=folder)
 
-    def queued_again(self, job: str) -> None:
-        """Wait until Slurm has put a job back into its queue; it starts now, where Slurm lets two
-        minutes pass."""
-        self._until(job, lambda state: state == "PENDING")
-        self.ask("scontrol", "update", f"JobId={job}", "StartTime=now")
+    def wait_for_requeue(self, job: str) -> None:
+        """Wait until Slurm has requeued a job, then start it now instead of after two minutes."""
+        self._wait_for_state(job, lambda state: state == "PENDING")
+        self.command("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def is_over(self, job: str) -> bool:
-        return self._state(job) not in GOING
+        return self._state(job) not in ACTIVE
 
     def _state(self, job: str) -> str:
-        return self.ask("squeue", "--noheader", f"--jobs={job}", "--states=all", "--format=%T")
+        return self.command("squeue", "--noheader", f"--jobs={job}", "--states=all", "--format=%T")
 
-    def _until(self, job: str, met: Callable[[str], bool]) -> None:
+    def _wait_for_state(self, job: str, condition: Callable[[str], bool]) -> None:
         wait_until(
-            lambda: met(self._state(job)), lambda: f"job {job} stays {self._state(job)}", 0.3
+            lambda: condition(self._state(job)), lambda: f"job {job} stays {self._state(job)}", 0.3
         )
 
     def ended(self, job: str) -> tuple[str, str]:
-        """Its last state and its exit code, as Slurm writes it, when all of it is over."""
-        self._until(job, lambda state: state not in GOING)
-        said = self.ask("scontrol", "show", "job", job)
-        found = dict(word.split("=", 1) for word in said.split() if "=" in word)
-        return found["JobState"], found["ExitCode"]
+        """Wait for the end of a job; returns its state and its exit code as Slurm writes it."""
+        self._wait_for_state(job, lambda state: state not in ACTIVE)
+        output = self.command("scontrol", "show", "job", job)
+        fields = dict(word.split("=", 1) for word in output.split() if "=" in word)
+        return fields["JobState"], fields["ExitCode"]

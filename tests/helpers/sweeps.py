@@ -1,4 +1,4 @@
-"""Runs real sweeps in processes of their own, for tests that look from outside."""
+"""Run real sweeps, in subprocesses if the command starts anything, and read their results."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ import pytest
 from air_core.seal import sealed_json
 from orchestrator.files import file_digest
 
-TIMEOUT = 900  # seconds; a hang must not hang the tests, a busy machine must not fail them
+TIMEOUT = 900  # seconds; long enough for a busy machine, short enough to end a hanging test
 
 
-# One cell with nothing to read, one that trains, and one that searches among counts of images.
+# One cell without training, one that trains a prompt, and one that searches the number of images.
 SEARCH = """
 grid: {{method: [zero_shot, {host}, air_{host}]}}
 fixed: {{generator: "folder:{folder}", generation.block: {block}, train.steps: 20}}
@@ -40,19 +40,19 @@ resources: {{generator: {{actors: 1}}}}
 
 
 def search_sweep(folder: Path, block: int = 8, host: str = "fpl", pruning: str = "") -> str:
-    """A small search over ready images.
+    """A small search over existing images.
 
     Args:
-        folder: of the images.
-        block: images that are encoded at a time.
-        pruning: its settings; empty: every point runs to its end.
+        folder: folder of the images.
+        block: images to encode at a time.
+        pruning: settings of the pruning; empty: no pruning.
     """
     text = SEARCH if pruning else SEARCH.replace("  pruning: {pruning}\n", "")
     return text.format(folder=folder, block=block, host=host, pruning=pruning)
 
 
 def many_trials(count: int) -> str:
-    """A sweep of so many trials, each of which takes a moment."""
+    """A sweep with `count` trials that take a moment each."""
     rates = [round(0.001 * n, 3) for n in range(1, count + 1)]
     return f"""
 grid: {{train.learning_rate: {rates}}}
@@ -62,13 +62,17 @@ seeds: [1]
 
 
 def wait_until(
-    met: Callable[[], object], why: Callable[[], object] = lambda: "", every: float = 0.05
+    condition: Callable[[], object], details: Callable[[], object] = lambda: "", every: float = 0.05
 ) -> None:
-    """Wait for a condition, which is looked at `every` so many seconds; `why` explains afterwards
-    what was there instead."""
+    """Wait for a condition.
+
+    Args:
+        details: describes the state if the condition is not met within TIMEOUT.
+        every: seconds between two evaluations.
+    """
     deadline = time.monotonic() + TIMEOUT
-    while not met():
-        assert time.monotonic() < deadline, why()
+    while not condition():
+        assert time.monotonic() < deadline, details()
         time.sleep(every)
 
 
@@ -84,16 +88,21 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": root, "NO_COLOR": "1", "OMP_NUM_THREADS": "1", **more}
 
 
-# Commands that start nothing. They run in this process: to start Python takes seconds.
-LOOKS = ("cache", "init", "plan", "report", "status", "table", "usage", "validate")
+# Commands that start no process. They run in this process, because starting Python takes seconds.
+READ_ONLY = ("cache", "init", "plan", "report", "status", "table", "usage", "validate")
 
 
 def airsweep(
     *arguments: str | Path, check: bool = True, module: str = "orchestrator", **more: str
 ) -> subprocess.CompletedProcess[str]:
-    """The command, or a module that takes its words, with `more` in its environment."""
+    """Run airsweep, or a module with the same arguments.
+
+    Args:
+        check: assert that the exit code is 0.
+        more: environment variables.
+    """
     words = [*map(str, arguments)]
-    if words[0] in LOOKS and module == "orchestrator" and not more:
+    if words[0] in READ_ONLY and module == "orchestrator" and not more:
         done = in_this_process(words)
     else:
         done = subprocess.run(
@@ -110,17 +119,17 @@ def airsweep(
 
 
 def in_this_process(words: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run airsweep here."""
+    """Run airsweep in this process."""
     from orchestrator.__main__ import main
 
-    said, complained, code = io.StringIO(), io.StringIO(), 0
-    with redirect_stdout(said), redirect_stderr(complained), pytest.MonkeyPatch.context() as patch:
+    stdout, stderr, code = io.StringIO(), io.StringIO(), 0
+    with redirect_stdout(stdout), redirect_stderr(stderr), pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["airsweep", *words])
         try:
             main()
         except SystemExit as end:
             code = int(end.code or 0)
-    return subprocess.CompletedProcess(words, code, said.getvalue(), complained.getvalue())
+    return subprocess.CompletedProcess(words, code, stdout.getvalue(), stderr.getvalue())
 
 
 def run_and_kill_workers(
@@ -129,40 +138,46 @@ def run_and_kill_workers(
     victims: Mapping[str, Callable[[list[dict[str, Any]]], bool]],
     **more: str,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a sweep and kill -9 one process of Ray of each name as soon as what the ledger says
-    since the start satisfies its condition."""
+    """Run a sweep and kill processes of Ray with SIGKILL.
+
+    Args:
+        victims: for each name of a process, a condition on the events of this run. One process with
+            this name is killed when the condition is met.
+        more: environment variables.
+    """
     before = len(events(store, spec.stem))
     store.mkdir(parents=True, exist_ok=True)
-    said = (store / "stderr.txt").open("w+")
+    stderr = (store / "stderr.txt").open("w+")
     process = subprocess.Popen(
         [sys.executable, "-m", "orchestrator", "run", str(spec), "--store", str(store)],
         stdout=subprocess.DEVNULL,
-        stderr=said,
+        stderr=stderr,
         env=environment(**more),
     )
     deadline = time.monotonic() + TIMEOUT
-    for name, when in victims.items():
+    for name, condition in victims.items():
         while not (
-            when(events(store, spec.stem)[before:]) and (found := _workers(process.pid, name))
+            condition(events(store, spec.stem)[before:])
+            and (workers := _workers(process.pid, name))
         ):
             assert process.poll() is None, f"ended before {name} could be killed"
-            assert time.monotonic() < deadline, f"the moment to kill {name} never came"
+            assert time.monotonic() < deadline, f"no moment to kill {name}"
             time.sleep(0.02)
-        found[0].kill()
+        workers[0].kill()
     code = process.wait(TIMEOUT)
-    with said:
-        said.seek(0)
-        return subprocess.CompletedProcess(process.args, code, stderr=said.read())
+    with stderr:
+        stderr.seek(0)
+        return subprocess.CompletedProcess(process.args, code, stderr=stderr.read())
 
 
 def _workers(driver: int, name: str) -> list[psutil.Process]:
-    """Below a driver, the processes of that name, or whose title begins with it."""
-    found = []
+    """Child processes of a driver by name, or by the beginning of their title."""
+    workers = []
     for process in psutil.Process(driver).children(recursive=True):
         with suppress(psutil.Error, IndexError):
             if process.name() == name or process.cmdline()[0].startswith(name):
-                found.append(process)
-    return found
+                workers.append(process)
+    return workers
 
 
 def events(store: Path, name: str) -> list[dict[str, Any]]:
@@ -172,22 +187,25 @@ def events(store: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines(True) if line.endswith("\n")]
 
 
-def count(found: list[dict[str, Any]], event: str, **fields: Any) -> int:
+def count(recorded: list[dict[str, Any]], event: str, **fields: Any) -> int:
+    """Number of events with this name and these fields."""
     return sum(
-        one["event"] == event and all(one.get(k) == v for k, v in fields.items()) for one in found
+        one["event"] == event and all(one.get(key) == value for key, value in fields.items())
+        for one in recorded
     )
 
 
 def begun_twice(log: Path, calm_log: Path) -> tuple[Counter[str], Counter[str]]:
-    """What one sweep began more often than its undisturbed twin: trials, and what it prepares.
-    Each counts what it begins by a line, and neither has a line that the other lacks.
+    """Count the trials and the preparations that a sweep started more often than a calm run.
+
+    Each log has one line per started trial or preparation. Both logs must have the same lines.
     """
-    began, calm = (Counter(file.read_text().splitlines()) for file in (log, calm_log))
-    assert began.keys() == calm.keys(), log
-    assert began >= calm, log
+    started, calm = (Counter(file.read_text().splitlines()) for file in (log, calm_log))
+    assert started.keys() == calm.keys(), log
+    assert started >= calm, log
     trials: Counter[str] = Counter()
     prepared: Counter[str] = Counter()
-    for line, times in (began - calm).items():
+    for line, times in (started - calm).items():
         (trials if line.startswith("trials/") else prepared)[line] = times
     return trials, prepared
 
@@ -199,7 +217,7 @@ def table(store: Path, name: str) -> list[dict[str, Any]]:
 
 
 def children(store: Path, name: str) -> list[Any]:
-    """The trials of a sweep, from MLflow's own file."""
+    """The trial runs of a sweep, from the MLflow database of the store."""
     return all_runs(store, f"tags.`air.sweep` = '{name}' and tags.`air.kind` = 'trial'")
 
 
@@ -212,8 +230,8 @@ def all_runs(store: Path, query: str = "") -> list[Any]:
 
 
 def record_again(folder: Path) -> None:
-    """Make the record of an artifact fit its files, as if it had been made like this."""
-    record = folder / "record.json"
-    known = json.loads(record.read_text())
-    known["files"] = {name: file_digest(folder / name) for name in known["files"]}
-    record.write_bytes(sealed_json(known))
+    """Update the digests in the record of an artifact to its changed files."""
+    path = folder / "record.json"
+    record = json.loads(path.read_text())
+    record["files"] = {name: file_digest(folder / name) for name in record["files"]}
+    path.write_bytes(sealed_json(record))

@@ -1,4 +1,4 @@
-"""What a team shares, for real and on loopback: Postgres with passwords, MLflow with users."""
+"""Services of a team, on loopback: Postgres with passwords, MLflow with users, S3."""
 
 from __future__ import annotations
 
@@ -31,44 +31,46 @@ OWNER = "postgres"  # Debian's user; initdb refuses root
 
 def _programs() -> Path | None:
     """The folder of initdb and postgres, which Debian keeps off the PATH."""
-    debian = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda at: int(at.parent.name))
-    found = shutil.which("initdb")
-    folders = [*([Path(found).resolve().parent] if found else []), *reversed(debian)]
-    whole = [at for at in folders if (at / "initdb").exists() and (at / "postgres").exists()]
-    return whole[0] if whole else None
+    installed = Path("/usr/lib/postgresql").glob("*/bin")
+    debian = sorted(installed, key=lambda folder: int(folder.parent.name), reverse=True)
+    initdb = shutil.which("initdb")
+    for folder in [*([Path(initdb).resolve().parent] if initdb else []), *debian]:
+        if (folder / "initdb").exists() and (folder / "postgres").exists():
+            return folder
+    return None
 
 
 PROGRAMS = _programs()
 DRIVERS = find_spec("psycopg") is not None and find_spec("flask_wtf") is not None
 MISSING = (
-    "postgres is not here: apt-get install -y --no-install-recommends postgresql"
+    "postgres is missing: apt-get install -y --no-install-recommends postgresql"
     if PROGRAMS is None
-    else "psycopg or Flask-WTF is not here: pip install 'airsweep[server]'"
+    else "psycopg or Flask-WTF is missing: pip install 'airsweep[server]'"
 )
-HERE = PROGRAMS is not None and DRIVERS
+IS_INSTALLED = PROGRAMS is not None and DRIVERS
 
 
 class PostgresServer:
-    """In a folder of its own, on one port of loopback, never as root; every user has a password."""
+    """A server on a port of loopback, not run by root; every user has a password."""
 
     def __init__(self) -> None:
         assert PROGRAMS is not None, MISSING
         self.port = free_port()
-        # Not below pytest's folder, which other users may not enter.
+        # Not in pytest's folder, which the user `postgres` cannot read.
         self.folder = Path(tempfile.mkdtemp(prefix="airsweep-pg-"))
-        self.password = secrets.token_hex(12)  # of its superuser
+        self.password = secrets.token_hex(12)  # of the superuser
         self._process: subprocess.Popen[bytes] | None = None
-        self._made = False
+        self._is_initialized = False
 
     def start(self) -> None:
-        if not self._made:
-            self._make()
+        if not self._is_initialized:
+            self._initialize()
         assert PROGRAMS is not None
-        where = ["-D", str(self.folder / "data"), "-p", str(self.port), "-k", str(self.folder)]
-        settings = ["-c", "listen_addresses=127.0.0.1", "-F"]  # -F: no waiting for the disk
+        paths = ["-D", str(self.folder / "data"), "-p", str(self.port), "-k", str(self.folder)]
+        settings = ["-c", "listen_addresses=127.0.0.1", "-F"]  # -F: no fsync
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
-                [*_as_owner(), str(PROGRAMS / "postgres"), *where, *settings],
+                [*_as_owner(), str(PROGRAMS / "postgres"), *paths, *settings],
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
@@ -83,15 +85,15 @@ class PostgresServer:
             return True
         return False
 
-    def _make(self) -> None:
+    def _initialize(self) -> None:
         assert PROGRAMS is not None
         secret = self.folder / "secret"
         secret.write_text(self.password)
         if os.geteuid() == 0:
             for path in (self.folder, secret):
                 shutil.chown(path, OWNER)
-        ways = ["--auth=scram-sha-256", f"--pwfile={secret}", "--username=postgres"]
-        arguments = ["-D", str(self.folder / "data"), *ways, "--no-sync", "--encoding=UTF8"]
+        login = ["--auth=scram-sha-256", f"--pwfile={secret}", "--username=postgres"]
+        arguments = ["-D", str(self.folder / "data"), *login, "--no-sync", "--encoding=UTF8"]
         subprocess.run(
             [*_as_owner(), str(PROGRAMS / "initdb"), *arguments, "--locale=C"],
             check=True,
@@ -99,7 +101,7 @@ class PostgresServer:
             cwd=self.folder,
         )
         secret.unlink()
-        self._made = True
+        self._is_initialized = True
 
     def connect(self, database: str) -> Any:
         import psycopg
@@ -114,7 +116,7 @@ class PostgresServer:
             autocommit=True,
         )
 
-    def ask(self, query: str, database: str = "postgres") -> list[tuple[Any, ...]]:
+    def query(self, query: str, database: str = "postgres") -> list[tuple[Any, ...]]:
         with contextlib.closing(self.connect(database)) as connection:
             cursor = connection.cursor()
             cursor.execute(query)
@@ -123,33 +125,33 @@ class PostgresServer:
     def make_database(self, name: str) -> str:
         """A database with an owner of the same name; return the owner's password."""
         password = secrets.token_hex(12)
-        self.ask(f"CREATE ROLE {name} LOGIN PASSWORD '{password}'")
-        self.ask(f"CREATE DATABASE {name} OWNER {name}")
+        self.query(f"CREATE ROLE {name} LOGIN PASSWORD '{password}'")
+        self.query(f"CREATE DATABASE {name} OWNER {name}")
         return password
 
     def uri(self, database: str) -> str:
-        """Without a password, which libpq finds in the environment."""
+        """A URI without a password; libpq reads the password from the environment."""
         return f"postgresql://{database}@127.0.0.1:{self.port}/{database}"
 
     def connections_of(self, user: str) -> int:
         query = f"SELECT count(*) FROM pg_stat_activity WHERE usename = '{user}'"
-        return int(self.ask(query)[0][0])
+        return int(self.query(query)[0][0])
 
     def dump(self, database: str) -> dict[str, str]:
         """All rows as text, by table."""
         query = "SELECT tablename FROM pg_tables WHERE schemaname = 'public'"
-        names = [str(name) for (name,) in self.ask(query, database)]
-        return {name: repr(self.ask(f'SELECT * FROM "{name}"', database)) for name in names}
+        names = [str(name) for (name,) in self.query(query, database)]
+        return {name: repr(self.query(f'SELECT * FROM "{name}"', database)) for name in names}
 
     def kill(self) -> None:
-        """At once, as a power cut would; what was committed stays."""
+        """Kill the server, like a power cut; committed data survives."""
         assert self._process is not None
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
     def stop(self) -> None:
-        """As an administrator would who does not wait for clients to go."""
+        """Shut the server down without waiting for clients to disconnect."""
         if self._process is None:
             return
         with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
@@ -163,21 +165,21 @@ class PostgresServer:
 
 
 def _as_owner() -> list[str]:
-    """What goes before a command that root may not run."""
+    """Prefix of a command that root must run as another user."""
     if os.geteuid() != 0:
         return []
     entry = pwd.getpwnam(OWNER)
-    who = [f"--reuid={entry.pw_uid}", f"--regid={entry.pw_gid}", "--clear-groups"]
-    return ["setpriv", *who, "--"]
+    user = [f"--reuid={entry.pw_uid}", f"--regid={entry.pw_gid}", "--clear-groups"]
+    return ["setpriv", *user, "--"]
 
 
 class TeamServer(MlflowProcess):
-    """MLflow over Postgres and S3, as docs/tracking.md starts it: users, files by the server alone.
+    """MLflow with users, on Postgres and S3, started as docs/tracking.md describes.
 
     Args:
-        postgres: running, with the databases of that page.
-        s3: running, with the bucket `mlflow`.
-        folder: with the files of that page, for its log.
+        postgres: a running server with the databases of that page.
+        s3: a running server with the bucket `mlflow`.
+        folder: folder with the files of that page, and for the log.
     """
 
     def __init__(self, postgres: PostgresServer, s3: S3Server, folder: Path) -> None:
@@ -185,7 +187,7 @@ class TeamServer(MlflowProcess):
         self.folder = folder
         self.admin = secrets.token_hex(12)
         self.environment = {
-            **reader(),
+            **shell_environment(),
             "OMP_NUM_THREADS": "1",
             "PGHOST": "127.0.0.1",
             "PGPORT": f"{postgres.port}",
@@ -205,7 +207,7 @@ class TeamServer(MlflowProcess):
         self._launch(["bash", "serve.sh"], self.environment, self.folder)
 
     def post(self, path: str, body: Any, user: str = ADMIN, password: str | None = None) -> Any:
-        """What the server answers to JSON."""
+        """Post JSON and return the JSON of the answer."""
         request = urllib.request.Request(
             f"{self.url}/{path}",
             json.dumps(body).encode(),
@@ -218,7 +220,7 @@ class TeamServer(MlflowProcess):
             return json.loads(answer.read() or b"{}")
 
     def make_user(self, name: str) -> dict[str, str]:
-        """What a client of that user has in its environment."""
+        """Create a user; returns the environment variables of its clients."""
         password = secrets.token_hex(12)
         self.post("api/2.0/mlflow/users/create", {"username": name, "password": password})
         return {
@@ -228,9 +230,8 @@ class TeamServer(MlflowProcess):
         }
 
     def make_experiment(self, name: str) -> str:
-        asked = {"name": name}
-        found = self.post("api/2.0/mlflow/experiments/create", asked)
-        return str(found["experiment_id"])
+        answer = self.post("api/2.0/mlflow/experiments/create", {"name": name})
+        return str(answer["experiment_id"])
 
     def grant(self, user: str, experiment: str, permission: str) -> None:
         self.post(
@@ -244,8 +245,8 @@ class TeamServer(MlflowProcess):
         )
 
 
-def reader() -> dict[str, str]:
-    """The environment of who follows docs/tracking.md: `python` and Postgres' programs are found."""
+def shell_environment() -> dict[str, str]:
+    """Environment for the scripts of docs/tracking.md: PATH has `python` and Postgres' programs."""
     assert PROGRAMS is not None
     path = [str(Path(sys.executable).parent), str(PROGRAMS), os.environ["PATH"]]
     root = str(Path(__file__).parents[2])
@@ -253,7 +254,7 @@ def reader() -> dict[str, str]:
 
 
 def write_files(folder: Path) -> None:
-    """Those that docs/tracking.md shows."""
+    """Write the files that docs/tracking.md shows."""
     for block in blocks(ROOT / "docs" / "tracking.md"):
         if block.file:
             (folder / block.file).write_text(block.text)
@@ -265,17 +266,17 @@ def basic(user: str, password: str) -> str:
 
 @contextlib.contextmanager
 def team(folder: Path) -> Iterator[Team]:
-    """All of it, running."""
+    """Start all services."""
     with contextlib.ExitStack() as stack:
         postgres = PostgresServer()
         stack.callback(postgres.close)
         postgres.start()
         write_files(folder)
-        whose = {"PGHOST": "127.0.0.1", "PGPORT": f"{postgres.port}", "PGUSER": "postgres"}
+        login = {"PGHOST": "127.0.0.1", "PGPORT": f"{postgres.port}", "PGUSER": "postgres"}
         subprocess.run(
             ["bash", "databases.sh"],
             cwd=folder,
-            env={**reader(), **whose, "PGPASSWORD": postgres.password},
+            env={**shell_environment(), **login, "PGPASSWORD": postgres.password},
             check=True,
         )
         lines = (folder / "pgpass").read_text().split()
@@ -301,10 +302,10 @@ class Team:
 
     @property
     def studies(self) -> str:
-        """Where Optuna's studies go."""
+        """URI of the database of Optuna's studies."""
         return self.postgres.uri("airsweep_studies")
 
     @property
     def secrets(self) -> list[str]:
-        """Words that must stand nowhere."""
+        """Passwords that no file or output may contain."""
         return [self.postgres.password, self.mlflow.admin, *self.passwords.values()]

@@ -335,7 +335,7 @@ def test_best_is_the_run_with_the_best_objective_of_the_best_row(
         (("best", "--sweep", "large"), "no sweep default/large"),
         (("cell/0/seed=1", "--sweep", "small"), "no slot 'cell/0/seed=1'"),
         (("abcdef123", "--sweep", "small"), "mlflow.db does not exist"),
-        (("abcdef123", "--only", "method=fpl"), "a trial has a name of its own"),
+        (("abcdef123", "--only", "method=fpl"), "--only is allowed with `best` only"),
     ],
 )
 def test_an_export_of_an_unknown_trial_is_bad_input(arguments, words, command, location, tmp_path):
@@ -404,7 +404,7 @@ def test_classify_without_images_or_bundle_is_bad_input(bundle, command, tmp_pat
         ((bundle, tmp_path / "empty"), "contain no image"),
         ((bundle, tmp_path / "no.png"), "does not exist"),
         ((bundle, bad), "no file could be read, so nothing was classified"),
-        ((bundle, new, "--json", "--csv"), "give one of them"),
+        ((bundle, new, "--json", "--csv"), "give only one"),
         ((bundle, new, "--weights", tmp_path / "x"), "does not exist; allowed: tiny"),
         ((tmp_path / "new", new), "has no bundle.json"),
     ):

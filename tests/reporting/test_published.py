@@ -362,12 +362,12 @@ def test_an_unfinished_sweep_is_compared_by_its_finished_trials(run_compare) -> 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("old", "--paper", "grip", "--against", "new"), "give one of --paper NAME and --against"),
+        (("old", "--paper", "grip", "--against", "new"), "either --paper NAME or --against OTHER"),
         (("old", "--paper", "nope"), "--paper nope: no such paper; allowed: air-cvpr2025, cpl, "),
-        (("old", "--paper", "grip", "--fail-on", "red"), "--fail-on 'red' is not known"),
+        (("old", "--paper", "grip", "--fail-on", "red"), "unknown --fail-on 'red'"),
         (("gone", "--paper", "grip"), "no sweep default/gone in"),
-        (("old", "--against", "none"), "none has no finished trial yet, of 9"),
-        (("old", "--against", "table.json"), "a printed table can no longer be compared; give"),
+        (("old", "--against", "none"), "none of the 9 trials of none has finished"),
+        (("old", "--against", "table.json"), "JSON tables are no longer supported; give"),
     ],
 )
 def test_bad_input_ends_with_2_and_one_line(run_compare, words, message) -> None:

@@ -293,7 +293,7 @@ def test_gc_touches_only_ones_own_and_the_unknown_on_demand(world, cache, monkey
     assert set(everything) == world.held()
     counts = sum(one["user"] != "me" for one in everything.values())
     others = cache("gc")[1].splitlines()[-2:]
-    assert others[0].startswith(f"{counts} of others (")
+    assert others[0].startswith(f"{counts} of other users (")
     assert "you" in others[0]
     assert "unknown" in others[0]
     assert "--all-users" in others[1]
@@ -327,7 +327,7 @@ def test_where_a_sweep_cannot_be_read_nothing_is_removed(world, cache, file, tex
         assert "what sweep default/two needs cannot be told, so nothing is removed" in err
         assert why in err
     assert world.files() == everything
-    assert "what default/two needs cannot be told" in cache("ls")[1]
+    assert "the artifacts that default/two needs are unknown" in cache("ls")[1]
 
 
 def test_gc_is_refused_while_a_sweep_runs_and_a_sweep_while_gc_removes(world, cache):
@@ -364,7 +364,7 @@ def test_gc_of_one_sweep_drops_what_it_alone_needs(world, cache):
     assert sorted(in_part.values()) == [20, 20]  # blocks 2 and 3 of 10 classes
     code, out, _ = cache("gc", "--sweep", "two", "--yes")
     assert code == 0
-    assert "default/two keeps its ledger" in out
+    assert "default/two keeps its event log" in out
     assert shared <= world.held()
     assert not whole & world.held()
     assert gone(cache) == {}
@@ -502,7 +502,7 @@ def test_verify_finds_a_flipped_bit_in_any_file_and_says_what_to_remove(world, c
     code, out, _ = cache("verify")
     assert code == 1
     assert f"damaged: {file}" in out
-    assert "1 damaged: do what is named and run again" in out
+    assert "1 damaged: follow the remedies and run again" in out
 
 
 def test_verify_goes_on_past_links_folders_and_json_of_another_shape(world, cache):
