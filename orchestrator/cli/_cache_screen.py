@@ -10,7 +10,7 @@ from typing import Any
 from orchestrator.formatting import aligned, near, size
 from orchestrator.keys import RECIPES
 from orchestrator.store.gc import GcPlan, Removal, StoreRequirements, merged
-from orchestrator.store.integrity import Verdict
+from orchestrator.store.integrity import VerificationReport
 from orchestrator.store.inventory import Inventory
 
 LARGEST, SHOWN = 10, 20  # of a list that can be long
@@ -23,12 +23,12 @@ STAGES = tuple(dict.fromkeys(stage for stage, _ in RECIPES.values()))  # in the 
 
 def listing(inventory: Inventory, requirements: StoreRequirements) -> dict[str, Any]:
     """The contract of `cache ls --json`. Bytes; of a row that is needed in part, parts count."""
-    needed = merged(part for one in requirements.asked for part in one.artifacts.items())
+    needed = merged(part for one in requirements.sweeps for part in one.artifacts.items())
     stages: dict[str, dict[str, int]] = {}
     users: dict[str, dict[str, int]] = {}
     artifacts = []
     for holding in sorted(inventory.holdings, key=lambda one: -one.bytes):
-        by = requirements.by(holding.digest)
+        by = requirements.sweeps_needing(holding.digest)
         beyond = frozenset(holding.shards) - needed[holding.digest] if by else frozenset()
         unneeded = sum(holding.files[holding.shards[place]] for place in beyond)
         spare = unneeded if by else holding.bytes
@@ -57,8 +57,8 @@ def listing(inventory: Inventory, requirements: StoreRequirements) -> dict[str, 
         "bytes": sum(one["bytes"] for one in stages.values()),
         "stages": {stage: stages[stage] for stage in (*known, *sorted({*stages} - {*known}))},
         "users": users,
-        "sweeps": [one.sweep for one in requirements.asked],
-        "unread": dict(requirements.unread),
+        "sweeps": [one.sweep for one in requirements.sweeps],
+        "unread": dict(requirements.unreadable),
         "leftovers": [
             {"path": str(one.path.relative_to(inventory.root)), "why": one.why, "bytes": one.bytes}
             for one in inventory.leftovers
@@ -68,7 +68,7 @@ def listing(inventory: Inventory, requirements: StoreRequirements) -> dict[str, 
             {
                 "path": str(one.path.relative_to(inventory.root)),
                 "bytes": one.bytes,
-                "needed_by": list(requirements.by(one.digest)),
+                "needed_by": list(requirements.sweeps_needing(one.digest)),
             }
             for one in inventory.unfinished
         ],
@@ -125,7 +125,7 @@ def _needed(by: Sequence[str]) -> str:
 # ---------------------------------------------------------------- verify
 
 
-def verdict_screen(verdict: Verdict) -> str:
+def verdict_screen(verdict: VerificationReport) -> str:
     """What is damaged, by file, and what to do."""
     label = verdict.inventory.store.backend.label
     lines = []

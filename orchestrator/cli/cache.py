@@ -92,7 +92,7 @@ def cache_gc(
     opened = open_store(store)
     place = location_named(sweep, store) if sweep else None
     refuse_running(opened)
-    with opened.locks.alone():  # until all is removed no sweep may start
+    with opened.locks.exclusive_store():  # until all is removed no sweep may start
         of = f"{place.project}/{place.name}" if place else None
         requirements = all_requirements(opened, data_root)
         found = plan_gc(take_inventory(opened), requirements, whoami(), all_users, of)

@@ -150,7 +150,7 @@ def trials_frame(plan: Plan, store: ArtifactStore, event_log: EventLog) -> DataF
     from pandas import DataFrame
 
     found = standing(event_log)
-    alive = "running" in found.last.values() and event_log.busy()
+    alive = "running" in found.last.values() and event_log.is_locked()
     records = {slot.id: record for slot, record in finished(plan, store)}
     settings = dict.fromkeys(key for slot in plan.slots for key in _settings(slot))
     lines = []

@@ -114,7 +114,7 @@ def _explain(plan: Plan) -> list[str]:
 def status(location: SweepLocation) -> dict[str, Any]:
     """The contract of `status --json`."""
     found = standing(location.event_log())
-    alive = location.event_log().busy()
+    alive = location.event_log().is_locked()
     return {
         "sweep": f"{location.project}/{location.name}",
         "running": alive,

@@ -20,7 +20,7 @@ from orchestrator.planning.inputs import REFS
 from orchestrator.reporting.bundles import Chosen
 from orchestrator.store import ArtifactStore, SweepLocation, read_trial, recorded_locations
 from orchestrator.store.backends import RECORD
-from orchestrator.store.records import MADE
+from orchestrator.store.records import PROVENANCE
 from orchestrator.store.verification import read_record
 from orchestrator.tracking._child_runs import SPEC
 
@@ -75,7 +75,7 @@ def find_trial(name: str, store: ArtifactStore, uri: str | None) -> PastTrial:
         TrackerAway: it can only be an MLflow run, and MLflow does not answer.
     """
     key = _key_of_slot(name, store) if "/" in name else name
-    found = store.named(TrialSpec, key) if key and len(key) >= SHORTEST else []
+    found = store.find_by_digest(TrialSpec, key) if key and len(key) >= SHORTEST else []
     if len(found) > 1:
         raise ValueError(
             f"several trials in {store.name} begin with {name!r}; give more of the key"
@@ -121,7 +121,7 @@ def of_run(run_id: str, root: Path, uri: str | None) -> PastTrial:
         raise ValueError(f"{run_id} ({run.info.run_name}) {problem}")
     flat, digests = _parted(json.loads(text))
     lists = ("versions", "files")  # tags that hold JSON
-    made: dict[str, Any] = {name: tags.get(f"air.{name}", "") for name in (*MADE, "device")}
+    made: dict[str, Any] = {name: tags.get(f"air.{name}", "") for name in (*PROVENANCE, "device")}
     made |= {name: json.loads(made[name] or "{}") for name in lists}
     key = tags["air.trial_key"]
     return PastTrial(run.info.run_name, key, flat, digests, made, run.data.metrics)
@@ -131,7 +131,7 @@ def of_record(path: Path) -> PastTrial:
     """A done trial from its record in a store."""
     record = read_record(path / RECORD)
     flat, digests = _parted(dict(_flattened(record["spec"], "")))
-    made = {name: record.get(name, "") for name in MADE}
+    made = {name: record.get(name, "") for name in PROVENANCE}
     made["device"] = record["info"].get("device", "")
     classnames = tuple(record["spec"]["classnames"])
     metrics = record["info"]["metrics"]
