@@ -93,8 +93,8 @@ def version(part: str) -> str:
     modules = PARTS.get(part, (f"air_core.{part}",))
     if part not in PARTS and not _source(modules[0]).is_file():
         raise ValueError(
-            f"{_source(modules[0])} does not exist: name the module of a dataset after the dataset, "
-            "so that an edit of the module leads to new features"
+            f"{_source(modules[0])} does not exist: name the module of a dataset after the "
+            "dataset, so that an edit of the module leads to new features"
         )
     definitions = sorted(digest for module in modules for digest in _definitions(module))
     return _hash("".join(definitions))
