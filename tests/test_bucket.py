@@ -1,5 +1,6 @@
-"""Sweeps on a store in a bucket: all machines see the same results, and another machine can resume a
-killed sweep. The tests use a real S3 server on loopback and trivial trials that take no time.
+"""Sweeps on a store in a bucket: all machines see the same results and can resume a killed sweep.
+
+The tests use a real S3 server on loopback and trivial trials that take no time.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""A store written by an older version (commit 9fb42b3) is read and reused, and its runs are not sent to
-MLflow again.
+"""A store of an older version (commit 9fb42b3) is read and reused; its runs are not sent again.
 
 The fixture contains the store with its MLflow database, and the sweep file.
 """

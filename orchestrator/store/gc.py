@@ -131,7 +131,7 @@ def _removable(
 
 
 def _owner(path: Path, me: str) -> str:
-    """The user of a file without a record: `me`, if the file system says so."""
+    """The user of a file without a record: `me` if this process owns the file."""
     return me if path.lstat().st_uid == os.getuid() else UNKNOWN
 
 

@@ -360,16 +360,16 @@ def test_gc_of_one_sweep_removes_what_no_other_sweep_needs(world, cache):
     world.finish("two", AIR.format(count=32, rank=4))
     world.finish("three", AIR.format(count=16, rank=8))
     listed = gc_removals(cache, "--sweep", "two")
-    whole = {path for path, of in listed.items() if "files" not in of}
-    in_part = {path: len(of["files"]) for path, of in listed.items() if "files" in of}
-    assert {path.split("/")[0] for path in whole} == {"trials"}
-    assert not whole & shared
-    assert sorted(in_part.values()) == [20, 20]  # blocks 2 and 3 of 10 classes
+    complete = {path for path, of in listed.items() if "files" not in of}
+    partial = {path: len(of["files"]) for path, of in listed.items() if "files" in of}
+    assert {path.split("/")[0] for path in complete} == {"trials"}
+    assert not complete & shared
+    assert sorted(partial.values()) == [20, 20]  # blocks 2 and 3 of 10 classes
     code, out, _ = cache("gc", "--sweep", "two", "--yes")
     assert code == 0
     assert "default/two keeps its ledger" in out
     assert shared <= world.holdings()
-    assert not whole & world.holdings()
+    assert not complete & world.holdings()
     assert gc_removals(cache) == {}
     assert cache("gc", "--sweep", "four")[0] == 2
 
@@ -422,27 +422,27 @@ def test_checkpoints_are_listed_and_removed_when_no_sweep_needs_them(world, cach
     plan = plan_of(load_sweep(waiting.folder / "spec.yaml"), waiting)
     waiting.event_log().unlock()
     (wanted,) = [n.spec for n in plan.requirements if n.stage == "lora" and not n.have(world.store)]
-    kept = world.store.unfinished(wanted)
-    kept.parent.mkdir()
-    whole = kept.with_name(f"{lora.name.rpartition('-')[2]}-0123456789ab.safetensors")
-    nobodys = kept.with_name("0123456789ab-0123456789ab.safetensors")
-    for file in (kept, whole, nobodys):
+    needed = world.store.unfinished(wanted)
+    needed.parent.mkdir()
+    complete = needed.with_name(f"{lora.name.rpartition('-')[2]}-0123456789ab.safetensors")
+    unneeded = needed.with_name("0123456789ab-0123456789ab.safetensors")
+    for file in (needed, complete, unneeded):
         save_file({"losses": np.zeros(4)}, file)
-    half = kept.with_name(f".{kept.name}")
-    half.write_bytes(b"x")
+    partial = needed.with_name(f".{needed.name}")
+    partial.write_bytes(b"x")
 
     found = json.loads(cache("ls", "--json")[1])
     assert {one["path"]: one["needed_by"] for one in found["unfinished"]} == {
-        f"unfinished/{kept.name}": ["default/two"],
-        f"unfinished/{whole.name}": ["default/one"],
-        f"unfinished/{nobodys.name}": [],
+        f"unfinished/{needed.name}": ["default/two"],
+        f"unfinished/{complete.name}": ["default/one"],
+        f"unfinished/{unneeded.name}": [],
     }
     assert "unfinished trainings: 3" in cache("ls")[1]
-    go = {str(file.relative_to(world.store.root)) for file in (whole, nobodys)}
-    assert set(gc_removals(cache)) == go  # the temporary file is too young
+    removable = {str(file.relative_to(world.store.root)) for file in (complete, unneeded)}
+    assert set(gc_removals(cache)) == removable  # the temporary file is too young
     assert cache("verify")[0] == 0
     cache("gc", "--yes")
-    assert set(kept.parent.iterdir()) == {kept, half}
+    assert set(needed.parent.iterdir()) == {needed, partial}
     assert gc_removals(cache) == {}
 
 
