@@ -8,6 +8,7 @@ from __future__ import annotations
 import pickle
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -222,13 +223,13 @@ def test_a_row_has_its_published_shards_on_all_machines(machine):
 
 
 def test_crashes_of_a_shard_are_counted_across_machines(machine):
-    contexts = [machine(name).open_row(ROW).count_crashes(0, 0, 2) for name in ("one", "two")]
-    for context in contexts:
-        context.__enter__()  # never exits, as if the process was killed
-    with machine("three").open_row(ROW).count_crashes(0, 0, 2) as crashes:
-        assert crashes == 2
-    with machine("three").open_row(ROW).count_crashes(0, 0, 2) as crashes:
-        assert crashes == 0
+    with ExitStack() as killed:  # contexts that do not exit during the test, as after a kill
+        for name in ("one", "two"):
+            killed.enter_context(machine(name).open_row(ROW).count_crashes(0, 0, 2))
+        with machine("three").open_row(ROW).count_crashes(0, 0, 2) as crashes:
+            assert crashes == 2
+        with machine("three").open_row(ROW).count_crashes(0, 0, 2) as crashes:
+            assert crashes == 0
 
 
 # ---------------------------------------------------------------- event log and version
