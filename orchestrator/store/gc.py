@@ -119,11 +119,10 @@ def _removable(
         return
     complete = {holding.digest for holding in inventory.holdings}
     for checkpoint in inventory.unfinished:
-        if checkpoint.digest in complete:
-            why = "its artifact is complete"
         if checkpoint.digest in complete or checkpoint.digest not in others:
+            reason = "its artifact is complete" if checkpoint.digest in complete else why
             owner = _owner(checkpoint.path, me)
-            yield Removal(checkpoint.path, why, checkpoint.bytes, owner)
+            yield Removal(checkpoint.path, reason, checkpoint.bytes, owner)
     for leftover in inventory.leftovers:
         if time.time() - leftover.modified > MIN_AGE:
             owner = _owner(leftover.path, me)
