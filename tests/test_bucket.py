@@ -1,5 +1,6 @@
-"""Sweeps on a store in a bucket, on a real S3 server on loopback: from any machine the same, and
-killed anywhere another machine goes on. On the trainable that takes no time.
+"""Sweeps on a store in a bucket: all machines see the same results and can resume a killed sweep.
+
+The tests use a real S3 server on loopback and trivial trials that take no time.
 """
 
 from __future__ import annotations
@@ -27,15 +28,15 @@ PRUNING = "{rule: halving, rungs: [1, 2]}"
 
 
 class World:
-    """One sweep on one bucket."""
+    """A sweep on a store, and commands on several machines."""
 
     def __init__(self, folder: Path, spec: Path, uri: str, server: Any = None) -> None:
         self.folder, self.spec, self.uri, self.server = folder, spec, uri, server
-        self.built = folder / "built.log"  # what was begun, on all machines together
+        self.built = folder / "built.log"  # builds and trials that were started, on all machines
 
     def start(self, machine: str, *words: str, **more: str) -> subprocess.Popen[str]:
-        """A command on a machine, which has a mirror of its own."""
-        known = {
+        """Start a command on a machine, which has its own cache folder."""
+        variables = {
             "AIRSWEEP_STORE": self.uri,
             "AIRSWEEP_CACHE": str(self.folder / machine),
             "AIRSWEEP_BUILT": str(self.built),
@@ -45,18 +46,20 @@ class World:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=environment(**known, **more),
+            env=environment(**variables, **more),
         )
 
-    def say(self, machine: str, *words: str) -> str:
+    def output(self, machine: str, *words: str) -> str:
+        """Standard output of a command that succeeds."""
         return ended(self.start(machine, *words), 0)[0]
 
-    def running(self, machine: str, crash_at: str = "", **more: str) -> subprocess.Popen[str]:
+    def start_run(self, machine: str, crash_at: str = "", **more: str) -> subprocess.Popen[str]:
         words = ("run", str(self.spec), "--tracking-uri", "none")
         return self.start(machine, *words, **{CRASH_AT: crash_at}, **more)
 
 
 def ended(process: subprocess.Popen[str], *codes: int) -> tuple[str, str]:
+    """Wait for a process; its stdout and stderr."""
     out, err = process.communicate(timeout=TIMEOUT)
     assert process.returncode in codes, (process.returncode, out, err)
     return out, err
@@ -70,10 +73,10 @@ def spec(tmp_path_factory, drawn_digits) -> Path:
 
 @pytest.fixture(scope="module")
 def calm(spec, tmp_path_factory) -> World:
-    """The same sweep in a folder of this machine, undisturbed."""
+    """The same sweep in a local folder, without interruption."""
     folder = tmp_path_factory.mktemp("calm")
     world = World(folder, spec, str(folder / "runs"))
-    ended(world.running("here"), 0)
+    ended(world.start_run("local"), 0)
     return world
 
 
@@ -82,70 +85,70 @@ def world(bucket, s3_server, spec, tmp_path) -> World:
     return World(tmp_path, spec, bucket, s3_server)
 
 
-def test_from_any_machine_a_sweep_in_a_bucket_looks_like_one_in_a_folder(world, calm):
-    _, told = ended(world.running("one"), 0)
-    assert "only" not in told
-    table = calm.say("here", "table", "chaos")
-    assert world.say("one", "table", "chaos") == table
-    assert world.say("two", "table", "chaos") == table  # with an empty mirror
-    plan = json.loads(world.say("three", "plan", str(world.spec), "--json"))
+def test_a_sweep_in_a_bucket_gives_the_same_results_as_in_a_folder_on_all_machines(world, calm):
+    _, err = ended(world.start_run("one"), 0)
+    assert "only" not in err
+    table = calm.output("local", "table", "chaos")
+    assert world.output("one", "table", "chaos") == table
+    assert world.output("two", "table", "chaos") == table  # with an empty cache folder
+    plan = json.loads(world.output("three", "plan", str(world.spec), "--json"))
     assert plan["trials"]["to_run"] == 0
-    assert all(one["state"] == "present" and one["bytes"] >= 0 for one in plan["artifacts"])
-    status = json.loads(world.say("four", "status", "chaos", "--json"))
-    there = json.loads(calm.say("here", "status", "chaos", "--json"))
-    assert status["trials"] == there["trials"]
-    _, said = ended(world.running("five"), 0)
-    assert "nothing to do" in said
+    assert all(a["state"] == "present" and a["bytes"] >= 0 for a in plan["artifacts"])
+    status = json.loads(world.output("four", "status", "chaos", "--json"))
+    expected = json.loads(calm.output("local", "status", "chaos", "--json"))
+    assert status["trials"] == expected["trials"]
+    _, err = ended(world.start_run("five"), 0)
+    assert "nothing to do" in err
     assert begun_twice(world.built, calm.built) == (Counter(), Counter())
-    listed = json.loads(world.say("six", "cache", "ls", "--json"))
+    listed = json.loads(world.output("six", "cache", "ls", "--json"))
     assert listed["store"] == world.uri
     assert listed["leftovers"] == []
-    assert all(one["needed_by"] == ["default/chaos"] for one in listed["artifacts"])
-    objects = [one.name for one in parse(world.uri).listed("")]
+    assert all(artifact["needed_by"] == ["default/chaos"] for artifact in listed["artifacts"])
+    objects = [entry.name for entry in parse(world.uri).listed("")]
     assert not [name for name in objects if "lock" in name]
-    _, refused = ended(world.start("six", "cache", "gc"), 3)
-    assert "remove record.json first" in refused
+    _, err = ended(world.start("six", "cache", "gc"), 3)
+    assert "remove the record.json of an artifact first" in err
 
 
-def test_a_driver_killed_at_any_event_is_followed_by_one_on_another_machine(world, calm):
+def test_another_machine_resumes_a_sweep_whose_driver_was_killed_at_any_event(world, calm):
     count = len((Path(calm.uri) / "sweeps/default/chaos/events.jsonl").read_text().splitlines())
     chosen = sorted(random.Random(0).sample(range(1, count + 1), KILLS))
     killed = 0
     for before, number in pairwise([0, *chosen]):
-        process = world.running(f"killed-{number}", f"event:{number - before}")
+        process = world.start_run(f"killed-{number}", f"event:{number - before}")
         ended(process, -9, 0)
         killed += process.returncode == -9
     assert killed > 1, chosen
-    ended(world.running("last"), 0)
-    table = calm.say("here", "table", "chaos")
-    assert world.say("last", "table", "chaos") == table, chosen
+    ended(world.start_run("last"), 0)
+    table = calm.output("local", "table", "chaos")
+    assert world.output("last", "table", "chaos") == table, chosen
     trials, prepared = begun_twice(world.built, calm.built)
     assert not trials, (chosen, trials)
     assert prepared.total() <= killed, (chosen, prepared)
 
 
-def test_of_two_drivers_on_two_machines_one_runs_the_sweep(world, calm):
-    both = [world.running(name) for name in ("one", "two")]
-    said = [ended(process, 0, 3)[1] for process in both]
-    assert 0 in [process.returncode for process in both], said
-    for process, text in zip(both, said, strict=True):
+def test_of_two_drivers_on_two_machines_only_one_runs_the_sweep(world, calm):
+    both = [world.start_run(name) for name in ("one", "two")]
+    errors = [ended(process, 0, 3)[1] for process in both]
+    assert 0 in [process.returncode for process in both], errors
+    for process, text in zip(both, errors, strict=True):
         assert process.returncode == 0 or "another driver runs this sweep" in text
-    assert world.say("three", "table", "chaos") == calm.say("here", "table", "chaos")
+    assert world.output("three", "table", "chaos") == calm.output("local", "table", "chaos")
     assert begun_twice(world.built, calm.built) == (Counter(), Counter())
 
 
-def test_a_server_that_goes_away_ends_the_run_and_nothing_is_lost(world, calm):
-    process = world.running("one")
-    remote = parse(world.uri)
-    while not remote.has("sweeps/default/chaos/events/00000012.json"):
+def test_an_unreachable_server_ends_the_run_without_losing_results(world, calm):
+    process = world.start_run("one")
+    client = parse(world.uri)
+    while not client.has("sweeps/default/chaos/events/00000012.json"):
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     world.server.stop()
     try:
-        _, said = ended(process, 1)
+        _, err = ended(process, 1)
     finally:
         world.server.start()
-    assert "does not answer" in said
-    assert "the same command goes on" in said
-    ended(world.running("two"), 0)
-    assert world.say("two", "table", "chaos") == calm.say("here", "table", "chaos")
+    assert "does not answer" in err
+    assert "the same command goes on" in err
+    ended(world.start_run("two"), 0)
+    assert world.output("two", "table", "chaos") == calm.output("local", "table", "chaos")

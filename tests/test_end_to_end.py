@@ -75,7 +75,7 @@ def test_a_store_of_another_version_is_refused_with_exit_code_3(tmp_path, comman
     words = [*name.split(), *([named[name]] if name in named else [])]
     code, out, err = command(*words, "--store", store)
     assert (code, out) == (3, "")
-    assert "is a store of version '99'; this airsweep reads version 1 alone" in err
+    assert "is a store of version '99', but this airsweep reads version 1" in err
     assert list(store.iterdir()) == [store / "VERSION"]
 
 

@@ -1,4 +1,4 @@
-"""What real stages do on a disk with no room left; `test_chaos.py` has the sweep around them."""
+"""Real stages on a full disk. `test_chaos.py` tests whole sweeps on a full disk."""
 
 from __future__ import annotations
 
@@ -9,46 +9,48 @@ from pathlib import Path
 from tests.helpers.disks import PAGE, small_disk
 from tests.helpers.sweeps import environment
 
-MAKE = """
+BUILD = """
 import sys
 from pathlib import Path
 
-from orchestrator.spec import (presets)
+from orchestrator.spec import presets
 from orchestrator.failures import classify
 from orchestrator.stages.image_rows import build_image_block, open_generator
-from orchestrator.planning import (Resolver)
+from orchestrator.planning import Resolver
 from orchestrator.stages.build import build_features
-from orchestrator.store import (ArtifactStore)
-from orchestrator.stages.context import Workshop
+from orchestrator.store import ArtifactStore
+from orchestrator.stages.context import WorkerContext
 
 root, digests, drawn = map(Path, sys.argv[1:])
-shop = Workshop(ArtifactStore(root))
+worker = WorkerContext(ArtifactStore(root))
 flat = {**presets.defaults("air_fpl", {}), "generator": f"folder:{drawn}", "generation.block": 8}
 flat["images_per_class"] = 16
 trial = Resolver(digests, None).trial(flat)
 row = trial.synthetic_features
-generator = open_generator(row.images, shop)
+generator = open_generator(row.images, worker)
 
-def outcome(make):
+def outcome(build):
     try:
-        make()
+        build()
     except Exception as problem:
         return classify(problem)
-    return "made"
+    return "built"
 
-print(outcome(lambda: build_features(trial.features, shop)))
+print(outcome(lambda: build_features(trial.features, worker)))
 for block in range(2):
-    print(outcome(lambda: build_image_block(row, 0, block, shop, lambda: generator)))
+    print(outcome(lambda: build_image_block(row, 0, block, worker, lambda: generator)))
 """
 
 
-def test_features_and_blocks_that_find_no_room_leave_nothing_and_say_disk(tmp_path, drawn_digits):
+def test_features_and_blocks_on_a_full_disk_fail_with_disk_and_leave_no_file(
+    tmp_path, drawn_digits
+):
     with small_disk(tmp_path / "store", 9 * PAGE) as disk:
 
-        def make() -> list[str]:
+        def build() -> list[str]:
             arguments = [str(disk.place), str(tmp_path / "digests.json"), str(drawn_digits)]
             done = subprocess.run(
-                [*disk.inside, sys.executable, "-c", MAKE, *arguments],
+                [*disk.inside, sys.executable, "-c", BUILD, *arguments],
                 capture_output=True,
                 text=True,
                 env=environment(),
@@ -60,10 +62,10 @@ def test_features_and_blocks_that_find_no_room_leave_nothing_and_say_disk(tmp_pa
         def files() -> set[Path]:
             return {file for file in disk.seen.rglob("*") if file.is_file()}
 
-        assert make() == ["disk", "made", "disk"]
+        assert build() == ["disk", "built", "disk"]
         assert not [
             file for file in files() if file.name.startswith(".") or file.suffix == ".tries"
         ]
         assert len([file for file in files() if file.suffix == ".parquet"]) == 1
         disk.resize(64 * 2**20)
-        assert make() == ["made", "made", "made"]
+        assert build() == ["built", "built", "built"]

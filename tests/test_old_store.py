@@ -1,6 +1,6 @@
-"""A store that an older version filled (commit 9fb42b3): it is read, reused, and not sent again.
+"""A store of an older version (commit 9fb42b3) is read and reused; its runs are not sent again.
 
-The fixture has the store with its MLflow file, and the sweep file.
+The fixture contains the store with its MLflow database, and the sweep file.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ def runs(store: Path) -> list[tuple[str, str]]:
         return sorted(database.execute("select run_uuid, status from runs"))
 
 
-def test_all_of_it_is_done_and_the_numbers_are_the_same(old):
+def test_all_results_are_reused_with_the_same_numbers(old):
     before = runs(old / "store")
     planned = api.plan(old / "old.yaml", store=old / "store").json()
     assert (planned["trials"]["done"], planned["trials"]["to_run"]) == (6, 0)
-    assert {one["state"] for one in planned["artifacts"]} == {"present"}
+    assert {artifact["state"] for artifact in planned["artifacts"]} == {"present"}
     assert api.table("old", store=old / "store")["mean"].tolist() == pytest.approx(MEANS, abs=0)
     done = airsweep("run", old / "old.yaml", "--store", old / "store")
     assert "nothing to do" in done.stderr
@@ -50,7 +50,7 @@ def test_all_of_it_is_done_and_the_numbers_are_the_same(old):
 # ---------------------------------------------------------------- with edited code
 
 EDITS = {
-    # file, old, new: stages with something to make
+    # file, old, new: stages with missing artifacts
     ("training.py", "MOMENTUM = 0.9", "MOMENTUM = 0.8"): set(),
     ("training.py", "MOMENTUM = 0.9", "MOMENTUM = 0.9  # a comment"): None,
     ("diffusion/lora.py", "GAMMA = 5.0", "GAMMA = 4.0"): {"lora", "images"},
@@ -58,7 +58,7 @@ EDITS = {
 
 
 @pytest.mark.parametrize(("edit", "missing"), EDITS.items(), ids=["method", "comment", "lora"])
-def test_an_edit_of_a_stage_makes_it_and_later_ones_new(old, tmp_path, edit, missing):
+def test_an_edit_of_a_stage_requires_it_and_later_stages_again(old, tmp_path, edit, missing):
     file, before, after = edit
     checkout = _copy(tmp_path)
     path = checkout / "air_core" / file
@@ -67,14 +67,14 @@ def test_an_edit_of_a_stage_makes_it_and_later_ones_new(old, tmp_path, edit, mis
     path.write_text(text.replace(before, after))
     planned = _plan(checkout, old)
     assert (planned["trials"]["to_run"] > 0) == (missing is not None)
-    lacking = {one["key"].partition("/")[0] for one in planned["artifacts"] if _lacks(one)}
-    assert lacking == (missing or set())
-    results = 6 if missing == set() else 2  # those of `air` read the LoRA's images
-    wanted = [] if missing is None else [f"{results} results are of the earlier code"]
-    assert [one.partition(": ")[2].partition(": ")[2] for one in planned["changed_inputs"]] == (
-        wanted
+    absent = {a["key"].partition("/")[0] for a in planned["artifacts"] if a["state"] != "present"}
+    assert absent == (missing or set())
+    results = 6 if missing == set() else 2  # the two of `air`, which use images of the LoRA
+    expected = [] if missing is None else [f"{results} results are of the earlier code"]
+    assert [text.partition(": ")[2].partition(": ")[2] for text in planned["changed_inputs"]] == (
+        expected
     )
-    # What was run stays readable.
+    # Earlier results stay readable.
     table = [sys.executable, "-m", "orchestrator", "table", "old", "--store", str(old / "store")]
     shown = subprocess.run(
         table, cwd=checkout, env=_environment(checkout), capture_output=True, text=True, check=True
@@ -94,9 +94,9 @@ def _environment(checkout: Path) -> dict[str, str]:
 
 
 def _plan(checkout: Path, old: Path) -> dict:
-    words = [sys.executable, "-m", "orchestrator", "plan", str(old / "old.yaml"), "--json"]
+    command = [sys.executable, "-m", "orchestrator", "plan", str(old / "old.yaml"), "--json"]
     done = subprocess.run(
-        [*words, "--store", str(old / "store")],
+        [*command, "--store", str(old / "store")],
         cwd=checkout,
         env=_environment(checkout),
         capture_output=True,
@@ -104,7 +104,3 @@ def _plan(checkout: Path, old: Path) -> dict:
         check=True,
     )
     return json.loads(done.stdout)
-
-
-def _lacks(artifact: dict) -> bool:
-    return artifact["state"] != "present"

@@ -114,7 +114,7 @@ def test_a_flipped_byte_in_any_artifact_is_named_and_the_same_run_makes_it_again
     ]
     code, _, err = command("table", "flipped", "--store", store)
     assert code == 2
-    assert "predictions.safetensors does not fit the digest of its record" in err
+    assert "predictions.safetensors does not match its digest in the record" in err
     code, _, err = command("run", sweep, "--store", store)
     assert code == 0, err
     for file in damaged[:-1]:  # the last one is drawn again by the worker that reads it
@@ -206,7 +206,7 @@ def test_finished_results_stay_when_the_folder_changes_or_moves(
     assert f"{resolved} is damaged" in err
     caches = [flip(store / name, at=40) for name in ("history.json", "digests.json")]
     assert command("run", sweep, "--store", store)[0] == 0  # there is nothing to do
-    assert all(f"{file} is damaged and is built anew" in caplog.text for file in caches)
+    assert all(f"{file} is damaged and is computed again" in caplog.text for file in caches)
     assert numbers("own") == before
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from orchestrator.formatting import aligned, near, size
 from orchestrator.keys import RECIPES
 from orchestrator.store.gc import GcPlan, Removal, StoreRequirements, merged
-from orchestrator.store.integrity import Verdict
+from orchestrator.store.integrity import VerificationReport
 from orchestrator.store.inventory import Inventory
 
 LARGEST, SHOWN = 10, 20  # lines of a long list that are shown
@@ -23,12 +23,12 @@ STAGES = tuple(dict.fromkeys(stage for stage, _ in RECIPES.values()))  # in the 
 
 def listing(inventory: Inventory, requirements: StoreRequirements) -> dict[str, Any]:
     """The JSON of `cache ls`. Sizes are in bytes; a needed row may have unneeded shards."""
-    needed = merged(item for sweep in requirements.asked for item in sweep.artifacts.items())
+    needed = merged(item for sweep in requirements.sweeps for item in sweep.artifacts.items())
     stages: dict[str, dict[str, int]] = {}
     users: dict[str, dict[str, int]] = {}
     artifacts = []
     for holding in sorted(inventory.holdings, key=lambda holding: -holding.bytes):
-        needed_by = requirements.by(holding.digest)
+        needed_by = requirements.sweeps_needing(holding.digest)
         if needed_by:
             unneeded = frozenset(holding.shards) - needed[holding.digest]
             unneeded_bytes = sum(holding.files[holding.shards[shard]] for shard in unneeded)
@@ -59,8 +59,8 @@ def listing(inventory: Inventory, requirements: StoreRequirements) -> dict[str, 
         "bytes": sum(group["bytes"] for group in stages.values()),
         "stages": {stage: stages[stage] for stage in (*ordered, *sorted({*stages} - {*ordered}))},
         "users": users,
-        "sweeps": [sweep.sweep for sweep in requirements.asked],
-        "unread": dict(requirements.unread),
+        "sweeps": [sweep.sweep for sweep in requirements.sweeps],
+        "unread": dict(requirements.unreadable),
         "leftovers": [
             {
                 "path": str(leftover.path.relative_to(inventory.root)),
@@ -74,7 +74,7 @@ def listing(inventory: Inventory, requirements: StoreRequirements) -> dict[str, 
             {
                 "path": str(training.path.relative_to(inventory.root)),
                 "bytes": training.bytes,
-                "needed_by": list(requirements.by(training.digest)),
+                "needed_by": list(requirements.sweeps_needing(training.digest)),
             }
             for training in inventory.unfinished
         ],
@@ -132,7 +132,7 @@ def _needed(by: Sequence[str]) -> str:
 # ---------------------------------------------------------------- verify
 
 
-def verdict_screen(verdict: Verdict) -> str:
+def verdict_screen(verdict: VerificationReport) -> str:
     """Damaged files with their remedies, leftovers, and a summary."""
     label = verdict.inventory.store.backend.label
     lines = []

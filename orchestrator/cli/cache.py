@@ -96,7 +96,7 @@ def cache_gc(
     opened = open_store(store)
     location = location_named(sweep, store) if sweep else None
     refuse_running(opened)
-    with opened.locks.alone():  # no sweep may start before the removal is complete
+    with opened.locks.exclusive_store():  # no sweep may start before the removal is complete
         full_name = f"{location.project}/{location.name}" if location else None
         requirements = all_requirements(opened, data_root)
         gc_plan = plan_gc(take_inventory(opened), requirements, whoami(), all_users, full_name)

@@ -233,9 +233,9 @@ def _remove_tokens(store: ArtifactStore, token: str) -> None:
                 if token or folder.stat().st_mtime < oldest:
                     shutil.rmtree(folder, ignore_errors=True)
         return
-    remote = store.backend.remote
+    remote = store.backend.client
     for name in remote.folder("")[0]:
         if name.startswith(f"{TOKENS}{token}"):
             for entry in remote.listed(name):
-                if token or entry.changed < oldest:
+                if token or entry.modified < oldest:
                     remote.delete(f"{name}/{entry.name}")

@@ -60,7 +60,7 @@ class Generate:
         error = name = ""
         drawn: dict[str, float] = {"drawn": 0, "redrawn": 0, "holes": 0, "on_device": 0.0}
         spec = self.rows[row]
-        self.worker.store.locks.waits = self.notes[row].waits
+        self.worker.store.locks.on_wait = self.notes[row].waits
         try:
             drawn = self._drawn(spec, row, c, block)
         except Exception as problem:  # told to the driver as data: an exception ends the stream
@@ -118,7 +118,7 @@ def draw(
     while left := drawing.left():
         if context.allocation.pool():
             yield from drawing.draw(left)
-            context.worker.store.look_again()
+            context.worker.store.refresh_listings()
         else:
             yield
     return [
@@ -178,7 +178,7 @@ class _Drawing:
 
     def _forgive(self, shards: Sequence[dict[str, int]], most: int) -> None:
         """Actors are ended with a block in hand: no block has killed them."""
-        self.worker.store.look_again()
+        self.worker.store.refresh_listings()
         missing = {
             row: set(requirement.missing(self.worker.store))
             for row, requirement in enumerate(self.requirements)
@@ -188,7 +188,7 @@ class _Drawing:
             spec = self.requirements[shard["row"]].spec
             assert isinstance(spec, SyntheticFeaturesSpec)
             row = self.worker.store.open_row(spec.images)
-            row.forget_deaths(shard["class"], shard["block"], DEATHS)
+            row.reset_crashes(shard["class"], shard["block"], DEATHS)
 
     def _note(self, result: dict[str, Any]) -> None:
         requirement = self.requirements[result["row"]]

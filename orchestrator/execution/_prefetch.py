@@ -94,7 +94,7 @@ class Prefetch:
         self, run: Run, plan: Plan, groups: Sequence[Sequence[Cell]], prepare_only: bool
     ) -> None:
         self.run, self.plan, self.prepare_only = run, plan, prepare_only
-        run.location.store.look_again()  # another driver may have ended since it was planned
+        run.location.store.refresh_listings()  # another driver may have ended since it was planned
         self.requirements = {group[0].id: needs_of_cells(run, plan, group) for group in groups}
         self.waiting = deque(group for group in groups if self._waits(group))
         waits = {cell.id for group in self.waiting for cell in group}

@@ -39,7 +39,7 @@ def prepare(requirements: Sequence[Requirement], context: Context) -> Iterator[N
     """
     store, watcher = context.worker.store, context.watcher
     failed: list[Any] = []  # specs
-    store.look_again()
+    store.refresh_listings()
     missing = [
         requirement for requirement in requirements if requirement.have(store) < requirement.total()
     ]
@@ -97,7 +97,7 @@ def _run(spec: Any, worker: WorkerContext, gpu: float, board: Any) -> tuple[floa
     note_devices()
     started = time.monotonic()
     note = Note(board, name_of(artifact_key(spec)))
-    worker.store.locks.waits = note.waits
+    worker.store.locks.on_wait = note.waits
     startup: float | None = 0.0
     match spec:
         case FeaturesSpec():

@@ -48,7 +48,7 @@ def _set_aside(
         return None
     except DamagedArtifact:
         # Another driver may have found the same, and made it again by now.
-        with store.locks.turn(lock):
+        with store.locks.exclusive(lock):
             try:
                 check()
                 return None

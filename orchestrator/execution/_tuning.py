@@ -69,7 +69,7 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]
         worker = self.worker.with_less(self.job["halvings"])
         notes = [Note(self.board, f"trial {slot}") for slot in self.job["slots"]]
         by_lock = dict(zip((artifact_key(s).digest for s in specs), notes, strict=True))
-        worker.store.locks.waits = lambda lock, *of: by_lock.get(lock, notes[0]).waits(lock, *of)
+        worker.store.locks.on_wait = lambda lock, *of: by_lock.get(lock, notes[0]).waits(lock, *of)
         found = attempt(
             specs,
             worker,

@@ -68,7 +68,7 @@ from orchestrator.reporting import sweep_status
 from orchestrator.spec import Cell, SweepSpec
 from orchestrator.spec.sweep import JOURNAL, Budget
 from orchestrator.store import SweepLocation, is_bucket, read_outcome, read_resolved, whoami
-from orchestrator.store.artifacts import maker
+from orchestrator.store.artifacts import provenance
 from orchestrator.store.location import RESOLVED
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def run_sweep(
     problem = unschedulable_reason(plan, location.store)
     if problem:
         raise Refused(problem)
-    use = location.store.locks.use()
+    use = location.store.locks.shared_store()
     diff = uncommitted()
     # Workers have no .git and may run as somebody else.
     made = {"DIRTY": dirty(diff), "COMMIT": commit(), "USER": whoami()}
@@ -136,7 +136,7 @@ def run_sweep(
             "give --tracking-uri http://... for one that all see"
         )
     with _told_where_full(plan, location):
-        location.store.settle()
+        location.store.initialize()
         event_log.lock()
     budget_tracker = BudgetTracker(
         sweep.budget, sweep.resources, mean_seconds(read_history(location.store))
@@ -157,7 +157,7 @@ def run_sweep(
                 to_run=plan.to_run,
                 asks=plan.asks,
                 pid=os.getpid(),
-                **maker(),
+                **provenance(),
             )
             screen.started(plan)
             code = _work(run, plan, prepare_only, cluster)

@@ -51,7 +51,7 @@ def refuse_running(store: ArtifactStore) -> None:
     """
     busy = []
     for location in recorded_locations(store):
-        busy += [f"{location.project}/{location.name}"] if location.event_log().busy() else []
+        busy += [f"{location.project}/{location.name}"] if location.event_log().is_locked() else []
     if busy:
         raise StoreRefused(f"{', '.join(busy)} runs in {store.root} now; wait for it, or stop it")
 

@@ -36,7 +36,7 @@ from orchestrator.files import file_digest, file_stamp, write_whole
 from orchestrator.keys import digest
 from orchestrator.spec.presets import OUTSIDE
 from orchestrator.store import SweepLocation, read_resolved
-from orchestrator.store.code_version import uncovered
+from orchestrator.store.code_version import unlisted_versions
 from orchestrator.store.verification import read_cache
 
 
@@ -151,7 +151,7 @@ class Resolver:
         """The versions of the code that no recipe number covers."""
         if self.versions is not None:
             return tuple(self.versions.items())
-        found = uncovered(*map(reader_of, datasets))
+        found = unlisted_versions(*map(reader_of, datasets))
         self._code |= found
         return found
 

@@ -161,7 +161,7 @@ def trials_frame(plan: Plan, store: ArtifactStore, event_log: EventLog) -> DataF
     from pandas import DataFrame
 
     status = sweep_status(event_log)
-    alive = "running" in status.last.values() and event_log.busy()
+    alive = "running" in status.last.values() and event_log.is_locked()
     records = {slot.id: record for slot, record in finished_records(plan, store)}
     settings = dict.fromkeys(key for slot in plan.slots for key in _settings(slot))
     lines = []

@@ -114,7 +114,7 @@ def _explain(plan: Plan) -> list[str]:
 def status(location: SweepLocation) -> dict[str, Any]:
     """The status of a sweep for `status --json`. New versions may add keys but never remove any."""
     status = sweep_status(location.event_log())
-    alive = location.event_log().busy()
+    alive = location.event_log().is_locked()
     return {
         "sweep": f"{location.project}/{location.name}",
         "running": alive,

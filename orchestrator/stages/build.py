@@ -212,7 +212,7 @@ def build_lora(
     kept = worker.store.unfinished(spec)
     if not worker.store.has(spec):
         kept.parent.mkdir(parents=True, exist_ok=True)
-        worker.store.backend.pull([kept], anew=False)
+        worker.store.backend.pull([kept], overwrite=False)
     made = worker.store.get_or_build(spec, build)
     if kept.exists():
         worker.store.backend.remove(kept)

@@ -75,9 +75,9 @@ def build_image_block(
     """
     row = worker.store.open_row(spec.images)
     with (
-        worker.store.locks.turn(f"{row.key.digest}-{class_index}-{block}"),
+        worker.store.locks.exclusive(f"{row.key.digest}-{class_index}-{block}"),
         # Not in memory, since the cluster tries a block that kills its process again for ever.
-        row.deaths_counted(class_index, block, DEATHS) as deaths,
+        row.count_crashes(class_index, block, DEATHS) as deaths,
     ):
         if deaths >= DEATHS:
             raise RuntimeError(f"killed its process {deaths} times")

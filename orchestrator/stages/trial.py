@@ -100,7 +100,7 @@ def recorded(
     # On one thread a CPU trial can be repeated bit for bit.
     torch.set_num_threads(1)
     spec = normalised(spec) if segments.until is None else learned_by(spec)
-    with store.locks.turn(artifact_key(spec).digest):
+    with store.locks.exclusive(artifact_key(spec).digest):
         if is_over(spec, store, segments.until):  # somebody else has run it meanwhile
             return
         if segments.until is not None:

@@ -1,4 +1,4 @@
-"""The store: artifacts by content key, the event log of each sweep, locks and backends."""
+"""Store: artifacts by content key, the event log of each sweep, locks and backends."""
 
 from orchestrator.store.artifacts import ArtifactStore, open_store, smoke_store
 from orchestrator.store.buckets import folder_of, is_bucket

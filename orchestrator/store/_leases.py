@@ -1,4 +1,4 @@
-"""Leases: locks as objects of a bucket."""
+"""Leases: locks that are objects of a bucket."""
 
 from __future__ import annotations
 
@@ -15,125 +15,132 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.errors import RemoteAway
-from orchestrator.store.buckets import POLL, Content, Remote
+from orchestrator.store.buckets import POLL, BucketClient, VersionedObject
 
 if TYPE_CHECKING:
     from obstore import UpdateVersion
 
-LOCK_SECONDS = "AIRSWEEP_LOCK_SECONDS"  # after which a silent holder counts as dead
+LOCK_SECONDS = "AIRSWEEP_LOCK_SECONDS"  # a lease that was not renewed for so long has expired
 
 
 class Lease:
-    """A lock as an object. Its holder renews it; one that is silent for long counts as dead.
+    """A lock that its holder renews periodically. A lease that is not renewed expires.
 
-    Silence is measured from the first look at it, by the clock of who looks. Two may come to hold
-    it after a long silence, so it saves work and nothing else may depend on it.
+    A waiting process measures the time since the last renewal with its own clock. After an expiry
+    two processes may hold the lease for a moment, so it only avoids duplicate work; correctness
+    must not depend on it.
     """
 
-    def __init__(self, remote: Remote, name: str) -> None:
-        self.remote, self.name = remote, name
-        self.patience = float(os.environ.get(LOCK_SECONDS) or 60)  # seconds
-        self._me = uuid.uuid4().hex
+    def __init__(self, client: BucketClient, name: str) -> None:
+        self.client, self.name = client, name
+        self.timeout = float(os.environ.get(LOCK_SECONDS) or 60)
+        self._id = uuid.uuid4().hex
         self._version: UpdateVersion | None = None
         self._renewals = 0
-        self._over = threading.Event()
-        self._asking = threading.Lock()  # a renewal and a release do not cross
+        self._stop = threading.Event()
+        self._writing = threading.Lock()  # a renewal and a release exclude each other
 
-    def acquire(self, waits: Callable[[float], None] | None = None) -> bool:
-        """Take it as soon as nobody holds it, or its holder is dead.
+    def acquire(self, on_wait: Callable[[float], None] | None = None) -> bool:
+        """Take the lease as soon as it is free or expired.
 
         Args:
-            waits: called with the seconds so far, again and again. None: do not wait for a holder
-                that lives.
+            on_wait: called repeatedly with the seconds waited. None: return as soon as the lease
+                turns out to have an active holder.
 
         Returns:
-            False: the holder has renewed it.
+            False: another process holds and renews the lease.
         """
         started = seen_since = time.monotonic()
         seen: UpdateVersion | None = None
-        while (version := self.remote.put_if(self.name, self._content(), "create")) is None:
-            found = self.remote.versioned(self.name)
-            if found is not None and self._is_own(found):
-                version = found.version
-            elif found is not None:
-                if found.version != seen:
-                    if seen is not None and waits is None:
+        while (version := self.client.put_if(self.name, self._content(), "create")) is None:
+            current = self.client.versioned(self.name)
+            if current is not None and self._is_own(current):
+                version = current.version
+            elif current is not None:
+                if current.version != seen:
+                    if seen is not None and on_wait is None:
                         return False
-                    seen, seen_since = found.version, time.monotonic()
-                if _is_dead(found) or time.monotonic() - seen_since > self.patience:
-                    version = self._put_over(found.version)
+                    seen, seen_since = current.version, time.monotonic()
+                if _is_dead(current) or time.monotonic() - seen_since > self.timeout:
+                    version = self._overwrite(current.version)
             if version is not None:
                 break
-            if waits is not None:
-                waits(time.monotonic() - started)
+            if on_wait is not None:
+                on_wait(time.monotonic() - started)
             time.sleep(POLL)
         self._version = version
-        threading.Thread(target=self._renew, args=(self._over,), daemon=True).start()
+        threading.Thread(target=self._renew, args=(self._stop,), daemon=True).start()
         return True
 
-    def held(self) -> bool:
-        """Does somebody alive hold it, as far as the clock of this machine can tell?"""
-        found = self.remote.versioned(self.name)
+    def is_held(self) -> bool:
+        """Whether a process holds the lease, judged by the clock of this machine."""
+        current = self.client.versioned(self.name)
         return (
-            found is not None
-            and time.time() - found.changed <= self.patience
-            and not _is_dead(found)
+            current is not None
+            and time.time() - current.modified <= self.timeout
+            and not _is_dead(current)
         )
 
     def release(self) -> None:
-        self._over.set()
-        with self._asking:
+        self._stop.set()
+        with self._writing:
             version, self._version = self._version, None
-            # Buckets cannot delete one version. Nobody takes a lease that was just renewed, so
-            # what is deleted is ours.
-            if version is not None and self._put_over(version) is not None:
-                self.remote.delete(self.name)
-        self._over = threading.Event()
+            # A bucket cannot delete an object on the condition of its version. Other processes
+            # do not take a lease that was just renewed, so renew it first, then delete it.
+            if version is not None and self._overwrite(version) is not None:
+                self.client.delete(self.name)
+        self._stop = threading.Event()
 
-    def _put_over(self, version: UpdateVersion) -> UpdateVersion | None:
-        """Renew it, or take it from the dead; its new version. None: another has it."""
-        new = self.remote.put_if(self.name, self._content(), version)
+    def _overwrite(self, version: UpdateVersion) -> UpdateVersion | None:
+        """Replace one version of the lease; the new version. None: another process has it."""
+        new = self.client.put_if(self.name, self._content(), version)
         if new is None:
-            found = self.remote.versioned(self.name)
-            new = found.version if found is not None and self._is_own(found) else None
+            current = self.client.versioned(self.name)
+            new = current.version if current is not None and self._is_own(current) else None
         return new
 
-    def _is_own(self, found: Content) -> bool:
-        """Did we write it?
+    def _is_own(self, current: VersionedObject) -> bool:
+        """Whether this Lease wrote the object.
 
-        A write may succeed although its answer is lost. obstore then sends it again, and the
-        server refuses it because of our own version.
+        If the response of a successful write is lost, obstore repeats the request, and the server
+        refuses it because the object has changed: by the first request.
         """
         with suppress(ValueError, KeyError, TypeError):
-            return bool(json.loads(found.data)["by"] == self._me)
+            return bool(json.loads(current.data)["by"] == self._id)
         return False
 
     def _content(self) -> bytes:
-        self._renewals += 1  # each version has a tag of its own
-        said = {"by": self._me, "renewed": self._renewals, "pid": os.getpid()}
-        return json.dumps({**said, "host": socket.gethostname(), "machine": _machine()}).encode()
+        self._renewals += 1  # the content, and with it the ETag, of each version is different
+        content = {
+            "by": self._id,
+            "renewed": self._renewals,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "machine": _machine(),
+        }
+        return json.dumps(content).encode()
 
-    def _renew(self, over: threading.Event) -> None:
-        while not over.wait(self.patience / 4):
-            with self._asking:
+    def _renew(self, stop: threading.Event) -> None:
+        while not stop.wait(self.timeout / 4):
+            with self._writing:
                 if self._version is None:
-                    return  # released in this moment, or somebody took us for dead
-                with suppress(RemoteAway):  # the next time, perhaps
-                    self._version = self._put_over(self._version)
+                    return  # released, or taken over after an expiry
+                with suppress(RemoteAway):  # the next renewal may succeed
+                    self._version = self._overwrite(self._version)
 
 
-def _is_dead(found: Content) -> bool:
-    """Is the holder a process of this machine that has ended?"""
+def _is_dead(current: VersionedObject) -> bool:
+    """Whether the holder is a process of this machine that has ended."""
     try:
-        who = json.loads(found.data)
+        holder = json.loads(current.data)
     except ValueError:
         return False
-    return who["machine"] == _machine() and not _alive(who["pid"])
+    return holder["machine"] == _machine() and not _is_alive(holder["pid"])
 
 
 @cache
 def _machine() -> str:
-    """Where a process id means the same: containers may share a host's name. Else nowhere."""
+    """Identifies the scope of process ids: containers may share a host name, but not this."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -141,7 +148,7 @@ def _machine() -> str:
         return uuid.uuid4().hex
 
 
-def _alive(pid: int) -> bool:
+def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -1,4 +1,7 @@
-"""Who makes what, and who uses a store. A lock saves work; what is right never hangs on it."""
+"""File locks: one builder per artifact, and users of a store against `cache gc`.
+
+Locks only avoid duplicate work; correctness does not depend on them.
+"""
 
 from __future__ import annotations
 
@@ -12,111 +15,113 @@ from pathlib import Path
 
 from orchestrator.errors import StoreRefused
 from orchestrator.files import flocked, is_flocked
-from orchestrator.store.backends import LOCKS, FolderBackend, Waits
+from orchestrator.store.backends import LOCKS, FolderBackend, OnWait
 
-STORE_LOCK = f"{LOCKS}/store"  # shared by who uses the store, taken whole by who removes from it
-LOOK_EVERY = 0.25  # seconds between two looks at a lock that somebody has
+STORE_LOCK = f"{LOCKS}/store"  # sweeps hold it shared, `cache gc` exclusively
+MAX_PAUSE = 0.25  # seconds between two attempts to acquire a lock
+UNNAMED = "another process"
 
 
-def _silent(name: str, holder: str, seconds: float) -> None:
+def _ignore(name: str, holder: str, seconds: float) -> None:
     pass
 
 
 class Locks:
-    """Of one store."""
+    """The locks of one store."""
 
     def __init__(self, backend: FolderBackend) -> None:
         self.backend, self.root = backend, backend.root
-        self.waits: Waits = _silent  # called again and again while `turn` waits
+        self.on_wait: OnWait = _ignore  # called repeatedly while `exclusive` waits
 
     @contextmanager
-    def turn(self, name: str) -> Iterator[None]:
-        """Waits until nobody else makes `name`; then look again whether it is there.
+    def exclusive(self, name: str) -> Iterator[None]:
+        """Hold the lock `name`. After waiting for it, check whether the work is already done.
 
-        The lock of a dead process is free at once. Where the file system has no locks nobody
-        waits: two then do the same work, and each part of it is still renamed into place whole.
+        The lock of a dead process is free at once. Without locks in the file system, `exclusive`
+        does not wait: two processes may then do the same work, and each result is still published
+        by a rename.
         """
-        place = self.root / LOCKS / name
-        with ExitStack() as held:
+        lock = self.root / LOCKS / name
+        with ExitStack() as stack:
             with suppress(OSError):
-                self._take(place, held)
-                with suppress(OSError):  # no room, say
-                    place.write_text(_me())
-            held.enter_context(self.backend.turn(name, self.waits))
+                self._acquire(lock, stack)
+                with suppress(OSError):  # for example a full disk
+                    lock.write_text(_own_name())
+            stack.enter_context(self.backend.lock(name, self.on_wait))
             yield
-            with suppress(OSError):  # who waits has the file open, and will find the work done
-                place.unlink()
+            with suppress(OSError):  # waiting processes have the file open and are not disturbed
+                lock.unlink()
 
-    def _take(self, place: Path, held: ExitStack) -> None:
+    def _acquire(self, lock: Path, stack: ExitStack) -> None:
         started, pause = time.monotonic(), 0.01
         while True:
             try:
-                held.enter_context(flocked(place, fcntl.LOCK_EX | fcntl.LOCK_NB))
+                stack.enter_context(flocked(lock, fcntl.LOCK_EX | fcntl.LOCK_NB))
                 return
             except BlockingIOError:
-                self.waits(place.name, _said_by(place), time.monotonic() - started)
+                self.on_wait(lock.name, _holder_in(lock), time.monotonic() - started)
                 time.sleep(pause)
-                pause = min(2 * pause, LOOK_EVERY)
+                pause = min(2 * pause, MAX_PAUSE)
 
     def holder(self, digest: str) -> str:
-        """Who makes an artifact now: sweep, host, process; empty: nobody, or it cannot be told.
+        """Sweep, host and process that build an artifact now; empty: none, or not known.
 
         Args:
-            digest: of its key; the first 12 digits will do.
+            digest: of the artifact's key; its first 12 digits suffice.
         """
-        for place in (self.root / LOCKS).glob(f"{digest}*"):
+        for lock in (self.root / LOCKS).glob(f"{digest}*"):
             with suppress(OSError):
-                if is_flocked(place):  # else what a killed process has left
-                    return _said_by(place)
+                if is_flocked(lock):  # a killed process leaves the file, but not the lock
+                    return _holder_in(lock)
         return ""
 
-    def use(self) -> ExitStack:
-        """Keeps others from having the store to themselves, until it is closed.
+    def shared_store(self) -> ExitStack:
+        """Prevent `exclusive_store` until the returned stack is closed.
 
         Raises:
-            StoreRefused: somebody has, to remove what no sweep needs.
+            StoreRefused: `cache gc` holds the store exclusively.
         """
-        held = ExitStack()
+        stack = ExitStack()
         try:
-            held.enter_context(flocked(self.root / STORE_LOCK, fcntl.LOCK_SH | fcntl.LOCK_NB))
+            stack.enter_context(flocked(self.root / STORE_LOCK, fcntl.LOCK_SH | fcntl.LOCK_NB))
         except BlockingIOError:
             raise StoreRefused(
-                f"`airsweep cache gc` removes artifacts from {self.root} now: wait for its end"
+                f"`airsweep cache gc` is removing artifacts from {self.root}: wait until it ends"
             ) from None
-        except OSError:  # no locks here: then nobody can have it to himself either
+        except OSError:  # no locks in this file system, so `exclusive_store` is refused too
             pass
-        return held
+        return stack
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Nobody else uses the store meanwhile.
+    def exclusive_store(self) -> Iterator[None]:
+        """Hold the store while no other process uses it.
 
         Raises:
-            StoreRefused: somebody does, or it cannot be told.
+            StoreRefused: another process uses the store, or the file system has no locks.
         """
         self.backend.refuse_removal()
-        with ExitStack() as held:
+        with ExitStack() as stack:
             try:
-                held.enter_context(flocked(self.root / STORE_LOCK, fcntl.LOCK_EX | fcntl.LOCK_NB))
+                stack.enter_context(flocked(self.root / STORE_LOCK, fcntl.LOCK_EX | fcntl.LOCK_NB))
             except BlockingIOError:
                 raise StoreRefused(
                     f"a sweep runs in {self.root}; wait for it, or stop it"
                 ) from None
             except OSError as problem:
                 raise StoreRefused(
-                    f"{self.root / STORE_LOCK} cannot be locked ({problem.strerror}), so it cannot "
-                    "be told whether a sweep runs; try on the machine that holds the folder"
+                    f"{self.root / STORE_LOCK} cannot be locked ({problem.strerror}), so airsweep "
+                    "cannot check whether a sweep runs; try on the machine that has the disk"
                 ) from None
             yield
 
 
-def _me() -> str:
-    sweep = os.environ.get("AIRSWEEP_SWEEP", "somebody")
+def _own_name() -> str:
+    sweep = os.environ.get("AIRSWEEP_SWEEP", UNNAMED)
     return f"{sweep} ({socket.gethostname()}, process {os.getpid()})"
 
 
-def _said_by(lock: Path) -> str:
+def _holder_in(lock: Path) -> str:
     try:
-        return lock.read_text() or "somebody"
+        return lock.read_text() or UNNAMED
     except OSError:
-        return "somebody"
+        return UNNAMED

@@ -1,13 +1,13 @@
-"""What exists: artifacts by content key. Knows no stage, no sweep, no cluster.
+"""Artifact store: artifacts by content key. Imports no stage, sweep or cluster module.
 
-`runs/artifacts/<stage>/v<recipe>/<slug>-<digest12>/`. An artifact is built in a folder beside its
-place and renamed; its record is written last, so a folder with a record is whole. A row (images,
-their features) is never whole: it has shards, each renamed into place. All paths inside are
-relative: the store can be moved. A record holds the digests of its files; records and shards are
-sealed (`seal.py`), so that a changed byte can be found. Who builds something that others may want
-too holds its lock below `locks/`; a lock saves work, and what is right never hangs on it.
+Layout: `artifacts/<stage>/v<recipe>/<slug>-<digest12>/`. An artifact is built in a temporary folder
+beside its path and then renamed. Its record is written last, so a folder with a record is complete.
+A row (images, or their features) has no final state: it grows by shards, and each shard is renamed
+into place. All paths inside are relative, so the store can be moved. A record contains the digests
+of its files. Records and shards carry a checksum (`air_core/seal.py`) that reveals a changed byte.
 
-Where the files lie, in a folder or in a bucket, is the business of the backend (`backends.py`).
+Builders hold a lock below `locks/` while they build. Locks only avoid duplicate work; correctness
+does not depend on them. The backend (`backends.py`) keeps the files in a folder or in a bucket.
 """
 
 from __future__ import annotations
@@ -39,18 +39,19 @@ from orchestrator.store.buckets import folder_of, is_bucket
 from orchestrator.store.rows import Row
 from orchestrator.store.verification import read_record, verify_files
 
-ROW = "row.json"  # of a row, as record.json is of an artifact
-UNFINISHED = "unfinished"  # folder: what long work has so far, `<12 digits of its key>`
-ROWS = ("images", "synthetic")  # stages that are rows
-DAMAGED = ".damaged-"  # how names of damaged artifacts and shards begin that were set aside
-WRITTEN = ("*", "artifacts/*", "artifacts/*/*", "sweeps/*", "mlartifacts/*/*")  # folders, by a run
-DEVICES = "AIRSWEEP_DEVICES"  # what the cluster has given to this process, as JSON
+ROW = "row.json"  # the record of a row
+UNFINISHED = "unfinished"  # folder of checkpoints, named by the first 12 digits of their keys
+ROWS = ("images", "synthetic")  # stages whose artifacts are rows
+DAMAGED = ".damaged-"  # prefix of damaged artifacts and shards that were set aside
+# Folders that a run writes to.
+WRITTEN = ("*", "artifacts/*", "artifacts/*/*", "sweeps/*", "mlartifacts/*/*")
+DEVICES = "AIRSWEEP_DEVICES"  # JSON: the cores and GPUs that the cluster assigned to this process
 LIBRARIES = ("torch", "open_clip_torch", "diffusers", "peft", "transformers", "numpy")
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A whole artifact."""
+    """A complete artifact."""
 
     key: ArtifactKey
     path: Path
@@ -59,18 +60,18 @@ class Artifact:
 
 @dataclass
 class Building:
-    """An artifact in the making: its folder, and what the record should say (plain data)."""
+    """An artifact under construction: its temporary folder and the `info` of its record."""
 
     folder: Path
     info: dict[str, Any] = field(default_factory=dict)
-    before: float = 0.0  # seconds that earlier processes gave to it
+    before: float = 0.0  # seconds that earlier processes spent on it
 
 
 class ArtifactStore:
-    """Artifacts in a folder, or where a backend keeps them. `read_only()` cannot build."""
+    """Artifacts in a folder or in another backend. A `read_only()` store cannot build."""
 
-    def __init__(self, place: Path | FolderBackend, *, writable: bool = True) -> None:
-        self.backend = FolderBackend(place) if isinstance(place, Path) else place
+    def __init__(self, root: Path | FolderBackend, *, writable: bool = True) -> None:
+        self.backend = FolderBackend(root) if isinstance(root, Path) else root
         self.root = self.backend.root
         self.artifacts = self.root / "artifacts"
         self.writable = writable
@@ -81,88 +82,91 @@ class ArtifactStore:
 
     @property
     def name(self) -> str:
-        """As people would give it with --store."""
+        """The value for --store."""
         return self.backend.name
 
     def read_only(self) -> ArtifactStore:
         return ArtifactStore(self.backend, writable=False)
 
     def survey(self, specs: Iterable[Stage]) -> None:
-        """Many will be asked for: of a bucket, learn in few requests which are there."""
-        self.backend.survey(self._place(spec) for spec in specs)
+        """Prepare many `has` calls: list a bucket in few requests."""
+        self.backend.survey(self._folder(spec) for spec in specs)
 
     def fetch(self, specs: Iterable[Stage]) -> None:
-        """Many that are there will be read: of a bucket, bring them here side by side.
+        """Prepare many `get` calls: download existing artifacts from a bucket concurrently.
 
         Raises:
-            MissingArtifact: a file of one is gone or damaged in the bucket.
+            MissingArtifact: a file in the bucket is missing or damaged.
         """
-        self._bring(self._place(spec) for spec in specs)
+        self._download(self._folder(spec) for spec in specs)
 
-    def _bring(self, folders: Iterable[Path]) -> bool:
+    def _download(self, folders: Iterable[Path]) -> bool:
         try:
-            return self.backend.bring(folders)
+            return self.backend.download(folders)
         except ValueError as problem:
             raise MissingArtifact(str(problem)) from None
 
-    def look_again(self) -> None:
-        """Other processes have made something; what was not there may be there now."""
-        self.backend.look_again()
+    def refresh_listings(self) -> None:
+        """Forget cached listings, so that new artifacts of other processes are found."""
+        self.backend.refresh_listings()
 
-    def settle(self) -> None:
-        """Before the first thing is written: say which version of a store this is.
+    def initialize(self) -> None:
+        """Check that the store is writable and write its VERSION file if it is missing.
 
         Raises:
-            StoreRefused: a folder of somebody else's, or a server that does not keep what was put.
+            StoreRefused: a folder belongs to another user, or the server overwrites objects that
+                were to be created only once.
         """
-        for place in itertools.chain([self.root], *map(self.root.glob, WRITTEN)):
-            if place.is_dir() and not os.access(place, os.W_OK, effective_ids=True):
-                raise StoreRefused(barred(place))
+        for folder in itertools.chain([self.root], *map(self.root.glob, WRITTEN)):
+            if folder.is_dir() and not os.access(folder, os.W_OK, effective_ids=True):
+                raise StoreRefused(barred(folder))
         if not (self.root / "VERSION").exists():
-            self.backend.settle()
+            self.backend.initialize()
 
     # ---------------------------------------------------------------- small files
 
     def write(self, path: Path, content: str | bytes) -> None:
-        """A small file of the store: there whole or not at all, for everybody."""
+        """Write a small file of the store atomically, for all machines."""
         self.backend.write(path, content.encode() if isinstance(content, str) else content)
 
     def refresh(self, path: Path) -> Path:
-        """A small file of the store as it is now, where there is one."""
+        """Download the current version of a small file, if it exists; its path."""
         self.backend.pull([path])
         return path
 
     def path(self, key: ArtifactKey) -> Path:
-        """Where it lies, or would lie. The digest decides; the slug is for people."""
-        # Of a bucket: once it was pulled.
-        place = self.artifacts / str(key)
-        if not place.exists():
-            others = place.parent.glob(f"*-{key.digest[:12]}") if place.parent.is_dir() else ()
-            return next(iter(others), place)
-        return place
+        """Path of an artifact, present or not. In a bucket store it exists after a download.
 
-    def _place(self, spec: Stage) -> Path:
+        The digest identifies the artifact; an existing folder with another slug is found too.
+        """
+        path = self.artifacts / str(key)
+        if not path.exists():
+            others = path.parent.glob(f"*-{key.digest[:12]}") if path.parent.is_dir() else ()
+            return next(iter(others), path)
+        return path
+
+    def _folder(self, spec: Stage) -> Path:
         return self.path(artifact_key(spec))
 
     def has(self, spec: Stage) -> bool:
-        return self.backend.has(self._place(spec))
+        return self.backend.has(self._folder(spec))
 
     def get(self, spec: Stage) -> Artifact:
-        """A whole artifact, its content compared with its record (see `verification`).
+        """A complete artifact whose files were verified against its record (see `verification`).
 
         Raises:
-            MissingArtifact: it is not there.
-            DamagedArtifact: a file of it was changed.
+            MissingArtifact: the artifact does not exist.
+            DamagedArtifact: one of its files was changed.
         """
         key, record = artifact_key(spec), self.record(spec)
         path = self.path(key)
-        if self._bring([path]):
-            record = self.record(spec)  # it may have been made again
+        if self._download([path]):
+            record = self.record(spec)  # the artifact may have been rebuilt
         verify_files(path, record)
         return Artifact(key, path, record)
 
     def record(self, spec: Stage) -> dict[str, Any]:
-        """The record of an artifact, whose other files are not looked at. Raises as `get`."""
+        """The record of an artifact, without checking its other files. Raises as `get`."""
         key = artifact_key(spec)
         record = self.backend.record(self.path(key))
         if record is None:
@@ -170,19 +174,18 @@ class ArtifactStore:
         return record
 
     def check(self, spec: Stage) -> None:
-        """Compare an artifact with its record, where it is on this machine. Raises as `get`."""
-        if (self._place(spec) / RECORD).exists():
+        """Verify an artifact if this machine has a copy. Raises as `get`."""
+        if (self._folder(spec) / RECORD).exists():
             self.get(spec)
 
     def set_aside(self, damaged: DamagedArtifact) -> None:
-        """Rename what is damaged, so that it counts as missing and `cache gc` removes it later.
+        """Rename a damaged artifact, so that it counts as missing and `cache gc` removes it later.
 
-        Of a store in a bucket the copy of this machine is removed, and the next reader brings it
-        again.
+        In a bucket store this removes the local copy, and the next reader downloads it again.
 
         Raises:
             OSError: this user may not rename it.
-            DamagedArtifact: there is no copy here, so the damage is in the bucket.
+            DamagedArtifact: no local copy exists, so the object in the bucket is damaged.
         """
         path = damaged.path
         hidden = path.with_name(f"{DAMAGED}{path.name}-{uuid.uuid4().hex[:8]}")
@@ -190,14 +193,14 @@ class ArtifactStore:
             raise damaged
 
     def bytes(self, spec: Stage) -> int:
-        """Of what is there of an artifact or a row."""
-        return self.backend.size(self._place(spec))
+        """Bytes that an artifact or a row occupies now."""
+        return self.backend.size(self._folder(spec))
 
-    def named(self, kind: type, digest: str) -> list[Path]:
-        """Folders of artifacts of the present recipe whose digests begin like this."""
+    def find_by_digest(self, kind: type, digest: str) -> list[Path]:
+        """Folders of artifacts of the current recipe whose digests start with `digest`."""
         stage, recipe = RECIPES[kind]
         folder = self.artifacts / stage / f"v{recipe}"
-        self.backend.bring_named(folder, digest[:12])
+        self.backend.download_by_digest(folder, digest[:12])
         found = [path for path in folder.glob(f"*-{digest[:12]}*") if (path / RECORD).is_file()]
         return [
             path
@@ -206,116 +209,123 @@ class ArtifactStore:
         ]
 
     def get_or_build(self, spec: Stage, build: Callable[[Path], dict[str, Any]]) -> Artifact:
-        """The artifact; built first where it is missing.
+        """The artifact; builds it if it is missing.
 
         Args:
-            build: writes files into the folder that it is given and returns what the record
-                should say of them (plain data).
+            build: writes files into the given folder and returns the `info` of the record (plain
+                data).
 
         Raises:
             MissingArtifact: it is missing and this store is read-only.
         """
         if self.writable and not self.has(spec):
-            # Locks are taken upstream: a builder may ask for what its own spec nests.
-            with self.locks.turn(artifact_key(spec).digest):
-                if not self.has(spec):  # nobody has built it meanwhile
-                    with self.building(spec) as made:
-                        made.info = build(made.folder)
+            # A builder may build the specs nested in its own: locks are acquired upstream, so
+            # there is no cycle.
+            with self.locks.exclusive(artifact_key(spec).digest):
+                if not self.has(spec):  # another process may have built it
+                    with self.building(spec) as work:
+                        work.info = build(work.folder)
         return self.get(spec)
 
     @contextmanager
     def building(self, spec: Stage, share: float = 1.0) -> Iterator[Building]:
-        """A folder to be filled, published when the block is left without an error.
+        """Provide a folder to fill; publish it when the block ends without an error.
 
-        Whoever calls it holds the `turn` of the spec's digest.
+        The caller holds the exclusive lock of the spec's digest.
 
         Args:
-            share: of the time from here to there; the rest is of what is built beside it.
+            share: fraction of the elapsed time that counts for this artifact, where several are
+                built side by side.
 
         Raises:
             MissingArtifact: this store is read-only.
         """
         key = artifact_key(spec)
         if not self.writable:
-            raise MissingArtifact(f"{key} is not there, and this store is read-only")
-        place = self.path(key)
-        make_folders(place.parent)
-        work = place.parent / f".{key.digest[:12]}-{uuid.uuid4().hex[:8]}"
-        work.mkdir()
+            raise MissingArtifact(f"{key} does not exist, and this store is read-only")
+        path = self.path(key)
+        make_folders(path.parent)
+        folder = path.parent / f".{key.digest[:12]}-{uuid.uuid4().hex[:8]}"
+        folder.mkdir()
         try:
             started = time.time()
-            made = Building(work)
-            yield made
-            # safetensors writes files for its user alone; the folder has what the umask says.
-            allowed = work.stat().st_mode & 0o666
-            for file in work.iterdir():
-                file.chmod(allowed)
+            work = Building(folder)
+            yield work
+            # safetensors makes files private to the user; the folder has the umask's permissions.
+            permissions = folder.stat().st_mode & 0o666
+            for file in folder.iterdir():
+                file.chmod(permissions)
                 sync(file)
-            sync(work)  # before the record says that all of it is there
+            sync(folder)  # all files are on disk before the record lists them
             record = {
                 "key": str(key),
                 "digest": key.digest,
                 "spec": asdict(spec),
-                "info": made.info,
+                "info": work.info,
                 "started": started,
-                "seconds": round((time.time() - started) * share + made.before, 3),
+                "seconds": round((time.time() - started) * share + work.before, 3),
                 "host": socket.gethostname(),
-                **maker(),
+                **provenance(),
                 **devices(),
                 "code": code_version.version(key.stage),
                 "versions": versions(),
-                "files": {p.name: file_digest(p) for p in sorted(work.iterdir())},
+                "files": {p.name: file_digest(p) for p in sorted(folder.iterdir())},
             }
-            self.backend.publish(place, work, sealed_json(record))
+            self.backend.publish(path, folder, sealed_json(record))
         finally:
-            shutil.rmtree(work, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
     def unfinished(self, spec: Stage) -> Path:
-        """A file for work that takes long. The backend pulls, pushes and removes it."""
+        """Path of the checkpoint of a spec. The backend pulls, pushes and removes the file."""
         return self.root / UNFINISHED / f"{artifact_key(spec).digest[:12]}.safetensors"
 
     def row(self, spec: Stage) -> Row:
-        """A row; its folder and `row.json` are written when the first shard is."""
+        """A row. Its folder and `row.json` are created by `open_row`."""
         key = artifact_key(spec)
         return Row(key, self.path(key), self.backend)
 
     def open_row(self, spec: Stage) -> Row:
-        """A row that shards can be written to."""
+        """A row that accepts shards.
+
+        Raises:
+            MissingArtifact: this store is read-only.
+        """
         row = self.row(spec)
         if not self.writable:
             raise MissingArtifact(f"{row.key}: this store is read-only")
         row.path.mkdir(parents=True, exist_ok=True)
-        self.backend.pull([row.path / ROW], anew=False)
-        if not (row.path / ROW).exists():
-            known = {
+        file = row.path / ROW
+        self.backend.pull([file], overwrite=False)
+        if not file.exists():
+            record = {
                 "digest": row.key.digest,
                 "spec": asdict(spec),
                 "started": time.time(),
-                **maker(),
+                **provenance(),
                 "code": code_version.version(row.key.stage),
             }
-            place = row.path / ROW
-            write_whole(place, self.backend.put_once(place, sealed_json(known)))
+            write_whole(file, self.backend.put_once(file, sealed_json(record)))
         return row
 
 
-def open_store(place: Path | str) -> ArtifactStore:
-    """The store in a folder or in a bucket, as a command opens it; raises as `open_backend`."""
-    return ArtifactStore(open_backend(place))
+def open_store(address: Path | str) -> ArtifactStore:
+    """Open the store in a folder or in a bucket, for reading and writing. Raises `open_backend`'s
+    errors."""
+    return ArtifactStore(open_backend(address))
 
 
-def smoke_store(place: Path | str) -> Path | str:
-    """Where `--smoke` goes: beside the store.
+def smoke_store(address: Path | str) -> Path | str:
+    """Address of the store of `--smoke`, beside the given one.
 
     >>> smoke_store("runs"), smoke_store("s3://bucket/team/runs?region=eu-1"), smoke_store("s3://b")
     (PosixPath('runs-smoke'), 's3://bucket/team/runs-smoke?region=eu-1', 's3://b/smoke')
     """
-    if is_bucket(place):
-        name, mark, query = str(place).partition("?")
+    if is_bucket(address):
+        name, mark, query = str(address).partition("?")
         name = name.rstrip("/")
-        beside = f"{name}-smoke" if "/" in name.partition("://")[2] else f"{name}/smoke"
-        return beside + mark + query
-    folder = folder_of(place)
+        smoke = f"{name}-smoke" if "/" in name.partition("://")[2] else f"{name}/smoke"
+        return smoke + mark + query
+    folder = folder_of(address)
     return folder.with_name(folder.name + "-smoke")
 
 
@@ -323,22 +333,22 @@ def _reopened(backend: FolderBackend, writable: bool) -> ArtifactStore:
     return ArtifactStore(backend, writable=writable)
 
 
-def maker() -> dict[str, str]:
-    """Who makes things here, with what code; the driver tells its workers."""
+def provenance() -> dict[str, str]:
+    """User, commit and uncommitted changes of this process; workers inherit them by environment."""
     return {
         "user": os.environ.get("AIRSWEEP_USER", "unknown"),
         "commit": os.environ.get("AIRSWEEP_COMMIT", "unknown"),
-        "dirty": os.environ.get("AIRSWEEP_DIRTY", ""),  # digest of what was not committed
+        "dirty": os.environ.get("AIRSWEEP_DIRTY", ""),  # digest of the uncommitted changes
     }
 
 
 def devices() -> dict[str, float]:
-    """Cores and GPUs, or shares of them, that this process holds; empty where nobody said."""
-    found: dict[str, float] = json.loads(os.environ.get(DEVICES) or "{}")
-    return {name: found[name] for name in ("cpu", "gpu") if name in found}
+    """Cores and GPUs (fractions allowed) assigned to this process; empty if not known."""
+    assigned: dict[str, float] = json.loads(os.environ.get(DEVICES) or "{}")
+    return {name: assigned[name] for name in ("cpu", "gpu") if name in assigned}
 
 
 @cache
 def versions() -> Mapping[str, str]:
-    """Versions of what results depend on, without importing it."""
+    """Versions of Python and of the libraries that affect results, read without importing them."""
     return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}

@@ -1,14 +1,15 @@
-"""Where a store keeps its files: in a folder, or in a bucket through a folder. Knows no spec.
+"""Backends: a store keeps its files in a folder, or in a bucket with a local copy.
 
-Everything is named by its path below `root`, a folder of this machine in which files are opened.
-`FolderBackend` is that folder. `BucketBackend` extends it: what is made is put into the bucket
-first and into the folder then, and what is read is brought into the folder once. So the folder
-never says that something exists, the bucket does, and the folder can be thrown away at any time.
+Files are named by their paths below `root`, a folder of this machine. `FolderBackend` is that
+folder. `BucketBackend` extends it: it uploads new files to the bucket before they appear in the
+folder, and downloads a file when it is first read. The bucket alone decides what exists; the folder
+is a cache that can be deleted at any time.
 
-In the bucket an artifact lies below `artifacts/<stage>/v<recipe>/<digest12>/`, its files under
-names that begin with their digests: two builders of one key never write over each other's. Its
-`record.json` is put last and once, and names the files that count; without it the rest is nothing.
-Shards are put once. A bucket has no rename, and needs none.
+In the bucket, an artifact is stored below `artifacts/<stage>/v<recipe>/<digest12>/`. The names of
+its files start with their digests, so two builders of one key never overwrite each other's files.
+`record.json` is uploaded last, with a conditional create, and lists the files that belong to the
+artifact; without it the other objects are ignored. Shards are created conditionally too. No step
+needs a rename, which buckets do not have.
 """
 
 from __future__ import annotations
@@ -31,37 +32,44 @@ from air_core.seal import intact
 from orchestrator.errors import StoreRefused
 from orchestrator.files import Stamp, file_digest, file_stamp, sync, write_beside, write_whole
 from orchestrator.store._leases import Lease
-from orchestrator.store.buckets import Entry, Remote, folder_of, is_bucket, parse, side_by_side
+from orchestrator.store.buckets import (
+    BucketClient,
+    Entry,
+    folder_of,
+    is_bucket,
+    parse,
+    run_concurrently,
+)
 from orchestrator.store.verification import parse_record, read_record
 
 CACHE = "AIRSWEEP_CACHE"
 RECORD = "record.json"
 VERSION = "1"
 LOCKS = "locks"  # folder
-FRESH = 5.0  # seconds for which a listing may say that something is not there
-Waits = Callable[[str, str, float], None]  # called while waiting: name, holder, seconds so far
+LISTING_LIFETIME = 5.0  # seconds for which a cached listing may report that an object is missing
+OnWait = Callable[[str, str, float], None]  # called with lock name, holder and seconds waited
 
 
 class FolderBackend:
-    """A store in a folder that every machine mounts, and what a store asks of every backend."""
+    """A store in a folder that every machine mounts. Also the interface of all backends."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
     @property
     def name(self) -> str:
-        """As people would give it with --store."""
+        """The value for --store."""
         return str(self.root)
 
     def label(self, path: Path) -> str:
-        """A file or folder of the store, for people."""
+        """Name of a file or folder of the store in messages."""
         return str(path)
 
-    def settle(self) -> None:
-        """Before the first thing is written: record which version of a store this is.
+    def initialize(self) -> None:
+        """Record the version of the store.
 
         Raises:
-            StoreRefused: a server that does not keep what was put once.
+            StoreRefused: the server overwrites objects that were to be created only once.
         """
         self.root.mkdir(parents=True, exist_ok=True)
         write_whole(self.root / "VERSION", VERSION + "\n")
@@ -69,76 +77,76 @@ class FolderBackend:
     def refuse_removal(self) -> None:
         """
         Raises:
-            StoreRefused: nothing can be removed here, since who uses it cannot be told.
+            StoreRefused: this backend cannot lock out other users, so nothing may be removed.
         """
 
     def sweeps(self) -> list[tuple[str, str]]:
         """Project and name of each recorded sweep."""
-        found = (self.root / "sweeps").glob("*/*/events.jsonl")
-        return sorted((file.parent.parent.name, file.parent.name) for file in found)
+        logs = (self.root / "sweeps").glob("*/*/events.jsonl")
+        return sorted((log.parent.parent.name, log.parent.name) for log in logs)
 
     @contextmanager
-    def turn(self, name: str, waits: Waits) -> Iterator[None]:
-        """Waits until no other machine makes `name`. Those that mount the folder see its locks."""
+    def lock(self, name: str, on_wait: OnWait) -> Iterator[None]:
+        """Hold a lock among machines. In a folder the file locks suffice."""
         yield
 
-    def look_again(self) -> None:
-        """Other processes have made something; what did not exist may exist now."""
+    def refresh_listings(self) -> None:
+        """Forget cached listings, so that new files of other processes are found."""
 
     # ---------------------------------------------------------------- artifacts
 
     def survey(self, folders: Iterable[Path]) -> None:
-        """`has` will be asked for many: learn of them in few requests."""
+        """Prepare many `has` calls by a few listings."""
 
     def has(self, folder: Path) -> bool:
-        """Is an artifact there, whole?"""
+        """Whether a complete artifact exists."""
         return (folder / RECORD).is_file()
 
     def record(self, folder: Path) -> dict[str, Any] | None:
         """The record of an artifact, without its other files; None: it does not exist.
 
         Raises:
-            DamagedArtifact: it is not what was written.
+            DamagedArtifact: the record was changed.
         """
         with suppress(FileNotFoundError):
             return read_record(folder / RECORD)
         return None
 
-    def bring(self, folders: Iterable[Path]) -> bool:
-        """Bring artifacts to this machine, side by side; did any have to be brought?
+    def download(self, folders: Iterable[Path]) -> bool:
+        """Copy artifacts to this machine concurrently. Whether any copy was missing.
 
         Raises:
-            ValueError: a file is not what the record says.
+            ValueError: a file does not match its digest in the record.
         """
         return False
 
-    def bring_named(self, stage: Path, digest: str) -> None:
-        """The same of the artifacts of a stage whose digests begin with these 12 digits."""
+    def download_by_digest(self, stage: Path, digest: str) -> None:
+        """Copy the artifacts of a stage whose digests start with these 12 digits."""
 
     def publish(self, folder: Path, work: Path, record: bytes) -> None:
-        """Make what was built in a folder the artifact, unless another builder was faster."""
+        """Turn the work folder into the artifact, unless another builder has published it."""
         write_whole(work / RECORD, record)
         try:
             os.rename(work, folder)
         except OSError:
-            # Somebody else was faster, and the same key is the same thing; or a folder that lost
-            # its record is in the way, and what has no record is nothing.
+            # The folder exists. With a record it is another builder's artifact: the same key has
+            # the same content. Without a record it is invalid and is replaced.
             if not (folder / RECORD).is_file():
                 shutil.rmtree(folder)
                 os.rename(work, folder)
         sync(folder.parent)
 
     def size(self, folder: Path) -> int:
-        """Of what exists of an artifact or row."""
+        """Bytes of the existing files of an artifact or row."""
         return sum(file.stat().st_size for file in folder.glob("*"))
 
     # ---------------------------------------------------------------- files
 
     def listed(self, pattern: str) -> list[Entry]:
-        """Files by their paths below the root, and their folders as `folder/`, as they are now.
+        """Current files in matching folders, by paths below the root; folders end with `/`.
 
         Args:
-            pattern: of their folders.
+            pattern: glob pattern of the folders.
         """
         found: list[Entry] = []
         for folder in sorted(self.root.glob(pattern)):
@@ -146,21 +154,21 @@ class FolderBackend:
             if folder.is_dir():
                 with suppress(FileNotFoundError), os.scandir(folder) as entries:
                     found.append(Entry(f"{name}/", 0, None, folder.stat().st_mtime))
-                    for entry in entries:  # some may be renamed or removed at this moment
+                    for entry in entries:  # a concurrent process may rename or remove one
                         stat = entry.stat(follow_symlinks=False)
-                        place = f"{name}/{entry.name}"
-                        found.append(Entry(place, stat.st_size, None, stat.st_mtime))
+                        path = f"{name}/{entry.name}"
+                        found.append(Entry(path, stat.st_size, None, stat.st_mtime))
         return found
 
-    def beside(self, pattern: str) -> Iterable[Path]:
-        """Files beside the artifacts; none where those of this machine are copies."""
+    def other_files(self, pattern: str) -> Iterable[Path]:
+        """Matching files outside the artifacts; none if the local files are copies."""
         return sorted(self.root.glob(pattern))
 
     def open(self, file: Path) -> BinaryIO:
-        """A file as all machines see it.
+        """Open the version of a file that all machines share.
 
         Raises:
-            OSError: it does not exist, or cannot be read.
+            OSError: it does not exist or cannot be read.
         """
         return open(file, "rb")
 
@@ -169,34 +177,36 @@ class FolderBackend:
         return os.listdir(folder) if folder.is_dir() else ()
 
     def exists(self, file: Path) -> bool:
-        """Is a file there, as of now?"""
+        """Whether a file exists now, without using a cached listing."""
         return file.exists()
 
-    def pull(self, files: Iterable[Path], *, anew: bool = True) -> None:
-        """Bring files to this machine, those that exist.
+    def pull(self, files: Iterable[Path], *, overwrite: bool = True) -> None:
+        """Download files that exist to this machine.
 
         Args:
-            anew: also those that have a copy here.
+            overwrite: also replace existing local copies.
         """
 
     def pull_folder(self, folder: Path) -> None:
-        """Bring the files of a folder that have changed, not those of folders in it."""
+        """Download the changed files of a folder, without subfolders."""
 
     def push(self, file: Path) -> None:
-        """Make a file that was written here the one that all machines see."""
+        """Upload a local file, so that all machines see it."""
 
     def write(self, file: Path, data: bytes) -> None:
-        """A small file: there whole or not at all, for every machine."""
+        """Write a small file atomically, for all machines."""
         file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, data)
 
     def put_once(self, file: Path, data: bytes) -> bytes:
-        """What all machines see as this file: these bytes, or those of whoever was faster. The
-        caller writes it here."""
+        """Create a shared file; the content that it has: `data`, or that of an earlier writer.
+
+        The caller writes the returned content to the local file.
+        """
         return data
 
-    def mark(self, file: Path) -> bool:
-        """Create a file of no content. False: it exists."""
+    def create_marker(self, file: Path) -> bool:
+        """Create a marker file. False: it exists."""
         try:
             file.touch(exist_ok=False)
         except FileExistsError:
@@ -207,75 +217,80 @@ class FolderBackend:
         file.unlink(missing_ok=True)
 
     def set_aside(self, path: Path, hidden: Path) -> bool:
-        """Rename what is damaged, so that it counts as missing. False: it is not damaged here."""
-        with suppress(FileNotFoundError):  # another driver was faster
+        """Rename a damaged file or folder, so that it counts as missing.
+
+        Returns:
+            False: this machine has no copy, so the damage is elsewhere.
+        """
+        with suppress(FileNotFoundError):  # another process has renamed it
             os.rename(path, hidden)
         return True
 
 
 class BucketBackend(FolderBackend):
-    """A store in a bucket. Its folder is a copy of what this machine has made or read."""
+    """A store in a bucket. Its folder caches what this machine has written or read."""
 
-    def __init__(self, remote: Remote) -> None:
-        super().__init__(copy_folder(remote))
-        self.remote = remote
-        self._whole: set[str] = set()  # artifacts that exist; they never go
-        # When a folder was listed, and bytes by the names below it.
+    def __init__(self, client: BucketClient) -> None:
+        super().__init__(copy_folder(client))
+        self.client = client
+        self._complete: set[str] = set()  # complete artifacts; they are never removed
+        # Time of the listing, and bytes by name, of each listed folder.
         self._listings: dict[str, tuple[float, dict[str, int]]] = {}
-        self._sent: dict[Path, Stamp] = {}  # files as the bucket has them
+        self._synced: dict[Path, Stamp] = {}  # local files that equal their objects
 
     def __reduce__(self) -> Any:
-        """In another process, perhaps on another machine: with the folder of that one."""
-        return open_backend, (self.remote.uri,)
+        """Reopen in another process, with the cache folder of its machine."""
+        return open_backend, (self.client.uri,)
 
     @property
     def name(self) -> str:
-        return self.remote.uri
+        return self.client.uri
 
     def label(self, path: Path) -> str:
-        return f"{self.remote}/{self.object(path)}"
+        return f"{self.client}/{self.object(path)}"
 
     def object(self, path: Path) -> str:
-        """The name in the bucket: artifacts lie below their digests, without the words before."""
+        """Object name of a path. Artifacts are named by digest alone, without the slug."""
         parts = list(path.relative_to(self.root).parts)
         if parts[0] == "artifacts" and len(parts) > 3:
             parts[3] = parts[3].rpartition("-")[2]
         return "/".join(parts)
 
-    def settle(self) -> None:
-        remote = self.remote
-        remote.put_once("VERSION", f"{VERSION} {uuid.uuid4().hex}\n".encode())
-        if remote.put_once("VERSION", f"{VERSION} another\n".encode()):
-            remote.delete("VERSION")
+    def initialize(self) -> None:
+        client = self.client
+        client.put_once("VERSION", f"{VERSION} {uuid.uuid4().hex}\n".encode())
+        if client.put_once("VERSION", f"{VERSION} another\n".encode()):
+            client.delete("VERSION")
             raise StoreRefused(
-                f"the server of {remote} writes over objects that were to be put once "
-                "(If-None-Match), so two machines could spoil each other's work; allowed: one that "
-                "refuses, such as Amazon S3 or a recent MinIO; or a folder with --store"
+                f"the server of {client} ignores If-None-Match and overwrites existing objects, so "
+                "two machines could destroy each other's results; use a server that supports "
+                "conditional writes, such as Amazon S3 or a recent MinIO, or a folder, with --store"
             )
         self.pull([self.root / "VERSION"])
 
     def refuse_removal(self) -> None:
         raise StoreRefused(
-            f"{self.name}: nothing is removed from a bucket, since who uses it cannot be told; "
-            f"`airsweep cache ls` says what no sweep needs: of an artifact remove {RECORD} first, "
-            "then the rest, with the tools of your storage, while no sweep runs"
+            f"{self.name}: airsweep removes nothing from a bucket, because it cannot lock out "
+            "running sweeps; `airsweep cache ls` lists what no sweep needs: while no sweep runs, "
+            f"remove the {RECORD} of an artifact first, then its other objects, with the tools of "
+            "your storage"
         )
 
     def sweeps(self) -> list[tuple[str, str]]:
-        projects, _ = self.remote.folder("sweeps")
-        return [(p, name) for p in projects for name in self.remote.folder(f"sweeps/{p}")[0]]
+        projects, _ = self.client.folder("sweeps")
+        return [(p, name) for p in projects for name in self.client.folder(f"sweeps/{p}")[0]]
 
     @contextmanager
-    def turn(self, name: str, waits: Waits) -> Iterator[None]:
-        lease = Lease(self.remote, f"{LOCKS}/{name}")
-        lease.acquire(lambda seconds: waits(name, "another machine", seconds))
+    def lock(self, name: str, on_wait: OnWait) -> Iterator[None]:
+        lease = Lease(self.client, f"{LOCKS}/{name}")
+        lease.acquire(lambda seconds: on_wait(name, "another machine", seconds))
         try:
-            self.look_again()
+            self.refresh_listings()
             yield
         finally:
             lease.release()
 
-    def look_again(self) -> None:
+    def refresh_listings(self) -> None:
         self._listings.clear()
 
     # ---------------------------------------------------------------- artifacts
@@ -287,12 +302,12 @@ class BucketBackend(FolderBackend):
     def has(self, folder: Path) -> bool:
         name = self.object(folder)
         parent, _, digest = name.rpartition("/")
-        if name not in self._whole:
+        if name not in self._complete:
             when, listed = self._listings.get(parent, (None, {}))
             record = f"{digest}/{RECORD}"
-            if record in listed or (not _is_fresh(when) and self.remote.has(f"{parent}/{record}")):
-                self._whole.add(name)
-        return name in self._whole
+            if record in listed or (not _is_fresh(when) and self.client.has(f"{parent}/{record}")):
+                self._complete.add(name)
+        return name in self._complete
 
     def record(self, folder: Path) -> dict[str, Any] | None:
         if (folder / RECORD).is_file():
@@ -302,66 +317,66 @@ class BucketBackend(FolderBackend):
         return None if data is None else parse_record(data, file, self.label(file))
 
     def _record(self, folder: Path) -> bytes | None:
-        """The record of an artifact whose files are not here."""
-        kept, name = self._kept(folder), self.object(folder)
+        """The record of an artifact whose files were not downloaded yet."""
+        cached, name = self._cached_record(folder), self.object(folder)
         with suppress(FileNotFoundError):
-            here = kept.read_bytes()
-            if intact(here) is not False:  # a damaged copy is fetched again
-                return here
-        data = self.remote.get(f"{name}/{RECORD}")
-        if data is not None:
-            self._whole.add(name)
-            write_beside(kept, data)
-        return data
+            data = cached.read_bytes()
+            if intact(data) is not False:  # else download it again
+                return data
+        downloaded = self.client.get(f"{name}/{RECORD}")
+        if downloaded is not None:
+            self._complete.add(name)
+            write_beside(cached, downloaded)
+        return downloaded
 
-    def _kept(self, folder: Path) -> Path:
+    def _cached_record(self, folder: Path) -> Path:
         return self.root / "records" / f"{self.object(folder).removeprefix('artifacts/')}.json"
 
-    def bring(self, folders: Iterable[Path]) -> bool:
+    def download(self, folders: Iterable[Path]) -> bool:
         missing = [folder for folder in folders if not (folder / RECORD).is_file()]
-        side_by_side(self._bring, missing)
+        run_concurrently(self._download_artifact, missing)
         return bool(missing)
 
-    def bring_named(self, stage: Path, digest: str) -> None:
-        for name in self.remote.folder(self.object(stage))[0]:
+    def download_by_digest(self, stage: Path, digest: str) -> None:
+        for name in self.client.folder(self.object(stage))[0]:
             if name.startswith(digest) and (record := self.record(stage / name)) is not None:
-                words = str(record["key"]).rpartition("/")[2].removesuffix(f"-{name}")
-                self.bring([stage / f"{words}-{name}"])
+                slug = str(record["key"]).rpartition("/")[2].removesuffix(f"-{name}")
+                self.download([stage / f"{slug}-{name}"])
 
-    def _bring(self, folder: Path) -> None:
-        known = self._kept(folder).exists()
+    def _download_artifact(self, folder: Path) -> None:
+        had_record = self._cached_record(folder).exists()
         record = self._record(folder)
         if record is None:
             return
         try:
-            self._bring_files(folder, record)
+            self._download_files(folder, record)
         except ValueError:
-            if not known:
+            if not had_record:
                 raise
-            # It may have been removed by hand since we read its record, and made again.
-            self._kept(folder).unlink(missing_ok=True)
-            self._whole.discard(self.object(folder))
-            self._bring(folder)
+            # The artifact may have been removed by hand and rebuilt since its record was cached.
+            self._cached_record(folder).unlink(missing_ok=True)
+            self._complete.discard(self.object(folder))
+            self._download_artifact(folder)
 
-    def _bring_files(self, folder: Path, record: bytes) -> None:
+    def _download_files(self, folder: Path, record: bytes) -> None:
         names = self._stored_names(record)
+        digests = json.loads(record)["files"]
         work = folder.parent / f".{folder.name}-{uuid.uuid4().hex[:8]}"
         work.mkdir(parents=True)
 
         def fetch(name: str) -> None:
-            found = self._download(f"{self.object(folder)}/{names[name]}", work / name)
-            if not found or file_digest(work / name) != digests[name]:
+            exists = self._download_object(f"{self.object(folder)}/{names[name]}", work / name)
+            if not exists or file_digest(work / name) != digests[name]:
                 raise ValueError(
                     f"{self.label(folder / names[name])} "
-                    f"{'is not what was written' if found else 'is gone'}; remove {RECORD} beside "
-                    "it and run again"
+                    f"{'does not match its digest' if exists else 'is missing'}; remove the "
+                    f"{RECORD} beside it and run again"
                 )
 
-        digests = json.loads(record)["files"]
         try:
-            side_by_side(fetch, names)
+            run_concurrently(fetch, names)
             (work / RECORD).write_bytes(record)
-            if not (folder / RECORD).is_file():  # nobody has brought it meanwhile
+            if not (folder / RECORD).is_file():  # else another process has downloaded it
                 shutil.rmtree(folder, ignore_errors=True)
                 os.rename(work, folder)
         except OSError:
@@ -371,27 +386,28 @@ class BucketBackend(FolderBackend):
             shutil.rmtree(work, ignore_errors=True)
 
     def publish(self, folder: Path, work: Path, record: bytes) -> None:
-        place = self.object(folder)
+        prefix = self.object(folder)
         names = self._stored_names(record)
-        side_by_side(lambda name: self.remote.put(f"{place}/{names[name]}", work / name), names)
-        won = self.remote.put_once(f"{place}/{RECORD}", record)
-        self._kept(folder).unlink(missing_ok=True)
-        self._whole.add(place)
-        if won:
-            shutil.rmtree(folder, ignore_errors=True)  # of a store that was emptied by hand
+        run_concurrently(lambda n: self.client.put(f"{prefix}/{names[n]}", work / n), names)
+        created = self.client.put_once(f"{prefix}/{RECORD}", record)
+        self._cached_record(folder).unlink(missing_ok=True)
+        self._complete.add(prefix)
+        if created:
+            shutil.rmtree(folder, ignore_errors=True)  # outdated if the bucket was emptied by hand
             super().publish(folder, work, record)
-        else:
-            theirs = self._stored_names(self.remote.get(f"{place}/{RECORD}") or b"{}")
-            for name in {*names.values()} - {*theirs.values()}:
-                self.remote.delete(f"{place}/{name}")
+        else:  # another builder published first: delete our files that its record does not list
+            winner = self._stored_names(self.client.get(f"{prefix}/{RECORD}") or b"{}")
+            for name in {*names.values()} - {*winner.values()}:
+                self.client.delete(f"{prefix}/{name}")
 
     def _stored_names(self, record: bytes) -> dict[str, str]:
-        """Names in the bucket by names in the folder."""
+        """Object names by file names in the folder."""
         files: Mapping[str, str] = json.loads(record).get("files", {})
         for name in files:
-            # It becomes a file of this machine, and whoever writes to the bucket may have put it.
+            # Anyone who may write to the bucket may have written the record, and the name becomes
+            # a path of this machine.
             if Path(name).name != name or name in ("", ".."):
-                raise ValueError(f"a record in {self.remote} names {name!r}, which is no file name")
+                raise ValueError(f"a record in {self.client} has the invalid file name {name!r}")
         return {name: stored_name(name, digest) for name, digest in files.items()}
 
     def size(self, folder: Path) -> int:
@@ -401,15 +417,15 @@ class BucketBackend(FolderBackend):
 
     def listed(self, pattern: str) -> list[Entry]:
         top, depth = pattern.partition("/*")[0], pattern.count("/") + 1
-        found = (replace(one, name=f"{top}/{one.name}") for one in self.remote.listed(top))
-        return [one for one in found if one.name.count("/") == depth]
+        found = (replace(entry, name=f"{top}/{entry.name}") for entry in self.client.listed(top))
+        return [entry for entry in found if entry.name.count("/") == depth]
 
-    def beside(self, pattern: str) -> Iterable[Path]:
+    def other_files(self, pattern: str) -> Iterable[Path]:
         return ()
 
     def open(self, file: Path) -> BinaryIO:
         handle = TemporaryFile()  # noqa: SIM115
-        if not self.remote.download(self.object(file), handle):
+        if not self.client.download(self.object(file), handle):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(file))
         handle.seek(0)
         return handle
@@ -422,75 +438,75 @@ class BucketBackend(FolderBackend):
         when, listed = self._listings.get(name, (None, {}))
         if not _is_fresh(when):
             started = time.monotonic()
-            listed = {one.name: one.size for one in self.remote.listed(name)}
+            listed = {entry.name: entry.size for entry in self.client.listed(name)}
             self._listings[name] = started, listed
         return listed
 
     def exists(self, file: Path) -> bool:
-        return self.remote.has(self.object(file))
+        return self.client.has(self.object(file))
 
-    def pull(self, files: Iterable[Path], *, anew: bool = True) -> None:
-        side_by_side(self._pull, [file for file in files if anew or not file.exists()])
+    def pull(self, files: Iterable[Path], *, overwrite: bool = True) -> None:
+        run_concurrently(self._pull, [file for file in files if overwrite or not file.exists()])
 
     def _pull(self, file: Path) -> None:
-        if self._download(self.object(file), file):
-            self._sent[file] = file_stamp(file)
+        if self._download_object(self.object(file), file):
+            self._synced[file] = file_stamp(file)
 
-    def _download(self, name: str, file: Path) -> bool:
+    def _download_object(self, name: str, file: Path) -> bool:
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_name(f".{file.name}-{uuid.uuid4().hex[:8]}")
         try:
             with open(temporary, "wb") as handle:
-                found = self.remote.download(name, handle)
-            if found:
+                exists = self.client.download(name, handle)
+            if exists:
                 os.replace(temporary, file)
         finally:
             temporary.unlink(missing_ok=True)
-        return found
+        return exists
 
     def pull_folder(self, folder: Path) -> None:
-        tags = folder / ".tags.json"
-        known: dict[str, Any] = json.loads(tags.read_text()) if tags.exists() else {}
-        _, listed = self.remote.folder(self.object(folder))
-        there = {one.name: one.etag for one in listed}
+        file = folder / ".tags.json"
+        old: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+        _, listed = self.client.folder(self.object(folder))
+        tags = {entry.name: entry.etag for entry in listed}
         changed = [
             folder / name
-            for name, tag in there.items()
-            if known.get(name) != tag or not (folder / name).exists()
+            for name, tag in tags.items()
+            if old.get(name) != tag or not (folder / name).exists()
         ]
         self.pull(changed)
         if changed:
-            write_beside(tags, json.dumps(there).encode())
+            write_beside(file, json.dumps(tags).encode())
 
     def push(self, file: Path) -> None:
         stamp = file_stamp(file) if file.exists() else None
-        if stamp is not None and stamp != self._sent.get(file):
-            self.remote.put(self.object(file), file)
-            self._sent[file] = stamp
+        if stamp is not None and stamp != self._synced.get(file):
+            self.client.put(self.object(file), file)
+            self._synced[file] = stamp
 
     def write(self, file: Path, data: bytes) -> None:
         super().write(file, data)
-        # Not the file: readers of this machine may replace it meanwhile.
-        self.remote.put(self.object(file), data)
+        # Upload the data, not the file: another process of this machine may replace the file.
+        self.client.put(self.object(file), data)
 
     def put_once(self, file: Path, data: bytes) -> bytes:
         name = self.object(file)
-        won = self.remote.put_once(name, data)
+        created = self.client.put_once(name, data)
         _, listed = self._listings.get(self.object(file.parent), (None, {}))
         listed[file.name] = len(data)
-        return data if won else self.remote.get(name) or data
+        return data if created else self.client.get(name) or data
 
-    def mark(self, file: Path) -> bool:
-        return self.remote.put_once(self.object(file), os.urandom(8).hex().encode())
+    def create_marker(self, file: Path) -> bool:
+        return self.client.put_once(self.object(file), os.urandom(8).hex().encode())
 
     def remove(self, file: Path) -> None:
         super().remove(file)
-        self.remote.delete(self.object(file))
+        self.client.delete(self.object(file))
 
     def set_aside(self, path: Path, hidden: Path) -> bool:
-        """Remove the damaged copy of this machine; the next reader brings it again."""
+        """Remove the damaged local copy; the next reader downloads it again."""
         if not path.exists():
-            return False  # so the damage is in the bucket
+            return False
         with suppress(FileNotFoundError):
             os.rename(path, hidden)
             shutil.rmtree(hidden) if hidden.is_dir() else hidden.unlink()
@@ -498,60 +514,60 @@ class BucketBackend(FolderBackend):
 
 
 def stored_name(name: str, digest: str) -> str:
-    """A file of an artifact in the bucket: two builders' never lie in each other's place."""
+    """Name of an artifact's file in the bucket: different content has a different name."""
     return f"{digest[:12]}-{name}"
 
 
 def _is_fresh(listed: float | None) -> bool:
-    return listed is not None and time.monotonic() - listed < FRESH
+    return listed is not None and time.monotonic() - listed < LISTING_LIFETIME
 
 
-def copy_folder(remote: Remote) -> Path:
-    """The folder of this machine for a bucket."""
+def copy_folder(client: BucketClient) -> Path:
+    """Cache folder of this machine for a bucket."""
     cache = os.environ.get(CACHE) or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / (
         "airsweep/stores"
     )
-    whole = f"{remote.endpoint or os.environ.get('AWS_ENDPOINT_URL', '')} {remote}"
-    digest = hashlib.blake2b(whole.encode(), digest_size=6).hexdigest()
-    name = f"{remote.bucket}/{remote.prefix}".rpartition("/")[2] or remote.bucket
+    identity = f"{client.endpoint or os.environ.get('AWS_ENDPOINT_URL', '')} {client}"
+    digest = hashlib.blake2b(identity.encode(), digest_size=6).hexdigest()
+    name = f"{client.bucket}/{client.prefix}".rpartition("/")[2] or client.bucket
     return Path(cache).expanduser().absolute() / f"{name}-{digest}"
 
 
 # ---------------------------------------------------------------- opening
 
 
-def open_backend(place: Path | str) -> FolderBackend:
-    """Of the store in a folder or in a bucket; there may be nothing yet.
+def open_backend(address: Path | str) -> FolderBackend:
+    """The backend of a store, which may be empty or missing.
 
     Args:
-        place: a path, `file:///...`, or `s3://bucket/prefix` and its like.
+        address: a path, `file:///...`, or the URI of a bucket such as `s3://bucket/prefix`.
 
     Raises:
-        StoreRefused: another version made it, or the folder of this machine copies another store.
+        StoreRefused: another version wrote the store, or the cache folder copies another store.
         RemoteAway: the bucket cannot be read.
-        ValueError: it is no folder, or such a URI means no store.
+        ValueError: the path is a file, or the URI cannot be the address of a store.
     """
-    if is_bucket(place):
-        return _open_bucket(parse(str(place)))
-    root = folder_of(place)
+    if is_bucket(address):
+        return _open_bucket(parse(str(address)))
+    root = folder_of(address)
     if root.exists() and not root.is_dir():
         raise ValueError(f"{root} is a file; a store is a folder: choose another with --store")
-    _refuse_version(_version_in(root), root)
+    _check_version(_version_in(root), root)
     return FolderBackend(root.absolute())
 
 
-def _open_bucket(remote: Remote) -> BucketBackend:
-    there = (remote.get("VERSION") or b"").decode().strip()
-    _refuse_version(there.partition(" ")[0] or VERSION, remote)
-    backend = BucketBackend(remote)
-    root, here = backend.root, _version_in(backend.root)
-    if here and here != there:
+def _open_bucket(client: BucketClient) -> BucketBackend:
+    stored = (client.get("VERSION") or b"").decode().strip()
+    _check_version(stored.partition(" ")[0] or VERSION, client)
+    backend = BucketBackend(client)
+    root, cached = backend.root, _version_in(backend.root)
+    if cached and cached != stored:
         raise StoreRefused(
-            f"{root} mirrors a store that was at {remote} before and is gone; remove that folder, "
-            f"or set {CACHE} to another place for mirrors"
+            f"{root} caches an earlier store at {client} that no longer exists; remove that "
+            f"folder, or set {CACHE} to another cache folder"
         )
-    if there and not here:
-        write_beside(root / "VERSION", f"{there}\n".encode())
+    if stored and not cached:
+        write_beside(root / "VERSION", f"{stored}\n".encode())
     return backend
 
 
@@ -559,15 +575,15 @@ def _version_in(root: Path) -> str | None:
     try:
         return (root / "VERSION").read_text(errors="replace").strip()
     except FileNotFoundError:
-        return None  # an empty folder: the first run writes it
+        return None  # a new store: the first run writes the file
     except IsADirectoryError:
         return "a folder"
 
 
-def _refuse_version(found: str | None, place: object) -> None:
+def _check_version(found: str | None, store: object) -> None:
     if found is not None and found != VERSION:
         raise StoreRefused(
-            f"{place} is a store of version {found[:20]!r}; this airsweep reads version {VERSION} "
-            "alone: use the airsweep that made it, or another folder with --store; if VERSION "
-            f"there was damaged, replace it by a file that holds {VERSION}"
+            f"{store} is a store of version {found[:20]!r}, but this airsweep reads version "
+            f"{VERSION}: use the airsweep that wrote it, or choose another folder with --store; if "
+            f"its file VERSION was damaged, replace it by a file that contains {VERSION}"
         )

@@ -1,8 +1,8 @@
-"""Objects in a bucket of Amazon S3, Google Cloud Storage or Azure, through obstore. Knows no store.
+"""Client for buckets of Amazon S3, Google Cloud Storage and Azure, through obstore.
 
-`put_once` is what correctness rests on: of several writers of a name exactly one wins, and each
-learns whether it did. Credentials, region and endpoint come from the environment as obstore reads
-them, or region and endpoint from the URI; no secret is ever in a URI.
+The correctness of a store in a bucket rests on `put_once`: of several writers of a name exactly one
+succeeds, and each learns whether it did. obstore reads credentials, region and endpoint from the
+environment; a URI may give region and endpoint, but never a secret.
 """
 
 from __future__ import annotations
@@ -30,49 +30,49 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 FILE, S3 = "file", "s3"
-# What to set, by scheme of the buckets that can hold a store.
+# Schemes of buckets that can hold a store, and how to set their credentials.
 CREDENTIALS = {
     S3: "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY on every machine; for AWS_PROFILE, run "
     '`eval "$(aws configure export-credentials --format env)"`',
     "gs": "set GOOGLE_APPLICATION_CREDENTIALS on every machine",
     "az": "set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY on every machine",
 }
-OPTIONS = {"region", "endpoint_override", "scheme"}  # of an s3:// URI, as pyarrow.fs names them
-AT_ONCE = 32  # requests
-PART = 16 << 20  # bytes: larger files are sent in parts of this size
-POLL = 0.5  # seconds before a refused request is sent again
+OPTIONS = {"region", "endpoint_override", "scheme"}  # of an s3:// URI, named as in pyarrow.fs
+MAX_REQUESTS = 32  # at the same time
+PART = 16 << 20  # bytes: larger files are uploaded in parts of this size
+POLL = 0.5  # seconds before a refused request is repeated
 RETRIES = {"max_retries": 4, "retry_timeout": timedelta(minutes=2)}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """An object as a listing has it."""
+    """An object or file in a listing."""
 
-    name: str  # below what was listed
+    name: str  # below the listed folder
     size: int  # bytes
     etag: str | None
-    changed: float  # seconds since the epoch
+    modified: float  # seconds since the epoch
 
 
 @dataclass(frozen=True)
-class Content:
-    """An object with its version."""
+class VersionedObject:
+    """Content and version of an object."""
 
     data: bytes
     version: UpdateVersion
-    changed: float  # seconds since the epoch, by the server's clock
+    modified: float  # seconds since the epoch, by the server's clock
 
 
-def is_bucket(place: str | Path) -> bool:
-    """Is this the URI of a bucket, and not a folder?
+def is_bucket(address: str | Path) -> bool:
+    """Whether an address is the URI of a bucket, not a folder.
 
     Raises:
-        ValueError: it is a URI of something that cannot hold a store.
+        ValueError: it is a URI that cannot be the address of a store.
 
-    >>> [is_bucket(place) for place in ("runs", "s3://bucket/team", "file:///shared/runs")]
+    >>> [is_bucket(address) for address in ("runs", "s3://bucket/team", "file:///shared/runs")]
     [False, True, False]
     """
-    scheme, colon, _ = str(place).partition("://")
+    scheme, colon, _ = str(address).partition("://")
     if not colon or scheme == FILE:
         return False
     if scheme in CREDENTIALS:
@@ -83,8 +83,8 @@ def is_bucket(place: str | Path) -> bool:
     )
 
 
-def folder_of(place: str | Path) -> Path:
-    """The folder that a path or a file:// URI means.
+def folder_of(address: str | Path) -> Path:
+    """The folder of a path or a file:// URI.
 
     Raises:
         ValueError: the URI names a host, or no folder.
@@ -92,50 +92,50 @@ def folder_of(place: str | Path) -> Path:
     >>> str(folder_of("file:///shared/runs")), str(folder_of("runs"))
     ('/shared/runs', 'runs')
     """
-    text = str(place)
+    text = str(address)
     if not text.startswith(f"{FILE}://"):
-        return Path(place)
-    found = urlsplit(text)
-    if found.netloc or not found.path.strip("/") or found.query:
+        return Path(address)
+    parts = urlsplit(text)
+    if parts.netloc or not parts.path.strip("/") or parts.query:
         raise ValueError(f"{text} is not file:///<absolute folder>")
-    return Path(found.path)
+    return Path(parts.path)
 
 
-def parse(uri: str) -> Remote:
-    """A bucket from `s3://bucket/prefix?region=...&endpoint_override=...&scheme=http`.
+def parse(uri: str) -> BucketClient:
+    """The client for `s3://bucket/prefix?region=...&endpoint_override=...&scheme=http`.
 
     Raises:
-        ValueError: it means no bucket, or holds a secret.
+        ValueError: the URI is invalid or contains a secret.
     """
-    found = urlsplit(uri)
-    if "@" in found.netloc or "@" in found.query:  # not shown: it would be in a log then
+    parts = urlsplit(uri)
+    if "@" in parts.netloc or "@" in parts.query:  # do not print the URI: logs would show it
         raise ValueError(
-            f"the store's URI holds credentials: leave them out, and {CREDENTIALS[found.scheme]}"
+            f"the store's URI contains credentials: leave them out, and {CREDENTIALS[parts.scheme]}"
         )
-    options = dict(parse_qsl(found.query))
-    unknown = options.keys() - (OPTIONS if found.scheme == S3 else set())
+    options = dict(parse_qsl(parts.query))
+    unknown = options.keys() - (OPTIONS if parts.scheme == S3 else set())
     if unknown:
         raise ValueError(
-            f"{found.scheme}://{found.netloc}: unknown option {', '.join(sorted(unknown))} in the "
+            f"{parts.scheme}://{parts.netloc}: unknown option {', '.join(sorted(unknown))} in the "
             f"store's URI; allowed: {', '.join(sorted(OPTIONS))} of s3://; for credentials, "
-            f"{CREDENTIALS[found.scheme]}"
+            f"{CREDENTIALS[parts.scheme]}"
         )
-    if not found.netloc or found.fragment:
-        raise ValueError(f"{uri!r} is not {found.scheme}://bucket/prefix")
+    if not parts.netloc or parts.fragment:
+        raise ValueError(f"{uri!r} is not {parts.scheme}://bucket/prefix")
     endpoint = options.get("endpoint_override")
     if endpoint and "://" not in endpoint:
         endpoint = f"{options.get('scheme', 'https')}://{endpoint}"
-    prefix = found.path.strip("/")
-    return Remote(found.netloc, prefix, endpoint, options.get("region"), found.scheme)
+    prefix = parts.path.strip("/")
+    return BucketClient(parts.netloc, prefix, endpoint, options.get("region"), parts.scheme)
 
 
 @dataclass(frozen=True)
-class Remote:
-    """The objects below one prefix of a bucket. Plain data: it travels to workers."""
+class BucketClient:
+    """Requests to the objects below one prefix of a bucket. Plain data that can be pickled."""
 
     bucket: str
     prefix: str = ""
-    endpoint: str | None = None  # None: as the environment says
+    endpoint: str | None = None  # None: from the environment
     region: str | None = None
     scheme: str = S3
 
@@ -144,7 +144,7 @@ class Remote:
 
     @property
     def uri(self) -> str:
-        """With what is needed to find it again."""
+        """URI with region and endpoint, which `parse` reads."""
         options = {"region": self.region, "endpoint_override": self.endpoint}
         query = "&".join(f"{name}={value}" for name, value in options.items() if value)
         return f"{self}?{query}" if query else str(self)
@@ -152,134 +152,135 @@ class Remote:
     # ---------------------------------------------------------------- reading
 
     def get(self, name: str) -> bytes | None:
-        """An object; None: it does not exist."""
+        """Content of an object; None: it does not exist."""
         found = self.versioned(name)
         return None if found is None else found.data
 
-    def versioned(self, name: str) -> Content | None:
-        """An object and its version; None: it does not exist."""
+    def versioned(self, name: str) -> VersionedObject | None:
+        """Content and version of an object; None: it does not exist."""
 
-        def read(bucket: Any) -> Content:
-            found = bucket.get(name)
-            changed = found.meta["last_modified"].timestamp()
-            return Content(bytes(found.bytes()), _version(found.meta), changed)
+        def read(objects: Any) -> VersionedObject:
+            found = objects.get(name)
+            modified = found.meta["last_modified"].timestamp()
+            return VersionedObject(bytes(found.bytes()), _version(found.meta), modified)
 
-        return self._ask(read)
+        return self._request(read)
 
     def has(self, name: str) -> bool:
-        return self._ask(lambda bucket: bucket.head(name)) is not None
+        return self._request(lambda objects: objects.head(name)) is not None
 
     def download(self, name: str, file: BinaryIO) -> bool:
-        """Write an object into a file; False: it does not exist."""
+        """Write the content of an object to a file. False: the object does not exist."""
 
-        def read(bucket: Any) -> bool:
-            for piece in bucket.get(name):
-                file.write(piece)
+        def read(objects: Any) -> bool:
+            for chunk in objects.get(name):
+                file.write(chunk)
             return True
 
-        return self._ask(read) is not None
+        return self._request(read) is not None
 
-    def listed(self, under: str, after: str = "") -> list[Entry]:
-        """The objects below a folder, by name.
+    def listed(self, folder: str, after: str = "") -> list[Entry]:
+        """All objects below a folder, sorted by name.
 
         Args:
-            after: only names that come after this one.
+            after: list only names that sort after this one.
         """
-        offset = f"{under}/{after}" if after else None
-        found = self._ask(lambda bucket: bucket.list(under, offset=offset).collect())
-        return self._entries(found or [], under)
+        offset = f"{folder}/{after}" if after else None
+        found = self._request(lambda objects: objects.list(folder, offset=offset).collect())
+        return self._entries(found or [], folder)
 
-    def folder(self, under: str) -> tuple[list[str], list[Entry]]:
-        """Names of the folders in a folder, and the objects in it."""
-        found = self._ask(lambda bucket: bucket.list_with_delimiter(under))
+    def folder(self, folder: str) -> tuple[list[str], list[Entry]]:
+        """Names of the subfolders of a folder, and the objects directly in it."""
+        found = self._request(lambda objects: objects.list_with_delimiter(folder))
         if found is None:
             return [], []
-        folders = [one.rpartition("/")[2] for one in found["common_prefixes"]]
-        return sorted(folders), self._entries(found["objects"], under)
+        subfolders = [prefix.rpartition("/")[2] for prefix in found["common_prefixes"]]
+        return sorted(subfolders), self._entries(found["objects"], folder)
 
-    def _entries(self, found: Iterable[Any], under: str) -> list[Entry]:
-        above = len(under) + 1 if under else 0
+    def _entries(self, found: Iterable[Any], folder: str) -> list[Entry]:
+        above = len(folder) + 1 if folder else 0
         entries = [
-            Entry(one["path"][above:], one["size"], one["e_tag"], one["last_modified"].timestamp())
-            for one in found
+            Entry(o["path"][above:], o["size"], o["e_tag"], o["last_modified"].timestamp())
+            for o in found
         ]
-        # Without the empty object of the folder's own name that some tools leave.
-        return sorted((one for one in entries if one.name), key=lambda one: one.name)
+        # Without folder markers: empty objects, named as the folder, that some tools create.
+        return sorted((entry for entry in entries if entry.name), key=lambda entry: entry.name)
 
     # ---------------------------------------------------------------- writing
 
     def put(self, name: str, data: bytes | Path) -> None:
-        """Write an object, or a file as one, over what is there."""
-        if self._ask(lambda bucket: bucket.put(name, data, chunk_size=PART)) is None:
+        """Write bytes or a file to an object, replacing an existing one."""
+        if self._request(lambda objects: objects.put(name, data, chunk_size=PART)) is None:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(data))
 
     def put_if(
         self, name: str, data: bytes, condition: UpdateVersion | Literal["create"]
     ) -> UpdateVersion | None:
-        """Write an object where none is (`create`), or over one version; the version written.
+        """Create an object (`create`) or replace one version of it; the new version.
 
         Returns:
-            None: the object is another. After a lost answer it may be what this call has written.
+            None: the condition does not hold. If the response of a successful write was lost and
+                obstore repeated the request, the existing object may be the one written here.
         """
-        done = self._ask(lambda bucket: bucket.put(name, data, mode=condition))
+        done = self._request(lambda objects: objects.put(name, data, mode=condition))
         return None if done is None else _version(done)
 
     def put_once(self, name: str, data: bytes) -> bool:
-        """Write an object if there is none of its name. False: there is, and it is another."""
+        """Create an object. False: it exists with other content."""
         while self.put_if(name, data, "create") is None:
-            there = self.get(name)
-            if there is not None:
-                return there == data  # if equal, it is ours, and the answer was lost
-            time.sleep(POLL)  # S3 also refuses while another write is under way
+            existing = self.get(name)
+            if existing is not None:
+                return existing == data  # equal: this call wrote it and the response was lost
+            time.sleep(POLL)  # S3 also refuses while another write is in progress
         return True
 
     def delete(self, name: str) -> None:
-        self._ask(lambda bucket: bucket.delete(name))
+        self._request(lambda objects: objects.delete(name))
 
     # ---------------------------------------------------------------- requests
 
-    def _ask(self, do: Callable[[Any], T]) -> T | None:
-        """What obstore answers; None: the object does not exist, or a condition does not hold.
+    def _request(self, do: Callable[[Any], T]) -> T | None:
+        """Result of an obstore call; None: the object does not exist or a condition does not hold.
 
         Raises:
-            RemoteAway: every other error, as a sentence that says what to do.
+            RemoteAway: any other error, with a message that explains what to do.
         """
         from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 
         try:
-            return _interruptible(lambda: do(_client(self)))
+            return _interruptible(lambda: do(_object_store(self)))
         except (AlreadyExistsError, PreconditionError):
             return None
         except (BaseError, FileNotFoundError) as problem:
             no_bucket = any(f"<Code>{code}<" in str(problem) for code in NO_BUCKET)
             if isinstance(problem, FileNotFoundError) and not no_bucket:
                 return None
-            raise RemoteAway(self._sentence(str(problem))) from None
+            raise RemoteAway(self._message(str(problem))) from None
 
-    def _sentence(self, problem: str) -> str:
-        text = redacted(problem.partition("\nDebug source")[0]).strip()  # then follow structures
+    def _message(self, problem: str) -> str:
+        text = redacted(problem.partition("\nDebug source")[0]).strip()  # drop the debug output
         status, code, message = (
-            found[1] if (found := pattern.search(text)) else "" for pattern in ANSWER
+            match[1] if (match := pattern.search(text)) else "" for pattern in RESPONSE
         )
-        answer = f"({code or status}): {message}" if message else f"({code or status})"
+        response = f"({code or status}): {message}" if message else f"({code or status})"
         if code in NO_BUCKET:
-            return f"{self}: there is no bucket {self.bucket!r}; create it, or correct the name"
+            return f"{self}: bucket {self.bucket!r} does not exist; create it, or correct the name"
         if any(sign in text for sign in NO_CREDENTIALS):
             return f"{self}: no credentials were found; {CREDENTIALS[self.scheme]}"
         if status in ("401", "403") or code == "ExpiredToken":
-            return f"{self}: no permission {answer}; {CREDENTIALS[self.scheme]}"
+            return f"{self}: no permission {response}; {CREDENTIALS[self.scheme]}"
         if status == "507" or code in FULL:
-            return f"{self} is full {answer}; make room there, or give another --store"
+            return f"{self} is full {response}; free some space, or choose another --store"
         if not status and "HTTP error" in text:
-            where = self.endpoint or _environment_endpoint() or self.scheme
+            server = self.endpoint or _environment_endpoint() or self.scheme
             return (
-                f"{self}: {where} does not answer ({text.rpartition('HTTP error: ')[2]}): is it "
-                "up, can it be reached from here, and is AWS_ENDPOINT_URL right?"
+                f"{self}: {server} does not answer ({text.rpartition('HTTP error: ')[2]}): check "
+                "that it runs, that this machine can reach it, and that AWS_ENDPOINT_URL is right"
             )
         return f"{self}: {text}"
 
 
-ANSWER = [
+RESPONSE = [
     re.compile(pattern, re.DOTALL)
     for pattern in (r"status code: (\d+)", "<Code>(.*?)</Code>", "<Message>(.*?)</Message>")
 ]
@@ -290,15 +291,17 @@ FULL = (
     "XMinioStorageFull",
     "XMinioAdminBucketQuotaExceeded",
 )
-NO_CREDENTIALS = (  # where none are set, the machine's cloud is asked for them at these addresses
+# Without credentials in the environment, obstore requests those of a cloud machine from these
+# addresses.
+NO_CREDENTIALS = (
     *("/latest/api/token", "/computeMetadata/", "/metadata/identity/"),
     "Account must be specified",
 )
 
 
-def _version(said: Any) -> UpdateVersion:
-    """What tells an object from what is later written over it; S3 has tags, Google numbers."""
-    version: Any = {name: said[name] for name in ("e_tag", "version") if said[name] is not None}
+def _version(meta: Any) -> UpdateVersion:
+    """Version of an object: S3 has ETags, Google Cloud Storage has numbers."""
+    version: Any = {name: meta[name] for name in ("e_tag", "version") if meta[name] is not None}
     found: UpdateVersion = version
     return found
 
@@ -308,29 +311,29 @@ def _environment_endpoint() -> str | None:
 
 
 @cache
-def _client(remote: Remote) -> Any:
-    # Imported here: a store in a folder needs none of it.
+def _object_store(bucket: BucketClient) -> Any:
+    # A store in a folder must not need obstore, so import it here.
     from obstore.store import from_url
 
     config: dict[str, Any] = {}
     client: dict[str, Any] = {"connect_timeout": "5s", "read_timeout": "60s", "timeout": "10min"}
-    if remote.scheme == S3:
-        config["disable_bulk_delete"] = True  # which some servers do not have
-        config |= {"region": remote.region} if remote.region else {}
-        endpoint = remote.endpoint or _environment_endpoint()
+    if bucket.scheme == S3:
+        config["disable_bulk_delete"] = True  # some servers do not support it
+        config |= {"region": bucket.region} if bucket.region else {}
+        endpoint = bucket.endpoint or _environment_endpoint()
         if endpoint:
             config["endpoint"] = endpoint
             client["allow_http"] = endpoint.startswith("http://")
-    if bundle := os.environ.get("AWS_CA_BUNDLE"):  # as the AWS CLI reads it
+    if bundle := os.environ.get("AWS_CA_BUNDLE"):  # as in the AWS CLI
         client["root_certificate"] = Path(bundle).read_bytes()
-    opened: Any = from_url  # typed for each scheme apart
-    return opened(str(remote), config=config, client_options=client, retry_config=RETRIES)
+    opened: Any = from_url  # its overloads are typed by scheme
+    return opened(str(bucket), config=config, client_options=client, retry_config=RETRIES)
 
 
 def _interruptible(do: Callable[[], T]) -> T:
-    """Run a request so that Ctrl-C ends the wait for it: obstore hears no signal meanwhile."""
+    """Run a request so that Ctrl-C interrupts it: obstore itself blocks signals while it waits."""
     if threading.current_thread() is not threading.main_thread():
-        return do()  # signals go to the main thread
+        return do()  # only the main thread receives signals
     done: Future[T] = Future()
 
     def run() -> None:
@@ -343,12 +346,12 @@ def _interruptible(do: Callable[[], T]) -> T:
     return done.result()
 
 
-def side_by_side(do: Callable[[T], object], each: Collection[T]) -> None:
-    """Many requests at once; the first that fails is raised."""
-    if len(each) < 2:
-        for one in each:
-            do(one)
+def run_concurrently(do: Callable[[T], object], items: Collection[T]) -> None:
+    """Call `do` for all items in threads. Raises the first error."""
+    if len(items) < 2:
+        for item in items:
+            do(item)
         return
-    with ThreadPoolExecutor(min(AT_ONCE, len(each))) as threads:
-        for _ in threads.map(do, each):
+    with ThreadPoolExecutor(min(MAX_REQUESTS, len(items))) as threads:
+        for _ in threads.map(do, items):
             pass

@@ -1,8 +1,8 @@
-"""Trials that stopped between two iterations: kept in the store, to go on or to be judged.
+"""Checkpoints of trials that stopped between two iterations. Imports no torch.
 
-A checkpoint is one safetensors file below `unfinished/`, written whole, of the code that is here:
-another code begins again. It holds what the next iteration begins with, what was measured so far,
-and the objectives at each rung. Imports no torch.
+A checkpoint is one safetensors file below `unfinished/`. It contains the state from which the next
+iteration starts, the curves so far, and the objectives at each rung. Its key contains the code
+version, so edited code starts the trial again.
 """
 
 from __future__ import annotations
@@ -25,91 +25,95 @@ from orchestrator.store.artifacts import ArtifactStore
 
 log = logging.getLogger(__name__)
 
-ABOUT = "about"  # key of a file's metadata
-Rungs = Mapping[int, Mapping[str, float]]  # objectives after so many iterations
+ABOUT = "about"  # metadata key of the checkpoint's other fields
+Rungs = Mapping[int, Mapping[str, float]]  # objectives by number of iterations
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A trial after some iterations."""
+    """State of a trial after some iterations."""
 
     iterations: int
     arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
     curves: Mapping[str, list[float]] = field(default_factory=dict)  # one value per iteration
     rungs: Rungs = field(default_factory=dict)
-    seconds: float = 0.0  # that were paid for it
-    replicas: int = 1  # the most that were trained side by side
+    seconds: float = 0.0  # spent so far
+    replicas: int = 1  # largest number of trials that were trained side by side
 
 
 START = Checkpoint(0)
 
 
 def learned_by(spec: TrialSpec) -> TrialSpec:
-    """The trial that learns what a trial tests: itself, unless it is tested elsewhere."""
+    """The trial whose training a trial uses: the same spec without another test dataset."""
     return normalised(replace(spec, test_dataset=None))
 
 
 def read_checkpoint(spec: TrialSpec, store: ArtifactStore) -> Checkpoint:
-    """Where a trial stands; `START` where nothing was kept."""
-    file = _brought(spec, store)
+    """The checkpoint of a trial; `START` if it has none."""
+    file = _checkpoint_file(spec, store)
     if file is None:
         return START
     with safe_open(file, framework="np") as opened:
         arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    return replace(_about(file), arrays=arrays)
+    return replace(_read_fields(file), arrays=arrays)
 
 
-def keep_checkpoint(spec: TrialSpec, store: ArtifactStore, kept: Checkpoint) -> None:
-    about = asdict(replace(kept, arrays={}))
-    content = sealed(save(dict(kept.arrays), metadata={ABOUT: json.dumps(about), "seal": BLANK}))
+def keep_checkpoint(spec: TrialSpec, store: ArtifactStore, checkpoint: Checkpoint) -> None:
+    """Write the checkpoint of a trial to the store."""
+    about = asdict(replace(checkpoint, arrays={}))
+    content = sealed(
+        save(dict(checkpoint.arrays), metadata={ABOUT: json.dumps(about), "seal": BLANK})
+    )
     store.write(store.unfinished(learned_by(spec)), content)
 
 
 def drop_checkpoint(spec: TrialSpec, store: ArtifactStore) -> None:
-    """The trial has its record, and what was kept of it is no longer needed."""
+    """Remove the checkpoint of a trial, which is complete."""
     file = store.unfinished(learned_by(spec))
     if file.exists():
         store.backend.remove(file)
 
 
 def rungs_of(spec: TrialSpec, store: ArtifactStore) -> tuple[Rungs, float]:
-    """The objectives of a trial at the rungs that it has passed, and the seconds it has taken.
+    """Objectives of a trial at the rungs that it has reached, and the seconds spent on it.
 
-    Another sweep may have run it without any rung; it has none then, record or not.
+    A trial that another sweep ran without rungs has none.
     """
     spec = learned_by(spec)
-    found: dict[int, Mapping[str, float]] = {}
+    rungs: dict[int, Mapping[str, float]] = {}
     seconds = 0.0
-    file = _brought(spec, store)
+    file = _checkpoint_file(spec, store)
     if file is not None:
-        kept = _about(file)
-        found |= kept.rungs
-        seconds = kept.seconds
+        checkpoint = _read_fields(file)
+        rungs |= checkpoint.rungs
+        seconds = checkpoint.seconds
     if store.has(spec):
         record = store.record(spec)
-        found |= numbered(record["info"].get("rungs", {}))
+        rungs |= _parse_rungs(record["info"].get("rungs", {}))
         seconds = record["seconds"]
-    return found, seconds
+    return rungs, seconds
 
 
-def _brought(spec: TrialSpec, store: ArtifactStore) -> Path | None:
-    """The checkpoint of a trial; None where there is none, or a damaged one."""
+def _checkpoint_file(spec: TrialSpec, store: ArtifactStore) -> Path | None:
+    """The current checkpoint file of a trial; None: missing or damaged."""
     file = store.refresh(store.unfinished(learned_by(spec)))
     try:
         if intact(file.read_bytes()) is not False:
             return file
     except FileNotFoundError:
         return None
-    log.warning("%s is damaged: the trial is run from its start", file)
+    log.warning("%s is damaged: the trial starts again from its first iteration", file)
     return None
 
 
-def numbered(rungs: Mapping[str, Mapping[str, float]]) -> dict[int, Mapping[str, float]]:
-    """Rungs as JSON has them."""
-    return {int(rung): objectives for rung, objectives in rungs.items()}
-
-
-def _about(file: Path) -> Checkpoint:
+def _read_fields(file: Path) -> Checkpoint:
+    """A checkpoint without its arrays."""
     with safe_open(file, framework="np") as opened:
         about: dict[str, Any] = json.loads(opened.metadata()[ABOUT])
-    return Checkpoint(**{**about, "rungs": numbered(about["rungs"])})
+    return Checkpoint(**{**about, "rungs": _parse_rungs(about["rungs"])})
+
+
+def _parse_rungs(rungs: Mapping[str, Mapping[str, float]]) -> dict[int, Mapping[str, float]]:
+    """Rungs from JSON, whose keys are strings."""
+    return {int(rung): objectives for rung, objectives in rungs.items()}

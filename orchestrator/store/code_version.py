@@ -1,8 +1,8 @@
-"""Code versions: which code computes a stage, as part of an artifact's key.
+"""Code version of each stage: a hash of the code that computes it, as part of artifact keys.
 
-A recipe number covers the code versions that `code_versions.json` lists for it: they all give the
-same results. Code with any other version, as after an edit, puts that version into the spec, so
-that its artifacts have keys of their own.
+`code_versions.json` lists, for each recipe number, the code versions that give the same results.
+A listed version does not appear in keys. Any other version, for example after an edit, is written
+into the spec, so that its artifacts get new keys.
 
 The version of a part is a hash of the definitions in its modules, without docstrings, comments,
 layout and imports. Names and order of the modules do not count.
@@ -23,7 +23,7 @@ from air_core.specs import CodeVersions
 from orchestrator.files import ROOT
 
 LISTED = Path(__file__).with_name("code_versions.json")
-# Python 3.11 fails with "AST constructor recursion depth mismatch" where two threads parse at once.
+# Python 3.11 fails with "AST constructor recursion depth mismatch" if two threads parse at once.
 _parsing = threading.Lock()
 
 _CLIP = (
@@ -52,7 +52,7 @@ _SCORING = (
     "air_core.paradigms",
     "air_core.pseudo_labels.top_k",
 )
-# The modules that compute each stage. The reader of a dataset is a part of its own.
+# The modules that compute each stage. The reader of each dataset is another part.
 PARTS: dict[str, tuple[str, ...]] = {
     "features": (
         *_LOADED_CLIP,
@@ -85,48 +85,48 @@ PARTS: dict[str, tuple[str, ...]] = {
 
 @cache
 def version(part: str) -> str:
-    """12 hex digits: the code of a part, as it is on disk.
+    """Code version of a part, from the files on disk: 12 hex digits.
 
     Raises:
-        ValueError: a dataset's name is not that of its module.
+        ValueError: a dataset has no module of the same name.
     """
     modules = PARTS.get(part, (f"air_core.{part}",))
     if part not in PARTS and not _source(modules[0]).is_file():
         raise ValueError(
-            f"there is no {_source(modules[0])}: name the module of a dataset after the dataset, "
-            "so that an edit of it makes its features anew"
+            f"{_source(modules[0])} does not exist: name the module of a dataset after the "
+            "dataset, so that an edit of the module leads to new features"
         )
     definitions = sorted(digest for module in modules for digest in _definitions(module))
     return _hash("".join(definitions))
 
 
 @cache
-def listed() -> dict[str, dict[str, Any]]:
-    """By part: the recipe number, and the code versions that it covers."""
+def listed_versions() -> dict[str, dict[str, Any]]:
+    """Recipe number and its code versions, by part."""
     found: dict[str, dict[str, Any]] = json.loads(LISTED.read_text())
     return found
 
 
 @cache
-def uncovered(*readers: str) -> CodeVersions:
-    """The parts, with those of some datasets, whose version no recipe number covers."""
+def unlisted_versions(*readers: str) -> CodeVersions:
+    """Parts and dataset readers whose code version is not listed, with that version."""
     versions = {part: version(part) for part in (*PARTS, *readers)}
     return tuple(
         (part, found)
         for part, found in versions.items()
-        if found not in listed().get(part, {}).get("versions", ())
+        if found not in listed_versions().get(part, {}).get("versions", ())
     )
 
 
 @cache
 def _definitions(module: str) -> tuple[str, ...]:
-    """A hash of each statement on the top level of a module."""
+    """Hash of each top-level statement of a module."""
     with _parsing:
         tree = ast.parse(_source(module).read_text(encoding="utf-8"))
     found = []
     for node in tree.body:
         if not _is_passive(node):
-            found.append(_hash("".join(_words(node))))
+            found.append(_hash("".join(_tokens(node))))
     return tuple(found)
 
 
@@ -137,7 +137,7 @@ def _source(module: str) -> Path:
 
 
 def _is_passive(node: ast.stmt) -> bool:
-    """Imports, docstrings and `__all__` compute nothing."""
+    """Whether a statement is an import, a docstring or `__all__`, which compute nothing."""
     match node:
         case ast.Import() | ast.ImportFrom() | ast.Expr(value=ast.Constant()):
             return True
@@ -148,8 +148,8 @@ def _is_passive(node: ast.stmt) -> bool:
     return False
 
 
-def _words(node: Any) -> Iterator[str]:
-    """A syntax tree as words that do not depend on the version of Python."""
+def _tokens(node: Any) -> Iterator[str]:
+    """Tokens of a syntax tree that do not depend on the version of Python."""
     if isinstance(node, ast.AST):
         yield type(node).__name__
         for name in node._fields:
@@ -157,12 +157,12 @@ def _words(node: Any) -> Iterator[str]:
             if name in ("ctx", "kind", "type_comment", "type_params") or value is None:
                 continue
             if name == "body" and isinstance(value, list):
-                value = [one for one in value if not _is_passive(one)]
-            yield from _words(value)
+                value = [child for child in value if not _is_passive(child)]
+            yield from _tokens(value)
     elif isinstance(node, list):
         yield "["
-        for one in node:
-            yield from _words(one)
+        for child in node:
+            yield from _tokens(child)
         yield "]"
     else:
         yield repr(node)

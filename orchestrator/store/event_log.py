@@ -1,7 +1,8 @@
-"""What a sweep asked for and what became of it: an append-only log, written by the driver alone.
+"""Event log of a sweep: an append-only file of JSON lines that only the driver writes.
 
-`status`, `table`, resume and the tracker are folds over it. In a bucket each event is an object
-that is put once under its number, and `events.jsonl` this machine's copy (`BucketLedger`).
+`status`, `table`, resume and the tracker derive their state from it. In a bucket each event is an
+object that is created once, named by its number; `events.jsonl` is the copy of this machine
+(`BucketEventLog`).
 """
 
 from __future__ import annotations
@@ -23,13 +24,11 @@ from orchestrator.errors import RemoteAway, SweepBusy
 from orchestrator.files import is_flocked, lock_mode, make_folders, sync
 from orchestrator.store._leases import Lease
 from orchestrator.store.backends import BucketBackend, FolderBackend
-from orchestrator.store.buckets import side_by_side
+from orchestrator.store.buckets import run_concurrently
 
-# For tests: `event:7` kills the driver at its seventh event, `trial_done:2` at the second of these.
+# For tests: `event:7` kills the driver after event 7, `trial_done:2` after the second trial_done.
 CRASH_AT = "AIRSWEEP_CRASH_AT"
-LOOKED_AT = 0.5  # seconds: who asks whether a lock is held has it for a moment
-
-
+LOCK_TIMEOUT = 0.5  # seconds: `is_locked` of another process holds the lock for a moment
 EVENTS = "events.jsonl"
 
 
@@ -43,37 +42,37 @@ class EventLog:
         self._seen = 0  # events that count for CRASH_AT
 
     def lock(self) -> None:
-        """Become the only driver.
+        """Become the driver of the sweep.
 
         Raises:
-            SweepBusy: there is one already.
+            SweepBusy: the sweep has a driver.
         """
         make_folders(self.folder)
         self._lock = FileLock(self._lock.lock_file, mode=lock_mode(self.folder))
         try:
-            self._lock.acquire(timeout=LOOKED_AT)
+            self._lock.acquire(timeout=LOCK_TIMEOUT)
         except Timeout:
             raise SweepBusy(
                 f"another driver runs this sweep ({self._lock.lock_file} is held); "
                 "wait for it, or stop it"
             ) from None
-        mend_lines(self.path)
+        drop_partial_line(self.path)
 
     def unlock(self) -> None:
         self._lock.release()
 
     def refresh(self) -> None:
-        """Bring the copy of this machine up to date, where it is one."""
+        """Download new events, if the store is in a bucket."""
 
-    def busy(self) -> bool:
-        """Does a driver hold the sweep's lock?"""
+    def is_locked(self) -> bool:
+        """Whether a driver runs the sweep."""
         return is_flocked(Path(self._lock.lock_file))
 
     def append(self, event: str, **fields: Any) -> float:
-        """One event, on disk before this returns.
+        """Write an event. It is on disk when this returns.
 
         Returns:
-            When it was, in seconds since the epoch, as the event says too.
+            Time of the event, in seconds since the epoch, as recorded in it.
         """
         now = round(time.time(), 3)
         self._write(_line({"event": event, "time": now, **fields}))
@@ -91,7 +90,7 @@ class EventLog:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     def events(self) -> Iterator[dict[str, Any]]:
-        """All events in order. A last line that a kill cut off is left out.
+        """All events in order, without a partial last line, which a killed driver may leave.
 
         Raises:
             ValueError: a line is damaged.
@@ -107,8 +106,10 @@ class EventLog:
                         raise ValueError(f"{self.path}:{number}: {problem}; {REMEDY}") from None
 
 
-# Where the store is in a bucket the file is a copy.
-REMEDY = "remove this line; results stay in the store (in a bucket: remove this file, a copy)"
+REMEDY = (
+    "remove this line; the results stay in the store (if the store is in a bucket, remove this "
+    "file, which is a copy)"
+)
 CHECKSUM = re.compile(rb', "crc": "(.{8})"}$')
 
 
@@ -119,17 +120,17 @@ def _line(event: dict[str, Any]) -> str:
 
 
 def parse_event(line: bytes) -> dict[str, Any]:
-    """The event of a line. Lines without a checksum are of an earlier version.
+    """Parse a line of the log. Lines of earlier versions have no checksum.
 
     Raises:
         ValueError: the line is damaged.
     """
     line = line.strip()
-    found = CHECKSUM.search(line)
-    if found is not None:
-        line = line[: found.start()] + b"}"
-        if found[1] != b"%08x" % zlib.crc32(line):
-            raise ValueError("its checksum does not fit")
+    checksum = CHECKSUM.search(line)
+    if checksum is not None:
+        line = line[: checksum.start()] + b"}"
+        if checksum[1] != b"%08x" % zlib.crc32(line):
+            raise ValueError("its checksum does not match")
     try:
         event = json.loads(line)
     except (ValueError, RecursionError):
@@ -139,15 +140,15 @@ def parse_event(line: bytes) -> dict[str, Any]:
     return event
 
 
-class BucketLedger(EventLog):
-    """A ledger of a store in a bucket."""
+class BucketEventLog(EventLog):
+    """The event log of a sweep in a bucket store."""
 
     def __init__(self, folder: Path, backend: BucketBackend) -> None:
         super().__init__(folder)
         self.backend = backend
-        self.place = backend.object(folder)
-        self.lease = Lease(backend.remote, f"{self.place}/driver.lock")
-        self._count: int | None = None  # events in the copy, while we are the driver
+        self.prefix = backend.object(folder)
+        self.lease = Lease(backend.client, f"{self.prefix}/driver.lock")
+        self._count: int | None = None  # events in the copy; None: this is not the driver
 
     def lock(self) -> None:
         super().lock()
@@ -157,70 +158,72 @@ class BucketLedger(EventLog):
                     f"another driver runs this sweep ({self.backend.label(self.folder)}/driver.lock"
                     " is renewed); wait for it, or stop it"
                 )
-            with self._alone():
-                self._count = self._bring()
+            with self._copy_lock():
+                self._count = self._download()
         except BaseException:
             super().unlock()
             raise
 
     def unlock(self) -> None:
-        with suppress(RemoteAway):  # the lock dies with us
+        with suppress(RemoteAway):  # the lease expires without renewals
             self._count = None
             self.lease.release()
         super().unlock()
 
     def refresh(self) -> None:
-        with self._alone():
-            mend_lines(self.path)
-            self._bring()
+        with self._copy_lock():
+            drop_partial_line(self.path)
+            self._download()
 
-    def busy(self) -> bool:
-        return super().busy() or self.lease.held()
+    def is_locked(self) -> bool:
+        return super().is_locked() or self.lease.is_held()
 
     def _write(self, line: str) -> None:
-        """Put an event under its number, and append it to the copy.
+        """Create the object of an event, and append the event to the copy.
 
         Raises:
-            SweepBusy: there is one of that number, so somebody else drives this sweep.
+            SweepBusy: an event with this number exists, so another driver runs the sweep.
         """
         assert self._count is not None, "only the driver appends"
-        with self._alone():  # else a reader would bring it before we have written it
-            event = f"{self.place}/{_event(self._count + 1)}"
-            if not self.backend.remote.put_once(event, line.encode()):
+        with self._copy_lock():  # else a reader could append the event to the copy first
+            event = f"{self.prefix}/{_event(self._count + 1)}"
+            if not self.backend.client.put_once(event, line.encode()):
                 raise SweepBusy(
-                    f"another driver has gone on with this sweep ({event} exists): this one ends, "
-                    "and nothing is lost"
+                    f"another driver has continued this sweep ({event} exists), so this driver "
+                    "stops; no result is lost"
                 )
             super()._write(line)
             self._count += 1
 
-    def _alone(self) -> FileLock:
-        """Readers of this machine bring events while a driver of it appends."""
+    def _copy_lock(self) -> FileLock:
+        """Lock of the copy: its driver and readers of this machine append events."""
         self.folder.mkdir(parents=True, exist_ok=True)
         return FileLock(self.folder / ".copy.lock", mode=lock_mode(self.folder))
 
-    def _bring(self) -> int:
-        """Append to the copy the events that it lacks; how many it has then."""
-        remote, events = self.backend.remote, f"{self.place}/events"
+    def _download(self) -> int:
+        """Append the missing events to the copy; the number of events that it has then."""
+        client, events = self.backend.client, f"{self.prefix}/events"
         count = self.path.read_bytes().count(b"\n") if self.path.exists() else 0
-        later = [one.name for one in remote.listed(events, after=_name(count))]
-        found: dict[str, bytes | None] = {}
-        side_by_side(lambda name: found.update({name: remote.get(f"{events}/{name}")}), later)
+        later = [entry.name for entry in client.listed(events, after=_name(count))]
+        content: dict[str, bytes | None] = {}
+        run_concurrently(lambda name: content.update({name: client.get(f"{events}/{name}")}), later)
         with open(self.path, "ab") as copy:
             for number, name in enumerate(later, count + 1):
-                event = found[name]
+                event = content[name]
                 if name != _name(number) or event is None:
                     raise ValueError(
-                        f"{remote}/{self.place}/{_event(number)} is missing, but {name} is there: "
-                        "the ledger is damaged; remove what comes after the gap"
+                        f"{client}/{self.prefix}/{_event(number)} is missing, but {name} exists: "
+                        "the event log is damaged; remove the events after the gap"
                     )
                 copy.write(event + b"\n")
         return count + len(later)
 
 
 def open_event_log(folder: Path, backend: FolderBackend) -> EventLog:
-    """The ledger of the sweep that has this folder of a store."""
-    return BucketLedger(folder, backend) if isinstance(backend, BucketBackend) else EventLog(folder)
+    """The event log in the folder of a sweep."""
+    if isinstance(backend, BucketBackend):
+        return BucketEventLog(folder, backend)
+    return EventLog(folder)
 
 
 def _name(number: int) -> str:
@@ -232,13 +235,13 @@ def _event(number: int) -> str:
 
 
 def append_line(path: Path, line: str) -> None:
-    """One line at the end of a file, on disk before this returns, or an error and nothing of it.
+    """Append a line to a file and sync it. After an error the file is unchanged.
 
     Raises:
-        OSError: there is no room for it, say.
+        OSError: for example, the disk is full.
     """
     data = f"{line}\n".encode()
-    with open(path, "ab", buffering=0) as handle:  # what a buffer holds would be written later
+    with open(path, "ab", buffering=0) as handle:  # a buffer would delay the write and its error
         before = os.fstat(handle.fileno()).st_size
         try:
             while data:
@@ -246,17 +249,17 @@ def append_line(path: Path, line: str) -> None:
             os.fsync(handle.fileno())
             if before == 0:
                 sync(path.parent)
-        except OSError:  # a full disk takes half a line; the next one would be glued to it
+        except OSError:  # without this, the next event would continue a partial line
             handle.truncate(before)
             raise
 
 
-def mend_lines(path: Path) -> None:
-    """Cut off half a last line that a killed writer left. Only while nobody writes."""
+def drop_partial_line(path: Path) -> None:
+    """Remove a partial last line, left by a killed writer. No other process may be writing."""
     if not path.exists():
         return
     data = path.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    if whole < len(data):
+    end = data.rfind(b"\n") + 1
+    if end < len(data):
         with open(path, "r+b") as handle:
-            handle.truncate(whole)
+            handle.truncate(end)

@@ -1,6 +1,7 @@
-"""What can go from a store: what no recorded sweep needs, and what killed processes left.
+"""Garbage collection: finds and removes artifacts that no recorded sweep needs, and leftovers of
+killed processes.
 
-Nothing is guessed: where one sweep's needs cannot be told, nothing is removed.
+If the requirements of one sweep cannot be read, nothing is removed.
 """
 
 from __future__ import annotations
@@ -18,47 +19,47 @@ from orchestrator.store._locks import STORE_LOCK
 from orchestrator.store.backends import LOCKS, RECORD
 from orchestrator.store.inventory import UNKNOWN, Inventory
 
-NOT_REMOVED = "could not be removed: it is a link, or in a folder of somebody else"
-LEFT_FOR = 24 * 3600.0  # seconds: what is younger may have a maker on another machine
+NOT_REMOVED = "could not be removed: it is a link, or in a folder of another user"
+MIN_AGE = 24 * 3600.0  # seconds: a process on another machine may be writing younger files
 
 
 @dataclass(frozen=True)
 class Removal:
-    """A folder or file that can go, or some files of a folder that stays."""
+    """A folder or file to remove, or some files of a folder that stays."""
 
     path: Path
     why: str
     bytes: int
     user: str
-    files: tuple[str, ...] = ()  # only these of the folder; empty: all of it
+    files: tuple[str, ...] = ()  # remove only these files of the folder; empty: remove everything
 
 
 @dataclass(frozen=True)
 class GcPlan:
-    """What can go, and what could but is somebody else's."""
+    """What to remove, and what could be removed but belongs to other users."""
 
     root: Path
     removals: tuple[Removal, ...]
     others: tuple[Removal, ...]
-    sweep: str | None  # PROJECT/NAME: only what it alone needs
+    sweep: str | None  # PROJECT/NAME: only artifacts that no other sweep needs
 
     @property
     def bytes(self) -> int:
-        return sum(one.bytes for one in self.removals)
+        return sum(removal.bytes for removal in self.removals)
 
     def json(self, removed: bool) -> dict[str, Any]:
         return {
             "store": str(self.root),
             "removed": removed,
             "bytes": self.bytes,
-            "removals": [self._plain(one) for one in self.removals],
-            "others": [self._plain(one) for one in self.others],
+            "removals": [self._json(removal) for removal in self.removals],
+            "others": [self._json(removal) for removal in self.others],
         }
 
-    def _plain(self, one: Removal) -> dict[str, Any]:
-        path = str(one.path.relative_to(self.root))
-        plain = {"path": path, "why": one.why, "bytes": one.bytes, "user": one.user}
-        return plain | ({"files": list(one.files)} if one.files else {})
+    def _json(self, removal: Removal) -> dict[str, Any]:
+        path = str(removal.path.relative_to(self.root))
+        fields = {"path": path, "why": removal.why, "bytes": removal.bytes, "user": removal.user}
+        return fields | ({"files": list(removal.files)} if removal.files else {})
 
 
 def plan_gc(
@@ -68,128 +69,136 @@ def plan_gc(
     all_users: bool,
     sweep: str | None = None,
 ) -> GcPlan:
-    """What can go: what no recorded sweep needs, and leftovers; or what one sweep alone needs.
+    """Find what no recorded sweep needs, and leftovers; or what one sweep alone needs.
 
     Args:
-        me: only what this user made, unless `all_users`. A row belongs to the user who began it.
-        sweep: PROJECT/NAME of that sweep.
+        me: remove only artifacts of this user, unless `all_users`. A row belongs to the user who
+            created it.
+        sweep: PROJECT/NAME of the sweep.
 
     Raises:
-        ValueError: what a sweep needs cannot be told.
+        ValueError: the requirements of a sweep cannot be read.
     """
-    for unread, why in requirements.unread.items():
+    for unreadable, why in requirements.unreadable.items():
         raise ValueError(
-            f"what sweep {unread} needs cannot be told, so nothing is removed: {why}; mend that, "
-            f"or remove {inventory.root / 'sweeps' / unread} to give the sweep up"
+            f"the requirements of sweep {unreadable} cannot be read, so nothing is removed: {why}; "
+            f"fix that, or remove {inventory.root / 'sweeps' / unreadable} to give up the sweep"
         )
-    found = sorted(_removable(inventory, requirements, me, sweep), key=lambda one: -one.bytes)
+    removals = sorted(
+        _removable(inventory, requirements, me, sweep), key=lambda removal: -removal.bytes
+    )
     groups: dict[bool, list[Removal]] = {True: [], False: []}
-    for one in found:
-        groups[all_users or one.user == me != UNKNOWN].append(one)
+    for removal in removals:
+        groups[all_users or removal.user == me != UNKNOWN].append(removal)
     return GcPlan(inventory.root, tuple(groups[True]), tuple(groups[False]), sweep)
 
 
 def _removable(
     inventory: Inventory, requirements: StoreRequirements, me: str, sweep: str | None
 ) -> Iterator[Removal]:
-    rest = merged(
-        p for one in requirements.asked if one.sweep != sweep for p in one.artifacts.items()
-    )
     own = merged(
-        p for one in requirements.asked if one.sweep == sweep for p in one.artifacts.items()
+        item for s in requirements.sweeps if s.sweep == sweep for item in s.artifacts.items()
+    )
+    others = merged(
+        item for s in requirements.sweeps if s.sweep != sweep for item in s.artifacts.items()
     )
     why = f"only {sweep} needs it" if sweep else "no sweep needs it"
     for holding in inventory.holdings:
         if sweep and holding.digest not in own:
             continue
-        if holding.digest not in rest:
+        if holding.digest not in others:
             yield Removal(holding.path, why, holding.bytes, holding.user)
             continue
-        places = own[holding.digest] if sweep else holding.shards.keys()
-        beyond = (places & holding.shards.keys()) - rest[holding.digest]
-        names = tuple(holding.shards[place] for place in sorted(beyond))
+        shards = own[holding.digest] if sweep else holding.shards.keys()
+        unneeded = (shards & holding.shards.keys()) - others[holding.digest]
+        names = tuple(holding.shards[shard] for shard in sorted(unneeded))
         if names:
             count = sum(holding.files[name] for name in names)
             yield Removal(holding.path, why, count, holding.user, names)
     if sweep:
         return
-    whole = {holding.digest for holding in inventory.holdings}
-    for kept in inventory.unfinished:  # checkpoints that no run will go on from
-        if kept.digest in whole:
-            why = "of an artifact that is whole"
-        if kept.digest in whole or kept.digest not in rest:
-            yield Removal(kept.path, why, kept.bytes, _owner(kept.path, me))
-    for left in inventory.leftovers:
-        if time.time() - left.changed > LEFT_FOR:
-            yield Removal(left.path, left.why, left.bytes, _owner(left.path, me))
+    complete = {holding.digest for holding in inventory.holdings}
+    for checkpoint in inventory.unfinished:
+        if checkpoint.digest in complete or checkpoint.digest not in others:
+            reason = "its artifact is complete" if checkpoint.digest in complete else why
+            owner = _owner(checkpoint.path, me)
+            yield Removal(checkpoint.path, reason, checkpoint.bytes, owner)
+    for leftover in inventory.leftovers:
+        if time.time() - leftover.modified > MIN_AGE:
+            owner = _owner(leftover.path, me)
+            yield Removal(leftover.path, leftover.why, leftover.bytes, owner)
 
 
 def _owner(path: Path, me: str) -> str:
-    """Whose a file is of which nobody wrote that down: the file system knows."""
+    """The user of a file without a record: `me` if this process owns the file."""
     return me if path.lstat().st_uid == os.getuid() else UNKNOWN
 
 
 def remove(plan: GcPlan) -> GcPlan:
-    """Remove what can go. A kill in between leaves nothing that looks whole and is not.
+    """Remove what a plan lists. A kill in between leaves no artifact that looks complete.
 
     Returns:
-        What went; what could not be removed, of another user say, is among the others.
+        The plan as carried out: removals that failed, for example because another user owns the
+        folder, are among `others`.
     """
     groups: dict[bool, list[Removal]] = {True: [], False: []}
-    for one in plan.removals:
-        groups[_removed(one)].append(one)
+    for removal in plan.removals:
+        groups[_removed(removal)].append(removal)
     now = time.time()
-    for lock in (plan.root / LOCKS).iterdir():  # of killed builders; the caller is alone here
-        if lock != plan.root / STORE_LOCK and now - lock.stat().st_mtime > LEFT_FOR:
-            with suppress(PermissionError):  # somebody else's
+    # Locks of killed builders. The caller holds the store exclusively.
+    for lock in (plan.root / LOCKS).iterdir():
+        if lock != plan.root / STORE_LOCK and now - lock.stat().st_mtime > MIN_AGE:
+            with suppress(PermissionError):  # of another user
                 lock.unlink()
-    others = (*plan.others, *(replace(one, why=NOT_REMOVED) for one in groups[False]))
+    others = (*plan.others, *(replace(removal, why=NOT_REMOVED) for removal in groups[False]))
     return replace(plan, removals=tuple(groups[True]), others=others)
 
 
-def _removed(one: Removal) -> bool:
-    if one.path.is_symlink():
+def _removed(removal: Removal) -> bool:
+    """Remove files; whether that succeeded."""
+    path = removal.path
+    if path.is_symlink():
         return False
     try:
-        if one.files:
-            for name in one.files:
-                (one.path / name).unlink(missing_ok=True)
-        elif one.path.is_dir():
-            (one.path / RECORD).unlink(missing_ok=True)  # without it the rest is nothing
-            shutil.rmtree(one.path)
+        if removal.files:
+            for name in removal.files:
+                (path / name).unlink(missing_ok=True)
+        elif path.is_dir():
+            (path / RECORD).unlink(missing_ok=True)  # first, so that the rest counts as missing
+            shutil.rmtree(path)
         else:
-            one.path.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
     except OSError:
         return False
     return True
 
 
-Shards = frozenset[tuple[int, int]]  # (class, block) of a row; of an artifact none
+Shards = frozenset[tuple[int, int]]  # (class, block) of a row; empty for other artifacts
 
 
 @dataclass(frozen=True)
 class SweepRequirements:
-    """What one recorded sweep needs: shards by the 12 hex digits that the store finds by."""
+    """Artifacts and shards that one recorded sweep needs."""
 
     sweep: str  # PROJECT/NAME
-    artifacts: Mapping[str, Shards]
+    artifacts: Mapping[str, Shards]  # by the first 12 hex digits of the key
 
 
 @dataclass(frozen=True)
 class StoreRequirements:
-    """What all recorded sweeps need, and of which that cannot be told."""
+    """Requirements of all recorded sweeps."""
 
-    asked: tuple[SweepRequirements, ...]
-    unread: Mapping[str, str]  # why, by sweep
+    sweeps: tuple[SweepRequirements, ...]
+    unreadable: Mapping[str, str]  # reason, by sweep
 
-    def by(self, digest: str) -> tuple[str, ...]:
+    def sweeps_needing(self, digest: str) -> tuple[str, ...]:
         """The sweeps that need an artifact or a row."""
-        return tuple(one.sweep for one in self.asked if digest in one.artifacts)
+        return tuple(s.sweep for s in self.sweeps if digest in s.artifacts)
 
 
-def merged(parts: Iterable[tuple[str, Shards]]) -> dict[str, Shards]:
-    """Shards of each row together."""
+def merged(requirements: Iterable[tuple[str, Shards]]) -> dict[str, Shards]:
+    """Union of the shards of each artifact."""
     found: dict[str, Shards] = {}
-    for digest, shards in parts:
+    for digest, shards in requirements:
         found[digest] = found.get(digest, frozenset()) | shards
     return found

@@ -1,6 +1,7 @@
-"""Is every file of a store as it was written? Artifacts by their records, shards by their seals.
+"""Verify every file of a store: artifacts by their records, shards by their checksums.
 
-What was written before there were seals can be opened or not; more cannot be told of it.
+Files that older versions wrote without a checksum are only opened; changes of their content cannot
+be detected.
 """
 
 from __future__ import annotations
@@ -26,29 +27,29 @@ from orchestrator.store.verification import parse_record
 
 
 @dataclass(frozen=True)
-class Finding:
-    """What became of one file."""
+class FileCheck:
+    """Result of checking one file."""
 
     file: Path
-    remove: Path  # what must go if it is damaged, so that the next run makes it again
-    why: str = ""  # why it is damaged; empty: it is not, as far as can be told
-    unsealed: bool = False  # nothing was written down that would tell
-    remedy: str = ""  # what to do instead of removing it and running again
+    remove: Path  # remove this if the file is damaged, so that the next run builds it again
+    why: str = ""  # why the file is damaged; empty: no damage found
+    unsealed: bool = False  # the file has no checksum
+    remedy: str = ""  # what to do, if not to remove the file and run again
 
 
-Watch = Callable[[Iterable[Finding], int], Iterable[Finding]]
-# Reads an opened file; returns whether it has a checksum, and raises ValueError if it is damaged.
+Progress = Callable[[Iterable[FileCheck], int], Iterable[FileCheck]]
+# Reads an opened file. Returns whether it has a checksum; raises ValueError if it is damaged.
 Check = Callable[[Path, BinaryIO], bool]
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What was looked at, and what is wrong."""
+class VerificationReport:
+    """Number of files and bytes checked, and the damaged files."""
 
     inventory: Inventory
     files: int
     bytes: int
-    damaged: tuple[Finding, ...]
+    damaged: tuple[FileCheck, ...]
     unsealed: int
 
     def json(self) -> dict[str, Any]:
@@ -59,66 +60,68 @@ class Verdict:
             "bytes": self.bytes,
             "damaged": [
                 {
-                    "file": str(one.file.relative_to(root)),
-                    "why": one.why,
-                    "remove": str(one.remove.relative_to(root)),
-                    "remedy": one.remedy,
+                    "file": str(check.file.relative_to(root)),
+                    "why": check.why,
+                    "remove": str(check.remove.relative_to(root)),
+                    "remedy": check.remedy,
                 }
-                for one in self.damaged
+                for check in self.damaged
             ],
             "unsealed": self.unsealed,
             "leftovers": [
-                {"path": str(one.path.relative_to(root)), "why": one.why, "bytes": one.bytes}
-                for one in self.inventory.leftovers
+                {"path": str(left.path.relative_to(root)), "why": left.why, "bytes": left.bytes}
+                for left in self.inventory.leftovers
             ],
         }
 
 
-def verify(inventory: Inventory, watch: Watch = lambda each, total: each) -> Verdict:
+def verify(
+    inventory: Inventory, progress: Progress = lambda checks, total: checks
+) -> VerificationReport:
     """Read every file of the store once.
 
     Args:
-        watch: passes on what is found, file by file, and may show how far it is.
+        progress: passes the results on, and may display how many files are done.
     """
     backend = inventory.store.backend
-    looks = [look for holding in inventory.holdings for look in _looks(holding, backend)]
-    looks += [partial(_look, backend, one.path, one.path, _shard) for one in inventory.unfinished]
-    for pattern, (check, remedy) in BESIDE.items():
-        for file in backend.beside(pattern):
-            looks.append(partial(_look, backend, file, file, check, remedy))
+    tasks = [task for holding in inventory.holdings for task in _tasks(holding, backend)]
+    tasks += [partial(_check, backend, c.path, c.path, _shard) for c in inventory.unfinished]
+    for pattern, (check, remedy) in OTHER_FILES.items():
+        for file in backend.other_files(pattern):
+            tasks.append(partial(_check, backend, file, file, check, remedy))
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        found = list(watch(threads.map(lambda look: look(), looks), len(looks)))
-    return Verdict(
+        results = list(progress(threads.map(lambda task: task(), tasks), len(tasks)))
+    return VerificationReport(
         inventory,
-        len(found),
-        sum(one.bytes for one in inventory.holdings)
-        + sum(one.bytes for one in inventory.unfinished),
-        tuple(one for one in found if one.why),
-        sum(one.unsealed for one in found),
+        len(results),
+        sum(holding.bytes for holding in inventory.holdings)
+        + sum(checkpoint.bytes for checkpoint in inventory.unfinished),
+        tuple(result for result in results if result.why),
+        sum(result.unsealed for result in results),
     )
 
 
-def _looks(holding: Holding, backend: FolderBackend) -> Iterator[Callable[[], Finding]]:
+def _tasks(holding: Holding, backend: FolderBackend) -> Iterator[Callable[[], FileCheck]]:
     path, record = holding.path, partial(_record, holding.digest)
     if holding.stage in SHARDS:
         if ROW in holding.files:
-            yield partial(_look, backend, path / ROW, path / ROW, record)
+            yield partial(_check, backend, path / ROW, path / ROW, record)
         for name in holding.shards.values():
-            yield partial(_look, backend, path / name, path / name, _shard)
+            yield partial(_check, backend, path / name, path / name, _shard)
         return
-    yield partial(_look, backend, path / RECORD, path, record)
+    yield partial(_check, backend, path / RECORD, path, record)
     files = holding.record.get("files")
     for name, digest in files.items() if isinstance(files, dict) else ():
         check = partial(_recorded, digest)
-        yield partial(_look, backend, path / holding.stored(name), path, check)
+        yield partial(_check, backend, path / holding.stored(name), path, check)
 
 
-def _look(
+def _check(
     backend: FolderBackend, file: Path, remove: Path, check: Check, remedy: str = ""
-) -> Finding:
+) -> FileCheck:
     try:
         with backend.open(file) as handle:
-            return Finding(file, remove, unsealed=not check(file, handle))
+            return FileCheck(file, remove, unsealed=not check(file, handle))
     except RemoteAway:
         raise
     except OSError as problem:
@@ -127,7 +130,7 @@ def _look(
         why = damaged.why
     except ValueError as problem:
         why = str(problem)
-    return Finding(file, remove, why, remedy=remedy)
+    return FileCheck(file, remove, why, remedy=remedy)
 
 
 # ---------------------------------------------------------------- checks
@@ -135,7 +138,7 @@ def _look(
 
 def _recorded(digest: str, file: Path, handle: BinaryIO) -> bool:
     if content_digest(handle) != digest:
-        raise ValueError("is not what its record says")
+        raise ValueError("does not match its digest in the record")
     return True
 
 
@@ -150,20 +153,20 @@ def _shard(file: Path, handle: BinaryIO) -> bool:
     data = handle.read()
     sealed = intact(data)
     if sealed is False:
-        raise ValueError("is not what was written: its checksum does not fit")
+        raise ValueError("was changed: its checksum does not match")
     if sealed is None:
         _open_unsealed(file, data)
     return sealed is not None
 
 
 def _open_unsealed(file: Path, data: bytes) -> None:
-    # Here, since a store of sealed shards is verified without them.
+    # Imported here: only stores of older versions need them.
     import pyarrow.parquet as pq
     from safetensors.numpy import load
 
     try:
         pq.read_table(io.BytesIO(data)) if file.suffix == ".parquet" else load(data)
-    except Exception as problem:  # whatever these readers raise, the file is none of theirs
+    except Exception as problem:  # any error of these readers means a damaged file
         raise ValueError(f"cannot be read: {' '.join(str(problem).split())}") from None
 
 
@@ -174,9 +177,9 @@ def _sealed(file: Path, handle: BinaryIO) -> bool:
 
 
 def _events(file: Path, handle: BinaryIO) -> bool:
-    """An event log; a half line at the end is what a killed driver left."""
-    whole, _, _ = handle.read().rpartition(b"\n")
-    for number, line in enumerate(whole.splitlines(), 1):
+    """An event log. A killed driver may leave a partial last line, which is no damage."""
+    lines, _, _ = handle.read().rpartition(b"\n")
+    for number, line in enumerate(lines.splitlines(), 1):
         try:
             parse_event(line)
         except ValueError as problem:
@@ -187,15 +190,15 @@ def _events(file: Path, handle: BinaryIO) -> bool:
 def _version(file: Path, handle: BinaryIO) -> bool:
     found = handle.read().decode(errors="replace").strip()
     if found != VERSION:
-        raise ValueError(f"holds {found[:20]!r}")
+        raise ValueError(f"contains {found[:20]!r}")
     return True
 
 
-CACHE_REMEDY = "remove it; it is built anew"
-RUN_REMEDY = "run `airsweep run` with the sweep file and its options, which writes it anew"
-# Files of a store beside its artifacts, and of its sweeps: how to check them, and what to do.
-BESIDE: dict[str, tuple[Check, str]] = {
-    "VERSION": (_version, f"replace it by a file that holds {VERSION}"),
+CACHE_REMEDY = "remove it; airsweep computes it again"
+RUN_REMEDY = "run `airsweep run` with the sweep file and its options, which writes it again"
+# Files outside the artifacts: how to check them, and what to do if one is damaged.
+OTHER_FILES: dict[str, tuple[Check, str]] = {
+    "VERSION": (_version, f"replace it by a file that contains {VERSION}"),
     "digests.json": (_sealed, CACHE_REMEDY),
     "history.json": (_sealed, CACHE_REMEDY),
     f"sweeps/*/*/{RESOLVED}": (_sealed, RUN_REMEDY),

@@ -1,8 +1,8 @@
-"""What lies in a store: artifacts, rows, unfinished work, and what killed processes left. Knows no
-sweep.
+"""Inventory of a store: artifacts, rows, checkpoints, and leftovers of killed processes.
 
-Reads names, sizes and records, and opens no array; so it is quick and imports nothing heavy. Paths
-are those of the store's folder; of a bucket, what lies there is looked at and not the copies here.
+`take_inventory` reads names, sizes and records, but no arrays, so it is fast and imports no heavy
+library. Paths are below the store's folder. In a bucket store they stand for the objects in the
+bucket, not for the local copies.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Any
 from orchestrator.errors import DamagedArtifact, RemoteAway
 from orchestrator.store.artifacts import DAMAGED, ROW, UNFINISHED, ArtifactStore
 from orchestrator.store.backends import RECORD, stored_name
-from orchestrator.store.buckets import Entry, side_by_side
+from orchestrator.store.buckets import Entry, run_concurrently
 from orchestrator.store.verification import parse_record
 
-SHARDS = {"images": ".parquet", "synthetic": ".safetensors"}  # stages that are rows
-UNKNOWN = "unknown"  # an owner that nobody wrote down
+SHARDS = {"images": ".parquet", "synthetic": ".safetensors"}  # by stage whose artifacts are rows
+UNKNOWN = "unknown"  # owner of a file without a recorded user
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Holding:
     """An artifact with its record, or a row with its shards."""
 
     path: Path
-    record: Mapping[str, Any]  # of a row its row.json; empty where it cannot be read
+    record: Mapping[str, Any]  # row.json of a row; empty if it cannot be read
     files: Mapping[str, int]  # bytes by name
 
     @property
@@ -42,7 +42,7 @@ class Holding:
 
     @property
     def digest(self) -> str:
-        """12 hex digits: by them the store finds it."""
+        """The first 12 hex digits of the key, by which the store finds it."""
         return self.path.name.rpartition("-")[2]
 
     @property
@@ -50,7 +50,7 @@ class Holding:
         return str(self.record.get("user", UNKNOWN))
 
     def stored(self, name: str) -> str:
-        """Where a file that the record names lies in the folder."""
+        """Name under which the store keeps a file of the record."""
         in_bucket = stored_name(name, str(self.record["files"][name]))
         return in_bucket if in_bucket in self.files else name
 
@@ -60,20 +60,20 @@ class Holding:
 
     @cached_property
     def shards(self) -> dict[tuple[int, int], str]:
-        """File names by class and block; empty where it is no row."""
+        """File names of a row's shards by class and block; empty for other artifacts."""
         suffix = SHARDS.get(self.stage)
         if suffix is None:
             return {}
-        places = {name: name.removesuffix(suffix).split("-") for name in self.files}
+        indices = {name: name.removesuffix(suffix).split("-") for name in self.files}
         return {
-            (int(place[0]), int(place[1])): name
-            for name, place in places.items()
-            if name.endswith(suffix) and len(place) == 2 and "".join(place).isdigit()
+            (int(index[0]), int(index[1])): name
+            for name, index in indices.items()
+            if name.endswith(suffix) and len(index) == 2 and "".join(index).isdigit()
         }
 
     @property
     def images(self) -> int | None:
-        """How many images it holds, holes among them; None: it holds none, or does not say."""
+        """Number of images, including rejected ones; None: no images, or not known."""
         if self.stage not in SHARDS:
             found: int | None = self.record.get("info", {}).get("images")
             return found
@@ -85,24 +85,24 @@ class Holding:
 
 @dataclass(frozen=True)
 class Leftover:
-    """A file or folder that counts for nothing: its maker was killed, or is still at work."""
+    """A file or folder that the store ignores: its writer was killed, or is still working."""
 
     path: Path
     why: str
     bytes: int
-    changed: float  # seconds since the epoch
+    modified: float  # seconds since the epoch
 
 
 @dataclass(frozen=True)
 class Unfinished:
-    """What long work has so far, such as a training's checkpoint."""
+    """A checkpoint of work that is not complete."""
 
     path: Path
     bytes: int
 
     @property
     def digest(self) -> str:
-        """12 digits of its artifact's key."""
+        """The first 12 hex digits of its artifact's key."""
         return self.path.stem.partition("-")[0]
 
 
@@ -123,33 +123,33 @@ class Inventory:
 
 
 def take_inventory(store: ArtifactStore) -> Inventory:
-    """All that lies in a store now.
+    """List the current content of a store.
 
     Raises:
-        ValueError: there is no store.
+        ValueError: the store does not exist or has no artifact yet.
     """
     folders: dict[str, dict[str, Entry]] = defaultdict(dict)
-    for one in store.backend.listed("artifacts/*/*/*"):
-        folder, _, name = one.name.rpartition("/")
-        folders[folder][name] = one
+    for entry in store.backend.listed("artifacts/*/*/*"):
+        folder, _, name = entry.name.rpartition("/")
+        folders[folder][name] = entry
     if not folders and not store.artifacts.is_dir():
         raise ValueError(
-            f"nothing was made in {store.name} yet: run a sweep, or choose another with --store"
+            f"{store.name} has no artifacts yet: run a sweep, or choose another store with --store"
         )
-    known = {folder: ROW if folder.split("/")[1] in SHARDS else RECORD for folder in folders}
+    record_names = {folder: ROW if folder.split("/")[1] in SHARDS else RECORD for folder in folders}
     records: dict[str, dict[str, Any]] = {}
 
     def read(folder: str) -> None:
-        file = store.root / folder / known[folder]
+        file = store.root / folder / record_names[folder]
         try:
             with store.backend.open(file) as handle:
                 records[folder] = parse_record(handle.read(), file)
         except RemoteAway:
             raise
-        except (OSError, DamagedArtifact):  # `verify` says which
+        except (OSError, DamagedArtifact):  # `verify` reports it
             records[folder] = {}
 
-    side_by_side(read, [folder for folder, files in folders.items() if known[folder] in files])
+    run_concurrently(read, [f for f, files in folders.items() if record_names[f] in files])
     holdings: list[Holding] = []
     leftovers: list[Leftover] = []
     for folder, files in sorted(folders.items()):
@@ -158,29 +158,30 @@ def take_inventory(store: ArtifactStore) -> Inventory:
         holding = Holding(path, records.get(folder, {}), sizes)
         if path.name.startswith("."):
             leftovers.append(_leftover(path, _why_hidden(path.name), files))
-        elif known[folder] not in files and not holding.shards:
+        elif record_names[folder] not in files and not holding.shards:
             leftovers.append(_leftover(path, "a folder without a record", files))
         else:
             holdings.append(holding)
-            for name, why in _strays(holding):
+            for name, why in _unrecorded_files(holding):
                 leftovers.append(_leftover(path / name, why, {name: files[name]}))
     unfinished: list[Unfinished] = []
-    for one in store.backend.listed(UNFINISHED):
-        path = store.root / one.name
+    for entry in store.backend.listed(UNFINISHED):
+        path = store.root / entry.name
         if path.name.startswith("."):
-            leftovers.append(_leftover(path, _why_hidden(path.name), {one.name: one}))
-        elif not one.name.endswith("/"):
-            unfinished.append(Unfinished(path, one.size))
+            leftovers.append(_leftover(path, _why_hidden(path.name), {entry.name: entry}))
+        elif not entry.name.endswith("/"):
+            unfinished.append(Unfinished(path, entry.size))
     return Inventory(store, tuple(holdings), tuple(leftovers), tuple(unfinished))
 
 
 def _leftover(path: Path, why: str, files: Mapping[str, Entry]) -> Leftover:
     entries = files.values()
-    size = sum(one.size for one in entries)
-    return Leftover(path, why, size, max(one.changed for one in entries))
+    size = sum(entry.size for entry in entries)
+    return Leftover(path, why, size, max(entry.modified for entry in entries))
 
 
-def _strays(holding: Holding) -> Iterator[tuple[str, str]]:
+def _unrecorded_files(holding: Holding) -> Iterator[tuple[str, str]]:
+    """Files that the record does not list, each with the reason why it exists."""
     recorded = holding.record.get("files")
     if recorded is not None:
         recorded = {holding.stored(name) for name in recorded}
@@ -188,8 +189,8 @@ def _strays(holding: Holding) -> Iterator[tuple[str, str]]:
         if name.startswith("."):
             yield name, _why_hidden(name)
         elif recorded is not None and name not in recorded and name != RECORD:
-            yield name, "a file that the record does not know"
+            yield name, "a file that the record does not list"
 
 
 def _why_hidden(name: str) -> str:
-    return "it was damaged and set aside" if name.startswith(DAMAGED) else "it is half made"
+    return "it was damaged and set aside" if name.startswith(DAMAGED) else "it is incomplete"

@@ -1,4 +1,4 @@
-"""Where a sweep lives, who runs it, and how its last run ended."""
+"""Location of a sweep in a store, and the files that its last run left there."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from orchestrator.store.verification import read_cache, read_sealed
 
 @dataclass(frozen=True)
 class SweepLocation:
-    """Where a sweep lives: the store, its folder in it, the datasets.
+    """Store and folder of a sweep, and the root of its datasets.
 
     Args:
-        recorded: results are read by the digests and class names that the last run recorded, and
-            no image or weights need to be there.
+        recorded: use the digests and class names that the last run recorded, so that no images or
+            weights are needed to read its results.
     """
 
     store: ArtifactStore
@@ -32,8 +32,9 @@ class SweepLocation:
         for name in (self.project, self.name):
             if Path(name).name != name or name in ("", ".."):
                 raise ValueError(
-                    f"{name!r} is no name of a project or a sweep, but a way to another folder; "
-                    "allowed: letters, digits, `.`, `_` and `-`, the first a letter or a digit"
+                    f"{name!r} is no valid name of a project or a sweep, because it leads to "
+                    "another folder; allowed: letters, digits, `.`, `_` and `-`, starting with a "
+                    "letter or a digit"
                 )
 
     @property
@@ -44,17 +45,18 @@ class SweepLocation:
         return open_event_log(self.folder, self.store.backend)
 
     def refresh(self) -> SweepLocation:
-        """Bring what a bucket says of the sweep to this machine."""
+        """Download the event log and the files of the sweep from a bucket."""
         self.event_log().refresh()
         self.store.backend.pull_folder(self.folder)
         return self
 
     def write(self, name: str, content: str | bytes) -> None:
-        """A file of the sweep."""
+        """Write a file of the sweep."""
         self.store.write(self.folder / name, content)
 
 
 def location_named(store: ArtifactStore, project: str, name: str) -> SweepLocation:
+    """Location of a recorded sweep, with its files downloaded."""
     return SweepLocation(store, project, name, None).refresh()
 
 
@@ -64,7 +66,7 @@ def recorded_names(store: ArtifactStore) -> list[tuple[str, str]]:
 
 
 def recorded_locations(store: ArtifactStore) -> list[SweepLocation]:
-    """Where the sweeps of a store are, by name."""
+    """Locations of the sweeps of a store, sorted by name."""
     return [location_named(store, project, name) for project, name in recorded_names(store)]
 
 
@@ -72,29 +74,29 @@ RESOLVED = "resolved.json"
 
 
 def read_resolved(location: SweepLocation) -> dict[str, Any]:
-    """How a sweep was last run: its options, and the digests of its inputs.
+    """resolved.json of the last run: its options, and the digests of its inputs.
 
     Raises:
         ValueError: the file is damaged.
-        FileNotFoundError: the sweep was not run.
+        FileNotFoundError: the sweep has not been run.
     """
     file = location.folder / RESOLVED
     try:
         return read_sealed(file)
     except ValueError as problem:
         raise ValueError(
-            f"{file} is damaged: {problem}; `airsweep run` with the sweep file and its options "
-            "writes it anew"
+            f"{file} is damaged: {problem}; run `airsweep run` with the sweep file and its "
+            "options, which writes it again"
         ) from None
 
 
 def read_outcome(location: SweepLocation) -> dict[str, Any]:
-    """outcome.json of the last run; empty if there is none."""
+    """outcome.json of the last run; empty if it does not exist."""
     return read_cache(location.folder / "outcome.json", lambda outcome: outcome, {})
 
 
 def whoami() -> str:
-    """Who runs this, for tags."""
+    """User name, for records and tags."""
     try:
         return os.environ.get("AIRSWEEP_USER") or getpass.getuser()
     except (KeyError, OSError):

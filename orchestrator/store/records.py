@@ -15,15 +15,13 @@ from air_core.specs import TrialSpec
 from orchestrator.store.artifacts import Artifact, ArtifactStore
 
 PREDICTIONS, PROMPT = "predictions.safetensors", "prompt.safetensors"
-
-
-# What a record says of its making; `code` and `dirty` are digests, `files` has one for each file.
-MADE = ("user", "commit", "dirty", "code", "host", "versions", "files")
+# Fields of a record on its origin; `code` and `dirty` are digests, `files` has one digest per file.
+PROVENANCE = ("user", "commit", "dirty", "code", "host", "versions", "files")
 
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """What a done trial left behind."""
+    """Results and provenance of a complete trial."""
 
     key: str
     metrics: dict[str, float]
@@ -33,35 +31,37 @@ class TrialRecord:
     started: float  # seconds since the epoch
     seconds: float
     path: Path
-    made: Mapping[str, Any] = field(default_factory=dict)  # by whom, with which code, on what
+    made: Mapping[str, Any] = field(default_factory=dict)  # PROVENANCE fields and `device`
 
     @property
     def headline(self) -> float:
-        """The test metric that the paradigm is judged by."""
+        """Main test metric: the harmonic mean if the paradigm has one, else the accuracy."""
         return self.metrics.get("test/harmonic_mean", self.metrics["test/accuracy"])
 
     def predictions(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of the test images: position in the dataset, predicted class, true class; each (T,)."""
+        """Dataset index, predicted class and true class of each test image; each (T,)."""
         arrays = load_file(self.path / PREDICTIONS)
         return arrays["index"], arrays["predictions"], arrays["labels"]
 
     def prompt(self) -> np.ndarray:
-        """The learned vectors.
+        """The learned prompt vectors.
 
         Raises:
-            ValueError: nothing was learned, or the trial ran before prompts were kept.
+            ValueError: the method learns no prompt, or an older version ran the trial.
         """
         file = self.path / PROMPT
         if not file.exists():
-            raise ValueError(f"{file} is not there; remove {self.path} to learn it again")
+            raise ValueError(
+                f"{file} does not exist; remove {self.path} and run the sweep to learn it again"
+            )
         return load_file(file)["prompt"]
 
 
 def read_trial(spec: TrialSpec, store: ArtifactStore) -> TrialRecord:
-    """A done trial. Imports no torch.
+    """Read the record of a complete trial. Imports no torch.
 
     Raises:
-        MissingArtifact: it was not run yet.
+        MissingArtifact: the trial has not been run.
     """
     return _record(store.get(spec))
 
@@ -78,7 +78,7 @@ def _record(artifact: Artifact) -> TrialRecord:
         seconds=artifact.record["seconds"],
         path=artifact.path,
         made={
-            **{name: artifact.record[name] for name in MADE if name in artifact.record},
+            **{name: artifact.record[name] for name in PROVENANCE if name in artifact.record},
             "device": info.get("device", ""),
         },
     )

@@ -1,4 +1,4 @@
-"""A row of shards, one per class and block: images, or what CLIP makes of them."""
+"""Rows: one shard per class and block, with images or with their features."""
 
 from __future__ import annotations
 
@@ -23,75 +23,76 @@ class Row:
     backend: FolderBackend
 
     def shard(self, class_index: int, block: int, suffix: str) -> Path:
-        """Where a shard lies, or would lie; of a bucket, once it was pulled."""
+        """Path of a shard. In a bucket store the file exists after `pull`."""
         return self.path / f"{class_index:04d}-{block:05d}{suffix}"
 
     def present(self, suffix: str) -> frozenset[tuple[int, int]]:
-        """(class, block) of the shards that are there."""
-        found = set()
+        """(class, block) of the existing shards."""
+        shards = set()
         for name in self.backend.names(self.path):
             if name.endswith(suffix) and not name.startswith("."):
-                c, _, block = name.removesuffix(suffix).partition("-")
-                found.add((int(c), int(block)))
-        return frozenset(found)
+                class_index, _, block = name.removesuffix(suffix).partition("-")
+                shards.add((int(class_index), int(block)))
+        return frozenset(shards)
 
     def holds(self, class_index: int, block: int, suffix: str) -> bool:
-        """Is a shard there, as of now?"""
+        """Whether a shard exists now, without using a cached listing."""
         return self.backend.exists(self.shard(class_index, block, suffix))
 
-    def called(self, shard: Path) -> str:
-        """A shard, for who should remove it."""
-        label = self.backend.label(shard)
-        return label if label == str(shard) else f"{label} or its copy {shard}"
-
     def pull(self, shards: Collection[tuple[int, int]], suffix: str) -> None:
-        """Bring shards to this machine, those that are there."""
-        self.backend.pull((self.shard(c, block, suffix) for c, block in shards), anew=False)
+        """Download shards that exist to this machine."""
+        self.backend.pull((self.shard(c, block, suffix) for c, block in shards), overwrite=False)
 
     def read(self, class_index: int, block: int, suffix: str) -> bytes:
-        """The content of a shard, of a bucket brought here first. Shards from before there were
-        checksums are taken as they are.
+        """Content of a shard, downloaded first if necessary. Shards of older versions have no
+        checksum and are not verified.
 
         Raises:
-            DamagedArtifact: its checksum does not fit.
-            FileNotFoundError: it does not exist.
+            DamagedArtifact: the checksum does not match.
+            FileNotFoundError: the shard does not exist.
         """
         self.pull([(class_index, block)], suffix)
         shard = self.shard(class_index, block, suffix)
         data = shard.read_bytes()
         if intact(data) is False:
-            raise DamagedArtifact(shard, "its checksum does not fit", self.called(shard))
+            label = self.backend.label(shard)
+            name = label if label == str(shard) else f"{label} or its copy {shard}"
+            raise DamagedArtifact(shard, "its checksum does not match", name)
         return data
 
     def check(self, class_index: int, block: int, suffix: str) -> None:
-        """Read a shard, where it is on this machine. Raises DamagedArtifact as `read`."""
+        """Verify a shard if this machine has a copy. Raises DamagedArtifact as `read`."""
         if self.shard(class_index, block, suffix).exists():
             self.read(class_index, block, suffix)
 
     def publish(self, class_index: int, block: int, suffix: str, data: bytes) -> None:
-        """A shard is there, whole; the one of whoever was first."""
-        place = self.shard(class_index, block, suffix)
-        data = self.backend.put_once(place, data)
-        # Not synced: a power cut may damage shards, which their seals tell, and what is lost is
-        # drawn again. Thousands of syncs on a shared file system would cost more.
-        write_beside(place, data)
+        """Write a shard atomically. An existing shard in a bucket is kept instead."""
+        file = self.shard(class_index, block, suffix)
+        data = self.backend.put_once(file, data)
+        # Not synced: thousands of syncs are slow on a shared file system. If a power cut damages a
+        # shard, its checksum reveals that, and the block is generated again.
+        write_beside(file, data)
 
     @contextmanager
-    def deaths_counted(self, class_index: int, block: int, most: int) -> Iterator[int]:
-        """How many processes died within this block for this shard, up to `most`; counted where
-        every machine sees it."""
-        marks = self._marks(class_index, block, most)
-        deaths = next((n for n, mark in enumerate(marks) if self.backend.mark(mark)), most)
+    def count_crashes(self, class_index: int, block: int, limit: int) -> Iterator[int]:
+        """Number of processes, on any machine, that died in this context for the same shard.
+
+        Args:
+            limit: the largest number that is counted.
+        """
+        markers = self._markers(class_index, block, limit)
+        created = (n for n, marker in enumerate(markers) if self.backend.create_marker(marker))
+        crashes = next(created, limit)
         try:
-            yield deaths
-        finally:  # who is killed does not come here
-            for mark in marks[: deaths + 1]:
-                self.backend.remove(mark)
+            yield crashes
+        finally:  # a killed process does not get here and leaves its marker
+            for marker in markers[: crashes + 1]:
+                self.backend.remove(marker)
 
-    def forget_deaths(self, class_index: int, block: int, most: int) -> None:
-        """Its last process was ended by us, and not by the shard: count anew."""
-        for mark in self._marks(class_index, block, most):
-            self.backend.remove(mark)
+    def reset_crashes(self, class_index: int, block: int, limit: int) -> None:
+        """Reset the count, after airsweep itself has stopped the process of a shard."""
+        for marker in self._markers(class_index, block, limit):
+            self.backend.remove(marker)
 
-    def _marks(self, class_index: int, block: int, most: int) -> list[Path]:
-        return [self.shard(class_index, block, f".{n}.tries") for n in range(most)]
+    def _markers(self, class_index: int, block: int, limit: int) -> list[Path]:
+        return [self.shard(class_index, block, f".{n}.tries") for n in range(limit)]

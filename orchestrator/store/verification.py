@@ -1,8 +1,8 @@
-"""The content of stored files against what was recorded of it.
+"""Verify stored files against their records and checksums.
 
-A record carries its own checksum (`seal.py`) and the digests of the other files of its artifact.
-Each file is read once in a process: a file that passed is remembered by size, modification time
-and inode, and read again when one of these has changed.
+A record carries its own checksum (`air_core/seal.py`) and the digests of the other files of its
+artifact. Each process reads a file once: a verified file is identified by size, modification time
+and inode, and read again when one of them changes.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _verified: dict[tuple[Path, str], Stamp] = {}  # by file and digest
 
 
 def read_record(file: Path) -> dict[str, Any]:
-    """`record.json` or `row.json`, checked against its checksum.
+    """Read `record.json` or `row.json` and verify its checksum.
 
     Raises:
-        DamagedArtifact: it cannot be parsed or was changed.
+        DamagedArtifact: the file cannot be parsed or was changed.
         FileNotFoundError: it does not exist.
     """
     try:
@@ -38,20 +38,28 @@ def read_record(file: Path) -> dict[str, Any]:
 
 
 def parse_record(data: bytes, file: Path, name: str = "") -> dict[str, Any]:
-    """The same of the bytes of a record; `name` is what it is called in a bucket."""
+    """Parse the content of a record and verify its checksum.
+
+    Args:
+        file: path of the record.
+        name: its name in messages; default: the path of its folder.
+
+    Raises:
+        DamagedArtifact: the content cannot be parsed or was changed.
+    """
     try:
         record = json.loads(data)
     except (ValueError, RecursionError) as problem:
         raise DamagedArtifact(file.parent, f"{file.name} is not JSON ({problem})", name) from None
     if not isinstance(record, dict):
-        raise DamagedArtifact(file.parent, f"{file.name} does not hold a JSON object", name)
+        raise DamagedArtifact(file.parent, f"{file.name} is not a JSON object", name)
     if intact(data) is False:
-        raise DamagedArtifact(file.parent, f"the checksum of {file.name} does not fit", name)
+        raise DamagedArtifact(file.parent, f"the checksum of {file.name} does not match", name)
     return record
 
 
 def verify_files(folder: Path, record: dict[str, Any]) -> None:
-    """Compare the files of an artifact with the digests of its record.
+    """Compare the files of an artifact with the digests in its record.
 
     Raises:
         DamagedArtifact: a file was changed or is missing.
@@ -71,18 +79,19 @@ def verify_files(folder: Path, record: dict[str, Any]) -> None:
         except IsADirectoryError:
             raise DamagedArtifact(folder, f"{name} is a folder") from None
         if found != digest:
-            raise DamagedArtifact(folder, f"{name} does not fit the digest of its record")
+            raise DamagedArtifact(folder, f"{name} does not match its digest in the record")
         _verified[file, digest] = stamp
 
 
-# ---------------------------------------------------------------- files beside the artifacts
+# ---------------------------------------------------------------- other files
 
 
 def read_sealed(file: Path) -> dict[str, Any]:
-    """A JSON object that `sealed_json` wrote; files without a checksum are older and are accepted.
+    """Read a JSON object written by `sealed_json`. Files of older versions have no checksum and
+    are accepted.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: the file is damaged.
         FileNotFoundError: it does not exist.
     """
     try:
@@ -94,17 +103,17 @@ def read_sealed(file: Path) -> dict[str, Any]:
 
 
 def read_cache(file: Path, parse: Callable[[dict[str, Any]], T], empty: T) -> T:
-    """The content of a file that can be computed again; `empty` where it is missing or damaged.
+    """Read a file that can be computed again. A missing or damaged file gives `empty`.
 
     Args:
-        parse: turns the JSON object into what is wanted.
+        parse: converts the JSON object.
     """
     try:
         return parse(read_sealed(file))
     except FileNotFoundError:
         return empty
     except (ValueError, TypeError, KeyError, AttributeError) as problem:
-        _warn_once(f"{file} is damaged and is built anew: {problem}")
+        _warn_once(f"{file} is damaged and is computed again: {problem}")
         return empty
 
 

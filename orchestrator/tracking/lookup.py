@@ -20,7 +20,7 @@ from orchestrator.planning.inputs import REFS
 from orchestrator.reporting.bundles import SelectedTrial
 from orchestrator.store import ArtifactStore, SweepLocation, read_trial, recorded_locations
 from orchestrator.store.backends import RECORD
-from orchestrator.store.records import MADE
+from orchestrator.store.records import PROVENANCE
 from orchestrator.store.verification import read_record
 from orchestrator.tracking._child_runs import SPEC
 
@@ -76,7 +76,7 @@ def find_trial(name: str, store: ArtifactStore, uri: str | None) -> PastTrial:
         TrackerAway: the store has no such trial, and MLflow does not answer.
     """
     key = _key_of_slot(name, store) if "/" in name else name
-    records = store.named(TrialSpec, key) if key and len(key) >= MIN_DIGITS else []
+    records = store.find_by_digest(TrialSpec, key) if key and len(key) >= MIN_DIGITS else []
     if len(records) > 1:
         raise ValueError(
             f"the keys of several trials in {store.name} start with {name!r}; give more digits"
@@ -122,7 +122,7 @@ def trial_of_run(run_id: str, root: Path, uri: str | None) -> PastTrial:
         raise ValueError(f"{run_id} ({run.info.run_name}) {problem}")
     flat, digests = _settings_and_digests(json.loads(text))
     lists = ("versions", "files")  # tags that contain JSON
-    made: dict[str, Any] = {name: tags.get(f"air.{name}", "") for name in (*MADE, "device")}
+    made: dict[str, Any] = {name: tags.get(f"air.{name}", "") for name in (*PROVENANCE, "device")}
     made |= {name: json.loads(made[name] or "{}") for name in lists}
     key = tags["air.trial_key"]
     return PastTrial(run.info.run_name, key, flat, digests, made, run.data.metrics)
@@ -132,7 +132,7 @@ def trial_of_record(path: Path) -> PastTrial:
     """Read a finished trial from its record in a store."""
     record = read_record(path / RECORD)
     flat, digests = _settings_and_digests(dict(_flattened(record["spec"], "")))
-    made = {name: record.get(name, "") for name in MADE}
+    made = {name: record.get(name, "") for name in PROVENANCE}
     made["device"] = record["info"].get("device", "")
     classnames = tuple(record["spec"]["classnames"])
     metrics = record["info"]["metrics"]

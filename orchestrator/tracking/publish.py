@@ -22,7 +22,7 @@ from orchestrator.planning import Outcome
 from orchestrator.redact import without_credentials
 from orchestrator.spec import SweepSpec
 from orchestrator.store import SweepLocation
-from orchestrator.store.artifacts import maker
+from orchestrator.store.artifacts import provenance
 from orchestrator.tracking._child_runs import ChildRuns
 from orchestrator.tracking.reconcile import status_of, sweep_run_of, sync
 from orchestrator.tracking.types import Status, SweepRun, make_tracker
@@ -61,7 +61,7 @@ class Publisher:
     @cached_property
     def parent(self) -> SweepRun:
         """The sweep run. Read it after the driver has set user and commit in the environment."""
-        return sweep_run_of(self.sweep, self.location, maker())
+        return sweep_run_of(self.sweep, self.location, provenance())
 
     @cached_property
     def _children(self) -> ChildRuns:
@@ -144,7 +144,7 @@ class Publisher:
         setting = self._children.completed_setting(outcome)
         if at is None:
             return True
-        runs = [self._children.trial(outcome, at, maker()), *([setting] if setting else [])]
+        runs = [self._children.trial(outcome, at, provenance()), *([setting] if setting else [])]
         return self._call(lambda tracker: [tracker.send(run) for run in runs])
 
     def _close(self, status: Status) -> bool:

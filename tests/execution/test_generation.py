@@ -150,7 +150,7 @@ def test_a_block_that_cannot_be_drawn_is_named_and_the_others_are_kept(
     for c in (3, 4):
         copied.row(requirement.spec).shard(c, 0, ".safetensors").unlink()
     row = copied.open_row(requirement.spec.images)
-    killed = [row.deaths_counted(3, 0, 2) for _ in range(2)]
+    killed = [row.count_crashes(3, 0, 2) for _ in range(2)]
     for process in killed:
         process.__enter__()  # and never comes back
     ((failed, failure),) = drawn(requirement, copied, Watcher())
@@ -190,7 +190,7 @@ def test_who_waits_for_a_block_that_another_draws_says_for_whom(
     key = artifact_key(requirement.spec.images)
     progress = Progress(watcher)
     with ThreadPoolExecutor() as pool:
-        with ArtifactStore(tmp_path).locks.turn(f"{key.digest}-3-0"):
+        with ArtifactStore(tmp_path).locks.exclusive(f"{key.digest}-3-0"):
             waits = pool.submit(Generate([requirement.spec], worker, progress.board), block)
             wait_until(lambda: progress.read() or "waiting" in watcher.told)
         assert waits.result()["drawn"] == [8]

@@ -1,4 +1,4 @@
-"""A disk of any size, full when a test wants it: a tmpfs that only the test's processes see."""
+"""A disk of limited size for tests: a tmpfs that only the processes of the test can see."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-PAGE = 4096  # bytes: what a file takes is a multiple
+PAGE = 4096  # bytes; files occupy multiples of it
 UNSHARE = ["unshare", "--user", "--map-root-user", "--mount"]
 
 
 class SmallDisk:
-    """A file system of `size` bytes at `place`, for commands that begin with `inside`.
+    """A file system of `size` bytes, mounted at `place` for commands that begin with `inside`.
 
-    Other processes see what lies there at `seen`. It is gone with `close()`.
+    Other processes see its files at `seen`. `close()` removes it.
 
     Raises:
         OSError: the machine allows no user namespaces, or no tmpfs in them.
@@ -27,7 +27,7 @@ class SmallDisk:
     def __init__(self, place: Path, size: int) -> None:
         place.mkdir(parents=True)
         self.place = place
-        mount = f"mount -t tmpfs -o size={size} small {place} && echo there && exec cat"
+        mount = f"mount -t tmpfs -o size={size} small {place} && echo mounted && exec cat"
         self._keeper = subprocess.Popen(
             [*UNSHARE, "sh", "-c", mount],
             stdin=subprocess.PIPE,
@@ -35,20 +35,20 @@ class SmallDisk:
             stderr=subprocess.PIPE,
         )
         assert self._keeper.stdout is not None
-        if self._keeper.stdout.readline() != b"there\n":
-            _, said = self._keeper.communicate()
-            raise OSError(f"no file system of one's own here: {said.decode().strip()}")
+        if self._keeper.stdout.readline() != b"mounted\n":
+            _, error = self._keeper.communicate()
+            raise OSError(f"cannot mount a tmpfs in a user namespace: {error.decode().strip()}")
         self.seen = Path(f"/proc/{self._keeper.pid}/root{place}")
-        joined = ("nsenter", "--preserve-credentials", "--user", "--mount")
-        self.inside = [*joined, "--target", str(self._keeper.pid), f"--wdns={os.getcwd()}"]
+        nsenter = ("nsenter", "--preserve-credentials", "--user", "--mount")
+        self.inside = [*nsenter, "--target", str(self._keeper.pid), f"--wdns={os.getcwd()}"]
 
     def resize(self, size: int) -> None:
         remount = ["mount", "-o", f"remount,size={size}", str(self.place)]
         subprocess.run([*self.inside, *remount], check=True)
 
     def clear(self) -> None:
-        for left in self.seen.iterdir():
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        for path in self.seen.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def close(self) -> None:
         self._keeper.communicate()
@@ -56,7 +56,7 @@ class SmallDisk:
 
 @contextmanager
 def small_disk(place: Path, size: int) -> Iterator[SmallDisk]:
-    """A disk, or a skipped test where the machine has none to give."""
+    """A SmallDisk; skips the test if the machine cannot provide one."""
     try:
         disk = SmallDisk(place, size)
     except OSError as problem:

@@ -1,4 +1,4 @@
-"""Real servers on loopback, for tests that start, kill and restart one, or cut the line to it."""
+"""Real servers on loopback, for tests that start, kill and restart servers or break connections."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from tests.helpers.sweeps import wait_until
 
 
 class MlflowProcess:
-    """A server of MLflow on one port.
+    """An MLflow server process.
 
     Args:
-        log: where it writes.
+        log: file for its output.
     """
 
     def __init__(self, log: Path) -> None:
@@ -35,7 +35,7 @@ class MlflowProcess:
         self._process: subprocess.Popen[bytes] | None = None
 
     def _launch(self, command: Sequence[str], env: Mapping[str, str], folder: Path | None) -> None:
-        """Start it, and wait until it answers."""
+        """Start the process, and wait until the server responds."""
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 command,
@@ -43,20 +43,20 @@ class MlflowProcess:
                 cwd=folder,
                 stdout=log,
                 stderr=log,
-                start_new_session=True,  # its workers go with it
+                start_new_session=True,  # so that `kill` ends its workers too
             )
         wait_until(self._answers, self.log.read_text)
 
     def _answers(self) -> bool:
         assert self._process is not None
         assert self._process.poll() is None, self.log.read_text()
-        with contextlib.suppress(OSError):  # of HTTP, too
+        with contextlib.suppress(OSError):  # includes HTTP errors
             urllib.request.urlopen(f"{self.url}/health", timeout=5).close()
             return True
         return False
 
     def kill(self) -> None:
-        """At once, as a power cut would."""
+        """Kill the server and its workers with SIGKILL."""
         assert self._process is not None
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
@@ -72,11 +72,11 @@ class MlflowProcess:
 
 
 class MlflowServer(MlflowProcess):
-    """Over one store, as `airsweep ui` starts it.
+    """The MLflow server of a store, as `airsweep ui` starts it.
 
     Args:
-        store: a folder whose database and artifacts are shown.
-        log: where it writes.
+        store: folder with the database and the artifacts.
+        log: file for its output.
     """
 
     def __init__(self, store: Path, log: Path) -> None:
@@ -90,31 +90,48 @@ class MlflowServer(MlflowProcess):
 
 
 class S3Server:
-    """On one port, in this process, which keeps what it holds while it is stopped."""
+    """An S3 server (moto) in this process. It keeps its objects while it is stopped."""
 
     def __init__(self) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        from moto.server import ThreadedMotoServer
+        from moto.server import (
+            DomainDispatcherApplication,
+            MotoRequestHandler,
+            create_backend_app,
+        )
+        from werkzeug.serving import make_server
 
-        logging.getLogger("werkzeug").setLevel(logging.ERROR)  # else one line a request
-        self._server = ThreadedMotoServer(ip_address="127.0.0.1", port=self.port, verbose=False)
-        self._server.start()
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)  # no line per request
+        app = one_write_at_a_time(DomainDispatcherApplication(create_backend_app))
+
+        def bound() -> bool:
+            # After `stop`, the port may be busy for a moment; werkzeug then exits.
+            with contextlib.suppress(SystemExit):
+                self._server = make_server(
+                    "127.0.0.1", self.port, app, threaded=True, request_handler=MotoRequestHandler
+                )
+                return True
+            return False
+
+        wait_until(bound, lambda: f"port {self.port} is in use")
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
     def stop(self) -> None:
-        self._server.stop()
+        self._server.shutdown()
+        self._server.server_close()
 
     def make_bucket(self, name: str) -> None:
         self._client().create_bucket(Bucket=name)
 
     def make_folder(self, bucket: str, name: str) -> None:
-        """The empty object by which some tools show a folder."""
+        """Create a folder marker: the empty object that some tools create for a folder."""
         self._client().put_object(Bucket=bucket, Key=name)
 
     def objects(self, bucket: str) -> dict[str, bytes]:
-        """All that is in a bucket."""
+        """Content of all objects of a bucket, by name."""
         client = self._client()
         pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket)
         keys = [found["Key"] for page in pages for found in page.get("Contents", [])]
@@ -123,26 +140,43 @@ class S3Server:
     def _client(self) -> Any:
         import boto3
 
-        # Any key will do for moto; without one, boto3 would look for the role of a machine.
+        # moto accepts any key. Without one, boto3 searches for the role of a cloud machine.
         keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test"}
         return boto3.client("s3", endpoint_url=self.url, region_name="us-east-1", **keys)
 
 
-Answer = tuple[int, bytes, Mapping[str, str]]  # status, body, headers
+def one_write_at_a_time(app: Any) -> Any:
+    """A WSGI application that handles its writes one after another.
+
+    moto checks If-None-Match and If-Match before it stores an object, in threads and without a
+    lock, so two concurrent conditional writes could both succeed.
+    """
+    writing = threading.Lock()
+
+    def serialized(environ: dict[str, Any], start_response: Any) -> Any:
+        if environ["REQUEST_METHOD"] in ("GET", "HEAD"):
+            return app(environ, start_response)
+        with writing:
+            return app(environ, start_response)
+
+    return serialized
+
+
+Response = tuple[int, bytes, Mapping[str, str]]  # status, body, headers
 
 
 def forwarding(url: str) -> type[BaseHTTPRequestHandler]:
-    """What passes each request on to a server, and its answer back."""
+    """A handler that forwards each request to a server, and returns the response."""
 
     class Forwarding(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"  # connections are kept
+        protocol_version = "HTTP/1.1"  # persistent connections
 
         def do_GET(self) -> None:
-            answer = self.forward()
-            if answer is None:
+            response = self.forward()
+            if response is None:
                 self.close_connection = True
                 return
-            status, body, headers = answer
+            status, body, headers = response
             self.send_response(status)
             for name, value in headers.items():
                 if name.lower() not in ("content-length", "connection", "transfer-encoding"):
@@ -153,27 +187,27 @@ def forwarding(url: str) -> type[BaseHTTPRequestHandler]:
 
         do_HEAD = do_PUT = do_DELETE = do_POST = do_PATCH = do_GET
 
-        def forward(self) -> Answer | None:
-            """The server's answer; None: it is lost."""
+        def forward(self) -> Response | None:
+            """Response of the server; None: close the connection without a response."""
             own = ("host", "expect", "connection")
             headers = {
                 name: value for name, value in self.headers.items() if name.lower() not in own
             }
-            headers.setdefault("Content-Type", "binary/octet-stream")  # urllib's is of a form
-            asked = urllib.request.Request(
+            headers.setdefault("Content-Type", "binary/octet-stream")  # instead of urllib's default
+            request = urllib.request.Request(
                 url + self.path, self.body() or None, headers, method=self.command
             )
             try:
-                answer = urllib.request.urlopen(asked)
-            except urllib.error.HTTPError as refusal:
-                answer = refusal
-            with answer:
-                return answer.status, answer.read(), dict(answer.headers)
+                response = urllib.request.urlopen(request)
+            except urllib.error.HTTPError as error:
+                response = error
+            with response:
+                return response.status, response.read(), dict(response.headers)
 
         def body(self) -> bytes:
             return self.rfile.read(int(self.headers.get("Content-Length", 0)))
 
-        def log_message(self, *of: object) -> None:
+        def log_message(self, *arguments: object) -> None:
             pass
 
     return Forwarding
@@ -181,10 +215,10 @@ def forwarding(url: str) -> type[BaseHTTPRequestHandler]:
 
 @contextlib.contextmanager
 def counting_requests(server: S3Server, requests: list[str]) -> Iterator[str]:
-    """The address of the same server, which notes each request: method and path."""
+    """URL of a proxy that appends method and path of each request to `requests`."""
 
     class Counting(forwarding(server.url)):  # type: ignore[misc]
-        def forward(self) -> Answer | None:
+        def forward(self) -> Response | None:
             requests.append(f"{self.command} {self.path}")
             return super().forward()
 
@@ -194,16 +228,15 @@ def counting_requests(server: S3Server, requests: list[str]) -> Iterator[str]:
 
 @contextlib.contextmanager
 def full_bucket(server: S3Server) -> Iterator[str]:
-    """The address of the same server when its disk has no room: what is there can be read, and
-    each write gets MinIO's answer."""
+    """URL of a proxy that behaves like MinIO on a full disk: reads succeed, writes fail."""
 
     class Full(forwarding(server.url)):  # type: ignore[misc]
-        def forward(self) -> Answer | None:
+        def forward(self) -> Response | None:
             if self.command not in ("PUT", "DELETE"):
                 return super().forward()
             self.body()
-            said = "Storage backend has reached its minimum free drive threshold."
-            body = f"<Error><Code>XMinioStorageFull</Code><Message>{said}</Message></Error>"
+            message = "Storage backend has reached its minimum free drive threshold."
+            body = f"<Error><Code>XMinioStorageFull</Code><Message>{message}</Message></Error>"
             return 507, body.encode(), {"Content-Type": "application/xml"}
 
     with served(Full) as url:
@@ -211,20 +244,20 @@ def full_bucket(server: S3Server) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def losing_answers(server: S3Server, to_lose: list[str]) -> Iterator[str]:
-    """The address of the same server behind a line that breaks.
+def losing_responses(server: S3Server, to_lose: list[str]) -> Iterator[str]:
+    """URL of a proxy that loses responses.
 
     Args:
-        to_lose: ends of names. A write to one takes effect, but its answer is lost; then the end is
-            removed from the list.
+        to_lose: endings of object names. The next write to such a name takes effect, but its
+            response is lost; then the ending is removed from the list.
     """
 
     class Losing(forwarding(server.url)):  # type: ignore[misc]
-        def forward(self) -> Answer | None:
-            found = super().forward()
+        def forward(self) -> Response | None:
+            response = super().forward()
             lost = next((end for end in to_lose if self.path.endswith(end)), None)
-            if lost is None or self.command != "PUT" or found[0] != 200:
-                return found
+            if lost is None or self.command != "PUT" or response[0] != 200:
+                return response
             to_lose.remove(lost)
             return None
 
@@ -234,16 +267,16 @@ def losing_answers(server: S3Server, to_lose: list[str]) -> Iterator[str]:
 
 @contextlib.contextmanager
 def in_trouble(url: str, trouble: list[str]) -> Iterator[str]:
-    """The address of a server of MLflow that may be in trouble.
+    """URL of a proxy to an MLflow server that can fail.
 
     Args:
-        trouble: holds `away`: requests get no answer; `busy`: they get that of a server whose pool
-            of connections to its database is used up.
+        trouble: empty, or contains `away`: requests get no response; or `busy`: they get the error
+            of a server whose pool of database connections is exhausted.
     """
     busy = {"error_code": "BAD_REQUEST", "message": "QueuePool limit of size 1 overflow 0 reached"}
 
     class Troubled(forwarding(url)):  # type: ignore[misc]
-        def forward(self) -> Answer | None:
+        def forward(self) -> Response | None:
             if not trouble:
                 return super().forward()
             self.body()
@@ -257,7 +290,7 @@ def in_trouble(url: str, trouble: list[str]) -> Iterator[str]:
 
 @contextlib.contextmanager
 def served(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
-    """A small HTTP server on loopback; its address."""
+    """URL of an HTTP server on loopback."""
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
@@ -265,8 +298,8 @@ def served(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
 
 
 def free_port() -> int:
-    """Below those that the system gives to whoever asks: one of these may be given away before the
-    server that it is meant for has bound it."""
+    """A free port below the ephemeral range. The system could assign an ephemeral port to another
+    process before the server binds it."""
     for port in random.sample(range(20000, 32768), 1000):
         with contextlib.suppress(OSError), socket.socket() as probe:
             probe.bind(("127.0.0.1", port))

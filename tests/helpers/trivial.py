@@ -133,7 +133,7 @@ def pass_gate() -> None:
 
 def prepare(requirements: Any, context: Any) -> Iterator[None]:
     store, watcher = context.worker.store, context.watcher
-    store.look_again()
+    store.refresh_listings()
     for requirement in requirements:
         if not isinstance(requirement.spec, SyntheticFeaturesSpec):
             if requirement.have(store) < requirement.total():

@@ -196,7 +196,7 @@ def test_a_damaged_cache_of_digests_is_built_anew_with_a_warning(fresh, clip, ca
     fresh.cache.write_text(content)
     again = another(fresh)
     assert again.weights("backbone", str(clip)).digest == digest
-    assert "digests.json is damaged and is built anew" in caplog.text
+    assert "digests.json is damaged and is computed again" in caplog.text
     again.save()
     assert another(fresh).weights("backbone", str(clip)).digest == digest
 

@@ -117,7 +117,7 @@ def test_a_block_that_killed_its_processes_fails_and_one_that_merely_failed_does
     for _ in range(DEATHS + 1):
         with pytest.raises(OSError, match="no generator today"):
             build_image_block(spec, 0, 0, WorkerContext(store), broken)
-    killed = [store.row(spec.images).deaths_counted(0, 0, DEATHS) for _ in range(DEATHS)]
+    killed = [store.row(spec.images).count_crashes(0, 0, DEATHS) for _ in range(DEATHS)]
     for process in killed:
         process.__enter__()  # and never comes back
     with pytest.raises(RuntimeError, match="killed its process 2 times"):

@@ -1,4 +1,4 @@
-"""What exists: whole or not at all, once, and wherever the folder is."""
+"""Artifact store: artifacts are published atomically and once; locks of builders and users."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ from tests.helpers.sweeps import environment
 SPEC = FeaturesSpec(dataset=Ref(name="digits", digest="d"), backbone=Ref(name="tiny", digest="b"))
 OTHER = replace(SPEC, backbone=Ref(name="large", digest="l"))
 
-# A builder that says when it asks and when it has begun, and goes on when it is told to.
+# A builder that reports its request and its start, and continues after a line on its input.
 SLOW = """
 import sys
 from pathlib import Path
 from air_core.specs import FeaturesSpec, Ref
-from orchestrator.store import (ArtifactStore)
+from orchestrator.store import ArtifactStore
 
 def build(folder):
     (folder / "numbers").write_text(sys.argv[2])
-    print("begun", flush=True)
+    print("started", flush=True)
     sys.stdin.readline()
     return {"by": sys.argv[2]}
 
 spec = FeaturesSpec(dataset=Ref(name="digits", digest="d"), backbone=Ref(name="tiny", digest="b"))
-print("asks", flush=True)
+print("requested", flush=True)
 ArtifactStore(Path(sys.argv[1])).get_or_build(spec, build)
 """
 
@@ -60,11 +60,11 @@ def numbers(folder: Path) -> dict[str, Any]:
 
 
 def refuse(folder: Path) -> dict[str, Any]:
-    raise AssertionError("it is there already")
+    raise AssertionError("the artifact exists already")
 
 
-def asking(store: ArtifactStore, name: str) -> subprocess.Popen[str]:
-    """Another process that asks for the same artifact."""
+def start_builder(store: ArtifactStore, name: str) -> subprocess.Popen[str]:
+    """Start another process that requests the same artifact."""
     process = subprocess.Popen(
         [sys.executable, "-c", SLOW, str(store.root), name],
         stdin=subprocess.PIPE,
@@ -73,12 +73,12 @@ def asking(store: ArtifactStore, name: str) -> subprocess.Popen[str]:
         cwd=Path(__file__).parents[2],
     )
     assert process.stdout is not None
-    assert process.stdout.readline() == "asks\n"
+    assert process.stdout.readline() == "requested\n"
     return process
 
 
 def folders(store: ArtifactStore) -> list[str]:
-    """Artifacts that can be seen in the store."""
+    """Complete artifacts of the store."""
     return sorted(str(p.parent.relative_to(store.artifacts)) for p in records(store))
 
 
@@ -86,10 +86,10 @@ def records(store: ArtifactStore) -> list[Path]:
     return list(store.artifacts.glob("*/*/*/record.json"))
 
 
-# ---------------------------------------------------------------- whole artifacts
+# ---------------------------------------------------------------- artifacts
 
 
-def test_a_record_says_what_how_and_with_which_files(store):
+def test_a_record_contains_key_spec_info_and_file_digests(store):
     artifact = store.get_or_build(SPEC, numbers)
     record = artifact.record
     assert record["key"] == str(artifact_key(SPEC))
@@ -102,8 +102,8 @@ def test_a_record_says_what_how_and_with_which_files(store):
     assert "torch" in record["versions"]
 
 
-def test_who_may_list_an_artifact_may_read_it(store):
-    """safetensors makes files for its user alone, and images run under another than people."""
+def test_files_have_the_permissions_of_the_folder(store):
+    """safetensors makes files private to the user, but several users may share a store."""
 
     def arrays(folder: Path) -> dict[str, Any]:
         save_file({"numbers": np.arange(3)}, folder / "numbers.safetensors")
@@ -114,29 +114,28 @@ def test_who_may_list_an_artifact_may_read_it(store):
     assert {path.stat().st_mode & 0o777 for path in artifact.path.iterdir()} == {allowed}
 
 
-def test_files_reach_the_disk_before_their_record_and_it_before_the_name(store, monkeypatch):
-    """After a power cut a record stands for files that are there."""
+def test_files_are_synced_before_the_record_and_the_record_before_the_rename(store, monkeypatch):
+    """After a power cut, all files of an artifact with a record exist."""
     synced: list[str] = []
     fsync, rename, replace_file = os.fsync, os.rename, os.replace
 
-    def noted(handle: int) -> None:
+    def recorded_fsync(handle: int) -> None:
         synced.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
         fsync(handle)
 
-    def renamed(old: Path, new: Path) -> None:
+    def recorded_rename(old: Path, new: Path) -> None:
         synced.append(f"rename to {Path(new).name}")
         rename(old, new)
 
-    def replaced(old: Path, new: Path) -> None:
+    def recorded_replace(old: Path, new: Path) -> None:
         synced.append(f"replace {Path(new).name}")
         replace_file(old, new)
 
-    made = ArtifactStore(store.root)
-    made.get_or_build(OTHER, numbers)  # folders are there
-    monkeypatch.setattr(os, "fsync", noted)
-    monkeypatch.setattr(os, "rename", renamed)
-    monkeypatch.setattr(os, "replace", replaced)
-    path = made.get_or_build(SPEC, numbers).path
+    store.get_or_build(OTHER, numbers)  # creates the folders
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(os, "rename", recorded_rename)
+    monkeypatch.setattr(os, "replace", recorded_replace)
+    path = store.get_or_build(SPEC, numbers).path
     work = next(name for name in synced if name.startswith(f".{path.name[-12:]}"))
     record = next(name for name in synced if name.startswith(".record.json"))
     assert synced == [
@@ -150,12 +149,12 @@ def test_files_reach_the_disk_before_their_record_and_it_before_the_name(store, 
     ]
 
 
-def test_a_damaged_artifact_is_not_served_and_can_be_set_aside(store):
+def test_a_damaged_artifact_is_refused_and_can_be_set_aside(store):
     file = store.get_or_build(SPEC, numbers).path / "numbers"
     was = file.stat()
     file.write_text("1 2 4")
-    os.utime(file, ns=(was.st_atime_ns, was.st_mtime_ns + 1))  # a clock that is coarse
-    with pytest.raises(DamagedArtifact, match="numbers does not fit the digest") as damaged:
+    os.utime(file, ns=(was.st_atime_ns, was.st_mtime_ns + 1))  # even if the clock is coarse
+    with pytest.raises(DamagedArtifact, match="numbers does not match its digest") as damaged:
         store.get(SPEC)
     store.set_aside(damaged.value)
     assert not store.has(SPEC)
@@ -165,11 +164,11 @@ def test_a_damaged_artifact_is_not_served_and_can_be_set_aside(store):
 @pytest.mark.parametrize(
     "content", [b"[]", b"", b"{", b"\xff\xfe", b"[" * 100_000, None], ids=lambda c: repr(c)[:8]
 )
-def test_a_record_that_is_none_is_damage_and_no_crash(store, content):
+def test_an_invalid_record_is_reported_as_damage(store, content):
     record = store.get_or_build(SPEC, numbers).path / "record.json"
     record.unlink()
     record.mkdir() if content is None else record.write_bytes(content)
-    if content is None:  # a folder is no record, so nothing is there
+    if content is None:  # a folder is no record, so the artifact does not exist
         assert not store.has(SPEC)
         return
     with pytest.raises(DamagedArtifact, match=r"record\.json"):
@@ -177,18 +176,18 @@ def test_a_record_that_is_none_is_damage_and_no_crash(store, content):
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe1", None])
-def test_a_damaged_version_is_refused_with_what_to_do(tmp_path, content):
+def test_a_damaged_version_file_is_refused_with_a_remedy(tmp_path, content):
     version = tmp_path / "VERSION"
     version.mkdir() if content is None else version.write_bytes(content)
-    with pytest.raises(StoreRefused, match="replace it by a file that holds 1"):
+    with pytest.raises(StoreRefused, match="replace it by a file that contains 1"):
         open_store(tmp_path)
     if content is not None:
         with pytest.raises(ValueError, match="is a file; a store is a folder"):
             open_store(version)
 
 
-def test_an_artifact_is_found_by_content_whatever_it_was_called(store):
-    """Another name of the same weights gives another slug and the same digest."""
+def test_an_artifact_is_found_by_digest_under_another_slug(store):
+    """Another name of the same weights changes the slug, but not the digest."""
     built = store.get_or_build(SPEC, numbers)
     renamed = replace(SPEC, backbone=Ref(name="same weights", digest="b"))
     assert artifact_key(renamed).slug != artifact_key(SPEC).slug
@@ -198,21 +197,21 @@ def test_an_artifact_is_found_by_content_whatever_it_was_called(store):
 # ---------------------------------------------------------------- several processes
 
 
-def test_who_waits_for_a_builder_that_is_killed_builds(store):
-    first = asking(store, "first")
-    assert first.stdout.readline() == "begun\n"
-    second = asking(store, "second")
+def test_a_waiting_process_builds_after_the_builder_was_killed(store):
+    first = start_builder(store, "first")
+    assert first.stdout.readline() == "started\n"
+    second = start_builder(store, "second")
     first.kill()
     first.communicate(timeout=60)
-    said, _ = second.communicate("go on\n", timeout=60)
-    assert (second.returncode, said) == (0, "begun\n")
-    assert len(folders(store)) == 1  # half an artifact counts for nothing
+    output, _ = second.communicate("continue\n", timeout=60)
+    assert (second.returncode, output) == (0, "started\n")
+    assert len(folders(store)) == 1  # the partial artifact does not count
     assert store.get(SPEC).record["info"] == {"by": "second"}
 
 
-def test_two_builders_where_locks_do_not_work_end_with_one_artifact(store):
+def test_two_builders_without_working_locks_leave_one_artifact(store):
     store.root.mkdir()
-    (store.root / "locks").write_text("no folder, so nobody can make a lock in it")
+    (store.root / "locks").write_text("a file, so that no lock can be created in it")
 
     def slow(folder: Path) -> dict[str, Any]:
         ArtifactStore(store.root).get_or_build(SPEC, numbers)
@@ -225,43 +224,43 @@ def test_two_builders_where_locks_do_not_work_end_with_one_artifact(store):
 # ---------------------------------------------------------------- locks
 
 
-def test_who_waits_is_told_for_whom_and_others_can_ask(tmp_path, monkeypatch):
+def test_on_wait_and_holder_name_the_process_that_holds_a_lock(tmp_path, monkeypatch):
     monkeypatch.setenv("AIRSWEEP_SWEEP", "team/other")
-    store, told = ArtifactStore(tmp_path), []
-    store.locks.waits = lambda *what: told.append(what)
+    store, calls = ArtifactStore(tmp_path), []
+    store.locks.on_wait = lambda *arguments: calls.append(arguments)
     name = "0123456789abcdef"
 
     def wait() -> None:
-        with store.locks.turn(name):
+        with store.locks.exclusive(name):
             pass
 
     assert store.locks.holder(name[:12]) == ""
-    with ArtifactStore(tmp_path).locks.turn(name):
+    with ArtifactStore(tmp_path).locks.exclusive(name):
         waiting = threading.Thread(target=wait)
         waiting.start()
-        while not told:
+        while not calls:
             time.sleep(0.01)
         assert store.locks.holder(name[:12]).startswith("team/other (")
     waiting.join(10)
     assert not waiting.is_alive()
-    assert told[0][0] == name
-    assert told[0][1] == f"team/other ({socket.gethostname()}, process {os.getpid()})"
-    assert 0 <= told[-1][2] < 10
+    assert calls[0][0] == name
+    assert calls[0][1] == f"team/other ({socket.gethostname()}, process {os.getpid()})"
+    assert 0 <= calls[-1][2] < 10
 
 
 @contextmanager
-def becoming(user: int, group: int, umask: int = 0o022) -> Iterator[None]:
-    """Another user of this machine, for a moment."""
+def as_user(user: int, group: int, umask: int = 0o022) -> Iterator[None]:
+    """Switch to another user of this machine."""
     before = os.geteuid(), os.getegid(), os.getgroups(), os.umask(umask)
-    _become(user, group, [])
+    _switch_user(user, group, [])
     try:
         yield
     finally:
-        _become(*before[:3])
+        _switch_user(*before[:3])
         os.umask(before[3])
 
 
-def _become(user: int, group: int, groups: list[int]) -> None:
+def _switch_user(user: int, group: int, groups: list[int]) -> None:
     os.seteuid(0)
     os.setgroups(groups)
     os.setegid(group)
@@ -270,15 +269,18 @@ def _become(user: int, group: int, groups: list[int]) -> None:
 
 @pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
 @pytest.mark.parametrize(("folder", "lock"), [(0o700, 0o600), (0o2755, 0o644), (0o2775, 0o664)])
-def test_who_may_not_write_a_store_may_not_write_its_locks(folder, lock, umask, tmp_path):
-    for place in (tmp_path, tmp_path / "locks", tmp_path / "sweep"):
-        place.mkdir(exist_ok=True)
-        place.chmod(folder)
+def test_lock_files_have_the_write_permissions_of_their_folder(folder, lock, umask, tmp_path):
+    for path in (tmp_path, tmp_path / "locks", tmp_path / "sweep"):
+        path.mkdir(exist_ok=True)
+        path.chmod(folder)
     before = os.umask(umask)
     try:
         event_log = EventLog(tmp_path / "sweep")
         event_log.lock()
-        with ArtifactStore(tmp_path).locks.turn("x"), ArtifactStore(tmp_path).locks.use():
+        with (
+            ArtifactStore(tmp_path).locks.exclusive("x"),
+            ArtifactStore(tmp_path).locks.shared_store(),
+        ):
             files = [*(tmp_path / "locks").iterdir(), tmp_path / "sweep" / ".driver.lock"]
             modes = {file.name: oct(file.stat().st_mode & 0o777) for file in files}
         event_log.unlock()
@@ -287,60 +289,67 @@ def test_who_may_not_write_a_store_may_not_write_its_locks(folder, lock, umask, 
     assert modes == dict.fromkeys(("x", "store", ".driver.lock"), oct(lock))
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, who can become somebody else")
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to switch users")
 @pytest.mark.parametrize("umask", [0o002, 0o022])
-def test_two_users_of_a_group_wait_for_each_others_locks(umask):
-    folder = Path(tempfile.mkdtemp(dir="/tmp"))  # that of pytest is closed to others
-    for place in (folder, folder / "locks", folder / "sweep"):
-        place.mkdir(exist_ok=True)
-        os.chown(place, 0, 2000)
-        place.chmod(0o2775)
+def test_two_users_of_a_group_wait_for_the_locks_of_each_other(umask):
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))  # pytest's folder is private
+    for path in (folder, folder / "locks", folder / "sweep"):
+        path.mkdir(exist_ok=True)
+        os.chown(path, 0, 2000)
+        path.chmod(0o2775)
     store, event_log = ArtifactStore(folder), EventLog(folder / "sweep")
-    told: list[str] = []
-    store.locks.waits = lambda name, holder, seconds: told.append(name) or held.close()
+    waited: list[str] = []
+    store.locks.on_wait = lambda name, holder, seconds: waited.append(name) or held.close()
     try:
-        with becoming(1001, 2000, umask), ExitStack() as held:
+        with as_user(1001, 2000, umask), ExitStack() as held:
             event_log.lock()
-            held.enter_context(ArtifactStore(folder).locks.turn("x"))
-            held.enter_context(ArtifactStore(folder).locks.use())
-            with becoming(1002, 2000):
-                with pytest.raises(StoreRefused, match="a sweep runs"), store.locks.alone():
+            held.enter_context(ArtifactStore(folder).locks.exclusive("x"))
+            held.enter_context(ArtifactStore(folder).locks.shared_store())
+            with as_user(1002, 2000):
+                with (
+                    pytest.raises(StoreRefused, match="a sweep runs"),
+                    store.locks.exclusive_store(),
+                ):
                     pass
                 with pytest.raises(SweepBusy):
                     EventLog(folder / "sweep").lock()
-                with store.locks.turn("x"):
-                    assert told[0] == "x"
+                with store.locks.exclusive("x"):
+                    assert waited[0] == "x"
             event_log.unlock()
-            with becoming(1002, 2000):
+            with as_user(1002, 2000):
                 event_log.lock()
                 event_log.unlock()
     finally:
         shutil.rmtree(folder)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, who can become somebody else")
-def test_who_may_only_read_a_store_keeps_it_from_being_removed_while_he_reads():
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to switch users")
+def test_a_reader_without_write_permission_prevents_removal():
     folder = Path(tempfile.mkdtemp(dir="/tmp"))
     folder.chmod(0o755)
     store = ArtifactStore(folder / "runs")
     try:
-        with store.locks.use():
+        with store.locks.shared_store():
             pass
-        with becoming(65534, 65534):
-            reader = store.locks.use()
-        with reader, pytest.raises(StoreRefused, match="a sweep runs"), store.locks.alone():
+        with as_user(65534, 65534):
+            reader = store.locks.shared_store()
+        with (
+            reader,
+            pytest.raises(StoreRefused, match="a sweep runs"),
+            store.locks.exclusive_store(),
+        ):
             pass
-        with store.locks.alone():
+        with store.locks.exclusive_store():
             pass
     finally:
         shutil.rmtree(folder)
 
 
-def test_the_lock_of_a_dead_process_is_nobodys(tmp_path):
+def test_the_lock_of_a_dead_process_has_no_holder(tmp_path):
     code = (
         "import os, sys; from pathlib import Path\n"
         "from orchestrator.store.artifacts import ArtifactStore\n"
-        "with ArtifactStore(Path(sys.argv[1])).locks.turn('0123456789ab'): os._exit(1)"
+        "with ArtifactStore(Path(sys.argv[1])).locks.exclusive('0123456789ab'): os._exit(1)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environment(), check=False)
     assert (tmp_path / "locks" / "0123456789ab").read_text()

@@ -1,4 +1,4 @@
-"""`airsweep cache`: what lies in a store, is it whole, what can go; and nothing else goes."""
+"""`airsweep cache`: list, verify and garbage-collect the artifacts of a store."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ FILES |= {"lora": "pytorch_lora_weights.safetensors"}
 
 @dataclass
 class World:
-    """A store in which sweeps are recorded and finished without a cluster; contents are made up."""
+    """A store with sweeps that were recorded without a cluster; its files have random content."""
 
     store: ArtifactStore
 
@@ -69,7 +69,7 @@ class World:
     def finish(
         self, name: str, body: str, user: str = "me", more: int = 0, **origin
     ) -> SweepLocation:
-        """A sweep that is done; `more` images a class lie there beside those that it needs."""
+        """A complete sweep, with `more` images per class than it needs."""
         location = self.record(name, body, **origin)
         os.environ["AIRSWEEP_USER"] = user
         resolver, event_log = resolver_of(location), location.event_log()
@@ -99,7 +99,7 @@ class World:
                     shard = row.shard(c, block, suffix)
                     shard.write_bytes(sealed(BLANK.encode() + os.urandom(BYTES)))
 
-    def held(self) -> set[str]:
+    def holdings(self) -> set[str]:
         return {holding.name for holding in take_inventory(self.store).holdings}
 
     def files(self) -> set[Path]:
@@ -114,21 +114,21 @@ def world(tmp_path, monkeypatch) -> World:
 
 @pytest.fixture
 def cache(world, monkeypatch, capsys):
-    """Run `airsweep cache ...` here; its exit code, what it printed, what it said."""
+    """Run `airsweep cache ...` in this process; its exit code, stdout and stderr."""
 
     def run(*words: str) -> tuple[int, str, str]:
         argv = ["airsweep", "cache", *words, "--store", str(world.store.root)]
         monkeypatch.setattr(sys, "argv", argv)
         with pytest.raises(SystemExit) as end:
             main()
-        said = capsys.readouterr()
-        return int(end.value.code or 0), said.out, said.err
+        output = capsys.readouterr()
+        return int(end.value.code or 0), output.out, output.err
 
     return run
 
 
-def gone(cache, *words: str) -> dict[str, dict]:
-    """What `gc` would remove, by its path."""
+def gc_removals(cache, *words: str) -> dict[str, dict]:
+    """Removals that `gc` plans, by path."""
     code, out, err = cache("gc", *words, "--json")
     assert code == 0, err
     return {one["path"].removeprefix("artifacts/"): one for one in json.loads(out)["removals"]}
@@ -137,7 +137,7 @@ def gone(cache, *words: str) -> dict[str, dict]:
 # ---------------------------------------------------------------- ls
 
 
-def test_ls_counts_what_lies_there_and_says_who_needs_it(world, cache):
+def test_ls_counts_artifacts_and_names_the_sweeps_that_need_them(world, cache):
     world.finish("one", AIR.format(count=16, rank=4), more=16)
     world.finish("two", AIR.format(count=8, rank=8), user="you")
     world.store.root.joinpath("sweeps/default/two").rename(world.store.root / "given up")
@@ -162,7 +162,7 @@ def test_ls_counts_what_lies_there_and_says_who_needs_it(world, cache):
     assert list(found["stages"]) == ["features", "labels", "lora", "images", "synthetic", "trials"]
 
 
-def test_ls_for_people_fits_80_columns(world, cache):
+def test_ls_and_gc_screens_fit_80_columns(world, cache):
     world.finish("one", AIR.format(count=16, rank=4), more=16)
     world.finish("a_sweep_with_quite_a_long_name", AIR.format(count=8, rank=8), user="you")
     for words in (["ls"], ["gc"], ["gc", "--sweep", "one"]):
@@ -171,41 +171,41 @@ def test_ls_for_people_fits_80_columns(world, cache):
         assert max(map(len, lines[1:])) <= 80, words  # the first has the store's path
 
 
-def test_where_nothing_was_made_there_is_nothing_to_look_after(world, cache):
+def test_an_empty_store_is_refused(world, cache):
     for words in (["ls"], ["verify"], ["gc", "--yes"]):
         code, out, err = cache(*words)
         assert (code, out) == (2, "")
-        assert f"nothing was made in {world.store.root} yet" in err
+        assert f"{world.store.root} has no artifacts yet" in err
 
 
 # ---------------------------------------------------------------- gc
 
 
-def test_gc_removes_nothing_without_yes_and_nothing_that_a_sweep_needs_with_it(world, cache):
+def test_gc_removes_nothing_without_yes_and_only_unneeded_artifacts_with_it(world, cache):
     one = world.finish("one", AIR.format(count=16, rank=4))
-    kept = world.held()
+    kept = world.holdings()
     world.finish("two", AIR.format(count=16, rank=8))
     (world.store.root / "sweeps/default/two").rename(world.store.root / "given up")
     everything = world.files()
-    listed = gone(cache)
-    assert set(listed) == world.held() - kept
+    listed = gc_removals(cache)
+    assert set(listed) == world.holdings() - kept
     assert world.files() == everything
     code, out, _ = cache("gc", "--yes")
     assert code == 0
     assert "removed" in out.splitlines()[-1]
-    assert world.held() == kept
+    assert world.holdings() == kept
     sweep = load_sweep(one.folder / "spec.yaml")
     plan = plan_of(sweep, one)
     assert plan.to_run == 0
     assert all(
         requirement.have(world.store) == requirement.total() for requirement in plan.requirements
     )
-    assert gone(cache) == {}
+    assert gc_removals(cache) == {}
 
 
-def test_gc_takes_images_beyond_what_any_sweep_needs(world, cache):
+def test_gc_removes_images_that_no_sweep_needs(world, cache):
     one = world.finish("one", AIR.format(count=16, rank=4), more=16)
-    listed = gone(cache)
+    listed = gc_removals(cache)
     beyond = [len(of["files"]) for of in listed.values()]
     assert beyond == [20, 20]  # 2 of 4 blocks of 10 classes; images, and their features
     cache("gc", "--yes")
@@ -219,28 +219,28 @@ def test_gc_takes_images_beyond_what_any_sweep_needs(world, cache):
     assert len(world.store.row(row.spec.images).present(".parquet")) == row.total()
 
 
-def test_gc_of_an_edited_sweep_takes_its_old_images_and_keeps_its_old_results(world, cache):
+def test_gc_of_an_edited_sweep_removes_its_old_images_and_keeps_its_old_results(world, cache):
     world.finish("one", AIR.format(count=16, rank=4))
-    before = world.held()
+    before = world.holdings()
     location = world.finish("one", AIR.format(count=16, rank=8))
-    new = world.held() - before
+    new = world.holdings() - before
     location.event_log().append("sweep_started", total=1)
-    listed = gone(cache)
+    listed = gc_removals(cache)
     assert {path.split("/")[0] for path in listed} == {"lora", "images", "synthetic"}
     assert set(listed) < before
     assert not set(listed) & new
 
 
-def test_a_run_with_only_leaves_the_other_cells_wanted(world, cache):
+def test_gc_keeps_the_cells_that_a_run_with_only_excludes(world, cache):
     world.finish("one", AIR.format(count=16, rank=4))
     world.record("one", AIR.format(count=16, rank=4), only=["method=cpl"])
-    assert gone(cache) == {}
+    assert gc_removals(cache) == {}
 
 
-def test_cells_that_were_never_run_need_no_data_here(world, cache):
+def test_gc_needs_no_datasets_of_cells_that_were_never_run(world, cache):
     body = "grid: {dataset: [digits, flowers102]}\nfixed: {method: zero_shot}\n"
     location = world.finish("one", body, only=["dataset=digits"])
-    assert gone(cache) == {}
+    assert gc_removals(cache) == {}
     slot = {"slot": "s", "cell": "flowers102-ul-text-zero_shot", "key": "0" * 40}
     ran = [e["cell"] for e in location.event_log().events() if e["event"] == "trial_done"]
     location.event_log().append(
@@ -248,16 +248,19 @@ def test_cells_that_were_never_run_need_no_data_here(world, cache):
     )
     code, _, err = cache("gc", "--yes")
     assert code == 2
-    assert "what sweep default/one needs cannot be told, so nothing is removed: flowers102" in err
+    assert (
+        "the requirements of sweep default/one cannot be read, so nothing is removed: flowers102"
+        in err
+    )
 
 
-def test_what_was_prepared_for_cells_whose_data_is_not_here_stops_gc(world, cache):
+def test_gc_stops_if_the_datasets_of_prepared_cells_are_missing(world, cache):
     body = "grid: {dataset: [digits, flowers102]}\nfixed: {method: zero_shot}\n"
     location = world.finish("one", body, only=["dataset=digits"])
     features = next(iter(world.store.artifacts.glob("features/*/*")))
     key = f"features/v1/{features.name}"
     location.event_log().append("artifact_prepared", stage="features", key=key)
-    assert gone(cache) == {}
+    assert gc_removals(cache) == {}
     key = "features/v1/flowers102-tiny-0123456789ab"
     location.event_log().append("artifact_prepared", stage="features", key=key)
     code, _, err = cache("gc", "--yes")
@@ -265,32 +268,32 @@ def test_what_was_prepared_for_cells_whose_data_is_not_here_stops_gc(world, cach
     assert "flowers102 needs a data root" in err
 
 
-def test_gc_goes_on_where_something_cannot_be_removed_and_says_so(world, cache):
+def test_gc_reports_what_it_cannot_remove_and_removes_the_rest(world, cache):
     world.finish("one", AIR.format(count=8, rank=4))
     (world.store.root / "sweeps/default/one").rename(world.store.root / "given up")
-    (features,) = (path for path in world.held() if path.startswith("features/"))
+    (features,) = (path for path in world.holdings() if path.startswith("features/"))
     elsewhere = world.store.root.parent / "another disk"
-    location = world.store.artifacts / features
-    location.rename(elsewhere)
-    location.symlink_to(elsewhere)  # whoever linked it must unlink it
+    path = world.store.artifacts / features
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)  # gc removes no links
     code, out, err = cache("gc", "--yes", "--json")
     assert code == 1
-    assert world.held() == {features}
+    assert world.holdings() == {features}
     assert [one["path"] for one in json.loads(out)["others"]] == [f"artifacts/{features}"]
     assert "could not be removed" in err
     assert (elsewhere / "record.json").exists()
 
 
-def test_gc_touches_only_ones_own_and_the_unknown_on_demand(world, cache, monkeypatch):
+def test_gc_removes_artifacts_of_other_users_only_with_all_users(world, cache, monkeypatch):
     world.finish("mine", AIR.format(count=8, rank=4))
     world.finish("yours", AIR.format(count=8, rank=8), user="you")
-    world.finish("nobodys", AIR.format(count=8, rank=2), user="unknown")
-    for name in ("mine", "yours", "nobodys"):
+    world.finish("unowned", AIR.format(count=8, rank=2), user="unknown")
+    for name in ("mine", "yours", "unowned"):
         (world.store.root / "sweeps/default" / name).rename(world.store.root / name)
-    own, everything = gone(cache), gone(cache, "--all-users")
+    own, everything = gc_removals(cache), gc_removals(cache, "--all-users")
     assert {one["user"] for one in own.values()} == {"me"}
     assert {one["user"] for one in everything.values()} == {"me", "you", "unknown"}
-    assert set(everything) == world.held()
+    assert set(everything) == world.holdings()
     counts = sum(one["user"] != "me" for one in everything.values())
     others = cache("gc")[1].splitlines()[-2:]
     assert others[0].startswith(f"{counts} of other users (")
@@ -298,9 +301,9 @@ def test_gc_touches_only_ones_own_and_the_unknown_on_demand(world, cache, monkey
     assert "unknown" in others[0]
     assert "--all-users" in others[1]
     cache("gc", "--yes")
-    assert world.held() == set(everything) - set(own)
+    assert world.holdings() == set(everything) - set(own)
     monkeypatch.setenv("AIRSWEEP_USER", "unknown")
-    assert gone(cache) == {}
+    assert gc_removals(cache) == {}
 
 
 @pytest.mark.parametrize(
@@ -315,7 +318,7 @@ def test_gc_touches_only_ones_own_and_the_unknown_on_demand(world, cache, monkey
         ("resolved.json", "{", "Expecting"),
     ],
 )
-def test_where_a_sweep_cannot_be_read_nothing_is_removed(world, cache, file, text, why):
+def test_gc_removes_nothing_if_a_sweep_cannot_be_read(world, cache, file, text, why):
     world.finish("one", AIR.format(count=8, rank=4))
     two = world.finish("two", AIR.format(count=8, rank=8))
     (two.folder / file).write_text(text)
@@ -324,13 +327,13 @@ def test_where_a_sweep_cannot_be_read_nothing_is_removed(world, cache, file, tex
         code, out, err = cache("gc", *words)
         assert (code, out) == (2, "")
         assert len(err.splitlines()) == 1
-        assert "what sweep default/two needs cannot be told, so nothing is removed" in err
+        assert "the requirements of sweep default/two cannot be read, so nothing is removed" in err
         assert why in err
     assert world.files() == everything
     assert "the artifacts that default/two needs are unknown" in cache("ls")[1]
 
 
-def test_gc_is_refused_while_a_sweep_runs_and_a_sweep_while_gc_removes(world, cache):
+def test_gc_and_running_sweeps_exclude_each_other(world, cache):
     location = world.finish("one", AIR.format(count=8, rank=4))
     event_log = location.event_log()
     event_log.lock()
@@ -338,40 +341,40 @@ def test_gc_is_refused_while_a_sweep_runs_and_a_sweep_while_gc_removes(world, ca
     assert (code, out) == (3, "")
     assert "default/one runs in" in err
     event_log.unlock()
-    with world.store.locks.use():  # a sweep that was never recorded yet
+    with world.store.locks.shared_store():  # a sweep that is not recorded yet
         code, _, err = cache("gc", "--yes")
         assert code == 3
         assert "a sweep runs in" in err
-        world.store.locks.use().close()  # another sweep may
+        world.store.locks.shared_store().close()  # another sweep may start
     with (
-        world.store.locks.alone(),
-        pytest.raises(StoreRefused, match="cache gc` removes artifacts"),
+        world.store.locks.exclusive_store(),
+        pytest.raises(StoreRefused, match="cache gc` is removing artifacts"),
     ):
-        world.store.locks.use()
+        world.store.locks.shared_store()
     assert cache("gc", "--yes")[0] == 0
 
 
-def test_gc_of_one_sweep_drops_what_it_alone_needs(world, cache):
+def test_gc_of_one_sweep_removes_what_no_other_sweep_needs(world, cache):
     world.finish("one", AIR.format(count=16, rank=4))
-    shared = world.held()
+    shared = world.holdings()
     world.finish("two", AIR.format(count=32, rank=4))
     world.finish("three", AIR.format(count=16, rank=8))
-    listed = gone(cache, "--sweep", "two")
-    whole = {path for path, of in listed.items() if "files" not in of}
-    in_part = {path: len(of["files"]) for path, of in listed.items() if "files" in of}
-    assert {path.split("/")[0] for path in whole} == {"trials"}
-    assert not whole & shared
-    assert sorted(in_part.values()) == [20, 20]  # blocks 2 and 3 of 10 classes
+    listed = gc_removals(cache, "--sweep", "two")
+    complete = {path for path, of in listed.items() if "files" not in of}
+    partial = {path: len(of["files"]) for path, of in listed.items() if "files" in of}
+    assert {path.split("/")[0] for path in complete} == {"trials"}
+    assert not complete & shared
+    assert sorted(partial.values()) == [20, 20]  # blocks 2 and 3 of 10 classes
     code, out, _ = cache("gc", "--sweep", "two", "--yes")
     assert code == 0
     assert "default/two keeps its event log" in out
-    assert shared <= world.held()
-    assert not whole & world.held()
-    assert gone(cache) == {}
+    assert shared <= world.holdings()
+    assert not complete & world.holdings()
+    assert gc_removals(cache) == {}
     assert cache("gc", "--sweep", "four")[0] == 2
 
 
-def test_leftovers_of_killed_builders_go_when_they_are_a_day_old(world, cache):
+def test_gc_removes_leftovers_of_killed_builders_after_a_day(world, cache):
     location = world.finish("one", AIR.format(count=8, rank=4))
     features = next(world.store.artifacts.glob("features/v1/*"))
     row = next(world.store.artifacts.glob("images/v1/*"))
@@ -386,108 +389,116 @@ def test_leftovers_of_killed_builders_go_when_they_are_a_day_old(world, cache):
         file.write_bytes(b"x")
     left = {killed, lost, half, stray}
     assert {one.path for one in take_inventory(world.store).leftovers} == left
-    assert gone(cache) == {}
+    assert gc_removals(cache) == {}
     for path in (*left, killed / "features.safetensors", lost / "features.safetensors"):
         os.utime(path, (time.time() - 2 * DAY,) * 2)
-    kept = world.held()
-    assert set(gone(cache)) == {str(path.relative_to(world.store.artifacts)) for path in left}
+    kept = world.holdings()
+    assert set(gc_removals(cache)) == {
+        str(path.relative_to(world.store.artifacts)) for path in left
+    }
     assert json.loads(cache("verify", "--json")[1])["damaged"] == []
     cache("gc", "--yes")
     assert not any(path.exists() for path in left)
-    assert world.held() == kept
+    assert world.holdings() == kept
     assert location.folder.is_dir()
 
 
 # ---------------------------------------------------------------- verify
 
 
-def flipped(file: Path, location: int) -> bytes:
-    """Change one bit; the file as it was."""
+def flip_bit(file: Path, position: int) -> bytes:
+    """Change one bit of a file; its earlier content."""
     data = file.read_bytes()
     changed = bytearray(data)
-    changed[location % len(data)] ^= 4
+    changed[position % len(data)] ^= 4
     file.write_bytes(changed)
     return data
 
 
-def test_unfinished_work_is_listed_and_goes_when_nothing_needs_it(world, cache):
+def test_checkpoints_are_listed_and_removed_when_no_sweep_needs_them(world, cache):
     world.finish("one", AIR.format(count=8, rank=4))
     lora = next(world.store.artifacts.glob("lora/v1/*"))
     waiting = world.record("two", AIR.format(count=8, rank=8))
     plan = plan_of(load_sweep(waiting.folder / "spec.yaml"), waiting)
     waiting.event_log().unlock()
     (wanted,) = [n.spec for n in plan.requirements if n.stage == "lora" and not n.have(world.store)]
-    kept = world.store.unfinished(wanted)
-    kept.parent.mkdir()
-    whole = kept.with_name(f"{lora.name.rpartition('-')[2]}-0123456789ab.safetensors")
-    nobodys = kept.with_name("0123456789ab-0123456789ab.safetensors")
-    for file in (kept, whole, nobodys):
+    needed = world.store.unfinished(wanted)
+    needed.parent.mkdir()
+    complete = needed.with_name(f"{lora.name.rpartition('-')[2]}-0123456789ab.safetensors")
+    unneeded = needed.with_name("0123456789ab-0123456789ab.safetensors")
+    for file in (needed, complete, unneeded):
         save_file({"losses": np.zeros(4)}, file)
-    half = kept.with_name(f".{kept.name}")
-    half.write_bytes(b"x")
+    partial = needed.with_name(f".{needed.name}")
+    partial.write_bytes(b"x")
 
     found = json.loads(cache("ls", "--json")[1])
     assert {one["path"]: one["needed_by"] for one in found["unfinished"]} == {
-        f"unfinished/{kept.name}": ["default/two"],
-        f"unfinished/{whole.name}": ["default/one"],
-        f"unfinished/{nobodys.name}": [],
+        f"unfinished/{needed.name}": ["default/two"],
+        f"unfinished/{complete.name}": ["default/one"],
+        f"unfinished/{unneeded.name}": [],
     }
     assert "unfinished trainings: 3" in cache("ls")[1]
-    go = {str(file.relative_to(world.store.root)) for file in (whole, nobodys)}
-    assert set(gone(cache)) == go  # half a file is too young
+    removable = {str(file.relative_to(world.store.root)) for file in (complete, unneeded)}
+    assert set(gc_removals(cache)) == removable  # the temporary file is too young
     assert cache("verify")[0] == 0
     cache("gc", "--yes")
-    assert set(kept.parent.iterdir()) == {kept, half}
-    assert gone(cache) == {}
+    assert set(needed.parent.iterdir()) == {needed, partial}
+    assert gc_removals(cache) == {}
 
 
 KINDS = {
     "a trial's record": "trials/*/*/record.json",
-    "a row's word": "images/*/*/row.json",
+    "the record of a row": "images/*/*/row.json",
     "features": "features/*/*/features.safetensors",
     "a LoRA": "lora/*/*/*.safetensors",
     "predictions": f"trials/*/*/{PREDICTIONS}",
     "images": "images/*/*/*.parquet",
     "features of images": "synthetic/*/*/*.safetensors",
 }
-BESIDE = ("digests.json", "history.json", "VERSION", "sweeps/*/*/resolved.json", "unfinished/*")
-BESIDE += ("sweeps/*/*/events.jsonl",)
+OTHER_FILES = (
+    "digests.json",
+    "history.json",
+    "VERSION",
+    "sweeps/*/*/resolved.json",
+    "unfinished/*",
+)
+OTHER_FILES += ("sweeps/*/*/events.jsonl",)
 
 
-def test_verify_finds_a_flipped_bit_in_any_file_and_says_what_to_remove(world, cache):
+def test_verify_finds_a_flipped_bit_in_any_file_and_names_the_remedy(world, cache):
     world.finish("one", AIR.format(count=8, rank=4))
-    world.store.settle()
+    world.store.initialize()
     remember(world.store, {("trials", "x"): Pace(1.0, 1.0)})
     kept = sealed(BLANK.encode() + os.urandom(BYTES))
     world.store.write(world.store.root / "unfinished" / "0123456789ab.safetensors", kept)
-    files = len(world.files()) + len(BESIDE)
+    files = len(world.files()) + len(OTHER_FILES)
     assert cache("verify")[0] == 0
-    sound = verify(take_inventory(world.store))
-    assert (sound.files, sound.damaged, sound.unsealed) == (files, (), 0)
-    for pattern in BESIDE:
+    report = verify(take_inventory(world.store))
+    assert (report.files, report.damaged, report.unsealed) == (files, (), 0)
+    for pattern in OTHER_FILES:
         (file,) = world.store.root.glob(pattern)
         for at in (0, file.stat().st_size // 2):
-            was = flipped(file, at)
+            was = flip_bit(file, at)
             (found,) = verify(take_inventory(world.store)).damaged
             assert (found.file, bool(found.why)) == (file, True)
             assert bool(found.remedy) == ("unfinished" not in pattern)
             code, out, err = cache("verify")
-            if pattern == "VERSION":  # no command opens such a store
-                assert (code, "replace it by a file that holds 1" in err) == (3, True)
+            if pattern == "VERSION":  # every command refuses such a store
+                assert (code, "replace it by a file that contains 1" in err) == (3, True)
             else:
                 assert (code, out.count(f"damaged: {file}")) == (1, 1)
             file.write_bytes(was)
     for kind, pattern in KINDS.items():
         file = sorted(world.store.artifacts.glob(pattern))[-1]
-        for location in (0, file.stat().st_size // 2, -1):
-            was = flipped(file, location)
-            verdict = verify(take_inventory(world.store))
-            assert [one.file for one in verdict.damaged] == [file], (kind, location)
+        for position in (0, file.stat().st_size // 2, -1):
+            was = flip_bit(file, position)
+            report = verify(take_inventory(world.store))
+            assert [check.file for check in report.damaged] == [file], (kind, position)
             file.write_bytes(was)
         rows = ("images/", "synthetic/")
         remove = file if pattern.startswith(rows) else file.parent
-        assert verdict.damaged[0].remove == remove
-    was = flipped(file, 700)
+        assert report.damaged[0].remove == remove
+    was = flip_bit(file, 700)
     code, out, _ = cache("verify", "--json")
     found = json.loads(out)
     assert code == 1
@@ -495,7 +506,7 @@ def test_verify_finds_a_flipped_bit_in_any_file_and_says_what_to_remove(world, c
         {
             "file": str(file.relative_to(world.store.root)),
             "remove": str(file.relative_to(world.store.root)),
-            "why": "is not what was written: its checksum does not fit",
+            "why": "was changed: its checksum does not match",
             "remedy": "",
         }
     ]
@@ -505,7 +516,7 @@ def test_verify_finds_a_flipped_bit_in_any_file_and_says_what_to_remove(world, c
     assert "1 damaged: follow the remedies and run again" in out
 
 
-def test_verify_goes_on_past_links_folders_and_json_of_another_shape(world, cache):
+def test_verify_reports_links_folders_and_invalid_json(world, cache):
     location = world.finish("one", AIR.format(count=8, rank=4))
     root = world.store.root
     features = next(world.store.artifacts.glob("features/*/*"))
@@ -536,7 +547,7 @@ def test_verify_goes_on_past_links_folders_and_json_of_another_shape(world, cach
     assert set(found) == record | beside | sweep
 
 
-def test_verify_finds_a_file_that_is_gone_and_a_record_of_another_folder(world):
+def test_verify_finds_a_missing_file_and_a_record_of_another_folder(world):
     world.finish("one", AIR.format(count=8, rank=4))
     features = next(world.store.artifacts.glob("features/*/*/features.safetensors"))
     features.unlink()
@@ -552,7 +563,7 @@ def test_verify_finds_a_file_that_is_gone_and_a_record_of_another_folder(world):
     }
 
 
-def test_shards_from_before_there_were_checksums_are_opened_and_counted(world):
+def test_shards_without_checksums_are_opened_and_counted(world):
     world.finish("one", AIR.format(count=8, rank=4))
     images = sorted(world.store.artifacts.glob("images/*/*/*.parquet"))[:2]
     features = sorted(world.store.artifacts.glob("synthetic/*/*/*.safetensors"))[:2]
@@ -561,9 +572,9 @@ def test_shards_from_before_there_were_checksums_are_opened_and_counted(world):
     for file in features:
         save_file({"ok": np.ones(2)}, file)
     record = next(world.store.artifacts.glob("features/*/*/record.json"))
-    known = json.loads(record.read_text())
-    del known["seal"]
-    record.write_text(json.dumps(known))
+    content = json.loads(record.read_text())
+    del content["seal"]
+    record.write_text(json.dumps(content))
     old = verify(take_inventory(world.store))
     assert (old.unsealed, old.damaged) == (5, ())
     for file in (images[0], features[0]):

@@ -1,4 +1,4 @@
-"""Code versions: which edits give a stage new keys, and which give none."""
+"""Code versions: which edits change the keys of a stage."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from orchestrator.store.code_version import LISTED, PARTS, version
 
 ROOT = Path(__file__).parents[2]
 READERS = sorted({reader_of(name) for name in DATASETS} | {reader_of("folder:x")})
-# Modules that compute nothing of a result, or whose result is in the key.
+# Modules that do not affect results, or whose effect is in the key.
 NOT_COUNTED = {
     "air_core.flat",  # spelling of keys
     "air_core.model_configs",  # refuses models; their content is in the key
@@ -28,23 +28,23 @@ NOT_COUNTED = {
     "air_core.printable",  # messages
     "air_core.seal",  # how files are written
     "air_core.specs",  # what is in the key
-    "air_core.weights",  # where models lie; their content is in the key
-    "air_core.datasets",  # which datasets there are
+    "air_core.weights",  # paths of models; their content is in the key
+    "air_core.datasets",  # the table of datasets
     "air_core.datasets.published",  # citations
 }
 
 
 def test_golden_every_version_is_listed_under_its_recipe():
-    """If this fails, the code of a stage changed. If results may differ, raise its number in
-    RECIPES (of features for a dataset); then `make golden` starts its list anew. If they are the
-    same, `make golden` adds the version."""
+    """Fails when the code of a stage has changed. If results may differ, increase its number in
+    RECIPES (for a dataset, that of features); `make golden` then starts a new list. If results are
+    the same, `make golden` adds the version to the list."""
     recipes = dict(RECIPES.values())
     now = {part: recipes.get(part, recipes["features"]) for part in (*PARTS, *READERS)}
     listed = json.loads(LISTED.read_text()) if LISTED.exists() else {}
     wanted = {}
     for part, recipe in now.items():
-        of = listed.get(part, {})
-        versions = of.get("versions", []) if of.get("recipe") == recipe else []
+        entry = listed.get(part, {})
+        versions = entry.get("versions", []) if entry.get("recipe") == recipe else []
         new = [] if version(part) in versions else [version(part)]
         wanted[part] = {"recipe": recipe, "versions": [*versions, *new]}
     if os.environ.get("AIRSWEEP_UPDATE_GOLDEN"):
@@ -53,7 +53,7 @@ def test_golden_every_version_is_listed_under_its_recipe():
 
 
 @pytest.mark.parametrize("part", [*PARTS, *READERS])
-def test_what_a_part_imports_counts_or_is_named_here(part):
+def test_modules_imported_by_a_part_belong_to_it_or_are_exempt(part):
     modules = PARTS.get(part, (f"air_core.{part}",))
     read_with = () if part in PARTS else PARTS["features"]
     counted = {*modules, *read_with, *NOT_COUNTED}
@@ -63,7 +63,9 @@ def test_what_a_part_imports_counts_or_is_named_here(part):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom) and str(node.module).startswith("air_core"):
                 within = node.module == "air_core"
-                names = [f"air_core.{one.name}" for one in node.names] if within else [node.module]
+                names = (
+                    [f"air_core.{alias.name}" for alias in node.names] if within else [node.module]
+                )
                 assert counted.issuperset(names), f"{module} imports {names}"
 
 
@@ -97,13 +99,13 @@ def copy(tmp_path_factory) -> Path:
 
 
 def versions(folder: Path) -> dict[str, str]:
-    words = [sys.executable, "-c", COMMAND]
-    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", COMMAND]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
     return dict(zip(EDITED, done.stdout.split(), strict=True))
 
 
 @pytest.mark.parametrize(("file", "old", "new", "expected"), EDITS)
-def test_an_edit_changes_the_parts_that_have_its_module(copy, file, old, new, expected):
+def test_an_edit_changes_the_parts_that_contain_its_module(copy, file, old, new, expected):
     path = copy / "air_core" / file
     text = path.read_text()
     assert old in text
@@ -116,7 +118,7 @@ def test_an_edit_changes_the_parts_that_have_its_module(copy, file, old, new, ex
     assert {part for part in EDITED if before[part] != after[part]} == expected
 
 
-def test_another_name_of_a_module_changes_nothing(copy):
+def test_renaming_a_module_changes_no_version(copy):
     before = versions(copy)
     (copy / "air_core" / "training.py").rename(copy / "air_core" / "fitting.py")
     try:
@@ -137,8 +139,8 @@ def test_another_name_of_a_module_changes_nothing(copy):
             file.write_text(text.replace("air_core.fitting", "air_core.training"))
 
 
-def test_code_that_no_recipe_covers_gives_its_stage_and_later_ones_new_keys(trial):
-    """Trials alone, and a LoRA with all that is made with it."""
+def test_an_unlisted_version_changes_the_keys_of_its_stage_and_later_stages(trial):
+    """Trials change alone; a LoRA also changes the images and trials that use it."""
     spec = trial("air")
     keys = _keys(spec)
     edited = _keys(replace(spec, code=(("trials", "0" * 12),)))
@@ -150,5 +152,5 @@ def test_code_that_no_recipe_covers_gives_its_stage_and_later_ones_new_keys(tria
 
 
 def _keys(spec):
-    of = {"features": spec.features, "lora": spec.lora_adapter, "images": spec.images}
-    return {name: artifact_key(one) for name, one in {**of, "trials": spec}.items()}
+    specs = {"features": spec.features, "lora": spec.lora_adapter, "images": spec.images}
+    return {name: artifact_key(stage) for name, stage in {**specs, "trials": spec}.items()}

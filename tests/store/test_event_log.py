@@ -1,4 +1,4 @@
-"""The sweep's log: whole lines in order, one writer, and no lock that outlives its holder."""
+"""Event log: complete lines in order, a single writer, and a lock that ends with its holder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.store import EventLog
-from orchestrator.store.event_log import mend_lines
+from orchestrator.store.event_log import drop_partial_line
 
 
 def points(event_log: EventLog) -> list[int]:
@@ -21,7 +21,7 @@ def points(event_log: EventLog) -> list[int]:
 
 @pytest.fixture
 def event_log(tmp_path) -> EventLog:
-    """A ledger with two points, whose driver has ended."""
+    """An event log with two points, whose driver has ended."""
     event_log = EventLog(tmp_path / "sweeps" / "x")
     event_log.lock()
     event_log.append("point_asked", point=0)
@@ -30,60 +30,60 @@ def event_log(tmp_path) -> EventLog:
     return event_log
 
 
-def test_events_come_back_in_order(tmp_path):
+def test_events_are_read_in_order(tmp_path):
     event_log = EventLog(tmp_path)
     assert list(event_log.events()) == []
     event_log.lock()
     event_log.append("sweep_started", total=3)
     event_log.append("trial_done", slot="a/0/seed=1", key="k")
-    began, ended = EventLog(tmp_path).events()
-    assert began.pop("time") <= ended.pop("time")
-    assert began == {"event": "sweep_started", "total": 3}
-    assert ended == {"event": "trial_done", "slot": "a/0/seed=1", "key": "k"}
+    first, second = EventLog(tmp_path).events()
+    assert first.pop("time") <= second.pop("time")
+    assert first == {"event": "sweep_started", "total": 3}
+    assert second == {"event": "trial_done", "slot": "a/0/seed=1", "key": "k"}
 
 
-def test_what_cannot_be_read_back_is_not_written(event_log):
+def test_an_event_that_is_not_valid_json_is_refused(event_log):
     with pytest.raises(ValueError, match="float values"):
         event_log.append("round_told", value=float("nan"))
     assert points(event_log) == [0, 1]
 
 
 @pytest.mark.parametrize("cut", range(1, 20, 6))
-def test_half_a_last_line_is_ignored_and_the_next_driver_cuts_it_off(event_log, cut):
-    whole = event_log.path.read_bytes()
+def test_a_partial_last_line_is_ignored_and_removed_by_the_next_driver(event_log, cut):
+    complete = event_log.path.read_bytes()
     event_log.append("point_asked", point=2)
     event_log.path.write_bytes(event_log.path.read_bytes()[:-cut])
-    assert points(event_log) == [0, 1]  # also while nobody has mended it
+    assert points(event_log) == [0, 1]  # before a driver removes it
     following = EventLog(event_log.folder)
     following.lock()
-    assert event_log.path.read_bytes() == whole
+    assert event_log.path.read_bytes() == complete
     following.append("point_asked", point=3)
     assert points(event_log) == [0, 1, 3]
 
 
-@pytest.mark.parametrize("whole", [b"", b"one\n", b"one\ntwo\n"])
-@pytest.mark.parametrize("half", [b"", b'{"event'])
-def test_only_half_a_line_is_cut_off(tmp_path, whole, half):
+@pytest.mark.parametrize("complete", [b"", b"one\n", b"one\ntwo\n"])
+@pytest.mark.parametrize("partial", [b"", b'{"event'])
+def test_only_a_partial_line_is_removed(tmp_path, complete, partial):
     path = tmp_path / "lines"
-    path.write_bytes(whole + half)
-    mend_lines(path)
-    assert path.read_bytes() == whole
+    path.write_bytes(complete + partial)
+    drop_partial_line(path)
+    assert path.read_bytes() == complete
 
 
-def test_who_looks_whether_a_driver_lives_is_not_in_the_way_of_one(event_log):
-    assert not event_log.busy()
+def test_a_check_of_the_lock_does_not_stop_a_driver_from_starting(event_log):
+    assert not event_log.is_locked()
     lock = event_log.folder / ".driver.lock"
     lock.chmod(0o444)
-    with flocked_by_who_looks(lock):
+    with locked_for_a_check(lock):
         event_log.lock()
-    assert event_log.busy()
+    assert event_log.is_locked()
     event_log.unlock()
-    assert not event_log.busy()
+    assert not event_log.is_locked()
 
 
 @contextmanager
-def flocked_by_who_looks(lock: Path) -> Iterator[None]:
-    """For a moment that begins before and ends a little later."""
+def locked_for_a_check(lock: Path) -> Iterator[None]:
+    """Hold the lock as `is_locked` does, until shortly after the block has started."""
     handle = os.open(lock, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_SH)
     ends = threading.Timer(0.1, os.close, [handle])
@@ -92,13 +92,13 @@ def flocked_by_who_looks(lock: Path) -> Iterator[None]:
     ends.join()
 
 
-def test_a_damaged_line_is_named_by_file_and_number(event_log):
-    sound = event_log.path.read_bytes()
-    second = sound.index(b"\n") + 1
-    event = range(second, sound.rindex(b', "crc": "'))
-    checksum = range(len(sound) - 11, len(sound) - 3)
+def test_an_error_for_a_damaged_line_has_file_and_line_number(event_log):
+    intact = event_log.path.read_bytes()
+    second = intact.index(b"\n") + 1
+    event = range(second, intact.rindex(b', "crc": "'))
+    checksum = range(len(intact) - 11, len(intact) - 3)
     for at in (*event, *checksum):
-        data = bytearray(sound)
+        data = bytearray(intact)
         data[at] ^= 4
         event_log.path.write_bytes(data)
         with pytest.raises(ValueError, match="remove this line") as damaged:
@@ -106,6 +106,6 @@ def test_a_damaged_line_is_named_by_file_and_number(event_log):
         assert f"{event_log.path}:2: " in str(damaged.value)
 
 
-def test_lines_of_earlier_versions_have_no_checksum_and_are_read(event_log):
+def test_lines_without_a_checksum_of_earlier_versions_are_read(event_log):
     event_log.path.write_text('{"event": "point_asked", "point": 7, "time": 1.5}\n')
     assert points(event_log) == [7]
