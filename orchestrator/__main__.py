@@ -1,4 +1,4 @@
-"""The commands put together; known problems become one message and an exit code."""
+"""The command line `airsweep`: all commands, and the exit code of each exception."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ app.add_typer(cache.app, name="cache")
 app.add_typer(cluster.app, name="cluster")
 
 
-def _say_version(asked: bool) -> None:
-    if asked:
+def _print_version(requested: bool) -> None:
+    if requested:
         show(f"airsweep {version('airsweep')}")
         raise typer.Exit
 
@@ -56,18 +56,18 @@ def _say_version(asked: bool) -> None:
 def _options(
     version: Annotated[
         bool,
-        typer.Option("--version", is_eager=True, callback=_say_version, help="Show the version."),
+        typer.Option("--version", is_eager=True, callback=_print_version, help="Show the version."),
     ] = False,
 ) -> None: ...
 
 
 def main() -> None:
-    """The console script: known problems become one message and an exit code."""
+    """Run the command line; an exception becomes a message and an exit code."""
     debug = "--debug" in sys.argv
     if debug:
         sys.argv.remove("--debug")
     assert logging.lastResort is not None
-    logging.lastResort.addFilter(Redacting())  # it prints what nobody else handles, as here
+    logging.lastResort.addFilter(Redacting())  # the handler of records without another handler
     logging.lastResort.addFilter(Printable())
     try:
         refuse_removed(sys.argv[1:])
@@ -75,7 +75,7 @@ def main() -> None:
     except Exception as problem:
         if debug:
             raise
-        if type(problem).__name__ == "SpecError":  # it begins with file:line:column
+        if type(problem).__name__ == "SpecError":  # its message starts with file:line:column
             show(redacted(str(problem)), file=sys.stderr)
             sys.exit(code_of(problem))
         from orchestrator.errors import REFUSED, StoreFull

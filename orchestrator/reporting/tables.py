@@ -33,7 +33,7 @@ from orchestrator.reporting.rows import (
     splits_and_seeds,
     world_text,
 )
-from orchestrator.spec.marked_yaml import choices, meant
+from orchestrator.spec.marked_yaml import allowed_choices, suggestion
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -298,7 +298,9 @@ def _keys(option: str, keys: Sequence[str], known: Sequence[str]) -> Sequence[st
         raise ValueError(f"{option} names nothing; allowed: {', '.join(known)}")
     for key in keys:
         if key not in known:
-            raise ValueError(f"{option} {key}: the sweep varies no such key; {choices(key, known)}")
+            raise ValueError(
+                f"{option} {key}: the sweep varies no such key; {allowed_choices(key, known)}"
+            )
         if list(keys).count(key) > 1:
             raise ValueError(f"{option} has {key} twice; allowed: once")
     return keys
@@ -313,7 +315,7 @@ def _metric(name: str, results: Results) -> str:
     options = [*short, *(key for key in there if key not in WORDS)]
     raise ValueError(
         f"--metric {name}: no trial of this sweep has it; there: {', '.join(options)}"
-        f"{meant(name, options)}"
+        f"{suggestion(name, options)}"
     )
 
 
