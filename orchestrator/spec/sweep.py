@@ -161,7 +161,7 @@ Seconds = Annotated[
     BeforeValidator(_seconds),
     WithJsonSchema(
         {
-            "title": "90s, 30m, 12h, or seconds > 0",
+            "title": "a duration such as 90s, 30m or 12h, or a number of seconds > 0",
             "anyOf": [
                 {"type": "string", "pattern": r"^[0-9]{1,9}(\.[0-9]{1,9})?[smh]$"},
                 {"type": "number", "exclusiveMinimum": 0},
@@ -214,7 +214,7 @@ class GeneratorResources:
     cpu: Number = setting(
         1.0, "CPU cores of one actor that trains a LoRA or generates images", ge=0
     )
-    gpu: Number = setting(0.0, "GPUs of one actor, or a share of one GPU", ge=0)
+    gpu: Number = setting(0.0, "GPUs of one actor", ge=0)
     custom: Custom = Field(default_factory=dict, description=CUSTOM)
     actors: Whole | None = setting(None, "number of actors; null: as many as fit", ge=1)
     reserve: Whole | None = setting(

@@ -107,7 +107,7 @@ class SweepFile:
     seeds: Annotated[
         Seeds,
         BeforeValidator(_seeds, json_schema_input_type=SeedEntries | Seeds),
-        Field(json_schema_extra={"title": "a list such as [1, 2, 3], or vary and values"}),
+        Field(json_schema_extra={"title": "a list such as [1, 2, 3], or `values` and `vary`"}),
     ] = setting(THREE_SEEDS, "each point runs once per seed; default: [1, 2, 3]")
     budget: Budget = setting(
         Budget(), "limits of one run; it stops before the next step would exceed them"

@@ -412,7 +412,11 @@ BAD = {
         "5:20",
         ["allowed: cpl, air"],
     ),
-    "all excluded": (GRID + "exclude: [{method: cpl}, {method: air}]\n", "5:1", ["no cell"]),
+    "all excluded": (
+        GRID + "exclude: [{method: cpl}, {method: air}]\n",
+        "5:1",
+        ["at least one cell"],
+    ),
     # a key that is set twice
     "fixed and grid": (GRID + "fixed: {method: fpl}\n", "5:9", ["also set under grid"]),
     "fixed and seeds": (
@@ -562,7 +566,7 @@ BAD = {
     "seeds that are not a list": (
         AIR + "seeds: 3\n",
         "4:8",
-        ["a list such as [1, 2, 3]", "vary and values"],
+        ["a list such as [1, 2, 3]", "`values` and `vary`"],
     ),
     "seeds without values": (AIR + "seeds: {vary: [seed]}\n", "4:8", ["`values`"]),
     "unknown seed": (
@@ -571,7 +575,11 @@ BAD = {
         ["seed, split_seed", "did you mean split_seed?"],
     ),
     "too many seeds in one": (AIR + "seeds: [[1, 2]]\n", "4:9", ["allowed: [a number]"]),
-    "wall without unit": (AIR + "budget: {wall: 12 hours}\n", "4:16", ["90s, 30m, 12h"]),
+    "wall without unit": (
+        AIR + "budget: {wall: 12 hours}\n",
+        "4:16",
+        ["a duration such as 90s, 30m or 12h"],
+    ),
     "unknown resource": (AIR + "resources: {trial: {gpus: 1}}\n", "4:21", ["mean gpu?"]),
     "a password of the tracker": (
         AIR + "tracking: {uri: 'http://ada:word@mlflow:5000'}\n",
