@@ -307,9 +307,7 @@ class _Space:
             waiting = {dimension.key for dimension in rest}
             ready = [d for d in rest if not d.when or not waiting.intersection(names_of(d.when))]
             if not ready:
-                message = (
-                    "the condition depends on its own key; allowed: conditions without a cycle"
-                )
+                message = "the conditions depend on each other; allowed: conditions without a cycle"
                 raise validation_error(message, rest[0].key, "when")
             ordered.append(ready[0])
             rest.remove(ready[0])

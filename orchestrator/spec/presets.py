@@ -1,4 +1,4 @@
-"""Tables of methods and of defaults. A method is defined by its keys; no code reads its name.
+"""Methods and worlds as tables. No code path depends on a method's name: a method is its keys.
 
 A preset *pins* the keys that define the method and *sets* defaults for others.
 Precedence: default < world < preset < fixed < grid < space.
@@ -18,9 +18,9 @@ class Method:
 
     pins: dict[str, Any]
     sets: dict[str, Any] = field(default_factory=dict)
-    host: str | None = None  # the method that it extends and is compared with
-    control: str | None = None  # the same method with real instead of synthetic images
-    paradigms: tuple[str, ...] = ("ul", "ssl", "trzsl")  # other paradigms have no cell
+    host: str | None = None  # what it adds synthetic images to, and is compared with
+    control: str | None = None  # the same without diffusion
+    paradigms: tuple[str, ...] = ("ul", "ssl", "trzsl")  # cells of others are left out
 
 
 _NO_IMAGES: dict[str, Any] = {
@@ -34,13 +34,13 @@ _ONE_ROUND = {"iterations": 1, "pseudo_labels.kind": "top_k", "pseudo_labels.gro
 _LABELLED = {
     "supervision": "labelled",
     "iterations": 1,
-    "train.labelled_among": "seen",  # with `all`, no image is predicted as an unseen class
+    "train.labelled_among": "seen",  # else no image is ever taken for an unseen class
     **_NO_IMAGES,
 }
 _GRIP = {"pseudo_labels.kind": "top_k", "pseudo_labels.growth": "growing"}
 _CPL = {"pseudo_labels.kind": "candidates", "pseudo_labels.growth": "growing"}
 _REAL = {"images_per_class": 0, "auxiliary.source": "real", "synthetic_weight": 0.0}
-_REFRESH = {"auxiliary.refresh": True}  # a fair control: prototypes improve with the labels
+_REFRESH = {"auxiliary.refresh": True}  # real prototypes get better as labels do: a fair control
 
 METHODS: dict[str, Method] = {
     "zero_shot": Method(pins={"iterations": 0, **_NO_IMAGES}),
@@ -69,10 +69,10 @@ METHODS: dict[str, Method] = {
     "grip_real": Method(pins={**_GRIP, **_REAL}, sets=_REFRESH, host="grip"),
 }
 
-# Defaults for a dataset, generator or backbone (the "world"); later entries override earlier ones.
-# All other defaults are those of air_core.specs, for Stable Diffusion 1.5 and CLIP ViT-B/32.
+# Defaults that depend on the world, by the key and the value that choose them; the last wins.
+# Everything else is the default of air_core.specs: Stable Diffusion 1.5 and CLIP ViT-B/32.
 WORLDS: dict[tuple[str, str], dict[str, Any]] = {
-    # The digits have a fixed validation part, which is not part of the pool.
+    # The validation part of the digits is the same for every split and stays out of the pool.
     ("dataset", "digits"): {"pool": "train"},
     ("generator", "tiny"): {
         "initial_labels.k": 32,
@@ -81,7 +81,7 @@ WORLDS: dict[tuple[str, str], dict[str, Any]] = {
         "lora.batch": 16,
         "lora.learning_rate": 2e-3,
         "lora.rounds": 2,
-        # Processors without bf16 instructions emulate it, which is ten times slower.
+        # bf16 is emulated, and ten times slower, on processors without instructions for it.
         "lora.precision": "fp32",
         "generation.precision": "fp32",
         "generation.guidance_scale": 4.0,
@@ -103,39 +103,39 @@ WORLDS: dict[tuple[str, str], dict[str, Any]] = {
     },
 }
 
-# Defaults of one method in one world: the synthetic loss helps only if there is a single round.
+# Defaults of one method in one world: the synthetic loss pays in a single round only.
 METHOD_WORLDS: dict[tuple[str, str, str], dict[str, Any]] = {
     ("backbone", "tiny", "air_fpl"): {"synthetic_weight": 0.3},
 }
 
-# Default names: the dataset and the models that ship with airsweep.
+# Names that stand for "what is embedded".
 OUTSIDE: dict[str, str] = {"dataset": "digits", "backbone": "tiny", "generator": "tiny"}
 
 
 def named_refs(flat: dict[str, Any]) -> dict[str, Ref]:
-    """Refs whose digests are the names in flat settings, for comparisons; no file is read."""
+    """Outside names of flat settings as Refs that are equal where names are; reads no file."""
     names = {key: flat.get(key, default) for key, default in OUTSIDE.items()}
     if flat.get("test_dataset") is not None:
         names["test_dataset"] = flat["test_dataset"]
     return {key: Ref(name=str(name), digest=str(name)) for key, name in names.items()}
 
 
-def defaults(method: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Defaults of a method for the dataset, backbone and generator in `settings`.
+def defaults(method: str, chosen: dict[str, Any]) -> dict[str, Any]:
+    """Defaults of a method under the world that `chosen` (fixed and grid keys) picks.
 
     Args:
         method: a key of METHODS.
-        settings: dotted keys from `fixed` and `grid`; only dataset, backbone and generator count.
+        chosen: dotted keys that the sweep file sets; only dataset, backbone, generator are read.
 
     Returns:
-        Dotted keys that differ from the defaults of air_core.specs, including the method's pins.
+        Dotted keys that differ from the defaults of air_core.specs; the preset's are included.
     """
-    names = {key: settings.get(key, default) for key, default in OUTSIDE.items()}
-    flat: dict[str, Any] = dict(names)
-    for (key, value), world in WORLDS.items():
-        if names[key] == value:
-            flat |= world
-    for (key, value, name), world in METHOD_WORLDS.items():
-        if names[key] == value and name == method:
-            flat |= world
+    outside = {key: chosen.get(key, default) for key, default in OUTSIDE.items()}
+    flat: dict[str, Any] = dict(outside)
+    for (key, value), settings in WORLDS.items():
+        if outside[key] == value:
+            flat |= settings
+    for (key, value, name), settings in METHOD_WORLDS.items():
+        if outside[key] == value and name == method:
+            flat |= settings
     return flat | METHODS[method].sets | METHODS[method].pins

@@ -325,7 +325,7 @@ def _check_consistency(document: Document, spec: SweepSpec) -> None:
     if next(combinations(spec), None) is None:
         raise document.key_error(
             ("exclude",),
-            "every combination of the grid is excluded; allowed: at least one cell is left",
+            "every combination of the grid is excluded; allowed: entries that leave a cell",
         )
     if not has_fitting_cell(spec):
         part = "grid" if "method" in spec.grid else "fixed"

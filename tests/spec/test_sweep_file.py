@@ -415,7 +415,7 @@ BAD = {
     "all excluded": (
         GRID + "exclude: [{method: cpl}, {method: air}]\n",
         "5:1",
-        ["at least one cell"],
+        ["every combination of the grid is excluded"],
     ),
     # a key that is set twice
     "fixed and grid": (GRID + "fixed: {method: fpl}\n", "5:9", ["also set under grid"]),
@@ -495,7 +495,7 @@ BAD = {
         SEARCH + "    fusion_weight: {min: 0, max: 1, when: iterations > 1}\n"
         "    iterations: {min: 1, max: 3, when: fusion_weight > 0}\n",
         "7:43",
-        ["depends on its own key", "without a cycle"],
+        ["depend on each other", "without a cycle"],
     ),
     "pruning without rungs": (PRUNING + "{rule: median}\n", "7:12", ["`rungs` is missing"]),
     "rungs that do not increase": (

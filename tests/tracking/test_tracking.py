@@ -449,7 +449,7 @@ def test_files_that_had_no_room_come_with_the_next_start(
 
 def test_an_unknown_tracker_is_explained(tmp_path: Path) -> None:
     for uri in ("s3://bucket/x", "file:///x", "./mlruns", "mlruns", "sqlite:///"):
-        with pytest.raises(ValueError, match="known: "):
+        with pytest.raises(ValueError, match="allowed: "):
             make_tracker(uri, store=tmp_path, project="p")
     with pytest.raises(ValueError, match="mlflow server") as caught:
         make_tracker("postgresql://me:secret@db/x", store=tmp_path, project="p")
