@@ -53,7 +53,7 @@ def make_folders(path: Path) -> None:
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file atomically and durably: after a power loss it is complete or absent."""
     data = content.encode() if isinstance(content, str) else content
-    with _beside(path) as temporary, open(temporary, "wb") as handle:
+    with _temporary_for(path) as temporary, open(temporary, "wb") as handle:
         handle.write(data)
         handle.flush()
         os.fsync(handle.fileno())
@@ -97,12 +97,12 @@ def file_digest(path: Path) -> str:
 def write_beside(path: Path, data: bytes) -> None:
     """Write a file atomically, without a sync: the bucket has a durable copy."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _beside(path) as temporary:
+    with _temporary_for(path) as temporary:
         temporary.write_bytes(data)
 
 
 @contextmanager
-def _beside(path: Path) -> Iterator[Path]:
+def _temporary_for(path: Path) -> Iterator[Path]:
     """A temporary path in the same folder; afterwards its file replaces `path`."""
     temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
     try:

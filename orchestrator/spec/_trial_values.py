@@ -52,7 +52,7 @@ FOLDER = Annotated[
 ]
 
 
-def _template(text: str) -> str:
+def _check_template(text: str) -> str:
     if not is_template(text):
         raise PydanticKnownError("string_pattern_mismatch", {"pattern": "{}"})
     return text
@@ -60,7 +60,7 @@ def _template(text: str) -> str:
 
 TEMPLATE = Annotated[
     str,
-    AfterValidator(_template),
+    AfterValidator(_check_template),
     text_schema(
         "one line of text with {} once, for the class name, and no other brace",
         r"^[^{}]*\{\}[^{}]*$",
@@ -73,7 +73,7 @@ TEMPLATE = Annotated[
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-def _annotation(name: str) -> Any:
+def _value_annotation(name: str) -> Any:
     if name == "method":
         return operator.getitem(Literal, tuple(presets.METHODS))
     if name == "lora":  # true: on, with the lora.* settings; false and null: off
@@ -87,10 +87,10 @@ def _annotation(name: str) -> Any:
         return LINE
     if name in ("generation.template", "lora.caption"):
         return TEMPLATE
-    return _limited(TRIAL_KEYS[name].type, name)
+    return _with_limits(TRIAL_KEYS[name].type, name)
 
 
-def _limited(annotation: Any, name: str) -> Any:
+def _with_limits(annotation: Any, name: str) -> Any:
     limits: Any = TRIAL_KEYS[name].limits
     return Annotated[annotation, Field(**limits)] if limits else annotation
 
@@ -105,7 +105,7 @@ def _default(name: str) -> Any:
     return presets.OUTSIDE.get(name, TRIAL_KEYS[name].default)
 
 
-def _list_of(name: str) -> Any:
+def _list_type(name: str) -> Any:
     """The type of a list of two or more distinct values of a trial key."""
 
     def distinct(values: list[Any]) -> tuple[Any, ...]:
@@ -118,7 +118,7 @@ def _list_of(name: str) -> Any:
                 raise validation_error(f"{shown(value)} is listed twice; allowed: once", i)
         return tuple(values)
 
-    values: Any = types.GenericAlias(list, (_annotation(name),))
+    values: Any = types.GenericAlias(list, (_value_annotation(name),))
     extra: Any = {"minItems": 2, "uniqueItems": True}
     return Annotated[values, Field(min_length=1, json_schema_extra=extra), AfterValidator(distinct)]
 
@@ -133,7 +133,7 @@ class _SchemaOf:
         return handler.generate_schema(self.type)
 
 
-def _mapping(name: str, fields: dict[str, Any], **schema: Any) -> Any:
+def _mapping_type(name: str, fields: dict[str, Any], **schema: Any) -> Any:
     """The type of a mapping with a subset of these keys: a dict in the order of the file."""
     config = ConfigDict(**STRICT, json_schema_extra=schema)
 
@@ -149,16 +149,16 @@ def _mapping(name: str, fields: dict[str, Any], **schema: Any) -> Any:
 @cache
 def value_type(name: str) -> TypeAdapter[Any]:
     """The type of a trial key's value."""
-    return TypeAdapter(_annotation(name), config=STRICT)
+    return TypeAdapter(_value_annotation(name), config=STRICT)
 
 
 Settings = Annotated[
     dict[str, Any],
     _SchemaOf(
-        _mapping(
+        _mapping_type(
             "Settings",
             {
-                name: (_annotation(name), setting(_default(name), _description(name)))
+                name: (_value_annotation(name), setting(_default(name), _description(name)))
                 for name in TRIAL_NAMES
             },
         )
@@ -167,9 +167,9 @@ Settings = Annotated[
 Axes = Annotated[
     dict[str, Any],
     _SchemaOf(
-        _mapping(
+        _mapping_type(
             "Axes",
-            {name: (_list_of(name), setting(None, _description(name))) for name in TRIAL_NAMES},
+            {name: (_list_type(name), setting(None, _description(name))) for name in TRIAL_NAMES},
         )
     ),
 ]
@@ -210,7 +210,7 @@ EXAMPLES = {
 }
 
 
-def _condition(text: str) -> str:
+def _check_condition(text: str) -> str:
     for name in names_of(text):
         if name not in TRIAL_KEYS:
             raise ValueError(f"unknown key {name!r}; {key_choices(name, TRIAL_NAMES)}")
@@ -237,20 +237,20 @@ class Dimension:
     when: str | None = None  # the key is sampled only if this condition holds (see _expressions)
 
 
-def _dimension(name: str) -> Any:
+def _dimension_type(name: str) -> Any:
     """The type of one entry of `search.space`."""
     kinds = typing.get_args(TRIAL_KEYS[name].type) or (TRIAL_KEYS[name].type,)
     number = next((kind for kind in kinds if kind in (int, float)), None)
     fields: dict[str, Any] = {
-        "values": (_list_of(name), setting(None, "the values to choose from"))
+        "values": (_list_type(name), setting(None, "the values to choose from"))
     }
     if number:
-        end = _limited(number, name)
+        end = _with_limits(number, name)
         fields["min"] = (end, setting(None, "lower end of the range, inclusive"))
         fields["max"] = (end, setting(None, "upper end of the range, inclusive"))
         fields["log"] = (bool, setting(False, "sample uniformly on a logarithmic scale"))
     when = "the key is sampled only if this condition holds, such as `images_per_class > 0`"
-    fields["when"] = (Annotated[str, AfterValidator(_condition)], setting(None, when))
+    fields["when"] = (Annotated[str, AfterValidator(_check_condition)], setting(None, when))
 
     def dimension(given: dict[str, Any]) -> Dimension:
         ends = {"min", "max"} & given.keys()
@@ -273,15 +273,17 @@ def _dimension(name: str) -> Any:
         return Dimension(key=name, **given)
 
     either = [{"required": ["values"]}, {"required": ["min", "max"]}]
-    return Annotated[_mapping(name, fields, oneOf=either), AfterValidator(dimension)]
+    return Annotated[_mapping_type(name, fields, oneOf=either), AfterValidator(dimension)]
 
 
 @cache
 def space_type() -> TypeAdapter[dict[str, Dimension]]:
     """The type of `search.space`. Built on first use, because building it is slow."""
     searchable = [name for name in TRIAL_NAMES if reason_not_searchable(name) is None]
-    fields = {name: (_dimension(name), setting(None, _description(name))) for name in searchable}
-    return TypeAdapter(_mapping("Space", fields, minProperties=1))
+    fields = {
+        name: (_dimension_type(name), setting(None, _description(name))) for name in searchable
+    }
+    return TypeAdapter(_mapping_type("Space", fields, minProperties=1))
 
 
 class _Space:

@@ -319,7 +319,7 @@ def cells_of(spec: SweepSpec) -> tuple[Cell, ...]:
     cells = {key: _cell(spec, combination) for key, combination in table.items()}
     if not cells:
         raise SpecError(f"{spec.source}: `exclude` removes every combination of the grid")
-    cells = {key: cell for key, cell in cells.items() if _fits(cell)}
+    cells = {key: cell for key, cell in cells.items() if _is_defined(cell)}
     if not cells:
         raise SpecError(f"{spec.source}: {needs_labels(spec.methods)}")
     computed = {key: (cell.method, _computation(cell)) for key, cell in cells.items()}
@@ -338,10 +338,10 @@ def needs_labels(methods: Sequence[str]) -> str:
 
 def has_fitting_cell(spec: SweepSpec) -> bool:
     """Whether the method of at least one cell is defined for its paradigm."""
-    return any(_fits(_cell(spec, combination)) for combination in combinations(spec))
+    return any(_is_defined(_cell(spec, combination)) for combination in combinations(spec))
 
 
-def _fits(cell: Cell) -> bool:
+def _is_defined(cell: Cell) -> bool:
     """Whether the method is defined for the paradigm; CoOp and VPT are not for ul."""
     return cell.flat["paradigm"] in presets.METHODS[cell.method].paradigms
 
@@ -372,7 +372,13 @@ def _cell(spec: SweepSpec, combination: dict[str, Any]) -> Cell:
         del flat[key]
     applies = {"method", "lora", *flat}.difference(pins)
     chosen = {key: value for key, value in combination.items() if key in applies}
-    return Cell(id="", method=method, flat=flat, chosen=chosen, space=_free(spec, method, flat))
+    return Cell(
+        id="",
+        method=method,
+        flat=flat,
+        chosen=chosen,
+        space=_searched_dimensions(spec, method, flat),
+    )
 
 
 def _named(
@@ -391,7 +397,7 @@ def _named(
     chosen = {
         key: value
         for key, value in cell.chosen.items()
-        if key in _NAMED_FIRST
+        if key in _ID_KEYS
         or any(
             computation({**combination, key: other}) != own
             for other in (spec.axes or spec.grid)[key]
@@ -413,7 +419,9 @@ def _trial_defaults() -> dict[str, Any]:
     return {key.name: key.default for key in trial_keys().values() if key.name != "lora"}
 
 
-def _free(spec: SweepSpec, method: str, flat: dict[str, Any]) -> tuple[Dimension, ...]:
+def _searched_dimensions(
+    spec: SweepSpec, method: str, flat: dict[str, Any]
+) -> tuple[Dimension, ...]:
     """The dimensions that a cell searches.
 
     A dimension is left out if its condition depends only on fixed settings and does not hold.
@@ -430,26 +438,26 @@ def _free(spec: SweepSpec, method: str, flat: dict[str, Any]) -> tuple[Dimension
     return tuple(free)
 
 
-_NAMED_FIRST = ("dataset", "paradigm", "modality", "method")
+_ID_KEYS = ("dataset", "paradigm", "modality", "method")
 
 
 def _id(cell: Cell) -> str:
-    words = [{**cell.flat, "method": cell.method}[key] for key in _NAMED_FIRST]
+    words = [{**cell.flat, "method": cell.method}[key] for key in _ID_KEYS]
     words += [
-        f"{key.rpartition('.')[2]}={_word(value)}"
+        f"{key.rpartition('.')[2]}={_id_word(value)}"
         for key, value in cell.chosen.items()
-        if key not in _NAMED_FIRST
+        if key not in _ID_KEYS
     ]
     name = re.sub(r"[^A-Za-z0-9._=-]+", "-", "-".join(words))
-    return name if len(name) <= 100 else f"{name[:90]}-{_mark(cell)}"
+    return name if len(name) <= 100 else f"{name[:90]}-{_short_digest(cell)}"
 
 
-def _word(value: Any) -> str:
+def _id_word(value: Any) -> str:
     words = {None: "off", True: "on", False: "off"}
     return words[value] if value is None or isinstance(value, bool) else str(value)
 
 
-def _mark(cell: Cell) -> str:
+def _short_digest(cell: Cell) -> str:
     return digest({"method": cell.method, **cell.chosen})[:8]
 
 
@@ -457,7 +465,11 @@ def _distinct_ids(cells: Iterable[Cell]) -> Iterator[Cell]:
     # Two values can give the same file name (a/b, a-b). Some file systems ignore case.
     seen: set[str] = set()
     for cell in cells:
-        named = replace(cell, id=f"{cell.id}-{_mark(cell)}") if cell.id.lower() in seen else cell
+        named = (
+            replace(cell, id=f"{cell.id}-{_short_digest(cell)}")
+            if cell.id.lower() in seen
+            else cell
+        )
         seen.add(named.id.lower())
         yield named
 
@@ -485,7 +497,7 @@ def _notes(spec: SweepSpec) -> Iterator[str]:
             if pinning:
                 yield f"{part}.{key} does not apply to {_listed(pinning)}: the method pins it"
     every = list(combinations(spec))
-    skipped = [cell for cell in (_cell(spec, entry) for entry in every) if not _fits(cell)]
+    skipped = [cell for cell in (_cell(spec, entry) for entry in every) if not _is_defined(cell)]
     if skipped:
         names = sorted({cell.method for cell in skipped})
         yield f"{_listed(names)}: no cells with paradigm ul, which has no labelled images"

@@ -162,10 +162,10 @@ def checked(document: Document, sets: Sequence[str] = (), only: Sequence[str] = 
         )
     _refuse_passwords(document, sets)
     for option in sets:
-        _set(document, option)
-    spec = _spec(document, validate(document, FILE))
+        _apply_option(document, option)
+    spec = _sweep_spec(document, validate(document, FILE))
     _check_consistency(document, spec)
-    return _only(spec, only)
+    return _select(spec, only)
 
 
 def find_sweep(name_or_path: str) -> Path:
@@ -208,7 +208,7 @@ def _refuse_passwords(document: Document, sets: Sequence[str]) -> None:
 # ---------------------------------------------------------------- options
 
 
-def _set(document: Document, option: str) -> None:
+def _apply_option(document: Document, option: str) -> None:
     source = f"--set {option}"
     name, _, text = option.partition("=")
     if not text:
@@ -258,7 +258,7 @@ def only_values(spec: SweepSpec, only: Sequence[str]) -> dict[str, list[Any]]:
     return selected
 
 
-def _only(spec: SweepSpec, only: Sequence[str]) -> SweepSpec:
+def _select(spec: SweepSpec, only: Sequence[str]) -> SweepSpec:
     selected = only_values(spec, only)
     grid = {
         key: tuple(value for value in values if value in selected.get(key, values))
@@ -272,7 +272,7 @@ def _only(spec: SweepSpec, only: Sequence[str]) -> SweepSpec:
     return smaller
 
 
-def _spec(document: Document, file: SweepFile) -> SweepSpec:
+def _sweep_spec(document: Document, file: SweepFile) -> SweepSpec:
     if "method" not in {**file.grid, **file.fixed}:
         raise document.error(
             (),
@@ -283,7 +283,7 @@ def _spec(document: Document, file: SweepFile) -> SweepSpec:
     return SweepSpec(
         **parts,
         tracking_uri=file.tracking.uri,
-        question=_header(document.text),
+        question=_question(document.text),
         source=document.source,
         text=document.text,
     )
@@ -292,7 +292,7 @@ def _spec(document: Document, file: SweepFile) -> SweepSpec:
 MODELINE = re.compile(r"#\s*yaml-language-server:")  # for editors; not part of the question
 
 
-def _header(text: str) -> str:
+def _question(text: str) -> str:
     lines = []
     for line in text.lstrip("\n").splitlines():
         if not line.startswith("#"):
