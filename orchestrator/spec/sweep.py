@@ -331,8 +331,8 @@ def cells_of(spec: SweepSpec) -> tuple[Cell, ...]:
 def needs_labels(methods: Sequence[str]) -> str:
     """The message for a sweep in which no method fits any paradigm."""
     return (
-        f"{_listed(list(methods))} needs labelled images, which paradigm ul does not have; "
-        "allowed: paradigm ssl or trzsl"
+        f"paradigm ul has no labelled images, and {_listed(list(methods))} cannot be trained "
+        "without them; allowed: paradigm ssl or trzsl"
     )
 
 
