@@ -76,7 +76,7 @@ def images_in(folder: Path, count: int, photo: bool) -> list[Path]:
 
 
 def one_at_a_time(bundle: Path, files: list[Path]) -> tuple[Times, list[str]]:
-    """As docs/bundle.md has it for plain open_clip, in a loop: times and classes."""
+    """As docs/results_guide.md has it for plain open_clip, in a loop: times and classes."""
     import open_clip
     from safetensors.torch import load_file
 

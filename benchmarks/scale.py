@@ -3,7 +3,7 @@
 Plays `sweeps/paper_main.yaml` on a cluster of equal GPUs under several policies: groups of cells
 with their LoRA, their blocks of images and their trials, the driver as a server that does one thing
 at a time. Costs are those of `docs/reproduce.md`, which nobody measured; the driver's and actors'
-own were measured on sleeping actors (docs/scale.md).
+own were measured on sleeping actors (docs/benchmarks.md).
 
     python benchmarks/scale.py [--gpus 64]
 

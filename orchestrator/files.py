@@ -132,7 +132,7 @@ def barred(path: Path) -> str:
     relation = ", which" if existing == path else f": {existing}"
     return (
         f"{user} may not {verb} {path}{relation} belongs to {owner}, group {group}, "
-        f"{stat.filemode(status.st_mode)}; change the permissions (docs/stores.md explains shared "
+        f"{stat.filemode(status.st_mode)}; change the permissions (docs/storage.md explains shared "
         "stores) or choose another folder"
     )
 

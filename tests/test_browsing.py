@@ -1,4 +1,4 @@
-"""MLflow as people browse it: a real server over a real sweep, looked at in headless chromium."""
+"""MLflow pages of a real sweep on a real server, opened in headless chromium."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ VIEW = "?workflowType=machine_learning"
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory, drawn_digits) -> Iterator[MlflowServer]:
-    """Over a sweep whose trials take no time, told with the real tracker, charts and pictures."""
+    """A server over a sweep of trivial trials, recorded with the real tracker and charts."""
     folder = tmp_path_factory.mktemp("browsing")
     spec = write_sweep(folder, "browsed", SWEEP.format(folder=drawn_digits))
     spec.write_text(f"# How many images are enough?\n{spec.read_text()}")
@@ -61,24 +61,25 @@ def browser(tmp_path_factory) -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def runs(server: MlflowServer) -> dict[str, list[Any]]:
-    """By kind."""
-    found: dict[str, list[Any]] = {}
+    """The MLflow runs by `air.kind`."""
+    by_kind: dict[str, list[Any]] = {}
     for run in all_runs(server.store):
-        found.setdefault(run.data.tags["air.kind"], []).append(run)
-    return found
+        by_kind.setdefault(run.data.tags["air.kind"], []).append(run)
+    return by_kind
 
 
 def page(server: MlflowServer, run: Any, tab: str = "") -> str:
     return f"{server.url}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}{tab}{VIEW}"
 
 
-def shown(text: str) -> str:
+def shows(text: str) -> str:
+    """A JavaScript expression: whether the page shows a text."""
     return f"document.body.innerText.includes({text!r})"
 
 
-def test_the_parent_opens_with_the_answer_and_its_pictures(server, browser, runs):
-    browser.open(page(server, runs["sweep"][0]), shown("has the highest mean test accuracy"))
-    browser.wait(shown("Child runs"))
+def test_a_sweep_run_shows_the_answer_and_charts(server, browser, runs):
+    browser.open(page(server, runs["sweep"][0]), shows("has the highest mean test accuracy"))
+    browser.wait(shows("Child runs"))
     assert "How many images are enough?" in browser.text()
     pictures = "[...document.images].filter(i => i.src.includes('get-artifact'))"
     browser.wait(f"{pictures}.every(i => i.complete)")
@@ -92,10 +93,10 @@ def test_the_parent_opens_with_the_answer_and_its_pictures(server, browser, runs
     assert all(0 < width <= 700 for width in found.values())
 
 
-def test_a_setting_says_how_to_find_its_trials(server, browser, runs):
+def test_a_setting_run_shows_the_query_for_its_trials(server, browser, runs):
     point = next(run for run in runs["point"] if run.info.run_name.endswith("=8"))
-    browser.open(page(server, point), shown("Mean over 3 of 3 runs"))
-    browser.wait(shown("Parent run"))
+    browser.open(page(server, point), shows("Mean over 3 of 3 runs"))
+    browser.wait(shows("Parent run"))
     text = browser.text()
     query = next(line for line in text.splitlines() if line.startswith("tags."))
     assert f"test/accuracy\n{point.data.metrics['test/accuracy']}" in text

@@ -72,7 +72,7 @@ def export(
     """
     from orchestrator.errors import GATE
     from orchestrator.planning import Resolver
-    from orchestrator.reporting.bundles import BEST, Differs, best_trial
+    from orchestrator.reporting.bundles import BEST, PredictionsDifferError, best_trial
     from orchestrator.reporting.bundles import export as written
     from orchestrator.store import open_store
     from orchestrator.tracking import named_trial
@@ -92,7 +92,7 @@ def export(
     resolver = Resolver(there.root / "digests.json", data_root)
     try:
         written(chosen, there, resolver, out, force)
-    except Differs as problem:
+    except PredictionsDifferError as problem:
         fail(str(problem), GATE)
     show(out)
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from orchestrator.reporting.published import Judgement
+    from orchestrator.reporting.published import ReferenceComparison
 
 app = typer.Typer()
 
@@ -63,7 +63,7 @@ def compare(
     airsweep compare quickstart --against old/quickstart --fail-on regress
     """
     from orchestrator.errors import DONE, GATE
-    from orchestrator.reporting.published import beside_paper, beside_sweep, find_paper
+    from orchestrator.reporting.published import compare_with_paper, compare_with_sweep, find_paper
 
     if (paper is None) == (against is None):
         fail("give one of --paper NAME and --against OTHER")
@@ -72,17 +72,17 @@ def compare(
     if against is not None and against.endswith(".json"):
         fail(
             f"--against {against}: a printed table can no longer be compared; give a sweep of this "
-            "store, or its numbers as --paper FILE (docs/compare.md)"
+            "store, or its numbers as --paper FILE (docs/results_guide.md)"
         )
     published = None if paper is None else find_paper(paper)
     ours = _finished(name, store, data_root)
     if published is not None:
-        found = beside_paper(ours.results, published)
+        found = compare_with_paper(ours.results, published)
     else:
         assert against is not None
         theirs = _finished(against, store, data_root)
-        found = beside_sweep(ours.results, theirs.results, against)
-    done = {"done": len(ours.results.entries), "total": ours.plan.total}
+        found = compare_with_sweep(ours.results, theirs.results, against)
+    done = {"done": len(ours.results.trials), "total": ours.plan.total}
     if as_json:
         show(json.dumps({"sweep": name, "trials": done, **found.as_json()}, indent=1))
     else:
@@ -95,7 +95,7 @@ def _finished(name: str, store: str, data_root: Path | None) -> Outcome:
     found = results_of(name, store, data_root)
     if not found.results.rows:
         raise ValueError(no_trial(name, found))
-    done, total = len(found.results.entries), found.plan.total
+    done, total = len(found.results.trials), found.plan.total
     if done < total:
         words = f"note: {done} of {total} trials of {name} are done; compared is what is there"
         show(words, file=sys.stderr)
@@ -105,12 +105,12 @@ def _finished(name: str, store: str, data_root: Path | None) -> Outcome:
 WIDTH = 80
 
 
-def _screen(name: str, ours: Outcome, found: Judgement) -> Iterator[str]:
-    from orchestrator.reporting.published import lines
+def _screen(name: str, ours: Outcome, found: ReferenceComparison) -> Iterator[str]:
+    from orchestrator.reporting.published import screen
 
-    yield f"{name} beside {found.what}: test accuracy in %, 95 % intervals"
-    where = [f"{d}, {p}/{m}; " for d, p, m in ours.results.worlds]
-    done = f"{len(ours.results.entries)} of {ours.plan.total} trials"
+    yield f"{name} beside {found.reference}: test accuracy in %, 95 % intervals"
+    where = [f"{d}, {p}/{m}; " for d, p, m in ours.results.tasks]
+    done = f"{len(ours.results.trials)} of {ours.plan.total} trials"
     yield (where[0] if len(where) == 1 else "") + done
     yield ""
     counts = ", ".join(f"{count} {verdict}" for verdict, count in found.counts().items())
@@ -118,5 +118,5 @@ def _screen(name: str, ours: Outcome, found: Judgement) -> Iterator[str]:
     if found.missing:
         shown = "; ".join(found.missing[:3]) + ("; ..." if len(found.missing) > 3 else "")
         below.append(f"Not here, but there: {len(found.missing)} ({shown}).")
-    for line in (*lines(found, WIDTH), *below, f"Source: {found.source}."):
+    for line in (*screen(found, WIDTH), *below, f"Source: {found.source}."):
         yield textwrap.fill(line, WIDTH, subsequent_indent="    ", break_on_hyphens=False)

@@ -64,7 +64,7 @@ from orchestrator.planning.estimate import (
 )
 from orchestrator.planning.plan import plan_sweep
 from orchestrator.planning.resolve import text_digest
-from orchestrator.reporting import standing
+from orchestrator.reporting import sweep_status
 from orchestrator.spec import Cell, SweepSpec
 from orchestrator.spec.sweep import JOURNAL, Budget
 from orchestrator.store import SweepLocation, is_bucket, read_outcome, read_resolved, whoami
@@ -111,8 +111,8 @@ def run_sweep(
     plan = _sound_plan(sweep, location, resolver, screen)
     for line in changed_inputs(earlier_results(plan, location)):
         screen.say(line)
-    given_up = _given_up(standing(event_log).failures, retry)
-    if plan.done + len(plan.pruned) == plan.total and standing(event_log).exit_code == DONE:
+    given_up = _given_up(sweep_status(event_log).failures, retry)
+    if plan.done + len(plan.pruned) == plan.total and sweep_status(event_log).exit_code == DONE:
         if (
             event_log.path.exists()
         ):  # a file that only lost cells asks for no work, but is the sweep

@@ -1,8 +1,9 @@
-"""Results of sweeps: rows with intervals, comparisons, tables, charts, the HTML report and bundles.
+"""Results of sweeps: rows with intervals, comparisons, tables, charts, HTML report and bundles.
 
-Only what needs no pandas is imported here."""
+Modules that import pandas are not imported here.
+"""
 
-from orchestrator.reporting.results import results_of, standing
+from orchestrator.reporting.results import results_of, sweep_status
 from orchestrator.reporting.rows import Results
 from orchestrator.reporting.screens import plan_screen, summary_screen
 
@@ -10,6 +11,6 @@ __all__ = [
     "Results",
     "plan_screen",
     "results_of",
-    "standing",
     "summary_screen",
+    "sweep_status",
 ]

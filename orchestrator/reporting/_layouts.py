@@ -1,4 +1,4 @@
-"""Tables of texts as Markdown, CSV and LaTeX (booktabs). Knows cells, not what they mean."""
+"""Tables of text cells as Markdown, CSV and LaTeX (booktabs)."""
 
 from __future__ import annotations
 
@@ -17,38 +17,40 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """A table before it has a syntax."""
+    """A table with caption and notes, independent of the output format."""
 
-    frame: DataFrame  # of texts; a MultiIndex of columns puts groups above the names
+    frame: DataFrame  # of str; a MultiIndex of columns puts group headings above the names
     bold: frozenset[tuple[int, int]] = frozenset()  # (line, column)
     caption: Sequence[str] = ()  # sentences
     notes: Sequence[str] = ()  # sentences below the table
 
     @property
     def numeric(self) -> list[bool]:
-        """Which columns hold numbers alone and are right-aligned."""
+        """For each column, whether it holds numbers only and is right-aligned."""
         columns = (self.frame.iloc[:, i] for i in range(self.frame.shape[1]))
         return [are_numbers(column) for column in columns]
 
 
 def without_empty(lines: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
-    """Lines of texts, without columns that say nothing. Of these a screen is made without pandas,
-    whose import takes half a second."""
+    """Lines of a table, without columns that are empty in every line.
+
+    Screens use this instead of a DataFrame, because importing pandas takes half a second.
+    """
     filled = {name for line in lines for name, text in line.items() if text}
     names = [name for name in dict.fromkeys(chain.from_iterable(lines)) if name in filled]
     return [{name: line.get(name, "") for name in names} for line in lines]
 
 
 def screen_lines(lines: Sequence[Mapping[str, str]], width: int) -> list[str]:
-    """Lines of texts for a terminal."""
+    """A table as aligned lines for a terminal."""
     return aligned([[*lines[0]], *([*line.values()] for line in lines)], width)
 
 
 def csv_text(frame: DataFrame) -> str:
-    """A frame without its index; no cell or name is a formula to a spreadsheet."""
+    """A frame as CSV without its index, with cells and names that spreadsheets do not evaluate."""
     from pandas import DataFrame
 
-    # As objects, since a column of whole numbers with a gap would become one of floats.
+    # As objects: otherwise a column of integers with a missing value would become one of floats.
     cells = [[csv_cell(cell) for cell in line] for line in frame.astype(object).to_numpy()]
     safe = DataFrame(cells, columns=[csv_cell(name) for name in frame], dtype=object)
     text: str = safe.to_csv(index=False, lineterminator="\n")
@@ -60,7 +62,7 @@ def rendered(layout: Layout, format: str) -> str:
 
 
 def markdown(layout: Layout) -> str:
-    """Caption, table and notes."""
+    """Caption, table and notes as Markdown."""
     frame = layout.frame.map(_in_markdown)
     for line, column in layout.bold:
         frame.iat[line, column] = f"**{frame.iat[line, column]}**"
@@ -79,11 +81,11 @@ def _in_markdown(cell: str) -> str:
     return cell.replace("|", "\\|").replace("\n", " ")
 
 
-WIDE = 92  # characters of a line of LaTeX that fill the page at normal size
+WIDE = 92  # characters in a line that fill the width of a LaTeX page at normal size
 
 
 def latex(layout: Layout) -> str:
-    """A booktabs table, shrunk where it is wider than the page."""
+    """A booktabs table, scaled down if it is wider than the page."""
     frame = layout.frame
     styles = frame.map(lambda cell: "")
     for line, column in layout.bold:
@@ -111,7 +113,7 @@ _LATEX = str.maketrans(
         "\\": r"\textbackslash{}",
         "~": r"\textasciitilde{}",
         "^": r"\textasciicircum{}",
-        "[": "{[}",  # else an option of the line break before it
+        "[": "{[}",  # else LaTeX reads it as an option of the preceding line break
         "]": "{]}",
         "*": "{*}",
         "±": r"$\pm$",
@@ -129,7 +131,7 @@ _LATEX = str.maketrans(
 
 
 def escaped(text: str) -> str:
-    """Text for LaTeX. Letters that its Latin fonts lack become their code points.
+    """Escape text for LaTeX. Letters missing in its Latin fonts become code points.
 
     >>> print(escaped("zero_shot: -2.1 ± 0.3 %"))
     zero\\_shot: $-$2.1 $\\pm$ 0.3 \\%
@@ -138,5 +140,5 @@ def escaped(text: str) -> str:
     """
     text = text.replace("->", "→")
     text = re.sub(r"(?<![\w.\]-])-(?=\d)", "\N{MINUS SIGN}", text)  # 1e-3 keeps its hyphen
-    text = re.sub(r"[^\0-\u017f±×−–→†‡↓]", lambda found: f"[U+{ord(found[0]):04X}]", text)  # noqa: RUF001
+    text = re.sub(r"[^\0-\u017f±×−–→†‡↓]", lambda match: f"[U+{ord(match[0]):04X}]", text)  # noqa: RUF001
     return text.replace("--", "-\u200b-").translate({**_LATEX, 0x200B: "{}"})

@@ -1,25 +1,24 @@
-"""Accuracies and differences of accuracies with 95 % intervals. Knows predictions, no files.
+"""Accuracies and differences of accuracies with 95 % intervals.
 
-What varies: a **run** is one split and one seed; it scores every test image of its split. Images
-are *crossed* with splits and seeds (splits draw from one dataset, so an image comes back in many
-of them); seeds are *nested* in splits. An interval for new images, new splits and new seeds adds
-two parts:
+A **run** is one split and one seed; it scores every test image of its split. Images are *crossed*
+with splits and seeds (splits draw from one dataset, so an image occurs in many of them); seeds are
+*nested* in splits. An interval for new images, new splits and new seeds adds two parts:
 
-- **images**: all images of the dataset that were tested are reweighted at random, an image with
-  the same weight in every run (the Bayesian bootstrap, Rubin 1981: weights are exponential, so
-  that no sample leaves a run without images). The runs stay as they are.
-- **runs**: the variance between the top units (splits; seeds where there is one split) divided by
-  their number. What image noise alone would put between them is measured in the same samples and
-  subtracted, since the first part holds it already. This part is drawn from a normal
-  distribution, widened by Student's t over z for its k - 1 degrees of freedom.
+- **images**: all tested images of the dataset are reweighted at random. An image has the same
+  weight in every run. The weights are exponential (the Bayesian bootstrap, Rubin 1981), so no
+  sample leaves a run without images. The set of runs is fixed.
+- **runs**: the variance between the top units (splits; seeds if there is one split) divided by
+  their number. The variance that image noise alone causes between units is measured in the same
+  samples and subtracted, because the first part contains it already. This part is drawn from a
+  normal distribution, widened by Student's t over z for its k - 1 degrees of freedom.
 
-Why not redraw images, splits and seeds together and take percentiles? Noise that belongs to one
+Resampling images, splits and seeds together and taking percentiles would be wrong: noise of one
 image in one run is then counted three times (Owen 2007, "The pigeonhole bootstrap"), seeds count
-in their own level and again between splits (Davison and Hinkley 1997, section 3.8), and k redrawn
-units fall short of their variance by the factor (k - 1)/k. In simulations such intervals covered
-anything from 72 to 100 %, depending on which source of variation was the largest.
+at their own level and again between splits (Davison and Hinkley 1997, section 3.8), and k resampled
+units underestimate their variance by the factor (k - 1)/k. In simulations such intervals covered
+between 72 and 100 %, depending on which source of variation was the largest.
 
-Coverage of the intervals here in %, for the difference of two methods that are equally good: 540
+Coverage of the intervals of this module in %, for the difference of two equally good methods: 540
 test images out of 1,797, both methods right on about 74 % of them, 1,000 repetitions. Columns:
 standard deviation of a method's accuracy over seeds / over splits, in points.
 
@@ -31,20 +30,21 @@ standard deviation of a method's accuracy over seeds / over splits, in points.
 | 2 x 2          | 96.0  | 94.7    | 91.6    | 87.9      | 89.1      |
 
 Two splits are too few where splits matter: the interval is wide and still covers too little.
-An interval says nothing of what was the same in every run: the pretrained models and, with one
-split, its LoRA and its images.
+An interval does not include variation of inputs that all runs share: the pretrained models and,
+with one split, its LoRA and its synthetic images.
 
-A **p value** is read from the interval: that of level 1 - p just touches 0. A table of many
-differences is **corrected** in two ways, and a difference needs both to be marked:
+The **p value** of a difference is the level at which its interval, at 1 - p, just touches 0. The p
+values of a table are **corrected** in two ways, and a significant difference passes both:
 
-- Holm's procedure over all of them (Holm 1979).
-- Three seeds often agree by luck, and then the runs part is 0 though seeds matter: one time in
-  five where seeds vary by three times what images do. One interval can live with that, the small
-  levels that Holm asks for cannot: of such tables of twelve null differences every third had a
-  mark. So in a table the runs part of a difference is at least the mean runs part of all, and has
-  the freedom of half of all (methods share a host, so differences are not independent).
+- Holm's procedure over all differences of the table (Holm 1979).
+- A common runs part. Three seeds often agree by chance, and the runs part is then 0 although seeds
+  matter: one time in five if seeds vary three times as much as images. That is tolerable for a
+  single interval but not at the small levels of Holm's procedure: every third of such tables of
+  twelve null differences had a mark. In a table the runs part of a difference is therefore at
+  least the mean runs part of all differences, with half of their summed degrees of freedom
+  (methods share a host, so differences are not independent).
 
-`benchmarks/calibration.py` measures how often either is wrong.
+`benchmarks/calibration.py` measures the error rates of both.
 """
 
 from __future__ import annotations
@@ -64,19 +64,19 @@ Array = npt.NDArray[Any]
 
 Z_95 = 1.959964  # two-sided 95 %
 Z_POWER_80 = 0.841621  # one-sided 80 %
-ALPHA = 0.05  # of a mark, after correction
+ALPHA = 0.05  # level of significance, after correction
 
-# What a mark needs, found by simulation (benchmarks/calibration.py, docs/decisions.md).
-FEWEST_SEEDS = 3  # with one split, unless neither method has a seed
-FEWEST_SPLITS = 4  # with more than one
-FEWEST_IMAGES = 20  # on which the two differ
+# Minimum for a test, determined by simulation (benchmarks/calibration.py, docs/decisions.md).
+FEWEST_SEEDS = 3  # with one split, unless neither method uses the seed
+FEWEST_SPLITS = 4  # with more than one split
+FEWEST_IMAGES = 20  # on which the two methods differ
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Run:
     """One trained classifier on the test images of its split.
 
-    seed: None for a method that draws nothing: one computation stands for every seed.
+    The seed is None for a method that ignores it: one run then counts for every seed.
     """
 
     split_seed: int
@@ -86,7 +86,7 @@ class Run:
     unseen: Array | None = None  # (T,) bool: TRZSL, scored by the harmonic mean of the two parts
 
 
-Runs = tuple[Run, ...]  # of one setting: at least one, and one for a split and seed
+Runs = tuple[Run, ...]  # of one setting: at least one, at most one per split and seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,64 +99,65 @@ class Interval:
     std: float | None  # over runs, n - 1 in the denominator; None for one run
     low: float
     high: float
-    interval: str  # what it covers: "95 % bootstrap over images and seeds (1 split)"
+    interval: str  # description: "95 % bootstrap over images and seeds (1 split)"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Difference(Interval):
-    """One method minus another, with what a test of it needs."""
+    """One method minus another, with the quantities that its significance test needs."""
 
-    p: float  # two-sided, that it is 0; below 0.05 where the interval leaves 0 out
-    skew: float  # the interval's side towards 0, over what a symmetric one would have
+    p: float  # two-sided, of no difference; below 0.05 if the interval excludes 0
+    skew: float  # width of the interval's side towards 0, relative to a symmetric interval
     image_variance: float  # of the mean, from images
-    run_variance: float  # of the mean, between top units beyond images; chance puts it below 0
-    run_noise: float  # what images alone put between top units, of which that is free
-    units: int  # splits; seeds where there is one split
-    differing: int  # images that the two did not score alike in every run
-    images_needed: int | None  # to detect such a difference; None: it is 0
-    reason_not_tested: str  # why too little was run for a test; empty: enough was
+    run_variance: float  # of the mean, between top units without image noise; below 0 by chance
+    run_noise: float  # of the mean, between top units from image noise; not in `run_variance`
+    units: int  # number of splits; of seeds if there is one split
+    differing: int  # images that the two methods score differently in at least one run
+    images_needed: int | None  # test images to detect this difference; None: it is 0
+    reason_not_tested: str  # why there is too little data for a test; empty: it is tested
 
 
 def mean_interval(runs: Runs, *, samples: int = 2000, seed: int = 0) -> Interval:
     """Mean accuracy over runs with its 95 % interval.
 
-    An accuracy of exactly 0 or 1 gets an interval of width 0: reweighting cannot invent an
-    error that was never seen.
+    An accuracy of exactly 0 or 1 has an interval of width 0, because reweighting images cannot
+    produce an error that no run made.
     """
-    scores = _each(runs)
+    scores = _scored(runs)
     return _interval(scores, _parts(scores, samples, seed), lowest=0.0)
 
 
 def mean_score(runs: Runs) -> float:
-    """Mean accuracy over runs alone, for where an interval would be work for nothing."""
-    return float(np.mean([score.plain() for score in _each(runs)]))
+    """Mean accuracy over runs, without the cost of an interval."""
+    return float(np.mean([score.plain() for score in _scored(runs)]))
 
 
 def paired_difference(a: Runs, b: Runs, *, samples: int = 2000, seed: int = 0) -> Difference | None:
-    """Accuracy of `a` minus that of `b`, on common runs and images.
+    """Accuracy of `a` minus accuracy of `b`, on common runs and images.
 
-    Runs pair by split and seed; one without a seed pairs with every seed of its split.
+    Runs are paired by split and seed; a run without a seed pairs with every seed of its split.
 
     Returns:
-        The interval of the difference; n counts pairs. None: no run in common.
+        The difference with its interval, where n counts pairs; None if no runs pair.
     """
     scores = list(_pairs(a, b))
     if not scores:
         return None
     parts = _parts(scores, samples, seed)
-    found = _interval(scores, parts, lowest=-1.0)
-    towards_zero = found.mean - found.low if found.mean > 0 else found.high - found.mean
+    interval = _interval(scores, parts, lowest=-1.0)
+    mean = interval.mean
+    towards_zero = mean - interval.low if mean > 0 else interval.high - mean
     symmetric = _half_width(ALPHA, parts.image_variance, parts.run_variance, parts.units - 1)
     skew = towards_zero / symmetric if symmetric > 0 else 1.0
-    differing = [score.sides[0] != score.sides[1] for score in scores]
+    differing = [score.correct[0] != score.correct[1] for score in scores]
     images = len(
         np.unique(np.concatenate([s.image_ids[d] for s, d in zip(scores, differing, strict=True)]))
     )
     discordance = float(np.mean([d.mean() for d in differing]))
     return Difference(
-        **vars(found),
+        **vars(interval),
         p=_p_value(
-            abs(found.mean) / skew if skew > 0 else math.inf,
+            abs(mean) / skew if skew > 0 else math.inf,
             parts.image_variance,
             parts.run_variance,
             parts.units - 1,
@@ -167,29 +168,30 @@ def paired_difference(a: Runs, b: Runs, *, samples: int = 2000, seed: int = 0) -
         run_noise=parts.run_noise,
         units=parts.units,
         differing=images,
-        images_needed=images_needed(found.mean, discordance),
+        images_needed=images_needed(mean, discordance),
         reason_not_tested=_reason_not_tested(scores, images),
     )
 
 
 def corrected(differences: Sequence[Difference]) -> list[float]:
-    """p values of differences that stand in one table, in their order.
+    """Corrected p values of the differences of one table, in their order.
 
-    Holm's, with a runs part that the differences know together; never below `p` itself. A table of
-    one has nobody to know it from, so half of what image noise puts between seeds stays in.
+    Holm's adjustment of p values with a common runs part; never below the `p` of a difference. A
+    single difference has no others to take a common runs part from, so half of the variance that
+    image noise causes between its seeds is added to it instead.
     """
-    units = [d for d in differences if d.units > 1]
-    kept = 0.5 if len(units) == 1 else 0.0
-    runs = [d.run_variance + kept * d.run_noise for d in units]
+    with_units = [d for d in differences if d.units > 1]
+    noise_share = 0.5 if len(with_units) == 1 else 0.0
+    runs = [d.run_variance + noise_share * d.run_noise for d in with_units]
     common = max(0.0, float(np.mean(runs))) if runs else 0.0
-    freedom = sum(d.units - 1 for d in units) / 2
-    together = []
+    common_dof = sum(d.units - 1 for d in with_units) / 2
+    p_values = []
     for d in differences:
-        own = d.run_variance + kept * d.run_noise
-        part = max(own, common) if d.units > 1 else 0.0
+        variance = d.run_variance + noise_share * d.run_noise
+        part = max(variance, common) if d.units > 1 else 0.0
         distance = abs(d.mean) / d.skew if d.skew > 0 else math.inf
-        together.append(_p_value(distance, d.image_variance, part, max(d.units - 1, freedom)))
-    return [max(d.p, p) for d, p in zip(differences, holm(together), strict=True)]
+        p_values.append(_p_value(distance, d.image_variance, part, max(d.units - 1, common_dof)))
+    return [max(d.p, p) for d, p in zip(differences, holm(p_values), strict=True)]
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -207,24 +209,24 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True, kw_only=True)
 class Collapse:
-    """A run far below the others of its setting."""
+    """A run far below the other runs of its setting."""
 
     split_seed: int
     seed: int | None
     score: float
-    others: float  # their median
+    others: float  # median of the other runs
 
 
 def collapsed(runs: Runs) -> list[Collapse]:
-    """Runs that fell: training diverged, or a prompt went to one class.
+    """Runs that collapsed: training diverged, or the prompt predicts a single class.
 
-    Such a run lies below the median of the others by more than 10 points or a quarter of that
-    median, whichever is less; by more than 5 of their robust standard deviations (1.48 times the
-    median distance from the median); and by more than 4 standard errors of an accuracy on its test
-    images. Fewer than three runs say nothing, nor do as many that fell as did not.
+    A collapsed run is below the median of the other runs by more than 10 points or a quarter of
+    that median, whichever is less; by more than 5 of their robust standard deviations (1.48 times
+    the median distance from the median); and by more than 4 standard errors of an accuracy on its
+    test images. With fewer than three runs, or if half of them are low, none counts as collapsed.
     """
-    scores = [score.plain() for score in _each(runs)]
-    found = []
+    scores = [score.plain() for score in _scored(runs)]
+    result = []
     for i, (run, score) in enumerate(zip(runs, scores, strict=True)):
         others = np.array(scores[:i] + scores[i + 1 :])
         if len(others) < 2:
@@ -233,76 +235,80 @@ def collapsed(runs: Runs) -> list[Collapse]:
         spread = 1.4826 * float(np.median(np.abs(others - median)))
         noise = math.sqrt(median * (1 - median) / len(run.correct))
         if median - score > max(min(0.10, median / 4), 5 * spread, 4 * noise):
-            found.append(
+            result.append(
                 Collapse(split_seed=run.split_seed, seed=run.seed, score=score, others=median)
             )
-    return found
+    return result
 
 
 def images_needed(difference: float, discordance: float) -> int | None:
-    """Test images on which one pair of runs would show such a difference.
+    """Number of test images with which one pair of runs detects such a difference.
 
     For McNemar's test, two-sided 5 %, power 80 %, with discordance p and difference d:
     n = (1.96 sqrt(p) + 0.84 sqrt(p - d^2))^2 / d^2 (Connor 1987, Biometrics 43:207-211).
-    It takes the observed difference for the true one and leaves the variation over splits and
-    seeds out; averaging over several runs needs fewer images.
+    The formula takes the observed difference as the true one and ignores variation over splits and
+    seeds. The mean of several runs needs fewer images.
 
     Args:
-        discordance: share of the test images on which one of the two is right and the other wrong.
+        discordance: share of the test images on which exactly one of the two methods is right.
 
     Returns:
-        None: no number of images is enough, the difference is 0.
+        The number of images; None if the difference is 0.
 
     >>> images_needed(0.02, 0.20)
     3923
     """
     if difference == 0:
         return None
-    p = max(discordance, abs(difference))  # a difference needs at least that many discordant images
+    p = max(discordance, abs(difference))  # the share of discordant images is at least that
     root = Z_95 * math.sqrt(p) + Z_POWER_80 * math.sqrt(p - difference**2)
     return math.ceil(root**2 / difference**2)
 
 
 @dataclass(frozen=True, eq=False)
 class _Scores:
-    """A run, or a pair of runs of which the second is subtracted, image by image."""
+    """Results of one run per image, or of a pair of runs whose difference is scored."""
 
     split_seed: int
     seed: int | None
     image_ids: Array  # (T,)
-    sides: tuple[Array, ...]  # one or two of (T,) bool: right or wrong
+    correct: tuple[Array, ...]  # (T,) bool each: the run, or the two runs of a pair
     unseen: Array | None  # (T,) bool
 
     @property
     def groups(self) -> list[Array]:
-        """(T,) each: images whose accuracy counts on its own."""
+        """(T,) bool each: all images; in TRZSL the unseen and the seen ones."""
         if self.unseen is None:
             return [np.ones(len(self.image_ids), dtype=bool)]
         return [self.unseen, ~self.unseen]
 
     def columns(self) -> list[Array]:
-        """(T,) each: what `score` needs the sums of."""
-        right = [side & group for side in self.sides for group in self.groups]
+        """(T,) bool each: the arrays whose sums `score` takes."""
+        right = [correct & group for correct in self.correct for group in self.groups]
         return [*self.groups, *right]
 
     def score(self, sums: Sequence[Array]) -> Array:
-        """An accuracy or the harmonic mean of two, or a difference of such."""
+        """The accuracy (TRZSL: harmonic mean of two accuracies) of a run, or its difference.
+
+        Args:
+            sums: the (weighted) sum over images of each of `columns`.
+        """
         count = 1 if self.unseen is None else 2
         sizes, rights = sums[:count], [sums[i : i + count] for i in range(count, len(sums), count)]
-        found = []
+        scores = []
         for right in rights:
-            one, *others = (part / size for part, size in zip(right, sizes, strict=True))
-            for other in others:
-                one = 2 * one * other / np.maximum(one + other, 1e-12)
-            found.append(one)
-        return np.asarray(found[0] - found[1] if len(found) == 2 else found[0])
+            score, *rest = (part / size for part, size in zip(right, sizes, strict=True))
+            for other in rest:
+                score = 2 * score * other / np.maximum(score + other, 1e-12)
+            scores.append(score)
+        return np.asarray(scores[0] - scores[1] if len(scores) == 2 else scores[0])
 
     def plain(self) -> float:
-        """The score of the images as they are."""
+        """The score with equal weights of all images."""
         return float(self.score([np.asarray(column.sum()) for column in self.columns()]))
 
 
-def _each(runs: Runs) -> list[_Scores]:
+def _scored(runs: Runs) -> list[_Scores]:
     return [
         _Scores(run.split_seed, run.seed, run.image_ids, (run.correct,), run.unseen) for run in runs
     ]
@@ -316,19 +322,19 @@ def _pairs(a: Runs, b: Runs) -> Iterator[_Scores]:
                 continue
             ids, i, j = np.intersect1d(left.image_ids, right.image_ids, return_indices=True)
             if len(ids):
-                sides = (left.correct[i], right.correct[j])
+                correct = (left.correct[i], right.correct[j])
                 unseen = None if left.unseen is None else left.unseen[i]
-                yield _Scores(left.split_seed, next(iter(seeds), None), ids, sides, unseen)
+                yield _Scores(left.split_seed, next(iter(seeds), None), ids, correct, unseen)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Parts:
-    """What varies in a mean over runs."""
+    """The image part and the runs part of the variation of a mean over runs."""
 
     run_means: Array  # (R,)
-    draws: Array  # (B,) of the mean, around 0
+    draws: Array  # (B,) deviations of the mean
     image_variance: float
-    run_variance: float  # not floored; 0 for one unit
+    run_variance: float  # may be negative by chance; 0 for one unit
     run_noise: float
     units: int  # K
 
@@ -369,36 +375,36 @@ def _interval(scores: Sequence[_Scores], parts: _Parts, *, lowest: float) -> Int
         high=min(1.0, max(float(high), mean)),
         n=len(scores),
         n_test=round(float(np.mean([len(s.image_ids) for s in scores]))),
-        interval=_covered(scores),
+        interval=_interval_text(scores),
     )
 
 
-def _half_width(alpha: float, images: float, runs: float, freedom: float) -> float:
-    """Half the width of a symmetric interval of level 1 - alpha, of two variances."""
-    t = _student(alpha, freedom) if runs > 0 else 0.0
+def _half_width(alpha: float, images: float, runs: float, dof: float) -> float:
+    """Half the width of a symmetric interval of level 1 - alpha, from the two variances."""
+    t = _student(alpha, dof) if runs > 0 else 0.0
     return math.sqrt(_normal(alpha) ** 2 * images + t**2 * max(0.0, runs))
 
 
-def _p_value(distance: float, images: float, runs: float, freedom: float) -> float:
-    """The level at which the half width is the distance from 0."""
+def _p_value(distance: float, images: float, runs: float, dof: float) -> float:
+    """The level at which the half width equals the distance from 0."""
     if distance == 0:
         return 1.0
     if runs <= 0:
         return math.erfc(distance / math.sqrt(2 * images)) if images > 0 else 0.0
     from scipy.special import stdtr
 
-    low, high = 0.0, distance / math.sqrt(runs)  # t of the level lies between
+    low, high = 0.0, distance / math.sqrt(runs)  # bounds of t
     for _ in range(60):
         t = (low + high) / 2
-        alpha = 2 * float(stdtr(freedom, -t))
+        alpha = 2 * float(stdtr(dof, -t))
         if _normal(alpha) ** 2 * images + t**2 * runs < distance**2:
             low = t
         else:
             high = t
-    return 2 * float(stdtr(freedom, -low))
+    return 2 * float(stdtr(dof, -low))
 
 
-# scipy.special takes a tenth of a second to import, which only a table needs.
+# scipy.special takes a tenth of a second to import and only tables need it.
 
 
 def _normal(alpha: float) -> float:
@@ -408,44 +414,47 @@ def _normal(alpha: float) -> float:
     return -float(ndtri(max(alpha, 1e-300) / 2))
 
 
-def _student(alpha: float, freedom: float) -> float:
+def _student(alpha: float, dof: float) -> float:
     """Student's t of a two-sided level."""
     from scipy.special import stdtrit
 
-    return -float(stdtrit(freedom, alpha / 2))
+    return -float(stdtrit(dof, alpha / 2))
 
 
 def _reason_not_tested(scores: Sequence[_Scores], differing: int) -> str:
-    """Why a difference is not tested, however large it is; empty: it is."""
+    """Why a difference is not tested; empty: it is tested."""
     splits = len({s.split_seed for s in scores})
     seeds = {s.seed for s in scores}
     if 1 < splits < FEWEST_SPLITS:
-        return f"{splits} splits are too few for a test, which needs one, or {FEWEST_SPLITS}"
+        return f"{splits} splits are too few for a test; it needs 1, or at least {FEWEST_SPLITS}"
     if splits == 1 and seeds != {None} and len(seeds) < FEWEST_SEEDS:
         few = "1 seed is" if len(seeds) == 1 else f"{len(seeds)} seeds are"
-        return f"{few} too few for a test, which needs {FEWEST_SEEDS}"
+        return f"{few} too few for a test; it needs at least {FEWEST_SEEDS}"
     if differing < FEWEST_IMAGES:
-        return f"they differ on {differing} images, too few for a test, which needs {FEWEST_IMAGES}"
+        return (
+            f"the two methods differ on only {differing} images; "
+            f"a test needs at least {FEWEST_IMAGES}"
+        )
     return ""
 
 
 def _resampled_means(scores: Sequence[_Scores], samples: int, seed: int) -> Array:
-    """Scores of the runs under common random weights of the images, (B, R)."""
+    """Scores of the runs under random weights of the images, common to all runs, (B, R)."""
     ids = np.unique(np.concatenate([s.image_ids for s in scores]))
     weights = _image_weights(len(ids), samples, seed)  # (B, U)
     columns = [s.columns() for s in scores]
-    ends = np.cumsum([len(of_one) for of_one in columns])
+    ends = np.cumsum([len(arrays) for arrays in columns])
     matrix = np.zeros((len(ids), ends[-1]), dtype=np.float32)
-    for s, of_one, end in zip(scores, columns, ends, strict=True):
-        matrix[np.searchsorted(ids, s.image_ids), end - len(of_one) : end] = np.stack(
-            of_one, axis=1
+    for s, arrays, end in zip(scores, columns, ends, strict=True):
+        matrix[np.searchsorted(ids, s.image_ids), end - len(arrays) : end] = np.stack(
+            arrays, axis=1
         )
-    sums = (weights @ matrix).T  # of all runs at once: a hundred rows are a second, not ten
-    each = zip(scores, np.split(sums, ends[:-1]), strict=True)
-    return np.stack([s.score(list(own)) for s, own in each], axis=1).astype(np.float64)
+    sums = (weights @ matrix).T  # one product for all runs: ten times faster than one per run
+    by_run = zip(scores, np.split(sums, ends[:-1]), strict=True)
+    return np.stack([s.score(list(part)) for s, part in by_run], axis=1).astype(np.float64)
 
 
-@functools.lru_cache(maxsize=2)  # rows of one table share their test images, so 100 rows draw once
+@functools.lru_cache(maxsize=2)  # the rows of a table share their test images and thus weights
 def _image_weights(images: int, samples: int, seed: int) -> Array:
     generator = _generator(seed, "images")
     return generator.standard_exponential((samples, images), dtype=np.float32)
@@ -456,14 +465,16 @@ def _generator(seed: int, part: str) -> np.random.Generator:
 
 
 def _units(scores: Sequence[_Scores]) -> Array:
-    """Which top unit a run belongs to, (R, K) of 0 and 1: its split, or with one split itself."""
+    """The top unit of each run, one-hot (R, K): its split; with one split, the run itself."""
     splits = np.array([s.split_seed for s in scores])
     names, index = np.unique(splits, return_inverse=True)
     return np.eye(len(names))[index] if len(names) > 1 else np.eye(len(scores))
 
 
 def _variance_of_mean(values: Array, share: Array) -> Array:
-    """Variance of the weighted mean of K independent units from their spread, (..., K) -> (...).
+    """Variance of the weighted mean of K independent units, estimated from their spread.
+
+    (..., K) -> (...).
 
     With equal shares this is the sample variance (K - 1 in the denominator) over K.
     """
@@ -472,7 +483,7 @@ def _variance_of_mean(values: Array, share: Array) -> Array:
     return np.asarray(k / (k - 1) * (deviations**2 @ share**2))
 
 
-def _covered(scores: Sequence[_Scores]) -> str:
+def _interval_text(scores: Sequence[_Scores]) -> str:
     splits = len({s.split_seed for s in scores})
     seeds = len({s.seed for s in scores} - {None})
     over, only = ["images"], []

@@ -1,7 +1,7 @@
-"""Bundles of a store's trials: which trial, what goes in, and whether it is still as it was.
+"""Export a trial of a store as a bundle, and verify a bundle against its test images.
 
-A bundle holds the classifier whose predictions are the trial's test predictions, and that is
-checked on the stored features before it is published.
+A bundle contains the trial's classifier. Before a bundle is written, its predictions on the stored
+test features are compared with the predictions in the trial's record.
 """
 
 from __future__ import annotations
@@ -36,183 +36,185 @@ from orchestrator.keys import artifact_key
 from orchestrator.planning import Resolver, plan_of, refs_of
 from orchestrator.planning.dataset_text import DatasetText, licence, recorded_text
 from orchestrator.planning.inputs import spec_json
-from orchestrator.reporting.results import NAMED, results_of
-from orchestrator.reporting.rows import Row, named, worlds_of
+from orchestrator.reporting.results import TABLE_COLUMNS, results_of
+from orchestrator.reporting.rows import Row, row_text, tasks_of
 from orchestrator.spec import Cell, SweepSpec
 from orchestrator.spec.sweep_file import only_values
 from orchestrator.store import ArtifactStore, SweepLocation, TrialRecord, read_trial
 
 BEST = "best"
-RUN_BY = "mutual_information"  # the objective that reads no label at all
-# What a record says of its making that another reader of a bundle has a use for.
+RUN_BY = "mutual_information"  # an objective that uses no labels
+# Provenance fields of a record that a bundle contains.
 MADE = ("commit", "dirty", "code", "device", "versions")
-CHUNK = 64  # images that are decoded at a time
+CHUNK = 64  # images that are decoded at once
 
 
-class Differs(RuntimeError):
-    """The classifier that would be exported is not the one that was tested."""
+class PredictionsDifferError(RuntimeError):
+    """The exported classifier would not predict what the trial predicted."""
 
 
-def _say(line: str) -> None:
-    show(line, file=sys.stderr)  # stdout has the folder alone
+def _report(line: str) -> None:
+    show(line, file=sys.stderr)  # stdout contains only the folder
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """A done trial that is to be exported."""
+class SelectedTrial:
+    """A finished trial to export."""
 
     spec: TrialSpec
     record: TrialRecord
     sweep: str | None  # PROJECT/NAME
     slot: str | None
-    how: Mapping[str, Any] | None = None  # how `best` came to it; None: it was named
+    selection: Mapping[str, Any] | None = None  # how `best` selected it; None: given by name
 
 
 # ---------------------------------------------------------------- which trial
 
 
-def best_trial(sweep: SweepSpec, location: SweepLocation, only: Sequence[str]) -> Chosen:
-    """The row of the sweep's table with the best mean, and of its runs one that no label chose.
+def best_trial(sweep: SweepSpec, location: SweepLocation, only: Sequence[str]) -> SelectedTrial:
+    """The run with the highest `RUN_BY` of the row with the highest mean in the sweep's table.
 
-    The point of a searched cell is the one that the table shows, which no test label picked. The
-    row *is* picked by test accuracy, as a reader of the table would; this is said.
+    A row of a searched cell is the point that the table shows. Test labels choose neither the point
+    nor the run, but they do choose the row. A message on stderr states this.
 
     Args:
-        only: `key=value[,value]` each: rows of these cells of the grid.
+        only: `key=value[,value]` each; restrict the rows to these cells of the grid.
 
     Raises:
-        ValueError: nothing is done, or rows are of different datasets, paradigms or modalities.
+        ValueError: no trial is finished, or the rows belong to several tasks.
     """
     store = location.store
     plan = plan_of(sweep, location)
     every = results_of(plan, store).rows
     cells = _cells(plan.cells, only_values(sweep, only))
-    kept = [row for row in every if row.cell in cells]
-    if not kept:
-        raise ValueError(_nothing(sweep, only, every))
-    worlds = worlds_of(kept)
-    if len(worlds) > 1:
-        there = "; ".join("/".join(world) for world in worlds)
-        keys = [key for key in NAMED if key in sweep.grid and key != "method"] or ["method"]
+    candidates = [row for row in every if row.cell in cells]
+    if not candidates:
+        raise ValueError(_no_candidates(sweep, only, every))
+    tasks = tasks_of(candidates)
+    if len(tasks) > 1:
+        listed = "; ".join("/".join(task) for task in tasks)
+        keys = [key for key in TABLE_COLUMNS if key in sweep.grid and key != "method"] or ["method"]
         raise ValueError(
-            f"best of {sweep.name} is not one row, since these cannot be compared: {there}; "
+            f"{sweep.name} has no single best row, because these cannot be compared: {listed}; "
             f"give --only KEY=VALUE with {', '.join(keys)}"
         )
-    row = max(kept, key=lambda one: one.mean)  # of equal ones the first
+    row = max(candidates, key=lambda row: row.mean)  # the first of equal ones
     runs = {
         slot.key.digest: slot
         for slot in plan.slots
         if (slot.cell.id, slot.point) == (row.cell, row.point) and store.has(slot.spec)
     }
-    found = [(slot, read_trial(slot.spec, store)) for slot in runs.values()]
-    slot, record = max(found, key=lambda one: one[1].objectives[RUN_BY])
-    open_ones = plan.total - plan.done - plan.reused - len(plan.pruned)
-    how = {
+    records = [(slot, read_trial(slot.spec, store)) for slot in runs.values()]
+    slot, record = max(records, key=lambda pair: pair[1].objectives[RUN_BY])
+    trials_left = plan.total - plan.done - plan.reused - len(plan.pruned)
+    selection = {
         "row": {"method": row.method, "settings": row.settings, "mean": row.mean, "n": row.n},
-        "rows": len(kept),
+        "rows": len(candidates),
         "row_by": f"mean test {row.metric.replace('_', ' ')}",
         "run_by": RUN_BY,
-        "trials_left": open_ones,
-        "note": _caveat(len(kept)),
+        "trials_left": trials_left,
+        "note": _caveat(len(candidates)),
     }
-    of_one = f"; the one with most {RUN_BY}, which reads no label" if row.n > 1 else ""
-    _say(
-        f"best row: {named(row, [*row.settings])}, {how['row_by']} {percent(row.mean)} % over "
-        f"{counted(row.n, 'run')}"
+    reason = f"; the run with the highest {RUN_BY}, which uses no labels" if row.n > 1 else ""
+    _report(
+        f"best row: {row_text(row, [*row.settings])}, {selection['row_by']} {percent(row.mean)} % "
+        f"over {counted(row.n, 'run')}"
     )
-    _say(f"run:      {slot.id}, {percent(record.headline)} %{of_one}")
-    _say(f"note:     {how['note']}")
-    if open_ones:
-        left = counted(open_ones, "trial")
-        _say(f"note:     the sweep has {left} left to run, which may change it")
+    _report(f"run:      {slot.id}, {percent(record.headline)} %{reason}")
+    _report(f"note:     {selection['note']}")
+    if trials_left:
+        left = counted(trials_left, "trial")
+        _report(f"note:     the sweep has {left} left to run, which may change the best row")
     spec = normalised(slot.spec)
-    return Chosen(spec, record, f"{location.project}/{location.name}", slot.id, how)
+    return SelectedTrial(spec, record, f"{location.project}/{location.name}", slot.id, selection)
 
 
-def _cells(cells: Iterable[Cell], kept: Mapping[str, Sequence[Any]]) -> set[str]:
-    """Ids of the cells that have these values, or to which a key does not apply."""
-    found = set()
+def _cells(cells: Iterable[Cell], only: Mapping[str, Sequence[Any]]) -> set[str]:
+    """Ids of the cells whose settings have one of these values for each key that they have."""
+    ids = set()
     for cell in cells:
-        named = {**cell.flat, "method": cell.method}
-        of = cell.chosen | {key: named.get(key) for key in NAMED}
-        if all(key not in of or of[key] in values for key, values in kept.items()):
-            found.add(cell.id)
-    return found
+        flat = {**cell.flat, "method": cell.method}
+        settings = cell.chosen | {key: flat.get(key) for key in TABLE_COLUMNS}
+        if all(key not in settings or settings[key] in values for key, values in only.items()):
+            ids.add(cell.id)
+    return ids
 
 
-def _nothing(sweep: SweepSpec, only: Sequence[str], every: Sequence[Row]) -> str:
+def _no_candidates(sweep: SweepSpec, only: Sequence[str], every: Sequence[Row]) -> str:
     if not every:
-        return f"no trial of {sweep.name} is done yet; `airsweep run` it first"
-    there = "; ".join(dict.fromkeys(f"{'/'.join(row.world)} {row.method}" for row in every))
-    return f"--only {' --only '.join(only)}: no done trial of {sweep.name} fits; there: {there}"
+        return f"no trial of {sweep.name} is done yet; run the sweep with `airsweep run` first"
+    rows = "; ".join(dict.fromkeys(f"{'/'.join(row.task)} {row.method}" for row in every))
+    return (
+        f"--only {' --only '.join(only)}: no finished trial of {sweep.name} matches; "
+        f"finished: {rows}"
+    )
 
 
 def _caveat(candidates: int) -> str:
     if candidates == 1:
-        return "The only row: nothing was picked by a test label."
+        return "There is only one row, so test labels chose nothing."
     return (
-        f"The row is the best of {candidates} by their test images, so its accuracy on these is "
-        "somewhat better than on new ones; its setting and its run were picked by no test label."
+        f"The row is the best of {candidates} on their test images, so its accuracy on new images "
+        "is likely to be slightly lower; test labels chose neither its setting nor its run."
     )
 
 
-# ---------------------------------------------------------------- what goes in
+# ---------------------------------------------------------------- export
 
 
 def export(
-    chosen: Chosen,
+    trial: SelectedTrial,
     store: ArtifactStore,
     resolver: Resolver,
     folder: Path,
-    replaces: bool = False,
+    replace_bundle: bool = False,
 ) -> None:
-    """Write the bundle of a trial.
+    """Write the bundle of a trial to a folder.
 
     Args:
-        replaces: take the place of another bundle.
+        replace_bundle: whether to replace a bundle in the folder.
 
     Raises:
-        ValueError: what was tested is no prompt, an input is another one now, or the folder is
-            taken.
-        Differs: the prompt does not give the recorded predictions here.
+        ValueError: the trial has no prompt, an input has changed, or the folder is not empty.
+        PredictionsDifferError: the prompt does not reproduce the recorded predictions.
     """
-    check_free(folder, replaces)
-    spec, record = chosen.spec, chosen.record
+    check_free(folder, replace_bundle)
+    spec, record = trial.spec, trial.record
     if spec.iterations == 0 and spec.test_dataset is None:
-        _refuse_fused(chosen)
+        _refuse_fused(trial)
     tested = _tested_text(spec, store, resolver)
-    _check_same(spec.backbone, resolver.weights("backbone", spec.backbone.name))
+    _check_unchanged(spec.backbone, resolver.weights("backbone", spec.backbone.name))
     backbone, arrays = _classifier(spec, record, store, tested)
-    described = weights_said(spec.backbone.name)
+    weights = weights_said(spec.backbone.name)
     index, predictions, labels = record.predictions()
     arrays[TEST] = {"index": index, "predictions": predictions, "labels": labels}
-    model = described["open_clip"]["model_name"]
-    # Where the backbone lies on this machine concerns no reader of a bundle.
-    named = replace(spec, backbone=replace(spec.backbone, name=described["name"] or model))
-    said = {
+    model = weights["open_clip"]["model_name"]
+    # The bundle does not contain the path of the backbone on this machine.
+    named = replace(spec, backbone=replace(spec.backbone, name=weights["name"] or model))
+    content = {
         "made_by": f"airsweep {version('airsweep')}",
         "classnames": list(tested.classnames),
         "template": tested.template,
         "modality": spec.modality,
         "prompt": asdict(spec.prompt) if spec.iterations else None,
         "backbone": {
-            **described,
+            **weights,
             "digest": spec.backbone.digest,
             "precision": spec.precision,
             "preprocess": dict(backbone.model.visual.preprocess_cfg),
         },
-        # JSON has no NaN, which an accuracy over no image is.
+        # JSON has no NaN, which is the accuracy over zero images.
         "metrics": {name: v for name, v in record.metrics.items() if math.isfinite(v)},
         "test": _test(spec, tested, len(index)),
         "lineage": {
             "trial_key": record.key,
-            "sweep": chosen.sweep,
-            "slot": chosen.slot,
+            "sweep": trial.sweep,
+            "slot": trial.slot,
             "inputs": {name: asdict(ref) for name, ref in refs_of(named).items()},
             "spec": json.loads(spec_json(named, str(artifact_key(spec)))),
             **{name: record.made.get(name) for name in MADE},
         },
-        "chosen": chosen.how,
+        "chosen": trial.selection,
         "licence": LICENCE,
         "licences": {
             ref.name: licence(ref.name) for ref in (spec.dataset, spec.test_dataset or spec.dataset)
@@ -220,71 +222,77 @@ def export(
     }
 
     def check(manifest: Manifest) -> None:
-        _check_predictions(manifest, backbone, chosen, store)
+        _check_predictions(manifest, backbone, trial, store)
 
-    write_bundle(folder, said, arrays, replaces, check)
+    write_bundle(folder, content, arrays, replace_bundle, check)
 
 
-def _refuse_fused(chosen: Chosen) -> None:
-    """Where nothing was learned, images or pool may still have changed the classifier."""
-    spec, name = chosen.spec, chosen.slot or chosen.record.path.name
+def _refuse_fused(trial: SelectedTrial) -> None:
+    """Refuse a trial without training whose classifier is more than a text classifier."""
+    spec, name = trial.spec, trial.slot or trial.record.path.name
     if uses_auxiliary(spec):
-        what = "the text classifier fused with an auxiliary classifier of images"
+        classifier = "the text classifier fused with an auxiliary classifier of images"
     elif spec.transduction != "none":
-        what = "text scores refined over the whole pool"
+        classifier = "text scores refined over the whole pool"
     else:
         return
     raise ValueError(
-        f"{name} learns no prompt: what it tests is {what}, which is no bundle; export a trial "
-        "with iterations > 0, or zero_shot"
-        + ("; with best, --only method=... leaves this one out" if chosen.how else "")
+        f"{name} learns no prompt. It tests {classifier}, which a bundle cannot contain; export a "
+        "trial with iterations > 0, or zero_shot"
+        + ("; with best, exclude this trial by --only method=..." if trial.selection else "")
     )
 
 
 def _tested_text(spec: TrialSpec, store: ArtifactStore, resolver: Resolver) -> DatasetText:
-    """Class names and template that the trial was tested with: as recorded with the features, or
-    of the dataset, if that is still the same."""
+    """The class names and template that the trial was tested with.
+
+    They come from the record of the features or, if it has none, from the unchanged dataset.
+    """
     recorded = recorded_text(spec.test_features or spec.features, store)
     if recorded is not None:
         return recorded
-    then = spec.test_dataset or spec.dataset
-    dataset = get_dataset(then.name)
+    recorded_ref = spec.test_dataset or spec.dataset
+    dataset = get_dataset(recorded_ref.name)
     try:
-        now = resolver.dataset(dataset)
+        current_ref = resolver.dataset(dataset)
     except ValueError:
-        _say(f"note:     {then.name} is not here; its class names are those that airsweep knows")
+        _report(
+            f"note:     {recorded_ref.name} is missing on this machine; using the class names that "
+            "airsweep defines for it"
+        )
     else:
-        _check_same(then, now)
+        _check_unchanged(recorded_ref, current_ref)
     return DatasetText(dataset.classnames, dataset.template)
 
 
-def _check_same(then: Ref, now: Ref) -> None:
-    """With other weights or other class names it would be another classifier."""
-    if then.digest != now.digest:
+def _check_unchanged(recorded: Ref, current: Ref) -> None:
+    """Refuse weights or a dataset that changed since the trial: the classifier would differ."""
+    if recorded.digest != current.digest:
         raise ValueError(
-            f"{then.name} is another one now ({now.digest[:12]}) than in the trial "
-            f"({then.digest[:12]}); put the former back, or run the sweep again"
+            f"{recorded.name} has changed since the trial: its digest is {current.digest[:12]}, "
+            f"the trial used {recorded.digest[:12]}; restore the old version, or run the sweep "
+            "again"
         )
 
 
 def _classifier(
     spec: TrialSpec, record: TrialRecord, store: ArtifactStore, tested: DatasetText
 ) -> tuple[Any, dict[str, dict[str, np.ndarray]]]:
-    """The backbone, and the arrays of a bundle but those of the test."""
+    """The backbone, and the arrays of a bundle except its test arrays."""
     import torch
 
     from air_core.backbone.loading import load_backbone
     from air_core.classifiers import class_texts
 
-    torch.set_num_threads(1)  # as in the trial, which can so be repeated bit for bit
-    there = record.made.get("device") or "cpu"
-    device = "cuda" if there == "cuda" and torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(1)  # as in the trial, for bit-equal results
+    trained_on = record.made.get("device") or "cpu"
+    device = "cuda" if trained_on == "cuda" and torch.cuda.is_available() else "cpu"
     backbone = load_backbone(spec.backbone.name, device, spec.precision)
     arrays: dict[str, dict[str, np.ndarray]] = {}
     if spec.iterations:
-        # A prompt that is tested elsewhere was learned by the trial at home.
-        home = read_trial(replace(spec, test_dataset=None), store)
-        arrays[PROMPT] = {"prompt": home.prompt()}
+        # The prompt of a trial with a test dataset is in the record of the trial without one.
+        source = read_trial(replace(spec, test_dataset=None), store)
+        arrays[PROMPT] = {"prompt": source.prompt()}
     if spec.iterations and spec.modality == "text":
         context = torch.from_numpy(arrays[PROMPT]["prompt"]).to(device)
         with torch.no_grad():
@@ -305,43 +313,45 @@ def _test(spec: TrialSpec, tested: DatasetText, images: int) -> dict[str, Any]:
 
 
 def _check_predictions(
-    manifest: Manifest, backbone: Any, chosen: Chosen, store: ArtifactStore
+    manifest: Manifest, backbone: Any, trial: SelectedTrial, store: ArtifactStore
 ) -> None:
-    """On the features that the trial was tested with, it predicts what the trial predicted."""
+    """Compare the bundle's predictions on the trial's test features with the recorded ones."""
     import torch
     from safetensors.torch import load_file
 
     from air_core.bundle.classifier import Bundle
 
-    spec = chosen.spec
+    spec = trial.spec
     features = spec.test_features or spec.features
-    read = (spec.test_tokens if spec.test_dataset else spec.tokens) or features
+    inputs = (spec.test_tokens if spec.test_dataset else spec.tokens) or features
     try:
-        file = store.get(read).path / "features.safetensors"
+        file = store.get(inputs).path / "features.safetensors"
     except MissingArtifact:
-        _say(
-            "note:     not checked against the recorded predictions: the store has no features of "
-            f"{read.dataset.name} any more; `airsweep verify` does it from the images"
+        _report(
+            "note:     predictions not compared with the record, because the features of "
+            f"{inputs.dataset.name} are no longer in the store; run `airsweep verify` to compare "
+            "them on the images"
         )
         return
     test = manifest.arrays[TEST]
     encoded = load_file(file)["features"][torch.from_numpy(test["index"])]
-    guess = Bundle(manifest, backbone).logits_of(encoded).argmax(dim=-1).numpy()
-    apart = int((guess != test["predictions"]).sum())
-    if apart:
-        raise Differs(
-            f"with the prompt of {chosen.record.path.name}, {apart} of {len(guess)} test images "
-            f"are told otherwise here than in the trial, on {chosen.record.made.get('device')} and "
-            f"commit {chosen.record.made.get('commit')}; nothing was written: export it there, or "
-            "run the sweep again"
+    predictions = Bundle(manifest, backbone).logits_of(encoded).argmax(dim=-1).numpy()
+    different = int((predictions != test["predictions"]).sum())
+    if different:
+        made = trial.record.made
+        raise PredictionsDifferError(
+            f"with the prompt of {trial.record.path.name}, predictions differ from the trial's on "
+            f"{different} of {len(predictions)} test images, so no bundle was written. The trial "
+            f"ran on {made.get('device')} with commit {made.get('commit')}: export it with these, "
+            "or run the sweep again"
         )
 
 
-# ---------------------------------------------------------------- is it still so
+# ---------------------------------------------------------------- verify
 
 
 @dataclass(frozen=True)
-class Verified:
+class Verification:
     """A bundle scored again on the images that its trial was tested on."""
 
     folder: str
@@ -350,27 +360,29 @@ class Verified:
     images: int
     then: float  # the metric as recorded
     now: float
-    told_otherwise: int  # images
-    margin: float  # the largest of these between both classes, in logits
+    different: int  # images whose prediction differs from the recorded one
+    margin: float  # largest logit difference between both predictions of such an image
 
     @property
     def same(self) -> bool:
-        return self.then == self.now and not self.told_otherwise
+        return self.then == self.now and not self.different
 
     def json(self) -> dict[str, Any]:
-        return {"same": self.same, **asdict(self)}
+        names = {"different": "told_otherwise"}
+        return {"same": self.same, **{names.get(k, k): v for k, v in asdict(self).items()}}
 
     def lines(self) -> list[str]:
-        what = f"{self.images:,} test images of {self.dataset}"
+        images = f"{self.images:,} test images of {self.dataset}"
         if self.same:
             return [
-                f"{self.folder}: equal, image for image; {self.metric} {percent(self.now)} % "
-                f"on {what}"
+                f"{self.folder}: all predictions are equal; {self.metric} {percent(self.now)} % "
+                f"on {images}"
             ]
+        change = f"{100 * (self.now - self.then):+.2f} points"
         return [
-            f"{self.folder}: different; {self.metric} {percent(self.now)} % now and "
-            f"{percent(self.then)} % recorded ({100 * (self.now - self.then):+.2f} points), {what}",
-            f"  {counted(self.told_otherwise, 'image')} told otherwise, by up to "
+            f"{self.folder}: different; {self.metric} {percent(self.now)} % now, "
+            f"{percent(self.then)} % recorded ({change}), on {images}",
+            f"  {counted(self.different, 'prediction')} differ, by up to "
             f"{self.margin:.2g} in logits" + (": rounding" if self.margin < 1e-3 else ""),
         ]
 
@@ -385,16 +397,17 @@ def verify(
     device: str = "cpu",
     watch: Watch = lambda starts, batches: starts,
     dataset_name: str | None = None,
-) -> Verified:
-    """Score a bundle on the images, not the stored features, that its trial was tested on.
+) -> Verification:
+    """Score a bundle on the test images of its trial instead of their stored features.
 
     Args:
-        watch: passes the batches on.
-        dataset_name: of the dataset on this machine; None: as the bundle names it, which may then
-            be no folder.
+        watch: wraps the batches, to show progress.
+        dataset_name: the dataset on this machine; None: the one that the bundle names. A bundle
+            cannot name a folder, for security.
 
     Raises:
-        ValueError: no bundle, another backbone, or the dataset is not here or another one.
+        ValueError: the folder has no valid bundle, the backbone is another one, or the dataset is
+            missing or has changed.
     """
     import torch
 
@@ -406,22 +419,23 @@ def verify(
     name = dataset_name or test["dataset"]
     if dataset_name is None and name not in DATASETS:
         raise ValueError(
-            f"{folder} was tested on {name!r}, and no folder that a bundle names is opened; give "
-            "--dataset folder:PATH, the folder that has these images here"
+            f"{folder} was tested on {name!r}. A folder that a bundle names is never opened; give "
+            "--dataset folder:PATH, the folder with these images on this machine"
         )
     dataset = get_dataset(name)
-    here = resolver.dataset(dataset).digest
-    if here != test["digest"]:
+    digest = resolver.dataset(dataset).digest
+    if digest != test["digest"]:
         raise ValueError(
-            f"{dataset.name} is another one here ({here[:12]}) than what {folder} was tested on "
-            f"({test['digest'][:12]}), so they cannot be compared; --data-root says where it lies"
+            f"{dataset.name} differs from the dataset that {folder} was tested on: its digest is "
+            f"{digest[:12]}, not {test['digest'][:12]}; give the folder of the datasets with "
+            "--data-root"
         )
     examples = dataset.load(resolver.data_root)
     index = manifest.arrays[TEST]["index"]
     if index.max() >= len(examples.images) or examples.labels.max() >= len(manifest.classnames):
         raise ValueError(
-            f"{folder} is not a bundle: it was tested on other images or classes than "
-            f"{dataset.name} has; export it again"
+            f"{folder} is not a valid bundle: {dataset.name} does not have the images or classes "
+            "that it was tested on; export it again"
         )
     starts = range(0, len(index), CHUNK)
     parts = []
@@ -429,22 +443,21 @@ def verify(
         chunk = index[start : start + CHUNK]
         parts.append(bundle.logits([examples.images[int(i)] for i in chunk]))
     logits = torch.cat(parts)
-    guess = logits.argmax(dim=-1)
-    before = torch.from_numpy(manifest.arrays[TEST]["predictions"]).long()
-    other = guess != before
-    margins = (logits.amax(dim=-1) - logits.gather(1, before[:, None])[:, 0])[other]
+    predictions = logits.argmax(dim=-1)
+    recorded = torch.from_numpy(manifest.arrays[TEST]["predictions"]).long()
+    different = predictions != recorded
+    margins = (logits.amax(dim=-1) - logits.gather(1, recorded[:, None])[:, 0])[different]
     unseen = None if test["unseen"] is None else torch.tensor(test["unseen"])
-    found = measured(
-        guess, torch.from_numpy(examples.labels[index]), len(manifest.classnames), unseen
-    )
+    labels = torch.from_numpy(examples.labels[index])
+    scores = measured(predictions, labels, len(manifest.classnames), unseen)
     metric = tested_by(test)
-    return Verified(
+    return Verification(
         folder=str(folder),
         dataset=dataset.name,
         metric=metric.removeprefix("test/").replace("_", " "),
         images=len(index),
         then=manifest.said["metrics"][metric],
-        now=found.headline,
-        told_otherwise=int(other.sum()),
+        now=scores.headline,
+        different=int(different.sum()),
         margin=float(margins.max()) if len(margins) else 0.0,
     )

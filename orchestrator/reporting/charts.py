@@ -1,7 +1,7 @@
-"""Charts of results for reports and for notes in a tracker: intervals, curves, shares.
+"""Charts of results for the HTML report and for notes in MLflow.
 
-A report draws them at the width of a phone, as SVG, so that a page may set several beside each
-other or one below another, and no label has to shrink; a note in a tracker wide, as PNG. The same
+Charts of a report are SVG with the width of a phone, so that a page can arrange them side by side
+or one below the other without scaling their labels. Charts of a note are wide PNG files. The same
 data give the same bytes.
 """
 
@@ -19,31 +19,31 @@ from orchestrator.reporting._statistics import Array
 from orchestrator.reporting.rows import (
     Results,
     Row,
-    headline,
-    named,
+    metric_text,
+    row_text,
     rows,
     settings_text,
-    world_text,
-    worlds_of,
+    task_text,
+    tasks_of,
 )
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDTH = 3.7  # inches of 96 px
-WIDE = 7.0  # the widest picture that MLflow shows in full
-DPI = 100  # of a note's picture
-# Okabe and Ito's palette, which colour-blind readers can tell apart, without its yellow.
+WIDTH = 3.7  # of a chart in a report, in inches of 96 px
+WIDE = 7.0  # of a chart in a note: the largest width that MLflow shows without scaling
+DPI = 100  # of a chart in a note
+# Okabe and Ito's palette for colour-blind readers, without its yellow.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 MARKERS = "osD^vPX"
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 INK, FAINT = "#1b1f24", "#6a737d"
 
-LEAST_SPREAD = 5.0  # points between the ends of an axis of percent
-MOST_CURVES = len(COLORS)  # of a chart; readers cannot distinguish more
-MOST_DOTS = 24  # of a chart in a note; a report has more room
-MOST_SETTINGS = 4  # that get a picture in a note
+MIN_SPAN = 5.0  # smallest range of an axis in percent, in points
+MAX_CURVES = len(COLORS)  # per chart; more cannot be distinguished
+MAX_DOTS = 24  # per chart in a note; a report shows more
+MAX_SETTINGS = 4  # with a chart in a note
 
 STYLE: Any = {
     "font.family": ["DejaVu Sans"],
@@ -71,13 +71,13 @@ STYLE: Any = {
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """One curve; fractions are shown in percent."""
+    """One curve, with an optional band."""
 
     label: str
     x: Sequence[float]
     y: Sequence[float]
-    low: Sequence[float] | None = None  # of the band
-    high: Sequence[float] | None = None
+    low: Sequence[float] | None = None  # lower edge of the band
+    high: Sequence[float] | None = None  # upper edge
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,14 +88,14 @@ class Dot:
     value: float
     low: float
     high: float
-    strong: bool = False  # stands out from the rest
+    strong: bool = False  # drawn as a larger diamond
 
 
 # ---------------------------------------------------------------- kinds of charts
 
 
 def svg(figure: Figure) -> str:
-    """The figure as text that a page can hold."""
+    """The figure as an <svg> element."""
     buffer = io.StringIO()
     with _style():
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
@@ -120,7 +120,7 @@ def _style() -> Any:
 
 @contextmanager
 def _drawing(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
-    from matplotlib.figure import Figure  # heavy, and without pyplot there is no global state
+    from matplotlib.figure import Figure  # slow to import; unlike pyplot it has no global state
 
     with _style():
         figure = Figure(figsize=(width, height), layout="constrained")
@@ -138,47 +138,48 @@ def curves(
     joined: bool = True,
     width: float = WIDTH,
 ) -> Figure:
-    """One line a series, over a band where it has one.
+    """A line per series, over its band if it has one.
 
     Args:
-        level: horizontal lines to compare with, by name.
-        joined: by a line; else dots.
+        level: horizontal reference lines, by name.
+        percent: whether the values are fractions to be shown in percent.
+        joined: whether points are joined by a line; else only dots are drawn.
     """
     factor = 100 if percent else 1
     with _drawing(width, 2.6 if width == WIDTH else 3.6) as (figure, axes):
-        for one in series:
-            x = np.asarray(one.x, dtype=float)
-            [line] = axes.plot(x, factor * np.asarray(one.y), label=one.label)
+        for curve in series:
+            x = np.asarray(curve.x, dtype=float)
+            [line] = axes.plot(x, factor * np.asarray(curve.y), label=curve.label)
             if not joined:
                 line.set_linestyle("none")
-            if one.low is not None and one.high is not None:
-                low, high = (factor * np.asarray(side) for side in (one.low, one.high))
+            if curve.low is not None and curve.high is not None:
+                low, high = (factor * np.asarray(side) for side in (curve.low, curve.high))
                 axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
         for name, value in (level or {}).items():
             axes.axhline(factor * value, color=FAINT, linewidth=1, linestyle=(0, (2, 2)), marker="")
             right = axes.get_yaxis_transform()
             style = {"ha": "right", "va": "bottom", "fontsize": 7, "color": FAINT}
             axes.text(1, factor * value, name, style, transform=right)
-        ticks = sorted({float(x) for one in series for x in one.x})
+        ticks = sorted({float(x) for curve in series for x in curve.x})
         if joined and 1 < len(ticks) <= 7:
             axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         if percent:
-            _spread(axes)
+            _limit_axis(axes)
         axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
         if len(series) > 1 or series[0].label:
-            longest = max(len(one.label) for one in series)
+            longest = max(len(curve.label) for curve in series)
             columns = max(1, int(13 * width / (7 + longest)))
             columns = min(columns, len(series))
             figure.legend(loc="outside lower center", ncols=columns, handlelength=2.4)
     return figure
 
 
-def _spread(axes: Axes) -> None:
-    """What differs by next to nothing should look like it, and nothing is beyond 100 %."""
+def _limit_axis(axes: Axes) -> None:
+    """Show at least `MIN_SPAN` points, so that small differences look small, and end at 100 %."""
     low, high = axes.get_ylim()
-    middle, half = (low + high) / 2, max(high - low, LEAST_SPREAD) / 2
+    middle, half = (low + high) / 2, max(high - low, MIN_SPAN) / 2
     top = min(middle + half, 100 + half / 10)
-    axes.set_ylim(min(middle - half, top - LEAST_SPREAD), top)
+    axes.set_ylim(min(middle - half, top - MIN_SPAN), top)
 
 
 def dots(
@@ -189,11 +190,11 @@ def dots(
     most: int = 150,
     width: float = WIDTH,
 ) -> Figure:
-    """Values in percent with their intervals, one a line under the heading of their group.
+    """Values in percent with their intervals, one per line under the heading of their group.
 
     Args:
-        zero: with a line at 0 to compare with.
-        most: lines, headings among them.
+        zero: whether to draw a line at 0 and grey intervals that contain 0.
+        most: largest number of lines, including headings.
     """
     lines: list[str | Dot] = []
     for heading, group in groups.items():
@@ -203,17 +204,17 @@ def dots(
     with _drawing(width, 0.75 + 0.21 * len(lines)) as (figure, axes):
         if zero:
             axes.axvline(0, color=INK, linewidth=0.8, marker="")
-        for at, one in enumerate(lines):
-            if isinstance(one, str):
+        for index, dot in enumerate(lines):
+            if isinstance(dot, str):
                 continue
-            color = COLORS[0] if not zero else COLORS[2] if one.low > 0 else COLORS[1]
+            color = COLORS[0] if not zero else COLORS[2] if dot.low > 0 else COLORS[1]
             axes.errorbar(
-                100 * one.value,
-                at,
-                xerr=[[100 * (one.value - one.low)], [100 * (one.high - one.value)]],
-                fmt="D" if one.strong else "o",
-                color=FAINT if zero and one.low <= 0 <= one.high else color,
-                markersize=5.5 if one.strong else 4.5,
+                100 * dot.value,
+                index,
+                xerr=[[100 * (dot.value - dot.low)], [100 * (dot.high - dot.value)]],
+                fmt="D" if dot.strong else "o",
+                color=FAINT if zero and dot.low <= 0 <= dot.high else color,
+                markersize=5.5 if dot.strong else 4.5,
             )
         labels = [line if isinstance(line, str) else line.label for line in lines]
         axes.set_yticks(range(len(lines)), labels)
@@ -221,7 +222,7 @@ def dots(
             tick.set_fontweight("bold" if isinstance(line, str) else "normal")
         axes.set_ylim(len(lines) - 0.5, -0.5)
         axes.grid(axis="y", visible=False)
-        axes.set_xlabel(xlabel, loc="right")  # in the middle a long one leaves the picture
+        axes.set_xlabel(xlabel, loc="right")  # a long centred label would leave the picture
         axes.set_title(title)
     return figure
 
@@ -236,20 +237,20 @@ def heat(
     """A confusion matrix, shaded by share of the true class.
 
     Args:
-        counts: (C, C) images of each true class (rows) that were taken for each class (columns).
-            They are written into the fields where there is room.
+        counts: (C, C) images by true class (rows) and predicted class (columns). Matrices of few
+            classes show the counts.
         names: C class names.
     """
-    roomy = width > WIDTH
+    large = width > WIDTH
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    few = len(names) <= (30 if roomy else 12)
-    with _drawing(width, width if roomy else 3.4 if few else 3.2) as (figure, axes):
+    few = len(names) <= (30 if large else 12)
+    with _drawing(width, width if large else 3.4 if few else 3.2) as (figure, axes):
         axes.imshow(shares, vmin=0, vmax=1, cmap="cividis")
         axes.grid(visible=False)
-        if len(names) <= (110 if roomy else 25):
-            labels = [short(name, 24 if roomy else 12) for name in names]
-            turned: dict[str, Any] = {"rotation": 55, "ha": "right", "rotation_mode": "anchor"}
-            axes.set_xticks(range(len(names)), labels, **turned)
+        if len(names) <= (110 if large else 25):
+            labels = [short(name, 24 if large else 12) for name in names]
+            rotated: dict[str, Any] = {"rotation": 55, "ha": "right", "rotation_mode": "anchor"}
+            axes.set_xticks(range(len(names)), labels, **rotated)
             axes.set_yticks(range(len(names)), labels)
             axes.tick_params(labelsize=7 if few else 5.5)
         if few:
@@ -270,35 +271,37 @@ def short(text: str, most: int = 34) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-# ---------------------------------------------------------------- of results
+# ---------------------------------------------------------------- charts of results
 
 
 def accuracy(results: Results, *, most: int = 150, width: float = WIDTH) -> Figure:
-    """Each row with its interval, the best above; the rows of one world together."""
+    """Each row with its interval, grouped by task; the best row of a task first, as a diamond."""
     groups: dict[str, list[Dot]] = {}
     for row in sorted(results.rows, key=lambda row: -row.mean):
-        of_world = groups.setdefault(world_text(row.world), [])
-        label = short(named(row, results.varied), 34 if width == WIDTH else 60)
-        strong = not of_world
-        of_world.append(Dot(label=label, value=row.mean, low=row.low, high=row.high, strong=strong))
-    groups = {world_text(world): groups[world_text(world)] for world in results.worlds}
-    return dots(groups, f"{headline(results.rows)}, mean and 95 % interval", most=most, width=width)
+        group = groups.setdefault(task_text(row.task), [])
+        label = short(row_text(row, results.varied), 34 if width == WIDTH else 60)
+        strong = not group
+        group.append(Dot(label=label, value=row.mean, low=row.low, high=row.high, strong=strong))
+    groups = {task_text(task): groups[task_text(task)] for task in results.tasks}
+    xlabel = f"{metric_text(results.rows)}, mean and 95 % interval"
+    return dots(groups, xlabel, most=most, width=width)
 
 
 def differences(results: Results) -> Figure:
-    """Each comparison with its interval and a line at 0; those with the control stand out."""
+    """Each comparison with its interval and a line at 0; diamonds for those with the control."""
     groups: dict[str, list[Dot]] = {}
-    for one in results.comparisons:
-        settings = settings_text(one.row, results.varied)
-        label = " \N{MINUS SIGN} ".join(one.methods) + (f", {settings}" if settings else "")
-        found = one.difference
-        groups.setdefault(world_text(one.row.world), []).append(
+    for comparison in results.comparisons:
+        settings = settings_text(comparison.row, results.varied)
+        label = " \N{MINUS SIGN} ".join(comparison.methods)
+        label += f", {settings}" if settings else ""
+        difference = comparison.difference
+        groups.setdefault(task_text(comparison.row.task), []).append(
             Dot(
                 label=short(label),
-                value=found.mean,
-                low=found.low,
-                high=found.high,
-                strong=one.role == "control",
+                value=difference.mean,
+                low=difference.low,
+                high=difference.high,
+                strong=comparison.role == "control",
             )
         )
     return dots(groups, "difference, points", zero=True)
@@ -307,27 +310,27 @@ def differences(results: Results) -> Figure:
 def by_setting(
     results: Results, points: Sequence[Row], key: str, *, width: float = WIDTH
 ) -> list[Figure]:
-    """Accuracy against a setting, in as many charts as it takes.
+    """Accuracy against a setting, split into charts of at most `MAX_CURVES` curves.
 
-    A line for all rows that differ in this setting alone, over the band of their intervals, and a
-    dashed one for each method without it; of a search a dot for the mean of each point, by cell,
-    since hardly two points share all else.
+    Without a search: a line for rows that differ in this setting only, over the band of their
+    intervals, and a dashed line for each method without the setting. With a search: a dot for the
+    mean of each point, by cell, because points rarely agree in all other settings.
 
     Args:
-        points: one row a point, also of a search.
+        points: one row per point, also for a search.
     """
     searched = len(points) > len(results.rows)
-    several = len(worlds_of(points)) > 1
+    several = len(tasks_of(points)) > 1
     varied = [name for name in results.varied if name != key]
     lines: dict[str, list[Row]] = {}
     for row in points:
         if key in row.settings:
-            world = f", {world_text(row.world)}" if several else ""
-            lines.setdefault(row.cell if searched else named(row, varied) + world, []).append(row)
+            task = f", {task_text(row.task)}" if several else ""
+            lines.setdefault(row.cell if searched else row_text(row, varied) + task, []).append(row)
     series = []
-    for label, of_line in lines.items():
-        if searched or len(of_line) > 1:
-            line = sorted(of_line, key=lambda row: float(row.settings[key]))
+    for label, line in lines.items():
+        if searched or len(line) > 1:
+            line = sorted(line, key=lambda row: float(row.settings[key]))
             series.append(
                 Series(
                     label=short(label, 40),
@@ -338,14 +341,14 @@ def by_setting(
                 )
             )
     fixed = {row.method: row.mean for row in results.rows if key not in row.settings}
-    parts = [series[i : i + MOST_CURVES] for i in range(0, len(series), MOST_CURVES)]
+    parts = [series[i : i + MAX_CURVES] for i in range(0, len(series), MAX_CURVES)]
     return [
         curves(
             part,
             key,
-            headline(results.rows),
+            metric_text(results.rows),
             title=f"{number} of {len(parts)}" if len(parts) > 1 else "",
-            level=fixed if len(results.worlds) == 1 else {},
+            level=fixed if len(results.tasks) == 1 else {},
             joined=not searched,
             width=width,
         )
@@ -354,24 +357,24 @@ def by_setting(
 
 
 def numeric_settings(rows: Sequence[Row]) -> list[str]:
-    """Settings with at least two numbers as values, and nothing else."""
+    """Settings with at least two values, all of them numbers."""
     values: dict[str, set[object]] = {}
     for row in rows:
         for key, value in row.settings.items():
             values.setdefault(key, set()).add(value)
     return [
         key
-        for key, found in values.items()
-        if len(found) > 1
-        and all(isinstance(v, int | float) and not isinstance(v, bool) for v in found)
+        for key, distinct in values.items()
+        if len(distinct) > 1
+        and all(isinstance(v, int | float) and not isinstance(v, bool) for v in distinct)
     ]
 
 
 def over_iterations(
     labelled: Sequence[tuple[str, Row]], results: Results, metric: str
 ) -> list[Series]:
-    """A metric of rows over iterations, with the band from the lowest to the highest run."""
-    found = [(label, results.curve(row, metric)) for label, row in labelled]
+    """Mean of a metric by iteration for each row; the band spans the lowest and highest run."""
+    curves = [(label, results.curve(row, metric)) for label, row in labelled]
     return [
         Series(
             label=short(label, 60),
@@ -380,37 +383,36 @@ def over_iterations(
             low=runs.min(axis=0).tolist(),
             high=runs.max(axis=0).tolist(),
         )
-        for label, runs in found
+        for label, runs in curves
         if runs is not None and runs.shape[1] > 1
     ]
 
 
 def confusion(labels: Array, predictions: Array, classes: int) -> Array:
-    """(C, C) test images by true (rows) and predicted class."""
+    """(C, C) test images by true class (rows) and predicted class (columns)."""
     pairs = labels.astype(np.int64) * classes + predictions
     return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
 
 
 def confusion_picture(labels: Array, predictions: Array, names: Sequence[str]) -> bytes:
-    """Test images of one trial, for a tracker; larger for more classes."""
+    """The confusion matrix of one trial for a tracker; larger for more classes."""
     counts = confusion(labels, predictions, len(names))
     return png(heat(counts, names, width=min(12.0, 2.4 + 0.42 * len(names))))
 
 
 def pictures(results: Results) -> dict[str, bytes]:
-    """Those of a note that the results have something for, by file name."""
-    found: dict[str, Figure] = {}
+    """The charts of a note, by file name; charts without data are left out."""
+    figures: dict[str, Figure] = {}
     if len(results.rows) > 1:
-        found["accuracy.png"] = accuracy(results, most=MOST_DOTS, width=WIDE)
-    points = rows(results.entries, None)
-    for key in numeric_settings(points)[:MOST_SETTINGS]:
+        figures["accuracy.png"] = accuracy(results, most=MAX_DOTS, width=WIDE)
+    points = rows(results.trials, None)
+    for key in numeric_settings(points)[:MAX_SETTINGS]:
         if parts := by_setting(results, points, key, width=WIDE):
-            found[f"accuracy_by_{key}.png"] = parts[0]
+            figures[f"accuracy_by_{key}.png"] = parts[0]
     varied = results.varied
-    labelled = [(f"{named(row, varied)}, {world_text(row.world)}", row) for row in results.rows]
-    if learned := over_iterations(labelled, results, "pseudo/accuracy"):
-        title = f"the first {MOST_CURVES} of {len(learned)}" if len(learned) > MOST_CURVES else ""
-        words = ("iteration", "pseudo-labels that are right, %")
-        shown = learned[:MOST_CURVES]
-        found["pseudo_labels.png"] = curves(shown, *words, title=title, width=WIDE)
-    return {name: png(figure) for name, figure in found.items()}
+    labelled = [(f"{row_text(row, varied)}, {task_text(row.task)}", row) for row in results.rows]
+    if series := over_iterations(labelled, results, "pseudo/accuracy"):
+        title = f"the first {MAX_CURVES} of {len(series)}" if len(series) > MAX_CURVES else ""
+        labels = ("iteration", "accuracy of the pseudo-labels, %")
+        figures["pseudo_labels.png"] = curves(series[:MAX_CURVES], *labels, title=title, width=WIDE)
+    return {name: png(figure) for name, figure in figures.items()}

@@ -1,7 +1,7 @@
-"""A sweep as one HTML file: whole, offline, the same bytes for the same data.
+"""The report of a sweep: one self-contained HTML file, with the same bytes for the same data.
 
-Each section is a function from evidence to groups of charts and tables. One without a group is left
-out.
+Each section is a function from `ReportData` to groups of charts and tables. Sections without groups
+are left out.
 """
 
 from __future__ import annotations
@@ -27,23 +27,29 @@ from orchestrator.reporting import charts
 from orchestrator.reporting._layouts import Layout, without_empty
 from orchestrator.reporting._statistics import Array
 from orchestrator.reporting.report_data import ReportData
-from orchestrator.reporting.rows import Row, choice_notes, has_images, mark_notes, world_text
-from orchestrator.reporting.tables import WORLD, differences, laid_out, texts
+from orchestrator.reporting.rows import (
+    Row,
+    choice_notes,
+    has_images,
+    significance_notes,
+    task_text,
+)
+from orchestrator.reporting.tables import TASK, comparison_lines, table_layout, table_lines
 from orchestrator.spec.presets import METHODS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TEMPLATE = Path(__file__).with_name("templates") / "report.html"
-MOST_WORLDS = 12  # of which charts are drawn that are large
-MOST_CARDS = 2  # of which there are pictures
+MAX_TASKS = 12  # with pseudo-label curves and confusion matrices
+MAX_CARDS = 2  # audit cards with a picture
 
 
-def page(found: ReportData) -> str:
-    """The report: what came out, on what it rests, what it cost.
+def page(data: ReportData) -> str:
+    """The report as HTML.
 
-    Nothing in it tells when it was made; numbers, charts and pictures follow from the sweep's
-    ledger and records alone.
+    It depends only on the sweep's event log, records and pictures, and contains no time of its
+    creation.
     """
     from jinja2 import Environment, StrictUndefined
 
@@ -52,15 +58,15 @@ def page(found: ReportData) -> str:
     )
     sections = [
         {"id": name, "title": title, "text": text, "groups": groups}
-        for name, title, text, make in SECTIONS
-        if (groups := list(make(found)))
+        for name, title, text, section in SECTIONS
+        if (groups := list(section(data)))
     ]
     text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        title=found.sweep.name,
-        question=re.split(r"\n\s*\n", found.sweep.question.strip()),
+        title=data.sweep.name,
+        question=re.split(r"\n\s*\n", data.sweep.question.strip()),
         sections=sections,
-        footer=f"airsweep {_version()}, sweep {found.location.project}/{found.location.name}, "
-        f"{len(found.results.entries)} results.",
+        footer=f"airsweep {_version()}, sweep {data.location.project}/{data.location.name}, "
+        f"{len(data.results.trials)} results.",
     )
     return text + "\n"
 
@@ -68,15 +74,15 @@ def page(found: ReportData) -> str:
 def _version() -> str:
     try:
         return version("airsweep")
-    except PackageNotFoundError:  # a checkout on the path, without installation
+    except PackageNotFoundError:  # a checkout on PYTHONPATH without installation
         return "(not installed)"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """An image of the page, whole in its address."""
+    """An image that is embedded in the page."""
 
-    src: str
+    src: str  # a data: URL
     alt: str
     caption: str = ""
     wide: bool = False
@@ -84,14 +90,14 @@ class Picture:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """What stands together in a section."""
+    """A part of a section."""
 
     heading: str = ""
     texts: Sequence[str] = ()
-    cards: Sequence[Mapping[str, str]] = ()  # names and texts; of the heading the name is empty
+    cards: Sequence[Mapping[str, str]] = ()  # text by label; the heading has the label ""
     figures: Sequence[Picture] = ()
     tables: Sequence[Layout] = ()
-    details: Sequence[tuple[str, str]] = ()  # folded texts with their names
+    details: Sequence[tuple[str, str]] = ()  # (title, text) of collapsible texts
 
 
 def _chart(figure: Figure, alt: str) -> Picture:
@@ -103,7 +109,7 @@ def _data(kind: str, content: bytes) -> str:
 
 
 def _tables(lines: Sequence[Mapping[str, str]], note: str = "") -> list[Layout]:
-    """One table; none where there are no lines."""
+    """A list of one table, or an empty list without lines."""
     frame = DataFrame(without_empty(lines))
     return [Layout(frame=frame, notes=[note] if note else [])] if lines else []
 
@@ -111,89 +117,91 @@ def _tables(lines: Sequence[Mapping[str, str]], note: str = "") -> list[Layout]:
 # ---------------------------------------------------------------- accuracy
 
 
-def answer(found: ReportData) -> Iterator[Group]:
-    """The best row of each world, and the best with synthetic images where that is another."""
-    results, lines = found.results, texts(found.results)
+def answer(data: ReportData) -> Iterator[Group]:
+    """The best row of each task, and its best row with synthetic images if that is another row."""
+    results, lines = data.results, table_lines(data.results)
     cards = []
-    for world in results.worlds:
-        best = results.best(world)
-        drawn = [row for row in results.rows if row.world == world and has_images(row.method)]
-        chosen = {"highest mean": best}
-        if drawn and not has_images(best.method):
-            top = max(drawn, key=lambda row: row.mean)
-            chosen["highest mean with synthetic images"] = top
-        for what, row in chosen.items():
-            [line] = [line for line, of in zip(lines, results.rows, strict=True) if of is row]
-            about = {key: text for key, text in line.items() if text and key not in WORLD}
-            cards.append({"": f"{world_text(world)}: {what}", **about})
-    yield Group(texts=[*filter(None, [_verdict(found), _state(found)])], cards=cards)
+    for task in results.tasks:
+        best = results.best(task)
+        with_images = [row for row in results.rows if row.task == task and has_images(row.method)]
+        shown = {"highest mean": best}
+        if with_images and not has_images(best.method):
+            top = max(with_images, key=lambda row: row.mean)
+            shown["highest mean with synthetic images"] = top
+        for title, row in shown.items():
+            [line] = [line for line, r in zip(lines, results.rows, strict=True) if r is row]
+            cells = {key: text for key, text in line.items() if text and key not in TASK}
+            cards.append({"": f"{task_text(task)}: {title}", **cells})
+    yield Group(texts=[*filter(None, [_verdict(data), _state(data)])], cards=cards)
 
 
-def _verdict(found: ReportData) -> str:
-    """Do synthetic images help, in one sentence."""
+def _verdict(data: ReportData) -> str:
+    """One sentence on whether synthetic images help."""
     parts = []
-    comparisons = found.results.comparisons
-    for role, what in (("host", "the host"), ("control", "the control without diffusion")):
+    comparisons = data.results.comparisons
+    for role, baseline in (("host", "the host"), ("control", "the control without diffusion")):
         gains = [c for c in comparisons if c.role == role and has_images(c.row.method)]
         if gains:
             above = sum(gain.significant and gain.difference.mean > 0 for gain in gains)
             below = sum(gain.significant and gain.difference.mean < 0 for gain in gains)
             lower = f", lower in {below}" if below else ""
-            parts.append(f"than {what} in {above} of {counted(len(gains), 'comparison')}{lower}")
+            parts.append(
+                f"than {baseline} in {above} of {counted(len(gains), 'comparison')}{lower}"
+            )
     if not parts:
         return ""
-    if all(one.difference.reason_not_tested for one in comparisons):
-        return " ".join(mark_notes(comparisons))
+    if all(c.difference.reason_not_tested for c in comparisons):
+        return " ".join(significance_notes(comparisons))
     return (
         f"With synthetic images accuracy is significantly higher {' and '.join(parts)} "
         f"(p < 0.05, Holm-corrected over {counted(len(comparisons), 'comparison')})."
     )
 
 
-def _state(found: ReportData) -> str:
-    counts = found.counts
+def _state(data: ReportData) -> str:
+    counts = data.counts
     left = {state: counts[state] for state in ("waiting", "failed", "pruned") if counts[state]}
     done = counts["done"] + counts["reused"]
-    text = f"{counted(done, 'trial')} of {found.plan.total} have a result"
+    text = f"{counted(done, 'trial')} of {data.plan.total} have a result"
     if left:
         text += "; " + ", ".join(f"{count} {state}" for state, count in left.items())
-    picked = "The best row has the highest mean on the test images, which was seen afterwards."
-    return f"{text}. {picked}"
+    best = "The best row is chosen by its mean on the test images, so its accuracy is optimistic."
+    return f"{text}. {best}"
 
 
-def table(found: ReportData) -> Iterator[Group]:
-    """All rows, as `airsweep table` prints them."""
-    layout = laid_out(found.results)
-    alt = f"Accuracy of {len(found.results.rows)} rows with intervals"
-    drawn = [_chart(charts.accuracy(found.results), alt)]
-    yield Group(texts=[" ".join(layout.caption)], figures=drawn, tables=[layout])
+def table(data: ReportData) -> Iterator[Group]:
+    """All rows, as in `airsweep table`."""
+    layout = table_layout(data.results)
+    alt = f"Accuracy of {len(data.results.rows)} rows with intervals"
+    figures = [_chart(charts.accuracy(data.results), alt)]
+    yield Group(texts=[" ".join(layout.caption)], figures=figures, tables=[layout])
 
 
-def by_setting(found: ReportData) -> Iterator[Group]:
-    """Accuracy against each number that the sweep varies."""
-    drawn = [
+def by_setting(data: ReportData) -> Iterator[Group]:
+    """Accuracy against each numeric setting that the sweep varies."""
+    figures = [
         _chart(figure, f"Accuracy against {key}")
-        for key in charts.numeric_settings(found.points)
-        for figure in charts.by_setting(found.results, found.points, key)
+        for key in charts.numeric_settings(data.points)
+        for figure in charts.by_setting(data.results, data.points, key)
     ]
     text = (
-        "Mean over runs against the setting; the band is the 95 % interval. Dashed lines are "
+        "Mean over runs against the setting, with the 95 % interval as a band. Dashed lines are "
         "methods without this setting."
     )
-    if found.sweep.search is not None:
-        text = "Every point of the search, one dot each; other settings vary along with it."
-    if drawn:
-        yield Group(texts=[text], figures=drawn)
+    if data.sweep.search is not None:
+        text = "One dot for each point of the search. Other settings differ between the points too."
+    if figures:
+        yield Group(texts=[text], figures=figures)
 
 
-def components(found: ReportData) -> Iterator[Group]:
+def components(data: ReportData) -> Iterator[Group]:
     """Each row minus its host and its control."""
-    if found.results.comparisons:
-        figure = charts.differences(found.results)
+    if data.results.comparisons:
+        figure = charts.differences(data.results)
         yield Group(
-            texts=[" ".join(mark_notes(found.results.comparisons, marks=False))],
+            texts=[" ".join(significance_notes(data.results.comparisons, marks=False))],
             figures=[_chart(figure, "Differences with intervals and a line at 0")],
-            tables=[Layout(frame=DataFrame(differences(found.results)))],
+            tables=[Layout(frame=DataFrame(comparison_lines(data.results)))],
         )
 
 
@@ -201,97 +209,97 @@ def components(found: ReportData) -> Iterator[Group]:
 
 
 PSEUDO = (
-    ("pseudo/accuracy", "right, %", "share of the pseudo-labels that is right"),
-    ("pseudo/coverage", "covered, %", "share of the pool that has a pseudo-label"),
+    ("pseudo/accuracy", "accuracy, %", "accuracy of the pseudo-labels"),
+    ("pseudo/coverage", "coverage, %", "share of the pool with a pseudo-label"),
     ("pseudo/balance", "balance, %", "evenness over classes (entropy)"),
 )
 
 
-def pseudo_labels(found: ReportData) -> Iterator[Group]:
-    """How good pseudo-labels are, iteration by iteration."""
-    for world in found.results.worlds[:MOST_WORLDS]:
+def pseudo_labels(data: ReportData) -> Iterator[Group]:
+    """Accuracy, coverage and balance of the pseudo-labels by iteration."""
+    for task in data.results.tasks[:MAX_TASKS]:
         best: dict[str, Row] = {}  # the best row of each method
-        for row in sorted(found.results.rows, key=lambda row: -row.mean):
-            if row.world == world:
+        for row in sorted(data.results.rows, key=lambda row: -row.mean):
+            if row.task == task:
                 best.setdefault(row.method, row)
-        drawn = []
-        for metric, ylabel, what in PSEUDO:
-            series = charts.over_iterations([*best.items()], found.results, metric)
-            if shown := series[: charts.MOST_CURVES]:
-                figure = charts.curves(shown, "iteration", ylabel, title=what)
-                drawn.append(_chart(figure, f"Pseudo-labels over iterations: {what}"))
-        if drawn:
-            yield Group(heading=world_text(world), figures=drawn)
+        figures = []
+        for metric, ylabel, title in PSEUDO:
+            series = charts.over_iterations([*best.items()], data.results, metric)
+            if shown := series[: charts.MAX_CURVES]:
+                figure = charts.curves(shown, "iteration", ylabel, title=title)
+                figures.append(_chart(figure, f"Pseudo-labels over iterations: {title}"))
+        if figures:
+            yield Group(heading=task_text(task), figures=figures)
 
 
-def confusions(found: ReportData) -> Iterator[Group]:
-    """Which classes are taken for which, by the best row and by its host."""
-    results = found.results
-    for world in results.worlds[:MOST_WORLDS]:
-        best = results.best(world)
-        known = METHODS.get(best.method)
-        host = results.partner(best, known.host) if known and known.host else None
-        spec = next(slot.spec for slot in found.plan.slots if slot.cell.id == best.cell)
-        classes = tested_classes(spec, found.location.store)
+def confusions(data: ReportData) -> Iterator[Group]:
+    """Confusion matrices of the best row of each task and of its host."""
+    results = data.results
+    for task in results.tasks[:MAX_TASKS]:
+        best = results.best(task)
+        preset = METHODS.get(best.method)
+        host = results.baseline(best, preset.host) if preset and preset.host else None
+        spec = next(slot.spec for slot in data.plan.slots if slot.cell.id == best.cell)
+        classes = tested_classes(spec, data.location.store)
         names = [name.replace("_", " ") for name in classes]
-        drawn, lines = [], []
+        figures, lines = [], []
         for row in filter(None, (best, host)):
-            entries = results.distinct(row).values()
+            trials = results.distinct(row).values()
             matrix = np.sum(
-                [charts.confusion(e.labels, e.predictions, len(names)) for e in entries], axis=0
+                [charts.confusion(t.labels, t.predictions, len(names)) for t in trials], axis=0
             )
             figure = charts.heat(matrix, names, title=row.method)
-            drawn.append(_chart(figure, f"Confusion matrix of {row.method}"))
+            figures.append(_chart(figure, f"Confusion matrix of {row.method}"))
             lines += [
-                {"method": row.method, "class": true, "taken for": taken, "share": f"{share:.0%}"}
-                for true, taken, share in confused(matrix, names)
+                {"method": row.method, "class": true, "predicted": wrong, "share": f"{share:.0%}"}
+                for true, wrong, share in confused(matrix, names)
             ]
-        yield Group(heading=world_text(world), figures=drawn, tables=_tables(lines))
+        yield Group(heading=task_text(task), figures=figures, tables=_tables(lines))
 
 
 def confused(
     matrix: Array, names: Sequence[str], most: int = 5
 ) -> Iterator[tuple[str, str, float]]:
-    """The pairs that are confused most: true class, what it was taken for, and how often.
+    """The most frequent confusions: true class, wrongly predicted class, share of the true class.
 
     Args:
-        matrix: (C, C) counts by true (rows) and predicted class.
+        matrix: (C, C) counts by true class (rows) and predicted class (columns).
 
-    Returns:
-        Shares of the true class in [0, 1], the largest first.
+    Yields:
+        The largest shares first; shares are in [0, 1].
     """
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     np.fill_diagonal(shares, 0)
     for flat in np.argsort(-shares, axis=None, kind="stable")[:most]:
-        true, taken = np.unravel_index(flat, shares.shape)
-        if shares[true, taken] > 0:
-            yield names[true], names[taken], float(shares[true, taken])
+        true, wrong = np.unravel_index(flat, shares.shape)
+        if shares[true, wrong] > 0:
+            yield names[true], names[wrong], float(shares[true, wrong])
 
 
 # ---------------------------------------------------------------- images
 
 
-def images(found: ReportData) -> Iterator[Group]:
-    """Real images beside those of the diffusion model, and how good the latter are."""
-    sheet = found.location.folder / "contact_sheet.png"
+def images(data: ReportData) -> Iterator[Group]:
+    """The contact sheet and the audit of the synthetic images."""
+    sheet = data.location.folder / "contact_sheet.png"
     if sheet.exists() and sheet.stat().st_size:
-        shares = found.outcome.get("run", {}).get("shares", {})
+        shares = data.outcome.get("run", {}).get("shares", {})
         by_group = ", ".join(f"{name} {share:.0%}" for name, share in sorted(shares.items()))
-        caption = "Real images, images without LoRA and with it; same noise in the same place."
+        caption = "Real images, images without LoRA, and images with LoRA from the same noise."
         if by_group:
             caption += f" Zero-shot CLIP recognises {by_group}."
-        alt = "Real images, images of the base model, images after LoRA, a class a row"
+        alt = "Real images, images of the base model and images with LoRA, one class per row"
         yield Group(figures=[_photo(sheet, alt, caption)])
-    yield from _audits(found)
+    yield from _audits(data)
 
 
 def _photo(file: Path, alt: str, caption: str = "") -> Picture:
     return Picture(src=_data("image/png", file.read_bytes()), alt=alt, caption=caption, wide=True)
 
 
-def _audits(found: ReportData) -> Iterator[Group]:
-    """What `airsweep audit` says of all rows of images, and pictures of the most doubtful ones."""
-    if not found.cards:
+def _audits(data: ReportData) -> Iterator[Group]:
+    """The results of `airsweep audit` for all rows of images, and pictures of the worst rows."""
+    if not data.cards:
         return
     lines = [
         {
@@ -305,18 +313,24 @@ def _audits(found: ReportData) -> Iterator[Group]:
             "copies": f"{card.counts['test copy']}",
             "flagged": f"{card.flagged_images}",
         }
-        for card, _ in found.cards
+        for card, _ in data.cards
     ]
-    most = sorted(found.cards, key=lambda one: -one[0].flagged_images / one[0].images)
-    drawn = [
+    worst = sorted(data.cards, key=lambda pair: -pair[0].flagged_images / pair[0].images)
+    figures = [
         _photo(picture, f"The best, worst and flagged images of {card.title}")
-        for card, picture in most[:MOST_CARDS]
+        for card, picture in worst[:MAX_CARDS]
     ]
-    note = "Recognised: zero-shot CLIP predicts its class. Nearest test image: largest cosine."
-    if len(found.cards) > len(drawn):
-        note += f" Pictured: the {len(drawn)} of {len(found.cards)} with most flagged images."
+    note = (
+        "Recognised: images whose class zero-shot CLIP predicts. Nearest test image: largest "
+        "cosine similarity to a test image."
+    )
+    if len(data.cards) > len(figures):
+        note += (
+            f" The pictures show the {len(figures)} of {len(data.cards)} rows with the largest "
+            "share of flagged images."
+        )
     yield Group(heading="Audit", tables=_tables(lines, note))
-    yield Group(figures=drawn)
+    yield Group(figures=figures)
 
 
 def _percent(share: float | None) -> str:
@@ -330,30 +344,30 @@ def _plus_minus(pair: Sequence[float] | None) -> str:
 # ---------------------------------------------------------------- search
 
 
-def searched(found: ReportData) -> Iterator[Group]:
-    """What a search tried, which settings mattered, and whether its objective was a guide."""
-    search = found.sweep.search
+def searched(data: ReportData) -> Iterator[Group]:
+    """Per cell: history of the search, importance of settings, objective against test accuracy."""
+    search = data.sweep.search
     if search is None:
         return
-    from orchestrator.planning.search import importances  # Optuna: half a second
+    from orchestrator.planning.search import importances  # imports Optuna: half a second
 
-    if notes := choice_notes(found.results.rows):
+    if notes := choice_notes(data.results.rows):
         yield Group(texts=notes)
-    objectives = {(e.cell, e.point): e.objective for e in found.results.entries}
-    chosen = {row.cell: row.point for row in found.results.rows}
-    for cell in found.plan.cells:
-        rows = sorted((r for r in found.points if r.cell == cell.id), key=lambda row: row.point)
+    objectives = {(t.cell, t.point): t.objective for t in data.results.trials}
+    chosen = {row.cell: row.point for row in data.results.rows}
+    for cell in data.plan.cells:
+        rows = sorted((r for r in data.points if r.cell == cell.id), key=lambda row: row.point)
         valued = [(row, objectives.get((cell.id, row.point))) for row in rows]
         pairs = [(row, value) for row, value in valued if value is not None]
         if len(pairs) < 2:
             continue
         values, numbers = [value for _, value in pairs], [row.point for row, _ in pairs]
         best = np.maximum.accumulate(values).tolist()
-        tried = [
+        by_point = [
             charts.Series(label="point", x=numbers, y=values),
             charts.Series(label="best so far", x=numbers, y=best),
         ]
-        history = charts.curves(tried, "point", search.objective, percent=False, title="History")
+        history = charts.curves(by_point, "point", search.objective, percent=False, title="History")
         every = charts.Series(label="point", x=values, y=[row.mean for row, _ in pairs])
         marked = [
             charts.Series(label=name, x=[value], y=[row.mean])
@@ -361,15 +375,15 @@ def searched(found: ReportData) -> Iterator[Group]:
             for row, value in pairs
             if row.point == point
         ]
-        words = (search.objective, "test accuracy, %")
+        labels = (search.objective, "test accuracy, %")
         title = "Objective against test"
-        guide = charts.curves([every, *marked], *words, title=title, joined=False)
+        against_test = charts.curves([every, *marked], *labels, title=title, joined=False)
         weights = importances(cell.space, [(row.settings, value) for row, value in pairs])
         lines = [{"setting": key, "importance": f"{share:.0%}"} for key, share in weights.items()]
         note = "Importance: share of the variance of the objective (functional ANOVA)."
         yield Group(
             heading=cell.id,
-            figures=[_chart(history, "Objective by point"), _chart(guide, title)],
+            figures=[_chart(history, "Objective by point"), _chart(against_test, title)],
             tables=_tables(lines, note),
         )
 
@@ -377,101 +391,103 @@ def searched(found: ReportData) -> Iterator[Group]:
 # ---------------------------------------------------------------- time, failures, lineage
 
 
-def costs(found: ReportData) -> Iterator[Group]:
-    """Where the time went."""
+def costs(data: ReportData) -> Iterator[Group]:
+    """Worker time and GPU-hours by stage."""
     lines = []
-    for stage, (count, seconds) in found.costs().items():
-        hours = seconds * gpu_share(stage, found.sweep.resources) / 3600
+    for stage, (count, seconds) in data.costs().items():
+        hours = seconds * gpu_share(stage, data.sweep.resources) / 3600
         lines.append(
             {
                 "stage": WORDS.get(stage, stage),
-                "made": f"{count:,}",
+                "results": f"{count:,}",
                 "time of one worker": clock(seconds),
                 "seconds each": f"{seconds / count:.2f}" if count else "",
                 "GPU-hours": f"{hours:.2f}" if hours else "",
             }
         )
-    wall, reused = found.outcome.get("seconds"), found.counts["reused"]
-    text = "Work that this sweep did itself, added up over workers and runs."
+    wall, reused = data.outcome.get("seconds"), data.counts["reused"]
+    text = "Work of this sweep, summed over workers and runs; reused results are not included."
     text += f" The last run took {clock(wall)}." if wall else ""
-    text += f" {counted(reused, 'trial')} had a result already and cost nothing." if reused else ""
+    text += f" {counted(reused, 'trial')} reused the result of another sweep." if reused else ""
     yield Group(texts=[text], tables=_tables(lines))
 
 
-def failures(found: ReportData) -> Iterator[Group]:
-    """What failed, and what was done about it."""
-    standing = found.standing
+def failures(data: ReportData) -> Iterator[Group]:
+    """Failures and retries by class, with remedies."""
+    status = data.status
     failed = Counter(
-        (event["failure_class"], event["message"], what)
-        for what, events in (("trial", standing.failures), ("artifact", standing.unmade))
+        (event["failure_class"], event["message"], kind)
+        for kind, events in (("trial", status.failures), ("artifact", status.failed_artifacts))
         for event in events.values()
     )
-    rows = [(name, counted(n, what), text) for (name, text, what), n in sorted(failed.items())]
-    rows += [(name, f"{count} tried again", "") for name, count in sorted(standing.retried.items())]
+    rows = [(name, counted(n, kind), text) for (name, text, kind), n in sorted(failed.items())]
+    rows += [(name, f"{count} retried", "") for name, count in sorted(status.retried.items())]
     lines = [
-        {"class": name, "how many": many, "message": message, "remedy": CLASSES[name].remedy}
-        for name, many, message in rows
+        {"class": name, "count": count, "message": message, "remedy": CLASSES[name].remedy}
+        for name, count, message in rows
     ]
     if lines:
         yield Group(tables=_tables(lines))
 
 
-def lineage(found: ReportData) -> Iterator[Group]:
-    """From which inputs, with which code, and how to get it again."""
+def lineage(data: ReportData) -> Iterator[Group]:
+    """Inputs, code and seeds, and the commands that reproduce the results."""
     facts = [
-        (name, ", ".join(map(str, found.made(name))))
+        (name, ", ".join(map(str, data.provenance(name))))
         for name in ("commit", "dirty", "user", "host", "device")
     ]
-    for versions in found.made("versions"):
+    for versions in data.provenance("versions"):
         facts.append(("versions", ", ".join(f"{k} {v}" for k, v in sorted(versions.items()))))
     seeds = [
-        ", ".join(f"{k} {v}" for k, v in one.items()) for one in found.sweep.seeds.assignments()
+        ", ".join(f"{k} {v}" for k, v in seed.items()) for seed in data.sweep.seeds.assignments()
     ]
-    facts += [*found.inputs().items(), ("seeds", "; ".join(seeds))]
-    last = found.standing.last
+    facts += [*data.inputs().items(), ("seeds", "; ".join(seeds))]
+    last = data.status.last
     keys = [
         f"{slot.key.digest[:12]}  {last.get(slot.id, 'waiting'):<8}  {slot.id}"
-        for slot in found.plan.slots
+        for slot in data.plan.slots
     ]
     yield Group(
         texts=[
-            f"Sweep {found.location.project}/{found.location.name}. The same again: airsweep run "
-            f"{found.sweep.source}. One trial again, from its record: airsweep repro KEY. The "
-            "differences between two trials: airsweep diff A B."
+            f"Sweep {data.location.project}/{data.location.name}. Run it again: airsweep run "
+            f"{data.sweep.source}. Reproduce one trial from its record: airsweep repro KEY. "
+            "Compare two trials: airsweep diff A B."
         ],
         tables=_tables([{"name": name, "value": value} for name, value in facts if value]),
-        details=[("The sweep file", found.sweep.text), ("Trial keys", "\n".join(keys))],
+        details=[("The sweep file", data.sweep.text), ("Trial keys", "\n".join(keys))],
     )
 
 
-# Address, title, first paragraph, and what follows.
+# Anchor, title, introduction, and the function that yields the groups.
 SECTIONS: tuple[tuple[str, str, str, Callable[[ReportData], Iterator[Group]]], ...] = (
     ("answer", "Answer", "", answer),
     ("table", "Accuracy", "", table),
     ("settings", "Accuracy by setting", "", by_setting),
     (
         "components",
-        "What each part brings",
-        "A method with synthetic images minus its host, and minus its control, which builds the "
-        "same auxiliary classifier from real pseudo-labelled images (diamonds). Paired by image "
-        "and run; grey: the 95 % interval contains 0. Images needed, where a difference is not "
-        "significant: test images that detect one of this size in one pair of runs (80 % power).",
+        "Comparisons with host and control",
+        "Each method minus its host, and minus its control (diamonds), which builds the same "
+        "auxiliary classifier from real pseudo-labelled images. Differences are paired by image "
+        "and run. Grey: the 95 % interval contains 0. Images needed, for differences that are not "
+        "significant: test images that detect a difference of this size with one pair of runs at "
+        "80 % power.",
         components,
     ),
     (
         "pseudo-labels",
         "Pseudo-labels",
-        "Means over runs, with the band from the lowest to the highest run. Hosts (such as cpl) "
-        "label with the text classifier alone, others with an auxiliary classifier beside it: of "
-        "synthetic images (air), or of real ones (the control). The labels are compared with the "
-        "truth after the fact; nothing in training sees it.",
+        "Means over runs, with a band from the lowest to the highest run. Hosts (such as cpl) "
+        "label the pool with the text classifier only. Other methods add an auxiliary classifier, "
+        "built from synthetic images (air) or from real ones (the control). True labels serve only "
+        "to measure the pseudo-labels after training.",
         pseudo_labels,
     ),
     (
         "confusion",
         "Confusion",
-        "Test images of all runs by true class (rows) and predicted class (columns): the best row "
-        "of each and its host. Shades are shares of the true class, from 0 (dark) to 1 (bright).",
+        "Test images of all runs by true class (rows) and predicted class (columns), for the best "
+        "row of each task and for its host. Shades are shares of the true class, from 0 (dark) to "
+        "1 (bright).",
         confusions,
     ),
     ("images", "Images", "", images),
@@ -480,7 +496,7 @@ SECTIONS: tuple[tuple[str, str, str, Callable[[ReportData], Iterator[Group]]], .
     (
         "failures",
         "Failures",
-        "Work without a result. The next run tries all of it again.",
+        "Trials and artifacts that failed. The next run retries them.",
         failures,
     ),
     ("lineage", "Lineage", "", lineage),

@@ -1,8 +1,8 @@
-"""Our rows beside published numbers, or beside those of another sweep.
+"""Comparison of a sweep's rows with published numbers or with another sweep.
 
-Two numbers are compared where backbone, test images, splits, seeds, shots, classes and measure are
-the same; else the verdict says what differs. Nothing is averaged over what differs. Published
-numbers come with their protocol from a file; messages name its line and column.
+Two numbers are compared only if backbone, test images, splits, seeds, shots, classes and metric are
+equal. Otherwise the verdict is `not comparable` and its reasons list the differences. Published
+numbers and their protocol come from a YAML file (a *paper*); errors name its line and column.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def _ends(value: Any) -> Any:
 
 def _rising(ends: tuple[float, float]) -> tuple[float, float]:
     if ends[0] > ends[1]:
-        raise ValueError("not from low to high; allowed: points, or [from, to]")
+        raise ValueError(
+            "the first number is larger than the second; allowed: points, or [from, to]"
+        )
     return ends
 
 
@@ -65,36 +67,36 @@ Points = Annotated[Number, Field(ge=-100, le=100), AfterValidator(_fraction)]
 
 @checked_dataclass(frozen=True, kw_only=True, config=CONFIG)
 class PaperProtocol:
-    """How a paper measured. None or empty: the file does not say, so nobody is held to it."""
+    """The protocol of a paper. Fields that are None or empty are not compared."""
 
-    backbone: Lines  # names of one and the same model
+    backbone: Lines  # equivalent names of one model
     seeds: Count
     splits: Count = 1
     shots: Count | None = None
     class_seed: Annotated[Whole, Field(ge=0)] | None = None
-    leaky_pool: Lines = ()  # datasets whose pool held test images
+    leaky_pool: Lines = ()  # datasets whose pool contained test images
     test_images: dict[str, Count] = Field(default_factory=dict)
 
 
 @checked_dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Accuracy:
-    """One published number; a fraction."""
+    """One published accuracy, as a fraction."""
 
     value: Percent
-    verified: StrictBool | None = None  # read in a source, others never gate; None: as the file
+    verified: StrictBool | None = None  # read in its source; None: as the whole file
     note: LINE = ""
 
 
 @checked_dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Gain:
-    """A mean over datasets of one method minus another; fractions."""
+    """A published gain of one method over another, mean over datasets, as fractions."""
 
     method: LINE
     over: LINE
     modality: LINE
     paradigm: Paradigm
     datasets: Lines
-    # From low to high; equal where one number is published.
+    # Lower and upper end; equal if a single number is published.
     points: Annotated[tuple[Points, Points], BeforeValidator(_ends), AfterValidator(_rising)]
     verified: StrictBool | None = None
     note: LINE = ""
@@ -122,11 +124,11 @@ class Paper:
     def cells(self) -> dict[tuple[str, str, str, str], Accuracy]:
         """Numbers by dataset, paradigm, modality and method."""
         return {
-            (dataset, paradigm, modality, method): found
+            (dataset, paradigm, modality, method): accuracy
             for modality, paradigms in self.accuracy.items()
             for paradigm, methods in paradigms.items()
             for method, datasets in methods.items()
-            for dataset, found in datasets.items()
+            for dataset, accuracy in datasets.items()
         }
 
     def is_verified(self, number: Accuracy | Gain) -> bool:
@@ -137,19 +139,19 @@ _FILE = TypeAdapter(Paper)
 
 
 def find_paper(name_or_path: str) -> Paper:
-    """A paper that comes with airsweep by its name, or a file.
+    """Read a paper by the name of one that ships with airsweep, or by the path of a file.
 
     Raises:
-        SpecError: there is none, or its file is wrong: file, line, column and what is allowed.
+        SpecError: no such paper, or its file is invalid (with file, line and column).
     """
     path = Path(name_or_path)
     if len(path.parts) == 1 and path.suffix not in (".yaml", ".yml"):
         path = PAPERS / f"{name_or_path}.yaml"
         if not path.is_file():
-            known = sorted(file.stem for file in PAPERS.glob("*.yaml"))
+            names = sorted(file.stem for file in PAPERS.glob("*.yaml"))
             raise SpecError(
                 f"--paper {name_or_path}: no such paper; "
-                f"{allowed_choices(name_or_path, known)}, or a file"
+                f"{allowed_choices(name_or_path, names)}, or a file"
             )
     return read_paper(path)
 
@@ -160,20 +162,20 @@ def read_paper(path: Path) -> Paper:
         raise SpecError(f"{path}: empty; a file of published numbers starts with `version: 1`")
     paper = validate(document, _FILE)
     if not paper.accuracy and not paper.gains:
-        raise document.error((), "no number: `accuracy` or `gains` is needed")
+        raise document.error((), "no numbers: add `accuracy` or `gains`")
     return paper
 
 
 # ---------------------------------------------------------------- verdicts
 
 Verdict = Literal["reproduced", "within interval", "lower", "higher", "not comparable"]
-WIDE = 0.05  # an interval wider than 5 points holds a number without having reproduced it
+MAX_WIDTH = 0.05  # wider intervals are too imprecise for the verdict `reproduced`
 Ends = tuple[float, float, float]  # mean, low, high
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judged:
-    """One of our rows beside another number, or why not."""
+class RowVerdict:
+    """A row of the sweep compared with a reference number, or the reasons why it is not."""
 
     dataset: str
     paradigm: str
@@ -181,15 +183,16 @@ class Judged:
     method: str
     settings: Mapping[str, Any]
     verdict: Verdict
-    reasons: Sequence[str] = ()  # why not comparable, or what to know
+    reasons: Sequence[str] = ()  # why not comparable, or notes
     ours: Ends | None = None
-    other: tuple[float, float] | None = None  # the other number; two where it is a range
-    difference: Ends | None = None  # ours minus it
+    other: tuple[float, float] | None = None  # ends of the reference; equal if it is one number
+    difference: Ends | None = None  # `ours` minus the reference
     p_corrected: float | None = None
     verified: bool = True
 
     @property
     def gates(self) -> bool:
+        """Whether `--fail-on regress` fails because of this row."""
         return self.verdict == "lower" and self.verified
 
     def as_json(self) -> dict[str, Any]:
@@ -197,36 +200,36 @@ class Judged:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judgement:
-    """All rows of a sweep beside a paper or another sweep."""
+class ReferenceComparison:
+    """All rows of a sweep compared with a paper or another sweep."""
 
-    what: str  # "GRIP, NeurIPS 2023"
+    reference: str  # "GRIP, NeurIPS 2023"
     source: str
-    cells: Sequence[Judged]
-    gains: Sequence[Judged] = ()
-    missing: Sequence[str] = ()  # what has no row here
+    cells: Sequence[RowVerdict]
+    gains: Sequence[RowVerdict] = ()
+    missing: Sequence[str] = ()  # numbers of the reference without a row in the sweep
 
     @property
     def regressed(self) -> bool:
-        return any(one.gates for one in (*self.cells, *self.gains))
+        return any(verdict.gates for verdict in (*self.cells, *self.gains))
 
     def counts(self) -> dict[str, int]:
-        return dict(Counter(one.verdict for one in (*self.cells, *self.gains)))
+        return dict(Counter(row.verdict for row in (*self.cells, *self.gains)))
 
     def as_json(self) -> dict[str, Any]:
         return {
-            "against": self.what,
+            "against": self.reference,
             "source": self.source,
-            "cells": [one.as_json() for one in self.cells],
-            "gains": [one.as_json() for one in self.gains],
+            "cells": [cell.as_json() for cell in self.cells],
+            "gains": [gain.as_json() for gain in self.gains],
             "missing": self.missing,
             "verdicts": self.counts(),
             "regressed": self.regressed,
         }
 
 
-def _judged(row: Row, verdict: Verdict, reasons: Sequence[str], **found: Any) -> Judged:
-    return Judged(
+def _row_verdict(row: Row, verdict: Verdict, reasons: Sequence[str], **numbers: Any) -> RowVerdict:
+    return RowVerdict(
         dataset=row.dataset,
         paradigm=row.paradigm,
         modality=row.modality,
@@ -235,70 +238,73 @@ def _judged(row: Row, verdict: Verdict, reasons: Sequence[str], **found: Any) ->
         verdict=verdict,
         reasons=[reason for reason in reasons if reason],
         ours=(row.mean, row.low, row.high),
-        **found,
+        **numbers,
     )
 
 
-def _verdict(low: float, high: float, wide: float = WIDE) -> Verdict:
-    """From the interval of a difference, ours minus the other."""
+def _verdict(low: float, high: float, max_width: float = MAX_WIDTH) -> Verdict:
+    """The verdict from the interval of the difference, ours minus the reference."""
     if high < 0:
         return "lower"
     if low > 0:
         return "higher"
-    return "reproduced" if high - low <= wide else "within interval"
+    return "reproduced" if high - low <= max_width else "within interval"
 
 
 def _unequal(compared: Mapping[str, tuple[Any, Any]]) -> list[str]:
-    """Names with two values that differ; None is not compared."""
+    """One reason for each pair of different values (ours, theirs); None is not compared."""
     return [
-        f"{name} {shown(ours)}, there {shown(theirs)}"
+        f"{name} is {shown(ours)}, in the reference {shown(theirs)}"
         for name, (ours, theirs) in compared.items()
         if ours != theirs and ours is not None and theirs is not None
     ]
 
 
-# ---------------------------------------------------------------- beside a paper
+# ---------------------------------------------------------------- comparison with a paper
 
 
-def beside_paper(results: Results, paper: Paper) -> Judgement:
-    """Each row beside the number of its dataset, paradigm, modality and method.
+def compare_with_paper(results: Results, paper: Paper) -> ReferenceComparison:
+    """Compare each row with the published number of its task and method.
 
-    reproduced: the number lies in our interval, which is no wider than 5 points; within interval:
-    it lies in a wider one; lower, higher: our interval leaves it out.
+    reproduced: the number lies in the row's interval, which is at most 5 points wide; within
+    interval: it lies in a wider interval; lower, higher: it lies outside the interval.
     """
-    cells, met = [], set()
+    cells, compared = [], set()
     for row in results.rows:
-        place = (*row.world, row.method)
-        number = paper.cells.get(place)
-        reasons = _differ_from_paper(row, paper)
-        met.add(place)
+        cell = (*row.task, row.method)
+        number = paper.cells.get(cell)
+        reasons = _protocol_differences(row, paper)
+        compared.add(cell)
         if number is None:
             if not reasons or any(row.dataset == dataset for dataset, *_ in paper.cells):
-                reasons.append(f"no {row.method} in {row.paradigm}/{row.modality} is published")
-            cells.append(_judged(row, "not comparable", reasons))
+                reasons.append(
+                    f"no published number of {row.method} in {row.paradigm}/{row.modality}"
+                )
+            cells.append(_row_verdict(row, "not comparable", reasons))
             continue
-        beside = {"other": (number.value,) * 2, "verified": paper.is_verified(number)}
+        numbers = {"other": (number.value,) * 2, "verified": paper.is_verified(number)}
         if reasons:
-            cells.append(_judged(row, "not comparable", reasons, **beside))
+            cells.append(_row_verdict(row, "not comparable", reasons, **numbers))
             continue
         mean, low, high = (end - number.value for end in (row.mean, row.low, row.high))
-        beside["difference"] = (mean, low, high)
-        cells.append(_judged(row, _verdict(low, high), [number.note], **beside))
-    return Judgement(
-        what=paper.title or paper.name,
+        numbers["difference"] = (mean, low, high)
+        cells.append(_row_verdict(row, _verdict(low, high), [number.note], **numbers))
+    return ReferenceComparison(
+        reference=paper.title or paper.name,
         source=paper.source,
         cells=cells,
-        gains=[_beside_gain(results, gain, paper) for gain in paper.gains],
-        missing=[" ".join(place) for place in paper.cells if place not in met],
+        gains=[_gain_verdict(results, gain, paper) for gain in paper.gains],
+        missing=[" ".join(cell) for cell in paper.cells if cell not in compared],
     )
 
 
-def _differ_from_paper(row: Row, paper: Paper) -> list[str]:
-    """What of a row's protocol is not the paper's."""
+def _protocol_differences(row: Row, paper: Paper) -> list[str]:
+    """The differences between the protocols of a row and of a paper."""
     ours, theirs = row.protocol, paper.protocol
-    known = {dataset for dataset, *_ in paper.cells} | {d for g in paper.gains for d in g.datasets}
-    reasons, leaky = [f"no number for {row.dataset} is published"], None
-    if row.dataset in known:
+    datasets = {dataset for dataset, *_ in paper.cells}
+    datasets |= {dataset for gain in paper.gains for dataset in gain.datasets}
+    reasons, leaky = [f"no published number for {row.dataset}"], None
+    if row.dataset in datasets:
         reasons, leaky = [], row.dataset in theirs.leaky_pool
     backbone = ours.backbone if ours.backbone in theirs.backbone else theirs.backbone[0]
     reasons += _unequal(
@@ -315,16 +321,16 @@ def _differ_from_paper(row: Row, paper: Paper) -> list[str]:
     if 0 < ours.seeds < theirs.seeds:
         reasons.append(f"{ours.seeds} of {theirs.seeds} seeds")
     if not ours.whole_pool:
-        reasons.append("the pool was made smaller or imbalanced")
+        reasons.append("the sweep shrinks or unbalances the pool")
     return reasons
 
 
-def _beside_gain(results: Results, gain: Gain, paper: Paper) -> Judged:
-    """Our mean gain over all of the datasets.
+def _gain_verdict(results: Results, gain: Gain, paper: Paper) -> RowVerdict:
+    """Compare the mean gain of the sweep over all datasets with a published gain.
 
-    They are independent of each other, so half widths add in squares.
+    Datasets are independent of each other, so half widths add in squares.
     """
-    place: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "dataset": f"mean of {len(gain.datasets)} datasets",
         "paradigm": gain.paradigm,
         "modality": gain.modality,
@@ -333,129 +339,137 @@ def _beside_gain(results: Results, gain: Gain, paper: Paper) -> Judged:
         "verified": paper.is_verified(gain),
         "other": gain.points,
     }
-    reasons, found, missing = [], [], []
+    reasons, differences, missing = [], [], []
     for dataset in gain.datasets:
-        world = (dataset, gain.paradigm, gain.modality)
-        own = [row for row in results.rows if row.world == world and row.method == gain.method]
-        if not own:
+        task = (dataset, gain.paradigm, gain.modality)
+        rows = [row for row in results.rows if row.task == task and row.method == gain.method]
+        if not rows:
             missing.append(dataset)
             continue
-        if len(own) > 1:
-            reasons.append(f"{len(own)} settings of {gain.method} on {dataset}")
+        if len(rows) > 1:
+            reasons.append(f"{len(rows)} settings of {gain.method} on {dataset}")
             continue
-        other = results.partner(own[0], gain.over)
-        difference = results.difference(own[0], other) if other else None
-        reasons += [f"{dataset}: {reason}" for reason in _differ_from_paper(own[0], paper)]
+        baseline = results.baseline(rows[0], gain.over)
+        difference = results.difference(rows[0], baseline) if baseline else None
+        reasons += [f"{dataset}: {reason}" for reason in _protocol_differences(rows[0], paper)]
         if difference is None:
             reasons.append(f"{dataset}: no {gain.over}")
         else:
-            found.append(difference)
+            differences.append(difference)
     if missing:
         reasons.insert(0, f"no {gain.method} on {', '.join(missing)}")
     if reasons:
-        return Judged(**place, verdict="not comparable", reasons=reasons)
-    count = len(found)
-    mean = sum(d.mean for d in found) / count
-    low = mean - math.hypot(*(d.mean - d.low for d in found)) / count
-    high = mean + math.hypot(*(d.high - d.mean for d in found)) / count
+        return RowVerdict(**fields, verdict="not comparable", reasons=reasons)
+    count = len(differences)
+    mean = sum(d.mean for d in differences) / count
+    low = mean - math.hypot(*(d.mean - d.low for d in differences)) / count
+    high = mean + math.hypot(*(d.high - d.mean for d in differences)) / count
     least, most = gain.points
-    verdict = _verdict(low - most, high - least, WIDE + most - least)
+    verdict = _verdict(low - most, high - least, MAX_WIDTH + most - least)
     notes = [gain.note] if gain.note else []
-    return Judged(**place, verdict=verdict, reasons=notes, ours=(mean, low, high))
+    return RowVerdict(**fields, verdict=verdict, reasons=notes, ours=(mean, low, high))
 
 
-# ---------------------------------------------------------------- beside another sweep
+# ---------------------------------------------------------------- comparison with a sweep
 
 
-def beside_sweep(results: Results, theirs: Results, what: str) -> Judgement:
-    """Each row beside the row of the same settings in another sweep, image by image.
+def compare_with_sweep(results: Results, theirs: Results, reference: str) -> ReferenceComparison:
+    """Compare each row with the row of the same settings in another sweep, paired by image and run.
 
-    lower and higher are significant after Holm's correction over all rows that can be compared.
+    lower, higher: significant after Holm's correction over all comparable rows; reproduced: not
+    significant, with an interval of at most 5 points; within interval: not significant otherwise.
+
+    Args:
+        reference: name of the other sweep.
     """
     pairs: list[tuple[Row, Row | None, list[str], Difference | None]] = []
     for row in results.rows:
         other, reasons = _counterpart(row, theirs.rows)
-        found = None
-        if other is not None and not (reasons := _differ(row, other)):
-            found = paired_difference(results.runs(row), theirs.runs(other))
-            reasons = [] if found else ["no split and seed in common"]
-        pairs.append((row, other, reasons, found))
-    p_values = iter(corrected([found for *_, found in pairs if found is not None]))
+        difference = None
+        if other is not None and not (reasons := _row_differences(row, other)):
+            difference = paired_difference(results.runs(row), theirs.runs(other))
+            reasons = [] if difference else ["no split and seed in common"]
+        pairs.append((row, other, reasons, difference))
+    p_values = iter(corrected([d for *_, d in pairs if d is not None]))
     cells = []
-    for row, other, reasons, found in pairs:
-        beside: dict[str, Any] = {"other": None if other is None else (other.mean,) * 2}
-        if found is None:
-            cells.append(_judged(row, "not comparable", reasons, **beside))
+    for row, other, reasons, difference in pairs:
+        numbers: dict[str, Any] = {"other": None if other is None else (other.mean,) * 2}
+        if difference is None:
+            cells.append(_row_verdict(row, "not comparable", reasons, **numbers))
             continue
+        mean, low, high = difference.mean, difference.low, difference.high
         p = next(p_values)
-        if p < ALPHA and not found.reason_not_tested:
-            verdict: Verdict = "lower" if found.mean < 0 else "higher"
+        if p < ALPHA and not difference.reason_not_tested:
+            verdict: Verdict = "lower" if mean < 0 else "higher"
         else:
-            narrow = found.high - found.low <= WIDE or not found.differing
+            narrow = high - low <= MAX_WIDTH or not difference.differing
             verdict = "reproduced" if narrow else "within interval"
-        notes = [found.reason_not_tested] if found.differing else []
-        beside |= {"difference": (found.mean, found.low, found.high), "p_corrected": p}
-        cells.append(_judged(row, verdict, notes, **beside))
+        notes = [difference.reason_not_tested] if difference.differing else []
+        numbers |= {"difference": (mean, low, high), "p_corrected": p}
+        cells.append(_row_verdict(row, verdict, notes, **numbers))
     missing = [
-        " ".join((*other.world, other.method, settings_text(other, other.settings))).strip()
+        " ".join((*other.task, other.method, settings_text(other, other.settings))).strip()
         for other in theirs.rows
         if not any(_same(row, other) for row in results.rows)
     ]
-    return Judgement(what=what, source="paired by image and run", cells=cells, missing=missing)
+    return ReferenceComparison(
+        reference=reference, source="paired by image and run", cells=cells, missing=missing
+    )
 
 
 def _counterpart(row: Row, others: Sequence[Row]) -> tuple[Row | None, list[str]]:
-    """The row of the same method and world, with the settings that both sweeps vary."""
+    """The row of the same task, method and shared settings in another sweep, or why it has none."""
     same = [other for other in others if _same(row, other)]
     if len(same) == 1:
         return same[0], []
     if not same:
-        return None, ["no such row there"]
+        return None, ["the reference has no such row"]
     keys = sorted({key for other in same for key in other.settings if key not in row.settings})
-    return None, [f"{len(same)} rows there, which differ in {', '.join(keys)}"]
+    return None, [f"the reference has {len(same)} such rows, which differ in {', '.join(keys)}"]
 
 
 def _same(row: Row, other: Row) -> bool:
     shared = row.settings.keys() & other.settings.keys()
     return (
-        row.world == other.world
+        row.task == other.task
         and row.method == other.method
         and all(row.settings[key] == other.settings[key] for key in shared)
     )
 
 
-def _differ(row: Row, other: Row) -> list[str]:
-    """What of two protocols differs. Contents of dataset and backbone decide, not their names."""
+def _row_differences(row: Row, other: Row) -> list[str]:
+    """The differences between two protocols, by content of dataset and backbone, not by name."""
     a, b = row.protocol, other.protocol
     reasons = []
     for name in ("backbone", "dataset", "test_dataset"):
         if a.digests.get(name) != b.digests.get(name):
-            named = name == "backbone" and a.backbone != b.backbone
-            words = f"{a.backbone}, there {b.backbone}" if named else "of other content there"
-            reasons.append(f"{name} {words}")
+            if name == "backbone" and a.backbone != b.backbone:
+                reasons += _unequal({name: (a.backbone, b.backbone)})
+            else:
+                reasons.append(f"{name} has other content in the reference")
     reasons += _unequal(
         {
-            "measure": (row.metric, other.metric),
+            "metric": (row.metric, other.metric),
             "shots": (a.shots, b.shots),
             "class_seed": (a.class_seed, b.class_seed),
             "leaky_pool": (a.leaky_pool, b.leaky_pool),
         }
     )
     if not (a.whole_pool and b.whole_pool) and a != b:
-        reasons.append("a pool was made smaller or imbalanced")
+        reasons.append("one of the sweeps shrinks or unbalances the pool")
     return reasons
 
 
-# ---------------------------------------------------------------- words
+# ---------------------------------------------------------------- text
 
 
-def lines(found: Judgement, width: int = 80) -> Iterator[str]:
-    """The judgement for a terminal: one line a row, and why rows cannot be compared, once each."""
+def screen(comparison: ReferenceComparison, width: int = 80) -> Iterator[str]:
+    """Lines for a terminal: one line per row, then each distinct reason once, by number."""
     reasons: dict[str, int] = {}
-    for judged in filter(None, (found.cells, found.gains)):
-        if judged is found.gains:
+    for group in filter(None, (comparison.cells, comparison.gains)):
+        if group is comparison.gains:
             yield ""
-        lines = [_line(one, judged, reasons) for one in judged]
+        lines = [_line(row, group, reasons) for row in group]
         yield from screen_lines(without_empty(lines), width)
     if reasons:
         yield ""
@@ -463,25 +477,25 @@ def lines(found: Judgement, width: int = 80) -> Iterator[str]:
         yield f"[{number}] {reason}"
 
 
-def _line(one: Judged, judged: Sequence[Judged], reasons: dict[str, int]) -> dict[str, str]:
-    number = signed if " - " in one.method else percent
-    paired = one.p_corrected is not None
-    verdict: str = one.verdict
-    if not one.verified and one.other is not None:
+def _line(row: RowVerdict, group: Sequence[RowVerdict], reasons: dict[str, int]) -> dict[str, str]:
+    number = signed if " - " in row.method else percent
+    paired = row.p_corrected is not None
+    verdict: str = row.verdict
+    if not row.verified and row.other is not None:
         verdict += ", unverified"
-    if one.reasons:
-        numbers = [str(reasons.setdefault(reason, len(reasons) + 1)) for reason in one.reasons]
+    if row.reasons:
+        numbers = [str(reasons.setdefault(reason, len(reasons) + 1)) for reason in row.reasons]
         verdict += f" [{', '.join(numbers)}]"
-    words = [one.method]
+    words = [row.method]
     for key in ("dataset", "paradigm", "modality"):
-        if len({getattr(other, key) for other in judged}) > 1:
-            words.append(getattr(one, key))
-    settings = ", ".join(f"{key} {value}" for key, value in one.settings.items())
+        if len({getattr(other, key) for other in group}) > 1:
+            words.append(getattr(row, key))
+    settings = ", ".join(f"{key} {value}" for key, value in row.settings.items())
     return {
         "setting": " ".join(words) + (f" ({settings})" if settings else ""),
-        "here": _interval(one.ours, number, paired),
-        "there": " to ".join(dict.fromkeys(map(number, one.other or ()))),
-        "difference": _interval(one.difference, signed) if paired else "",
+        "this sweep": _interval(row.ours, number, paired),
+        "reference": " to ".join(dict.fromkeys(map(number, row.other or ()))),
+        "difference": _interval(row.difference, signed) if paired else "",
         "verdict": verdict,
     }
 

@@ -1,4 +1,4 @@
-"""What a finished or half-finished sweep shows, gathered for a report. Imports no torch."""
+"""The data of a sweep's HTML report. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from orchestrator.planning import Plan, plan_of, refs_of
 from orchestrator.planning.audit_card import AuditCard, audited_by, known_card, ready
-from orchestrator.reporting.results import Standing, results_of, standing
+from orchestrator.reporting.results import SweepStatus, results_of, sweep_status
 from orchestrator.reporting.rows import Results, Row, rows
 from orchestrator.spec import SweepSpec
 from orchestrator.store import SweepLocation, read_outcome
@@ -17,20 +17,20 @@ from orchestrator.store import SweepLocation, read_outcome
 
 @dataclass(frozen=True)
 class ReportData:
-    """One sweep with all that its trials left behind."""
+    """A sweep with its plan, results, status and audit cards."""
 
     sweep: SweepSpec
     location: SweepLocation
     plan: Plan
     results: Results
-    points: Sequence[Row]  # one row a point, also of a search
-    standing: Standing
-    counts: Mapping[str, int]  # of the trials that the sweep asks for, by state
+    points: Sequence[Row]  # one row per point, also for a search
+    status: SweepStatus
+    counts: Mapping[str, int]  # trials of the plan by state
     outcome: Mapping[str, Any]  # of the last run
-    cards: Sequence[tuple[AuditCard, Path]]  # audit cards that were made, and their pictures
+    cards: Sequence[tuple[AuditCard, Path]]  # audit cards and their pictures
 
     def costs(self) -> dict[str, tuple[int, float]]:
-        """Times made and seconds of one worker, by stage; of what this sweep made itself."""
+        """Number of results and worker seconds by stage, without results that other sweeps made."""
         from pandas import DataFrame
 
         events = self.location.event_log().events()
@@ -39,53 +39,54 @@ class ReportData:
             for event in events
             if event["event"] == "artifact_prepared"
         ]
-        states = self.standing.last
+        states = self.status.last
         own = {s.key.digest for s in self.plan.slots if states.get(s.id) == "done"}
-        trials = {entry.key: entry.seconds for entry in self.results.entries if entry.key in own}
+        trials = {trial.key: trial.seconds for trial in self.results.trials if trial.key in own}
         seconds += [("trials", value) for value in trials.values()]
         groups = DataFrame(seconds, columns=["stage", "seconds"]).groupby("stage", sort=False)
-        return {stage: (len(of), of["seconds"].sum()) for stage, of in groups}
+        return {stage: (len(group), group["seconds"].sum()) for stage, group in groups}
 
     def inputs(self) -> dict[str, str]:
-        """Digests of all that was read, by what and name."""
-        found = {}
+        """Digests of all inputs, by kind and name."""
+        digests = {}
         for slot in self.plan.slots:
-            for what, ref in refs_of(slot.spec).items():
-                found[f"{what.replace('_', ' ')} {ref.name}"] = ref.digest
-        return dict(sorted(found.items()))
+            for kind, ref in refs_of(slot.spec).items():
+                digests[f"{kind.replace('_', ' ')} {ref.name}"] = ref.digest
+        return dict(sorted(digests.items()))
 
-    def made(self, name: str) -> list[Any]:
-        """What the records say of their making, each once, in order of appearance."""
-        found: list[Any] = []
-        for entry in self.results.entries:
-            value = entry.made.get(name)
-            if value and value not in found:
-                found.append(value)
-        return found
+    def provenance(self, name: str) -> list[Any]:
+        """Distinct values of a provenance field of the records, in order of appearance."""
+        values: list[Any] = []
+        for trial in self.results.trials:
+            value = trial.provenance.get(name)
+            if value and value not in values:
+                values.append(value)
+        return values
 
 
 def report_data_of(sweep: SweepSpec, location: SweepLocation) -> ReportData:
-    """
+    """Collect the report data of a sweep.
+
     Raises:
-        ValueError: no trial of it has finished.
+        ValueError: the sweep has no finished trial.
     """
     plan = plan_of(sweep, location)
     results = results_of(plan, location.store)
-    if not results.entries:
+    if not results.trials:
         raise ValueError(
             f"sweep {location.project}/{location.name} has no finished trial to report "
-            f"({plan.total} are planned); run `airsweep run {sweep.source}`, and see "
-            f"`airsweep status {location.name}`"
+            f"({plan.total} are planned); run `airsweep run {sweep.source}`, or see its status "
+            f"with `airsweep status {location.name}`"
         )
-    stands = standing(location.event_log())
+    status = sweep_status(location.event_log())
     return ReportData(
         sweep,
         location,
         plan,
         results,
-        points=rows(results.entries, None),
-        standing=stands,
-        counts=stands.counts(alive=False, among={slot.id for slot in plan.slots}),
+        points=rows(results.trials, None),
+        status=status,
+        counts=status.counts(alive=False, among={slot.id for slot in plan.slots}),
         outcome=read_outcome(location),
         cards=_cards(sweep, location),
     )
@@ -94,7 +95,7 @@ def report_data_of(sweep: SweepSpec, location: SweepLocation) -> ReportData:
 def _cards(sweep: SweepSpec, location: SweepLocation) -> list[tuple[AuditCard, Path]]:
     try:
         rows = ready(audited_by(sweep, location), location)
-    except ValueError:  # no images, or not all of them yet
+    except ValueError:  # the sweep has no images, or some are still missing
         return []
-    known = [(known_card(row, location), location.folder / f"{row.name}.png") for row in rows]
-    return [(card, picture) for card, picture in known if card is not None and picture.exists()]
+    cards = [(known_card(row, location), location.folder / f"{row.name}.png") for row in rows]
+    return [(card, picture) for card, picture in cards if card is not None and picture.exists()]

@@ -1,4 +1,7 @@
-"""A sweep's outcomes, gathered from ledger and store for tables and frames. Imports no torch."""
+"""Results and status of a sweep, read from its event log and the store.
+
+This module does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -13,53 +16,57 @@ import numpy as np
 from air_core.normal import normalised
 from air_core.paradigms import seen_unseen
 from orchestrator.planning import Plan, Slot
-from orchestrator.reporting.rows import Entry, Results, rows
+from orchestrator.reporting.rows import FinishedTrial, Results, rows
 from orchestrator.store import ArtifactStore, EventLog, TrialRecord, read_trial
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-NAMED = ("dataset", "test_dataset", "paradigm", "modality", "method")  # a table's own columns
+# Keys that have a column in every table, whether or not the sweep varies them.
+TABLE_COLUMNS = ("dataset", "test_dataset", "paradigm", "modality", "method")
 
 
-def finished(plan: Plan, store: ArtifactStore) -> list[tuple[Slot, TrialRecord]]:
-    """Each slot that has a record and whose point went to its end."""
-    whole = [slot for slot in plan.slots if slot.id not in plan.pruned and store.has(slot.spec)]
-    store.fetch(slot.spec for slot in whole)
-    return [(slot, read_trial(slot.spec, store)) for slot in whole]
+def finished_records(plan: Plan, store: ArtifactStore) -> list[tuple[Slot, TrialRecord]]:
+    """The slots with a record in the store, and the records, except those of pruned points."""
+    slots = [slot for slot in plan.slots if slot.id not in plan.pruned and store.has(slot.spec)]
+    store.fetch(slot.spec for slot in slots)
+    return [(slot, read_trial(slot.spec, store)) for slot in slots]
 
 
-def entries_of(
+def finished_trials(
     plan: Plan,
     store: ArtifactStore,
-    done: Sequence[tuple[Slot, TrialRecord]] | None = None,
-) -> list[Entry]:
-    """One entry for each slot that is finished.
+    records: Sequence[tuple[Slot, TrialRecord]] | None = None,
+) -> list[FinishedTrial]:
+    """The finished trials of a sweep, in the order of the plan.
 
     Args:
-        done: what `finished` says, where it is known already.
+        records: the result of `finished_records`, if the caller has it already.
     """
     search = plan.sweep.search
-    done = finished(plan, store) if done is None else done
+    records = finished_records(plan, store) if records is None else records
     runs = len(plan.sweep.seeds.values)
-    objectives = _objectives(done, search.objective if search else None, runs)
+    objectives = _objectives(records, search.objective if search else None, runs)
     return [
-        entry_of(slot, record, objectives.get((slot.cell.id, slot.point))) for slot, record in done
+        finished_trial(slot, record, objectives.get((slot.cell.id, slot.point)))
+        for slot, record in records
     ]
 
 
-def entry_of(slot: Slot, record: TrialRecord, objective: float | None = None) -> Entry:
-    """A trial for tables.
+def finished_trial(
+    slot: Slot, record: TrialRecord, objective: float | None = None
+) -> FinishedTrial:
+    """Combine a slot of the plan with its record.
 
     Args:
-        objective: of its point.
+        objective: of the slot's point, mean over its runs.
     """
     image_ids, predictions, labels = record.predictions()
-    return Entry(
+    return FinishedTrial(
         cell=slot.cell.id,
         method=slot.cell.method,
-        flat=flat_of(slot),
-        settings=settings_of(slot),
+        flat=all_settings(slot),
+        settings=varied_settings(slot),
         point=slot.point,
         seed=normalised(slot.spec).seed,
         split_seed=slot.spec.split_seed,
@@ -73,21 +80,24 @@ def entry_of(slot: Slot, record: TrialRecord, objective: float | None = None) ->
         key=record.key,
         curves=record.curves,
         seconds=record.seconds,
-        made=record.made,
+        provenance=record.made,
     )
 
 
 def results_of(
-    plan: Plan, store: ArtifactStore, done: Sequence[tuple[Slot, TrialRecord]] | None = None
+    plan: Plan, store: ArtifactStore, records: Sequence[tuple[Slot, TrialRecord]] | None = None
 ) -> Results:
-    """A sweep's rows: its search says by which objective points are chosen. As `entries_of`."""
-    search, entries = plan.sweep.search, entries_of(plan, store, done)
-    found = rows(entries, search.objective if search else None, pruned_points(plan))
-    return Results(found, entries)
+    """The rows of a sweep's table and the trials behind them.
+
+    Args:
+        records: the result of `finished_records`, if the caller has it already.
+    """
+    search, trials = plan.sweep.search, finished_trials(plan, store, records)
+    return Results(rows(trials, search.objective if search else None, _pruned_points(plan)), trials)
 
 
-def pruned_points(plan: Plan) -> Mapping[str, int]:
-    """How many points of each cell a search has stopped early."""
+def _pruned_points(plan: Plan) -> Mapping[str, int]:
+    """The number of points of each cell that the search stopped early."""
     return Counter(
         cell for cell, _ in {(s.cell.id, s.point) for s in plan.slots if s.id in plan.pruned}
     )
@@ -95,9 +105,10 @@ def pruned_points(plan: Plan) -> Mapping[str, int]:
 
 def _digests(slot: Slot) -> dict[str, str]:
     spec = slot.spec
-    tested = spec.test_dataset
-    found = {"dataset": spec.dataset.digest, "backbone": spec.backbone.digest}
-    return found if tested is None else {**found, "test_dataset": tested.digest}
+    digests = {"dataset": spec.dataset.digest, "backbone": spec.backbone.digest}
+    if spec.test_dataset is not None:
+        digests["test_dataset"] = spec.test_dataset.digest
+    return digests
 
 
 def _unseen(slot: Slot, labels: np.ndarray) -> np.ndarray | None:
@@ -107,31 +118,31 @@ def _unseen(slot: Slot, labels: np.ndarray) -> np.ndarray | None:
     return np.isin(labels, unseen)
 
 
-def flat_of(slot: Slot) -> dict[str, Any]:
+def all_settings(slot: Slot) -> dict[str, Any]:
     """All settings of a slot, by their dotted names."""
     return {**slot.cell.flat, **slot.params, **slot.seeds}
 
 
-def settings_of(slot: Slot) -> dict[str, Any]:
-    """What the sweep varies in a slot, beside what a table has columns for and the seeds.
+def varied_settings(slot: Slot) -> dict[str, Any]:
+    """The settings of a slot that the sweep varies, except `TABLE_COLUMNS` and the seeds.
 
-    In the order of the file, which a ledger that was read back does not keep.
+    They have the order of the sweep file; parameters read from an event log do not keep it.
     """
-    chosen = {name: value for name, value in slot.cell.chosen.items() if name not in NAMED}
-    searched = {one.key: None for one in slot.cell.space if one.key in slot.params}
-    return {**chosen, **searched, **slot.params}
+    grid = {name: value for name, value in slot.cell.chosen.items() if name not in TABLE_COLUMNS}
+    searched = {dim.key: None for dim in slot.cell.space if dim.key in slot.params}
+    return {**grid, **searched, **slot.params}
 
 
 def _objectives(
-    done: Sequence[tuple[Slot, TrialRecord]], objective: str | None, runs: int
+    records: Sequence[tuple[Slot, TrialRecord]], objective: str | None, runs: int
 ) -> dict[tuple[str, int], float]:
-    """Mean objective over the runs of each point; a point that lacks a run has none."""
+    """Mean objective over the runs of each point that has all its runs, by cell and point."""
     if objective is None:
         return {}
     values: dict[tuple[str, int], list[float]] = {}
-    for slot, record in done:
+    for slot, record in records:
         values.setdefault((slot.cell.id, slot.point), []).append(record.objectives[objective])
-    return {point: fmean(found) for point, found in values.items() if len(found) == runs}
+    return {point: fmean(of_runs) for point, of_runs in values.items() if len(of_runs) == runs}
 
 
 # ---------------------------------------------------------------- frames
@@ -140,27 +151,27 @@ CURVES = ("trial", "metric", "iteration", "value")
 
 
 def trials_frame(plan: Plan, store: ArtifactStore, event_log: EventLog) -> DataFrame:
-    """One line for each trial whose point is known, in the order of the plan.
+    """One line per trial of the plan. Points that a search has not proposed yet have no trials.
 
-    Columns: `trial` (its name in the ledger) and `key` (12 digits), both of which `airsweep diff`
-    takes; `cell`, `point`; dataset to method; every setting that the sweep varies; the seeds;
-    `state` (done, reused, pruned, failed, running, waiting), `failure` and `message` of failed
-    ones; `seconds` and every metric, NaN where a trial has none.
+    Columns: `trial` (the slot) and `key` (12 digits), both accepted by `airsweep diff`; `cell`,
+    `point`; `TABLE_COLUMNS`; every setting that the sweep varies; the seeds; `state` (done, reused,
+    pruned, failed, running, waiting); `failure` and `message` of failed trials; `seconds` and every
+    metric, NaN where a trial has no value.
     """
     from pandas import DataFrame
 
-    found = standing(event_log)
-    alive = "running" in found.last.values() and event_log.busy()
-    records = {slot.id: record for slot, record in finished(plan, store)}
+    status = sweep_status(event_log)
+    alive = "running" in status.last.values() and event_log.busy()
+    records = {slot.id: record for slot, record in finished_records(plan, store)}
     settings = dict.fromkeys(key for slot in plan.slots for key in _settings(slot))
     lines = []
     for slot in plan.slots:
         record = records.get(slot.id)
-        state = found.last.get(slot.id, "waiting")
+        state = status.last.get(slot.id, "waiting")
         if state not in ("done", "reused", "pruned", "failed"):
             state = "running" if alive and state == "running" else "waiting"
-            state = "reused" if record is not None else state  # as the next run would say
-        failure = found.failures.get(slot.id, {}) if state == "failed" else {}
+            state = "reused" if record is not None else state  # the next run reuses the record
+        failure = status.failures.get(slot.id, {}) if state == "failed" else {}
         line = {
             "trial": slot.id,
             "key": slot.key.digest[:12],
@@ -181,15 +192,15 @@ def trials_frame(plan: Plan, store: ArtifactStore, event_log: EventLog) -> DataF
 
 
 def curves_frame(plan: Plan, store: ArtifactStore) -> DataFrame:
-    """One line for each value of each curve: `trial`, `metric`, `iteration` from 0, `value`.
+    """One line per value of each curve: `trial`, `metric`, `iteration` from 0, `value`.
 
-    Trials that learn nothing have no curves.
+    Trials without training have no curves.
     """
     from pandas import DataFrame
 
     lines = [
         (slot.id, metric, iteration, value)
-        for slot, record in finished(plan, store)
+        for slot, record in finished_records(plan, store)
         for metric, values in record.curves.items()
         for iteration, value in enumerate(values)
     ]
@@ -197,33 +208,34 @@ def curves_frame(plan: Plan, store: ArtifactStore) -> DataFrame:
 
 
 def _settings(slot: Slot) -> dict[str, Any]:
-    named = {name: slot.cell.flat.get(name) for name in NAMED if name != "method"}
-    named = {name: value for name, value in named.items() if value is not None}
-    return {**named, "method": slot.cell.method, **settings_of(slot)}
+    columns = {name: slot.cell.flat.get(name) for name in TABLE_COLUMNS if name != "method"}
+    columns = {name: value for name, value in columns.items() if value is not None}
+    return {**columns, "method": slot.cell.method, **varied_settings(slot)}
 
 
-# ---------------------------------------------------------------- how a sweep stands
+# ---------------------------------------------------------------- status
 
 
 @dataclass
-class Standing:
-    """How a sweep stands, by its ledger alone."""
+class SweepStatus:
+    """The status of a sweep according to its event log."""
 
-    total: int = 0
-    last: dict[str, str] = field(default_factory=dict)  # slot -> its state
-    failures: dict[str, Mapping[str, Any]] = field(default_factory=dict)
-    prepared: Counter[str] = field(default_factory=Counter)
-    unmade: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # artifacts, by key
-    waiting_for: dict[str, int] = field(default_factory=dict)  # units of artifacts that are left
-    waiting_cells: tuple[str, ...] = ()
+    total: int = 0  # trials
+    last: dict[str, str] = field(default_factory=dict)  # state of each slot
+    failures: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # last event, by slot
+    prepared: Counter[str] = field(default_factory=Counter)  # artifacts, by stage
+    failed_artifacts: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # events, by key
+    pending_artifacts: dict[str, int] = field(default_factory=dict)  # units left to make, by key
+    waiting_cells: tuple[str, ...] = ()  # cells that need a pending artifact
     retried: Counter[str] = field(default_factory=Counter)  # by failure class, in the last run
-    exit_code: int | None = None
+    exit_code: int | None = None  # of the last run; None: it runs, or was killed
 
     def counts(self, alive: bool, among: Collection[str] | None = None) -> dict[str, int]:
-        """Trials by state; what a dead driver was running is waiting again.
+        """Number of trials by state.
 
         Args:
-            among: slots that are asked for now; None: all that ever were.
+            alive: whether a driver is running; if not, running trials count as waiting.
+            among: slots of the present sweep file; None: all slots of the event log.
         """
         counts = Counter(
             state for slot, state in self.last.items() if among is None or slot in among
@@ -237,39 +249,39 @@ class Standing:
         }
 
 
-def standing(event_log: EventLog) -> Standing:
-    """Fold the ledger."""
-    found = Standing()
+def sweep_status(event_log: EventLog) -> SweepStatus:
+    """Read the status of a sweep from its event log."""
+    status = SweepStatus()
     for event in event_log.events():
         match event["event"]:
             case "sweep_started":
-                found.total, found.exit_code = event["total"], None
-                found.retried, found.unmade = Counter(), {}
-                found.waiting_for, found.waiting_cells = {}, ()
+                status.total, status.exit_code = event["total"], None
+                status.retried, status.failed_artifacts = Counter(), {}
+                status.pending_artifacts, status.waiting_cells = {}, ()
             case "cells_waiting":
-                found.waiting_for = dict(event["artifacts"])
-                found.waiting_cells = tuple(event["cells"])
+                status.pending_artifacts = dict(event["artifacts"])
+                status.waiting_cells = tuple(event["cells"])
             case "cells_ready":
-                found.waiting_for, found.waiting_cells = {}, ()
+                status.pending_artifacts, status.waiting_cells = {}, ()
             case "artifact_failed":
-                found.unmade[event["key"]] = event
+                status.failed_artifacts[event["key"]] = event
             case "artifact_retried" | "trial_retried":
-                found.retried[event["failure_class"]] += 1
+                status.retried[event["failure_class"]] += 1
             case "trials_started":
-                found.last |= dict.fromkeys(event["slots"], "running")
+                status.last |= dict.fromkeys(event["slots"], "running")
             case "rung_reached":
-                found.last[event["slot"]] = "waiting"  # for the other points of its round
+                status.last[event["slot"]] = "waiting"  # for the other points of its round
             case "trial_done" | "trial_reused" | "trial_failed" | "trial_pruned" as name:
-                found.last[event["slot"]] = name.removeprefix("trial_")
-                found.failures.pop(event["slot"], None)
+                status.last[event["slot"]] = name.removeprefix("trial_")
+                status.failures.pop(event["slot"], None)
                 if name == "trial_failed":
-                    found.failures[event["slot"]] = event
+                    status.failures[event["slot"]] = event
             case "search_ended":
-                found.total -= event["trials_left"]
+                status.total -= event["trials_left"]
             case "artifact_prepared":
-                found.prepared[event["stage"]] += 1
-                if event["key"] in found.waiting_for:
-                    found.waiting_for[event["key"]] -= 1
+                status.prepared[event["stage"]] += 1
+                if event["key"] in status.pending_artifacts:
+                    status.pending_artifacts[event["key"]] -= 1
             case "sweep_ended":
-                found.exit_code = event["exit_code"]
-    return found
+                status.exit_code = event["exit_code"]
+    return status

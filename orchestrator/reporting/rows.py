@@ -1,8 +1,21 @@
-"""Finished trials -> rows, and what one row gains over another.
+"""Rows of result tables and comparisons between them, built from finished trials.
 
-A row is one setting over its runs. With a search it is one point of its cell: the best one by the
-search's objective if that objective ranked the sweep's points by test accuracy, else the default.
-No point is picked by a test label. Knows predictions and metrics; neither files nor how they came.
+The terms, from small to large:
+
+- A **finished trial** (`FinishedTrial`) is a trial of the sweep with its predictions and metrics.
+- A **run** is one distinct computation of a setting: a split and a seed. A method that ignores the
+  seed has one run per split, however many seeds the sweep lists.
+- A **row** (`Row`) is one setting of one method: the mean over its runs, with an interval. In a
+  sweep with a search a row is one cell, shown at one of the points that the search tried.
+- A **task** is a dataset, a paradigm and a modality. Only rows of the same task are compared.
+- A **choice** (`Choice`) records why a searched cell is shown at this point: the best point by the
+  search's objective if that objective ranked the points of the sweep by test accuracy, else the
+  default setting. Test labels never choose a point.
+- A **baseline** of a row is a row of the method's host or of its control (see
+  `orchestrator.spec.presets`), in the same task and with the same shared settings.
+- A **comparison** (`Comparison`) is a row minus one of its baselines, paired by image and run.
+
+This module works on predictions and metrics in memory. It reads no files.
 """
 
 from __future__ import annotations
@@ -39,15 +52,17 @@ from orchestrator.spec.presets import METHODS, named_refs
 
 EMPTY = "no finished trial yet"
 
+Task = tuple[str, str, str]  # dataset, paradigm, modality
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Entry:
-    """One trial of a sweep with its outcome."""
+class FinishedTrial:
+    """One finished trial of a sweep: its settings, test predictions and metrics."""
 
     cell: str
     method: str
     flat: dict[str, Any]  # every setting by its dotted name
-    settings: dict[str, Any]  # what the sweep varies here, beside dataset, paradigm, ..., method
+    settings: dict[str, Any]  # settings that the sweep varies, except `results.TABLE_COLUMNS`
     point: int
     seed: int
     split_seed: int
@@ -57,17 +72,19 @@ class Entry:
     predictions: Array  # (T,)
     labels: Array  # (T,)
     unseen: Array | None = None  # (T,) bool: TRZSL, images of classes without labels
-    digests: Mapping[str, str] = field(default_factory=dict)  # of dataset and backbone: content
-    # Where it comes from, for reports.
+    digests: Mapping[str, str] = field(default_factory=dict)  # content of dataset and backbone
     key: str = ""
     curves: Mapping[str, Sequence[float]] = field(default_factory=dict)  # a value per iteration
     seconds: float = 0.0
-    made: Mapping[str, Any] = field(default_factory=dict)  # commit, versions, device, ...
+    provenance: Mapping[str, Any] = field(default_factory=dict)  # commit, versions, device, ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row(Interval):
-    """One setting over its runs, each distinct computation once."""
+    """One setting of a method: mean accuracy over its runs with a 95 % interval.
+
+    With a search, one cell of the sweep at the point that `choice` explains.
+    """
 
     dataset: str
     paradigm: str
@@ -75,47 +92,47 @@ class Row(Interval):
     method: str
     settings: dict[str, Any]
     metric: str = "accuracy"  # harmonic_mean (of seen and unseen classes) in TRZSL
-    # Where the row comes from; not in its JSON.
+    # `cell` and `point` identify the row's trials.
     cell: str
     point: int
     protocol: Protocol
-    choice: Choice | None = None  # None: there was nothing to choose from
+    choice: Choice | None = None  # None: the cell has a single point
     pruned: int = 0  # points of the cell that were stopped early
 
     def as_json(self) -> dict[str, Any]:
-        chosen = {} if self.choice is None else self.choice.as_json(self.point)
-        stopped = {"pruned": self.pruned} if self.pruned else {}
-        shown = {name: getattr(self, name) for name in COLUMNS}
-        return shown | {"protocol": asdict(self.protocol)} | chosen | stopped
+        choice = {} if self.choice is None else self.choice.as_json(self.point)
+        pruned = {"pruned": self.pruned} if self.pruned else {}
+        columns = {name: getattr(self, name) for name in COLUMNS}
+        return columns | {"protocol": asdict(self.protocol)} | choice | pruned
 
     @property
-    def world(self) -> tuple[str, str, str]:
-        """Only rows of one world are compared."""
+    def task(self) -> Task:
+        """Dataset, paradigm and modality. Only rows of the same task are compared."""
         return self.dataset, self.paradigm, self.modality
 
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """What must be equal before two numbers of different tables are compared."""
+    """Conditions that must be equal before numbers of different tables can be compared."""
 
     backbone: str
     splits: int
-    seeds: int  # in a split, at most; 0: the method draws nothing
+    seeds: int  # largest number in a split; 0: the method ignores the seed
     shots: int | None  # ssl
     class_seed: int | None  # trzsl
     leaky_pool: bool
-    whole_pool: bool  # not made smaller or imbalanced on purpose
+    whole_pool: bool  # the sweep neither shrinks nor unbalances the pool
     digests: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """Why a row of a searched cell is the point that it is."""
+    """Why the row of a searched cell shows this point and no other."""
 
     objective: str
-    default: bool  # the default setting, since the objective is no guide
-    ranking: Ranking  # of the cell
-    pooled: Ranking  # of all cells of the sweep, which decides
+    default: bool  # the default setting, because the objective does not predict test accuracy
+    ranking: Ranking  # how well the objective ranked the points of this cell
+    pooled: Ranking  # the same over all cells of the sweep; decides about `default`
 
     def as_json(self, point: int) -> dict[str, Any]:
         return {
@@ -141,58 +158,58 @@ COLUMNS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """A row minus the row that presets compare it with."""
+    """A row minus one of its baselines: the difference, its interval and its significance."""
 
     row: Row
-    other: Row
-    role: Role  # of `other`
+    baseline: Row
+    role: Role  # of the baseline
     difference: Difference  # paired by image and run
     p_corrected: float  # over all comparisons of the table
 
     @property
     def methods(self) -> tuple[str, str]:
-        return self.row.method, self.other.method
+        return self.row.method, self.baseline.method
 
     @property
     def significant(self) -> bool:
-        """Different from 0 after correction, with enough runs for a test."""
+        """Whether the difference is tested and its corrected p value is below `ALPHA`."""
         return self.p_corrected < ALPHA and not self.difference.reason_not_tested
 
     @property
     def verdict(self) -> str:
-        """Significant: yes, no, or not tested."""
+        """The entry of the column `significant`: yes, no or not tested."""
         if self.difference.reason_not_tested:
             return "not tested"
         return "yes" if self.significant else "no"
 
     @property
     def mark(self) -> str:
-        """† for the host, ‡ for the control; with an arrow where the row is worse; else nothing."""
+        """† for the host, ‡ for the control, with ↓ if the row is worse; empty: not significant."""
         if not self.significant:
             return ""
         return MARKS[self.role] + (WORSE if self.difference.mean < 0 else "")
 
     @property
-    def word(self) -> str:
-        """The mark in letters, for spreadsheets: `host+` is better than the host, `host-` worse."""
+    def ascii_mark(self) -> str:
+        """The mark for CSV: `host+` is significantly better than the host, `host-` worse."""
         return f"{self.role}{'-' if self.difference.mean < 0 else '+'}" if self.significant else ""
 
     def as_json(self) -> dict[str, Any]:
-        found = self.difference
+        difference = self.difference
         return {
             "role": self.role,
-            "method": self.other.method,
-            "settings": self.other.settings,
-            "difference": found.mean,
-            "low": found.low,
-            "high": found.high,
-            "n": found.n,
-            "interval": found.interval,
-            "p": found.p,
+            "method": self.baseline.method,
+            "settings": self.baseline.settings,
+            "difference": difference.mean,
+            "low": difference.low,
+            "high": difference.high,
+            "n": difference.n,
+            "interval": difference.interval,
+            "p": difference.p,
             "p_corrected": self.p_corrected,
             "marked": self.significant,
-            "untold": found.reason_not_tested,
-            "images_needed": found.images_needed,
+            "untold": difference.reason_not_tested,
+            "images_needed": difference.images_needed,
         }
 
 
@@ -200,82 +217,87 @@ class Comparison:
 
 
 def rows(
-    entries: Sequence[Entry],
+    trials: Sequence[FinishedTrial],
     search_objective: str | None,
     pruned: Mapping[str, int] = MappingProxyType({}),
 ) -> list[Row]:
-    """One row per setting in order of first appearance; with a search, one per cell.
+    """Group trials into rows: one per setting or, with a search, one per cell.
+
+    Rows stand in the order in which their settings first appear.
 
     Args:
-        pruned: points without entries that the search stopped early, by cell.
+        search_objective: the objective of the search; None: one row per setting.
+        pruned: number of points without finished trials that the search stopped early, by cell.
     """
-    points: dict[tuple[str, int], list[Entry]] = {}
-    for entry in entries:
-        points.setdefault((entry.cell, entry.point), []).append(entry)
+    points: dict[tuple[str, int], list[FinishedTrial]] = {}
+    for trial in trials:
+        points.setdefault((trial.cell, trial.point), []).append(trial)
     if search_objective is None:
-        return [_row(group, None) for group in points.values()]
-    cells: dict[str, list[list[Entry]]] = {}
-    for (cell, _), group in points.items():
-        cells.setdefault(cell, []).append(group)
-    scores = {cell: _scores(groups) for cell, groups in cells.items() if len(groups) > 1}
+        return [_row(point, None) for point in points.values()]
+    cells: dict[str, list[list[FinishedTrial]]] = {}
+    for (cell, _), point in points.items():
+        cells.setdefault(cell, []).append(point)
+    scores = {cell: _scores(group) for cell, group in cells.items() if len(group) > 1}
     pooled = ranking(list(scores.values()))
-    found = []
-    for cell, groups in cells.items():
-        own = ranking([scores[cell]]) if cell in scores else None
-        row = _chosen(groups, search_objective, own, pooled)
-        found.append(replace(row, pruned=pruned.get(cell, 0)))
-    return found
+    result = []
+    for cell, group in cells.items():
+        cell_ranking = ranking([scores[cell]]) if cell in scores else None
+        row = _searched_row(group, search_objective, cell_ranking, pooled)
+        result.append(replace(row, pruned=pruned.get(cell, 0)))
+    return result
 
 
-def _chosen(
-    groups: Sequence[list[Entry]], objective: str, own: Ranking | None, pooled: Ranking
+def _searched_row(
+    points: Sequence[list[FinishedTrial]],
+    objective: str,
+    cell_ranking: Ranking | None,
+    pooled: Ranking,
 ) -> Row:
-    """The row of a searched cell."""
-    if own is None:
-        return _row(groups[0], None)
-    first = [group for group in groups if group[0].point == 0]  # it may have failed
+    """The row of a searched cell, at its best point by the objective or at its default point."""
+    if cell_ranking is None:
+        return _row(points[0], None)
+    first = [point for point in points if point[0].point == 0]  # empty if the default point failed
     default = bool(first) and not pooled.trusted
-    choice = Choice(objective=objective, default=default, ranking=own, pooled=pooled)
-    return _row(first[0] if default else max(groups, key=_promise), choice)
+    choice = Choice(objective=objective, default=default, ranking=cell_ranking, pooled=pooled)
+    return _row(first[0] if default else max(points, key=_search_order), choice)
 
 
-def _scores(groups: Iterable[Sequence[Entry]]) -> tuple[Array, Array]:
-    """Objective and test accuracy of different points that have both, (P,) each."""
-    found: dict[str, tuple[float, float]] = {}
-    for group in groups:
-        objective, settings = group[0].objective, repr(sorted(group[0].settings.items()))
-        if objective is not None and not math.isnan(objective) and settings not in found:
-            found[settings] = (objective, mean_score(_runs(_distinct(group))))
-    scores = np.array(list(found.values()), dtype=float).reshape(-1, 2)
+def _scores(points: Iterable[Sequence[FinishedTrial]]) -> tuple[Array, Array]:
+    """Objective and test accuracy of distinct points that have both, (P,) each."""
+    by_settings: dict[str, tuple[float, float]] = {}
+    for point in points:
+        objective, settings = point[0].objective, repr(sorted(point[0].settings.items()))
+        if objective is not None and not math.isnan(objective) and settings not in by_settings:
+            by_settings[settings] = (objective, mean_score(_runs(_distinct(point))))
+    scores = np.array(list(by_settings.values()), dtype=float).reshape(-1, 2)
     return scores[:, 0], scores[:, 1]
 
 
 def choice_notes(rows: Sequence[Row]) -> list[str]:
-    """Why searched rows show the settings that they show; empty without a search."""
-    stopped = sum(row.pruned for row in rows)
-    words = f"{counted(stopped, 'point')} pruned early: no candidate, not tested."
-    notes = [words] if stopped else []
-    chosen = {row.cell: row.choice for row in rows if row.choice is not None}
-    if not chosen:
+    """Sentences on why searched rows show their settings; empty without a search."""
+    pruned = sum(row.pruned for row in rows)
+    notes = [f"{counted(pruned, 'point')} pruned early and not tested."] if pruned else []
+    choices = {row.cell: row.choice for row in rows if row.choice is not None}
+    if not choices:
         return notes
-    first = next(iter(chosen.values()))
-    by_cell = {cell: choice.ranking for cell, choice in chosen.items()}
+    first = next(iter(choices.values()))
+    by_cell = {cell: choice.ranking for cell, choice in choices.items()}
     return [*sentences(first.objective, first.pooled, by_cell), *notes]
 
 
-def _promise(group: Sequence[Entry]) -> tuple[float, int]:
-    """What the best point of a cell has most of; of equal ones the earlier point is taken."""
-    objective = group[0].objective
+def _search_order(point: Sequence[FinishedTrial]) -> tuple[float, int]:
+    """Sort key of points, best last: by objective, then the earlier point."""
+    objective = point[0].objective
     if objective is None or math.isnan(objective):
         objective = -math.inf
-    return objective, -group[0].point
+    return objective, -point[0].point
 
 
-def _row(group: Sequence[Entry], choice: Choice | None) -> Row:
-    first = group[0]
+def _row(point: Sequence[FinishedTrial], choice: Choice | None) -> Row:
+    first = point[0]
     return Row(
-        **vars(mean_interval(_runs(_distinct(group)))),
-        dataset=tested_on(first.flat),
+        **vars(mean_interval(_runs(_distinct(point)))),
+        dataset=dataset_text(first.flat),
         paradigm=str(first.flat["paradigm"]),
         modality=str(first.flat["modality"]),
         method=first.method,
@@ -283,63 +305,63 @@ def _row(group: Sequence[Entry], choice: Choice | None) -> Row:
         metric="accuracy" if first.unseen is None else "harmonic_mean",
         cell=first.cell,
         point=first.point,
-        protocol=_protocol(group),
+        protocol=_protocol(point),
         choice=choice,
     )
 
 
-def _protocol(group: Sequence[Entry]) -> Protocol:
-    flat = group[0].flat
-    seeds = Counter(split for split, seed in _distinct(group) if seed is not None)
+def _protocol(point: Sequence[FinishedTrial]) -> Protocol:
+    flat = point[0].flat
+    seeds = Counter(split for split, seed in _distinct(point) if seed is not None)
     pool = {"pool_size": None, "pool_ratio": 1.0, "pool_missing": 0.0}
     return Protocol(
         backbone=str(flat.get("backbone", "")),
-        splits=len({entry.split_seed for entry in group}),
+        splits=len({trial.split_seed for trial in point}),
         seeds=max(seeds.values(), default=0),
         shots=flat.get("shots", 2) if flat["paradigm"] == "ssl" else None,
         class_seed=flat.get("class_seed", 500) if flat["paradigm"] == "trzsl" else None,
         leaky_pool=bool(flat.get("leaky_pool", False)),
         whole_pool=all(flat.get(key, value) == value for key, value in pool.items()),
-        digests=dict(group[0].digests),
+        digests=dict(point[0].digests),
     )
 
 
-def tested_on(flat: Mapping[str, Any]) -> str:
-    """The dataset of a table, `a -> b` where a prompt learned on one is tested on another."""
+def dataset_text(flat: Mapping[str, Any]) -> str:
+    """The dataset of a row; `a -> b` for a prompt that is learned on a and tested on b."""
     names = (flat["dataset"], flat.get("test_dataset"))
     return " -> ".join(dict.fromkeys(str(name) for name in names if name is not None))
 
 
-def _runs(distinct: Mapping[tuple[int, int | None], Entry]) -> Runs:
+def _runs(distinct: Mapping[tuple[int, int | None], FinishedTrial]) -> Runs:
     return tuple(
         Run(
             split_seed=split_seed,
             seed=seed,
-            image_ids=entry.image_ids,
-            correct=entry.predictions == entry.labels,
-            unseen=entry.unseen,
+            image_ids=trial.image_ids,
+            correct=trial.predictions == trial.labels,
+            unseen=trial.unseen,
         )
-        for (split_seed, seed), entry in distinct.items()
+        for (split_seed, seed), trial in distinct.items()
     )
 
 
-def _distinct(group: Iterable[Entry]) -> dict[tuple[int, int | None], Entry]:
-    """One entry per computation: trials that a seed cannot change are one, with seed None."""
-    distinct: dict[tuple[int, int | None], Entry] = {}
+def _distinct(point: Iterable[FinishedTrial]) -> dict[tuple[int, int | None], FinishedTrial]:
+    """One trial per run, by split and seed; the seed is None where the method ignores it."""
+    distinct: dict[tuple[int, int | None], FinishedTrial] = {}
     seedless: bool | None = None
-    for entry in group:
+    for trial in point:
         if seedless is None:
-            seedless = _ignores_seed(entry.flat)
-        distinct.setdefault((entry.split_seed, None if seedless else entry.seed), entry)
+            seedless = _ignores_seed(trial.flat)
+        distinct.setdefault((trial.split_seed, None if seedless else trial.seed), trial)
     return distinct
 
 
 def _ignores_seed(flat: dict[str, Any]) -> bool:
-    """Do two seeds of these settings share one key?"""
+    """Whether trials that differ only in the seed have the same key."""
     settings = {key: value for key, value in flat.items() if key in _trial_names()}
     refs = named_refs(settings)
-    one, other = (normalised(from_flat(settings | {"seed": seed}, refs, ())) for seed in (0, 1))
-    return one == other
+    first, second = (normalised(from_flat(settings | {"seed": seed}, refs, ())) for seed in (0, 1))
+    return first == second
 
 
 @functools.cache
@@ -350,136 +372,144 @@ def _trial_names() -> frozenset[str]:
 # ---------------------------------------------------------------- comparisons
 
 
-def partners(method: str) -> list[tuple[Role, str]]:
-    """What presets compare a method with."""
+def baseline_methods(method: str) -> list[tuple[Role, str]]:
+    """The methods that presets compare a method with: its host and its control."""
     if method not in METHODS:
         return []
-    known = METHODS[method]
-    pairs: list[tuple[Role, str | None]] = [("host", known.host), ("control", known.control)]
+    preset = METHODS[method]
+    pairs: list[tuple[Role, str | None]] = [("host", preset.host), ("control", preset.control)]
     return [(role, name) for role, name in pairs if name is not None]
 
 
 def has_images(method: str) -> bool:
-    """Does a method have synthetic images?"""
+    """Whether a method uses synthetic images."""
     return method in METHODS and "images_per_class" not in METHODS[method].pins
 
 
 class Results:
-    """The rows of a table, the trials behind each, and what one row gains over another.
+    """The rows of a sweep's table, the trials behind each row and the comparisons between rows.
 
     Args:
-        entries: all trials of the sweep; of a search also those of points without a row.
+        rows: the rows of the table, from `rows`.
+        trials: all finished trials of the sweep. With a search this includes trials of points that
+            no row shows.
     """
 
-    def __init__(self, rows: Sequence[Row], entries: Sequence[Entry]) -> None:
-        self.rows, self.entries = rows, entries
-        self._points: dict[tuple[str, int], list[Entry]] = {}
+    def __init__(self, rows: Sequence[Row], trials: Sequence[FinishedTrial]) -> None:
+        self.rows, self.trials = rows, trials
+        self._points: dict[tuple[str, int], list[FinishedTrial]] = {}
         values: dict[str, dict[str, set[str]]] = {}
-        for entry in entries:
-            self._points.setdefault((entry.cell, entry.point), []).append(entry)
-            for key, value in entry.settings.items():
-                values.setdefault(entry.cell, {}).setdefault(key, set()).add(repr(value))
-        # What differs within a cell was searched: each method stands at its own best.
+        for trial in trials:
+            self._points.setdefault((trial.cell, trial.point), []).append(trial)
+            for key, value in trial.settings.items():
+                values.setdefault(trial.cell, {}).setdefault(key, set()).add(repr(value))
+        # Settings that differ within a cell were searched, so `baseline` does not match them:
+        # each method is compared at its own best point.
         self._searched = {
             cell: {key for key, seen in keys.items() if len(seen) > 1}
             for cell, keys in values.items()
         }
-        self._distinct: dict[tuple[str, int], dict[tuple[int, int | None], Entry]] = {}
+        self._distinct: dict[tuple[str, int], dict[tuple[int, int | None], FinishedTrial]] = {}
 
     @functools.cached_property
-    def worlds(self) -> list[tuple[str, str, str]]:
-        return worlds_of(self.rows)
+    def tasks(self) -> list[Task]:
+        return tasks_of(self.rows)
 
     @functools.cached_property
     def varied(self) -> list[str]:
         """Settings with more than one value in the sweep, in order of appearance."""
         seen: dict[str, set[str]] = {}
-        of_all = (*(row.settings for row in self.rows), *(e.settings for e in self.entries))
-        for settings in of_all:
+        every = (*(row.settings for row in self.rows), *(t.settings for t in self.trials))
+        for settings in every:
             for key, value in settings.items():
                 seen.setdefault(key, set()).add(repr(value))
         return [key for key, values in seen.items() if len(values) > 1]
 
     @functools.cached_property
     def comparisons(self) -> list[Comparison]:
-        """Each row minus its method's host and minus its control, where they were run too.
+        """Each row minus the rows of its method's host and control, where the sweep has them.
 
-        p values are corrected over all of them: over what one table shows.
+        p values are corrected over all comparisons of the table.
         """
-        found = []
+        pairs = []
         for row in self.rows:
-            for role, name in partners(row.method):
-                other = self.partner(row, name)
-                difference = self.difference(row, other) if other else None
-                if other is not None and difference is not None:
-                    found.append((row, other, role, difference))
-        p_values = corrected([difference for *_, difference in found])
+            for role, method in baseline_methods(row.method):
+                baseline = self.baseline(row, method)
+                difference = self.difference(row, baseline) if baseline else None
+                if baseline is not None and difference is not None:
+                    pairs.append((row, baseline, role, difference))
+        p_values = corrected([difference for *_, difference in pairs])
         return [
-            Comparison(row=row, other=other, role=role, difference=difference, p_corrected=p)
-            for (row, other, role, difference), p in zip(found, p_values, strict=True)
+            Comparison(row=row, baseline=baseline, role=role, difference=difference, p_corrected=p)
+            for (row, baseline, role, difference), p in zip(pairs, p_values, strict=True)
         ]
 
-    def gains(self, row: Row) -> dict[Role, Comparison]:
-        """The comparisons of a row."""
-        return {one.role: one for one in self.comparisons if one.row is row}
+    def comparisons_of(self, row: Row) -> dict[Role, Comparison]:
+        """The comparisons of a row, by the role of the baseline."""
+        return {c.role: c for c in self.comparisons if c.row is row}
 
-    def best(self, world: tuple[str, str, str]) -> Row:
-        """The row with the highest mean; of equal ones the first."""
-        return max((row for row in self.rows if row.world == world), key=lambda row: row.mean)
+    def best(self, task: Task) -> Row:
+        """The row with the highest mean; the first of equal ones."""
+        return max((row for row in self.rows if row.task == task), key=lambda row: row.mean)
 
-    def distinct(self, row: Row) -> dict[tuple[int, int | None], Entry]:
-        """The trials behind a row by split and seed, each computation once."""
-        at = (row.cell, row.point)
-        if at not in self._distinct:
-            self._distinct[at] = _distinct(self._points[at])
-        return self._distinct[at]
+    def distinct(self, row: Row) -> dict[tuple[int, int | None], FinishedTrial]:
+        """One trial per run of a row, by split and seed; the seed is None where it is ignored."""
+        point = (row.cell, row.point)
+        if point not in self._distinct:
+            self._distinct[point] = _distinct(self._points[point])
+        return self._distinct[point]
 
     def runs(self, row: Row) -> Runs:
         return _runs(self.distinct(row))
 
     def mean(self, row: Row, metric: str) -> float | None:
-        """Mean of a metric over the runs of a row; None where no run has it."""
-        found = self.values(row, metric)
-        return sum(found) / len(found) if found else None
+        """Mean of a metric over the runs of a row; None if no run has it."""
+        values = self.values(row, metric)
+        return sum(values) / len(values) if values else None
 
     def values(self, row: Row, metric: str) -> list[float]:
-        """A metric of each run of a row that has it."""
-        found = [entry.metrics.get(metric, math.nan) for entry in self.distinct(row).values()]
-        return [value for value in found if not math.isnan(value)]
+        """The values of a metric over the runs of a row that have it."""
+        values = [trial.metrics.get(metric, math.nan) for trial in self.distinct(row).values()]
+        return [value for value in values if not math.isnan(value)]
 
     def curve(self, row: Row, metric: str) -> Array | None:
-        """A metric by iteration of each run of a row, (R, I); None where the runs have none."""
-        found = [entry.curves.get(metric, ()) for entry in self.distinct(row).values()]
-        lengths = {len(curve) for curve in found}
+        """A metric by run and iteration, (R, I); None if the runs have no such curve."""
+        curves = [trial.curves.get(metric, ()) for trial in self.distinct(row).values()]
+        lengths = {len(curve) for curve in curves}
         if len(lengths) != 1 or lengths == {0}:
             return None
-        return np.array(found, dtype=float)
+        return np.array(curves, dtype=float)
 
-    def partner(self, row: Row, method: str) -> Row | None:
-        """The row of another method with the settings that the two share; the most shared wins."""
-        found: dict[int, Row] = {}
+    def baseline(self, row: Row, method: str) -> Row | None:
+        """The row of another method in the same task to compare a row with.
+
+        It has equal values for all settings that both rows have, searched settings excepted. Of
+        several such rows the one that shares the most settings is taken.
+        """
+        candidates: dict[int, Row] = {}  # by number of shared settings
         for other in self.rows:
-            if other.method != method or other.world != row.world or other is row:
+            if other.method != method or other.task != row.task or other is row:
                 continue
             searched = self._searched.get(row.cell, set()) | self._searched.get(other.cell, set())
             shared = (row.settings.keys() & other.settings.keys()) - searched
             if all(row.settings[key] == other.settings[key] for key in shared):
-                found.setdefault(len(shared), other)
-        return found[max(found)] if found else None
+                candidates.setdefault(len(shared), other)
+        return candidates[max(candidates)] if candidates else None
 
     def difference(self, row: Row, other: Row) -> Difference | None:
+        """A row minus another; None if they have no run in common."""
         return paired_difference(self.runs(row), self.runs(other))
 
     def collapsed(self, row: Row) -> list[Collapse]:
-        """Its runs that are far below the others."""
+        """Runs of a row that are far below its other runs."""
         return collapsed(self.runs(row))
 
 
-# ---------------------------------------------------------------- words and numbers
+# ---------------------------------------------------------------- text
 
 
 def protocol_notes(rows: Sequence[Row]) -> list[str]:
-    """Measure, splits and seeds, interval: sentences for a caption."""
+    """Sentences for a caption: metric, splits and seeds, interval."""
     notes = []
     if any(row.metric == "harmonic_mean" for row in rows):
         notes.append("TRZSL: harmonic mean of the accuracies on seen and on unseen classes.")
@@ -494,7 +524,7 @@ def protocol_notes(rows: Sequence[Row]) -> list[str]:
 
 
 def splits_and_seeds(rows: Sequence[Row]) -> str:
-    """The number of splits, and of seeds in a split, that the rows have at most."""
+    """The largest number of splits, and of seeds in a split, of the rows."""
     splits = max(row.protocol.splits for row in rows)
     seeds = max(1, *(row.protocol.seeds for row in rows))
     each = " each" if splits > 1 else ""
@@ -502,43 +532,42 @@ def splits_and_seeds(rows: Sequence[Row]) -> str:
 
 
 def collapse_notes(results: Results, most: int = 4) -> list[str]:
-    """Runs that fell far below their siblings: sentences for readers."""
-    fallen = [(row, one) for row in results.rows for one in results.collapsed(row)]
+    """Sentences on runs that are far below the other runs of their row."""
+    collapses = [(row, run) for row in results.rows for run in results.collapsed(row)]
     notes = []
-    for row, one in fallen[:most]:
-        world = f"{world_text(row.world)}, " if len(results.worlds) > 1 else ""
-        seed = "" if one.seed is None else f", seed {one.seed}"
+    for row, run in collapses[:most]:
+        task = f"{task_text(row.task)}, " if len(results.tasks) > 1 else ""
+        seed = "" if run.seed is None else f", seed {run.seed}"
         notes.append(
-            f"Collapsed: {world}{named(row, list(row.settings))}, split {one.split_seed}{seed} has "
-            f"{percent(one.score)} where the others have {percent(one.others)}; it counts like "
-            "every run."
+            f"Collapsed run: {task}{row_text(row, list(row.settings))}, split {run.split_seed}"
+            f"{seed} has accuracy {percent(run.score)}, the other runs {percent(run.others)}; "
+            "the mean includes it."
         )
-    if len(fallen) > most:
-        notes.append(f"{counted(len(fallen) - most, 'more run')} collapsed.")
+    if len(collapses) > most:
+        notes.append(f"{counted(len(collapses) - most, 'more run')} collapsed.")
     return notes
 
 
-def mark_notes(found: Sequence[Comparison], *, marks: bool = True) -> list[str]:
-    """What is significant, and which differences were not tested: sentences for a caption.
+def significance_notes(comparisons: Sequence[Comparison], *, marks: bool = True) -> list[str]:
+    """Sentences for a caption: the level of significance and the differences without a test.
 
     Args:
-        marks: explain those too.
+        marks: whether the table has marks, which are then explained too.
     """
-    untested = [c.difference.reason_not_tested for c in found]
-    reasons = Counter(filter(None, untested))
-    if sum(reasons.values()) == len(found):
+    reasons = Counter(filter(None, (c.difference.reason_not_tested for c in comparisons)))
+    if sum(reasons.values()) == len(comparisons):
         return [f"No difference is tested: {reason}." for reason in reasons]
-    over = "" if len(found) == 1 else f", Holm-corrected over {len(found)} comparisons"
+    over = "" if len(comparisons) == 1 else f", Holm-corrected over {len(comparisons)} comparisons"
     notes = [f"Significant: p < {ALPHA:g}{over}."]
     if marks:
-        words = {"host": "the host", "control": "the control without diffusion"}
-        there = {c.role for c in found}
-        signs = ", ".join(f"{MARKS[r]} from {words[r]}" for r in MARKS if r in there)
-        worse = f" ({WORSE} below it)" if any(c.mark.endswith(WORSE) for c in found) else ""
+        names = {"host": "the host", "control": "the control without diffusion"}
+        roles = {c.role for c in comparisons}
+        signs = ", ".join(f"{MARKS[role]} from {names[role]}" for role in MARKS if role in roles)
+        worse = f" ({WORSE} below it)" if any(c.mark.endswith(WORSE) for c in comparisons) else ""
         notes = [f"Significantly different: {signs}{worse} (p < {ALPHA:g}{over})."]
     notes += [f"{times} of them not tested: {reason}." for reason, times in reasons.items()]
-    if all("1 split" in c.difference.interval for c in found):
-        notes.append("One split: this holds for that split and its images alone.")
+    if all("1 split" in c.difference.interval for c in comparisons):
+        notes.append("With one split, significance holds for that split and its images only.")
     return notes
 
 
@@ -546,36 +575,36 @@ def settings_text(row: Row, keys: Iterable[str]) -> str:
     return ", ".join(f"{key} {shown(row.settings[key])}" for key in keys if key in row.settings)
 
 
-def named(row: Row, keys: Sequence[str]) -> str:
-    """A row by its method and these of its settings."""
+def row_text(row: Row, keys: Sequence[str]) -> str:
+    """The method of a row, followed by the settings that `keys` names."""
     text = settings_text(row, keys)
     return f"{row.method}, {text}" if text else row.method
 
 
-def world_text(world: tuple[str, str, str]) -> str:
+def task_text(task: Task) -> str:
     """
-    >>> world_text(("digits", "ul", "text"))
+    >>> task_text(("digits", "ul", "text"))
     'digits, UL, text'
     """
-    dataset, paradigm, modality = world
+    dataset, paradigm, modality = task
     return f"{dataset}, {paradigm.upper()}, {modality}"
 
 
-def headline(found: Sequence[Row]) -> str:
-    """What the rows are judged by, with its unit."""
-    return f"{' or '.join(dict.fromkeys(row.metric for row in found)).replace('_', ' ')}, %"
+def metric_text(rows: Sequence[Row]) -> str:
+    """The metric of the rows with its unit, for an axis: `accuracy, %`."""
+    return f"{' or '.join(dict.fromkeys(row.metric for row in rows)).replace('_', ' ')}, %"
 
 
-def worlds_of(rows: Iterable[Row]) -> list[tuple[str, str, str]]:
-    return list(dict.fromkeys(row.world for row in rows))
+def tasks_of(rows: Iterable[Row]) -> list[Task]:
+    return list(dict.fromkeys(row.task for row in rows))
 
 
 def mean_std(row: Row) -> str:
     return percent(row.mean) + ("" if row.std is None else f" ± {percent(row.std)}")
 
 
-def signed_interval(found: Interval) -> str:
-    return f"{signed(found.mean)} [{signed(found.low)}, {signed(found.high)}]"
+def signed_interval(interval: Interval) -> str:
+    return f"{signed(interval.mean)} [{signed(interval.low)}, {signed(interval.high)}]"
 
 
 def signed(value: float) -> str:

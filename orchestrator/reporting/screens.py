@@ -1,4 +1,4 @@
-"""Screens that are printed once: plan, status, the end of a run. Imports no torch."""
+"""Screens of `plan` and `status` and at the end of a run. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -20,13 +20,10 @@ from orchestrator.planning import (
     unschedulable_reason,
 )
 from orchestrator.planning.estimate import Estimate
-from orchestrator.reporting.results import Standing, results_of, standing
+from orchestrator.reporting.results import SweepStatus, results_of, sweep_status
 from orchestrator.reporting.summary import facts_of, next_facts, summary, title_of
 from orchestrator.spec import SweepSpec, notes_of, presets
 from orchestrator.store import SweepLocation
-
-STATES = {"present": "there", "partial": "in part", "missing": "to make"}
-
 
 # ---------------------------------------------------------------- plan
 
@@ -37,13 +34,14 @@ def plan_screen(
     explain: bool,
     sources: Mapping[str, int] = MappingProxyType({}),
 ) -> str:
-    """What would run.
+    """The screen of `airsweep plan`: trials, artifacts, time.
 
     Args:
-        sources: other sweeps whose trials are reused, and how many of each.
+        explain: also list every setting of each cell with its source.
+        sources: number of trials that are reused from each other sweep.
     """
-    shown = plan.json(location.store)
-    trials = shown["trials"]
+    content = plan.json(location.store)
+    trials = content["trials"]
     lines = [
         f"{plan.sweep.name}: {counted(len(plan.cells), 'cell')}, "
         f"{counted(plan.points, 'point')}, "
@@ -55,18 +53,18 @@ def plan_screen(
         "",
     ]
     lines += [f"  reused   {counted(count, 'trial')} of {name}" for name, count in sources.items()]
-    for artifact in shown["artifacts"]:
+    for artifact in content["artifacts"]:
         count = "" if artifact["need"] == 1 else f"  {artifact['have']}/{artifact['need']} blocks"
         size = f"  {artifact['bytes'] / 1e6:.1f} MB" if artifact["bytes"] else ""
-        lines.append(f"  {STATES[artifact['state']]:<8} {artifact['key']}{count}{size}")
+        lines.append(f"  {artifact['state']:<8} {artifact['key']}{count}{size}")
     lines += ["", f"  {_time_left(plan)}"]
     problem = unschedulable_reason(plan, location.store)
-    lines += [f"  it would not start: {problem}"] if problem else []
+    lines += [f"  cannot start: {problem}"] if problem else []
     lines += [f"  note: {note}" for note in notes_of(plan.sweep)]
     varied = plan.sweep.seeds.vary
     if "split_seed" in varied:
         rows = sum(requirement.stage == "images" for requirement in plan.requirements)
-        lines.append(f"  note: seeds vary {', '.join(varied)}: {rows} rows of images")
+        lines.append(f"  note: seeds vary {', '.join(varied)}, so {rows} rows of images are needed")
     if explain:
         lines += ["", *_explain(plan)]
     return "\n".join(lines)
@@ -75,17 +73,19 @@ def plan_screen(
 def _time_left(plan: Plan) -> str:
     if not plan.to_run:
         return "nothing to do"
-    found = plan.estimate
-    gpu = f", {found.gpu_hours:.1f} GPU-hours" if found.gpu_hours else ""
-    wall = f", at least {clock(found.wall)} on this machine" if found.wall is not None else ""
-    return f"about {clock(found.seconds)} of work on one worker{wall}{gpu} ({_basis(found)})"
+    estimate = plan.estimate
+    gpu = f", {estimate.gpu_hours:.1f} GPU-hours" if estimate.gpu_hours else ""
+    wall = ""
+    if estimate.wall is not None:
+        wall = f", at least {clock(estimate.wall)} on this machine"
+    return f"about {clock(estimate.seconds)} on one worker{wall}{gpu} ({_basis(estimate)})"
 
 
-def _basis(found: Estimate) -> str:
-    """What the time is known from."""
-    parts = [found.reason] if found.reason else ["measured in this store"]
-    if found.source == "guess":
-        parts.append("`airsweep run --smoke` measures a little of it")
+def _basis(estimate: Estimate) -> str:
+    """The source of a time estimate."""
+    parts = [estimate.reason] if estimate.reason else ["measured in this store"]
+    if estimate.source == "guess":
+        parts.append("`airsweep run --smoke` measures it on a small part of the sweep")
     return "; ".join(parts)
 
 
@@ -99,11 +99,11 @@ def _explain(plan: Plan) -> list[str]:
             ("pinned by the method", method.pins),
             ("grid", cell.chosen),
             ("fixed", plan.sweep.fixed),
-            ("default of the world", presets.defaults(cell.method, cell.flat)),
+            ("default of the task", presets.defaults(cell.method, cell.flat)),
         )
         lines.append(f"{cell.id}")
         for name, value in settings.items():
-            source = next((word for word, names in sources if name in names), "default")
+            source = next((label for label, names in sources if name in names), "default")
             lines.append(f"  {name:<34} {shown(value):<26} {source}")
     return lines
 
@@ -112,72 +112,70 @@ def _explain(plan: Plan) -> list[str]:
 
 
 def status(location: SweepLocation) -> dict[str, Any]:
-    """The contract of `status --json`."""
-    found = standing(location.event_log())
+    """The status of a sweep for `status --json`. New versions may add keys but never remove any."""
+    status = sweep_status(location.event_log())
     alive = location.event_log().busy()
     return {
         "sweep": f"{location.project}/{location.name}",
         "running": alive,
-        "exit_code": found.exit_code,
-        "trials": found.counts(alive),
-        "prepared": dict(found.prepared),
-        "waiting": _waiting(found, location) if alive else None,
-        "retried": dict(found.retried),
+        "exit_code": status.exit_code,
+        "trials": status.counts(alive),
+        "prepared": dict(status.prepared),
+        "waiting": _waiting(status, location) if alive else None,
+        "retried": dict(status.retried),
         "failures": [
             {"slot": slot, "class": event["failure_class"], "message": event["message"]}
-            for slot, event in found.failures.items()
+            for slot, event in status.failures.items()
         ],
         "unmade": [
             {"artifact": key, "class": event["failure_class"], "message": event["message"]}
-            for key, event in found.unmade.items()
+            for key, event in status.failed_artifacts.items()
         ],
     }
 
 
-def _waiting(found: Standing, location: SweepLocation) -> dict[str, Any] | None:
-    """Who waits for what: cells for artifacts that are made now, and which of these others make."""
-    left = {key: count for key, count in found.waiting_for.items() if count > 0}
-    if not left:
+def _waiting(status: SweepStatus, location: SweepLocation) -> dict[str, Any] | None:
+    """The cells that wait for artifacts, those artifacts, and the other sweeps that make some."""
+    pending = {key: count for key, count in status.pending_artifacts.items() if count > 0}
+    if not pending:
         return None
-    holders = {key: location.store.locks.holder(key.rpartition("-")[2]) for key in left}
-    mine = f"{location.project}/{location.name} "
-    others = {key: who for key, who in holders.items() if who and not who.startswith(mine)}
-    return {"cells": list(found.waiting_cells), "for": left, "others": others}
+    holders = {key: location.store.locks.holder(key.rpartition("-")[2]) for key in pending}
+    own = f"{location.project}/{location.name} "
+    others = {
+        key: holder for key, holder in holders.items() if holder and not holder.startswith(own)
+    }
+    return {"cells": list(status.waiting_cells), "for": pending, "others": others}
 
 
-def status_screen(found: dict[str, Any]) -> str:
-    """The same for people."""
-    counts = ", ".join(f"{count} {state}" for state, count in found["trials"].items())
-    code = found["exit_code"]
-    last = "its last run was killed" if code is None else f"last exit {code}"
-    now = "running" if found["running"] else f"not running, {last}"
-    lines = [f"{found['sweep']}: {now}", f"  trials    {counts}"]
-    if found["prepared"]:
-        made = ", ".join(f"{count} {stage}" for stage, count in found["prepared"].items())
-        lines.append(f"  prepared  {made}")
-    if found["waiting"]:
-        cells, left = found["waiting"]["cells"], found["waiting"]["for"]
+def status_screen(content: dict[str, Any]) -> str:
+    """The screen of `airsweep status`, from the result of `status`."""
+    counts = ", ".join(f"{count} {state}" for state, count in content["trials"].items())
+    code = content["exit_code"]
+    last = "last run was killed" if code is None else f"last exit code {code}"
+    state = "running" if content["running"] else f"not running, {last}"
+    lines = [f"{content['sweep']}: {state}", f"  trials    {counts}"]
+    if content["prepared"]:
+        prepared = ", ".join(f"{count} {stage}" for stage, count in content["prepared"].items())
+        lines.append(f"  prepared  {prepared}")
+    if content["waiting"]:
+        cells, pending = content["waiting"]["cells"], content["waiting"]["for"]
         lines.append(f"  waiting   {counted(len(cells), 'cell')}, such as {cells[0]}, for")
-        for key, count in left.items():
-            who = found["waiting"]["others"].get(key)
-            lines.append(f"              {key}" + _count(count))
-            lines += [f"              which {who} makes"] if who else []
-    if found["retried"]:
-        tried = ", ".join(f"{count} x {name}" for name, count in found["retried"].items())
-        lines.append(f"  retried   {tried}")
-    for artifact in found["unmade"]:
-        lines.append(f"  not made  {artifact['artifact']}")
+        for key, count in pending.items():
+            holder = content["waiting"]["others"].get(key)
+            lines.append(f"              {key}" + ("" if count == 1 else f": {count} blocks"))
+            lines += [f"              being made by {holder}"] if holder else []
+    if content["retried"]:
+        retried = ", ".join(f"{count} x {name}" for name, count in content["retried"].items())
+        lines.append(f"  retried   {retried}")
+    for artifact in content["unmade"]:
+        lines.append(f"  failed    {artifact['artifact']}")
         lines.append(f"              {artifact['class']}: {artifact['message']}")
     for (name, message), count in Counter(
-        (failure["class"], failure["message"]) for failure in found["failures"]
+        (failure["class"], failure["message"]) for failure in content["failures"]
     ).items():
         lines.append(f"  failed    {count} x {name}: {message}")
         lines.append(f"              {CLASSES[name].remedy}")
     return "\n".join(lines)
-
-
-def _count(left: int) -> str:
-    return "" if left == 1 else f": {left} blocks"
 
 
 # ---------------------------------------------------------------- the end of a run
@@ -187,7 +185,7 @@ WIDEST, NARROWEST = 100, 60  # columns
 
 
 def summary_screen(sweep: SweepSpec, location: SweepLocation) -> str:
-    """The table of a sweep and what its last run did."""
+    """The closing screen of `airsweep run`: results and facts about the run."""
     location = replace(location, recorded=True)
     plan = plan_of(sweep, location)
     facts = [*facts_of(plan, location), *next_facts(plan, location)]

@@ -1,6 +1,6 @@
-"""What a sweep's last run found and did, in words: for the screen at its end and for trackers.
+"""Summary of a sweep's results and of its last run, for the closing screen and for trackers.
 
-Imports no torch.
+This module does not import torch.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from typing import Any
 from air_core.normal import normalised
 from air_core.specs import SyntheticFeaturesSpec
 from orchestrator.environment import in_ray_job
-from orchestrator.formatting import clock, near
+from orchestrator.formatting import clock, counted, near
 from orchestrator.planning import Plan
 from orchestrator.planning.dataset_text import about
 from orchestrator.planning.studies import searches
 from orchestrator.reporting._layouts import screen_lines
-from orchestrator.reporting.results import standing
+from orchestrator.reporting.results import sweep_status
 from orchestrator.reporting.rows import (
     EMPTY,
     Results,
     choice_notes,
     collapse_notes,
     has_images,
-    mark_notes,
     protocol_notes,
+    significance_notes,
 )
-from orchestrator.reporting.tables import differences, texts
+from orchestrator.reporting.tables import comparison_lines, table_lines
 from orchestrator.spec.sweep import option_words
 from orchestrator.store import (
     SweepLocation,
@@ -42,38 +42,38 @@ from orchestrator.store import (
     smoke_store,
 )
 
-MOST = 12  # differences that are shown
-# Columns of `table` and of the report alone.
-WIDE_ONLY = ["n_test", "fused", "gain over host", "gain over control"]
-REPORT_ONLY = ["compared with", "p", "p corrected"]
+MAX_COMPARISONS = 12
+# Columns that the screen leaves out.
+HIDDEN_RESULTS = ["n_test", "fused", "gain over host", "gain over control"]
+HIDDEN_COMPARISONS = ["compared with", "p", "p corrected"]
 
 
 def summary(
     title: str, results: Results, facts: Sequence[tuple[str, str]], *, width: int = 100
 ) -> str:
-    """What a finished run puts on the screen, at most `width` columns wide.
+    """The screen at the end of a run, at most `width` columns wide.
 
     Args:
-        title: name of the sweep and its data; paradigm, seeds and splits are added.
-        facts: (label, text) lines below; an empty label for a plain line. Lines of a text that
-            should not be folded are the caller's to keep short.
+        title: name and data of the sweep; the paradigm and modality are appended.
+        facts: (label, text) lines below the tables; an empty label for a plain line.
         width: of the terminal.
     """
-    tail = [f"{paradigm}/{modality}" for _, paradigm, modality in results.worlds]
+    tail = [f"{paradigm}/{modality}" for _, paradigm, modality in results.tasks]
     lines = _folded("   ".join([title, *(tail if len(tail) == 1 else [])]), width)
     if not results.rows:
         return "\n".join([*lines, f" {EMPTY}", *_facts(facts, width)])
-    lines += _table(texts(results), WIDE_ONLY, width)
-    # What synthetic images add to a host, and to the control without diffusion.
-    gains = [i for i, one in enumerate(results.comparisons) if has_images(one.row.method)]
+    lines += _table(table_lines(results), HIDDEN_RESULTS, width)
+    # Comparisons of methods with synthetic images only.
+    gains = [i for i, c in enumerate(results.comparisons) if has_images(c.row.method)]
     if gains:
-        every = differences(results)
-        lines += _table([every[i] for i in gains[:MOST]], REPORT_ONLY, width)
-    if len(gains) > MOST:
-        lines.append(f" {len(gains) - MOST} more differences stand in the table")
+        every = comparison_lines(results)
+        lines += _table([every[i] for i in gains[:MAX_COMPARISONS]], HIDDEN_COMPARISONS, width)
+    if len(gains) > MAX_COMPARISONS:
+        more = len(gains) - MAX_COMPARISONS
+        lines.append(f" {more} more differences: see `airsweep table`")
     notes = [
         *protocol_notes(results.rows),
-        *(mark_notes(results.comparisons, marks=False) if gains else []),
+        *(significance_notes(results.comparisons, marks=False) if gains else []),
     ]
     for note in [*notes, *choice_notes(results.rows), *collapse_notes(results)]:
         lines += _folded(note, width)
@@ -81,12 +81,12 @@ def summary(
 
 
 def _table(lines: Sequence[Mapping[str, str]], hidden: Sequence[str], width: int) -> list[str]:
-    kept = [{name: of[name] for name in of if name not in hidden} for of in lines]
-    return [f" {line}" for line in screen_lines(kept, width - 1)]
+    visible = [{name: line[name] for name in line if name not in hidden} for line in lines]
+    return [f" {line}" for line in screen_lines(visible, width - 1)]
 
 
 def _facts(facts: Sequence[tuple[str, str]], width: int) -> list[str]:
-    """Texts beside their labels. Commands and paths are not broken."""
+    """Texts next to their labels. Commands and paths are not broken."""
     labels = max((len(label) for label, _ in facts), default=0)
     lines = []
     for label, text in facts:
@@ -114,35 +114,37 @@ def _folded(text: str, width: int, lead: str = "") -> list[str]:
 
 
 def title_of(plan: Plan) -> str:
-    """A sweep's name, and what stands behind it."""
+    """The name of a sweep and a description of its datasets."""
     datasets = sorted({slot.spec.dataset.name for slot in plan.slots})
-    words = ", ".join(map(about, datasets))
+    description = ", ".join(map(about, datasets))
     if all(slot.spec.paradigm == "ul" for slot in plan.slots):
-        words += ", no label trains"
-    return f"airsweep {plan.sweep.name}   {words}"
+        description += ", trained without labels"
+    return f"airsweep {plan.sweep.name}   {description}"
 
 
 def facts_of(plan: Plan, location: SweepLocation) -> list[tuple[str, str]]:
-    """What the last run did, as (label, text): images, trials, time, searches."""
+    """Facts about the last run as (label, text): images, trials, time, searches."""
     outcome = read_outcome(location)
     run = outcome.get("run", {})
-    counts = standing(location.event_log()).counts(alive=False, among={s.id for s in plan.slots})
+    counts = sweep_status(location.event_log()).counts(
+        alive=False, among={s.id for s in plan.slots}
+    )
     parts = []
     if shares := run.get("shares", {}):
         groups = ", ".join(f"{name} {share:.0%}" for name, share in sorted(shares.items()))
-        parts.append(f"CLIP recognises {groups} of the sheet")
+        parts.append(f"CLIP recognises {groups} of the contact sheet")
     if run.get("drawn"):
         parts.append(
-            f"{run['redrawn']} of {run['drawn'] + run['holes']} in whole blocks were blank "
+            f"{run['redrawn']} of {run['drawn'] + run['holes']} drawn in whole blocks were blank "
             f"and redrawn, {run['holes']} given up"
         )
     pruned = f"{counts['pruned']} pruned, " if counts["pruned"] else ""
     trials = (
         f"{plan.total}: {counts['done']} run, {counts['reused']} reused, {pruned}"
-        f"{counts['failed']} failed{_read_by(plan, location)}"
+        f"{counts['failed']} failed{_image_usage(plan, location)}"
     )
     facts = [("images", "; ".join(parts)), ("trials", trials), ("time", _time(outcome, run))]
-    facts.append(("search", "\n".join(_ended_searches(plan, location))))
+    facts.append(("search", "\n".join(_early_ends(plan, location))))
     return [(label, text) for label, text in facts if text]
 
 
@@ -152,91 +154,102 @@ def _time(outcome: Mapping[str, Any], run: Mapping[str, Any]) -> str:
         return ""
     parts = [f"{PHASES[stage]} {clock(walls[stage])}" for stage in PHASES if stage in walls]
     rest = max(0.0, outcome["seconds"] - sum(walls.values()))
-    each = run.get("overheads")
-    warm = f"{sum(each) / len(each):.2f} s overhead a point on warm actors; " if each else ""
+    overheads = run.get("overheads")
+    overhead = (
+        f"{sum(overheads) / len(overheads):.2f} s overhead per point on warm actors; "
+        if overheads
+        else ""
+    )
     return (
-        f"{clock(outcome['seconds'])}: {'  '.join(parts)}  rest {clock(rest)}; {warm}"
+        f"{clock(outcome['seconds'])}: {'  '.join(parts)}  rest {clock(rest)}; {overhead}"
         f"peak {run.get('memory', 0) / 2**30:.1f} GiB"
     )
 
 
-def _ended_searches(plan: Plan, location: SweepLocation) -> list[str]:
-    """Searches that patience ended."""
+def _early_ends(plan: Plan, location: SweepLocation) -> list[str]:
+    """One line per cell whose search ended early because of its `patience`."""
     search = plan.sweep.search
     if search is None or search.patience is None:
         return []
-    found = searches(location.event_log())
-    ended = {cell.id: found.points(cell, search) for cell in plan.cells if cell.space}
+    history = searches(location.event_log())
+    points_of = {cell.id: history.points(cell, search) for cell in plan.cells if cell.space}
     return [
         f"{cell}: ended after {points} of {search.points} points, "
-        f"the last {search.patience} or more no better"
-        for cell, points in ended.items()
+        f"no improvement in the last {search.patience} or more"
+        for cell, points in points_of.items()
         if points < search.points
     ]
 
 
-PHASES = {one: one for one in ("features", "labels", "lora", "images", "trials")}
-PHASES["lora"] = "LoRA"
+PHASES = {
+    "features": "features",
+    "labels": "labels",
+    "lora": "LoRA",
+    "images": "images",
+    "trials": "trials",
+}
 
 
-def _read_by(plan: Plan, location: SweepLocation) -> str:
-    there = [
+def _image_usage(plan: Plan, location: SweepLocation) -> str:
+    """Counts of LoRAs and images in the store and of the trials that use them; empty: no images."""
+    present = [
         requirement
         for requirement in plan.requirements
         if requirement.have(location.store) == requirement.total()
     ]
     rows = [
         (requirement.images_per_class, requirement.spec.images)
-        for requirement in there
+        for requirement in present
         if isinstance(requirement.spec, SyntheticFeaturesSpec)
     ]
     if not rows:
         return ""
-    loras = sum(requirement.stage == "lora" for requirement in there)
+    loras = sum(requirement.stage == "lora" for requirement in present)
     images = sum(count * len(spec.classnames) for count, spec in rows)
     readers = sum(normalised(slot.spec).images is not None for slot in plan.slots)
-    return f"; {loras} LoRA, {images} images drawn once, read by {readers} trials"
+    return f"; {loras} LoRA and {images} images, each made once, used by {readers} trials"
 
 
 def next_facts(plan: Plan, location: SweepLocation) -> list[tuple[str, str]]:
-    """Where to look, and what to type next, from here."""
+    """Files to look at and commands to run next, as (label, text)."""
     sheet = location.folder / "contact_sheet.png"
     facts = []
     if sheet.exists():
         facts.append(("look", f"{near(sheet)}"))
-    asked, store = _asked(plan, location), _store_option(location, smoke=True)
-    browsed = _store_option(location, smoke=False)
-    facts.append(("browse", f"airsweep ui{browsed}  ->  http://127.0.0.1:5000"))
-    left = f"{plan.to_run} trials are left" if plan.to_run else "nothing to do"
+    arguments, store = _sweep_arguments(plan, location), _store_option(location, smoke=True)
+    ui_store = _store_option(location, smoke=False)
+    facts.append(("browse", f"airsweep ui{ui_store}  ->  http://127.0.0.1:5000"))
+    left = f"{counted(plan.to_run, 'trial')} left to run" if plan.to_run else "nothing to do"
     if in_ray_job():
-        facts.append(("again", f"submit it again, with the same options: {left}"))
+        facts.append(("again", f"submit it again with the same options: {left}"))
         return facts
     shared = location.store.name if is_bucket(location.store.name) else "/shared/runs"
-    facts.append(("cluster", f"airsweep submit {asked} --address $ADDR --store {shared}"))
-    facts.append(("again", f"airsweep run {asked}{store}: {left}"))
+    facts.append(("cluster", f"airsweep submit {arguments} --address $ADDR --store {shared}"))
+    facts.append(("again", f"airsweep run {arguments}{store}: {left}"))
     return facts
 
 
-def _asked(plan: Plan, location: SweepLocation) -> str:
-    """The file and the options that this sweep was asked for with."""
+def _sweep_arguments(plan: Plan, location: SweepLocation) -> str:
+    """The sweep file and the options that select this sweep, for a command line."""
     words = [plan.sweep.source]
     with suppress(FileNotFoundError):
         origin = read_resolved(location)
-        kept = (origin.get("sets", []), origin.get("only", []), bool(origin.get("smoke")))
-        words += map(shlex.quote, option_words(*kept))
+        options = (origin.get("sets", []), origin.get("only", []), bool(origin.get("smoke")))
+        words += map(shlex.quote, option_words(*options))
     return " ".join(words)
 
 
 def _store_option(location: SweepLocation, *, smoke: bool) -> str:
-    """
+    """The option `--store` for a command, empty if the command finds the store by default.
+
     Args:
-        smoke: the command has an option that leads to the store of trial runs.
+        smoke: whether the command has the option --smoke, which selects the smoke store.
     """
     store = location.store
     usual = os.environ.get("AIRSWEEP_STORE") or "runs"
     if is_bucket(store.name):
-        known = [usual, *([str(smoke_store(usual))] if smoke else [])]
-        return "" if store.name in known else f" --store {shlex.quote(store.name)}"
+        defaults = [usual, *([str(smoke_store(usual))] if smoke else [])]
+        return "" if store.name in defaults else f" --store {shlex.quote(store.name)}"
     folder = folder_of(usual).absolute()
     folders = [folder, *([Path(f"{folder}-smoke")] if smoke else [])]
     return "" if store.root in folders else f" --store {near(store.root)}"

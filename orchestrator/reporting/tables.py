@@ -1,8 +1,8 @@
 """Results as tables: Markdown, LaTeX, CSV and JSON, with the protocol in the caption.
 
-`table` has a line for each row and a column for everything. `pivot` arranges rows as a paper does:
-some keys down, some across, one number in each cell. Two settings never share a cell: nothing is
-averaged that was not asked for.
+`table` has one line per row with all its numbers. `pivot` arranges rows as papers do: some keys
+down, some across, one number in each cell. `pivot` never averages over settings: it refuses an
+arrangement in which two rows share a cell.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from orchestrator.reporting.rows import (
     Row,
     choice_notes,
     collapse_notes,
-    mark_notes,
     mean_std,
     protocol_notes,
     signed_interval,
+    significance_notes,
     splits_and_seeds,
-    world_text,
+    task_text,
 )
 from orchestrator.spec.marked_yaml import allowed_choices, suggestion
 
@@ -39,14 +39,14 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 FORMATS = ("md", "csv", "json", "latex")
-WORLD = ("dataset", "paradigm", "modality")  # columns that are left out where all rows share them
+TASK = ("dataset", "paradigm", "modality")  # columns; left out if all rows have the same value
 
 
-# ---------------------------------------------------------------- a line for each row
+# ---------------------------------------------------------------- one line per row
 
 
 def table(results: Results, format: str) -> str:
-    """The rows as text, without a newline at the end."""
+    """The table in one of `FORMATS`, without a newline at the end."""
     match format:
         case "json":
             return json.dumps(as_json(results), indent=2, allow_nan=False)
@@ -55,24 +55,26 @@ def table(results: Results, format: str) -> str:
         case _ if not results.rows:
             return f"% {EMPTY}" if format == "latex" else f"{EMPTY.capitalize()}."
         case _:
-            return rendered(laid_out(results), format)
+            return rendered(table_layout(results), format)
 
 
 def as_json(results: Results) -> list[dict[str, object]]:
-    """The contract of `table --format json`: keys are added, none is removed."""
+    """The rows for `table --format json`. New versions may add keys but never remove any."""
     return [
         row.as_json()
         | {
-            "comparisons": [one.as_json() for one in results.gains(row).values()],
-            "collapsed": [vars(one) for one in results.collapsed(row)],
+            "comparisons": [c.as_json() for c in results.comparisons_of(row).values()],
+            "collapsed": [vars(run) for run in results.collapsed(row)],
         }
         for row in results.rows
     ]
 
 
 def _csv(results: Results) -> str:
-    frame = rows_frame(results.rows, "settings.", _in_full)
-    frame["told_from"] = [" ".join(_significant(results.gains(row))) for row in results.rows]
+    frame = rows_frame(results.rows, "settings.", _csv_setting)
+    frame["told_from"] = [
+        " ".join(_ascii_marks(results.comparisons_of(row))) for row in results.rows
+    ]
     frame["collapsed"] = [len(results.collapsed(row)) for row in results.rows]
     return csv_text(frame)
 
@@ -100,33 +102,33 @@ def rows_frame(
     return DataFrame(lines, columns=columns, dtype=object)
 
 
-def _in_full(value: Any) -> Any:
-    """A setting with all its digits; true and null as the sweep file writes them."""
+def _csv_setting(value: Any) -> Any:
+    """A setting with all its digits; true, false and null as in sweep files."""
     return shown(value) if value is None or isinstance(value, bool) else value
 
 
-def laid_out(results: Results) -> Layout:
+def table_layout(results: Results) -> Layout:
     from pandas import DataFrame
 
-    frame = DataFrame(texts(results))
-    tops = {world: results.best(world).mean for world in results.worlds}
-    at = frame.columns.get_loc("accuracy")
-    best = [i for i, row in enumerate(results.rows) if row.mean == tops[row.world]]
+    frame = DataFrame(table_lines(results))
+    highest = {task: results.best(task).mean for task in results.tasks}
+    column = frame.columns.get_loc("accuracy")
+    best = [i for i, row in enumerate(results.rows) if row.mean == highest[row.task]]
     return Layout(
         frame=frame,
-        bold=frozenset((i, at) for i in best),
-        caption=[*_caption(results, list(frame.columns)), *mark_notes(results.comparisons)],
+        bold=frozenset((i, column) for i in best),
+        caption=[*_caption(results, list(frame.columns)), *significance_notes(results.comparisons)],
         notes=[*choice_notes(results.rows), *collapse_notes(results)],
     )
 
 
-def texts(results: Results) -> list[dict[str, str]]:
-    """A line for each row, without columns that say nothing."""
+def table_lines(results: Results) -> list[dict[str, str]]:
+    """One line of cells per row, without empty columns."""
     lines = []
-    where = [at for at, of in enumerate(zip(*results.worlds, strict=True)) if len({*of}) > 1]
+    varying = [i for i, values in enumerate(zip(*results.tasks, strict=True)) if len({*values}) > 1]
     for row in results.rows:
         line = {
-            **{WORLD[at]: row.world[at] for at in where},
+            **{TASK[i]: row.task[i] for i in varying},
             "method": row.method,
             **{key: shown(row.settings.get(key, "")) for key in results.varied},
             "accuracy": mean_std(row),
@@ -137,43 +139,44 @@ def texts(results: Results) -> list[dict[str, str]]:
             "pseudo-labels": percent(results.mean(row, "pseudo/accuracy")),
             **{f"gain over {role}": "" for role in MARKS},
         }
-        for role, one in results.gains(row).items():
-            gain = f"{signed_interval(one.difference)} {one.other.method}{one.mark}"
-            line[f"gain over {role}"] = gain
+        for role, comparison in results.comparisons_of(row).items():
+            line[f"gain over {role}"] = (
+                f"{signed_interval(comparison.difference)} {comparison.baseline.method}"
+                f"{comparison.mark}"
+            )
         lines.append(line)
     return without_empty(lines)
 
 
-def differences(results: Results) -> list[dict[str, str]]:
-    """A line for each comparison, without columns that say nothing."""
-    several = len(results.worlds) > 1
+def comparison_lines(results: Results) -> list[dict[str, str]]:
+    """One line of cells per comparison, without empty columns."""
     keys = [
         key
         for key in results.varied
-        if len({repr(one.row.settings.get(key)) for one in results.comparisons}) > 1
+        if len({repr(c.row.settings.get(key)) for c in results.comparisons}) > 1
     ]
     return without_empty(
         [
             {
-                "where": world_text(one.row.world) if several else "",
-                "difference": " - ".join(one.methods),
-                "compared with": one.role,
-                **{key: shown(one.row.settings.get(key, "")) for key in keys},
-                "points, 95 %": signed_interval(one.difference),
-                "n": str(one.difference.n),
-                "n_test": str(one.difference.n_test),
-                "p": _p_value(one.difference.p),
-                "p corrected": _p_value(one.p_corrected),
-                "significant": one.verdict,
-                "images needed": _images_needed(one),
+                "task": task_text(c.row.task) if len(results.tasks) > 1 else "",
+                "difference": " - ".join(c.methods),
+                "compared with": c.role,
+                **{key: shown(c.row.settings.get(key, "")) for key in keys},
+                "points, 95 %": signed_interval(c.difference),
+                "n": str(c.difference.n),
+                "n_test": str(c.difference.n_test),
+                "p": _p_value(c.difference.p),
+                "p corrected": _p_value(c.p_corrected),
+                "significant": c.verdict,
+                "images needed": _images_needed(c),
             }
-            for one in results.comparisons
+            for c in results.comparisons
         ]
     )
 
 
-def _images_needed(one: Comparison) -> str:
-    number = None if one.significant else one.difference.images_needed
+def _images_needed(comparison: Comparison) -> str:
+    number = None if comparison.significant else comparison.difference.images_needed
     return "" if number is None else f"{number:,}"
 
 
@@ -182,47 +185,48 @@ def _p_value(p: float) -> str:
 
 
 def _caption(results: Results, header: Sequence[str]) -> Iterator[str]:
-    where = "; ".join(f"{d}, {p}/{m}" for d, p, m in results.worlds)
-    yield f"Test accuracy in %, mean ± standard deviation over n runs ({where})."
+    tasks = "; ".join(f"{d}, {p}/{m}" for d, p, m in results.tasks)
+    yield f"Test accuracy in %, mean ± standard deviation over n runs ({tasks})."
     yield from protocol_notes(results.rows)
     yield "n_test: test images of one run."
     if "fused" in header:
-        yield "Fused: text and auxiliary classifier together."
+        yield "Fused: text and auxiliary classifier combined."
     if "pseudo-labels" in header:
-        yield "Pseudo-labels: share of the last pseudo-labels that is right."
+        yield "Pseudo-labels: accuracy of the last pseudo-labels."
     if any(name.startswith("gain") for name in header):
-        yield "Gains in points with their 95 % interval, paired by image and run."
+        yield "Gains in points with 95 % interval, paired by image and run."
 
 
-def _significant(gains: Mapping[Role, Comparison]) -> list[str]:
-    return [one.word for one in gains.values() if one.significant]
+def _ascii_marks(comparisons: Mapping[Role, Comparison]) -> list[str]:
+    return [c.ascii_mark for c in comparisons.values() if c.significant]
 
 
 # ---------------------------------------------------------------- keys down and across
 
-NOTHING = "\u2013"  # of a setting that does not apply to a method
-ACCURACY = "accuracy"  # what the paradigm is judged by, with interval and marks
+NOT_APPLICABLE = "\u2013"  # a setting that the method does not have
+ACCURACY = "accuracy"  # the metric of the rows, with interval and marks
 
-# Short names of metrics; any other that the records have can be asked for by its own.
+# Metrics by short name: name in the records, description. `--metric` also takes record names.
 METRICS = {
     ACCURACY: (ACCURACY, "Test accuracy in %"),
     "fused": (
         "test/accuracy_fused",
-        "Test accuracy in % of text and auxiliary classifier together",
+        "Test accuracy in % of text and auxiliary classifier combined",
     ),
     "text": ("test/accuracy_text", "Test accuracy in % of the text classifier"),
     "auxiliary": (
         "test/accuracy_auxiliary",
-        "Test accuracy in % of the auxiliary classifier alone",
+        "Test accuracy in % of the auxiliary classifier",
     ),
     "seen": ("test/seen", "Test accuracy in % on seen classes"),
     "unseen": ("test/unseen", "Test accuracy in % on unseen classes"),
-    "pseudo-labels": ("pseudo/accuracy", "Share in % of the last pseudo-labels that is right"),
+    "pseudo-labels": ("pseudo/accuracy", "Accuracy in % of the last pseudo-labels"),
     "coverage": ("pseudo/coverage", "Share in % of the pool that the last pseudo-labels cover"),
     "seconds": ("time/train_s", "Seconds of training"),
 }
-WORDS = dict(METRICS.values())
-SHARES = (ACCURACY, "test/", "pseudo/", "pool/", "objective/validation_accuracy")  # shown in %
+DESCRIPTIONS = dict(METRICS.values())
+# Prefixes of metrics that are fractions and shown in %.
+FRACTIONS = (ACCURACY, "test/", "pseudo/", "pool/", "objective/validation_accuracy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,7 +236,7 @@ class Pivot:
     metric: str
     down: Sequence[str]  # keys
     across: Sequence[str]
-    cells: DataFrame  # one line a cell: all keys, mean, std, n (fractions), text, best, row, ...
+    cells: DataFrame  # one line per cell: all keys, mean, std, n, text, best, row, ...
     caption: Sequence[str]
     notes: Sequence[str]
 
@@ -244,99 +248,99 @@ def pivot(
     across: Sequence[str] | None = None,
     metric: str = ACCURACY,
 ) -> Pivot:
-    """Arrange rows.
+    """Arrange the rows of a table by keys down and across.
 
     Args:
-        down: keys of the lines; None: method, and what else differs and is not across.
+        down: keys of the lines; None: method and all other keys that vary and are not across.
         across: keys of the columns; None: dataset.
 
     Raises:
-        ValueError: a key or a metric that does not exist, or two settings for one cell.
+        ValueError: a key or metric does not exist, or two rows share a cell.
     """
     from pandas import Categorical, DataFrame
 
     name = _metric(metric, results)
-    known = [*WORLD, "method", *results.varied]
-    cells = DataFrame([{key: _value(row, key) for key in known} for row in results.rows])
-    across = _keys("--cols", ["dataset"] if across is None else across, known)
+    keys = [*TASK, "method", *results.varied]
+    cells = DataFrame([{key: _value(row, key) for key in keys} for row in results.rows])
+    across = _checked("--cols", ["dataset"] if across is None else across, keys)
     if down is None:
-        rest = [key for key in known if key != "method" and cells[key].nunique() > 1]
+        rest = [key for key in keys if key != "method" and cells[key].nunique() > 1]
         down = [key for key in ("method", *rest) if key not in across]
-    down = _keys("--rows", down, known)
-    if twice := [key for key in down if key in across]:
-        raise ValueError(f"--rows and --cols both have {twice[0]}; allowed: once")
-    _refuse_two(cells, [*down, *across])
+    down = _checked("--rows", down, keys)
+    if both := [key for key in down if key in across]:
+        raise ValueError(f"--rows and --cols both contain {both[0]}; allowed: in one of them")
+    _refuse_shared_cells(cells, [*down, *across])
 
-    for key in known:  # sorted by first appearance
+    for key in keys:  # sorted by first appearance
         cells[key] = Categorical(cells[key], cells[key].unique())
-    gains = [results.gains(row) if name == ACCURACY else {} for row in results.rows]
+    comparisons = [results.comparisons_of(row) if name == ACCURACY else {} for row in results.rows]
     numbers = [_numbers(row, results, name) for row in results.rows]
     cells[["mean", "std", "n"]] = numbers
-    cells["row"], cells["gains"] = results.rows, gains
-    cells["told_from"] = [" ".join(_significant(of)) for of in gains]
+    cells["row"], cells["comparisons"] = results.rows, comparisons
+    cells["told_from"] = [" ".join(_ascii_marks(by_role)) for by_role in comparisons]
     cells["text"] = [
-        _cell_text(mean, std, name) + "".join(one.mark for one in of.values())
-        for (mean, std, _), of in zip(numbers, gains, strict=True)
+        _cell_text(mean, std, name) + "".join(c.mark for c in by_role.values())
+        for (mean, std, _), by_role in zip(numbers, comparisons, strict=True)
     ]
     cells = cells[cells["n"] > 0].astype({"n": int})
-    # The best of each column; of each world in it, since worlds are not compared. A cell without
-    # another to be better than is not the best.
-    means = cells.groupby([*dict.fromkeys([*across, *WORLD])], observed=True)["mean"]
+    # The best cell of each column and task, if there are at least two to compare.
+    means = cells.groupby([*dict.fromkeys([*across, *TASK])], observed=True)["mean"]
     best = (means.transform("size") > 1) & (cells["mean"] == means.transform("max"))
     return Pivot(
         metric=name,
         down=down,
         across=across,
-        cells=cells.assign(best=best & name.startswith(SHARES)),
+        cells=cells.assign(best=best & name.startswith(FRACTIONS)),
         caption=_pivot_caption(results, name),
         notes=[*choice_notes(results.rows), *collapse_notes(results)],
     )
 
 
-def _keys(option: str, keys: Sequence[str], known: Sequence[str]) -> Sequence[str]:
+def _checked(option: str, keys: Sequence[str], allowed: Sequence[str]) -> Sequence[str]:
     if not keys:
-        raise ValueError(f"{option} names nothing; allowed: {', '.join(known)}")
+        raise ValueError(f"{option} is empty; allowed: {', '.join(allowed)}")
     for key in keys:
-        if key not in known:
+        if key not in allowed:
             raise ValueError(
-                f"{option} {key}: the sweep varies no such key; {allowed_choices(key, known)}"
+                f"{option} {key}: the sweep varies no such key; {allowed_choices(key, allowed)}"
             )
         if list(keys).count(key) > 1:
-            raise ValueError(f"{option} has {key} twice; allowed: once")
+            raise ValueError(f"{option} contains {key} twice; allowed: once")
     return keys
 
 
 def _metric(name: str, results: Results) -> str:
-    there = dict.fromkeys(key for entry in results.entries for key in entry.metrics)
-    found, _ = METRICS.get(name, (name, ""))
-    if found == ACCURACY or found in there:
-        return found
-    short = [word for word, (key, _) in METRICS.items() if key in (ACCURACY, *there)]
-    options = [*short, *(key for key in there if key not in WORDS)]
+    """The name of a metric in the records, from that name or its short name."""
+    recorded = dict.fromkeys(key for trial in results.trials for key in trial.metrics)
+    metric, _ = METRICS.get(name, (name, ""))
+    if metric == ACCURACY or metric in recorded:
+        return metric
+    short = [alias for alias, (key, _) in METRICS.items() if key in (ACCURACY, *recorded)]
+    options = [*short, *(key for key in recorded if key not in DESCRIPTIONS)]
     raise ValueError(
-        f"--metric {name}: no trial of this sweep has it; there: {', '.join(options)}"
+        f"--metric {name}: no trial of this sweep has it; available: {', '.join(options)}"
         f"{suggestion(name, options)}"
     )
 
 
 def _value(row: Row, key: str) -> str:
-    if key in (*WORLD, "method"):
+    if key in (*TASK, "method"):
         return str(getattr(row, key))
-    return shown(row.settings[key]) if key in row.settings else NOTHING
+    return shown(row.settings[key]) if key in row.settings else NOT_APPLICABLE
 
 
-def _refuse_two(cells: DataFrame, used: Sequence[str]) -> None:
-    for at, group in cells.groupby(list(used), sort=False):
+def _refuse_shared_cells(cells: DataFrame, used: Sequence[str]) -> None:
+    for values, group in cells.groupby(list(used), sort=False):
         if len(group) > 1:
             differ = [key for key in cells if key not in used and group[key].nunique() > 1]
             raise ValueError(
-                f"{len(group)} settings share the cell of {', '.join(at)}: they differ in "
-                f"{', '.join(differ) or 'nothing that is shown'}; add that to --rows or --cols"
+                f"{len(group)} rows share the cell of {', '.join(values)}: they differ in "
+                f"{', '.join(differ) or 'no key'}; add it to --rows or --cols"
             )
 
 
 def _numbers(row: Row, results: Results, metric: str) -> tuple[float, float, int]:
-    """Mean, deviation and count of a metric; nan where a row has none."""
+    """Mean, standard deviation and number of runs of a metric; nan if the row has no value."""
     if metric == ACCURACY:
         return row.mean, math.nan if row.std is None else row.std, row.n
     values = results.values(row, metric)
@@ -345,85 +349,86 @@ def _numbers(row: Row, results: Results, metric: str) -> tuple[float, float, int
 
 
 def _pivot_caption(results: Results, metric: str) -> list[str]:
-    share = metric.startswith(SHARES)
-    words = WORDS.get(metric, f"{metric}{' in %' if share else ''}")
-    where = f" ({world_text(results.worlds[0])})" if len(results.worlds) == 1 else ""
+    in_percent = metric.startswith(FRACTIONS)
+    description = DESCRIPTIONS.get(metric, f"{metric}{' in %' if in_percent else ''}")
+    task = f" ({task_text(results.tasks[0])})" if len(results.tasks) == 1 else ""
     ns = [f"{n:,}" for n in sorted({row.n for row in results.rows})]
     tests = [f"{n:,}" for n in sorted({row.n_test for row in results.rows})]
-    text = [
-        f"{words}, mean ± standard deviation over runs{where}; n = {_range(ns)}, {_range(tests)} "
-        "test images in each."
+    caption = [
+        f"{description}, mean ± standard deviation over runs{task}; n = {_range(ns)}, "
+        f"{_range(tests)} test images per run."
     ]
-    if share:
-        text.append("Bold: the best of its column in one dataset, paradigm and modality.")
+    if in_percent:
+        caption.append("Bold: best of its column in the same dataset, paradigm and modality.")
     if metric == ACCURACY:
-        return [*text, *protocol_notes(results.rows), *mark_notes(results.comparisons)]
-    return [
-        *text,
-        splits_and_seeds(results.rows),
-        "No difference is tested: only the accuracy is kept image by image.",
-    ]
+        notes = [*protocol_notes(results.rows), *significance_notes(results.comparisons)]
+    else:
+        notes = [
+            splits_and_seeds(results.rows),
+            "No difference is tested: only accuracy is recorded for each image.",
+        ]
+    return [*caption, *notes]
 
 
 def _range(numbers: Sequence[str]) -> str:
     return " to ".join(dict.fromkeys([numbers[0], numbers[-1]]))
 
 
-def pivot_text(found: Pivot, format: str) -> str:
+def pivot_text(pivot: Pivot, format: str) -> str:
     """A pivot in one of `FORMATS`, without a newline at the end."""
     match format:
         case "json":
-            return json.dumps(_pivot_json(found), indent=2, allow_nan=False)
+            return json.dumps(_pivot_json(pivot), indent=2, allow_nan=False)
         case "csv":
-            return _pivot_csv(found)
+            return _pivot_csv(pivot)
         case _:
-            return rendered(_pivot_layout(found), format)
+            return rendered(_pivot_layout(pivot), format)
 
 
-def _wide(found: Pivot, column: str) -> DataFrame:
+def _wide(pivot: Pivot, column: str) -> DataFrame:
     """A column of the cells, with the keys down as index and the keys across as columns."""
-    wide = found.cells.pivot(index=[*found.down], columns=[*found.across], values=column)
+    wide = pivot.cells.pivot(index=[*pivot.down], columns=[*pivot.across], values=column)
     return wide.sort_index(axis=0).sort_index(axis=1)
 
 
 def _names(keys: Any) -> list[list[str]]:
-    """The values of the keys of an index, a list for each line or column."""
+    """The key values of an index, one list per line or column."""
     names: list[list[str]] = keys.to_frame().astype(str).to_numpy().tolist()
     return names
 
 
-def _pivot_layout(found: Pivot) -> Layout:
+def _pivot_layout(pivot: Pivot) -> Layout:
     from pandas import DataFrame, MultiIndex
 
-    wide, width = _wide(found, "text"), len(found.down)
+    wide, width = _wide(pivot, "text"), len(pivot.down)
     heads = _names(wide.columns)
-    if len(found.across) == 1 and found.across[0] not in (*WORLD, "method"):
-        heads = [[found.across[0], *head] for head in heads]
-    heads = [*([""] * (len(heads[0]) - 1) + [key] for key in found.down), *heads]
+    if len(pivot.across) == 1 and pivot.across[0] not in (*TASK, "method"):
+        heads = [[pivot.across[0], *head] for head in heads]
+    heads = [*([""] * (len(heads[0]) - 1) + [key] for key in pivot.down), *heads]
     lines = zip(_names(wide.index), wide.fillna("").to_numpy().tolist(), strict=True)
-    best = _wide(found, "best").eq(True).to_numpy()
+    best = _wide(pivot, "best").eq(True).to_numpy()
     return Layout(
         frame=DataFrame(
             [[*keys, *cells] for keys, cells in lines],
             columns=MultiIndex.from_tuples(heads) if len(heads[0]) > 1 else [n for [n] in heads],
         ),
         bold=frozenset((i, width + j) for i, j in zip(*best.nonzero(), strict=True)),
-        caption=found.caption,
-        notes=found.notes,
+        caption=pivot.caption,
+        notes=pivot.notes,
     )
 
 
 def _cell_text(mean: float, std: float, metric: str) -> str:
-    if metric.startswith(SHARES):
+    if metric.startswith(FRACTIONS):
         return percent(mean) + ("" if math.isnan(std) else f" ± {percent(std)}")
     return f"{mean:.4g}" + ("" if math.isnan(std) else f" ± {std:.2g}")
 
 
-def _pivot_csv(found: Pivot) -> str:
+def _pivot_csv(pivot: Pivot) -> str:
     from pandas import DataFrame
 
-    values = ["mean", "std", *(["told_from"] if found.metric == ACCURACY else [])]
-    wide = {value: _wide(found, value) for value in values}
+    values = ["mean", "std", *(["told_from"] if pivot.metric == ACCURACY else [])]
+    wide = {value: _wide(pivot, value) for value in values}
     columns = {
         " ".join([*name, *([] if value == "mean" else [value])]): wide[value].iloc[:, i]
         for i, name in enumerate(_names(wide["mean"].columns))
@@ -432,26 +437,26 @@ def _pivot_csv(found: Pivot) -> str:
     return csv_text(DataFrame(columns).reset_index())
 
 
-def _pivot_json(found: Pivot) -> dict[str, Any]:
+def _pivot_json(pivot: Pivot) -> dict[str, Any]:
     cells = []
-    for cell in found.cells.to_dict("records"):
+    for cell in pivot.cells.to_dict("records"):
         row: Row = cell["row"]
         std = None if math.isnan(cell["std"]) else cell["std"]
         numbers = {"mean": cell["mean"], "std": std, "n": cell["n"], "n_test": row.n_test}
-        if found.metric == ACCURACY:
+        if pivot.metric == ACCURACY:
             numbers |= {
                 "low": row.low,
                 "high": row.high,
                 "interval": row.interval,
-                "told_from": _significant(cell["gains"]),
-                "comparisons": [one.as_json() for one in cell["gains"].values()],
+                "told_from": _ascii_marks(cell["comparisons"]),
+                "comparisons": [c.as_json() for c in cell["comparisons"].values()],
             }
-        keys = {key: cell[key] for key in (*found.down, *found.across)}
+        keys = {key: cell[key] for key in (*pivot.down, *pivot.across)}
         cells.append({**keys, **numbers, "best": cell["best"]})
     return {
-        "metric": found.metric,
-        "rows": list(found.down),
-        "cols": list(found.across),
-        "caption": [*found.caption, *found.notes],
+        "metric": pivot.metric,
+        "rows": list(pivot.down),
+        "cols": list(pivot.across),
+        "caption": [*pivot.caption, *pivot.notes],
         "cells": cells,
     }

@@ -89,7 +89,7 @@ class Search:
     ] = setting(
         JOURNAL,
         "storage of the studies: a journal file of the sweep, or postgresql://user@host/database "
-        "(docs/team.md)",
+        "(docs/tracking.md)",
     )
     # Ordered: each dimension follows those that its `when` depends on.
     space: Space = Field(description="the searched keys, each with values or a range")

@@ -22,7 +22,7 @@ from orchestrator.keys import canonical_json
 from orchestrator.planning import Outcome, Slot, refs_of
 from orchestrator.planning.dataset_text import tested_classes
 from orchestrator.planning.inputs import spec_json
-from orchestrator.reporting.results import entry_of, flat_of, settings_of
+from orchestrator.reporting.results import all_settings, finished_trial, varied_settings
 from orchestrator.reporting.rows import rows
 from orchestrator.spec import SweepSpec
 from orchestrator.store import ArtifactStore, TrialRecord
@@ -109,7 +109,7 @@ class ChildRuns:
         done = sorted(done, key=lambda one: tuple(one[0].seeds.values()))
         times = [_times(record) for _, record in done]
         varied = self._varied - {*self._seeds}
-        settings = {key: value for key, value in settings_of(slot).items() if key in varied}
+        settings = {key: value for key, value in varied_settings(slot).items() if key in varied}
         params = self._params(slot, varied)
         users = {str(record.made.get("user", UNKNOWN)) for _, record in done} - {UNKNOWN}
         return ChildRun(
@@ -134,7 +134,7 @@ class ChildRuns:
         )
 
     def _params(self, slot: Slot, varied: Iterable[str]) -> dict[str, str]:
-        values = {**settings_of(slot), **flat_of(slot), "method": slot.cell.method}
+        values = {**varied_settings(slot), **all_settings(slot), "method": slot.cell.method}
         return {key: str(value) for key, value in values.items() if key in varied}
 
     def _note(self, done: Sequence[Done]) -> str:
@@ -226,7 +226,7 @@ def _content(done: Sequence[Done], params: dict[str, str]) -> str:
 
 def _numbers(done: Sequence[Done]) -> Numbers:
     """The row of the table, and means of everything else."""
-    [row] = rows([entry_of(slot, record) for slot, record in done], None)
+    [row] = rows([finished_trial(slot, record) for slot, record in done], None)
     distinct = list({slot.key.digest: record for slot, record in done}.values())
     metrics = _means([record.metrics for record in distinct])
     curves = _mean_curves([record.curves for record in distinct])

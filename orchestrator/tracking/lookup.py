@@ -17,7 +17,7 @@ from air_core.normal import normalised
 from air_core.specs import CodeVersions, Ref, TrialSpec
 from orchestrator.keys import artifact_key
 from orchestrator.planning.inputs import REFS
-from orchestrator.reporting.bundles import Chosen
+from orchestrator.reporting.bundles import SelectedTrial
 from orchestrator.store import ArtifactStore, SweepLocation, read_trial, recorded_locations
 from orchestrator.store.backends import RECORD
 from orchestrator.store.records import MADE
@@ -174,7 +174,7 @@ ALLOWED = "best, a trial key or 6 digits of it, a slot CELL/POINT/SEEDS, or a ru
 
 def named_trial(
     name: str, store: ArtifactStore, location: SweepLocation | None, uri: str | None
-) -> Chosen:
+) -> SelectedTrial:
     """A trial by its key or the beginning of it, its slot, or its run id in MLflow.
 
     Args:
@@ -202,7 +202,7 @@ def named_trial(
         )
     record = read_trial(spec, store)
     if location is None:
-        return Chosen(spec, record, None, None)
+        return SelectedTrial(spec, record, None, None)
     of = [slot for slot, key in slots.items() if key == record.key]
     if not of:
         raise ValueError(
@@ -210,7 +210,7 @@ def named_trial(
             "leave --sweep out, or give the one that it is of"
         )
     slot = name if name in of else of[0]
-    return Chosen(spec, record, f"{location.project}/{location.name}", slot)
+    return SelectedTrial(spec, record, f"{location.project}/{location.name}", slot)
 
 
 def _done_slots(location: SweepLocation) -> dict[str, str]:

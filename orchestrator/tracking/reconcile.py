@@ -17,9 +17,9 @@ from orchestrator.git import UNKNOWN
 from orchestrator.planning import Outcome, Plan, Slot, plan_of
 from orchestrator.planning.resolve import text_digest
 from orchestrator.planning.studies import Pruned
-from orchestrator.reporting import Results, results_of, standing
+from orchestrator.reporting import Results, results_of, sweep_status
 from orchestrator.reporting.charts import pictures
-from orchestrator.reporting.results import finished
+from orchestrator.reporting.results import finished_records
 from orchestrator.reporting.rows import mean_std, settings_text
 from orchestrator.reporting.summary import facts_of, summary, title_of
 from orchestrator.spec import SweepSpec
@@ -87,7 +87,7 @@ def reconcile(sweep: SweepSpec, location: SweepLocation, tracking_uri: str | Non
         parent = sweep_run_of(sweep, location, _history(event_log).last)
         tracker = mlflow.open(parent, live=False)
         try:
-            gone = sync(sweep, location, tracker, status_of(standing(event_log).exit_code))
+            gone = sync(sweep, location, tracker, status_of(sweep_status(event_log).exit_code))
         except TrackerAway as away:
             raise TrackerAway(
                 f"{away}; {counted(tracker.counts.sent, 'outcome')} of {location.name} were sent "
@@ -111,7 +111,7 @@ def sync(sweep: SweepSpec, location: SweepLocation, tracker: SweepTracker, statu
     event_log = location.event_log()
     history = _history(event_log)
     plan = plan_of(sweep, location)
-    done = finished(plan, location.store)
+    done = finished_records(plan, location.store)
     records = {slot.id: record for slot, record in done}
     gone = 0
     children = ChildRuns(sweep, tracker.sweep, location.store)
@@ -230,8 +230,8 @@ def note_and_files(
 
 def _best(results: Results) -> Iterator[str]:
     """The row with the highest mean of each world, in a sentence."""
-    for world in results.worlds[:WORLDS]:
-        row = results.best(world)
+    for task in results.tasks[:WORLDS]:
+        row = results.best(task)
         settings = settings_text(row, row.settings)
         with_settings = f" ({settings})" if settings else ""
         yield (

@@ -21,7 +21,7 @@ from orchestrator.planning import Outcome, Resolver
 from orchestrator.planning.plan import finished_slots, plan_sweep
 from orchestrator.planning.search import CellSearch
 from orchestrator.planning.studies import searches
-from orchestrator.reporting.results import entries_of
+from orchestrator.reporting.results import finished_trials
 from orchestrator.spec import Dimension, SweepSpec, cells_of
 from orchestrator.spec.sweep import Pruning, Search, Seeds
 from orchestrator.stages.build import PARTS
@@ -692,7 +692,7 @@ def test_pruned_points_are_counted_by_the_plan_and_are_not_run_again(world):
     assert len(plan.pruned) == 2 * len(pruned_at(world)) > 0
     assert plan.done + len(plan.pruned) == plan.total
     assert plan.to_run == 0
-    points = {entry.point for entry in entries_of(plan, world.store)}
+    points = {trial.point for trial in finished_trials(plan, world.store)}
     assert points == set(range(8)) - pruned_at(world).keys()
     # A seed that is added goes to the points that went on.
     more = pruning(seeds=(1, 2, 3))

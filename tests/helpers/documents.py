@@ -1,4 +1,4 @@
-"""What the documents show in fenced blocks: commands, Python, files."""
+"""Fenced blocks, commands and links of the documentation pages."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-# The first two make what the others look at.
+# The commands of the first two pages create the stores that the other pages use.
 FIRST = (ROOT / "README.md", ROOT / "docs" / "tutorial.md")
 GUIDES = sorted({*(ROOT / "docs").glob("*.md")} - {*FIRST})
 PAGES = (*FIRST, *GUIDES, ROOT / "cluster" / "README.md")
 
 FENCE = re.compile(r" *```(\w*) *$")
-# A comment above a block says what a reader does with it, or why nobody can run it here.
+# A comment above a block names the file that a reader saves it to, or why the block is not run.
 FILE = re.compile(r"<!-- file: (\S+) -->$")
 NOT_RUN = re.compile(r"<!-- not run: (.+) -->$")
-# A line of a block without a language is a command where it begins with one of these; anything else
-# is what a command prints, or a picture of folders.
+# A line of a block without a language is a command if it begins with one of these. Other lines are
+# output or folder trees.
 PROGRAMS = ("airsweep", "export", "hf", "make", "pip", "pytest", "python", "ray", "source")
 
 
@@ -30,22 +30,22 @@ class Block:
     line: int
     language: str
     text: str
-    above: str  # the line before it
+    above: str  # the line before the block
 
     @property
     def file(self) -> str | None:
-        """Where a reader would put it."""
-        found = FILE.match(self.above)
-        return found[1] if found else None
+        """The file that a reader saves the block to."""
+        match = FILE.match(self.above)
+        return match[1] if match else None
 
     @property
     def not_run(self) -> str | None:
-        """Why it is not run, where the page says so."""
-        found = NOT_RUN.match(self.above)
-        return found[1] if found else None
+        """Why the block is not run; None: it is run."""
+        match = NOT_RUN.match(self.above)
+        return match[1] if match else None
 
     def commands(self) -> list[str]:
-        """Command lines, continued ones joined, without comments."""
+        """Command lines without comments, with continued lines joined."""
         if self.language not in ("", "bash", "sh", "console"):
             return []
         joined = re.sub(r"\\\n *", "", self.text)
@@ -56,7 +56,7 @@ class Block:
 
 def blocks(page: Path) -> Iterator[Block]:
     """The fenced blocks of a page, in order."""
-    opened: tuple[int, str, str] | None = None  # line, language, what is above
+    opened: tuple[int, str, str] | None = None  # line, language, line above
     text: list[str] = []
     above = ""
     for number, line in enumerate(page.read_text().splitlines(), 1):
@@ -74,12 +74,12 @@ def blocks(page: Path) -> Iterator[Block]:
 
 
 def inline_commands(page: Path) -> list[str]:
-    """`airsweep ...` within a sentence, over the end of a line too."""
+    """`airsweep ...` within sentences, also across line ends."""
     prose = re.sub(r"^ *```.*?^ *```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
-    return [" ".join(found.split()) for found in re.findall(r"`(airsweep\s[^`]*)`", prose)]
+    return [" ".join(command.split()) for command in re.findall(r"`(airsweep\s[^`]*)`", prose)]
 
 
 def links(page: Path) -> list[str]:
-    """Where a page leads to, but for other sites and places within it."""
-    found = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
-    return [link.partition("#")[0] for link in found if not re.match(r"[a-z]+:|#", link)]
+    """Targets of the links of a page, except other sites and anchors of the same page."""
+    targets = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
+    return [link.partition("#")[0] for link in targets if not re.match(r"[a-z]+:|#", link)]

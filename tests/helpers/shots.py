@@ -1,4 +1,4 @@
-"""Takes the picture of docs/tracking.md from a store of the finished quickstart.
+"""Take the screenshot of docs/tracking.md from a store with the finished quickstart.
 
 python -m tests.helpers.shots runs quickstart docs
 """
@@ -14,10 +14,10 @@ from PIL import Image
 from tests.helpers.browser import Browser
 from tests.helpers.servers import MlflowServer
 from tests.helpers.sweeps import all_runs
-from tests.test_browsing import VIEW, shown
+from tests.test_browsing import VIEW, shows
 
 CLOSE = "[data-component-id='mlflow.assistant.chat_panel.close']"
-UNFOLD = "[...document.querySelectorAll('span')].find(e => e.innerText === 'Show more')"
+SHOW_MORE = "[...document.querySelectorAll('span')].find(e => e.innerText === 'Show more')"
 
 
 def main(store: Path, sweep: str, folder: Path) -> None:
@@ -28,19 +28,19 @@ def main(store: Path, sweep: str, folder: Path) -> None:
         server.start()
         try:
             page = f"{server.url}/#/experiments/{parent.experiment_id}/runs/{parent.run_id}{VIEW}"
-            browser.open(page, shown("has the highest mean"))
+            browser.open(page, shows("has the highest mean"))
             if browser.evaluate(f"Boolean(document.querySelector({CLOSE!r}))".replace('"', "`")):
                 browser.evaluate(f"document.querySelector({CLOSE!r}).click()".replace('"', "`"))
-            browser.wait(UNFOLD)
-            browser.evaluate(f"{UNFOLD}.click()")
+            browser.wait(SHOW_MORE)
+            browser.evaluate(f"{SHOW_MORE}.click()")
             file = folder / "mlflow_parent.png"
             browser.screenshot(file, 1280, 1300)
         finally:
             browser.close()
             server.stop()
-    with Image.open(file) as whole:
-        few = whole.convert("RGB").quantize(256, dither=Image.Dither.NONE)
-    few.save(file, optimize=True)
+    with Image.open(file) as screenshot:
+        reduced = screenshot.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    reduced.save(file, optimize=True)
 
 
 if __name__ == "__main__":

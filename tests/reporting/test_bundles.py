@@ -1,4 +1,4 @@
-"""Bundles from real small trials: exported, classified with, scored again. No cluster."""
+"""Bundles of small real trials: export, classify and verify, without a cluster."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from air_core.method import learn
 from air_core.specs import FeaturesSpec
 from air_core.weights import tiny_folder
 from orchestrator.planning import plan_of
-from orchestrator.reporting.results import entries_of
+from orchestrator.reporting.results import finished_trials
 from orchestrator.reporting.rows import rows
 from orchestrator.spec import load_sweep
 from orchestrator.stages.build import PARTS, read_target
@@ -52,7 +52,7 @@ def sweep(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def location(tmp_path_factory, tiny_clip, sweep) -> SweepLocation:
-    """A sweep that was run, as the commands find it."""
+    """A finished sweep in a store."""
     store = ArtifactStore(tmp_path_factory.mktemp("done") / "runs")
     location = SweepLocation(store, "default", "small", None)
     event_log = location.event_log()
@@ -73,7 +73,7 @@ def location(tmp_path_factory, tiny_clip, sweep) -> SweepLocation:
 
 
 def encode(spec: FeaturesSpec, store: ArtifactStore) -> None:
-    """What CLIP makes of the first digits."""
+    """Put the features of the first digits into the store."""
 
     def build(folder: Path) -> dict[str, Any]:
         examples = get_dataset(spec.dataset.name).load(None)
@@ -96,15 +96,16 @@ def slots_of(location: SweepLocation, sweep: Any, method: str, paradigm: str = "
 @pytest.fixture
 def export(command, location, tmp_path):
     def run(trial: str, *more: str, out: str = "bundle") -> Path:
-        code, said, told = command("export", trial, *more, "-o", tmp_path / out, *at(location))
-        assert code == 0, told
-        assert said == f"{tmp_path / out}\n"  # and nothing else, for $(...)
+        words = ("export", trial, *more, "-o", tmp_path / out, *store_option(location))
+        code, stdout, stderr = command(*words)
+        assert code == 0, stderr
+        assert stdout == f"{tmp_path / out}\n"  # nothing else, for $(...)
         return tmp_path / out
 
     return run
 
 
-def at(location: SweepLocation) -> tuple[str, str]:
+def store_option(location: SweepLocation) -> tuple[str, str]:
     return "--store", str(location.store.root)
 
 
@@ -116,7 +117,7 @@ def pictures_of(index: np.ndarray, folder: Path) -> Path:
     return folder
 
 
-# ---------------------------------------------------------------- what was tested
+# ---------------------------------------------------------------- export
 
 BLOCKED = """
 import json, sys
@@ -141,7 +142,7 @@ def test_a_process_without_ray_or_mlflow_gives_the_logits_of_the_trial(
     data = data_of(slot.spec, target, tiny_clip, None)
     seen: list[torch.Tensor] = []
     torch.set_num_threads(1)
-    result = learn(  # what run_trial does, listened to
+    result = learn(  # as in run_trial, with a callback
         slot.spec,
         data,
         lambda progress: seen.append(progress.learned.logits(data.test.batch).detach()),
@@ -172,7 +173,7 @@ def test_a_process_without_ray_or_mlflow_gives_the_logits_of_the_trial(
         assert np.allclose([by_name[name] for name in names], row, rtol=0, atol=1e-5)
 
 
-def test_a_trial_is_exported_by_key_slot_or_place_in_a_sweep_to_the_same_bytes(
+def test_a_trial_is_exported_by_key_or_slot_to_the_same_bytes(
     location, sweep, export, command, tmp_path
 ):
     slot = slots_of(location, sweep, "fpl")[1]
@@ -186,16 +187,16 @@ def test_a_trial_is_exported_by_key_slot_or_place_in_a_sweep_to_the_same_bytes(
     ]
     assert all(file.read_bytes() == (other / file.name).read_bytes() for file in one.iterdir())
     record = read_trial(slot.spec, location.store)
-    said = read_bundle(one).said
-    assert said["metrics"] == record.metrics
-    assert said["lineage"]["trial_key"] == slot.key.digest
-    assert said["lineage"]["slot"] == slot.id
-    assert said["lineage"]["inputs"]["dataset"]["digest"] == slot.spec.dataset.digest
-    assert said["lineage"]["spec"]["train.steps"] == 8
-    assert said["backbone"]["digest"] == slot.spec.backbone.digest
-    assert said["backbone"]["preprocess"]["mean"] == [0.15, 0.15, 0.15]
-    assert said["prompt"]["length"] == 2
-    assert said["chosen"] is None
+    content = read_bundle(one).said
+    assert content["metrics"] == record.metrics
+    assert content["lineage"]["trial_key"] == slot.key.digest
+    assert content["lineage"]["slot"] == slot.id
+    assert content["lineage"]["inputs"]["dataset"]["digest"] == slot.spec.dataset.digest
+    assert content["lineage"]["spec"]["train.steps"] == 8
+    assert content["backbone"]["digest"] == slot.spec.backbone.digest
+    assert content["backbone"]["preprocess"]["mean"] == [0.15, 0.15, 0.15]
+    assert content["prompt"]["length"] == 2
+    assert content["chosen"] is None
     arrays = load_file(one / PROMPT)
     assert np.array_equal(arrays["prompt"], record.prompt())
     texts = load_file(one / "text_features.safetensors")
@@ -203,26 +204,26 @@ def test_a_trial_is_exported_by_key_slot_or_place_in_a_sweep_to_the_same_bytes(
 
     plain = export(slot.key.digest[:6], out="plain")
     assert read_bundle(plain).said["lineage"]["sweep"] is None
-    code, said_out, told = command("export", slot.key.digest[:8], "-o", one, *at(location))
-    assert (code, said_out) == (2, "")
-    assert "is a bundle already" in told
+    code, out, err = command("export", slot.key.digest[:8], "-o", one, *store_option(location))
+    assert (code, out) == (2, "")
+    assert "is a bundle already" in err
     export(slot.key.digest[:8], "--sweep", "small", "--force")
     assert (one / MANIFEST).read_bytes() == (other / MANIFEST).read_bytes()
 
 
 @pytest.mark.parametrize(
-    "what", ["zero_shot", "visual", "elsewhere", "zero_shot_elsewhere", "trzsl"]
+    "kind", ["zero_shot", "visual", "elsewhere", "zero_shot_elsewhere", "trzsl"]
 )
-def test_every_kind_of_prompt_predicts_what_was_recorded_and_verifies(
-    what, location, sweep, resolver, export, command, drawn_digits, tmp_path
+def test_every_kind_of_prompt_reproduces_the_recorded_predictions(
+    kind, location, sweep, resolver, export, command, drawn_digits, tmp_path
 ):
-    if what == "trzsl":
+    if kind == "trzsl":
         spec = slots_of(location, sweep, "cpl", "trzsl")[0].spec
     else:
         flat = {"images_per_class": 0, "iterations": 1, "train.steps": 4, "prompt.length": 2}
-        flat |= {"modality": "visual"} if what == "visual" else {}
-        flat |= {"test_dataset": f"folder:{drawn_digits}"} if "elsewhere" in what else {}
-        flat |= {"iterations": 0} if "zero_shot" in what else {}
+        flat |= {"modality": "visual"} if kind == "visual" else {}
+        flat |= {"test_dataset": f"folder:{drawn_digits}"} if "elsewhere" in kind else {}
+        flat |= {"iterations": 0} if "zero_shot" in kind else {}
         spec = resolver.trial({**flat, "pool": "train", "seed": 1})
     if spec.test_features is not None:
         encode(spec.test_features, location.store)
@@ -233,28 +234,28 @@ def test_every_kind_of_prompt_predicts_what_was_recorded_and_verifies(
     images = source.load(None).images
     bundle = load_bundle(folder)
     assert bundle.classnames == source.classnames
-    guess = bundle.logits([images[int(i)] for i in index]).argmax(dim=-1)
-    assert np.array_equal(guess, predictions)
-    assert (folder / PROMPT).exists() == ("zero_shot" not in what)
-    where = ()
-    if "elsewhere" in what:
-        code, said, told = command("verify", folder)
-        assert (code, said) == (2, "")
-        assert "no folder that a bundle names is opened; give --dataset folder:PATH" in told
-        where = ("--dataset", f"folder:{drawn_digits}")
-    code, said, told = command("verify", folder, *where)
-    assert code == 0, said + told
-    kind = "harmonic mean" if what == "trzsl" else "accuracy"
-    assert f"equal, image for image; {kind} {100 * record.headline:.1f} %" in said
+    predicted = bundle.logits([images[int(i)] for i in index]).argmax(dim=-1)
+    assert np.array_equal(predicted, predictions)
+    assert (folder / PROMPT).exists() == ("zero_shot" not in kind)
+    dataset = ()
+    if "elsewhere" in kind:
+        code, out, err = command("verify", folder)
+        assert (code, out) == (2, "")
+        assert "A folder that a bundle names is never opened; give --dataset folder:PATH" in err
+        dataset = ("--dataset", f"folder:{drawn_digits}")
+    code, out, err = command("verify", folder, *dataset)
+    assert code == 0, out + err
+    metric = "harmonic mean" if kind == "trzsl" else "accuracy"
+    assert f"all predictions are equal; {metric} {100 * record.headline:.1f} %" in out
 
 
-def test_a_bundle_of_a_folders_weights_has_no_path_and_asks_for_one(
+def test_a_bundle_with_weights_of_a_folder_has_no_path_and_needs_one(
     location, resolver, export, command, tmp_path
 ):
     clip = Path(shutil.copytree(tiny_folder(), tmp_path / "secret" / "clip"))
     file = clip / "open_clip_model.safetensors"
     tensors = load_file(file)
-    tensors["visual.proj"] *= 0.5  # other weights than those of the trials before
+    tensors["visual.proj"] *= 0.5  # so that the weights differ from those of other trials
     save_file(tensors, file)
     flat = {"images_per_class": 0, "iterations": 0, "pool": "train", "backbone": str(clip)}
     spec = resolver.trial({**flat, "seed": 1})
@@ -263,58 +264,60 @@ def test_a_bundle_of_a_folders_weights_has_no_path_and_asks_for_one(
     assert all(b"secret" not in file.read_bytes() for file in folder.iterdir())
     assert read_bundle(folder).said["backbone"]["digest"] == spec.backbone.digest
     image = next(pictures_of(np.arange(1), tmp_path / "new").iterdir())
-    code, said, told = command("classify", folder, image)
-    assert (code, said) == (2, "")
-    assert "give --weights PATH" in told
+    code, out, err = command("classify", folder, image)
+    assert (code, out) == (2, "")
+    assert "give --weights PATH" in err
     assert command("classify", folder, image, "--weights", clip)[0] == 0
     assert command("verify", folder, "--weights", clip)[0] == 0
 
 
-def test_what_is_no_prompt_is_refused(location, sweep, command, tmp_path):
+def test_a_trial_without_a_prompt_is_refused(location, sweep, command, tmp_path):
     slot = slots_of(location, sweep, "zero_shot_real")[0]
-    code, said, told = command("export", slot.key.digest, "-o", tmp_path / "b", *at(location))
-    assert (code, said) == (2, "")
-    assert "learns no prompt" in told
-    assert "fused with an auxiliary classifier" in told
+    code, out, err = command(
+        "export", slot.key.digest, "-o", tmp_path / "b", *store_option(location)
+    )
+    assert (code, out) == (2, "")
+    assert "learns no prompt" in err
+    assert "fused with an auxiliary classifier" in err
     assert not (tmp_path / "b").exists()
 
 
-def test_a_prompt_that_predicts_something_else_is_not_written(location, sweep, command, tmp_path):
+def test_a_prompt_with_other_predictions_is_not_exported(location, sweep, command, tmp_path):
     store = ArtifactStore(Path(shutil.copytree(location.store.root, tmp_path / "runs")))
     slot = slots_of(location, sweep, "fpl")[0]
     file = store.get(slot.spec).path / PROMPT
     save_file({"prompt": -load_file(file)["prompt"]}, file)
     record_again(file.parent)
-    code, said, told = command(
+    code, out, err = command(
         "export", slot.key.digest, "-o", tmp_path / "b", "--store", str(store.root)
     )
-    assert (code, said) == (5, "")
-    assert "test images are told otherwise here than in the trial" in told
+    assert (code, out) == (5, "")
+    assert "predictions differ from the trial's on" in err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"]
 
 
-# ---------------------------------------------------------------- best
+# ---------------------------------------------------------------- export best
 
 
-def test_best_is_the_tables_best_row_and_a_run_that_no_label_chose(
+def test_best_is_the_run_with_the_best_objective_of_the_best_row(
     location, sweep, command, export, tmp_path
 ):
     plan = plan_of(sweep, location)
     only = ("--only", "method=zero_shot,fpl,cpl", "--only", "paradigm=ul")
-    found = [
+    candidates = [
         row
-        for row in rows(entries_of(plan, location.store), None)
+        for row in rows(finished_trials(plan, location.store), None)
         if row.paradigm == "ul" and row.method != "zero_shot_real"
     ]
-    best = max(found, key=lambda row: row.mean)
+    best = max(candidates, key=lambda row: row.mean)
     runs = [read_trial(s.spec, location.store) for s in plan.slots if s.cell.id == best.cell]
     run = max(runs, key=lambda record: record.objectives["mutual_information"])
-    code, said, told = command(
-        "export", "best", "--sweep", "small", *only, "-o", tmp_path / "b", *at(location)
+    code, out, err = command(
+        "export", "best", "--sweep", "small", *only, "-o", tmp_path / "b", *store_option(location)
     )
-    assert (code, said) == (0, f"{tmp_path / 'b'}\n")
-    assert f"best row: {best.method}, mean test accuracy {100 * best.mean:.1f} %" in told
-    assert "the best of 3 by their test images" in told
+    assert (code, out) == (0, f"{tmp_path / 'b'}\n")
+    assert f"best row: {best.method}, mean test accuracy {100 * best.mean:.1f} %" in err
+    assert "the best of 3 on their test images" in err
     manifest = read_bundle(tmp_path / "b").said
     assert manifest["lineage"]["trial_key"] == run.key
     assert manifest["chosen"]["row"]["method"] == best.method
@@ -335,23 +338,25 @@ def test_best_is_the_tables_best_row_and_a_run_that_no_label_chose(
         (("abcdef123", "--only", "method=fpl"), "a trial has a name of its own"),
     ],
 )
-def test_what_cannot_be_exported_is_bad_input(arguments, words, command, location, tmp_path):
-    code, said, told = command("export", *arguments, "-o", tmp_path / "b", *at(location))
-    assert (code, said) == (2, "")
-    assert words in told
+def test_an_export_of_an_unknown_trial_is_bad_input(arguments, words, command, location, tmp_path):
+    code, out, err = command("export", *arguments, "-o", tmp_path / "b", *store_option(location))
+    assert (code, out) == (2, "")
+    assert words in err
     assert not (tmp_path / "b").exists()
 
 
-def test_best_of_a_sweep_with_nothing_done_says_so(location, sweep, command, tmp_path):
+def test_best_of_a_sweep_without_finished_trials_is_bad_input(location, sweep, command, tmp_path):
     store = ArtifactStore(tmp_path / "runs")
     empty = SweepLocation(store, "default", "small", None)
     empty.folder.mkdir(parents=True)
     EventLog(empty.folder).append("sweep_started", spec="s", total=1, to_run=1, pid=1)
     (empty.folder / "spec.yaml").write_text(sweep.text)
     (empty.folder / "resolved.json").write_text("{}")
-    code, _, told = command("export", "best", "--sweep", "small", "-o", tmp_path / "b", *at(empty))
+    code, _, err = command(
+        "export", "best", "--sweep", "small", "-o", tmp_path / "b", *store_option(empty)
+    )
     assert code == 2
-    assert "no trial of small is done yet" in told
+    assert "no trial of small is done yet" in err
 
 
 # ---------------------------------------------------------------- classify and verify
@@ -362,33 +367,35 @@ def bundle(location, sweep, export) -> Path:
     return export(slots_of(location, sweep, "cpl")[0].key.digest)
 
 
-def test_results_go_to_stdout_in_three_forms_and_troubles_to_stderr(bundle, command, tmp_path):
+def test_classify_prints_results_to_stdout_and_unreadable_files_to_stderr(
+    bundle, command, tmp_path
+):
     new = pictures_of(np.arange(4), tmp_path / "new")
     (new / "0004.png").write_bytes(b"no image")
-    code, said, told = command("classify", bundle, new, "--json", "--topk", "2")
-    found = json.loads(said)
-    assert code == 1  # some could not be read
-    assert "1 of 5 files could not be read:" in told
-    assert str(new / "0004.png") in told
+    code, out, err = command("classify", bundle, new, "--json", "--topk", "2")
+    found = json.loads(out)
+    assert code == 1  # some files are unreadable
+    assert "1 of 5 files could not be read:" in err
+    assert str(new / "0004.png") in err
     assert [Path(one["image"]).name for one in found] == [f"{i:04}.png" for i in range(4)]
     assert all(one["class"] == one["top"][0]["class"] for one in found)
     assert all(len(one["top"]) == 2 for one in found)
 
     (new / "0004.png").unlink()
-    code, said, told = command("classify", bundle, f"{new}/*.png", "--csv", "--topk", "2")
-    lines = said.splitlines()
-    assert (code, told, len(lines)) == (0, "", 5)
+    code, out, err = command("classify", bundle, f"{new}/*.png", "--csv", "--topk", "2")
+    lines = out.splitlines()
+    assert (code, err, len(lines)) == (0, "", 5)
     assert lines[0] == "image,class,probability,class_2,probability_2"
     assert [line.split(",")[1] for line in lines[1:]] == [one["class"] for one in found]
 
-    code, said, told = command("classify", bundle, new / "0000.png")
-    assert (code, told) == (0, "")
-    assert said.startswith(f"{new / '0000.png'}")
-    assert found[0]["class"] in said
-    assert f"{found[0]['probability']:.1%}" in said
+    code, out, err = command("classify", bundle, new / "0000.png")
+    assert (code, err) == (0, "")
+    assert out.startswith(f"{new / '0000.png'}")
+    assert found[0]["class"] in out
+    assert f"{found[0]['probability']:.1%}" in out
 
 
-def test_what_cannot_be_classified_is_bad_input(bundle, command, tmp_path):
+def test_classify_without_images_or_bundle_is_bad_input(bundle, command, tmp_path):
     new = pictures_of(np.arange(1), tmp_path / "new")
     (tmp_path / "empty").mkdir()
     bad = tmp_path / "bad.png"
@@ -401,54 +408,54 @@ def test_what_cannot_be_classified_is_bad_input(bundle, command, tmp_path):
         ((bundle, new, "--weights", tmp_path / "x"), "is not there; allowed: tiny"),
         ((tmp_path / "new", new), "has no bundle.json"),
     ):
-        code, said, told = command("classify", *arguments)
-        assert (code, said) == (2, ""), told
-        assert words in told
+        code, out, err = command("classify", *arguments)
+        assert (code, out) == (2, ""), err
+        assert words in err
     data = (bundle / PROMPT).read_bytes()
     (bundle / PROMPT).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    code, _, told = command("classify", bundle, new)
+    code, _, err = command("classify", bundle, new)
     assert code == 2
-    assert f"{bundle / PROMPT} is not as it was exported" in told
+    assert f"{bundle / PROMPT} is not as it was exported" in err
 
 
-def test_verify_says_by_how_much_and_refuses_other_images(bundle, command, tmp_path):
+def test_verify_reports_differences_and_refuses_other_images(bundle, command, tmp_path):
     manifest = read_bundle(bundle)
     arrays = {file: dict(of) for file, of in manifest.arrays.items()}
     classes = len(manifest.classnames)
     arrays[TEST]["predictions"] = arrays[TEST]["predictions"].copy()
     arrays[TEST]["predictions"][:3] = (arrays[TEST]["predictions"][:3] + 1) % classes
     accuracy = float((arrays[TEST]["predictions"] == arrays[TEST]["labels"]).mean())
-    said = {**manifest.said, "metrics": {"test/accuracy": accuracy}}
-    said.pop("digest")
-    write_bundle(bundle, said, arrays, replace=True)
+    content = {**manifest.said, "metrics": {"test/accuracy": accuracy}}
+    content.pop("digest")
+    write_bundle(bundle, content, arrays, replace=True)
     code, out, _ = command("verify", bundle)
     assert code == 5
     now, then = manifest.said["metrics"]["test/accuracy"], accuracy
-    assert f"{100 * now:.1f} % now and {100 * then:.1f} % recorded" in out
+    assert f"{100 * now:.1f} % now, {100 * then:.1f} % recorded" in out
     assert f"({100 * (now - then):+.2f} points)" in out
-    assert "3 images told otherwise" in out
+    assert "3 predictions differ" in out
     code, out, _ = command("verify", bundle, "--json")
     found = json.loads(out)
     assert (code, found["same"], found["told_otherwise"]) == (5, False, 3)
 
-    write_bundle(bundle, {**said, "test": {**said["test"], "digest": "0" * 40}}, arrays, True)
-    code, out, told = command("verify", bundle)
+    write_bundle(bundle, {**content, "test": {**content["test"], "digest": "0" * 40}}, arrays, True)
+    code, out, err = command("verify", bundle)
     assert (code, out) == (2, "")
-    assert "digits is another one here" in told
+    assert "digits differs from the dataset that" in err
 
     arrays[TEST]["index"] = arrays[TEST]["index"] + 1_000_000
-    write_bundle(bundle, said, arrays, True)
-    code, out, told = command("verify", bundle)
+    write_bundle(bundle, content, arrays, True)
+    code, out, err = command("verify", bundle)
     assert (code, out) == (2, "")
-    assert "other images or classes than digits has" in told
+    assert "digits does not have the images or classes that it was tested on" in err
 
 
-def test_class_vectors_of_another_width_are_no_bundle_of_the_backbone(bundle, command, tmp_path):
+def test_class_vectors_of_the_wrong_width_are_refused(bundle, command, tmp_path):
     manifest = read_bundle(bundle)
     arrays = {file: dict(of) for file, of in manifest.arrays.items()}
     arrays[TEXT]["text_features"] = np.eye(10, 30, dtype=np.float32)
-    said = {key: value for key, value in manifest.said.items() if key != "digest"}
-    write_bundle(bundle, said, arrays, replace=True)
-    code, out, told = command("classify", bundle, pictures_of(np.arange(1), tmp_path / "new"))
+    content = {key: value for key, value in manifest.said.items() if key != "digest"}
+    write_bundle(bundle, content, arrays, replace=True)
+    code, out, err = command("classify", bundle, pictures_of(np.arange(1), tmp_path / "new"))
     assert (code, out) == (2, "")
-    assert "is not a bundle of this backbone: its class vectors are 30 wide" in told
+    assert "is not a bundle of this backbone: its class vectors are 30 wide" in err

@@ -1,4 +1,4 @@
-"""Charts of results: which there are, that they hold what they should, and their bytes."""
+"""Charts of a note: which are drawn, their size, and that their bytes are reproducible."""
 
 from __future__ import annotations
 
@@ -7,21 +7,20 @@ import hashlib
 import io
 import subprocess
 import sys
-from typing import Any
 
 from PIL import Image
 
 from orchestrator.reporting.charts import pictures
-from orchestrator.reporting.rows import Entry
+from orchestrator.reporting.rows import FinishedTrial
 from tests.reporting.test_rows import results, trials
 
 
-def with_rounds(entries: list[Entry]) -> list[Entry]:
+def with_curves(finished: list[FinishedTrial]) -> list[FinishedTrial]:
     curves = {"pseudo/accuracy": [0.7, 0.75, 0.8], "pseudo/coverage": [0.2, 0.6, 1.0]}
-    return [dataclasses.replace(entry, curves=curves) for entry in entries]
+    return [dataclasses.replace(trial, curves=curves) for trial in finished]
 
 
-def a_grid() -> list[Entry]:
+def grid() -> list[FinishedTrial]:
     found = []
     for method in ("cpl", "air"):
         for count in (25, 100):
@@ -31,11 +30,11 @@ def a_grid() -> list[Entry]:
                 cell=f"{method}-{count}",
                 better=count / 1e4,
             )
-    return with_rounds(found)
+    return with_curves(found)
 
 
-def a_search() -> list[Entry]:
-    found: list[Entry] = []
+def search() -> list[FinishedTrial]:
+    found: list[FinishedTrial] = []
     for point, weight in enumerate((0.1, 0.4, 0.7)):
         found += trials(
             "air",
@@ -47,53 +46,51 @@ def a_search() -> list[Entry]:
     return found
 
 
-def picture(makers: Any, name: str) -> Image.Image:
-    return Image.open(io.BytesIO(makers[name]))
+def picture(charts: dict[str, bytes], name: str) -> Image.Image:
+    return Image.open(io.BytesIO(charts[name]))
 
 
-def test_a_grid_has_a_chart_for_each_thing_that_it_asks() -> None:
-    entries = a_grid()
-    makers = pictures(results(entries))
+def test_a_grid_has_charts_of_accuracy_settings_and_pseudo_labels() -> None:
+    charts = pictures(results(grid()))
     names = ["accuracy.png", "accuracy_by_images_per_class.png", "pseudo_labels.png"]
-    assert list(makers) == names
+    assert list(charts) == names
     for name in names:
-        image = picture(makers, name)
+        image = picture(charts, name)
         assert image.width == 700
         colors = image.convert("RGB").getcolors(1 << 20)
         assert colors is not None
         assert len(colors) > 20, f"{name} is blank"
-        assert len(makers[name]) < 100_000
+        assert len(charts[name]) < 100_000
 
 
-def test_a_search_is_charted_by_its_points() -> None:
-    entries = a_search()
-    makers = pictures(results(entries, "validation"))
-    assert list(makers) == ["accuracy_by_fusion_weight.png"]  # of one row there is no comparison
-    assert picture(makers, "accuracy_by_fusion_weight.png").width == 700
+def test_a_search_has_a_chart_of_its_points() -> None:
+    charts = pictures(results(search(), "validation"))
+    assert list(charts) == ["accuracy_by_fusion_weight.png"]  # no chart of a single row
+    assert picture(charts, "accuracy_by_fusion_weight.png").width == 700
 
 
-def test_words_have_no_axis_and_nothing_has_no_chart() -> None:
-    entries = [
-        entry
+def test_settings_that_are_no_numbers_and_empty_results_have_no_chart() -> None:
+    finished = [
+        trial
         for kind in ("ce", "rc")
-        for entry in trials("cpl", settings={"train.loss": kind}, cell=f"cpl-{kind}")
+        for trial in trials("cpl", settings={"train.loss": kind}, cell=f"cpl-{kind}")
     ]
-    assert list(pictures(results(entries))) == ["accuracy.png"]
+    assert list(pictures(results(finished))) == ["accuracy.png"]
     assert pictures(results([])) == {}
 
 
 DRAW = """
 import hashlib
 from orchestrator.reporting.charts import pictures
-from tests.reporting.test_charts import a_grid
+from tests.reporting.test_charts import grid
 from tests.reporting.test_rows import results
-print([hashlib.sha256(one).hexdigest() for one in pictures(results(a_grid())).values()])
+print([hashlib.sha256(png).hexdigest() for png in pictures(results(grid())).values()])
 """
 
 
-def test_the_same_data_gives_the_same_bytes_in_another_process() -> None:
-    here = [hashlib.sha256(one).hexdigest() for one in pictures(results(a_grid())).values()]
+def test_equal_data_give_equal_bytes_in_another_process() -> None:
+    digests = [hashlib.sha256(png).hexdigest() for png in pictures(results(grid())).values()]
     other = subprocess.run(
         [sys.executable, "-c", DRAW], capture_output=True, text=True, check=True
     ).stdout
-    assert other.strip() == str(here)
+    assert other.strip() == str(digests)

@@ -1,5 +1,6 @@
-"""The report of a sweep: what it says, that it is whole and that it is the same each time. On a
-trainable that takes no time; `test_runs.py` reports a real sweep.
+"""The HTML report: content, self-containment and reproducible bytes.
+
+The sweeps run with a trivial trainable; `test_runs.py` reports a real sweep.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ seeds: [1, 2]
 """
 
 
-def ran(spec: Path) -> Path:
-    """The store of a sweep that has run."""
+def run_sweep(spec: Path) -> Path:
+    """Run a sweep and return its store."""
     store = spec.parent / "runs"
     words = ["run", str(spec), "--store", str(store), "--tracking-uri", "none"]
     subprocess.run(
@@ -56,22 +57,22 @@ def ran(spec: Path) -> Path:
 @pytest.fixture(scope="module")
 def grid(tmp_path_factory, drawn_digits) -> Path:
     text = GRID.format(folder=drawn_digits)
-    return ran(write_sweep(tmp_path_factory.mktemp("grid"), "grid", text))
+    return run_sweep(write_sweep(tmp_path_factory.mktemp("grid"), "grid", text))
 
 
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory, drawn_digits) -> Path:
     text = search_sweep(drawn_digits).replace("points: 4", "points: 6")
-    return ran(write_sweep(tmp_path_factory.mktemp("searched"), "searched", text))
+    return run_sweep(write_sweep(tmp_path_factory.mktemp("searched"), "searched", text))
 
 
-def reported(store: Path, name: str) -> str:
-    sweep, place = read_sweep(location_named(open_store(store), "default", name), None)
-    return page(report_data_of(sweep, place))
+def report(store: Path, name: str) -> str:
+    sweep, location = read_sweep(location_named(open_store(store), "default", name), None)
+    return page(report_data_of(sweep, location))
 
 
 class Outline(HTMLParser):
-    """Sections, pictures and cells of a page; fails where a tag is not closed."""
+    """Sections, pictures and cells of a page; fails if a tag is not closed."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -98,50 +99,50 @@ class Outline(HTMLParser):
             self.cells.append(data)
 
 
-def drawn(outline: Outline) -> Iterator[str]:
-    """The charts, as text."""
+def charts_of(outline: Outline) -> Iterator[str]:
+    """The charts as SVG text."""
     for picture in outline.pictures:
         kind, _, content = (picture["src"] or "").partition(";base64,")
         if kind == "data:image/svg+xml":
             yield base64.b64decode(content).decode()
 
 
-def test_a_grid_is_told_from_the_answer_to_its_lineage(grid):
-    outline = Outline(reported(grid, "grid"))
+def test_the_report_of_a_grid_has_all_sections_in_order(grid):
+    outline = Outline(report(grid, "grid"))
     assert outline.sections == [
         *("answer", "table", "settings", "components", "pseudo-labels", "confusion"),
         *("images", "cost", "lineage"),
     ]
     assert all(picture["alt"] for picture in outline.pictures)
-    titles = [text for chart in drawn(outline) for text in words(chart)]
+    titles = [text for chart in charts_of(outline) for text in labels_of(chart)]
     assert "images_per_class" in titles  # the axis of a curve
     assert {"digits, UL, text", "digits, SSL, text"} <= set(titles)
 
 
-def words(chart: str) -> list[str]:
+def labels_of(chart: str) -> list[str]:
     root = xml.fromstring(chart)
     return ["".join(e.itertext()) for e in root.iter("{http://www.w3.org/2000/svg}text")]
 
 
-def test_numbers_are_those_of_the_table(grid):
+def test_the_report_has_the_numbers_of_the_table(grid):
     text = airsweep("table", "grid", "--store", grid, "--format", "csv").stdout
     means = [f"{100 * float(line.split(',')[8]):.1f}" for line in text.splitlines()[1:]]
     assert len(means) > 6
-    cells = Outline(reported(grid, "grid")).cells
+    cells = Outline(report(grid, "grid")).cells
     for mean in means:
         assert any(cell.startswith(mean) for cell in cells), mean
 
 
-def test_a_report_needs_nothing_else_and_is_the_same_each_time(grid):
-    text = reported(grid, "grid")
-    assert reported(grid, "grid") == text
+def test_a_report_is_self_contained_and_reproducible(grid):
+    text = report(grid, "grid")
+    assert report(grid, "grid") == text
     assert len(text) < 5_000_000
     assert not re.findall(r'(?:src|href)="(?!data:|#)', text)
     assert "<script" not in text
 
 
-def test_a_search_shows_history_importance_and_its_objective_against_test(searched):
-    outline = Outline(reported(searched, "searched"))
+def test_the_report_of_a_search_has_history_importance_and_objective_against_test(searched):
+    outline = Outline(report(searched, "searched"))
     assert "search" in outline.sections
     alts = [picture["alt"] for picture in outline.pictures]
     assert "Objective by point" in alts
@@ -149,10 +150,10 @@ def test_a_search_shows_history_importance_and_its_objective_against_test(search
     assert "importance" in outline.cells
 
 
-def test_what_a_user_wrote_cannot_become_markup(tmp_path, drawn_digits):
+def test_text_of_a_sweep_file_is_escaped(tmp_path, drawn_digits):
     text = "# <script>alert(1)</script> & more\nversion: 1\nname: odd\n"
     (tmp_path / "odd.yaml").write_text(text + "fixed: {method: zero_shot}\nseeds: [1]\n")
-    shown = reported(ran(tmp_path / "odd.yaml"), "odd")
+    shown = report(run_sweep(tmp_path / "odd.yaml"), "odd")
     assert "<script" not in shown
     assert "&lt;script&gt;" in shown
 
@@ -183,7 +184,7 @@ def browser(tmp_path) -> Iterator[Browser]:
 
 @contextmanager
 def pages(texts: dict[str, str], reached: set[str]) -> Iterator[str]:
-    """A server of pages, which notes what else is requested from it; its address."""
+    """The URL of a server of pages, which adds other requested paths to `reached`."""
 
     class Pages(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -196,7 +197,7 @@ def pages(texts: dict[str, str], reached: set[str]) -> Iterator[str]:
             self.end_headers()
             self.wfile.write(body)
 
-        def log_message(self, *of: object) -> None:
+        def log_message(self, *args: object) -> None:
             pass
 
     with served(Pages) as url:
@@ -205,12 +206,12 @@ def pages(texts: dict[str, str], reached: set[str]) -> Iterator[str]:
 
 @pytest.mark.integration
 @pytest.mark.skipif(CHROMIUM is None, reason=MISSING)
-def test_a_report_is_shown_whole_under_its_own_policy(grid, browser):
-    browser._ask("Page.enable")
-    browser._ask("Page.addScriptToEvaluateOnNewDocument", source=COUNT_VIOLATIONS)
-    with pages({"/report": reported(grid, "grid")}, set()) as url:
+def test_a_browser_shows_the_whole_report_under_its_content_security_policy(grid, browser):
+    browser.send("Page.enable")
+    browser.send("Page.addScriptToEvaluateOnNewDocument", source=COUNT_VIOLATIONS)
+    with pages({"/report": report(grid, "grid")}, set()) as url:
         browser.open(f"{url}/report", LOADED)
-        images = browser.evaluate("[...document.images].map(one => one.naturalWidth)")
+        images = browser.evaluate("[...document.images].map(image => image.naturalWidth)")
         assert len(images) > 5
         assert all(images)
         assert browser.evaluate("getComputedStyle(document.body).margin") == "0px"
@@ -219,9 +220,9 @@ def test_a_report_is_shown_whole_under_its_own_policy(grid, browser):
 
 @pytest.mark.integration
 @pytest.mark.skipif(CHROMIUM is None, reason=MISSING)
-def test_markup_in_a_report_runs_nothing_and_loads_nothing(grid, browser):
-    """As if a name had not been escaped. Without its policy the page would do both."""
-    text = reported(grid, "grid").replace("<nav", f"{MARKUP}<nav", 1)
+def test_the_policy_of_a_report_blocks_scripts_and_requests_of_injected_markup(grid, browser):
+    """Without the policy the markup runs scripts and sends requests."""
+    text = report(grid, "grid").replace("<nav", f"{MARKUP}<nav", 1)
     texts = {"/closed": text, "/open": POLICY.sub("", text)}
     assert texts["/open"] != text
     reached: set[str] = set()
@@ -234,7 +235,7 @@ def test_markup_in_a_report_runs_nothing_and_loads_nothing(grid, browser):
         assert reached == set()
 
 
-def test_what_cannot_be_reported_is_said_in_a_sentence(grid, tmp_path):
+def test_invalid_arguments_of_report_are_bad_input(grid, tmp_path):
     cases = [
         (["nothing", "-o", tmp_path / "x.html"], "no sweep default/nothing"),
         (["grid", "-o", tmp_path / "no" / "x.html"], "give a file in a folder that is there"),
@@ -248,7 +249,7 @@ def test_what_cannot_be_reported_is_said_in_a_sentence(grid, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_sweep_without_a_result_says_what_to_do(tmp_path):
+def test_a_report_of_a_sweep_without_results_is_bad_input(tmp_path):
     body, store = "fixed: {method: fpl}\nseeds: [1]\n", tmp_path / "runs"
     recorded(store, "empty", body, by_method({}), done=lambda index: False)
     done = airsweep("report", "empty", "-o", tmp_path / "x.html", "--store", store, check=False)
@@ -260,7 +261,7 @@ def test_a_sweep_without_a_result_says_what_to_do(tmp_path):
 # ---------------------------------------------------------------- parts
 
 
-def test_pairs_that_are_confused_most_come_first():
+def test_the_most_confused_pairs_come_first():
     matrix = np.array([[5, 5, 0], [1, 9, 0], [0, 8, 2]])
     assert list(confused(matrix, ["a", "b", "c"], 3)) == [
         ("c", "b", 0.8),

@@ -1,4 +1,4 @@
-"""Published numbers as data, and verdicts that never compare what differs."""
+"""Files of published numbers, and verdicts of rows against papers and other sweeps."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from air_core.datasets.published import PUBLISHED
 from orchestrator.reporting import Results
 from orchestrator.reporting.published import (
     PAPERS,
-    Judged,
-    Judgement,
-    beside_paper,
-    beside_sweep,
+    ReferenceComparison,
+    RowVerdict,
+    compare_with_paper,
+    compare_with_sweep,
     find_paper,
-    lines,
     read_paper,
+    screen,
 )
-from orchestrator.reporting.rows import Entry
+from orchestrator.reporting.rows import FinishedTrial
 from orchestrator.spec import SpecError
 from orchestrator.spec.presets import METHODS
 from tests.helpers.outcomes import by_method, command, recorded
@@ -51,30 +51,30 @@ def paper_of(folder: Path, text: str = PAPER) -> Path:
     return file
 
 
-def runs_of(method: str, dataset: str = "flowers102", **more: Any) -> list[Entry]:
-    """Runs as a paper has them: ViT-B/32, the published test images."""
+def runs_of(method: str, dataset: str = "flowers102", **more: Any) -> list[FinishedTrial]:
+    """Trials with the backbone of the paper, ViT-B/32."""
     found = trials(method, dataset=dataset, **more)
-    for entry in found:
-        entry.flat["backbone"] = "ViT-B-32/openai"
+    for trial in found:
+        trial.flat["backbone"] = "ViT-B-32/openai"
     return found
 
 
-def judged(entries: list[Entry], paper: Path | str) -> Judgement:
-    return beside_paper(results(entries), find_paper(str(paper)))
+def compared(finished: list[FinishedTrial], paper: Path | str) -> ReferenceComparison:
+    return compare_with_paper(results(finished), find_paper(str(paper)))
 
 
-def one_row(method: str, paper: Path, **change: Any) -> Judgement:
-    """A row that was changed, beside a paper."""
-    entries = runs_of(method)
-    (row,) = results(entries).rows
-    return beside_paper(Results([replace(row, **change)], entries), find_paper(str(paper)))
+def one_row(method: str, paper: Path, **change: Any) -> ReferenceComparison:
+    """A row with changed fields, compared with a paper."""
+    finished = runs_of(method)
+    (row,) = results(finished).rows
+    return compare_with_paper(Results([replace(row, **change)], finished), find_paper(str(paper)))
 
 
-# ---------------------------------------------------------------- the data
+# ---------------------------------------------------------------- paper files
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_every_paper_that_ships_is_whole(name: str) -> None:
+def test_every_shipped_paper_is_consistent(name: str) -> None:
     paper = find_paper(name)
     assert paper.name == name
     assert re.search(r"arXiv:\d{4}\.\d{5}", paper.source)
@@ -91,12 +91,12 @@ def test_every_paper_that_ships_is_whole(name: str) -> None:
         assert set(gain.datasets) <= DATASETS.keys()
 
 
-def test_the_papers_agree_where_they_print_the_same_runs() -> None:
-    """CPL's table repeats GRIP's, with one digit more."""
+def test_papers_agree_on_common_numbers() -> None:
+    """CPL's table repeats GRIP's numbers with one more digit."""
     grip, both = find_paper("grip").cells, 0
-    for place, cell in find_paper("cpl").cells.items():
-        if place in grip and place[-1] in ("grip", "zero_shot"):
-            assert cell.value == pytest.approx(grip[place].value, abs=0.00051)
+    for key, cell in find_paper("cpl").cells.items():
+        if key in grip and key[-1] in ("grip", "zero_shot"):
+            assert cell.value == pytest.approx(grip[key].value, abs=0.00051)
             both += 1
     assert both == 30
 
@@ -109,7 +109,7 @@ def test_unverified_numbers_are_marked() -> None:
     assert verified == {"grip": {True}, "air-cvpr2025": {False}, "cpl": {True, False}}
 
 
-def test_an_unknown_paper_names_those_that_are_there() -> None:
+def test_the_error_of_an_unknown_paper_lists_the_shipped_papers() -> None:
     with pytest.raises(SpecError, match=r"grap: no such paper; allowed: air-cvpr2025, cpl, grip"):
         find_paper("grap")
     with pytest.raises(SpecError, match="no such file"):
@@ -117,7 +117,7 @@ def test_an_unknown_paper_names_those_that_are_there() -> None:
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "place", "words"),
+    ("old", "new", "position", "words"),
     [
         (re.search("protocol:.*\n", PAPER)[0], "", "1:1", "`protocol` is missing"),  # type: ignore[index]
         ("63.0,", "163,", "8:25", "163 is not allowed; allowed: 0 to 100, in %"),
@@ -127,30 +127,30 @@ def test_an_unknown_paper_names_those_that_are_there() -> None:
             "7:5",
             "unknown key; allowed: ul, ssl, trzsl; did you mean ul?",
         ),
-        (PAPER[PAPER.index("accuracy") :], "", "1:1", "no number"),
+        (PAPER[PAPER.index("accuracy") :], "", "1:1", "no numbers: add `accuracy` or `gains`"),
         (PAPER, "", "", "empty; a file of published numbers starts with"),
     ],
 )
-def test_a_wrong_paper_file_says_where(tmp_path, old, new, place, words) -> None:
+def test_errors_in_a_paper_file_have_line_and_column(tmp_path, old, new, position, words) -> None:
     file = paper_of(tmp_path, PAPER.replace(old, new))
     with pytest.raises(SpecError) as problem:
         read_paper(file)
     message = str(problem.value)
-    assert message.startswith(f"{file}:{place}" if place else str(file))
+    assert message.startswith(f"{file}:{position}" if position else str(file))
     assert words in message
     assert "\n" not in message
 
 
-# ---------------------------------------------------------------- beside a paper
+# ---------------------------------------------------------------- comparison with a paper
 
 
-def only(found: Judgement) -> Judged:
+def only(found: ReferenceComparison) -> RowVerdict:
     (cell,) = found.cells
     return cell
 
 
-def test_a_number_in_the_interval_is_reproduced_where_that_is_narrow(tmp_path) -> None:
-    cell = only(judged(runs_of("cpl"), paper_of(tmp_path)))
+def test_a_number_in_a_narrow_interval_is_reproduced(tmp_path) -> None:
+    cell = only(compared(runs_of("cpl"), paper_of(tmp_path)))
     assert cell.ours is not None
     mean, low, high = cell.ours
     assert low < 0.63 < high
@@ -162,7 +162,7 @@ def test_a_number_in_the_interval_is_reproduced_where_that_is_narrow(tmp_path) -
 
 
 @pytest.mark.parametrize(("low", "high", "verdict"), [(0.5, 0.6, "lower"), (0.7, 0.8, "higher")])
-def test_a_number_beside_the_interval_is_missed_and_lower_gates(
+def test_a_number_outside_the_interval_is_lower_or_higher_and_lower_gates(
     tmp_path, low: float, high: float, verdict: str
 ) -> None:
     change = {"low": low, "high": high, "mean": (low + high) / 2}
@@ -178,18 +178,20 @@ def test_a_number_beside_the_interval_is_missed_and_lower_gates(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"backbone": "tiny"}, "backbone tiny, there ViT-B-32/openai"),
+        ({"backbone": "tiny"}, "backbone is tiny, in the reference ViT-B-32/openai"),
         ({"seeds": 2}, "2 of 3 seeds"),
         ({"splits": 0}, "0 of 1 splits"),
-        ({"leaky_pool": True}, "leaky_pool true, there false"),
-        ({"whole_pool": False}, "the pool was made smaller or imbalanced"),
-        ({"class_seed": 7}, "class_seed 7, there 500"),
-        ({}, "test images 540, there 300"),
+        ({"leaky_pool": True}, "leaky_pool is true, in the reference false"),
+        ({"whole_pool": False}, "the sweep shrinks or unbalances the pool"),
+        ({"class_seed": 7}, "class_seed is 7, in the reference 500"),
+        ({}, "test images is 540, in the reference 300"),
     ],
 )
-def test_another_protocol_is_never_compared(tmp_path, change: dict[str, Any], words: str) -> None:
+def test_rows_with_another_protocol_are_not_comparable(
+    tmp_path, change: dict[str, Any], words: str
+) -> None:
     paper = paper_of(tmp_path)
-    (row,) = results(runs_of("air")).rows  # far below 80, would be lower
+    (row,) = results(runs_of("air")).rows  # far below 80: lower, were it comparable
     assert one_row("air", paper).regressed
     other: dict[str, Any] = (
         {"protocol": replace(row.protocol, **change)} if change else {"n_test": 540}
@@ -212,64 +214,64 @@ gains:
 """
 
 
-def test_a_gain_is_the_mean_over_all_of_its_datasets(tmp_path) -> None:
+def test_a_gain_is_compared_as_mean_over_all_its_datasets(tmp_path) -> None:
     file = paper_of(tmp_path, PAPER[: PAPER.index("accuracy")] + GAIN.lstrip())
-    entries = [e for d in ("flowers102", "dtd") for m in ("cpl", "air") for e in runs_of(m, d)]
-    (gain,) = judged(entries, file).gains
-    means = {(row.dataset, row.method): row.mean for row in results(entries).rows}
+    finished = [e for d in ("flowers102", "dtd") for m in ("cpl", "air") for e in runs_of(m, d)]
+    (gain,) = compared(finished, file).gains
+    means = {(row.dataset, row.method): row.mean for row in results(finished).rows}
     ours = np.mean([means[d, "air"] - means[d, "cpl"] for d in ("flowers102", "dtd")])
     assert gain.ours is not None
     assert gain.ours[0] == pytest.approx(ours)
     assert gain.verdict == "reproduced"  # 4.9 of 4 to 6
-    (alone,) = judged(entries[: len(entries) // 2], file).gains
+    (alone,) = compared(finished[: len(finished) // 2], file).gains
     assert (alone.verdict, alone.reasons) == ("not comparable", ["no air on dtd"])
     missed = paper_of(tmp_path, file.read_text().replace("[4, 6]", "12"))
-    assert judged(entries, missed).regressed
+    assert compared(finished, missed).regressed
 
 
-# ---------------------------------------------------------------- beside a sweep
+# ---------------------------------------------------------------- comparison with a sweep
 
 
-def beside(a: list[Entry], b: list[Entry]) -> Judgement:
-    return beside_sweep(results(a), results(b), "other")
+def between(a: list[FinishedTrial], b: list[FinishedTrial]) -> ReferenceComparison:
+    return compare_with_sweep(results(a), results(b), "other")
 
 
-def test_what_differs_between_sweeps_is_never_compared() -> None:
-    def with_backbone(name: str, digest: str) -> list[Entry]:
+def test_rows_with_another_backbone_are_not_comparable() -> None:
+    def with_backbone(name: str, digest: str) -> list[FinishedTrial]:
         return [
             replace(e, flat={**e.flat, "backbone": name}, digests={"backbone": digest})
             for e in trials("cpl", better=-0.3 if name != "a" else 0.0)
         ]
 
     for name, digest, words in (
-        ("b", "2", "backbone b, there a"),
-        ("a", "2", "backbone of other content there"),
+        ("b", "2", "backbone is b, in the reference a"),
+        ("a", "2", "backbone has other content in the reference"),
     ):
-        found = beside(with_backbone(name, digest), with_backbone("a", "1"))
+        found = between(with_backbone(name, digest), with_backbone("a", "1"))
         assert (only(found).verdict, only(found).reasons) == ("not comparable", [words])
         assert not found.regressed
-    moved = beside(with_backbone("b", "1"), with_backbone("a", "1"))  # the same under another name
-    assert only(moved).verdict == "lower"
+    renamed = between(with_backbone("b", "1"), with_backbone("a", "1"))  # equal content
+    assert only(renamed).verdict == "lower"
 
 
-def test_runs_that_share_no_split_and_seed_are_not_compared() -> None:
-    found = beside(trials("cpl", seeds=(1, 2, 3)), trials("cpl", seeds=(4, 5, 6)))
+def test_rows_without_common_runs_are_not_comparable() -> None:
+    found = between(trials("cpl", seeds=(1, 2, 3)), trials("cpl", seeds=(4, 5, 6)))
     assert only(found).reasons == ["no split and seed in common"]
 
 
-def test_settings_are_never_averaged() -> None:
-    def at(length: int) -> list[Entry]:
+def test_rows_with_several_counterparts_are_not_comparable() -> None:
+    def at(length: int) -> list[FinishedTrial]:
         return trials("cpl", settings={"prompt.length": length}, cell=str(length))
 
-    found = beside(trials("cpl"), at(4) + at(16))
-    assert only(found).reasons == ["2 rows there, which differ in prompt.length"]
-    found = beside(at(4), at(4) + at(16))
+    found = between(trials("cpl"), at(4) + at(16))
+    assert only(found).reasons == ["the reference has 2 such rows, which differ in prompt.length"]
+    found = between(at(4), at(4) + at(16))
     assert only(found).verdict == "reproduced"
     assert found.missing == ["digits ul text cpl prompt.length 16"]
 
 
-def test_too_few_runs_regress_nothing() -> None:
-    found = beside(trials("cpl", seeds=(1, 2), better=-0.3), trials("cpl", seeds=(1, 2)))
+def test_differences_over_too_few_runs_are_no_regression() -> None:
+    found = between(trials("cpl", seeds=(1, 2), better=-0.3), trials("cpl", seeds=(1, 2)))
     assert only(found).verdict == "within interval"
     assert "2 seeds are too few" in only(found).reasons[0]
     assert not found.regressed
@@ -278,14 +280,14 @@ def test_too_few_runs_regress_nothing() -> None:
 # ---------------------------------------------------------------- the screen and the command
 
 
-def test_the_screen_fits_80_columns_and_says_each_reason_once() -> None:
-    entries = [
-        entry
+def test_the_screen_fits_80_columns_and_lists_each_reason_once() -> None:
+    finished = [
+        trial
         for images in (10, 120)
-        for entry in runs_of("air", settings={"images_per_class": images}, cell=f"{images}")
+        for trial in runs_of("air", settings={"images_per_class": images}, cell=f"{images}")
     ]
-    for found in (judged(quickstart(), "air-cvpr2025"), judged(entries, "air-cvpr2025")):
-        shown = list(lines(found))
+    for found in (compared(quickstart(), "air-cvpr2025"), compared(finished, "air-cvpr2025")):
+        shown = list(screen(found))
         assert max(map(len, shown)) <= 80
         body = "\n".join(shown)
         for reason in {reason for cell in found.cells for reason in cell.reasons}:
@@ -301,8 +303,8 @@ ACCURACIES = {"zero_shot": 0.5, "fpl": 0.62, "cpl": 0.7}
 
 
 @pytest.fixture
-def said(tmp_path, monkeypatch, capsys):
-    """`airsweep compare ...` on a store with the sweeps `old` and `new`, where cpl got worse."""
+def run_compare(tmp_path, monkeypatch, capsys):
+    """Runs `airsweep compare` on a store with the sweeps `old` and `new`, in which cpl is worse."""
     recorded(tmp_path, "old", SWEEP, by_method(ACCURACIES))
     changed = SWEEP.replace("train.steps: 2", "train.steps: 3")
     recorded(tmp_path, "new", changed, by_method({**ACCURACIES, "cpl": 0.5}))
@@ -316,14 +318,14 @@ def said(tmp_path, monkeypatch, capsys):
     return run
 
 
-def test_a_regression_against_an_older_sweep_ends_with_5(said, tmp_path) -> None:
-    code, out, _err = said("new", "--against", "old", "--fail-on", "regress")
+def test_a_regression_against_another_sweep_ends_with_5(run_compare, tmp_path) -> None:
+    code, out, _err = run_compare("new", "--against", "old", "--fail-on", "regress")
     assert code == 5
     assert max(map(len, out.splitlines())) <= 80
     assert re.search(r"^cpl .*lower$", out, re.M)
-    assert said("new", "--against", "default/old")[0] == 0  # nobody asked for a gate
-    assert said("old", "--against", "new", "--fail-on", "regress")[0] == 0  # higher
-    code, out, _ = said("new", "--against", "old", "--json")
+    assert run_compare("new", "--against", "default/old")[0] == 0  # without --fail-on
+    assert run_compare("old", "--against", "new", "--fail-on", "regress")[0] == 0  # higher
+    code, out, _ = run_compare("new", "--against", "old", "--json")
     found = json.loads(out)
     assert (found["sweep"], found["trials"], found["regressed"]) == (
         "new",
@@ -333,25 +335,25 @@ def test_a_regression_against_an_older_sweep_ends_with_5(said, tmp_path) -> None
     assert [cell["verdict"] for cell in found["cells"]] == ["reproduced", "reproduced", "lower"]
 
 
-def test_a_paper_is_named_and_nothing_of_the_digits_is_in_it(said) -> None:
-    code, out, err = said("old", "--paper", "grip", "--fail-on", "regress")
+def test_the_digits_are_not_comparable_with_a_paper(run_compare) -> None:
+    code, out, err = run_compare("old", "--paper", "grip", "--fail-on", "regress")
     assert (code, err) == (0, "")
     assert "GRIP, NeurIPS 2023" in out
     assert "3 not comparable." in out
 
 
-def test_a_paper_file_of_ones_own_gates(said, tmp_path) -> None:
+def test_a_user_paper_file_gates(run_compare, tmp_path) -> None:
     text = PAPER.replace("ViT-B-32/openai", "tiny").replace("flowers102: 300", "digits: 400")
     file = paper_of(tmp_path, text.replace("{value: 63, verified: false, note: from a talk}", "95"))
-    assert said("old", "--paper", str(file), "--fail-on", "regress")[0] == 5
+    assert run_compare("old", "--paper", str(file), "--fail-on", "regress")[0] == 5
     file.write_text(file.read_text().replace("digits: 95", "digits: {value: 95, verified: false}"))
-    code, out, _ = said("old", "--paper", str(file), "--fail-on", "regress")
+    code, out, _ = run_compare("old", "--paper", str(file), "--fail-on", "regress")
     assert code == 0
     assert "lower, unverified" in out
 
 
-def test_a_half_finished_sweep_is_compared_as_far_as_it_is(said) -> None:
-    code, out, err = said("half", "--against", "old")
+def test_an_unfinished_sweep_is_compared_by_its_finished_trials(run_compare) -> None:
+    code, out, err = run_compare("half", "--against", "old")
     assert code == 0
     assert "4 of 9 trials of half are done" in err
     assert "4 of 9 trials" in out
@@ -368,8 +370,8 @@ def test_a_half_finished_sweep_is_compared_as_far_as_it_is(said) -> None:
         (("old", "--against", "table.json"), "a printed table can no longer be compared; give"),
     ],
 )
-def test_bad_input_is_one_sentence_and_2(said, words, message) -> None:
-    code, out, err = said(*words)
+def test_bad_input_ends_with_2_and_one_line(run_compare, words, message) -> None:
+    code, out, err = run_compare(*words)
     assert (code, out) == (2, "")
     assert message in err
     assert err.count("\n") == 1

@@ -1,4 +1,4 @@
-"""How well an objective ranked points, against scipy and against what is known of chance."""
+"""Rank correlation of an objective with test accuracy, checked against scipy and simulations."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def test_one_cell_has_spearmans_correlation_ties_included():
 
 
 def test_levels_of_cells_do_not_count():
-    """Two cells in which nothing ranks anything, one above the other in both."""
+    """Two cells without correlation, one of which has higher objectives and accuracies."""
     one, other = noisy(20, 30.0, seed=1), noisy(20, 30.0, seed=2)
-    apart = [one, (other[0] + 100, other[1] + 100)]
-    assert ranking(apart) == ranking([one, other])
-    assert not ranking(apart).trusted
+    shifted = [one, (other[0] + 100, other[1] + 100)]
+    assert ranking(shifted) == ranking([one, other])
+    assert not ranking(shifted).trusted
 
 
-def test_cells_together_tell_more_than_each_alone():
+def test_pooled_cells_have_a_narrower_interval_than_each_cell():
     cells = [noisy(12, 1.0, seed=seed, level=seed) for seed in range(6)]
     pooled = ranking(cells)
     widths = [found.high - found.low for found in (ranking([cell]) for cell in cells)]
@@ -44,17 +44,17 @@ def test_cells_together_tell_more_than_each_alone():
 
 
 @pytest.mark.parametrize("points", [12, 40])
-def test_an_objective_without_a_meaning_is_seldom_trusted(points):
-    """The interval is to 95 %, so one end is above 0 in 2.5 % of all cases; a little more here."""
-    alone = [
+def test_a_random_objective_is_seldom_trusted(points):
+    """A 95 % interval is above 0 in 2.5 % of all cases; this one in slightly more."""
+    rankings = [
         ranking([(noisy(points, 1.0, s)[0], noisy(points, 1.0, s + 5000)[0])], samples=400)
         for s in range(300)
     ]
-    assert np.mean([found.trusted for found in alone]) < 0.08
-    assert np.mean([found.low > 0 or found.high < 0 for found in alone]) < 0.13
+    assert np.mean([found.trusted for found in rankings]) < 0.08
+    assert np.mean([found.low > 0 or found.high < 0 for found in rankings]) < 0.13
 
 
-def test_one_that_ranks_upside_down_is_not_trusted():
+def test_an_objective_with_a_negative_correlation_is_not_trusted():
     objectives, accuracies = noisy(30, 0.1)
     assert ranking([(objectives, accuracies)]).trusted
     found = ranking([(objectives, -accuracies)])
@@ -70,7 +70,7 @@ def test_one_that_ranks_upside_down_is_not_trusted():
         [(np.array([1.0, 1.0, 1.0]), np.array([1.0, 2.0, 3.0]))],
     ],
 )
-def test_too_few_or_equal_points_say_nothing(cells):
+def test_too_few_or_equal_points_have_no_correlation(cells):
     found = ranking(cells)
     assert (found.rho, found.trusted) == (None, False)
     assert json.dumps(vars(found), allow_nan=False)

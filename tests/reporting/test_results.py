@@ -1,4 +1,4 @@
-"""A sweep's outcomes, from small real trials; and that no true label leaks into them."""
+"""Results and status of a sweep from small real trials, and that true labels do not leak."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from air_core.datasets import get_dataset
 from air_core.specs import FeaturesSpec
 from orchestrator.planning import Plan
 from orchestrator.planning.plan import plan_sweep
-from orchestrator.reporting import results_of, standing
+from orchestrator.reporting import results_of, sweep_status
 from orchestrator.reporting.results import (
     CURVES,
-    Standing,
+    SweepStatus,
+    all_settings,
     curves_frame,
-    entries_of,
-    flat_of,
-    settings_of,
+    finished_trials,
     trials_frame,
+    varied_settings,
 )
 from orchestrator.reporting.tables import rows_frame
 from orchestrator.spec import Dimension, SweepSpec, cells_of
@@ -43,7 +43,7 @@ TWO = Seeds(values=((1,), (2,)))
 
 @pytest.fixture(scope="module")
 def arrays(tiny_clip) -> dict[str, np.ndarray]:
-    """Features of some digits, with fixed parts: a split must not depend on labels here."""
+    """Features of some digits with fixed parts, so that splits do not depend on labels."""
     examples = get_dataset("digits").load(None)
     parts = np.tile([PARTS.index(part) for part in ("train", "val", "test", "train")], IMAGES // 4)
     return {
@@ -82,36 +82,36 @@ def event_log(tmp_path) -> EventLog:
     return event_log
 
 
-# ---------------------------------------------------------------- entries
+# ---------------------------------------------------------------- finished trials
 
 
 def planned(sweep: SweepSpec, store: ArtifactStore, resolver: Any, event_log: EventLog) -> Plan:
     return plan_sweep(sweep, store, resolver, event_log)
 
 
-def test_every_trial_that_has_a_record_is_an_entry(store, resolver, event_log):
+def test_every_trial_with_a_record_is_finished(store, resolver, event_log):
     sweep = SweepSpec(
         name="x", grid={"method": ("zero_shot", "fpl")}, fixed={"train.steps": 2}, seeds=TWO
     )
     plan = planned(sweep, store, resolver, event_log)
-    assert entries_of(plan, store) == []
+    assert finished_trials(plan, store) == []
     records = [run_trial(slot.spec, store) for slot in plan.slots[:3]]
-    entries = entries_of(plan, store)
-    assert [(e.method, e.point, e.seed) for e in entries] == [
-        *(("zero_shot", 0, 0), ("zero_shot", 0, 0)),  # it has no seed
+    trials = finished_trials(plan, store)
+    assert [(t.method, t.point, t.seed) for t in trials] == [
+        *(("zero_shot", 0, 0), ("zero_shot", 0, 0)),  # it ignores the seed
         ("fpl", 0, 1),
     ]
-    for entry, record in zip(entries, records, strict=True):
+    for trial, record in zip(trials, records, strict=True):
         image_ids, predictions, labels = record.predictions()
-        assert entry.metrics == record.metrics
-        assert np.array_equal(entry.image_ids, image_ids)
-        assert (entry.predictions == entry.labels).mean() == record.metrics["test/accuracy"]
-        assert np.array_equal(predictions, entry.predictions)
-        assert np.array_equal(labels, entry.labels)
-        assert entry.objective is None  # nothing is searched
+        assert trial.metrics == record.metrics
+        assert np.array_equal(trial.image_ids, image_ids)
+        assert (trial.predictions == trial.labels).mean() == record.metrics["test/accuracy"]
+        assert np.array_equal(predictions, trial.predictions)
+        assert np.array_equal(labels, trial.labels)
+        assert trial.objective is None  # without a search
 
 
-def test_an_entry_says_what_the_sweep_varies_and_all_its_settings(store, resolver, event_log):
+def test_varied_settings_exclude_seeds_and_fixed_settings(store, resolver, event_log):
     sweep = SweepSpec(
         name="x",
         grid={"method": ("fpl", "cpl"), "prompt.length": (2, 4)},
@@ -119,14 +119,14 @@ def test_an_entry_says_what_the_sweep_varies_and_all_its_settings(store, resolve
         seeds=Seeds(values=((1, 7),), vary=("seed", "split_seed")),
     )
     plan = planned(sweep, store, resolver, event_log)
-    assert [settings_of(slot) for slot in plan.slots] == 2 * [
+    assert [varied_settings(slot) for slot in plan.slots] == 2 * [
         {"prompt.length": 2},
         {"prompt.length": 4},
     ]
-    flat = flat_of(plan.slots[1])
+    flat = all_settings(plan.slots[1])
     assert (flat["prompt.length"], flat["train.steps"]) == (4, 2)
     assert (flat["seed"], flat["split_seed"]) == (1, 7)
-    assert flat["iterations"] == 1  # the method's
+    assert flat["iterations"] == 1  # pinned by the method
 
 
 def test_a_points_objective_is_the_mean_over_its_runs(store, resolver, event_log):
@@ -136,13 +136,13 @@ def test_a_points_objective_is_the_mean_over_its_runs(store, resolver, event_log
     sweep = SweepSpec(name="x", fixed=fixed, search=search, seeds=TWO)
     (cell,) = cells_of(sweep)
     for number, length in enumerate((3, 1)):
-        asked = {"point": number, "params": {"prompt.length": length}}
-        event_log.append("point_asked", cell=cell.id, study=study_name(cell, search), **asked)
+        point = {"point": number, "params": {"prompt.length": length}}
+        event_log.append("point_asked", cell=cell.id, study=study_name(cell, search), **point)
     plan = planned(sweep, store, resolver, event_log)
     for slot in plan.slots:
         run_trial(slot.spec, store)
-    entries = entries_of(plan, store)
-    assert [(e.point, e.settings) for e in entries] == [
+    trials = finished_trials(plan, store)
+    assert [(t.point, t.settings) for t in trials] == [
         *((0, {"prompt.length": 3}), (0, {"prompt.length": 3})),
         *((1, {"prompt.length": 1}), (1, {"prompt.length": 1})),
     ]
@@ -152,21 +152,21 @@ def test_a_points_objective_is_the_mean_over_its_runs(store, resolver, event_log
             for slot in plan.slots
             if slot.point == number
         ]
-        means = [e.objective for e in entries if e.point == number]
+        means = [t.objective for t in trials if t.point == number]
         assert means == [pytest.approx(sum(found) / 2)] * 2
-    assert entries[0].objective != entries[2].objective
+    assert trials[0].objective != trials[2].objective
 
 
-LOOKING = """
+IMPORTS = """
 import sys
 from orchestrator.reporting import (charts, html_report, published, results, summary, tables)
 print(*sorted({"torch", "ray", "mlflow", "optuna", "sklearn"} & set(sys.modules)))
 """
 
 
-def test_looking_at_results_imports_nothing_heavy():
+def test_reporting_imports_no_heavy_library():
     done = subprocess.run(
-        [sys.executable, "-c", LOOKING],
+        [sys.executable, "-c", IMPORTS],
         capture_output=True,
         text=True,
         check=True,
@@ -175,11 +175,11 @@ def test_looking_at_results_imports_nothing_heavy():
     assert done.stdout.split() == []
 
 
-# ---------------------------------------------------------------- no leak
+# ---------------------------------------------------------------- no label leaks
 
 
 def relabelled(arrays: dict[str, np.ndarray], part: str) -> dict[str, np.ndarray]:
-    """The labels of one part in another order."""
+    """The arrays with the labels of one part permuted."""
     index = np.flatnonzero(arrays["parts"] == PARTS.index(part))
     labels = arrays["labels"].copy()
     labels[index] = labels[np.random.default_rng(0).permutation(index)]
@@ -188,10 +188,10 @@ def relabelled(arrays: dict[str, np.ndarray], part: str) -> dict[str, np.ndarray
 
 @pytest.mark.parametrize("method", ["zero_shot", "fpl", "grip", "cpl", "cpl_real"])
 @pytest.mark.parametrize("part", ["train", "test"])
-def test_true_labels_change_how_a_trial_is_marked_and_nothing_else(
+def test_true_labels_change_the_metrics_of_a_trial_but_not_its_predictions(
     tmp_path, resolver, features, arrays, method, part
 ):
-    """From the store on: the same features, but the true labels of pool or test shuffled."""
+    """Run on equal features, once with permuted labels of the pool or of the test images."""
     sweep = SweepSpec(name="x", fixed={"method": method, "train.steps": 2}, seeds=TWO)
     spec = resolver.trial({**cells_of(sweep)[0].flat, "seed": 1})
     spec = replace(spec, prompt=replace(spec.prompt, length=2), iterations=min(2, spec.iterations))
@@ -213,12 +213,13 @@ def test_true_labels_change_how_a_trial_is_marked_and_nothing_else(
 
 
 def changed(one: TrialRecord, other: TrialRecord) -> set[str]:
+    """Metrics that differ, except the time."""
     assert one.metrics.keys() == other.metrics.keys()
     timeless = one.metrics.keys() - {"time/train_s"}
     return {name for name in timeless if one.metrics[name] != other.metrics[name]}
 
 
-def test_a_trial_is_the_same_bits_in_another_store(tmp_path, resolver, store, features, arrays):
+def test_a_trial_has_equal_bytes_in_another_store(tmp_path, resolver, store, features, arrays):
     spec = resolver.trial({"images_per_class": 0, **QUICK, "seed": 3})
     copy = ArtifactStore(Path(shutil.copytree(store.root, tmp_path / "copy")))
     one, other = run_trial(spec, store), run_trial(spec, copy)
@@ -241,7 +242,7 @@ SWEEP = SweepSpec(
 
 @pytest.fixture
 def plan(store, resolver, event_log):
-    """Of six trials three have run, one of them in another sweep, and one has failed."""
+    """Six trials: three have records, one of them from another sweep, and one has failed."""
     plan = plan_sweep(SWEEP, store, resolver, event_log)
     slots = plan.slots
     for slot in (slots[0], slots[2], slots[3]):
@@ -249,13 +250,13 @@ def plan(store, resolver, event_log):
     event_log.append("sweep_started", total=plan.total)
     for slot in (slots[0], slots[2]):
         event_log.append("trial_done", slot=slot.id, key=slot.key.digest, cell=slot.cell.id)
-    why = {"failure_class": "oom", "message": "out of memory"}
-    event_log.append("trial_failed", slot=slots[4].id, **why)
-    event_log.append("trials_started", slots=[slots[5].id])  # by a driver that is gone
+    failure = {"failure_class": "oom", "message": "out of memory"}
+    event_log.append("trial_failed", slot=slots[4].id, **failure)
+    event_log.append("trials_started", slots=[slots[5].id])  # by a driver that was killed
     return plan
 
 
-def test_a_line_for_each_trial_with_what_varies_its_state_and_its_metrics(plan, store, event_log):
+def test_trials_frame_has_settings_state_and_metrics_of_each_trial(plan, store, event_log):
     frame = trials_frame(plan, store, event_log)
     states = ["done", "reused", "done", "reused", "failed", "waiting"]
     assert frame["state"].tolist() == states
@@ -271,7 +272,7 @@ def test_a_line_for_each_trial_with_what_varies_its_state_and_its_metrics(plan, 
     assert frame["test/accuracy"].isna().tolist() == [False] * 4 + [True] * 2
 
 
-def test_curves_are_long_and_go_with_the_trials(plan, store):
+def test_curves_frame_has_one_line_per_value(plan, store):
     frame = curves_frame(plan, store)
     assert tuple(frame.columns) == CURVES
     found = frame.groupby(["trial", "metric"])["value"].apply(list)
@@ -282,7 +283,7 @@ def test_curves_are_long_and_go_with_the_trials(plan, store):
     assert sorted(set(frame["iteration"])) == [0, 1]
 
 
-def test_rows_have_settings_as_columns(plan, store):
+def test_rows_frame_has_settings_as_columns(plan, store):
     found = results_of(plan, store).rows
     frame = rows_frame(found)
     assert frame["method"].tolist() == ["zero_shot", "cpl"]
@@ -291,7 +292,7 @@ def test_rows_have_settings_as_columns(plan, store):
     assert "settings" not in frame.columns
 
 
-def test_frames_of_a_sweep_without_a_trial_have_their_columns(store, resolver, tmp_path):
+def test_frames_of_a_sweep_without_finished_trials_have_all_columns(store, resolver, tmp_path):
     empty = EventLog(tmp_path / "empty")
     plan = plan_sweep(SWEEP, store, resolver, empty)
     assert trials_frame(plan, store, empty)["state"].tolist() == ["waiting"] * 6
@@ -299,11 +300,11 @@ def test_frames_of_a_sweep_without_a_trial_have_their_columns(store, resolver, t
     assert {"dataset", "method", "mean", "interval"} <= set(rows_frame([]).columns)
 
 
-# ---------------------------------------------------------------- how a sweep stands
+# ---------------------------------------------------------------- status
 
 
-def test_a_sweep_that_never_started_has_nothing(event_log):
-    assert standing(event_log) == Standing()
+def test_a_sweep_that_never_started_has_an_empty_status(event_log):
+    assert sweep_status(event_log) == SweepStatus()
 
 
 def slots(*numbers: int) -> list[str]:
@@ -312,7 +313,7 @@ def slots(*numbers: int) -> list[str]:
 
 @pytest.fixture
 def started(event_log) -> EventLog:
-    """Five trials, of which one is done, one reused, one failed and one runs."""
+    """Five trials: one done, one reused, one failed, one running, one waiting."""
     event_log.append("sweep_started", spec="s", total=5, to_run=5, pid=1)
     event_log.append("artifact_prepared", stage="features", key="k")
     event_log.append("trials_started", slots=slots(1, 2, 3, 4))
@@ -324,36 +325,36 @@ def started(event_log) -> EventLog:
     return event_log
 
 
-def test_trials_are_counted_by_what_became_of_them(started):
-    found = standing(started)
+def test_trials_are_counted_by_state(started):
+    status = sweep_status(started)
     states = {"done": 1, "reused": 1, "pruned": 0, "failed": 1}
-    assert found.counts(alive=True) == {**states, "running": 1, "waiting": 1}
-    assert found.exit_code is None
-    assert dict(found.prepared) == {"features": 1}
-    assert found.failures[slots(3)[0]]["message"] == "the loss became nan"
+    assert status.counts(alive=True) == {**states, "running": 1, "waiting": 1}
+    assert status.exit_code is None
+    assert dict(status.prepared) == {"features": 1}
+    assert status.failures[slots(3)[0]]["message"] == "the loss became nan"
 
 
-def test_what_a_dead_driver_was_running_waits_again(started):
-    assert standing(started).counts(alive=False)["running"] == 0
-    assert standing(started).counts(alive=False)["waiting"] == 2
+def test_trials_of_a_killed_driver_count_as_waiting(started):
+    assert sweep_status(started).counts(alive=False)["running"] == 0
+    assert sweep_status(started).counts(alive=False)["waiting"] == 2
 
 
-def test_what_an_edited_file_no_longer_asks_for_is_not_counted(started):
-    found = standing(started).counts(alive=False, among=set(slots(2, 3)))
-    assert (found["done"], found["reused"], found["failed"]) == (0, 1, 1)
+def test_trials_that_an_edited_file_no_longer_has_are_not_counted(started):
+    counts = sweep_status(started).counts(alive=False, among=set(slots(2, 3)))
+    assert (counts["done"], counts["reused"], counts["failed"]) == (0, 1, 1)
 
 
-def test_a_trial_that_failed_and_then_went_well_is_no_failure(started):
+def test_a_trial_that_succeeds_after_a_failure_is_no_failure(started):
     started.append("trials_started", slots=slots(3))
     started.append("trial_done", slot=slots(3)[0], cell="cell", key="b")
-    assert standing(started).counts(alive=True)["failed"] == 0
-    assert standing(started).failures == {}
+    assert sweep_status(started).counts(alive=True)["failed"] == 0
+    assert sweep_status(started).failures == {}
 
 
-def test_a_sweep_has_ended_until_it_is_started_again(started):
+def test_a_restarted_sweep_has_no_exit_code(started):
     started.append("sweep_ended", exit_code=1, seconds=3.0)
-    assert standing(started).exit_code == 1
+    assert sweep_status(started).exit_code == 1
     started.append("sweep_started", spec="s", total=7, to_run=3, pid=2)
-    assert standing(started).exit_code is None
-    assert standing(started).total == 7
-    assert standing(started).counts(alive=True)["done"] == 1
+    assert sweep_status(started).exit_code is None
+    assert sweep_status(started).total == 7
+    assert sweep_status(started).counts(alive=True)["done"] == 1

@@ -1,4 +1,4 @@
-"""Tables and the screen, from a small fixed set of trials."""
+"""Rows, comparisons, tables and the closing screen, from a small fixed set of trials."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from orchestrator.reporting import Results
-from orchestrator.reporting.rows import Entry, rows
+from orchestrator.reporting.rows import FinishedTrial, rows
 from orchestrator.reporting.summary import summary
 from orchestrator.reporting.tables import table
 from orchestrator.spec.presets import defaults
@@ -51,19 +51,19 @@ def trials(
     point: int = 0,
     objective: float | None = None,
     better: float = 0.0,
-) -> list[Entry]:
-    """The runs of one point: 300 of 1,000 images, each with an ease that all methods share."""
+) -> list[FinishedTrial]:
+    """The trials of one point, on 300 of 1,000 images that are equally hard for all methods."""
     accuracy, pseudo = ACCURACY[method]
     settings = settings or {}
     number = NUMBERS[method]
     ease = np.random.default_rng(0).random(1000)
     labels = np.random.default_rng(1).integers(0, 10, 1000)
-    found = []
+    result = []
     for split in splits:
         ids = np.sort(np.random.default_rng([2, split]).choice(1000, 300, replace=False))
         for seed in seeds:
-            drawn = 0 if method == "zero_shot" else seed
-            rng = np.random.default_rng([3, split, drawn, number])
+            noise_seed = 0 if method == "zero_shot" else seed
+            rng = np.random.default_rng([3, split, noise_seed, number])
             right = ease[ids] + 0.1 * rng.standard_normal(300) < accuracy + better
             predictions = np.where(right, labels[ids], (labels[ids] + 1) % 10)
             metrics = {"test/accuracy": float(right.mean())}
@@ -72,8 +72,8 @@ def trials(
             if method in ("air", "cpl_real"):
                 metrics["test/accuracy_fused"] = metrics["test/accuracy"] + 0.08
             flat = defaults(method, {"dataset": dataset}) | settings
-            found.append(
-                Entry(
+            result.append(
+                FinishedTrial(
                     cell=cell or f"{dataset}-{method}",
                     method=method,
                     flat=flat
@@ -89,20 +89,25 @@ def trials(
                     labels=labels[ids],
                 )
             )
-    return found
+    return result
 
 
-def results(entries: list[Entry], objective: str | None = None) -> Results:
-    return Results(rows(entries, objective), entries)
+def results(finished: list[FinishedTrial], objective: str | None = None) -> Results:
+    return Results(rows(finished, objective), finished)
 
 
-def quickstart() -> list[Entry]:
-    return [entry for method in QUICKSTART for entry in trials(method)]
+def quickstart() -> list[FinishedTrial]:
+    return [trial for method in QUICKSTART for trial in trials(method)]
 
 
-def searched(guides: bool = True) -> list[Entry]:
-    """A host without a free key and AiR at six points; the second has the best objective, the
-    third the best test accuracy. `guides`: whether the objective follows the test."""
+def searched(guides: bool = True) -> list[FinishedTrial]:
+    """A host with one point and AiR with six points.
+
+    The second point has the best objective, the third the best test accuracy.
+
+    Args:
+        guides: whether the objective ranks the points by test accuracy.
+    """
     points = [
         (120, 0.5, 0.20, -0.05),
         (60, 0.348192, 0.90, 0.08),
@@ -115,9 +120,9 @@ def searched(guides: bool = True) -> list[Entry]:
         betters = (-0.02, -0.05, 0.12, 0.08, -0.10, 0.01)
         points = [(*point[:3], better) for point, better in zip(points, betters, strict=True)]
     return trials("cpl", splits=(0, 1), seeds=(1, 2), objective=0.7) + [
-        entry
+        trial
         for point, (images, weight, objective, better) in enumerate(points)
-        for entry in trials(
+        for trial in trials(
             "air",
             splits=(0, 1),
             seeds=(1, 2),
@@ -132,9 +137,9 @@ def searched(guides: bool = True) -> list[Entry]:
 # ---------------------------------------------------------------- rows
 
 
-def test_a_row_has_exactly_the_keys_that_scripts_read() -> None:
-    entries = quickstart()
-    found = json.loads(table(results(entries), "json"))
+def test_json_rows_have_exactly_the_documented_keys() -> None:
+    finished = quickstart()
+    found = json.loads(table(results(finished), "json"))
     assert [list(row) for row in found] == [[*ROW_KEYS, *ADDED_KEYS]] * len(QUICKSTART)
     assert [row["method"] for row in found] == list(QUICKSTART)
     for row in found:
@@ -143,16 +148,16 @@ def test_a_row_has_exactly_the_keys_that_scripts_read() -> None:
         assert row["n_test"] == 300
 
 
-def test_the_mean_of_a_row_is_that_of_its_runs() -> None:
-    entries = trials("cpl", splits=(0, 1), seeds=(1, 2))
-    (row,) = rows(entries, None)
-    accuracies = [float((entry.predictions == entry.labels).mean()) for entry in entries]
+def test_a_row_has_mean_and_deviation_of_its_runs() -> None:
+    finished = trials("cpl", splits=(0, 1), seeds=(1, 2))
+    (row,) = rows(finished, None)
+    accuracies = [float((trial.predictions == trial.labels).mean()) for trial in finished]
     assert row.n == 4
     assert row.mean == pytest.approx(np.mean(accuracies))
     assert row.std == pytest.approx(np.std(accuracies, ddof=1))
 
 
-def test_seeds_of_a_method_that_draws_nothing_count_once() -> None:
+def test_seeds_of_a_method_that_ignores_the_seed_count_once() -> None:
     (row,) = rows(trials("zero_shot"), None)
     assert (row.n, row.std) == (1, None)
     assert "seed" not in row.interval
@@ -160,47 +165,47 @@ def test_seeds_of_a_method_that_draws_nothing_count_once() -> None:
     assert row.n == 2
 
 
-def test_with_a_search_the_row_is_the_best_point_by_objective_and_not_by_test() -> None:
-    entries = searched()
-    host, best = rows(entries, "mutual_information")
+def test_a_searched_row_is_the_best_point_by_objective_and_not_by_test_accuracy() -> None:
+    finished = searched()
+    host, best = rows(finished, "mutual_information")
     assert best.settings == {"images_per_class": 60, "fusion_weight": 0.348192}
-    by_test = max(rows(entries, None), key=lambda row: row.mean)
+    by_test = max(rows(finished, None), key=lambda row: row.mean)
     assert by_test.settings["images_per_class"] == 30
     assert host.settings == {}
 
 
-def test_the_default_stands_where_the_objective_does_not_rank_points_by_test_accuracy() -> None:
-    entries = searched(guides=False)
-    host, kept = rows(entries, "mutual_information")
+def test_a_searched_row_is_the_default_point_if_the_objective_predicts_no_test_accuracy() -> None:
+    finished = searched(guides=False)
+    host, kept = rows(finished, "mutual_information")
     assert kept.settings == {"images_per_class": 120, "fusion_weight": 0.5}
     assert kept.choice is not None
     assert kept.choice.default
     assert kept.choice.pooled.low <= 0
-    assert host.choice is None  # there was nothing to choose
+    assert host.choice is None  # it has a single point
 
 
-def test_a_default_that_failed_cannot_stand() -> None:
-    entries = [entry for entry in searched(guides=False) if entry.point > 0]
-    (best,) = rows(entries, "mutual_information")
+def test_a_searched_row_is_the_best_point_if_the_default_point_failed() -> None:
+    finished = [trial for trial in searched(guides=False) if trial.point > 0]
+    (best,) = rows(finished, "mutual_information")
     assert best.settings["images_per_class"] == 60
     assert best.choice is not None
     assert not best.choice.default
 
 
 def test_a_point_without_an_objective_is_chosen_last() -> None:
-    entries = [entry for entry in searched() if entry.method == "air"]
+    finished = [trial for trial in searched() if trial.method == "air"]
     for point, objective in ((6, None), (7, float("nan"))):
-        entries += trials(
+        finished += trials(
             "air", settings={"fusion_weight": point}, point=point, objective=objective, better=0.2
         )
-    (row,) = rows(entries, "mutual_information")
+    (row,) = rows(finished, "mutual_information")
     assert row.settings["images_per_class"] == 60
     assert row.choice is not None
     assert row.choice.ranking.points == 6
 
 
-def test_points_that_are_the_same_settings_count_once() -> None:
-    entries = searched()
+def test_points_with_equal_settings_count_once_in_the_ranking() -> None:
+    finished = searched()
     again = trials(
         "air",
         splits=(0, 1),
@@ -210,7 +215,7 @@ def test_points_that_are_the_same_settings_count_once() -> None:
         objective=0.9,
         better=0.08,
     )
-    _, row = rows(entries + again, "mutual_information")
+    _, row = rows(finished + again, "mutual_information")
     assert row.choice is not None
     assert row.choice.ranking.points == 6
 
@@ -219,8 +224,8 @@ def test_points_that_are_the_same_settings_count_once() -> None:
 
 
 def test_a_method_is_compared_with_its_host_and_its_control() -> None:
-    entries = quickstart()
-    found = results(entries).comparisons
+    finished = quickstart()
+    found = results(finished).comparisons
     assert [(*c.methods, c.role) for c in found] == [
         ("fpl", "zero_shot", "host"),
         ("cpl", "zero_shot", "host"),
@@ -228,68 +233,68 @@ def test_a_method_is_compared_with_its_host_and_its_control() -> None:
         ("air", "cpl_real", "control"),
         ("cpl_real", "cpl", "host"),
     ]
-    by_method = {row.method: row.mean for row in rows(entries, None)}
+    by_method = {row.method: row.mean for row in rows(finished, None)}
     for c in found:
         assert c.difference.mean == pytest.approx(
-            by_method[c.row.method] - by_method[c.other.method]
+            by_method[c.row.method] - by_method[c.baseline.method]
         )
         assert c.difference.low <= c.difference.mean <= c.difference.high
         assert c.difference.images_needed is None or c.difference.images_needed > 0
 
 
 def test_each_setting_is_compared_with_the_host_at_the_same_setting() -> None:
-    entries = []
+    finished = []
     for length in (4, 16):
         for method in ("cpl", "air"):
             settings = {"prompt.length": length}
-            entries += trials(
+            finished += trials(
                 method, settings=settings, cell=f"{method}-{length}", better=length / 200
             )
-    found = results(entries)
+    found = results(finished)
     means = {(row.method, row.settings["prompt.length"]): row.mean for row in found.rows}
     for c in found.comparisons:
         length = c.row.settings["prompt.length"]
         assert c.difference.mean == pytest.approx(means["air", length] - means["cpl", length])
 
 
-def test_with_a_search_each_method_is_compared_at_its_own_best_point() -> None:
-    entries = []
+def test_searched_methods_are_compared_at_their_own_best_points() -> None:
+    finished = []
     for method, best in (("cpl", 4), ("air", 8)):
         for point, length in enumerate((1, 2, 4, 8, 16)):
             near = -abs(np.log2(length / best))
-            entries += trials(
+            finished += trials(
                 method,
                 settings={"prompt.length": length},
                 point=point,
                 objective=near,
                 better=near / 20,
             )
-    found = results(entries, "mutual_information")
+    found = results(finished, "mutual_information")
     assert [row.settings["prompt.length"] for row in found.rows] == [4, 8]
     assert [c.methods for c in found.comparisons] == [("air", "cpl")]
 
 
 def test_datasets_are_not_compared_with_each_other() -> None:
-    entries = trials("cpl", dataset="digits") + trials("air", dataset="flowers102")
-    assert results(entries).comparisons == []
+    finished = trials("cpl", dataset="digits") + trials("air", dataset="flowers102")
+    assert results(finished).comparisons == []
 
 
-def test_a_gain_is_marked_where_it_is_significant() -> None:
-    entries = quickstart()
-    found = {(c.row.method, c.role): c for c in results(entries).comparisons}
+def test_a_gain_has_a_mark_if_it_is_significant() -> None:
+    finished = quickstart()
+    found = {(c.row.method, c.role): c for c in results(finished).comparisons}
     for c in found.values():
         assert c.difference.p <= c.p_corrected <= 1
         assert (c.difference.p < 0.05) == (not c.difference.low <= 0 <= c.difference.high)
         assert not c.difference.reason_not_tested
     assert found["cpl", "host"].mark == "†"
-    assert found["air", "control"].mark == ""  # its interval holds 0
+    assert found["air", "control"].mark == ""  # its interval contains 0
     assert found["air", "control"].p_corrected > 0.05
     assert found["air", "host"].difference.p < found["air", "host"].p_corrected < 0.05
 
 
 def test_a_method_that_is_worse_than_its_host_has_an_arrow() -> None:
-    entries = trials("cpl", seeds=(1, 2, 3)) + trials("air", better=-0.4)
-    found = results(entries)
+    finished = trials("cpl", seeds=(1, 2, 3)) + trials("air", better=-0.4)
+    found = results(finished)
     (c,) = found.comparisons
     assert c.mark == "†↓"
     text = " ".join(table(found, "md").split())
@@ -305,20 +310,24 @@ def test_a_method_that_is_worse_than_its_host_has_an_arrow() -> None:
         (
             (0, 1),
             (1, 2),
-            "No difference is tested: 2 splits are too few for a test, which needs one, or 4.",
+            "No difference is tested: 2 splits are too few for a test; it needs 1, or at least 4.",
         ),
-        ((0,), (1, 2), "No difference is tested: 2 seeds are too few for a test, which needs 3."),
+        (
+            (0,),
+            (1, 2),
+            "No difference is tested: 2 seeds are too few for a test; it needs at least 3.",
+        ),
     ],
 )
-def test_a_table_with_too_few_runs_carries_no_mark_and_says_why(splits, seeds, words) -> None:
-    entries = [
-        entry
+def test_a_table_with_too_few_runs_has_no_marks_and_a_reason(splits, seeds, words) -> None:
+    finished = [
+        trial
         for method, better in (("cpl", 0.0), ("air", 0.2))
-        for entry in trials(method, splits=splits, seeds=seeds, better=better)
+        for trial in trials(method, splits=splits, seeds=seeds, better=better)
     ]
-    found = results(entries)
+    found = results(finished)
     (c,) = found.comparisons
-    assert c.difference.low > 0  # however clear it looks
+    assert c.difference.low > 0  # not tested although the interval excludes 0
     assert not c.significant
     text = " ".join(table(found, "md").split())
     assert words in text
@@ -328,15 +337,15 @@ def test_a_table_with_too_few_runs_carries_no_mark_and_says_why(splits, seeds, w
     assert row["comparisons"][0]["marked"] is False
 
 
-def test_a_collapsed_run_is_named_below_the_table_in_json_and_on_the_screen() -> None:
-    entries = quickstart()
-    fallen = next(e for e in entries if e.method == "air" and e.seed == 2)
-    entries[entries.index(fallen)] = replace(fallen, predictions=(fallen.labels + 1) % 10)
-    found = results(entries)
-    told = "Collapsed: air, split 0, seed 2 has 0.0 where the others have 68."
+def test_a_collapsed_run_is_reported_in_table_json_and_screen() -> None:
+    finished = quickstart()
+    fallen = next(e for e in finished if e.method == "air" and e.seed == 2)
+    finished[finished.index(fallen)] = replace(fallen, predictions=(fallen.labels + 1) % 10)
+    found = results(finished)
+    note = "Collapsed run: air, split 0, seed 2 has accuracy 0.0, the other runs 68."
     *_, below = table(found, "md").split("\n\n")
     for text in (below, summary("s", found, []), table(found, "latex")):
-        assert told in " ".join(text.split())
+        assert note in " ".join(text.split())
     by_method = {row["method"]: row["collapsed"] for row in json.loads(table(found, "json"))}
     assert [one["seed"] for one in by_method.pop("air")] == [2]
     assert not any(by_method.values())
@@ -346,18 +355,20 @@ def test_a_collapsed_run_is_named_below_the_table_in_json_and_on_the_screen() ->
 # ---------------------------------------------------------------- tables
 
 
-def test_the_main_table_is_the_golden_one() -> None:
-    entries = quickstart()
-    text = table(results(entries), "md") + "\n"
+def test_the_main_table_equals_the_golden_file() -> None:
+    finished = quickstart()
+    text = table(results(finished), "md") + "\n"
     if os.environ.get("AIRSWEEP_UPDATE_GOLDEN") == "1":
         GOLDEN.write_text(text, encoding="utf-8")
     assert text == GOLDEN.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(("guides", "start"), [(True, "Settings chosen by "), (False, "Default ")])
-def test_below_the_table_of_a_search_stands_how_well_its_objective_ranked(guides, start) -> None:
-    entries = searched(guides)
-    found = results(entries, "mutual_information")
+def test_notes_of_a_searched_table_explain_how_well_its_objective_ranked_points(
+    guides, start
+) -> None:
+    finished = searched(guides)
+    found = results(finished, "mutual_information")
     *_, below = table(found, "md").split("\n\n")
     assert below.startswith(start)
     figures = str(found.rows[1].choice.pooled)  # type: ignore[union-attr]
@@ -368,9 +379,9 @@ def test_below_the_table_of_a_search_stands_how_well_its_objective_ranked(guides
     assert start in latex[latex.index("caption") : latex.index("tabular")]
 
 
-def test_json_of_a_search_says_which_point_stands_and_why() -> None:
-    entries = searched(guides=False)
-    host, kept = json.loads(table(results(entries, "mutual_information"), "json"))
+def test_json_of_a_search_contains_the_chosen_point_and_why() -> None:
+    finished = searched(guides=False)
+    host, kept = json.loads(table(results(finished, "mutual_information"), "json"))
     assert list(host) == [*ROW_KEYS, *ADDED_KEYS]
     assert list(kept) == [*ROW_KEYS, "point", "chosen_by", "rank_correlation", *ADDED_KEYS]
     assert (kept["point"], kept["chosen_by"]) == (0, "default")
@@ -384,33 +395,33 @@ def cells(markdown: str) -> list[list[str]]:
 
 
 def test_only_settings_that_vary_have_a_column() -> None:
-    entries = searched()
-    for entry in entries:
-        entry.settings["lora.rank"] = 8
-    header, _, host, best = cells(table(results(entries, "mutual_information"), "md"))
+    finished = searched()
+    for trial in finished:
+        trial.settings["lora.rank"] = 8
+    header, _, host, best = cells(table(results(finished, "mutual_information"), "md"))
     assert header[:3] == ["method", "images_per_class", "fusion_weight"]
     assert "lora.rank" not in header
     assert host[:3] == ["cpl", "", ""]
     assert best[:3] == ["air", "60", "0.3482"]
 
 
-def test_worlds_are_columns_where_they_differ_and_each_has_its_best() -> None:
-    entries = [
-        entry
+def test_parts_of_the_task_are_columns_if_they_differ_and_each_task_has_a_best_row() -> None:
+    finished = [
+        trial
         for dataset, better in (("digits", 0.0), ("flowers102", -0.2))
         for method in ("cpl", "air")
-        for entry in trials(method, dataset=dataset, better=better)
+        for trial in trials(method, dataset=dataset, better=better)
     ]
-    header, _, *lines = cells(table(results(entries), "md"))
+    header, _, *lines = cells(table(results(finished), "md"))
     assert header[:2] == ["dataset", "method"]
     assert "paradigm" not in header
     accuracy = header.index("accuracy")
     assert [line[accuracy].startswith("**") for line in lines] == [False, True, False, True]
 
 
-def test_csv_is_json_flat() -> None:
-    entries = searched()
-    found = results(entries, "mutual_information")
+def test_csv_has_the_numbers_of_json_in_flat_columns() -> None:
+    finished = searched()
+    found = results(finished, "mutual_information")
     lines = list(csv.DictReader(io.StringIO(table(found, "csv"))))
     assert list(lines[0]) == [
         *("dataset", "paradigm", "modality", "method"),
@@ -425,8 +436,8 @@ def test_csv_is_json_flat() -> None:
 
 
 def test_latex_is_escaped_and_the_best_is_bold() -> None:
-    entries = quickstart()
-    text = table(results(entries), "latex")
+    finished = quickstart()
+    text = table(results(finished), "latex")
     assert "zero\\_shot" in text
     body = text.partition("\\caption")[2].replace(" & ", " ")
     assert not re.search(r"(?<!\\)[_%&#]", body)
@@ -437,7 +448,7 @@ def test_latex_is_escaped_and_the_best_is_bold() -> None:
         assert rule in text
 
 
-def test_a_table_of_nothing_says_so() -> None:
+def test_an_empty_table_states_that_no_trial_is_finished() -> None:
     nothing = results([])
     assert table(nothing, "json") == "[]"
     assert table(nothing, "csv").startswith("dataset,paradigm,modality,method,metric")
@@ -449,7 +460,7 @@ def test_a_table_of_nothing_says_so() -> None:
 # ---------------------------------------------------------------- the screen
 
 FACTS = [
-    ("", "17 trials, 4 reused, 0 failed.  1 LoRA, 960 images drawn once, read by 9 trials"),
+    ("", "17 trials, 4 reused, 0 failed; 1 LoRA and 960 images, each made once, used by 9 trials"),
     (
         "look",
         "runs/sweeps/default/quickstart/sheet.png      airsweep ui  ->  http://127.0.0.1:5000",
@@ -472,7 +483,7 @@ def test_the_screen_fits_its_width(width: int, case: str) -> None:
     assert not any(line != line.rstrip() for line in text.splitlines())
 
 
-def test_the_screen_says_what_was_found() -> None:
+def test_the_screen_shows_rows_comparisons_and_notes() -> None:
     found = results(quickstart())
     text = summary("airsweep quickstart   1,797 real digits", found, FACTS)
     lines = [line.strip() for line in text.splitlines()]
@@ -493,6 +504,6 @@ def test_the_screen_says_what_was_found() -> None:
     assert parts[8][4] == "no"
     assert "p < 0.05, Holm-corrected over 5 comparisons" in text
     assert "Interval: 95 % bootstrap over images and seeds (1 split)" in text
-    first, second = text.splitlines()[-2:]  # a command as it was given
+    first, second = text.splitlines()[-2:]  # commands are not folded
     assert first.endswith("ray job submit --working-dir . -- \\")
     assert second.endswith("  python -m orchestrator run sweeps/paper.yaml")

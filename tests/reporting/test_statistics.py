@@ -1,4 +1,4 @@
-"""Intervals must cover what they claim: checked by simulation and against plain formulas."""
+"""Coverage of intervals and error rates of tests, by simulation and against plain formulas."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_the_interval_of_a_mean_covers_the_true_accuracy() -> None:
     assert 0.91 <= covered / 250 <= 0.985
 
 
-def test_one_run_has_the_width_of_the_binomial_and_no_standard_deviation() -> None:
+def test_the_interval_of_one_run_has_the_width_of_a_binomial_interval() -> None:
     run = one_run([1] * 350 + [0] * 150)
     interval = mean_interval(Runs((run,)))
     half = 1.96 * math.sqrt(0.7 * 0.3 / 500)
@@ -108,8 +108,8 @@ def test_one_run_has_the_width_of_the_binomial_and_no_standard_deviation() -> No
     assert interval.interval == "95 % bootstrap over images (1 split, 1 seed)"
 
 
-def test_a_paired_difference_has_the_width_of_mcnemar() -> None:
-    # 60 images only a gets right, 40 only b, of 500.
+def test_the_interval_of_a_paired_difference_has_the_width_of_mcnemars() -> None:
+    # Of 500 images 60 are right in a only and 40 in b only.
     a = one_run([1] * 60 + [0] * 40 + [1] * 400)
     b = one_run([0] * 60 + [1] * 40 + [1] * 400)
     interval = paired_difference(Runs((a,)), Runs((b,)))
@@ -132,7 +132,7 @@ def test_pairing_is_by_image_and_not_by_position() -> None:
     assert (interval.low, interval.mean, interval.high) == (0, 0, 0)
 
 
-def test_a_method_without_a_seed_is_compared_with_every_seed_of_its_split() -> None:
+def test_a_run_without_a_seed_pairs_with_every_seed_of_its_split() -> None:
     seeded = Runs(tuple(one_run([1, 1, seed % 2, 0], seed=seed) for seed in (1, 2, 3)))
     unseeded = Runs((one_run([1, 0, 0, 0], seed=None),))
     interval = paired_difference(seeded, unseeded)
@@ -152,7 +152,7 @@ def test_only_common_runs_are_compared() -> None:
 
 
 @pytest.mark.parametrize(
-    ("places", "method"),
+    ("split_seeds", "method"),
     [
         ([(0, 1), (0, 2), (0, 3)], "95 % bootstrap over images and seeds (1 split)"),
         ([(0, None)], "95 % bootstrap over images (1 split)"),
@@ -162,15 +162,15 @@ def test_only_common_runs_are_compared() -> None:
         ([(0, None), (1, None)], "95 % bootstrap over images and splits"),
     ],
 )
-def test_the_interval_says_what_it_covers(
-    places: list[tuple[int, int | None]], method: str
+def test_the_interval_describes_what_it_covers(
+    split_seeds: list[tuple[int, int | None]], method: str
 ) -> None:
-    runs = tuple(one_run([1, 0, 1], split=split, seed=seed) for split, seed in places)
+    runs = tuple(one_run([1, 0, 1], split=split, seed=seed) for split, seed in split_seeds)
     assert mean_interval(runs).interval == method
 
 
 def test_few_splits_that_disagree_give_a_wider_interval_than_images_alone() -> None:
-    # Splits on other images with 60, 70 and 80 % right: t with 2 degrees of freedom, 4.3 x 0.1/1.7.
+    # Splits with different images, 60, 70 and 80 % right: t with 2 dof, 4.3 x 0.1 / 1.7.
     runs = tuple(
         Run(
             split_seed=k,
@@ -184,7 +184,7 @@ def test_few_splits_that_disagree_give_a_wider_interval_than_images_alone() -> N
     assert interval.high - interval.low == pytest.approx(2 * 4.303 * 0.1 / math.sqrt(3), rel=0.05)
 
 
-def test_all_right_has_an_interval_without_width() -> None:
+def test_a_perfect_accuracy_has_an_interval_of_width_0() -> None:
     interval = mean_interval(Runs((one_run([1] * 50, seed=1), one_run([1] * 50, seed=2))))
     assert (interval.mean, interval.low, interval.high) == (1.0, 1.0, 1.0)
 
@@ -195,7 +195,7 @@ def test_the_same_runs_give_the_same_interval() -> None:
     assert paired_difference(a, b, seed=1) != paired_difference(a, b, seed=2)
 
 
-def test_that_many_images_find_the_gain_in_four_of_five_experiments() -> None:
+def test_images_needed_detect_the_difference_in_four_of_five_experiments() -> None:
     rng = np.random.default_rng(8)
     n = images_needed(0.05, 0.25)
     assert n is not None
@@ -208,7 +208,7 @@ def test_that_many_images_find_the_gain_in_four_of_five_experiments() -> None:
 # ---------------------------------------------------------------- p values and marks
 
 
-def test_p_is_below_5_percent_exactly_where_the_interval_leaves_zero_out() -> None:
+def test_p_is_below_5_percent_if_and_only_if_the_interval_excludes_zero() -> None:
     rng = np.random.default_rng(9)
     clear = 0
     for splits, seeds in ((1, 3), (1, 1), (5, 2)) * 20:
@@ -232,7 +232,7 @@ def test_p_of_one_pair_of_runs_is_that_of_mcnemar() -> None:
     assert turned.p == pytest.approx(found.p, rel=0.1)
 
 
-def test_holm_is_what_it_is_in_books() -> None:
+def test_holm_equals_a_plain_implementation() -> None:
     rng = np.random.default_rng(10)
     for size in (1, 2, 7):
         p = rng.random(size) ** 3
@@ -242,7 +242,7 @@ def test_holm_is_what_it_is_in_books() -> None:
     assert holm([]) == []
 
 
-def test_a_table_never_makes_a_difference_clearer() -> None:
+def test_correction_never_lowers_a_p_value() -> None:
     rng = np.random.default_rng(11)
     for _ in range(10):
         found = compared(simulated_table(rng, Scenario(taste=0.4, noise=0.4, seed=0.1), 6))
@@ -251,28 +251,28 @@ def test_a_table_never_makes_a_difference_clearer() -> None:
     assert corrected([]) == []
 
 
-def seeds_that_agree_by_luck(count: int) -> Runs:
-    """3 seeds with the same score, on other images each."""
+def agreeing_seeds(count: int) -> Runs:
+    """Seeds with the same score, each right on other images."""
     correct = np.arange(600) < 60
     runs = [np.roll(correct, 7 * seed) for seed in range(count)]
     return Runs(tuple(one_run(list(map(int, run)), seed=k) for k, run in enumerate(runs)))
 
 
-def test_seeds_that_agree_by_luck_borrow_the_spread_of_the_others() -> None:
+def test_seeds_that_agree_by_chance_get_the_mean_spread_of_the_table() -> None:
     nothing = Runs(tuple(one_run([0] * 600, seed=k) for k in range(3)))
-    lucky = paired_difference(seeds_that_agree_by_luck(3), nothing)
+    agreeing = paired_difference(agreeing_seeds(3), nothing)
     spread = Runs(
         tuple(one_run([1] * n + [0] * (600 - n), seed=k) for k, n in enumerate((0, 90, 180)))
     )
-    wild = paired_difference(spread, nothing)
-    assert lucky is not None
-    assert wild is not None
-    alone, together = corrected([lucky])[0], corrected([lucky, wild])[0]
+    varying = paired_difference(spread, nothing)
+    assert agreeing is not None
+    assert varying is not None
+    alone, together = corrected([agreeing])[0], corrected([agreeing, varying])[0]
     assert alone < 0.001 < together
 
 
 @pytest.mark.parametrize(
-    ("places", "words"),
+    ("split_seeds", "words"),
     [
         ([(0, 1), (0, 2), (0, 3)], ""),
         ([(0, None)], ""),
@@ -283,18 +283,18 @@ def test_seeds_that_agree_by_luck_borrow_the_spread_of_the_others() -> None:
         ([(k, 1) for k in range(4)], ""),
     ],
 )
-def test_too_few_splits_or_seeds_are_not_told_from_anything(places, words) -> None:
+def test_differences_over_too_few_splits_or_seeds_are_not_tested(split_seeds, words) -> None:
     runs = [
-        [one_run(right, split=split, seed=seed) for split, seed in places]
+        [one_run(right, split=split, seed=seed) for split, seed in split_seeds]
         for right in ([1] * 80 + [0] * 20, [0] * 80 + [1] * 20)
     ]
-    found = paired_difference(*(Runs(tuple(of)) for of in runs))
+    found = paired_difference(*(Runs(tuple(side)) for side in runs))
     assert found is not None
     assert found.reason_not_tested.startswith(words)
     assert bool(found.reason_not_tested) == bool(words)
 
 
-def test_too_few_images_that_differ_tell_nothing() -> None:
+def test_differences_on_too_few_images_are_not_tested() -> None:
     runs = [
         Runs(tuple(one_run([1] * n + [0] * (500 - n), seed=k) for k in range(3)))
         for n in (200, 190, 150)
@@ -302,7 +302,7 @@ def test_too_few_images_that_differ_tell_nothing() -> None:
     few, enough = paired_difference(*runs[:2]), paired_difference(runs[0], runs[2])
     assert few is not None
     assert enough is not None
-    assert few.reason_not_tested.startswith("they differ on 10 images")
+    assert few.reason_not_tested.startswith("the two methods differ on only 10 images")
     assert not enough.reason_not_tested
 
 
@@ -312,7 +312,7 @@ def test_a_null_difference_is_found_in_3_to_7_percent_and_a_null_table_marked_in
     found = counted(NULL[name], 500, methods=4)
     assert 0.03 <= found.single / 500 <= 0.07
     assert found.any_mark / 500 <= 0.07
-    assert found.any_single / 500 > 0.08  # uncorrected, four comparisons are too many
+    assert found.any_single / 500 > 0.08  # without correction
     assert found.inconsistent == 0
 
 
@@ -344,22 +344,22 @@ def scored(*accuracies: float, images: int = 500) -> Runs:
     [
         ((0.70, 0.69, 0.21), [2]),
         ((0.21, 0.70, 0.69, 0.71, 0.68), [0]),
-        ((0.95, 0.96, 0.94, 0.80), [3]),  # 15 points: few images in 20 are lost, but far below
+        ((0.95, 0.96, 0.94, 0.80), [3]),  # 15 points below the median
         ((0.70, 0.68, 0.66), []),
-        ((0.70, 0.60, 0.50), []),  # they spread, nobody is odd
-        ((0.70, 0.21), []),  # which one is odd?
-        ((0.70, 0.21, 0.20), []),  # most fell: these are the siblings
-        ((0.20, 0.21, 0.70), []),  # above is no collapse
+        ((0.70, 0.60, 0.50), []),  # a large spread without an outlier
+        ((0.70, 0.21), []),  # two runs are too few
+        ((0.70, 0.21, 0.20), []),  # most runs are low
+        ((0.20, 0.21, 0.70), []),  # an outlier above is no collapse
         ((0.5,), []),
     ],
 )
-def test_a_run_far_below_its_siblings_has_collapsed(accuracies, fallen) -> None:
+def test_a_run_far_below_the_others_has_collapsed(accuracies, fallen) -> None:
     assert [one.seed for one in collapsed(scored(*accuracies))] == fallen
 
 
-def test_where_accuracies_are_low_a_quarter_of_them_is_far() -> None:
+def test_low_accuracies_collapse_by_a_quarter_of_the_median() -> None:
     assert [c.seed for c in collapsed(scored(0.17, 0.175, 0.11, images=3000))] == [2]
-    assert collapsed(scored(0.17, 0.175, 0.11, images=100)) == []  # images alone may do that
+    assert collapsed(scored(0.17, 0.175, 0.11, images=100)) == []  # within image noise
 
 
 def test_ordinary_seeds_do_not_collapse() -> None:

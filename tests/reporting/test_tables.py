@@ -1,4 +1,4 @@
-"""Tables with keys down and across, and that their LaTeX compiles."""
+"""Tables with keys down and across, and LaTeX that compiles."""
 
 from __future__ import annotations
 
@@ -15,52 +15,54 @@ import pytest
 from pandas import DataFrame
 
 from orchestrator.reporting._layouts import Layout, escaped, latex
-from orchestrator.reporting.rows import Entry
+from orchestrator.reporting.rows import FinishedTrial
 from orchestrator.reporting.tables import pivot, table
 from orchestrator.reporting.tables import pivot_text as text
 from tests.helpers.outcomes import by_method, command, recorded
 from tests.reporting.test_rows import cells, quickstart, results, trials
 
 
-def worlds() -> list[Entry]:
-    """Two datasets; AiR gains on the first only."""
+def two_tasks() -> list[FinishedTrial]:
+    """Two datasets; AiR improves on its host on the first only."""
     return [
-        entry
+        trial
         for dataset, better in (("digits", 0.0), ("flowers102", -0.1))
         for method in ("zero_shot", "cpl", "air")
-        for entry in trials(method, dataset=dataset, better=better if method == "air" else 0.0)
+        for trial in trials(method, dataset=dataset, better=better if method == "air" else 0.0)
     ]
 
 
-def counts() -> list[Entry]:
-    """A host, and AiR at three counts of images."""
+def counts() -> list[FinishedTrial]:
+    """A host, and AiR with three values of images_per_class."""
     return trials("cpl") + [
-        entry
+        trial
         for images, better in ((10, -0.03), (40, 0.02), (120, 0.1))
-        for entry in trials(
+        for trial in trials(
             "air", settings={"images_per_class": images}, cell=f"air-{images}", better=better
         )
     ]
 
 
-def arranged(entries: list[Entry], **how: Any):
-    return pivot(results(entries), **how)
+def arranged(finished: list[FinishedTrial], **how: Any):
+    return pivot(results(finished), **how)
 
 
-def test_methods_stand_down_and_datasets_across() -> None:
-    header, _, *lines = cells(text(arranged(worlds(), down=["method"], across=["dataset"]), "md"))
+def test_methods_are_lines_and_datasets_are_columns() -> None:
+    header, _, *lines = cells(
+        text(arranged(two_tasks(), down=["method"], across=["dataset"]), "md")
+    )
     assert header == ["method", "digits", "flowers102"]
     assert [line[0] for line in lines] == ["zero_shot", "cpl", "air"]
-    by_place = {(row.method, row.dataset): row for row in results(worlds()).rows}
+    by_cell = {(row.method, row.dataset): row for row in results(two_tasks()).rows}
     for line in lines:
         for column, cell in zip(header[1:], line[1:], strict=True):
-            row = by_place[line[0], column]
+            row = by_cell[line[0], column]
             assert f"{100 * row.mean:.1f}" in cell
             assert row.std is None or f"± {100 * row.std:.1f}" in cell
 
 
-def test_each_column_has_its_best_in_bold_and_differences_their_marks() -> None:
-    _, _, zero_shot, cpl, air = cells(text(arranged(worlds()), "md"))
+def test_the_best_cell_of_a_column_is_bold_and_significant_cells_have_marks() -> None:
+    _, _, zero_shot, cpl, air = cells(text(arranged(two_tasks()), "md"))
     assert [c.startswith("**") for c in air] == [False, True, False]
     assert [c.startswith("**") for c in cpl] == [False, False, True]
     assert re.fullmatch(r"\*\*68\.0 ± 0\.6†\*\*", air[1])
@@ -68,27 +70,27 @@ def test_each_column_has_its_best_in_bold_and_differences_their_marks() -> None:
     assert not any("†" in c for c in zero_shot)
 
 
-def test_a_setting_that_varies_can_stand_across() -> None:
+def test_a_varied_setting_can_be_across() -> None:
     found = arranged(counts(), down=["method"], across=["images_per_class"])
     header, _, cpl, air = cells(text(found, "md"))
     assert header == ["method", *(f"images_per_class {n}" for n in ("–", 10, 40, 120))]  # noqa: RUF001
     assert cpl[2:] == ["", "", ""]
     assert air[1] == ""
-    assert "**" not in cpl[1]  # nothing to be better than
+    assert "**" not in cpl[1]  # the only cell of its column
     tex = text(found, "latex")
     assert "\\multicolumn{4}{c}{images\\_per\\_class} \\\\" in tex
 
 
-def test_two_keys_across_have_two_lines_of_heads() -> None:
-    entries = [
-        entry
+def test_two_keys_across_have_two_header_lines() -> None:
+    finished = [
+        trial
         for length in (4, 16)
         for dataset in ("digits", "flowers102")
-        for entry in trials(
+        for trial in trials(
             "cpl", dataset=dataset, settings={"prompt.length": length}, cell=f"{dataset}-{length}"
         )
     ]
-    found = arranged(entries, across=["dataset", "prompt.length"])
+    found = arranged(finished, across=["dataset", "prompt.length"])
     assert cells(text(found, "md"))[0] == [
         *("method", "digits 4", "digits 16", "flowers102 4", "flowers102 16")
     ]
@@ -100,43 +102,50 @@ def test_two_keys_across_have_two_lines_of_heads() -> None:
     [
         ({"down": ["metod"]}, "--rows metod: the sweep varies no such key; allowed: dataset, "),
         ({"down": ["metod"]}, "did you mean method?"),
-        ({"across": []}, "--cols names nothing; allowed: dataset,"),
-        ({"down": ["method"], "across": ["method"]}, "both have method"),
-        ({"down": ["method", "method"]}, "--rows has method twice"),
+        ({"across": []}, "--cols is empty; allowed: dataset,"),
+        ({"down": ["method"], "across": ["method"]}, "both contain method"),
+        ({"down": ["method", "method"]}, "--rows contains method twice"),
         (
             {"down": ["method"], "across": ["dataset"]},
-            "3 settings share the cell of air, digits: they differ in images_per_class; add that",
+            "3 rows share the cell of air, digits: they differ in images_per_class; add it",
         ),
         (
             {"metric": "fusd"},
-            "--metric fusd: no trial of this sweep has it; there: accuracy, fused",
+            "--metric fusd: no trial of this sweep has it; available: accuracy, fused",
         ),
         ({"metric": "unseen"}, "no trial of this sweep has it"),
     ],
 )
-def test_what_cannot_be_arranged_is_one_sentence(how: dict[str, Any], words: str) -> None:
+def test_an_impossible_arrangement_is_an_error(how: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=re.escape(words)):
         arranged(counts(), **how)
 
 
-def test_another_metric_has_no_marks_and_says_so() -> None:
+def test_metrics_other_than_accuracy_have_no_marks() -> None:
     found = arranged(quickstart(), metric="fused")
     _, _, *lines = cells(text(found, "md"))
-    assert [line[0] for line in lines] == ["air", "cpl_real"]  # others have no auxiliary
+    assert [line[0] for line in lines] == [
+        "air",
+        "cpl_real",
+    ]  # the others have no auxiliary classifier
     assert lines[0][1].startswith("**76.0 ± ")
     assert "†" not in text(found, "md")
     assert "No difference is tested" in " ".join(found.caption)
-    assert "text and auxiliary classifier together" in found.caption[0]
+    assert "text and auxiliary classifier combined" in found.caption[0]
     other = arranged(quickstart(), metric="test/accuracy_fused")
     assert other.cells["mean"].tolist() == found.cells["mean"].tolist()
 
 
-def test_json_has_every_number_and_csv_a_column_each() -> None:
-    found = arranged(worlds())
-    told = json.loads(text(found, "json"))
-    assert (told["rows"], told["cols"], told["metric"]) == (["method"], ["dataset"], "accuracy")
-    assert len(told["cells"]) == 6
-    air = told["cells"][-1]
+def test_json_and_csv_of_a_pivot_have_all_numbers() -> None:
+    found = arranged(two_tasks())
+    content = json.loads(text(found, "json"))
+    assert (content["rows"], content["cols"], content["metric"]) == (
+        ["method"],
+        ["dataset"],
+        "accuracy",
+    )
+    assert len(content["cells"]) == 6
+    air = content["cells"][-1]
     assert (air["method"], air["dataset"], air["told_from"]) == ("air", "flowers102", ["host-"])
     assert air["low"] <= air["mean"] <= air["high"]
     lines = list(csv.DictReader(io.StringIO(text(found, "csv"))))
@@ -149,13 +158,13 @@ def test_json_has_every_number_and_csv_a_column_each() -> None:
     assert lines[0]["digits std"] == ""  # one run
 
 
-def test_a_name_with_control_characters_is_escaped_in_csv() -> None:
-    entries = trials("cpl", dataset="folder:/a\x1b[2J\nb", settings={"lora.caption": "=1+1"})
-    assert ",'=1+1," in table(results(entries), "csv")
+def test_control_characters_and_formulas_are_escaped_in_csv() -> None:
+    finished = trials("cpl", dataset="folder:/a\x1b[2J\nb", settings={"lora.caption": "=1+1"})
+    assert ",'=1+1," in table(results(finished), "csv")
     for down, across in (("dataset", "method"), ("method", "dataset")):
-        said = text(arranged(entries, down=[down], across=[across]), "csv")
-        assert r"folder:/a\u001b[2J\u000ab" in said
-        assert "\x1b" not in said
+        csv_text = text(arranged(finished, down=[down], across=[across]), "csv")
+        assert r"folder:/a\u001b[2J\u000ab" in csv_text
+        assert "\x1b" not in csv_text
 
 
 # ---------------------------------------------------------------- LaTeX
@@ -163,7 +172,7 @@ def test_a_name_with_control_characters_is_escaped_in_csv() -> None:
 NASTY = r"""50% of #1 & $2_3^4 {a} ~ \n <b> "q" |x| [y] *z* a--b -3 naïve ŁĘ 花 → × − – ± 1e-3"""  # noqa: RUF001
 
 
-def test_no_letter_of_a_name_is_read_as_latex() -> None:
+def test_latex_commands_in_a_name_are_escaped() -> None:
     found = escaped(NASTY)
     bare = re.sub(r"\$[^$]*\$|\\[a-z]+\{\}|\{[\[\]*]?\}|\\.", "", found)
     assert not re.search(r"[%#&$_^{}~\\\[\]*]", bare)
@@ -175,10 +184,10 @@ def test_no_letter_of_a_name_is_read_as_latex() -> None:
 
 def layout_of(lines: list[list[str]]) -> Layout:
     frame = DataFrame(lines, columns=["a", "b"])
-    return Layout(frame=frame, bold=frozenset({(0, 1)}), caption=["Said."])
+    return Layout(frame=frame, bold=frozenset({(0, 1)}), caption=["Caption."])
 
 
-def test_a_wide_table_is_shrunk_to_the_page() -> None:
+def test_a_wide_table_is_scaled_to_the_page() -> None:
     assert "resizebox" not in latex(layout_of([["short", "1"]]))
     wide = latex(layout_of([["x" * 80, "y" * 30]]))
     assert "\\resizebox{\\textwidth}{!}" in wide
@@ -205,7 +214,7 @@ def test_the_latex_of_every_kind_of_table_compiles(tmp_path: Path) -> None:
     nasty += trials("cpl", settings={"lora.caption": "[y] first in its row"}, cell="b")
     tables = [
         table(results(quickstart()), "latex"),
-        text(arranged(worlds()), "latex"),
+        text(arranged(two_tasks()), "latex"),
         text(arranged(counts(), down=["method"], across=["images_per_class"]), "latex"),
         text(arranged(quickstart(), metric="pseudo-labels"), "latex"),
         table(results(nasty), "latex"),
@@ -213,17 +222,17 @@ def test_the_latex_of_every_kind_of_table_compiles(tmp_path: Path) -> None:
     ]
     (tmp_path / "tables.tex").write_text(document(*tables), encoding="utf-8")
     flags = [] if "tectonic" in engine else ["-interaction=nonstopmode", "-halt-on-error"]
-    made = subprocess.run(
+    done = subprocess.run(
         [engine, *flags, "tables.tex"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
         errors="replace",
     )
-    assert made.returncode == 0, made.stdout[-2000:]
+    assert done.returncode == 0, done.stdout[-2000:]
     assert (tmp_path / "tables.pdf").stat().st_size > 10_000
-    overfull = re.findall(r"Overfull \\hbox \((\d+)\.", made.stdout)
-    assert all(int(points) < 20 for points in overfull), made.stdout[-2000:]
+    overfull = re.findall(r"Overfull \\hbox \((\d+)\.", done.stdout)
+    assert all(int(points) < 20 for points in overfull), done.stdout[-2000:]
 
 
 # ---------------------------------------------------------------- the command
@@ -236,23 +245,23 @@ seeds: [1, 2, 3]
 ACCURACIES = {"zero_shot": 0.5, "fpl": 0.62, "cpl": 0.7}
 
 
-def test_the_command_arranges_a_recorded_sweep(tmp_path, monkeypatch, capsys) -> None:
+def test_the_command_table_arranges_a_recorded_sweep(tmp_path, monkeypatch, capsys) -> None:
     recorded(tmp_path, "small", SWEEP, by_method(ACCURACIES))
 
-    def said(*words: str) -> tuple[int, str, str]:
+    def airsweep_table(*words: str) -> tuple[int, str, str]:
         return command(monkeypatch, capsys, "table", "small", "--store", str(tmp_path), *words)
 
-    code, out, _ = said("--rows", "method", "--cols", "dataset", "--format", "md")
+    code, out, _ = airsweep_table("--rows", "method", "--cols", "dataset", "--format", "md")
     assert code == 0
     header, _, *lines = cells(out)
     assert (header, [line[0] for line in lines]) == (["method", "digits"], list(ACCURACIES))
     assert re.fullmatch(r"\*\*6\d\.\d ± \d\.\d†\*\*", lines[2][1])
-    code, out, err = said("--rows", "nothing")
+    code, out, err = airsweep_table("--rows", "nothing")
     assert (code, out) == (2, "")
     assert err.count("\n") == 1
-    code, out, err = said("--metric", "nothing")
+    code, out, err = airsweep_table("--metric", "nothing")
     assert (code, out) == (2, "")
-    assert "there: accuracy, pseudo-labels" in err
-    code, out, err = said()
+    assert "available: accuracy, pseudo-labels" in err
+    code, out, err = airsweep_table()
     assert code == 0
     assert "zero_shot†" in out

@@ -12,7 +12,7 @@ import torch
 
 from air_core.datasets import get_dataset
 from orchestrator.planning.plan import plan_sweep
-from orchestrator.reporting.results import entries_of
+from orchestrator.reporting.results import finished_trials
 from orchestrator.reporting.rows import rows
 from orchestrator.spec import SweepSpec
 from orchestrator.spec.sweep import Seeds
@@ -93,7 +93,7 @@ def test_a_table_names_both_and_compares_within_each(store, resolver, drawn, tmp
     assert [requirement.have(store) for requirement in plan.requirements] == [1, 1]
     for slot in plan.slots:
         run_trial(slot.spec, store)
-    found = rows(entries_of(plan, store), None)
+    found = rows(finished_trials(plan, store), None)
     assert [(row.dataset, row.method) for row in found] == [
         ("digits", "zero_shot"),
         ("digits", "fpl"),

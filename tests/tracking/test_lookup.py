@@ -23,7 +23,7 @@ from orchestrator.errors import FAILED, TERMINATED, SweepBusy, TrackerAway
 from orchestrator.keys import ArtifactKey
 from orchestrator.planning import Outcome, plan_of, requirements_of, resolver_of
 from orchestrator.planning.plan import plan_sweep
-from orchestrator.reporting.results import entries_of
+from orchestrator.reporting.results import finished_trials
 from orchestrator.reporting.rows import rows
 from orchestrator.spec import SweepSpec, load_sweep
 from orchestrator.stages.build import PARTS
@@ -167,7 +167,7 @@ def point_of(uri: str, method: str) -> Any:
 
 def test_settings_are_told_with_the_numbers_of_the_table(ended, sweep, told):
     plan = plan_of(sweep, ended)
-    expected = {row.method: row for row in rows(entries_of(plan, ended.store), None)}
+    expected = {row.method: row for row in rows(finished_trials(plan, ended.store), None)}
     for method, row in expected.items():
         metrics, tags = point_of(told, method).data.metrics, point_of(told, method).data.tags
         assert metrics["test/accuracy"] == row.mean
