@@ -1,6 +1,6 @@
-"""What `import airsweep` finds: installed beside the packages, it passes on `orchestrator.api`.
+"""The module `airsweep`: re-exports `orchestrator.api`.
 
-A copy lies in site-packages, so it names no function: what the door has, this has.
+Installation copies this file to site-packages, so it re-exports every name instead of listing them.
 """
 
 from orchestrator.api import *  # noqa: F403

@@ -1,4 +1,4 @@
-"""Environment variables: set for a moment, and those by which Ray tells a driver where it is."""
+"""Environment variables: temporary changes, and the variables that Ray sets for a driver."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 @contextmanager
 def environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Set in this process for a moment, and in processes that are started meanwhile for good."""
+    """Set variables during the context; processes started within it inherit them permanently."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -27,17 +27,17 @@ def environment(values: Mapping[str, str]) -> Iterator[None]:
 
 
 def joins_a_cluster() -> bool:
-    """Will Ray be joined, rather than started here? Also by a process that is in one already."""
+    """Whether a run uses an existing Ray cluster instead of starting a local one."""
     ray = sys.modules.get("ray")
     return bool(os.environ.get("RAY_ADDRESS")) or (ray is not None and ray.is_initialized())
 
 
 def in_ray_job() -> bool:
-    """Was this process started by `ray job submit`?"""
+    """Whether `ray job submit` started this process."""
     return bool(os.environ.get(RAY_JOB))
 
 
 def of_ray_job() -> set[str]:
-    """Variables that the job gives to its workers, if this is one: Ray takes none twice."""
+    """Variables that this Ray job sets for its workers; Ray refuses to set them again."""
     job = json.loads(os.environ.get(RAY_JOB) or "{}")
     return set((job.get("runtime_env") or {}).get("env_vars") or ())

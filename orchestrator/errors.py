@@ -1,4 +1,4 @@
-"""Exceptions that more than one package raises or handles, and the exit codes of commands."""
+"""Exceptions that several packages raise or handle, and the exit codes of commands."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ INTERRUPTED, TERMINATED = 130, 143
 
 
 class Refused(RuntimeError):
-    """A run cannot start; nothing was started. Exit code 3."""
+    """A run cannot start, and nothing was started. Exit code 3."""
 
 
 class OutOfTime(TimeoutError):
@@ -18,51 +18,51 @@ class OutOfTime(TimeoutError):
 
 
 class MissingArtifact(LookupError):
-    """The store lacks an artifact that should have been prepared."""
+    """An artifact that a trial needs is missing in the store."""
 
 
 class DamagedArtifact(ValueError):
-    """A stored file is not what was written.
+    """The content of a stored file has changed since it was written.
 
     Args:
-        path: the artifact's folder or the shard, which has to be made again.
-        why: which file is damaged, and how.
-        name: the artifact's name in a bucket; default: the path.
+        path: the folder of the artifact or the shard file, which must be computed again.
+        why: the damaged file and the kind of damage.
+        name: name of the artifact in a bucket; default: the path.
     """
 
     def __init__(self, path: Path, why: str, name: str = "") -> None:
-        super().__init__(path, why, name)  # all arguments, so that it can be pickled
+        super().__init__(path, why, name)  # pickle needs all arguments
         self.path, self.why, self.name = path, why, name or str(path)
 
     def __str__(self) -> str:
         return (
-            f"{self.name} is damaged: {self.why}; run the sweep again to make it anew, or remove it"
+            f"{self.name} is damaged: {self.why}; run the sweep again to recompute it, or remove it"
         )
 
 
 class StoreFull(RuntimeError):
-    """The disk of the store is full. Everything in the store is complete; running again resumes."""
+    """The disk of the store is full. All stored files are complete; the next run resumes."""
 
 
 class StoreRefused(RuntimeError):
-    """The store cannot be used: another version made it, or a process locks it."""
+    """The store cannot be used: another version wrote it, or another process has locked it."""
 
 
 class StoreLost(RuntimeError):
-    """The bucket or the studies stopped answering, or another driver took over the sweep."""
+    """The bucket or the study database became unreachable, or another driver took over."""
 
 
 class RemoteAway(OSError):
-    """The bucket cannot be used: it does not answer, does not exist, or refuses access."""
+    """The bucket cannot be used: it is unreachable, does not exist or denies access."""
 
 
 class SweepBusy(RuntimeError):
-    """Another driver runs this sweep."""
+    """Another driver is running this sweep."""
 
 
 class StudiesAway(RuntimeError):
-    """The database of a search does not answer. Exit code 3 if nothing was started."""
+    """The study database is unreachable. Exit code 3 if nothing was started."""
 
 
 class TrackerAway(RuntimeError):
-    """MLflow does not answer, or fails. Exit code 3 if nothing was started."""
+    """MLflow is unreachable or fails. Exit code 3 if nothing was started."""

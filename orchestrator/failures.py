@@ -1,6 +1,6 @@
-"""Failures told apart: what each class means, how often it is tried again, and how.
+"""Failure classes: how an exception is classified, and how often each class is retried.
 
-Knows no Ray: what a cluster says of a death arrives as text.
+This module does not import Ray: the reason of a process death arrives as text.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ from orchestrator.redact import redacted
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a trial or an artifact has no record. Its message goes to ledger, tracker and screen, so
-    secrets that the process knows in which it is made are taken out."""
+    """The failure of a trial or an artifact.
+
+    The message is shown in the event log, the tracker and the terminal, so secrets in the
+    environment of the process that creates the failure are removed from it.
+    """
 
     failure_class: str
     message: str
@@ -25,54 +28,56 @@ class Failure:
 
 @dataclass(frozen=True)
 class FailureClass:
-    """What is done about failures of one kind, within a run. The next run tries all again."""
+    """How failures of a class are handled within a run. The next run retries all of them."""
 
     retries: int
-    remedy: str  # what the retry does differently, or what a person can do
-    stops_after: int = 0  # so many equal ones, and the sweep stops; 0: it goes on
+    remedy: str  # what the retry changes, or what the user can do
+    stops_after: int = 0  # number of equal failures that stop the sweep; 0: it continues
 
 
-EQUAL_ERRORS = 3  # of the user: the fourth would say the same
+EQUAL_ERRORS = 3  # equal failures of class `user` after which further trials would fail as well
 
 CLASSES: dict[str, FailureClass] = {
-    "oom": FailureClass(2, "tried again with half as many images at a time"),
-    "nan": FailureClass(1, "tried again in fp32, where it was in less"),
-    "preempted": FailureClass(1000, "run again on another machine; costs nothing"),
-    "timeout": FailureClass(1, "tried again; raise resources.trial.timeout if it needs longer"),
-    "infra": FailureClass(2, "tried again; see Ray's logs"),
-    "data": FailureClass(0, "an input is missing or cannot be read: `airsweep prepare SPEC`"),
-    # The next thing would find no room either, and could cost GPU-hours before it says so.
-    "disk": FailureClass(0, "make room where the store lies and run again", stops_after=1),
-    "user": FailureClass(0, "mend what the message says and run again", EQUAL_ERRORS),
+    "oom": FailureClass(2, "retried with half the batch size"),
+    "nan": FailureClass(1, "retried in fp32 if the precision was lower"),
+    "preempted": FailureClass(1000, "retried on another node, without using up a retry"),
+    "timeout": FailureClass(
+        1, "retried; increase resources.trial.timeout if a trial needs more time"
+    ),
+    "infra": FailureClass(2, "retried; see Ray's logs"),
+    "data": FailureClass(0, "an input is missing or unreadable; run `airsweep prepare SPEC`"),
+    # Other trials would fail as well, possibly after GPU-hours of work.
+    "disk": FailureClass(0, "free disk space for the store and run again", stops_after=1),
+    "user": FailureClass(0, "fix the error in the message and run again", EQUAL_ERRORS),
 }
 
 
-# The first that fits names the class; anything else is the user's.
+# Failure classes by exception type: the first match counts; all other exceptions are of class user.
 KINDS: tuple[tuple[type[BaseException], str], ...] = (
     (MissingArtifact, "data"),
     (DamagedArtifact, "data"),
     (StoreFull, "disk"),
-    (OutOfTime, "timeout"),  # which is an OSError too
+    (OutOfTime, "timeout"),  # before OSError, its base class
     (FloatingPointError, "nan"),
     (MemoryError, "oom"),
     (OSError, "infra"),
 )
-# Said by the kernel and by sqlite, whoever passes it on: safetensors has no OSError.
-NO_ROOM = (
+# Messages of the kernel and of sqlite; safetensors raises them without an OSError.
+DISK_FULL = (
     ("no space left on device", "disk"),
     ("disk quota exceeded", "disk"),
     ("database or disk is full", "disk"),
 )
-# In exceptions of no special kind: torch of a GPU and of a CPU, and our own.
-WORDS = (
-    *NO_ROOM,
+# Messages of exceptions without a type of their own, from torch and from airsweep.
+MESSAGES = (
+    *DISK_FULL,
     ("out of memory", "oom"),
     ("can't allocate memory", "oom"),
     ("killed its process", "infra"),
 )
-# What a dead process leaves is text. Words of Ray, of torch and of the kernel.
-SAID = (
-    *NO_ROOM,
+# Messages about a dead process, from Ray, torch and the kernel.
+DEATH_MESSAGES = (
+    *DISK_FULL,
     ("out of memory", "oom"),
     ("outofmemory", "oom"),
     ("memory monitor", "oom"),
@@ -83,10 +88,10 @@ SAID = (
 
 
 def first_line(problem: BaseException) -> str:
-    """What an exception says, for a sentence; of one that Ray passes on, what it began with.
+    """The first line of an exception's message; of its cause if Ray has wrapped it.
 
-    >>> first_line(OSError("no room\\n  at /x"))
-    'no room'
+    >>> first_line(OSError("disk full\\n  at /x"))
+    'disk full'
     """
     return f"{getattr(problem, 'cause', None) or problem}".strip().partition("\n")[0]
 
@@ -98,13 +103,13 @@ def classify(problem: BaseException) -> str:
     ('nan', 'user')
     """
     text = str(problem).lower()
-    said = (name for words, name in WORDS if words in text)
-    kinds = (name for kind, name in KINDS if isinstance(problem, kind))
-    return next(said, None) or next(kinds, "user")
+    by_message = (name for message, name in MESSAGES if message in text)
+    by_type = (name for kind, name in KINDS if isinstance(problem, kind))
+    return next(by_message, None) or next(by_type, "user")
 
 
 def no_room(problem: BaseException) -> bool:
-    """Did it begin with a full disk?
+    """Whether the exception or one of its causes is a full disk.
 
     >>> no_room(OSError(28, "No space left on device")), no_room(OSError(2, "not there"))
     (True, False)
@@ -116,10 +121,10 @@ def no_room(problem: BaseException) -> bool:
 
 
 def of_death(text: str) -> str:
-    """The class of a process that ended without a word of its own, from what Ray says of it.
+    """The class of a process death, from Ray's message about it.
 
     >>> of_death("ray.exceptions.OutOfMemoryError: Task was killed"), of_death("exit code 1")
     ('oom', 'infra')
     """
-    said = text.lower()
-    return next((name for words, name in SAID if words in said), "infra")
+    text = text.lower()
+    return next((name for message, name in DEATH_MESSAGES if message in text), "infra")

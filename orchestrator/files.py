@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all; digests; locks of files."""
+"""Atomic file writes, digests of files, and file locks."""
 
 from __future__ import annotations
 
@@ -17,19 +17,21 @@ from typing import Any, BinaryIO
 
 Stamp = tuple[int, int, int]  # size, modification time in ns, inode
 
-ROOT = Path(__file__).resolve().parents[1]  # holds air_core and orchestrator
+ROOT = Path(__file__).resolve().parents[1]  # the folder of air_core and orchestrator
 SHIPPED = ROOT / "orchestrator" / "shipped"  # sweeps/ and cluster/ of an installed package
 
 
 def file_stamp(path: Path) -> Stamp:
-    """What changes when the content of a file does."""
+    """Size, modification time and inode, which change when a file is rewritten."""
     stat = path.stat()
     return stat.st_size, stat.st_mtime_ns, stat.st_ino
 
 
 def sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk. Some file systems cannot sync folders;
-    they keep names in order themselves."""
+    """Flush a file, or the entries of a folder, to the disk.
+
+    Some file systems cannot sync folders; they keep entries in order themselves.
+    """
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -41,17 +43,17 @@ def sync(path: Path) -> None:
 
 
 def make_folders(path: Path) -> None:
-    """Create a folder and its parents where they are missing, and bring their names to the disk."""
-    missing = [one for one in (path, *path.parents) if not one.exists()]
+    """Create a folder and its missing parents, and flush their entries to the disk."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
-    for one in missing:
-        sync(one.parent)
+    for folder in missing:
+        sync(folder.parent)
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file so that it is there whole or not at all, also after a power cut."""
+    """Write a file atomically and durably: after a power loss it is complete or absent."""
     data = content.encode() if isinstance(content, str) else content
-    with _beside(path) as temporary, open(temporary, "wb") as handle:
+    with _temporary_for(path) as temporary, open(temporary, "wb") as handle:
         handle.write(data)
         handle.flush()
         os.fsync(handle.fileno())
@@ -59,10 +61,10 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 def write_new(path: Path, content: str) -> None:
-    """The same, but never in the place of a file that is there.
+    """Write a new file atomically and durably.
 
     Raises:
-        FileExistsError: one is.
+        FileExistsError: the file exists.
     """
     temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
     try:
@@ -70,79 +72,80 @@ def write_new(path: Path, content: str) -> None:
             handle.write(content)
             handle.flush()
             os.fsync(handle.fileno())
-        _linked(temporary, path)
+        _link(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _linked(temporary: Path, path: Path) -> None:
+def _link(temporary: Path, path: Path) -> None:
     try:
         os.link(temporary, path)
     except FileExistsError:
         raise
-    except OSError:  # some file systems have no second name for a file
+    except OSError:  # some file systems have no hard links
         if path.exists():
             raise FileExistsError(path) from None
         os.rename(temporary, path)
 
 
 def file_digest(path: Path) -> str:
-    """blake2b of a file's content."""
+    """The blake2b digest of a file's content."""
     with open(path, "rb") as handle:
         return content_digest(handle)
 
 
 def write_beside(path: Path, data: bytes) -> None:
-    """Written whole or not at all; not synced, since the bucket has it."""
+    """Write a file atomically, without a sync: the bucket has a durable copy."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _beside(path) as temporary:
+    with _temporary_for(path) as temporary:
         temporary.write_bytes(data)
 
 
 @contextmanager
-def _beside(path: Path) -> Iterator[Path]:
-    """A name to write under; what is written there takes the path's place."""
+def _temporary_for(path: Path) -> Iterator[Path]:
+    """A temporary path in the same folder; afterwards its file replaces `path`."""
     temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
     try:
         yield temporary
         os.replace(temporary, path)
-    except OSError:  # on a full disk half a file takes the room that others need
+    except OSError:  # on a full disk, an incomplete file would occupy space
         temporary.unlink(missing_ok=True)
         raise
 
 
 def content_digest(handle: BinaryIO) -> str:
-    """blake2b of what can be read from here on."""
+    """The blake2b digest of the rest of an open file."""
     return hashlib.file_digest(
         handle,  # type: ignore[arg-type]
         lambda: hashlib.blake2b(digest_size=20),
     ).hexdigest()
 
 
-def barred(place: Path) -> str:
-    """A sentence for who may not read or write there: whose it is, and what to do."""
-    there = next(one for one in (place, *place.parents) if os.path.exists(one))
-    status = there.stat()
-    me = _named(pwd.getpwuid, os.geteuid())
-    owner, group = _named(pwd.getpwuid, status.st_uid), _named(grp.getgrgid, status.st_gid)
-    verb = "write" if os.access(there, os.R_OK, effective_ids=True) else "read"
-    which = ", which" if there == place else f": {there}"
+def barred(path: Path) -> str:
+    """The message for a PermissionError: owner, group, mode, and how to get access."""
+    existing = next(entry for entry in (path, *path.parents) if os.path.exists(entry))
+    status = existing.stat()
+    user = _account_name(pwd.getpwuid, os.geteuid())
+    owner = _account_name(pwd.getpwuid, status.st_uid)
+    group = _account_name(grp.getgrgid, status.st_gid)
+    verb = "write" if os.access(existing, os.R_OK, effective_ids=True) else "read"
+    relation = ", which" if existing == path else f": {existing}"
     return (
-        f"{me} may not {verb} {place}{which} belongs to {owner}, group {group}, "
-        f"{stat.filemode(status.st_mode)}; ask for the right (docs/storage.md says how several "
-        "share a store), or take another place"
+        f"{user} may not {verb} {path}{relation} belongs to {owner}, group {group}, "
+        f"{stat.filemode(status.st_mode)}; change the permissions (docs/storage.md explains shared "
+        "stores) or choose another folder"
     )
 
 
-def _named(look: Callable[[int], Sequence[Any]], number: int) -> str:
+def _account_name(entry_of: Callable[[int], Sequence[Any]], number: int) -> str:
     try:
-        return str(look(number)[0])
-    except KeyError:  # as in containers
+        return str(entry_of(number)[0])
+    except KeyError:  # containers often have no entry for their user
         return str(number)
 
 
 def is_flocked(file: Path) -> bool:
-    """Does a process hold this lock? Asked without the right to write."""
+    """Whether a process holds this lock; needs no write permission."""
     try:
         handle = os.open(file, os.O_RDONLY)
     except FileNotFoundError:
@@ -157,13 +160,14 @@ def is_flocked(file: Path) -> bool:
 
 
 def lock_mode(folder: Path) -> int:
-    """Permissions of a lock file: those users may write it who may write its folder."""
+    """The mode of a lock file: the users who can write to its folder can write to it."""
     return 0o666 & stat.S_IMODE(folder.stat().st_mode)
 
 
 @contextmanager
 def flocked(file: Path, how: int) -> Iterator[None]:
-    # flock itself: where it is missing, filelock turns to files that outlive their process.
+    # The filelock package is not used: without flock it falls back to lock files that outlive their
+    # process.
     file.parent.mkdir(parents=True, exist_ok=True)
     mode = lock_mode(file.parent)
     try:
@@ -171,10 +175,10 @@ def flocked(file: Path, how: int) -> Iterator[None]:
     except PermissionError:
         if not file.exists():
             raise
-        handle = os.open(file, os.O_RDONLY)  # another user's: local file systems lock that too
+        handle = os.open(file, os.O_RDONLY)  # local file systems can lock it read-only
     try:
-        with suppress(OSError):  # it is not ours
-            os.fchmod(handle, mode)  # whatever the umask: who shares the folder waits for it
+        with suppress(OSError):  # fails if the file belongs to another user
+            os.fchmod(handle, mode)  # the umask must not exclude other users of the folder
         fcntl.flock(handle, how)
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Text for terminals and CSV files: all that commands print goes through `show`."""
+"""Text for terminals and CSV files. Commands print only through `show`."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from air_core.printable import printable
 
 
 def show(text: object, file: TextIO | None = None, end: str = "\n", flush: bool = False) -> None:
-    """Print a text, with control characters other than line breaks escaped.
+    """Print a text with all control characters except line breaks escaped.
 
-    A file name may hold the sequence that changes a terminal's title or colours.
+    Otherwise a file name could contain sequences that change a terminal's title or colours.
 
     Args:
-        file: sys.stdout by default.
-        end, flush: as `print` has them.
+        file: default: sys.stdout.
+        end, flush: as for `print`.
     """
     print(printable_lines(str(text)), file=file, end=end, flush=flush)
 
 
 def printable_lines(text: str) -> str:
-    """`printable`, with its line breaks kept."""
+    """The text with all control characters except line breaks escaped."""
     return "\n".join(map(printable, text.split("\n")))
 
 
 def aligned(lines: Sequence[Sequence[str]], width: int | None = None) -> list[str]:
-    """Lines for a terminal, in columns; numbers below a first line stand right.
+    """Lines of a table for a terminal; columns of numbers are right-aligned below their header.
 
     Args:
-        width: at most; cells are folded where a line would be longer. None: as wide as they are.
+        width: maximal width; longer lines are wrapped within their cells. None: no limit.
 
     >>> aligned([("a", "state"), ("longer", "ok")])
     ['a       state', 'longer  ok']
@@ -56,24 +56,24 @@ _NUMBER = re.compile(r"[-+<\[ ]*\d[\d .,:±%\[\]+†‡↓e-]*")
 
 
 def are_numbers(cells: Iterable[str]) -> bool:
-    """Are all of them numbers, but for empty ones? Such a column is right-aligned."""
+    """Whether all non-empty cells are numbers, so that the column is right-aligned."""
     filled = [cell for cell in cells if cell not in ("", "-")]
     return bool(filled) and all(_NUMBER.fullmatch(cell) for cell in filled)
 
 
 def near(path: Path) -> str:
-    """A path as people would type it from here."""
+    """The path relative to the working directory if it is inside it, else unchanged."""
     try:
         return str(path.relative_to(Path.cwd()))
     except ValueError:
         return str(path)
 
 
-FORMULA = ("=", "+", "-", "@")  # a spreadsheet computes a text that begins so
+FORMULA = ("=", "+", "-", "@")  # a spreadsheet evaluates text that starts with one of these
 
 
 def csv_cell(value: Any) -> Any:
-    r"""A value for a CSV file: a text stays on one line, and is no formula to a spreadsheet.
+    r"""A value for a CSV file: text stays on one line and is not a formula for a spreadsheet.
 
     >>> csv_cell("=1+1.jpg"), csv_cell("a\n.jpg"), csv_cell(-0.5)
     ("'=1+1.jpg", 'a\\u000a.jpg', -0.5)
@@ -85,19 +85,19 @@ def csv_cell(value: Any) -> Any:
 
 
 class Printable(logging.Filter):
-    """Escapes control characters in what a handler is about to write."""
+    """Escapes control characters in log records."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg, record.args = printable_lines(record.getMessage()), ()
         return True
 
 
-def counted(number: int, what: str) -> str:
-    return f"{number} {what}" + ("" if number == 1 else "s")
+def counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def clock(seconds: float) -> str:
-    """Minutes and seconds, hours where there are some.
+    """A duration as minutes:seconds, or hours:minutes:seconds from one hour on.
 
     >>> clock(67.4), clock(3725)
     ('1:07', '1:02:05')
@@ -108,7 +108,7 @@ def clock(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes for people.
+    """A number of bytes with a unit.
 
     >>> size(0), size(1536), size(3 * 2**30)
     ('0 B', '1.5 KiB', '3.0 GiB')
@@ -125,7 +125,7 @@ def percent(value: float | None) -> str:
 
 
 def shown(value: Any) -> str:
-    """A setting as a reader of the sweep file would write it.
+    """A setting in the notation of a sweep file, floats with four digits.
 
     >>> shown(0.30000000000000004), shown(True), shown(None)
     ('0.3', 'true', 'null')

@@ -1,7 +1,7 @@
-"""Which code computes here: its commit, and what was changed since. Standard library only.
+"""The git commit of the running code and its uncommitted changes. Standard library only.
 
-Only a checkout that tracks this very file counts: an installed copy may lie inside somebody else's
-repository, whose commit says nothing about it.
+A repository counts only if it tracks this file: an installed copy can lie inside an unrelated
+repository.
 """
 
 from __future__ import annotations
@@ -17,50 +17,48 @@ from orchestrator.files import ROOT
 
 UNKNOWN = "unknown"
 PACKAGES = ("air_core", "orchestrator")
-SENT_DIFF = "uncommitted.diff"  # beside the packages, in a Ray job's working directory
-SECRETS = ":(exclude,glob)**/.env*"  # files that hold them by custom
-MAX_DIFF = 500_000  # bytes that are kept
+SENT_DIFF = "uncommitted.diff"  # next to the packages in a Ray job's working directory
+SECRETS = ":(exclude,glob)**/.env*"  # these files usually contain secrets
+MAX_DIFF = 500_000  # bytes; a longer diff is truncated
 
 
 def commit() -> str:
-    """The code's git commit; a Ray job has no .git and is told by AIRSWEEP_COMMIT."""
-    known = os.environ.get("AIRSWEEP_COMMIT")
-    if known:
-        return known
+    """The git commit of the code; a Ray job has no .git and reads AIRSWEEP_COMMIT."""
+    if sent := os.environ.get("AIRSWEEP_COMMIT"):
+        return sent
     return _git("rev-parse", "HEAD").decode().strip() if _tracked() else UNKNOWN
 
 
 def uncommitted() -> bytes:
-    """What the code of both packages has beyond its commit, new files included but `.env*`, as a
-    diff.
+    """The diff of both packages against their commit, with new files but without `.env*`.
 
-    Empty where all is committed or there is no git; cut, with a word, where it is long. A Ray job
-    has it in a file.
+    The result is empty if everything is committed or git is missing. A long diff is truncated, with
+    a note at its end. A Ray job reads the diff from a file.
     """
     if os.environ.get("AIRSWEEP_COMMIT") and (ROOT / SENT_DIFF).is_file():
         return (ROOT / SENT_DIFF).read_bytes()
     if not _tracked():
         return b""
     with tempfile.TemporaryDirectory() as folder:
-        # A copy of the index: new files are seen in it, and the user's own is left alone. With its
-        # time, by which git knows that a file of the same second has to be read again.
+        # Add new files to a copy of the index, so that the user's index does not change. The copy
+        # keeps the modification time, which git compares with those of the files.
         index = Path(folder, "index")
         shutil.copy2(ROOT / _git("rev-parse", "--git-path", "index").decode().strip(), index)
-        kept = (*PACKAGES, SECRETS)
-        _git("add", "--intent-to-add", "--", *kept, index=index)
-        diff = _git("diff", "--no-color", "--no-ext-diff", "HEAD", "--", *kept, index=index)
+        paths = (*PACKAGES, SECRETS)
+        _git("add", "--intent-to-add", "--", *paths, index=index)
+        diff = _git("diff", "--no-color", "--no-ext-diff", "HEAD", "--", *paths, index=index)
     if len(diff) <= MAX_DIFF:
         return diff
-    return diff[:MAX_DIFF] + f"\n... cut: {len(diff):,} bytes in all\n".encode()
+    return diff[:MAX_DIFF] + f"\n... truncated; full size: {len(diff):,} bytes\n".encode()
 
 
 def diff_digest(diff: bytes) -> str:
-    """12 hex digits of a diff; empty for an empty one."""
+    """12 hex digits for a diff; empty for an empty diff."""
     return hashlib.blake2b(diff, digest_size=6).hexdigest() if diff else ""
 
 
 def dirty(diff: bytes) -> str:
-    """`diff_digest` of what is not committed; a Ray job is told by AIRSWEEP_DIRTY."""
+    """The `diff_digest` of uncommitted changes; a Ray job reads AIRSWEEP_DIRTY."""
     if os.environ.get("AIRSWEEP_COMMIT"):
         return os.environ.get("AIRSWEEP_DIRTY", "")
     return diff_digest(diff)
@@ -71,7 +69,7 @@ def _tracked() -> bool:
 
 
 def _git(*arguments: str, index: Path | None = None) -> bytes:
-    """What git prints; nothing where it fails or is not there."""
+    """The output of git; empty if git fails or is missing."""
     environment = {"GIT_INDEX_FILE": str(index)} if index else {}
     try:
         done = subprocess.run(

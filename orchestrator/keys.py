@@ -1,8 +1,7 @@
-"""Identity: stage + recipe number + hash of the resolved, normalised spec.
+"""Keys of artifacts: stage, recipe number and hash of the resolved, normalised spec.
 
-A spec has the version of code that no recipe number covers: see `code_version`.
-
-Where something runs, on what and on how many machines is never in a key.
+A spec contains a code version if no recipe number covers its code; see `store.code_version`.
+A key never depends on the machines: their number, their hardware and their names.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from air_core.specs import (
 )
 
 # Raise a number when the stage's code gives another result for the same spec, and run
-# `make golden`. Later stages follow by themselves, since their keys hold this one.
+# `make golden`. The keys of later stages change too, since they contain this number.
 RECIPES: dict[type, tuple[str, int]] = {
     FeaturesSpec: ("features", 1),
     LabelsSpec: ("labels", 1),
@@ -56,19 +55,19 @@ Stage = (
 
 @dataclass(frozen=True, order=True)
 class ArtifactKey:
-    """Where an artifact lies in the store."""
+    """The address of an artifact in the store."""
 
     stage: str
     recipe: int
     digest: str  # 40 hex digits
-    slug: str  # for people
+    slug: str  # a short description; not part of the identity
 
     def __str__(self) -> str:
         return f"{self.stage}/v{self.recipe}/{self.slug}-{self.digest[:12]}"
 
 
 def artifact_key(spec: Stage) -> ArtifactKey:
-    """The key of what a stage makes from this spec. A trial is normalised first."""
+    """The key of the artifact that a stage makes from this spec; a trial is normalised first."""
     if isinstance(spec, TrialSpec):
         spec = normalised(spec)
     return _key(spec)
@@ -83,25 +82,25 @@ def _key(spec: Stage) -> ArtifactKey:
 def _identity(spec: Stage) -> Any:
     if not isinstance(spec, TrialSpec):
         return _plain(spec)
-    # The inputs carry the recipe numbers of the stages above.
+    # The inputs contain the recipe numbers of earlier stages.
     inputs = [_plain(spec.features), _plain(spec.synthetic_features)]
-    own = {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec) if _counts(spec, f)}
-    own.pop("classnames")  # follows from the dataset
-    own.pop("code")
+    settings = {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec) if _in_key(spec, f)}
+    settings.pop("classnames")  # the dataset determines them
+    settings.pop("code")
     if code := spec.code_of("trials"):
-        own["code"] = code
-    return {"recipe": f"trials/{RECIPES[TrialSpec][1]}", "inputs": inputs, **_plain(own)}
+        settings["code"] = code
+    return {"recipe": f"trials/{RECIPES[TrialSpec][1]}", "inputs": inputs, **_plain(settings)}
 
 
 def _plain(value: Any) -> Any:
-    """Dataclasses as dicts; nested stages carry their recipe; a Ref is its digest."""
+    """Dataclasses as dicts; nested stages with their recipe; a Ref as its digest."""
     if isinstance(value, Ref):
         return value.digest
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         plain = {
             f.name: _plain(getattr(value, f.name))
             for f in dataclasses.fields(value)
-            if _counts(value, f)
+            if _in_key(value, f)
         }
         if type(value) in RECIPES:
             plain["recipe"] = "{}/{}".format(*RECIPES[type(value)])
@@ -113,8 +112,11 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _counts(owner: Any, f: dataclasses.Field[Any]) -> bool:
-    """A field added later stays out of the key while it has the value that its absence meant."""
+def _in_key(owner: Any, f: dataclasses.Field[Any]) -> bool:
+    """Whether a field is part of the key.
+
+    A field with `absent_means` was added later; with that value the key equals the older key.
+    """
     return "absent_means" not in f.metadata or getattr(owner, f.name) != f.metadata["absent_means"]
 
 
@@ -124,11 +126,11 @@ def digest(value: Any) -> str:
 
 
 def canonical_json(value: Any) -> str:
-    """One text for one value: sorted keys, no spaces, and 7.0 is 7.
+    """JSON text that is equal for equal values: sorted keys, no spaces, 7.0 written as 7.
 
     Raises:
-        TypeError: anything but plain data.
-        ValueError: NaN or infinity.
+        TypeError: the value contains other types than plain data.
+        ValueError: the value contains NaN or infinity.
 
     >>> canonical_json({"b": 7.0, "a": [True, None, "x"]})
     '{"a":[true,null,"x"],"b":7}'
@@ -143,19 +145,19 @@ def _canonical(value: Any) -> Any:
         return value
     if isinstance(value, float):
         if not math.isfinite(value):
-            raise ValueError(f"{value} has no place in a key")
+            raise ValueError(f"a key cannot contain {value}; allowed: finite numbers")
         return int(value) if value.is_integer() else value
     if isinstance(value, Mapping):
         if not all(isinstance(name, str) for name in value):
-            raise TypeError("only text can name a field of a key")
+            raise TypeError("the name of a field in a key must be text")
         return {name: _canonical(item) for name, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
         return [_canonical(item) for item in value]
-    raise TypeError(f"a key is plain data, not {type(value).__name__}")
+    raise TypeError(f"a key cannot contain {type(value).__name__}; allowed: plain data")
 
 
 def slug(spec: Stage) -> str:
-    """A few words for people, from the spec alone."""
+    """A short description of the artifact, made from the spec alone."""
     match spec:
         case FeaturesSpec():
             words = [spec.dataset.name, spec.backbone.name]

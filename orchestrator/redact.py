@@ -1,7 +1,7 @@
-"""Secrets out of what is written or printed. Standard library only.
+"""Remove secrets from text. Standard library only.
 
-Two kinds are known: a password in an address, and the value of an environment variable whose name
-says that it is one. A secret that is neither is not seen.
+Two kinds of secrets are recognized: a password in an address, and the value of an environment
+variable whose name suggests a secret. Other secrets are not recognized.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 HIDDEN = "***"
-# The user ends at the first colon, the password at the last @ of the address. The scheme is not
-# searched for: a long word would be read again from each of its letters.
+# The user ends at the first colon, the password at the last @ of the address. The pattern does not
+# match the scheme itself: that would take quadratic time on a long word.
 SCHEME = string.ascii_letters + string.digits + "+.-"
 PASSWORD = re.compile(rf"(?<=[{SCHEME}])://[^\s/:@'\"]*:[^\s/'\"]+@")
-SECRET = re.compile(  # anywhere in a name, then whole words of it
+SECRET = re.compile(  # first substrings of a name, then complete words
     "PASSW|PASSPHRASE|SECRET|TOKEN(?!IZ)|CREDENTIAL|PRIVATE|APIKEY|ACCESSKEY|WEBHOOK"
     "|CONNECTION_STRING|_PWD$|(?<!COM)(?<!BY)(?<!SUR)PASS[0-9]*(_|$)"
     "|(^|_)(KEYS?|PAT|DSN|AUTH|AUTHORIZATION|CREDS?|BEARER|JWT|COOKIES?|SALT|SIGNATURE)[0-9]*(_|$)"
 )
-# Where one is, and not what. The address of a webhook is the secret itself.
+# Variables that locate or describe a secret. The address of a webhook is itself a secret.
 NO_SECRET = re.compile(
     r"_(PATH|FILE|DIR|ID|NAME|MODE|TYPE|SOCK|HOST|PORT)$|(?<!WEBHOOK)_(URL|URI)$"
 )
-SHORTEST = 8  # characters: a shorter value would blot out plain words
+SHORTEST = 8  # characters; replacing shorter values would damage ordinary text
 
 
 def redacted(text: str) -> str:
-    """A text without the secrets that are known here.
+    """The text with every recognized secret replaced by `***`.
 
-    >>> redacted("https://me:geheim@mlflow.example.org/x says 401")
-    'https://***@mlflow.example.org/x says 401'
+    >>> redacted("https://me:geheim@mlflow.example.org/x returned 401")
+    'https://***@mlflow.example.org/x returned 401'
     >>> redacted("postgresql+psycopg2://air:p@ss:word@db:5432/mlflow")
     'postgresql+psycopg2://***@db:5432/mlflow'
     """
@@ -45,13 +45,13 @@ def redacted(text: str) -> str:
 
 
 def password_at(text: str) -> int | None:
-    """Where the first address with a password in it starts; None: there is none."""
-    found = PASSWORD.search(text)
-    return None if found is None else len(text[: found.start()].rstrip(SCHEME))
+    """The index of the first address that contains a password; None if none does."""
+    match = PASSWORD.search(text)
+    return None if match is None else len(text[: match.start()].rstrip(SCHEME))
 
 
 def looks_secret(name: str) -> bool:
-    """Is a variable of this name likely to hold one?
+    """Whether a variable with this name is likely to contain a secret.
 
     >>> [looks_secret(name) for name in ("AWS_SECRET_ACCESS_KEY", "DB_PASS", "my_api_key")]
     [True, True, True]
@@ -63,7 +63,7 @@ def looks_secret(name: str) -> bool:
 
 
 def shows_secret(name: str, value: str) -> bool:
-    """Should a variable stay out of what others can read? By its name, or a password in it.
+    """Whether a variable contains a secret, by its name or because its value has a password.
 
     >>> shows_secret("MIRROR", "https://me:geheim@example.org"), shows_secret("MIRROR", "s3://air")
     (True, False)
@@ -72,15 +72,15 @@ def shows_secret(name: str, value: str) -> bool:
 
 
 def _secrets() -> Iterator[str]:
-    """Values of this process's environment, the longest first: one may be part of another."""
-    found = {
+    """Secret values in the environment, the longest first: a value can contain another."""
+    values = {
         value for name, value in os.environ.items() if len(value) >= SHORTEST and looks_secret(name)
     }
-    yield from sorted(found, key=len, reverse=True)
+    yield from sorted(values, key=len, reverse=True)
 
 
 class Redacting(logging.Filter):
-    """Takes secrets out of what a handler is about to write."""
+    """Removes secrets from log records."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg, record.args = redacted(record.getMessage()), ()
@@ -88,7 +88,8 @@ class Redacting(logging.Filter):
 
 
 def without_credentials(uri: str) -> str:
-    """
+    """A URI without user and password.
+
     >>> without_credentials("https://me:secret@mlflow.example.org:443/x")
     'https://mlflow.example.org:443/x'
     """

@@ -1,4 +1,4 @@
-"""Tracking URIs: which MLflow a sweep logs to. Imports no MLflow."""
+"""Tracking URIs: the MLflow to which a sweep logs. This module does not import MLflow."""
 
 from __future__ import annotations
 
@@ -6,22 +6,21 @@ import os
 from pathlib import Path
 from typing import Literal
 
-DATABASE = "mlflow.db"  # both lie in the store's folder and move with it
-
-
+# Both are inside the folder of the store.
+DATABASE = "mlflow.db"
 ARTIFACTS = "mlartifacts"
 
 
 def uri_of(uri: str | None, store: Path) -> str:
-    """The tracking URI: as given, else MLFLOW_TRACKING_URI, else a file in the store's folder."""
+    """The given tracking URI, else MLFLOW_TRACKING_URI, else a database file in the store."""
     return uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{store.resolve() / DATABASE}"
 
 
 def kind_of(uri: str) -> Literal["none", "http", "sqlite"]:
-    """Where a tracking URI leads; imports no MLflow.
+    """The kind of a tracking URI.
 
     Raises:
-        ValueError: nowhere.
+        ValueError: the URI is not supported.
     """
     scheme, _, rest = uri.partition(":")
     match scheme:
@@ -35,36 +34,36 @@ def kind_of(uri: str) -> Literal["none", "http", "sqlite"]:
 
 
 def _unknown(scheme: str, uri: str) -> str:
-    # Only the scheme is repeated: a database's address often holds a password.
-    known = "known: http(s)://<server>, sqlite:///<file>, none"
+    # Show only the scheme: the address of a database often contains a password.
+    allowed = "allowed: http(s)://<server>, sqlite:///<file>, none"
     if scheme == "jsonl":
         return (
-            "the tracker that wrote lines of JSON was removed: use --tracking-uri none, and "
-            f"`airsweep mlflow reconcile` fills any MLflow from the store later; {known}"
+            "the JSON-lines tracker was removed; use --tracking-uri none and copy the results "
+            f"to MLflow later with `airsweep mlflow reconcile`; {allowed}"
         )
     if scheme in ("postgresql", "mysql", "mssql") or scheme.startswith(("postgresql+", "mysql+")):
         return (
-            f"the tracking uri is a {scheme} database, which only a server should write to: run "
-            f"`mlflow server --backend-store-uri ...` and give its http address; {known}"
+            f"the tracking URI is a {scheme} database; only an MLflow server should write to it; "
+            f"run `mlflow server --backend-store-uri ...` and use its http address; {allowed}"
         )
     if scheme == "file" or ":" not in uri:
         return (
-            "the tracking uri is a folder, and MLflow no longer keeps runs in folders; "
-            f"give sqlite:///<file> instead; {known}"
+            "the tracking URI is a folder, and MLflow no longer stores runs in folders; "
+            f"use sqlite:///<file> instead; {allowed}"
         )
-    return f"unknown tracking uri {scheme}:...; {known}"
+    return f"the tracking URI {scheme}:... is not supported; {allowed}"
 
 
 def resolved(uri: str | None, store: Path) -> tuple[str, Path | None]:
-    """MLflow's address and, where that is a file, its path.
+    """The URI of MLflow and, for a database file, its path.
 
     Raises:
-        ValueError: the URI is of another kind, or switches tracking off.
+        ValueError: the URI is not supported, or tracking is off.
     """
     uri = uri_of(uri, store)
     match kind_of(uri):
         case "none":
-            raise ValueError("tracking is off here; give an MLflow with --tracking-uri")
+            raise ValueError("tracking is off; set the address of MLflow with --tracking-uri")
         case "http":
             return uri, None
         case "sqlite":

@@ -1,4 +1,4 @@
-"""What docs/security.md promises: secrets that do not stay, files that run no code, addresses."""
+"""The guarantees of docs/security.md: secrets, untrusted files, terminal output and addresses."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ WORD = st.text("abcdefgh0123456789_-~!$%", min_size=1, max_size=20)
 
 
 @given(user=WORD, password=WORD, before=st.text(max_size=20), after=st.text(max_size=20))
-def test_a_password_in_an_address_is_nowhere_in_what_is_left(user, password, before, after):
+def test_a_password_in_an_address_is_removed(user, password, before, after):
     secret = f"{password}-geheim"
-    said = redacted(f"{before} postgresql+psycopg2://{user}:{secret}@db:5432/x {after}")
-    assert secret not in said
-    assert f"{HIDDEN}@db:5432/x" in said
+    text = redacted(f"{before} postgresql+psycopg2://{user}:{secret}@db:5432/x {after}")
+    assert secret not in text
+    assert f"{HIDDEN}@db:5432/x" in text
 
 
 SECRET_NAMES = """
@@ -73,9 +73,9 @@ PLAIN_NAMES = """
         *((name, False) for name in PLAIN_NAMES.split()),
     ],
 )
-def test_a_variable_is_a_secret_by_its_name(name, hidden, monkeypatch):
+def test_the_name_of_a_variable_decides_whether_it_is_a_secret(name, hidden, monkeypatch):
     monkeypatch.setenv(name, "wJalrXUtnFEMI")
-    assert (redacted("it said wJalrXUtnFEMI.") == f"it said {HIDDEN}.") == hidden
+    assert (redacted("the key is wJalrXUtnFEMI.") == f"the key is {HIDDEN}.") == hidden
 
 
 LONG = 1_000_000
@@ -91,11 +91,11 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
-def test_a_long_text_is_redacted_in_time_that_grows_with_its_length(text):
-    """Of quadratic time a million characters take hours."""
-    read = "import sys; from orchestrator.redact import *; text = sys.stdin.read(); "
+def test_redaction_takes_linear_time(text):
+    """In quadratic time, a million characters would take hours."""
+    script = "import sys; from orchestrator.redact import *; text = sys.stdin.read(); "
     subprocess.run(
-        [sys.executable, "-c", read + "redacted(text); password_at(text)"],
+        [sys.executable, "-c", script + "redacted(text); password_at(text)"],
         input=text,
         text=True,
         cwd=ROOT,
@@ -104,7 +104,7 @@ def test_a_long_text_is_redacted_in_time_that_grows_with_its_length(text):
     )
 
 
-def test_a_short_secret_blots_out_no_plain_words(monkeypatch):
+def test_a_short_secret_is_not_replaced_in_ordinary_text(monkeypatch):
     monkeypatch.setenv("MY_PASSWORD", "test")
     assert redacted("test/accuracy") == "test/accuracy"
 
@@ -116,22 +116,22 @@ def test_a_short_secret_blots_out_no_plain_words(monkeypatch):
         "# as in http://me:geheim@mlflow:5000",
     ],
 )
-def test_a_sweep_file_with_a_password_is_refused_where_it_stands(line, tmp_path):
+def test_a_password_in_a_sweep_file_is_refused_at_its_position(line, tmp_path):
     spec = write_sweep(tmp_path, "leaky", f"fixed: {{method: fpl}}\nseeds: [1]\n{line}\n")
-    with pytest.raises(SpecError) as told:
+    with pytest.raises(SpecError) as caught:
         load_sweep(spec)
     column = line.index("http") + 1
-    assert str(told.value).startswith(f"{spec}:5:{column}: ")
-    assert "MLFLOW_TRACKING_PASSWORD" in str(told.value)
-    assert "geheim" not in str(told.value)
+    assert str(caught.value).startswith(f"{spec}:5:{column}: ")
+    assert "MLFLOW_TRACKING_PASSWORD" in str(caught.value)
+    assert "geheim" not in str(caught.value)
 
 
-def test_an_option_with_a_password_is_refused_without_it(tmp_path):
+def test_a_password_in_an_option_is_refused_and_not_shown(tmp_path):
     spec = write_sweep(tmp_path, "leaky", "fixed: {method: fpl}\nseeds: [1]\n")
-    with pytest.raises(SpecError) as told:
+    with pytest.raises(SpecError) as caught:
         load_sweep(spec, sets=["tracking.uri=http://me:geheim@mlflow:5000"])
-    assert str(told.value).startswith("--set tracking.uri: ")
-    assert "geheim" not in str(told.value)
+    assert str(caught.value).startswith("--set tracking.uri: ")
+    assert "geheim" not in str(caught.value)
 
 
 @pytest.fixture
@@ -143,11 +143,11 @@ def server(tmp_path: Path) -> Iterator[MlflowServer]:
 
 
 @pytest.mark.integration
-def test_nothing_that_a_run_leaves_or_says_holds_a_secret(server, tmp_path):
-    """All its trials fail of something that has both kinds of secret in its words."""
+def test_no_output_of_a_run_contains_a_secret(server, tmp_path):
+    """Every trial fails with a message that contains both kinds of secrets."""
     spec = write_sweep(tmp_path, "leaky", "grid: {method: [zero_shot, fpl]}\nseeds: [1, 2]\n")
     secrets = {"TEAM_DB_PASSWORD": "wJalrXUtnFEMI", "HF_TOKEN": "hf_abcdefghijkl"}
-    said = "no entry for postgresql://air:pw-of-url@db/x with wJalrXUtnFEMI and hf_abcdefghijkl"
+    message = "no entry for postgresql://air:pw-of-url@db/x with wJalrXUtnFEMI and hf_abcdefghijkl"
     uri = server.url.replace("http://", "http://me:pw-of-mlflow@")
     done = subprocess.run(
         [
@@ -156,7 +156,7 @@ def test_nothing_that_a_run_leaves_or_says_holds_a_secret(server, tmp_path):
         ],
         capture_output=True,
         text=True,
-        env=environment(**secrets, AIRSWEEP_SAID=said),
+        env=environment(**secrets, AIRSWEEP_SAID=message),
         cwd=ROOT,
         timeout=TIMEOUT,
         check=False,
@@ -166,14 +166,14 @@ def test_nothing_that_a_run_leaves_or_says_holds_a_secret(server, tmp_path):
     event_log = (tmp_path / "runs" / "sweeps" / "default" / "leaky" / "events.jsonl").read_text()
     failed = [event for event in map(json.loads, event_log.splitlines()) if "message" in event]
     assert failed[-1]["message"] == f"no entry for postgresql://{HIDDEN}@db/x with *** and ***"
-    left = {str(file): file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
-    assert any("mlflow.db" in name and b"no entry for" in data for name, data in left.items())
-    left["output"] = (done.stdout + done.stderr).encode()
+    written = {str(file): file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    assert any("mlflow.db" in name and b"no entry for" in data for name, data in written.items())
+    written["output"] = (done.stdout + done.stderr).encode()
     for secret in (*secrets.values(), "pw-of-url", "pw-of-mlflow"):
-        assert [name for name, data in left.items() if secret.encode() in data] == []
+        assert [name for name, data in written.items() if secret.encode() in data] == []
 
 
-# ---------------------------------------------------------------- files that run no code
+# ---------------------------------------------------------------- untrusted files
 
 PICKLES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 RUNS_CODE = {"eval", "exec", "compile", "__import__"}
@@ -184,29 +184,30 @@ def _dangers(file: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(file.read_text())):
         match node:
             case ast.Import(names=names):
-                yield from (one.name for one in names if one.name.split(".")[0] in PICKLES)
+                yield from (alias.name for alias in names if alias.name.split(".")[0] in PICKLES)
             case ast.ImportFrom(module=str(module)) if module.split(".")[0] in PICKLES:
                 yield module
             case ast.Call(func=ast.Name(id=name)) if name in RUNS_CODE:
                 yield name
-            case ast.Call(func=ast.Attribute(value=owner, attr=name), keywords=given):
-                whole, said = f"{ast.unparse(owner)}.{name}", [ast.unparse(one) for one in given]
-                careless = whole == "torch.load" and "weights_only=True" not in said
-                if name in READS_CODE or careless or "allow_pickle=True" in said:
-                    yield whole
+            case ast.Call(func=ast.Attribute(value=owner, attr=name), keywords=keywords):
+                function = f"{ast.unparse(owner)}.{name}"
+                options = [ast.unparse(keyword) for keyword in keywords]
+                is_unsafe = function == "torch.load" and "weights_only=True" not in options
+                if name in READS_CODE or is_unsafe or "allow_pickle=True" in options:
+                    yield function
 
 
-def test_no_file_is_read_that_could_run_code():
-    found = {
+def test_no_module_uses_a_reader_that_can_run_code():
+    uses = {
         f"{file.relative_to(ROOT)}: {danger}"
         for package in ("air_core", "orchestrator")
         for file in (ROOT / package).rglob("*.py")
         for danger in _dangers(file)
     }
-    assert found == set()
+    assert uses == set()
 
 
-def test_the_search_for_such_readers_finds_them(tmp_path):
+def test_the_check_recognizes_readers_that_can_run_code(tmp_path):
     file = tmp_path / "bad.py"
     file.write_text(
         "import pickle, joblib\nfrom cloudpickle import loads\ntorch.load('x')\n"
@@ -218,12 +219,12 @@ def test_the_search_for_such_readers_finds_them(tmp_path):
     ]
 
 
-EVIL = "open({place!r}, 'w').close()\nclass Evil: pass\n"
+EVIL = "open({path!r}, 'w').close()\nclass Evil: pass\n"
 
 
 @pytest.mark.parametrize("part", ["the pipeline", "unet"])
-def test_a_model_that_brings_code_is_not_run(part, tmp_path):
-    """As diffusers would with trust_remote_code, which is never given."""
+def test_code_in_a_model_folder_is_not_run(part, tmp_path):
+    """Diffusers would run it with trust_remote_code, which is never set."""
     model = Path(
         shutil.copytree(ROOT / "air_core" / "tiny" / "weights" / "diffusion", tmp_path / "m")
     )
@@ -231,46 +232,46 @@ def test_a_model_that_brings_code_is_not_run(part, tmp_path):
     ran = tmp_path / "ran"
     if part == "unet":
         index[part] = ["evil", "Evil"]
-        (model / part / "evil.py").write_text(EVIL.format(location=str(ran)))
+        (model / part / "evil.py").write_text(EVIL.format(path=str(ran)))
     else:
         index["_class_name"] = ["evil", "Evil"]
-        (model / "evil.py").write_text(EVIL.format(location=str(ran)))
+        (model / "evil.py").write_text(EVIL.format(path=str(ran)))
     (model / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(Exception) as told:  # noqa: PT011  (each version has its own)
+    with pytest.raises(Exception) as caught:  # noqa: PT011  (the type depends on the version)
         load_pipeline(model)
-    assert "evil" in str(told.value).lower() or "trust_remote_code" in str(told.value)
+    assert "evil" in str(caught.value).lower() or "trust_remote_code" in str(caught.value)
     assert not ran.exists()
 
 
-# ---------------------------------------------------------------- names from outside
+# ---------------------------------------------------------------- terminal output
 
 PRINTS = {"print", "sys.stdout.write", "sys.stderr.write"}
 MAY_PRINT = {
-    "orchestrator/formatting.py",  # which escapes control characters
-    "orchestrator/cli/submit.py",  # the log of a job, which airsweep has written over there
+    "orchestrator/formatting.py",  # escapes control characters
+    "orchestrator/cli/submit.py",  # prints the log of a job, in which airsweep has escaped them
 }
 
 
-def test_all_that_is_printed_goes_through_what_escapes_control_characters():
-    found = {
+def test_only_functions_that_escape_control_characters_print():
+    files = {
         str(file.relative_to(ROOT))
         for file in (ROOT / "orchestrator").rglob("*.py")
         for node in ast.walk(ast.parse(file.read_text()))
         if isinstance(node, ast.Call) and ast.unparse(node.func) in PRINTS
     }
-    assert found == MAY_PRINT
+    assert files == MAY_PRINT
 
 
 @given(st.text() | st.text("\x00\x07\x1b\x7f\x9b\r\u2028\u202e\u2066\ud800\n\tü花 "))
-def test_what_is_printed_does_not_steer_a_terminal(text):
+def test_printed_text_contains_no_control_characters(text):
     out = io.StringIO()
     show(text, file=out)
-    steering = {c for c in out.getvalue() if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")}
-    assert steering == {"\n"}
+    control = {c for c in out.getvalue() if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")}
+    assert control == {"\n"}
     assert not {c for c in out.getvalue() if "\u202a" <= c <= "\u202e" or "\u2066" <= c <= "\u2069"}
 
 
-def test_a_warning_does_not_steer_the_terminal_either(capsys, monkeypatch):
+def test_a_warning_contains_no_control_characters(capsys, monkeypatch):
     from orchestrator.__main__ import main
 
     monkeypatch.setattr(sys, "argv", ["airsweep", "--version"])
@@ -283,11 +284,11 @@ def test_a_warning_does_not_steer_the_terminal_either(capsys, monkeypatch):
     assert record.getMessage() == r"a\u001b[2J.png is new"
 
 
-# ---------------------------------------------------------------- ways out of a folder
+# ---------------------------------------------------------------- paths outside the store
 
 
 @pytest.mark.parametrize("name", ["..", "../x", "a/b", "/etc", "", "."])
-def test_no_name_of_a_project_or_a_sweep_leads_out_of_the_store(name, tmp_path, monkeypatch):
+def test_names_that_leave_the_store_are_refused_in_a_location(name, tmp_path, monkeypatch):
     store = ArtifactStore(tmp_path / "runs")
     with pytest.raises(ValueError, match="way to another folder"):
         SweepLocation(store, name, "sweep", None)
@@ -297,7 +298,7 @@ def test_no_name_of_a_project_or_a_sweep_leads_out_of_the_store(name, tmp_path, 
 
 @pytest.mark.parametrize("key", ["name", "project"])
 @pytest.mark.parametrize("value", ["..", "../x", "a/b", "/etc", ".hidden"])
-def test_nor_does_one_in_a_sweep_file(key, value, tmp_path):
+def test_names_that_leave_the_store_are_refused_in_a_sweep_file(key, value, tmp_path):
     text = f"version: 1\nname: fine\nfixed: {{method: fpl}}\nseeds: [1]\n{key}: {value!r}\n"
     file = tmp_path / "fine.yaml"
     file.write_text(text.replace("name: fine\n", "") if key == "name" else text)
@@ -305,39 +306,39 @@ def test_nor_does_one_in_a_sweep_file(key, value, tmp_path):
         load_sweep(file)
 
 
-# ---------------------------------------------------------------- who listens where
+# ---------------------------------------------------------------- network addresses
 
 
 def _loopback(address: str) -> bool:
-    found = ip_address(address)
-    mapped = found.ipv4_mapped if isinstance(found, IPv6Address) else None
-    return (mapped or found).is_loopback
+    ip = ip_address(address)
+    mapped = ip.ipv4_mapped if isinstance(ip, IPv6Address) else None
+    return (mapped or ip).is_loopback
 
 
 @pytest.mark.ray
-def test_a_local_cluster_listens_on_loopback_alone_and_wants_a_token(ray_session):
+def test_a_local_cluster_listens_only_on_loopback_and_requires_a_token(ray_session):
     import ray
 
     family = [psutil.Process(), *psutil.Process().children(recursive=True)]
     listening = {
-        one.laddr.ip
+        connection.laddr.ip
         for process in family
-        for one in process.net_connections("inet")
-        if one.status == psutil.CONN_LISTEN
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
     }
     assert listening
     assert all(map(_loopback, listening)), listening
-    ask = (
+    script = (
         "import sys; from ray._raylet import GcsClient; "
         "print(len(GcsClient(address=sys.argv[1]).get_all_node_info(timeout=20)))"
     )
     for token in ({"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_TOKEN": "0" * 64}):
-        stranger = {**os.environ, "RAY_AUTH_MODE": "token", **token}
+        environment = {**os.environ, "RAY_AUTH_MODE": "token", **token}
         done = subprocess.run(
-            [sys.executable, "-c", ask, ray.get_runtime_context().gcs_address],
+            [sys.executable, "-c", script, ray.get_runtime_context().gcs_address],
             capture_output=True,
             text=True,
-            env=stranger,
+            env=environment,
             timeout=TIMEOUT,
             check=False,
         )
@@ -345,15 +346,15 @@ def test_a_local_cluster_listens_on_loopback_alone_and_wants_a_token(ray_session
 
 
 def others_may_enter(path: Path) -> bool:
-    return all(one.stat().st_mode & 0o011 for one in path.resolve().parents)
+    return all(folder.stat().st_mode & 0o011 for folder in path.resolve().parents)
 
 
 @pytest.mark.ray
-def test_no_file_or_socket_of_a_local_cluster_can_be_reached_by_another_user(ray_session):
+def test_other_users_cannot_access_files_and_sockets_of_a_local_cluster(ray_session):
     import ray
 
     family = psutil.Process().children(recursive=True)
-    sockets = {one.laddr for process in family for one in process.net_connections("unix")}
+    sockets = {unix.laddr for process in family for unix in process.net_connections("unix")}
     files = [file for process in family for file in process.open_files()]
     opened = {file.path for file in files if file.mode != "r"}
     session = Path(ray._private.worker._global_node.get_session_dir_path())
@@ -363,26 +364,26 @@ def test_no_file_or_socket_of_a_local_cluster_can_be_reached_by_another_user(ray
     paths = map(Path, (sockets | opened | written) - {""})
     assert [str(path) for path in paths if path.exists() and others_may_enter(path)] == []
     if os.geteuid() == 0:
-        look = subprocess.run(["ls", session], user=65534, group=65534, capture_output=True)
-        assert look.returncode != 0, look.stdout
+        listing = subprocess.run(["ls", session], user=65534, group=65534, capture_output=True)
+        assert listing.returncode != 0, listing.stdout
 
 
-STARTED = """
+SCRIPT = """
 import ray
-from orchestrator.cluster import (session)
+from orchestrator.cluster import session
 
 with session.ray_session(keep_logs=lambda: {keep}):
     print(ray._private.worker._global_node.get_session_dir_path())
 """
 
 
-def started(keep: bool = False, **known: object) -> tuple[Path, str]:
-    """A local Ray that has ended: the folder of its session, and what was on stderr."""
+def run_local_ray(keep: bool = False, **variables: object) -> tuple[Path, str]:
+    """Start and stop a local Ray; returns the folder of its session and its stderr."""
     done = subprocess.run(
-        [sys.executable, "-c", STARTED.format(keep=keep)],
+        [sys.executable, "-c", SCRIPT.format(keep=keep)],
         capture_output=True,
         text=True,
-        env=environment(**known),
+        env=environment(**variables),
         cwd=ROOT,
         timeout=TIMEOUT,
         check=True,
@@ -392,28 +393,28 @@ def started(keep: bool = False, **known: object) -> tuple[Path, str]:
 
 @pytest.mark.ray
 def test_a_local_cluster_leaves_no_files_behind(tmp_path):
-    """Also where the folder for temporary files has a name too long for Ray's sockets."""
+    """Also if the path of the temporary folder is too long for Ray's sockets."""
     (tmp_path / ("x" * 100)).mkdir()
-    session, said = started(TMPDIR=tmp_path / ("x" * 100))
+    session, stderr = run_local_ray(TMPDIR=tmp_path / ("x" * 100))
     assert not session.parents[1].exists()
-    assert said == ""
+    assert stderr == ""
 
 
 @pytest.mark.ray
-def test_logs_of_a_local_cluster_are_kept_where_a_process_died():
-    session, said = started(keep=True)
+def test_logs_of_a_local_cluster_are_kept_if_a_process_died():
+    session, stderr = run_local_ray(keep=True)
     logs = session.parent / "session_latest" / "logs"
-    assert f"Ray's logs are kept in {logs}" in said
+    assert f"Ray's logs are kept in {logs}" in stderr
     assert any(logs.iterdir())
     shutil.rmtree(session.parents[1])
 
 
 @pytest.mark.parametrize(("failure_class", "kept"), [("infra", True), ("data", False)])
-def test_logs_of_ray_are_kept_by_a_run_with_a_process_that_died(failure_class, kept, tmp_path):
+def test_a_run_keeps_the_logs_of_ray_if_a_process_died(failure_class, kept, tmp_path):
     spec = write_sweep(tmp_path, "fails", "fixed: {method: fpl}\nseeds: [1]\n")
     words = ("run", spec, "--store", tmp_path / "runs", "--tracking-uri", "none")
-    known = {"AIRSWEEP_SAID": "no word of its own", "AIRSWEEP_FAILS_AS": failure_class}
-    done = airsweep(*words, module="tests.helpers.trivial", check=False, **known)
+    variables = {"AIRSWEEP_SAID": "the process died", "AIRSWEEP_FAILS_AS": failure_class}
+    done = airsweep(*words, module="tests.helpers.trivial", check=False, **variables)
     assert done.returncode == 1, done.stderr
     assert ("Ray's logs are kept" in done.stderr) == kept
 
@@ -438,13 +439,13 @@ def ui(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["--host", "0.0.0.0", "--auth"], "--allowed-hosts NAME:PORT"),
     ],
 )
-def test_runs_are_not_shown_to_everybody(arguments, remedy):
+def test_the_ui_refuses_addresses_that_expose_runs_without_authentication(arguments, remedy):
     done = ui(*arguments)
     assert done.returncode == 3
     assert remedy in done.stderr
 
 
-def test_users_need_what_mlflow_needs_for_them(monkeypatch, tmp_path):
+def test_authentication_requires_the_settings_of_mlflow(monkeypatch, tmp_path):
     from orchestrator.tracking import exposure
 
     monkeypatch.delenv(exposure.AUTH_SECRET, raising=False)

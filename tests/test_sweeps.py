@@ -1,4 +1,4 @@
-"""Every sweep file that ships: it loads, says what it asks and costs, and can be planned."""
+"""Every shipped sweep file loads, states its question and cost, and can be planned."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ FILES = sorted((Path(__file__).parents[1] / "sweeps").glob("*.yaml"))
 EACH = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 
 
-def is_here(spec: SweepSpec) -> str:
-    """What the sweep needs and this machine lacks; empty: nothing."""
+def missing_input(spec: SweepSpec) -> str:
+    """Why the sweep cannot be planned on this machine; empty if nothing is missing."""
     for cell in cells_of(spec):
         try:
             dataset = get_dataset(cell.flat["dataset"])
@@ -32,21 +32,20 @@ def is_here(spec: SweepSpec) -> str:
 
 
 @EACH
-def test_a_file_is_named_like_its_sweep_and_is_a_lab_note(file):
+def test_a_file_is_named_like_its_sweep_and_states_question_cost_and_expectation(file):
     spec = load_sweep(file)
     assert spec.name == file.stem
     assert "?" in spec.question or "main table" in spec.question
     for word in ("Cost:", "Expect:"):
-        assert word in spec.question, f"{file.name} lacks {word}"
+        assert word in spec.question, f"{word} is missing in {file.name}"
     assert all(len(line) <= 110 for line in file.read_text().splitlines() if line.startswith("#"))
 
 
 @EACH
-def test_a_sweep_that_has_all_it_needs_is_planned_whole_and_as_smoke(file, tmp_path):
+def test_a_sweep_whose_inputs_exist_is_planned_with_and_without_smoke(file, tmp_path):
     spec = load_sweep(file)
-    lacks = is_here(spec)
-    if lacks:
-        pytest.skip(lacks)
+    if reason := missing_input(spec):
+        pytest.skip(reason)
     store = ArtifactStore(tmp_path / "runs")
     resolver = Resolver(tmp_path / "digests.json", None)
     plan = plan_sweep(spec, store, resolver, EventLog(tmp_path / "sweep"))
@@ -55,6 +54,6 @@ def test_a_sweep_that_has_all_it_needs_is_planned_whole_and_as_smoke(file, tmp_p
     assert 0 < quick.total <= plan.total
 
 
-def test_the_quickstart_has_its_seeds_in_one_line_for_scripts():
+def test_the_quickstart_has_its_seeds_on_one_line_for_scripts():
     lines = (FILES[0].parent / "quickstart.yaml").read_text().splitlines()
     assert [line for line in lines if line.startswith("seeds: [")]

@@ -1,4 +1,4 @@
-"""Numbers that stay right: damaged files, changed and missing datasets, through real runs."""
+"""Damaged files, and datasets that change or disappear, do not change results."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def flip(file: Path, at: int = -2) -> Path:
 
 @pytest.fixture
 def numbers(command: Command, tmp_path) -> Callable[..., str]:
-    """The table of a sweep, as a script reads it."""
+    """Reads the table of a sweep as JSON."""
 
     def read(name: str, store: Path = tmp_path / "runs") -> str:
         code, out, err = command("table", name, "--store", store, "--format", "json")
@@ -70,7 +70,7 @@ def numbers(command: Command, tmp_path) -> Callable[..., str]:
     return read
 
 
-def test_a_flipped_byte_in_any_artifact_is_named_and_the_same_run_makes_it_again(
+def test_a_damaged_artifact_is_reported_and_the_next_run_recomputes_it(
     command, numbers, folder, tmp_path
 ):
     store = tmp_path / "runs"
@@ -79,20 +79,20 @@ def test_a_flipped_byte_in_any_artifact_is_named_and_the_same_run_makes_it_again
     before = numbers("flipped")
     artifacts = store / "artifacts"
 
-    def one(pattern: str) -> Path:
+    def last(pattern: str) -> Path:
         return sorted(artifacts.glob(pattern))[-1]
 
-    def rows(stage: str, *within: str) -> Iterator[Path]:
-        """Folders of rows that were drawn with a LoRA."""
+    def rows(stage: str, *path: str) -> Iterator[Path]:
+        """Folders of image rows that were generated with a LoRA."""
         for file in artifacts.glob(f"{stage}/*/*/row.json"):
             spec = json.loads(file.read_text())["spec"]
-            for name in within:
+            for name in path:
                 spec = spec[name]
             if spec is not None:
                 yield file.parent
 
-    # Features and LoRA are read again only where something is missing: the trial of air_fpl, and
-    # one block of images; of another block the images are read to be encoded again.
+    # A run reads features and a LoRA only if something is missing, so remove the trial of air_fpl
+    # and one block of images. The images of another block are read to be encoded again.
     (trial,) = (
         path.parent
         for path in artifacts.glob("trials/*/*/record.json")
@@ -105,10 +105,10 @@ def test_a_flipped_byte_in_any_artifact_is_named_and_the_same_run_makes_it_again
     (features / "0000-00000.safetensors").unlink()
     (features / "0001-00000.safetensors").unlink()
     damaged = [
-        flip(one("features/*/*/features.safetensors")),
-        flip(one("labels/*/*/labels.safetensors")),
-        flip(one("lora/*/*/record.json")),
-        flip(one("trials/*/*/predictions.safetensors")),
+        flip(last("features/*/*/features.safetensors")),
+        flip(last("labels/*/*/labels.safetensors")),
+        flip(last("lora/*/*/record.json")),
+        flip(last("trials/*/*/predictions.safetensors")),
         flip(features / "0002-00000.safetensors"),
         flip(images / "0001-00000.parquet"),
     ]
@@ -117,10 +117,10 @@ def test_a_flipped_byte_in_any_artifact_is_named_and_the_same_run_makes_it_again
     assert "predictions.safetensors does not match its digest in the record" in err
     code, _, err = command("run", sweep, "--store", store)
     assert code == 0, err
-    for file in damaged[:-1]:  # the last one is drawn again by the worker that reads it
-        whole = file if file.parent == features else file.parent
-        assert f"{whole} was damaged" in err
-        assert list(whole.parent.glob(f".damaged-{whole.name}-*"))
+    for file in damaged[:-1]:  # the worker that reads the last file generates it again
+        artifact = file if file.parent == features else file.parent
+        assert f"{artifact} was damaged" in err
+        assert list(artifact.parent.glob(f".damaged-{artifact.name}-*"))
     assert list(images.glob(".damaged-0001-00000.parquet-*"))
     assert numbers("flipped") == before
     assert command("cache", "verify", "--store", store)[0] == 0
@@ -165,15 +165,15 @@ def move_away(folder: Path) -> None:
     folder.rename(folder.with_name("elsewhere"))
 
 
-def test_finished_results_stay_when_the_folder_changes_or_moves(
+def test_finished_results_do_not_change_when_the_folder_changes_or_moves(
     command, numbers, folder, tmp_path, caplog
 ):
     store, copy = tmp_path / "runs", tmp_path / "copied"
     sweep = write_sweep(tmp_path, "own", OWN.format(folder=folder))
     assert command("run", sweep, "--store", store, "--quiet")[0] == 0
     before = numbers("own")
-    whole = {file for file in (store / "artifacts").rglob("*") if file.is_file()}
-    whole_folder = Path(shutil.copytree(folder, tmp_path / "as it was"))
+    files = {file for file in (store / "artifacts").rglob("*") if file.is_file()}
+    original = Path(shutil.copytree(folder, tmp_path / "original"))
     shutil.copytree(store, copy)
     for change in (rename, add, remove, move_away):
         change(folder)
@@ -188,7 +188,7 @@ def test_finished_results_stay_when_the_folder_changes_or_moves(
         audit = command("audit", "own", "--store", store)
         assert audit[0] == 0, audit[2]
         assert command("cache", "gc", "--yes", "--store", store)[0] == 0
-        assert {file for file in (store / "artifacts").rglob("*") if file.is_file()} == whole
+        assert {file for file in (store / "artifacts").rglob("*") if file.is_file()} == files
         planned = command("plan", sweep, "--store", store)
         if change is move_away:
             assert (planned[0], str(folder) in planned[2]) == (2, True)
@@ -197,7 +197,7 @@ def test_finished_results_stay_when_the_folder_changes_or_moves(
             words = "the folder changed since: 3 results are of the earlier content"
             assert f"folder:{folder}: {words}" in planned[1]
         shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(whole_folder, folder)
+        shutil.copytree(original, folder)
     assert "0 to run" in command("plan", sweep, "--store", store)[1]
 
     resolved = flip(store / "sweeps/default/own/resolved.json", at=40)
@@ -210,7 +210,7 @@ def test_finished_results_stay_when_the_folder_changes_or_moves(
     assert numbers("own") == before
 
 
-def test_a_run_after_a_change_says_so_and_computes_the_new_content(
+def test_a_run_after_a_change_warns_and_computes_the_new_content(
     command, numbers, folder, tmp_path
 ):
     store = tmp_path / "runs"
@@ -225,7 +225,7 @@ def test_a_run_after_a_change_says_so_and_computes_the_new_content(
     assert len(list((store / "artifacts").glob("features/*/*/record.json"))) == 2
 
 
-def test_what_is_encoded_is_what_was_digested_or_it_is_an_error(folder, tmp_path):
+def test_a_dataset_that_changes_after_the_plan_is_an_error(folder, tmp_path):
     def features() -> FeaturesSpec:
         resolver = Resolver(tmp_path / "digests.json", None)
         return FeaturesSpec(
@@ -233,7 +233,7 @@ def test_what_is_encoded_is_what_was_digested_or_it_is_an_error(folder, tmp_path
             backbone=resolver.weights("backbone", "tiny"),
         )
 
-    def left() -> Iterator[Path]:
+    def records() -> Iterator[Path]:
         return (store.artifacts / "features").rglob("record.json")
 
     store = ArtifactStore(tmp_path / "runs")
@@ -242,15 +242,15 @@ def test_what_is_encoded_is_what_was_digested_or_it_is_an_error(folder, tmp_path
         next(classes.iterdir()).unlink()
     with pytest.raises(ChangedInput, match="has changed since the run was planned"):
         build_features(planned, WorkerContext(store))
-    # And while images are read: this is called after the last one.
+    # Also while the images are read: the callback runs after the last image.
     with pytest.raises(ChangedInput):
         build_features(features(), WorkerContext(store), lambda done, total: add(folder))
-    assert not list(left())
+    assert not list(records())
     build_features(features(), WorkerContext(store))
-    assert len(list(left())) == 1
+    assert len(list(records())) == 1
 
 
-def test_ready_images_that_change_after_the_plan_are_an_error(folder, tmp_path):
+def test_a_folder_of_synthetic_images_that_changes_after_the_plan_is_an_error(folder, tmp_path):
     def row() -> FolderImages:
         resolver = Resolver(tmp_path / "digests.json", None)
         model = resolver.weights("generator", f"folder:{folder}")

@@ -58,7 +58,7 @@ def init(
     from orchestrator.spec.starter import write_starter
 
     starter = write_starter(name, images, Path())
-    show(starter.found)
+    show(starter.summary)
     show(f"wrote {starter.file}; next: airsweep plan {starter.file}")
 
 

@@ -23,7 +23,7 @@ from orchestrator.reporting._layouts import screen_lines, without_empty
 from orchestrator.reporting._statistics import ALPHA, Difference, corrected, paired_difference
 from orchestrator.reporting.rows import Results, Row, settings_text, signed
 from orchestrator.spec import SpecError
-from orchestrator.spec.marked_yaml import choices, read
+from orchestrator.spec.marked_yaml import allowed_choices, read
 from orchestrator.spec.validation import CONFIG, LINE, NAME, Number, Version, Whole, validate
 
 # ---------------------------------------------------------------- a file of published numbers
@@ -150,7 +150,8 @@ def find_paper(name_or_path: str) -> Paper:
         if not path.is_file():
             names = sorted(file.stem for file in PAPERS.glob("*.yaml"))
             raise SpecError(
-                f"--paper {name_or_path}: no such paper; {choices(name_or_path, names)}, or a file"
+                f"--paper {name_or_path}: no such paper; "
+                f"{allowed_choices(name_or_path, names)}, or a file"
             )
     return read_paper(path)
 

@@ -33,7 +33,7 @@ from orchestrator.reporting.rows import (
     splits_and_seeds,
     task_text,
 )
-from orchestrator.spec.marked_yaml import choices, meant
+from orchestrator.spec.marked_yaml import allowed_choices, suggestion
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -302,7 +302,7 @@ def _checked(option: str, keys: Sequence[str], allowed: Sequence[str]) -> Sequen
     for key in keys:
         if key not in allowed:
             raise ValueError(
-                f"{option} {key}: the sweep varies no such key; {choices(key, allowed)}"
+                f"{option} {key}: the sweep varies no such key; {allowed_choices(key, allowed)}"
             )
         if list(keys).count(key) > 1:
             raise ValueError(f"{option} contains {key} twice; allowed: once")
@@ -319,7 +319,7 @@ def _metric(name: str, results: Results) -> str:
     options = [*short, *(key for key in recorded if key not in DESCRIPTIONS)]
     raise ValueError(
         f"--metric {name}: no trial of this sweep has it; available: {', '.join(options)}"
-        f"{meant(name, options)}"
+        f"{suggestion(name, options)}"
     )
 
 

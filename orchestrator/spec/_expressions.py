@@ -1,6 +1,6 @@
 """The language of `when:`: comparisons of trial keys with constants, joined by and, or, not.
 
-Python's grammar, a small part of it, read by `ast` and never executed.
+It is a small subset of Python's grammar, parsed with `ast` and never executed.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ MAX_LENGTH = 500
 Values = dict[str, Any]
 Term = Callable[[Values], Any]
 
-# As YAML spells them; no trial key has these names.
+# YAML's names of the constants; no trial key has these names.
 _CONSTANTS = {"true": True, "false": False, "null": None}
 
 
 def compile_when(text: str) -> Callable[[Values], bool]:
-    """A condition over the flat settings of a trial.
+    """Compile a condition to a function of a trial's flat settings.
 
-    A key that has no value is null, and null is neither more nor less than anything. A section that
-    can be off, such as `lora`, is true while it is on.
+    A key without a value is null, and `<`, `<=`, `>` and `>=` are false for null. A section that
+    can be off, such as `lora`, is true when it is on. The function raises TypeError if it compares
+    values without an order, such as text with a number.
 
     Raises:
-        ValueError: not in the language. The condition itself raises TypeError when it compares
-            things without an order, such as text with a number.
+        ValueError: the text is not a valid condition.
 
     >>> compile_when("images_per_class > 0 and lora.rank in [4, 8]")({"images_per_class": 9})
     False
@@ -39,7 +39,7 @@ def compile_when(text: str) -> Callable[[Values], bool]:
 
 
 def names_of(text: str) -> tuple[str, ...]:
-    """The keys that a condition reads, each once, in the order of their first use.
+    """The keys in a condition, without repeats, in the order of their first use.
 
     >>> names_of("0 < fusion_weight < 1 or lora.rank == 4")
     ('fusion_weight', 'lora.rank')
@@ -48,7 +48,7 @@ def names_of(text: str) -> tuple[str, ...]:
 
 
 def constants_of(text: str) -> tuple[tuple[str, Any], ...]:
-    """Each key with each constant that it is tested to be equal to.
+    """Pairs of a key and a constant that `==`, `!=`, `in` or `not in` compares it with.
 
     >>> constants_of("auxiliary.kind in ['lda'] and iterations > 3")
     (('auxiliary.kind', 'lda'),)
@@ -60,11 +60,11 @@ def constants_of(text: str) -> tuple[tuple[str, Any], ...]:
 def _parse(text: str) -> ast.expr:
     text = text.replace("\n", " ").strip()
     if len(text) > MAX_LENGTH:
-        raise ValueError(f"longer than {MAX_LENGTH} characters")
+        raise ValueError(f"the condition is too long; allowed: up to {MAX_LENGTH} characters")
     try:
         tree = ast.parse(text, mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        raise ValueError(f"{text!r} is not a condition; allowed: {ALLOWED}") from None
+        raise ValueError(f"{text!r} is not a valid condition; allowed: {ALLOWED}") from None
     _term(tree)
     return tree
 
@@ -74,7 +74,7 @@ def _term(node: ast.expr) -> Term:
         case ast.BoolOp(op=joiner, values=parts):
             terms = [_term(part) for part in parts]
             fold = all if isinstance(joiner, ast.And) else any
-            # Every part is evaluated, so that a comparison without sense always shows.
+            # Evaluate every part, so that an invalid comparison always raises.
             return lambda values: fold([term(values) for term in terms])
         case ast.UnaryOp(op=ast.Not(), operand=inner):
             term = _term(inner)
@@ -86,7 +86,7 @@ def _term(node: ast.expr) -> Term:
             return lambda values: [term(values) for term in terms]
         case ast.Name() | ast.Attribute() if _constant(node) is None:
             name = _name(node)
-            return lambda values: look_up(values, name)
+            return lambda values: lookup(values, name)
     constant = _constant(node)
     if constant is None:
         raise ValueError(f"{ast.unparse(node)!r} is not allowed in a condition; allowed: {ALLOWED}")
@@ -99,14 +99,14 @@ def _comparison(terms: list[Term], ops: list[ast.cmpop], rights: list[ast.expr])
         membership = isinstance(op, ast.In | ast.NotIn)
         if type(op) not in _TESTS or membership != isinstance(right, ast.Tuple | ast.List):
             raise ValueError(
-                f"cannot compare with {ast.unparse(right)!r} like this; `in` takes a list, and the "
-                f"others one value; allowed: {ALLOWED}"
+                f"this operator does not accept {ast.unparse(right)!r}: `in` needs a list, "
+                f"other operators need a single value; allowed: {ALLOWED}"
             )
         tests.append(_TESTS[type(op)])
 
     def holds(values: Values) -> bool:
-        found = [term(values) for term in terms]
-        results = [test(found[i], found[i + 1]) for i, test in enumerate(tests)]
+        operands = [term(values) for term in terms]
+        results = [test(operands[i], operands[i + 1]) for i, test in enumerate(tests)]
         return all(results)
 
     return holds
@@ -128,7 +128,8 @@ _TESTS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
 }
 
 
-def look_up(values: Values, name: str) -> Any:
+def lookup(values: Values, name: str) -> Any:
+    """The value of a key; True for a section that is on; None if the key has no value."""
     if name in values:
         return values[name]
     return True if any(key.startswith(f"{name}.") for key in values) else None
@@ -144,7 +145,7 @@ def _name(node: ast.expr) -> str:
 
 
 def _constant(node: ast.expr) -> tuple[Any] | None:
-    """The constant in a tuple, since it may itself be None."""
+    """The constant in a 1-tuple, since a constant can be None; None if the node is not constant."""
     match node:
         case ast.Constant(value=None | bool() | int() | float() | str() as value):
             return (value,)

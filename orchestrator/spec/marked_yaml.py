@@ -1,8 +1,8 @@
-"""Plain YAML that remembers where everything stood, so that a message can point at it.
+"""Plain YAML with the line and column of each value, for error messages.
 
-Knows nothing of sweeps. It reads the data part of YAML only: mappings with text keys, lists, text,
-numbers, true/false, null. No tags, no merge keys, one document, and aliases that stay small. At its
-end, our own cluster files are read and written.
+The reader accepts the data part of YAML only: mappings with text keys, lists, text, numbers,
+true/false and null. It refuses tags, merge keys, a second document and aliases that expand to many
+values. It does not depend on the sweep format. The last section loads and dumps cluster files.
 """
 
 from __future__ import annotations
@@ -17,74 +17,77 @@ from typing import Any
 import yaml
 
 MAX_BYTES = 1_000_000
-MAX_VALUES = 10_000  # an alias counts each time it is used: ten lines can stand for billions
+MAX_VALUES = 10_000  # each use of an alias counts: ten lines can expand to billions of values
 MAX_DEPTH = 12
-TOO_MUCH = (
-    f"too much: allowed are {MAX_DEPTH} levels and {MAX_VALUES:,} values, aliases written out"
+TOO_LARGE = (
+    f"the document is too large; allowed: {MAX_DEPTH} levels and {MAX_VALUES:,} values after "
+    "aliases are expanded"
 )
 
-Keys = tuple[str | int, ...]  # the way from the root to a value
+Keys = tuple[str | int, ...]  # the path from the root to a value
 
 
 class SpecError(ValueError):
-    """A sweep file, or an option that changes it, is wrong. One line, ready to be printed."""
+    """An error in a sweep file or in an option that changes it. The message is one line."""
 
 
 @dataclass(kw_only=True)
 class Document:
-    """A value and the place of each of its parts."""
+    """A value and the position (file:line:column) of each of its parts."""
 
     source: str
     text: str = ""
     value: Any = None
-    places: dict[Keys, str] = field(default_factory=dict)  # where a value starts
-    key_places: dict[Keys, str] = field(default_factory=dict)  # where its key starts
+    positions: dict[Keys, str] = field(default_factory=dict)  # where each value starts
+    key_positions: dict[Keys, str] = field(default_factory=dict)  # where its key starts
 
-    def at(self, keys: Keys) -> Any:
+    def value_at(self, keys: Keys) -> Any:
         value = self.value
         for step in keys:
             value = value[step]
         return value
 
-    def put(self, keys: Keys, value: Any, place: str) -> None:
-        """Write a value where a mapping is, or can be made; messages about it name `place`."""
-        owner: Any = self.value
+    def set_value(self, keys: Keys, value: Any, position: str) -> None:
+        """Set a value and create missing mappings above it; errors about it name `position`."""
+        parent: Any = self.value
         for depth, step in enumerate(keys):
-            if not isinstance(owner, dict):
-                raise SpecError(f"{place}: {dotted(keys[:depth])} holds no `key: value` lines")
-            here = keys[: depth + 1]
-            if step not in owner or here == keys:
-                self._forget(here)
-                self.places[here] = self.key_places[here] = place
-                owner[step] = value if here == keys else {}
-            owner = owner[step]
+            if not isinstance(parent, dict):
+                raise SpecError(
+                    f"{position}: {dotted_path(keys[:depth])} does not contain `key: value` lines"
+                )
+            current = keys[: depth + 1]
+            if step not in parent or current == keys:
+                self._drop_positions(current)
+                self.positions[current] = self.key_positions[current] = position
+                parent[step] = value if current == keys else {}
+            parent = parent[step]
 
-    def _forget(self, keys: Keys) -> None:
-        for places in (self.places, self.key_places):
-            for known in [known for known in places if known[: len(keys)] == keys]:
-                del places[known]
+    def _drop_positions(self, keys: Keys) -> None:
+        for positions in (self.positions, self.key_positions):
+            for path in [path for path in positions if path[: len(keys)] == keys]:
+                del positions[path]
 
     def error(self, keys: Keys, message: str) -> SpecError:
-        """An error about the value; where there is none, about what should hold it."""
-        return self._error(self.places, keys, message)
+        """An error at the value; if the value is missing, at the closest mapping above it."""
+        return self._error(self.positions, keys, message)
 
     def key_error(self, keys: Keys, message: str) -> SpecError:
-        """An error about the key."""
-        return self._error(self.key_places, keys, message)
+        """An error at the key."""
+        return self._error(self.key_positions, keys, message)
 
-    def _error(self, places: dict[Keys, str], keys: Keys, message: str) -> SpecError:
+    def _error(self, positions: dict[Keys, str], keys: Keys, message: str) -> SpecError:
         for length in range(len(keys), -1, -1):
-            place = places.get(keys[:length]) or self.places.get(keys[:length])
-            if place:
+            position = positions.get(keys[:length]) or self.positions.get(keys[:length])
+            if position:
                 break
-        path = f"{dotted(keys)}: " if keys else ""
-        return SpecError(f"{place or self.source}: {path}{message}")
+        path = f"{dotted_path(keys)}: " if keys else ""
+        return SpecError(f"{position or self.source}: {path}{message}")
 
 
-def dotted(keys: Keys) -> str:
-    """The way to a value as people write it.
+def dotted_path(keys: Keys) -> str:
+    """The path to a value as text.
 
-    >>> dotted(("grid", "lora.rank", 1))
+    >>> dotted_path(("grid", "lora.rank", 1))
     'grid.lora.rank[1]'
     """
     path = ""
@@ -97,7 +100,7 @@ def dotted(keys: Keys) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value for a message: short, on one line, and in the words of YAML where they differ."""
+    """A value for a message: at most 60 characters, on one line, with YAML's null, true, false."""
     words = {None: "null", True: "true", False: "false"}
     if value is None or isinstance(value, bool):
         return words[value]
@@ -106,10 +109,10 @@ def shown(value: Any) -> str:
 
 
 def read(path: Path) -> Document:
-    """A YAML file.
+    """Read a YAML file.
 
     Raises:
-        SpecError: it cannot be read, is not UTF-8, too large, or not the YAML we take.
+        SpecError: the file cannot be read, is not UTF-8, is too large, or is not plain YAML.
     """
     try:
         with path.open("rb") as file:
@@ -117,37 +120,37 @@ def read(path: Path) -> Document:
     except FileNotFoundError:
         raise SpecError(f"{path}: no such file") from None
     except OSError as error:
-        raise SpecError(f"{path}: cannot be read: {error.strerror}") from None
+        raise SpecError(f"{path} cannot be read: {error.strerror}") from None
     if len(data) > MAX_BYTES:
-        raise SpecError(f"{path}: larger than 1 MB; a sweep file is a page or two")
+        raise SpecError(f"{path} is larger than 1 MB; allowed: files up to 1 MB")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line, column = _line_column(data[: error.start].decode("latin-1"))
-        raise SpecError(f"{path}:{line}:{column}: not UTF-8 text") from None
+        raise SpecError(f"{path}:{line}:{column}: the file is not UTF-8 text") from None
     return parse(text, str(path))
 
 
 def parse(text: str, source: str) -> Document:
-    """YAML text; `source` names it in messages."""
+    """Parse YAML text; error messages name `source`."""
     document = Document(source=source, text=text)
     try:
         node = yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        place = _place(source, mark) if mark else source
-        raise SpecError(f"{place}: {_problem(error)}") from None
+        position = _position(source, mark) if mark else source
+        raise SpecError(f"{position}: {_problem(error)}") from None
     except yaml.reader.ReaderError as error:
         line, column = _line_column(text[: error.position])
-        raise SpecError(f"{source}:{line}:{column}: not a character that YAML allows") from None
+        raise SpecError(f"{source}:{line}:{column}: YAML does not allow this character") from None
     except (ValueError, OverflowError):  # PyYAML turns "\\U00110000" into chr() unchecked
-        raise SpecError(f"{source}: an escape in quotes that is no character") from None
+        raise SpecError(f"{source}: a quoted escape is not a valid character") from None
     if node is not None:
         document.value = _Reader(document).plain(node, ())
     return document
 
 
-def _place(source: str, mark: yaml.Mark) -> str:
+def _position(source: str, mark: yaml.Mark) -> str:
     return f"{source}:{mark.line + 1}:{mark.column + 1}"
 
 
@@ -157,16 +160,16 @@ def _line_column(before: str) -> tuple[int, int]:
 
 def _problem(error: yaml.MarkedYAMLError) -> str:
     if "another document" in (error.problem or ""):
-        return "a second document starts here; a sweep file holds one"
-    if error.problem == TOO_MUCH:
-        return TOO_MUCH
+        return "a second document starts here; allowed: one document per file"
+    if error.problem == TOO_LARGE:
+        return TOO_LARGE
     if r"'\t'" in (error.problem or ""):
-        return "a tab, where YAML allows only spaces"
-    return f"not YAML: {error.problem or error.context}"
+        return "YAML does not allow a tab here; indent with spaces"
+    return f"the file is not valid YAML: {error.problem or error.context}"
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain scalars as people mean them: 1e-4 is a number and 12:30 is not (YAML 1.1 differs)."""
+    """Resolves plain scalars unlike YAML 1.1: `1e-4` is a number and `12:30` is text."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  (the parent's type)
 
@@ -179,7 +182,7 @@ class _Loader(yaml.SafeLoader):
         self.count += 1
         if self.depth > MAX_DEPTH or self.count > MAX_VALUES:
             mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-            raise yaml.MarkedYAMLError(problem=TOO_MUCH, problem_mark=mark)
+            raise yaml.MarkedYAMLError(problem=TOO_LARGE, problem_mark=mark)
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
@@ -187,7 +190,7 @@ class _Loader(yaml.SafeLoader):
 
 _TAG = "tag:yaml.org,2002:"
 _SCALARS: dict[str, tuple[str, str, Callable[[str], Any]]] = {
-    # 19 digits and more would not fit into 64 bits; they are read as a float.
+    # 19 or more digits do not fit into 64 bits; they become a float.
     "int": (r"[-+]?[0-9]{1,18}", "-+0123456789", int),
     "float": (
         r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
@@ -207,17 +210,17 @@ for _name, (_pattern, _first, _) in _SCALARS.items():
 
 
 class _Reader:
-    """Nodes to plain values, noting places on the way."""
+    """Converts nodes to plain values and records their positions."""
 
     def __init__(self, document: Document) -> None:
         self.document = document
         self.count = 0
 
     def plain(self, node: yaml.Node, keys: Keys) -> Any:
-        self.document.places[keys] = _place(self.document.source, node.start_mark)
+        self.document.positions[keys] = _position(self.document.source, node.start_mark)
         self.count += 1
         if len(keys) > MAX_DEPTH or self.count > MAX_VALUES:
-            raise self._refused(node, TOO_MUCH)
+            raise self._error(node, TOO_LARGE)
         kind = node.tag.removeprefix(_TAG)
         if isinstance(node, yaml.MappingNode) and kind == "map":
             return self._mapping(node, keys)
@@ -228,42 +231,42 @@ class _Reader:
         if isinstance(node, yaml.ScalarNode) and kind in _SCALARS:
             pattern, _, value = _SCALARS[kind]
             if not re.fullmatch(pattern, node.value):
-                raise self._refused(node, f"{shown(node.value)} is no {kind}")
+                raise self._error(node, f"{shown(node.value)} is not of type {kind}")
             return value(node.value)
-        raise self._refused(node, f"the tag {node.tag!r} is not allowed; write plain YAML")
+        raise self._error(node, f"the tag {node.tag!r} is not allowed; allowed: plain YAML")
 
     def _mapping(self, node: yaml.MappingNode, keys: Keys) -> dict[str, Any]:
         mapping: dict[str, Any] = {}
         for key_node, value_node in node.value:
             key = key_node.value
             if key_node.tag != _TAG + "str":
-                raise self._refused(key_node, "a key must be text; quote it if it is")
+                raise self._error(key_node, "a key must be text; put it in quotes")
             if key == "<<":
-                raise self._refused(key_node, "merge keys (<<) are not read; write the keys out")
-            here = (*keys, key)
+                raise self._error(key_node, "merge keys (<<) are not supported; write each key")
+            path = (*keys, key)
             if key in mapping:
-                first = self.document.key_places[here].removeprefix(self.document.source + ":")
-                raise self._refused(key_node, f"{shown(key)} stands here again, after {first}")
-            self.document.key_places[here] = _place(self.document.source, key_node.start_mark)
-            mapping[key] = self.plain(value_node, here)
+                first = self.document.key_positions[path].removeprefix(self.document.source + ":")
+                raise self._error(key_node, f"the key {shown(key)} is repeated; first at {first}")
+            self.document.key_positions[path] = _position(self.document.source, key_node.start_mark)
+            mapping[key] = self.plain(value_node, path)
         return mapping
 
-    def _refused(self, node: yaml.Node, message: str) -> SpecError:
-        return SpecError(f"{_place(self.document.source, node.start_mark)}: {message}")
+    def _error(self, node: yaml.Node, message: str) -> SpecError:
+        return SpecError(f"{_position(self.document.source, node.start_mark)}: {message}")
 
 
-def choices(word: Any, allowed: Iterable[Any]) -> str:
-    """What is allowed, for the end of a message, and what was probably meant.
+def allowed_choices(word: Any, allowed: Iterable[Any]) -> str:
+    """The end of a message: the allowed values and the one that is closest to `word`.
 
-    >>> choices("tpo", ["tpe", "random"])
+    >>> allowed_choices("tpo", ["tpe", "random"])
     'allowed: tpe, random; did you mean tpe?'
     """
     options = [_plain(option) for option in allowed]
-    return f"allowed: {', '.join(options) or 'nothing'}{meant(_plain(word), options)}"
+    return f"allowed: {', '.join(options) or 'nothing'}{suggestion(_plain(word), options)}"
 
 
-def meant(word: str, options: Iterable[str]) -> str:
-    """`; did you mean ...?`, or nothing where no option looks like the word."""
+def suggestion(word: str, options: Iterable[str]) -> str:
+    """`; did you mean ...?`, or an empty text if no option resembles the word."""
     close = difflib.get_close_matches(word, list(options), n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
@@ -276,12 +279,12 @@ def _plain(value: Any) -> str:
 
 
 def all_documents(text: str) -> list[Any]:
-    """The documents of a file of ours: no limits, and nothing is remembered of places."""
+    """All documents of a trusted file, without size limits and without positions."""
     return list(yaml.safe_load_all(text))
 
 
 def written(documents: Iterable[Any]) -> str:
-    """Documents as YAML that all readers take for the same: no aliases, keys in their order."""
+    """Documents as YAML without aliases, keys in their order; YAML 1.1 and 1.2 agree on it."""
     text: str = yaml.dump_all(
         documents, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000
     )
@@ -289,15 +292,16 @@ def written(documents: Iterable[Any]) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Text with line breaks as a block; text that YAML 1.2 takes for a number in quotes."""
+    """Writes multi-line text as a block and quotes text that YAML 1.2 reads as a number."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
 def _text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
-    odd = not value.replace("\n", "").isprintable()  # PyYAML takes U+0085 for a line break
-    style = '"' if odd else "|" if "\n" in value else None
+    # A block would split at U+0085, which PyYAML treats as a line break.
+    unprintable = not value.replace("\n", "").isprintable()
+    style = '"' if unprintable else "|" if "\n" in value else None
     return dumper.represent_scalar(_TAG + "str", value, style=style)
 
 

@@ -1,8 +1,8 @@
-"""A sweep as plain data, and the cells that it spreads into. Knows neither files nor clusters.
+"""A sweep as plain data, and its cells. This module is independent of files and clusters.
 
-Precedence of a trial key: default < world < preset < fixed < grid < space. What a method pins
-stays pinned: the key does not apply in the cells of that method, and cells that become equal by
-that are one.
+Precedence of a trial key: default < world < preset < fixed < grid < space. A pinned key of a method
+keeps its value: in cells of that method other values of the key are ignored, and cells that become
+equal are merged into one.
 """
 
 from __future__ import annotations
@@ -26,67 +26,73 @@ from orchestrator.spec._expressions import compile_when, names_of
 from orchestrator.spec._trial_values import Dimension as Dimension
 from orchestrator.spec._trial_values import Space
 from orchestrator.spec.marked_yaml import SpecError
-from orchestrator.spec.validation import CONFIG, LINE, Number, Whole, setting, wrong
+from orchestrator.spec.validation import CONFIG, LINE, Number, Whole, setting, validation_error
 
 JOURNAL = "journal"
 POSTGRES = "postgresql://"
 
 
-def _storage(where: str) -> str:
-    if where != JOURNAL and not where.startswith(POSTGRES):
+def _storage(storage: str) -> str:
+    if storage != JOURNAL and not storage.startswith(POSTGRES):
         raise ValueError(
-            f"is not a storage of studies; allowed: {JOURNAL}, {POSTGRES}user@host/database"
+            f"this storage is not supported; allowed: {JOURNAL}, {POSTGRES}user@host/database"
         )
-    if re.search(r"[?&]password=", where):
-        raise ValueError("has a password; set PGPASSWORD, or write ~/.pgpass")
-    return where
+    if re.search(r"[?&]password=", storage):
+        raise ValueError("the address contains a password; set PGPASSWORD or write ~/.pgpass")
+    return storage
 
 
-def _rising(rungs: tuple[int, ...]) -> tuple[int, ...]:
+def _increasing(rungs: tuple[int, ...]) -> tuple[int, ...]:
     for i, (before, rung) in enumerate(itertools.pairwise(rungs), 1):
         if rung <= before:
-            raise wrong(f"{rung} does not come after {before}; allowed: more", i)
+            raise validation_error(f"{rung} is not greater than {before}; allowed: > {before}", i)
     return rungs
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Pruning:
-    """Points of a round that stop early, since others of it promise more (`pruning.py`)."""
+    """Rules that stop the weaker points of a round early (`planning/pruning.py`)."""
 
     rule: Literal["halving", "median"] = Field(
-        description="halving: the better part of a round; median: those above it so far"
+        description="points that continue; halving: the best of a round; "
+        "median: those at or above the median of all points so far"
     )
     rungs: Annotated[
-        tuple[Annotated[Whole, Field(ge=1)], ...], Field(min_length=1), AfterValidator(_rising)
-    ] = Field(description="iterations after which points are compared, rising")
-    keep: Number = setting(0.5, "halving: share of a round's points that go on", gt=0, lt=1)
+        tuple[Annotated[Whole, Field(ge=1)], ...], Field(min_length=1), AfterValidator(_increasing)
+    ] = Field(description="iterations after which points are compared, in increasing order")
+    keep: Number = setting(
+        0.5, "halving: share of the points of a round that continues", gt=0, lt=1
+    )
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Search:
-    """What is searched in each cell, and how."""
+    """The hyperparameter search of each cell."""
 
     sampler: Literal["tpe", "random", "grid"] = setting(
-        "tpe", "tpe: Optuna's; random; grid: every combination of values"
+        "tpe", "Optuna's sampler: tpe or random; grid: every combination of values"
     )
-    seed: Whole = setting(0, "of the sampler", ge=0)
+    seed: Whole = setting(0, "seed of the sampler", ge=0)
     objective: Literal["mutual_information", "validation_accuracy"] = setting(
-        "mutual_information", "what is maximised; mutual_information needs no label"
+        "mutual_information", "the maximized metric; mutual_information needs no labels"
     )
-    points: Whole = Field(description="a total per cell, also after resumes", ge=1)
-    width: Whole = setting(4, "points asked per round", ge=1)
-    patience: Whole | None = setting(None, "points without a better one that end a cell", ge=1)
-    pruning: Pruning | None = setting(None, "points that stop early; null: none")
+    points: Whole = Field(description="number of points per cell, over all runs of the sweep", ge=1)
+    width: Whole = setting(4, "points per round", ge=1)
+    patience: Whole | None = setting(
+        None, "points without improvement after which a cell ends; null: no limit", ge=1
+    )
+    pruning: Pruning | None = setting(None, "stops weak points early; null: no pruning")
     storage: Annotated[
         LINE,
         AfterValidator(_storage),
         WithJsonSchema({"type": "string", "pattern": f"^({JOURNAL}|{POSTGRES}.+)$"}),
     ] = setting(
         JOURNAL,
-        "of the studies: a file of the sweep, or postgresql://user@host/database (docs/tracking.md)",
+        "storage of the studies: a journal file of the sweep, or postgresql://user@host/database "
+        "(docs/tracking.md)",
     )
-    # One whose `when` names another comes after it.
-    space: Space = Field(description="keys that are searched")
+    # Ordered: each dimension follows those that its `when` depends on.
+    space: Space = Field(description="the searched keys, each with values or a range")
 
     @property
     def rungs(self) -> tuple[int, ...]:
@@ -109,23 +115,27 @@ SeedEntries = Annotated[
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Seeds:
-    """Each point runs once per entry of `values`; an entry has a number for each varied key."""
+    """Each point runs once per entry of `values`; an entry has one number per key of `vary`."""
 
     values: SeedEntries
     vary: Annotated[
         tuple[Literal["seed", "split_seed"], ...],
         Field(min_length=1, json_schema_extra={"uniqueItems": True}),
-    ] = setting(("seed",), "what a number of `values` is for: a list there gives each its own")
+    ] = setting(("seed",), "the varied keys; a list in `values` has one number for each of them")
 
     def __post_init__(self) -> None:
         if len(set(self.vary)) < len(self.vary):
-            raise wrong(f"{self.vary[0]} is listed twice; allowed: once", "vary")
+            raise validation_error(f"{self.vary[0]} is listed twice; allowed: once", "vary")
         for i, entry in enumerate(self.values):
             if len(entry) != len(self.vary):
                 numbers = ", ".join(["a number"] * len(self.vary))
-                raise wrong(f"{[*entry]} is not allowed; allowed: [{numbers}]", "values", i)
+                raise validation_error(
+                    f"{[*entry]} is not allowed; allowed: [{numbers}]", "values", i
+                )
             if entry in self.values[:i]:
-                raise wrong("the same seeds are listed twice; allowed: once", "values", i)
+                raise validation_error(
+                    "the same seeds are listed twice; allowed: once", "values", i
+                )
 
     def assignments(self) -> tuple[dict[str, int], ...]:
         """The settings of each run of a point.
@@ -151,7 +161,7 @@ Seconds = Annotated[
     BeforeValidator(_seconds),
     WithJsonSchema(
         {
-            "title": "90s, 30m, 12h, or seconds > 0",
+            "title": "a duration such as 90s, 30m or 12h, or a number of seconds > 0",
             "anyOf": [
                 {"type": "string", "pattern": r"^[0-9]{1,9}(\.[0-9]{1,9})?[smh]$"},
                 {"type": "number", "exclusiveMinimum": 0},
@@ -163,72 +173,84 @@ Seconds = Annotated[
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Budget:
-    """Where a run stops, to go on another day."""
+    """The limits of one run; the next run continues."""
 
-    gpu_hours: Number | None = setting(None, "of all devices together, in one run", gt=0)
-    wall: Seconds | None = setting(None, "by the clock, in one run")
+    gpu_hours: Number | None = setting(
+        None, "limit of one run, summed over all GPUs; null: none", gt=0
+    )
+    wall: Seconds | None = setting(None, "wall-clock limit of one run; null: none")
 
 
-def _custom(found: Mapping[str, float]) -> Mapping[str, float]:
-    for name in found:
+def _custom(resources: Mapping[str, float]) -> Mapping[str, float]:
+    for name in resources:
         if name in ("CPU", "GPU", "cpu", "gpu", "memory", "object_store_memory"):
-            raise wrong("is not a custom resource; allowed: `cpu` and `gpu` beside it", name)
-    return found
+            raise validation_error(
+                f"{name} is not a custom resource; allowed: other names; set `cpu` and `gpu` "
+                "outside `custom`",
+                name,
+            )
+    return resources
 
 
-# What machines have beside cores and devices, by name.
+# Amounts of Ray's custom resources, by name.
 Custom = Annotated[dict[str, Annotated[Number, Field(gt=0)]], AfterValidator(_custom)]
-CUSTOM = "of each, beside them: what nodes were given by `ray start --resources`"
+CUSTOM = "amounts of custom resources, named as in `ray start --resources`"
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class TrialResources:
-    """What one trial asks for."""
+    """Resources of one trial."""
 
-    cpu: Number = setting(1.0, "cores of one trial", ge=0)
-    gpu: Number = setting(0.0, "devices of one trial, or a share of one", ge=0)
+    cpu: Number = setting(1.0, "CPU cores of one trial", ge=0)
+    gpu: Number = setting(0.0, "GPUs of one trial, or a share of one GPU", ge=0)
     custom: Custom = Field(default_factory=dict, description=CUSTOM)
-    timeout: Seconds | None = setting(None, "that one trial may take")
+    timeout: Seconds | None = setting(None, "time limit of one trial; null: none")
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class GeneratorResources:
-    """What one actor asks for that trains a LoRA or draws images, and how many there are."""
+    """Resources of one actor that trains a LoRA or generates images, and the number of actors."""
 
-    cpu: Number = setting(1.0, "cores of one actor that draws images", ge=0)
-    gpu: Number = setting(0.0, "devices of one actor", ge=0)
+    cpu: Number = setting(
+        1.0, "CPU cores of one actor that trains a LoRA or generates images", ge=0
+    )
+    gpu: Number = setting(0.0, "GPUs of one actor", ge=0)
     custom: Custom = Field(default_factory=dict, description=CUSTOM)
-    actors: Whole | None = setting(None, "null: as many as fit", ge=1)
+    actors: Whole | None = setting(None, "number of actors; null: as many as fit", ge=1)
     reserve: Whole | None = setting(
-        None, "actors that draw for later cells while trials run; null: one of eight", ge=0
+        None,
+        "actors that generate images of later cells while trials run; null: one in eight",
+        ge=0,
     )
 
 
-ProcessResources = TrialResources | GeneratorResources  # what one process asks of its machine
+ProcessResources = TrialResources | GeneratorResources  # of one worker process
 ENCODER_BATCH = 256
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class EncoderResources:
-    """CLIP over a dataset, and first pseudo-labels. Asks for what a trial does, unless told."""
+    """Resources of an encoder: it computes CLIP features and the initial pseudo-labels."""
 
-    cpu: Number | None = setting(None, "cores of one encoder; null: as a trial", ge=0)
-    gpu: Number | None = setting(None, "devices, or a share of one; null: as a trial", ge=0)
-    batch: Whole = setting(ENCODER_BATCH, "images at a time through CLIP", ge=1)
+    cpu: Number | None = setting(None, "CPU cores of one encoder; null: as for a trial", ge=0)
+    gpu: Number | None = setting(None, "GPUs, or a share of one GPU; null: as for a trial", ge=0)
+    batch: Whole = setting(ENCODER_BATCH, "images per CLIP batch", ge=1)
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Resources:
-    """What runs ask of the cluster. Enters no key."""
+    """Resources of a run on the cluster. They are not part of any artifact key."""
 
     trial: TrialResources = TrialResources()
     generator: GeneratorResources = GeneratorResources()
     encoder: EncoderResources = EncoderResources()
-    wait: Seconds | None = setting(None, "for machines that an autoscaler brings; null: none")
+    wait: Seconds | None = setting(
+        None, "time to wait for an autoscaler to add nodes; null: do not wait"
+    )
 
     @property
     def encoding(self) -> TrialResources:
-        """What an encoder asks for."""
+        """Resources of an encoder."""
         cpu, gpu = self.encoder.cpu, self.encoder.gpu
         return replace(
             self.trial,
@@ -237,7 +259,7 @@ class Resources:
         )
 
     def want(self, stage: str) -> ProcessResources:
-        """What a process asks for that works on a stage."""
+        """Resources of a process that works on a stage."""
         match stage:
             case "trials":
                 return self.trial
@@ -248,7 +270,7 @@ class Resources:
 
 @plain_dataclass(frozen=True, kw_only=True)
 class SweepSpec:
-    """A sweep file, checked."""
+    """The content of a validated sweep file."""
 
     version: int = 1
     name: str
@@ -263,8 +285,8 @@ class SweepSpec:
     project: str | None = None
     tracking_uri: str | None = None
     data_root: str | None = None
-    question: str = ""  # the comment on top of the file
-    source: str = ""  # the file, as it was named
+    question: str = ""  # the comment at the top of the file
+    source: str = ""  # the path of the file, as given
     text: str = ""
 
     @property
@@ -278,56 +300,59 @@ class SweepSpec:
 
 @plain_dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One combination of the grid. It has a study of its own."""
+    """One combination of the grid. Each cell has its own study."""
 
-    id: str  # safe as a file name
+    id: str  # a valid file name
     method: str
     flat: dict[str, Any]  # every setting of the default point, without the varied seeds
-    chosen: dict[str, Any]  # what the grid chose, without what does not apply to the method
-    space: tuple[Dimension, ...]  # what is left to search
+    chosen: dict[str, Any]  # values from the grid, without keys that do not apply to the method
+    space: tuple[Dimension, ...]  # the searched dimensions that apply
 
 
 def cells_of(spec: SweepSpec) -> tuple[Cell, ...]:
-    """The cells in the order of the grid: its first key varies slowest.
+    """The cells in the order of the grid: the first key varies slowest.
 
     Raises:
-        SpecError: every combination is excluded.
+        SpecError: no cell is left, because of `exclude` or because no method fits its paradigm.
     """
     table = {_frozen(combination): combination for combination in combinations(spec)}
     cells = {key: _cell(spec, combination) for key, combination in table.items()}
     if not cells:
-        raise SpecError(f"{spec.source}: the grid is empty: every combination is excluded")
-    cells = {key: cell for key, cell in cells.items() if _fits(cell)}
+        raise SpecError(f"{spec.source}: `exclude` removes every combination of the grid")
+    cells = {key: cell for key, cell in cells.items() if _is_defined(cell)}
     if not cells:
-        raise SpecError(f"{spec.source}: {unlabelled(spec.methods)}")
+        raise SpecError(f"{spec.source}: {needs_labels(spec.methods)}")
     computed = {key: (cell.method, _computation(cell)) for key, cell in cells.items()}
-    first = {computed[key]: key for key in reversed(cells)}  # of equal cells the first stays
-    kept = [key for key in cells if first[computed[key]] == key]
-    return tuple(_distinct_ids(_named(spec, cells[key], table[key], computed) for key in kept))
+    first = {computed[key]: key for key in reversed(cells)}  # keep the first of equal cells
+    distinct = [key for key in cells if first[computed[key]] == key]
+    return tuple(_distinct_ids(_named(spec, cells[key], table[key], computed) for key in distinct))
 
 
-def unlabelled(methods: Sequence[str]) -> str:
-    """What is wrong where no method fits any paradigm of the sweep."""
-    return f"{_listed(list(methods))}: ul has no labels to learn from; allowed: ssl, trzsl"
+def needs_labels(methods: Sequence[str]) -> str:
+    """The message for a sweep in which no method fits any paradigm."""
+    return (
+        f"paradigm ul has no labelled images, and {_listed(list(methods))} cannot be trained "
+        "without them; allowed: paradigm ssl or trzsl"
+    )
 
 
-def fits(spec: SweepSpec) -> bool:
-    """Is there a cell whose method is defined in its paradigm?"""
-    return any(_fits(_cell(spec, combination)) for combination in combinations(spec))
+def has_fitting_cell(spec: SweepSpec) -> bool:
+    """Whether the method of at least one cell is defined for its paradigm."""
+    return any(_is_defined(_cell(spec, combination)) for combination in combinations(spec))
 
 
-def _fits(cell: Cell) -> bool:
-    """CoOp and VPT are not defined without labels."""
+def _is_defined(cell: Cell) -> bool:
+    """Whether the method is defined for the paradigm; CoOp and VPT are not for ul."""
     return cell.flat["paradigm"] in presets.METHODS[cell.method].paradigms
 
 
 def _frozen(combination: dict[str, Any]) -> frozenset[tuple[str, Any]]:
-    # True is 1 to a dict; the type keeps an axis [true, 1] apart.
+    # In a dict True equals 1; the type separates the two in an axis [true, 1].
     return frozenset((key, (type(value).__name__, value)) for key, value in combination.items())
 
 
 def combinations(spec: SweepSpec) -> Iterator[dict[str, Any]]:
-    """What the grid says, word by word, without what `exclude` names."""
+    """Every combination of the grid's values except those that `exclude` lists."""
     for values in itertools.product(*spec.grid.values()):
         combination = dict(zip(spec.grid, values, strict=True))
         if not any(entry.items() <= combination.items() for entry in spec.exclude):
@@ -335,47 +360,56 @@ def combinations(spec: SweepSpec) -> Iterator[dict[str, Any]]:
 
 
 def _cell(spec: SweepSpec, combination: dict[str, Any]) -> Cell:
-    asked = {**spec.fixed, **combination}
-    method = asked.pop("method")
+    given = {**spec.fixed, **combination}
+    method = given.pop("method")
     pins = presets.METHODS[method].pins
-    flat = {**_trial_defaults(), **presets.defaults(method, asked)}
-    flat |= {key: value for key, value in asked.items() if key not in pins}
-    if flat.pop("lora", True) is None:  # off: its settings do not apply
+    flat = {**_trial_defaults(), **presets.defaults(method, given)}
+    flat |= {key: value for key, value in given.items() if key not in pins}
+    if flat.pop("lora", True) is None:  # LoRA is off: the lora.* settings do not apply
         flat = {key: value for key, value in flat.items() if not key.startswith("lora.")}
         flat["lora"] = None
     for key in spec.seeds.vary:
         del flat[key]
     applies = {"method", "lora", *flat}.difference(pins)
     chosen = {key: value for key, value in combination.items() if key in applies}
-    return Cell(id="", method=method, flat=flat, chosen=chosen, space=_free(spec, method, flat))
+    return Cell(
+        id="",
+        method=method,
+        flat=flat,
+        chosen=chosen,
+        space=_searched_dimensions(spec, method, flat),
+    )
 
 
 def _named(
     spec: SweepSpec, cell: Cell, combination: dict[str, Any], computed: dict[Any, Any]
 ) -> Cell:
-    """A cell with what the grid chose that makes a difference to it, and with its name."""
+    """The cell with its id and without the grid keys that do not change its computation."""
 
-    def computes(other: dict[str, Any]) -> Any:
+    def computation(other: dict[str, Any]) -> Any:
         key = _frozen(other)
         if key not in computed:  # excluded from the sweep
             outside = _cell(spec, other)
             computed[key] = (outside.method, _computation(outside))
         return computed[key]
 
-    own = computes(combination)
+    own = computation(combination)
     chosen = {
         key: value
         for key, value in cell.chosen.items()
-        if key in _NAMED_FIRST
-        or any(computes({**combination, key: one}) != own for one in (spec.axes or spec.grid)[key])
+        if key in _ID_KEYS
+        or any(
+            computation({**combination, key: other}) != own
+            for other in (spec.axes or spec.grid)[key]
+        )
     }
     named = replace(cell, chosen=chosen)
     return replace(named, id=_id(named))
 
 
 def _computation(cell: Cell) -> Any:
-    """The same for cells that compute the same, whatever their irrelevant settings are."""
-    if cell.space:  # the search may give weight to what its first point ignores
+    """A value that is equal for cells that differ only in settings without effect."""
+    if cell.space:  # a setting without effect in the default point can matter in another point
         return frozenset(cell.flat.items())
     return normalised(from_flat(cell.flat, presets.named_refs(cell.flat), ()))
 
@@ -385,54 +419,63 @@ def _trial_defaults() -> dict[str, Any]:
     return {key.name: key.default for key in trial_keys().values() if key.name != "lora"}
 
 
-def _free(spec: SweepSpec, method: str, flat: dict[str, Any]) -> tuple[Dimension, ...]:
-    """The dimensions that a cell searches; a condition on nothing but its settings is settled."""
+def _searched_dimensions(
+    spec: SweepSpec, method: str, flat: dict[str, Any]
+) -> tuple[Dimension, ...]:
+    """The dimensions that a cell searches.
+
+    A dimension is left out if its condition depends only on fixed settings and does not hold.
+    """
     free: list[Dimension] = []
     for dimension in spec.space:
         if dimension.key in presets.METHODS[method].pins:
             continue
         if dimension.when:
-            open_questions = {other.key for other in free}.intersection(names_of(dimension.when))
-            if not open_questions and not compile_when(dimension.when)(flat):
+            depends_on = {other.key for other in free}.intersection(names_of(dimension.when))
+            if not depends_on and not compile_when(dimension.when)(flat):
                 continue
         free.append(dimension)
     return tuple(free)
 
 
-_NAMED_FIRST = ("dataset", "paradigm", "modality", "method")
+_ID_KEYS = ("dataset", "paradigm", "modality", "method")
 
 
 def _id(cell: Cell) -> str:
-    words = [{**cell.flat, "method": cell.method}[key] for key in _NAMED_FIRST]
+    words = [{**cell.flat, "method": cell.method}[key] for key in _ID_KEYS]
     words += [
-        f"{key.rpartition('.')[2]}={_word(value)}"
+        f"{key.rpartition('.')[2]}={_id_word(value)}"
         for key, value in cell.chosen.items()
-        if key not in _NAMED_FIRST
+        if key not in _ID_KEYS
     ]
     name = re.sub(r"[^A-Za-z0-9._=-]+", "-", "-".join(words))
-    return name if len(name) <= 100 else f"{name[:90]}-{_mark(cell)}"
+    return name if len(name) <= 100 else f"{name[:90]}-{_short_digest(cell)}"
 
 
-def _word(value: Any) -> str:
+def _id_word(value: Any) -> str:
     words = {None: "off", True: "on", False: "off"}
     return words[value] if value is None or isinstance(value, bool) else str(value)
 
 
-def _mark(cell: Cell) -> str:
+def _short_digest(cell: Cell) -> str:
     return digest({"method": cell.method, **cell.chosen})[:8]
 
 
 def _distinct_ids(cells: Iterable[Cell]) -> Iterator[Cell]:
-    # Two values may look alike as file names (a/b, a-b). Some file systems do not tell A from a.
+    # Two values can give the same file name (a/b, a-b). Some file systems ignore case.
     seen: set[str] = set()
     for cell in cells:
-        named = replace(cell, id=f"{cell.id}-{_mark(cell)}") if cell.id.lower() in seen else cell
+        named = (
+            replace(cell, id=f"{cell.id}-{_short_digest(cell)}")
+            if cell.id.lower() in seen
+            else cell
+        )
         seen.add(named.id.lower())
         yield named
 
 
 def option_words(sets: Iterable[str], only: Iterable[str], smoke: bool) -> list[str]:
-    """How a sweep was asked for, as words of a command.
+    """The options of a sweep request, as words of a command line.
 
     >>> option_words(["seeds=[1]"], ["method=air"], smoke=True)
     ['--set', 'seeds=[1]', '--only', 'method=air', '--smoke']
@@ -442,28 +485,28 @@ def option_words(sets: Iterable[str], only: Iterable[str], smoke: bool) -> list[
 
 
 def notes_of(spec: SweepSpec) -> tuple[str, ...]:
-    """What is allowed but may surprise: said by `plan`, one sentence each."""
+    """Sentences about allowed but surprising settings, for `airsweep plan`."""
     return tuple(_notes(spec))
 
 
 def _notes(spec: SweepSpec) -> Iterator[str]:
-    said = {"fixed": spec.fixed, "grid": spec.grid, "search.space": [d.key for d in spec.space]}
-    for where, keys in said.items():
+    parts = {"fixed": spec.fixed, "grid": spec.grid, "search.space": [d.key for d in spec.space]}
+    for part, keys in parts.items():
         for key in keys:
             pinning = [name for name in spec.methods if key in presets.METHODS[name].pins]
             if pinning:
-                yield f"{where}.{key} does not apply to {_listed(pinning)}: the method pins it"
+                yield f"{part}.{key} does not apply to {_listed(pinning)}: the method pins it"
     every = list(combinations(spec))
-    left_out = [cell for cell in (_cell(spec, one) for one in every) if not _fits(cell)]
-    if left_out:
-        names = sorted({cell.method for cell in left_out})
-        yield f"{_listed(names)}: left out of ul, which has no labels to learn from"
-    cells, total = cells_of(spec), len(every) - len(left_out)
+    skipped = [cell for cell in (_cell(spec, entry) for entry in every) if not _is_defined(cell)]
+    if skipped:
+        names = sorted({cell.method for cell in skipped})
+        yield f"{_listed(names)}: no cells with paradigm ul, which has no labelled images"
+    cells, total = cells_of(spec), len(every) - len(skipped)
     if len(cells) < total:
         yield f"{total} combinations of the grid are {len(cells)} different cells"
-    settled = [cell.id for cell in cells if not cell.space]
-    if spec.search and settled:
-        yield f"one point only, since nothing is left to search: {_listed(settled)}"
+    single_point = [cell.id for cell in cells if not cell.space]
+    if spec.search and single_point:
+        yield f"only one point, because no dimension applies: {_listed(single_point)}"
 
 
 def _listed(names: list[str], most: int = 8) -> str:
@@ -481,7 +524,7 @@ SMOKE: dict[str, Any] = {
 
 
 def smoke(spec: SweepSpec) -> SweepSpec:
-    """The same cells at next to no cost: one point, one seed, one iteration, 8 images a class."""
+    """A quick variant of a sweep: one point, one seed, one iteration, 8 images per class."""
     grid = {key: values for key, values in spec.grid.items() if key not in SMOKE}
     search = spec.search and replace(spec.search, points=1, pruning=None, space=())
     seeds = replace(spec.seeds, values=spec.seeds.values[:1])

@@ -1,4 +1,4 @@
-"""Tables of docs/spec_reference.md, from the schema of a sweep file. `make golden` writes them."""
+"""Tables of docs/spec_reference.md from the schema of a sweep file; `make golden` writes them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from orchestrator.spec import presets, sweep_schema
-from orchestrator.spec._trial_values import TRIAL_NAMES, why_not_searched
-from orchestrator.spec.validation import Schema, plain, words
+from orchestrator.spec._trial_values import TRIAL_NAMES, reason_not_searchable
+from orchestrator.spec.validation import Schema, allowed_values, yaml_text
 
 
 def refreshed(page: str) -> str:
-    """The page with its tables, each between two comments, as they follow from the code."""
+    """The page with every table between two marker comments generated again."""
     schema = sweep_schema()
     tables = {
         "parts": _keys(_rows(schema, "")),
@@ -30,11 +30,11 @@ def refreshed(page: str) -> str:
 
 
 def _rows(schema: Schema, path: str) -> Iterator[tuple[str, Schema]]:
-    """Each key of a file with its schema; those of trial keys stay closed."""
-    for name, found in schema["properties"].items():
-        inner = next((one for one in [found, *found.get("anyOf", [])] if "properties" in one), None)
+    """Each key of a file with its schema; sections of trial keys are one row."""
+    for name, part in schema["properties"].items():
+        inner = next((s for s in [part, *part.get("anyOf", [])] if "properties" in s), None)
         if inner is None or name in ("grid", "fixed", "space", "seeds"):
-            yield f"{path}{name}", found
+            yield f"{path}{name}", part
         else:
             yield from _rows(inner, f"{path}{name}.")
 
@@ -43,17 +43,19 @@ def _keys(rows: Iterable[tuple[str, Schema]]) -> str:
     lines = [
         [
             f"`{name}`",
-            f"`{plain(found['default'])}`" if "default" in found else "",
-            _text(words(found)),
-            _text(found["description"]),
+            f"`{yaml_text(schema['default'])}`" if "default" in schema else "",
+            _text(allowed_values(schema)),
+            _text(schema["description"]),
         ]
-        for name, found in rows
+        for name, schema in rows
     ]
-    return _table(("key", "default", "values", "what"), lines)
+    return _table(("key", "default", "values", "meaning"), lines)
 
 
 def _not_searched() -> str:
-    names = dict.fromkeys(name.partition(".")[0] for name in TRIAL_NAMES if why_not_searched(name))
+    names = dict.fromkeys(
+        name.partition(".")[0] for name in TRIAL_NAMES if reason_not_searchable(name)
+    )
     return textwrap.fill(", ".join(f"`{name}`" for name in names) + ".", 100)
 
 
@@ -66,7 +68,7 @@ def _worlds() -> str:
         [f"`{key}: {value}` and `method: {name}`", _several(settings)]
         for (key, value, name), settings in presets.METHOD_WORLDS.items()
     ]
-    return _table(("where", "default"), lines)
+    return _table(("with", "defaults"), lines)
 
 
 def _methods() -> str:
@@ -86,15 +88,15 @@ def _methods() -> str:
 
 
 def _several(settings: Mapping[str, Any]) -> str:
-    return ", ".join(f"`{key}: {plain(value)}`" for key, value in settings.items())
+    return ", ".join(f"`{key}: {yaml_text(value)}`" for key, value in settings.items())
 
 
 def _text(text: str) -> str:
-    return re.sub("<(?=[a-z])", r"\\<", text)  # else a tag of HTML
+    return re.sub("<(?=[a-z])", r"\\<", text)  # Markdown would read `<path>` as HTML
 
 
 def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    # A bar ends a cell, in code too.
+    # A bar ends a cell, even inside code.
     safe = [[cell.replace("|", "\\|") for cell in line] for line in lines]
     rows = [list(header), ["---"] * len(header), *safe]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

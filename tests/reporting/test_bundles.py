@@ -329,7 +329,7 @@ def test_best_is_the_run_with_the_best_objective_of_the_best_row(
     ("arguments", "words"),
     [
         (("best", "--sweep", "small"), "cannot be compared: digits/ul/text; digits/trzsl/text"),
-        (("best", "--sweep", "small", "--only", "metod=fpl"), "no key of the grid"),
+        (("best", "--sweep", "small", "--only", "metod=fpl"), "not a key of the grid"),
         (("best", "--sweep", "small", "--only", "method=air"), "is not in grid.method"),
         (("best",), "give --sweep NAME"),
         (("best", "--sweep", "large"), "no sweep default/large"),

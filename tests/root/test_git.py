@@ -1,4 +1,4 @@
-"""Which code computes: real small repositories around a copy of the module."""
+"""The commit and the uncommitted changes, in small repositories with a copy of the module."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from orchestrator.files import ROOT
 
-SAY = """
+SCRIPT = """
 from orchestrator.git import commit, diff_digest, uncommitted
 diff = uncommitted()
 print(commit(), diff_digest(diff) or "clean")
@@ -21,16 +21,16 @@ print(diff.decode())
 
 
 def git(repository: Path, *arguments: str) -> str:
-    who = ("-c", "user.name=ada", "-c", "user.email=ada@example.org")
+    author = ("-c", "user.name=ada", "-c", "user.email=ada@example.org")
     done = subprocess.run(
-        ["git", *who, *arguments], cwd=repository, check=True, capture_output=True, text=True
+        ["git", *author, *arguments], cwd=repository, check=True, capture_output=True, text=True
     )
     return done.stdout.strip()
 
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A repository that holds a copy of the module."""
+    """A repository that contains a copy of the module."""
     package = tmp_path / "code" / "orchestrator"
     (tmp_path / "code" / "air_core").mkdir(parents=True)
     package.mkdir()
@@ -41,12 +41,13 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path / "code"
 
 
-def said(checkout: Path) -> tuple[str, str, str]:
-    known = {k: v for k, v in os.environ.items() if not k.startswith("AIRSWEEP_")}
+def code_state(checkout: Path) -> tuple[str, str, str]:
+    """Commit, digest of the diff, and the diff."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("AIRSWEEP_")}
     done = subprocess.run(
-        [sys.executable, "-c", SAY],
+        [sys.executable, "-c", SCRIPT],
         cwd=checkout,
-        env={**known, "PYTHONPATH": str(checkout)},
+        env={**environment, "PYTHONPATH": str(checkout)},
         check=True,
         capture_output=True,
         text=True,
@@ -55,31 +56,31 @@ def said(checkout: Path) -> tuple[str, str, str]:
     return *first.split(), diff.strip()
 
 
-def test_what_is_not_committed_is_a_diff_and_the_index_is_left_alone(checkout):
+def test_uncommitted_changes_are_a_diff_and_the_index_does_not_change(checkout):
     (checkout / ".gitignore").write_text("__pycache__/\n")
     git(checkout, "add", ".")
     git(checkout, "commit", "--quiet", "--message", "all")
     head = git(checkout, "rev-parse", "HEAD")
-    assert said(checkout) == (head, "clean", "")
+    assert code_state(checkout) == (head, "clean", "")
 
     (checkout / "air_core" / "specs.py").write_text("RANK = 8\n")
     (checkout / "air_core" / "new.py").write_text("NEW = 1\n")
     (checkout / "air_core" / ".env.local").write_text("PASSWORD=geheim\n")
-    (checkout / "notes.txt").write_text("no code")
-    commit, digest, diff = said(checkout)
+    (checkout / "notes.txt").write_text("not code")
+    commit, digest, diff = code_state(checkout)
     assert (commit, len(digest)) == (head, 12)
     for line in ("-RANK = 4", "+RANK = 8", "+NEW = 1"):
         assert line in diff.splitlines()
-    assert "no code" not in diff
-    assert "geheim" not in diff  # files of secrets are no code
+    assert "not code" not in diff
+    assert "geheim" not in diff  # the diff excludes .env* files
     (checkout / "air_core" / ".env.local").unlink()
     assert git(checkout, "status", "--short").splitlines() == [
         *("M air_core/specs.py", "?? air_core/new.py", "?? notes.txt")
     ]
 
 
-def test_a_copy_inside_somebody_elses_repository_has_no_commit(checkout):
-    (checkout / "README").write_text("of somebody else, who ignores the copy")
+def test_a_copy_inside_an_unrelated_repository_has_no_commit(checkout):
+    (checkout / "README").write_text("an unrelated repository that does not track the copy")
     git(checkout, "add", "README")
-    git(checkout, "commit", "--quiet", "--message", "theirs")
-    assert said(checkout) == ("unknown", "clean", "")
+    git(checkout, "commit", "--quiet", "--message", "unrelated")
+    assert code_state(checkout) == ("unknown", "clean", "")

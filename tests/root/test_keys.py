@@ -1,4 +1,4 @@
-"""Identity: what moves a key, what must not, and the keys that GPU-hours hang on."""
+"""Keys: the settings that change them, the settings that do not, and golden keys."""
 
 from __future__ import annotations
 
@@ -52,17 +52,17 @@ def trial(method: str = "air", refs: dict[str, Ref] = TINY, **changes: Any) -> T
 
 
 def stages(spec: TrialSpec) -> dict[str, Any]:
-    """Every spec that a trial nests, by stage."""
-    found: dict[str, Any] = {"trials": spec, "features": spec.features}
+    """Every spec nested in a trial, by stage."""
+    specs: dict[str, Any] = {"trials": spec, "features": spec.features}
     if spec.synthetic_features is not None:
-        found |= {"synthetic": spec.synthetic_features, "images": spec.images}
+        specs |= {"synthetic": spec.synthetic_features, "images": spec.images}
     if spec.lora_adapter is not None:
-        found |= {"lora": spec.lora_adapter, "labels": spec.lora_adapter.labels}
-    return found
+        specs |= {"lora": spec.lora_adapter, "labels": spec.lora_adapter.labels}
+    return specs
 
 
 def digests(spec: TrialSpec) -> dict[str, str]:
-    return {stage: artifact_key(one).digest for stage, one in stages(spec).items()}
+    return {stage: artifact_key(nested).digest for stage, nested in stages(spec).items()}
 
 
 # ---------------------------------------------------------------- golden
@@ -80,25 +80,27 @@ PUBLISHED = {
 
 
 def test_keys_of_published_specs_equal_the_golden_ones():
-    """Whoever changes one of these throws away what others have computed. If the results
-    themselves changed, raise a recipe; a new setting carries `absent_means`."""
-    found = {
+    """A changed key invalidates the artifacts in existing stores.
+
+    Raise a recipe number if the results change; give a new setting `absent_means`.
+    """
+    keys = {
         name: {
-            stage: "{0.stage}/v{0.recipe}/{0.digest}".format(artifact_key(one))
-            for stage, one in stages(spec).items()
+            stage: "{0.stage}/v{0.recipe}/{0.digest}".format(artifact_key(nested))
+            for stage, nested in stages(spec).items()
         }
         for name, spec in PUBLISHED.items()
     }
     if os.environ.get("AIRSWEEP_UPDATE_GOLDEN") == "1":
-        GOLDEN.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
-    assert found == json.loads(GOLDEN.read_text())
+        GOLDEN.write_text(json.dumps(keys, indent=1, sort_keys=True) + "\n")
+    assert keys == json.loads(GOLDEN.read_text())
 
 
-# ---------------------------------------------------------------- what is in a key
+# ---------------------------------------------------------------- content of a key
 
 
 @pytest.mark.parametrize("name", ["dataset", "backbone", "generator"])
-def test_the_name_of_a_thing_outside_never_matters_its_content_does(name):
+def test_a_key_depends_on_the_content_of_an_input_and_not_on_its_name(name):
     spec = trial()
     renamed = replace(spec, **{name: Ref(name="elsewhere", digest=TINY[name].digest)})
     changed = replace(spec, **{name: Ref(name=TINY[name].name, digest="other")})
@@ -106,13 +108,13 @@ def test_the_name_of_a_thing_outside_never_matters_its_content_does(name):
     assert digests(changed)["trials"] != digests(spec)["trials"]
 
 
-def test_a_key_says_stage_recipe_and_a_few_words():
+def test_a_key_contains_stage_recipe_and_a_short_description():
     key = artifact_key(trial(seed=3))
     assert str(key) == f"trials/v2/tiny-ul-text-s3-{key.digest[:12]}"
     assert len(key.digest) == 40
 
 
-def test_words_of_a_key_are_safe_as_a_folder_name():
+def test_the_description_in_a_key_is_a_valid_folder_name():
     row = artifact_key(FolderImages(model=Ref(name="folder:/a b/../c", digest="x"), **ROW))
     assert row.slug == "folder-a-b-c"
     long = artifact_key(FolderImages(model=Ref(name="folder:" + "x" * 200, digest="x"), **ROW))
@@ -124,13 +126,13 @@ ROW: dict[str, Any] = {"classnames": CLASSES, "size": 32, "block": 8}
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_what_is_no_number_has_no_place_in_a_key(value):
-    with pytest.raises(ValueError, match="no place in a key"):
+def test_a_key_refuses_numbers_that_are_not_finite(value):
+    with pytest.raises(ValueError, match=r"a key cannot contain .*; allowed: finite numbers"):
         artifact_key(trial(train__learning_rate=value))
 
 
 @pytest.mark.parametrize("value", [Path("x"), b"x", {1: "x"}, {"x"}, object()])
-def test_a_key_is_made_of_plain_data_only(value):
+def test_a_key_contains_only_plain_data(value):
     with pytest.raises(TypeError):
         canonical_json({"value": value})
 
@@ -146,22 +148,23 @@ PLAIN = st.recursive(
 
 
 @given(PLAIN)
-def test_canonical_json_keeps_the_value_and_nothing_of_its_order(value):
+def test_canonical_json_keeps_the_value_and_ignores_the_order_of_keys(value):
     assert json.loads(canonical_json(value)) == value
-    assert canonical_json(backwards(value)) == canonical_json(value)
+    assert canonical_json(reversed_keys(value)) == canonical_json(value)
 
 
-def backwards(value: Any) -> Any:
+def reversed_keys(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: backwards(value[name]) for name in reversed(value)}
-    return [backwards(item) for item in value] if isinstance(value, list) else value
+        return {name: reversed_keys(value[name]) for name in reversed(value)}
+    return [reversed_keys(item) for item in value] if isinstance(value, list) else value
 
 
-# ---------------------------------------------------------------- what a setting moves
+# ---------------------------------------------------------------- stages that a setting changes
 
 STAGES = ("features", "labels", "lora", "images", "synthetic", "trials")
-# The first stage that a setting moves; those after it follow. Everything else is the trial's own.
-MOVES = {
+# The settings by the first stage that they change; later stages change too. All other settings
+# change the trial alone.
+CHANGES = {
     "features": ("precision",),
     "labels": (
         *("paradigm", "shots", "split_seed", "class_seed", "pool", "leaky_pool"),
@@ -169,28 +172,28 @@ MOVES = {
     ),
     "lora": (
         *("lora.rank", "lora.steps", "lora.batch", "lora.learning_rate", "lora.caption"),
-        *("lora.precision", "generation.size"),  # it is trained at the size that is drawn
+        *("lora.precision", "generation.size"),  # the LoRA is trained at the size of the images
     ),
     "images": (
         *("lora.scale", "generation.seed", "generation.template", "generation.guidance_scale"),
         *("generation.num_inference_steps", "generation.block", "generation.precision"),
     ),
 }
-FIRST = {name: stage for stage, names in MOVES.items() for name in names}
-WHERE: dict[str, dict[str, Any]] = {  # where a setting counts at all
+FIRST = {name: stage for stage, names in CHANGES.items() for name in names}
+CONTEXT: dict[str, dict[str, Any]] = {  # the settings with which a setting has an effect
     "shots": {"paradigm": "ssl"},
     "lora__source": {"paradigm": "ssl"},
     "class_seed": {"paradigm": "trzsl"},
 }
-# With one kind alone; or only with a second LoRA round, as one of whose labels it counts.
-ALONE = ("initial_labels.kind", "initial_labels.images_per_class", "lora.rounds")
+# Settings with a single choice, or with an effect only in a second LoRA round.
+UNTESTED = ("initial_labels.kind", "initial_labels.images_per_class", "lora.rounds")
 
 
-def another(name: str, now: Any) -> Any:
+def other_value(name: str, value: Any) -> Any:
     kind = trial_keys()[name].type
     if typing.get_origin(kind) is typing.Literal:
-        return next(word for word in typing.get_args(kind) if word != now)
-    match now:
+        return next(word for word in typing.get_args(kind) if word != value)
+    match value:
         case bool(value):
             return not value
         case int(value):
@@ -203,22 +206,23 @@ def another(name: str, now: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in trial_keys() if n not in (*presets.OUTSIDE, "test_dataset", "lora", *ALONE)]
+    "name",
+    [n for n in trial_keys() if n not in (*presets.OUTSIDE, "test_dataset", "lora", *UNTESTED)],
 )
-def test_a_setting_moves_the_stages_that_it_says_and_no_other(name):
+def test_a_setting_changes_its_stage_and_later_stages_only(name):
     key = name.replace(".", "__")
-    # bf16 is what the large world trains and draws in; the tiny one is in fp32.
-    about = {"refs": LARGE, "lora__rounds": 1, **WHERE.get(key, {})}
-    base = trial(**about)
-    changed = trial(**about, **{key: another(name, to_flat(base)[name])})
-    one, other = digests(base), digests(changed)
-    moved = {stage for stage in one if one[stage] != other.get(stage)}
+    # The large models train and generate in bf16, the tiny ones in fp32.
+    context = {"refs": LARGE, "lora__rounds": 1, **CONTEXT.get(key, {})}
+    base = trial(**context)
+    changed = trial(**context, **{key: other_value(name, to_flat(base)[name])})
+    before, after = digests(base), digests(changed)
+    different = {stage for stage in before if before[stage] != after.get(stage)}
     if name in FIRST:
-        assert moved == set(STAGES[STAGES.index(FIRST[name]) :])
-    elif name == "auxiliary.source":  # without synthetic images nothing is left of their stages
-        assert "features" not in moved
+        assert different == set(STAGES[STAGES.index(FIRST[name]) :])
+    elif name == "auxiliary.source":  # without synthetic images their stages are missing
+        assert "features" not in different
     else:
-        assert moved <= {"trials"}
+        assert different <= {"trials"}
 
 
 # ---------------------------------------------------------------- recipes
@@ -226,7 +230,7 @@ def test_a_setting_moves_the_stages_that_it_says_and_no_other(name):
 
 @pytest.fixture
 def recipes(monkeypatch) -> Iterator[Any]:
-    """Raise a stage's recipe number as a code change would."""
+    """A function that raises the recipe number of a stage."""
 
     def raise_recipe(stage: type) -> None:
         name, number = RECIPES[stage]
@@ -239,7 +243,7 @@ def recipes(monkeypatch) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(
-    ("stage", "below"),
+    ("stage", "changed"),
     [
         (FeaturesSpec, {"features", "labels", "lora", "images", "synthetic", "trials"}),
         (LabelsSpec, {"labels", "lora", "images", "synthetic", "trials"}),
@@ -250,14 +254,14 @@ def recipes(monkeypatch) -> Iterator[Any]:
         (FolderImages, set()),
     ],
 )
-def test_another_recipe_moves_its_stage_and_those_below_and_no_other(recipes, stage, below):
+def test_a_raised_recipe_changes_its_stage_and_later_stages_only(recipes, stage, changed):
     before = digests(trial(lora__rounds=1))
     recipes(stage)
     after = digests(trial(lora__rounds=1))
-    assert {name for name in before if before[name] != after[name]} == below
+    assert {name for name in before if before[name] != after[name]} == changed
 
 
-def test_with_two_lora_rounds_a_recipe_of_the_images_moves_the_labels_of_the_second(recipes):
+def test_with_two_lora_rounds_a_recipe_of_the_images_changes_the_labels_of_the_second(recipes):
     before = digests(trial(lora__rounds=2))
     recipes(SyntheticFeaturesSpec)
     after = digests(trial(lora__rounds=2))
@@ -265,14 +269,14 @@ def test_with_two_lora_rounds_a_recipe_of_the_images_moves_the_labels_of_the_sec
     assert changed == {"labels", "lora", "images", "synthetic", "trials"}
 
 
-def test_a_trial_without_images_does_not_follow_the_recipes_of_images(recipes):
+def test_recipes_of_images_do_not_change_a_trial_without_images(recipes):
     before = digests(trial("cpl"))
     for stage in (LabelsSpec, LoraSpec, GeneratedImages, FolderImages, SyntheticFeaturesSpec):
         recipes(stage)
     assert digests(trial("cpl")) == before
 
 
-# ---------------------------------------------------------------- settings that came later
+# ---------------------------------------------------------------- settings added later
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,7 +284,7 @@ class LaterAuxiliary(AuxiliarySettings):
     shrinkage: float = field(default=0.2, metadata={"absent_means": 0.2})
 
 
-def test_a_new_setting_inside_a_trial_keeps_old_keys_too():
+def test_a_setting_with_absent_means_does_not_change_old_keys():
     spec = trial()
     settings = {name: getattr(spec.auxiliary, name) for name in vars(spec.auxiliary)}
     same = replace(spec, auxiliary=LaterAuxiliary(**settings))

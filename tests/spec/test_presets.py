@@ -10,9 +10,9 @@ OTHER_WORLD = {"backbone": "ViT-B-32/openai", "generator": "sd15"}
 
 
 @pytest.mark.parametrize("method", presets.METHODS)
-@pytest.mark.parametrize("chosen", [{}, OTHER_WORLD], ids=["tiny", "large"])
-def test_the_defaults_of_every_method_are_a_trial_that_keeps_its_pins(method, chosen):
-    flat = presets.defaults(method, chosen)
+@pytest.mark.parametrize("names", [{}, OTHER_WORLD], ids=["tiny", "large"])
+def test_the_defaults_of_every_method_are_a_trial_with_its_pins(method, names):
+    flat = presets.defaults(method, names)
     spec = from_flat(flat, REFS, ("a", "b"))
     assert presets.METHODS[method].pins.items() <= to_flat(spec).items()
     assert normalised(normalised(spec)) == normalised(spec)
@@ -25,7 +25,7 @@ def test_every_host_and_control_is_a_method(name):
     assert name not in (method.host, method.control)
 
 
-def test_tables_name_trial_keys_only():
+def test_every_key_of_the_tables_is_a_trial_key():
     keys = trial_keys()
     for method in presets.METHODS.values():
         assert method.pins.keys() | method.sets.keys() <= keys.keys()
@@ -39,13 +39,13 @@ def test_tables_name_trial_keys_only():
         assert settings.keys() <= keys.keys()
 
 
-def test_a_method_that_pins_no_images_reads_none():
+def test_a_method_with_zero_images_per_class_uses_no_images():
     for name, method in presets.METHODS.items():
         spec = from_flat(presets.defaults(name, {}), REFS, ("a",))
         assert uses_images(spec) == (method.pins.get("images_per_class") != 0), name
 
 
-def test_a_method_with_images_differs_from_its_host_in_images_only():
+def test_a_method_with_images_differs_from_its_host_only_in_images():
     for name in ("air", "air_fpl", "air_grip"):
         method = presets.METHODS[name]
         host = presets.METHODS[method.host]
@@ -54,6 +54,6 @@ def test_a_method_with_images_differs_from_its_host_in_images_only():
         assert method.pins == {key: host.pins[key] for key in shared}
 
 
-def test_a_default_of_the_world_follows_the_weights_that_are_chosen():
+def test_defaults_depend_on_the_selected_weights():
     assert presets.defaults("air", {})["auxiliary.kind"] == "lda"
     assert "auxiliary.kind" not in presets.defaults("air", OTHER_WORLD)

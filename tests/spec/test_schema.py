@@ -1,4 +1,4 @@
-"""The schema for editors: it takes what the reader takes, and not what people get wrong."""
+"""The JSON schema for editors accepts the same files as the reader and refuses common mistakes."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ SETTINGS = SCHEMA["properties"]["fixed"]["properties"]
 AIR = "version: 1\nname: x\nfixed: {method: air}\n"
 
 
-def complaints(text: str) -> list[str]:
+def errors_of(text: str) -> list[str]:
     value = parse(text, "x.yaml").value
     return [error.message for error in VALIDATOR.iter_errors(value)]
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "sweeps").glob("*.yaml")), ids=lambda f: f.stem)
-def test_every_sweep_that_ships_is_allowed(file):
+def test_the_schema_accepts_every_shipped_sweep(file):
     assert list(VALIDATOR.iter_errors(read(file).value)) == []
 
 
@@ -50,10 +50,10 @@ def test_every_sweep_that_ships_is_allowed(file):
         "project: team\ntracking: {uri: none}\ndata_root: /data\n",
     ],
 )
-def test_what_the_reader_takes_the_schema_takes(more):
+def test_the_schema_accepts_files_that_the_reader_accepts(more):
     for text in (FULL, AIR + more):
         checked(parse(text, "x.yaml"))
-        assert complaints(text) == []
+        assert errors_of(text) == []
 
 
 @pytest.mark.parametrize(
@@ -61,13 +61,13 @@ def test_what_the_reader_takes_the_schema_takes(more):
     [
         *("no version", "version 2", "name with a slash", "no method", "unknown part"),
         *("unknown key", "unknown word", "over the limit", "grid without a list", "axis of one"),
-        *("seeds of no list", "seeds without values", "empty space", "half a range"),
+        *("seeds that are not a list", "seeds without values", "empty space", "half a range"),
         *("images in space", "method in space", "range of words"),
         *("all kept", "wall without unit", "unknown resource"),
     ],
 )
-def test_what_the_reader_refuses_by_itself_the_schema_refuses_too(name):
-    assert complaints(BAD[name][0])
+def test_the_schema_refuses_invalid_keys_and_values(name):
+    assert errors_of(BAD[name][0])
 
 
 VALUES = st.one_of(
@@ -80,12 +80,12 @@ VALUES = st.one_of(
 
 
 @given(name=st.sampled_from(TRIAL_NAMES), value=VALUES)
-def test_of_a_setting_schema_and_reader_take_the_same_values(name, value):
-    one = jsonschema.Draft7Validator(SETTINGS[name])
-    assert one.is_valid(value) == _takes(value_type(name), value)
+def test_schema_and_reader_accept_the_same_values_of_a_setting(name, value):
+    validator = jsonschema.Draft7Validator(SETTINGS[name])
+    assert validator.is_valid(value) == _accepts(value_type(name), value)
 
 
-def _takes(type_: TypeAdapter[Any], value: Any) -> bool:
+def _accepts(type_: TypeAdapter[Any], value: Any) -> bool:
     try:
         type_.validate_python(value)
     except ValidationError:
@@ -93,27 +93,27 @@ def _takes(type_: TypeAdapter[Any], value: Any) -> bool:
     return True
 
 
-def test_the_schema_is_one_has_every_part_and_says_what_each_key_is():
+def test_the_schema_is_valid_and_describes_every_key():
     jsonschema.Draft7Validator.check_schema(SCHEMA)
     assert list(SCHEMA["properties"]) == list(SweepFile.__dataclass_fields__)
     assert list(SETTINGS) == list(TRIAL_NAMES)
-    assert [path for path, found in _properties(SCHEMA, "") if not found.get("description")] == []
+    assert [path for path, part in _properties(SCHEMA, "") if not part.get("description")] == []
 
 
-# Their names say it.
-SILENT = ("seeds.values", "search.space.")
+# Keys without a description: their names suffice.
+UNDESCRIBED = ("seeds.values", "search.space.")
 
 
 def _properties(schema: dict[str, Any], path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    for inner in (schema, *(one for one in schema.get("anyOf", ()) if "type" in one)):
-        for name, found in inner.get("properties", {}).items():
-            here = f"{path}.{name}".strip(".")
-            if not here.startswith(("grid.", *SILENT)):
-                yield here, found
-            yield from _properties(found, here)
+    for option in (schema, *(s for s in schema.get("anyOf", ()) if "type" in s)):
+        for name, part in option.get("properties", {}).items():
+            inner = f"{path}.{name}".strip(".")
+            if not inner.startswith(("grid.", *UNDESCRIBED)):
+                yield inner, part
+            yield from _properties(part, inner)
 
 
-def test_golden_the_page_of_every_key_is_that_of_the_schema():
+def test_golden_the_spec_reference_matches_the_schema():
     file = ROOT / "docs" / "spec_reference.md"
     page = file.read_text()
     if os.environ.get("AIRSWEEP_UPDATE_GOLDEN") == "1":
@@ -123,6 +123,6 @@ def test_golden_the_page_of_every_key_is_that_of_the_schema():
         assert f"| `{name}` |" in page
 
 
-def test_the_line_that_names_a_schema_is_no_part_of_the_question():
+def test_the_modeline_of_an_editor_is_not_part_of_the_question():
     line = "# yaml-language-server: $schema=airsweep.schema.json\n"
     assert checked(parse(line + FULL, "x")).question == checked(parse(FULL, "x")).question

@@ -1,4 +1,4 @@
-"""Which points a cell's space holds, without a sampler."""
+"""The points of a cell's search space."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def search(sampler: Any, points: int) -> Search:
 # ---------------------------------------------------------------- the grid
 
 
-def test_the_default_comes_first_and_the_rest_keeps_its_order():
-    found = grid_points(cell(COUNTS, WEIGHTS, images_per_class=20))
-    assert found[0] == {"images_per_class": 20, "fusion_weight": 0.5}
-    assert found[1:] == [
+def test_a_grid_starts_with_the_default_point():
+    points = grid_points(cell(COUNTS, WEIGHTS, images_per_class=20))
+    assert points[0] == {"images_per_class": 20, "fusion_weight": 0.5}
+    assert points[1:] == [
         {"images_per_class": 0},
         {"images_per_class": 20, "fusion_weight": 0.25},
         {"images_per_class": 40, "fusion_weight": 0.5},
@@ -67,30 +67,32 @@ def test_the_default_comes_first_and_the_rest_keeps_its_order():
         (Dimension(key="auxiliary.refresh", values=(True, False)), {}, False),
     ],
 )
-def test_the_first_point_is_the_cells_own_setting_or_the_nearest_inside(dimension, fixed, first):
+def test_the_default_point_is_the_setting_of_the_cell_or_the_nearest_in_the_space(
+    dimension, fixed, first
+):
     point = default_params(cell(dimension, sampler="tpe", **fixed))
     assert point == {dimension.key: first}
     assert type(point[dimension.key]) is type(first)
 
 
-def test_where_a_word_is_not_among_the_values_there_is_no_default():
+def test_no_default_point_exists_if_a_setting_is_not_in_the_space():
     only = Dimension(key="fidelity.kind", values=("class_mean",))
     assert default_params(cell(only, COUNTS, sampler="tpe")) == {}
 
 
-def test_the_default_obeys_conditions():
-    chosen = default_params(cell(COUNTS, WEIGHTS, sampler="tpe", images_per_class=0))
-    assert chosen == {"images_per_class": 0}
+def test_the_default_point_obeys_conditions():
+    params = default_params(cell(COUNTS, WEIGHTS, sampler="tpe", images_per_class=0))
+    assert params == {"images_per_class": 0}
 
 
-# ---------------------------------------------------------------- how many
+# ---------------------------------------------------------------- number of points
 
 
 @pytest.mark.parametrize(
     ("sampler", "points", "count"),
     [("grid", 100, 5), ("grid", 3, 3), ("tpe", 3, 3), ("random", 100, 100)],
 )
-def test_points_are_a_total_and_a_grid_has_no_more_than_it_holds(sampler, points, count):
+def test_the_number_of_points_is_limited_by_the_search_and_by_the_grid(sampler, points, count):
     assert point_count(cell(COUNTS, WEIGHTS), search(sampler, points)) == count
 
 
@@ -113,33 +115,33 @@ CONDITIONS = [None, "images_per_class > 0", "fusion_weight > 0.25", "auxiliary.r
 def spaces(draw: Any) -> tuple[Dimension, ...]:
     """Dimensions that may depend on those before them."""
     names = draw(st.permutations(sorted(VALUES)))[: draw(st.integers(1, 4))]
-    found: list[Dimension] = []
+    space: list[Dimension] = []
     for name in names:
         values = tuple(draw(st.lists(st.sampled_from(VALUES[name]), min_size=1, unique=True)))
         when = draw(st.sampled_from(CONDITIONS))
-        found.append(Dimension(key=name, values=values, when=when))
-    return tuple(found)
+        space.append(Dimension(key=name, values=values, when=when))
+    return tuple(space)
 
 
 @given(spaces())
-def test_grids_of_any_space_hold_what_their_conditions_allow_each_once(space):
-    one = cell(*space)
-    found = grid_points(one)
-    assert all(found.count(point) == 1 for point in found)
-    assert point_count(one, search("grid", 1000)) == len(found)
-    for point in found:
-        known = dict(one.flat)
-        for dimension in one.space:
-            assert (dimension.key in point) == applies(dimension, known)
+def test_a_grid_lists_each_point_that_its_conditions_allow_once(space):
+    searched = cell(*space)
+    points = grid_points(searched)
+    assert all(points.count(point) == 1 for point in points)
+    assert point_count(searched, search("grid", 1000)) == len(points)
+    for point in points:
+        settings = dict(searched.flat)
+        for dimension in searched.space:
+            assert (dimension.key in point) == applies(dimension, settings)
             if dimension.key in point:
-                known[dimension.key] = point[dimension.key]
+                settings[dimension.key] = point[dimension.key]
                 assert point[dimension.key] in dimension.values
 
 
 # ---------------------------------------------------------------- studies
 
 
-def test_another_space_or_setting_is_another_study_another_budget_is_not():
+def test_the_name_of_a_study_depends_on_space_and_settings_but_not_on_the_number_of_points():
     def name(spec: SweepSpec) -> str:
         assert spec.search is not None
         return study_name(cells_of(spec)[0], spec.search)

@@ -453,7 +453,7 @@ def test_artifacts_that_failed_to_upload_are_sent_by_the_next_run(
 
 def test_an_unsupported_tracking_uri_is_explained(tmp_path: Path) -> None:
     for uri in ("s3://bucket/x", "file:///x", "./mlruns", "mlruns", "sqlite:///"):
-        with pytest.raises(ValueError, match="known: "):
+        with pytest.raises(ValueError, match="allowed: "):
             make_tracker(uri, store=tmp_path, project="p")
     with pytest.raises(ValueError, match="mlflow server") as caught:
         make_tracker("postgresql://me:secret@db/x", store=tmp_path, project="p")
