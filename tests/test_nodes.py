@@ -139,7 +139,7 @@ def test_a_cluster_without_machines_gets_some_where_the_sweep_waits_for_them(tmp
     with scaling(monkeypatch) as address:
         refused = airsweep(*command, check=False, RAY_ADDRESS=address)
         assert refused.returncode == 3
-        assert "a trial asks for 1 CPU" in refused.stderr
+        assert "a trial requires 1 CPU" in refused.stderr
         waited = ("--set", "resources.wait=10m")
         assert "fpl" in airsweep(*command, *waited, RAY_ADDRESS=address).stdout
 

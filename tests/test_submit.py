@@ -115,7 +115,7 @@ def test_a_job_that_airsweep_refuses_ends_with_its_code(head, store, tmp_path):
     called = ("submit", sweep, "--address", head, "--store", store)
     done = airsweep(*called, "--set", "resources.trial.cpu=99", check=False, **OPEN)
     assert done.returncode == 3
-    assert "a trial asks for 99 CPU" in done.stdout  # the log of a job is one
+    assert "a trial requires 99 CPU" in done.stdout  # the log of a job is one
     assert "default-wide-1: FAILED, exit code 3" in done.stderr
 
 
