@@ -20,7 +20,13 @@ from air_core.paradigms import make_split
 from air_core.specs import GenerationSettings, SplitSettings
 from air_core.weights import tiny_folder
 from orchestrator.planning import resolver_of
-from orchestrator.planning.audit_card import Audited, audited_by, card_from_json, card_json, known_card
+from orchestrator.planning.audit_card import (
+    Audited,
+    audited_by,
+    card_from_json,
+    card_json,
+    known_card,
+)
 from orchestrator.planning.recorded import read_sweep
 from orchestrator.planning.resolve import images_folder
 from orchestrator.spec import presets
