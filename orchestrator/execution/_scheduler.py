@@ -114,7 +114,7 @@ class _CellQueue:
         if self.told or self.stopped:
             told = dict(sorted(self.told.items()))
             stopped = {n: (one.rung, one.value) for n, one in sorted(self.stopped.items())}
-            self.search.tell_round(told, stopped)
+            self.search.record_round(told, stopped)
             values = {str(point): value for point, value in told.items()}
             more = {"pruned": list(stopped)} if stopped else {}
             event_log.append("round_told", cell=self.cell.id, values=values, **more)

@@ -251,7 +251,7 @@ class CellSearch:
         end = min((first // self.search.width + 1) * self.search.width, total)
         return points + [self._suggest(number) for number in range(len(self._params), end)]
 
-    def tell_round(
+    def record_round(
         self,
         values: Mapping[int, float | None],
         stopped: Mapping[int, tuple[int, float]] = MappingProxyType({}),

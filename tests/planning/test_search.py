@@ -75,7 +75,7 @@ class Log:
             most -= len(lines)
             if most <= 0:
                 break
-            searching.tell_round(values)
+            searching.record_round(values)
         return searching
 
 
@@ -133,7 +133,7 @@ def test_rounds_have_the_configured_width_and_the_last_round_has_the_rest(log):
     searching = log.open(sweep(points=8, width=3))
     while points := searching.next_round():
         widths.append(len(points))
-        searching.tell_round({point.number: 0.0 for point in points})
+        searching.record_round({point.number: 0.0 for point in points})
     assert widths == [3, 3, 2]
 
 
@@ -190,7 +190,7 @@ def test_a_pruned_point_is_never_the_best_and_counts_for_patience(log):
         log.event_log.append("point_asked", cell=searching.cell.id, **facts)
     reached = {"0": 0.0, "1": 9.0, "2": 8.0}  # the pruned points looked best at this rung
     log.event_log.append("rung_decided", study=study, rung=2, values=reached, pruned=[1, 2])
-    searching.tell_round({0: 1.0}, {1: (2, 9.0), 2: (2, 8.0)})
+    searching.record_round({0: 1.0}, {1: (2, 9.0), 2: (2, 8.0)})
     log.event_log.append("round_told", cell=searching.cell.id, values={"0": 1.0}, pruned=[1, 2])
     again = log.open(spec)
     for one in (searching, again):
@@ -199,10 +199,10 @@ def test_a_pruned_point_is_never_the_best_and_counts_for_patience(log):
         assert [trial.value for trial in trials] == [1.0, 9.0, 8.0]
         assert [trial.intermediate_values for trial in trials] == [{}, {2: 9.0}, {2: 8.0}]
     assert [(p.number, p.told) for p in again.next_round()] == [(0, True), (1, True), (2, True)]
-    again.tell_round({0: 1.0}, {1: (2, 9.0), 2: (2, 8.0)})
+    again.record_round({0: 1.0}, {1: (2, 9.0), 2: (2, 8.0)})
     more = again.next_round()
     assert [(p.number, p.told) for p in more] == [(3, False), (4, False), (5, False)]
-    again.tell_round({3: 0.5, 4: 0.5, 5: 0.5})
+    again.record_round({3: 0.5, 4: 0.5, 5: 0.5})
     assert again.next_round() == []  # five points after the best, two of them pruned
 
 
@@ -257,7 +257,7 @@ def test_another_run_starts_with_the_recorded_points(log):
     again = log.open(sweep())
     points = again.next_round()
     assert [(p.number, dict(p.params)) for p in points] == [(n, p) for n, p, _ in found(first)]
-    again.tell_round({point.number: -1.0 for point in points})
+    again.record_round({point.number: -1.0 for point in points})
     assert again.next_round() == []
     assert found(again) == found(first)
 
