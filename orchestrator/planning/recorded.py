@@ -57,8 +57,9 @@ def refuse_running(store: ArtifactStore) -> None:
         if location.event_log().busy()
     ]
     if running:
+        verb, them = ("runs", "it") if len(running) == 1 else ("run", "them")
         raise StoreRefused(
-            f"running now in {store.root}: {', '.join(running)}; wait for the end, or stop them"
+            f"{', '.join(running)} {verb} in {store.root} now; wait for {them}, or stop {them}"
         )
 
 
