@@ -4,7 +4,7 @@ Pixels and CLIP features in, numbers out: knows no store, no file and no screen.
 decides nothing; what a trial leaves out is `auxiliary.credible`'s, which sees no test image.
 
 Sources: difference hash, N. Krawetz, "Kind of Like That" (2013); KID, Binkowski et al. 2018
-(arXiv:1801.01401). The thresholds were measured: docs/audit.md.
+(arXiv:1801.01401). The thresholds were measured: docs/results_guide.md.
 """
 
 # mypy: allow-untyped-calls

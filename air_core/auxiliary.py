@@ -19,7 +19,7 @@ from air_core.types import Batch, Labelled
 
 # N images, C classes, D feature width.
 
-# Least CLIP cosine of two images of a class that are copies: measured, see docs/audit.md.
+# Least CLIP cosine of two images of a class that are copies: measured, see docs/results_guide.md.
 COPY = 0.997
 SHRINKAGE = 0.2  # of the within-class covariance towards a multiple of the identity
 CACHE_SHARPNESS = 5.5  # Tip-Adapter's beta (arXiv:2111.03930)

@@ -3,7 +3,7 @@
 Simulates `sweeps/paper_main.yaml` on a cluster of equal GPUs under several policies. A group of
 cells has a LoRA, blocks of images and trials; the driver is a server that handles one event at a
 time. The costs of LoRA, images and trials are the unmeasured estimates of `docs/reproduce.md`. The
-costs of the driver and of actors were measured with actors that sleep (docs/scale.md).
+costs of the driver and of actors were measured with actors that sleep (docs/benchmarks.md).
 
     python benchmarks/scale.py [--gpus 64]
 

@@ -129,7 +129,7 @@ def barred(place: Path) -> str:
     which = ", which" if there == place else f": {there}"
     return (
         f"{me} may not {verb} {place}{which} belongs to {owner}, group {group}, "
-        f"{stat.filemode(status.st_mode)}; ask for the right (docs/stores.md tells how several "
+        f"{stat.filemode(status.st_mode)}; ask for the right (docs/storage.md says how several "
         "share a store), or take another place"
     )
 

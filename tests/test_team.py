@@ -355,7 +355,7 @@ def test_six_drivers_at_once_lose_nothing(services, drawn_digits, tmp_path):
     experiments = {name: services.mlflow.make_experiment(f"air/{name}") for name in PROJECTS}
     variables = {
         **password(services),
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",  # as docs/team.md says
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",  # as docs/tracking.md says
         "AIRSWEEP_GATE": str(gate),
         "AIRSWEEP_TRIAL_SECONDS": "0.1",
     }

@@ -114,7 +114,7 @@ REMOVED = {
     "models stage": "fetch or copy the model with hf or cp, then run `airsweep models check`",
     "--probe": "`airsweep run SPEC --smoke` measures a little of the work",
     "--accept-code": "code of another version makes artifacts of its own; if it gives the same "
-    "results, add its version to orchestrator/code_versions.json, as docs/extend.md says",
+    "results, add its version to orchestrator/store/code_versions.json, as docs/storage.md says",
 }
 
 

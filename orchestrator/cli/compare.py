@@ -72,7 +72,7 @@ def compare(
     if against is not None and against.endswith(".json"):
         fail(
             f"--against {against}: a printed table can no longer be compared; give a sweep of this "
-            "store, or its numbers as --paper FILE (docs/compare.md)"
+            "store, or its numbers as --paper FILE (docs/results_guide.md)"
         )
     published = None if paper is None else find_paper(paper)
     ours = _finished(name, store, data_root)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from orchestrator.stages.context import WorkerContext
 
 # Generators that stay beside trials are one of so many. A simulation of 64 devices finds the same
-# time for any share between a quarter and a sixteenth (docs/scale.md).
+# time for any share between a quarter and a sixteenth (docs/benchmarks.md).
 SHARE = 8
 LOOK_EVERY = 5.0  # seconds between two looks at the machines
 NARROWING = 120.0  # seconds that trials wait for generators to give room: a block's time is less

@@ -83,7 +83,7 @@ class Search:
         WithJsonSchema({"type": "string", "pattern": f"^({JOURNAL}|{POSTGRES}.+)$"}),
     ] = setting(
         JOURNAL,
-        "of the studies: a file of the sweep, or postgresql://user@host/database (docs/team.md)",
+        "of the studies: a file of the sweep, or postgresql://user@host/database (docs/tracking.md)",
     )
     # One whose `when` names another comes after it.
     space: Space = Field(description="keys that are searched")

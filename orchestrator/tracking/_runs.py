@@ -231,7 +231,7 @@ def _refusal(trouble: Exception, place: str, what: str) -> str | None:
     user = read_mlflow_creds().username or "an unnamed user"
     return (
         f"MLflow at {place} does not let {user} use {what} ({reason(trouble)}); its owner or an "
-        "administrator grants EDIT (docs/team.md)"
+        "administrator grants EDIT (docs/tracking.md)"
     )
 
 

@@ -37,7 +37,7 @@ from air_core.weights import tiny_folder
 from benchmarks.classify import zero_shot
 
 ROOT = Path(__file__).parents[2]
-DOC = ROOT / "docs" / "bundle.md"
+DOC = ROOT / "docs" / "results_guide.md"
 
 
 @pytest.fixture(scope="module")

@@ -172,7 +172,7 @@ def _as_owner() -> list[str]:
 
 
 class TeamServer(MlflowProcess):
-    """MLflow over Postgres and S3, as docs/team.md starts it: users, files by the server alone.
+    """MLflow over Postgres and S3, as docs/tracking.md starts it: users, files by the server alone.
 
     Args:
         postgres: running, with the databases of that page.
@@ -245,7 +245,7 @@ class TeamServer(MlflowProcess):
 
 
 def reader() -> dict[str, str]:
-    """The environment of who follows docs/team.md: `python` and Postgres' programs are found."""
+    """The environment of who follows docs/tracking.md: `python` and Postgres' programs are found."""
     assert PROGRAMS is not None
     path = [str(Path(sys.executable).parent), str(PROGRAMS), os.environ["PATH"]]
     root = str(Path(__file__).parents[2])
@@ -253,8 +253,8 @@ def reader() -> dict[str, str]:
 
 
 def write_files(folder: Path) -> None:
-    """Those that docs/team.md shows."""
-    for block in blocks(ROOT / "docs" / "team.md"):
+    """Those that docs/tracking.md shows."""
+    for block in blocks(ROOT / "docs" / "tracking.md"):
         if block.file:
             (folder / block.file).write_text(block.text)
 
