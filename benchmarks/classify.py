@@ -77,7 +77,7 @@ def images_in(folder: Path, count: int, photo: bool) -> list[Path]:
 
 
 def one_at_a_time(bundle: Path, files: list[Path]) -> tuple[Times, list[str]]:
-    """Classify in a plain open_clip loop, as in docs/results_guide.md; returns times and classes."""
+    """Classify in a plain open_clip loop, as in docs/results_guide.md: times and classes."""
     import open_clip
     from safetensors.torch import load_file
 
