@@ -31,7 +31,7 @@ class CarriedPoint:
     """A point of an earlier study that lies in the space of the new study."""
 
     params: dict[str, Any]
-    value: float  # objective of the new study
+    value: float  # by the objective of the new study
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Searches:
     def record_round(
         self, study: str, values: Mapping[int, float | None], pruned: Iterable[int]
     ) -> None:
-        """Record the end of points of a round; a failed point is replaced once it has a value."""
+        """Record the objectives of a round; None: failed or pruned. None is replaced by a value."""
         recorded = self.values.setdefault(study, {})
         for number in sorted({*values, *pruned}):
             value = values.get(number)
@@ -186,10 +186,13 @@ def study_start(
     resolver: Resolver,
     store: ArtifactStore,
 ) -> StudyStart | None:
-    """The start of a cell's study, with the points it carries; None if the study just continues.
+    """The start of a cell's study, with the points it carries.
 
     Args:
         current: studies of all cells of the sweep; these do not carry points into each other.
+
+    Returns:
+        None if the study exists and no other study was opened after it.
     """
     study = study_name(cell, search)
     order = list(state.opened)
