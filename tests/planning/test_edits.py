@@ -193,16 +193,18 @@ def test_points_that_failed_are_not_carried(world):
 @pytest.mark.parametrize("jobs", [0, 1, 3])
 def test_an_edited_search_that_is_killed_resumes_with_the_same_points(tmp_path, resolver, jobs):
     narrow = sweep(LENGTHS, steps(10, 60), points=10)
-    calm, killed = (World(tmp_path / name, resolver) for name in ("calm", "killed"))
-    for one in (calm, killed):
+    uninterrupted, killed = (
+        World(tmp_path / name, resolver) for name in ("uninterrupted", "killed")
+    )
+    for one in (uninterrupted, killed):
         one.run(sweep())
-    calm.run(narrow)
+    uninterrupted.run(narrow)
     killed.run(narrow, jobs=jobs)
     killed.run(narrow)
-    assert killed.points() == calm.points()
-    assert killed.carried() == calm.carried()
+    assert killed.points() == uninterrupted.points()
+    assert killed.carried() == uninterrupted.carried()
     killed.run(narrow)
-    assert count(killed, "study_opened") == count(calm, "study_opened") == 2
+    assert count(killed, "study_opened") == count(uninterrupted, "study_opened") == 2
 
 
 def test_the_sampler_uses_objectives_from_before_the_edit(tmp_path, resolver):

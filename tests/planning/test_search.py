@@ -84,7 +84,7 @@ def log(tmp_path) -> Log:
     return Log(tmp_path / "log")
 
 
-def found(searching: CellSearch) -> list[tuple[int, dict[str, Any], float | None]]:
+def ended_points(searching: CellSearch) -> list[tuple[int, dict[str, Any], float | None]]:
     """(number, parameters, value) of all points."""
     trials = searching.study.get_trials(deepcopy=False)
     points = [t for t in trials if "point" in t.user_attrs]
@@ -92,7 +92,7 @@ def found(searching: CellSearch) -> list[tuple[int, dict[str, Any], float | None
 
 
 def params(searching: CellSearch) -> list[dict[str, Any]]:
-    return [point for _, point, _ in found(searching)]
+    return [point for _, point, _ in ended_points(searching)]
 
 
 def unfinished(searching: CellSearch) -> list[TrialState]:
@@ -114,8 +114,8 @@ SWEEPS = {
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_search_has_the_configured_number_of_points_and_records_all(log, sampler):
     searching = log.play(SWEEPS[sampler])
-    assert [number for number, _, _ in found(searching)] == [0, 1, 2, 3, 4]
-    assert [objective for _, _, objective in found(searching)] == [
+    assert [number for number, _, _ in ended_points(searching)] == [0, 1, 2, 3, 4]
+    assert [objective for _, _, objective in ended_points(searching)] == [
         value(p) for p in params(searching)
     ]
     assert unfinished(searching) == []
@@ -213,12 +213,12 @@ def test_a_pruned_point_is_never_the_best_and_counts_for_patience(log):
 def test_a_search_killed_at_any_event_resumes_with_the_same_points(tmp_path, sampler):
     """A killed driver leaves a prefix of the event log; this test tries every prefix."""
     spec = SWEEPS[sampler]
-    undisturbed = found(Log(tmp_path / "whole").play(spec))
+    uninterrupted = ended_points(Log(tmp_path / "whole").play(spec))
     for count in range(1, 9):  # five points in three rounds
         log = Log(tmp_path / f"killed after {count}")
         log.play(spec, most=count)
         resumed = log.play(spec)
-        assert found(resumed) == undisturbed, f"killed after event {count}"
+        assert ended_points(resumed) == uninterrupted, f"killed after event {count}"
         assert unfinished(resumed) == []
 
 
@@ -244,7 +244,7 @@ def test_ended_points_are_copied_to_the_storage(tmp_path, log):
         copy = optuna.load_study(study_name=name, storage=open_storage(tmp_path / "j"))
         assert name.startswith("team/digits-ul-text-air")
         assert [(t.params, t.value) for t in copy.trials] == [
-            (point, objective) for _, point, objective in found(searching)
+            (point, objective) for _, point, objective in ended_points(searching)
         ]
 
 
@@ -256,17 +256,19 @@ def test_another_run_starts_with_the_recorded_points(log):
     first = log.play(sweep())
     again = log.open(sweep())
     points = again.next_round()
-    assert [(p.number, dict(p.params)) for p in points] == [(n, p) for n, p, _ in found(first)]
+    assert [(p.number, dict(p.params)) for p in points] == [
+        (n, p) for n, p, _ in ended_points(first)
+    ]
     again.record_round({point.number: -1.0 for point in points})
     assert again.next_round() == []
-    assert found(again) == found(first)
+    assert ended_points(again) == ended_points(first)
 
 
 def test_more_points_continue_the_search(tmp_path, log):
-    few = found(log.play(sweep(points=4)))
-    more = found(log.play(sweep(points=6)))
+    few = ended_points(log.play(sweep(points=4)))
+    more = ended_points(log.play(sweep(points=6)))
     assert more[:4] == few
-    assert more == found(Log(tmp_path / "undisturbed").play(sweep(points=6)))
+    assert more == ended_points(Log(tmp_path / "uninterrupted").play(sweep(points=6)))
 
 
 def test_fewer_points_repeat_only_the_first_points(log):
@@ -281,8 +283,8 @@ def test_a_failed_point_counts_and_is_repeated_by_the_next_run(log, kill):
         return None if point.number == 1 else value(point.params)
 
     failed = log.play(sweep(), fails)
-    assert [number for number, _, _ in found(failed)] == [0, 1, 2, 3, 4]
-    assert [number for number, _, objective in found(failed) if objective is None] == [1]
+    assert [number for number, _, _ in ended_points(failed)] == [0, 1, 2, 3, 4]
+    assert [number for number, _, objective in ended_points(failed) if objective is None] == [1]
     if kill:  # before any event of the round
         log.open(sweep()).next_round()
     repeated: list[int] = []
@@ -293,7 +295,7 @@ def test_a_failed_point_counts_and_is_repeated_by_the_next_run(log, kill):
 
     complete = log.play(sweep(), counts)
     assert repeated.count(1) == 1
-    assert len(found(complete)) == 5
+    assert len(ended_points(complete)) == 5
     assert values_of(complete) == sorted(value(p) for p in params(complete))
     # Another run has no failed point left.
     assert values_of(log.play(sweep())) == values_of(complete)
@@ -308,7 +310,7 @@ def values_of(searching: CellSearch) -> list[float]:
 def test_a_point_that_fails_again_stays_failed(log):
     for _ in range(2):
         searching = log.play(sweep(), lambda point: None)
-    assert [objective for _, _, objective in found(searching)] == [None] * 5
+    assert [objective for _, _, objective in ended_points(searching)] == [None] * 5
     assert unfinished(searching) == []
 
 
@@ -316,7 +318,7 @@ def test_another_space_starts_a_new_study(log):
     log.play(sweep())
     wider = Dimension(key="images_per_class", values=(0, 20, 40, 80))
     other = log.open(sweep(space=(wider, WEIGHTS)))
-    assert found(other) == []
+    assert ended_points(other) == []
     assert other.next_round()[0] == Point(0, {"images_per_class": 80, "fusion_weight": 0.5})
     assert len(params(log.play(sweep()))) == 5  # the first study is unchanged
 
@@ -345,7 +347,7 @@ def test_carried_points_count_and_come_after_the_default(log):
     )
     first, second = log.open(spec).next_round()
     assert [(first.number, second.number), (first.told, second.told)] == [(1, 2), (True, True)]
-    points = found(log.play(spec))
+    points = ended_points(log.play(spec))
     assert points[:2] == [(1, carried[0], 0.5), (2, carried[1], 0.5)]
     assert sorted(number for number, _, _ in points) == [*range(8)]
-    assert found(log.open(spec)) == points
+    assert ended_points(log.open(spec)) == points
