@@ -1,15 +1,16 @@
-"""How often a table marks a difference that is not there, and how often one that is.
+"""Error rates of the significance marks in tables: false positives, and detected differences.
 
     python benchmarks/calibration.py [--simulations 500] [--methods 6]
 
-Simulated tables: equally good methods on the test images of one dataset, by the code that tables
-use (`reporting.statistics`). An image is right when its ease, the method's taste for it, and
-effects of split, seed and noise add up to more than 0. A taste comes back in every seed: the same
-two methods disagree on the same images again and again. Noise is drawn anew in each run.
+The tables are simulated: equally accurate methods on the test images of one dataset, compared by
+the code of real tables (`reporting._statistics`). A method classifies an image correctly if the sum
+of the image's ease, the method's preference for the image (`taste`), and the effects of split, seed
+and noise exceeds a threshold. The preference is the same for every seed, so two methods disagree on
+the same images in every run. Noise differs between runs.
 
-The baseline is what is often done: McNemar's test over all images of all seeds together, each
-counted as an observation of its own. The ratio is its rate of false positives over ours, where
-methods disagree on the same images in every seed.
+Baseline: a common practice, McNemar's test over the pooled images of all seeds, with each image of
+each seed as an independent observation. `ratio` is the rate of false positives of the baseline
+divided by that of airsweep if methods disagree on the same images for every seed.
 """
 
 from __future__ import annotations
@@ -43,21 +44,21 @@ ACCURACY = 0.74
 
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
-    """A world in which methods are equally good; standard deviations in units of ease."""
+    """Parameters of a simulation; standard deviations are in units of the ease of images."""
 
     splits: int = 1
     seeds: int = 3
-    taste: float = 0.0  # of a method for an image: the same in every run
-    noise: float = 0.0  # of a run for an image
-    seed: float = 0.0  # 0.03 is about a point of accuracy
+    taste: float = 0.0  # of a method for an image; the same in every run
+    noise: float = 0.0  # of an image in a run
+    seed: float = 0.0  # 0.03 is about one point of accuracy
     split: float = 0.0
     test: int = TEST
     trzsl: bool = False
-    gain: float = 0.0  # in accuracy, of all methods but the host
+    gain: float = 0.0  # in accuracy, of all methods except the host
 
     @property
     def spread(self) -> float:
-        """Of all that differs between images, in one run."""
+        """Standard deviation of the score over the images of one run."""
         return math.sqrt(1 + self.taste**2 + self.noise**2)
 
 
@@ -72,7 +73,7 @@ NULL = {
     "one split, independent, seeds 2 points": Scenario(noise=0.6, **TWO_POINTS),
     "5 splits x 2, seeds 1 point": Scenario(splits=5, seeds=2, **BOTH, seed=0.035),
 }
-# Where no table may carry a mark: how wrong it would be.
+# Scenarios in which tables refuse to test: the error rates if they tested all the same.
 REFUSED = {
     "3 splits x 1, splits 2 points": Scenario(splits=3, seeds=1, **BOTH, seed=0.035, split=0.07),
     "one split, 2 seeds, independent, 2 points": Scenario(noise=0.6, seeds=2, **TWO_POINTS),
@@ -87,7 +88,7 @@ PLANTED = {
 
 
 def simulated(rng: np.random.Generator, world: Scenario, methods: int) -> list[Runs]:
-    """The runs of so many methods; the first one is the host."""
+    """Simulate the runs of `methods` methods; the first method is the host."""
     population = max(IMAGES, world.test)
     ease = rng.standard_normal(population)
     tastes = world.taste * rng.standard_normal((methods, population))
@@ -118,7 +119,7 @@ def simulated(rng: np.random.Generator, world: Scenario, methods: int) -> list[R
 
 
 def compared(runs: Sequence[Runs], samples: int = 500) -> list[Difference]:
-    """Every method minus the host, and the second minus the third, as a control would be."""
+    """Compare every method with the host, and the second with the third as a control."""
     host, *others = runs
     pairs = [(one, host) for one in others]
     if len(others) > 1:
@@ -128,7 +129,7 @@ def compared(runs: Sequence[Runs], samples: int = 500) -> list[Difference]:
 
 
 def mcnemar_pooled(a: Runs, b: Runs) -> float:
-    """The p value of McNemar's test where every image of every run counts as a new one."""
+    """The p value of McNemar's test with every image of every run as an independent observation."""
     ours = np.concatenate([run.correct for run in a])
     theirs = np.concatenate([run.correct for run in b])
     first, second = int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
@@ -139,16 +140,16 @@ def mcnemar_pooled(a: Runs, b: Runs) -> float:
 
 @dataclass
 class Counts:
-    """Tables of a scenario, and in how many of them something was found."""
+    """Number of simulated tables of a scenario, and of tables with a positive result."""
 
     tables: int = 0
-    single: int = 0  # the first comparison, uncorrected: its interval leaves 0 out
-    any_single: int = 0  # some comparison, uncorrected
-    any_corrected: int = 0  # some comparison, corrected, were nothing refused
-    any_mark: int = 0  # as tables mark
+    single: int = 0  # the uncorrected interval of the first comparison excludes 0
+    any_single: int = 0  # the same of any comparison
+    any_corrected: int = 0  # any comparison, corrected, if no test were refused
+    any_mark: int = 0  # any significance mark in the table
     first_mark: int = 0
     baseline: int = 0
-    inconsistent: int = 0  # p value and interval that disagree
+    inconsistent: int = 0  # p value and interval disagree
 
 
 def counted(world: Scenario, simulations: int, methods: int, seed: int = 0) -> Counts:
@@ -175,7 +176,7 @@ def counted(world: Scenario, simulations: int, methods: int, seed: int = 0) -> C
 
 
 def rate(found: int, of: int) -> dict[str, float]:
-    """A share in % with its 95 % interval (Clopper and Pearson)."""
+    """A rate in % with its 95 % interval (Clopper and Pearson)."""
     ends = binomtest(found, of).proportion_ci()
     return {
         "rate": round(100 * found / of, 2),
@@ -208,7 +209,7 @@ def main() -> None:
     report(
         "calibration",
         first and first["baseline"]["rate"] / max(first["one_comparison"]["rate"], 1e-9),
-        "McNemar over all images of all seeds",
+        "McNemar's test over the pooled images of all seeds",
         simulations=asked.simulations,
         methods=asked.methods,
         **groups,

@@ -1,16 +1,17 @@
-"""How fast does a bundle classify a folder of images?
+"""Speed of a bundle that classifies a folder of images.
 
-Baseline: what one writes with open_clip by hand, one image at a time: open, preprocess, encode,
-multiply with the same class vectors. Both in one process on the same files with the same number of
-threads, and both must name the same classes. `command_s` is a whole `airsweep classify` of these
-files, its start and the loading of CLIP included.
+Baseline: a plain open_clip loop over single images: open, preprocess, encode, multiply with the
+same class vectors. Both run in one process on the same files with the same number of threads, and
+both must predict the same classes. `command_s` is the time of the command `airsweep classify` on
+these files, including its start and the loading of CLIP.
 
     python benchmarks/classify.py [--images 1000] [--threads 2] [--repeats 3] [--photo]
 
-The tiny CLIP and scikit-learn's digits as PNG of 32 px, or with --photo as JPEG of 640 x 480 px,
-where opening them takes most of the time. Times are the least disturbed of the repeats, by the
-clock. The last line is JSON; `ratio` is the baseline's time over ours, `ratio_cpu` the same of
-processor time, which on a machine that others use is the one to read, with --threads 1.
+The model is the tiny CLIP. The images are scikit-learn's digits as PNG of 32 px, or with --photo as
+JPEG of 640 x 480 px, which spend most of the time in decoding. Times are the minimum over the
+repeats. The last line is JSON: `ratio` is the wall time of the baseline divided by that of the
+bundle, `ratio_cpu` the same for processor time. On a shared machine use `ratio_cpu` with
+--threads 1.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from benchmarks.harness import Times, airsweep, least, options, report, timed
 
 
 def zero_shot() -> tuple[dict[str, Any], dict[str, Any]]:
-    """What `write_bundle` is given for the tiny CLIP's own classifier of the digits."""
+    """Arguments of `write_bundle` for the zero-shot classifier of the tiny CLIP on the digits."""
     digits, backbone = get_dataset("digits"), load_backbone("tiny")
     about = {
         "classnames": list(digits.classnames),
@@ -76,7 +77,7 @@ def images_in(folder: Path, count: int, photo: bool) -> list[Path]:
 
 
 def one_at_a_time(bundle: Path, files: list[Path]) -> tuple[Times, list[str]]:
-    """As docs/results_guide.md has it for plain open_clip, in a loop: times and classes."""
+    """Classify in a plain open_clip loop, as in docs/results_guide.md: times and classes."""
     import open_clip
     from safetensors.torch import load_file
 
@@ -130,7 +131,7 @@ def main() -> None:
                 seconds, classes = way(bundle, files)
                 times[name].append(seconds)
                 said.append(classes)
-            assert said[0] == said[1] == said[2], "the ways name different classes"
+            assert said[0] == said[1] == said[2], "the implementations predict different classes"
     found = {name: least(of) for name, of in times.items()}
     (baseline, baseline_cpu), (bundle_s, bundle_cpu) = found["baseline_s"], found["bundle_s"]
     kind = "JPEG of 640 x 480 px" if asked.photo else "PNG of 32 px"

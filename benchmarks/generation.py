@@ -1,18 +1,19 @@
-"""Images a second: two generator actors against the same pipeline with nothing around it.
+"""Images per second of two generator actors, compared with the bare pipeline.
 
-Baselines, one thread a process, the tiny pipeline without LoRA:
-- *bare*: two processes that each draw half of the blocks by `PipelineGenerator` and keep nothing;
-- *loop*: what one writes first: a diffusers pipeline, an image a call, in two processes.
+Baselines, with the tiny pipeline without LoRA and one thread per process:
+- *bare*: two processes draw half of the blocks each with `PipelineGenerator` and store nothing;
+- *loop*: two processes call a diffusers pipeline for one image at a time.
 
-Ours is `execution.generation.draw` on a local Ray with two actors: Ray Data hands out blocks, each
-is drawn, checked for blanks, encoded by CLIP and written as parquet and safetensors. Rates count
-from the first whole block of each process to its last, so that loading is in none of them; what the
-start costs is printed beside.
+*ours* is `execution._generation.draw` on a local Ray with two actors: Ray Data distributes blocks;
+each block is drawn, checked for blank images, encoded by CLIP, and written as parquet and
+safetensors. Rates count from the first complete block of each process to its last block, which
+excludes start-up. The duration of the start is printed separately.
 
     python benchmarks/generation.py [--images 64] [--repeats 3] [--device cpu]
 
-Some minutes on two cores; let nothing else run. The last line is JSON; `ratio` is ours over bare,
-`loop_ratio` ours over two processes of the loop: medians over the repeats, taken in turn.
+It takes some minutes on two cores, on which nothing else should run. The last line is JSON: `ratio`
+is the rate of *ours* divided by *bare*, `loop_ratio` that of *ours* divided by *loop*; both are
+medians over the repeats, which alternate between the three.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ Shard = tuple[int, int]
 
 
 def the_row(images: int, folder: Path) -> Requirement:
-    """So many images of each digit, drawn by the tiny pipeline."""
+    """A row with `images` images of each digit, drawn by the tiny pipeline."""
     asked = {"dataset": "digits", "generator": "tiny", "images_per_class": images}
     flat = {**presets.defaults("air", asked), **asked}
     flat = {key: value for key, value in flat.items() if not key.startswith("lora.")}
@@ -54,7 +55,7 @@ def the_row(images: int, folder: Path) -> Requirement:
 
 
 def bare(requirement: Requirement, shards: Sequence[Shard], device: str, told: Any) -> None:
-    """A process: blocks by the product's pipeline, and nothing else."""
+    """One process of *bare*."""
     generator, names, size = _opened(requirement, device)
     for c, block in shards:
         indices = list(range(block * size, (block + 1) * size))
@@ -64,7 +65,7 @@ def bare(requirement: Requirement, shards: Sequence[Shard], device: str, told: A
 
 
 def loop(requirement: Requirement, shards: Sequence[Shard], device: str, told: Any) -> None:
-    """A process: the pipeline of diffusers, an image at a time."""
+    """One process of *loop*."""
     import torch
 
     generator, names, size = _opened(requirement, device)
@@ -100,7 +101,7 @@ def _opened(requirement: Requirement, device: str) -> tuple[Any, Sequence[str], 
 def processes(
     work: Callable[..., None], requirement: Requirement, device: str
 ) -> tuple[float, float]:
-    """Images a second of two processes side by side, and seconds until both had a block."""
+    """Images per second of two parallel processes, and seconds until both had a block."""
     spawn = multiprocessing.get_context("spawn")
     shards = requirement.shards()
     queues = [spawn.Queue() for _ in range(PROCESSES)]
@@ -118,7 +119,7 @@ def processes(
 
 
 def _rate(told: Sequence[Sequence[tuple[float, int]]]) -> float:
-    """Of processes together: each from its first block to its last."""
+    """Sum of the rates of all processes, each from its first block to its last."""
     return sum(sum(size for _, size in times[1:]) / (times[-1][0] - times[0][0]) for times in told)
 
 
@@ -126,7 +127,7 @@ def _rate(told: Sequence[Sequence[tuple[float, int]]]) -> float:
 
 
 class Watcher:
-    """Notes when each block was whole."""
+    """Records the time at which each block was complete."""
 
     def __init__(self) -> None:
         self.blocks: list[tuple[float, int]] = []
@@ -144,7 +145,7 @@ class Watcher:
 
 
 def ours(requirement: Requirement, device: str) -> tuple[float, float, float]:
-    """Images a second of two actors, seconds until the first block, and their busy share."""
+    """Images per second of two actors, seconds until the first block, and their busy fraction."""
     from orchestrator.cluster.session import machines
     from orchestrator.execution._allocation import Allocation, Context
     from orchestrator.execution._generation import draw
@@ -165,7 +166,7 @@ def ours(requirement: Requirement, device: str) -> tuple[float, float, float]:
         for _ in draw([requirement], Context(worker, resources, watcher, free, board)):
             time.sleep(0.01)
         assert not requirement.missing(worker.store)
-    # Actors are not told apart: together, from when the second one had its first block.
+    # Blocks do not name their actor: count from the second block, when both actors have started.
     times = watcher.blocks[1:]
     rate = sum(size for _, size in times[1:]) / (times[-1][0] - times[0][0])
     busy = watcher.pool.busy / (watcher.pool.actors * (times[-1][0] - began))
@@ -182,7 +183,7 @@ def main() -> None:
         requirement = the_row(asked.images, Path(folder))
         few = Requirement(
             requirement.spec, max(16, asked.images // 4), requirement.classes
-        )  # the loop is slow
+        )  # fewer images, since the loop is slow
         for repeat in range(asked.repeats):
             figures = {}
             figures["bare"], figures["bare_start"] = processes(bare, requirement, asked.device)
@@ -200,7 +201,7 @@ def main() -> None:
     report(
         "generation",
         statistics.median(ratios["bare"]),
-        "two bare processes of the same pipeline, images a second",
+        "two bare processes of the same pipeline, images per second",
         loop_ratio=statistics.median(ratios["loop"]),
         ratios=ratios,
         images_per_second=found,

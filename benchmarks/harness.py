@@ -1,4 +1,4 @@
-"""What benchmarks share: options, two clocks, a CLIP with random weights, the line of JSON."""
+"""Shared parts of the benchmarks: options, clocks, a CLIP with random weights, and the report."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from air_core.backbone import Backbone
 
 ROOT = Path(__file__).parents[1]
-Times = tuple[float, float]  # seconds on the clock, and of this process's processors
+Times = tuple[float, float]  # wall seconds, and processor seconds of this process
 
 
 def options(doc: str | None, **defaults: Any) -> argparse.Namespace:
-    """Options by their defaults: False is a flag, a list takes several words."""
+    """Parse options given by their defaults; False is a flag, a list takes several words."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -38,7 +38,7 @@ def options(doc: str | None, **defaults: Any) -> argparse.Namespace:
 
 
 def timed(work: Callable[[], object]) -> Times:
-    """Times of one call, until the device has done it."""
+    """Time one call, including its work on the GPU."""
     started, busy = time.perf_counter(), time.process_time()
     work()
     torch = sys.modules.get("torch")
@@ -48,17 +48,17 @@ def timed(work: Callable[[], object]) -> Times:
 
 
 def least(times: Sequence[Times]) -> Times:
-    """The least disturbed of some repeats, each clock by itself."""
+    """Minimum over repeats, for each clock separately."""
     return min(wall for wall, _ in times), min(cpu for _, cpu in times)
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Of a process with one thread that imports this checkout."""
+    """Environment of a process that uses one thread and imports this checkout."""
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
 
 
 def airsweep(*arguments: object, **more: str) -> str:
-    """A command of airsweep in a process of its own, and what it prints."""
+    """Run an airsweep command in a new process and return its stdout."""
     command = [sys.executable, "-m", "orchestrator", *map(str, arguments)]
     done = subprocess.run(
         command, check=True, env=environment(**more), capture_output=True, text=True
@@ -67,14 +67,14 @@ def airsweep(*arguments: object, **more: str) -> str:
 
 
 def random_clip(architecture: str = "ViT-B-32-quickgelu", device: str = "cpu") -> Backbone:
-    """A CLIP with random weights: its time does not depend on them."""
+    """A CLIP with random weights, on which its speed does not depend."""
     import logging
 
     import open_clip
 
     from air_core.backbone import Backbone
 
-    logging.disable(logging.WARNING)  # that weights are random is what we want
+    logging.disable(logging.WARNING)  # hide the warning about random weights
     model, _, preprocess = open_clip.create_model_and_transforms(
         architecture, pretrained=None, device=device
     )
@@ -83,17 +83,17 @@ def random_clip(architecture: str = "ViT-B-32-quickgelu", device: str = "cpu") -
 
 
 def progress(*words: object) -> None:
-    """A line on stderr: stdout ends with JSON."""
+    """Print a line to stderr, since stdout is for the JSON."""
     print(*words, file=sys.stderr, flush=True)
 
 
 def report(name: str, ratio: float | None, baseline: str, **figures: Any) -> None:
-    """The last line of every benchmark."""
+    """Print the result as the last line of a benchmark."""
     print(json.dumps(rounded({"name": name, "ratio": ratio, "baseline": baseline, **figures})))
 
 
 def rounded(value: Any) -> Any:
-    """Numbers with four digits that count."""
+    """Round numbers to four significant digits."""
     if isinstance(value, dict):
         return {key: rounded(one) for key, one in value.items()}
     if isinstance(value, list | tuple):

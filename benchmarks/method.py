@@ -1,28 +1,30 @@
-"""How much does the method's code save beside what is usually done?
+"""Speed of the method's code, compared with the usual implementations.
 
     python benchmarks/method.py text_step [--threads 2] [--repeats 5] [--device cpu]
     python benchmarks/method.py visual_step [--batch 16] [--steps 3] [--threads 2] [--device cpu]
     python benchmarks/method.py trial [--steps 20] [--pool 3760] [--threads 2] [--device cpu]
     python benchmarks/method.py replicas [--steps 20] [--repeats 3] [--threads 1] [--device cpu]
 
-*text_step*: a training step of a text prompt. Baseline: what CoOp and CPL do, one sequence a class,
-padded to 77 tokens, the whole tower for every token. `ratio` is the smaller one of two datasets.
+*text_step*: a training step of a text prompt. Baseline: the step of CoOp and CPL, which encodes one
+sequence per class, padded to 77 tokens, with the full tower. `ratio` is the minimum over two
+datasets.
 
-*visual_step*: a training step of a visual prompt on stored image tokens. Baseline: what CPL does,
-each step loads its images (500 x 375 JPEG, as in CUB), decodes and transforms them twice and sends
-them through the whole tower; two loader processes read ahead. `ratio` is that of ViT-B/32.
+*visual_step*: a training step of a visual prompt on stored image tokens. Baseline: the step of CPL,
+which loads its images (500 x 375 JPEG, as in CUB), decodes and transforms them twice, and encodes
+them with the full tower; two loader processes prefetch images. `ratio` is that of ViT-B/32.
 
-*trial*: a whole UL trial with a text prompt (CPL on DTD): ten rounds of 50 epochs on a growing
-share of 3,760 images, scaled from `--steps` training steps and one labelling pass. Baseline: CPL's
-loop on stored image features, which encodes all names for every batch.
+*trial*: a full UL trial with a text prompt (CPL on DTD): ten rounds of 50 epochs on a growing
+part of 3,760 images, extrapolated from `--steps` training steps and one labelling pass. Baseline:
+the loop of CPL on stored image features, which encodes all class names for every batch.
 
-*replicas*: a training step of 3 and of 8 prompts of one point in one computation. Baseline: one
-prompt after the other. `ratio` is processor time with the tiny CLIP and 8 prompts: it is bound by
-the cost of a call, as any text tower on a GPU is.
+*replicas*: a training step of 3 and of 8 prompts of one point in one computation. Baseline: the
+prompts one after another. `ratio` is that of processor time with the tiny CLIP and 8 prompts, whose
+speed is limited by the overhead of calls, like that of a text tower on a GPU.
 
-What both ways compute is compared. ViT-B/32 has random weights: its time does not depend on them.
-Times are the least disturbed of the repeats, by the clock; `ratio_cpu` is that of processor time,
-which on a machine that others use is the one to read, with --threads 1. Some minutes on two cores.
+Each benchmark also checks that both implementations compute the same. ViT-B/32 has random weights,
+on which its speed does not depend. Times are the minimum over the repeats. `ratio` compares wall
+times and `ratio_cpu` processor times; on a shared machine use `ratio_cpu` with --threads 1. A
+benchmark takes some minutes on two cores.
 """
 
 from __future__ import annotations
@@ -65,7 +67,7 @@ def differ(one: Tensor, other: Tensor) -> float:
 def padded_text_features(backbone: Backbone, context: Tensor, names: Sequence[str]) -> Tensor:
     """(C, D) text features of `[SOS] context name [EOT]`, padded to the longest allowed."""
     model, length = backbone.model, len(context)
-    # X stands where the context goes: one token each.
+    # Each x is a placeholder token for one learned vector.
     words = [name.replace("_", " ") for name in names]
     tokens = backbone.tokenizer([" ".join(["x"] * length + [word]) for word in words])
     ends = tokens.argmax(dim=-1)
@@ -79,7 +81,7 @@ def padded_text_features(backbone: Backbone, context: Tensor, names: Sequence[st
 
 
 def compared(times: Mapping[str, Times]) -> dict[str, float]:
-    """Seconds of each way, and how many times as long the baseline takes."""
+    """Seconds of each implementation, and the time of the baseline divided by the lean one."""
     return {
         **{f"{name}_s": wall for name, (wall, _) in times.items()},
         "ratio": times["baseline"][0] / times["lean"][0],
@@ -88,7 +90,7 @@ def compared(times: Mapping[str, Times]) -> dict[str, float]:
 
 
 def step_times(encode: Callable[[], Tensor], prompt: Parameter, repeats: int) -> Times:
-    """Forward and backward to the learned vectors; the first step warms up."""
+    """Time a forward and a backward pass to the learned vectors, after a warm-up step."""
 
     def step() -> None:
         prompt.grad = None
@@ -124,7 +126,7 @@ def _text_step(backbone: Backbone, names: Sequence[str], repeats: int) -> dict[s
     }
     with torch.no_grad():
         apart = differ(*(encode() for encode in ways.values()))
-    assert apart < 1e-5, f"the ways differ by {apart}"
+    assert apart < 1e-5, f"the implementations differ by {apart}"
     times = {name: step_times(encode, context, repeats) for name, encode in ways.items()}
     return {**compared(times), "apart": apart}
 
@@ -135,7 +137,7 @@ LOADERS = 2
 
 
 class Photos(torch.utils.data.Dataset[Tensor]):
-    """JPEGs that cost what photographs cost to decode, read as CPL reads them."""
+    """JPEGs that take as long to decode as photographs, loaded as CPL loads them."""
 
     def __init__(self, folder: Path, count: int) -> None:
         rng = np.random.default_rng(0)
@@ -160,7 +162,7 @@ class Photos(torch.utils.data.Dataset[Tensor]):
 def whole_tower(backbone: Backbone, pixels: Tensor, prompt: Tensor) -> Tensor:
     """(B, D): learned tokens (P, W) between [CLS] and the patches, before ln_pre.
 
-    With (L, P, W), a deep prompt, those of every later block take their place there.
+    With a deep prompt (L, P, W), the tokens of each later block replace the learned tokens there.
     """
     tower, count, length = backbone.model.visual, len(pixels), prompt.shape[-2]
     layers = [prompt] if prompt.dim() == 2 else list(prompt)
@@ -209,7 +211,7 @@ def _visual_step(backbone: Backbone, photos: Photos, batch: int, steps: int) -> 
     with torch.no_grad():
         lean = backbone.encode_tokens(stored[:batch].to(device), prompt)
         apart = differ(lean, whole_tower(backbone, pixels, prompt))
-    assert apart < 2e-3, f"the ways differ by {apart}"  # stored in half precision
+    assert apart < 2e-3, f"the implementations differ by {apart}"  # stored in half precision
     batches = iter(loader)
     ways: dict[str, Callable[[], Tensor]] = {
         "baseline": lambda: whole_tower(backbone, next(batches).to(device), prompt),
@@ -221,7 +223,7 @@ def _visual_step(backbone: Backbone, photos: Photos, batch: int, steps: int) -> 
     times = {name: step_times(way, prompt, steps) for name, way in ways.items()}
     loads = [timed(lambda: [photos[i] for i in range(batch)]) for _ in range(steps)]
     times["loading"] = least(loads)
-    # Loaders are processes of their own: their time is measured here instead.
+    # Loaders are separate processes, so loading is timed in this process instead.
     loading_and_tower = times["loading"][1] + times["tower"][1]
     return {**compared(times), "ratio_cpu": loading_and_tower / times["lean"][1], "apart": apart}
 
@@ -234,7 +236,7 @@ SELECTION = PseudoLabelSettings(kind="candidates", growth="growing")
 
 
 class PaddedPrompt(TextPrompt):
-    """The same prompt, encoded as CPL does: for every batch of images, padded to 77 tokens."""
+    """A text prompt encoded as in CPL: for every batch of images, padded to 77 tokens."""
 
     def logits(self, batch: Batch) -> Tensor:
         parts = []
@@ -247,7 +249,7 @@ class PaddedPrompt(TextPrompt):
 def plain_training(
     learner: TextPrompt, real: Targeted, settings: TrainSettings, seed: int
 ) -> Training:
-    """On pseudo-labelled images alone."""
+    """Training on pseudo-labelled images only."""
     return Training(
         learner=learner,
         real=real,
@@ -272,7 +274,7 @@ def trial(asked: argparse.Namespace) -> None:
     real = Targeted(pool[chosen], targets)
 
     def parts(kind: type[TextPrompt], steps: int) -> tuple[Tensor, Times, Times]:
-        """The prompt after some steps; times of a step and of labelling the pool."""
+        """The prompt after `steps` steps, and the times of a step and of labelling the pool."""
         learner = kind(PromptSettings(), backbone, names, seed=1)
         settings = TrainSettings(batch=BATCH, steps=steps, warmup=0.0)
         wall, cpu = timed(lambda: fit([plain_training(learner, real, settings, 0)]))
@@ -285,7 +287,7 @@ def trial(asked: argparse.Namespace) -> None:
         return learner.context.detach(), (wall / steps, cpu / steps), timed(label)
 
     steps = sum(EPOCHS * max(1, classes * each // BATCH) for each in capacities)
-    # Labelled once a round, tested after each and before the first.
+    # Labelling once per round; a test before the first and after each round.
     passes = ROUNDS + (ROUNDS + 1) * TEST / POOL
     parts(TextPrompt, 2)  # warms up
     contexts, whole, figures = {}, {}, {}
@@ -296,7 +298,7 @@ def trial(asked: argparse.Namespace) -> None:
         figures[f"{name}_trial_s"] = whole[name][0]
         progress(name, step, labelling)
     apart = differ(contexts["lean"], contexts["baseline"])
-    assert apart < 1e-3, f"the two ways learn prompts that differ by {apart}"
+    assert apart < 1e-3, f"the implementations learn prompts that differ by {apart}"
     report(
         "trial",
         whole["baseline"][0] / whole["lean"][0],
@@ -314,11 +316,14 @@ def trial(asked: argparse.Namespace) -> None:
 
 # ---------------------------------------------------------------- replicas
 
-WORLDS = {"tiny": ("digits", 4), "vit_b_32": ("eurosat", 16)}  # dataset, vectors, of each CLIP
+WORLDS = {
+    "tiny": ("digits", 4),
+    "vit_b_32": ("eurosat", 16),
+}  # dataset and number of vectors for each CLIP
 
 
 def trainings(world: str, backbone: Backbone, replicas: int, steps: int) -> list[Training]:
-    """One a seed: another start, another order of the same images."""
+    """One training per seed; each has another initial prompt and another order of the images."""
     dataset, length = WORLDS[world]
     names, width = get_dataset(dataset).classnames, backbone.model.text_projection.shape[1]
     features = torch.randn(1000, width, generator=torch.Generator().manual_seed(0))
@@ -336,10 +341,10 @@ def trainings(world: str, backbone: Backbone, replicas: int, steps: int) -> list
 def together(
     world: str, backbone: Backbone, count: int, steps: int, repeats: int
 ) -> dict[str, float]:
-    """Seconds of a step of so many prompts, in one computation and one after the other."""
+    """Seconds of a step of `count` prompts, in one computation and one after another."""
     times: dict[str, list[Times]] = {"lean": [], "baseline": []}
     prompts: dict[str, list[Tensor]] = {}
-    for _ in range(repeats):  # in turns: a busy moment hits both
+    for _ in range(repeats):  # alternate, so that load on the machine affects both
         for way, size in (("lean", count), ("baseline", 1)):
             every = trainings(world, backbone, count, steps)
             groups = [every[at : at + size] for at in range(0, count, size)]
@@ -347,7 +352,7 @@ def together(
             times[way].append((wall / steps, cpu / steps))
             prompts[way] = [one.learner.prompt for one in every]
     apart = max(map(differ, prompts["lean"], prompts["baseline"]))
-    assert apart < 1e-4, f"the two ways learn prompts that differ by {apart}"
+    assert apart < 1e-4, f"the implementations learn prompts that differ by {apart}"
     return {**compared({way: least(spent) for way, spent in times.items()}), "apart": apart}
 
 
@@ -366,7 +371,7 @@ def replicas(asked: argparse.Namespace) -> None:
     report(
         "replicas",
         found["tiny"]["8"]["ratio_cpu"] if "tiny" in found else None,
-        f"8 prompts one after the other, tiny CLIP, digits, batches of {BATCH}, "
+        f"8 prompts one after another, tiny CLIP, digits, batches of {BATCH}, "
         f"{asked.threads} thread, {asked.device}",
         steps=asked.steps,
         **found,

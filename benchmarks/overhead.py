@@ -1,16 +1,17 @@
-"""What does a trial cost beyond its own work?
+"""Overhead of airsweep per trial.
 
-A hundred trials that only read (`zero_shot_aux` on ready images: no training) go through the whole
-of `airsweep run`: planner, driver, Ray Tune with reused actors, ledger, records, MLflow. Baselines
-in the same run: Ray Tune as it comes, one process a trial, which calls the same `run_trial`
-(`--ray-trials` of them); and an Optuna loop that calls it in this process, without a cluster, a
-ledger or a tracker. Each has a store of its own with the same inputs prepared.
+A hundred trials without training (`zero_shot_aux` on ready images) run through all parts of
+`airsweep run`: planner, driver, Ray Tune with reused actors, event log, records and MLflow. There
+are two baselines. Ray Tune with its defaults starts one process per trial, which calls the same
+`run_trial` (`--ray-trials` of them). An Optuna loop calls `run_trial` in this process, without a
+cluster, an event log or a tracker. Each has a separate store with the same prepared inputs.
 
     python benchmarks/overhead.py [--trials 100] [--ray-trials 6]
 
-Some minutes on two cores. The last line is JSON. `ratio` is seconds a trial of Ray Tune over ours,
-by the clock, from the first trial to the last; `overhead_s` is ours, what lies between trials on an
-actor that is up, as the driver measures it: a trial's time from hand-out to result less its work.
+It takes some minutes on two cores. The last line is JSON: `ratio` is the wall time per trial of Ray
+Tune divided by that of airsweep, from the first trial to the last. `ours_overhead_s` is the time
+per trial on a running actor beyond the trial's work: from its submission to its result, as measured
+by the driver, minus the duration of the work.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ seeds: [1]
 
 
 def draw(folder: Path) -> None:
-    """Sixteen images a class; what is on them does not matter here."""
+    """Write sixteen images of noise per class."""
     import numpy as np
     from PIL import Image
 
@@ -86,7 +87,7 @@ def specs(spec: Path, store: Path, trials: int) -> list[Any]:
 
 
 def optuna_loop(chosen: list[Any], store: Path) -> float:
-    """Seconds a trial of a plain loop in this process."""
+    """Seconds per trial of an Optuna loop in this process."""
     import optuna
 
     from orchestrator.stages.trial import run_trial
@@ -94,7 +95,7 @@ def optuna_loop(chosen: list[Any], store: Path) -> float:
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     there = ArtifactStore(store)
-    run_trial(chosen[0], there)  # loads torch and CLIP
+    run_trial(chosen[0], there)  # warm-up: loads torch and CLIP
     started = time.perf_counter()
 
     def objective(trial: optuna.Trial) -> float:
@@ -106,7 +107,7 @@ def optuna_loop(chosen: list[Any], store: Path) -> float:
 
 
 def ray_tune(chosen: list[Any], store: Path, folder: Path) -> float:
-    """Seconds a trial of Ray Tune as it comes: a process each."""
+    """Seconds per trial of Ray Tune with its defaults, one process per trial."""
     from orchestrator.cluster import ray_session
 
     with ray_session() as machines:
@@ -146,7 +147,7 @@ def main() -> None:
     report(
         "overhead",
         tuned / found["trial_s"],
-        f"Ray Tune, one process a trial, {asked.ray_trials} trials",
+        f"Ray Tune, one process per trial, {asked.ray_trials} trials",
         trials=asked.trials,
         baseline_trial_s=tuned,
         optuna_loop_trial_s=loop,

@@ -1,16 +1,18 @@
-"""What does an orchestrator cost, and what does it save, beside the loops that people write?
+"""Cost and benefit of airsweep, compared with scripts that run the same grid without it.
 
-The quickstart's grid (5 methods x 3 seeds on the digits, one LoRA, its images) four times, each in
-a folder of its own and on two workers: `airsweep run`; a joblib loop; an Optuna loop on sqlite; Ray
-Tune with its MLflow callback. The loops call the same method on the same inputs, which they make
-once, and keep, with the product's stages (`peer_scripts/`). Of each: seconds by the clock from an
-empty folder; lines of the user's own code; trials computed again after `kill -9` in mid-grid and
-the same command; and computed again after one method more in the grid.
+The quickstart's grid (5 methods x 3 seeds on the digits, one LoRA, its images) runs four times on
+two workers, each time in a new folder: with `airsweep run`, a joblib loop, an Optuna loop on
+sqlite, and Ray Tune with its MLflow callback. The scripts in `peer_scripts/` call the same method
+on the same inputs, which they build once with the stages of airsweep and store. The benchmark
+measures the wall time from an empty folder, the lines of user code, the trials that are computed
+again after a `kill -9` in the middle of the grid and a second start, and the trials that are
+computed again after a method is added to the grid.
 
     python benchmarks/peers.py [--whole] [--walls 1] [--only joblib]
 
-Without `--whole` fewer images, LoRA steps and rounds; a quarter of an hour on two cores. The last
-line is JSON; `ratio` is seconds of airsweep over those of the joblib loop (aim: at most 1.1).
+Without `--whole` the grid has fewer images, LoRA steps and rounds and takes a quarter of an hour on
+two cores. The last line is JSON: `ratio` is the wall time of airsweep divided by that of the joblib
+loop (target: at most 1.1).
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from benchmarks.harness import ROOT, environment, options, progress, report
 
 SCRIPTS = Path(__file__).parent / "peer_scripts"
 QUICKSTART = ROOT / "sweeps" / "quickstart.yaml"
-ADDED = "grip"  # a method more
+ADDED = "grip"  # the method that is added to the grid
 CUT = ("images_per_class=32", "lora.steps=60", "iterations=4", "auxiliary.k_step=24")
 PEERS = {
     "airsweep": None,
@@ -72,22 +74,22 @@ def start(peer: str, spec: Path, folder: Path, sets: Sequence[str]) -> subproces
 
 
 def run(peer: str, spec: Path, folder: Path, sets: Sequence[str]) -> float:
-    """Seconds by the clock.
+    """Run a script and return its wall time in seconds.
 
     Raises:
-        RuntimeError: it failed; says where its output is.
+        RuntimeError: the script failed; the message has the end of its output.
     """
     started = time.perf_counter()
     code = start(peer, spec, folder, sets).wait()
     if code:
         raise RuntimeError(
-            f"{peer} ended with {code}:\n{(folder / 'output.txt').read_text()[-3000:]}"
+            f"{peer} ended with exit code {code}:\n{(folder / 'output.txt').read_text()[-3000:]}"
         )
     return time.perf_counter() - started
 
 
 def completed(peer: str, folder: Path) -> Counter[str]:
-    """How often each trial was computed to its end."""
+    """Count how often each trial was computed to its end."""
     if peer != "airsweep":
         log = folder / "log.txt"
         lines = log.read_text().splitlines() if log.exists() else []
@@ -135,7 +137,7 @@ def again_with_more(peer: str, spec: Path, folder: Path, sets: Sequence[str]) ->
 
 
 def code_lines(file: Path) -> int:
-    """Lines that hold code: no comments, no docstrings, no blank ones."""
+    """Count the lines of a file without comments, docstrings and blank lines."""
     if file.suffix != ".py":
         lines = [line.strip() for line in file.read_text().splitlines()]
         return sum(bool(line) and not line.startswith("#") for line in lines)

@@ -1,14 +1,15 @@
-"""Would a sweep keep 64 GPUs busy? A simulation.
+"""Simulated utilization of 64 GPUs by a sweep.
 
-Plays `sweeps/paper_main.yaml` on a cluster of equal GPUs under several policies: groups of cells
-with their LoRA, their blocks of images and their trials, the driver as a server that does one thing
-at a time. Costs are those of `docs/reproduce.md`, which nobody measured; the driver's and actors'
-own were measured on sleeping actors (docs/benchmarks.md).
+Simulates `sweeps/paper_main.yaml` on a cluster of equal GPUs under several policies. A group of
+cells has a LoRA, blocks of images and trials; the driver is a server that handles one event at a
+time. The costs of LoRA, images and trials are the unmeasured estimates of `docs/reproduce.md`. The
+costs of the driver and of actors were measured with actors that sleep (docs/benchmarks.md).
 
     python benchmarks/scale.py [--gpus 64]
 
-Half a minute. The last line is JSON; `ratio` is hours of the sweep where each group is prepared
-before its trials over hours where the next is prepared beside them.
+It takes half a minute. The last line is JSON: `ratio` is the duration of the sweep if each group is
+prepared before its trials, divided by its duration if the next group is prepared while the trials
+run.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.harness import options, progress, report
 
-# ---------------------------------------------------------------- what is simulated
+# ---------------------------------------------------------------- simulation
 
 
 @dataclass(frozen=True)
@@ -40,41 +41,41 @@ class Job:
 
 @dataclass(frozen=True)
 class Group:
-    """Cells that share a row of images, or the cells that read none."""
+    """Cells that share a row of images, or the cells without images."""
 
-    tasks: tuple[float, ...]  # seconds of features, labels, LoRA: a device each
+    tasks: tuple[float, ...]  # seconds of features, labels, LoRA; each takes one device
     blocks: int
     jobs: tuple[Job, ...]
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Of the machinery, in seconds."""
+    """Duration of a block and of overheads, in seconds."""
 
     block: float
-    start: float = 0.0  # of an actor, until it draws
-    gap: float = 0.0  # of an actor, between two blocks
-    driver: float = 0.0  # of the driver, which does one thing at a time, for each block
+    start: float = 0.0  # from the start of an actor to its first block
+    gap: float = 0.0  # of an actor between two blocks
+    driver: float = 0.0  # of the driver for each block; it handles one at a time
     job: float = 0.0  # between two jobs of a slot
 
 
 @dataclass(frozen=True)
 class Policy:
-    beside: bool  # the next groups are prepared while trials run, and trials start when theirs is
-    share: int = 8  # one device of so many stays with them then
+    beside: bool  # prepare the next groups while trials run
+    share: int = 8  # of the devices, 1 / share prepares while trials run
 
 
 @dataclass
 class Found:
-    """Device-seconds by what they went into; seconds for the rest."""
+    """Device-seconds by use, and durations in seconds."""
 
     end: float = 0.0
-    trials: float = 0.0  # shares that trials held
-    held: float = 0.0  # by the producer
-    barrier: float = 0.0  # idle while no trial could run
-    tail: float = 0.0  # idle while trials ran and nothing was left to start
+    trials: float = 0.0  # held by trials
+    held: float = 0.0  # held by preparation
+    barrier: float = 0.0  # idle while no trial ran
+    tail: float = 0.0  # idle while trials ran and no trial was left to start
     idle: float = 0.0
-    beside: float = 0.0  # seconds with a trial
+    beside: float = 0.0  # seconds during which trials ran
     events: int = 0
 
 
@@ -86,19 +87,19 @@ class Simulation:
         self.now, self.driver = 0.0, 0.0
         self.queue: list[tuple[float, int, Callable[[], None]]] = []
         self.numbers = itertools.count()
-        self.free = [1.0] * gpus  # share of each device that nobody holds
+        self.free = [1.0] * gpus  # free fraction of each device
         self.found = Found()
         self.ready = [not group.tasks and not group.blocks for group in groups]
         self.waiting: list[Job] = []  # ready to run
-        self.opened = 0  # groups whose jobs are waiting, running or over
+        self.opened = 0  # number of groups whose jobs have been queued
         self.tasks: deque[tuple[int, float]] = deque()
         self.tasks_left = Counter({i: len(group.tasks) for i, group in enumerate(groups)})
-        self.blocks_left = [group.blocks for group in groups]  # not drawn
-        self.asked = list(self.blocks_left)  # not handed out
+        self.blocks_left = [group.blocks for group in groups]  # not drawn yet
+        self.asked = list(self.blocks_left)  # not assigned to an actor yet
         self.pool: set[int] = set()  # devices of actors
         self.task_devices: set[int] = set()
-        self.generation = 0  # of the pool: what an earlier one had in hand is lost
-        self.jobs = 0  # that run
+        self.generation = 0  # of the pool; blocks of an earlier pool are lost
+        self.jobs = 0  # running
         for i, group in enumerate(groups):
             self.tasks += [(i, seconds) for seconds in group.tasks]
 
@@ -111,7 +112,7 @@ class Simulation:
             self.found.events += 1
             event()
             self._schedule()
-        assert all(self.ready), "it stands still"
+        assert all(self.ready), "the simulation has no event left, but work remains"
         assert not self.waiting
         self.found.end = self.now
         return self.found
@@ -132,7 +133,7 @@ class Simulation:
             if not self.waiting:
                 found.tail += idle * seconds
 
-    # ------------------------------------------------------------ who gets what
+    # ------------------------------------------------------------ scheduling
 
     def _schedule(self) -> None:
         self._open()
@@ -140,7 +141,7 @@ class Simulation:
         self._start_jobs()
 
     def _open(self) -> None:
-        """Hand out the jobs of groups that are ready, in order."""
+        """Queue the jobs of groups that are ready, in order."""
         while self.opened < len(self.groups) and self.ready[self.opened]:
             if not self.policy.beside and (self.jobs or self.waiting):
                 return
@@ -148,7 +149,7 @@ class Simulation:
             self.opened += 1
 
     def _allotted(self) -> int:
-        """Devices of the producer."""
+        """Number of devices for preparation."""
         if all(self.ready):
             return 0
         if not self.jobs and not self.waiting:
@@ -171,22 +172,22 @@ class Simulation:
             self._open_pool(self._fitting(allotted))
 
     def _fitting(self, allotted: int) -> int:
-        """Actors that there are devices and blocks for."""
+        """Number of actors for which devices and blocks exist."""
         there = min(allotted - len(self.task_devices), self.free.count(1.0) + len(self.pool))
         return min(there, sum(self.asked[group] for group in self._to_draw()) + len(self.pool))
 
     def _worth_growing(self, allotted: int) -> bool:
-        """Does it save more than starting again takes?"""
+        """Whether a larger pool saves more time than its restart costs."""
         size, more = len(self.pool), self._fitting(allotted)
         left = sum(self.blocks_left[group] for group in self._to_draw()) * self.costs.block
         return more > size and left / size - left / more > self.costs.start + self.costs.block
 
     def _in_turn(self, group: int) -> bool:
-        """Without overlap a group is begun when the trials of the last are over."""
+        """Whether the policy allows a group to be prepared now."""
         return self.policy.beside or group == self.opened
 
     def _to_draw(self) -> list[int]:
-        """Groups of which blocks can be handed out."""
+        """Groups with blocks that can be assigned."""
         return [
             group
             for group, left in enumerate(self.asked)
@@ -209,7 +210,7 @@ class Simulation:
         self.pool = set()
 
     def _draw(self, device: int, generation: int) -> None:
-        """An actor asks the driver for its next block."""
+        """Assign the next block to an actor, after a request to the driver."""
         if generation != self.generation:
             return
         groups = self._to_draw()
@@ -253,7 +254,7 @@ class Simulation:
             self._later(took, lambda d=device, j=job: self._job_over(d, j))
 
     def _device(self, share: float, reserved: int) -> int | None:
-        """As Ray packs: the fullest device with room, and none that the producer waits for."""
+        """The fullest device that fits, as Ray packs, unless it is reserved for preparation."""
         fits = [i for i, free in enumerate(self.free) if free >= share - 1e-9]
         if not fits:
             return None
@@ -269,14 +270,14 @@ class Simulation:
 
 # ---------------------------------------------------------------- the paper's grid
 
-TEXT_SHARE = 0.25  # of a device: text steps are too small for it, four trials slow each other not
-IMAGES, BLOCK = 120, 8  # a class
+TEXT_SHARE = 0.25  # of a device: text steps are small, so four trials do not slow each other
+IMAGES, BLOCK = 120, 8  # images per class, and images per block
 IMAGE = 0.9  # seconds of a device: 36 TFLOP at 40 TFLOP/s
 LORA = 825.0  # seconds of a device: 33 PFLOP at 40 TFLOP/s
-FEATURES = 120.0  # seconds a dataset and level: opening files
+FEATURES = 120.0  # seconds for each dataset and level, mostly reading files
 LOOK = 5.0  # seconds of a trial without training
-LOAD = 30.0  # seconds until an actor has the pipeline
-# Seconds of the machinery: actor and driver for each block, and a trial beyond its work.
+LOAD = 30.0  # seconds until an actor has loaded the pipeline
+# Overhead in seconds: of actor and driver for each block, and of a trial.
 GAP, DRIVER, JOB = 0.045, 0.002, 0.16
 # Hours of a dataset's trials, text and visual, in docs/reproduce.md.
 HOURS = {
@@ -289,12 +290,12 @@ HOURS = {
 
 
 def paper(share_visual: float = 0.25, split: bool = False, points: int = 1) -> list[Group]:
-    """Groups of the paper's main table: `docs/reproduce.md` has where the figures come from.
+    """Groups of the paper's main table; `docs/reproduce.md` explains the figures.
 
     Args:
-        share_visual: of a device, that a visual trial holds.
-        split: a job for each seed, and not one for all seeds of a point.
-        points: of each cell that trains, as a search would have.
+        share_visual: fraction of a device that a visual trial holds.
+        split: whether each seed is a separate job, instead of all seeds of a point.
+        points: number of points of each cell that trains, as in a search.
     """
     from orchestrator.spec import cells_of, find_sweep, load_sweep
 
@@ -333,7 +334,7 @@ def _classes(dataset: str, paradigm: str) -> int:
 
 
 def _steps(flat: dict[str, Any]) -> int:
-    """Upper bound, as `docs/method.md` counts them."""
+    """Upper bound of the training steps, as counted in `docs/method.md`."""
     from air_core.datasets.published import PUBLISHED
 
     size = PUBLISHED[flat["dataset"]]
@@ -351,7 +352,7 @@ def _steps(flat: dict[str, Any]) -> int:
     return sum(flat["train.epochs"] * max(1, m // flat["train.batch"]) for m in chosen)
 
 
-# ---------------------------------------------------------------- what is said
+# ---------------------------------------------------------------- report
 
 
 def played(groups: Sequence[Group], gpus: int, costs: Costs, policy: Policy) -> dict[str, float]:

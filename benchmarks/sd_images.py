@@ -1,18 +1,18 @@
-"""Images a second of a Stable Diffusion on this device: ours, the plain pipeline, and what else
-might help.
+"""Images per second of Stable Diffusion on this device, with possible optimizations.
 
 The pipeline has the size of Stable Diffusion 1.5 (860 million parameters in the U-Net, 512 pixels)
-and random weights: its time does not depend on them. `--small` has a tenth of the channels.
+and random weights, on which its speed does not depend. `--small` has a tenth of the channels.
 
-- *plain*: the diffusers pipeline in half precision, a block a call, same sampler and steps;
+- *plain*: the diffusers pipeline in half precision, one block per call, same sampler and steps;
 - *ours*: `PipelineGenerator`, float32 weights under bf16 autocast;
-- each other line changes one thing of ours: weights cast once, channels last, a compiled U-Net,
-  other block sizes; then the sum of those that helped is what an image costs at best.
+- each other line changes one property of *ours*: weights cast once, channels last, a compiled
+  U-Net, other block sizes; the last line combines the changes that helped.
 
     python benchmarks/sd_images.py [--device cuda] [--block 8] [--blocks 3] [--steps 25] [--small]
 
-On a CPU only `--small` ends soon. The last line is JSON; `ratio` is ours over plain, `peak` the
-share of the device's dense bf16 arithmetic that ours reaches, where its name is known here.
+On a CPU only `--small` is feasible. The last line is JSON: `ratio` is the rate of *ours* divided by
+*plain*, and `peak` the fraction of the device's peak rate of dense bf16 operations that *ours*
+reaches, if the device is in the table PEAK.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ NOISE = {
 
 
 def random_pipeline(folder: Path, small: bool) -> int:
-    """A pipeline of the size of Stable Diffusion 1.5 with random weights; pixels of a side."""
+    """Write a pipeline of the size of Stable Diffusion 1.5; returns the image size in pixels."""
     from diffusers import (
         AutoencoderKL,
         DDIMScheduler,
@@ -94,13 +94,13 @@ def random_pipeline(folder: Path, small: bool) -> int:
     return size
 
 
-# ---------------------------------------------------------------- what is timed
+# ---------------------------------------------------------------- timed variants
 
-Draw = Callable[[int], Any]  # a block of so many images
+Draw = Callable[[int], Any]  # draws a block with a number of images
 
 
 def plain(folder: Path, settings: GenerationSettings, device: str) -> Draw:
-    """As the documentation of diffusers has it."""
+    """The pipeline as in the documentation of diffusers."""
     from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
     half = torch.float16 if torch.device(device).type == "cuda" else torch.bfloat16
@@ -152,7 +152,7 @@ CHANGES: dict[str, Callable[[Any], None]] = {
 
 
 def rate(draw: Draw, block: int, blocks: int) -> float:
-    """Images a second, after one block that warms up; a block is over when it is on the CPU."""
+    """Images per second after a warm-up block, including the copy to the CPU."""
     draw(block)
     begun = time.perf_counter()
     for _ in range(blocks):
@@ -161,7 +161,7 @@ def rate(draw: Draw, block: int, blocks: int) -> float:
 
 
 def operations(folder: Path, settings: GenerationSettings, device: str) -> float:
-    """Of one image, multiplications and additions of matrices and convolutions."""
+    """Floating-point operations of matrix products and convolutions for one image."""
     draw = ours(folder, settings, device)
     with FlopCounterMode(display=False) as counter:
         draw(1)
@@ -207,7 +207,7 @@ def main() -> None:
     report(
         "sd_images",
         found["ours"] / found["plain"],
-        "the diffusers pipeline in half precision, a block a call",
+        "the diffusers pipeline in half precision, one block per call",
         best_ratio=found["ours, what helped"] / found["plain"],
         helped=helped,
         images_per_second=found,

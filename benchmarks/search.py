@@ -1,18 +1,19 @@
-"""Which sampler finds good settings among few points?
+"""Quality of samplers: test accuracy of the setting that a short search selects.
 
-Replays a full grid of AiR on the digits, so that a search costs no training. Every sampler searches
-it in the product's own rounds (`planning.search.CellSearch`): `--points` points in rounds of four,
-the default first, with `--seeds` seeds. It is told an objective, the mean over three splits, and
-takes the point with the best one. Test regret: how many points of test accuracy that point is below
-the best one of the grid. Baseline: random points.
+The benchmark replays a full grid of AiR on the digits, so searches need no training. Every sampler
+searches the grid in the rounds of real sweeps (`planning.search.CellSearch`): `--points` points in
+rounds of four, the default first, with `--seeds` seeds. The objective is the mean over three
+splits, and the search selects the point with the best objective. The test regret is the difference
+between the best test accuracy in the grid and that of the selected point, in points of accuracy.
+Baseline: random points.
 
     python benchmarks/search.py [--grid benchmarks/search_grid.json] [--seeds 50] [--points 12]
 
-Where the file of `--grid` is not there, the grid is run through airsweep first and written: three
-LoRA and 288 trials, half an hour on two slow cores; `--store` is a folder to keep them in. The
-replay takes minutes. Two tables: for the objective that reads no label, which is the default, and
-for validation accuracy. The last line is JSON; `ratio` is the mean regret of random points over
-that of the best other sampler, by the default objective.
+If the file of `--grid` does not exist, airsweep runs the grid first in the store `--store` and the
+benchmark writes the file: three LoRA and 288 trials, half an hour on two slow cores. The replay
+takes minutes. It prints two tables: for the default objective, which reads no labels, and for
+validation accuracy. The last line is JSON: `ratio` is the mean regret of random points divided by
+that of the best other sampler, for the default objective.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ seeds: {vary: [seed, split_seed], values: [[1, 301], [2, 302], [3, 303]]}
 OBJECTIVES = ("mutual_information", "validation_accuracy")  # the default of a sweep file first
 BASELINE, DEFAULT = "random", "tpe"
 
-Make = Callable[[Search, int], BaseSampler]  # from what is searched, and the seed of one ask
+Make = Callable[[Search, int], BaseSampler]  # from a search and the seed of one point
 
 
 def _product(name: Any) -> Make:
@@ -70,7 +71,7 @@ def _product(name: Any) -> Make:
 SAMPLERS: dict[str, Make] = {
     "random": _product("random"),
     "tpe": _product("tpe"),
-    # What Optuna has beside them for spaces of words and numbers, without another package.
+    # Other samplers of Optuna for mixed spaces that need no further package.
     "tpe, univariate": lambda search, seed: TPESampler(
         seed=seed, n_startup_trials=STARTUP_POINTS, multivariate=False
     ),
@@ -88,7 +89,7 @@ def sweep_in(folder: Path) -> tuple[Path, SweepSpec]:
 
 
 def run_grid(store: Path) -> list[dict[str, Any]]:
-    """Every point with its objectives and its test accuracy, run where the store lacks it."""
+    """Run the missing points of the grid, and list all with objectives and test accuracy."""
     with tempfile.TemporaryDirectory() as folder:
         file, sweep = sweep_in(Path(folder))
         airsweep("run", file, "--store", store)
@@ -119,7 +120,7 @@ def mean(values: Iterable[float]) -> float:
 def regrets(
     make: Make, grid: Sequence[dict[str, Any]], objective: str, points: int, seeds: int
 ) -> np.ndarray:
-    """(S,) test regret of the point that each search takes, in points of accuracy."""
+    """(S,) test regret of the point that each search selects, in points of accuracy."""
     with tempfile.TemporaryDirectory() as folder:
         _, sweep = sweep_in(Path(folder))
     (cell,) = cells_of(sweep)
@@ -133,7 +134,7 @@ def regrets(
         while asked := searching.next_round():
             told = {point.number: value[_word(point.params)] for point in asked}
             seen |= {_word(point.params): told[point.number] for point in asked}
-            searching.tell_round(told)
+            searching.record_round(told)
         taken = max(seen, key=lambda word: seen[word])
         found.append(100 * (max(test.values()) - test[taken]))
     return np.array(found)
@@ -144,7 +145,7 @@ def _word(params: Mapping[str, Any]) -> str:
 
 
 def interval(values: np.ndarray) -> list[float]:
-    """Mean over searches and 95 % of it, by the bootstrap."""
+    """Mean over searches and its 95 % bootstrap interval."""
     drawn = np.random.default_rng(0).choice(values, (4000, len(values))).mean(axis=1)
     return [float(values.mean()), *map(float, np.quantile(drawn, [0.025, 0.975]))]
 
@@ -152,7 +153,7 @@ def interval(values: np.ndarray) -> list[float]:
 def compare(
     grid: Sequence[dict[str, Any]], objective: str, points: int, seeds: int
 ) -> dict[str, Any]:
-    """Regret of all samplers, and of each minus the default's."""
+    """Regret of all samplers, and its difference to that of the default sampler."""
     test = np.array([row["test"] for row in grid])
     ranks = ranking([(np.array([row[objective] for row in grid]), test)])
     progress(f"{objective}: rank correlation with test accuracy {ranks}")

@@ -1,16 +1,16 @@
-"""How many HTTP requests does a trial cost, ours against Ray's MLflowLoggerCallback?
+"""HTTP requests to MLflow per trial, compared with Ray's MLflowLoggerCallback.
 
-Both tell one real `mlflow server` on loopback, in one run, of the same trials: the curves of ten
-iterations, single numbers, two params. Baseline: a Ray Tune run whose trials report these numbers,
-with the callback as Ray ships it, which sends every number by a request of its own and adds what
-Tune measures. Ours: the tracker of `airsweep run`, from opening the sweep to closing it, with the
-resolved spec and a picture of each trial and a run for each setting over its seeds, which the
-callback does not bring. Requests are counted where they leave this process, at
-`requests.Session.send`.
+Both send the same trials to one `mlflow server` on loopback: the curves of ten iterations, single
+metrics and two params. Baseline: a Ray Tune run with Ray's callback, whose trials report these
+metrics; the callback sends each metric in a separate request and adds the metrics of Tune. *ours*
+is the tracker of `airsweep run`, from the start to the end of a sweep. It also sends the resolved
+spec and a picture of each trial, and a run for each setting over its seeds, which the callback does
+not send. Requests are counted at `requests.Session.send` in this process.
 
     python benchmarks/tracking_calls.py [--trials 21] [--seeds 3] [--ray-trials 3] [--iterations 10]
 
-About a minute on two cores. The last line is JSON; `ratio` is requests a trial, baseline over ours.
+It takes about a minute on two cores. The last line is JSON: `ratio` is the number of requests per
+trial of the baseline divided by that of *ours*.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def numbers(trial: int, iteration: int) -> dict[str, float]:
 
 
 class Counter:
-    """Requests that leave this process."""
+    """Counts the HTTP requests of this process."""
 
     def __init__(self) -> None:
         import requests
@@ -54,7 +54,7 @@ class Counter:
 
 
 def setting(number: int, seeds: int, iterations: int) -> ChildRun:
-    """One setting over its seeds."""
+    """The run of one setting over its seeds."""
     curves = {name: [0.5] * iterations for name in CURVES}
     spread = dict.fromkeys(("test/accuracy_std", "test/accuracy_low", "test/accuracy_high"), 0.1)
     metrics = {**dict.fromkeys((*SINGLES, *CURVES), 0.5), **spread, "n": float(seeds)}

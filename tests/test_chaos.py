@@ -111,8 +111,9 @@ def test_out_of_room_anywhere_a_sweep_stops_and_ends_as_if_nothing_had_happened(
             done = run.run("run", spec, "--store", store, *UNTRACKED)
             assert done.returncode == 1, (when, done.stderr)
             last = done.stderr.splitlines()[-1]
-            assert last.startswith(f"airsweep: no room where the store lies, {store} "), when
-            assert "the same command goes on" in last
+            message = f"airsweep: no space left on the disk of the store {store} "
+            assert last.startswith(message), when
+            assert "run the same command again to resume" in last
             half = [file for file in disk.seen.rglob(".*") if file.name != ".driver.lock"]
             assert half == [], when
             ends = [e for e in events(disk.seen, "chaos") if e["event"] == "sweep_ended"]

@@ -135,7 +135,7 @@ def test_an_autoscaler_starts_machines_for_a_sweep_with_resources_wait(tmp_path,
     with scaling(monkeypatch) as address:
         refused = airsweep(*command, check=False, RAY_ADDRESS=address)
         assert refused.returncode == 3
-        assert "a trial asks for 1 CPU" in refused.stderr
+        assert "a trial requires 1 CPU" in refused.stderr
         waited = ("--set", "resources.wait=10m")
         assert "fpl" in airsweep(*command, *waited, RAY_ADDRESS=address).stdout
 

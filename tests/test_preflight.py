@@ -325,7 +325,7 @@ def test_doctor_with_the_address_of_a_dashboard_runs_as_a_job(spec, tmp_path):
     assert done.returncode == 3, done.stdout + done.stderr
     (problem,) = json.loads(done.stdout)["findings"]
     assert "the store 'runs' is relative, and this is a Ray job" in problem["problem"]
-    assert problem["remedy"].startswith("give --store")
+    assert problem["remedy"].startswith("set --store")
     done = run_at(address, spec, tmp_path / "runs", "--cluster", do="doctor", **to)
     assert done.returncode == 3
     assert f"no Ray cluster answers at {address}" in done.stderr

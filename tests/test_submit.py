@@ -115,7 +115,7 @@ def test_submit_exits_with_the_code_of_a_refused_run(head, store, tmp_path):
     command = ("submit", sweep, "--address", head, "--store", store)
     done = airsweep(*command, "--set", "resources.trial.cpu=99", check=False, **OPEN)
     assert done.returncode == 3
-    assert "a trial asks for 99 CPU" in done.stdout  # a job's log has stdout and stderr
+    assert "a trial requires 99 CPU" in done.stdout  # the log of a job is one
     assert "default-wide-1: FAILED, exit code 3" in done.stderr
 
 

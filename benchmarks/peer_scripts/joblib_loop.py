@@ -1,4 +1,4 @@
-"""A loop over the grid with joblib. `python joblib_loop.py SPEC [KEY=VALUE ...]`"""
+"""Run the grid with joblib. `python joblib_loop.py SPEC [KEY=VALUE ...]`"""
 
 import json
 import os

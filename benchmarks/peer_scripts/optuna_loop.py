@@ -1,4 +1,4 @@
-"""A loop over the grid with Optuna on sqlite. `python optuna_loop.py SPEC [KEY=VALUE ...]`"""
+"""Run the grid with Optuna on sqlite. `python optuna_loop.py SPEC [KEY=VALUE ...]`"""
 
 import os
 import sys
@@ -17,7 +17,7 @@ if __name__ == "__main__":
         return found["test/accuracy"]
 
     study = optuna.create_study(
-        study_name=f"grid-of-{len(todo)}",  # a study refuses other choices than it began with
+        study_name=f"grid-of-{len(todo)}",  # a study refuses changed choices
         storage=f"sqlite:///{os.environ['PEER_FOLDER']}/optuna.db",
         sampler=optuna.samplers.GridSampler({"trial": list(todo)}, seed=0),
         direction="maximize",

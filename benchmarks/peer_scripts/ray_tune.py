@@ -1,4 +1,4 @@
-"""The grid with Ray Tune and its MLflow callback. `python ray_tune.py SPEC [KEY=VALUE ...]`"""
+"""Run the grid with Ray Tune and its MLflow callback. `python ray_tune.py SPEC [KEY=VALUE ...]`"""
 
 import os
 import sys

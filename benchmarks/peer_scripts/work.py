@@ -1,7 +1,7 @@
-"""What a program without an orchestrator does itself: inputs, one trial, the list of trials.
+"""Shared parts of the scripts in this folder: list trials, prepare inputs, run one trial.
 
-The three scripts beside share it. The method comes from `air_core`, stages that make inputs from
-the product: no script is slower or longer for lack of them.
+The method comes from `air_core`, and the stages that build inputs come from `orchestrator`, so all
+scripts do the same work as airsweep.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ WORKERS = 2
 
 @cache
 def trials(spec: str, sets: tuple[str, ...]) -> dict[str, object]:
-    """The trials of the grid by name, `air/1`."""
+    """The trials of the grid by name, such as `air/1`."""
     from orchestrator.planning.requests import location_of
     from orchestrator.spec import cells_of, load_sweep
 
@@ -40,7 +40,7 @@ def store():
 
 
 def prepare(specs: list) -> None:
-    """Features, labels, LoRA, images: what all trials read, once."""
+    """Build the features, labels, LoRA and images that the trials read, each once."""
     from orchestrator.planning import requirements_of
     from orchestrator.stages import build
     from orchestrator.stages.context import WorkerContext
@@ -74,7 +74,7 @@ def draw(row, blocks) -> None:
 
 
 def one_trial(name: str, spec) -> dict[str, float]:
-    """A trial from its inputs to its test accuracy; noted in `log.txt` when it is done."""
+    """Run a trial and add a line to `log.txt` when it is done."""
     import torch
 
     from air_core.datasets import get_dataset

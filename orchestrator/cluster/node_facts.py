@@ -156,9 +156,9 @@ def _input_facts(role: str, name: str, data_root: Path | None) -> Facts:
 
             files = get_dataset(name).files(data_root)
         else:
-            from orchestrator.planning.resolve import read_from
+            from orchestrator.planning.resolve import input_files
 
-            _, files = read_from(role, name)
+            _, files = input_files(role, name)
         return {"count": len(files), "digest": _sample_digest(sorted(files))}
     except Exception as problem:  # the airsweep of this node may differ from the driver's
         return {"problem": str(problem)}

@@ -183,9 +183,7 @@ class Prefetch:
         requirements = self.requirements[self.waiting[0][0].id]
         assert self.run.allocation is not None
         workers = max(1, self.run.allocation.generators())
-        return self.run.budget_tracker.affords_preparing(
-            requirements, self.run.location.store, workers
-        )
+        return self.run.budget_tracker.can_prepare(requirements, self.run.location.store, workers)
 
     def advance(self) -> None:
         """Look what has come, and start what can start. Returns at once."""

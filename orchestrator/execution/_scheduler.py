@@ -114,7 +114,7 @@ class _CellQueue:
         if self.told or self.stopped:
             told = dict(sorted(self.told.items()))
             stopped = {n: (one.rung, one.value) for n, one in sorted(self.stopped.items())}
-            self.search.tell_round(told, stopped)
+            self.search.record_round(told, stopped)
             values = {str(point): value for point, value in told.items()}
             more = {"pruned": list(stopped)} if stopped else {}
             event_log.append("round_told", cell=self.cell.id, values=values, **more)
@@ -249,7 +249,7 @@ class TrialScheduler:
                 named = {str(number): value for number, value in values.items()}
                 what = {"study": study, "rung": rung, "values": named, "pruned": list(stopped)}
                 self.event_log.append("rung_decided", cell=queue.cell.id, **what)
-                self.found.decide(study, rung, named, stopped)
+                self.found.record_rung(study, rung, named, stopped)
             for going in here:
                 if going.point.number in stopped:
                     self._prune(queue, going)
@@ -432,7 +432,7 @@ class TrialScheduler:
     def _log(self, cell: Cell, point: Point) -> None:
         assert self.sweep.search is not None
         study = study_name(cell, self.sweep.search)
-        known = self.found.asked.setdefault(study, {})
+        known = self.found.suggested.setdefault(study, {})
         if point.number not in known:
             known[point.number] = dict(point.params)
             self.event_log.append(

@@ -56,11 +56,11 @@ from orchestrator.planning import (
     unschedulable_reason,
 )
 from orchestrator.planning.budget import BudgetTracker
-from orchestrator.planning.disk import full
+from orchestrator.planning.disk import full_disk_message
 from orchestrator.planning.estimate import (
     mean_seconds,
     read_history,
-    remember,
+    record_measurements,
 )
 from orchestrator.planning.plan import plan_sweep
 from orchestrator.planning.resolve import text_digest
@@ -155,7 +155,7 @@ def run_sweep(
                 spec=text_digest(sweep.text),
                 total=plan.total,
                 to_run=plan.to_run,
-                asks=plan.asks,
+                asks=plan.request_digest,
                 pid=os.getpid(),
                 **provenance(),
             )
@@ -189,7 +189,7 @@ def run_sweep(
             finally:
                 event_log.unlock()
     if untold is not None:
-        raise StoreFull(full(plan, location.store, first_line(untold)))
+        raise StoreFull(full_disk_message(plan, location.store, first_line(untold)))
     return code
 
 
@@ -221,7 +221,7 @@ def _told_where_full(plan: Plan, location: SweepLocation) -> Iterator[None]:
     except Exception as error:
         if not no_room(error):
             raise
-        raise StoreFull(full(plan, location.store, first_line(error))) from error
+        raise StoreFull(full_disk_message(plan, location.store, first_line(error))) from error
 
 
 def _given_up(failures: Mapping[str, Mapping[str, Any]], retry: str | None) -> dict[str, Failure]:
@@ -524,7 +524,9 @@ def _close(run: Run, code: int) -> Exception | None:
         run.tracker.finish(code)
     ended: dict[str, Any] = {"exit_code": code, "seconds": seconds}
     untold = _no_room_for(lambda: run.event_log.append("sweep_ended", **ended)) or untold
-    _no_room_for(lambda: remember(run.location.store, tally.work))  # estimates do without
+    _no_room_for(
+        lambda: record_measurements(run.location.store, tally.work)
+    )  # estimates do without
     if code != DONE:
         run.tracker.finish(code)
     return untold

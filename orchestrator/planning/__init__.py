@@ -1,4 +1,7 @@
-"""What a sweep needs, what is there and what is left: plans, requirements, searches, estimates."""
+"""Planning: which trials and artifacts a sweep needs, which exist, and which are left to compute.
+
+Also searches (one Optuna study per cell), budgets, and estimates of time and disk space.
+"""
 
 from orchestrator.planning.inputs import refs_of
 from orchestrator.planning.outcome import Outcome, OutcomeTracker

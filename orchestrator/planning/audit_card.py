@@ -1,11 +1,12 @@
-"""An audit as data: which row of synthetic images is looked at, the card that comes out, and how
-it reads on a screen. Imports no torch.
+"""Audits of synthetic images as data: the rows to audit, their cards, and the text of a card.
+
+`orchestrator.stages.auditor` computes the cards. This module imports no torch.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -24,23 +25,27 @@ from orchestrator.keys import artifact_key, digest, slug
 from orchestrator.planning.plan import Requirement, possible_trials, requirements_of
 from orchestrator.planning.resolve import resolver_of
 from orchestrator.spec import SweepSpec, cells_of
-from orchestrator.store import ArtifactStore, SweepLocation
+from orchestrator.store import SweepLocation
 
-EDITION = 1  # raise it when the same images get other numbers
-WIDTH = 80  # columns of the screen
-LISTED = 12  # flagged images on the screen; --json has all
-WEAK = 3  # classes that are named
+EDITION = 1  # increase it when the audit computes other numbers for the same images
 REASONS = ("blank", "near-constant", "not a number", "duplicate", "wrong class", "test copy")
+
+WIDTH = 80  # columns of the screen
+MAX_FLAGGED = 12  # flagged images on the screen; `audit --json` lists all
+MAX_WEAK_CLASSES = 3
+
+
+# ---------------------------------------------------------------- rows to audit
 
 
 @dataclass(frozen=True)
 class Audited:
-    """A row that trials read, as far as they read it, and what it is compared with."""
+    """A row of synthetic images to audit, up to the count and classes that trials read."""
 
     row: SyntheticFeaturesSpec
-    base: SyntheticFeaturesSpec | None  # the same without LoRA
-    features: FeaturesSpec  # of the dataset
-    splits: tuple[SplitSettings, ...]  # of the trials; their test images count together
+    base: SyntheticFeaturesSpec | None  # the same row without LoRA
+    features: FeaturesSpec  # of the dataset, to compare with
+    splits: tuple[SplitSettings, ...]  # of the trials; the audit joins their test images
     images_per_class: int
     classes: tuple[int, ...]
 
@@ -50,87 +55,165 @@ class Audited:
 
     @property
     def name(self) -> str:
-        """Of the card's files, without what they end in."""
+        """Stem of the card's files."""
         identity = digest([artifact_key(self.row).digest, artifact_key(self.features).digest])
         return f"audit-{slug(self.row)}-{identity[:12]}"
 
     @property
-    def asked(self) -> str:
-        """A digest of all that the card depends on."""
+    def inputs_digest(self) -> str:
+        """Digest of everything that the card depends on."""
         base = None if self.base is None else artifact_key(self.base).digest
         splits = [asdict(split) for split in self.splits]
         return digest([EDITION, self.name, base, splits, self.images_per_class, [*self.classes]])
 
 
+def audited(trials: Iterable[TrialSpec]) -> list[Audited]:
+    """List the rows of synthetic images that trials read, in the order of the trials.
+
+    Trials that read the same row are merged: the largest count, all classes and all splits.
+    """
+    rows: dict[str, Audited] = {}
+    for trial in dict.fromkeys(replace(normalised(trial), seed=0) for trial in trials):
+        spec, base = trial.synthetic_features, trial.base_images
+        if spec is None:
+            continue
+        requirement = next(each for each in requirements_of([trial]) if each.spec == spec)
+        row = Audited(
+            row=spec,
+            base=None if base is None else replace(spec, images=base),
+            features=trial.features,
+            splits=(trial.split,),
+            images_per_class=requirement.images_per_class,
+            classes=requirement.classes,
+        )
+        earlier = rows.get(row.name, row)
+        rows[row.name] = replace(
+            row,
+            base=earlier.base or row.base,
+            splits=tuple(dict.fromkeys([*earlier.splits, trial.split])),
+            images_per_class=max(earlier.images_per_class, row.images_per_class),
+            classes=tuple(sorted({*earlier.classes, *row.classes})),
+        )
+    return list(rows.values())
+
+
+def audited_by(sweep: SweepSpec, location: SweepLocation) -> list[Audited]:
+    """List the rows of synthetic images that the trials of a sweep read.
+
+    Raises:
+        ValueError: the trials read no synthetic images, or weights or data are missing.
+    """
+    resolver = resolver_of(location)
+    rows = audited(possible_trials(cells_of(sweep), sweep.seeds.assignments(), resolver))
+    resolver.save()
+    if not rows:
+        methods = ", ".join(sorted({cell.method for cell in cells_of(sweep)}))
+        raise ValueError(
+            f"sweep {location.project}/{location.name} reads no synthetic images ({methods}), "
+            "so there is nothing to audit; the methods air, air_fpl and air_grip read some"
+        )
+    return rows
+
+
+def ready(rows: Sequence[Audited], location: SweepLocation) -> list[Audited]:
+    """Select the rows whose images are all drawn.
+
+    Raises:
+        ValueError: no row is complete.
+    """
+    counts = [(row.requirement.have(location.store), row.requirement.total()) for row in rows]
+    complete = [row for row, (have, total) in zip(rows, counts, strict=True) if have == total]
+    if not complete:
+        have, total = sum(have for have, _ in counts), sum(total for _, total in counts)
+        raise ValueError(
+            f"the images of sweep {location.project}/{location.name} are not drawn yet: {have} of "
+            f"{total} blocks are in {location.store.name}; run the sweep, or `airsweep prepare`, "
+            "first"
+        )
+    return complete
+
+
+# ---------------------------------------------------------------- the card
+
+
 @dataclass(frozen=True)
 class AuditCard:
-    """What is known about one row. Shares are in [0, 1], margins in [-1, 1]."""
+    """The findings for one row. Fractions are in [0, 1], margins in [-1, 1]."""
 
-    asked: str
+    inputs_digest: str  # `Audited.inputs_digest`
     name: str
-    title: str  # who made the images
+    title: str  # model and LoRA that drew the images
     clip: str
     dataset: str
     row: str  # key of the images
     images_per_class: int
     images: int
-    redrawn: int  # kept by a later draw than the first
+    redrawn: int  # images of which the first draw was rejected
     counts: Mapping[str, int]  # images by reason
     recognised: float | None
     base_recognised: float | None
     margins: Sequence[float] | None  # 5 %, median, 95 %
-    kid: Sequence[float] | None  # to the pool: mean and std over subsets
-    base_kid: Sequence[float] | None  # before LoRA
+    kid: Sequence[float] | None  # distance to the pool: mean and std over subsets
+    base_kid: Sequence[float] | None  # the same before LoRA
     base_images: int
     pool_images: int
     test_images: int
-    test_cosine: float | None  # of the image that is nearest to a test image
-    kept: Mapping[str, int]  # images that a filter would leave, by the setting
-    # One a class: classname, images, recognised, margin (median), flagged, and the indices of the
-    # images with the largest and the smallest margin, best and worst.
+    test_cosine: float | None  # largest cosine between an image and a test image
+    kept: Mapping[str, int]  # images that each filter setting would keep
+    # For each class: classname, images, recognised, margin (median), flagged, and best and worst,
+    # the indices of the images with the largest and the smallest margin.
     classes: Sequence[Mapping[str, Any]]
-    # One a fault: classname, index in the class, file of a folder of ready images, reason (one of
-    # REASONS), value (spread in levels, cosine or margin) and a sentence for people.
+    # For each finding: classname, index in the class, file (of a folder of ready images), reason
+    # (one of REASONS), value (spread in levels, cosine or margin) and sentence, its description.
     flagged: Sequence[Mapping[str, Any]]
 
     @property
     def flagged_images(self) -> int:
-        return len({(one["classname"], one["index"]) for one in self.flagged})
+        return len({(finding["classname"], finding["index"]) for finding in self.flagged})
 
 
-def audited(trials: Iterable[TrialSpec]) -> list[Audited]:
-    """The rows that trials read, each as far as any of them reads it, in their order."""
-    found: dict[str, Audited] = {}
-    for trial in dict.fromkeys(replace(normalised(trial), seed=0) for trial in trials):
-        row = trial.synthetic_features
-        if row is None:
-            continue
-        requirement = next(
-            requirement for requirement in requirements_of([trial]) if requirement.spec == row
-        )
-        images = trial.base_images
-        base = None if images is None else replace(row, images=images)
-        one = Audited(
-            row,
-            base,
-            trial.features,
-            (trial.split,),
-            requirement.images_per_class,
-            requirement.classes,
-        )
-        known = found.get(one.name, one)
-        found[one.name] = replace(
-            one,
-            base=known.base or base,
-            splits=tuple(dict.fromkeys([*known.splits, trial.split])),
-            images_per_class=max(known.images_per_class, one.images_per_class),
-            classes=tuple(sorted({*known.classes, *one.classes})),
-        )
-    return list(found.values())
+def card_files(card: AuditCard, png: bytes) -> dict[str, bytes]:
+    """The files of a card by name. The JSON comes last: a card exists once its JSON exists."""
+    return {f"{card.name}.png": png, f"{card.name}.json": card_json(card).encode()}
+
+
+def card_json(card: AuditCard) -> str:
+    """A card as the text of its file; the file calls the digest `asked`."""
+    plain = asdict(card)
+    plain["asked"] = plain.pop("inputs_digest")
+    return json.dumps(plain, indent=1, sort_keys=True, allow_nan=False)
+
+
+def card_from_json(text: str) -> AuditCard:
+    """Read a card from the text of its file; ignore fields that only earlier versions wrote."""
+    plain = json.loads(text)
+    plain["inputs_digest"] = plain["asked"]
+    return AuditCard(**{field.name: plain[field.name] for field in fields(AuditCard)})
+
+
+def known_card(row: Audited, location: SweepLocation) -> AuditCard | None:
+    """Read the stored card of a row; None if it is missing, damaged or of other inputs."""
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        card = card_from_json((location.folder / f"{row.name}.json").read_text())
+        if card.inputs_digest == row.inputs_digest:
+            return card
+    return None
+
+
+# ---------------------------------------------------------------- the card as JSON and as text
+
+
+def card_for_scripts(card: AuditCard) -> dict[str, Any]:
+    """The output of `audit --json`; its keys are a contract."""
+    plain = asdict(card)
+    del plain["inputs_digest"]
+    for name in ("classes", "flagged"):
+        plain[name] = [{"class": entry.pop("classname"), **entry} for entry in plain[name]]
+    return plain
 
 
 def title_of(row: Audited) -> str:
-    """Who made a row of images, in a few words."""
+    """Describe the source of a row's images in a few words."""
     images = row.row.images
     if isinstance(images, FolderImages):
         return images.model.name
@@ -143,62 +226,52 @@ def title_of(row: Audited) -> str:
     return f"{images.model.name} after {tuned} of rank {images.lora.training.rank}{labels}{seed}"
 
 
-def card_files(card: AuditCard, png: bytes) -> dict[str, bytes]:
-    """What is kept of a card, by file name; the JSON last, since by it a card is known."""
-    return {f"{card.name}.png": png, f"{card.name}.json": card_json(card).encode()}
+def audit_screen(card: AuditCard, sweep: str, folder: Path) -> str:
+    """Format a card in at most WIDTH columns.
 
-
-def card_json(card: AuditCard) -> str:
-    return json.dumps(asdict(card), indent=1, sort_keys=True, allow_nan=False)
-
-
-def card_of(text: str) -> AuditCard:
-    """A card from its JSON; earlier versions kept more in it."""
-    plain = json.loads(text)
-    return AuditCard(**{field.name: plain[field.name] for field in fields(AuditCard)})
-
-
-def card_for_scripts(card: AuditCard) -> dict[str, Any]:
-    """The contract of `audit --json`."""
-    plain = asdict(card)
-    del plain["asked"]
-    for name in ("classes", "flagged"):
-        plain[name] = [{"class": one.pop("classname"), **one} for one in plain[name]]
-    return plain
+    Args:
+        sweep: name of the sweep, for the command that lists all flagged images.
+        folder: folder of the card's picture.
+    """
+    lines = [*facts_of(card), *_weak_classes(card)]
+    lines += [(finding["reason"], finding["sentence"]) for finding in card.flagged[:MAX_FLAGGED]]
+    if len(card.flagged) > MAX_FLAGGED:
+        more = len(card.flagged) - MAX_FLAGGED
+        lines.append(("", f"{more:,} more: airsweep audit {sweep} --json"))
+    kept = "; ".join(f"`{setting}` keeps {count:,}" for setting, count in card.kept.items())
+    lines.append(("filter", f"{kept} of {card.images:,}"))
+    picture = f"picture: {folder / card.name}.png"
+    return "\n".join([f"{card.title}   {card.dataset}", *aligned(lines, WIDTH), picture])
 
 
 def facts_of(card: AuditCard) -> list[tuple[str, str]]:
-    """A card in a few lines for people: a label and what is known."""
+    """Summarise a card as pairs of a label and a text."""
     classes, before = len(card.classes), ""
     images = f"{card.images:,} of {classes:,} {'class' if classes == 1 else 'classes'}"
-    images += f", {card.redrawn} of them drawn again" if card.redrawn else ""
+    images += f", {card.redrawn} of them redrawn" if card.redrawn else ""
     if card.base_recognised is not None:
         before = f"; {card.base_recognised:.0%} before LoRA"
     facts = [
         ("images", images),
-        ("recognised", f"{_share(card.recognised)} by CLIP {card.clip}{before}"),
+        ("recognised", f"{_percent(card.recognised)} by CLIP {card.clip}{before}"),
     ]
     if card.margins is not None:
         low, middle, high = (f"{value:+.2f}" for value in card.margins)
         facts.append(("margin", f"median {middle}, 5 % below {low}, 5 % above {high}"))
     if card.kid is not None:
         before = f"; {_plus_minus(card.base_kid)} before LoRA" if card.base_kid else ""
-        facts.append(
-            ("KID", f"{_plus_minus(card.kid)} to {card.pool_images:,} images of the pool{before}")
-        )
+        kid = f"{_plus_minus(card.kid)} to {card.pool_images:,} pool images{before}"
+        facts.append(("KID", kid))
     if card.test_cosine is not None:
-        near = f"{card.test_images:,} test images; the nearest has cosine {card.test_cosine:.3f}"
-        facts.append(("test", f"{near}, copies: {card.counts['test copy']:,}"))
-    found = [f"{card.counts[reason]} {reason}" for reason in REASONS if card.counts[reason]]
-    facts.append(
-        ("flagged", f"{card.flagged_images} of {card.images:,}: {', '.join(found)}")
-        if found
-        else ("flagged", "none")
-    )
+        nearest = f"{card.test_images:,} test images; largest cosine {card.test_cosine:.3f}"
+        facts.append(("test", f"{nearest}, copies: {card.counts['test copy']:,}"))
+    by_reason = [f"{card.counts[reason]} {reason}" for reason in REASONS if card.counts[reason]]
+    flagged = f"{card.flagged_images} of {card.images:,}: {', '.join(by_reason)}"
+    facts.append(("flagged", flagged if by_reason else "none"))
     return facts
 
 
-def _share(value: float | None) -> str:
+def _percent(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.0%}"
 
 
@@ -206,77 +279,12 @@ def _plus_minus(pair: Sequence[float]) -> str:
     return f"{pair[0]:.3f} +- {pair[1]:.3f}"
 
 
-def audit_screen(card: AuditCard, sweep: str, folder: Path) -> str:
-    """A card on at most WIDTH columns.
-
-    Args:
-        sweep: its name, for what to type.
-        folder: where the card's picture lies.
-    """
-    lines = [*facts_of(card), *_weak_classes(card)]
-    lines += [(one["reason"], one["sentence"]) for one in card.flagged[:LISTED]]
-    if len(card.flagged) > LISTED:
-        lines.append(("", f"{len(card.flagged) - LISTED:,} more: airsweep audit {sweep} --json"))
-    left = "; ".join(f"`{name}` leaves {count:,}" for name, count in card.kept.items())
-    lines.append(("filter", f"{left} of {card.images:,}"))
-    picture = f"picture: {folder / card.name}.png"
-    return "\n".join([f"{card.title}   {card.dataset}", *aligned(lines, WIDTH), picture])
-
-
 def _weak_classes(card: AuditCard) -> Iterator[tuple[str, str]]:
-    def share(line: Mapping[str, Any]) -> float:
-        return 1.0 if line["recognised"] is None else float(line["recognised"])
+    def recognised(entry: Mapping[str, Any]) -> float:
+        return 1.0 if entry["recognised"] is None else float(entry["recognised"])
 
-    weak = [line for line in sorted(card.classes, key=share) if share(line) < 1][:WEAK]
+    ranked = sorted(card.classes, key=recognised)
+    weak = [entry for entry in ranked if recognised(entry) < 1][:MAX_WEAK_CLASSES]
     if weak:
-        named = ", ".join(f"{line['classname']!r} {share(line):.0%}" for line in weak)
-        yield "weakest", f"{named}: how many CLIP takes for their class"
-
-
-def audited_by(sweep: SweepSpec, location: SweepLocation) -> list[Audited]:
-    """The rows that a sweep's trials read.
-
-    Raises:
-        ValueError: none is; or weights or data are not here.
-    """
-    resolver = resolver_of(location)
-    found = audited(possible_trials(cells_of(sweep), sweep.seeds.assignments(), resolver))
-    resolver.save()
-    if not found:
-        methods = ", ".join(sorted({cell.method for cell in cells_of(sweep)}))
-        raise ValueError(
-            f"sweep {location.project}/{location.name} reads no synthetic images ({methods}), "
-            "so there is nothing to audit; methods that read some are air, air_fpl and air_grip"
-        )
-    return found
-
-
-def ready(rows: Sequence[Audited], location: SweepLocation) -> list[Audited]:
-    """Those whose images are all drawn.
-
-    Raises:
-        ValueError: none is.
-    """
-    whole = [row for row in rows if row.requirement.have(location.store) == row.requirement.total()]
-    if not whole:
-        have, total = (
-            sum(counts) for counts in zip(*map(_drawn(location.store), rows), strict=True)
-        )
-        raise ValueError(
-            f"the images of sweep {location.project}/{location.name} are not drawn yet: {have} of "
-            f"{total} blocks are in {location.store.name}; run it, or `airsweep prepare`, first"
-        )
-    return whole
-
-
-def _drawn(store: ArtifactStore) -> Callable[[Audited], tuple[int, int]]:
-    return lambda row: (row.requirement.have(store), row.requirement.total())
-
-
-def known_card(row: Audited, location: SweepLocation) -> AuditCard | None:
-    """The card that was kept; None: there is none, or of something else."""
-    with suppress(OSError, ValueError, TypeError, KeyError):
-        card = card_of((location.folder / f"{row.name}.json").read_text())
-        if card.asked == row.asked:
-            return card
-    return None
+        named = ", ".join(f"{entry['classname']!r} {recognised(entry):.0%}" for entry in weak)
+        yield "weakest", f"{named} of the images recognised by CLIP"

@@ -1,8 +1,8 @@
-"""What a run may still spend. An expected cost is reserved before anything starts.
+"""Budget of a run: jobs start only while their expected cost fits into what is left.
 
-Expected is what the trials of the same cell took in this run, else its other trials, else the
-mean in the store's history, else nothing: where nothing was measured, only what is spent counts.
-What has started is never cut off, so work that takes longer than expected overspends by that much.
+The expected seconds of a trial are the mean over the trials of its cell in this run. Without such
+trials they are the mean over all trials of this run, then the mean in the store's history, then 0.
+Jobs that have started are never stopped, so a job that takes longer than expected overspends.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ HOUR = 3600.0
 
 @dataclass
 class BudgetTracker:
-    """One run's budget: what is spent and what is expected."""
+    """The budget of one run and what the run has spent of it."""
 
     budget: Budget
     resources: Resources
     history: Mapping[str, float] = field(default_factory=dict)  # mean seconds of a unit, by stage
     started: float = field(default_factory=time.monotonic)
     gpu_seconds: float = 0.0
-    trials: dict[str, list[float]] = field(default_factory=dict)  # seconds by cell
-    refusal: str = ""  # why something did not start, for people
+    trials: dict[str, list[float]] = field(default_factory=dict)  # seconds of trials, by cell
+    refusal: str = ""  # message: why the last job was not started
 
     def trial_ended(self, cell: str, seconds: float) -> None:
         self.trials.setdefault(cell, []).append(seconds)
@@ -41,60 +41,59 @@ class BudgetTracker:
         self.gpu_seconds += seconds * self.resources.want(stage).gpu
 
     def trial_pruned(self, seconds: float) -> None:
-        """It cost something, and says nothing of what a whole trial takes."""
+        """Add the cost of a pruned trial, which says nothing about the length of a full trial."""
         self.gpu_seconds += seconds * self.resources.trial.gpu
 
     def can_start(self, under_way: Sequence[tuple[str, float]]) -> bool:
-        """May another job start?
+        """Whether another job fits into the budget.
 
         Args:
-            under_way: (cell, trials) of the jobs that would run, the new one last. A job runs its
-                trials one after the other, beside the others. One that stops at a rung counts by
-                the share of its iterations.
+            under_way: (cell, number of trials) of the jobs that would run, the new job last. Jobs
+                run in parallel, the trials of a job one after another. A segment that ends at a
+                rung counts as the fraction of its iterations.
         """
         *_, (cell, count) = under_way
         together = sum(self.expected(each) * trials for each, trials in under_way)
         return self._fits("the next point", self.expected(cell) * count, together, "trial")
 
-    def affords_preparing(
+    def can_prepare(
         self, requirements: Sequence[Requirement], store: ArtifactStore, workers: int
     ) -> bool:
-        """May what is missing be made, on so many workers?"""
-        left = [
+        """Whether the missing artifacts can be prepared by `workers` workers within the budget."""
+        missing = [
             (requirement.spec, requirement.total() - requirement.have(store))
             for requirement in requirements
         ]
-        works = [stage_work(spec, count) for spec, count in left if count]
-        work = sum(one.units * self.history.get(one.stage, 0.0) for one in works)
+        works = [stage_work(spec, count) for spec, count in missing if count]
         if not works:
             return True
-        return self._fits("what has to be made first", work / max(workers, 1), work, "generator")
+        seconds = sum(work.units * self.history.get(work.stage, 0.0) for work in works)
+        wall = seconds / max(workers, 1)
+        return self._fits("the preparation of missing artifacts", wall, seconds, "generator")
 
     def expected(self, cell: str) -> float:
-        """Seconds of one trial."""
-        every = [seconds for of in self.trials.values() for seconds in of]
-        known = self.trials.get(cell) or every
-        return fmean(known) if known else self.history.get("trials", 0.0)
+        """Expected seconds of one trial of a cell."""
+        every = [seconds for ended in self.trials.values() for seconds in ended]
+        measured = self.trials.get(cell) or every
+        return fmean(measured) if measured else self.history.get("trials", 0.0)
 
-    def _fits(self, what: str, clock: float, work: float, kind: str) -> bool:
+    def _fits(self, job: str, wall: float, work: float, process: str) -> bool:
         elapsed = time.monotonic() - self.started
-        gpu = work * getattr(self.resources, kind).gpu
+        gpu = work * getattr(self.resources, process).gpu
+        gpu_hours = self.budget.gpu_hours
+        gpu_allowed = None if gpu_hours is None else HOUR * gpu_hours
         for name, allowed, spent, needed, unit, size in (
-            ("wall", self.budget.wall, elapsed, clock, "s", 1.0),
-            ("gpu_hours", _seconds(self.budget.gpu_hours), self.gpu_seconds, gpu, "h", HOUR),
+            ("wall", self.budget.wall, elapsed, wall, "s", 1.0),
+            ("gpu_hours", gpu_allowed, self.gpu_seconds, gpu, "h", HOUR),
         ):
             if allowed is not None and (spent >= allowed or spent + needed > allowed):
                 self.refusal = (
                     f"budget.{name}: {_short(spent / size)} of {_short(allowed / size)} {unit} are "
-                    f"spent and {what} needs about {_short(needed / size)} {unit} more; "
-                    f"run again to go on, or raise budget.{name}"
+                    f"spent, and {job} needs about {_short(needed / size)} {unit}; "
+                    f"run the sweep again to resume, or raise budget.{name}"
                 )
                 return False
         return True
-
-
-def _seconds(hours: float | None) -> float | None:
-    return None if hours is None else HOUR * hours
 
 
 def _short(value: float) -> str:

@@ -1,6 +1,6 @@
-"""Class names and template of a dataset, as they were when its images were encoded.
+"""Class names and template of a dataset as of the time when its images were encoded.
 
-A user may rename a class or edit `template.txt` while a sweep runs, or move the folder after it.
+A user may rename a class or edit `template.txt` while a sweep runs, or move the folder afterwards.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ from orchestrator.store import ArtifactStore
 
 @dataclass(frozen=True)
 class DatasetText:
-    """What CLIP reads of a dataset: the classes in the order of labels, and the template."""
+    """The text of a dataset that CLIP encodes: class names in the order of labels, and template."""
 
     classnames: tuple[str, ...]
     template: str
 
 
 def text_of(features: FeaturesSpec, store: ArtifactStore) -> DatasetText:
-    """Of the record of the features; before there is one, or if it is of an earlier version, of
-    the dataset itself.
+    """Read the text from the record of the features, else from the dataset.
+
+    The dataset is read if the features are missing, or if an earlier version wrote their record.
 
     Raises:
-        ValueError: neither is there.
+        ValueError: neither the record nor the dataset has the text.
     """
     recorded = recorded_text(features, store)
     if recorded is not None:
@@ -38,7 +39,7 @@ def text_of(features: FeaturesSpec, store: ArtifactStore) -> DatasetText:
 
 
 def recorded_text(features: FeaturesSpec, store: ArtifactStore) -> DatasetText | None:
-    """Of the record of the features alone."""
+    """Read the text from the record of the features; None if it has none."""
     with suppress(MissingArtifact):
         info = store.record(features)["info"]
         if "template" in info:
@@ -47,14 +48,14 @@ def recorded_text(features: FeaturesSpec, store: ArtifactStore) -> DatasetText |
 
 
 def tested_classes(trial: TrialSpec, store: ArtifactStore) -> tuple[str, ...]:
-    """Classes of the images that a trial is tested on, in the order of labels."""
+    """Class names of a trial's test images, in the order of labels."""
     if trial.test_features is None:
         return trial.classnames
     return text_of(trial.test_features, store).classnames
 
 
 def about(dataset: str) -> str:
-    """A few words on a dataset; of a folder that is gone its name."""
+    """A short description of a dataset; its name if its folder does not exist any more."""
     try:
         return get_dataset(dataset).about
     except ValueError:
@@ -62,7 +63,7 @@ def about(dataset: str) -> str:
 
 
 def licence(dataset: str) -> str:
-    """Of its images; those of a folder that is gone are its owner's too."""
+    """Licence of a dataset's images; that of a user's folder if it does not exist any more."""
     try:
         return get_dataset(dataset).licence
     except ValueError:

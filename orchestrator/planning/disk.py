@@ -1,4 +1,4 @@
-"""A disk with no room left: how much more a sweep will take, and what to say."""
+"""Disk space: how much more a sweep needs, and the message of a run that filled the disk."""
 
 from __future__ import annotations
 
@@ -12,39 +12,40 @@ from orchestrator.store import ArtifactStore
 
 
 def bytes_left(plan: Plan, store: ArtifactStore) -> int:
-    """What is left to make will take so much, judged by its like in the store.
+    """Estimate the bytes of everything that is left to compute.
 
-    What has no like there counts nothing, so it can be more.
+    Each artifact counts as the mean of the stored artifacts of its stage, and as 0 if the store has
+    none. So the result is a lower bound until the store has some of each stage.
     """
-    found = 0.0
+    expected = 0.0
     for requirement in plan.requirements:
         have, total = requirement.have(store), requirement.total()
         if have and have < total:
-            found += requirement.bytes(store) / have * (total - have)
-        elif not have:
-            found += _mean(store.artifacts / requirement.stage) * (requirement.stage != "images")
-    left = sum(not store.has(slot.spec) for slot in plan.slots) + plan.total - len(plan.slots)
-    return round(found + _mean(store.artifacts / "trials") * left)
+            expected += requirement.bytes(store) / have * (total - have)
+        elif not have and requirement.stage != "images":
+            expected += _mean_bytes(store.artifacts / requirement.stage)
+    missing = sum(not store.has(slot.spec) for slot in plan.slots) + plan.total - len(plan.slots)
+    return round(expected + _mean_bytes(store.artifacts / "trials") * missing)
 
 
-def _mean(stage: Path) -> float:
-    """Bytes of an artifact of a stage; 0 if there is none."""
+def _mean_bytes(stage: Path) -> float:
+    """Mean bytes of the artifacts of a stage; 0 if there are none."""
     sizes = [sum(file.stat().st_size for file in folder.glob("*")) for folder in stage.glob("*/*")]
     return fmean(sizes) if sizes else 0.0
 
 
-def full(plan: Plan, store: ArtifactStore, what: str) -> str:
-    """What to say of it.
+def full_disk_message(plan: Plan, store: ArtifactStore, problem: str) -> str:
+    """Describe a full disk: free and needed space, and how to free some.
 
     Args:
-        what: what could not be written, or the error that says so.
+        problem: the error message, or the name of the file that could not be written.
     """
-    there = shutil.disk_usage(store.root)
+    disk = shutil.disk_usage(store.root)
     left = bytes_left(plan, store)
-    needed = f", at least {size(left)} more are needed" if left else ""
+    needed = f"; the sweep needs at least {size(left)} more" if left else ""
     gc = f"airsweep cache gc --store {store.root}"
     return (
-        f"no room where the store lies, {store.root} ({what}): {size(there.free)} of "
-        f"{size(there.total)} are free without what was half made{needed}; `{gc}` lists what no "
-        "sweep needs; with more room the same command goes on where this run stopped"
+        f"no space left on the disk of the store {store.root} ({problem}): {size(disk.free)} of "
+        f"{size(disk.total)} are free after the removal of unfinished files{needed}; `{gc}` lists "
+        "what no sweep needs; free some space, then run the same command again to resume"
     )

@@ -1,9 +1,10 @@
-"""How long what is left would take, from what runs have measured of the same kind of work.
+"""Estimates of the time that a sweep still needs, from measurements of earlier runs.
 
-`history.json`: seconds and units by stage and kind, of all that runs have made. A unit is a
-training step of a LoRA, an image, a trial, a dataset through CLIP; a kind is what its cost depends
-on: model, size, dataset, method. Seconds of starting, such as loading a model, are kept apart: two
-steps of a smoke run say what a step takes, not that each loads the model.
+`history.json` in the store has seconds and units of all completed work, by stage and kind. A unit
+is a training step of a LoRA, an image, a trial, or one pass of a dataset through CLIP. The kind
+names everything that the cost of a unit depends on: model, size, dataset, method. Start-up time,
+such as loading a model, is recorded separately, so that the few steps of a smoke run measure a step
+without its start-up.
 """
 
 from __future__ import annotations
@@ -32,16 +33,16 @@ from orchestrator.store import ArtifactStore, smoke_store
 from orchestrator.store.verification import read_cache
 
 HISTORY = "history.json"
-# Seconds of one unit where nothing of a stage was measured: the tiny world on one core.
+# Seconds of a unit of a stage without measurements: tiny models and digits on one CPU core.
 GUESS = {"features": 8.0, "labels": 1.0, "lora": 0.15, "images": 0.03, "trials": 4.0}
 
 
 @dataclass(frozen=True)
 class Work:
-    """Some units of one kind.
+    """A number of units of one kind.
 
     Args:
-        jobs: parts that may run side by side.
+        jobs: parts that can run in parallel.
     """
 
     stage: str
@@ -52,11 +53,11 @@ class Work:
 
 @dataclass(frozen=True)
 class Pace:
-    """What runs have measured of one kind of work."""
+    """Measured time of one kind of work."""
 
-    seconds: float  # of all units together, without starting
+    seconds: float  # total of all units, without start-up
     units: float
-    startup: float = 0.0  # seconds of all starts together
+    startup: float = 0.0  # total seconds of all starts
     starts: float = 0.0
 
     def __add__(self, more: Pace) -> Pace:
@@ -67,10 +68,10 @@ class Pace:
             self.starts + more.starts,
         )
 
-    def of(self, units: float) -> float:
-        """Seconds of so many units, started once."""
-        started = self.startup / self.starts if self.starts else 0.0
-        return started + units * self.seconds / self.units
+    def seconds_for(self, units: float) -> float:
+        """Expected seconds of `units` units after one start."""
+        startup = self.startup / self.starts if self.starts else 0.0
+        return startup + units * self.seconds / self.units
 
 
 Measured = Mapping[str, Mapping[str, Pace]]  # by stage and kind
@@ -78,13 +79,13 @@ Measured = Mapping[str, Mapping[str, Pace]]  # by stage and kind
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of all that is left."""
+    """Estimated time of all remaining work."""
 
     stages: Mapping[str, float]  # seconds on one worker
     gpu_hours: float
-    reason: str  # why it is not calibrated; empty: it is
-    sources: Mapping[str, str]  # history or guess, by stage
-    wall: float | None  # seconds at least, with all workers that fit; None: not known before
+    reason: str  # why the estimate is not calibrated; empty if it is
+    sources: Mapping[str, str]  # `history` or `guess`, by stage
+    wall: float | None  # lower bound in seconds with all workers; None: the machines are unknown
 
     @property
     def seconds(self) -> float:
@@ -96,7 +97,7 @@ class Estimate:
 
     @property
     def source(self) -> str:
-        return _together(self.sources.values())
+        return _combined_source(self.sources.values())
 
     def json(self) -> dict[str, Any]:
         return {
@@ -112,13 +113,17 @@ class Estimate:
 
 
 def stage_work(spec: Any, units: float = 1) -> Work:
-    """The work of a stage, or of so many shards of a row."""
-    stage, kind, each = _kind(spec)
-    return Work(stage, kind, units * each, units)
+    """The work of building an artifact.
+
+    Args:
+        units: shards to build, for a row of images; 1 for any other artifact.
+    """
+    stage, kind, per_shard = _kind(spec)
+    return Work(stage, kind, units * per_shard, units)
 
 
 def _kind(spec: Any) -> tuple[str, str, float]:
-    """Stage, kind, and units in one of it."""
+    """Stage, kind, and units of one artifact or shard."""
     match spec:
         case FeaturesSpec():
             return "features", f"{spec.dataset.name} {spec.backbone.name} {spec.level}", 1
@@ -137,9 +142,10 @@ def _kind(spec: Any) -> tuple[str, str, float]:
 
 
 def trial_work(spec: TrialSpec, units: float = 1, together: int = 1) -> Work:
-    """The work of some trials.
+    """The work of trials like `spec`.
 
     Args:
+        units: number of trials.
         together: trials of one point, which run in one job.
     """
     rounds = f"{spec.iterations} rounds of {spec.train.steps or spec.train.epochs}"
@@ -156,55 +162,58 @@ def estimate(
     resources: Resources,
     machines: Sequence[Machine] | None = None,
 ) -> Estimate:
-    """What it would take, one after the other, and at least on all machines.
+    """Estimate the seconds of work on one worker, and a lower bound on all machines.
+
+    Measurements of the smoke store are used where this store has none.
 
     Args:
-        machines: that it would run on; None: this one, or not known where a cluster is joined.
+        machines: the machines of the cluster; None: this machine, or unknown if RAY_ADDRESS is set.
     """
     history = read_history(store)
-    nothing: Measured = {}
-    smoke = read_cache(Path(smoke_store(store.root)) / HISTORY, _smoke_history, nothing)
-    found: dict[str, float] = {}
+    empty: Measured = {}
+    smoke = read_cache(Path(smoke_store(store.root)) / HISTORY, _smoke_history, empty)
+    stages: dict[str, float] = {}
     sources: dict[str, list[str]] = {}
     jobs: dict[str, float] = {}
-    unknown: list[str] = []
-    for one in work:
-        pace = history.get(one.stage, {}).get(one.kind) or smoke.get(one.stage, {}).get(one.kind)
-        if pace is None:  # what other kinds take
-            unknown.append(f"{one.stage} ({one.kind})")
-            seconds = one.units * mean_seconds(history).get(one.stage, GUESS[one.stage])
+    unmeasured: list[str] = []
+    for part in work:
+        stage, kind = part.stage, part.kind
+        pace = history.get(stage, {}).get(kind) or smoke.get(stage, {}).get(kind)
+        if pace is None:  # use the mean over the other kinds of the stage
+            unmeasured.append(f"{stage} ({kind})")
+            seconds = part.units * mean_seconds(history).get(stage, GUESS[stage])
         else:
-            seconds = pace.of(one.units)
-        found[one.stage] = found.get(one.stage, 0.0) + seconds
-        jobs[one.stage] = jobs.get(one.stage, 0) + one.jobs
-        sources.setdefault(one.stage, []).append("guess" if pace is None else "history")
+            seconds = pace.seconds_for(part.units)
+        stages[stage] = stages.get(stage, 0.0) + seconds
+        jobs[stage] = jobs.get(stage, 0) + part.jobs
+        sources.setdefault(stage, []).append("guess" if pace is None else "history")
     if machines is None:
         machines = () if os.environ.get("RAY_ADDRESS") else (this_machine(),)
     return Estimate(
-        stages=found,
-        gpu_hours=_gpu_hours(found, resources),
-        reason=_reason(unknown, measured=bool(history or smoke)),
-        sources={stage: _together(each) for stage, each in sources.items()},
-        wall=_wall(found, jobs, resources, machines),
+        stages=stages,
+        gpu_hours=_gpu_hours(stages, resources),
+        reason=_reason(unmeasured, any_measured=bool(history or smoke)),
+        sources={stage: _combined_source(each) for stage, each in sources.items()},
+        wall=_wall(stages, jobs, resources, machines),
     )
 
 
-def _together(sources: Iterable[str]) -> str:
+def _combined_source(sources: Iterable[str]) -> str:
     return "guess" if "guess" in sources else "history"
 
 
-def _reason(unknown: Sequence[str], measured: bool) -> str:
-    if not unknown:
+def _reason(unmeasured: Sequence[str], any_measured: bool) -> str:
+    if not unmeasured:
         return ""
-    if not measured:
-        return "nothing was measured in this store yet: a guess from the tiny world on one core"
-    names = list(dict.fromkeys(unknown))
+    if not any_measured:
+        return "this store has no measurements yet: a guess from tiny models on one CPU core"
+    names = list(dict.fromkeys(unmeasured))
     more = f" and {len(names) - 2} more" if len(names) > 2 else ""
     return f"not measured in this store: {', '.join(names[:2])}{more}"
 
 
 def gpu_share(stage: str, resources: Resources) -> float:
-    """Devices that work of a stage asks for."""
+    """GPUs that one worker of a stage reserves, as a fraction or a count."""
     return resources.want(stage).gpu
 
 
@@ -218,7 +227,7 @@ def _wall(
     resources: Resources,
     machines: Sequence[Machine],
 ) -> float | None:
-    """Stages one after the other, each on all workers that fit: nobody is faster than that."""
+    """Lower bound: stages run one after another, each on as many workers as the machines hold."""
     total = 0.0
     for stage, seconds in stages.items():
         workers = room(resources.want(stage), machines)
@@ -230,45 +239,47 @@ def _wall(
     return total
 
 
-# ---------------------------------------------------------------- what was measured
+# ---------------------------------------------------------------- measurements
 
 
 def read_history(store: ArtifactStore) -> Measured:
+    """Read the measurements of a store."""
     return read_cache(store.refresh(store.root / HISTORY), _history, {})
 
 
-def _history(kept: dict[str, Any]) -> Measured:
+def _history(plain: dict[str, Any]) -> Measured:
     return {
-        stage: {kind: Pace(**of) for kind, of in kinds.items()}
-        for stage, kinds in kept.items()
-        if "seconds" not in kinds  # as it was kept before there were kinds
+        stage: {kind: Pace(**pace) for kind, pace in kinds.items()}
+        for stage, kinds in plain.items()
+        if "seconds" not in kinds  # the format of a version without kinds
     }
 
 
-def _smoke_history(kept: dict[str, Any]) -> Measured:
-    """Without what earlier versions measured: loading was part of the pace of a few steps."""
+def _smoke_history(plain: dict[str, Any]) -> Measured:
+    """The same without entries of earlier versions, which included start-up in a few steps."""
     return {
-        stage: {kind: Pace(**of) for kind, of in kinds.items() if "startup" in of}
-        for stage, kinds in kept.items()
+        stage: {kind: Pace(**pace) for kind, pace in kinds.items() if "startup" in pace}
+        for stage, kinds in plain.items()
     }
 
 
-def remember(store: ArtifactStore, done: Mapping[tuple[str, str], Pace]) -> None:
-    """Add what was measured, by stage and kind."""
-    if not done:
+def record_measurements(store: ArtifactStore, measured: Mapping[tuple[str, str], Pace]) -> None:
+    """Add measurements, by stage and kind, to the history of a store."""
+    if not measured:
         return
-    kept = {stage: dict(kinds) for stage, kinds in read_history(store).items()}
-    for (stage, kind), pace in done.items():
-        kinds = kept.setdefault(stage, {})
+    history = {stage: dict(kinds) for stage, kinds in read_history(store).items()}
+    for (stage, kind), pace in measured.items():
+        kinds = history.setdefault(stage, {})
         kinds[kind] = kinds.get(kind, Pace(0.0, 0.0)) + pace
     plain = {
-        stage: {kind: asdict(pace) for kind, pace in kinds.items()} for stage, kinds in kept.items()
+        stage: {kind: asdict(pace) for kind, pace in kinds.items()}
+        for stage, kinds in history.items()
     }
     store.write(store.root / HISTORY, sealed_json(plain))
 
 
 def mean_seconds(history: Measured) -> dict[str, float]:
-    """Of one unit of each stage, whatever its kind."""
+    """Mean seconds of one unit of each stage over all kinds."""
     return {
         stage: sum(pace.seconds for pace in kinds.values())
         / sum(pace.units for pace in kinds.values())

@@ -1,4 +1,4 @@
-"""What a trial reads from outside, by name and digest."""
+"""External inputs of a trial (datasets and weights), by name and digest."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ REFS = ("dataset", "test_dataset", "backbone", "generator")
 
 
 def refs_of(spec: TrialSpec) -> dict[str, Ref]:
-    """The outside things that a trial reads, by their setting."""
-    found = {name: getattr(spec, name) for name in REFS}
-    return {name: ref for name, ref in found.items() if ref is not None and ref.digest}
+    """Select the external inputs that a trial reads, by setting."""
+    refs = {name: getattr(spec, name) for name in REFS}
+    return {name: ref for name, ref in refs.items() if ref is not None and ref.digest}
 
 
 def spec_json(spec: TrialSpec, key: str) -> str:
-    """The trial as it was computed: every setting, and the digests behind the names.
+    """Write a trial as JSON: every setting as computed, and the digest of every input.
 
-    `orchestrator.tracking.lookup` reads it back.
+    `orchestrator.tracking.lookup` reads this JSON.
     """
     spec = normalised(spec)
     resolved: dict[str, Any] = to_flat(spec)

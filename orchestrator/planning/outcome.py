@@ -12,45 +12,46 @@ from orchestrator.store import TrialRecord
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a slot."""
+    """The result of a slot: its trial's record, rung or failure."""
 
     slot: Slot
     state: Literal["done", "reused", "failed", "pruned"]
     record: TrialRecord | None = None
     pruned: Pruned | None = None
-    seconds: float = 0.0  # that a pruned trial has taken
+    seconds: float = 0.0  # duration of a pruned trial
     failure_class: str | None = None
     message: str = ""
-    known: bool = False  # the ledger said so already
+    known: bool = False  # the event log has this outcome already
 
 
 class OutcomeTracker(Protocol):
-    """Receives the outcomes of a run while it goes on. A tracker that fails never fails the run."""
+    """Receives the outcomes of a run while it runs. A tracker that fails never fails the run."""
 
     @property
     def in_store(self) -> bool:
-        """Whether it writes to a file in the store's folder, for lack of another address."""
+        """Whether the tracker writes to a file in the store because no address is configured."""
 
     def check(self, reach: bool) -> None:
-        """Called before any work.
+        """Check the configuration before any work starts.
 
         Args:
-            reach: a server has to answer now.
+            reach: whether the server has to respond now.
 
         Raises:
-            ValueError: the server refuses the credentials.
-            TrackerAway: the server does not answer.
+            ValueError: the server rejects the credentials.
+            TrackerAway: the server is unreachable.
         """
 
     def trial(self, outcome: Outcome, at: float | None) -> None:
         """Send an outcome in the background.
 
         Args:
-            at: seconds since the epoch at which the event log noted it; None: in an earlier run.
+            at: time of the event in the event log, in seconds since the epoch; None if an earlier
+                run logged the outcome.
         """
 
     def catch_up(self) -> None:
-        """Wait until all outcomes were sent."""
+        """Wait until all outcomes are sent."""
 
     def finish(self, code: int) -> None:
-        """Send the end of the run, with its exit code."""
+        """Send the end of the run with its exit code."""

@@ -1,6 +1,7 @@
-"""What a sweep needs, what is there, what is left to do. Imports no torch and starts nothing.
+"""The plan of a sweep: its trials, the artifacts they read, and which of both are missing.
 
-What runs is what was planned: the driver walks the same slots and needs.
+The driver runs the slots and builds the requirements of this plan. This module imports no torch
+and starts nothing.
 """
 
 from __future__ import annotations
@@ -28,21 +29,21 @@ from orchestrator.planning.estimate import Estimate, Work, estimate, stage_work,
 from orchestrator.planning.resolve import Resolver
 from orchestrator.planning.studies import (
     Edit,
-    Opening,
     Pruned,
     Searches,
-    edit_of,
-    opening,
+    StudyStart,
+    edit_since_last_run,
     request_digest,
     searches,
+    study_start,
 )
 from orchestrator.spec import Cell, Dimension, SweepSpec, cells_of
 from orchestrator.spec.space import default_params, grid_points, study_name
 from orchestrator.store import ArtifactStore, EventLog, SweepLocation, read_resolved
 from orchestrator.store.checkpoints import learned_by, rungs_of
 
-BASE_PER_CLASS = 8  # images without LoRA, drawn to show what LoRA changed
-# Settings that decide whether synthetic images are read, and how many.
+BASE_PER_CLASS = 8  # images without LoRA, drawn to measure what LoRA changes
+# Settings that determine whether a trial reads synthetic images, and how many.
 READS_IMAGES = (
     "images_per_class",
     "fusion_weight",
@@ -54,7 +55,7 @@ READS_IMAGES = (
 
 @dataclass(frozen=True)
 class Slot:
-    """One trial that a sweep asks for: a cell, a point, a seed. Several slots may share a key."""
+    """One trial of a sweep: a cell, a point and seeds. Several slots may share a key."""
 
     id: str
     cell: Cell
@@ -67,11 +68,11 @@ class Slot:
 
 @dataclass(frozen=True)
 class Requirement:
-    """An artifact that slots read; a row is needed up to a count of images per class."""
+    """An artifact that trials read; of a row of images, a number of images per class."""
 
     spec: FeaturesSpec | LabelsSpec | LoraSpec | SyntheticFeaturesSpec
     images_per_class: int = 0
-    classes: tuple[int, ...] = ()  # of a row
+    classes: tuple[int, ...] = ()  # label indices; empty except for a row
 
     @property
     def stage(self) -> str:
@@ -83,35 +84,37 @@ class Requirement:
         return artifact_key(spec.images if isinstance(spec, SyntheticFeaturesSpec) else spec)
 
     def shards(self) -> list[tuple[int, int]]:
-        """(class, block) of a row, class by class."""
+        """The shards of a row as (class, block), class by class."""
         assert isinstance(self.spec, SyntheticFeaturesSpec)
         blocks = range(self.spec.blocks(self.images_per_class))
         return list(itertools.product(self.classes, blocks))
 
     def missing(self, store: ArtifactStore) -> list[tuple[int, int]]:
-        """Shards that are not whole yet: images and their features."""
+        """The shards of which images or features are missing."""
         assert isinstance(self.spec, SyntheticFeaturesSpec)
         images = store.row(self.spec.images).present(".parquet")
         features = store.row(self.spec).present(".safetensors")
         return [shard for shard in self.shards() if shard not in images or shard not in features]
 
     def have(self, store: ArtifactStore) -> int:
+        """Number of parts in the store: shards of a row; 0 or 1 for any other artifact."""
         if isinstance(self.spec, SyntheticFeaturesSpec):
             return len(self.shards()) - len(self.missing(store))
         return int(store.has(self.spec))
 
     def bytes(self, store: ArtifactStore) -> int:
-        """On disk, of what is there: of a row with all that was ever drawn of it."""
+        """Bytes in the store; of a row, all its shards, even those that are not required here."""
         specs: list[Any] = [self.spec]
         if isinstance(self.spec, SyntheticFeaturesSpec):
             specs.append(self.spec.images)
         return sum(store.bytes(spec) for spec in specs)
 
     def total(self) -> int:
+        """Number of required parts, as `have` counts them."""
         return len(self.shards()) if isinstance(self.spec, SyntheticFeaturesSpec) else 1
 
 
-# What people call the stages.
+# Stages in messages and on screens.
 WORDS = {
     "features": "CLIP features",
     "labels": "pseudo-labels",
@@ -121,36 +124,39 @@ WORDS = {
 
 
 def name_of(key: ArtifactKey) -> str:
-    """An artifact for people, on a screen."""
+    """Name of an artifact in messages and on screens."""
     return f"{WORDS[key.stage]} {key.slug}"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All of it. `slots` are those whose point is known; a search asks the rest later."""
+    """The trials and artifacts of a sweep, and how many of them are left.
+
+    `slots` has the trials whose point is known; a search suggests further points during the run.
+    """
 
     sweep: SweepSpec
     cells: tuple[Cell, ...]
     points: int
     slots: tuple[Slot, ...]
     total: int
-    left: Mapping[str, int]  # by cell: trials that are not there yet
+    left: Mapping[str, int]  # number of trials to run, by cell
     done: int
     reused: int
-    pruned: Mapping[str, Pruned]  # by slot: those of points that a search stopped early
+    pruned: Mapping[str, Pruned]  # slots of points that the search pruned
     requirements: tuple[Requirement, ...]
-    work: tuple[Work, ...]  # what is left to do
+    work: tuple[Work, ...]  # that is left
     estimate: Estimate
-    openings: Mapping[str, Opening]  # by cell: studies that start, with what they take over
-    asks: str  # digest of what is asked for
-    edit: Edit | None  # None: the file asks for what it asked for before
+    study_starts: Mapping[str, StudyStart]  # studies that the next run starts, by cell
+    request_digest: str  # identifies the requested trials; in the event log as `asks`
+    edit: Edit | None  # None: the requested trials are those of the last run
 
     @property
     def to_run(self) -> int:
         return self.total - self.done - self.reused - len(self.pruned)
 
     def json(self, store: ArtifactStore) -> dict[str, Any]:
-        """The contract of `plan --json`."""
+        """The output of `plan --json`; its keys are a contract."""
         return {
             "cells": len(self.cells),
             "points": self.points,
@@ -183,56 +189,62 @@ def _artifact(requirement: Requirement, store: ArtifactStore) -> dict[str, Any]:
 def plan_sweep(
     sweep: SweepSpec, store: ArtifactStore, resolver: Resolver, event_log: EventLog
 ) -> Plan:
-    """Everything that `sweep` asks for, against what the store and the ledger say."""
-    cells = cells_of(sweep)
-    assignments = sweep.seeds.assignments()
-    found = searches(event_log)
-    openings = _openings(sweep, cells, found, resolver, store)
-    finished, moved = finished_slots(event_log), moved_slots(event_log)
+    """Compare what a sweep needs with its store and its event log."""
+    cells, assignments = cells_of(sweep), sweep.seeds.assignments()
+    state = searches(event_log)
+    starts = _study_starts(sweep, cells, state, resolver, store)
+    moved = moved_slots(event_log)
     slots: list[Slot] = []
     left: dict[str, int] = {}  # trials by cell
-    stopped: dict[str, Pruned] = {}
+    stopped: dict[str, Pruned] = {}  # by slot
     points = 0
-    uncompared: dict[str, list[int]] = {}  # by slot: rungs at which its point is still compared
+    pending_rungs: dict[
+        str, list[int]
+    ] = {}  # by slot: rungs at which its point is not compared yet
     for cell in cells:
-        count = found.points(cell, sweep.search)
+        count = state.points(cell, sweep.search)
         points += count
         left[cell.id] = count * len(assignments)
-        params_of = known_points(sweep, cell, found, openings.get(cell.id))
-        early = found.pruned_of(cell, sweep.search)
-        carried = found.carried_into(cell, sweep.search, openings.get(cell.id))
-        for number, params in sorted(params_of.items())[:count]:
-            of_point = slots_of(cell, number, params, assignments, resolver, moved)
-            slots += of_point
-            if number in early:
-                stopped |= {slot.id: early[number] for slot in of_point}
+        pruned_points = state.pruned_of(cell, sweep.search)
+        carried = state.carried_into(cell, sweep.search, starts.get(cell.id))
+        params_by_number = known_points(sweep, cell, state, starts.get(cell.id))
+        for number, params in sorted(params_by_number.items())[:count]:
+            point_slots = slots_of(cell, number, params, assignments, resolver, moved)
+            slots += point_slots
+            if number in pruned_points:
+                stopped |= {slot.id: pruned_points[number] for slot in point_slots}
             elif sweep.search is not None and sweep.search.rungs and params not in carried:
-                last = iterations_of(of_point)
-                rungs = found.rungs_left(cell, sweep.search, number, last)
-                uncompared |= {slot.id: rungs for slot in of_point}
+                last = iterations_of(point_slots)
+                rungs = state.rungs_left(cell, sweep.search, number, last)
+                pending_rungs |= {slot.id: rungs for slot in point_slots}
     store.survey(slot.spec for slot in slots)
-    there = [_is_there(slot.spec, uncompared.get(slot.id, ()), store) for slot in slots]
+    present = [_is_complete(slot.spec, pending_rungs.get(slot.id, ()), store) for slot in slots]
+    finished = finished_slots(event_log)
     done = reused = 0
-    to_run: set[str] = set()
-    for slot, present in zip(slots, there, strict=True):
+    to_run: set[str] = set()  # keys
+    for slot, is_present in zip(slots, present, strict=True):
         if slot.id in stopped:
             left[slot.cell.id] -= 1
-            continue
-        if present and finished.get(slot.id, ("", ""))[0] == slot.key.digest:
+        elif is_present and finished.get(slot.id, ("", ""))[0] == slot.key.digest:
             done += 1
             left[slot.cell.id] -= 1
-        elif present or slot.key.digest in to_run:
+        elif is_present or slot.key.digest in to_run:
             reused += 1
             left[slot.cell.id] -= 1
-        else:  # although it may be there for another cell, which compares it at no rung
+        else:
+            # The record may exist all the same: another cell can have it without these rungs.
             to_run.add(slot.key.digest)
     total = points * len(assignments)
-    asks = request_digest(sweep, cells)
-    known = [slot.key.digest for slot, present in zip(slots, there, strict=True) if present]
-    edit = edit_of(asks, known, done + reused, total - len(stopped), openings.values(), event_log)
-    asked_for = possible_trials(cells, assignments, resolver)
-    requirements = tuple(requirements_of(itertools.chain(asked_for, moved_trials(slots, moved))))
-    work = tuple(_work(requirements, left, cells, slots, assignments, resolver, store))
+    present_keys = [
+        slot.key.digest for slot, is_present in zip(slots, present, strict=True) if is_present
+    ]
+    request = request_digest(sweep, cells)
+    edit = edit_since_last_run(
+        request, present_keys, done + reused, total - len(stopped), starts.values(), event_log
+    )
+    trials = possible_trials(cells, assignments, resolver)
+    requirements = tuple(requirements_of(itertools.chain(trials, fp32_trials(slots, moved))))
+    work = tuple(_remaining_work(requirements, left, cells, slots, assignments, resolver, store))
     resolver.save()
     return Plan(
         sweep=sweep,
@@ -247,22 +259,24 @@ def plan_sweep(
         requirements=requirements,
         work=work,
         estimate=estimate(work, store, sweep.resources),
-        openings=openings,
-        asks=asks,
+        study_starts=starts,
+        request_digest=request,
         edit=edit,
     )
 
 
-def _is_there(spec: TrialSpec, rungs: Iterable[int], store: ArtifactStore) -> bool:
-    """Whether a trial need not run: not even to the rungs at which it is compared, which another
-    sweep may have passed without looking."""
+def _is_complete(spec: TrialSpec, rungs: Iterable[int], store: ArtifactStore) -> bool:
+    """Whether the store has a trial and its objectives at all of `rungs`.
+
+    Another sweep may have run the same trial without these rungs.
+    """
     if not store.has(spec):
         return False
     passed = rungs_of(spec, store)[0] if rungs else {}
     return all(rung in passed for rung in rungs)
 
 
-def _work(
+def _remaining_work(
     requirements: Sequence[Requirement],
     left: Mapping[str, int],
     cells: Sequence[Cell],
@@ -271,56 +285,61 @@ def _work(
     resolver: Resolver,
     store: ArtifactStore,
 ) -> Iterator[Work]:
-    """What is left to do: trials by cell, each like the cell's first; and what they lack."""
+    """The work that is left: missing artifacts, and the trials of each cell.
+
+    All trials of a cell count like those of its first point.
+    """
     if not any(left.values()):
         return
     for requirement in requirements:
         missing = requirement.total() - requirement.have(store)
         if missing:
             yield stage_work(requirement.spec, missing)
-    points: dict[str, list[Slot]] = {}  # of each cell its first
+    first_points: dict[str, list[Slot]] = {}  # slots, by cell
     for slot in slots:
-        known = points.setdefault(slot.cell.id, [])
-        if not known or known[0].point == slot.point:
-            known.append(slot)
+        first = first_points.setdefault(slot.cell.id, [])
+        if not first or first[0].point == slot.point:
+            first.append(slot)
     for cell in cells:
         if left[cell.id]:
-            # A search that was not begun has no slot yet; its first point is the default.
+            # A search that has not started has no slots yet; its first point is the default.
             default = default_params(cell)
-            point = points.get(cell.id) or slots_of(cell, 0, default, assignments, resolver)
-            yield trial_work(point[0].spec, left[cell.id], len(point))
+            first = first_points.get(cell.id) or slots_of(cell, 0, default, assignments, resolver)
+            yield trial_work(first[0].spec, left[cell.id], len(first))
 
 
-def _openings(
+def _study_starts(
     sweep: SweepSpec,
     cells: Sequence[Cell],
-    found: Searches,
+    state: Searches,
     resolver: Resolver,
     store: ArtifactStore,
-) -> dict[str, Opening]:
-    """Studies that start, by cell. A grid has its points without a study before it."""
+) -> dict[str, StudyStart]:
+    """The studies that the next run starts, by cell. A grid carries no points, so it has none."""
     search, assignments = sweep.search, sweep.seeds.assignments()
     if search is None or search.sampler == "grid":
         return {}
     searched = [cell for cell in cells if cell.space]
     current = {study_name(cell, search) for cell in searched}
-    each = {
-        cell.id: opening(cell, search, current, found, assignments, resolver, store)
+    starts = {
+        cell.id: study_start(cell, search, current, state, assignments, resolver, store)
         for cell in searched
     }
-    return {cell: starts for cell, starts in each.items() if starts is not None}
+    return {cell: start for cell, start in starts.items() if start is not None}
 
 
 def known_points(
-    sweep: SweepSpec, cell: Cell, found: Searches, starts: Opening | None
+    sweep: SweepSpec, cell: Cell, state: Searches, start: StudyStart | None
 ) -> Mapping[int, dict[str, Any]]:
-    """Points of a cell whose settings are known: all of a grid, of a search what was asked or is
-    carried into it."""
+    """The points of a cell whose settings are known, by number.
+
+    These are all points of a grid, and the suggested and carried points of a search.
+    """
     if sweep.search is None or not cell.space:
         return {0: {}}
     if sweep.search.sampler == "grid":
         return dict(enumerate(grid_points(cell)))
-    return found.known(cell, sweep.search, starts)
+    return state.known(cell, sweep.search, start)
 
 
 def slots_of(
@@ -334,7 +353,7 @@ def slots_of(
     """The slots of one point: one for each assignment of seeds.
 
     Args:
-        moved: slots whose trial of that key became another one, in fp32.
+        moved: from `moved_slots`; slots whose trial is repeated in fp32, with that trial's key.
     """
     slots = []
     for seeds in assignments:
@@ -350,22 +369,22 @@ def slots_of(
 
 
 def iterations_of(slots: Iterable[Slot]) -> int:
-    """Of the trials of one point."""
+    """The smallest number of iterations among the trials of a point."""
     return min(learned_by(slot.spec).iterations for slot in slots)
 
 
-def moved_trials(slots: Iterable[Slot], moved: Mapping[str, str]) -> list[TrialSpec]:
-    """Trials that a sweep has come to need, beside those that it asks for."""
+def fp32_trials(slots: Iterable[Slot], moved: Mapping[str, str]) -> list[TrialSpec]:
+    """The trials that a sweep repeats in fp32; its file does not list them."""
     return [slot.spec for slot in slots if slot.id in moved]
 
 
-# ---------------------------------------------------------------- needs
+# ---------------------------------------------------------------- requirements
 
 
 def possible_trials(
     cells: Iterable[Cell], assignments: Sequence[Mapping[str, int]], resolver: Resolver
 ) -> Iterator[TrialSpec]:
-    """The most demanding trials that each cell may come to ask for."""
+    """The trials of each cell that need the most artifacts, over its whole search space."""
     for cell in cells:
         ranges = [d for d in cell.space if d.key in (*READS_IMAGES, "prompt.length")]
         for ends in itertools.product(*[_ends(d) for d in ranges]):
@@ -375,6 +394,7 @@ def possible_trials(
 
 
 def _ends(dimension: Dimension) -> Sequence[Any]:
+    """The largest number of a dimension; all its values if they are not numbers."""
     if dimension.values is None:
         high = dimension.max
         assert high is not None
@@ -385,11 +405,11 @@ def _ends(dimension: Dimension) -> Sequence[Any]:
 
 
 def requirements_of(trials: Iterable[TrialSpec]) -> list[Requirement]:
-    """Distinct artifacts that trials read, in the order in which they can be made.
+    """List the distinct artifacts that trials read, each after those that it is built from.
 
-    A row is needed up to the largest count that any of them asks for.
+    A row of images is required up to the largest count and all classes that any trial reads.
     """
-    found: dict[str, Requirement] = {}
+    merged: dict[str, Requirement] = {}
     seen: set[str] = set()
     for trial in trials:
         trial = replace(normalised(trial), seed=0)
@@ -399,13 +419,13 @@ def requirements_of(trials: Iterable[TrialSpec]) -> list[Requirement]:
         seen.add(key)
         for requirement in _requirements(trial):
             identity = f"{requirement.key}/{artifact_key(requirement.spec).digest}"
-            known = found.get(identity, requirement)
-            found[identity] = replace(
+            earlier = merged.get(identity, requirement)
+            merged[identity] = replace(
                 requirement,
-                images_per_class=max(requirement.images_per_class, known.images_per_class),
-                classes=tuple(sorted({*requirement.classes, *known.classes})),
+                images_per_class=max(requirement.images_per_class, earlier.images_per_class),
+                classes=tuple(sorted({*requirement.classes, *earlier.classes})),
             )
-    return list(found.values())
+    return list(merged.values())
 
 
 def _requirements(trial: TrialSpec) -> Iterator[Requirement]:
@@ -413,10 +433,10 @@ def _requirements(trial: TrialSpec) -> Iterator[Requirement]:
     yield from (Requirement(spec) for spec in read if spec is not None)
     classes = tuple(range(len(trial.classnames)))
     if trial.paradigm == "trzsl" and len(classes) > 1:
-        _, classes = seen_unseen(len(classes), trial.class_seed)  # all that the trial reads
+        _, classes = seen_unseen(len(classes), trial.class_seed)  # images of unseen classes only
     row = trial.synthetic_features
     if row is not None:
-        yield from _row_needs(row, trial.images_per_class, classes)
+        yield from _row_requirements(row, trial.images_per_class, classes)
     if trial.synthetic_tokens is not None:
         yield Requirement(trial.synthetic_tokens, trial.images_per_class, classes)
     base = trial.base_images
@@ -427,7 +447,7 @@ def _requirements(trial: TrialSpec) -> Iterator[Requirement]:
         yield Requirement(spec, BASE_PER_CLASS, classes)
 
 
-def _row_needs(
+def _row_requirements(
     row: SyntheticFeaturesSpec, images_per_class: int, classes: tuple[int, ...]
 ) -> Iterator[Requirement]:
     images = row.images
@@ -435,14 +455,14 @@ def _row_needs(
         labels = images.lora.labels
         yield Requirement(labels.features)
         if labels.images is not None:
-            yield from _row_needs(labels.images, labels.settings.images_per_class, classes)
+            yield from _row_requirements(labels.images, labels.settings.images_per_class, classes)
         yield Requirement(labels)
         yield Requirement(images.lora)
     yield Requirement(row, images_per_class, classes)
 
 
 def holds(spec: Any, part: Any) -> bool:
-    """Is `part` what a spec is, or anything that it is made from?"""
+    """Whether `part` equals `spec` or one of the specs nested in it."""
     if spec == part:
         return True
     if not is_dataclass(spec):
@@ -451,44 +471,44 @@ def holds(spec: Any, part: Any) -> bool:
 
 
 def level(spec: Any) -> int:
-    """How many stages lie above: needs of one level do not wait for each other."""
+    """Depth of an artifact in the build order, from 1; artifacts of one level are independent."""
     match spec:
         case LabelsSpec():
-            above: list[Any] = [spec.features, spec.images]
+            inputs: list[Any] = [spec.features, spec.images]
         case LoraSpec():
-            above = [spec.labels]
+            inputs = [spec.labels]
         case SyntheticFeaturesSpec():
             images = spec.images
-            if spec.level == "tokens":  # after the images are there: two must not draw the same
+            if spec.level == "tokens":  # after the images, which would otherwise be drawn twice
                 return 1 + level(replace(spec, level="features"))
-            above = [images.lora] if isinstance(images, GeneratedImages) else []
+            inputs = [images.lora] if isinstance(images, GeneratedImages) else []
         case _:
-            above = []
-    return 1 + max((level(one) for one in above if one is not None), default=0)
+            inputs = []
+    return 1 + max((level(each) for each in inputs if each is not None), default=0)
 
 
-# ---------------------------------------------------------------- the ledger, folded
+# ---------------------------------------------------------------- state in the event log
 
 
 def finished_slots(event_log: EventLog) -> dict[str, tuple[str, str]]:
-    """Trial key and state (done or reused) by slot, of slots whose last outcome was one of them."""
+    """Trial key and state (done or reused) of slots whose last outcome was a result, by slot."""
     ended = ended_slots(event_log)
     return {slot: end for slot, end in ended.items() if end[1] != "pruned"}
 
 
 def ended_slots(event_log: EventLog) -> dict[str, tuple[str, str]]:
-    """Trial key and state (done, reused or pruned) by slot; failed ones are left out."""
-    found: dict[str, tuple[str, str]] = {}
+    """Trial key and state (done, reused or pruned) by slot, without failed slots."""
+    ended: dict[str, tuple[str, str]] = {}
     for event in event_log.events():
         if event["event"] in ("trial_done", "trial_reused", "trial_pruned"):
-            found[event["slot"]] = (event["key"], event["event"].removeprefix("trial_"))
+            ended[event["slot"]] = (event["key"], event["event"].removeprefix("trial_"))
         elif event["event"] == "trial_failed":
-            found.pop(event["slot"], None)
-    return found
+            ended.pop(event["slot"], None)
+    return ended
 
 
 def moved_slots(event_log: EventLog) -> dict[str, str]:
-    """Slots whose trial became not a number below fp32, with the key of that trial."""
+    """Slots whose trial had NaN or infinite values below fp32, with the key of that trial."""
     return {
         event["slot"]: event["key"]
         for event in event_log.events()
@@ -497,38 +517,41 @@ def moved_slots(event_log: EventLog) -> dict[str, str]:
 
 
 def changed_inputs(earlier: Mapping[tuple[str, str], int]) -> list[str]:
-    """What `earlier_results` found, one sentence each."""
+    """Describe each result of `earlier_results` in a sentence."""
     return [
-        f"{name}: the {what} changed since: {count} "
+        f"{name}: the {kind} changed since: {count} "
         f"{'result is' if count == 1 else 'results are'} of the earlier "
-        f"{'code' if what == 'code' else 'content'}"
-        for (name, what), count in earlier.items()
+        f"{'code' if kind == 'code' else 'content'}"
+        for (name, kind), count in earlier.items()
     ]
 
 
 def earlier_results(plan: Plan, location: SweepLocation) -> dict[tuple[str, str], int]:
-    """What changed since the last run, as name and kind (folder, content or code), with the number
-    of finished results of these slots that are of the earlier one."""
+    """Count the results of a plan's slots that were computed from inputs or code that changed.
+
+    Returns:
+        Number of results by name and kind of the change: `folder`, `content` or `code`.
+    """
     try:
         inputs = read_resolved(location).get("inputs") or {"datasets": {}, "weights": {}}
-    except (FileNotFoundError, ValueError):  # it was not run, or this run writes the file anew
+    except (FileNotFoundError, ValueError):  # never run, or the file is damaged and rewritten
         return {}
-    before = {name: of["ref"]["digest"] for name, of in inputs["datasets"].items()}
+    before = {name: entry["ref"]["digest"] for name, entry in inputs["datasets"].items()}
     before |= inputs["weights"]
     versions = inputs.get("code", {})
     finished = finished_slots(location.event_log())
     earlier: dict[tuple[str, str], int] = {}
     for slot in plan.slots:
-        had = finished.get(slot.id, (slot.key.digest, ""))[0] != slot.key.digest
+        outdated = finished.get(slot.id, (slot.key.digest, ""))[0] != slot.key.digest
         changed = [
             (name, "folder" if "folder:" in name else "content")
             for name, now in _inputs_of(slot)
             if now and before.get(name, now) != now
         ]
-        if had:
+        if outdated:
             changed += [(part, "code") for part in _changed_parts(slot.spec.code, versions)]
-        for one in changed:
-            earlier[one] = earlier.get(one, 0) + had
+        for change in changed:
+            earlier[change] = earlier.get(change, 0) + outdated
     return earlier
 
 
@@ -538,7 +561,7 @@ def _changed_parts(now: CodeVersions, before: Mapping[str, str]) -> list[str]:
 
 
 def _inputs_of(slot: Slot) -> Iterator[tuple[str, str]]:
-    """Names as `Resolver.inputs` has them, and digests."""
+    """Inputs of a slot by the names of `Resolver.inputs`, with their digests."""
     spec = slot.spec
     yield slot.cell.flat["dataset"], spec.dataset.digest
     if spec.test_dataset is not None:

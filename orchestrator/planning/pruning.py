@@ -1,7 +1,8 @@
-"""Which points of a round go no further. Knows numbers only.
+"""Pruning rules: which points of a round stop at a rung. Works on numbers only.
 
-Points are compared at one iteration, by the objective that the search is after, and only once all
-of a round have come to it: so what is pruned does not hang on which trial was the first to end.
+A rung is an iteration at which points are compared by the objective of the search. The comparison
+waits until all points of the round have reached the rung, so the pruned points do not depend on the
+order in which trials end.
 """
 
 from __future__ import annotations
@@ -12,17 +13,17 @@ from statistics import median
 
 from orchestrator.spec.sweep import Pruning
 
-DEFAULT = 0  # the number of the default point, which is never pruned
+DEFAULT = 0  # number of the default point, which is never pruned
 
 
 def pruned(
     pruning: Pruning, values: Mapping[int, float], earlier: Iterable[float] = ()
 ) -> tuple[int, ...]:
-    """Points that stop here, in the order of their numbers.
+    """Select the points that stop at a rung, in the order of their numbers.
 
     Args:
-        values: of the round's points at this rung, by number. One that failed has none.
-        earlier: values that points of earlier rounds had at this rung.
+        values: objectives of the round's points at this rung, by number, without failed points.
+        earlier: objectives that points of earlier rounds had at this rung.
 
     >>> halving = Pruning(rule="halving", rungs=(2,), keep=0.5)
     >>> pruned(halving, {4: 0.1, 5: 0.3, 6: 0.3, 7: 0.3})
@@ -30,12 +31,12 @@ def pruned(
     >>> pruned(Pruning(rule="median", rungs=(2,)), {4: 0.1, 5: 0.3}, earlier=[0.2, 0.25])
     (4,)
     """
-    stays = {DEFAULT} | set(RULES[pruning.rule](pruning, values, list(earlier)))
-    return tuple(sorted(number for number in values if number not in stays))
+    continuing = {DEFAULT} | set(RULES[pruning.rule](pruning, values, list(earlier)))
+    return tuple(sorted(number for number in values if number not in continuing))
 
 
 def _best(pruning: Pruning, values: Mapping[int, float], earlier: list[float]) -> list[int]:
-    """Successive halving: the best share of the round; of equal ones the earlier point."""
+    """Successive halving: the best fraction of the round; ties go to the earlier point."""
     ranked = sorted(values, key=lambda number: (-values[number], number))
     return ranked[: math.ceil(pruning.keep * len(ranked))]
 
@@ -43,7 +44,7 @@ def _best(pruning: Pruning, values: Mapping[int, float], earlier: list[float]) -
 def _not_below_median(
     pruning: Pruning, values: Mapping[int, float], earlier: list[float]
 ) -> list[int]:
-    """Those that are no worse than the median of all points that came so far."""
+    """Points that are at least as good as the median of this and all earlier rounds."""
     if not values:
         return []
     middle = median([*values.values(), *earlier])

@@ -1,4 +1,4 @@
-"""Sweeps that a store remembers: read again as they were last run, and what each of them needs."""
+"""Sweeps that a store has recorded: read them as of their last run, and list what they need."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from air_core.specs import SyntheticFeaturesSpec, TrialSpec
 from orchestrator.errors import StoreRefused
 from orchestrator.keys import Stage, artifact_key
 from orchestrator.planning.plan import (
+    fp32_trials,
     known_points,
     moved_slots,
-    moved_trials,
     possible_trials,
     requirements_of,
     slots_of,
@@ -27,11 +27,13 @@ from orchestrator.store.gc import Shards, StoreRequirements, SweepRequirements, 
 
 
 def read_sweep(location: SweepLocation, data_root: Path | None) -> tuple[SweepSpec, SweepLocation]:
-    """A sweep as it was last run: its options then, and its inputs as they were found then.
+    """Read a sweep as of its last run, with the options of that run.
+
+    The returned location has `recorded` set: its inputs are those that the last run resolved.
 
     Raises:
-        ValueError: its file does not mean anything any more.
-        FileNotFoundError: it is not there.
+        ValueError: the recorded sweep file is invalid for this version of airsweep.
+        FileNotFoundError: the sweep has no recorded file.
     """
     origin = read_resolved(location)
     sweep = load_sweep(
@@ -44,99 +46,111 @@ def read_sweep(location: SweepLocation, data_root: Path | None) -> tuple[SweepSp
 
 
 def refuse_running(store: ArtifactStore) -> None:
-    """Nothing may be removed while a sweep runs.
+    """Refuse to remove anything while a sweep runs.
 
     Raises:
-        StoreRefused: names those that do.
+        StoreRefused: sweeps of the store are running; the message names them.
     """
-    busy = []
-    for location in recorded_locations(store):
-        busy += [f"{location.project}/{location.name}"] if location.event_log().is_locked() else []
-    if busy:
-        raise StoreRefused(f"{', '.join(busy)} runs in {store.root} now; wait for it, or stop it")
+    running = [
+        f"{location.project}/{location.name}"
+        for location in recorded_locations(store)
+        if location.event_log().is_locked()
+    ]
+    if running:
+        verb, them = ("runs", "it") if len(running) == 1 else ("run", "them")
+        raise StoreRefused(
+            f"{', '.join(running)} {verb} in {store.root} now; wait for {them}, or stop {them}"
+        )
 
 
 def all_requirements(store: ArtifactStore, data_root: Path | None) -> StoreRequirements:
-    """What the recorded sweeps of a store need."""
-    asked, unread = [], {}
+    """List the artifacts that the recorded sweeps of a store need."""
+    readable, unread = [], {}
     for location in recorded_locations(store):
         name = f"{location.project}/{location.name}"
         try:
-            asked.append(SweepRequirements(name, _asked(*read_sweep(location, data_root))))
+            needed = _needed_by_sweep(*read_sweep(location, data_root))
+            readable.append(SweepRequirements(name, needed))
         except (ValueError, OSError) as problem:
             unread[name] = str(problem).partition("\n")[0]
-    return StoreRequirements(tuple(asked), unread)
+    return StoreRequirements(tuple(readable), unread)
 
 
-def _asked(sweep: SweepSpec, location: SweepLocation) -> dict[str, Shards]:
-    """What its file asks for, and the results that its ledger says it got.
+def _needed_by_sweep(sweep: SweepSpec, location: SweepLocation) -> dict[str, Shards]:
+    """The artifacts of the cells in a sweep's file and of the results in its event log.
 
-    A run with `--only` does not make the other cells less wanted. Their data may not be here; then
-    it must be sure that nothing was made for them.
+    Cells that the last run left out by `--only` count as well. If their data is missing, their
+    artifacts cannot be listed; this is an error unless it is certain that none were built.
     """
     resolver, event_log = resolver_of(location), location.event_log()
     events = list(event_log.events())
     done = [event for event in events if event["event"] in ("trial_done", "trial_reused")]
-    last = cells_of(sweep)
-    run = {cell.id for cell in last} | {event["cell"] for event in done}
-    known, moved = searches(event_log), moved_slots(event_log)
-    found = [(event["key"][:12], frozenset[tuple[int, int]]()) for event in done]
-    not_here = None
-    whole = cells_of(replace(sweep, grid=sweep.axes)) if sweep.axes else ()
-    for cell in (*last, *(cell for cell in whole if cell not in last)):
+    last_cells = cells_of(sweep)
+    cells_run = {cell.id for cell in last_cells} | {event["cell"] for event in done}
+    state, moved = searches(event_log), moved_slots(event_log)
+    needed = [(event["key"][:12], frozenset[tuple[int, int]]()) for event in done]
+    unlisted = None  # the error of a cell that was not run and whose data is missing
+    every_cell = cells_of(replace(sweep, grid=sweep.axes)) if sweep.axes else ()
+    for cell in (*last_cells, *(cell for cell in every_cell if cell not in last_cells)):
         try:
-            found += _asked_by_cell(cell, sweep, known, moved, resolver)
-        except NotRecorded:  # no run had this cell, so nothing was made for it
+            needed += _needed_by_cell(cell, sweep, state, moved, resolver)
+        except NotRecorded:  # no run had this cell, so nothing was built for it
             continue
         except ValueError as problem:
-            if cell.id in run:
+            if cell.id in cells_run:
                 raise
-            not_here = problem
+            unlisted = problem
     resolver.save()
-    needed = merged(found)
-    made = {e["key"].rpartition("-")[2] for e in events if e["event"] == "artifact_prepared"}
-    if not_here is not None and made - set(needed):  # by `prepare`, perhaps for that cell
-        raise not_here
-    return needed
+    shards = merged(needed)
+    built = {e["key"].rpartition("-")[2] for e in events if e["event"] == "artifact_prepared"}
+    if unlisted is not None and built - set(shards):  # `prepare` may have built it for that cell
+        raise unlisted
+    return shards
 
 
-def _asked_by_cell(
+def _needed_by_cell(
     cell: Cell,
     sweep: SweepSpec,
-    known: Searches,
+    state: Searches,
     moved: Mapping[str, str],
     resolver: Resolver,
 ) -> list[tuple[str, Shards]]:
     assignments = sweep.seeds.assignments()
-    found: list[tuple[str, Shards]] = []
-    more: list[TrialSpec] = []
-    for number, params in known_points(sweep, cell, known, None).items():
+    needed: list[tuple[str, Shards]] = []
+    repeated: list[TrialSpec] = []
+    for number, params in known_points(sweep, cell, state, None).items():
         slots = slots_of(cell, number, params, assignments, resolver, moved)
-        more += moved_trials(slots, moved)
+        repeated += fp32_trials(slots, moved)
         for slot in slots:
-            home = replace(slot.spec, test_dataset=None)  # a prompt that is tested elsewhere
-            found += [(_place(slot.spec), frozenset()), (_place(home), frozenset())]
-    for requirement in requirements_of([*possible_trials([cell], assignments, resolver), *more]):
+            # A trial with another test dataset reads the prompt of the trial without it.
+            trained = replace(slot.spec, test_dataset=None)
+            needed += [(_digest(slot.spec), frozenset()), (_digest(trained), frozenset())]
+    trials = [*possible_trials([cell], assignments, resolver), *repeated]
+    for requirement in requirements_of(trials):
         spec = requirement.spec
         if isinstance(spec, SyntheticFeaturesSpec):
             shards = frozenset(requirement.shards())
-            found += [(_place(spec.images), shards), (_place(spec), shards)]
+            needed += [(_digest(spec.images), shards), (_digest(spec), shards)]
         else:
-            found.append((_place(spec), frozenset()))
-    return found
+            needed.append((_digest(spec), frozenset()))
+    return needed
 
 
-def _place(spec: Stage) -> str:
+def _digest(spec: Stage) -> str:
     return artifact_key(spec).digest[:12]
 
 
 def computed_by(store: ArtifactStore, keys: Iterable[str], but: SweepLocation) -> Counter[str]:
-    """Which other recorded sweeps computed the trials of these keys, and how many each."""
-    wanted, found = set(keys), Counter[str]()
+    """Count the trials of `keys` by the recorded sweep that computed them.
+
+    Args:
+        but: a sweep to leave out.
+    """
+    remaining, counts = set(keys), Counter[str]()
     for location in recorded_locations(store):
         if location.folder == but.folder:
             continue
         done = {e["key"] for e in location.event_log().events() if e["event"] == "trial_done"}
-        found[f"{location.project}/{location.name}"] += len(done & wanted)
-        wanted -= done
-    return +found
+        counts[f"{location.project}/{location.name}"] += len(done & remaining)
+        remaining -= done
+    return +counts

@@ -1,6 +1,7 @@
-"""Names from outside become content digests before anything is hashed.
+"""Resolve the names of datasets and weights to digests of their files.
 
-Digests of files are cached by (path, size, mtime), so planning reads no weights twice.
+Digests of files are cached by path, size and modification time, so planning reads unchanged weights
+only once.
 """
 
 from __future__ import annotations
@@ -40,13 +41,13 @@ from orchestrator.store.code_version import unlisted_versions
 from orchestrator.store.verification import read_cache
 
 
-class NotThere(ValueError):
-    """Weights or images that a spec names are not there."""
+class MissingInput(ValueError):
+    """Weights or images that a sweep names are missing."""
 
 
 @dataclass(frozen=True)
 class DatasetInput:
-    """A dataset: the digest of its content, its classes and its template."""
+    """A resolved dataset: the digest of its content, its class names and its template."""
 
     ref: Ref
     classnames: tuple[str, ...]
@@ -55,12 +56,12 @@ class DatasetInput:
 
 @dataclass
 class Resolver:
-    """Refs for the names of one sweep.
+    """Resolves the names in one sweep to Refs, each of which has a name and a digest.
 
     Args:
-        cache: a JSON file for digests.
+        cache: JSON file with the digests of files.
         data_root: folder of real datasets.
-        versions: of the code of an earlier run, by part; None: of the code here.
+        versions: code versions of an earlier run, by part; None: those of the installed code.
     """
 
     cache: Path
@@ -68,18 +69,18 @@ class Resolver:
     versions: Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
-        # Stamp and digest by path; an entry of another shape is one of an earlier version.
+        # Stamp and digest by path. Entries of earlier versions have another shape and never match.
         self._digests: dict[str, list[Any]] = read_cache(self.cache, _entries, {})
-        self._known = dict(self._digests)
+        self._saved = dict(self._digests)
         self._refs: dict[tuple[str, str], Ref] = {}
         self._datasets: dict[str, DatasetInput] = {}
-        self._labels: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # and parts, of a dataset
-        self._split: set[tuple[str, SplitSettings]] = set()  # those that can be made
+        self._labels: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # labels, parts by dataset
+        self._checked_splits: set[tuple[str, SplitSettings]] = set()
         self._code: dict[str, str] = {}
-        self._ready: dict[str, tuple[int, str]] = {}  # fewest images, and of which class
+        self._smallest: dict[str, tuple[int, str]] = {}  # class of the fewest images, by folder
 
     def trial(self, flat: dict[str, Any]) -> TrialSpec:
-        """A TrialSpec from a flat dict that still has names.
+        """Build a TrialSpec from a flat dict of settings with names of inputs.
 
         Raises:
             ValueError: weights or images are missing, or too few.
@@ -96,34 +97,38 @@ class Resolver:
             datasets.append(self.named(flat["test_dataset"]))
             refs["test_dataset"] = datasets[-1].ref
         trial = from_flat(flat, refs, dataset.classnames)
-        trial = replace(trial, code=self.code([one.ref.name for one in datasets]))
-        # Where no images are used, the generator need not be there.
+        trial = replace(trial, code=self.code([dataset.ref.name for dataset in datasets]))
+        # A trial without images does not need the generator, which may be missing.
         if uses_images(trial):
             trial = replace(trial, generator=self.weights("generator", flat["generator"]))
         self.check(trial, datasets)
         return trial
 
     def check(self, trial: TrialSpec, datasets: Sequence[DatasetInput]) -> None:
-        """
+        """Check that the inputs of a trial are sufficient.
+
         Raises:
             ValueError: a class name is too long, images are too few, or a LoRA does not fit the
                 generator.
         """
         learned = trial.prompt.length if trial.modality == "text" and trial.iterations else 0
-        for one in datasets:
-            check_room(trial.backbone.name, one.classnames, one.template, learned)
+        for dataset in datasets:
+            check_room(trial.backbone.name, dataset.classnames, dataset.template, learned)
         if trial.paradigm == "ssl":
-            self._labels_enough(get_dataset(trial.dataset.name), trial.split)
+            self._check_split(get_dataset(trial.dataset.name), trial.split)
         if uses_images(trial):
             if trial.generator.name.startswith("folder:"):
-                self._enough(trial.generator.name, trial)
+                self._check_ready_images(trial.generator.name, trial)
             elif trial.lora is not None:
                 check_lora_fits(generator_folder(trial.generator.name))
 
-    def _labels_enough(self, dataset: Dataset, split: SplitSettings) -> None:
-        """Before images are drawn for a split that cannot be made."""
-        known = (dataset.name, split)
-        if known in self._split:
+    def _check_split(self, dataset: Dataset, split: SplitSettings) -> None:
+        """Check that every class has enough images for the split.
+
+        Raises:
+            ValueError: a class has too few.
+        """
+        if (dataset.name, split) in self._checked_splits:
             return
         if dataset.name not in self._labels:
             examples = dataset.load(self.data_root)
@@ -133,30 +138,42 @@ class Resolver:
         except TooFewImages as problem:
             name = dataset.classnames[problem.class_index]
             raise ValueError(f"{dataset.name}: {problem}; it is {name!r}") from problem
-        self._split.add(known)
+        self._checked_splits.add((dataset.name, split))
 
-    def _enough(self, name: str, trial: TrialSpec) -> None:
-        """A folder of ready images has what the trial reads."""
-        if name not in self._ready:
+    def _check_ready_images(self, name: str, trial: TrialSpec) -> None:
+        """Check that a folder of ready images has as many per class as the trial reads.
+
+        Raises:
+            MissingInput: a class has too few.
+        """
+        if name not in self._smallest:
             files = class_files(images_folder(name), trial.classnames)
-            self._ready[name] = min((len(of), c) for c, of in files.items())
-        fewest, classname = self._ready[name]
+            self._smallest[name] = min(
+                (len(paths), classname) for classname, paths in files.items()
+            )
+        fewest, classname = self._smallest[name]
         if fewest < trial.images_per_class:
-            raise NotThere(
-                f"generator {name!r}: class {classname!r} has {fewest} images there, but "
-                f"images_per_class is {trial.images_per_class}; add some or ask for fewer"
+            raise MissingInput(
+                f"generator {name!r}: class {classname!r} has {fewest} images, but "
+                f"images_per_class is {trial.images_per_class}; add images, or lower "
+                "images_per_class"
             )
 
     def code(self, datasets: Sequence[str]) -> CodeVersions:
-        """The versions of the code that no recipe number covers."""
+        """Code versions, by part, that no recipe number covers, for trials on these datasets."""
         if self.versions is not None:
             return tuple(self.versions.items())
-        found = unlisted_versions(*map(reader_of, datasets))
-        self._code |= found
-        return found
+        versions = unlisted_versions(*map(reader_of, datasets))
+        self._code |= versions
+        return versions
 
     def named(self, name: str) -> DatasetInput:
-        """A dataset by name. Raises as `get_dataset`, and where its files are missing."""
+        """Resolve a dataset by name.
+
+        Raises:
+            ValueError: no dataset has this name.
+            MissingInput: a file of the dataset is missing.
+        """
         if name not in self._datasets:
             dataset = get_dataset(name)
             ref = self.dataset(dataset)
@@ -164,16 +181,17 @@ class Resolver:
         return self._datasets[name]
 
     def dataset(self, dataset: Dataset) -> Ref:
-        known = ("dataset", dataset.name)
-        if known not in self._refs:
-            self._refs[known] = self.content(dataset)
-        return self._refs[known]
+        """Resolve a dataset, once for each name."""
+        key = ("dataset", dataset.name)
+        if key not in self._refs:
+            self._refs[key] = self.content(dataset)
+        return self._refs[key]
 
     def content(self, dataset: Dataset) -> Ref:
-        """A dataset as its files are now, whatever was found before."""
-        found = dataset.files(self.data_root)
+        """Resolve a dataset from its files as they are now, even if it was resolved before."""
+        files = dataset.files(self.data_root)
         content = {
-            "files": list(zip(_places(found), self._file_digests(found), strict=True)),
+            "files": list(zip(_relative_paths(files), self._file_digests(files), strict=True)),
             "classnames": dataset.classnames,
             "template": dataset.template,
             "recipe": dataset.recipe,
@@ -181,93 +199,95 @@ class Resolver:
         return Ref(name=dataset.name, digest=digest(content))
 
     def inputs(self) -> dict[str, Any]:
-        """All that was resolved so far, as plain data for `RecordedResolver`."""
+        """Everything that was resolved so far, as plain data for `RecordedResolver`."""
         weights = ((role, ref) for (role, _), ref in self._refs.items() if role != "dataset")
         return {
-            "datasets": {name: asdict(target) for name, target in self._datasets.items()},
+            "datasets": {name: asdict(dataset) for name, dataset in self._datasets.items()},
             "weights": {f"{role} {ref.name}": ref.digest for role, ref in weights},
             "code": self._code,
         }
 
     def weights(self, role: str, name: str) -> Ref:
-        """A backbone or generator.
+        """Resolve a backbone or generator, once for each name.
 
         Raises:
-            NotThere: nothing of that name is here; says what is allowed.
-            ValueError: a file is cut off, as one that was copied in part.
+            MissingInput: no weights of this name exist; the message lists what is allowed.
+            ValueError: a file is truncated, such as after an incomplete copy.
         """
         if (role, name) not in self._refs:
             self._refs[role, name] = self.weights_content(role, name)
         return self._refs[role, name]
 
     def weights_content(self, role: str, name: str) -> Ref:
-        """The same as the files are now, whatever was found before."""
+        """Resolve weights from their files as they are now, even if they were resolved before."""
         try:
-            folder, found = read_from(role, name)
+            folder, files = input_files(role, name)
             settings = weights_settings(name) if role == "backbone" else {}
         except ValueError as problem:
-            raise NotThere(str(problem)) from None
-        locations = [str(path.relative_to(folder)) for path in found]
-        content: dict[str, Any] = dict(zip(locations, self._file_digests(found), strict=True))
-        if settings:  # the same file is another model under another architecture
+            raise MissingInput(str(problem)) from None
+        paths = [str(file.relative_to(folder)) for file in files]
+        content: dict[str, Any] = dict(zip(paths, self._file_digests(files), strict=True))
+        if settings:  # with another architecture, the same file is another model
             content = {"files": content, "settings": settings}
         return Ref(name=name, digest=digest(content))
 
     def save(self) -> None:
-        """Keep the digests for the next start."""
-        if self._digests != self._known:
+        """Write the digests of files to the cache, for the next process."""
+        if self._digests != self._saved:
             self.cache.parent.mkdir(parents=True, exist_ok=True)
             try:
                 write_whole(self.cache, sealed_json(self._digests))
             except OSError as problem:
-                if not no_room(problem):  # then the next start reads the files again
+                if not no_room(problem):  # a full disk: the next process reads the files again
                     raise
-            self._known = dict(self._digests)
+            self._saved = dict(self._digests)
 
     def _file_digests(self, paths: Sequence[Path]) -> list[str]:
-        found = []
+        digests = []
         for path in paths:
             if not path.is_file():
-                raise NotThere(f"{path} is not there")
+                raise MissingInput(f"{path} does not exist")
             name = str(path.resolve())
             stamp = [*file_stamp(path)]
-            known = self._digests.get(name)
-            if known is None or known[:-1] != stamp:
+            entry = self._digests.get(name)
+            if entry is None or entry[:-1] != stamp:
                 check_whole(path)
-                known = [*stamp, file_digest(path)]
-                self._digests[name] = known
-            found.append(str(known[-1]))
-        return found
+                entry = [*stamp, file_digest(path)]
+                self._digests[name] = entry
+            digests.append(str(entry[-1]))
+        return digests
 
 
 class RecordedResolver(Resolver):
-    """Gives the digests and class names that a sweep's last run found, and looks at no file.
+    """Resolves names to the digests and class names of a sweep's last run, and reads no files.
 
     Args:
-        inputs: what `Resolver.inputs` gave then.
+        inputs: `Resolver.inputs` of that run.
     """
 
     def __init__(self, inputs: Mapping[str, Any]) -> None:
         self._recorded = {
-            name: DatasetInput(Ref(**of["ref"]), tuple(of["classnames"]), of["template"])
-            for name, of in inputs["datasets"].items()
+            name: DatasetInput(Ref(**entry["ref"]), tuple(entry["classnames"]), entry["template"])
+            for name, entry in inputs["datasets"].items()
         }
         self._weights: Mapping[str, str] = inputs["weights"]
         self.versions = inputs.get("code", {})
 
     def named(self, name: str) -> DatasetInput:
-        """
+        """Look up a dataset.
+
         Raises:
-            NotRecorded: no run has used it.
+            NotRecorded: no run of the sweep has used the dataset.
         """
         if name not in self._recorded:
             raise NotRecorded(f"no run of this sweep has used the dataset {name}")
         return self._recorded[name]
 
     def weights(self, role: str, name: str) -> Ref:
-        """
+        """Look up weights.
+
         Raises:
-            NotRecorded: no run has used them.
+            NotRecorded: no run of the sweep has used the weights.
         """
         digest = self._weights.get(f"{role} {name}")
         if digest is None:
@@ -275,37 +295,43 @@ class RecordedResolver(Resolver):
         return Ref(name=name, digest=digest)
 
     def check(self, trial: TrialSpec, datasets: Sequence[DatasetInput]) -> None:
-        """What was run fits."""
+        """Do nothing: the last run checked its trials."""
 
     def save(self) -> None:
-        """Nothing was digested."""
+        """Do nothing: no file was read."""
 
 
 class NotRecorded(ValueError):
     """A dataset or weights that no run of a sweep has used."""
 
 
-def _entries(kept: dict[str, Any]) -> dict[str, list[Any]]:
-    return {path: [*entry] for path, entry in kept.items()}
+def _entries(plain: dict[str, Any]) -> dict[str, list[Any]]:
+    return {path: [*entry] for path, entry in plain.items()}
 
 
-def _places(files: Sequence[Path]) -> list[str]:
-    """Files by their place below what they have in common: folders may be classes, and where the
-    whole of it lies does not matter."""
+def _relative_paths(files: Sequence[Path]) -> list[str]:
+    """Paths of files below their common folder.
+
+    Folder names count, since they may be classes; the location of the common folder does not.
+    """
     common = os.path.commonpath([file.parent for file in files])
     return [str(file.relative_to(common)) for file in files]
 
 
-def read_from(role: str, name: str) -> tuple[Path, list[Path]]:
-    """All files that make up weights or ready images, and the folder that they are in."""
+def input_files(role: str, name: str) -> tuple[Path, list[Path]]:
+    """The folder and all files of weights or ready images.
+
+    Raises:
+        ValueError: the files are missing.
+    """
     if role == "backbone":
-        found = weights_files(name)
-        return Path(os.path.commonpath([path.parent for path in found])), found
+        files = weights_files(name)
+        return Path(os.path.commonpath([file.parent for file in files])), files
     folder = images_folder(name)
     if not name.startswith("folder:"):
         return folder, generator_files(folder)
     if not folder.is_dir():
-        raise ValueError(f"generator {name!r}: {folder} is not there; allowed: {GENERATORS}")
+        raise ValueError(f"generator {name!r}: {folder} does not exist; allowed: {GENERATORS}")
     return folder, sorted(path for path in folder.rglob("*") if path.is_file())
 
 
@@ -313,23 +339,23 @@ GENERATORS = f"{PIPELINES}, or folder:<path> of ready images"
 
 
 def images_folder(generator: str) -> Path:
-    """Where a generator lies: a diffusers folder, or one of ready images."""
+    """Folder of a generator: a diffusers pipeline, or ready images."""
     if generator.startswith("folder:"):
         return Path(generator.removeprefix("folder:")).expanduser().absolute()
     return generator_folder(generator)
 
 
 def text_digest(text: str) -> str:
-    """12 hex digits of a text, such as a sweep file."""
+    """Digest of a text, such as a sweep file, as 12 hex digits."""
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 
 def resolver_of(location: SweepLocation) -> Resolver:
-    """The resolver of a sweep's inputs; where the place is `recorded`, by recorded digests."""
+    """The resolver for a sweep's inputs. For a `recorded` location, it reads recorded digests."""
     cache = location.store.root / "digests.json"
     if location.recorded:
         with suppress(FileNotFoundError):
             inputs = read_resolved(location).get("inputs")
-            # Earlier versions of airsweep recorded none.
+            # Earlier versions of airsweep recorded no inputs.
             return RecordedResolver(inputs) if inputs else Resolver(cache, location.data_root, {})
     return Resolver(cache, location.data_root)

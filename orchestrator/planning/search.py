@@ -1,12 +1,14 @@
-"""Which point next: one Optuna study per cell, asked in rounds. Knows no Ray.
+"""Search: one Optuna study per cell, which suggests points in rounds. Uses no Ray.
 
-A round's points are asked before any of it is told, each by a sampler seeded with the search
-seed, the cell, the round and the place in it; results are told in the order of the points. So a
-sweep that was killed anywhere goes on with the points of an undisturbed one. A study of a changed
-space starts with the points that are carried into it (`orchestrator.planning.studies`).
+All points of a round are suggested before any objective of the round is recorded. The sampler of
+each point is seeded with the search seed, the cell, the round and the index in the round, and
+objectives are recorded in the order of the points. So a sweep that is killed at any time resumes
+with the points that it would have had without the kill. A study of a changed space starts with the
+points that are carried into it (`orchestrator.planning.studies`).
 
-A study is in memory. It is made from the event log when a run starts, and what it is told is copied
-for `optuna-dashboard` to a file of the sweep or a team's Postgres, which no search reads.
+A study is kept in memory and rebuilt from the event log when a run starts. For `optuna-dashboard`,
+its points and objectives are copied to a file of the sweep or to the Postgres database of a team.
+Searches never read this copy.
 """
 
 from __future__ import annotations
@@ -52,80 +54,86 @@ from orchestrator.spec.space import (
 from orchestrator.spec.sweep import JOURNAL, Search
 from orchestrator.store import EventLog
 
-TRIES = 8  # at a point that was not asked before: one that was has nothing new to tell
-STARTUP_POINTS = 4  # of TPE below 30 points; its own default of 10 would leave little to model
+ATTEMPTS = 8  # to sample a point that is new, or to connect while the tables are being created
+STARTUP_POINTS = 4  # random points of TPE in searches below 30 points; Optuna's default is 10
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 log = logging.getLogger(__name__)
 
 
 def open_storage(path: Path) -> JournalStorage:
-    """The file of a sweep's studies."""
+    """Open the file that a sweep's studies are copied to."""
     return JournalStorage(JournalFileBackend(str(path)))
 
 
-# Mistakes of the user; anything else may pass by itself.
-MISTAKES = ("authentication failed", "no password supplied", "does not exist", "permission denied")
+# Errors that need a change by the user; other errors may be temporary.
+USER_ERRORS = (
+    "authentication failed",
+    "no password supplied",
+    "does not exist",
+    "permission denied",
+)
 
 
 def open_database(uri: str) -> RDBStorage:
-    """The studies of a team.
+    """Open the database that the studies of a team are copied to.
 
     A driver holds one connection while it copies a round, and none while trials run.
 
     Args:
-        uri: `postgresql://...` without a password; libpq looks for one in PGPASSWORD, PGPASSFILE
-            and ~/.pgpass.
+        uri: `postgresql://...` without a password; libpq reads the password from PGPASSWORD,
+            PGPASSFILE or ~/.pgpass.
 
     Raises:
-        ValueError: it rejects the login, or does not exist.
-        StudiesAway: it does not answer.
+        ValueError: the database rejects the login or does not exist.
+        StudiesAway: the database is unreachable.
     """
     from sqlalchemy.exc import DBAPIError
 
-    # With the driver named: which one is meant without depends on the version of SQLAlchemy.
+    # Name the driver, since the default depends on the version of SQLAlchemy.
     address = uri.replace("postgresql://", "postgresql+psycopg://", 1)
     options = {"pool_size": 1, "max_overflow": 1, "connect_args": {"connect_timeout": 10}}
-    for attempt in range(TRIES):
+    for attempt in range(ATTEMPTS):
         try:
             storage = RDBStorage(address, engine_kwargs=options)
             storage.engine.dispose()
             return storage
         except ImportError as missing:
             raise ValueError(
-                "search.storage needs psycopg, which is not here: pip install 'airsweep[postgres]'"
+                "search.storage needs psycopg, which is not installed; run "
+                "`pip install 'airsweep[postgres]'`"
             ) from missing
         except (StorageInternalError, DBAPIError) as error:
-            said = _last_line(error)
-            # Two drivers that make the tables at the same time: one of them finds them made.
+            reason = _root_cause(error)
+            # Two drivers created the tables at the same time: the slower driver tries again.
             if "already exists" in f"{error}" or "duplicate key" in f"{error}":
                 time.sleep(0.2 * (attempt + 1))
                 continue
-            if any(words in f"{error}" for words in MISTAKES):
+            if any(words in f"{error}" for words in USER_ERRORS):
                 raise ValueError(
-                    f"the studies' database {place_of_database(uri)} rejects the login ({said}); "
+                    f"the studies' database {database_address(uri)} rejects the login ({reason}); "
                     "set PGPASSWORD or write ~/.pgpass, and check that the database exists"
                 ) from error
-            raise StudiesAway(_away(uri, said)) from error
-    raise StudiesAway(_away(uri, "others are making its tables"))
+            raise StudiesAway(_unreachable(uri, reason)) from error
+    raise StudiesAway(_unreachable(uri, "other drivers are creating its tables"))
 
 
-def place_of_database(uri: str) -> str:
+def database_address(uri: str) -> str:
     """Server and database of a URI, for messages.
 
-    >>> place_of_database("postgresql://ada@db.example:5432/studies?sslmode=require")
+    >>> database_address("postgresql://ada@db.example:5432/studies?sslmode=require")
     'db.example:5432/studies'
     """
     parts = urlsplit(uri)
     return f"{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
-def _away(uri: str, said: str) -> str:
-    return f"the studies' database {place_of_database(uri)} does not answer ({said})"
+def _unreachable(uri: str, reason: str) -> str:
+    return f"the studies' database {database_address(uri)} is unreachable ({reason})"
 
 
-def _last_line(error: BaseException) -> str:
-    """What libpq says; what is around it is SQLAlchemy's."""
+def _root_cause(error: BaseException) -> str:
+    """First line of the message of libpq, which SQLAlchemy and Optuna wrap."""
     cause = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
@@ -136,50 +144,51 @@ def _last_line(error: BaseException) -> str:
 def open_searches(
     plan: Plan, event_log: EventLog, journal: Path, owner: tuple[str, ...] = ()
 ) -> dict[str, CellSearch]:
-    """A search for each cell that has a space. Call it only as the sweep's one driver.
+    """Open a search for each cell that has a search space.
 
-    What a study takes over is in the ledger before the study is fed.
+    Only the driver that holds the lock of the sweep may call this function: it writes to the event
+    log. The carried points of a study are logged before the study uses them.
 
     Args:
-        journal: where studies are copied to that are in no database.
-        owner: store, project and sweep; tells apart the studies of a database.
+        journal: file that studies are copied to unless `search.storage` names a database.
+        owner: store, project and sweep; distinguishes the studies in a database.
     """
     search = plan.sweep.search
     assert search is not None
     searched = [cell for cell in plan.cells if cell.space]
-    found = searches(event_log)
+    state = searches(event_log)
     for cell in searched:
-        starts = plan.openings.get(cell.id)
-        if starts is not None:
+        start = plan.study_starts.get(cell.id)
+        if start is not None:
             event_log.append(
                 "study_opened",
                 cell=cell.id,
-                study=starts.study,
+                study=start.study,
                 method=cell.method,
                 sampler=search.sampler,
                 seed=search.seed,
                 settings=cell.flat,
-                carried=[asdict(one) for one in starts.carried],
-                left_out=starts.left_out,
+                carried=[asdict(point) for point in start.carried],
+                left_out=start.left_out,
             )
-        elif found.current.get(cell.id, study := study_name(cell, search)) != study:
+        elif state.current.get(cell.id, study := study_name(cell, search)) != study:
             event_log.append("study_resumed", cell=cell.id, study=study)
-    found, prefix = searches(event_log), ""
+    state, prefix = searches(event_log), ""
     if search.storage == JOURNAL:
-        for earlier in (journal, Path(f"{journal}.lock")):
-            earlier.unlink(missing_ok=True)
+        for old_file in (journal, Path(f"{journal}.lock")):
+            old_file.unlink(missing_ok=True)
         storage: BaseStorage = open_storage(journal)
     else:
         storage = open_database(search.storage)
-        prefix = f"{_own_name(event_log, owner)}/"
-    return {cell.id: CellSearch(cell, search, found, storage, prefix) for cell in searched}
+        prefix = f"{_study_prefix(event_log, owner)}/"
+    return {cell.id: CellSearch(cell, search, state, storage, prefix) for cell in searched}
 
 
-def _own_name(event_log: EventLog, owner: tuple[str, ...]) -> str:
-    """What the studies of this sweep begin with in a database that many share.
+def _study_prefix(event_log: EventLog, owner: tuple[str, ...]) -> str:
+    """Prefix of the names of this sweep's studies in a shared database.
 
-    A sweep that was removed and starts again, and a copy of a store, have a name of their own:
-    their studies are made from their ledger under it.
+    The event log records a new prefix for each owner. So a copy of a store, or a sweep that was
+    removed and started again, does not overwrite the studies of the original.
     """
     for event in event_log.events():
         if event["event"] == "studies_named" and event["owner"] == list(owner):
@@ -190,20 +199,20 @@ def _own_name(event_log: EventLog, owner: tuple[str, ...]) -> str:
 
 
 class CellSearch:
-    """The points of one cell, round after round.
+    """The search of one cell: suggests points in rounds and records their objectives.
 
     Args:
-        found: what the event log knows of searches.
-        storage: takes a copy of the points and their values.
+        state: searches of the sweep so far, from the event log.
+        storage: where the points and their objectives are copied to.
         prefix: of the study's name in a storage that sweeps share.
-        sampler: makes the sampler of one ask from its seed.
+        sampler: returns the sampler of one point, given its seed.
     """
 
     def __init__(
         self,
         cell: Cell,
         search: Search,
-        found: Searches,
+        state: Searches,
         storage: BaseStorage | None = None,
         prefix: str = "",
         sampler: Callable[[Search, int], BaseSampler] | None = None,
@@ -212,41 +221,46 @@ class CellSearch:
         self._sampler = sampler or make_sampler
         self._storage, self._name = storage, prefix + study_name(cell, search)
         self._copy: optuna.Study | None = None
-        self.study = optuna.create_study(direction="maximize")  # of points that ended
-        self._params: dict[int, dict[str, Any]] = {}  # of all points that were asked
-        self._open: list[int] = []  # those that have not ended
-        self._values: dict[int, float] = {}  # objectives of those that ran to their end
+        self.study = optuna.create_study(direction="maximize")  # only has points that ended
+        self._params: dict[int, dict[str, Any]] = {}  # settings of all suggested points
+        self._open: list[int] = []  # points that have not ended
+        self._values: dict[int, float] = {}  # objectives of points that ran to their end
         self._carried: set[int] = set()
-        # What earlier runs have told comes first. A point that failed is tried again, once; one
-        # that lacks trials (there is a new seed) gets them; the rest is in the store.
+        # The first round repeats all points of earlier runs: failed points run once more, and
+        # points run for seeds that were added since. The store has all their other trials.
         self._earlier: list[Point] = []
-        self._restore(found)
-        self._share()
+        self._restore(state)
+        self._copy_to_storage()
 
     def next_round(self) -> list[Point]:
-        """The points of the next round, those that a killed driver had asked among them; empty
-        when the cell has had all its points, or `patience` is at its end."""
+        """Suggest the points of the next round.
+
+        The round includes points that a killed driver had suggested.
+
+        Returns:
+            No points once the cell has had all its points, or `patience` has run out.
+        """
         if self._earlier:
             return list(self._earlier)
         total = self._total()
         points = [Point(number, self._params[number]) for number in self._open if number < total]
         if not points and self._exhausted():
             return []
-        # A round that a killed driver has told in part is still that round.
+        # A killed driver may have recorded a part of a round; the rest belongs to the same round.
         first = points[0].number if points else len(self._params)
         end = min((first // self.search.width + 1) * self.search.width, total)
-        return points + [self._ask(number) for number in range(len(self._params), end)]
+        return points + [self._suggest(number) for number in range(len(self._params), end)]
 
-    def tell_round(
+    def record_round(
         self,
         values: Mapping[int, float | None],
         stopped: Mapping[int, tuple[int, float]] = MappingProxyType({}),
     ) -> None:
-        """What became of the points of a round; values that were told before stay.
+        """Record the end of the points of a round; a recorded objective never changes.
 
         Args:
             values: objectives by point number; None: the point failed.
-            stopped: points that were pruned: after which iteration, and their objective there.
+            stopped: (iteration, objective at it) of the pruned points, by number.
         """
         for number in list(self._open):
             if number in stopped:
@@ -254,25 +268,25 @@ class CellSearch:
             elif number in values:
                 self._end(number, values[number])
         self._earlier = []
-        self._share()
+        self._copy_to_storage()
 
-    def _restore(self, found: Searches) -> None:
-        """The study as the event log knows it, in the order in which points ended."""
+    def _restore(self, state: Searches) -> None:
+        """Rebuild the study from the event log, in the order in which points ended."""
         study = study_name(self.cell, self.search)
-        told, pruned = found.told.get(study, {}), found.pruned.get(study, {})
-        known = found.known(self.cell, self.search, None)
+        values, pruned = state.values.get(study, {}), state.pruned.get(study, {})
+        known = state.known(self.cell, self.search, None)
         for number in range(max(known, default=-1) + 1):
             if number in known:
                 self._params[number] = known[number]
                 self._open.append(number)
-            else:  # the default, where points are carried
-                self._ask(number)
-        for one in found.carried.get(study, ()):
-            number = next(n for n, params in known.items() if params == one.params)
+            else:  # number 0: the carried points do not include the default
+                self._suggest(number)
+        for point in state.carried.get(study, ()):
+            number = next(n for n, params in known.items() if params == point.params)
             self._carried.add(number)
             if number in self._open:
-                self._end(number, one.value)
-        for number, value in told.items():
+                self._end(number, point.value)
+        for number, value in values.items():
             if value is not None and number in self._open:
                 self._end(number, value)
             elif number in pruned and number in self._open:
@@ -280,7 +294,7 @@ class CellSearch:
         self._earlier = [
             Point(number, params, told=True)
             for number, params in self._params.items()
-            if number < self._total() and (number in told or number in self._carried)
+            if number < self._total() and (number in values or number in self._carried)
         ]
 
     def _end(self, number: int, value: float | None) -> None:
@@ -294,7 +308,7 @@ class CellSearch:
         self._add(number, state=TrialState.PRUNED, value=value, intermediate_values=rungs)
 
     def _add(self, number: int, **outcome: Any) -> None:
-        """Let the study know of a point that ended."""
+        """Add a point that ended to the study."""
         self._open.remove(number)
         params = self._params[number]
         distributions = {d.key: _distribution(d) for d in self.cell.space if d.key in params}
@@ -304,25 +318,27 @@ class CellSearch:
         )
         self.study.add_trial(trial)
 
-    def _share(self) -> None:
-        """Copy the points and their values. A database that does not answer gets them after a
-        later round."""
+    def _copy_to_storage(self) -> None:
+        """Copy the points and their objectives.
+
+        If the database is unreachable, the copy after a later round includes these points.
+        """
         if not isinstance(self._storage, RDBStorage):
-            self._copy_told()
+            self._copy_ended_points()
             return
         from sqlalchemy.exc import DBAPIError
 
         try:
-            self._copy_told()
-            self._storage.engine.dispose()  # trials have no need of the connection
+            self._copy_ended_points()
+            self._storage.engine.dispose()  # no connection is needed while trials run
         except (StorageInternalError, DBAPIError) as error:
-            self._copy = None  # what came through is not known
+            self._copy = None  # the copy may be incomplete: the next copy starts anew
             log.warning(
-                "%s; the search goes on, and its next round is copied with what is missing",
-                _away(self.search.storage, _last_line(error)),
+                "%s; the search continues, and the copy after its next round includes this one",
+                _unreachable(self.search.storage, _root_cause(error)),
             )
 
-    def _copy_told(self) -> None:
+    def _copy_ended_points(self) -> None:
         if self._storage is None:
             return
         if self._copy is None:
@@ -331,13 +347,13 @@ class CellSearch:
             self._copy = optuna.create_study(
                 study_name=self._name, storage=self._storage, direction="maximize"
             )
-        there = {t.user_attrs["point"] for t in self._copy.get_trials(deepcopy=False)}
+        copied = {t.user_attrs["point"] for t in self._copy.get_trials(deepcopy=False)}
         for trial in self.study.get_trials(deepcopy=False):
-            if trial.user_attrs.get("point", -1) not in {-1, *there}:
+            if trial.user_attrs.get("point", -1) not in {-1, *copied}:
                 self._copy.add_trial(trial)
 
     def _exhausted(self) -> bool:
-        """Were the last `patience` points that this study asked all no better than one before?"""
+        """Whether none of the last `patience` points of this study improved the best objective."""
         if self.search.patience is None:
             return False
         values = {number: v for number, v in self._values.items() if number < self._total()}
@@ -345,33 +361,35 @@ class CellSearch:
         after = [number for number in self._params if number > best]
         return len(set(after) - self._carried) >= self.search.patience
 
-    def _ask(self, number: int) -> Point:
-        """All points of a grid are settled; and the default, which comes first."""
+    def _suggest(self, number: int) -> Point:
+        """Suggest a point: of the grid, the default as number 0, or from the sampler."""
         if self.search.sampler == "grid":
-            settled = grid_points(self.cell)[number]
+            params = grid_points(self.cell)[number]
         else:
-            settled = {} if number else default_params(self.cell)
-        self._params[number] = settled or self._drawn(number)
+            params = {} if number else default_params(self.cell)
+        self._params[number] = params or self._sample(number)
         self._open.append(number)
         return Point(number, self._params[number])
 
-    def _drawn(self, number: int) -> dict[str, Any]:
-        """A point that was not asked before, unless the space seems to hold no other."""
-        round_index, place = divmod(number, self.search.width)
-        words = f"{self.search.seed}/{self.cell.id}/{round_index}/{place}"
+    def _sample(self, number: int) -> dict[str, Any]:
+        """Sample a new point; it may repeat an earlier point after ATTEMPTS attempts."""
+        round_index, index = divmod(number, self.search.width)
+        words = f"{self.search.seed}/{self.cell.id}/{round_index}/{index}"
         params: dict[str, Any] = {}
-        for attempt in range(TRIES):
-            # A sampler's state is not kept: seed every ask by where it stands.
+        for attempt in range(ATTEMPTS):
+            # Samplers keep no state between points, so the seed depends on the point's position.
             seed = zlib.crc32((f"{words}/{attempt}" if attempt else words).encode())
-            # One that keeps to its favourite point is helped by chance.
-            stuck = attempt >= TRIES // 2
+            # A sampler that keeps suggesting the same point is replaced by a random one.
+            stuck = attempt >= ATTEMPTS // 2
             sampler = RandomSampler(seed=seed) if stuck else self._sampler(self.search, seed)
             self.study.sampler = sampler
             trial, params = self.study.ask(), {}
             for dimension in self.cell.space:
                 if applies(dimension, self.cell.flat | params):
-                    params[dimension.key] = _suggest(trial, dimension)
-            self.study.tell(trial.number, state=TrialState.FAIL)  # it is added when it ends
+                    params[dimension.key] = _suggest_value(trial, dimension)
+            self.study.tell(
+                trial.number, state=TrialState.FAIL
+            )  # `_add` adds the point when it ends
             if params not in self._params.values():
                 break
         return params
@@ -381,7 +399,7 @@ class CellSearch:
 
 
 def make_sampler(search: Search, seed: int) -> BaseSampler:
-    """The sampler of one ask."""
+    """The sampler of one point."""
     match search.sampler:
         case "tpe":
             startup = STARTUP_POINTS if search.points < 30 else 10
@@ -393,14 +411,14 @@ def make_sampler(search: Search, seed: int) -> BaseSampler:
 def importances(
     space: Sequence[Dimension], points: Sequence[tuple[Mapping[str, Any], float]]
 ) -> dict[str, float]:
-    """Which dimensions the objective depends on, by functional ANOVA (Hutter et al. 2014).
+    """Importance of each dimension for the objective, by functional ANOVA (Hutter et al. 2014).
 
     Args:
         points: settings and objective of each point.
 
     Returns:
-        Shares that sum to 1, the largest first; empty where they cannot be told: fewer than four
-        points, all of one value, or no dimension that all points have.
+        Fractions that sum to 1, the largest first. Empty if importance is undefined: with fewer
+        than four points, equal objectives, or no dimension that all points have.
     """
     values = {value for _, value in points}
     shared = [d for d in space if all(d.key in settings for settings, _ in points)]
@@ -415,7 +433,7 @@ def importances(
     return dict(optuna.importance.get_param_importances(study, evaluator=evaluator))
 
 
-def _suggest(trial: optuna.Trial, dimension: Dimension) -> Any:
+def _suggest_value(trial: optuna.Trial, dimension: Dimension) -> Any:
     key = dimension.key
     match _distribution(dimension):
         case CategoricalDistribution(choices=choices):
@@ -433,6 +451,6 @@ def _distribution(dimension: Dimension) -> BaseDistribution:
     assert low is not None
     assert high is not None
     kind = trial_keys()[dimension.key].type
-    if int in (kind, *get_args(kind)):  # also where it may be null
+    if int in (kind, *get_args(kind)):  # also for an optional integer
         return IntDistribution(int(low), int(high), log=dimension.log)
     return FloatDistribution(low, high, log=dimension.log)

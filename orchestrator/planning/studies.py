@@ -1,9 +1,9 @@
-"""What a sweep's searches asked, and what an edited one takes over. Knows no sampler.
+"""State of a sweep's searches, read from the event log, and edits of a sweep. Uses no sampler.
 
-A changed space is a new study. What earlier studies of the sweep were told, and is a point of the
-new space, is carried into it: the sampler knows it and it counts. The ledger says which points
-there were, the store what they were worth; what is carried is written to the ledger before the
-study is fed, so that a killed driver's successor feeds the same.
+A changed search space starts a new study. Points of earlier studies of the sweep that lie in the
+new space are carried into the new study: its sampler uses them, and they count as points. The event
+log has the settings of these points, and the store has their objectives. The carried points are
+logged before the study uses them, so that a driver that resumes the sweep carries the same points.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from orchestrator.store import ArtifactStore, EventLog
 
 
 @dataclass(frozen=True)
-class Carried:
-    """A point of an earlier study that is one of the new study too."""
+class CarriedPoint:
+    """A point of an earlier study that lies in the space of the new study."""
 
     params: dict[str, Any]
-    value: float  # of the new study's objective
+    value: float  # by the objective of the new study
 
 
 @dataclass(frozen=True)
-class Opening:
-    """A study that starts, or one that an earlier file had and that comes back."""
+class StudyStart:
+    """The start of a study: a new one, or one that an edit of the sweep file brings back."""
 
     study: str
-    carried: tuple[Carried, ...]
-    left_out: int  # earlier points that are none of the new space, or were never computed
+    carried: tuple[CarriedPoint, ...]
+    left_out: int  # earlier points that are outside the new space or have no objective
 
 
 @dataclass(frozen=True)
 class Pruned:
-    """A point that was stopped: after which iteration, and with which objective."""
+    """The end of a pruned point: the iteration after which it stopped, and its objective there."""
 
     rung: int
     value: float
@@ -53,34 +53,47 @@ class Pruned:
 
 @dataclass
 class Searches:
-    """The ledger, folded."""
+    """State of all searches of a sweep."""
 
-    opened: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # by study, last one last
+    opened: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # last event by study
     current: dict[str, str] = field(default_factory=dict)  # study by cell
-    asked: dict[str, dict[int, dict[str, Any]]] = field(default_factory=dict)
-    # Objectives by study and point, as they ended; None: it failed, or was pruned.
-    told: dict[str, dict[int, float | None]] = field(default_factory=dict)
-    carried: dict[str, list[Carried]] = field(default_factory=dict)
-    ended: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # by patience
-    # Objectives by study, rung and point, where it was settled who goes on.
+    # Settings by study and point.
+    suggested: dict[str, dict[int, dict[str, Any]]] = field(default_factory=dict)
+    # Objectives by study and point, in the order of their end; None: the point failed, was pruned.
+    values: dict[str, dict[int, float | None]] = field(default_factory=dict)
+    carried: dict[str, list[CarriedPoint]] = field(default_factory=dict)  # by study
+    ended: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # by patience; event by study
+    # Objectives of the compared points by study, rung and point.
     rungs: dict[str, dict[int, dict[int, float]]] = field(default_factory=dict)
     pruned: dict[str, dict[int, Pruned]] = field(default_factory=dict)  # by study and point
 
     def points(self, cell: Cell, search: Search | None) -> int:
-        """Points of a cell, over all resumes: fewer than asked for where patience ended it."""
+        """Number of points of a cell over all runs; fewer than configured if patience ended it."""
         count = point_count(cell, search)
         if search is None or not cell.space:
             return count
         end = self.ended.get(study_name(cell, search))
         return min(count, end["points"]) if end and end["patience"] == search.patience else count
 
-    def decide(
+    def record_round(
+        self, study: str, values: Mapping[int, float | None], pruned: Iterable[int]
+    ) -> None:
+        """Record the objectives of a round; None: failed or pruned. None is replaced by a value."""
+        recorded = self.values.setdefault(study, {})
+        for number in sorted({*values, *pruned}):
+            value = values.get(number)
+            if number not in recorded or (recorded[number] is None and value is not None):
+                recorded.pop(number, None)  # move it to the end of the order
+                recorded[number] = value
+
+    def record_rung(
         self, study: str, rung: int, values: Mapping[str, float], pruned: Iterable[int]
     ) -> None:
-        """Note who stopped at a rung.
+        """Record a comparison at a rung.
 
         Args:
-            values: objectives of all points that were compared, by number, as JSON has them.
+            values: objectives of all compared points; the numbers are texts, as in JSON.
+            pruned: numbers of the points that stopped here.
         """
         numbered = {int(number): value for number, value in values.items()}
         self.rungs.setdefault(study, {}).setdefault(rung, {}).update(numbered)
@@ -88,7 +101,7 @@ class Searches:
         self.pruned.setdefault(study, {}).update(stopped)
 
     def pruned_of(self, cell: Cell, search: Search | None) -> Mapping[int, Pruned]:
-        """Points of a cell that were stopped, by number."""
+        """The pruned points of a cell by number."""
         if search is None or not cell.space:
             return {}
         return self.pruned.get(study_name(cell, search), {})
@@ -96,10 +109,10 @@ class Searches:
     def rungs_left(
         self, cell: Cell, search: Search | None, number: int, iterations: int
     ) -> list[int]:
-        """The rungs at which a point is still to be compared.
+        """The rungs at which a point has not been compared yet.
 
         Args:
-            iterations: of its trials; after the last one they have their results.
+            iterations: of its trials. There is no comparison after the last iteration.
         """
         if search is None or not cell.space:
             return []
@@ -110,110 +123,111 @@ class Searches:
             if rung < iterations and number not in decided.get(rung, {})
         ]
 
-    def carried_into(self, cell: Cell, search: Search | None, opening: Opening | None) -> list[Any]:
-        """Settings of the points that a study took, or will take, from earlier ones."""
+    def carried_into(
+        self, cell: Cell, search: Search | None, start: StudyStart | None
+    ) -> list[dict[str, Any]]:
+        """Settings of the points that a study has carried, or will carry at its start."""
         if search is None or not cell.space:
             return []
-        every = [
-            *self.carried.get(study_name(cell, search), ()),
-            *(opening.carried if opening else ()),
-        ]
-        return [one.params for one in every]
+        carried = self.carried.get(study_name(cell, search), ())
+        return [point.params for point in (*carried, *(start.carried if start else ()))]
 
-    def known(self, cell: Cell, search: Search, opening: Opening | None) -> dict[int, Any]:
-        """What was asked and what is carried and was not asked yet, by number.
+    def known(self, cell: Cell, search: Search, start: StudyStart | None) -> dict[int, Any]:
+        """Settings of the suggested and the carried points of a cell, by number.
 
-        The numbers of the latter are settled when the study is fed.
+        Carried points without a number get the next free numbers.
         """
-        study = study_name(cell, search)
-        known = dict(self.asked.get(study, {}))
-        carried = self.carried_into(cell, search, opening)
-        waiting = [params for params in carried if params not in known.values()]
-        first = 0 if waiting and waiting[0] == default_params(cell) else 1  # 0 is the default
-        return known | dict(enumerate(waiting, max(known, default=first - 1) + 1))
+        suggested = self.suggested.get(study_name(cell, search), {})
+        carried = self.carried_into(cell, search, start)
+        new = [params for params in carried if params not in suggested.values()]
+        first = 0 if new and new[0] == default_params(cell) else 1  # number 0 is the default
+        return suggested | dict(enumerate(new, max(suggested, default=first - 1) + 1))
 
 
 def searches(event_log: EventLog) -> Searches:
-    """Fold the ledger."""
-    found = Searches()
+    """Read the state of a sweep's searches from its event log."""
+    state = Searches()
     for event in event_log.events():
         if "study" in event and "cell" in event:
-            found.current[event["cell"]] = event["study"]
+            state.current[event["cell"]] = event["study"]
         match event["event"]:
             case "study_opened":
                 study = event["study"]
-                found.opened.pop(study, None)
-                found.opened[study] = event
-                carried = [Carried(one["params"], one["value"]) for one in event["carried"]]
-                found.carried.setdefault(study, []).extend(carried)
+                state.opened.pop(study, None)
+                state.opened[study] = event
+                carried = [CarriedPoint(each["params"], each["value"]) for each in event["carried"]]
+                state.carried.setdefault(study, []).extend(carried)
             case "point_asked":
                 study = event["study"]
-                found.asked.setdefault(study, {})[event["point"]] = event["params"]
-                if event["point"] >= found.ended.get(study, {}).get("points", math.inf):
-                    del found.ended[study]  # a point that failed was mended: it went on
+                state.suggested.setdefault(study, {})[event["point"]] = event["params"]
+                if event["point"] >= state.ended.get(study, {}).get("points", math.inf):
+                    # A failed point was repeated with success, and the search resumed.
+                    del state.ended[study]
             case "round_told":
-                told = found.told.setdefault(found.current.get(event["cell"], ""), {})
                 values = {int(number): value for number, value in event["values"].items()}
-                for number in sorted({*values, *event.get("pruned", ())}):
-                    value = values.get(number)
-                    if number not in told or (told[number] is None and value is not None):
-                        told.pop(number, None)  # one that failed ends now
-                        told[number] = value
+                study = state.current.get(event["cell"], "")
+                state.record_round(study, values, event.get("pruned", ()))
             case "rung_decided":
-                found.decide(event["study"], event["rung"], event["values"], event["pruned"])
+                state.record_rung(event["study"], event["rung"], event["values"], event["pruned"])
             case "search_ended":
-                found.ended[event["study"]] = event
-    return found
+                state.ended[event["study"]] = event
+    return state
 
 
-def opening(
+# ---------------------------------------------------------------- points of earlier studies
+
+
+def study_start(
     cell: Cell,
     search: Search,
     current: Collection[str],
-    found: Searches,
+    state: Searches,
     assignments: Sequence[Mapping[str, int]],
     resolver: Resolver,
     store: ArtifactStore,
-) -> Opening | None:
-    """What the study of a cell starts with; None: it goes on where it stood.
+) -> StudyStart | None:
+    """The start of a cell's study, with the points it carries.
 
     Args:
-        current: the studies of all cells of the sweep; they take nothing from each other.
+        current: studies of all cells of the sweep; these do not carry points into each other.
+
+    Returns:
+        None if the study exists and no other study was opened after it.
     """
     study = study_name(cell, search)
-    order = list(found.opened)
-    after = order[order.index(study) + 1 :] if study in found.opened else order
-    before = [found.opened[name] for name in after if name not in current]
-    before = [event for event in before if _same_search(event, cell, search)]
-    if study in found.opened and not before:
+    order = list(state.opened)
+    later = order[order.index(study) + 1 :] if study in state.opened else order
+    sources = [state.opened[name] for name in later if name not in current]
+    sources = [event for event in sources if _same_search(event, cell, search)]
+    if study in state.opened and not sources:
         return None
-    known = [*found.asked.get(study, {}).values()]
-    known += [one.params for one in found.carried.get(study, ())]
-    carried: list[Carried] = []
+    known = [*state.suggested.get(study, {}).values()]
+    known += [point.params for point in state.carried.get(study, ())]
+    carried: list[CarriedPoint] = []
     seen: set[TrialSpec] = set()
     left_out = 0
-    for settings in _settings(before, found):
+    for settings in _settings(sources, state):
         computation = _computation(settings)
         if computation in seen:
             continue
         seen.add(computation)
-        params = _fitted(cell, settings, computation)
+        params = _as_point(cell, settings, computation)
         if params is None:
             left_out += 1
         elif params not in known:
-            value = _value(cell, params, search.objective, assignments, resolver, store)
+            value = _objective(cell, params, search.objective, assignments, resolver, store)
             if value is None:
                 left_out += 1
             else:
                 known.append(params)
-                carried.append(Carried(params, value))
+                carried.append(CarriedPoint(params, value))
     default = default_params(cell)  # the first point of every study
-    carried.sort(key=lambda one: one.params != default)
-    return Opening(study, tuple(carried), left_out)
+    carried.sort(key=lambda point: point.params != default)
+    return StudyStart(study, tuple(carried), left_out)
 
 
 def _same_search(event: Mapping[str, Any], cell: Cell, search: Search) -> bool:
-    # Another sampler or seed asks for points of its own: that is what it was changed for.
+    # A user who changes the sampler or its seed wants a new set of points.
     return (event["method"], event["sampler"], event["seed"]) == (
         cell.method,
         search.sampler,
@@ -221,17 +235,17 @@ def _same_search(event: Mapping[str, Any], cell: Cell, search: Search) -> bool:
     )
 
 
-def _settings(before: Iterable[Mapping[str, Any]], found: Searches) -> Iterator[dict[str, Any]]:
-    """Every setting of points of earlier studies, in the order in which they were asked."""
-    for event in before:
+def _settings(sources: Iterable[Mapping[str, Any]], state: Searches) -> Iterator[dict[str, Any]]:
+    """Settings of all points of earlier studies, in the order of their suggestion."""
+    for event in sources:
         study = event["study"]
-        asked = [params for _, params in sorted(found.asked.get(study, {}).items())]
-        for params in [*asked, *(one.params for one in found.carried.get(study, ()))]:
+        points = [params for _, params in sorted(state.suggested.get(study, {}).items())]
+        for params in [*points, *(point.params for point in state.carried.get(study, ()))]:
             yield {**event["settings"], **params}
 
 
-def _fitted(cell: Cell, settings: Mapping[str, Any], computation: TrialSpec) -> Any:
-    """Settings as a point of a cell's space; None: they are none."""
+def _as_point(cell: Cell, settings: Mapping[str, Any], computation: TrialSpec) -> Any:
+    """Express settings as a point of a cell's space; None if the space does not hold them."""
     params: dict[str, Any] = {}
     for dimension in cell.space:
         if not applies(dimension, cell.flat | params):
@@ -244,11 +258,11 @@ def _fitted(cell: Cell, settings: Mapping[str, Any], computation: TrialSpec) -> 
 
 
 def _computation(settings: dict[str, Any]) -> TrialSpec:
-    """The same for settings that compute the same, whatever cannot matter."""
+    """A spec that is equal for settings whose trials compute the same."""
     return normalised(from_flat(settings, named_refs(settings), ()))
 
 
-def _value(
+def _objective(
     cell: Cell,
     params: Mapping[str, Any],
     objective: str,
@@ -256,12 +270,15 @@ def _value(
     resolver: Resolver,
     store: ArtifactStore,
 ) -> float | None:
-    """The mean objective over the runs that are there: a new seed must not make it unknown."""
+    """The mean objective of a point over its stored trials; None if the store has none.
+
+    A point keeps its value when the sweep gets another seed, so trials may be missing.
+    """
     trials = [resolver.trial({**cell.flat, **params, **seeds}) for seeds in assignments]
     records = [store.record(spec) for spec in trials if store.has(spec)]
     values = [record["info"]["objectives"].get(objective) for record in records]
-    found = [value for value in values if value is not None and math.isfinite(value)]
-    return fmean(found) if found else None
+    finite = [value for value in values if value is not None and math.isfinite(value)]
+    return fmean(finite) if finite else None
 
 
 # ---------------------------------------------------------------- edited files
@@ -269,65 +286,66 @@ def _value(
 
 @dataclass(frozen=True)
 class Edit:
-    """What becomes of a sweep's trials when its file has changed."""
+    """The effect of an edited sweep file on the sweep's trials."""
 
-    kept: int  # trials that this sweep has and still asks for
-    reused: int  # others that are there already
-    added: int  # to run
-    dropped: int  # trials that are no longer asked for
-    carried: int  # points of a search that are points of the new space, and count
-    left_out: int  # points that are not
+    kept: int  # trials of this sweep that are still part of it
+    reused: int  # other trials that the store has
+    added: int  # trials to run
+    dropped: int  # trials of this sweep that are no longer part of it
+    carried: int  # searched points that lie in the new space, and count
+    left_out: int  # searched points that do not
 
     def __str__(self) -> str:
         text = f"edited: keeps {self.kept} trials, reuses {self.reused}, adds {self.added}"
         if self.dropped:
-            text += f"; {self.dropped} are no longer asked for"
+            text += f"; drops {self.dropped} that are no longer part of the sweep"
         if self.carried or self.left_out:
-            text += f"; of the points searched so far {self.carried} fit the new space and count"
-            text += f", {self.left_out} do not"
+            text += f"; of the searched points {self.carried} fit the new space and count, "
+            text += f"{self.left_out} do not"
         return text
 
 
 def request_digest(sweep: SweepSpec, cells: Sequence[Cell]) -> str:
-    """A digest of the trials that a sweep asks for: a comment or a budget changes nothing."""
+    """Digest of the trials of a sweep; comments and budgets in its file do not change it."""
     search = sweep.search
     studies = [study_name(c, search) if search and c.space else [c.id, c.flat] for c in cells]
     points = search.points if search else 1
     return digest([studies, points, list(sweep.seeds.assignments())])
 
 
-def edit_of(
-    asks: str,
-    there: Sequence[str],
+def edit_since_last_run(
+    request: str,
+    present: Sequence[str],
     ready: int,
     total: int,
-    openings: Iterable[Opening],
+    starts: Iterable[StudyStart],
     event_log: EventLog,
 ) -> Edit | None:
-    """What becomes of a sweep's trials; None: its file asks for what it asked for before.
+    """The effect of an edit since the last run; None if the requested trials are the same.
 
     Args:
-        asks: from `what_it_asks`.
-        there: keys of trials that are asked for and in the store.
-        ready: how many of all that are asked for need not be run.
+        request: from `request_digest`.
+        present: keys of the requested trials that the store has.
+        ready: number of requested trials that need not run.
+        total: number of requested trials.
     """
-    if _asked_before(event_log) in (None, asks):
+    if _last_request(event_log) in (None, request):
         return None
     ended = ("trial_done", "trial_reused")
     own = {event["key"] for event in event_log.events() if event["event"] in ended}
-    kept = sum(key in own for key in there)
-    openings = list(openings)
+    kept = sum(key in own for key in present)
+    starts = list(starts)
     return Edit(
         kept=kept,
         reused=ready - kept,
         added=total - ready,
-        dropped=len(own.difference(there)),
-        carried=sum(len(one.carried) for one in openings),
-        left_out=sum(one.left_out for one in openings),
+        dropped=len(own.difference(present)),
+        carried=sum(len(start.carried) for start in starts),
+        left_out=sum(start.left_out for start in starts),
     )
 
 
-def _asked_before(event_log: EventLog) -> str | None:
-    """The same of the sweep's last run."""
+def _last_request(event_log: EventLog) -> str | None:
+    """`request_digest` of the sweep's last run."""
     starts = [event for event in event_log.events() if event["event"] == "sweep_started"]
     return starts[-1].get("asks") if starts else None

@@ -1,7 +1,7 @@
-"""Device hours and bytes of all that lies in a store, by who made it. Knows no tracker.
+"""Usage of a store: device hours and bytes of its artifacts by user, project, sweep or stage.
 
-An artifact counts once, for whoever made it; who reads it later pays nothing. Work that left
-nothing (a trial that failed, one that was killed) is in no record, and not in here.
+An artifact counts once, for the user and the sweep that built it; reuse by others costs nothing.
+Work without a record, such as that of a failed or killed trial, is not counted.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from orchestrator.store.inventory import UNKNOWN, Inventory, take_inventory
 BY = ("user", "project", "sweep", "stage")
 HOURS = ("gpu_hours", "cpu_hours", "unknown_hours")
 FIGURES = ("made", *HOURS, "untimed", "bytes")
-NOBODY = "(not recorded)"
+NOT_RECORDED = "(not recorded)"
 NAME_WIDTH = 27
 
 
 def usage(store: ArtifactStore, by: str, since: str | None) -> dict[str, Any]:
-    """The contract of `airsweep usage --json`.
+    """The output of `airsweep usage --json`; its keys are a contract.
 
     Args:
         by: one of BY.
-        since: a date, with a time or without; what was made before does not count, nor what has
-            no recorded time.
+        since: an ISO date, with or without a time. Older artifacts are not counted, nor are
+            artifacts without a recorded time.
 
     Raises:
         ValueError: `by` or `since` is not allowed, or there is no store.
     """
     if by not in BY:
-        raise ValueError(f"--by {by}: allowed are {', '.join(BY)}")
+        raise ValueError(f"--by {by} is unknown; allowed: {', '.join(BY)}")
     start = None if since is None else _start(since)
     inventory = take_inventory(store)
     frame = DataFrame(_lines(inventory, store), columns=[*BY, "when", *FIGURES]).astype(
@@ -45,9 +45,9 @@ def usage(store: ArtifactStore, by: str, since: str | None) -> dict[str, Any]:
     )
     if start is not None:
         frame = frame[frame["when"].astype(float) >= start.timestamp()]
-    rows = frame.groupby(by)[[*FIGURES]].sum().assign(nobody=lambda of: of.index == NOBODY)
+    rows = frame.groupby(by)[[*FIGURES]].sum()
     rows = rows.sort_values([*HOURS], ascending=False, kind="stable")
-    rows = rows.sort_values("nobody", kind="stable").drop(columns="nobody")
+    rows = rows.sort_index(key=lambda names: names == NOT_RECORDED, kind="stable")  # as last row
     return {
         "store": inventory.name,
         "by": by,
@@ -62,7 +62,7 @@ def _start(since: str) -> datetime:
         return datetime.fromisoformat(since)
     except ValueError:
         raise ValueError(
-            f"--since {since}: wanted a date such as 2026-03-31, or 2026-03-31T12:00"
+            f"--since {since} is not a date; use a form like 2026-03-31 or 2026-03-31T12:00"
         ) from None
 
 
@@ -70,10 +70,10 @@ def _rounded(row: Mapping[Any, float]) -> dict[str, float]:
     return {name: round(n, 4) if name in HOURS else int(n) for name, n in row.items()}
 
 
-def usage_screen(found: dict[str, Any]) -> str:
-    """The same for people, at most 80 columns."""
-    by, total = found["by"], found["total"]
-    frame = DataFrame([*found["rows"], {by: "total", **total}]).set_index(by)
+def usage_screen(report: dict[str, Any]) -> str:
+    """Format the result of `usage` as a table of at most 80 columns."""
+    by, total = report["by"], report["total"]
+    frame = DataFrame([*report["rows"], {by: "total", **total}]).set_index(by)
     frame.index = frame.index.str.replace(f"^(.{{{NAME_WIDTH - 3}}}).{{4,}}", r"\1...", regex=True)
     shown = {"made": "{:,}".format, **dict.fromkeys(HOURS, _hours), "bytes": size}
     if not total["unknown_hours"]:
@@ -82,9 +82,9 @@ def usage_screen(found: dict[str, Any]) -> str:
     frame = frame[[*shown]].transform(shown).rename(columns={**titles, "unknown_hours": "unknown"})
     screen = [frame.rename_axis(index=None, columns=by).to_string()]
     if total["unknown_hours"]:
-        screen += ["", "unknown: hours of work whose record does not say on what it ran"]
+        screen += ["", "unknown: hours of work whose record does not state the device"]
     if total["untimed"]:
-        screen += ["", f"{total['untimed']:,} of these have no recorded time, and count 0 hours"]
+        screen += ["", f"{total['untimed']:,} of these have no recorded time and count as 0 hours"]
     return "\n".join(screen)
 
 
@@ -98,19 +98,21 @@ def _hours(hours: float) -> str:
     return "< 0.01" if hours < 0.005 else f"{hours:,.2f}"
 
 
-# ---------------------------------------------------------------- what was made
+# ---------------------------------------------------------------- artifacts
 
 
 def _lines(inventory: Inventory, store: ArtifactStore) -> Iterator[dict[str, Any]]:
-    """A line for each artifact, and for each block of images that was drawn. The bytes of a row
-    belong to the user who began it."""
+    """One line for each artifact and for each drawn block of images.
+
+    The bytes of a row of images count for the user who started the row.
+    """
     holdings = {holding.digest: holding for holding in inventory.holdings}
     blocks: Counter[str] = Counter()
-    first: dict[str, tuple[float, str]] = {}  # time, and sweep that had the artifact made first
-    for sweep, user, event in _made(store):
+    first: dict[str, tuple[float, str]] = {}  # earliest time and its sweep, by artifact
+    for sweep, user, event in _build_events(store):
         digest, time, facts = event["key"].rpartition("-")[2][:12], event["time"], event["facts"]
         first[digest] = min(first.get(digest, (time, sweep)), (time, sweep))
-        # A block that another sweep drew has neither.
+        # The event of a block that another sweep drew has neither count.
         drew = event["stage"] == "images" and (facts.get("drawn") or facts.get("holes"))
         if drew and digest in holdings:
             blocks[digest] += 1
@@ -122,13 +124,13 @@ def _lines(inventory: Inventory, store: ArtifactStore) -> Iterator[dict[str, Any
     for digest, holding in holdings.items():
         record, drawn = holding.record, digest
         made, seconds, cpu, gpu = 1, record.get("seconds"), record.get("cpu"), record.get("gpu")
-        if holding.stage == "synthetic":  # made while its images were drawn
+        if holding.stage == "synthetic":  # features, computed while the images were drawn
             drawn = images.get(_identity((record.get("spec") or {}).get("images")), digest)
             made, seconds = 0, 0.0
-        elif holding.stage == "images":  # blocks whose sweep is gone
+        elif holding.stage == "images":  # blocks whose sweep was removed
             made = max(0, len(holding.shards) - blocks[digest])
             seconds = None if made else 0.0
-        elif cpu is None and gpu is None:  # earlier versions noted the device of a trial alone
+        elif cpu is None and gpu is None:  # earlier versions recorded the device of trials only
             device = str(record.get("info", {}).get("device"))
             cpu, gpu = {"cpu": (1.0, 0.0), "cuda": (None, 1.0)}.get(device, (None, None))
         _, sweep = first.get(drawn, (0.0, ""))
@@ -136,11 +138,11 @@ def _lines(inventory: Inventory, store: ArtifactStore) -> Iterator[dict[str, Any
         yield _line(holding.user, sweep, holding.stage, when, size, made, seconds, cpu, gpu)
 
 
-def _made(store: ArtifactStore) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """PROJECT/NAME, user and event of all that the sweeps of a store have made."""
-    for place in recorded_locations(store):
-        sweep, user = f"{place.project}/{place.name}", UNKNOWN
-        for event in place.event_log().events():
+def _build_events(store: ArtifactStore) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """PROJECT/NAME, user and event of everything that the sweeps of a store have built."""
+    for location in recorded_locations(store):
+        sweep, user = f"{location.project}/{location.name}", UNKNOWN
+        for event in location.event_log().events():
             if event["event"] == "sweep_started":
                 user = str(event.get("user", UNKNOWN))
             elif event["event"] in ("trial_done", "artifact_prepared"):
@@ -162,11 +164,12 @@ def _line(
     cpu: float | None,
     gpu: float | None,
 ) -> dict[str, Any]:
-    """
+    """One line of the table that `usage` sums up.
+
     Args:
-        when: since the epoch.
-        made: how many artifacts or blocks of images it counts as.
-        seconds, cpu, gpu: None: not known.
+        when: time of the start, in seconds since the epoch.
+        made: number of artifacts or blocks of images.
+        seconds, cpu, gpu: duration and devices; None: not recorded.
     """
     kind, amount = "unknown_hours", (seconds or 0.0) / 3600
     if seconds is None:
@@ -176,9 +179,9 @@ def _line(
     elif cpu is not None:
         kind, amount = "cpu_hours", amount * cpu
     return {
-        "user": NOBODY if user == UNKNOWN else user,
-        "project": sweep.partition("/")[0] or NOBODY,
-        "sweep": sweep or NOBODY,
+        "user": NOT_RECORDED if user == UNKNOWN else user,
+        "project": sweep.partition("/")[0] or NOT_RECORDED,
+        "sweep": sweep or NOT_RECORDED,
         "stage": stage,
         "when": when,
         **dict.fromkeys(FIGURES, 0.0),

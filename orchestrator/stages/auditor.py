@@ -101,7 +101,7 @@ def made(
     faulty = {one.image for one in found.findings}
     table["flagged"] = table.index.isin(faulty)
     card = AuditCard(
-        asked=row.asked,
+        inputs_digest=row.inputs_digest,
         name=row.name,
         title=title_of(row),
         clip=row.row.backbone.name,

@@ -118,7 +118,7 @@ def test_bad_input_raises_with_the_message_of_the_command(spec, tmp_path):
     assert str(caught.value) == airsweep("run", bad, check=False).stderr.strip()
     with pytest.raises(ValueError, match="no sweep default/nothing"):
         api.results("nothing", store=tmp_path)
-    with pytest.raises(Refused, match="asks for 99 CPU"):
+    with pytest.raises(Refused, match="requires 99 CPU"):
         api.run(spec, store=tmp_path / "runs", sets={"resources.trial.cpu": 99})
 
 

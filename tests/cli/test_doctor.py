@@ -54,7 +54,7 @@ def test_a_sweep_that_fits_no_machine_fails_with_a_remedy(spec, tmp_path):
     words = ("--set", "resources.trial.cpu=999", "--store", tmp_path / "runs")
     done = airsweep("doctor", spec, *words, check=False)
     assert done.returncode == 3
-    assert "resources  failed  a trial asks for 999 CPU" in done.stdout
+    assert "resources  failed  a trial requires 999 CPU" in done.stdout
     assert "lower resources.trial.cpu or .gpu" in done.stdout.splitlines()[-1]
 
 

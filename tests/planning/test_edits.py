@@ -1,6 +1,6 @@
-"""A sweep file is edited and run again: what is kept, what counts, what a sampler knows.
+"""An edited sweep file: which trials are kept, which points count, and what the sampler uses.
 
-Records are written as running trials would; their objectives follow from their settings.
+The tests write records as trials would; the objective is a function of the settings.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FAILED = Failure("nan", "the loss became nan")
 
 
 class World(Planned):
-    """One sweep's store and event log, and drivers that come and go."""
+    """Store and event log of one sweep, and the runs of its drivers."""
 
     def __init__(self, folder: Path, resolver: Any, sign: int = 1) -> None:
         super().__init__(folder, folder, resolver)
@@ -39,9 +39,11 @@ class World(Planned):
         }
 
     def run(self, sweep: SweepSpec, jobs: int = 1000, failing: Any = lambda spec: False) -> int:
-        """Run a sweep, or a part of it as if its driver died; the trials that were handed out."""
+        """Run a sweep, or only its first jobs as a killed driver would; count the trials."""
         plan = self.plan(sweep)
-        self.event_log.append("sweep_started", spec="", total=plan.total, to_run=0, asks=plan.asks)
+        self.event_log.append(
+            "sweep_started", spec="", total=plan.total, to_run=0, asks=plan.request_digest
+        )
         scheduler = self.scheduler(sweep)
         handed = 0
         while jobs and (job := scheduler.next()) is not None:
@@ -55,7 +57,7 @@ class World(Planned):
         return handed
 
     def trials(self) -> list[FrozenTrial]:
-        """What the sampler of the only cell knows, by point."""
+        """The points in the study of the only cell, by number."""
         (search,) = self.searches.values()
         found = [t for t in search.study.get_trials(deepcopy=False) if "point" in t.user_attrs]
         return sorted(found, key=lambda trial: trial.user_attrs["point"])
@@ -99,7 +101,7 @@ def steps(low: int, high: int) -> Dimension:
 # ---------------------------------------------------------------- the space
 
 
-def test_a_narrower_space_keeps_the_points_that_are_in_it_and_counts_them(world):
+def test_a_narrower_space_carries_and_counts_the_points_inside(world):
     world.run(sweep())
     before = world.points()
     fitting = [params for _, params, _ in before if params["train.steps"] <= 60]
@@ -113,13 +115,13 @@ def test_a_narrower_space_keeps_the_points_that_are_in_it_and_counts_them(world)
     after = world.points()
     assert [number for number, *_ in after] == list(range(8))
     assert sorted(map(repr, world.carried())) == sorted(map(repr, fitting))
-    told = {repr(params): value for _, params, value in before}
+    values = {repr(params): value for _, params, value in before}
     for _, params, value in after:
         assert params["train.steps"] <= 60
-        assert repr(params) not in told or value == told[repr(params)]
+        assert repr(params) not in values or value == values[repr(params)]
 
 
-def test_a_wider_space_counts_all_points_and_asks_only_for_more(world):
+def test_a_wider_space_counts_all_points_and_runs_only_new_ones(world):
     world.run(sweep())
     wide = sweep(replace(LENGTHS, values=(1, 2, 3, 4, 8)), steps(5, 200), points=12)
     assert "8 fit the new space and count, 0 do not" in str(world.plan(wide).edit)
@@ -128,17 +130,17 @@ def test_a_wider_space_counts_all_points_and_asks_only_for_more(world):
     assert world.plan(wide).to_run == 0
 
 
-def test_the_first_point_is_the_default_also_where_points_are_carried(world):
+def test_the_first_point_is_the_default_even_if_points_are_carried(world):
     world.run(sweep(fixed={"train.batch": 8}))
     world.run(sweep(steps(10, 60), fixed={"train.batch": 8, "prompt.length": 2}))
     number, params, _ = world.points()[0]
-    assert (number, params) == (0, {"train.steps": 60})  # 100, moved into the space
-    moved = sweep(steps(10, 90), fixed={"train.batch": 8, "prompt.length": 2})
-    world.run(moved)
+    assert (number, params) == (0, {"train.steps": 60})  # the default 100, clipped to the space
+    wider = sweep(steps(10, 90), fixed={"train.batch": 8, "prompt.length": 2})
+    world.run(wider)
     assert world.points()[0][1] == {"train.steps": 90}
 
 
-def test_a_setting_that_is_fixed_at_a_searched_value_keeps_the_points_that_had_it(world):
+def test_fixing_a_searched_setting_keeps_the_points_with_that_value(world):
     world.run(sweep())
     had = [params["train.steps"] for _, params, _ in world.points() if params["prompt.length"] == 3]
     assert had
@@ -146,36 +148,36 @@ def test_a_setting_that_is_fixed_at_a_searched_value_keeps_the_points_that_had_i
     assert [params["train.steps"] for params in world.carried()] == had
 
 
-def test_a_fixed_setting_that_becomes_searched_keeps_all_points(world):
+def test_searching_a_fixed_setting_keeps_all_points(world):
     world.run(sweep(STEPS, fixed={"prompt.length": 3}))
     world.run(sweep(points=10))
     assert {params["prompt.length"] for params in world.carried()} == {3}
     assert len(world.carried()) == 8
 
 
-def test_another_fixed_setting_another_sampler_or_seed_takes_over_nothing(world):
+def test_another_fixed_setting_sampler_or_seed_carries_no_points(world):
     world.run(sweep())
     for other in (sweep(fixed={"train.batch": 8}), sweep(sampler="random"), sweep(seed=1)):
         world.run(other)
         assert world.carried() == []
 
 
-def test_another_objective_is_told_of_old_points_in_its_own_words(world):
+def test_carried_points_have_the_values_of_the_new_objective(world):
     world.run(sweep())
     before = world.points()
     world.run(sweep(points=10, objective="validation_accuracy"))
-    told = {repr(params): value for _, params, value in world.points()}
+    values = {repr(params): value for _, params, value in world.points()}
     for _, params, value in before:
-        assert told[repr(params)] == pytest.approx(-value)
+        assert values[repr(params)] == pytest.approx(-value)
 
 
-def test_a_space_that_comes_back_knows_what_was_asked_meanwhile(world):
+def test_a_restored_space_carries_the_points_of_the_study_in_between(world):
     world.run(sweep(points=4))
     world.run(sweep(LENGTHS, steps(10, 60), points=8))
-    meanwhile = [params for _, params, _ in world.points()]
+    between = [params for _, params, _ in world.points()]
     world.run(sweep(points=12))
     known = [params for _, params, _ in world.points()]
-    assert all(params in known for params in meanwhile)
+    assert all(params in known for params in between)
     assert len(known) == 12
 
 
@@ -189,24 +191,24 @@ def test_points_that_failed_are_not_carried(world):
 
 
 @pytest.mark.parametrize("jobs", [0, 1, 3])
-def test_an_edited_search_that_is_killed_asks_the_points_of_an_undisturbed_one(
-    tmp_path, resolver, jobs
-):
+def test_an_edited_search_that_is_killed_resumes_with_the_same_points(tmp_path, resolver, jobs):
     narrow = sweep(LENGTHS, steps(10, 60), points=10)
-    calm, killed = (World(tmp_path / name, resolver) for name in ("calm", "killed"))
-    for one in (calm, killed):
+    uninterrupted, killed = (
+        World(tmp_path / name, resolver) for name in ("uninterrupted", "killed")
+    )
+    for one in (uninterrupted, killed):
         one.run(sweep())
-    calm.run(narrow)
+    uninterrupted.run(narrow)
     killed.run(narrow, jobs=jobs)
     killed.run(narrow)
-    assert killed.points() == calm.points()
-    assert killed.carried() == calm.carried()
+    assert killed.points() == uninterrupted.points()
+    assert killed.carried() == uninterrupted.carried()
     killed.run(narrow)
-    assert count(killed, "study_opened") == count(calm, "study_opened") == 2
+    assert count(killed, "study_opened") == count(uninterrupted, "study_opened") == 2
 
 
-def test_a_sampler_follows_what_was_told_before_the_edit(tmp_path, resolver):
-    """The same four points, told with opposite values, and the same edit."""
+def test_the_sampler_uses_objectives_from_before_the_edit(tmp_path, resolver):
+    """The same four points with opposite objectives, and the same edit."""
     found = []
     for name, sign in (("a", 1), ("again", 1), ("opposite", -1)):
         one = World(tmp_path / name, resolver, sign)
@@ -220,17 +222,17 @@ def test_a_sampler_follows_what_was_told_before_the_edit(tmp_path, resolver):
     assert all(a != b for a, b in zip(one[4:], opposite[4:], strict=True))
 
 
-# ---------------------------------------------------------------- what is said
+# ---------------------------------------------------------------- messages
 
 
-def test_a_file_that_asks_for_the_same_is_not_edited(world):
+def test_a_file_with_the_same_trials_is_not_edited(world):
     assert world.plan(sweep()).edit is None  # it was never run
     world.run(sweep())
     same = replace(sweep(), question="in other words", text="# a comment")
     assert world.plan(same).edit is None
 
 
-def test_cells_and_seeds_that_come_and_go_are_counted(world):
+def test_added_and_dropped_cells_and_seeds_are_counted(world):
     def grid(*lengths: int, seeds: tuple[int, ...] = (1,)) -> SweepSpec:
         return SweepSpec(
             name="x",
@@ -242,7 +244,9 @@ def test_cells_and_seeds_that_come_and_go_are_counted(world):
     world.run(grid(1, 2, 3))
     edited = grid(2, 3, 4, seeds=(1, 2))
     plan = world.plan(edited)
-    assert str(plan.edit) == ("edited: keeps 2 trials, reuses 0, adds 4; 1 are no longer asked for")
+    assert str(plan.edit) == (
+        "edited: keeps 2 trials, reuses 0, adds 4; drops 1 that are no longer part of the sweep"
+    )
     assert plan.json(world.store)["edit"]["kept"] == 2
     assert world.run(edited) == 4
 
@@ -250,7 +254,7 @@ def test_cells_and_seeds_that_come_and_go_are_counted(world):
 # ---------------------------------------------------------------- patience
 
 
-def test_a_search_ends_after_so_many_points_without_a_better_one(world):
+def test_a_search_ends_after_patience_points_without_improvement(world):
     impatient = sweep(points=40, patience=6)
     world.run(impatient)
     values = [value for _, _, value in world.points()]
@@ -266,7 +270,7 @@ def test_a_search_ends_after_so_many_points_without_a_better_one(world):
     ]
 
 
-def test_more_patience_goes_on_where_the_search_ended(world):
+def test_more_patience_continues_a_search_that_ended(world):
     world.run(sweep(points=40, patience=2))
     few = world.points()
     assert world.plan(sweep(points=40)).points == 40
@@ -275,8 +279,8 @@ def test_more_patience_goes_on_where_the_search_ended(world):
     assert len(world.points()) > len(few)
 
 
-def test_carried_points_use_up_no_patience(world):
+def test_carried_points_do_not_count_for_patience(world):
     world.run(sweep(points=12))
     world.run(sweep(LENGTHS, steps(10, 90), points=40, patience=4))
-    asked = [t for t in world.trials() if "carried" not in t.user_attrs]
-    assert len(asked) >= 4
+    new = [t for t in world.trials() if "carried" not in t.user_attrs]
+    assert len(new) >= 4

@@ -1,4 +1,4 @@
-"""What a sweep needs, what is there, what is left: and that the same is what runs."""
+"""Plans: what a sweep needs, what exists and what is left; and a run executes its plan."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from air_core.specs import (
 from orchestrator.execution._scheduler import TrialScheduler
 from orchestrator.keys import artifact_key
 from orchestrator.planning import Plan, Requirement, Resolver, requirements_of
-from orchestrator.planning.estimate import Pace, remember, stage_work, trial_work
+from orchestrator.planning.estimate import Pace, record_measurements, stage_work, trial_work
 from orchestrator.planning.plan import BASE_PER_CLASS, level, plan_sweep
 from orchestrator.planning.search import CellSearch, open_searches
 from orchestrator.spec import Dimension, Resources, SweepSpec, cells_of, presets
@@ -44,7 +44,7 @@ COUNTS = Dimension(key="images_per_class", values=(0, 8, 16))
 
 
 def trial(method: str = "air", **changes: Any) -> TrialSpec:
-    """A trial whose images are drawn; nothing of it is on disk."""
+    """A trial with drawn images and inputs that do not exist."""
     flat = {n: v for n, v in presets.defaults(method, {}).items() if n not in REFS}
     return from_flat(
         {**flat, **{k.replace("__", "."): v for k, v in changes.items()}}, REFS, CLASSES
@@ -56,7 +56,7 @@ def seeds(*numbers: int) -> Seeds:
 
 
 class World:
-    """A store, a ledger and ready images, all in one folder."""
+    """A store, an event log and ready images in one folder."""
 
     def __init__(self, folder: Path, pictures: Path, resolver: Resolver | None = None) -> None:
         self.store = ArtifactStore(folder / "runs")
@@ -77,7 +77,7 @@ class World:
         return plan_sweep(sweep, self.store, self.resolver, self.event_log)
 
     def finish(self, trials: Iterable[TrialSpec], segments: Segments = WHOLE) -> None:
-        """Give trials a record, as running them would; or what they leave where they stop."""
+        """Write the records of trials, or the checkpoints of segments, as a run would."""
         for spec in map(normalised, trials):
             rungs = {rung: self.objectives(spec, rung) for rung in segments.rungs}
             if segments.until is not None:
@@ -92,7 +92,7 @@ class World:
         return dict.fromkeys(OBJECTIVES, 1.0)
 
     def objectives(self, spec: TrialSpec, rung: int) -> dict[str, float]:
-        """Made up, and the same whenever they are asked for."""
+        """Arbitrary but deterministic objectives at a rung."""
         digest = hashlib.sha256(f"{artifact_key(spec).digest} {rung}".encode()).digest()
         return dict.fromkeys(OBJECTIVES, digest[0] / 256)
 
@@ -102,8 +102,8 @@ class World:
             self.searches = open_searches(
                 self.plan(sweep), self.event_log, self.event_log.folder / "j"
             )
-        place = self.store, self.resolver, self.event_log
-        return TrialScheduler(sweep, cells_of(sweep), self.searches, *place, self.log)
+        parts = self.store, self.resolver, self.event_log
+        return TrialScheduler(sweep, cells_of(sweep), self.searches, *parts, self.log)
 
     def log(self, outcome: Any) -> None:
         if not outcome.known:
@@ -113,7 +113,7 @@ class World:
             self.event_log.append(f"trial_{outcome.state}", cell=outcome.slot.cell.id, **event)
 
     def run(self, sweep: SweepSpec) -> int:
-        """Run a sweep to its end; how many trials were handed out, be it in legs."""
+        """Run a sweep to its end and count its trials, whole or in segments."""
         scheduler = self.scheduler(sweep)
         handed: set[str] = set()
         while (job := scheduler.next()) is not None:
@@ -126,7 +126,7 @@ class World:
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> Path:
-    """120 ready images a class; what is in the files does not matter here."""
+    """120 ready images per class, whose files are empty."""
     folder = tmp_path_factory.mktemp("pictures")
     for name in get_dataset("digits").classnames:
         (folder / name).mkdir()
@@ -148,18 +148,18 @@ def counts(plan: Plan) -> tuple[int, int, int, int]:
 # ---------------------------------------------------------------- trials
 
 
-def test_a_new_sweep_is_all_to_run(world):
+def test_all_trials_of_a_new_sweep_are_to_run(world):
     plan = world.plan(world.sweep("fpl", "cpl", seeds=seeds(1, 2, 3)))
     assert counts(plan) == (6, 0, 0, 6)
     assert (len(plan.cells), plan.points, len(plan.slots)) == (2, 2, 6)
 
 
-def test_runs_that_differ_in_what_cannot_matter_are_reused(world):
-    """Zero-shot CLIP has no seed: three runs are one computation."""
+def test_trials_that_differ_only_in_irrelevant_settings_are_reused(world):
+    """Zero-shot CLIP does not depend on the seed: three slots are one computation."""
     assert counts(world.plan(world.sweep("zero_shot", seeds=seeds(1, 2, 3)))) == (3, 0, 2, 1)
 
 
-def test_done_is_what_this_sweep_has_run_and_reused_what_another_has(world):
+def test_trials_of_this_sweep_are_done_and_trials_of_others_are_reused(world):
     sweep = world.sweep("fpl", seeds=seeds(1, 2, 3))
     first, second, _ = world.plan(sweep).slots
     world.finish([first.spec, second.spec])
@@ -170,7 +170,7 @@ def test_done_is_what_this_sweep_has_run_and_reused_what_another_has(world):
     assert counts(world.plan(sweep)) == (3, 2, 0, 1)
 
 
-def test_what_was_done_under_another_key_is_to_run(world):
+def test_a_slot_whose_key_changed_is_to_run(world):
     sweep = world.sweep("fpl", seeds=seeds(1))
     world.run(sweep)
     assert counts(world.plan(sweep)) == (1, 1, 0, 0)
@@ -200,7 +200,7 @@ def searched(world: World, sampler: Any, points: int = 6, **parts: Any) -> Sweep
     return world.sweep("air", search=search, seeds=parts.pop("seeds", seeds(1, 2)), **parts)
 
 
-def test_points_that_were_asked_are_known(world):
+def test_suggested_points_are_known(world):
     sweep = searched(world, "random")
     scheduler = world.scheduler(sweep)
     job = scheduler.next()
@@ -210,7 +210,7 @@ def test_points_that_were_asked_are_known(world):
     assert counts(world.plan(sweep)) == (12, 2, 0, 10)
 
 
-def test_a_finished_search_has_nothing_to_run_until_it_is_given_more(world):
+def test_a_finished_search_has_nothing_to_run_until_it_gets_more_points(world):
     sweep = searched(world, "random")
     world.run(sweep)
     assert counts(world.plan(sweep))[3] == 0
@@ -220,7 +220,7 @@ def test_a_finished_search_has_nothing_to_run_until_it_is_given_more(world):
     assert world.plan(searched(world, "random", points=8)).to_run == 0
 
 
-def test_points_of_a_grid_are_known_before_anything_is_asked(world):
+def test_points_of_a_grid_are_known_before_the_first_run(world):
     sweep = searched(world, "grid", points=100)
     plan = world.plan(sweep)
     assert plan.points == 5
@@ -228,7 +228,7 @@ def test_points_of_a_grid_are_known_before_anything_is_asked(world):
     assert plan.to_run == world.run(sweep)
 
 
-def test_a_seed_that_is_added_reaches_points_that_were_told(world):
+def test_an_added_seed_runs_for_all_earlier_points(world):
     world.run(searched(world, "random", seeds=seeds(1)))
     sweep = searched(world, "random", seeds=seeds(1, 2))
     plan = world.plan(sweep)
@@ -250,14 +250,14 @@ def test_methods_without_images_need_features_only(world):
     assert stages(plan.requirements) == ["features"]
 
 
-def test_a_trial_with_images_needs_what_they_are_made_from_in_that_order():
+def test_a_trial_with_images_needs_their_inputs_in_build_order():
     requirements = requirements_of([trial(lora__rounds=1)])
     assert stages(requirements) == ["features", "labels", "lora", "images", "images"]
     assert [requirement.images_per_class for requirement in requirements[-2:]] == [
         120,
         BASE_PER_CLASS,
     ]
-    assert requirements[-1].spec.images.lora is None  # to show what LoRA changed
+    assert requirements[-1].spec.images.lora is None  # to measure what LoRA changes
 
 
 def test_a_second_lora_round_needs_the_images_of_the_first():
@@ -269,7 +269,7 @@ def test_a_second_lora_round_needs_the_images_of_the_first():
     assert [level(requirement.spec) for requirement in requirements] == [1, 2, 3, 4, 5, 6, 7, 1]
 
 
-def test_seeds_methods_and_weights_share_one_row():
+def test_seeds_methods_and_fusion_weights_share_one_row():
     trials = [
         trial(method, seed=seed, fusion_weight=weight)
         for method in ("air", "air_grip", "air_fpl")
@@ -280,7 +280,7 @@ def test_seeds_methods_and_weights_share_one_row():
 
 
 @pytest.mark.parametrize("order", [(25, 50, 120), (120, 50, 25), (25, 120, 50)])
-def test_a_sweep_of_counts_needs_the_largest_once(order):
+def test_a_sweep_of_counts_needs_only_the_largest(order):
     (row,) = (
         requirement
         for requirement in requirements_of(trial(images_per_class=n, lora=None) for n in order)
@@ -300,7 +300,7 @@ def test_a_sweep_of_counts_needs_the_largest_once(order):
         (Dimension(key="prompt.length", min=4, max=16), [16]),
     ],
 )
-def test_a_search_needs_whatever_any_of_its_points_may_read(world, dimension, images):
+def test_a_search_needs_the_images_that_any_of_its_points_may_read(world, dimension, images):
     search = Search(points=3, space=(dimension,))
     fixed = {} if dimension.key == "images_per_class" else {"images_per_class": 16}
     plan = world.plan(world.sweep("air", search=search, fixed=fixed))
@@ -324,7 +324,7 @@ def test_an_artifact_is_missing_partial_or_present(world):
     world.store.get_or_build(plan.requirements[0].spec, lambda folder: {})
     images, features = world.store.open_row(row.spec.images), world.store.open_row(row.spec)
     images.shard(0, 0, ".parquet").touch()
-    assert states()[1][1:3] == ("missing", 0)  # pictures without features are half the work
+    assert states()[1][1:3] == ("missing", 0)  # a block needs images and features
     features.shard(0, 0, ".safetensors").touch()
     assert states() == [("features", "present", 1, 1), ("images", "partial", 1, 20)]
     assert (0, 0) not in row.missing(world.store)
@@ -338,7 +338,7 @@ def test_an_artifact_is_missing_partial_or_present(world):
 # ---------------------------------------------------------------- time
 
 
-def test_an_estimate_is_a_guess_until_this_store_has_measured_work_of_its_kind(world):
+def test_an_estimate_is_a_guess_until_the_store_has_measurements_of_its_kind(world):
     gpus = Resources(trial=TrialResources(gpu=0.5), generator=GeneratorResources(gpu=1))
     sweep = world.sweep(
         "air", "fpl", fixed={"images_per_class": 16}, seeds=seeds(1), resources=gpus
@@ -346,21 +346,21 @@ def test_an_estimate_is_a_guess_until_this_store_has_measured_work_of_its_kind(w
     guess = world.plan(sweep).estimate
     assert guess.seconds > 0
     assert not guess.calibrated
-    assert "nothing was measured" in guess.reason
+    assert "no measurements yet" in guess.reason
     world.store.root.mkdir()
     specs = [requirement.spec for requirement in world.plan(sweep).requirements]
     works = [stage_work(spec) for spec in specs]
     works += [trial_work(slot.spec) for slot in world.plan(sweep).slots]
     assert len({(work.stage, work.kind) for work in works}) == 4  # the trials are of two kinds
     seconds = {"features": 10.0, "images": 0.5, "trials": 3.0}
-    remember(
+    record_measurements(
         world.store,
         {(work.stage, work.kind): Pace(5 * seconds[work.stage], 5.0) for work in works[:-1]},
     )
     part = world.plan(sweep).estimate
-    assert not part.calibrated  # one kind of trial takes what the other took
+    assert not part.calibrated  # the other kind of trial counts the same
     assert "top_k" in part.reason
-    remember(world.store, {("trials", works[-1].kind): Pace(14.0, 2.0)})
+    record_measurements(world.store, {("trials", works[-1].kind): Pace(14.0, 2.0)})
     plan = world.plan(sweep).estimate
     assert (plan.calibrated, plan.reason) == (True, "")
     drawn = 0.5 * 20 * 8  # blocks of eight
@@ -370,23 +370,23 @@ def test_an_estimate_is_a_guess_until_this_store_has_measured_work_of_its_kind(w
     assert world.plan(sweep).estimate.seconds == 0
 
 
-def test_what_a_smoke_run_has_measured_is_scaled_without_its_start(world):
+def test_measurements_of_a_smoke_run_are_scaled_without_start_up(world):
     sweep = world.sweep("air", fixed={"images_per_class": 16})
     [images] = [work for work in world.plan(sweep).work if work.stage == "images"]
-    beside = world.store.root.with_name(world.store.root.name + "-smoke")
-    smoke = ArtifactStore(beside)
-    beside.mkdir()
+    root = world.store.root.with_name(world.store.root.name + "-smoke")
+    smoke = ArtifactStore(root)
+    root.mkdir()
     key = ("images", images.kind)
-    remember(smoke, {key: Pace(8.0, 16.0, startup=60.0, starts=2.0)})  # two actors
+    record_measurements(smoke, {key: Pace(8.0, 16.0, startup=60.0, starts=2.0)})  # two actors
     found = world.plan(sweep).estimate
     assert found.sources["images"] == "history"
     assert found.stages["images"] == pytest.approx(30 + 0.5 * images.units)
     world.store.root.mkdir(exist_ok=True)
-    remember(world.store, {key: Pace(images.units, images.units)})  # the store itself comes first
+    record_measurements(world.store, {key: Pace(images.units, images.units)})  # this store wins
     assert world.plan(sweep).estimate.stages["images"] == pytest.approx(images.units)
 
 
-def test_trials_of_a_search_that_was_not_begun_take_time_too(world):
+def test_the_estimate_includes_trials_of_a_search_that_has_not_started(world):
     search = Search(points=5, space=(Dimension(key="fusion_weight", min=0.0, max=1.0),))
     sweep = world.sweep("air", search=search, seeds=seeds(1, 2), fixed={"images_per_class": 16})
     plan = world.plan(sweep)
@@ -396,7 +396,7 @@ def test_trials_of_a_search_that_was_not_begun_take_time_too(world):
     assert plan.estimate.stages["trials"] > 0
 
 
-def test_the_json_of_a_plan_says_all_of_it(world):
+def test_the_json_of_a_plan_has_counts_artifacts_and_estimate(world):
     found = world.plan(world.sweep("zero_shot", seeds=seeds(1, 2))).json(world.store)
     assert (found["cells"], found["points"]) == (1, 1)
     assert found["trials"] == {"total": 2, "done": 0, "reused": 1, "pruned": 0, "to_run": 1}
@@ -410,16 +410,15 @@ def test_the_json_of_a_plan_says_all_of_it(world):
 PLANNING = """
 import sys
 from pathlib import Path
-from orchestrator.store import (Ledger)
+from orchestrator.planning import Resolver
 from orchestrator.planning.plan import plan_sweep
-from orchestrator.planning import (Resolver)
-from orchestrator.store import (ArtifactStore)
-from orchestrator.spec import (load_sweep)
+from orchestrator.spec import load_sweep
+from orchestrator.store import ArtifactStore, EventLog
 
 folder = Path(sys.argv[1])
 sweep = load_sweep(folder / "x.yaml")
-store, ledger = ArtifactStore(folder / "runs"), Ledger(folder / "sweep")
-plan = plan_sweep(sweep, store, Resolver(folder / "digests.json", None), ledger)
+store, event_log = ArtifactStore(folder / "runs"), EventLog(folder / "sweep")
+plan = plan_sweep(sweep, store, Resolver(folder / "digests.json", None), event_log)
 plan.json(store)
 print(plan.total, plan.done, *sorted(set(sys.argv[2:]) & set(sys.modules)))
 """
@@ -429,7 +428,7 @@ HEAVY = [
 ]
 
 
-def test_planning_imports_nothing_heavy_also_where_trials_are_done(world):
+def test_planning_imports_nothing_heavy_even_if_trials_are_done(world):
     folder = world.event_log.folder.parent
     text = "version: 1\nname: x\ngrid: {method: [fpl, air]}\nseeds: [1, 2]\n"
     (folder / "x.yaml").write_text(text + f"fixed: {{generator: '{world.pictures}'}}\n")
@@ -444,7 +443,7 @@ def test_planning_imports_nothing_heavy_also_where_trials_are_done(world):
     assert done.stdout.split() == ["4", "1"]
 
 
-# ---------------------------------------------------------------- what is planned is what runs
+# ---------------------------------------------------------------- a run executes its plan
 
 METHODS = ["zero_shot", "zero_shot_aux", "fpl", "cpl", "air", "cpl_real"]
 AXES = {
@@ -479,11 +478,11 @@ def sweeps(draw: Any, pictures: str) -> SweepSpec:
 
 @settings(max_examples=100)
 @given(st.data())
-def test_as_many_trials_run_as_were_planned(pictures, resolver, data):
+def test_a_run_executes_the_planned_number_of_trials(pictures, resolver, data):
     with tempfile.TemporaryDirectory() as folder:
         world = World(Path(folder), pictures, resolver)  # digests are computed once
         sweep = data.draw(sweeps(world.pictures))
-        for slot in world.plan(sweep).slots:  # some of it is there already, from elsewhere
+        for slot in world.plan(sweep).slots:  # another sweep ran some of them
             if data.draw(st.integers(0, 4)) == 0:
                 world.finish([slot.spec])
         plan = world.plan(sweep)

@@ -1,4 +1,4 @@
-"""Names become content: the same content is the same Ref wherever it lies."""
+"""Resolving names: equal content has equal digests, at any path."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from air_core.datasets import Dataset, get_dataset
 from air_core.specs import Ref
 from orchestrator.planning import Resolver
-from orchestrator.planning.resolve import NotThere, images_folder
+from orchestrator.planning.resolve import MissingInput, images_folder
 from orchestrator.spec import presets
 from tests.air_core.dataset_trees import draw
 
@@ -23,13 +23,13 @@ def fresh(tmp_path) -> Resolver:
 
 
 def another(resolver: Resolver) -> Resolver:
-    """As after a new start of the program."""
+    """A resolver of a new process with the same cache."""
     return Resolver(resolver.cache, resolver.data_root)
 
 
 @pytest.fixture
 def pictures(tmp_path) -> Path:
-    """A folder of ready images; what is in the files does not matter here."""
+    """A folder of ready images, whose files are no real images."""
     folder = tmp_path / "pictures"
     for name in ("digit zero", "digit one"):
         (folder / name).mkdir(parents=True)
@@ -50,14 +50,14 @@ def clip(tmp_path) -> Path:
 # ---------------------------------------------------------------- folders
 
 
-def test_a_copy_of_a_folder_is_the_same_content(fresh, clip, tmp_path):
+def test_a_copy_of_a_folder_has_the_same_digest(fresh, clip, tmp_path):
     copy = shutil.copytree(clip, tmp_path / "elsewhere" / "copy")
     one, two = fresh.weights("backbone", str(clip)), fresh.weights("backbone", str(copy))
     assert one.digest == two.digest
     assert (one.name, two.name) == (str(clip), str(copy))
 
 
-def test_another_byte_or_another_name_of_a_file_is_other_content(fresh, clip):
+def test_a_changed_byte_or_file_name_changes_the_digest(fresh, clip):
     digests = [fresh.weights("backbone", str(clip)).digest]
     (clip / "weights").write_text("1 2 4")
     digests.append(another(fresh).weights("backbone", str(clip)).digest)
@@ -69,7 +69,7 @@ def test_another_byte_or_another_name_of_a_file_is_other_content(fresh, clip):
     assert len(set(digests)) == 4
 
 
-def test_a_folder_of_ready_images_needs_no_model_in_it(fresh, pictures):
+def test_a_folder_of_ready_images_needs_no_model(fresh, pictures):
     ref = fresh.weights("generator", f"folder:{pictures}")
     assert ref.name == f"folder:{pictures}"
     (pictures / "digit one" / "1.png").write_bytes(b"more")
@@ -79,19 +79,21 @@ def test_a_folder_of_ready_images_needs_no_model_in_it(fresh, pictures):
 @pytest.mark.parametrize(
     ("role", "marker"), [("backbone", "open_clip_config.json"), ("generator", "model_index.json")]
 )
-def test_a_folder_without_a_model_is_refused_with_what_it_lacks(fresh, pictures, role, marker):
-    with pytest.raises(NotThere, match=f"it has no {marker}|has no {marker}"):
+def test_the_error_for_a_folder_without_a_model_names_the_missing_file(
+    fresh, pictures, role, marker
+):
+    with pytest.raises(MissingInput, match=f"it has no {marker}|has no {marker}"):
         fresh.weights(role, str(pictures))
 
 
-def test_weights_that_are_not_there_are_an_error_that_says_what_is_allowed(fresh, tmp_path):
-    with pytest.raises(NotThere, match=r"backbone .*nowhere.*allowed: tiny, a folder with"):
+def test_the_error_for_missing_weights_lists_what_is_allowed(fresh, tmp_path):
+    with pytest.raises(MissingInput, match=r"backbone .*nowhere.*allowed: tiny, a folder with"):
         fresh.weights("backbone", str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match=r"generator .*or folder:<path>"):
         fresh.weights("generator", f"folder:{tmp_path / 'nowhere'}")
 
 
-def test_a_name_may_start_at_home_or_here(monkeypatch, tmp_path):
+def test_a_generator_folder_may_start_with_a_tilde_or_be_relative(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     assert images_folder("folder:~/drawn") == tmp_path / "drawn"
@@ -102,15 +104,15 @@ def test_a_name_may_start_at_home_or_here(monkeypatch, tmp_path):
 
 
 def some_dataset(*files: str, **changes: object) -> Dataset:
-    """Digits, but with these files below the data root."""
+    """The digits dataset with other files, relative to the data root."""
     return replace(
         get_dataset("digits"), files=lambda root: sorted(root / f for f in files), **changes
     )
 
 
-def test_a_dataset_is_its_files_their_places_names_template_and_recipe(tmp_path):
-    here, there = tmp_path / "here", tmp_path / "there"
-    for root in (here, there):
+def test_the_digest_of_a_dataset_covers_files_paths_names_template_and_recipe(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    for root in (first, second):
         for folder, text in [("a", "images"), ("b", "images"), ("c", "pictures")]:
             (root / folder).mkdir(parents=True)
             (root / folder / "x").write_text(text)
@@ -119,21 +121,21 @@ def test_a_dataset_is_its_files_their_places_names_template_and_recipe(tmp_path)
         resolver = Resolver(tmp_path / "digests.json", root)
         return resolver.dataset(some_dataset(*files, **changes)).digest
 
-    assert digest(here, "a/x", "c/x") == digest(there, "a/x", "c/x")
+    assert digest(first, "a/x", "c/x") == digest(second, "a/x", "c/x")
     others = [
-        digest(here, "b/x", "c/x"),  # the folder may be the class
-        digest(here, "a/x"),
-        digest(here, "a/x", "b/x", "c/x"),
-        digest(here, "a/x", "c/x", classnames=("0", "1")),
-        digest(here, "a/x", "c/x", template="a drawing of a {}"),
-        digest(here, "a/x", "c/x", recipe=2),
+        digest(first, "b/x", "c/x"),  # a folder name may be the class
+        digest(first, "a/x"),
+        digest(first, "a/x", "b/x", "c/x"),
+        digest(first, "a/x", "c/x", classnames=("0", "1")),
+        digest(first, "a/x", "c/x", template="a drawing of a {}"),
+        digest(first, "a/x", "c/x", recipe=2),
     ]
-    assert len({digest(here, "a/x", "c/x"), *others}) == 7
+    assert len({digest(first, "a/x", "c/x"), *others}) == 7
 
 
-def test_a_dataset_whose_files_are_not_there_is_an_error(tmp_path):
+def test_a_dataset_with_missing_files_is_an_error(tmp_path):
     resolver = Resolver(tmp_path / "digests.json", tmp_path)
-    with pytest.raises(NotThere, match=r"nowhere is not there"):
+    with pytest.raises(MissingInput, match=r"nowhere does not exist"):
         resolver.dataset(some_dataset("nowhere"))
 
 
@@ -144,7 +146,7 @@ def flat(method: str, **changes: object) -> dict[str, object]:
     return {**presets.defaults(method, {}), **changes}
 
 
-def test_a_trial_gets_content_for_its_names(fresh, drawn_digits, digits_ref):
+def test_a_trial_gets_digests_for_its_names(fresh, drawn_digits, digits_ref):
     images = f"folder:{drawn_digits}"
     spec = fresh.trial(flat("air", generator=images, images_per_class=16))
     assert spec.dataset == digits_ref
@@ -153,36 +155,36 @@ def test_a_trial_gets_content_for_its_names(fresh, drawn_digits, digits_ref):
     assert spec.classnames == get_dataset("digits").classnames
 
 
-def test_a_generator_need_not_be_there_where_no_images_are_used(fresh):
+def test_a_trial_without_images_needs_no_generator(fresh):
     spec = fresh.trial(flat("cpl", generator="/nowhere"))
     assert spec.generator == Ref(name="/nowhere", digest="")
-    with pytest.raises(NotThere, match="/nowhere is not there"):
+    with pytest.raises(MissingInput, match="/nowhere is not there"):
         fresh.trial(flat("air", generator="/nowhere"))
 
 
-# ---------------------------------------------------------------- digests are kept
+# ---------------------------------------------------------------- cached digests
 
 
-def test_a_file_is_read_again_only_if_its_size_or_time_changed(fresh, clip):
+def test_a_file_is_read_again_only_if_its_size_or_mtime_changed(fresh, clip):
     weights = clip / "weights"
     first = fresh.weights("backbone", str(clip)).digest
     fresh.save()
     stamp = weights.stat()
     weights.write_text("9 9 9")
     os.utime(weights, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
-    assert another(fresh).weights("backbone", str(clip)).digest == first  # not looked into
+    assert another(fresh).weights("backbone", str(clip)).digest == first  # from the cache
     os.utime(weights, ns=(stamp.st_atime_ns, stamp.st_mtime_ns + 1))
     assert another(fresh).weights("backbone", str(clip)).digest != first
 
 
-def test_digests_are_kept_once_they_are_saved_and_only_then(fresh, clip):
+def test_only_saved_digests_are_reused(fresh, clip):
     fresh.weights("backbone", str(clip))
     assert not fresh.cache.exists()
     fresh.save()
     written = fresh.cache.stat().st_mtime_ns
     again = another(fresh)
     again.weights("backbone", str(clip))
-    again.save()  # nothing new: the file is left alone
+    again.save()  # nothing new: the file is not written
     assert fresh.cache.stat().st_mtime_ns == written
     assert again.cache.read_text().count("weights") == 1
 
@@ -190,7 +192,7 @@ def test_digests_are_kept_once_they_are_saved_and_only_then(fresh, clip):
 @pytest.mark.parametrize(
     "content", ["[]", "", '{"a": 1', '{"/x": 3}', '{"seal": "blake2b-seal(0)blake2b-seal"}', "\x00"]
 )
-def test_a_damaged_cache_of_digests_is_built_anew_with_a_warning(fresh, clip, caplog, content):
+def test_a_damaged_cache_of_digests_is_rebuilt_with_a_warning(fresh, clip, caplog, content):
     digest = fresh.weights("backbone", str(clip)).digest
     fresh.save()
     fresh.cache.write_text(content)
@@ -201,25 +203,25 @@ def test_a_damaged_cache_of_digests_is_built_anew_with_a_warning(fresh, clip, ca
     assert another(fresh).weights("backbone", str(clip)).digest == digest
 
 
-def test_too_few_ready_images_are_named_before_anything_runs(resolver, drawn_digits):
+def test_too_few_ready_images_are_an_error_before_anything_runs(resolver, drawn_digits):
     flat = {
         **presets.defaults("air", {}),
         "generator": f"folder:{drawn_digits}",
         "images_per_class": 16,
     }
     assert resolver.trial(flat).images_per_class == 16
-    with pytest.raises(NotThere, match=r"has 16 images there, but images_per_class is 17; add"):
+    with pytest.raises(MissingInput, match=r"has 16 images, but images_per_class is 17; add"):
         resolver.trial({**flat, "images_per_class": 17})
 
 
-def test_too_few_images_to_label_are_named_before_anything_runs(resolver):
+def test_too_few_images_to_label_are_an_error_before_anything_runs(resolver):
     flat = presets.defaults("air", {"paradigm": "ssl"})
     assert resolver.trial({**flat, "paradigm": "ssl", "shots": 100, "seed": 1}).shots == 100
     with pytest.raises(ValueError, match=r"digits: SSL wants 200 .* 107 .*it is 'digit zero'"):
         resolver.trial({**flat, "paradigm": "ssl", "shots": 200, "seed": 1})
 
 
-# ---------------------------------------------------------------- class names that have no room
+# ---------------------------------------------------------------- long class names
 
 
 @pytest.fixture
@@ -244,8 +246,8 @@ def test_a_name_of_100_words_is_refused_before_anything_is_drawn(tmp_path, comma
     assert not (tmp_path / "runs" / "artifacts").exists()
 
 
-def test_the_longest_prompt_that_a_search_may_try_counts(tmp_path, command):
-    """The names of the digits have room behind 4 learned vectors, and none behind 22."""
+def test_the_longest_prompt_of_a_search_space_is_checked(tmp_path, command):
+    """The names of the digits fit beside 8 learned vectors, but not beside 22."""
     file = tmp_path / "long.yaml"
     text = "version: 1\nname: long\nfixed: {method: cpl}\nsearch:\n  points: 2\n"
     for most, code in ((8, 0), (22, 2)):
@@ -254,12 +256,12 @@ def test_the_longest_prompt_that_a_search_may_try_counts(tmp_path, command):
         assert (found, "of which prompt.length takes 22" in err) == (code, code == 2)
 
 
-def test_names_of_the_dataset_that_a_prompt_is_tested_on_count_too(resolver, pets):
+def test_class_names_of_the_test_dataset_are_checked(resolver, pets):
     with pytest.raises(ValueError, match="class name 'dog dog"):
         resolver.trial({"test_dataset": f"folder:{pets}", "prompt.length": 4})
 
 
-def test_learned_image_tokens_take_no_room_from_class_names(resolver):
+def test_visual_prompts_do_not_shorten_class_names(resolver):
     visual = {"modality": "visual", "prompt.length": 64, "generator": "tiny"}
     assert resolver.trial(visual).prompt.length == 64
     with pytest.raises(ValueError, match=r"of which prompt\.length takes 64"):

@@ -1,4 +1,4 @@
-"""What can never start is said before anything does."""
+"""Resources: a sweep that fits no machine is refused before it starts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SMALL = {"CPU": 4.0}
 GPUS = {"CPU": 8.0, "GPU": 2.0, "memory": 1e9}
 
 
-def asked(trial: tuple[float, float], generator: tuple[float, float] = (1, 0)) -> Resources:
+def resources_of(trial: tuple[float, float], generator: tuple[float, float] = (1, 0)) -> Resources:
     return Resources(
         trial=TrialResources(cpu=trial[0], gpu=trial[1]),
         generator=GeneratorResources(cpu=generator[0], gpu=generator[1]),
@@ -23,35 +23,39 @@ def asked(trial: tuple[float, float], generator: tuple[float, float] = (1, 0)) -
 
 
 @pytest.mark.parametrize(
-    ("resources", "machines", "said"),
+    ("resources", "machines", "message"),
     [
-        (asked((4, 0)), [SMALL], None),
-        (asked((5, 0)), [SMALL, SMALL], "a trial asks for 5 CPU and 0 GPU"),  # 8 in all
-        (asked((1, 0.5), (8, 2)), [SMALL, GPUS], None),
-        (asked((1, 0), (9, 1)), [{"CPU": 64.0}, GPUS], "a generator asks for 9 CPU and 1 GPU"),
-        (asked((1, 1)), [SMALL], "--set resources.trial.gpu=0"),
-        (asked((1, 0), (1, 1)), [SMALL], "--set resources.generator.gpu=0"),
+        (resources_of((4, 0)), [SMALL], None),
+        (resources_of((5, 0)), [SMALL, SMALL], "a trial requires 5 CPU and 0 GPU"),  # 8 in all
+        (resources_of((1, 0.5), (8, 2)), [SMALL, GPUS], None),
+        (
+            resources_of((1, 0), (9, 1)),
+            [{"CPU": 64.0}, GPUS],
+            "a generator requires 9 CPU and 1 GPU",
+        ),
+        (resources_of((1, 1)), [SMALL], "--set resources.trial.gpu=0"),
+        (resources_of((1, 0), (1, 1)), [SMALL], "--set resources.generator.gpu=0"),
     ],
 )
-def test_one_machine_must_have_all_that_one_worker_asks_for(resources, machines, said):
+def test_a_process_must_fit_on_one_machine(resources, machines, message):
     found = resource_shortage(resources, machines, prepares=True)
-    assert found is None if said is None else said in str(found)
+    assert found is None if message is None else message in str(found)
 
 
-def test_where_all_is_prepared_generators_do_not_matter():
-    assert resource_shortage(asked((1, 0), (99, 0)), [SMALL], prepares=False) is None
+def test_without_preparation_generators_need_not_fit():
+    assert resource_shortage(resources_of((1, 0), (99, 0)), [SMALL], prepares=False) is None
 
 
 @pytest.mark.parametrize(
     ("want", "expected"),
     [({"cpu": 3}, 1 + 2), ({"cpu": 1, "gpu": 0.5}, 4), ({"cpu": 0, "gpu": 0}, 4 + 8)],
 )
-def test_room_is_counted_machine_by_machine(want: dict[str, Any], expected):
+def test_parallel_processes_are_counted_machine_by_machine(want: dict[str, Any], expected):
     assert room(TrialResources(**want), [SMALL, GPUS]) == expected
 
 
 @pytest.mark.parametrize("gpu", [0.5, 0.33, 0.25, 0.1])
-def test_trials_that_share_a_device_take_no_more_than_it_has(gpu):
+def test_trials_that_share_a_gpu_do_not_exceed_its_memory(gpu):
     total = 16 * 2**30
     fraction = memory_fraction(gpu, total)
     assert fraction is not None
@@ -59,11 +63,11 @@ def test_trials_that_share_a_device_take_no_more_than_it_has(gpu):
     assert int(1 / gpu) * (fraction * total + CONTEXT) <= total
 
 
-def test_a_run_that_cannot_fit_ends_with_3_before_anything_is_written(tmp_path):
+def test_a_run_that_does_not_fit_ends_with_3_before_anything_is_written(tmp_path):
     spec = write_sweep(tmp_path, "big", "fixed: {method: fpl}\nresources: {trial: {cpu: 4096}}\n")
     done = airsweep("run", spec, "--store", tmp_path / "runs", check=False)
     assert done.returncode == 3
-    assert "a trial asks for 4096 CPU" in done.stderr
+    assert "a trial requires 4096 CPU" in done.stderr
     assert not (tmp_path / "runs" / "sweeps").exists()
     planned = airsweep("plan", spec, "--store", tmp_path / "runs")
-    assert "a trial asks for 4096 CPU" in planned.stdout
+    assert "a trial requires 4096 CPU" in planned.stdout

@@ -1,4 +1,4 @@
-"""Who used what of a store: `airsweep usage`, owners on records, projects that keep names apart."""
+"""`airsweep usage`, owners on records, and projects with sweeps of the same name."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ def store(tmp_path) -> ArtifactStore:
 
 @pytest.fixture
 def usage(store, command):
-    """Run `airsweep usage` here; its exit code, what it printed, what it said."""
+    """Run `airsweep usage` in this process; returns exit code, stdout and stderr."""
 
     def run(*words: str) -> tuple[int, str, str]:
-        where = () if "--store" in words else ("--store", store.root)
-        return command("usage", *words, *where)
+        options = () if "--store" in words else ("--store", store.root)
+        return command("usage", *words, *options)
 
     return run
 
 
 def rows(usage, by: str, *more: str) -> dict[str, dict]:
-    """What it says, by the first column, without what is 0."""
+    """The rows of the JSON output by their name, without zeros."""
     code, out, err = usage("--by", by, "--json", *more)
     assert code == 0, err
     each = json.loads(out)["rows"]
@@ -46,7 +46,7 @@ def rows(usage, by: str, *more: str) -> dict[str, dict]:
 
 
 def made(store: ArtifactStore, spec, hours: float, content: bytes = b"x") -> Path:
-    """An artifact that took some hours."""
+    """Store an artifact whose build took `hours` hours."""
     with store.building(spec) as building:
         (building.folder / "content").write_bytes(content)
         building.before = hours * HOUR
@@ -55,7 +55,7 @@ def made(store: ArtifactStore, spec, hours: float, content: bytes = b"x") -> Pat
 
 
 def with_record(folder: Path, **changes: object) -> None:
-    """As if an earlier version had written it: None takes something away."""
+    """Rewrite a record as an earlier version wrote it; None removes a key."""
     record = json.loads((folder / "record.json").read_text()) | changes
     kept = {name: value for name, value in record.items() if value is not None and name != "seal"}
     (folder / "record.json").write_text(json.dumps(kept))
@@ -69,9 +69,7 @@ def of_user(monkeypatch, user: str, **devices: float) -> None:
 # ---------------------------------------------------------------- hours and bytes
 
 
-def test_hours_are_seconds_times_devices_and_belong_to_who_made_it(
-    store, usage, trial, monkeypatch
-):
+def test_device_hours_count_for_the_user_who_built_the_artifact(store, usage, trial, monkeypatch):
     one = trial("cpl")
     of_user(monkeypatch, "mina", cpu=4, gpu=0.25)
     made(store, one.features, 2)
@@ -90,35 +88,32 @@ def test_hours_are_seconds_times_devices_and_belong_to_who_made_it(
     assert stages["trials"]["cpu_hours"] == pytest.approx(6, abs=1e-3)
 
 
-def test_what_is_found_there_counts_for_nobody_else(store, usage, trial, monkeypatch):
+def test_reuse_of_an_artifact_does_not_count(store, usage, trial, monkeypatch):
     of_user(monkeypatch, "mina", cpu=1)
     made(store, trial("cpl"), 1)
     before = rows(usage, "user")
     of_user(monkeypatch, "tom", cpu=1)
-    store.get_or_build(trial("cpl"), lambda folder: pytest.fail("it is there"))
+    store.get_or_build(trial("cpl"), lambda folder: pytest.fail("the store has it"))
     assert rows(usage, "user") == before
 
 
-def test_records_from_before_owners_and_devices_are_read_and_have_a_row_of_their_own(
-    store, usage, trial, monkeypatch
-):
+def test_records_without_owner_or_devices_have_a_separate_row(store, usage, trial, monkeypatch):
     of_user(monkeypatch, "mina", cpu=1, gpu=0.5)
     one = trial("cpl")
     with_record(made(store, one.features, 2), user=None, cpu=None, gpu=None)
     with_record(made(store, one, 3), user="unknown", cpu=None, gpu=None)
     found = rows(usage, "user")
     assert set(found) == {"(not recorded)"}
-    # A trial said on what it ran, and is taken for a whole device.
+    # The record of a trial states its device, which counts in full.
     assert found["(not recorded)"]["gpu_hours"] == pytest.approx(3, abs=1e-3)
     assert found["(not recorded)"]["unknown_hours"] == pytest.approx(2, abs=1e-3)
     out = usage()[1]
-    assert "unknown: hours of work whose record does not say on what it ran" in out
+    assert "unknown: hours of work whose record does not state the device" in out
     assert max(map(len, out.splitlines())) <= 80
 
 
 def blocks(store: ArtifactStore, spec: SyntheticFeaturesSpec, name: str, user: str, *numbers: int):
-    """A sweep's driver is told of blocks of one class that a generator has drawn; half a GPU, an
-    hour each."""
+    """Log blocks of one class that a sweep has drawn, each on half a GPU for an hour."""
     location = SweepLocation(store, "team", name, None)
     location.event_log().lock()
     location.event_log().append("sweep_started", total=1, user=user)
@@ -133,22 +128,22 @@ def blocks(store: ArtifactStore, spec: SyntheticFeaturesSpec, name: str, user: s
     return location
 
 
-def test_blocks_of_one_row_belong_to_whoever_drew_each(store, usage, trial, monkeypatch):
+def test_each_block_of_a_row_counts_for_the_user_who_drew_it(store, usage, trial, monkeypatch):
     of_user(monkeypatch, "mina")
     spec = trial("air", images_per_class=16).synthetic_features
     blocks(store, spec, "first", "mina", 0)
     more = blocks(store, spec, "second", "tom", 1, 2)
-    # It waited for a block that somebody else drew.
+    # The event of a block that another sweep drew.
     facts = {"class": 0, "block": 0, "drawn": 0, "holes": 0}
     key = str(artifact_key(spec.images))
     more.event_log().append("artifact_prepared", stage="images", key=key, seconds=HOUR, facts=facts)
     found = rows(usage, "user")
     assert (found["mina"]["gpu_hours"], found["tom"]["gpu_hours"]) == (0.5, 1.0)
     assert (found["mina"]["made"], found["tom"]["made"]) == (1, 2)
-    assert "bytes" not in found["tom"]  # they belong to the user who began the row
+    assert "bytes" not in found["tom"]  # they count for the user who started the row
     assert rows(usage, "sweep")["team/second"]["gpu_hours"] == 1.0
     assert rows(usage, "project")["team"]["gpu_hours"] == 1.5
-    # With the sweep goes what it knew; the row still says who began it.
+    # Without the sweep its events are missing; the row still names the user who started it.
     (store.root / "sweeps/team/second").rename(store.root / "gone")
     found = rows(usage, "user")
     assert found == {
@@ -157,7 +152,7 @@ def test_blocks_of_one_row_belong_to_whoever_drew_each(store, usage, trial, monk
     assert "2 of these have no recorded time" in usage()[1]
 
 
-def test_since_counts_what_was_made_from_then_on(store, usage, trial, monkeypatch):
+def test_since_counts_only_later_artifacts(store, usage, trial, monkeypatch):
     of_user(monkeypatch, "mina", cpu=1)
     with_record(made(store, trial("cpl"), 1), started=1_700_000_000.0)  # November 2023
     made(store, trial("cpl", seed=7), 1)
@@ -165,13 +160,13 @@ def test_since_counts_what_was_made_from_then_on(store, usage, trial, monkeypatc
     assert rows(usage, "user", "--since", "2024-01-01")["mina"]["made"] == 1
     assert rows(usage, "user", "--since", "2023-11-14T00:00")["mina"]["made"] == 2
     assert rows(usage, "user", "--since", "2199-01-01") == {}
-    for words, why in (
-        (("--since", "may"), "wanted a date"),
-        (("--by", "team"), "allowed are user"),
+    for words, message in (
+        (("--since", "may"), "is not a date"),
+        (("--by", "team"), "allowed: user"),
     ):
         code, out, err = usage(*words)
         assert (code, out) == (2, "")
-        assert why in err
+        assert message in err
 
 
 # ---------------------------------------------------------------- real sweeps, two users
@@ -188,7 +183,7 @@ def trivial(spec: Path, store: Path | str, user: str, project: str, **more: str)
     assert done.returncode == 0, done.stderr
 
 
-def test_one_name_in_two_projects_shares_artifacts_and_neither_ledger_nor_experiment(
+def test_equal_names_in_two_projects_share_artifacts_but_not_events_or_experiments(
     store, usage, tmp_path, monkeypatch
 ):
     from mlflow import MlflowClient
@@ -199,23 +194,23 @@ def test_one_name_in_two_projects_shares_artifacts_and_neither_ledger_nor_experi
         trivial(spec, store.root, user, project)
     built = (store.root / "built.log").read_text().splitlines()
     assert len(built) == len(set(built)) == 4  # features and three trials, each once
-    ledgers = {
+    logs = {
         project: [
             json.loads(line)
             for line in (store.root / "sweeps" / project / "same/events.jsonl").open()
         ]
         for project in ("birds", "cars")
     }
-    assert {e["user"] for e in ledgers["birds"] if "user" in e} == {"mina"}
-    assert {e["user"] for e in ledgers["cars"] if "user" in e} == {"tom"}
-    assert sum(e["event"] == "trial_done" for e in ledgers["birds"]) == 3
-    assert sum(e["event"] == "trial_reused" for e in ledgers["cars"]) == 4
+    assert {e["user"] for e in logs["birds"] if "user" in e} == {"mina"}
+    assert {e["user"] for e in logs["cars"] if "user" in e} == {"tom"}
+    assert sum(e["event"] == "trial_done" for e in logs["birds"]) == 3
+    assert sum(e["event"] == "trial_reused" for e in logs["cars"]) == 4
     client = MlflowClient(f"sqlite:///{store.root / 'mlflow.db'}")
     for project, user in (("birds", "mina"), ("cars", "tom")):
         experiment = client.get_experiment_by_name(f"air/{project}")
         runs = client.search_runs([experiment.experiment_id])
         tags = {(run.data.tags["air.kind"], run.data.tags["air.user"]) for run in runs}
-        # The trials are told in both projects, as hers: she has computed them.
+        # Both projects show the trials with the user who computed them.
         assert tags == {("sweep", user), ("trial", "mina"), ("point", "mina")}
     assert set(rows(usage, "user")) == {"mina"}
     assert set(rows(usage, "project")) == {"birds"}
@@ -224,7 +219,7 @@ def test_one_name_in_two_projects_shares_artifacts_and_neither_ledger_nor_experi
 
 @pytest.mark.integration
 @pytest.mark.ray
-def test_a_real_run_notes_what_each_worker_held(tmp_path, drawn_digits):
+def test_a_real_run_records_the_devices_of_each_worker(tmp_path, drawn_digits):
     text = "grid: {{method: [fpl, air_fpl]}}\nfixed: {{generator: 'folder:{folder}', "
     text += "images_per_class: {count}, generation.block: 8, train.steps: 2}}\nseeds: [1]\n"
     text += "resources: {{generator: {{actors: 1}}}}\n"
@@ -247,5 +242,5 @@ def test_a_real_run_notes_what_each_worker_held(tmp_path, drawn_digits):
     assert set(each) == {"mina", "tom"}
     assert found["total"]["gpu_hours"] == found["total"]["unknown_hours"] == 0
     assert found["total"]["untimed"] == 0
-    # Ten blocks each; she has computed the features and two trials, he one trial.
+    # Ten blocks each; mina also built the features and two trials, tom one trial.
     assert (each["mina"]["made"], each["tom"]["made"]) == (13, 11)

@@ -20,7 +20,13 @@ from air_core.paradigms import make_split
 from air_core.specs import GenerationSettings, SplitSettings
 from air_core.weights import tiny_folder
 from orchestrator.planning import resolver_of
-from orchestrator.planning.audit_card import Audited, audited_by, card_json, card_of, known_card
+from orchestrator.planning.audit_card import (
+    Audited,
+    audited_by,
+    card_from_json,
+    card_json,
+    known_card,
+)
 from orchestrator.planning.recorded import read_sweep
 from orchestrator.planning.resolve import images_folder
 from orchestrator.spec import presets
@@ -205,7 +211,7 @@ def test_the_same_images_give_the_same_bytes_and_json_comes_back(world, faulty):
     assert png == again
     assert len(png) < SHEET_BYTES
     assert Image.open(io.BytesIO(png)).width < 1000
-    assert card_json(card_of(card_json(one))) == card_json(one)
+    assert card_json(card_from_json(card_json(one))) == card_json(one)
 
 
 LOOK = """

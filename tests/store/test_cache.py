@@ -22,7 +22,7 @@ from air_core.specs import SyntheticFeaturesSpec
 from orchestrator.__main__ import main
 from orchestrator.errors import StoreRefused
 from orchestrator.planning import plan_of, resolver_of
-from orchestrator.planning.estimate import Pace, remember
+from orchestrator.planning.estimate import Pace, record_measurements
 from orchestrator.planning.plan import plan_sweep
 from orchestrator.spec import load_sweep
 from orchestrator.store import ArtifactStore, SweepLocation
@@ -468,7 +468,7 @@ OTHER_FILES += ("sweeps/*/*/events.jsonl",)
 def test_verify_finds_a_flipped_bit_in_any_file_and_names_the_remedy(world, cache):
     world.finish("one", AIR.format(count=8, rank=4))
     world.store.initialize()
-    remember(world.store, {("trials", "x"): Pace(1.0, 1.0)})
+    record_measurements(world.store, {("trials", "x"): Pace(1.0, 1.0)})
     kept = sealed(BLANK.encode() + os.urandom(BYTES))
     world.store.write(world.store.root / "unfinished" / "0123456789ab.safetensors", kept)
     files = len(world.files()) + len(OTHER_FILES)
