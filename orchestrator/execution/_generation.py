@@ -38,7 +38,7 @@ MAX_THRIFT = 2  # the highest level of `thrift` of a generator
 
 
 class GeneratorActor:
-    """One actor of a pool. Holds one generator at a time, and loads another when the row changes."""
+    """One actor of a pool. Holds one generator, and loads another when the row changes."""
 
     def __init__(
         self, rows: Sequence[SyntheticFeaturesSpec], worker: WorkerContext, progress_actor: Any

@@ -1,4 +1,4 @@
-"""Progress of work on the cluster: workers report it to an actor, and the driver reads the actor."""
+"""Progress of work on the cluster: workers report it to an actor, which the driver reads."""
 
 from __future__ import annotations
 

@@ -141,7 +141,7 @@ def _target(path: Path, split: SplitSettings, text: DatasetText) -> Target:
 
 
 def build_labels(spec: LabelsSpec, worker: WorkerContext) -> Artifact:
-    """Choose the images that a LoRA is trained on: pool images with a pseudo-label, labelled images."""
+    """Select the images that a LoRA is trained on: pseudo-labelled and labelled ones."""
 
     def build(folder: Path) -> dict[str, Any]:
         target = read_target(spec.features, spec.split, worker.store)
@@ -153,7 +153,7 @@ def build_labels(spec: LabelsSpec, worker: WorkerContext) -> Artifact:
             parts.append(first_of_each_class(split.labelled, target.labels[split.labelled], k))
         if not parts:
             raise ValueError(
-                "lora.source is labelled, but paradigm ul has no labelled images; allowed: pseudo, all"
+                "lora.source is labelled, but paradigm ul has no labels; allowed: pseudo, all"
             )
         index, labels = (torch.cat(columns) for columns in zip(*parts, strict=True))
         save_file({"index": index.numpy(), "labels": labels.numpy()}, folder / "labels.safetensors")

@@ -53,11 +53,11 @@ class WorkerContext:
 
     @contextmanager
     def unchanged_examples(self, dataset: Ref) -> Iterator[Examples]:
-        """Examples whose files match the digest before and after the block. Raises as `examples`."""
+        """Examples, with their files checked before and after the block. Raises as `examples`."""
         examples = self.examples(dataset)
         try:
             yield examples
-        finally:  # a file that disappears inside the block raises an error that hides the cause
+        finally:  # also after another error, which a file raises that disappears during the block
             _check_content(dataset, self._digests, self.data_root)
 
     def check_ready_images(self, folder: Ref) -> None:
