@@ -146,6 +146,6 @@ def test_a_server_that_goes_away_ends_the_run_and_nothing_is_lost(world, calm):
     finally:
         world.server.start()
     assert "does not answer" in said
-    assert "the same command goes on" in said
+    assert "the same command resumes the sweep" in said
     ended(world.running("two"), 0)
     assert world.say("two", "table", "chaos") == calm.say("here", "table", "chaos")

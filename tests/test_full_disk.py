@@ -19,15 +19,15 @@ from orchestrator.stages.image_rows import build_image_block, open_generator
 from orchestrator.planning import (Resolver)
 from orchestrator.stages.build import build_features
 from orchestrator.store import (ArtifactStore)
-from orchestrator.stages.context import Workshop
+from orchestrator.stages.context import WorkerContext
 
 root, digests, drawn = map(Path, sys.argv[1:])
-shop = Workshop(ArtifactStore(root))
+worker = WorkerContext(ArtifactStore(root))
 flat = {**presets.defaults("air_fpl", {}), "generator": f"folder:{drawn}", "generation.block": 8}
 flat["images_per_class"] = 16
 trial = Resolver(digests, None).trial(flat)
 row = trial.synthetic_features
-generator = open_generator(row.images, shop)
+generator = open_generator(row.images, worker)
 
 def outcome(make):
     try:
@@ -36,9 +36,9 @@ def outcome(make):
         return classify(problem)
     return "made"
 
-print(outcome(lambda: build_features(trial.features, shop)))
+print(outcome(lambda: build_features(trial.features, worker)))
 for block in range(2):
-    print(outcome(lambda: build_image_block(row, 0, block, shop, lambda: generator)))
+    print(outcome(lambda: build_image_block(row, 0, block, worker, lambda: generator)))
 """
 
 

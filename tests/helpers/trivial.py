@@ -274,7 +274,7 @@ def run_forked() -> None:
         if module.name != "orchestrator.__main__" and module.name not in MODULES:
             with suppress(ImportError):  # of names that MODULES lack and no command here uses
                 importlib.import_module(module.name)
-    assert threading.active_count() == 1  # a fork has one thread, and would wait for the other threads
+    assert threading.active_count() == 1  # a fork has one thread, and would wait for others
     for line in sys.stdin:
         request = json.loads(line)
         if (pid := os.fork()) == 0:
