@@ -163,11 +163,13 @@ def in_mlflow(store: Path) -> list[Any]:
 
 def studies(store: Path) -> dict[str, list[tuple[Any, ...]]]:
     storage = open_storage(store / "sweeps" / "default" / "chaos" / "studies.journal")
-    found = {}
+    by_name = {}
     for name in optuna.get_all_study_names(storage):
         trials = optuna.load_study(study_name=name, storage=storage).get_trials(deepcopy=False)
-        found[name] = [(t.state.name, t.params, t.value) for t in trials if t.state.name != "FAIL"]
-    return found
+        by_name[name] = [
+            (t.state.name, t.params, t.value) for t in trials if t.state.name != "FAIL"
+        ]
+    return by_name
 
 
 def outcomes(store: Path) -> dict[str, str]:

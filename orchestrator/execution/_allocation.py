@@ -128,7 +128,7 @@ class Allocation:
 
 @dataclass(frozen=True)
 class PreparationContext:
-    """What all preparation of a run shares.
+    """Objects that all preparation of a run shares.
 
     Attributes:
         listener: receives each artifact and each shard when it is complete.

@@ -62,7 +62,7 @@ def waves(
 
     Args:
         groups: requirements of each group, in the order in which trials need them.
-        workers: returns the number of generators that the cluster has room for now.
+        workers: returns the number of generators that fit the cluster now.
     """
     for index, requirements in enumerate(groups):
         early = {

@@ -3,7 +3,7 @@
 A job is the missing seeds of one point that can be trained in one computation (`side_by_side`);
 other seeds of the point are jobs of their own. Results in the store are reused. A trial that
 another job is computing is not started twice: its slot waits for that job. Failures are retried as
-their class allows (`failures`), each in a job of its own.
+their class allows (`failures`), each as a separate job.
 
 Where a search prunes, a trial runs in segments that end at rungs. At a rung, a point waits until
 all other points of its round have reached it; then the pruning rule decides which points continue

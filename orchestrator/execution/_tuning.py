@@ -36,7 +36,7 @@ MAX_JOBS = 10_000  # at a time, for Tune; `_JobSearcher` hands out as many as fi
 
 @dataclass(frozen=True)
 class TuningCost:
-    """What running the points cost."""
+    """Cost of running the points."""
 
     wall: float  # seconds
     # Median seconds that a job takes beyond its trials on an actor that is up; None: unknown.

@@ -296,7 +296,7 @@ def _merged_inputs(location: SweepLocation, resolver: Resolver) -> dict[str, Any
     except ValueError as problem:
         log.warning("%s", problem)
     merged = {kind: {**before.get(kind, {}), **inputs} for kind, inputs in current.items()}
-    return merged | {"code": current["code"]}  # the code of this run alone
+    return merged | {"code": current["code"]}  # the code of this run only
 
 
 def _log_start(state: RunState, plan: Plan) -> None:

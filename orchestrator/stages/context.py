@@ -1,4 +1,4 @@
-"""What stages and trials work with: store, data, device, and the CLIP that encodes images."""
+"""Context of a worker process: store, data, device, and the CLIP that encodes images."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class ChangedInput(ValueError):
 
 @dataclass(frozen=True)
 class WorkerContext:
-    """What one worker process works with."""
+    """Store, data and device of one worker process."""
 
     store: ArtifactStore
     data_root: Path | None = None

@@ -107,7 +107,7 @@ def learn_and_record(
         )
 
     with store.locks.turn(artifact_key(spec).digest):
-        if is_finished(spec, store, segments.stop_after):  # another process has run it meanwhile
+        if is_finished(spec, store, segments.stop_after):  # another process has run it
             return
         if segments.stop_after is not None:
             running = resume(read_checkpoint(spec, store))

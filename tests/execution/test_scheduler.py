@@ -450,8 +450,8 @@ def test_a_round_ends_when_all_its_points_have_ended_in_any_order(world):
 
 def mean_objective(world: World, job: Job) -> float:
     """The mean of the search's objective over seeds."""
-    found = [read_trial(spec, world.store).objectives["mutual_information"] for spec in job.trials]
-    return sum(found) / len(found)
+    values = [read_trial(spec, world.store).objectives["mutual_information"] for spec in job.trials]
+    return sum(values) / len(values)
 
 
 def test_a_search_ends_with_values_for_all_its_points(world):
@@ -481,7 +481,7 @@ def test_the_validation_images_can_be_the_objective(world):
     jobs = world.run_all(world.scheduler(sweep("fpl", search=search, seeds=(1,))))
     expected = [read_trial(job.trials[0], world.store).objectives for job in jobs]
     assert [value for _, _, value in world.points()] == [
-        found["validation_accuracy"] for found in expected
+        objectives["validation_accuracy"] for objectives in expected
     ]
 
 
@@ -601,8 +601,8 @@ def pruning(rule: Any = "halving", points: int = 8, width: int = 4, **more: Any)
 
 def pruned_at(world: World) -> dict[int, int]:
     """The rung of each point that was pruned."""
-    found = {o.slot.point: o.pruned.rung for o in world.outcomes if o.pruned is not None}
-    return dict(sorted(found.items()))
+    rungs = {o.slot.point: o.pruned.rung for o in world.outcomes if o.pruned is not None}
+    return dict(sorted(rungs.items()))
 
 
 def decisions(world: World) -> list[tuple[int, dict[str, float], list[int]]]:
