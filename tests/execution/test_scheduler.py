@@ -251,7 +251,7 @@ def test_the_budget_is_checked_for_all_jobs_together_without_reused_trials(world
 def test_a_point_over_the_budget_comes_first_in_the_next_run(world):
     spec = sweep("fpl", search=searching(points=4, sampler="grid"), seeds=(1,))
     jobs = []
-    scheduler = world.scheduler(spec, lambda jobs: len(jobs) < 2)
+    scheduler = world.scheduler(spec, lambda running: len(jobs) < 2)
     while (job := scheduler.next()) is not None:
         jobs.append(job)
         scheduler.complete(job.number, world.run(job))
