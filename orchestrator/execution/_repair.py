@@ -37,7 +37,8 @@ def set_damaged_aside(
     """
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         results = threads.map(
-            lambda check: _run_check(*check, store), list(_checks(plan, store, resolver))
+            lambda check: _run_check(check[0], check[1], store),
+            list(_checks(plan, store, resolver)),
         )
         return [damaged for damaged in results if damaged is not None]
 
