@@ -126,30 +126,30 @@ def _rate(told: Sequence[Sequence[tuple[float, int]]]) -> float:
 # ---------------------------------------------------------------- ours
 
 
-class Watcher:
-    """Records the time at which each block was complete."""
+class Listener:
+    """Notes when each block was whole."""
 
     def __init__(self) -> None:
         self.blocks: list[tuple[float, int]] = []
         self.pool: Any = None
 
-    def prepared(self, requirement: Requirement, seconds: float, facts: dict[str, Any]) -> None:
+    def on_prepared(self, requirement: Requirement, seconds: float, facts: dict[str, Any]) -> None:
         self.blocks.append((time.time(), int(facts["drawn"] + facts["holes"])))
 
-    def drew(self, pool: Any) -> None:
+    def on_pool_closed(self, pool: Any) -> None:
         self.pool = pool
 
-    def progressed(self, name: str, done: int, total: int) -> None: ...
+    def on_progress(self, name: str, done: int, total: int) -> None: ...
 
-    def waiting(self, name: str, holder: str, seconds: float) -> None: ...
+    def on_waiting(self, name: str, holder: str, seconds: float) -> None: ...
 
 
 def ours(requirement: Requirement, device: str) -> tuple[float, float, float]:
     """Images per second of two actors, seconds until the first block, and their busy fraction."""
     from orchestrator.cluster.session import machines
-    from orchestrator.execution._allocation import Allocation, Context
+    from orchestrator.execution._allocation import Allocation, PreparationContext
     from orchestrator.execution._generation import draw
-    from orchestrator.execution._progress import Progress
+    from orchestrator.execution._progress import ProgressMonitor
     from orchestrator.spec import Resources
     from orchestrator.spec.sweep import GeneratorResources
     from orchestrator.stages.context import WorkerContext
@@ -157,20 +157,21 @@ def ours(requirement: Requirement, device: str) -> tuple[float, float, float]:
 
     gpu = 1 / PROCESSES if device != "cpu" else 0
     resources = Resources(generator=GeneratorResources(actors=PROCESSES, gpu=gpu))
-    watcher = Watcher()
+    listener = Listener()
     with tempfile.TemporaryDirectory() as folder:
         worker = WorkerContext(ArtifactStore(Path(folder)), device=device)
         began = time.time()
-        board = Progress(watcher).board
-        free = Allocation(resources, machines)
-        for _ in draw([requirement], Context(worker, resources, watcher, free, board)):
+        actor = ProgressMonitor(listener).actor
+        allocation = Allocation(resources, machines)
+        context = PreparationContext(worker, resources, listener, allocation, actor)
+        for _ in draw([requirement], context):
             time.sleep(0.01)
         assert not requirement.missing(worker.store)
-    # Blocks do not name their actor: count from the second block, when both actors have started.
-    times = watcher.blocks[1:]
+    # Actors are not told apart: together, from when the second one had its first block.
+    times = listener.blocks[1:]
     rate = sum(size for _, size in times[1:]) / (times[-1][0] - times[0][0])
-    busy = watcher.pool.busy / (watcher.pool.actors * (times[-1][0] - began))
-    return rate, watcher.blocks[0][0] - began, busy
+    busy = listener.pool.busy / (listener.pool.actors * (times[-1][0] - began))
+    return rate, listener.blocks[0][0] - began, busy
 
 
 def main() -> None:

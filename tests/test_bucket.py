@@ -149,6 +149,6 @@ def test_an_unreachable_server_ends_the_run_without_losing_results(world, calm):
     finally:
         world.server.start()
     assert "does not answer" in err
-    assert "the same command goes on" in err
+    assert "the same command resumes the sweep" in err
     ended(world.start_run("two"), 0)
-    assert world.output("two", "table", "chaos") == calm.output("local", "table", "chaos")
+    assert world.say("two", "table", "chaos") == calm.say("here", "table", "chaos")

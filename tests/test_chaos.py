@@ -1,6 +1,6 @@
-"""A driver that is killed at any event of its ledger, or that finds its disk full at any byte: the
-same command again ends the sweep as if nothing had happened. On a trainable that takes no time;
-`test_runs.py` does it with the real one.
+"""A driver is killed at any event of its log, or finds the disk full at any byte: the same command
+then completes the sweep as if nothing had happened. Trials take no time (`helpers/trivial.py`);
+`test_runs.py` has real ones.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ def spec(tmp_path_factory, drawn_digits) -> Path:
 
 @pytest.fixture(scope="module")
 def trivial() -> Iterator[Trivial]:
-    with closing(Trivial()) as found:
-        yield found
+    with closing(Trivial()) as process:
+        yield process
 
 
 @pytest.fixture(scope="module")
 def database(spec) -> Path:
-    """An empty one of MLflow's, which takes seconds to make."""
+    """An empty database of MLflow, which takes seconds to create."""
     file = spec.parent / "empty.db"
     create_database(file)
     return file
@@ -56,7 +56,7 @@ def database(spec) -> Path:
 
 @pytest.fixture(scope="module")
 def calm(spec, trivial, database) -> Path:
-    """The store of a run that nobody disturbed."""
+    """The store of an undisturbed run."""
     store = new_store(spec.parent / "calm", database)
     done = trivial.run("run", spec, "--store", store)
     assert done.returncode == 0, done.stderr
@@ -73,7 +73,7 @@ FEW = 4
 
 
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.integration)])
-def test_killed_at_any_event_a_sweep_ends_as_if_nothing_had_happened(
+def test_a_sweep_killed_at_any_event_and_resumed_has_the_results_of_an_undisturbed_one(
     spec, calm, trivial, database, tmp_path, every
 ):
     count = len(events(calm, "chaos"))
@@ -94,7 +94,7 @@ def test_killed_at_any_event_a_sweep_ends_as_if_nothing_had_happened(
 
 
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.integration)])
-def test_out_of_room_anywhere_a_sweep_stops_and_ends_as_if_nothing_had_happened(
+def test_a_sweep_on_a_full_disk_stops_and_resumes_to_the_results_of_an_undisturbed_one(
     spec, calm, trivial, tmp_path, every
 ):
     alone = tmp_path / "untracked"
@@ -106,7 +106,7 @@ def test_out_of_room_anywhere_a_sweep_stops_and_ends_as_if_nothing_had_happened(
     sizes = range(2, whole - 8, whole // (30 if every else 3))
     with small_disk(tmp_path / "small", whole * PAGE) as disk, closing(Trivial(disk.inside)) as run:
         for pages in sizes:
-            when, store = f"no room beyond {pages} pages", disk.place
+            when, store = f"disk full after {pages} pages", disk.place
             disk.resize(pages * PAGE)
             done = run.run("run", spec, "--store", store, *UNTRACKED)
             assert done.returncode == 1, (when, done.stderr)
@@ -117,7 +117,9 @@ def test_out_of_room_anywhere_a_sweep_stops_and_ends_as_if_nothing_had_happened(
             half = [file for file in disk.seen.rglob(".*") if file.name != ".driver.lock"]
             assert half == [], when
             ends = [e for e in events(disk.seen, "chaos") if e["event"] == "sweep_ended"]
-            assert [end["exit_code"] for end in ends] in ([], [1]), when  # no room for it
+            assert [end["exit_code"] for end in ends] in ([], [1]), (
+                when
+            )  # [] if the disk is too full for the event
 
             disk.resize(64 * 2**20)
             done = run.run("run", spec, "--store", store, *UNTRACKED)
@@ -127,7 +129,7 @@ def test_out_of_room_anywhere_a_sweep_stops_and_ends_as_if_nothing_had_happened(
             disk.clear()
 
 
-def test_who_was_pruned_is_said_by_plan_status_table_and_tracker(spec, calm):
+def test_plan_status_table_and_tracker_show_pruned_trials(spec, calm):
     stopped = [slot for slot, end in outcomes(calm).items() if end == "trial_pruned"]
     count = len(stopped)
     plan = json.loads(airsweep("plan", spec, "--store", calm, "--json").stdout)["trials"]
@@ -137,17 +139,17 @@ def test_who_was_pruned_is_said_by_plan_status_table_and_tracker(spec, calm):
     assert (shown["pruned"], shown["waiting"]) == (count, 0)
     text = airsweep("table", "chaos", "--store", calm).stdout
     assert f"{count // 2} points pruned early" in text
-    noted = {e["slot"]: e for e in events(calm, "chaos") if e["event"] == "trial_pruned"}
+    pruned = {e["slot"]: e for e in events(calm, "chaos") if e["event"] == "trial_pruned"}
     runs = [run for run in all_runs(calm) if run.data.tags.get("air.state") == "pruned"]
     assert sorted(run.data.tags["air.slot"] for run in runs) == sorted(stopped)
     for run in runs:
-        rung = noted[run.data.tags["air.slot"]]["rung"]
+        rung = pruned[run.data.tags["air.slot"]]["rung"]
         assert run.data.tags["air.pruned_after"] == str(rung)
         assert list(run.data.metrics) == ["rung/mutual_information"]
 
 
 def in_mlflow(store: Path) -> list[Any]:
-    """Its runs, without what depends on the clock: none is lost, doubled or left open."""
+    """MLflow's runs without times, to check that none is lost, doubled or unfinished."""
     return sorted(
         (
             run.data.tags["air.kind"],
@@ -162,11 +164,13 @@ def in_mlflow(store: Path) -> list[Any]:
 
 def studies(store: Path) -> dict[str, list[tuple[Any, ...]]]:
     storage = open_storage(store / "sweeps" / "default" / "chaos" / "studies.journal")
-    found = {}
+    by_name = {}
     for name in optuna.get_all_study_names(storage):
         trials = optuna.load_study(study_name=name, storage=storage).get_trials(deepcopy=False)
-        found[name] = [(t.state.name, t.params, t.value) for t in trials if t.state.name != "FAIL"]
-    return found
+        by_name[name] = [
+            (t.state.name, t.params, t.value) for t in trials if t.state.name != "FAIL"
+        ]
+    return by_name
 
 
 def outcomes(store: Path) -> dict[str, str]:
@@ -175,7 +179,7 @@ def outcomes(store: Path) -> dict[str, str]:
 
 
 def results(store: Path) -> tuple[Any, ...]:
-    """What a sweep came to, however often it was begun."""
+    """The results of a sweep, which do not depend on how often it was resumed."""
     ended = outcomes(store)
     pruned = sorted(slot for slot, end in ended.items() if end == "trial_pruned")
     failed = sorted(slot for slot, end in ended.items() if end == "trial_failed")
@@ -185,8 +189,8 @@ def results(store: Path) -> tuple[Any, ...]:
 def assert_worked_once(store: Path, calm: Path, when: str, redone: int = 0) -> None:
     """
     Args:
-        redone: so many pieces of work may have been begun twice; a job, here of two seeds, has ten
-            iterations each.
+        redone: how many pieces of work may have been started twice. A job has two seeds of ten
+            iterations.
     """
     trials, prepared = begun_twice(store / "built.log", calm / "built.log")
     assert trials.total() <= redone, (when, trials)

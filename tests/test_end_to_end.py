@@ -1,4 +1,4 @@
-"""Commands from outside that need no cluster: help, what bad input gets, rows that are the same."""
+"""Commands that need no cluster: help, errors for bad input, equal images of two folders."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ def test_help_is_quick_to_import_and_lists_the_commands():
 
 
 @pytest.mark.parametrize(
-    ("body", "place", "words"),
+    ("body", "position", "words"),
     [
         ("grid: {method: [fpl, cpll]}\n", ":3:22:", "did you mean"),
         ("fixed: {method: fpl, backbone: /nowhere/at/all}\n", "", "/nowhere/at/all"),
         ("fixed: {method: fpl}\nfusion: 1\n", ":4:1:", "fusion"),
     ],
 )
-def test_bad_input_is_one_message_and_exit_code_2(command, tmp_path, body, place, words):
+def test_bad_input_is_one_message_and_exit_code_2(command, tmp_path, body, position, words):
     spec = write_sweep(tmp_path, "bad", body)
     code, out, err = command("run", spec, "--store", tmp_path / "runs")
     assert (code, out) == (2, "")
-    assert place in err
+    assert position in err
     assert words in err
     assert len(err.strip().splitlines()) == 1
-    if place:
-        assert err.startswith(f"{spec}{place} ")
+    if position:
+        assert err.startswith(f"{spec}{position} ")
     assert not (tmp_path / "runs" / "sweeps").exists()
 
 
@@ -79,13 +79,13 @@ def test_a_store_of_another_version_is_refused_with_exit_code_3(tmp_path, comman
     assert list(store.iterdir()) == [store / "VERSION"]
 
 
-def test_an_unknown_sweep_names_those_that_are_there(tmp_path):
+def test_an_unknown_sweep_is_exit_code_2(tmp_path):
     done = airsweep("status", "nothing", "--store", tmp_path, check=False)
     assert done.returncode == 2
     assert "no sweep default/nothing" in done.stderr
 
 
-def test_cells_of_the_same_images_wait_for_them_together_and_run_once(tmp_path, drawn_digits):
+def test_cells_of_equal_images_are_one_computation(tmp_path, drawn_digits):
     other = shutil.copytree(drawn_digits, tmp_path / "copied")
     body = f"""
 grid: {{generator: ["folder:{drawn_digits}", "folder:{other}"]}}
@@ -95,49 +95,49 @@ seeds: [1, 2]
     spec, store = write_sweep(tmp_path, "twins", body), tmp_path / "runs"
     command = ("run", spec, "--store", store, "--tracking-uri", "none")
     airsweep(*command, module="tests.helpers.trivial")
-    found = events(store, "twins")
-    assert count(found, "trial_done") == count(found, "trial_reused") == 2
-    assert count(found, "trial_failed") == 0
+    log = events(store, "twins")
+    assert count(log, "trial_done") == count(log, "trial_reused") == 2
+    assert count(log, "trial_failed") == 0
     rows = json.loads(airsweep("table", "twins", "--store", store, "--format", "json").stdout)
     assert [row["n"] for row in rows] == [2, 2]
 
 
 @pytest.fixture
-def others_store() -> Iterator[Path]:
-    """A store that belongs to root and that others may read."""
+def foreign_store() -> Iterator[Path]:
+    """A store that belongs to root and that other users may read."""
     if os.geteuid() != 0:
-        pytest.skip("needs root, who can become somebody else")
-    folder = Path(tempfile.mkdtemp(dir="/tmp"))  # that of pytest is closed to others
+        pytest.skip("needs root, to change the user")
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))  # other users cannot enter pytest's folder
     folder.chmod(0o755)
     yield folder / "runs"
     shutil.rmtree(folder)
 
 
-def test_who_may_only_read_looks_at_all_and_is_refused_before_a_run(others_store, command):
-    folder = others_store.parent
+def test_a_user_who_may_only_read_can_use_all_views_and_cannot_run(foreign_store, command):
+    folder = foreign_store.parent
     mine = write_sweep(folder, "mine", "fixed: {method: fpl}\nseeds: [1]\n")
     other = write_sweep(folder, "other", "fixed: {method: zero_shot}\nseeds: [1]\n")
-    airsweep("run", mine, "--store", others_store, module="tests.helpers.trivial")
+    airsweep("run", mine, "--store", foreign_store, module="tests.helpers.trivial")
 
-    def said(*words: str | Path) -> tuple[int, str]:
-        code, out, err = command(*words)
+    def outcome(*arguments: str | Path) -> tuple[int, str]:
+        code, out, err = command(*arguments)
         return code, out + err
 
-    store = ("--store", others_store)
-    looks = [(*words, *store) for words in (("status", "mine"), ("table", "mine"), ("plan", other))]
-    seen = [said(*words) for words in (*looks, ("run", mine, *store))]  # all is imported then
+    store = ("--store", foreign_store)
+    views = [(*words, *store) for words in (("status", "mine"), ("table", "mine"), ("plan", other))]
+    as_root = [outcome(*words) for words in (*views, ("run", mine, *store))]  # imports all modules
     os.seteuid(65534)
     try:
-        assert [said(*words) for words in (*looks, ("run", mine, *store))] == seen
-        refused = said("run", other, *store)
+        assert [outcome(*words) for words in (*views, ("run", mine, *store))] == as_root
+        refused = outcome("run", other, *store)
         os.seteuid(0)
-        others_store.chmod(0o700)
+        foreign_store.chmod(0o700)
         os.seteuid(65534)
-        closed = said("status", "mine", *store)
+        closed = outcome("status", "mine", *store)
     finally:
         os.seteuid(0)
-    assert [code for code, _ in seen] == [0, 0, 0, 0]
+    assert [code for code, _ in as_root] == [0, 0, 0, 0]
     assert refused[0] == closed[0] == 3
-    assert f"may not write {others_store}, which belongs to root" in refused[1]
-    assert f"may not read {others_store}" in closed[1]
-    assert not (others_store / "sweeps" / "default" / "other").exists()
+    assert f"may not write {foreign_store}, which belongs to root" in refused[1]
+    assert f"may not read {foreign_store}" in closed[1]
+    assert not (foreign_store / "sweeps" / "default" / "other").exists()

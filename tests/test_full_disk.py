@@ -18,7 +18,7 @@ from orchestrator.failures import classify
 from orchestrator.stages.image_rows import build_image_block, open_generator
 from orchestrator.planning import Resolver
 from orchestrator.stages.build import build_features
-from orchestrator.store import ArtifactStore
+from orchestrator.store import (ArtifactStore)
 from orchestrator.stages.context import WorkerContext
 
 root, digests, drawn = map(Path, sys.argv[1:])

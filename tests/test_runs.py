@@ -1,4 +1,4 @@
-"""One sweep from outside: run, looked at, moved, reused; and killed -9 anywhere, and run again."""
+"""One sweep by commands: run, shown, moved, reused; killed with SIGKILL and resumed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.execution._allocation import SHARE
+from orchestrator.execution._allocation import RESERVE_DIVISOR
 from orchestrator.store.event_log import CRASH_AT
 from tests.helpers.sweeps import (
     airsweep,
@@ -32,8 +32,8 @@ pytestmark = pytest.mark.ray
 
 BLOCK, SHARDS = 4, 40  # 10 classes of 16 images
 
-# Runs one after another: the event, counted from its start, at which the driver is killed, and the
-# processes of Ray that are killed before that. The last run is the first that can end well.
+# Runs in order: the event, counted from the start of a run, at which the driver is killed, and the
+# processes of Ray that are killed before it. The last run is the first that can complete the sweep.
 DRAWING = {"ray::MapWorker": lambda new: count(new, "artifact_prepared", stage="images") > 3}
 ALL_OF_RAY = {"raylet": lambda new: count(new, "trial_done") > 0}
 TRAINING = {"ray::ResourceTrainable": lambda new: count(new, "trials_started") > 0}
@@ -55,8 +55,8 @@ def shards(store: Path) -> dict[str, int]:
 
 
 def points(store: Path) -> list[tuple]:
-    asked = [one for one in events(store, "search") if one["event"] == "point_asked"]
-    return sorted((one["point"], sorted(one["params"].items())) for one in asked)
+    logged = [event for event in events(store, "search") if event["event"] == "point_asked"]
+    return sorted((event["point"], sorted(event["params"].items())) for event in logged)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def whole(spec) -> Path:
     """The store of an undisturbed run."""
     store = spec.parent / "whole"
     plan = json.loads(airsweep("plan", spec, "--store", store, "--json").stdout)
-    # One zero_shot trial serves both seeds; the search's points are not known yet.
+    # Both seeds share the zero_shot trial; the points of the search are unknown before the run.
     assert plan["trials"] == {
         "total": TRIALS,
         "done": 0,
@@ -88,19 +88,21 @@ def whole(spec) -> Path:
 
 
 @pytest.mark.integration
-def test_a_sweep_whose_driver_workers_and_ray_are_killed_ends_as_an_undisturbed_one(spec, whole):
-    """Each time a little later; `test_chaos.py` has every event, without Ray."""
+def test_a_sweep_whose_driver_workers_and_ray_are_killed_has_the_results_of_an_undisturbed_one(
+    spec, whole
+):
+    """`test_chaos.py` kills the driver at every event, without Ray."""
     store = spec.parent / "killed"
     shutil.copytree(whole / "artifacts" / "features", store / "artifacts" / "features")
     for number, (event, victims) in enumerate(KILLS, 1):
         before, drawn = len(events(store, "search")), shards(store)
         run = run_and_kill_workers(spec, store, victims, **{CRASH_AT: event})
         if run.returncode == 0 and number == len(KILLS) - 1:
-            break  # the worker of a killed driver may have ended its trial: no more to be killed at
-        wanted = -9 if event else 1 if victims is ALL_OF_RAY else 0
-        assert run.returncode == wanted, (number, run.stderr)
+            break  # no trial was left to kill: the worker of a killed driver finished it
+        expected = -9 if event else 1 if victims is ALL_OF_RAY else 0
+        assert run.returncode == expected, (number, run.stderr)
         if victims is ALL_OF_RAY:
-            assert "Ray died here" in run.stderr
+            assert "Ray died on this machine" in run.stderr
             assert events(store, "search")[-1]["event"] == "sweep_ended"
         assert len(events(store, "search")) > before
         assert {name: shards(store)[name] for name in drawn} == drawn
@@ -108,37 +110,37 @@ def test_a_sweep_whose_driver_workers_and_ray_are_killed_ends_as_an_undisturbed_
     assert table(store, "search") == table(whole, "search")
     assert points(store) == points(whole)
     assert len(points(whole)) == 4
-    found = events(store, "search")
-    prepared = [one for one in found if one.get("stage") == "images"]
-    assert sum(one["facts"]["drawn"] for one in prepared) <= BLOCK * SHARDS  # none drawn twice
+    log = events(store, "search")
+    prepared = [event for event in log if event.get("stage") == "images"]
+    assert sum(event["facts"]["drawn"] for event in prepared) <= BLOCK * SHARDS  # none drawn twice
     assert len(shards(store)) == SHARDS
-    died = [one for one in found if one["event"] == "trial_retried"]
-    assert {one["failure_class"] for one in died} == {"infra"}  # both seeds of its point
-    assert_told_once(store)
+    retried = [event for event in log if event["event"] == "trial_retried"]
+    assert {event["failure_class"] for event in retried} == {"infra"}  # both seeds of its point
+    assert_tracked_once(store)
     assert_sound(store)
 
 
-def assert_told_once(store: Path) -> None:
+def assert_tracked_once(store: Path) -> None:
     assert {run.info.status for run in all_runs(store)} == {"FINISHED"}
     slots = Counter(run.data.tags["air.slot"] for run in children(store, "search"))
     assert (len(slots), set(slots.values())) == (TRIALS, {1})
 
 
 def assert_sound(store: Path) -> dict[str, Any]:
-    """What the stages write is sealed, and what a sweep asks for is all of it; what verify says."""
-    found: dict[str, Any] = json.loads(
+    """All files are undamaged and needed by a sweep; returns the output of `cache verify`."""
+    verified: dict[str, Any] = json.loads(
         airsweep("cache", "verify", "--store", store, "--json").stdout
     )
-    assert (found["damaged"], found["unsealed"]) == ([], 0)
-    can_go = airsweep("cache", "gc", "--store", store, "--all-users", "--json")
-    assert json.loads(can_go.stdout)["removals"] == []
-    return found
+    assert (verified["damaged"], verified["unsealed"]) == ([], 0)
+    removable = airsweep("cache", "gc", "--store", store, "--all-users", "--json")
+    assert json.loads(removable.stdout)["removals"] == []
+    return verified
 
 
-# ---------------------------------------------------------------- looked at
+# ---------------------------------------------------------------- shown
 
 
-def test_plan_and_status_agree_with_what_ran(spec, whole):
+def test_plan_and_status_agree_with_the_run(spec, whole):
     plan = json.loads(airsweep("plan", spec, "--store", whole, "--json").stdout)
     assert plan["cells"] == 3
     assert plan["points"] == POINTS
@@ -168,13 +170,13 @@ def test_plan_and_status_agree_with_what_ran(spec, whole):
 
 
 def test_trials_do_not_wait_for_the_images_of_other_cells(whole):
-    """zero_shot and fpl read none: the pool that draws for air_fpl keeps to the reserve."""
+    """zero_shot and fpl read no images: the pool that draws for air_fpl uses the reserve only."""
     outcome = json.loads((whole / "sweeps" / "default" / "search" / "outcome.json").read_text())
     first, *_ = outcome["run"]["pools"]
-    assert first["actors"] <= max(1, (os.cpu_count() or 1) // SHARE)
+    assert first["actors"] <= max(1, (os.cpu_count() or 1) // RESERVE_DIVISOR)
 
 
-def test_table_rows_have_the_agreed_keys(spec, whole):
+def test_table_rows_have_the_documented_keys(spec, whole):
     rows = table(whole, "search")
     assert [row["method"] for row in rows] == ["zero_shot", "fpl", "air_fpl"]
     expected = (
@@ -182,14 +184,14 @@ def test_table_rows_have_the_agreed_keys(spec, whole):
         "protocol comparisons collapsed"
     )
     for row in rows:
-        why = "point chosen_by rank_correlation" if row["method"] == "air_fpl" else ""  # searched
-        assert sorted(row) == sorted([*expected.split(), *why.split()])
+        searched = "point chosen_by rank_correlation" if row["method"] == "air_fpl" else ""
+        assert sorted(row) == sorted([*expected.split(), *searched.split()])
         assert row["low"] <= row["mean"] <= row["high"]
         assert row["n_test"] == 540
     assert [row["n"] for row in rows] == [1, 2, 2]
 
 
-def test_again_does_no_work_and_imports_neither_torch_nor_ray(spec, whole):
+def test_a_second_run_does_no_work_and_imports_neither_torch_nor_ray(spec, whole):
     before = len(events(whole, "search"))
     code = (
         "import sys; sys.argv = ['airsweep', *sys.argv[1:]]\n"
@@ -208,22 +210,22 @@ def test_again_does_no_work_and_imports_neither_torch_nor_ray(spec, whole):
     assert len(events(whole, "search")) == before
 
 
-def test_an_edited_file_says_what_it_keeps_and_stops_where_its_budget_does(spec, whole, tmp_path):
+def test_an_edited_file_reports_the_points_it_keeps_and_stops_at_its_budget(spec, whole, tmp_path):
     store = shutil.copytree(whole, tmp_path / "runs")
     text = spec.read_text().replace("max: 0.9", "max: 0.95").replace("points: 4", "points: 6")
     spec = tmp_path / spec.name
     spec.write_text(text)
     words = "4 fit the new space and count, 0 do not"
     assert words in airsweep("plan", spec, "--store", store).stdout
-    poor = ("--set", "budget.wall=0.01")
-    done = airsweep("run", spec, "--store", store, *poor, check=False)
+    small_budget = ("--set", "budget.wall=0.01")
+    done = airsweep("run", spec, "--store", store, *small_budget, check=False)
     assert done.returncode == 4
     assert words in done.stderr
     assert "raise budget.wall" in done.stderr
     assert json.loads(airsweep("plan", spec, "--store", store, "--json").stdout)["edit"] is None
 
 
-def test_a_moved_store_still_knows_what_is_done(spec, whole, tmp_path):
+def test_a_moved_store_keeps_its_results(spec, whole, tmp_path):
     moved = tmp_path / "elsewhere"
     shutil.copytree(whole, moved)
     plan = json.loads(airsweep("plan", spec, "--store", moved, "--json").stdout)
@@ -231,11 +233,11 @@ def test_a_moved_store_still_knows_what_is_done(spec, whole, tmp_path):
     assert table(moved, "search") == table(whole, "search")
 
 
-def test_nothing_of_a_real_store_is_damaged_or_needless(whole):
-    assert assert_sound(whole)["leftovers"] == []  # who is killed leaves half a folder
+def test_the_store_of_a_run_has_no_damaged_or_unneeded_files(whole):
+    assert assert_sound(whole)["leftovers"] == []  # which only killed processes leave
 
 
-def test_another_sweep_reuses_what_this_one_computed(spec, whole, drawn_digits):
+def test_another_sweep_reuses_the_trials_of_this_one(spec, whole, drawn_digits):
     body = search_sweep(drawn_digits, BLOCK).replace("[1, 2]", "[1, 2, 3]")
     more = write_sweep(spec.parent, "more", body)
     plan = json.loads(airsweep("plan", more, "--store", whole, "--json").stdout)

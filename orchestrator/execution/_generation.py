@@ -1,8 +1,8 @@
-"""Missing image blocks, drawn by a pool of generator actors on Ray Data.
+"""Draws missing blocks of images on a pool of generator actors, by Ray Data.
 
-A shard is a class and a block, never a Ray block: which actor draws it changes no pixel. Images
-and their CLIP features are made in one stream, and each shard is renamed into place when whole,
-so that a killed generation goes on where it stopped.
+A shard is one block of one class. Its pixels do not depend on which actor draws it, nor on Ray's
+own blocks. Images and their CLIP features are made in one stream, and each shard is renamed into
+place when it is complete, so that a killed generation resumes with the missing shards.
 """
 
 from __future__ import annotations
@@ -23,124 +23,134 @@ from ray.data import ActorPoolStrategy, DataContext
 
 from air_core.specs import SyntheticFeaturesSpec
 from orchestrator.cluster.session import note_devices
-from orchestrator.execution._allocation import Context, Pool
-from orchestrator.execution._progress import Note
+from orchestrator.execution._allocation import Pool, PreparationContext
+from orchestrator.execution._progress import ProgressReporter
 from orchestrator.failures import CLASSES, Failure, classify
 from orchestrator.keys import artifact_key
 from orchestrator.planning import Requirement, name_of
 from orchestrator.redact import redacted
 from orchestrator.spec.sweep import GeneratorResources
-from orchestrator.stages.context import WorkerContext, keep_to_share
+from orchestrator.stages.context import WorkerContext, limit_gpu_memory
 from orchestrator.stages.image_rows import DEATHS, build_image_block, open_generator
 from orchestrator.store.artifacts import devices
 
-THRIFT = 2  # the most that a generator can save
+MAX_THRIFT = 2  # the highest level of `thrift` of a generator
 
 
-class Generate:
-    """One actor: one generator at a time, switched when the row changes."""
+class GeneratorActor:
+    """One actor of a pool. Holds one generator, and loads another when the row changes."""
 
     def __init__(
-        self, rows: Sequence[SyntheticFeaturesSpec], worker: WorkerContext, board: Any
+        self, rows: Sequence[SyntheticFeaturesSpec], worker: WorkerContext, progress_actor: Any
     ) -> None:
         import torch
 
-        torch.set_num_threads(1)  # one actor a core; more threads would fight
+        torch.set_num_threads(1)  # one actor a core; more threads would compete for it
         note_devices()
-        keep_to_share(devices().get("gpu", 0.0))
+        limit_gpu_memory(devices().get("gpu", 0.0))
         self.rows, self.worker = rows, worker
-        self.notes = [Note(board, name_of(artifact_key(spec.images))) for spec in rows]
-        self.open: tuple[int, Any] | None = None
-        self.thrift = 0  # how much memory is saved for time, see diffusion.pipeline
-        self.startup = 0.0  # seconds in which models were loaded for the block in hand
+        self.reporters = [
+            ProgressReporter(progress_actor, name_of(artifact_key(spec.images))) for spec in rows
+        ]
+        self.loaded: tuple[int, Any] | None = None  # row, generator
+        self.thrift = 0  # saves memory at the cost of time, see `load_generator`
+        self.startup = 0.0  # seconds of loading models for the current block
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         row, c, block = (int(batch[name][0]) for name in ("row", "class", "block"))
         started, self.startup = time.monotonic(), 0.0
-        error = name = ""
-        drawn: dict[str, float] = {"drawn": 0, "redrawn": 0, "holes": 0, "on_device": 0.0}
-        spec = self.rows[row]
-        self.worker.store.locks.on_wait = self.notes[row].waits
+        error = failure_class = ""
+        counts: dict[str, float] = {"drawn": 0, "redrawn": 0, "holes": 0, "on_device": 0.0}
+        self.worker.store.locks.on_wait = self.reporters[row].report_wait
         try:
-            drawn = self._drawn(spec, row, c, block)
-        except Exception as problem:  # told to the driver as data: an exception ends the stream
-            error = redacted(f"{type(problem).__name__}: {problem}")  # here, where its secrets are
-            name = classify(problem)
+            counts = self._draw(row, c, block)
+        except Exception as problem:  # returned as data: an exception would end the stream
+            # Redacted in this process, which knows the secrets.
+            error = redacted(f"{type(problem).__name__}: {problem}")
+            failure_class = classify(problem)
         return {
             "row": [row],
             "class": [c],
             "block": [block],
             "error": [error],
-            "failure_class": [name],
+            "failure_class": [failure_class],
             "seconds": [time.monotonic() - started],
             "startup": [self.startup],
-            **{name: [count] for name, count in (drawn | devices()).items()},
+            **{name: [count] for name, count in (counts | devices()).items()},
         }
 
-    def _drawn(self, spec: SyntheticFeaturesSpec, row: int, c: int, block: int) -> dict[str, float]:
-        """A block; with less memory where there is too little. Its size is part of its key."""
+    def _draw(self, row: int, c: int, block: int) -> dict[str, float]:
+        """Draw a block. After a lack of memory, try with less: the number of images in a block is
+        part of its key, so it is the generator and the encoder that save memory."""
         while True:
             try:
-                worker = self.worker.with_less(self.thrift)
-                return build_image_block(spec, c, block, worker, lambda: self._generator(row))
+                worker = self.worker.with_smaller_batch(self.thrift)
+                return build_image_block(
+                    self.rows[row], c, block, worker, lambda: self._generator(row)
+                )
             except Exception as problem:
-                if classify(problem) != "oom" or self.thrift == THRIFT:
+                if classify(problem) != "oom" or self.thrift == MAX_THRIFT:
                     raise
-                self.thrift, self.open = self.thrift + 1, None  # of this actor from now on
+                self.thrift, self.loaded = self.thrift + 1, None  # for all later blocks too
 
     def _generator(self, row: int) -> Any:
-        if self.open is None or self.open[0] != row:
+        if self.loaded is None or self.loaded[0] != row:
             started, spec = time.monotonic(), self.rows[row]
-            self.open = None  # one LoRA at a time: free the last before the next is loaded
-            self.open = (row, open_generator(spec.images, self.worker, self.thrift))
+            self.loaded = None  # free the last LoRA before the next is loaded
+            self.loaded = (row, open_generator(spec.images, self.worker, self.thrift))
             self.worker.backbone(spec.backbone, spec.precision)  # encodes the block
             self.startup += time.monotonic() - started
-        return self.open[1]
+        return self.loaded[1]
 
 
-# Seconds that another pool has to save to be opened: until its actors draw, a minute may pass.
-PAYS = 60.0
-# Blocks that one pool draws: Ray Data takes 8 kB of the driver for each before it begins.
-POOL = 20_000
+# Seconds that a larger pool has to save to be opened: its actors need up to a minute to start.
+MIN_SAVING = 60.0
+# Blocks that one pool draws: Ray Data takes 8 kB of the driver's memory for each before it starts.
+MAX_POOL_BLOCKS = 20_000
 
 
 def draw(
-    requirements: Sequence[Requirement], context: Context
+    requirements: Sequence[Requirement], context: PreparationContext
 ) -> Generator[None, None, list[tuple[Requirement, Failure]]]:
-    """Draw the missing blocks of some rows; what could not be drawn, after all others were tried.
+    """Draw the missing blocks of some rows, each at least once.
 
     A coroutine: it yields while it waits for the cluster.
 
-    The pool is opened anew where trials come that need room, or go and leave some: a block that is
-    whole stays, so that costs what the actors have in hand.
+    The pool is closed and opened again with another size when trials start and need its resources,
+    or end and free some. Complete blocks stay, so this costs only the blocks that are being drawn.
+
+    Returns:
+        The rows that still lack blocks, with the reason.
     """
-    drawing = _Drawing(requirements, context)
-    while left := drawing.left():
-        if context.allocation.pool():
-            yield from drawing.draw(left)
+    generation = _Generation(requirements, context)
+    while shards := generation.untried_shards():
+        if context.allocation.pool_size():
+            yield from generation.draw(shards)
             context.worker.store.refresh_listings()
         else:
             yield
     return [
-        (requirement, _failure(drawing.errors.get(requirement, []), lacks))
+        (requirement, _failure(generation.errors.get(requirement, []), missing))
         for requirement in requirements
-        if (lacks := len(requirement.missing(context.worker.store)))
+        if (missing := len(requirement.missing(context.worker.store)))
     ]
 
 
-class _Drawing:
-    """Shards of some rows, until each is drawn or was tried."""
+class _Generation:
+    """Draws the shards of some rows, one pool after another, until each was drawn or tried."""
 
-    def __init__(self, requirements: Sequence[Requirement], context: Context) -> None:
-        self.requirements, self.worker, self.watcher = requirements, context.worker, context.watcher
-        self.allocation, self.board = context.allocation, context.board
+    def __init__(self, requirements: Sequence[Requirement], context: PreparationContext) -> None:
+        self.requirements, self.worker = requirements, context.worker
+        self.listener, self.allocation = context.listener, context.allocation
+        self.progress_actor = context.progress_actor
         self.want = context.resources.generator
         self.errors: dict[Requirement, list[tuple[str, str]]] = {}
         self.tried: set[tuple[int, int, int]] = set()  # row, class, block
-        self.over = False
+        self.stopped = False
 
-    def left(self) -> list[dict[str, int]]:
-        if self.over:
+    def untried_shards(self) -> list[dict[str, int]]:
+        """Missing shards for the next pool."""
+        if self.stopped:
             return []
         missing = (
             {"row": row, "class": c, "block": block}
@@ -148,79 +158,84 @@ class _Drawing:
             for c, block in requirement.missing(self.worker.store)
             if (row, c, block) not in self.tried
         )
-        return list(itertools.islice(missing, POOL))
+        return list(itertools.islice(missing, MAX_POOL_BLOCKS))
 
     def draw(self, shards: Sequence[dict[str, int]]) -> Iterator[None]:
-        """Draw until there is nothing left, or another pool is worth its start."""
-        began, count, spent = time.monotonic(), 0, 0.0
+        """Draw with one pool until all is drawn, or a pool of another size is worth its start."""
+        began, count, work_seconds = time.monotonic(), 0, 0.0
         beside_trials = self.allocation.tuning
-        pool = Pool(actors=min(self.allocation.pool(), len(shards)), gpu=bool(self.want.gpu))
+        pool = Pool(actors=min(self.allocation.pool_size(), len(shards)), gpu=bool(self.want.gpu))
         rows = [requirement.spec for requirement in self.requirements]
-        self.allocation.wide = not beside_trials
-        reader = _Reader(
-            partial(_stream, shards, rows, self.worker, self.want, pool.actors, self.board)
+        self.allocation.pool_exceeds_reserve = not beside_trials
+        reader = _StreamReader(
+            partial(_stream, shards, rows, self.worker, self.want, pool.actors, self.progress_actor)
         )
         while (result := (yield from reader.next())) is not None:
-            self._note(result)
-            count, spent = count + 1, spent + result["seconds"]
+            self._take_result(result)
+            count, work_seconds = count + 1, work_seconds + result["seconds"]
             pool.images += result["drawn"]
             pool.busy += result["on_device"]
-            left = (len(shards) - count) * spent / count
-            if self.over or (count < len(shards) and self._elsewhere(pool, beside_trials, left)):
+            remaining = (len(shards) - count) * work_seconds / count
+            if self.stopped or (
+                count < len(shards) and self._should_resize(pool, beside_trials, remaining)
+            ):
                 reader.close()
         if reader.closed:
-            self._forgive(shards, 4 * pool.actors)
-        else:  # what is missing now was lost, or has failed
+            self._reset_deaths(shards, 4 * pool.actors)
+        else:  # shards that are missing now were lost, or have failed
             self.tried.update((s["row"], s["class"], s["block"]) for s in shards)
-        self.allocation.wide = False
+        self.allocation.pool_exceeds_reserve = False
         pool.seconds = time.monotonic() - began
-        self.watcher.drew(pool)
+        self.listener.on_pool_closed(pool)
 
-    def _forgive(self, shards: Sequence[dict[str, int]], most: int) -> None:
-        """Actors are ended with a block in hand: no block has killed them."""
+    def _reset_deaths(self, shards: Sequence[dict[str, int]], count: int) -> None:
+        """Uncount the deaths of actors that ended with the pool while they drew a block: the block
+        did not kill them."""
         self.worker.store.refresh_listings()
         missing = {
             row: set(requirement.missing(self.worker.store))
             for row, requirement in enumerate(self.requirements)
         }
-        left = (s for s in shards if (s["class"], s["block"]) in missing[s["row"]])
-        for shard in itertools.islice(left, most):  # they are handed out in order
+        unfinished = (s for s in shards if (s["class"], s["block"]) in missing[s["row"]])
+        for shard in itertools.islice(unfinished, count):  # Ray Data hands them out in order
             spec = self.requirements[shard["row"]].spec
             assert isinstance(spec, SyntheticFeaturesSpec)
             row = self.worker.store.open_row(spec.images)
             row.reset_crashes(shard["class"], shard["block"], DEATHS)
 
-    def _note(self, result: dict[str, Any]) -> None:
+    def _take_result(self, result: dict[str, Any]) -> None:
         requirement = self.requirements[result["row"]]
         if not result["error"]:
-            self.watcher.prepared(requirement, result["seconds"], result)
+            self.listener.on_prepared(requirement, result["seconds"], result)
             return
         self.tried.add((result["row"], result["class"], result["block"]))
         assert isinstance(requirement.spec, SyntheticFeaturesSpec)
-        name = requirement.spec.images.classnames[result["class"]]
-        said = f"{name}, block {result['block']}: {result['error']}"
-        self.errors.setdefault(requirement, []).append((result["failure_class"], said))
-        # What would be drawn from now on would be drawn for nothing.
-        self.over = CLASSES[result["failure_class"]].stops_after == 1
+        classname = requirement.spec.images.classnames[result["class"]]
+        message = f"{classname}, block {result['block']}: {result['error']}"
+        self.errors.setdefault(requirement, []).append((result["failure_class"], message))
+        # After a failure such as a full disk, further images would be drawn in vain.
+        self.stopped = CLASSES[result["failure_class"]].stops_after == 1
 
-    def _elsewhere(self, pool: Pool, beside_trials: bool, left: float) -> bool:
-        """Is another pool worth its start? One that is in the way of trials goes in any case.
+    def _should_resize(self, pool: Pool, beside_trials: bool, remaining: float) -> bool:
+        """Whether a pool of another size is worth its start.
+
+        A pool that takes resources from trials is closed in any case.
 
         Args:
-            left: seconds of work for one actor.
+            remaining: seconds of work for one actor.
         """
         if self.allocation.tuning == beside_trials:
             return False
-        now = self.allocation.pool()
+        size = self.allocation.pool_size()
         if not beside_trials:
-            return now < pool.actors
-        return left * (1 / pool.actors - 1 / max(now, 1)) > PAYS
+            return size < pool.actors
+        return remaining * (1 / pool.actors - 1 / max(size, 1)) > MIN_SAVING
 
 
-class _Reader:
-    """Reads a stream of Ray Data on a thread: to read it blocks, and the driver has other work.
+class _StreamReader:
+    """Reads a stream of Ray Data on a thread, since reading blocks and the driver has other work.
 
-    Its thread does not outlive the process: the driver may be stopped at any time.
+    The thread is a daemon, so that it does not keep the process of a stopped driver alive.
     """
 
     def __init__(self, stream: Callable[[], ray.data.Dataset]) -> None:
@@ -242,19 +257,19 @@ class _Reader:
             self._problem = problem
 
     def next(self) -> Generator[None, None, dict[str, Any] | None]:
-        """A row; None: that was all. A coroutine.
+        """A coroutine that returns the next row; None at the end.
 
         Raises:
-            Exception: what the stream has raised.
+            Exception: the stream raised it.
         """
         while True:
-            over = not self._thread.is_alive()
+            ended = not self._thread.is_alive()
             try:
                 return self._rows.get_nowait()
             except Empty:
-                if over and self._problem is not None:
+                if ended and self._problem is not None:
                     raise self._problem from None
-                if over:
+                if ended:
                     return None
                 yield
 
@@ -269,7 +284,7 @@ def _stream(
     worker: WorkerContext,
     want: GeneratorResources,
     actors: int,
-    board: Any,
+    progress_actor: Any,
 ) -> ray.data.Dataset:
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
@@ -278,8 +293,8 @@ def _stream(
     device = "cuda" if want.gpu else "cpu"
     with DataContext.current(context):
         return ray.data.from_items(list(shards), override_num_blocks=len(shards)).map_batches(
-            Generate,
-            fn_constructor_args=(rows, replace(worker, device=device), board),
+            GeneratorActor,
+            fn_constructor_args=(rows, replace(worker, device=device), progress_actor),
             batch_size=1,
             compute=ActorPoolStrategy(size=actors),
             num_cpus=want.cpu,
@@ -288,8 +303,8 @@ def _stream(
         )
 
 
-def _failure(errors: Sequence[tuple[str, str]], left: int) -> Failure:
-    said = [text for _, text in errors[:3]] or ["they were lost by the cluster; run again"]
+def _failure(errors: Sequence[tuple[str, str]], missing: int) -> Failure:
+    messages = [text for _, text in errors[:3]] or ["the cluster lost them; run again"]
     names = [name for name, _ in errors] or ["infra"]
-    blocks = "1 block is" if left == 1 else f"{left} blocks are"
-    return Failure(max(set(names), key=names.count), f"{blocks} missing; {'; '.join(said)}")
+    blocks = "1 block is" if missing == 1 else f"{missing} blocks are"
+    return Failure(max(set(names), key=names.count), f"{blocks} missing; {'; '.join(messages)}")

@@ -1,18 +1,19 @@
-"""What the cells of a run read: made ahead of their trials, group after group, and shown."""
+"""Prefetch: prepares the inputs of cells before their trials, group after group, and then the
+contact sheet and the audit cards."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from air_core.specs import FeaturesSpec, LabelsSpec, LoraSpec, SyntheticFeaturesSpec
-from orchestrator.execution._allocation import Context
-from orchestrator.execution._run import Run
+from orchestrator.execution._allocation import PreparationContext
+from orchestrator.execution._state import RunState
 from orchestrator.failures import first_line
 from orchestrator.planning import Plan, Requirement, Slot, holds, possible_trials, requirements_of
 from orchestrator.planning.audit_card import Audited, audited, known_card
@@ -25,19 +26,21 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PAUSE = 0.05  # seconds between two looks at what has come, while no trials run
+POLL_INTERVAL = 0.05  # seconds between two looks at the cluster while no trials run
 
 
-def without_images(requirements: Sequence[Requirement], store: ArtifactStore) -> list[Requirement]:
-    """Those that are missing and are made without a synthetic image."""
+def missing_without_images(
+    requirements: Sequence[Requirement], store: ArtifactStore
+) -> list[Requirement]:
+    """Missing requirements that can be made without a synthetic image."""
     return [
         requirement
         for requirement in requirements
-        if _without_images(requirement.spec) and requirement.have(store) == 0
+        if _needs_no_images(requirement.spec) and requirement.have(store) == 0
     ]
 
 
-def _without_images(spec: Any) -> bool:
+def _needs_no_images(spec: Any) -> bool:
     match spec:
         case FeaturesSpec():
             return True
@@ -51,62 +54,66 @@ def _without_images(spec: Any) -> bool:
 def waves(
     groups: Sequence[Sequence[Requirement]], store: ArtifactStore, workers: Callable[[], int]
 ) -> Iterator[tuple[int | None, list[Requirement]]]:
-    """What to make together, in order; each group's number where that was the last of it.
+    """Requirements to make together, in order; the last wave of a group has the group's index.
 
-    A LoRA takes one worker. So before a group's images are drawn, by all of them, as many LoRAs of
-    the groups behind it are trained beside its own as there are workers.
+    Training a LoRA takes one worker, drawing images takes all. So before the images of a group are
+    drawn, its LoRAs are trained side by side with LoRAs of later groups, as many as there are
+    workers.
 
     Args:
-        groups: what each reads, in the order in which they are wanted.
-        workers: how many generators there are, now.
+        groups: requirements of each group, in the order in which trials need them.
+        workers: returns the number of generators that fit the cluster now.
     """
-    for number, requirements in enumerate(groups):
+    for index, requirements in enumerate(groups):
         early = {
-            requirement.key: requirement for requirement in without_images(requirements, store)
+            requirement.key: requirement
+            for requirement in missing_without_images(requirements, store)
         }
-        if any(isinstance(requirement.spec, LoraSpec) for requirement in early.values()):
-            for behind in groups[number + 1 :]:
-                if (
-                    sum(isinstance(requirement.spec, LoraSpec) for requirement in early.values())
-                    >= workers()
-                ):
+        if _lora_count(early.values()):
+            for later in groups[index + 1 :]:
+                if _lora_count(early.values()) >= workers():
                     break
                 early |= {
-                    requirement.key: requirement for requirement in without_images(behind, store)
+                    requirement.key: requirement
+                    for requirement in missing_without_images(later, store)
                 }
         if early:
             yield None, list(early.values())
-        yield number, list(requirements)
+        yield index, list(requirements)
+
+
+def _lora_count(requirements: Iterable[Requirement]) -> int:
+    return sum(isinstance(requirement.spec, LoraSpec) for requirement in requirements)
 
 
 class Prefetch:
-    """Groups of cells, and which of them have what they read.
+    """Groups of cells, and which cells have all their inputs.
 
-    What is missing is made group after group by coroutines (`prepare`), which `advance` moves on
-    beside trials and `wait` while none run.
+    Coroutines make missing inputs group after group (`prepare`). `advance` resumes them beside
+    trials, `wait` while no trials run.
 
     Args:
-        groups: cells that read the same images together, in the order in which they should come.
-        prepare_only: no trial runs; what is missing is made, whoever reads it.
+        groups: cells that read the same images together, in the order in which they should run.
+        prepare_only: no trial runs, and all missing inputs are made.
     """
 
     def __init__(
-        self, run: Run, plan: Plan, groups: Sequence[Sequence[Cell]], prepare_only: bool
+        self, state: RunState, plan: Plan, groups: Sequence[Sequence[Cell]], prepare_only: bool
     ) -> None:
-        self.run, self.plan, self.prepare_only = run, plan, prepare_only
-        run.location.store.refresh_listings()  # another driver may have ended since it was planned
-        self.requirements = {group[0].id: needs_of_cells(run, plan, group) for group in groups}
-        self.waiting = deque(group for group in groups if self._waits(group))
-        waits = {cell.id for group in self.waiting for cell in group}
-        self.ready = {cell.id for group in groups for cell in group} - waits  # cells
-        self.work: list[Iterator[None]] = []  # coroutines that have not ended
-        self.sheet_begun = False
-        self.shown: set[str] = set()  # rows that have a card or will have one
-        self.begun = False
+        self.state, self.plan, self.prepare_only = state, plan, prepare_only
+        state.location.store.refresh_listings()  # of artifacts that another driver added
+        self.requirements = {group[0].id: cell_requirements(state, plan, group) for group in groups}
+        self.pending = deque(group for group in groups if self._is_pending(group))
+        pending_cells = {cell.id for group in self.pending for cell in group}
+        self.ready = {cell.id for group in groups for cell in group} - pending_cells
+        self.coroutines: list[Iterator[None]] = []  # that have not ended
+        self.has_contact_sheet = False
+        self.audited_rows: set[str] = set()  # rows that have an audit card, or will get one
+        self.started = False
 
-    def _waits(self, group: Sequence[Cell]) -> bool:
-        """Has it trials to run that read what is not there?"""
-        store = self.run.location.store
+    def _is_pending(self, group: Sequence[Cell]) -> bool:
+        """Whether a group has trials to run whose inputs are missing."""
+        store = self.state.location.store
         if not any(
             requirement.have(store) < requirement.total()
             for requirement in self.requirements[group[0].id]
@@ -114,205 +121,218 @@ class Prefetch:
             return False
         cells = {cell.id for cell in group}
         slots = [slot for slot in self.plan.slots if slot.cell.id in cells]
-        left = sum(self.plan.left[cell] for cell in cells)
-        left -= sum(slot.id in self.run.given_up for slot in slots)
-        return left > 0 or self.prepare_only or any(map(self._is_awaited, slots))
+        trials = sum(self.plan.left[cell] for cell in cells)
+        trials -= sum(slot.id in self.state.skipped_failures for slot in slots)
+        return trials > 0 or self.prepare_only or any(map(self._needs_result, slots))
 
-    def _is_awaited(self, slot: Slot) -> bool:
-        """Is its trial that of another cell, as where two folders hold the same images, and not
-        there yet? Whose turn comes first computes it."""
-        away = slot.id in self.plan.pruned or slot.id in self.run.given_up
-        return not away and not self.run.location.store.has(slot.spec)
+    def _needs_result(self, slot: Slot) -> bool:
+        """Whether a slot shares its trial with another cell and the trial has no record yet.
 
-    def has(self, cell: Cell) -> bool:
-        """Is what a cell reads there, or known not to come?"""
+        Two folders of the same images lead to this. The cell that comes first runs the trial.
+        """
+        is_over = slot.id in self.plan.pruned or slot.id in self.state.skipped_failures
+        return not is_over and not self.state.location.store.has(slot.spec)
+
+    def is_ready(self, cell: Cell) -> bool:
+        """Whether the inputs of a cell exist, or have failed for good."""
         return cell.id in self.ready
 
-    def begin(self) -> None:
-        """Have everything that is missing made, from now on, whenever `advance` is called."""
-        if self.begun:
+    def start(self) -> None:
+        """Start to make all missing inputs. Call `advance` regularly from now on."""
+        if self.started:
             return
-        self.begun = True
+        self.started = True
         for cell, requirements in self.requirements.items():
             if cell in self.ready:
-                self._show(requirements)
-        if self.waiting:
-            self.work.append(self._make())
+                self._start_pictures(requirements)
+        if self.pending:
+            self.coroutines.append(self._prepare_groups())
 
-    def _make(self) -> Iterator[None]:
-        """Make what each group reads, in order."""
+    def _prepare_groups(self) -> Iterator[None]:
+        """Make the inputs of the groups, in order."""
         from orchestrator.execution._prepare import prepare
 
-        run, groups = self.run, list(self.waiting)
-        assert run.allocation is not None
-        assert run.progress is not None
+        state, groups = self.state, list(self.pending)
+        assert state.allocation is not None
+        assert state.progress is not None
         last = len(groups) - 1
-        requirements = [self._makeable(self.requirements[group[0].id]) for group in groups]
-        run.allocation.preparing = True
-        worker, resources = worker_context(run), run.sweep.resources
-        context = Context(worker, resources, run, run.allocation, run.progress.board)
-        for number, wave in waves(
-            requirements, worker.store, partial(run.allocation.tasks, resources.generator)
-        ):
-            yield from prepare(self._makeable(wave), context)
-            if number is not None:
-                run.allocation.preparing = number < last
-                run.event_log.append("cells_ready")
-                self.waiting.popleft()
-                self.ready |= {cell.id for cell in groups[number]}
-                self._show(requirements[number])
-                yield  # trials begin before the next pool is opened, which would take their room
+        requirements = [self._buildable(self.requirements[group[0].id]) for group in groups]
+        state.allocation.preparing = True
+        worker, resources = worker_context(state), state.sweep.resources
+        context = PreparationContext(
+            worker, resources, state, state.allocation, state.progress.actor
+        )
+        max_workers = partial(state.allocation.max_tasks, resources.generator)
+        for index, wave in waves(requirements, worker.store, max_workers):
+            yield from prepare(self._buildable(wave), context)
+            if index is not None:
+                state.allocation.preparing = index < last
+                state.event_log.append("cells_ready")
+                self.pending.popleft()
+                self.ready |= {cell.id for cell in groups[index]}
+                self._start_pictures(requirements[index])
+                # Let trials start before the next pool is opened, which would take their resources.
+                yield
 
-    def _makeable(self, requirements: Sequence[Requirement]) -> list[Requirement]:
-        """Without what failed in this run, and what would be made from it."""
-        from orchestrator.execution._prepare import lost_with
+    def _buildable(self, requirements: Sequence[Requirement]) -> list[Requirement]:
+        """Without those that failed in this run, and those that depend on a failed one."""
+        from orchestrator.execution._prepare import failed_specs
 
-        lost = [
+        failed = [
             spec
-            for requirement, _ in self.run.failed_requirements
-            for spec in lost_with(requirement)
+            for requirement, _ in self.state.failed_requirements
+            for spec in failed_specs(requirement)
         ]
         return [
             requirement
             for requirement in requirements
-            if not any(holds(requirement.spec, one) for one in lost)
+            if not any(holds(requirement.spec, spec) for spec in failed)
         ]
 
-    def can_afford(self) -> bool:
-        """May what comes next be made?"""
-        requirements = self.requirements[self.waiting[0][0].id]
-        assert self.run.allocation is not None
-        workers = max(1, self.run.allocation.generators())
-        return self.run.budget_tracker.can_prepare(requirements, self.run.location.store, workers)
+    def fits_budget(self) -> bool:
+        """Whether the budget allows the inputs of the next group."""
+        requirements = self.requirements[self.pending[0][0].id]
+        assert self.state.allocation is not None
+        workers = max(1, self.state.allocation.max_generators())
+        return self.state.budget_tracker.can_prepare(
+            requirements, self.state.location.store, workers
+        )
 
     def advance(self) -> None:
-        """Look what has come, and start what can start. Returns at once."""
-        self.run.check()
-        for one in list(self.work):
-            if next(one, self) is self:  # it ended
-                self.work.remove(one)
+        """Take finished work and start new work. Returns at once."""
+        self.state.check()
+        for coroutine in list(self.coroutines):
+            if next(coroutine, self) is self:  # it has ended
+                self.coroutines.remove(coroutine)
 
     def wait(self) -> None:
-        """Until the next group has what it reads, or it is known that some cannot be made."""
-        run, store, group = self.run, self.run.location.store, self.waiting[0]
+        """Wait until the next group has its inputs, or some of them have failed for good."""
+        state, store, group = self.state, self.state.location.store, self.pending[0]
         requirements = self.requirements[group[0].id]
-        left = {
+        missing = {
             str(requirement.key): requirement.total() - requirement.have(store)
             for requirement in requirements
         }
-        left = {key: count for key, count in left.items() if count}
-        run.event_log.append("cells_waiting", cells=[cell.id for cell in group], artifacts=left)
-        while self.waiting and self.waiting[0] is group:
-            self._advance_alone()
+        missing = {key: count for key, count in missing.items() if count}
+        state.event_log.append(
+            "cells_waiting", cells=[cell.id for cell in group], artifacts=missing
+        )
+        while self.pending and self.pending[0] is group:
+            self._advance_and_sleep()
 
     def finish(self) -> None:
-        """Wait for what no trial reads."""
-        while self.work:
-            self._advance_alone()
+        """Wait for work that no trial needs."""
+        while self.coroutines:
+            self._advance_and_sleep()
 
-    def _advance_alone(self) -> None:
+    def _advance_and_sleep(self) -> None:
         began = time.monotonic()
         self.advance()
-        time.sleep(PAUSE)
-        self.run.tally.add_wall(self.run.stage, time.monotonic() - began)
+        time.sleep(POLL_INTERVAL)
+        self.state.statistics.add_wall(self.state.stage, time.monotonic() - began)
 
     @cached_property
     def _rows(self) -> Sequence[Audited]:
-        assignments = self.run.sweep.seeds.assignments()
-        return audited(possible_trials(self.plan.cells, assignments, self.run.resolver))
+        assignments = self.state.sweep.seeds.assignments()
+        return audited(possible_trials(self.plan.cells, assignments, self.state.resolver))
 
-    def _show(self, requirements: Sequence[Requirement]) -> None:
-        """Begin what people look at and no trial reads: contact sheet, audit cards. One after the
-        other, so that one worker imports torch for all of it."""
+    def _start_pictures(self, requirements: Sequence[Requirement]) -> None:
+        """Start the contact sheet and the audit cards, which people read and no trial needs. They
+        are made one after the other, so that one worker imports torch for all of them."""
         work = []
-        if not self.sheet_begun and (sheet := _sheet(self.run, requirements)) is not None:
-            self.sheet_begun = True
-            work.append(sheet)
-        new = [r for r in self._rows if r.name not in self.shown and _lacks_card(r, self.run)]
-        self.shown |= {row.name for row in new}
-        work += [_card(self.run, row) for row in new]
+        if not self.has_contact_sheet:
+            sheet = _contact_sheet(self.state, requirements)
+            if sheet is not None:
+                self.has_contact_sheet = True
+                work.append(sheet)
+        rows = [
+            row
+            for row in self._rows
+            if row.name not in self.audited_rows and _lacks_card(row, self.state)
+        ]
+        self.audited_rows |= {row.name for row in rows}
+        work += [_audit_card(self.state, row) for row in rows]
         if work:
-            self.work.append(chain.from_iterable(work))
+            self.coroutines.append(chain.from_iterable(work))
 
 
-def needs_of_cells(run: Run, plan: Plan, cells: Sequence[Cell]) -> list[Requirement]:
-    """What some cells read, also in trials that went on in fp32."""
-    ids, moved = {cell.id for cell in cells}, moved_slots(run.event_log)
+def cell_requirements(state: RunState, plan: Plan, cells: Sequence[Cell]) -> list[Requirement]:
+    """The inputs of some cells, with those of trials that are repeated in fp32."""
+    ids, moved = {cell.id for cell in cells}, moved_slots(state.event_log)
     earlier = [slot.spec for slot in plan.slots if slot.cell.id in ids and slot.id in moved]
-    possible = possible_trials(cells, run.sweep.seeds.assignments(), run.resolver)
-    return requirements_of([*possible, *earlier, *run.moving])
+    possible = possible_trials(cells, state.sweep.seeds.assignments(), state.resolver)
+    return requirements_of([*possible, *earlier, *state.fp32_trials])
 
 
-def worker_context(run: Run) -> WorkerContext:
+def worker_context(state: RunState) -> WorkerContext:
     from orchestrator.stages.context import WorkerContext
 
-    gpu = run.sweep.resources.trial.gpu
-    batch = run.sweep.resources.encoder.batch
-    return WorkerContext(
-        run.location.store, run.location.data_root, "cuda" if gpu else "cpu", batch
-    )
+    gpu = state.sweep.resources.trial.gpu
+    batch = state.sweep.resources.encoder.batch
+    location = state.location
+    return WorkerContext(location.store, location.data_root, "cuda" if gpu else "cpu", batch)
 
 
-def _sheet(run: Run, requirements: Sequence[Requirement]) -> Iterator[None] | None:
-    """Draws the contact sheet, where it is missing. A coroutine."""
-    store = run.location.store
+def _contact_sheet(state: RunState, requirements: Sequence[Requirement]) -> Iterator[None] | None:
+    """A coroutine that writes the contact sheet; None if it exists or no row is complete."""
+    store = state.location.store
     rows = [
         requirement.spec
         for requirement in requirements
         if isinstance(requirement.spec, SyntheticFeaturesSpec)
         and requirement.have(store) == requirement.total()
     ]
-    sheet = run.location.folder / "contact_sheet.png"
+    sheet = state.location.folder / "contact_sheet.png"
     if not rows or sheet.exists():
         return None
-    drawn, base = _shown(rows)
+    drawn, base = _rows_of_sheet(rows)
     features = next(
         requirement.spec
         for requirement in requirements
         if isinstance(requirement.spec, FeaturesSpec)
     )
 
-    def draw() -> Iterator[None]:
+    def write() -> Iterator[None]:
         from orchestrator.execution._prepare import contact_sheet
 
         try:
-            png, run.tally.shares = yield from contact_sheet(
-                drawn, base, features, worker_context(run)
+            png, state.statistics.shares = yield from contact_sheet(
+                drawn, base, features, worker_context(state)
             )
-        except Exception as problem:  # a sweep is not about its picture
+        except Exception as problem:  # a sweep does not fail for its picture
             log.warning("no contact sheet: %s", first_line(problem))
         else:
-            run.location.write(sheet.name, png)
+            state.location.write(sheet.name, png)
 
-    return draw()
-
-
-def _lacks_card(row: Audited, run: Run) -> bool:
-    """Is a row whole by now, and without its audit card?"""
-    whole = row.requirement.have(run.location.store) == row.requirement.total()
-    return whole and known_card(row, run.location) is None
+    return write()
 
 
-def _card(run: Run, row: Audited) -> Iterator[None]:
-    """Makes the audit card of a row. A coroutine."""
+def _lacks_card(row: Audited, state: RunState) -> bool:
+    """Whether a row is complete and has no audit card."""
+    complete = row.requirement.have(state.location.store) == row.requirement.total()
+    return complete and known_card(row, state.location) is None
+
+
+def _audit_card(state: RunState, row: Audited) -> Iterator[None]:
+    """A coroutine that writes the audit card of a row."""
     from orchestrator.execution._prepare import audit
 
-    assert run.progress is not None
+    assert state.progress is not None
     try:
-        files = yield from audit(row, worker_context(run), run.progress.board)
-    except Exception as problem:  # a sweep is not about its audit
-        log.warning("%s: no card: %s", row.name, first_line(problem))
+        files = yield from audit(row, worker_context(state), state.progress.actor)
+    except Exception as problem:  # a sweep does not fail for its audit
+        log.warning("%s: no audit card: %s", row.name, first_line(problem))
         return
     for name, content in files.items():
-        run.location.write(name, content)
+        state.location.write(name, content)
 
 
-def _shown(
+def _rows_of_sheet(
     rows: Sequence[SyntheticFeaturesSpec],
 ) -> tuple[SyntheticFeaturesSpec, SyntheticFeaturesSpec | None]:
-    """The row to show, and the one without LoRA to show it against.
+    """The row to show, and the row without LoRA to show beside it.
 
-    The row that trials read comes after those that it was made from.
+    Rows are in the order in which they are made: the row that trials read comes last.
     """
     tuned = [row for row in rows if getattr(row.images, "lora", None) is not None]
     plain = [row for row in rows if getattr(row.images, "lora", None) is None]

@@ -1,4 +1,4 @@
-"""Run a plan's missing stages on the cluster: features, labels, LoRA, images."""
+"""Makes missing artifacts on the cluster: features, labels, LoRA, images."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import ray
 from air_core.backbone.loading import import_open_clip_alone
 from air_core.specs import FeaturesSpec, LabelsSpec, LoraSpec, SyntheticFeaturesSpec
 from orchestrator.cluster.session import note_devices
-from orchestrator.execution._allocation import Context
+from orchestrator.execution._allocation import PreparationContext
 from orchestrator.execution._generation import draw
-from orchestrator.execution._progress import Note, Watcher
+from orchestrator.execution._progress import ProgressListener, ProgressReporter
 from orchestrator.failures import CLASSES, Failure, classify, of_death
 from orchestrator.keys import artifact_key
 from orchestrator.planning import Requirement, holds, name_of
@@ -24,20 +24,20 @@ from orchestrator.planning.audit_card import Audited, card_files
 from orchestrator.planning.plan import level
 from orchestrator.stages import auditor, pictures
 from orchestrator.stages.build import build_features, build_labels, build_lora
-from orchestrator.stages.context import WorkerContext, keep_to_share
+from orchestrator.stages.context import WorkerContext, limit_gpu_memory
 
 T = TypeVar("T")
 
 
-def prepare(requirements: Sequence[Requirement], context: Context) -> Iterator[None]:
-    """Make what is missing, stage after stage; within a stage side by side.
+def prepare(requirements: Sequence[Requirement], context: PreparationContext) -> Iterator[None]:
+    """Make missing artifacts, stage after stage; within a stage side by side.
 
     A coroutine: it yields while it waits for the cluster.
 
-    What fails is tried again as its class allows. In the end the watcher is told of it, and what
-    would be made from it is left out.
+    Failures are retried as their class allows. The listener receives each final failure, and
+    artifacts that depend on a failed one are left out.
     """
-    store, watcher = context.worker.store, context.watcher
+    store, listener = context.worker.store, context.listener
     failed: list[Any] = []  # specs
     store.refresh_listings()
     missing = [
@@ -46,71 +46,77 @@ def prepare(requirements: Sequence[Requirement], context: Context) -> Iterator[N
     levels = _levels(missing)
     missing.sort(key=lambda requirement: levels[requirement])
     for _, group in groupby(missing, key=levels.__getitem__):
-        together = [
+        buildable = [
             requirement
             for requirement in group
-            if not any(holds(requirement.spec, one) for one in failed)
+            if not any(holds(requirement.spec, spec) for spec in failed)
         ]
-        images = [requirement for requirement in together if requirement.stage == "images"]
-        others = [requirement for requirement in together if requirement.stage != "images"]
+        images = [requirement for requirement in buildable if requirement.stage == "images"]
+        others = [requirement for requirement in buildable if requirement.stage != "images"]
         failures: list[tuple[Requirement, Failure]] = []
         if others:
-            watcher.stage = others[-1].stage
-            failures = yield from _build(others, context)
+            listener.stage = others[-1].stage
+            failures = yield from _build_side_by_side(others, context)
         if images:
-            watcher.stage = "images"
+            listener.stage = "images"
             failures += yield from draw(images, context)
         for requirement, failure in failures:
-            failed += lost_with(requirement)
-            watcher.failed(requirement, failure)
+            failed += failed_specs(requirement)
+            listener.on_failed(requirement, failure)
 
 
-def lost_with(requirement: Requirement) -> list[Any]:
-    """The specs that are not there if it could not be made."""
+def failed_specs(requirement: Requirement) -> list[Any]:
+    """The specs that are missing if a requirement could not be made."""
     return [requirement.spec, getattr(requirement.spec, "images", None)]
 
 
 def _levels(missing: Sequence[Requirement]) -> dict[Requirement, int]:
-    """When each need comes, so that few processes have to start: labels are made by the process
-    that trains the LoRA on them, and rows without LoRA are drawn with the last row."""
+    """The order in which requirements are made, such that few processes have to start.
+
+    Labels are made by the process that trains a LoRA on them, and rows without LoRA are drawn
+    together with the last row.
+    """
     levels = {requirement: level(requirement.spec) for requirement in missing}
-    trained = {
+    trained_on = {
         requirement.spec.labels for requirement in missing if isinstance(requirement.spec, LoraSpec)
     }
     last = max(
         (levels[requirement] for requirement in missing if requirement.stage == "images"), default=0
     )
     for requirement in missing:
-        if requirement.spec in trained:
+        if requirement.spec in trained_on:
             levels[requirement] += 1
         elif requirement.stage == "images" and levels[requirement] == 1:
             levels[requirement] = last
     return levels
 
 
-def _run(spec: Any, worker: WorkerContext, gpu: float, board: Any) -> tuple[float, dict[str, Any]]:
+def _build_artifact(
+    spec: Any, worker: WorkerContext, gpu: float, progress_actor: Any
+) -> tuple[float, dict[str, Any]]:
+    """Task on a worker: make one artifact; returns its seconds and facts."""
     import torch
 
     import_open_clip_alone()
     torch.set_num_threads(1)
-    keep_to_share(gpu)
+    limit_gpu_memory(gpu)
     note_devices()
     started = time.monotonic()
-    note = Note(board, name_of(artifact_key(spec)))
-    worker.store.locks.on_wait = note.waits
+    reporter = ProgressReporter(progress_actor, name_of(artifact_key(spec)))
+    worker.store.locks.on_wait = reporter.report_wait
     startup: float | None = 0.0
     match spec:
         case FeaturesSpec():
-            artifact = build_features(spec, worker, note)
+            artifact = build_features(spec, worker, reporter)
         case LabelsSpec():
             artifact = build_labels(spec, worker)
         case LoraSpec():
-            build_labels(spec.labels, worker)  # before, where they are missing
-            steps: list[tuple[int, float]] = []  # that are done, and when
+            build_labels(spec.labels, worker)  # if they are missing
+            steps: list[tuple[int, float]] = []  # finished steps, and when they finished
 
             def report(step: int, total: int, loss: float) -> None:
                 steps.append((step, time.monotonic()))
-                note(step, total)
+                reporter(step, total)
 
             artifact = build_lora(spec, worker, report)
             startup = _startup(steps, spec.training.steps, time.monotonic() - started)
@@ -119,53 +125,56 @@ def _run(spec: Any, worker: WorkerContext, gpu: float, board: Any) -> tuple[floa
     return time.monotonic() - started, {**artifact.record["info"], "startup": startup}
 
 
-def _startup(done: Sequence[tuple[int, float]], steps: int, seconds: float) -> float | None:
-    """Seconds beyond what all steps take at the pace of those after the first; None: not known.
+def _startup(finished: Sequence[tuple[int, float]], steps: int, seconds: float) -> float | None:
+    """Seconds beyond the training steps, at the pace of the steps after the first; None: unknown.
 
-    Below 0 where a training went on from steps of another process.
+    Below 0 where a training resumed from steps of another process.
     """
-    if len(done) < 2:
+    if len(finished) < 2:
         return None
-    (first, since), (last, until) = done[0], done[-1]
+    (first, since), (last, until) = finished[0], finished[-1]
     return seconds - steps * (until - since) / (last - first)
 
 
-def _build(
-    requirements: Sequence[Requirement], context: Context
+def _build_side_by_side(
+    requirements: Sequence[Requirement], context: PreparationContext
 ) -> Generator[None, None, list[tuple[Requirement, Failure]]]:
-    worker, resources, watcher = context.worker, context.resources, context.watcher
-    follow = {
+    worker, resources, listener = context.worker, context.resources, context.listener
+    made_with_lora = {
         requirement.spec.labels
         for requirement in requirements
         if isinstance(requirement.spec, LoraSpec)
     }
     waiting = deque(
-        (requirement, worker) for requirement in requirements if requirement.spec not in follow
+        (requirement, worker)
+        for requirement in requirements
+        if requirement.spec not in made_with_lora
     )
     running: dict[Any, Requirement] = {}
     tries: Counter[tuple[Requirement, str]] = Counter()
     failures = []
     while waiting or running:
-        while waiting and len(running) < context.allocation.tasks(
+        while waiting and len(running) < context.allocation.max_tasks(
             resources.want(waiting[0][0].stage)
         ):
-            requirement, there = waiting.popleft()
+            requirement, task_worker = waiting.popleft()
             want = resources.want(requirement.stage)
-            task = ray.remote(_run).options(
+            task = ray.remote(_build_artifact).options(
                 num_cpus=want.cpu,
                 num_gpus=want.gpu,
                 resources=dict(want.custom) or None,
                 max_retries=0,
             )
-            there = replace(there, device="cuda" if want.gpu else "cpu")
-            running[task.remote(requirement.spec, there, want.gpu, context.board)] = requirement
-        over, _ = ray.wait(list(running), timeout=0)
-        if not over:
+            task_worker = replace(task_worker, device="cuda" if want.gpu else "cpu")
+            future = task.remote(requirement.spec, task_worker, want.gpu, context.progress_actor)
+            running[future] = requirement
+        finished, _ = ray.wait(list(running), timeout=0)
+        if not finished:
             yield
-        for one in over:
-            requirement = running.pop(one)
+        for future in finished:
+            requirement = running.pop(future)
             try:
-                seconds, facts = ray.get(one)
+                seconds, facts = ray.get(future)
             except Exception as problem:
                 failure = _failure(problem)
                 name = failure.failure_class
@@ -173,31 +182,36 @@ def _build(
                 if tries[requirement, name] > CLASSES[name].retries:
                     failures.append((requirement, failure))
                     continue
-                watcher.retried(requirement, failure)
-                waiting.append((requirement, worker.with_less(tries[requirement, "oom"])))
+                listener.on_retried(requirement, failure)
+                retry_worker = worker.with_smaller_batch(tries[requirement, "oom"])
+                waiting.append((requirement, retry_worker))
                 continue
             if isinstance(requirement.spec, LoraSpec):
-                _labels_are_there(requirement.spec.labels, requirements, worker, watcher)
-            watcher.prepared(requirement, seconds, facts)
+                _report_labels(requirement.spec.labels, requirements, worker, listener)
+            listener.on_prepared(requirement, seconds, facts)
     return failures
 
 
 def _failure(problem: Exception) -> Failure:
-    """What a task died of: its own exception, or what the cluster says of its process."""
+    """The failure of a task: its own exception, or Ray's reason for the death of its process."""
     cause = getattr(problem, "cause", None)
     if isinstance(cause, Exception):
         return Failure(classify(cause), f"{type(cause).__name__}: {cause}")
-    said = f"{type(problem).__name__}: {problem}"
-    return Failure(of_death(said), said.partition("\n")[0])
+    message = f"{type(problem).__name__}: {problem}"
+    return Failure(of_death(message), message.partition("\n")[0])
 
 
-def _labels_are_there(
-    labels: LabelsSpec, requirements: Sequence[Requirement], worker: WorkerContext, watcher: Watcher
+def _report_labels(
+    labels: LabelsSpec,
+    requirements: Sequence[Requirement],
+    worker: WorkerContext,
+    listener: ProgressListener,
 ) -> None:
+    """Report labels as prepared, once the LoRA that is trained on them is complete."""
     for requirement in requirements:
         if requirement.spec == labels:
             record = worker.store.record(labels)
-            watcher.prepared(requirement, record["seconds"], record["info"])
+            listener.on_prepared(requirement, record["seconds"], record["info"])
 
 
 def contact_sheet(
@@ -206,21 +220,23 @@ def contact_sheet(
     features: FeaturesSpec,
     worker: WorkerContext,
 ) -> Generator[None, None, tuple[bytes, dict[str, float]]]:
-    """A PNG of real, base and LoRA images, and how many of each CLIP recognises. A coroutine."""
-    return (yield from _beside(pictures.contact_sheet, drawn, base, features, worker))
+    """A coroutine that returns a PNG of real, base and LoRA images, and the share of each group
+    that CLIP recognises."""
+    return (yield from _run_beside_trials(pictures.contact_sheet, drawn, base, features, worker))
 
 
 def audit(
-    row: Audited, worker: WorkerContext, board: Any
+    row: Audited, worker: WorkerContext, progress_actor: Any
 ) -> Generator[None, None, dict[str, bytes]]:
-    """The audit card of a row, as files to keep beside the sweep. A coroutine."""
-    card, png = yield from _beside(auditor.made, row, worker, Note(board, "audit"))
+    """A coroutine that returns the audit card of a row, as files for the sweep's folder."""
+    reporter = ProgressReporter(progress_actor, "audit")
+    card, png = yield from _run_beside_trials(auditor.make_card, row, worker, reporter)
     return card_files(card, png)
 
 
-def _beside(work: Callable[..., T], *given: Any) -> Generator[None, None, T]:
-    """The result of a task that runs beside trials, which hold all the cores while they run."""
-    task = ray.remote(work).options(num_cpus=0).remote(*given)
+def _run_beside_trials(function: Callable[..., T], *arguments: Any) -> Generator[None, None, T]:
+    """Run a task that takes no core, since trials hold all of them while they run."""
+    task = ray.remote(function).options(num_cpus=0).remote(*arguments)
     while not ray.wait([task], timeout=0)[0]:
         yield
     result: T = ray.get(task)

@@ -1,4 +1,4 @@
-"""How far work on the cluster is: an actor that workers write to and the driver reads."""
+"""Progress of work on the cluster: workers report it to an actor, which the driver reads."""
 
 from __future__ import annotations
 
@@ -13,113 +13,113 @@ from orchestrator.execution._allocation import Pool
 from orchestrator.failures import Failure
 from orchestrator.planning import Requirement
 
-EVERY = 1.0  # seconds between two reads, and between two notes on one piece of work
-WAITS_FOR = 5.0  # seconds: a longer wait for another process is shown
-QUIET_FOR = 15.0  # seconds: work that ends sooner is not shown
-WHOLE = 100
+INTERVAL = 1.0  # seconds between two reads, and between two reports on one piece of work
+MIN_WAIT = 5.0  # seconds: a shorter wait for another process is not reported
+MIN_RUNTIME = 15.0  # seconds: work that ends sooner is not reported
+FRACTION_STEPS = 100  # a fraction is reported as so many hundredths
 
 
-class Watcher(Protocol):
-    """Is told what is being prepared and how far trials are."""
+class ProgressListener(Protocol):
+    """Receives the events of preparation and the progress of trials."""
 
-    stage: str  # that is being prepared
+    stage: str  # the stage that is being prepared
 
-    def prepared(self, requirement: Requirement, seconds: float, facts: dict[str, Any]) -> None:
-        """An artifact, or one shard of a row, is whole."""
+    def on_prepared(self, requirement: Requirement, seconds: float, facts: dict[str, Any]) -> None:
+        """An artifact, or one shard of a row of images, is complete."""
         ...
 
-    def failed(self, requirement: Requirement, failure: Failure) -> None:
-        """It could not be made."""
+    def on_failed(self, requirement: Requirement, failure: Failure) -> None:
+        """An artifact could not be made, and is not tried again in this run."""
         ...
 
-    def retried(self, requirement: Requirement, failure: Failure) -> None:
-        """It failed and is tried again."""
+    def on_retried(self, requirement: Requirement, failure: Failure) -> None:
+        """An artifact failed and is tried again."""
         ...
 
-    def drew(self, pool: Pool) -> None:
-        """A pool of generators is closed."""
+    def on_pool_closed(self, pool: Pool) -> None:
+        """A pool of generators has ended."""
         ...
 
-    def progressed(self, name: str, done: int, total: int) -> None:
-        """How far something long is."""
+    def on_progress(self, name: str, done: int, total: int) -> None:
+        """A long piece of work has advanced."""
         ...
 
-    def waiting(self, name: str, holder: str, seconds: float) -> None:
-        """Another process makes it, or what it is made from; it was waited for so long."""
+    def on_waiting(self, name: str, holder: str, seconds: float) -> None:
+        """A worker has waited this long for an artifact that another process makes."""
         ...
 
 
-class Board:
-    """An actor: the latest note on each piece of work, as a method of `Watcher` and arguments."""
+class ProgressActor:
+    """Ray actor that keeps the latest report on each piece of work until the driver reads it."""
 
     def __init__(self) -> None:
-        self.state: dict[str, tuple[str, Any, Any]] = {}
+        self.reports: dict[str, tuple[str, Any, Any]] = {}
 
     def write(self, name: str, kind: str, first: Any, second: Any) -> None:
-        self.state[name] = (kind, first, second)
+        self.reports[name] = (kind, first, second)
 
     def take(self) -> dict[str, tuple[str, Any, Any]]:
-        """Notes since the last time."""
-        taken, self.state = self.state, {}
+        """Return the reports since the last call."""
+        taken, self.reports = self.reports, {}
         return taken
 
 
-class Note:
-    """Writes how far one piece of work is. May be called as often as wanted."""
+class ProgressReporter:
+    """Reports the progress of one piece of work. Calls may be frequent: most send nothing."""
 
-    def __init__(self, board: Any, name: str) -> None:
-        self.board, self.name = board, name
-        self.last = time.monotonic() + QUIET_FOR - EVERY
-        self.written = False
+    def __init__(self, actor: Any, name: str) -> None:
+        self.actor, self.name = actor, name
+        self.last = time.monotonic() + MIN_RUNTIME - INTERVAL
+        self.has_reported = False
         self.last_wait = 0.0
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
-        if now - self.last > EVERY or (self.written and done == total):
-            self.last, self.written = now, True
-            self.board.write.remote(self.name, "progress", done, total)
+        if now - self.last > INTERVAL or (self.has_reported and done == total):
+            self.last, self.has_reported = now, True
+            self.actor.write.remote(self.name, "progress", done, total)
 
-    def share(self, done: float) -> None:
-        """The same for a share in [0, 1]."""
-        self(int(WHOLE * done), WHOLE)
+    def report_fraction(self, done: float) -> None:
+        """Report progress as a fraction in [0, 1]."""
+        self(int(FRACTION_STEPS * done), FRACTION_STEPS)
 
-    def waits(self, lock: str, holder: str, seconds: float) -> None:
-        """Another process makes it, or what it is made from."""
-        if seconds > WAITS_FOR and time.monotonic() - self.last_wait > EVERY:
+    def report_wait(self, lock: str, holder: str, seconds: float) -> None:
+        """Report that another process holds the lock of this work, or of an input of it."""
+        if seconds > MIN_WAIT and time.monotonic() - self.last_wait > INTERVAL:
             self.last_wait = time.monotonic()
-            self.board.write.remote(self.name, "waiting", holder, seconds)
+            self.actor.write.remote(self.name, "waiting", holder, seconds)
 
 
-class Progress:
-    """The driver's side: one for each run.
+class ProgressMonitor:
+    """Driver's side: starts the actor and passes its reports to a listener.
 
     Attributes:
-        board: give it to the workers, for their `Note`s.
+        actor: workers need it for their `ProgressReporter`s.
     """
 
-    def __init__(self, watcher: Watcher) -> None:
-        self.board = ray.remote(Board).options(num_cpus=0, max_restarts=-1).remote()
-        self._watcher = watcher
-        self._asked: Any = None
+    def __init__(self, listener: ProgressListener) -> None:
+        self.actor = ray.remote(ProgressActor).options(num_cpus=0, max_restarts=-1).remote()
+        self._listener = listener
+        self._pending: Any = None  # the call of `take` that has not returned
         self._last = 0.0
 
     def read(self) -> None:
-        """Pass on the notes that came. Returns at once; reads at most once a second."""
-        if self._asked is None:
-            if time.monotonic() - self._last > EVERY:
+        """Pass new reports to the listener. Returns at once; reads at most once a second."""
+        if self._pending is None:
+            if time.monotonic() - self._last > INTERVAL:
                 self._last = time.monotonic()
-                self._asked = self.board.take.remote()
+                self._pending = self.actor.take.remote()
             return
-        if not ray.wait([self._asked], timeout=0)[0]:
+        if not ray.wait([self._pending], timeout=0)[0]:
             return
-        asked, self._asked = self._asked, None
+        pending, self._pending = self._pending, None
         try:
-            notes = ray.get(asked)
+            reports = ray.get(pending)
         except RayError:  # the actor's machine died: only progress is lost
             return
-        pass_on: dict[str, Callable[..., None]] = {
-            "progress": self._watcher.progressed,
-            "waiting": self._watcher.waiting,
+        handlers: dict[str, Callable[..., None]] = {
+            "progress": self._listener.on_progress,
+            "waiting": self._listener.on_waiting,
         }
-        for name, (kind, *rest) in notes.items():
-            pass_on[kind](name, *rest)
+        for name, (kind, *arguments) in reports.items():
+            handlers[kind](name, *arguments)

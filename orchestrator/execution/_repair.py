@@ -1,4 +1,5 @@
-"""Damaged inputs and results of a sweep: found before a run and set aside, to be made again."""
+"""Finds damaged inputs and results of a sweep before a run and sets them aside, so that the run
+makes them again."""
 
 from __future__ import annotations
 
@@ -24,30 +25,32 @@ from orchestrator.store import ArtifactStore
 def set_damaged_aside(
     plan: Plan, store: ArtifactStore, resolver: Resolver
 ) -> list[DamagedArtifact]:
-    """Read the trials of a plan and what its missing trials will read, on this machine.
+    """Check the trials of a plan and the inputs of its missing trials, on this machine.
 
-    Features and images of trials that are done are not read, since nothing will use them.
+    The features and images of finished trials are not checked, since nothing will read them.
 
     Returns:
-        What was damaged, and now counts as missing.
+        The damaged artifacts, which count as missing from now on.
 
     Raises:
-        PermissionError: something is damaged that this user may not rename.
+        PermissionError: this user may not rename a damaged artifact.
     """
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        checks = list(_checks(plan, store, resolver))
-        found = threads.map(lambda one: _set_aside(one[0], one[1], store), checks)
-        return [damaged for damaged in found if damaged is not None]
+        results = threads.map(
+            lambda check: _run_check(check[0], check[1], store),
+            list(_checks(plan, store, resolver)),
+        )
+        return [damaged for damaged in results if damaged is not None]
 
 
-def _set_aside(
+def _run_check(
     check: Callable[[], object], lock: str, store: ArtifactStore
 ) -> DamagedArtifact | None:
     try:
         check()
         return None
     except DamagedArtifact:
-        # Another driver may have found the same, and made it again by now.
+        # Another driver may have found the same damage, and repaired it by now.
         with store.locks.exclusive(lock):
             try:
                 check()
@@ -60,28 +63,32 @@ def _set_aside(
 def _checks(
     plan: Plan, store: ArtifactStore, resolver: Resolver
 ) -> Iterator[tuple[Callable[[], object], str]]:
-    """Checks that raise DamagedArtifact, each with the lock of those who make what it reads."""
+    """Checks that raise DamagedArtifact, each with the lock under which the artifact is made."""
     trials = {slot.key.digest: slot.spec for slot in plan.slots}
     for digest, trial in trials.items():
         yield partial(store.check, trial), digest
-    left = [cell for cell in plan.cells if plan.left[cell.id]]
-    requirements = requirements_of(possible_trials(left, plan.sweep.seeds.assignments(), resolver))
+    unfinished = [cell for cell in plan.cells if plan.left[cell.id]]
+    requirements = requirements_of(
+        possible_trials(unfinished, plan.sweep.seeds.assignments(), resolver)
+    )
     for requirement in requirements:
         if isinstance(requirement.spec, SyntheticFeaturesSpec):
             row = store.row(requirement.spec)
             for c, block in requirement.shards():
                 lock = f"{requirement.key.digest}-{c}-{block}"
                 yield partial(row.check, c, block, ".safetensors"), lock
-        # Labels and LoRA are read only while images are drawn; a LoRA is not trained anew for
-        # images that are there.
-        elif isinstance(requirement.spec, FeaturesSpec) or _draws_from(
+        # Labels and LoRA are read only while images are drawn. A damaged LoRA whose images are
+        # complete is not trained again.
+        elif isinstance(requirement.spec, FeaturesSpec) or _is_needed_to_draw(
             requirement.spec, requirements, store
         ):
             yield partial(store.check, requirement.spec), requirement.key.digest
 
 
-def _draws_from(spec: Stage, requirements: Sequence[Requirement], store: ArtifactStore) -> bool:
-    """Are images missing that are drawn with this LoRA, or with one trained on these labels?"""
+def _is_needed_to_draw(
+    spec: Stage, requirements: Sequence[Requirement], store: ArtifactStore
+) -> bool:
+    """Whether images are missing that are drawn with this LoRA, or one trained on these labels."""
     rows = (
         requirement
         for requirement in requirements

@@ -1,5 +1,6 @@
-"""Tells a user why nothing happens: on a cluster that others use too, what a sweep asks for may be
-taken. Knows no Ray.
+"""Explains to the user why nothing happens: other users may hold the resources that a sweep needs.
+
+Knows no Ray.
 """
 
 from __future__ import annotations
@@ -10,53 +11,54 @@ from collections.abc import Callable, Mapping
 from orchestrator.planning import ray_resources
 from orchestrator.spec import Resources
 
-QUIET = 60.0  # seconds without news before the first message; each later one after twice as long
+# Seconds without progress before the first message. Each later message comes after twice as long.
+FIRST_WARNING = 60.0
 
 
-class Stall:
-    """Says that nothing has happened for a while, and what is free meanwhile.
+class StallMonitor:
+    """Warns when nothing has happened for a while because resources are taken.
 
     Args:
-        free: what is free and what there is of each kind, all machines together.
-        say: where to say it.
+        free: returns (free, total) for each kind of resource, over all machines.
+        warn: receives the message.
     """
 
     def __init__(
         self,
         resources: Resources,
         free: Callable[[], Mapping[str, tuple[float, float]]],
-        say: Callable[[str], None],
+        warn: Callable[[str], None],
     ) -> None:
-        self._resources, self._free, self._say = resources, free, say
-        self.news()
+        self._resources, self._free, self._warn = resources, free, warn
+        self.reset()
 
-    def news(self) -> None:
-        """Something has happened."""
-        self._last, self._next = time.monotonic(), QUIET
+    def reset(self) -> None:
+        """Note that something has happened."""
+        self._last, self._next = time.monotonic(), FIRST_WARNING
 
     def check(self) -> None:
-        """Call it every now and then."""
+        """Warn if it is time to. Call it regularly."""
         quiet = time.monotonic() - self._last
         if quiet < self._next:
             return
         self._next = 2 * quiet
-        why = wanting(self._resources, self._free())
-        if why:  # else something long goes on, and shows its own progress
-            self._say(f"no news for {quiet:.0f} s: {why}")
+        reason = shortage(self._resources, self._free())
+        if reason:  # without a shortage something long is running, and shows its own progress
+            self._warn(f"no progress for {quiet:.0f} s: {reason}")
 
 
-def wanting(resources: Resources, free: Mapping[str, tuple[float, float]]) -> str:
-    """What there is too little of for a trial or a generator to start; empty: there is enough.
+def shortage(resources: Resources, free: Mapping[str, tuple[float, float]]) -> str:
+    """The resource that a trial or a generator lacks to start; empty if there are enough.
 
-    >>> wanting(Resources(), {"CPU": (0.0, 2.0)})
-    'a trial asks for 1 CPU and 0 of 2 are free; `ray status` says who holds them'
+    >>> shortage(Resources(), {"CPU": (0.0, 2.0)})
+    'a trial needs 1 CPU, but 0 of 2 are free; `ray status` shows what is in use'
     """
     for name, want in (("trial", resources.trial), ("generator", resources.generator)):
         for kind, amount in ray_resources(want).items():
             left, total = free.get(kind, (0.0, 0.0))
             if left < amount:
                 return (
-                    f"a {name} asks for {amount:g} {kind} and {left:g} of {total:g} are free; "
-                    "`ray status` says who holds them"
+                    f"a {name} needs {amount:g} {kind}, but {left:g} of {total:g} are free; "
+                    "`ray status` shows what is in use"
                 )
     return ""

@@ -1,7 +1,8 @@
-"""Points on the cluster: one Ray Tune trial is one job of the dispatcher; actors are reused.
+"""Runs points on the cluster: one Ray Tune trial is one job of the trial scheduler.
 
-Tune schedules; which point comes next and what became of it is the dispatcher's. Failures of
-trials come back as data: an exception would cost the actor and everything that it has loaded.
+Tune places jobs on actors and reuses the actors. The trial scheduler decides which job comes next,
+and takes the results. Failures of trials are returned as data: an exception would end the actor,
+and all that it has loaded would be lost.
 """
 
 from __future__ import annotations
@@ -21,67 +22,70 @@ from air_core.backbone.loading import import_open_clip_alone
 from air_core.specs import TrialSpec
 from orchestrator.cluster.session import note_devices
 from orchestrator.errors import OutOfTime
-from orchestrator.execution._progress import Note
+from orchestrator.execution._progress import ProgressReporter
 from orchestrator.execution._scheduler import TrialScheduler
 from orchestrator.failures import Failure, classify, of_death
 from orchestrator.keys import artifact_key
 from orchestrator.spec import Resources
-from orchestrator.stages.context import WorkerContext, keep_to_share
+from orchestrator.stages.context import WorkerContext, limit_gpu_memory
 from orchestrator.stages.side_by_side import run_trials
-from orchestrator.stages.trial import WHOLE, Segments, is_over
+from orchestrator.stages.trial import WHOLE_TRIAL, Segments, is_finished
 
-MOST = 10_000  # jobs at a time, for Tune; the source hands out as many as there is room for
+MAX_JOBS = 10_000  # at a time, for Tune; `_JobSearcher` hands out as many as fit the cluster
 
 
 @dataclass(frozen=True)
-class Figures:
-    """What running the points cost."""
+class TuningCost:
+    """Cost of running the points."""
 
     wall: float  # seconds
-    # Median seconds of a job beyond what its trials took, on an actor that is up; None: none was.
+    # Median seconds that a job takes beyond its trials on an actor that is up; None: unknown.
     overhead: float | None
 
 
 class TrialRunner(tune.Trainable):  # type: ignore[misc]
-    """Runs the trials of one job."""
+    """Actor that runs the trials of one job after another."""
 
     def setup(
         self,
         config: dict[str, Any],
         worker: WorkerContext,
-        board: Any,
+        progress_actor: Any,
         limit: float | None,
         gpu: float,
     ) -> None:
-        self.worker, self.board, self.limit = worker, board, limit
+        self.worker, self.progress_actor, self.limit = worker, progress_actor, limit
         self.job = config
         import_open_clip_alone()
-        keep_to_share(gpu)
+        limit_gpu_memory(gpu)
         note_devices()
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self.job = new_config
-        return True  # anything else would throw the actor away
+        return True  # anything else would end the actor
 
     def step(self) -> dict[str, Any]:
         started = time.monotonic()
         specs = self.job["trials"]
-        worker = self.worker.with_less(self.job["halvings"])
-        notes = [Note(self.board, f"trial {slot}") for slot in self.job["slots"]]
-        by_lock = dict(zip((artifact_key(s).digest for s in specs), notes, strict=True))
-        worker.store.locks.on_wait = lambda lock, *of: by_lock.get(lock, notes[0]).waits(lock, *of)
-        found = attempt(
+        worker = self.worker.with_smaller_batch(self.job["halvings"])
+        reporters = [
+            ProgressReporter(self.progress_actor, f"trial {slot}") for slot in self.job["slots"]
+        ]
+        keys = [artifact_key(spec).digest for spec in specs]
+        by_lock = dict(zip(keys, reporters, strict=True))
+
+        def report_wait(lock: str, holder: str, seconds: float) -> None:
+            by_lock.get(lock, reporters[0]).report_wait(lock, holder, seconds)
+
+        worker.store.locks.on_wait = report_wait
+        results = run_and_catch(
             specs,
             worker,
-            lambda place, share: notes[place].share(share),
+            lambda index, share: reporters[index].report_fraction(share),
             self.limit,
-            self.job["legs"],
+            self.job["segments"],
         )
-        failures = [
-            (artifact_key(spec).digest, failure)
-            for spec, failure in zip(specs, found, strict=True)
-            if failure is not None
-        ]
+        failures = [(key, failure) for key, failure in zip(keys, results, strict=True) if failure]
         return {
             "number": self.job["number"],
             "failures": failures,
@@ -90,100 +94,107 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]
         }
 
 
-def attempt(
+def run_and_catch(
     specs: Sequence[TrialSpec],
     worker: WorkerContext,
-    share_done: Callable[[int, float], None],
+    report: Callable[[int, float], None],
     limit: float | None = None,
-    segments: Segments = WHOLE,
+    segments: Segments = WHOLE_TRIAL,
 ) -> list[Failure | None]:
-    """Run trials; what went wrong with each is returned, not raised.
+    """Run trials and return the failure of each, None where there is none.
 
     Args:
-        limit: seconds that each may take; side by side they have so many together.
-        legs: where they stop, if they do.
+        report: called with the index of a trial and the share of its training that is done.
+        limit: seconds for each trial; trials side by side may use the sum together.
+        segments: where the trials stop, if they do.
     """
     started = time.monotonic()
 
-    def told(place: int, share: float) -> None:  # after each step, so that nothing has to be killed
-        share_done(place, share)
+    # Called after each step, so that a trial over its limit ends without killing its process.
+    def report_within_limit(index: int, share: float) -> None:
+        report(index, share)
         if limit is not None and time.monotonic() - started > limit * len(specs):
             raise OutOfTime(f"over {limit:g} s a trial at {share:.0%} of its training")
 
-    outcomes: Sequence[object]
+    results: Sequence[object]
     try:
-        outcomes = run_trials(specs, worker.store, worker.device, told, worker.batch, segments)
+        results = run_trials(
+            specs, worker.store, worker.device, report_within_limit, worker.batch, segments
+        )
     except Exception as problem:
-        outcomes = [problem] * len(specs)
-    return [_failure(one) if isinstance(one, Exception) else None for one in outcomes]
+        results = [problem] * len(specs)
+    return [_failure(result) if isinstance(result, Exception) else None for result in results]
 
 
 def _failure(problem: Exception) -> Failure:
-    where = traceback.extract_tb(problem.__traceback__)[-1]
-    place = f"{Path(where.filename).name}:{where.lineno}"
-    return Failure(classify(problem), f"{type(problem).__name__}: {problem} ({place})")
+    frame = traceback.extract_tb(problem.__traceback__)[-1]
+    line = f"{Path(frame.filename).name}:{frame.lineno}"
+    return Failure(classify(problem), f"{type(problem).__name__}: {problem} ({line})")
 
 
-class _NotKept:
-    """Tune pickles searchers and callbacks into files that we never read: leave nothing there."""
+class _Stateless:
+    """Tune pickles searchers and callbacks into files that this package never reads: pickle none
+    of their state."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
 
-class _Source(_NotKept, Searcher):  # type: ignore[misc]
-    """Tune asks here for its next trial."""
+class _JobSearcher(_Stateless, Searcher):  # type: ignore[misc]
+    """Gives Tune the scheduler's next job."""
 
-    def __init__(self, scheduler: TrialScheduler, slots: Callable[[], int]) -> None:
-        # A metric here would let one failed trial end the whole sweep.
+    def __init__(self, scheduler: TrialScheduler, max_jobs: Callable[[], int]) -> None:
+        # With a metric, one failed trial would end the whole sweep.
         super().__init__(metric=None, mode=None)
-        self.scheduler, self.slots = scheduler, slots
+        self.scheduler, self.max_jobs = scheduler, max_jobs
         self.jobs: dict[str, int] = {}
-        self.handed: dict[int, float] = {}  # when, by job
+        self.suggested_at: dict[int, float] = {}  # by job
 
     def suggest(self, trial_id: str) -> Any:
+        running = len(self.scheduler.running)
         if self.scheduler.peek() is None:
-            # An idle actor would hold what could prepare the next cells: so this run of Tune ends.
-            return None if self.scheduler.under_way else Searcher.FINISHED
-        if self.scheduler.under_way >= self.slots():
-            return None  # not now
+            # With no job running, this run of Tune ends: its idle actors would hold resources that
+            # can prepare the next cells.
+            return None if running else Searcher.FINISHED
+        if running >= self.max_jobs():
+            return None  # Tune tries again later
         job = self.scheduler.next()
         assert job is not None
         self.jobs[trial_id] = job.number
-        self.handed[job.number] = time.monotonic()
+        self.suggested_at[job.number] = time.monotonic()
         return {
             "number": job.number,
             "slots": list(job.slots),
             "trials": list(job.trials),
             "halvings": job.halvings,
-            "legs": job.segments,
+            "segments": job.segments,
         }
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        pass  # the callback has done it
+        pass  # `_JobCallback` takes the result
 
     def save(self, checkpoint_path: str) -> None:
-        pass  # the studies are on disk, in files of ours
+        pass  # the studies have files of their own
 
     def restore(self, checkpoint_path: str) -> None:
         pass
 
 
-class _Results(_NotKept, tune.Callback):  # type: ignore[misc]
-    """Takes results and deaths in the driver, and lets it do its other work."""
+class _JobCallback(_Stateless, tune.Callback):  # type: ignore[misc]
+    """Passes results and deaths of actors to the scheduler, and gives the driver its turn."""
 
     def __init__(
         self,
         scheduler: TrialScheduler,
-        source: _Source,
+        searcher: _JobSearcher,
         overheads: list[float],
         tick: Callable[[], None],
     ) -> None:
-        self.scheduler, self.source, self.overheads = scheduler, source, overheads
+        self.scheduler, self.searcher, self.overheads = scheduler, searcher, overheads
         self.tick = tick
-        self.free: dict[tuple[str, int], float] = {}  # since when, by actor
+        self.idle_since: dict[tuple[str, int], float] = {}  # by actor
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         self.tick()
@@ -193,23 +204,23 @@ class _Results(_NotKept, tune.Callback):  # type: ignore[misc]
     ) -> None:
         number, now = result["number"], time.monotonic()
         actor = (result["node_ip"], result["pid"])
-        if actor in self.free:  # it is up, and may have been waited for
-            waited = now - max(self.source.handed[number], self.free[actor])
-            self.overheads.append(waited - result["seconds"])
-        self.free[actor] = now
+        if actor in self.idle_since:  # the actor was up before this job
+            began = max(self.searcher.suggested_at[number], self.idle_since[actor])
+            self.overheads.append(now - began - result["seconds"])
+        self.idle_since[actor] = now
         self.scheduler.complete(number, dict(result["failures"]))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        number = self.source.jobs[trial.trial_id]
+        number = self.searcher.jobs[trial.trial_id]
         job = self.scheduler.running[number]
-        said = str(trial.get_error() or "")
-        last = next((line for line in reversed(said.splitlines()) if line.strip()), "")
-        failure = Failure(of_death(said), f"the process that ran it died: {last.strip()[:200]}")
-        # What it had finished before is in the store.
+        error = str(trial.get_error() or "")
+        last = next((line for line in reversed(error.splitlines()) if line.strip()), "")
+        failure = Failure(of_death(error), f"its worker process died: {last.strip()[:200]}")
+        # Trials that had finished before the process died are in the store.
         lost = [
             key
             for key, spec in zip(job.keys, job.trials, strict=True)
-            if not is_over(spec, self.scheduler.store, job.segments.until)
+            if not is_finished(spec, self.scheduler.store, job.segments.stop_after)
         ]
         self.scheduler.complete(number, dict.fromkeys(lost, failure))
 
@@ -219,26 +230,26 @@ def run_points(
     worker: WorkerContext,
     resources: Resources,
     folder: Path,
-    slots: Callable[[], int],
+    max_jobs: Callable[[], int],
     tick: Callable[[], None],
-    board: Any,
-) -> Figures:
-    """Run all points that the dispatcher has to hand out, now or while others run.
+    progress_actor: Any,
+) -> TuningCost:
+    """Run all points that the scheduler hands out, until none can start and none runs.
 
     Args:
-        folder: for Ray's own files, written and never read.
-        slots: how many jobs may run at a time, asked before each.
-        tick: called some ten times a second: the driver's other work, such as what more can start.
-        board: takes notes of how far long trials are, see `progress`.
+        folder: for Ray's own files, which nothing reads.
+        max_jobs: how many jobs may run at a time; called before each job.
+        tick: the driver's other work, such as preparation; called about ten times a second.
+        progress_actor: receives the progress of long trials, see `_progress`.
     """
     started = time.monotonic()
     overheads: list[float] = []
-    source = _Source(scheduler, slots)
+    searcher = _JobSearcher(scheduler, max_jobs)
     trainable = tune.with_resources(
         tune.with_parameters(
             TrialRunner,
             worker=worker,
-            board=board,
+            progress_actor=progress_actor,
             limit=resources.trial.timeout,
             gpu=resources.trial.gpu,
         ),
@@ -247,9 +258,9 @@ def run_points(
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
-            search_alg=source,
+            search_alg=searcher,
             num_samples=-1,
-            max_concurrent_trials=MOST,
+            max_concurrent_trials=MAX_JOBS,
             reuse_actors=True,
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
@@ -257,14 +268,14 @@ def run_points(
             name="points",
             storage_path=str(folder.absolute()),
             verbose=0,
-            callbacks=[_Results(scheduler, source, overheads, tick)],
+            callbacks=[_JobCallback(scheduler, searcher, overheads, tick)],
             log_to_file=False,
-            failure_config=tune.FailureConfig(max_failures=0),  # the dispatcher tries again
+            failure_config=tune.FailureConfig(max_failures=0),  # the scheduler retries
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
         ),
     )
     tuner.fit()
-    return Figures(
+    return TuningCost(
         wall=time.monotonic() - started,
         overhead=statistics.median(overheads) if overheads else None,
     )

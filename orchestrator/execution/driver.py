@@ -1,6 +1,7 @@
-"""Run a sweep, which is also to resume it: plan, prepare, tune, tell. The only writer.
+"""Runs a sweep, or resumes it: plan, check, prepare inputs, run trials, record the end.
 
-Nothing heavy is imported where nothing is left to do.
+The driver is the only process that writes the event log. Heavy libraries are imported only when
+there is work to do.
 """
 
 from __future__ import annotations
@@ -8,14 +9,11 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import signal
-import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from air_core.seal import sealed_json
@@ -37,9 +35,10 @@ from orchestrator.errors import (
 )
 from orchestrator.execution._prefetch import Prefetch, worker_context
 from orchestrator.execution._repair import set_damaged_aside
-from orchestrator.execution._run import Run
 from orchestrator.execution._scheduler import TrialScheduler
-from orchestrator.execution._stall import Stall
+from orchestrator.execution._signals import handle_signals, on_ray_death, restore_interrupts
+from orchestrator.execution._stall import StallMonitor
+from orchestrator.execution._state import RunState
 from orchestrator.execution.screen import Screen
 from orchestrator.failures import CLASSES, Failure, first_line, no_room
 from orchestrator.formatting import clock
@@ -57,18 +56,19 @@ from orchestrator.planning import (
 )
 from orchestrator.planning.budget import BudgetTracker
 from orchestrator.planning.disk import full_disk_message
-from orchestrator.planning.estimate import (
-    mean_seconds,
-    read_history,
-    record_measurements,
-)
+from orchestrator.planning.estimate import mean_seconds, read_history, record_measurements
 from orchestrator.planning.plan import plan_sweep
 from orchestrator.planning.resolve import text_digest
-from orchestrator.reporting import sweep_status
 from orchestrator.spec import Cell, SweepSpec
 from orchestrator.spec.sweep import JOURNAL, Budget
-from orchestrator.store import SweepLocation, is_bucket, read_outcome, read_resolved, whoami
-from orchestrator.store.artifacts import provenance
+from orchestrator.store import (
+    EventLog,
+    SweepLocation,
+    is_bucket,
+    read_outcome,
+    read_resolved,
+    whoami,
+)
 from orchestrator.store.location import RESOLVED
 
 if TYPE_CHECKING:
@@ -76,9 +76,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-
-LOST = (RemoteAway, SweepBusy, StudiesAway)
-GO_ON = "what is done is there, and the same command goes on with the rest"
+LOST = (RemoteAway, SweepBusy, StudiesAway)  # during a run; before it they refuse the run
+RESUME_HINT = "finished work is kept, and the same command resumes the sweep"
 
 
 def run_sweep(
@@ -91,130 +90,168 @@ def run_sweep(
     origin: dict[str, Any] | None = None,
     retry: str | None = None,
 ) -> int:
-    """Do what is left of a sweep and say how it stands.
+    """Run what is missing of a sweep. Running it again resumes it.
 
     Args:
         tracker: receives each outcome and the end of the run.
-        origin: how the sweep was asked for (sets, only), kept so that it can be read again.
-        retry: the only class of failures to try again; None: all.
+        origin: the options that changed the sweep (`sets`, `only`), recorded so that other commands
+            can read the sweep again.
+        retry: the only class of failures to try again; None: all classes.
 
     Returns:
-        The exit code; `outcome.json` says the same.
+        The exit code, which `outcome.json` has too.
 
     Raises:
-        Refused, SweepBusy, StoreRefused, RemoteAway, StudiesAway: before anything started.
-        StoreLost: later.
-        StoreFull: there was no room for what was made, or for saying how it ended.
+        Refused, SweepBusy, StoreRefused, RemoteAway, StudiesAway: before anything has started.
+        StoreLost: one of the same reasons, during the run.
+        StoreFull: the disk is full.
     """
-    location = replace(location, recorded=False)  # a run reads its inputs as they are now
+    location = replace(location, recorded=False)  # read the inputs as they are now
     event_log, resolver = location.event_log(), resolver_of(location)
-    plan = _sound_plan(sweep, location, resolver, screen)
-    for line in changed_inputs(earlier_results(plan, location)):
-        screen.say(line)
-    given_up = _given_up(sweep_status(event_log).failures, retry)
-    if plan.done + len(plan.pruned) == plan.total and sweep_status(event_log).exit_code == DONE:
-        if (
-            event_log.path.exists()
-        ):  # a file that only lost cells asks for no work, but is the sweep
-            _open_folder(location, sweep, origin or {}, resolver)
-        screen.say(f"{sweep.name}: nothing to do")
+    plan = _plan_and_repair(sweep, location, resolver, screen)
+    _report_changed_inputs(plan, location, screen)
+    skipped_failures = _failures_to_skip(event_log, retry)
+    if _is_complete(plan, event_log):
+        if event_log.path.exists():  # the file may have lost cells since: record it as it is now
+            _write_sweep_files(location, sweep, origin, resolver)
+        screen.message(f"{sweep.name}: nothing to do")
         return DONE
-    problem = unschedulable_reason(plan, location.store)
-    if problem:
-        raise Refused(problem)
-    use = location.store.locks.shared_store()
-    diff = uncommitted()
-    # Workers have no .git and may run as somebody else.
-    made = {"DIRTY": dirty(diff), "COMMIT": commit(), "USER": whoami()}
-    made["SWEEP"] = f"{location.project}/{location.name}"
-    os.environ |= {f"AIRSWEEP_{name}": value for name, value in made.items()}
-    tracker.check(reach=not prepare_only)
-    _check_studies(plan)
-    if is_bucket(location.store.name) and tracker.in_store and not prepare_only:
-        screen.say(
-            f"tracking goes to a file in {location.store.root}, which this machine alone sees; "
-            "give --tracking-uri http://... for one that all see"
-        )
-    with _told_where_full(plan, location):
-        location.store.initialize()
-        event_log.lock()
-    budget_tracker = BudgetTracker(
-        sweep.budget, sweep.resources, mean_seconds(read_history(location.store))
-    )
-    run = Run(
-        sweep, location, screen, tracker, event_log, resolver, budget_tracker, given_up=given_up
-    )
-    code = FAILED  # what an exception leaves behind
-    cluster = ExitStack()
-    try:
-        with _told_where_full(plan, location):
-            _heed_signals(run)
-            _open_folder(location, sweep, origin or {}, resolver, diff)
-            event_log.append(
-                "sweep_started",
-                spec=text_digest(sweep.text),
-                total=plan.total,
-                to_run=plan.to_run,
-                asks=plan.request_digest,
-                pid=os.getpid(),
-                **provenance(),
-            )
-            screen.started(plan)
-            code = _work(run, plan, prepare_only, cluster)
-    except Refused:
-        code = REFUSED
-        raise
-    except LOST as lost:
-        raise StoreLost(f"{lost}; {GO_ON}") from lost
-    except KeyboardInterrupt:
-        code = INTERRUPTED
-    except SystemExit as stop:
-        # Ray's waits turn a SystemExit of another code into 1.
-        code = run.stopped or (stop.code if isinstance(stop.code, int) else FAILED)
-    except Exception:
-        # Ray Tune turns a SystemExit that reaches it while it makes a trial into an error.
-        if run.stopped is None:
-            raise
-        code = run.stopped
-    finally:
-        _restore_interrupts()
-        screen.close()
-        # Ray ends last: who is being stopped has seconds until SIGKILL, and should have told by
-        # then how it ended.
-        with cluster, use:
-            try:
-                untold = _close(run, code)
-            except LOST as lost:
-                raise StoreLost(f"{lost}; {GO_ON}") from lost
-            finally:
-                event_log.unlock()
-    if untold is not None:
-        raise StoreFull(full_disk_message(plan, location.store, first_line(untold)))
-    return code
+    _refuse_unschedulable(plan, location)
+    # Shut Ray down last: after SIGTERM only seconds remain before SIGKILL, so record the end first.
+    with ExitStack() as ray_session, location.store.locks.shared_store():
+        diff = uncommitted()
+        _export_provenance(location, diff)
+        _check_services(plan, location, tracker, screen, prepare_only)
+        _lock_event_log(plan, location, event_log)
+        budget_tracker = _budget_tracker(sweep, location)
+        state = RunState(sweep, location, screen, tracker, event_log, resolver, budget_tracker)
+        state.skipped_failures |= skipped_failures
+        with _recorded_end(state, plan):
+            handle_signals(state)
+            _write_sweep_files(location, sweep, origin, resolver, diff)
+            _log_start(state, plan)
+            state.exit_code = _run_batches(state, plan, prepare_only, ray_session)
+    return state.exit_code
 
 
-def _sound_plan(
+# ---------------------------------------------------------------- before the start
+
+
+def _plan_and_repair(
     sweep: SweepSpec, location: SweepLocation, resolver: Resolver, screen: Screen
 ) -> Plan:
-    """The plan of a sweep, after what is damaged was set aside; it is made again by this run."""
+    """Plan a sweep, with damaged artifacts set aside so that this run makes them again."""
     while True:
         try:
             plan = plan_sweep(sweep, location.store, resolver, location.event_log())
             damaged = set_damaged_aside(plan, location.store, resolver)
-        except DamagedArtifact as problem:  # of a record that the plan itself reads
+        except DamagedArtifact as problem:  # a record that planning itself reads
             location.store.set_aside(problem)
             damaged = [problem]
-        for one in damaged:
-            screen.say(f"{one.name} was damaged ({one.why}) and is made again")
+        for artifact in damaged:
+            screen.message(f"{artifact.name} was damaged ({artifact.why}) and will be made again")
         if not damaged:
             return plan
 
 
-@contextmanager
-def _told_where_full(plan: Plan, location: SweepLocation) -> Iterator[None]:
+def _report_changed_inputs(plan: Plan, location: SweepLocation, screen: Screen) -> None:
+    for line in changed_inputs(earlier_results(plan, location)):
+        screen.message(line)
+
+
+def _failures_to_skip(event_log: EventLog, retry: str | None) -> dict[str, Failure]:
+    """Earlier failures of other classes than `retry`, by slot.
+
+    Raises:
+        ValueError: no failure is of the class `retry`.
+    """
+    failures: Mapping[str, Mapping[str, Any]] = sweep_status(event_log).failures
+    if retry is None:
+        return {}
+    counts = Counter(event["failure_class"] for event in failures.values())
+    if not counts[retry]:
+        failed = ", ".join(f"{count} x {name}" for name, count in counts.items()) or "none"
+        raise ValueError(f"no trial failed with class {retry!r}; failed trials: {failed}")
+    return {
+        slot: Failure(event["failure_class"], event["message"])
+        for slot, event in failures.items()
+        if event["failure_class"] != retry
+    }
+
+
+def _is_complete(plan: Plan, event_log: EventLog) -> bool:
+    ended = plan.done + len(plan.pruned) == plan.total
+    return ended and sweep_status(event_log).exit_code == DONE
+
+
+def _refuse_unschedulable(plan: Plan, location: SweepLocation) -> None:
     """
     Raises:
-        StoreFull: there was no room for something.
+        Refused: no machine can ever run a process of the sweep.
+    """
+    problem = unschedulable_reason(plan, location.store)
+    if problem:
+        raise Refused(problem)
+
+
+def _export_provenance(location: SweepLocation, diff: bytes) -> None:
+    """Pass to workers, by the environment, what they record: they have no .git, and may run as
+    another user."""
+    os.environ |= {
+        "AIRSWEEP_DIRTY": dirty(diff),
+        "AIRSWEEP_COMMIT": commit(),
+        "AIRSWEEP_USER": whoami(),
+        "AIRSWEEP_SWEEP": f"{location.project}/{location.name}",
+    }
+
+
+def _check_services(
+    plan: Plan,
+    location: SweepLocation,
+    tracker: OutcomeTracker,
+    screen: Screen,
+    prepare_only: bool,
+) -> None:
+    """Check MLflow and the database of studies before any work.
+
+    Raises:
+        ValueError: a server rejects the credentials.
+        TrackerAway, StudiesAway: a server does not answer.
+    """
+    tracker.check(reach=not prepare_only)
+    search = plan.sweep.search
+    if search is not None and search.storage != JOURNAL and any(cell.space for cell in plan.cells):
+        from orchestrator.planning.search import open_database
+
+        open_database(search.storage)
+    if is_bucket(location.store.name) and tracker.in_store and not prepare_only:
+        screen.message(
+            f"MLflow writes to a file in {location.store.root}, which only this machine can read; "
+            "give --tracking-uri http://... to share the results"
+        )
+
+
+def _lock_event_log(plan: Plan, location: SweepLocation, event_log: EventLog) -> None:
+    """
+    Raises:
+        SweepBusy: another driver runs this sweep.
+        StoreFull: the disk is full.
+    """
+    with _full_disk_explained(plan, location):
+        location.store.initialize()
+        event_log.lock()
+
+
+def _budget_tracker(sweep: SweepSpec, location: SweepLocation) -> BudgetTracker:
+    history = mean_seconds(read_history(location.store))
+    return BudgetTracker(sweep.budget, sweep.resources, history)
+
+
+@contextmanager
+def _full_disk_explained(plan: Plan, location: SweepLocation) -> Iterator[None]:
+    """
+    Raises:
+        StoreFull: the disk is full.
     """
     try:
         yield
@@ -224,34 +261,19 @@ def _told_where_full(plan: Plan, location: SweepLocation) -> Iterator[None]:
         raise StoreFull(full_disk_message(plan, location.store, first_line(error))) from error
 
 
-def _given_up(failures: Mapping[str, Mapping[str, Any]], retry: str | None) -> dict[str, Failure]:
-    """By slot, failures that are not to be tried again.
-
-    Raises:
-        ValueError: there is none of the class that is.
-    """
-    if retry is None:
-        return {}
-    counts = Counter(event["failure_class"] for event in failures.values())
-    if not counts[retry]:
-        there = ", ".join(f"{count} x {name}" for name, count in counts.items()) or "nothing"
-        raise ValueError(f"no trial of class {retry!r} failed; failed: {there}")
-    return {
-        slot: Failure(event["failure_class"], event["message"])
-        for slot, event in failures.items()
-        if event["failure_class"] != retry
-    }
+# ---------------------------------------------------------------- the start
 
 
-def _open_folder(
+def _write_sweep_files(
     location: SweepLocation,
     sweep: SweepSpec,
-    origin: dict[str, Any],
+    origin: dict[str, Any] | None,
     resolver: Resolver,
     diff: bytes = b"",
 ) -> None:
+    """Write the sweep file, its resolved inputs and uncommitted changes into the sweep's folder."""
     location.folder.mkdir(parents=True, exist_ok=True)
-    resolved = sealed_json({**origin, "inputs": _merged_inputs(location, resolver)})
+    resolved = sealed_json({**(origin or {}), "inputs": _merged_inputs(location, resolver)})
     for name, data in {"spec.yaml": sweep.text.encode(), RESOLVED: resolved}.items():
         path = location.folder / name
         if not path.exists() or path.read_bytes() != data:
@@ -261,9 +283,9 @@ def _open_folder(
 
 
 def _merged_inputs(location: SweepLocation, resolver: Resolver) -> dict[str, Any]:
-    """The inputs of this run, and of earlier runs those that this one does not use: with `--only`
+    """The inputs of this run, and those of earlier runs that this run does not use: with `--only`
     a run has fewer cells."""
-    now: dict[str, Any] = resolver.inputs()
+    current: dict[str, Any] = resolver.inputs()
     before: dict[str, Any] = {}
     try:
         before = read_resolved(location).get("inputs") or {}
@@ -271,97 +293,139 @@ def _merged_inputs(location: SweepLocation, resolver: Resolver) -> dict[str, Any
         pass
     except ValueError as problem:
         log.warning("%s", problem)
-    merged = {kind: {**before.get(kind, {}), **of} for kind, of in now.items()}
-    return merged | {"code": now["code"]}  # of this run alone
+    merged = {kind: {**before.get(kind, {}), **inputs} for kind, inputs in current.items()}
+    return merged | {"code": current["code"]}  # the code of this run only
 
 
-def _work(run: Run, plan: Plan, prepare_only: bool, cluster: ExitStack) -> int:
-    """All groups of cells together: those without images first, then those that share a row of
-    images. Trials of a group start when what they read is there. On a budget, which trials might
-    spend while images are drawn, group after group.
+def _log_start(state: RunState, plan: Plan) -> None:
+    state.event_log.append(
+        "sweep_started",
+        spec=text_digest(state.sweep.text),
+        total=plan.total,
+        to_run=plan.to_run,
+        asks=plan.request_digest,
+        pid=os.getpid(),
+        **provenance(),
+    )
+    state.screen.started(plan)
+
+
+# ---------------------------------------------------------------- the work
+
+
+def _run_batches(state: RunState, plan: Plan, prepare_only: bool, ray_session: ExitStack) -> int:
+    """Run all groups of cells; returns the exit code.
+
+    Without a budget all groups are one batch, and a trial starts as soon as its inputs exist. With
+    a budget each group is a batch, so that trials do not spend what the images of a group need.
 
     Args:
-        cluster: is given Ray's end, where Ray has to be started.
+        ray_session: receives the end of Ray, if Ray has to be started.
     """
-    searches = _searches(run, plan)
-    groups = _groups(plan, run)
-    batches = deque([groups] if run.sweep.budget == Budget() else [[cells] for cells in groups])
+    searches = _open_searches(state, plan)
+    groups = _cell_groups(state, plan)
+    batches = deque([groups] if state.sweep.budget == Budget() else [[cells] for cells in groups])
     while batches:
         groups = batches.popleft()
-        prefetch = Prefetch(run, plan, groups, prepare_only)
-        rank = {cell.id: location for location, cells in enumerate(groups) for cell in cells}
-        scheduler = TrialScheduler(
-            run.sweep,
-            [cell for cells in groups for cell in cells],
-            searches,
-            run.location.store,
-            run.resolver,
-            run.event_log,
-            run.outcome,
-            run.budget_tracker.can_start,
-            run.failed_dependency,
-            run.given_up,
-            prefetch.has,
-            rank,
-        )
-        while not (prepare_only and not prefetch.waiting):
-            job = None if prepare_only else scheduler.peek()
-            if scheduler.out_of_budget():
-                return _out_of_budget(run)
-            if job is None and not prefetch.waiting:
-                break
-            if run.allocation is None:
-                run.allocation = _start_cluster(cluster, run)
-                _wait_for_machines(run, plan)
-                _look(run, plan)
-            prefetch.begin()
-            if job is not None:
-                _tune(run, scheduler, prefetch)
-            elif not prefetch.can_afford():
-                return _out_of_budget(run)
-            else:
-                prefetch.wait()
-            code = _given_up_on(run, scheduler)
-            if code is not None:
-                return code
+        prefetch = Prefetch(state, plan, groups, prepare_only)
+        scheduler = _trial_scheduler(state, groups, searches, prefetch)
+        code = _run_batch(state, plan, scheduler, prefetch, prepare_only, ray_session)
+        if code is not None:
+            return code
         prefetch.finish()
-        if scheduler.moving:  # the same cells again, with what they need in fp32
-            run.moving += [replace(slot.spec, precision="fp32") for slot in scheduler.moving]
-            moved = {slot.cell.id for slot in scheduler.moving}
-            batches.appendleft([cells for cells in groups if any(c.id in moved for c in cells)])
-            searches = _searches(run, plan)
-    failed = run.tally.states.get("failed", 0) or run.failed_requirements
+        if scheduler.fp32_slots:  # the same cells again, whose inputs are prepared in fp32 first
+            state.fp32_trials += [
+                replace(slot.spec, precision="fp32") for slot in scheduler.fp32_slots
+            ]
+            moved = {slot.cell.id for slot in scheduler.fp32_slots}
+            batches.appendleft(
+                [cells for cells in groups if any(cell.id in moved for cell in cells)]
+            )
+            searches = _open_searches(state, plan)
+    failed = state.statistics.states.get("failed", 0) or state.failed_requirements
     return FAILED if failed else DONE
 
 
-def _given_up_on(run: Run, scheduler: TrialScheduler) -> int | None:
-    """
-    Raises:
-        StoreFull: a trial found no room.
-    """
-    lost = scheduler.gave_up()
-    if lost is None:
-        return None
-    if lost.failure_class == "disk":
-        raise StoreFull(lost.message)
-    count = CLASSES[lost.failure_class].stops_after
-    run.screen.say(f"stopped after {count} equal errors: {lost.message}")
-    return FAILED
+def _run_batch(
+    state: RunState,
+    plan: Plan,
+    scheduler: TrialScheduler,
+    prefetch: Prefetch,
+    prepare_only: bool,
+    ray_session: ExitStack,
+) -> int | None:
+    """Prepare inputs and run trials until none is left; returns an exit code if the run ends."""
+    while True:
+        job = None if prepare_only else scheduler.peek()
+        if scheduler.out_of_budget():
+            return _report_spent_budget(state)
+        if job is None and not prefetch.pending:
+            return None
+        if state.allocation is None:
+            _start_ray(state, plan, ray_session)
+        prefetch.start()
+        if job is not None:
+            _run_trials(state, scheduler, prefetch)
+        elif prefetch.fits_budget():
+            prefetch.wait()
+        else:
+            return _report_spent_budget(state)
+        code = _report_stopping_failure(state, scheduler)
+        if code is not None:
+            return code
 
 
-def _out_of_budget(run: Run) -> int:
-    run.screen.say(run.budget_tracker.refusal)
+def _run_trials(state: RunState, scheduler: TrialScheduler, prefetch: Prefetch) -> None:
+    """Run trials until none is left, or the next one lacks inputs."""
+    from orchestrator.execution._tuning import run_points
+
+    assert state.allocation is not None
+    assert state.progress is not None
+    state.allocation.tuning = True
+    cost = run_points(
+        scheduler,
+        worker_context(state),
+        state.sweep.resources,
+        state.location.folder / "tune",
+        state.allocation.max_trials,
+        prefetch.advance,
+        state.progress.actor,
+    )
+    state.allocation.tuning = False
+    state.statistics.add_wall("trials", cost.wall)
+    if cost.overhead is not None:
+        state.statistics.overheads.append(cost.overhead)
+
+
+def _report_spent_budget(state: RunState) -> int:
+    state.screen.message(state.budget_tracker.refusal)
     return BUDGET
 
 
-def _groups(plan: Plan, run: Run) -> list[list[Cell]]:
-    """Cells by the images that they read; none first, then those that lack the fewest."""
+def _report_stopping_failure(state: RunState, scheduler: TrialScheduler) -> int | None:
+    """
+    Raises:
+        StoreFull: a trial found the disk full.
+    """
+    failure = scheduler.stopping_failure()
+    if failure is None:
+        return None
+    if failure.failure_class == "disk":
+        raise StoreFull(failure.message)
+    count = CLASSES[failure.failure_class].stops_after
+    state.screen.message(f"stopped after {count} equal errors: {failure.message}")
+    return FAILED
+
+
+def _cell_groups(state: RunState, plan: Plan) -> list[list[Cell]]:
+    """Cells that read the same images together. Cells without images come first, then the group
+    that lacks the fewest images."""
     groups: dict[tuple[str, ...], list[Cell]] = {}
     missing: dict[tuple[str, ...], int] = {}
-    assignments = run.sweep.seeds.assignments()
-    store = run.location.store
+    assignments = state.sweep.seeds.assignments()
+    store = state.location.store
     for cell in plan.cells:
-        requirements = requirements_of(possible_trials([cell], assignments, run.resolver))
+        requirements = requirements_of(possible_trials([cell], assignments, state.resolver))
         images = [requirement for requirement in requirements if requirement.stage == "images"]
         rows = tuple(sorted(str(requirement.key) for requirement in images))
         groups.setdefault(rows, []).append(cell)
@@ -369,171 +433,170 @@ def _groups(plan: Plan, run: Run) -> list[list[Cell]]:
     return [groups[rows] for rows in sorted(groups, key=lambda rows: (bool(rows), missing[rows]))]
 
 
-def _searches(run: Run, plan: Plan) -> dict[str, Any]:
-    if run.sweep.search is None or not any(cell.space for cell in plan.cells):
+def _open_searches(state: RunState, plan: Plan) -> dict[str, Any]:
+    if state.sweep.search is None or not any(cell.space for cell in plan.cells):
         return {}
     from orchestrator.planning.search import open_searches
 
-    location = run.location
+    location = state.location
     owner = (location.store.name, location.project, location.name)
-    return dict(open_searches(plan, run.event_log, location.folder / "studies.journal", owner))
+    return dict(open_searches(plan, state.event_log, location.folder / "studies.journal", owner))
 
 
-def _check_studies(plan: Plan) -> None:
-    """Where studies are in a database: does it answer, before any work?
+def _trial_scheduler(
+    state: RunState,
+    groups: Sequence[Sequence[Cell]],
+    searches: Mapping[str, Any],
+    prefetch: Prefetch,
+) -> TrialScheduler:
+    return TrialScheduler(
+        state.sweep,
+        [cell for cells in groups for cell in cells],
+        searches,
+        state.location.store,
+        state.resolver,
+        state.event_log,
+        on_outcome=state.on_outcome,
+        within_budget=state.budget_tracker.can_start,
+        failed_dependency=state.failed_dependency,
+        skipped_failures=state.skipped_failures,
+        is_ready=prefetch.is_ready,
+        rank={cell.id: index for index, cells in enumerate(groups) for cell in cells},
+    )
+
+
+# ---------------------------------------------------------------- Ray
+
+
+def _start_ray(state: RunState, plan: Plan, session: ExitStack) -> None:
+    """Start Ray or join a cluster, and check that its machines can do the work.
 
     Raises:
-        ValueError: it lets us not in.
-        StudiesAway: it does not answer.
+        Refused: they cannot.
     """
-    search = plan.sweep.search
-    if search is None or search.storage == JOURNAL or not any(cell.space for cell in plan.cells):
-        return
-    from orchestrator.planning.search import open_database
-
-    open_database(search.storage)
-
-
-def _start_cluster(cluster: ExitStack, run: Run) -> Allocation:
-    from orchestrator.cluster import ray_session
+    from orchestrator.cluster import ray_session, refuse_unfit_nodes
     from orchestrator.cluster.session import MemoryPeak, free_resources, machines
     from orchestrator.execution._allocation import Allocation
-    from orchestrator.execution._progress import Progress
+    from orchestrator.execution._progress import ProgressMonitor
 
-    run.joined = joins_a_cluster()
-    run.screen.say("joining Ray" if run.joined else "starting Ray")
-    cluster.enter_context(ray_session(functools.partial(_lost, run), lambda: run.died))
-    run.peak = MemoryPeak()
-    _heed_signals(run)  # ray.init replaces the handlers that were there before
-    run.progress = Progress(run)
-    run.stall = Stall(run.sweep.resources, free_resources, run.screen.say)
-    return Allocation(run.sweep.resources, machines)
+    state.joined_cluster = joins_a_cluster()
+    state.screen.message("joining Ray" if state.joined_cluster else "starting Ray")
+    session.enter_context(
+        ray_session(functools.partial(on_ray_death, state), lambda: state.process_died)
+    )
+    state.memory_peak = MemoryPeak()
+    handle_signals(state)  # again, since ray.init has replaced the handlers
+    state.progress = ProgressMonitor(state)
+    state.stall = StallMonitor(state.sweep.resources, free_resources, state.screen.message)
+    state.allocation = Allocation(state.sweep.resources, machines)
+    _wait_for_machines(state, state.allocation, plan)
+    if state.joined_cluster:
+        refuse_unfit_nodes(plan, state.location, state.screen.message)
 
 
-def _wait_for_machines(run: Run, plan: Plan) -> None:
-    """
+def _wait_for_machines(state: RunState, allocation: Allocation, plan: Plan) -> None:
+    """Wait for `resources.wait` until the machines of the cluster suffice.
+
     Raises:
-        Refused: there is no room for what a process asks for, and no more machine came.
+        Refused: they do not.
     """
-    assert run.allocation is not None
-    wait, started = run.sweep.resources.wait or 0.0, time.monotonic()
-    asked = False
-    while problem := unschedulable_reason(plan, run.location.store, run.allocation.machines()):
+    wait, started = state.sweep.resources.wait or 0.0, time.monotonic()
+    requested = False
+    while problem := unschedulable_reason(plan, state.location.store, allocation.machines()):
         if time.monotonic() - started >= wait:
-            waited = f" (waited {clock(wait)} for one)" if wait else ""
+            waited = f" (waited {clock(wait)} for more machines)" if wait else ""
             raise Refused(f"{problem}{waited}")
-        if not asked:
-            run.screen.say(f"waiting for machines, at most {clock(wait)}: {problem}")
+        if not requested:
+            state.screen.message(f"waiting for machines, at most {clock(wait)}: {problem}")
             from orchestrator.cluster.session import ask_autoscaler
 
-            ask_autoscaler(run.sweep.resources)
-            asked = True
+            ask_autoscaler(state.sweep.resources)
+            requested = True
         time.sleep(min(wait, 1.0))
-
-
-def _look(run: Run, plan: Plan) -> None:
-    """Before any work: are the machines of a cluster that was joined fit for it?"""
-    if run.joined:
-        from orchestrator.cluster import refuse_unfit_nodes
-
-        refuse_unfit_nodes(plan, run.location, run.screen.say)
-
-
-def _heed_signals(run: Run) -> None:
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, functools.partial(_terminated, run))
-        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as of a shell's background job
-            signal.signal(signal.SIGINT, functools.partial(_interrupted, run))
-
-
-def _terminated(run: Run, number: int, frame: Any) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: the end is recorded now
-    run.stopped = run.stopped or (FAILED if run.lost else TERMINATED)
-    raise SystemExit(run.stopped)
-
-
-def _interrupted(run: Run, number: int, frame: Any) -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a second one ends at once
-    run.stopped = run.stopped or INTERRUPTED
-    raise KeyboardInterrupt
-
-
-def _restore_interrupts() -> None:
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    if in_main_thread and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def _lost(run: Run, logs: Path) -> None:
-    run.lost = True
-    log.error(
-        "Ray died here: it was killed, or had no memory left; the same command goes on "
-        f"(Ray's logs: {logs})"
-    )
-    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
-
-
-def _tune(run: Run, scheduler: TrialScheduler, prefetch: Prefetch) -> None:
-    """Run trials until none is left, or the next one reads what is not there yet."""
-    from orchestrator.execution._tuning import run_points
-
-    assert run.allocation is not None
-    assert run.progress is not None
-    run.allocation.tuning = True
-    figures = run_points(
-        scheduler,
-        worker_context(run),
-        run.sweep.resources,
-        run.location.folder / "tune",
-        run.allocation.trials,
-        prefetch.advance,
-        run.progress.board,
-    )
-    run.allocation.tuning = False
-    run.tally.add_wall("trials", figures.wall)
-    if figures.overhead is not None:
-        run.tally.overheads.append(figures.overhead)
 
 
 # ---------------------------------------------------------------- the end
 
 
-def _close(run: Run, code: int) -> Exception | None:
-    """Say how it ended, everywhere: ledger, outcome.json, tracker.
+@contextmanager
+def _recorded_end(state: RunState, plan: Plan) -> Iterator[None]:
+    """Record how the block ends: in the event log, in outcome.json and in the tracker.
+
+    A signal ends the block without an exception; `state.exit_code` has its code.
+
+    Raises:
+        StoreFull: the disk is full, for an artifact or for the record of the end.
+        StoreLost: the bucket or the studies stopped answering, or another driver took over.
+    """
+    try:
+        with _full_disk_explained(plan, state.location):
+            yield
+    except Refused:
+        state.exit_code = REFUSED
+        raise
+    except LOST as lost:
+        raise StoreLost(f"{lost}; {RESUME_HINT}") from lost
+    except KeyboardInterrupt:
+        state.exit_code = INTERRUPTED
+    except SystemExit as stop:
+        # Ray's waiting calls replace the code of a SystemExit by 1: the signal's code counts.
+        code = stop.code if isinstance(stop.code, int) else FAILED
+        state.exit_code = state.signal_exit_code or code
+    except Exception:
+        # Ray Tune turns a SystemExit that reaches it while it creates a trial into an error.
+        if state.signal_exit_code is None:
+            raise
+        state.exit_code = state.signal_exit_code
+    finally:
+        restore_interrupts()
+        state.screen.close()
+        try:
+            unwritten = _record_end(state)
+        except LOST as lost:
+            raise StoreLost(f"{lost}; {RESUME_HINT}") from lost
+        finally:
+            state.event_log.unlock()
+    if unwritten is not None:
+        raise StoreFull(full_disk_message(plan, state.location.store, first_line(unwritten)))
+
+
+def _record_end(state: RunState) -> OSError | None:
+    """Write outcome.json and the last event, and finish the tracker.
 
     Returns:
-        Why one of them could not be told, on a full disk.
+        The error of a full disk, if a file could not be written.
     """
-    tally = run.tally
-    tally.memory = run.peak.stop() if run.peak else 0
-    seconds = round(time.monotonic() - tally.started, 1)
-    facts = {name: value for name, value in vars(tally).items() if name not in HIDDEN}
-    facts["shares"] = tally.shares or read_outcome(run.location).get("run", {}).get("shares", {})
+    code, statistics, location = state.exit_code, state.statistics, state.location
+    statistics.memory = state.memory_peak.stop() if state.memory_peak else 0
+    seconds = round(time.monotonic() - statistics.started, 1)
+    facts = {name: value for name, value in vars(statistics).items() if name not in UNRECORDED}
+    facts["shares"] = statistics.shares or read_outcome(location).get("run", {}).get("shares", {})
     outcome = {
         "exit_code": code,
         "state": STATES.get(code, "failed"),
         "seconds": seconds,
         "run": facts,
     }
-    untold = _no_room_for(lambda: run.location.write("outcome.json", sealed_json(outcome)))
-    if untold is not None and code == DONE:
+    unwritten = _full_disk_error(lambda: location.write("outcome.json", sealed_json(outcome)))
+    if unwritten is not None and code == DONE:
         code = FAILED  # else the same command would find nothing to do
     if code == DONE:
-        run.tracker.catch_up()
-        # Before the event log says so: after it no run would open MLflow again.
-        run.tracker.finish(code)
+        state.tracker.catch_up()
+        # Before the event log has the end: after it, no run would contact MLflow again.
+        state.tracker.finish(code)
     ended: dict[str, Any] = {"exit_code": code, "seconds": seconds}
-    untold = _no_room_for(lambda: run.event_log.append("sweep_ended", **ended)) or untold
-    _no_room_for(
-        lambda: record_measurements(run.location.store, tally.work)
-    )  # estimates do without
+    unwritten = (
+        _full_disk_error(lambda: state.event_log.append("sweep_ended", **ended)) or unwritten
+    )
+    # Without the history only estimates are worse.
+    _full_disk_error(lambda: record_measurements(location.store, statistics.work))
     if code != DONE:
-        run.tracker.finish(code)
-    return untold
+        state.tracker.finish(code)
+    return unwritten
 
 
-def _no_room_for(write: Callable[[], object]) -> OSError | None:
-    """Why it could not be written, on a full disk."""
+def _full_disk_error(write: Callable[[], object]) -> OSError | None:
+    """Write something; returns the error of a full disk."""
     try:
         write()
     except OSError as problem:
@@ -543,7 +606,7 @@ def _no_room_for(write: Callable[[], object]) -> OSError | None:
     return None
 
 
-HIDDEN = ("started", "work")
+UNRECORDED = ("started", "work")  # fields of RunStatistics that outcome.json does not have
 STATES = {
     DONE: "done",
     FAILED: "failed",

@@ -1,4 +1,4 @@
-"""What a running sweep shows: bars on a terminal, one line per event elsewhere. On stderr."""
+"""Screens of a running sweep, on stderr: bars on a terminal, a line for each event elsewhere."""
 
 from __future__ import annotations
 
@@ -15,53 +15,53 @@ from orchestrator.planning import Plan, Requirement, name_of
 if TYPE_CHECKING:
     from orchestrator.planning import Outcome
 
-# Seconds between two lines about one long thing, off a terminal; and as a share of its time so far,
-# so that an hour does not print 360 of them.
-LINE_EVERY, LINE_SHARE = 10.0, 0.1
+# Off a terminal, two lines about the same work are at least this many seconds apart, and this share
+# of its time so far: an hour prints some forty lines instead of 360.
+LINE_INTERVAL, LINE_SHARE = 10.0, 0.1
+NAME_WIDTH = 44
 
 
-class Rows:
-    """Table rows as they finish: one for each point whose seeds are all in."""
+class PointRows:
+    """Collects outcomes into table rows: one row for each point, when all its seeds are over."""
 
     def __init__(self, seeds: int) -> None:
         self.seeds = seeds
-        self.found: dict[tuple[str, int], list[Outcome]] = {}
+        self.outcomes: dict[tuple[str, int], list[Outcome]] = {}
 
     def add(self, outcome: Outcome) -> str | None:
-        """The row that this outcome completes, if it does."""
-        place = (outcome.slot.cell.id, outcome.slot.point)
-        together = self.found.setdefault(place, [])
-        together.append(outcome)
-        if len(together) < self.seeds:
+        """The row that this outcome completes, if any."""
+        point = self.outcomes.setdefault((outcome.slot.cell.id, outcome.slot.point), [])
+        point.append(outcome)
+        if len(point) < self.seeds:
             return None
         params = " ".join(f"{key}={_short(value)}" for key, value in outcome.slot.params.items())
         name = f"{outcome.slot.cell.id} {params}".strip()
-        scores = [100 * o.record.headline for o in together if o.record]
-        failed = [o for o in together if o.state == "failed"]
-        text = f"{name:<44}"
+        scores = [100 * o.record.headline for o in point if o.record]
+        failed = [o for o in point if o.state == "failed"]
+        text = f"{name:<{NAME_WIDTH}}"
         if scores:
-            distinct = len({o.slot.key for o in together if o.record})
+            distinct = len({o.slot.key for o in point if o.record})
             spread = f" ± {stdev(scores):.1f}" if distinct > 1 else ""
             text += f" test {fmean(scores):5.1f} %{spread}"
-        if together[0].pruned is not None:
-            text += f"  pruned after iteration {together[0].pruned.rung}"
+        if point[0].pruned is not None:
+            text += f"  pruned after iteration {point[0].pruned.rung}"
         if failed:
             text += f"  {len(failed)} failed ({failed[0].failure_class}): {failed[0].message}"
-        if all(o.state == "reused" for o in together):
+        if all(o.state == "reused" for o in point):
             text += "  reused"
         return text
 
 
 @dataclass
-class Pace:
-    """How fast something long gets on, since it was first heard of."""
+class WorkPace:
+    """Speed of a long piece of work since its first report."""
 
     started: float
     first: int
-    spoken: float = 0.0
+    last_line: float = 0.0
 
-    def left(self, now: float, done: int, total: int) -> str:
-        """The time that is left at this pace, for the end of a line."""
+    def remaining(self, now: float, done: int, total: int) -> str:
+        """The remaining time at this pace, as the end of a line."""
         if done <= self.first:
             return ""
         seconds = (now - self.started) / (done - self.first) * (total - done)
@@ -69,65 +69,70 @@ class Pace:
 
 
 class Screen:
-    """For logs: a line when something happens, and now and then while something long goes on."""
+    """For logs: a line for each event, and a line now and then while long work runs."""
 
     def __init__(self) -> None:
-        self.rows = Rows(1)
+        self.rows = PointRows(1)
         self.counts: dict[str, list[int]] = {}
-        self.paces: dict[str, Pace] = {}
-        self.waits: dict[str, float] = {}  # seconds at which it was last said
+        self.paces: dict[str, WorkPace] = {}
+        self.waits: dict[str, float] = {}  # seconds of waiting at the last line, by work
 
-    def say(self, text: str) -> None:
+    def message(self, text: str) -> None:
         show(text, file=sys.stderr, flush=True)
 
     def started(self, plan: Plan) -> None:
-        self.rows = Rows(len(plan.sweep.seeds.values))
+        self.rows = PointRows(len(plan.sweep.seeds.values))
         self.counts = {
             str(requirement.key): [0, requirement.total()] for requirement in plan.requirements
         }
-        self.say(
+        self.message(
             f"{plan.sweep.name}: {plan.total} trials in {len(plan.cells)} cells, "
             f"{plan.to_run} to run, {plan.reused} reused, {plan.done} done"
             + (f", {len(plan.pruned)} pruned" if plan.pruned else "")
         )
         if plan.edit is not None:
-            self.say(str(plan.edit))
+            self.message(str(plan.edit))
 
     def prepared(self, requirement: Requirement) -> None:
-        count = self.counts.setdefault(str(requirement.key), [0, requirement.total()])
-        count[0] += 1
+        count = self._count(requirement)
         if requirement.stage != "images" or count[0] == count[1]:
-            self.say(f"{name_of(requirement.key)}: ready")
+            self.message(f"{name_of(requirement.key)}: ready")
         else:
             self.progress(name_of(requirement.key), *count)
 
     def progress(self, name: str, done: int, total: int) -> None:
         now = time.monotonic()
-        pace = self.paces.setdefault(name, Pace(now, done))
-        wait = max(LINE_EVERY, LINE_SHARE * (now - pace.started))
-        if done < total and now - pace.spoken > wait:
-            pace.spoken = now
-            self.say(f"{name}: {done}/{total}{pace.left(now, done, total)}")
+        pace = self.paces.setdefault(name, WorkPace(now, done))
+        interval = max(LINE_INTERVAL, LINE_SHARE * (now - pace.started))
+        if done < total and now - pace.last_line > interval:
+            pace.last_line = now
+            self.message(f"{name}: {done}/{total}{pace.remaining(now, done, total)}")
 
     def waiting(self, name: str, holder: str, seconds: float) -> None:
-        said = self.waits.get(name, 0.0)
-        if seconds < said:  # another wait
-            said = 0.0
-        if not said or seconds > 2 * said:  # an hour is ten lines
+        last = self.waits.get(name, 0.0)
+        if seconds < last:  # another wait has begun
+            last = 0.0
+        if not last or seconds > 2 * last:  # an hour is ten lines
             self.waits[name] = seconds
-            self.say(f"{name}: {holder} makes it, waiting for {clock(seconds)}")
+            self.message(f"{name}: waiting for {holder} to make it ({clock(seconds)} so far)")
 
     def outcome(self, outcome: Outcome) -> None:
         row = self.rows.add(outcome)
         if row is not None and not outcome.known:
-            self.say(row)
+            self.message(row)
 
     def close(self) -> None:
         pass
 
+    def _count(self, requirement: Requirement) -> list[int]:
+        """[complete, all] parts of a requirement, after one more part is complete."""
+        count = self.counts.setdefault(str(requirement.key), [0, requirement.total()])
+        count[0] += 1
+        return count
 
-class Bars(Screen):
-    """For terminals: a bar for each thing under way, rows above them."""
+
+class BarScreen(Screen):
+    """For terminals: a bar for each piece of running work, table rows above the bars."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -143,7 +148,7 @@ class Bars(Screen):
 
         self.console = Console(stderr=True, highlight=False)
         self.bars = Progress(
-            TextColumn("{task.description:<44}"),
+            TextColumn(f"{{task.description:<{NAME_WIDTH}}}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -154,7 +159,7 @@ class Bars(Screen):
         self.tasks: dict[str, Any] = {}
         self.trials: Any = None
 
-    def say(self, text: str) -> None:
+    def message(self, text: str) -> None:
         self.console.print(printable_lines(text), markup=False, soft_wrap=True)
 
     def started(self, plan: Plan) -> None:
@@ -173,33 +178,29 @@ class Bars(Screen):
         self.bars.stop()
 
     def prepared(self, requirement: Requirement) -> None:
-        if requirement.stage != "images":
-            self.progress(name_of(requirement.key), 1, 1)
-            return
-        count = self.counts.setdefault(str(requirement.key), [0, requirement.total()])
-        count[0] += 1
+        count = self._count(requirement) if requirement.stage == "images" else [1, 1]
         self.progress(name_of(requirement.key), *count)
 
     def progress(self, name: str, done: int, total: int) -> None:
-        # An end may come in another unit than the steps before it.
+        # The last report of some work has another unit than the reports before it.
         if name not in self.tasks:
-            shown = printable(name if len(name) <= 44 else f"{name[:20]}...{name[-21:]}")
+            shown = printable(name if len(name) <= NAME_WIDTH else f"{name[:20]}...{name[-21:]}")
             self.tasks[name] = self.bars.add_task(shown, total=total)
         self.bars.update(self.tasks[name], completed=done, total=total, visible=done < total)
 
 
-class Silence(Screen):
-    """`--quiet`: nothing but errors, which are not said here."""
+class SilentScreen(Screen):
+    """`--quiet`: prints nothing; the command itself prints errors."""
 
-    def say(self, text: str) -> None:
+    def message(self, text: str) -> None:
         pass
 
 
 def make_screen(quiet: bool) -> Screen:
-    """The one that fits where stderr goes."""
+    """The screen that suits what stderr is connected to."""
     if quiet:
-        return Silence()
-    return Bars() if sys.stderr.isatty() else Screen()
+        return SilentScreen()
+    return BarScreen() if sys.stderr.isatty() else Screen()
 
 
 def _short(value: Any) -> str:

@@ -1,7 +1,7 @@
-"""An audit of one row of synthetic images, from what the store has of it: a card and a sheet.
+"""Audits one row of synthetic images in the store: makes an audit card and a sheet of pictures.
 
-The numbers are `air_core.audit`'s. Here they become a table with a line for each image, which gets
-names, files and pictures.
+`air_core.audit` computes the numbers. This module arranges them in a table with one line for each
+image, and adds names, files and pictures.
 """
 
 # mypy: allow-untyped-calls
@@ -50,23 +50,23 @@ from orchestrator.store import ArtifactStore
 
 log = logging.getLogger(__name__)
 
-SHOWN = 10  # pictures in a line of the sheet; half as many pairs
-DIGITS = 4  # of numbers that are kept: what differs beyond is rounding
+PER_LINE = 10  # pictures in a line of the sheet; half as many pairs
+DIGITS = 4  # decimals of stored numbers: later ones differ by rounding
 
 Report = Callable[[int, int], None]
 
 
 @one_thread()
-def made(
+def make_card(
     row: Audited, worker: WorkerContext, report: Report | None = None
 ) -> tuple[AuditCard, bytes]:
-    """A card and its sheet, a PNG.
+    """The audit card of a row and its sheet of pictures, a PNG.
 
     Args:
-        report: told of images that were looked at, and how many there are.
+        report: called with the number of images read and of all images.
 
     Raises:
-        MissingArtifact: images or features are not there.
+        MissingArtifact: images or features are missing.
     """
     images, table = _read(row, worker.store, report)
     backbone = worker.backbone(row.row.backbone, row.row.precision)
@@ -79,26 +79,28 @@ def made(
     try:
         worker.examples(row.features.dataset)
     except ChangedInput as problem:
-        log.warning("%s; copies of test images are not looked for", problem)
+        log.warning("%s; the audit does not search for copies of test images", problem)
     logits = _logits(text, images.features, row.classes)
-    around = Surroundings(
+    surroundings = Surroundings(
         pool=pool,
         base=None if base is None else base.batch.features,
         test=targets[0].features[test],
         test_hash=lambda position: _test_hash(row, worker, int(test[position])),
     )
-    found = audit(images, logits, around)
+    result = audit(images, logits, surroundings)
     table = table.assign(
-        sound=found.sound.numpy(),
-        right=(found.guesses == images.labels).numpy(),
-        margin=found.margins.numpy(),
-        twin=found.like.numpy(),
-        twin_cosine=found.like_cosine.numpy(),
-        test=[int(test[i]) if i >= 0 else -1 for i in found.test_like.tolist()],
-        test_cosine=found.test_cosine.numpy(),
+        sound=result.sound.numpy(),
+        right=(result.guesses == images.labels).numpy(),
+        margin=result.margins.numpy(),
+        twin=result.like.numpy(),
+        twin_cosine=result.like_cosine.numpy(),
+        test=[int(test[i]) if i >= 0 else -1 for i in result.test_like.tolist()],
+        test_cosine=result.test_cosine.numpy(),
     )
-    flagged = [_flagged(one, table, row.row.images.classnames, test) for one in found.findings]
-    faulty = {one.image for one in found.findings}
+    flagged = [
+        _flagged(finding, table, row.row.images.classnames, test) for finding in result.findings
+    ]
+    faulty = {finding.image for finding in result.findings}
     table["flagged"] = table.index.isin(faulty)
     card = AuditCard(
         inputs_digest=row.inputs_digest,
@@ -110,25 +112,25 @@ def made(
         images_per_class=row.images_per_class,
         images=len(images),
         redrawn=int(table.redrawn.sum()),
-        counts={reason: sum(one["reason"] == reason for one in flagged) for reason in REASONS},
+        counts={reason: sum(fault["reason"] == reason for fault in flagged) for reason in REASONS},
         recognised=_rounded(table.right[table.sound].mean()),
         base_recognised=None if base is None else _recognised(base, text, row.classes),
         margins=_quantiles(table.margin, 0.05, 0.5, 0.95),
-        kid=_pair(found.distance),
-        base_kid=None if found.base_distance is None else _pair(found.base_distance),
+        kid=_pair(result.distance),
+        base_kid=None if result.base_distance is None else _pair(result.base_distance),
         base_images=0 if base is None else len(base),
         pool_images=len(pool),
         test_images=len(test),
         test_cosine=_rounded(table.test_cosine.max()),
         kept=_kept(images, logits),
-        classes=[_class_line(str(name), of) for name, of in _by_class(table)],
+        classes=[_class_line(str(name), lines) for name, lines in _by_class(table)],
         flagged=flagged,
     )
-    return card, _sheet(card, table, found, row, worker)
+    return card, _sheet(card, table, result, row, worker)
 
 
 def _read(row: Audited, store: ArtifactStore, report: Report | None) -> tuple[ImageSet, DataFrame]:
-    """The images, and a line of names for each."""
+    """Read the images; returns them, and a table with names and files."""
     count = row.images_per_class * len(row.classes)
     classnames, files = row.row.images.classnames, _files(row)
     lines, features, hashes = [], [], []
@@ -162,7 +164,7 @@ def _read(row: Audited, store: ArtifactStore, report: Report | None) -> tuple[Im
 
 
 def _files(row: Audited) -> Mapping[str, Sequence[Path]]:
-    """By class, of a folder of ready images, as it is now."""
+    """Files of a folder of ready images by class, as the folder is now; empty for other rows."""
     images = row.row.images
     if not isinstance(images, FolderImages):
         return {}
@@ -176,7 +178,7 @@ def _file(files: Sequence[Path], index: int) -> str | None:
 
 
 def _base(row: Audited, store: ArtifactStore) -> Labelled | None:
-    """The images without LoRA, where they were drawn."""
+    """The images without LoRA, if they are drawn."""
     if row.base is not None:
         with suppress(MissingArtifact, FileNotFoundError):
             return read_synthetic(row.base, BASE_PER_CLASS, store, row.classes)
@@ -185,7 +187,7 @@ def _base(row: Audited, store: ArtifactStore) -> Labelled | None:
 
 @torch.no_grad()
 def _logits(text: LinearClassifier, features: Tensor, classes: Sequence[int]) -> Tensor:
-    """(N, C) of the text classifier; classes that nothing was drawn for are out of the question."""
+    """(N, C) logits of the text classifier; -inf for classes without drawn images."""
     logits = text.logits(Batch(features))
     others = torch.ones(logits.shape[1], dtype=torch.bool)
     others[list(classes)] = False
@@ -203,53 +205,53 @@ def _test_picture(row: Audited, worker: WorkerContext, position: int) -> Image.I
     return None
 
 
-# ---------------------------------------------------------------- numbers for people
+# ---------------------------------------------------------------- the card
 
 
 def _flagged(
     finding: Finding, table: DataFrame, classnames: Sequence[str], test: Tensor
 ) -> dict[str, Any]:
-    """A fault as the card has it."""
+    """A fault, as an entry of the card."""
     image = table.loc[finding.image]
     value = None if math.isnan(finding.value) else round(finding.value, DIGITS)
     match finding.reason:
         case "blank":
-            said = f"is blank: no channel varies by more than {value:.1f} of 256 levels"
-            said += "" if image.held else ", so no trial reads it"
+            text = f"is blank: no channel varies by more than {value:.1f} of 256 levels"
+            text += "" if image.held else ", so no trial reads it"
         case "near-constant":
-            said = f"shows next to nothing: no channel varies by more than {value:.1f} levels"
+            text = f"is nearly constant: no channel varies by more than {value:.1f} levels"
         case "not a number":
-            said = "has CLIP features that are not finite"
+            text = "has CLIP features that are not finite"
         case "duplicate":
-            said = f"is {_called(table.loc[finding.other])} again: {_like(finding)}"
+            text = f"repeats {_name(table.loc[finding.other])}: {_similarity(finding)}"
         case "wrong class":
-            said = (
+            text = (
                 f"looks like {classnames[finding.other]!r}: {finding.beside:.0%} of the images "
                 f"nearest to it were made for that class, and CLIP's margin is {value:+.2f}"
             )
         case "test copy":
-            said = f"is test image {int(test[finding.other])}: {_like(finding)}"
+            text = f"repeats test image {int(test[finding.other])}: {_similarity(finding)}"
     return {
         "classname": image.classname,
         "index": int(image["index"]),
         "file": image.file,
         "reason": finding.reason,
         "value": value,
-        "sentence": f"{image.classname!r}: {_called(image)} {said}",
+        "sentence": f"{image.classname!r}: {_name(image)} {text}",
     }
 
 
-def _called(image: Series) -> str:
+def _name(image: Series) -> str:
     return f"image {image['index']}" + (f" ({image.file})" if image.file else "")
 
 
-def _like(finding: Finding) -> str:
+def _similarity(finding: Finding) -> str:
     return f"cosine {finding.value:.3f}, {finding.beside:.0f} of 256 bits of the hash differ"
 
 
 def _recognised(images: Labelled, text: LinearClassifier, classes: Sequence[int]) -> float | None:
-    guesses = _logits(text, images.batch.features, classes).argmax(dim=-1)
-    return _rounded(float((guesses == images.labels).double().mean()))
+    predicted = _logits(text, images.batch.features, classes).argmax(dim=-1)
+    return _rounded(float((predicted == images.labels).double().mean()))
 
 
 def _rounded(value: float) -> float | None:
@@ -264,18 +266,18 @@ def _pair(distance: Any) -> list[float] | None:
 
 def _quantiles(values: Series, *shares: float) -> list[float] | None:
     known = values.dropna()
-    return [round(float(one), DIGITS) for one in known.quantile(shares)] if len(known) else None
+    return [round(float(q), DIGITS) for q in known.quantile(shares)] if len(known) else None
 
 
 def _kept(images: ImageSet, logits: Tensor) -> dict[str, int]:
-    """How many images each filter would leave to a trial that reads all of them."""
+    """The number of images that each filter would keep in a trial that reads all of them."""
     read = images.held & images.features.isfinite().all(dim=1)
     bank = Labelled(Batch(images.features[read]), images.labels[read])
     filters = {
         "fidelity.min_margin: 0": FidelitySettings(min_margin=0.0),
         "fidelity.duplicates: drop": FidelitySettings(duplicates="drop"),
     }
-    return {name: len(credible(bank, how, logits[read])) for name, how in filters.items()}
+    return {name: len(credible(bank, settings, logits[read])) for name, settings in filters.items()}
 
 
 def _by_class(table: DataFrame) -> Iterable[tuple[Any, DataFrame]]:
@@ -283,15 +285,15 @@ def _by_class(table: DataFrame) -> Iterable[tuple[Any, DataFrame]]:
 
 
 def _class_line(classname: str, images: DataFrame) -> dict[str, Any]:
-    rising = images.dropna(subset="margin").sort_values(["margin", "index"])["index"].tolist()
-    middle = _quantiles(images.margin, 0.5)
+    by_margin = images.dropna(subset="margin").sort_values(["margin", "index"])["index"].tolist()
+    median = _quantiles(images.margin, 0.5)
     return {
         "classname": classname,
         "images": len(images),
         "recognised": _rounded(images.right[images.sound].mean()),
-        "margin": middle and middle[0],
-        "best": rising[-1] if rising else None,
-        "worst": rising[0] if rising else None,
+        "margin": median and median[0],
+        "best": by_margin[-1] if by_margin else None,
+        "worst": by_margin[0] if by_margin else None,
         "flagged": int(images.flagged.sum()),
     }
 
@@ -300,65 +302,74 @@ def _class_line(classname: str, images: DataFrame) -> dict[str, Any]:
 
 
 def _sheet(
-    card: AuditCard, table: DataFrame, found: Audit, row: Audited, worker: WorkerContext
+    card: AuditCard, table: DataFrame, result: Audit, row: Audited, worker: WorkerContext
 ) -> bytes:
-    """The facts, and under them the best, worst and flagged images, and what is nearest to what."""
-    falling = table.dropna(subset="margin").sort_values("margin", ascending=False, kind="stable")
-    copies = {one.image for one in found.findings if one.reason == "test copy"}
-    doubles = {one.image: one.other for one in found.findings if one.reason == "duplicate"}
-    twins = table.assign(twin=[doubles.get(i, j) for i, j in table.twin.items()])
+    """The facts; below them the best, worst and flagged images, and the pairs most alike."""
+    best_first = table.dropna(subset="margin").sort_values("margin", ascending=False, kind="stable")
+    copies = {fault.image for fault in result.findings if fault.reason == "test copy"}
+    duplicates = {
+        fault.image: fault.other for fault in result.findings if fault.reason == "duplicate"
+    }
+    twins = table.assign(twin=[duplicates.get(i, j) for i, j in table.twin.items()])
     lines = {
-        "best\none of a class": _margins(falling.groupby("classname").head(1)[:SHOWN]),
-        "worst\nsmallest margin": _margins(falling[::-1][:SHOWN]),
-        "flagged\nbeyond the worst": _margins(_beyond(table, falling[::-1][:SHOWN])),
-        "most alike\npairs of a class": _pairs(twins, "twin", "twin_cosine", {*doubles}),
+        "best\none per class": _margins(best_first.groupby("classname").head(1)[:PER_LINE]),
+        "worst\nsmallest margin": _margins(best_first[::-1][:PER_LINE]),
+        "flagged\nother than worst": _margins(_other_flagged(table, best_first[::-1][:PER_LINE])),
+        "most alike\npairs in a class": _pairs(twins, "twin", "twin_cosine", {*duplicates}),
         "nearest test\ndrawn, test image": _pairs(table, "test", "test_cosine", copies),
     }
-    wanted = [place for line in lines.values() for one, _, _ in line for place in one]
-    drawn = [tuple(table.loc[i, ["label", "index"]]) for kind, i in wanted if kind != "test"]
+    shown = [image for line in lines.values() for images, _, _ in line for image in images]
+    drawn = [tuple(table.loc[i, ["label", "index"]]) for kind, i in shown if kind != "test"]
     pictures = read_pictures(row.row, drawn, worker.store)
 
-    def tile(place: tuple[str, int], words: str, flagged: bool) -> Tile:
-        kind, i = place
+    def tile(kind: str, i: int, caption: str, flagged: bool) -> Tile:
         if kind == "test":
             return Tile(_test_picture(row, worker, i), "test image", str(i), flagged)
         image = table.loc[i]
         picture = pictures[image.label, image["index"]]
-        return Tile(picture, image.classname, f"{image['index']}   {words}", flagged)
+        return Tile(picture, image.classname, f"{image['index']}   {caption}", flagged)
 
     return captioned_sheet(
         f"{card.title}   {card.dataset}",
         facts_of(card),
         {
-            name: [tile(place, words, flagged) for one, words, flagged in line for place in one]
+            name: [
+                tile(*image, caption, flagged)
+                for images, caption, flagged in line
+                for image in images
+            ]
             for name, line in lines.items()
         },
-        "framed: flagged; airsweep audit says why",
+        "framed: flagged; `airsweep audit` lists the reasons",
     )
 
 
-# Images that stand together, what is written under them, and whether they are flagged.
+# Images that stand together, their caption, and whether they are flagged.
 Shown = tuple[Sequence[tuple[str, int]], str, bool]
 
 
 def _margins(images: DataFrame) -> list[Shown]:
     return [
-        ([("drawn", int(i))], "" if math.isnan(one.margin) else f"{one.margin:+.2f}", one.flagged)
-        for i, one in images.iterrows()
+        (
+            [("drawn", int(i))],
+            "" if math.isnan(image.margin) else f"{image.margin:+.2f}",
+            image.flagged,
+        )
+        for i, image in images.iterrows()
     ]
 
 
-def _beyond(table: DataFrame, worst: DataFrame) -> DataFrame:
-    return table[table.flagged & ~table.index.isin(worst.index)].sort_values("margin")[:SHOWN]
+def _other_flagged(table: DataFrame, worst: DataFrame) -> DataFrame:
+    return table[table.flagged & ~table.index.isin(worst.index)].sort_values("margin")[:PER_LINE]
 
 
 def _pairs(table: DataFrame, other: str, cosine: str, flagged: set[int]) -> list[Shown]:
-    """The nearest pairs, flagged ones first; images of one class pair but once."""
-    near = table[table[other] >= 0].assign(first=lambda of: of.index.isin(flagged))
+    """The pairs most alike, flagged ones first. Two images of a class make one pair, not two."""
+    near = table[table[other] >= 0].assign(first=lambda lines: lines.index.isin(flagged))
     near = near.sort_values(["first", cosine], ascending=False, kind="stable")
-    found: dict[Any, Shown] = {}
-    for i, one in near.iterrows():
-        there = ("test" if other == "test" else "drawn", int(one[other]))
-        pair = (("drawn", int(i)), there)
-        found.setdefault(frozenset(pair), (pair, f"{one[cosine]:.3f}", bool(one["first"])))
-    return list(found.values())[: SHOWN // 2]
+    pairs: dict[Any, Shown] = {}
+    for i, image in near.iterrows():
+        partner = ("test" if other == "test" else "drawn", int(image[other]))
+        pair = (("drawn", int(i)), partner)
+        pairs.setdefault(frozenset(pair), (pair, f"{image[cosine]:.3f}", bool(image["first"])))
+    return list(pairs.values())[: PER_LINE // 2]

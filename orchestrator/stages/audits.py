@@ -1,8 +1,8 @@
 """Audit cards of a sweep: one for each row of synthetic images that its trials read.
 
-They are kept beside the sweep (`audit-<row>.json` and `.png`) and made again where more images,
-other splits or another edition of the audit are asked for. Imports no torch until one has to be
-made.
+Cards are files in the sweep's folder (`audit-<row>.json` and `.png`). A card is made again when
+more images, other splits or another version of the audit are needed. This module imports torch only
+when it makes a card.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ if TYPE_CHECKING:
 def audit_cards(
     sweep: SweepSpec, location: SweepLocation, report: Callable[[str], Report] | None = None
 ) -> list[AuditCard]:
-    """A card for each row of images that a sweep's trials read; made where it is missing.
+    """The audit card of each row of images that a sweep's trials read. Missing cards are made.
 
     Args:
-        report: gives, for the name of a row, what is told of images that were looked at.
+        report: returns the progress callback of a row, given the row's name.
 
     Returns:
         Cards in the order of the cells.
 
     Raises:
-        ValueError: the sweep reads no images, or none is drawn yet.
+        ValueError: the sweep reads no images, or none are drawn yet.
     """
-    found = []
+    cards = []
     for row in ready(audited_by(sweep, location), location):
         card = known_card(row, location)
         if card is None:
-            from orchestrator.stages.auditor import made  # it needs torch
+            from orchestrator.stages.auditor import make_card  # it needs torch
             from orchestrator.stages.context import WorkerContext
 
             worker = WorkerContext(location.store, location.data_root)
-            card, png = made(row, worker, report(row.name) if report else None)
+            card, png = make_card(row, worker, report(row.name) if report else None)
             for name, content in card_files(card, png).items():
                 location.write(name, content)
-        found.append(card)
-    return found
+        cards.append(card)
+    return cards

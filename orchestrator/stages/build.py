@@ -1,6 +1,7 @@
-"""One function a stage: from its spec and the store to an artifact. Knows no sweep, no cluster.
+"""One function for each stage, from its spec and the store to an artifact. Knows no sweep and no
+cluster.
 
-A stage reads what its spec nests, from the store; nothing else. Images are in image_rows.
+A stage reads only the artifacts that its spec nests. Images are drawn in `image_rows`.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from orchestrator.store import ArtifactStore
 from orchestrator.store.artifacts import Artifact
 
 PARTS = ("train", "val", "test", "free", "bad")
-CHUNK = 512  # images that are decoded at a time
+CHUNK = 512  # images that are decoded before they are encoded
 
 
 # ---------------------------------------------------------------- features
@@ -42,19 +43,19 @@ CHUNK = 512  # images that are decoded at a time
 def build_features(
     spec: FeaturesSpec, worker: WorkerContext, report: Callable[[int, int], None] | None = None
 ) -> Artifact:
-    """CLIP features, or patch tokens, of a whole dataset.
+    """Make the CLIP features, or patch tokens, of a whole dataset.
 
     An image that cannot be decoded is left out of every split.
 
     Args:
-        report: told of images that are done, and how many there are.
+        report: called with the number of finished images and of all images.
 
     Raises:
         ValueError: too many images cannot be decoded.
     """
 
     def build(folder: Path) -> dict[str, Any]:
-        with worker.reading(spec.dataset) as examples:
+        with worker.unchanged_examples(spec.dataset) as examples:
             return encode(examples, folder)
 
     def encode(examples: Examples, folder: Path) -> dict[str, Any]:
@@ -69,7 +70,7 @@ def build_features(
                     bad.append(str(problem))
                     parts[i] = PARTS.index("bad")
                     images.append(Image.new("RGB", (8, 8)))
-            rows.append(worker.encoded(images, spec))
+            rows.append(worker.encode(images, spec))
             if report is not None:
                 report(start + len(images), len(examples.images))
         if len(bad) > BAD_SHARE * len(parts):
@@ -86,7 +87,7 @@ def build_features(
 
 @dataclass(frozen=True)
 class Target:
-    """A dataset as a frozen CLIP sees it, with its split."""
+    """The features of a dataset by a frozen CLIP, with its split."""
 
     features: Tensor  # (N, D)
     labels: Tensor  # (N,)
@@ -107,10 +108,10 @@ def read_target(
     store: ArtifactStore,
     tokens: FeaturesSpec | None = None,
 ) -> Target:
-    """Features and split of a dataset, with patch tokens where they are asked for.
+    """Read the features and the split of a dataset, with patch tokens if a trial needs them.
 
     Raises:
-        MissingArtifact: the features were not made yet.
+        MissingArtifact: the features are not made yet.
     """
     text = text_of(spec, store)
     target = _target(store.get(spec).path / "features.safetensors", split, text)
@@ -119,7 +120,7 @@ def read_target(
     return replace(target, tokens=_tokens(store.get(tokens).path / "features.safetensors"))
 
 
-@lru_cache(maxsize=1)  # they are large
+@lru_cache(maxsize=1)  # patch tokens are large
 def _tokens(path: Path) -> Tensor:
     return torch.from_numpy(load_file(path)["features"])
 
@@ -140,7 +141,7 @@ def _target(path: Path, split: SplitSettings, text: DatasetText) -> Target:
 
 
 def build_labels(spec: LabelsSpec, worker: WorkerContext) -> Artifact:
-    """The images that a LoRA is trained on: pool images with a pseudo-label, and labelled ones."""
+    """Select the images that a LoRA is trained on: pseudo-labelled and labelled ones."""
 
     def build(folder: Path) -> dict[str, Any]:
         target = read_target(spec.features, spec.split, worker.store)
@@ -151,12 +152,14 @@ def build_labels(spec: LabelsSpec, worker: WorkerContext) -> Artifact:
         if spec.source != "pseudo" and len(split.labelled):
             parts.append(first_of_each_class(split.labelled, target.labels[split.labelled], k))
         if not parts:
-            raise ValueError("lora.source is labelled, but ul has no labels: use pseudo or all")
+            raise ValueError(
+                "lora.source is labelled, but paradigm ul has no labels; allowed: pseudo, all"
+            )
         index, labels = (torch.cat(columns) for columns in zip(*parts, strict=True))
         save_file({"index": index.numpy(), "labels": labels.numpy()}, folder / "labels.safetensors")
-        # The true labels are looked at here for the record only.
-        right = (target.labels[index] == labels).double().mean().item()
-        return {"images": len(index), "accuracy": right}
+        # The true labels are read for the record only.
+        accuracy = (target.labels[index] == labels).double().mean().item()
+        return {"images": len(index), "accuracy": accuracy}
 
     return worker.store.get_or_build(spec, build)
 
@@ -164,7 +167,7 @@ def build_labels(spec: LabelsSpec, worker: WorkerContext) -> Artifact:
 def pseudo_labelled(
     spec: LabelsSpec, target: Target, worker: WorkerContext
 ) -> tuple[Tensor, Tensor]:
-    """Positions in the dataset, and classes, of the pool images that a LoRA is trained on."""
+    """Indices in the dataset, and classes, of the pool images that a LoRA is trained on."""
     dataset, split = target.text, target.split
     text = text_classifier(
         worker.backbone(spec.features.backbone, spec.features.precision),
@@ -177,21 +180,25 @@ def pseudo_labelled(
         count = spec.settings.images_per_class
         bank = read_synthetic(spec.images, count, worker.store, classes)
     pool = target.batch(split.pool)
-    chosen, labels = most_confident(text, pool, spec.settings.k, split.unseen, bank)
-    return split.pool[chosen], labels
+    selected, labels = most_confident(text, pool, spec.settings.k, split.unseen, bank)
+    return split.pool[selected], labels
 
 
 def build_lora(
     spec: LoraSpec, worker: WorkerContext, report: Callable[[int, int, float], None] | None = None
 ) -> Artifact:
-    """LoRA adapters of a diffusion model, trained on pseudo-labelled pool images."""
+    """Train the LoRA adapters of a diffusion model on pseudo-labelled pool images.
+
+    Args:
+        report: called with the step, the number of all steps and the loss.
+    """
 
     def build(folder: Path) -> dict[str, Any]:
-        chosen = load_file(worker.store.get(spec.labels).path / "labels.safetensors")
-        with worker.reading(spec.labels.features.dataset) as examples:
-            pixels = np.stack([square(examples.images[i], spec.size) for i in chosen["index"]])
+        selected = load_file(worker.store.get(spec.labels).path / "labels.safetensors")
+        with worker.unchanged_examples(spec.labels.features.dataset) as examples:
+            pixels = np.stack([square(examples.images[i], spec.size) for i in selected["index"]])
         classnames = text_of(spec.labels.features, worker.store).classnames
-        names = [classnames[c].replace("_", " ") for c in chosen["labels"]]
+        names = [classnames[c].replace("_", " ") for c in selected["labels"]]
         return train_lora(
             torch.from_numpy(pixels),
             [spec.training.caption.format(name) for name in names],
@@ -200,20 +207,20 @@ def build_lora(
             spec.size,
             folder,
             device=worker.device,
-            report=told,
-            kept=kept,
+            report=push_and_report,
+            kept=checkpoint,
         )
 
-    def told(step: int, steps: int, loss: float) -> None:
-        worker.store.backend.push(kept)
+    def push_and_report(step: int, steps: int, loss: float) -> None:
+        worker.store.backend.push(checkpoint)
         if report is not None:
             report(step, steps, loss)
 
-    kept = worker.store.unfinished(spec)
+    checkpoint = worker.store.unfinished(spec)
     if not worker.store.has(spec):
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        worker.store.backend.pull([kept], overwrite=False)
-    made = worker.store.get_or_build(spec, build)
-    if kept.exists():
-        worker.store.backend.remove(kept)
-    return made
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        worker.store.backend.pull([checkpoint], overwrite=False)
+    artifact = worker.store.get_or_build(spec, build)
+    if checkpoint.exists():
+        worker.store.backend.remove(checkpoint)
+    return artifact

@@ -1,4 +1,4 @@
-"""Where stages and trials work: store, data, device, and the CLIP that encodes images."""
+"""Context of a worker process: store, data, device, and the CLIP that encodes images."""
 
 from __future__ import annotations
 
@@ -22,73 +22,77 @@ from orchestrator.spec.sweep import ENCODER_BATCH
 from orchestrator.store import ArtifactStore
 
 CHANGED = (
-    "has changed since the run was planned: its files are not those of the planned digest; wait "
-    "until nothing writes there and run again, which takes the content that is there then"
+    "has changed since the run was planned: its files no longer match the planned digest. Wait "
+    "until no process writes to it and run again; the run then uses its new content"
 )
 
 
 class ChangedInput(ValueError):
-    """The files of a dataset are not those that its digest was taken of."""
+    """The files of a dataset do not match its planned digest."""
 
 
 @dataclass(frozen=True)
 class WorkerContext:
-    """One place to work at."""
+    """Store, data and device of one worker process."""
 
     store: ArtifactStore
     data_root: Path | None = None
     device: str = "cpu"
     batch: int = ENCODER_BATCH
 
-    def with_less(self, halvings: int) -> WorkerContext:
-        """The same with fewer images at a time, for a device that ran out of memory."""
+    def with_smaller_batch(self, halvings: int) -> WorkerContext:
+        """The same with fewer images in a pass, for a device that ran out of memory."""
         return replace(self, batch=max(1, self.batch >> halvings))
 
     def examples(self, dataset: Ref) -> Examples:
         """
         Raises:
-            ChangedInput: the dataset's files are not those that its digest was taken of.
+            ChangedInput: the dataset's files do not match its digest.
         """
         return _examples(dataset, self._digests, self.data_root)
 
     @contextmanager
-    def reading(self, dataset: Ref) -> Iterator[Examples]:
-        """Examples whose images were the same before and after the block. Raises as `examples`."""
+    def unchanged_examples(self, dataset: Ref) -> Iterator[Examples]:
+        """Examples, with their files checked before and after the block. Raises as `examples`."""
         examples = self.examples(dataset)
         try:
             yield examples
-        finally:  # a file that was removed meanwhile is an error of its own inside the block
+        finally:  # also after another error, which a file raises that disappears during the block
             _check_content(dataset, self._digests, self.data_root)
 
     def check_ready_images(self, folder: Ref) -> None:
         """
         Raises:
-            ChangedInput: the images of a `folder:` generator are not those of its digest.
+            ChangedInput: the images of a `folder:` generator do not match its digest.
         """
         resolver = _resolver(self._digests, self.data_root)
-        _check_same(folder, lambda: resolver.weights_content("generator", folder.name))
+        _check_unchanged(folder, lambda: resolver.weights_content("generator", folder.name))
 
     @property
     def _digests(self) -> Path:
         return self.store.root / "digests.json"
 
     def backbone(self, backbone: Ref, precision: str) -> Backbone:
-        found = _backbone(backbone.name, self.device, precision)
-        found.at_once = self.batch
-        return found
+        loaded = _backbone(backbone.name, self.device, precision)
+        loaded.at_once = self.batch
+        return loaded
 
-    def encoded(
+    def encode(
         self, images: Sequence[Image.Image], spec: FeaturesSpec | SyntheticFeaturesSpec
     ) -> np.ndarray:
-        """(N, D) features, or (N, T, V) tokens in half precision: they are many."""
+        """(N, D) features, or (N, T, V) tokens, which are in half precision to save space."""
         backbone = self.backbone(spec.backbone, spec.precision)
         if spec.level == "tokens":
             return np.asarray(backbone.image_tokens(images, torch.float16))
         return np.asarray(backbone.encode_images(images))
 
 
-def keep_to_share(gpu: float) -> None:
-    """Let nobody take the memory of others on its device: it fails alone, and is told why."""
+def limit_gpu_memory(gpu: float) -> None:
+    """Limit this process to its share of the device's memory.
+
+    A process that needs more then fails by itself with an out-of-memory error, and the other
+    processes on the device keep theirs.
+    """
     if not gpu or not torch.cuda.is_available():
         return
     total = torch.cuda.get_device_properties(0).total_memory
@@ -97,7 +101,7 @@ def keep_to_share(gpu: float) -> None:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """As trials compute: sums in one order, so that the same input gives the same bytes."""
+    """Compute on one thread, as trials do: sums have one order, so results are reproducible."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -114,15 +118,15 @@ def _examples(dataset: Ref, digests: Path, data_root: Path | None) -> Examples:
 
 def _check_content(dataset: Ref, digests: Path, data_root: Path | None) -> None:
     resolver = _resolver(digests, data_root)
-    _check_same(dataset, lambda: resolver.content(get_dataset(dataset.name)))
+    _check_unchanged(dataset, lambda: resolver.content(get_dataset(dataset.name)))
 
 
-def _check_same(planned: Ref, look: Callable[[], Ref]) -> None:
+def _check_unchanged(planned: Ref, read: Callable[[], Ref]) -> None:
     try:
-        here = look()
-    except ValueError as problem:  # a folder has no images any more, say
+        current = read()
+    except ValueError as problem:  # for example, a folder has no images any more
         raise ChangedInput(f"{planned.name} {CHANGED} ({problem})") from None
-    if here.digest != planned.digest:
+    if current.digest != planned.digest:
         raise ChangedInput(f"{planned.name} {CHANGED}")
 
 

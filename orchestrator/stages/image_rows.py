@@ -1,7 +1,7 @@
-"""Rows of synthetic images: an endless numbered row a class, drawn block by block, read by count.
+"""Rows of synthetic images: each class has an unlimited, numbered row that is drawn block by block,
+and a trial reads the first images of each class.
 
-`build_image_block` is the only maker of images: on the cluster it is mapped over actors, in a test
-it is called.
+`build_image_block` alone makes images; on the cluster it is mapped over actors.
 """
 
 from __future__ import annotations
@@ -41,14 +41,16 @@ def open_generator(
     """The generator of a row, with its LoRA from the store.
 
     Raises:
-        ChangedInput: ready images are not those that the row's digest was taken of.
+        ChangedInput: ready images do not match the row's digest.
     """
     adapter = None
     if isinstance(images, GeneratedImages) and images.lora is not None:
         adapter = worker.store.get(images.lora).path
     folder = images_folder(images.model.name)
     generator = load_generator(images, folder, adapter, worker.device, thrift)
-    if isinstance(images, FolderImages):  # after it has listed them: it notices later changes
+    if isinstance(
+        images, FolderImages
+    ):  # after it has listed them: it notices later changes itself
         worker.check_ready_images(images.model)
     return generator
 
@@ -60,23 +62,23 @@ def build_image_block(
     worker: WorkerContext,
     generator: Callable[[], ImageGenerator],
 ) -> dict[str, float]:
-    """Draw one block of one class and encode it, unless it is there already.
+    """Draw one block of one class and encode it, unless the store has it.
 
-    A block is one batch, always the same one. A slot that `draw` gives up is a recorded hole. Two
-    processes that want the same block, of two sweeps say, take
-    turns, and the second finds it there.
+    A block is one batch of fixed size. An image that is blank after all attempts of `draw` is
+    recorded as a hole. A lock serialises processes that need the same block, such as those of two
+    sweeps; the second finds the block in the store.
 
     Returns:
-        images drawn (kept), redrawn slots, holes; all 0 if the images were there. And the seconds
-        that drawing and encoding took, on the device.
+        Numbers of drawn images, redrawn images and holes, all 0 if the store had the images; and
+        the seconds of drawing and encoding on the device.
 
     Raises:
-        RuntimeError: the block has killed the last processes that tried.
+        RuntimeError: the block has killed the last processes that drew it.
     """
     row = worker.store.open_row(spec.images)
     with (
         worker.store.locks.exclusive(f"{row.key.digest}-{class_index}-{block}"),
-        # Not in memory, since the cluster tries a block that kills its process again for ever.
+        # Counted on disk: after each death the cluster would start another process, without end.
         row.count_crashes(class_index, block, DEATHS) as deaths,
     ):
         if deaths >= DEATHS:
@@ -108,7 +110,7 @@ def _build_block(
         table = pq.read_table(io.BytesIO(data), columns=["image", "ok"])
         images = [open_png(png) for png in table["image"].to_pylist()]
         started = time.monotonic()
-        encoded_images = worker.encoded(images, spec)
+        encoded_images = worker.encode(images, spec)
         drawn["on_device"] += time.monotonic() - started
         arrays = {"features": encoded_images, "ok": np.array(table["ok"].to_pylist())}
         encoded = sealed(save(arrays, {"seal": BLANK}))
@@ -142,7 +144,7 @@ def _draw(
             "seed": pa.array(seeds, pa.uint64()),
             "attempt": pa.array(attempts, pa.int8()),
             "ok": ok,
-            "image": [_png(one) for one in pixels.numpy()],
+            "image": [_png(image) for image in pixels.numpy()],
         }
     )
     counts = {
@@ -180,14 +182,14 @@ def read_synthetic(
     classes: Sequence[int] | None = None,
     tokens: SyntheticFeaturesSpec | None = None,
 ) -> Labelled:
-    """The first `count` images of each class, by class; holes are left out.
+    """Read the first `count` images of each class, sorted by class, without holes.
 
     Args:
-        classes: only these; None: all.
-        tokens: the row with their patch tokens, where they are wanted too.
+        classes: indices of classes to read; None: all.
+        tokens: the row with their patch tokens, if they are needed too.
 
     Raises:
-        MissingArtifact: they were not drawn yet.
+        MissingArtifact: the images are not drawn yet.
         DamagedArtifact: a shard is damaged.
     """
     features, labels = _read_row(spec, count, store, classes)
@@ -204,10 +206,10 @@ def _read_row(
     row = store.row(spec)
     size = spec.images.block_size
     features, labels = [], []
-    wanted_classes = range(len(spec.images.classnames)) if classes is None else classes
+    class_indices = range(len(spec.images.classnames)) if classes is None else classes
     blocks = range(spec.blocks(count))
-    row.pull([(c, block) for c in wanted_classes for block in blocks], ".safetensors")
-    for c in wanted_classes:
+    row.pull([(c, block) for c in class_indices for block in blocks], ".safetensors")
+    for c in class_indices:
         classname = spec.images.classnames[c]
         for block in blocks:
             try:
@@ -217,41 +219,41 @@ def _read_row(
                     f"image {block * size} of {classname!r} is not in {row.key} under "
                     f"{store.name}; run `airsweep prepare SPEC` first"
                 ) from None
-            wanted = arrays["ok"][: count - block * size]
-            kept = torch.from_numpy(arrays["features"][: len(wanted)][wanted])
-            features.append(kept)
-            labels.append(torch.full((len(kept),), c))
+            ok = arrays["ok"][: count - block * size]
+            images = torch.from_numpy(arrays["features"][: len(ok)][ok])
+            features.append(images)
+            labels.append(torch.full((len(images),), c))
     return torch.cat(features), torch.cat(labels)
 
 
 def drawn_classes(spec: SyntheticFeaturesSpec, store: ArtifactStore) -> list[int]:
-    """Classes that there are images of, ascending: in TRZSL unseen ones alone are drawn."""
+    """Ascending indices of the classes with images: TRZSL draws only unseen classes."""
     return sorted({c for c, _ in store.row(spec.images).present(".parquet")})
 
 
-def drawn_of_each(spec: SyntheticFeaturesSpec, most: int, store: ArtifactStore) -> int:
-    """How many first images there are of each class that was drawn, at most `most`."""
+def drawn_per_class(spec: SyntheticFeaturesSpec, limit: int, store: ArtifactStore) -> int:
+    """The number of images that each drawn class has from the first on, at most `limit`."""
     present = store.row(spec.images).present(".parquet")
-    blocks = range(spec.blocks(most))
+    blocks = range(spec.blocks(limit))
     first_gaps = (
         next((block for block in blocks if (c, block) not in present), len(blocks))
         for c in {c for c, _ in present}
     )
-    return min(most, min(first_gaps) * spec.images.block_size)
+    return min(limit, min(first_gaps) * spec.images.block_size)
 
 
 def read_images(
     spec: SyntheticFeaturesSpec, classes: Sequence[int], count: int, store: ArtifactStore
 ) -> list[list[Image.Image]]:
-    """The first pictures of each class, for people."""
-    found = read_pictures(spec, itertools.product(classes, range(count)), store)
-    return [[found[c, index] for index in range(count)] for c in classes]
+    """Read the first pictures of each class."""
+    pictures = read_pictures(spec, itertools.product(classes, range(count)), store)
+    return [[pictures[c, index] for index in range(count)] for c in classes]
 
 
 def recognised(
     spec: SyntheticFeaturesSpec, count: int, worker: WorkerContext, template: str
 ) -> float:
-    """Share of the first images that zero-shot CLIP takes for the class they were drawn for."""
+    """Share of the first images that zero-shot CLIP assigns to the class they were drawn for."""
     bank = read_synthetic(spec, count, worker.store, drawn_classes(spec, worker.store))
     backbone = worker.backbone(spec.backbone, spec.precision)
     text = text_classifier(backbone, spec.images.classnames, template)
@@ -259,21 +261,21 @@ def recognised(
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """One slot of a row, with all that is known of it."""
+class DrawnImage:
+    """One image of a row, with its features and the attempt that drew it."""
 
     class_index: int
     index: int
-    attempt: int  # the draw that was kept, from 0
-    ok: bool  # False: a hole, which nobody reads
+    attempt: int  # the attempt that was kept, from 0
+    ok: bool  # False: a hole, which no trial reads
     png: bytes
     features: np.ndarray  # (D,)
 
 
 def read_drawn(
     spec: SyntheticFeaturesSpec, classes: Sequence[int], count: int, store: ArtifactStore
-) -> Iterator[Drawn]:
-    """The first `count` slots of each class, holes among them, one after the other.
+) -> Iterator[DrawnImage]:
+    """Read the first `count` images of each class with the holes, one after the other.
 
     Raises:
         DamagedArtifact: a shard is damaged.
@@ -287,26 +289,26 @@ def read_drawn(
         data = pictures.read(c, block, ".parquet")
         table = pq.read_table(io.BytesIO(data), columns=["index", "attempt", "ok", "image"])
         arrays = load(features.read(c, block, ".safetensors"))
-        for slot, row in enumerate(table.to_pylist()[: count - block * size]):
-            yield Drawn(
-                c, row["index"], row["attempt"], row["ok"], row["image"], arrays["features"][slot]
+        for i, row in enumerate(table.to_pylist()[: count - block * size]):
+            yield DrawnImage(
+                c, row["index"], row["attempt"], row["ok"], row["image"], arrays["features"][i]
             )
 
 
 def read_pictures(
-    spec: SyntheticFeaturesSpec, wanted: Iterable[tuple[int, int]], store: ArtifactStore
+    spec: SyntheticFeaturesSpec, positions: Iterable[tuple[int, int]], store: ArtifactStore
 ) -> dict[tuple[int, int], Image.Image]:
-    """Pictures by class and index."""
+    """Read pictures by class and index."""
     row, size = store.row(spec.images), spec.images.block_size
     by_shard: dict[tuple[int, int], list[int]] = {}
-    for c, index in sorted(set(wanted)):
+    for c, index in sorted(set(positions)):
         by_shard.setdefault((c, index // size), []).append(index)
     row.pull(by_shard, ".parquet")
-    found = {}
+    pictures = {}
     for (c, block), indices in by_shard.items():
         data = row.read(c, block, ".parquet")
         stored = pq.read_table(io.BytesIO(data), columns=["image"])["image"]
         for index in indices:
             png = stored[index % size].as_py()
-            found[c, index] = open_png(png)
-    return found
+            pictures[c, index] = open_png(png)
+    return pictures

@@ -1,4 +1,4 @@
-"""Pictures for people: contact sheets and sheets of audits, as PNG bytes."""
+"""Contact sheets and audit sheets, as PNG bytes."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from air_core.specs import FeaturesSpec, SyntheticFeaturesSpec
 if TYPE_CHECKING:
     from orchestrator.stages.context import WorkerContext
 
-ROWS = 20  # classes that a sheet shows at most
+MAX_ROWS = 20  # classes on a sheet
 PER_GROUP = 6
 TILE_PX, GAP_PX, LABEL_PX, HEAD_PX = 56, 2, 112, 26
 INK, PAPER, FAINT = "#1b1f24", "#ffffff", "#6a737d"
-ALARM = "#d55e00"  # told from the rest by the colour-blind too
+ALARM = "#d55e00"  # distinct for colour-blind readers too
 
 # A sheet of captioned tiles.
 THUMB_PX, NAME_PX, STEP_PX, CAPTION_PX, MARGIN_PX = 64, 118, 76, 30, 14
-SHEET_BYTES = 300_000  # a larger sheet is brought to 256 colours
+SHEET_BYTES = 300_000  # a larger sheet is reduced to 256 colours
 
 
 def contact_sheet(
@@ -33,46 +33,51 @@ def contact_sheet(
     features: FeaturesSpec,
     worker: WorkerContext,
 ) -> tuple[bytes, dict[str, float]]:
-    """Real images, images without LoRA and with it, one class a row.
+    """Real images, images without LoRA and images with LoRA, one class in each row.
 
-    Base and LoRA images in one column have the same noise. Real images stand under their true
-    class, which nothing but this picture looks at.
+    Base and LoRA images in one column start from the same noise. Real images stand in the row of
+    their true class; only this picture uses these labels.
 
     Returns:
-        The PNG, and the share of each group that zero-shot CLIP takes for its class.
+        The PNG, and the share of each group that zero-shot CLIP assigns to its class.
     """
     from orchestrator.planning.dataset_text import text_of
-    from orchestrator.stages.image_rows import drawn_classes, drawn_of_each, read_images, recognised
+    from orchestrator.stages.image_rows import (
+        drawn_classes,
+        drawn_per_class,
+        read_images,
+        recognised,
+    )
 
     dataset = text_of(features, worker.store)
     examples = worker.examples(features.dataset)
-    shown = drawn_classes(drawn, worker.store)[:ROWS]
+    shown = drawn_classes(drawn, worker.store)[:MAX_ROWS]
     real = [_readable(examples.images, np.flatnonzero(examples.labels == c)) for c in shown]
     rows = {"synthetic": drawn} if base is None else {"base": base, "LoRA": drawn}
     groups, shares = {"real": real}, {}
-    for named, row in rows.items():
-        count = drawn_of_each(row, PER_GROUP, worker.store)
-        groups[named] = read_images(row, shown, count, worker.store)
-        shares[named] = recognised(row, count, worker, dataset.template)
+    for name, row in rows.items():
+        count = drawn_per_class(row, PER_GROUP, worker.store)
+        groups[name] = read_images(row, shown, count, worker.store)
+        shares[name] = recognised(row, count, worker, dataset.template)
     sheet = tile_sheet([dataset.classnames[c] for c in shown], groups)
-    return sheet, dict(reversed(shares.items()))  # what trials read is told first
+    return sheet, dict(reversed(shares.items()))  # the images that trials read come first
 
 
 def _readable(images: Sequence[Image.Image], positions: np.ndarray) -> list[Image.Image]:
-    """The first few of a class."""
+    """The first images of a class that can be decoded."""
     from air_core.datasets.images import Unreadable
 
-    found: list[Image.Image] = []
+    readable: list[Image.Image] = []
     for i in positions:
-        if len(found) == PER_GROUP:
+        if len(readable) == PER_GROUP:
             break
         with suppress(Unreadable):
-            found.append(images[i])
-    return found
+            readable.append(images[i])
+    return readable
 
 
 def tile_sheet(rows: list[str], groups: dict[str, list[list[Image.Image]]]) -> bytes:
-    """A grid of pictures: a row for each name, groups of columns with a heading."""
+    """A grid of pictures, with a row for each name and a heading over each group of columns."""
     step = TILE_PX + GAP_PX
     group_px = PER_GROUP * step + 10
     width = LABEL_PX + group_px * len(groups)
@@ -84,8 +89,8 @@ def tile_sheet(rows: list[str], groups: dict[str, list[list[Image.Image]]]) -> b
         pen.text((left, 5), heading, fill=INK, font=font)
         for r, line in enumerate(pictures):
             for k, picture in enumerate(line[:PER_GROUP]):
-                place = (left + k * step, HEAD_PX + r * step)
-                sheet.paste(_thumbnail(picture, TILE_PX), place)
+                corner = (left + k * step, HEAD_PX + r * step)
+                sheet.paste(_thumbnail(picture, TILE_PX), corner)
     for r, name in enumerate(rows):
         pen.text((6, HEAD_PX + r * step + TILE_PX // 2 - 8), name[:16], fill=FAINT, font=font)
     return _png(sheet)
@@ -97,7 +102,7 @@ class Tile:
 
     picture: Image.Image | None
     name: str
-    words: str
+    caption: str
     framed: bool = False
 
 
@@ -107,7 +112,7 @@ def captioned_sheet(
     lines: Mapping[str, Sequence[Tile]],
     foot: str,
 ) -> bytes:
-    """Labelled facts, then lines of captioned pictures; a line without any is left out."""
+    """Labelled facts, then lines of captioned pictures. Lines without pictures are left out."""
     lines = {name: tiles for name, tiles in lines.items() if tiles}
     step = THUMB_PX + CAPTION_PX + 10
     top = 2 * MARGIN_PX + 22 + 18 * len(facts)
@@ -122,9 +127,9 @@ def captioned_sheet(
         pen.text((MARGIN_PX + NAME_PX, y), text, fill=INK, font=middle)
     for row, (name, tiles) in enumerate(lines.items()):
         y = top + step * row
-        label, _, words = name.partition("\n")
+        label, _, detail = name.partition("\n")
         pen.text((MARGIN_PX, y + 18), label, fill=INK, font=middle)
-        pen.text((MARGIN_PX, y + 34), words, fill=FAINT, font=small)
+        pen.text((MARGIN_PX, y + 34), detail, fill=FAINT, font=small)
         for k, tile in enumerate(tiles):
             x, ink = MARGIN_PX + NAME_PX + k * STEP_PX, ALARM if tile.framed else INK
             if tile.picture is not None:
@@ -132,26 +137,27 @@ def captioned_sheet(
             if tile.framed:
                 corners = (x - 3, y - 3, x + THUMB_PX + 2, y + THUMB_PX + 2)
                 pen.rectangle(corners, outline=ALARM, width=2)
-            for down, text in ((3, tile.name), (15, tile.words)):
-                said = _cut(text, STEP_PX - 6, small)
-                pen.text((x, y + THUMB_PX + down), said, fill=ink, font=small)
+            for down, text in ((3, tile.name), (15, tile.caption)):
+                pen.text(
+                    (x, y + THUMB_PX + down), _cut(text, STEP_PX - 6, small), fill=ink, font=small
+                )
     pen.text((MARGIN_PX, top + step * len(lines)), foot, fill=FAINT, font=small)
     png = _png(sheet)
     return png if len(png) < SHEET_BYTES else _png(sheet.quantize(256))
 
 
 def _thumbnail(picture: Image.Image, size: int) -> Image.Image:
-    """The middle square of a picture, so many pixels high and wide."""
+    """The middle square of a picture, scaled to `size` pixels."""
     small = min(picture.size) < size
-    how = Image.Resampling.NEAREST if small else Image.Resampling.BICUBIC
-    return ImageOps.fit(picture.convert("RGB"), (size, size), how)
+    method = Image.Resampling.NEAREST if small else Image.Resampling.BICUBIC
+    return ImageOps.fit(picture.convert("RGB"), (size, size), method)
 
 
-def _cut(text: str, room: int, font: Any) -> str:
-    """As much of a text as fits into so many pixels."""
-    if font.getlength(text) <= room:
+def _cut(text: str, width: int, font: Any) -> str:
+    """The beginning of a text that fits into `width` pixels."""
+    if font.getlength(text) <= width:
         return text
-    while text and font.getlength(text + "..") > room:
+    while text and font.getlength(text + "..") > width:
         text = text[:-1]
     return text + ".."
 

@@ -1,8 +1,8 @@
-"""Trials side by side: prompts that can share a pass of the text tower are trained in one.
+"""Trials side by side: prompts that can share a pass of the text tower are trained together.
 
-A training step of a text prompt is bound by the number of calls rather than by arithmetic, above
-all on a GPU, so the seeds of a point together cost little more than one. Each trial keeps its own
-data, random numbers, record and failure.
+The time of a training step of a text prompt depends on the number of calls more than on the
+arithmetic, above all on a GPU, so all seeds of a point together cost little more than one. Each
+trial keeps its own data, random numbers, record and failure.
 """
 
 from __future__ import annotations
@@ -15,51 +15,56 @@ from air_core.normal import normalised
 from air_core.specs import TrialSpec
 from orchestrator.keys import artifact_key
 from orchestrator.spec.sweep import ENCODER_BATCH
-from orchestrator.stages.trial import WHOLE, Segments, is_over, recorded
+from orchestrator.stages.trial import WHOLE_TRIAL, Segments, is_finished, learn_and_record
 from orchestrator.store import ArtifactStore, TrialRecord, read_trial
 from orchestrator.store.checkpoints import learned_by
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-# Class texts in one pass. What is kept of each for the gradient is 1 to 2 MB with ViT-B/32, and
-# where so many are under way arithmetic decides.
-AT_ONCE = {"cpu": 256, "cuda": 1024}
+# Class texts in one pass. Each keeps 1 to 2 MB for the gradient with ViT-B/32, and beyond these
+# numbers the time depends on the arithmetic, so that more bring nothing.
+MAX_TEXTS = {"cpu": 256, "cuda": 1024}
 
 
 def run_trials(
     specs: Sequence[TrialSpec],
     store: ArtifactStore,
     device: str = "cpu",
-    share_done: Callable[[int, float], None] = lambda place, share: None,
+    report: Callable[[int, float], None] = lambda index, share: None,
     batch: int = ENCODER_BATCH,
-    segments: Segments = WHOLE,
+    segments: Segments = WHOLE_TRIAL,
 ) -> list[TrialRecord | Exception | None]:
-    """The record of each trial, run first where it is missing; or what went wrong.
+    """Run the trials that have no record yet; returns the record or the exception of each.
 
-    A record is published as soon as its trial is over.
+    A record is published as soon as its trial is finished.
 
     Args:
-        share_done: told of each trial, by its place in `specs`, how much of the training is done.
-        batch: images at a time through a tower; where they are fewer, so are trials side by side.
-        legs: where trials stop, if they do: None stands in place of a record then.
+        report: called with the index of a trial in `specs` and the share of its training that is
+            done.
+        batch: images in one pass of a tower; fewer images also mean fewer trials side by side.
+        segments: where trials stop, if they do. The result of a stopped trial is None.
     """
-    specs = [normalised(spec) if segments.until is None else learned_by(spec) for spec in specs]
-    missing = [spec for spec in dict.fromkeys(specs) if not is_over(spec, store, segments.until)]
-    told = {spec: partial(share_done, specs.index(spec)) for spec in missing}
+    specs = [
+        normalised(spec) if segments.stop_after is None else learned_by(spec) for spec in specs
+    ]
+    missing = [
+        spec for spec in dict.fromkeys(specs) if not is_finished(spec, store, segments.stop_after)
+    ]
+    reports = {spec: partial(report, specs.index(spec)) for spec in missing}
     failed: dict[TrialSpec, Exception] = {}
-    # Locks are taken in one order, or two processes could wait for each other.
+    # All processes take locks in the same order, or two could wait for each other.
     missing.sort(key=lambda spec: artifact_key(spec).digest)
     for group in side_by_side(missing, device, batch / ENCODER_BATCH):
-        problems = _problems(group, store, device, told, batch, segments)
-        times = Counter(map(id, problems.values()))
-        # The same for several: nobody's in particular, such as too many for the memory.
-        again = [spec for spec, problem in problems.items() if times[id(problem)] > 1]
-        failed |= {spec: problem for spec, problem in problems.items() if spec not in again}
+        problems = _run_group(group, store, device, reports, batch, segments)
+        counts = Counter(map(id, problems.values()))
+        # An exception that several trials share is no trial's own, such as a lack of memory.
+        shared = [spec for spec, problem in problems.items() if counts[id(problem)] > 1]
+        failed |= {spec: problem for spec, problem in problems.items() if spec not in shared}
         del problems  # their tracebacks hold the tensors
-        for spec in again:
-            failed |= _problems([spec], store, device, told, batch, segments)
-    if segments.until is not None:
+        for spec in shared:
+            failed |= _run_group([spec], store, device, reports, batch, segments)
+    if segments.stop_after is not None:
         return [failed.get(spec) for spec in specs]
     return [failed.get(spec) or read_trial(spec, store) for spec in specs]
 
@@ -67,39 +72,45 @@ def run_trials(
 def side_by_side(
     specs: Sequence[TrialSpec], device: str, share: float = 1.0
 ) -> list[list[TrialSpec]]:
-    """Groups of trials that send prompts before the same names through one text tower.
+    """Groups of trials whose prompts stand before the same class names in the same text tower.
 
-    Others are alone: a visual prompt goes with its images, and a transfer trains nothing itself.
+    Other trials are alone: a visual prompt needs a pass with its own images, and a transfer trial
+    trains nothing itself.
 
     Args:
-        share: of the class texts that usually go together, for a device short of memory.
+        share: of the usual number of class texts in a group, for a device short of memory.
     """
     groups: dict[object, list[TrialSpec]] = {}
     for spec in specs:
         alone = spec.modality == "visual" or spec.iterations == 0 or spec.test_dataset is not None
         shared = (spec.dataset, spec.backbone, spec.precision, spec.prompt.length)
         groups.setdefault(spec if alone else shared, []).append(spec)
-    found = []
+    parts = []
     for group in groups.values():
-        texts = AT_ONCE["cpu" if device == "cpu" else "cuda"]
-        most = max(1, int(texts * share) // max(1, len(group[0].classnames)))
-        found += [group[at : at + most] for at in range(0, len(group), most)]
-    return found
+        texts = MAX_TEXTS["cpu" if device == "cpu" else "cuda"]
+        size = max(1, int(texts * share) // max(1, len(group[0].classnames)))
+        parts += [group[start : start + size] for start in range(0, len(group), size)]
+    return parts
 
 
-def _problems(
+def _run_group(
     group: Sequence[TrialSpec],
     store: ArtifactStore,
     device: str,
-    told: Mapping[TrialSpec, Callable[[float], None]],
+    reports: Mapping[TrialSpec, Callable[[float], None]],
     batch: int,
     segments: Segments,
 ) -> dict[TrialSpec, Exception]:
-    """Run and record some trials side by side; what went wrong, where something did."""
-    # torch is needed here only: a point that has its records must not cost its import.
+    """Run and record some trials side by side; returns the exceptions of those that failed."""
+    # Imported here since it imports torch, which a point with all its records does not need.
     from air_core.method import learn_together
 
-    ends = learn_together(
-        [recorded(spec, store, device, told[spec], len(group), batch, segments) for spec in group]
+    results = learn_together(
+        [
+            learn_and_record(spec, store, device, reports[spec], len(group), batch, segments)
+            for spec in group
+        ]
     )
-    return {spec: end for spec, end in zip(group, ends, strict=True) if end is not None}
+    return {
+        spec: problem for spec, problem in zip(group, results, strict=True) if problem is not None
+    }

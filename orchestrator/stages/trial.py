@@ -1,7 +1,7 @@
-"""One trial: gather its inputs from the store, call the method, record what came out.
+"""Runs one trial: reads its inputs from the store, calls the method, writes the record.
 
-A trial only reads; what it lacks is an error that says what to run. The true labels of the pool
-are looked at here, beside the method, to tell how good pseudo-labels were.
+A trial makes no inputs: a missing input is an error that names the command to run. The true labels
+of the pool are read here, outside the method, to measure the quality of pseudo-labels.
 """
 
 from __future__ import annotations
@@ -45,25 +45,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Segments:
-    """Where a trial of a search that prunes is looked at."""
+    """Where a trial of a search that prunes is measured and stopped."""
 
-    rungs: tuple[int, ...] = ()  # iterations after which its objectives are noted
-    until: int | None = None  # it stops after so many; None: it runs to its end
+    rungs: tuple[int, ...] = ()  # iterations after which its objectives are recorded
+    stop_after: int | None = None  # iterations; None: the trial runs to its end
 
 
-WHOLE = Segments()
+WHOLE_TRIAL = Segments()
 
 
 def run_trial(
     spec: TrialSpec,
     store: ArtifactStore,
     device: str = "cpu",
-    share_done: Callable[[float], None] = lambda share: None,
+    report: Callable[[float], None] = lambda share: None,
 ) -> TrialRecord:
-    """The trial's record; run first where it is missing.
+    """Run a trial if it has no record yet; returns the record.
 
     Args:
-        share_done: told how much of the training is done, in [0, 1].
+        report: called with the share of the training that is done, in [0, 1].
 
     Raises:
         MissingArtifact: an input was not prepared.
@@ -71,72 +71,76 @@ def run_trial(
     if store.writable and not store.has(spec):
         from air_core.method import learn_together
 
-        [problem] = learn_together([recorded(spec, store, device, share_done)])
+        [problem] = learn_together([learn_and_record(spec, store, device, report)])
         if problem is not None:
             raise problem
     return read_trial(spec, store)
 
 
-def recorded(
+def learn_and_record(
     spec: TrialSpec,
     store: ArtifactStore,
     device: str = "cpu",
-    share_done: Callable[[float], None] = lambda share: None,
+    report: Callable[[float], None] = lambda share: None,
     replicas: int = 1,
     batch: int = ENCODER_BATCH,
-    segments: Segments = WHOLE,
+    segments: Segments = WHOLE_TRIAL,
 ) -> Learning[None]:
-    """A trial from its inputs, or from where it stopped, to its record, for `learn_together`.
+    """A trial from its inputs, or from its checkpoint, to its record, for `learn_together`.
 
     Args:
-        replicas: how many are run side by side, this one included. Its record says so, where it is
-            more than one: its last digits may depend on that.
-        batch: images at a time through a tower, where no gradient is asked for.
-        legs: where it is measured, and where it stops before it has a record.
+        replicas: number of trials that run side by side, this one included. The record has it if
+            it is more than one, since the last digits of results may depend on it.
+        batch: images in one pass of a tower, where no gradient is needed.
+        segments: where the trial is measured, and where it stops before it has a record.
     """
-    # torch and CLIP are needed here only: reading a record must not cost their import.
+    # Imported here so that reading a record does not import torch and CLIP.
     import torch
 
-    # On one thread a CPU trial can be repeated bit for bit.
+    # A CPU trial is reproducible bit by bit on one thread only.
     torch.set_num_threads(1)
-    spec = normalised(spec) if segments.until is None else learned_by(spec)
+    spec = normalised(spec) if segments.stop_after is None else learned_by(spec)
+
+    def resume(checkpoint: Checkpoint) -> _RunningTrial:
+        return _RunningTrial(
+            spec, store, device, report, batch, checkpoint, segments.rungs, replicas
+        )
+
     with store.locks.exclusive(artifact_key(spec).digest):
-        if is_over(spec, store, segments.until):  # somebody else has run it meanwhile
+        if is_finished(spec, store, segments.stop_after):  # another process has run it
             return
-        if segments.until is not None:
-            begun = read_checkpoint(spec, store)
-            run = _Run(spec, store, device, share_done, batch, begun, segments.rungs, replicas)
-            result = yield from run.learning(segments.until)
-            assert result is None, f"{segments.until} is before the end"
-            keep_checkpoint(spec, store, run.checkpoint())
+        if segments.stop_after is not None:
+            running = resume(read_checkpoint(spec, store))
+            result = yield from running.learning(segments.stop_after)
+            assert result is None, f"{segments.stop_after} is before the end"
+            keep_checkpoint(spec, store, running.checkpoint())
             return
-        with store.building(spec, share=1 / replicas) as made:
+        with store.building(spec, share=1 / replicas) as artifact:
             if spec.test_dataset is None:
-                begun = read_checkpoint(spec, store)
-                run = _Run(spec, store, device, share_done, batch, begun, segments.rungs, replicas)
-                made.info = yield from run.to_the_end(made.folder)
-                made.before = begun.seconds
+                checkpoint = read_checkpoint(spec, store)
+                artifact.info = yield from resume(checkpoint).run_to_end(artifact.folder)
+                artifact.before = checkpoint.seconds
             else:
-                made.info = _run_elsewhere(spec, store, device, share_done, made.folder)
+                artifact.info = _test_on_other_dataset(spec, store, device, report, artifact.folder)
         drop_checkpoint(spec, store)
 
 
-def is_over(spec: TrialSpec, store: ArtifactStore, until: int | None = None) -> bool:
-    """Has a trial got its record; or, with `until`, is it known how it stood there?"""
-    return store.has(spec) if until is None else until in rungs_of(spec, store)[0]
+def is_finished(spec: TrialSpec, store: ArtifactStore, stop_after: int | None = None) -> bool:
+    """Whether a trial has its record or, given `stop_after`, its objectives at that rung."""
+    return store.has(spec) if stop_after is None else stop_after in rungs_of(spec, store)[0]
 
 
-class _Run:
-    """A trial on its way: its inputs, and what was measured so far."""
+class _RunningTrial:
+    """A trial that runs: its inputs and its measurements so far."""
 
     def __init__(
         self,
         spec: TrialSpec,
         store: ArtifactStore,
         device: str,
-        share_done: Callable[[float], None],
+        report: Callable[[float], None],
         batch: int,
-        begun: Checkpoint,
+        checkpoint: Checkpoint,
         rungs: tuple[int, ...],
         replicas: int,
     ) -> None:
@@ -144,7 +148,8 @@ class _Run:
         from orchestrator.stages.context import WorkerContext
 
         self.started = time.monotonic()
-        self.spec, self.device, self.share_done, self.begun = spec, device, share_done, begun
+        self.spec, self.device, self.report = spec, device, report
+        self.resumed_from = checkpoint
         self.rungs, self.replicas = rungs, replicas
         reader = store.read_only()
         worker = WorkerContext(reader, device=device, batch=batch)
@@ -153,43 +158,48 @@ class _Run:
         synthetic = _synthetic(spec, unseen, reader) if spec.synthetic_features else None
         backbone = worker.backbone(spec.backbone, spec.precision)
         self.data = data_of(spec, target, backbone, synthetic)
-        self.truth = target.labels[target.split.pool]
-        self.tested = target.split.test
-        self.curves = {name: list(values) for name, values in begun.curves.items()}
-        self.noted: dict[int, Mapping[str, float]] = dict(begun.rungs)
-        self.so_far = _so_far(begun)
+        self.true_labels = target.labels[target.split.pool]
+        self.test_index = target.split.test
+        self.curves = {name: list(values) for name, values in checkpoint.curves.items()}
+        self.rung_objectives: dict[int, Mapping[str, float]] = dict(checkpoint.rungs)
+        self.so_far = _so_far(checkpoint)
 
-    def learning(self, until: int | None = None) -> Learning[TrialResult | None]:
-        """The method, from where the trial stopped before."""
+    def learning(self, stop_after: int | None = None) -> Learning[TrialResult | None]:
+        """The method, from the checkpoint on."""
         from air_core.method import learning
 
-        return learning(self.spec, self.data, self._watch, self.share_done, self.so_far, until)
+        return learning(self.spec, self.data, self._measure, self.report, self.so_far, stop_after)
 
-    def _watch(self, progress: Progress) -> None:
+    def _measure(self, progress: Progress) -> None:
+        """Measure the prompt and the pseudo-labels after an iteration."""
         import torch
 
         from air_core.evaluation import measured, objectives
 
         data, values = self.data, {"train/loss": progress.loss}
-        if self.spec.modality == "text":  # a pass of the vision tower over all test images costs
+        if self.spec.modality == "text":  # a visual prompt would need a pass over all test images
             with torch.no_grad():
-                guess = progress.learned.logits(data.test.batch).argmax(dim=-1)
-            tested = measured(guess, data.test.labels, len(data.classnames), data.unseen)
-            values |= _headlines(tested)
-        chosen = progress.labels
-        if chosen is not None:
-            right = (self.truth[chosen.indices] == chosen.labels).double().mean().item()
-            values |= {"pseudo/accuracy": right, "pseudo/coverage": len(chosen) / len(self.truth)}
-            values["pseudo/balance"] = balance(chosen.labels, data)
+                predicted = progress.learned.logits(data.test.batch).argmax(dim=-1)
+            metrics = measured(predicted, data.test.labels, len(data.classnames), data.unseen)
+            values |= _test_metrics(metrics)
+        selected = progress.labels
+        if selected is not None:
+            correct = self.true_labels[selected.indices] == selected.labels
+            values |= {
+                "pseudo/accuracy": correct.double().mean().item(),
+                "pseudo/coverage": len(selected) / len(self.true_labels),
+            }
+            values["pseudo/balance"] = balance(selected.labels, data)
         for name, value in values.items():
             self.curves.setdefault(name, []).append(value)
         if progress.iteration + 1 in self.rungs:
-            found = objectives(progress.teacher, data.pool, data.validation, data.unseen)
-            self.noted[progress.iteration + 1] = found
+            self.rung_objectives[progress.iteration + 1] = objectives(
+                progress.teacher, data.pool, data.validation, data.unseen
+            )
         self.so_far = progress.so_far
 
     def checkpoint(self) -> Checkpoint:
-        """Where it stands, to be kept."""
+        """The state from which the trial can resume."""
         labels = self.so_far.labels
         arrays = {"prompts": np.stack([prompt.numpy() for prompt in self.so_far.prompts])}
         if labels is not None:
@@ -198,32 +208,33 @@ class _Run:
             iterations=len(self.so_far.prompts),
             arrays=arrays,
             curves=self.curves,
-            rungs=self.noted,
+            rungs=self.rung_objectives,
             seconds=round(self._seconds(), 3),
-            replicas=self._replicas(),
+            replicas=self._max_replicas(),
         )
 
     def _seconds(self) -> float:
-        """Of this trial alone: of what ran side by side its share."""
-        return self.begun.seconds + (time.monotonic() - self.started) / self.replicas
+        """Seconds of this trial: its share of the time of all trials side by side."""
+        return self.resumed_from.seconds + (time.monotonic() - self.started) / self.replicas
 
-    def _replicas(self) -> int:
-        return max(self.begun.replicas, self.replicas)
+    def _max_replicas(self) -> int:
+        return max(self.resumed_from.replicas, self.replicas)
 
-    def to_the_end(self, folder: Path) -> Learning[dict[str, Any]]:
-        """Learn, and write what a record has beside what it says; gives the latter."""
+    def run_to_end(self, folder: Path) -> Learning[dict[str, Any]]:
+        """Learn, and write predictions and prompt; returns the content of the record."""
         result = yield from self.learning()
-        assert result is not None, "it was not asked to stop"
+        assert result is not None, "the trial has no stop"
         data, curves = self.data, self.curves
-        _keep_predictions(self.tested, result.test, data.test, folder)
+        _write_predictions(self.test_index, result.test, data.test, folder)
         if result.prompt is not None:
             save_file({"prompt": result.prompt.numpy()}, folder / PROMPT)
         metrics = {name: values[-1] for name, values in curves.items()}
-        believed = (result.pool_predictions.cpu() == self.truth).double().mean().item()
-        if not curves:  # nothing was learned: every pool image keeps the label that it got at first
-            metrics |= {"pseudo/accuracy": believed, "pseudo/coverage": 1.0}
-        metrics["pool/accuracy_fused"] = believed
-        metrics |= _headlines(result.test)
+        correct = result.pool_predictions.cpu() == self.true_labels
+        pool_accuracy = correct.double().mean().item()
+        if not curves:  # without training, every pool image keeps its first label
+            metrics |= {"pseudo/accuracy": pool_accuracy, "pseudo/coverage": 1.0}
+        metrics["pool/accuracy_fused"] = pool_accuracy
+        metrics |= _test_metrics(result.test)
         metrics |= {f"test/accuracy_{name}": share for name, share in result.inference.items()}
         metrics |= {f"objective/{name}": value for name, value in result.objectives.items()}
         if data.synthetic is not None:
@@ -236,16 +247,16 @@ class _Run:
             "objectives": result.objectives,
             "per_class": _recalls(result.test),
         }
-        if self.noted:
-            info["rungs"] = {str(rung): found for rung, found in self.noted.items()}
-        if self._replicas() > 1:
-            info["replicas"] = self._replicas()
+        if self.rung_objectives:
+            info["rungs"] = {str(rung): values for rung, values in self.rung_objectives.items()}
+        if self._max_replicas() > 1:
+            info["replicas"] = self._max_replicas()
         return info
 
 
 def balance(labels: Tensor, data: TrialData) -> float:
-    """How evenly labels (M,) spread over the classes of the pool: their entropy over its largest
-    value, 1 where all classes have as many."""
+    """How evenly labels (M,) spread over the classes of the pool: their entropy divided by its
+    maximum, so 1 if all classes have equally many labels."""
     classes = len(data.classnames) if data.unseen is None else len(data.unseen)
     counts = labels.bincount(minlength=classes).double()
     shares = counts[counts > 0] / counts.sum()
@@ -255,15 +266,15 @@ def balance(labels: Tensor, data: TrialData) -> float:
 LABELS = ("indices", "targets", "labels")
 
 
-def _so_far(begun: Checkpoint) -> SoFar:
+def _so_far(checkpoint: Checkpoint) -> SoFar:
     import torch
 
     from air_core.method import NOTHING, SoFar
     from air_core.types import PseudoLabels
 
-    if begun is START:
+    if checkpoint is START:
         return NOTHING
-    arrays = {name: torch.from_numpy(array) for name, array in begun.arrays.items()}
+    arrays = {name: torch.from_numpy(array) for name, array in checkpoint.arrays.items()}
     labels = PseudoLabels(**{name: arrays[name] for name in LABELS}) if "labels" in arrays else None
     return SoFar(tuple(arrays["prompts"]), labels)
 
@@ -271,7 +282,7 @@ def _so_far(begun: Checkpoint) -> SoFar:
 def data_of(
     spec: TrialSpec, target: Target, backbone: Backbone, synthetic: Labelled | None
 ) -> TrialData:
-    """What the method sees of a dataset."""
+    """The data that the method learns from and is tested on."""
     from air_core.method import TrialData
 
     split = target.split
@@ -288,17 +299,17 @@ def data_of(
     )
 
 
-def _run_elsewhere(
+def _test_on_other_dataset(
     spec: TrialSpec,
     store: ArtifactStore,
     device: str,
-    share_done: Callable[[float], None],
+    report: Callable[[float], None],
     folder: Path,
 ) -> dict[str, Any]:
-    """The prompt of one dataset on another's test images, with the other's class names.
+    """Test the prompt of one dataset on another dataset's test images, with its class names.
 
-    What is learned is the trial without `test_dataset`, once for all that it is tested on; no image
-    or class name of the other dataset is seen in it (CoCoOp's transfer, arXiv:2203.05557).
+    The trial without `test_dataset` learns the prompt, once for all test datasets; it sees no image
+    and no class name of them (CoCoOp's transfer, arXiv:2203.05557).
     """
     import torch
 
@@ -308,67 +319,68 @@ def _run_elsewhere(
     from orchestrator.stages.build import read_target
     from orchestrator.stages.context import WorkerContext
 
-    home = replace(spec, test_dataset=None)
-    learned = run_trial(home, store, device, share_done)
+    learned = run_trial(replace(spec, test_dataset=None), store, device, report)
     started = time.monotonic()
     reader = store.read_only()
     assert spec.test_features is not None
     split = SplitSettings(split_seed=spec.split_seed)
     target = read_target(spec.test_features, split, reader, spec.test_tokens)
     test = target.labelled(target.split.test)
-    there = target.text
+    classnames, template = target.text.classnames, target.text.template
     backbone = WorkerContext(reader, device=device).backbone(spec.backbone, spec.precision)
     classifier: Classifier
     if spec.iterations == 0:
-        classifier = text_classifier(backbone, there.classnames, there.template)
+        classifier = text_classifier(backbone, classnames, template)
     else:
         prompt = torch.from_numpy(learned.prompt())
         classifier = restored_learner(
-            spec.modality, spec.prompt, backbone, there.classnames, there.template, prompt
+            spec.modality, spec.prompt, backbone, classnames, template, prompt
         )
     with torch.no_grad():
-        guess = classifier.logits(test.batch).argmax(dim=-1)
-    tested = measured(guess, test.labels, len(there.classnames))
-    _keep_predictions(target.split.test, tested, test, folder)
-    of_home = ("test/", "time/")
-    kept = {name: of for name, of in learned.metrics.items() if not name.startswith(of_home)}
-    shown = {"test/accuracy_text": tested.accuracy, "time/test_s": time.monotonic() - started}
+        predicted = classifier.logits(test.batch).argmax(dim=-1)
+    metrics = measured(predicted, test.labels, len(classnames))
+    _write_predictions(target.split.test, metrics, test, folder)
+    replaced = ("test/", "time/")  # metrics of the dataset that was learned from
+    kept = {name: value for name, value in learned.metrics.items() if not name.startswith(replaced)}
+    new = {"test/accuracy_text": metrics.accuracy, "time/test_s": time.monotonic() - started}
     return {
         "device": device,
-        "metrics": kept | _headlines(tested) | shown,
-        "curves": {name: of for name, of in learned.curves.items() if not name.startswith(of_home)},
+        "metrics": kept | _test_metrics(metrics) | new,
+        "curves": {
+            name: values for name, values in learned.curves.items() if not name.startswith(replaced)
+        },
         "objectives": learned.objectives,
-        "per_class": _recalls(tested),
+        "per_class": _recalls(metrics),
     }
 
 
-def _keep_predictions(index: Tensor, tested: Metrics, test: Labelled, folder: Path) -> None:
+def _write_predictions(index: Tensor, metrics: Metrics, test: Labelled, folder: Path) -> None:
     save_file(
         {
             "index": index.numpy(),
-            "predictions": tested.predictions.cpu().numpy().astype(np.int32),
+            "predictions": metrics.predictions.cpu().numpy().astype(np.int32),
             "labels": test.labels.numpy().astype(np.int32),
         },
         folder / PREDICTIONS,
     )
 
 
-def _recalls(tested: Metrics) -> list[float | None]:  # NaN has no place in JSON
-    return [None if math.isnan(recall) else recall for recall in tested.per_class]
+def _recalls(metrics: Metrics) -> list[float | None]:  # JSON has no NaN
+    return [None if math.isnan(recall) else recall for recall in metrics.per_class]
 
 
-def _headlines(tested: Metrics) -> dict[str, float]:
-    named = {
-        "test/accuracy": tested.accuracy,
-        "test/seen": tested.seen,
-        "test/unseen": tested.unseen,
-        "test/harmonic_mean": tested.harmonic_mean,
+def _test_metrics(metrics: Metrics) -> dict[str, float]:
+    values = {
+        "test/accuracy": metrics.accuracy,
+        "test/seen": metrics.seen,
+        "test/unseen": metrics.unseen,
+        "test/harmonic_mean": metrics.harmonic_mean,
     }
-    return {name: value for name, value in named.items() if value is not None}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _synthetic(spec: TrialSpec, unseen: Tensor | None, reader: ArtifactStore) -> Labelled:
-    """The images that the trial reads: in TRZSL of unseen classes alone."""
+    """The images that the trial reads; in TRZSL only those of unseen classes."""
     from orchestrator.stages.image_rows import read_synthetic
 
     classes = None if unseen is None else unseen.tolist()

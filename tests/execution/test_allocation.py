@@ -1,4 +1,4 @@
-"""How many generators and trials may run, over machines as Ray counts them."""
+"""Limits on generators and trials, for machines as Ray counts them."""
 
 from __future__ import annotations
 
@@ -33,64 +33,63 @@ def allocation(resources: Resources, *machines: Machine) -> Allocation:
         (Resources(generator=GeneratorResources(actors=2)), [{"CPU": 8.0}], 2, 1, 7, 8),
     ],
 )
-def test_a_reserve_is_kept_from_trials_while_something_is_left_to_prepare(
+def test_trials_leave_a_reserve_free_while_artifacts_are_missing(
     resources, machines, generators, reserve, beside, alone
 ):
-    found = allocation(resources, *machines)
-    assert (found.generators(), found.reserve()) == (generators, reserve)
-    assert found.pool() == generators
-    found.tuning = True
-    assert found.pool() == reserve
-    found.preparing = True
-    assert found.trials() == beside
-    found.preparing = False
-    assert found.trials() == alone
+    limits = allocation(resources, *machines)
+    assert (limits.max_generators(), limits.reserve()) == (generators, reserve)
+    assert limits.pool_size() == generators
+    limits.tuning = True
+    assert limits.pool_size() == reserve
+    limits.preparing = True
+    assert limits.max_trials() == beside
+    limits.preparing = False
+    assert limits.max_trials() == alone
 
 
-def test_trials_begin_when_generators_have_given_room(monkeypatch):
-    found = allocation(HALF, BIG)
-    found.preparing = found.wide = found.tuning = True
-    assert found.trials() == 0
-    found.wide = False
-    assert found.trials() == 16
-    found.wide = True
-    monkeypatch.setattr(
-        "orchestrator.execution._allocation.NARROWING", 0.0
-    )  # a block that takes too long
-    assert found.trials() == 16
+def test_trials_start_when_the_pool_has_shrunk_to_its_reserve(monkeypatch):
+    limits = allocation(HALF, BIG)
+    limits.preparing = limits.pool_exceeds_reserve = limits.tuning = True
+    assert limits.max_trials() == 0
+    limits.pool_exceeds_reserve = False
+    assert limits.max_trials() == 16
+    limits.pool_exceeds_reserve = True
+    # A block takes too long.
+    monkeypatch.setattr("orchestrator.execution._allocation.MAX_SHRINK_WAIT", 0.0)
+    assert limits.max_trials() == 16
 
 
-def test_a_machine_that_comes_is_used(monkeypatch):
-    monkeypatch.setattr("orchestrator.execution._allocation.LOOK_EVERY", 0.0)
+def test_a_machine_that_joins_is_used(monkeypatch):
+    monkeypatch.setattr("orchestrator.execution._allocation.REFRESH_INTERVAL", 0.0)
     machines = [BIG]
-    found = Allocation(GPU, lambda: machines)
-    assert (found.generators(), found.trials()) == (8, 32)
+    limits = Allocation(GPU, lambda: machines)
+    assert (limits.max_generators(), limits.max_trials()) == (8, 32)
     machines.append(BIG)
-    assert (found.generators(), found.trials()) == (16, 64)
+    assert (limits.max_generators(), limits.max_trials()) == (16, 64)
 
 
-def test_encoders_share_devices_and_ask_for_what_a_trial_does_unless_told():
+def test_encoders_have_the_resources_of_a_trial_by_default_and_run_inside_the_reserve():
     assert GPU.want("features") == GPU.trial
     half = Resources(trial=GPU.trial, encoder=EncoderResources(gpu=0.5))
     assert (half.want("labels").gpu, half.want("labels").cpu) == (0.5, 1.0)
     assert half.want("lora") == half.generator == half.want("images")
-    found = allocation(HALF, BIG)
-    assert found.tasks(GPU.want("features")) == 32
-    found.tuning = True
-    assert found.tasks(GPU.want("features")) == 4  # one core each, in the reserve
-    assert found.tasks(GPU.want("lora")) == 4
+    limits = allocation(HALF, BIG)
+    assert limits.max_tasks(GPU.want("features")) == 32
+    limits.tuning = True
+    assert limits.max_tasks(GPU.want("features")) == 4  # one core each, in the reserve
+    assert limits.max_tasks(GPU.want("lora")) == 4
 
 
-def test_on_a_small_cluster_a_lora_takes_a_device_where_one_is_free():
-    found = allocation(GPU, {"CPU": 8.0, "GPU": 1.0})
-    found.tuning = True
-    assert (found.pool(), found.tasks(GPU.want("lora"))) == (0, 1)
+def test_on_a_small_cluster_a_lora_takes_a_free_device():
+    limits = allocation(GPU, {"CPU": 8.0, "GPU": 1.0})
+    limits.tuning = True
+    assert (limits.pool_size(), limits.max_tasks(GPU.want("lora"))) == (0, 1)
 
 
-def test_what_machines_have_beside_cores_and_devices_counts():
+def test_custom_resources_of_machines_count():
     tagged = Resources(generator=GeneratorResources(custom={"sd": 1}))
     machines = [{"CPU": 8.0}, {"CPU": 8.0, "sd": 2.0}]
     assert room(tagged.generator, machines) == 2
-    found = allocation(tagged, *machines)
-    found.preparing = True
-    assert found.trials() == 15
+    limits = allocation(tagged, *machines)
+    limits.preparing = True
+    assert limits.max_trials() == 15

@@ -1,4 +1,4 @@
-"""Image blocks on Ray Data, with images from a folder: small, real, and no model to wait for."""
+"""Image blocks on Ray Data, with real small images from a folder instead of a model."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from safetensors.numpy import load_file
 from air_core.specs import SyntheticFeaturesSpec
 from orchestrator.cluster.session import machines
 from orchestrator.errors import MissingArtifact
-from orchestrator.execution._allocation import Allocation, Context
-from orchestrator.execution._generation import Generate, draw
+from orchestrator.execution._allocation import Allocation, PreparationContext
+from orchestrator.execution._generation import GeneratorActor, draw
 from orchestrator.execution._prepare import prepare
-from orchestrator.execution._progress import Note, Progress
+from orchestrator.execution._progress import ProgressMonitor, ProgressReporter
 from orchestrator.keys import artifact_key
 from orchestrator.planning import Requirement, requirements_of
 from orchestrator.spec import Resources
@@ -35,7 +35,7 @@ from tests.helpers.sweeps import wait_until
 pytestmark = pytest.mark.ray
 
 
-def need_of(resolver, folder, count: int) -> Requirement:
+def row_requirement(resolver, folder, count: int) -> Requirement:
     flat = {"generator": f"folder:{folder}", "generation.size": 32, "images_per_class": count}
     trial = resolver.trial(flat)
     row = trial.synthetic_features
@@ -58,53 +58,60 @@ def result_of(coroutine: Generator[None, None, T]) -> T:
 def drawn(
     requirement: Requirement,
     store: ArtifactStore,
-    watcher: Any,
+    listener: Any,
     resources: Resources | None = None,
     allocation: Allocation | None = None,
 ) -> Any:
-    """What `draw` gives for one row."""
-    asked, progress = resources or Resources(), Progress(watcher)
-    free = allocation or Allocation(asked, machines)
-    context = Context(WorkerContext(store), asked, watcher, free, progress.board)
+    """The result of `draw` for one row."""
+    resources, progress = resources or Resources(), ProgressMonitor(listener)
+    allocation = allocation or Allocation(resources, machines)
+    context = PreparationContext(
+        WorkerContext(store), resources, listener, allocation, progress.actor
+    )
     return result_of(draw([requirement], context))
 
 
 def run(requirement: Requirement, store: ArtifactStore, actors: int = 1) -> list[dict]:
-    watcher = Watcher()
+    listener = Listener()
     resources = Resources(generator=GeneratorResources(actors=actors))
-    drawn(requirement, store, watcher, resources)
-    return [facts for _, _, facts in watcher.told.get("prepared", [])]
+    drawn(requirement, store, listener, resources)
+    return [facts for _, _, facts in listener.events.get("on_prepared", [])]
 
 
 @pytest.fixture(scope="module")
 def eight(ray_session, resolver, drawn_digits, tmp_path_factory) -> tuple[ArtifactStore, list]:
-    """A store with the first eight images of each class, and what was told while they came."""
+    """A store with the first eight images of each class, and the facts of its blocks."""
     store = ArtifactStore(tmp_path_factory.mktemp("eight"))
-    return store, run(need_of(resolver, drawn_digits, 8), store, actors=2)
+    return store, run(row_requirement(resolver, drawn_digits, 8), store, actors=2)
 
 
 @pytest.fixture
 def copied(eight, tmp_path) -> ArtifactStore:
-    """One that a test may change."""
+    """A copy of the store that a test may change."""
     shutil.copytree(eight[0].root, tmp_path / "copied")
     return ArtifactStore(tmp_path / "copied")
 
 
 def test_only_missing_blocks_are_drawn(eight, copied, resolver, drawn_digits):
     assert len(eight[1]) == 10
-    few, many = need_of(resolver, drawn_digits, 8), need_of(resolver, drawn_digits, 16)
+    few, many = (
+        row_requirement(resolver, drawn_digits, 8),
+        row_requirement(resolver, drawn_digits, 16),
+    )
     first = read_synthetic(few.spec, 8, copied)
-    told = run(many, copied)
-    assert sorted((t["class"], t["block"]) for t in told) == [(c, 1) for c in range(10)]
-    assert sum(t["drawn"] for t in told) == 80
+    blocks = run(many, copied)
+    assert sorted((b["class"], b["block"]) for b in blocks) == [(c, 1) for c in range(10)]
+    assert sum(b["drawn"] for b in blocks) == 80
     assert run(many, copied) == []
     again = read_synthetic(many.spec, 8, copied)
     assert (again.batch.features == first.batch.features).all()
     assert read_synthetic(many.spec, 16, copied).labels.bincount().tolist() == [16] * 10
 
 
-def test_a_block_is_the_same_from_actors_and_in_process(eight, resolver, drawn_digits, tmp_path):
-    requirement = need_of(resolver, drawn_digits, 8)
+def test_a_block_is_the_same_from_actors_and_in_this_process(
+    eight, resolver, drawn_digits, tmp_path
+):
+    requirement = row_requirement(resolver, drawn_digits, 8)
     spread, alone = eight[0], ArtifactStore(tmp_path)
     worker = WorkerContext(alone)
     build_image_block(
@@ -122,48 +129,52 @@ def test_a_block_is_the_same_from_actors_and_in_process(eight, resolver, drawn_d
     assert abs(features[0]["features"] - features[1]["features"]).max() < 1e-5
 
 
-def test_a_pool_gives_room_to_trials_and_no_block_pays_for_it(
+def test_a_pool_shrinks_when_trials_start_and_no_block_counts_as_killed(
     ray_session, resolver, drawn_digits, tmp_path
 ):
-    requirement, store = need_of(resolver, drawn_digits, 16), ArtifactStore(tmp_path)
+    requirement, store = row_requirement(resolver, drawn_digits, 16), ArtifactStore(tmp_path)
     resources = Resources(generator=GeneratorResources(actors=2, reserve=1))
     allocation = Allocation(resources, machines)
 
-    class Begins(Watcher):
-        def prepared(self, *what):
-            super().__getattr__("prepared")(*what)
+    class TrialStarter(Listener):
+        def on_prepared(self, *arguments):
+            super().__getattr__("on_prepared")(*arguments)
             allocation.tuning = True
 
-    watcher = Begins()
-    assert drawn(requirement, store, watcher, resources, allocation) == []
-    pools = [pool for (pool,) in watcher.told["drew"]]
-    assert [pool.actors for pool in pools] == [2, 1]  # the second in its reserve
+    listener = TrialStarter()
+    assert drawn(requirement, store, listener, resources, allocation) == []
+    pools = [pool for (pool,) in listener.events["on_pool_closed"]]
+    assert [pool.actors for pool in pools] == [2, 1]  # the second has the reserve
     assert sum(pool.images for pool in pools) <= 160 == len(requirement.classes) * 16
     assert requirement.missing(store) == []
     assert list(tmp_path.rglob("*.tries")) == []
 
 
-def test_a_block_that_cannot_be_drawn_is_named_and_the_others_are_kept(
+def test_a_block_that_cannot_be_drawn_is_named_and_the_others_are_drawn(
     copied, resolver, drawn_digits
 ):
-    requirement = need_of(resolver, drawn_digits, 8)
+    requirement = row_requirement(resolver, drawn_digits, 8)
     for c in (3, 4):
         copied.row(requirement.spec).shard(c, 0, ".safetensors").unlink()
     row = copied.open_row(requirement.spec.images)
     killed = [row.count_crashes(3, 0, 2) for _ in range(2)]
     for process in killed:
-        process.__enter__()  # and never comes back
-    ((failed, failure),) = drawn(requirement, copied, Watcher())
+        process.__enter__()  # and never exits
+    ((failed, failure),) = drawn(requirement, copied, Listener())
     assert (failed, failure.failure_class) == (requirement, "infra")
     assert "1 block is missing; digit three, block 0: " in failure.message
     assert requirement.missing(copied) == [(3, 0)]
     assert len(run(requirement, copied)) == 1  # the next start tries it again
 
 
-def test_a_generator_short_of_memory_saves_some_and_keeps_the_size_of_its_blocks(
+def test_a_generator_short_of_memory_saves_memory_and_keeps_its_block_size(
     resolver, drawn_digits, tmp_path, monkeypatch
 ):
-    requirement, store, tried = need_of(resolver, drawn_digits, 8), ArtifactStore(tmp_path), []
+    requirement, store, tried = (
+        row_requirement(resolver, drawn_digits, 8),
+        ArtifactStore(tmp_path),
+        [],
+    )
 
     def short(images, worker, thrift):
         tried.append(thrift)
@@ -172,35 +183,35 @@ def test_a_generator_short_of_memory_saves_some_and_keeps_the_size_of_its_blocks
         return open_generator(images, worker)
 
     monkeypatch.setattr("orchestrator.execution._generation.open_generator", short)
-    actor = Generate([requirement.spec], WorkerContext(store), board=None)
+    actor = GeneratorActor([requirement.spec], WorkerContext(store), progress_actor=None)
     for c in (0, 1):
         batch = {name: np.array([value]) for name, value in (("row", 0), ("class", c))}
-        told = actor({**batch, "block": np.array([0])})
-        assert (told["error"], told["drawn"]) == ([""], [8])
-    assert tried == [0, 1]  # the second block starts where the first one ended
+        result = actor({**batch, "block": np.array([0])})
+        assert (result["error"], result["drawn"]) == ([""], [8])
+    assert tried == [0, 1]  # the second block starts with the level that the first one needed
 
 
-def test_who_waits_for_a_block_that_another_draws_says_for_whom(
+def test_waiting_for_a_block_of_another_process_reports_that_process(
     ray_session, resolver, drawn_digits, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("orchestrator.execution._progress.WAITS_FOR", 0.1)
-    requirement, watcher = need_of(resolver, drawn_digits, 8), Watcher()
+    monkeypatch.setattr("orchestrator.execution._progress.MIN_WAIT", 0.1)
+    requirement, listener = row_requirement(resolver, drawn_digits, 8), Listener()
     worker = WorkerContext(ArtifactStore(tmp_path))
     block = {"row": np.array([0]), "class": np.array([3]), "block": np.array([0])}
     key = artifact_key(requirement.spec.images)
-    progress = Progress(watcher)
+    progress = ProgressMonitor(listener)
     with ThreadPoolExecutor() as pool:
         with ArtifactStore(tmp_path).locks.exclusive(f"{key.digest}-3-0"):
-            waits = pool.submit(Generate([requirement.spec], worker, progress.board), block)
-            wait_until(lambda: progress.read() or "waiting" in watcher.told)
-        assert waits.result()["drawn"] == [8]
-    name, holder, seconds = watcher.told["waiting"][0]
+            waiting = pool.submit(GeneratorActor([requirement.spec], worker, progress.actor), block)
+            wait_until(lambda: progress.read() or "on_waiting" in listener.events)
+        assert waiting.result()["drawn"] == [8]
+    name, holder, seconds = listener.events["on_waiting"][0]
     assert name == f"image blocks {key.slug}"
     assert str(os.getpid()) in holder
     assert seconds > 0.1
 
 
-def test_what_cannot_be_made_is_told_and_the_rest_goes_on(
+def test_an_artifact_that_cannot_be_made_is_reported_and_the_others_are_made(
     ray_session, resolver, drawn_digits, tmp_path
 ):
     broken = tmp_path / "broken"
@@ -208,35 +219,33 @@ def test_what_cannot_be_made_is_told_and_the_rest_goes_on(
     for file in broken.rglob("*.png"):
         file.write_bytes(file.read_bytes()[:40])
     whole = resolver.trial({"dataset": f"folder:{drawn_digits}", "images_per_class": 0})
-    failed_requirements = resolver.trial({"dataset": f"folder:{broken}"})
-    requirements = requirements_of([failed_requirements, whole])
-    assert (
-        len({requirement.stage for requirement in requirements}) == 4
-    )  # LoRA and images hang on broken features
-    watcher = Watcher()
-    worker, resources, progress = (
-        WorkerContext(ArtifactStore(tmp_path / "s")),
-        Resources(),
-        Progress(watcher),
-    )
-    free = Allocation(resources, machines)
-    result_of(prepare(requirements, Context(worker, resources, watcher, free, progress.board)))
-    ((failed, failure),) = watcher.told["failed"]
-    assert failed.spec == failed_requirements.features
+    unreadable = resolver.trial({"dataset": f"folder:{broken}"})
+    requirements = requirements_of([unreadable, whole])
+    # LoRA and images depend on the features of the broken dataset.
+    assert len({requirement.stage for requirement in requirements}) == 4
+    listener, resources = Listener(), Resources()
+    worker = WorkerContext(ArtifactStore(tmp_path / "s"))
+    allocation, progress = Allocation(resources, machines), ProgressMonitor(listener)
+    context = PreparationContext(worker, resources, listener, allocation, progress.actor)
+    result_of(prepare(requirements, context))
+    ((failed, failure),) = listener.events["on_failed"]
+    assert failed.spec == unreadable.features
     assert (failure.failure_class, failure.message[:10]) == ("user", "ValueError")
     assert "images cannot be read" in failure.message
-    assert [requirement.spec for requirement, *_ in watcher.told["prepared"]] == [whole.features]
-    assert "retried" not in watcher.told
+    assert [requirement.spec for requirement, *_ in listener.events["on_prepared"]] == [
+        whole.features
+    ]
+    assert "on_retried" not in listener.events
 
 
-class Watcher:
-    """Remembers what it is told."""
+class Listener:
+    """Records the arguments of each call by the name of the method."""
 
     def __init__(self) -> None:
-        self.told: dict[str, list] = {}
+        self.events: dict[str, list] = {}
 
     def __getattr__(self, name: str):
-        return lambda *what: self.told.setdefault(name, []).append(what)
+        return lambda *arguments: self.events.setdefault(name, []).append(arguments)
 
 
 def test_a_blank_image_is_a_recorded_hole(resolver, drawn_digits, tmp_path):
@@ -246,13 +255,13 @@ def test_a_blank_image_is_a_recorded_hole(resolver, drawn_digits, tmp_path):
     shutil.copytree(drawn_digits, folder)
     Image.new("RGB", (32, 32)).save(folder / "digit two" / "03.png")
     store = ArtifactStore(tmp_path / "store")
-    requirement = need_of(resolver, folder, 8)
-    actor = Generate([requirement.spec], WorkerContext(store), board=None)
-    told = [
+    requirement = row_requirement(resolver, folder, 8)
+    actor = GeneratorActor([requirement.spec], WorkerContext(store), progress_actor=None)
+    results = [
         actor({"row": np.array([0]), "class": np.array([c]), "block": np.array([0])})
         for c in range(10)
     ]
-    assert sum(t["holes"][0] for t in told) == 1
+    assert sum(result["holes"][0] for result in results) == 1
     assert read_synthetic(requirement.spec, 8, store).labels.bincount().tolist() == [
         8,
         8,
@@ -264,25 +273,25 @@ def test_a_blank_image_is_a_recorded_hole(resolver, drawn_digits, tmp_path):
     assert table["attempt"][3] == 2
 
 
-def test_reading_images_that_were_not_drawn_says_what_to_run(resolver, drawn_digits, tmp_path):
-    requirement = need_of(resolver, drawn_digits, 8)
+def test_reading_missing_images_names_the_command_to_run(resolver, drawn_digits, tmp_path):
+    requirement = row_requirement(resolver, drawn_digits, 8)
     with pytest.raises(MissingArtifact, match="airsweep prepare"):
         read_synthetic(requirement.spec, 8, ArtifactStore(tmp_path))
 
 
-def test_notes_of_a_process_reach_the_driver(ray_session):
-    def work(board):
-        note = Note(board, "LoRA a")
-        note.last = time.monotonic() - 10  # long enough ago
-        note(3, 10)
-        Note(board, "LoRA b").waits("its lock", "team/other", 60.0)
-        Note(board, "LoRA c").waits("its lock", "team/other", 1.0)  # not worth a word
+def test_progress_reports_of_a_worker_reach_the_driver(ray_session):
+    def work(actor):
+        reporter = ProgressReporter(actor, "LoRA a")
+        reporter.last = time.monotonic() - 10  # long enough ago
+        reporter(3, 10)
+        ProgressReporter(actor, "LoRA b").report_wait("its lock", "team/other", 60.0)
+        ProgressReporter(actor, "LoRA c").report_wait("its lock", "team/other", 1.0)  # too short
 
-    watcher = Watcher()
-    progress = Progress(watcher)
-    ray.get(ray.remote(work).options(num_cpus=0).remote(progress.board))
-    wait_until(lambda: progress.read() or len(watcher.told) == 2)  # notes are not waited for
-    assert watcher.told == {
-        "progressed": [("LoRA a", 3, 10)],
-        "waiting": [("LoRA b", "team/other", 60.0)],
+    listener = Listener()
+    progress = ProgressMonitor(listener)
+    ray.get(ray.remote(work).options(num_cpus=0).remote(progress.actor))
+    wait_until(lambda: progress.read() or len(listener.events) == 2)  # `read` does not block
+    assert listener.events == {
+        "on_progress": [("LoRA a", 3, 10)],
+        "on_waiting": [("LoRA b", "team/other", 60.0)],
     }

@@ -1,32 +1,39 @@
-"""What the next cells read is made in an order that keeps the workers busy."""
+"""Inputs of later cells are made in an order that keeps all workers busy."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from orchestrator.execution._prefetch import waves, without_images
+from orchestrator.execution._prefetch import missing_without_images, waves
 from orchestrator.planning import requirements_of
 from orchestrator.store import ArtifactStore
 
 
-def test_a_lora_of_the_first_round_can_come_ahead_and_images_cannot(trial, tmp_path):
+def test_a_lora_of_the_first_round_can_be_made_early_and_images_cannot(trial, tmp_path):
     store = ArtifactStore(tmp_path)
 
     def stages(rounds: int) -> list[str]:
         requirements = requirements_of([trial("air", **{"lora.rounds": rounds})])
         assert "images" in {requirement.stage for requirement in requirements}
-        return sorted(requirement.stage for requirement in without_images(requirements, store))
+        return sorted(
+            requirement.stage for requirement in missing_without_images(requirements, store)
+        )
 
     assert stages(1) == ["features", "labels", "lora"]
-    assert stages(2) == ["features", "labels", "lora"]  # of the first round alone
-    (features,) = [n.spec for n in requirements_of([trial("fpl")]) if n.stage == "features"]
+    assert stages(2) == ["features", "labels", "lora"]  # only the LoRA of the first round
+    (features,) = [
+        requirement.spec
+        for requirement in requirements_of([trial("fpl")])
+        if requirement.stage == "features"
+    ]
     store.get_or_build(features, lambda folder: {})
     assert "features" not in [
-        n.stage for n in without_images(requirements_of([trial("air")]), store)
+        requirement.stage
+        for requirement in missing_without_images(requirements_of([trial("air")]), store)
     ]
 
 
-def test_so_many_loras_are_trained_together_as_there_are_workers(trial, tmp_path):
+def test_as_many_loras_are_trained_together_as_there_are_workers(trial, tmp_path):
     store = ArtifactStore(tmp_path)
     groups = [requirements_of([trial("air", split_seed=seed)]) for seed in range(5)]
 
@@ -45,8 +52,8 @@ def test_so_many_loras_are_trained_together_as_there_are_workers(trial, tmp_path
     assert loras(2) == [2, 2, 1]
 
 
-def test_groups_come_in_order_and_each_with_all_that_it_reads(trial, tmp_path):
+def test_groups_come_in_order_each_with_all_its_inputs(trial, tmp_path):
     groups = [requirements_of([trial("fpl")]), requirements_of([trial("air")])]
-    found = list(waves(groups, ArtifactStore(tmp_path), lambda: 1))
-    assert [number for number, _ in found] == [None, 0, None, 1]
-    assert [wave for number, wave in found if number is not None] == [list(g) for g in groups]
+    all_waves = list(waves(groups, ArtifactStore(tmp_path), lambda: 1))
+    assert [number for number, _ in all_waves] == [None, 0, None, 1]
+    assert [wave for number, wave in all_waves if number is not None] == [list(g) for g in groups]

@@ -1,4 +1,4 @@
-"""Which trial runs next and who waits for whom, with small real trials and no cluster."""
+"""The order of jobs and the outcomes of slots, with small real trials and no cluster."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from orchestrator.stages.side_by_side import run_trials
 from orchestrator.stages.trial import run_trial
 from orchestrator.store import ArtifactStore, EventLog, read_trial
 
-IMAGES = 240  # of the digits: enough for every class, and quick
+IMAGES = 240  # of the digits: some of each class, and quick
 QUICK = {"train.steps": 2, "prompt.length": 2, "iterations": 2}
 LENGTHS = (Dimension(key="prompt.length", values=(1, 2, 3, 4)),)
 
@@ -58,7 +58,7 @@ def prepared(tmp_path_factory, tiny_clip, resolver) -> Path:
 
 
 class World:
-    """One sweep's store and ledger, and drivers that come and go."""
+    """The store and the event log of one sweep, and one scheduler after another."""
 
     def __init__(self, folder: Path, prepared: Path, resolver: Resolver) -> None:
         self.store = ArtifactStore(shutil.copytree(prepared, folder / "runs"))
@@ -68,19 +68,19 @@ class World:
         self.outcomes: list[Outcome] = []
         self.searches: dict[str, CellSearch] = {}
 
-    def driver(self, sweep: SweepSpec, *more: Any) -> TrialScheduler:
-        """A new driver on what the ones before left."""
+    def scheduler(self, sweep: SweepSpec, *more: Any) -> TrialScheduler:
+        """A new scheduler that resumes from what the schedulers before it left."""
         self.outcomes, self.searches = [], {}
         cells = cells_of(sweep)
         if sweep.search is not None:
-            found = searches(self.event_log)
+            logged = searches(self.event_log)
             for cell in cells:
                 if cell.space:
-                    self.searches[cell.id] = CellSearch(cell, sweep.search, found)
-        place = self.store, self.resolver, self.event_log
-        return TrialScheduler(sweep, cells, self.searches, *place, self.outcome, *more)
+                    self.searches[cell.id] = CellSearch(cell, sweep.search, logged)
+        inputs = self.store, self.resolver, self.event_log
+        return TrialScheduler(sweep, cells, self.searches, *inputs, self.on_outcome, *more)
 
-    def outcome(self, outcome: Outcome) -> None:
+    def on_outcome(self, outcome: Outcome) -> None:
         self.outcomes.append(outcome)
         if not outcome.known:
             slot: dict[str, Any] = {"slot": outcome.slot.id, "key": outcome.slot.key.digest}
@@ -89,34 +89,34 @@ class World:
             self.event_log.append(f"trial_{outcome.state}", **slot)
 
     def run(self, job: Job, failing: Callable[[Any], bool] = lambda spec: False) -> dict[str, Any]:
-        """Run a job's trials; failures by key."""
+        """Run a job's trials; returns the failures by key."""
         failures, runs = {}, []
         for spec, key in zip(job.trials, job.keys, strict=True):
             if failing(spec):
                 failures[key] = Failure("nan", "the loss became nan")
             else:
                 runs.append(spec)
-        ends = run_trials(runs, self.store, segments=job.segments)
-        assert not [end for end in ends if isinstance(end, Exception)], ends
+        results = run_trials(runs, self.store, segments=job.segments)
+        assert not [result for result in results if isinstance(result, Exception)], results
         return failures
 
     def run_all(
-        self, driver: TrialScheduler, failing: Callable[[Any], bool] = lambda spec: False
+        self, scheduler: TrialScheduler, failing: Callable[[Any], bool] = lambda spec: False
     ) -> list[Job]:
         jobs = []
-        while (job := driver.next()) is not None:
+        while (job := scheduler.next()) is not None:
             jobs.append(job)
-            driver.complete(job.number, self.run(job, failing))
-        assert driver.finished
+            scheduler.complete(job.number, self.run(job, failing))
+        assert scheduler.finished
         return jobs
 
     def states(self) -> list[str]:
         return [outcome.state for outcome in self.outcomes]
 
-    def told(self) -> list[tuple[int, dict[str, Any], float | None]]:
+    def points(self) -> list[tuple[int, dict[str, Any], float | None]]:
         """(number, parameters, value) of the points of the only search."""
-        asked = [trial for trial in world_study(self) if "point" in trial.user_attrs]
-        return [(t.user_attrs["point"], dict(t.params), t.value) for t in asked]
+        trials = [trial for trial in study_trials(self) if "point" in trial.user_attrs]
+        return [(t.user_attrs["point"], dict(t.params), t.value) for t in trials]
 
 
 @pytest.fixture
@@ -142,9 +142,9 @@ def searching(points: int = 4, width: int = 2, sampler: Any = "random") -> Searc
 # ---------------------------------------------------------------- jobs and outcomes
 
 
-def test_one_job_is_one_point_with_the_seeds_that_are_trained_together(world):
-    driver = world.driver(sweep("fpl", "cpl"))
-    jobs = world.run_all(driver)
+def test_a_job_is_a_point_with_the_seeds_that_are_trained_together(world):
+    scheduler = world.scheduler(sweep("fpl", "cpl"))
+    jobs = world.run_all(scheduler)
     assert [(job.cell, job.point) for job in jobs] == [
         ("digits-ul-text-fpl", 0),
         ("digits-ul-text-cpl", 0),
@@ -156,116 +156,116 @@ def test_one_job_is_one_point_with_the_seeds_that_are_trained_together(world):
         assert not outcome.known
 
 
-def test_while_jobs_run_there_is_nothing_to_hand_out_and_it_is_not_over(world):
-    driver = world.driver(sweep("fpl"))
-    job = driver.next()
-    assert driver.next() is None
-    assert not driver.finished
-    driver.complete(job.number, world.run(job))
-    assert driver.next() is None
-    assert driver.finished
+def test_the_scheduler_is_not_finished_while_its_last_job_runs(world):
+    scheduler = world.scheduler(sweep("fpl"))
+    job = scheduler.next()
+    assert scheduler.next() is None
+    assert not scheduler.finished
+    scheduler.complete(job.number, world.run(job))
+    assert scheduler.next() is None
+    assert scheduler.finished
 
 
-def test_a_job_that_was_only_looked_at_has_not_started_and_comes_next(world):
-    driver = world.driver(sweep("fpl", "cpl"))
-    job = driver.peek()
-    assert driver.peek() is job
+def test_peek_does_not_start_the_next_job(world):
+    scheduler = world.scheduler(sweep("fpl", "cpl"))
+    job = scheduler.peek()
+    assert scheduler.peek() is job
     assert not [event for event in world.event_log.events() if event["event"] == "trials_started"]
-    assert driver.next() is job
+    assert scheduler.next() is job
     (started,) = [event for event in world.event_log.events() if event["event"] == "trials_started"]
     assert started["slots"] == list(job.slots)
-    assert driver.next().cell != job.cell
+    assert scheduler.next().cell != job.cell
 
 
 def test_runs_of_a_point_that_are_one_computation_are_one_trial(world):
-    jobs = world.run_all(world.driver(sweep("zero_shot", seeds=(1, 2, 3))))
+    jobs = world.run_all(world.scheduler(sweep("zero_shot", seeds=(1, 2, 3))))
     assert [len(job.trials) for job in jobs] == [1]
     assert world.states() == ["done", "reused", "reused"]
     assert [outcome.slot.seeds["seed"] for outcome in world.outcomes] == [1, 2, 3]
 
 
-def test_what_another_job_computes_is_waited_for(world):
+def test_a_trial_that_another_job_computes_is_not_started_twice(world):
     """`air` without images and `cpl` are one trial."""
-    driver = world.driver(sweep("cpl", "air", seeds=(1,), fixed={"images_per_class": 0}))
-    job = driver.next()
+    scheduler = world.scheduler(sweep("cpl", "air", seeds=(1,), fixed={"images_per_class": 0}))
+    job = scheduler.next()
     assert len(job.trials) == 1
-    assert driver.next() is None  # air waits for it
-    assert not driver.finished
+    assert scheduler.next() is None  # air needs the same trial
+    assert not scheduler.finished
     assert world.outcomes == []
-    driver.complete(job.number, world.run(job))
+    scheduler.complete(job.number, world.run(job))
     assert [(o.slot.cell.method, o.state) for o in world.outcomes] == [
         ("cpl", "done"),
         ("air", "reused"),
     ]
     assert world.outcomes[0].record == world.outcomes[1].record
-    assert driver.next() is None
-    assert driver.finished
+    assert scheduler.next() is None
+    assert scheduler.finished
 
 
-def test_the_store_saves_what_another_sweep_has_computed(world):
-    run_trial(next(iter(world.driver(sweep("fpl")).next().trials)), world.store)
-    jobs = world.run_all(world.driver(sweep("fpl")))
+def test_trials_of_another_sweep_are_reused_from_the_store(world):
+    run_trial(next(iter(world.scheduler(sweep("fpl")).next().trials)), world.store)
+    jobs = world.run_all(world.scheduler(sweep("fpl")))
     assert [[spec.seed for spec in job.trials] for job in jobs] == [[2]]
     assert world.states() == ["reused", "done"]
 
 
-def test_a_run_of_a_finished_sweep_hands_out_nothing_and_says_what_is_known(world):
-    world.run_all(world.driver(sweep("fpl", "zero_shot")))
+def test_a_finished_sweep_has_no_jobs_and_repeats_its_outcomes(world):
+    world.run_all(world.scheduler(sweep("fpl", "zero_shot")))
     states = {outcome.slot.id: outcome.state for outcome in world.outcomes}
     assert sorted(states.values()) == ["done", "done", "done", "reused"]
-    assert world.run_all(world.driver(sweep("fpl", "zero_shot"))) == []
+    assert world.run_all(world.scheduler(sweep("fpl", "zero_shot"))) == []
     assert {outcome.slot.id: outcome.state for outcome in world.outcomes} == states
     assert all(outcome.known and outcome.record is not None for outcome in world.outcomes)
 
 
-def test_cells_take_turns(world):
-    driver = world.driver(sweep("fpl", "cpl", search=searching(sampler="grid"), seeds=(1,)))
-    jobs = [driver.next() for _ in range(4)]
+def test_cells_of_the_same_rank_take_turns(world):
+    scheduler = world.scheduler(sweep("fpl", "cpl", search=searching(sampler="grid"), seeds=(1,)))
+    jobs = [scheduler.next() for _ in range(4)]
     assert [job.cell.rpartition("-")[2] for job in jobs] == ["fpl", "cpl", "fpl", "cpl"]
 
 
-def test_once_the_budget_is_spent_nothing_more_starts_and_what_runs_may_end(world):
+def test_once_the_budget_is_spent_no_job_starts_and_running_jobs_finish(world):
     money = iter([True, True, False])
-    driver = world.driver(sweep("fpl", "cpl", "grip"), lambda under_way: next(money))
-    jobs = [driver.next(), driver.next()]
-    assert driver.next() is None
-    assert driver.out_of_budget()
-    assert not driver.finished
+    scheduler = world.scheduler(sweep("fpl", "cpl", "grip"), lambda jobs: next(money))
+    jobs = [scheduler.next(), scheduler.next()]
+    assert scheduler.next() is None
+    assert scheduler.out_of_budget()
+    assert not scheduler.finished
     for job in jobs:
-        driver.complete(job.number, world.run(job))
-    assert driver.next() is None
-    assert driver.finished
-    assert len(world.run_all(world.driver(sweep("fpl", "cpl", "grip")))) == 1  # another day
+        scheduler.complete(job.number, world.run(job))
+    assert scheduler.next() is None
+    assert scheduler.finished
+    assert len(world.run_all(world.scheduler(sweep("fpl", "cpl", "grip")))) == 1  # the next run
 
 
-def test_the_budget_is_asked_for_what_would_run_together_and_not_for_what_is_there(world):
-    run_trial(next(iter(world.driver(sweep("fpl")).next().trials)), world.store)
-    asked: list[Any] = []
-    driver = world.driver(sweep("fpl", "cpl"), lambda under_way: asked.append(under_way) or True)
-    driver.next()
-    driver.next()
+def test_the_budget_is_checked_for_all_jobs_together_without_reused_trials(world):
+    run_trial(next(iter(world.scheduler(sweep("fpl")).next().trials)), world.store)
+    checked: list[Any] = []
+    scheduler = world.scheduler(sweep("fpl", "cpl"), lambda jobs: checked.append(jobs) or True)
+    scheduler.next()
+    scheduler.next()
     fpl, cpl = "digits-ul-text-fpl", "digits-ul-text-cpl"
-    assert asked == [[(fpl, 1)], [(fpl, 1), (cpl, 2)]]
+    assert checked == [[(fpl, 1)], [(fpl, 1), (cpl, 2)]]
 
 
-def test_a_point_that_is_too_dear_is_left_and_comes_first_another_day(world):
+def test_a_point_over_the_budget_comes_first_in_the_next_run(world):
     spec = sweep("fpl", search=searching(points=4, sampler="grid"), seeds=(1,))
     jobs = []
-    driver = world.driver(spec, lambda under_way: len(jobs) < 2)
-    while (job := driver.next()) is not None:
+    scheduler = world.scheduler(spec, lambda running: len(jobs) < 2)
+    while (job := scheduler.next()) is not None:
         jobs.append(job)
-        driver.complete(job.number, world.run(job))
-    assert driver.out_of_budget()
+        scheduler.complete(job.number, world.run(job))
+    assert scheduler.out_of_budget()
     assert [job.point for job in jobs] == [0, 1]
-    assert [job.point for job in world.run_all(world.driver(spec))] == [2, 3]
+    assert [job.point for job in world.run_all(world.scheduler(spec))] == [2, 3]
 
 
-def test_what_costs_nothing_needs_no_budget(world):
-    world.run_all(world.driver(sweep("fpl")))
-    driver = world.driver(sweep("fpl"), lambda under_way: False)
-    assert driver.next() is None
-    assert not driver.out_of_budget()
-    assert driver.finished
+def test_reused_trials_need_no_budget(world):
+    world.run_all(world.scheduler(sweep("fpl")))
+    scheduler = world.scheduler(sweep("fpl"), lambda jobs: False)
+    assert scheduler.next() is None
+    assert not scheduler.out_of_budget()
+    assert scheduler.finished
 
 
 # ---------------------------------------------------------------- failures
@@ -276,53 +276,53 @@ def second_seed(spec: Any) -> bool:
 
 
 def test_a_trial_that_fails_does_not_hold_up_the_others(world):
-    driver = world.driver(sweep("fpl", "cpl"))
-    world.run_all(driver, second_seed)
+    scheduler = world.scheduler(sweep("fpl", "cpl"))
+    world.run_all(scheduler, second_seed)
     assert world.states() == ["done", "failed", "done", "failed"]
     failed = world.outcomes[1]
     assert (failed.failure_class, failed.message) == ("nan", "the loss became nan")
     assert failed.record is None
 
 
-def test_who_waits_for_a_trial_that_fails_fails_too(world):
-    driver = world.driver(sweep("cpl", "air", seeds=(1,), fixed={"images_per_class": 0}))
-    job = driver.next()
-    assert driver.next() is None
-    driver.complete(job.number, dict.fromkeys(job.keys, Failure("data", "")))
+def test_all_slots_of_a_failed_trial_fail(world):
+    scheduler = world.scheduler(sweep("cpl", "air", seeds=(1,), fixed={"images_per_class": 0}))
+    job = scheduler.next()
+    assert scheduler.next() is None
+    scheduler.complete(job.number, dict.fromkeys(job.keys, Failure("data", "")))
     assert world.states() == ["failed", "failed"]
-    assert driver.next() is None
-    assert driver.finished
+    assert scheduler.next() is None
+    assert scheduler.finished
 
 
 def test_a_failed_trial_is_tried_again_by_the_next_run(world):
-    world.run_all(world.driver(sweep("fpl")), second_seed)
-    jobs = world.run_all(world.driver(sweep("fpl")))
+    world.run_all(world.scheduler(sweep("fpl")), second_seed)
+    jobs = world.run_all(world.scheduler(sweep("fpl")))
     assert [[spec.seed for spec in job.trials] for job in jobs] == [[2]]
     assert [(o.state, o.known) for o in world.outcomes] == [("done", True), ("done", False)]
 
 
-def fail(world: World, driver: TrialScheduler, *classes: str) -> list[Job]:
-    """Jobs that fail one after the other, each by the next class; what comes after succeeds."""
+def fail(world: World, scheduler: TrialScheduler, *classes: str) -> list[Job]:
+    """Fail one job with each class in turn, then run the rest; returns all jobs."""
     jobs = []
     for name in classes:
-        job = driver.next()
+        job = scheduler.next()
         assert job is not None
         jobs.append(job)
-        driver.complete(job.number, dict.fromkeys(job.keys, Failure(name, f"a case of {name}")))
-    return jobs + world.run_all(driver)
+        scheduler.complete(job.number, dict.fromkeys(job.keys, Failure(name, f"a case of {name}")))
+    return jobs + world.run_all(scheduler)
 
 
 @pytest.mark.parametrize("name", ["oom", "infra", "preempted", "timeout"])
-def test_a_failure_that_may_pass_is_tried_again_in_the_same_run(world, name):
-    jobs = fail(world, world.driver(sweep("fpl", seeds=(1,))), name)
+def test_a_temporary_failure_is_retried_in_the_same_run(world, name):
+    jobs = fail(world, world.scheduler(sweep("fpl", seeds=(1,))), name)
     assert [job.keys for job in jobs] == [jobs[0].keys] * 2
     assert world.states() == ["done"]
     (retried,) = [e for e in world.event_log.events() if e["event"] == "trial_retried"]
     assert (retried["failure_class"], retried["attempt"]) == (name, 1)
 
 
-def test_out_of_memory_is_tried_again_with_half_as_many_images_at_a_time(world):
-    jobs = fail(world, world.driver(sweep("fpl", seeds=(1,))), "oom", "infra", "oom")
+def test_out_of_memory_is_retried_with_half_as_many_images_at_a_time(world):
+    jobs = fail(world, world.scheduler(sweep("fpl", seeds=(1,))), "oom", "infra", "oom")
     assert [job.halvings for job in jobs] == [0, 1, 1, 2]
     assert [WorkerContext(world.store, batch=10).with_less(n).batch for n in (0, 1, 4)] == [
         10,
@@ -332,30 +332,32 @@ def test_out_of_memory_is_tried_again_with_half_as_many_images_at_a_time(world):
 
 
 @pytest.mark.parametrize("name", ["user", "data"])
-def test_a_failure_that_would_come_again_is_not_tried_again(world, name):
-    assert len(fail(world, world.driver(sweep("fpl", seeds=(1,))), name)) == 1
+def test_a_permanent_failure_is_not_retried(world, name):
+    assert len(fail(world, world.scheduler(sweep("fpl", seeds=(1,))), name)) == 1
     assert world.states() == ["failed"]
 
 
 def test_each_class_has_its_own_limit_and_then_the_last_failure_counts(world):
     classes = ["oom", "infra", "oom", "infra", "infra"]
-    jobs = fail(world, world.driver(sweep("fpl", seeds=(1,))), *classes)
+    jobs = fail(world, world.scheduler(sweep("fpl", seeds=(1,))), *classes)
     assert len(jobs) == len(classes)
     assert [(o.state, o.failure_class) for o in world.outcomes] == [("failed", "infra")]
 
 
-def test_a_loss_that_is_not_finite_goes_on_as_another_trial_in_fp32(world):
+def test_a_trial_whose_loss_is_not_finite_is_repeated_in_fp32(world):
     half = sweep("fpl", "zero_shot", seeds=(1,), fixed={"precision": "bf16"})
-    driver = world.driver(half)
-    first = driver.next()
-    driver.complete(first.number, dict.fromkeys(first.keys, Failure("nan", "the loss became nan")))
-    assert [slot.id for slot in driver.moving] == ["digits-ul-text-fpl/0/seed=1"]
-    again = world.driver(sweep("fpl", seeds=(1,), fixed={"precision": "bf16"}))
-    (job,) = world.run_all(again)  # its features are there in fp32
+    scheduler = world.scheduler(half)
+    first = scheduler.next()
+    scheduler.complete(
+        first.number, dict.fromkeys(first.keys, Failure("nan", "the loss became nan"))
+    )
+    assert [slot.id for slot in scheduler.fp32_slots] == ["digits-ul-text-fpl/0/seed=1"]
+    again = world.scheduler(sweep("fpl", seeds=(1,), fixed={"precision": "bf16"}))
+    (job,) = world.run_all(again)  # its features exist in fp32
     assert [spec.precision for spec in (*first.trials, *job.trials)] == ["bf16", "fp32"]
     (outcome,) = world.outcomes
     assert (outcome.state, outcome.slot.key.digest) == ("done", job.keys[0])
-    # The sweep knows that from now on, and plans it.
+    # Later plans of the sweep have the trial in fp32.
     plan = plan_sweep(half, world.store, world.resolver, world.event_log)
     by_slot = {slot.id: slot.spec.precision for slot in plan.slots}
     assert by_slot == {
@@ -365,36 +367,36 @@ def test_a_loss_that_is_not_finite_goes_on_as_another_trial_in_fp32(world):
     assert {requirement.spec.precision for requirement in plan.requirements} == {"bf16", "fp32"}
 
 
-def test_in_fp32_a_loss_that_is_not_finite_is_the_end(world):
-    assert len(fail(world, world.driver(sweep("fpl", seeds=(1,))), "nan")) == 1
+def test_a_loss_that_is_not_finite_in_fp32_is_a_failure(world):
+    assert len(fail(world, world.scheduler(sweep("fpl", seeds=(1,))), "nan")) == 1
     assert [(o.state, o.failure_class) for o in world.outcomes] == [("failed", "nan")]
 
 
 def test_three_equal_errors_of_the_user_stop_the_sweep_with_one_message(world):
-    driver = world.driver(sweep("fpl", "cpl", "grip", "ifpl", seeds=(1,)))
-    fail(world, driver, "user", "infra", "user", "user")
+    scheduler = world.scheduler(sweep("fpl", "cpl", "grip", "ifpl", seeds=(1,)))
+    fail(world, scheduler, "user", "infra", "user", "user")
     assert world.states() == ["failed"] * 3  # the fourth method never started
-    assert driver.gave_up() == Failure("user", "a case of user")
-    assert not driver.out_of_budget()
-    assert driver.finished
+    assert scheduler.stopping_failure() == Failure("user", "a case of user")
+    assert not scheduler.out_of_budget()
+    assert scheduler.finished
 
 
 def test_a_full_disk_stops_the_sweep_at_once(world):
-    driver = world.driver(sweep("fpl", "cpl", seeds=(1,)))
-    fail(world, driver, "disk")
+    scheduler = world.scheduler(sweep("fpl", "cpl", seeds=(1,)))
+    fail(world, scheduler, "disk")
     assert world.states() == ["failed"]  # the second method never started
-    assert driver.gave_up() == Failure("disk", "a case of disk")
-    assert driver.finished
+    assert scheduler.stopping_failure() == Failure("disk", "a case of disk")
+    assert scheduler.finished
 
 
-def test_what_cannot_run_is_said_to_fail_and_does_not_start(world):
-    def failed_requirements(spec: Any) -> Failure | None:
+def test_a_trial_with_a_failed_dependency_fails_without_starting(world):
+    def failed_dependency(spec: Any) -> Failure | None:
         return Failure("oom", "its LoRA failed") if spec.pseudo_labels.kind == "top_k" else None
 
-    driver = world.driver(
-        sweep("fpl", "cpl", seeds=(1,)), lambda under_way: True, failed_requirements
+    scheduler = world.scheduler(
+        sweep("fpl", "cpl", seeds=(1,)), lambda jobs: True, failed_dependency
     )
-    assert [spec.pseudo_labels.kind for job in world.run_all(driver) for spec in job.trials] == [
+    assert [spec.pseudo_labels.kind for job in world.run_all(scheduler) for spec in job.trials] == [
         "candidates"
     ]
     assert sorted((o.state, o.message) for o in world.outcomes) == [
@@ -405,27 +407,27 @@ def test_what_cannot_run_is_said_to_fail_and_does_not_start(world):
 
 def test_a_retry_of_one_class_leaves_the_other_failures_as_they_are(world):
     spec = sweep("fpl", "cpl", seeds=(1,))
-    fail(world, world.driver(spec), "user", "data")
+    fail(world, world.scheduler(spec), "user", "data")
     left = {"digits-ul-text-cpl/0/seed=1": Failure("data", "a case of data")}
-    again = world.driver(spec, lambda under_way: True, lambda trial: None, left)
+    again = world.scheduler(spec, lambda jobs: True, lambda trial: None, left)
     assert [job.cell for job in world.run_all(again)] == ["digits-ul-text-fpl"]
     assert [(o.state, o.known) for o in world.outcomes] == [("done", False), ("failed", True)]
 
 
-def test_a_failed_seed_makes_a_failed_point_which_the_next_run_mends(world):
+def test_a_failed_seed_makes_a_failed_point_which_the_next_run_repeats(world):
     failing = sweep("fpl", search=searching(points=2, sampler="grid"))
-    world.run_all(world.driver(failing), lambda spec: spec.seed == 2 and spec.prompt.length == 1)
-    (four, one) = world.told()
+    world.run_all(world.scheduler(failing), lambda spec: spec.seed == 2 and spec.prompt.length == 1)
+    (four, one) = world.points()
     assert (four[1], one[1:]) == ({"prompt.length": 4}, ({"prompt.length": 1}, None))
     assert four[2] is not None
-    (job,) = world.run_all(world.driver(failing))
+    (job,) = world.run_all(world.scheduler(failing))
     assert [(spec.seed, spec.prompt.length) for spec in job.trials] == [(2, 1)]
-    (_, mended) = world.told()
-    assert mended[:2] == one[:2]
-    assert mended[2] is not None
+    (_, repeated) = world.points()
+    assert repeated[:2] == one[:2]
+    assert repeated[2] is not None
 
 
-def world_study(world: World) -> list[Any]:
+def study_trials(world: World) -> list[Any]:
     (search,) = world.searches.values()
     return search.study.get_trials(deepcopy=False)
 
@@ -433,41 +435,41 @@ def world_study(world: World) -> list[Any]:
 # ---------------------------------------------------------------- rounds
 
 
-def test_a_round_is_told_when_all_of_it_is_there_in_any_order(world):
-    driver = world.driver(sweep("fpl", search=searching(points=4, width=2, sampler="grid")))
-    first, second = driver.next(), driver.next()
-    assert driver.next() is None  # the next round waits for this one
-    driver.complete(second.number, world.run(second))
-    assert driver.next() is None
-    driver.complete(first.number, world.run(first))
-    third = driver.next()
+def test_a_round_ends_when_all_its_points_have_ended_in_any_order(world):
+    scheduler = world.scheduler(sweep("fpl", search=searching(points=4, width=2, sampler="grid")))
+    first, second = scheduler.next(), scheduler.next()
+    assert scheduler.next() is None  # the next round waits for this one
+    scheduler.complete(second.number, world.run(second))
+    assert scheduler.next() is None
+    scheduler.complete(first.number, world.run(first))
+    third = scheduler.next()
     assert [job.point for job in (first, second, third)] == [0, 1, 2]
     expected = [mean_objective(world, job) for job in (first, second)]
-    assert [value for _, _, value in world.told()[:2]] == expected
+    assert [value for _, _, value in world.points()[:2]] == expected
 
 
 def mean_objective(world: World, job: Job) -> float:
-    """The mean over seeds of what the search is after."""
-    found = [read_trial(spec, world.store).objectives["mutual_information"] for spec in job.trials]
-    return sum(found) / len(found)
+    """The mean of the search's objective over seeds."""
+    values = [read_trial(spec, world.store).objectives["mutual_information"] for spec in job.trials]
+    return sum(values) / len(values)
 
 
-def test_a_search_ends_with_all_its_points_told(world):
-    world.run_all(world.driver(sweep("fpl", search=searching(points=5, width=2), seeds=(1,))))
-    assert [number for number, _, _ in world.told()] == [0, 1, 2, 3, 4]
-    assert all(value is not None for _, _, value in world.told())
+def test_a_search_ends_with_values_for_all_its_points(world):
+    world.run_all(world.scheduler(sweep("fpl", search=searching(points=5, width=2), seeds=(1,))))
+    assert [number for number, _, _ in world.points()] == [0, 1, 2, 3, 4]
+    assert all(value is not None for _, _, value in world.points())
     assert len(world.outcomes) == 5
     logged = [e["values"] for e in world.event_log.events() if e["event"] == "round_told"]
     assert [len(values) for values in logged] == [2, 2, 1]
     assert {int(n): v for values in logged for n, v in values.items()} == {
-        number: value for number, _, value in world.told()
+        number: value for number, _, value in world.points()
     }
 
 
-def test_a_point_that_equals_an_earlier_one_costs_nothing(world):
-    """Five points of four lengths: at least one comes twice."""
-    jobs = world.run_all(world.driver(sweep("fpl", search=searching(points=5), seeds=(1,))))
-    lengths = {params["prompt.length"] for _, params, _ in world.told()}
+def test_a_point_that_equals_an_earlier_point_is_reused(world):
+    """Five points of four lengths: at least one length comes twice."""
+    jobs = world.run_all(world.scheduler(sweep("fpl", search=searching(points=5), seeds=(1,))))
+    lengths = {params["prompt.length"] for _, params, _ in world.points()}
     assert len(jobs) == len(lengths) < 5
     assert world.states().count("reused") == 5 - len(lengths)
 
@@ -476,10 +478,10 @@ def test_the_validation_images_can_be_the_objective(world):
     search = Search(
         sampler="grid", objective="validation_accuracy", points=2, width=2, space=LENGTHS
     )
-    jobs = world.run_all(world.driver(sweep("fpl", search=search, seeds=(1,))))
+    jobs = world.run_all(world.scheduler(sweep("fpl", search=search, seeds=(1,))))
     expected = [read_trial(job.trials[0], world.store).objectives for job in jobs]
-    assert [value for _, _, value in world.told()] == [
-        found["validation_accuracy"] for found in expected
+    assert [value for _, _, value in world.points()] == [
+        objectives["validation_accuracy"] for objectives in expected
     ]
 
 
@@ -487,27 +489,27 @@ def test_the_validation_images_can_be_the_objective(world):
 
 
 def test_a_trial_that_was_recorded_but_not_logged_is_not_run_again(world):
-    """The driver died between the two."""
-    driver = world.driver(sweep("fpl"))
-    world.run(driver.next())
-    assert world.run_all(world.driver(sweep("fpl"))) == []
+    """The driver died between the record and the event."""
+    scheduler = world.scheduler(sweep("fpl"))
+    world.run(scheduler.next())
+    assert world.run_all(world.scheduler(sweep("fpl"))) == []
     assert world.states() == ["reused", "reused"]
 
 
-def test_a_point_is_asked_once_in_the_ledger_whatever_happens_to_its_driver(world):
+def test_the_event_log_has_each_point_once_however_often_the_sweep_resumes(world):
     spec = sweep("fpl", search=searching(points=4, width=2), seeds=(1,))
-    world.driver(spec).next()
-    world.run_all(world.driver(spec))
-    world.run_all(world.driver(spec))
-    asked = [e for e in world.event_log.events() if e["event"] == "point_asked"]
-    assert sorted(event["point"] for event in asked) == [0, 1, 2, 3]
-    assert [event["params"] for event in sorted(asked, key=lambda e: e["point"])] == [
-        params for _, params, _ in world.told()
+    world.scheduler(spec).next()
+    world.run_all(world.scheduler(spec))
+    world.run_all(world.scheduler(spec))
+    events = [e for e in world.event_log.events() if e["event"] == "point_asked"]
+    assert sorted(event["point"] for event in events) == [0, 1, 2, 3]
+    assert [event["params"] for event in sorted(events, key=lambda e: e["point"])] == [
+        params for _, params, _ in world.points()
     ]
 
 
-def test_the_ledger_says_what_was_started_and_how_it_ended(world):
-    world.run_all(world.driver(sweep("fpl", seeds=(1,))))
+def test_the_event_log_has_the_start_and_the_end_of_trials(world):
+    world.run_all(world.scheduler(sweep("fpl", seeds=(1,))))
     assert [event["event"] for event in world.event_log.events()] == [
         "trials_started",
         "trial_done",
@@ -516,76 +518,76 @@ def test_the_ledger_says_what_was_started_and_how_it_ended(world):
     assert slot == "digits-ul-text-fpl/0/seed=1"
 
 
-def test_seeds_that_share_no_computation_are_jobs_of_their_own(world):
+def test_seeds_that_share_no_computation_are_separate_jobs(world):
     visual = sweep("fpl", seeds=(1, 2, 3), fixed={"modality": "visual"})
-    driver = world.driver(visual)
-    jobs = [driver.next() for _ in range(3)]
+    scheduler = world.scheduler(visual)
+    jobs = [scheduler.next() for _ in range(3)]
     assert [job.slots for job in jobs] == [
         (f"digits-ul-visual-fpl/0/seed={seed}",) for seed in (1, 2, 3)
     ]
-    assert driver.next() is None
-    assert not driver.finished
+    assert scheduler.next() is None
+    assert not scheduler.finished
     for job in jobs:
-        driver.complete(job.number, dict.fromkeys(job.keys, Failure("data", "lost")))
+        scheduler.complete(job.number, dict.fromkeys(job.keys, Failure("data", "lost")))
     assert world.states() == ["failed"] * 3
-    assert driver.peek() is None
-    assert driver.finished
+    assert scheduler.peek() is None
+    assert scheduler.finished
 
 
-def test_a_job_has_no_more_texts_than_go_together(world):
-    driver = world.driver(sweep("grip", seeds=range(30)))
-    jobs = [driver.next(), driver.next()]
+def test_a_job_has_at_most_the_class_texts_of_one_pass(world):
+    scheduler = world.scheduler(sweep("grip", seeds=range(30)))
+    jobs = [scheduler.next(), scheduler.next()]
     assert [len(job.trials) for job in jobs] == [25, 5]  # 10 names each; 256 texts
 
 
-def test_a_cell_whose_images_are_not_there_waits_and_the_others_go_on(world):
-    cells, there = cells_of(sweep("cpl", "fpl", seeds=(1,))), {"digits-ul-text-fpl"}
-    rank = {cell.id: place for place, cell in enumerate(cells)}
-    more = (lambda under_way: True, lambda spec: None, {}, lambda cell: cell.id in there, rank)
-    driver = world.driver(sweep("cpl", "fpl", seeds=(1,)), *more)
-    first = driver.next()
+def test_a_cell_without_its_images_waits_and_the_other_cells_run(world):
+    cells, ready = cells_of(sweep("cpl", "fpl", seeds=(1,))), {"digits-ul-text-fpl"}
+    rank = {cell.id: index for index, cell in enumerate(cells)}
+    more = (lambda jobs: True, lambda spec: None, {}, lambda cell: cell.id in ready, rank)
+    scheduler = world.scheduler(sweep("cpl", "fpl", seeds=(1,)), *more)
+    first = scheduler.next()
     assert first.cell == "digits-ul-text-fpl"
-    assert driver.next() is None
-    driver.complete(first.number, dict.fromkeys(first.keys, Failure("data", "lost")))
-    assert driver.next() is None
-    assert not driver.finished
-    there.add("digits-ul-text-cpl")
-    second = driver.next()
+    assert scheduler.next() is None
+    scheduler.complete(first.number, dict.fromkeys(first.keys, Failure("data", "lost")))
+    assert scheduler.next() is None
+    assert not scheduler.finished
+    ready.add("digits-ul-text-cpl")
+    second = scheduler.next()
     assert second.cell == "digits-ul-text-cpl"
-    driver.complete(second.number, dict.fromkeys(second.keys, Failure("data", "lost")))
-    assert driver.peek() is None
-    assert driver.finished
+    scheduler.complete(second.number, dict.fromkeys(second.keys, Failure("data", "lost")))
+    assert scheduler.peek() is None
+    assert scheduler.finished
 
 
-def test_of_cells_that_are_ready_the_first_in_rank_comes_first(world):
+def test_ready_cells_run_in_the_order_of_their_rank(world):
     cells = cells_of(sweep("cpl", "fpl", seeds=(1,)))
-    rank = {cell.id: -place for place, cell in enumerate(cells)}
-    more = (lambda under_way: True, lambda spec: None, {}, lambda cell: True, rank)
-    driver = world.driver(sweep("cpl", "fpl", seeds=(1,)), *more)
-    assert [driver.next().cell for _ in cells] == [cell.id for cell in reversed(cells)]
+    rank = {cell.id: -index for index, cell in enumerate(cells)}
+    more = (lambda jobs: True, lambda spec: None, {}, lambda cell: True, rank)
+    scheduler = world.scheduler(sweep("cpl", "fpl", seeds=(1,)), *more)
+    assert [scheduler.next().cell for _ in cells] == [cell.id for cell in reversed(cells)]
 
 
-def test_what_fails_beside_others_is_tried_again_alone(world):
-    driver = world.driver(sweep("grip", seeds=(1, 2, 3)))
-    job = driver.next()
+def test_a_trial_that_fails_beside_others_is_retried_alone(world):
+    scheduler = world.scheduler(sweep("grip", seeds=(1, 2, 3)))
+    job = scheduler.next()
     lost = job.keys[2]
     for spec, key in zip(job.trials, job.keys, strict=True):
         if key != lost:
             run_trial(spec, world.store)
-    driver.complete(job.number, {lost: Failure("infra", "the process that ran it died")})
+    scheduler.complete(job.number, {lost: Failure("infra", "the process that ran it died")})
     assert world.states() == ["done"] * 2
-    again = driver.next()
+    again = scheduler.next()
     assert (again.keys, again.point) == ((lost,), job.point)
-    driver.complete(again.number, world.run(again))
+    scheduler.complete(again.number, world.run(again))
     assert world.states() == ["done"] * 3
-    assert driver.next() is None
+    assert scheduler.next() is None
 
 
 # ---------------------------------------------------------------- pruning
 
 
 def pruning(rule: Any = "halving", points: int = 8, width: int = 4, **more: Any) -> SweepSpec:
-    """Rounds of four lengths, three iterations each, compared after the first and the second."""
+    """A sweep with rounds of four lengths; points are compared after iterations 1 and 2 of 3."""
     lengths = (Dimension(key="prompt.length", values=(1, 2, 3, 4, 5, 6, 7, 8)),)
     search = Search(
         sampler="grid",
@@ -599,8 +601,8 @@ def pruning(rule: Any = "halving", points: int = 8, width: int = 4, **more: Any)
 
 def pruned_at(world: World) -> dict[int, int]:
     """The rung of each point that was pruned."""
-    found = {o.slot.point: o.pruned.rung for o in world.outcomes if o.pruned is not None}
-    return dict(sorted(found.items()))
+    rungs = {o.slot.point: o.pruned.rung for o in world.outcomes if o.pruned is not None}
+    return dict(sorted(rungs.items()))
 
 
 def decisions(world: World) -> list[tuple[int, dict[str, float], list[int]]]:
@@ -608,28 +610,30 @@ def decisions(world: World) -> list[tuple[int, dict[str, float], list[int]]]:
     return [(e["rung"], e["values"], e["pruned"]) for e in events]
 
 
-def in_some_order(
-    world: World, driver: TrialScheduler, pick: Callable[[list[Job]], int]
+def run_in_order(
+    world: World, scheduler: TrialScheduler, pick: Callable[[list[Job]], int]
 ) -> list[Job]:
-    """Run all, with as many jobs at a time as there are; `pick` says which ends next."""
+    """Run all jobs, as many at a time as possible; `pick` chooses the job that ends next."""
     running: list[Job] = []
-    every: list[Job] = []
-    while not driver.finished:
-        while (job := driver.next()) is not None:
+    jobs: list[Job] = []
+    while not scheduler.finished:
+        while (job := scheduler.next()) is not None:
             running.append(job)
-            every.append(job)
+            jobs.append(job)
         if running:
             job = running.pop(pick(running))
-            driver.complete(job.number, world.run(job))
-    return every
+            scheduler.complete(job.number, world.run(job))
+    return jobs
 
 
 @pytest.fixture
 def fits(monkeypatch) -> list[int]:
-    """Grows by one with each iteration of a trial."""
-    fit, found = method.fit, []
-    monkeypatch.setattr(method, "fit", lambda asked: found.extend([1] * len(asked)) or fit(asked))
-    return found
+    """A list that grows by one with each iteration of a trial."""
+    fit, calls = method.fit, []
+    monkeypatch.setattr(
+        method, "fit", lambda trainings: calls.extend([1] * len(trainings)) or fit(trainings)
+    )
+    return calls
 
 
 @pytest.mark.parametrize("rule", ["halving", "median"])
@@ -637,36 +641,36 @@ def test_the_same_points_are_pruned_in_whatever_order_trials_end(
     world, tmp_path, prepared, resolver, rule
 ):
     spec = pruning(rule, seeds=(1, 2))
-    in_some_order(world, world.driver(spec), lambda running: 0)
+    run_in_order(world, world.scheduler(spec), lambda running: 0)
     assert pruned_at(world)
     other = World(tmp_path / "other", prepared, resolver)
-    in_some_order(other, other.driver(spec), lambda running: len(running) - 1)
+    run_in_order(other, other.scheduler(spec), lambda running: len(running) - 1)
     assert decisions(other) == decisions(world)
     assert pruned_at(other) == pruned_at(world)
-    assert other.told() == world.told()
+    assert other.points() == world.points()
 
 
-def test_half_of_a_round_stops_at_each_rung_and_the_default_goes_on(world, fits):
-    jobs = world.run_all(world.driver(pruning(seeds=(1,))))
+def test_half_of_a_round_stops_at_each_rung_and_the_default_continues(world, fits):
+    jobs = world.run_all(world.scheduler(pruning(seeds=(1,))))
     (first, of_first, gone), (second, of_second, _), *_ = decisions(world)
     assert (first, second) == (1, 2)
     assert of_first.keys() == {"0", "1", "2", "3"}
     best = sorted(of_first, key=lambda number: (-of_first[number], int(number)))[:2]
     assert sorted(gone) == sorted(set(range(4)) - {0, *map(int, best)})
     assert of_second.keys() == {str(n) for n in range(4) if n not in gone}
-    # The values are those of the trials at that iteration, and nobody computes one twice.
+    # No iteration is computed twice.
     stopped = pruned_at(world)
     assert 0 not in stopped
     assert len(fits) == sum(stopped.get(number, 3) for number in range(8)) < 8 * 3
-    assert [job.segments.until for job in jobs if job.point == 0] == [1, 2, None]
+    assert [job.segments.stop_after for job in jobs if job.point == 0] == [1, 2, None]
     assert sum(job.share for job in jobs if job.point == 0) == pytest.approx(1)
 
 
-def test_the_sampler_hears_of_a_pruned_point_and_where_it_stood(world):
-    world.run_all(world.driver(pruning(seeds=(1,))))
+def test_the_study_has_pruned_points_with_their_objectives(world):
+    world.run_all(world.scheduler(pruning(seeds=(1,))))
     stopped = pruned_at(world)
     values = {(rung, n): v for rung, of, _ in decisions(world) for n, v in of.items()}
-    for trial in world_study(world):
+    for trial in study_trials(world):
         number = trial.user_attrs["point"]
         if number in stopped:
             assert trial.state == TrialState.PRUNED
@@ -675,8 +679,8 @@ def test_the_sampler_hears_of_a_pruned_point_and_where_it_stood(world):
         else:
             assert trial.state == TrialState.COMPLETE
             assert trial.value == mean_of(world, number)
-    told = [e for e in world.event_log.events() if e["event"] == "round_told"]
-    assert sorted(n for event in told for n in event["pruned"]) == list(stopped)
+    rounds = [e for e in world.event_log.events() if e["event"] == "round_told"]
+    assert sorted(n for event in rounds for n in event["pruned"]) == list(stopped)
 
 
 def mean_of(world: World, number: int) -> float:
@@ -686,7 +690,7 @@ def mean_of(world: World, number: int) -> float:
 
 def test_pruned_points_are_counted_by_the_plan_and_are_not_run_again(world):
     spec = pruning(seeds=(1, 2))
-    world.run_all(world.driver(spec))
+    world.run_all(world.scheduler(spec))
     plan = plan_sweep(spec, world.store, world.resolver, world.event_log)
     assert plan.total == 16
     assert len(plan.pruned) == 2 * len(pruned_at(world)) > 0
@@ -694,71 +698,71 @@ def test_pruned_points_are_counted_by_the_plan_and_are_not_run_again(world):
     assert plan.to_run == 0
     points = {trial.point for trial in finished_trials(plan, world.store)}
     assert points == set(range(8)) - pruned_at(world).keys()
-    # A seed that is added goes to the points that went on.
+    # An added seed runs for the points that were not pruned.
     more = pruning(seeds=(1, 2, 3))
     plan = plan_sweep(more, world.store, world.resolver, world.event_log)
     assert plan.to_run == 8 - len(pruned_at(world))
-    jobs = world.run_all(world.driver(more))
+    jobs = world.run_all(world.scheduler(more))
     assert len(jobs) == plan.to_run
-    assert {job.segments.until for job in jobs} == {None}
+    assert {job.segments.stop_after for job in jobs} == {None}
 
 
-def test_a_point_with_a_failed_trial_is_not_compared_and_ends_with_what_it_has(world):
+def test_a_point_with_a_failed_trial_is_not_compared_at_rungs(world):
     spec = pruning(seeds=(1, 2), points=4)
-    driver = world.driver(spec)
-    jobs = world.run_all(driver, lambda s: s.seed == 2 and s.prompt.length == 2)
+    scheduler = world.scheduler(spec)
+    jobs = world.run_all(scheduler, lambda s: s.seed == 2 and s.prompt.length == 2)
     (_, values, _), *_ = decisions(world)
     lost = {j.point for j in jobs for s in j.trials if s.prompt.length == 2}
     assert len(lost) == 1
     assert not {str(n) for n in lost} & values.keys()
     assert [o.state for o in world.outcomes if o.slot.point in lost] == ["failed", "done"]
-    assert [value for number, _, value in world.told() if number in lost] == [None]
+    assert [value for number, _, value in world.points() if number in lost] == [None]
 
 
-def test_what_another_sweep_ran_whole_is_pruned_like_the_rest(
+def test_whole_trials_of_another_sweep_are_pruned_like_new_ones(
     world, tmp_path, prepared, resolver, fits
 ):
-    """Or the same seed would prune other points in a store that is not empty."""
-    world.run_all(world.driver(pruning(seeds=(1,), points=4)))
+    """Otherwise a store that is not empty would change which points are pruned."""
+    world.run_all(world.scheduler(pruning(seeds=(1,), points=4)))
     other = World(tmp_path / "whole", prepared, resolver)
     spec = pruning(seeds=(1,), points=4)
     whole = replace(spec, search=replace(spec.search, pruning=None))
-    other.run_all(other.driver(whole))
+    other.run_all(other.scheduler(whole))
     other.event_log = EventLog(tmp_path / "another")
     other.event_log.folder.mkdir()
     before = len(fits)
-    other.run_all(other.driver(spec))
+    other.run_all(other.scheduler(spec))
     assert decisions(other) == decisions(world)
-    assert len(fits) - before == 4 + 2  # to each rung, and no further
+    assert len(fits) - before == 4 + 2  # up to each rung, and no further
 
 
-def test_a_search_that_no_longer_prunes_takes_over_what_was_run_whole(world, fits):
+def test_a_search_without_its_pruning_reuses_whole_trials_and_completes_pruned_ones(world, fits):
     spec = pruning(seeds=(1,), points=4)
-    world.run_all(world.driver(spec))
+    world.run_all(world.scheduler(spec))
     paid = len(fits)
     whole = replace(spec, search=replace(spec.search, pruning=None))
     assert plan_sweep(whole, world.store, world.resolver, world.event_log).pruned == {}
-    world.run_all(world.driver(whole))
+    world.run_all(world.scheduler(whole))
     assert world.states().count("pruned") == 0
-    assert len(fits) == 4 * 3  # pruned trials went on from where they had stopped
+    assert len(fits) == 4 * 3  # pruned trials resumed from their checkpoints
     assert paid < len(fits)
 
 
 # ---------------------------------------------------------------- images
 
 
-def test_trials_read_images_that_were_drawn_before(world, drawn_digits):
+def test_trials_read_images_that_were_drawn_before_them(world, drawn_digits):
     fixed = {"generator": f"folder:{drawn_digits}", "images_per_class": 8, "iterations": 1}
-    driver = world.driver(sweep("zero_shot_aux", "air", seeds=(1,), fixed=fixed))
+    scheduler = world.scheduler(sweep("zero_shot_aux", "air", seeds=(1,), fixed=fixed))
     worker = WorkerContext(world.store)
-    jobs = [driver.next(), driver.next()]
+    jobs = [scheduler.next(), scheduler.next()]
     row = jobs[0].trials[0].synthetic_features
     assert row == jobs[1].trials[0].synthetic_features
     generator = open_generator(row.images, worker)
     for c in range(10):
         build_image_block(row, c, 0, worker, lambda: generator)
     for job in jobs:
-        driver.complete(job.number, world.run(job))
+        scheduler.complete(job.number, world.run(job))
     assert world.states() == ["done", "done"]
     for outcome in world.outcomes:
         assert outcome.record.metrics["synthetic/images"] == 80

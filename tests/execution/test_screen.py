@@ -1,4 +1,4 @@
-"""What a running sweep says, where nobody watches a terminal."""
+"""Lines of a running sweep off a terminal."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch) -> Clock:
-    found = Clock()
-    monkeypatch.setattr(screen, "time", found)
-    monkeypatch.setattr(progress, "time", found)
-    return found
+    fake = Clock()
+    monkeypatch.setattr(screen, "time", fake)
+    monkeypatch.setattr(progress, "time", fake)
+    return fake
 
 
-def test_a_long_thing_is_told_with_the_time_that_is_left(clock, capsys):
+def test_progress_of_long_work_has_the_remaining_time(clock, capsys):
     lines = screen.Screen()
     lines.progress("LoRA a", 10, 110)
     clock.now += 20
@@ -31,14 +31,14 @@ def test_a_long_thing_is_told_with_the_time_that_is_left(clock, capsys):
     clock.now += 1
     lines.progress("LoRA a", 31, 110)  # too soon for another line
     clock.now += 79
-    lines.progress("LoRA a", 110, 110)  # what is ready is told by `prepared` and `outcome`
+    lines.progress("LoRA a", 110, 110)  # `prepared` and `outcome` report finished work
     assert capsys.readouterr().err.splitlines() == [
         "LoRA a: 10/110",
         "LoRA a: 30/110, about 1:20 left",
     ]
 
 
-def test_the_longer_it_takes_the_rarer_are_the_lines(clock, capsys):
+def test_the_longer_work_takes_the_rarer_are_its_lines(clock, capsys):
     lines = screen.Screen()
     for second in range(3600):
         lines.progress("trial a", second, 3601)
@@ -46,40 +46,42 @@ def test_the_longer_it_takes_the_rarer_are_the_lines(clock, capsys):
     assert 30 < len(capsys.readouterr().err.splitlines()) < 60
 
 
-def test_who_waits_for_somebody_says_so_and_the_longer_the_rarer(capsys):
+def test_waiting_for_another_process_is_reported_and_more_rarely_over_time(capsys):
     lines = screen.Screen()
     for second in range(5, 3600):
-        lines.waiting("LoRA a", "team/other (there, process 7)", second)
-    lines.waiting("LoRA a", "team/third (there, process 8)", 5)
-    said = capsys.readouterr().err.splitlines()
-    assert said[0] == "LoRA a: team/other (there, process 7) makes it, waiting for 0:05"
-    assert said[-1] == "LoRA a: team/third (there, process 8) makes it, waiting for 0:05"
-    assert len(said) == 11
+        lines.waiting("LoRA a", "team/other (host, process 7)", second)
+    lines.waiting("LoRA a", "team/third (host, process 8)", 5)
+    printed = capsys.readouterr().err.splitlines()
+    assert printed[0] == "LoRA a: waiting for team/other (host, process 7) to make it (0:05 so far)"
+    assert (
+        printed[-1] == "LoRA a: waiting for team/third (host, process 8) to make it (0:05 so far)"
+    )
+    assert len(printed) == 11
 
 
-@pytest.mark.parametrize("kind", [screen.Screen, screen.Bars])
-def test_a_message_does_not_steer_the_terminal(kind, capsys):
-    kind().say("a\x1b]0;pwned\x07.png cannot be read")
+@pytest.mark.parametrize("kind", [screen.Screen, screen.BarScreen])
+def test_control_characters_in_a_message_are_escaped(kind, capsys):
+    kind().message("a\x1b]0;pwned\x07.png cannot be read")
     assert capsys.readouterr().err == "a\\u001b]0;pwned\\u0007.png cannot be read\n"
 
 
-def test_short_work_leaves_no_note_and_long_work_one_a_second(clock):
-    written = []
+def test_short_work_sends_no_report_and_long_work_one_each_second(clock):
+    sent = []
 
     class Remote:
         class write:
             @staticmethod
             def remote(name, kind, done, total):
                 assert kind == "progress"
-                written.append((name, done, total))
+                sent.append((name, done, total))
 
-    note = progress.Note(Remote(), "trial a")
-    note.share(0.5)
-    note.share(1.0)
-    assert written == []
-    note = progress.Note(Remote(), "trial b")
+    reporter = progress.ProgressReporter(Remote(), "trial a")
+    reporter.report_fraction(0.5)
+    reporter.report_fraction(1.0)
+    assert sent == []
+    reporter = progress.ProgressReporter(Remote(), "trial b")
     for tenth in range(201):
-        note.share(tenth / 200)
+        reporter.report_fraction(tenth / 200)
         clock.now += 0.1
-    assert 4 <= len(written) <= 8
-    assert written[-1] == ("trial b", 100, 100)
+    assert 4 <= len(sent) <= 8
+    assert sent[-1] == ("trial b", 100, 100)

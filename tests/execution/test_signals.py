@@ -1,4 +1,4 @@
-"""A signal stops a run, also where other code drops what its handler raises."""
+"""A signal stops a run even if other code drops the exception of its handler."""
 
 from __future__ import annotations
 
@@ -10,41 +10,41 @@ import pytest
 
 from tests.helpers.sweeps import TIMEOUT, environment
 
-DEAF = """
+SCRIPT = """
 import os, signal, sys, time
-from orchestrator.execution import (driver)
-from orchestrator.execution._run import Run
+from orchestrator.execution._signals import handle_signals, restore_interrupts
+from orchestrator.execution._state import RunState
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-run = Run(*[None] * 7)
-driver._heed_signals(run)
+state = RunState(*[None] * 7)
+handle_signals(state)
 try:
     try:
         os.kill(os.getpid(), int(sys.argv[1]))
         time.sleep(5)
     except BaseException:
         pass  # as Ray's callbacks and Python's finalizers do
-    run.check()  # the driver's loop calls it some ten times a second
-    print("went on")
+    state.check()  # the driver calls it about ten times a second
+    print("not stopped")
 except KeyboardInterrupt:
-    print("interrupted", run.stopped)
+    print("interrupted", state.signal_exit_code)
 except SystemExit as stop:
-    print("exit", stop.code, run.stopped)
-driver._restore_interrupts()
+    print("exit", stop.code, state.signal_exit_code)
+restore_interrupts()
 print("closed", signal.getsignal(signal.SIGINT) is signal.default_int_handler)
 """
 
 
 @pytest.mark.parametrize(
-    ("number", "said"),
+    ("number", "output"),
     [(signal.SIGINT, "interrupted 130"), (signal.SIGTERM, "exit 143 143")],
 )
-def test_a_signal_that_is_dropped_is_raised_again(number, said):
+def test_a_dropped_signal_is_raised_again(number, output):
     done = subprocess.run(
-        [sys.executable, "-c", DEAF, str(int(number))],
+        [sys.executable, "-c", SCRIPT, str(int(number))],
         capture_output=True,
         text=True,
         env=environment(),
         timeout=TIMEOUT,
         check=True,
     )
-    assert done.stdout.splitlines() == [said, "closed True"]
+    assert done.stdout.splitlines() == [output, "closed True"]

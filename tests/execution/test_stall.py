@@ -1,4 +1,4 @@
-"""Who waits for what others hold hears so; who works is left alone."""
+"""A run that waits for taken resources is reported; a run that works is not."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from orchestrator.execution import _stall as stall
-from orchestrator.execution._stall import Stall, wanting
+from orchestrator.execution._stall import StallMonitor, shortage
 from orchestrator.spec import Resources
 from orchestrator.spec.sweep import GeneratorResources, TrialResources
 
@@ -17,33 +17,33 @@ GPU = Resources(
 
 
 @pytest.mark.parametrize(
-    ("free", "said"),
+    ("free", "message"),
     [
         ({"CPU": (4, 8), "GPU": (1, 2), "sd": (1, 1)}, ""),
-        ({"CPU": (0, 8), "GPU": (1, 2), "sd": (1, 1)}, "a trial asks for 1 CPU and 0 of 8"),
-        ({"CPU": (4, 8), "GPU": (0.5, 2), "sd": (1, 1)}, "a generator asks for 1 GPU and 0.5 of 2"),
-        ({"CPU": (4, 8), "GPU": (1, 2)}, "a generator asks for 1 sd and 0 of 0"),
+        ({"CPU": (0, 8), "GPU": (1, 2), "sd": (1, 1)}, "a trial needs 1 CPU, but 0 of 8"),
+        ({"CPU": (4, 8), "GPU": (0.5, 2), "sd": (1, 1)}, "a generator needs 1 GPU, but 0.5 of 2"),
+        ({"CPU": (4, 8), "GPU": (1, 2)}, "a generator needs 1 sd, but 0 of 0"),
     ],
 )
-def test_what_is_taken_is_named_with_who_asks_for_it(free, said):
-    assert wanting(GPU, free).startswith(said)
-    assert bool(wanting(GPU, free)) == bool(said)
+def test_the_message_names_the_taken_resource_and_the_process_that_needs_it(free, message):
+    assert shortage(GPU, free).startswith(message)
+    assert bool(shortage(GPU, free)) == bool(message)
 
 
-def test_it_is_said_once_nothing_has_happened_for_a_while_and_not_while_something_does(monkeypatch):
-    now, said = [1000.0], []
+def test_a_stall_is_reported_after_a_minute_without_progress_and_then_more_rarely(monkeypatch):
+    now, messages = [1000.0], []
     monkeypatch.setattr(stall, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    watch = Stall(Resources(), lambda: {"CPU": (0, 2)}, said.append)
+    monitor = StallMonitor(Resources(), lambda: {"CPU": (0, 2)}, messages.append)
     for _ in range(60):
         now[0] += 10
-        watch.news()
-        watch.check()
-    assert said == []
+        monitor.reset()
+        monitor.check()
+    assert messages == []
     for _ in range(20):
         now[0] += 10
-        watch.check()
-    assert [line.partition(":")[0] for line in said] == [
-        "no news for 60 s",
-        "no news for 120 s",
+        monitor.check()
+    assert [line.partition(":")[0] for line in messages] == [
+        "no progress for 60 s",
+        "no progress for 120 s",
     ]
-    assert "a trial asks for 1 CPU and 0 of 2 are free" in said[0]
+    assert "a trial needs 1 CPU, but 0 of 2 are free" in messages[0]

@@ -1,4 +1,4 @@
-"""Recorded sweeps whose trials were written rather than trained: real store, ledger and records."""
+"""Recorded sweeps whose records are written without training: real store, event log and records."""
 
 from __future__ import annotations
 
@@ -32,40 +32,38 @@ def recorded(
     accuracy: Accuracy,
     done: Callable[[int], bool] = lambda index: True,
 ) -> None:
-    """A sweep that was run.
+    """Write a recorded sweep into a store.
 
     Args:
-        body: of its file, below version and name.
-        accuracy: of a slot; images are easy or hard for all methods alike, with noise.
-        done: which trials, by their place in the plan, have a record.
+        body: the sweep file below version and name.
+        accuracy: the accuracy of a slot. Images are equally easy for all methods, up to noise.
+        done: whether a trial, given its index in the plan, has a record.
     """
     sweep = load_sweep(write_sweep(store / "files", name, body))
-    place = location_of(sweep, str(store), None)
-    event_log = place.event_log()
+    location = location_of(sweep, str(store), None)
+    event_log = location.event_log()
     event_log.lock()
-    place.write("spec.yaml", sweep.text)
-    place.write("resolved.json", json.dumps({"sets": [], "only": [], "source": sweep.source}))
-    plan = plan_of(sweep, place)
-    event_log.append(
-        "sweep_started", total=plan.total, spec="", to_run=plan.to_run, asks=plan.request_digest
-    )
+    location.write("spec.yaml", sweep.text)
+    location.write("resolved.json", json.dumps({"sets": [], "only": [], "source": sweep.source}))
+    plan = plan_of(sweep, location)
+    event_log.append("sweep_started", total=plan.total, spec="", to_run=plan.to_run, asks=plan.asks)
     for index, slot in enumerate(plan.slots):
         if done(index):
-            written(slot, place.store, accuracy(slot))
+            write_record(slot, location.store, accuracy(slot))
             event_log.append("trial_done", slot=slot.id, cell=slot.cell.id, key=slot.key.digest)
     event_log.unlock()
 
 
-def written(slot: Slot, store: ArtifactStore, accuracy: float) -> None:
+def write_record(slot: Slot, store: ArtifactStore, accuracy: float) -> None:
     spec = normalised(slot.spec)
     rng = np.random.default_rng(int(slot.key.digest[:12], 16))
     ease = np.random.default_rng(spec.split_seed).random(TESTED)
     labels = (np.arange(TESTED) % 10).astype(np.int32)
-    right = ease + 0.03 * rng.standard_normal(TESTED) < accuracy
-    predictions = np.where(right, labels, (labels + 1) % 10).astype(np.int32)
-    metrics = {"test/accuracy": float(right.mean()), "pseudo/accuracy": accuracy + 0.05}
+    correct = ease + 0.03 * rng.standard_normal(TESTED) < accuracy
+    predictions = np.where(correct, labels, (labels + 1) % 10).astype(np.int32)
+    metrics = {"test/accuracy": float(correct.mean()), "pseudo/accuracy": accuracy + 0.05}
     if spec.fusion_weight > 0:
-        metrics["test/accuracy_fused"] = float(right.mean()) + 0.02
+        metrics["test/accuracy_fused"] = float(correct.mean()) + 0.02
 
     def build(folder: Path) -> dict[str, Any]:
         arrays = {"index": np.arange(TESTED), "predictions": predictions, "labels": labels}
@@ -85,12 +83,12 @@ def by_method(accuracies: Mapping[str, float]) -> Accuracy:
 
 
 def command(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
 ) -> tuple[int, str, str]:
-    """`airsweep ...` in this process: exit code, stdout, stderr."""
+    """Run `airsweep ...` in this process; returns its exit code, stdout and stderr."""
     from orchestrator.__main__ import main
 
-    monkeypatch.setattr(sys, "argv", ["airsweep", *words])
+    monkeypatch.setattr(sys, "argv", ["airsweep", *arguments])
     with pytest.raises(SystemExit) as end:
         main()
     printed = capsys.readouterr()

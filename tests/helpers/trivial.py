@@ -1,11 +1,16 @@
-"""airsweep with work that takes no time: the real planner, driver, ledger, search, store and
-tracker over a trainable that writes numbers from its key. Run like the command.
+"""airsweep with work that takes no time: the real planner, driver, event log, search, store and
+tracker over trials that derive their numbers from their key. Run it like the command:
 
     python -m tests.helpers.trivial run sweep.yaml --store runs
 
-Without words it runs the commands that it reads, each in a fork of itself; `Trivial` asks it to.
-AIRSWEEP_GATE is a folder in which every driver says that it could begin, and waits until `open` is
-there; a trial takes AIRSWEEP_TRIAL_SECONDS.
+Without arguments it reads commands from stdin and runs each in a fork of itself, for `Trivial`.
+
+Environment:
+    AIRSWEEP_GATE: a folder. Every driver writes a file into it when it could start trials, and
+        waits until the file `open` exists.
+    AIRSWEEP_TRIAL_SECONDS: duration of a trial.
+    AIRSWEEP_SAID, AIRSWEEP_FAILS_AS: message and class of the failure of all trials.
+    AIRSWEEP_BUILT: the file to which `count_build` appends.
 """
 
 from __future__ import annotations
@@ -37,7 +42,7 @@ from air_core.specs import SyntheticFeaturesSpec, TrialSpec
 from orchestrator.failures import Failure
 from orchestrator.keys import artifact_key
 from orchestrator.planning import requirements_of
-from orchestrator.stages.trial import WHOLE, Segments, is_over
+from orchestrator.stages.trial import WHOLE_TRIAL, Segments, is_finished
 from orchestrator.store import ArtifactStore
 from orchestrator.store.checkpoints import (
     drop_checkpoint,
@@ -51,40 +56,40 @@ TESTED = 40  # images
 SLOTS = 3  # trials at a time
 
 
-def built(store: ArtifactStore, spec: Any, *block: int) -> None:
-    """Count how often something was computed, of images each block."""
-    place = os.environ.get("AIRSWEEP_BUILT") or store.root / "built.log"
-    with open(place, "a") as handle:
+def count_build(store: ArtifactStore, spec: Any, *block: int) -> None:
+    """Append a line for each time that an artifact, or a block of images, is computed."""
+    file = os.environ.get("AIRSWEEP_BUILT") or store.root / "built.log"
+    with open(file, "a") as handle:
         handle.write(f"{'/'.join(map(str, (artifact_key(spec), *block)))}\n")
 
 
 def objective(spec: TrialSpec, iterations: int) -> dict[str, float]:
-    """As a trial that is no nearer to its end has it."""
-    words = f"{artifact_key(learned_by(spec)).digest} after {iterations}"
-    return {"mutual_information": random.Random(words).random()}
+    """Objectives of a trial after some iterations, the same however many follow."""
+    seed = f"{artifact_key(learned_by(spec)).digest} after {iterations}"
+    return {"mutual_information": random.Random(seed).random()}
 
 
-def run_trial(spec: TrialSpec, store: ArtifactStore, segments: Segments = WHOLE) -> None:
-    lacking = [
+def run_trial(spec: TrialSpec, store: ArtifactStore, segments: Segments = WHOLE_TRIAL) -> None:
+    missing = [
         str(requirement.key)
         for requirement in requirements_of([spec])
         if requirement.have(store) < requirement.total()
     ]
-    assert not lacking, f"{artifact_key(spec)} was started without {lacking}"
+    assert not missing, f"{artifact_key(spec)} was started without {missing}"
     time.sleep(float(os.environ.get("AIRSWEEP_TRIAL_SECONDS", "0")))
-    begun = read_checkpoint(spec, store)
-    end = normalised(spec).iterations if segments.until is None else segments.until
+    checkpoint = read_checkpoint(spec, store)
+    end = normalised(spec).iterations if segments.stop_after is None else segments.stop_after
     with open(store.root / "iterations.log", "a") as handle:
-        if not is_over(spec, store, segments.until):
-            for iteration in range(begun.iterations, end):
+        if not is_finished(spec, store, segments.stop_after):
+            for iteration in range(checkpoint.iterations, end):
                 handle.write(f"{artifact_key(spec)} {iteration}\n")
     passed = {rung: objective(spec, rung) for rung in segments.rungs if rung <= end}
-    if segments.until is not None:
-        keep_checkpoint(spec, store, replace(begun, iterations=end, rungs=passed))
+    if segments.stop_after is not None:
+        keep_checkpoint(spec, store, replace(checkpoint, iterations=end, rungs=passed))
         return
 
     def build(folder: Path) -> dict[str, Any]:
-        built(store, spec)
+        count_build(store, spec)
         rng = np.random.default_rng(int(artifact_key(spec).digest[:12], 16))
         labels = np.arange(TESTED, dtype=np.int32) % 10
         predictions = np.where(rng.random(TESTED) < 0.6, labels, 0).astype(np.int32)
@@ -96,7 +101,7 @@ def run_trial(spec: TrialSpec, store: ArtifactStore, segments: Segments = WHOLE)
             "curves": {"train/loss": [2.0, 1.0], "pseudo/accuracy": [0.4, 0.5]},
             "objectives": {"mutual_information": float(rng.random())},
             "per_class": [1.0] * 10,
-            "rungs": {str(rung): found for rung, found in passed.items()},
+            "rungs": {str(rung): objectives for rung, objectives in passed.items()},
         }
 
     store.get_or_build(spec, build)
@@ -104,9 +109,15 @@ def run_trial(spec: TrialSpec, store: ArtifactStore, segments: Segments = WHOLE)
 
 
 def run_points(
-    scheduler: Any, worker: Any, resources: Any, folder: Path, slots: Any, tick: Any, board: Any
+    scheduler: Any,
+    worker: Any,
+    resources: Any,
+    folder: Path,
+    max_jobs: Any,
+    tick: Any,
+    progress_actor: Any,
 ) -> Any:
-    """Some jobs at a time, in whose order a driver may die."""
+    """Run a few jobs at a time, in a fixed order, so that a driver can die between any two."""
     pass_gate()
     running: list[Any] = []
     while not scheduler.finished:
@@ -116,11 +127,15 @@ def run_points(
         if not running:
             break
         job = running.pop(0)
-        said = os.environ.get("AIRSWEEP_SAID")  # of what all trials fail
-        name = os.environ.get("AIRSWEEP_FAILS_AS", "data")
-        for spec in () if said else job.trials:
-            run_trial(spec, worker.store, job.segments)
-        scheduler.complete(job.number, dict.fromkeys(job.keys, Failure(name, said)) if said else {})
+        message = os.environ.get("AIRSWEEP_SAID")
+        failures: dict[str, Failure] = {}
+        if message:
+            name = os.environ.get("AIRSWEEP_FAILS_AS", "data")
+            failures = dict.fromkeys(job.keys, Failure(name, message))
+        else:
+            for spec in job.trials:
+                run_trial(spec, worker.store, job.segments)
+        scheduler.complete(job.number, failures)
     return types.SimpleNamespace(wall=0.0, overhead=None)
 
 
@@ -132,34 +147,34 @@ def pass_gate() -> None:
 
 
 def prepare(requirements: Any, context: Any) -> Iterator[None]:
-    store, watcher = context.worker.store, context.watcher
+    store, listener = context.worker.store, context.listener
     store.refresh_listings()
     for requirement in requirements:
         if not isinstance(requirement.spec, SyntheticFeaturesSpec):
             if requirement.have(store) < requirement.total():
-                built(store, requirement.spec)
+                count_build(store, requirement.spec)
                 store.get_or_build(requirement.spec, lambda folder: {})
-                watcher.prepared(requirement, 0.0, {})
+                listener.on_prepared(requirement, 0.0, {})
                 yield
             continue
         for c, block in requirement.missing(store):
-            built(store, requirement.spec, c, block)
+            count_build(store, requirement.spec, c, block)
             for spec, suffix in (
                 (requirement.spec.images, ".parquet"),
                 (requirement.spec, ".safetensors"),
             ):
                 store.open_row(spec).publish(c, block, suffix, b"")
-            watcher.prepared(requirement, 0.0, {"drawn": 1, "redrawn": 0, "holes": 0})
+            listener.on_prepared(requirement, 0.0, {"drawn": 1, "redrawn": 0, "holes": 0})
             yield
 
 
-def at_once(result: Any) -> Generator[None, None, Any]:
-    """A coroutine that ends at once."""
+def returning(result: Any) -> Generator[None, None, Any]:
+    """A coroutine that ends at once with a result."""
     yield from ()
     return result
 
 
-def a_pixel() -> bytes:
+def pixel_png() -> bytes:
     png = io.BytesIO()
     Image.new("RGB", (1, 1)).save(png, "PNG")
     return png.getvalue()
@@ -167,16 +182,16 @@ def a_pixel() -> bytes:
 
 @contextmanager
 def ray_session(
-    lost: Any = None, keep: Callable[[], bool] = lambda: False
+    on_death: Any = None, keep_logs: Callable[[], bool] = lambda: False
 ) -> Iterator[tuple[dict[str, float]]]:
     yield ({"CPU": 2.0},)
-    if keep():
+    if keep_logs():
         print("Ray's logs are kept", file=sys.stderr)
 
 
-class Progress:
-    def __init__(self, watcher: Any) -> None:
-        self.board = None
+class ProgressMonitor:
+    def __init__(self, listener: Any) -> None:
+        self.actor = None
 
     def read(self) -> None: ...
 
@@ -190,9 +205,9 @@ MODULES = {
     "orchestrator.execution._tuning": {"run_points": run_points},
     "orchestrator.execution._prepare": {
         "prepare": prepare,
-        "lost_with": lambda requirement: [requirement.spec],
-        "contact_sheet": lambda *of: at_once((a_pixel(), {})),
-        "audit": lambda *of: at_once({}),
+        "failed_specs": lambda requirement: [requirement.spec],
+        "contact_sheet": lambda *arguments: returning((pixel_png(), {})),
+        "audit": lambda *arguments: returning({}),
     },
     "orchestrator.cluster.session": {
         "ray_session": ray_session,
@@ -200,24 +215,25 @@ MODULES = {
         "free_resources": lambda: {"CPU": (2.0, 2.0)},
         "MemoryPeak": MemoryPeak,
     },
-    "orchestrator.execution._progress": {"Progress": Progress},
-    # 0.15 s for each trial, and 1.5 s for each run
+    "orchestrator.execution._progress": {"ProgressMonitor": ProgressMonitor},
+    # The real charts take 0.15 s for each trial and 1.5 s for each run.
     "orchestrator.reporting.charts": {
-        "confusion_picture": lambda *of: b"",
-        "pictures": lambda *of: {},
+        "confusion_picture": lambda *arguments: b"",
+        "pictures": lambda *arguments: {},
     },
-    # Importing the real one costs a second for torch.
+    # The real module imports torch, which takes a second.
     "orchestrator.stages.context": {
-        "Workshop": lambda store, *more: types.SimpleNamespace(store=store),
+        "WorkerContext": lambda store, *arguments: types.SimpleNamespace(store=store),
     },
 }
 
 
 class Trivial:
-    """Runs commands, each in a fork of one process that has imported all: 0.3 s instead of 4 s.
+    """Runs commands, each in a fork of one process that has imported all modules: a command takes
+    0.3 s instead of 4 s.
 
     Args:
-        inside: what the process begins with, such as `nsenter` into other mounts.
+        inside: the prefix of the process's command, such as `nsenter` into other mounts.
     """
 
     def __init__(self, inside: Sequence[str] = ()) -> None:
@@ -232,18 +248,18 @@ class Trivial:
         )
         self._folder = tempfile.TemporaryDirectory(prefix="trivial")
 
-    def run(self, *words: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(self, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         files = [Path(self._folder.name, name) for name in ("stdout", "stderr")]
-        asked = {
-            "words": [*map(str, words)],
+        request = {
+            "arguments": [*map(str, arguments)],
             "environment": environment,
             "files": [*map(str, files)],
         }
-        print(json.dumps(asked), file=self._process.stdin, flush=True)
+        print(json.dumps(request), file=self._process.stdin, flush=True)
         code = int(self._process.stdout.readline())
-        return subprocess.CompletedProcess(words, code, *(file.read_text() for file in files))
+        return subprocess.CompletedProcess(arguments, code, *(file.read_text() for file in files))
 
     def close(self) -> None:
         self._process.communicate()
@@ -251,21 +267,21 @@ class Trivial:
 
 
 def run_forked() -> None:
-    """Run what is asked for on stdin, and say the exit code of each command on stdout."""
+    """Run the commands that stdin has, and print the exit code of each to stdout."""
     import orchestrator
 
     for module in pkgutil.walk_packages(orchestrator.__path__, "orchestrator."):
         if module.name != "orchestrator.__main__" and module.name not in MODULES:
-            with suppress(ImportError):  # of what MODULES leave out, and no command here needs
+            with suppress(ImportError):  # of names that MODULES lack and no command here uses
                 importlib.import_module(module.name)
-    assert threading.active_count() == 1  # a fork has one thread, and would wait for the others
+    assert threading.active_count() == 1  # a fork has one thread, and would wait for others
     for line in sys.stdin:
-        asked = json.loads(line)
+        request = json.loads(line)
         if (pid := os.fork()) == 0:
-            os.environ.update(asked["environment"])
-            for number, file in enumerate(asked["files"], 1):
+            os.environ.update(request["environment"])
+            for number, file in enumerate(request["files"], 1):
                 os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-            sys.argv[1:] = asked["words"]
+            sys.argv[1:] = request["arguments"]
             main()
             sys.exit()
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)

@@ -32,7 +32,7 @@ from orchestrator.planning.search import CellSearch, open_searches
 from orchestrator.spec import Dimension, Resources, SweepSpec, cells_of, presets
 from orchestrator.spec.space import grid_points
 from orchestrator.spec.sweep import GeneratorResources, Pruning, Search, Seeds, TrialResources
-from orchestrator.stages.trial import WHOLE, Segments
+from orchestrator.stages.trial import WHOLE_TRIAL, Segments
 from orchestrator.store import ArtifactStore, EventLog
 from orchestrator.store.checkpoints import Checkpoint, keep_checkpoint
 
@@ -76,13 +76,15 @@ class World:
     def plan(self, sweep: SweepSpec) -> Plan:
         return plan_sweep(sweep, self.store, self.resolver, self.event_log)
 
-    def finish(self, trials: Iterable[TrialSpec], segments: Segments = WHOLE) -> None:
-        """Write the records of trials, or the checkpoints of segments, as a run would."""
+    def finish(self, trials: Iterable[TrialSpec], segments: Segments = WHOLE_TRIAL) -> None:
+        """Give trials a record, as running them would; or what they leave where they stop."""
         for spec in map(normalised, trials):
             rungs = {rung: self.objectives(spec, rung) for rung in segments.rungs}
-            if segments.until is not None:
-                passed = {rung: found for rung, found in rungs.items() if rung <= segments.until}
-                keep_checkpoint(spec, self.store, Checkpoint(segments.until, rungs=passed))
+            if segments.stop_after is not None:
+                passed = {
+                    rung: found for rung, found in rungs.items() if rung <= segments.stop_after
+                }
+                keep_checkpoint(spec, self.store, Checkpoint(segments.stop_after, rungs=passed))
                 continue
             info = {"metrics": {}, "curves": {}, "per_class": [], "rungs": rungs}
             info["objectives"] = self.measured(spec)

@@ -78,7 +78,7 @@ def encode(spec: FeaturesSpec, store: ArtifactStore) -> None:
     def build(folder: Path) -> dict[str, Any]:
         examples = get_dataset(spec.dataset.name).load(None)
         arrays = {
-            "features": WorkerContext(store).encoded(examples.images[:IMAGES], spec),
+            "features": WorkerContext(store).encode(examples.images[:IMAGES], spec),
             "labels": examples.labels[:IMAGES],
             "parts": np.array([PARTS.index(p) for p in examples.parts[:IMAGES]], dtype=np.int8),
         }

@@ -1,5 +1,6 @@
-"""Whatever settings a sweep file may hold: a trial of them learns, or says in a sentence what is
-missing. On the real digits, with drawn images; what is drawn here is the settings."""
+"""A trial of random settings learns, or fails with a sentence that names the cause.
+
+The images are the real digits and digits drawn by the tiny diffusion model."""
 
 from __future__ import annotations
 
@@ -78,21 +79,21 @@ VALUES: dict[str, list[Any]] = {
     "train.synthetic_schedule": ["fade"],
     "generation.block": [1, 4],
 }
-SENTENCES = (  # of what only the images or the names can tell
+EXPECTED_ERRORS = (  # that depend on the images or the class names
     "shorten the name or prompt.length",
     "cannot tell how images of a class differ",
 )
 
 
-def settings(rng: random.Random) -> dict[str, Any]:
+def random_settings(rng: random.Random) -> dict[str, Any]:
     method = rng.choice(sorted(presets.METHODS))
-    chosen = rng.sample(sorted(VALUES), rng.choice([2, 4, 8, 14]))
-    drawn = ALWAYS | {key: rng.choice(VALUES[key]) for key in chosen}
-    free = {k: value for k, value in drawn.items() if k not in presets.METHODS[method].pins}
+    keys = rng.sample(sorted(VALUES), rng.choice([2, 4, 8, 14]))
+    settings = ALWAYS | {key: rng.choice(VALUES[key]) for key in keys}
+    free = {k: value for k, value in settings.items() if k not in presets.METHODS[method].pins}
     return {"method": method} | free
 
 
-def made(requirement: Requirement, worker: WorkerContext) -> None:
+def build(requirement: Requirement, worker: WorkerContext) -> None:
     if isinstance(requirement.spec, FeaturesSpec):
         build_features(requirement.spec, worker)
     elif isinstance(requirement.spec, LabelsSpec):
@@ -110,12 +111,12 @@ def made(requirement: Requirement, worker: WorkerContext) -> None:
                 )
 
 
-def test_any_settings_are_learned_or_refused_in_a_sentence(drawn_digits, tmp_path):
+def test_any_settings_are_learned_or_refused_with_a_sentence(drawn_digits, tmp_path):
     rng, worker = random.Random(0), WorkerContext(ArtifactStore(tmp_path / "runs"))
     resolver, file = Resolver(tmp_path / "digests.json", None), Path(tmp_path / "any.yaml")
     learned = refused = 0
     while learned < TRIALS:
-        fixed = {"generator": f"folder:{drawn_digits}", **settings(rng)}
+        fixed = {"generator": f"folder:{drawn_digits}", **random_settings(rng)}
         file.write_text(yaml.safe_dump({"version": 1, "name": "any", "fixed": fixed}))
         try:
             [cell] = cells_of(load_sweep(file))
@@ -127,12 +128,12 @@ def test_any_settings_are_learned_or_refused_in_a_sentence(drawn_digits, tmp_pat
             for requirement in sorted(
                 requirements_of([trial]), key=lambda requirement: level(requirement.spec)
             ):
-                made(requirement, worker)
+                build(requirement, worker)
             metrics = run_trial(trial, worker.store).metrics
         except Exception as problem:
-            said = f"{type(problem).__name__}: {problem}"
-            if not any(words in said for words in SENTENCES):
-                pytest.fail(f"{said} with {fixed}")
+            message = f"{type(problem).__name__}: {problem}"
+            if not any(words in message for words in EXPECTED_ERRORS):
+                pytest.fail(f"{message} with {fixed}")
         else:
             learned += 1
             assert all(math.isfinite(value) for value in metrics.values()), (metrics, fixed)

@@ -1,4 +1,4 @@
-"""Audit cards of real folders of real digits: what is named, kept, filtered, and said."""
+"""Audit cards of folders of drawn digits: faults, files, filters, messages."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from orchestrator.planning.audit_card import (
 from orchestrator.planning.recorded import read_sweep
 from orchestrator.planning.resolve import images_folder
 from orchestrator.spec import presets
-from orchestrator.stages.auditor import made
+from orchestrator.stages.auditor import make_card
 from orchestrator.stages.audits import audit_cards
 from orchestrator.stages.build import build_features
 from orchestrator.stages.context import WorkerContext
@@ -44,9 +44,9 @@ EACH = 16  # images a class
 DIGITS = get_dataset("digits")
 ZERO, ONE, TWO, THREE, FOUR, FIVE, SIX, SEVEN, EIGHT, NINE = DIGITS.classnames
 BLACK = ((ZERO, 3), (FIVE, 12), (NINE, 15))
-TWICE = ((TWO, 13, 8), (SIX, 9, 5))  # class, image, which it repeats; the second is a JPEG
+TWICE = ((TWO, 13, 8), (SIX, 9, 5))  # class, image, the image it repeats; the second as JPEG
 SWAPPED = ((ZERO, 10, SEVEN, 4), (THREE, 11, EIGHT, 1))
-WRONG = tuple(w for a, i, b, j in SWAPPED for w in ((a, i, b), (b, j, a)))  # looks like the last
+WRONG = tuple(w for a, i, b, j in SWAPPED for w in ((a, i, b), (b, j, a)))  # last: true class
 LEAK = (FOUR, 14)
 PLANTED = {
     *((name, index, "blank") for name, index in BLACK),
@@ -69,14 +69,14 @@ grid: {{method: [zero_shot, cpl]}}
 """
 
 
-def written(image: Image.Image, folder: Path, classname: str, index: int) -> None:
+def save_image(image: Image.Image, folder: Path, classname: str, index: int) -> None:
     (folder / classname).mkdir(parents=True, exist_ok=True)
     image.save(folder / classname / f"{index:03}.png")
 
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory) -> Path:
-    """Digits that the embedded diffusion model has drawn, 16 a class."""
+    """Digits drawn by the embedded diffusion model, 16 in each class."""
     folder = tmp_path_factory.mktemp("drawn")
     flat = presets.defaults("air", {})
     settings = {k.partition(".")[2]: v for k, v in flat.items() if k.startswith("generation.")}
@@ -85,8 +85,8 @@ def drawn(tmp_path_factory) -> Path:
     )
     for name in DIGITS.classnames:
         pixels = generator.generate(name, range(EACH), [0] * EACH)
-        for index, one in enumerate(pixels.numpy()):
-            written(Image.fromarray(one), folder, name, index)
+        for index, image in enumerate(pixels.numpy()):
+            save_image(Image.fromarray(image), folder, name, index)
     return folder
 
 
@@ -98,30 +98,30 @@ def planted(drawn, tmp_path_factory) -> Path:
     examples = DIGITS.load(None)
     split = make_split(examples.labels, examples.parts, SplitSettings(pool="train"))
     for name, index in BLACK:
-        written(Image.new("RGB", (32, 32)), folder, name, index)
+        save_image(Image.new("RGB", (32, 32)), folder, name, index)
     for (name, index, of), form in zip(TWICE, ("PNG", "JPEG"), strict=True):
         buffer = io.BytesIO()
         Image.open(folder / name / f"{of:03}.png").save(buffer, form, quality=90)
-        written(Image.open(buffer), folder, name, index)
-    for one, i, other, j in SWAPPED:
-        here, there = folder / one / f"{i:03}.png", folder / other / f"{j:03}.png"
-        mine = here.read_bytes()
-        here.write_bytes(there.read_bytes())
-        there.write_bytes(mine)
+        save_image(Image.open(buffer), folder, name, index)
+    for a, i, b, j in SWAPPED:
+        first, second = folder / a / f"{i:03}.png", folder / b / f"{j:03}.png"
+        content = first.read_bytes()
+        first.write_bytes(second.read_bytes())
+        second.write_bytes(content)
     c = DIGITS.classnames.index(LEAK[0])
     i = split.test[examples.labels[split.test] == c][7]
-    written(examples.images[int(i)], folder, *LEAK)
+    save_image(examples.images[int(i)], folder, *LEAK)
     return folder
 
 
 @dataclass
 class World:
-    """A store in which the digits have features, and rows of ready images are encoded."""
+    """A store with features of the digits and encoded rows of ready images."""
 
     store: ArtifactStore
 
     def record(self, name: str, folder: Path, body: str = BODY) -> SweepLocation:
-        """A sweep as the driver leaves it when it starts."""
+        """Record a sweep as the driver does at its start."""
         location = SweepLocation(self.store, "default", name, None)
         location.event_log().lock()
         text = body.format(folder=folder, count=EACH)
@@ -159,32 +159,32 @@ def faulty(world, planted) -> SweepLocation:
 # ---------------------------------------------------------------- faults
 
 
-def test_ten_planted_faults_are_all_named_and_hardly_anything_else(world, faulty, command):
-    asked = ("audit", "faulty", "--store", world.store.root)
-    code, out, _ = command(*asked, "--json")
+def test_all_planted_faults_are_flagged_and_few_other_images(world, faulty, command):
+    command_line = ("audit", "faulty", "--store", world.store.root)
+    code, out, _ = command(*command_line, "--json")
     assert code == 0
     [card] = json.loads(out)
-    named = {(one["class"], one["index"], one["reason"]) for one in card["flagged"]}
-    assert named >= PLANTED
+    flagged = {(f["class"], f["index"], f["reason"]) for f in card["flagged"]}
+    assert flagged >= PLANTED
     assert card["images"] == EACH * 10
-    assert len(named - PLANTED) <= 0.02 * card["images"], sorted(named - PLANTED)
-    said = {(one["class"], one["index"]): one for one in card["flagged"]}
+    assert len(flagged - PLANTED) <= 0.02 * card["images"], sorted(flagged - PLANTED)
+    faults = {(f["class"], f["index"]): f for f in card["flagged"]}
     for name, index, reason in PLANTED:
-        one = said[name, index]
-        assert one["file"] == f"{name}/{index:03}.png"
-        assert one["sentence"].startswith(f"{name!r}: image {index} ({name}/{index:03}.png) ")
-        assert (one["value"] is not None) == (reason != "not a number")
+        fault = faults[name, index]
+        assert fault["file"] == f"{name}/{index:03}.png"
+        assert fault["sentence"].startswith(f"{name!r}: image {index} ({name}/{index:03}.png) ")
+        assert (fault["value"] is not None) == (reason != "not a number")
     for name, index, of in TWICE:
-        assert f"image {of} ({name}/{of:03}.png) again" in said[name, index]["sentence"]
+        assert f"repeats image {of} ({name}/{of:03}.png)" in faults[name, index]["sentence"]
     for name, index, looks_like in WRONG:
-        assert f"looks like {looks_like!r}" in said[name, index]["sentence"]
+        assert f"looks like {looks_like!r}" in faults[name, index]["sentence"]
 
 
-def test_the_screen_fits_and_says_the_same(world, faulty, command):
+def test_the_screen_has_80_columns_and_the_same_counts(world, faulty, command):
     code, out, _ = command("audit", "faulty", "--store", world.store.root)
     assert code == 0
     lines = out.splitlines()
-    assert all(len(line) <= 80 for line in lines if "/" not in line)  # a path is not broken
+    assert all(len(line) <= 80 for line in lines if "/" not in line)  # paths are not wrapped
     flat = " ".join(out.split())
     assert "3 blank, 2 duplicate, 4 wrong class" in flat
     assert "copies: 1" in flat
@@ -201,12 +201,12 @@ def test_a_card_has_a_line_for_each_class_with_its_best_and_worst_image(world, f
     assert not swapped & {(line["classname"], line["best"]) for line in card.classes}
 
 
-# ---------------------------------------------------------------- kept
+# ---------------------------------------------------------------- files of a card
 
 
-def test_the_same_images_give_the_same_bytes_and_json_comes_back(world, faulty):
+def test_the_same_images_give_the_same_card_and_json_can_be_read_back(world, faulty):
     [row] = world.rows(faulty)
-    (one, png), (other, again) = (made(row, WorkerContext(world.store)) for _ in range(2))
+    (one, png), (other, again) = (make_card(row, WorkerContext(world.store)) for _ in range(2))
     assert card_json(one) == card_json(other)
     assert png == again
     assert len(png) < SHEET_BYTES
@@ -214,7 +214,7 @@ def test_the_same_images_give_the_same_bytes_and_json_comes_back(world, faulty):
     assert card_json(card_from_json(card_json(one))) == card_json(one)
 
 
-LOOK = """
+SCRIPT = """
 import sys
 from orchestrator.__main__ import main
 sys.argv = ["airsweep", "audit", "faulty", "--store", sys.argv[1]]
@@ -225,14 +225,14 @@ finally:
 """
 
 
-def test_a_card_is_kept_beside_the_sweep_for_the_tracker_and_read_without_torch(world, faulty):
+def test_a_card_is_stored_in_the_sweep_folder_and_read_without_torch(world, faulty):
     audit_cards(*read_sweep(faulty, None))
     [row] = world.rows(faulty)
     files = {file.name: file for file in faulty.folder.glob("audit-*")}
     assert {f"{row.name}.json", f"{row.name}.png"} <= files.keys()
     before = files[f"{row.name}.json"].stat().st_mtime_ns
     done = subprocess.run(
-        [sys.executable, "-c", LOOK, str(world.store.root)],
+        [sys.executable, "-c", SCRIPT, str(world.store.root)],
         capture_output=True, text=True, env=environment(), timeout=300, check=True,
     )  # fmt: skip
     assert "3 blank, 2 duplicate" in " ".join(done.stdout.split())
@@ -257,7 +257,9 @@ def test_a_card_of_fewer_images_or_of_a_damaged_file_is_made_again(world, faulty
 # ---------------------------------------------------------------- the filter
 
 
-def test_what_the_card_says_of_a_filter_is_what_a_trial_does(world, faulty, planted, resolver):
+def test_a_filter_keeps_as_many_images_in_a_trial_as_the_card_states(
+    world, faulty, planted, resolver
+):
     [card] = audit_cards(*read_sweep(faulty, None))
     sweep, location = read_sweep(faulty, None)
     from orchestrator.planning import possible_trials
@@ -281,25 +283,25 @@ def test_what_the_card_says_of_a_filter_is_what_a_trial_does(world, faulty, plan
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
-        ("nobody", "no sweep default/nobody in"),
+        ("unknown", "no sweep default/unknown in"),
         ("none", "reads no synthetic images (cpl, zero_shot), so there is nothing to audit"),
         ("undrawn", "are not drawn yet: 0 of 10 blocks"),
     ],
 )
-def test_what_cannot_be_audited_is_one_sentence_and_exit_code_2(
-    world, drawn, command, name, said, tmp_path
+def test_a_sweep_that_cannot_be_audited_gets_one_sentence_and_exit_code_2(
+    world, drawn, command, name, message, tmp_path
 ):
     if name == "none":
         world.record(name, drawn, NO_IMAGES)
     if name == "undrawn":
         other = tmp_path / "other"
         shutil.copytree(drawn, other)
-        written(Image.new("RGB", (32, 32), "red"), other, ZERO, 0)
+        save_image(Image.new("RGB", (32, 32), "red"), other, ZERO, 0)
         world.record(name, other)
     code, out, err = command("audit", name, "--store", world.store.root)
     assert (code, out) == (2, "")
     assert err.startswith("airsweep: ")
     assert len(err.splitlines()) == 1
-    assert said in err
+    assert message in err

@@ -1,4 +1,4 @@
-"""Image blocks without a cluster: drawn once by whoever comes first, sealed, counted on disk."""
+"""Image blocks without a cluster: drawn once, with checksums and with deaths counted on disk."""
 
 from __future__ import annotations
 
@@ -47,30 +47,32 @@ def store(tmp_path) -> ArtifactStore:
     return ArtifactStore(tmp_path / "runs")
 
 
-def test_a_block_that_two_want_at_once_is_drawn_once(store, drawn_digits):
-    """Locks are of open files, so two threads are to them what two processes are."""
+def test_a_block_that_two_processes_need_at_once_is_drawn_once(store, drawn_digits):
+    """Threads stand for processes, since locks belong to open files."""
     spec = row_of(str(drawn_digits))
     draws = Semaphore(0)
-    go_on = Event()
+    proceed = Event()
 
     def generator():
         draws.release()
-        assert go_on.wait(600)
+        assert proceed.wait(600)
         return generator_of(spec)
 
     with ThreadPoolExecutor(2) as pool:
         block = (spec, 3, 0, WorkerContext(store), generator)
         both = [pool.submit(build_image_block, *block) for _ in range(2)]
         assert draws.acquire(timeout=600)
-        assert not draws.acquire(timeout=0.3)  # who does not wait would have begun by now
-        go_on.set()
-        assert sorted(one.result(600)["drawn"] for one in both) == [0, 2]
+        assert not draws.acquire(
+            timeout=0.3
+        )  # the second would have begun by now if it did not wait
+        proceed.set()
+        assert sorted(future.result(600)["drawn"] for future in both) == [0, 2]
     row = store.row(spec.images)
     assert sorted(p.name for p in row.path.iterdir()) == ["0003-00000.parquet", "row.json"]
     assert list((store.root / "locks").iterdir()) == []
 
 
-def test_shards_and_the_rows_own_word_are_sealed(store, drawn_digits):
+def test_shards_and_the_record_of_a_row_have_checksums(store, drawn_digits):
     spec = row_of(str(drawn_digits))
     build_image_block(spec, 0, 0, WorkerContext(store), lambda: generator_of(spec))
     files = [file for file in store.artifacts.rglob("*") if file.is_file()]
@@ -78,7 +80,7 @@ def test_shards_and_the_rows_own_word_are_sealed(store, drawn_digits):
     assert all(intact(file.read_bytes()) for file in files)
 
 
-def test_a_damaged_shard_is_not_read_and_is_named(store, drawn_digits):
+def test_a_damaged_shard_is_an_error_that_names_it(store, drawn_digits):
     spec = row_of(str(drawn_digits))
     build_image_block(spec, 0, 0, WorkerContext(store), lambda: generator_of(spec))
     shard = store.row(spec).shard(0, 0, ".safetensors")
@@ -89,13 +91,13 @@ def test_a_damaged_shard_is_not_read_and_is_named(store, drawn_digits):
         read_synthetic(spec, 2, store, [0])
 
 
-def test_a_sheet_shows_what_there_is_where_few_images_are_drawn(store, drawn_digits, trial):
+def test_a_contact_sheet_of_few_images_shows_those_that_exist(store, drawn_digits, trial):
     spec, worker = row_of(str(drawn_digits)), WorkerContext(store)
-    for place in ((0, 0), (1, 0), (1, 1)):
-        build_image_block(spec, *place, worker, lambda: generator_of(spec))
+    for shard in ((0, 0), (1, 0), (1, 1)):
+        build_image_block(spec, *shard, worker, lambda: generator_of(spec))
     png, shares = contact_sheet(spec, None, trial("fpl").features, worker)
     sheet = Image.open(io.BytesIO(png)).convert("L")
-    drawn = LABEL_PX + PER_GROUP * (TILE_PX + GAP_PX) + 10  # right of the real ones
+    drawn = LABEL_PX + PER_GROUP * (TILE_PX + GAP_PX) + 10  # right of the real images
     for line in range(2):
         top = HEAD_PX + line * (TILE_PX + GAP_PX)
         tiles = [
@@ -106,7 +108,7 @@ def test_a_sheet_shows_what_there_is_where_few_images_are_drawn(store, drawn_dig
     assert 0 <= shares["synthetic"] <= 1
 
 
-def test_a_block_that_killed_its_processes_fails_and_one_that_merely_failed_does_not_count(
+def test_a_block_that_killed_its_processes_fails_and_exceptions_do_not_count_as_deaths(
     store, drawn_digits
 ):
     spec = row_of(str(drawn_digits))
@@ -119,24 +121,21 @@ def test_a_block_that_killed_its_processes_fails_and_one_that_merely_failed_does
             build_image_block(spec, 0, 0, WorkerContext(store), broken)
     killed = [store.row(spec.images).count_crashes(0, 0, DEATHS) for _ in range(DEATHS)]
     for process in killed:
-        process.__enter__()  # and never comes back
+        process.__enter__()  # and never exits
     with pytest.raises(RuntimeError, match="killed its process 2 times"):
         build_image_block(spec, 0, 0, WorkerContext(store), lambda: generator_of(spec))
-    build_image_block(
-        spec, 0, 0, WorkerContext(store), lambda: generator_of(spec)
-    )  # the next start
+    # The failure has reset the count, so the next run tries again.
+    build_image_block(spec, 0, 0, WorkerContext(store), lambda: generator_of(spec))
     assert list(store.root.rglob("*.tries")) == []
 
 
-def test_features_of_a_dataset_start_no_program_for_postscript(
-    store, resolver, tmp_path, ghostscript
-):
+def test_features_of_a_dataset_do_not_start_ghostscript(store, resolver, tmp_path, ghostscript):
     home = tmp_path / "pets"
     for name in ("cat", "dog"):
         for i in range(60):
             draw(home / name / f"{i:02}.png")
     (home / "dog" / "harmless.jpg").write_bytes(EPS)
     trial = resolver.trial({"dataset": f"folder:{home}", "iterations": 0, "images_per_class": 0})
-    made = build_features(trial.features, WorkerContext(store))
-    assert made.record["info"]["unreadable"] == 1
+    artifact = build_features(trial.features, WorkerContext(store))
+    assert artifact.record["info"]["unreadable"] == 1
     assert not ghostscript.exists()

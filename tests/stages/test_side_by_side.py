@@ -1,4 +1,4 @@
-"""Trials side by side, on the real digits: each has the record and the failure of one alone."""
+"""Trials side by side, on the real digits: each has the same record or failure as alone."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ QUICK = {"train__steps": 4, "prompt__length": 2}
 
 @pytest.fixture(scope="module")
 def features(tmp_path_factory, trial) -> Path:
-    """A store that holds the features of the digits and nothing else."""
+    """A store with the features of the digits."""
     store = ArtifactStore(tmp_path_factory.mktemp("replicas") / "runs")
     build_features(trial("fpl").features, WorkerContext(store))
     return store.root
@@ -52,10 +52,10 @@ def staged(store: ArtifactStore) -> list[Path]:
     return [path for path in (store.artifacts / "trials" / "v2").iterdir() if path.name[0] == "."]
 
 
-def test_seeds_side_by_side_leave_the_records_of_seeds_alone(seeds, store, features, tmp_path):
-    told: dict[int, list[float]] = {0: [], 1: [], 2: []}
+def test_seeds_side_by_side_have_the_same_records_as_seeds_alone(seeds, store, features, tmp_path):
+    progress: dict[int, list[float]] = {0: [], 1: [], 2: []}
     started = time.monotonic()
-    together = run_trials(seeds, store, share_done=lambda place, share: told[place].append(share))
+    together = run_trials(seeds, store, report=lambda index, share: progress[index].append(share))
     took = time.monotonic() - started
     other = ArtifactStore(Path(shutil.copytree(features, tmp_path / "alone")))
     for ours, spec in zip(together, seeds, strict=True):
@@ -74,13 +74,13 @@ def test_seeds_side_by_side_leave_the_records_of_seeds_alone(seeds, store, featu
         np.testing.assert_allclose(ours.prompt(), theirs.prompt(), rtol=1e-3, atol=1e-5)
         assert info(ours)["replicas"] == 3
         assert "replicas" not in info(theirs)
-    # Each is charged for its share, so that hours add up to what was paid.
+    # Each trial has its share of the time, so the sum is the time of the job.
     assert sum(record.seconds for record in together) <= took
     assert sum(record.metrics["time/train_s"] for record in together) <= took
-    assert all(shares == sorted(shares) and shares[-1] == 1 for shares in told.values())
+    assert all(shares == sorted(shares) and shares[-1] == 1 for shares in progress.values())
 
 
-def test_each_fails_alone_and_only_what_is_missing_runs_again(trial, seeds, store):
+def test_each_trial_fails_alone_and_only_missing_trials_run_again(trial, seeds, store):
     nan = replace(seeds[1], train=replace(seeds[1].train, learning_rate=1e38))
     undrawn = trial("air_fpl", images_per_class=4, seed=3, synthetic_weight=0.5, **QUICK)
     first, second, third, fourth = run_trials([seeds[0], nan, undrawn, seeds[0]], store)
@@ -89,14 +89,14 @@ def test_each_fails_alone_and_only_what_is_missing_runs_again(trial, seeds, stor
     assert isinstance(second, FloatingPointError)
     assert isinstance(third, MissingArtifact)
     assert staged(store) == []
-    made = (first.path / "record.json").stat().st_mtime_ns
+    written_at = (first.path / "record.json").stat().st_mtime_ns
     again = run_trials([seeds[0], seeds[2]], store)
-    assert (first.path / "record.json").stat().st_mtime_ns == made
-    assert "replicas" not in info(again[1])  # it was the only one that was missing
+    assert (first.path / "record.json").stat().st_mtime_ns == written_at
+    assert "replicas" not in info(again[1])  # it was the only missing trial
     assert isinstance(run_trials([seeds[1]], store.read_only())[0], MissingArtifact)
 
 
-def test_too_many_for_the_memory_run_one_by_one(seeds, store, monkeypatch):
+def test_trials_that_exceed_the_memory_together_run_one_by_one(seeds, store, monkeypatch):
     fit, sizes = method.fit, []
 
     def small_machine(trainings: Any) -> Any:
@@ -106,11 +106,11 @@ def test_too_many_for_the_memory_run_one_by_one(seeds, store, monkeypatch):
         return fit(trainings)
 
     monkeypatch.setattr(method, "fit", small_machine)
-    assert all(isinstance(one, TrialRecord) for one in run_trials(seeds, store))
+    assert all(isinstance(record, TrialRecord) for record in run_trials(seeds, store))
     assert sizes == [3, 1, 1, 1]
 
 
-def test_prompts_before_the_same_names_go_together_as_far_as_memory_allows(trial):
+def test_prompts_before_the_same_class_names_are_grouped_up_to_the_memory(trial):
     text = [normalised(trial("cpl", seed=seed)) for seed in range(30)]
     rate, longer, visual, zero = (
         normalised(trial("cpl", train__learning_rate=0.5)),
@@ -127,29 +127,33 @@ def test_prompts_before_the_same_names_go_together_as_far_as_memory_allows(trial
     assert [len(group) for group in side_by_side(many, "cpu")] == [1, 1, 1]
 
 
-# ---------------------------------------------------------------- legs
+# ---------------------------------------------------------------- segments
 
 CLOCK = ("time/train_s",)
 
 
-def without_clock(of: Any) -> Any:
-    metrics = {name: value for name, value in of["metrics"].items() if name not in CLOCK}
-    return {**of, "metrics": metrics, "rungs": None}
+def without_clock(info: Any) -> Any:
+    metrics = {name: value for name, value in info["metrics"].items() if name not in CLOCK}
+    return {**info, "metrics": metrics, "rungs": None}
 
 
-def test_a_trial_in_legs_leaves_the_record_of_one_that_was_never_stopped(
+def test_a_trial_in_segments_has_the_same_record_as_one_without_stops(
     trial, store, features, tmp_path, monkeypatch
 ):
     fit, fits = method.fit, []
-    monkeypatch.setattr(method, "fit", lambda asked: fits.append(len(asked)) or fit(asked))
+    monkeypatch.setattr(
+        method, "fit", lambda trainings: fits.append(len(trainings)) or fit(trainings)
+    )
     spec = trial("cpl", seed=1, **{**QUICK, "iterations": 4})
     rungs = (1, 3)
-    assert run_trials([spec], store, segments=Segments(rungs, until=1)) == [None]
+    assert run_trials([spec], store, segments=Segments(rungs, stop_after=1)) == [None]
     assert not store.has(spec)
     assert len(fits) == 1
-    assert run_trials([spec], store, segments=Segments(rungs, until=1)) == [None]  # it is there
+    assert run_trials([spec], store, segments=Segments(rungs, stop_after=1)) == [
+        None
+    ]  # it has a checkpoint
     assert len(fits) == 1
-    assert run_trials([spec], store, segments=Segments(rungs, until=3)) == [None]
+    assert run_trials([spec], store, segments=Segments(rungs, stop_after=3)) == [None]
     passed, seconds = rungs_of(spec, store)
     assert passed.keys() == {1, 3}
     assert seconds > 0
@@ -170,34 +174,38 @@ def test_a_trial_in_legs_leaves_the_record_of_one_that_was_never_stopped(
         assert (ours.path / name).read_bytes() == (theirs.path / name).read_bytes()
 
 
-def test_a_rung_that_a_whole_trial_has_not_noted_is_computed_and_no_more(trial, store, monkeypatch):
-    """Another sweep ran it, without pruning."""
+def test_a_finished_trial_without_objectives_at_a_rung_runs_again_up_to_the_rung(
+    trial, store, monkeypatch
+):
+    """Another sweep, without pruning, ran the trial."""
     spec = trial("cpl", seed=1, **{**QUICK, "iterations": 3})
     [record] = run_trials([spec], store)
     fit, fits = method.fit, []
-    monkeypatch.setattr(method, "fit", lambda asked: fits.append(len(asked)) or fit(asked))
+    monkeypatch.setattr(
+        method, "fit", lambda trainings: fits.append(len(trainings)) or fit(trainings)
+    )
     assert rungs_of(spec, store)[0] == {}
-    run_trials([spec], store, segments=Segments((1,), until=1))
+    run_trials([spec], store, segments=Segments((1,), stop_after=1))
     assert rungs_of(spec, store)[0].keys() == {1}
     assert run_trials([spec], store, segments=Segments((1,))) == [record]
     assert len(fits) == 1
 
 
 def test_the_objective_at_a_rung_is_that_of_a_trial_that_ends_there(trial, store):
-    """Labels of `cpl` do not hang on how many iterations follow, where they do not grow."""
+    """Pseudo-labels of fixed growth do not depend on the number of later iterations."""
     settings = {**QUICK, "pseudo_labels__growth": "fixed"}
     spec = trial("cpl", seed=1, **{**settings, "iterations": 3})
-    run_trials([spec], store, segments=Segments((2,), until=2))
+    run_trials([spec], store, segments=Segments((2,), stop_after=2))
     short = run_trial(trial("cpl", seed=1, **{**settings, "iterations": 2}), store)
     assert rungs_of(spec, store)[0][2] == short.objectives
 
 
-def test_seeds_go_on_side_by_side_from_where_each_stopped(seeds, store):
-    segments = [replace(spec, iterations=3) for spec in seeds]
-    run_trials(segments[:2], store, segments=Segments((2,), until=2))
-    run_trials(segments, store, segments=Segments((2,), until=2))
-    records = run_trials(segments, store, segments=Segments((2,)))
-    for record, most in zip(records, (3, 3, 3), strict=True):
+def test_seeds_resume_side_by_side_each_from_its_checkpoint(seeds, store):
+    trials = [replace(spec, iterations=3) for spec in seeds]
+    run_trials(trials[:2], store, segments=Segments((2,), stop_after=2))
+    run_trials(trials, store, segments=Segments((2,), stop_after=2))
+    records = run_trials(trials, store, segments=Segments((2,)))
+    for record in records:
         assert isinstance(record, TrialRecord)
         assert len(record.curves["train/loss"]) == 3
-        assert info(record)["replicas"] == most
+        assert info(record)["replicas"] == 3

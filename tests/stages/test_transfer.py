@@ -1,4 +1,4 @@
-"""A prompt that was learned on one dataset, tested on another: real small trials."""
+"""Small real trials that test the prompt of one dataset on another dataset."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 
 from air_core.datasets import get_dataset
 from orchestrator.planning.plan import plan_sweep
-from orchestrator.reporting.results import finished_trials
 from orchestrator.reporting.rows import rows
 from orchestrator.spec import SweepSpec
 from orchestrator.spec.sweep import Seeds
@@ -26,7 +25,7 @@ QUICK = {"train.steps": 5, "prompt.length": 2, "iterations": 1, "images_per_clas
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory, drawn_digits) -> Path:
-    """Drawn digits as somebody's dataset of five classes, and so another than the digits."""
+    """Five classes of drawn digits, as a dataset other than the digits."""
     folder = tmp_path_factory.mktemp("others")
     for name in sorted(path.name for path in drawn_digits.iterdir())[:5]:
         shutil.copytree(drawn_digits / name, folder / name)
@@ -35,7 +34,7 @@ def drawn(tmp_path_factory, drawn_digits) -> Path:
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory, resolver, drawn) -> ArtifactStore:
-    """A store with the features of both."""
+    """A store with the features of both datasets."""
     store = ArtifactStore(tmp_path_factory.mktemp("transfer") / "runs")
     for name in ("digits", f"folder:{drawn}"):
         build_features(resolver.trial({**QUICK, "dataset": name}).features, WorkerContext(store))
@@ -50,36 +49,36 @@ def spec(resolver, drawn):
     return make
 
 
-def test_the_prompt_of_one_dataset_meets_the_classes_of_another(spec, store, drawn, tiny_clip):
-    there = run_trial(spec(), store)
-    home = run_trial(replace(spec(), test_dataset=None), store)
-    index, predictions, labels = there.predictions()
+def test_the_prompt_of_one_dataset_is_tested_with_the_classes_of_another(
+    spec, store, drawn, tiny_clip
+):
+    transfer = run_trial(spec(), store)
+    learned = run_trial(replace(spec(), test_dataset=None), store)
+    index, predictions, labels = transfer.predictions()
     target = read_target(spec().test_features, spec().split, store)
     assert np.array_equal(index, target.split.test)
     assert np.array_equal(labels, target.labels[index])
     names = get_dataset(f"folder:{drawn}").classnames
-    weight = tiny_clip.encode_context(torch.from_numpy(home.prompt()), names)
+    weight = tiny_clip.encode_context(torch.from_numpy(learned.prompt()), names)
     assert np.array_equal(predictions, (target.features[index] @ weight.T).argmax(dim=-1))
-    assert there.metrics["test/accuracy"] == (predictions == labels).mean()
-    assert len(there.per_class) == 5
-    # What a search may see is of the dataset that was learned from.
-    assert there.objectives == home.objectives
-    assert not any(name.startswith("test/") for name in there.curves)
+    assert transfer.metrics["test/accuracy"] == (predictions == labels).mean()
+    assert len(transfer.per_class) == 5
+    # Objectives come from the dataset that the prompt was learned on.
+    assert transfer.objectives == learned.objectives
+    assert not any(name.startswith("test/") for name in transfer.curves)
 
 
-def test_one_prompt_is_learned_once_for_all_that_it_is_tested_on(
-    spec, store, drawn, tmp_path, resolver
-):
+def test_a_prompt_is_learned_once_for_all_its_test_datasets(spec, store, drawn, tmp_path, resolver):
     run_trial(spec(seed=2), store)
-    learned = {path.name: path.stat().st_mtime_ns for path in store.artifacts.glob("trials/*/*")}
+    before = {path.name: path.stat().st_mtime_ns for path in store.artifacts.glob("trials/*/*")}
     copy = Path(shutil.copytree(drawn, tmp_path / "copy"))
     next(copy.iterdir()).rename(copy / "another name")
     other = spec(seed=2, test_dataset=f"folder:{copy}")
     build_features(other.test_features, WorkerContext(store))
     run_trial(other, store)
     after = {path.name: path.stat().st_mtime_ns for path in store.artifacts.glob("trials/*/*")}
-    assert learned.items() <= after.items()
-    assert len(after) == len(learned) + 1
+    assert before.items() <= after.items()
+    assert len(after) == len(before) + 1
 
 
 def test_a_table_names_both_and_compares_within_each(store, resolver, drawn, tmp_path):
@@ -93,11 +92,11 @@ def test_a_table_names_both_and_compares_within_each(store, resolver, drawn, tmp
     assert [requirement.have(store) for requirement in plan.requirements] == [1, 1]
     for slot in plan.slots:
         run_trial(slot.spec, store)
-    found = rows(finished_trials(plan, store), None)
-    assert [(row.dataset, row.method) for row in found] == [
+    table = rows(finished_trials(plan, store), None)
+    assert [(row.dataset, row.method) for row in table] == [
         ("digits", "zero_shot"),
         ("digits", "fpl"),
         (f"digits -> folder:{drawn}", "zero_shot"),
         (f"digits -> folder:{drawn}", "fpl"),
     ]
-    assert all(row.settings == {} for row in found)
+    assert all(row.settings == {} for row in table)

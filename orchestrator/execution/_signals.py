@@ -1,0 +1,62 @@
+"""SIGTERM, Ctrl-C and the death of a local Ray: each ends a run in order, with its exit code."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import FAILED, INTERRUPTED, TERMINATED
+from orchestrator.execution._state import RunState
+
+log = logging.getLogger(__name__)
+
+
+def handle_signals(state: RunState) -> None:
+    """Install the handlers of a run. Call it again after `ray.init`, which replaces them."""
+    if not _in_main_thread():
+        return
+    signal.signal(signal.SIGTERM, functools.partial(_on_sigterm, state))
+    if not _sigint_is_ignored():
+        signal.signal(signal.SIGINT, functools.partial(_on_sigint, state))
+
+
+def restore_interrupts() -> None:
+    """Let Ctrl-C raise KeyboardInterrupt again."""
+    if _in_main_thread() and not _sigint_is_ignored():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def on_ray_death(state: RunState, logs: Path) -> None:
+    """End the run after its local Ray has died. Runs on a thread, so it signals the main thread."""
+    state.ray_died = True
+    log.error(
+        "Ray died on this machine: it was killed or ran out of memory; the same command resumes "
+        f"the sweep (Ray's logs: {logs})"
+    )
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+
+
+def _on_sigterm(state: RunState, number: int, frame: Any) -> None:
+    # A second SIGTERM would interrupt the code that records how the run ended.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    state.signal_exit_code = state.signal_exit_code or (FAILED if state.ray_died else TERMINATED)
+    raise SystemExit(state.signal_exit_code)
+
+
+def _on_sigint(state: RunState, number: int, frame: Any) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends at once
+    state.signal_exit_code = state.signal_exit_code or INTERRUPTED
+    raise KeyboardInterrupt
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+def _sigint_is_ignored() -> bool:
+    """Whether SIGINT is ignored, as in a background job of a shell."""
+    return signal.getsignal(signal.SIGINT) is signal.SIG_IGN

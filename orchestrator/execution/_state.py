@@ -1,0 +1,210 @@
+"""State of one `run_sweep` call, and the handlers of its events."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from air_core.specs import TrialSpec
+from orchestrator.errors import FAILED, INTERRUPTED, StoreFull
+from orchestrator.execution._stall import StallMonitor
+from orchestrator.execution.screen import Screen
+from orchestrator.failures import CLASSES, Failure
+from orchestrator.planning import (
+    Outcome,
+    OutcomeTracker,
+    Requirement,
+    Resolver,
+    holds,
+    name_of,
+    requirements_of,
+)
+from orchestrator.planning.budget import BudgetTracker
+from orchestrator.planning.estimate import Pace, Work, stage_work, trial_work
+from orchestrator.spec import SweepSpec
+from orchestrator.store import EventLog, SweepLocation
+
+if TYPE_CHECKING:
+    from orchestrator.cluster.session import MemoryPeak
+    from orchestrator.execution._allocation import Allocation, Pool
+    from orchestrator.execution._progress import ProgressMonitor
+
+
+@dataclass
+class RunStatistics:
+    """Figures of a run for the closing lines of its screen; `outcome.json` has most of them."""
+
+    started: float = field(default_factory=time.monotonic)
+    walls: dict[str, float] = field(default_factory=dict)  # seconds by phase
+    # Seconds and units by stage and kind.
+    work: dict[tuple[str, str], Pace] = field(default_factory=dict)
+    drawn: int = 0
+    redrawn: int = 0
+    holes: int = 0
+    states: dict[str, int] = field(default_factory=dict)
+    overheads: list[float] = field(default_factory=list)
+    pools: list[dict[str, float]] = field(default_factory=list)  # of generators, as `Pool`
+    memory: int = 0  # bytes
+    shares: dict[str, float] = field(default_factory=dict)  # recognised by CLIP, by group
+
+    def add_wall(self, phase: str, seconds: float) -> None:
+        self.walls[phase] = self.walls.get(phase, 0.0) + seconds
+
+    def add_work(self, work: Work, seconds: float, startup: float = 0.0) -> None:
+        pace = Pace(seconds, work.units, max(startup, 0.0), float(startup > 0))
+        before = self.work.get((work.stage, work.kind), Pace(0.0, 0.0))
+        self.work[work.stage, work.kind] = before + pace
+
+
+@dataclass
+class RunState:
+    """State of one `run_sweep` call.
+
+    Listens to preparation (`ProgressListener`) and to the trial scheduler, and passes each event
+    to the event log, the budget, the tracker and the screen.
+    """
+
+    sweep: SweepSpec
+    location: SweepLocation
+    screen: Screen
+    tracker: OutcomeTracker
+    event_log: EventLog
+    resolver: Resolver
+    budget_tracker: BudgetTracker
+    exit_code: int = FAILED  # what an unexpected exception leaves behind
+    statistics: RunStatistics = field(default_factory=RunStatistics)
+    joined_cluster: bool = False  # Ray was there before this run, perhaps on many machines
+    # None until Ray has started.
+    allocation: Allocation | None = None
+    progress: ProgressMonitor | None = None
+    memory_peak: MemoryPeak | None = None
+    stall: StallMonitor | None = None
+    stage: str = ""  # the stage that is being prepared
+    signal_exit_code: int | None = None  # once a signal has come
+    ray_died: bool = False  # the local Ray died
+    failed_requirements: list[tuple[Requirement, Failure]] = field(default_factory=list)
+    skipped_failures: dict[str, Failure] = field(default_factory=dict)  # by slot: not tried again
+    fp32_trials: list[TrialSpec] = field(default_factory=list)  # repeated in fp32 by this run
+    slot_states: dict[str, str] = field(default_factory=dict)
+    process_died: bool = False  # a worker died, so that Ray's logs may explain a failure
+
+    def check(self) -> None:
+        """Show progress or explain a stall. Called about ten times a second.
+
+        Raises:
+            KeyboardInterrupt, SystemExit: a signal came earlier, and other code dropped the
+                exception of its handler, as a callback of Ray or a finalizer does.
+        """
+        if self.signal_exit_code is not None:
+            if self.signal_exit_code == INTERRUPTED:
+                raise KeyboardInterrupt
+            raise SystemExit(self.signal_exit_code)
+        if self.progress is not None and self.stall is not None:
+            self.progress.read()
+            self.stall.check()
+
+    # ---------------------------------------------------------------- ProgressListener
+
+    def on_prepared(self, requirement: Requirement, seconds: float, facts: dict[str, Any]) -> None:
+        self._reset_stall()
+        numbers = {name: value for name, value in facts.items() if isinstance(value, int | float)}
+        self.event_log.append(
+            "artifact_prepared",
+            stage=requirement.stage,
+            key=str(requirement.key),
+            seconds=round(seconds, 3),
+            facts=numbers,
+        )
+        startup = facts.get("startup", 0.0)
+        if startup is not None:
+            self.statistics.add_work(stage_work(requirement.spec), seconds - startup, startup)
+        self.budget_tracker.prepared(requirement.stage, seconds)
+        if requirement.stage == "images":
+            self.statistics.drawn += facts["drawn"]
+            self.statistics.redrawn += facts["redrawn"]
+            self.statistics.holes += facts["holes"]
+        self.screen.prepared(requirement)
+
+    def on_failed(self, requirement: Requirement, failure: Failure) -> None:
+        self.failed_requirements.append((requirement, failure))
+        self.process_died |= failure.failure_class == "infra"
+        self._log_artifact("artifact_failed", requirement, failure)
+        name = name_of(requirement.key)
+        if CLASSES[failure.failure_class].stops_after == 1:
+            raise StoreFull(f"{name}: {failure.message}")
+        self.screen.message(f"{name}: failed ({failure.failure_class}): {failure.message}")
+
+    def on_retried(self, requirement: Requirement, failure: Failure) -> None:
+        self._log_artifact("artifact_retried", requirement, failure)
+        remedy = CLASSES[failure.failure_class].remedy
+        self.screen.message(f"{name_of(requirement.key)}: {failure.message}; {remedy}")
+
+    def on_progress(self, name: str, done: int, total: int) -> None:
+        self._reset_stall()
+        self.screen.progress(name, done, total)
+
+    def on_waiting(self, name: str, holder: str, seconds: float) -> None:
+        self._reset_stall()
+        self.screen.waiting(name, holder, seconds)
+
+    def on_pool_closed(self, pool: Pool) -> None:
+        self.statistics.pools.append(asdict(pool))
+        self.screen.message(f"drew {pool}")
+
+    # ---------------------------------------------------------------- callbacks of TrialScheduler
+
+    def failed_dependency(self, trial: TrialSpec) -> Failure | None:
+        """The failure of an input of a trial, because of which the trial cannot run."""
+        requirements = requirements_of([trial]) if self.failed_requirements else []
+        for failed, failure in self.failed_requirements:
+            if any(holds(requirement.spec, failed.spec) for requirement in requirements):
+                message = f"{name_of(failed.key)} failed: {failure.message}"
+                return Failure(failure.failure_class, message)
+        return None
+
+    def on_outcome(self, outcome: Outcome) -> None:
+        self._reset_stall()
+        # A slot that is repeated in fp32 has two outcomes; the last one counts.
+        self.slot_states[outcome.slot.id] = outcome.state
+        self.statistics.states = dict(Counter(self.slot_states.values()))
+        self.process_died |= outcome.failure_class == "infra" and not outcome.known
+        logged_at = None if outcome.known else self._log_outcome(outcome)
+        if not outcome.known:
+            self._charge(outcome)
+        self.tracker.trial(outcome, logged_at)
+        self.screen.outcome(outcome)
+
+    def _log_outcome(self, outcome: Outcome) -> float:
+        fields: dict[str, Any] = {
+            "slot": outcome.slot.id,
+            "cell": outcome.slot.cell.id,
+            "key": outcome.slot.key.digest,
+        }
+        if outcome.pruned is not None:
+            fields |= {"rung": outcome.pruned.rung, "value": outcome.pruned.value}
+        if outcome.state == "failed":
+            fields |= {"failure_class": outcome.failure_class, "message": outcome.message}
+        return self.event_log.append(f"trial_{outcome.state}", **fields)
+
+    def _charge(self, outcome: Outcome) -> None:
+        """Add the cost of a trial to the budget and the statistics."""
+        if outcome.pruned is not None:
+            self.budget_tracker.trial_pruned(outcome.seconds)
+        if outcome.state == "done" and outcome.record is not None:
+            self.statistics.add_work(trial_work(outcome.slot.spec), outcome.record.seconds)
+            self.budget_tracker.trial_ended(outcome.slot.cell.id, outcome.record.seconds)
+
+    def _reset_stall(self) -> None:
+        if self.stall is not None:
+            self.stall.reset()
+
+    def _log_artifact(self, event: str, requirement: Requirement, failure: Failure) -> None:
+        self.event_log.append(
+            event,
+            key=str(requirement.key),
+            stage=requirement.stage,
+            failure_class=failure.failure_class,
+            message=failure.message,
+        )
