@@ -59,6 +59,7 @@ from orchestrator.planning.disk import full_disk_message
 from orchestrator.planning.estimate import mean_seconds, read_history, record_measurements
 from orchestrator.planning.plan import plan_sweep
 from orchestrator.planning.resolve import text_digest
+from orchestrator.reporting import sweep_status
 from orchestrator.spec import Cell, SweepSpec
 from orchestrator.spec.sweep import JOURNAL, Budget
 from orchestrator.store import (
@@ -69,6 +70,7 @@ from orchestrator.store import (
     read_resolved,
     whoami,
 )
+from orchestrator.store.artifacts import provenance
 from orchestrator.store.location import RESOLVED
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ import torch
 
 from air_core.datasets import get_dataset
 from orchestrator.planning.plan import plan_sweep
+from orchestrator.reporting.results import finished_trials
 from orchestrator.reporting.rows import rows
 from orchestrator.spec import SweepSpec
 from orchestrator.spec.sweep import Seeds
