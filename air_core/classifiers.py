@@ -61,7 +61,7 @@ def text_classifier(
 
 
 @dataclass(frozen=True)
-class Remembered:
+class CachedClassifier:
     """A frozen classifier that computes the logits of a batch once: towers are slow."""
 
     classifier: Classifier

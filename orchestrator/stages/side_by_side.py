@@ -8,6 +8,7 @@ data, random numbers, record and failure.
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from air_core.normal import normalised
 from air_core.specs import TrialSpec
 from orchestrator.keys import artifact_key
 from orchestrator.spec.sweep import ENCODER_BATCH
-from orchestrator.stages.trial import WHOLE, Segments, is_over, recorded
+from orchestrator.stages.trial import WHOLE, Segments, TrialRun, is_over, open_trial, run_trial
 from orchestrator.store import ArtifactStore, TrialRecord, read_trial
 from orchestrator.store.checkpoints import learned_by
 
@@ -95,11 +96,32 @@ def _problems(
     batch: int,
     segments: Segments,
 ) -> dict[TrialSpec, Exception]:
-    """Run and record some trials side by side; what went wrong, where something did."""
+    """Run and record trials side by side; the exception of each trial that fails."""
     # torch is needed here only: a point that has its records must not cost its import.
-    from air_core.method import learn_together
+    from air_core.side_by_side import learn_side_by_side
 
-    ends = learn_together(
-        [recorded(spec, store, device, told[spec], len(group), batch, segments) for spec in group]
-    )
-    return {spec: end for spec, end in zip(group, ends, strict=True) if end is not None}
+    problems: dict[TrialSpec, Exception] = {}
+    runs: list[tuple[TrialSpec, ExitStack, TrialRun]] = []
+    with ExitStack() as group_stack:
+        for spec in group:
+            stack = group_stack.enter_context(ExitStack())
+            try:
+                if spec.test_dataset is not None:
+                    run_trial(spec, store, device, told[spec])
+                    continue
+                run = stack.enter_context(
+                    open_trial(spec, store, device, told[spec], len(group), batch, segments)
+                )
+            except Exception as problem:
+                problems[spec] = problem
+            else:
+                if run is not None:
+                    runs.append((spec, stack, run))
+        for index, outcome in learn_side_by_side([run.trial for _, _, run in runs]):
+            spec, stack, run = runs[index]
+            try:
+                with stack:  # publishes the record and releases the lock
+                    run.end(outcome)
+            except Exception as problem:
+                problems[spec] = problem
+    return problems

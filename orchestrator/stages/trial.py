@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,14 +34,15 @@ from orchestrator.store.checkpoints import (
 from orchestrator.store.records import PREDICTIONS, PROMPT
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
     from air_core.backbone import Backbone
-    from air_core.method import Learning, Progress, SoFar, TrialData
+    from air_core.method import Round, TrialData, TrialState
     from air_core.types import Labelled, Metrics, TrialResult
     from orchestrator.stages.build import Target
+    from orchestrator.store.artifacts import Building
 
 
 @dataclass(frozen=True)
@@ -69,15 +71,26 @@ def run_trial(
         MissingArtifact: an input was not prepared.
     """
     if store.writable and not store.has(spec):
-        from air_core.method import learn_together
+        from air_core.side_by_side import learn_side_by_side
 
-        [problem] = learn_together([recorded(spec, store, device, share_done)])
-        if problem is not None:
-            raise problem
+        spec = normalised(spec)
+        if spec.test_dataset is not None:
+            with store.locks.turn(artifact_key(spec).digest):
+                if not store.has(spec):
+                    with store.building(spec) as building:
+                        building.info = _run_elsewhere(
+                            spec, store, device, share_done, building.folder
+                        )
+        else:
+            with open_trial(spec, store, device, share_done) as run:
+                if run is not None:
+                    [(_, outcome)] = learn_side_by_side([run.trial])
+                    run.end(outcome)
     return read_trial(spec, store)
 
 
-def recorded(
+@contextmanager
+def open_trial(
     spec: TrialSpec,
     store: ArtifactStore,
     device: str = "cpu",
@@ -85,14 +98,16 @@ def recorded(
     replicas: int = 1,
     batch: int = ENCODER_BATCH,
     segments: Segments = WHOLE,
-) -> Learning[None]:
-    """A trial from its inputs, or from where it stopped, to its record, for `learn_together`.
+) -> Iterator[TrialRun | None]:
+    """Lock a trial, and read its inputs and its checkpoint; `TrialRun.end` belongs in the block.
+
+    The block receives None if another process has run the trial meanwhile.
 
     Args:
-        replicas: how many are run side by side, this one included. Its record says so, where it is
-            more than one: its last digits may depend on that.
-        batch: images at a time through a tower, where no gradient is asked for.
-        legs: where it is measured, and where it stops before it has a record.
+        replicas: number of trials that run side by side, this one included. The record contains
+            it where it is above one, since the last digits may depend on it.
+        batch: images at a time through a tower, where no gradient is needed.
+        segments: where the trial is measured, and where it stops before it has a record.
     """
     # torch and CLIP are needed here only: reading a record must not cost their import.
     import torch
@@ -101,24 +116,14 @@ def recorded(
     torch.set_num_threads(1)
     spec = normalised(spec) if segments.until is None else learned_by(spec)
     with store.locks.turn(artifact_key(spec).digest):
-        if is_over(spec, store, segments.until):  # somebody else has run it meanwhile
-            return
-        if segments.until is not None:
-            begun = read_checkpoint(spec, store)
-            run = _Run(spec, store, device, share_done, batch, begun, segments.rungs, replicas)
-            result = yield from run.learning(segments.until)
-            assert result is None, f"{segments.until} is before the end"
-            keep_checkpoint(spec, store, run.checkpoint())
-            return
-        with store.building(spec, share=1 / replicas) as made:
-            if spec.test_dataset is None:
-                begun = read_checkpoint(spec, store)
-                run = _Run(spec, store, device, share_done, batch, begun, segments.rungs, replicas)
-                made.info = yield from run.to_the_end(made.folder)
-                made.before = begun.seconds
-            else:
-                made.info = _run_elsewhere(spec, store, device, share_done, made.folder)
-        drop_checkpoint(spec, store)
+        if is_over(spec, store, segments.until):
+            yield None
+        elif segments.until is not None:
+            yield TrialRun(spec, store, device, share_done, batch, segments, replicas)
+        else:
+            with store.building(spec, share=1 / replicas) as building:
+                yield TrialRun(spec, store, device, share_done, batch, segments, replicas, building)
+            drop_checkpoint(spec, store)
 
 
 def is_over(spec: TrialSpec, store: ArtifactStore, until: int | None = None) -> bool:
@@ -126,8 +131,8 @@ def is_over(spec: TrialSpec, store: ArtifactStore, until: int | None = None) -> 
     return store.has(spec) if until is None else until in rungs_of(spec, store)[0]
 
 
-class _Run:
-    """A trial on its way: its inputs, and what was measured so far."""
+class TrialRun:
+    """A trial that is being run: its inputs, and its measurements as a callback of the method."""
 
     def __init__(
         self,
@@ -136,16 +141,18 @@ class _Run:
         device: str,
         share_done: Callable[[float], None],
         batch: int,
-        begun: Checkpoint,
-        rungs: tuple[int, ...],
+        segments: Segments,
         replicas: int,
+        building: Building | None = None,
     ) -> None:
+        from air_core.method import Trial
         from orchestrator.stages.build import read_target
         from orchestrator.stages.context import WorkerContext
 
         self.started = time.monotonic()
-        self.spec, self.device, self.share_done, self.begun = spec, device, share_done, begun
-        self.rungs, self.replicas = rungs, replicas
+        self.spec, self.store, self.device, self.share_done = spec, store, device, share_done
+        self.segments, self.replicas, self.building = segments, replicas, building
+        self.begun = begun = read_checkpoint(spec, store)
         reader = store.read_only()
         worker = WorkerContext(reader, device=device, batch=batch)
         target = read_target(spec.features, spec.split, reader, spec.tokens)
@@ -157,45 +164,64 @@ class _Run:
         self.tested = target.split.test
         self.curves = {name: list(values) for name, values in begun.curves.items()}
         self.noted: dict[int, Mapping[str, float]] = dict(begun.rungs)
-        self.so_far = _so_far(begun)
+        self.state = _state(begun)
+        self.trial = Trial(spec, self.data, self, self.state)
 
-    def learning(self, until: int | None = None) -> Learning[TrialResult | None]:
-        """The method, from where the trial stopped before."""
-        from air_core.method import learning
+    def on_step(self, progress: float) -> None:
+        self.share_done(progress)
 
-        return learning(self.spec, self.data, self._watch, self.share_done, self.so_far, until)
-
-    def _watch(self, progress: Progress) -> None:
+    def on_round(self, result: Round) -> None:
+        """Measure a round; stop the trial at the end of its segment."""
         import torch
 
         from air_core.evaluation import measured, objectives
+        from air_core.method import TrialStopped
 
-        data, values = self.data, {"train/loss": progress.loss}
+        data, values = self.data, {"train/loss": result.loss}
         if self.spec.modality == "text":  # a pass of the vision tower over all test images costs
             with torch.no_grad():
-                guess = progress.learned.logits(data.test.batch).argmax(dim=-1)
+                guess = result.learner.logits(data.test.batch).argmax(dim=-1)
             tested = measured(guess, data.test.labels, len(data.classnames), data.unseen)
             values |= _headlines(tested)
-        chosen = progress.labels
-        if chosen is not None:
-            right = (self.truth[chosen.indices] == chosen.labels).double().mean().item()
-            values |= {"pseudo/accuracy": right, "pseudo/coverage": len(chosen) / len(self.truth)}
-            values["pseudo/balance"] = balance(chosen.labels, data)
+        selected = result.labels
+        if selected is not None:
+            right = (self.truth[selected.indices] == selected.labels).double().mean().item()
+            values |= {"pseudo/accuracy": right, "pseudo/coverage": len(selected) / len(self.truth)}
+            values["pseudo/balance"] = balance(selected.labels, data)
         for name, value in values.items():
             self.curves.setdefault(name, []).append(value)
-        if progress.iteration + 1 in self.rungs:
-            found = objectives(progress.teacher, data.pool, data.validation, data.unseen)
-            self.noted[progress.iteration + 1] = found
-        self.so_far = progress.so_far
+        if result.iteration + 1 in self.segments.rungs:
+            found = objectives(result.teacher, data.pool, data.validation, data.unseen)
+            self.noted[result.iteration + 1] = found
+        self.state = result.state
+        if result.iteration + 1 == self.segments.until:
+            raise TrialStopped
+
+    def end(self, outcome: TrialResult | Exception) -> None:
+        """Write the record of a finished trial, or the checkpoint of a stopped one.
+
+        Raises:
+            Exception: that of a failed trial.
+        """
+        from air_core.method import TrialStopped
+
+        if isinstance(outcome, TrialStopped):
+            keep_checkpoint(self.spec, self.store, self.checkpoint())
+        elif isinstance(outcome, Exception):
+            raise outcome
+        else:
+            assert self.building is not None, f"{self.segments.until} is before the end"
+            self.building.info = self._write(outcome, self.building.folder)
+            self.building.before = self.begun.seconds
 
     def checkpoint(self) -> Checkpoint:
         """Where it stands, to be kept."""
-        labels = self.so_far.labels
-        arrays = {"prompts": np.stack([prompt.numpy() for prompt in self.so_far.prompts])}
+        labels = self.state.labels
+        arrays = {"prompts": np.stack([prompt.numpy() for prompt in self.state.prompts])}
         if labels is not None:
             arrays |= {name: getattr(labels, name).numpy() for name in LABELS}
         return Checkpoint(
-            iterations=len(self.so_far.prompts),
+            iterations=len(self.state.prompts),
             arrays=arrays,
             curves=self.curves,
             rungs=self.noted,
@@ -210,10 +236,8 @@ class _Run:
     def _replicas(self) -> int:
         return max(self.begun.replicas, self.replicas)
 
-    def to_the_end(self, folder: Path) -> Learning[dict[str, Any]]:
-        """Learn, and write what a record has beside what it says; gives the latter."""
-        result = yield from self.learning()
-        assert result is not None, "it was not asked to stop"
+    def _write(self, result: TrialResult, folder: Path) -> dict[str, Any]:
+        """Write predictions and prompt of a record; return its info."""
         data, curves = self.data, self.curves
         _keep_predictions(self.tested, result.test, data.test, folder)
         if result.prompt is not None:
@@ -255,17 +279,17 @@ def balance(labels: Tensor, data: TrialData) -> float:
 LABELS = ("indices", "targets", "labels")
 
 
-def _so_far(begun: Checkpoint) -> SoFar:
+def _state(begun: Checkpoint) -> TrialState:
     import torch
 
-    from air_core.method import NOTHING, SoFar
+    from air_core.method import TrialState
     from air_core.types import PseudoLabels
 
     if begun is START:
-        return NOTHING
+        return TrialState()
     arrays = {name: torch.from_numpy(array) for name, array in begun.arrays.items()}
     labels = PseudoLabels(**{name: arrays[name] for name in LABELS}) if "labels" in arrays else None
-    return SoFar(tuple(arrays["prompts"]), labels)
+    return TrialState(tuple(arrays["prompts"]), labels)
 
 
 def data_of(

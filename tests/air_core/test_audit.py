@@ -25,7 +25,7 @@ from air_core.audit import (
     spread,
 )
 from air_core.auxiliary import copies, credible, margins
-from air_core.method import _credible
+from air_core.method import usable_synthetic
 from air_core.specs import FidelitySettings, Ref, TrialSpec
 from air_core.types import Batch, Labelled
 
@@ -264,12 +264,12 @@ def test_what_an_image_shows_is_asked_among_the_classes_that_are_drawn():
     spec = TrialSpec(
         dataset=REF, backbone=REF, generator=REF, fidelity=FidelitySettings(min_margin=0.0)
     )
-    used = _credible(spec, data, text)
+    used = usable_synthetic(spec, data, text)
     assert used is not None
     own = logits_of(used.batch.features)[:, 1:].argmax(dim=1) + 1
     assert torch.equal(own, used.labels)
     assert len(used) > EACH
-    assert _credible(replace(spec, fidelity=FidelitySettings()), data, text) is images
+    assert usable_synthetic(replace(spec, fidelity=FidelitySettings()), data, text) is images
 
 
 def test_the_filter_keeps_tokens_beside_their_features():

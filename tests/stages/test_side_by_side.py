@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from air_core import method
+from air_core import side_by_side as core
 from air_core.normal import normalised
 from air_core.specs import TrialSpec
 from orchestrator.errors import MissingArtifact
@@ -97,7 +97,7 @@ def test_each_fails_alone_and_only_what_is_missing_runs_again(trial, seeds, stor
 
 
 def test_too_many_for_the_memory_run_one_by_one(seeds, store, monkeypatch):
-    fit, sizes = method.fit, []
+    fit, sizes = core.fit, []
 
     def small_machine(trainings: Any) -> Any:
         sizes.append(len(trainings))
@@ -105,7 +105,7 @@ def test_too_many_for_the_memory_run_one_by_one(seeds, store, monkeypatch):
             raise MemoryError("out of memory")
         return fit(trainings)
 
-    monkeypatch.setattr(method, "fit", small_machine)
+    monkeypatch.setattr(core, "fit", small_machine)
     assert all(isinstance(one, TrialRecord) for one in run_trials(seeds, store))
     assert sizes == [3, 1, 1, 1]
 
@@ -140,8 +140,8 @@ def without_clock(of: Any) -> Any:
 def test_a_trial_in_legs_leaves_the_record_of_one_that_was_never_stopped(
     trial, store, features, tmp_path, monkeypatch
 ):
-    fit, fits = method.fit, []
-    monkeypatch.setattr(method, "fit", lambda asked: fits.append(len(asked)) or fit(asked))
+    fit, fits = core.fit, []
+    monkeypatch.setattr(core, "fit", lambda asked: fits.append(len(asked)) or fit(asked))
     spec = trial("cpl", seed=1, **{**QUICK, "iterations": 4})
     rungs = (1, 3)
     assert run_trials([spec], store, segments=Segments(rungs, until=1)) == [None]
@@ -174,8 +174,8 @@ def test_a_rung_that_a_whole_trial_has_not_noted_is_computed_and_no_more(trial, 
     """Another sweep ran it, without pruning."""
     spec = trial("cpl", seed=1, **{**QUICK, "iterations": 3})
     [record] = run_trials([spec], store)
-    fit, fits = method.fit, []
-    monkeypatch.setattr(method, "fit", lambda asked: fits.append(len(asked)) or fit(asked))
+    fit, fits = core.fit, []
+    monkeypatch.setattr(core, "fit", lambda asked: fits.append(len(asked)) or fit(asked))
     assert rungs_of(spec, store)[0] == {}
     run_trials([spec], store, segments=Segments((1,), until=1))
     assert rungs_of(spec, store)[0].keys() == {1}
