@@ -135,9 +135,11 @@ class Callback(Protocol):
 
     def on_step(self, progress: float) -> None:
         """After each training step; `progress` is the share of all training, in [0, 1]."""
+        return
 
     def on_round(self, result: Round) -> None:
         """After each round; raise `TrialStopped` to stop."""
+        return
 
 
 class _NoCallback(Callback):

@@ -81,5 +81,5 @@ def test_balanced_choice_respects_what_is_allowed():
 
 def test_nothing_chosen_is_an_error_that_names_the_settings():
     scores = torch.full((0, 3), 1 / 3)
-    with pytest.raises(ValueError, match="no pool image was chosen"):
+    with pytest.raises(ValueError, match="no pool image was selected"):
         assign(scores, PseudoLabelSettings(kind="top_k"), iteration=0, iterations=1, previous=None)
