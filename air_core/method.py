@@ -1,12 +1,18 @@
 """AiR, from top to bottom (Ren et al., CVPR 2025, arXiv:2504.11930).
 
-`learn` is the method: a text classifier and an auxiliary classifier on synthetic images give
-pseudo-labels, a prompt is learned on pseudo-labelled and synthetic images, and the next round
-starts from the better prompt. The steps of a round are the methods of `Trial`, in the same order.
+`learn` is the method. A text classifier and an auxiliary classifier on synthetic images together
+pseudo-label the pool, a prompt is learned on pseudo-labelled and synthetic images, and the next
+round uses the learned prompt as its text classifier. `Trial` has the steps of a round, in order.
 
-The LoRA and the images are made before (`air_core.lora_labels`, `air_core.diffusion`); here images
-are features. Without synthetic images this is the host method; from labelled images alone it is
-CoOp or VPT. docs/method.md says which details are of the paper and which are inferred.
+    p_c   scores of the text classifier: zero-shot CLIP, later the learned prompt
+    p̂_c   scores of the auxiliary classifier
+    λ     weight of p̂_c; `fusion_weight` is λ / (1 + λ)
+    K_t   images per class that are pseudo-labelled in round t
+    β     weight of the loss on synthetic images, `synthetic_weight`
+
+LoRA and image generation come before (`air_core.lora_labels`, `air_core.diffusion`); here images
+are features. Without synthetic images this is the host method, with labelled images alone CoOp or
+VPT. docs/method.md lists which details are from the paper and which are inferred.
 """
 
 from __future__ import annotations
@@ -105,7 +111,7 @@ class TrialData:
 
 @dataclass(frozen=True)
 class TrialState:
-    """State of a trial between two rounds. `learn` resumes from it, with the same bits."""
+    """State of a trial between two rounds, from which `learn` resumes."""
 
     prompts: tuple[Tensor, ...] = ()  # after each round, on the CPU
     labels: PseudoLabels | None = None  # of the last round
@@ -157,27 +163,31 @@ def learn(
 ) -> TrialResult:
     """Learn a prompt from pseudo-labelled real images and labelled synthetic ones, and test it.
 
-    The prompt of the last round is tested: no round is selected afterwards.
+    The tested prompt is that of the last round; no round is selected afterwards.
     `spec.iterations = 0` is CLIP without learning.
+
+    Args:
+        callback: receives each training step and each round.
+        resume_from: state of an earlier call; the result is that of one call, bit for bit.
 
     Raises:
         ValueError: the data do not fit the spec, such as no label for a method that needs some.
         FloatingPointError: the loss is not finite.
         TrialStopped: by the callback.
     """
-    trial = Trial(spec, data, callback, resume_from)  # p_c of CLIP, p̂_c of synthetic images
+    trial = Trial(spec, data, callback, resume_from)  # p_c of zero-shot CLIP, and p̂_c
     for t in range(trial.rounds_done, spec.iterations):  # T rounds
         trial.update_auxiliary(t)  # p̂_c, with `auxiliary.refresh`
-        trial.update_labels(t)  # p*_c from p_c and λ p̂_c; K_t images of each class
+        trial.update_labels(t)  # K_t images of each class by p*_c = (p_c + λ p̂_c) / (1 + λ)
         [loss] = fit([trial.training(t)])  # L = L_r + β L_s
         trial.finish_round(t, loss)  # p_c of the learned prompt
     return trial.evaluate()
 
 
 class Trial:
-    """A trial that is being learned: its inputs, and the classifiers and labels of this round.
+    """A trial in progress: its inputs, and the classifiers and pseudo-labels of the current round.
 
-    `learn` calls the steps for one trial, `air_core.side_by_side` for several.
+    `learn` runs the steps of one trial, `air_core.side_by_side.learn_side_by_side` of several.
     """
 
     def __init__(
@@ -214,10 +224,7 @@ class Trial:
         return len(self.state.prompts)
 
     def update_auxiliary(self, t: int) -> None:
-        """Build the auxiliary classifier again, with the prompt of the round before.
-
-        Source: step 3 of docs/method.md.
-        """
+        """Rebuild the auxiliary classifier with the prompt of the round before (step 3)."""
         if self.spec.auxiliary.refresh and t > 0:
             self.auxiliary = build_auxiliary(
                 self.spec, self.data, self.text, self.teacher, self.auxiliary, t
@@ -238,7 +245,7 @@ class Trial:
             self.state = replace(self.state, labels=labels)
 
     def training(self, t: int) -> Training:
-        """The training of this round: which prompt, which images (step 5 of docs/method.md)."""
+        """Prompt, images and loss of this round (step 5 of docs/method.md)."""
         spec, data = self.spec, self.data
         if self.learner is None or spec.prompt.restart:
             self.learner = build_learner(
@@ -262,7 +269,11 @@ class Trial:
         )
 
     def finish_round(self, t: int, loss: float | Exception) -> None:
-        """Make the learned prompt the teacher of the next round; `loss` is the result of `fit`."""
+        """Make the learned prompt the text classifier of the next round.
+
+        Args:
+            loss: from `fit`; an error is raised.
+        """
         if isinstance(loss, Exception):
             raise loss
         assert self.learner is not None
@@ -275,7 +286,7 @@ class Trial:
 
     @torch.no_grad()
     def evaluate(self) -> TrialResult:
-        """Test the learned prompt, and beside it the fused and the auxiliary classifier."""
+        """Test the learned prompt; for comparison also the fused and the auxiliary classifier."""
         spec, data = self.spec, self.data
         test = data.test.batch
         fused_classifier = fused(

@@ -23,6 +23,8 @@ from orchestrator.store.checkpoints import learned_by
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from air_core.method import Trial
+
 # Class texts in one pass. What is kept of each for the gradient is 1 to 2 MB with ViT-B/32, and
 # where so many are under way arithmetic decides.
 AT_ONCE = {"cpu": 256, "cuda": 1024}
@@ -102,6 +104,7 @@ def _problems(
 
     problems: dict[TrialSpec, Exception] = {}
     runs: list[tuple[TrialSpec, ExitStack, TrialRun]] = []
+    trials: list[Trial] = []
     with ExitStack() as group_stack:
         for spec in group:
             stack = group_stack.enter_context(ExitStack())
@@ -109,15 +112,16 @@ def _problems(
                 if spec.test_dataset is not None:
                     run_trial(spec, store, device, told[spec])
                     continue
-                run = stack.enter_context(
+                opened = stack.enter_context(
                     open_trial(spec, store, device, told[spec], len(group), batch, segments)
                 )
             except Exception as problem:
                 problems[spec] = problem
             else:
-                if run is not None:
-                    runs.append((spec, stack, run))
-        for index, outcome in learn_side_by_side([run.trial for _, _, run in runs]):
+                if opened is not None:
+                    runs.append((spec, stack, opened[0]))
+                    trials.append(opened[1])
+        for index, outcome in learn_side_by_side(trials):
             spec, stack, run = runs[index]
             try:
                 with stack:  # publishes the record and releases the lock

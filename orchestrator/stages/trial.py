@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from air_core.backbone import Backbone
-    from air_core.method import Round, TrialData, TrialState
+    from air_core.method import Round, Trial, TrialData, TrialState
     from air_core.types import Labelled, Metrics, TrialResult
     from orchestrator.stages.build import Target
     from orchestrator.store.artifacts import Building
@@ -82,9 +82,10 @@ def run_trial(
                             spec, store, device, share_done, building.folder
                         )
         else:
-            with open_trial(spec, store, device, share_done) as run:
-                if run is not None:
-                    [(_, outcome)] = learn_side_by_side([run.trial])
+            with open_trial(spec, store, device, share_done) as opened:
+                if opened is not None:
+                    run, trial = opened
+                    [(_, outcome)] = learn_side_by_side([trial])
                     run.end(outcome)
     return read_trial(spec, store)
 
@@ -98,10 +99,10 @@ def open_trial(
     replicas: int = 1,
     batch: int = ENCODER_BATCH,
     segments: Segments = WHOLE,
-) -> Iterator[TrialRun | None]:
-    """Lock a trial, and read its inputs and its checkpoint; `TrialRun.end` belongs in the block.
+) -> Iterator[tuple[TrialRun, Trial] | None]:
+    """Lock a trial, and read its inputs and its checkpoint.
 
-    The block receives None if another process has run the trial meanwhile.
+    The block calls `TrialRun.end`. It receives None if another process has run the trial meanwhile.
 
     Args:
         replicas: number of trials that run side by side, this one included. The record contains
@@ -119,10 +120,12 @@ def open_trial(
         if is_over(spec, store, segments.until):
             yield None
         elif segments.until is not None:
-            yield TrialRun(spec, store, device, share_done, batch, segments, replicas)
+            run = TrialRun(spec, store, device, share_done, batch, segments, replicas)
+            yield run, run.trial()
         else:
             with store.building(spec, share=1 / replicas) as building:
-                yield TrialRun(spec, store, device, share_done, batch, segments, replicas, building)
+                run = TrialRun(spec, store, device, share_done, batch, segments, replicas, building)
+                yield run, run.trial()
             drop_checkpoint(spec, store)
 
 
@@ -145,7 +148,6 @@ class TrialRun:
         replicas: int,
         building: Building | None = None,
     ) -> None:
-        from air_core.method import Trial
         from orchestrator.stages.build import read_target
         from orchestrator.stages.context import WorkerContext
 
@@ -165,7 +167,12 @@ class TrialRun:
         self.curves = {name: list(values) for name, values in begun.curves.items()}
         self.noted: dict[int, Mapping[str, float]] = dict(begun.rungs)
         self.state = _state(begun)
-        self.trial = Trial(spec, self.data, self, self.state)
+
+    def trial(self) -> Trial:
+        from air_core.method import Trial
+
+        # Not an attribute: the trial refers to this object, and a cycle would keep its tensors.
+        return Trial(self.spec, self.data, self, self.state)
 
     def on_step(self, progress: float) -> None:
         self.share_done(progress)

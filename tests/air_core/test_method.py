@@ -123,6 +123,29 @@ def same_bits(one: tuple[TrialResult, list[Round]], other: Any) -> bool:
     )
 
 
+# ---------------------------------------------------------------- data
+
+
+@pytest.mark.parametrize("paradigm", PARADIGMS)
+def test_data_of_a_dataset_are_its_encoded_and_split_images(worlds, tiny_clip, paradigm):
+    split = SplitSettings(paradigm=paradigm, pool="train")
+    ours = TrialData.of(get_dataset("digits"), split, tiny_clip)
+    theirs = worlds[paradigm]
+    assert ours.synthetic is None
+    assert (ours.classnames, ours.template) == (theirs.classnames, theirs.template)
+    assert torch.equal(ours.pool.features, theirs.pool.features)
+    assert (ours.unseen is None) == (theirs.unseen is None)
+    for one, other in (
+        (ours.labelled, theirs.labelled),
+        (ours.validation, theirs.validation),
+        (ours.test, theirs.test),
+    ):
+        assert (one is None) == (other is None)
+        if one is not None:
+            assert torch.equal(one.batch.features, other.batch.features)
+            assert torch.equal(one.labels, other.labels)
+
+
 # ---------------------------------------------------------------- stopped and resumed
 
 CARRIES_OVER: dict[str, dict[str, Any]] = {
