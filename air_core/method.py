@@ -44,7 +44,7 @@ from air_core.classifiers import (
 )
 from air_core.datasets import Dataset
 from air_core.paradigms import make_split
-from air_core.prompts import PromptLearner, build_learner, restored_learner
+from air_core.prompts import PromptLearner, build_learner
 from air_core.pseudo_labels import assign, spread
 from air_core.pseudo_labels.top_k import balanced_choice
 from air_core.specs import (
@@ -208,15 +208,9 @@ class Trial:
         # The auxiliary classifier of a round depends on that of the round before.
         for t, prompt in enumerate(resume_from.prompts):
             self.update_auxiliary(t)
-            learner = restored_learner(
-                spec.modality,
-                spec.prompt,
-                data.backbone,
-                data.classnames,
-                data.template,
-                prompt,
-            )
-            self._teach(learner)
+            self.learner = self._new_prompt()
+            self.learner.prompt.data.copy_(prompt)
+            self.teacher = CachedClassifier(self.learner)
         self.state = resume_from
 
     @property
@@ -248,14 +242,7 @@ class Trial:
         """Prompt, images and loss of this round (step 5 of docs/method.md)."""
         spec, data = self.spec, self.data
         if self.learner is None or spec.prompt.restart:
-            self.learner = build_learner(
-                spec.modality,
-                spec.prompt,
-                data.backbone,
-                data.classnames,
-                data.template,
-                spec.seed,
-            )
+            self.learner = self._new_prompt()
         return Training(
             learner=self.learner,
             real=pseudo_labelled_batch(spec, data, self._selected()),
@@ -277,7 +264,7 @@ class Trial:
         if isinstance(loss, Exception):
             raise loss
         assert self.learner is not None
-        self._teach(self.learner)
+        self.teacher = CachedClassifier(self.learner)
         prompt = self.learner.prompt.detach().cpu().clone()
         self.state = replace(self.state, prompts=(*self.state.prompts, prompt))
         self.callback.on_round(
@@ -311,9 +298,16 @@ class Trial:
             seconds=time.monotonic() - self.started,
         )
 
-    def _teach(self, learner: PromptLearner) -> None:
-        self.learner = learner
-        self.teacher = CachedClassifier(learner)
+    def _new_prompt(self) -> PromptLearner:
+        spec, data = self.spec, self.data
+        return build_learner(
+            spec.modality,
+            spec.prompt,
+            data.backbone,
+            data.classnames,
+            data.template,
+            spec.seed,
+        )
 
     def _selected(self) -> PseudoLabels | None:
         """Pseudo-labels of this round, over all classes."""

@@ -188,7 +188,7 @@ class AuxiliarySettings:
 class FusionSettings:
     """Fusion of the text and the auxiliary classifier, beside `fusion_weight`."""
 
-    space: Literal["probability", "logit"] = later("probability", "what is averaged")
+    space: Literal["probability", "logit"] = later("probability", "space of the average")
     schedule: Literal["fixed", "annealed"] = later(
         "fixed", "annealed: the weight falls linearly to 0 over the iterations"
     )
