@@ -219,7 +219,7 @@ def test_ready_images_make_a_classifier_far_better_than_chance(spec, with_images
 # ---------------------------------------------------------------- what it may see
 
 
-def test_a_trial_is_given_no_label_of_a_pool_image():
+def test_trial_data_hold_no_label_of_a_pool_image():
     kinds = typing.get_type_hints(TrialData)
     assert {f.name for f in dataclasses.fields(TrialData)} == {
         *("backbone", "classnames", "template", "pool", "labelled", "unseen", "validation"),
@@ -267,7 +267,7 @@ def test_the_same_seed_gives_the_same_bits_another_seed_does_not(spec, with_imag
     assert not same_bits(first, other)
 
 
-def test_images_that_weigh_nothing_leave_the_host_method_bit_for_bit(spec, with_images):
+def test_images_with_weight_zero_give_the_bits_of_the_host_method(spec, with_images):
     """Not normalised: the images are really there, and used with weight zero."""
     unused = replace(spec("air", fusion_weight=0.5), fusion_weight=0.0, synthetic_weight=0.0)
     assert unused.images_per_class == 16
@@ -336,7 +336,7 @@ def test_coop_learns_from_the_labelled_images_alone(spec, worlds):
         learn(spec("coop"), worlds["ul"])
 
 
-def test_coop_among_seen_classes_still_knows_unseen_ones(spec, worlds):
+def test_coop_among_seen_classes_still_predicts_unseen_ones(spec, worlds):
     """Trained against classes that it has no image of, it would never answer with them."""
     data = worlds["trzsl"]
     tested = {}
@@ -354,7 +354,7 @@ def test_two_labelled_images_of_each_class_help(spec, worlds):
     assert with_labels.test.accuracy > without.test.accuracy
 
 
-def test_a_prompt_that_is_not_restarted_goes_on_from_the_round_before(spec, digits):
+def test_a_prompt_that_is_not_restarted_continues_from_the_round_before(spec, digits):
     still = {"iterations": 2, "train__steps": 1, "train__warmup": 0.9}  # a step of length 0
     for restart in (True, False):
         _, rounds = watched(spec("cpl", prompt__restart=restart, **still), digits)
@@ -407,7 +407,7 @@ def test_every_open_choice_changes_what_is_learned(trial, drawn_digits, worlds, 
 # ---------------------------------------------------------------- rounds
 
 
-def test_each_round_trusts_more_images_and_starts_from_the_same_prompt(spec, digits):
+def test_each_round_selects_more_images_and_starts_from_the_same_prompt(spec, digits):
     _, rounds = watched(spec("cpl", iterations=4, train__steps=1), digits)
     assert [r.iteration for r in rounds] == [0, 1, 2, 3]
     sizes = [len(r.labels) for r in rounds]
@@ -435,7 +435,7 @@ def test_refreshed_real_images_are_chosen_by_what_was_learned(spec, digits):
     assert kept[0].inference["auxiliary"] != anew[0].inference["auxiliary"]
 
 
-def test_a_class_that_is_nobodys_first_choice_has_real_images_too(spec, digits):
+def test_a_class_that_no_image_prefers_has_real_images_too(spec, digits):
     """Also where the pool has fewer images than the classes have places."""
     text = text_classifier(digits.backbone, digits.classnames, digits.template)
     others = text.logits(digits.pool).argmax(dim=-1) != 3

@@ -127,7 +127,7 @@ def various(clip: Backbone) -> list[Training]:
     ]
 
 
-def test_trainings_side_by_side_come_to_what_each_comes_to_alone(tower):
+def test_trainings_side_by_side_give_the_prompts_of_each_alone(tower):
     clip, close = tower
     together, alone = various(clip), various(clip)
     losses = fit(together)
@@ -136,20 +136,20 @@ def test_trainings_side_by_side_come_to_what_each_comes_to_alone(tower):
         assert apart(ours.learner.prompt, theirs.learner.prompt) < 10 * close
 
 
-def test_each_training_is_told_of_its_own_steps(tiny_clip):
-    told: list[list[tuple[int, int]]] = [[], []]
+def test_each_training_reports_its_own_steps(tiny_clip):
+    reported: list[list[tuple[int, int]]] = [[], []]
     settings = TrainSettings(batch=8)
     short, long = (replace(settings, steps=steps) for steps in (2, 3))
     fit(
         [
-            training(tiny_clip, 1, settings=short, report=lambda *now: told[0].append(now)),
-            training(tiny_clip, 2, settings=long, report=lambda *now: told[1].append(now)),
+            training(tiny_clip, 1, settings=short, report=lambda *now: reported[0].append(now)),
+            training(tiny_clip, 2, settings=long, report=lambda *now: reported[1].append(now)),
         ]
     )
-    assert told == [[(1, 2), (2, 2)], [(1, 3), (2, 3), (3, 3)]]
+    assert reported == [[(1, 2), (2, 2)], [(1, 3), (2, 3), (3, 3)]]
 
 
-def test_prompts_that_share_no_pass_take_turns(tiny_clip):
+def test_prompts_that_share_no_pass_are_encoded_one_after_the_other(tiny_clip):
     """Of another length, and of another kind."""
     settings = TrainSettings(steps=2, batch=4)
     pixels = torch.randn(8, 17, tiny_clip.patch_width, generator=torch.Generator().manual_seed(0))
