@@ -238,8 +238,8 @@ def _discriminants(bank: _Bank) -> LinearClassifier:
     scale = covariance.trace() / width
     if scale < 1e-12:  # of unit features
         raise ValueError(
-            "linear discriminants (auxiliary.kind: lda) cannot tell how images of a class differ: "
-            "the bank holds one of each class, or the same one again"
+            "auxiliary.kind lda needs images of a class that differ, but the bank has one image of "
+            "each class, or copies of it; use another auxiliary.kind or more images"
         )
     identity = torch.eye(width, dtype=x.dtype)
     covariance = (1 - SHRINKAGE) * covariance + SHRINKAGE * scale * identity

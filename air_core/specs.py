@@ -220,7 +220,9 @@ class PromptSettings:
 
     length: int = knob(16, "context vectors, or tokens beside the patches", ge=1, le=64)
     depth: Literal["shallow", "deep"] = later("shallow", "visual; deep: new tokens in every block")
-    init: Literal["normal", "uniform"] = later("normal", "visual: initial distribution of the tokens")
+    init: Literal["normal", "uniform"] = later(
+        "normal", "visual: initial distribution of the tokens"
+    )
     restart: bool = later(True, "each iteration starts from the same prompt")
 
 

@@ -54,8 +54,8 @@ class Labelled:
 
     def among(self, classes: Tensor) -> Labelled:
         """The images of some classes; labels become positions in `classes`, which ascend."""
-        images = self.of(classes)
-        return Labelled(images.batch, torch.searchsorted(classes, images.labels))
+        kept = self.of(classes)
+        return Labelled(kept.batch, torch.searchsorted(classes, kept.labels))
 
 
 @dataclass(frozen=True)

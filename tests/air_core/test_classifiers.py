@@ -80,7 +80,7 @@ def test_centring_removes_a_shift_between_synthetic_and_real():
 def test_lda_of_identical_images_is_an_error_that_explains_it(copies):
     bank, target = toy(0, 1), toy(1, 40)
     same = bank[torch.arange(len(bank)).repeat(copies)]
-    with pytest.raises(ValueError, match=r"auxiliary\.kind: lda.*one of each class"):
+    with pytest.raises(ValueError, match=r"auxiliary\.kind lda.*one image of each class"):
         auxiliary_classifier(AuxiliarySettings(kind="lda"), same, None, target.batch, 3, 20.0)
 
 

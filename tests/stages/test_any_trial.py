@@ -80,7 +80,7 @@ VALUES: dict[str, list[Any]] = {
 }
 SENTENCES = (  # of what only the images or the names can tell
     "shorten the name or prompt.length",
-    "cannot tell how images of a class differ",
+    "lda needs images of a class that differ",
 )
 
 
