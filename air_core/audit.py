@@ -1,7 +1,7 @@
-"""Is a set of synthetic images what it should be? Faults, agreement, distance, leaks, in numbers.
+"""Audit a set of synthetic images: faults, agreement with their class, distance, test copies.
 
-Pixels and CLIP features in, numbers out: knows no store, no file and no screen. It reports and
-decides nothing; what a trial leaves out is `auxiliary.credible`'s, which sees no test image.
+The audit computes numbers from pixels and CLIP features and removes no image. Which images a trial
+leaves out is decided by `auxiliary.credible`, which reads no test image.
 
 Sources: difference hash, N. Krawetz, "Kind of Like That" (2013); KID, Binkowski et al. 2018
 (arXiv:1801.01401). The thresholds were measured: docs/results_guide.md.
@@ -31,13 +31,13 @@ REASONS: tuple[Reason, ...] = (
     *("duplicate", "wrong class", "test copy"),
 )
 
-NEAR_FLAT = 2 * FLAT  # levels: below this a picture is next to nothing
-BITS = 20  # of the hash that may differ between copies, beside the cosine COPY
+NEAR_FLAT = 2 * FLAT  # levels: below this an image is near-constant
+BITS = 20  # bits of the hash that may differ between copies, in addition to the cosine COPY
 SIDE = 16  # of the hash: 16 x 16 bits
-STEP = 2  # levels from one cell to the next that count as brighter: noise on a ground is no bit
-NEIGHBOURS = 10  # that are asked what an image shows
+STEP = 2  # smallest difference in levels of a brighter cell; noise stays below it
+NEIGHBOURS = 10  # nearest images that vote on the class of an image
 DOUBT = -0.1  # a margin below it is clearly negative
-OWN, OTHERS = 0.2, 0.5  # at most this share of neighbours is of its class, at least this of another
+OWN, OTHERS = 0.2, 0.5  # largest share of votes for its class, smallest for another class
 SUBSET, SUBSETS = 50, 100  # of KID
 AT_ONCE = 512  # rows of a matrix of cosines
 
@@ -58,23 +58,23 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What a set is compared with."""
+    """Images that a set is compared with."""
 
     pool: Tensor  # (P, D) unlabelled real images
-    base: Tensor | None  # (B, D) images of the same model without LoRA
-    test: Tensor  # (T, D); no label of them
+    base: Tensor | None  # (B, D) images of the same diffusion model without LoRA
+    test: Tensor  # (T, D), without labels
     test_hash: Callable[[int], Tensor | None]  # (256,) bool of a test image; None: unreadable
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One image, and what is wrong with it."""
+    """A fault of one image."""
 
     reason: Reason
     image: int  # position in the set
     value: float  # spread in levels, cosine, or margin
-    other: int = -1  # the image that it repeats, the test image, the class that it shows
-    beside: float = 0.0  # bits that differ, or share of neighbours of the other class
+    other: int = -1  # the repeated image, the copied test image, or the class that it shows
+    beside: float = 0.0  # bits that differ, or share of votes for the other class
 
 
 @dataclass(frozen=True)
@@ -87,12 +87,12 @@ class Distance:
 
 @dataclass(frozen=True)
 class Audit:
-    """What was found about N images. Positions and numbers of unsound images are -1 and nan."""
+    """Result for N images. Positions and numbers of unsound images are -1 and nan."""
 
     findings: tuple[Finding, ...]
-    sound: Tensor  # (N,) bool: a picture with finite features
+    sound: Tensor  # (N,) bool: neither blank nor near-constant, with finite features
     margins: Tensor  # (N,) float64
-    guesses: Tensor  # (N,) the class that the text classifier takes it for
+    guesses: Tensor  # (N,) the class that the text classifier predicts
     like: Tensor  # (N,) the nearest other image of its class
     like_cosine: Tensor  # (N,)
     test_like: Tensor  # (N,) the nearest test image
@@ -102,7 +102,7 @@ class Audit:
 
 
 def audit(images: ImageSet, logits: Tensor, around: Surroundings) -> Audit:
-    """Look at a set of images from all sides.
+    """Audit a set of images.
 
     Args:
         logits: (N, C) of the text classifier, over the classes that were drawn.
@@ -147,15 +147,15 @@ def audit(images: ImageSet, logits: Tensor, around: Surroundings) -> Audit:
 
 
 def spread(picture: Image.Image) -> float:
-    """Standard deviation of the liveliest colour channel, in the 256 levels of a channel."""
+    """Largest standard deviation of a colour channel, in the 256 levels of a channel."""
     pixels = np.asarray(picture.convert("RGB"), dtype=np.float32)
     return float(pixels.std(axis=(0, 1)).max())
 
 
 def difference_hash(picture: Image.Image) -> Tensor:
-    """(256,) bool: which cells of the middle square are brighter than those left of them.
+    """(256,) bool: whether a cell of the middle square is brighter than its left neighbour.
 
-    Size, compression and brightness hardly move it; another picture differs in dozens of bits.
+    Size, compression and brightness change few bits; a different picture changes dozens.
     """
     side = min(picture.size)
     square = ImageOps.fit(picture.convert("L"), (side, side))
@@ -165,17 +165,17 @@ def difference_hash(picture: Image.Image) -> Tensor:
 
 
 def _without_a_picture(images: ImageSet) -> list[Finding]:
-    """Blank, nearly so, or not a number: the rest of an audit says nothing about them."""
+    """Images that are blank, near-constant or not a number; the other checks leave them out."""
     finite = images.features.isfinite().all(dim=1)
-    found = []
+    findings = []
     for i, level in enumerate(images.spread.tolist()):
         if level < FLAT or not images.held[i]:
-            found.append(Finding("blank", i, level))
+            findings.append(Finding("blank", i, level))
         elif level < NEAR_FLAT:
-            found.append(Finding("near-constant", i, level))
+            findings.append(Finding("near-constant", i, level))
         elif not finite[i]:
-            found.append(Finding("not a number", i, float("nan")))
-    return found
+            findings.append(Finding("not a number", i, float("nan")))
+    return findings
 
 
 # ---------------------------------------------------------------- nearest images
@@ -190,15 +190,15 @@ def nearest(features: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def nearest_of_class(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The same among the other images of an image's class; -1 and nan where there is none."""
-    found = torch.full((len(labels),), -1)
+    """(N,) position and (N,) cosine of the nearest other image of the class; -1 and nan if none."""
+    positions = torch.full((len(labels),), -1)
     cosines = torch.full((len(labels),), float("nan"))
     for members in _classes(labels):
         if len(members) > 1:
             near = (features[members] @ features[members].T).fill_diagonal_(-2)
             best = near.max(dim=1)
-            found[members], cosines[members] = members[best.indices], best.values
-    return found, cosines
+            positions[members], cosines[members] = members[best.indices], best.values
+    return positions, cosines
 
 
 def _classes(labels: Tensor) -> Iterator[Tensor]:
@@ -207,8 +207,8 @@ def _classes(labels: Tensor) -> Iterator[Tensor]:
 
 
 def _duplicates(images: ImageSet, where: Tensor) -> list[Finding]:
-    """Images that repeat an earlier one of their class, which itself repeats none."""
-    found = []
+    """Images that repeat an earlier image of their class which is no duplicate itself."""
+    findings = []
     for members in _classes(images.labels[where]):
         members = where[members]
         features, hashes = images.features[members], images.hashes[members]
@@ -220,41 +220,41 @@ def _duplicates(images: ImageSet, where: Tensor) -> list[Finding]:
                 if first[i] and bits <= BITS:
                     first[j] = False
                     image, other = int(members[j]), int(members[i])
-                    found.append(Finding("duplicate", image, float(cosines[i, j]), other, bits))
+                    findings.append(Finding("duplicate", image, float(cosines[i, j]), other, bits))
                     break
-    return found
+    return findings
 
 
 def _wrong_class(images: ImageSet, where: Tensor, margin: Tensor) -> list[Finding]:
-    """Images whose margin is clearly negative, and whose neighbours are of one other class.
+    """Images whose margin is clearly negative, and whose neighbours are mostly of another class.
 
-    CLIP alone would not do: in a domain that it hardly knows, half of its guesses are wrong. What
-    images near to this one were made for is another witness.
+    The margin alone is not enough, since in an unfamiliar domain half of CLIP's predictions are
+    wrong. The classes of the nearest images are independent of it.
     """
     doubtful = where[margin[where] < DOUBT]
     count = min(NEIGHBOURS, len(where) - 1)
-    found = []
+    findings = []
     for part in doubtful.split(AT_ONCE):
         cosines = images.features[part] @ images.features[where].T
         cosines[part[:, None] == where[None, :]] = -2  # itself
-        asked = images.labels[where[cosines.topk(count, dim=1).indices]]  # (n, count)
-        own = (asked == images.labels[part][:, None]).double().mean(dim=1)
+        votes = images.labels[where[cosines.topk(count, dim=1).indices]]  # (n, count)
+        own = (votes == images.labels[part][:, None]).double().mean(dim=1)
         for row, image in enumerate(part.tolist()):
-            classes, votes = asked[row].unique(return_counts=True)
-            share = float(votes.max()) / count
-            other = int(classes[votes.argmax()])
+            classes, counts = votes[row].unique(return_counts=True)
+            share = float(counts.max()) / count
+            other = int(classes[counts.argmax()])
             if own[row] <= OWN and share >= OTHERS:
-                found.append(Finding("wrong class", image, float(margin[image]), other, share))
-    return found
+                findings.append(Finding("wrong class", image, float(margin[image]), other, share))
+    return findings
 
 
 def _test_copies(images: ImageSet, near: Tensor, around: Surroundings) -> list[Finding]:
-    """Images that are a test image: what learns from them has seen the test.
+    """Copies of test images; training on them leaks the test set.
 
     Args:
-        near: (M,) positions of images that have a test image near enough.
+        near: (M,) positions of images whose cosine to a test image reaches COPY.
     """
-    found = []
+    findings = []
     hashes: dict[int, Tensor | None] = {}
     for part in near.split(AT_ONCE):
         cosines = images.features[part] @ around.test.T
@@ -265,24 +265,25 @@ def _test_copies(images: ImageSet, near: Tensor, around: Surroundings) -> list[F
             ):
                 if test not in hashes:
                     hashes[test] = around.test_hash(test)
-                known = hashes[test]
-                bits = BITS + 1 if known is None else int((images.hashes[image] ^ known).sum())
-                if cosine >= COPY and bits <= BITS:
-                    found.append(Finding("test copy", image, cosine, test, bits))
+                test_hash = hashes[test]
+                differing = BITS + 1
+                if test_hash is not None:
+                    differing = int((images.hashes[image] ^ test_hash).sum())
+                if cosine >= COPY and differing <= BITS:
+                    findings.append(Finding("test copy", image, cosine, test, differing))
                     break
-    return found
+    return findings
 
 
 # ---------------------------------------------------------------- distance
 
 
 def kid(images: Tensor, real: Tensor, seed: int = 0) -> Distance:
-    """Kernel Inception Distance of two sets of CLIP features: 0 where they are of one kind.
+    """Kernel Inception Distance of two sets of CLIP features; near 0 for the same distribution.
 
-    The unbiased squared maximum mean discrepancy with the kernel (x.y / D + 1)^3, over SUBSETS
-    random subsets of SUBSET images each, or of as many as there are. Features are taken at length
-    sqrt(D), so that x.y / D is their cosine. Being unbiased it can be below 0, and it does not
-    depend on how many images there are.
+    This is the unbiased squared maximum mean discrepancy with the kernel (x.y / D + 1)^3, over
+    SUBSETS random subsets of at most SUBSET images. Features have length sqrt(D), so that x.y / D
+    is their cosine. The estimate can be below 0 and does not depend on the number of images.
 
     Source: Binkowski et al. 2018 (arXiv:1801.01401), Eq. 4, with CLIP in place of Inception.
 
@@ -318,7 +319,7 @@ def _kernel(x: Tensor, y: Tensor) -> Tensor:
 
 
 def best_and_worst(values: Sequence[float], count: int) -> tuple[list[int], list[int]]:
-    """Positions of the largest values, falling, and of the smallest, rising; nan is neither."""
-    known = [i for i, value in enumerate(values) if value == value]
-    rising = sorted(known, key=lambda i: (values[i], i))
+    """Positions of the largest values, descending, and of the smallest, ascending, without nan."""
+    numbers = [i for i, value in enumerate(values) if value == value]
+    rising = sorted(numbers, key=lambda i: (values[i], i))
     return rising[::-1][:count], rising[:count]

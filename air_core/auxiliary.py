@@ -1,7 +1,7 @@
-"""The auxiliary classifier: image against image, from images whose class is known or believed.
+"""The auxiliary classifier, which compares images with images of known or pseudo-labelled class.
 
-AiR (arXiv:2504.11930) builds it from synthetic images of known class; a control builds it from real
-pseudo-labelled ones. See docs/method.md for what is known of its form.
+AiR (arXiv:2504.11930) builds it from synthetic images of known class, a control from
+pseudo-labelled real ones. docs/method.md (step 3) says which details are inferred.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PROBE_STEPS, PROBE_RATE, PROBE_DECAY = 200, 1e-2, 1e-2
 
 @dataclass(frozen=True)
 class BankClassifier:
-    """Scores an image against every image of a bank, class by class."""
+    """Compares an image with every image of a bank, class by class."""
 
     bank: Tensor  # (N, D), centred, unit length
     labels: Tensor  # (N,)
@@ -47,17 +47,17 @@ class BankClassifier:
 AuxiliaryClassifier = LinearClassifier | BankClassifier
 
 
-# ---------------------------------------------------------------- which images
+# ---------------------------------------------------------------- selection of images
 
 
 def credible(synthetic: Labelled, settings: FidelitySettings, logits: Tensor) -> Labelled:
-    """Images that are used at all: no copies, and of their class for the text classifier.
+    """Drop copies, and images that the text classifier takes for another class.
 
-    A class never vanishes: its image of the largest margin stays.
+    Each class keeps at least its image with the largest margin.
 
     Args:
-        synthetic: images with the class that they were drawn for.
-        logits: (N, C) of the text classifier, for the same images and their classes.
+        synthetic: images with the class that each was drawn for.
+        logits: (N, C) of the text classifier for the same images, over the drawn classes.
     """
     labels, kept = synthetic.labels, torch.ones(len(synthetic), dtype=torch.bool)
     margin = margins(logits, labels)
@@ -72,7 +72,7 @@ def credible(synthetic: Labelled, settings: FidelitySettings, logits: Tensor) ->
 
 
 def margins(logits: Tensor, labels: Tensor) -> Tensor:
-    """(N,) score of an image's own class minus the best other's: 1 sure of it, -1 sure of another.
+    """(N,) score of an image's own class minus the largest score of another class.
 
     >>> margins(torch.tensor([[0.0, 0.0], [1.0, 0.0]]), torch.tensor([0, 1]))
     tensor([ 0.0000, -0.4621], dtype=torch.float64)
@@ -83,31 +83,31 @@ def margins(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def copies(features: Tensor, labels: Tensor, cosine: float = COPY) -> Tensor:
-    """(N,) bool: images that are as near to an earlier one of their class as a copy is.
+    """(N,) bool: images whose cosine to an earlier image of their class is that of a copy.
 
     Args:
         features: (N, D) of unit length.
     """
-    found = torch.zeros(len(labels), dtype=torch.bool)
+    is_copy = torch.zeros(len(labels), dtype=torch.bool)
     for c in sorted(set(labels.tolist())):
         members = (labels == c).nonzero().flatten()
         near = features[members] @ features[members].T >= cosine
         first = torch.ones(len(members), dtype=torch.bool)
         for i in near.tril(-1).any(dim=1).nonzero().flatten().tolist():
             first[i] = not bool((near[i, :i] & first[:i]).any())
-        found[members] = ~first
-    return found
+        is_copy[members] = ~first
+    return is_copy
 
 
 def high_fidelity(
     bank: Labelled, settings: FidelitySettings, text: Tensor, real: Labelled | None
 ) -> Labelled:
-    """The `keep` images of each class that look most like what they were drawn for.
+    """Select the `keep` images of each class that are nearest to a target of their class.
 
     Source: docs/method.md, step 3 (class_mean is the inferred rule; argmax is DISEF's).
 
     Args:
-        bank: synthetic images with the class that they were drawn for.
+        bank: synthetic images with the class that each was drawn for.
         text: (C, D) unit text features of the classes.
         real: pool images with their pseudo-label, for `real_mean`.
     """
@@ -117,22 +117,24 @@ def high_fidelity(
     for c in sorted(set(bank.labels.tolist())):
         members = (bank.labels == c).nonzero().flatten()
         features = bank.batch.features[members]
-        if settings.kind == "random":  # images of a row are alike: the first are as good as any
+        if (
+            settings.kind == "random"
+        ):  # the images of a class have independent noise: take the first
             kept.append(members[: settings.keep])
         elif settings.kind == "argmax":
             right = (features @ text.T).argmax(dim=-1) == c
             best = (features @ text[c]).argmax()
-            right[best] = True  # a class must not vanish
+            right[best] = True  # each class keeps an image
             kept.append(members[right])
         else:
-            nearness = features @ _target(settings.kind, c, features, text, real)
-            best = nearness.argsort(descending=True, stable=True)[: settings.keep]
+            cosines = features @ _target(settings.kind, c, features, text, real)
+            best = cosines.argsort(descending=True, stable=True)[: settings.keep]
             kept.append(members[best.sort().values])
     return bank[torch.cat(kept)]
 
 
 def _target(kind: str, c: int, features: Tensor, text: Tensor, real: Labelled | None) -> Tensor:
-    """(D,) what good images of class c are near to."""
+    """(D,) the direction that the selected images of class c are nearest to."""
     if kind == "text":
         return text[c]
     if kind == "real_mean" and real is not None and bool((real.labels == c).any()):
@@ -140,7 +142,7 @@ def _target(kind: str, c: int, features: Tensor, text: Tensor, real: Labelled | 
     return normalize(features.mean(dim=0), dim=-1)
 
 
-# ---------------------------------------------------------------- which form
+# ---------------------------------------------------------------- forms of the classifier
 
 
 def auxiliary_classifier(
@@ -151,26 +153,26 @@ def auxiliary_classifier(
     num_classes: int,
     logit_scale: float,
 ) -> AuxiliaryClassifier:
-    """An image-image classifier from images whose class is known or believed.
+    """Build the auxiliary classifier p̂_c.
 
-    Synthetic and real features are centred each on their own mean (with `center`), which removes
-    the shift between them.
+    With `center`, synthetic and real features each lose their own mean, which removes the shift
+    between the two domains.
 
     Args:
-        synthetic: drawn images with the class that they were drawn for.
+        synthetic: images with the class that each was drawn for.
         real: pool images with their pseudo-label.
-        pool: the whole pool; its mean centres real images, at test too.
+        pool: all pool images; real and test images lose their mean.
         num_classes: C; labels are 0 .. C - 1.
-        logit_scale: what cosines are multiplied by where settings do not say.
+        logit_scale: factor on cosines, unless `temperature` is `kappa`.
 
     Raises:
-        ValueError: a class has no image in either.
+        ValueError: a class has no image.
     """
     mean = pool.features.mean(dim=0) if settings.center else torch.zeros(pool.features.shape[1])
     parts = []
     if synthetic is not None and len(synthetic):
-        own = synthetic.batch.features.mean(dim=0) if settings.center else mean
-        parts.append((synthetic.batch.features - own, synthetic.labels))
+        synthetic_mean = synthetic.batch.features.mean(dim=0) if settings.center else mean
+        parts.append((synthetic.batch.features - synthetic_mean, synthetic.labels))
     if real is not None and len(real):
         parts.append((real.batch.features - mean, real.labels))
     if not parts:
@@ -187,7 +189,7 @@ def auxiliary_classifier(
 
 @dataclass(frozen=True)
 class _Bank:
-    """What every form is made from."""
+    """Images that a form is built from."""
 
     settings: AuxiliarySettings
     features: Tensor  # (N, D), centred
@@ -200,20 +202,20 @@ class _Bank:
     def unit(self) -> Tensor:  # (N, D)
         return normalize(self.features, dim=-1)
 
-    def means(self, of: Tensor) -> Tensor:
-        """Class means (C, D) of some version of the features (N, D)."""
-        sums = of.new_zeros(len(self.counts), of.shape[1]).index_add_(0, self.labels, of)
-        return sums / self.counts[:, None]
+    def means(self, features: Tensor) -> Tensor:
+        """Class means (C, D) of features (N, D) of the same images."""
+        sums = features.new_zeros(len(self.counts), features.shape[1])
+        return sums.index_add_(0, self.labels, features) / self.counts[:, None]
 
     def compared(self, pooled: Callable[[Tensor, Tensor], Tensor]) -> BankClassifier:
-        """Image by image, in the way that `pooled` puts cosines together."""
+        """A classifier whose logits are `pooled` from the cosines to each image."""
         return BankClassifier(
             self.unit, self.labels, len(self.counts), self.center, pooled, self.sharpness
         )
 
 
 def _prototypes(bank: _Bank) -> LinearClassifier:
-    """Unit class means of unit features, cosine (nearest mean)."""
+    """Cosine to the unit mean of each class (nearest mean)."""
     weight = normalize(bank.means(bank.unit), dim=-1)
     bias = torch.zeros(len(weight))
     return LinearClassifier(weight, bias, bank.center, unit=True, sharpness=bank.sharpness)
@@ -222,8 +224,8 @@ def _prototypes(bank: _Bank) -> LinearClassifier:
 def _discriminants(bank: _Bank) -> LinearClassifier:
     """Linear discriminant with a shrunk within-class covariance and equal priors.
 
-    Its logits are log-likelihood ratios already, so CLIP's temperature has no place here; in
-    float64, since few images leave the covariance close to singular.
+    Its logits are log-likelihood ratios, so CLIP's temperature does not apply. It is computed in
+    float64, since with few images the covariance is close to singular.
 
     Raises:
         ValueError: no two images of a class differ.
@@ -236,8 +238,8 @@ def _discriminants(bank: _Bank) -> LinearClassifier:
     scale = covariance.trace() / width
     if scale < 1e-12:  # of unit features
         raise ValueError(
-            "linear discriminants (auxiliary.kind: lda) cannot tell how images of a class differ: "
-            "the bank holds one of each class, or the same one again"
+            "auxiliary.kind lda needs images of a class that differ, but the bank has one image of "
+            "each class, or copies of it; use another auxiliary.kind or more images"
         )
     identity = torch.eye(width, dtype=x.dtype)
     covariance = (1 - SHRINKAGE) * covariance + SHRINKAGE * scale * identity
@@ -258,7 +260,7 @@ def _neighbours(bank: _Bank) -> BankClassifier:
 
 
 def _cache(bank: _Bank) -> BankClassifier:
-    """Tip-Adapter's cache model (arXiv:2111.03930), its affinities averaged within a class."""
+    """Tip-Adapter's cache model (arXiv:2111.03930), with affinities averaged within a class."""
 
     def pooled(cosines: Tensor, members: Tensor) -> Tensor:
         return (-CACHE_SHARPNESS * (1 - cosines)).exp() @ members / bank.counts
@@ -267,11 +269,11 @@ def _cache(bank: _Bank) -> BankClassifier:
 
 
 def _linear_probe(bank: _Bank) -> LinearClassifier:
-    """Logistic regression on unit features, by full-batch AdamW from the class means."""
+    """Logistic regression on unit features: full-batch AdamW that starts at the class means."""
     x, counts = bank.unit, bank.counts
     weight = (bank.sharpness * normalize(bank.means(x), dim=-1)).requires_grad_()
     bias = torch.zeros(len(counts), requires_grad=True)
-    balance = len(x) / (len(counts) * counts.to(x.dtype))  # classes count alike
+    balance = len(x) / (len(counts) * counts.to(x.dtype))  # all classes have equal weight
     optimiser = torch.optim.AdamW([weight, bias], lr=PROBE_RATE, weight_decay=PROBE_DECAY)
     with torch.enable_grad():
         for _ in range(PROBE_STEPS):

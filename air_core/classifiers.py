@@ -17,16 +17,16 @@ from air_core.types import Batch
 
 
 class Classifier(Protocol):
-    """Anything that has logits for images."""
+    """Gives logits for images."""
 
     def logits(self, batch: Batch) -> Tensor:
-        """(N, C) before softmax, at the temperature that softmax expects."""
+        """(N, C) before softmax, with the temperature applied."""
         ...
 
 
 @dataclass(frozen=True)
 class LinearClassifier:
-    """`sharpness * (x @ weight.T + bias)`, x centred and, with `unit`, of unit length."""
+    """`sharpness * (x @ weight.T + bias)`, where x is centred and, with `unit`, of unit length."""
 
     weight: Tensor  # (C, D)
     bias: Tensor  # (C,)
@@ -42,14 +42,14 @@ class LinearClassifier:
 
 
 def class_texts(backbone: Backbone, classnames: Sequence[str], template: str) -> Tensor:
-    """(C, D) features of one text per class, underscores read as spaces."""
+    """(C, D) features of one text per class; underscores in names become spaces."""
     return backbone.encode_texts([template.format(name.replace("_", " ")) for name in classnames])
 
 
 def text_classifier(
     backbone: Backbone, classnames: Sequence[str], template: str
 ) -> LinearClassifier:
-    """Zero-shot CLIP: one text per class, cosine, CLIP's own temperature (arXiv:2103.00020)."""
+    """p_c of zero-shot CLIP (arXiv:2103.00020): cosine to one text per class, times logit_scale."""
     weight = class_texts(backbone, classnames, template).cpu()
     return LinearClassifier(
         weight=weight,
@@ -61,33 +61,33 @@ def text_classifier(
 
 
 @dataclass(frozen=True)
-class Remembered:
-    """A frozen classifier that computes the logits of a batch once: towers are slow."""
+class CachedClassifier:
+    """A frozen classifier that computes the logits of a batch once, since towers are slow."""
 
     classifier: Classifier
-    _known: dict[int, tuple[Batch, Tensor]] = field(default_factory=dict)
+    _logits: dict[int, tuple[Batch, Tensor]] = field(default_factory=dict)
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> Tensor:
         """(N, C)"""
-        if id(batch) not in self._known:
-            # The batch is kept too: another one must not come to have its address.
-            self._known[id(batch)] = (batch, self.classifier.logits(batch))
-        return self._known[id(batch)][1]
+        if id(batch) not in self._logits:
+            # Keeping the batch prevents another one from getting the same address.
+            self._logits[id(batch)] = (batch, self.classifier.logits(batch))
+        return self._logits[id(batch)][1]
 
 
 def fused_scores(
     text_logits: Tensor, auxiliary_logits: Tensor, weight: float, space: str = "probability"
 ) -> Tensor:
-    """Blend the text classifier with the auxiliary classifier.
+    """p* = (p + λ p̂) / (1 + λ): blend the text with the auxiliary classifier.
 
-    Each is softmaxed first: their temperatures differ, so logits are not comparable.
+    Each is softmaxed first, since their temperatures differ and logits are not comparable.
 
     Args:
         text_logits: (N, C).
         auxiliary_logits: (N, C), same images and classes in the same order.
-        weight: share of the auxiliary classifier, in [0, 1]; 0 is the text classifier alone.
-        space: probability: the weighted mean of the two; logit: the weighted geometric mean.
+        weight: λ / (1 + λ), the share of the auxiliary classifier, in [0, 1].
+        space: `probability` is the weighted mean of the two, `logit` the weighted geometric mean.
 
     Returns:
         Scores (N, C); rows sum to 1.
@@ -95,8 +95,8 @@ def fused_scores(
     Raises:
         ValueError: the shapes differ.
 
-    Source: AiR's sum p + lambda * q (docs/method.md, step 4) with weight = lambda / (1 + lambda);
-    dividing changes no ranking and keeps a distribution, which candidate sets need.
+    Source: AiR's sum p + λ p̂ (docs/method.md, step 4). Dividing by 1 + λ changes no ranking and
+    gives a distribution, which candidate sets need.
 
     >>> fused_scores(torch.zeros(1, 2), torch.tensor([[0.0, 100.0]]), 0.5)
     tensor([[0.2500, 0.7500]])
@@ -107,21 +107,21 @@ def fused_scores(
             f"{tuple(auxiliary_logits.shape)}: same images, same classes?"
         )
     if space == "logit":
-        one, other = text_logits.log_softmax(dim=-1), auxiliary_logits.log_softmax(dim=-1)
-        return ((1 - weight) * one + weight * other).softmax(dim=-1)
+        text, auxiliary = text_logits.log_softmax(dim=-1), auxiliary_logits.log_softmax(dim=-1)
+        return ((1 - weight) * text + weight * auxiliary).softmax(dim=-1)
     return (1 - weight) * text_logits.softmax(dim=-1) + weight * auxiliary_logits.softmax(dim=-1)
 
 
 @dataclass(frozen=True)
 class FusedClassifier:
-    """A text classifier with an auxiliary one beside it; None: the text classifier alone.
+    """A text classifier fused with an auxiliary classifier.
 
-    `unseen`: TRZSL, where the auxiliary classifier knows these classes only. It then shares out
-    what the text classifier gives to all of them, and says nothing of the others.
+    In TRZSL the auxiliary classifier has the `unseen` classes only. It then redistributes the
+    scores that the text classifier gives to these; those of seen classes do not change.
     """
 
     text: Classifier
-    auxiliary: Any  # a Classifier over C or U classes, or None
+    auxiliary: Any  # a Classifier over C or U classes; None: the text classifier alone
     weight: float
     space: str
     unseen: Tensor | None  # (U,)
@@ -136,7 +136,7 @@ class FusedClassifier:
         return scores.index_copy(1, self.unseen, mass * self._fused(logits[:, self.unseen], batch))
 
     def pool_scores(self, pool: Batch) -> Tensor:
-        """(N, C), or in TRZSL (N, U): pool images are of unseen classes. Rows sum to 1."""
+        """(N, C), or in TRZSL (N, U) over the classes of pool images; rows sum to 1."""
         logits = self.text.logits(pool)
         return self._fused(logits if self.unseen is None else logits[:, self.unseen], pool)
 
@@ -156,9 +156,10 @@ def fuse(
     space: str = "probability",
     unseen: Tensor | None = None,
 ) -> FusedClassifier:
-    """Fuse the two; with `match_entropy` the auxiliary is first made as confident as the text.
+    """Fuse a text classifier with an auxiliary classifier.
 
-    Confidence is the mean largest score over the pool, which needs no label.
+    `match_entropy` first scales the logits of the auxiliary classifier until both have the same
+    confidence: the mean largest score over the pool, which needs no label.
     """
     if auxiliary is not None and temperature == "match_entropy":
         logits = text.logits(pool)
@@ -171,9 +172,9 @@ def fuse(
 
 
 def matching_sharpness(logits: Tensor, confidence: float) -> float:
-    """The factor on logits (N, C) at which the mean largest score equals `confidence`.
+    """Find the factor on logits (N, C) at which the mean largest score equals `confidence`.
 
-    The mean grows with the factor, from 1/C at 0; found by bisection on its logarithm.
+    The mean grows with the factor, from 1/C at 0, so the search bisects the factor's logarithm.
     """
     low, high = -12.0, 12.0
     for _ in range(50):

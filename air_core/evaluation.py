@@ -1,6 +1,8 @@
-"""How good a classifier is, and what a search may look at."""
+"""Metrics of a classifier, and the objectives that a search may read."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,40 +16,38 @@ from air_core.types import Batch, Labelled, Metrics
 def measured(
     predictions: Tensor, labels: Tensor, num_classes: int, unseen: Tensor | None = None
 ) -> Metrics:
-    """Share of right predictions: over all, per class and, in TRZSL, over seen and unseen classes.
+    """Accuracy over all images, per class and, in TRZSL, over seen and over unseen classes.
 
     Args:
         predictions: (N,) class indices, out of all classes.
         labels: (N,) true classes.
-        unseen: (U,) classes of TRZSL that had no label.
+        unseen: (U,) TRZSL: the classes without labels.
 
-    Source: the harmonic mean of the two accuracies over images is GRIP's measure for TRZSL
-    (arXiv:2306.01669).
+    Source: GRIP (arXiv:2306.01669) reports TRZSL by the harmonic mean of both accuracies.
     """
     right = (predictions == labels).double()
     per_class = tuple(right[labels == c].mean().item() for c in range(num_classes))
-    found = Metrics(accuracy=right.mean().item(), per_class=per_class, predictions=predictions)
+    metrics = Metrics(accuracy=right.mean().item(), per_class=per_class, predictions=predictions)
     if unseen is None:
-        return found
-    of_unseen = torch.isin(labels, unseen)
-    one, other = right[~of_unseen].mean().item(), right[of_unseen].mean().item()
-    return Metrics(
-        accuracy=found.accuracy,
-        per_class=per_class,
-        predictions=predictions,
-        seen=one,
-        unseen=other,
-        harmonic_mean=harmonic_mean(one, other),
+        return metrics
+    is_unseen = torch.isin(labels, unseen)
+    seen_accuracy, unseen_accuracy = right[~is_unseen].mean().item(), right[is_unseen].mean().item()
+    return replace(
+        metrics,
+        seen=seen_accuracy,
+        unseen=unseen_accuracy,
+        harmonic_mean=harmonic_mean(seen_accuracy, unseen_accuracy),
     )
 
 
-def harmonic_mean(one: float, other: float) -> float:
-    """
+def harmonic_mean(a: float, b: float) -> float:
+    """Harmonic mean of two accuracies; 0 where both are 0.
+
     >>> harmonic_mean(0.5, 1.0), harmonic_mean(0.0, 0.0)
     (0.6666666666666666, 0.0)
     """
-    total = one + other
-    return 2 * one * other / total if total else 0.0
+    total = a + b
+    return 2 * a * b / total if total else 0.0
 
 
 @torch.no_grad()
@@ -57,26 +57,26 @@ def objectives(
     validation: Labelled | None,
     unseen: Tensor | None = None,
 ) -> dict[str, float]:
-    """All that a search may see. No test image and no test label comes in here.
+    """Objectives of a search. They read no test image and no test label.
 
-    `validation_accuracy` reads validation labels (in TRZSL it is the harmonic mean);
-    `mutual_information` reads none (in TRZSL over unseen classes, which pool images are from).
+    `validation_accuracy` reads validation labels (in TRZSL it is the harmonic mean).
+    `mutual_information` reads no label (in TRZSL it is over unseen classes, those of the pool).
     """
     logits = classifier.logits(pool)
     if unseen is not None:
         logits = logits[:, unseen]
-    found = {"mutual_information": mutual_information(logits.softmax(dim=-1))}
+    values = {"mutual_information": mutual_information(logits.softmax(dim=-1))}
     if validation is not None:
         logits = classifier.logits(validation.batch)
         metrics = measured(logits.argmax(dim=-1), validation.labels, logits.shape[1], unseen)
-        found["validation_accuracy"] = metrics.headline
-    return found
+        values["validation_accuracy"] = metrics.headline
+    return values
 
 
 def mutual_information(scores: Tensor) -> float:
     """Entropy of the mean scores minus mean entropy of the scores, in nats.
 
-    High when single predictions are sure and classes are used evenly.
+    It is high where each prediction is confident and the predictions cover the classes evenly.
 
     Args:
         scores: (N, C); rows sum to 1.

@@ -1,6 +1,6 @@
-"""A trial flat at the door, `lora.rank`, and nested inside: what YAML, Optuna and MLflow see.
+"""Convert between nested trial specs and flat dotted keys, such as `lora.rank`.
 
-Standard library only, like the specs themselves.
+Sweep files, Optuna and MLflow use the flat keys. Imports the standard library only.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from air_core.specs import Ref, TrialSpec
 
 @dataclass(frozen=True, kw_only=True)
 class Key:
-    """A trial key as people write it: `lora.rank`."""
+    """A key of a trial, such as `lora.rank`."""
 
     name: str
     type: Any  # annotation, for validation
@@ -27,7 +27,7 @@ class Key:
     help: str
 
 
-DERIVED = ("classnames", "code")  # nobody sets them
+DERIVED = ("classnames", "code")  # computed, not set in sweep files
 
 
 @cache
@@ -41,11 +41,11 @@ def trial_keys() -> dict[str, Key]:
 
 
 def from_flat(flat: dict[str, Any], refs: dict[str, Ref], classnames: tuple[str, ...]) -> TrialSpec:
-    """A TrialSpec from dotted keys; keys that are left out keep their defaults.
+    """A TrialSpec from dotted keys; missing keys keep their defaults.
 
     Args:
         flat: dotted key -> validated value; `lora: None` turns LoRA off.
-        refs: the outside names, such as `dataset`, resolved to content.
+        refs: dataset, backbone and generator, resolved to content.
         classnames: of the dataset.
     """
     nested: dict[str, dict[str, Any]] = {}

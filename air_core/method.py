@@ -1,18 +1,27 @@
-"""The paper, top to bottom: AiR (Ren et al., CVPR 2025, arXiv:2504.11930).
+"""AiR, from top to bottom (Ren et al., CVPR 2025, arXiv:2504.11930).
 
-Frozen features, pseudo-labels from the text classifier fused with an auxiliary classifier on
-synthetic images, a prompt learned on both, again with the better prompt. LoRA and images are made
-before (`air_core.diffusion`); here they are features. Without images it is the host method; from
-labelled images alone it is CoOp or VPT.
+`learn` is the method. A text classifier and an auxiliary classifier on synthetic images together
+pseudo-label the pool, a prompt is learned on pseudo-labelled and synthetic images, and the next
+round uses the learned prompt as its text classifier. `Trial` has the steps of a round, in order.
+
+    p_c   scores of the text classifier: zero-shot CLIP, later the learned prompt
+    p̂_c   scores of the auxiliary classifier
+    λ     weight of p̂_c; `fusion_weight` is λ / (1 + λ)
+    K_t   images per class that are pseudo-labelled in round t
+    β     weight of the loss on synthetic images, `synthetic_weight`
+
+LoRA and image generation come before (`air_core.lora_labels`, `air_core.diffusion`); here images
+are features. Without synthetic images this is the host method, with labelled images alone CoOp or
+VPT. docs/method.md lists which details are from the paper and which are inferred.
 """
 
 from __future__ import annotations
 
-import functools
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -26,195 +35,291 @@ from air_core.auxiliary import (
 )
 from air_core.backbone import Backbone
 from air_core.classifiers import (
+    CachedClassifier,
     Classifier,
     FusedClassifier,
     LinearClassifier,
-    Remembered,
     fuse,
     text_classifier,
 )
-from air_core.prompts import PromptLearner, build_learner, restored_learner
+from air_core.datasets import Dataset
+from air_core.paradigms import make_split
+from air_core.prompts import PromptLearner, build_learner
 from air_core.pseudo_labels import assign, spread
 from air_core.pseudo_labels.top_k import balanced_choice
-from air_core.specs import TrialSpec, trains_on_real, trains_on_synthetic, uses_auxiliary
+from air_core.specs import (
+    SplitSettings,
+    TrialSpec,
+    trains_on_real,
+    trains_on_synthetic,
+    uses_auxiliary,
+)
 from air_core.training import Targeted, Training, fit
 from air_core.transduction import transductive
 from air_core.types import Batch, Labelled, Metrics, PseudoLabels, TrialResult
 
-T = TypeVar("T")
-Learning = Generator[Training, Any, T]  # asks for training, hears the loss (float), returns T
-
-FADED = 8  # synthetic images per class that stay in the bank to the end
+MIN_FADED = 8  # synthetic images per class that `auxiliary.fade` keeps in the last round
 
 
 @dataclass(frozen=True)
 class TrialData:
-    """All that a trial sees. True labels of the pool are not in it."""
+    """Images and names that a trial reads. True labels of the pool are not among them."""
 
     backbone: Backbone
     classnames: Sequence[str]
     template: str
     pool: Batch
-    labelled: Labelled | None  # SSL: the shots; TRZSL: images of seen classes; None in UL
-    unseen: Tensor | None  # (U,) TRZSL: the classes that pool images are from
+    labelled: Labelled | None  # SSL: the shots; TRZSL: images of seen classes; UL: None
+    unseen: Tensor | None  # (U,) TRZSL: the classes of the pool images
     validation: Labelled | None
     test: Labelled
-    synthetic: Labelled | None  # with the class that each image was drawn for
+    synthetic: Labelled | None  # labels are the classes that the images were drawn for
+
+    @staticmethod
+    def of(
+        dataset: Dataset,
+        split: SplitSettings,
+        backbone: Backbone,
+        synthetic: Labelled | None = None,
+        data_root: Path | None = None,
+    ) -> TrialData:
+        """Encode a dataset and split it, for a text prompt.
+
+        Args:
+            dataset: from `air_core.datasets.get_dataset`.
+            split: `TrialSpec.split` of the trial.
+            synthetic: encoded images with the class that each was drawn for.
+            data_root: the folder of datasets that are not embedded.
+        """
+        examples = dataset.load(data_root)
+        images = Labelled(
+            Batch(backbone.encode_images(examples.images)), torch.from_numpy(examples.labels)
+        )
+        parts = make_split(examples.labels, examples.parts, split)
+        return TrialData(
+            backbone=backbone,
+            classnames=dataset.classnames,
+            template=dataset.template,
+            pool=images.batch[parts.pool],
+            labelled=images[parts.labelled] if len(parts.labelled) else None,
+            unseen=parts.unseen,
+            validation=images[parts.validation] if len(parts.validation) else None,
+            test=images[parts.test],
+            synthetic=synthetic,
+        )
 
 
 @dataclass(frozen=True)
-class SoFar:
-    """A trial between two rounds: all that the next one begins with."""
+class TrialState:
+    """State of a trial between two rounds, from which `learn` resumes."""
 
-    prompts: tuple[Tensor, ...] = ()  # as each round has left it, on the CPU
+    prompts: tuple[Tensor, ...] = ()  # after each round, on the CPU
     labels: PseudoLabels | None = None  # of the last round
 
 
-NOTHING = SoFar()
+START = TrialState()
 
 
 @dataclass(frozen=True)
-class Progress:
-    """What a round did, for whoever watches."""
+class Round:
+    """Result of one round."""
 
     iteration: int
     labels: PseudoLabels | None  # None: the prompt was learned from labelled images alone
     loss: float
-    learned: Classifier
-    teacher: Classifier  # the same, with what it has seen remembered
-    so_far: SoFar
+    learner: PromptLearner
+    teacher: Classifier  # the same prompt; computes the logits of a batch once
+    state: TrialState
+
+
+class TrialStopped(Exception):
+    """Raised by a callback to stop a trial after a round, for example to prune it."""
+
+
+class Callback(Protocol):
+    """Follows the progress of a trial. Subclass it and override the methods that you need."""
+
+    def on_step(self, progress: float) -> None:
+        """After each training step; `progress` is the share of all training, in [0, 1]."""
+        return
+
+    def on_round(self, result: Round) -> None:
+        """After each round; raise `TrialStopped` to stop."""
+        return
+
+
+class _NoCallback(Callback):
+    pass
+
+
+NO_CALLBACK = _NoCallback()
 
 
 def learn(
     spec: TrialSpec,
     data: TrialData,
-    report: Callable[[Progress], None] = lambda progress: None,
-    share_done: Callable[[float], None] = lambda share: None,
+    callback: Callback = NO_CALLBACK,
+    resume_from: TrialState = START,
 ) -> TrialResult:
-    """One trial by itself: see `learning`."""
-    [result] = learn_together([learning(spec, data, report, share_done)])
-    if isinstance(result, Exception):
-        raise result
-    assert result is not None, "it was not asked to stop"
-    return result
+    """Learn a prompt from pseudo-labelled real images and labelled synthetic ones, and test it.
 
-
-def learning(
-    spec: TrialSpec,
-    data: TrialData,
-    report: Callable[[Progress], None] = lambda progress: None,
-    share_done: Callable[[float], None] = lambda share: None,
-    so_far: SoFar = NOTHING,
-    until: int | None = None,
-) -> Learning[TrialResult | None]:
-    """Learn a prompt from pseudo-labelled real images and labelled synthetic ones.
-
-    `spec.iterations = 0` is CLIP without learning. The prompt of the last round is tested: no
-    round is picked afterwards. What a round trains is yielded, to be trained with other trials'.
+    The tested prompt is that of the last round; no round is selected afterwards.
+    `spec.iterations = 0` is CLIP without learning.
 
     Args:
-        report: told of each round.
-        share_done: told after each training step how much of all training is done, in [0, 1].
-        so_far: what an earlier call came to; from there on each bit is that of one call.
-        until: stop after so many rounds, to go on from `Progress.so_far` later.
-
-    Returns:
-        None: it stopped at `until`.
+        callback: receives each training step and each round.
+        resume_from: state of an earlier call; the result is that of one call, bit for bit.
 
     Raises:
-        ValueError: the data do not fit the spec, such as no label for a method that wants some.
-        FloatingPointError: the loss was not finite.
+        ValueError: the data do not fit the spec, such as no label for a method that needs some.
+        FloatingPointError: the loss is not finite.
+        TrialStopped: by the callback.
     """
-    started = time.monotonic()
-    _check(spec, data)
-    text = text_classifier(data.backbone, data.classnames, data.template)
-    data = replace(data, synthetic=_credible(spec, data, text))
-    teacher: Classifier = Remembered(text)
-    auxiliary = build_auxiliary(spec, data, text, teacher, None, 0)
-    labels, learner = so_far.labels, None
-    for iteration in range(spec.iterations):
-        if spec.auxiliary.refresh and iteration > 0:
-            auxiliary = build_auxiliary(spec, data, text, teacher, auxiliary, iteration)
-        if iteration < len(so_far.prompts):  # learned before
-            learner = _restored(spec, data, so_far.prompts[iteration])
-            teacher = Remembered(learner)
-            continue
+    trial = Trial(spec, data, callback, resume_from)  # p_c of zero-shot CLIP, and p̂_c
+    for t in range(trial.rounds_done, spec.iterations):  # T rounds
+        trial.update_auxiliary(t)  # p̂_c, with `auxiliary.refresh`
+        trial.update_labels(t)  # K_t images of each class by p*_c = (p_c + λ p̂_c) / (1 + λ)
+        [loss] = fit([trial.training(t)])  # L = L_r + β L_s
+        trial.finish_round(t, loss)  # p_c of the learned prompt
+    return trial.evaluate()
+
+
+class Trial:
+    """A trial in progress: its inputs, and the classifiers and pseudo-labels of the current round.
+
+    `learn` runs the steps of one trial, `air_core.side_by_side.learn_side_by_side` of several.
+    """
+
+    def __init__(
+        self,
+        spec: TrialSpec,
+        data: TrialData,
+        callback: Callback = NO_CALLBACK,
+        resume_from: TrialState = START,
+    ) -> None:
+        _check(spec, data)
+        self.started = time.monotonic()
+        self.spec, self.callback = spec, callback
+        self.text = text_classifier(data.backbone, data.classnames, data.template)
+        self.data = replace(data, synthetic=usable_synthetic(spec, data, self.text))
+        self.teacher: Classifier = CachedClassifier(self.text)  # p_c
+        self.auxiliary = build_auxiliary(spec, self.data, self.text, self.teacher, None, 0)  # p̂_c
+        self.learner: PromptLearner | None = None
+        # The auxiliary classifier of a round depends on that of the round before.
+        for t, prompt in enumerate(resume_from.prompts):
+            self.update_auxiliary(t)
+            self.learner = self._new_prompt()
+            self.learner.prompt.data.copy_(prompt)
+            self.teacher = CachedClassifier(self.learner)
+        self.state = resume_from
+
+    @property
+    def rounds_done(self) -> int:
+        return len(self.state.prompts)
+
+    def update_auxiliary(self, t: int) -> None:
+        """Rebuild the auxiliary classifier with the prompt of the round before (step 3)."""
+        if self.spec.auxiliary.refresh and t > 0:
+            self.auxiliary = build_auxiliary(
+                self.spec, self.data, self.text, self.teacher, self.auxiliary, t
+            )
+
+    def update_labels(self, t: int) -> None:
+        """Pseudo-label the pool with the fused classifier (step 4 of docs/method.md)."""
+        spec, data = self.spec, self.data
         if spec.supervision == "pseudo":
+            scores = fused(spec, data, self.teacher, self.auxiliary, t).pool_scores(data.pool)
             labels = assign(
-                fused(spec, data, teacher, auxiliary, iteration).pool_scores(data.pool),
+                scores,
                 spec.pseudo_labels,
-                iteration=iteration,
+                iteration=t,
                 iterations=spec.iterations,
-                previous=labels,
+                previous=self.state.labels,
             )
-        if learner is None or spec.prompt.restart:
-            learner = build_learner(
-                spec.modality,
-                spec.prompt,
-                data.backbone,
-                data.classnames,
-                data.template,
-                spec.seed,
-            )
-        chosen = spread(labels, data.unseen, len(data.classnames)) if labels else None
-        loss: float = yield Training(
-            learner=learner,
-            real=_targeted(spec, data, chosen) if chosen else None,
+            self.state = replace(self.state, labels=labels)
+
+    def training(self, t: int) -> Training:
+        """Prompt, images and loss of this round (step 5 of docs/method.md)."""
+        spec, data = self.spec, self.data
+        if self.learner is None or spec.prompt.restart:
+            self.learner = self._new_prompt()
+        return Training(
+            learner=self.learner,
+            real=pseudo_labelled_batch(spec, data, self._selected()),
             labelled=data.labelled if spec.train.mix != "synthetic" else None,
-            synthetic=_drawn(spec, data),
-            synthetic_weight=spec.synthetic_weight * _left(spec, iteration),
+            synthetic=synthetic_batch(spec, data),
+            synthetic_weight=spec.synthetic_weight * remaining_weight(spec, t),  # β
             loss=spec.pseudo_labels.loss,
             settings=spec.train,
-            seed=spec.seed * 1009 + iteration,
-            report=functools.partial(_tell, share_done, spec, iteration),
+            seed=spec.seed * 1009 + t,
+            report=lambda step, steps: self.callback.on_step(_share_done(spec, t, step, steps)),
         )
-        teacher = Remembered(learner)
-        prompts = (*so_far.prompts, learner.prompt.detach().cpu().clone())
-        so_far = SoFar(prompts, labels)
-        report(Progress(iteration, chosen, loss, learner, teacher, so_far))
-        if iteration + 1 == until:
+
+    def finish_round(self, t: int, loss: float | Exception) -> None:
+        """Make the learned prompt the text classifier of the next round.
+
+        Args:
+            loss: from `fit`; an error is raised.
+        """
+        if isinstance(loss, Exception):
+            raise loss
+        assert self.learner is not None
+        self.teacher = CachedClassifier(self.learner)
+        prompt = self.learner.prompt.detach().cpu().clone()
+        self.state = replace(self.state, prompts=(*self.state.prompts, prompt))
+        self.callback.on_round(
+            Round(t, self._selected(), loss, self.learner, self.teacher, self.state)
+        )
+
+    @torch.no_grad()
+    def evaluate(self) -> TrialResult:
+        """Test the learned prompt; for comparison also the fused and the auxiliary classifier."""
+        spec, data = self.spec, self.data
+        test = data.test.batch
+        fused_classifier = fused(
+            spec, data, self.teacher, self.auxiliary, max(0, spec.iterations - 1)
+        )
+        text = self._tested(self.teacher.logits(test))
+        # Without learning, synthetic images change the fused classifier only: test that one.
+        metrics = text if spec.iterations else self._tested(fused_classifier.scores(test))
+        inference = {"text": text.headline}
+        if self.auxiliary is not None:
+            inference["fused"] = self._tested(fused_classifier.scores(test)).headline
+            if data.unseen is None:
+                inference["auxiliary"] = self._tested(self.auxiliary.logits(test)).headline
+        predictions = fused_classifier.pool_scores(data.pool).argmax(dim=-1)
+        return TrialResult(
+            objectives=evaluation.objectives(self.teacher, data.pool, data.validation, data.unseen),
+            test=metrics,
+            inference=inference,
+            pool_predictions=predictions if data.unseen is None else data.unseen[predictions],
+            synthetic=0 if data.synthetic is None else len(data.synthetic),
+            prompt=None if self.learner is None else self.learner.prompt.detach().cpu(),
+            seconds=time.monotonic() - self.started,
+        )
+
+    def _new_prompt(self) -> PromptLearner:
+        spec, data = self.spec, self.data
+        return build_learner(
+            spec.modality,
+            spec.prompt,
+            data.backbone,
+            data.classnames,
+            data.template,
+            spec.seed,
+        )
+
+    def _selected(self) -> PseudoLabels | None:
+        """Pseudo-labels of this round, over all classes."""
+        labels = self.state.labels
+        if labels is None:
             return None
-    return evaluate(spec, data, learner, teacher, auxiliary, started)
+        return spread(labels, self.data.unseen, len(self.data.classnames))
 
-
-def learn_together(trials: Sequence[Learning[T]]) -> list[T | Exception]:
-    """Trials side by side: the prompts of a round are trained in one computation.
-
-    They may differ in anything, and in how many rounds and steps they take.
-
-    Returns:
-        What each trial came to: one that fails ends alone.
-    """
-    ends: dict[int, T | Exception] = {}
-    heard: dict[int, Any] = dict.fromkeys(range(len(trials)))
-    while heard:
-        asked: dict[int, Training] = {}
-        for number, word in heard.items():
-            try:
-                tell = trials[number].throw if isinstance(word, Exception) else trials[number].send
-                asked[number] = tell(word)
-            except StopIteration as end:
-                ends[number] = end.value
-            except Exception as problem:
-                ends[number] = problem
-        heard = dict(zip(asked, _fitted(list(asked.values())), strict=True))
-    return [ends[number] for number in range(len(trials))]
-
-
-def _fitted(trainings: Sequence[Training]) -> Sequence[float | Exception]:
-    try:
-        return fit(trainings) if trainings else []
-    except Exception as problem:  # such as no memory left: nobody's in particular
-        return [problem] * len(trainings)
-
-
-def _tell(
-    share_done: Callable[[float], None], spec: TrialSpec, iteration: int, step: int, steps: int
-) -> None:
-    """Rounds of a growing selection get longer, where epochs are counted."""
-    growing = spec.pseudo_labels.growth == "growing" and spec.train.steps is None
-    lengths = [t + 1 if growing else 1 for t in range(spec.iterations)]
-    share_done((sum(lengths[:iteration]) + lengths[iteration] * step / steps) / sum(lengths))
+    def _tested(self, scores: Tensor) -> Metrics:
+        data = self.data
+        predictions = scores.argmax(dim=-1)
+        return evaluation.measured(predictions, data.test.labels, len(data.classnames), data.unseen)
 
 
 def _check(spec: TrialSpec, data: TrialData) -> None:
@@ -224,48 +329,64 @@ def _check(spec: TrialSpec, data: TrialData) -> None:
         raise ValueError("image features of the pool are not finite: are the weights damaged?")
 
 
+def _share_done(spec: TrialSpec, t: int, step: int, steps: int) -> float:
+    """Share of all training that is done after `step` of the `steps` of round t.
+
+    Where epochs are counted, the rounds of a growing selection get longer.
+    """
+    growing = spec.pseudo_labels.growth == "growing" and spec.train.steps is None
+    lengths = [i + 1 if growing else 1 for i in range(spec.iterations)]
+    return (sum(lengths[:t]) + lengths[t] * step / steps) / sum(lengths)
+
+
+# ---------------------------------------------------------------- images of the loss
+
+
 @torch.no_grad()
-def _credible(spec: TrialSpec, data: TrialData, text: LinearClassifier) -> Labelled | None:
-    """The synthetic images that bank and loss may read; no test image decides."""
-    asked = spec.fidelity
-    if data.synthetic is None or (asked.min_margin is None and asked.duplicates == "keep"):
+def usable_synthetic(spec: TrialSpec, data: TrialData, text: LinearClassifier) -> Labelled | None:
+    """Synthetic images that pass `fidelity.min_margin` and `fidelity.duplicates`.
+
+    No test image is read.
+    """
+    settings = spec.fidelity
+    if data.synthetic is None or (settings.min_margin is None and settings.duplicates == "keep"):
         return data.synthetic
     images = data.synthetic.of(data.unseen)
     logits = text.logits(images.batch)
-    if data.unseen is not None:  # no image of a seen class was asked for
+    if data.unseen is not None:  # only images of unseen classes were drawn
         seen = torch.ones(logits.shape[1], dtype=torch.bool)
         seen[data.unseen] = False
         logits = logits.masked_fill(seen, -torch.inf)
-    return credible(images, asked, logits)
+    return credible(images, settings, logits)
 
 
-def _restored(spec: TrialSpec, data: TrialData, prompt: Tensor) -> PromptLearner:
-    return restored_learner(
-        spec.modality, spec.prompt, data.backbone, data.classnames, data.template, prompt
-    )
-
-
-def _targeted(spec: TrialSpec, data: TrialData, chosen: PseudoLabels) -> Targeted | None:
-    if not trains_on_real(spec):
+def pseudo_labelled_batch(
+    spec: TrialSpec, data: TrialData, selected: PseudoLabels | None
+) -> Targeted | None:
+    """Pool images of L_r with their targets."""
+    if selected is None or not trains_on_real(spec):
         return None
-    return Targeted(data.pool[chosen.indices], chosen.targets.clone())
+    return Targeted(data.pool[selected.indices], selected.targets.clone())
 
 
-def _drawn(spec: TrialSpec, data: TrialData) -> Labelled | None:
-    """Synthetic images of the loss: in TRZSL seen classes have real labels."""
+def synthetic_batch(spec: TrialSpec, data: TrialData) -> Labelled | None:
+    """Synthetic images of L_s; in TRZSL of unseen classes, since seen ones have real labels."""
     if data.synthetic is None or not trains_on_synthetic(spec):
         return None
     return data.synthetic.of(data.unseen)
 
 
-def _left(spec: TrialSpec, iteration: int) -> float:
-    """Share of the synthetic loss's weight that this round still has."""
-    return 1.0 if spec.train.synthetic_schedule == "fixed" else 1 - _elapsed(spec, iteration)
+def remaining_weight(spec: TrialSpec, t: int) -> float:
+    """Factor on β in round t."""
+    return 1.0 if spec.train.synthetic_schedule == "fixed" else 1 - progress(spec, t)
 
 
-def _elapsed(spec: TrialSpec, iteration: int) -> float:
+def progress(spec: TrialSpec, t: int) -> float:
     """0 in the first round, 1 in the last."""
-    return iteration / max(1, spec.iterations - 1)
+    return t / max(1, spec.iterations - 1)
+
+
+# ---------------------------------------------------------------- fused and auxiliary classifier
 
 
 def fused(
@@ -273,14 +394,17 @@ def fused(
     data: TrialData,
     teacher: Classifier,
     auxiliary: AuxiliaryClassifier | None,
-    iteration: int,
+    t: int,
 ) -> FusedClassifier:
-    """The teacher with the auxiliary classifier beside it."""
+    """p* = (p + λ p̂) / (1 + λ): the teacher fused with the auxiliary classifier.
+
+    `fusion_weight` is λ / (1 + λ).
+    """
     if spec.transduction == "gmm":
         teacher = transductive(teacher, data.pool, data.unseen)
     weight = spec.fusion_weight
     if spec.fusion.schedule == "annealed":
-        weight *= 1 - _elapsed(spec, iteration)
+        weight *= 1 - progress(spec, t)
     return fuse(
         teacher,
         auxiliary,
@@ -299,21 +423,21 @@ def build_auxiliary(
     text: LinearClassifier,
     teacher: Classifier,
     previous: AuxiliaryClassifier | None,
-    iteration: int,
+    t: int,
 ) -> AuxiliaryClassifier | None:
-    """The auxiliary classifier of this round; None: nothing is fused.
+    """p̂_c, the auxiliary classifier of round t; None where no auxiliary classifier is fused.
 
-    Real images are those that the teacher and the `previous` one are most sure of, k per class and
-    `k_step` more in each round, while synthetic ones may leave (`fade`). Labelled images of the
-    same classes join them. Classes are those that pool images are from: in TRZSL the unseen ones,
-    counted from 0.
+    Its real images are the k pool images of each class with the highest scores of the teacher
+    fused with the `previous` auxiliary classifier; each round takes `k_step` more, while `fade`
+    drops synthetic ones. Labelled images of the same classes join them. Its classes are those of
+    the pool images: in TRZSL the unseen ones, counted from 0.
     """
     if not uses_auxiliary(spec):
         return None
     auxiliary = previous
     for _ in range(spec.auxiliary.rounds):
-        believed = fused(spec, data, teacher, auxiliary, iteration)
-        auxiliary = _auxiliary(spec, data, text, believed, iteration)
+        fused_classifier = fused(spec, data, teacher, auxiliary, t)
+        auxiliary = _auxiliary(spec, data, text, fused_classifier, t)
     return auxiliary
 
 
@@ -321,23 +445,24 @@ def _auxiliary(
     spec: TrialSpec,
     data: TrialData,
     text: LinearClassifier,
-    believed: FusedClassifier,
-    iteration: int,
+    fused_classifier: FusedClassifier,
+    t: int,
 ) -> AuxiliaryClassifier:
     settings = spec.auxiliary
     classes = torch.arange(len(data.classnames)) if data.unseen is None else data.unseen
     synthetic = real = None
     if settings.source != "synthetic" or spec.fidelity.kind == "real_mean":
-        # No more places than images: else a class that is nobody's first choice would get none.
-        most = max(1, len(data.pool) // len(classes))
-        places = torch.full((len(classes),), min(settings.k + settings.k_step * iteration, most))
-        taken = balanced_choice(believed.pool_scores(data.pool), places)
-        chosen = (taken >= 0).nonzero().flatten()
-        real = _with_labelled(Labelled(data.pool[chosen], taken[chosen]), data, classes)
+        # With more slots than images, a class that is no image's first choice would get none.
+        largest = max(1, len(data.pool) // len(classes))
+        capacity = torch.full((len(classes),), min(settings.k + settings.k_step * t, largest))
+        fused_scores = fused_classifier.pool_scores(data.pool)
+        assignment = balanced_choice(fused_scores, capacity)
+        selected = (assignment >= 0).nonzero().flatten()
+        real = _with_labelled(Labelled(data.pool[selected], assignment[selected]), data, classes)
     if settings.source != "real" and data.synthetic is not None:
         bank = data.synthetic.among(classes)
         if settings.fade:
-            bank = faded(bank, _elapsed(spec, iteration))
+            bank = faded(bank, progress(spec, t))
         synthetic = high_fidelity(bank, spec.fidelity, text.weight[classes], real)
     return auxiliary_classifier(
         settings,
@@ -352,51 +477,16 @@ def _auxiliary(
 def _with_labelled(real: Labelled, data: TrialData, classes: Tensor) -> Labelled:
     if data.labelled is None:
         return real
-    known = data.labelled.among(classes)
-    return Labelled(Batch.joined([real.batch, known.batch]), torch.cat([real.labels, known.labels]))
+    labelled = data.labelled.among(classes)
+    return Labelled(
+        Batch.joined([real.batch, labelled.batch]), torch.cat([real.labels, labelled.labels])
+    )
 
 
 def faded(bank: Labelled, progress: float) -> Labelled:
-    """The first images of each class: all of them at progress 0, FADED per class at 1."""
-    keep = []
+    """The first images of each class: all of them at progress 0, MIN_FADED per class at 1."""
+    kept = []
     for c in sorted(set(bank.labels.tolist())):
         members = (bank.labels == c).nonzero().flatten()
-        keep.append(members[: max(FADED, round(len(members) * (1 - progress)))])
-    return bank[torch.cat(keep)]
-
-
-@torch.no_grad()
-def evaluate(
-    spec: TrialSpec,
-    data: TrialData,
-    learner: PromptLearner | None,
-    teacher: Classifier,
-    auxiliary: AuxiliaryClassifier | None,
-    started: float,
-) -> TrialResult:
-    """How the learned prompt does on test, and the fused and auxiliary classifiers beside it."""
-    test = data.test.batch
-    both = fused(spec, data, teacher, auxiliary, max(0, spec.iterations - 1))
-
-    def tested(scores: Tensor) -> Metrics:
-        guess = scores.argmax(dim=-1)
-        return evaluation.measured(guess, data.test.labels, len(data.classnames), data.unseen)
-
-    text = tested(teacher.logits(test))
-    # Where nothing was learned, the fused classifier is all that images have changed.
-    metrics = text if spec.iterations else tested(both.scores(test))
-    inference = {"text": text.headline}
-    if auxiliary is not None:
-        inference["fused"] = tested(both.scores(test)).headline
-        if data.unseen is None:
-            inference["auxiliary"] = tested(auxiliary.logits(test)).headline
-    believed = both.pool_scores(data.pool).argmax(dim=-1)
-    return TrialResult(
-        objectives=evaluation.objectives(teacher, data.pool, data.validation, data.unseen),
-        test=metrics,
-        inference=inference,
-        pool_predictions=believed if data.unseen is None else data.unseen[believed],
-        synthetic=0 if data.synthetic is None else len(data.synthetic),
-        prompt=None if learner is None else learner.prompt.detach().cpu(),
-        seconds=time.monotonic() - started,
-    )
+        kept.append(members[: max(MIN_FADED, round(len(members) * (1 - progress)))])
+    return bank[torch.cat(kept)]

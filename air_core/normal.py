@@ -1,6 +1,6 @@
-"""Which settings cannot matter: one computation gets one key, however it is written down.
+"""Normalise trial specs: reset settings that cannot change a result, so that keys are equal.
 
-Standard library only, like the specs themselves.
+Imports the standard library only.
 """
 
 from __future__ import annotations
@@ -27,22 +27,25 @@ from air_core.specs import (
 )
 
 
-@lru_cache(maxsize=4096)  # a plan asks thrice for each trial
+@lru_cache(maxsize=4096)  # a plan normalises each trial three times
 def normalised(spec: TrialSpec) -> TrialSpec:
-    """The same computation with every setting that cannot matter put to its default."""
-    for matters_not, reset in IRRELEVANT:
-        if matters_not(spec):
+    """The same computation, with all settings that cannot change its result at their defaults."""
+    for is_irrelevant, reset in IRRELEVANT:
+        if is_irrelevant(spec):
             changed = {k: v for k, v in reset(spec).items() if getattr(spec, k) != v}
             spec = replace(spec, **changed) if changed else spec
     return spec
 
 
 def _selecting_nothing(spec: TrialSpec) -> FidelitySettings:
-    """Where no synthetic image builds an auxiliary; the loss may still read those that pass."""
+    """Fidelity settings of a trial whose auxiliary classifier has no synthetic image.
+
+    The filters stay, since the loss may read synthetic images.
+    """
     return replace(spec.fidelity, kind=FidelitySettings.kind, keep=FidelitySettings.keep)
 
 
-# When a setting cannot matter, in order: (condition, what is reset). One computation, one key.
+# Pairs of a condition and the settings that it makes irrelevant, applied in this order.
 IRRELEVANT: tuple[tuple[Any, Any], ...] = (
     (lambda s: s.test_dataset == s.dataset, lambda s: {"test_dataset": None}),
     (lambda s: s.paradigm != "ssl", lambda s: {"shots": 2}),
@@ -72,7 +75,7 @@ IRRELEVANT: tuple[tuple[Any, Any], ...] = (
         lambda s: {"train": replace(s.train, labelled_weight=1.0)},
     ),
     (
-        # Nothing is pseudo-labelled: what labels are made from does not matter.
+        # Without pseudo-labels their settings are irrelevant.
         lambda s: s.supervision == "labelled" and s.iterations > 0,
         lambda s: {"pseudo_labels": PseudoLabelSettings(), "iterations": 1, "transduction": "none"},
     ),

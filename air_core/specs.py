@@ -1,9 +1,9 @@
-"""What to compute, as plain frozen data. Standard library only; nothing here computes.
+"""Settings and specs of all stages, as frozen dataclasses. Imports the standard library only.
 
-`*Settings` are the knobs a person turns. `*Spec` is all that one stage may read: its own settings
-and the specs of the stages above it, whole. So the nesting of specs is the dependency graph, and
-a stage cannot depend on a setting that is not in its key. Where and on how many machines something
-runs is never said here.
+`*Settings` are what a user sets. A `*Spec` is everything that a stage may read: its own settings
+and the complete specs of the stages that it depends on. So the nesting of specs is the dependency
+graph, and a stage cannot depend on a setting that is not in its key. Specs contain nothing about
+machines.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ def knob(default: Any, help: str, **limits: float) -> Any:
 
 
 def later(default: Any, help: str, **limits: float) -> Any:
-    """A knob that was added when results existed: what its absence meant is its default.
+    """A knob that was added after results existed; its default is the earlier behaviour.
 
-    With that value it stays out of keys (orchestrator.keys), so that old results stay valid.
+    With its default it is left out of keys (orchestrator.keys), so that old results stay valid.
     """
     metadata = {"help": help, "limits": limits, "absent_means": default}
     return field(default=default, metadata=metadata)
 
 
 def added(default: Any) -> Any:
-    """Settings that were added when results existed: see `later`."""
+    """A field without help that was added after results existed; see `later`."""
     return field(default=default, metadata={"absent_means": default})
 
 
-# Parts of the code and their versions, where no recipe number covers them: see
-# orchestrator.store.code_version. A spec of one stage has the versions alone.
+# Parts of the code with their versions, where no recipe number covers them: see
+# orchestrator.store.code_version. The spec of a single stage has the versions without the parts.
 CodeVersions = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ref:
-    """A thing outside, by content. Only the digest enters a key, never the name or a path."""
+    """A dataset or model, by content. Only the digest enters a key, not the name or a path."""
 
     name: str
     digest: str
@@ -49,24 +49,24 @@ Precision = Literal["fp32", "bf16"]
 ClipPrecision = Literal["fp32", "fp16", "bf16"]
 Level = Literal["features", "tokens"]
 Paradigm = Literal["ul", "ssl", "trzsl"]
-PARADIGMS = "ul: no label at all; ssl: a few per class; trzsl: all of seen classes, none of others"
+PARADIGMS = "ul: no labels; ssl: a few per class; trzsl: all of seen classes, none of unseen ones"
 
 
 # ---------------------------------------------------------------- settings
 
-SPLIT_SEED = "moves pool and test where a dataset has no fixed split, and the labelled shots"
-POOL = "parts that the pool is taken from; train keeps val out"
+SPLIT_SEED = "changes the labelled shots, and pool and test where a dataset has no fixed split"
+POOL = "parts that the pool is taken from; with train, val stays out"
 SHOTS = "ssl: labelled images per class"
 CLASS_SEED = "trzsl: which classes are seen; published are 500, 0 and 200"
-POOL_SIZE = "at most so many pool images, a part that split_seed moves; null: all"
-POOL_RATIO = "simulated imbalance: the commonest class has so many times the images of the rarest"
-POOL_MISSING = "simulated: share of the classes that no pool image is from"
-LEAKY = "eurosat: test images stay in the pool, to compare with published numbers only"
+POOL_SIZE = "largest number of pool images, a subset drawn by split_seed; null: all"
+POOL_RATIO = "simulated imbalance: images of the commonest class over those of the rarest"
+POOL_MISSING = "simulated: share of the classes without any pool image"
+LEAKY = "eurosat: test images stay in the pool, only to compare with published numbers"
 
 
 @dataclass(frozen=True, kw_only=True)
 class SplitSettings:
-    """Which images are the unlabelled pool, which are for validation, which for test."""
+    """Division of a dataset into unlabelled pool, labelled, validation and test images."""
 
     paradigm: Paradigm = knob("ul", PARADIGMS)
     split_seed: int = knob(0, SPLIT_SEED, ge=0, le=2**32 - 1)
@@ -81,28 +81,28 @@ class SplitSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class InitialLabelsSettings:
-    """The pseudo-labelled images that the LoRA is trained on."""
+    """Pseudo-labelled images that the LoRA is trained on."""
 
     kind: Literal["top_k"] = knob("top_k", "top_k: the most confident images of each class")
     k: int = knob(16, "images per class", ge=1)
     images_per_class: int = knob(
-        120, "synthetic images per class of the LoRA round before, for lora.rounds > 1", ge=1
+        120, "synthetic images per class of the previous LoRA round, for lora.rounds > 1", ge=1
     )
 
 
 LoraSource = Literal["all", "pseudo", "labelled"]
-LORA_SOURCE = "images that it is trained on, where some have labels: all, pseudo or labelled"
+LORA_SOURCE = "training images where some have labels: all, pseudo or labelled"
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraTraining:
-    """How one LoRA is trained."""
+    """Training of one LoRA."""
 
     rank: int = knob(4, "rank of the adapters (alpha equals it)", ge=1)
     steps: int = knob(2000, "optimiser steps", ge=1)
     batch: int = knob(8, "images per step", ge=1)
     learning_rate: float = knob(1e-4, "AdamW, 10 % warm-up, cosine to 0", gt=0)
-    caption: str = knob("a photo of a {}", "of a training image, with {} once for its class")
+    caption: str = knob("a photo of a {}", "of a training image, with one {} for its class")
     precision: Precision = knob("bf16", "autocast of the U-Net")
 
 
@@ -110,9 +110,9 @@ class LoraTraining:
 class LoraSettings(LoraTraining):
     """`lora: null` turns LoRA off."""
 
-    scale: float = knob(1.0, "weight of the adapters when images are drawn", ge=0, le=2)
+    scale: float = knob(1.0, "weight of the adapters when images are generated", ge=0, le=2)
     rounds: int = knob(
-        1, "2: a fresh LoRA on labels that the first one's images helped to choose", ge=1, le=3
+        1, "2: a second LoRA on labels chosen with the images of the first", ge=1, le=3
     )
 
     source: LoraSource = later("all", LORA_SOURCE)
@@ -124,33 +124,39 @@ class LoraSettings(LoraTraining):
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationSettings:
-    """How images are drawn. All of it is in the images' key."""
+    """Generation of images; every setting is in the key of the images."""
 
-    seed: int = knob(0, "moves every image", ge=0)
-    template: str = knob("a photo of a {}", "prompt, with {} once for the class name")
+    seed: int = knob(0, "changes every image", ge=0)
+    template: str = knob("a photo of a {}", "prompt, with one {} for the class name")
     guidance_scale: float = knob(7.5, "classifier-free guidance", ge=0)
     num_inference_steps: int = knob(25, "denoising steps", ge=1)
     size: int = knob(512, "side of the square image, in pixels", ge=8)
-    # Pixels change with the composition of a batch, so the block is the batch and part of the key.
-    block: int = knob(8, "images of one class that are drawn together", ge=1)
+    # Pixels depend on the composition of a batch, so a block is one batch and part of the key.
+    block: int = knob(8, "images of one class that are generated together", ge=1)
     precision: Precision = knob("bf16", "autocast of the pipeline")
 
 
 @dataclass(frozen=True, kw_only=True)
 class FidelitySettings:
-    """Which synthetic images are used (min_margin, duplicates), and which of them build the
-    auxiliary classifier (kind, keep)."""
+    """Selection of synthetic images.
+
+    `min_margin` and `duplicates` filter all uses, `kind` and `keep` select the images of the
+    auxiliary classifier.
+    """
 
     kind: Literal["class_mean", "text", "argmax", "real_mean", "random", "none"] = knob(
         "class_mean",
-        "nearest to: class_mean, text or real_mean of their class; argmax: CLIP takes it for it",
+        "nearest to class_mean, text or real_mean of the class; argmax: those that CLIP recognises",
     )
     keep: int = knob(16, "images per class that are kept", ge=1)
     min_margin: float | None = later(
-        None, "least zero-shot score of its class minus the best other's; null: all", ge=-1, le=1
+        None,
+        "smallest zero-shot score of the class minus that of the best other; null: all",
+        ge=-1,
+        le=1,
     )
     duplicates: Literal["keep", "drop"] = later(
-        "keep", "drop: an image that CLIP cannot tell from an earlier one of its class"
+        "keep", "drop: leave out copies of an earlier image of the class, by CLIP"
     )
 
 
@@ -167,22 +173,22 @@ class AuxiliarySettings:
     )
     center: bool = knob(True, "subtract the mean synthetic and the mean real feature")
     temperature: Literal["match_entropy", "logit_scale", "kappa"] = knob(
-        "match_entropy", "match_entropy: as confident on the pool as the text classifier"
+        "match_entropy", "match_entropy: same confidence on the pool as the text classifier"
     )
-    kappa: float = later(100.0, "with temperature: kappa, what cosines are multiplied by", gt=0)
+    kappa: float = later(100.0, "with temperature: kappa, the factor on cosines", gt=0)
     neighbours: int = later(16, "knn: nearest images per class that are averaged", ge=1)
-    rounds: int = later(1, "real images are chosen again so often in one iteration", ge=1)
+    rounds: int = later(1, "selections of real images in each iteration", ge=1)
     k: int = knob(32, "real images per class that join the bank (source real or both)", ge=1)
-    refresh: bool = knob(False, "real images are chosen again in each iteration")
+    refresh: bool = knob(False, "select real images again in each iteration")
     k_step: int = knob(0, "with refresh: more real images per class in each iteration", ge=0)
-    fade: bool = knob(False, "with refresh: synthetic images leave as real ones join")
+    fade: bool = knob(False, "with refresh: fewer synthetic images in each iteration")
 
 
 @dataclass(frozen=True, kw_only=True)
 class FusionSettings:
-    """How text and auxiliary classifier are put together, beside `fusion_weight`."""
+    """Fusion of the text and the auxiliary classifier, beside `fusion_weight`."""
 
-    space: Literal["probability", "logit"] = later("probability", "what is averaged")
+    space: Literal["probability", "logit"] = later("probability", "space of the average")
     schedule: Literal["fixed", "annealed"] = later(
         "fixed", "annealed: the weight falls linearly to 0 over the iterations"
     )
@@ -190,18 +196,19 @@ class FusionSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class PseudoLabelSettings:
-    """How scores become training targets."""
+    """Training targets from scores."""
 
     kind: Literal["top_k", "threshold", "candidates"] = knob(
         "candidates", "top_k: K most confident per class; threshold; candidates: CPL's sets"
     )
     growth: Literal["fixed", "growing"] = knob(
-        "growing", "fixed: k per class; growing: until the pool is covered"
+        "growing",
+        "fixed: k per class; growing: more in each iteration, in the last all of the pool",
     )
     k: int = knob(16, "images per class with growth: fixed", ge=1)
     alpha: float = knob(0.75, "candidates: quantile of confidence over images", ge=0, le=1)
     beta: float = knob(0.95, "candidates: quantile of a class's scores over images", ge=0, le=1)
-    threshold: float = later(0.7, "threshold: least confidence of an image", ge=0, le=1)
+    threshold: float = later(0.7, "threshold: smallest confidence of an image", ge=0, le=1)
     loss: Literal["cc", "ce", "rc"] = later(
         "cc", "on candidate sets: cc: mass of the set; ce: soft cross-entropy; rc: re-weighted"
     )
@@ -213,8 +220,10 @@ class PromptSettings:
 
     length: int = knob(16, "context vectors, or tokens beside the patches", ge=1, le=64)
     depth: Literal["shallow", "deep"] = later("shallow", "visual; deep: new tokens in every block")
-    init: Literal["normal", "uniform"] = later("normal", "visual: how tokens start")
-    restart: bool = later(True, "each iteration starts from the same prompt again")
+    init: Literal["normal", "uniform"] = later(
+        "normal", "visual: initial distribution of the tokens"
+    )
+    restart: bool = later(True, "each iteration starts from the same prompt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,7 +243,7 @@ class TrainSettings:
     )
     labelled_weight: float = later(1.0, "weight of the loss on labelled images", ge=0)
     labelled_among: Literal["all", "seen"] = later(
-        "all", "trzsl: classes in the softmax of labelled images; seen: unseen ones stay out"
+        "all", "trzsl: classes in the softmax of labelled images; seen: without unseen ones"
     )
     synthetic_schedule: Literal["fixed", "fade"] = later(
         "fixed", "fade: synthetic_weight falls linearly to 0 over the iterations"
@@ -246,9 +255,10 @@ class TrainSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class FeaturesSpec:
-    """What a frozen CLIP makes of every image of a dataset.
+    """Features of every image of a dataset, encoded by a frozen CLIP.
 
-    level: features, one vector an image; or the tokens of its patches, for visual prompts.
+    `level` is `features`, one vector per image, or `tokens`, those of its patches, for visual
+    prompts.
     """
 
     dataset: Ref
@@ -260,10 +270,11 @@ class FeaturesSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class LabelsSpec:
-    """Pseudo-labelled pool images for the LoRA.
+    """Images that a LoRA is trained on, with their labels.
 
-    images: None: zero-shot CLIP alone; else CLIP fused with an auxiliary classifier built on the
-    first `settings.images_per_class` images of each class (a later LoRA round).
+    Without `images` zero-shot CLIP labels the pool. In a later LoRA round `images` are those of the
+    round before: CLIP is fused with an auxiliary classifier on the first
+    `settings.images_per_class` images of each class.
     """
 
     features: FeaturesSpec
@@ -276,7 +287,7 @@ class LabelsSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSpec:
-    """One LoRA of a diffusion model on pseudo-labelled images."""
+    """A LoRA of a diffusion model."""
 
     labels: LabelsSpec
     model: Ref
@@ -287,7 +298,7 @@ class LoraSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratedImages:
-    """An endless seeded row of images per class. How many are drawn is not part of it."""
+    """An unlimited seeded row of images for each class; the spec does not contain their number."""
 
     kind: Literal["generated"] = "generated"
     model: Ref
@@ -304,7 +315,7 @@ class GeneratedImages:
 
 @dataclass(frozen=True, kw_only=True)
 class FolderImages:
-    """Images that somebody made already, in one folder a class."""
+    """Ready images, with one folder for each class."""
 
     kind: Literal["folder"] = "folder"
     model: Ref
@@ -320,7 +331,7 @@ class FolderImages:
 
 @dataclass(frozen=True, kw_only=True)
 class SyntheticFeaturesSpec:
-    """What a frozen CLIP makes of synthetic images: a row like the images themselves."""
+    """Features of synthetic images, encoded by a frozen CLIP: a row like that of the images."""
 
     images: GeneratedImages | FolderImages
     backbone: Ref
@@ -329,17 +340,17 @@ class SyntheticFeaturesSpec:
     code: str = added("")
 
     def blocks(self, images_per_class: int) -> int:
-        """Blocks of one class that hold its first images."""
+        """Number of blocks of a class that contain its first `images_per_class` images."""
         return -(-images_per_class // self.images.block_size)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrialSpec:
-    """One trial: flat at the door (`lora.rank`), nested inside."""
+    """One trial. `air_core.flat` converts it to flat keys such as `lora.rank`."""
 
     dataset: Ref
-    classnames: tuple[str, ...] = ()  # follows from the dataset; in no key of its own
-    code: CodeVersions = ()  # in its key: the version of the trials' part
+    classnames: tuple[str, ...] = ()  # of the dataset; not in the key
+    code: CodeVersions = ()  # the key contains the version of the part `trials`
     backbone: Ref
     generator: Ref
     test_dataset: Ref | None = added(None)  # None: `dataset` itself
@@ -377,7 +388,7 @@ class TrialSpec:
     train: TrainSettings = TrainSettings()
     seed: int = knob(0, "prompt start and batch order", ge=0)
 
-    # The dependency graph, on one screen.
+    # Specs of the stages that this trial depends on.
 
     @property
     def split(self) -> SplitSettings:
@@ -407,17 +418,17 @@ class TrialSpec:
 
     def code_of(self, *parts: str) -> str:
         """Versions of these parts of the code; empty where recipe numbers cover them."""
-        known = dict(self.code)
-        return "+".join(known[part] for part in parts if part in known)
+        versions = dict(self.code)
+        return "+".join(versions[part] for part in parts if part in versions)
 
     @property
     def tokens(self) -> FeaturesSpec | None:
-        """None: no visual prompt is learned."""
+        """None: the trial learns no visual prompt."""
         return self._tokens_of(self.features)
 
     @property
     def test_features(self) -> FeaturesSpec | None:
-        """Of the other dataset that the prompt is tested on; None: there is none."""
+        """Features of `test_dataset`; None: the prompt is tested on `dataset`."""
         return None if self.test_dataset is None else self._features_of(self.test_dataset)
 
     @property
@@ -437,14 +448,14 @@ class TrialSpec:
 
     @property
     def images(self) -> GeneratedImages | FolderImages | None:
-        """The row that the trial reads from; None: it reads none."""
+        """The row of synthetic images that the trial reads; None: it reads none."""
         if not uses_images(self):
             return None
         return _images(self, self.lora.rounds if self.lora else 0)
 
     @property
     def base_images(self) -> GeneratedImages | None:
-        """The same row without LoRA, to show what LoRA changed."""
+        """The same row without LoRA, for comparison; None: there is no LoRA."""
         if self.lora_adapter is None:
             return None
         row = _images(self, 0)
@@ -457,7 +468,7 @@ class TrialSpec:
 
     @property
     def synthetic_tokens(self) -> SyntheticFeaturesSpec | None:
-        """None: no visual prompt is trained on synthetic images."""
+        """None: the trial trains no visual prompt on synthetic images."""
         row = self.synthetic_features
         if row is None or self.modality == "text" or not trains_on_synthetic(self):
             return None
@@ -465,14 +476,14 @@ class TrialSpec:
 
 
 def uses_auxiliary(spec: TrialSpec) -> bool:
-    """Is an auxiliary classifier fused?"""
+    """Whether an auxiliary classifier is fused."""
     return spec.fusion_weight > 0 and (
         spec.auxiliary.source != "synthetic" or spec.images_per_class > 0
     )
 
 
 def trains_on_synthetic(spec: TrialSpec) -> bool:
-    """Do synthetic images enter the training loss?"""
+    """Whether synthetic images enter the training loss."""
     return (
         spec.iterations > 0
         and spec.synthetic_weight > 0
@@ -482,18 +493,18 @@ def trains_on_synthetic(spec: TrialSpec) -> bool:
 
 
 def trains_on_real(spec: TrialSpec) -> bool:
-    """Do pseudo-labelled pool images enter the training loss?"""
+    """Whether pseudo-labelled pool images enter the training loss."""
     return spec.iterations > 0 and spec.supervision == "pseudo" and spec.train.mix != "synthetic"
 
 
 def uses_images(spec: TrialSpec) -> bool:
-    """Does the trial read synthetic images at all?"""
+    """Whether the trial reads synthetic images."""
     fused = uses_auxiliary(spec) and spec.auxiliary.source != "real" and spec.images_per_class > 0
     return fused or trains_on_synthetic(spec)
 
 
 def is_folder(generator: Ref) -> bool:
-    """Are the images somebody's folder rather than drawn?"""
+    """Whether the generator is a folder of ready images."""
     return generator.name.startswith("folder:")
 
 

@@ -1,4 +1,4 @@
-"""Learn prompts from labelled, pseudo-labelled and synthetic images, several in one computation."""
+"""Train prompts on pseudo-labelled, labelled and synthetic images, several in one computation."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from air_core.prompts import PromptLearner, logits_together
 from air_core.specs import TrainSettings
 from air_core.types import Batch, Labelled
 
-# M chosen pool images, B images of a step, C classes.
+# M selected pool images, B images of a step, C classes.
 
 MOMENTUM = 0.9
-LABELLED_BATCH = (8, 256)  # CPL keeps the batch of labelled images within these
+LABELLED_BATCH = (8, 256)  # smallest and largest batch of labelled images in CPL
 
 
 @dataclass(frozen=True)
 class Targeted:
-    """Pool images and what each is trained towards."""
+    """Pool images with their targets."""
 
     batch: Batch
     targets: Tensor  # (M, C) one-hot, multi-hot or soft
@@ -34,18 +34,19 @@ class Targeted:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """What one prompt learns from, and how.
+    """The training of one prompt: images, loss and settings.
 
     Args:
-        real: pseudo-labelled pool images; with `rc` their targets are written to.
-        labelled: images whose label is known (SSL, TRZSL).
-        synthetic: images with the class that they were drawn for. Two of the three may be None.
-        loss: of real images, a key of LOSSES.
+        real: pseudo-labelled pool images; the loss `rc` writes to their targets.
+        labelled: images with their true labels (SSL, TRZSL).
+        synthetic: images with the class that each was drawn for. At least one of the three sources
+            must have images.
+        loss: of `real`, a key of LOSSES.
         seed: of the batch order.
-        report: told of each step that is over, and how many there are.
+        report: called after each step with (steps done, steps).
 
     Raises:
-        ValueError: there is nothing to train on.
+        ValueError: no source has an image.
     """
 
     learner: PromptLearner
@@ -66,93 +67,97 @@ class Training:
 
 
 def fit(trainings: Sequence[Training]) -> list[float | FloatingPointError]:
-    """Train prompts in place, side by side, each as it would be trained alone.
+    """Train prompts in place, side by side, each with the result of training it alone.
 
-    L = L_real + labelled_weight * L_labelled + synthetic_weight * L_synthetic, each a mean over
-    its own batch. Prompts share no more than the pass of the tower, which is most of a step.
+    L = L_r + labelled_weight * L_labelled + β L_s, with β = `synthetic_weight`; each term is the
+    mean over its own batch. The prompts share the pass of the text tower, which takes most of the
+    time of a step, and nothing else.
 
     Returns:
-        Of each, the mean loss of the last tenth of its steps; or that its loss was not finite,
-        which ends this training and no other.
+        For each training the mean loss of the last tenth of its steps, or an error where its loss
+        was not finite; such a training stops and the others continue.
 
-    Source: AiR, L = L_r + beta * L_s (docs/method.md, step 5); sizes of labelled batches from CPL.
+    Source: AiR, L = L_r + β L_s (docs/method.md, step 5); sizes of labelled batches from CPL.
     """
     runs = [_Run(training) for training in trainings]
     optimiser = torch.optim.SGD([run.group() for run in runs], momentum=MOMENTUM)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, [run.rate for run in runs])
-    while going := [run for run in runs if run.goes_on]:
-        drawn = [run.draw() for run in going]
+    while active := [run for run in runs if run.is_active]:
+        drawn = [run.draw() for run in active]
         # One pass of the tower serves all batches of all prompts.
-        logits = logits_together([run.asked.learner for run in going], [b for b, _ in drawn])
-        totals = [run.total(z, at) for run, z, (_, at) in zip(going, logits, drawn, strict=True)]
-        sound = [(run, total) for run, total in zip(going, totals, strict=True) if run.goes_on]
-        if not sound:
+        logits = logits_together(
+            [run.training.learner for run in active], [batch for batch, _ in drawn]
+        )
+        totals = [run.total(z, at) for run, z, (_, at) in zip(active, logits, drawn, strict=True)]
+        finite = [(run, total) for run, total in zip(active, totals, strict=True) if run.is_active]
+        if not finite:
             continue
-        optimiser.zero_grad()  # who is over has no gradient from now on, and stays as it is
-        torch.autograd.backward([total for _, total in sound])
-        for run, _ in sound:
-            torch.nn.utils.clip_grad_norm_(run.asked.learner.prompt, run.asked.settings.clip)
+        optimiser.zero_grad()  # without a gradient, the prompt of a finished run does not change
+        torch.autograd.backward([total for _, total in finite])
+        for run, _ in finite:
+            training = run.training
+            torch.nn.utils.clip_grad_norm_(training.learner.prompt, training.settings.clip)
         optimiser.step()
         schedule.step()
-        for run, total in sound:
+        for run, total in finite:
             run.losses.append(total.item())
-            run.asked.report(len(run.losses), run.steps)
-    return [run.problem or run.last_loss() for run in runs]
+            run.training.report(len(run.losses), run.steps)
+    return [run.error or run.last_loss() for run in runs]
 
 
 class _Run:
-    """A training on its way."""
+    """State of a training."""
 
-    def __init__(self, asked: Training) -> None:
-        self.asked = asked
-        self.sources = _sources(asked, torch.Generator().manual_seed(asked.seed))
-        leading, settings = self.sources[0], asked.settings
-        self.per_pass = max(1, leading.images // leading.batch)
-        self.steps = settings.steps or settings.epochs * self.per_pass
-        self.losses: list[float] = []  # one a step
-        self.problem: FloatingPointError | None = None
-        self.reweighted = asked.real if asked.loss == "rc" else None
-        if self.reweighted is not None:  # at first every candidate is as likely
+    def __init__(self, training: Training) -> None:
+        self.training = training
+        self.sources = _sources(training, torch.Generator().manual_seed(training.seed))
+        leading, settings = self.sources[0], training.settings
+        self.steps_per_pass = max(1, leading.images // leading.batch)
+        self.steps = settings.steps or settings.epochs * self.steps_per_pass
+        self.losses: list[float] = []  # of each step
+        self.error: FloatingPointError | None = None
+        self.reweighted = training.real if training.loss == "rc" else None
+        if self.reweighted is not None:  # all candidates of an image start with equal weight
             targets = self.reweighted.targets
             self.candidates = targets.clone()
             targets.div_(targets.sum(dim=-1, keepdim=True))
 
     @property
-    def goes_on(self) -> bool:
-        return self.problem is None and len(self.losses) < self.steps
+    def is_active(self) -> bool:
+        return self.error is None and len(self.losses) < self.steps
 
     def group(self) -> dict[str, Any]:
-        """What the optimiser should do."""
-        settings = self.asked.settings
+        """Parameter group of the optimiser."""
+        settings = self.training.settings
         return {
-            "params": [self.asked.learner.prompt],
+            "params": [self.training.learner.prompt],
             "lr": settings.learning_rate,
             "weight_decay": settings.weight_decay,
         }
 
     def rate(self, step: int) -> float:
-        return learning_rate_factor(step, self.steps, self.asked.settings.warmup)
+        return learning_rate_factor(step, self.steps, self.training.settings.warmup)
 
     def draw(self) -> tuple[Batch, list[Tensor]]:
-        """Images of the next step, and the positions that each source drew."""
+        """Images of the next step, and their positions in each source."""
         step = len(self.losses)
-        if self.reweighted is not None and step and step % self.per_pass == 0:
-            confidences = _confidences(self.asked.learner, self.reweighted, self.candidates)
+        if self.reweighted is not None and step and step % self.steps_per_pass == 0:
+            confidences = _confidences(self.training.learner, self.reweighted, self.candidates)
             self.reweighted.targets.copy_(confidences)
         drawn = [next(source.positions) for source in self.sources]
         parts = [source.images_at(at) for source, at in zip(self.sources, drawn, strict=True)]
         return Batch.joined(parts), drawn
 
-    def total(self, together: Tensor, drawn: list[Tensor]) -> Tensor:
-        """The loss of a step, which is a problem where it is not finite."""
-        logits = torch.split(together, [len(at) for at in drawn])
+    def total(self, logits: Tensor, drawn: list[Tensor]) -> Tensor:
+        """The loss of a step; sets `error` where it is not finite."""
+        by_source = torch.split(logits, [len(at) for at in drawn])
         losses = [
             source.weight * source.loss(z, at)
-            for source, z, at in zip(self.sources, logits, drawn, strict=True)
+            for source, z, at in zip(self.sources, by_source, drawn, strict=True)
         ]
         total = sum(losses, start=torch.zeros(()))
         if not torch.isfinite(total):
-            self.problem = FloatingPointError(
+            self.error = FloatingPointError(
                 f"the loss became {total.item()} after {len(self.losses)} steps"
             )
         return total
@@ -164,7 +169,7 @@ class _Run:
 
 @dataclass(frozen=True)
 class _Source:
-    """Images that a step draws from, with their loss."""
+    """Images with their loss; each step draws a batch of them."""
 
     images: int
     batch: int
@@ -174,22 +179,22 @@ class _Source:
     positions: Iterator[Tensor]
 
 
-def _sources(asked: Training, generator: torch.Generator) -> list[_Source]:
-    """The first decides how many steps there are."""
-    real, labelled, synthetic = asked.real, asked.labelled, asked.synthetic
-    settings = asked.settings
-    found: list[_Source] = []
+def _sources(training: Training, generator: torch.Generator) -> list[_Source]:
+    """The sources that have images; the first one determines the number of steps."""
+    real, labelled, synthetic = training.real, training.labelled, training.synthetic
+    settings = training.settings
+    sources: list[_Source] = []
 
     def add(
-        images: Batch, batch: int, of: Callable[[Tensor, Tensor], Tensor], weight: float
+        images: Batch, batch: int, loss: Callable[[Tensor, Tensor], Tensor], weight: float
     ) -> None:
         size = min(batch, len(images))
         positions = _batches(len(images), size, generator)
-        found.append(_Source(len(images), size, images.__getitem__, of, weight, positions))
+        sources.append(_Source(len(images), size, images.__getitem__, loss, weight, positions))
 
     if real is not None:
         targets = real.targets
-        add(real.batch, settings.batch, lambda z, at: LOSSES[asked.loss](z, targets[at]), 1.0)
+        add(real.batch, settings.batch, lambda z, at: LOSSES[training.loss](z, targets[at]), 1.0)
     if labelled is not None and len(labelled):
         labels = labelled.labels
         size = settings.batch
@@ -197,19 +202,18 @@ def _sources(asked: Training, generator: torch.Generator) -> list[_Source]:
             low, high = LABELLED_BATCH
             size = min(high, max(low, settings.batch * len(labelled) // len(real)))
         weight = settings.labelled_weight
-        known = torch.unique(labels) if settings.labelled_among == "seen" else slice(None)
-        add(labelled.batch, size, lambda z, at: cross_entropy(only(z, known), labels[at]), weight)
+        among = torch.unique(labels) if settings.labelled_among == "seen" else slice(None)
+        add(labelled.batch, size, lambda z, at: cross_entropy(only(z, among), labels[at]), weight)
     if synthetic is not None and len(synthetic):
         drawn = synthetic.labels
-        weight = asked.synthetic_weight if found else 1.0
+        weight = training.synthetic_weight if sources else 1.0
         size = settings.synthetic_batch
         add(synthetic.batch, size, lambda z, at: cross_entropy(z, drawn[at]), weight)
-    return found
+    return sources
 
 
 def _batches(images: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Positions, pass after pass, each in a new order; a short last batch is dropped unless
-    it is the only one."""
+    """Positions of batches without end. Each pass has a new order and drops a short last batch."""
     while True:
         order = torch.randperm(images, generator=generator)
         for start in range(0, images - size + 1, size):
@@ -217,7 +221,7 @@ def _batches(images: int, size: int, generator: torch.Generator) -> Iterator[Ten
 
 
 def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
-    """Linear from 0 over the warm-up share, then cosine to 0.
+    """Factor on the learning rate: linear from 0 over the warm-up share, then cosine to 0.
 
     >>> [round(learning_rate_factor(s, 100, 0.1), 2) for s in (0, 5, 10, 55, 100)]
     [0.0, 0.5, 1.0, 0.5, 0.0]
@@ -232,7 +236,7 @@ def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
 
 
 def candidate_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """`-log sum_c y_c softmax(z)_c`, the mean over images: cross-entropy where y is one-hot.
+    """Mean over images of `-log sum_c y_c softmax(z)_c`; cross-entropy where y is one-hot.
 
     Source: CPL's `cc` (arXiv:2406.10502), by logsumexp so that small scores do not underflow.
 
@@ -244,18 +248,18 @@ def candidate_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """`-sum_c y_c log softmax(z)_c`, the mean over images.
+    """Mean over images of `-sum_c y_c log softmax(z)_c`.
 
     Source: CPL's `ce`, and its `rc` (re-weighted, arXiv:2007.08929), where y is the confidence
-    in each candidate, estimated again after every pass.
+    in each candidate, computed again after each pass.
     """
     return -(targets * logits.log_softmax(dim=-1)).sum(dim=-1).mean()
 
 
 def only(logits: Tensor, classes: Tensor | slice) -> Tensor:
-    """Logits (B, C) with other classes out of the softmax.
+    """Logits (B, C) with all other classes removed from the softmax.
 
-    Source: CoOp and VPT in GRIP's repository learn among seen classes (docs/method.md, step 5).
+    Source: CoOp and VPT in GRIP's repository, among seen classes (docs/method.md, step 5).
     """
     kept = torch.full_like(logits, -math.inf)
     kept[:, classes] = logits[:, classes]
@@ -270,10 +274,10 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def confidence(logits: Tensor, candidates: Tensor) -> Tensor:
-    """Scores (M, C) over each image's candidate set alone; rows sum to 1.
+    """Scores (M, C) within the candidate set of each image; rows sum to 1.
 
     Args:
-        candidates: (M, C), above 0 where a class is a candidate.
+        candidates: (M, C), above 0 for candidates.
     """
     return logits.masked_fill(candidates <= 0, -math.inf).softmax(dim=-1)
 

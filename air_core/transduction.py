@@ -1,9 +1,8 @@
-"""Text scores refined by a mixture model over the whole unlabelled pool: no training, no images.
+"""Refine text scores with a Gaussian mixture over the unlabelled pool; nothing is trained.
 
-In the manner of TransCLIP (arXiv:2406.01837): one Gaussian a class with a shared diagonal
-covariance on image features, responsibilities pulled towards the text scores and towards those of
-neighbouring images. A rival to auxiliary classifiers that needs no diffusion, and a source of
-pseudo-labels.
+After TransCLIP (arXiv:2406.01837): one Gaussian per class with a shared diagonal covariance of
+image features. Responsibilities stay close to the text scores and to those of neighbouring images.
+It is an alternative to the auxiliary classifier that needs no synthetic images.
 """
 
 from __future__ import annotations
@@ -17,11 +16,11 @@ from torch.nn.functional import normalize
 from air_core.classifiers import Classifier
 from air_core.types import Batch
 
-# N images, U classes that pool images are from (all but in TRZSL), D feature width.
+# N images, U classes of the pool (all classes, in TRZSL the unseen ones), D feature width.
 
 ROUNDS = 10
 NEIGHBOURS = 3
-CHUNK = 2048  # images whose cosines to the pool are held at a time
+CHUNK = 2048  # images whose cosines to the pool are in memory at a time
 
 
 @dataclass(frozen=True)
@@ -34,14 +33,14 @@ class MixtureClassifier:
     unseen: Tensor | None
 
     def logits(self, batch: Batch) -> Tensor:
-        """(N, C); in TRZSL what the text gives to unseen classes together stays."""
+        """(N, C); in TRZSL the total score of the unseen classes does not change."""
         logits = self.text.logits(batch).log_softmax(dim=-1)
         likelihood = _log_likelihood(batch.features, self.means, self.precision)
         if self.unseen is None:
             return logits + likelihood
-        own = logits[:, self.unseen]
-        shared = (own + likelihood).log_softmax(dim=-1) + own.logsumexp(dim=-1, keepdim=True)
-        return logits.index_copy(1, self.unseen, shared)
+        text = logits[:, self.unseen]
+        refined = (text + likelihood).log_softmax(dim=-1) + text.logsumexp(dim=-1, keepdim=True)
+        return logits.index_copy(1, self.unseen, refined)
 
 
 @torch.no_grad()
@@ -50,28 +49,28 @@ def transductive(text: Classifier, pool: Batch, unseen: Tensor | None = None) ->
 
     Args:
         pool: at least two images.
-        unseen: (U,) TRZSL: the classes that pool images are from.
+        unseen: (U,) TRZSL: the classes of the pool images.
     """
     logits = text.logits(pool)
     if unseen is not None:
         logits = logits[:, unseen]
-    believed = logits.log_softmax(dim=-1)  # (N, U)
+    log_scores = logits.log_softmax(dim=-1)  # (N, U)
     features = pool.features
     near, affinity = _neighbours(features)
-    shares = believed.exp()
+    shares = log_scores.exp()
     precision = torch.full((features.shape[1],), float(features.shape[1]))
     means = _means(features, shares)
     for _ in range(ROUNDS):
-        pulled = (affinity[:, :, None] * shares[near]).sum(dim=1)  # (N, U)
+        neighbours = (affinity[:, :, None] * shares[near]).sum(dim=1)  # (N, U)
         likelihood = _log_likelihood(features, means, precision)
-        shares = (believed + likelihood + pulled).softmax(dim=-1)
+        shares = (log_scores + likelihood + neighbours).softmax(dim=-1)
         means = _means(features, shares)
         precision = 1 / _variance(features, shares, means)
     return MixtureClassifier(text, means, precision, unseen)
 
 
 def _means(features: Tensor, shares: Tensor) -> Tensor:  # (U, D)
-    # A class that nobody believes in keeps a direction: its few shares still point somewhere.
+    # Normalising keeps a direction even for a class with almost no responsibility.
     return normalize(shares.T @ features, dim=-1)
 
 
@@ -84,7 +83,7 @@ def _variance(features: Tensor, shares: Tensor, means: Tensor) -> Tensor:  # (D,
 
 
 def _log_likelihood(features: Tensor, means: Tensor, precision: Tensor) -> Tensor:
-    """(N, U), up to what is the same for every class."""
+    """(N, U), up to a term that is equal for all classes."""
     weighted = means * precision  # (U, D)
     return features @ weighted.T - 0.5 * (weighted * means).sum(dim=-1)
 

@@ -1,4 +1,4 @@
-"""What moves through the method and what comes out of it. Needs torch's Tensor only."""
+"""Images, labels and results that the method passes on. Imports torch only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """Images as a frozen CLIP sees them."""
+    """Images as encoded by a frozen CLIP."""
 
     features: Tensor  # (N, D), unit length
     tokens: Tensor | None = None  # (N, T, V) before the first block, for visual prompts
@@ -27,7 +27,7 @@ class Batch:
 
     @staticmethod
     def joined(parts: Sequence[Batch]) -> Batch:
-        """One after the other; tokens where all have some."""
+        """Concatenate batches, with tokens where all of them have tokens."""
         tokens = [part.tokens for part in parts if part.tokens is not None]
         return Batch(
             features=torch.cat([part.features for part in parts]),
@@ -49,11 +49,11 @@ class Labelled:
         return Labelled(self.batch[index], self.labels[index])
 
     def of(self, classes: Tensor | None) -> Labelled:
-        """Those of some classes; None: all."""
+        """The images of some classes; None: all images."""
         return self if classes is None else self[torch.isin(self.labels, classes)]
 
     def among(self, classes: Tensor) -> Labelled:
-        """Those of some classes, ascending, which become 0, 1, ..."""
+        """The images of some classes; labels become positions in `classes`, which ascend."""
         kept = self.of(classes)
         return Labelled(kept.batch, torch.searchsorted(classes, kept.labels))
 
@@ -63,22 +63,22 @@ class Split:
     """Positions in a dataset's file list, ascending and disjoint."""
 
     pool: Tensor  # (P,) unlabelled
-    labelled: Tensor  # (L,) their labels may be used; empty in UL
-    validation: Tensor  # (V,), empty where the pool has taken it
+    labelled: Tensor  # (L,) images whose labels the method reads; empty in UL
+    validation: Tensor  # (V,), empty where the pool contains it
     test: Tensor  # (T,)
-    unseen: Tensor | None  # (U,) TRZSL: classes that pool images are from, ascending; else None
+    unseen: Tensor | None  # (U,) TRZSL: classes of the pool images, ascending; else None
 
 
 @dataclass(frozen=True)
 class PseudoLabels:
-    """Chosen pool images and what they are trained towards.
+    """Selected pool images with their targets.
 
-    An image may be chosen by one class only; its target may still spread over several.
+    An image takes a slot of one class only, although its target may cover several.
     """
 
     indices: Tensor  # (M,) positions in the pool
-    targets: Tensor  # (M, C) one-hot, multi-hot or soft: CPL trains on the whole candidate set
-    labels: Tensor  # (M,) the class whose place the image took
+    targets: Tensor  # (M, C) one-hot, soft, or multi-hot for the candidate sets of CPL
+    labels: Tensor  # (M,) the class whose slot the image takes
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -86,33 +86,33 @@ class PseudoLabels:
 
 @dataclass(frozen=True)
 class Metrics:
-    """How well a classifier did on labelled images. Fractions in [0, 1]."""
+    """Metrics of a classifier on labelled images. Fractions in [0, 1]."""
 
     accuracy: float
     per_class: tuple[float, ...]  # recall of each class; nan where a class has no image
     predictions: Tensor  # (N,) int64, per image
-    # TRZSL alone: accuracy on test images of seen and of unseen classes, and their harmonic mean.
+    # TRZSL only: accuracy on test images of seen and of unseen classes, and their harmonic mean.
     seen: float | None = None
     unseen: float | None = None
     harmonic_mean: float | None = None
 
     @property
     def headline(self) -> float:
-        """What the paradigm is judged by: the harmonic mean in TRZSL, accuracy elsewhere."""
+        """The metric of the paradigm: the harmonic mean in TRZSL, otherwise the accuracy."""
         return self.accuracy if self.harmonic_mean is None else self.harmonic_mean
 
 
 @dataclass(frozen=True)
 class TrialResult:
-    """What one trial found.
+    """Result of a trial.
 
-    `objectives` is all that a search may see; nothing in it was computed from a test label.
+    A search may read `objectives` only, which are computed without any test label.
     """
 
     objectives: dict[str, float]
     test: Metrics
     inference: dict[str, float]  # headline test metric of text, fused and auxiliary
-    pool_predictions: Tensor  # (P,) what the fused classifier takes pool images for in the end
-    synthetic: int  # images that were used
-    prompt: Tensor | None  # the learned vectors; None: nothing was learned
+    pool_predictions: Tensor  # (P,) of the fused classifier, after the last round
+    synthetic: int  # number of synthetic images used
+    prompt: Tensor | None  # the learned vectors; None: the trial has no rounds
     seconds: float

@@ -1,4 +1,4 @@
-"""Prompts that are learned: one learner a file, all behind one protocol."""
+"""Learned prompts: text and visual learners behind one protocol."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from air_core.types import Batch
 
 
 class PromptLearner(Protocol):
-    """A classifier with something to learn; the backbone stays frozen."""
+    """A classifier with a learned prompt; the backbone stays frozen."""
 
     def logits(self, batch: Batch) -> Tensor:
         """(N, C), differentiable in the prompt."""
@@ -24,20 +24,21 @@ class PromptLearner(Protocol):
 
     @property
     def prompt(self) -> Parameter:
-        """All that is learned."""
+        """The only learned parameter."""
         ...
 
 
 def logits_together(learners: Sequence[PromptLearner], batches: Sequence[Batch]) -> list[Tensor]:
     """(N, C) of each learner for its own batch, differentiable in all prompts.
 
-    Text prompts before the same names share one pass of the tower. Others take turns: a visual
-    prompt goes with its images, and a pass of those is bound by arithmetic anyway.
+    Text prompts with the same backbone, length and class names share one pass of the text tower.
+    Other learners run one after the other: a visual prompt is encoded together with its images,
+    so there is no pass to share.
     """
-    alike = [one for one in learners if type(one) is TextPrompt]
-    if len(alike) == len(learners) and len({one.companions for one in alike}) == 1:
-        return text_logits(alike, batches)
-    return [one.logits(batch) for one, batch in zip(learners, batches, strict=True)]
+    texts = [learner for learner in learners if type(learner) is TextPrompt]
+    if len(texts) == len(learners) and len({text.pass_key for text in texts}) == 1:
+        return text_logits(texts, batches)
+    return [learner.logits(batch) for learner, batch in zip(learners, batches, strict=True)]
 
 
 def build_learner(
@@ -48,7 +49,7 @@ def build_learner(
     template: str,
     seed: int,
 ) -> PromptLearner:
-    """A fresh prompt; the same seed gives the same start."""
+    """A prompt at its start; the same seed gives the same start."""
     if modality == "visual":
         return VisualPrompt(settings, backbone, classnames, template, seed)
     return TextPrompt(settings, backbone, classnames, seed)
@@ -62,7 +63,7 @@ def restored_learner(
     template: str,
     prompt: Tensor,
 ) -> PromptLearner:
-    """A prompt that was learned before, with these classes."""
+    """A learner with these classes and a prompt that was learned before."""
     learner = build_learner(modality, settings, backbone, classnames, template, seed=0)
     learner.prompt.data.copy_(prompt)
     return learner

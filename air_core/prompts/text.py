@@ -16,7 +16,7 @@ START_STD = 0.02
 
 
 class TextPrompt:
-    """`[SOS] v1 ... vL classname [EOT]` with v learned, started at N(0, 0.02^2)."""
+    """`[SOS] v1 ... vL classname [EOT]` with v learned; v starts at N(0, 0.02^2)."""
 
     def __init__(
         self, settings: PromptSettings, backbone: Backbone, classnames: Sequence[str], seed: int
@@ -38,20 +38,20 @@ class TextPrompt:
         return self.context
 
     @property
-    def companions(self) -> tuple[int, int, tuple[str, ...]]:
-        """Equal for prompts that can share a pass of the tower."""
+    def pass_key(self) -> tuple[int, int, tuple[str, ...]]:
+        """Equal for prompts that can share a pass of the text tower."""
         return id(self.backbone), len(self.context), self.classnames
 
 
 def text_logits(prompts: Sequence[TextPrompt], batches: Sequence[Batch]) -> list[Tensor]:
-    """Logits (N, C) of each prompt for its own batch, from one pass of the tower.
+    """Logits (N, C) of each prompt for its own batch, from one pass of the text tower.
 
-    The prompts are `companions`; batches lie on one device.
+    The prompts have the same `pass_key`; all batches are on one device.
     """
     backbone, names = prompts[0].backbone, prompts[0].classnames
     contexts = torch.stack([prompt.context for prompt in prompts])  # (R, L, W)
     weights = backbone.encode_context(contexts, names)  # (R, C, D)
-    # Features stay where they are, on the CPU; the few class texts come to them.
+    # Move the few class texts to the CPU, where the features are.
     weights = weights.to(batches[0].features.device)
     return [
         backbone.logit_scale * batch.features @ weight.T

@@ -16,7 +16,7 @@ from air_core.types import Batch
 
 
 class VisualPrompt:
-    """`[CLS] v1 ... vP patches`, v learned: before the first block, or new ones in every block."""
+    """`[CLS] v1 ... vP patches` with v learned: in the first block, or new ones in each block."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class VisualPrompt:
 
     @property
     def prompt(self) -> Parameter:
-        """(P, V), or (vision_layers, P, V) where it is deep."""
+        """(P, V); with `depth: deep` (vision_layers, P, V)."""
         return self.tokens
 
 
@@ -59,7 +59,7 @@ def _normal(shape: Sequence[int], patch: int, generator: torch.Generator) -> Ten
 
 
 def _uniform(shape: Sequence[int], patch: int, generator: torch.Generator) -> Tensor:
-    """Xavier's range for a patch of three channels, as VPT has it."""
+    """Xavier's range for a patch of three channels, as in VPT."""
     reach = math.sqrt(6 / (3 * patch * patch + shape[-1]))
     return reach * (2 * torch.rand(*shape, generator=generator) - 1)
 

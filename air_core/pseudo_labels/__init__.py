@@ -1,6 +1,6 @@
-"""From scores to training targets. A strategy is a pure function of scores and of the round.
+"""Pseudo-labels: training targets from scores.
 
-True labels never come in here.
+A strategy is a pure function of the scores and the round. It reads no true label.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from air_core.types import PseudoLabels
 
 
 class Strategy(Protocol):
-    """Chooses pool images and what each is trained towards."""
+    """Selects pool images and their targets."""
 
     def __call__(
         self,
@@ -28,7 +28,7 @@ class Strategy(Protocol):
         iteration: int,
         previous: PseudoLabels | None,
     ) -> PseudoLabels:
-        """Scores (P, C) of the pool; at most `capacity` images per class."""
+        """Select at most `capacity` images per class by the scores (P, C) of the pool."""
         ...
 
 
@@ -47,15 +47,15 @@ def assign(
     iterations: int,
     previous: PseudoLabels | None,
 ) -> PseudoLabels:
-    """Pseudo-labels of one round.
+    """Pseudo-label the pool for one round.
 
     Args:
         scores: (P, C) of the pool; rows sum to 1.
         iteration: from 0.
-        previous: what the round before chose.
+        previous: pseudo-labels of the round before.
 
     Raises:
-        ValueError: no image was chosen, or a score is not a number.
+        ValueError: no image was selected, or a score is not finite.
     """
     if not torch.isfinite(scores).all():
         raise ValueError("scores of the pool are not finite: are there NaN in the features?")
@@ -68,14 +68,14 @@ def assign(
     )
     if not len(labels):
         raise ValueError(
-            f"no pool image was chosen in iteration {iteration} of {iterations} "
+            f"no pool image was selected in iteration {iteration} of {iterations} "
             f"({len(scores)} images, {settings})"
         )
     return labels
 
 
 def spread(labels: PseudoLabels, classes: Tensor | None, num_classes: int) -> PseudoLabels:
-    """Labels among some classes (TRZSL) as labels among all; None: they are among all."""
+    """Map pseudo-labels over `classes` (TRZSL) to all classes; None: they are over all classes."""
     if classes is None:
         return labels
     targets = labels.targets.new_zeros(len(labels), num_classes)
@@ -86,7 +86,7 @@ def spread(labels: PseudoLabels, classes: Tensor | None, num_classes: int) -> Ps
 def capacity(
     settings: PseudoLabelSettings, images: int, classes: int, iteration: int, iterations: int
 ) -> int:
-    """Images per class in this round: k, or a share that grows until the pool is covered.
+    """K_t, the images per class in this round: k, or a number that grows until all are selected.
 
     Source: GRIP (arXiv:2306.01669), K_t = floor(t * floor(N / T) / C).
 

@@ -1,7 +1,7 @@
-"""Candidate pseudo-labels (CPL, arXiv:2406.10502): an image keeps every class that is plausible.
+"""Candidate pseudo-labels (CPL, arXiv:2406.10502): an image keeps each plausible class.
 
-Vectorised; thresholds, order of steps and the rule for under-filled classes follow the paper's
-repository (vanillaer/CPL-ICML2024), its division by empty rows and its recursion do not.
+Thresholds, order of steps and the rule for under-filled classes follow the paper's repository
+(vanillaer/CPL-ICML2024). Its recursion is vectorised here, and no empty row is divided by.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ def candidates(
     iteration: int,
     previous: PseudoLabels | None,
 ) -> PseudoLabels:
-    """Targets are whole candidate sets; each image takes the place of one class.
+    """Targets are candidate sets; each image takes a slot of one class.
 
-    In the first growing round a target is the scores renormalised on the set, later 0/1.
+    Targets are 0/1; in the first growing round they are the scores, renormalised on the set.
     """
     allowed = candidate_sets(scores, settings.alpha, settings.beta)
-    labels = balanced_choice(scores, _places(capacity, scores.shape[1], previous), allowed)
+    labels = balanced_choice(scores, _slots(capacity, scores.shape[1], previous), allowed)
     indices = (labels >= 0).nonzero().flatten()
     sets = allowed[indices].to(scores.dtype)
     if iteration == 0 and settings.growth == "growing":
@@ -40,12 +40,12 @@ def candidates(
 
 
 def candidate_sets(scores: Tensor, alpha: float, beta: float) -> Tensor:
-    """Classes that are plausible for an image *and* for which the image is plausible.
+    """Classes that are plausible among those of an image *and* among the images of the class.
 
     Args:
         scores: (P, C); rows sum to 1.
         alpha: an image keeps its best classes until their mass exceeds the alpha-quantile of
-            confidence over images; the class that crosses it is kept.
+            confidence over images; the class that exceeds it is kept.
         beta: a class keeps images at or above the beta-quantile of its column.
 
     Returns:
@@ -53,15 +53,15 @@ def candidate_sets(scores: Tensor, alpha: float, beta: float) -> Tensor:
     """
     enough = scores.amax(dim=-1).quantile(alpha)
     ordered, order = scores.sort(dim=-1, descending=True, stable=True)
-    # Mass of the classes ahead. A difference of sums would round where it must equal `enough`.
+    # Mass of the classes ranked before. A difference of sums would not be exactly `enough`.
     before = pad(ordered.cumsum(dim=-1)[:, :-1], (1, 0))
     within_image = torch.zeros_like(scores, dtype=torch.bool).scatter(1, order, before <= enough)
     within_class = scores >= scores.quantile(beta, dim=0)
     return within_image & within_class
 
 
-def _places(capacity: int, classes: int, previous: PseudoLabels | None) -> Tensor:
-    """(C,) a class that was under-filled in the round before stays limited."""
+def _slots(capacity: int, classes: int, previous: PseudoLabels | None) -> Tensor:
+    """(C,) slots of each class; a class that the round before did not fill stays limited."""
     full = torch.full((classes,), capacity)
     if previous is None:
         return full

@@ -1,4 +1,4 @@
-"""Every image whose largest score reaches a threshold, as FixMatch does (arXiv:2001.07685)."""
+"""Select each image whose largest score reaches a threshold (FixMatch, arXiv:2001.07685)."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ def threshold(
     iteration: int,
     previous: PseudoLabels | None,
 ) -> PseudoLabels:
-    """One-hot targets; classes are not balanced, and where no image is sure the surest one is."""
-    confidence, guess = scores.max(dim=-1)
-    sure = confidence >= min(settings.threshold, float(confidence.max()))
-    indices = sure.nonzero().flatten()
-    targets = one_hot(guess[indices], scores.shape[1]).to(scores.dtype)
-    return PseudoLabels(indices=indices, targets=targets, labels=guess[indices].to(torch.int64))
+    """One-hot targets, not balanced over classes. At least the most confident image is selected."""
+    confidence, predictions = scores.max(dim=-1)
+    is_selected = confidence >= min(settings.threshold, float(confidence.max()))
+    indices = is_selected.nonzero().flatten()
+    targets = one_hot(predictions[indices], scores.shape[1]).to(scores.dtype)
+    return PseudoLabels(
+        indices=indices, targets=targets, labels=predictions[indices].to(torch.int64)
+    )

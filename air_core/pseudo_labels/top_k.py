@@ -1,7 +1,7 @@
 """The K most confident images of each class (FPL, IFPL, GRIP: arXiv:2306.01669).
 
-The reference fills its leader boards in file order, and an image may enter several. Here every
-image goes to one class by deferred acceptance, which does not depend on the order.
+The reference fills one list per class in file order, and an image may enter several. Here each
+image is assigned to one class by deferred acceptance, which does not depend on the order.
 """
 
 from __future__ import annotations
@@ -32,30 +32,30 @@ def top_k(
 
 
 def balanced_choice(scores: Tensor, capacity: Tensor, allowed: Tensor | None = None) -> Tensor:
-    """Deferred acceptance: images propose to classes by score, a class keeps its best.
+    """Assign images to classes by deferred acceptance, in which images propose by score.
 
-    Ties go to the earlier image.
+    Between equal scores the earlier image has priority.
 
     Args:
         scores: (P, C).
-        capacity: (C,) places of each class.
-        allowed: (P, C) bool, classes that an image may propose to; None: all.
+        capacity: (C,) slots of each class.
+        allowed: (P, C) bool, the classes that an image may propose to; None: all.
 
     Returns:
-        (P,) the class that took each image, -1 where none did.
+        (P,) the class that each image is assigned to, -1 where there is none.
     """
     images, classes = scores.shape
     masked = scores if allowed is None else scores.masked_fill(~allowed, -1.0)
-    wishes = masked.argsort(dim=-1, descending=True, stable=True)  # (P, C)
+    preferences = masked.argsort(dim=-1, descending=True, stable=True)  # (P, C)
     options = (
         torch.full((images,), classes) if allowed is None else allowed.sum(dim=-1)
-    )  # wishes beyond this are not allowed
+    )  # (P,) number of allowed preferences
     turn = torch.zeros(images, dtype=torch.long)
     while True:
         active = (turn < options).nonzero().flatten()
-        choice = wishes[active, turn[active]]
+        choice = preferences[active, turn[active]]
         strength = scores[active, choice]
-        # Order by class, within a class by strength; a rank beyond the capacity is turned away.
+        # Order by class, within a class by score; ranks beyond the capacity are rejected.
         order = strength.argsort(descending=True, stable=True)
         order = order[choice[order].argsort(stable=True)]
         sizes = choice.bincount(minlength=classes)
@@ -63,7 +63,7 @@ def balanced_choice(scores: Tensor, capacity: Tensor, allowed: Tensor | None = N
         rank = torch.arange(len(order)) - first[choice[order]]
         rejected = active[order[rank >= capacity[choice[order]]]]
         if not len(rejected):
-            taken = torch.full((images,), -1)
-            taken[active] = choice
-            return taken
+            assignment = torch.full((images,), -1)
+            assignment[active] = choice
+            return assignment
         turn[rejected] += 1

@@ -22,7 +22,7 @@ from air_core.classifiers import text_classifier
 from air_core.datasets import Examples
 from air_core.datasets.images import BAD_SHARE, Unreadable
 from air_core.diffusion.lora import square, train_lora
-from air_core.lora_labels import first_of_each_class, most_confident
+from air_core.lora_labels import lora_images
 from air_core.paradigms import make_split
 from air_core.specs import FeaturesSpec, LabelsSpec, LoraSpec, SplitSettings
 from air_core.types import Batch, Labelled, Split
@@ -145,43 +145,28 @@ def build_labels(spec: LabelsSpec, worker: WorkerContext) -> Artifact:
 
     def build(folder: Path) -> dict[str, Any]:
         target = read_target(spec.features, spec.split, worker.store)
-        split, k = target.split, spec.settings.k
-        parts = []
-        if spec.source != "labelled":
-            parts.append(pseudo_labelled(spec, target, worker))
-        if spec.source != "pseudo" and len(split.labelled):
-            parts.append(first_of_each_class(split.labelled, target.labels[split.labelled], k))
-        if not parts:
-            raise ValueError(
-                "lora.source is labelled, but paradigm ul has no labels; allowed: pseudo, all"
-            )
-        index, labels = (torch.cat(columns) for columns in zip(*parts, strict=True))
+        dataset, split = target.text, target.split
+        backbone = worker.backbone(spec.features.backbone, spec.features.precision)
+        synthetic = None
+        if spec.images is not None and spec.source != "labelled":
+            classes = None if split.unseen is None else split.unseen.tolist()
+            count = spec.settings.images_per_class
+            synthetic = read_synthetic(spec.images, count, worker.store, classes)
+        index, labels = lora_images(
+            text_classifier(backbone, dataset.classnames, dataset.template),
+            target.batch(split.pool),
+            target.labelled(split.labelled) if len(split.labelled) else None,
+            split,
+            spec.settings.k,
+            spec.source,
+            synthetic,
+        )
         save_file({"index": index.numpy(), "labels": labels.numpy()}, folder / "labels.safetensors")
-        # The true labels are read for the record only.
-        accuracy = (target.labels[index] == labels).double().mean().item()
-        return {"images": len(index), "accuracy": accuracy}
+        # The record contains the accuracy; nothing else reads these true labels.
+        right = (target.labels[index] == labels).double().mean().item()
+        return {"images": len(index), "accuracy": right}
 
     return worker.store.get_or_build(spec, build)
-
-
-def pseudo_labelled(
-    spec: LabelsSpec, target: Target, worker: WorkerContext
-) -> tuple[Tensor, Tensor]:
-    """Indices in the dataset, and classes, of the pool images that a LoRA is trained on."""
-    dataset, split = target.text, target.split
-    text = text_classifier(
-        worker.backbone(spec.features.backbone, spec.features.precision),
-        dataset.classnames,
-        dataset.template,
-    )
-    bank = None
-    if spec.images is not None:
-        classes = None if split.unseen is None else split.unseen.tolist()
-        count = spec.settings.images_per_class
-        bank = read_synthetic(spec.images, count, worker.store, classes)
-    pool = target.batch(split.pool)
-    selected, labels = most_confident(text, pool, spec.settings.k, split.unseen, bank)
-    return split.pool[selected], labels
 
 
 def build_lora(

@@ -8,6 +8,7 @@ trial keeps its own data, random numbers, record and failure.
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -15,12 +16,21 @@ from air_core.normal import normalised
 from air_core.specs import TrialSpec
 from orchestrator.keys import artifact_key
 from orchestrator.spec.sweep import ENCODER_BATCH
-from orchestrator.stages.trial import WHOLE_TRIAL, Segments, is_finished, learn_and_record
+from orchestrator.stages.trial import (
+    WHOLE_TRIAL,
+    Segments,
+    TrialRun,
+    is_finished,
+    open_trial,
+    run_trial,
+)
 from orchestrator.store import ArtifactStore, TrialRecord, read_trial
 from orchestrator.store.checkpoints import learned_by
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+
+    from air_core.method import Trial
 
 # Class texts in one pass. Each keeps 1 to 2 MB for the gradient with ViT-B/32, and beyond these
 # numbers the time depends on the arithmetic, so that more bring nothing.
@@ -101,16 +111,34 @@ def _run_group(
     batch: int,
     segments: Segments,
 ) -> dict[TrialSpec, Exception]:
-    """Run and record some trials side by side; returns the exceptions of those that failed."""
-    # Imported here since it imports torch, which a point with all its records does not need.
-    from air_core.method import learn_together
+    """Run and record trials side by side; the exception of each trial that fails."""
+    # torch is needed here only: a point that has its records must not cost its import.
+    from air_core.side_by_side import learn_side_by_side
 
-    results = learn_together(
-        [
-            learn_and_record(spec, store, device, reports[spec], len(group), batch, segments)
-            for spec in group
-        ]
-    )
-    return {
-        spec: problem for spec, problem in zip(group, results, strict=True) if problem is not None
-    }
+    problems: dict[TrialSpec, Exception] = {}
+    runs: list[tuple[TrialSpec, ExitStack, TrialRun]] = []
+    trials: list[Trial] = []
+    with ExitStack() as group_stack:
+        for spec in group:
+            stack = group_stack.enter_context(ExitStack())
+            try:
+                if spec.test_dataset is not None:
+                    run_trial(spec, store, device, reports[spec])
+                    continue
+                opened = stack.enter_context(
+                    open_trial(spec, store, device, reports[spec], len(group), batch, segments)
+                )
+            except Exception as problem:
+                problems[spec] = problem
+            else:
+                if opened is not None:
+                    runs.append((spec, stack, opened[0]))
+                    trials.append(opened[1])
+        for index, outcome in learn_side_by_side(trials):
+            spec, stack, run = runs[index]
+            try:
+                with stack:  # publishes the record and releases the lock
+                    run.end(outcome)
+            except Exception as problem:
+                problems[spec] = problem
+    return problems

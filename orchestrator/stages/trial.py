@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,14 +34,15 @@ from orchestrator.store.checkpoints import (
 from orchestrator.store.records import PREDICTIONS, PROMPT
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
     from air_core.backbone import Backbone
-    from air_core.method import Learning, Progress, SoFar, TrialData
+    from air_core.method import Round, Trial, TrialData, TrialState
     from air_core.types import Labelled, Metrics, TrialResult
     from orchestrator.stages.build import Target
+    from orchestrator.store.artifacts import Building
 
 
 @dataclass(frozen=True)
@@ -69,15 +71,27 @@ def run_trial(
         MissingArtifact: an input was not prepared.
     """
     if store.writable and not store.has(spec):
-        from air_core.method import learn_together
+        from air_core.side_by_side import learn_side_by_side
 
-        [problem] = learn_together([learn_and_record(spec, store, device, report)])
-        if problem is not None:
-            raise problem
+        spec = normalised(spec)
+        if spec.test_dataset is not None:
+            with store.locks.exclusive(artifact_key(spec).digest):
+                if not store.has(spec):
+                    with store.building(spec) as building:
+                        building.info = _test_on_other_dataset(
+                            spec, store, device, report, building.folder
+                        )
+        else:
+            with open_trial(spec, store, device, report) as opened:
+                if opened is not None:
+                    run, trial = opened
+                    [(_, outcome)] = learn_side_by_side([trial])
+                    run.end(outcome)
     return read_trial(spec, store)
 
 
-def learn_and_record(
+@contextmanager
+def open_trial(
     spec: TrialSpec,
     store: ArtifactStore,
     device: str = "cpu",
@@ -85,13 +99,15 @@ def learn_and_record(
     replicas: int = 1,
     batch: int = ENCODER_BATCH,
     segments: Segments = WHOLE_TRIAL,
-) -> Learning[None]:
-    """A trial from its inputs, or from its checkpoint, to its record, for `learn_together`.
+) -> Iterator[tuple[TrialRun, Trial] | None]:
+    """Lock a trial, and read its inputs and its checkpoint.
+
+    The block calls `TrialRun.end`. It receives None if another process has run the trial meanwhile.
 
     Args:
-        replicas: number of trials that run side by side, this one included. The record has it if
-            it is more than one, since the last digits of results may depend on it.
-        batch: images in one pass of a tower, where no gradient is needed.
+        replicas: number of trials that run side by side, this one included. The record contains
+            it where it is above one, since the last digits may depend on it.
+        batch: images at a time through a tower, where no gradient is needed.
         segments: where the trial is measured, and where it stops before it has a record.
     """
     # Imported here so that reading a record does not import torch and CLIP.
@@ -100,29 +116,17 @@ def learn_and_record(
     # A CPU trial is reproducible bit by bit on one thread only.
     torch.set_num_threads(1)
     spec = normalised(spec) if segments.stop_after is None else learned_by(spec)
-
-    def resume(checkpoint: Checkpoint) -> _RunningTrial:
-        return _RunningTrial(
-            spec, store, device, report, batch, checkpoint, segments.rungs, replicas
-        )
-
     with store.locks.exclusive(artifact_key(spec).digest):
-        if is_finished(spec, store, segments.stop_after):  # another process has run it
-            return
-        if segments.stop_after is not None:
-            running = resume(read_checkpoint(spec, store))
-            result = yield from running.learning(segments.stop_after)
-            assert result is None, f"{segments.stop_after} is before the end"
-            keep_checkpoint(spec, store, running.checkpoint())
-            return
-        with store.building(spec, share=1 / replicas) as artifact:
-            if spec.test_dataset is None:
-                checkpoint = read_checkpoint(spec, store)
-                artifact.info = yield from resume(checkpoint).run_to_end(artifact.folder)
-                artifact.before = checkpoint.seconds
-            else:
-                artifact.info = _test_on_other_dataset(spec, store, device, report, artifact.folder)
-        drop_checkpoint(spec, store)
+        if is_finished(spec, store, segments.stop_after):
+            yield None
+        elif segments.stop_after is not None:
+            run = TrialRun(spec, store, device, report, batch, segments, replicas)
+            yield run, run.trial()
+        else:
+            with store.building(spec, share=1 / replicas) as building:
+                run = TrialRun(spec, store, device, report, batch, segments, replicas, building)
+                yield run, run.trial()
+            drop_checkpoint(spec, store)
 
 
 def is_finished(spec: TrialSpec, store: ArtifactStore, stop_after: int | None = None) -> bool:
@@ -130,8 +134,8 @@ def is_finished(spec: TrialSpec, store: ArtifactStore, stop_after: int | None = 
     return store.has(spec) if stop_after is None else stop_after in rungs_of(spec, store)[0]
 
 
-class _RunningTrial:
-    """A trial that runs: its inputs and its measurements so far."""
+class TrialRun:
+    """A trial that is being run: its inputs, and its measurements as a callback of the method."""
 
     def __init__(
         self,
@@ -140,17 +144,17 @@ class _RunningTrial:
         device: str,
         report: Callable[[float], None],
         batch: int,
-        checkpoint: Checkpoint,
-        rungs: tuple[int, ...],
+        segments: Segments,
         replicas: int,
+        building: Building | None = None,
     ) -> None:
         from orchestrator.stages.build import read_target
         from orchestrator.stages.context import WorkerContext
 
         self.started = time.monotonic()
-        self.spec, self.device, self.report = spec, device, report
-        self.resumed_from = checkpoint
-        self.rungs, self.replicas = rungs, replicas
+        self.spec, self.store, self.device, self.report = spec, store, device, report
+        self.segments, self.replicas, self.building = segments, replicas, building
+        self.resumed_from = begun = read_checkpoint(spec, store)
         reader = store.read_only()
         worker = WorkerContext(reader, device=device, batch=batch)
         target = read_target(spec.features, spec.split, reader, spec.tokens)
@@ -160,52 +164,74 @@ class _RunningTrial:
         self.data = data_of(spec, target, backbone, synthetic)
         self.true_labels = target.labels[target.split.pool]
         self.test_index = target.split.test
-        self.curves = {name: list(values) for name, values in checkpoint.curves.items()}
-        self.rung_objectives: dict[int, Mapping[str, float]] = dict(checkpoint.rungs)
-        self.so_far = _so_far(checkpoint)
+        self.curves = {name: list(values) for name, values in begun.curves.items()}
+        self.rung_objectives: dict[int, Mapping[str, float]] = dict(begun.rungs)
+        self.state = _state(begun)
 
-    def learning(self, stop_after: int | None = None) -> Learning[TrialResult | None]:
-        """The method, from the checkpoint on."""
-        from air_core.method import learning
+    def trial(self) -> Trial:
+        from air_core.method import Trial
 
-        return learning(self.spec, self.data, self._measure, self.report, self.so_far, stop_after)
+        # Not an attribute: the trial refers to this object, and a cycle would keep its tensors.
+        return Trial(self.spec, self.data, self, self.state)
 
-    def _measure(self, progress: Progress) -> None:
-        """Measure the prompt and the pseudo-labels after an iteration."""
+    def on_step(self, progress: float) -> None:
+        self.report(progress)
+
+    def on_round(self, result: Round) -> None:
+        """Measure a round; stop the trial at the end of its segment."""
         import torch
 
         from air_core.evaluation import measured, objectives
+        from air_core.method import TrialStopped
 
-        data, values = self.data, {"train/loss": progress.loss}
-        if self.spec.modality == "text":  # a visual prompt would need a pass over all test images
+        data, values = self.data, {"train/loss": result.loss}
+        if self.spec.modality == "text":  # a pass of the vision tower over all test images costs
             with torch.no_grad():
-                predicted = progress.learned.logits(data.test.batch).argmax(dim=-1)
-            metrics = measured(predicted, data.test.labels, len(data.classnames), data.unseen)
-            values |= _test_metrics(metrics)
-        selected = progress.labels
+                guess = result.learner.logits(data.test.batch).argmax(dim=-1)
+            tested = measured(guess, data.test.labels, len(data.classnames), data.unseen)
+            values |= _test_metrics(tested)
+        selected = result.labels
         if selected is not None:
-            correct = self.true_labels[selected.indices] == selected.labels
+            right = (self.true_labels[selected.indices] == selected.labels).double().mean().item()
             values |= {
-                "pseudo/accuracy": correct.double().mean().item(),
+                "pseudo/accuracy": right,
                 "pseudo/coverage": len(selected) / len(self.true_labels),
             }
             values["pseudo/balance"] = balance(selected.labels, data)
         for name, value in values.items():
             self.curves.setdefault(name, []).append(value)
-        if progress.iteration + 1 in self.rungs:
-            self.rung_objectives[progress.iteration + 1] = objectives(
-                progress.teacher, data.pool, data.validation, data.unseen
-            )
-        self.so_far = progress.so_far
+        if result.iteration + 1 in self.segments.rungs:
+            found = objectives(result.teacher, data.pool, data.validation, data.unseen)
+            self.rung_objectives[result.iteration + 1] = found
+        self.state = result.state
+        if result.iteration + 1 == self.segments.stop_after:
+            raise TrialStopped
+
+    def end(self, outcome: TrialResult | Exception) -> None:
+        """Write the record of a finished trial, or the checkpoint of a stopped one.
+
+        Raises:
+            Exception: that of a failed trial.
+        """
+        from air_core.method import TrialStopped
+
+        if isinstance(outcome, TrialStopped):
+            keep_checkpoint(self.spec, self.store, self.checkpoint())
+        elif isinstance(outcome, Exception):
+            raise outcome
+        else:
+            assert self.building is not None, f"{self.segments.stop_after} is before the end"
+            self.building.info = self._write(outcome, self.building.folder)
+            self.building.before = self.resumed_from.seconds
 
     def checkpoint(self) -> Checkpoint:
-        """The state from which the trial can resume."""
-        labels = self.so_far.labels
-        arrays = {"prompts": np.stack([prompt.numpy() for prompt in self.so_far.prompts])}
+        """Where it stands, to be kept."""
+        labels = self.state.labels
+        arrays = {"prompts": np.stack([prompt.numpy() for prompt in self.state.prompts])}
         if labels is not None:
             arrays |= {name: getattr(labels, name).numpy() for name in LABELS}
         return Checkpoint(
-            iterations=len(self.so_far.prompts),
+            iterations=len(self.state.prompts),
             arrays=arrays,
             curves=self.curves,
             rungs=self.rung_objectives,
@@ -220,10 +246,8 @@ class _RunningTrial:
     def _max_replicas(self) -> int:
         return max(self.resumed_from.replicas, self.replicas)
 
-    def run_to_end(self, folder: Path) -> Learning[dict[str, Any]]:
-        """Learn, and write predictions and prompt; returns the content of the record."""
-        result = yield from self.learning()
-        assert result is not None, "the trial has no stop"
+    def _write(self, result: TrialResult, folder: Path) -> dict[str, Any]:
+        """Write predictions and prompt of a record; return its info."""
         data, curves = self.data, self.curves
         _write_predictions(self.test_index, result.test, data.test, folder)
         if result.prompt is not None:
@@ -266,17 +290,17 @@ def balance(labels: Tensor, data: TrialData) -> float:
 LABELS = ("indices", "targets", "labels")
 
 
-def _so_far(checkpoint: Checkpoint) -> SoFar:
+def _state(begun: Checkpoint) -> TrialState:
     import torch
 
-    from air_core.method import NOTHING, SoFar
+    from air_core.method import TrialState
     from air_core.types import PseudoLabels
 
-    if checkpoint is START:
-        return NOTHING
-    arrays = {name: torch.from_numpy(array) for name, array in checkpoint.arrays.items()}
+    if begun is START:
+        return TrialState()
+    arrays = {name: torch.from_numpy(array) for name, array in begun.arrays.items()}
     labels = PseudoLabels(**{name: arrays[name] for name in LABELS}) if "labels" in arrays else None
-    return SoFar(tuple(arrays["prompts"]), labels)
+    return TrialState(tuple(arrays["prompts"]), labels)
 
 
 def data_of(

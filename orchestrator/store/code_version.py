@@ -77,6 +77,7 @@ PARTS: dict[str, tuple[str, ...]] = {
         "air_core.pseudo_labels",
         "air_core.pseudo_labels.candidates",
         "air_core.pseudo_labels.threshold",
+        "air_core.side_by_side",
         "air_core.training",
         "air_core.transduction",
     ),

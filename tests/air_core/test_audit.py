@@ -25,7 +25,7 @@ from air_core.audit import (
     spread,
 )
 from air_core.auxiliary import copies, credible, margins
-from air_core.method import _credible
+from air_core.method import usable_synthetic
 from air_core.specs import FidelitySettings, Ref, TrialSpec
 from air_core.types import Batch, Labelled
 
@@ -81,7 +81,7 @@ def saved_again(picture: Image.Image) -> Image.Image:
     return Image.open(buffer).convert("RGB")
 
 
-def test_the_hash_survives_what_a_copy_goes_through_and_tells_other_pictures(digits):
+def test_the_hash_is_equal_for_altered_copies_and_differs_for_other_pictures(digits):
     hashes = [difference_hash(picture) for picture in digits]
     for picture, known in zip(digits, hashes, strict=True):
         for changed in (
@@ -94,7 +94,7 @@ def test_the_hash_survives_what_a_copy_goes_through_and_tells_other_pictures(dig
     assert np.mean(np.array(differ) <= BITS) < 0.01
 
 
-def test_spread_is_the_liveliest_channels():
+def test_spread_is_the_largest_of_the_channels():
     pixels = np.zeros((4, 4, 3), dtype=np.uint8)
     assert spread(Image.fromarray(pixels)) == 0
     pixels[:2, :, 1] = 100
@@ -108,7 +108,7 @@ def test_a_clean_set_has_no_findings():
     assert found(a_set(*toy())) == []
 
 
-def test_of_copies_the_first_is_none_and_both_cosine_and_hash_have_to_say_so():
+def test_a_duplicate_repeats_an_earlier_image_by_cosine_and_by_hash():
     features, labels = toy()
     features = features.clone()
     features[[5, 9, 20]] = features[2].clone()  # 20 is of another class
@@ -126,7 +126,7 @@ def test_of_copies_the_first_is_none_and_both_cosine_and_hash_have_to_say_so():
     assert [one for one in named if one[0] == "duplicate"] == [("duplicate", 5, 2)]
 
 
-def test_the_wrong_class_needs_two_witnesses():
+def test_the_wrong_class_needs_a_margin_and_neighbours():
     features, labels = toy()
     swapped = features.clone()
     swapped[3] = features[2 * EACH + 1]  # filed under class 0, looks like class 2
@@ -151,7 +151,7 @@ def test_a_test_image_is_found_by_features_and_confirmed_by_its_picture():
     assert found(images, around(test)) == []  # its file cannot be read
 
 
-def test_what_shows_nothing_has_one_finding_and_no_numbers():
+def test_an_image_without_content_has_one_finding_and_no_numbers():
     features, labels = toy()
     features = features.clone()
     features[1] = features[0]
@@ -253,7 +253,7 @@ def test_no_class_vanishes_in_the_filter_its_best_image_stays():
     assert set(kept.labels.tolist()) == {0, 1, 2}
 
 
-def test_what_an_image_shows_is_asked_among_the_classes_that_are_drawn():
+def test_margins_are_over_the_drawn_classes():
     """In TRZSL images are of unseen classes: a seen one, however like it, is no other class."""
     images, _ = bank()
     unseen = torch.tensor([1, 2])
@@ -264,12 +264,12 @@ def test_what_an_image_shows_is_asked_among_the_classes_that_are_drawn():
     spec = TrialSpec(
         dataset=REF, backbone=REF, generator=REF, fidelity=FidelitySettings(min_margin=0.0)
     )
-    used = _credible(spec, data, text)
+    used = usable_synthetic(spec, data, text)
     assert used is not None
     own = logits_of(used.batch.features)[:, 1:].argmax(dim=1) + 1
     assert torch.equal(own, used.labels)
     assert len(used) > EACH
-    assert _credible(replace(spec, fidelity=FidelitySettings()), data, text) is images
+    assert usable_synthetic(replace(spec, fidelity=FidelitySettings()), data, text) is images
 
 
 def test_the_filter_keeps_tokens_beside_their_features():

@@ -77,10 +77,10 @@ def test_centring_removes_a_shift_between_synthetic_and_real():
 
 
 @pytest.mark.parametrize("copies", [1, 3])
-def test_lda_of_images_that_do_not_differ_says_what_it_lacks(copies):
+def test_lda_of_identical_images_is_an_error_that_explains_it(copies):
     bank, target = toy(0, 1), toy(1, 40)
     same = bank[torch.arange(len(bank)).repeat(copies)]
-    with pytest.raises(ValueError, match=r"auxiliary\.kind: lda.*one of each class"):
+    with pytest.raises(ValueError, match=r"auxiliary\.kind lda.*one image of each class"):
         auxiliary_classifier(AuxiliarySettings(kind="lda"), same, None, target.batch, 3, 20.0)
 
 
@@ -143,7 +143,7 @@ def test_a_geometric_mean_is_fused_where_the_space_is_logits():
     torch.testing.assert_close(fused_scores(text, auxiliary, 0.75, "logit"), expected)
 
 
-def test_in_trzsl_the_auxiliary_shares_out_what_the_text_gives_to_unseen_classes():
+def test_in_trzsl_the_auxiliary_redistributes_the_scores_of_unseen_classes():
     images = toy(0, 10)
     text = LinearClassifier(torch.eye(8)[:5], torch.zeros(5), torch.zeros(8), False, 5.0)
     auxiliary = LinearClassifier(torch.eye(8)[:2], torch.zeros(2), torch.zeros(8), False, 5.0)

@@ -73,7 +73,7 @@ def some_images(count: int, seed: int) -> Batch:
     return Batch(torch.randn(count, 3, generator=torch.Generator().manual_seed(seed)))
 
 
-def test_objectives_have_no_way_to_a_test_image():
+def test_objectives_take_no_test_image():
     """Whether a sweep looks at the test set is a question about this signature."""
     hints = typing.get_type_hints(objectives)
     assert [*inspect.signature(objectives).parameters] == [
@@ -92,7 +92,7 @@ def test_mutual_information_is_of_the_pool_and_needs_no_label():
     assert objectives(plain(), pool, None) == {"mutual_information": expected}
 
 
-def test_validation_accuracy_is_there_where_validation_images_are():
+def test_validation_accuracy_exists_where_validation_images_do():
     pool, images = some_images(40, 0), some_images(20, 1)
     labels = images.features.argmax(dim=-1)
     labels[:5] = (labels[:5] + 1) % 3

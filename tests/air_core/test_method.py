@@ -17,21 +17,21 @@ from PIL import Image
 from air_core.classifiers import LinearClassifier, text_classifier
 from air_core.datasets import get_dataset
 from air_core.method import (
-    FADED,
-    NOTHING,
-    Progress,
+    MIN_FADED,
+    START,
+    Callback,
+    Round,
     TrialData,
+    TrialStopped,
     build_auxiliary,
     faded,
     learn,
-    learn_together,
-    learning,
 )
+from air_core.methods import METHODS
 from air_core.normal import normalised
 from air_core.paradigms import PARADIGMS, make_split
 from air_core.specs import SplitSettings, TrialSpec
 from air_core.types import Batch, Labelled, TrialResult
-from orchestrator.spec.presets import METHODS
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "digits_metrics.json"
 QUICK = {"iterations": 2, "train__steps": 4, "prompt__length": 4, "seed": 1}
@@ -93,14 +93,27 @@ def spec(trial, drawn_digits) -> Any:
     return make
 
 
-def watched(spec: TrialSpec, data: TrialData) -> tuple[TrialResult, list[Progress]]:
-    rounds: list[Progress] = []
-    return learn(spec, data, rounds.append), rounds
+class Rounds(Callback):
+    """Keeps the rounds of a trial, and stops it after some of them."""
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        self.rounds: list[Round] = []
+        self.stop_after = stop_after
+
+    def on_round(self, result: Round) -> None:
+        self.rounds.append(result)
+        if result.iteration + 1 == self.stop_after:
+            raise TrialStopped
 
 
-def same_bits(one: tuple[TrialResult, list[Progress]], other: Any) -> bool:
+def watched(spec: TrialSpec, data: TrialData) -> tuple[TrialResult, list[Round]]:
+    callback = Rounds()
+    return learn(spec, data, callback), callback.rounds
+
+
+def same_bits(one: tuple[TrialResult, list[Round]], other: Any) -> bool:
     """Same predictions, same objectives, same prompt in every round."""
-    prompts = [[r.learned.prompt for r in rounds] for _, rounds in (one, other)]
+    prompts = [[r.learner.prompt for r in rounds] for _, rounds in (one, other)]
     return (
         one[0].objectives == other[0].objectives
         and torch.equal(one[0].test.predictions, other[0].test.predictions)
@@ -110,7 +123,30 @@ def same_bits(one: tuple[TrialResult, list[Progress]], other: Any) -> bool:
     )
 
 
-# ---------------------------------------------------------------- stopped and gone on with
+# ---------------------------------------------------------------- data
+
+
+@pytest.mark.parametrize("paradigm", PARADIGMS)
+def test_data_of_a_dataset_are_its_encoded_and_split_images(worlds, tiny_clip, paradigm):
+    split = SplitSettings(paradigm=paradigm, pool="train")
+    ours = TrialData.of(get_dataset("digits"), split, tiny_clip)
+    theirs = worlds[paradigm]
+    assert ours.synthetic is None
+    assert (ours.classnames, ours.template) == (theirs.classnames, theirs.template)
+    assert torch.equal(ours.pool.features, theirs.pool.features)
+    assert (ours.unseen is None) == (theirs.unseen is None)
+    for one, other in (
+        (ours.labelled, theirs.labelled),
+        (ours.validation, theirs.validation),
+        (ours.test, theirs.test),
+    ):
+        assert (one is None) == (other is None)
+        if one is not None:
+            assert torch.equal(one.batch.features, other.batch.features)
+            assert torch.equal(one.labels, other.labels)
+
+
+# ---------------------------------------------------------------- stopped and resumed
 
 CARRIES_OVER: dict[str, dict[str, Any]] = {
     "text": {},
@@ -133,7 +169,7 @@ CARRIES_OVER: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("how", CARRIES_OVER)
-def test_a_trial_that_stopped_between_rounds_goes_on_to_the_same_bits(spec, worlds, how):
+def test_a_trial_that_stopped_between_rounds_resumes_with_the_same_bits(spec, worlds, how):
     changes = {"iterations": 4, "synthetic_weight": 0.3, **CARRIES_OVER[how]}
     made = spec(changes.pop("method", "air"), **changes)
     data = worlds[made.paradigm]
@@ -141,21 +177,21 @@ def test_a_trial_that_stopped_between_rounds_goes_on_to_the_same_bits(spec, worl
         some = torch.arange(0, 240, 4)
         data = replace(data, pool=data.pool[some], test=data.test[some], validation=None)
     undisturbed = watched(made, data)
-    so_far, rounds = NOTHING, []
-    stops = [1, None] if made.iterations == 2 else [1, 3, None]
-    for until in stops:
-        leg: list[Progress] = []
-        [result] = learn_together([learning(made, data, leg.append, so_far=so_far, until=until)])
-        assert not isinstance(result, Exception), result
-        assert (result is None) == (until is not None)
-        assert [r.iteration for r in leg] == [
-            *range(len(rounds), until or made.iterations)  # none of them twice
-        ]
-        rounds += leg
-        so_far = rounds[-1].so_far
+    state, rounds = START, []
+    stops = [1, made.iterations] if made.iterations == 2 else [1, 3, made.iterations]
+    for stop_after in stops[:-1]:
+        part = Rounds(stop_after)
+        with pytest.raises(TrialStopped):
+            learn(made, data, part, resume_from=state)
+        rounds += part.rounds
+        state = rounds[-1].state
+    part = Rounds()
+    result = learn(made, data, part, resume_from=state)
+    rounds += part.rounds
+    assert [r.iteration for r in rounds] == [*range(made.iterations)]  # none of them twice
     last, whole = rounds[-1], undisturbed[1][-1]
     assert same_bits((result, [last]), (undisturbed[0], [whole]))
-    assert all(map(torch.equal, last.so_far.prompts, whole.so_far.prompts))
+    assert all(map(torch.equal, last.state.prompts, whole.state.prompts))
     assert [r.loss for r in rounds] == [r.loss for r in undisturbed[1]]
 
 
@@ -183,7 +219,7 @@ def test_ready_images_make_a_classifier_far_better_than_chance(spec, with_images
 # ---------------------------------------------------------------- what it may see
 
 
-def test_a_trial_is_given_no_label_of_a_pool_image():
+def test_trial_data_hold_no_label_of_a_pool_image():
     kinds = typing.get_type_hints(TrialData)
     assert {f.name for f in dataclasses.fields(TrialData)} == {
         *("backbone", "classnames", "template", "pool", "labelled", "unseen", "validation"),
@@ -213,7 +249,7 @@ def test_test_images_themselves_change_no_objective_and_no_prompt(spec, with_ima
     few = Labelled(Batch(with_images.test.batch.features[:7]), with_images.test.labels[:7])
     one, other = (watched(spec("air"), d) for d in (with_images, replace(with_images, test=few)))
     assert one[0].objectives == other[0].objectives
-    assert torch.equal(one[1][-1].learned.context, other[1][-1].learned.context)
+    assert torch.equal(one[1][-1].learner.context, other[1][-1].learner.context)
 
 
 def test_without_validation_images_there_is_no_validation_accuracy(spec, digits):
@@ -231,7 +267,7 @@ def test_the_same_seed_gives_the_same_bits_another_seed_does_not(spec, with_imag
     assert not same_bits(first, other)
 
 
-def test_images_that_weigh_nothing_leave_the_host_method_bit_for_bit(spec, with_images):
+def test_images_with_weight_zero_give_the_bits_of_the_host_method(spec, with_images):
     """Not normalised: the images are really there, and used with weight zero."""
     unused = replace(spec("air", fusion_weight=0.5), fusion_weight=0.0, synthetic_weight=0.0)
     assert unused.images_per_class == 16
@@ -250,7 +286,7 @@ def test_a_loss_on_synthetic_images_changes_the_prompt_and_not_the_first_labels(
     weights = [spec("air", synthetic_weight=weight) for weight in (0.0, 1.0)]
     (_, without), (_, with_) = (watched(one, with_images) for one in weights)
     assert torch.equal(without[0].labels.labels, with_[0].labels.labels)
-    assert not torch.equal(without[0].learned.context, with_[0].learned.context)
+    assert not torch.equal(without[0].learner.context, with_[0].learner.context)
 
 
 # ---------------------------------------------------------------- paradigms and modalities
@@ -294,13 +330,13 @@ def test_coop_learns_from_the_labelled_images_alone(spec, worlds):
     one = watched(spec("coop", paradigm="ssl"), data)
     fewer = replace(data, pool=data.pool[torch.arange(50)], synthetic=None)
     other = watched(spec("coop", paradigm="ssl"), fewer)
-    assert torch.equal(one[1][0].learned.context, other[1][0].learned.context)
+    assert torch.equal(one[1][0].learner.context, other[1][0].learner.context)
     assert one[1][0].labels is None
     with pytest.raises(ValueError, match="ul has none: use ssl or trzsl"):
         learn(spec("coop"), worlds["ul"])
 
 
-def test_coop_among_seen_classes_still_knows_unseen_ones(spec, worlds):
+def test_coop_among_seen_classes_still_predicts_unseen_ones(spec, worlds):
     """Trained against classes that it has no image of, it would never answer with them."""
     data = worlds["trzsl"]
     tested = {}
@@ -318,11 +354,11 @@ def test_two_labelled_images_of_each_class_help(spec, worlds):
     assert with_labels.test.accuracy > without.test.accuracy
 
 
-def test_a_prompt_that_is_not_restarted_goes_on_from_the_round_before(spec, digits):
+def test_a_prompt_that_is_not_restarted_continues_from_the_round_before(spec, digits):
     still = {"iterations": 2, "train__steps": 1, "train__warmup": 0.9}  # a step of length 0
     for restart in (True, False):
         _, rounds = watched(spec("cpl", prompt__restart=restart, **still), digits)
-        assert (rounds[0].learned is rounds[1].learned) == (not restart)
+        assert (rounds[0].learner is rounds[1].learner) == (not restart)
 
 
 def test_a_mixture_over_the_pool_is_better_than_the_text_alone(spec, digits):
@@ -365,13 +401,13 @@ def test_every_open_choice_changes_what_is_learned(trial, drawn_digits, worlds, 
         watched(normalised(trial("air", **{**base, **more})), worlds["ul"])
         for more in ({}, changes)
     )
-    assert not torch.equal(one[1][-1].learned.context, other[1][-1].learned.context)
+    assert not torch.equal(one[1][-1].learner.context, other[1][-1].learner.context)
 
 
 # ---------------------------------------------------------------- rounds
 
 
-def test_each_round_trusts_more_images_and_starts_from_the_same_prompt(spec, digits):
+def test_each_round_selects_more_images_and_starts_from_the_same_prompt(spec, digits):
     _, rounds = watched(spec("cpl", iterations=4, train__steps=1), digits)
     assert [r.iteration for r in rounds] == [0, 1, 2, 3]
     sizes = [len(r.labels) for r in rounds]
@@ -379,7 +415,7 @@ def test_each_round_trusts_more_images_and_starts_from_the_same_prompt(spec, dig
     # One step at a learning rate of 0, since the warm-up begins there, leaves the start.
     still = spec("cpl", iterations=2, train__steps=1, train__warmup=0.9)
     _, (first, second) = watched(still, digits)
-    assert torch.equal(first.learned.context, second.learned.context)
+    assert torch.equal(first.learner.context, second.learner.context)
 
 
 def test_later_rounds_learn_from_the_prompt_before(spec, digits):
@@ -394,12 +430,12 @@ def test_refreshed_real_images_are_chosen_by_what_was_learned(spec, digits):
     """Until the second round, with and without refresh are one."""
     kept = watched(spec("cpl_real", auxiliary__refresh=False), digits)
     anew = watched(spec("cpl_real", auxiliary__refresh=True), digits)
-    assert torch.equal(kept[1][0].learned.context, anew[1][0].learned.context)
+    assert torch.equal(kept[1][0].learner.context, anew[1][0].learner.context)
     assert not torch.equal(kept[0].pool_predictions, anew[0].pool_predictions)
     assert kept[0].inference["auxiliary"] != anew[0].inference["auxiliary"]
 
 
-def test_a_class_that_is_nobodys_first_choice_has_real_images_too(spec, digits):
+def test_a_class_that_no_image_prefers_has_real_images_too(spec, digits):
     """Also where the pool has fewer images than the classes have places."""
     text = text_classifier(digits.backbone, digits.classnames, digits.template)
     others = text.logits(digits.pool).argmax(dim=-1) != 3
@@ -420,7 +456,7 @@ def test_synthetic_images_fade_to_a_few_of_each_class(with_images, progress, kep
     assert left.labels.bincount().tolist() == [kept] * 10
     first = with_images.synthetic.batch.features[:kept]
     assert torch.equal(left.batch.features[:kept], first)
-    assert FADED == 8
+    assert MIN_FADED == 8
 
 
 # ---------------------------------------------------------------- numbers

@@ -59,7 +59,7 @@ def test_the_same_seed_starts_at_the_same_bits_and_another_seed_elsewhere(tiny_c
 
 
 @pytest.mark.parametrize("modality", MODALITIES)
-def test_the_start_does_not_depend_on_what_else_drew_random_numbers(tiny_clip, modality):
+def test_the_start_does_not_depend_on_other_random_numbers(tiny_clip, modality):
     first = start(learner(tiny_clip, modality))
     torch.manual_seed(123)
     torch.rand(7)
@@ -67,7 +67,7 @@ def test_the_start_does_not_depend_on_what_else_drew_random_numbers(tiny_clip, m
 
 
 @pytest.mark.parametrize("length", [1, 16])
-def test_a_text_prompt_has_as_many_vectors_as_asked_near_zero(tiny_clip, length):
+def test_a_text_prompt_has_length_vectors_near_zero(tiny_clip, length):
     (context,) = start(learner(tiny_clip, length=length))
     assert context.shape == (length, tiny_clip.token_width)
     assert context.std().item() == pytest.approx(0.02, rel=0.3)
@@ -86,7 +86,7 @@ def test_a_visual_prompt_is_near_zero_and_deep_ones_have_tokens_for_every_block(
         assert one.logits(some_images(tiny_clip)).shape == (5, len(NAMES))
 
 
-def test_a_visual_prompt_says_what_it_needs(tiny_clip):
+def test_a_visual_prompt_without_tokens_is_an_error(tiny_clip):
     without = Batch(some_images(tiny_clip).features)
     with pytest.raises(ValueError, match="needs image tokens"):
         learner(tiny_clip, "visual").logits(without)

@@ -79,7 +79,7 @@ def test_balanced_choice_respects_what_is_allowed():
     assert torch.equal(chosen, allowed.any(dim=-1))
 
 
-def test_nothing_chosen_is_an_error_that_names_the_settings():
+def test_no_selected_image_is_an_error_that_names_the_settings():
     scores = torch.full((0, 3), 1 / 3)
-    with pytest.raises(ValueError, match="no pool image was chosen"):
+    with pytest.raises(ValueError, match="no pool image was selected"):
         assign(scores, PseudoLabelSettings(kind="top_k"), iteration=0, iterations=1, previous=None)

@@ -443,7 +443,7 @@ def test_the_order_of_files_decides_between_equal_scores_only():
             assert torch.equal(one.sort().values, other.sort().values)
 
 
-def test_where_boards_differ_grip_passes_better_images_over():
+def test_where_boards_differ_grip_leaves_better_images_out():
     """Whom a full board sends away is dropped, and whom it refuses is offered to all others, so
     that some stand on several. The one that is left has equal scores and takes the later file."""
     several = better = tied = 0

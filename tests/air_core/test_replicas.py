@@ -15,9 +15,10 @@ from torch.nn.functional import normalize, one_hot
 from air_core.backbone import Backbone
 from air_core.backbone.loading import load_backbone
 from air_core.datasets import get_dataset
-from air_core.method import Progress, TrialData, learn_together, learning
+from air_core.method import Callback, Round, Trial, TrialData
 from air_core.paradigms import make_split
 from air_core.prompts import build_learner, logits_together
+from air_core.side_by_side import learn_side_by_side
 from air_core.specs import PromptSettings, SplitSettings, TrainSettings, TrialSpec
 from air_core.training import Targeted, Training, fit
 from air_core.types import Batch, Labelled, TrialResult
@@ -126,7 +127,7 @@ def various(clip: Backbone) -> list[Training]:
     ]
 
 
-def test_trainings_side_by_side_come_to_what_each_comes_to_alone(tower):
+def test_trainings_side_by_side_give_the_prompts_of_each_alone(tower):
     clip, close = tower
     together, alone = various(clip), various(clip)
     losses = fit(together)
@@ -135,20 +136,20 @@ def test_trainings_side_by_side_come_to_what_each_comes_to_alone(tower):
         assert apart(ours.learner.prompt, theirs.learner.prompt) < 10 * close
 
 
-def test_each_training_is_told_of_its_own_steps(tiny_clip):
-    told: list[list[tuple[int, int]]] = [[], []]
+def test_each_training_reports_its_own_steps(tiny_clip):
+    reported: list[list[tuple[int, int]]] = [[], []]
     settings = TrainSettings(batch=8)
     short, long = (replace(settings, steps=steps) for steps in (2, 3))
     fit(
         [
-            training(tiny_clip, 1, settings=short, report=lambda *now: told[0].append(now)),
-            training(tiny_clip, 2, settings=long, report=lambda *now: told[1].append(now)),
+            training(tiny_clip, 1, settings=short, report=lambda *now: reported[0].append(now)),
+            training(tiny_clip, 2, settings=long, report=lambda *now: reported[1].append(now)),
         ]
     )
-    assert told == [[(1, 2), (2, 2)], [(1, 3), (2, 3), (3, 3)]]
+    assert reported == [[(1, 2), (2, 2)], [(1, 3), (2, 3), (3, 3)]]
 
 
-def test_prompts_that_share_no_pass_take_turns(tiny_clip):
+def test_prompts_that_share_no_pass_are_encoded_one_after_the_other(tiny_clip):
     """Of another length, and of another kind."""
     settings = TrainSettings(steps=2, batch=4)
     pixels = torch.randn(8, 17, tiny_clip.patch_width, generator=torch.Generator().manual_seed(0))
@@ -209,17 +210,26 @@ def digits() -> TrialData:
     )
 
 
+class Rounds(Callback):
+    def __init__(self) -> None:
+        self.rounds: list[Round] = []
+
+    def on_round(self, result: Round) -> None:
+        self.rounds.append(result)
+
+
 def outcomes(
     specs: list[TrialSpec], data: TrialData, together: bool
-) -> list[tuple[TrialResult | Exception, list[Progress]]]:
-    seen: list[list[Progress]] = [[] for _ in specs]
-    trials = [learning(spec, data, rounds.append) for spec, rounds in zip(specs, seen, strict=True)]
+) -> list[tuple[TrialResult | Exception, list[Round]]]:
+    callbacks = [Rounds() for _ in specs]
     with computing_in(torch.float64):
-        if together:
-            ends = learn_together(trials)
-        else:
-            ends = [end for one in trials for end in learn_together([one])]
-    return list(zip(ends, seen, strict=True))
+        trials = [
+            Trial(spec, data, callback) for spec, callback in zip(specs, callbacks, strict=True)
+        ]
+        groups = [trials] if together else [[one] for one in trials]
+        ends = [dict(learn_side_by_side(group)) for group in groups]
+    results = [end[index] for end in ends for index in sorted(end)]
+    return [(end, one.rounds) for end, one in zip(results, callbacks, strict=True)]
 
 
 def test_whole_trials_side_by_side_choose_the_same_labels_and_test_the_same(trial, digits):
@@ -257,8 +267,8 @@ def test_a_trial_that_fails_leaves_the_others_as_they_are(trial, digits):
     quick = {"iterations": 2, "train__steps": 3, "prompt__length": 4}
     fine = trial("cpl", seed=1, **quick)
     nan = trial("cpl", seed=2, train__learning_rate=1e308, **quick)
-    unlabelled = trial("fpl", seed=3, supervision="labelled", **quick)
-    (first, _), (second, _), (third, _) = outcomes([nan, fine, unlabelled], digits, together=True)
+    no_image = trial("fpl", seed=3, train__mix="synthetic", **quick)
+    (first, _), (second, _), (third, _) = outcomes([nan, fine, no_image], digits, together=True)
     [(alone, _)] = outcomes([fine], digits, together=False)
     assert isinstance(first, FloatingPointError)
     assert isinstance(third, ValueError)

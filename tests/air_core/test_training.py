@@ -131,7 +131,7 @@ def test_the_same_seed_gives_the_same_bits_another_seed_another_order():
     torch.testing.assert_close(first, other, atol=0.3, rtol=0)
 
 
-def test_the_order_does_not_depend_on_what_else_drew_random_numbers():
+def test_the_order_does_not_depend_on_other_random_numbers():
     first = trained()[0].weight
     torch.manual_seed(99)
     torch.rand(3)
@@ -201,7 +201,7 @@ def test_every_loss_is_cross_entropy_on_one_hot_targets(name):
     torch.testing.assert_close(ours, torch.nn.functional.cross_entropy(logits, labels))
 
 
-def test_rc_comes_to_believe_in_one_of_the_candidates():
+def test_rc_concentrates_on_one_of_the_candidates():
     """Half of the images also have a wrong candidate; the others tell which is wrong."""
     data = images(60)
     targets = one_hot(data.labels, 3).float()
@@ -236,7 +236,7 @@ def test_weight_decay_keeps_the_prompt_small_and_clipping_its_steps():
     assert trained(short)[0].weight.norm().item() == pytest.approx(0.01, rel=1e-3)
 
 
-def test_a_loss_that_is_no_number_ends_the_training_with_the_step():
+def test_a_loss_that_is_not_finite_ends_the_training_and_names_the_step():
     broken = images()
     broken.batch.features[0, 0] = math.nan
     with pytest.raises(FloatingPointError, match=r"the loss became nan after \d+ steps"):

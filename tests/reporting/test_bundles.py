@@ -19,7 +19,7 @@ from air_core.bundle import load_bundle, read_bundle
 from air_core.bundle.checks import PROMPT, TEST, TEXT
 from air_core.bundle.manifest import MANIFEST, write_bundle
 from air_core.datasets import get_dataset
-from air_core.method import learn
+from air_core.method import Callback, Round, learn
 from air_core.specs import FeaturesSpec
 from air_core.weights import tiny_folder
 from orchestrator.planning import plan_of
@@ -141,12 +141,13 @@ def test_a_process_without_ray_or_mlflow_gives_the_logits_of_the_trial(
     target = read_target(slot.spec.features, slot.spec.split, location.store)
     data = data_of(slot.spec, target, tiny_clip, None)
     seen: list[torch.Tensor] = []
+
+    class TestLogits(Callback):
+        def on_round(self, result: Round) -> None:
+            seen.append(result.learner.logits(data.test.batch).detach())
+
     torch.set_num_threads(1)
-    result = learn(  # as in run_trial, with a callback
-        slot.spec,
-        data,
-        lambda progress: seen.append(progress.learned.logits(data.test.batch).detach()),
-    )
+    result = learn(slot.spec, data, TestLogits())
     assert np.array_equal(result.prompt.numpy(), record.prompt())
 
     export(slot.key.digest[:8])

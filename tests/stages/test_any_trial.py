@@ -81,7 +81,7 @@ VALUES: dict[str, list[Any]] = {
 }
 EXPECTED_ERRORS = (  # that depend on the images or the class names
     "shorten the name or prompt.length",
-    "cannot tell how images of a class differ",
+    "lda needs images of a class that differ",
 )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from air_core import method
+from air_core import side_by_side as core
 from air_core.normal import normalised
 from air_core.specs import TrialSpec
 from orchestrator.errors import MissingArtifact
@@ -96,8 +96,8 @@ def test_each_trial_fails_alone_and_only_missing_trials_run_again(trial, seeds, 
     assert isinstance(run_trials([seeds[1]], store.read_only())[0], MissingArtifact)
 
 
-def test_trials_that_exceed_the_memory_together_run_one_by_one(seeds, store, monkeypatch):
-    fit, sizes = method.fit, []
+def test_too_many_for_the_memory_run_one_by_one(seeds, store, monkeypatch):
+    fit, sizes = core.fit, []
 
     def small_machine(trainings: Any) -> Any:
         sizes.append(len(trainings))
@@ -105,8 +105,8 @@ def test_trials_that_exceed_the_memory_together_run_one_by_one(seeds, store, mon
             raise MemoryError("out of memory")
         return fit(trainings)
 
-    monkeypatch.setattr(method, "fit", small_machine)
-    assert all(isinstance(record, TrialRecord) for record in run_trials(seeds, store))
+    monkeypatch.setattr(core, "fit", small_machine)
+    assert all(isinstance(one, TrialRecord) for one in run_trials(seeds, store))
     assert sizes == [3, 1, 1, 1]
 
 
@@ -140,10 +140,8 @@ def without_clock(info: Any) -> Any:
 def test_a_trial_in_segments_has_the_same_record_as_one_without_stops(
     trial, store, features, tmp_path, monkeypatch
 ):
-    fit, fits = method.fit, []
-    monkeypatch.setattr(
-        method, "fit", lambda trainings: fits.append(len(trainings)) or fit(trainings)
-    )
+    fit, fits = core.fit, []
+    monkeypatch.setattr(core, "fit", lambda asked: fits.append(len(asked)) or fit(asked))
     spec = trial("cpl", seed=1, **{**QUICK, "iterations": 4})
     rungs = (1, 3)
     assert run_trials([spec], store, segments=Segments(rungs, stop_after=1)) == [None]
@@ -180,10 +178,8 @@ def test_a_finished_trial_without_objectives_at_a_rung_runs_again_up_to_the_rung
     """Another sweep, without pruning, ran the trial."""
     spec = trial("cpl", seed=1, **{**QUICK, "iterations": 3})
     [record] = run_trials([spec], store)
-    fit, fits = method.fit, []
-    monkeypatch.setattr(
-        method, "fit", lambda trainings: fits.append(len(trainings)) or fit(trainings)
-    )
+    fit, fits = core.fit, []
+    monkeypatch.setattr(core, "fit", lambda asked: fits.append(len(asked)) or fit(asked))
     assert rungs_of(spec, store)[0] == {}
     run_trials([spec], store, segments=Segments((1,), stop_after=1))
     assert rungs_of(spec, store)[0].keys() == {1}

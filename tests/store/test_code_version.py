@@ -80,7 +80,7 @@ EDITS = [
     # file, old, new, which of EDITED change
     ("training.py", "MOMENTUM = 0.9", "MOMENTUM = 0.8", {"trials"}),
     ("training.py", "MOMENTUM = 0.9", "MOMENTUM  =  0.9  # a comment", set()),
-    ("classifiers.py", '"""Blend the text', '"""Mix the text', set()),
+    ("classifiers.py", "blend the text", "mix the text", set()),
     ("datasets/digits.py", "16", "17", {"datasets.digits"}),
     ("diffusion/lora.py", "GAMMA = 5.0", "GAMMA = 4.0", {"lora"}),
     ("diffusion/pipeline.py", "thrift: int", "thrift: float", {"lora", "images"}),

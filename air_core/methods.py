@@ -1,0 +1,113 @@
+"""Methods as a table of settings. No code path depends on a method's name.
+
+A method *pins* the settings that define it and *sets* defaults for others. Defaults that depend on
+the dataset, the backbone or the generator are of sweep files (`orchestrator.spec.presets`). Imports
+no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from air_core.flat import from_flat, trial_keys
+from air_core.normal import normalised
+from air_core.specs import Ref, TrialSpec
+
+# Embedded dataset, CLIP and diffusion model: the defaults of the three names.
+EMBEDDED: dict[str, str] = {"dataset": "digits", "backbone": "tiny", "generator": "tiny"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One row of the method table."""
+
+    pins: dict[str, Any]
+    sets: dict[str, Any] = field(default_factory=dict)
+    host: str | None = None  # the method without synthetic images, which it is compared with
+    control: str | None = None  # the same method without diffusion
+    paradigms: tuple[str, ...] = ("ul", "ssl", "trzsl")  # in others it is not defined
+
+    def trial(
+        self, settings: Mapping[str, Any] | None = None, classnames: tuple[str, ...] = ()
+    ) -> TrialSpec:
+        """A trial of this method, for `air_core.method.learn`.
+
+        Args:
+            settings: dotted keys, such as `train.steps`; others keep the defaults of
+                `air_core.specs`.
+            classnames: of the dataset; needed where images are generated.
+
+        Raises:
+            ValueError: a key is unknown, or the method pins it to another value.
+
+        >>> METHODS["cpl"].trial({"train.steps": 100}).train.steps
+        100
+        """
+        settings = settings or {}
+        for key, value in settings.items():
+            if key not in trial_keys():
+                raise ValueError(f"unknown key {key!r}; known: {', '.join(trial_keys())}")
+            if key in self.pins and value != self.pins[key]:
+                raise ValueError(f"the method pins {key} to {self.pins[key]!r}")
+        flat = {**self.sets, **settings, **self.pins}
+        return normalised(from_flat(flat, named_refs(flat), classnames))
+
+
+def named_refs(flat: Mapping[str, Any]) -> dict[str, Ref]:
+    """Dataset, backbone and generator of flat settings as Refs; a digest here is the name.
+
+    Reads no file.
+    """
+    names = {key: flat.get(key, default) for key, default in EMBEDDED.items()}
+    if flat.get("test_dataset") is not None:
+        names["test_dataset"] = flat["test_dataset"]
+    return {key: Ref(name=str(name), digest=str(name)) for key, name in names.items()}
+
+
+_NO_IMAGES: dict[str, Any] = {
+    "images_per_class": 0,
+    "auxiliary.source": "synthetic",
+    "fusion_weight": 0.0,
+    "synthetic_weight": 0.0,
+}
+_LABELS = ("ssl", "trzsl")
+_ONE_ROUND = {"iterations": 1, "pseudo_labels.kind": "top_k", "pseudo_labels.growth": "fixed"}
+_LABELLED = {
+    "supervision": "labelled",
+    "iterations": 1,
+    "train.labelled_among": "seen",  # otherwise the prompt never predicts an unseen class
+    **_NO_IMAGES,
+}
+_GRIP = {"pseudo_labels.kind": "top_k", "pseudo_labels.growth": "growing"}
+_CPL = {"pseudo_labels.kind": "candidates", "pseudo_labels.growth": "growing"}
+_REAL = {"images_per_class": 0, "auxiliary.source": "real", "synthetic_weight": 0.0}
+_REFRESH = {"auxiliary.refresh": True}  # a fair control: real prototypes improve with the labels
+
+METHODS: dict[str, Method] = {
+    "zero_shot": Method(pins={"iterations": 0, **_NO_IMAGES}),
+    "zero_shot_aux": Method(pins={"iterations": 0}, host="zero_shot"),
+    "zero_shot_real": Method(
+        pins={"iterations": 0, **_REAL},
+        sets={"auxiliary.kind": "lda", "auxiliary.rounds": 10},
+        host="zero_shot",
+    ),
+    "transductive": Method(
+        pins={"iterations": 0, "transduction": "gmm", **_NO_IMAGES}, host="zero_shot"
+    ),
+    "coop": Method(pins={**_LABELLED, "modality": "text"}, host="zero_shot", paradigms=_LABELS),
+    "vpt": Method(pins={**_LABELLED, "modality": "visual"}, host="zero_shot", paradigms=_LABELS),
+    "fpl": Method(pins={**_ONE_ROUND, **_NO_IMAGES}, host="zero_shot"),
+    "ifpl": Method(
+        pins={"pseudo_labels.kind": "top_k", "pseudo_labels.growth": "fixed", **_NO_IMAGES},
+        host="zero_shot",
+    ),
+    "grip": Method(pins={**_GRIP, **_NO_IMAGES}, host="zero_shot"),
+    "cpl": Method(pins={**_CPL, **_NO_IMAGES}, host="zero_shot"),
+    "air": Method(pins=_CPL, host="cpl", control="cpl_real"),
+    "air_fpl": Method(pins=_ONE_ROUND, host="fpl"),
+    "air_grip": Method(pins=_GRIP, host="grip", control="grip_real"),
+    "cpl_real": Method(pins={**_CPL, **_REAL}, sets=_REFRESH, host="cpl"),
+    "grip_real": Method(pins={**_GRIP, **_REAL}, sets=_REFRESH, host="grip"),
+}
