@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from air_core.flat import from_flat, trial_keys
-from air_core.normal import normalised
 from air_core.specs import Ref, TrialSpec
+from air_core.specs.flat import from_flat, trial_keys
+from air_core.specs.normal import normalised
 
 # Embedded dataset, CLIP and diffusion model: the defaults of the three names.
 EMBEDDED: dict[str, str] = {"dataset": "digits", "backbone": "tiny", "generator": "tiny"}

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from air_core.backbone.loading import load_backbone
 from air_core.bundle import load_bundle
 from air_core.bundle.checks import TEST, TEXT
-from air_core.bundle.manifest import weights_said, write_bundle
+from air_core.bundle.manifest import weights_description, write_bundle
 from air_core.classifiers import class_texts
 from air_core.datasets import get_dataset
 from air_core.weights import tiny_folder
@@ -46,7 +46,7 @@ def zero_shot() -> tuple[dict[str, Any], dict[str, Any]]:
         "template": digits.template,
         "modality": "text",
         "prompt": None,
-        "backbone": {**weights_said("tiny"), "precision": "fp32"},
+        "backbone": {**weights_description("tiny"), "precision": "fp32"},
         "metrics": {"test/accuracy": 0.5},
         "test": {"dataset": digits.name, "digest": "d", "images": 2, "unseen": None},
         "lineage": {},

@@ -83,11 +83,11 @@ def main() -> None:
             show(redacted(str(problem)), file=sys.stderr)
             sys.exit(code_of(problem))
         from orchestrator.errors import REFUSED, StoreFull
-        from orchestrator.files import barred
+        from orchestrator.files import permission_message
 
         code = code_of(problem)
         if isinstance(problem, PermissionError) and problem.filename:
-            fail(barred(Path(problem.filename)), REFUSED)
+            fail(permission_message(Path(problem.filename)), REFUSED)
         if code == 1 and not isinstance(problem, StoreFull):
             fail(f"{type(problem).__name__}: {problem} (--debug shows the traceback)", code)
         fail(str(problem), code)

@@ -26,7 +26,7 @@ def environment(values: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def joins_a_cluster() -> bool:
+def joins_existing_cluster() -> bool:
     """Whether a run uses an existing Ray cluster instead of starting a local one."""
     ray = sys.modules.get("ray")
     return bool(os.environ.get("RAY_ADDRESS")) or (ray is not None and ray.is_initialized())
@@ -37,7 +37,7 @@ def in_ray_job() -> bool:
     return bool(os.environ.get(RAY_JOB))
 
 
-def of_ray_job() -> set[str]:
+def ray_job_variables() -> set[str]:
     """Variables that this Ray job sets for its workers; Ray refuses to set them again."""
     job = json.loads(os.environ.get(RAY_JOB) or "{}")
     return set((job.get("runtime_env") or {}).get("env_vars") or ())

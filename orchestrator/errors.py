@@ -52,7 +52,7 @@ class StoreLost(RuntimeError):
     """The bucket or the study database became unreachable, or another driver took over."""
 
 
-class RemoteAway(OSError):
+class BucketUnreachable(OSError):
     """The bucket cannot be used: it is unreachable, does not exist or denies access."""
 
 
@@ -60,9 +60,9 @@ class SweepBusy(RuntimeError):
     """Another driver is running this sweep."""
 
 
-class StudiesAway(RuntimeError):
+class StudiesUnreachable(RuntimeError):
     """The study database is unreachable. Exit code 3 if nothing was started."""
 
 
-class TrackerAway(RuntimeError):
+class TrackerUnreachable(RuntimeError):
     """MLflow is unreachable or fails. Exit code 3 if nothing was started."""

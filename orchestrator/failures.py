@@ -108,10 +108,10 @@ def classify(problem: BaseException) -> str:
     return next(by_message, None) or next(by_type, "user")
 
 
-def no_room(problem: BaseException) -> bool:
+def is_disk_full(problem: BaseException) -> bool:
     """Whether the exception or one of its causes is a full disk.
 
-    >>> no_room(OSError(28, "No space left on device")), no_room(OSError(2, "not there"))
+    >>> is_disk_full(OSError(28, "No space left on device")), is_disk_full(OSError(2, "not there"))
     (True, False)
     """
     cause: BaseException | None = problem
@@ -120,11 +120,13 @@ def no_room(problem: BaseException) -> bool:
     return cause is not None
 
 
-def of_death(text: str) -> str:
+def classify_death(text: str) -> str:
     """The class of a process death, from Ray's message about it.
 
-    >>> of_death("ray.exceptions.OutOfMemoryError: Task was killed"), of_death("exit code 1")
-    ('oom', 'infra')
+    >>> classify_death("ray.exceptions.OutOfMemoryError: Task was killed")
+    'oom'
+    >>> classify_death("exit code 1")
+    'infra'
     """
     text = text.lower()
     return next((name for message, name in DEATH_MESSAGES if message in text), "infra")

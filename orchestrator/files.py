@@ -50,7 +50,7 @@ def make_folders(path: Path) -> None:
         sync(folder.parent)
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
+def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a file atomically and durably: after a power loss it is complete or absent."""
     data = content.encode() if isinstance(content, str) else content
     with _temporary_for(path) as temporary, open(temporary, "wb") as handle:
@@ -94,7 +94,7 @@ def file_digest(path: Path) -> str:
         return content_digest(handle)
 
 
-def write_beside(path: Path, data: bytes) -> None:
+def write_atomic_unsynced(path: Path, data: bytes) -> None:
     """Write a file atomically, without a sync: the bucket has a durable copy."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with _temporary_for(path) as temporary:
@@ -121,7 +121,7 @@ def content_digest(handle: BinaryIO) -> str:
     ).hexdigest()
 
 
-def barred(path: Path) -> str:
+def permission_message(path: Path) -> str:
     """The message for a PermissionError: owner, group, mode, and how to get access."""
     existing = next(entry for entry in (path, *path.parents) if os.path.exists(entry))
     status = existing.stat()

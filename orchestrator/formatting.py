@@ -96,10 +96,10 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
-def clock(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """A duration as minutes:seconds, or hours:minutes:seconds from one hour on.
 
-    >>> clock(67.4), clock(3725)
+    >>> format_duration(67.4), format_duration(3725)
     ('1:07', '1:02:05')
     """
     whole = round(seconds)

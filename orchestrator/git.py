@@ -29,7 +29,7 @@ def commit() -> str:
     return _git("rev-parse", "HEAD").decode().strip() if _tracked() else UNKNOWN
 
 
-def uncommitted() -> bytes:
+def uncommitted_diff() -> bytes:
     """The diff of both packages against their commit, with new files but without `.env*`.
 
     The result is empty if everything is committed or git is missing. A long diff is truncated, with

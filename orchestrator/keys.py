@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from air_core.normal import normalised
 from air_core.specs import (
     FeaturesSpec,
     FolderImages,
@@ -27,6 +26,7 @@ from air_core.specs import (
     SyntheticFeaturesSpec,
     TrialSpec,
 )
+from air_core.specs.normal import normalised
 
 # Raise a number when the stage's code gives another result for the same spec, and run
 # `make golden`. The keys of later stages change too, since they contain this number.

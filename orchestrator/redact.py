@@ -62,10 +62,10 @@ def looks_secret(name: str) -> bool:
     return bool(SECRET.search(name.upper())) and not NO_SECRET.search(name.upper())
 
 
-def shows_secret(name: str, value: str) -> bool:
+def contains_secret(name: str, value: str) -> bool:
     """Whether a variable contains a secret, by its name or because its value has a password.
 
-    >>> shows_secret("MIRROR", "https://me:geheim@example.org"), shows_secret("MIRROR", "s3://air")
+    >>> contains_secret("MIRROR", "https://me:geheim@example.org"), contains_secret("MIRROR", "s3://air")
     (True, False)
     """
     return looks_secret(name) or password_at(value) is not None

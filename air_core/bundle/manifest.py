@@ -114,7 +114,7 @@ class Manifest:
 # ---------------------------------------------------------------- backbones
 
 
-def weights_said(name: str) -> dict[str, Any]:
+def weights_description(name: str) -> dict[str, Any]:
     """Describe a backbone for bundle.json: digests, settings, and arguments for open_clip.
 
     The result contains no path of this machine. `name` is None unless the weights are published.

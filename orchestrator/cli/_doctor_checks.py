@@ -37,16 +37,16 @@ from orchestrator.cluster.node_checks import (
 )
 from orchestrator.cluster.node_facts import NodeRequirements
 from orchestrator.environment import in_ray_job
-from orchestrator.errors import Refused, StoreRefused, TrackerAway
+from orchestrator.errors import Refused, StoreRefused, TrackerUnreachable
 from orchestrator.files import ROOT
 from orchestrator.formatting import aligned, counted, size
 from orchestrator.git import commit
 from orchestrator.planning import Machine, Plan, SweepRequest, plan_of, unschedulable_reason
-from orchestrator.planning.requests import location_for, lost_store
+from orchestrator.planning.requests import location_for, relative_store_error
 from orchestrator.planning.resources import this_machine
 from orchestrator.redact import without_credentials
 from orchestrator.spec.sweep import option_words
-from orchestrator.store import SweepLocation, folder_of, is_bucket, open_store
+from orchestrator.store import SweepLocation, is_bucket, open_store, store_folder
 from orchestrator.tracking import make_tracker
 from orchestrator.tracking_uri import kind_of, uri_of
 
@@ -103,7 +103,7 @@ class DoctorReport:
         """Turn exceptions into findings; text after the first semicolon becomes the remedy."""
         try:
             yield
-        except (ValueError, Refused, StoreRefused, TrackerAway, OSError) as error:
+        except (ValueError, Refused, StoreRefused, TrackerUnreachable, OSError) as error:
             problem, _, remedy = str(error).partition("; ")
             self.failed(check, problem, remedy or DEFAULT_REMEDIES[check])
 
@@ -237,8 +237,8 @@ def _open_location(report: DoctorReport, request: DoctorRequest) -> SweepLocatio
     with report.catching("store"):
         if request.sweep is not None:
             location = location_for(request.sweep, store, request.data_root)
-        elif in_ray_job() and not is_bucket(store) and not folder_of(store).is_absolute():
-            raise lost_store(store)
+        elif in_ray_job() and not is_bucket(store) and not store_folder(store).is_absolute():
+            raise relative_store_error(store)
         else:
             location = SweepLocation(open_store(store), "default", "none", request.data_root)
     return location

@@ -139,15 +139,22 @@ def code_of(problem: Exception) -> int:
         BAD_INPUT,
         FAILED,
         REFUSED,
+        BucketUnreachable,
         Refused,
-        RemoteAway,
         StoreRefused,
-        StudiesAway,
+        StudiesUnreachable,
         SweepBusy,
-        TrackerAway,
+        TrackerUnreachable,
     )
 
-    refused = Refused | SweepBusy | StoreRefused | TrackerAway | RemoteAway | StudiesAway
+    refused = (
+        Refused
+        | SweepBusy
+        | StoreRefused
+        | TrackerUnreachable
+        | BucketUnreachable
+        | StudiesUnreachable
+    )
     if isinstance(problem, refused):
         return REFUSED
     return BAD_INPUT if isinstance(problem, ValueError) else FAILED

@@ -119,7 +119,7 @@ def report(
 
     airsweep report vision/digits_main -o digits.html --store /shared/runs
     """
-    from orchestrator.files import write_whole
+    from orchestrator.files import write_atomic
     from orchestrator.reporting.html_report import page
     from orchestrator.reporting.report_data import report_data_of
 
@@ -127,7 +127,7 @@ def report(
         fail(f"-o {output}: give a file name in an existing folder, such as report.html")
     sweep, location = recorded_sweep(name, store, data_root)
     text = page(report_data_of(sweep, location))
-    write_whole(output, text)
+    write_atomic(output, text)
     show(f"{output}  {len(text.encode()) / 1e6:.1f} MB", file=sys.stderr)
 
 
@@ -147,13 +147,13 @@ def audit(
 
     airsweep audit quickstart --json
     """
-    from orchestrator.planning.audit_card import audit_screen, card_for_scripts
+    from orchestrator.planning.audit_card import audit_screen, card_as_dict
     from orchestrator.stages.audits import audit_cards
 
     sweep, location = recorded_sweep(name, store, data_root)
     cards = audit_cards(sweep, location, _audit_progress)
     if as_json:
-        show(json.dumps([card_for_scripts(card) for card in cards], indent=1))
+        show(json.dumps([card_as_dict(card) for card in cards], indent=1))
         return
     show("\n\n".join(audit_screen(card, name, location.folder) for card in cards))
 

@@ -14,12 +14,12 @@ from pathlib import Path
 
 from orchestrator.errors import Refused
 from orchestrator.files import ROOT
-from orchestrator.git import PACKAGES, SENT_DIFF, UNKNOWN, commit, dirty, uncommitted
+from orchestrator.git import PACKAGES, SENT_DIFF, UNKNOWN, commit, dirty, uncommitted_diff
 from orchestrator.planning import SweepRequest
-from orchestrator.planning.requests import lost_store, project_of
-from orchestrator.redact import shows_secret, without_credentials
+from orchestrator.planning.requests import project_of, relative_store_error
+from orchestrator.redact import contains_secret, without_credentials
 from orchestrator.spec import cells_of
-from orchestrator.store import folder_of, is_bucket, whoami
+from orchestrator.store import is_bucket, store_folder, whoami
 from orchestrator.store.buckets import parse
 from orchestrator.tracking_uri import kind_of
 
@@ -73,7 +73,7 @@ def pack(request: SweepRequest | None, folder: Path, code: bool) -> str:
     for name, file in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, folder / name)
-    if code and (diff := uncommitted()):
+    if code and (diff := uncommitted_diff()):
         (folder / SENT_DIFF).write_bytes(diff)
     if request is None:
         return ""
@@ -115,8 +115,8 @@ def job_paths(
     """
     if is_bucket(store):
         parse(store)
-    elif not folder_of(store).is_absolute():
-        raise lost_store(store)
+    elif not store_folder(store).is_absolute():
+        raise relative_store_error(store)
     if not request.spec.tracking_uri:
         tracking_uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
     for uri in filter(None, (tracking_uri, request.spec.tracking_uri)):
@@ -196,7 +196,7 @@ def variables(request: SweepRequest, code: bool, env: Iterable[str]) -> dict[str
     checkout_commit = commit()
     # The commit of this checkout does not describe code that is installed on the cluster.
     if code and checkout_commit != UNKNOWN:
-        passed |= {"AIRSWEEP_COMMIT": checkout_commit, "AIRSWEEP_DIRTY": dirty(uncommitted())}
+        passed |= {"AIRSWEEP_COMMIT": checkout_commit, "AIRSWEEP_DIRTY": dirty(uncommitted_diff())}
     return {**STOP_WAIT, **passed, **dict(map(_variable, env))}
 
 
@@ -207,7 +207,7 @@ def _variable(option: str) -> tuple[str, str]:
     if not equals_sign and name not in os.environ:
         raise ValueError(f"--env {name}: not set on this machine; set it, or write {name}=VALUE")
     value = value if equals_sign else os.environ[name]
-    if shows_secret(name, value):
+    if contains_secret(name, value):
         raise ValueError(  # the message must not contain the value
             f"--env {name}: this looks like a secret, and Ray shows the variables of a job to all "
             "users of the cluster; set it in the environment of the cluster's nodes, or give the "

@@ -17,7 +17,7 @@ from typing import Any
 
 from orchestrator.files import ROOT, SHIPPED
 from orchestrator.planning.resources import resource_shortage
-from orchestrator.redact import password_at, redacted, shows_secret
+from orchestrator.redact import contains_secret, password_at, redacted
 from orchestrator.spec import Resources, SweepSpec
 from orchestrator.spec.marked_yaml import all_documents, shown, written
 
@@ -158,7 +158,7 @@ def parse_variables(options: Sequence[str]) -> dict[str, str]:
     for option in options:
         _checked("--env", option, r"(?s)[A-Za-z_][A-Za-z0-9_]*=.*", "NAME=VALUE")
         name, _, value = option.partition("=")
-        if shows_secret(name, value):
+        if contains_secret(name, value):
             raise ValueError(
                 f"--env {name}: this looks like a secret, which everyone who can read the job "
                 "would see; put it into the Secret `airsweep`, whose keys every pod gets as "

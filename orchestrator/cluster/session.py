@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 
-from orchestrator.environment import environment, of_ray_job
+from orchestrator.environment import environment, ray_job_variables
 from orchestrator.errors import Refused
 from orchestrator.failures import first_line
 from orchestrator.files import ROOT
@@ -98,7 +98,7 @@ def _joined(address: str) -> Iterator[None]:
     import ray
 
     names = {"AIRSWEEP_COMMIT", "AIRSWEEP_DIRTY", "AIRSWEEP_USER", "AIRSWEEP_SWEEP"}
-    passed = {name: os.environ[name] for name in (names & os.environ.keys()) - of_ray_job()}
+    passed = {name: os.environ[name] for name in (names & os.environ.keys()) - ray_job_variables()}
     _join(address, runtime_env={"env_vars": passed}, **SILENT)
     try:
         yield
@@ -266,7 +266,7 @@ def _is_alive(process: psutil.Process) -> bool:
         return False
 
 
-def note_devices() -> None:
+def record_devices() -> None:
     """In a worker, store its assigned CPUs and GPUs for the records of the artifacts it makes."""
     import ray
 
@@ -292,7 +292,7 @@ def free_resources() -> dict[str, tuple[float, float]]:
     return {kind: (free.get(kind, 0.0), total) for kind, total in ray.cluster_resources().items()}
 
 
-def ask_autoscaler(resources: Resources) -> None:
+def request_autoscaling(resources: Resources) -> None:
     """Request resources for one trial, one encoding task and all generators of a sweep."""
     from ray.autoscaler.sdk import request_resources
 

@@ -22,12 +22,12 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext
 
 from air_core.specs import SyntheticFeaturesSpec
-from orchestrator.cluster.session import note_devices
+from orchestrator.cluster.session import record_devices
 from orchestrator.execution._allocation import Pool, PreparationContext
 from orchestrator.execution._progress import ProgressReporter
 from orchestrator.failures import CLASSES, Failure, classify
 from orchestrator.keys import artifact_key
-from orchestrator.planning import Requirement, name_of
+from orchestrator.planning import Requirement, artifact_title
 from orchestrator.redact import redacted
 from orchestrator.spec.sweep import GeneratorResources
 from orchestrator.stages.context import WorkerContext, limit_gpu_memory
@@ -46,11 +46,12 @@ class GeneratorActor:
         import torch
 
         torch.set_num_threads(1)  # one actor a core; more threads would compete for it
-        note_devices()
+        record_devices()
         limit_gpu_memory(devices().get("gpu", 0.0))
         self.rows, self.worker = rows, worker
         self.reporters = [
-            ProgressReporter(progress_actor, name_of(artifact_key(spec.images))) for spec in rows
+            ProgressReporter(progress_actor, artifact_title(artifact_key(spec.images)))
+            for spec in rows
         ]
         self.loaded: tuple[int, Any] | None = None  # row, generator
         self.thrift = 0  # saves memory at the cost of time, see `load_generator`

@@ -16,8 +16,8 @@ from orchestrator.execution._allocation import PreparationContext
 from orchestrator.execution._state import RunState
 from orchestrator.failures import first_line
 from orchestrator.planning import Plan, Requirement, Slot, holds, possible_trials, requirements_of
-from orchestrator.planning.audit_card import Audited, audited, known_card
-from orchestrator.planning.plan import moved_slots
+from orchestrator.planning.audit_card import AuditRow, audit_rows, stored_card
+from orchestrator.planning.plan import fp32_slots
 from orchestrator.spec import Cell
 from orchestrator.store import ArtifactStore
 
@@ -232,9 +232,9 @@ class Prefetch:
         self.state.statistics.add_wall(self.state.stage, time.monotonic() - began)
 
     @cached_property
-    def _rows(self) -> Sequence[Audited]:
+    def _rows(self) -> Sequence[AuditRow]:
         assignments = self.state.sweep.seeds.assignments()
-        return audited(possible_trials(self.plan.cells, assignments, self.state.resolver))
+        return audit_rows(possible_trials(self.plan.cells, assignments, self.state.resolver))
 
     def _start_pictures(self, requirements: Sequence[Requirement]) -> None:
         """Start the contact sheet and the audit cards, which people read and no trial needs. They
@@ -258,7 +258,7 @@ class Prefetch:
 
 def cell_requirements(state: RunState, plan: Plan, cells: Sequence[Cell]) -> list[Requirement]:
     """The inputs of some cells, with those of trials that are repeated in fp32."""
-    ids, moved = {cell.id for cell in cells}, moved_slots(state.event_log)
+    ids, moved = {cell.id for cell in cells}, fp32_slots(state.event_log)
     earlier = [slot.spec for slot in plan.slots if slot.cell.id in ids and slot.id in moved]
     possible = possible_trials(cells, state.sweep.seeds.assignments(), state.resolver)
     return requirements_of([*possible, *earlier, *state.fp32_trials])
@@ -307,13 +307,13 @@ def _contact_sheet(state: RunState, requirements: Sequence[Requirement]) -> Iter
     return write()
 
 
-def _lacks_card(row: Audited, state: RunState) -> bool:
+def _lacks_card(row: AuditRow, state: RunState) -> bool:
     """Whether a row is complete and has no audit card."""
     complete = row.requirement.have(state.location.store) == row.requirement.total()
-    return complete and known_card(row, state.location) is None
+    return complete and stored_card(row, state.location) is None
 
 
-def _audit_card(state: RunState, row: Audited) -> Iterator[None]:
+def _audit_card(state: RunState, row: AuditRow) -> Iterator[None]:
     """A coroutine that writes the audit card of a row."""
     from orchestrator.execution._prepare import audit
 

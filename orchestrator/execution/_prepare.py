@@ -13,14 +13,14 @@ import ray
 
 from air_core.backbone.loading import import_open_clip_alone
 from air_core.specs import FeaturesSpec, LabelsSpec, LoraSpec, SyntheticFeaturesSpec
-from orchestrator.cluster.session import note_devices
+from orchestrator.cluster.session import record_devices
 from orchestrator.execution._allocation import PreparationContext
 from orchestrator.execution._generation import draw
 from orchestrator.execution._progress import ProgressListener, ProgressReporter
-from orchestrator.failures import CLASSES, Failure, classify, of_death
+from orchestrator.failures import CLASSES, Failure, classify, classify_death
 from orchestrator.keys import artifact_key
-from orchestrator.planning import Requirement, holds, name_of
-from orchestrator.planning.audit_card import Audited, card_files
+from orchestrator.planning import Requirement, artifact_title, holds
+from orchestrator.planning.audit_card import AuditRow, card_files
 from orchestrator.planning.plan import level
 from orchestrator.stages import auditor, pictures
 from orchestrator.stages.build import build_features, build_labels, build_lora
@@ -100,9 +100,9 @@ def _build_artifact(
     import_open_clip_alone()
     torch.set_num_threads(1)
     limit_gpu_memory(gpu)
-    note_devices()
+    record_devices()
     started = time.monotonic()
-    reporter = ProgressReporter(progress_actor, name_of(artifact_key(spec)))
+    reporter = ProgressReporter(progress_actor, artifact_title(artifact_key(spec)))
     worker.store.locks.on_wait = reporter.report_wait
     startup: float | None = 0.0
     match spec:
@@ -198,7 +198,7 @@ def _failure(problem: Exception) -> Failure:
     if isinstance(cause, Exception):
         return Failure(classify(cause), f"{type(cause).__name__}: {cause}")
     message = f"{type(problem).__name__}: {problem}"
-    return Failure(of_death(message), message.partition("\n")[0])
+    return Failure(classify_death(message), message.partition("\n")[0])
 
 
 def _report_labels(
@@ -226,7 +226,7 @@ def contact_sheet(
 
 
 def audit(
-    row: Audited, worker: WorkerContext, progress_actor: Any
+    row: AuditRow, worker: WorkerContext, progress_actor: Any
 ) -> Generator[None, None, dict[str, bytes]]:
     """A coroutine that returns the audit card of a row, as files for the sweep's folder."""
     reporter = ProgressReporter(progress_actor, "audit")

@@ -22,7 +22,7 @@ from typing import Any, Literal
 from air_core.specs import TrialSpec
 from orchestrator.failures import CLASSES, Failure
 from orchestrator.planning import Outcome, Resolver, Slot
-from orchestrator.planning.plan import ended_slots, iterations_of, moved_slots, slots_of
+from orchestrator.planning.plan import ended_slots, fp32_slots, iterations_of, slots_of
 from orchestrator.planning.pruning import pruned
 from orchestrator.planning.studies import Pruned
 from orchestrator.planning.studies import searches as fold_searches
@@ -32,7 +32,7 @@ from orchestrator.spec.sweep import ENCODER_BATCH
 from orchestrator.stages.side_by_side import side_by_side
 from orchestrator.stages.trial import WHOLE_TRIAL, Segments, is_finished
 from orchestrator.store import ArtifactStore, EventLog, read_trial
-from orchestrator.store.checkpoints import rungs_of
+from orchestrator.store.checkpoints import recorded_rungs
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ class TrialScheduler:
         self.is_ready, self.rank = is_ready, rank
         self.device = "cuda" if sweep.resources.trial.gpu else "cpu"
         self.memory_share = sweep.resources.encoder.batch / ENCODER_BATCH
-        self.moved_before = moved_slots(event_log)
+        self.moved_before = fp32_slots(event_log)
         self.queued: deque[Job] = deque()  # not handed out yet
         self.tries: Counter[tuple[str, str]] = Counter()  # by trial key and failure class
         self.errors: Counter[Failure] = Counter()  # of classes that can stop a sweep
@@ -408,7 +408,7 @@ class TrialScheduler:
         rung = active.stop_after
         assert rung is not None
         assert self.objective is not None
-        rungs, _ = rungs_of(slot.spec, self.store)
+        rungs, _ = recorded_rungs(slot.spec, self.store)
         active.at_rung[slot.id] = rungs[rung][self.objective]
         self.event_log.append("rung_reached", slot=slot.id, key=slot.key.digest, rung=rung)
         self._end_segment(queue, active, slot)
@@ -478,7 +478,7 @@ class TrialScheduler:
         queue.pruned[number] = stop
         for slot in active.slots.values():
             if slot.id not in active.final:
-                _, seconds = rungs_of(slot.spec, self.store)
+                _, seconds = recorded_rungs(slot.spec, self.store)
                 known = self.finished_before.get(slot.id) == (slot.key.digest, "pruned")
                 self.on_outcome(Outcome(slot, "pruned", pruned=stop, seconds=seconds, known=known))
 

@@ -17,8 +17,8 @@ from orchestrator.planning import (
     OutcomeTracker,
     Requirement,
     Resolver,
+    artifact_title,
     holds,
-    name_of,
     requirements_of,
 )
 from orchestrator.planning.budget import BudgetTracker
@@ -131,7 +131,7 @@ class RunState:
         self.failed_requirements.append((requirement, failure))
         self.process_died |= failure.failure_class == "infra"
         self._log_artifact("artifact_failed", requirement, failure)
-        name = name_of(requirement.key)
+        name = artifact_title(requirement.key)
         if CLASSES[failure.failure_class].stops_after == 1:
             raise StoreFull(f"{name}: {failure.message}")
         self.screen.message(f"{name}: failed ({failure.failure_class}): {failure.message}")
@@ -139,7 +139,7 @@ class RunState:
     def on_retried(self, requirement: Requirement, failure: Failure) -> None:
         self._log_artifact("artifact_retried", requirement, failure)
         remedy = CLASSES[failure.failure_class].remedy
-        self.screen.message(f"{name_of(requirement.key)}: {failure.message}; {remedy}")
+        self.screen.message(f"{artifact_title(requirement.key)}: {failure.message}; {remedy}")
 
     def on_progress(self, name: str, done: int, total: int) -> None:
         self._reset_stall()
@@ -160,7 +160,7 @@ class RunState:
         requirements = requirements_of([trial]) if self.failed_requirements else []
         for failed, failure in self.failed_requirements:
             if any(holds(requirement.spec, failed.spec) for requirement in requirements):
-                message = f"{name_of(failed.key)} failed: {failure.message}"
+                message = f"{artifact_title(failed.key)} failed: {failure.message}"
                 return Failure(failure.failure_class, message)
         return None
 
@@ -191,10 +191,10 @@ class RunState:
     def _charge(self, outcome: Outcome) -> None:
         """Add the cost of a trial to the budget and the statistics."""
         if outcome.pruned is not None:
-            self.budget_tracker.trial_pruned(outcome.seconds)
+            self.budget_tracker.record_pruned_trial(outcome.seconds)
         if outcome.state == "done" and outcome.record is not None:
             self.statistics.add_work(trial_work(outcome.slot.spec), outcome.record.seconds)
-            self.budget_tracker.trial_ended(outcome.slot.cell.id, outcome.record.seconds)
+            self.budget_tracker.record_trial(outcome.slot.cell.id, outcome.record.seconds)
 
     def _reset_stall(self) -> None:
         if self.stall is not None:

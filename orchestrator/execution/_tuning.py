@@ -20,11 +20,11 @@ from ray.tune.search import Searcher
 
 from air_core.backbone.loading import import_open_clip_alone
 from air_core.specs import TrialSpec
-from orchestrator.cluster.session import note_devices
+from orchestrator.cluster.session import record_devices
 from orchestrator.errors import OutOfTime
 from orchestrator.execution._progress import ProgressReporter
 from orchestrator.execution._scheduler import TrialScheduler
-from orchestrator.failures import Failure, classify, of_death
+from orchestrator.failures import Failure, classify, classify_death
 from orchestrator.keys import artifact_key
 from orchestrator.spec import Resources
 from orchestrator.stages.context import WorkerContext, limit_gpu_memory
@@ -58,7 +58,7 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]
         self.job = config
         import_open_clip_alone()
         limit_gpu_memory(gpu)
-        note_devices()
+        record_devices()
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self.job = new_config
@@ -215,7 +215,7 @@ class _JobCallback(_Stateless, tune.Callback):  # type: ignore[misc]
         job = self.scheduler.running[number]
         error = str(trial.get_error() or "")
         last = next((line for line in reversed(error.splitlines()) if line.strip()), "")
-        failure = Failure(of_death(error), f"its worker process died: {last.strip()[:200]}")
+        failure = Failure(classify_death(error), f"its worker process died: {last.strip()[:200]}")
         # Trials that had finished before the process died are in the store.
         lost = [
             key

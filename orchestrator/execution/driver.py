@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from air_core.seal import sealed_json
-from orchestrator.environment import joins_a_cluster
+from orchestrator.environment import joins_existing_cluster
 from orchestrator.errors import (
     BUDGET,
     DONE,
@@ -25,12 +25,12 @@ from orchestrator.errors import (
     INTERRUPTED,
     REFUSED,
     TERMINATED,
+    BucketUnreachable,
     DamagedArtifact,
     Refused,
-    RemoteAway,
     StoreFull,
     StoreLost,
-    StudiesAway,
+    StudiesUnreachable,
     SweepBusy,
 )
 from orchestrator.execution._prefetch import Prefetch, worker_context
@@ -40,9 +40,9 @@ from orchestrator.execution._signals import handle_signals, on_ray_death, restor
 from orchestrator.execution._stall import StallMonitor
 from orchestrator.execution._state import RunState
 from orchestrator.execution.screen import Screen
-from orchestrator.failures import CLASSES, Failure, first_line, no_room
-from orchestrator.formatting import clock
-from orchestrator.git import commit, diff_digest, dirty, uncommitted
+from orchestrator.failures import CLASSES, Failure, first_line, is_disk_full
+from orchestrator.formatting import format_duration
+from orchestrator.git import commit, diff_digest, dirty, uncommitted_diff
 from orchestrator.planning import (
     OutcomeTracker,
     Plan,
@@ -78,7 +78,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-LOST = (RemoteAway, SweepBusy, StudiesAway)  # during a run; before it they refuse the run
+LOST = (
+    BucketUnreachable,
+    SweepBusy,
+    StudiesUnreachable,
+)  # during a run; before it they refuse the run
 RESUME_HINT = "finished work is kept, and the same command resumes the sweep"
 
 
@@ -104,7 +108,8 @@ def run_sweep(
         The exit code, which `outcome.json` has too.
 
     Raises:
-        Refused, SweepBusy, StoreRefused, RemoteAway, StudiesAway: before anything has started.
+        Refused, SweepBusy, StoreRefused, BucketUnreachable, StudiesUnreachable: before anything has
+            started.
         StoreLost: one of the same reasons, during the run.
         StoreFull: the disk is full.
     """
@@ -121,7 +126,7 @@ def run_sweep(
     _refuse_unschedulable(plan, location)
     # Shut Ray down last: after SIGTERM only seconds remain before SIGKILL, so record the end first.
     with ExitStack() as ray_session, location.store.locks.shared_store():
-        diff = uncommitted()
+        diff = uncommitted_diff()
         _export_provenance(location, diff)
         _check_services(plan, location, tracker, screen, prepare_only)
         _lock_event_log(plan, location, event_log)
@@ -218,7 +223,7 @@ def _check_services(
 
     Raises:
         ValueError: a server rejects the credentials.
-        TrackerAway, StudiesAway: a server does not answer.
+        TrackerUnreachable, StudiesUnreachable: a server does not answer.
     """
     tracker.check(reach=not prepare_only)
     search = plan.sweep.search
@@ -258,7 +263,7 @@ def _full_disk_explained(plan: Plan, location: SweepLocation) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not no_room(error):
+        if not is_disk_full(error):
             raise
         raise StoreFull(full_disk_message(plan, location.store, first_line(error))) from error
 
@@ -481,7 +486,7 @@ def _start_ray(state: RunState, plan: Plan, session: ExitStack) -> None:
     from orchestrator.execution._allocation import Allocation
     from orchestrator.execution._progress import ProgressMonitor
 
-    state.joined_cluster = joins_a_cluster()
+    state.joined_cluster = joins_existing_cluster()
     state.screen.message("joining Ray" if state.joined_cluster else "starting Ray")
     session.enter_context(
         ray_session(functools.partial(on_ray_death, state), lambda: state.process_died)
@@ -506,13 +511,15 @@ def _wait_for_machines(state: RunState, allocation: Allocation, plan: Plan) -> N
     requested = False
     while problem := unschedulable_reason(plan, state.location.store, allocation.machines()):
         if time.monotonic() - started >= wait:
-            waited = f" (waited {clock(wait)} for more machines)" if wait else ""
+            waited = f" (waited {format_duration(wait)} for more machines)" if wait else ""
             raise Refused(f"{problem}{waited}")
         if not requested:
-            state.screen.message(f"waiting for machines, at most {clock(wait)}: {problem}")
-            from orchestrator.cluster.session import ask_autoscaler
+            state.screen.message(
+                f"waiting for machines, at most {format_duration(wait)}: {problem}"
+            )
+            from orchestrator.cluster.session import request_autoscaling
 
-            ask_autoscaler(state.sweep.resources)
+            request_autoscaling(state.sweep.resources)
             requested = True
         time.sleep(min(wait, 1.0))
 
@@ -602,7 +609,7 @@ def _full_disk_error(write: Callable[[], object]) -> OSError | None:
     try:
         write()
     except OSError as problem:
-        if not no_room(problem):
+        if not is_disk_full(problem):
             raise
         return problem
     return None

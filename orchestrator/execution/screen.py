@@ -9,8 +9,8 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from air_core.printable import printable
-from orchestrator.formatting import clock, printable_lines, show
-from orchestrator.planning import Plan, Requirement, name_of
+from orchestrator.formatting import format_duration, printable_lines, show
+from orchestrator.planning import Plan, Requirement, artifact_title
 
 if TYPE_CHECKING:
     from orchestrator.planning import Outcome
@@ -65,7 +65,7 @@ class WorkPace:
         if done <= self.first:
             return ""
         seconds = (now - self.started) / (done - self.first) * (total - done)
-        return f", about {clock(seconds)} left"
+        return f", about {format_duration(seconds)} left"
 
 
 class Screen:
@@ -96,9 +96,9 @@ class Screen:
     def prepared(self, requirement: Requirement) -> None:
         count = self._count(requirement)
         if requirement.stage != "images" or count[0] == count[1]:
-            self.message(f"{name_of(requirement.key)}: ready")
+            self.message(f"{artifact_title(requirement.key)}: ready")
         else:
-            self.progress(name_of(requirement.key), *count)
+            self.progress(artifact_title(requirement.key), *count)
 
     def progress(self, name: str, done: int, total: int) -> None:
         now = time.monotonic()
@@ -114,7 +114,9 @@ class Screen:
             last = 0.0
         if not last or seconds > 2 * last:  # an hour is ten lines
             self.waits[name] = seconds
-            self.message(f"{name}: waiting for {holder} to make it ({clock(seconds)} so far)")
+            self.message(
+                f"{name}: waiting for {holder} to make it ({format_duration(seconds)} so far)"
+            )
 
     def outcome(self, outcome: Outcome) -> None:
         row = self.rows.add(outcome)
@@ -179,7 +181,7 @@ class BarScreen(Screen):
 
     def prepared(self, requirement: Requirement) -> None:
         count = self._count(requirement) if requirement.stage == "images" else [1, 1]
-        self.progress(name_of(requirement.key), *count)
+        self.progress(artifact_title(requirement.key), *count)
 
     def progress(self, name: str, done: int, total: int) -> None:
         # The last report of some work has another unit than the reports before it.

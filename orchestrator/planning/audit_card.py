@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from air_core.normal import normalised
 from air_core.specs import (
     FeaturesSpec,
     FolderImages,
@@ -20,6 +19,7 @@ from air_core.specs import (
     SyntheticFeaturesSpec,
     TrialSpec,
 )
+from air_core.specs.normal import normalised
 from orchestrator.formatting import aligned
 from orchestrator.keys import artifact_key, digest, slug
 from orchestrator.planning.plan import Requirement, possible_trials, requirements_of
@@ -39,7 +39,7 @@ MAX_WEAK_CLASSES = 3
 
 
 @dataclass(frozen=True)
-class Audited:
+class AuditRow:
     """A row of synthetic images to audit, up to the count and classes that trials read."""
 
     row: SyntheticFeaturesSpec
@@ -67,18 +67,18 @@ class Audited:
         return digest([EDITION, self.name, base, splits, self.images_per_class, [*self.classes]])
 
 
-def audited(trials: Iterable[TrialSpec]) -> list[Audited]:
+def audit_rows(trials: Iterable[TrialSpec]) -> list[AuditRow]:
     """List the rows of synthetic images that trials read, in the order of the trials.
 
     Trials that read the same row are merged: the largest count, all classes and all splits.
     """
-    rows: dict[str, Audited] = {}
+    rows: dict[str, AuditRow] = {}
     for trial in dict.fromkeys(replace(normalised(trial), seed=0) for trial in trials):
         spec, base = trial.synthetic_features, trial.base_images
         if spec is None:
             continue
         requirement = next(each for each in requirements_of([trial]) if each.spec == spec)
-        row = Audited(
+        row = AuditRow(
             row=spec,
             base=None if base is None else replace(spec, images=base),
             features=trial.features,
@@ -97,14 +97,14 @@ def audited(trials: Iterable[TrialSpec]) -> list[Audited]:
     return list(rows.values())
 
 
-def audited_by(sweep: SweepSpec, location: SweepLocation) -> list[Audited]:
+def audit_rows_of_sweep(sweep: SweepSpec, location: SweepLocation) -> list[AuditRow]:
     """List the rows of synthetic images that the trials of a sweep read.
 
     Raises:
         ValueError: the trials read no synthetic images, or weights or data are missing.
     """
     resolver = resolver_of(location)
-    rows = audited(possible_trials(cells_of(sweep), sweep.seeds.assignments(), resolver))
+    rows = audit_rows(possible_trials(cells_of(sweep), sweep.seeds.assignments(), resolver))
     resolver.save()
     if not rows:
         methods = ", ".join(sorted({cell.method for cell in cells_of(sweep)}))
@@ -115,7 +115,7 @@ def audited_by(sweep: SweepSpec, location: SweepLocation) -> list[Audited]:
     return rows
 
 
-def ready(rows: Sequence[Audited], location: SweepLocation) -> list[Audited]:
+def ready(rows: Sequence[AuditRow], location: SweepLocation) -> list[AuditRow]:
     """Select the rows whose images are all drawn.
 
     Raises:
@@ -191,7 +191,7 @@ def card_from_json(text: str) -> AuditCard:
     return AuditCard(**{field.name: plain[field.name] for field in fields(AuditCard)})
 
 
-def known_card(row: Audited, location: SweepLocation) -> AuditCard | None:
+def stored_card(row: AuditRow, location: SweepLocation) -> AuditCard | None:
     """Read the stored card of a row; None if it is missing, damaged or of other inputs."""
     with suppress(OSError, ValueError, TypeError, KeyError):
         card = card_from_json((location.folder / f"{row.name}.json").read_text())
@@ -203,7 +203,7 @@ def known_card(row: Audited, location: SweepLocation) -> AuditCard | None:
 # ---------------------------------------------------------------- the card as JSON and as text
 
 
-def card_for_scripts(card: AuditCard) -> dict[str, Any]:
+def card_as_dict(card: AuditCard) -> dict[str, Any]:
     """The output of `audit --json`; its keys are a contract."""
     plain = asdict(card)
     del plain["inputs_digest"]
@@ -212,7 +212,7 @@ def card_for_scripts(card: AuditCard) -> dict[str, Any]:
     return plain
 
 
-def title_of(row: Audited) -> str:
+def title_of(row: AuditRow) -> str:
     """Describe the source of a row's images in a few words."""
     images = row.row.images
     if isinstance(images, FolderImages):

@@ -33,14 +33,14 @@ class BudgetTracker:
     trials: dict[str, list[float]] = field(default_factory=dict)  # seconds of trials, by cell
     refusal: str = ""  # message: why the last job was not started
 
-    def trial_ended(self, cell: str, seconds: float) -> None:
+    def record_trial(self, cell: str, seconds: float) -> None:
         self.trials.setdefault(cell, []).append(seconds)
         self.gpu_seconds += seconds * self.resources.trial.gpu
 
     def prepared(self, stage: str, seconds: float) -> None:
         self.gpu_seconds += seconds * self.resources.want(stage).gpu
 
-    def trial_pruned(self, seconds: float) -> None:
+    def record_pruned_trial(self, seconds: float) -> None:
         """Add the cost of a pruned trial, which says nothing about the length of a full trial."""
         self.gpu_seconds += seconds * self.resources.trial.gpu
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from air_core.flat import to_flat
-from air_core.normal import normalised
 from air_core.specs import Ref, TrialSpec
+from air_core.specs.flat import to_flat
+from air_core.specs.normal import normalised
 
 REFS = ("dataset", "test_dataset", "backbone", "generator")
 

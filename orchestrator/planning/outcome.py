@@ -39,7 +39,7 @@ class OutcomeTracker(Protocol):
 
         Raises:
             ValueError: the server rejects the credentials.
-            TrackerAway: the server is unreachable.
+            TrackerUnreachable: the server is unreachable.
         """
 
     def trial(self, outcome: Outcome, at: float | None) -> None:

@@ -12,8 +12,6 @@ from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
-from air_core.flat import trial_keys
-from air_core.normal import normalised
 from air_core.paradigms import seen_unseen
 from air_core.specs import (
     CodeVersions,
@@ -24,6 +22,8 @@ from air_core.specs import (
     SyntheticFeaturesSpec,
     TrialSpec,
 )
+from air_core.specs.flat import trial_keys
+from air_core.specs.normal import normalised
 from orchestrator.keys import ArtifactKey, artifact_key
 from orchestrator.planning.estimate import Estimate, Work, estimate, stage_work, trial_work
 from orchestrator.planning.resolve import Resolver
@@ -40,7 +40,7 @@ from orchestrator.planning.studies import (
 from orchestrator.spec import Cell, Dimension, SweepSpec, cells_of
 from orchestrator.spec.space import default_params, grid_points, study_name
 from orchestrator.store import ArtifactStore, EventLog, SweepLocation, read_resolved
-from orchestrator.store.checkpoints import learned_by, rungs_of
+from orchestrator.store.checkpoints import recorded_rungs, training_spec
 
 BASE_PER_CLASS = 8  # images without LoRA, drawn to measure what LoRA changes
 # Settings that determine whether a trial reads synthetic images, and how many.
@@ -123,7 +123,7 @@ WORDS = {
 }
 
 
-def name_of(key: ArtifactKey) -> str:
+def artifact_title(key: ArtifactKey) -> str:
     """Name of an artifact in messages and on screens."""
     return f"{WORDS[key.stage]} {key.slug}"
 
@@ -193,7 +193,7 @@ def plan_sweep(
     cells, assignments = cells_of(sweep), sweep.seeds.assignments()
     state = searches(event_log)
     starts = _study_starts(sweep, cells, state, resolver, store)
-    moved = moved_slots(event_log)
+    moved = fp32_slots(event_log)
     slots: list[Slot] = []
     left: dict[str, int] = {}  # trials by cell
     stopped: dict[str, Pruned] = {}  # by slot
@@ -272,7 +272,7 @@ def _is_complete(spec: TrialSpec, rungs: Iterable[int], store: ArtifactStore) ->
     """
     if not store.has(spec):
         return False
-    passed = rungs_of(spec, store)[0] if rungs else {}
+    passed = recorded_rungs(spec, store)[0] if rungs else {}
     return all(rung in passed for rung in rungs)
 
 
@@ -353,7 +353,7 @@ def slots_of(
     """The slots of one point: one for each assignment of seeds.
 
     Args:
-        moved: from `moved_slots`; slots whose trial is repeated in fp32, with that trial's key.
+        moved: from `fp32_slots`; slots whose trial is repeated in fp32, with that trial's key.
     """
     slots = []
     for seeds in assignments:
@@ -370,7 +370,7 @@ def slots_of(
 
 def iterations_of(slots: Iterable[Slot]) -> int:
     """The smallest number of iterations among the trials of a point."""
-    return min(learned_by(slot.spec).iterations for slot in slots)
+    return min(training_spec(slot.spec).iterations for slot in slots)
 
 
 def fp32_trials(slots: Iterable[Slot], moved: Mapping[str, str]) -> list[TrialSpec]:
@@ -507,7 +507,7 @@ def ended_slots(event_log: EventLog) -> dict[str, tuple[str, str]]:
     return ended
 
 
-def moved_slots(event_log: EventLog) -> dict[str, str]:
+def fp32_slots(event_log: EventLog) -> dict[str, str]:
     """Slots whose trial had NaN or infinite values below fp32, with the key of that trial."""
     return {
         event["slot"]: event["key"]

@@ -11,9 +11,9 @@ from air_core.specs import SyntheticFeaturesSpec, TrialSpec
 from orchestrator.errors import StoreRefused
 from orchestrator.keys import Stage, artifact_key
 from orchestrator.planning.plan import (
+    fp32_slots,
     fp32_trials,
     known_points,
-    moved_slots,
     possible_trials,
     requirements_of,
     slots_of,
@@ -87,7 +87,7 @@ def _needed_by_sweep(sweep: SweepSpec, location: SweepLocation) -> dict[str, Sha
     done = [event for event in events if event["event"] in ("trial_done", "trial_reused")]
     last_cells = cells_of(sweep)
     cells_run = {cell.id for cell in last_cells} | {event["cell"] for event in done}
-    state, moved = searches(event_log), moved_slots(event_log)
+    state, moved = searches(event_log), fp32_slots(event_log)
     needed = [(event["key"][:12], frozenset[tuple[int, int]]()) for event in done]
     unlisted = None  # the error of a cell that was not run and whose data is missing
     every_cell = cells_of(replace(sweep, grid=sweep.axes)) if sweep.axes else ()

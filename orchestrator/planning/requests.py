@@ -16,7 +16,7 @@ from orchestrator.planning.resolve import resolver_of
 from orchestrator.spec import SweepSpec, cells_of, find_sweep, load_sweep
 from orchestrator.spec.sweep import option_words
 from orchestrator.spec.sweep import smoke as smoke_version
-from orchestrator.store import SweepLocation, folder_of, is_bucket, open_store, smoke_store
+from orchestrator.store import SweepLocation, is_bucket, open_store, smoke_store, store_folder
 from orchestrator.store.location import location_named as recorded_location
 from orchestrator.store.location import recorded_names
 
@@ -91,7 +91,7 @@ def location_for(sweep: SweepRequest, store: str | Path, data_root: Path | None)
     Raises:
         Refused: the store is a relative path inside a Ray job.
         StoreRefused: an incompatible version of airsweep wrote the store.
-        RemoteAway: the bucket of the store is unreachable.
+        BucketUnreachable: the bucket of the store is unreachable.
     """
     return location_of(sweep.spec, smoke_store(store) if sweep.smoke else store, data_root)
 
@@ -125,16 +125,16 @@ def location_named(name: str, store: str | Path) -> SweepLocation:
 
 def location_of(sweep: SweepSpec, store: Path | str, data_root: Path | None) -> SweepLocation:
     """Locate a sweep in a store, as `location_for` does, without a change for smoke requests."""
-    relative = not is_bucket(store) and not folder_of(store).is_absolute()
+    relative = not is_bucket(store) and not store_folder(store).is_absolute()
     if relative and in_ray_job():
-        raise lost_store(store)
+        raise relative_store_error(store)
     project = project_of(sweep)
     data = data_root or os.environ.get("AIRSWEEP_DATA") or sweep.data_root
     location = SweepLocation(open_store(store), project, sweep.name, Path(data) if data else None)
     return location.refresh()
 
 
-def lost_store(store: Path | str) -> Refused:
+def relative_store_error(store: Path | str) -> Refused:
     """The error for a relative store path in a Ray job."""
     return Refused(
         f"the store {str(store)!r} is relative, and this is a Ray job: its working directory is "

@@ -18,10 +18,10 @@ import numpy as np
 
 from air_core.datasets import Dataset, get_dataset
 from air_core.datasets.class_folders import class_files
-from air_core.flat import from_flat
 from air_core.paradigms import TooFewImages, split_positions
 from air_core.seal import sealed_json
 from air_core.specs import CodeVersions, Ref, SplitSettings, TrialSpec, reader_of, uses_images
+from air_core.specs.flat import from_flat
 from air_core.tokens import check_room
 from air_core.weights import GENERATORS as PIPELINES
 from air_core.weights import (
@@ -32,8 +32,8 @@ from air_core.weights import (
     weights_files,
     weights_settings,
 )
-from orchestrator.failures import no_room
-from orchestrator.files import file_digest, file_stamp, write_whole
+from orchestrator.failures import is_disk_full
+from orchestrator.files import file_digest, file_stamp, write_atomic
 from orchestrator.keys import digest
 from orchestrator.spec.presets import OUTSIDE
 from orchestrator.store import SweepLocation, read_resolved
@@ -236,9 +236,9 @@ class Resolver:
         if self._digests != self._saved:
             self.cache.parent.mkdir(parents=True, exist_ok=True)
             try:
-                write_whole(self.cache, sealed_json(self._digests))
+                write_atomic(self.cache, sealed_json(self._digests))
             except OSError as problem:
-                if not no_room(problem):  # a full disk: the next process reads the files again
+                if not is_disk_full(problem):  # a full disk: the next process reads the files again
                     raise
             self._saved = dict(self._digests)
 

@@ -38,8 +38,8 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState, create_trial
 
-from air_core.flat import trial_keys
-from orchestrator.errors import StudiesAway
+from air_core.specs.flat import trial_keys
+from orchestrator.errors import StudiesUnreachable
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.studies import Searches, searches
 from orchestrator.spec import Cell, Dimension
@@ -86,7 +86,7 @@ def open_database(uri: str) -> RDBStorage:
 
     Raises:
         ValueError: the database rejects the login or does not exist.
-        StudiesAway: the database is unreachable.
+        StudiesUnreachable: the database is unreachable.
     """
     from sqlalchemy.exc import DBAPIError
 
@@ -114,8 +114,8 @@ def open_database(uri: str) -> RDBStorage:
                     f"the studies' database {database_address(uri)} rejects the login ({reason}); "
                     "set PGPASSWORD or write ~/.pgpass, and check that the database exists"
                 ) from error
-            raise StudiesAway(_unreachable(uri, reason)) from error
-    raise StudiesAway(_unreachable(uri, "other drivers are creating its tables"))
+            raise StudiesUnreachable(_unreachable(uri, reason)) from error
+    raise StudiesUnreachable(_unreachable(uri, "other drivers are creating its tables"))
 
 
 def database_address(uri: str) -> str:

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-from air_core.flat import from_flat, trial_keys
-from air_core.normal import normalised
 from air_core.specs import TrialSpec
+from air_core.specs.flat import from_flat, trial_keys
+from air_core.specs.normal import normalised
 from orchestrator.keys import digest
 from orchestrator.planning.resolve import Resolver
 from orchestrator.spec import Cell, SweepSpec

@@ -23,13 +23,13 @@ from air_core.bundle.manifest import (
     LICENCE,
     Manifest,
     check_free,
-    weights_said,
+    weights_description,
     write_bundle,
 )
 from air_core.datasets import DATASETS, get_dataset
-from air_core.normal import normalised
 from air_core.paradigms import seen_unseen
 from air_core.specs import Ref, TrialSpec, uses_auxiliary
+from air_core.specs.normal import normalised
 from orchestrator.errors import MissingArtifact
 from orchestrator.formatting import counted, percent, show
 from orchestrator.keys import artifact_key
@@ -185,7 +185,7 @@ def export(
     tested = _tested_text(spec, store, resolver)
     _check_unchanged(spec.backbone, resolver.weights("backbone", spec.backbone.name))
     backbone, arrays = _classifier(spec, record, store, tested)
-    weights = weights_said(spec.backbone.name)
+    weights = weights_description(spec.backbone.name)
     index, predictions, labels = record.predictions()
     arrays[TEST] = {"index": index, "predictions": predictions, "labels": labels}
     model = weights["open_clip"]["model_name"]

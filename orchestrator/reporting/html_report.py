@@ -19,7 +19,7 @@ import numpy as np
 from pandas import DataFrame
 
 from orchestrator.failures import CLASSES
-from orchestrator.formatting import clock, counted
+from orchestrator.formatting import counted, format_duration
 from orchestrator.planning.dataset_text import tested_classes
 from orchestrator.planning.estimate import gpu_share
 from orchestrator.planning.plan import WORDS
@@ -400,14 +400,14 @@ def costs(data: ReportData) -> Iterator[Group]:
             {
                 "stage": WORDS.get(stage, stage),
                 "results": f"{count:,}",
-                "time of one worker": clock(seconds),
+                "time of one worker": format_duration(seconds),
                 "seconds each": f"{seconds / count:.2f}" if count else "",
                 "GPU-hours": f"{hours:.2f}" if hours else "",
             }
         )
     wall, reused = data.outcome.get("seconds"), data.counts["reused"]
     text = "Work of this sweep, summed over workers and runs; reused results are not included."
-    text += f" The last run took {clock(wall)}." if wall else ""
+    text += f" The last run took {format_duration(wall)}." if wall else ""
     text += f" {counted(reused, 'trial')} reused the result of another sweep." if reused else ""
     yield Group(texts=[text], tables=_tables(lines))
 

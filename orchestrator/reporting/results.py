@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from air_core.normal import normalised
 from air_core.paradigms import seen_unseen
+from air_core.specs.normal import normalised
 from orchestrator.planning import Plan, Slot
 from orchestrator.reporting.rows import FinishedTrial, Results, rows
 from orchestrator.store import ArtifactStore, EventLog, TrialRecord, read_trial

@@ -30,8 +30,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from air_core.flat import from_flat, trial_keys
-from air_core.normal import normalised
+from air_core.specs.flat import from_flat, trial_keys
+from air_core.specs.normal import normalised
 from orchestrator.formatting import counted, percent, shown
 from orchestrator.reporting._ranking import Ranking, ranking, sentences
 from orchestrator.reporting._statistics import (

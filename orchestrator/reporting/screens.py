@@ -9,9 +9,9 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
-from air_core.flat import to_flat
+from air_core.specs.flat import to_flat
 from orchestrator.failures import CLASSES
-from orchestrator.formatting import clock, counted, shown
+from orchestrator.formatting import counted, format_duration, shown
 from orchestrator.planning import (
     Plan,
     changed_inputs,
@@ -77,8 +77,10 @@ def _time_left(plan: Plan) -> str:
     gpu = f", {estimate.gpu_hours:.1f} GPU-hours" if estimate.gpu_hours else ""
     wall = ""
     if estimate.wall is not None:
-        wall = f", at least {clock(estimate.wall)} on this machine"
-    return f"about {clock(estimate.seconds)} on one worker{wall}{gpu} ({_basis(estimate)})"
+        wall = f", at least {format_duration(estimate.wall)} on this machine"
+    return (
+        f"about {format_duration(estimate.seconds)} on one worker{wall}{gpu} ({_basis(estimate)})"
+    )
 
 
 def _basis(estimate: Estimate) -> str:

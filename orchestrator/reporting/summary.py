@@ -13,10 +13,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from air_core.normal import normalised
 from air_core.specs import SyntheticFeaturesSpec
+from air_core.specs.normal import normalised
 from orchestrator.environment import in_ray_job
-from orchestrator.formatting import clock, counted, near
+from orchestrator.formatting import counted, format_duration, near
 from orchestrator.planning import Plan
 from orchestrator.planning.dataset_text import about
 from orchestrator.planning.studies import searches
@@ -35,11 +35,11 @@ from orchestrator.reporting.tables import comparison_lines, table_lines
 from orchestrator.spec.sweep import option_words
 from orchestrator.store import (
     SweepLocation,
-    folder_of,
     is_bucket,
     read_outcome,
     read_resolved,
     smoke_store,
+    store_folder,
 )
 
 MAX_COMPARISONS = 12
@@ -152,7 +152,9 @@ def _time(outcome: Mapping[str, Any], run: Mapping[str, Any]) -> str:
     walls = run.get("walls", {})
     if not walls:
         return ""
-    parts = [f"{PHASES[stage]} {clock(walls[stage])}" for stage in PHASES if stage in walls]
+    parts = [
+        f"{PHASES[stage]} {format_duration(walls[stage])}" for stage in PHASES if stage in walls
+    ]
     rest = max(0.0, outcome["seconds"] - sum(walls.values()))
     overheads = run.get("overheads")
     overhead = (
@@ -161,7 +163,8 @@ def _time(outcome: Mapping[str, Any], run: Mapping[str, Any]) -> str:
         else ""
     )
     return (
-        f"{clock(outcome['seconds'])}: {'  '.join(parts)}  rest {clock(rest)}; {overhead}"
+        f"{format_duration(outcome['seconds'])}: {'  '.join(parts)}  "
+        f"rest {format_duration(rest)}; {overhead}"
         f"peak {run.get('memory', 0) / 2**30:.1f} GiB"
     )
 
@@ -250,6 +253,6 @@ def _store_option(location: SweepLocation, *, smoke: bool) -> str:
     if is_bucket(store.name):
         defaults = [usual, *([str(smoke_store(usual))] if smoke else [])]
         return "" if store.name in defaults else f" --store {shlex.quote(store.name)}"
-    folder = folder_of(usual).absolute()
+    folder = store_folder(usual).absolute()
     folders = [folder, *([Path(f"{folder}-smoke")] if smoke else [])]
     return "" if store.root in folders else f" --store {near(store.root)}"

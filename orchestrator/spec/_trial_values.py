@@ -24,7 +24,7 @@ from pydantic_core import PydanticKnownError, core_schema
 
 from air_core.datasets import DATASETS
 from air_core.datasets.dataset import is_template
-from air_core.flat import trial_keys
+from air_core.specs.flat import trial_keys
 from orchestrator.spec import presets
 from orchestrator.spec._expressions import compile_when, constants_of, names_of
 from orchestrator.spec.marked_yaml import shown

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import astuple, dataclass
 from typing import Any
 
-from air_core.flat import trial_keys
+from air_core.specs.flat import trial_keys
 from orchestrator.keys import digest
 from orchestrator.spec._expressions import compile_when
 from orchestrator.spec.sweep import Cell, Dimension, Search

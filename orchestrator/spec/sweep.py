@@ -18,8 +18,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 from pydantic.dataclasses import dataclass
 
-from air_core.flat import from_flat, trial_keys
-from air_core.normal import normalised
+from air_core.specs.flat import from_flat, trial_keys
+from air_core.specs.normal import normalised
 from orchestrator.keys import digest
 from orchestrator.spec import presets
 from orchestrator.spec._expressions import compile_when, names_of

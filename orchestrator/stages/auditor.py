@@ -38,7 +38,7 @@ from air_core.specs import FidelitySettings, FolderImages
 from air_core.types import Batch, Labelled
 from orchestrator.errors import MissingArtifact
 from orchestrator.keys import artifact_key
-from orchestrator.planning.audit_card import REASONS, AuditCard, Audited, facts_of, title_of
+from orchestrator.planning.audit_card import REASONS, AuditCard, AuditRow, facts_of, title_of
 from orchestrator.planning.dataset_text import about, text_of
 from orchestrator.planning.plan import BASE_PER_CLASS
 from orchestrator.planning.resolve import images_folder
@@ -58,7 +58,7 @@ Report = Callable[[int, int], None]
 
 @one_thread()
 def make_card(
-    row: Audited, worker: WorkerContext, report: Report | None = None
+    row: AuditRow, worker: WorkerContext, report: Report | None = None
 ) -> tuple[AuditCard, bytes]:
     """The audit card of a row and its sheet of pictures, a PNG.
 
@@ -129,7 +129,7 @@ def make_card(
     return card, _sheet(card, table, result, row, worker)
 
 
-def _read(row: Audited, store: ArtifactStore, report: Report | None) -> tuple[ImageSet, DataFrame]:
+def _read(row: AuditRow, store: ArtifactStore, report: Report | None) -> tuple[ImageSet, DataFrame]:
     """Read the images; returns them, and a table with names and files."""
     count = row.images_per_class * len(row.classes)
     classnames, files = row.row.images.classnames, _files(row)
@@ -163,7 +163,7 @@ def _read(row: Audited, store: ArtifactStore, report: Report | None) -> tuple[Im
     return images, table
 
 
-def _files(row: Audited) -> Mapping[str, Sequence[Path]]:
+def _files(row: AuditRow) -> Mapping[str, Sequence[Path]]:
     """Files of a folder of ready images by class, as the folder is now; empty for other rows."""
     images = row.row.images
     if not isinstance(images, FolderImages):
@@ -177,7 +177,7 @@ def _file(files: Sequence[Path], index: int) -> str | None:
     return f"{files[index].parent.name}/{files[index].name}" if index < len(files) else None
 
 
-def _base(row: Audited, store: ArtifactStore) -> Labelled | None:
+def _base(row: AuditRow, store: ArtifactStore) -> Labelled | None:
     """The images without LoRA, if they are drawn."""
     if row.base is not None:
         with suppress(MissingArtifact, FileNotFoundError):
@@ -194,12 +194,12 @@ def _logits(text: LinearClassifier, features: Tensor, classes: Sequence[int]) ->
     return logits.masked_fill(others, -torch.inf)
 
 
-def _test_hash(row: Audited, worker: WorkerContext, position: int) -> Tensor | None:
+def _test_hash(row: AuditRow, worker: WorkerContext, position: int) -> Tensor | None:
     picture = _test_picture(row, worker, position)
     return None if picture is None else difference_hash(picture)
 
 
-def _test_picture(row: Audited, worker: WorkerContext, position: int) -> Image.Image | None:
+def _test_picture(row: AuditRow, worker: WorkerContext, position: int) -> Image.Image | None:
     with suppress(Unreadable, ChangedInput, FileNotFoundError):
         return worker.examples(row.features.dataset).images[position]
     return None
@@ -302,7 +302,7 @@ def _class_line(classname: str, images: DataFrame) -> dict[str, Any]:
 
 
 def _sheet(
-    card: AuditCard, table: DataFrame, result: Audit, row: Audited, worker: WorkerContext
+    card: AuditCard, table: DataFrame, result: Audit, row: AuditRow, worker: WorkerContext
 ) -> bytes:
     """The facts; below them the best, worst and flagged images, and the pairs most alike."""
     best_first = table.dropna(subset="margin").sort_values("margin", ascending=False, kind="stable")

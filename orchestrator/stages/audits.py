@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 from orchestrator.planning.audit_card import (
     AuditCard,
-    audited_by,
+    audit_rows_of_sweep,
     card_files,
-    known_card,
     ready,
+    stored_card,
 )
 from orchestrator.spec import SweepSpec
 from orchestrator.store import SweepLocation
@@ -39,8 +39,8 @@ def audit_cards(
         ValueError: the sweep reads no images, or none are drawn yet.
     """
     cards = []
-    for row in ready(audited_by(sweep, location), location):
-        card = known_card(row, location)
+    for row in ready(audit_rows_of_sweep(sweep, location), location):
+        card = stored_card(row, location)
         if card is None:
             from orchestrator.stages.auditor import make_card  # it needs torch
             from orchestrator.stages.context import WorkerContext

@@ -12,8 +12,8 @@ from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING
 
-from air_core.normal import normalised
 from air_core.specs import TrialSpec
+from air_core.specs.normal import normalised
 from orchestrator.keys import artifact_key
 from orchestrator.spec.sweep import ENCODER_BATCH
 from orchestrator.stages.trial import (
@@ -25,7 +25,7 @@ from orchestrator.stages.trial import (
     run_trial,
 )
 from orchestrator.store import ArtifactStore, TrialRecord, read_trial
-from orchestrator.store.checkpoints import learned_by
+from orchestrator.store.checkpoints import training_spec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -56,7 +56,7 @@ def run_trials(
         segments: where trials stop, if they do. The result of a stopped trial is None.
     """
     specs = [
-        normalised(spec) if segments.stop_after is None else learned_by(spec) for spec in specs
+        normalised(spec) if segments.stop_after is None else training_spec(spec) for spec in specs
     ]
     missing = [
         spec for spec in dict.fromkeys(specs) if not is_finished(spec, store, segments.stop_after)

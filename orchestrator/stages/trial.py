@@ -17,19 +17,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from air_core.normal import normalised
 from air_core.specs import SplitSettings, TrialSpec
+from air_core.specs.normal import normalised
 from orchestrator.keys import artifact_key
 from orchestrator.spec.sweep import ENCODER_BATCH
 from orchestrator.store import ArtifactStore, TrialRecord, read_trial
 from orchestrator.store.checkpoints import (
     START,
     Checkpoint,
-    drop_checkpoint,
-    keep_checkpoint,
-    learned_by,
+    delete_checkpoint,
     read_checkpoint,
-    rungs_of,
+    recorded_rungs,
+    training_spec,
+    write_checkpoint,
 )
 from orchestrator.store.records import PREDICTIONS, PROMPT
 
@@ -115,7 +115,7 @@ def open_trial(
 
     # A CPU trial is reproducible bit by bit on one thread only.
     torch.set_num_threads(1)
-    spec = normalised(spec) if segments.stop_after is None else learned_by(spec)
+    spec = normalised(spec) if segments.stop_after is None else training_spec(spec)
     with store.locks.exclusive(artifact_key(spec).digest):
         if is_finished(spec, store, segments.stop_after):
             yield None
@@ -126,12 +126,12 @@ def open_trial(
             with store.building(spec, share=1 / replicas) as building:
                 run = TrialRun(spec, store, device, report, batch, segments, replicas, building)
                 yield run, run.trial()
-            drop_checkpoint(spec, store)
+            delete_checkpoint(spec, store)
 
 
 def is_finished(spec: TrialSpec, store: ArtifactStore, stop_after: int | None = None) -> bool:
     """Whether a trial has its record or, given `stop_after`, its objectives at that rung."""
-    return store.has(spec) if stop_after is None else stop_after in rungs_of(spec, store)[0]
+    return store.has(spec) if stop_after is None else stop_after in recorded_rungs(spec, store)[0]
 
 
 class TrialRun:
@@ -161,7 +161,7 @@ class TrialRun:
         unseen = target.split.unseen
         synthetic = _synthetic(spec, unseen, reader) if spec.synthetic_features else None
         backbone = worker.backbone(spec.backbone, spec.precision)
-        self.data = data_of(spec, target, backbone, synthetic)
+        self.data = trial_data(spec, target, backbone, synthetic)
         self.true_labels = target.labels[target.split.pool]
         self.test_index = target.split.test
         self.curves = {name: list(values) for name, values in begun.curves.items()}
@@ -216,7 +216,7 @@ class TrialRun:
         from air_core.method import TrialStopped
 
         if isinstance(outcome, TrialStopped):
-            keep_checkpoint(self.spec, self.store, self.checkpoint())
+            write_checkpoint(self.spec, self.store, self.checkpoint())
         elif isinstance(outcome, Exception):
             raise outcome
         else:
@@ -303,7 +303,7 @@ def _state(begun: Checkpoint) -> TrialState:
     return TrialState(tuple(arrays["prompts"]), labels)
 
 
-def data_of(
+def trial_data(
     spec: TrialSpec, target: Target, backbone: Backbone, synthetic: Labelled | None
 ) -> TrialData:
     """The data that the method learns from and is tested on."""

@@ -1,7 +1,7 @@
 """Store: artifacts by content key, the event log of each sweep, locks and backends."""
 
 from orchestrator.store.artifacts import ArtifactStore, open_store, smoke_store
-from orchestrator.store.buckets import folder_of, is_bucket
+from orchestrator.store.buckets import is_bucket, store_folder
 from orchestrator.store.event_log import EventLog
 from orchestrator.store.location import (
     SweepLocation,
@@ -17,7 +17,6 @@ __all__ = [
     "EventLog",
     "SweepLocation",
     "TrialRecord",
-    "folder_of",
     "is_bucket",
     "open_store",
     "read_outcome",
@@ -25,5 +24,6 @@ __all__ = [
     "read_trial",
     "recorded_locations",
     "smoke_store",
+    "store_folder",
     "whoami",
 ]

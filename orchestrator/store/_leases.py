@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orchestrator.errors import RemoteAway
+from orchestrator.errors import BucketUnreachable
 from orchestrator.store.buckets import POLL, BucketClient, VersionedObject
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ class Lease:
             with self._writing:
                 if self._version is None:
                     return  # released, or taken over after an expiry
-                with suppress(RemoteAway):  # the next renewal may succeed
+                with suppress(BucketUnreachable):  # the next renewal may succeed
                     self._version = self._overwrite(self._version)
 
 

@@ -30,12 +30,12 @@ from typing import Any
 
 from air_core.seal import sealed_json
 from orchestrator.errors import DamagedArtifact, MissingArtifact, StoreRefused
-from orchestrator.files import barred, file_digest, make_folders, sync, write_whole
+from orchestrator.files import file_digest, make_folders, permission_message, sync, write_atomic
 from orchestrator.keys import RECIPES, ArtifactKey, Stage, artifact_key
 from orchestrator.store import code_version
 from orchestrator.store._locks import Locks
 from orchestrator.store.backends import RECORD, FolderBackend, open_backend
-from orchestrator.store.buckets import folder_of, is_bucket
+from orchestrator.store.buckets import is_bucket, store_folder
 from orchestrator.store.rows import Row
 from orchestrator.store.verification import read_record, verify_files
 
@@ -119,7 +119,7 @@ class ArtifactStore:
         """
         for folder in itertools.chain([self.root], *map(self.root.glob, WRITTEN)):
             if folder.is_dir() and not os.access(folder, os.W_OK, effective_ids=True):
-                raise StoreRefused(barred(folder))
+                raise StoreRefused(permission_message(folder))
         if not (self.root / "VERSION").exists():
             self.backend.initialize()
 
@@ -304,7 +304,7 @@ class ArtifactStore:
                 **provenance(),
                 "code": code_version.version(row.key.stage),
             }
-            write_whole(file, self.backend.put_once(file, sealed_json(record)))
+            write_atomic(file, self.backend.put_once(file, sealed_json(record)))
         return row
 
 
@@ -325,7 +325,7 @@ def smoke_store(address: Path | str) -> Path | str:
         name = name.rstrip("/")
         smoke = f"{name}-smoke" if "/" in name.partition("://")[2] else f"{name}/smoke"
         return smoke + mark + query
-    folder = folder_of(address)
+    folder = store_folder(address)
     return folder.with_name(folder.name + "-smoke")
 
 

@@ -30,15 +30,22 @@ from typing import Any, BinaryIO
 
 from air_core.seal import intact
 from orchestrator.errors import StoreRefused
-from orchestrator.files import Stamp, file_digest, file_stamp, sync, write_beside, write_whole
+from orchestrator.files import (
+    Stamp,
+    file_digest,
+    file_stamp,
+    sync,
+    write_atomic,
+    write_atomic_unsynced,
+)
 from orchestrator.store._leases import Lease
 from orchestrator.store.buckets import (
     BucketClient,
     Entry,
-    folder_of,
     is_bucket,
     parse,
     run_concurrently,
+    store_folder,
 )
 from orchestrator.store.verification import parse_record, read_record
 
@@ -72,7 +79,7 @@ class FolderBackend:
             StoreRefused: the server overwrites objects that were to be created only once.
         """
         self.root.mkdir(parents=True, exist_ok=True)
-        write_whole(self.root / "VERSION", VERSION + "\n")
+        write_atomic(self.root / "VERSION", VERSION + "\n")
 
     def refuse_removal(self) -> None:
         """
@@ -125,7 +132,7 @@ class FolderBackend:
 
     def publish(self, folder: Path, work: Path, record: bytes) -> None:
         """Turn the work folder into the artifact, unless another builder has published it."""
-        write_whole(work / RECORD, record)
+        write_atomic(work / RECORD, record)
         try:
             os.rename(work, folder)
         except OSError:
@@ -196,7 +203,7 @@ class FolderBackend:
     def write(self, file: Path, data: bytes) -> None:
         """Write a small file atomically, for all machines."""
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, data)
+        write_atomic(file, data)
 
     def put_once(self, file: Path, data: bytes) -> bytes:
         """Create a shared file; the content that it has: `data`, or that of an earlier writer.
@@ -326,7 +333,7 @@ class BucketBackend(FolderBackend):
         downloaded = self.client.get(f"{name}/{RECORD}")
         if downloaded is not None:
             self._complete.add(name)
-            write_beside(cached, downloaded)
+            write_atomic_unsynced(cached, downloaded)
         return downloaded
 
     def _cached_record(self, folder: Path) -> Path:
@@ -476,7 +483,7 @@ class BucketBackend(FolderBackend):
         ]
         self.pull(changed)
         if changed:
-            write_beside(file, json.dumps(tags).encode())
+            write_atomic_unsynced(file, json.dumps(tags).encode())
 
     def push(self, file: Path) -> None:
         stamp = file_stamp(file) if file.exists() else None
@@ -544,12 +551,12 @@ def open_backend(address: Path | str) -> FolderBackend:
 
     Raises:
         StoreRefused: another version wrote the store, or the cache folder copies another store.
-        RemoteAway: the bucket cannot be read.
+        BucketUnreachable: the bucket cannot be read.
         ValueError: the path is a file, or the URI cannot be the address of a store.
     """
     if is_bucket(address):
         return _open_bucket(parse(str(address)))
-    root = folder_of(address)
+    root = store_folder(address)
     if root.exists() and not root.is_dir():
         raise ValueError(f"{root} is a file; a store is a folder: choose another with --store")
     _check_version(_version_in(root), root)
@@ -567,7 +574,7 @@ def _open_bucket(client: BucketClient) -> BucketBackend:
             f"folder, or set {CACHE} to another cache folder"
         )
     if stored and not cached:
-        write_beside(root / "VERSION", f"{stored}\n".encode())
+        write_atomic_unsynced(root / "VERSION", f"{stored}\n".encode())
     return backend
 
 

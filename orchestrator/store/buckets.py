@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
-from orchestrator.errors import RemoteAway
+from orchestrator.errors import BucketUnreachable
 from orchestrator.redact import redacted
 
 if TYPE_CHECKING:
@@ -83,13 +83,13 @@ def is_bucket(address: str | Path) -> bool:
     )
 
 
-def folder_of(address: str | Path) -> Path:
+def store_folder(address: str | Path) -> Path:
     """The folder of a path or a file:// URI.
 
     Raises:
         ValueError: the URI names a host, or no folder.
 
-    >>> str(folder_of("file:///shared/runs")), str(folder_of("runs"))
+    >>> str(store_folder("file:///shared/runs")), str(store_folder("runs"))
     ('/shared/runs', 'runs')
     """
     text = str(address)
@@ -243,7 +243,7 @@ class BucketClient:
         """Result of an obstore call; None: the object does not exist or a condition does not hold.
 
         Raises:
-            RemoteAway: any other error, with a message that explains what to do.
+            BucketUnreachable: any other error, with a message that explains what to do.
         """
         from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 
@@ -255,7 +255,7 @@ class BucketClient:
             no_bucket = any(f"<Code>{code}<" in str(problem) for code in NO_BUCKET)
             if isinstance(problem, FileNotFoundError) and not no_bucket:
                 return None
-            raise RemoteAway(self._message(str(problem))) from None
+            raise BucketUnreachable(self._message(str(problem))) from None
 
     def _message(self, problem: str) -> str:
         text = redacted(problem.partition("\nDebug source")[0]).strip()  # drop the debug output

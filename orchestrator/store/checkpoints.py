@@ -18,9 +18,9 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save
 
-from air_core.normal import normalised
 from air_core.seal import BLANK, intact, sealed
 from air_core.specs import TrialSpec
+from air_core.specs.normal import normalised
 from orchestrator.store.artifacts import ArtifactStore
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class Checkpoint:
 START = Checkpoint(0)
 
 
-def learned_by(spec: TrialSpec) -> TrialSpec:
+def training_spec(spec: TrialSpec) -> TrialSpec:
     """The trial whose training a trial uses: the same spec without another test dataset."""
     return normalised(replace(spec, test_dataset=None))
 
@@ -59,28 +59,28 @@ def read_checkpoint(spec: TrialSpec, store: ArtifactStore) -> Checkpoint:
     return replace(_read_fields(file), arrays=arrays)
 
 
-def keep_checkpoint(spec: TrialSpec, store: ArtifactStore, checkpoint: Checkpoint) -> None:
+def write_checkpoint(spec: TrialSpec, store: ArtifactStore, checkpoint: Checkpoint) -> None:
     """Write the checkpoint of a trial to the store."""
     about = asdict(replace(checkpoint, arrays={}))
     content = sealed(
         save(dict(checkpoint.arrays), metadata={ABOUT: json.dumps(about), "seal": BLANK})
     )
-    store.write(store.unfinished(learned_by(spec)), content)
+    store.write(store.unfinished(training_spec(spec)), content)
 
 
-def drop_checkpoint(spec: TrialSpec, store: ArtifactStore) -> None:
+def delete_checkpoint(spec: TrialSpec, store: ArtifactStore) -> None:
     """Remove the checkpoint of a trial, which is complete."""
-    file = store.unfinished(learned_by(spec))
+    file = store.unfinished(training_spec(spec))
     if file.exists():
         store.backend.remove(file)
 
 
-def rungs_of(spec: TrialSpec, store: ArtifactStore) -> tuple[Rungs, float]:
+def recorded_rungs(spec: TrialSpec, store: ArtifactStore) -> tuple[Rungs, float]:
     """Objectives of a trial at the rungs that it has reached, and the seconds spent on it.
 
     A trial that another sweep ran without rungs has none.
     """
-    spec = learned_by(spec)
+    spec = training_spec(spec)
     rungs: dict[int, Mapping[str, float]] = {}
     seconds = 0.0
     file = _checkpoint_file(spec, store)
@@ -97,7 +97,7 @@ def rungs_of(spec: TrialSpec, store: ArtifactStore) -> tuple[Rungs, float]:
 
 def _checkpoint_file(spec: TrialSpec, store: ArtifactStore) -> Path | None:
     """The current checkpoint file of a trial; None: missing or damaged."""
-    file = store.refresh(store.unfinished(learned_by(spec)))
+    file = store.refresh(store.unfinished(training_spec(spec)))
     try:
         if intact(file.read_bytes()) is not False:
             return file

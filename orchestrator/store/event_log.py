@@ -20,7 +20,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from orchestrator.errors import RemoteAway, SweepBusy
+from orchestrator.errors import BucketUnreachable, SweepBusy
 from orchestrator.files import is_flocked, lock_mode, make_folders, sync
 from orchestrator.store._leases import Lease
 from orchestrator.store.backends import BucketBackend, FolderBackend
@@ -165,7 +165,7 @@ class BucketEventLog(EventLog):
             raise
 
     def unlock(self) -> None:
-        with suppress(RemoteAway):  # the lease expires without renewals
+        with suppress(BucketUnreachable):  # the lease expires without renewals
             self._count = None
             self.lease.release()
         super().unlock()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from air_core.seal import intact
-from orchestrator.errors import DamagedArtifact, RemoteAway
+from orchestrator.errors import BucketUnreachable, DamagedArtifact
 from orchestrator.files import content_digest
 from orchestrator.store.artifacts import ROW
 from orchestrator.store.backends import RECORD, VERSION, FolderBackend
@@ -122,7 +122,7 @@ def _check(
     try:
         with backend.open(file) as handle:
             return FileCheck(file, remove, unsealed=not check(file, handle))
-    except RemoteAway:
+    except BucketUnreachable:
         raise
     except OSError as problem:
         why = f"cannot be read: {problem.strerror}"

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import DamagedArtifact, RemoteAway
+from orchestrator.errors import BucketUnreachable, DamagedArtifact
 from orchestrator.store.artifacts import DAMAGED, ROW, UNFINISHED, ArtifactStore
 from orchestrator.store.backends import RECORD, stored_name
 from orchestrator.store.buckets import Entry, run_concurrently
@@ -144,7 +144,7 @@ def take_inventory(store: ArtifactStore) -> Inventory:
         try:
             with store.backend.open(file) as handle:
                 records[folder] = parse_record(handle.read(), file)
-        except RemoteAway:
+        except BucketUnreachable:
             raise
         except (OSError, DamagedArtifact):  # `verify` reports it
             records[folder] = {}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from air_core.seal import intact
 from orchestrator.errors import DamagedArtifact
-from orchestrator.files import write_beside
+from orchestrator.files import write_atomic_unsynced
 from orchestrator.keys import ArtifactKey
 from orchestrator.store.backends import FolderBackend
 
@@ -71,7 +71,7 @@ class Row:
         data = self.backend.put_once(file, data)
         # Not synced: thousands of syncs are slow on a shared file system. If a power cut damages a
         # shard, its checksum reveals that, and the block is generated again.
-        write_beside(file, data)
+        write_atomic_unsynced(file, data)
 
     @contextmanager
     def count_crashes(self, class_index: int, block: int, limit: int) -> Iterator[int]:

@@ -14,9 +14,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from air_core.flat import to_flat
-from air_core.normal import normalised
 from air_core.specs import TrialSpec
+from air_core.specs.flat import to_flat
+from air_core.specs.normal import normalised
 from orchestrator.formatting import shown
 from orchestrator.git import UNKNOWN
 from orchestrator.keys import canonical_json

@@ -84,7 +84,7 @@ class MlflowTracker:
 
         Raises:
             ValueError: MLflow denies access.
-            TrackerAway: MLflow does not answer.
+            TrackerUnreachable: MLflow does not answer.
         """
         if self.database is not None:
             return
@@ -107,7 +107,7 @@ class MlflowTracker:
             live: whether the sweep is running. If not, a run that has ended keeps its status.
 
         Raises:
-            ValueError, TrackerAway: see `check`.
+            ValueError, TrackerUnreachable: see `check`.
         """
         with explained_errors(self.address, f"the experiment {self._name}"):
             client = self._connect()
@@ -211,7 +211,7 @@ class SweepTracker:
         """Send the parts of a trial or setting that MLflow lacks; return whether any were sent.
 
         Raises:
-            ValueError, TrackerAway: see `MlflowTracker.check`.
+            ValueError, TrackerUnreachable: see `MlflowTracker.check`.
         """
         with explained_errors(self.mlflow.address, f"the run {run.name}"):
             try:
@@ -238,7 +238,7 @@ class SweepTracker:
             note: Markdown; None skips the note and the files, which take time to send.
 
         Raises:
-            ValueError, TrackerAway: see `MlflowTracker.check`.
+            ValueError, TrackerUnreachable: see `MlflowTracker.check`.
         """
         with explained_errors(self.mlflow.address, f"the run {self.sweep.sweep}"):
             for run in self._find_children().values():

@@ -41,7 +41,7 @@ from mlflow.store.artifact.artifact_repo import ArtifactRepository
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.utils.credentials import read_mlflow_creds
 
-from orchestrator.errors import TrackerAway
+from orchestrator.errors import TrackerUnreachable
 from orchestrator.redact import without_credentials
 from orchestrator.tracking.types import ChildRun, Numbers
 from orchestrator.tracking_uri import ARTIFACTS, resolved
@@ -196,7 +196,7 @@ def explained_errors(address: str, resource: str) -> Iterator[None]:
 
     Raises:
         ValueError: MLflow denies access.
-        TrackerAway: MLflow does not answer, or fails.
+        TrackerUnreachable: MLflow does not answer, or fails.
     """
     retries = logging.getLogger("urllib3.connectionpool")  # warns of every retry
     level = retries.level
@@ -207,7 +207,9 @@ def explained_errors(address: str, resource: str) -> Iterator[None]:
         rejection = _rejection(error, address, resource)
         if rejection is not None:
             raise ValueError(rejection) from error
-        raise TrackerAway(f"MLflow at {address} does not answer ({short_reason(error)})") from error
+        raise TrackerUnreachable(
+            f"MLflow at {address} does not answer ({short_reason(error)})"
+        ) from error
     finally:
         retries.setLevel(level)
 
@@ -298,7 +300,7 @@ def read_run(uri: str | None, store: Path, run_id: str, file: str) -> tuple[Run,
 
     Raises:
         ValueError: no run or several runs match, or tracking is off.
-        TrackerAway: the server does not answer.
+        TrackerUnreachable: the server does not answer.
     """
     uri, database = resolved(uri, store)
     if database is not None and not database.exists():

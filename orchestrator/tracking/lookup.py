@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from air_core.datasets import get_dataset
-from air_core.flat import from_flat, trial_keys
-from air_core.normal import normalised
 from air_core.specs import CodeVersions, Ref, TrialSpec
+from air_core.specs.flat import from_flat, trial_keys
+from air_core.specs.normal import normalised
 from orchestrator.keys import artifact_key
 from orchestrator.planning.inputs import REFS
 from orchestrator.reporting.bundles import SelectedTrial
@@ -73,7 +73,7 @@ def find_trial(name: str, store: ArtifactStore, uri: str | None) -> PastTrial:
 
     Raises:
         ValueError: no trial or several trials match.
-        TrackerAway: the store has no such trial, and MLflow does not answer.
+        TrackerUnreachable: the store has no such trial, and MLflow does not answer.
     """
     key = _key_of_slot(name, store) if "/" in name else name
     records = store.find_by_digest(TrialSpec, key) if key and len(key) >= MIN_DIGITS else []
@@ -185,7 +185,7 @@ def named_trial(
 
     Raises:
         ValueError: no trial or several trials match, or the trial is not part of the sweep.
-        TrackerAway: the store has no such trial, and MLflow does not answer.
+        TrackerUnreachable: the store has no such trial, and MLflow does not answer.
     """
     slots = {} if location is None else _done_slots(location)
     try:

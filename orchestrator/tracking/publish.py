@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orchestrator.errors import TERMINATED, TrackerAway
+from orchestrator.errors import TERMINATED, TrackerUnreachable
 from orchestrator.failures import first_line
 from orchestrator.planning import Outcome
 from orchestrator.redact import without_credentials
@@ -81,14 +81,14 @@ class Publisher:
 
         Raises:
             ValueError: MLflow denies access.
-            TrackerAway: MLflow does not answer.
+            TrackerUnreachable: MLflow does not answer.
         """
         if self.kind != "http" or not reach:
             return
         try:
             make_tracker(self.uri, store=self.store.root, project=self.parent.project).check()
-        except TrackerAway as error:
-            raise TrackerAway(
+        except TrackerUnreachable as error:
+            raise TrackerUnreachable(
                 f"{error}; start it, give another --tracking-uri, or run with --tracking-uri none "
                 f"and send the results later with `{self._reconcile_command()}`"
             ) from error
@@ -169,7 +169,7 @@ class Publisher:
             self._tracker = None
             self._paused_until = time.monotonic() + PAUSE
             if not self._warned:
-                kind = "" if isinstance(error, TrackerAway) else f"{type(error).__name__}: "
+                kind = "" if isinstance(error, TrackerUnreachable) else f"{type(error).__name__}: "
                 log.warning("%s%s; the sweep continues without it", kind, first_line(error))
             self._warned = True
             return False

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
 
-from orchestrator.errors import DONE, FAILED, TrackerAway
+from orchestrator.errors import DONE, FAILED, TrackerUnreachable
 from orchestrator.formatting import counted
 from orchestrator.git import UNKNOWN
 from orchestrator.planning import Outcome, Plan, Slot, plan_of
@@ -77,7 +77,8 @@ def reconcile(sweep: SweepSpec, location: SweepLocation, tracking_uri: str | Non
 
     Raises:
         ValueError: tracking is off, or MLflow denies access.
-        TrackerAway: MLflow does not answer, or stops answering; runs sent before that are kept.
+        TrackerUnreachable: MLflow does not answer, or stops answering; runs sent before that are
+            kept.
         SweepBusy: a driver is running the sweep and sends its outcomes.
     """
     uri = tracking_uri or sweep.tracking_uri
@@ -90,9 +91,9 @@ def reconcile(sweep: SweepSpec, location: SweepLocation, tracking_uri: str | Non
         tracker = mlflow.open(parent, live=False)
         try:
             missing = sync(sweep, location, tracker, status_of(sweep_status(event_log).exit_code))
-        except TrackerAway as error:
+        except TrackerUnreachable as error:
             sent = counted(tracker.counts.sent, "outcome")
-            raise TrackerAway(
+            raise TrackerUnreachable(
                 f"{error}; sent {sent} of {location.name} before that; run this command again when "
                 "MLflow answers"
             ) from error
@@ -110,7 +111,7 @@ def sync(sweep: SweepSpec, location: SweepLocation, tracker: SweepTracker, statu
         The number of outcomes in the event log whose records are no longer in the store.
 
     Raises:
-        ValueError, TrackerAway: see `MlflowTracker.check`.
+        ValueError, TrackerUnreachable: see `MlflowTracker.check`.
     """
     location = replace(location, recorded=True)
     event_log = location.event_log()

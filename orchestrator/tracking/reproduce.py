@@ -18,9 +18,9 @@ from typing import Any, Literal
 
 from air_core.datasets import get_dataset
 from air_core.specs import FeaturesSpec, FolderImages, SyntheticFeaturesSpec, TrialSpec
-from orchestrator.git import commit, diff_digest, uncommitted
+from orchestrator.git import commit, diff_digest, uncommitted_diff
 from orchestrator.keys import artifact_key
-from orchestrator.planning import Requirement, Resolver, name_of, refs_of, requirements_of
+from orchestrator.planning import Requirement, Resolver, artifact_title, refs_of, requirements_of
 from orchestrator.stages.trial import run_trial
 from orchestrator.store import ArtifactStore, TrialRecord, read_trial
 from orchestrator.store.artifacts import versions
@@ -183,7 +183,7 @@ def repro(
         elif current != ref.digest:
             result.inputs[f"{name} {ref.name}"] = (ref.digest, current)
     # Code and libraries can also explain a difference.
-    after = {"commit": commit(), "dirty": diff_digest(uncommitted()), **versions()}
+    after = {"commit": commit(), "dirty": diff_digest(uncommitted_diff()), **versions()}
     before = {
         **{name: past.made.get(name, "") for name in ("commit", "dirty")},
         **(past.made.get("versions") or {}),
@@ -292,18 +292,18 @@ def _rebuild(
     worker = WorkerContext(scratch, resolver.data_root, device)
     match requirement.spec:
         case FeaturesSpec():
-            report(f"rebuilding {name_of(requirement.key)}")
+            report(f"rebuilding {artifact_title(requirement.key)}")
             build_features(requirement.spec, worker)
         case SyntheticFeaturesSpec(images=FolderImages() as images):
-            report(f"reading the images of {name_of(requirement.key)}")
+            report(f"reading the images of {artifact_title(requirement.key)}")
             for c, block in requirement.shards():
                 build_image_block(
                     requirement.spec, c, block, worker, lambda: open_generator(images, worker)
                 )
         case _:
             raise ValueError(
-                f"{name_of(requirement.key)} is not in {store.name}, and images take long to "
-                "draw; run `airsweep prepare SPEC` for the sweep first, or give the --store that "
+                f"{artifact_title(requirement.key)} is not in {store.name}, and images take long "
+                "to draw; run `airsweep prepare SPEC` for the sweep first, or give the --store that "
                 "has them"
             )
 

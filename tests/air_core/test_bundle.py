@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from air_core.bundle import image_files, load_bundle, read_bundle
 from air_core.bundle.checks import PROMPT, TEST, TEXT
-from air_core.bundle.manifest import FILES, MANIFEST, weights_said, write_bundle
+from air_core.bundle.manifest import FILES, MANIFEST, weights_description, write_bundle
 from air_core.classifiers import class_texts
 from air_core.datasets import get_dataset
 from air_core.datasets.dataset import TEMPLATE
@@ -249,12 +249,12 @@ def test_a_bundle_contains_no_paths_of_its_weights(tmp_path):
     file = tmp_path / "secret" / "w.safetensors"
     file.write_bytes(b"weights")
     for name in (str(clip), f"ViT-B-32@{file}"):
-        content = weights_said(name)
+        content = weights_description(name)
         assert content["name"] is None
         assert content["files"]
         assert "secret" not in json.dumps(content)
         assert "project-x" not in json.dumps(content)
-    assert weights_said("tiny")["name"] == "tiny"
+    assert weights_description("tiny")["name"] == "tiny"
 
 
 # ---------------------------------------------------------------- invalid content, valid digests
@@ -488,7 +488,7 @@ def test_the_same_file_under_another_architecture_is_another_backbone(contents, 
     content, arrays = contents
     file = tmp_path / "w.safetensors"
     file.write_bytes(b"weights")
-    of = {**weights_said(f"ViT-B-32@{file}"), "precision": "fp32"}
+    of = {**weights_description(f"ViT-B-32@{file}"), "precision": "fp32"}
     assert of["open_clip"] == {
         "model_name": "ViT-B-32",
         "pretrained": "w.safetensors",

@@ -28,9 +28,9 @@ from air_core.method import (
     learn,
 )
 from air_core.methods import METHODS
-from air_core.normal import normalised
 from air_core.paradigms import PARADIGMS, make_split
 from air_core.specs import SplitSettings, TrialSpec
+from air_core.specs.normal import normalised
 from air_core.types import Batch, Labelled, TrialResult
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "digits_metrics.json"

@@ -10,8 +10,6 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from air_core.flat import from_flat, to_flat, trial_keys
-from air_core.normal import IRRELEVANT, normalised
 from air_core.specs import (
     FolderImages,
     GeneratedImages,
@@ -20,6 +18,8 @@ from air_core.specs import (
     uses_auxiliary,
     uses_images,
 )
+from air_core.specs.flat import from_flat, to_flat, trial_keys
+from air_core.specs.normal import IRRELEVANT, normalised
 from orchestrator.keys import artifact_key
 
 NAMES = ("digit zero", "digit one")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from air_core.normal import normalised
+from air_core.specs.normal import normalised
 from orchestrator.planning import Slot, plan_of
 from orchestrator.planning.requests import location_of
 from orchestrator.spec import load_sweep

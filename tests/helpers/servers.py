@@ -266,7 +266,7 @@ def losing_responses(server: S3Server, to_lose: list[str]) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def in_trouble(url: str, trouble: list[str]) -> Iterator[str]:
+def failing_server(url: str, trouble: list[str]) -> Iterator[str]:
     """URL of a proxy to an MLflow server that can fail.
 
     Args:

@@ -37,18 +37,18 @@ import numpy as np
 from PIL import Image
 from safetensors.numpy import save_file
 
-from air_core.normal import normalised
 from air_core.specs import SyntheticFeaturesSpec, TrialSpec
+from air_core.specs.normal import normalised
 from orchestrator.failures import Failure
 from orchestrator.keys import artifact_key
 from orchestrator.planning import requirements_of
 from orchestrator.stages.trial import WHOLE_TRIAL, Segments, is_finished
 from orchestrator.store import ArtifactStore
 from orchestrator.store.checkpoints import (
-    drop_checkpoint,
-    keep_checkpoint,
-    learned_by,
+    delete_checkpoint,
     read_checkpoint,
+    training_spec,
+    write_checkpoint,
 )
 from orchestrator.store.records import PREDICTIONS
 
@@ -65,7 +65,7 @@ def count_build(store: ArtifactStore, spec: Any, *block: int) -> None:
 
 def objective(spec: TrialSpec, iterations: int) -> dict[str, float]:
     """Objectives of a trial after some iterations, the same however many follow."""
-    seed = f"{artifact_key(learned_by(spec)).digest} after {iterations}"
+    seed = f"{artifact_key(training_spec(spec)).digest} after {iterations}"
     return {"mutual_information": random.Random(seed).random()}
 
 
@@ -85,7 +85,7 @@ def run_trial(spec: TrialSpec, store: ArtifactStore, segments: Segments = WHOLE_
                 handle.write(f"{artifact_key(spec)} {iteration}\n")
     passed = {rung: objective(spec, rung) for rung in segments.rungs if rung <= end}
     if segments.stop_after is not None:
-        keep_checkpoint(spec, store, replace(checkpoint, iterations=end, rungs=passed))
+        write_checkpoint(spec, store, replace(checkpoint, iterations=end, rungs=passed))
         return
 
     def build(folder: Path) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def run_trial(spec: TrialSpec, store: ArtifactStore, segments: Segments = WHOLE_
         }
 
     store.get_or_build(spec, build)
-    drop_checkpoint(spec, store)
+    delete_checkpoint(spec, store)
 
 
 def run_points(

@@ -45,10 +45,10 @@ def test_parallel_jobs_share_gpu_hours_but_not_wall_time():
 
 def test_ended_trials_are_spent_and_predict_the_next_trial():
     tracker = budget_tracker(gpu_hours=100 * 0.5 / 3600, history={"trials": 1.0})
-    tracker.trial_ended("slow", 40.0)
+    tracker.record_trial("slow", 40.0)
     assert tracker.can_start([("slow", 1)])
     assert not tracker.can_start([("slow", 2)])
-    tracker.trial_ended("quick", 2.0)
+    tracker.record_trial("quick", 2.0)
     assert tracker.can_start([("quick", 2)])
     assert tracker.expected("unknown") == 21.0  # the mean of this run
     assert "gpu_hours" in tracker.refusal

@@ -17,12 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from air_core.datasets import get_dataset
-from air_core.flat import from_flat
-from air_core.normal import normalised
 from air_core.specs import (
     Ref,
     TrialSpec,
 )
+from air_core.specs.flat import from_flat
+from air_core.specs.normal import normalised
 from orchestrator.execution._scheduler import TrialScheduler
 from orchestrator.keys import artifact_key
 from orchestrator.planning import Plan, Requirement, Resolver, requirements_of
@@ -34,7 +34,7 @@ from orchestrator.spec.space import grid_points
 from orchestrator.spec.sweep import GeneratorResources, Pruning, Search, Seeds, TrialResources
 from orchestrator.stages.trial import WHOLE_TRIAL, Segments
 from orchestrator.store import ArtifactStore, EventLog
-from orchestrator.store.checkpoints import Checkpoint, keep_checkpoint
+from orchestrator.store.checkpoints import Checkpoint, write_checkpoint
 
 ROOT = Path(__file__).parents[2]
 OBJECTIVES = ("mutual_information", "validation_accuracy")
@@ -84,7 +84,7 @@ class World:
                 passed = {
                     rung: found for rung, found in rungs.items() if rung <= segments.stop_after
                 }
-                keep_checkpoint(spec, self.store, Checkpoint(segments.stop_after, rungs=passed))
+                write_checkpoint(spec, self.store, Checkpoint(segments.stop_after, rungs=passed))
                 continue
             info = {"metrics": {}, "curves": {}, "per_class": [], "rungs": rungs}
             info["objectives"] = self.measured(spec)

@@ -28,7 +28,7 @@ from orchestrator.reporting.rows import rows
 from orchestrator.spec import load_sweep
 from orchestrator.stages.build import PARTS, read_target
 from orchestrator.stages.context import WorkerContext
-from orchestrator.stages.trial import data_of, run_trial
+from orchestrator.stages.trial import run_trial, trial_data
 from orchestrator.store import ArtifactStore, EventLog, SweepLocation, read_trial
 from tests.helpers.sweeps import environment, record_again
 
@@ -139,7 +139,7 @@ def test_a_process_without_ray_or_mlflow_gives_the_logits_of_the_trial(
     slot = slots_of(location, sweep, "cpl")[0]
     record = read_trial(slot.spec, location.store)
     target = read_target(slot.spec.features, slot.spec.split, location.store)
-    data = data_of(slot.spec, target, tiny_clip, None)
+    data = trial_data(slot.spec, target, tiny_clip, None)
     seen: list[torch.Tensor] = []
 
     class TestLogits(Callback):

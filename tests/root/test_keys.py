@@ -15,7 +15,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from air_core.flat import from_flat, to_flat, trial_keys
 from air_core.specs import (
     AuxiliarySettings,
     FeaturesSpec,
@@ -27,6 +26,7 @@ from air_core.specs import (
     SyntheticFeaturesSpec,
     TrialSpec,
 )
+from air_core.specs.flat import from_flat, to_flat, trial_keys
 from orchestrator import keys
 from orchestrator.keys import RECIPES, artifact_key, canonical_json
 from orchestrator.spec import presets

@@ -1,8 +1,8 @@
 import pytest
 
-from air_core.flat import from_flat, to_flat, trial_keys
-from air_core.normal import normalised
 from air_core.specs import Ref, uses_images
+from air_core.specs.flat import from_flat, to_flat, trial_keys
+from air_core.specs.normal import normalised
 from orchestrator.spec import presets
 
 REFS = {key: Ref(name=name, digest=key) for key, name in presets.OUTSIDE.items()}

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from air_core.datasets import DATASETS
-from air_core.flat import from_flat, to_flat, trial_keys
 from air_core.specs import Ref
+from air_core.specs.flat import from_flat, to_flat, trial_keys
 from orchestrator.spec import (
     Dimension,
     SpecError,

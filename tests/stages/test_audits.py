@@ -21,11 +21,11 @@ from air_core.specs import GenerationSettings, SplitSettings
 from air_core.weights import tiny_folder
 from orchestrator.planning import resolver_of
 from orchestrator.planning.audit_card import (
-    Audited,
-    audited_by,
+    AuditRow,
+    audit_rows_of_sweep,
     card_from_json,
     card_json,
-    known_card,
+    stored_card,
 )
 from orchestrator.planning.recorded import read_sweep
 from orchestrator.planning.resolve import images_folder
@@ -130,10 +130,10 @@ class World:
         location.event_log().append("sweep_started", total=1)
         return location
 
-    def rows(self, location: SweepLocation) -> list[Audited]:
-        return audited_by(*read_sweep(location, None))
+    def rows(self, location: SweepLocation) -> list[AuditRow]:
+        return audit_rows_of_sweep(*read_sweep(location, None))
 
-    def draw(self, location: SweepLocation) -> Audited:
+    def draw(self, location: SweepLocation) -> AuditRow:
         [row] = self.rows(location)
         worker = WorkerContext(self.store)
         build_features(row.features, worker)
@@ -243,13 +243,13 @@ def test_a_card_is_stored_in_the_sweep_folder_and_read_without_torch(world, faul
 def test_a_card_of_fewer_images_or_of_a_damaged_file_is_made_again(world, faulty):
     audit_cards(*read_sweep(faulty, None))
     [row] = world.rows(faulty)
-    assert known_card(row, faulty) is not None
-    assert known_card(replace(row, images_per_class=EACH + 1), faulty) is None
-    assert known_card(replace(row, splits=(SplitSettings(split_seed=1),)), faulty) is None
+    assert stored_card(row, faulty) is not None
+    assert stored_card(replace(row, images_per_class=EACH + 1), faulty) is None
+    assert stored_card(replace(row, splits=(SplitSettings(split_seed=1),)), faulty) is None
     file = faulty.folder / f"{row.name}.json"
     text = file.read_text()
     file.write_text(text[: len(text) // 2])
-    assert known_card(row, faulty) is None
+    assert stored_card(row, faulty) is None
     [card] = audit_cards(*read_sweep(faulty, None))
     assert file.read_text() == text == card_json(card)
 

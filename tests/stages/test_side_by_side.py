@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 
 from air_core import side_by_side as core
-from air_core.normal import normalised
 from air_core.specs import TrialSpec
+from air_core.specs.normal import normalised
 from orchestrator.errors import MissingArtifact
 from orchestrator.stages.build import build_features
 from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.side_by_side import run_trials, side_by_side
 from orchestrator.stages.trial import Segments, run_trial
 from orchestrator.store import ArtifactStore, TrialRecord
-from orchestrator.store.checkpoints import START, read_checkpoint, rungs_of
+from orchestrator.store.checkpoints import START, read_checkpoint, recorded_rungs
 
 QUICK = {"train__steps": 4, "prompt__length": 2}
 
@@ -152,7 +152,7 @@ def test_a_trial_in_segments_has_the_same_record_as_one_without_stops(
     ]  # it has a checkpoint
     assert len(fits) == 1
     assert run_trials([spec], store, segments=Segments(rungs, stop_after=3)) == [None]
-    passed, seconds = rungs_of(spec, store)
+    passed, seconds = recorded_rungs(spec, store)
     assert passed.keys() == {1, 3}
     assert seconds > 0
     assert len(fits) == 3
@@ -161,7 +161,7 @@ def test_a_trial_in_segments_has_the_same_record_as_one_without_stops(
     assert len(fits) == 4  # as many as iterations
     assert ours.seconds > seconds
     assert read_checkpoint(spec, store) is START
-    assert rungs_of(spec, store)[0] == passed
+    assert recorded_rungs(spec, store)[0] == passed
 
     other = ArtifactStore(Path(shutil.copytree(features, tmp_path / "alone")))
     [theirs] = run_trials([spec], other)
@@ -180,9 +180,9 @@ def test_a_finished_trial_without_objectives_at_a_rung_runs_again_up_to_the_rung
     [record] = run_trials([spec], store)
     fit, fits = core.fit, []
     monkeypatch.setattr(core, "fit", lambda asked: fits.append(len(asked)) or fit(asked))
-    assert rungs_of(spec, store)[0] == {}
+    assert recorded_rungs(spec, store)[0] == {}
     run_trials([spec], store, segments=Segments((1,), stop_after=1))
-    assert rungs_of(spec, store)[0].keys() == {1}
+    assert recorded_rungs(spec, store)[0].keys() == {1}
     assert run_trials([spec], store, segments=Segments((1,))) == [record]
     assert len(fits) == 1
 
@@ -193,7 +193,7 @@ def test_the_objective_at_a_rung_is_that_of_a_trial_that_ends_there(trial, store
     spec = trial("cpl", seed=1, **{**settings, "iterations": 3})
     run_trials([spec], store, segments=Segments((2,), stop_after=2))
     short = run_trial(trial("cpl", seed=1, **{**settings, "iterations": 2}), store)
-    assert rungs_of(spec, store)[0][2] == short.objectives
+    assert recorded_rungs(spec, store)[0][2] == short.objectives
 
 
 def test_seeds_resume_side_by_side_each_from_its_checkpoint(seeds, store):

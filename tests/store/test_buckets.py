@@ -18,7 +18,7 @@ import pytest
 
 from air_core.seal import sealed_json
 from air_core.specs import FeaturesSpec, Ref
-from orchestrator.errors import MissingArtifact, Refused, RemoteAway, StoreRefused, SweepBusy
+from orchestrator.errors import BucketUnreachable, MissingArtifact, Refused, StoreRefused, SweepBusy
 from orchestrator.keys import artifact_key
 from orchestrator.planning.requests import location_of
 from orchestrator.spec import load_sweep
@@ -273,7 +273,7 @@ def test_a_missing_bucket_and_an_unreachable_server_are_reported(bucket, command
     assert (code, out) == (3, "")
     assert "bucket 'nowhere' does not exist; create it" in err
     started = time.monotonic()
-    with pytest.raises(RemoteAway, match=r"127\.0\.0\.1:1 does not answer"):
+    with pytest.raises(BucketUnreachable, match=r"127\.0\.0\.1:1 does not answer"):
         open_store("s3://air/x?endpoint_override=127.0.0.1:1&scheme=http")
     assert time.monotonic() - started < 20
 
@@ -289,11 +289,13 @@ def test_missing_permission_is_reported(bucket, s3_server):
 
     check_permissions_after("0")
     try:
-        with pytest.raises(RemoteAway, match=r"no permission \(InvalidAccessKeyId\).*AWS_PROFILE"):
+        with pytest.raises(
+            BucketUnreachable, match=r"no permission \(InvalidAccessKeyId\).*AWS_PROFILE"
+        ):
             open_store(bucket)
-        with pytest.raises(RemoteAway, match="no permission"):
+        with pytest.raises(BucketUnreachable, match="no permission"):
             parse(bucket).has("VERSION")
-        with pytest.raises(RemoteAway, match="no permission"):
+        with pytest.raises(BucketUnreachable, match="no permission"):
             parse(bucket).put_once("VERSION", b"1")
     finally:
         check_permissions_after("inf")
@@ -303,7 +305,9 @@ def test_missing_credentials_are_reported_with_the_variables_to_set(bucket, monk
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:1")
-    with pytest.raises(RemoteAway, match="no credentials were found; set AWS_ACCESS_KEY_ID and"):
+    with pytest.raises(
+        BucketUnreachable, match="no credentials were found; set AWS_ACCESS_KEY_ID and"
+    ):
         open_store(bucket)
 
 

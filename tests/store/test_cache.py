@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import save_file
 
-from air_core.normal import normalised
 from air_core.seal import BLANK, sealed, sealed_json
 from air_core.specs import SyntheticFeaturesSpec
+from air_core.specs.normal import normalised
 from orchestrator.__main__ import main
 from orchestrator.errors import StoreRefused
 from orchestrator.planning import plan_of, resolver_of

@@ -19,7 +19,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from air_core.datasets import get_dataset
-from orchestrator.errors import FAILED, TERMINATED, SweepBusy, TrackerAway
+from orchestrator.errors import FAILED, TERMINATED, SweepBusy, TrackerUnreachable
 from orchestrator.keys import ArtifactKey
 from orchestrator.planning import Outcome, plan_of, requirements_of, resolver_of
 from orchestrator.planning.plan import plan_sweep
@@ -34,7 +34,7 @@ from orchestrator.store import ArtifactStore, EventLog, SweepLocation, read_tria
 from orchestrator.tracking import Publisher, find_trial, reconcile
 from orchestrator.tracking.reproduce import differences, repro
 from orchestrator.tracking.types import Counts
-from tests.helpers.servers import MlflowServer, free_port, in_trouble
+from tests.helpers.servers import MlflowServer, failing_server, free_port
 from tests.helpers.sweeps import record_again
 
 IMAGES = 240  # of the dataset digits: every class is among them
@@ -317,10 +317,10 @@ def test_a_dead_server_fails_the_check_before_any_work_and_a_folder_is_bad_input
 ):
     location = copy_of(ended, tmp_path)
     dead = f"http://me:secret@127.0.0.1:{free_port()}"
-    with pytest.raises(TrackerAway, match="airsweep mlflow reconcile small") as caught:
+    with pytest.raises(TrackerUnreachable, match="airsweep mlflow reconcile small") as caught:
         Publisher(sweep, location, dead).check(reach=True)
     assert "secret" not in str(caught.value)
-    with pytest.raises(TrackerAway):
+    with pytest.raises(TrackerUnreachable):
         reconcile(sweep, location, dead)
     Publisher(sweep, location, dead).check(reach=False)  # as for `airsweep prepare`
     with pytest.raises(ValueError, match="known: "):
@@ -341,7 +341,7 @@ def test_an_outage_gives_one_warning_and_the_rest_is_sent_afterwards(
 ):
     location, trouble = copy_of(ended, tmp_path), []
     done = outcomes(sweep, location)
-    with in_trouble(server.url, trouble) as url:
+    with failing_server(server.url, trouble) as url:
         driver = Publisher(sweep, location, url)
         driver.trial(done[0], time.time())
         driver.catch_up()

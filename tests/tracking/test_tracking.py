@@ -19,10 +19,10 @@ from typing import Any
 
 import pytest
 
-from orchestrator.errors import TrackerAway
+from orchestrator.errors import TrackerUnreachable
 from orchestrator.tracking import make_tracker
 from orchestrator.tracking.types import ChildRun, Counts, Numbers, SweepRun
-from tests.helpers.servers import MlflowServer, in_trouble
+from tests.helpers.servers import MlflowServer, failing_server
 
 ROOT = Path(__file__).parents[2]
 
@@ -473,7 +473,7 @@ def test_mlflow_is_not_imported_before_it_is_opened() -> None:
 
 def test_a_broken_database_is_explained(tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").write_bytes(b"not a database" * 100)
-    with pytest.raises(TrackerAway, match="file is not a database"):
+    with pytest.raises(TrackerUnreachable, match="file is not a database"):
         make_tracker(None, store=tmp_path, project="p").open(a_sweep())
 
 
@@ -553,11 +553,11 @@ def test_a_repeated_request_leaves_one_run(file: World, run: ChildRun) -> None:
 @pytest.mark.integration
 def test_a_busy_server_is_an_outage_not_a_rejection(server: Server) -> None:
     trouble: list[str] = []
-    with in_trouble(server.url, trouble) as url:
+    with failing_server(server.url, trouble) as url:
         world = World(url, "busy")
         tracker = world.open()
         trouble.append("busy")
-        with pytest.raises(TrackerAway, match="QueuePool"):
+        with pytest.raises(TrackerUnreachable, match="QueuePool"):
             tracker.send(a_trial())
         trouble.clear()
         assert world.send(a_trial()).sent == 1

@@ -346,7 +346,7 @@ class SyntheticFeaturesSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class TrialSpec:
-    """One trial. `air_core.flat` converts it to flat keys such as `lora.rank`."""
+    """One trial. `air_core.specs.flat` converts it to flat keys such as `lora.rank`."""
 
     dataset: Ref
     classnames: tuple[str, ...] = ()  # of the dataset; not in the key
