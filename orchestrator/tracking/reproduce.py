@@ -303,7 +303,7 @@ def _rebuild(
         case _:
             raise ValueError(
                 f"{artifact_title(requirement.key)} is not in {store.name}, and images take long "
-                "to draw; run `airsweep prepare SPEC` for the sweep first, or give the --store that "
+                "to draw; run `airsweep prepare SPEC` first, or give the --store that "
                 "has them"
             )
 

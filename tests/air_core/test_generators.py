@@ -23,7 +23,7 @@ from air_core.specs import FolderImages, GeneratedImages, GenerationSettings, Re
 from air_core.tiny import WEIGHTS
 from air_core.weights import generator_files, generator_folder
 from tests.air_core import pipelines
-from tests.air_core.dataset_trees import EPS
+from tests.helpers.dataset_trees import EPS
 
 MODEL = WEIGHTS / "diffusion"
 QUICK = GenerationSettings(

@@ -14,7 +14,7 @@ from air_core.specs import Ref
 from orchestrator.planning import Resolver
 from orchestrator.planning.resolve import MissingInput, images_folder
 from orchestrator.spec import presets
-from tests.air_core.dataset_trees import draw
+from tests.helpers.dataset_trees import draw
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ from orchestrator.stages.pictures import (
     contact_sheet,
 )
 from orchestrator.store import ArtifactStore
-from tests.air_core.dataset_trees import EPS, draw
+from tests.helpers.dataset_trees import EPS, draw
 
 
 def row_of(folder: str) -> SyntheticFeaturesSpec:

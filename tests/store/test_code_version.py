@@ -85,7 +85,7 @@ EDITS = [
     ("diffusion/lora.py", "GAMMA = 5.0", "GAMMA = 4.0", {"lora"}),
     ("diffusion/pipeline.py", "thrift: int", "thrift: float", {"lora", "images"}),
     ("backbone/clip.py", "import torch\n", "import torch\nX = 1\n", {"features", "trials"}),
-    ("specs.py", "ge=1", "ge=2", set()),
+    ("specs/__init__.py", "ge=1", "ge=2", set()),
 ]
 
 

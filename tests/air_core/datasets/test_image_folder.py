@@ -13,7 +13,7 @@ import pytest
 from air_core.datasets import Dataset, Examples, get_dataset
 from air_core.paradigms import make_split
 from air_core.specs import SplitSettings
-from tests.air_core.dataset_trees import draw
+from tests.helpers.dataset_trees import draw
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from air_core.datasets.fashion_mnist import DEBIAN
 from air_core.datasets.images import ImageFiles, Unreadable
 from air_core.datasets.published import PUBLISHED
 from air_core.datasets.split_files import held_out
-from tests.air_core.dataset_trees import EACH, EPS, MAKERS, draw, make_tree, small, small_root
+from tests.helpers.dataset_trees import EACH, EPS, MAKERS, draw, make_tree, small, small_root
 
 EVERY = pytest.mark.parametrize("name", DATASETS)
 assert MAKERS.keys() == DATASETS.keys() == PUBLISHED.keys()
@@ -706,7 +706,7 @@ def test_listing_files_opens_no_image():
         capture_output=True,
         text=True,
         check=True,
-        cwd=Path(__file__).parents[2],
+        cwd=Path(__file__).parents[3],
     )
     assert done.stdout.split() == []
 
