@@ -43,37 +43,37 @@ UNIT = 1e-3  # largest deviation of the length of a class vector from 1
 Arrays = Mapping[str, Mapping[str, np.ndarray]]  # by file, then by name
 
 
-def check_contents(said: Mapping[str, Any], arrays: Arrays) -> None:
+def check_contents(content: Mapping[str, Any], arrays: Arrays) -> None:
     """Check that settings and arrays are complete, of the right types, and consistent.
 
     Args:
-        said: content of bundle.json; format and digests are not checked.
+        content: that of bundle.json; format and digests are not checked.
         arrays: of the safetensors files.
 
     Raises:
         ValueError: they are not; the message has the first problem.
     """
-    _check_types(said, TOP, "")
-    _check_classnames(said["classnames"])
-    _check_template(said["template"])
-    _check_one_of(said["modality"], MODALITIES, "modality")
-    if not isinstance(said.get("prompt"), dict | None):
+    _check_types(content, TOP, "")
+    _check_classnames(content["classnames"])
+    _check_template(content["template"])
+    _check_one_of(content["modality"], MODALITIES, "modality")
+    if not isinstance(content.get("prompt"), dict | None):
         raise ValueError("its prompt is not a dict")
-    _check_backbone(said["backbone"])
-    _check_test(said["test"], len(said["classnames"]))
-    _check_metrics(said["metrics"], tested_by(said["test"]))
-    if PROMPT in arrays and said.get("prompt") is None:
+    _check_backbone(content["backbone"])
+    _check_test(content["test"], len(content["classnames"]))
+    _check_metrics(content["metrics"], tested_by(content["test"]))
+    if PROMPT in arrays and content.get("prompt") is None:
         raise ValueError(f"it has no prompt, but contains {PROMPT}")
-    for name in (TEXT, TEST, *([PROMPT] if said.get("prompt") is not None else [])):
+    for name in (TEXT, TEST, *([PROMPT] if content.get("prompt") is not None else [])):
         if name not in arrays:
             raise ValueError(f"{name} is missing")
     for name, of in arrays.items():
         if tuple(sorted(of)) != NAMES[name]:
             raise ValueError(f"{name} must contain exactly {', '.join(NAMES[name])}")
-    _check_texts(arrays[TEXT], len(said["classnames"]))
+    _check_texts(arrays[TEXT], len(content["classnames"]))
     if PROMPT in arrays:
         _check_prompt(arrays[PROMPT]["prompt"])
-    _check_predictions(arrays[TEST], said["test"]["images"], len(said["classnames"]))
+    _check_predictions(arrays[TEST], content["test"]["images"], len(content["classnames"]))
 
 
 def tested_by(test: Mapping[str, Any]) -> str:

@@ -52,16 +52,16 @@ class Manifest:
     """The checked contents of a bundle, unchanged since the export."""
 
     folder: Path
-    said: Mapping[str, Any]  # bundle.json
+    content: Mapping[str, Any]  # bundle.json
     arrays: Arrays
 
     @property
     def classnames(self) -> tuple[str, ...]:
-        return tuple(self.said["classnames"])
+        return tuple(self.content["classnames"])
 
     @property
     def precision(self) -> str:
-        return str(self.said["backbone"]["precision"])
+        return str(self.content["backbone"]["precision"])
 
     @property
     def text_features(self) -> np.ndarray:
@@ -75,7 +75,7 @@ class Manifest:
     @property
     def visual_prompt(self) -> np.ndarray | None:
         """(P, V) or (layers, P, V), tokens beside the patches; None without a visual prompt."""
-        if self.said["modality"] != "visual" or PROMPT not in self.arrays:
+        if self.content["modality"] != "visual" or PROMPT not in self.arrays:
             return None
         return self.arrays[PROMPT]["prompt"]
 
@@ -90,7 +90,7 @@ class Manifest:
             ValueError: the backbone differs or is not on this machine, or the bundle names no
                 published weights.
         """
-        wanted = self.said["backbone"]
+        wanted = self.content["backbone"]
         learned = f"{self.folder} was trained with {_in_words(wanted)}"
         try:
             found = find_backbone(weights) if weights else public_backbone(wanted.get("name") or "")
@@ -197,7 +197,7 @@ def _short(digest: str | None) -> str:
 
 def write_bundle(
     folder: Path,
-    said: Mapping[str, Any],
+    content: Mapping[str, Any],
     arrays: Arrays,
     replace: bool,
     check: Callable[[Manifest], None] = lambda manifest: None,
@@ -205,7 +205,7 @@ def write_bundle(
     """Write a bundle atomically. The same content gives the same bytes.
 
     Args:
-        said: content of bundle.json without format and digests.
+        content: that of bundle.json without format and digests.
         arrays: see `checks.check_contents`.
         replace: whether to replace an existing bundle.
         check: called with the written bundle before it is published; raises to prevent that.
@@ -215,7 +215,7 @@ def write_bundle(
     """
     check_free(folder, replace)
     try:
-        check_contents(said, arrays)
+        check_contents(content, arrays)
     except ValueError as problem:
         raise ValueError(f"{folder} would not be a valid bundle: {problem}") from None
     folder = folder.absolute()
@@ -229,7 +229,7 @@ def write_bundle(
                 save({key: np.asarray(a, order="C") for key, a in of.items()})
             )
         digests = {name: _file_digest(work / name) for name in sorted(arrays)}
-        (work / MANIFEST).write_bytes(_sealed({**said, "format": FORMAT, "files": digests}))
+        (work / MANIFEST).write_bytes(_sealed({**content, "format": FORMAT, "files": digests}))
         check(read_bundle(work))
         if folder.exists() and any(folder.iterdir()):
             old = work.with_name(f"{work.name}-old")
@@ -256,11 +256,11 @@ def check_free(folder: Path, replace: bool) -> None:
         raise ValueError(f"{folder} is already a bundle; give another folder, or --force")
 
 
-def _sealed(said: Mapping[str, Any]) -> bytes:
+def _sealed(content: Mapping[str, Any]) -> bytes:
     """Indented JSON that contains the digest of the same JSON without the digest."""
-    bare = json.dumps(said, indent=1, sort_keys=True, allow_nan=False).encode()
+    bare = json.dumps(content, indent=1, sort_keys=True, allow_nan=False).encode()
     digest = hashlib.sha256(bare).hexdigest()
-    return json.dumps({**said, "digest": digest}, indent=1, sort_keys=True).encode() + b"\n"
+    return json.dumps({**content, "digest": digest}, indent=1, sort_keys=True).encode() + b"\n"
 
 
 # ---------------------------------------------------------------- reading
@@ -277,16 +277,18 @@ def read_bundle(folder: str | Path) -> Manifest:
     if not (folder / MANIFEST).is_file():
         what = f"has no {MANIFEST}" if folder.is_dir() else "does not exist or is not a folder"
         raise ValueError(f"{folder} {what}: not a bundle; {MAKE}")
-    said = _read_manifest(folder / MANIFEST)
+    content = _read_manifest(folder / MANIFEST)
     try:
-        _check_files(said.get("files"))
-        arrays = {name: _read_arrays(folder / name, said["files"][name]) for name in said["files"]}
-        check_contents(said, arrays)
+        _check_files(content.get("files"))
+        arrays = {
+            name: _read_arrays(folder / name, content["files"][name]) for name in content["files"]
+        }
+        check_contents(content, arrays)
     except _Changed:
         raise
     except ValueError as problem:
         raise ValueError(f"{folder} is not a bundle: {problem}; export it again") from None
-    return Manifest(folder, said, arrays)
+    return Manifest(folder, content, arrays)
 
 
 class _Changed(ValueError):
@@ -302,18 +304,20 @@ class _Changed(ValueError):
 def _read_manifest(file: Path) -> dict[str, Any]:
     data = file.read_bytes()
     try:
-        said = json.loads(data)
-        known = isinstance(said, dict) and _sealed({k: said[k] for k in said if k != "digest"})
+        content = json.loads(data)
+        known = isinstance(content, dict) and _sealed(
+            {k: content[k] for k in content if k != "digest"}
+        )
     except (ValueError, RecursionError):  # not JSON, or nested too deeply
         raise _Changed(file) from None
     if known != data:
         raise _Changed(file)
-    if said.get("format") != FORMAT:
+    if content.get("format") != FORMAT:
         raise ValueError(
-            f"{file} has format {said.get('format')!r}, but this version supports {FORMAT}; use "
+            f"{file} has format {content.get('format')!r}, but this version supports {FORMAT}; use "
             "the airsweep version that wrote it, or export it again"
         )
-    return dict(said)
+    return dict(content)
 
 
 def _check_files(files: Any) -> None:

@@ -67,8 +67,8 @@ def load_generator(
     """
     wants = isinstance(images, GeneratedImages) and images.lora is not None
     if wants != (adapter is not None):
-        asked = "need a LoRA" if wants else "have no LoRA"
-        raise ValueError(f"the images {asked}, but the adapter is {adapter}")
+        need = "need a LoRA" if wants else "have no LoRA"
+        raise ValueError(f"the images {need}, but the adapter is {adapter}")
     match images:
         case GeneratedImages():
             from air_core.diffusion.pipeline import PipelineGenerator  # diffusers takes seconds

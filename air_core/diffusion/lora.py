@@ -319,11 +319,11 @@ class Texts:
     def conditions(self, batch: Tensor, dropped: Tensor) -> dict[str, Any]:
         """Inputs of the U-Net for the images at positions `batch`; no caption where dropped."""
         rows = torch.where(dropped, len(self.table) - 1, self.rows[batch]).to(self.table.device)
-        told: dict[str, Any] = {"encoder_hidden_states": self.table[rows]}  # (B, L, D)
+        conditions: dict[str, Any] = {"encoder_hidden_states": self.table[rows]}  # (B, L, D)
         if self.pooled is not None and self.sizes is not None:
             sizes = self.sizes.expand(len(rows), -1)
-            told["added_cond_kwargs"] = {"text_embeds": self.pooled[rows], "time_ids": sizes}
-        return told
+            conditions["added_cond_kwargs"] = {"text_embeds": self.pooled[rows], "time_ids": sizes}
+        return conditions
 
 
 @torch.no_grad()

@@ -189,8 +189,8 @@ def contrastive_loss(clip: CLIP, images: Tensor, texts: Tensor, labels: Tensor) 
     shown = F.one_hot(labels, concept.shape[1]).float().T  # (C, B)
     present = shown.sum(dim=1) > 0
     targets = shown[present] / shown[present].sum(dim=1, keepdim=True)
-    told = F.cross_entropy(concept, labels) + F.cross_entropy(concept.T[present], targets)
-    return contrast + told / 2
+    concept_loss = F.cross_entropy(concept, labels) + F.cross_entropy(concept.T[present], targets)
+    return contrast + concept_loss / 2
 
 
 @contextmanager

@@ -302,7 +302,7 @@ class TrialScheduler:
             self.moved_before,
         )  # fmt: skip
         rungs: list[int] = []
-        if self.rungs and not point.told:
+        if self.rungs and not point.round_is_over:
             last = iterations_of(slots)
             rungs = self.logged_searches.rungs_left(
                 queue.cell, self.sweep.search, point.number, last

@@ -292,7 +292,7 @@ class CellSearch:
             elif number in pruned and number in self._open:
                 self._prune(number, pruned[number].rung, pruned[number].value)
         self._earlier = [
-            Point(number, params, told=True)
+            Point(number, params, round_is_over=True)
             for number, params in self._params.items()
             if number < self._total() and (number in values or number in self._carried)
         ]

@@ -415,7 +415,7 @@ def verify(
 
     bundle = load_bundle(folder, weights, device)
     manifest = bundle.manifest
-    test = manifest.said["test"]
+    test = manifest.content["test"]
     name = dataset_name or test["dataset"]
     if dataset_name is None and name not in DATASETS:
         raise ValueError(
@@ -456,7 +456,7 @@ def verify(
         dataset=dataset.name,
         metric=metric.removeprefix("test/").replace("_", " "),
         images=len(index),
-        then=manifest.said["metrics"][metric],
+        then=manifest.content["metrics"][metric],
         now=scores.headline,
         different=int(different.sum()),
         margin=float(margins.max()) if len(margins) else 0.0,

@@ -19,7 +19,7 @@ class Point:
 
     number: int
     params: Mapping[str, Any]
-    told: bool = False  # its round is over, so pruning no longer compares it
+    round_is_over: bool = False  # its round is over, so pruning no longer compares it
 
 
 def point_count(cell: Cell, search: Search | None) -> int:

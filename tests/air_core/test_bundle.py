@@ -521,7 +521,7 @@ def test_a_bundle_is_written_atomically_and_replaces_only_a_bundle(tmp_path, con
         write_bundle(path, {**content, "template": "{}"}, arrays, True, refused)
     assert {file.name: file.read_bytes() for file in path.iterdir()} == bytes_of
     write_bundle(path, {**content, "template": "{}"}, arrays, replace=True)
-    assert read_bundle(path).said["template"] == "{}"
+    assert read_bundle(path).content["template"] == "{}"
     write_bundle(path, content, arrays, replace=True)
     assert {file.name: file.read_bytes() for file in path.iterdir()} == bytes_of
 

@@ -198,10 +198,14 @@ def test_a_pruned_point_is_never_the_best_and_counts_for_patience(log):
         assert [trial.state.name for trial in trials] == ["COMPLETE", "PRUNED", "PRUNED"]
         assert [trial.value for trial in trials] == [1.0, 9.0, 8.0]
         assert [trial.intermediate_values for trial in trials] == [{}, {2: 9.0}, {2: 8.0}]
-    assert [(p.number, p.told) for p in again.next_round()] == [(0, True), (1, True), (2, True)]
+    assert [(p.number, p.round_is_over) for p in again.next_round()] == [
+        (0, True),
+        (1, True),
+        (2, True),
+    ]
     again.record_round({0: 1.0}, {1: (2, 9.0), 2: (2, 8.0)})
     more = again.next_round()
-    assert [(p.number, p.told) for p in more] == [(3, False), (4, False), (5, False)]
+    assert [(p.number, p.round_is_over) for p in more] == [(3, False), (4, False), (5, False)]
     again.record_round({3: 0.5, 4: 0.5, 5: 0.5})
     assert again.next_round() == []  # five points after the best, two of them pruned
 
@@ -346,7 +350,10 @@ def test_carried_points_count_and_come_after_the_default(log):
         carried=[{"params": point, "value": 0.5} for point in carried],
     )
     first, second = log.open(spec).next_round()
-    assert [(first.number, second.number), (first.told, second.told)] == [(1, 2), (True, True)]
+    assert [(first.number, second.number), (first.round_is_over, second.round_is_over)] == [
+        (1, 2),
+        (True, True),
+    ]
     points = ended_points(log.play(spec))
     assert points[:2] == [(1, carried[0], 0.5), (2, carried[1], 0.5)]
     assert sorted(number for number, _, _ in points) == [*range(8)]

@@ -188,7 +188,7 @@ def test_a_trial_is_exported_by_key_or_slot_to_the_same_bytes(
     ]
     assert all(file.read_bytes() == (other / file.name).read_bytes() for file in one.iterdir())
     record = read_trial(slot.spec, location.store)
-    content = read_bundle(one).said
+    content = read_bundle(one).content
     assert content["metrics"] == record.metrics
     assert content["lineage"]["trial_key"] == slot.key.digest
     assert content["lineage"]["slot"] == slot.id
@@ -204,7 +204,7 @@ def test_a_trial_is_exported_by_key_or_slot_to_the_same_bytes(
     assert np.allclose(np.linalg.norm(texts["text_features"], axis=1), 1, atol=1e-6)
 
     plain = export(slot.key.digest[:6], out="plain")
-    assert read_bundle(plain).said["lineage"]["sweep"] is None
+    assert read_bundle(plain).content["lineage"]["sweep"] is None
     code, out, err = command("export", slot.key.digest[:8], "-o", one, *store_option(location))
     assert (code, out) == (2, "")
     assert "is already a bundle" in err
@@ -263,7 +263,7 @@ def test_a_bundle_with_weights_of_a_folder_has_no_path_and_needs_one(
     encode(spec.features, location.store)
     folder = export(run_trial(spec, location.store).key)
     assert all(b"secret" not in file.read_bytes() for file in folder.iterdir())
-    assert read_bundle(folder).said["backbone"]["digest"] == spec.backbone.digest
+    assert read_bundle(folder).content["backbone"]["digest"] == spec.backbone.digest
     image = next(pictures_of(np.arange(1), tmp_path / "new").iterdir())
     code, out, err = command("classify", folder, image)
     assert (code, out) == (2, "")
@@ -319,7 +319,7 @@ def test_best_is_the_run_with_the_best_objective_of_the_best_row(
     assert (code, out) == (0, f"{tmp_path / 'b'}\n")
     assert f"best row: {best.method}, mean test accuracy {100 * best.mean:.1f} %" in err
     assert "the best of 3 on their test images" in err
-    manifest = read_bundle(tmp_path / "b").said
+    manifest = read_bundle(tmp_path / "b").content
     assert manifest["lineage"]["trial_key"] == run.key
     assert manifest["chosen"]["row"]["method"] == best.method
     assert (manifest["chosen"]["rows"], manifest["chosen"]["run_by"]) == (3, "mutual_information")
@@ -426,12 +426,12 @@ def test_verify_reports_differences_and_refuses_other_images(bundle, command, tm
     arrays[TEST]["predictions"] = arrays[TEST]["predictions"].copy()
     arrays[TEST]["predictions"][:3] = (arrays[TEST]["predictions"][:3] + 1) % classes
     accuracy = float((arrays[TEST]["predictions"] == arrays[TEST]["labels"]).mean())
-    content = {**manifest.said, "metrics": {"test/accuracy": accuracy}}
+    content = {**manifest.content, "metrics": {"test/accuracy": accuracy}}
     content.pop("digest")
     write_bundle(bundle, content, arrays, replace=True)
     code, out, _ = command("verify", bundle)
     assert code == 5
-    now, then = manifest.said["metrics"]["test/accuracy"], accuracy
+    now, then = manifest.content["metrics"]["test/accuracy"], accuracy
     assert f"{100 * now:.1f} % now, {100 * then:.1f} % recorded" in out
     assert f"({100 * (now - then):+.2f} points)" in out
     assert "3 predictions differ" in out
@@ -455,7 +455,7 @@ def test_class_vectors_of_the_wrong_width_are_refused(bundle, command, tmp_path)
     manifest = read_bundle(bundle)
     arrays = {file: dict(of) for file, of in manifest.arrays.items()}
     arrays[TEXT]["text_features"] = np.eye(10, 30, dtype=np.float32)
-    content = {key: value for key, value in manifest.said.items() if key != "digest"}
+    content = {key: value for key, value in manifest.content.items() if key != "digest"}
     write_bundle(bundle, content, arrays, replace=True)
     code, out, err = command("classify", bundle, pictures_of(np.arange(1), tmp_path / "new"))
     assert (code, out) == (2, "")
