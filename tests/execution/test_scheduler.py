@@ -13,7 +13,7 @@ import pytest
 from optuna.trial import TrialState
 from safetensors.numpy import save_file
 
-from air_core import method
+from air_core import side_by_side
 from air_core.datasets import get_dataset
 from orchestrator.execution._scheduler import Job, TrialScheduler
 from orchestrator.failures import Failure
@@ -627,8 +627,10 @@ def in_some_order(
 @pytest.fixture
 def fits(monkeypatch) -> list[int]:
     """Grows by one with each iteration of a trial."""
-    fit, found = method.fit, []
-    monkeypatch.setattr(method, "fit", lambda asked: found.extend([1] * len(asked)) or fit(asked))
+    fit, found = side_by_side.fit, []
+    monkeypatch.setattr(
+        side_by_side, "fit", lambda asked: found.extend([1] * len(asked)) or fit(asked)
+    )
     return found
 
 
