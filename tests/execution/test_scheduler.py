@@ -13,7 +13,7 @@ import pytest
 from optuna.trial import TrialState
 from safetensors.numpy import save_file
 
-from air_core import method
+from air_core import side_by_side
 from air_core.datasets import get_dataset
 from orchestrator.execution._scheduler import Job, TrialScheduler
 from orchestrator.failures import Failure
@@ -629,9 +629,9 @@ def run_in_order(
 @pytest.fixture
 def fits(monkeypatch) -> list[int]:
     """A list that grows by one with each iteration of a trial."""
-    fit, calls = method.fit, []
+    fit, calls = side_by_side.fit, []
     monkeypatch.setattr(
-        method, "fit", lambda trainings: calls.extend([1] * len(trainings)) or fit(trainings)
+        side_by_side, "fit", lambda trainings: calls.extend([1] * len(trainings)) or fit(trainings)
     )
     return calls
 
