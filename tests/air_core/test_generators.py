@@ -22,7 +22,7 @@ from air_core.diffusion.pipeline import PipelineGenerator, load_pipeline
 from air_core.specs import FolderImages, GeneratedImages, GenerationSettings, Ref
 from air_core.tiny import WEIGHTS
 from air_core.weights import generator_files, generator_folder
-from tests.air_core import pipelines
+from tests.helpers import pipelines
 from tests.helpers.dataset_trees import EPS
 
 MODEL = WEIGHTS / "diffusion"

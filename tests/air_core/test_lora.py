@@ -18,7 +18,7 @@ from air_core.diffusion.pipeline import LORA_FILE, PipelineGenerator, load_pipel
 from air_core.specs import GenerationSettings, LoraTraining
 from air_core.tiny import WEIGHTS
 from air_core.tiny.scores import DIGIT_NAMES, handwritten
-from tests.air_core import pipelines
+from tests.helpers import pipelines
 
 MODEL = WEIGHTS / "diffusion"
 TRAINING = LoraTraining(rank=4, steps=3, batch=4, learning_rate=2e-3, precision="fp32")

@@ -46,7 +46,9 @@ def recorded(
     location.write("spec.yaml", sweep.text)
     location.write("resolved.json", json.dumps({"sets": [], "only": [], "source": sweep.source}))
     plan = plan_of(sweep, location)
-    event_log.append("sweep_started", total=plan.total, spec="", to_run=plan.to_run, asks=plan.asks)
+    event_log.append(
+        "sweep_started", total=plan.total, spec="", to_run=plan.to_run, asks=plan.request_digest
+    )
     for index, slot in enumerate(plan.slots):
         if done(index):
             write_record(slot, location.store, accuracy(slot))
