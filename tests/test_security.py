@@ -290,9 +290,9 @@ def test_a_warning_contains_no_control_characters(capsys, monkeypatch):
 @pytest.mark.parametrize("name", ["..", "../x", "a/b", "/etc", "", "."])
 def test_names_that_leave_the_store_are_refused_in_a_location(name, tmp_path, monkeypatch):
     store = ArtifactStore(tmp_path / "runs")
-    with pytest.raises(ValueError, match="way to another folder"):
+    with pytest.raises(ValueError, match="leads to another folder"):
         SweepLocation(store, name, "sweep", None)
-    with pytest.raises(ValueError, match="way to another folder"):
+    with pytest.raises(ValueError, match="leads to another folder"):
         SweepLocation(store, "default", name, None)
 
 

@@ -47,7 +47,7 @@ def test_a_sweep_is_checked_with_its_weights_and_resources(spec, tmp_path):
     )
     (problem,) = result["findings"]
     assert (problem["node"], problem["check"]) == ("this machine", "sweep")
-    assert "gone.pt: that file is not there" in problem["problem"]
+    assert "gone.pt does not exist" in problem["problem"]
 
 
 def test_a_sweep_that_fits_no_machine_fails_with_a_remedy(spec, tmp_path):

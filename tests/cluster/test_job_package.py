@@ -90,7 +90,11 @@ def test_uncommitted_changes_are_sent_as_a_diff(tmp_path, spec):
         handle.write("CHANGED = 1\n")
     packed(checkout, spec, tmp_path / "sent")
     on_cluster = subprocess.run(
-        [sys.executable, "-c", "import orchestrator.git as l; print(l.uncommitted().decode())"],
+        [
+            sys.executable,
+            "-c",
+            "import orchestrator.git as l; print(l.uncommitted_diff().decode())",
+        ],
         cwd=tmp_path / "sent",
         env=environment(PYTHONPATH="", AIRSWEEP_COMMIT="0123abc"),
         capture_output=True,
@@ -180,7 +184,7 @@ def test_passwords_are_refused_and_not_shown(spec, monkeypatch):
             job_package.job_paths(sweep, data_root=None, **to)
         assert "hunter2" not in str(caught.value)
     spec.write_text(f"# see http://me:hunter2@host\n{spec.read_text()}")
-    with pytest.raises(ValueError, match="a password in it") as caught:
+    with pytest.raises(ValueError, match="contains a password") as caught:
         job_package.job_paths(read_request(spec), SHARED, None, None)
     assert "hunter2" not in str(caught.value)
 

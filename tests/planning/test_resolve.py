@@ -158,7 +158,7 @@ def test_a_trial_gets_digests_for_its_names(fresh, drawn_digits, digits_ref):
 def test_a_trial_without_images_needs_no_generator(fresh):
     spec = fresh.trial(flat("cpl", generator="/nowhere"))
     assert spec.generator == Ref(name="/nowhere", digest="")
-    with pytest.raises(MissingInput, match="/nowhere is not there"):
+    with pytest.raises(MissingInput, match="/nowhere does not exist"):
         fresh.trial(flat("air", generator="/nowhere"))
 
 

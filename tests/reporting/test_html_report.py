@@ -238,8 +238,8 @@ def test_the_policy_of_a_report_blocks_scripts_and_requests_of_injected_markup(g
 def test_invalid_arguments_of_report_are_bad_input(grid, tmp_path):
     cases = [
         (["nothing", "-o", tmp_path / "x.html"], "no sweep default/nothing"),
-        (["grid", "-o", tmp_path / "no" / "x.html"], "give a file in a folder that is there"),
-        (["grid", "-o", tmp_path], "give a file in a folder that is there"),
+        (["grid", "-o", tmp_path / "no" / "x.html"], "give a file name in an existing folder"),
+        (["grid", "-o", tmp_path], "give a file name in an existing folder"),
     ]
     for arguments, reason in cases:
         done = airsweep("report", *arguments, "--store", grid, check=False)

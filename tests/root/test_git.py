@@ -13,8 +13,8 @@ import pytest
 from orchestrator.files import ROOT
 
 SCRIPT = """
-from orchestrator.git import commit, diff_digest, uncommitted
-diff = uncommitted()
+from orchestrator.git import commit, diff_digest, uncommitted_diff
+diff = uncommitted_diff()
 print(commit(), diff_digest(diff) or "clean")
 print(diff.decode())
 """

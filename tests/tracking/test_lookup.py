@@ -323,7 +323,7 @@ def test_a_dead_server_fails_the_check_before_any_work_and_a_folder_is_bad_input
     with pytest.raises(TrackerUnreachable):
         reconcile(sweep, location, dead)
     Publisher(sweep, location, dead).check(reach=False)  # as for `airsweep prepare`
-    with pytest.raises(ValueError, match="known: "):
+    with pytest.raises(ValueError, match="allowed: "):
         Publisher(sweep, location, "mlruns").check(reach=False)
 
 
