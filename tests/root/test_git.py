@@ -75,7 +75,7 @@ def test_uncommitted_changes_are_a_diff_and_the_index_does_not_change(checkout):
     assert "geheim" not in diff  # the diff excludes .env* files
     (checkout / "air_core" / ".env.local").unlink()
     assert git(checkout, "status", "--short").splitlines() == [
-        *("M air_core/specs/__init__.py", "?? air_core/new.py", "?? notes.txt")
+        *("M air_core/specs.py", "?? air_core/new.py", "?? notes.txt")
     ]
 
 
