@@ -151,4 +151,4 @@ def test_an_unreachable_server_ends_the_run_without_losing_results(world, calm):
     assert "does not answer" in err
     assert "the same command resumes the sweep" in err
     ended(world.start_run("two"), 0)
-    assert world.say("two", "table", "chaos") == calm.say("here", "table", "chaos")
+    assert world.output("two", "table", "chaos") == calm.output("local", "table", "chaos")

@@ -251,7 +251,7 @@ def test_a_full_bucket_is_refused_before_the_cluster_is_joined(cluster, spec, bu
         done = run(cluster, spec, bucket, do="prepare", AWS_ENDPOINT_URL=address)
     assert done.returncode == 3, done.stderr
     assert f"airsweep: {bucket} is full (XMinioStorageFull" in done.stderr
-    assert "give another --store" in done.stderr
+    assert "choose another --store" in done.stderr
     assert "joining" not in done.stderr
 
 
