@@ -16,7 +16,7 @@ from orchestrator.planning import Requirement
 INTERVAL = 1.0  # seconds between two reads, and between two reports on one piece of work
 MIN_WAIT = 5.0  # seconds: a shorter wait for another process is not reported
 MIN_RUNTIME = 15.0  # seconds: work that ends sooner is not reported
-FRACTION_STEPS = 100  # a fraction is reported as so many hundredths
+FRACTION_STEPS = 100  # steps of a progress bar that shows a fraction
 
 
 class ProgressListener(Protocol):
