@@ -101,7 +101,7 @@ def _explain(plan: Plan) -> list[str]:
             ("pinned by the method", method.pins),
             ("grid", cell.chosen),
             ("fixed", plan.sweep.fixed),
-            ("default of the task", presets.defaults(cell.method, cell.flat)),
+            ("default of dataset or models", presets.defaults(cell.method, cell.flat)),
         )
         lines.append(f"{cell.id}")
         for name, value in settings.items():
