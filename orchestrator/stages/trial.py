@@ -343,6 +343,7 @@ def _test_on_other_dataset(
     from orchestrator.stages.build import read_target
     from orchestrator.stages.context import WorkerContext
 
+    torch.set_num_threads(1)  # as in `open_trial`, which does not run where the prompt exists
     learned = run_trial(replace(spec, test_dataset=None), store, device, report)
     started = time.monotonic()
     reader = store.read_only()
