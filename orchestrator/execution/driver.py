@@ -172,9 +172,9 @@ def _failures_to_skip(event_log: EventLog, retry: str | None) -> dict[str, Failu
     Raises:
         ValueError: no failure is of the class `retry`.
     """
-    failures: Mapping[str, Mapping[str, Any]] = sweep_status(event_log).failures
     if retry is None:
         return {}
+    failures: Mapping[str, Mapping[str, Any]] = sweep_status(event_log).failures
     counts = Counter(event["failure_class"] for event in failures.values())
     if not counts[retry]:
         failed = ", ".join(f"{count} x {name}" for name, count in counts.items()) or "none"

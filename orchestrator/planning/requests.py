@@ -17,8 +17,7 @@ from orchestrator.spec import SweepSpec, cells_of, find_sweep, load_sweep
 from orchestrator.spec.sweep import option_words
 from orchestrator.spec.sweep import smoke as smoke_version
 from orchestrator.store import SweepLocation, is_bucket, open_store, smoke_store, store_folder
-from orchestrator.store.location import location_named as recorded_location
-from orchestrator.store.location import recorded_names
+from orchestrator.store.location import recorded_location, recorded_names
 
 
 @dataclass(frozen=True, repr=False)

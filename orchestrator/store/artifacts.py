@@ -41,7 +41,6 @@ from orchestrator.store.verification import read_record, verify_files
 
 ROW = "row.json"  # the record of a row
 UNFINISHED = "unfinished"  # folder of checkpoints, named by the first 12 digits of their keys
-ROWS = ("images", "synthetic")  # stages whose artifacts are rows
 DAMAGED = ".damaged-"  # prefix of damaged artifacts and shards that were set aside
 # Folders that a run writes to.
 WRITTEN = ("*", "artifacts/*", "artifacts/*/*", "sweeps/*", "mlartifacts/*/*")

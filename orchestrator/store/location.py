@@ -55,7 +55,7 @@ class SweepLocation:
         self.store.write(self.folder / name, content)
 
 
-def location_named(store: ArtifactStore, project: str, name: str) -> SweepLocation:
+def recorded_location(store: ArtifactStore, project: str, name: str) -> SweepLocation:
     """Location of a recorded sweep, with its files downloaded."""
     return SweepLocation(store, project, name, None).refresh()
 
@@ -67,7 +67,7 @@ def recorded_names(store: ArtifactStore) -> list[tuple[str, str]]:
 
 def recorded_locations(store: ArtifactStore) -> list[SweepLocation]:
     """Locations of the sweeps of a store, sorted by name."""
-    return [location_named(store, project, name) for project, name in recorded_names(store)]
+    return [recorded_location(store, project, name) for project, name in recorded_names(store)]
 
 
 RESOLVED = "resolved.json"

@@ -25,7 +25,7 @@ from orchestrator.reporting.html_report import confused, page
 from orchestrator.reporting.report_data import report_data_of
 from orchestrator.spec import Dimension
 from orchestrator.store import open_store
-from orchestrator.store.location import location_named
+from orchestrator.store.location import recorded_location
 from tests.helpers.browser import CHROMIUM, MISSING, Browser
 from tests.helpers.outcomes import by_method, recorded
 from tests.helpers.servers import served
@@ -67,7 +67,7 @@ def searched(tmp_path_factory, drawn_digits) -> Path:
 
 
 def report(store: Path, name: str) -> str:
-    sweep, location = read_sweep(location_named(open_store(store), "default", name), None)
+    sweep, location = read_sweep(recorded_location(open_store(store), "default", name), None)
     return page(report_data_of(sweep, location))
 
 

@@ -22,7 +22,7 @@ from orchestrator.store._leases import LOCK_SECONDS
 from orchestrator.store.backends import RECORD
 from orchestrator.store.integrity import verify
 from orchestrator.store.inventory import take_inventory
-from orchestrator.store.location import location_named, recorded_names
+from orchestrator.store.location import recorded_location, recorded_names
 
 SPEC = FeaturesSpec(dataset=Ref(name="digits", digest="d"), backbone=Ref(name="tiny", digest="b"))
 ROW = FolderImages(model=Ref(name="folder:x", digest="f"), classnames=("a",), size=8, block=2)
@@ -236,7 +236,7 @@ def test_crashes_of_a_shard_are_counted_across_machines(machine):
 
 
 def event_log_of(store: ArtifactStore) -> EventLog:
-    return location_named(store, "default", "x").event_log()
+    return recorded_location(store, "default", "x").event_log()
 
 
 def recorded_numbers(event_log: EventLog) -> list[int]:
