@@ -18,6 +18,7 @@ import numpy as np
 
 from air_core.datasets import Dataset, get_dataset
 from air_core.datasets.class_folders import class_files
+from air_core.methods import EMBEDDED
 from air_core.paradigms import TooFewImages, split_positions
 from air_core.seal import sealed_json
 from air_core.specs import CodeVersions, Ref, SplitSettings, TrialSpec, reader_of, uses_images
@@ -35,7 +36,6 @@ from air_core.weights import (
 from orchestrator.failures import is_disk_full
 from orchestrator.files import file_digest, file_stamp, write_atomic
 from orchestrator.keys import digest
-from orchestrator.spec.presets import OUTSIDE
 from orchestrator.store import SweepLocation, read_resolved
 from orchestrator.store.code_version import unlisted_versions
 from orchestrator.store.verification import read_cache
@@ -85,7 +85,7 @@ class Resolver:
         Raises:
             ValueError: weights or images are missing, or too few.
         """
-        flat = OUTSIDE | flat
+        flat = EMBEDDED | flat
         dataset = self.named(flat["dataset"])
         refs = {
             "dataset": dataset.ref,

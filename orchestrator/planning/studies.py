@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
+from air_core.methods import named_refs
 from air_core.specs import TrialSpec
 from air_core.specs.flat import from_flat, trial_keys
 from air_core.specs.normal import normalised
 from orchestrator.keys import digest
 from orchestrator.planning.resolve import Resolver
 from orchestrator.spec import Cell, SweepSpec
-from orchestrator.spec.presets import named_refs
 from orchestrator.spec.space import applies, default_params, holds, point_count, study_name
 from orchestrator.spec.sweep import Search
 from orchestrator.store import ArtifactStore, EventLog

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from pandas import DataFrame
 
+from air_core.methods import METHODS
 from orchestrator.failures import CLASSES
 from orchestrator.formatting import counted, format_duration
 from orchestrator.planning.dataset_text import tested_classes
@@ -35,7 +36,6 @@ from orchestrator.reporting.rows import (
     task_text,
 )
 from orchestrator.reporting.tables import TASK, comparison_lines, table_layout, table_lines
-from orchestrator.spec.presets import METHODS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

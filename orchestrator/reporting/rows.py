@@ -30,6 +30,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from air_core.methods import METHODS, named_refs
 from air_core.specs.flat import from_flat, trial_keys
 from air_core.specs.normal import normalised
 from orchestrator.formatting import counted, percent, shown
@@ -48,7 +49,6 @@ from orchestrator.reporting._statistics import (
     mean_score,
     paired_difference,
 )
-from orchestrator.spec.presets import METHODS, named_refs
 
 EMPTY = "no finished trial yet"
 

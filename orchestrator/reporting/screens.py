@@ -9,6 +9,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
+from air_core.methods import METHODS
 from air_core.specs.flat import to_flat
 from orchestrator.failures import CLASSES
 from orchestrator.formatting import counted, format_duration, shown
@@ -94,7 +95,7 @@ def _basis(estimate: Estimate) -> str:
 def _explain(plan: Plan) -> list[str]:
     lines = []
     for cell in plan.cells:
-        method = presets.METHODS[cell.method]
+        method = METHODS[cell.method]
         slot = next((slot for slot in plan.slots if slot.cell.id == cell.id), None)
         settings = to_flat(slot.spec) if slot else cell.flat
         sources = (

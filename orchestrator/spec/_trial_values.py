@@ -24,8 +24,8 @@ from pydantic_core import PydanticKnownError, core_schema
 
 from air_core.datasets import DATASETS
 from air_core.datasets.dataset import is_template
+from air_core.methods import EMBEDDED, METHODS
 from air_core.specs.flat import trial_keys
-from orchestrator.spec import presets
 from orchestrator.spec._expressions import compile_when, constants_of, names_of
 from orchestrator.spec.marked_yaml import shown
 from orchestrator.spec.validation import (
@@ -75,7 +75,7 @@ STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 def _value_annotation(name: str) -> Any:
     if name == "method":
-        return operator.getitem(Literal, tuple(presets.METHODS))
+        return operator.getitem(Literal, tuple(METHODS))
     if name == "lora":  # true: on, with the lora.* settings; false and null: off
         return Annotated[bool | None, AfterValidator(lambda on: on or None)]
     if name in ("dataset", "test_dataset"):
@@ -102,7 +102,7 @@ def _description(name: str) -> str:
 def _default(name: str) -> Any:
     if name in ("method", "lora"):
         return True if name == "lora" else None
-    return presets.OUTSIDE.get(name, TRIAL_KEYS[name].default)
+    return EMBEDDED.get(name, TRIAL_KEYS[name].default)
 
 
 def _list_type(name: str) -> Any:
@@ -206,7 +206,7 @@ def reason_not_searchable(name: str) -> str | None:
 # A value of each key, to test that the comparisons of a condition are between comparable types.
 EXAMPLES = {
     **{name: 1 if key.default is None else key.default for name, key in TRIAL_KEYS.items()},
-    **presets.OUTSIDE,
+    **EMBEDDED,
 }
 
 

@@ -9,11 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from air_core.methods import EMBEDDED, METHODS, Method, named_refs
-
-__all__ = ["METHODS", "METHOD_WORLDS", "OUTSIDE", "WORLDS", "Method", "defaults", "named_refs"]
-
-OUTSIDE = EMBEDDED
+from air_core.methods import EMBEDDED, METHODS
 
 # Defaults of a world, by key and value; the last one wins. All other defaults are those of
 # air_core.specs, for Stable Diffusion 1.5 and CLIP ViT-B/32.
@@ -64,7 +60,7 @@ def defaults(method: str, chosen: dict[str, Any]) -> dict[str, Any]:
         chosen: dotted keys of the sweep file (fixed and grid); only dataset, backbone and
             generator are read.
     """
-    names = {key: chosen.get(key, default) for key, default in OUTSIDE.items()}
+    names = {key: chosen.get(key, default) for key, default in EMBEDDED.items()}
     flat: dict[str, Any] = dict(names)
     for (key, value), settings in WORLDS.items():
         if names[key] == value:

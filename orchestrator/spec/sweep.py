@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 from pydantic.dataclasses import dataclass
 
+from air_core.methods import METHODS, named_refs
 from air_core.specs.flat import from_flat, trial_keys
 from air_core.specs.normal import normalised
 from orchestrator.keys import digest
@@ -343,7 +344,7 @@ def has_fitting_cell(spec: SweepSpec) -> bool:
 
 def _is_defined(cell: Cell) -> bool:
     """Whether the method is defined for the paradigm; CoOp and VPT are not for ul."""
-    return cell.flat["paradigm"] in presets.METHODS[cell.method].paradigms
+    return cell.flat["paradigm"] in METHODS[cell.method].paradigms
 
 
 def _frozen(combination: dict[str, Any]) -> frozenset[tuple[str, Any]]:
@@ -362,7 +363,7 @@ def combinations(spec: SweepSpec) -> Iterator[dict[str, Any]]:
 def _cell(spec: SweepSpec, combination: dict[str, Any]) -> Cell:
     given = {**spec.fixed, **combination}
     method = given.pop("method")
-    pins = presets.METHODS[method].pins
+    pins = METHODS[method].pins
     flat = {**_trial_defaults(), **presets.defaults(method, given)}
     flat |= {key: value for key, value in given.items() if key not in pins}
     if flat.pop("lora", True) is None:  # LoRA is off: the lora.* settings do not apply
@@ -411,7 +412,7 @@ def _computation(cell: Cell) -> Any:
     """A value that is equal for cells that differ only in settings without effect."""
     if cell.space:  # a setting without effect in the default point can matter in another point
         return frozenset(cell.flat.items())
-    return normalised(from_flat(cell.flat, presets.named_refs(cell.flat), ()))
+    return normalised(from_flat(cell.flat, named_refs(cell.flat), ()))
 
 
 @cache
@@ -428,7 +429,7 @@ def _searched_dimensions(
     """
     free: list[Dimension] = []
     for dimension in spec.space:
-        if dimension.key in presets.METHODS[method].pins:
+        if dimension.key in METHODS[method].pins:
             continue
         if dimension.when:
             depends_on = {other.key for other in free}.intersection(names_of(dimension.when))
@@ -493,7 +494,7 @@ def _notes(spec: SweepSpec) -> Iterator[str]:
     parts = {"fixed": spec.fixed, "grid": spec.grid, "search.space": [d.key for d in spec.space]}
     for part, keys in parts.items():
         for key in keys:
-            pinning = [name for name in spec.methods if key in presets.METHODS[name].pins]
+            pinning = [name for name in spec.methods if key in METHODS[name].pins]
             if pinning:
                 yield f"{part}.{key} does not apply to {_listed(pinning)}: the method pins it"
     every = list(combinations(spec))

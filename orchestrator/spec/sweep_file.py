@@ -17,9 +17,9 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
+from air_core.methods import METHODS
 from orchestrator.files import ROOT, SHIPPED
 from orchestrator.redact import password_at
-from orchestrator.spec import presets
 from orchestrator.spec._expressions import lookup, names_of
 from orchestrator.spec._trial_values import (
     TRIAL_NAMES,
@@ -276,8 +276,7 @@ def _sweep_spec(document: Document, file: SweepFile) -> SweepSpec:
     if "method" not in {**file.grid, **file.fixed}:
         raise document.error(
             (),
-            "`method` is missing; set it under grid or fixed; "
-            f"allowed: {', '.join(presets.METHODS)}",
+            f"`method` is missing; set it under grid or fixed; allowed: {', '.join(METHODS)}",
         )
     parts = {name: value for name, value in vars(file).items() if name != "tracking"}
     return SweepSpec(
@@ -386,10 +385,10 @@ def _check_repeated_keys(document: Document, spec: SweepSpec) -> None:
 
 def _check_pinned_keys(document: Document, spec: SweepSpec) -> None:
     for path, key in _settings(spec):
-        pins = {name: presets.METHODS[name].pins for name in spec.methods}
+        pins = {name: METHODS[name].pins for name in spec.methods}
         if all(key in pinned for pinned in pins.values()):
             values = ", ".join(f"{name}: {shown(pinned[key])}" for name, pinned in pins.items())
-            free = [name for name, method in presets.METHODS.items() if key not in method.pins]
+            free = [name for name, method in METHODS.items() if key not in method.pins]
             raise document.key_error(
                 path,
                 f"every method of this sweep pins this key ({values}); allowed: remove the key, or "

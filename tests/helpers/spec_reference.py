@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from air_core.methods import METHODS
 from orchestrator.spec import presets, sweep_schema
 from orchestrator.spec._trial_values import TRIAL_NAMES, reason_not_searchable
 from orchestrator.spec.validation import Schema, allowed_values, yaml_text
@@ -81,7 +82,7 @@ def _methods() -> str:
             f"`{method.control}`" if method.control else "",
             ", ".join(method.paradigms),
         ]
-        for name, method in presets.METHODS.items()
+        for name, method in METHODS.items()
     ]
     header = ("method", "pins", "other defaults", "compared with", "control", "paradigms")
     return _table(header, lines)

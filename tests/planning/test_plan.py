@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from air_core.datasets import get_dataset
+from air_core.methods import EMBEDDED
 from air_core.specs import (
     Ref,
     TrialSpec,
@@ -38,7 +39,7 @@ from orchestrator.store.checkpoints import Checkpoint, write_checkpoint
 
 ROOT = Path(__file__).parents[2]
 OBJECTIVES = ("mutual_information", "validation_accuracy")
-REFS = {name: Ref(name="tiny", digest=name) for name in presets.OUTSIDE}
+REFS = {name: Ref(name="tiny", digest=name) for name in EMBEDDED}
 CLASSES = ("zero", "one")
 COUNTS = Dimension(key="images_per_class", values=(0, 8, 16))
 

@@ -13,6 +13,7 @@ import pytest
 
 from air_core.datasets import DATASETS
 from air_core.datasets.published import PUBLISHED
+from air_core.methods import METHODS
 from orchestrator.reporting import Results
 from orchestrator.reporting.published import (
     PAPERS,
@@ -26,7 +27,6 @@ from orchestrator.reporting.published import (
 )
 from orchestrator.reporting.rows import FinishedTrial
 from orchestrator.spec import SpecError
-from orchestrator.spec.presets import METHODS
 from tests.helpers.outcomes import by_method, command, recorded
 from tests.reporting.test_rows import quickstart, results, trials
 

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from air_core.methods import EMBEDDED, METHODS
 from air_core.specs import (
     AuxiliarySettings,
     FeaturesSpec,
@@ -33,7 +34,7 @@ from orchestrator.spec import presets
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "keys.json"
 CLASSES = tuple(f"digit {word}" for word in ("zero", "one", "two"))
-TINY = {name: Ref(name="tiny", digest=f"{name} digest") for name in presets.OUTSIDE}
+TINY = {name: Ref(name="tiny", digest=f"{name} digest") for name in EMBEDDED}
 LARGE = {
     "dataset": Ref(name="digits", digest="digits"),
     "backbone": Ref(name="ViT-B-32/openai", digest="vit b 32"),
@@ -68,8 +69,8 @@ def digests(spec: TrialSpec) -> dict[str, str]:
 # ---------------------------------------------------------------- golden
 
 PUBLISHED = {
-    **{f"{method}, tiny": trial(method) for method in presets.METHODS},
-    **{f"{method}, large": trial(method, LARGE) for method in presets.METHODS},
+    **{f"{method}, tiny": trial(method) for method in METHODS},
+    **{f"{method}, large": trial(method, LARGE) for method in METHODS},
     "air, tiny, one LoRA round": trial(lora__rounds=1),
     "air, tiny, no LoRA": trial(lora=None),
     "air, tiny, ready images": trial(refs=FOLDER),
@@ -207,7 +208,7 @@ def other_value(name: str, value: Any) -> Any:
 
 @pytest.mark.parametrize(
     "name",
-    [n for n in trial_keys() if n not in (*presets.OUTSIDE, "test_dataset", "lora", *UNTESTED)],
+    [n for n in trial_keys() if n not in (*EMBEDDED, "test_dataset", "lora", *UNTESTED)],
 )
 def test_a_setting_changes_its_stage_and_later_stages_only(name):
     key = name.replace(".", "__")

@@ -1,54 +1,55 @@
 import pytest
 
+from air_core.methods import EMBEDDED, METHODS
 from air_core.specs import Ref, uses_images
 from air_core.specs.flat import from_flat, to_flat, trial_keys
 from air_core.specs.normal import normalised
 from orchestrator.spec import presets
 
-REFS = {key: Ref(name=name, digest=key) for key, name in presets.OUTSIDE.items()}
+REFS = {key: Ref(name=name, digest=key) for key, name in EMBEDDED.items()}
 OTHER_WORLD = {"backbone": "ViT-B-32/openai", "generator": "sd15"}
 
 
-@pytest.mark.parametrize("method", presets.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("names", [{}, OTHER_WORLD], ids=["tiny", "large"])
 def test_the_defaults_of_every_method_are_a_trial_with_its_pins(method, names):
     flat = presets.defaults(method, names)
     spec = from_flat(flat, REFS, ("a", "b"))
-    assert presets.METHODS[method].pins.items() <= to_flat(spec).items()
+    assert METHODS[method].pins.items() <= to_flat(spec).items()
     assert normalised(normalised(spec)) == normalised(spec)
 
 
-@pytest.mark.parametrize("name", [*presets.METHODS])
+@pytest.mark.parametrize("name", [*METHODS])
 def test_every_host_and_control_is_a_method(name):
-    method = presets.METHODS[name]
-    assert {method.host, method.control} - {None} <= presets.METHODS.keys()
+    method = METHODS[name]
+    assert {method.host, method.control} - {None} <= METHODS.keys()
     assert name not in (method.host, method.control)
 
 
 def test_every_key_of_the_tables_is_a_trial_key():
     keys = trial_keys()
-    for method in presets.METHODS.values():
+    for method in METHODS.values():
         assert method.pins.keys() | method.sets.keys() <= keys.keys()
         assert not method.pins.keys() & method.sets.keys()
     for (key, _), settings in presets.WORLDS.items():
-        assert key in presets.OUTSIDE
+        assert key in EMBEDDED
         assert settings.keys() <= keys.keys()
     for (key, _, method_name), settings in presets.METHOD_WORLDS.items():
-        assert key in presets.OUTSIDE
-        assert method_name in presets.METHODS
+        assert key in EMBEDDED
+        assert method_name in METHODS
         assert settings.keys() <= keys.keys()
 
 
 def test_a_method_with_zero_images_per_class_uses_no_images():
-    for name, method in presets.METHODS.items():
+    for name, method in METHODS.items():
         spec = from_flat(presets.defaults(name, {}), REFS, ("a",))
         assert uses_images(spec) == (method.pins.get("images_per_class") != 0), name
 
 
 def test_a_method_with_images_differs_from_its_host_only_in_images():
     for name in ("air", "air_fpl", "air_grip"):
-        method = presets.METHODS[name]
-        host = presets.METHODS[method.host]
+        method = METHODS[name]
+        host = METHODS[method.host]
         without = {"images_per_class", "auxiliary.source", "fusion_weight", "synthetic_weight"}
         shared = host.pins.keys() - without
         assert method.pins == {key: host.pins[key] for key in shared}

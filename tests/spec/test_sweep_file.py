@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from air_core.datasets import DATASETS
+from air_core.methods import EMBEDDED, METHODS
 from air_core.specs import Ref
 from air_core.specs.flat import from_flat, to_flat, trial_keys
 from orchestrator.spec import (
@@ -17,12 +18,11 @@ from orchestrator.spec import (
     find_sweep,
     load_sweep,
     notes_of,
-    presets,
 )
 from orchestrator.spec._trial_values import value_type
 from orchestrator.spec.sweep import Budget, Seeds
 
-REFS = {key: Ref(name=name, digest=key) for key, name in presets.OUTSIDE.items()}
+REFS = {key: Ref(name=name, digest=key) for key, name in EMBEDDED.items()}
 
 FULL = """\
 # Does the share matter?
@@ -190,7 +190,7 @@ def test_pinned_keys_are_ignored_and_equal_cells_are_merged(tmp_path):
     assert cells[0].chosen == {"method": "zero_shot"}
     assert cells[1].chosen == {"method": "cpl", "iterations": 1}
     for cell in cells:
-        assert presets.METHODS[cell.method].pins.items() <= cell.flat.items()
+        assert METHODS[cell.method].pins.items() <= cell.flat.items()
     assert notes_of(spec) == (
         "grid.iterations does not apply to zero_shot: the method pins it",
         "grid.images_per_class does not apply to zero_shot, cpl: the method pins it",
@@ -275,7 +275,7 @@ def values_of(key):
 @st.composite
 def sweeps(draw):
     names = [name for name in trial_keys() if name != "dataset"]
-    methods = st.lists(st.sampled_from([*presets.METHODS]), min_size=1, max_size=3, unique=True)
+    methods = st.lists(st.sampled_from([*METHODS]), min_size=1, max_size=3, unique=True)
     methods = draw(methods)
     file = {"version": 1, "name": "x", "grid": {}, "fixed": {}}
     if len(methods) == 1:

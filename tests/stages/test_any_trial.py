@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import yaml
 
+from air_core.methods import METHODS
 from air_core.specs import FeaturesSpec, LabelsSpec
 from orchestrator.planning import Requirement, Resolver, requirements_of
 from orchestrator.planning.plan import level
-from orchestrator.spec import cells_of, load_sweep, presets
+from orchestrator.spec import cells_of, load_sweep
 from orchestrator.stages.build import build_features, build_labels
 from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.image_rows import build_image_block, open_generator
@@ -86,10 +87,10 @@ EXPECTED_ERRORS = (  # that depend on the images or the class names
 
 
 def random_settings(rng: random.Random) -> dict[str, Any]:
-    method = rng.choice(sorted(presets.METHODS))
+    method = rng.choice(sorted(METHODS))
     keys = rng.sample(sorted(VALUES), rng.choice([2, 4, 8, 14]))
     settings = ALWAYS | {key: rng.choice(VALUES[key]) for key in keys}
-    free = {k: value for k, value in settings.items() if k not in presets.METHODS[method].pins}
+    free = {k: value for k, value in settings.items() if k not in METHODS[method].pins}
     return {"method": method} | free
 
 
