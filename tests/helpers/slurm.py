@@ -36,7 +36,9 @@ JobAcctGatherType=jobacct_gather/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 MailProg=/bin/true
-SlurmdTimeout=10
+SlurmdTimeout=30
+ReturnToService=2
+UnkillableStepTimeout=300
 NodeName=a,b CPUs={cores}
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
@@ -100,9 +102,11 @@ class Slurm:
         return self.command("squeue", "--noheader", f"--jobs={job}", "--states=all", "--format=%T")
 
     def _wait_for_state(self, job: str, condition: Callable[[str], bool]) -> None:
-        wait_until(
-            lambda: condition(self._state(job)), lambda: f"job {job} stays {self._state(job)}", 0.3
-        )
+        def details() -> str:
+            nodes = self.command("sinfo", "--Node", "--long")
+            return f"job {job} stays {self._state(job)}\n{nodes}\n{self.log()}"
+
+        wait_until(lambda: condition(self._state(job)), details, 0.3)
 
     def ended(self, job: str) -> tuple[str, str]:
         """Wait for the end of a job; returns its state and its exit code as Slurm writes it."""
