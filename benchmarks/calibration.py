@@ -34,7 +34,7 @@ from orchestrator.reporting._statistics import (
     Difference,
     Run,
     Runs,
-    corrected,
+    corrected_p_values,
     paired_difference,
 )
 
@@ -158,7 +158,7 @@ def counted(world: Scenario, simulations: int, methods: int, seed: int = 0) -> C
     for _ in range(simulations):
         runs = simulated(rng, world, methods)
         found = compared(runs)
-        p = corrected(found)
+        p = corrected_p_values(found)
         left_out = [not one.low <= 0 <= one.high for one in found]
         below = [one.p < ALPHA for one in found]
         marks = [

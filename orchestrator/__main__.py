@@ -23,9 +23,9 @@ from orchestrator.cli import (
     tracked,
     usage,
 )
-from orchestrator.cli.common import code_of, fail, refuse_removed
+from orchestrator.cli.common import exit_code_of, fail, refuse_removed
 from orchestrator.formatting import Printable, show
-from orchestrator.redact import Redacting, redacted
+from orchestrator.redact import Redacting, redact
 
 app = typer.Typer(
     name="airsweep",
@@ -80,12 +80,12 @@ def main() -> None:
         if debug:
             raise
         if type(problem).__name__ == "SpecError":  # the message begins with file:line:column
-            show(redacted(str(problem)), file=sys.stderr)
-            sys.exit(code_of(problem))
+            show(redact(str(problem)), file=sys.stderr)
+            sys.exit(exit_code_of(problem))
         from orchestrator.errors import REFUSED, StoreFull
         from orchestrator.files import permission_message
 
-        code = code_of(problem)
+        code = exit_code_of(problem)
         if isinstance(problem, PermissionError) and problem.filename:
             fail(permission_message(Path(problem.filename)), REFUSED)
         if code == 1 and not isinstance(problem, StoreFull):

@@ -130,13 +130,13 @@ class Planned:
 
     def _sources(self) -> dict[str, int]:
         """Number of reused trials, by the sweep that computed them."""
-        from orchestrator.planning.recorded import computed_by
+        from orchestrator.planning.recorded import count_by_sweep
 
         if not self.plan.reused:
             return {}
         store = self.location.store
         stored = [slot.key.digest for slot in self.plan.slots if store.has(slot.spec)]
-        return dict(computed_by(store, stored, self.location))
+        return dict(count_by_sweep(store, stored, self.location))
 
     def __repr__(self) -> str:
         return self.screen()

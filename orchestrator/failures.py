@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from orchestrator.errors import DamagedArtifact, MissingArtifact, OutOfTime, StoreFull
-from orchestrator.redact import redacted
+from orchestrator.redact import redact
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Failure:
     message: str
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "message", redacted(self.message))
+        object.__setattr__(self, "message", redact(self.message))
 
 
 @dataclass(frozen=True)

@@ -165,7 +165,7 @@ def lock_mode(folder: Path) -> int:
 
 
 @contextmanager
-def flocked(file: Path, how: int) -> Iterator[None]:
+def hold_flock(file: Path, how: int) -> Iterator[None]:
     # The filelock package is not used: without flock it falls back to lock files that outlive their
     # process.
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -61,7 +61,7 @@ def are_numbers(cells: Iterable[str]) -> bool:
     return bool(filled) and all(_NUMBER.fullmatch(cell) for cell in filled)
 
 
-def near(path: Path) -> str:
+def relative_path(path: Path) -> str:
     """The path relative to the working directory if it is inside it, else unchanged."""
     try:
         return str(path.relative_to(Path.cwd()))
@@ -92,7 +92,7 @@ class Printable(logging.Filter):
         return True
 
 
-def counted(number: int, noun: str) -> str:
+def plural(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
@@ -107,10 +107,10 @@ def format_duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
 
 
-def size(count: float) -> str:
+def format_bytes(count: float) -> str:
     """A number of bytes with a unit.
 
-    >>> size(0), size(1536), size(3 * 2**30)
+    >>> format_bytes(0), format_bytes(1536), format_bytes(3 * 2**30)
     ('0 B', '1.5 KiB', '3.0 GiB')
     """
     for unit in ("B", "KiB", "MiB", "GiB"):
@@ -120,14 +120,14 @@ def size(count: float) -> str:
     return f"{count:.1f} TiB"
 
 
-def percent(value: float | None) -> str:
+def format_percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f}"
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A setting in the notation of a sweep file, floats with four digits.
 
-    >>> shown(0.30000000000000004), shown(True), shown(None)
+    >>> format_value(0.30000000000000004), format_value(True), format_value(None)
     ('0.3', 'true', 'null')
     """
     if value is None or isinstance(value, bool):

@@ -57,7 +57,7 @@ def diff_digest(diff: bytes) -> str:
     return hashlib.blake2b(diff, digest_size=6).hexdigest() if diff else ""
 
 
-def dirty(diff: bytes) -> str:
+def uncommitted_digest(diff: bytes) -> str:
     """The `diff_digest` of uncommitted changes; a Ray job reads AIRSWEEP_DIRTY."""
     if os.environ.get("AIRSWEEP_COMMIT"):
         return os.environ.get("AIRSWEEP_DIRTY", "")

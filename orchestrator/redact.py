@@ -30,12 +30,12 @@ NO_SECRET = re.compile(
 SHORTEST = 8  # characters; replacing shorter values would damage ordinary text
 
 
-def redacted(text: str) -> str:
+def redact(text: str) -> str:
     """The text with every recognized secret replaced by `***`.
 
-    >>> redacted("https://me:geheim@mlflow.example.org/x returned 401")
+    >>> redact("https://me:geheim@mlflow.example.org/x returned 401")
     'https://***@mlflow.example.org/x returned 401'
-    >>> redacted("postgresql+psycopg2://air:p@ss:word@db:5432/mlflow")
+    >>> redact("postgresql+psycopg2://air:p@ss:word@db:5432/mlflow")
     'postgresql+psycopg2://***@db:5432/mlflow'
     """
     text = PASSWORD.sub(f"://{HIDDEN}@", text)
@@ -44,7 +44,7 @@ def redacted(text: str) -> str:
     return text
 
 
-def password_at(text: str) -> int | None:
+def find_password(text: str) -> int | None:
     """The index of the first address that contains a password; None if none does."""
     match = PASSWORD.search(text)
     return None if match is None else len(text[: match.start()].rstrip(SCHEME))
@@ -68,7 +68,7 @@ def contains_secret(name: str, value: str) -> bool:
     >>> contains_secret("MIRROR", "https://me:geheim@example.org"), contains_secret("MIRROR", "s3://air")
     (True, False)
     """
-    return looks_secret(name) or password_at(value) is not None
+    return looks_secret(name) or find_password(value) is not None
 
 
 def _secrets() -> Iterator[str]:
@@ -83,7 +83,7 @@ class Redacting(logging.Filter):
     """Removes secrets from log records."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = redacted(record.getMessage()), ()
+        record.msg, record.args = redact(record.getMessage()), ()
         return True
 
 

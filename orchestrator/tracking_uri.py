@@ -11,12 +11,12 @@ DATABASE = "mlflow.db"
 ARTIFACTS = "mlartifacts"
 
 
-def uri_of(uri: str | None, store: Path) -> str:
+def effective_uri(uri: str | None, store: Path) -> str:
     """The given tracking URI, else MLFLOW_TRACKING_URI, else a database file in the store."""
     return uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{store.resolve() / DATABASE}"
 
 
-def kind_of(uri: str) -> Literal["none", "http", "sqlite"]:
+def uri_kind(uri: str) -> Literal["none", "http", "sqlite"]:
     """The kind of a tracking URI.
 
     Raises:
@@ -54,14 +54,14 @@ def _unknown(scheme: str, uri: str) -> str:
     return f"the tracking URI {scheme}:... is not supported; {allowed}"
 
 
-def resolved(uri: str | None, store: Path) -> tuple[str, Path | None]:
+def resolve_uri(uri: str | None, store: Path) -> tuple[str, Path | None]:
     """The URI of MLflow and, for a database file, its path.
 
     Raises:
         ValueError: the URI is not supported, or tracking is off.
     """
-    uri = uri_of(uri, store)
-    match kind_of(uri):
+    uri = effective_uri(uri, store)
+    match uri_kind(uri):
         case "none":
             raise ValueError("tracking is off; set the address of MLflow with --tracking-uri")
         case "http":

@@ -26,8 +26,8 @@ from orchestrator.cluster.render import (
     rayjob,
 )
 from orchestrator.spec import SweepSpec, load_sweep
-from orchestrator.spec.marked_yaml import all_documents, parse, written
-from orchestrator.spec.sweep_file import checked
+from orchestrator.spec.marked_yaml import all_documents, dump_documents, parse
+from orchestrator.spec.sweep_file import sweep_from_document
 from tests.helpers.sweeps import airsweep
 
 ROOT = Path(__file__).parents[1]
@@ -51,7 +51,7 @@ resources:
 
 
 def a_sweep(text: str = SPEC, *sets: str) -> SweepSpec:
-    return checked(parse(text, "on_gpus.yaml"), sets)
+    return sweep_from_document(parse(text, "on_gpus.yaml"), sets)
 
 
 def validate_for_kuberay(document: dict[str, Any]) -> None:
@@ -412,7 +412,7 @@ def test_a_variable_that_is_secret_or_needs_quoting_is_refused(option, message):
     "text", ["1e3", "yes", "0x1F", "12:30", "null", "~", "2.60", "", " a\n b ", "a\x85b"]
 )
 def test_written_strings_are_strings_for_every_yaml_parser(text):
-    out = written([{"value": text}])
+    out = dump_documents([{"value": text}])
     assert yaml.safe_load(out) == parse(out, "here").value == {"value": text}
 
 

@@ -26,7 +26,7 @@ import typer
 from orchestrator.__main__ import app
 from orchestrator.reporting.published import read_paper
 from orchestrator.spec.marked_yaml import parse
-from orchestrator.spec.sweep_file import checked
+from orchestrator.spec.sweep_file import sweep_from_document
 from tests.helpers.documents import PAGES, ROOT, blocks, inline_commands, links
 from tests.helpers.sweeps import airsweep, events, in_this_process
 
@@ -142,7 +142,7 @@ def test_whole_files_on_a_page_are_allowed(page, tmp_path):
                 file.write_text(block.text)
                 assert read_paper(file).cells
             else:
-                checked(parse(block.text, f"{page.name}:{block.line}"))
+                sweep_from_document(parse(block.text, f"{page.name}:{block.line}"))
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from air_core.diffusion.pipeline import load_pipeline
 from orchestrator.errors import Refused
 from orchestrator.formatting import show
-from orchestrator.redact import HIDDEN, redacted
+from orchestrator.redact import HIDDEN, redact
 from orchestrator.spec import SpecError, load_sweep
 from orchestrator.store import ArtifactStore, SweepLocation
 from tests.helpers.servers import MlflowServer
@@ -38,7 +38,7 @@ WORD = st.text("abcdefgh0123456789_-~!$%", min_size=1, max_size=20)
 @given(user=WORD, password=WORD, before=st.text(max_size=20), after=st.text(max_size=20))
 def test_a_password_in_an_address_is_removed(user, password, before, after):
     secret = f"{password}-geheim"
-    text = redacted(f"{before} postgresql+psycopg2://{user}:{secret}@db:5432/x {after}")
+    text = redact(f"{before} postgresql+psycopg2://{user}:{secret}@db:5432/x {after}")
     assert secret not in text
     assert f"{HIDDEN}@db:5432/x" in text
 
@@ -75,7 +75,7 @@ PLAIN_NAMES = """
 )
 def test_the_name_of_a_variable_decides_whether_it_is_a_secret(name, hidden, monkeypatch):
     monkeypatch.setenv(name, "wJalrXUtnFEMI")
-    assert (redacted("the key is wJalrXUtnFEMI.") == f"the key is {HIDDEN}.") == hidden
+    assert (redact("the key is wJalrXUtnFEMI.") == f"the key is {HIDDEN}.") == hidden
 
 
 LONG = 1_000_000
@@ -95,7 +95,7 @@ def test_redaction_takes_linear_time(text):
     """In quadratic time, a million characters would take hours."""
     script = "import sys; from orchestrator.redact import *; text = sys.stdin.read(); "
     subprocess.run(
-        [sys.executable, "-c", script + "redacted(text); password_at(text)"],
+        [sys.executable, "-c", script + "redact(text); find_password(text)"],
         input=text,
         text=True,
         cwd=ROOT,
@@ -106,7 +106,7 @@ def test_redaction_takes_linear_time(text):
 
 def test_a_short_secret_is_not_replaced_in_ordinary_text(monkeypatch):
     monkeypatch.setenv("MY_PASSWORD", "test")
-    assert redacted("test/accuracy") == "test/accuracy"
+    assert redact("test/accuracy") == "test/accuracy"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from air_core.weights import find_backbone, generator_folder
 from orchestrator.planning import Resolver
 from orchestrator.planning.plan import plan_sweep
 from orchestrator.spec import SweepSpec, cells_of, load_sweep
-from orchestrator.spec.sweep import smoke
+from orchestrator.spec.sweep import smoke_variant
 from orchestrator.store import ArtifactStore, EventLog
 
 FILES = sorted((Path(__file__).parents[1] / "sweeps").glob("*.yaml"))
@@ -50,7 +50,7 @@ def test_a_sweep_whose_inputs_exist_is_planned_with_and_without_smoke(file, tmp_
     resolver = Resolver(tmp_path / "digests.json", None)
     plan = plan_sweep(spec, store, resolver, EventLog(tmp_path / "sweep"))
     assert plan.to_run > 0
-    quick = plan_sweep(smoke(spec), store, resolver, EventLog(tmp_path / "smoke"))
+    quick = plan_sweep(smoke_variant(spec), store, resolver, EventLog(tmp_path / "smoke"))
     assert 0 < quick.total <= plan.total
 
 

@@ -229,7 +229,7 @@ def test_a_dataset_that_changes_after_the_plan_is_an_error(folder, tmp_path):
     def features() -> FeaturesSpec:
         resolver = Resolver(tmp_path / "digests.json", None)
         return FeaturesSpec(
-            dataset=resolver.named(f"folder:{folder}").ref,
+            dataset=resolver.dataset_by_name(f"folder:{folder}").ref,
             backbone=resolver.weights("backbone", "tiny"),
         )
 

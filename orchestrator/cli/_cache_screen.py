@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator.formatting import aligned, near, size
+from orchestrator.formatting import aligned, format_bytes, relative_path
 from orchestrator.keys import RECIPES
-from orchestrator.store.gc import GcPlan, Removal, StoreRequirements, merged
+from orchestrator.store.gc import GcPlan, Removal, StoreRequirements, merge_shards
 from orchestrator.store.integrity import VerificationReport
 from orchestrator.store.inventory import Inventory
 
@@ -23,7 +23,7 @@ STAGES = tuple(dict.fromkeys(stage for stage, _ in RECIPES.values()))  # in the 
 
 def listing(inventory: Inventory, requirements: StoreRequirements) -> dict[str, Any]:
     """The JSON of `cache ls`. Sizes are in bytes; a needed row may have unneeded shards."""
-    needed = merged(item for sweep in requirements.sweeps for item in sweep.artifacts.items())
+    needed = merge_shards(item for sweep in requirements.sweeps for item in sweep.artifacts.items())
     stages: dict[str, dict[str, int]] = {}
     users: dict[str, dict[str, int]] = {}
     artifacts = []
@@ -76,7 +76,7 @@ def listing(inventory: Inventory, requirements: StoreRequirements) -> dict[str, 
                 "bytes": training.bytes,
                 "needed_by": list(requirements.sweeps_needing(training.digest)),
             }
-            for training in inventory.unfinished
+            for training in inventory.checkpoints
         ],
     }
 
@@ -90,32 +90,34 @@ def _add(groups: dict[str, dict[str, int]], name: str, figures: dict[str, int]) 
 def listing_screen(contents: dict[str, Any]) -> str:
     """The output of `listing` as text."""
     sweeps = len(contents["sweeps"]) + len(contents["unread"])
-    artifacts = f"{len(contents['artifacts']):,} artifacts, {size(contents['bytes'])}"
+    artifacts = f"{len(contents['artifacts']):,} artifacts, {format_bytes(contents['bytes'])}"
     lines = [
-        contents["store"] if "://" in contents["store"] else near(Path(contents["store"])),
+        contents["store"] if "://" in contents["store"] else relative_path(Path(contents["store"])),
         f"{artifacts}; recorded sweeps: {sweeps}",
         "",
     ]
     rows = [("stage", "artifacts", "images", "size", "unneeded")]
     for stage, group in contents["stages"].items():
         images = f"{group['images']:,}" if group["images"] else "-"
-        unneeded = f"{group['unneeded_artifacts']:,}: {size(group['unneeded_bytes'])}"
+        unneeded = f"{group['unneeded_artifacts']:,}: {format_bytes(group['unneeded_bytes'])}"
         last = unneeded if group["unneeded_bytes"] else "-"
-        rows.append((stage, f"{group['artifacts']:,}", images, size(group["bytes"]), last))
+        rows.append((stage, f"{group['artifacts']:,}", images, format_bytes(group["bytes"]), last))
     lines += [*aligned(rows), "", "largest"]
     for artifact in contents["artifacts"][:LARGEST]:
-        lines.append(f"  {size(artifact['bytes']):>10}  {_shortened(artifact['key'])}")
+        lines.append(f"  {format_bytes(artifact['bytes']):>10}  {_shortened(artifact['key'])}")
         lines.append(f"{'':14}{artifact['user']}; {_needed(artifact['needed_by'])}")
     lines += ["", "by owner"]
     for user, group in sorted(contents["users"].items(), key=lambda item: -item[1]["bytes"]):
-        lines.append(f"  {size(group['bytes']):>10}  {user}, {group['artifacts']:,} artifacts")
+        lines.append(
+            f"  {format_bytes(group['bytes']):>10}  {user}, {group['artifacts']:,} artifacts"
+        )
     for key, title in (
         ("unfinished", "unfinished trainings"),
         ("leftovers", "leftovers of killed processes"),
     ):
         if contents[key]:
             total = sum(item["bytes"] for item in contents[key])
-            lines += ["", f"{title}: {len(contents[key])}, {size(total)}"]
+            lines += ["", f"{title}: {len(contents[key])}, {format_bytes(total)}"]
     for sweep, why in contents["unread"].items():
         lines += ["", f"the artifacts that {sweep} needs are unknown: {why}"]
     return "\n".join(lines)
@@ -145,7 +147,7 @@ def verdict_screen(verdict: VerificationReport) -> str:
     lines += _more(len(verdict.inventory.leftovers))
     count = len(verdict.damaged)
     summary = f"{count} damaged: follow the remedies and run again" if count else "none is damaged"
-    lines.append(f"{verdict.files:,} files, {size(verdict.bytes)}: {summary}")
+    lines.append(f"{verdict.files:,} files, {format_bytes(verdict.bytes)}: {summary}")
     if verdict.unsealed:
         lines.append(f"{verdict.unsealed:,} of them have no checksum but can be opened")
     return "\n".join(lines)
@@ -158,10 +160,10 @@ def gc_screen(plan: GcPlan, removed: bool) -> str:
     """The artifacts that were removed, or that `--yes` would remove."""
     lines = []
     for removal in plan.removals[:SHOWN]:
-        lines.append(f"{size(removal.bytes):>10}  {_shortened(_label(removal, plan.root))}")
+        lines.append(f"{format_bytes(removal.bytes):>10}  {_shortened(_label(removal, plan.root))}")
         lines.append(f"{'':12}{removal.why}; made by {removal.user}")
     lines += _more(len(plan.removals))
-    total = f"{size(plan.bytes)} in {len(plan.removals):,} items"
+    total = f"{format_bytes(plan.bytes)} in {len(plan.removals):,} items"
     if not plan.removals:
         lines.append("nothing to remove")
     elif removed:
@@ -171,7 +173,7 @@ def gc_screen(plan: GcPlan, removed: bool) -> str:
     if plan.sweep and plan.removals:
         lines.append(f"{plan.sweep} keeps its event log; a new run makes the artifacts again")
     if plan.others:
-        total = size(sum(removal.bytes for removal in plan.others))
+        total = format_bytes(sum(removal.bytes for removal in plan.others))
         users = textwrap.shorten(", ".join(sorted({removal.user for removal in plan.others})), 30)
         lines += [
             f"{len(plan.others):,} of other users ({users}) stay, {total}:",

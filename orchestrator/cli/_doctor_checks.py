@@ -39,7 +39,7 @@ from orchestrator.cluster.node_facts import NodeRequirements
 from orchestrator.environment import in_ray_job
 from orchestrator.errors import Refused, StoreRefused, TrackerUnreachable
 from orchestrator.files import ROOT
-from orchestrator.formatting import aligned, counted, size
+from orchestrator.formatting import aligned, format_bytes, plural
 from orchestrator.git import commit
 from orchestrator.planning import Machine, Plan, SweepRequest, plan_of, unschedulable_reason
 from orchestrator.planning.requests import location_for, relative_store_error
@@ -48,7 +48,7 @@ from orchestrator.redact import without_credentials
 from orchestrator.spec.sweep import option_words
 from orchestrator.store import SweepLocation, is_bucket, open_store, store_folder
 from orchestrator.tracking import make_tracker
-from orchestrator.tracking_uri import kind_of, uri_of
+from orchestrator.tracking_uri import effective_uri, uri_kind
 
 HERE = "this machine"
 OFFLINE = "not checked: --offline"
@@ -164,7 +164,7 @@ def check_cluster(request: DoctorRequest) -> DoctorReport:
     _check_tracker(report, request, location)
     with report.catching("cluster"), ray_session() as machines:
         totals = (f"{sum(m.get(kind, 0) for m in machines):g} {kind}" for kind in ("CPU", "GPU"))
-        report.passed("cluster", f"{counted(len(machines), 'machine')}, {', '.join(totals)}")
+        report.passed("cluster", f"{plural(len(machines), 'machine')}, {', '.join(totals)}")
         _check_resources(report, plan, location, machines)
         if location is not None:
             with report.catching("store"):
@@ -294,7 +294,7 @@ def _check_as_node(
         report.add(*findings)
         free = facts["store"]["free"]
         report.passed("store", f"{location.store.name} is writable")
-        report.passed("room", "unknown" if free is None else f"{size(free)} free")
+        report.passed("room", "unknown" if free is None else f"{format_bytes(free)} free")
         unused = "" if needs.gpus else ", none needed"
         report.passed("gpu", f"{gpus:g} GPU{unused}")
 
@@ -306,8 +306,8 @@ def _check_tracker(
     root = location.store.root if location is not None else Path(tempfile.gettempdir())
     uri_in_sweep = request.sweep.spec.tracking_uri if request.sweep else None
     with report.catching("tracker"):
-        uri = uri_of(request.tracking_uri or uri_in_sweep, root)
-        kind = kind_of(uri)
+        uri = effective_uri(request.tracking_uri or uri_in_sweep, root)
+        kind = uri_kind(uri)
         if kind != "http":
             target = "a file" if kind == "sqlite" else "off"
             report.passed("tracker", f"{target}, so no server is needed")

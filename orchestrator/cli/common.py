@@ -133,7 +133,7 @@ def refuse_removed(words: list[str]) -> None:
             fail(f"`{name}` was removed: {REMOVED[name]}")
 
 
-def code_of(problem: Exception) -> int:
+def exit_code_of(problem: Exception) -> int:
     """Exit code of an exception: 2 for bad input, 3 if the run was refused to start, else 1."""
     from orchestrator.errors import (
         BAD_INPUT,

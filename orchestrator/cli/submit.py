@@ -97,7 +97,7 @@ def submit(
         raise ValueError("--json is allowed only with --detach: without it the log is printed")
     paths = job_package.job_paths(request, store, data_root, tracking_uri)
     with_code = job_package.sends_code(code)
-    variables = job_package.variables(request, with_code, env or [])
+    variables = job_package.job_variables(request, with_code, env or [])
     with TemporaryDirectory(prefix="airsweep-job-") as folder:
         packed_spec = job_package.pack(request, Path(folder), with_code)
         cluster = Cluster(address)
@@ -152,15 +152,15 @@ def stop(
     airsweep stop quickstart --address http://head:8265
     """
     from orchestrator.cluster import Cluster
-    from orchestrator.cluster.jobs import ending
+    from orchestrator.cluster.jobs import end_message
 
     cluster = Cluster(address)
     running = _find_job(cluster, job)
-    if running.over:
-        _message(f"{ending(running)}: already ended")
+    if running.is_over:
+        _message(f"{end_message(running)}: already ended")
         return
     _message(f"{running.id}: stopping")
-    _message(ending(cluster.stop(running.id)))
+    _message(end_message(cluster.stop(running.id)))
     log = cluster.log_of(running.id).splitlines()
     killed = "  the driver was killed before it could close; every finished trial is stored"
     for line in [line for line in log if line.startswith(CLOSING)] or [killed]:
@@ -176,7 +176,7 @@ def _message(text: str) -> None:
 
 def _follow(cluster: Cluster, job: Job) -> int:
     """Follow the log of a job; the exit code is the job's, or that of the interruption."""
-    from orchestrator.cluster.jobs import ClusterLost, ending
+    from orchestrator.cluster.jobs import ClusterLost, end_message
     from orchestrator.errors import FAILED, INTERRUPTED
 
     def write(text: str) -> None:
@@ -192,7 +192,7 @@ def _follow(cluster: Cluster, job: Job) -> int:
         _message(f"{lost}; {job.id} keeps running if the cluster still exists")
         code = FAILED
     else:
-        _message(ending(job))
+        _message(end_message(job))
         code = FAILED if job.exit_code is None else job.exit_code
     _show_next_commands(cluster, job)
     return code
@@ -223,7 +223,7 @@ def _next_commands(cluster: Cluster, job: Job) -> dict[str, str]:
 def _show_next_commands(cluster: Cluster, job: Job) -> None:
     after_the_end = {"table"} if job.exit_code == 0 else {"table", "again"}
     for purpose, command in _next_commands(cluster, job).items():
-        if not job.over or purpose in after_the_end:
+        if not job.is_over or purpose in after_the_end:
             show(f"  {purpose:<7} {command}", file=sys.stderr)
 
 
@@ -241,7 +241,7 @@ def _find_job(cluster: Cluster, name: str) -> Job:
             return job
     project = os.environ.get("AIRSWEEP_PROJECT") or "default"
     sweep = name if "/" in name else f"{project}/{name}"
-    running = [job for job in submitted if not job.over]
+    running = [job for job in submitted if not job.is_over]
     mine = [job for job in running if (job.sweep, job.user) == (sweep, whoami())]
     if len(mine) == 1:
         return mine[0]

@@ -82,13 +82,13 @@ def validate(spec: SpecArgument, sets: SetOption = None, only: OnlyOption = None
     airsweep validate quickstart --set iterations=5
     """
     from orchestrator import api
-    from orchestrator.formatting import counted
+    from orchestrator.formatting import plural
     from orchestrator.spec import cells_of
 
     request = load(spec, sets, only)
     for note in api.validate(request):
         show(f"note: {note}", file=sys.stderr)
-    show(f"{request.spec.source}: {counted(len(cells_of(request.spec)), 'cell')}, valid")
+    show(f"{request.spec.source}: {plural(len(cells_of(request.spec)), 'cell')}, valid")
 
 
 @app.command()

@@ -15,7 +15,7 @@ from orchestrator.cli.common import (
     JsonOption,
     StoreOption,
     TrackingOption,
-    code_of,
+    exit_code_of,
     fail,
     recorded_sweep,
 )
@@ -166,4 +166,4 @@ def mlflow_reconcile(
             show(result.line())
             show(f"  {result.url}", file=sys.stderr)
     if problems:
-        sys.exit(max(code_of(problem) for problem in problems))
+        sys.exit(max(exit_code_of(problem) for problem in problems))

@@ -14,14 +14,21 @@ from pathlib import Path
 
 from orchestrator.errors import Refused
 from orchestrator.files import ROOT
-from orchestrator.git import PACKAGES, SENT_DIFF, UNKNOWN, commit, dirty, uncommitted_diff
+from orchestrator.git import (
+    PACKAGES,
+    SENT_DIFF,
+    UNKNOWN,
+    commit,
+    uncommitted_diff,
+    uncommitted_digest,
+)
 from orchestrator.planning import SweepRequest
 from orchestrator.planning.requests import project_of, relative_store_error
 from orchestrator.redact import contains_secret, without_credentials
 from orchestrator.spec import cells_of
 from orchestrator.store import is_bucket, store_folder, whoami
 from orchestrator.store.buckets import parse
-from orchestrator.tracking_uri import kind_of
+from orchestrator.tracking_uri import uri_kind
 
 LIMIT = 100 << 20  # bytes; Ray refuses a larger working directory
 # Seconds from SIGTERM to SIGKILL, 3 by default: the driver needs time to close the event log and
@@ -136,7 +143,7 @@ def _check_tracking(uri: str) -> None:
             "leave it out, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the "
             "environment of the cluster"
         )
-    if kind_of(uri) == "sqlite" and not Path(uri.removeprefix("sqlite:///")).is_absolute():
+    if uri_kind(uri) == "sqlite" and not Path(uri.removeprefix("sqlite:///")).is_absolute():
         raise Refused(
             f"the tracking URI {uri!r} is relative, but Ray deletes the working directory of a job "
             "at its end; give http://<server>, or an absolute path"
@@ -157,15 +164,15 @@ def _input_paths(request: SweepRequest) -> set[tuple[str, str, str]]:
     keys = ("dataset", "test_dataset", "backbone", "generator")
     cells = cells_of(request.spec)
     values = {(key, str(cell.flat.get(key) or "")) for cell in cells for key in keys}
-    return {(key, value, path) for key, value in values if (path := path_in(key, value))}
+    return {(key, value, path) for key, value in values if (path := path_in_name(key, value))}
 
 
-def path_in(key: str, name: str) -> str | None:
+def path_in_name(key: str, name: str) -> str | None:
     """The path in the name of a dataset or model; None if the name contains no path.
 
-    >>> path_in("dataset", "folder:my_images"), path_in("backbone", "ViT-B-32@clip.pt")
-    ('my_images', 'clip.pt')
-    >>> path_in("backbone", "ViT-B-32/openai"), path_in("generator", "./sd15")
+    >>> path_in_name("dataset", "folder:x"), path_in_name("backbone", "ViT-B-32@clip.pt")
+    ('x', 'clip.pt')
+    >>> path_in_name("backbone", "ViT-B-32/openai"), path_in_name("generator", "./sd15")
     (None, './sd15')
     """
     if name.startswith("folder:"):
@@ -182,7 +189,7 @@ def path_in(key: str, name: str) -> str | None:
 # ---------------------------------------------------------------- variables
 
 
-def variables(request: SweepRequest, code: bool, env: Iterable[str]) -> dict[str, str]:
+def job_variables(request: SweepRequest, code: bool, env: Iterable[str]) -> dict[str, str]:
     """Environment variables of a job.
 
     Args:
@@ -196,7 +203,10 @@ def variables(request: SweepRequest, code: bool, env: Iterable[str]) -> dict[str
     checkout_commit = commit()
     # The commit of this checkout does not describe code that is installed on the cluster.
     if code and checkout_commit != UNKNOWN:
-        passed |= {"AIRSWEEP_COMMIT": checkout_commit, "AIRSWEEP_DIRTY": dirty(uncommitted_diff())}
+        passed |= {
+            "AIRSWEEP_COMMIT": checkout_commit,
+            "AIRSWEEP_DIRTY": uncommitted_digest(uncommitted_diff()),
+        }
     return {**STOP_WAIT, **passed, **dict(map(_variable, env))}
 
 

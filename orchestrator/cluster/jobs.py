@@ -62,7 +62,7 @@ class Job:
     message: str
 
     @property
-    def over(self) -> bool:
+    def is_over(self) -> bool:
         return self.state not in NOT_ENDED
 
     def json(self) -> dict[str, Any]:
@@ -134,7 +134,7 @@ class Cluster:
         store = str(smoke_store(paths.store) if request.smoke else paths.store).rstrip("/")
         submitted = list(map(_job, self._call("list_jobs")))
         for job in submitted:
-            if not job.over and (job.sweep, job.store) == (sweep, store):
+            if not job.is_over and (job.sweep, job.store) == (sweep, store):
                 raise Refused(
                     f"{sweep} is already {job.state} as {job.id} of {job.user}, since "
                     f"{clock_time(job.started)}; to follow it: {self.follow_command(job.id)}; to "
@@ -173,7 +173,7 @@ class Cluster:
             Refused: the cluster accepts no job, does not answer, or the job takes too long.
         """
         job, deadline = self._start(command, folder, env), time.monotonic() + timeout
-        while not job.over:
+        while not job.is_over:
             if time.monotonic() > deadline:
                 self.stop(job.id)
                 raise Refused(
@@ -228,7 +228,7 @@ class Cluster:
                 if too_long or "status code 404" in str(problem):
                     raise
             else:
-                if job.over:
+                if job.is_over:
                     return job
                 if job.state == "PENDING" and job.message != pending:
                     pending = job.message
@@ -251,7 +251,7 @@ class Cluster:
     def stop(self, job_id: str) -> Job:
         """Stop a job and wait until its driver has ended."""
         self._call("stop_job", job_id)
-        while not (job := self.job(job_id)).over:
+        while not (job := self.job(job_id)).is_over:
             time.sleep(POLL_INTERVAL)
         return job
 
@@ -405,7 +405,7 @@ def entrypoint(request: SweepRequest, paths: JobPaths, spec: str, python: str) -
     return shlex.join([*words, *request.options])
 
 
-def ending(job: Job) -> str:
+def end_message(job: Job) -> str:
     """Final state of a job, with a remedy if its Python lacks airsweep."""
     text = f"{job.id}: {job.state}, exit code {job.exit_code}"
     if job.exit_code and ("No module named" in job.message or job.exit_code == COMMAND_NOT_FOUND):

@@ -25,7 +25,7 @@ from orchestrator.cluster.node_facts import (
 )
 from orchestrator.errors import Refused
 from orchestrator.failures import first_line
-from orchestrator.formatting import counted, size
+from orchestrator.formatting import format_bytes, plural
 from orchestrator.planning import Plan
 from orchestrator.planning.disk import bytes_left
 from orchestrator.store import ArtifactStore, SweepLocation
@@ -171,9 +171,9 @@ def _store_problems(node: Facts, store: str) -> Problems:
 def _space_problems(node: Facts, bytes_left: int) -> Problems:
     free = node["free"]
     if free is not None and node["token"] and free < max(MIN_FREE, bytes_left):
-        problem = f"the disk of {node['where']} has {size(free)} free"
+        problem = f"the disk of {node['where']} has {format_bytes(free)} free"
         if free >= MIN_FREE:
-            problem += f", but the sweep will write at least {size(bytes_left)}"
+            problem += f", but the sweep will write at least {format_bytes(bytes_left)}"
         remedy = "free some space: `airsweep cache gc` lists artifacts that no sweep needs"
         yield "room", problem, remedy, free < MIN_FREE
 
@@ -233,7 +233,7 @@ def refuse_unfit_nodes(plan: Plan, location: SweepLocation, report: Callable[[st
     if fatal:
         unfit = len({finding.node for finding in fatal})
         raise Refused(
-            f"{unfit} of {counted(len(nodes), 'machine')} of the cluster cannot run this sweep:\n  "
+            f"{unfit} of {plural(len(nodes), 'machine')} of the cluster cannot run this sweep:\n  "
             + "\n  ".join(finding_lines(fatal))
         )
     for line in finding_lines(findings):
@@ -241,7 +241,7 @@ def refuse_unfit_nodes(plan: Plan, location: SweepLocation, report: Callable[[st
     seconds = time.monotonic() - started
     # A node without an answer that is not fatal has left the cluster.
     checked = len(nodes) - sum(finding.check == "answers" for finding in findings)
-    report(f"checked {counted(checked, 'machine')} of the cluster: ok, {seconds:.1f} s")
+    report(f"checked {plural(checked, 'machine')} of the cluster: ok, {seconds:.1f} s")
 
 
 def check_this_machine(

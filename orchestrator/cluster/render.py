@@ -17,9 +17,9 @@ from typing import Any
 
 from orchestrator.files import ROOT, SHIPPED
 from orchestrator.planning.resources import resource_shortage
-from orchestrator.redact import contains_secret, password_at, redacted
+from orchestrator.redact import contains_secret, find_password, redact
 from orchestrator.spec import Resources, SweepSpec
-from orchestrator.spec.marked_yaml import all_documents, shown, written
+from orchestrator.spec.marked_yaml import all_documents, dump_documents, short_value
 
 SWEEP_FOLDER = "/home/ray/sweep"  # mount point of the ConfigMap on the head
 SLACK = 3600  # seconds added to `budget.wall` for pods to start and trials to end
@@ -80,7 +80,7 @@ def rayjob(sweep: SweepSpec, options: RenderOptions) -> str:
         group["replicas"] = group["minReplicas"] = group["maxReplicas"]
     cluster["workerGroupSpecs"] = groups
     _set_image(cluster, options.image)
-    return written([configmap, job])
+    return dump_documents([configmap, job])
 
 
 def raycluster(sweep: SweepSpec, options: RenderOptions) -> str:
@@ -100,7 +100,7 @@ def raycluster(sweep: SweepSpec, options: RenderOptions) -> str:
         group["replicas"] = group["minReplicas"] = minimum
     spec["workerGroupSpecs"] = groups
     _set_image(spec, options.image)
-    return written([cluster])
+    return dump_documents([cluster])
 
 
 def template(name: str) -> str:
@@ -143,7 +143,7 @@ def _checked(option: str, value: str, pattern: str, allowed: str) -> str:
         ValueError: it does not match.
     """
     if not re.fullmatch(pattern, value):
-        raise ValueError(f"{option} {shown(value)} is not allowed; allowed: {allowed}")
+        raise ValueError(f"{option} {short_value(value)} is not allowed; allowed: {allowed}")
     return value
 
 
@@ -182,9 +182,9 @@ def _refuse_secrets(sweep: SweepSpec, options: RenderOptions) -> None:
     texts = {sweep.source: sweep.text, "--store": options.store}
     texts |= {option: option for option in options.run_options}
     for source, text in texts.items():
-        if password_at(text) is not None:
+        if find_password(text) is not None:
             raise ValueError(
-                f"{redacted(source)}: an address contains a password, which everyone who can read "
+                f"{redact(source)}: an address contains a password, which everyone who can read "
                 "the job would see; put MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
                 "the keys of the bucket, into the Secret `airsweep` (cluster/README.md)"
             )
@@ -217,7 +217,7 @@ def _worker_groups(
     Args:
         gpu: template of a group with GPUs.
     """
-    processes = (resources.trial, resources.generator, resources.encoding)
+    processes = (resources.trial, resources.generator, resources.encoder_resources)
     with_gpu = [process for process in processes if process.gpu]
     if not with_gpu and options.gpu_workers:
         raise ValueError(

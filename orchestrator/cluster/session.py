@@ -297,7 +297,7 @@ def request_autoscaling(resources: Resources) -> None:
     from ray.autoscaler.sdk import request_resources
 
     generators: list[ProcessResources] = [resources.generator] * (resources.generator.actors or 1)
-    processes = [resources.trial, resources.encoding, *generators]
+    processes = [resources.trial, resources.encoder_resources, *generators]
     requests = [ray_resources(process) for process in processes]
     request_resources(bundles=[{kind: n for kind, n in r.items() if n} for r in requests])
 

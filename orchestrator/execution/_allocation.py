@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.planning import Machine, ray_resources
-from orchestrator.planning.resources import room, without
+from orchestrator.planning.resources import process_capacity, remaining_resources
 from orchestrator.spec import ProcessResources, Resources
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ MAX_SHRINK_WAIT = 120.0
 
 
 @dataclass
-class Pool:
+class PoolStatistics:
     """Statistics of a pool of generators; the start of its actors counts as idle."""
 
     actors: int
@@ -70,17 +70,17 @@ class Allocation:
     ) -> None:
         self.preparing = self.pool_exceeds_reserve = False
         self._resources, self._list_machines = resources, list_machines
-        self._tuning_since: float | None = None
+        self._trials_since: float | None = None
         self._machines: tuple[float, Sequence[Machine]] = (0.0, ())
 
     @property
-    def tuning(self) -> bool:
+    def trials_running(self) -> bool:
         """Whether trials run."""
-        return self._tuning_since is not None
+        return self._trials_since is not None
 
-    @tuning.setter
-    def tuning(self, now: bool) -> None:
-        self._tuning_since = time.monotonic() if now else None
+    @trials_running.setter
+    def trials_running(self, now: bool) -> None:
+        self._trials_since = time.monotonic() if now else None
 
     def machines(self) -> Sequence[Machine]:
         listed_at, machines = self._machines
@@ -92,7 +92,7 @@ class Allocation:
     def max_generators(self) -> int:
         """Generators that fit the whole cluster."""
         want = self._resources.generator
-        fit = room(want, self.machines())
+        fit = process_capacity(want, self.machines())
         return min(want.actors or fit, fit)
 
     def reserve(self) -> int:
@@ -100,30 +100,34 @@ class Allocation:
         want = self._resources.generator
         fit = self.max_generators()
         reserve = max(1, fit // RESERVE_DIVISOR) if want.reserve is None else min(want.reserve, fit)
-        while reserve and not room(self._resources.trial, without(self.machines(), want, reserve)):
+        while reserve and not process_capacity(
+            self._resources.trial, remaining_resources(self.machines(), want, reserve)
+        ):
             reserve -= 1
         return reserve
 
     def pool_size(self) -> int:
         """Generators that may work now; 0 if they have to wait for the end of the trials."""
-        return self.reserve() if self.tuning else self.max_generators()
+        return self.reserve() if self.trials_running else self.max_generators()
 
     def max_trials(self) -> int:
         """Trials that may run now; 0 while an open pool has to shrink first."""
-        waited = time.monotonic() - (self._tuning_since or 0.0)
+        waited = time.monotonic() - (self._trials_since or 0.0)
         if self.pool_exceeds_reserve and waited < MAX_SHRINK_WAIT:
             return 0
         machines = self.machines()
         if self.preparing:
-            machines = without(machines, self._resources.generator, self.reserve())
-        return max(1, room(self._resources.trial, machines))
+            machines = remaining_resources(machines, self._resources.generator, self.reserve())
+        return max(1, process_capacity(self._resources.trial, machines))
 
     def max_tasks(self, want: ProcessResources) -> int:
         """Tasks that prepare features, labels or LoRA and may run now; at least one."""
-        reserve = self.reserve() if self.tuning else 0
+        reserve = self.reserve() if self.trials_running else 0
         if reserve:
-            return max(1, reserve * room(want, [ray_resources(self._resources.generator)]))
-        return max(1, room(want, self.machines()))
+            return max(
+                1, reserve * process_capacity(want, [ray_resources(self._resources.generator)])
+            )
+        return max(1, process_capacity(want, self.machines()))
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,12 @@ from ray.data import ActorPoolStrategy, DataContext
 
 from air_core.specs import SyntheticFeaturesSpec
 from orchestrator.cluster.session import record_devices
-from orchestrator.execution._allocation import Pool, PreparationContext
+from orchestrator.execution._allocation import PoolStatistics, PreparationContext
 from orchestrator.execution._progress import ProgressReporter
 from orchestrator.failures import CLASSES, Failure, classify
 from orchestrator.keys import artifact_key
 from orchestrator.planning import Requirement, artifact_title
-from orchestrator.redact import redacted
+from orchestrator.redact import redact
 from orchestrator.spec.sweep import GeneratorResources
 from orchestrator.stages.context import WorkerContext, limit_gpu_memory
 from orchestrator.stages.image_rows import DEATHS, build_image_block, open_generator
@@ -67,7 +67,7 @@ class GeneratorActor:
             counts = self._draw(row, c, block)
         except Exception as problem:  # returned as data: an exception would end the stream
             # Redacted in this process, which knows the secrets.
-            error = redacted(f"{type(problem).__name__}: {problem}")
+            error = redact(f"{type(problem).__name__}: {problem}")
             failure_class = classify(problem)
         return {
             "row": [row],
@@ -164,8 +164,10 @@ class _Generation:
     def draw(self, shards: Sequence[dict[str, int]]) -> Iterator[None]:
         """Draw with one pool until all is drawn, or a pool of another size is worth its start."""
         began, count, work_seconds = time.monotonic(), 0, 0.0
-        beside_trials = self.allocation.tuning
-        pool = Pool(actors=min(self.allocation.pool_size(), len(shards)), gpu=bool(self.want.gpu))
+        beside_trials = self.allocation.trials_running
+        pool = PoolStatistics(
+            actors=min(self.allocation.pool_size(), len(shards)), gpu=bool(self.want.gpu)
+        )
         rows = [requirement.spec for requirement in self.requirements]
         self.allocation.pool_exceeds_reserve = not beside_trials
         reader = _StreamReader(
@@ -217,7 +219,7 @@ class _Generation:
         # After a failure such as a full disk, further images would be drawn in vain.
         self.stopped = CLASSES[result["failure_class"]].stops_after == 1
 
-    def _should_resize(self, pool: Pool, beside_trials: bool, remaining: float) -> bool:
+    def _should_resize(self, pool: PoolStatistics, beside_trials: bool, remaining: float) -> bool:
         """Whether a pool of another size is worth its start.
 
         A pool that takes resources from trials is closed in any case.
@@ -225,7 +227,7 @@ class _Generation:
         Args:
             remaining: seconds of work for one actor.
         """
-        if self.allocation.tuning == beside_trials:
+        if self.allocation.trials_running == beside_trials:
             return False
         size = self.allocation.pool_size()
         if not beside_trials:

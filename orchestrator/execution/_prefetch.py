@@ -15,7 +15,14 @@ from air_core.specs import FeaturesSpec, LabelsSpec, LoraSpec, SyntheticFeatures
 from orchestrator.execution._allocation import PreparationContext
 from orchestrator.execution._state import RunState
 from orchestrator.failures import first_line
-from orchestrator.planning import Plan, Requirement, Slot, holds, possible_trials, requirements_of
+from orchestrator.planning import (
+    Plan,
+    Requirement,
+    Slot,
+    contains_spec,
+    possible_trials,
+    requirements_of,
+)
 from orchestrator.planning.audit_card import AuditRow, audit_rows, stored_card
 from orchestrator.planning.plan import fp32_slots
 from orchestrator.spec import Cell
@@ -186,7 +193,7 @@ class Prefetch:
         return [
             requirement
             for requirement in requirements
-            if not any(holds(requirement.spec, spec) for spec in failed)
+            if not any(contains_spec(requirement.spec, spec) for spec in failed)
         ]
 
     def fits_budget(self) -> bool:

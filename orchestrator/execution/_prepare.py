@@ -19,9 +19,9 @@ from orchestrator.execution._generation import draw
 from orchestrator.execution._progress import ProgressListener, ProgressReporter
 from orchestrator.failures import CLASSES, Failure, classify, classify_death
 from orchestrator.keys import artifact_key
-from orchestrator.planning import Requirement, artifact_title, holds
+from orchestrator.planning import Requirement, artifact_title, contains_spec
 from orchestrator.planning.audit_card import AuditRow, card_files
-from orchestrator.planning.plan import level
+from orchestrator.planning.plan import build_level
 from orchestrator.stages import auditor, pictures
 from orchestrator.stages.build import build_features, build_labels, build_lora
 from orchestrator.stages.context import WorkerContext, limit_gpu_memory
@@ -49,7 +49,7 @@ def prepare(requirements: Sequence[Requirement], context: PreparationContext) ->
         buildable = [
             requirement
             for requirement in group
-            if not any(holds(requirement.spec, spec) for spec in failed)
+            if not any(contains_spec(requirement.spec, spec) for spec in failed)
         ]
         images = [requirement for requirement in buildable if requirement.stage == "images"]
         others = [requirement for requirement in buildable if requirement.stage != "images"]
@@ -76,7 +76,7 @@ def _levels(missing: Sequence[Requirement]) -> dict[Requirement, int]:
     Labels are made by the process that trains a LoRA on them, and rows without LoRA are drawn
     together with the last row.
     """
-    levels = {requirement: level(requirement.spec) for requirement in missing}
+    levels = {requirement: build_level(requirement.spec) for requirement in missing}
     trained_on = {
         requirement.spec.labels for requirement in missing if isinstance(requirement.spec, LoraSpec)
     }
@@ -155,10 +155,10 @@ def _build_side_by_side(
     failures = []
     while waiting or running:
         while waiting and len(running) < context.allocation.max_tasks(
-            resources.want(waiting[0][0].stage)
+            resources.process_resources(waiting[0][0].stage)
         ):
             requirement, task_worker = waiting.popleft()
-            want = resources.want(requirement.stage)
+            want = resources.process_resources(requirement.stage)
             task = ray.remote(_build_artifact).options(
                 num_cpus=want.cpu,
                 num_gpus=want.gpu,

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import ray
 from ray.exceptions import RayError
 
-from orchestrator.execution._allocation import Pool
+from orchestrator.execution._allocation import PoolStatistics
 from orchestrator.failures import Failure
 from orchestrator.planning import Requirement
 
@@ -36,7 +36,7 @@ class ProgressListener(Protocol):
         """An artifact failed and is tried again."""
         ...
 
-    def on_pool_closed(self, pool: Pool) -> None:
+    def on_pool_closed(self, pool: PoolStatistics) -> None:
         """A pool of generators has ended."""
         ...
 

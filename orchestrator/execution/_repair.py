@@ -15,7 +15,7 @@ from orchestrator.planning import (
     Plan,
     Requirement,
     Resolver,
-    holds,
+    contains_spec,
     possible_trials,
     requirements_of,
 )
@@ -94,4 +94,4 @@ def _is_needed_to_draw(
         for requirement in requirements
         if isinstance(requirement.spec, SyntheticFeaturesSpec)
     )
-    return any(holds(row.spec, spec) and row.have(store) < row.total() for row in rows)
+    return any(contains_spec(row.spec, spec) and row.have(store) < row.total() for row in rows)

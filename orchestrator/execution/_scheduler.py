@@ -23,9 +23,8 @@ from air_core.specs import TrialSpec
 from orchestrator.failures import CLASSES, Failure
 from orchestrator.planning import Outcome, Resolver, Slot
 from orchestrator.planning.plan import ended_slots, fp32_slots, iterations_of, slots_of
-from orchestrator.planning.pruning import pruned
-from orchestrator.planning.studies import Pruned
-from orchestrator.planning.studies import searches as fold_searches
+from orchestrator.planning.pruning import points_to_prune
+from orchestrator.planning.studies import PrunedPoint, read_searches
 from orchestrator.spec import Cell, SweepSpec
 from orchestrator.spec.space import Point, study_name
 from orchestrator.spec.sweep import ENCODER_BATCH
@@ -95,7 +94,7 @@ class _CellQueue:
         self.running: dict[int, _ActivePoint] = {}
         self.at_rung: list[_ActivePoint] = []  # wait for the other points of the round
         self.finished: dict[int, float | None] = {}  # objectives of the round
-        self.pruned: dict[int, Pruned] = {}  # points of the round
+        self.pruned: dict[int, PrunedPoint] = {}  # points of the round
         self.started = 0  # points, over all rounds
         self.ended = False
 
@@ -163,7 +162,7 @@ class TrialScheduler:
         self.objective = sweep.search.objective if sweep.search else None
         self.rungs = sweep.search.rungs if sweep.search else ()
         self.queues = [_CellQueue(cell, searches.get(cell.id)) for cell in cells]
-        self.logged_searches = fold_searches(event_log)
+        self.logged_searches = read_searches(event_log)
         self.finished_before = ended_slots(event_log)
         self.job_count = 0
         self.within_budget, self.stopped = within_budget, False
@@ -259,7 +258,7 @@ class TrialScheduler:
             queue.startable.append(self._active_point(queue, queue.new.popleft()))
         active = queue.startable[0]
         number, stop_after = active.point.number, active.stop_after
-        if number in self.logged_searches.pruned_of(queue.cell, self.sweep.search):
+        if number in self.logged_searches.pruned_points(queue.cell, self.sweep.search):
             queue.startable.popleft()
             queue.started += 1
             self._prune(queue, active)
@@ -365,7 +364,7 @@ class TrialScheduler:
         known = digest == slot.key.digest and state in ("done", "reused")
         record = read_trial(slot.spec, self.store)
         done = known and state == "done"
-        outcome = Outcome(slot, "done" if done else "reused", record, known=known)
+        outcome = Outcome(slot, "done" if done else "reused", record, already_logged=known)
         self._finish(queue, point, outcome)
 
     def _retry(self, job: Job, key: str, spec: TrialSpec, failure: Failure) -> bool:
@@ -399,7 +398,7 @@ class TrialScheduler:
     def _fail(self, queue: _CellQueue, point: int, slot: Slot, failure: Failure) -> None:
         known = slot.id in self.skipped_failures
         name, message = failure.failure_class, failure.message
-        outcome = Outcome(slot, "failed", failure_class=name, message=message, known=known)
+        outcome = Outcome(slot, "failed", failure_class=name, message=message, already_logged=known)
         self._finish(queue, point, outcome)
 
     def _reach_rung(self, queue: _CellQueue, point: int, slot: Slot) -> None:
@@ -452,7 +451,7 @@ class TrialScheduler:
             }
             study = study_name(queue.cell, search)
             earlier = self.logged_searches.rungs.get(study, {}).get(rung, {}).values()
-            stopped = pruned(search.pruning, values, earlier)
+            stopped = points_to_prune(search.pruning, values, earlier)
             if values:
                 by_name = {str(number): value for number, value in values.items()}
                 self.event_log.append(
@@ -474,13 +473,15 @@ class TrialScheduler:
 
     def _prune(self, queue: _CellQueue, active: _ActivePoint) -> None:
         number = active.point.number
-        stop = self.logged_searches.pruned_of(queue.cell, self.sweep.search)[number]
+        stop = self.logged_searches.pruned_points(queue.cell, self.sweep.search)[number]
         queue.pruned[number] = stop
         for slot in active.slots.values():
             if slot.id not in active.final:
                 _, seconds = recorded_rungs(slot.spec, self.store)
                 known = self.finished_before.get(slot.id) == (slot.key.digest, "pruned")
-                self.on_outcome(Outcome(slot, "pruned", pruned=stop, seconds=seconds, known=known))
+                self.on_outcome(
+                    Outcome(slot, "pruned", pruned=stop, seconds=seconds, already_logged=known)
+                )
 
     def _log_early_end(self, queue: _CellQueue) -> None:
         """Log that `patience` ended a search before all its planned points ran."""

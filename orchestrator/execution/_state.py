@@ -18,7 +18,7 @@ from orchestrator.planning import (
     Requirement,
     Resolver,
     artifact_title,
-    holds,
+    contains_spec,
     requirements_of,
 )
 from orchestrator.planning.budget import BudgetTracker
@@ -28,7 +28,7 @@ from orchestrator.store import EventLog, SweepLocation
 
 if TYPE_CHECKING:
     from orchestrator.cluster.session import MemoryPeak
-    from orchestrator.execution._allocation import Allocation, Pool
+    from orchestrator.execution._allocation import Allocation, PoolStatistics
     from orchestrator.execution._progress import ProgressMonitor
 
 
@@ -45,7 +45,7 @@ class RunStatistics:
     holes: int = 0
     states: dict[str, int] = field(default_factory=dict)
     overheads: list[float] = field(default_factory=list)
-    pools: list[dict[str, float]] = field(default_factory=list)  # of generators, as `Pool`
+    pools: list[dict[str, float]] = field(default_factory=list)  # fields of `PoolStatistics`
     memory: int = 0  # bytes
     shares: dict[str, float] = field(default_factory=dict)  # recognised by CLIP, by group
 
@@ -120,7 +120,7 @@ class RunState:
         startup = facts.get("startup", 0.0)
         if startup is not None:
             self.statistics.add_work(stage_work(requirement.spec), seconds - startup, startup)
-        self.budget_tracker.prepared(requirement.stage, seconds)
+        self.budget_tracker.record_preparation(requirement.stage, seconds)
         if requirement.stage == "images":
             self.statistics.drawn += facts["drawn"]
             self.statistics.redrawn += facts["redrawn"]
@@ -149,7 +149,7 @@ class RunState:
         self._reset_stall()
         self.screen.waiting(name, holder, seconds)
 
-    def on_pool_closed(self, pool: Pool) -> None:
+    def on_pool_closed(self, pool: PoolStatistics) -> None:
         self.statistics.pools.append(asdict(pool))
         self.screen.message(f"drew {pool}")
 
@@ -159,7 +159,7 @@ class RunState:
         """The failure of an input of a trial, because of which the trial cannot run."""
         requirements = requirements_of([trial]) if self.failed_requirements else []
         for failed, failure in self.failed_requirements:
-            if any(holds(requirement.spec, failed.spec) for requirement in requirements):
+            if any(contains_spec(requirement.spec, failed.spec) for requirement in requirements):
                 message = f"{artifact_title(failed.key)} failed: {failure.message}"
                 return Failure(failure.failure_class, message)
         return None
@@ -169,9 +169,9 @@ class RunState:
         # A slot that is repeated in fp32 has two outcomes; the last one counts.
         self.slot_states[outcome.slot.id] = outcome.state
         self.statistics.states = dict(Counter(self.slot_states.values()))
-        self.process_died |= outcome.failure_class == "infra" and not outcome.known
-        logged_at = None if outcome.known else self._log_outcome(outcome)
-        if not outcome.known:
+        self.process_died |= outcome.failure_class == "infra" and not outcome.already_logged
+        logged_at = None if outcome.already_logged else self._log_outcome(outcome)
+        if not outcome.already_logged:
             self._charge(outcome)
         self.tracker.trial(outcome, logged_at)
         self.screen.outcome(outcome)

@@ -42,7 +42,7 @@ from orchestrator.execution._state import RunState
 from orchestrator.execution.screen import Screen
 from orchestrator.failures import CLASSES, Failure, first_line, is_disk_full
 from orchestrator.formatting import format_duration
-from orchestrator.git import commit, diff_digest, dirty, uncommitted_diff
+from orchestrator.git import commit, diff_digest, uncommitted_diff, uncommitted_digest
 from orchestrator.planning import (
     OutcomeTracker,
     Plan,
@@ -205,7 +205,7 @@ def _export_provenance(location: SweepLocation, diff: bytes) -> None:
     """Pass to workers, by the environment, what they record: they have no .git, and may run as
     another user."""
     os.environ |= {
-        "AIRSWEEP_DIRTY": dirty(diff),
+        "AIRSWEEP_DIRTY": uncommitted_digest(diff),
         "AIRSWEEP_COMMIT": commit(),
         "AIRSWEEP_USER": whoami(),
         "AIRSWEEP_SWEEP": f"{location.project}/{location.name}",
@@ -388,7 +388,7 @@ def _run_trials(state: RunState, scheduler: TrialScheduler, prefetch: Prefetch) 
 
     assert state.allocation is not None
     assert state.progress is not None
-    state.allocation.tuning = True
+    state.allocation.trials_running = True
     cost = run_points(
         scheduler,
         worker_context(state),
@@ -398,7 +398,7 @@ def _run_trials(state: RunState, scheduler: TrialScheduler, prefetch: Prefetch) 
         prefetch.advance,
         state.progress.actor,
     )
-    state.allocation.tuning = False
+    state.allocation.trials_running = False
     state.statistics.add_wall("trials", cost.wall)
     if cost.overhead is not None:
         state.statistics.overheads.append(cost.overhead)

@@ -120,7 +120,7 @@ class Screen:
 
     def outcome(self, outcome: Outcome) -> None:
         row = self.rows.add(outcome)
-        if row is not None and not outcome.known:
+        if row is not None and not outcome.already_logged:
             self.message(row)
 
     def close(self) -> None:
@@ -172,7 +172,7 @@ class BarScreen(Screen):
         )
 
     def outcome(self, outcome: Outcome) -> None:
-        if not outcome.known:
+        if not outcome.already_logged:
             self.bars.advance(self.trials)
         super().outcome(outcome)
 

@@ -115,7 +115,7 @@ def audit_rows_of_sweep(sweep: SweepSpec, location: SweepLocation) -> list[Audit
     return rows
 
 
-def ready(rows: Sequence[AuditRow], location: SweepLocation) -> list[AuditRow]:
+def complete_rows(rows: Sequence[AuditRow], location: SweepLocation) -> list[AuditRow]:
     """Select the rows whose images are all drawn.
 
     Raises:
@@ -212,7 +212,7 @@ def card_as_dict(card: AuditCard) -> dict[str, Any]:
     return plain
 
 
-def title_of(row: AuditRow) -> str:
+def row_title(row: AuditRow) -> str:
     """Describe the source of a row's images in a few words."""
     images = row.row.images
     if isinstance(images, FolderImages):
@@ -233,7 +233,7 @@ def audit_screen(card: AuditCard, sweep: str, folder: Path) -> str:
         sweep: name of the sweep, for the command that lists all flagged images.
         folder: folder of the card's picture.
     """
-    lines = [*facts_of(card), *_weak_classes(card)]
+    lines = [*card_facts(card), *_weak_classes(card)]
     lines += [(finding["reason"], finding["sentence"]) for finding in card.flagged[:MAX_FLAGGED]]
     if len(card.flagged) > MAX_FLAGGED:
         more = len(card.flagged) - MAX_FLAGGED
@@ -244,7 +244,7 @@ def audit_screen(card: AuditCard, sweep: str, folder: Path) -> str:
     return "\n".join([f"{card.title}   {card.dataset}", *aligned(lines, WIDTH), picture])
 
 
-def facts_of(card: AuditCard) -> list[tuple[str, str]]:
+def card_facts(card: AuditCard) -> list[tuple[str, str]]:
     """Summarise a card as pairs of a label and a text."""
     classes, before = len(card.classes), ""
     images = f"{card.images:,} of {classes:,} {'class' if classes == 1 else 'classes'}"

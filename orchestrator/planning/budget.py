@@ -37,8 +37,8 @@ class BudgetTracker:
         self.trials.setdefault(cell, []).append(seconds)
         self.gpu_seconds += seconds * self.resources.trial.gpu
 
-    def prepared(self, stage: str, seconds: float) -> None:
-        self.gpu_seconds += seconds * self.resources.want(stage).gpu
+    def record_preparation(self, stage: str, seconds: float) -> None:
+        self.gpu_seconds += seconds * self.resources.process_resources(stage).gpu
 
     def record_pruned_trial(self, seconds: float) -> None:
         """Add the cost of a pruned trial, which says nothing about the length of a full trial."""

@@ -23,7 +23,7 @@ class DatasetText:
     template: str
 
 
-def text_of(features: FeaturesSpec, store: ArtifactStore) -> DatasetText:
+def read_dataset_text(features: FeaturesSpec, store: ArtifactStore) -> DatasetText:
     """Read the text from the record of the features, else from the dataset.
 
     The dataset is read if the features are missing, or if an earlier version wrote their record.
@@ -51,10 +51,10 @@ def tested_classes(trial: TrialSpec, store: ArtifactStore) -> tuple[str, ...]:
     """Class names of a trial's test images, in the order of labels."""
     if trial.test_features is None:
         return trial.classnames
-    return text_of(trial.test_features, store).classnames
+    return read_dataset_text(trial.test_features, store).classnames
 
 
-def about(dataset: str) -> str:
+def dataset_description(dataset: str) -> str:
     """A short description of a dataset; its name if its folder does not exist any more."""
     try:
         return get_dataset(dataset).about
@@ -62,7 +62,7 @@ def about(dataset: str) -> str:
         return dataset
 
 
-def licence(dataset: str) -> str:
+def dataset_licence(dataset: str) -> str:
     """Licence of a dataset's images; that of a user's folder if it does not exist any more."""
     try:
         return get_dataset(dataset).licence

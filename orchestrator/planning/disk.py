@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from statistics import fmean
 
-from orchestrator.formatting import size
+from orchestrator.formatting import format_bytes
 from orchestrator.planning.plan import Plan
 from orchestrator.store import ArtifactStore
 
@@ -42,10 +42,11 @@ def full_disk_message(plan: Plan, store: ArtifactStore, problem: str) -> str:
     """
     disk = shutil.disk_usage(store.root)
     left = bytes_left(plan, store)
-    needed = f"; the sweep needs at least {size(left)} more" if left else ""
+    needed = f"; the sweep needs at least {format_bytes(left)} more" if left else ""
     gc = f"airsweep cache gc --store {store.root}"
     return (
-        f"no space left on the disk of the store {store.root} ({problem}): {size(disk.free)} of "
-        f"{size(disk.total)} are free after the removal of unfinished files{needed}; `{gc}` lists "
-        "what no sweep needs; free some space, then run the same command again to resume"
+        f"no space left on the disk of the store {store.root} ({problem}): "
+        f"{format_bytes(disk.free)} of {format_bytes(disk.total)} are free after the removal of "
+        f"unfinished files{needed}; `{gc}` lists what no sweep "
+        "needs; free some space, then run the same command again to resume"
     )

@@ -27,7 +27,7 @@ from air_core.specs import (
     trains_on_synthetic,
     uses_auxiliary,
 )
-from orchestrator.planning.resources import Machine, room, this_machine
+from orchestrator.planning.resources import Machine, process_capacity, this_machine
 from orchestrator.spec import Resources
 from orchestrator.store import ArtifactStore, smoke_store
 from orchestrator.store.verification import read_cache
@@ -214,7 +214,7 @@ def _reason(unmeasured: Sequence[str], any_measured: bool) -> str:
 
 def gpu_share(stage: str, resources: Resources) -> float:
     """GPUs that one worker of a stage reserves, as a fraction or a count."""
-    return resources.want(stage).gpu
+    return resources.process_resources(stage).gpu
 
 
 def _gpu_hours(stages: Mapping[str, float], resources: Resources) -> float:
@@ -230,7 +230,7 @@ def _wall(
     """Lower bound: stages run one after another, each on as many workers as the machines hold."""
     total = 0.0
     for stage, seconds in stages.items():
-        workers = room(resources.want(stage), machines)
+        workers = process_capacity(resources.process_resources(stage), machines)
         if not workers:
             return None
         if stage == "images":

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from orchestrator.planning.plan import Slot
-from orchestrator.planning.studies import Pruned
+from orchestrator.planning.studies import PrunedPoint
 from orchestrator.store import TrialRecord
 
 
@@ -17,11 +17,11 @@ class Outcome:
     slot: Slot
     state: Literal["done", "reused", "failed", "pruned"]
     record: TrialRecord | None = None
-    pruned: Pruned | None = None
+    pruned: PrunedPoint | None = None
     seconds: float = 0.0  # duration of a pruned trial
     failure_class: str | None = None
     message: str = ""
-    known: bool = False  # the event log has this outcome already
+    already_logged: bool = False  # the event log has this outcome already
 
 
 class OutcomeTracker(Protocol):

@@ -29,12 +29,12 @@ from orchestrator.planning.estimate import Estimate, Work, estimate, stage_work,
 from orchestrator.planning.resolve import Resolver
 from orchestrator.planning.studies import (
     Edit,
-    Pruned,
+    PrunedPoint,
     Searches,
     StudyStart,
     edit_since_last_run,
+    read_searches,
     request_digest,
-    searches,
     study_start,
 )
 from orchestrator.spec import Cell, Dimension, SweepSpec, cells_of
@@ -92,8 +92,8 @@ class Requirement:
     def missing(self, store: ArtifactStore) -> list[tuple[int, int]]:
         """The shards of which images or features are missing."""
         assert isinstance(self.spec, SyntheticFeaturesSpec)
-        images = store.row(self.spec.images).present(".parquet")
-        features = store.row(self.spec).present(".safetensors")
+        images = store.row(self.spec.images).existing_shards(".parquet")
+        features = store.row(self.spec).existing_shards(".safetensors")
         return [shard for shard in self.shards() if shard not in images or shard not in features]
 
     def have(self, store: ArtifactStore) -> int:
@@ -115,7 +115,7 @@ class Requirement:
 
 
 # Stages in messages and on screens.
-WORDS = {
+STAGE_TITLES = {
     "features": "CLIP features",
     "labels": "pseudo-labels",
     "lora": "LoRA",
@@ -125,7 +125,7 @@ WORDS = {
 
 def artifact_title(key: ArtifactKey) -> str:
     """Name of an artifact in messages and on screens."""
-    return f"{WORDS[key.stage]} {key.slug}"
+    return f"{STAGE_TITLES[key.stage]} {key.slug}"
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class Plan:
     left: Mapping[str, int]  # number of trials to run, by cell
     done: int
     reused: int
-    pruned: Mapping[str, Pruned]  # slots of points that the search pruned
+    pruned: Mapping[str, PrunedPoint]  # slots of points that the search pruned
     requirements: tuple[Requirement, ...]
     work: tuple[Work, ...]  # that is left
     estimate: Estimate
@@ -191,12 +191,12 @@ def plan_sweep(
 ) -> Plan:
     """Compare what a sweep needs with its store and its event log."""
     cells, assignments = cells_of(sweep), sweep.seeds.assignments()
-    state = searches(event_log)
+    state = read_searches(event_log)
     starts = _study_starts(sweep, cells, state, resolver, store)
     moved = fp32_slots(event_log)
     slots: list[Slot] = []
     left: dict[str, int] = {}  # trials by cell
-    stopped: dict[str, Pruned] = {}  # by slot
+    stopped: dict[str, PrunedPoint] = {}  # by slot
     points = 0
     pending_rungs: dict[
         str, list[int]
@@ -205,8 +205,8 @@ def plan_sweep(
         count = state.points(cell, sweep.search)
         points += count
         left[cell.id] = count * len(assignments)
-        pruned_points = state.pruned_of(cell, sweep.search)
-        carried = state.carried_into(cell, sweep.search, starts.get(cell.id))
+        pruned_points = state.pruned_points(cell, sweep.search)
+        carried = state.carried_points(cell, sweep.search, starts.get(cell.id))
         params_by_number = known_points(sweep, cell, state, starts.get(cell.id))
         for number, params in sorted(params_by_number.items())[:count]:
             point_slots = slots_of(cell, number, params, assignments, resolver, moved)
@@ -339,7 +339,7 @@ def known_points(
         return {0: {}}
     if sweep.search.sampler == "grid":
         return dict(enumerate(grid_points(cell)))
-    return state.known(cell, sweep.search, start)
+    return state.known_points(cell, sweep.search, start)
 
 
 def slots_of(
@@ -461,16 +461,16 @@ def _row_requirements(
     yield Requirement(row, images_per_class, classes)
 
 
-def holds(spec: Any, part: Any) -> bool:
+def contains_spec(spec: Any, part: Any) -> bool:
     """Whether `part` equals `spec` or one of the specs nested in it."""
     if spec == part:
         return True
     if not is_dataclass(spec):
         return False
-    return any(holds(getattr(spec, f.name), part) for f in fields(spec))
+    return any(contains_spec(getattr(spec, f.name), part) for f in fields(spec))
 
 
-def level(spec: Any) -> int:
+def build_level(spec: Any) -> int:
     """Depth of an artifact in the build order, from 1; artifacts of one level are independent."""
     match spec:
         case LabelsSpec():
@@ -480,11 +480,11 @@ def level(spec: Any) -> int:
         case SyntheticFeaturesSpec():
             images = spec.images
             if spec.level == "tokens":  # after the images, which would otherwise be drawn twice
-                return 1 + level(replace(spec, level="features"))
+                return 1 + build_level(replace(spec, level="features"))
             inputs = [images.lora] if isinstance(images, GeneratedImages) else []
         case _:
             inputs = []
-    return 1 + max((level(each) for each in inputs if each is not None), default=0)
+    return 1 + max((build_level(each) for each in inputs if each is not None), default=0)
 
 
 # ---------------------------------------------------------------- state in the event log

@@ -16,7 +16,7 @@ from orchestrator.spec.sweep import Pruning
 DEFAULT = 0  # number of the default point, which is never pruned
 
 
-def pruned(
+def points_to_prune(
     pruning: Pruning, values: Mapping[int, float], earlier: Iterable[float] = ()
 ) -> tuple[int, ...]:
     """Select the points that stop at a rung, in the order of their numbers.

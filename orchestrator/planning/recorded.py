@@ -19,11 +19,11 @@ from orchestrator.planning.plan import (
     slots_of,
 )
 from orchestrator.planning.resolve import NotRecorded, Resolver, resolver_of
-from orchestrator.planning.studies import Searches, searches
+from orchestrator.planning.studies import Searches, read_searches
 from orchestrator.spec import Cell, SweepSpec, cells_of, load_sweep
-from orchestrator.spec.sweep import smoke
+from orchestrator.spec.sweep import smoke_variant
 from orchestrator.store import ArtifactStore, SweepLocation, read_resolved, recorded_locations
-from orchestrator.store.gc import Shards, StoreRequirements, SweepRequirements, merged
+from orchestrator.store.gc import Shards, StoreRequirements, SweepRequirements, merge_shards
 
 
 def read_sweep(location: SweepLocation, data_root: Path | None) -> tuple[SweepSpec, SweepLocation]:
@@ -42,7 +42,7 @@ def read_sweep(location: SweepLocation, data_root: Path | None) -> tuple[SweepSp
     sweep = replace(sweep, source=origin.get("source", sweep.source))
     data = data_root or (Path(sweep.data_root) if sweep.data_root else None)
     location = replace(location, data_root=data, recorded=True)
-    return smoke(sweep) if origin.get("smoke") else sweep, location
+    return smoke_variant(sweep) if origin.get("smoke") else sweep, location
 
 
 def refuse_running(store: ArtifactStore) -> None:
@@ -87,7 +87,7 @@ def _needed_by_sweep(sweep: SweepSpec, location: SweepLocation) -> dict[str, Sha
     done = [event for event in events if event["event"] in ("trial_done", "trial_reused")]
     last_cells = cells_of(sweep)
     cells_run = {cell.id for cell in last_cells} | {event["cell"] for event in done}
-    state, moved = searches(event_log), fp32_slots(event_log)
+    state, moved = read_searches(event_log), fp32_slots(event_log)
     needed = [(event["key"][:12], frozenset[tuple[int, int]]()) for event in done]
     unlisted = None  # the error of a cell that was not run and whose data is missing
     every_cell = cells_of(replace(sweep, grid=sweep.axes)) if sweep.axes else ()
@@ -101,7 +101,7 @@ def _needed_by_sweep(sweep: SweepSpec, location: SweepLocation) -> dict[str, Sha
                 raise
             unlisted = problem
     resolver.save()
-    shards = merged(needed)
+    shards = merge_shards(needed)
     built = {e["key"].rpartition("-")[2] for e in events if e["event"] == "artifact_prepared"}
     if unlisted is not None and built - set(shards):  # `prepare` may have built it for that cell
         raise unlisted
@@ -140,7 +140,7 @@ def _digest(spec: Stage) -> str:
     return artifact_key(spec).digest[:12]
 
 
-def computed_by(store: ArtifactStore, keys: Iterable[str], but: SweepLocation) -> Counter[str]:
+def count_by_sweep(store: ArtifactStore, keys: Iterable[str], but: SweepLocation) -> Counter[str]:
     """Count the trials of `keys` by the recorded sweep that computed them.
 
     Args:

@@ -14,8 +14,7 @@ from orchestrator.errors import Refused
 from orchestrator.planning.plan import Plan, plan_sweep
 from orchestrator.planning.resolve import resolver_of
 from orchestrator.spec import SweepSpec, cells_of, find_sweep, load_sweep
-from orchestrator.spec.sweep import option_words
-from orchestrator.spec.sweep import smoke as smoke_version
+from orchestrator.spec.sweep import option_words, smoke_variant
 from orchestrator.store import SweepLocation, is_bucket, open_store, smoke_store, store_folder
 from orchestrator.store.location import recorded_location, recorded_names
 
@@ -74,7 +73,7 @@ def read_request(
         SpecError: the file or an option is invalid; the message has file, line and column.
     """
     sweep = load_sweep(find_sweep(str(spec)), sets=sets, only=only)
-    return SweepRequest(smoke_version(sweep) if smoke else sweep, tuple(sets), tuple(only), smoke)
+    return SweepRequest(smoke_variant(sweep) if smoke else sweep, tuple(sets), tuple(only), smoke)
 
 
 def location_for(sweep: SweepRequest, store: str | Path, data_root: Path | None) -> SweepLocation:

@@ -86,7 +86,7 @@ class Resolver:
             ValueError: weights or images are missing, or too few.
         """
         flat = EMBEDDED | flat
-        dataset = self.named(flat["dataset"])
+        dataset = self.dataset_by_name(flat["dataset"])
         refs = {
             "dataset": dataset.ref,
             "backbone": self.weights("backbone", flat["backbone"]),
@@ -94,10 +94,10 @@ class Resolver:
         }
         datasets = [dataset]
         if flat.get("test_dataset") is not None:
-            datasets.append(self.named(flat["test_dataset"]))
+            datasets.append(self.dataset_by_name(flat["test_dataset"]))
             refs["test_dataset"] = datasets[-1].ref
         trial = from_flat(flat, refs, dataset.classnames)
-        trial = replace(trial, code=self.code([dataset.ref.name for dataset in datasets]))
+        trial = replace(trial, code=self.code_versions([dataset.ref.name for dataset in datasets]))
         # A trial without images does not need the generator, which may be missing.
         if uses_images(trial):
             trial = replace(trial, generator=self.weights("generator", flat["generator"]))
@@ -159,7 +159,7 @@ class Resolver:
                 "images_per_class"
             )
 
-    def code(self, datasets: Sequence[str]) -> CodeVersions:
+    def code_versions(self, datasets: Sequence[str]) -> CodeVersions:
         """Code versions, by part, that no recipe number covers, for trials on these datasets."""
         if self.versions is not None:
             return tuple(self.versions.items())
@@ -167,7 +167,7 @@ class Resolver:
         self._code |= versions
         return versions
 
-    def named(self, name: str) -> DatasetInput:
+    def dataset_by_name(self, name: str) -> DatasetInput:
         """Resolve a dataset by name.
 
         Raises:
@@ -184,10 +184,10 @@ class Resolver:
         """Resolve a dataset, once for each name."""
         key = ("dataset", dataset.name)
         if key not in self._refs:
-            self._refs[key] = self.content(dataset)
+            self._refs[key] = self.dataset_content(dataset)
         return self._refs[key]
 
-    def content(self, dataset: Dataset) -> Ref:
+    def dataset_content(self, dataset: Dataset) -> Ref:
         """Resolve a dataset from its files as they are now, even if it was resolved before."""
         files = dataset.files(self.data_root)
         content = {
@@ -273,7 +273,7 @@ class RecordedResolver(Resolver):
         self._weights: Mapping[str, str] = inputs["weights"]
         self.versions = inputs.get("code", {})
 
-    def named(self, name: str) -> DatasetInput:
+    def dataset_by_name(self, name: str) -> DatasetInput:
         """Look up a dataset.
 
         Raises:

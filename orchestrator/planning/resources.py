@@ -61,9 +61,9 @@ def resource_shortage(
     """
     required: dict[str, ProcessResources] = {"trial": resources.trial}
     if prepares:
-        required |= {"generator": resources.generator, "encoder": resources.encoding}
+        required |= {"generator": resources.generator, "encoder": resources.encoder_resources}
     for name, want in required.items():
-        if not room(want, machines):
+        if not process_capacity(want, machines):
             return _shortage(name, want, machines)
     return None
 
@@ -90,12 +90,12 @@ def _shortage(name: str, want: ProcessResources, machines: Sequence[Machine]) ->
     )
 
 
-def room(want: ProcessResources, machines: Sequence[Machine]) -> int:
+def process_capacity(want: ProcessResources, machines: Sequence[Machine]) -> int:
     """Number of processes that the machines can run in parallel."""
-    return sum(_room_on(machine, want) for machine in machines)
+    return sum(_capacity_of(machine, want) for machine in machines)
 
 
-def _room_on(machine: Machine, want: ProcessResources) -> int:
+def _capacity_of(machine: Machine, want: ProcessResources) -> int:
     limits = [
         int(machine.get(kind, 0) // amount)
         for kind, amount in ray_resources(want).items()
@@ -104,16 +104,19 @@ def _room_on(machine: Machine, want: ProcessResources) -> int:
     return min(limits, default=int(machine.get("CPU", 1)))
 
 
-def without(machines: Sequence[Machine], want: ProcessResources, count: int) -> list[Machine]:
+def remaining_resources(
+    machines: Sequence[Machine], want: ProcessResources, count: int
+) -> list[Machine]:
     """The resources that remain free beside `count` processes, or as many of them as fit.
 
     >>> from orchestrator.spec.sweep import GeneratorResources
-    >>> without([{"CPU": 8, "GPU": 2}, {"CPU": 8, "GPU": 1}], GeneratorResources(gpu=1), 2)
+    >>> machines = [{"CPU": 8, "GPU": 2}, {"CPU": 8, "GPU": 1}]
+    >>> remaining_resources(machines, GeneratorResources(gpu=1), 2)
     [{'CPU': 6.0, 'GPU': 0.0}, {'CPU': 8, 'GPU': 1}]
     """
     remaining: list[Machine] = []
     for machine in machines:
-        placed = min(count, _room_on(machine, want))
+        placed = min(count, _capacity_of(machine, want))
         count -= placed
         used = {kind: amount * placed for kind, amount in ray_resources(want).items() if placed}
         remaining.append({kind: total - used.get(kind, 0) for kind, total in machine.items()})

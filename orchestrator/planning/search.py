@@ -41,13 +41,13 @@ from optuna.trial import TrialState, create_trial
 from air_core.specs.flat import trial_keys
 from orchestrator.errors import StudiesUnreachable
 from orchestrator.planning.plan import Plan
-from orchestrator.planning.studies import Searches, searches
+from orchestrator.planning.studies import Searches, read_searches
 from orchestrator.spec import Cell, Dimension
 from orchestrator.spec.space import (
     Point,
-    applies,
     default_params,
     grid_points,
+    is_active,
     point_count,
     study_name,
 )
@@ -156,7 +156,7 @@ def open_searches(
     search = plan.sweep.search
     assert search is not None
     searched = [cell for cell in plan.cells if cell.space]
-    state = searches(event_log)
+    state = read_searches(event_log)
     for cell in searched:
         start = plan.study_starts.get(cell.id)
         if start is not None:
@@ -173,7 +173,7 @@ def open_searches(
             )
         elif state.current.get(cell.id, study := study_name(cell, search)) != study:
             event_log.append("study_resumed", cell=cell.id, study=study)
-    state, prefix = searches(event_log), ""
+    state, prefix = read_searches(event_log), ""
     if search.storage == JOURNAL:
         for old_file in (journal, Path(f"{journal}.lock")):
             old_file.unlink(missing_ok=True)
@@ -274,7 +274,7 @@ class CellSearch:
         """Rebuild the study from the event log, in the order in which points ended."""
         study = study_name(self.cell, self.search)
         values, pruned = state.values.get(study, {}), state.pruned.get(study, {})
-        known = state.known(self.cell, self.search, None)
+        known = state.known_points(self.cell, self.search, None)
         for number in range(max(known, default=-1) + 1):
             if number in known:
                 self._params[number] = known[number]
@@ -385,7 +385,7 @@ class CellSearch:
             self.study.sampler = sampler
             trial, params = self.study.ask(), {}
             for dimension in self.cell.space:
-                if applies(dimension, self.cell.flat | params):
+                if is_active(dimension, self.cell.flat | params):
                     params[dimension.key] = _suggest_value(trial, dimension)
             self.study.tell(
                 trial.number, state=TrialState.FAIL

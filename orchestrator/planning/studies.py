@@ -21,7 +21,13 @@ from air_core.specs.normal import normalised
 from orchestrator.keys import digest
 from orchestrator.planning.resolve import Resolver
 from orchestrator.spec import Cell, SweepSpec
-from orchestrator.spec.space import applies, default_params, holds, point_count, study_name
+from orchestrator.spec.space import (
+    contains_value,
+    default_params,
+    is_active,
+    point_count,
+    study_name,
+)
 from orchestrator.spec.sweep import Search
 from orchestrator.store import ArtifactStore, EventLog
 
@@ -44,7 +50,7 @@ class StudyStart:
 
 
 @dataclass(frozen=True)
-class Pruned:
+class PrunedPoint:
     """The end of a pruned point: the iteration after which it stopped, and its objective there."""
 
     rung: int
@@ -65,7 +71,7 @@ class Searches:
     ended: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # by patience; event by study
     # Objectives of the compared points by study, rung and point.
     rungs: dict[str, dict[int, dict[int, float]]] = field(default_factory=dict)
-    pruned: dict[str, dict[int, Pruned]] = field(default_factory=dict)  # by study and point
+    pruned: dict[str, dict[int, PrunedPoint]] = field(default_factory=dict)  # by study and point
 
     def points(self, cell: Cell, search: Search | None) -> int:
         """Number of points of a cell over all runs; fewer than configured if patience ended it."""
@@ -97,10 +103,10 @@ class Searches:
         """
         numbered = {int(number): value for number, value in values.items()}
         self.rungs.setdefault(study, {}).setdefault(rung, {}).update(numbered)
-        stopped = {number: Pruned(rung, numbered[number]) for number in pruned}
+        stopped = {number: PrunedPoint(rung, numbered[number]) for number in pruned}
         self.pruned.setdefault(study, {}).update(stopped)
 
-    def pruned_of(self, cell: Cell, search: Search | None) -> Mapping[int, Pruned]:
+    def pruned_points(self, cell: Cell, search: Search | None) -> Mapping[int, PrunedPoint]:
         """The pruned points of a cell by number."""
         if search is None or not cell.space:
             return {}
@@ -123,7 +129,7 @@ class Searches:
             if rung < iterations and number not in decided.get(rung, {})
         ]
 
-    def carried_into(
+    def carried_points(
         self, cell: Cell, search: Search | None, start: StudyStart | None
     ) -> list[dict[str, Any]]:
         """Settings of the points that a study has carried, or will carry at its start."""
@@ -132,19 +138,19 @@ class Searches:
         carried = self.carried.get(study_name(cell, search), ())
         return [point.params for point in (*carried, *(start.carried if start else ()))]
 
-    def known(self, cell: Cell, search: Search, start: StudyStart | None) -> dict[int, Any]:
+    def known_points(self, cell: Cell, search: Search, start: StudyStart | None) -> dict[int, Any]:
         """Settings of the suggested and the carried points of a cell, by number.
 
         Carried points without a number get the next free numbers.
         """
         suggested = self.suggested.get(study_name(cell, search), {})
-        carried = self.carried_into(cell, search, start)
+        carried = self.carried_points(cell, search, start)
         new = [params for params in carried if params not in suggested.values()]
         first = 0 if new and new[0] == default_params(cell) else 1  # number 0 is the default
         return suggested | dict(enumerate(new, max(suggested, default=first - 1) + 1))
 
 
-def searches(event_log: EventLog) -> Searches:
+def read_searches(event_log: EventLog) -> Searches:
     """Read the state of a sweep's searches from its event log."""
     state = Searches()
     for event in event_log.events():
@@ -248,10 +254,10 @@ def _as_point(cell: Cell, settings: Mapping[str, Any], computation: TrialSpec) -
     """Express settings as a point of a cell's space; None if the space does not hold them."""
     params: dict[str, Any] = {}
     for dimension in cell.space:
-        if not applies(dimension, cell.flat | params):
+        if not is_active(dimension, cell.flat | params):
             continue
         value = settings.get(dimension.key, trial_keys()[dimension.key].default)
-        if not holds(dimension, value):
+        if not contains_value(dimension, value):
             return None
         params[dimension.key] = value
     return params if _computation({**cell.flat, **params}) == computation else None

@@ -14,7 +14,7 @@ from typing import Any
 
 from pandas import DataFrame
 
-from orchestrator.formatting import size
+from orchestrator.formatting import format_bytes
 from orchestrator.store import ArtifactStore, recorded_locations
 from orchestrator.store.inventory import UNKNOWN, Inventory, take_inventory
 
@@ -75,7 +75,7 @@ def usage_screen(report: dict[str, Any]) -> str:
     by, total = report["by"], report["total"]
     frame = DataFrame([*report["rows"], {by: "total", **total}]).set_index(by)
     frame.index = frame.index.str.replace(f"^(.{{{NAME_WIDTH - 3}}}).{{4,}}", r"\1...", regex=True)
-    shown = {"made": "{:,}".format, **dict.fromkeys(HOURS, _hours), "bytes": size}
+    shown = {"made": "{:,}".format, **dict.fromkeys(HOURS, _hours), "bytes": format_bytes}
     if not total["unknown_hours"]:
         del shown["unknown_hours"]
     titles = {"gpu_hours": "GPU hours", "cpu_hours": "CPU hours", "bytes": "size"}

@@ -31,7 +31,7 @@ class Layout:
         return [are_numbers(column) for column in columns]
 
 
-def without_empty(lines: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+def drop_empty_columns(lines: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
     """Lines of a table, without columns that are empty in every line.
 
     Screens use this instead of a DataFrame, because importing pandas takes half a second.
@@ -57,7 +57,7 @@ def csv_text(frame: DataFrame) -> str:
     return text.rstrip("\n")
 
 
-def rendered(layout: Layout, format: str) -> str:
+def render(layout: Layout, format: str) -> str:
     return latex(layout) if format == "latex" else markdown(layout)
 
 
@@ -90,13 +90,17 @@ def latex(layout: Layout) -> str:
     styles = frame.map(lambda cell: "")
     for line, column in layout.bold:
         styles.iat[line, column] = "textbf:--rwrap;"
-    style = frame.style.hide(axis="index").format(escaped).format_index(escaped, axis="columns")
+    style = (
+        frame.style.hide(axis="index")
+        .format(escape_latex)
+        .format_index(escape_latex, axis="columns")
+    )
     text: str = style.apply(lambda _: styles, axis=None).to_latex(
         hrules=True,
         position_float="centering",
         multicol_align="c",
         column_format="".join("r" if right else "l" for right in layout.numeric),
-        caption=escaped(" ".join([*layout.caption, *layout.notes])),
+        caption=escape_latex(" ".join([*layout.caption, *layout.notes])),
     )
     packages = r"% \usepackage[T1]{fontenc} \usepackage{booktabs}"
     lines = [[str(name) for name in frame.columns], *frame.to_numpy().tolist()]
@@ -130,12 +134,12 @@ _LATEX = str.maketrans(
 )
 
 
-def escaped(text: str) -> str:
+def escape_latex(text: str) -> str:
     """Escape text for LaTeX. Letters missing in its Latin fonts become code points.
 
-    >>> print(escaped("zero_shot: -2.1 ± 0.3 %"))
+    >>> print(escape_latex("zero_shot: -2.1 ± 0.3 %"))
     zero\\_shot: $-$2.1 $\\pm$ 0.3 \\%
-    >>> print(escaped("digits -> 花"))
+    >>> print(escape_latex("digits -> 花"))
     digits $\\rightarrow$ {[}U+82B1{]}
     """
     text = text.replace("->", "→")

@@ -173,7 +173,7 @@ def paired_difference(a: Runs, b: Runs, *, samples: int = 2000, seed: int = 0) -
     )
 
 
-def corrected(differences: Sequence[Difference]) -> list[float]:
+def corrected_p_values(differences: Sequence[Difference]) -> list[float]:
     """Corrected p values of the differences of one table, in their order.
 
     Holm's adjustment of p values with a common runs part; never below the `p` of a difference. A
@@ -217,7 +217,7 @@ class Collapse:
     others: float  # median of the other runs
 
 
-def collapsed(runs: Runs) -> list[Collapse]:
+def collapsed_runs(runs: Runs) -> list[Collapse]:
     """Runs that collapsed: training diverged, or the prompt predicts a single class.
 
     A collapsed run is below the median of the other runs by more than 10 points or a quarter of

@@ -31,10 +31,10 @@ from air_core.paradigms import seen_unseen
 from air_core.specs import Ref, TrialSpec, uses_auxiliary
 from air_core.specs.normal import normalised
 from orchestrator.errors import MissingArtifact
-from orchestrator.formatting import counted, percent, show
+from orchestrator.formatting import format_percent, plural, show
 from orchestrator.keys import artifact_key
 from orchestrator.planning import Resolver, plan_of, refs_of
-from orchestrator.planning.dataset_text import DatasetText, licence, recorded_text
+from orchestrator.planning.dataset_text import DatasetText, dataset_licence, recorded_text
 from orchestrator.planning.inputs import spec_json
 from orchestrator.reporting.results import TABLE_COLUMNS, results_of
 from orchestrator.reporting.rows import Row, row_text, tasks_of
@@ -117,13 +117,13 @@ def best_trial(sweep: SweepSpec, location: SweepLocation, only: Sequence[str]) -
     }
     reason = f"; the run with the highest {RUN_BY}, which uses no labels" if row.n > 1 else ""
     _report(
-        f"best row: {row_text(row, [*row.settings])}, {selection['row_by']} {percent(row.mean)} % "
-        f"over {counted(row.n, 'run')}"
+        f"best row: {row_text(row, [*row.settings])}, {selection['row_by']} "
+        f"{format_percent(row.mean)} % over {plural(row.n, 'run')}"
     )
-    _report(f"run:      {slot.id}, {percent(record.headline)} %{reason}")
+    _report(f"run:      {slot.id}, {format_percent(record.headline)} %{reason}")
     _report(f"note:     {selection['note']}")
     if trials_left:
-        left = counted(trials_left, "trial")
+        left = plural(trials_left, "trial")
         _report(f"note:     the sweep has {left} left to run, which may change the best row")
     spec = normalised(slot.spec)
     return SelectedTrial(spec, record, f"{location.project}/{location.name}", slot.id, selection)
@@ -212,12 +212,13 @@ def export(
             "slot": trial.slot,
             "inputs": {name: asdict(ref) for name, ref in refs_of(named).items()},
             "spec": json.loads(spec_json(named, str(artifact_key(spec)))),
-            **{name: record.made.get(name) for name in MADE},
+            **{name: record.provenance.get(name) for name in MADE},
         },
         "chosen": trial.selection,
         "licence": LICENCE,
         "licences": {
-            ref.name: licence(ref.name) for ref in (spec.dataset, spec.test_dataset or spec.dataset)
+            ref.name: dataset_licence(ref.name)
+            for ref in (spec.dataset, spec.test_dataset or spec.dataset)
         },
     }
 
@@ -285,7 +286,7 @@ def _classifier(
     from air_core.classifiers import class_texts
 
     torch.set_num_threads(1)  # as in the trial, for bit-equal results
-    trained_on = record.made.get("device") or "cpu"
+    trained_on = record.provenance.get("device") or "cpu"
     device = "cuda" if trained_on == "cuda" and torch.cuda.is_available() else "cpu"
     backbone = load_backbone(spec.backbone.name, device, spec.precision)
     arrays: dict[str, dict[str, np.ndarray]] = {}
@@ -338,7 +339,7 @@ def _check_predictions(
     predictions = Bundle(manifest, backbone).logits_of(encoded).argmax(dim=-1).numpy()
     different = int((predictions != test["predictions"]).sum())
     if different:
-        made = trial.record.made
+        made = trial.record.provenance
         raise PredictionsDifferError(
             f"with the prompt of {trial.record.path.name}, predictions differ from the trial's on "
             f"{different} of {len(predictions)} test images, so no bundle was written. The trial "
@@ -375,14 +376,14 @@ class Verification:
         images = f"{self.images:,} test images of {self.dataset}"
         if self.same:
             return [
-                f"{self.folder}: all predictions are equal; {self.metric} {percent(self.now)} % "
-                f"on {images}"
+                f"{self.folder}: all predictions are equal; {self.metric} "
+                f"{format_percent(self.now)} % on {images}"
             ]
         change = f"{100 * (self.now - self.then):+.2f} points"
         return [
-            f"{self.folder}: different; {self.metric} {percent(self.now)} % now, "
-            f"{percent(self.then)} % recorded ({change}), on {images}",
-            f"  {counted(self.different, 'prediction')} differ, by up to "
+            f"{self.folder}: different; {self.metric} {format_percent(self.now)} % now, "
+            f"{format_percent(self.then)} % recorded ({change}), on {images}",
+            f"  {plural(self.different, 'prediction')} differ, by up to "
             f"{self.margin:.2g} in logits" + (": rounding" if self.margin < 1e-3 else ""),
         ]
 

@@ -227,7 +227,7 @@ def dots(
     return figure
 
 
-def heat(
+def heatmap(
     counts: Array,
     names: Sequence[str],
     *,
@@ -248,7 +248,7 @@ def heat(
         axes.imshow(shares, vmin=0, vmax=1, cmap="cividis")
         axes.grid(visible=False)
         if len(names) <= (110 if large else 25):
-            labels = [short(name, 24 if large else 12) for name in names]
+            labels = [shorten(name, 24 if large else 12) for name in names]
             rotated: dict[str, Any] = {"rotation": 55, "ha": "right", "rotation_mode": "anchor"}
             axes.set_xticks(range(len(names)), labels, **rotated)
             axes.set_yticks(range(len(names)), labels)
@@ -263,9 +263,9 @@ def heat(
     return figure
 
 
-def short(text: str, most: int = 34) -> str:
+def shorten(text: str, most: int = 34) -> str:
     """
-    >>> short("accuracy", 6)
+    >>> shorten("accuracy", 6)
     'accur…'
     """
     return text if len(text) <= most else text[: most - 1] + "…"
@@ -279,7 +279,7 @@ def accuracy(results: Results, *, most: int = 150, width: float = WIDTH) -> Figu
     groups: dict[str, list[Dot]] = {}
     for row in sorted(results.rows, key=lambda row: -row.mean):
         group = groups.setdefault(task_text(row.task), [])
-        label = short(row_text(row, results.varied), 34 if width == WIDTH else 60)
+        label = shorten(row_text(row, results.varied_settings), 34 if width == WIDTH else 60)
         strong = not group
         group.append(Dot(label=label, value=row.mean, low=row.low, high=row.high, strong=strong))
     groups = {task_text(task): groups[task_text(task)] for task in results.tasks}
@@ -291,13 +291,13 @@ def differences(results: Results) -> Figure:
     """Each comparison with its interval and a line at 0; diamonds for those with the control."""
     groups: dict[str, list[Dot]] = {}
     for comparison in results.comparisons:
-        settings = settings_text(comparison.row, results.varied)
+        settings = settings_text(comparison.row, results.varied_settings)
         label = " \N{MINUS SIGN} ".join(comparison.methods)
         label += f", {settings}" if settings else ""
         difference = comparison.difference
         groups.setdefault(task_text(comparison.row.task), []).append(
             Dot(
-                label=short(label),
+                label=shorten(label),
                 value=difference.mean,
                 low=difference.low,
                 high=difference.high,
@@ -321,7 +321,7 @@ def by_setting(
     """
     searched = len(points) > len(results.rows)
     several = len(tasks_of(points)) > 1
-    varied = [name for name in results.varied if name != key]
+    varied = [name for name in results.varied_settings if name != key]
     lines: dict[str, list[Row]] = {}
     for row in points:
         if key in row.settings:
@@ -333,7 +333,7 @@ def by_setting(
             line = sorted(line, key=lambda row: float(row.settings[key]))
             series.append(
                 Series(
-                    label=short(label, 40),
+                    label=shorten(label, 40),
                     x=[float(row.settings[key]) for row in line],
                     y=[row.mean for row in line],
                     low=None if searched else [row.low for row in line],
@@ -377,7 +377,7 @@ def over_iterations(
     curves = [(label, results.curve(row, metric)) for label, row in labelled]
     return [
         Series(
-            label=short(label, 60),
+            label=shorten(label, 60),
             x=range(1, runs.shape[1] + 1),
             y=runs.mean(axis=0).tolist(),
             low=runs.min(axis=0).tolist(),
@@ -397,7 +397,7 @@ def confusion(labels: Array, predictions: Array, classes: int) -> Array:
 def confusion_picture(labels: Array, predictions: Array, names: Sequence[str]) -> bytes:
     """The confusion matrix of one trial for a tracker; larger for more classes."""
     counts = confusion(labels, predictions, len(names))
-    return png(heat(counts, names, width=min(12.0, 2.4 + 0.42 * len(names))))
+    return png(heatmap(counts, names, width=min(12.0, 2.4 + 0.42 * len(names))))
 
 
 def pictures(results: Results) -> dict[str, bytes]:
@@ -409,7 +409,7 @@ def pictures(results: Results) -> dict[str, bytes]:
     for key in numeric_settings(points)[:MAX_SETTINGS]:
         if parts := by_setting(results, points, key, width=WIDE):
             figures[f"accuracy_by_{key}.png"] = parts[0]
-    varied = results.varied
+    varied = results.varied_settings
     labelled = [(f"{row_text(row, varied)}, {task_text(row.task)}", row) for row in results.rows]
     if series := over_iterations(labelled, results, "pseudo/accuracy"):
         title = f"the first {MAX_CURVES} of {len(series)}" if len(series) > MAX_CURVES else ""

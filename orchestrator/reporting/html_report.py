@@ -20,12 +20,12 @@ from pandas import DataFrame
 
 from air_core.methods import METHODS
 from orchestrator.failures import CLASSES
-from orchestrator.formatting import counted, format_duration
+from orchestrator.formatting import format_duration, plural
 from orchestrator.planning.dataset_text import tested_classes
 from orchestrator.planning.estimate import gpu_share
-from orchestrator.planning.plan import WORDS
+from orchestrator.planning.plan import STAGE_TITLES
 from orchestrator.reporting import charts
-from orchestrator.reporting._layouts import Layout, without_empty
+from orchestrator.reporting._layouts import Layout, drop_empty_columns
 from orchestrator.reporting._statistics import Array
 from orchestrator.reporting.report_data import ReportData
 from orchestrator.reporting.rows import (
@@ -110,7 +110,7 @@ def _data(kind: str, content: bytes) -> str:
 
 def _tables(lines: Sequence[Mapping[str, str]], note: str = "") -> list[Layout]:
     """A list of one table, or an empty list without lines."""
-    frame = DataFrame(without_empty(lines))
+    frame = DataFrame(drop_empty_columns(lines))
     return [Layout(frame=frame, notes=[note] if note else [])] if lines else []
 
 
@@ -145,16 +145,14 @@ def _verdict(data: ReportData) -> str:
             above = sum(gain.significant and gain.difference.mean > 0 for gain in gains)
             below = sum(gain.significant and gain.difference.mean < 0 for gain in gains)
             lower = f", lower in {below}" if below else ""
-            parts.append(
-                f"than {baseline} in {above} of {counted(len(gains), 'comparison')}{lower}"
-            )
+            parts.append(f"than {baseline} in {above} of {plural(len(gains), 'comparison')}{lower}")
     if not parts:
         return ""
     if all(c.difference.reason_not_tested for c in comparisons):
         return " ".join(significance_notes(comparisons))
     return (
         f"With synthetic images accuracy is significantly higher {' and '.join(parts)} "
-        f"(p < 0.05, Holm-corrected over {counted(len(comparisons), 'comparison')})."
+        f"(p < 0.05, Holm-corrected over {plural(len(comparisons), 'comparison')})."
     )
 
 
@@ -162,7 +160,7 @@ def _state(data: ReportData) -> str:
     counts = data.counts
     left = {state: counts[state] for state in ("waiting", "failed", "pruned") if counts[state]}
     done = counts["done"] + counts["reused"]
-    text = f"{counted(done, 'trial')} of {data.plan.total} have a result"
+    text = f"{plural(done, 'trial')} of {data.plan.total} have a result"
     if left:
         text += "; " + ", ".join(f"{count} {state}" for state, count in left.items())
     best = "The best row is chosen by its mean on the test images, so its accuracy is optimistic."
@@ -244,20 +242,20 @@ def confusions(data: ReportData) -> Iterator[Group]:
         names = [name.replace("_", " ") for name in classes]
         figures, lines = [], []
         for row in filter(None, (best, host)):
-            trials = results.distinct(row).values()
+            trials = results.distinct_trials(row).values()
             matrix = np.sum(
                 [charts.confusion(t.labels, t.predictions, len(names)) for t in trials], axis=0
             )
-            figure = charts.heat(matrix, names, title=row.method)
+            figure = charts.heatmap(matrix, names, title=row.method)
             figures.append(_chart(figure, f"Confusion matrix of {row.method}"))
             lines += [
                 {"method": row.method, "class": true, "predicted": wrong, "share": f"{share:.0%}"}
-                for true, wrong, share in confused(matrix, names)
+                for true, wrong, share in frequent_confusions(matrix, names)
             ]
         yield Group(heading=task_text(task), figures=figures, tables=_tables(lines))
 
 
-def confused(
+def frequent_confusions(
     matrix: Array, names: Sequence[str], most: int = 5
 ) -> Iterator[tuple[str, str, float]]:
     """The most frequent confusions: true class, wrongly predicted class, share of the true class.
@@ -344,7 +342,7 @@ def _plus_minus(pair: Sequence[float] | None) -> str:
 # ---------------------------------------------------------------- search
 
 
-def searched(data: ReportData) -> Iterator[Group]:
+def searches(data: ReportData) -> Iterator[Group]:
     """Per cell: history of the search, importance of settings, objective against test accuracy."""
     search = data.sweep.search
     if search is None:
@@ -398,7 +396,7 @@ def costs(data: ReportData) -> Iterator[Group]:
         hours = seconds * gpu_share(stage, data.sweep.resources) / 3600
         lines.append(
             {
-                "stage": WORDS.get(stage, stage),
+                "stage": STAGE_TITLES.get(stage, stage),
                 "results": f"{count:,}",
                 "time of one worker": format_duration(seconds),
                 "seconds each": f"{seconds / count:.2f}" if count else "",
@@ -408,7 +406,7 @@ def costs(data: ReportData) -> Iterator[Group]:
     wall, reused = data.outcome.get("seconds"), data.counts["reused"]
     text = "Work of this sweep, summed over workers and runs; reused results are not included."
     text += f" The last run took {format_duration(wall)}." if wall else ""
-    text += f" {counted(reused, 'trial')} reused the result of another sweep." if reused else ""
+    text += f" {plural(reused, 'trial')} reused the result of another sweep." if reused else ""
     yield Group(texts=[text], tables=_tables(lines))
 
 
@@ -420,7 +418,7 @@ def failures(data: ReportData) -> Iterator[Group]:
         for kind, events in (("trial", status.failures), ("artifact", status.failed_artifacts))
         for event in events.values()
     )
-    rows = [(name, counted(n, kind), text) for (name, text, kind), n in sorted(failed.items())]
+    rows = [(name, plural(n, kind), text) for (name, text, kind), n in sorted(failed.items())]
     rows += [(name, f"{count} retried", "") for name, count in sorted(status.retried.items())]
     lines = [
         {"class": name, "count": count, "message": message, "remedy": CLASSES[name].remedy}
@@ -491,7 +489,7 @@ SECTIONS: tuple[tuple[str, str, str, Callable[[ReportData], Iterator[Group]]], .
         confusions,
     ),
     ("images", "Images", "", images),
-    ("search", "Search", "", searched),
+    ("search", "Search", "", searches),
     ("cost", "Time and cost", "", costs),
     (
         "failures",

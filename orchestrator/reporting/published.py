@@ -18,9 +18,14 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, StrictBool, TypeAdapter
 from pydantic.dataclasses import dataclass as checked_dataclass
 
-from orchestrator.formatting import percent, shown
-from orchestrator.reporting._layouts import screen_lines, without_empty
-from orchestrator.reporting._statistics import ALPHA, Difference, corrected, paired_difference
+from orchestrator.formatting import format_percent, format_value
+from orchestrator.reporting._layouts import drop_empty_columns, screen_lines
+from orchestrator.reporting._statistics import (
+    ALPHA,
+    Difference,
+    corrected_p_values,
+    paired_difference,
+)
 from orchestrator.reporting.rows import Results, Row, settings_text, signed
 from orchestrator.spec import SpecError
 from orchestrator.spec.marked_yaml import allowed_choices, read
@@ -254,7 +259,7 @@ def _verdict(low: float, high: float, max_width: float = MAX_WIDTH) -> Verdict:
 def _unequal(compared: Mapping[str, tuple[Any, Any]]) -> list[str]:
     """One reason for each pair of different values (ours, theirs); None is not compared."""
     return [
-        f"{name} is {shown(ours)}, in the reference {shown(theirs)}"
+        f"{name} is {format_value(ours)}, in the reference {format_value(theirs)}"
         for name, (ours, theirs) in compared.items()
         if ours != theirs and ours is not None and theirs is not None
     ]
@@ -390,7 +395,7 @@ def compare_with_sweep(results: Results, theirs: Results, reference: str) -> Ref
             difference = paired_difference(results.runs(row), theirs.runs(other))
             reasons = [] if difference else ["no split and seed in common"]
         pairs.append((row, other, reasons, difference))
-    p_values = iter(corrected([d for *_, d in pairs if d is not None]))
+    p_values = iter(corrected_p_values([d for *_, d in pairs if d is not None]))
     cells = []
     for row, other, reasons, difference in pairs:
         numbers: dict[str, Any] = {"other": None if other is None else (other.mean,) * 2}
@@ -470,7 +475,7 @@ def screen(comparison: ReferenceComparison, width: int = 80) -> Iterator[str]:
         if group is comparison.gains:
             yield ""
         lines = [_line(row, group, reasons) for row in group]
-        yield from screen_lines(without_empty(lines), width)
+        yield from screen_lines(drop_empty_columns(lines), width)
     if reasons:
         yield ""
     for reason, number in reasons.items():
@@ -478,7 +483,7 @@ def screen(comparison: ReferenceComparison, width: int = 80) -> Iterator[str]:
 
 
 def _line(row: RowVerdict, group: Sequence[RowVerdict], reasons: dict[str, int]) -> dict[str, str]:
-    number = signed if " - " in row.method else percent
+    number = signed if " - " in row.method else format_percent
     paired = row.p_corrected is not None
     verdict: str = row.verdict
     if not row.verified and row.other is not None:

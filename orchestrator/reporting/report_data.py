@@ -8,7 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.planning import Plan, plan_of, refs_of
-from orchestrator.planning.audit_card import AuditCard, audit_rows_of_sweep, ready, stored_card
+from orchestrator.planning.audit_card import (
+    AuditCard,
+    audit_rows_of_sweep,
+    complete_rows,
+    stored_card,
+)
 from orchestrator.reporting.results import SweepStatus, results_of, sweep_status
 from orchestrator.reporting.rows import Results, Row, rows
 from orchestrator.spec import SweepSpec
@@ -94,7 +99,7 @@ def report_data_of(sweep: SweepSpec, location: SweepLocation) -> ReportData:
 
 def _cards(sweep: SweepSpec, location: SweepLocation) -> list[tuple[AuditCard, Path]]:
     try:
-        rows = ready(audit_rows_of_sweep(sweep, location), location)
+        rows = complete_rows(audit_rows_of_sweep(sweep, location), location)
     except ValueError:  # the sweep has no images, or some are still missing
         return []
     cards = [(stored_card(row, location), location.folder / f"{row.name}.png") for row in rows]

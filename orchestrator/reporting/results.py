@@ -80,7 +80,7 @@ def finished_trial(
         key=record.key,
         curves=record.curves,
         seconds=record.seconds,
-        provenance=record.made,
+        provenance=record.provenance,
     )
 
 

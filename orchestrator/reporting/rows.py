@@ -33,7 +33,7 @@ import numpy as np
 from air_core.methods import METHODS, named_refs
 from air_core.specs.flat import from_flat, trial_keys
 from air_core.specs.normal import normalised
-from orchestrator.formatting import counted, percent, shown
+from orchestrator.formatting import format_percent, format_value, plural
 from orchestrator.reporting._ranking import Ranking, ranking, sentences
 from orchestrator.reporting._statistics import (
     ALPHA,
@@ -43,8 +43,8 @@ from orchestrator.reporting._statistics import (
     Interval,
     Run,
     Runs,
-    collapsed,
-    corrected,
+    collapsed_runs,
+    corrected_p_values,
     mean_interval,
     mean_score,
     paired_difference,
@@ -276,7 +276,7 @@ def _scores(points: Iterable[Sequence[FinishedTrial]]) -> tuple[Array, Array]:
 def choice_notes(rows: Sequence[Row]) -> list[str]:
     """Sentences on why searched rows show their settings; empty without a search."""
     pruned = sum(row.pruned for row in rows)
-    notes = [f"{counted(pruned, 'point')} pruned early and not tested."] if pruned else []
+    notes = [f"{plural(pruned, 'point')} pruned early and not tested."] if pruned else []
     choices = {row.cell: row.choice for row in rows if row.choice is not None}
     if not choices:
         return notes
@@ -416,7 +416,7 @@ class Results:
         return tasks_of(self.rows)
 
     @functools.cached_property
-    def varied(self) -> list[str]:
+    def varied_settings(self) -> list[str]:
         """Settings with more than one value in the sweep, in order of appearance."""
         seen: dict[str, set[str]] = {}
         every = (*(row.settings for row in self.rows), *(t.settings for t in self.trials))
@@ -438,7 +438,7 @@ class Results:
                 difference = self.difference(row, baseline) if baseline else None
                 if baseline is not None and difference is not None:
                     pairs.append((row, baseline, role, difference))
-        p_values = corrected([difference for *_, difference in pairs])
+        p_values = corrected_p_values([difference for *_, difference in pairs])
         return [
             Comparison(row=row, baseline=baseline, role=role, difference=difference, p_corrected=p)
             for (row, baseline, role, difference), p in zip(pairs, p_values, strict=True)
@@ -452,7 +452,7 @@ class Results:
         """The row with the highest mean; the first of equal ones."""
         return max((row for row in self.rows if row.task == task), key=lambda row: row.mean)
 
-    def distinct(self, row: Row) -> dict[tuple[int, int | None], FinishedTrial]:
+    def distinct_trials(self, row: Row) -> dict[tuple[int, int | None], FinishedTrial]:
         """One trial per run of a row, by split and seed; the seed is None where it is ignored."""
         point = (row.cell, row.point)
         if point not in self._distinct:
@@ -460,7 +460,7 @@ class Results:
         return self._distinct[point]
 
     def runs(self, row: Row) -> Runs:
-        return _runs(self.distinct(row))
+        return _runs(self.distinct_trials(row))
 
     def mean(self, row: Row, metric: str) -> float | None:
         """Mean of a metric over the runs of a row; None if no run has it."""
@@ -469,12 +469,14 @@ class Results:
 
     def values(self, row: Row, metric: str) -> list[float]:
         """The values of a metric over the runs of a row that have it."""
-        values = [trial.metrics.get(metric, math.nan) for trial in self.distinct(row).values()]
+        values = [
+            trial.metrics.get(metric, math.nan) for trial in self.distinct_trials(row).values()
+        ]
         return [value for value in values if not math.isnan(value)]
 
     def curve(self, row: Row, metric: str) -> Array | None:
         """A metric by run and iteration, (R, I); None if the runs have no such curve."""
-        curves = [trial.curves.get(metric, ()) for trial in self.distinct(row).values()]
+        curves = [trial.curves.get(metric, ()) for trial in self.distinct_trials(row).values()]
         lengths = {len(curve) for curve in curves}
         if len(lengths) != 1 or lengths == {0}:
             return None
@@ -500,9 +502,9 @@ class Results:
         """A row minus another; None if they have no run in common."""
         return paired_difference(self.runs(row), self.runs(other))
 
-    def collapsed(self, row: Row) -> list[Collapse]:
+    def collapsed_runs(self, row: Row) -> list[Collapse]:
         """Runs of a row that are far below its other runs."""
-        return collapsed(self.runs(row))
+        return collapsed_runs(self.runs(row))
 
 
 # ---------------------------------------------------------------- text
@@ -528,23 +530,23 @@ def splits_and_seeds(rows: Sequence[Row]) -> str:
     splits = max(row.protocol.splits for row in rows)
     seeds = max(1, *(row.protocol.seeds for row in rows))
     each = " each" if splits > 1 else ""
-    return f"{counted(splits, 'split')}, {counted(seeds, 'seed')}{each}."
+    return f"{plural(splits, 'split')}, {plural(seeds, 'seed')}{each}."
 
 
 def collapse_notes(results: Results, most: int = 4) -> list[str]:
     """Sentences on runs that are far below the other runs of their row."""
-    collapses = [(row, run) for row in results.rows for run in results.collapsed(row)]
+    collapses = [(row, run) for row in results.rows for run in results.collapsed_runs(row)]
     notes = []
     for row, run in collapses[:most]:
         task = f"{task_text(row.task)}, " if len(results.tasks) > 1 else ""
         seed = "" if run.seed is None else f", seed {run.seed}"
         notes.append(
             f"Collapsed run: {task}{row_text(row, list(row.settings))}, split {run.split_seed}"
-            f"{seed} has accuracy {percent(run.score)}, the other runs {percent(run.others)}; "
-            "the mean includes it."
+            f"{seed} has accuracy {format_percent(run.score)}, the other runs "
+            f"{format_percent(run.others)}; the mean includes it."
         )
     if len(collapses) > most:
-        notes.append(f"{counted(len(collapses) - most, 'more run')} collapsed.")
+        notes.append(f"{plural(len(collapses) - most, 'more run')} collapsed.")
     return notes
 
 
@@ -572,7 +574,9 @@ def significance_notes(comparisons: Sequence[Comparison], *, marks: bool = True)
 
 
 def settings_text(row: Row, keys: Iterable[str]) -> str:
-    return ", ".join(f"{key} {shown(row.settings[key])}" for key in keys if key in row.settings)
+    return ", ".join(
+        f"{key} {format_value(row.settings[key])}" for key in keys if key in row.settings
+    )
 
 
 def row_text(row: Row, keys: Sequence[str]) -> str:
@@ -600,7 +604,7 @@ def tasks_of(rows: Iterable[Row]) -> list[Task]:
 
 
 def mean_std(row: Row) -> str:
-    return percent(row.mean) + ("" if row.std is None else f" ± {percent(row.std)}")
+    return format_percent(row.mean) + ("" if row.std is None else f" ± {format_percent(row.std)}")
 
 
 def signed_interval(interval: Interval) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from air_core.methods import METHODS
 from air_core.specs.flat import to_flat
 from orchestrator.failures import CLASSES
-from orchestrator.formatting import counted, format_duration, shown
+from orchestrator.formatting import format_duration, format_value, plural
 from orchestrator.planning import (
     Plan,
     changed_inputs,
@@ -22,7 +22,7 @@ from orchestrator.planning import (
 )
 from orchestrator.planning.estimate import Estimate
 from orchestrator.reporting.results import SweepStatus, results_of, sweep_status
-from orchestrator.reporting.summary import facts_of, next_facts, summary, title_of
+from orchestrator.reporting.summary import next_steps, run_facts, summary, sweep_title
 from orchestrator.spec import SweepSpec, notes_of, presets
 from orchestrator.store import SweepLocation
 
@@ -44,16 +44,16 @@ def plan_screen(
     content = plan.json(location.store)
     trials = content["trials"]
     lines = [
-        f"{plan.sweep.name}: {counted(len(plan.cells), 'cell')}, "
-        f"{counted(plan.points, 'point')}, "
-        f"{counted(trials['total'], 'trial')}: {trials['done']} done, {trials['reused']} reused, "
+        f"{plan.sweep.name}: {plural(len(plan.cells), 'cell')}, "
+        f"{plural(plan.points, 'point')}, "
+        f"{plural(trials['total'], 'trial')}: {trials['done']} done, {trials['reused']} reused, "
         + (f"{trials['pruned']} pruned, " if trials["pruned"] else "")
         + f"{trials['to_run']} to run",
         *([str(plan.edit)] if plan.edit is not None else []),
         *changed_inputs(earlier_results(plan, location)),
         "",
     ]
-    lines += [f"  reused   {counted(count, 'trial')} of {name}" for name, count in sources.items()]
+    lines += [f"  reused   {plural(count, 'trial')} of {name}" for name, count in sources.items()]
     for artifact in content["artifacts"]:
         count = "" if artifact["need"] == 1 else f"  {artifact['have']}/{artifact['need']} blocks"
         size = f"  {artifact['bytes'] / 1e6:.1f} MB" if artifact["bytes"] else ""
@@ -107,7 +107,7 @@ def _explain(plan: Plan) -> list[str]:
         lines.append(f"{cell.id}")
         for name, value in settings.items():
             source = next((label for label, names in sources if name in names), "default")
-            lines.append(f"  {name:<34} {shown(value):<26} {source}")
+            lines.append(f"  {name:<34} {format_value(value):<26} {source}")
     return lines
 
 
@@ -162,7 +162,7 @@ def status_screen(content: dict[str, Any]) -> str:
         lines.append(f"  prepared  {prepared}")
     if content["waiting"]:
         cells, pending = content["waiting"]["cells"], content["waiting"]["for"]
-        lines.append(f"  waiting   {counted(len(cells), 'cell')}, such as {cells[0]}, for")
+        lines.append(f"  waiting   {plural(len(cells), 'cell')}, such as {cells[0]}, for")
         for key, count in pending.items():
             holder = content["waiting"]["others"].get(key)
             lines.append(f"              {key}" + ("" if count == 1 else f": {count} blocks"))
@@ -191,6 +191,6 @@ def summary_screen(sweep: SweepSpec, location: SweepLocation) -> str:
     """The closing screen of `airsweep run`: results and facts about the run."""
     location = replace(location, recorded=True)
     plan = plan_of(sweep, location)
-    facts = [*facts_of(plan, location), *next_facts(plan, location)]
+    facts = [*run_facts(plan, location), *next_steps(plan, location)]
     width = min(WIDEST, max(NARROWEST, shutil.get_terminal_size((WIDEST, 24)).columns))
-    return summary(title_of(plan), results_of(plan, location.store), facts, width=width)
+    return summary(sweep_title(plan), results_of(plan, location.store), facts, width=width)

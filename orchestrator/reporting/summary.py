@@ -16,10 +16,10 @@ from typing import Any
 from air_core.specs import SyntheticFeaturesSpec
 from air_core.specs.normal import normalised
 from orchestrator.environment import in_ray_job
-from orchestrator.formatting import counted, format_duration, near
+from orchestrator.formatting import format_duration, plural, relative_path
 from orchestrator.planning import Plan
-from orchestrator.planning.dataset_text import about
-from orchestrator.planning.studies import searches
+from orchestrator.planning.dataset_text import dataset_description
+from orchestrator.planning.studies import read_searches
 from orchestrator.reporting._layouts import screen_lines
 from orchestrator.reporting.results import sweep_status
 from orchestrator.reporting.rows import (
@@ -113,16 +113,16 @@ def _folded(text: str, width: int, lead: str = "") -> list[str]:
 # ---------------------------------------------------------------- facts
 
 
-def title_of(plan: Plan) -> str:
+def sweep_title(plan: Plan) -> str:
     """The name of a sweep and a description of its datasets."""
     datasets = sorted({slot.spec.dataset.name for slot in plan.slots})
-    description = ", ".join(map(about, datasets))
+    description = ", ".join(map(dataset_description, datasets))
     if all(slot.spec.paradigm == "ul" for slot in plan.slots):
         description += ", trained without labels"
     return f"airsweep {plan.sweep.name}   {description}"
 
 
-def facts_of(plan: Plan, location: SweepLocation) -> list[tuple[str, str]]:
+def run_facts(plan: Plan, location: SweepLocation) -> list[tuple[str, str]]:
     """Facts about the last run as (label, text): images, trials, time, searches."""
     outcome = read_outcome(location)
     run = outcome.get("run", {})
@@ -174,7 +174,7 @@ def _early_ends(plan: Plan, location: SweepLocation) -> list[str]:
     search = plan.sweep.search
     if search is None or search.patience is None:
         return []
-    history = searches(location.event_log())
+    history = read_searches(location.event_log())
     points_of = {cell.id: history.points(cell, search) for cell in plan.cells if cell.space}
     return [
         f"{cell}: ended after {points} of {search.points} points, "
@@ -213,16 +213,16 @@ def _image_usage(plan: Plan, location: SweepLocation) -> str:
     return f"; {loras} LoRA and {images} images, each made once, used by {readers} trials"
 
 
-def next_facts(plan: Plan, location: SweepLocation) -> list[tuple[str, str]]:
+def next_steps(plan: Plan, location: SweepLocation) -> list[tuple[str, str]]:
     """Files to look at and commands to run next, as (label, text)."""
     sheet = location.folder / "contact_sheet.png"
     facts = []
     if sheet.exists():
-        facts.append(("look", f"{near(sheet)}"))
+        facts.append(("look", f"{relative_path(sheet)}"))
     arguments, store = _sweep_arguments(plan, location), _store_option(location, smoke=True)
     ui_store = _store_option(location, smoke=False)
     facts.append(("browse", f"airsweep ui{ui_store}  ->  http://127.0.0.1:5000"))
-    left = f"{counted(plan.to_run, 'trial')} left to run" if plan.to_run else "nothing to do"
+    left = f"{plural(plan.to_run, 'trial')} left to run" if plan.to_run else "nothing to do"
     if in_ray_job():
         facts.append(("again", f"submit it again with the same options: {left}"))
         return facts
@@ -255,4 +255,4 @@ def _store_option(location: SweepLocation, *, smoke: bool) -> str:
         return "" if store.name in defaults else f" --store {shlex.quote(store.name)}"
     folder = store_folder(usual).absolute()
     folders = [folder, *([Path(f"{folder}-smoke")] if smoke else [])]
-    return "" if store.root in folders else f" --store {near(store.root)}"
+    return "" if store.root in folders else f" --store {relative_path(store.root)}"

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.formatting import percent, shown
-from orchestrator.reporting._layouts import Layout, csv_text, rendered, without_empty
+from orchestrator.formatting import format_percent, format_value
+from orchestrator.reporting._layouts import Layout, csv_text, drop_empty_columns, render
 from orchestrator.reporting.rows import (
     COLUMNS,
     EMPTY,
@@ -55,7 +55,7 @@ def table(results: Results, format: str) -> str:
         case _ if not results.rows:
             return f"% {EMPTY}" if format == "latex" else f"{EMPTY.capitalize()}."
         case _:
-            return rendered(table_layout(results), format)
+            return render(table_layout(results), format)
 
 
 def as_json(results: Results) -> list[dict[str, object]]:
@@ -64,7 +64,7 @@ def as_json(results: Results) -> list[dict[str, object]]:
         row.as_json()
         | {
             "comparisons": [c.as_json() for c in results.comparisons_of(row).values()],
-            "collapsed": [vars(run) for run in results.collapsed(row)],
+            "collapsed": [vars(run) for run in results.collapsed_runs(row)],
         }
         for row in results.rows
     ]
@@ -75,7 +75,7 @@ def _csv(results: Results) -> str:
     frame["told_from"] = [
         " ".join(_ascii_marks(results.comparisons_of(row))) for row in results.rows
     ]
-    frame["collapsed"] = [len(results.collapsed(row)) for row in results.rows]
+    frame["collapsed"] = [len(results.collapsed_runs(row)) for row in results.rows]
     return csv_text(frame)
 
 
@@ -104,7 +104,7 @@ def rows_frame(
 
 def _csv_setting(value: Any) -> Any:
     """A setting with all its digits; true, false and null as in sweep files."""
-    return shown(value) if value is None or isinstance(value, bool) else value
+    return format_value(value) if value is None or isinstance(value, bool) else value
 
 
 def table_layout(results: Results) -> Layout:
@@ -130,13 +130,13 @@ def table_lines(results: Results) -> list[dict[str, str]]:
         line = {
             **{TASK[i]: row.task[i] for i in varying},
             "method": row.method,
-            **{key: shown(row.settings.get(key, "")) for key in results.varied},
+            **{key: format_value(row.settings.get(key, "")) for key in results.varied_settings},
             "accuracy": mean_std(row),
-            "95 %": f"[{percent(row.low)}, {percent(row.high)}]",
+            "95 %": f"[{format_percent(row.low)}, {format_percent(row.high)}]",
             "n": str(row.n),
             "n_test": str(row.n_test),
-            "fused": percent(results.mean(row, "test/accuracy_fused")),
-            "pseudo-labels": percent(results.mean(row, "pseudo/accuracy")),
+            "fused": format_percent(results.mean(row, "test/accuracy_fused")),
+            "pseudo-labels": format_percent(results.mean(row, "pseudo/accuracy")),
             **{f"gain over {role}": "" for role in MARKS},
         }
         for role, comparison in results.comparisons_of(row).items():
@@ -145,23 +145,23 @@ def table_lines(results: Results) -> list[dict[str, str]]:
                 f"{comparison.mark}"
             )
         lines.append(line)
-    return without_empty(lines)
+    return drop_empty_columns(lines)
 
 
 def comparison_lines(results: Results) -> list[dict[str, str]]:
     """One line of cells per comparison, without empty columns."""
     keys = [
         key
-        for key in results.varied
+        for key in results.varied_settings
         if len({repr(c.row.settings.get(key)) for c in results.comparisons}) > 1
     ]
-    return without_empty(
+    return drop_empty_columns(
         [
             {
                 "task": task_text(c.row.task) if len(results.tasks) > 1 else "",
                 "difference": " - ".join(c.methods),
                 "compared with": c.role,
-                **{key: shown(c.row.settings.get(key, "")) for key in keys},
+                **{key: format_value(c.row.settings.get(key, "")) for key in keys},
                 "points, 95 %": signed_interval(c.difference),
                 "n": str(c.difference.n),
                 "n_test": str(c.difference.n_test),
@@ -260,7 +260,7 @@ def pivot(
     from pandas import Categorical, DataFrame
 
     name = _metric(metric, results)
-    keys = [*TASK, "method", *results.varied]
+    keys = [*TASK, "method", *results.varied_settings]
     cells = DataFrame([{key: _value(row, key) for key in keys} for row in results.rows])
     across = _checked("--cols", ["dataset"] if across is None else across, keys)
     if down is None:
@@ -326,7 +326,7 @@ def _metric(name: str, results: Results) -> str:
 def _value(row: Row, key: str) -> str:
     if key in (*TASK, "method"):
         return str(getattr(row, key))
-    return shown(row.settings[key]) if key in row.settings else NOT_APPLICABLE
+    return format_value(row.settings[key]) if key in row.settings else NOT_APPLICABLE
 
 
 def _refuse_shared_cells(cells: DataFrame, used: Sequence[str]) -> None:
@@ -382,7 +382,7 @@ def pivot_text(pivot: Pivot, format: str) -> str:
         case "csv":
             return _pivot_csv(pivot)
         case _:
-            return rendered(_pivot_layout(pivot), format)
+            return render(_pivot_layout(pivot), format)
 
 
 def _wide(pivot: Pivot, column: str) -> DataFrame:
@@ -420,7 +420,7 @@ def _pivot_layout(pivot: Pivot) -> Layout:
 
 def _cell_text(mean: float, std: float, metric: str) -> str:
     if metric.startswith(FRACTIONS):
-        return percent(mean) + ("" if math.isnan(std) else f" ± {percent(std)}")
+        return format_percent(mean) + ("" if math.isnan(std) else f" ± {format_percent(std)}")
     return f"{mean:.4g}" + ("" if math.isnan(std) else f" ± {std:.2g}")
 
 

@@ -27,7 +27,7 @@ from air_core.datasets.dataset import is_template
 from air_core.methods import EMBEDDED, METHODS
 from air_core.specs.flat import trial_keys
 from orchestrator.spec._expressions import compile_when, constants_of, names_of
-from orchestrator.spec.marked_yaml import shown
+from orchestrator.spec.marked_yaml import short_value
 from orchestrator.spec.validation import (
     LINE,
     Schema,
@@ -115,7 +115,7 @@ def _list_type(name: str) -> Any:
             )
         for i, value in enumerate(values):
             if value in values[:i]:
-                raise validation_error(f"{shown(value)} is listed twice; allowed: once", i)
+                raise validation_error(f"{short_value(value)} is listed twice; allowed: once", i)
         return tuple(values)
 
     values: Any = types.GenericAlias(list, (_value_annotation(name),))

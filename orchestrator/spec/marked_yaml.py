@@ -99,7 +99,7 @@ def dotted_path(keys: Keys) -> str:
     return path
 
 
-def shown(value: Any) -> str:
+def short_value(value: Any) -> str:
     """A value for a message: at most 60 characters, on one line, with YAML's null, true, false."""
     words = {None: "null", True: "true", False: "false"}
     if value is None or isinstance(value, bool):
@@ -231,7 +231,7 @@ class _Reader:
         if isinstance(node, yaml.ScalarNode) and kind in _SCALARS:
             pattern, _, value = _SCALARS[kind]
             if not re.fullmatch(pattern, node.value):
-                raise self._error(node, f"{shown(node.value)} is not of type {kind}")
+                raise self._error(node, f"{short_value(node.value)} is not of type {kind}")
             return value(node.value)
         raise self._error(node, f"the tag {node.tag!r} is not allowed; allowed: plain YAML")
 
@@ -246,7 +246,9 @@ class _Reader:
             path = (*keys, key)
             if key in mapping:
                 first = self.document.key_positions[path].removeprefix(self.document.source + ":")
-                raise self._error(key_node, f"the key {shown(key)} is repeated; first at {first}")
+                raise self._error(
+                    key_node, f"the key {short_value(key)} is repeated; first at {first}"
+                )
             self.document.key_positions[path] = _position(self.document.source, key_node.start_mark)
             mapping[key] = self.plain(value_node, path)
         return mapping
@@ -272,7 +274,7 @@ def suggestion(word: str, options: Iterable[str]) -> str:
 
 
 def _plain(value: Any) -> str:
-    return value if isinstance(value, str) and value.isprintable() else shown(value)
+    return value if isinstance(value, str) and value.isprintable() else short_value(value)
 
 
 # ---------------------------------------------------------------- cluster files
@@ -283,7 +285,7 @@ def all_documents(text: str) -> list[Any]:
     return list(yaml.safe_load_all(text))
 
 
-def written(documents: Iterable[Any]) -> str:
+def dump_documents(documents: Iterable[Any]) -> str:
     """Documents as YAML without aliases, keys in their order; YAML 1.1 and 1.2 agree on it."""
     text: str = yaml.dump_all(
         documents, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000

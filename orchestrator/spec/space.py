@@ -48,7 +48,7 @@ def default_params(cell: Cell) -> dict[str, Any]:
     """
     params: dict[str, Any] = {}
     for dimension in cell.space:
-        if not applies(dimension, cell.flat | params):
+        if not is_active(dimension, cell.flat | params):
             continue
         value = cell.flat.get(dimension.key, trial_keys()[dimension.key].default)
         nearest = _nearest(value, dimension)
@@ -64,7 +64,7 @@ def grid_points(cell: Cell) -> list[dict[str, Any]]:
     for combination in itertools.product(*[d.values or () for d in cell.space]):
         params: dict[str, Any] = {}
         for dimension, value in zip(cell.space, combination, strict=True):
-            if applies(dimension, cell.flat | params):
+            if is_active(dimension, cell.flat | params):
                 params[dimension.key] = value
         if params not in points:
             points.append(params)
@@ -72,12 +72,12 @@ def grid_points(cell: Cell) -> list[dict[str, Any]]:
     return sorted(points, key=lambda params: params != first)
 
 
-def applies(dimension: Dimension, flat: Mapping[str, Any]) -> bool:
+def is_active(dimension: Dimension, flat: Mapping[str, Any]) -> bool:
     """Whether the condition of a dimension holds."""
     return dimension.when is None or compile_when(dimension.when)(dict(flat))
 
 
-def holds(dimension: Dimension, value: Any) -> bool:
+def contains_value(dimension: Dimension, value: Any) -> bool:
     """Whether a dimension contains this value."""
     if dimension.values is not None:  # compare types too, since True == 1
         return any(type(v) is type(value) and v == value for v in dimension.values)

@@ -17,7 +17,7 @@ from air_core.datasets.image_folder import PREFIX, WANTED, folder_dataset
 from air_core.paradigms import TEST_SHARE
 from orchestrator.files import write_new
 from orchestrator.spec.marked_yaml import parse
-from orchestrator.spec.sweep_file import checked
+from orchestrator.spec.sweep_file import sweep_from_document
 from orchestrator.spec.validation import NAME_PATTERN, NAME_WORDS
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def write_starter(name: str, images: str | Path | None, folder: Path) -> Starter
         raise ValueError(exists)
     summary = DIGITS if images is None else _folder(str(images))
     text = _text(name, summary)
-    checked(parse(text, str(file)))
+    sweep_from_document(parse(text, str(file)))
     try:
         write_new(file, text)
     except FileExistsError:

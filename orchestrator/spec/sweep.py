@@ -250,7 +250,7 @@ class Resources:
     )
 
     @property
-    def encoding(self) -> TrialResources:
+    def encoder_resources(self) -> TrialResources:
         """Resources of an encoder."""
         cpu, gpu = self.encoder.cpu, self.encoder.gpu
         return replace(
@@ -259,14 +259,14 @@ class Resources:
             gpu=self.trial.gpu if gpu is None else gpu,
         )
 
-    def want(self, stage: str) -> ProcessResources:
+    def process_resources(self, stage: str) -> ProcessResources:
         """Resources of a process that works on a stage."""
         match stage:
             case "trials":
                 return self.trial
             case "lora" | "images":
                 return self.generator
-        return self.encoding
+        return self.encoder_resources
 
 
 @plain_dataclass(frozen=True, kw_only=True)
@@ -322,14 +322,14 @@ def cells_of(spec: SweepSpec) -> tuple[Cell, ...]:
         raise SpecError(f"{spec.source}: `exclude` removes every combination of the grid")
     cells = {key: cell for key, cell in cells.items() if _is_defined(cell)}
     if not cells:
-        raise SpecError(f"{spec.source}: {needs_labels(spec.methods)}")
+        raise SpecError(f"{spec.source}: {needs_labels_message(spec.methods)}")
     computed = {key: (cell.method, _computation(cell)) for key, cell in cells.items()}
     first = {computed[key]: key for key in reversed(cells)}  # keep the first of equal cells
     distinct = [key for key in cells if first[computed[key]] == key]
     return tuple(_distinct_ids(_named(spec, cells[key], table[key], computed) for key in distinct))
 
 
-def needs_labels(methods: Sequence[str]) -> str:
+def needs_labels_message(methods: Sequence[str]) -> str:
     """The message for a sweep in which no method fits any paradigm."""
     return (
         f"paradigm ul has no labelled images, and {_listed(list(methods))} cannot be trained "
@@ -524,7 +524,7 @@ SMOKE: dict[str, Any] = {
 }
 
 
-def smoke(spec: SweepSpec) -> SweepSpec:
+def smoke_variant(spec: SweepSpec) -> SweepSpec:
     """A quick variant of a sweep: one point, one seed, one iteration, 8 images per class."""
     grid = {key: values for key, values in spec.grid.items() if key not in SMOKE}
     search = spec.search and replace(spec.search, points=1, pruning=None, space=())

@@ -19,7 +19,7 @@ from pydantic.dataclasses import dataclass
 
 from air_core.methods import METHODS
 from orchestrator.files import ROOT, SHIPPED
-from orchestrator.redact import password_at
+from orchestrator.redact import find_password
 from orchestrator.spec._expressions import lookup, names_of
 from orchestrator.spec._trial_values import (
     TRIAL_NAMES,
@@ -34,7 +34,7 @@ from orchestrator.spec.marked_yaml import (
     allowed_choices,
     parse,
     read,
-    shown,
+    short_value,
 )
 from orchestrator.spec.sweep import (
     THREE_SEEDS,
@@ -48,7 +48,7 @@ from orchestrator.spec.sweep import (
     cells_of,
     combinations,
     has_fitting_cell,
-    needs_labels,
+    needs_labels_message,
 )
 from orchestrator.spec.validation import (
     CONFIG,
@@ -151,10 +151,12 @@ def load_sweep(path: Path, *, sets: Sequence[str] = (), only: Sequence[str] = ()
     Raises:
         SpecError: the first error in the file or the options.
     """
-    return checked(read(path), sets, only)
+    return sweep_from_document(read(path), sets, only)
 
 
-def checked(document: Document, sets: Sequence[str] = (), only: Sequence[str] = ()) -> SweepSpec:
+def sweep_from_document(
+    document: Document, sets: Sequence[str] = (), only: Sequence[str] = ()
+) -> SweepSpec:
     """Check a file that is already parsed; see `load_sweep`."""
     if document.value is None:
         raise SpecError(
@@ -195,13 +197,13 @@ def _refuse_passwords(document: Document, sets: Sequence[str]) -> None:
         "user and password from the address and set environment variables instead: "
         "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, PGPASSWORD, AWS_*"
     )
-    index = password_at(document.text)
+    index = find_password(document.text)
     if index is not None:
         before = document.text[:index]
         line, column = before.count("\n") + 1, index - before.rfind("\n")
         raise SpecError(f"{document.source}:{line}:{column}: {message}")
     for option in sets:
-        if password_at(option) is not None:
+        if find_password(option) is not None:
             raise SpecError(f"--set {option.partition('=')[0]}: {message}")
 
 
@@ -249,7 +251,7 @@ def only_values(spec: SweepSpec, only: Sequence[str]) -> dict[str, list[Any]]:
             value = validate(Document(source=source, value=item), value_type(key))
             if value not in spec.grid[key]:
                 allowed = allowed_choices(value, spec.grid[key])
-                raise SpecError(f"{source}: {shown(value)} is not in grid.{key}; {allowed}")
+                raise SpecError(f"{source}: {short_value(value)} is not in grid.{key}; {allowed}")
             selected.setdefault(key, []).append(value)
         if not selected.get(key):
             raise SpecError(
@@ -328,7 +330,7 @@ def _check_consistency(document: Document, spec: SweepSpec) -> None:
         )
     if not has_fitting_cell(spec):
         part = "grid" if "method" in spec.grid else "fixed"
-        raise document.error((part, "method"), needs_labels(spec.methods))
+        raise document.error((part, "method"), needs_labels_message(spec.methods))
     cells = cells_of(spec)
     for key in spec.grid:
         if not any(key in cell.chosen for cell in cells):
@@ -354,7 +356,7 @@ def _check_exclude(document: Document, spec: SweepSpec) -> None:
             if value not in spec.grid[key]:
                 allowed = allowed_choices(value, spec.grid[key])
                 raise document.error(
-                    ("exclude", i, key), f"{shown(value)} is not in grid.{key}; {allowed}"
+                    ("exclude", i, key), f"{short_value(value)} is not in grid.{key}; {allowed}"
                 )
 
 
@@ -387,7 +389,9 @@ def _check_pinned_keys(document: Document, spec: SweepSpec) -> None:
     for path, key in _settings(spec):
         pins = {name: METHODS[name].pins for name in spec.methods}
         if all(key in pinned for pinned in pins.values()):
-            values = ", ".join(f"{name}: {shown(pinned[key])}" for name, pinned in pins.items())
+            values = ", ".join(
+                f"{name}: {short_value(pinned[key])}" for name, pinned in pins.items()
+            )
             free = [name for name, method in METHODS.items() if key not in method.pins]
             raise document.key_error(
                 path,
@@ -461,8 +465,8 @@ def _check_search(
             if name not in searched and len(values) == 1:
                 raise document.error(
                     (*path, "when"),
-                    f"the condition has no effect: {name} is {shown(values.pop())} in every cell "
-                    "and is not searched; "
+                    f"the condition has no effect: {name} is {short_value(values.pop())} in "
+                    "every cell and is not searched; "
                     "allowed: keys of search.space and keys that differ between cells",
                 )
         if not any(dimension in cell.space for cell in cells):

@@ -29,7 +29,7 @@ from orchestrator.spec.marked_yaml import (
     Keys,
     SpecError,
     allowed_choices,
-    shown,
+    short_value,
     suggestion,
 )
 
@@ -113,7 +113,7 @@ def _spec_error(document: Document, problem: ValidationError, schema: Schema) ->
         error_at = document.key_error if isinstance(value, dict) else document.error
         return error_at(keys, str(error["ctx"]["error"]))
     allowed = allowed_values(part) + suggestion(str(value), map(str, _enumerated(part)))
-    return document.error(keys, f"{shown(value)} is not allowed; allowed: {allowed}")
+    return document.error(keys, f"{short_value(value)} is not allowed; allowed: {allowed}")
 
 
 def _document_path(document: Document, error: ErrorDetails) -> Keys:

@@ -38,13 +38,13 @@ from air_core.specs import FidelitySettings, FolderImages
 from air_core.types import Batch, Labelled
 from orchestrator.errors import MissingArtifact
 from orchestrator.keys import artifact_key
-from orchestrator.planning.audit_card import REASONS, AuditCard, AuditRow, facts_of, title_of
-from orchestrator.planning.dataset_text import about, text_of
+from orchestrator.planning.audit_card import REASONS, AuditCard, AuditRow, card_facts, row_title
+from orchestrator.planning.dataset_text import dataset_description, read_dataset_text
 from orchestrator.planning.plan import BASE_PER_CLASS
 from orchestrator.planning.resolve import images_folder
 from orchestrator.stages.build import read_target
 from orchestrator.stages.context import ChangedInput, WorkerContext, one_thread
-from orchestrator.stages.image_rows import read_drawn, read_pictures, read_synthetic
+from orchestrator.stages.image_rows import read_drawn_images, read_pictures, read_synthetic
 from orchestrator.stages.pictures import Tile, captioned_sheet
 from orchestrator.store import ArtifactStore
 
@@ -70,7 +70,7 @@ def make_card(
     """
     images, table = _read(row, worker.store, report)
     backbone = worker.backbone(row.row.backbone, row.row.precision)
-    template = text_of(row.features, worker.store).template
+    template = read_dataset_text(row.features, worker.store).template
     text = text_classifier(backbone, row.row.images.classnames, template)
     targets = [read_target(row.features, split, worker.store) for split in row.splits]
     pool = targets[0].features[targets[0].split.pool]
@@ -105,9 +105,9 @@ def make_card(
     card = AuditCard(
         inputs_digest=row.inputs_digest,
         name=row.name,
-        title=title_of(row),
+        title=row_title(row),
         clip=row.row.backbone.name,
-        dataset=about(row.features.dataset.name),
+        dataset=dataset_description(row.features.dataset.name),
         row=str(artifact_key(row.row.images)),
         images_per_class=row.images_per_class,
         images=len(images),
@@ -134,7 +134,7 @@ def _read(row: AuditRow, store: ArtifactStore, report: Report | None) -> tuple[I
     count = row.images_per_class * len(row.classes)
     classnames, files = row.row.images.classnames, _files(row)
     lines, features, hashes = [], [], []
-    for drawn in read_drawn(row.row, row.classes, row.images_per_class, store):
+    for drawn in read_drawn_images(row.row, row.classes, row.images_per_class, store):
         picture = open_png(drawn.png)
         name = classnames[drawn.class_index]
         lines.append(
@@ -331,7 +331,7 @@ def _sheet(
 
     return captioned_sheet(
         f"{card.title}   {card.dataset}",
-        facts_of(card),
+        card_facts(card),
         {
             name: [
                 tile(*image, caption, flagged)

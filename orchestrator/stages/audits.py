@@ -14,7 +14,7 @@ from orchestrator.planning.audit_card import (
     AuditCard,
     audit_rows_of_sweep,
     card_files,
-    ready,
+    complete_rows,
     stored_card,
 )
 from orchestrator.spec import SweepSpec
@@ -39,7 +39,7 @@ def audit_cards(
         ValueError: the sweep reads no images, or none are drawn yet.
     """
     cards = []
-    for row in ready(audit_rows_of_sweep(sweep, location), location):
+    for row in complete_rows(audit_rows_of_sweep(sweep, location), location):
         card = stored_card(row, location)
         if card is None:
             from orchestrator.stages.auditor import make_card  # it needs torch

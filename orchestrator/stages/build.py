@@ -26,7 +26,7 @@ from air_core.lora_labels import lora_images
 from air_core.paradigms import make_split
 from air_core.specs import FeaturesSpec, LabelsSpec, LoraSpec, SplitSettings
 from air_core.types import Batch, Labelled, Split
-from orchestrator.planning.dataset_text import DatasetText, text_of
+from orchestrator.planning.dataset_text import DatasetText, read_dataset_text
 from orchestrator.planning.resolve import images_folder
 from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.image_rows import read_synthetic
@@ -80,7 +80,7 @@ def build_features(
         arrays = {"features": np.concatenate(rows), "labels": examples.labels, "parts": parts}
         save_file(arrays, folder / "features.safetensors")
         counts = {"images": len(parts) - len(bad), "unreadable": len(bad), "batch": worker.batch}
-        return counts | asdict(text_of(spec, worker.store))
+        return counts | asdict(read_dataset_text(spec, worker.store))
 
     return worker.store.get_or_build(spec, build)
 
@@ -113,7 +113,7 @@ def read_target(
     Raises:
         MissingArtifact: the features are not made yet.
     """
-    text = text_of(spec, store)
+    text = read_dataset_text(spec, store)
     target = _target(store.get(spec).path / "features.safetensors", split, text)
     if tokens is None:
         return target
@@ -182,7 +182,7 @@ def build_lora(
         selected = load_file(worker.store.get(spec.labels).path / "labels.safetensors")
         with worker.unchanged_examples(spec.labels.features.dataset) as examples:
             pixels = np.stack([square(examples.images[i], spec.size) for i in selected["index"]])
-        classnames = text_of(spec.labels.features, worker.store).classnames
+        classnames = read_dataset_text(spec.labels.features, worker.store).classnames
         names = [classnames[c].replace("_", " ") for c in selected["labels"]]
         return train_lora(
             torch.from_numpy(pixels),
@@ -201,7 +201,7 @@ def build_lora(
         if report is not None:
             report(step, steps, loss)
 
-    checkpoint = worker.store.unfinished(spec)
+    checkpoint = worker.store.checkpoint_path(spec)
     if not worker.store.has(spec):
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         worker.store.backend.pull([checkpoint], overwrite=False)

@@ -118,7 +118,7 @@ def _examples(dataset: Ref, digests: Path, data_root: Path | None) -> Examples:
 
 def _check_content(dataset: Ref, digests: Path, data_root: Path | None) -> None:
     resolver = _resolver(digests, data_root)
-    _check_unchanged(dataset, lambda: resolver.content(get_dataset(dataset.name)))
+    _check_unchanged(dataset, lambda: resolver.dataset_content(get_dataset(dataset.name)))
 
 
 def _check_unchanged(planned: Ref, read: Callable[[], Ref]) -> None:

@@ -96,13 +96,13 @@ def _build_block(
 ) -> dict[str, float]:
     drawn: dict[str, float] = {"drawn": 0, "redrawn": 0, "holes": 0, "on_device": 0.0}
     features = worker.store.open_row(spec)
-    encoded_before = features.holds(class_index, block, ".safetensors")
-    if not encoded_before and row.holds(class_index, block, ".parquet"):
+    encoded_before = features.has_shard(class_index, block, ".safetensors")
+    if not encoded_before and row.has_shard(class_index, block, ".parquet"):
         try:
             row.read(class_index, block, ".parquet")
         except DamagedArtifact as damaged:
             worker.store.set_aside(damaged)
-    if not row.holds(class_index, block, ".parquet"):
+    if not row.has_shard(class_index, block, ".parquet"):
         table, drawn = _draw(spec.images, class_index, block, generator())
         row.publish(class_index, block, ".parquet", sealed(_parquet(table)))
     if not encoded_before:
@@ -228,12 +228,12 @@ def _read_row(
 
 def drawn_classes(spec: SyntheticFeaturesSpec, store: ArtifactStore) -> list[int]:
     """Ascending indices of the classes with images: TRZSL draws only unseen classes."""
-    return sorted({c for c, _ in store.row(spec.images).present(".parquet")})
+    return sorted({c for c, _ in store.row(spec.images).existing_shards(".parquet")})
 
 
 def drawn_per_class(spec: SyntheticFeaturesSpec, limit: int, store: ArtifactStore) -> int:
     """The number of images that each drawn class has from the first on, at most `limit`."""
-    present = store.row(spec.images).present(".parquet")
+    present = store.row(spec.images).existing_shards(".parquet")
     blocks = range(spec.blocks(limit))
     first_gaps = (
         next((block for block in blocks if (c, block) not in present), len(blocks))
@@ -250,7 +250,7 @@ def read_images(
     return [[pictures[c, index] for index in range(count)] for c in classes]
 
 
-def recognised(
+def recognised_share(
     spec: SyntheticFeaturesSpec, count: int, worker: WorkerContext, template: str
 ) -> float:
     """Share of the first images that zero-shot CLIP assigns to the class they were drawn for."""
@@ -272,7 +272,7 @@ class DrawnImage:
     features: np.ndarray  # (D,)
 
 
-def read_drawn(
+def read_drawn_images(
     spec: SyntheticFeaturesSpec, classes: Sequence[int], count: int, store: ArtifactStore
 ) -> Iterator[DrawnImage]:
     """Read the first `count` images of each class with the holes, one after the other.

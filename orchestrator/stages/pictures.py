@@ -41,15 +41,15 @@ def contact_sheet(
     Returns:
         The PNG, and the share of each group that zero-shot CLIP assigns to its class.
     """
-    from orchestrator.planning.dataset_text import text_of
+    from orchestrator.planning.dataset_text import read_dataset_text
     from orchestrator.stages.image_rows import (
         drawn_classes,
         drawn_per_class,
         read_images,
-        recognised,
+        recognised_share,
     )
 
-    dataset = text_of(features, worker.store)
+    dataset = read_dataset_text(features, worker.store)
     examples = worker.examples(features.dataset)
     shown = drawn_classes(drawn, worker.store)[:MAX_ROWS]
     real = [_readable(examples.images, np.flatnonzero(examples.labels == c)) for c in shown]
@@ -58,7 +58,7 @@ def contact_sheet(
     for name, row in rows.items():
         count = drawn_per_class(row, PER_GROUP, worker.store)
         groups[name] = read_images(row, shown, count, worker.store)
-        shares[name] = recognised(row, count, worker, dataset.template)
+        shares[name] = recognised_share(row, count, worker, dataset.template)
     sheet = tile_sheet([dataset.classnames[c] for c in shown], groups)
     return sheet, dict(reversed(shares.items()))  # the images that trials read come first
 

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from orchestrator.errors import StoreRefused
-from orchestrator.files import flocked, is_flocked
+from orchestrator.files import hold_flock, is_flocked
 from orchestrator.store.backends import LOCKS, FolderBackend, OnWait
 
 STORE_LOCK = f"{LOCKS}/store"  # sweeps hold it shared, `cache gc` exclusively
@@ -56,7 +56,7 @@ class Locks:
         started, pause = time.monotonic(), 0.01
         while True:
             try:
-                stack.enter_context(flocked(lock, fcntl.LOCK_EX | fcntl.LOCK_NB))
+                stack.enter_context(hold_flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB))
                 return
             except BlockingIOError:
                 self.on_wait(lock.name, _holder_in(lock), time.monotonic() - started)
@@ -83,7 +83,7 @@ class Locks:
         """
         stack = ExitStack()
         try:
-            stack.enter_context(flocked(self.root / STORE_LOCK, fcntl.LOCK_SH | fcntl.LOCK_NB))
+            stack.enter_context(hold_flock(self.root / STORE_LOCK, fcntl.LOCK_SH | fcntl.LOCK_NB))
         except BlockingIOError:
             raise StoreRefused(
                 f"`airsweep cache gc` is removing artifacts from {self.root}: wait until it ends"
@@ -102,7 +102,9 @@ class Locks:
         self.backend.refuse_removal()
         with ExitStack() as stack:
             try:
-                stack.enter_context(flocked(self.root / STORE_LOCK, fcntl.LOCK_EX | fcntl.LOCK_NB))
+                stack.enter_context(
+                    hold_flock(self.root / STORE_LOCK, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                )
             except BlockingIOError:
                 raise StoreRefused(
                     f"a sweep runs in {self.root}; wait for it, or stop it"

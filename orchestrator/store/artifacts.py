@@ -266,7 +266,7 @@ class ArtifactStore:
                 "host": socket.gethostname(),
                 **provenance(),
                 **devices(),
-                "code": code_version.version(key.stage),
+                "code": code_version.part_version(key.stage),
                 "versions": versions(),
                 "files": {p.name: file_digest(p) for p in sorted(folder.iterdir())},
             }
@@ -274,7 +274,7 @@ class ArtifactStore:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def unfinished(self, spec: Stage) -> Path:
+    def checkpoint_path(self, spec: Stage) -> Path:
         """Path of the checkpoint of a spec. The backend pulls, pushes and removes the file."""
         return self.root / UNFINISHED / f"{artifact_key(spec).digest[:12]}.safetensors"
 
@@ -301,7 +301,7 @@ class ArtifactStore:
                 "spec": asdict(spec),
                 "started": time.time(),
                 **provenance(),
-                "code": code_version.version(row.key.stage),
+                "code": code_version.part_version(row.key.stage),
             }
             write_atomic(file, self.backend.put_once(file, sealed_json(record)))
         return row

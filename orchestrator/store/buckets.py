@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
 from orchestrator.errors import BucketUnreachable
-from orchestrator.redact import redacted
+from orchestrator.redact import redact
 
 if TYPE_CHECKING:
     from obstore import UpdateVersion
@@ -258,7 +258,7 @@ class BucketClient:
             raise BucketUnreachable(self._message(str(problem))) from None
 
     def _message(self, problem: str) -> str:
-        text = redacted(problem.partition("\nDebug source")[0]).strip()  # drop the debug output
+        text = redact(problem.partition("\nDebug source")[0]).strip()  # drop the debug output
         status, code, message = (
             match[1] if (match := pattern.search(text)) else "" for pattern in RESPONSE
         )

@@ -65,12 +65,12 @@ def write_checkpoint(spec: TrialSpec, store: ArtifactStore, checkpoint: Checkpoi
     content = sealed(
         save(dict(checkpoint.arrays), metadata={ABOUT: json.dumps(about), "seal": BLANK})
     )
-    store.write(store.unfinished(training_spec(spec)), content)
+    store.write(store.checkpoint_path(training_spec(spec)), content)
 
 
 def delete_checkpoint(spec: TrialSpec, store: ArtifactStore) -> None:
     """Remove the checkpoint of a trial, which is complete."""
-    file = store.unfinished(training_spec(spec))
+    file = store.checkpoint_path(training_spec(spec))
     if file.exists():
         store.backend.remove(file)
 
@@ -97,7 +97,7 @@ def recorded_rungs(spec: TrialSpec, store: ArtifactStore) -> tuple[Rungs, float]
 
 def _checkpoint_file(spec: TrialSpec, store: ArtifactStore) -> Path | None:
     """The current checkpoint file of a trial; None: missing or damaged."""
-    file = store.refresh(store.unfinished(training_spec(spec)))
+    file = store.refresh(store.checkpoint_path(training_spec(spec)))
     try:
         if intact(file.read_bytes()) is not False:
             return file

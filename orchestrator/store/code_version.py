@@ -85,7 +85,7 @@ PARTS: dict[str, tuple[str, ...]] = {
 
 
 @cache
-def version(part: str) -> str:
+def part_version(part: str) -> str:
     """Code version of a part, from the files on disk: 12 hex digits.
 
     Raises:
@@ -111,7 +111,7 @@ def listed_versions() -> dict[str, dict[str, Any]]:
 @cache
 def unlisted_versions(*readers: str) -> CodeVersions:
     """Parts and dataset readers whose code version is not listed, with that version."""
-    versions = {part: version(part) for part in (*PARTS, *readers)}
+    versions = {part: part_version(part) for part in (*PARTS, *readers)}
     return tuple(
         (part, found)
         for part, found in versions.items()

@@ -96,10 +96,10 @@ def plan_gc(
 def _removable(
     inventory: Inventory, requirements: StoreRequirements, me: str, sweep: str | None
 ) -> Iterator[Removal]:
-    own = merged(
+    own = merge_shards(
         item for s in requirements.sweeps if s.sweep == sweep for item in s.artifacts.items()
     )
-    others = merged(
+    others = merge_shards(
         item for s in requirements.sweeps if s.sweep != sweep for item in s.artifacts.items()
     )
     why = f"only {sweep} needs it" if sweep else "no sweep needs it"
@@ -118,7 +118,7 @@ def _removable(
     if sweep:
         return
     complete = {holding.digest for holding in inventory.holdings}
-    for checkpoint in inventory.unfinished:
+    for checkpoint in inventory.checkpoints:
         if checkpoint.digest in complete or checkpoint.digest not in others:
             reason = "its artifact is complete" if checkpoint.digest in complete else why
             owner = _owner(checkpoint.path, me)
@@ -196,7 +196,7 @@ class StoreRequirements:
         return tuple(s.sweep for s in self.sweeps if digest in s.artifacts)
 
 
-def merged(requirements: Iterable[tuple[str, Shards]]) -> dict[str, Shards]:
+def merge_shards(requirements: Iterable[tuple[str, Shards]]) -> dict[str, Shards]:
     """Union of the shards of each artifact."""
     found: dict[str, Shards] = {}
     for digest, shards in requirements:

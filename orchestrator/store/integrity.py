@@ -85,7 +85,7 @@ def verify(
     """
     backend = inventory.store.backend
     tasks = [task for holding in inventory.holdings for task in _tasks(holding, backend)]
-    tasks += [partial(_check, backend, c.path, c.path, _shard) for c in inventory.unfinished]
+    tasks += [partial(_check, backend, c.path, c.path, _shard) for c in inventory.checkpoints]
     for pattern, (check, remedy) in OTHER_FILES.items():
         for file in backend.other_files(pattern):
             tasks.append(partial(_check, backend, file, file, check, remedy))
@@ -95,7 +95,7 @@ def verify(
         inventory,
         len(results),
         sum(holding.bytes for holding in inventory.holdings)
-        + sum(checkpoint.bytes for checkpoint in inventory.unfinished),
+        + sum(checkpoint.bytes for checkpoint in inventory.checkpoints),
         tuple(result for result in results if result.why),
         sum(result.unsealed for result in results),
     )

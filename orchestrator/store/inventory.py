@@ -94,7 +94,7 @@ class Leftover:
 
 
 @dataclass(frozen=True)
-class Unfinished:
+class StoredCheckpoint:
     """A checkpoint of work that is not complete."""
 
     path: Path
@@ -111,7 +111,7 @@ class Inventory:
     store: ArtifactStore
     holdings: tuple[Holding, ...]
     leftovers: tuple[Leftover, ...]
-    unfinished: tuple[Unfinished, ...]
+    checkpoints: tuple[StoredCheckpoint, ...]
 
     @property
     def name(self) -> str:
@@ -164,13 +164,13 @@ def take_inventory(store: ArtifactStore) -> Inventory:
             holdings.append(holding)
             for name, why in _unrecorded_files(holding):
                 leftovers.append(_leftover(path / name, why, {name: files[name]}))
-    unfinished: list[Unfinished] = []
+    unfinished: list[StoredCheckpoint] = []
     for entry in store.backend.listed(UNFINISHED):
         path = store.root / entry.name
         if path.name.startswith("."):
             leftovers.append(_leftover(path, _why_hidden(path.name), {entry.name: entry}))
         elif not entry.name.endswith("/"):
-            unfinished.append(Unfinished(path, entry.size))
+            unfinished.append(StoredCheckpoint(path, entry.size))
     return Inventory(store, tuple(holdings), tuple(leftovers), tuple(unfinished))
 
 

@@ -31,7 +31,7 @@ class TrialRecord:
     started: float  # seconds since the epoch
     seconds: float
     path: Path
-    made: Mapping[str, Any] = field(default_factory=dict)  # PROVENANCE fields and `device`
+    provenance: Mapping[str, Any] = field(default_factory=dict)  # PROVENANCE fields and `device`
 
     @property
     def headline(self) -> float:
@@ -77,7 +77,7 @@ def _record(artifact: Artifact) -> TrialRecord:
         started=artifact.record["started"],
         seconds=artifact.record["seconds"],
         path=artifact.path,
-        made={
+        provenance={
             **{name: artifact.record[name] for name in PROVENANCE if name in artifact.record},
             "device": info.get("device", ""),
         },

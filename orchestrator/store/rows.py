@@ -26,7 +26,7 @@ class Row:
         """Path of a shard. In a bucket store the file exists after `pull`."""
         return self.path / f"{class_index:04d}-{block:05d}{suffix}"
 
-    def present(self, suffix: str) -> frozenset[tuple[int, int]]:
+    def existing_shards(self, suffix: str) -> frozenset[tuple[int, int]]:
         """(class, block) of the existing shards."""
         shards = set()
         for name in self.backend.names(self.path):
@@ -35,7 +35,7 @@ class Row:
                 shards.add((int(class_index), int(block)))
         return frozenset(shards)
 
-    def holds(self, class_index: int, block: int, suffix: str) -> bool:
+    def has_shard(self, class_index: int, block: int, suffix: str) -> bool:
         """Whether a shard exists now, without using a cached listing."""
         return self.backend.exists(self.shard(class_index, block, suffix))
 

@@ -17,7 +17,7 @@ from typing import Any
 from air_core.specs import TrialSpec
 from air_core.specs.flat import to_flat
 from air_core.specs.normal import normalised
-from orchestrator.formatting import shown
+from orchestrator.formatting import format_value
 from orchestrator.git import UNKNOWN
 from orchestrator.keys import canonical_json
 from orchestrator.planning import Outcome, Slot, refs_of
@@ -80,7 +80,7 @@ class ChildRuns:
                 "air.point": point_id(slot),
                 "air.message": outcome.message,
                 "air.pruned_after": str(outcome.pruned.rung) if outcome.pruned else "",
-                **self._lineage(spec, record.made if record else maker),
+                **self._lineage(spec, record.provenance if record else maker),
             },
             params=self._params(slot, self._varied),
             numbers=lambda: numbers,
@@ -114,13 +114,13 @@ class ChildRuns:
         varied = self._varied - {*self._seeds}
         settings = {key: value for key, value in varied_settings(slot).items() if key in varied}
         params = self._params(slot, varied)
-        users = {str(record.made.get("user", UNKNOWN)) for _, record in done} - {UNKNOWN}
+        users = {str(record.provenance.get("user", UNKNOWN)) for _, record in done} - {UNKNOWN}
         return ChildRun(
             kind="point",
             id=point_id(slot),
             content=_content_digest(done, params),
             name=" ".join(
-                [_name(slot), *(f"{key}={shown(value)}" for key, value in settings.items())]
+                [_name(slot), *(f"{key}={format_value(value)}" for key, value in settings.items())]
             ),
             tags={
                 **_tags(slot),
@@ -179,7 +179,7 @@ def point_id(slot: Slot) -> str:
     return f"{slot.cell.id}/{slot.point}"
 
 
-def by_point(done: Iterable[FinishedTrial]) -> list[list[FinishedTrial]]:
+def group_by_setting(done: Iterable[FinishedTrial]) -> list[list[FinishedTrial]]:
     """Group finished trials by setting."""
     groups: dict[str, list[FinishedTrial]] = {}
     for slot, record in done:

@@ -20,12 +20,12 @@ from orchestrator.tracking._runs import (  # first: it configures MLflow
     IDENTITY,
     MLFLOW_ERRORS,
     StoredRun,
-    artifacts_of,
+    artifact_repository,
     check_database,
     create_database,
     digests_of,
     explained_errors,
-    is_ours,
+    is_airsweep_run,
     log_batch,
     metrics_of,
     search,
@@ -199,7 +199,7 @@ class SweepTracker:
         """
         children: dict[tuple[str, str], StoredRun] = {}
         query = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{self.run.run_id}'"
-        for child in filter(is_ours, search(self.client, self.experiment, query)):
+        for child in filter(is_airsweep_run, search(self.client, self.experiment, query)):
             first = children.setdefault(child.name, child)
             if first is not child:
                 keep, delete = (child, first) if first.status == "RUNNING" else (first, child)
@@ -351,7 +351,9 @@ class SweepTracker:
         runs are then written without files, which the next `open` of the sweep uploads.
         """
         uploaded: list[str] = []
-        artifacts = artifacts_of(self.mlflow.database, run.artifact_uri, self.client.tracking_uri)
+        artifacts = artifact_repository(
+            self.mlflow.database, run.artifact_uri, self.client.tracking_uri
+        )
         for name, data in files if self.accepts_files else ():
             try:
                 with tempfile.TemporaryDirectory(prefix="airsweep-") as scratch:

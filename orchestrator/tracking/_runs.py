@@ -44,7 +44,7 @@ from mlflow.utils.credentials import read_mlflow_creds
 from orchestrator.errors import TrackerUnreachable
 from orchestrator.redact import without_credentials
 from orchestrator.tracking.types import ChildRun, Numbers
-from orchestrator.tracking_uri import ARTIFACTS, resolved
+from orchestrator.tracking_uri import ARTIFACTS, resolve_uri
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)  # Ray may have imported MLflow before
 
@@ -85,7 +85,7 @@ class StoredRun:
         return not self.has_metrics or self.started == run.started or self.ended == run.ended
 
 
-def is_ours(run: StoredRun) -> bool:
+def is_airsweep_run(run: StoredRun) -> bool:
     """Whether airsweep created this child run. Users can add child runs to a sweep run."""
     return bool(run.name[1])
 
@@ -271,7 +271,9 @@ def check_database(path: Path) -> None:
 # ---------------------------------------------------------------- artifacts of a run
 
 
-def artifacts_of(database: Path | None, artifact_uri: str, tracking_uri: str) -> ArtifactRepository:
+def artifact_repository(
+    database: Path | None, artifact_uri: str, tracking_uri: str
+) -> ArtifactRepository:
     """The artifact repository of a run.
 
     Args:
@@ -302,7 +304,7 @@ def read_run(uri: str | None, store: Path, run_id: str, file: str) -> tuple[Run,
         ValueError: no run or several runs match, or tracking is off.
         TrackerUnreachable: the server does not answer.
     """
-    uri, database = resolved(uri, store)
+    uri, database = resolve_uri(uri, store)
     if database is not None and not database.exists():
         raise ValueError(f"{database} does not exist: nothing was tracked in this store yet")
     with explained_errors(without_credentials(uri), f"the run {run_id}"):
@@ -332,7 +334,7 @@ def _find(client: MlflowClient, run_id: str) -> Run:
 
 
 def _text(client: MlflowClient, database: Path | None, run: Run, name: str) -> str | None:
-    files = artifacts_of(database, run.info.artifact_uri, client.tracking_uri)
+    files = artifact_repository(database, run.info.artifact_uri, client.tracking_uri)
     if name not in {file.path for file in files.list_artifacts()}:
         return None
     with tempfile.TemporaryDirectory() as scratch:

@@ -36,7 +36,7 @@ class PastTrial:
     key: str  # when the trial ran
     flat: Mapping[str, Any]  # settings by dotted name; inputs by name
     digests: Mapping[str, str]  # of inputs (dataset, backbone, generator), by setting
-    made: Mapping[str, Any]  # user, commit, dirty, code, host, device, versions, files
+    provenance: Mapping[str, Any]  # user, commit, dirty, code, host, device, versions, files
     metrics: Mapping[str, float] = field(default_factory=dict)
     classnames: tuple[str, ...] = ()  # not part of an MLflow run
     code: CodeVersions = ()  # not part of an MLflow run
@@ -51,7 +51,7 @@ class PastTrial:
         if unknown:
             raise ValueError(
                 f"{self.label} has settings that this version does not support: "
-                f"{', '.join(unknown)}; check out commit {self.made.get('commit')}"
+                f"{', '.join(unknown)}; check out commit {self.provenance.get('commit')}"
             )
         refs = {
             name: Ref(name=self.flat[name] or "", digest=self.digests.get(name, ""))
@@ -195,7 +195,7 @@ def named_trial(
     if not trial.has_current_key():
         raise ValueError(
             f"{trial.label} was computed by another version of the code, with which its prompt may "
-            f"not be compatible; check out commit {trial.made.get('commit')}"
+            f"not be compatible; check out commit {trial.provenance.get('commit')}"
         )
     spec = normalised(trial.spec())
     if not store.has(spec):

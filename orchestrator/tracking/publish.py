@@ -26,7 +26,7 @@ from orchestrator.store.artifacts import provenance
 from orchestrator.tracking._child_runs import ChildRuns
 from orchestrator.tracking.reconcile import status_of, sweep_run_of, sync
 from orchestrator.tracking.types import Status, SweepRun, make_tracker
-from orchestrator.tracking_uri import kind_of, uri_of
+from orchestrator.tracking_uri import effective_uri, uri_kind
 
 if TYPE_CHECKING:
     from orchestrator.tracking._mlflow import SweepTracker
@@ -50,8 +50,8 @@ class Publisher:
     def __init__(self, sweep: SweepSpec, location: SweepLocation, tracking_uri: str | None) -> None:
         self.sweep, self.location, self.store = sweep, location, location.store
         self._given_uri = tracking_uri
-        self.uri = uri_of(tracking_uri or sweep.tracking_uri, self.store.root)
-        self.kind = kind_of(self.uri)
+        self.uri = effective_uri(tracking_uri or sweep.tracking_uri, self.store.root)
+        self.kind = uri_kind(self.uri)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tracker")
         self._tracker: SweepTracker | None = None
         self._pending: list[Future[bool]] = []
@@ -70,7 +70,7 @@ class Publisher:
     @property
     def in_store(self) -> bool:
         """Whether runs go to the default database in the store's folder."""
-        is_default = self.uri == uri_of(None, self.store.root)
+        is_default = self.uri == effective_uri(None, self.store.root)
         return is_default and not os.environ.get("MLFLOW_TRACKING_URI")
 
     def check(self, reach: bool) -> None:

@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
 
 from orchestrator.errors import DONE, FAILED, TrackerUnreachable
-from orchestrator.formatting import counted
+from orchestrator.formatting import plural
 from orchestrator.git import UNKNOWN
 from orchestrator.planning import Outcome, Plan, Slot, plan_of
 from orchestrator.planning.resolve import text_digest
-from orchestrator.planning.studies import Pruned
+from orchestrator.planning.studies import PrunedPoint
 from orchestrator.reporting import Results, results_of, sweep_status
 from orchestrator.reporting.charts import pictures
 from orchestrator.reporting.results import finished_records
 from orchestrator.reporting.rows import mean_std, settings_text
-from orchestrator.reporting.summary import facts_of, summary, title_of
+from orchestrator.reporting.summary import run_facts, summary, sweep_title
 from orchestrator.spec import SweepSpec
 from orchestrator.store import (
     ArtifactStore,
@@ -31,7 +31,7 @@ from orchestrator.store import (
     read_trial,
     whoami,
 )
-from orchestrator.tracking._child_runs import ChildRuns, by_point
+from orchestrator.tracking._child_runs import ChildRuns, group_by_setting
 from orchestrator.tracking.types import Counts, Status, SweepRun, make_tracker
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ WORLDS_IN_NOTE = 3  # worlds whose best row a note names
 
 
 @dataclass(frozen=True)
-class Reconciled:
+class ReconcileResult:
     """The result of reconciling one sweep."""
 
     name: str
@@ -65,14 +65,16 @@ class Reconciled:
         sent, present, settings = self.counts.sent, self.counts.present, self.counts.settings
         lost = f", {self.missing} no longer in the store" if self.missing else ""
         if self.counts.nothing_sent:
-            return f"{self.name}: nothing to send ({counted(present, 'outcome')} in MLflow{lost})"
-        more = f" and {counted(settings, 'setting')}" if settings else ""
+            return f"{self.name}: nothing to send ({plural(present, 'outcome')} in MLflow{lost})"
+        more = f" and {plural(settings, 'setting')}" if settings else ""
         return (
-            f"{self.name}: sent {counted(sent, 'outcome')}{more}; {present} already in MLflow{lost}"
+            f"{self.name}: sent {plural(sent, 'outcome')}{more}; {present} already in MLflow{lost}"
         )
 
 
-def reconcile(sweep: SweepSpec, location: SweepLocation, tracking_uri: str | None) -> Reconciled:
+def reconcile(
+    sweep: SweepSpec, location: SweepLocation, tracking_uri: str | None
+) -> ReconcileResult:
     """Bring MLflow up to date with one recorded sweep.
 
     Raises:
@@ -92,14 +94,16 @@ def reconcile(sweep: SweepSpec, location: SweepLocation, tracking_uri: str | Non
         try:
             missing = sync(sweep, location, tracker, status_of(sweep_status(event_log).exit_code))
         except TrackerUnreachable as error:
-            sent = counted(tracker.counts.sent, "outcome")
+            sent = plural(tracker.counts.sent, "outcome")
             raise TrackerUnreachable(
                 f"{error}; sent {sent} of {location.name} before that; run this command again when "
                 "MLflow answers"
             ) from error
     finally:
         event_log.unlock()
-    return Reconciled(f"{location.project}/{location.name}", tracker.counts, missing, tracker.url())
+    return ReconcileResult(
+        f"{location.project}/{location.name}", tracker.counts, missing, tracker.url()
+    )
 
 
 def sync(sweep: SweepSpec, location: SweepLocation, tracker: SweepTracker, status: Status) -> int:
@@ -131,7 +135,7 @@ def sync(sweep: SweepSpec, location: SweepLocation, tracker: SweepTracker, statu
             continue
         at = event.get("time", history.since)
         tracker.send(children.trial(outcome, at, event["maker"]))
-    for group in by_point(done):
+    for group in group_by_setting(done):
         tracker.send(children.setting(group))
     results = results_of(plan, location.store, done)
     tracker.finish(status, *note_and_files(plan, location, results, tracker.run.run_id))
@@ -173,16 +177,16 @@ def _outcome_of(
                 "failed",
                 failure_class=event.get("failure_class"),
                 message=event.get("message", ""),
-                known=True,
+                already_logged=True,
             )
         case "trial_pruned":
-            stop = Pruned(event["rung"], event["value"])
-            return Outcome(slot, "pruned", pruned=stop, known=True)
+            stop = PrunedPoint(event["rung"], event["value"])
+            return Outcome(slot, "pruned", pruned=stop, already_logged=True)
         case "trial_done" | "trial_reused" if store.has(slot.spec):
             state: Literal["done", "reused"] = (
                 "done" if event["event"] == "trial_done" else "reused"
             )
-            return Outcome(slot, state, record or read_trial(slot.spec, store), known=True)
+            return Outcome(slot, state, record or read_trial(slot.spec, store), already_logged=True)
     return None
 
 
@@ -220,7 +224,7 @@ def note_and_files(
         run_id: of the sweep run; the note shows charts among its files.
     """
     charts = pictures(results)
-    screen = summary(title_of(plan), results, facts_of(plan, location))
+    screen = summary(sweep_title(plan), results, run_facts(plan, location))
     note = [
         "\n".join(_best(results)),  # first, since MLflow folds long notes
         *(_picture(name, run_id) for name in charts),

@@ -84,7 +84,8 @@ def differences(a: PastTrial, b: PastTrial) -> Differences:
     # Trials with other settings use other code, so the code is compared for equal settings only.
     names = [name for name in CODE if name != "code" or not settings]
     code = [
-        {name: side.made.get(name) or None for name in names} | (side.made.get("versions") or {})
+        {name: side.provenance.get(name) or None for name in names}
+        | (side.provenance.get("versions") or {})
         for side in (a, b)
     ]
     metrics = [_without_times(side.metrics) for side in (a, b)]
@@ -185,8 +186,8 @@ def repro(
     # Code and libraries can also explain a difference.
     after = {"commit": commit(), "dirty": diff_digest(uncommitted_diff()), **versions()}
     before = {
-        **{name: past.made.get(name, "") for name in ("commit", "dirty")},
-        **(past.made.get("versions") or {}),
+        **{name: past.provenance.get(name, "") for name in ("commit", "dirty")},
+        **(past.provenance.get("versions") or {}),
     }
     code = _differing(before, {name: after.get(name) for name in before})
     result.code = {name: (a or "none", b or "none") for name, (a, b) in code.items()}
@@ -232,7 +233,9 @@ def _current_digest(setting: str, name: str, resolver: Resolver) -> str:
 def _is_stored(requirement: Requirement, store: ArtifactStore) -> bool:
     """Whether the store has an artifact. Of a row the features suffice: a trial reads no image."""
     if isinstance(requirement.spec, SyntheticFeaturesSpec):
-        return set(requirement.shards()) <= store.row(requirement.spec).present(".safetensors")
+        return set(requirement.shards()) <= store.row(requirement.spec).existing_shards(
+            ".safetensors"
+        )
     return store.has(requirement.spec)
 
 
@@ -248,7 +251,7 @@ def _recomputed(
     """Compute the trial in a temporary store, which exists inside the `with` block."""
     import torch
 
-    past_device = past.made.get("device") or "cpu"
+    past_device = past.provenance.get("device") or "cpu"
     device = "cuda" if past_device == "cuda" and torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory(prefix="airsweep-") as folder:
         scratch = ArtifactStore(Path(folder))
@@ -318,8 +321,10 @@ def _compare(
     result.metrics = _differing(
         metrics, {name: now.metrics.get(name, math.nan) for name in metrics}
     )
-    files = past.made.get("files") or {}
-    result.files = _differing(files, {name: now.made["files"].get(name, "none") for name in files})
+    files = past.provenance.get("files") or {}
+    result.files = _differing(
+        files, {name: now.provenance["files"].get(name, "none") for name in files}
+    )
     if not files:
         result.notes.append("MLflow has no digests of the predictions; only metrics are compared")
     if store.has(spec):  # compare the prediction of each image
@@ -336,8 +341,8 @@ def _compare(
     if result.predictions is not None:
         close = close and result.predictions[0] <= MAX_CHANGED * result.predictions[1]
     result.verdict = "within tolerance" if close else "different"
-    if (past.made.get("device") or "cpu") != now.made["device"]:
-        result.code["device"] = (past.made["device"], now.made["device"])
+    if (past.provenance.get("device") or "cpu") != now.provenance["device"]:
+        result.code["device"] = (past.provenance["device"], now.provenance["device"])
 
 
 def _short(value: str) -> str:

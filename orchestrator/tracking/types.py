@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from orchestrator.tracking_uri import ARTIFACTS, DATABASE, resolved
+from orchestrator.tracking_uri import ARTIFACTS, DATABASE, resolve_uri
 
 if TYPE_CHECKING:
     from orchestrator.tracking._mlflow import MlflowTracker
@@ -110,7 +110,7 @@ def make_tracker(uri: str | None, *, store: Path, project: str) -> MlflowTracker
     Raises:
         ValueError: the URI is not supported, or turns tracking off.
     """
-    address, database = resolved(uri, store)
+    address, database = resolve_uri(uri, store)
     from orchestrator.tracking._mlflow import MlflowTracker  # seconds to import
 
     return MlflowTracker(address, project=project, database=database)

@@ -122,8 +122,8 @@ def test_a_package_that_is_too_large_is_refused_with_its_largest_files(tmp_path,
 
 def test_a_job_with_installed_code_does_not_get_the_commit_of_this_checkout(spec):
     sweep = read_request(spec)
-    assert "AIRSWEEP_COMMIT" in job_package.variables(sweep, True, ())
-    assert "AIRSWEEP_COMMIT" not in job_package.variables(sweep, False, ())
+    assert "AIRSWEEP_COMMIT" in job_package.job_variables(sweep, True, ())
+    assert "AIRSWEEP_COMMIT" not in job_package.job_variables(sweep, False, ())
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_passwords_are_refused_and_not_shown(spec, monkeypatch):
     sweep = read_request(spec)
     for env in ("MLFLOW_TRACKING_PASSWORD", "HF_TOKEN=hunter2", "SERVER", "A=x://b:hunter2@c"):
         with pytest.raises(ValueError, match="looks like a secret") as caught:
-            job_package.variables(sweep, True, [env])
+            job_package.job_variables(sweep, True, [env])
         assert "hunter2" not in str(caught.value)
     for to in (
         {"store": SHARED, "tracking_uri": "http://me:hunter2@host"},
@@ -191,12 +191,12 @@ def test_passwords_are_refused_and_not_shown(spec, monkeypatch):
 
 def test_variables_are_given_by_name_or_with_a_value(spec, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://minio:9000")
-    sent = job_package.variables(
+    sent = job_package.job_variables(
         read_request(spec), True, ["AWS_ENDPOINT_URL", "HF_HOME=/shared/hf"]
     )
     assert (sent["AWS_ENDPOINT_URL"], sent["HF_HOME"]) == ("http://minio:9000", "/shared/hf")
     with pytest.raises(ValueError, match="not set on this machine"):
-        job_package.variables(read_request(spec), True, ["NOT_SET_ANYWHERE"])
+        job_package.job_variables(read_request(spec), True, ["NOT_SET_ANYWHERE"])
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 
 from orchestrator.execution._allocation import Allocation
 from orchestrator.planning import Machine
-from orchestrator.planning.resources import room
+from orchestrator.planning.resources import process_capacity
 from orchestrator.spec import Resources
 from orchestrator.spec.sweep import EncoderResources, GeneratorResources, TrialResources
 
@@ -39,7 +39,7 @@ def test_trials_leave_a_reserve_free_while_artifacts_are_missing(
     limits = allocation(resources, *machines)
     assert (limits.max_generators(), limits.reserve()) == (generators, reserve)
     assert limits.pool_size() == generators
-    limits.tuning = True
+    limits.trials_running = True
     assert limits.pool_size() == reserve
     limits.preparing = True
     assert limits.max_trials() == beside
@@ -49,7 +49,7 @@ def test_trials_leave_a_reserve_free_while_artifacts_are_missing(
 
 def test_trials_start_when_the_pool_has_shrunk_to_its_reserve(monkeypatch):
     limits = allocation(HALF, BIG)
-    limits.preparing = limits.pool_exceeds_reserve = limits.tuning = True
+    limits.preparing = limits.pool_exceeds_reserve = limits.trials_running = True
     assert limits.max_trials() == 0
     limits.pool_exceeds_reserve = False
     assert limits.max_trials() == 16
@@ -69,27 +69,30 @@ def test_a_machine_that_joins_is_used(monkeypatch):
 
 
 def test_encoders_have_the_resources_of_a_trial_by_default_and_run_inside_the_reserve():
-    assert GPU.want("features") == GPU.trial
+    assert GPU.process_resources("features") == GPU.trial
     half = Resources(trial=GPU.trial, encoder=EncoderResources(gpu=0.5))
-    assert (half.want("labels").gpu, half.want("labels").cpu) == (0.5, 1.0)
-    assert half.want("lora") == half.generator == half.want("images")
+    assert (half.process_resources("labels").gpu, half.process_resources("labels").cpu) == (
+        0.5,
+        1.0,
+    )
+    assert half.process_resources("lora") == half.generator == half.process_resources("images")
     limits = allocation(HALF, BIG)
-    assert limits.max_tasks(GPU.want("features")) == 32
-    limits.tuning = True
-    assert limits.max_tasks(GPU.want("features")) == 4  # one core each, in the reserve
-    assert limits.max_tasks(GPU.want("lora")) == 4
+    assert limits.max_tasks(GPU.process_resources("features")) == 32
+    limits.trials_running = True
+    assert limits.max_tasks(GPU.process_resources("features")) == 4  # one core each, in the reserve
+    assert limits.max_tasks(GPU.process_resources("lora")) == 4
 
 
 def test_on_a_small_cluster_a_lora_takes_a_free_device():
     limits = allocation(GPU, {"CPU": 8.0, "GPU": 1.0})
-    limits.tuning = True
-    assert (limits.pool_size(), limits.max_tasks(GPU.want("lora"))) == (0, 1)
+    limits.trials_running = True
+    assert (limits.pool_size(), limits.max_tasks(GPU.process_resources("lora"))) == (0, 1)
 
 
 def test_custom_resources_of_machines_count():
     tagged = Resources(generator=GeneratorResources(custom={"sd": 1}))
     machines = [{"CPU": 8.0}, {"CPU": 8.0, "sd": 2.0}]
-    assert room(tagged.generator, machines) == 2
+    assert process_capacity(tagged.generator, machines) == 2
     limits = allocation(tagged, *machines)
     limits.preparing = True
     assert limits.max_trials() == 15

@@ -139,7 +139,7 @@ def test_a_pool_shrinks_when_trials_start_and_no_block_counts_as_killed(
     class TrialStarter(Listener):
         def on_prepared(self, *arguments):
             super().__getattr__("on_prepared")(*arguments)
-            allocation.tuning = True
+            allocation.trials_running = True
 
     listener = TrialStarter()
     assert drawn(requirement, store, listener, resources, allocation) == []

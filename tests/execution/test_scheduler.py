@@ -20,7 +20,7 @@ from orchestrator.failures import Failure
 from orchestrator.planning import Outcome, Resolver
 from orchestrator.planning.plan import finished_slots, plan_sweep
 from orchestrator.planning.search import CellSearch
-from orchestrator.planning.studies import searches
+from orchestrator.planning.studies import read_searches
 from orchestrator.reporting.results import finished_trials
 from orchestrator.spec import Dimension, SweepSpec, cells_of
 from orchestrator.spec.sweep import Pruning, Search, Seeds
@@ -73,7 +73,7 @@ class World:
         self.outcomes, self.searches = [], {}
         cells = cells_of(sweep)
         if sweep.search is not None:
-            logged = searches(self.event_log)
+            logged = read_searches(self.event_log)
             for cell in cells:
                 if cell.space:
                     self.searches[cell.id] = CellSearch(cell, sweep.search, logged)
@@ -82,7 +82,7 @@ class World:
 
     def on_outcome(self, outcome: Outcome) -> None:
         self.outcomes.append(outcome)
-        if not outcome.known:
+        if not outcome.already_logged:
             slot: dict[str, Any] = {"slot": outcome.slot.id, "key": outcome.slot.key.digest}
             if outcome.pruned is not None:
                 slot |= {"rung": outcome.pruned.rung, "value": outcome.pruned.value}
@@ -153,7 +153,7 @@ def test_a_job_is_a_point_with_the_seeds_that_are_trained_together(world):
     assert world.states() == ["done"] * 4
     for outcome in world.outcomes:
         assert outcome.record == read_trial(outcome.slot.spec, world.store)
-        assert not outcome.known
+        assert not outcome.already_logged
 
 
 def test_the_scheduler_is_not_finished_while_its_last_job_runs(world):
@@ -215,7 +215,7 @@ def test_a_finished_sweep_has_no_jobs_and_repeats_its_outcomes(world):
     assert sorted(states.values()) == ["done", "done", "done", "reused"]
     assert world.run_all(world.scheduler(sweep("fpl", "zero_shot"))) == []
     assert {outcome.slot.id: outcome.state for outcome in world.outcomes} == states
-    assert all(outcome.known and outcome.record is not None for outcome in world.outcomes)
+    assert all(outcome.already_logged and outcome.record is not None for outcome in world.outcomes)
 
 
 def test_cells_of_the_same_rank_take_turns(world):
@@ -298,7 +298,10 @@ def test_a_failed_trial_is_tried_again_by_the_next_run(world):
     world.run_all(world.scheduler(sweep("fpl")), second_seed)
     jobs = world.run_all(world.scheduler(sweep("fpl")))
     assert [[spec.seed for spec in job.trials] for job in jobs] == [[2]]
-    assert [(o.state, o.known) for o in world.outcomes] == [("done", True), ("done", False)]
+    assert [(o.state, o.already_logged) for o in world.outcomes] == [
+        ("done", True),
+        ("done", False),
+    ]
 
 
 def fail(world: World, scheduler: TrialScheduler, *classes: str) -> list[Job]:
@@ -413,7 +416,10 @@ def test_a_retry_of_one_class_leaves_the_other_failures_as_they_are(world):
     left = {"digits-ul-text-cpl/0/seed=1": Failure("data", "a case of data")}
     again = world.scheduler(spec, lambda jobs: True, lambda trial: None, left)
     assert [job.cell for job in world.run_all(again)] == ["digits-ul-text-fpl"]
-    assert [(o.state, o.known) for o in world.outcomes] == [("done", False), ("failed", True)]
+    assert [(o.state, o.already_logged) for o in world.outcomes] == [
+        ("done", False),
+        ("failed", True),
+    ]
 
 
 def test_a_failed_seed_makes_a_failed_point_which_the_next_run_repeats(world):

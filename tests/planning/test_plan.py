@@ -28,7 +28,7 @@ from orchestrator.execution._scheduler import TrialScheduler
 from orchestrator.keys import artifact_key
 from orchestrator.planning import Plan, Requirement, Resolver, requirements_of
 from orchestrator.planning.estimate import Pace, record_measurements, stage_work, trial_work
-from orchestrator.planning.plan import BASE_PER_CLASS, level, plan_sweep
+from orchestrator.planning.plan import BASE_PER_CLASS, build_level, plan_sweep
 from orchestrator.planning.search import CellSearch, open_searches
 from orchestrator.spec import Dimension, Resources, SweepSpec, cells_of, presets
 from orchestrator.spec.space import grid_points
@@ -109,7 +109,7 @@ class World:
         return TrialScheduler(sweep, cells_of(sweep), self.searches, *parts, self.log)
 
     def log(self, outcome: Any) -> None:
-        if not outcome.known:
+        if not outcome.already_logged:
             event: dict[str, Any] = {"slot": outcome.slot.id, "key": outcome.slot.key.digest}
             if outcome.pruned is not None:
                 event |= {"rung": outcome.pruned.rung, "value": outcome.pruned.value}
@@ -269,7 +269,16 @@ def test_a_second_lora_round_needs_the_images_of_the_first():
     assert stages(requirements) == [*first, "labels", "lora", "images", "images"]
     assert requirements[3].images_per_class == 40
     assert requirements[4].spec.images == requirements[3].spec
-    assert [level(requirement.spec) for requirement in requirements] == [1, 2, 3, 4, 5, 6, 7, 1]
+    assert [build_level(requirement.spec) for requirement in requirements] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+        7,
+        1,
+    ]
 
 
 def test_seeds_methods_and_fusion_weights_share_one_row():

@@ -6,7 +6,12 @@ from typing import Any
 
 import pytest
 
-from orchestrator.planning.resources import CONTEXT, memory_fraction, resource_shortage, room
+from orchestrator.planning.resources import (
+    CONTEXT,
+    memory_fraction,
+    process_capacity,
+    resource_shortage,
+)
 from orchestrator.spec import Resources
 from orchestrator.spec.sweep import GeneratorResources, TrialResources
 from tests.helpers.sweeps import airsweep, write_sweep
@@ -51,7 +56,7 @@ def test_without_preparation_generators_need_not_fit():
     [({"cpu": 3}, 1 + 2), ({"cpu": 1, "gpu": 0.5}, 4), ({"cpu": 0, "gpu": 0}, 4 + 8)],
 )
 def test_parallel_processes_are_counted_machine_by_machine(want: dict[str, Any], expected):
-    assert room(TrialResources(**want), [SMALL, GPUS]) == expected
+    assert process_capacity(TrialResources(**want), [SMALL, GPUS]) == expected
 
 
 @pytest.mark.parametrize("gpu", [0.5, 0.33, 0.25, 0.1])

@@ -12,7 +12,7 @@ import pytest
 from optuna.trial import TrialState
 
 from orchestrator.planning.search import CellSearch, open_storage
-from orchestrator.planning.studies import Searches, searches
+from orchestrator.planning.studies import Searches, read_searches
 from orchestrator.spec import Dimension, cells_of
 from orchestrator.spec import SweepSpec as Sweep
 from orchestrator.spec.space import Point, study_name
@@ -53,7 +53,7 @@ class Log:
     def open(self, spec: Sweep) -> CellSearch:
         (cell,) = cells_of(spec)
         assert spec.search is not None
-        return CellSearch(cell, spec.search, searches(self.event_log))
+        return CellSearch(cell, spec.search, read_searches(self.event_log))
 
     def play(
         self, spec: Sweep, objective: Callable[[Point], float | None] | None = None, most: int = 99
@@ -63,7 +63,7 @@ class Log:
         study = study_name(searching.cell, searching.search)
         while points := searching.next_round():
             values = {p.number: objective(p) if objective else value(p.params) for p in points}
-            known = searches(self.event_log).suggested.get(study, {})
+            known = read_searches(self.event_log).suggested.get(study, {})
             lines: list[tuple[str, dict[str, Any]]] = [
                 ("point_asked", {"study": study, "point": p.number, "params": dict(p.params)})
                 for p in points
@@ -243,7 +243,7 @@ def test_ended_points_are_copied_to_the_storage(tmp_path, log):
     log.play(spec)
     for _ in range(2):  # every run starts a new copy
         storage = open_storage(tmp_path / "j")
-        searching = CellSearch(cell, spec.search, searches(log.event_log), storage, "team/")
+        searching = CellSearch(cell, spec.search, read_searches(log.event_log), storage, "team/")
         [name] = optuna.get_all_study_names(open_storage(tmp_path / "j"))
         copy = optuna.load_study(study_name=name, storage=open_storage(tmp_path / "j"))
         assert name.startswith("team/digits-ul-text-air")

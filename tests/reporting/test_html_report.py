@@ -21,7 +21,7 @@ import pytest
 
 from orchestrator.planning.recorded import read_sweep
 from orchestrator.planning.search import importances
-from orchestrator.reporting.html_report import confused, page
+from orchestrator.reporting.html_report import frequent_confusions, page
 from orchestrator.reporting.report_data import report_data_of
 from orchestrator.spec import Dimension
 from orchestrator.store import open_store
@@ -263,12 +263,12 @@ def test_a_report_of_a_sweep_without_results_is_bad_input(tmp_path):
 
 def test_the_most_confused_pairs_come_first():
     matrix = np.array([[5, 5, 0], [1, 9, 0], [0, 8, 2]])
-    assert list(confused(matrix, ["a", "b", "c"], 3)) == [
+    assert list(frequent_confusions(matrix, ["a", "b", "c"], 3)) == [
         ("c", "b", 0.8),
         ("a", "b", 0.5),
         ("b", "a", 0.1),
     ]
-    assert list(confused(np.diag([3, 3]), ["a", "b"])) == []
+    assert list(frequent_confusions(np.diag([3, 3]), ["a", "b"])) == []
 
 
 def test_importance_finds_the_dimension_that_matters():

@@ -13,8 +13,8 @@ from orchestrator.reporting._statistics import (
     ALPHA,
     Run,
     Runs,
-    collapsed,
-    corrected,
+    collapsed_runs,
+    corrected_p_values,
     holm,
     images_needed,
     mean_interval,
@@ -246,9 +246,9 @@ def test_correction_never_lowers_a_p_value() -> None:
     rng = np.random.default_rng(11)
     for _ in range(10):
         found = compared(simulated_table(rng, Scenario(taste=0.4, noise=0.4, seed=0.1), 6))
-        for one, p in zip(found, corrected(found), strict=True):
+        for one, p in zip(found, corrected_p_values(found), strict=True):
             assert one.p <= p <= 1
-    assert corrected([]) == []
+    assert corrected_p_values([]) == []
 
 
 def agreeing_seeds(count: int) -> Runs:
@@ -267,7 +267,7 @@ def test_seeds_that_agree_by_chance_get_the_mean_spread_of_the_table() -> None:
     varying = paired_difference(spread, nothing)
     assert agreeing is not None
     assert varying is not None
-    alone, together = corrected([agreeing])[0], corrected([agreeing, varying])[0]
+    alone, together = corrected_p_values([agreeing])[0], corrected_p_values([agreeing, varying])[0]
     assert alone < 0.001 < together
 
 
@@ -354,15 +354,17 @@ def scored(*accuracies: float, images: int = 500) -> Runs:
     ],
 )
 def test_a_run_far_below_the_others_has_collapsed(accuracies, fallen) -> None:
-    assert [one.seed for one in collapsed(scored(*accuracies))] == fallen
+    assert [one.seed for one in collapsed_runs(scored(*accuracies))] == fallen
 
 
 def test_low_accuracies_collapse_by_a_quarter_of_the_median() -> None:
-    assert [c.seed for c in collapsed(scored(0.17, 0.175, 0.11, images=3000))] == [2]
-    assert collapsed(scored(0.17, 0.175, 0.11, images=100)) == []  # within image noise
+    assert [c.seed for c in collapsed_runs(scored(0.17, 0.175, 0.11, images=3000))] == [2]
+    assert collapsed_runs(scored(0.17, 0.175, 0.11, images=100)) == []  # within image noise
 
 
 def test_ordinary_seeds_do_not_collapse() -> None:
     rng = np.random.default_rng(12)
     world = Scenario(taste=0.4, noise=0.4, seed=0.07, seeds=5)
-    assert not any(collapsed(runs) for _ in range(50) for runs in simulated_table(rng, world, 4))
+    assert not any(
+        collapsed_runs(runs) for _ in range(50) for runs in simulated_table(rng, world, 4)
+    )

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from pandas import DataFrame
 
-from orchestrator.reporting._layouts import Layout, escaped, latex
+from orchestrator.reporting._layouts import Layout, escape_latex, latex
 from orchestrator.reporting.rows import FinishedTrial
 from orchestrator.reporting.tables import pivot, table
 from orchestrator.reporting.tables import pivot_text as text
@@ -173,7 +173,7 @@ NASTY = r"""50% of #1 & $2_3^4 {a} ~ \n <b> "q" |x| [y] *z* a--b -3 naïve ŁĘ 
 
 
 def test_latex_commands_in_a_name_are_escaped() -> None:
-    found = escaped(NASTY)
+    found = escape_latex(NASTY)
     bare = re.sub(r"\$[^$]*\$|\\[a-z]+\{\}|\{[\[\]*]?\}|\\.", "", found)
     assert not re.search(r"[%#&$_^{}~\\\[\]*]", bare)
     assert "U+82B1" in found

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from orchestrator.spec import sweep_schema
 from orchestrator.spec._trial_values import TRIAL_NAMES, value_type
 from orchestrator.spec.marked_yaml import parse, read
-from orchestrator.spec.sweep_file import SweepFile, checked
+from orchestrator.spec.sweep_file import SweepFile, sweep_from_document
 from tests.helpers.spec_reference import refreshed
 from tests.spec.test_sweep_file import BAD, FULL
 
@@ -52,7 +52,7 @@ def test_the_schema_accepts_every_shipped_sweep(file):
 )
 def test_the_schema_accepts_files_that_the_reader_accepts(more):
     for text in (FULL, AIR + more):
-        checked(parse(text, "x.yaml"))
+        sweep_from_document(parse(text, "x.yaml"))
         assert errors_of(text) == []
 
 
@@ -125,4 +125,7 @@ def test_golden_the_spec_reference_matches_the_schema():
 
 def test_the_modeline_of_an_editor_is_not_part_of_the_question():
     line = "# yaml-language-server: $schema=airsweep.schema.json\n"
-    assert checked(parse(line + FULL, "x")).question == checked(parse(FULL, "x")).question
+    assert (
+        sweep_from_document(parse(line + FULL, "x")).question
+        == sweep_from_document(parse(FULL, "x")).question
+    )

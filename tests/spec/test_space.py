@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from orchestrator.spec import Cell, Dimension, SweepSpec, cells_of
 from orchestrator.spec.space import (
-    applies,
     default_params,
     grid_points,
+    is_active,
     point_count,
     study_name,
 )
@@ -132,7 +132,7 @@ def test_a_grid_lists_each_point_that_its_conditions_allow_once(space):
     for point in points:
         settings = dict(searched.flat)
         for dimension in searched.space:
-            assert (dimension.key in point) == applies(dimension, settings)
+            assert (dimension.key in point) == is_active(dimension, settings)
             if dimension.key in point:
                 settings[dimension.key] = point[dimension.key]
                 assert point[dimension.key] in dimension.values

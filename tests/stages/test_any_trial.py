@@ -15,7 +15,7 @@ import yaml
 from air_core.methods import METHODS
 from air_core.specs import FeaturesSpec, LabelsSpec
 from orchestrator.planning import Requirement, Resolver, requirements_of
-from orchestrator.planning.plan import level
+from orchestrator.planning.plan import build_level
 from orchestrator.spec import cells_of, load_sweep
 from orchestrator.stages.build import build_features, build_labels
 from orchestrator.stages.context import WorkerContext
@@ -127,7 +127,7 @@ def test_any_settings_are_learned_or_refused_with_a_sentence(drawn_digits, tmp_p
             continue
         try:
             for requirement in sorted(
-                requirements_of([trial]), key=lambda requirement: level(requirement.spec)
+                requirements_of([trial]), key=lambda requirement: build_level(requirement.spec)
             ):
                 build(requirement, worker)
             metrics = run_trial(trial, worker.store).metrics

@@ -193,31 +193,31 @@ def test_all_machines_see_the_last_version_of_a_small_file(machine):
 
 def test_another_machine_continues_from_a_checkpoint(machine):
     one, two, three = (machine(name) for name in ("one", "two", "three"))
-    file = one.unfinished(SPEC)
+    file = one.checkpoint_path(SPEC)
     file.parent.mkdir(parents=True)
     file.write_text("half")
     one.backend.push(file)
-    copy = two.unfinished(SPEC)
+    copy = two.checkpoint_path(SPEC)
     two.backend.pull([copy])
     assert copy.read_text() == "half"
     copy.write_text("nearly all")
     two.backend.push(copy)
     assert one.refresh(file).read_text() == "nearly all"
     two.backend.remove(copy)
-    assert not three.refresh(three.unfinished(SPEC)).exists()
+    assert not three.refresh(three.checkpoint_path(SPEC)).exists()
 
 
 def test_a_row_has_its_published_shards_on_all_machines(machine):
-    assert machine("one").row(ROW).present(".parquet") == frozenset()
+    assert machine("one").row(ROW).existing_shards(".parquet") == frozenset()
     one = machine("one").open_row(ROW)
     for class_index, block in [(0, 0), (0, 2), (11, 3)]:
         one.publish(class_index, block, ".parquet", b"pixels")
     one.publish(0, 1, ".safetensors", b"features")
     row = machine("two").open_row(ROW)
-    assert row.present(".parquet") == {(0, 0), (0, 2), (11, 3)}
-    assert row.present(".safetensors") == {(0, 1)}
-    assert row.holds(0, 2, ".parquet")
-    assert not row.holds(0, 1, ".parquet")
+    assert row.existing_shards(".parquet") == {(0, 0), (0, 2), (11, 3)}
+    assert row.existing_shards(".safetensors") == {(0, 1)}
+    assert row.has_shard(0, 2, ".parquet")
+    assert not row.has_shard(0, 1, ".parquet")
     assert row.read(11, 3, ".parquet") == b"pixels"
     assert not machine("two").has(ROW)  # a row is never complete
 

@@ -216,7 +216,7 @@ def test_gc_removes_images_that_no_sweep_needs(world, cache):
     row = max(
         (n for n in plan.requirements if n.stage == "images"), key=lambda n: n.images_per_class
     )
-    assert len(world.store.row(row.spec.images).present(".parquet")) == row.total()
+    assert len(world.store.row(row.spec.images).existing_shards(".parquet")) == row.total()
 
 
 def test_gc_of_an_edited_sweep_removes_its_old_images_and_keeps_its_old_results(world, cache):
@@ -422,7 +422,7 @@ def test_checkpoints_are_listed_and_removed_when_no_sweep_needs_them(world, cach
     plan = plan_of(load_sweep(waiting.folder / "spec.yaml"), waiting)
     waiting.event_log().unlock()
     (wanted,) = [n.spec for n in plan.requirements if n.stage == "lora" and not n.have(world.store)]
-    needed = world.store.unfinished(wanted)
+    needed = world.store.checkpoint_path(wanted)
     needed.parent.mkdir()
     complete = needed.with_name(f"{lora.name.rpartition('-')[2]}-0123456789ab.safetensors")
     unneeded = needed.with_name("0123456789ab-0123456789ab.safetensors")

@@ -465,8 +465,9 @@ def test_an_unsupported_tracking_uri_is_explained(tmp_path: Path) -> None:
 def test_mlflow_is_not_imported_before_it_is_opened() -> None:
     code = (
         "import sys; from pathlib import Path; from orchestrator.tracking import types;"
-        "from orchestrator.tracking_uri import kind_of;"
-        "kind_of('sqlite:////x'); types.serve_command(Path('.')); sys.exit('mlflow' in sys.modules)"
+        "from orchestrator.tracking_uri import uri_kind;"
+        "uri_kind('sqlite:////x'); types.serve_command(Path('.'));"
+        "sys.exit('mlflow' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
