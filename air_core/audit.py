@@ -57,7 +57,7 @@ class ImageSet:
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class ReferenceImages:
     """Images that a set is compared with."""
 
     pool: Tensor  # (P, D) unlabelled real images
@@ -101,7 +101,7 @@ class Audit:
     base_distance: Distance | None
 
 
-def audit(images: ImageSet, logits: Tensor, around: Surroundings) -> Audit:
+def audit(images: ImageSet, logits: Tensor, around: ReferenceImages) -> Audit:
     """Audit a set of images.
 
     Args:
@@ -248,7 +248,7 @@ def _wrong_class(images: ImageSet, where: Tensor, margin: Tensor) -> list[Findin
     return findings
 
 
-def _test_copies(images: ImageSet, near: Tensor, around: Surroundings) -> list[Finding]:
+def _test_copies(images: ImageSet, near: Tensor, around: ReferenceImages) -> list[Finding]:
     """Copies of test images; training on them leaks the test set.
 
     Args:
@@ -299,12 +299,13 @@ def kid(images: Tensor, real: Tensor, seed: int = 0) -> Distance:
         return Distance(float("nan"), float("nan"))
     rng = np.random.default_rng(seed)
     values = [
-        _discrepancy(_some(images, size, rng), _some(real, size, rng)) for _ in range(SUBSETS)
+        _discrepancy(_random_subset(images, size, rng), _random_subset(real, size, rng))
+        for _ in range(SUBSETS)
     ]
     return Distance(float(np.mean(values)), float(np.std(values, ddof=1)))
 
 
-def _some(features: Tensor, size: int, rng: np.random.Generator) -> Tensor:
+def _random_subset(features: Tensor, size: int, rng: np.random.Generator) -> Tensor:
     return features[torch.from_numpy(rng.permutation(len(features))[:size])].double()
 
 

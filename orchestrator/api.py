@@ -70,10 +70,10 @@ def load(
         ValueError: the file or an option is wrong; the message names file, line and column.
     """
     from orchestrator.planning import SweepRequest, read_request
-    from orchestrator.planning.requests import choices_of, options
+    from orchestrator.planning.requests import only_options, set_options
 
     if not isinstance(spec, SweepRequest):
-        return read_request(spec, options(sets), choices_of(only), smoke)
+        return read_request(spec, set_options(sets), only_options(only), smoke)
     if sets or only or smoke:
         raise ValueError(
             f"{spec.spec.name} is already loaded; pass sets, only and smoke to `load` instead"
@@ -354,7 +354,7 @@ def status(name: str | Outcome, *, store: str | Path | None = None) -> dict[str,
     """
     from orchestrator.reporting import screens
 
-    return screens.status(location_named(name, store))
+    return screens.status_report(location_named(name, store))
 
 
 def results(

@@ -26,18 +26,17 @@ class DamagedArtifact(ValueError):
 
     Args:
         path: the folder of the artifact or the shard file, which must be computed again.
-        why: the damaged file and the kind of damage.
+        reason: the damaged file and the kind of damage.
         name: name of the artifact in a bucket; default: the path.
     """
 
-    def __init__(self, path: Path, why: str, name: str = "") -> None:
-        super().__init__(path, why, name)  # pickle needs all arguments
-        self.path, self.why, self.name = path, why, name or str(path)
+    def __init__(self, path: Path, reason: str, name: str = "") -> None:
+        super().__init__(path, reason, name)  # pickle needs all arguments
+        self.path, self.reason, self.name = path, reason, name or str(path)
 
     def __str__(self) -> str:
-        return (
-            f"{self.name} is damaged: {self.why}; run the sweep again to recompute it, or remove it"
-        )
+        remedy = "run the sweep again to recompute it, or remove it"
+        return f"{self.name} is damaged: {self.reason}; {remedy}"
 
 
 class StoreFull(RuntimeError):

@@ -104,7 +104,7 @@ def test_a_sweep_in_a_bucket_gives_the_same_results_as_in_a_folder_on_all_machin
     assert listed["store"] == world.uri
     assert listed["leftovers"] == []
     assert all(artifact["needed_by"] == ["default/chaos"] for artifact in listed["artifacts"])
-    objects = [entry.name for entry in parse(world.uri).listed("")]
+    objects = [entry.name for entry in parse(world.uri).list_objects("")]
     assert not [name for name in objects if "lock" in name]
     _, err = ended(world.start("six", "cache", "gc"), 3)
     assert "remove the record.json of an artifact first" in err

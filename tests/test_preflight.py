@@ -242,7 +242,7 @@ def test_a_machine_that_cannot_reach_the_bucket_is_refused(cluster, spec, bucket
     assert done.returncode == 3, done.stderr
     assert "1 of 2 machines" in done.stderr  # the other machine can use the bucket
     assert f"{lost['AWS_ENDPOINT_URL']} does not answer" in done.stderr
-    assert not [entry.name for entry in parse(bucket).listed("") if TOKENS in entry.name]
+    assert not [entry.name for entry in parse(bucket).list_objects("") if TOKENS in entry.name]
 
 
 def test_a_full_bucket_is_refused_before_the_cluster_is_joined(cluster, spec, bucket, s3_server):

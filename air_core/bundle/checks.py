@@ -61,7 +61,7 @@ def check_contents(content: Mapping[str, Any], arrays: Arrays) -> None:
         raise ValueError("its prompt is not a dict")
     _check_backbone(content["backbone"])
     _check_test(content["test"], len(content["classnames"]))
-    _check_metrics(content["metrics"], tested_by(content["test"]))
+    _check_metrics(content["metrics"], test_metric(content["test"]))
     if PROMPT in arrays and content.get("prompt") is None:
         raise ValueError(f"it has no prompt, but contains {PROMPT}")
     for name in (TEXT, TEST, *([PROMPT] if content.get("prompt") is not None else [])):
@@ -76,7 +76,7 @@ def check_contents(content: Mapping[str, Any], arrays: Arrays) -> None:
     _check_predictions(arrays[TEST], content["test"]["images"], len(content["classnames"]))
 
 
-def tested_by(test: Mapping[str, Any]) -> str:
+def test_metric(test: Mapping[str, Any]) -> str:
     """The test metric of a bundle: the harmonic mean for TRZSL, otherwise the accuracy."""
     return "test/accuracy" if test["unseen"] is None else "test/harmonic_mean"
 

@@ -24,7 +24,7 @@ BLANK_PX = 8
 
 
 @dataclass(frozen=True)
-class Classified:
+class ClassifiedImage:
     """The classes of one image."""
 
     image: str
@@ -58,7 +58,7 @@ class Bundle:
         prompt = manifest.visual_prompt
         self._prompt = None if prompt is None else torch.from_numpy(prompt).to(backbone.device)
 
-    def classify(self, places: Sequence[str | Path], topk: int = TOP) -> list[Classified]:
+    def classify(self, places: Sequence[str | Path], topk: int = TOP) -> list[ClassifiedImage]:
         """Classify the images of files, folders (recursively) and patterns, in this order.
 
         Raises:
@@ -72,7 +72,7 @@ class Bundle:
         files: Sequence[Path],
         topk: int = TOP,
         unreadable: Callable[[Path, str], None] | None = None,
-    ) -> Iterator[Classified]:
+    ) -> Iterator[ClassifiedImage]:
         """Classify image files in batches and yield the results in order. Memory use is constant.
 
         Args:
@@ -82,13 +82,13 @@ class Bundle:
         """
         step = min(STEP, self.backbone.at_once)
         for start in range(0, len(files), step):
-            opened = _Opened(files[start : start + step])
+            opened = _LazyImages(files[start : start + step])
             shares = self.logits(opened).softmax(dim=-1)
             found = shares.topk(min(topk, len(self.classnames)), dim=-1)
             for file, values, classes in zip(opened.files, *map(Tensor.tolist, found), strict=True):
                 if file not in opened.bad:
                     names = (self.classnames[c] for c in classes)
-                    yield Classified(str(file), tuple(zip(names, values, strict=True)))
+                    yield ClassifiedImage(str(file), tuple(zip(names, values, strict=True)))
                 elif unreadable is None:
                     raise Unreadable(opened.bad[file])
                 else:
@@ -134,7 +134,7 @@ def check_device(device: str) -> None:
 
 
 @dataclass
-class _Opened(Sequence[Image.Image]):
+class _LazyImages(Sequence[Image.Image]):
     """Image files as a sequence that opens them on access, with blanks for unreadable files."""
 
     files: Sequence[Path]
@@ -145,7 +145,7 @@ class _Opened(Sequence[Image.Image]):
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return _Opened(self.files[index], self.bad)
+            return _LazyImages(self.files[index], self.bad)
         file = self.files[index]
         try:
             return open_image(file)

@@ -22,16 +22,16 @@ def image_files(places: Iterable[str | Path]) -> list[Path]:
     """
     found: dict[Path, None] = {}
     for place in places:
-        found |= dict.fromkeys(_of(place))
+        found |= dict.fromkeys(_files_of(place))
     if not found:
         raise ValueError("no images given; give files, folders or patterns")
     return list(found)
 
 
-def _of(place: str | Path) -> Iterator[Path]:
+def _files_of(place: str | Path) -> Iterator[Path]:
     path = Path(place).expanduser()
     if path.is_dir():
-        images = list(_below(path))
+        images = list(_images_below(path))
         if not images:
             raise ValueError(
                 f"{path} and its subfolders contain no image; images end in "
@@ -45,12 +45,12 @@ def _of(place: str | Path) -> Iterator[Path]:
         if not matches:
             raise ValueError(f"no file matches {str(place)!r}")
         for match in map(Path, matches):
-            yield from _below(match) if match.is_dir() else (match,)
+            yield from _images_below(match) if match.is_dir() else (match,)
     else:
         raise ValueError(f"{path} does not exist")
 
 
-def _below(folder: Path) -> Iterator[Path]:
+def _images_below(folder: Path) -> Iterator[Path]:
     """The images of a folder, then of its subfolders, sorted by name, without hidden files."""
     for at, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))

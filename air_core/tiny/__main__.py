@@ -20,7 +20,7 @@ from air_core.tiny.pretrain_diffusion import (
     pretrain_unet,
     pretrain_vae,
 )
-from air_core.tiny.scores import measured
+from air_core.tiny.scores import all_scores
 
 
 def main() -> None:
@@ -35,7 +35,7 @@ def main() -> None:
     pretrain_unet(arguments.work, arguments.out, arguments.images, UnetTraining())
     listed = json.dumps(checksums(arguments.out), indent=2)
     (arguments.out / CHECKSUMS).write_text(listed + "\n")
-    print(json.dumps(measured(arguments.out), indent=2))
+    print(json.dumps(all_scores(arguments.out), indent=2))
 
 
 if __name__ == "__main__":

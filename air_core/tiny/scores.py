@@ -41,10 +41,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="contains clip/ and diffusion/")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    print(json.dumps(measured(arguments.out), indent=2))
+    print(json.dumps(all_scores(arguments.out), indent=2))
 
 
-def measured(out: Path, per_class: int = 20, held_out: Source | None = None) -> dict[str, Any]:
+def all_scores(out: Path, per_class: int = 20, held_out: Source | None = None) -> dict[str, Any]:
     """All scores of the two models in a folder."""
     from air_core.diffusion.pipeline import PipelineGenerator
     from air_core.specs import GenerationSettings

@@ -64,7 +64,7 @@ def listing(inventory: Inventory, requirements: StoreRequirements) -> dict[str, 
         "leftovers": [
             {
                 "path": str(leftover.path.relative_to(inventory.root)),
-                "why": leftover.why,
+                "why": leftover.reason,
                 "bytes": leftover.bytes,
             }
             for leftover in inventory.leftovers
@@ -141,9 +141,9 @@ def verdict_screen(verdict: VerificationReport) -> str:
     for damage in verdict.damaged:
         remedy = textwrap.fill(damage.remedy, 78, break_long_words=False, break_on_hyphens=False)
         remedy = textwrap.indent(remedy or f"remove {label(damage.remove)}", "  ")
-        lines += [f"damaged: {label(damage.file)}", f"  {damage.why}", remedy]
+        lines += [f"damaged: {label(damage.file)}", f"  {damage.reason}", remedy]
     for leftover in verdict.inventory.leftovers[:SHOWN]:
-        lines += [f"leftover: {label(leftover.path)}", f"  {leftover.why}; nothing uses it"]
+        lines += [f"leftover: {label(leftover.path)}", f"  {leftover.reason}; nothing uses it"]
     lines += _more(len(verdict.inventory.leftovers))
     count = len(verdict.damaged)
     summary = f"{count} damaged: follow the remedies and run again" if count else "none is damaged"
@@ -161,7 +161,7 @@ def gc_screen(plan: GcPlan, removed: bool) -> str:
     lines = []
     for removal in plan.removals[:SHOWN]:
         lines.append(f"{format_bytes(removal.bytes):>10}  {_shortened(_label(removal, plan.root))}")
-        lines.append(f"{'':12}{removal.why}; made by {removal.user}")
+        lines.append(f"{'':12}{removal.reason}; made by {removal.user}")
     lines += _more(len(plan.removals))
     total = f"{format_bytes(plan.bytes)} in {len(plan.removals):,} items"
     if not plan.removals:

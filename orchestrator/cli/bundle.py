@@ -27,9 +27,9 @@ from orchestrator.cli.common import (
 from orchestrator.formatting import csv_cell, show
 
 if TYPE_CHECKING:
-    from air_core.bundle.classifier import Classified
+    from air_core.bundle.classifier import ClassifiedImage
 
-    Writer = Callable[[Iterable[Classified]], None]
+    Writer = Callable[[Iterable[ClassifiedImage]], None]
 
 app = typer.Typer()
 
@@ -149,7 +149,7 @@ def classify(
         sys.exit(1)
 
 
-def _json(results: Iterable[Classified]) -> None:
+def _json(results: Iterable[ClassifiedImage]) -> None:
     """Stream a JSON list with one image per line."""
     separator = "[\n "
     for result in results:
@@ -162,7 +162,7 @@ def _json(results: Iterable[Classified]) -> None:
 PAIR = ("class", "probability")
 
 
-def _csv(results: Iterable[Classified]) -> None:
+def _csv(results: Iterable[ClassifiedImage]) -> None:
     """Columns image, class, probability; then class_2, probability_2, ..."""
     writer = csv.writer(sys.stdout, lineterminator="\n")
     for index, result in enumerate(results):
@@ -178,7 +178,7 @@ def _table(files: Iterable[Path], classnames: Iterable[str]) -> Writer:
     width = min(PATH_WIDTH, max(len(printable(str(file))) for file in files))
     name_width = max(len(name) for name in classnames)
 
-    def write(results: Iterable[Classified]) -> None:
+    def write(results: Iterable[ClassifiedImage]) -> None:
         for result in results:
             best, *others = (
                 f"{name:<{name_width}} {probability:>6.1%}" for name, probability in result.top
@@ -189,7 +189,7 @@ def _table(files: Iterable[Path], classnames: Iterable[str]) -> Writer:
     return write
 
 
-def _with_progress_bar(results: Iterator[Classified], total: int) -> Iterator[Classified]:
+def _with_progress_bar(results: Iterator[ClassifiedImage], total: int) -> Iterator[ClassifiedImage]:
     """Yield the results; show a progress bar if stderr is a terminal and stdout is not."""
     from rich.console import Console
     from rich.progress import Progress

@@ -89,7 +89,7 @@ def cache_gc(
     """
     from orchestrator.cli._cache_screen import gc_screen
     from orchestrator.planning.recorded import all_requirements, refuse_running
-    from orchestrator.store import open_store, whoami
+    from orchestrator.store import open_store, user_name
     from orchestrator.store.gc import NOT_REMOVED, plan_gc, remove
     from orchestrator.store.inventory import take_inventory
 
@@ -99,9 +99,9 @@ def cache_gc(
     with opened.locks.exclusive_store():  # no sweep may start before the removal is complete
         full_name = f"{location.project}/{location.name}" if location else None
         requirements = all_requirements(opened, data_root)
-        gc_plan = plan_gc(take_inventory(opened), requirements, whoami(), all_users, full_name)
+        gc_plan = plan_gc(take_inventory(opened), requirements, user_name(), all_users, full_name)
         if yes:
             gc_plan = remove(gc_plan)
     show(json.dumps(gc_plan.json(yes), indent=1) if as_json else gc_screen(gc_plan, yes))
-    if any(removal.why == NOT_REMOVED for removal in gc_plan.others):
+    if any(removal.reason == NOT_REMOVED for removal in gc_plan.others):
         fail(f"some artifacts {NOT_REMOVED}; --json lists them", 1)

@@ -84,10 +84,10 @@ def render_rayjob(
     airsweep cluster render rayjob mine.yaml --image registry.example.org/airsweep:1 --queue team
     """
     from orchestrator.cluster.render import RenderOptions, parse_variables, rayjob
-    from orchestrator.store import whoami
+    from orchestrator.store import user_name
 
     request = load(spec, sets, only, smoke)
-    variables = {"AIRSWEEP_USER": whoami()}
+    variables = {"AIRSWEEP_USER": user_name()}
     if request.spec.project is None and (project := os.environ.get("AIRSWEEP_PROJECT")):
         variables["AIRSWEEP_PROJECT"] = project
     options = RenderOptions(

@@ -90,7 +90,7 @@ class SweepResults:
     results: Results
 
 
-def results_of(name: str, store: str, data_root: Path | None) -> SweepResults:
+def read_results(name: str, store: str, data_root: Path | None) -> SweepResults:
     """Read the results of a recorded sweep.
 
     Raises:

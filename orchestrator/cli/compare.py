@@ -18,7 +18,7 @@ from orchestrator.cli.common import (
     SweepResults,
     fail,
     no_results_message,
-    results_of,
+    read_results,
 )
 from orchestrator.formatting import show
 
@@ -89,12 +89,12 @@ def compare(
         show(json.dumps({"sweep": name, "trials": trials, **comparison.as_json()}, indent=1))
     else:
         show("\n".join(_screen(name, ours, comparison)))
-    sys.exit(GATE if fail_on and comparison.regressed else DONE)
+    sys.exit(GATE if fail_on and comparison.has_regression else DONE)
 
 
 def _finished(name: str, store: str, data_root: Path | None) -> SweepResults:
     """Read a sweep that has at least one result; note on stderr if trials are missing."""
-    recorded = results_of(name, store, data_root)
+    recorded = read_results(name, store, data_root)
     if not recorded.results.rows:
         raise ValueError(no_results_message(name, recorded))
     done, total = len(recorded.results.trials), recorded.plan.total

@@ -19,8 +19,8 @@ from orchestrator.cli.common import (
     fail,
     location_named,
     no_results_message,
+    read_results,
     recorded_sweep,
-    results_of,
 )
 from orchestrator.formatting import show
 
@@ -40,7 +40,7 @@ def status(name: NameArgument, store: StoreOption = STORE, as_json: JsonOption =
     """
     from orchestrator.reporting import screens
 
-    status = screens.status(location_named(name, store))
+    status = screens.status_report(location_named(name, store))
     show(json.dumps(status, indent=1) if as_json else screens.status_screen(status))
 
 
@@ -89,7 +89,7 @@ def table(
 
     if form not in tables.FORMATS:
         fail(f"unknown --format {form!r}; allowed: {', '.join(tables.FORMATS)}")
-    recorded = results_of(name, store, data_root)
+    recorded = read_results(name, store, data_root)
     if row_keys is None and column_keys is None and metric is None:
         show(tables.table(recorded.results, form))
         return

@@ -233,7 +233,7 @@ def _find_job(cluster: Cluster, name: str) -> Job:
     Raises:
         ValueError: no job matches, or several do.
     """
-    from orchestrator.store import whoami
+    from orchestrator.store import user_name
 
     submitted = cluster.jobs()
     for job in submitted:
@@ -242,7 +242,7 @@ def _find_job(cluster: Cluster, name: str) -> Job:
     project = os.environ.get("AIRSWEEP_PROJECT") or "default"
     sweep = name if "/" in name else f"{project}/{name}"
     running = [job for job in submitted if not job.is_over]
-    mine = [job for job in running if (job.sweep, job.user) == (sweep, whoami())]
+    mine = [job for job in running if (job.sweep, job.user) == (sweep, user_name())]
     if len(mine) == 1:
         return mine[0]
     choices = ", ".join(f"{job.id} of {job.user}" for job in mine or running) or "none"

@@ -26,7 +26,7 @@ from orchestrator.planning import SweepRequest
 from orchestrator.planning.requests import project_of, relative_store_error
 from orchestrator.redact import contains_secret, without_credentials
 from orchestrator.spec import cells_of
-from orchestrator.store import is_bucket, store_folder, whoami
+from orchestrator.store import is_bucket, store_folder, user_name
 from orchestrator.store.buckets import parse
 from orchestrator.tracking_uri import uri_kind
 
@@ -199,7 +199,7 @@ def job_variables(request: SweepRequest, code: bool, env: Iterable[str]) -> dict
     Raises:
         ValueError: a variable is not set, or looks like a secret.
     """
-    passed = {"AIRSWEEP_PROJECT": project_of(request.spec), "AIRSWEEP_USER": whoami()}
+    passed = {"AIRSWEEP_PROJECT": project_of(request.spec), "AIRSWEEP_USER": user_name()}
     checkout_commit = commit()
     # The commit of this checkout does not describe code that is installed on the cluster.
     if code and checkout_commit != UNKNOWN:

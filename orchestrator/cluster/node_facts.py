@@ -236,6 +236,6 @@ def _remove_tokens(store: ArtifactStore, token: str) -> None:
     remote = store.backend.client
     for name in remote.folder("")[0]:
         if name.startswith(f"{TOKENS}{token}"):
-            for entry in remote.listed(name):
+            for entry in remote.list_objects(name):
                 if token or entry.modified < oldest:
                     remote.delete(f"{name}/{entry.name}")

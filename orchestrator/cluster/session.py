@@ -84,7 +84,7 @@ def ray_session(
         yield machines()
         return
     address = os.environ.get("RAY_ADDRESS")
-    with _joined(address) if address else _started(on_death, keep_logs):
+    with _existing_cluster(address) if address else _local_cluster(on_death, keep_logs):
         for name in ("ray", "ray.tune", "ray.data"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
         yield machines()
@@ -94,7 +94,7 @@ SILENT: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR
 
 
 @contextmanager
-def _joined(address: str) -> Iterator[None]:
+def _existing_cluster(address: str) -> Iterator[None]:
     import ray
 
     names = {"AIRSWEEP_COMMIT", "AIRSWEEP_DIRTY", "AIRSWEEP_USER", "AIRSWEEP_SWEEP"}
@@ -107,7 +107,9 @@ def _joined(address: str) -> Iterator[None]:
 
 
 @contextmanager
-def _started(on_death: Callable[[Path], None], keep_logs: Callable[[], bool]) -> Iterator[None]:
+def _local_cluster(
+    on_death: Callable[[Path], None], keep_logs: Callable[[], bool]
+) -> Iterator[None]:
     """Start a local cluster. Its logs stay if it fails to start, dies, or `keep_logs()` is true."""
     import ray
 

@@ -68,7 +68,7 @@ from orchestrator.store import (
     is_bucket,
     read_outcome,
     read_resolved,
-    whoami,
+    user_name,
 )
 from orchestrator.store.artifacts import provenance
 from orchestrator.store.location import RESOLVED
@@ -156,7 +156,9 @@ def _plan_and_repair(
             location.store.set_aside(problem)
             damaged = [problem]
         for artifact in damaged:
-            screen.message(f"{artifact.name} was damaged ({artifact.why}) and will be made again")
+            screen.message(
+                f"{artifact.name} was damaged ({artifact.reason}) and will be made again"
+            )
         if not damaged:
             return plan
 
@@ -207,7 +209,7 @@ def _export_provenance(location: SweepLocation, diff: bytes) -> None:
     os.environ |= {
         "AIRSWEEP_DIRTY": uncommitted_digest(diff),
         "AIRSWEEP_COMMIT": commit(),
-        "AIRSWEEP_USER": whoami(),
+        "AIRSWEEP_USER": user_name(),
         "AIRSWEEP_SWEEP": f"{location.project}/{location.name}",
     }
 
@@ -244,7 +246,7 @@ def _lock_event_log(plan: Plan, location: SweepLocation, event_log: EventLog) ->
         SweepBusy: another driver runs this sweep.
         StoreFull: the disk is full.
     """
-    with _full_disk_explained(plan, location):
+    with _explain_full_disk(plan, location):
         location.store.initialize()
         event_log.lock()
 
@@ -255,7 +257,7 @@ def _budget_tracker(sweep: SweepSpec, location: SweepLocation) -> BudgetTracker:
 
 
 @contextmanager
-def _full_disk_explained(plan: Plan, location: SweepLocation) -> Iterator[None]:
+def _explain_full_disk(plan: Plan, location: SweepLocation) -> Iterator[None]:
     """
     Raises:
         StoreFull: the disk is full.
@@ -538,7 +540,7 @@ def _recorded_end(state: RunState, plan: Plan) -> Iterator[None]:
         StoreLost: the bucket or the studies stopped answering, or another driver took over.
     """
     try:
-        with _full_disk_explained(plan, state.location):
+        with _explain_full_disk(plan, state.location):
             yield
     except Refused:
         state.exit_code = REFUSED

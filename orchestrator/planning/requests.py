@@ -149,7 +149,7 @@ def project_of(sweep: SweepSpec) -> str:
 # ---------------------------------------------------------------- options from Python values
 
 
-def options(values: Mapping[str, Any] | Iterable[str]) -> list[str]:
+def set_options(values: Mapping[str, Any] | Iterable[str]) -> list[str]:
     """Convert Python values to the `KEY=VALUE` texts of `--set`.
 
     Args:
@@ -165,14 +165,14 @@ def options(values: Mapping[str, Any] | Iterable[str]) -> list[str]:
     return [f"{key}={_json(value)}" for key, value in values.items()]
 
 
-def choices_of(values: Mapping[str, Any] | Iterable[str]) -> list[str]:
+def only_options(values: Mapping[str, Any] | Iterable[str]) -> list[str]:
     """Convert Python values to the `KEY=VALUE,...` texts of `--only`.
 
     >>> choices_of({"method": ["air", "cpl"], "lora.rank": 4})
     ['method="air","cpl"', 'lora.rank=4']
     """
     if not isinstance(values, Mapping):
-        return options(values)
+        return set_options(values)
     listed = {k: v if isinstance(v, list | tuple) else [v] for k, v in values.items()}
     return [f"{key}={','.join(map(_json, choices))}" for key, choices in listed.items()]
 

@@ -32,7 +32,7 @@ class Ranking:
     points: int
 
     @property
-    def trusted(self) -> bool:
+    def predicts_accuracy(self) -> bool:
         """Whether the objective predicts test accuracy: the whole interval is above 0."""
         return self.low > 0
 
@@ -82,10 +82,12 @@ def _correlations(products: Array) -> Array:
     return np.asarray(np.divide(cross, scale, out=np.zeros_like(cross), where=scale > 1e-12))
 
 
-def sentences(objective: str, pooled: Ranking, by_cell: Mapping[str, Ranking]) -> Iterator[str]:
+def ranking_sentences(
+    objective: str, pooled: Ranking, by_cell: Mapping[str, Ranking]
+) -> Iterator[str]:
     """Sentences on which settings of a search a table shows, and why."""
     correlation = f"a rank correlation with test accuracy of {pooled}"
-    if pooled.trusted:
+    if pooled.predicts_accuracy:
         yield (
             f"Settings chosen by {objective}, which has {correlation}; "
             "test labels did not choose any setting."

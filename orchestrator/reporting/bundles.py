@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from air_core.bundle import load_bundle
-from air_core.bundle.checks import PROMPT, TEST, TEXT, tested_by
+from air_core.bundle.checks import PROMPT, TEST, TEXT, test_metric
 from air_core.bundle.manifest import (
     LICENCE,
     Manifest,
@@ -45,7 +45,7 @@ from orchestrator.store import ArtifactStore, SweepLocation, TrialRecord, read_t
 BEST = "best"
 RUN_BY = "mutual_information"  # an objective that uses no labels
 # Provenance fields of a record that a bundle contains.
-MADE = ("commit", "dirty", "code", "device", "versions")
+PROVENANCE_FIELDS = ("commit", "dirty", "code", "device", "versions")
 CHUNK = 64  # images that are decoded at once
 
 
@@ -212,7 +212,7 @@ def export(
             "slot": trial.slot,
             "inputs": {name: asdict(ref) for name, ref in refs_of(named).items()},
             "spec": json.loads(spec_json(named, str(artifact_key(spec)))),
-            **{name: record.provenance.get(name) for name in MADE},
+            **{name: record.provenance.get(name) for name in PROVENANCE_FIELDS},
         },
         "chosen": trial.selection,
         "licence": LICENCE,
@@ -359,17 +359,22 @@ class Verification:
     dataset: str
     metric: str
     images: int
-    then: float  # the metric as recorded
-    now: float
+    recorded_metric: float  # the metric as recorded
+    current_metric: float
     different: int  # images whose prediction differs from the recorded one
     margin: float  # largest logit difference between both predictions of such an image
 
     @property
     def same(self) -> bool:
-        return self.then == self.now and not self.different
+        return self.recorded_metric == self.current_metric and not self.different
 
     def json(self) -> dict[str, Any]:
-        names = {"different": "told_otherwise"}
+        # Names in the output, where they differ from the attributes.
+        names = {
+            "recorded_metric": "then",
+            "current_metric": "now",
+            "different": "told_otherwise",
+        }
         return {"same": self.same, **{names.get(k, k): v for k, v in asdict(self).items()}}
 
     def lines(self) -> list[str]:
@@ -377,12 +382,12 @@ class Verification:
         if self.same:
             return [
                 f"{self.folder}: all predictions are equal; {self.metric} "
-                f"{format_percent(self.now)} % on {images}"
+                f"{format_percent(self.current_metric)} % on {images}"
             ]
-        change = f"{100 * (self.now - self.then):+.2f} points"
+        change = f"{100 * (self.current_metric - self.recorded_metric):+.2f} points"
         return [
-            f"{self.folder}: different; {self.metric} {format_percent(self.now)} % now, "
-            f"{format_percent(self.then)} % recorded ({change}), on {images}",
+            f"{self.folder}: different; {self.metric} {format_percent(self.current_metric)} % now, "
+            f"{format_percent(self.recorded_metric)} % recorded ({change}), on {images}",
             f"  {plural(self.different, 'prediction')} differ, by up to "
             f"{self.margin:.2g} in logits" + (": rounding" if self.margin < 1e-3 else ""),
         ]
@@ -451,14 +456,14 @@ def verify(
     unseen = None if test["unseen"] is None else torch.tensor(test["unseen"])
     labels = torch.from_numpy(examples.labels[index])
     scores = measured(predictions, labels, len(manifest.classnames), unseen)
-    metric = tested_by(test)
+    metric = test_metric(test)
     return Verification(
         folder=str(folder),
         dataset=dataset.name,
         metric=metric.removeprefix("test/").replace("_", " "),
         images=len(index),
-        then=manifest.content["metrics"][metric],
-        now=scores.headline,
+        recorded_metric=manifest.content["metrics"][metric],
+        current_metric=scores.headline,
         different=int(different.sum()),
         margin=float(margins.max()) if len(margins) else 0.0,
     )

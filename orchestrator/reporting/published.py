@@ -26,7 +26,7 @@ from orchestrator.reporting._statistics import (
     corrected_p_values,
     paired_difference,
 )
-from orchestrator.reporting.rows import Results, Row, settings_text, signed
+from orchestrator.reporting.rows import Results, Row, settings_text, signed_percent
 from orchestrator.spec import SpecError
 from orchestrator.spec.marked_yaml import allowed_choices, read
 from orchestrator.spec.validation import CONFIG, LINE, NAME, Number, Version, Whole, validate
@@ -196,12 +196,12 @@ class RowVerdict:
     verified: bool = True
 
     @property
-    def gates(self) -> bool:
+    def is_regression(self) -> bool:
         """Whether `--fail-on regress` fails because of this row."""
         return self.verdict == "lower" and self.verified
 
     def as_json(self) -> dict[str, Any]:
-        return {**vars(self), "gates": self.gates}
+        return {**vars(self), "gates": self.is_regression}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,8 +215,8 @@ class ReferenceComparison:
     missing: Sequence[str] = ()  # numbers of the reference without a row in the sweep
 
     @property
-    def regressed(self) -> bool:
-        return any(verdict.gates for verdict in (*self.cells, *self.gains))
+    def has_regression(self) -> bool:
+        return any(verdict.is_regression for verdict in (*self.cells, *self.gains))
 
     def counts(self) -> dict[str, int]:
         return dict(Counter(row.verdict for row in (*self.cells, *self.gains)))
@@ -229,7 +229,7 @@ class ReferenceComparison:
             "gains": [gain.as_json() for gain in self.gains],
             "missing": self.missing,
             "verdicts": self.counts(),
-            "regressed": self.regressed,
+            "regressed": self.has_regression,
         }
 
 
@@ -483,7 +483,7 @@ def screen(comparison: ReferenceComparison, width: int = 80) -> Iterator[str]:
 
 
 def _line(row: RowVerdict, group: Sequence[RowVerdict], reasons: dict[str, int]) -> dict[str, str]:
-    number = signed if " - " in row.method else format_percent
+    number = signed_percent if " - " in row.method else format_percent
     paired = row.p_corrected is not None
     verdict: str = row.verdict
     if not row.verified and row.other is not None:
@@ -500,7 +500,7 @@ def _line(row: RowVerdict, group: Sequence[RowVerdict], reasons: dict[str, int])
         "setting": " ".join(words) + (f" ({settings})" if settings else ""),
         "this sweep": _interval(row.ours, number, paired),
         "reference": " to ".join(dict.fromkeys(map(number, row.other or ()))),
-        "difference": _interval(row.difference, signed) if paired else "",
+        "difference": _interval(row.difference, signed_percent) if paired else "",
         "verdict": verdict,
     }
 

@@ -34,7 +34,7 @@ from air_core.methods import METHODS, named_refs
 from air_core.specs.flat import from_flat, trial_keys
 from air_core.specs.normal import normalised
 from orchestrator.formatting import format_percent, format_value, plural
-from orchestrator.reporting._ranking import Ranking, ranking, sentences
+from orchestrator.reporting._ranking import Ranking, ranking, ranking_sentences
 from orchestrator.reporting._statistics import (
     ALPHA,
     Array,
@@ -257,7 +257,7 @@ def _searched_row(
     if cell_ranking is None:
         return _row(points[0], None)
     first = [point for point in points if point[0].point == 0]  # empty if the default point failed
-    default = bool(first) and not pooled.trusted
+    default = bool(first) and not pooled.predicts_accuracy
     choice = Choice(objective=objective, default=default, ranking=cell_ranking, pooled=pooled)
     return _row(first[0] if default else max(points, key=_search_order), choice)
 
@@ -282,7 +282,7 @@ def choice_notes(rows: Sequence[Row]) -> list[str]:
         return notes
     first = next(iter(choices.values()))
     by_cell = {cell: choice.ranking for cell, choice in choices.items()}
-    return [*sentences(first.objective, first.pooled, by_cell), *notes]
+    return [*ranking_sentences(first.objective, first.pooled, by_cell), *notes]
 
 
 def _search_order(point: Sequence[FinishedTrial]) -> tuple[float, int]:
@@ -608,12 +608,13 @@ def mean_std(row: Row) -> str:
 
 
 def signed_interval(interval: Interval) -> str:
-    return f"{signed(interval.mean)} [{signed(interval.low)}, {signed(interval.high)}]"
+    mean, low, high = map(signed_percent, (interval.mean, interval.low, interval.high))
+    return f"{mean} [{low}, {high}]"
 
 
-def signed(value: float) -> str:
+def signed_percent(value: float) -> str:
     """
-    >>> signed(0.021), signed(-0.00001)
+    >>> signed_percent(0.021), signed_percent(-0.00001)
     ('+2.1', '+0.0')
     """
     return f"{round(100 * value, 1) + 0.0:+.1f}"

@@ -114,7 +114,7 @@ def _explain(plan: Plan) -> list[str]:
 # ---------------------------------------------------------------- status
 
 
-def status(location: SweepLocation) -> dict[str, Any]:
+def status_report(location: SweepLocation) -> dict[str, Any]:
     """The status of a sweep for `status --json`. New versions may add keys but never remove any."""
     status = sweep_status(location.event_log())
     alive = location.event_log().is_locked()

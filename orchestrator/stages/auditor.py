@@ -25,7 +25,7 @@ from air_core.audit import (
     Audit,
     Finding,
     ImageSet,
-    Surroundings,
+    ReferenceImages,
     audit,
     difference_hash,
     spread,
@@ -81,7 +81,7 @@ def make_card(
     except ChangedInput as problem:
         log.warning("%s; the audit does not search for copies of test images", problem)
     logits = _logits(text, images.features, row.classes)
-    surroundings = Surroundings(
+    surroundings = ReferenceImages(
         pool=pool,
         base=None if base is None else base.batch.features,
         test=targets[0].features[test],

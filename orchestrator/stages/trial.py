@@ -222,7 +222,7 @@ class TrialRun:
         else:
             assert self.building is not None, f"{self.segments.stop_after} is before the end"
             self.building.info = self._write(outcome, self.building.folder)
-            self.building.before = self.resumed_from.seconds
+            self.building.earlier_seconds = self.resumed_from.seconds
 
     def checkpoint(self) -> Checkpoint:
         """Where it stands, to be kept."""

@@ -8,7 +8,7 @@ from orchestrator.store.location import (
     read_outcome,
     read_resolved,
     recorded_locations,
-    whoami,
+    user_name,
 )
 from orchestrator.store.records import TrialRecord, read_trial
 
@@ -25,5 +25,5 @@ __all__ = [
     "recorded_locations",
     "smoke_store",
     "store_folder",
-    "whoami",
+    "user_name",
 ]

@@ -63,7 +63,7 @@ class Building:
 
     folder: Path
     info: dict[str, Any] = field(default_factory=dict)
-    before: float = 0.0  # seconds that earlier processes spent on it
+    earlier_seconds: float = 0.0  # seconds that earlier processes spent on it
 
 
 class ArtifactStore:
@@ -262,7 +262,7 @@ class ArtifactStore:
                 "spec": asdict(spec),
                 "info": work.info,
                 "started": started,
-                "seconds": round((time.time() - started) * share + work.before, 3),
+                "seconds": round((time.time() - started) * share + work.earlier_seconds, 3),
                 "host": socket.gethostname(),
                 **provenance(),
                 **devices(),

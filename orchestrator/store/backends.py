@@ -149,7 +149,7 @@ class FolderBackend:
 
     # ---------------------------------------------------------------- files
 
-    def listed(self, pattern: str) -> list[Entry]:
+    def list_files(self, pattern: str) -> list[Entry]:
         """Current files in matching folders, by paths below the root; folders end with `/`.
 
         Args:
@@ -422,9 +422,11 @@ class BucketBackend(FolderBackend):
 
     # ---------------------------------------------------------------- files
 
-    def listed(self, pattern: str) -> list[Entry]:
+    def list_files(self, pattern: str) -> list[Entry]:
         top, depth = pattern.partition("/*")[0], pattern.count("/") + 1
-        found = (replace(entry, name=f"{top}/{entry.name}") for entry in self.client.listed(top))
+        found = (
+            replace(entry, name=f"{top}/{entry.name}") for entry in self.client.list_objects(top)
+        )
         return [entry for entry in found if entry.name.count("/") == depth]
 
     def other_files(self, pattern: str) -> Iterable[Path]:
@@ -445,7 +447,7 @@ class BucketBackend(FolderBackend):
         when, listed = self._listings.get(name, (None, {}))
         if not _is_fresh(when):
             started = time.monotonic()
-            listed = {entry.name: entry.size for entry in self.client.listed(name)}
+            listed = {entry.name: entry.size for entry in self.client.list_objects(name)}
             self._listings[name] = started, listed
         return listed
 

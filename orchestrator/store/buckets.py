@@ -179,7 +179,7 @@ class BucketClient:
 
         return self._request(read) is not None
 
-    def listed(self, folder: str, after: str = "") -> list[Entry]:
+    def list_objects(self, folder: str, after: str = "") -> list[Entry]:
         """All objects below a folder, sorted by name.
 
         Args:

@@ -204,7 +204,7 @@ class BucketEventLog(EventLog):
         """Append the missing events to the copy; the number of events that it has then."""
         client, events = self.backend.client, f"{self.prefix}/events"
         count = self.path.read_bytes().count(b"\n") if self.path.exists() else 0
-        later = [entry.name for entry in client.listed(events, after=_name(count))]
+        later = [entry.name for entry in client.list_objects(events, after=_name(count))]
         content: dict[str, bytes | None] = {}
         run_concurrently(lambda name: content.update({name: client.get(f"{events}/{name}")}), later)
         with open(self.path, "ab") as copy:

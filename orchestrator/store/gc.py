@@ -28,7 +28,7 @@ class Removal:
     """A folder or file to remove, or some files of a folder that stays."""
 
     path: Path
-    why: str
+    reason: str
     bytes: int
     user: str
     files: tuple[str, ...] = ()  # remove only these files of the folder; empty: remove everything
@@ -58,7 +58,7 @@ class GcPlan:
 
     def _json(self, removal: Removal) -> dict[str, Any]:
         path = str(removal.path.relative_to(self.root))
-        fields = {"path": path, "why": removal.why, "bytes": removal.bytes, "user": removal.user}
+        fields = {"path": path, "why": removal.reason, "bytes": removal.bytes, "user": removal.user}
         return fields | ({"files": list(removal.files)} if removal.files else {})
 
 
@@ -126,7 +126,7 @@ def _removable(
     for leftover in inventory.leftovers:
         if time.time() - leftover.modified > MIN_AGE:
             owner = _owner(leftover.path, me)
-            yield Removal(leftover.path, leftover.why, leftover.bytes, owner)
+            yield Removal(leftover.path, leftover.reason, leftover.bytes, owner)
 
 
 def _owner(path: Path, me: str) -> str:
@@ -150,7 +150,7 @@ def remove(plan: GcPlan) -> GcPlan:
         if lock != plan.root / STORE_LOCK and now - lock.stat().st_mtime > MIN_AGE:
             with suppress(PermissionError):  # of another user
                 lock.unlink()
-    others = (*plan.others, *(replace(removal, why=NOT_REMOVED) for removal in groups[False]))
+    others = (*plan.others, *(replace(removal, reason=NOT_REMOVED) for removal in groups[False]))
     return replace(plan, removals=tuple(groups[True]), others=others)
 
 

@@ -32,7 +32,7 @@ class FileCheck:
 
     file: Path
     remove: Path  # remove this if the file is damaged, so that the next run builds it again
-    why: str = ""  # why the file is damaged; empty: no damage found
+    reason: str = ""  # why the file is damaged; empty: no damage found
     unsealed: bool = False  # the file has no checksum
     remedy: str = ""  # what to do, if not to remove the file and run again
 
@@ -61,7 +61,7 @@ class VerificationReport:
             "damaged": [
                 {
                     "file": str(check.file.relative_to(root)),
-                    "why": check.why,
+                    "why": check.reason,
                     "remove": str(check.remove.relative_to(root)),
                     "remedy": check.remedy,
                 }
@@ -69,7 +69,7 @@ class VerificationReport:
             ],
             "unsealed": self.unsealed,
             "leftovers": [
-                {"path": str(left.path.relative_to(root)), "why": left.why, "bytes": left.bytes}
+                {"path": str(left.path.relative_to(root)), "why": left.reason, "bytes": left.bytes}
                 for left in self.inventory.leftovers
             ],
         }
@@ -85,10 +85,12 @@ def verify(
     """
     backend = inventory.store.backend
     tasks = [task for holding in inventory.holdings for task in _tasks(holding, backend)]
-    tasks += [partial(_check, backend, c.path, c.path, _shard) for c in inventory.checkpoints]
+    tasks += [
+        partial(_check_file, backend, c.path, c.path, _check_shard) for c in inventory.checkpoints
+    ]
     for pattern, (check, remedy) in OTHER_FILES.items():
         for file in backend.other_files(pattern):
-            tasks.append(partial(_check, backend, file, file, check, remedy))
+            tasks.append(partial(_check_file, backend, file, file, check, remedy))
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         results = list(progress(threads.map(lambda task: task(), tasks), len(tasks)))
     return VerificationReport(
@@ -96,27 +98,27 @@ def verify(
         len(results),
         sum(holding.bytes for holding in inventory.holdings)
         + sum(checkpoint.bytes for checkpoint in inventory.checkpoints),
-        tuple(result for result in results if result.why),
+        tuple(result for result in results if result.reason),
         sum(result.unsealed for result in results),
     )
 
 
 def _tasks(holding: Holding, backend: FolderBackend) -> Iterator[Callable[[], FileCheck]]:
-    path, record = holding.path, partial(_record, holding.digest)
+    path, record = holding.path, partial(_check_record, holding.digest)
     if holding.stage in SHARDS:
         if ROW in holding.files:
-            yield partial(_check, backend, path / ROW, path / ROW, record)
+            yield partial(_check_file, backend, path / ROW, path / ROW, record)
         for name in holding.shards.values():
-            yield partial(_check, backend, path / name, path / name, _shard)
+            yield partial(_check_file, backend, path / name, path / name, _check_shard)
         return
-    yield partial(_check, backend, path / RECORD, path, record)
+    yield partial(_check_file, backend, path / RECORD, path, record)
     files = holding.record.get("files")
     for name, digest in files.items() if isinstance(files, dict) else ():
-        check = partial(_recorded, digest)
-        yield partial(_check, backend, path / holding.stored(name), path, check)
+        check = partial(_check_recorded_file, digest)
+        yield partial(_check_file, backend, path / holding.stored(name), path, check)
 
 
-def _check(
+def _check_file(
     backend: FolderBackend, file: Path, remove: Path, check: Check, remedy: str = ""
 ) -> FileCheck:
     try:
@@ -127,7 +129,7 @@ def _check(
     except OSError as problem:
         why = f"cannot be read: {problem.strerror}"
     except DamagedArtifact as damaged:
-        why = damaged.why
+        why = damaged.reason
     except ValueError as problem:
         why = str(problem)
     return FileCheck(file, remove, why, remedy=remedy)
@@ -136,20 +138,20 @@ def _check(
 # ---------------------------------------------------------------- checks
 
 
-def _recorded(digest: str, file: Path, handle: BinaryIO) -> bool:
+def _check_recorded_file(digest: str, file: Path, handle: BinaryIO) -> bool:
     if content_digest(handle) != digest:
         raise ValueError("does not match its digest in the record")
     return True
 
 
-def _record(digest: str, file: Path, handle: BinaryIO) -> bool:
+def _check_record(digest: str, file: Path, handle: BinaryIO) -> bool:
     data = handle.read()
     if not str(parse_record(data, file).get("digest")).startswith(digest):
         raise ValueError("belongs to another folder")
     return intact(data) is not None
 
 
-def _shard(file: Path, handle: BinaryIO) -> bool:
+def _check_shard(file: Path, handle: BinaryIO) -> bool:
     data = handle.read()
     sealed = intact(data)
     if sealed is False:
@@ -170,13 +172,13 @@ def _open_unsealed(file: Path, data: bytes) -> None:
         raise ValueError(f"cannot be read: {' '.join(str(problem).split())}") from None
 
 
-def _sealed(file: Path, handle: BinaryIO) -> bool:
+def _check_sealed_file(file: Path, handle: BinaryIO) -> bool:
     data = handle.read()
     parse_record(data, file)
     return intact(data) is not None
 
 
-def _events(file: Path, handle: BinaryIO) -> bool:
+def _check_event_log(file: Path, handle: BinaryIO) -> bool:
     """An event log. A killed driver may leave a partial last line, which is no damage."""
     lines, _, _ = handle.read().rpartition(b"\n")
     for number, line in enumerate(lines.splitlines(), 1):
@@ -187,7 +189,7 @@ def _events(file: Path, handle: BinaryIO) -> bool:
     return True
 
 
-def _version(file: Path, handle: BinaryIO) -> bool:
+def _check_version_file(file: Path, handle: BinaryIO) -> bool:
     found = handle.read().decode(errors="replace").strip()
     if found != VERSION:
         raise ValueError(f"contains {found[:20]!r}")
@@ -198,10 +200,10 @@ CACHE_REMEDY = "remove it; airsweep computes it again"
 RUN_REMEDY = "run `airsweep run` with the sweep file and its options, which writes it again"
 # Files outside the artifacts: how to check them, and what to do if one is damaged.
 OTHER_FILES: dict[str, tuple[Check, str]] = {
-    "VERSION": (_version, f"replace it by a file that contains {VERSION}"),
-    "digests.json": (_sealed, CACHE_REMEDY),
-    "history.json": (_sealed, CACHE_REMEDY),
-    f"sweeps/*/*/{RESOLVED}": (_sealed, RUN_REMEDY),
-    "sweeps/*/*/outcome.json": (_sealed, RUN_REMEDY),
-    f"sweeps/*/*/{EVENTS}": (_events, REMEDY),
+    "VERSION": (_check_version_file, f"replace it by a file that contains {VERSION}"),
+    "digests.json": (_check_sealed_file, CACHE_REMEDY),
+    "history.json": (_check_sealed_file, CACHE_REMEDY),
+    f"sweeps/*/*/{RESOLVED}": (_check_sealed_file, RUN_REMEDY),
+    "sweeps/*/*/outcome.json": (_check_sealed_file, RUN_REMEDY),
+    f"sweeps/*/*/{EVENTS}": (_check_event_log, REMEDY),
 }

@@ -88,7 +88,7 @@ class Leftover:
     """A file or folder that the store ignores: its writer was killed, or is still working."""
 
     path: Path
-    why: str
+    reason: str
     bytes: int
     modified: float  # seconds since the epoch
 
@@ -129,7 +129,7 @@ def take_inventory(store: ArtifactStore) -> Inventory:
         ValueError: the store does not exist or has no artifact yet.
     """
     folders: dict[str, dict[str, Entry]] = defaultdict(dict)
-    for entry in store.backend.listed("artifacts/*/*/*"):
+    for entry in store.backend.list_files("artifacts/*/*/*"):
         folder, _, name = entry.name.rpartition("/")
         folders[folder][name] = entry
     if not folders and not store.artifacts.is_dir():
@@ -157,7 +157,7 @@ def take_inventory(store: ArtifactStore) -> Inventory:
         sizes = {name: entry.size for name, entry in files.items() if name}
         holding = Holding(path, records.get(folder, {}), sizes)
         if path.name.startswith("."):
-            leftovers.append(_leftover(path, _why_hidden(path.name), files))
+            leftovers.append(_leftover(path, _reason_hidden(path.name), files))
         elif record_names[folder] not in files and not holding.shards:
             leftovers.append(_leftover(path, "a folder without a record", files))
         else:
@@ -165,10 +165,10 @@ def take_inventory(store: ArtifactStore) -> Inventory:
             for name, why in _unrecorded_files(holding):
                 leftovers.append(_leftover(path / name, why, {name: files[name]}))
     unfinished: list[StoredCheckpoint] = []
-    for entry in store.backend.listed(UNFINISHED):
+    for entry in store.backend.list_files(UNFINISHED):
         path = store.root / entry.name
         if path.name.startswith("."):
-            leftovers.append(_leftover(path, _why_hidden(path.name), {entry.name: entry}))
+            leftovers.append(_leftover(path, _reason_hidden(path.name), {entry.name: entry}))
         elif not entry.name.endswith("/"):
             unfinished.append(StoredCheckpoint(path, entry.size))
     return Inventory(store, tuple(holdings), tuple(leftovers), tuple(unfinished))
@@ -187,10 +187,10 @@ def _unrecorded_files(holding: Holding) -> Iterator[tuple[str, str]]:
         recorded = {holding.stored(name) for name in recorded}
     for name in holding.files:
         if name.startswith("."):
-            yield name, _why_hidden(name)
+            yield name, _reason_hidden(name)
         elif recorded is not None and name not in recorded and name != RECORD:
             yield name, "a file that the record does not list"
 
 
-def _why_hidden(name: str) -> str:
+def _reason_hidden(name: str) -> str:
     return "it was damaged and set aside" if name.startswith(DAMAGED) else "it is incomplete"

@@ -95,7 +95,7 @@ def read_outcome(location: SweepLocation) -> dict[str, Any]:
     return read_cache(location.folder / "outcome.json", lambda outcome: outcome, {})
 
 
-def whoami() -> str:
+def user_name() -> str:
     """User name, for records and tags."""
     try:
         return os.environ.get("AIRSWEEP_USER") or getpass.getuser()

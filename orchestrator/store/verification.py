@@ -97,7 +97,7 @@ def read_sealed(file: Path) -> dict[str, Any]:
     try:
         content = read_record(file)
     except DamagedArtifact as damaged:
-        raise ValueError(damaged.why) from None
+        raise ValueError(damaged.reason) from None
     content.pop("seal", None)
     return content
 

@@ -46,7 +46,7 @@ class ChildRuns:
         self._varied = {*sweep.grid, *(axis.key for axis in sweep.space), *sweep.seeds.vary}
         self._outcomes: dict[str, dict[str, Outcome]] = {}  # by setting and slot
 
-    def trial(self, outcome: Outcome, at: float | None, maker: Mapping[str, Any]) -> ChildRun:
+    def trial(self, outcome: Outcome, at: float | None, driver: Mapping[str, Any]) -> ChildRun:
         """The run of a trial.
 
         Args:
@@ -80,7 +80,7 @@ class ChildRuns:
                 "air.point": point_id(slot),
                 "air.message": outcome.message,
                 "air.pruned_after": str(outcome.pruned.rung) if outcome.pruned else "",
-                **self._lineage(spec, record.provenance if record else maker),
+                **self._lineage(spec, record.provenance if record else driver),
             },
             params=self._params(slot, self._varied),
             numbers=lambda: numbers,

@@ -29,7 +29,7 @@ from orchestrator.store import (
     SweepLocation,
     TrialRecord,
     read_trial,
-    whoami,
+    user_name,
 )
 from orchestrator.tracking._child_runs import ChildRuns, group_by_setting
 from orchestrator.tracking.types import Counts, Status, SweepRun, make_tracker
@@ -153,7 +153,7 @@ class _History:
 
 def _history(event_log: EventLog) -> _History:
     outcomes: dict[str, dict[str, Any]] = {}
-    made: dict[str, Any] = {"user": whoami(), "commit": UNKNOWN, "dirty": ""}
+    made: dict[str, Any] = {"user": user_name(), "commit": UNKNOWN, "dirty": ""}
     for event in event_log.events():
         match event["event"]:
             case "sweep_started":

@@ -17,7 +17,7 @@ from air_core.audit import (
     SUBSET,
     SUBSETS,
     ImageSet,
-    Surroundings,
+    ReferenceImages,
     audit,
     best_and_worst,
     difference_hash,
@@ -60,14 +60,14 @@ def logits_of(features: torch.Tensor) -> torch.Tensor:
     return 10 * features @ torch.eye(D)[:3].T
 
 
-def around(test: torch.Tensor | None = None, **known: torch.Tensor) -> Surroundings:
+def around(test: torch.Tensor | None = None, **known: torch.Tensor) -> ReferenceImages:
     pool, _ = toy(7)
-    return Surroundings(
+    return ReferenceImages(
         pool, None, toy(8)[0] if test is None else test, lambda i: known.get(f"t{i}")
     )
 
 
-def found(images: ImageSet, about: Surroundings | None = None) -> list[tuple[str, int, int]]:
+def found(images: ImageSet, about: ReferenceImages | None = None) -> list[tuple[str, int, int]]:
     result = audit(images, logits_of(images.features), about or around())
     return [(one.reason, one.image, one.other) for one in result.findings]
 

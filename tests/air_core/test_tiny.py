@@ -132,7 +132,7 @@ def test_the_complete_training_gives_models_with_scores(tmp_path, monkeypatch):
     pretrain_unet(work, out, SHORT, UnetTraining(steps=2, batch=4, warmup=1))
     assert sorted(checksums(out)) == sorted(checksums(WEIGHTS))
     assert not [f for f in out.rglob("*.json") if str(tmp_path) in f.read_text()]
-    found = scores.measured(out, per_class=1, held_out=chunk(0, 40))
+    found = scores.all_scores(out, per_class=1, held_out=chunk(0, 40))
     assert all(np.isfinite(value) for value in found.values())
 
 

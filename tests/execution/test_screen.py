@@ -16,21 +16,21 @@ class Clock:
 
 
 @pytest.fixture
-def format_duration(monkeypatch) -> Clock:
+def clock(monkeypatch) -> Clock:
     fake = Clock()
     monkeypatch.setattr(screen, "time", fake)
     monkeypatch.setattr(progress, "time", fake)
     return fake
 
 
-def test_progress_of_long_work_has_the_remaining_time(format_duration, capsys):
+def test_progress_of_long_work_has_the_remaining_time(clock, capsys):
     lines = screen.Screen()
     lines.progress("LoRA a", 10, 110)
-    format_duration.now += 20
+    clock.now += 20
     lines.progress("LoRA a", 30, 110)
-    format_duration.now += 1
+    clock.now += 1
     lines.progress("LoRA a", 31, 110)  # too soon for another line
-    format_duration.now += 79
+    clock.now += 79
     lines.progress("LoRA a", 110, 110)  # `prepared` and `outcome` report finished work
     assert capsys.readouterr().err.splitlines() == [
         "LoRA a: 10/110",
@@ -38,11 +38,11 @@ def test_progress_of_long_work_has_the_remaining_time(format_duration, capsys):
     ]
 
 
-def test_the_longer_work_takes_the_rarer_are_its_lines(format_duration, capsys):
+def test_the_longer_work_takes_the_rarer_are_its_lines(clock, capsys):
     lines = screen.Screen()
     for second in range(3600):
         lines.progress("trial a", second, 3601)
-        format_duration.now += 1
+        clock.now += 1
     assert 30 < len(capsys.readouterr().err.splitlines()) < 60
 
 
@@ -65,7 +65,7 @@ def test_control_characters_in_a_message_are_escaped(kind, capsys):
     assert capsys.readouterr().err == "a\\u001b]0;pwned\\u0007.png cannot be read\n"
 
 
-def test_short_work_sends_no_report_and_long_work_one_each_second(format_duration):
+def test_short_work_sends_no_report_and_long_work_one_each_second(clock):
     sent = []
 
     class Remote:
@@ -82,6 +82,6 @@ def test_short_work_sends_no_report_and_long_work_one_each_second(format_duratio
     reporter = progress.ProgressReporter(Remote(), "trial b")
     for tenth in range(201):
         reporter.report_fraction(tenth / 200)
-        format_duration.now += 0.1
+        clock.now += 0.1
     assert 4 <= len(sent) <= 8
     assert sent[-1] == ("trial b", 100, 100)

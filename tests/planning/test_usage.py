@@ -49,7 +49,7 @@ def made(store: ArtifactStore, spec, hours: float, content: bytes = b"x") -> Pat
     """Store an artifact whose build took `hours` hours."""
     with store.building(spec) as building:
         (building.folder / "content").write_bytes(content)
-        building.before = hours * HOUR
+        building.earlier_seconds = hours * HOUR
         building.info = {"device": "cuda"} if isinstance(spec, TrialSpec) else {}
     return store.get(spec).path
 

@@ -168,11 +168,11 @@ def test_a_number_outside_the_interval_is_lower_or_higher_and_lower_gates(
     change = {"low": low, "high": high, "mean": (low + high) / 2}
     found = one_row("cpl", paper_of(tmp_path), **change)
     assert only(found).verdict == verdict
-    assert found.regressed == (verdict == "lower")
+    assert found.has_regression == (verdict == "lower")
     unverified = paper_of(tmp_path, PAPER.replace("name: mine", "name: mine\nverified: false"))
     found = one_row("cpl", unverified, **change)
     assert only(found).verdict == verdict
-    assert not found.regressed
+    assert not found.has_regression
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_rows_with_another_protocol_are_not_comparable(
 ) -> None:
     paper = paper_of(tmp_path)
     (row,) = results(runs_of("air")).rows  # far below 80: lower, were it comparable
-    assert one_row("air", paper).regressed
+    assert one_row("air", paper).has_regression
     other: dict[str, Any] = (
         {"protocol": replace(row.protocol, **change)} if change else {"n_test": 540}
     )
@@ -200,7 +200,7 @@ def test_rows_with_another_protocol_are_not_comparable(
     cell = only(found)
     assert (cell.verdict, list(cell.reasons)) == ("not comparable", [words])
     assert cell.difference is None
-    assert not found.regressed
+    assert not found.has_regression
 
 
 GAIN = """
@@ -226,7 +226,7 @@ def test_a_gain_is_compared_as_mean_over_all_its_datasets(tmp_path) -> None:
     (alone,) = compared(finished[: len(finished) // 2], file).gains
     assert (alone.verdict, alone.reasons) == ("not comparable", ["no air on dtd"])
     missed = paper_of(tmp_path, file.read_text().replace("[4, 6]", "12"))
-    assert compared(finished, missed).regressed
+    assert compared(finished, missed).has_regression
 
 
 # ---------------------------------------------------------------- comparison with a sweep
@@ -249,7 +249,7 @@ def test_rows_with_another_backbone_are_not_comparable() -> None:
     ):
         found = between(with_backbone(name, digest), with_backbone("a", "1"))
         assert (only(found).verdict, only(found).reasons) == ("not comparable", [words])
-        assert not found.regressed
+        assert not found.has_regression
     renamed = between(with_backbone("b", "1"), with_backbone("a", "1"))  # equal content
     assert only(renamed).verdict == "lower"
 
@@ -274,7 +274,7 @@ def test_differences_over_too_few_runs_are_no_regression() -> None:
     found = between(trials("cpl", seeds=(1, 2), better=-0.3), trials("cpl", seeds=(1, 2)))
     assert only(found).verdict == "within interval"
     assert "2 seeds are too few" in only(found).reasons[0]
-    assert not found.regressed
+    assert not found.has_regression
 
 
 # ---------------------------------------------------------------- the screen and the command

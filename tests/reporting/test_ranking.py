@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from orchestrator.reporting._ranking import ranking, sentences
+from orchestrator.reporting._ranking import ranking, ranking_sentences
 
 
 def noisy(points: int, noise: float, seed: int = 0, level: float = 0.0):
@@ -32,7 +32,7 @@ def test_levels_of_cells_do_not_count():
     one, other = noisy(20, 30.0, seed=1), noisy(20, 30.0, seed=2)
     shifted = [one, (other[0] + 100, other[1] + 100)]
     assert ranking(shifted) == ranking([one, other])
-    assert not ranking(shifted).trusted
+    assert not ranking(shifted).predicts_accuracy
 
 
 def test_pooled_cells_have_a_narrower_interval_than_each_cell():
@@ -50,16 +50,16 @@ def test_a_random_objective_is_seldom_trusted(points):
         ranking([(noisy(points, 1.0, s)[0], noisy(points, 1.0, s + 5000)[0])], samples=400)
         for s in range(300)
     ]
-    assert np.mean([found.trusted for found in rankings]) < 0.08
+    assert np.mean([found.predicts_accuracy for found in rankings]) < 0.08
     assert np.mean([found.low > 0 or found.high < 0 for found in rankings]) < 0.13
 
 
 def test_an_objective_with_a_negative_correlation_is_not_trusted():
     objectives, accuracies = noisy(30, 0.1)
-    assert ranking([(objectives, accuracies)]).trusted
+    assert ranking([(objectives, accuracies)]).predicts_accuracy
     found = ranking([(objectives, -accuracies)])
     assert found.high < 0
-    assert not found.trusted
+    assert not found.predicts_accuracy
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_an_objective_with_a_negative_correlation_is_not_trusted():
 )
 def test_too_few_or_equal_points_have_no_correlation(cells):
     found = ranking(cells)
-    assert (found.rho, found.trusted) == (None, False)
+    assert (found.rho, found.predicts_accuracy) == (None, False)
     assert json.dumps(vars(found), allow_nan=False)
-    (sentence,) = sentences("mutual_information", found, {})
+    (sentence,) = ranking_sentences("mutual_information", found, {})
     assert "too few" in sentence

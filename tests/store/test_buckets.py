@@ -48,7 +48,7 @@ def client(bucket) -> BucketClient:
 
 
 def names(client: BucketClient, folder: str = "") -> set[str]:
-    return {entry.name for entry in client.listed(folder)}
+    return {entry.name for entry in client.list_objects(folder)}
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_a_listing_omits_folder_markers_and_folders_with_the_same_prefix(client,
     s3_server.make_folder(client.bucket, f"{client.prefix}/a/")
     assert names(client, "a") == {"one", "deep/two"}
     assert [entry.name for entry in client.folder("a")[1]] == ["one"]
-    assert [entry.name for entry in client.listed("a", after="deep/two")] == ["one"]
+    assert [entry.name for entry in client.list_objects("a", after="deep/two")] == ["one"]
     assert client.folder("")[0] == ["a", "ab"]
 
 

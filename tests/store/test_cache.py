@@ -480,7 +480,7 @@ def test_verify_finds_a_flipped_bit_in_any_file_and_names_the_remedy(world, cach
         for at in (0, file.stat().st_size // 2):
             was = flip_bit(file, at)
             (found,) = verify(take_inventory(world.store)).damaged
-            assert (found.file, bool(found.why)) == (file, True)
+            assert (found.file, bool(found.reason)) == (file, True)
             assert bool(found.remedy) == ("unfinished" not in pattern)
             code, out, err = cache("verify")
             if pattern == "VERSION":  # every command refuses such a store
@@ -554,7 +554,7 @@ def test_verify_finds_a_missing_file_and_a_record_of_another_folder(world):
     lora = next(world.store.artifacts.glob("lora/*/*"))
     lora.rename(lora.with_name("other-0123456789ab"))
     why = {
-        one.file.parent.parent.parent.name: one.why
+        one.file.parent.parent.parent.name: one.reason
         for one in verify(take_inventory(world.store)).damaged
     }
     assert why == {
@@ -581,7 +581,7 @@ def test_shards_without_checksums_are_opened_and_counted(world):
         file.write_bytes(file.read_bytes()[:-9])
     cut = verify(take_inventory(world.store))
     assert {one.file for one in cut.damaged} == {images[0], features[0]}
-    assert all("cannot be read" in one.why for one in cut.damaged)
+    assert all("cannot be read" in one.reason for one in cut.damaged)
 
 
 # ---------------------------------------------------------------- cost

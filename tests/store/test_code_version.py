@@ -16,7 +16,7 @@ import pytest
 from air_core.datasets import DATASETS
 from air_core.specs import reader_of
 from orchestrator.keys import RECIPES, artifact_key
-from orchestrator.store.code_version import LISTED, PARTS, version
+from orchestrator.store.code_version import LISTED, PARTS, part_version
 
 ROOT = Path(__file__).parents[2]
 READERS = sorted({reader_of(name) for name in DATASETS} | {reader_of("folder:x")})
@@ -45,7 +45,7 @@ def test_golden_every_version_is_listed_under_its_recipe():
     for part, recipe in now.items():
         entry = listed.get(part, {})
         versions = entry.get("versions", []) if entry.get("recipe") == recipe else []
-        new = [] if version(part) in versions else [version(part)]
+        new = [] if part_version(part) in versions else [part_version(part)]
         wanted[part] = {"recipe": recipe, "versions": [*versions, *new]}
     if os.environ.get("AIRSWEEP_UPDATE_GOLDEN"):
         LISTED.write_text(json.dumps(wanted, indent=1, sort_keys=True) + "\n")
@@ -73,8 +73,8 @@ def test_modules_imported_by_a_part_belong_to_it_or_are_exempt(part):
 
 EDITED = ("features", "lora", "images", "trials", "datasets.digits")
 COMMAND = f"""
-from orchestrator.store.code_version import version
-print(*map(version, {EDITED}))
+from orchestrator.store.code_version import part_version
+print(*map(part_version, {EDITED}))
 """
 EDITS = [
     # file, old, new, which of EDITED change
