@@ -186,13 +186,13 @@ def rate(found: int, of: int) -> dict[str, float]:
 
 
 def main() -> None:
-    asked = options(__doc__, simulations=500, methods=6, only="")
+    args = options(__doc__, simulations=500, methods=6, only="")
     groups: dict[str, dict[str, Any]] = {}
     for title, worlds in (("null", NULL), ("refused", REFUSED), ("planted", PLANTED)):
         for name, world in worlds.items():
-            if not any(part in name for part in asked.only.split("|")):
+            if not any(part in name for part in args.only.split("|")):
                 continue
-            found = counted(world, asked.simulations, asked.methods)
+            found = counted(world, args.simulations, args.methods)
             rates = {
                 "one_comparison": found.single,
                 "some_uncorrected": found.any_single,
@@ -210,8 +210,8 @@ def main() -> None:
         "calibration",
         first and first["baseline"]["rate"] / max(first["one_comparison"]["rate"], 1e-9),
         "McNemar's test over the pooled images of all seeds",
-        simulations=asked.simulations,
-        methods=asked.methods,
+        simulations=args.simulations,
+        methods=args.methods,
         **groups,
     )
 

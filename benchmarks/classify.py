@@ -118,32 +118,32 @@ WAYS = {"baseline_s": one_at_a_time, "bundle_s": by_bundle, "command_s": by_comm
 
 
 def main() -> None:
-    asked = options(__doc__, images=1000, threads=2, repeats=3, photo=False)
-    torch.set_num_threads(asked.threads)
+    args = options(__doc__, images=1000, threads=2, repeats=3, photo=False)
+    torch.set_num_threads(args.threads)
     times: dict[str, list[Times]] = {name: [] for name in WAYS}
-    with tempfile.TemporaryDirectory() as place:
-        bundle = Path(place) / "bundle"
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = Path(folder) / "bundle"
         write_bundle(bundle, *zero_shot(), replace=False)
-        files = images_in(Path(place) / "new", asked.images, asked.photo)
-        for _ in range(asked.repeats):
-            said = []
+        files = images_in(Path(folder) / "new", args.images, args.photo)
+        for _ in range(args.repeats):
+            predictions = []
             for name, way in WAYS.items():
                 seconds, classes = way(bundle, files)
                 times[name].append(seconds)
-                said.append(classes)
-            assert said[0] == said[1] == said[2], "the implementations predict different classes"
+                predictions.append(classes)
+            assert predictions[0] == predictions[1] == predictions[2], "predictions differ"
     found = {name: least(of) for name, of in times.items()}
     (baseline, baseline_cpu), (bundle_s, bundle_cpu) = found["baseline_s"], found["bundle_s"]
-    kind = "JPEG of 640 x 480 px" if asked.photo else "PNG of 32 px"
+    kind = "JPEG of 640 x 480 px" if args.photo else "PNG of 32 px"
     report(
         "classify",
         baseline / bundle_s,
-        f"an open_clip loop, one image at a time, tiny CLIP, {kind}, {asked.threads} threads",
+        f"an open_clip loop, one image at a time, tiny CLIP, {kind}, {args.threads} threads",
         ratio_cpu=baseline_cpu / bundle_cpu,
-        images=asked.images,
-        images_per_s=asked.images / bundle_s,
-        images_per_s_of_command=asked.images / found["command_s"][0],
-        images_per_cpu_s=asked.images / bundle_cpu,
+        images=args.images,
+        images_per_s=args.images / bundle_s,
+        images_per_s_of_command=args.images / found["command_s"][0],
+        images_per_cpu_s=args.images / bundle_cpu,
         **{name: wall for name, (wall, _) in found.items()},
     )
 

@@ -42,8 +42,8 @@ Shard = tuple[int, int]
 
 def the_row(images: int, folder: Path) -> Requirement:
     """A row with `images` images of each digit, drawn by the tiny pipeline."""
-    asked = {"dataset": "digits", "generator": "tiny", "images_per_class": images}
-    flat = {**presets.defaults("air", asked), **asked}
+    settings = {"dataset": "digits", "generator": "tiny", "images_per_class": images}
+    flat = {**presets.defaults("air", settings), **settings}
     flat = {key: value for key, value in flat.items() if not key.startswith("lora.")}
     trial = Resolver(folder / "digests.json", None).trial({**flat, "lora": None})
     row = trial.synthetic_features
@@ -54,17 +54,17 @@ def the_row(images: int, folder: Path) -> Requirement:
 # ---------------------------------------------------------------- baselines
 
 
-def bare(requirement: Requirement, shards: Sequence[Shard], device: str, told: Any) -> None:
+def bare(requirement: Requirement, shards: Sequence[Shard], device: str, queue: Any) -> None:
     """One process of *bare*."""
     generator, names, size = _opened(requirement, device)
     for c, block in shards:
         indices = list(range(block * size, (block + 1) * size))
         generator.generate(names[c], indices, [0] * size)
-        told.put((time.time(), size))
-    told.put(None)
+        queue.put((time.time(), size))
+    queue.put(None)
 
 
-def loop(requirement: Requirement, shards: Sequence[Shard], device: str, told: Any) -> None:
+def loop(requirement: Requirement, shards: Sequence[Shard], device: str, queue: Any) -> None:
     """One process of *loop*."""
     import torch
 
@@ -82,8 +82,8 @@ def loop(requirement: Requirement, shards: Sequence[Shard], device: str, told: A
                 generator=torch.Generator("cpu").manual_seed(index),
                 output_type="np",
             )
-        told.put((time.time(), size))
-    told.put(None)
+        queue.put((time.time(), size))
+    queue.put(None)
 
 
 def _opened(requirement: Requirement, device: str) -> tuple[Any, Sequence[str], int]:
@@ -112,22 +112,22 @@ def processes(
     ]
     for one in running:
         one.start()
-    told = [list(iter(queue.get, None)) for queue in queues]
+    runs = [list(iter(queue.get, None)) for queue in queues]
     for one in running:
         one.join()
-    return _rate(told), max(times[0][0] for times in told) - began
+    return _rate(runs), max(times[0][0] for times in runs) - began
 
 
-def _rate(told: Sequence[Sequence[tuple[float, int]]]) -> float:
+def _rate(runs: Sequence[Sequence[tuple[float, int]]]) -> float:
     """Sum of the rates of all processes, each from its first block to its last."""
-    return sum(sum(size for _, size in times[1:]) / (times[-1][0] - times[0][0]) for times in told)
+    return sum(sum(size for _, size in times[1:]) / (times[-1][0] - times[0][0]) for times in runs)
 
 
 # ---------------------------------------------------------------- ours
 
 
 class Listener:
-    """Notes when each block was whole."""
+    """Records the time at which each block was complete."""
 
     def __init__(self) -> None:
         self.blocks: list[tuple[float, int]] = []
@@ -167,7 +167,7 @@ def ours(requirement: Requirement, device: str) -> tuple[float, float, float]:
         for _ in draw([requirement], context):
             time.sleep(0.01)
         assert not requirement.missing(worker.store)
-    # Actors are not told apart: together, from when the second one had its first block.
+    # Blocks have no actor: count for both from the second block, when both actors have started.
     times = listener.blocks[1:]
     rate = sum(size for _, size in times[1:]) / (times[-1][0] - times[0][0])
     busy = listener.pool.busy / (listener.pool.actors * (times[-1][0] - began))
@@ -175,23 +175,21 @@ def ours(requirement: Requirement, device: str) -> tuple[float, float, float]:
 
 
 def main() -> None:
-    asked = options(__doc__, images=64, repeats=3, device="cpu")
+    args = options(__doc__, images=64, repeats=3, device="cpu")
 
     from orchestrator.cluster import ray_session
 
     found: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder, ray_session():
-        requirement = the_row(asked.images, Path(folder))
+        requirement = the_row(args.images, Path(folder))
         few = Requirement(
-            requirement.spec, max(16, asked.images // 4), requirement.classes
+            requirement.spec, max(16, args.images // 4), requirement.classes
         )  # fewer images, since the loop is slow
-        for repeat in range(asked.repeats):
+        for repeat in range(args.repeats):
             figures = {}
-            figures["bare"], figures["bare_start"] = processes(bare, requirement, asked.device)
-            figures["ours"], figures["ours_start"], figures["busy"] = ours(
-                requirement, asked.device
-            )
-            figures["loop"], _ = processes(loop, few, asked.device)
+            figures["bare"], figures["bare_start"] = processes(bare, requirement, args.device)
+            figures["ours"], figures["ours_start"], figures["busy"] = ours(requirement, args.device)
+            figures["loop"], _ = processes(loop, few, args.device)
             for name, value in figures.items():
                 found.setdefault(name, []).append(value)
             progress(repeat, *(f"{name} {value:.2f}" for name, value in figures.items()))
@@ -206,8 +204,8 @@ def main() -> None:
         loop_ratio=statistics.median(ratios["loop"]),
         ratios=ratios,
         images_per_second=found,
-        images=asked.images * 10,
-        device=asked.device,
+        images=args.images * 10,
+        device=args.device,
     )
 
 

@@ -102,17 +102,17 @@ def step_times(encode: Callable[[], Tensor], prompt: Parameter, repeats: int) ->
 # ---------------------------------------------------------------- text_step
 
 
-def text_step(asked: argparse.Namespace) -> None:
-    backbone = random_clip(device=asked.device)
+def text_step(args: argparse.Namespace) -> None:
+    backbone = random_clip(device=args.device)
     found = {}
     for dataset in ("resisc45", "flowers102"):  # 45 and 102 class names
-        found[dataset] = _text_step(backbone, get_dataset(dataset).classnames, asked.repeats)
+        found[dataset] = _text_step(backbone, get_dataset(dataset).classnames, args.repeats)
         progress(dataset, found[dataset])
     report(
         "text_step",
         min(one["ratio"] for one in found.values()),
-        f"one padded sequence per class, ViT-B/32, context {CONTEXT}, {asked.threads} threads, "
-        f"{asked.device}",
+        f"one padded sequence per class, ViT-B/32, context {CONTEXT}, {args.threads} threads, "
+        f"{args.device}",
         ratio_cpu=min(one["ratio_cpu"] for one in found.values()),
         **found,
     )
@@ -179,22 +179,22 @@ def whole_tower(backbone: Backbone, pixels: Tensor, prompt: Tensor) -> Tensor:
     return normalize(tower.ln_post(states)[:, 0] @ tower.proj, dim=-1)
 
 
-def visual_step(asked: argparse.Namespace) -> None:
+def visual_step(args: argparse.Namespace) -> None:
     found = {}
     with TemporaryDirectory() as folder:
         # Read ahead never runs dry, nor does it end within the steps.
-        photos = Photos(Path(folder), asked.batch * (asked.steps + 2 + 2 * LOADERS))
+        photos = Photos(Path(folder), args.batch * (args.steps + 2 + 2 * LOADERS))
         for name, load in {
             "tiny": functools.partial(load_backbone, "tiny"),
             "ViT-B-32": functools.partial(random_clip, "ViT-B-32-quickgelu"),
         }.items():
-            found[name] = _visual_step(load(asked.device), photos, asked.batch, asked.steps)
+            found[name] = _visual_step(load(args.device), photos, args.batch, args.steps)
             progress(name, found[name])
     report(
         "visual_step",
         found["ViT-B-32"]["ratio"],
         f"JPEGs loaded in every step and the whole tower, ViT-B/32, {CONTEXT} learned tokens, "
-        f"batch {asked.batch}, {asked.threads} threads, {asked.device}",
+        f"batch {args.batch}, {args.threads} threads, {args.device}",
         ratio_cpu=found["ViT-B-32"]["ratio_cpu"],
         **found,
     )
@@ -262,12 +262,12 @@ def plain_training(
     )
 
 
-def trial(asked: argparse.Namespace) -> None:
-    backbone = random_clip(device=asked.device)
+def trial(args: argparse.Namespace) -> None:
+    backbone = random_clip(device=args.device)
     names = get_dataset("dtd").classnames
     classes, width = len(names), backbone.model.text_projection.shape[1]
-    pool = Batch(normalize(torch.randn(asked.pool, width), dim=-1))
-    capacities = [capacity(SELECTION, asked.pool, classes, t, ROUNDS) for t in range(ROUNDS)]
+    pool = Batch(normalize(torch.randn(args.pool, width), dim=-1))
+    capacities = [capacity(SELECTION, args.pool, classes, t, ROUNDS) for t in range(ROUNDS)]
     chosen = torch.arange(classes * capacities[4])
     targets = (torch.rand(len(chosen), classes) < 3 / classes).float()
     targets[chosen, chosen % classes] = 1.0
@@ -292,7 +292,7 @@ def trial(asked: argparse.Namespace) -> None:
     parts(TextPrompt, 2)  # warms up
     contexts, whole, figures = {}, {}, {}
     for name, kind in {"lean": TextPrompt, "baseline": PaddedPrompt}.items():
-        contexts[name], step, labelling = parts(kind, asked.steps)
+        contexts[name], step, labelling = parts(kind, args.steps)
         whole[name] = [steps * step[i] + passes * labelling[i] for i in (0, 1)]
         figures |= {f"{name}_step_s": step[0], f"{name}_labelling_s": labelling[0]}
         figures[f"{name}_trial_s"] = whole[name][0]
@@ -302,13 +302,13 @@ def trial(asked: argparse.Namespace) -> None:
     report(
         "trial",
         whole["baseline"][0] / whole["lean"][0],
-        f"CPL's loop on stored features, ViT-B/32, {classes} classes, {asked.threads} threads, "
-        f"{asked.device}",
+        f"CPL's loop on stored features, ViT-B/32, {classes} classes, {args.threads} threads, "
+        f"{args.device}",
         ratio_cpu=whole["baseline"][1] / whole["lean"][1],
-        timed_steps=asked.steps,
+        timed_steps=args.steps,
         trial_steps=steps,
         labelling_passes=passes,
-        pool=asked.pool,
+        pool=args.pool,
         apart=apart,
         **figures,
     )
@@ -356,24 +356,24 @@ def together(
     return {**compared({way: least(spent) for way, spent in times.items()}), "apart": apart}
 
 
-def replicas(asked: argparse.Namespace) -> None:
+def replicas(args: argparse.Namespace) -> None:
     found: dict[str, dict[str, dict[str, float]]] = {}
-    for world in asked.worlds:
+    for world in args.worlds:
         tiny = world == "tiny"
-        backbone = load_backbone("tiny", asked.device) if tiny else random_clip(device=asked.device)
-        steps = 10 * asked.steps if tiny else asked.steps
+        backbone = load_backbone("tiny", args.device) if tiny else random_clip(device=args.device)
+        steps = 10 * args.steps if tiny else args.steps
         fit(trainings(world, backbone, 1, 2))  # warms up
         found[world] = {}
         for count in (3, 8):
-            one = together(world, backbone, count, steps, asked.repeats)
+            one = together(world, backbone, count, steps, args.repeats)
             found[world][str(count)] = one
             progress(world, count, one)
     report(
         "replicas",
         found["tiny"]["8"]["ratio_cpu"] if "tiny" in found else None,
         f"8 prompts one after another, tiny CLIP, digits, batches of {BATCH}, "
-        f"{asked.threads} thread, {asked.device}",
-        steps=asked.steps,
+        f"{args.threads} thread, {args.device}",
+        steps=args.steps,
         **found,
     )
 
@@ -391,10 +391,10 @@ def main() -> None:
     if name not in BENCHMARKS:
         sys.exit(f"{__doc__}\nallowed: {', '.join(BENCHMARKS)}")
     run, defaults = BENCHMARKS[name]
-    asked = options(__doc__, **defaults, device="cpu")
+    args = options(__doc__, **defaults, device="cpu")
     torch.manual_seed(0)
-    torch.set_num_threads(asked.threads)
-    run(asked)
+    torch.set_num_threads(args.threads)
+    run(args)
 
 
 if __name__ == "__main__":

@@ -132,23 +132,23 @@ def ray_tune(chosen: list[Any], store: Path, folder: Path) -> float:
 
 
 def main() -> None:
-    asked = options(__doc__, trials=100, ray_trials=6)
+    args = options(__doc__, trials=100, ray_trials=6)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         draw(folder / "images")
         spec = folder / "overhead.yaml"
-        spec.write_text(SWEEP.format(folder=folder / "images", trials=asked.trials))
+        spec.write_text(SWEEP.format(folder=folder / "images", trials=args.trials))
         stores = {kind: folder / kind for kind in ("ours", "optuna", "ray")}
         for store in stores.values():
             airsweep("prepare", spec, "--store", store)
-        found = ours(spec, stores["ours"], asked.trials)
-        loop = optuna_loop(specs(spec, stores["optuna"], asked.trials), stores["optuna"])
-        tuned = ray_tune(specs(spec, stores["ray"], asked.ray_trials), stores["ray"], folder)
+        found = ours(spec, stores["ours"], args.trials)
+        loop = optuna_loop(specs(spec, stores["optuna"], args.trials), stores["optuna"])
+        tuned = ray_tune(specs(spec, stores["ray"], args.ray_trials), stores["ray"], folder)
     report(
         "overhead",
         tuned / found["trial_s"],
-        f"Ray Tune, one process per trial, {asked.ray_trials} trials",
-        trials=asked.trials,
+        f"Ray Tune, one process per trial, {args.ray_trials} trials",
+        trials=args.trials,
         baseline_trial_s=tuned,
         optuna_loop_trial_s=loop,
         **{f"ours_{name}": value for name, value in found.items()},

@@ -177,12 +177,12 @@ def measure(peer: str, folder: Path, sets: Sequence[str], walls: Sequence[float]
 
 
 def main() -> None:
-    asked = options(__doc__, whole=False, walls=1, only=[*PEERS])
-    sets = () if asked.whole else CUT
-    peers = [peer for peer in PEERS if peer in ("airsweep", *asked.only)]
+    args = options(__doc__, whole=False, walls=1, only=[*PEERS])
+    sets = () if args.whole else CUT
+    peers = [peer for peer in PEERS if peer in ("airsweep", *args.only)]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        turns = [(turn, peer) for turn in range(asked.walls) for peer in peers]
+        turns = [(turn, peer) for turn in range(args.walls) for peer in peers]
         walls: dict[str, list[float]] = {peer: [] for peer in peers}
         for turn, peer in turns:
             walls[peer].append(run(peer, QUICKSTART, folder / f"{peer}-{turn}", sets))
@@ -193,7 +193,7 @@ def main() -> None:
         "peers",
         found["airsweep"]["wall_s"] / baseline["wall_s"],
         "a joblib loop on two workers",
-        grid="the quickstart" if asked.whole else f"the quickstart with {', '.join(CUT)}",
+        grid="the quickstart" if args.whole else f"the quickstart with {', '.join(CUT)}",
         shared_lines=code_lines(SCRIPTS / "work.py"),
         **found,
     )

@@ -95,7 +95,7 @@ class Simulation:
         self.tasks: deque[tuple[int, float]] = deque()
         self.tasks_left = Counter({i: len(group.tasks) for i, group in enumerate(groups)})
         self.blocks_left = [group.blocks for group in groups]  # not drawn yet
-        self.asked = list(self.blocks_left)  # not assigned to an actor yet
+        self.unassigned_blocks = list(self.blocks_left)
         self.pool: set[int] = set()  # devices of actors
         self.task_devices: set[int] = set()
         self.generation = 0  # of the pool; blocks of an earlier pool are lost
@@ -173,8 +173,9 @@ class Simulation:
 
     def _fitting(self, allotted: int) -> int:
         """Number of actors for which devices and blocks exist."""
-        there = min(allotted - len(self.task_devices), self.free.count(1.0) + len(self.pool))
-        return min(there, sum(self.asked[group] for group in self._to_draw()) + len(self.pool))
+        limit = min(allotted - len(self.task_devices), self.free.count(1.0) + len(self.pool))
+        unassigned = sum(self.unassigned_blocks[group] for group in self._to_draw())
+        return min(limit, unassigned + len(self.pool))
 
     def _worth_growing(self, allotted: int) -> bool:
         """Whether a larger pool saves more time than its restart costs."""
@@ -190,7 +191,7 @@ class Simulation:
         """Groups with blocks that can be assigned."""
         return [
             group
-            for group, left in enumerate(self.asked)
+            for group, left in enumerate(self.unassigned_blocks)
             if left and not self.tasks_left[group] and self._in_turn(group)
         ]
 
@@ -206,7 +207,7 @@ class Simulation:
         self.generation += 1
         for device in self.pool:
             self.free[device] = 1.0
-        self.asked = list(self.blocks_left)
+        self.unassigned_blocks = list(self.blocks_left)
         self.pool = set()
 
     def _draw(self, device: int, generation: int) -> None:
@@ -219,7 +220,7 @@ class Simulation:
             self.free[device] = 1.0
             return
         group = groups[0]
-        self.asked[group] -= 1
+        self.unassigned_blocks[group] -= 1
         self.driver = max(self.driver, self.now) + self.costs.driver
         wait = self.driver - self.now + self.costs.gap
         self._later(wait + self.costs.block, lambda: self._block_over(device, generation, group))
@@ -299,8 +300,8 @@ def paper(share_visual: float = 0.25, split: bool = False, points: int = 1) -> l
     """
     from orchestrator.spec import cells_of, find_sweep, load_sweep
 
-    asked = load_sweep(find_sweep("paper_main"))
-    cells, seeds = cells_of(asked), len(asked.seeds.assignments())
+    sweep = load_sweep(find_sweep("paper_main"))
+    cells, seeds = cells_of(sweep), len(sweep.seeds.assignments())
     steps = {cell.id: _steps(cell.flat) for cell in cells}
     every: Counter[tuple[str, bool]] = Counter()  # steps of all trials of a dataset
     for cell in cells:
@@ -384,7 +385,7 @@ JOBS: dict[str, tuple[float, bool, int]] = {
 
 
 def main() -> None:
-    asked = options(__doc__, gpus=64)
+    args = options(__doc__, gpus=64)
     costs = Costs(block=BLOCK * IMAGE, start=LOAD, gap=GAP, driver=DRIVER, job=JOB)
     found: dict[str, dict[str, float]] = {}
     for jobs, of in JOBS.items():
@@ -392,15 +393,15 @@ def main() -> None:
         by_blocks = [first, *sorted(others, key=lambda group: group.blocks)]
         for name, policy in POLICIES.items():
             groups = by_blocks if policy.beside else [first, *others]
-            one = found[f"{jobs}: {name}"] = played(groups, asked.gpus, costs, policy)
+            one = found[f"{jobs}: {name}"] = played(groups, args.gpus, costs, policy)
             progress(f"{jobs}: {name}", *(f"{key} {value:.3g}" for key, value in one.items()))
     jobs = "a whole GPU, a job a seed"
     report(
         "scale",
         found[f"{jobs}: prepare, then trials"]["hours"]
         / found[f"{jobs}: one stream of trials"]["hours"],
-        f"each group prepared before its trials, {asked.gpus} GPUs, simulated",
-        gpus=asked.gpus,
+        f"each group prepared before its trials, {args.gpus} GPUs, simulated",
+        gpus=args.gpus,
         simulated=found,
     )
 

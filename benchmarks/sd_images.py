@@ -171,16 +171,16 @@ def operations(folder: Path, settings: GenerationSettings, device: str) -> float
 def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     without: list[str] = []
-    asked = options(
+    args = options(
         __doc__, device=device, block=8, blocks=3, steps=25, small=False, without=without
     )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        size = random_pipeline(folder, asked.small)
+        size = random_pipeline(folder, args.small)
         settings = GenerationSettings(
-            size=size, num_inference_steps=asked.steps, block=asked.block, precision="bf16"
+            size=size, num_inference_steps=args.steps, block=args.block, precision="bf16"
         )
-        device, block, blocks = asked.device, asked.block, asked.blocks
+        device, block, blocks = args.device, args.block, args.blocks
         found: dict[str, float] = {}
 
         def timed(what: str, make: Callable[[], Draw], images: int = block) -> float:
@@ -195,7 +195,7 @@ def main() -> None:
         helped = [
             change
             for change in CHANGES
-            if change not in asked.without
+            if change not in args.without
             and timed(f"ours, {change}", partial(ours, folder, settings, device, change)) > base
         ]
         for images in (block // 2, block * 2, block * 4):
@@ -216,7 +216,7 @@ def main() -> None:
         device=card or device,
         size=size,
         block=block,
-        steps=asked.steps,
+        steps=args.steps,
     )
 
 

@@ -131,10 +131,10 @@ def regrets(
         search = replace(sweep.search, sampler="random", seed=seed, points=points, width=4)
         searching = CellSearch(cell, search, Searches(), sampler=make)
         seen: dict[str, float] = {}
-        while asked := searching.next_round():
-            told = {point.number: value[_word(point.params)] for point in asked}
-            seen |= {_word(point.params): told[point.number] for point in asked}
-            searching.record_round(told)
+        while suggested := searching.next_round():
+            objectives = {point.number: value[_word(point.params)] for point in suggested}
+            seen |= {_word(point.params): objectives[point.number] for point in suggested}
+            searching.record_round(objectives)
         taken = max(seen, key=lambda word: seen[word])
         found.append(100 * (max(test.values()) - test[taken]))
     return np.array(found)
@@ -172,18 +172,18 @@ def compare(
 
 def main() -> None:
     here = Path(__file__).with_name("search_grid.json")
-    asked = options(__doc__, grid=here, store=Path("runs"), seeds=50, points=12)
+    args = options(__doc__, grid=here, store=Path("runs"), seeds=50, points=12)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    if not asked.grid.exists():
-        rows = run_grid(asked.store)
-        asked.grid.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
-    grid = json.loads(asked.grid.read_text())
+    if not args.grid.exists():
+        rows = run_grid(args.store)
+        args.grid.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+    grid = json.loads(args.grid.read_text())
     test = [100 * row["test"] for row in grid]
     progress(
         f"{len(grid)} points, test accuracy {min(test):.1f} to {max(test):.1f} %, median "
-        f"{np.median(test):.1f} %; {asked.seeds} searches of {asked.points} points"
+        f"{np.median(test):.1f} %; {args.seeds} searches of {args.points} points"
     )
-    tables = {name: compare(grid, name, asked.points, asked.seeds) for name in OBJECTIVES}
+    tables = {name: compare(grid, name, args.points, args.seeds) for name in OBJECTIVES}
     figures = tables[OBJECTIVES[0]]
     winner = min(set(figures) - {BASELINE}, key=lambda name: figures[name]["regret"][0])
     report(
@@ -191,8 +191,8 @@ def main() -> None:
         figures[BASELINE]["regret"][0] / max(figures[winner]["regret"][0], 1e-9),
         BASELINE,
         winner=winner,
-        points=asked.points,
-        seeds=asked.seeds,
+        points=args.points,
+        seeds=args.seeds,
         regret=tables,
     )
 

@@ -139,28 +139,28 @@ def rays(url: str, folder: Path, trials: int, iterations: int) -> None:
 
 
 def main() -> None:
-    asked = options(__doc__, trials=21, seeds=3, ray_trials=3, iterations=10)
+    args = options(__doc__, trials=21, seeds=3, ray_trials=3, iterations=10)
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         folder = Path(scratch)
         server = MlflowServer(folder, folder / "log")
         stack.callback(server.stop)
         server.start()
         counter, requests = Counter(), {}
-        tell_ours = partial(ours, seeds=asked.seeds)
-        ways = {"ours": (tell_ours, asked.trials), "baseline": (rays, asked.ray_trials)}
+        tell_ours = partial(ours, seeds=args.seeds)
+        ways = {"ours": (tell_ours, args.trials), "baseline": (rays, args.ray_trials)}
         for name, (tell, trials) in ways.items():
             counter.count = 0
-            tell(server.url, folder, trials, asked.iterations)
+            tell(server.url, folder, trials, args.iterations)
             requests[name] = counter.count / trials
             progress(name, requests[name])
     report(
         "tracking_calls",
         requests["baseline"] / requests["ours"],
         "Ray's MLflowLoggerCallback in a Tune run, one mlflow server on loopback",
-        trials=asked.trials,
-        seeds=asked.seeds,
-        iterations=asked.iterations,
-        baseline_trials=asked.ray_trials,
+        trials=args.trials,
+        seeds=args.seeds,
+        iterations=args.iterations,
+        baseline_trials=args.ray_trials,
         **{f"{name}_requests_a_trial": count for name, count in requests.items()},
     )
 

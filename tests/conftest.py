@@ -1,4 +1,4 @@
-"""Small real things that tests share: the embedded CLIP, the digits, one local Ray."""
+"""Fixtures of many tests: the embedded CLIP, the digits, one local Ray, an S3 server."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ IS_FIRST = RUN not in os.environ  # the workers of pytest-xdist inherit it as we
 RUN_ID = os.environ.setdefault(RUN, uuid.uuid4().hex)
 os.environ["SPT_NOENV"] = "1"  # otherwise Ray's agents overwrite their environment with their title
 
-# A busy machine is slow, not wrong.
+# On a busy machine, an example can exceed any deadline.
 hypothesis.settings.register_profile("airsweep", deadline=None)
 hypothesis.settings.load_profile("airsweep")
 
@@ -140,13 +140,13 @@ LONG = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long files first: what comes last on one core leaves the others idle."""
+    """Run long files first: a long file at the end would leave the other cores idle."""
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
 @pytest.fixture(scope="session")
 def drawn_digits(tmp_path_factory) -> Path:
-    """A folder of ready images: 16 drawn digits a class, white on black, moved and turned."""
+    """A folder of ready images: 16 drawn digits per class, white on black, shifted and rotated."""
     import numpy as np
     from PIL import Image, ImageDraw, ImageFont
 
@@ -159,16 +159,16 @@ def drawn_digits(tmp_path_factory) -> Path:
         for index in range(16):
             image = Image.new("L", (32, 32))
             font = ImageFont.load_default(size=int(rng.integers(24, 32)))
-            place = (8 + int(rng.integers(-3, 4)), int(rng.integers(-4, 2)))
-            ImageDraw.Draw(image).text(place, str(digit), fill=255, font=font)
-            turned = image.rotate(float(rng.uniform(-12, 12))).convert("RGB")
-            turned.save(folder / name / f"{index:02}.png")
+            position = (8 + int(rng.integers(-3, 4)), int(rng.integers(-4, 2)))
+            ImageDraw.Draw(image).text(position, str(digit), fill=255, font=font)
+            rotated = image.rotate(float(rng.uniform(-12, 12))).convert("RGB")
+            rotated.save(folder / name / f"{index:02}.png")
     return folder
 
 
 @pytest.fixture
 def ghostscript(tmp_path, monkeypatch) -> Path:
-    """A `gs` that writes this file when it is started, as Pillow does for PostScript."""
+    """The file that a fake `gs` writes when it is started, as Pillow does for PostScript."""
     import PIL.EpsImagePlugin
 
     folder = tmp_path / "programs"
@@ -177,13 +177,13 @@ def ghostscript(tmp_path, monkeypatch) -> Path:
     (folder / "gs").write_text(f"#!/bin/sh\necho $* >> {started}\necho 10.0\n")
     (folder / "gs").chmod(0o755)
     monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
-    monkeypatch.setattr(PIL.EpsImagePlugin, "gs_binary", None)  # where it was looked for before
+    monkeypatch.setattr(PIL.EpsImagePlugin, "gs_binary", None)  # Pillow caches the path
     return started
 
 
 @pytest.fixture(scope="module")
 def wires() -> Iterator[Network]:
-    """A network to which a test plugs machines of its own, with a disk that all of them see."""
+    """A network for virtual machines of a test, which all see the same disk."""
     from tests.helpers.machines import network
 
     with network() as found:
@@ -192,7 +192,7 @@ def wires() -> Iterator[Network]:
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[S3Server]:
-    """A real S3 server on loopback, to which the environment leads, with the bucket `air`."""
+    """An S3 server on loopback with the bucket `air`, set as endpoint in the environment."""
     from tests.helpers.servers import S3Server
 
     server = S3Server()
@@ -214,14 +214,14 @@ def s3_server() -> Iterator[S3Server]:
 
 @pytest.fixture
 def bucket(s3_server, tmp_path, monkeypatch) -> str:
-    """The URI of a store that nobody has used; mirrors lie in this test's folder."""
+    """The URI of an empty store; its caches are in the folder of the test."""
     monkeypatch.setenv("AIRSWEEP_CACHE", str(tmp_path / "mirrors"))
     return f"s3://air/{uuid.uuid4().hex[:8]}"
 
 
 @pytest.fixture
 def command() -> Callable[..., tuple[int, str, str]]:
-    """Run airsweep here; its exit code, what it printed, what it said."""
+    """Run airsweep in this process; returns its exit code, stdout and stderr."""
 
     def run(*words: str | Path) -> tuple[int, str, str]:
         done = in_this_process([*map(str, words)])

@@ -1,9 +1,9 @@
-"""The documents are true: every command in README.md and docs/*.md is run, every link leads on.
+"""Tests of README.md and docs/*.md: commands run, links lead to existing files.
 
-Each page is walked from top to bottom in one folder with one store, as a reader would: files that
-it shows are written, Python is executed, commands are run. What needs a server, a GPU, other
-people's images or more than some seconds is parsed alone, by the parser that would run it, and the
-run of a long sweep is planned. The tables say which and why; a page may say it of a block itself,
+Each page is executed from top to bottom in one folder with one store: files on the page are
+written, Python blocks are executed, commands are run. Commands that need a server, a GPU, images of
+the user or more than some seconds are only parsed, and long sweeps are planned instead of run.
+`PARSED` lists these commands with the reason; a page can exclude a block by
 `<!-- not run: why -->`.
 """
 
@@ -32,7 +32,7 @@ from tests.helpers.sweeps import airsweep, events, in_this_process
 
 pytestmark = pytest.mark.ray
 
-# Sweeps that are run, some of them cut; the others are planned, with the same options.
+# Sweeps that are run, with options that shorten them. Other sweeps are planned.
 RUN = {
     "context": (),
     "quickstart": (
@@ -41,13 +41,13 @@ RUN = {
         *("--set", "train.steps=5"),
     ),
 }
-# What is parsed alone, by words of the command, and why.
+# Commands that are only parsed, by a part of the command, with the reason.
 PARSED = {
     "airsweep ui": "serves until Ctrl-C",
     "airsweep repro": "ten seconds of torch (test_tracked)",
     "airsweep retry": "nothing has failed here",
     "airsweep audit": "no synthetic images here (test_audits)",
-    "airsweep classify": "needs images of the reader's (test_bundles)",
+    "airsweep classify": "needs images of the user (test_bundles)",
     "airsweep compare": "needs another sweep or the paper's datasets (test_published)",
     "airsweep export": "ten seconds of torch (test_bundles)",
     "airsweep verify": "ten seconds of torch (test_bundles)",
@@ -64,28 +64,28 @@ PARSED = {
     "data check eurosat": "needs its images",
 }
 SHIPPED = {file.stem for file in (ROOT / "sweeps").glob("*.yaml")} - RUN.keys()
-# Words that stand for something of the reader's.
-STANDS_FOR = {"COMMAND": "run", "SPEC": "quickstart", "NAME": "quickstart", "STAGE": "images"}
+# Placeholders in commands, with an example of each.
+PLACEHOLDERS = {"COMMAND": "run", "SPEC": "quickstart", "NAME": "quickstart", "STAGE": "images"}
 
 
 EACH = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
-class Wrong(AssertionError):
-    """A document says what is not so."""
+class InvalidCommand(AssertionError):
+    """A command of a page does not work."""
 
 
-class Missing(Wrong):
-    """An argument is left out."""
+class MissingArgument(InvalidCommand):
+    """A command lacks an argument."""
 
 
-# ---------------------------------------------------------------- a reader's folder
+# ---------------------------------------------------------------- pages
 
 
 @pytest.fixture(scope="module")
-def desk(tmp_path_factory) -> Iterator[Path]:
-    """A checkout as far as the pages name its files, with the sweeps of the first two pages run."""
-    folder = tmp_path_factory.mktemp("desk")
+def checkout(tmp_path_factory) -> Iterator[Path]:
+    """A folder with the files that pages name, in which the sweeps of two pages have run."""
+    folder = tmp_path_factory.mktemp("checkout")
     for name in ("sweeps", "tests", "Makefile"):
         (folder / name).symlink_to(ROOT / name)
     with contextlib.chdir(folder):
@@ -103,7 +103,7 @@ def write_files(page: Path) -> None:
 
 
 @EACH
-def test_every_command_of_a_page_runs(page, desk):
+def test_every_command_of_a_page_runs(page, checkout):
     write_files(page)
     names: dict[str, Any] = {}
     problems = []
@@ -111,8 +111,8 @@ def test_every_command_of_a_page_runs(page, desk):
         where = f"{page.name}:{block.line}"
         for command in block.commands():
             try:
-                follow(command, only_parse=bool(block.not_run))
-            except Wrong as problem:
+                check_command(command, only_parse=bool(block.not_run))
+            except InvalidCommand as problem:
                 problems.append(f"{where}: {command}\n    {problem}")
         if block.language == "python" and not block.not_run:
             with contextlib.redirect_stdout(io.StringIO()):
@@ -123,21 +123,21 @@ def test_every_command_of_a_page_runs(page, desk):
 @EACH
 def test_commands_within_sentences_exist_with_their_options(page):
     for command in inline_commands(page):
-        with contextlib.suppress(Missing):  # a sentence may leave the sweep out
-            parsed(words_of(command)[1:])
+        with contextlib.suppress(MissingArgument):  # sentences can omit the sweep
+            parse_command(words_of(command)[1:])
 
 
 @EACH
-def test_links_lead_to_files_that_are_there(page):
+def test_links_lead_to_existing_files(page):
     missing = [link for link in links(page) if not (page.parent / link).exists()]
     assert not missing
 
 
 @EACH
-def test_whole_files_on_a_page_are_allowed(page, tmp_path):
+def test_complete_yaml_files_on_a_page_are_valid(page, tmp_path):
     for block in blocks(page):
         if block.language == "yaml" and "version: 1\n" in block.text:
-            if "\nprotocol:\n" in block.text:  # what a paper has published
+            if "\nprotocol:\n" in block.text:  # published numbers
                 file = tmp_path / "paper.yaml"
                 file.write_text(block.text)
                 assert read_paper(file).cells
@@ -160,74 +160,78 @@ def test_whole_files_on_a_page_are_allowed(page, tmp_path):
         "ray job submit --address $ADDR -- python -m orchestrator run",
     ],
 )
-def test_a_command_that_does_not_work_is_found(command, desk):
-    with pytest.raises(Wrong):
-        follow(command)
+def test_a_command_that_does_not_work_is_detected(command, checkout):
+    with pytest.raises(InvalidCommand):
+        check_command(command)
 
 
 def test_examples_in_the_help_of_commands_exist_with_their_options():
-    examples = [line for text in helps(typer.main.get_command(app)) for line in text.split("\n\n")]
+    examples = [
+        line for text in help_texts(typer.main.get_command(app)) for line in text.split("\n\n")
+    ]
     found = [" ".join(line.split()) for line in examples if line.strip().startswith("airsweep ")]
     assert len(found) > 20
     for command in found:
         words, _ = redirected(words_of(command))
-        parsed(words[1:])
+        parse_command(words[1:])
 
 
-def helps(command: Any) -> Iterator[str]:
+def help_texts(command: Any) -> Iterator[str]:
     yield command.help or ""
     for inner in getattr(command, "commands", {}).values():
-        yield from helps(inner)
+        yield from help_texts(inner)
 
 
 # ---------------------------------------------------------------- one command
 
 
-def follow(command: str, only_parse: bool = False) -> None:
-    """Do what a page says, as far as it can be done here.
+def check_command(command: str, only_parse: bool = False) -> None:
+    """Run a command of a page, or only parse it.
 
     Raises:
-        Wrong: it cannot, and why.
+        InvalidCommand: the command does not work.
     """
-    words, into = redirected(words_of(command))
+    words, target = redirected(words_of(command))
     if words[0] != "airsweep":
         PROGRAMS[words[0]](words)
         return
-    parsed(words[1:])
+    parse_command(words[1:])
     if not only_parse and not any(part in command for part in PARSED):
-        said = execute(words[1:])
-        if into is not None:
-            Path(into).write_text(said)
+        output = execute(words[1:])
+        if target is not None:
+            Path(target).write_text(output)
 
 
 def redirected(words: list[str]) -> tuple[list[str], str | None]:
-    """A command, and the file that its output goes to."""
+    """Split a command from the file to which its output is redirected."""
     at = words.index(">") if ">" in words else len(words)
     return words[:at], words[at + 1] if at < len(words) else None
 
 
 def words_of(command: str) -> list[str]:
-    command = re.sub(r"\$\([^)]*\)", "DIR", command)  # what another command prints
-    return [STANDS_FOR.get(word, word) for word in shlex.split(command)]
+    command = re.sub(r"\$\([^)]*\)", "DIR", command)  # the output of another command
+    return [PLACEHOLDERS.get(word, word) for word in shlex.split(command)]
 
 
-def parsed(words: list[str]) -> None:
-    """Read by the parser, and not run.
+def parse_command(words: list[str]) -> None:
+    """Parse the arguments of airsweep without running the command.
 
     Raises:
-        Wrong: what the parser says.
+        InvalidCommand: the parser reports an error.
     """
     command: Any = typer.main.get_command(app)
     words = list(words)
     while words and words[0] in getattr(command, "commands", {}):
         command = command.commands[words.pop(0)]
     if hasattr(command, "commands") and words != ["--help"]:
-        raise Wrong(f"no command {' '.join(words[:1])!r}; there are {', '.join(command.commands)}")
+        raise InvalidCommand(
+            f"no command {' '.join(words[:1])!r}; allowed: {', '.join(command.commands)}"
+        )
     make_context(command, words)
 
 
 def make_context(command: Any, words: list[str]) -> None:
-    """Typer has a click of its own beside the one that Ray uses, so errors are told by name."""
+    """Parse arguments. Typer and Ray use different copies of click: compare errors by name."""
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             command.make_context("a command", list(words))
@@ -237,12 +241,14 @@ def make_context(command: Any, words: list[str]) -> None:
             return
         if "ClickException" not in names:
             raise
-        raise (Missing if "MissingParameter" in names else Wrong)(str(problem)) from None
+        raise (MissingArgument if "MissingParameter" in names else InvalidCommand)(
+            str(problem)
+        ) from None
 
 
 def execute(words: list[str]) -> str:
-    """A command that ends with 0; its output."""
-    words = [_known(word) for word in words]
+    """Run a command that must succeed; returns its output."""
+    words = [_existing_id(word) for word in words]
     name = Path(words[1]).stem if len(words) > 1 else ""
     if words[0] in ("run", "prepare"):
         if name in RUN and "--smoke" not in words:
@@ -252,23 +258,23 @@ def execute(words: list[str]) -> str:
     elif (
         words[0] in ("status", "table") and name not in RUN and Path(f"sweeps/{name}.yaml").exists()
     ):
-        words[1] = "quickstart"  # one that was run
+        words[1] = "quickstart"  # a sweep that was run
     done = in_this_process(words)
     if done.returncode:
-        raise Wrong(f"exit code {done.returncode}: {done.stderr}")
+        raise InvalidCommand(f"exit code {done.returncode}: {done.stderr}")
     return done.stdout
 
 
 def run_sweep(words: list[str]) -> str:
-    """In a process of its own: it moves file descriptors about, and starts Ray."""
+    """Run a sweep in another process, since it redirects file descriptors and starts Ray."""
     done = airsweep(*words, *RUN[Path(words[1]).stem], check=False)
     if done.returncode:
-        raise Wrong(done.stderr)
+        raise InvalidCommand(done.stderr)
     return done.stdout
 
 
-def _known(word: str) -> str:
-    """Ids of trials in the documents become those of two that are here."""
+def _existing_id(word: str) -> str:
+    """Replace the trial ids of the pages by ids of trials in the store."""
     if word not in ("3f2a9c1d", "8b01e7aa"):
         return word
     done = [e["key"][:12] for e in events(Path("runs"), "context") if e["event"] == "trial_done"]
@@ -279,14 +285,14 @@ def _known(word: str) -> str:
 
 
 def _ray(words: list[str]) -> None:
-    """Ray's own parser reads its part, ours what the job runs."""
+    """Parse the options of Ray, and the command that the job runs."""
     from ray.scripts.scripts import cli
 
     command: Any = cli
     at = 1
     while hasattr(command, "commands"):
         if words[at] not in command.commands:
-            raise Wrong(f"ray has no {words[at]}")
+            raise InvalidCommand(f"ray has no {words[at]}")
         command = command.commands[words[at]]
         at += 1
     make_context(command, words[at:])
@@ -296,45 +302,45 @@ def _ray(words: list[str]) -> None:
 
 def _python(words: list[str]) -> None:
     if words[1:3] != ["-m", "orchestrator"]:
-        raise Wrong("only -m orchestrator is known here")
-    parsed(words[3:])
+        raise InvalidCommand("only `python -m orchestrator` can be checked")
+    parse_command(words[3:])
 
 
 def _make(words: list[str]) -> None:
     done = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        raise Wrong(done.stderr)
+        raise InvalidCommand(done.stderr)
 
 
 def _pip(words: list[str]) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    asked = words[-1].removeprefix(project["name"]).strip("[]")
-    if asked not in project["optional-dependencies"]:
-        raise Wrong(f"no extra {asked!r}")
+    extra = words[-1].removeprefix(project["name"]).strip("[]")
+    if extra not in project["optional-dependencies"]:
+        raise InvalidCommand(f"no extra {extra!r}")
 
 
 def _pytest(words: list[str]) -> None:
     if not (ROOT / words[1]).is_file():
-        raise Wrong(f"{words[1]} is not there")
+        raise InvalidCommand(f"{words[1]} does not exist")
 
 
-def _not_ours(words: list[str]) -> None:
-    """Variables, an environment, downloads: nothing of airsweep is in them."""
+def _ignore(words: list[str]) -> None:
+    """Commands of other programs are not checked."""
 
 
 PROGRAMS: dict[str, Callable[[list[str]], None]] = {
-    "export": _not_ours,
-    "hf": _not_ours,
+    "export": _ignore,
+    "hf": _ignore,
     "make": _make,
     "pip": _pip,
     "pytest": _pytest,
     "python": _python,
     "ray": _ray,
-    "source": _not_ours,
+    "source": _ignore,
 }
 
 
-def test_every_program_of_the_pages_is_known_and_every_reason_still_needed():
+def test_all_programs_and_all_entries_of_the_tables_occur_on_pages():
     commands = [command for page in PAGES for block in blocks(page) for command in block.commands()]
     assert {command.split()[0] for command in commands} <= {"airsweep", *PROGRAMS}
     assert [part for part in PARSED if not any(part in command for command in commands)] == []
