@@ -1,4 +1,4 @@
-"""The audit's numbers on toy features and real digits, and the filter that uses the same ones."""
+"""The audit on toy features and real digits, and the filter with the same measures."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def toy(seed: int = 0, noise: float = 0.2) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def a_set(features: torch.Tensor, labels: torch.Tensor) -> ImageSet:
-    """Every image another picture."""
+    """An image set in which all pictures differ."""
     count = len(labels)
     hashes = torch.rand(count, 256, generator=torch.Generator().manual_seed(1)) < 0.5
     held = torch.ones(count, dtype=torch.bool)
@@ -113,7 +113,7 @@ def test_a_duplicate_repeats_an_earlier_image_by_cosine_and_by_hash():
     features = features.clone()
     features[[5, 9, 20]] = features[2].clone()  # 20 is of another class
     images = a_set(features, labels)
-    assert [one for one in found(images) if one[0] == "duplicate"] == []  # other pictures
+    assert [one for one in found(images) if one[0] == "duplicate"] == []  # the pictures differ
     hashes = images.hashes.clone()
     hashes[[5, 9, 20]] = hashes[2].clone()
     named = found(replace(images, hashes=hashes))
@@ -129,14 +129,14 @@ def test_a_duplicate_repeats_an_earlier_image_by_cosine_and_by_hash():
 def test_the_wrong_class_needs_a_margin_and_neighbours():
     features, labels = toy()
     swapped = features.clone()
-    swapped[3] = features[2 * EACH + 1]  # filed under class 0, looks like class 2
+    swapped[3] = features[2 * EACH + 1]  # labelled as class 0, similar to class 2
     assert found(a_set(swapped, labels)) == [("wrong class", 3, 2)]
     images = a_set(features, labels)
     against = logits_of(features)
-    against[3] = torch.tensor([0.0, 0.0, 9.0])  # CLIP alone is no witness
+    against[3] = torch.tensor([0.0, 0.0, 9.0])  # the margin alone is not enough
     assert audit(images, against, around()).findings == ()
     against = logits_of(swapped)
-    against[3] = torch.tensor([9.0, 0.0, 0.0])  # nor are neighbours alone
+    against[3] = torch.tensor([9.0, 0.0, 0.0])  # neighbours alone are not enough
     assert audit(a_set(swapped, labels), against, around()).findings == ()
 
 
@@ -148,7 +148,7 @@ def test_a_test_image_is_found_by_features_and_confirmed_by_its_picture():
     test[4] = features[30]
     assert found(images, around(test, t4=images.hashes[30])) == [("test copy", 30, 4)]
     assert found(images, around(test, t4=~images.hashes[30])) == []
-    assert found(images, around(test)) == []  # its file cannot be read
+    assert found(images, around(test)) == []  # the picture cannot be read
 
 
 def test_an_image_without_content_has_one_finding_and_no_numbers():
@@ -171,7 +171,7 @@ def test_an_image_without_content_has_one_finding_and_no_numbers():
     assert best_and_worst([0.1, float("nan"), 0.9, -0.5, 0.9], 2) == ([4, 2], [3, 0])
 
 
-def test_images_are_their_nearest_ones_neighbours_within_the_class():
+def test_the_nearest_image_is_searched_within_the_class():
     features, labels = toy()
     result = audit(a_set(features, labels), logits_of(features), around())
     cosines = features @ features.T
@@ -229,7 +229,7 @@ def test_a_margin_is_the_own_score_minus_the_best_others():
     assert margins(logits, torch.tensor([2, 0])).tolist() == pytest.approx(expected)
 
 
-def test_the_filter_drops_what_is_below_the_margin_and_later_copies():
+def test_the_filter_drops_images_below_the_margin_and_later_copies():
     images, logits = bank()
     margin = margins(logits, images.labels)
     least = float(margin.median())
@@ -243,10 +243,10 @@ def test_the_filter_drops_what_is_below_the_margin_and_later_copies():
     assert len(kept) == len(images) - 2
 
 
-def test_no_class_vanishes_in_the_filter_its_best_image_stays():
+def test_the_filter_keeps_the_best_image_of_each_class():
     images, logits = bank()
     logits[images.labels == 1] = torch.tensor([5.0, 0.0, 0.0])
-    logits[EACH + 3] = torch.tensor([5.0, 1.0, 0.0])  # the least wrong
+    logits[EACH + 3] = torch.tensor([5.0, 1.0, 0.0])  # the largest margin
     kept = credible(images, FidelitySettings(min_margin=0.0, duplicates="drop"), logits)
     [left] = (kept.labels == 1).nonzero().flatten().tolist()
     assert torch.equal(kept.batch.features[left], images.batch.features[EACH + 3])
@@ -254,7 +254,7 @@ def test_no_class_vanishes_in_the_filter_its_best_image_stays():
 
 
 def test_margins_are_over_the_drawn_classes():
-    """In TRZSL images are of unseen classes: a seen one, however like it, is no other class."""
+    """In TRZSL all images are of unseen classes; seen classes do not count for the margin."""
     images, _ = bank()
     unseen = torch.tensor([1, 2])
     data = SimpleNamespace(synthetic=images, unseen=unseen)

@@ -1,4 +1,4 @@
-"""How good a classifier is, and what a search may see of it."""
+"""Metrics of a classifier, and the objectives of a search."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def some_scores(images: int, classes: int, sharpness: float, seed: int = 0) -> t
 
 
 def reference(scores: np.ndarray) -> float:
-    """I(image; class) = sum_c of mean p log p, minus the same of the mean."""
+    """I(image; class): mean over images of sum_c p log p, minus the same of the mean p."""
     inside = np.mean([sum(p * math.log(p) for p in row if p > 0) for row in scores])
     return inside - sum(p * math.log(p) for p in scores.mean(axis=0) if p > 0)
 
@@ -33,11 +33,11 @@ def test_mutual_information_equals_a_plain_reference(sharpness):
     assert mutual_information(scores) == pytest.approx(expected, abs=1e-7)
 
 
-def test_mutual_information_is_zero_where_all_images_look_alike():
+def test_mutual_information_of_equal_scores_is_zero():
     assert mutual_information(some_scores(1, 6, 1.0).expand(50, 6)) == pytest.approx(0, abs=1e-7)
 
 
-def test_mutual_information_is_largest_where_each_image_is_sure_and_classes_are_even():
+def test_mutual_information_is_largest_for_one_hot_scores_and_balanced_classes():
     sure = torch.eye(4).repeat(5, 1)
     assert mutual_information(sure) == pytest.approx(math.log(4))
     uneven = torch.cat([sure, torch.eye(4)[:1].expand(20, 4)])
@@ -50,11 +50,11 @@ def test_accuracy_is_over_all_images_and_recall_per_class():
     found = measured(torch.tensor([0, 0, 1, 2]), torch.tensor([0, 1, 1, 0]), 4)
     assert found.accuracy == 0.5
     assert found.per_class[:2] == (0.5, 0.5)
-    assert all(math.isnan(recall) for recall in found.per_class[2:])  # no image of these
+    assert all(math.isnan(recall) for recall in found.per_class[2:])  # classes without images
     assert found.predictions.tolist() == [0, 0, 1, 2]
 
 
-def test_trzsl_is_marked_by_the_harmonic_mean_over_images():
+def test_the_main_metric_of_trzsl_is_the_harmonic_mean():
     labels = torch.tensor([0, 0, 0, 0, 1, 2])
     found = measured(torch.tensor([0, 0, 0, 3, 1, 0]), labels, 4, torch.tensor([1, 2]))
     assert (found.seen, found.unseen) == (0.75, 0.5)
@@ -62,7 +62,7 @@ def test_trzsl_is_marked_by_the_harmonic_mean_over_images():
     assert measured(labels, labels, 4).headline == 1.0
 
 
-# ---------------------------------------------------------------- what a search sees
+# ---------------------------------------------------------------- objectives
 
 
 def plain(sharpness: float = 5.0) -> LinearClassifier:
@@ -73,8 +73,8 @@ def some_images(count: int, seed: int) -> Batch:
     return Batch(torch.randn(count, 3, generator=torch.Generator().manual_seed(seed)))
 
 
-def test_objectives_take_no_test_image():
-    """Whether a sweep looks at the test set is a question about this signature."""
+def test_objectives_have_no_parameter_for_test_images():
+    """By its signature, the function cannot read the test set."""
     hints = typing.get_type_hints(objectives)
     assert [*inspect.signature(objectives).parameters] == [
         "classifier",
@@ -86,13 +86,13 @@ def test_objectives_take_no_test_image():
     assert [*vars(some_images(1, 0))] == ["features", "tokens"]
 
 
-def test_mutual_information_is_of_the_pool_and_needs_no_label():
+def test_mutual_information_is_computed_on_the_pool_without_labels():
     pool = some_images(40, 0)
     expected = mutual_information(plain().logits(pool).softmax(dim=-1))
     assert objectives(plain(), pool, None) == {"mutual_information": expected}
 
 
-def test_validation_accuracy_exists_where_validation_images_do():
+def test_validation_accuracy_needs_validation_images():
     pool, images = some_images(40, 0), some_images(20, 1)
     labels = images.features.argmax(dim=-1)
     labels[:5] = (labels[:5] + 1) % 3

@@ -1,4 +1,4 @@
-"""The method on the real digits: what it may see, what is one computation, and its numbers."""
+"""The method on the real digits: used data, equal computations, and golden metrics."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def digits(with_images) -> TrialData:
 
 @pytest.fixture
 def spec(trial, drawn_digits) -> Any:
-    """A quick trial by method; one with images reads those of `with_images`."""
+    """A short trial by method. Methods with images read those of `with_images`."""
 
     def make(method: str, **changes: Any) -> TrialSpec:
         pins = METHODS[method].pins
@@ -94,7 +94,7 @@ def spec(trial, drawn_digits) -> Any:
 
 
 class Rounds(Callback):
-    """Keeps the rounds of a trial, and stops it after some of them."""
+    """Records the rounds of a trial, and stops it after `stop_after` rounds."""
 
     def __init__(self, stop_after: int | None = None) -> None:
         self.rounds: list[Round] = []
@@ -112,7 +112,7 @@ def watched(spec: TrialSpec, data: TrialData) -> tuple[TrialResult, list[Round]]
 
 
 def same_bits(one: tuple[TrialResult, list[Round]], other: Any) -> bool:
-    """Same predictions, same objectives, same prompt in every round."""
+    """Whether predictions, objectives and the prompts of all rounds are equal."""
     prompts = [[r.learner.prompt for r in rounds] for _, rounds in (one, other)]
     return (
         one[0].objectives == other[0].objectives
@@ -173,7 +173,7 @@ def test_a_trial_that_stopped_between_rounds_resumes_with_the_same_bits(spec, wo
     changes = {"iterations": 4, "synthetic_weight": 0.3, **CARRIES_OVER[how]}
     made = spec(changes.pop("method", "air"), **changes)
     data = worlds[made.paradigm]
-    if how == "visual":  # each pass of its tower is dear
+    if how == "visual":  # a pass of the image tower is slow
         some = torch.arange(0, 240, 4)
         data = replace(data, pool=data.pool[some], test=data.test[some], validation=None)
     undisturbed = watched(made, data)
@@ -188,7 +188,7 @@ def test_a_trial_that_stopped_between_rounds_resumes_with_the_same_bits(spec, wo
     part = Rounds()
     result = learn(made, data, part, resume_from=state)
     rounds += part.rounds
-    assert [r.iteration for r in rounds] == [*range(made.iterations)]  # none of them twice
+    assert [r.iteration for r in rounds] == [*range(made.iterations)]  # each once
     last, whole = rounds[-1], undisturbed[1][-1]
     assert same_bits((result, [last]), (undisturbed[0], [whole]))
     assert all(map(torch.equal, last.state.prompts, whole.state.prompts))
@@ -198,7 +198,7 @@ def test_a_trial_that_stopped_between_rounds_resumes_with_the_same_bits(spec, wo
 # ---------------------------------------------------------------- zero-shot
 
 
-def test_without_any_round_it_is_zero_shot_clip(spec, digits):
+def test_a_trial_without_rounds_is_zero_shot_clip(spec, digits):
     result, rounds = watched(spec("zero_shot"), digits)
     text = text_classifier(digits.backbone, digits.classnames, digits.template)
     assert rounds == []
@@ -211,12 +211,12 @@ def test_without_any_round_it_is_zero_shot_clip(spec, digits):
 def test_ready_images_make_a_classifier_far_better_than_chance(spec, with_images):
     result, _ = watched(spec("zero_shot_aux"), with_images)
     assert result.inference.keys() == {"text", "fused", "auxiliary"}
-    # Nothing was learned: the fused classifier is what is tested.
+    # Without rounds, the fused classifier is tested.
     assert result.inference["fused"] == result.test.accuracy > 0.3
     assert result.inference["auxiliary"] > 0.3  # chance is 0.1
 
 
-# ---------------------------------------------------------------- what it may see
+# ---------------------------------------------------------------- used data
 
 
 def test_trial_data_hold_no_label_of_a_pool_image():
@@ -257,7 +257,7 @@ def test_without_validation_images_there_is_no_validation_accuracy(spec, digits)
     assert result.objectives.keys() == {"mutual_information"}
 
 
-# ---------------------------------------------------------------- one computation
+# ---------------------------------------------------------------- equal computations
 
 
 @pytest.mark.parametrize("method", ["cpl", "air"])
@@ -268,7 +268,7 @@ def test_the_same_seed_gives_the_same_bits_another_seed_does_not(spec, with_imag
 
 
 def test_images_with_weight_zero_give_the_bits_of_the_host_method(spec, with_images):
-    """Not normalised: the images are really there, and used with weight zero."""
+    """The spec is not normalised: the images are read, with weight zero."""
     unused = replace(spec("air", fusion_weight=0.5), fusion_weight=0.0, synthetic_weight=0.0)
     assert unused.images_per_class == 16
     assert same_bits(watched(unused, with_images), watched(spec("cpl"), with_images))
@@ -278,7 +278,7 @@ def test_the_auxiliary_classifier_changes_what_is_learned(spec, with_images):
     one, other = watched(spec("air"), with_images), watched(spec("cpl"), with_images)
     assert not torch.equal(one[1][0].labels.labels, other[1][0].labels.labels)
     assert one[0].inference.keys() == {"text", "fused", "auxiliary"}
-    assert one[0].inference["text"] == one[0].test.accuracy  # the prompt is what is tested
+    assert one[0].inference["text"] == one[0].test.accuracy  # the prompt is tested
     assert other[0].inference.keys() == {"text"}
 
 
@@ -316,7 +316,7 @@ def test_every_method_runs_in_every_paradigm_that_it_is_defined_in(spec, worlds,
 def test_no_test_label_reaches_what_is_learned_or_searched(
     spec, worlds, method, modality, paradigm
 ):
-    """The pool has none to begin with; here those of test images are permuted."""
+    """Pool images have no labels; this test permutes those of the test images."""
     data = worlds[paradigm]
     settings = {"paradigm": paradigm, "modality": modality, "train__steps": 2}
     one = watched(spec(method, **settings), data)
@@ -337,7 +337,7 @@ def test_coop_learns_from_the_labelled_images_alone(spec, worlds):
 
 
 def test_coop_among_seen_classes_still_predicts_unseen_ones(spec, worlds):
-    """Trained against classes that it has no image of, it would never answer with them."""
+    """With all classes in the loss, classes without images would never be predicted."""
     data = worlds["trzsl"]
     tested = {}
     for among in ("seen", "all"):
@@ -412,14 +412,14 @@ def test_each_round_selects_more_images_and_starts_from_the_same_prompt(spec, di
     assert [r.iteration for r in rounds] == [0, 1, 2, 3]
     sizes = [len(r.labels) for r in rounds]
     assert sizes[0] < sizes[-1]
-    # One step at a learning rate of 0, since the warm-up begins there, leaves the start.
+    # The warm-up starts at a learning rate of 0, so one step does not change the prompt.
     still = spec("cpl", iterations=2, train__steps=1, train__warmup=0.9)
     _, (first, second) = watched(still, digits)
     assert torch.equal(first.learner.context, second.learner.context)
 
 
 def test_later_rounds_learn_from_the_prompt_before(spec, digits):
-    """Else the second round would choose as if the first had not been."""
+    """Otherwise the second round would select the same labels as the first."""
     slow, quick = (spec("cpl", train__learning_rate=rate) for rate in (1e-6, 0.5))
     (_, one), (_, other) = watched(slow, digits), watched(quick, digits)
     assert torch.equal(one[0].labels.labels, other[0].labels.labels)
@@ -427,7 +427,7 @@ def test_later_rounds_learn_from_the_prompt_before(spec, digits):
 
 
 def test_refreshed_real_images_are_chosen_by_what_was_learned(spec, digits):
-    """Until the second round, with and without refresh are one."""
+    """The first round is equal with and without refresh."""
     kept = watched(spec("cpl_real", auxiliary__refresh=False), digits)
     anew = watched(spec("cpl_real", auxiliary__refresh=True), digits)
     assert torch.equal(kept[1][0].learner.context, anew[1][0].learner.context)
@@ -436,7 +436,7 @@ def test_refreshed_real_images_are_chosen_by_what_was_learned(spec, digits):
 
 
 def test_a_class_that_no_image_prefers_has_real_images_too(spec, digits):
-    """Also where the pool has fewer images than the classes have places."""
+    """Even if the pool has fewer images than the classes have slots."""
     text = text_classifier(digits.backbone, digits.classnames, digits.template)
     others = text.logits(digits.pool).argmax(dim=-1) != 3
     few = replace(digits, pool=Batch(digits.pool.features[others][:50]))
@@ -468,7 +468,7 @@ GUARDED = {
 
 
 def test_metrics_on_digits_equal_the_golden_ones(trial, digits):
-    """Within 0.01: a flipped pseudo-label moves more digits than that across processors."""
+    """Within 0.01: on another processor, a single different pseudo-label changes several digits."""
     found = {}
     for method, changes in GUARDED.items():
         result = learn(normalised(trial(method, **changes)), digits)

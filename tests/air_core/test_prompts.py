@@ -1,4 +1,4 @@
-"""Prompt learners by contract: one prompt learns, all else is frozen."""
+"""Contract tests of prompt learners: only the prompt is trained."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def start(one: PromptLearner) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("modality", MODALITIES)
-def test_logits_have_one_row_an_image_and_one_column_a_class(tiny_clip, modality):
+def test_logits_have_a_row_per_image_and_a_column_per_class(tiny_clip, modality):
     logits = learner(tiny_clip, modality).logits(some_images(tiny_clip, 5))
     assert logits.shape == (5, len(NAMES))
     assert logits.abs().max() <= tiny_clip.logit_scale + 1e-3  # a cosine at CLIP's temperature
@@ -50,7 +50,7 @@ def test_only_the_prompt_receives_gradients(tiny_clip, modality):
 
 
 @pytest.mark.parametrize("modality", MODALITIES)
-def test_the_same_seed_starts_at_the_same_bits_and_another_seed_elsewhere(tiny_clip, modality):
+def test_the_same_seed_gives_the_same_initial_prompt_and_another_seed_another(tiny_clip, modality):
     first, again, other = (learner(tiny_clip, modality, seed) for seed in (1, 1, 2))
     assert all(map(torch.equal, start(first), start(again)))
     assert not any(map(torch.equal, start(first), start(other)))

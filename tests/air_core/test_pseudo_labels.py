@@ -1,4 +1,4 @@
-"""Strategies, alone and by contract: every one in the table is held to the same rules."""
+"""Contract tests of all strategies, and tests of single strategies."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_every_strategy_keeps_the_contract(kind, growth):
         assert (labels.targets >= 0).all()
         assert (labels.targets.sum(dim=-1) > 0).all()
         most = labels.labels.bincount().max().item()
-        if kind != "threshold":  # which knows no places
+        if kind != "threshold":  # it has no slots
             assert most <= capacity(settings, *scores.shape, iteration, 4)
         previous = labels
 
@@ -47,7 +47,7 @@ def test_growth_covers_the_pool_in_the_last_round():
 
 
 def test_balanced_choice_is_stable():
-    """No image and class would both rather have each other."""
+    """No image and class prefer each other to their assignment."""
     scores = some_scores(60, 5, seed=3)
     places = torch.full((5,), 7)
     taken = balanced_choice(scores, places)
@@ -70,7 +70,7 @@ def test_balanced_choice_does_not_depend_on_the_order_of_images():
     )
 
 
-def test_balanced_choice_respects_what_is_allowed():
+def test_balanced_choice_selects_only_allowed_classes():
     scores = some_scores(40, 4, seed=5)
     allowed = scores > 0.3
     taken = balanced_choice(scores, torch.full((4,), 40), allowed)

@@ -1,7 +1,7 @@
-"""Our functions against what the public code of CPL and GRIP computes on the same inputs.
+"""Comparison with the public code of CPL and GRIP on the same inputs.
 
-Outputs of theirs are recorded in tests/fixtures/reference, where the README says how. What is not
-equal stands in a test of its own, which says why.
+tests/fixtures/reference has the outputs of the public code; its README describes how they were
+recorded. Each known difference has a test that explains it.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from air_core.training import LOSSES, Targeted, Training, confidence, fit
 from air_core.types import Batch, PseudoLabels
 from tests.fixtures.reference import make
 
-# N images, C classes. "Theirs" is what the fixture holds.
+# N images, C classes. "Theirs" are the recorded outputs.
 
-FLOOR = 1e-7  # CPL's: a class with less of an image's mass is no candidate
+FLOOR = 1e-7  # in CPL, a class with a smaller share of an image's mass is no candidate
 
 
 @cache
@@ -51,7 +51,7 @@ def scores(case: int, turn: int = 0) -> Tensor:
 
 
 def masks(name: str, per_case: int) -> list[list[Tensor]]:
-    """By case, its (N, C) bool matrices."""
+    """The (N, C) bool matrices of each case."""
     bits, found, at = np.unpackbits(array(name)).astype(bool), [], 0
     for case in make.CASES:
         images, classes = make.shape(case)
@@ -63,7 +63,7 @@ def masks(name: str, per_case: int) -> list[list[Tensor]]:
     return found
 
 
-def test_the_inputs_are_the_ones_that_theirs_were_computed_on():
+def test_the_inputs_equal_those_of_the_recorded_outputs():
     turns = range(make.ROUNDS)
     drawn = [make.digest(*(make.logits(c, turn) for turn in turns)) for c in make.CASES]
     assert drawn == facts()["inputs"]
@@ -73,13 +73,13 @@ def test_the_inputs_are_the_ones_that_theirs_were_computed_on():
 # ---------------------------------------------------------------- CPL: candidate sets
 
 
-def sure(p: Tensor, alpha: float) -> Tensor:
+def mass_threshold(p: Tensor, alpha: float) -> Tensor:
     """The mass that an image's candidates must exceed."""
     return p.amax(dim=-1).quantile(alpha)
 
 
 def mass_ahead(p: Tensor) -> Tensor:
-    """(N, C) of the classes that an image likes better, as the running sum has it."""
+    """(N, C) total mass of the classes that have a higher score for the image."""
     ordered, order = p.sort(dim=-1, descending=True, stable=True)
     return torch.zeros_like(p).scatter(1, order, pad(ordered.cumsum(dim=-1)[:, :-1], (1, 0)))
 
@@ -90,14 +90,14 @@ def exact_sets(p: Tensor, enough: Tensor, beta: float) -> tuple[Tensor, Tensor]:
 
 
 def floored_sets(p: Tensor, enough: Tensor, beta: float) -> Tensor:
-    """In both, without classes that hold less than the floor of either set's mass."""
+    """Classes in both sets, without those whose share of either set's mass is below FLOOR."""
     parts = [mask * p for mask in exact_sets(p, enough, beta)]
     return torch.stack([part > FLOOR * part.sum(dim=-1, keepdim=True) for part in parts]).all(dim=0)
 
 
 @cache
 def sets_by_pair() -> list[tuple[Tensor, float, float, Tensor]]:
-    """Scores, alpha, beta and theirs, 600 times."""
+    """600 cases: scores, alpha, beta and the sets of CPL."""
     found = masks("cpl_candidates", len(make.PAIRS))
     return [
         (scores(case), alpha / 100, beta, theirs)
@@ -106,29 +106,29 @@ def sets_by_pair() -> list[tuple[Tensor, float, float, Tensor]]:
     ]
 
 
-def test_candidate_sets_equal_cpl_but_for_the_differences_below():
+def test_candidate_sets_equal_cpl_except_for_the_differences_below():
     equal = [torch.equal(candidate_sets(p, a, b), theirs) for p, a, b, theirs in sets_by_pair()]
     assert Counter(equal) == {True: 591, False: 9}
 
 
 def test_cpl_drops_candidates_below_a_ten_millionth_and_we_keep_them():
-    """Theirs finds a set's members again by `> 1e-7`. It matters for nearly one-hot scores only.
+    """CPL selects the members of a set by `> 1e-7`, which matters for nearly one-hot scores.
 
-    With the floor every set is equal.
+    With the same floor all sets are equal.
     """
     floor_matters = 0
     for p, alpha, beta, theirs in sets_by_pair():
-        within, inter = exact_sets(p, sure(p, alpha), beta)
+        within, inter = exact_sets(p, mass_threshold(p, alpha), beta)
         both = within & inter
         floor_matters += not torch.equal(both, theirs)
         assert not (theirs & ~both).any()
         assert (p[both & ~theirs] < 2 * FLOOR).all()
-        assert torch.equal(floored_sets(p, sure(p, alpha), beta), theirs)
+        assert torch.equal(floored_sets(p, mass_threshold(p, alpha), beta), theirs)
     assert floor_matters == 9
 
 
 def test_an_alpha_of_zero_is_the_mean_confidence_for_cpl_and_the_smallest_for_us():
-    """Theirs reads 0 as "no quantile". None of its published settings is 0."""
+    """CPL interprets 0 as "no quantile". None of its published settings is 0."""
     for case, (theirs,) in zip(make.CASES, masks("cpl_candidates_alpha_0", 1), strict=True):
         p = scores(case)
         assert torch.equal(floored_sets(p, p.amax(dim=-1).mean(), 0.5), theirs)
@@ -140,7 +140,7 @@ def test_an_alpha_of_zero_is_the_mean_confidence_for_cpl_and_the_smallest_for_us
 
 @cache
 def rounds() -> list[SimpleNamespace]:
-    """Four rounds of growth in each case, 400 in all; each starts from where theirs stood."""
+    """400 rounds, four per case; each starts from CPL's result of the round before."""
     found, at = [], 0
     targets = masks("cpl_targets", make.ROUNDS)
     for case in make.CASES:
@@ -176,7 +176,7 @@ def rounds() -> list[SimpleNamespace]:
 
 
 def is_equal(r: SimpleNamespace) -> bool:
-    """The same images, in the same places, with the same sets."""
+    """Whether images, their classes and their candidate sets are equal."""
     place, sets = torch.full_like(r.place, -1), torch.zeros_like(r.sets)
     place[r.ours.indices] = r.ours.labels
     sets[r.ours.indices] = r.ours.targets > 0
@@ -184,7 +184,7 @@ def is_equal(r: SimpleNamespace) -> bool:
 
 
 def limits(r: SimpleNamespace) -> Tensor:
-    """(C,) places of each class: one that was under-filled in the last round grows no faster."""
+    """(C,) slots of each class; a class that was not filled in the last round stays limited."""
     classes = r.scores.shape[1]
     if r.previous is None:
         return torch.full((classes,), r.capacity)
@@ -192,12 +192,12 @@ def limits(r: SimpleNamespace) -> Tensor:
     return (filled + r.capacity - filled.max()).clamp(max=r.capacity)
 
 
-def test_balanced_choice_and_targets_equal_cpl_over_rounds_but_for_the_differences_below():
+def test_balanced_choice_and_targets_equal_cpl_over_rounds_except_for_the_differences_below():
     assert Counter(is_equal(r) for r in rounds()) == {True: 371, False: 29}
 
 
-def test_the_rounds_try_growth_and_classes_that_stay_limited():
-    """Of the 300 rounds after the first 132 have a class with fewer places than the rest."""
+def test_the_rounds_contain_growth_and_limited_classes():
+    """In 132 of the 300 later rounds, a class has fewer slots than the others."""
     limited = [bool((limits(r) < r.capacity).any()) for r in rounds() if r.turn]
     assert Counter(limited) == {True: 132, False: 168}
     for r in rounds():
@@ -206,17 +206,16 @@ def test_the_rounds_try_growth_and_classes_that_stay_limited():
 
 
 def test_where_a_round_differs_cpl_has_other_sets_or_ranks_by_fewer_digits():
-    """Theirs ranks a class's proposers by `1 - score` in float32, where scores that differ by
-    less than 6e-8 tie; the first to come stays. Its sets are those of the tests above.
-
-    So with its sets each class takes images that are as good, to that precision.
+    """CPL ranks the images of a class by `1 - score` in float32, where scores that differ by less
+    than 6e-8 are equal, and then keeps the earlier image. Its candidate sets differ as in the tests
+    above. With its sets, the scores of the selected images are equal up to this precision.
     """
     reasons: Counter[str] = Counter()
     for r in rounds():
         if is_equal(r):
             continue
         p = r.scores
-        theirs = floored_sets(p, sure(p, r.settings.alpha), r.settings.beta)
+        theirs = floored_sets(p, mass_threshold(p, r.settings.alpha), r.settings.beta)
         place = balanced_choice(p, limits(r), theirs)
         if torch.equal(place, r.place):
             reasons["sets"] += 1
@@ -249,7 +248,7 @@ def test_targets_of_the_first_growing_round_are_renormalised_scores_as_in_cpl():
 
 
 def losses() -> list[tuple[Tensor, Tensor, Tensor, bool, dict[str, Tensor]]]:
-    """Logits, targets, later logits, whether targets are soft, and theirs; 40 batches."""
+    """40 batches: logits, targets, later logits, whether targets are soft, and CPL's outputs."""
     found, at = [], 0
     names = ("cc", "ce", "rc", "rc_later")
     for number, case in enumerate(make.LOSSES):
@@ -303,7 +302,7 @@ def test_on_sets_the_confidence_equals_cpl():
 
 
 def test_cpl_cleans_confidences_below_a_millionth_and_we_do_not():
-    """They become 0 and the rest is normalised again, which moves nothing by more than that."""
+    """CPL sets them to 0 and normalises again, which changes no value by more than 2e-6."""
     cleaned = 0
     for _, targets, later, soft, theirs in losses():
         if not soft:
@@ -314,9 +313,9 @@ def test_cpl_cleans_confidences_below_a_millionth_and_we_do_not():
 
 
 def test_with_soft_targets_cpl_multiplies_them_into_the_confidence_and_we_do_not():
-    """Its update is softmax times target, normalised; ours asks only which classes are in the set.
+    """CPL normalises softmax times target; our confidence uses only which classes are in the set.
 
-    Targets are soft in the first round of growth alone.
+    Targets are soft only in the first round of growth.
     """
     for _, targets, later, soft, theirs in losses():
         if soft:
@@ -328,14 +327,14 @@ def test_with_soft_targets_cpl_multiplies_them_into_the_confidence_and_we_do_not
 
 
 def test_cc_is_finite_where_cpl_takes_the_logarithm_of_zero():
-    """Theirs sums scores first, which underflow, and then stops the training."""
+    """CPL sums scores, which underflow, and its training stops. We sum in log space."""
     assert facts()["cpl_loss_underflow"] == "inf"
     loss = LOSSES["cc"](torch.tensor([[200.0, 0.0, -1.0]]), torch.tensor([[0.0, 1.0, 1.0]]))
     assert loss.item() == pytest.approx(200 - math.log(1 + math.exp(-1)))
 
 
 class _Flat:
-    """A learner that finds every class equally likely."""
+    """A learner with equal scores for all classes."""
 
     def __init__(self) -> None:
         self.weight = torch.nn.Parameter(torch.zeros(2, 4))
@@ -349,7 +348,7 @@ class _Flat:
 
 
 def test_rc_training_starts_from_even_confidence_as_in_cpl():
-    """A set of three classes weighs as much as a set of one."""
+    """A candidate set of three classes has the same weight as a set of one class."""
     real = Targeted(Batch(torch.eye(2)), torch.tensor([[1.0, 1.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0]]))
     settings = TrainSettings(steps=1, batch=2)
     training = Training(
@@ -370,7 +369,7 @@ def test_rc_training_starts_from_even_confidence_as_in_cpl():
 
 @cache
 def boards() -> list[SimpleNamespace]:
-    """Three sizes of board in each case: few places, FPL's 16, and enough for every image."""
+    """Leader boards of three sizes per case: few slots, FPL's 16, and a slot for every image."""
     found = []
     there, moved = masks("grip_boards", 3), masks("grip_boards_permuted", 3)
     for case in make.CASES:
@@ -402,9 +401,8 @@ def our_board(p: Tensor, k: int) -> Tensor:  # (N, C) bool
     return board
 
 
-def disappointed(p: Tensor, board: Tensor, k: int) -> bool:
-    """An image would rather stand on a board than where it is, and beats one who stands there or
-    finds it with room."""
+def is_unstable(p: Tensor, board: Tensor, k: int) -> bool:
+    """Whether an image prefers another class whose board has a free slot or a weaker image."""
     weakest = p.masked_fill(~board, math.inf).amin(dim=0).where(board.sum(dim=0) >= k, -math.inf)
     own = p.masked_fill(~board, -math.inf).amax(dim=-1, keepdim=True)
     return bool(((p > weakest) & (p > own)).any())
@@ -424,8 +422,9 @@ def test_most_boards_that_overflow_differ_from_grip():
 
 
 def test_grips_boards_depend_on_the_order_of_files_and_ours_do_not():
-    """A board is not sorted before it overflows, so that the last entry, which a newcomer must
-    beat, need not be the weakest. No two scores of a class are equal here."""
+    """GRIP compares a new image with the last entry of a full board, but sorts the board only when
+    it first overflows: the last entry may not be the weakest. Here no two scores of a class are
+    equal."""
     found = [b for b in boards() if b.overflows and not b.ties]
     assert len(found) == 159
     assert all(torch.equal(b.ours, b.ours_permuted) for b in found)
@@ -433,7 +432,7 @@ def test_grips_boards_depend_on_the_order_of_files_and_ours_do_not():
 
 
 def test_the_order_of_files_decides_between_equal_scores_only():
-    """In float32 many images of a sure model have the score 1; ours takes the earlier ones."""
+    """Many images of a confident model have the float32 score 1; we select the earlier ones."""
     moved = [b for b in boards() if not torch.equal(b.ours, b.ours_permuted)]
     assert len(moved) == 5
     for b in moved:
@@ -443,17 +442,18 @@ def test_the_order_of_files_decides_between_equal_scores_only():
             assert torch.equal(one.sort().values, other.sort().values)
 
 
-def test_where_boards_differ_grip_leaves_better_images_out():
-    """Whom a full board sends away is dropped, and whom it refuses is offered to all others, so
-    that some stand on several. The one that is left has equal scores and takes the later file."""
+def test_where_boards_differ_grip_omits_better_images():
+    """In GRIP an image that is displaced from a full board gets no other class, and an image that
+    is not accepted is offered to all other boards, so that it can be on several. In the remaining
+    case scores are equal and GRIP selects the later file."""
     several = better = tied = 0
     for b in boards():
         assert (b.ours.sum(dim=-1) <= 1).all()
-        assert not disappointed(b.scores, b.ours, b.k)
+        assert not is_unstable(b.scores, b.ours, b.k)
         if torch.equal(b.ours, b.theirs):
             continue
         several += bool((b.theirs.sum(dim=-1) > 1).any())
-        if disappointed(b.scores, b.theirs, b.k):
+        if is_unstable(b.scores, b.theirs, b.k):
             better += 1
         else:
             tied += b.ties
@@ -463,8 +463,8 @@ def test_where_boards_differ_grip_leaves_better_images_out():
 # ---------------------------------------------------------------- growth
 
 
-def test_the_places_of_a_class_grow_as_in_both_repositories_but_are_never_none():
-    """Both start from no image at all where a round has fewer images than there are classes."""
+def test_the_slots_of_a_class_grow_as_in_both_repositories_but_are_never_zero():
+    """Both repositories select no image in a round that has fewer images than classes."""
     growth = facts()["growth"]
     assert all(found == growth["CPL"] for found in growth.values())
     settings = PseudoLabelSettings(growth="growing")
@@ -501,8 +501,8 @@ def test_the_published_split_files_hold_the_same_classes():
         assert ours[1] == tuple(sorted(unseen))
 
 
-def test_unseen_classes_ascend_with_us_and_come_in_the_order_of_a_python_set_with_them():
-    """Which is the same for 100 and for 102 classes; elsewhere columns change places."""
+def test_our_unseen_classes_ascend_and_theirs_have_the_order_of_a_python_set():
+    """Both orders are equal for 100 and 102 classes; for other datasets columns differ."""
     ascending = set()
     for name, (seen, unseen) in facts()["splits"]["CPL"].items():
         classes = make.SPLIT_CLASSES[name.split()[0]]
@@ -531,9 +531,9 @@ NAMES = {
 
 @pytest.mark.parametrize(("theirs", "ours"), NAMES.items())
 def test_classnames_equal_those_of_the_repositories_in_their_order(theirs, ours):
-    """RESISC45 is compared with the sorted names of their splits: the order is the dataset's."""
+    """RESISC45 is compared with the sorted names of their splits, as in the dataset."""
     file = Path(air_core.datasets.__file__).parent / "classnames" / f"{ours}.txt"
     if not file.exists():
-        pytest.skip(f"{ours}.txt is not among the class names")
+        pytest.skip(f"{ours}.txt does not exist")
     names = file.read_text().splitlines()
     assert [make.name_digest(name) for name in names] == facts()["names"][theirs]

@@ -1,4 +1,4 @@
-"""Prompts that are trained side by side: each as if it were alone, in success and in failure."""
+"""Prompts that are trained side by side have the same results and failures as alone."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CLOSE = {torch.float32: 1e-5, torch.float64: 1e-10}  # of the norm
 
 
 def small_tower() -> Backbone:
-    """Three random layers with CLIP's own vocabulary."""
+    """A CLIP of three random layers with CLIP's vocabulary."""
     import open_clip
 
     torch.manual_seed(0)
@@ -53,7 +53,7 @@ def computing_in(dtype: torch.dtype) -> Iterator[None]:
     ids=lambda param: f"{param[0]}-{str(param[1])[-7:]}",
 )
 def tower(request) -> Iterator[tuple[Backbone, float]]:
-    """A CLIP, and how close results have to be."""
+    """A CLIP, and the tolerance of its results."""
     name, dtype = request.param
     clip = load_backbone(tiny_folder()) if name == "tiny" else small_tower()
     clip.model.to(dtype)
@@ -67,11 +67,11 @@ def images(clip: Backbone, count: int, seed: int) -> Labelled:
     return Labelled(Batch(normalize(features, dim=-1)), torch.arange(count) % len(NAMES))
 
 
-def apart(one: Tensor, other: Tensor) -> float:
+def relative_error(one: Tensor, other: Tensor) -> float:
     return ((one - other).norm() / other.norm()).item()
 
 
-def test_logits_and_gradients_of_several_prompts_are_those_of_each_alone(tower):
+def test_logits_and_gradients_of_several_prompts_equal_those_of_each_alone(tower):
     clip, close = tower
     learners = [
         build_learner("text", PromptSettings(length=5), clip, NAMES, "{}", seed)
@@ -90,15 +90,15 @@ def test_logits_and_gradients_of_several_prompts_are_those_of_each_alone(tower):
     together = found(logits_together(learners, batches))
     alone = found([one.logits(batch) for one, batch in zip(learners, batches, strict=True)])
     for ours, theirs in zip(together, alone, strict=True):
-        assert apart(ours[0], theirs[0]) < close
-        assert apart(ours[1], theirs[1]) < close
+        assert relative_error(ours[0], theirs[0]) < close
+        assert relative_error(ours[1], theirs[1]) < close
 
 
 # ---------------------------------------------------------------- training
 
 
 def training(clip: Backbone, seed: int, **changes: Any) -> Training:
-    """Another prompt and other images for each seed."""
+    """A training with prompt and images by the seed."""
     real = images(clip, 24, seed)
     given: dict[str, Any] = {
         "learner": build_learner("text", PromptSettings(length=3), clip, NAMES, "{}", seed),
@@ -113,8 +113,8 @@ def training(clip: Backbone, seed: int, **changes: Any) -> Training:
     return Training(**(given | changes))
 
 
-def various(clip: Backbone) -> list[Training]:
-    """Trainings that differ in whatever they can."""
+def different_trainings(clip: Backbone) -> list[Training]:
+    """Trainings that differ in all settings that may differ."""
     settings = training(clip, 0).settings
     synthetic = images(clip, 16, 50)
     return [
@@ -127,13 +127,13 @@ def various(clip: Backbone) -> list[Training]:
     ]
 
 
-def test_trainings_side_by_side_give_the_prompts_of_each_alone(tower):
+def test_trainings_side_by_side_give_the_same_prompts_as_each_alone(tower):
     clip, close = tower
-    together, alone = various(clip), various(clip)
+    together, alone = different_trainings(clip), different_trainings(clip)
     losses = fit(together)
     for ours, theirs, loss in zip(together, alone, losses, strict=True):
         assert loss == pytest.approx(fit([theirs])[0], rel=100 * close)
-        assert apart(ours.learner.prompt, theirs.learner.prompt) < 10 * close
+        assert relative_error(ours.learner.prompt, theirs.learner.prompt) < 10 * close
 
 
 def test_each_training_reports_its_own_steps(tiny_clip):
@@ -150,7 +150,7 @@ def test_each_training_reports_its_own_steps(tiny_clip):
 
 
 def test_prompts_that_share_no_pass_are_encoded_one_after_the_other(tiny_clip):
-    """Of another length, and of another kind."""
+    """Prompts of another length, and prompts of another modality."""
     settings = TrainSettings(steps=2, batch=4)
     pixels = torch.randn(8, 17, tiny_clip.patch_width, generator=torch.Generator().manual_seed(0))
     real = images(tiny_clip, 8, 1)
@@ -176,7 +176,7 @@ def test_prompts_that_share_no_pass_are_encoded_one_after_the_other(tiny_clip):
     fit(together)
     for ours, theirs in zip(together, alone, strict=True):
         fit([theirs])
-        assert apart(ours.learner.prompt, theirs.learner.prompt) < 1e-5
+        assert relative_error(ours.learner.prompt, theirs.learner.prompt) < 1e-5
 
 
 # ---------------------------------------------------------------- whole trials
@@ -184,7 +184,7 @@ def test_prompts_that_share_no_pass_are_encoded_one_after_the_other(tiny_clip):
 
 @pytest.fixture(scope="module")
 def digits() -> TrialData:
-    """A third of the digits in double precision; pool images stand in for drawn ones."""
+    """A third of the digits in double precision, with pool images instead of drawn ones."""
     clip = load_backbone(tiny_folder())
     dataset = get_dataset("digits")
     examples = dataset.load(None)
@@ -232,8 +232,8 @@ def outcomes(
     return [(end, one.rounds) for end, one in zip(results, callbacks, strict=True)]
 
 
-def test_whole_trials_side_by_side_choose_the_same_labels_and_test_the_same(trial, digits):
-    """Seeds of a point, and points that differ in weights, rate, and how many rounds they take."""
+def test_trials_side_by_side_have_the_same_labels_and_metrics_as_alone(trial, digits):
+    """Seeds of a point, and points that differ in weights, learning rate and number of rounds."""
     quick = {"iterations": 3, "train__steps": 8, "prompt__length": 4}
     drawn = {**quick, "synthetic_weight": 0.3, "auxiliary__kind": "prototype"}  # LDA is in float32
     specs = [
@@ -258,12 +258,12 @@ def test_whole_trials_side_by_side_choose_the_same_labels_and_test_the_same(tria
         assert abs(ours.test.accuracy - theirs.test.accuracy) < 1.5 * image
         assert ours.prompt is not None
         assert theirs.prompt is not None
-        assert apart(ours.prompt, theirs.prompt) < 1e-6
+        assert relative_error(ours.prompt, theirs.prompt) < 1e-6
         norms.add(round(ours.prompt.norm().item(), 9))
     assert len(norms) == len(specs)  # they are different trials
 
 
-def test_a_trial_that_fails_leaves_the_others_as_they_are(trial, digits):
+def test_a_trial_that_fails_does_not_change_the_others(trial, digits):
     quick = {"iterations": 2, "train__steps": 3, "prompt__length": 4}
     fine = trial("cpl", seed=1, **quick)
     nan = trial("cpl", seed=2, train__learning_rate=1e308, **quick)

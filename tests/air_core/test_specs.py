@@ -1,4 +1,4 @@
-"""Specs: flat at the door, nested inside, and one key for one computation."""
+"""Specs: conversion to and from flat keys, normalisation, and the artifacts that trials share."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ REFS = {
 }
 FOLDER = {**REFS, "generator": Ref(name="folder:/pictures", digest="f")}
 
-# Points at which one setting or another stops to matter.
+# Settings that make other settings irrelevant.
 NO_ROUND = {"iterations": 0}
 ONE_ROUND = {"iterations": 1, "auxiliary.source": "real"}
 NO_IMAGES = {"images_per_class": 0}
@@ -59,7 +59,7 @@ def key(spec: TrialSpec) -> str:
 # ---------------------------------------------------------------- flat and nested
 
 
-def test_flat_keys_make_a_nested_trial_and_come_back():
+def test_flat_keys_become_a_nested_trial_and_the_same_flat_keys_again():
     flat = {"lora.rank": 8, "train.steps": 100, "images_per_class": 25, "auxiliary.kind": "lda"}
     spec = from_flat(flat, REFS, NAMES)
     assert spec.lora is not None
@@ -68,7 +68,7 @@ def test_flat_keys_make_a_nested_trial_and_come_back():
     assert rebuilt(spec) == spec
 
 
-def test_lora_off_comes_back_as_off():
+def test_lora_off_stays_off_in_flat_keys():
     assert to_flat(trial(lora=None))["lora"] is None
     assert rebuilt(trial(lora=None)) == trial(lora=None)
 
@@ -81,7 +81,7 @@ def test_every_key_of_a_trial_has_help_and_a_default_that_is_allowed():
                 assert holds(known.default, known.limits[limit]), (known.name, limit)
 
 
-def test_the_flat_keys_are_the_ones_at_the_door():
+def test_the_flat_keys_are_all_trial_keys_but_lora():
     assert to_flat(trial()).keys() == trial_keys().keys() - {"lora"}
 
 
@@ -93,10 +93,10 @@ LIMITS: dict[str, Any] = {
 }
 
 
-# ---------------------------------------------------------------- settings that cannot matter
+# ---------------------------------------------------------------- settings without effect
 
-# What a person might vary in vain: (where, key, a value, another value).
-IN_VAIN = [
+# Settings without effect: (other settings, key, a value, another value).
+WITHOUT_EFFECT = [
     ({}, "train.labelled_among", "all", "seen"),
     ({}, "test_dataset", None, REFS["dataset"]),
     (NO_ROUND, "pseudo_labels.kind", "top_k", "candidates"),
@@ -167,8 +167,8 @@ IN_VAIN = [
 ]
 
 
-@pytest.mark.parametrize(("where", "name", "one", "other"), IN_VAIN)
-def test_a_setting_that_cannot_matter_changes_no_key(where, name, one, other):
+@pytest.mark.parametrize(("where", "name", "one", "other"), WITHOUT_EFFECT)
+def test_a_setting_without_effect_changes_no_key(where, name, one, other):
     assert at(where, name, one) != at(where, name, other)
     assert key(at(where, name, one)) == key(at(where, name, other))
 
@@ -186,19 +186,19 @@ def test_a_setting_that_cannot_matter_changes_no_key(where, name, one, other):
         ("generation.precision", "fp32", "bf16"),
     ],
 )
-def test_how_images_are_drawn_does_not_matter_to_a_folder_of_ready_ones(name, one, other):
+def test_settings_of_generation_have_no_effect_on_a_folder_of_ready_images(name, one, other):
     assert key(at({}, name, one, FOLDER)) == key(at({}, name, other, FOLDER))
     assert key(at({}, name, one)) != key(at({}, name, other))
 
 
-def test_two_generators_that_are_not_used_are_one():
+def test_generators_that_are_not_used_do_not_change_the_key():
     assert key(trial(images_per_class=0)) == key(trial(FOLDER, images_per_class=0))
     assert key(trial()) != key(trial(FOLDER))
 
 
-def test_every_rule_about_what_cannot_matter_is_needed_by_an_example_above():
-    """Each condition holds for one of the pairs and puts their two values together."""
-    pairs = [(at(w, n, a), at(w, n, b)) for w, n, a, b in IN_VAIN]
+def test_every_rule_of_normalisation_is_needed_by_an_example_above():
+    """Each rule applies to one of the pairs and makes its two specs equal."""
+    pairs = [(at(w, n, a), at(w, n, b)) for w, n, a, b in WITHOUT_EFFECT]
     pairs += [(at({}, "lora.rank", 4, FOLDER), at({}, "lora.rank", 8, FOLDER))]
     for number in range(len(IRRELEVANT)):
         rest = IRRELEVANT[:number] + IRRELEVANT[number + 1 :]
@@ -212,8 +212,8 @@ def reset(spec: TrialSpec, rules: typing.Iterable[tuple[Any, Any]]) -> TrialSpec
     return spec
 
 
-# (where, key, a value, another value): what must not be taken for irrelevant.
-MATTERS = [
+# Settings with an effect: (other settings, key, a value, another value).
+WITH_EFFECT = [
     ({"paradigm": "trzsl"}, "train.labelled_among", "all", "seen"),
     ({}, "test_dataset", None, Ref(name="others", digest="o")),
     ({}, "seed", 1, 2),
@@ -265,12 +265,12 @@ MATTERS = [
 ]
 
 
-@pytest.mark.parametrize(("where", "name", "one", "other"), MATTERS)
-def test_a_setting_that_matters_changes_the_key(where, name, one, other):
+@pytest.mark.parametrize(("where", "name", "one", "other"), WITH_EFFECT)
+def test_a_setting_with_an_effect_changes_the_key(where, name, one, other):
     assert key(at(where, name, one)) != key(at(where, name, other))
 
 
-# Values that keys take in random trials: few, so that combinations are rich.
+# Values of keys in random trials: few, so that equal values are frequent.
 WORDS = {
     "lora.caption": ["a photo of a {}", "{}"],
     "generation.template": ["a photo of a {}", "{}"],
@@ -305,7 +305,7 @@ def without_lora(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 @given(RANDOM, REFERENCES)
-def test_normalising_twice_is_normalising_once(flat, refs):
+def test_normalising_again_changes_nothing(flat, refs):
     spec = from_flat(flat, refs, NAMES)
     once = normalised(spec)
     assert normalised(once) == once
@@ -324,17 +324,19 @@ def test_normalising_keeps_what_a_trial_reads(flat, refs):
 
 
 @given(RANDOM, REFERENCES, st.data())
-def test_what_normalising_puts_back_may_take_any_value(flat, refs, data):
+def test_settings_that_normalising_resets_can_have_any_value(flat, refs, data):
     spec = from_flat(flat, refs, NAMES)
-    said, kept = to_flat(spec), to_flat(normalised(spec))
-    put_back = [n for n in SETTINGS if n in said and said[n] != kept.get(n) and n not in SWITCHES]
-    assume(put_back)
-    name = data.draw(st.sampled_from(put_back))
+    given, kept = to_flat(spec), to_flat(normalised(spec))
+    was_reset = [
+        n for n in SETTINGS if n in given and given[n] != kept.get(n) and n not in SWITCHES
+    ]
+    assume(was_reset)
+    name = data.draw(st.sampled_from(was_reset))
     other = at(flat, name, data.draw(st.sampled_from(values_of(name))), refs)
     assert key(other) == key(spec)
 
 
-# Keys whose values decide about other keys.
+# Keys whose values decide whether other keys have an effect.
 SWITCHES = {
     *("iterations", "images_per_class", "fusion_weight", "synthetic_weight", "lora.rounds"),
     *("auxiliary.source", "auxiliary.refresh", "fidelity.kind", "pseudo_labels.growth"),
@@ -343,11 +345,11 @@ SWITCHES = {
 }
 
 
-# ---------------------------------------------------------------- the graph
+# ---------------------------------------------------------------- artifacts
 
 
 @given(RANDOM, st.sampled_from(["images_per_class", "fusion_weight", "seed"]), st.data())
-def test_the_row_of_images_does_not_depend_on_how_it_is_used(flat, name, data):
+def test_the_row_of_images_does_not_depend_on_its_use(flat, name, data):
     spec = from_flat(flat, REFS, NAMES)
     other = at(flat, name, data.draw(st.sampled_from(values_of(name))))
     if spec.images is not None and other.images is not None:
@@ -355,7 +357,7 @@ def test_the_row_of_images_does_not_depend_on_how_it_is_used(flat, name, data):
         assert spec.synthetic_features == other.synthetic_features
 
 
-def test_the_row_follows_from_labels_lora_and_generation():
+def test_the_row_depends_on_labels_lora_and_generation():
     row = trial().images
     for name, value in [
         ("split_seed", 1),
@@ -384,7 +386,7 @@ def test_a_second_lora_round_nests_the_images_of_the_first():
     assert labels.settings.images_per_class == second.initial_labels.images_per_class
 
 
-def test_the_first_lora_round_does_not_know_how_many_images_a_second_one_would_read():
+def test_the_first_lora_round_does_not_depend_on_the_images_of_a_second_one():
     few, many = (trial(lora__rounds=2, initial_labels__images_per_class=n) for n in (8, 120))
     assert few.lora_adapter != many.lora_adapter
     assert inner(few).lora == inner(many).lora
@@ -438,7 +440,7 @@ def test_a_trial_reads_images_only_where_they_are_fused_or_trained_on(flat, read
 
 
 @pytest.mark.parametrize(("count", "blocks"), [(1, 1), (8, 1), (9, 2), (120, 15)])
-def test_the_first_images_of_a_class_lie_in_so_many_blocks(count, blocks):
+def test_the_number_of_blocks_that_contain_the_first_images_of_a_class(count, blocks):
     row = trial().synthetic_features
     assert row is not None
     assert row.blocks(count) == blocks
@@ -450,6 +452,6 @@ def rebuilt(spec: TrialSpec) -> TrialSpec:
 
 
 @given(RANDOM)
-def test_any_trial_comes_back_from_its_flat_keys(flat):
+def test_any_trial_can_be_rebuilt_from_its_flat_keys(flat):
     spec = from_flat(flat, REFS, NAMES)
     assert rebuilt(spec) == spec

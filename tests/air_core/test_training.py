@@ -1,4 +1,4 @@
-"""The loss, its schedule, and a loop that learns: on a linear model, which is quick and exact."""
+"""Losses, learning-rate schedule and training loop, tested on a linear model."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def images(count: int = 24, seed: int = 0) -> Labelled:
 def trained(
     settings: TrainSettings = PLAIN, *, learner: Linear | None = None, **given: Any
 ) -> tuple[Linear, float]:
-    """A learner after training on `images()`, or on what is given, and its last loss."""
+    """A learner after training on `images()` or on the given images, and its last loss."""
     learner = learner or Linear()
     if isinstance(real := given.get("real", images()), Labelled):
         given["real"] = Targeted(real.batch, one_hot(real.labels, 3).float())
@@ -70,13 +70,13 @@ def accuracy(learner: Linear, on: Labelled) -> float:
 # ---------------------------------------------------------------- the loss
 
 
-def test_a_set_of_all_classes_costs_nothing():
+def test_the_loss_of_a_set_of_all_classes_is_zero():
     assert candidate_loss(torch.randn(4, 5), torch.ones(4, 5)).item() == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize("gap", [50.0, 200.0, 1e4])
 def test_scores_too_small_for_a_float_have_a_loss_and_a_gradient(gap):
-    """Summing scores first would give log 0 here."""
+    """A sum of the scores would be 0, and its logarithm infinite."""
     logits = torch.tensor([[gap, 0.0, -1.0]], requires_grad=True)
     loss = candidate_loss(logits, torch.tensor([[0.0, 1.0, 1.0]]))
     loss.backward()
@@ -84,7 +84,7 @@ def test_scores_too_small_for_a_float_have_a_loss_and_a_gradient(gap):
     assert torch.isfinite(logits.grad).all()
     assert logits.grad[0, 0].item() == pytest.approx(
         1.0, abs=1e-3
-    )  # down with what is no candidate
+    )  # scores of other classes decrease
     assert (logits.grad[0, 1:] < 0).all()
 
 
@@ -118,8 +118,8 @@ def test_fitting_lowers_the_loss_and_learns_the_classes():
     assert accuracy(learner, images(60, seed=1)) > 0.9
 
 
-def test_the_loss_that_is_returned_is_the_mean_of_the_last_tenth_of_the_steps():
-    """With a learning rate of next to nothing every step has the loss of the start."""
+def test_the_returned_loss_is_the_mean_of_the_last_tenth_of_the_steps():
+    """At a learning rate near 0, every step has the initial loss."""
     _, loss = trained(replace(PLAIN, learning_rate=1e-9))
     assert loss == pytest.approx(math.log(3), abs=1e-4)
 
@@ -139,18 +139,18 @@ def test_the_order_does_not_depend_on_other_random_numbers():
 
 
 def marked(count: int) -> Labelled:
-    """Image i lights column i only, so that the weights show which images were seen."""
+    """Image i has a value in column i only, so the weights show which images were used."""
     return Labelled(Batch(torch.eye(count)), torch.zeros(count, dtype=torch.long))
 
 
 def seen(settings: TrainSettings, count: int = 12) -> int:
-    """How many of so many images the training has shown."""
+    """The number of images that the training has used."""
     learner, _ = trained(settings, learner=Linear(width=count), real=marked(count))
     return int((learner.weight.detach().abs().sum(dim=1) > 0).sum())
 
 
 @pytest.mark.parametrize(("steps", "images_seen"), [(1, 4), (2, 8), (3, 12)])
-def test_a_pass_shows_every_image_once(steps, images_seen):
+def test_a_pass_uses_every_image_once(steps, images_seen):
     assert seen(replace(PLAIN, steps=steps, batch=4)) == images_seen
 
 
@@ -179,7 +179,7 @@ def test_labelled_or_synthetic_images_alone_teach_too(source):
     assert accuracy(learner, images(60, seed=1)) > 0.9
 
 
-def test_nothing_to_train_on_is_an_error():
+def test_a_training_without_images_is_an_error():
     with pytest.raises(ValueError, match="nothing to train on"):
         trained(real=None)
 
@@ -202,7 +202,7 @@ def test_every_loss_is_cross_entropy_on_one_hot_targets(name):
 
 
 def test_rc_concentrates_on_one_of_the_candidates():
-    """Half of the images also have a wrong candidate; the others tell which is wrong."""
+    """Half of the images also have a wrong candidate, which the other images reveal."""
     data = images(60)
     targets = one_hot(data.labels, 3).float()
     targets[::2] = (targets[::2] + targets[::2].roll(1, dims=1)).clamp(max=1)
@@ -225,7 +225,7 @@ def test_the_two_losses_are_added_with_the_weight():
     settings = replace(PLAIN, steps=1)
     given = {"real": real, "synthetic": synthetic}
     losses = [trained(settings, synthetic_weight=w, **given)[1] for w in (0, 1, 3)]
-    # At the start every class has the same score, in both.
+    # Initially all classes have the same score, in both trainings.
     assert losses == pytest.approx([math.log(3), 2 * math.log(3), 4 * math.log(3)])
 
 

@@ -1,4 +1,4 @@
-"""Small trees of real images in the layout of each dataset, for whoever loops over DATASETS."""
+"""Small trees of images in the layout of each dataset."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _FOLDERS: list[TemporaryDirectory[str]] = []  # they go when the tests end
 
 @cache
 def small_root(name: str) -> Path | None:
-    """A data root that holds a small copy of the dataset; None: it needs none."""
+    """A data root with a small copy of the dataset; None if the dataset needs no root."""
     if MAKERS[name] is None:
         return None
     _FOLDERS.append(TemporaryDirectory(prefix=f"{name}-"))
@@ -44,7 +44,7 @@ def make_tree(name: str, root: Path) -> None:
 
 
 def draw(file: Path, size: int = 12) -> None:
-    """A picture that depends on its file's name alone, so that no two are the same."""
+    """Write a picture that depends on the file name only, so that all pictures differ."""
     rng = np.random.default_rng(zlib.crc32(str(file).encode()))
     file.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(file)

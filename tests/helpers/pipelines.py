@@ -108,7 +108,7 @@ def stable_diffusion_3(folder: Path) -> Path:
 
 
 def image_to_image(folder: Path) -> Path:
-    """A pipeline that wants an image as well as a text."""
+    """A pipeline that needs an image in addition to a text."""
     index = stable_diffusion_1(folder) / "model_index.json"
     index.write_text(
         index.read_text().replace("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")

@@ -141,7 +141,9 @@ def test_a_trial_in_segments_has_the_same_record_as_one_without_stops(
     trial, store, features, tmp_path, monkeypatch
 ):
     fit, fits = core.fit, []
-    monkeypatch.setattr(core, "fit", lambda asked: fits.append(len(asked)) or fit(asked))
+    monkeypatch.setattr(
+        core, "fit", lambda trainings: fits.append(len(trainings)) or fit(trainings)
+    )
     spec = trial("cpl", seed=1, **{**QUICK, "iterations": 4})
     rungs = (1, 3)
     assert run_trials([spec], store, segments=Segments(rungs, stop_after=1)) == [None]
@@ -179,7 +181,9 @@ def test_a_finished_trial_without_objectives_at_a_rung_runs_again_up_to_the_rung
     spec = trial("cpl", seed=1, **{**QUICK, "iterations": 3})
     [record] = run_trials([spec], store)
     fit, fits = core.fit, []
-    monkeypatch.setattr(core, "fit", lambda asked: fits.append(len(asked)) or fit(asked))
+    monkeypatch.setattr(
+        core, "fit", lambda trainings: fits.append(len(trainings)) or fit(trainings)
+    )
     assert recorded_rungs(spec, store)[0] == {}
     run_trials([spec], store, segments=Segments((1,), stop_after=1))
     assert recorded_rungs(spec, store)[0].keys() == {1}
