@@ -38,7 +38,7 @@ MAX_THRIFT = 2  # the highest level of `thrift` of a generator
 
 
 class GeneratorActor:
-    """One actor of a pool. Holds one generator, and loads another when the row changes."""
+    """One actor of a pool. It keeps one generator loaded and replaces it when the row changes."""
 
     def __init__(
         self, rows: Sequence[SyntheticFeaturesSpec], worker: WorkerContext, progress_actor: Any
@@ -81,8 +81,8 @@ class GeneratorActor:
         }
 
     def _draw(self, row: int, c: int, block: int) -> dict[str, float]:
-        """Draw a block. After a lack of memory, try with less: the number of images in a block is
-        part of its key, so it is the generator and the encoder that save memory."""
+        """Draw a block. If memory runs out, try again with a generator and an encoder that use
+        less. The number of images in a block stays: it is part of the key."""
         while True:
             try:
                 worker = self.worker.with_smaller_batch(self.thrift)
@@ -104,7 +104,7 @@ class GeneratorActor:
         return self.loaded[1]
 
 
-# Seconds that a larger pool has to save to be opened: its actors need up to a minute to start.
+# Seconds that a larger pool must save, because its actors need up to a minute to start.
 MIN_SAVING = 60.0
 # Blocks that one pool draws: Ray Data takes 8 kB of the driver's memory for each before it starts.
 MAX_POOL_BLOCKS = 20_000
@@ -138,7 +138,7 @@ def draw(
 
 
 class _Generation:
-    """Draws the shards of some rows, one pool after another, until each was drawn or tried."""
+    """Draws the shards of some rows with one pool after another; tries each shard once."""
 
     def __init__(self, requirements: Sequence[Requirement], context: PreparationContext) -> None:
         self.requirements, self.worker = requirements, context.worker
@@ -162,7 +162,7 @@ class _Generation:
         return list(itertools.islice(missing, MAX_POOL_BLOCKS))
 
     def draw(self, shards: Sequence[dict[str, int]]) -> Iterator[None]:
-        """Draw with one pool until all is drawn, or a pool of another size is worth its start."""
+        """Draw with one pool until all shards are drawn, or a pool of another size is faster."""
         began, count, work_seconds = time.monotonic(), 0, 0.0
         beside_trials = self.allocation.trials_running
         pool = PoolStatistics(
@@ -192,15 +192,15 @@ class _Generation:
         self.listener.on_pool_closed(pool)
 
     def _reset_deaths(self, shards: Sequence[dict[str, int]], count: int) -> None:
-        """Uncount the deaths of actors that ended with the pool while they drew a block: the block
-        did not kill them."""
+        """Reset the crash counts of blocks whose actors were stopped with the pool: these blocks
+        did not kill their actors."""
         self.worker.store.refresh_listings()
         missing = {
             row: set(requirement.missing(self.worker.store))
             for row, requirement in enumerate(self.requirements)
         }
         unfinished = (s for s in shards if (s["class"], s["block"]) in missing[s["row"]])
-        for shard in itertools.islice(unfinished, count):  # Ray Data hands them out in order
+        for shard in itertools.islice(unfinished, count):  # Ray Data assigns them in order
             spec = self.requirements[shard["row"]].spec
             assert isinstance(spec, SyntheticFeaturesSpec)
             row = self.worker.store.open_row(spec.images)
@@ -216,7 +216,7 @@ class _Generation:
         classname = requirement.spec.images.classnames[result["class"]]
         message = f"{classname}, block {result['block']}: {result['error']}"
         self.errors.setdefault(requirement, []).append((result["failure_class"], message))
-        # After a failure such as a full disk, further images would be drawn in vain.
+        # After a failure such as a full disk, further images could not be stored.
         self.stopped = CLASSES[result["failure_class"]].stops_after == 1
 
     def _should_resize(self, pool: PoolStatistics, beside_trials: bool, remaining: float) -> bool:

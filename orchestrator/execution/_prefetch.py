@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-POLL_INTERVAL = 0.05  # seconds between two looks at the cluster while no trials run
+POLL_INTERVAL = 0.05  # seconds between checks of the cluster while no trials run
 
 
 def missing_without_images(
@@ -94,7 +94,7 @@ def _lora_count(requirements: Iterable[Requirement]) -> int:
 
 
 class Prefetch:
-    """Groups of cells, and which cells have all their inputs.
+    """Makes the inputs of groups of cells, and tracks which cells have all their inputs.
 
     Coroutines make missing inputs group after group (`prepare`). `advance` resumes them beside
     trials, `wait` while no trials run.
@@ -141,11 +141,11 @@ class Prefetch:
         return not is_over and not self.state.location.store.has(slot.spec)
 
     def is_ready(self, cell: Cell) -> bool:
-        """Whether the inputs of a cell exist, or have failed for good."""
+        """Whether the inputs of a cell exist, or failed and are not retried in this run."""
         return cell.id in self.ready
 
     def start(self) -> None:
-        """Start to make all missing inputs. Call `advance` regularly from now on."""
+        """Start to make all missing inputs; `advance` must be called regularly afterwards."""
         if self.started:
             return
         self.started = True
@@ -182,7 +182,7 @@ class Prefetch:
                 yield
 
     def _buildable(self, requirements: Sequence[Requirement]) -> list[Requirement]:
-        """Without those that failed in this run, and those that depend on a failed one."""
+        """Drop requirements that failed in this run or depend on one that failed."""
         from orchestrator.execution._prepare import failed_specs
 
         failed = [
@@ -206,14 +206,14 @@ class Prefetch:
         )
 
     def advance(self) -> None:
-        """Take finished work and start new work. Returns at once."""
+        """Process finished work and start new work, without waiting."""
         self.state.check()
         for coroutine in list(self.coroutines):
             if next(coroutine, self) is self:  # it has ended
                 self.coroutines.remove(coroutine)
 
     def wait(self) -> None:
-        """Wait until the next group has its inputs, or some of them have failed for good."""
+        """Wait until the next group has its inputs, or some of them failed."""
         state, store, group = self.state, self.state.location.store, self.pending[0]
         requirements = self.requirements[group[0].id]
         missing = {
@@ -228,7 +228,7 @@ class Prefetch:
             self._advance_and_sleep()
 
     def finish(self) -> None:
-        """Wait for work that no trial needs."""
+        """Wait for the contact sheet and the audit cards."""
         while self.coroutines:
             self._advance_and_sleep()
 
@@ -244,8 +244,8 @@ class Prefetch:
         return audit_rows(possible_trials(self.plan.cells, assignments, self.state.resolver))
 
     def _start_pictures(self, requirements: Sequence[Requirement]) -> None:
-        """Start the contact sheet and the audit cards, which people read and no trial needs. They
-        are made one after the other, so that one worker imports torch for all of them."""
+        """Start the contact sheet and the audit cards, which no trial needs. They are made one
+        after the other, so that one worker imports torch for all of them."""
         work = []
         if not self.has_contact_sheet:
             sheet = _contact_sheet(self.state, requirements)
@@ -306,7 +306,7 @@ def _contact_sheet(state: RunState, requirements: Sequence[Requirement]) -> Iter
             png, state.statistics.shares = yield from contact_sheet(
                 drawn, base, features, worker_context(state)
             )
-        except Exception as problem:  # a sweep does not fail for its picture
+        except Exception as problem:  # a missing sheet does not fail the sweep
             log.warning("no contact sheet: %s", first_line(problem))
         else:
             state.location.write(sheet.name, png)
@@ -327,7 +327,7 @@ def _audit_card(state: RunState, row: AuditRow) -> Iterator[None]:
     assert state.progress is not None
     try:
         files = yield from audit(row, worker_context(state), state.progress.actor)
-    except Exception as problem:  # a sweep does not fail for its audit
+    except Exception as problem:  # a missing card does not fail the sweep
         log.warning("%s: no audit card: %s", row.name, first_line(problem))
         return
     for name, content in files.items():
@@ -337,7 +337,7 @@ def _audit_card(state: RunState, row: AuditRow) -> Iterator[None]:
 def _rows_of_sheet(
     rows: Sequence[SyntheticFeaturesSpec],
 ) -> tuple[SyntheticFeaturesSpec, SyntheticFeaturesSpec | None]:
-    """The row to show, and the row without LoRA to show beside it.
+    """The row on the contact sheet, and the row without LoRA for comparison.
 
     Rows are in the order in which they are made: the row that trials read comes last.
     """

@@ -75,7 +75,7 @@ class _ActivePoint:
         return ((self.stop_after or total) - self.iterations_done) / total if total else 1.0
 
     def rung_objective(self) -> float | None:
-        """Mean objective at this rung; None if a trial failed, so that it cannot be compared."""
+        """Mean objective at this rung; None if a trial failed: then the point is not compared."""
         return fmean(self.at_rung.values()) if len(self.at_rung) == len(self.slots) else None
 
     def final_objective(self) -> float | None:
@@ -100,11 +100,11 @@ class _CellQueue:
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing of it runs or could start."""
+        """Whether no point of the cell runs or can start."""
         return not (self.new or self.startable or self.running)
 
     def next_round(self, event_log: EventLog) -> None:
-        """Give the results of the finished round to the search, and get the next round."""
+        """Pass the results of the finished round to the search, and get the next round."""
         if self.search is None:
             if self.started:
                 self.ended = True
@@ -127,7 +127,7 @@ class _CellQueue:
 
 
 class TrialScheduler:
-    """Hands out jobs and takes their results.
+    """Selects jobs and processes their results.
 
     Args:
         cells: in the order in which they should run.
@@ -171,7 +171,7 @@ class TrialScheduler:
         self.device = "cuda" if sweep.resources.trial.gpu else "cpu"
         self.memory_share = sweep.resources.encoder.batch / ENCODER_BATCH
         self.moved_before = fp32_slots(event_log)
-        self.queued: deque[Job] = deque()  # not handed out yet
+        self.queued: deque[Job] = deque()  # not started yet
         self.tries: Counter[tuple[str, str]] = Counter()  # by trial key and failure class
         self.errors: Counter[Failure] = Counter()  # of classes that can stop a sweep
         self.fp32_slots: list[Slot] = []  # to be repeated in fp32, with inputs that may be missing
@@ -186,18 +186,18 @@ class TrialScheduler:
         return all(queue.ended for queue in self.queues)
 
     def out_of_budget(self) -> bool:
-        """Whether a point was held back because the budget is spent."""
+        """Whether a point did not start because the budget is spent."""
         return self.stopped and not self.stopping_failure()
 
     def stopping_failure(self) -> Failure | None:
-        """The failure that came so often that the sweep stops, if any."""
+        """The failure that stops the sweep because it occurred too often, if any."""
         for failure, count in self.errors.items():
             if count >= CLASSES[failure.failure_class].stops_after:
                 return failure
         return None
 
     def peek(self) -> Job | None:
-        """The job that `next` would hand out. None: no job can start until a running job ends, or
+        """The job that `next` would return. None: no job can start until a running job ends, or
         the scheduler has `finished`."""
         if self.stopping_failure():
             self.stopped = True
@@ -219,7 +219,7 @@ class TrialScheduler:
         return self.queued[0] if self.queued and not self.stopped else None
 
     def next(self) -> Job | None:
-        """Hand out a job, or None as `peek`."""
+        """Return the next job and count it as running; None as for `peek`."""
         job = self.peek()
         if job is not None:
             self.running[job.number] = self.queued.popleft()
@@ -227,7 +227,7 @@ class TrialScheduler:
         return job
 
     def complete(self, number: int, failures: Mapping[str, Failure]) -> None:
-        """Take the result of a job: trials in `failures` failed, all others have a record.
+        """Process the end of a job: trials in `failures` failed, all others have a record.
 
         Args:
             number: of the job.
@@ -252,8 +252,8 @@ class TrialScheduler:
     # ---------------------------------------------------------------- starting points
 
     def _start_point(self, queue: _CellQueue) -> None:
-        """Start the next segment of a cell's next point: reuse what the store has, wait for trials
-        that run already, queue the rest. A point that exceeds the budget stays in the queue."""
+        """Start the next segment of a cell's next point: reuse stored trials, wait for trials that
+        another job runs, and queue the others. A point that exceeds the budget stays queued."""
         if not queue.startable:
             queue.startable.append(self._active_point(queue, queue.new.popleft()))
         active = queue.startable[0]
@@ -295,7 +295,7 @@ class TrialScheduler:
             self._queue_job(queue.cell.id, number, together, segments, active.share)
 
     def _active_point(self, queue: _CellQueue, point: Point) -> _ActivePoint:
-        """A point at its start, or where it stood when an earlier driver ended."""
+        """The state of a point: at its start, or at the rung that earlier runs have reached."""
         slots = slots_of(
             queue.cell, point.number, point.params, self.assignments, self.resolver,
             self.moved_before,
@@ -309,7 +309,7 @@ class TrialScheduler:
         return _ActivePoint(point, {slot.id: slot for slot in slots}, rungs)
 
     def _fits_budget(self, cell: Cell, slots: Sequence[Slot], active: _ActivePoint) -> bool:
-        """Whether the budget allows the missing trials of a segment, beside those that run."""
+        """Whether the budget allows the missing trials of a segment beside the running ones."""
         stop_after = active.stop_after
         trials = {slot.key.digest: slot.spec for slot in slots}
         missing = sum(
@@ -356,7 +356,7 @@ class TrialScheduler:
     # ---------------------------------------------------------------- results of trials
 
     def _reuse(self, queue: _CellQueue, point: int, slot: Slot) -> None:
-        """Take a trial from the store that has reached the next stop already."""
+        """Reuse a stored trial that has already reached the next stop."""
         if queue.running[point].stop_after is not None:
             self._reach_rung(queue, point, slot)
             return
@@ -372,8 +372,8 @@ class TrialScheduler:
         name = failure.failure_class
         if CLASSES[name].stops_after:
             self.errors[failure] += 1
-        # A loss that is not finite would be so again: in fp32 the same trial gives the same loss,
-        # and in less precision the repetition in fp32 is another trial.
+        # Repeating a trial with a loss that is not finite gives the same loss. Below fp32 the sweep
+        # repeats it in fp32, which is another trial.
         allowed = 0 if name == "nan" else CLASSES[name].retries
         slots = [slot for _, _, slot in self.waiting[key, job.segments.stop_after]]
         if name == "nan" and spec.precision != "fp32":
@@ -402,7 +402,7 @@ class TrialScheduler:
         self._finish(queue, point, outcome)
 
     def _reach_rung(self, queue: _CellQueue, point: int, slot: Slot) -> None:
-        """Note the objective of a trial at the rung where its point on_wait for the others."""
+        """Record the objective of a trial at a rung, where its point waits for the others."""
         active = queue.running[point]
         rung = active.stop_after
         assert rung is not None
@@ -420,7 +420,7 @@ class TrialScheduler:
         self._end_segment(queue, active, outcome.slot)
 
     def _end_segment(self, queue: _CellQueue, active: _ActivePoint, slot: Slot) -> None:
-        """Remove a slot from those that run; the last one ends the segment of its point."""
+        """Count a slot as ended; the last slot ends the segment of its point."""
         active.pending.discard(slot.id)
         if active.pending:
             return

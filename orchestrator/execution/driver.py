@@ -96,7 +96,7 @@ def run_sweep(
     origin: dict[str, Any] | None = None,
     retry: str | None = None,
 ) -> int:
-    """Run what is missing of a sweep. Running it again resumes it.
+    """Run the missing trials of a sweep. Running it again resumes it.
 
     Args:
         tracker: receives each outcome and the end of the run.
@@ -119,7 +119,7 @@ def run_sweep(
     _report_changed_inputs(plan, location, screen)
     skipped_failures = _failures_to_skip(event_log, retry)
     if _is_complete(plan, event_log):
-        if event_log.path.exists():  # the file may have lost cells since: record it as it is now
+        if event_log.path.exists():  # record the current file, which may have fewer cells
             _write_sweep_files(location, sweep, origin, resolver)
         screen.message(f"{sweep.name}: nothing to do")
         return DONE
@@ -152,7 +152,7 @@ def _plan_and_repair(
         try:
             plan = plan_sweep(sweep, location.store, resolver, location.event_log())
             damaged = set_damaged_aside(plan, location.store, resolver)
-        except DamagedArtifact as problem:  # a record that planning itself reads
+        except DamagedArtifact as problem:  # planning itself reads some records
             location.store.set_aside(problem)
             damaged = [problem]
         for artifact in damaged:
@@ -204,8 +204,8 @@ def _refuse_unschedulable(plan: Plan, location: SweepLocation) -> None:
 
 
 def _export_provenance(location: SweepLocation, diff: bytes) -> None:
-    """Pass to workers, by the environment, what they record: they have no .git, and may run as
-    another user."""
+    """Pass user, commit and changes to the workers by environment variables: workers have no .git
+    and may run as another user."""
     os.environ |= {
         "AIRSWEEP_DIRTY": uncommitted_digest(diff),
         "AIRSWEEP_COMMIT": commit(),
@@ -590,16 +590,16 @@ def _record_end(state: RunState) -> OSError | None:
     }
     unwritten = _full_disk_error(lambda: location.write("outcome.json", sealed_json(outcome)))
     if unwritten is not None and code == DONE:
-        code = FAILED  # else the same command would find nothing to do
+        code = FAILED  # otherwise the same command would have nothing to do
     if code == DONE:
         state.tracker.catch_up()
-        # Before the event log has the end: after it, no run would contact MLflow again.
+        # Before the end is logged: once it is, no later run contacts MLflow again.
         state.tracker.finish(code)
     ended: dict[str, Any] = {"exit_code": code, "seconds": seconds}
     unwritten = (
         _full_disk_error(lambda: state.event_log.append("sweep_ended", **ended)) or unwritten
     )
-    # Without the history only estimates are worse.
+    # If the history cannot be written, only estimates are worse.
     _full_disk_error(lambda: record_measurements(location.store, statistics.work))
     if code != DONE:
         state.tracker.finish(code)

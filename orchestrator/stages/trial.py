@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Segments:
-    """Where a trial of a search that prunes is measured and stopped."""
+    """The rungs of a trial in a search with pruning, and the iteration at which it stops now."""
 
     rungs: tuple[int, ...] = ()  # iterations after which its objectives are recorded
     stop_after: int | None = None  # iterations; None: the trial runs to its end
@@ -135,7 +135,7 @@ def is_finished(spec: TrialSpec, store: ArtifactStore, stop_after: int | None = 
 
 
 class TrialRun:
-    """A trial that is being run: its inputs, and its measurements as a callback of the method."""
+    """A running trial: reads its inputs, and measures each round as a callback of the method."""
 
     def __init__(
         self,
@@ -185,7 +185,9 @@ class TrialRun:
         from air_core.method import TrialStopped
 
         data, values = self.data, {"train/loss": result.loss}
-        if self.spec.modality == "text":  # a pass of the vision tower over all test images costs
+        if (
+            self.spec.modality == "text"
+        ):  # with a visual prompt, testing needs a pass of the vision tower
             with torch.no_grad():
                 guess = result.learner.logits(data.test.batch).argmax(dim=-1)
             tested = measured(guess, data.test.labels, len(data.classnames), data.unseen)
@@ -225,7 +227,7 @@ class TrialRun:
             self.building.earlier_seconds = self.resumed_from.seconds
 
     def checkpoint(self) -> Checkpoint:
-        """Where it stands, to be kept."""
+        """State of the trial after its last round."""
         labels = self.state.labels
         arrays = {"prompts": np.stack([prompt.numpy() for prompt in self.state.prompts])}
         if labels is not None:
@@ -279,8 +281,8 @@ class TrialRun:
 
 
 def balance(labels: Tensor, data: TrialData) -> float:
-    """How evenly labels (M,) spread over the classes of the pool: their entropy divided by its
-    maximum, so 1 if all classes have equally many labels."""
+    """Balance of labels (M,) over the classes of the pool: their entropy divided by its maximum.
+    1: all classes have equally many labels."""
     classes = len(data.classnames) if data.unseen is None else len(data.unseen)
     counts = labels.bincount(minlength=classes).double()
     shares = counts[counts > 0] / counts.sum()
