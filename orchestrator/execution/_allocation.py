@@ -1,4 +1,4 @@
-"""How many generators and trials may run at a time. Knows no Ray.
+"""Limits on the generators and trials that run at a time. Imports no Ray.
 
 While trials run and images are still missing, some generators are *reserved*: trials leave their
 resources free, and preparation uses no more than them. While no trial runs, preparation has the
@@ -36,12 +36,12 @@ class PoolStatistics:
     actors: int
     gpu: bool
     images: int = 0
-    busy: float = 0.0  # seconds of drawing and encoding, all actors together
+    busy: float = 0.0  # seconds of drawing and encoding, summed over the actors
     seconds: float = 0.0  # wall clock
 
     def __str__(self) -> str:
         """
-        >>> print(Pool(actors=2, gpu=True, images=640, busy=150.0, seconds=80.0))
+        >>> print(PoolStatistics(actors=2, gpu=True, images=640, busy=150.0, seconds=80.0))
         640 images in 80 s, 8.0 a second; GPUs of 2 generators busy 94 % of the time
         """
         share = self.busy / (self.actors * self.seconds) if self.seconds else 0.0

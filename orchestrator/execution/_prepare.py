@@ -71,7 +71,7 @@ def failed_specs(requirement: Requirement) -> list[Any]:
 
 
 def _levels(missing: Sequence[Requirement]) -> dict[Requirement, int]:
-    """The order in which requirements are made, such that few processes have to start.
+    """Sort requirements into levels, in an order that starts few processes.
 
     Labels are made by the process that trains a LoRA on them, and rows without LoRA are drawn
     together with the last row.

@@ -1,4 +1,4 @@
-"""Explains to the user why nothing happens: other users may hold the resources that a sweep needs.
+"""Reports that a sweep makes no progress because other users hold the resources it needs.
 
 Knows no Ray.
 """
@@ -16,7 +16,7 @@ FIRST_WARNING = 60.0
 
 
 class StallMonitor:
-    """Warns when nothing has happened for a while because resources are taken.
+    """Warns if there is no progress for a while because no resources are free.
 
     Args:
         free: returns (free, total) for each kind of resource, over all machines.
@@ -33,7 +33,7 @@ class StallMonitor:
         self.reset()
 
     def reset(self) -> None:
-        """Note that something has happened."""
+        """Record that the sweep made progress."""
         self._last, self._next = time.monotonic(), FIRST_WARNING
 
     def check(self) -> None:
@@ -43,7 +43,7 @@ class StallMonitor:
             return
         self._next = 2 * quiet
         reason = shortage(self._resources, self._free())
-        if reason:  # without a shortage something long is running, and shows its own progress
+        if reason:  # without a shortage, long work is running and has its own progress bar
             self._warn(f"no progress for {quiet:.0f} s: {reason}")
 
 

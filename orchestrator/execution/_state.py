@@ -73,16 +73,16 @@ class RunState:
     event_log: EventLog
     resolver: Resolver
     budget_tracker: BudgetTracker
-    exit_code: int = FAILED  # what an unexpected exception leaves behind
+    exit_code: int = FAILED  # of an unexpected exception
     statistics: RunStatistics = field(default_factory=RunStatistics)
-    joined_cluster: bool = False  # Ray was there before this run, perhaps on many machines
+    joined_cluster: bool = False  # the cluster existed before this run
     # None until Ray has started.
     allocation: Allocation | None = None
     progress: ProgressMonitor | None = None
     memory_peak: MemoryPeak | None = None
     stall: StallMonitor | None = None
     stage: str = ""  # the stage that is being prepared
-    signal_exit_code: int | None = None  # once a signal has come
+    signal_exit_code: int | None = None  # after a signal
     ray_died: bool = False  # the local Ray died
     failed_requirements: list[tuple[Requirement, Failure]] = field(default_factory=list)
     skipped_failures: dict[str, Failure] = field(default_factory=dict)  # by slot: not tried again

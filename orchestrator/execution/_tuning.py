@@ -31,7 +31,9 @@ from orchestrator.stages.context import WorkerContext, limit_gpu_memory
 from orchestrator.stages.side_by_side import run_trials
 from orchestrator.stages.trial import WHOLE_TRIAL, Segments, is_finished
 
-MAX_JOBS = 10_000  # at a time, for Tune; `_JobSearcher` hands out as many as fit the cluster
+MAX_JOBS = (
+    10_000  # at a time, for Tune; `_JobSearcher` limits the jobs to those that fit the cluster
+)
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self.job = new_config
-        return True  # anything else would end the actor
+        return True  # an exception would end the actor
 
     def step(self) -> dict[str, Any]:
         started = time.monotonic()
@@ -104,9 +106,9 @@ def run_and_catch(
     """Run trials and return the failure of each, None where there is none.
 
     Args:
-        report: called with the index of a trial and the share of its training that is done.
+        report: receives the index of a trial and the finished share of its training.
         limit: seconds for each trial; trials side by side may use the sum together.
-        segments: where the trials stop, if they do.
+        segments: rungs and stop of the trials.
     """
     started = time.monotonic()
 
@@ -176,7 +178,7 @@ class _JobSearcher(_Stateless, Searcher):  # type: ignore[misc]
         pass  # `_JobCallback` takes the result
 
     def save(self, checkpoint_path: str) -> None:
-        pass  # the studies have files of their own
+        pass  # studies are stored elsewhere
 
     def restore(self, checkpoint_path: str) -> None:
         pass
@@ -234,12 +236,12 @@ def run_points(
     tick: Callable[[], None],
     progress_actor: Any,
 ) -> TuningCost:
-    """Run all points that the scheduler hands out, until none can start and none runs.
+    """Run the points that the scheduler selects, until none can start and none runs.
 
     Args:
-        folder: for Ray's own files, which nothing reads.
-        max_jobs: how many jobs may run at a time; called before each job.
-        tick: the driver's other work, such as preparation; called about ten times a second.
+        folder: for files of Ray, which airsweep does not read.
+        max_jobs: returns the number of jobs that may run at a time; called before each job.
+        tick: other work of the driver, such as preparation; called about ten times a second.
         progress_actor: receives the progress of long trials, see `_progress`.
     """
     started = time.monotonic()

@@ -140,7 +140,7 @@ def complete_rows(rows: Sequence[AuditRow], location: SweepLocation) -> list[Aud
 class AuditCard:
     """The findings for one row. Fractions are in [0, 1], margins in [-1, 1]."""
 
-    inputs_digest: str  # `Audited.inputs_digest`
+    inputs_digest: str  # `AuditRow.inputs_digest`
     name: str
     title: str  # model and LoRA that drew the images
     clip: str

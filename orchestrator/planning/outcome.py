@@ -35,7 +35,7 @@ class OutcomeTracker(Protocol):
         """Check the configuration before any work starts.
 
         Args:
-            reach: whether the server has to respond now.
+            reach: whether to contact the server.
 
         Raises:
             ValueError: the server rejects the credentials.

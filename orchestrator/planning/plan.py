@@ -1,4 +1,4 @@
-"""The plan of a sweep: its trials, the artifacts they read, and which of both are missing.
+"""The plan of a sweep: its trials, the artifacts they read, and what is missing of both.
 
 The driver runs the slots and builds the requirements of this plan. This module imports no torch
 and starts nothing.

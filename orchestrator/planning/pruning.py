@@ -26,9 +26,9 @@ def points_to_prune(
         earlier: objectives that points of earlier rounds had at this rung.
 
     >>> halving = Pruning(rule="halving", rungs=(2,), keep=0.5)
-    >>> pruned(halving, {4: 0.1, 5: 0.3, 6: 0.3, 7: 0.3})
+    >>> points_to_prune(halving, {4: 0.1, 5: 0.3, 6: 0.3, 7: 0.3})
     (4, 7)
-    >>> pruned(Pruning(rule="median", rungs=(2,)), {4: 0.1, 5: 0.3}, earlier=[0.2, 0.25])
+    >>> points_to_prune(Pruning(rule="median", rungs=(2,)), {4: 0.1, 5: 0.3}, earlier=[0.2, 0.25])
     (4,)
     """
     continuing = {DEFAULT} | set(RULES[pruning.rule](pruning, values, list(earlier)))

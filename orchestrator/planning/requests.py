@@ -155,7 +155,7 @@ def set_options(values: Mapping[str, Any] | Iterable[str]) -> list[str]:
     Args:
         values: a dict from key to value, or texts in that form, which are returned unchanged.
 
-    >>> options({"iterations": 3, "lora": None, "dataset": "folder:my_images", "seeds": [1, 2]})
+    >>> set_options({"iterations": 3, "lora": None, "dataset": "folder:my_images", "seeds": [1, 2]})
     ['iterations=3', 'lora=null', 'dataset="folder:my_images"', 'seeds=[1, 2]']
     """
     if isinstance(values, str):
@@ -168,7 +168,7 @@ def set_options(values: Mapping[str, Any] | Iterable[str]) -> list[str]:
 def only_options(values: Mapping[str, Any] | Iterable[str]) -> list[str]:
     """Convert Python values to the `KEY=VALUE,...` texts of `--only`.
 
-    >>> choices_of({"method": ["air", "cpl"], "lora.rank": 4})
+    >>> only_options({"method": ["air", "cpl"], "lora.rank": 4})
     ['method="air","cpl"', 'lora.rank=4']
     """
     if not isinstance(values, Mapping):
