@@ -87,7 +87,7 @@ PLANTED = {
 }
 
 
-def simulated(rng: np.random.Generator, world: Scenario, methods: int) -> list[Runs]:
+def simulate_runs(rng: np.random.Generator, world: Scenario, methods: int) -> list[Runs]:
     """Simulate the runs of `methods` methods; the first method is the host."""
     population = max(IMAGES, world.test)
     ease = rng.standard_normal(population)
@@ -118,7 +118,7 @@ def simulated(rng: np.random.Generator, world: Scenario, methods: int) -> list[R
     return [Runs(tuple(of)) for of in runs]
 
 
-def compared(runs: Sequence[Runs], samples: int = 500) -> list[Difference]:
+def compare_with_host(runs: Sequence[Runs], samples: int = 500) -> list[Difference]:
     """Compare every method with the host, and the second with the third as a control."""
     host, *others = runs
     pairs = [(one, host) for one in others]
@@ -152,12 +152,12 @@ class Counts:
     inconsistent: int = 0  # p value and interval disagree
 
 
-def counted(world: Scenario, simulations: int, methods: int, seed: int = 0) -> Counts:
+def count_positives(world: Scenario, simulations: int, methods: int, seed: int = 0) -> Counts:
     rng = np.random.default_rng(seed)
     counts = Counts()
     for _ in range(simulations):
-        runs = simulated(rng, world, methods)
-        found = compared(runs)
+        runs = simulate_runs(rng, world, methods)
+        found = compare_with_host(runs)
         p = corrected_p_values(found)
         left_out = [not one.low <= 0 <= one.high for one in found]
         below = [one.p < ALPHA for one in found]
@@ -192,7 +192,7 @@ def main() -> None:
         for name, world in worlds.items():
             if not any(part in name for part in args.only.split("|")):
                 continue
-            found = counted(world, args.simulations, args.methods)
+            found = count_positives(world, args.simulations, args.methods)
             rates = {
                 "one_comparison": found.single,
                 "some_uncorrected": found.any_single,

@@ -35,7 +35,7 @@ from air_core.bundle.manifest import weights_description, write_bundle
 from air_core.classifiers import class_texts
 from air_core.datasets import get_dataset
 from air_core.weights import tiny_folder
-from benchmarks.harness import Times, airsweep, least, options, report, timed
+from benchmarks.harness import Times, airsweep, measure_time, minimum_times, options, report
 
 
 def zero_shot() -> tuple[dict[str, Any], dict[str, Any]]:
@@ -95,12 +95,12 @@ def one_at_a_time(bundle: Path, files: list[Path]) -> tuple[Times, list[str]]:
             shares = (texts["logit_scale"] * features @ texts["text_features"].T).softmax(dim=-1)
             found.append(names[int(shares.argmax())])
 
-    return timed(loop), found
+    return measure_time(loop), found
 
 
 def by_bundle(bundle: Path, files: list[Path]) -> tuple[Times, list[str]]:
     loaded, found = load_bundle(bundle), []
-    spent = timed(lambda: found.extend(one.classname for one in loaded.stream(files)))
+    spent = measure_time(lambda: found.extend(one.classname for one in loaded.stream(files)))
     return spent, found
 
 
@@ -111,28 +111,28 @@ def by_command(bundle: Path, files: list[Path]) -> tuple[Times, list[str]]:
         words = ("classify", bundle, files[0].parent, "--json")
         printed.append(airsweep(*words, OMP_NUM_THREADS=threads))
 
-    return timed(run), [one["class"] for one in json.loads(printed[0])]
+    return measure_time(run), [one["class"] for one in json.loads(printed[0])]
 
 
-WAYS = {"baseline_s": one_at_a_time, "bundle_s": by_bundle, "command_s": by_command}
+IMPLEMENTATIONS = {"baseline_s": one_at_a_time, "bundle_s": by_bundle, "command_s": by_command}
 
 
 def main() -> None:
     args = options(__doc__, images=1000, threads=2, repeats=3, photo=False)
     torch.set_num_threads(args.threads)
-    times: dict[str, list[Times]] = {name: [] for name in WAYS}
+    times: dict[str, list[Times]] = {name: [] for name in IMPLEMENTATIONS}
     with tempfile.TemporaryDirectory() as folder:
         bundle = Path(folder) / "bundle"
         write_bundle(bundle, *zero_shot(), replace=False)
         files = images_in(Path(folder) / "new", args.images, args.photo)
         for _ in range(args.repeats):
             predictions = []
-            for name, way in WAYS.items():
+            for name, way in IMPLEMENTATIONS.items():
                 seconds, classes = way(bundle, files)
                 times[name].append(seconds)
                 predictions.append(classes)
             assert predictions[0] == predictions[1] == predictions[2], "predictions differ"
-    found = {name: least(of) for name, of in times.items()}
+    found = {name: minimum_times(of) for name, of in times.items()}
     (baseline, baseline_cpu), (bundle_s, bundle_cpu) = found["baseline_s"], found["bundle_s"]
     kind = "JPEG of 640 x 480 px" if args.photo else "PNG of 32 px"
     report(

@@ -37,7 +37,7 @@ def options(doc: str | None, **defaults: Any) -> argparse.Namespace:
     return parser.parse_args()
 
 
-def timed(work: Callable[[], object]) -> Times:
+def measure_time(work: Callable[[], object]) -> Times:
     """Time one call, including its work on the GPU."""
     started, busy = time.perf_counter(), time.process_time()
     work()
@@ -47,7 +47,7 @@ def timed(work: Callable[[], object]) -> Times:
     return time.perf_counter() - started, time.process_time() - busy
 
 
-def least(times: Sequence[Times]) -> Times:
+def minimum_times(times: Sequence[Times]) -> Times:
     """Minimum over repeats, for each clock separately."""
     return min(wall for wall, _ in times), min(cpu for _, cpu in times)
 

@@ -54,7 +54,15 @@ from air_core.pseudo_labels import assign, capacity
 from air_core.specs import PromptSettings, PseudoLabelSettings, TrainSettings
 from air_core.training import Targeted, Training, fit
 from air_core.types import Batch
-from benchmarks.harness import Times, least, options, progress, random_clip, report, timed
+from benchmarks.harness import (
+    Times,
+    measure_time,
+    minimum_times,
+    options,
+    progress,
+    random_clip,
+    report,
+)
 
 CONTEXT = 16  # learned vectors or tokens
 BATCH = 64
@@ -96,7 +104,7 @@ def step_times(encode: Callable[[], Tensor], prompt: Parameter, repeats: int) ->
         prompt.grad = None
         encode().square().sum(dim=0).max().backward()
 
-    return least([timed(step) for _ in range(repeats + 1)][1:])
+    return minimum_times([measure_time(step) for _ in range(repeats + 1)][1:])
 
 
 # ---------------------------------------------------------------- text_step
@@ -221,8 +229,8 @@ def _visual_step(backbone: Backbone, photos: Photos, batch: int, steps: int) -> 
         "tower": lambda: whole_tower(backbone, pixels, prompt),
     }
     times = {name: step_times(way, prompt, steps) for name, way in ways.items()}
-    loads = [timed(lambda: [photos[i] for i in range(batch)]) for _ in range(steps)]
-    times["loading"] = least(loads)
+    loads = [measure_time(lambda: [photos[i] for i in range(batch)]) for _ in range(steps)]
+    times["loading"] = minimum_times(loads)
     # Loaders are separate processes, so loading is timed in this process instead.
     loading_and_tower = times["loading"][1] + times["tower"][1]
     return {**compared(times), "ratio_cpu": loading_and_tower / times["lean"][1], "apart": apart}
@@ -277,14 +285,14 @@ def trial(args: argparse.Namespace) -> None:
         """The prompt after `steps` steps, and the times of a step and of labelling the pool."""
         learner = kind(PromptSettings(), backbone, names, seed=1)
         settings = TrainSettings(batch=BATCH, steps=steps, warmup=0.0)
-        wall, cpu = timed(lambda: fit([plain_training(learner, real, settings, 0)]))
+        wall, cpu = measure_time(lambda: fit([plain_training(learner, real, settings, 0)]))
 
         @torch.no_grad()
         def label() -> None:
             scores = learner.logits(pool).softmax(dim=-1)
             assign(scores, SELECTION, iteration=1, iterations=ROUNDS, previous=None)
 
-        return learner.context.detach(), (wall / steps, cpu / steps), timed(label)
+        return learner.context.detach(), (wall / steps, cpu / steps), measure_time(label)
 
     steps = sum(EPOCHS * max(1, classes * each // BATCH) for each in capacities)
     # Labelling once per round; a test before the first and after each round.
@@ -348,12 +356,12 @@ def together(
         for way, size in (("lean", count), ("baseline", 1)):
             every = trainings(world, backbone, count, steps)
             groups = [every[at : at + size] for at in range(0, count, size)]
-            wall, cpu = timed(lambda groups=groups: [fit(group) for group in groups])
+            wall, cpu = measure_time(lambda groups=groups: [fit(group) for group in groups])
             times[way].append((wall / steps, cpu / steps))
             prompts[way] = [one.learner.prompt for one in every]
     apart = max(map(differ, prompts["lean"], prompts["baseline"]))
     assert apart < 1e-4, f"the implementations learn prompts that differ by {apart}"
-    return {**compared({way: least(spent) for way, spent in times.items()}), "apart": apart}
+    return {**compared({way: minimum_times(spent) for way, spent in times.items()}), "apart": apart}
 
 
 def replicas(args: argparse.Namespace) -> None:

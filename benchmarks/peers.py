@@ -88,7 +88,7 @@ def run(peer: str, spec: Path, folder: Path, sets: Sequence[str]) -> float:
     return time.perf_counter() - started
 
 
-def completed(peer: str, folder: Path) -> Counter[str]:
+def count_completed(peer: str, folder: Path) -> Counter[str]:
     """Count how often each trial was computed to its end."""
     if peer != "airsweep":
         log = folder / "log.txt"
@@ -104,7 +104,7 @@ def killed_and_run_again(
     peer: str, spec: Path, folder: Path, sets: Sequence[str], after: int
 ) -> dict[str, int]:
     process = start(peer, spec, folder, sets)
-    while sum(completed(peer, folder).values()) < after and process.poll() is None:
+    while sum(count_completed(peer, folder).values()) < after and process.poll() is None:
         time.sleep(0.05)
     assert process.poll() is None, (folder / "output.txt").read_text()[-3000:]
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
@@ -115,9 +115,9 @@ def killed_and_run_again(
             continue
     process.wait()
     psutil.wait_procs(family, timeout=10)
-    before = completed(peer, folder)
+    before = count_completed(peer, folder)
     run(peer, spec, folder, sets)
-    done = completed(peer, folder)
+    done = count_completed(peer, folder)
     return {
         "done_before": sum(before.values()),
         "again": sum(done.values()) - len(done),
@@ -130,9 +130,9 @@ def again_with_more(peer: str, spec: Path, folder: Path, sets: Sequence[str]) ->
     text = spec.read_text()
     assert ", cpl_real]" in text
     more.write_text(text.replace(", cpl_real]", f", cpl_real, {ADDED}]"))
-    before = completed(peer, folder)
+    before = count_completed(peer, folder)
     run(peer, more, folder, sets)
-    done = completed(peer, folder) - before
+    done = count_completed(peer, folder) - before
     return {"again": sum(done[name] for name in before), "new": len(done.keys() - before.keys())}
 
 
@@ -157,7 +157,7 @@ def code_lines(file: Path) -> int:
 
 def measure(peer: str, folder: Path, sets: Sequence[str], walls: Sequence[float]) -> dict[str, Any]:
     undisturbed, disturbed = folder / f"{peer}-0", folder / f"{peer}-killed"
-    trials = len(completed(peer, undisturbed))
+    trials = len(count_completed(peer, undisturbed))
     kill = killed_and_run_again(peer, QUICKSTART, disturbed, sets, after=trials // 2)
     added = again_with_more(peer, QUICKSTART, undisturbed, sets)
     script = PEERS[peer]

@@ -66,7 +66,7 @@ class Policy:
 
 
 @dataclass
-class Found:
+class DeviceUse:
     """Device-seconds by use, and durations in seconds."""
 
     end: float = 0.0
@@ -88,7 +88,7 @@ class Simulation:
         self.queue: list[tuple[float, int, Callable[[], None]]] = []
         self.numbers = itertools.count()
         self.free = [1.0] * gpus  # free fraction of each device
-        self.found = Found()
+        self.found = DeviceUse()
         self.ready = [not group.tasks and not group.blocks for group in groups]
         self.waiting: list[Job] = []  # ready to run
         self.opened = 0  # number of groups whose jobs have been queued
@@ -103,7 +103,7 @@ class Simulation:
         for i, group in enumerate(groups):
             self.tasks += [(i, seconds) for seconds in group.tasks]
 
-    def run(self) -> Found:
+    def run(self) -> DeviceUse:
         self._schedule()
         while self.queue:
             at, _, event = heapq.heappop(self.queue)
@@ -356,7 +356,7 @@ def _steps(flat: dict[str, Any]) -> int:
 # ---------------------------------------------------------------- report
 
 
-def played(groups: Sequence[Group], gpus: int, costs: Costs, policy: Policy) -> dict[str, float]:
+def simulate(groups: Sequence[Group], gpus: int, costs: Costs, policy: Policy) -> dict[str, float]:
     found = Simulation(groups, gpus, costs, policy).run()
     drawn = sum(sum(group.tasks) + group.blocks * costs.block for group in groups)
     all_day = gpus * found.end
@@ -393,7 +393,7 @@ def main() -> None:
         by_blocks = [first, *sorted(others, key=lambda group: group.blocks)]
         for name, policy in POLICIES.items():
             groups = by_blocks if policy.beside else [first, *others]
-            one = found[f"{jobs}: {name}"] = played(groups, args.gpus, costs, policy)
+            one = found[f"{jobs}: {name}"] = simulate(groups, args.gpus, costs, policy)
             progress(f"{jobs}: {name}", *(f"{key} {value:.3g}" for key, value in one.items()))
     jobs = "a whole GPU, a job a seed"
     report(

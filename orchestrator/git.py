@@ -26,7 +26,7 @@ def commit() -> str:
     """The git commit of the code; a Ray job has no .git and reads AIRSWEEP_COMMIT."""
     if sent := os.environ.get("AIRSWEEP_COMMIT"):
         return sent
-    return _git("rev-parse", "HEAD").decode().strip() if _tracked() else UNKNOWN
+    return _git("rev-parse", "HEAD").decode().strip() if _is_tracked() else UNKNOWN
 
 
 def uncommitted_diff() -> bytes:
@@ -37,7 +37,7 @@ def uncommitted_diff() -> bytes:
     """
     if os.environ.get("AIRSWEEP_COMMIT") and (ROOT / SENT_DIFF).is_file():
         return (ROOT / SENT_DIFF).read_bytes()
-    if not _tracked():
+    if not _is_tracked():
         return b""
     with tempfile.TemporaryDirectory() as folder:
         # Add new files to a copy of the index, so that the user's index does not change. The copy
@@ -64,7 +64,7 @@ def uncommitted_digest(diff: bytes) -> str:
     return diff_digest(diff)
 
 
-def _tracked() -> bool:
+def _is_tracked() -> bool:
     return bool(_git("ls-files", "--", str(Path(__file__).resolve())))
 
 

@@ -30,10 +30,10 @@ def uri_kind(uri: str) -> Literal["none", "http", "sqlite"]:
             return "http"
         case "sqlite" if rest.startswith("///") and rest != "///":
             return "sqlite"
-    raise ValueError(_unknown(scheme, uri))
+    raise ValueError(_unsupported_message(scheme, uri))
 
 
-def _unknown(scheme: str, uri: str) -> str:
+def _unsupported_message(scheme: str, uri: str) -> str:
     # Show only the scheme: the address of a database often contains a password.
     allowed = "allowed: http(s)://<server>, sqlite:///<file>, none"
     if scheme == "jsonl":

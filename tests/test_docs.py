@@ -172,7 +172,7 @@ def test_examples_in_the_help_of_commands_exist_with_their_options():
     found = [" ".join(line.split()) for line in examples if line.strip().startswith("airsweep ")]
     assert len(found) > 20
     for command in found:
-        words, _ = redirected(words_of(command))
+        words, _ = split_redirection(words_of(command))
         parse_command(words[1:])
 
 
@@ -191,7 +191,7 @@ def check_command(command: str, only_parse: bool = False) -> None:
     Raises:
         InvalidCommand: the command does not work.
     """
-    words, target = redirected(words_of(command))
+    words, target = split_redirection(words_of(command))
     if words[0] != "airsweep":
         PROGRAMS[words[0]](words)
         return
@@ -202,8 +202,8 @@ def check_command(command: str, only_parse: bool = False) -> None:
             Path(target).write_text(output)
 
 
-def redirected(words: list[str]) -> tuple[list[str], str | None]:
-    """Split a command from the file to which its output is redirected."""
+def split_redirection(words: list[str]) -> tuple[list[str], str | None]:
+    """Split a command from the file to which its output is split_redirection."""
     at = words.index(">") if ">" in words else len(words)
     return words[:at], words[at + 1] if at < len(words) else None
 

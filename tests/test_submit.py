@@ -22,7 +22,7 @@ import ray
 from orchestrator.cluster import Cluster
 from orchestrator.git import commit
 from tests.helpers.clusters import head as ray_head
-from tests.helpers.servers import served
+from tests.helpers.servers import serve
 from tests.helpers.sweeps import (
     TIMEOUT,
     airsweep,
@@ -289,7 +289,7 @@ def server(status: int, body: str) -> Iterator[str]:
         def log_message(self, *args: Any) -> None:
             pass
 
-    with served(Handler) as url:
+    with serve(Handler) as url:
         yield url
 
 

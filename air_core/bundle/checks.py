@@ -161,19 +161,23 @@ def _check_metrics(metrics: Mapping[str, Any], wanted: str) -> None:
 def _check_texts(of: Mapping[str, np.ndarray], classes: int) -> None:
     texts, scale = of["text_features"], of["logit_scale"]
     if texts.dtype != np.float32 or texts.ndim != 2 or not texts.shape[1]:
-        raise ValueError(f"text_features are {_shown(texts)}; expected: float32 (classes, width)")
+        raise ValueError(
+            f"text_features are {_array_text(texts)}; expected: float32 (classes, width)"
+        )
     if len(texts) != classes:
         raise ValueError(f"{TEXT} has {len(texts)} classes, but there are {classes} class names")
     lengths = np.linalg.norm(texts.astype(np.float64), axis=1)  # (C,)
     if not (np.abs(lengths - 1) <= UNIT).all():  # NaN fails this check, too
         raise ValueError("text_features have vectors whose length is not 1")
     if scale.dtype != np.float32 or scale.shape or not np.isfinite(scale) or scale <= 0:
-        raise ValueError(f"logit_scale is {_shown(scale)}; expected: one positive float32")
+        raise ValueError(f"logit_scale is {_array_text(scale)}; expected: one positive float32")
 
 
 def _check_prompt(prompt: np.ndarray) -> None:
     if not np.issubdtype(prompt.dtype, np.floating) or prompt.ndim not in (2, 3) or not prompt.size:
-        raise ValueError(f"the prompt is {_shown(prompt)}; expected: floats of 2 or 3 dimensions")
+        raise ValueError(
+            f"the prompt is {_array_text(prompt)}; expected: floats of 2 or 3 dimensions"
+        )
     if not np.isfinite(prompt).all():
         raise ValueError("the prompt has values that are not finite")
 
@@ -181,7 +185,9 @@ def _check_prompt(prompt: np.ndarray) -> None:
 def _check_predictions(of: Mapping[str, np.ndarray], images: int, classes: int) -> None:
     for name, values in of.items():
         if not np.issubdtype(values.dtype, np.signedinteger) or values.ndim != 1:
-            raise ValueError(f"{name} of {TEST} is {_shown(values)}; expected: integers (images,)")
+            raise ValueError(
+                f"{name} of {TEST} is {_array_text(values)}; expected: integers (images,)"
+            )
         if len(values) != images or not images:
             raise ValueError(
                 f"{name} of {TEST} has {len(values)} images, but test.images is {images}"
@@ -190,5 +196,5 @@ def _check_predictions(of: Mapping[str, np.ndarray], images: int, classes: int) 
             raise ValueError(f"{name} of {TEST} has values out of range")
 
 
-def _shown(array: np.ndarray) -> str:
+def _array_text(array: np.ndarray) -> str:
     return f"{array.dtype} {array.shape}"

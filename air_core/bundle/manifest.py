@@ -229,7 +229,9 @@ def write_bundle(
                 save({key: np.asarray(a, order="C") for key, a in of.items()})
             )
         digests = {name: _file_digest(work / name) for name in sorted(arrays)}
-        (work / MANIFEST).write_bytes(_sealed({**content, "format": FORMAT, "files": digests}))
+        (work / MANIFEST).write_bytes(
+            _json_with_checksum({**content, "format": FORMAT, "files": digests})
+        )
         check(read_bundle(work))
         if folder.exists() and any(folder.iterdir()):
             old = work.with_name(f"{work.name}-old")
@@ -256,7 +258,7 @@ def check_free(folder: Path, replace: bool) -> None:
         raise ValueError(f"{folder} is already a bundle; give another folder, or --force")
 
 
-def _sealed(content: Mapping[str, Any]) -> bytes:
+def _json_with_checksum(content: Mapping[str, Any]) -> bytes:
     """Indented JSON that contains the digest of the same JSON without the digest."""
     bare = json.dumps(content, indent=1, sort_keys=True, allow_nan=False).encode()
     digest = hashlib.sha256(bare).hexdigest()
@@ -305,7 +307,7 @@ def _read_manifest(file: Path) -> dict[str, Any]:
     data = file.read_bytes()
     try:
         content = json.loads(data)
-        known = isinstance(content, dict) and _sealed(
+        known = isinstance(content, dict) and _json_with_checksum(
             {k: content[k] for k in content if k != "digest"}
         )
     except (ValueError, RecursionError):  # not JSON, or nested too deeply

@@ -104,8 +104,8 @@ def listing_screen(contents: dict[str, Any]) -> str:
         rows.append((stage, f"{group['artifacts']:,}", images, format_bytes(group["bytes"]), last))
     lines += [*aligned(rows), "", "largest"]
     for artifact in contents["artifacts"][:LARGEST]:
-        lines.append(f"  {format_bytes(artifact['bytes']):>10}  {_shortened(artifact['key'])}")
-        lines.append(f"{'':14}{artifact['user']}; {_needed(artifact['needed_by'])}")
+        lines.append(f"  {format_bytes(artifact['bytes']):>10}  {_shorten_key(artifact['key'])}")
+        lines.append(f"{'':14}{artifact['user']}; {_needed_text(artifact['needed_by'])}")
     lines += ["", "by owner"]
     for user, group in sorted(contents["users"].items(), key=lambda item: -item[1]["bytes"]):
         lines.append(
@@ -123,7 +123,7 @@ def listing_screen(contents: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _needed(by: Sequence[str]) -> str:
+def _needed_text(by: Sequence[str]) -> str:
     if not by:
         return "no sweep needs it"
     names = [name.removeprefix("default/") for name in by]
@@ -160,7 +160,9 @@ def gc_screen(plan: GcPlan, removed: bool) -> str:
     """The artifacts that were removed, or that `--yes` would remove."""
     lines = []
     for removal in plan.removals[:SHOWN]:
-        lines.append(f"{format_bytes(removal.bytes):>10}  {_shortened(_label(removal, plan.root))}")
+        lines.append(
+            f"{format_bytes(removal.bytes):>10}  {_shorten_key(_label(removal, plan.root))}"
+        )
         lines.append(f"{'':12}{removal.reason}; made by {removal.user}")
     lines += _more(len(plan.removals))
     total = f"{format_bytes(plan.bytes)} in {len(plan.removals):,} items"
@@ -191,7 +193,7 @@ def _more(count: int) -> list[str]:
     return [f"... and {count - SHOWN:,} more; --json lists all"] if count > SHOWN else []
 
 
-def _shortened(name: str) -> str:
+def _shorten_key(name: str) -> str:
     """A key, shortened in the middle; its digest stays."""
     if len(name) <= NAME_WIDTH:
         return name

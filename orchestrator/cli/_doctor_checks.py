@@ -81,14 +81,14 @@ class DoctorReport:
     machines: list[NodeReport] = field(default_factory=list)  # nodes of a cluster
     findings: list[Finding] = field(default_factory=list)
 
-    def passed(self, check: str, detail: str) -> None:
+    def add_pass(self, check: str, detail: str) -> None:
         """Record success, unless a finding has set the state of this check before."""
         self.checks.setdefault(check, ("ok", detail))
 
-    def skipped(self, check: str, reason: str) -> None:
+    def add_skip(self, check: str, reason: str) -> None:
         self.checks[check] = ("-", reason)
 
-    def failed(self, check: str, problem: str, remedy: str, fatal: bool = True) -> None:
+    def add_failure(self, check: str, problem: str, remedy: str, fatal: bool = True) -> None:
         self.add(Finding(HERE, check, problem, remedy, fatal))
 
     def add(self, *findings: Finding) -> None:
@@ -99,13 +99,13 @@ class DoctorReport:
                 self.checks[finding.check] = (state, finding.problem)
 
     @contextmanager
-    def catching(self, check: str) -> Iterator[None]:
+    def catch_errors(self, check: str) -> Iterator[None]:
         """Turn exceptions into findings; text after the first semicolon becomes the remedy."""
         try:
             yield
         except (ValueError, Refused, StoreRefused, TrackerUnreachable, OSError) as error:
             problem, _, remedy = str(error).partition("; ")
-            self.failed(check, problem, remedy or DEFAULT_REMEDIES[check])
+            self.add_failure(check, problem, remedy or DEFAULT_REMEDIES[check])
 
     def json(self) -> dict[str, Any]:
         """The JSON of `doctor --json`."""
@@ -138,11 +138,13 @@ def screen(report: Mapping[str, Any]) -> str:
 def check_machine(request: DoctorRequest) -> DoctorReport:
     """Check this machine for a sweep that runs on it."""
     report = DoctorReport()
-    report.passed("airsweep", f"{_version('airsweep') or 'a checkout'}, commit {commit()[:12]}")
+    report.add_pass("airsweep", f"{_version('airsweep') or 'a checkout'}, commit {commit()[:12]}")
     _check_libraries(report)
     _check_ray_folder(report)
     flags = ", ".join(f"{name}={os.environ[name]}" for name in HUB_VARIABLES if name in os.environ)
-    report.passed("offline", f"airsweep downloads nothing; variables of the hub: {flags or 'none'}")
+    report.add_pass(
+        "offline", f"airsweep downloads nothing; variables of the hub: {flags or 'none'}"
+    )
     location = _open_location(report, request)
     plan = _make_plan(report, request, location)
     machine = this_machine()
@@ -162,12 +164,12 @@ def check_cluster(request: DoctorRequest) -> DoctorReport:
     location = _open_location(report, request)
     plan = _make_plan(report, request, location)
     _check_tracker(report, request, location)
-    with report.catching("cluster"), ray_session() as machines:
+    with report.catch_errors("cluster"), ray_session() as machines:
         totals = (f"{sum(m.get(kind, 0) for m in machines):g} {kind}" for kind in ("CPU", "GPU"))
-        report.passed("cluster", f"{plural(len(machines), 'machine')}, {', '.join(totals)}")
+        report.add_pass("cluster", f"{plural(len(machines), 'machine')}, {', '.join(totals)}")
         _check_resources(report, plan, location, machines)
         if location is not None:
-            with report.catching("store"):
+            with report.catch_errors("store"):
                 report.machines = check_nodes(location.store, _node_requirements(plan, location))
     # Not by `add`: the table of machines shows their states.
     report.findings += [finding for machine in report.machines for finding in machine.findings]
@@ -187,12 +189,12 @@ def _check_libraries(report: DoctorReport) -> None:
         else:
             python, needed = metadata("airsweep")["Requires-Python"], requires("airsweep") or []
     except PackageNotFoundError:
-        report.skipped("versions", "this copy of the code does not state its dependencies")
+        report.add_skip("versions", "this copy of the code does not state its dependencies")
         return
     here = platform.python_version()
     if here not in SpecifierSet(python):
         problem = f"Python is {here}, but airsweep needs {python}"
-        report.failed("versions", problem, f"make an environment with Python {python}")
+        report.add_failure("versions", problem, f"make an environment with Python {python}")
     for package in map(Requirement, needed):
         if package.marker is not None and not package.marker.evaluate({"extra": ""}):
             continue
@@ -200,9 +202,9 @@ def _check_libraries(report: DoctorReport) -> None:
         if installed is None or not allowed.contains(installed, prereleases=True):
             state = "is missing" if installed is None else f"is {installed}"
             problem = f"{name} {state}, but airsweep needs {allowed}"
-            report.failed("versions", problem, f"pip install '{name}{allowed}'")
+            report.add_failure("versions", problem, f"pip install '{name}{allowed}'")
     main = ", ".join(f"{name} {_version(name)}" for name in ("ray", "torch", "mlflow"))
-    report.passed("versions", f"Python {here}, {main} and {len(needed) - 3} more")
+    report.add_pass("versions", f"Python {here}, {main} and {len(needed) - 3} more")
 
 
 def _version(name: str) -> str | None:
@@ -216,13 +218,13 @@ def _check_ray_folder(report: DoctorReport) -> None:
     """Check that Ray can write its temporary folder; Ray is not started."""
     folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
     if not os.access(folder, os.W_OK):
-        report.failed("ray", f"Ray's folder {folder} is not writable", "set RAY_TMPDIR")
+        report.add_failure("ray", f"Ray's folder {folder} is not writable", "set RAY_TMPDIR")
         return
     disk = shutil.disk_usage(folder)
     if disk.used > FULL_DISK * disk.total:
         problem = f"the disk of Ray's folder {folder} is {disk.used / disk.total:.0%} full"
-        report.failed("ray", problem, "free some space, or set RAY_TMPDIR", fatal=False)
-    report.passed("ray", f"can start in {folder}")
+        report.add_failure("ray", problem, "free some space, or set RAY_TMPDIR", fatal=False)
+    report.add_pass("ray", f"can start in {folder}")
 
 
 # ---------------------------------------------------------------- sweep and store
@@ -232,9 +234,9 @@ def _open_location(report: DoctorReport, request: DoctorRequest) -> SweepLocatio
     """Open the store of the sweep. None: it cannot be opened, or needs a connection offline."""
     store, location = request.store, None
     if request.offline and is_bucket(store):
-        report.skipped("store", OFFLINE)
+        report.add_skip("store", OFFLINE)
         return None
-    with report.catching("store"):
+    with report.catch_errors("store"):
         if request.sweep is not None:
             location = location_for(request.sweep, store, request.data_root)
         elif in_ray_job() and not is_bucket(store) and not store_folder(store).is_absolute():
@@ -250,13 +252,13 @@ def _make_plan(
     """Plan the sweep, which also checks that its weights and datasets exist on this machine."""
     plan = None
     if request.sweep is None:
-        report.skipped("sweep", "no sweep given")
+        report.add_skip("sweep", "no sweep given")
     elif location is None:
-        report.skipped("sweep", "needs the store")
+        report.add_skip("sweep", "needs the store")
     else:
-        with report.catching("sweep"):
+        with report.catch_errors("sweep"):
             plan = plan_of(request.sweep.spec, location)
-            report.passed("sweep", f"{plan.sweep.name}: its weights and images exist here")
+            report.add_pass("sweep", f"{plan.sweep.name}: its weights and images exist here")
     return plan
 
 
@@ -274,29 +276,29 @@ def _check_resources(
 ) -> None:
     """Check that every trial and generator fits a machine."""
     if plan is None or location is None:
-        report.skipped("resources", "needs a sweep")
+        report.add_skip("resources", "needs a sweep")
     elif (reason := unschedulable_reason(plan, location.store, machines)) is None:
-        report.passed("resources", "every trial and generator fits a machine")
+        report.add_pass("resources", "every trial and generator fits a machine")
     else:
         problem, _, remedy = reason.rpartition(": ")
         if os.environ.get("RAY_ADDRESS"):
             remedy += ", or let an autoscaling cluster start such a machine first"
-        report.failed("resources", problem, remedy)
+        report.add_failure("resources", problem, remedy)
 
 
 def _check_as_node(
     report: DoctorReport, location: SweepLocation, needs: NodeRequirements, gpus: float
 ) -> None:
     """Check this machine like a node of a cluster."""
-    with report.catching("store"):
+    with report.catch_errors("store"):
         here = replace(needs, gpus=needs.gpus and gpus > 0)
         facts, findings = check_this_machine(HERE, location.store, here)
         report.add(*findings)
         free = facts["store"]["free"]
-        report.passed("store", f"{location.store.name} is writable")
-        report.passed("room", "unknown" if free is None else f"{format_bytes(free)} free")
+        report.add_pass("store", f"{location.store.name} is writable")
+        report.add_pass("room", "unknown" if free is None else f"{format_bytes(free)} free")
         unused = "" if needs.gpus else ", none needed"
-        report.passed("gpu", f"{gpus:g} GPU{unused}")
+        report.add_pass("gpu", f"{gpus:g} GPU{unused}")
 
 
 def _check_tracker(
@@ -305,19 +307,19 @@ def _check_tracker(
     """Check that the tracking server answers and accepts the credentials."""
     root = location.store.root if location is not None else Path(tempfile.gettempdir())
     uri_in_sweep = request.sweep.spec.tracking_uri if request.sweep else None
-    with report.catching("tracker"):
+    with report.catch_errors("tracker"):
         uri = effective_uri(request.tracking_uri or uri_in_sweep, root)
         kind = uri_kind(uri)
         if kind != "http":
             target = "a file" if kind == "sqlite" else "off"
-            report.passed("tracker", f"{target}, so no server is needed")
+            report.add_pass("tracker", f"{target}, so no server is needed")
         elif request.offline:
-            report.skipped("tracker", OFFLINE)
+            report.add_skip("tracker", OFFLINE)
         else:
             make_tracker(
                 uri, store=root, project=location.project if location else "default"
             ).check()
-            report.passed(
+            report.add_pass(
                 "tracker", f"{without_credentials(uri)} answers and accepts the credentials"
             )
 

@@ -77,12 +77,12 @@ def compare(
             "store, or its numbers as --paper FILE (docs/results_guide.md)"
         )
     published = None if paper is None else find_paper(paper)
-    ours = _finished(name, store, data_root)
+    ours = _read_finished(name, store, data_root)
     if published is not None:
         comparison = compare_with_paper(ours.results, published)
     else:
         assert against is not None
-        theirs = _finished(against, store, data_root)
+        theirs = _read_finished(against, store, data_root)
         comparison = compare_with_sweep(ours.results, theirs.results, against)
     trials = {"done": len(ours.results.trials), "total": ours.plan.total}
     if as_json:
@@ -92,7 +92,7 @@ def compare(
     sys.exit(GATE if fail_on and comparison.has_regression else DONE)
 
 
-def _finished(name: str, store: str, data_root: Path | None) -> SweepResults:
+def _read_finished(name: str, store: str, data_root: Path | None) -> SweepResults:
     """Read a sweep that has at least one result; note on stderr if trials are missing."""
     recorded = read_results(name, store, data_root)
     if not recorded.results.rows:

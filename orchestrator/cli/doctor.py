@@ -80,10 +80,10 @@ def doctor(
         options = [word for name, value in known.items() if value for word in (name, str(value))]
         report = doctor_checks.check_cluster_by_job(str(cluster_address), sweep, options)
     else:
-        from orchestrator.cluster.session import redirected
+        from orchestrator.cluster.session import redirect_descriptor
 
         # Parts of Ray write to file descriptor 1; stdout is for data.
-        with environment({"RAY_ADDRESS": str(cluster_address)}), redirected(1, 2):
+        with environment({"RAY_ADDRESS": str(cluster_address)}), redirect_descriptor(1, 2):
             report = doctor_checks.check_cluster(request).json()
     show(json.dumps(report, indent=1) if as_json else doctor_checks.screen(report))
     sys.exit(0 if report["ok"] else REFUSED)

@@ -166,6 +166,6 @@ def _audit_progress(row: str) -> Callable[[int, int], None]:
 
     def report_progress(done: int, total: int) -> None:
         if time.monotonic() - started > 3:
-            screen.progress(f"auditing {row}", done, total)
+            screen.show_progress(f"auditing {row}", done, total)
 
     return report_progress

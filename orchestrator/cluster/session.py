@@ -121,7 +121,7 @@ def _local_cluster(
     ray_folder = folder / "ray"  # readable by all users; the folder around it is private
     logs = ray_folder / "session_latest" / "logs"
     try:
-        with redirected(2, None), _on_loopback(), _private_token(), environment(variables):
+        with redirect_descriptor(2, None), _on_loopback(), _private_token(), environment(variables):
             ray.init(
                 address="local",
                 include_dashboard=False,
@@ -173,7 +173,7 @@ def _join(address: str, **options: Any) -> None:
 
     _wait_for_connection(address)
     try:
-        with redirected(2, None):  # errors still arrive as exceptions
+        with redirect_descriptor(2, None):  # errors still arrive as exceptions
             ray.init(**options)
     except (ConnectionError, AuthenticationError) as problem:
         raise Refused(
@@ -305,7 +305,7 @@ def request_autoscaling(resources: Resources) -> None:
 
 
 @contextmanager
-def redirected(descriptor: int, to: int | None) -> Iterator[None]:
+def redirect_descriptor(descriptor: int, to: int | None) -> Iterator[None]:
     """Redirect a file descriptor to another one, or to /dev/null (None), during the block.
 
     Parts of Ray write to descriptors 1 and 2 directly, so replacing `sys.stdout` is not enough.

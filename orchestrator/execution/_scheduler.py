@@ -180,7 +180,7 @@ class TrialScheduler:
         self.waiting: dict[tuple[str, int | None], list[tuple[_CellQueue, int, Slot]]] = {}
 
     @property
-    def finished(self) -> bool:
+    def is_complete(self) -> bool:
         if self.stopped:
             return not self.running
         return all(queue.ended for queue in self.queues)
@@ -198,7 +198,7 @@ class TrialScheduler:
 
     def peek(self) -> Job | None:
         """The job that `next` would return. None: no job can start until a running job ends, or
-        the scheduler has `finished`."""
+        the scheduler `is_complete`."""
         if self.stopping_failure():
             self.stopped = True
         while not self.queued and not self.stopped:

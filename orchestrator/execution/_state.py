@@ -125,7 +125,7 @@ class RunState:
             self.statistics.drawn += facts["drawn"]
             self.statistics.redrawn += facts["redrawn"]
             self.statistics.holes += facts["holes"]
-        self.screen.prepared(requirement)
+        self.screen.show_prepared(requirement)
 
     def on_failed(self, requirement: Requirement, failure: Failure) -> None:
         self.failed_requirements.append((requirement, failure))
@@ -143,11 +143,11 @@ class RunState:
 
     def on_progress(self, name: str, done: int, total: int) -> None:
         self._reset_stall()
-        self.screen.progress(name, done, total)
+        self.screen.show_progress(name, done, total)
 
     def on_waiting(self, name: str, holder: str, seconds: float) -> None:
         self._reset_stall()
-        self.screen.waiting(name, holder, seconds)
+        self.screen.show_wait(name, holder, seconds)
 
     def on_pool_closed(self, pool: PoolStatistics) -> None:
         self.statistics.pools.append(asdict(pool))
@@ -174,7 +174,7 @@ class RunState:
         if not outcome.already_logged:
             self._charge(outcome)
         self.tracker.trial(outcome, logged_at)
-        self.screen.outcome(outcome)
+        self.screen.show_outcome(outcome)
 
     def _log_outcome(self, outcome: Outcome) -> float:
         fields: dict[str, Any] = {

@@ -316,7 +316,7 @@ def _log_start(state: RunState, plan: Plan) -> None:
         pid=os.getpid(),
         **provenance(),
     )
-    state.screen.started(plan)
+    state.screen.show_start(plan)
 
 
 # ---------------------------------------------------------------- the work

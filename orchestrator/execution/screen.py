@@ -80,7 +80,7 @@ class Screen:
     def message(self, text: str) -> None:
         show(text, file=sys.stderr, flush=True)
 
-    def started(self, plan: Plan) -> None:
+    def show_start(self, plan: Plan) -> None:
         self.rows = PointRows(len(plan.sweep.seeds.values))
         self.counts = {
             str(requirement.key): [0, requirement.total()] for requirement in plan.requirements
@@ -93,14 +93,14 @@ class Screen:
         if plan.edit is not None:
             self.message(str(plan.edit))
 
-    def prepared(self, requirement: Requirement) -> None:
+    def show_prepared(self, requirement: Requirement) -> None:
         count = self._count(requirement)
         if requirement.stage != "images" or count[0] == count[1]:
             self.message(f"{artifact_title(requirement.key)}: ready")
         else:
-            self.progress(artifact_title(requirement.key), *count)
+            self.show_progress(artifact_title(requirement.key), *count)
 
-    def progress(self, name: str, done: int, total: int) -> None:
+    def show_progress(self, name: str, done: int, total: int) -> None:
         now = time.monotonic()
         pace = self.paces.setdefault(name, WorkPace(now, done))
         interval = max(LINE_INTERVAL, LINE_SHARE * (now - pace.started))
@@ -108,7 +108,7 @@ class Screen:
             pace.last_line = now
             self.message(f"{name}: {done}/{total}{pace.remaining(now, done, total)}")
 
-    def waiting(self, name: str, holder: str, seconds: float) -> None:
+    def show_wait(self, name: str, holder: str, seconds: float) -> None:
         last = self.waits.get(name, 0.0)
         if seconds < last:  # another wait has begun
             last = 0.0
@@ -118,7 +118,7 @@ class Screen:
                 f"{name}: waiting for {holder} to make it ({format_duration(seconds)} so far)"
             )
 
-    def outcome(self, outcome: Outcome) -> None:
+    def show_outcome(self, outcome: Outcome) -> None:
         row = self.rows.add(outcome)
         if row is not None and not outcome.already_logged:
             self.message(row)
@@ -164,26 +164,26 @@ class BarScreen(Screen):
     def message(self, text: str) -> None:
         self.console.print(printable_lines(text), markup=False, soft_wrap=True)
 
-    def started(self, plan: Plan) -> None:
-        super().started(plan)
+    def show_start(self, plan: Plan) -> None:
+        super().show_start(plan)
         self.bars.start()
         self.trials = self.bars.add_task(
             "trials", total=plan.total, completed=plan.done + len(plan.pruned)
         )
 
-    def outcome(self, outcome: Outcome) -> None:
+    def show_outcome(self, outcome: Outcome) -> None:
         if not outcome.already_logged:
             self.bars.advance(self.trials)
-        super().outcome(outcome)
+        super().show_outcome(outcome)
 
     def close(self) -> None:
         self.bars.stop()
 
-    def prepared(self, requirement: Requirement) -> None:
+    def show_prepared(self, requirement: Requirement) -> None:
         count = self._count(requirement) if requirement.stage == "images" else [1, 1]
-        self.progress(artifact_title(requirement.key), *count)
+        self.show_progress(artifact_title(requirement.key), *count)
 
-    def progress(self, name: str, done: int, total: int) -> None:
+    def show_progress(self, name: str, done: int, total: int) -> None:
         # The last report of some work has another unit than the reports before it.
         if name not in self.tasks:
             shown = printable(name if len(name) <= NAME_WIDTH else f"{name[:20]}...{name[-21:]}")

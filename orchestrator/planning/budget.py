@@ -53,8 +53,8 @@ class BudgetTracker:
                 rung counts as the fraction of its iterations.
         """
         *_, (cell, count) = under_way
-        together = sum(self.expected(each) * trials for each, trials in under_way)
-        return self._fits("the next point", self.expected(cell) * count, together, "trial")
+        together = sum(self.expected_seconds(each) * trials for each, trials in under_way)
+        return self._fits("the next point", self.expected_seconds(cell) * count, together, "trial")
 
     def can_prepare(
         self, requirements: Sequence[Requirement], store: ArtifactStore, workers: int
@@ -71,7 +71,7 @@ class BudgetTracker:
         wall = seconds / max(workers, 1)
         return self._fits("the preparation of missing artifacts", wall, seconds, "generator")
 
-    def expected(self, cell: str) -> float:
+    def expected_seconds(self, cell: str) -> float:
         """Expected seconds of one trial of a cell."""
         every = [seconds for ended in self.trials.values() for seconds in ended]
         measured = self.trials.get(cell) or every

@@ -92,7 +92,7 @@ class Estimate:
         return sum(self.stages.values())
 
     @property
-    def calibrated(self) -> bool:
+    def is_calibrated(self) -> bool:
         return not self.reason
 
     @property
@@ -103,7 +103,7 @@ class Estimate:
         return {
             "seconds": round(self.seconds, 1),
             "wall": None if self.wall is None else round(self.wall, 1),
-            "calibrated": self.calibrated,
+            "calibrated": self.is_calibrated,
             "reason": self.reason,
             "source": self.source,
             "gpu_hours": round(self.gpu_hours, 3),

@@ -244,7 +244,7 @@ class CellSearch:
             return list(self._earlier)
         total = self._total()
         points = [Point(number, self._params[number]) for number in self._open if number < total]
-        if not points and self._exhausted():
+        if not points and self._patience_exhausted():
             return []
         # A killed driver may have recorded a part of a round; the rest belongs to the same round.
         first = points[0].number if points else len(self._params)
@@ -352,7 +352,7 @@ class CellSearch:
             if trial.user_attrs.get("point", -1) not in {-1, *copied}:
                 self._copy.add_trial(trial)
 
-    def _exhausted(self) -> bool:
+    def _patience_exhausted(self) -> bool:
         """Whether none of the last `patience` points of this study improved the best objective."""
         if self.search.patience is None:
             return False

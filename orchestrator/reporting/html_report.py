@@ -142,8 +142,8 @@ def _verdict(data: ReportData) -> str:
     for role, baseline in (("host", "the host"), ("control", "the control without diffusion")):
         gains = [c for c in comparisons if c.role == role and has_images(c.row.method)]
         if gains:
-            above = sum(gain.significant and gain.difference.mean > 0 for gain in gains)
-            below = sum(gain.significant and gain.difference.mean < 0 for gain in gains)
+            above = sum(gain.is_significant and gain.difference.mean > 0 for gain in gains)
+            below = sum(gain.is_significant and gain.difference.mean < 0 for gain in gains)
             lower = f", lower in {below}" if below else ""
             parts.append(f"than {baseline} in {above} of {plural(len(gains), 'comparison')}{lower}")
     if not parts:

@@ -171,7 +171,7 @@ class Comparison:
         return self.row.method, self.baseline.method
 
     @property
-    def significant(self) -> bool:
+    def is_significant(self) -> bool:
         """Whether the difference is tested and its corrected p value is below `ALPHA`."""
         return self.p_corrected < ALPHA and not self.difference.reason_not_tested
 
@@ -180,19 +180,21 @@ class Comparison:
         """The entry of the column `significant`: yes, no or not tested."""
         if self.difference.reason_not_tested:
             return "not tested"
-        return "yes" if self.significant else "no"
+        return "yes" if self.is_significant else "no"
 
     @property
     def mark(self) -> str:
         """† for the host, ‡ for the control, with ↓ if the row is worse; empty: not significant."""
-        if not self.significant:
+        if not self.is_significant:
             return ""
         return MARKS[self.role] + (WORSE if self.difference.mean < 0 else "")
 
     @property
     def ascii_mark(self) -> str:
         """The mark for CSV: `host+` is significantly better than the host, `host-` worse."""
-        return f"{self.role}{'-' if self.difference.mean < 0 else '+'}" if self.significant else ""
+        return (
+            f"{self.role}{'-' if self.difference.mean < 0 else '+'}" if self.is_significant else ""
+        )
 
     def as_json(self) -> dict[str, Any]:
         difference = self.difference
@@ -207,7 +209,7 @@ class Comparison:
             "interval": difference.interval,
             "p": difference.p,
             "p_corrected": self.p_corrected,
-            "marked": self.significant,
+            "marked": self.is_significant,
             "untold": difference.reason_not_tested,
             "images_needed": difference.images_needed,
         }

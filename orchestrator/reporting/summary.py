@@ -59,7 +59,7 @@ def summary(
         width: of the terminal.
     """
     tail = [f"{paradigm}/{modality}" for _, paradigm, modality in results.tasks]
-    lines = _folded("   ".join([title, *(tail if len(tail) == 1 else [])]), width)
+    lines = _wrap("   ".join([title, *(tail if len(tail) == 1 else [])]), width)
     if not results.rows:
         return "\n".join([*lines, f" {EMPTY}", *_facts(facts, width)])
     lines += _table(table_lines(results), HIDDEN_RESULTS, width)
@@ -76,7 +76,7 @@ def summary(
         *(significance_notes(results.comparisons, marks=False) if gains else []),
     ]
     for note in [*notes, *choice_notes(results.rows), *collapse_notes(results)]:
-        lines += _folded(note, width)
+        lines += _wrap(note, width)
     return "\n".join([*lines, *_facts(facts, width)])
 
 
@@ -92,12 +92,12 @@ def _facts(facts: Sequence[tuple[str, str]], width: int) -> list[str]:
     for label, text in facts:
         lead = f"{label:<{labels}}   " if label else ""
         for part in text.splitlines():
-            lines += _folded(part, width, lead)
+            lines += _wrap(part, width, lead)
             lead = " " * len(lead)
     return lines
 
 
-def _folded(text: str, width: int, lead: str = "") -> list[str]:
+def _wrap(text: str, width: int, lead: str = "") -> list[str]:
     indent = " " * (len(lead) + len(text) - len(text.lstrip()) + 3)
     return textwrap.wrap(
         text,

@@ -176,7 +176,7 @@ def comparison_lines(results: Results) -> list[dict[str, str]]:
 
 
 def _images_needed(comparison: Comparison) -> str:
-    number = None if comparison.significant else comparison.difference.images_needed
+    number = None if comparison.is_significant else comparison.difference.images_needed
     return "" if number is None else f"{number:,}"
 
 
@@ -198,7 +198,7 @@ def _caption(results: Results, header: Sequence[str]) -> Iterator[str]:
 
 
 def _ascii_marks(comparisons: Mapping[Role, Comparison]) -> list[str]:
-    return [c.ascii_mark for c in comparisons.values() if c.significant]
+    return [c.ascii_mark for c in comparisons.values() if c.is_significant]
 
 
 # ---------------------------------------------------------------- keys down and across

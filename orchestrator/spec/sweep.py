@@ -316,7 +316,7 @@ def cells_of(spec: SweepSpec) -> tuple[Cell, ...]:
     Raises:
         SpecError: no cell is left, because of `exclude` or because no method fits its paradigm.
     """
-    table = {_frozen(combination): combination for combination in combinations(spec)}
+    table = {_hashable(combination): combination for combination in combinations(spec)}
     cells = {key: _cell(spec, combination) for key, combination in table.items()}
     if not cells:
         raise SpecError(f"{spec.source}: `exclude` removes every combination of the grid")
@@ -326,13 +326,15 @@ def cells_of(spec: SweepSpec) -> tuple[Cell, ...]:
     computed = {key: (cell.method, _computation(cell)) for key, cell in cells.items()}
     first = {computed[key]: key for key in reversed(cells)}  # keep the first of equal cells
     distinct = [key for key in cells if first[computed[key]] == key]
-    return tuple(_distinct_ids(_named(spec, cells[key], table[key], computed) for key in distinct))
+    return tuple(
+        _distinct_ids(_with_id(spec, cells[key], table[key], computed) for key in distinct)
+    )
 
 
 def needs_labels_message(methods: Sequence[str]) -> str:
     """The message for a sweep in which no method fits any paradigm."""
     return (
-        f"paradigm ul has no labelled images, and {_listed(list(methods))} cannot be trained "
+        f"paradigm ul has no labelled images, and {_list_text(list(methods))} cannot be trained "
         "without them; allowed: paradigm ssl or trzsl"
     )
 
@@ -347,7 +349,7 @@ def _is_defined(cell: Cell) -> bool:
     return cell.flat["paradigm"] in METHODS[cell.method].paradigms
 
 
-def _frozen(combination: dict[str, Any]) -> frozenset[tuple[str, Any]]:
+def _hashable(combination: dict[str, Any]) -> frozenset[tuple[str, Any]]:
     # In a dict True equals 1; the type separates the two in an axis [true, 1].
     return frozenset((key, (type(value).__name__, value)) for key, value in combination.items())
 
@@ -382,13 +384,13 @@ def _cell(spec: SweepSpec, combination: dict[str, Any]) -> Cell:
     )
 
 
-def _named(
+def _with_id(
     spec: SweepSpec, cell: Cell, combination: dict[str, Any], computed: dict[Any, Any]
 ) -> Cell:
     """The cell with its id and without the grid keys that do not change its computation."""
 
     def computation(other: dict[str, Any]) -> Any:
-        key = _frozen(other)
+        key = _hashable(other)
         if key not in computed:  # excluded from the sweep
             outside = _cell(spec, other)
             computed[key] = (outside.method, _computation(outside))
@@ -496,21 +498,21 @@ def _notes(spec: SweepSpec) -> Iterator[str]:
         for key in keys:
             pinning = [name for name in spec.methods if key in METHODS[name].pins]
             if pinning:
-                yield f"{part}.{key} does not apply to {_listed(pinning)}: the method pins it"
+                yield f"{part}.{key} does not apply to {_list_text(pinning)}: the method pins it"
     every = list(combinations(spec))
     skipped = [cell for cell in (_cell(spec, entry) for entry in every) if not _is_defined(cell)]
     if skipped:
         names = sorted({cell.method for cell in skipped})
-        yield f"{_listed(names)}: no cells with paradigm ul, which has no labelled images"
+        yield f"{_list_text(names)}: no cells with paradigm ul, which has no labelled images"
     cells, total = cells_of(spec), len(every) - len(skipped)
     if len(cells) < total:
         yield f"{total} combinations of the grid are {len(cells)} different cells"
     single_point = [cell.id for cell in cells if not cell.space]
     if spec.search and single_point:
-        yield f"only one point, because no dimension applies: {_listed(single_point)}"
+        yield f"only one point, because no dimension applies: {_list_text(single_point)}"
 
 
-def _listed(names: list[str], most: int = 8) -> str:
+def _list_text(names: list[str], most: int = 8) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 

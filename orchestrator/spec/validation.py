@@ -112,7 +112,7 @@ def _spec_error(document: Document, problem: ValidationError, schema: Schema) ->
     if error["type"] == "value_error":  # the error of a section points at its key
         error_at = document.key_error if isinstance(value, dict) else document.error
         return error_at(keys, str(error["ctx"]["error"]))
-    allowed = allowed_values(part) + suggestion(str(value), map(str, _enumerated(part)))
+    allowed = allowed_values(part) + suggestion(str(value), map(str, _enum_values(part)))
     return document.error(keys, f"{short_value(value)} is not allowed; allowed: {allowed}")
 
 
@@ -138,13 +138,13 @@ class _Untitled(GenerateJsonSchema):
 def schema_of(adapter: TypeAdapter[Any]) -> Schema:
     """The JSON schema of an adapter's input, without references."""
     schema = adapter.json_schema(schema_generator=_Untitled)
-    inlined: Schema = _inlined(schema, schema.get("$defs", {}))
+    inlined: Schema = _inline_references(schema, schema.get("$defs", {}))
     return inlined
 
 
-def _inlined(node: Any, definitions: Schema) -> Any:
+def _inline_references(node: Any, definitions: Schema) -> Any:
     if isinstance(node, list):
-        return [_inlined(item, definitions) for item in node]
+        return [_inline_references(item, definitions) for item in node]
     if not isinstance(node, dict):
         return node
     if "$ref" in node:
@@ -153,7 +153,11 @@ def _inlined(node: Any, definitions: Schema) -> Any:
     dropped = {"$ref", "$defs"}
     if isinstance(default, list | dict) or (default is None and "anyOf" not in node):
         dropped.add("default")  # a user cannot write these defaults as a value
-    return {key: _inlined(item, definitions) for key, item in node.items() if key not in dropped}
+    return {
+        key: _inline_references(item, definitions)
+        for key, item in node.items()
+        if key not in dropped
+    }
 
 
 def _part(schema: Schema, keys: Keys) -> Schema:
@@ -183,7 +187,7 @@ def _keys(schema: Schema) -> list[str]:
     return list(next(filter(None, listed), []))
 
 
-def _enumerated(schema: Schema) -> list[Any]:
+def _enum_values(schema: Schema) -> list[Any]:
     return [value for option in _options(schema) for value in option.get("enum", [])]
 
 

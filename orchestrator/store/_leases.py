@@ -53,7 +53,7 @@ class Lease:
         started = seen_since = time.monotonic()
         seen: UpdateVersion | None = None
         while (version := self.client.put_if(self.name, self._content(), "create")) is None:
-            current = self.client.versioned(self.name)
+            current = self.client.get_versioned(self.name)
             if current is not None and self._is_own(current):
                 version = current.version
             elif current is not None:
@@ -74,7 +74,7 @@ class Lease:
 
     def is_held(self) -> bool:
         """Whether a process holds the lease, judged by the clock of this machine."""
-        current = self.client.versioned(self.name)
+        current = self.client.get_versioned(self.name)
         return (
             current is not None
             and time.time() - current.modified <= self.timeout
@@ -95,7 +95,7 @@ class Lease:
         """Replace one version of the lease; the new version. None: another process has it."""
         new = self.client.put_if(self.name, self._content(), version)
         if new is None:
-            current = self.client.versioned(self.name)
+            current = self.client.get_versioned(self.name)
             new = current.version if current is not None and self._is_own(current) else None
         return new
 

@@ -77,7 +77,7 @@ class ArtifactStore:
         self.locks = Locks(self.backend)
 
     def __reduce__(self) -> Any:
-        return _reopened, (self.backend, self.writable)
+        return _reopen, (self.backend, self.writable)
 
     @property
     def name(self) -> str:
@@ -328,7 +328,7 @@ def smoke_store(address: Path | str) -> Path | str:
     return folder.with_name(folder.name + "-smoke")
 
 
-def _reopened(backend: FolderBackend, writable: bool) -> ArtifactStore:
+def _reopen(backend: FolderBackend, writable: bool) -> ArtifactStore:
     return ArtifactStore(backend, writable=writable)
 
 

@@ -153,10 +153,10 @@ class BucketClient:
 
     def get(self, name: str) -> bytes | None:
         """Content of an object; None: it does not exist."""
-        found = self.versioned(name)
+        found = self.get_versioned(name)
         return None if found is None else found.data
 
-    def versioned(self, name: str) -> VersionedObject | None:
+    def get_versioned(self, name: str) -> VersionedObject | None:
         """Content and version of an object; None: it does not exist."""
 
         def read(objects: Any) -> VersionedObject:

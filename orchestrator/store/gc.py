@@ -143,7 +143,7 @@ def remove(plan: GcPlan) -> GcPlan:
     """
     groups: dict[bool, list[Removal]] = {True: [], False: []}
     for removal in plan.removals:
-        groups[_removed(removal)].append(removal)
+        groups[_remove_files(removal)].append(removal)
     now = time.time()
     # Locks of killed builders. The caller holds the store exclusively.
     for lock in (plan.root / LOCKS).iterdir():
@@ -154,7 +154,7 @@ def remove(plan: GcPlan) -> GcPlan:
     return replace(plan, removals=tuple(groups[True]), others=others)
 
 
-def _removed(removal: Removal) -> bool:
+def _remove_files(removal: Removal) -> bool:
     """Remove files; whether that succeeded."""
     path = removal.path
     if path.is_symlink():

@@ -115,7 +115,7 @@ def _tasks(holding: Holding, backend: FolderBackend) -> Iterator[Callable[[], Fi
     files = holding.record.get("files")
     for name, digest in files.items() if isinstance(files, dict) else ():
         check = partial(_check_recorded_file, digest)
-        yield partial(_check_file, backend, path / holding.stored(name), path, check)
+        yield partial(_check_file, backend, path / holding.stored_name(name), path, check)
 
 
 def _check_file(

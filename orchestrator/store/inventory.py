@@ -49,7 +49,7 @@ class Holding:
     def user(self) -> str:
         return str(self.record.get("user", UNKNOWN))
 
-    def stored(self, name: str) -> str:
+    def stored_name(self, name: str) -> str:
         """Name under which the store keeps a file of the record."""
         in_bucket = stored_name(name, str(self.record["files"][name]))
         return in_bucket if in_bucket in self.files else name
@@ -184,7 +184,7 @@ def _unrecorded_files(holding: Holding) -> Iterator[tuple[str, str]]:
     """Files that the record does not list, each with the reason why it exists."""
     recorded = holding.record.get("files")
     if recorded is not None:
-        recorded = {holding.stored(name) for name in recorded}
+        recorded = {holding.stored_name(name) for name in recorded}
     for name in holding.files:
         if name.startswith("."):
             yield name, _reason_hidden(name)

@@ -124,8 +124,10 @@ class ChildRuns:
             ),
             tags={
                 **_tags(slot),
-                "air.seed": _joined(trial.seeds.get("seed", trial.spec.seed) for trial, _ in done),
-                "air.split_seed": _joined(trial.spec.split_seed for trial, _ in done),
+                "air.seed": _join_values(
+                    trial.seeds.get("seed", trial.spec.seed) for trial, _ in done
+                ),
+                "air.split_seed": _join_values(trial.spec.split_seed for trial, _ in done),
                 "air.runs": f"{len(done)} of {self._planned}",
                 "air.user": ", ".join(sorted(users)),
             },
@@ -211,7 +213,7 @@ def _times(record: TrialRecord) -> tuple[int, int]:
     return started, started + int(record.seconds * 1000)
 
 
-def _joined(values: Iterable[int]) -> str:
+def _join_values(values: Iterable[int]) -> str:
     return ", ".join(map(str, dict.fromkeys(values)))
 
 

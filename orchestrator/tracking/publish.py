@@ -59,13 +59,13 @@ class Publisher:
         self._warned = False
 
     @cached_property
-    def parent(self) -> SweepRun:
+    def sweep_run(self) -> SweepRun:
         """The sweep run. Read it after the driver has set user and commit in the environment."""
         return sweep_run_of(self.sweep, self.location, provenance())
 
     @cached_property
     def _children(self) -> ChildRuns:
-        return ChildRuns(self.sweep, self.parent, self.store)
+        return ChildRuns(self.sweep, self.sweep_run, self.store)
 
     @property
     def in_store(self) -> bool:
@@ -86,7 +86,7 @@ class Publisher:
         if self.kind != "http" or not reach:
             return
         try:
-            make_tracker(self.uri, store=self.store.root, project=self.parent.project).check()
+            make_tracker(self.uri, store=self.store.root, project=self.sweep_run.project).check()
         except TrackerUnreachable as error:
             raise TrackerUnreachable(
                 f"{error}; start it, give another --tracking-uri, or run with --tracking-uri none "
@@ -138,7 +138,7 @@ class Publisher:
             )
 
     def _reconcile_command(self) -> str:
-        return reconcile_command(self.parent, self.store.name, self._given_uri)
+        return reconcile_command(self.sweep_run, self.store.name, self._given_uri)
 
     def _send_trial(self, outcome: Outcome, at: float | None) -> bool:
         setting = self._children.completed_setting(outcome)
@@ -161,8 +161,10 @@ class Publisher:
             return False
         try:
             if self._tracker is None:
-                mlflow = make_tracker(self.uri, store=self.store.root, project=self.parent.project)
-                self._tracker = mlflow.open(self.parent)
+                mlflow = make_tracker(
+                    self.uri, store=self.store.root, project=self.sweep_run.project
+                )
+                self._tracker = mlflow.open(self.sweep_run)
             work(self._tracker)
         except Exception as error:  # no error of the tracker may end the sweep
             # A failed call may have written its run, so the next call reads the runs again.

@@ -192,7 +192,7 @@ def repro(
     code = _differing(before, {name: after.get(name) for name in before})
     result.code = {name: (a or "none", b or "none") for name, (a, b) in code.items()}
     if not result.inputs:
-        with _recomputed(spec, past, requirements, store, resolver, report) as record:
+        with _recompute(spec, past, requirements, store, resolver, report) as record:
             _compare(result, past, spec, store, record)
     return result
 
@@ -240,7 +240,7 @@ def _is_stored(requirement: Requirement, store: ArtifactStore) -> bool:
 
 
 @contextmanager
-def _recomputed(
+def _recompute(
     spec: TrialSpec,
     past: PastTrial,
     requirements: list[Requirement],

@@ -107,7 +107,7 @@ class World:
         while (job := scheduler.next()) is not None:
             jobs.append(job)
             scheduler.complete(job.number, self.run(job, failing))
-        assert scheduler.finished
+        assert scheduler.is_complete
         return jobs
 
     def states(self) -> list[str]:
@@ -160,10 +160,10 @@ def test_the_scheduler_is_not_finished_while_its_last_job_runs(world):
     scheduler = world.scheduler(sweep("fpl"))
     job = scheduler.next()
     assert scheduler.next() is None
-    assert not scheduler.finished
+    assert not scheduler.is_complete
     scheduler.complete(job.number, world.run(job))
     assert scheduler.next() is None
-    assert scheduler.finished
+    assert scheduler.is_complete
 
 
 def test_peek_does_not_start_the_next_job(world):
@@ -190,7 +190,7 @@ def test_a_trial_that_another_job_computes_is_not_started_twice(world):
     job = scheduler.next()
     assert len(job.trials) == 1
     assert scheduler.next() is None  # air needs the same trial
-    assert not scheduler.finished
+    assert not scheduler.is_complete
     assert world.outcomes == []
     scheduler.complete(job.number, world.run(job))
     assert [(o.slot.cell.method, o.state) for o in world.outcomes] == [
@@ -199,7 +199,7 @@ def test_a_trial_that_another_job_computes_is_not_started_twice(world):
     ]
     assert world.outcomes[0].record == world.outcomes[1].record
     assert scheduler.next() is None
-    assert scheduler.finished
+    assert scheduler.is_complete
 
 
 def test_trials_of_another_sweep_are_reused_from_the_store(world):
@@ -230,11 +230,11 @@ def test_once_the_budget_is_spent_no_job_starts_and_running_jobs_finish(world):
     jobs = [scheduler.next(), scheduler.next()]
     assert scheduler.next() is None
     assert scheduler.out_of_budget()
-    assert not scheduler.finished
+    assert not scheduler.is_complete
     for job in jobs:
         scheduler.complete(job.number, world.run(job))
     assert scheduler.next() is None
-    assert scheduler.finished
+    assert scheduler.is_complete
     assert len(world.run_all(world.scheduler(sweep("fpl", "cpl", "grip")))) == 1  # the next run
 
 
@@ -265,7 +265,7 @@ def test_reused_trials_need_no_budget(world):
     scheduler = world.scheduler(sweep("fpl"), lambda jobs: False)
     assert scheduler.next() is None
     assert not scheduler.out_of_budget()
-    assert scheduler.finished
+    assert scheduler.is_complete
 
 
 # ---------------------------------------------------------------- failures
@@ -291,7 +291,7 @@ def test_all_slots_of_a_failed_trial_fail(world):
     scheduler.complete(job.number, dict.fromkeys(job.keys, Failure("data", "")))
     assert world.states() == ["failed", "failed"]
     assert scheduler.next() is None
-    assert scheduler.finished
+    assert scheduler.is_complete
 
 
 def test_a_failed_trial_is_tried_again_by_the_next_run(world):
@@ -383,7 +383,7 @@ def test_three_equal_errors_of_the_user_stop_the_sweep_with_one_message(world):
     assert world.states() == ["failed"] * 3  # the fourth method never started
     assert scheduler.stopping_failure() == Failure("user", "a case of user")
     assert not scheduler.out_of_budget()
-    assert scheduler.finished
+    assert scheduler.is_complete
 
 
 def test_a_full_disk_stops_the_sweep_at_once(world):
@@ -391,7 +391,7 @@ def test_a_full_disk_stops_the_sweep_at_once(world):
     fail(world, scheduler, "disk")
     assert world.states() == ["failed"]  # the second method never started
     assert scheduler.stopping_failure() == Failure("disk", "a case of disk")
-    assert scheduler.finished
+    assert scheduler.is_complete
 
 
 def test_a_trial_with_a_failed_dependency_fails_without_starting(world):
@@ -534,12 +534,12 @@ def test_seeds_that_share_no_computation_are_separate_jobs(world):
         (f"digits-ul-visual-fpl/0/seed={seed}",) for seed in (1, 2, 3)
     ]
     assert scheduler.next() is None
-    assert not scheduler.finished
+    assert not scheduler.is_complete
     for job in jobs:
         scheduler.complete(job.number, dict.fromkeys(job.keys, Failure("data", "lost")))
     assert world.states() == ["failed"] * 3
     assert scheduler.peek() is None
-    assert scheduler.finished
+    assert scheduler.is_complete
 
 
 def test_a_job_has_at_most_the_class_texts_of_one_pass(world):
@@ -558,13 +558,13 @@ def test_a_cell_without_its_images_waits_and_the_other_cells_run(world):
     assert scheduler.next() is None
     scheduler.complete(first.number, dict.fromkeys(first.keys, Failure("data", "lost")))
     assert scheduler.next() is None
-    assert not scheduler.finished
+    assert not scheduler.is_complete
     ready.add("digits-ul-text-cpl")
     second = scheduler.next()
     assert second.cell == "digits-ul-text-cpl"
     scheduler.complete(second.number, dict.fromkeys(second.keys, Failure("data", "lost")))
     assert scheduler.peek() is None
-    assert scheduler.finished
+    assert scheduler.is_complete
 
 
 def test_ready_cells_run_in_the_order_of_their_rank(world):
@@ -624,7 +624,7 @@ def run_in_order(
     """Run all jobs, as many at a time as possible; `pick` chooses the job that ends next."""
     running: list[Job] = []
     jobs: list[Job] = []
-    while not scheduler.finished:
+    while not scheduler.is_complete:
         while (job := scheduler.next()) is not None:
             running.append(job)
             jobs.append(job)

@@ -25,13 +25,13 @@ def clock(monkeypatch) -> Clock:
 
 def test_progress_of_long_work_has_the_remaining_time(clock, capsys):
     lines = screen.Screen()
-    lines.progress("LoRA a", 10, 110)
+    lines.show_progress("LoRA a", 10, 110)
     clock.now += 20
-    lines.progress("LoRA a", 30, 110)
+    lines.show_progress("LoRA a", 30, 110)
     clock.now += 1
-    lines.progress("LoRA a", 31, 110)  # too soon for another line
+    lines.show_progress("LoRA a", 31, 110)  # too soon for another line
     clock.now += 79
-    lines.progress("LoRA a", 110, 110)  # `prepared` and `outcome` report finished work
+    lines.show_progress("LoRA a", 110, 110)  # `show_prepared` reports finished work
     assert capsys.readouterr().err.splitlines() == [
         "LoRA a: 10/110",
         "LoRA a: 30/110, about 1:20 left",
@@ -41,7 +41,7 @@ def test_progress_of_long_work_has_the_remaining_time(clock, capsys):
 def test_the_longer_work_takes_the_rarer_are_its_lines(clock, capsys):
     lines = screen.Screen()
     for second in range(3600):
-        lines.progress("trial a", second, 3601)
+        lines.show_progress("trial a", second, 3601)
         clock.now += 1
     assert 30 < len(capsys.readouterr().err.splitlines()) < 60
 
@@ -49,8 +49,8 @@ def test_the_longer_work_takes_the_rarer_are_its_lines(clock, capsys):
 def test_waiting_for_another_process_is_reported_and_more_rarely_over_time(capsys):
     lines = screen.Screen()
     for second in range(5, 3600):
-        lines.waiting("LoRA a", "team/other (host, process 7)", second)
-    lines.waiting("LoRA a", "team/third (host, process 8)", 5)
+        lines.show_wait("LoRA a", "team/other (host, process 7)", second)
+    lines.show_wait("LoRA a", "team/third (host, process 8)", 5)
     printed = capsys.readouterr().err.splitlines()
     assert printed[0] == "LoRA a: waiting for team/other (host, process 7) to make it (0:05 so far)"
     assert (

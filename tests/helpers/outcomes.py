@@ -25,7 +25,7 @@ TESTED = 400  # images of a run
 Accuracy = Callable[[Slot], float]
 
 
-def recorded(
+def record_sweep(
     store: Path,
     name: str,
     body: str,

@@ -222,7 +222,7 @@ def counting_requests(server: S3Server, requests: list[str]) -> Iterator[str]:
             requests.append(f"{self.command} {self.path}")
             return super().forward()
 
-    with served(Counting) as url:
+    with serve(Counting) as url:
         yield url
 
 
@@ -239,7 +239,7 @@ def full_bucket(server: S3Server) -> Iterator[str]:
             body = f"<Error><Code>XMinioStorageFull</Code><Message>{message}</Message></Error>"
             return 507, body.encode(), {"Content-Type": "application/xml"}
 
-    with served(Full) as url:
+    with serve(Full) as url:
         yield url
 
 
@@ -261,7 +261,7 @@ def losing_responses(server: S3Server, to_lose: list[str]) -> Iterator[str]:
             to_lose.remove(lost)
             return None
 
-    with served(Losing) as url:
+    with serve(Losing) as url:
         yield url
 
 
@@ -284,12 +284,12 @@ def failing_server(url: str, trouble: list[str]) -> Iterator[str]:
                 return None
             return 400, json.dumps(busy).encode(), {"Content-Type": "application/json"}
 
-    with served(Troubled) as address:
+    with serve(Troubled) as address:
         yield address
 
 
 @contextlib.contextmanager
-def served(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+def serve(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
     """URL of an HTTP server on loopback."""
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -13,7 +13,7 @@ from orchestrator.spec._trial_values import TRIAL_NAMES, reason_not_searchable
 from orchestrator.spec.validation import Schema, allowed_values, yaml_text
 
 
-def refreshed(page: str) -> str:
+def refresh_tables(page: str) -> str:
     """The page with every table between two marker comments generated again."""
     schema = sweep_schema()
     tables = {

@@ -120,7 +120,7 @@ def run_points(
     """Run a few jobs at a time, in a fixed order, so that a driver can die between any two."""
     pass_gate()
     running: list[Any] = []
-    while not scheduler.finished:
+    while not scheduler.is_complete:
         tick()
         while len(running) < SLOTS and (job := scheduler.next()) is not None:
             running.append(job)

@@ -50,7 +50,7 @@ def test_ended_trials_are_spent_and_predict_the_next_trial():
     assert not tracker.can_start([("slow", 2)])
     tracker.record_trial("quick", 2.0)
     assert tracker.can_start([("quick", 2)])
-    assert tracker.expected("unknown") == 21.0  # the mean of this run
+    assert tracker.expected_seconds("unknown") == 21.0  # the mean of this run
     assert "gpu_hours" in tracker.refusal
 
 

@@ -123,7 +123,7 @@ class World:
             handed |= set(job.keys)
             self.finish(job.trials, job.segments)
             scheduler.complete(job.number, {})
-        assert scheduler.finished
+        assert scheduler.is_complete
         return len(handed)
 
 
@@ -357,7 +357,7 @@ def test_an_estimate_is_a_guess_until_the_store_has_measurements_of_its_kind(wor
     )
     guess = world.plan(sweep).estimate
     assert guess.seconds > 0
-    assert not guess.calibrated
+    assert not guess.is_calibrated
     assert "no measurements yet" in guess.reason
     world.store.root.mkdir()
     specs = [requirement.spec for requirement in world.plan(sweep).requirements]
@@ -370,11 +370,11 @@ def test_an_estimate_is_a_guess_until_the_store_has_measurements_of_its_kind(wor
         {(work.stage, work.kind): Pace(5 * seconds[work.stage], 5.0) for work in works[:-1]},
     )
     part = world.plan(sweep).estimate
-    assert not part.calibrated  # the other kind of trial counts the same
+    assert not part.is_calibrated  # the other kind of trial counts the same
     assert "top_k" in part.reason
     record_measurements(world.store, {("trials", works[-1].kind): Pace(14.0, 2.0)})
     plan = world.plan(sweep).estimate
-    assert (plan.calibrated, plan.reason) == (True, "")
+    assert (plan.is_calibrated, plan.reason) == (True, "")
     drawn = 0.5 * 20 * 8  # blocks of eight
     assert plan.seconds == pytest.approx(10 + drawn + 3 + 7)
     assert plan.gpu_hours == pytest.approx((drawn + 0.5 * (10 + 3 + 7)) / 3600)

@@ -45,7 +45,7 @@ def rows(usage, by: str, *more: str) -> dict[str, dict]:
     return {row.pop(by): {name: value for name, value in row.items() if value} for row in each}
 
 
-def made(store: ArtifactStore, spec, hours: float, content: bytes = b"x") -> Path:
+def store_artifact(store: ArtifactStore, spec, hours: float, content: bytes = b"x") -> Path:
     """Store an artifact whose build took `hours` hours."""
     with store.building(spec) as building:
         (building.folder / "content").write_bytes(content)
@@ -72,10 +72,10 @@ def of_user(monkeypatch, user: str, **devices: float) -> None:
 def test_device_hours_count_for_the_user_who_built_the_artifact(store, usage, trial, monkeypatch):
     one = trial("cpl")
     of_user(monkeypatch, "mina", cpu=4, gpu=0.25)
-    made(store, one.features, 2)
-    made(store, one, 1)
+    store_artifact(store, one.features, 2)
+    store_artifact(store, one, 1)
     of_user(monkeypatch, "tom", cpu=2, gpu=0)
-    made(store, replace(one, seed=7), 3, b"x" * 5000)
+    store_artifact(store, replace(one, seed=7), 3, b"x" * 5000)
     found = rows(usage, "user")
     assert found["mina"]["gpu_hours"] == pytest.approx(0.75, abs=1e-3)
     assert "cpu_hours" not in found["mina"]
@@ -90,7 +90,7 @@ def test_device_hours_count_for_the_user_who_built_the_artifact(store, usage, tr
 
 def test_reuse_of_an_artifact_does_not_count(store, usage, trial, monkeypatch):
     of_user(monkeypatch, "mina", cpu=1)
-    made(store, trial("cpl"), 1)
+    store_artifact(store, trial("cpl"), 1)
     before = rows(usage, "user")
     of_user(monkeypatch, "tom", cpu=1)
     store.get_or_build(trial("cpl"), lambda folder: pytest.fail("the store has it"))
@@ -100,8 +100,8 @@ def test_reuse_of_an_artifact_does_not_count(store, usage, trial, monkeypatch):
 def test_records_without_owner_or_devices_have_a_separate_row(store, usage, trial, monkeypatch):
     of_user(monkeypatch, "mina", cpu=1, gpu=0.5)
     one = trial("cpl")
-    with_record(made(store, one.features, 2), user=None, cpu=None, gpu=None)
-    with_record(made(store, one, 3), user="unknown", cpu=None, gpu=None)
+    with_record(store_artifact(store, one.features, 2), user=None, cpu=None, gpu=None)
+    with_record(store_artifact(store, one, 3), user="unknown", cpu=None, gpu=None)
     found = rows(usage, "user")
     assert set(found) == {"(not recorded)"}
     # The record of a trial states its device, which counts in full.
@@ -154,8 +154,8 @@ def test_each_block_of_a_row_counts_for_the_user_who_drew_it(store, usage, trial
 
 def test_since_counts_only_later_artifacts(store, usage, trial, monkeypatch):
     of_user(monkeypatch, "mina", cpu=1)
-    with_record(made(store, trial("cpl"), 1), started=1_700_000_000.0)  # November 2023
-    made(store, trial("cpl", seed=7), 1)
+    with_record(store_artifact(store, trial("cpl"), 1), started=1_700_000_000.0)  # November 2023
+    store_artifact(store, trial("cpl", seed=7), 1)
     assert rows(usage, "user")["mina"]["made"] == 2
     assert rows(usage, "user", "--since", "2024-01-01")["mina"]["made"] == 1
     assert rows(usage, "user", "--since", "2023-11-14T00:00")["mina"]["made"] == 2

@@ -27,8 +27,8 @@ from orchestrator.spec import Dimension
 from orchestrator.store import open_store
 from orchestrator.store.location import recorded_location
 from tests.helpers.browser import CHROMIUM, MISSING, Browser
-from tests.helpers.outcomes import by_method, recorded
-from tests.helpers.servers import served
+from tests.helpers.outcomes import by_method, record_sweep
+from tests.helpers.servers import serve
 from tests.helpers.sweeps import airsweep, environment, search_sweep, write_sweep
 
 GRID = """
@@ -200,7 +200,7 @@ def pages(texts: dict[str, str], reached: set[str]) -> Iterator[str]:
         def log_message(self, *args: object) -> None:
             pass
 
-    with served(Pages) as url:
+    with serve(Pages) as url:
         yield url
 
 
@@ -251,7 +251,7 @@ def test_invalid_arguments_of_report_are_bad_input(grid, tmp_path):
 
 def test_a_report_of_a_sweep_without_results_is_bad_input(tmp_path):
     body, store = "fixed: {method: fpl}\nseeds: [1]\n", tmp_path / "runs"
-    recorded(store, "empty", body, by_method({}), done=lambda index: False)
+    record_sweep(store, "empty", body, by_method({}), done=lambda index: False)
     done = airsweep("report", "empty", "-o", tmp_path / "x.html", "--store", store, check=False)
     assert done.returncode == 2
     assert "has no finished trial to report (1 are planned)" in done.stderr

@@ -27,7 +27,7 @@ from orchestrator.reporting.published import (
 )
 from orchestrator.reporting.rows import FinishedTrial
 from orchestrator.spec import SpecError
-from tests.helpers.outcomes import by_method, command, recorded
+from tests.helpers.outcomes import by_method, command, record_sweep
 from tests.reporting.test_rows import quickstart, results, trials
 
 SHIPPED = sorted(file.stem for file in PAPERS.glob("*.yaml"))
@@ -305,12 +305,14 @@ ACCURACIES = {"zero_shot": 0.5, "fpl": 0.62, "cpl": 0.7}
 @pytest.fixture
 def run_compare(tmp_path, monkeypatch, capsys):
     """Runs `airsweep compare` on a store with the sweeps `old` and `new`, in which cpl is worse."""
-    recorded(tmp_path, "old", SWEEP, by_method(ACCURACIES))
+    record_sweep(tmp_path, "old", SWEEP, by_method(ACCURACIES))
     changed = SWEEP.replace("train.steps: 2", "train.steps: 3")
-    recorded(tmp_path, "new", changed, by_method({**ACCURACIES, "cpl": 0.5}))
-    recorded(tmp_path, "half", SWEEP.replace(": 2", ": 4"), by_method(ACCURACIES), lambda i: i < 4)
+    record_sweep(tmp_path, "new", changed, by_method({**ACCURACIES, "cpl": 0.5}))
+    record_sweep(
+        tmp_path, "half", SWEEP.replace(": 2", ": 4"), by_method(ACCURACIES), lambda i: i < 4
+    )
     none = SWEEP.replace(": 2", ": 5").replace("zero_shot", "grip")  # shares no trial
-    recorded(tmp_path, "none", none, by_method(ACCURACIES), lambda i: False)
+    record_sweep(tmp_path, "none", none, by_method(ACCURACIES), lambda i: False)
 
     def run(*words: str) -> tuple[int, str, str]:
         return command(monkeypatch, capsys, "compare", *words, "--store", str(tmp_path))

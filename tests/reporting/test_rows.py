@@ -328,7 +328,7 @@ def test_a_table_with_too_few_runs_has_no_marks_and_a_reason(splits, seeds, word
     found = results(finished)
     (c,) = found.comparisons
     assert c.difference.low > 0  # not tested although the interval excludes 0
-    assert not c.significant
+    assert not c.is_significant
     text = " ".join(table(found, "md").split())
     assert words in text
     assert "cpl†" not in text

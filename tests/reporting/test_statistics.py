@@ -7,8 +7,14 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks.calibration import NULL, PLANTED, Scenario, compared, counted
-from benchmarks.calibration import simulated as simulated_table
+from benchmarks.calibration import (
+    NULL,
+    PLANTED,
+    Scenario,
+    compare_with_host,
+    count_positives,
+    simulate_runs,
+)
 from orchestrator.reporting._statistics import (
     ALPHA,
     Run,
@@ -245,7 +251,7 @@ def test_holm_equals_a_plain_implementation() -> None:
 def test_correction_never_lowers_a_p_value() -> None:
     rng = np.random.default_rng(11)
     for _ in range(10):
-        found = compared(simulated_table(rng, Scenario(taste=0.4, noise=0.4, seed=0.1), 6))
+        found = compare_with_host(simulate_runs(rng, Scenario(taste=0.4, noise=0.4, seed=0.1), 6))
         for one, p in zip(found, corrected_p_values(found), strict=True):
             assert one.p <= p <= 1
     assert corrected_p_values([]) == []
@@ -309,7 +315,7 @@ def test_differences_on_too_few_images_are_not_tested() -> None:
 # 500 tables each, seeds fixed. A true 5 % shows as 3 to 7 % in 96 of 100 such tests.
 @pytest.mark.parametrize("name", ["one split, persistent", "one split, independent"])
 def test_a_null_difference_is_found_in_3_to_7_percent_and_a_null_table_marked_in_7(name) -> None:
-    found = counted(NULL[name], 500, methods=4)
+    found = count_positives(NULL[name], 500, methods=4)
     assert 0.03 <= found.single / 500 <= 0.07
     assert found.any_mark / 500 <= 0.07
     assert found.any_single / 500 > 0.08  # without correction
@@ -317,13 +323,13 @@ def test_a_null_difference_is_found_in_3_to_7_percent_and_a_null_table_marked_in
 
 
 def test_seeds_that_matter_do_not_break_the_correction() -> None:
-    found = counted(Scenario(noise=0.6, seed=0.15), 150, methods=6)
+    found = count_positives(Scenario(noise=0.6, seed=0.15), 150, methods=6)
     assert found.any_mark / 150 <= 0.08
     assert found.any_single / 150 > 0.12
 
 
 def test_a_planted_gain_of_five_points_is_marked_in_a_table() -> None:
-    found = counted(PLANTED["one split x 3, 1,880 images"], 60, methods=4)
+    found = count_positives(PLANTED["one split x 3, 1,880 images"], 60, methods=4)
     assert found.first_mark >= 54
 
 
@@ -365,6 +371,4 @@ def test_low_accuracies_collapse_by_a_quarter_of_the_median() -> None:
 def test_ordinary_seeds_do_not_collapse() -> None:
     rng = np.random.default_rng(12)
     world = Scenario(taste=0.4, noise=0.4, seed=0.07, seeds=5)
-    assert not any(
-        collapsed_runs(runs) for _ in range(50) for runs in simulated_table(rng, world, 4)
-    )
+    assert not any(collapsed_runs(runs) for _ in range(50) for runs in simulate_runs(rng, world, 4))

@@ -18,7 +18,7 @@ from orchestrator.reporting._layouts import Layout, escape_latex, latex
 from orchestrator.reporting.rows import FinishedTrial
 from orchestrator.reporting.tables import pivot, table
 from orchestrator.reporting.tables import pivot_text as text
-from tests.helpers.outcomes import by_method, command, recorded
+from tests.helpers.outcomes import by_method, command, record_sweep
 from tests.reporting.test_rows import cells, quickstart, results, trials
 
 
@@ -246,7 +246,7 @@ ACCURACIES = {"zero_shot": 0.5, "fpl": 0.62, "cpl": 0.7}
 
 
 def test_the_command_table_arranges_a_recorded_sweep(tmp_path, monkeypatch, capsys) -> None:
-    recorded(tmp_path, "small", SWEEP, by_method(ACCURACIES))
+    record_sweep(tmp_path, "small", SWEEP, by_method(ACCURACIES))
 
     def airsweep_table(*words: str) -> tuple[int, str, str]:
         return command(monkeypatch, capsys, "table", "small", "--store", str(tmp_path), *words)

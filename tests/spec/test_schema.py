@@ -17,7 +17,7 @@ from orchestrator.spec import sweep_schema
 from orchestrator.spec._trial_values import TRIAL_NAMES, value_type
 from orchestrator.spec.marked_yaml import parse, read
 from orchestrator.spec.sweep_file import SweepFile, sweep_from_document
-from tests.helpers.spec_reference import refreshed
+from tests.helpers.spec_reference import refresh_tables
 from tests.spec.test_sweep_file import BAD, FULL
 
 ROOT = Path(__file__).parents[2]
@@ -117,8 +117,8 @@ def test_golden_the_spec_reference_matches_the_schema():
     file = ROOT / "docs" / "spec_reference.md"
     page = file.read_text()
     if os.environ.get("AIRSWEEP_UPDATE_GOLDEN") == "1":
-        file.write_text(refreshed(page))
-    assert refreshed(page) == file.read_text()
+        file.write_text(refresh_tables(page))
+    assert refresh_tables(page) == file.read_text()
     for name in TRIAL_NAMES:
         assert f"| `{name}` |" in page
 
