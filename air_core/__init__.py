@@ -3,6 +3,6 @@
 Read in this order: `method` (the paper, top to bottom) and `methods` (the table of methods), then
 `specs` and `types` (inputs and results), `backbone`, `classifiers`, `auxiliary`, `pseudo_labels`,
 `prompts`, `training`, `evaluation`, and `lora_labels` and `diffusion` for LoRA and images. The
-package knows no store, cluster or tracker. Loading a model turns downloads from the Hugging Face
-hub off in the process, see `weights.stay_offline`.
+package does not depend on a store, cluster or tracker. Loading a model turns off downloads from the
+Hugging Face hub in the process, see `weights.stay_offline`.
 """

@@ -220,7 +220,7 @@ class _Generation:
         self.stopped = CLASSES[result["failure_class"]].stops_after == 1
 
     def _should_resize(self, pool: PoolStatistics, beside_trials: bool, remaining: float) -> bool:
-        """Whether a pool of another size is worth its start.
+        """Whether a pool of another size would finish earlier, including its start.
 
         A pool that takes resources from trials is closed in any case.
 

@@ -1,7 +1,7 @@
-"""Trial scheduler: picks the job that runs next. Knows no Ray and no tracker.
+"""Trial scheduler: picks the job that runs next. Does not depend on Ray or a tracker.
 
 A job is the missing seeds of one point that can be trained in one computation (`side_by_side`);
-other seeds of the point are jobs of their own. Results in the store are reused. A trial that
+other seeds of the point are separate jobs. Results in the store are reused. A trial that
 another job is computing is not started twice: its slot waits for that job. Failures are retried as
 their class allows (`failures`), each as a separate job.
 
@@ -134,11 +134,11 @@ class TrialScheduler:
         searches: a CellSearch for each cell that has a search space.
         on_outcome: called once for each slot, as soon as its outcome is known.
         within_budget: called before each job with the (cell, trials) of all jobs that would run
-            together, the new one last. Once it returns False, no further job is handed out.
-        failed_dependency: why a trial cannot run, such as an input that could not be made.
+            together, the new one last. Once it returns False, no further job starts.
+        failed_dependency: returns the failure of an input because of which a trial cannot run.
         skipped_failures: earlier failures, by slot, that are not tried again.
-        is_ready: whether all inputs of a cell exist by now.
-        rank: of cells, by id; a cell of a lower rank runs first.
+        is_ready: returns whether all inputs of a cell exist.
+        rank: of each cell, by id; cells of a lower rank run first.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 """Reports that a sweep makes no progress because other users hold the resources it needs.
 
-Knows no Ray.
+Does not depend on Ray.
 """
 
 from __future__ import annotations

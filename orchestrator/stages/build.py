@@ -1,7 +1,6 @@
-"""One function for each stage, from its spec and the store to an artifact. Knows no sweep and no
-cluster.
+"""One function for each stage: builds an artifact from its spec and the artifacts that it nests.
 
-A stage reads only the artifacts that its spec nests. Images are drawn in `image_rows`.
+This module does not depend on sweeps or clusters. Images are drawn in `image_rows`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Data types of sweep runs and child runs, and the tracker's factory. Imports no MLflow.
 
-The store and the event log are authoritative; MLflow is a view of them, and `reconcile` sends
-whatever MLflow lacks. This module does not depend on Ray, the store or the trial code.
+The store and the event log are authoritative. MLflow is a view of them; `reconcile` sends all that
+MLflow lacks. This module does not depend on Ray, the store or the trial code.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def prepared(tmp_path_factory, tiny_clip, resolver) -> Path:
 
 
 class World:
-    """The store and the event log of one sweep, and one scheduler after another."""
+    """The store and the event log of one sweep, which several schedulers use in turn."""
 
     def __init__(self, folder: Path, prepared: Path, resolver: Resolver) -> None:
         self.store = ArtifactStore(shutil.copytree(prepared, folder / "runs"))
@@ -69,7 +69,7 @@ class World:
         self.searches: dict[str, CellSearch] = {}
 
     def scheduler(self, sweep: SweepSpec, *more: Any) -> TrialScheduler:
-        """A new scheduler that resumes from what the schedulers before it left."""
+        """A new scheduler that resumes the sweep of the earlier schedulers."""
         self.outcomes, self.searches = [], {}
         cells = cells_of(sweep)
         if sweep.search is not None:

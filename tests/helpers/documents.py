@@ -14,7 +14,7 @@ GUIDES = sorted({*(ROOT / "docs").glob("*.md")} - {*FIRST})
 PAGES = (*FIRST, *GUIDES, ROOT / "cluster" / "README.md")
 
 FENCE = re.compile(r" *```(\w*) *$")
-# A comment above a block names the file that a reader saves it to, or why the block is not run.
+# A comment above a block: the file name of the block, or the reason why the block is not run.
 FILE = re.compile(r"<!-- file: (\S+) -->$")
 NOT_RUN = re.compile(r"<!-- not run: (.+) -->$")
 # A line of a block without a language is a command if it begins with one of these. Other lines are
@@ -34,7 +34,7 @@ class Block:
 
     @property
     def file(self) -> str | None:
-        """The file that a reader saves the block to."""
+        """The file name of the block, from the comment above it."""
         match = FILE.match(self.above)
         return match[1] if match else None
 

@@ -64,7 +64,7 @@ def count_build(store: ArtifactStore, spec: Any, *block: int) -> None:
 
 
 def objective(spec: TrialSpec, iterations: int) -> dict[str, float]:
-    """Objectives of a trial after some iterations, the same however many follow."""
+    """Objectives of a trial after some iterations; later iterations do not change them."""
     seed = f"{artifact_key(training_spec(spec)).digest} after {iterations}"
     return {"mutual_information": random.Random(seed).random()}
 

@@ -78,7 +78,7 @@ class World:
         return plan_sweep(sweep, self.store, self.resolver, self.event_log)
 
     def finish(self, trials: Iterable[TrialSpec], segments: Segments = WHOLE_TRIAL) -> None:
-        """Give trials a record, as running them would; or what they leave where they stop."""
+        """Write the record of trials or, if they stop at a rung, their checkpoint."""
         for spec in map(normalised, trials):
             rungs = {rung: self.objectives(spec, rung) for rung in segments.rungs}
             if segments.stop_after is not None:

@@ -29,7 +29,7 @@ def another(resolver: Resolver) -> Resolver:
 
 @pytest.fixture
 def pictures(tmp_path) -> Path:
-    """A folder of ready images, whose files are no real images."""
+    """A folder of ready images. The files contain no images."""
     folder = tmp_path / "pictures"
     for name in ("digit zero", "digit one"):
         (folder / name).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Results and status of a sweep from small real trials, and that true labels do not leak."""
+"""Results and status of a sweep from small real trials; true labels do not leak."""
 
 from __future__ import annotations
 

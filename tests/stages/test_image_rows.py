@@ -48,7 +48,7 @@ def store(tmp_path) -> ArtifactStore:
 
 
 def test_a_block_that_two_processes_need_at_once_is_drawn_once(store, drawn_digits):
-    """Threads stand for processes, since locks belong to open files."""
+    """Threads act as processes, since locks belong to open files."""
     spec = row_of(str(drawn_digits))
     draws = Semaphore(0)
     proceed = Event()

@@ -183,7 +183,7 @@ def test_a_lease_has_one_holder_until_it_expires(client, monkeypatch):
 
 @pytest.fixture
 def losing(bucket, s3_server) -> Iterator[tuple[BucketClient, list[str]]]:
-    """A client that loses responses, and the list of what it loses next."""
+    """A client that loses responses, and the list of responses that it loses next."""
     to_lose: list[str] = []
     with losing_responses(s3_server, to_lose) as url:
         yield parse(f"{bucket}?endpoint_override={url}"), to_lose
