@@ -222,7 +222,7 @@ def bank() -> tuple[Labelled, torch.Tensor]:
     return Labelled(Batch(features), labels), logits_of(features)
 
 
-def test_a_margin_is_the_own_score_minus_the_best_others():
+def test_a_margin_is_the_score_of_the_class_minus_the_best_other_score():
     logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 3.0, -torch.inf]])
     scores = logits.double().softmax(dim=-1)
     expected = [float(scores[0, 2] - scores[0, 0]), float(scores[1, 0] - scores[1, 1])]

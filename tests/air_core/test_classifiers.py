@@ -84,7 +84,7 @@ def test_lda_of_identical_images_is_an_error_that_explains_it(copies):
         auxiliary_classifier(AuxiliarySettings(kind="lda"), same, None, target.batch, 3, 20.0)
 
 
-def test_lda_equals_the_one_of_scikit_learn():
+def test_lda_equals_scikit_learn():
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
     bank, target = toy(0, 40), toy(1, 40)
@@ -98,14 +98,14 @@ def test_lda_equals_the_one_of_scikit_learn():
     assert (guess == theirs.predict(target.batch.features.double().numpy())).mean() == 1.0
 
 
-def test_both_sources_are_centred_each_on_its_own_mean():
+def test_synthetic_and_real_images_are_centred_separately():
     real, synthetic = toy(2, 40), toy(3, 40, shift=0.8)
     settings = AuxiliarySettings(kind="prototype", source="both")
     both = auxiliary_classifier(settings, synthetic, real, real.batch, 3, 20.0)
     assert accuracy(both, toy(4, 40)) > 0.9
 
 
-def test_a_class_without_any_image_is_named():
+def test_the_error_for_a_class_without_images_names_the_class():
     bank = toy(0, 5)
     some = bank.labels < 2
     only = Labelled(bank.batch[some], bank.labels[some])
@@ -114,7 +114,7 @@ def test_a_class_without_any_image_is_named():
 
 
 @pytest.mark.parametrize("kind", ["text", "real_mean", "random", "class_mean"])
-def test_every_rule_of_fidelity_keeps_as_many_images_of_each_class_the_nearest_ones(kind):
+def test_fidelity_keeps_the_nearest_images_of_each_class(kind):
     bank = toy(0, 20)
     kept = high_fidelity(bank, FidelitySettings(kind=kind, keep=5), TEXT, toy(5, 9))
     assert kept.labels.bincount().tolist() == [5, 5, 5]
@@ -126,7 +126,7 @@ def test_every_rule_of_fidelity_keeps_as_many_images_of_each_class_the_nearest_o
     assert high_fidelity(bank, FidelitySettings(kind="none"), TEXT, None) is bank
 
 
-def test_fidelity_by_argmax_keeps_what_clip_takes_for_its_class_and_never_loses_a_class():
+def test_fidelity_by_argmax_keeps_recognised_images_and_at_least_one_per_class():
     bank = toy(0, 20)
     wrong = Labelled(bank.batch, (bank.labels + 1) % 3)  # no image looks like its class
     kept = high_fidelity(wrong, FidelitySettings(kind="argmax"), TEXT, None)
@@ -174,7 +174,7 @@ def test_fusing_without_an_auxiliary_is_the_text_classifier():
     assert torch.equal(alone.scores(images.batch), text.logits(images.batch).softmax(dim=-1))
 
 
-def test_zero_shot_clip_knows_digits_better_than_chance(tiny_clip):
+def test_zero_shot_clip_classifies_digits_better_than_chance(tiny_clip):
     from air_core.datasets import get_dataset
 
     dataset = get_dataset("digits")

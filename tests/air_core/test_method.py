@@ -274,7 +274,7 @@ def test_images_with_weight_zero_give_the_bits_of_the_host_method(spec, with_ima
     assert same_bits(watched(unused, with_images), watched(spec("cpl"), with_images))
 
 
-def test_the_auxiliary_classifier_changes_what_is_learned(spec, with_images):
+def test_the_auxiliary_classifier_changes_the_prompt(spec, with_images):
     one, other = watched(spec("air"), with_images), watched(spec("cpl"), with_images)
     assert not torch.equal(one[1][0].labels.labels, other[1][0].labels.labels)
     assert one[0].inference.keys() == {"text", "fused", "auxiliary"}
@@ -313,9 +313,7 @@ def test_every_method_runs_in_every_paradigm_that_it_is_defined_in(spec, worlds,
     [(m, "text", p) for m in ("fpl", "cpl", "air", "cpl_real") for p in PARADIGMS]
     + [("air", "visual", "trzsl")],
 )
-def test_no_test_label_reaches_what_is_learned_or_searched(
-    spec, worlds, method, modality, paradigm
-):
+def test_test_labels_change_no_prompt_and_no_objective(spec, worlds, method, modality, paradigm):
     """Pool images have no labels; this test permutes those of the test images."""
     data = worlds[paradigm]
     settings = {"paradigm": paradigm, "modality": modality, "train__steps": 2}
@@ -367,7 +365,7 @@ def test_a_mixture_over_the_pool_is_better_than_the_text_alone(spec, digits):
     assert refined.inference["text"] == plain.test.accuracy
 
 
-def test_real_prototypes_that_are_chosen_again_are_better_than_the_text_alone(spec, digits):
+def test_refreshed_real_prototypes_are_better_than_the_text_alone(spec, digits):
     real, plain = (watched(spec(m), digits)[0] for m in ("zero_shot_real", "zero_shot"))
     assert real.test.accuracy > plain.test.accuracy + 0.03
 
@@ -391,7 +389,7 @@ def test_real_prototypes_that_are_chosen_again_are_better_than_the_text_alone(sp
         {"auxiliary__temperature": "kappa", "auxiliary__kappa": 10.0},
     ],
 )
-def test_every_open_choice_changes_what_is_learned(trial, drawn_digits, worlds, changes):
+def test_every_setting_of_an_open_choice_changes_the_result(trial, drawn_digits, worlds, changes):
     base = {
         "generator": f"folder:{drawn_digits}", "images_per_class": 16, "iterations": 2,
         "train__steps": 4, "prompt__length": 4, "synthetic_weight": 0.3, "seed": 1,
@@ -426,7 +424,7 @@ def test_later_rounds_learn_from_the_prompt_before(spec, digits):
     assert not torch.equal(one[1].labels.labels, other[1].labels.labels)
 
 
-def test_refreshed_real_images_are_chosen_by_what_was_learned(spec, digits):
+def test_refreshed_real_images_are_selected_by_the_learned_prompt(spec, digits):
     """The first round is equal with and without refresh."""
     kept = watched(spec("cpl_real", auxiliary__refresh=False), digits)
     anew = watched(spec("cpl_real", auxiliary__refresh=True), digits)

@@ -313,7 +313,7 @@ def test_normalising_again_changes_nothing(flat, refs):
 
 
 @given(RANDOM, REFERENCES)
-def test_normalising_keeps_what_a_trial_reads(flat, refs):
+def test_normalising_keeps_the_inputs_of_a_trial(flat, refs):
     spec = from_flat(flat, refs, NAMES)
     once = normalised(spec)
     assert uses_images(once) == uses_images(spec)

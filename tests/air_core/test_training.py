@@ -163,7 +163,7 @@ def test_fewer_images_than_a_batch_are_one_batch():
     assert seen(replace(PLAIN, steps=1, batch=64), count=5) == 5
 
 
-def test_synthetic_images_teach_what_the_real_ones_do_not():
+def test_classes_with_synthetic_images_only_are_learned():
     two = images()[images().labels < 2]
     third = images(60, seed=1)
     third = third[third.labels == 2]
@@ -174,7 +174,7 @@ def test_synthetic_images_teach_what_the_real_ones_do_not():
 
 
 @pytest.mark.parametrize("source", ["labelled", "synthetic"])
-def test_labelled_or_synthetic_images_alone_teach_too(source):
+def test_labelled_or_synthetic_images_alone_are_enough(source):
     learner, _ = trained(real=None, **{source: images()})
     assert accuracy(learner, images(60, seed=1)) > 0.9
 
@@ -184,7 +184,7 @@ def test_a_training_without_images_is_an_error():
         trained(real=None)
 
 
-def test_labelled_images_teach_what_pseudo_labelled_ones_do_not():
+def test_classes_with_labelled_images_only_are_learned():
     two = images()[images().labels < 2]
     third = images(60, seed=1)
     third = third[third.labels == 2]
@@ -213,7 +213,7 @@ def test_rc_concentrates_on_one_of_the_candidates():
     assert ((real.targets > 0) <= (targets > 0)).all()
 
 
-def test_with_a_weight_of_zero_synthetic_images_teach_nothing():
+def test_synthetic_images_with_weight_zero_have_no_effect():
     synthetic = images(seed=2)
     wrong = Labelled(synthetic.batch, synthetic.labels.roll(1))
     (one, _), (other, _) = (trained(synthetic=s, synthetic_weight=0.0) for s in (synthetic, wrong))

@@ -38,7 +38,7 @@ def test_progress_of_long_work_has_the_remaining_time(clock, capsys):
     ]
 
 
-def test_the_longer_work_takes_the_rarer_are_its_lines(clock, capsys):
+def test_longer_work_has_rarer_lines(clock, capsys):
     lines = screen.Screen()
     for second in range(3600):
         lines.show_progress("trial a", second, 3601)
