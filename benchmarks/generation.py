@@ -40,7 +40,7 @@ PROCESSES = 2
 Shard = tuple[int, int]
 
 
-def the_row(images: int, folder: Path) -> Requirement:
+def image_row(images: int, folder: Path) -> Requirement:
     """A row with `images` images of each digit, drawn by the tiny pipeline."""
     settings = {"dataset": "digits", "generator": "tiny", "images_per_class": images}
     flat = {**presets.defaults("air", settings), **settings}
@@ -55,7 +55,7 @@ def the_row(images: int, folder: Path) -> Requirement:
 
 
 def bare(requirement: Requirement, shards: Sequence[Shard], device: str, queue: Any) -> None:
-    """One process of *bare*."""
+    """One process of *bare*; puts (time, images) of each block into the queue."""
     generator, names, size = _opened(requirement, device)
     for c, block in shards:
         indices = list(range(block * size, (block + 1) * size))
@@ -65,7 +65,7 @@ def bare(requirement: Requirement, shards: Sequence[Shard], device: str, queue: 
 
 
 def loop(requirement: Requirement, shards: Sequence[Shard], device: str, queue: Any) -> None:
-    """One process of *loop*."""
+    """One process of *loop*; puts (time, images) of each block into the queue."""
     import torch
 
     generator, names, size = _opened(requirement, device)
@@ -167,7 +167,8 @@ def ours(requirement: Requirement, device: str) -> tuple[float, float, float]:
         for _ in draw([requirement], context):
             time.sleep(0.01)
         assert not requirement.missing(worker.store)
-    # Blocks have no actor: count for both from the second block, when both actors have started.
+    # Blocks do not name their actor: count the rate of both from the second block, when
+    # both have started.
     times = listener.blocks[1:]
     rate = sum(size for _, size in times[1:]) / (times[-1][0] - times[0][0])
     busy = listener.pool.busy / (listener.pool.actors * (times[-1][0] - began))
@@ -181,7 +182,7 @@ def main() -> None:
 
     found: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder, ray_session():
-        requirement = the_row(args.images, Path(folder))
+        requirement = image_row(args.images, Path(folder))
         few = Requirement(
             requirement.spec, max(16, args.images // 4), requirement.classes
         )  # fewer images, since the loop is slow

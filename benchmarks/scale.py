@@ -88,7 +88,7 @@ class Simulation:
         self.queue: list[tuple[float, int, Callable[[], None]]] = []
         self.numbers = itertools.count()
         self.free = [1.0] * gpus  # free fraction of each device
-        self.found = DeviceUse()
+        self.use = DeviceUse()
         self.ready = [not group.tasks and not group.blocks for group in groups]
         self.waiting: list[Job] = []  # ready to run
         self.opened = 0  # number of groups whose jobs have been queued
@@ -109,19 +109,19 @@ class Simulation:
             at, _, event = heapq.heappop(self.queue)
             self._account(at - self.now)
             self.now = at
-            self.found.events += 1
+            self.use.events += 1
             event()
             self._schedule()
         assert all(self.ready), "the simulation has no event left, but work remains"
         assert not self.waiting
-        self.found.end = self.now
-        return self.found
+        self.use.end = self.now
+        return self.use
 
     def _later(self, seconds: float, event: Callable[[], None]) -> None:
         heapq.heappush(self.queue, (self.now + seconds, next(self.numbers), event))
 
     def _account(self, seconds: float) -> None:
-        found, idle = self.found, sum(self.free)
+        found, idle = self.use, sum(self.free)
         held = len(self.pool) + len(self.task_devices)
         found.held += held * seconds
         found.trials += (self.gpus - idle - held) * seconds
