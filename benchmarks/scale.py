@@ -2,8 +2,8 @@
 
 Simulates `sweeps/paper_main.yaml` on a cluster of equal GPUs under several policies. A group of
 cells has a LoRA, blocks of images and trials; the driver is a server that handles one event at a
-time. The costs of LoRA, images and trials are the unmeasured estimates of `docs/reproduce.md`. The
-costs of the driver and of actors were measured with actors that sleep (docs/benchmarks.md).
+time. The costs of LoRA, images and trials are the unmeasured estimates of `docs/experiments.md`.
+The costs of the driver and of actors were measured with actors that sleep (benchmarks/README.md).
 
     python benchmarks/scale.py [--gpus 64]
 
@@ -280,7 +280,7 @@ LOOK = 5.0  # seconds of a trial without training
 LOAD = 30.0  # seconds until an actor has loaded the pipeline
 # Overhead in seconds: of actor and driver for each block, and of a trial.
 GAP, DRIVER, JOB = 0.045, 0.002, 0.16
-# Hours of a dataset's trials, text and visual, in docs/reproduce.md.
+# Hours of a dataset's trials, text and visual, in docs/experiments.md.
 HOURS = {
     "flowers102": (0.9, 24),
     "resisc45": (2.3, 64),
@@ -291,7 +291,7 @@ HOURS = {
 
 
 def paper(share_visual: float = 0.25, split: bool = False, points: int = 1) -> list[Group]:
-    """Groups of the paper's main table; `docs/reproduce.md` explains the figures.
+    """Groups of the paper's main table; `docs/experiments.md` explains the figures.
 
     Args:
         share_visual: fraction of a device that a visual trial holds.

@@ -1,4 +1,4 @@
-"""A published number, if this machine has the paper's weights and data (docs/reproduce.md).
+"""A published number, if this machine has the paper's weights and data (docs/experiments.md).
 
 AIRSWEEP_CLIP   the backbone: ViT-B-32/openai if downloaded, or ViT-B-32-quickgelu@<file>
 AIRSWEEP_SD     the generator: owner/name if downloaded, or a diffusers folder
@@ -32,7 +32,7 @@ def inputs() -> dict[str, str]:
     names = ("AIRSWEEP_CLIP", "AIRSWEEP_SD", "AIRSWEEP_DATA")
     missing = [name for name in names if not os.environ.get(name)]
     if missing:
-        pytest.skip(f"{', '.join(missing)} not set: see docs/reproduce.md")
+        pytest.skip(f"{', '.join(missing)} not set: see docs/experiments.md")
     return {name: os.environ[name] for name in names}
 
 

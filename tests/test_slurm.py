@@ -161,7 +161,7 @@ def test_after_a_node_is_lost_the_sweep_resumes_on_the_other_node(slurm, folder)
     store = folder / "runs"
     job = half_done_job(slurm, folder, store, ("--cpus-per-task=2", SCRIPT, "long.yaml", store))
     node = slurm.command("squeue", "--noheader", f"--jobs={job}", "--format=%N")
-    slurm.nodes[node].lose()
+    slurm.lose(node)
     done = count(events(store, "long"), "trial_done")
     slurm.wait_for_requeue(job)
     assert slurm.ended(job) == ("COMPLETED", "0:0")

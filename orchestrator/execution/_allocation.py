@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from orchestrator.stages.context import WorkerContext
 
 # One of this many generators is reserved beside trials. A simulation of 64 devices finds the same
-# time for any share between a quarter and a sixteenth (docs/scale.md).
+# time for any share between a quarter and a sixteenth (benchmarks/README.md).
 RESERVE_DIVISOR = 8
 REFRESH_INTERVAL = 5.0  # seconds for which the list of machines is kept
 # Seconds that trials wait for a pool to shrink to the reserve; a block takes less.

@@ -66,7 +66,7 @@ Z_95 = 1.959964  # two-sided 95 %
 Z_POWER_80 = 0.841621  # one-sided 80 %
 ALPHA = 0.05  # level of significance, after correction
 
-# Minimum for a test, determined by simulation (benchmarks/calibration.py, docs/decisions.md).
+# Minimum for a test, determined by simulation (benchmarks/calibration.py).
 FEWEST_SEEDS = 3  # with one split, unless neither method uses the seed
 FEWEST_SPLITS = 4  # with more than one split
 FEWEST_IMAGES = 20  # on which the two methods differ

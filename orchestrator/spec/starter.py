@@ -42,7 +42,7 @@ fixed:
   # and some clothes at 32 pixels: enough for a test of the setup, not for results on photographs.
   backbone: tiny
   generator: tiny
-  # Real models need a download (docs/reproduce.md) and a GPU, see `resources` below:
+  # Real models need a download (docs/experiments.md) and a GPU, see `resources` below:
   # backbone: ViT-B-32/openai
   # generator: stable-diffusion-v1-5/stable-diffusion-v1-5
   lora.rounds: 1

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 # The commands of the first two pages create the stores that the other pages use.
 FIRST = (ROOT / "README.md", ROOT / "docs" / "tutorial.md")
 GUIDES = sorted({*(ROOT / "docs").glob("*.md")} - {*FIRST})
-PAGES = (*FIRST, *GUIDES, ROOT / "cluster" / "README.md")
+PAGES = (*FIRST, *GUIDES, *(ROOT / folder / "README.md" for folder in ("benchmarks", "cluster")))
 
 FENCE = re.compile(r" *```(\w*) *$")
 # A comment above a block: the file name of the block, or the reason why the block is not run.

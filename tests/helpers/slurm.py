@@ -36,9 +36,8 @@ JobAcctGatherType=jobacct_gather/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 MailProg=/bin/true
-SlurmdTimeout=30
-ReturnToService=2
-UnkillableStepTimeout=300
+SlurmdTimeout=900
+UnkillableStepTimeout=900
 NodeName=a,b CPUs={cores}
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
@@ -89,6 +88,15 @@ class Slurm:
     def submit(self, folder: Path, *arguments: str | Path) -> str:
         """Submit a job and return its number; its log is <folder>/airsweep-<number>.log."""
         return self.command("sbatch", "--parsable", *map(str, arguments), cwd=folder)
+
+    def lose(self, node: str) -> None:
+        """Kill all processes of a node, and record in Slurm that the node is down.
+
+        Slurm would find out after SlurmdTimeout. That is long here, because Slurm never uses a node
+        again that answered too late, and nodes of a busy machine answer late.
+        """
+        self.nodes[node].lose()
+        self.command("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost")
 
     def wait_for_requeue(self, job: str) -> None:
         """Wait until Slurm has requeued a job, then start it now instead of after two minutes."""
