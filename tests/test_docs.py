@@ -303,7 +303,7 @@ def _ray(words: list[str]) -> None:
 def _python(words: list[str]) -> None:
     if words[1].startswith("benchmarks/"):  # takes minutes
         if not (ROOT / words[1]).is_file():
-            raise Wrong(f"{words[1]} is not there")
+            raise InvalidCommand(f"{words[1]} does not exist")
         return
     if words[1:3] != ["-m", "orchestrator"]:
         raise InvalidCommand("only `python -m orchestrator` can be checked")
